@@ -1,0 +1,78 @@
+"""What a source returns: names and the views behind them, and what else the directory says.
+
+Law: opening reads headers only. A view is built when its name is asked for and can be dropped again,
+so that a checkpoint of a thousand ranks costs its headers, not its fragments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from .dtypes import DType
+from .errors import SourceError
+from .extents import Extents, File
+from .views import View
+
+JSON = str | int | float | bool | None | list["JSON"] | dict[str, "JSON"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One named tensor: its shape and dtype as stored, what it is, and how its view is built.
+
+    `kind` is "parameter", "frozen" (a parameter the optimizer does not own) or "buffer"."""
+
+    shape: tuple[int, ...]
+    dtype: DType
+    build: Callable[[], View]
+    kind: str = "parameter"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint of any format, opened.
+
+    `path`: what was opened. `format`: the source's name. `entries`: name -> Entry, in the format's own
+    order, tied names left out. `aliases`: tied name -> the name that holds its bytes. `extents`: the
+    table every view indexes. `files`: what was opened for headers or is needed for data. `config`: the
+    model's config.json where one lies beside, else None. `beside`: config and tokenizer files that go
+    with the weights. `facts`: tag, step, stage, world and the like, for people. `unread`: what was left
+    unread and why. `inert`: pickle globals that were kept as inert records. `structure`: hex digest of
+    everything that shapes the views (names, shapes, dtypes, partition and storage sizes, tensor offsets
+    and strides) but not of where in its file a storage lies. `headers`: hex digest of the headers and
+    pickles themselves."""
+
+    path: str
+    format: str
+    entries: Mapping[str, Entry]
+    extents: Extents
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    files: tuple[File, ...] = ()
+    config: Mapping[str, JSON] | None = None
+    beside: tuple[str, ...] = ()
+    facts: Mapping[str, JSON] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+    inert: tuple[str, ...] = ()
+    structure: str = ""
+    headers: str = ""
+
+    def __getitem__(self, name: str) -> View:
+        """The view of a tensor; a tied name gives its holder's. Raises SourceError naming near misses."""
+        entry = self.entries.get(self.aliases.get(name, name))
+        if entry is None:
+            import difflib
+
+            near = difflib.get_close_matches(name, self.entries, 3)
+            hint = f"; near: {', '.join(near)}" if near else ""
+            raise SourceError(f"{self.path}: no tensor {name!r} among {len(self.entries)}{hint}")
+        return entry.build()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries or name in self.aliases
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)

@@ -1,0 +1,49 @@
+"""Every error fastckpt raises on purpose: what, got, wanted, where.
+
+A class says which room refused and carries the exit code of the command line.
+Messages are raised deep with the local fact; the spine adds target and file once.
+"""
+
+from __future__ import annotations
+
+
+class FastckptError(Exception):
+    """The root of every error raised on purpose; `exit_code` is the command line's."""
+
+    exit_code = 2
+
+
+class SourceError(FastckptError):
+    """A file of the checkpoint is broken, unsafe, missing or contradicts another."""
+
+    exit_code = 3
+
+
+class ViewError(FastckptError):
+    """An op of the view algebra does not fit its operand."""
+
+
+class RecipeError(FastckptError):
+    """Names, shapes or config do not fit the model family."""
+
+
+class LayoutError(FastckptError):
+    """A serving layout cannot cut this model for this placement."""
+
+
+class WriteError(FastckptError):
+    """Output could not be made real: no space, no permission, not ours, I/O."""
+
+    exit_code = 4
+
+
+class DeviceError(FastckptError):
+    """A device or a compiled part that was asked for is not there."""
+
+    exit_code = 4
+
+
+class ManagerError(FastckptError):
+    """The training side's checkpoint manager cannot do what was asked."""
+
+    exit_code = 4

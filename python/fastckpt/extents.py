@@ -1,0 +1,107 @@
+"""Where bytes lie: files, buffers in memory, and contiguous runs of them.
+
+Law: an extent lies inside its file or buffer; this is checked here, at construction, and trusted after.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from .errors import SourceError
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file as it was when its header was read: path, size in bytes, modification time, inode.
+
+    A later read compares these, so that a file that changes under us is an error."""
+
+    path: str
+    nbytes: int
+    mtime_ns: int = 0
+    inode: int = 0
+
+    @staticmethod
+    def at(path: str | os.PathLike[str]) -> File:
+        """The file at `path` as it is now. Raises SourceError when it is missing or no regular file."""
+        try:
+            s = os.stat(path)
+        except OSError as e:
+            raise SourceError(f"{os.fspath(path)}: {e.strerror}") from None
+        if not os.path.isfile(path):
+            raise SourceError(f"{os.fspath(path)}: not a regular file")
+        return File(os.fspath(path), s.st_size, s.st_mtime_ns, s.st_ino)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Buffer:
+    """Bytes in memory: `address` and `nbytes` on `device`; `owner` keeps them alive."""
+
+    owner: object
+    address: int
+    nbytes: int
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A contiguous byte run: `nbytes` from `offset` of `where`.
+
+    `key` is the run's name inside its file (a torch storage key, a tensor name), which stays the
+    same when offsets move; a cached plan finds its extents again by (path, key)."""
+
+    where: File | Buffer
+    offset: int
+    nbytes: int
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        if self.offset < 0 or self.nbytes < 0 or self.offset + self.nbytes > self.where.nbytes:
+            name = self.where.path if isinstance(self.where, File) else "buffer"
+            raise SourceError(
+                f"{name}: {self.key or 'extent'} needs bytes [{self.offset}, {self.offset + self.nbytes}) "
+                f"of {self.where.nbytes}"
+            )
+
+
+class Extents:
+    """An immutable table of extents; a fragment names its extent by the index in this table.
+
+    Views of one checkpoint share one table, so that joining them moves no Python object."""
+
+    __slots__ = ("_items", "_index")
+
+    def __init__(self, items: Iterable[Extent] = ()) -> None:
+        self._items: tuple[Extent, ...] = tuple(items)
+        self._index: dict[Extent, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, i: int) -> Extent:
+        return self._items[i]
+
+    def __iter__(self) -> Iterator[Extent]:
+        return iter(self._items)
+
+    def union(self, other: Extents) -> tuple[Extents, list[int]]:
+        """A table holding both, and the new index of each of `other`'s extents; own indices stay."""
+        if other is self:
+            return self, list(range(len(self)))
+        if self._index is None:
+            self._index = {e: i for i, e in enumerate(self._items)}
+        extra: list[Extent] = []
+        where: dict[Extent, int] = {}
+        moved = []
+        for e in other:
+            i = self._index.get(e)
+            if i is None:
+                i = where.get(e)
+            if i is None:
+                i = len(self._items) + len(extra)
+                where[e] = i
+                extra.append(e)
+            moved.append(i)
+        return (self if not extra else Extents(self._items + tuple(extra))), moved

@@ -1,0 +1,60 @@
+"""Where one serving rank stands in the grid of serving ranks.
+
+Law: rank == (pp_rank * dp + dp_rank) * tp + tp_rank, with every coordinate below its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from .errors import LayoutError
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The sizes of the serving grid and one rank in it.
+
+    `tp` ranks cut each layer, `pp` stages hold layer ranges, `dp` groups repeat the model; `ep` ranks
+    share the experts of a layer. Raises LayoutError for sizes below 1 or a rank outside the grid."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    ep: int = 1
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "dp", "ep"):
+            if getattr(self, name) < 1:
+                raise LayoutError(f"placement: {name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.rank < self.world:
+            raise LayoutError(f"placement: rank {self.rank} is outside the {self.world} ranks of {self}")
+
+    @property
+    def world(self) -> int:
+        """The number of ranks."""
+        return self.tp * self.pp * self.dp
+
+    @property
+    def tp_rank(self) -> int:
+        """This rank's place among those that cut each layer."""
+        return self.rank % self.tp
+
+    @property
+    def dp_rank(self) -> int:
+        """This rank's place among the repeats."""
+        return self.rank // self.tp % self.dp
+
+    @property
+    def pp_rank(self) -> int:
+        """This rank's pipeline stage."""
+        return self.rank // (self.tp * self.dp)
+
+    def at(self, rank: int) -> Placement:
+        """The same grid seen from `rank`."""
+        return replace(self, rank=rank)
+
+    def ranks(self) -> Iterator[Placement]:
+        """Every rank's placement, in order."""
+        return (self.at(r) for r in range(self.world))

@@ -1,0 +1,496 @@
+"""Views: tensors described by where their elements lie, and the ops that rearrange the description.
+
+A View is shape + dtype + fragments. A fragment is a box of the view (origin, size) and where its
+elements lie in one extent (stored dtype, element offset, element strides). Fragments tile the view:
+they are disjoint and cover it. A fragment without an extent (index ZERO) is zeros: `pad` makes those.
+
+Fragments are the rows of one int64 array, so that an op on 10,000 of them is a few vector operations:
+
+    [extent, stored dtype code, element offset, origin * ndim, size * ndim, stride * ndim]
+
+Law: no op reads, moves or copies an element; each says in its docstring which element the result
+holds, and the tests check that sentence against numpy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dtypes import DTYPES, DType, castable, exact
+from .errors import SourceError, ViewError
+from .extents import Buffer, Extent, Extents
+
+Rows = NDArray[np.int64]
+
+ZERO = -1
+"""The extent index of a fragment that is zeros."""
+
+MAX_FRAGMENTS = 1 << 22
+"""The most fragments one `merge` may cut a view into."""
+
+_EXTENT, _STORED, _OFFSET, _BOX = 0, 1, 2, 3
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class View:
+    """A tensor of `shape` and `dtype` whose elements lie in `extents` as `rows` say (module docstring)."""
+
+    shape: tuple[int, ...]
+    dtype: DType
+    extents: Extents
+    rows: Rows
+
+    # ---- what a view is ----
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return len(self.shape)
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the dense result."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def origin(self) -> Rows:
+        """Where each fragment's box starts: [fragments, ndim]."""
+        return self.rows[:, _BOX : _BOX + self.ndim]
+
+    @property
+    def size(self) -> Rows:
+        """The shape of each fragment's box: [fragments, ndim]."""
+        return self.rows[:, _BOX + self.ndim : _BOX + 2 * self.ndim]
+
+    @property
+    def stride(self) -> Rows:
+        """The strides of each fragment in its extent, in stored elements: [fragments, ndim]."""
+        return self.rows[:, _BOX + 2 * self.ndim :]
+
+    @property
+    def extent(self) -> Rows:
+        """The index of each fragment's extent in `extents`; ZERO for zeros: [fragments]."""
+        return self.rows[:, _EXTENT]
+
+    @property
+    def stored(self) -> Rows:
+        """The dtype code each fragment is stored in: [fragments]."""
+        return self.rows[:, _STORED]
+
+    @property
+    def offset(self) -> Rows:
+        """The first element of each fragment in its extent, in stored elements: [fragments]."""
+        return self.rows[:, _OFFSET]
+
+    def __repr__(self) -> str:
+        return f"View({self.dtype}{list(self.shape)}, {len(self.rows)} fragments)"
+
+    # ---- the ops ----
+
+    def narrow(self, axis: int, start: int, length: int) -> View:
+        """result[.., i, ..] == self[.., start + i, ..] for i in [0, length)."""
+        axis = self._axis(axis)
+        n = self.shape[axis]
+        if start < 0 or length < 0 or start + length > n:
+            raise ViewError(
+                f"narrow on axis {axis}: [{start}, {start + length}) is outside {self.shape}"
+            )
+        if length == n:
+            return self
+        shape = (*self.shape[:axis], length, *self.shape[axis + 1 :])
+        o, s, t = (_BOX + axis + k * self.ndim for k in range(3))
+        r = self.rows
+        low = np.maximum(r[:, o], start)
+        high = np.minimum(r[:, o] + r[:, s], start + length)
+        keep = high > low
+        if not keep.all():
+            r, low, high = r[keep], low[keep], high[keep]
+        else:
+            r = r.copy()
+        r[:, _OFFSET] += (low - r[:, o]) * r[:, t]
+        r[:, o] = low - start
+        r[:, s] = high - low
+        return View(shape, self.dtype, self.extents, r)
+
+    def part(self, axis: int, index: int, count: int) -> View:
+        """The `index`-th of `count` equal parts along `axis`; a ViewError when they are not equal."""
+        n = self.shape[self._axis(axis)]
+        if n % count:
+            raise ViewError(f"part on axis {axis}: {n} does not divide by {count}, shape {self.shape}")
+        return self.narrow(axis, index * (n // count), n // count)
+
+    def permute(self, axes: Sequence[int]) -> View:
+        """result.shape[k] == self.shape[axes[k]]; result[i..] == self[j..] where j[axes[k]] == i[k]."""
+        if sorted(axes) != list(range(self.ndim)):
+            raise ViewError(f"permute: {tuple(axes)} is no permutation of the axes of {self.shape}")
+        d = self.ndim
+        columns = [_EXTENT, _STORED, _OFFSET] + [_BOX + k * d + a for k in range(3) for a in axes]
+        shape = tuple(self.shape[a] for a in axes)
+        return View(shape, self.dtype, self.extents, self.rows[:, columns])
+
+    @property
+    def T(self) -> View:
+        """The transpose of a two-axis view."""
+        if self.ndim != 2:
+            raise ViewError(f"T: wanted two axes, got {self.shape}")
+        return self.permute((1, 0))
+
+    def split(self, axis: int, inner: int) -> View:
+        """Axis n becomes (n // inner, inner): result[.., i, j, ..] == self[.., i * inner + j, ..].
+
+        A fragment becomes at most three: the tail of its first row, whole rows, the head of its last."""
+        axis = self._axis(axis)
+        n, d = self.shape[axis], self.ndim
+        if inner < 1 or n % inner:
+            raise ViewError(f"split on axis {axis}: {n} does not divide by {inner}, shape {self.shape}")
+        shape = (*self.shape[:axis], n // inner, inner, *self.shape[axis + 1 :])
+        r = self.rows
+        o, s, t = (r[:, _BOX + axis + k * d] for k in range(3))
+        stop = o + s
+        first, last = -(-o // inner), stop // inner
+        short = first > last  # inside one row
+        head = ~short & (o % inner != 0)
+        body = ~short & (last > first)
+        tail = ~short & (stop % inner != 0)
+        parts = []
+        for mask, row, rows, col, cols in (
+            (short, o // inner, None, o % inner, s),
+            (head, first - 1, None, o % inner, first * inner - o),
+            (body, first, last - first, None, None),
+            (tail, last, None, None, stop % inner),
+        ):
+            if not mask.any():
+                continue
+            whole = mask.all()
+            pick = r if whole else r[mask]
+
+            def col_of(c: Rows | None, default: int, mask=mask, whole=whole, pick=pick) -> Rows:  # type: ignore[no-untyped-def]
+                if c is None:
+                    return np.full(len(pick), default, np.int64)
+                return c if whole else c[mask]
+
+            r0, rn = col_of(row, 0), col_of(rows, 1)
+            c0, cn = col_of(col, 0), col_of(cols, inner)
+            stride = pick[:, _BOX + axis + 2 * d]
+            out = np.empty((len(pick), _BOX + 3 * (d + 1)), np.int64)
+            out[:, :_BOX] = pick[:, :_BOX]
+            out[:, _OFFSET] += (r0 * inner + c0 - pick[:, _BOX + axis]) * stride
+            for k, (outer, within) in enumerate(((r0, c0), (rn, cn), (stride * inner, stride))):
+                old = pick[:, _BOX + k * d : _BOX + (k + 1) * d]
+                new = out[:, _BOX + k * (d + 1) : _BOX + (k + 1) * (d + 1)]
+                new[:, :axis] = old[:, :axis]
+                new[:, axis], new[:, axis + 1] = outer, within
+                new[:, axis + 2 :] = old[:, axis + 1 :]
+            parts.append(out)
+        rows_out = parts[0] if len(parts) == 1 else _stacked(parts, d + 1)
+        return View(shape, self.dtype, self.extents, rows_out)
+
+    def merge(self, axis: int) -> View:
+        """Axes (m, n) at `axis` become m * n: result[.., i * n + j, ..] == self[.., i, j, ..].
+
+        Where the two axes of a fragment are not one stride, it is cut along the outer one, a fragment
+        an index; a ViewError past MAX_FRAGMENTS."""
+        axis = self._axis(axis)
+        if axis + 1 >= self.ndim:
+            raise ViewError(f"merge on axis {axis}: no axis after it in {self.shape}")
+        d, inner = self.ndim, self.shape[axis + 1]
+        shape = (*self.shape[:axis], self.shape[axis] * inner, *self.shape[axis + 2 :])
+        r = self.rows
+        rows, cols = r[:, _BOX + d + axis], r[:, _BOX + d + axis + 1]
+        row_stride, col_stride = r[:, _BOX + 2 * d + axis], r[:, _BOX + 2 * d + axis + 1]
+        joined = (rows == 1) | ((cols == inner) & ((cols == 1) | (row_stride == inner * col_stride)))
+        if not joined.all():
+            times = np.where(joined, 1, rows)
+            total = int(times.sum())
+            if total > MAX_FRAGMENTS:
+                raise ViewError(
+                    f"merge on axis {axis} of {self.shape} needs {total} fragments, "
+                    f"more than {MAX_FRAGMENTS}"
+                )
+            start = np.cumsum(times) - times
+            step = np.arange(total) - np.repeat(start, times)
+            r = np.repeat(r, times, axis=0)
+            cut = np.repeat(~joined, times)
+            r[:, _OFFSET] += step * r[:, _BOX + 2 * d + axis]
+            r[:, _BOX + axis] += step
+            r[cut, _BOX + d + axis] = 1
+        # The joined stride is the inner one, or the outer one where the inner axis is a unit.
+        rows, cols = r[:, _BOX + d + axis], r[:, _BOX + d + axis + 1]
+        stride = np.where(cols == 1, r[:, _BOX + 2 * d + axis], r[:, _BOX + 2 * d + axis + 1])
+        out = np.empty((len(r), _BOX + 3 * (d - 1)), np.int64)
+        out[:, :_BOX] = r[:, :_BOX]
+        origin = r[:, _BOX + axis] * inner + r[:, _BOX + axis + 1]
+        for k, column in enumerate((origin, rows * cols, stride)):
+            old = r[:, _BOX + k * d : _BOX + (k + 1) * d]
+            new = out[:, _BOX + k * (d - 1) : _BOX + (k + 1) * (d - 1)]
+            new[:, :axis] = old[:, :axis]
+            new[:, axis] = column
+            new[:, axis + 1 :] = old[:, axis + 2 :]
+        return View(shape, self.dtype, self.extents, out)
+
+    def reshape(self, shape: Sequence[int]) -> View:
+        """result.ravel()[i] == self.ravel()[i]; splits and merges of neighbouring axes."""
+        shape = tuple(shape)
+        if math.prod(shape) != self.numel or any(n < 0 for n in shape):
+            raise ViewError(f"reshape: {self.shape} has {self.numel} elements, {shape} {math.prod(shape)}")
+        if shape == self.shape:
+            return self
+        if self.numel == 0:
+            return View(shape, self.dtype, self.extents, _no_rows(len(shape)))
+        if len(self.rows) == 1:
+            dense = self._dense(shape)
+            if dense is not None:
+                return dense
+        out = self._only([a for a, n in enumerate(self.shape) if n != 1])
+        axis = 0
+        for old, new in _groups(out.shape, [n for n in shape if n != 1]):
+            for _ in range(old - 1):
+                out = out.merge(axis)
+            for k in range(len(new) - 1):
+                out = out.split(axis + k, math.prod(new[k + 1 :]))
+            axis += len(new)
+        return out._with_units(shape)
+
+    def unsqueeze(self, axis: int) -> View:
+        """A unit axis before `axis`: result[.., 0, ..] == self[.., ..]."""
+        if not 0 <= axis <= self.ndim:
+            raise ViewError(f"unsqueeze: axis {axis} is outside {self.shape}")
+        return self._with_units((*self.shape[:axis], 1, *self.shape[axis:]), at=axis)
+
+    def pad(self, axis: int, before: int, after: int) -> View:
+        """Zeros of the view's dtype around `axis`: result[.., before + i, ..] == self[.., i, ..]."""
+        axis = self._axis(axis)
+        if before < 0 or after < 0:
+            raise ViewError(f"pad on axis {axis}: negative padding ({before}, {after})")
+        shape = self.shape
+        parts = [zeros((*shape[:axis], n, *shape[axis + 1 :]), self.dtype) for n in (before, after)]
+        return cat([parts[0], self, parts[1]], axis) if before or after else self
+
+    def cast(self, dtype: DType) -> View:
+        """The same values as `dtype`, rounded to nearest even.
+
+        A ViewError for pairs that no kernel converts (integers, bools) and for a second rounding:
+        a cast that followed a narrowing one could differ from the direct cast."""
+        if dtype is self.dtype:
+            return self
+        for code in {int(c) for c in np.unique(self.stored[self.extent != ZERO])}:
+            stored = DTYPES[code]
+            if not castable(stored, dtype):
+                raise ViewError(f"cast: no conversion from {stored} to {dtype}")
+            if not exact(stored, self.dtype):
+                raise ViewError(
+                    f"cast: {stored} was already rounded to {self.dtype}; cast it once, to {dtype}"
+                )
+        rows = self.rows
+        if len(rows) and (self.extent == ZERO).any():
+            rows = rows.copy()
+            rows[rows[:, _EXTENT] == ZERO, _STORED] = dtype.code
+        return View(self.shape, dtype, self.extents, rows)
+
+    # ---- internals ----
+
+    def _axis(self, axis: int) -> int:
+        if not -self.ndim <= axis < self.ndim:
+            raise ViewError(f"axis {axis} is outside {self.shape}")
+        return axis % self.ndim
+
+    def _dense(self, shape: tuple[int, ...]) -> View | None:
+        """The reshape of a single fragment that lies dense, without cutting; None where it does not."""
+        row = self.rows[0].tolist()
+        d = self.ndim
+        want = 1
+        for n, stride in zip(reversed(self.shape), reversed(row[_BOX + 2 * d :]), strict=True):
+            if n != 1 and stride != want:
+                return None
+            want *= n
+        head = [row[_EXTENT], row[_STORED], row[_OFFSET]]
+        new = head + [0] * len(shape) + list(shape) + dense_strides(shape)
+        return View(shape, self.dtype, self.extents, np.array([new], np.int64))
+
+    def _only(self, axes: list[int]) -> View:
+        """The view without the other axes, which must be units."""
+        if len(axes) == self.ndim:
+            return self
+        d = self.ndim
+        columns = [_EXTENT, _STORED, _OFFSET] + [_BOX + k * d + a for k in range(3) for a in axes]
+        shape = tuple(self.shape[a] for a in axes)
+        return View(shape, self.dtype, self.extents, self.rows[:, columns])
+
+    def _with_units(self, shape: tuple[int, ...], at: int | None = None) -> View:
+        """The view with unit axes put in so that its shape is `shape` (`at`: the one new axis)."""
+        if len(shape) == self.ndim:
+            return self
+        new_axes = {at} if at is not None else {a for a, n in enumerate(shape) if n == 1}
+        d, e = self.ndim, len(shape)
+        out = np.empty((len(self.rows), _BOX + 3 * e), np.int64)
+        out[:, :_BOX] = self.rows[:, :_BOX]
+        for k, unit in enumerate((0, 1, 0)):
+            old = 0
+            for a in range(e):
+                if a in new_axes:
+                    out[:, _BOX + k * e + a] = unit
+                else:
+                    out[:, _BOX + k * e + a] = self.rows[:, _BOX + k * d + old]
+                    old += 1
+        return View(shape, self.dtype, self.extents, out)
+
+
+# ---- making views ----
+
+
+def strided(
+    extents: Extents,
+    extent: int,
+    dtype: DType,
+    shape: Sequence[int],
+    *,
+    offset: int = 0,
+    stride: Sequence[int] | None = None,
+) -> View:
+    """One fragment: element i.. is element `offset + sum(i * stride)` of extent number `extent`.
+
+    `offset` and `stride` in elements of `dtype`; the default stride is dense, row-major. Raises
+    SourceError when an element would lie outside the extent."""
+    shape = tuple(shape)
+    steps = dense_strides(shape) if stride is None else list(stride)
+    if any(n < 0 for n in shape) or len(steps) != len(shape) or any(s < 0 for s in steps) or offset < 0:
+        raise SourceError(f"tensor of shape {shape}, stride {tuple(steps)}, offset {offset} is no tensor")
+    if math.prod(shape) == 0:
+        return View(shape, dtype, extents, _no_rows(len(shape)))
+    last = offset + sum((n - 1) * s for n, s in zip(shape, steps, strict=True))
+    at = extents[extent]
+    if (last + 1) * dtype.itemsize > at.nbytes:
+        raise SourceError(
+            f"tensor of shape {shape}, stride {tuple(steps)}, offset {offset} needs "
+            f"{(last + 1) * dtype.itemsize} bytes of {at.key or 'its extent'}, which has {at.nbytes}"
+        )
+    row = [extent, dtype.code, offset] + [0] * len(shape) + list(shape) + steps
+    return View(shape, dtype, extents, np.array([row], np.int64))
+
+
+def runs(extents: Extents, dtype: DType, extent: Rows, offset: Rows, length: Rows) -> View:
+    """The concatenation of 1-D runs: run k is `length[k]` elements from `offset[k]` of extent `extent[k]`.
+
+    Equal to `cat` of `strided` views, in one step; empty runs are dropped. Raises SourceError when a
+    run leaves its extent."""
+    keep = length > 0
+    if not keep.all():
+        extent, offset, length = extent[keep], offset[keep], length[keep]
+    out = np.empty((len(extent), 6), np.int64)
+    stop = np.cumsum(length)
+    out[:, 0], out[:, 1], out[:, 2] = extent, dtype.code, offset
+    out[:, 3], out[:, 4], out[:, 5] = stop - length, length, 1
+    last = (offset + length) * dtype.itemsize
+    for k, e in enumerate(extent.tolist()):
+        if last[k] > extents[e].nbytes or offset[k] < 0:
+            at = extents[e]
+            raise SourceError(
+                f"{getattr(at.where, 'path', 'buffer')}: {at.key or 'extent'} has {at.nbytes} bytes, "
+                f"elements [{int(offset[k])}, {int(offset[k] + length[k])}) of {dtype} need {int(last[k])}"
+            )
+    return View((int(stop[-1]) if len(stop) else 0,), dtype, extents, out)
+
+
+def zeros(shape: Sequence[int], dtype: DType) -> View:
+    """A view of zeros."""
+    shape = tuple(shape)
+    if math.prod(shape) == 0:
+        return View(shape, dtype, _NOWHERE, _no_rows(len(shape)))
+    row = [ZERO, dtype.code, 0] + [0] * len(shape) + list(shape) + [0] * len(shape)
+    return View(shape, dtype, _NOWHERE, np.array([row], np.int64))
+
+
+def constant(values: NDArray[np.generic], dtype: DType) -> View:
+    """A view over a buffer of its own whose bytes travel in the plan: slopes, ones, scalar scales.
+
+    `values`' bytes must be those of `dtype` (a bfloat16 constant is given as uint16)."""
+    data = np.ascontiguousarray(values)
+    if data.itemsize != dtype.itemsize:
+        raise ViewError(f"constant: {data.dtype} has {data.itemsize} bytes an element, {dtype} {dtype.itemsize}")
+    held = Buffer(data, data.ctypes.data, data.nbytes)
+    return strided(Extents([Extent(held, 0, data.nbytes, "constant")]), 0, dtype, data.shape)
+
+
+def cat(views: Sequence[View], axis: int = 0) -> View:
+    """Views one after another along `axis`; they agree in dtype and in every other axis."""
+    if not views:
+        raise ViewError("cat: no views")
+    first = views[0]
+    axis = first._axis(axis)
+    for v in views[1:]:
+        fits = v.shape[:axis] == first.shape[:axis] and v.shape[axis + 1 :] == first.shape[axis + 1 :]
+        if v.ndim != first.ndim or not fits:
+            raise ViewError(f"cat on axis {axis}: {v.shape} does not fit {first.shape}")
+        if v.dtype is not first.dtype:
+            raise ViewError(f"cat on axis {axis}: {v.dtype} does not fit {first.dtype}")
+    extents, tables, at = first.extents, [], 0
+    for v in views:
+        rows = v.rows
+        if len(v.extents) and v.extents is not extents:
+            if len(extents):
+                extents, moved = extents.union(v.extents)
+                new = np.array([*moved, ZERO], np.int64)[rows[:, _EXTENT]]  # index -1 is ZERO itself
+                rows = rows.copy()
+                rows[:, _EXTENT] = new
+            else:
+                extents = v.extents
+        if at:
+            rows = rows.copy() if rows is v.rows else rows
+            rows[:, _BOX + axis] += at
+        tables.append(rows)
+        at += v.shape[axis]
+    shape = (*first.shape[:axis], at, *first.shape[axis + 1 :])
+    return View(shape, first.dtype, extents, np.concatenate(tables) if len(tables) > 1 else tables[0])
+
+
+def stack(views: Sequence[View], axis: int = 0) -> View:
+    """Views of one shape along a new axis: result[.., k, ..] == views[k][.., ..]."""
+    return cat([v.unsqueeze(axis) for v in views], axis)
+
+
+def dense_strides(shape: Sequence[int]) -> list[int]:
+    """Row-major strides in elements."""
+    out, step = [0] * len(shape), 1
+    for a in range(len(shape) - 1, -1, -1):
+        out[a] = step
+        step *= shape[a]
+    return out
+
+
+_NOWHERE = Extents()
+
+
+def _no_rows(ndim: int) -> Rows:
+    return np.empty((0, _BOX + 3 * ndim), np.int64)
+
+
+def _stacked(parts: list[Rows], ndim: int) -> Rows:
+    return np.concatenate(parts) if parts else _no_rows(ndim)
+
+
+def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """Neighbouring axes of equal product: (how many old axes, the new ones), left to right."""
+    out, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        a, b = old[i], new[j]
+        i0, j0 = i, j
+        i, j = i + 1, j + 1
+        while a != b:
+            if a < b:
+                a *= old[i]
+                i += 1
+            else:
+                b *= new[j]
+                j += 1
+        out.append((i - i0, list(new[j0:j])))
+    return out
