@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,7 @@ MAX_FRAGMENTS = 1 << 22
 """The most fragments one `merge` may cut a view into."""
 
 _EXTENT, _STORED, _OFFSET, _BOX = 0, 1, 2, 3
+_NEW = -1  # among the axes to pick: one that the result adds
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,8 +110,13 @@ class View:
         if length == n:
             return self
         shape = (*self.shape[:axis], length, *self.shape[axis + 1 :])
-        o, s, t = (_BOX + axis + k * self.ndim for k in range(3))
+        o, s, t = _box(self.ndim, axis)
         r = self.rows
+        if len(r) == 1 and length:  # the one fragment is the whole view
+            r = r.copy()
+            r[0, _OFFSET] += start * r[0, t]
+            r[0, s] = length
+            return View(shape, self.dtype, self.extents, r)
         low = np.maximum(r[:, o], start)
         high = np.minimum(r[:, o] + r[:, s], start + length)
         keep = high > low
@@ -133,10 +140,7 @@ class View:
         """result.shape[k] == self.shape[axes[k]]; result[i..] == self[j..] where j[axes[k]] == i[k]."""
         if sorted(axes) != list(range(self.ndim)):
             raise ViewError(f"permute: {tuple(axes)} is no permutation of the axes of {self.shape}")
-        d = self.ndim
-        columns = [_EXTENT, _STORED, _OFFSET] + [_BOX + k * d + a for k in range(3) for a in axes]
-        shape = tuple(self.shape[a] for a in axes)
-        return View(shape, self.dtype, self.extents, self.rows[:, columns])
+        return self._pick(axes)
 
     @property
     def T(self) -> View:
@@ -154,46 +158,34 @@ class View:
         if inner < 1 or n % inner:
             raise ViewError(f"split on axis {axis}: {n} does not divide by {inner}, shape {self.shape}")
         shape = (*self.shape[:axis], n // inner, inner, *self.shape[axis + 1 :])
-        r = self.rows
-        o, s, t = (r[:, _BOX + axis + k * d] for k in range(3))
-        stop = o + s
-        first, last = -(-o // inner), stop // inner
-        short = first > last  # inside one row
-        head = ~short & (o % inner != 0)
-        body = ~short & (last > first)
-        tail = ~short & (stop % inner != 0)
-        parts = []
-        for mask, row, rows, col, cols in (
-            (short, o // inner, None, o % inner, s),
-            (head, first - 1, None, o % inner, first * inner - o),
-            (body, first, last - first, None, None),
-            (tail, last, None, None, stop % inner),
-        ):
-            if not mask.any():
-                continue
-            whole = mask.all()
-            pick = r if whole else r[mask]
+        o, s, t = _box(d, axis)
+        outer, within = _box(d + 1, axis), _box(d + 1, axis + 1)
+        rows = self.rows.take(_columns(d, (*range(axis + 1), *range(axis, d))), axis=1)
 
-            def col_of(c: Rows | None, default: int, mask=mask, whole=whole, pick=pick) -> Rows:  # type: ignore[no-untyped-def]
-                if c is None:
-                    return np.full(len(pick), default, np.int64)
-                return c if whole else c[mask]
+        def cut(keep: NDArray[np.bool_], row: Rows, count: Rows, col: Rows, width: Rows) -> Rows:
+            """The boxes [row, row + count) x [col, col + width) of the fragments to keep."""
+            out = rows[keep]
+            row, count, col, width = row[keep], count[keep], col[keep], width[keep]
+            start, stride = self.rows[keep, o], self.rows[keep, t]
+            out[:, _OFFSET] += (row * inner + col - start) * stride
+            out[:, outer[0]], out[:, outer[1]], out[:, outer[2]] = row, count, stride * inner
+            out[:, within[0]], out[:, within[1]], out[:, within[2]] = col, width, stride
+            return out
 
-            r0, rn = col_of(row, 0), col_of(rows, 1)
-            c0, cn = col_of(col, 0), col_of(cols, inner)
-            stride = pick[:, _BOX + axis + 2 * d]
-            out = np.empty((len(pick), _BOX + 3 * (d + 1)), np.int64)
-            out[:, :_BOX] = pick[:, :_BOX]
-            out[:, _OFFSET] += (r0 * inner + c0 - pick[:, _BOX + axis]) * stride
-            for k, (outer, within) in enumerate(((r0, c0), (rn, cn), (stride * inner, stride))):
-                old = pick[:, _BOX + k * d : _BOX + (k + 1) * d]
-                new = out[:, _BOX + k * (d + 1) : _BOX + (k + 1) * (d + 1)]
-                new[:, :axis] = old[:, :axis]
-                new[:, axis], new[:, axis + 1] = outer, within
-                new[:, axis + 2 :] = old[:, axis + 1 :]
-            parts.append(out)
-        rows_out = parts[0] if len(parts) == 1 else _stacked(parts, d + 1)
-        return View(shape, self.dtype, self.extents, rows_out)
+        start = self.rows[:, o]
+        stop = start + self.rows[:, s]
+        row, col = np.divmod(start, inner)
+        last, over = np.divmod(stop, inner)
+        first = row + (col > 0)
+        none = np.zeros_like(start)
+        one, full = none + 1, none + inner
+        pieces = (
+            (col > 0, row, one, col, np.minimum(stop, first * inner) - start),
+            (last > first, first, last - first, none, full),
+            ((last >= first) & (over > 0), last, one, none, over),
+        )
+        parts = [cut(*piece) for piece in pieces if piece[0].any()]
+        return View(shape, self.dtype, self.extents, _stacked(parts, d + 1))
 
     def merge(self, axis: int) -> View:
         """Axes (m, n) at `axis` become m * n: result[.., i * n + j, ..] == self[.., i, j, ..].
@@ -206,36 +198,28 @@ class View:
         d, inner = self.ndim, self.shape[axis + 1]
         shape = (*self.shape[:axis], self.shape[axis] * inner, *self.shape[axis + 2 :])
         r = self.rows
-        rows, cols = r[:, _BOX + d + axis], r[:, _BOX + d + axis + 1]
-        row_stride, col_stride = r[:, _BOX + 2 * d + axis], r[:, _BOX + 2 * d + axis + 1]
-        joined = (rows == 1) | ((cols == inner) & ((cols == 1) | (row_stride == inner * col_stride)))
+        (o, s, t), (o2, s2, t2) = _box(d, axis), _box(d, axis + 1)
+        joined = (r[:, s] == 1) | ((r[:, s2] == inner) & ((inner == 1) | (r[:, t] == inner * r[:, t2])))
         if not joined.all():
-            times = np.where(joined, 1, rows)
+            times = np.where(joined, 1, r[:, s])
             total = int(times.sum())
             if total > MAX_FRAGMENTS:
                 raise ViewError(
                     f"merge on axis {axis} of {self.shape} needs {total} fragments, "
                     f"more than {MAX_FRAGMENTS}"
                 )
-            start = np.cumsum(times) - times
-            step = np.arange(total) - np.repeat(start, times)
-            r = np.repeat(r, times, axis=0)
+            step = np.arange(total) - np.repeat(np.cumsum(times) - times, times)
             cut = np.repeat(~joined, times)
-            r[:, _OFFSET] += step * r[:, _BOX + 2 * d + axis]
-            r[:, _BOX + axis] += step
-            r[cut, _BOX + d + axis] = 1
+            r = np.repeat(r, times, axis=0)
+            r[:, _OFFSET] += step * r[:, t]
+            r[:, o] += step
+            r[cut, s] = 1
+        out = r.take(_columns(d, (*range(axis + 1), *range(axis + 2, d))), axis=1)
+        origin, size, stride = _box(d - 1, axis)
+        out[:, origin] = r[:, o] * inner + r[:, o2]
+        out[:, size] = r[:, s] * r[:, s2]
         # The joined stride is the inner one, or the outer one where the inner axis is a unit.
-        rows, cols = r[:, _BOX + d + axis], r[:, _BOX + d + axis + 1]
-        stride = np.where(cols == 1, r[:, _BOX + 2 * d + axis], r[:, _BOX + 2 * d + axis + 1])
-        out = np.empty((len(r), _BOX + 3 * (d - 1)), np.int64)
-        out[:, :_BOX] = r[:, :_BOX]
-        origin = r[:, _BOX + axis] * inner + r[:, _BOX + axis + 1]
-        for k, column in enumerate((origin, rows * cols, stride)):
-            old = r[:, _BOX + k * d : _BOX + (k + 1) * d]
-            new = out[:, _BOX + k * (d - 1) : _BOX + (k + 1) * (d - 1)]
-            new[:, :axis] = old[:, :axis]
-            new[:, axis] = column
-            new[:, axis + 1 :] = old[:, axis + 2 :]
+        out[:, stride] = np.where(r[:, s2] == 1, r[:, t], r[:, t2])
         return View(shape, self.dtype, self.extents, out)
 
     def reshape(self, shape: Sequence[int]) -> View:
@@ -251,7 +235,7 @@ class View:
             dense = self._dense(shape)
             if dense is not None:
                 return dense
-        out = self._only([a for a, n in enumerate(self.shape) if n != 1])
+        out = self._pick([a for a, n in enumerate(self.shape) if n != 1])
         axis = 0
         for old, new in _groups(out.shape, [n for n in shape if n != 1]):
             for _ in range(old - 1):
@@ -259,13 +243,13 @@ class View:
             for k in range(len(new) - 1):
                 out = out.split(axis + k, math.prod(new[k + 1 :]))
             axis += len(new)
-        return out._with_units(shape)
+        return out._with_units(shape, [a for a, n in enumerate(shape) if n == 1])
 
     def unsqueeze(self, axis: int) -> View:
         """A unit axis before `axis`: result[.., 0, ..] == self[.., ..]."""
         if not 0 <= axis <= self.ndim:
             raise ViewError(f"unsqueeze: axis {axis} is outside {self.shape}")
-        return self._with_units((*self.shape[:axis], 1, *self.shape[axis:]), at=axis)
+        return self._with_units((*self.shape[:axis], 1, *self.shape[axis:]), [axis])
 
     def pad(self, axis: int, before: int, after: int) -> View:
         """Zeros of the view's dtype around `axis`: result[.., before + i, ..] == self[.., i, ..]."""
@@ -283,7 +267,8 @@ class View:
         a cast that followed a narrowing one could differ from the direct cast."""
         if dtype is self.dtype:
             return self
-        for code in {int(c) for c in np.unique(self.stored[self.extent != ZERO])}:
+        zero = self.extent == ZERO
+        for code in set(self.stored[~zero].tolist()):
             stored = DTYPES[code]
             if not castable(stored, dtype):
                 raise ViewError(f"cast: no conversion from {stored} to {dtype}")
@@ -292,9 +277,9 @@ class View:
                     f"cast: {stored} was already rounded to {self.dtype}; cast it once, to {dtype}"
                 )
         rows = self.rows
-        if len(rows) and (self.extent == ZERO).any():
+        if zero.any():
             rows = rows.copy()
-            rows[rows[:, _EXTENT] == ZERO, _STORED] = dtype.code
+            rows[zero, _STORED] = dtype.code
         return View(self.shape, dtype, self.extents, rows)
 
     # ---- internals ----
@@ -317,32 +302,24 @@ class View:
         new = head + [0] * len(shape) + list(shape) + dense_strides(shape)
         return View(shape, self.dtype, self.extents, np.array([new], np.int64))
 
-    def _only(self, axes: list[int]) -> View:
-        """The view without the other axes, which must be units."""
-        if len(axes) == self.ndim:
-            return self
-        d = self.ndim
-        columns = [_EXTENT, _STORED, _OFFSET] + [_BOX + k * d + a for k in range(3) for a in axes]
-        shape = tuple(self.shape[a] for a in axes)
-        return View(shape, self.dtype, self.extents, self.rows[:, columns])
+    def _pick(self, axes: Sequence[int]) -> View:
+        """The view with these axes in this order; axes left out must be units."""
+        axes = tuple(axes)
+        rows = self.rows.take(_columns(self.ndim, axes), axis=1)
+        return View(tuple(self.shape[a] for a in axes), self.dtype, self.extents, rows)
 
-    def _with_units(self, shape: tuple[int, ...], at: int | None = None) -> View:
-        """The view with unit axes put in so that its shape is `shape` (`at`: the one new axis)."""
-        if len(shape) == self.ndim:
+    def _with_units(self, shape: tuple[int, ...], units: Sequence[int]) -> View:
+        """The view with unit axes put in at `units` so that its shape is `shape`."""
+        if not units:
             return self
-        new_axes = {at} if at is not None else {a for a, n in enumerate(shape) if n == 1}
-        d, e = self.ndim, len(shape)
-        out = np.empty((len(self.rows), _BOX + 3 * e), np.int64)
-        out[:, :_BOX] = self.rows[:, :_BOX]
-        for k, unit in enumerate((0, 1, 0)):
-            old = 0
-            for a in range(e):
-                if a in new_axes:
-                    out[:, _BOX + k * e + a] = unit
-                else:
-                    out[:, _BOX + k * e + a] = self.rows[:, _BOX + k * d + old]
-                    old += 1
-        return View(shape, self.dtype, self.extents, out)
+        d = len(shape)
+        old = iter(range(self.ndim))
+        axes = tuple(_NEW if a in units else next(old) for a in range(d))
+        rows = self.rows.take(_columns(self.ndim, axes), axis=1)
+        for a in units:
+            origin, size, stride = _box(d, a)
+            rows[:, origin], rows[:, size], rows[:, stride] = 0, 1, 0
+        return View(shape, self.dtype, self.extents, rows)
 
 
 # ---- making views ----
@@ -363,11 +340,11 @@ def strided(
     SourceError when an element would lie outside the extent."""
     shape = tuple(shape)
     steps = dense_strides(shape) if stride is None else list(stride)
-    if any(n < 0 for n in shape) or len(steps) != len(shape) or any(s < 0 for s in steps) or offset < 0:
+    if len(steps) != len(shape) or min(offset, *shape, *steps, 0) < 0:
         raise SourceError(f"tensor of shape {shape}, stride {tuple(steps)}, offset {offset} is no tensor")
-    if math.prod(shape) == 0:
+    if 0 in shape:
         return View(shape, dtype, extents, _no_rows(len(shape)))
-    last = offset + sum((n - 1) * s for n, s in zip(shape, steps, strict=True))
+    last = offset + sum([(n - 1) * s for n, s in zip(shape, steps, strict=True)])
     at = extents[extent]
     if (last + 1) * dtype.itemsize > at.nbytes:
         raise SourceError(
@@ -390,13 +367,12 @@ def runs(extents: Extents, dtype: DType, extent: Rows, offset: Rows, length: Row
     stop = np.cumsum(length)
     out[:, 0], out[:, 1], out[:, 2] = extent, dtype.code, offset
     out[:, 3], out[:, 4], out[:, 5] = stop - length, length, 1
-    last = (offset + length) * dtype.itemsize
-    for k, e in enumerate(extent.tolist()):
-        if last[k] > extents[e].nbytes or offset[k] < 0:
-            at = extents[e]
+    for e, first, count in zip(extent.tolist(), offset.tolist(), length.tolist(), strict=True):
+        at = extents[e]
+        if first < 0 or (first + count) * dtype.itemsize > at.nbytes:
             raise SourceError(
-                f"{getattr(at.where, 'path', 'buffer')}: {at.key or 'extent'} has {at.nbytes} bytes, "
-                f"elements [{int(offset[k])}, {int(offset[k] + length[k])}) of {dtype} need {int(last[k])}"
+                f"{getattr(at.where, 'path', 'buffer')}: {at.key or 'extent'} has {at.nbytes} bytes, elements "
+                f"[{first}, {first + count}) of {dtype} need {(first + count) * dtype.itemsize}"
             )
     return View((int(stop[-1]) if len(stop) else 0,), dtype, extents, out)
 
@@ -404,7 +380,7 @@ def runs(extents: Extents, dtype: DType, extent: Rows, offset: Rows, length: Row
 def zeros(shape: Sequence[int], dtype: DType) -> View:
     """A view of zeros."""
     shape = tuple(shape)
-    if math.prod(shape) == 0:
+    if 0 in shape:
         return View(shape, dtype, _NOWHERE, _no_rows(len(shape)))
     row = [ZERO, dtype.code, 0] + [0] * len(shape) + list(shape) + [0] * len(shape)
     return View(shape, dtype, _NOWHERE, np.array([row], np.int64))
@@ -468,6 +444,18 @@ def dense_strides(shape: Sequence[int]) -> list[int]:
 
 
 _NOWHERE = Extents()
+
+
+def _box(ndim: int, axis: int) -> tuple[int, int, int]:
+    """The columns of origin, size and stride of one axis in the rows of a view of `ndim` axes."""
+    return _BOX + axis, _BOX + ndim + axis, _BOX + 2 * ndim + axis
+
+
+@lru_cache(maxsize=4096)
+def _columns(ndim: int, axes: tuple[int, ...]) -> NDArray[np.intp]:
+    """The columns that pick `axes` out of the rows of a view of `ndim` axes; _NEW picks any column."""
+    picked = [0 if a == _NEW else _BOX + k * ndim + a for k in range(3) for a in axes]
+    return np.array([_EXTENT, _STORED, _OFFSET, *picked], np.intp)
 
 
 def _no_rows(ndim: int) -> Rows:
