@@ -104,9 +104,7 @@ class View:
         axis = self._axis(axis)
         n = self.shape[axis]
         if start < 0 or length < 0 or start + length > n:
-            raise ViewError(
-                f"narrow on axis {axis}: [{start}, {start + length}) is outside {self.shape}"
-            )
+            raise ViewError(f"narrow on axis {axis}: [{start}, {start + length}) is outside {self.shape}")
         if length == n:
             return self
         shape = (*self.shape[:axis], length, *self.shape[axis + 1 :])
@@ -205,8 +203,7 @@ class View:
             total = int(times.sum())
             if total > MAX_FRAGMENTS:
                 raise ViewError(
-                    f"merge on axis {axis} of {self.shape} needs {total} fragments, "
-                    f"more than {MAX_FRAGMENTS}"
+                    f"merge on axis {axis} of {self.shape} needs {total} fragments, more than {MAX_FRAGMENTS}"
                 )
             step = np.arange(total) - np.repeat(np.cumsum(times) - times, times)
             cut = np.repeat(~joined, times)
@@ -392,7 +389,9 @@ def constant(values: NDArray[np.generic], dtype: DType) -> View:
     `values`' bytes must be those of `dtype` (a bfloat16 constant is given as uint16)."""
     data = np.ascontiguousarray(values)
     if data.itemsize != dtype.itemsize:
-        raise ViewError(f"constant: {data.dtype} has {data.itemsize} bytes an element, {dtype} {dtype.itemsize}")
+        raise ViewError(
+            f"constant: {data.dtype} has {data.itemsize} bytes an element, {dtype} {dtype.itemsize}"
+        )
     held = Buffer(data, data.ctypes.data, data.nbytes)
     return strided(Extents([Extent(held, 0, data.nbytes, "constant")]), 0, dtype, data.shape)
 
