@@ -1,0 +1,94 @@
+"""Serving conventions: each layout turns a Model (or a Checkpoint) and a placement into targets.
+
+A layout is a file here and a line in LAYOUTS: a frozen dataclass whose fields are its options. `roles` says
+what `targets` takes: a Model where it is True, the Checkpoint itself where it is False.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
+
+from ..checkpoint import Checkpoint
+from ..errors import LayoutError
+from ..model import Model
+from ..placement import Placement
+from ..target import Target
+from .hf import Hf
+from .naming import Naming
+from .patterns import Patterns
+from .rtp_llm import RtpLlm
+from .same import Same
+from .vllm import Vllm
+
+__all__ = ["LAYOUTS", "ByNames", "ByRoles", "Layout", "Naming", "Patterns", "layout"]
+
+
+class ByRoles(Protocol):
+    """A layout over roles: it needs a recipe."""
+
+    roles: ClassVar[Literal[True]]
+
+    def targets(self, model: Model, placement: Placement) -> Iterator[Target]:
+        """One rank's tensors. Raises LayoutError, before the first, for sizes this placement cannot cut."""
+
+    def naming(self, placement: Placement) -> Naming:
+        """The names of that rank's files."""
+
+
+class ByNames(Protocol):
+    """A layout over names: it needs neither recipe nor config."""
+
+    roles: ClassVar[Literal[False]]
+
+    def targets(self, ckpt: Checkpoint, placement: Placement) -> Iterator[Target]:
+        """One rank's tensors. Raises LayoutError, before the first, for sizes this placement cannot cut."""
+
+    def naming(self, placement: Placement) -> Naming:
+        """The names of that rank's files."""
+
+
+Layout = ByRoles | ByNames
+
+LAYOUTS: dict[str, type[Same] | type[Hf] | type[Vllm] | type[RtpLlm]] = {
+    "same": Same,
+    "hf": Hf,
+    "vllm": Vllm,
+    "rtp_llm": RtpLlm,
+}
+"""Name -> layout."""
+
+
+def layout(name: str, options: Mapping[str, str] | None = None) -> Layout:
+    """The layout of that name, its options read from strings (`-L key=value`).
+
+    Booleans are "true" or "false". Raises LayoutError naming the layouts, options or values there are."""
+    kind = LAYOUTS.get(name)
+    if kind is None:
+        raise LayoutError(f"no layout {name!r}; known: {', '.join(LAYOUTS)}")
+    hints = get_type_hints(kind)
+    fields = {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+    values: dict[str, bool | int | str] = {}
+    for key, text in (options or {}).items():
+        if key not in fields:
+            raise LayoutError(f"layout {name} has no option {key!r}; known: {', '.join(fields) or 'none'}")
+        values[key] = _parsed(f"layout {name}: {key}", text, fields[key])
+    make: Callable[..., Layout] = kind
+    return make(**values)
+
+
+def _parsed(where: str, text: str, kind: object) -> bool | int | str:
+    if kind is bool:
+        choices: Mapping[str, bool | str] = {"true": True, "false": False}
+    elif get_origin(kind) is Literal:
+        choices = {choice: choice for choice in get_args(kind)}
+    elif kind is int:
+        if not text.isascii() or not text.isdigit():
+            raise LayoutError(f"{where}: wanted a number, got {text!r}")
+        return int(text)
+    else:
+        return text
+    if text not in choices:
+        raise LayoutError(f"{where}: wanted {' or '.join(choices)}, got {text!r}")
+    return choices[text]

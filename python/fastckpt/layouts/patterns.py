@@ -1,0 +1,109 @@
+"""Name patterns -> how each tensor is cut, for models no recipe knows.
+
+The styles carry transformers' names (its tensor_parallel.py): column-wise cuts a matrix's outputs, the last
+axis but one, row-wise its inputs, the last axis. A bias goes with the outputs: the first cuts it, the second
+leaves it whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import ClassVar, Literal
+
+from ..checkpoint import Checkpoint
+from ..errors import LayoutError
+from ..placement import Placement
+from ..target import Target
+from ..views import cat
+from .cuts import require_tensor_parallel
+from .naming import Naming, ranked
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One style: `axis` that is cut, counted from the end (None: none); `bias`: whether a bias is cut with
+    it; `halves`: the axis holds so many matrices one after another, each of which is cut."""
+
+    axis: int | None
+    bias: bool = True
+    halves: int = 1
+
+
+_COLUMN, _ROW, _WHOLE = Cut(-2), Cut(-1, bias=False), Cut(None)
+STYLES: dict[str, Cut] = {
+    "colwise": _COLUMN,
+    "colwise_rep": _COLUMN,
+    "colwise_gather_output": _COLUMN,
+    "rowwise": _ROW,
+    "rowwise_rep": _ROW,
+    "rowwise_split_input": _ROW,
+    "embedding_rowwise": _COLUMN,
+    "embedding_colwise": _ROW,
+    "packed_colwise": Cut(-2, halves=2),
+    "packed_rowwise": Cut(-1, bias=False, halves=2),
+    "replicate": _WHOLE,
+    "replicated_with_grad_allreduce": _WHOLE,
+    "sequence_parallel": _WHOLE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Patterns:
+    """A plan of glob patterns -> style; a pattern stands for a tensor's name or its module's.
+
+    The first pattern that matches decides. `*` also matches dots. Raises LayoutError for an unknown style."""
+
+    plan: Mapping[str, str]
+    roles: ClassVar[Literal[False]] = False
+
+    def __post_init__(self) -> None:
+        for pattern, style in self.plan.items():
+            if style not in STYLES:
+                known = ", ".join(STYLES)
+                raise LayoutError(f"tp_plan: {pattern!r}: unknown style {style!r}; known: {known}")
+
+    def targets(self, ckpt: Checkpoint, placement: Placement) -> Iterator[Target]:
+        """Every tensor's part for this rank, in the checkpoint's order.
+
+        Raises LayoutError, before the first target, for a name no pattern matches, for an axis that does not
+        divide by tp, and for a tensor that does not have the axis."""
+        require_tensor_parallel("hf", placement)
+        cuts = {name: self._axis(name, ckpt.entries[name].shape, placement.tp) for name in ckpt}
+        return self._targets(ckpt, placement, cuts)
+
+    def naming(self, placement: Placement) -> Naming:
+        """The hub's names, a directory a rank."""
+        return ranked(placement.tp, placement.tp_rank)
+
+    def _targets(
+        self, ckpt: Checkpoint, placement: Placement, cuts: Mapping[str, tuple[int, int] | None]
+    ) -> Iterator[Target]:
+        for name, cut in cuts.items():
+            view = ckpt[name]
+            if cut is not None:
+                axis, halves = cut
+                parts = [view.part(axis, half, halves) for half in range(halves)]
+                view = cat([part.part(axis, placement.tp_rank, placement.tp) for part in parts], axis)
+            yield Target(name, view)
+
+    def _axis(self, name: str, shape: tuple[int, ...], tp: int) -> tuple[int, int] | None:
+        """The axis to cut and the matrices along it; None: the tensor is whole on every rank."""
+        module, _, leaf = name.rpartition(".")
+        style = next(
+            (s for p, s in self.plan.items() if fnmatchcase(name, p) or fnmatchcase(module, p)), None
+        )
+        if style is None:
+            raise LayoutError(f'tp_plan: no pattern matches {name}; write "*": "replicate" to mean it')
+        cut = STYLES[style]
+        if cut.axis is None or (leaf == "bias" and not cut.bias):
+            return None
+        axis = -1 if len(shape) == 1 else cut.axis  # a vector lies along the outputs, or is cut as asked
+        if len(shape) < -axis or (len(shape) == 1 and cut.halves > 1):
+            raise LayoutError(f"tp_plan: {name} has shape {shape}, which {style} cannot cut")
+        if shape[axis] % (tp * cut.halves):
+            each = f"tp {tp}" if cut.halves == 1 else f"{cut.halves} * tp {tp}"
+            where = f"{shape[axis]} on axis {axis % len(shape)}"
+            raise LayoutError(f"tp_plan: {name} has {where}, which does not divide by {each}")
+        return axis % len(shape), cut.halves

@@ -1,0 +1,186 @@
+"""A checkpoint as a recipe claims it: every name exists, fits its size, and none is left over.
+
+Law: a claim looks at shapes only and is checked at once; the view behind it is built when the returned
+function is called. Errors name the tensor, what was got, what was wanted and the config key it comes from.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import numpy as np
+
+from ..checkpoint import JSON, Checkpoint
+from ..errors import RecipeError
+from ..model import Embedding, Linear, Norm
+from ..views import View
+
+
+class Dim(NamedTuple):
+    """One axis of a tensor: its size and the config keys that say so."""
+
+    size: int
+    key: str
+
+
+def integer(config: Mapping[str, JSON], key: str, default: int | None = None) -> int:
+    """The positive integer `config[key]`; `default` where it is missing or null. Raises RecipeError."""
+    value = config.get(key)
+    if value is None:
+        value = default
+    if value is None:
+        raise RecipeError(f"config: {key} is missing")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise RecipeError(f"config: {key} must be a positive integer, got {value!r}")
+    return value
+
+
+def flag(config: Mapping[str, JSON], key: str, default: bool) -> bool:
+    """The boolean `config[key]`; `default` where it is missing or null. Raises RecipeError."""
+    value = config.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise RecipeError(f"config: {key} must be true or false, got {value!r}")
+    return value
+
+
+class Claims:
+    """The names of one checkpoint, claimed one by one.
+
+    `anchor` is a name every checkpoint of the family has: where it is missing and all names carry one
+    prefix before it, the error says how to strip that. `omitted`: a prefix of the hub's names that this
+    checkpoint leaves out (GPT-2's base model has no `transformer.`). Raises RecipeError."""
+
+    def __init__(self, ckpt: Checkpoint, anchor: str, omitted: str = "") -> None:
+        self.ckpt = ckpt
+        self._omitted = omitted
+        self._claimed: set[str] = set()
+        if self._stored(anchor) not in ckpt:
+            self._refuse_wrapped(self._stored(anchor))
+
+    def _stored(self, name: str) -> str:
+        return name.removeprefix(self._omitted)
+
+    def __contains__(self, name: str) -> bool:
+        return self._stored(name) in self.ckpt
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The stored shape of a tensor that must be there."""
+        stored = self._stored(name)
+        if stored not in self.ckpt:
+            near = difflib.get_close_matches(stored, self.ckpt, 3)
+            hint = f"; near: {', '.join(near)}" if near else ""
+            raise RecipeError(f"{self.ckpt.path}: the model needs {stored}, which is not there{hint}")
+        return self.ckpt.entries[self.ckpt.aliases.get(stored, stored)].shape
+
+    def tensor(self, name: str, *dims: Dim) -> Callable[[], View]:
+        """Claims a tensor of that shape; the result builds its view."""
+        got, want = self.shape(name), tuple(d.size for d in dims)
+        stored = self._stored(name)
+        if got != want:
+            keys = ", ".join(d.key for d in dims)
+            raise RecipeError(f"{stored}: got shape {got}, wanted {want} = ({keys})")
+        self._claimed.add(self.ckpt.aliases.get(stored, stored))
+        return lambda: self.ckpt[stored]
+
+    def linear(
+        self,
+        name: str,
+        out: Dim,
+        into: Dim,
+        *,
+        bias: bool = False,
+        transposed: bool = False,
+        stored: str | None = None,
+    ) -> Callable[[], Linear]:
+        """Claims the matrix [out, into] of the hub's module `name`, stored under the module `stored`."""
+        at = stored or name
+        weight = self.tensor(f"{at}.weight", *((into, out) if transposed else (out, into)))
+        offset = self.tensor(f"{at}.bias", out) if bias else None
+        return lambda: Linear(
+            name,
+            weight().T if transposed else weight(),
+            offset() if offset else None,
+            transposed,
+        )
+
+    def norm(self, name: str, size: Dim, *, bias: bool = False) -> Callable[[], Norm]:
+        """Claims a norm's weight, and its bias where it has one."""
+        weight = self.tensor(f"{name}.weight", size)
+        offset = self.tensor(f"{name}.bias", size) if bias else None
+        return lambda: Norm(name, weight(), offset() if offset else None)
+
+    def close(self, ignored: Sequence[str] = ()) -> tuple[str, ...]:
+        """Ends the claims: the unclaimed names that match a pattern of `ignored`.
+
+        Raises RecipeError naming those that match none."""
+        left = [name for name in self.ckpt.entries if name not in self._claimed]
+        unused = [name for name in left if not any(fnmatchcase(name, pattern) for pattern in ignored)]
+        if unused:
+            more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
+            raise RecipeError(
+                f"{self.ckpt.path}: the model has no place for {', '.join(unused[:5])}{more}; "
+                f"ignored are only: {', '.join(ignored) or 'none'}"
+            )
+        return tuple(left)
+
+    def _refuse_wrapped(self, anchor: str) -> None:
+        names = [*self.ckpt.entries, *self.ckpt.aliases]
+        for name in names:
+            prefix = name.removesuffix(anchor)
+            if prefix != name and prefix.endswith(".") and all(n.startswith(prefix) for n in names):
+                raise RecipeError(
+                    f"{self.ckpt.path}: every name starts with {prefix!r}; --strip-prefix {prefix} removes it"
+                )
+
+
+def vocabulary(
+    claims: Claims,
+    config: Mapping[str, JSON],
+    vocab_size: int | None,
+    *,
+    embedding: str,
+    hidden: Dim,
+    tied_default: bool,
+) -> tuple[int, Embedding, Linear, bool]:
+    """Claims the token embedding and `lm_head`: (effective vocabulary, embedding, lm_head, tied).
+
+    Stored rows that differ from config's `vocab_size` are an error naming both, unless `vocab_size` says
+    how many of them count. Whether the pair is tied is config's word. A checkpoint that says tied and yet
+    holds two tensors is refused, unless both are the same bytes: transformers 5 unties such a pair when
+    the values differ, and which one was meant cannot be told from names."""
+    head = "lm_head"
+    want = integer(config, "vocab_size") if vocab_size is None else vocab_size
+
+    def rows(module: str) -> View:
+        name = f"{module}.weight"
+        stored = claims.shape(name)[0]
+        if vocab_size is None and stored != want:
+            raise RecipeError(
+                f"{name} has {stored} rows, config's vocab_size is {want}; vocab_size= says which to serve"
+            )
+        if not 0 < want <= stored:
+            raise RecipeError(f"{name} has {stored} rows, vocab_size= asks for {want}")
+        return claims.tensor(name, Dim(stored, "rows"), hidden)().narrow(0, 0, want)
+
+    table = Embedding(embedding, rows(embedding))
+    if not flag(config, "tie_word_embeddings", tied_default):
+        if f"{head}.weight" not in claims:
+            raise RecipeError(
+                f"{claims.ckpt.path}: {head}.weight is not there and config's tie_word_embeddings is false"
+            )
+        return want, table, Linear(head, rows(head)), False
+    if f"{head}.weight" in claims and not _same_bytes(rows(head), table.weight):
+        raise RecipeError(
+            f"config says tie_word_embeddings, yet {embedding}.weight and {head}.weight are two tensors; "
+            "set it to false in the config to serve both as they are"
+        )
+    return want, table, Linear(head, table.weight), True
+
+
+def _same_bytes(a: View, b: View) -> bool:
+    return a.dtype is b.dtype and a.extents is b.extents and np.array_equal(a.rows, b.rows)
