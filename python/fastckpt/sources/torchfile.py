@@ -1,0 +1,218 @@
+"""Torch files (`torch.save`) without executing them: the pickled tree, and where each storage lies.
+
+Law: a file is read by position, its pickle and headers only (with `check_crc` the wanted storages too);
+storages that were not wanted are not touched. Whatever is wrong in the file is a SourceError naming it.
+
+Two containers: the zip that torch writes since 1.6, and the legacy stream before (one pickle after
+another, then the storages). Source: torch/serialization.py `_load` and `_legacy_load` of torch 2.13.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import xxhash
+
+from ..errors import SourceError
+from ..extents import Extent, File
+from . import inertpickle, torchpickle
+from .inertpickle import Inert, Short
+from .torchpickle import Storage, Tensor, Tree, Wanted
+from .torchzip import LOCAL, Directory, Reader
+
+__all__ = ["Inert", "Storage", "Tensor", "TorchFile", "Tree", "Wanted", "is_torch_file", "load"]
+
+MAX_PICKLE = 256 << 20
+"""The longest pickle, in bytes."""
+
+_HEAD = 16 << 10
+_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # LONG1 0x1950a86a20f9469cfc6c and STOP
+_MAGIC_WITHIN = 32
+_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
+
+
+@dataclass(frozen=True, slots=True)
+class TorchFile:
+    """A torch file, opened.
+
+    `root`: what was saved: plain values, Tensor, Storage, Inert. `extents`: one for each wanted storage
+    that holds bytes; `Storage.extent` is the index, `Extent.key` the storage's key. `inert`: sorted
+    names of the globals that stayed inert. `digest`: xxh3-64, hexadecimal, of the pickle and the zip
+    directory, which holds the CRC32 of every storage (of a legacy file: of the pickles)."""
+
+    root: object
+    file: File
+    extents: tuple[Extent, ...]
+    inert: tuple[str, ...]
+    digest: str
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    check_crc: bool = False,
+    wanted: Wanted | None = None,
+    known: MutableMapping[bytes, Tree] | None = None,
+) -> TorchFile:
+    """The tree of a torch file and the extents of the tensors that `wanted` picks out of it.
+
+    `wanted`: root -> tensors; without it every storage gets an extent. `known`: shares the trees of
+    byte-identical pickles between loads that pass the same `wanted`; such files then share `root`.
+    `check_crc`: also reads the pickle and the wanted storages and compares their CRC32 with the file's.
+    Raises SourceError, naming the path, for a file that is missing, no torch file, broken or too large."""
+    file = File.at(path)
+    with Reader(file) as reader:
+        try:
+            head = reader.read(0, min(file.nbytes, _HEAD))  # small files: pickle and all
+            if head[:4] == LOCAL:
+                return _load_zip(reader, check_crc, wanted, known)
+            if _MAGIC in head[:_MAGIC_WITHIN]:
+                if check_crc:
+                    raise SourceError("a legacy torch file (not a zip) holds no checksums to compare")
+                return _load_legacy(reader, wanted)
+            if head[257:262] == b"ustar":
+                raise SourceError(
+                    "a tar file of torch before 0.1.10; torch.load and torch.save it again to convert it"
+                )
+            raise SourceError(f"no torch file: it starts with {head[:8]!r}")
+        except SourceError as e:
+            raise SourceError(f"{file.path}: {e}") from None
+
+
+def is_torch_file(path: str | os.PathLike[str]) -> bool:
+    """Whether the file starts as torch files do (a zip record, or the legacy magic number)."""
+    try:
+        with open(path, "rb") as f:
+            head = f.read(_MAGIC_WITHIN)
+    except OSError:
+        return False
+    return head[:4] == LOCAL or _MAGIC in head
+
+
+# ---- zip ----
+
+
+def _load_zip(
+    reader: Reader, check_crc: bool, wanted: Wanted | None, known: MutableMapping[bytes, Tree] | None
+) -> TorchFile:
+    directory = Directory(reader)
+    records = directory.records
+    top = next(iter(records), b"").partition(b"/")[0] + b"/"
+    pickle = top + b"data.pkl"
+    if top + b"constants.pkl" in records:
+        raise SourceError("a TorchScript archive (torch.jit.save); it holds a program, not a checkpoint")
+    if pickle not in records:
+        raise SourceError(f"a zip file without {pickle.decode(errors='replace')}; not written by torch.save")
+    _check_byteorder(reader, directory, top + b"byteorder")
+    at, size = directory.locate(pickle), records[pickle].size
+    if size > MAX_PICKLE:
+        raise SourceError(f"its pickle has {size} bytes; the limit is {MAX_PICKLE}")
+    data = reader.read(at, size)
+    if check_crc:
+        directory.check_crc(pickle, at)
+    tree = _parsed(data, wanted, known)
+    extents = []
+    for s in tree.storages:
+        name = top + b"data/" + s.key.encode(errors="surrogatepass")
+        if name not in records:
+            raise SourceError(f"no record data/{s.key} for a storage of {s.nbytes} bytes")
+        if records[name].size < s.nbytes:
+            raise SourceError(f"record data/{s.key} has {records[name].size} bytes, its storage {s.nbytes}")
+        offset = directory.locate(name)
+        if check_crc:
+            directory.check_crc(name, offset)
+        extents.append(Extent(reader.file, offset, s.nbytes, s.key))
+    digest = xxhash.xxh3_64(data)
+    digest.update(directory.raw)
+    return TorchFile(tree.root, reader.file, tuple(extents), tree.inert, digest.hexdigest())
+
+
+def _check_byteorder(reader: Reader, directory: Directory, name: bytes) -> None:
+    if name in directory.records:
+        n = directory.records[name].size
+        order = reader.read(directory.locate(name), min(n, 16))
+        if order != b"little":
+            raise SourceError(f"its bytes are in {order!r} order; wanted little")
+
+
+def _parsed(data: bytes, wanted: Wanted | None, known: MutableMapping[bytes, Tree] | None) -> Tree:
+    if known is None:
+        return _whole(data, wanted)
+    key = blake2b(data, digest_size=32).digest()
+    tree = known.get(key)
+    if tree is None:
+        tree = known[key] = _whole(data, wanted)
+    return tree
+
+
+def _whole(data: bytes, wanted: Wanted | None) -> Tree:
+    tree = torchpickle.parse(data, wanted=wanted)
+    if tree.end != len(data):
+        raise SourceError(f"its pickle ends at byte {tree.end} of {len(data)}")
+    return tree
+
+
+# ---- legacy ----
+
+
+def _load_legacy(reader: Reader, wanted: Wanted | None) -> TorchFile:
+    total = reader.file.nbytes
+    n = 1 << 20
+    while True:  # how long the pickles are is known only when they were read
+        data = reader.read_through(0, min(n, total))
+        try:
+            tree, keys, end = _legacy_pickles(data, wanted)
+            break
+        except Short as e:
+            if n >= total:
+                raise SourceError(f"truncated: {e}") from None
+            if n >= MAX_PICKLE:
+                raise SourceError(f"its pickles have more than {MAX_PICKLE} bytes") from None
+            n *= 4
+    places, at = {}, end
+    for key in keys:
+        places[key] = at + 8
+        at += 8 + tree.held[key]
+    if at != total:
+        raise SourceError(f"its storages end at byte {at}; the file has {total}")
+    extents = []
+    for s in tree.storages:
+        part = tree.slices.get(s.key)
+        holder, offset = (part.key, part.offset) if part else (s.key, 0)
+        _check_count(reader, places[holder] - 8, holder, tree.held[holder], s)
+        extents.append(Extent(reader.file, places[holder] + offset, s.nbytes, s.key))
+    return TorchFile(tree.root, reader.file, tuple(extents), tree.inert, xxhash.xxh3_64_hexdigest(data[:end]))
+
+
+def _legacy_pickles(data: bytes, wanted: Wanted | None) -> tuple[Tree, list[str], int]:
+    """(the tree, storage keys in file order, where the storages begin) of a legacy file's pickles."""
+    magic = inertpickle.parse(data)
+    protocol = inertpickle.parse(data, magic.end)
+    if magic.root != _MAGIC_NUMBER or protocol.root != _LEGACY_PROTOCOL:
+        raise SourceError(f"legacy protocol {protocol.root!r}; wanted {_LEGACY_PROTOCOL}")
+    system = inertpickle.parse(data, protocol.end)
+    if not isinstance(system.root, dict) or system.root.get("little_endian") is not True:
+        raise SourceError("a legacy file whose bytes are not in little order")
+    tree = torchpickle.parse(data, system.end, legacy=True, wanted=wanted)
+    listed = inertpickle.parse(data, tree.end)
+    keys = listed.root
+    if not isinstance(keys, list) or not all(isinstance(k, str) for k in keys):
+        raise SourceError("its list of storage keys is no list of strings")
+    if len(keys) != len(tree.held) or set(keys) != tree.held.keys():
+        raise SourceError(f"it lists {len(keys)} storages, its pickle names {len(tree.held)} or others")
+    return tree, keys, listed.end
+
+
+def _check_count(reader: Reader, at: int, key: str, nbytes: int, storage: Storage) -> None:
+    """The count in front of a legacy storage, in elements, must be what the pickle says."""
+    (count,) = struct.unpack("<q", reader.read(at, 8))
+    itemsize = storage.dtype.itemsize if storage.dtype else 1
+    if count * itemsize != nbytes:
+        raise SourceError(
+            f"storage {key} has {count} elements of {itemsize} bytes, but {nbytes} bytes in the pickle"
+        )
