@@ -12,15 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .dtypes import DTYPES, DType
-from .errors import FastckptError, ViewError
+from .dtypes import DTYPES
+from .errors import ViewError
 from .extents import Buffer, Extents, File
 from .target import Target
-from .views import ZERO, View, dense_strides
+from .views import ZERO, dense_strides
 
 Ints = NDArray[np.int64]
 Table = NDArray[np.void]
@@ -63,10 +64,11 @@ _ITEM = np.array([d.itemsize for d in DTYPES], np.int64)
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The rows of some consecutive targets: `tensor` is each row's target, counted from the chunk's first.
+    """The rows of `count` consecutive targets: `tensor` is each row's target, counted from the first.
 
     `src` counts from the start of extent `src_buffer`, `dst` from the start of the target."""
 
+    count: int
     rows: Table
     tensor: Ints
 
@@ -104,11 +106,11 @@ def compile(targets: Sequence[Target], extents: Extents) -> tuple[Chunk, Extents
         strides = np.repeat(strides, counts, axis=0) * _ITEM[codes][:, None]
         parts.append(_compile(np.concatenate(columns), ndim, strides, codes, tensor))
     if not parts:
-        return Chunk(np.empty(0, COPY), np.empty(0, np.int64)), extents
+        return Chunk(len(targets), np.empty(0, COPY), np.empty(0, np.int64)), extents
     tensor = np.concatenate([t for t, _ in parts])
     table = np.concatenate([r for _, r in parts])
     order = np.argsort(tensor, kind="stable")
-    return Chunk(table[order], tensor[order]), extents
+    return Chunk(len(targets), table[order], tensor[order]), extents
 
 
 def _compile(fragments: Ints, ndim: int, strides: Ints, codes: Ints, tensor: Ints) -> tuple[Ints, Table]:
@@ -125,7 +127,8 @@ def _compile(fragments: Ints, ndim: int, strides: Ints, codes: Ints, tensor: Int
         step = np.arange(int(times.sum())) - np.repeat(np.cumsum(times) - times, times)
         src = np.repeat(src, times) + step * np.repeat(src_stride[:, 0], times)
         dst = np.repeat(dst, times) + step * np.repeat(dst_stride[:, 0], times)
-        size, src_stride, dst_stride = (np.repeat(a[:, 1:], times, axis=0) for a in (size, src_stride, dst_stride))
+        axes = (size, src_stride, dst_stride)
+        size, src_stride, dst_stride = (np.repeat(a[:, 1:], times, axis=0) for a in axes)
         zero, stored, codes, tensor = (np.repeat(a, times) for a in (zero, stored, codes, tensor))
         fragments = np.repeat(fragments[:, :1], times, axis=0)
     table = np.zeros(len(size), COPY)
@@ -161,21 +164,23 @@ def coalesce(size: Ints, src: Ints, dst: Ints) -> tuple[Ints, Ints, Ints]:
     return out[0][:, width - used :], out[1][:, width - used :], out[2][:, width - used :]
 
 
-def compiled(targets: Iterable[Target], extents: Extents) -> Iterator[tuple[list[Target], Chunk, Extents]]:
-    """Compile a stream of targets in windows of WINDOW fragments, so that views can be let go behind.
+def compiled(
+    targets: Iterable[tuple[int, Target]], extents: Extents
+) -> Iterator[tuple[list[tuple[int, Target]], Chunk, Extents]]:
+    """Compile a stream of (serving rank, target) in windows of WINDOW fragments.
 
-    Errors of building a view carry the name of the target that was being built when known."""
-    window: list[Target] = []
+    Views are let go behind, so that a plan costs its rows, not its fragments."""
+    window: list[tuple[int, Target]] = []
     held = 0
-    for target in targets:
-        window.append(target)
-        held += len(target.view.rows)
-        if held >= WINDOW or len(window) >= WINDOW:
-            chunk, extents = compile(window, extents)
+    for item in targets:
+        window.append(item)
+        held += 1 + len(item[1].view.rows)
+        if held >= WINDOW:
+            chunk, extents = compile([t for _, t in window], extents)
             yield window, chunk, extents
             window, held = [], 0
     if window:
-        chunk, extents = compile(window, extents)
+        chunk, extents = compile([t for _, t in window], extents)
         yield window, chunk, extents
 
 
@@ -279,7 +284,6 @@ class Slots:
 def cut(
     chunk: Chunk,
     first: int,
-    count: int,
     slots: Slots,
     binding: Binding,
     *,
@@ -287,11 +291,12 @@ def cut(
     band: int = 8 * LEAF,
     apart: bool = False,
 ) -> Iterator[Batch]:
-    """Batches of the chunk's tensors `first .. first + count`, in the order they lie in their files.
+    """Batches of the chunk's tensors, the plan's `first` and on, in the order they lie in their files.
 
     A batch holds at most `stage` bytes of output, or `band` bytes of one tensor that is transposed on
     the way (its source rows are long, so narrow bands would read few bytes of many pages); both are
     multiples of LEAF. `apart`: every tensor is a buffer of its own, `dst_buffer` its index."""
+    count = chunk.count
     if count == 0:
         return
     tensors = slice(first, first + count)
@@ -468,16 +473,25 @@ def check_bounds(rows: Table, sources: Sequence[int], where: str) -> None:
         )
 
 
-def named(target: str, error: FastckptError) -> FastckptError:
-    """The same error with the target's name put before it."""
-    return type(error)(f"{target}: {error}")
+# ---- who runs rows ----
 
 
-def view_bytes(view: View) -> int:
-    """Source bytes a view needs."""
-    return int((view.size.prod(axis=1) * np.where(view.extent == ZERO, 0, _ITEM[view.stored])).sum())
+class Runner(Protocol):
+    """An executor bound to its source buffers."""
+
+    def run(self, rows: Table, destinations: Sequence[Buffer], threads: int = 1) -> None:
+        """Run every row: `src_buffer` indexes the bound sources, `dst_buffer` the destinations."""
 
 
-def dtype_of(code: int) -> DType:
-    """The dtype of a row's code."""
-    return DTYPES[code]
+class Executor(Protocol):
+    """Whatever runs rows: the reference in torch, threads in C++, a GPU."""
+
+    name: str
+
+    def bind(self, sources: Sequence[Buffer]) -> Runner:
+        """Fix the source buffers, so that running a batch converts none of them again."""
+
+
+def item_sizes(codes: Sequence[int]) -> Ints:
+    """Bytes of an element of each dtype code."""
+    return _ITEM[np.array(codes, np.int64)]
