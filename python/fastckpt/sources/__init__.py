@@ -1,0 +1,1 @@
+"""Opens a checkpoint of any known format."""

@@ -1,0 +1,148 @@
+"""The last step of every source: names, neighbours and digests make what was found a Checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+
+import xxhash
+
+from ..checkpoint import JSON, Checkpoint, Entry
+from ..dtypes import DType
+from ..errors import SourceError
+from ..extents import Extent, Extents, File
+from ..views import View, strided, zeros
+from .options import Options
+
+BESIDE = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+"""Files that go with the weights and are copied to an output."""
+
+
+def assemble(
+    path: str,
+    format: str,
+    entries: Mapping[str, Entry],
+    extents: Extents,
+    options: Options,
+    *,
+    aliases: Mapping[str, str] | None = None,
+    files: Sequence[File] = (),
+    search: Sequence[str] = (),
+    facts: Mapping[str, JSON] | None = None,
+    unread: Sequence[str] = (),
+    inert: Iterable[str] = (),
+    layout: Iterable[bytes] = (),
+    headers: Iterable[str] = (),
+) -> Checkpoint:
+    """The Checkpoint of what a source found.
+
+    `search`: directories that may hold config.json and the like, the first one wins. `layout`: what shapes
+    the views beyond names, shapes, dtypes and extents. `headers`: digests of headers and pickles, in order.
+    Raises SourceError for names that collide, an alias whose holder is missing, a config.json that is none."""
+    aliases = aliases or {}
+    names = options.names([*entries, *aliases], path)
+    for alias, holder in aliases.items():
+        if holder not in entries:
+            raise SourceError(f"{path}: {alias} is tied to {holder}, which is not there")
+    renamed = {names[n]: e for n, e in entries.items()}
+    tied = {names[a]: names[h] for a, h in aliases.items()}
+    beside = neighbours(search)
+    return Checkpoint(
+        path=path, format=format, entries=renamed, extents=extents, aliases=tied, files=tuple(files),
+        config=read_config(beside), beside=beside, facts=facts or {}, unread=tuple(unread),
+        inert=tuple(sorted(set(inert))), structure=_structure(format, renamed, tied, extents, layout),
+        headers=xxhash.xxh3_64_hexdigest("\n".join(headers).encode()),
+    )  # fmt: skip
+
+
+def tensor(
+    extents: Extents, extent: int, dtype: DType, shape: tuple[int, ...], offset: int, stride: tuple[int, ...], kind: str
+) -> Entry:
+    """An entry that lies strided in one extent; offset and stride in elements. An empty one needs no extent."""
+    if 0 in shape:
+        return Entry(shape, dtype, partial(zeros, shape, dtype), kind)
+    build: partial[View] = partial(strided, extents, extent, dtype, shape, offset=offset, stride=stride)
+    return Entry(shape, dtype, build, kind)
+
+
+def neighbours(directories: Sequence[str]) -> tuple[str, ...]:
+    """The files of BESIDE in these directories, the first directory's where several have one."""
+    found = {}
+    for directory in reversed(directories):
+        for name in BESIDE:
+            if os.path.isfile(os.path.join(directory, name)):
+                found[name] = os.path.join(directory, name)
+    return tuple(found[name] for name in BESIDE if name in found)
+
+
+def read_config(beside: Sequence[str]) -> dict[str, JSON] | None:
+    """The config.json among `beside`, parsed; None where there is none."""
+    for path in beside:
+        if os.path.basename(path) == "config.json":
+            return read_json(path)
+    return None
+
+
+def read_json(path: str, limit: int = 64 << 20) -> dict[str, JSON]:
+    """The JSON object in a file of at most `limit` bytes; SourceError otherwise, for a doubled key too."""
+    try:
+        with open(path, "rb") as f:
+            data = f.read(limit + 1)
+    except OSError as e:
+        raise SourceError(f"{path}: {e.strerror}") from None
+    if len(data) > limit:
+        raise SourceError(f"{path}: more than {limit} bytes of JSON")
+    return parse_json(data, path)
+
+
+def parse_json(data: bytes, where: str) -> dict[str, JSON]:
+    """The JSON object in `data`. Raises SourceError for anything else and for a doubled key."""
+
+    def unique(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
+        out = dict(pairs)
+        if len(out) != len(pairs):
+            names = [k for k, _ in pairs]
+            twice = next(n for n in names if names.count(n) > 1)
+            raise SourceError(f"{where}: JSON key {twice!r} stands twice")
+        return out
+
+    try:
+        out = json.loads(data, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as e:
+        raise SourceError(f"{where}: no JSON: {e}") from None
+    if not isinstance(out, dict):
+        raise SourceError(f"{where}: wanted a JSON object, got {type(out).__name__}")
+    return out
+
+
+def _structure(
+    format: str,
+    entries: Mapping[str, Entry],
+    aliases: Mapping[str, str],
+    extents: Sequence[Extent] | Extents,
+    layout: Iterable[bytes],
+) -> str:
+    """Hex digest of everything that shapes the views; where a storage lies in its file is no part of it."""
+    h = xxhash.xxh3_64()
+
+    def feed(*words: object) -> None:
+        h.update(json.dumps(words, separators=(",", ":")).encode())
+
+    feed(format, len(entries), len(aliases), len(extents))
+    for name, e in entries.items():
+        feed(name, e.shape, e.dtype.name, e.kind)
+    for alias, holder in aliases.items():
+        feed(alias, holder)
+    for x in extents:
+        feed(os.path.basename(x.where.path) if isinstance(x.where, File) else "", x.key, x.nbytes)
+    for part in layout:
+        feed(len(part))
+        h.update(part)
+    return h.hexdigest()

@@ -1,0 +1,61 @@
+"""What a caller may ask of a source, and the one thing every source does with it: new names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..errors import FastckptError, SourceError
+
+WEIGHTS = ("master", "module")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to open a checkpoint.
+
+    `tag`: the ZeRO tag, None for what `latest` says. `also`: further directories that hold the rest of the
+    files. `rename`: (regex, replacement) pairs applied to every name, in order. `weights`: "master" or
+    "module" (the 16-bit copy of ZeRO-1/2). `exclude_frozen`: leave parameters out that the optimizer does
+    not own. `check_crc`: compare the CRC32 of every record that is used with the zip directory's.
+    Raises FastckptError for a value that is none of these."""
+
+    tag: str | None = None
+    also: tuple[str, ...] = ()
+    rename: tuple[tuple[str, str], ...] = ()
+    weights: str = "master"
+    exclude_frozen: bool = False
+    check_crc: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weights not in WEIGHTS:
+            raise FastckptError(f"weights: {self.weights!r} is none of {', '.join(WEIGHTS)}")
+        for pattern, replacement in self.rename:
+            try:
+                re.sub(pattern, replacement, "")
+            except (re.error, IndexError) as e:
+                raise FastckptError(f"rename: {pattern!r} -> {replacement!r}: {e}") from None
+
+    def name(self, old: str) -> str:
+        """The name a tensor gets."""
+        for pattern, replacement in self.rename:
+            old = re.sub(pattern, replacement, old)
+        return old
+
+    def names(self, old: Iterable[str], where: str) -> dict[str, str]:
+        """Old name -> new name. Raises SourceError when two become one."""
+        out: dict[str, str] = {}
+        taken: dict[str, str] = {}
+        for name in old:
+            new = self.name(name) if self.rename else name
+            if new in taken:
+                raise SourceError(f"{where}: rename makes {new!r} of both {taken[new]!r} and {name!r}")
+            out[name] = new
+            taken[new] = name
+        return out
+
+
+def strip_prefix(prefix: str) -> tuple[str, str]:
+    """The rename pair that takes `prefix` off the names that begin with it."""
+    return "^" + re.escape(prefix), ""

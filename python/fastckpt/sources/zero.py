@@ -1,0 +1,441 @@
+"""Reads DeepSpeed ZeRO checkpoints of stages 0 to 3 and of BF16_Optimizer: headers and pickles only.
+
+Law: a parameter is the fp32 (or bf16, fp16) master that the ranks' partitions hold, in the order and at the
+offsets of `param_shapes`; what does not add up is a SourceError. Optimizer moments are never read.
+The result's order is that of DeepSpeed's converter: buffers, frozen, trainable, tied.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+
+from ..checkpoint import JSON, Checkpoint, Entry
+from ..errors import SourceError
+from ..extents import Extent, Extents
+from ..views import View
+from . import torchfile
+from .assembly import assemble, tensor
+from .options import Options
+from .torchfile import Tensor, TorchFile, Tree, Wanted
+from .zero_files import Files, check_ranks, find, is_zero
+from .zero_layout import Flat, Piece, Shape, chained, sliced
+from .zero_parts import Parts, by_storage, parts, trainable
+from .zero_sample import check_copy, number, read_at
+from .zero_state import ModelState, OptimState, model_state, optim_state
+
+State = TypeVar("State", OptimState, ModelState)
+
+THREADS = 8
+"""Files opened at a time; the wait is for the file system."""
+
+
+def matches(path: str) -> bool:
+    """Whether `path` is a ZeRO tag folder or a directory that holds tag folders."""
+    return is_zero(path)
+
+
+def read(path: str, options: Options) -> Checkpoint:
+    """The ZeRO checkpoint in `path`: a directory with `latest`, a HF Trainer's checkpoint-N, or a tag folder.
+
+    Raises SourceError for files that are missing, left over or of different runs, for sizes that do not fit,
+    and for what is not supported: tensor and pipeline parallel grids, MoE experts."""
+    files = find(path, options.tag, options.also)
+    opening = _Opening(files, options)
+    first = _first(opening) if files.optim else None
+    if files.model is not None:
+        model, state = opening.model(files.model)
+        if state.shapes is None or (first is None and options.weights == "module"):
+            return _from_module(path, opening, model, state)
+        if first is not None and first.stage != 3:
+            return _from_masters(path, opening, first, [model], [state])
+    elif first is not None and first.stage == 3:
+        return _from_masters(path, opening, first, *_models_of_ranks(opening, _world(first, files)))
+    if first is None:
+        raise SourceError(f"{files.folder}: no *_optim_states.pt, which hold the masters" + (
+            "; weights='module' reads the 16-bit copy in mp_rank_00_model_states.pt" if files.model else ""
+        ))  # fmt: skip
+    kind = "mp_rank_00_model_states.pt" if first.stage != 3 else "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    raise SourceError(f"{files.folder}: optimizer files of stage {first.stage or 1}, but no {kind}")
+
+
+# ---- opening files ----
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Opened:
+    """A parsed file, and the number of its first extent in the checkpoint's table."""
+
+    file: TorchFile
+    base: int
+
+
+@dataclass(slots=True)
+class _Opening:
+    """The files of one checkpoint as they are opened, and the one table of their extents."""
+
+    files: Files
+    options: Options
+    extents: list[Extent] = field(default_factory=list)
+    opened: list[TorchFile] = field(default_factory=list)
+
+    def model(self, path: str) -> tuple[_Opened, ModelState]:
+        """A model-states file with the tensors that the options need."""
+        wanted = partial(_model_tensors, options=self.options)
+        opened = self._add(torchfile.load(path, check_crc=self.options.check_crc, wanted=wanted))
+        return opened, model_state(opened.file.root, path)
+
+    def many(self, paths: Sequence[str], wanted: Wanted) -> list[_Opened]:
+        """Files in order, opened by several threads; identical pickles are parsed once."""
+        known: dict[bytes, Tree] = {}
+
+        def load(path: str) -> TorchFile:
+            return torchfile.load(path, check_crc=self.options.check_crc, wanted=wanted, known=known)
+
+        if len(paths) == 1:
+            return [self._add(load(paths[0]))]
+        with ThreadPoolExecutor(THREADS) as pool:
+            return [self._add(file) for file in pool.map(load, paths)]
+
+    def _add(self, file: TorchFile) -> _Opened:
+        base = len(self.extents)
+        self.extents.extend(file.extents)
+        self.opened.append(file)
+        return _Opened(file, base)
+
+
+def _model_tensors(root: object, options: Options) -> list[Tensor]:
+    """What is needed of a model-states file: buffers, and weights that no optimizer file holds."""
+    state = model_state(root, "pickle")
+    found = parts(state, "pickle")
+    names: list[str] = list(found.buffers)
+    if not options.exclude_frozen:
+        names += found.kept
+    if options.weights == "module" or state.shapes is None:
+        names = list(state.module)
+    tensors = [t for t in map(state.module.get, names) if isinstance(t, Tensor)]
+    return tensors + ([] if options.exclude_frozen else list((state.fragments or {}).values()))
+
+
+def _fragments(root: object) -> list[Tensor]:
+    return list((model_state(root, "pickle").fragments or {}).values())
+
+
+def _optim_tensors(root: object) -> list[Tensor]:
+    state = optim_state(root, "pickle")
+    return [*state.flats, *([state.step] if isinstance(state.step, Tensor) else [])]
+
+
+def _first(opening: _Opening) -> OptimState:
+    """The optimizer state of the lowest rank there is, which says stage and world."""
+    path = opening.files.optim[min(opening.files.optim)]
+    return optim_state(torchfile.load(path, wanted=lambda root: ()).root, path)
+
+
+def _world(first: OptimState, files: Files) -> int:
+    counts = set(first.counts)
+    if len(counts) != 1 or 0 in counts:
+        raise SourceError(
+            f"{files.folder}: groups are cut over {sorted(counts)} ranks: "
+            "MoE expert groups are not supported yet"
+        )
+    return counts.pop()
+
+
+def _models_of_ranks(opening: _Opening, world: int) -> tuple[list[_Opened], list[ModelState]]:
+    """Stage 3: rank 0's model states, and the other ranks' where frozen parameters lie in all of them."""
+    paths = check_ranks(opening.files.model_of, world, "model states", opening.files.folder)
+    model, state = opening.model(paths[0])
+    if world == 1 or not state.frozen_shapes or opening.options.exclude_frozen:
+        return [model], [state]
+    opened = opening.many(paths[1:], _fragments)
+    states = _each(opened, model_state)
+    for other, path in zip(states, paths[1:], strict=True):
+        for what, got, wanted in (
+            ("global_steps", other.global_steps, state.global_steps),
+            ("ds_version", other.version, state.version),
+            ("frozen_param_shapes", other.frozen_shapes, state.frozen_shapes),
+            ("fragments", list(other.fragments or {}), list(state.fragments or {})),
+        ):
+            if got != wanted:
+                raise SourceError(f"{path}: {what} is {_short(got)}, rank 0 has {_short(wanted)}: files of two saves")
+    return [model, *opened], [state, *states]
+
+
+def _each(opened: Sequence[_Opened], read_state: Callable[[object, str], State]) -> list[State]:
+    """The state of each file; a tree that several files share is read once."""
+    states: dict[int, State] = {}
+    for o in opened:
+        if id(o.file.root) not in states:
+            states[id(o.file.root)] = read_state(o.file.root, o.file.file.path)
+    return [states[id(o.file.root)] for o in opened]
+
+
+# ---- the two roads ----
+
+
+def _from_masters(
+    path: str, opening: _Opening, first: OptimState, models: Sequence[_Opened], states: Sequence[ModelState]
+) -> Checkpoint:
+    """Stages 1 to 3: the masters over all ranks' optimizer files. `models`, `states`: rank 0's, or all ranks'."""
+    files, options, where = opening.files, opening.options, opening.files.folder
+    world, state = _world(first, files), states[0]
+    if state.dp_world is not None and state.dp_world % world:
+        raise SourceError(
+            f"{where}: model states of {state.dp_world} data-parallel ranks, optimizer files of {world}"
+        )
+    paths = check_ranks(files.optim, world, "optimizer files", where)
+    optim = opening.many(paths, _optim_tensors)
+    saved = _each(optim, optim_state)
+    _check_one_run(saved, optim, paths, state)
+    flats = _columns(optim, [s.flats for s in saved], where)
+    shapes = state.shapes or ()
+    _check_not_offloaded(shapes, flats, where)
+    at_stage_3 = first.stage == 3
+    layout = sliced(shapes, flats, where) if at_stage_3 else chained(shapes, first.alignment, flats, where)
+
+    extents = Extents(opening.extents)
+    found = parts(state, where)
+    entries = _module_entries(found.buffers, state, models[0], extents, "buffer")
+    if not options.exclude_frozen:
+        if found.lost:
+            raise SourceError(
+                f"{where}: the weights of {_short(list(found.lost))} are in no file "
+                "(exclude_frozen=True leaves them out)"
+            )
+        entries |= _module_entries(found.kept, state, models[0], extents, "frozen")
+        entries |= _frozen_cut(states, models, extents, where) if at_stage_3 else _frozen_whole(state, models[0], extents, where)
+    masters = {n: Entry(p.shape, flats[p.flat].dtype, partial(p.view, flats, extents)) for n, p in layout.items()}
+    if options.weights == "module":
+        copies = _copies(layout, state, models[0], extents, where)
+        check_copy(_one_axis(copies), _one_axis(masters), where)
+        masters = copies
+    entries |= masters
+    return _assembled(
+        path, opening, state, entries, extents, found,
+        facts={
+            "stage": 1 if first.stage is None else first.stage,
+            "optimizer": "ZeRO" if first.stage is not None else "BF16_Optimizer",
+            "world": world,
+            "groups": [_group_facts(g, f) for g, f in zip(_per_flat(layout, flats), flats, strict=True)],
+            "master dtype": ", ".join(sorted({f.dtype.name for f in flats})),
+            "weights": options.weights,
+        },
+        unread=[f"optimizer moments of {world} ranks"],
+        layout=[a.tobytes() for f in flats for a in (f.extent, f.offset, f.length)] + [repr(layout).encode()],
+    )  # fmt: skip
+
+
+def _from_module(path: str, opening: _Opening, model: _Opened, state: ModelState) -> Checkpoint:
+    """Stage 0, whose masters carry no names, and the 16-bit copy where there are no optimizer files."""
+    where = opening.files.folder
+    extents = Extents(opening.extents)
+    off = state.shapes is None
+    found = parts(state, where)
+    if off:
+        tensors = {n: t for n, t in state.module.items() if isinstance(t, Tensor)}
+        tied = by_storage(tensors)
+        names = [n for n in tensors if n not in tied and n not in found.buffers]
+        found = Parts(found.buffers, (), (), tied, found.other, ())
+    else:
+        names = list(trainable(state))
+    entries = _module_entries(found.buffers, state, model, extents, "buffer")
+    if not opening.options.exclude_frozen:
+        entries |= _module_entries(found.kept, state, model, extents, "frozen")
+        entries |= _frozen_whole(state, model, extents, where)
+    for name in names:
+        if name not in state.module:
+            raise SourceError(f"{where}: {name} is not in `module`")
+    entries |= _module_entries(names, state, model, extents, "parameter")
+    why = "ZeRO was off: its masters carry no names" if off else "there are no optimizer files to compare it with"
+    return _assembled(
+        path, opening, state, entries, extents, found,
+        facts={"stage": 0 if off else "1 or 2", "weights": "module", "why module": why},
+        unread=["optimizer state"] if off else [], layout=(),
+    )  # fmt: skip
+
+
+def _assembled(
+    path: str,
+    opening: _Opening,
+    state: ModelState,
+    entries: dict[str, Entry],
+    extents: Extents,
+    found: Parts,
+    *,
+    facts: Mapping[str, JSON],
+    unread: Sequence[str],
+    layout: Sequence[bytes],
+) -> Checkpoint:
+    files = opening.files
+    kinds = [e.kind for e in entries.values()]
+    tied = {n: h for n, h in found.tied.items() if h in entries}
+    homeless = [n for n in found.tied if n not in tied]
+    notes = list(unread)
+    notes += [f"`module` entry {n}: no tensor" for n in found.other]
+    notes += [f"{n}: tied to {found.tied[n]}, which is left out" for n in homeless]
+    notes += [f"client state: {', '.join(state.client)}"] if state.client else []
+    return assemble(
+        path, "zero", entries, extents, opening.options,
+        aliases=tied, files=[f.file for f in opening.opened],
+        search=[os.path.abspath(path), os.path.abspath(files.root)],
+        facts={
+            "tag": files.tag, "step": state.global_steps, **facts,
+            "deepspeed": state.version, "parameters": kinds.count("parameter"), "frozen": kinds.count("frozen"),
+            "buffers": kinds.count("buffer"), "tied": dict(tied),
+        },
+        unread=notes, inert=[n for f in opening.opened for n in f.inert], layout=layout,
+        headers=[f.digest for f in opening.opened],
+    )  # fmt: skip
+
+
+# ---- entries ----
+
+
+def _module_entries(
+    names: Iterable[str], state: ModelState, model: _Opened, extents: Extents, kind: str
+) -> dict[str, Entry]:
+    """Whole tensors of `module`."""
+    tensors = ((n, state.module[n]) for n in names)
+    return {n: _whole(t, model, extents, kind) for n, t in tensors if isinstance(t, Tensor)}
+
+
+def _whole(t: Tensor, opened: _Opened, extents: Extents, kind: str) -> Entry:
+    """A tensor that lies in one storage of a file."""
+    if t.numel and t.storage.extent < 0:
+        raise SourceError(f"{opened.file.file.path}: storage {t.storage.key} was not located")
+    return tensor(extents, opened.base + t.storage.extent, t.dtype, t.shape, t.offset, t.stride, kind)
+
+
+def _frozen_whole(state: ModelState, model: _Opened, extents: Extents, where: str) -> dict[str, Entry]:
+    """Frozen parameters of stages 1 and 2: whole, in one file."""
+    fragments = state.fragments or {}
+    for name, shape in (state.frozen_shapes or {}).items():
+        if fragments[name].shape != shape:
+            raise SourceError(f"{where}: frozen {name} has shape {fragments[name].shape}, wanted {shape}")
+    return {n: _whole(fragments[n], model, extents, "frozen") for n in state.frozen_shapes or {}}
+
+
+def _frozen_cut(
+    states: Sequence[ModelState], models: Sequence[_Opened], extents: Extents, where: str
+) -> dict[str, Entry]:
+    """Frozen parameters of stage 3: each cut over all ranks' files."""
+    shapes = states[0].frozen_shapes or {}
+    flats = _columns(models, [[(s.fragments or {})[n] for n in shapes] for s in states], f"{where}: frozen")
+    out = {}
+    for flat, (name, shape) in zip(flats, shapes.items(), strict=True):
+        # A frozen parameter is a group of its own: the same formula, the same check.
+        piece = sliced([{name: shape}], [flat], f"{where}: frozen {name}")[name]
+        out[name] = Entry(shape, flat.dtype, partial(piece.view, [flat], extents), "frozen")
+    return out
+
+
+def _copies(
+    layout: Mapping[str, Piece], state: ModelState, model: _Opened, extents: Extents, where: str
+) -> dict[str, Entry]:
+    for name, piece in layout.items():
+        t = state.module.get(name)
+        if not isinstance(t, Tensor) or t.shape != piece.shape:
+            got = t.shape if isinstance(t, Tensor) else "nothing"
+            hint = "; at stage 3 `module` holds placeholders, use the masters" if piece.sliced else ""
+            raise SourceError(f"{where}: weights='module': {name}: `module` has {got}, wanted {piece.shape}{hint}")
+    return _module_entries(layout, state, model, extents, "parameter")
+
+
+def _one_axis(entries: Mapping[str, Entry]) -> dict[str, View]:
+    return {n: e.build().reshape((math.prod(e.shape),)) for n, e in entries.items()}
+
+
+def _columns(opened: Sequence[_Opened], tensors: Sequence[Sequence[Tensor]], where: str) -> list[Flat]:
+    """The k-th tensor of every rank as one Flat."""
+    counts = {len(row) for row in tensors}
+    if len(counts) != 1:
+        odd = next(r for r, row in enumerate(tensors) if len(row) != len(tensors[0]))
+        raise SourceError(f"{where}: rank {odd} saved {len(tensors[odd])} groups, rank 0 {len(tensors[0])}")
+    for r, row in enumerate(tensors):
+        for k, t in enumerate(row):
+            if t.dtype is not tensors[0][k].dtype:
+                raise SourceError(f"{where}: group {k}: rank {r} holds {t.dtype}, rank 0 {tensors[0][k].dtype}")
+            if len(t.shape) != 1 or (t.numel > 1 and t.stride != (1,)):
+                raise SourceError(
+                    f"{where}: group {k}: rank {r}: wanted one dense axis, got {t.shape}, stride {t.stride}"
+                )
+    size = (len(tensors), counts.pop())
+    local = np.array([[t.storage.extent for t in row] for row in tensors], np.int64).reshape(size)
+    offset = np.array([[t.offset for t in row] for row in tensors], np.int64).reshape(size)
+    length = np.array([[t.numel for t in row] for row in tensors], np.int64).reshape(size)
+    lost = np.argwhere((local < 0) & (length > 0))
+    if len(lost):
+        raise SourceError(f"{where}: group {lost[0][1]}: rank {lost[0][0]}: its storage was not located")
+    extent = local + np.array([o.base for o in opened], np.int64)[:, None]
+    return [
+        Flat(tensors[0][k].dtype, extent[:, k].copy(), offset[:, k].copy(), length[:, k].copy())
+        for k in range(size[1])
+    ]
+
+
+# ---- checks and facts ----
+
+
+def _check_one_run(
+    states: Sequence[OptimState], opened: Sequence[_Opened], paths: Sequence[str], model: ModelState
+) -> None:
+    """All ranks' optimizer files come from one save of one run, as far as they say."""
+    steps = [_step(s, o) for s, o in zip(states, opened, strict=True)]
+    first = states[0]
+    for k, (s, path) in enumerate(zip(states, paths, strict=True)):
+        for what, got, wanted in (
+            ("zero_stage", s.stage, first.stage),
+            ("partition_count", s.counts, first.counts),
+            ("param_alignment_paddings", s.alignment, first.alignment),
+            ("ds_version", s.version, model.version or first.version),
+            ("optimizer step", steps[k], steps[0]),
+        ):
+            if got != wanted:
+                raise SourceError(f"{path}: {what} is {_short(got)}, wanted {_short(wanted)}: files of two saves")
+
+
+def _step(state: OptimState, opened: _Opened) -> int | None:
+    if not isinstance(state.step, Tensor):
+        return state.step
+    extent = opened.file.extents[state.step.storage.extent]
+    size = state.step.dtype.itemsize
+    data = read_at(opened.file.file.path, extent.offset + state.step.offset * size, size)
+    return int(number(data, state.step.dtype))
+
+
+def _check_not_offloaded(shapes: Sequence[Mapping[str, Shape]], flats: Sequence[Flat], where: str) -> None:
+    if any(0 not in s for g in shapes for s in g.values()) and not any(f.length.any() for f in flats):
+        place = os.path.join(where, "offloaded_tensors")
+        there = "where they lie" if os.path.isdir(place) else "which is not there"
+        raise SourceError(
+            f"{where}: the flat groups are empty: masters offloaded to NVMe are swap files in {place} ({there}); "
+            "save without NVMe offload, or load and save once with DeepSpeed"
+        )
+
+
+def _per_flat(layout: Mapping[str, Piece], flats: Sequence[Flat]) -> list[list[Piece]]:
+    out: list[list[Piece]] = [[] for _ in flats]
+    for piece in layout.values():
+        out[piece.flat].append(piece)
+    return out
+
+
+def _group_facts(pieces: Sequence[Piece], flat: Flat) -> JSON:
+    numel = sum(p.numel for p in pieces)
+    return {
+        "parameters": len(pieces), "numel": numel, "padding": int(flat.length.sum()) - numel,
+        "dtype": flat.dtype.name,
+    }  # fmt: skip
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,175 @@
+"""Which files make up a ZeRO checkpoint: `latest`, the tag folder, one file a rank.
+
+Law: every rank's file is there exactly once, or a SourceError says which is not. Names as DeepSpeed's
+engine writes them (`_get_zero_ckpt_name`, `_get_ckpt_name`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ..errors import SourceError
+
+OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
+MODEL_OF_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
+MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+
+UNSUPPORTED = (
+    (re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt|expp_rank_\d+_mp_rank_\d+_optim_states\.pt"),
+     "DeepSpeed MoE expert files"),
+    (re.compile(r"layer_\d+(?:-model_\d+)?-model_states\.pt"), "pipeline layer files"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The files of one tag.
+
+    `root`: the directory with `latest`, or the tag folder's parent. `folder`: the tag folder. `optim`: dp
+    rank -> optimizer file. `model`: the one model-states file of stages 0-2, or None. `model_of`: dp rank ->
+    model-states file of stage 3."""
+
+    root: str
+    folder: str
+    tag: str
+    optim: Mapping[int, str]
+    model: str | None
+    model_of: Mapping[int, str]
+
+
+def is_zero(path: str) -> bool:
+    """Whether a directory is a ZeRO checkpoint: a tag folder, or the directory that holds tag folders."""
+    return os.path.isdir(path) and (
+        _is_tag_folder(path) or os.path.isfile(os.path.join(path, "latest")) or bool(tags(path))
+    )
+
+
+def tags(root: str) -> list[str]:
+    """The tag folders in a directory, in natural order."""
+    return sorted((n for n in _list(root) if _is_tag_folder(os.path.join(root, n))), key=natural)
+
+
+def find(path: str, tag: str | None, also: Iterable[str] = ()) -> Files:
+    """The files of `tag`, or of the tag that `latest` names, in `path` and the directories `also`.
+
+    `path` may be the tag folder itself. Raises SourceError for a missing `latest`, a tag that is not there,
+    a file that is there twice, and for grids that are not supported."""
+    if _is_tag_folder(path):
+        folder = os.path.abspath(path)
+        root = os.path.dirname(folder)
+        if tag is not None and tag != os.path.basename(folder):
+            raise SourceError(f"{path}: this is the folder of tag {os.path.basename(folder)!r}, wanted {tag!r}")
+        tag = os.path.basename(folder)
+    else:
+        root = path
+        there = tags(path)
+        known = f"tags here: {', '.join(there) or 'none'}"
+        if tag is None:
+            tag = _latest(path, known)
+        folder = os.path.join(path, tag)
+        if tag not in there and not any(_is_tag_folder(os.path.join(a, tag)) for a in also):
+            raise SourceError(f"{path}: no ZeRO checkpoint with tag {tag!r}; {known}")
+    return _sorted_out(root, folder, tag, [folder, *(_tag_folder_of(a, tag) for a in also)])
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A sort key that puts rank 10 after rank 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def check_ranks(files: Mapping[int, str], world: int, what: str, where: str) -> list[str]:
+    """The files of ranks 0..world-1 in order; SourceError names what is missing or left over."""
+    missing = [r for r in range(world) if r not in files]
+    if missing:
+        raise SourceError(
+            f"{where}: {what} of {len(missing)} of {world} ranks missing: rank {_some(missing)}; "
+            "not saved by that process, or left on another node's disk (open with also=)"
+        )
+    extra = sorted(r for r in files if r >= world)
+    if extra:
+        raise SourceError(
+            f"{where}: {what} of rank {_some(extra)}, but the run had {world} ranks: "
+            "left from a larger world, remove them"
+        )
+    return [files[r] for r in range(world)]
+
+
+def _some(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+
+
+def _latest(root: str, known: str) -> str:
+    path = os.path.join(root, "latest")
+    try:
+        with open(path, encoding="utf-8") as f:
+            tag = f.read(4096).strip()
+    except FileNotFoundError:
+        raise SourceError(f"{root}: no file `latest`; name the tag; {known}") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise SourceError(f"{path}: {e}") from None
+    if not tag or tag != os.path.basename(tag) or tag in (".", ".."):
+        raise SourceError(f"{path}: names no tag: {tag[:80]!r}; {known}")
+    return tag
+
+
+def _list(path: str) -> list[str]:
+    try:
+        return os.listdir(path)
+    except NotADirectoryError:
+        return []
+    except OSError as e:
+        raise SourceError(f"{path}: {e.strerror}") from None
+
+
+def _is_zero_name(name: str) -> bool:
+    return any(p.fullmatch(name) for p in (OPTIM, MODEL_OF_RANK, MODEL))
+
+
+def _is_tag_folder(path: str) -> bool:
+    return os.path.isdir(path) and any(map(_is_zero_name, _list(path)))
+
+
+def _tag_folder_of(directory: str, tag: str) -> str:
+    """A further directory is a tag folder, or holds one of the same tag."""
+    if not os.path.isdir(directory):
+        raise SourceError(f"{directory}: no directory (also=)")
+    inner = os.path.join(directory, tag)
+    return inner if os.path.isdir(inner) else directory
+
+
+def _sorted_out(root: str, folder: str, tag: str, folders: list[str]) -> Files:
+    optim: dict[int, str] = {}
+    model_of: dict[int, str] = {}
+    model: dict[int, str] = {}
+    seen: set[str] = set()
+    for directory in folders:
+        if os.path.realpath(directory) in seen or not os.path.isdir(directory):
+            continue
+        seen.add(os.path.realpath(directory))
+        for name in sorted(_list(directory), key=natural):
+            path = os.path.join(directory, name)
+            for pattern, what in UNSUPPORTED:
+                if pattern.fullmatch(name):
+                    raise SourceError(f"{path}: {what} are not supported yet")
+            for pattern, table in ((OPTIM, optim), (MODEL_OF_RANK, model_of), (MODEL, model)):
+                found = pattern.fullmatch(name)
+                if found is None:
+                    continue
+                *dp, mp = map(int, found.groups())
+                if mp:
+                    raise SourceError(
+                        f"{path}: model-parallel rank {mp}: a tensor or pipeline parallel grid is not supported yet"
+                    )
+                rank = dp[0] if dp else 0
+                if rank in table:
+                    raise SourceError(f"{path}: rank {rank} is there twice, also as {table[rank]}")
+                table[rank] = path
+    if model and model_of:
+        raise SourceError(
+            f"{folder}: both {os.path.basename(model[0])} (stages 0-2) and "
+            f"{os.path.basename(min(model_of.values(), key=natural))} (stage 3): files of two runs"
+        )
+    return Files(root, folder, tag, optim, model.get(0), model_of)

@@ -1,0 +1,117 @@
+"""Which name of a ZeRO checkpoint is what: trainable, frozen, buffer, or tied to another.
+
+Law: every tensor that `module` names is accounted for, so that no weight is dropped in silence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from ..errors import SourceError
+from .torchfile import Tensor
+from .zero_layout import Shape
+from .zero_state import ModelState
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Names by what they are, each in file order.
+
+    `buffers`: in `module`. `frozen`: in frozen_param_fragments. `kept`: other parameters that only `module`
+    holds (all frozen ones at stage 1). `tied`: name -> holder. `other`: entries of `module` that are no tensors.
+    `lost`: stage-3 placeholders whose weights are in no file."""
+
+    buffers: tuple[str, ...]
+    frozen: tuple[str, ...]
+    kept: tuple[str, ...]
+    tied: dict[str, str]
+    other: tuple[str, ...]
+    lost: tuple[str, ...]
+
+
+def trainable(state: ModelState) -> dict[str, Shape]:
+    """Name -> shape of what the optimizer owns."""
+    return {n: s for group in state.shapes or () for n, s in group.items()}
+
+
+def parts(state: ModelState, where: str) -> Parts:
+    """The Parts of a model-states file. Raises SourceError for names that are two things at once, and for
+    shapes that disagree."""
+    owned = trainable(state)
+    frozen = state.frozen_shapes or {}
+    both = next((n for n in frozen if n in owned), None)
+    if both is not None:
+        raise SourceError(f"{where}: {both} is in param_shapes and in frozen_param_shapes")
+    missing = next((n for n in frozen if n not in (state.fragments or {})), None)
+    if missing is not None:
+        raise SourceError(f"{where}: {missing} is in frozen_param_shapes, frozen_param_fragments lacks it")
+    tied = _tied(state, {**frozen, **owned}, where)
+    module = {n: t for n, t in state.module.items() if isinstance(t, Tensor)}
+    named = set(state.buffers) - owned.keys() - frozen.keys()
+    buffers = tuple(n for n in module if n in named)
+    for name, shape in {**frozen, **owned}.items():
+        copy = module.get(name)
+        # A stage-3 placeholder has no elements; everything else is the parameter itself.
+        if copy is not None and copy.numel and copy.shape != shape:
+            raise SourceError(f"{where}: {name}: `module` has shape {copy.shape}, its shape is {shape}")
+    holders = {_place(module[n]): n for n in module if n in owned or n in frozen}
+    kept, lost = [], []
+    for name, t in module.items():
+        if name in owned or name in frozen or name in tied or name in named:
+            continue
+        holder = holders.setdefault(_place(t), name) if t.numel else name
+        if holder != name:
+            tied[name] = holder
+        elif t.numel == 0 and _placeholders(module, owned):
+            lost.append(name)
+        else:
+            kept.append(name)
+    other = tuple(n for n, t in state.module.items() if not isinstance(t, Tensor))
+    return Parts(buffers, tuple(frozen), tuple(kept), tied, other, tuple(lost))
+
+
+def by_storage(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Tied name -> holder among tensors: those that lie on the same elements of one storage."""
+    first: dict[object, str] = {}
+    tied = {}
+    for name, t in tensors.items():
+        holder = first.setdefault(_place(t), name) if t.numel else name
+        if holder != name:
+            tied[name] = holder
+    return tied
+
+
+def _tied(state: ModelState, own: Collection[str], where: str) -> dict[str, str]:
+    """`shared_params`, without the empty parameters that DeepSpeed takes for one (all at address 0)."""
+    out = {}
+    for name, holder in state.shared.items():
+        if name in own:
+            if not _empty(state, name):
+                raise SourceError(f"{where}: {name} is tied to {holder} in shared_params and has a shape of its own")
+            continue
+        copies = [state.module.get(n) for n in (name, holder)]
+        shapes = [c.shape for c in copies if isinstance(c, Tensor)]
+        if len(shapes) == 2 and shapes[0] != shapes[1]:
+            raise SourceError(f"{where}: {name} {shapes[0]} is tied to {holder} {shapes[1]}")
+        out[name] = holder
+    return out
+
+
+def _empty(state: ModelState, name: str) -> bool:
+    shape = (state.frozen_shapes or {}).get(name, trainable(state).get(name))
+    return shape is not None and math.prod(shape) == 0
+
+
+def _place(t: Tensor) -> tuple[object, ...]:
+    return t.storage.key, t.dtype.name, t.offset, t.shape, t.stride
+
+
+def _placeholders(module: dict[str, Tensor], owned: Collection[str]) -> bool:
+    """Whether `module` holds placeholders: stage 3, where every owned parameter has no elements."""
+    return all(t.numel == 0 for t in _owned(module, owned))
+
+
+def _owned(module: dict[str, Tensor], owned: Collection[str]) -> Iterator[Tensor]:
+    return (module[n] for n in owned if n in module)

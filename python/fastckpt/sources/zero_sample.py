@@ -1,0 +1,109 @@
+"""Reads single elements by position: an optimizer's step, and samples that hold the 16-bit copy to its masters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..dtypes import DTYPES, DType, bfloat16, float16, float32, float64
+from ..errors import SourceError
+from ..extents import Extents, File
+from ..views import View
+
+POSITIONS = 4
+"""Elements compared in each tensor: the first, the last, and evenly between."""
+
+_NUMPY = {"float32": "<f4", "float64": "<f8", "float16": "<f2", "bfloat16": "<u2", "int64": "<i8", "int32": "<i4"}
+
+
+def check_copy(copies: Mapping[str, View], masters: Mapping[str, View], where: str) -> None:
+    """Compare sampled elements of each copy with its master, cast; both views have one axis.
+
+    Raises SourceError naming the first tensor that differs."""
+    names = [n for n in copies if copies[n].numel]
+    at = {n: sorted({k * (copies[n].numel - 1) // (POSITIONS - 1) for k in range(POSITIONS)}) for n in names}
+    got = _elements([(copies[n], i) for n in names for i in at[n]])
+    wanted = _elements([(masters[n], i) for n in names for i in at[n]])
+    k = 0
+    for n in names:
+        have, master = copies[n].dtype, masters[n].dtype
+        for i in at[n]:
+            a, b = number(got[k], have), number(wanted[k], master)
+            if not same(a, b, have):
+                raise SourceError(
+                    f"{where}: {n}: element {i} of `module` is {a} ({have}), its master is {b} ({master}): "
+                    "not of the same step"
+                )
+            k += 1
+
+
+def same(copy: float, master: float, dtype: DType) -> bool:
+    """Whether `copy` is `master` rounded to `dtype`; NaN is NaN."""
+    if np.isnan(master) or np.isnan(copy):
+        return bool(np.isnan(master) and np.isnan(copy))
+    if dtype is bfloat16:
+        bits = int(np.float32(master).view(np.uint32))
+        return copy == number(((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to_bytes(2, "little"), bfloat16)
+    if dtype is float16:
+        with np.errstate(over="ignore"):
+            return copy == float(np.float32(master).astype(np.float16))
+    if dtype is float32:
+        return copy == float(np.float32(master))
+    return copy == master
+
+
+def number(data: bytes, dtype: DType) -> float:
+    """The one element of `dtype` in `data`. Raises SourceError for a dtype that is not sampled."""
+    kind = _NUMPY.get(dtype.name)
+    if kind is None:
+        raise SourceError(f"elements of {dtype} are not compared; wanted one of {', '.join(_NUMPY)}")
+    value: NDArray[np.generic] = np.frombuffer(data, kind)
+    if dtype is bfloat16:
+        value = (value.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return float(value[0])
+
+
+def read_at(path: str, offset: int, nbytes: int) -> bytes:
+    """`nbytes` of a file from `offset`. Raises SourceError when it ends before."""
+    return _read_all(path, [(offset, nbytes)])[0]
+
+
+def _elements(wanted: Sequence[tuple[View, int]]) -> list[bytes]:
+    """The bytes of one element of each one-axis view, each file opened once."""
+    by_path: dict[str, list[tuple[int, tuple[int, int]]]] = {}
+    for k, (view, i) in enumerate(wanted):
+        path, run = _locate(view, i, view.extents)
+        by_path.setdefault(path, []).append((k, run))
+    out = [b""] * len(wanted)
+    for path, items in by_path.items():
+        for (k, _), data in zip(items, _read_all(path, [run for _, run in items]), strict=True):
+            out[k] = data
+    return out
+
+
+def _locate(view: View, i: int, extents: Extents) -> tuple[str, tuple[int, int]]:
+    row = int(np.searchsorted(view.origin[:, 0], i, "right")) - 1
+    element = int(view.offset[row] + (i - view.origin[row, 0]) * view.stride[row, 0])
+    extent = extents[int(view.extent[row])]
+    if not isinstance(extent.where, File):
+        raise SourceError("an element in memory is not sampled")
+    size = DTYPES[int(view.stored[row])].itemsize
+    return extent.where.path, (extent.offset + element * size, size)
+
+
+def _read_all(path: str, runs: Sequence[tuple[int, int]]) -> list[bytes]:
+    try:
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        try:
+            out = [os.pread(fd, nbytes, offset) for offset, nbytes in runs]
+        finally:
+            os.close(fd)
+    except OSError as e:
+        raise SourceError(f"{path}: {e.strerror}") from None
+    for data, (offset, nbytes) in zip(out, runs, strict=True):
+        if len(data) != nbytes:
+            raise SourceError(f"{path}: ends before byte {offset + nbytes}")
+    return out

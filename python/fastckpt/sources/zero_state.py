@@ -1,0 +1,225 @@
+"""What a ZeRO rank's pickled trees say, taken out of them once and checked.
+
+Law: nothing here knows files or views; a key that is missing or of another kind is a SourceError naming it.
+Keys as DeepSpeed's `engine._save_checkpoint`, `stage_1_and_2.state_dict`, `stage3._rigid_state_dict` and
+`bf16_optimizer.state_dict` write them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..errors import SourceError
+from .torchfile import Inert, Tensor
+from .zero_layout import Shape
+
+_ENGINE_KEYS = frozenset((
+    "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
+    "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names",
+    "skipped_steps", "global_steps", "global_samples", "dp_world_size", "mp_world_size",
+    "checkpoint_parallel_dimensions", "ds_config", "ds_version", "universal_checkpoint_info",
+))  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OptimState:
+    """One rank's optimizer file.
+
+    `stage`: None in files of BF16_Optimizer, which is stage 1. `counts`: the ranks each group is cut over.
+    `flats`: the masters, one tensor a group (stage 3: a sub-group). `alignment`: elements after each parameter
+    of each group, None in older files. `step`: the optimizer's step, a number or where it lies, None if unsaid."""
+
+    stage: int | None
+    counts: tuple[int, ...]
+    flats: tuple[Tensor, ...]
+    alignment: tuple[tuple[int, ...], ...] | None
+    step: Tensor | int | None
+    version: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelState:
+    """One rank's model-states file.
+
+    `shapes`: name -> shape a group, None when ZeRO was off. `frozen_shapes`, `fragments`: None where frozen
+    parameters are kept in `module` alone. `shared`: tied name -> holder. `client`: the caller's own keys."""
+
+    module: Mapping[str, object]
+    buffers: tuple[str, ...]
+    shapes: tuple[Mapping[str, Shape], ...] | None
+    frozen_shapes: Mapping[str, Shape] | None
+    fragments: Mapping[str, Tensor] | None
+    shared: Mapping[str, str]
+    global_steps: int | None
+    dp_world: int | None
+    version: str
+    client: tuple[str, ...]
+
+
+def optim_state(root: object, where: str) -> OptimState:
+    """The OptimState of a parsed optimizer file. Raises SourceError."""
+    top = _dict(root, where)
+    state = _dict(top.get("optimizer_state_dict"), f"{where}: optimizer_state_dict")
+    stage = _stage(state.get("zero_stage"), where)
+    key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+    if key not in state:
+        raise SourceError(f"{where}: no {key}, so no ZeRO masters; keys: {', '.join(map(str, state))}")
+    flats = state[key]
+    flats = [flats] if isinstance(flats, Tensor) else _list(flats, f"{where}: {key}")
+    for k, t in enumerate(flats):
+        _flat(t, f"{where}: {key}[{k}]")
+    counts = state.get("partition_count")
+    moments = state.get("optimizer_state_dict" if stage == 3 else "base_optimizer_state")
+    return OptimState(
+        stage=stage,
+        counts=_ints([counts] if isinstance(counts, int) else counts, f"{where}: partition_count"),
+        flats=tuple(flats),
+        alignment=_alignment(state.get("param_alignment_paddings"), f"{where}: param_alignment_paddings"),
+        step=_step(moments),
+        version=str(top.get("ds_version", state.get("ds_version", ""))),
+    )
+
+
+def model_state(root: object, where: str) -> ModelState:
+    """The ModelState of a parsed model-states file. Raises SourceError, for grids that are not supported too."""
+    top = _dict(root, where)
+    _refuse_grids(top, where)
+    if top.get("module") is None:
+        raise SourceError(f"{where}: `module` is None: a pipeline, which is not supported yet")
+    shapes = top.get("param_shapes")
+    groups = None
+    if shapes is not None:
+        listed = [shapes] if isinstance(shapes, dict) else _list(shapes, f"{where}: param_shapes")
+        groups = tuple(_shapes(g, f"{where}: param_shapes[{k}]") for k, g in enumerate(listed))
+        _no_doubles(groups, where)
+    frozen, fragments = top.get("frozen_param_shapes"), top.get("frozen_param_fragments")
+    if (frozen is None) != (fragments is None):
+        raise SourceError(f"{where}: frozen_param_shapes and frozen_param_fragments: one is None, the other is not")
+    return ModelState(
+        module=_names(_dict(top["module"], f"{where}: module"), f"{where}: module"),
+        buffers=tuple(_strings(top.get("buffer_names", ()), f"{where}: buffer_names")),
+        shapes=groups,
+        frozen_shapes=None if frozen is None else _shapes(frozen, f"{where}: frozen_param_shapes"),
+        fragments=None if fragments is None else _tensors(fragments, f"{where}: frozen_param_fragments"),
+        shared=_pairs(top.get("shared_params") or {}, f"{where}: shared_params"),
+        global_steps=_number(top.get("global_steps")),
+        dp_world=_number(top.get("dp_world_size")),
+        version=str(top.get("ds_version", "")),
+        client=tuple(str(k) for k in top if k not in _ENGINE_KEYS),
+    )
+
+
+def _refuse_grids(top: Mapping[object, object], where: str) -> None:
+    degrees = top.get("checkpoint_parallel_dimensions")
+    if isinstance(degrees, dict):
+        for key in ("pp_degree", "tp_degree"):
+            if degrees.get(key) not in (None, 1):
+                raise SourceError(f"{where}: {key} {degrees[key]}: a tensor or pipeline parallel grid is not supported yet")
+    mp = top.get("mp_world_size")
+    if isinstance(mp, int) and mp > 1:
+        raise SourceError(f"{where}: mp_world_size {mp}: a tensor or pipeline parallel grid is not supported yet")
+    if top.get("ds_autoep_layers") or top.get("autoep_layers"):
+        raise SourceError(f"{where}: AutoEP layers: DeepSpeed MoE experts are not supported yet")
+
+
+def _stage(value: object, where: str) -> int | None:
+    if isinstance(value, Inert):  # ZeroStageEnum(n)
+        value = value.args[0] if len(value.args) == 1 else value
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 3):
+        return value
+    raise SourceError(f"{where}: zero_stage {value!r} is no stage of 0 to 3")
+
+
+def _step(moments: object) -> Tensor | int | None:
+    """The step of the first parameter group, where torch's optimizers and DeepSpeedCPUAdam keep it."""
+    state = moments.get("state") if isinstance(moments, dict) else None
+    first = next(iter(state.values()), None) if isinstance(state, dict) else None
+    step = first.get("step") if isinstance(first, dict) else None
+    if isinstance(step, Tensor):
+        return step if step.numel == 1 else None
+    return _number(step)
+
+
+def _alignment(value: object, where: str) -> tuple[tuple[int, ...], ...] | None:
+    if value is None:
+        return None
+    return tuple(_ints(group, where) for group in _list(value, where))
+
+
+def _dict(value: object, where: str) -> dict[object, object]:
+    if not isinstance(value, dict):
+        raise SourceError(f"{where}: wanted a dict, got {_kind(value)}")
+    return value
+
+
+def _list(value: object, where: str) -> Sequence[object]:
+    if not isinstance(value, (list, tuple)):
+        raise SourceError(f"{where}: wanted a list, got {_kind(value)}")
+    return value
+
+
+def _ints(value: object, where: str) -> tuple[int, ...]:
+    out = []
+    for n in _list(value, where):
+        if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+            raise SourceError(f"{where}: wanted whole numbers, got {_kind(n)} {n if isinstance(n, int) else ''}")
+        out.append(n)
+    return tuple(out)
+
+
+def _strings(value: object, where: str) -> list[str]:
+    out = []
+    for name in _list(value, where):
+        if not isinstance(name, str):
+            raise SourceError(f"{where}: wanted names, got {_kind(name)}")
+        out.append(name)
+    return out
+
+
+def _names(value: Mapping[object, object], where: str) -> dict[str, object]:
+    return dict(zip(_strings(list(value), where), value.values(), strict=True))
+
+
+def _pairs(value: object, where: str) -> dict[str, str]:
+    named = _names(_dict(value, where), where)
+    return dict(zip(named, _strings(list(named.values()), where), strict=True))
+
+
+def _shapes(value: object, where: str) -> dict[str, Shape]:
+    return {n: _ints(shape, f"{where}: {n}") for n, shape in _names(_dict(value, where), where).items()}
+
+
+def _tensors(value: object, where: str) -> dict[str, Tensor]:
+    out = {}
+    for name, t in _names(_dict(value, where), where).items():
+        if not isinstance(t, Tensor):
+            raise SourceError(f"{where}: {name}: wanted a tensor, got {_kind(t)}")
+        out[name] = t
+    return out
+
+
+def _flat(value: object, where: str) -> None:
+    if not isinstance(value, Tensor):
+        raise SourceError(f"{where}: wanted a tensor, got {_kind(value)}")
+    if len(value.shape) != 1 or (value.numel > 1 and value.stride != (1,)):
+        raise SourceError(f"{where}: wanted one dense axis, got shape {value.shape}, stride {value.stride}")
+
+
+def _no_doubles(groups: Sequence[Mapping[str, Shape]], where: str) -> None:
+    seen: dict[str, int] = {}
+    for g, group in enumerate(groups):
+        for name in group:
+            if name in seen:
+                raise SourceError(f"{where}: param_shapes names {name} in groups {seen[name]} and {g}")
+            seen[name] = g
+
+
+def _number(value: object) -> int | None:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _kind(value: object) -> str:
+    return value.name if isinstance(value, Inert) else type(value).__name__
