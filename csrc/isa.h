@@ -1,0 +1,49 @@
+// What one instruction set offers: a table of kernels, filled once by each isa_*.cpp.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cast.h"
+
+namespace fastckpt {
+
+// n elements, contiguous on both sides; `stream`: past the cache.
+using Line = void (*)(char* dst, const char* src, size_t n, bool stream);
+// n elements, `dst_step` and `src_step` bytes apart.
+using Strided = void (*)(char* dst, const char* src, size_t n, int64_t dst_step, int64_t src_step);
+// dst[c][r] = src[r][c] for rows x cols of the source; elements of a row are contiguous on both sides,
+// source rows lie `src_step` bytes apart, destination rows `dst_step`.
+using Transpose = void (*)(char* dst, const char* src, size_t rows, size_t cols, int64_t dst_step,
+                           int64_t src_step, bool stream);
+
+struct Pair {
+    Line line = nullptr;  // null: this pair cannot be converted
+    Strided strided = nullptr;
+    Transpose transpose = nullptr;
+};
+
+struct Kernels {
+    const char* name;
+    Pair pairs[DTYPES][DTYPES];  // [source][destination]
+    // XXH3-64 of more than 240 bytes, seed 0.
+    uint64_t (*digest_long)(const uint8_t* data, size_t nbytes);
+    // Elements that are NaN or infinite among n of a float type; 0 for the others.
+    uint64_t (*nonfinite)(const char* data, size_t n, Dtype dtype);
+};
+
+const Kernels& kernels_portable();
+#if defined(__x86_64__)
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+#endif
+
+constexpr int ISAS = 3;
+extern const char* const ISA_NAMES[ISAS];  // portable, avx2, avx512: the number of an isa is its place here
+
+// Whether this machine and this build have that instruction set.
+bool has_isa(int isa);
+// The kernels of an instruction set, or of the best one for -1. Throws std::invalid_argument.
+const Kernels& kernels(int isa);
+
+}  // namespace fastckpt

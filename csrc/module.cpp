@@ -1,0 +1,175 @@
+// fastckpt._C: the only file that knows Python. Buffers and integers come in, work runs without the GIL.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+#include <thread>
+
+#include "copy_cpu.h"
+#include "digest.h"
+#include "error.h"
+#include "isa.h"
+#include "read.h"
+
+namespace py = pybind11;
+using namespace fastckpt;
+
+namespace {
+
+// The bytes behind a C-contiguous object of the buffer protocol, held until the end of a call.
+class Held {
+  public:
+    explicit Held(const py::object& object, bool writable = false) {
+        if (PyObject_GetBuffer(object.ptr(), &view_, writable ? PyBUF_WRITABLE : PyBUF_SIMPLE) != 0) throw py::error_already_set();
+    }
+    ~Held() { PyBuffer_Release(&view_); }
+    Held(const Held&) = delete;
+    Held& operator=(const Held&) = delete;
+
+    char* data() const { return static_cast<char*>(view_.buf); }
+    size_t nbytes() const { return static_cast<size_t>(view_.len); }
+    template <class T> T* items() const { return reinterpret_cast<T*>(view_.buf); }
+    // The number of T it holds. Throws std::invalid_argument when it holds no whole number of them.
+    template <class T> size_t count(const char* what) const {
+        if (nbytes() % sizeof(T) != 0)
+            throw std::invalid_argument(std::string(what) + ": " + std::to_string(nbytes()) + " bytes are no whole number of " +
+                                        std::to_string(sizeof(T)) + "-byte items");
+        return nbytes() / sizeof(T);
+    }
+
+  private:
+    Py_buffer view_;
+};
+
+// Throws std::invalid_argument unless [offset, offset + size) lies inside `nbytes`.
+void check_inside(const char* what, int64_t offset, int64_t size, size_t nbytes) {
+    if (offset < 0 || size < 0 || static_cast<uint64_t>(offset) + static_cast<uint64_t>(size) > nbytes)
+        throw std::invalid_argument(std::string(what) + ": [" + std::to_string(offset) + ", +" + std::to_string(size) +
+                                    ") is outside a buffer of " + std::to_string(nbytes) + " bytes");
+}
+
+void py_copy_rows(const py::object& rows, const py::object& sources, const py::object& destinations, int threads, int isa,
+                  const py::object& mapped, uint64_t release_bytes) {
+    Held r(rows), s(sources), d(destinations);
+    Rows work{r.items<Copy>(), r.count<Copy>("rows"), s.items<uint64_t>(), s.count<uint64_t>("sources"),
+              d.items<uint64_t>(), d.count<uint64_t>("destinations"), nullptr, 0};
+    if (mapped.is_none() || release_bytes == 0) {
+        py::gil_scoped_release free;
+        copy_rows(work, threads, isa);
+        return;
+    }
+    Held m(mapped);
+    if (m.count<uint64_t>("mapped") != work.source_count) throw std::invalid_argument("mapped: one number for each source");
+    work.mapped = m.items<uint64_t>();
+    work.release_bytes = release_bytes;
+    py::gil_scoped_release free;
+    copy_rows(work, threads, isa);
+}
+
+void py_read_at(int fd, const py::object& offsets, const py::object& sizes, const py::object& destination,
+                const py::object& positions, int threads) {
+    Held o(offsets), s(sizes), p(positions), d(destination, true);
+    const size_t n = o.count<int64_t>("offsets");
+    if (s.count<int64_t>("sizes") != n || p.count<int64_t>("positions") != n)
+        throw std::invalid_argument("read_at: offsets, sizes and positions differ in length");
+    for (size_t i = 0; i < n; ++i) check_inside("read_at", p.items<int64_t>()[i], s.items<int64_t>()[i], d.nbytes());
+    py::gil_scoped_release free;
+    read_at(fd, o.items<int64_t>(), s.items<int64_t>(), p.items<int64_t>(), n, d.data(), threads);
+}
+
+uint64_t py_digest64(const py::object& buffer) {
+    Held b(buffer);
+    py::gil_scoped_release free;
+    return digest64(b.data(), b.nbytes());
+}
+
+void py_leaf_digests(const py::object& buffer, const py::object& offsets, const py::object& sizes, const py::object& out) {
+    Held b(buffer), o(offsets), s(sizes), result(out, true);
+    const size_t n = o.count<int64_t>("offsets");
+    if (s.count<int64_t>("sizes") != n || result.count<uint64_t>("out") != n)
+        throw std::invalid_argument("leaf_digests: offsets, sizes and out differ in length");
+    for (size_t i = 0; i < n; ++i) check_inside("leaf_digests", o.items<int64_t>()[i], s.items<int64_t>()[i], b.nbytes());
+    py::gil_scoped_release free;
+    for (size_t i = 0; i < n; ++i)
+        result.items<uint64_t>()[i] = digest64(b.data() + o.items<int64_t>()[i], static_cast<size_t>(s.items<int64_t>()[i]));
+}
+
+uint32_t py_crc32(const py::object& buffer, uint32_t value) {
+    Held b(buffer);
+    py::gil_scoped_release free;
+    return crc32(b.data(), b.nbytes(), value);
+}
+
+uint64_t py_nonfinite(const py::object& buffer, int code) {
+    if (code < 0 || code >= DTYPES) throw std::invalid_argument("nonfinite: no dtype has the code " + std::to_string(code));
+    Held b(buffer);
+    if (b.nbytes() % ITEMSIZE[code] != 0)
+        throw std::invalid_argument("nonfinite: " + std::to_string(b.nbytes()) + " bytes are no whole number of elements");
+    py::gil_scoped_release free;
+    return kernels(-1).nonfinite(b.data(), b.nbytes() / ITEMSIZE[code], static_cast<Dtype>(code));
+}
+
+py::list py_isas() {
+    py::list names;
+    for (int i = 0; i < ISAS; ++i)
+        if (has_isa(i)) names.append(ISA_NAMES[i]);
+    return names;
+}
+
+py::list py_fields() {
+    py::list fields;
+    for (const Field& f : FIELDS) fields.append(py::make_tuple(f.name, f.offset, f.size));
+    return fields;
+}
+
+py::dict py_cpu_features() {
+    py::dict found;
+#if defined(__x86_64__)
+    found["avx2"] = static_cast<bool>(__builtin_cpu_supports("avx2"));
+    found["avx512f"] = static_cast<bool>(__builtin_cpu_supports("avx512f"));
+    found["avx512bw"] = static_cast<bool>(__builtin_cpu_supports("avx512bw"));
+    found["pclmul"] = static_cast<bool>(__builtin_cpu_supports("pclmul"));
+#endif
+    return found;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "The compiled part of fastckpt: copies, mapped files, digests.";
+    py::register_exception_translator([](std::exception_ptr error) {
+        try {
+            if (error) std::rethrow_exception(error);
+        } catch (const BrokenFile& e) {
+            py::set_error(py::module_::import("fastckpt.errors").attr("SourceError"), e.what());
+        }
+    });
+
+    m.attr("compiler") = __VERSION__;
+    m.attr("built_with_cuda") = false;
+    m.attr("copy_bytes") = sizeof(Copy);
+    m.def("fields", py_fields, "The fields of struct Copy: (name, offset, size) in bytes.");
+    m.def("isas", py_isas, "The instruction sets that can run here; the position is the number `copy_rows` takes.");
+    m.def("cpu_features", py_cpu_features, "What the machine offers of what the kernels ask for.");
+
+    m.def("copy_rows", py_copy_rows, py::arg("rows"), py::arg("sources"), py::arg("destinations"), py::arg("threads") = 1,
+          py::arg("isa") = -1, py::arg("mapped") = py::none(), py::arg("release_bytes") = 0);
+    m.def("read_at", py_read_at, py::arg("fd"), py::arg("offsets"), py::arg("sizes"), py::arg("destination"),
+          py::arg("positions"), py::arg("threads") = 1);
+    m.def("digest64", py_digest64, py::arg("buffer"));
+    m.def("leaf_digests", py_leaf_digests, py::arg("buffer"), py::arg("offsets"), py::arg("sizes"), py::arg("out"));
+    m.def("crc32", py_crc32, py::arg("buffer"), py::arg("value") = 0);
+    m.def("crc32_combine", crc32_combine, py::arg("a"), py::arg("b"), py::arg("nbytes_b"));
+    m.def("nonfinite", py_nonfinite, py::arg("buffer"), py::arg("dtype_code"));
+
+    m.def("faults", faults, "Pages of mapped files that were gone when read, in this process so far.");
+    py::class_<Mapping>(m, "Mapping")
+        .def(py::init<const std::string&, uint64_t>(), py::arg("path"), py::arg("nbytes"))
+        .def_property_readonly("path", &Mapping::path)
+        .def_property_readonly("address", &Mapping::address)
+        .def_property_readonly("nbytes", &Mapping::nbytes)
+        .def_property_readonly("faulted", &Mapping::faulted)
+        .def("release", &Mapping::release, py::arg("offset"), py::arg("nbytes"), py::call_guard<py::gil_scoped_release>())
+        .def("willneed", &Mapping::willneed, py::arg("offset"), py::arg("nbytes"), py::call_guard<py::gil_scoped_release>())
+        .def("close", &Mapping::close, py::call_guard<py::gil_scoped_release>());
+}

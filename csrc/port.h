@@ -1,0 +1,174 @@
+// Every intrinsic of the host stands here. Compiled once for each instruction set, chosen by the flags
+// of the translation unit, so everything has internal linkage.
+//
+// Words: LANES 32-bit lanes. Block: BLOCK bytes, the unit of a streaming store, = one Words of bytes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "cast.h"
+
+#define FASTCKPT_INLINE static inline __attribute__((always_inline))
+
+namespace fastckpt {
+namespace {
+
+#if defined(__AVX512BW__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr size_t BLOCK = LANES * 4;
+
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+typedef uint8_t Quarters __attribute__((vector_size(LANES)));
+template <> struct FloatOf<Words> { using type = Floats; };
+
+template <int SIZE> struct Lane;
+template <> struct Lane<1> { using type = Quarters; };
+template <> struct Lane<2> { using type = Halves; };
+template <> struct Lane<4> { using type = Words; };
+
+// LANES elements of SIZE bytes, each widened with zeros to a lane; any alignment.
+template <int SIZE> FASTCKPT_INLINE Words load(const char* p) {
+    typename Lane<SIZE>::type narrow;
+    memcpy(&narrow, p, sizeof narrow);
+    if constexpr (SIZE == 4) return narrow;
+    else return __builtin_convertvector(narrow, Words);
+}
+
+// The low SIZE bytes of each lane; any alignment.
+template <int SIZE> FASTCKPT_INLINE void store(char* p, Words w) {
+    if constexpr (SIZE == 4) {
+        memcpy(p, &w, sizeof w);
+    } else {
+        auto narrow = __builtin_convertvector(w, typename Lane<SIZE>::type);
+        memcpy(p, &narrow, sizeof narrow);
+    }
+}
+
+// The low SIZE bytes of the lanes of 4 / SIZE vectors, side by side in one block.
+template <int SIZE> FASTCKPT_INLINE Words pack(const Words* w) {
+    if constexpr (SIZE == 4) return w[0];
+    Words out;
+#if defined(__AVX512BW__)
+    if constexpr (SIZE == 2) {
+        out = (Words)_mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16((__m512i)w[0])),
+                                        _mm512_cvtepi32_epi16((__m512i)w[1]), 1);
+    } else {
+        __m512i lo = _mm512_inserti64x2(_mm512_castsi128_si512(_mm512_cvtepi32_epi8((__m512i)w[0])),
+                                        _mm512_cvtepi32_epi8((__m512i)w[1]), 1);
+        lo = _mm512_inserti64x2(lo, _mm512_cvtepi32_epi8((__m512i)w[2]), 2);
+        out = (Words)_mm512_inserti64x2(lo, _mm512_cvtepi32_epi8((__m512i)w[3]), 3);
+    }
+#elif defined(__AVX2__)
+    if constexpr (SIZE == 2) {
+        __m256i p = _mm256_packus_epi32((__m256i)w[0], (__m256i)w[1]);
+        out = (Words)_mm256_permute4x64_epi64(p, 0xd8);
+    } else {
+        __m256i p = _mm256_packus_epi16(_mm256_packus_epi32((__m256i)w[0], (__m256i)w[1]),
+                                        _mm256_packus_epi32((__m256i)w[2], (__m256i)w[3]));
+        out = (Words)_mm256_permutevar8x32_epi32(p, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    }
+#else
+    for (int i = 0; i < 4 / SIZE; ++i) store<SIZE>(reinterpret_cast<char*>(&out) + i * LANES * SIZE, w[i]);
+#endif
+    return out;
+}
+
+// A block past the cache; `p` is aligned to BLOCK. Ordered before other stores by `fence`.
+FASTCKPT_INLINE void stream(char* p, Words w) {
+#if defined(__AVX512BW__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)w);
+#elif defined(__AVX2__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)w);
+#elif defined(__SSE2__)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)w);
+#else
+    memcpy(p, &w, sizeof w);
+#endif
+}
+
+FASTCKPT_INLINE void fence() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
+// Into the second-level cache; any address, mapped or not.
+FASTCKPT_INLINE void prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
+
+// m[i][j] becomes m[j][i].
+FASTCKPT_INLINE void transpose(Words (&m)[LANES]) {
+#if defined(__AVX512BW__)
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_epi32((__m512i)m[i], (__m512i)m[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32((__m512i)m[i], (__m512i)m[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+        b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+        b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+        b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        a[i] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88);
+        a[i + 4] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
+        a[i + 8] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
+        a[i + 12] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; ++i) {
+        m[i] = (Words)_mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
+        m[i + 8] = (Words)_mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd);
+        m[i + 4] = (Words)_mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0x88);
+        m[i + 12] = (Words)_mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0xdd);
+    }
+#elif defined(__AVX2__)
+    __m256i a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_epi32((__m256i)m[i], (__m256i)m[i + 1]);
+        a[i + 1] = _mm256_unpackhi_epi32((__m256i)m[i], (__m256i)m[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        b[i] = _mm256_unpacklo_epi64(a[i], a[i + 2]);
+        b[i + 1] = _mm256_unpackhi_epi64(a[i], a[i + 2]);
+        b[i + 2] = _mm256_unpacklo_epi64(a[i + 1], a[i + 3]);
+        b[i + 3] = _mm256_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        m[i] = (Words)_mm256_permute2x128_si256(b[i], b[i + 4], 0x20);
+        m[i + 4] = (Words)_mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
+    }
+#else
+    uint32_t in[LANES][LANES], out[LANES][LANES];
+    memcpy(in, m, sizeof in);
+    for (int i = 0; i < LANES; ++i)
+        for (int j = 0; j < LANES; ++j) out[j][i] = in[i][j];
+    memcpy(m, out, sizeof out);
+#endif
+}
+
+// Denormals are values here whatever mode the calling thread is in.
+class FloatMode {
+#if defined(__SSE2__)
+    unsigned saved_ = _mm_getcsr();
+
+  public:
+    FloatMode() { _mm_setcsr(0x1f80); }
+    ~FloatMode() { _mm_setcsr(saved_); }
+#endif
+};
+
+}  // namespace
+}  // namespace fastckpt

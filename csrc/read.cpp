@@ -1,0 +1,190 @@
+#include "read.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "error.h"
+
+namespace fastckpt {
+namespace {
+
+// The mappings that live now, for the signal handler: it may take no lock and allocate nothing, so the table is
+// fixed and every field atomic. A slot is taken when `end` is not 0.
+struct Slot {
+    std::atomic<uintptr_t> begin, end;
+    std::atomic<bool> faulted;
+};
+constexpr int SLOTS = 1 << 16;
+Slot slots[SLOTS];
+std::atomic<uint64_t> fault_count{0};
+std::atomic<int> slots_used{0};  // slots from here on were never taken
+std::vector<int> free_slots;     // under `mutex`
+std::mutex mutex;
+
+uintptr_t page_size = 4096;
+struct sigaction previous;
+
+void on_bus_error(int signal, siginfo_t* info, void* context) {
+    const int saved = errno;
+    const uintptr_t at = reinterpret_cast<uintptr_t>(info->si_addr);
+    const int used = slots_used.load(std::memory_order_acquire);
+    for (int i = 0; i < used; ++i) {
+        if (at < slots[i].begin.load(std::memory_order_acquire) || at >= slots[i].end.load(std::memory_order_acquire))
+            continue;
+        void* page = reinterpret_cast<void*>(at / page_size * page_size);
+        if (mmap(page, page_size, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == page) {
+            slots[i].faulted.store(true, std::memory_order_release);
+            fault_count.fetch_add(1);
+            errno = saved;
+            return;
+        }
+    }
+    if (previous.sa_flags & SA_SIGINFO) {
+        previous.sa_sigaction(signal, info, context);
+    } else if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) {
+        previous.sa_handler(signal);
+    } else {
+        sigaction(SIGBUS, &previous, nullptr);  // the access is repeated and has its usual end
+    }
+    errno = saved;
+}
+
+void install_handler() {
+    page_size = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    struct sigaction action = {};
+    action.sa_sigaction = on_bus_error;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    sigemptyset(&action.sa_mask);
+    sigaction(SIGBUS, &action, &previous);
+}
+
+int take_slot(uintptr_t begin, uintptr_t length) {
+    std::lock_guard<std::mutex> lock(mutex);
+    static const bool installed = (install_handler(), true);
+    (void)installed;
+    int i;
+    if (!free_slots.empty()) {
+        i = free_slots.back();
+        free_slots.pop_back();
+    } else if ((i = slots_used.load()) == SLOTS) {
+        return -1;
+    }
+    slots[i].faulted.store(false);
+    slots[i].begin.store(begin);
+    slots[i].end.store(begin + length);
+    if (i == slots_used.load()) slots_used.store(i + 1, std::memory_order_release);
+    return i;
+}
+
+void leave_slot(int i) {
+    std::lock_guard<std::mutex> lock(mutex);
+    slots[i].end.store(0);
+    slots[i].begin.store(0);
+    free_slots.push_back(i);
+}
+
+std::string reason() { return std::strerror(errno); }
+
+}  // namespace
+
+Mapping::Mapping(const std::string& path, uint64_t nbytes) : path_(path), nbytes_(nbytes) {
+    const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (fd < 0) throw BrokenFile(path + ": " + reason());
+    struct stat s;
+    if (fstat(fd, &s) != 0 || !S_ISREG(s.st_mode)) {
+        ::close(fd);
+        throw BrokenFile(path + ": not a regular file");
+    }
+    if (static_cast<uint64_t>(s.st_size) < nbytes) {
+        ::close(fd);
+        throw BrokenFile(path + ": wanted " + std::to_string(nbytes) + " bytes, the file has " + std::to_string(s.st_size));
+    }
+    void* at = nbytes == 0 ? nullptr : mmap(nullptr, nbytes, PROT_READ, MAP_SHARED, fd, 0);
+    const std::string why = reason();
+    ::close(fd);
+    if (nbytes == 0) return;
+    if (at == MAP_FAILED) throw BrokenFile(path + ": cannot map " + std::to_string(nbytes) + " bytes: " + why);
+    address_ = reinterpret_cast<uint64_t>(at);
+    const uint64_t page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
+    length_ = (nbytes + page - 1) / page * page;
+    slot_ = take_slot(address_, length_);
+    if (slot_ < 0) {
+        munmap(at, nbytes);
+        throw BrokenFile(path + ": more than " + std::to_string(SLOTS) + " files mapped at once");
+    }
+}
+
+uint64_t faults() { return fault_count.load(); }
+
+bool Mapping::faulted() const { return slot_ >= 0 ? slots[slot_].faulted.load(std::memory_order_acquire) : faulted_; }
+
+void Mapping::advise(uint64_t offset, uint64_t nbytes, int advice) {
+    if (slot_ < 0 || offset >= nbytes_ || nbytes == 0) return;
+    const uint64_t low = offset / page_size * page_size;
+    const uint64_t high = std::min(nbytes > length_ - offset ? length_ : offset + nbytes, length_);
+    madvise(reinterpret_cast<void*>(address_ + low), high - low, advice);
+}
+
+void Mapping::release(uint64_t offset, uint64_t nbytes) { advise(offset, nbytes, MADV_DONTNEED); }
+void Mapping::willneed(uint64_t offset, uint64_t nbytes) { advise(offset, nbytes, MADV_WILLNEED); }
+
+void Mapping::close() {
+    if (slot_ < 0) return;
+    munmap(reinterpret_cast<void*>(address_), nbytes_);
+    faulted_ = slots[slot_].faulted.load(std::memory_order_acquire);
+    leave_slot(slot_);
+    slot_ = -1;
+    address_ = 0;
+}
+
+namespace {
+
+// The bytes of one piece; an empty string, or what went wrong.
+std::string read_piece(int fd, int64_t offset, int64_t size, char* to) {
+    while (size > 0) {
+        const ssize_t got = pread(fd, to, static_cast<size_t>(std::min<int64_t>(size, 1 << 30)), offset);
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0) return "read at byte " + std::to_string(offset) + ": " + reason();
+        if (got == 0) return "file ends at byte " + std::to_string(offset) + ", wanted " + std::to_string(size) + " more";
+        to += got;
+        offset += got;
+        size -= got;
+    }
+    return {};
+}
+
+}  // namespace
+
+void read_at(int fd, const int64_t* offsets, const int64_t* sizes, const int64_t* positions, size_t count,
+             char* destination, int threads) {
+    std::atomic<size_t> next{0};
+    std::mutex guard;
+    std::string error;
+    auto worker = [&] {
+        for (size_t i; (i = next.fetch_add(1)) < count;) {
+            std::string wrong = read_piece(fd, offsets[i], sizes[i], destination + positions[i]);
+            if (wrong.empty()) continue;
+            std::lock_guard<std::mutex> lock(guard);
+            if (error.empty()) error = wrong;
+            next = count;
+        }
+    };
+    std::vector<std::thread> pool;
+    for (size_t t = 1; t < std::min<size_t>(static_cast<size_t>(std::max(threads, 1)), count); ++t) pool.emplace_back(worker);
+    worker();
+    for (std::thread& t : pool) t.join();
+    if (!error.empty()) throw BrokenFile(error);
+}
+
+}  // namespace fastckpt

@@ -1,0 +1,191 @@
+// The bodies: a contiguous line, a strided line, a transposed tile. Written once over port.h's lanes.
+#pragma once
+
+#include "port.h"
+
+namespace fastckpt {
+namespace {
+
+FASTCKPT_INLINE void copy_bytes(char* dst, const char* src, size_t n, bool past) {
+    constexpr size_t STEP = 4 * BLOCK;
+    if (!past || n < 2 * STEP) {
+        memcpy(dst, src, n);
+        return;
+    }
+    size_t i = -reinterpret_cast<uintptr_t>(dst) % BLOCK;
+    memcpy(dst, src, i);
+    for (; i + STEP <= n; i += STEP)
+        for (size_t k = 0; k < STEP; k += BLOCK) stream(dst + i + k, load<4>(src + i + k));
+    memcpy(dst + i, src + i, n - i);
+}
+
+// One block of converted elements, from element i of src.
+template <class S, class D> FASTCKPT_INLINE Words block(const char* src, size_t i) {
+    constexpr int COUNT = 4 / D::size;
+    Words w[COUNT];
+    for (int k = 0; k < COUNT; ++k) w[k] = convert<S, D>(load<S::size>(src + (i + k * LANES) * S::size));
+    return pack<D::size>(w);
+}
+
+template <class S, class D> void line(char* dst, const char* src, size_t n, bool past) {
+    if constexpr (Same<S, D>::value) {
+        copy_bytes(dst, src, n * S::size, past);
+    } else if constexpr (S::size > 4 || D::size > 4) {
+        for (size_t i = 0; i < n; ++i) convert_one<S, D>(dst + i * D::size, src + i * S::size);
+    } else {
+        constexpr size_t STEP = BLOCK / D::size;
+        size_t i = 0;
+        if (n >= STEP) {
+            // The first and the last block may overlap their neighbours: the same bytes are written twice.
+            size_t head = -reinterpret_cast<uintptr_t>(dst) % BLOCK;
+            if (past && head % D::size == 0 && n >= 4 * STEP) {
+                store<4>(dst, block<S, D>(src, 0));
+                for (i = head / D::size; i + STEP <= n; i += STEP) stream(dst + i * D::size, block<S, D>(src, i));
+            } else {
+                for (; i + STEP <= n; i += STEP) store<4>(dst + i * D::size, block<S, D>(src, i));
+            }
+            if (i < n) store<4>(dst + (n - STEP) * D::size, block<S, D>(src, n - STEP));
+            return;
+        }
+        auto lanes = [&](size_t at) {
+            store<D::size>(dst + at * D::size, convert<S, D>(load<S::size>(src + at * S::size)));
+        };
+        if (n >= LANES) {
+            for (; i + LANES <= n; i += LANES) lanes(i);
+            if (i < n) lanes(n - LANES);
+            return;
+        }
+        for (; i < n; ++i) convert_one<S, D>(dst + i * D::size, src + i * S::size);
+    }
+}
+
+template <class S, class D> void strided(char* dst, const char* src, size_t n, int64_t dst_step, int64_t src_step) {
+    for (size_t i = 0; i < n; ++i, dst += dst_step, src += src_step) convert_one<S, D>(dst, src);
+}
+
+template <class S, class D>
+void transpose_plain(char* dst, const char* src, size_t rows, size_t cols, int64_t dst_step, int64_t src_step) {
+    constexpr size_t TILE = 16;
+    for (size_t r0 = 0; r0 < rows; r0 += TILE)
+        for (size_t c0 = 0; c0 < cols; c0 += TILE)
+            for (size_t c = c0; c < cols && c < c0 + TILE; ++c)
+                for (size_t r = r0; r < rows && r < r0 + TILE; ++r)
+                    convert_one<S, D>(dst + c * dst_step + r * D::size, src + r * src_step + c * S::size);
+}
+
+// DEPTH x LANES elements of the source: 4 / D::size neighbouring rows are packed into 32-bit words first,
+// so that one transpose of words makes LANES whole blocks of the destination.
+template <class S, class D> struct Micro {
+    static constexpr int GROUP = 4 / D::size, DEPTH = LANES * GROUP;
+
+    FASTCKPT_INLINE void run(char* dst, const char* src, int64_t dst_step, int64_t src_step, int64_t ahead, bool past) {
+        Words m[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) {
+            const char* row = src + i * GROUP * src_step;
+            m[i] = convert<S, D>(load<S::size>(row));
+            prefetch(row + ahead);
+            if constexpr (GROUP > 1) {
+#pragma GCC unroll 4
+                for (int k = 1; k < GROUP; ++k) {
+                    m[i] |= convert<S, D>(load<S::size>(row + k * src_step)) << (8 * D::size * k);
+                    prefetch(row + k * src_step + ahead);
+                }
+            }
+        }
+        transpose(m);
+        if (past) {
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; ++i) stream(dst + i * dst_step, m[i]);
+        } else {
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; ++i) store<4>(dst + i * dst_step, m[i]);
+        }
+    }
+};
+
+// Tiles of the source: a narrow band of rows is walked along its columns, so that few source pages and
+// whole destination lines are in flight, and the tile ahead is prefetched.
+constexpr size_t TILE_ROWS = LANES == 16 ? 64 : 128, TILE_COLS = LANES == 16 ? 512 : 256;
+
+template <class S, class D>
+void transposed(char* dst, const char* src, size_t rows, size_t cols, int64_t dst_step, int64_t src_step, bool past) {
+    if constexpr (S::size > 4 || D::size > 4) {
+        transpose_plain<S, D>(dst, src, rows, cols, dst_step, src_step);
+    } else {
+        using M = Micro<S, D>;
+        if (rows < M::DEPTH || cols < LANES) {
+            transpose_plain<S, D>(dst, src, rows, cols, dst_step, src_step);
+            return;
+        }
+        auto run = [&](size_t r, size_t c, int64_t ahead, bool stream) {
+            M::run(dst + c * dst_step + r * D::size, src + r * src_step + c * S::size, dst_step, src_step, ahead, stream);
+        };
+        // Streaming needs whole aligned blocks: start at the first row whose destination is aligned.
+        size_t head = -reinterpret_cast<uintptr_t>(dst) % BLOCK;
+        past = past && dst_step % static_cast<int64_t>(BLOCK) == 0 && head % D::size == 0;
+        size_t first = past ? head / D::size : 0;
+        if (first + M::DEPTH > rows) first = 0, past = false;
+        size_t last_row = first + (rows - first) / M::DEPTH * M::DEPTH, last_col = cols / LANES * LANES;
+        for (size_t r0 = first; r0 < last_row; r0 += TILE_ROWS) {
+            size_t r1 = r0 + TILE_ROWS < last_row ? r0 + TILE_ROWS : last_row;
+            for (size_t c0 = 0; c0 < last_col; c0 += TILE_COLS) {
+                size_t c1 = c0 + TILE_COLS < last_col ? c0 + TILE_COLS : last_col;
+                int64_t ahead = c1 < last_col ? static_cast<int64_t>(TILE_COLS * S::size)
+                                              : static_cast<int64_t>(TILE_ROWS) * src_step - static_cast<int64_t>(c0 * S::size);
+                for (size_t c = c0; c < c1; c += LANES)
+                    for (size_t r = r0; r < r1; r += M::DEPTH) run(r, c, ahead, past);
+            }
+            // The last columns again, from LANES before the end: the same bytes are written twice.
+            if (last_col < cols)
+                for (size_t r = r0; r < r1; r += M::DEPTH) run(r, cols - LANES, 0, past);
+        }
+        auto edge = [&](size_t r) {
+            for (size_t c = 0; c < last_col; c += LANES) run(r, c, 0, false);
+            if (last_col < cols) run(r, cols - LANES, 0, false);
+        };
+        if (first > 0) edge(0);
+        if (last_row < rows) edge(rows - M::DEPTH);
+    }
+}
+
+// ---- NaN and infinity ----
+
+template <class W> FASTCKPT_INLINE uint64_t count_at_least(const char* p, size_t n, W mask, W low) {
+    uint64_t total = 0;
+    for (size_t i = 0; i < n;) {
+        size_t stop = n - i < 128 ? n : i + 128;  // a count of 128 fits the smallest lane
+        W count = 0;
+        for (; i < stop; ++i) {
+            W x;
+            memcpy(&x, p + i * sizeof(W), sizeof x);
+            count = static_cast<W>(count + ((x & mask) >= low));
+        }
+        total += count;
+    }
+    return total;
+}
+
+uint64_t count_nonfinite(const char* p, size_t n, Dtype dtype) {
+    switch (dtype) {
+        case COMPLEX64: n *= 2; [[fallthrough]];
+        case FLOAT32: return count_at_least<uint32_t>(p, n, 0x7fffffffu, INF32);
+        case BFLOAT16: return count_at_least<uint16_t>(p, n, 0x7fff, 0x7f80);
+        case FLOAT16: return count_at_least<uint16_t>(p, n, 0x7fff, 0x7c00);
+        case FLOAT8_E4M3FN: return count_at_least<uint8_t>(p, n, 0x7f, 0x7f);
+        case FLOAT8_E5M2: return count_at_least<uint8_t>(p, n, 0x7f, 0x7c);
+        case COMPLEX128: n *= 2; [[fallthrough]];
+        case FLOAT64: return count_at_least<uint64_t>(p, n, ~0ull >> 1, 0x7ff0ull << 48);
+        case FLOAT8_E8M0FNU: return count_at_least<uint8_t>(p, n, 0xff, 0xff);
+        case FLOAT8_E4M3FNUZ:
+        case FLOAT8_E5M2FNUZ: {
+            uint64_t total = 0;
+            for (size_t i = 0; i < n; ++i) total += static_cast<uint8_t>(p[i]) == 0x80;
+            return total;
+        }
+        default: return 0;
+    }
+}
+
+}  // namespace
+}  // namespace fastckpt

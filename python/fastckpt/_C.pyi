@@ -1,0 +1,88 @@
+"""The compiled part: copies, mapped files, digests. Every function releases the GIL while it works."""
+
+import mmap
+
+import numpy as np
+from numpy.typing import NDArray
+
+Buffer = bytes | bytearray | memoryview | mmap.mmap | NDArray[np.generic]
+
+compiler: str
+built_with_cuda: bool
+copy_bytes: int
+
+def fields() -> list[tuple[str, int, int]]:
+    """The fields of struct Copy: (name, offset, size), in bytes."""
+
+def isas() -> list[str]:
+    """The instruction sets that can run here, portable first; `copy_rows` takes the position."""
+
+def cpu_features() -> dict[str, bool]:
+    """What the machine offers of what the kernels ask for."""
+
+def copy_rows(
+    rows: Buffer,
+    sources: Buffer,
+    destinations: Buffer,
+    threads: int = 1,
+    isa: int = -1,
+    mapped: Buffer | None = None,
+    release_bytes: int = 0,
+) -> None:
+    """Runs every Copy row.
+
+    `sources` and `destinations`: uint64 addresses. `isa`: -1 takes the best. `mapped`: uint64, for each
+    source its bytes when it lies in a file mapping, else 0; with `release_bytes` the pages of those are given
+    back whenever a thread has touched so many bytes. Trusted: offsets and strides. Raises ValueError for a
+    buffer index or a conversion that does not exist."""
+
+def read_at(
+    fd: int, offsets: Buffer, sizes: Buffer, destination: Buffer, positions: Buffer, threads: int = 1
+) -> None:
+    """Reads sizes[i] bytes at offsets[i] of the file to destination[positions[i]:]; the three are int64.
+
+    Raises SourceError naming the byte where the file ends or fails, ValueError for a piece outside
+    `destination`."""
+
+def digest64(buffer: Buffer) -> int:
+    """XXH3-64, seed 0."""
+
+def leaf_digests(buffer: Buffer, offsets: Buffer, sizes: Buffer, out: Buffer) -> None:
+    """out[i] (uint64) becomes the XXH3-64 of buffer[offsets[i]:][:sizes[i]] (int64)."""
+
+def crc32(buffer: Buffer, value: int = 0) -> int:
+    """As zlib.crc32."""
+
+def crc32_combine(a: int, b: int, nbytes_b: int) -> int:
+    """The CRC-32 of x + y from that of x, that of y, and the bytes of y."""
+
+def nonfinite(buffer: Buffer, dtype_code: int) -> int:
+    """Elements that are NaN or infinite; 0 for integers and bools. Raises ValueError for an unknown code."""
+
+def faults() -> int:
+    """Pages of mapped files that were gone when they were read, in this process so far."""
+
+class Mapping:
+    """The first `nbytes` of a file, mapped read-only.
+
+    When the file shrinks under it, what is gone reads as zeros and `faulted` turns true; bytes gone from the
+    last page that remains are zeros without a fault, so compare size and times as well. Raises SourceError
+    when the file is missing, irregular or shorter."""
+
+    def __init__(self, path: str, nbytes: int) -> None: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def faulted(self) -> bool: ...
+    def release(self, offset: int, nbytes: int) -> None:
+        """Gives the pages that hold this range back; reading them again maps them again."""
+
+    def willneed(self, offset: int, nbytes: int) -> None:
+        """Starts reading this range into the page cache."""
+
+    def close(self) -> None:
+        """Unmaps; the address must not be used after."""

@@ -1,0 +1,62 @@
+"""Executors: whatever runs Copy rows between buffers.
+
+Law: every executor gives the same bytes. Rows are trusted; the planner checks bounds when it binds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import DeviceError
+from ..extents import Buffer
+
+
+class Runner(Protocol):
+    """An executor with its source buffers."""
+
+    def run(self, rows: NDArray[np.void], destinations: Sequence[Buffer], threads: int = 1) -> None:
+        """Runs `rows` (planner.COPY) from the bound sources into `destinations`."""
+
+
+class Executor(Protocol):
+    """Runs Copy rows; `name` is its name in EXECUTORS."""
+
+    @property
+    def name(self) -> str: ...
+
+    def bind(self, sources: Sequence[Buffer]) -> Runner:
+        """A runner over these source buffers, which it keeps alive."""
+
+
+def _cpu() -> Executor:
+    from .cpu import Cpu
+
+    return Cpu()
+
+
+def _torch() -> Executor:
+    from .torch import Torch
+
+    return Torch()
+
+
+EXECUTORS: dict[str, Callable[[], Executor]] = {"cpu": _cpu, "torch": _torch}
+"""Name -> maker, the fastest first; a maker raises DeviceError where its executor cannot run."""
+
+
+def pick(name: str | None = None) -> Executor:
+    """The executor of that name, or `cpu` where the compiled module is built and `torch` where it is not.
+
+    Raises DeviceError for an unknown name and for an executor that cannot run here."""
+    if name is None:
+        from .cpu import built
+
+        name = "cpu" if built() else "torch"
+    make = EXECUTORS.get(name)
+    if make is None:
+        raise DeviceError(f"no executor {name!r}; known: {', '.join(EXECUTORS)}")
+    return make()
