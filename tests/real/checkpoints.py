@@ -7,7 +7,6 @@ installed, before its first test, and kept in pytest's cache.
 from __future__ import annotations
 
 import pytest
-
 from real.make_zero import NIGHTLY, NORMAL
 
 KEPT = (

@@ -85,7 +85,9 @@ def _matrix() -> Iterator[Run]:
                     name = f"n-z{stage}-{model}-w{world}-robin"
                     yield Run(name, model, stage, world, groups=2, round_robin=True)
                 if stage == 3:
-                    yield Run(f"n-z3-{model}-w{world}-subgroups", model, 3, world, groups=2, sub_group_size=997)
+                    yield Run(
+                        f"n-z3-{model}-w{world}-subgroups", model, 3, world, groups=2, sub_group_size=997
+                    )
                 if stage and model == "mixed":
                     name = f"n-z{stage}-mixed-w{world}-nofrozen"
                     yield Run(name, model, stage, world, groups=2, exclude_frozen=True)
@@ -227,7 +229,9 @@ def parameter_groups(model: nn.Module, groups: int) -> list[dict[str, object]]:
     ]
 
 
-def gathered(model: nn.Module, run: Run) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, str]]:
+def gathered(
+    model: nn.Module, run: Run
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, str]]:
     """(master, module, tied names); every rank must call it."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
@@ -274,7 +278,9 @@ def train(run: Run, rank: int, out: Path) -> None:
         engine.backward(engine(input_ids=ids, labels=ids)["loss"])
         engine.step()
     state = {"epoch": 1, "note": "client state"}
-    engine.save_checkpoint(str(out), tag=TAG, client_state=state, exclude_frozen_parameters=run.exclude_frozen)
+    engine.save_checkpoint(
+        str(out), tag=TAG, client_state=state, exclude_frozen_parameters=run.exclude_frozen
+    )
     master, module, shared = gathered(model, run)
     if rank == 0:
         save_file({k: v.contiguous() for k, v in module.items()}, out / "module.safetensors")

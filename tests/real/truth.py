@@ -14,7 +14,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Truth:
-    """The gathered truth of one checkpoint: `module` as it trained, `master` in fp32 or None (see make_zero)."""
+    """The gathered truth of one checkpoint: `master` is None where make_zero says so."""
 
     path: Path
     stage: int

@@ -1,0 +1,188 @@
+"""Imports go one way, as docs/architecture.md draws them, and what could execute a checkpoint is not imported."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import fastckpt
+import pytest
+
+ROOT = Path(next(iter(fastckpt.__path__)))
+
+CORE = ("errors", "dtypes", "extents", "views", "checkpoint", "placement", "target")
+PLAIN = (*CORE, "model")
+FILES = ("syscalls", "files", "torchzip", "manifest", "commit", "writer")
+
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "errors": (),
+    "dtypes": CORE[:1],
+    "extents": CORE[:2],
+    "views": CORE[:3],
+    "checkpoint": CORE[:4],
+    "placement": CORE[:4],
+    "target": CORE[:4],
+    "model": CORE,
+    # Sources never see models; recipes and layouts never see files; none of them sees a plan.
+    "sources": CORE,
+    "recipes": PLAIN,
+    "layouts": PLAIN,
+    "planner": CORE,
+    "digest": (*CORE, "_C"),
+    "finite": (*CORE, "digest", "_C"),
+    # What reads and runs a plan.
+    "reader": (*CORE, "planner", "_C"),
+    "executors": (*CORE, "planner", "_C"),
+    # What makes output real.
+    "syscalls": CORE,
+    "files": CORE,
+    "torchzip": (*CORE, "digest", "files"),
+    "manifest": (*CORE, "digest"),
+    "commit": (*CORE, "syscalls", "manifest"),
+    "writer": (*CORE, "digest", *FILES[:-1]),
+    "verification": (*CORE, "digest", "finite", *FILES),
+    # The spine.
+    "plans": (*PLAIN, "recipes", "layouts", "planner", "digest", "files", "torchzip"),
+    "pipeline": (*CORE, "digest", "finite", "planner", "reader", *FILES),
+    "tensors": (*CORE, "planner", "plans"),
+}
+MAY_IMPORT["road"] = tuple(MAY_IMPORT)
+DOORS = ("describe", "difference", "doctor", "zero_to_fp32", "terminal", "arguments")
+MAY_IMPORT |= {door: (*MAY_IMPORT, "__init__", "_C") for door in DOORS}
+MAY_IMPORT["demo"] = tuple(MAY_IMPORT)
+MAY_IMPORT["cli"] = tuple(MAY_IMPORT)
+MAY_IMPORT["__init__"] = tuple(MAY_IMPORT)
+MAY_IMPORT["__main__"] = ("cli",)
+"""Each room (a module, or a package with all its modules) and the other rooms it may import."""
+
+WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
+    "sources": (
+        ("options", "inertpickle", "torchzip"),
+        ("torchpickle",),
+        ("torchfile",),
+        ("assembly", "zero_files", "zero_layout", "zero_sample"),
+        ("zero_state",),
+        ("zero_parts",),
+        ("zero", "safetensors", "torchstate", "memory"),
+        ("__init__",),
+    ),
+    "recipes": (("claims",), ("llama", "gpt2"), ("mixtral",), ("__init__",)),
+    "layouts": (("naming", "cuts"), ("same", "hf", "vllm", "rtp_llm", "patterns"), ("__init__",)),
+    "executors": (("torch", "cpu", "cuda"), ("__init__",)),
+}
+"""Cells within a package: a module imports siblings from cells before its own only."""
+
+TORCH = {"executors/torch", "executors/cuda", "tensors"}
+TORCH_IN_FUNCTIONS = {"sources/memory", "road", "zero_to_fp32", "demo"}
+"""Where torch may be imported. The first are themselves imported inside functions only."""
+
+VAGUE = {"utils", "util", "common", "helpers", "base", "misc"}
+EXECUTES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "code"}
+
+MODULES = sorted(p.relative_to(ROOT).with_suffix("").as_posix() for p in ROOT.rglob("*.py"))
+
+
+@cache
+def parsed(module: str) -> ast.Module:
+    return ast.parse((ROOT / f"{module}.py").read_text())
+
+
+def room(module: str) -> str:
+    return module.split("/")[0]
+
+
+def imports(module: str) -> Iterator[tuple[str, bool]]:
+    """(what is imported: a module of ours as "./path", or a dotted name; whether on import of the module)."""
+    tree = parsed(module)
+    later = {
+        id(inner)
+        for outer in ast.walk(tree)
+        if isinstance(outer, ast.FunctionDef | ast.AsyncFunctionDef)
+        for inner in ast.walk(outer)
+    }
+    typing_only = {
+        id(inner)
+        for outer in ast.walk(tree)
+        if isinstance(outer, ast.If) and ast.unparse(outer.test) == "TYPE_CHECKING"
+        for inner in ast.walk(outer)
+    }
+    for node in ast.walk(tree):
+        at_once = id(node) not in later and id(node) not in typing_only
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                own = alias.name.split(".")[0] == "fastckpt"
+                yield ("./" + "/".join(alias.name.split(".")[1:]) if own else alias.name), at_once
+        elif isinstance(node, ast.ImportFrom):
+            place = node.module.split(".") if node.module else []
+            if node.level:
+                place = [*module.split("/")[: -node.level], *place]
+            elif place[0] == "fastckpt":
+                place = place[1:]
+            else:
+                yield node.module or "", at_once
+                continue
+            for alias in node.names:
+                yield "./" + resolve(place, alias.name), at_once
+
+
+def resolve(place: list[str], name: str) -> str:
+    """The module that `from place import name` reaches."""
+    for path in ([*place, name], place):
+        for candidate in ("/".join(path), "/".join([*path, "__init__"])):
+            if candidate in MODULES or candidate == "_C":
+                return candidate
+    return "/".join([*place, name])
+
+
+def test_every_module_has_its_place() -> None:
+    for module in MODULES:
+        assert room(module) in MAY_IMPORT, f"{module} stands in no cell of this test; draw its arrows first"
+        if "/" in module:
+            known = {name for cell in WITHIN[room(module)] for name in cell}
+            assert module.split("/")[1] in known, f"{module} stands in no cell of its package"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_one_way(module: str) -> None:
+    for imported, _ in imports(module):
+        if not imported.startswith("./"):
+            continue
+        other = imported.removeprefix("./")
+        if room(other) != room(module):
+            assert room(other) in MAY_IMPORT[room(module)], f"{module} imports {other}"
+        elif other != module:
+            cells = WITHIN[room(module)]
+            here, there = (
+                next(k for k, cell in enumerate(cells) if m.split("/")[1] in cell) for m in (module, other)
+            )
+            assert there < here, f"{module} imports its sibling {other}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_torch_stays_where_tensors_live(module: str) -> None:
+    for imported, at_once in imports(module):
+        if imported.split(".")[0] == "torch":
+            assert module in TORCH | TORCH_IN_FUNCTIONS, f"{module} imports torch"
+            assert module in TORCH or not at_once, f"{module} imports torch when it is imported itself"
+        if imported.removeprefix("./") in TORCH:
+            assert not at_once or module in TORCH, f"{module} brings torch in through {imported}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_executes_a_checkpoint(module: str) -> None:
+    for imported, _ in imports(module):
+        assert imported.split(".")[0] not in EXECUTES, f"{module} imports {imported}"
+    for node in ast.walk(parsed(module)):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in {"eval", "exec", "compile", "__import__", "torch.load"}, (
+                f"{module}: {called}"
+            )
+            assert not any(k.arg == "allow_pickle" for k in node.keywords), f"{module}: {called} with pickles"
+
+
+def test_names_say_something() -> None:
+    for module in MODULES:
+        assert VAGUE.isdisjoint(module.split("/")), module
