@@ -1,1 +1,82 @@
-"""Opens a checkpoint of any known format."""
+"""Opens a checkpoint of any known format: headers only, no byte of it executed."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+from ..checkpoint import Checkpoint
+from ..errors import SourceError
+from . import memory, safetensors, statedict, zero
+from .options import Options, strip_prefix
+
+__all__ = ["SOURCES", "Options", "Source", "open", "strip_prefix"]
+
+
+class Source(Protocol):
+    """One on-disk format: `matches` looks at names only, `read` reads headers and raises SourceError."""
+
+    def matches(self, path: str) -> bool: ...
+
+    def read(self, path: str, options: Options) -> Checkpoint: ...
+
+
+SOURCES: tuple[Source, ...] = (zero, safetensors, statedict)
+"""Tried in this order: a trainer's directory may hold a ZeRO folder and an exported copy; the masters win."""
+
+_LOOKED_FOR = (
+    "a ZeRO checkpoint (latest, *_model_states.pt), safetensors (*.safetensors, index), "
+    "a PyTorch state dict (pytorch_model*.bin, index, or one .bin/.pt file)"
+)
+
+_NOT_YET = (
+    (".metadata", "a torch distributed checkpoint (DCP)"),
+    ("*.distcp", "a torch distributed checkpoint (DCP)"),
+    ("latest_checkpointed_iteration.txt", "a Megatron checkpoint"),
+    ("common.pt", "a Megatron distributed checkpoint"),
+)
+
+
+def open(
+    path: str | os.PathLike[str] | Mapping[str, object],
+    *,
+    tag: str | None = None,
+    also: Iterable[str | os.PathLike[str]] = (),
+    rename: Iterable[tuple[str, str]] = (),
+    weights: str = "master",
+    exclude_frozen: bool = False,
+    check_crc: bool = False,
+) -> Checkpoint:
+    """The checkpoint at `path`, a file or directory of any format of SOURCES, or a dict of tensors.
+
+    Options as in `Options`. Raises SourceError for what is broken, missing, unknown or not supported yet."""
+    options = Options(
+        tag=tag, also=tuple(os.fspath(a) for a in also), rename=tuple(rename), weights=weights,
+        exclude_frozen=exclude_frozen, check_crc=check_crc,
+    )  # fmt: skip
+    if isinstance(path, Mapping):
+        return memory.read(path, options)
+    where = os.fspath(path)
+    if not os.path.exists(where):
+        raise SourceError(f"{where}: no such file or directory")
+    for source in SOURCES:
+        if source.matches(where):
+            return source.read(where, options)
+    raise SourceError(f"{where}: {_what_it_is(where)}; looked for {_LOOKED_FOR}")
+
+
+def _what_it_is(path: str) -> str:
+    """What was recognised in something no source reads."""
+    if not os.path.isdir(path):
+        return "not a checkpoint file"
+    for pattern, what in _NOT_YET:
+        if glob.glob(os.path.join(glob.escape(path), pattern)):
+            return f"{what}, which is not supported yet"
+    inside: Sequence[str] = sorted(
+        n for n in os.listdir(path) if any(s.matches(os.path.join(path, n)) for s in SOURCES)
+    )
+    if inside:
+        return f"no checkpoint, but it holds some: {', '.join(inside[:8])}"
+    return "no known checkpoint"

@@ -45,7 +45,7 @@ def assemble(
 
     `search`: directories that may hold config.json and the like, the first one wins. `layout`: what shapes
     the views beyond names, shapes, dtypes and extents. `headers`: digests of headers and pickles, in order.
-    Raises SourceError for names that collide, an alias whose holder is missing, a config.json that is none."""
+    Raises SourceError for names that collide, an alias without its holder, a config.json that is none."""
     aliases = aliases or {}
     names = options.names([*entries, *aliases], path)
     for alias, holder in aliases.items():
@@ -63,9 +63,15 @@ def assemble(
 
 
 def tensor(
-    extents: Extents, extent: int, dtype: DType, shape: tuple[int, ...], offset: int, stride: tuple[int, ...], kind: str
+    extents: Extents,
+    extent: int,
+    dtype: DType,
+    shape: tuple[int, ...],
+    offset: int,
+    stride: tuple[int, ...],
+    kind: str,
 ) -> Entry:
-    """An entry that lies strided in one extent; offset and stride in elements. An empty one needs no extent."""
+    """An entry that lies strided in one extent; offset and stride in elements. An empty one needs none."""
     if 0 in shape:
         return Entry(shape, dtype, partial(zeros, shape, dtype), kind)
     build: partial[View] = partial(strided, extents, extent, dtype, shape, offset=offset, stride=stride)

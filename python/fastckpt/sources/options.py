@@ -37,6 +37,15 @@ class Options:
             except (re.error, IndexError) as e:
                 raise FastckptError(f"rename: {pattern!r} -> {replacement!r}: {e}") from None
 
+    def refuse_zero_only(self, where: str) -> None:
+        """Raises SourceError for options that mean something in ZeRO checkpoints alone."""
+        if self.tag is not None:
+            raise SourceError(f"{where}: tag {self.tag!r} was asked for, and this is no ZeRO checkpoint")
+        if self.weights != "master":
+            raise SourceError(
+                f"{where}: weights={self.weights!r} was asked for, and this is no ZeRO checkpoint"
+            )
+
     def name(self, old: str) -> str:
         """The name a tensor gets."""
         for pattern, replacement in self.rename:

@@ -22,12 +22,13 @@ from ..errors import SourceError
 from ..extents import Extent, Extents
 from ..views import View
 from . import torchfile
-from .assembly import assemble, tensor
+from .assembly import assemble
 from .options import Options
 from .torchfile import Tensor, TorchFile, Tree, Wanted
+from .torchtensors import by_storage, whole
 from .zero_files import Files, check_ranks, find, is_zero
 from .zero_layout import Flat, Piece, Shape, chained, sliced
-from .zero_parts import Parts, by_storage, parts, trainable
+from .zero_parts import Parts, parts, trainable
 from .zero_sample import check_copy, number, read_at
 from .zero_state import ModelState, OptimState, model_state, optim_state
 
@@ -165,7 +166,9 @@ def _models_of_ranks(opening: _Opening, world: int) -> tuple[list[_Opened], list
             ("fragments", list(other.fragments or {}), list(state.fragments or {})),
         ):
             if got != wanted:
-                raise SourceError(f"{path}: {what} is {_short(got)}, rank 0 has {_short(wanted)}: files of two saves")
+                raise SourceError(
+                    f"{path}: {what} is {_short(got)}, rank 0 has {_short(wanted)}: files of two saves"
+                )
     return [model, *opened], [state, *states]
 
 
@@ -184,7 +187,7 @@ def _each(opened: Sequence[_Opened], read_state: Callable[[object, str], State])
 def _from_masters(
     path: str, opening: _Opening, first: OptimState, models: Sequence[_Opened], states: Sequence[ModelState]
 ) -> Checkpoint:
-    """Stages 1 to 3: the masters over all ranks' optimizer files. `models`, `states`: rank 0's, or all ranks'."""
+    """Stages 1 to 3: the masters in all ranks' optimizer files. `models`, `states`: rank 0's, or all."""
     files, options, where = opening.files, opening.options, opening.files.folder
     world, state = _world(first, files), states[0]
     if state.dp_world is not None and state.dp_world % world:
@@ -211,8 +214,14 @@ def _from_masters(
                 "(exclude_frozen=True leaves them out)"
             )
         entries |= _module_entries(found.kept, state, models[0], extents, "frozen")
-        entries |= _frozen_cut(states, models, extents, where) if at_stage_3 else _frozen_whole(state, models[0], extents, where)
-    masters = {n: Entry(p.shape, flats[p.flat].dtype, partial(p.view, flats, extents)) for n, p in layout.items()}
+        entries |= (
+            _frozen_cut(states, models, extents, where)
+            if at_stage_3
+            else _frozen_whole(state, models[0], extents, where)
+        )
+    masters = {
+        n: Entry(p.shape, flats[p.flat].dtype, partial(p.view, flats, extents)) for n, p in layout.items()
+    }
     if options.weights == "module":
         copies = _copies(layout, state, models[0], extents, where)
         check_copy(_one_axis(copies), _one_axis(masters), where)
@@ -254,7 +263,11 @@ def _from_module(path: str, opening: _Opening, model: _Opened, state: ModelState
         if name not in state.module:
             raise SourceError(f"{where}: {name} is not in `module`")
     entries |= _module_entries(names, state, model, extents, "parameter")
-    why = "ZeRO was off: its masters carry no names" if off else "there are no optimizer files to compare it with"
+    why = (
+        "ZeRO was off: its masters carry no names"
+        if off
+        else "there are no optimizer files to compare it with"
+    )
     return _assembled(
         path, opening, state, entries, extents, found,
         facts={"stage": 0 if off else "1 or 2", "weights": "module", "why module": why},
@@ -288,8 +301,8 @@ def _assembled(
         search=[os.path.abspath(path), os.path.abspath(files.root)],
         facts={
             "tag": files.tag, "step": state.global_steps, **facts,
-            "deepspeed": state.version, "parameters": kinds.count("parameter"), "frozen": kinds.count("frozen"),
-            "buffers": kinds.count("buffer"), "tied": dict(tied),
+            "deepspeed": state.version, "parameters": kinds.count("parameter"),
+            "frozen": kinds.count("frozen"), "buffers": kinds.count("buffer"), "tied": dict(tied),
         },
         unread=notes, inert=[n for f in opening.opened for n in f.inert], layout=layout,
         headers=[f.digest for f in opening.opened],
@@ -304,14 +317,7 @@ def _module_entries(
 ) -> dict[str, Entry]:
     """Whole tensors of `module`."""
     tensors = ((n, state.module[n]) for n in names)
-    return {n: _whole(t, model, extents, kind) for n, t in tensors if isinstance(t, Tensor)}
-
-
-def _whole(t: Tensor, opened: _Opened, extents: Extents, kind: str) -> Entry:
-    """A tensor that lies in one storage of a file."""
-    if t.numel and t.storage.extent < 0:
-        raise SourceError(f"{opened.file.file.path}: storage {t.storage.key} was not located")
-    return tensor(extents, opened.base + t.storage.extent, t.dtype, t.shape, t.offset, t.stride, kind)
+    return {n: whole(t, model.file, model.base, extents, kind) for n, t in tensors if isinstance(t, Tensor)}
 
 
 def _frozen_whole(state: ModelState, model: _Opened, extents: Extents, where: str) -> dict[str, Entry]:
@@ -320,7 +326,9 @@ def _frozen_whole(state: ModelState, model: _Opened, extents: Extents, where: st
     for name, shape in (state.frozen_shapes or {}).items():
         if fragments[name].shape != shape:
             raise SourceError(f"{where}: frozen {name} has shape {fragments[name].shape}, wanted {shape}")
-    return {n: _whole(fragments[n], model, extents, "frozen") for n in state.frozen_shapes or {}}
+    return {
+        n: whole(fragments[n], model.file, model.base, extents, "frozen") for n in state.frozen_shapes or {}
+    }
 
 
 def _frozen_cut(
@@ -345,7 +353,9 @@ def _copies(
         if not isinstance(t, Tensor) or t.shape != piece.shape:
             got = t.shape if isinstance(t, Tensor) else "nothing"
             hint = "; at stage 3 `module` holds placeholders, use the masters" if piece.sliced else ""
-            raise SourceError(f"{where}: weights='module': {name}: `module` has {got}, wanted {piece.shape}{hint}")
+            raise SourceError(
+                f"{where}: weights='module': {name}: `module` has {got}, wanted {piece.shape}{hint}"
+            )
     return _module_entries(layout, state, model, extents, "parameter")
 
 
@@ -362,7 +372,9 @@ def _columns(opened: Sequence[_Opened], tensors: Sequence[Sequence[Tensor]], whe
     for r, row in enumerate(tensors):
         for k, t in enumerate(row):
             if t.dtype is not tensors[0][k].dtype:
-                raise SourceError(f"{where}: group {k}: rank {r} holds {t.dtype}, rank 0 {tensors[0][k].dtype}")
+                raise SourceError(
+                    f"{where}: group {k}: rank {r} holds {t.dtype}, rank 0 {tensors[0][k].dtype}"
+                )
             if len(t.shape) != 1 or (t.numel > 1 and t.stride != (1,)):
                 raise SourceError(
                     f"{where}: group {k}: rank {r}: wanted one dense axis, got {t.shape}, stride {t.stride}"
@@ -399,7 +411,9 @@ def _check_one_run(
             ("optimizer step", steps[k], steps[0]),
         ):
             if got != wanted:
-                raise SourceError(f"{path}: {what} is {_short(got)}, wanted {_short(wanted)}: files of two saves")
+                raise SourceError(
+                    f"{path}: {what} is {_short(got)}, wanted {_short(wanted)}: files of two saves"
+                )
 
 
 def _step(state: OptimState, opened: _Opened) -> int | None:
@@ -416,7 +430,8 @@ def _check_not_offloaded(shapes: Sequence[Mapping[str, Shape]], flats: Sequence[
         place = os.path.join(where, "offloaded_tensors")
         there = "where they lie" if os.path.isdir(place) else "which is not there"
         raise SourceError(
-            f"{where}: the flat groups are empty: masters offloaded to NVMe are swap files in {place} ({there}); "
+            f"{where}: the flat groups are empty: masters offloaded to NVMe are swap files in "
+            f"{place} ({there}); "
             "save without NVMe offload, or load and save once with DeepSpeed"
         )
 

@@ -61,7 +61,9 @@ def find(path: str, tag: str | None, also: Iterable[str] = ()) -> Files:
         folder = os.path.abspath(path)
         root = os.path.dirname(folder)
         if tag is not None and tag != os.path.basename(folder):
-            raise SourceError(f"{path}: this is the folder of tag {os.path.basename(folder)!r}, wanted {tag!r}")
+            raise SourceError(
+                f"{path}: this is the folder of tag {os.path.basename(folder)!r}, wanted {tag!r}"
+            )
         tag = os.path.basename(folder)
     else:
         root = path
@@ -72,6 +74,8 @@ def find(path: str, tag: str | None, also: Iterable[str] = ()) -> Files:
         folder = os.path.join(path, tag)
         if tag not in there and not any(_is_tag_folder(os.path.join(a, tag)) for a in also):
             raise SourceError(f"{path}: no ZeRO checkpoint with tag {tag!r}; {known}")
+    if os.path.isdir(os.path.join(folder, "zero")):
+        raise SourceError(f"{folder}: a universal checkpoint (ds_to_universal), which is not supported yet")
     return _sorted_out(root, folder, tag, [folder, *(_tag_folder_of(a, tag) for a in also)])
 
 
@@ -107,6 +111,10 @@ def _latest(root: str, known: str) -> str:
         with open(path, encoding="utf-8") as f:
             tag = f.read(4096).strip()
     except FileNotFoundError:
+        if os.path.isfile(path + "_universal"):
+            raise SourceError(
+                f"{root}: latest_universal: a universal checkpoint, which is not supported yet; {known}"
+            ) from None
         raise SourceError(f"{root}: no file `latest`; name the tag; {known}") from None
     except (OSError, UnicodeDecodeError) as e:
         raise SourceError(f"{path}: {e}") from None
@@ -161,7 +169,8 @@ def _sorted_out(root: str, folder: str, tag: str, folders: list[str]) -> Files:
                 *dp, mp = map(int, found.groups())
                 if mp:
                     raise SourceError(
-                        f"{path}: model-parallel rank {mp}: a tensor or pipeline parallel grid is not supported yet"
+                        f"{path}: model-parallel rank {mp}: "
+                        "a tensor or pipeline parallel grid is not supported yet"
                     )
                 rank = dp[0] if dp else 0
                 if rank in table:

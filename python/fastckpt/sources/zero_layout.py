@@ -43,8 +43,8 @@ class Flat:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Where one parameter lies: in flat number `flat`, from element `start`, which is the whole flat's element
-    at stages 1 and 2 and the same in every rank's partition at stage 3; `sliced` says which."""
+    """Where one parameter lies: in flat number `flat`, from element `start`. That is an element of the whole
+    flat at stages 1 and 2, and of every rank's partition at stage 3 (`sliced`)."""
 
     flat: int
     start: int
@@ -87,7 +87,10 @@ def _sliced(flat: Flat, extents: Extents, start: int, numel: int) -> View:
 
 
 def chained(
-    shapes: Sequence[Mapping[str, Shape]], paddings: Sequence[Sequence[int]] | None, flats: Sequence[Flat], where: str
+    shapes: Sequence[Mapping[str, Shape]],
+    paddings: Sequence[Sequence[int]] | None,
+    flats: Sequence[Flat],
+    where: str,
 ) -> dict[str, Piece]:
     """Stages 1 and 2: name -> piece, and every group's lengths checked.
 
@@ -101,7 +104,9 @@ def chained(
     for g, (group, flat) in enumerate(zip(shapes, flats, strict=True)):
         after = paddings[g] if paddings is not None else [0] * len(group)
         if len(after) != len(group):
-            raise SourceError(f"{where}: group {g} has {len(group)} parameters, {len(after)} alignment paddings")
+            raise SourceError(
+                f"{where}: group {g} has {len(group)} parameters, {len(after)} alignment paddings"
+            )
         at = 0
         for (name, shape), pad in zip(group.items(), after, strict=True):
             out[name] = Piece(g, at, shape, sliced=False)
@@ -144,8 +149,9 @@ def sliced(shapes: Sequence[Mapping[str, Shape]], flats: Sequence[Flat], where: 
             if part and (flat == len(flats) or at + part > flats[flat].length[0] or (paired and flat != g)):
                 have = int(flats[flat].length[0]) if flat < len(flats) else 0
                 raise SourceError(
-                    f"{where}: group {g}: {name} {list(shape)} needs elements [{at}, {at + part}) of each rank's "
-                    f"flat group {flat}, which has {have}; all parameters need {_parts(shapes, world)} a rank, "
+                    f"{where}: group {g}: {name} {list(shape)} needs elements [{at}, {at + part}) of each "
+                    f"rank's flat group {flat}, which has {have}; "
+                    f"all parameters need {_parts(shapes, world)} a rank, "
                     f"the flat groups have {sum(int(f.length[0]) for f in flats)}"
                 )
             out[name] = Piece(min(flat, len(flats) - 1), at, shape, sliced=True)

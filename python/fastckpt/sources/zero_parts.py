@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ..errors import SourceError
 from .torchfile import Tensor
+from .torchtensors import place
 from .zero_layout import Shape
 from .zero_state import ModelState
 
@@ -20,8 +21,8 @@ class Parts:
     """Names by what they are, each in file order.
 
     `buffers`: in `module`. `frozen`: in frozen_param_fragments. `kept`: other parameters that only `module`
-    holds (all frozen ones at stage 1). `tied`: name -> holder. `other`: entries of `module` that are no tensors.
-    `lost`: stage-3 placeholders whose weights are in no file."""
+    holds (all frozen ones at stage 1). `tied`: name -> holder. `other`: entries of `module` that are no
+    tensors. `lost`: stage-3 placeholders whose weights are in no file."""
 
     buffers: tuple[str, ...]
     frozen: tuple[str, ...]
@@ -56,12 +57,12 @@ def parts(state: ModelState, where: str) -> Parts:
         # A stage-3 placeholder has no elements; everything else is the parameter itself.
         if copy is not None and copy.numel and copy.shape != shape:
             raise SourceError(f"{where}: {name}: `module` has shape {copy.shape}, its shape is {shape}")
-    holders = {_place(module[n]): n for n in module if n in owned or n in frozen}
+    holders = {place(module[n]): n for n in module if n in owned or n in frozen}
     kept, lost = [], []
     for name, t in module.items():
         if name in owned or name in frozen or name in tied or name in named:
             continue
-        holder = holders.setdefault(_place(t), name) if t.numel else name
+        holder = holders.setdefault(place(t), name) if t.numel else name
         if holder != name:
             tied[name] = holder
         elif t.numel == 0 and _placeholders(module, owned):
@@ -72,24 +73,15 @@ def parts(state: ModelState, where: str) -> Parts:
     return Parts(buffers, tuple(frozen), tuple(kept), tied, other, tuple(lost))
 
 
-def by_storage(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Tied name -> holder among tensors: those that lie on the same elements of one storage."""
-    first: dict[object, str] = {}
-    tied = {}
-    for name, t in tensors.items():
-        holder = first.setdefault(_place(t), name) if t.numel else name
-        if holder != name:
-            tied[name] = holder
-    return tied
-
-
 def _tied(state: ModelState, own: Collection[str], where: str) -> dict[str, str]:
     """`shared_params`, without the empty parameters that DeepSpeed takes for one (all at address 0)."""
     out = {}
     for name, holder in state.shared.items():
         if name in own:
             if not _empty(state, name):
-                raise SourceError(f"{where}: {name} is tied to {holder} in shared_params and has a shape of its own")
+                raise SourceError(
+                    f"{where}: {name} is tied to {holder} in shared_params and has a shape of its own"
+                )
             continue
         copies = [state.module.get(n) for n in (name, holder)]
         shapes = [c.shape for c in copies if isinstance(c, Tensor)]
@@ -102,10 +94,6 @@ def _tied(state: ModelState, own: Collection[str], where: str) -> dict[str, str]
 def _empty(state: ModelState, name: str) -> bool:
     shape = (state.frozen_shapes or {}).get(name, trainable(state).get(name))
     return shape is not None and math.prod(shape) == 0
-
-
-def _place(t: Tensor) -> tuple[object, ...]:
-    return t.storage.key, t.dtype.name, t.offset, t.shape, t.stride
 
 
 def _placeholders(module: dict[str, Tensor], owned: Collection[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Reads single elements by position: an optimizer's step, and samples that hold the 16-bit copy to its masters."""
+"""Reads single elements by position: an optimizer's step, and samples of the 16-bit copy and its masters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dtypes import DTYPES, DType, bfloat16, float16, float32, float64
+from ..dtypes import DTYPES, DType, bfloat16, float16, float32
 from ..errors import SourceError
 from ..extents import Extents, File
 from ..views import View
@@ -16,7 +16,14 @@ from ..views import View
 POSITIONS = 4
 """Elements compared in each tensor: the first, the last, and evenly between."""
 
-_NUMPY = {"float32": "<f4", "float64": "<f8", "float16": "<f2", "bfloat16": "<u2", "int64": "<i8", "int32": "<i4"}
+_NUMPY = {
+    "float32": "<f4",
+    "float64": "<f8",
+    "float16": "<f2",
+    "bfloat16": "<u2",
+    "int64": "<i8",
+    "int32": "<i4",
+}
 
 
 def check_copy(copies: Mapping[str, View], masters: Mapping[str, View], where: str) -> None:

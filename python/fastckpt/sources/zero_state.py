@@ -27,8 +27,9 @@ class OptimState:
     """One rank's optimizer file.
 
     `stage`: None in files of BF16_Optimizer, which is stage 1. `counts`: the ranks each group is cut over.
-    `flats`: the masters, one tensor a group (stage 3: a sub-group). `alignment`: elements after each parameter
-    of each group, None in older files. `step`: the optimizer's step, a number or where it lies, None if unsaid."""
+    `flats`: the masters, one tensor a group (stage 3: a sub-group). `alignment`: elements after each
+    parameter of each group, None in older files. `step`: the optimizer's, a number or where it lies, None
+    if unsaid."""
 
     stage: int | None
     counts: tuple[int, ...]
@@ -65,16 +66,15 @@ def optim_state(root: object, where: str) -> OptimState:
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
     if key not in state:
         raise SourceError(f"{where}: no {key}, so no ZeRO masters; keys: {', '.join(map(str, state))}")
-    flats = state[key]
-    flats = [flats] if isinstance(flats, Tensor) else _list(flats, f"{where}: {key}")
-    for k, t in enumerate(flats):
-        _flat(t, f"{where}: {key}[{k}]")
+    saved = state[key]
+    listed = [saved] if isinstance(saved, Tensor) else _list(saved, f"{where}: {key}")
+    flats = tuple(_flat(t, f"{where}: {key}[{k}]") for k, t in enumerate(listed))
     counts = state.get("partition_count")
     moments = state.get("optimizer_state_dict" if stage == 3 else "base_optimizer_state")
     return OptimState(
         stage=stage,
         counts=_ints([counts] if isinstance(counts, int) else counts, f"{where}: partition_count"),
-        flats=tuple(flats),
+        flats=flats,
         alignment=_alignment(state.get("param_alignment_paddings"), f"{where}: param_alignment_paddings"),
         step=_step(moments),
         version=str(top.get("ds_version", state.get("ds_version", ""))),
@@ -82,7 +82,7 @@ def optim_state(root: object, where: str) -> OptimState:
 
 
 def model_state(root: object, where: str) -> ModelState:
-    """The ModelState of a parsed model-states file. Raises SourceError, for grids that are not supported too."""
+    """The ModelState of a parsed model-states file. Raises SourceError, also for grids not supported."""
     top = _dict(root, where)
     _refuse_grids(top, where)
     if top.get("module") is None:
@@ -95,7 +95,9 @@ def model_state(root: object, where: str) -> ModelState:
         _no_doubles(groups, where)
     frozen, fragments = top.get("frozen_param_shapes"), top.get("frozen_param_fragments")
     if (frozen is None) != (fragments is None):
-        raise SourceError(f"{where}: frozen_param_shapes and frozen_param_fragments: one is None, the other is not")
+        raise SourceError(
+            f"{where}: frozen_param_shapes and frozen_param_fragments: one is None, the other is not"
+        )
     return ModelState(
         module=_names(_dict(top["module"], f"{where}: module"), f"{where}: module"),
         buffers=tuple(_strings(top.get("buffer_names", ()), f"{where}: buffer_names")),
@@ -115,10 +117,14 @@ def _refuse_grids(top: Mapping[object, object], where: str) -> None:
     if isinstance(degrees, dict):
         for key in ("pp_degree", "tp_degree"):
             if degrees.get(key) not in (None, 1):
-                raise SourceError(f"{where}: {key} {degrees[key]}: a tensor or pipeline parallel grid is not supported yet")
+                raise SourceError(
+                    f"{where}: {key} {degrees[key]}: a tensor or pipeline parallel grid is not supported yet"
+                )
     mp = top.get("mp_world_size")
     if isinstance(mp, int) and mp > 1:
-        raise SourceError(f"{where}: mp_world_size {mp}: a tensor or pipeline parallel grid is not supported yet")
+        raise SourceError(
+            f"{where}: mp_world_size {mp}: a tensor or pipeline parallel grid is not supported yet"
+        )
     if top.get("ds_autoep_layers") or top.get("autoep_layers"):
         raise SourceError(f"{where}: AutoEP layers: DeepSpeed MoE experts are not supported yet")
 
@@ -163,7 +169,9 @@ def _ints(value: object, where: str) -> tuple[int, ...]:
     out = []
     for n in _list(value, where):
         if not isinstance(n, int) or isinstance(n, bool) or n < 0:
-            raise SourceError(f"{where}: wanted whole numbers, got {_kind(n)} {n if isinstance(n, int) else ''}")
+            raise SourceError(
+                f"{where}: wanted whole numbers, got {_kind(n)} {n if isinstance(n, int) else ''}"
+            )
         out.append(n)
     return tuple(out)
 
@@ -199,11 +207,12 @@ def _tensors(value: object, where: str) -> dict[str, Tensor]:
     return out
 
 
-def _flat(value: object, where: str) -> None:
+def _flat(value: object, where: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise SourceError(f"{where}: wanted a tensor, got {_kind(value)}")
     if len(value.shape) != 1 or (value.numel > 1 and value.stride != (1,)):
         raise SourceError(f"{where}: wanted one dense axis, got shape {value.shape}, stride {value.stride}")
+    return value
 
 
 def _no_doubles(groups: Sequence[Mapping[str, Shape]], where: str) -> None:

@@ -1,0 +1,124 @@
+"""A dict of torch tensors or numpy arrays as a checkpoint: nothing is copied, views lie over the memory.
+
+Law: a tensor's bytes are where its storage says, on its device; what has no plain strided storage (meta,
+sparse, quantised, DTensor) is refused. Tensors over the same elements are one, under its first name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..checkpoint import Checkpoint, Entry
+from ..dtypes import BY_NAME, DType
+from ..errors import SourceError
+from ..extents import Buffer, Extent, Extents
+from .assembly import assemble, tensor
+from .options import Options
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "memory"
+
+_PLAIN = Options()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Held:
+    """One array: its buffer, and its place in it in elements."""
+
+    buffer: Buffer
+    dtype: DType
+    shape: tuple[int, ...]
+    offset: int
+    stride: tuple[int, ...]
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """Equal for arrays over the same elements."""
+        b = self.buffer
+        return (
+            b.device,
+            b.address + self.offset * self.dtype.itemsize,
+            self.dtype.name,
+            self.shape,
+            self.stride,
+        )
+
+
+def read(tensors: Mapping[str, object], options: Options = _PLAIN) -> Checkpoint:
+    """The checkpoint of a state dict in memory. Raises SourceError naming the tensor that does not fit."""
+    options.refuse_zero_only(NAME)
+    held = {name: _hold(name, value) for name, value in tensors.items()}
+    buffers: dict[tuple[str, int, int], int] = {}
+    extents: list[Extent] = []
+    first: dict[object, str] = {}
+    aliases: dict[str, str] = {}
+    for name, h in held.items():
+        holder = first.setdefault(h.place, name) if 0 not in h.shape else name
+        if holder != name:
+            aliases[name] = holder
+        b = h.buffer
+        if (b.device, b.address, b.nbytes) not in buffers:
+            buffers[b.device, b.address, b.nbytes] = len(extents)
+            extents.append(Extent(b, 0, b.nbytes, name))
+    table = Extents(extents)
+    entries: dict[str, Entry] = {}
+    for name, h in held.items():
+        if name not in aliases:
+            at = buffers[h.buffer.device, h.buffer.address, h.buffer.nbytes]
+            entries[name] = tensor(table, at, h.dtype, h.shape, h.offset, h.stride, "parameter")
+    devices = sorted({h.buffer.device for h in held.values()})
+    return assemble(
+        NAME, NAME, entries, table, options, aliases=aliases,
+        facts={"tensors": len(entries), "devices": ", ".join(devices), "tied": dict(aliases)},
+        layout=[repr([(h.offset, h.stride) for h in held.values()]).encode()],
+    )  # fmt: skip
+
+
+def _hold(name: str, value: object) -> _Held:
+    if isinstance(value, np.ndarray):
+        return _array(name, value)
+    # Who has not imported torch holds no tensor.
+    if "torch" in sys.modules:
+        import torch
+
+        if isinstance(value, torch.Tensor):
+            return _tensor(name, value)
+    raise SourceError(f"{name}: wanted a torch tensor or a numpy array, got {type(value).__name__}")
+
+
+def _array(name: str, value: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> _Held:
+    dtype = BY_NAME.get(value.dtype.name)
+    if dtype is None or not value.dtype.isnative or sys.byteorder != "little":
+        raise SourceError(
+            f"{name}: numpy dtype {value.dtype.str} is none of {', '.join(BY_NAME)}, little-endian"
+        )
+    if any(s < 0 or s % dtype.itemsize for s in value.strides):
+        raise SourceError(
+            f"{name}: strides of {value.strides} bytes are negative or cut elements; copy it first"
+        )
+    stride = tuple(s // dtype.itemsize for s in value.strides)
+    span = 0 if 0 in value.shape else 1 + sum((n - 1) * s for n, s in zip(value.shape, stride, strict=True))
+    return _Held(Buffer(value, value.ctypes.data, span * dtype.itemsize), dtype, value.shape, 0, stride)
+
+
+def _tensor(name: str, value: torch.Tensor) -> _Held:
+    import torch
+
+    dtype = BY_NAME.get(str(value.dtype).removeprefix("torch."))
+    wrapped = type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    plain = value.layout is torch.strided and not value.is_meta and not value.is_quantized and not wrapped
+    if dtype is None or not plain or value.is_conj() or value.is_neg():
+        raise SourceError(
+            f"{name}: {type(value).__name__} of {value.dtype}, {value.layout} on {value.device} has no plain "
+            "strided memory; make it dense and local first"
+        )
+    storage = value.untyped_storage()
+    buffer = Buffer(value, storage.data_ptr(), storage.nbytes(), str(value.device))
+    return _Held(buffer, dtype, tuple(value.shape), int(value.storage_offset()), tuple(value.stride()))

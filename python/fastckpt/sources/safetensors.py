@@ -1,0 +1,144 @@
+"""Reads safetensors: a file, a sharded directory with its index, or a directory of files. Headers only.
+
+Law: a header is taken as the format's description says and no laxer: at most 100,000,000 bytes of UTF-8
+JSON that begins with {, no key twice, offsets that cover the data without hole or overlap.
+Source: https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import xxhash
+
+from ..checkpoint import JSON, Checkpoint, Entry
+from ..dtypes import BY_SAFETENSORS, DType
+from ..errors import SourceError
+from ..extents import Extent, Extents, File
+from .assembly import assemble, parse_json, tensor
+from .options import Options
+from .shards import find_shards
+
+MAX_HEADER = 100_000_000
+MAX_NDIM = 64
+MAX_NAME = 4096
+
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One tensor of a file: dtype, shape, first byte in the file, bytes."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A parsed header: tensors in the order of their data, `__metadata__`, xxh3-64 of the header's bytes."""
+
+    file: File
+    items: Mapping[str, Item]
+    metadata: Mapping[str, str]
+    digest: str
+
+
+def matches(path: str) -> bool:
+    """Whether `path` is a safetensors file, its index, or a directory that holds such files."""
+    if os.path.isdir(path):
+        return bool(glob.glob(os.path.join(glob.escape(path), "*" + SUFFIX)))
+    return path.endswith((SUFFIX, SUFFIX + ".index.json"))
+
+
+def read(path: str, options: Options) -> Checkpoint:
+    """The checkpoint in a file or directory. Raises SourceError."""
+    options.refuse_zero_only(path)
+    shards = find_shards(path, SUFFIX, "model" + SUFFIX, options.also)
+    headers = [read_header(p) for p in shards.paths]
+    shards.check([list(h.items) for h in headers])
+    places = [(name, item, h) for h in headers for name, item in h.items.items()]
+    extents = Extents(Extent(h.file, i.offset, i.nbytes, name) for name, i, h in places)
+    entries: dict[str, Entry] = {
+        name: tensor(extents, k, item.dtype, item.shape, 0, _dense(item.shape), "parameter")
+        for k, (name, item, _) in enumerate(places)
+    }
+    facts: dict[str, JSON] = {"files": len(headers), "tensors": len(entries)}
+    metadata = {k: v for h in headers for k, v in h.metadata.items()}
+    return assemble(
+        path, "safetensors", entries, extents, options, files=[h.file for h in headers],
+        search=[shards.directory], facts=facts | {"metadata": dict(metadata)}, unread=shards.unread,
+        headers=[h.digest for h in headers],
+    )  # fmt: skip
+
+
+def read_header(path: str) -> Header:
+    """The header of a safetensors file. Raises SourceError saying which rule is broken."""
+    file = File.at(path)
+    try:
+        with open(path, "rb") as f:
+            size = int.from_bytes(f.read(8), "little")
+            if file.nbytes < 8 or size > min(MAX_HEADER, file.nbytes - 8):
+                raise SourceError(
+                    f"{path}: header of {size} bytes in a file of {file.nbytes}; limit {MAX_HEADER}"
+                )
+            raw = f.read(size)
+    except OSError as e:
+        raise SourceError(f"{path}: {e.strerror}") from None
+    if len(raw) != size or not raw.startswith(b"{"):
+        raise SourceError(f"{path}: header begins with {raw[:8]!r}, wanted {{; or it ends early")
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise SourceError(f"{path}: header is no UTF-8: {e}") from None
+    table = parse_json(raw, path)
+    metadata = table.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise SourceError(f"{path}: __metadata__ is no map of strings")
+    items = {name: _item(name, spec, 8 + size, path) for name, spec in table.items()}
+    ordered = dict(sorted(items.items(), key=lambda kv: (kv[1].offset, kv[1].nbytes)))
+    at = 8 + size
+    for name, item in ordered.items():
+        if item.offset != at:
+            what = "a hole before" if item.offset > at else "an overlap at"
+            raise SourceError(f"{path}: {what} {name}: data at byte {item.offset}, wanted {at}")
+        at += item.nbytes
+    if at != file.nbytes:
+        raise SourceError(f"{path}: data ends at byte {at}, the file has {file.nbytes}")
+    return Header(file, ordered, {k: str(v) for k, v in metadata.items()}, xxhash.xxh3_64_hexdigest(raw))
+
+
+def _item(name: str, spec: JSON, base: int, path: str) -> Item:
+    if not isinstance(spec, dict) or set(spec) != {"dtype", "shape", "data_offsets"} or len(name) > MAX_NAME:
+        raise SourceError(f"{path}: {name[:80]!r}: wanted dtype, shape and data_offsets")
+    dtype = BY_SAFETENSORS.get(str(spec["dtype"]))
+    if dtype is None:
+        raise SourceError(f"{path}: {name}: dtype {spec['dtype']!r} is none of {', '.join(BY_SAFETENSORS)}")
+    shape, span = _ints(spec["shape"]), _ints(spec["data_offsets"])
+    if shape is None or span is None or len(span) != 2 or span[1] < span[0] or len(shape) > MAX_NDIM:
+        raise SourceError(
+            f"{path}: {name}: shape {spec['shape']}, data_offsets {spec['data_offsets']} are no tensor's"
+        )
+    wanted = math.prod(shape) * dtype.itemsize
+    if span[1] - span[0] != wanted:
+        raise SourceError(
+            f"{path}: {name}: {span[1] - span[0]} bytes for {dtype}{list(shape)}, wanted {wanted}"
+        )
+    return Item(dtype, shape, base + span[0], wanted)
+
+
+def _ints(value: JSON) -> tuple[int, ...] | None:
+    if not isinstance(value, list):
+        return None
+    out = [n for n in value if isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 62]
+    return tuple(out) if len(out) == len(value) else None
+
+
+def _dense(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[a + 1 :]) for a in range(len(shape)))

@@ -1,0 +1,101 @@
+"""The files of a sharded checkpoint: one file, an index and what it lists, or a directory of files.
+
+Law: an index names files of its own directory only; every tensor lies in the one file the index says.
+(A file there may be a symbolic link, as in the hub's cache.)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..errors import SourceError
+from .assembly import read_json
+from .zero_files import natural
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """`paths`: the files in order. `index`: tensor -> file name, None without an index. `directory`: where
+    config.json may lie. `unread`: files of the same kind that were left alone, and why."""
+
+    paths: tuple[str, ...]
+    index: Mapping[str, str] | None
+    directory: str
+    unread: tuple[str, ...] = ()
+
+    def check(self, names: Sequence[Sequence[str]]) -> None:
+        """`names`: the tensors of each file. Raises SourceError when a name is in two files, and when the
+        index and the files disagree."""
+        held: dict[str, str] = {}
+        for path, tensors in zip(self.paths, names, strict=True):
+            for name in tensors:
+                if name in held:
+                    raise SourceError(f"{path}: {name} is also in {held[name]}")
+                held[name] = path
+        for name, file in (self.index or {}).items():
+            if os.path.basename(held.get(name, "")) != file:
+                raise SourceError(
+                    f"{self.directory}: the index says {name} is in {file}; " + (
+                        f"it is in {held[name]}" if name in held else "it is in no file"
+                    )
+                )  # fmt: skip
+        if self.index is not None:
+            extra = next((n for n in held if n not in self.index), None)
+            if extra is not None:
+                raise SourceError(f"{held[extra]}: the index does not name {extra}")
+
+
+def find_shards(path: str, suffix: str, single: str, also: Sequence[str] = ()) -> Shards:
+    """The shards in `path`: a file, an index file, or a directory. `single`: the name of an unsharded one.
+
+    In a directory an index goes before `single`, that before any file that ends in `suffix`."""
+    if not os.path.isdir(path):
+        directory = os.path.dirname(os.path.abspath(path))
+        if path.endswith(".index.json"):
+            return _indexed(path, [directory, *also])
+        return Shards((path,), None, directory)
+    names = sorted(os.listdir(path), key=natural)
+    files = [n for n in names if n.endswith(suffix)]
+    indexes = [n for n in names if n.endswith(suffix + ".index.json")]
+    if single + ".index.json" in indexes:
+        indexes = [single + ".index.json"]
+    if len(indexes) > 1:
+        raise SourceError(f"{path}: several indexes: {', '.join(indexes)}; open the one that is meant")
+    if indexes:
+        found = _indexed(os.path.join(path, indexes[0]), [path, *also])
+    elif single in files:
+        found = Shards((os.path.join(path, single),), None, path)
+    else:
+        found = Shards(tuple(os.path.join(d, n) for d in (path, *also) for n in _of(d, suffix)), None, path)
+    used = {os.path.basename(p) for p in found.paths}
+    rest = tuple(f"{n}: not a part of {indexes[0] if indexes else single}" for n in files if n not in used)
+    return Shards(found.paths, found.index, path, rest)
+
+
+def _of(directory: str, suffix: str) -> list[str]:
+    return sorted((n for n in os.listdir(directory) if n.endswith(suffix)), key=natural)
+
+
+def _indexed(index: str, directories: Sequence[str]) -> Shards:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise SourceError(f"{index}: no weight_map")
+    placed: dict[str, str] = {}
+    for name, file in weight_map.items():
+        if (
+            not isinstance(file, str)
+            or os.path.basename(file) != file
+            or file in ("", ".", "..")
+            or "\\" in file
+        ):
+            raise SourceError(f"{index}: {name} is in {file!r}, which is no file name of this directory")
+        placed[name] = file
+    paths = []
+    for file in sorted(set(placed.values()), key=natural):
+        there = [os.path.join(d, file) for d in directories if os.path.isfile(os.path.join(d, file))]
+        if not there:
+            raise SourceError(f"{index}: {file} is missing in {', '.join(directories)}")
+        paths.append(there[0])
+    return Shards(tuple(paths), placed, os.path.dirname(os.path.abspath(index)))

@@ -1,0 +1,114 @@
+"""Reads PyTorch state dicts (.bin, .pt, .pth): a file, a sharded directory with its index. Never executed.
+
+Law: a file is a flat dict of tensors, or one of the usual wrapper keys leads to exactly one such dict.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..checkpoint import Checkpoint, Entry
+from ..errors import SourceError
+from ..extents import Extents
+from . import torchfile
+from .assembly import assemble
+from .options import Options
+from .shards import find_shards
+from .torchfile import Tensor
+from .torchtensors import by_storage, whole
+
+WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
+"""Keys under which trainers put a model's state dict."""
+
+SUFFIX = ".bin"
+SINGLE = "pytorch_model.bin"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StateDict:
+    """The tensors of one file by name, and what else it holds."""
+
+    tensors: dict[str, Tensor]
+    rest: tuple[str, ...]
+
+
+def matches(path: str) -> bool:
+    """Whether `path` is a torch file, an index of such, or a directory that holds pytorch_model*.bin."""
+    if os.path.isdir(path):
+        return bool(glob.glob(os.path.join(glob.escape(path), "pytorch_model*.bin*")))
+    return path.endswith(SUFFIX + ".index.json") or torchfile.is_torch_file(path)
+
+
+def read(path: str, options: Options) -> Checkpoint:
+    """The checkpoint in a file or directory. Raises SourceError."""
+    options.refuse_zero_only(path)
+    shards = find_shards(path, SUFFIX, SINGLE, options.also)
+    files = [torchfile.load(p, check_crc=options.check_crc, wanted=_wanted) for p in shards.paths]
+    dicts = [state_dict(f.root) for f in files]
+    shards.check([list(d.tensors) for d in dicts])
+    extents = Extents(e for f in files for e in f.extents)
+    entries: dict[str, Entry] = {}
+    aliases: dict[str, str] = {}
+    base = 0
+    for file, d in zip(files, dicts, strict=True):
+        tied = by_storage(d.tensors)
+        aliases |= tied
+        entries |= {
+            n: whole(t, file, base, extents, "parameter") for n, t in d.tensors.items() if n not in tied
+        }
+        base += len(file.extents)
+    return assemble(
+        path, "statedict", entries, extents, options, aliases=aliases, files=[f.file for f in files],
+        search=[shards.directory],
+        facts={"files": len(files), "tensors": len(entries), "tied": dict(aliases)},
+        unread=[*shards.unread, *(note for d in dicts for note in d.rest)],
+        inert=[n for f in files for n in f.inert], headers=[f.digest for f in files],
+    )  # fmt: skip
+
+
+def state_dict(root: object) -> StateDict:
+    """The flat dict of tensors in a parsed file. Raises SourceError listing the keys where there is none or
+    several."""
+    if not isinstance(root, dict):
+        raise SourceError(f"wanted a dict of tensors, got {type(root).__name__}")
+    if _has_tensors(root):
+        nested = [k for k, v in root.items() if _has_tensors(v)]
+        if nested:
+            raise SourceError(f"tensors beside dicts of tensors; keys: {_keys(root)}")
+        return _flat(root)
+    inner = [k for k in WRAPPERS if _has_tensors(root.get(k))]
+    if "param_shapes" in root:
+        raise SourceError("model states of a DeepSpeed checkpoint; open its directory")
+    if len(inner) != 1:
+        what = f"several dicts of tensors: {', '.join(inner)}" if inner else "no dict of tensors"
+        raise SourceError(f"{what}; looked at the top and under {', '.join(WRAPPERS)}; keys: {_keys(root)}")
+    found = _flat(root[inner[0]])
+    beside = tuple(f"{k}: beside the state dict" for k in root if k != inner[0])
+    return StateDict(found.tensors, found.rest + beside)
+
+
+def _wanted(root: object) -> Iterable[Tensor]:
+    return state_dict(root).tensors.values()
+
+
+def _flat(table: dict[object, object]) -> StateDict:
+    tensors, rest = {}, []
+    for name, value in table.items():
+        if not isinstance(value, Tensor):
+            rest.append(f"{name}: no tensor")
+        elif not isinstance(name, str):
+            raise SourceError(f"a tensor has the name {name!r}, which is no string")
+        else:
+            tensors[name] = value
+    return StateDict(tensors, tuple(rest))
+
+
+def _has_tensors(value: object) -> bool:
+    return isinstance(value, dict) and any(isinstance(v, Tensor) for v in value.values())
+
+
+def _keys(table: dict[object, object]) -> str:
+    return ", ".join(str(k)[:40] for k in list(table)[:20]) + (", ..." if len(table) > 20 else "")

@@ -1,0 +1,36 @@
+"""Tensors of a torch file as entries, and which of them are one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..checkpoint import Entry
+from ..errors import SourceError
+from ..extents import Extents
+from .assembly import tensor
+from .torchfile import Tensor, TorchFile
+
+
+def whole(t: Tensor, file: TorchFile, base: int, extents: Extents, kind: str) -> Entry:
+    """The entry of a tensor that lies in one storage of `file`, whose first extent is number `base`.
+
+    Raises SourceError when the storage was not among the wanted ones."""
+    if t.numel and t.storage.extent < 0:
+        raise SourceError(f"{file.file.path}: storage {t.storage.key} was not located")
+    return tensor(extents, base + t.storage.extent, t.dtype, t.shape, t.offset, t.stride, kind)
+
+
+def by_storage(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Tied name -> holder, the first name: tensors of one file over the same elements of one storage."""
+    first: dict[object, str] = {}
+    tied = {}
+    for name, t in tensors.items():
+        holder = first.setdefault(place(t), name) if t.numel else name
+        if holder != name:
+            tied[name] = holder
+    return tied
+
+
+def place(t: Tensor) -> tuple[object, ...]:
+    """Equal for tensors of one file that are the same elements."""
+    return t.storage.key, t.dtype.name, t.offset, t.shape, t.stride
