@@ -1,0 +1,83 @@
+"""Name patterns: which tensor is cut where, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fastckpt.errors import LayoutError
+from fastckpt.layouts import Patterns
+from fastckpt.placement import Placement
+from reading import memory, same, shard
+
+TENSORS = {
+    "enc.0.q.weight": torch.randn(12, 8),
+    "enc.0.q.bias": torch.randn(12),
+    "enc.0.o.weight": torch.randn(8, 12),
+    "enc.0.o.bias": torch.randn(8),
+    "enc.0.gate_up": torch.randn(3, 16, 8),
+    "enc.0.down": torch.randn(3, 8, 8),
+    "emb.weight": torch.randn(20, 8),
+    "norm.weight": torch.randn(8),
+    "steps": torch.tensor(7),
+}
+PLAN = {
+    "enc.*.q": "colwise",
+    "*.o": "rowwise",
+    "*.gate_up": "packed_colwise",
+    "*.down": "rowwise",
+    "emb.weight": "embedding_colwise",
+    "*": "replicate",
+}
+
+
+def cut(r, tp):
+    t = TENSORS
+    return t | {
+        "enc.0.q.weight": t["enc.0.q.weight"].chunk(tp, 0)[r],
+        "enc.0.q.bias": t["enc.0.q.bias"].chunk(tp, 0)[r],
+        "enc.0.o.weight": t["enc.0.o.weight"].chunk(tp, 1)[r],
+        "enc.0.gate_up": torch.cat([h.chunk(tp, 1)[r] for h in t["enc.0.gate_up"].chunk(2, 1)], 1),
+        "enc.0.down": t["enc.0.down"].chunk(tp, 2)[r],
+        "emb.weight": t["emb.weight"].chunk(tp, 1)[r],
+    }
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_each_tensor_is_cut_as_its_pattern_says(tp):
+    ckpt = memory(TENSORS, pieces=2)
+    for place in Placement(tp=tp).ranks():
+        got = shard(Patterns(PLAN).targets(ckpt, place))
+        same(got, cut(place.rank, tp))
+    assert Patterns(PLAN).naming(place).directory == (f"rank-{tp - 1:02d}" if tp > 1 else "")
+
+
+def test_the_first_pattern_decides():
+    ckpt = memory({"a.weight": torch.randn(4, 6)})
+    first = {"a.*": "rowwise", "*": "colwise"}
+    assert next(Patterns(first).targets(ckpt, Placement(tp=2))).shape == (4, 3)
+    assert next(Patterns(dict(reversed(first.items()))).targets(ckpt, Placement(tp=2))).shape == (2, 6)
+
+
+REFUSED = [
+    ({"a.weight": "colwise"}, 2, r'no pattern matches b; write "\*": "replicate"'),
+    ({"*": "colwise"}, 3, r"a\.weight has 4 on axis 0, which does not divide by tp 3"),
+    ({"a*": "packed_rowwise", "*": "replicate"}, 2, r"6 on axis 1, which does not divide by 2 \* tp 2"),
+    ({"b": "rowwise", "*": "replicate"}, 2, r"b has shape \(\), which rowwise cannot cut"),
+]
+
+
+@pytest.mark.parametrize(("plan", "tp", "message"), REFUSED)
+def test_refusals_come_before_the_first_target(plan, tp, message):
+    ckpt = memory({"a.weight": torch.randn(4, 6), "b": torch.tensor(1.0)})
+    with pytest.raises(LayoutError, match=message):
+        Patterns(plan).targets(ckpt, Placement(tp=tp))
+
+
+def test_a_packed_vector_is_refused():
+    with pytest.raises(LayoutError, match=r"b has shape \(8,\), which packed_colwise cannot cut"):
+        Patterns({"b": "packed_colwise"}).targets(memory({"b": torch.randn(8)}), Placement(tp=2))
+
+
+def test_unknown_styles_are_named():
+    with pytest.raises(LayoutError, match=r"'x': unknown style 'columns'; known: colwise, "):
+        Patterns({"x": "columns"})

@@ -1,0 +1,112 @@
+"""Views and checkpoints for tests: a dull numpy reader that shares nothing with the executors.
+
+Bytes are compared, so a value is a numpy array of the dtype's bit pattern (bfloat16 as uint16).
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import torch
+from fastckpt import dtypes
+from fastckpt.checkpoint import Checkpoint, Entry
+from fastckpt.extents import Buffer, Extent, Extents
+from fastckpt.views import runs
+
+_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+def _bytes_of(extent):
+    where = extent.where
+    if isinstance(where, Buffer):
+        whole = (ctypes.c_uint8 * where.nbytes).from_address(where.address)
+        return np.frombuffer(whole, np.uint8)[extent.offset : extent.offset + extent.nbytes]
+    with open(where.path, "rb") as f:
+        f.seek(extent.offset)
+        return np.frombuffer(f.read(extent.nbytes), np.uint8)
+
+
+def read(view):
+    """The elements of a view that casts nothing, as bit patterns. Checks that fragments tile it."""
+    bits, d = _BITS[view.dtype.itemsize], len(view.shape)
+    out, seen = np.zeros(view.shape, bits), np.zeros(view.shape, np.uint8)
+    held = {}
+    for row in view.rows.tolist():
+        extent, stored, offset = row[:3]
+        origin, size, stride = row[3 : 3 + d], row[3 + d : 3 + 2 * d], row[3 + 2 * d :]
+        box = tuple(slice(o, o + n) for o, n in zip(origin, size, strict=True))
+        seen[box] += 1
+        if extent < 0:
+            continue
+        assert stored == view.dtype.code, "this reader casts nothing"
+        if extent not in held:
+            raw = _bytes_of(view.extents[extent])
+            held[extent] = raw[: len(raw) // view.dtype.itemsize * view.dtype.itemsize].view(bits)
+        index = np.full((1,) * d, offset)
+        for axis, (n, step) in enumerate(zip(size, stride, strict=True)):
+            index = index + (np.arange(n) * step).reshape([-1 if a == axis else 1 for a in range(d)])
+        out[box] = held[extent][index]
+    assert (seen == 1).all(), "fragments do not tile the view"
+    return out
+
+
+def bits(tensor):
+    """A torch tensor's elements as bit patterns."""
+    flat = tensor.detach().contiguous().flatten()
+    return flat.view(torch.uint8).numpy().view(_BITS[tensor.element_size()]).reshape(tensor.shape)
+
+
+def shard(targets):
+    """Targets -> name -> (dtype name, bit patterns in the target's final shape)."""
+    out = {}
+    for target in targets:
+        assert target.name not in out, f"{target.name} twice"
+        out[target.name] = (target.view.dtype.name, read(target.view).reshape(target.shape))
+    return out
+
+
+def same(got, tensors):
+    """Asserts that a `shard` holds exactly these torch tensors: names, shapes, dtypes, bits."""
+    assert sorted(got) == sorted(tensors)
+    for name, (dtype, value) in got.items():
+        want = tensors[name]
+        assert dtype == str(want.dtype).removeprefix("torch."), name
+        assert value.shape == tuple(want.shape), name
+        assert (value == bits(want)).all(), name
+
+
+def memory(tensors, pieces=1, config=None, aliases=None):
+    """A checkpoint over torch tensors, each cut into `pieces` runs that lie in as many buffers."""
+    flats = {name: bits(t).reshape(-1) for name, t in tensors.items()}
+    rows, places = [[] for _ in range(pieces)], {}
+    at = [0] * pieces
+    for name, flat in flats.items():
+        cuts = np.linspace(0, len(flat), pieces + 1).astype(int)
+        places[name] = []
+        for p in range(pieces):
+            part = flat[cuts[p] : cuts[p + 1]]
+            at[p] = -(-at[p] // part.itemsize) * part.itemsize
+            places[name].append((at[p] // part.itemsize, len(part)))
+            rows[p].append((at[p], part.view(np.uint8)))
+            at[p] += part.nbytes
+    buffers = [np.zeros(max(n, 1), np.uint8) for n in at]
+    for p, parts in enumerate(rows):
+        for start, part in parts:
+            buffers[p][start : start + len(part)] = part
+    extents = Extents(
+        Extent(Buffer(b, b.ctypes.data, b.nbytes), 0, b.nbytes, f"piece {p}") for p, b in enumerate(buffers)
+    )
+
+    def entry(name, tensor):
+        dtype = dtypes.dtype(str(tensor.dtype))
+        first, count = np.array(places[name], np.int64).T
+
+        def build():
+            flat = runs(extents, dtype, np.arange(pieces), first, count)
+            return flat.reshape(tuple(tensor.shape))
+
+        return Entry(tuple(tensor.shape), dtype, build)
+
+    entries = {name: entry(name, t) for name, t in tensors.items()}
+    return Checkpoint("memory", "memory", entries, extents, aliases or {}, config=config)

@@ -1,0 +1,204 @@
+"""Recipes: what they read, what they refuse, and that nothing is read before it is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from fastckpt import recipes
+from fastckpt.errors import RecipeError
+from layouts import tiny
+from reading import bits, memory, read
+
+
+def recipe(tensors, config, **options):
+    aliases = options.pop("aliases", None)
+    return recipes.find(config)(memory(tensors, aliases=aliases), config, **options)
+
+
+def without(tensors, *names):
+    return {n: x for n, x in tensors.items() if n not in names}
+
+
+def test_roles_of_llama():
+    config, hub, _ = tiny.made("llama")
+    model = recipe(hub, config)
+    assert model.family == "llama" and not model.tied and model.positions is None
+    sizes = model.sizes
+    assert (sizes.hidden, sizes.vocab, sizes.heads, sizes.kv_heads, sizes.head_dim) == (64, 211, 8, 2, 8)
+    assert sizes.widths == {"intermediate_size": 96}
+    assert len(model.layers) == 2
+    layer = model.layers[1]
+    for role, name in [
+        (layer.attention.q, "self_attn.q_proj"), (layer.attention.k, "self_attn.k_proj"),
+        (layer.attention.v, "self_attn.v_proj"), (layer.attention.o, "self_attn.o_proj"),
+        (layer.mlp.gate, "mlp.gate_proj"), (layer.mlp.up, "mlp.up_proj"), (layer.mlp.down, "mlp.down_proj"),
+    ]:  # fmt: skip
+        assert role.name == f"model.layers.1.{name}" and not role.transposed
+        assert (read(role.weight) == bits(hub[f"{role.name}.weight"])).all()
+        assert (read(role.bias) == bits(hub[f"{role.name}.bias"])).all()
+    assert layer.attention_norm.name == "model.layers.1.input_layernorm"
+    assert layer.mlp_norm.name == "model.layers.1.post_attention_layernorm"
+
+
+@pytest.mark.parametrize(("name", "biases"), [("qwen2", "qkv"), ("qwen3", ""), ("mistral-mqa", "")])
+def test_biases_and_head_norms_by_family(name, biases):
+    config, hub, _ = tiny.made(name)
+    attention = recipe(hub, config).layers[0].attention
+    assert "".join(p for p in "qkvo" if getattr(attention, p).bias is not None) == biases
+    assert (attention.q_norm is not None) == (attention.k_norm is not None) == (name == "qwen3")
+
+
+def test_roles_of_gpt2_with_and_without_its_prefix():
+    config, hub, _ = tiny.made("gpt2")
+    bare = {n.removeprefix("transformer."): x for n, x in hub.items()}
+    for tensors in (hub, bare):
+        model = recipe(tensors, config)
+        attention = model.layers[0].attention
+        assert attention.fused == attention.k.name == "transformer.h.0.attn.c_attn"
+        want = hub["transformer.h.0.attn.c_attn.weight"].t().chunk(3)[1]
+        assert (read(attention.k.weight) == bits(want)).all()
+        assert (read(attention.v.bias) == bits(hub["transformer.h.0.attn.c_attn.bias"].chunk(3)[2])).all()
+        assert attention.o.transposed and model.tied and model.positions.name == "transformer.wpe"
+        assert (read(model.lm_head.weight) == bits(hub["transformer.wte.weight"])).all()
+
+
+def test_both_spellings_of_mixtral_are_one_model():
+    config, hub, trained = tiny.made("mixtral-odd")
+    a, b = (recipe(tensors, config).layers[1].mlp for tensors in (hub, trained))
+    assert a.name == b.name == "model.layers.1.block_sparse_moe.experts" and len(a.experts) == 5
+    assert a.router.name == b.router.name == "model.layers.1.block_sparse_moe.gate"
+    for one, other in zip(a.experts, b.experts, strict=True):
+        for role in ("gate", "up", "down"):
+            x, y = getattr(one, role), getattr(other, role)
+            assert x.name == y.name
+            assert (read(x.weight) == read(y.weight)).all()
+            assert (read(x.weight) == bits(hub[f"{x.name}.weight"])).all()
+
+
+def test_layers_are_built_when_asked_for_and_dropped():
+    config, hub, _ = tiny.made("mixtral")
+    ckpt, built = memory(hub), []
+
+    def watched(name, entry):
+        def build():
+            built.append(name)
+            return entry.build()
+
+        return dataclasses.replace(entry, build=build)
+
+    ckpt = dataclasses.replace(ckpt, entries={n: watched(n, e) for n, e in ckpt.entries.items()})
+    model = recipes.find(config)(ckpt, config)
+    assert not [n for n in built if ".layers." in n]
+    built.clear()
+    assert model.layers[0] is not model.layers[0]
+    assert built and all(n.startswith("model.layers.0.") for n in built)
+    assert sorted(set(built)) == sorted(n for n in hub if ".layers.0." in n)
+
+
+# ---- refusals ----
+
+
+def test_a_missing_tensor_is_named():
+    config, hub, _ = tiny.made("llama")
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.k_proj.bias"):
+        with pytest.raises(RecipeError, match=f"needs {name}, which is not there"):
+            recipe(without(hub, name), config)
+
+
+def test_a_wrong_shape_names_got_wanted_and_the_config_keys():
+    config, hub, _ = tiny.made("llama")
+    with pytest.raises(
+        RecipeError,
+        match=r"layers\.0\.self_attn\.k_proj\.weight: got shape \(16, 64\), wanted \(32, 64\) = "
+        r"\(num_key_value_heads \* head_dim, hidden_size\)",
+    ):
+        recipe(hub, config | {"num_key_value_heads": 4})
+    with pytest.raises(RecipeError, match=r"gate_proj\.weight: got shape \(96, 64\), wanted \(95, 64\)"):
+        recipe(hub, config | {"intermediate_size": 95})
+
+
+def test_a_name_without_a_role_is_an_error_unless_ignored():
+    config, hub, _ = tiny.made("tied")
+    ignored = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    assert recipe(hub | {ignored: torch.ones(4)}, config).ignored == (ignored,)
+    with pytest.raises(RecipeError, match=r"no place for .*0\.self_attn\.q_proj\.bias; ignored are only"):
+        recipe(hub | {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}, config)
+    with pytest.raises(RecipeError, match=r"no place for .*layers\.1\..* and 4 more"):
+        recipe(hub, config | {"num_hidden_layers": 1})
+    gpt2, tensors, _ = tiny.made("gpt2")
+    masks = {f"transformer.h.{i}.attn.{n}": torch.ones(4) for i in range(2) for n in ("bias", "masked_bias")}
+    assert sorted(recipe(tensors | masks, gpt2).ignored) == sorted(masks)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model."])
+def test_wrapped_names_say_how_to_unwrap(name, prefix):
+    config, hub, _ = tiny.made(name)
+    wrapped = {prefix + n: x for n, x in hub.items()}
+    with pytest.raises(RecipeError, match=f"starts with '{prefix}'; --strip-prefix {prefix} removes"):
+        recipe(wrapped, config)
+    bare = {prefix + n.removeprefix("transformer."): x for n, x in hub.items()}
+    with pytest.raises(RecipeError, match=f"--strip-prefix {prefix} removes it"):
+        recipe(bare, config)
+
+
+def test_vocabulary_rows_that_differ_from_config():
+    config, hub, _ = tiny.made("llama")
+    with pytest.raises(RecipeError, match=r"has 211 rows, config's vocab_size is 200; vocab_size="):
+        recipe(hub, config | {"vocab_size": 200})
+    for size in (200, 211):
+        model = recipe(hub, config | {"vocab_size": 300}, vocab_size=size)
+        assert model.sizes.vocab == size
+        for role, name in ((model.embedding, "model.embed_tokens"), (model.lm_head, "lm_head")):
+            assert (read(role.weight) == bits(hub[f"{name}.weight"][:size])).all()
+    for size in (212, 0):
+        with pytest.raises(RecipeError, match=f"has 211 rows, vocab_size= asks for {size}"):
+            recipe(hub, config, vocab_size=size)
+
+
+def test_tied_pairs():
+    config, hub, _ = tiny.made("tied")
+    table, head = "model.embed_tokens.weight", "lm_head.weight"
+    for tensors, aliases in [
+        (hub, {}),
+        (hub, {head: table}),
+        (without(hub, table) | {head: hub[table]}, {table: head}),
+    ]:
+        model = recipe(tensors, config, aliases=aliases)
+        assert model.tied
+        assert (read(model.lm_head.weight) == read(model.embedding.weight)).all()
+        assert (read(model.embedding.weight) == bits(hub[table])).all()
+    with pytest.raises(RecipeError, match=r"yet model\.embed_tokens\.weight and lm_head\.weight are two"):
+        recipe(hub | {head: torch.randn(208, 64)}, config)
+    untied = config | {"tie_word_embeddings": False}
+    with pytest.raises(RecipeError, match=r"lm_head\.weight is not there and config's"):
+        recipe(hub, untied)
+    aliased = recipe(hub, untied, aliases={head: table})
+    assert not aliased.tied and (read(aliased.lm_head.weight) == bits(hub[table])).all()
+
+
+def test_two_names_on_the_same_bytes_are_tied():
+    config, hub, _ = tiny.made("tied")
+    ckpt = memory(hub)
+    both = dict(ckpt.entries) | {"lm_head.weight": ckpt.entries["model.embed_tokens.weight"]}
+    assert recipes.find(config)(dataclasses.replace(ckpt, entries=both), config).tied
+
+
+CONFIGS = [
+    ({"hidden_size": None}, "hidden_size is missing"),
+    ({"num_attention_heads": 0}, "num_attention_heads must be a positive integer, got 0"),
+    ({"num_hidden_layers": "2"}, "num_hidden_layers must be a positive integer, got '2'"),
+    ({"num_key_value_heads": 3}, "8 attention heads do not share 3 kv heads evenly"),
+    ({"attention_bias": "no"}, "attention_bias must be true or false, got 'no'"),
+    ({"model_type": "bert"}, "no recipe for model_type 'bert', known: llama, mistral"),
+    ({"model_type": None}, "no recipe for model_type None"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CONFIGS)
+def test_bad_configs(change, message):
+    config, hub, _ = tiny.made("llama")
+    with pytest.raises(RecipeError, match=message):
+        recipe(hub, config | change)
