@@ -226,7 +226,10 @@ def _entries(raw: bytes, count: int) -> Iterator[tuple[bytes, Record]]:
         if len(extra) != extra_len or end + comment > len(raw):
             raise SourceError(f"the zip directory is broken at its byte {at}")
         if method:
-            raise SourceError(f"record {shown}: compressed (method {method}); torch stores its records")
+            raise SourceError(
+                f"record {shown}: compressed (method {method}); torch.save stores its records, "
+                "only TorchScript archives hold compressed code"
+            )
         if flags & ~(_STREAMED | _UTF8) or disk or not name:
             raise SourceError(f"record {shown}: encrypted, on another disk or unnamed (flags 0x{flags:04x})")
         if _FULL32 in (size, packed, offset):

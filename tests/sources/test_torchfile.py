@@ -1,0 +1,536 @@
+"""torchfile against torch.load, and against files that are not as they should be."""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import io
+import pickle
+import struct
+import tarfile
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fastckpt import views
+from fastckpt.errors import SourceError
+from fastckpt.extents import Extents
+from fastckpt.sources import torchfile
+from fastckpt.sources.torchfile import Inert, Tensor
+from hostile import torch_files as make
+
+FLOATS = ("float32", "float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+INTS = ("uint8", "int8", "int16", "int32", "int64", "bool", "uint16", "uint32", "uint64")
+ODD = ("complex64", "complex128", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+
+
+def _random(dtype: str, *shape: int) -> torch.Tensor:
+    kind: torch.dtype = getattr(torch, dtype)
+    numel = torch.Size(shape).numel()
+    raw = torch.randint(0, 2 if dtype == "bool" else 256, (numel * kind.itemsize,), dtype=torch.uint8)
+    return raw.view(kind).reshape(shape)
+
+
+def _every_dtype() -> object:
+    return {name: _random(name, 3, 5) for name in (*FLOATS, *INTS, *ODD)}
+
+
+def _views() -> object:
+    base = torch.arange(60, dtype=torch.float32)
+    other = base.reshape(3, 4, 5)
+    return {
+        "whole": base,
+        "shared": base,
+        "tail": base[41:],
+        "transposed": other.permute(2, 0, 1),
+        "narrow": other[1:, 2, ::2],
+        "expanded": base[7].expand(4, 6),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 3),
+        "empty tail": base[60:],
+        "grad": torch.ones(2, requires_grad=True),
+        "parameter": torch.nn.Parameter(torch.randn(4), requires_grad=False),
+    }
+
+
+def _state_dict() -> object:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    model[2].weight = torch.nn.Parameter(model[2].weight.to(torch.bfloat16))
+    optimizer = torch.optim.AdamW(model.parameters())
+    return {"module": model.state_dict(), "optimizer": optimizer.state_dict(), "size": torch.Size([2, 3])}
+
+
+def _attributes() -> object:
+    plain = torch.randn(5)
+    plain.ds_id = "0_37"  # type: ignore[attr-defined]
+    parameter = torch.nn.Parameter(torch.randn(2, 2))
+    parameter.tag = {"a": [1, 2]}  # type: ignore[attr-defined]
+    return [plain, parameter, (plain[1:3],)]
+
+
+def _same(file: torchfile.TorchFile, ours: object, theirs: object) -> int:
+    """Compares two trees; returns how many tensors were in them."""
+    if isinstance(theirs, torch.Tensor):
+        assert isinstance(ours, Tensor)
+        assert ours.shape == tuple(theirs.shape)
+        assert f"torch.{ours.dtype}" == str(theirs.dtype)
+        assert ours.requires_grad == theirs.requires_grad
+        assert make.raw(make.elements(file, ours)) == make.raw(theirs)
+        if ours.storage.extent >= 0:
+            at, extents = ours.storage.extent, Extents(file.extents)
+            views.strided(extents, at, ours.dtype, ours.shape, offset=ours.offset, stride=ours.stride)
+        return 1
+    if isinstance(theirs, dict):
+        assert isinstance(ours, dict) and list(ours) == list(theirs)
+        return sum(_same(file, ours[k], theirs[k]) for k in theirs)
+    if isinstance(theirs, (list, tuple)):
+        assert isinstance(ours, tuple if isinstance(theirs, tuple) else list) and len(ours) == len(theirs)
+        return sum(_same(file, a, b) for a, b in zip(ours, theirs, strict=True))
+    if isinstance(theirs, torch.dtype):
+        assert f"torch.{ours}" == str(theirs)
+    elif isinstance(theirs, torch.device):
+        assert ours == str(theirs)
+    else:
+        assert type(ours) is type(theirs) and ours == theirs
+    return 0
+
+
+CASES = {
+    "dtypes": (_every_dtype, 20),
+    "views": (_views, 11),
+    "state dict": (_state_dict, 9),
+    "attributes": (_attributes, 3),
+    "plain": (lambda: {"a": [1, -2, 3.5, None, True, "x", b"\0\xff", 1 << 80], "s": {1, 2}, 3: ()}, 0),
+    "torch words": (lambda: [torch.float16, torch.bfloat16, torch.device("cuda:1"), torch.Size([1, 2])], 0),
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("case", CASES)
+def test_same_as_torch(tmp_path: Path, case: str, zipped: bool) -> None:
+    build, tensors = CASES[case]
+    path = tmp_path / "file.pt"
+    torch.manual_seed(3)
+    value = build()
+    torch.save(value, path, _use_new_zipfile_serialization=zipped)
+    ours = torchfile.load(path, check_crc=zipped)
+    assert _same(ours, ours.root, value) == tensors
+    if zipped or case != "dtypes":  # torch cannot read back the legacy files it writes of untyped storages
+        assert _same(ours, ours.root, torch.load(path, weights_only=False)) == tensors
+    assert ours.inert == ()
+    assert torchfile.is_torch_file(path)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_pickle_protocols(tmp_path: Path, protocol: int, zipped: bool) -> None:
+    path = tmp_path / "file.pt"
+    torch.save(_views(), path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    ours = torchfile.load(path)
+    assert _same(ours, ours.root, torch.load(path, weights_only=False)) == 11
+
+
+def test_shared_storages_share_an_extent(tmp_path: Path) -> None:
+    torch.save(_views(), tmp_path / "f.pt")
+    ours = torchfile.load(tmp_path / "f.pt")
+    root = ours.root
+    assert isinstance(root, dict)
+    shared = [root[k].storage for k in ("whole", "shared", "tail", "transposed", "expanded")]
+    assert all(s is shared[0] for s in shared)
+    assert root["empty"].storage.extent == -1
+    assert [e.key for e in ours.extents] == [s.key for s in _storages(root.values())]
+
+
+def _storages(tensors: object) -> list[torchfile.Storage]:
+    found = {t.storage.extent: t.storage for t in tensors}  # type: ignore[attr-defined]
+    return [found[k] for k in sorted(found) if k >= 0]
+
+
+def test_cuda_locations_are_tags_only(tmp_path: Path) -> None:
+    torch.save({"w": torch.arange(6.0)}, tmp_path / "cpu.pt")
+    path = make.repickled(
+        tmp_path / "cpu.pt", tmp_path / "cuda.pt",
+        lambda b: b.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:3"),
+    )  # fmt: skip
+    ours = torchfile.load(path, check_crc=True)
+    tensor = ours.root["w"]  # type: ignore[index]
+    assert tensor.storage.location == "cuda:3"
+    assert make.raw(make.elements(ours, tensor)) == make.raw(torch.arange(6.0))
+
+
+def test_wanted_alone_gets_extents_and_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "f.pt"
+    torch.save({"w": torch.ones(40), "m": torch.zeros(50), "v": torch.zeros(60)}, path)
+    broken = make.patched(path, tmp_path / "g.pt", make.data_at(path, "f/data/1") - 20, b"\x55" * 300)
+    with pytest.raises(SourceError):
+        torchfile.load(broken)
+    ours = torchfile.load(broken, wanted=lambda root: [root["w"]], check_crc=True)  # type: ignore[index]
+    root = ours.root
+    assert isinstance(root, dict)
+    assert [root[k].storage.extent for k in "wmv"] == [0, -1, -1]
+    assert len(ours.extents) == 1 and ours.extents[0].nbytes == 160
+
+
+def test_known_pickles_are_parsed_once(tmp_path: Path) -> None:
+    paths = [tmp_path / "a" / "f.pt", tmp_path / "b" / "f.pt", tmp_path / "c" / "f.pt"]
+    for k, p in enumerate(paths):
+        p.parent.mkdir()
+        torch.save({"w": torch.full((5,), float(k)), "k": k == 2}, p)
+    known: dict[bytes, torchfile.Tree] = {}
+    files = [torchfile.load(p, known=known) for p in paths]
+    assert files[0].root is files[1].root and len(known) == 2
+    for k, f in enumerate(files):
+        assert make.elements(f, f.root["w"]).tolist() == [k] * 5  # type: ignore[index]
+    assert len({f.digest for f in files}) == 3
+
+
+def test_digest_tells_files_apart_and_equal_files_alike(tmp_path: Path) -> None:
+    for name, value in (("a", 1.0), ("b", 1.0), ("c", 2.0)):
+        (tmp_path / name).mkdir()
+        torch.save({"w": torch.full((5,), value)}, tmp_path / name / "f.pt")
+    digests = [torchfile.load(tmp_path / n / "f.pt").digest for n in "abc"]
+    assert digests[0] != digests[2] and len(digests[0]) == 16
+    assert digests[0] == torchfile.load(tmp_path / "a" / "f.pt").digest
+
+
+# ---- what stays inert ----
+
+
+class Colour(enum.Enum):
+    RED = 3
+
+
+class Thing:
+    def __init__(self) -> None:
+        self.w = torch.arange(3.0)
+
+
+def test_objects_stay_inert_and_their_tensors_are_found(tmp_path: Path) -> None:
+    value = {"ns": argparse.Namespace(lr=0.1), "colour": Colour.RED, "thing": Thing()}
+    torch.save(value, tmp_path / "f.pt")
+    ours = torchfile.load(tmp_path / "f.pt")
+    root = ours.root
+    assert isinstance(root, dict)
+    assert root["ns"].name == "argparse.Namespace" and root["ns"].state == {"lr": 0.1}
+    assert root["colour"].args == (3,)
+    assert make.elements(ours, root["thing"].state["w"]).tolist() == [0, 1, 2]
+    assert ours.inert == ("argparse.Namespace", f"{__name__}.Colour", f"{__name__}.Thing")
+
+
+def test_nothing_is_called(tmp_path: Path) -> None:
+    mark = tmp_path / "called"
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (open, (str(mark), "w"))
+
+    torch.save({"w": torch.ones(2), "evil": Evil()}, tmp_path / "f.pt")
+    ours = torchfile.load(tmp_path / "f.pt")
+    assert not mark.exists()
+    assert isinstance(ours.root, dict) and ours.root["evil"].args == (str(mark), "w")
+    assert len(ours.inert) == 1
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        lambda: torch.quantize_per_tensor(torch.ones(4), 0.5, 1, torch.qint8),
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.ones(3, dtype=torch.complex64).conj(),
+        lambda: torch.empty(3, device="meta"),
+    ],
+    ids=["quantised", "sparse", "conjugate", "meta"],
+)
+def test_tensors_whose_bytes_mean_something_else_stay_inert(tmp_path: Path, tensor: object) -> None:
+    torch.save({"w": tensor()}, tmp_path / "f.pt")  # type: ignore[operator]
+    ours = torchfile.load(tmp_path / "f.pt")
+    assert isinstance(ours.root, dict) and isinstance(ours.root["w"], Inert)
+
+
+# ---- zip files that are not as they should be ----
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    path = tmp_path / "f.pt"
+    torch.save(OrderedDict(a=torch.arange(100.0), b=torch.arange(7)), path)
+    return path
+
+
+def _refused(path: Path, match: str, *, check_crc: bool = False) -> None:
+    with pytest.raises(SourceError, match=match) as e:
+        torchfile.load(path, check_crc=check_crc)
+    assert str(e.value).startswith(str(path))
+
+
+def test_flipped_bits_are_found_when_asked(good: Path, tmp_path: Path) -> None:
+    at = make.data_at(good, "f/data/0") + 8
+    broken = make.patched(good, tmp_path / "g.pt", at, b"\x01")
+    torchfile.load(broken)
+    _refused(broken, "record f/data/0: its bytes have CRC32", check_crc=True)
+    at = good.read_bytes().index(b"cpu")
+    broken = make.patched(good, tmp_path / "h.pt", at, b"npu")
+    _refused(broken, "record f/data.pkl: its bytes have CRC32", check_crc=True)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3, 30, 500, 0.5, -200, -22, -1])
+def test_truncated(good: Path, tmp_path: Path, kept: float) -> None:
+    data = good.read_bytes()
+    n = int(len(data) * kept) if isinstance(kept, float) else kept if kept >= 0 else len(data) + kept
+    (tmp_path / "g.pt").write_bytes(data[:n])
+    _refused(tmp_path / "g.pt", "truncated|no torch file")
+
+
+def test_longer(good: Path, tmp_path: Path) -> None:
+    (tmp_path / "g.pt").write_bytes(good.read_bytes() + b"x")
+    _refused(tmp_path / "g.pt", "no zip end record")
+    (tmp_path / "h.pt").write_bytes(good.read_bytes()[:4] + b"x" + good.read_bytes()[4:])
+    _refused(tmp_path / "h.pt", "zip64 end record is not where")
+
+
+def test_compressed(good: Path, tmp_path: Path) -> None:
+    _refused(make.write_zip(tmp_path / "g.pt", make.records(good), zipfile.ZIP_DEFLATED), "compressed")
+
+
+CENTRAL = {
+    "encrypted": (8, b"\x01\x00", "encrypted"),
+    "flags": (8, b"\x00\x08", "local flags"),
+    "method": (10, b"\x08\x00", "compressed"),
+    "crc": (16, b"\x00\x00\x00\x00", "descriptor"),
+    "packed": (20, b"\x01\x00\x00\x00", "packed"),
+    "sizes": (20, struct.pack("<II", 401, 401), "descriptor"),
+    "too large": (20, struct.pack("<II", 9999, 9999), "run into"),
+    "huge": (20, struct.pack("<II", 2**32 - 2, 2**32 - 2), "run into"),
+    "zip64 without": (20, struct.pack("<II", 2**32 - 1, 2**32 - 1), "zip64 sizes are missing"),
+    "disk": (34, b"\x01\x00", "disk"),
+    "offset": (42, struct.pack("<I", 1), "run into|local header"),
+    "far": (42, struct.pack("<I", 2**31), "run into"),
+    "name": (46, b"f/data/1", "twice"),
+    "other name": (46, b"f/data/7", "no record data/0"),
+    "signature": (0, b"PK\x01\x03", "broken"),
+    "long name": (28, b"\xff\xff", "broken"),
+    "long comment": (32, b"\xff\xff", "broken"),
+}
+
+
+@pytest.mark.parametrize("fault", CENTRAL)
+def test_central_directory(good: Path, tmp_path: Path, fault: str) -> None:
+    shift, new, match = CENTRAL[fault]
+    at = make.central_at(good, "f/data/0")
+    _refused(make.patched(good, tmp_path / "g.pt", at + shift, new), match)
+
+
+LOCAL = {
+    "signature": (0, b"PK\x03\x05", "local header"),
+    "flags": (6, b"\x09\x08", "local flags"),
+    "method": (8, b"\x08\x00", "method"),
+    "crc": (14, b"\x01\x00\x00\x00", "disagrees"),
+    "size": (22, b"\x01\x00\x00\x00", "disagrees"),
+    "name": (30, b"f/data/1", "names"),
+    "name length": (26, b"\x07\x00", "names"),
+    "extra": (28, b"\xff\xff", "run into"),
+    "shifted": (28, b"\x01\x00", "descriptor"),
+}
+
+
+@pytest.mark.parametrize("fault", LOCAL)
+def test_local_header(good: Path, tmp_path: Path, fault: str) -> None:
+    shift, new, match = LOCAL[fault]
+    at = make.local_at(good, "f/data/0")
+    _refused(make.patched(good, tmp_path / "g.pt", at + shift, new), match)
+
+
+def test_descriptor(good: Path, tmp_path: Path) -> None:
+    at = make.data_at(good, "f/data/0") + 400
+    for k in (0, 4, 8, 12):
+        _refused(make.patched(good, tmp_path / f"{k}.pt", at + k, b"\xee"), "its descriptor")
+
+
+def test_local_sizes_without_a_descriptor(good: Path, tmp_path: Path) -> None:
+    plain = make.write_zip(tmp_path / "g.pt", make.records(good))
+    assert torchfile.load(plain, check_crc=True).inert == ()
+    at = make.local_at(plain, "f/data/0")
+    for k, shift in enumerate((14, 18, 22)):
+        _refused(make.patched(plain, tmp_path / f"{k}.pt", at + shift, b"\x01"), "disagrees")
+
+
+def test_records_that_overlap(good: Path, tmp_path: Path) -> None:
+    at = make.central_at(good, "f/data/1")
+    where = struct.pack("<I", make.local_at(good, "f/data/0") + 64)
+    _refused(make.patched(good, tmp_path / "g.pt", at + 42, where), "run into")
+
+
+def test_byteorder(good: Path, tmp_path: Path) -> None:
+    contents = make.records(good)
+    _refused(make.write_zip(tmp_path / "g.pt", {**contents, "f/byteorder": b"big"}), "wanted little")
+    del contents["f/byteorder"]  # files of torch before 2.1 have none
+    assert len(torchfile.load(make.write_zip(tmp_path / "h.pt", contents)).extents) == 2
+
+
+def test_missing_and_short_records(good: Path, tmp_path: Path) -> None:
+    contents = make.records(good)
+    short = {**contents, "f/data/0": contents["f/data/0"][:-4]}
+    _refused(make.write_zip(tmp_path / "g.pt", short), "data/0 has 396 bytes, its storage 400")
+    del contents["f/data/1"]
+    _refused(make.write_zip(tmp_path / "h.pt", contents), "no record data/1")
+    del contents["f/data.pkl"]
+    _refused(make.write_zip(tmp_path / "i.pt", contents), "without f/data.pkl")
+    program = {"f/data.pkl": b"N.", "f/constants.pkl": b""}
+    _refused(make.write_zip(tmp_path / "k.pt", program), "TorchScript")
+
+
+def test_torchscript(tmp_path: Path) -> None:
+    program = tmp_path / "f.pt"
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), program)
+    _refused(program, "TorchScript")
+
+
+def test_other_files(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "old.pt", "w") as tar:
+        tar.addfile(tarfile.TarInfo("storages"), io.BytesIO())
+    _refused(tmp_path / "old.pt", "tar file")
+    (tmp_path / "text.pt").write_text("no tensors here")
+    _refused(tmp_path / "text.pt", "no torch file")
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"a": 1}))
+    _refused(tmp_path / "plain.pkl", "no torch file")
+    _refused(tmp_path / "nowhere.pt", "No such file")
+    _refused(tmp_path, "not a regular file")
+    for name in ("text.pt", "plain.pkl", "nowhere.pt", ""):
+        assert not torchfile.is_torch_file(tmp_path / name)
+
+
+def test_zip64(tmp_path: Path) -> None:
+    """A record of 5 GiB (a hole in the file) and the records behind it, as torch writes them."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    path = tmp_path / "f.pt"
+    with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save([torch.empty((5 << 30) + 7, dtype=torch.uint8), torch.zeros(5)], path)
+    ours = torchfile.load(path)
+    with zipfile.ZipFile(path) as z, open(path, "rb") as f:
+        for e in ours.extents:
+            info = z.getinfo(f"f/data/{e.key}")
+            f.seek(info.header_offset + 26)
+            assert e.offset == info.header_offset + 30 + sum(struct.unpack("<HH", f.read(4)))
+            assert e.nbytes == info.file_size
+    assert [e.nbytes for e in ours.extents] == [(5 << 30) + 7, 20]
+    tail = path.stat().st_size - 98
+    faults = {4: "zip64 end", 16: "disagree", 40: "disagree", 48: "must end", 64: "zip64 end"}
+    for shift, match in faults.items():
+        with open(path, "r+b") as f:
+            f.seek(tail + shift)
+            old = f.read(1)
+            f.seek(tail + shift)
+            f.write(bytes([old[0] ^ 1]))
+            f.flush()
+            _refused(path, match)
+            f.seek(tail + shift)
+            f.write(old)
+    assert torchfile.load(path).digest == ours.digest
+
+
+# ---- pickles that lie about storages and tensors ----
+
+
+def _swap(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
+    def change(data: bytes) -> bytes:
+        assert data.count(old) == 1
+        return data.replace(old, new)
+
+    return change
+
+
+REBUILDS = {
+    "numel": (b"q\x04Kdt", b"q\x04K\xc8t", "data/0 has 400 bytes, its storage 800"),
+    "offset": (b"QK\x00Kd", b"QK\x01Kd", "needs 404 bytes"),
+    "shape": (b"QK\x00Kd", b"QK\x00Ke", "needs 404 bytes"),
+    "negative": (b"QK\x00Kd", b"QJ\xff\xff\xff\xffKd", "offset is -1"),
+    "bool": (b"QK\x00Kd", b"Q\x88Kd", "offset is bool"),
+    "huge": (b"QK\x00Kd", b"QK\x00\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7f", "shape is"),
+    "many axes": (b"QK\x00Kd", b"QK\x00KdKd", "requires_grad is a tuple"),
+    "length": (b"Kd\x85q\x06K\x01\x85", b"Kd\x85q\x06K\x01K\x01\x86", "differ in length"),
+    "word": (b"X\x07\x00\x00\x00storage", b"X\x07\x00\x00\x00storagf", "persistent id"),
+}
+
+
+@pytest.mark.parametrize("fault", REBUILDS)
+def test_tensors_outside_their_storage(tmp_path: Path, fault: str) -> None:
+    path = tmp_path / "f.pt"
+    torch.save(torch.arange(100.0), path)
+    old, new, match = REBUILDS[fault]
+    _refused(make.repickled(path, tmp_path / "g.pt", _swap(old, new)), match)
+
+
+def test_storages_that_contradict(tmp_path: Path) -> None:
+    path = tmp_path / "f.pt"
+    torch.save([torch.arange(100.0), torch.arange(50.0)], path)
+    change = _swap(b"X\x01\x00\x00\x001", b"X\x01\x00\x00\x000")
+    _refused(make.repickled(path, tmp_path / "g.pt", change), "has 200 bytes here and 400 before")
+    torch.save([torch.arange(100.0), torch.arange(50)], path)
+    _refused(make.repickled(path, tmp_path / "h.pt", change), "holds int64 here and float32 before")
+
+
+# ---- legacy files ----
+
+
+def _legacy(path: Path, value: object) -> bytes:
+    torch.save(value, path, _use_new_zipfile_serialization=False)
+    return path.read_bytes()
+
+
+def test_legacy_views(tmp_path: Path) -> None:
+    """Files of torch before 0.4 describe a slice of a storage in the persistent id."""
+    path = tmp_path / "f.pt"
+    data = _legacy(path, torch.arange(10.0)[:3])
+    old = b"K\nNt"  # numel 10, no view
+    assert data.count(old) == 1
+    path.write_bytes(data.replace(old, b"K\nX\x01\x00\x00\x00vK\x04K\x05\x87t"))
+    ours = torchfile.load(path)
+    assert [e.key for e in ours.extents] == ["v"] and ours.extents[0].nbytes == 20
+    assert make.elements(ours, ours.root).tolist() == [4, 5, 6]  # type: ignore[arg-type]
+    assert torch.load(path, weights_only=False).tolist() == [4, 5, 6]
+    path.write_bytes(data.replace(old, b"K\nX\x01\x00\x00\x00vK\x06K\x05\x87t"))
+    _refused(path, "elements .6, 11. of storage")
+
+
+def test_legacy_long_pickle(tmp_path: Path) -> None:
+    value = {"text": "x" * (3 << 20), "w": torch.arange(5)}
+    path = tmp_path / "f.pt"
+    _legacy(path, value)
+    ours = torchfile.load(path)
+    assert _same(ours, ours.root, value) == 1
+
+
+def test_legacy_faults(tmp_path: Path) -> None:
+    path = tmp_path / "f.pt"
+    data = _legacy(path, {"a": torch.arange(10.0), "b": torch.arange(3)})
+
+    def refused(changed: bytes, match: str) -> None:
+        assert changed != data
+        path.write_bytes(changed)
+        _refused(path, match)
+
+    refused(data[:-1], "the file has")
+    refused(data + b"\0", "the file has")
+    refused(data[: len(data) // 2], "truncated|the file has")
+    refused(data[:20], "truncated")
+    refused(data.replace(b"little_endianq\x02\x88", b"little_endianq\x02\x89"), "little")
+    refused(data.replace(b"\x80\x02M\xe9\x03.", b"\x80\x02M\xea\x03."), "protocol")
+    count = struct.pack("<q", 10) + struct.pack("<f", 0)
+    refused(data.replace(count, struct.pack("<q", 9) + struct.pack("<f", 0)), "9 elements")
+    path.write_bytes(data)
+    _refused(path, "no checksums", check_crc=True)
+
+
+def test_a_file_that_changes_is_refused(good: Path) -> None:
+    from fastckpt.extents import File
+    from fastckpt.sources.torchzip import Reader
+
+    seen = File.at(good)
+    with open(good, "ab") as f:
+        f.write(b"x")
+    with pytest.raises(SourceError, match="changed"):
+        Reader(seen)
