@@ -213,7 +213,7 @@ class Binding:
 
     def bind(self, rows: Table) -> Table:
         """The rows with `src_buffer` a place and `src` counted from that place's start."""
-        out = rows.copy()
+        out: Table = rows.copy()
         real = out["src_buffer"] != NOTHING
         extent = out["src_buffer"][real].astype(np.int64)
         out["src"][real] += self.offset[extent].astype(np.uint64)
@@ -426,7 +426,7 @@ def clip(rows: Table, low: Ints, high: Ints) -> tuple[Table, Ints]:
 
 def _at(rows: Table, axis: int, start: Ints, count: Ints) -> Table:
     """The rows narrowed on one axis to [start, start + count)."""
-    out = rows.copy()
+    out: Table = rows.copy()
     out["src"] += (start * rows["src_stride"][:, axis]).astype(np.uint64)
     out["dst"] += (start * rows["dst_stride"][:, axis]).astype(np.uint64)
     out["shape"][:, axis] = count
@@ -486,7 +486,9 @@ class Runner(Protocol):
 class Executor(Protocol):
     """Whatever runs rows: the reference in torch, threads in C++, a GPU."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Its name in `executors.EXECUTORS`."""
 
     def bind(self, sources: Sequence[Buffer]) -> Runner:
         """Fix the source buffers, so that running a batch converts none of them again."""

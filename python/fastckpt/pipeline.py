@@ -1,0 +1,172 @@
+"""Batches through reader and executor, by several workers at once, into files or tensors.
+
+Law: a worker's error stops all workers and is raised once, in the caller's thread; so does Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import Queue
+
+import numpy as np
+
+from .digest import combine, crc32, crc32_combine, leaf_digests
+from .dtypes import DTYPES
+from .errors import SourceError
+from .extents import Buffer
+from .finite import nonfinite
+from .planner import LEAF, Batch, Slots
+from .plans import PlannedTensor
+from .reader import Lane
+from .writer import OutputFile
+
+Worker = Callable[[Batch], None]
+
+
+def feed(batches: Iterable[Batch], workers: Sequence[Worker], done: Callable[[int], None]) -> None:
+    """Run every batch on one of the workers; `done` gets each batch's output bytes, in the caller's thread.
+
+    The caller's thread makes the batches (planning) while the workers run them. Raises the first error
+    of a worker after all have stopped."""
+    queue: Queue[Batch | None] = Queue(maxsize=4 * len(workers))
+    finished: Queue[int] = Queue()
+    errors: list[BaseException] = []
+    stop = threading.Event()
+
+    def work(worker: Worker) -> None:
+        while (batch := queue.get()) is not None:
+            if stop.is_set():
+                continue
+            try:
+                worker(batch)
+                finished.put(batch.stop - batch.start)
+            except BaseException as error:  # carried to the caller's thread, which raises it
+                errors.append(error)
+                stop.set()
+
+    threads = [threading.Thread(target=work, args=(w,), name=f"fastckpt-{i}") for i, w in enumerate(workers)]
+    for thread in threads:
+        thread.start()
+    try:
+        for batch in batches:
+            if stop.is_set():
+                break
+            queue.put(batch)
+            while not finished.empty():
+                done(finished.get())
+    except BaseException:
+        stop.set()
+        raise
+    finally:
+        for _ in threads:
+            queue.put(None)
+        for thread in threads:
+            while thread.is_alive():  # in steps, so that Ctrl-C is heard
+                thread.join(0.1)
+                while not finished.empty():
+                    done(finished.get())
+    if errors:
+        raise errors[0]
+    while not finished.empty():
+        done(finished.get())
+
+
+class ToFiles:
+    """The end of a run over files: open files, leaf digests, checksums, the finite check.
+
+    `tensors`: the plan's, each with its file's number; `files`: the open files by number. With `finite` a
+    NaN or an infinity in the output is a SourceError."""
+
+    def __init__(
+        self, slots: Slots, tensors: Sequence[PlannedTensor], files: Sequence[OutputFile], *, finite: bool
+    ) -> None:
+        self.slots = slots
+        self.tensors = tensors
+        self.files = files
+        self.finite = finite
+        self.leaves = np.zeros(slots.leaves, np.uint64)
+        self.crcs: dict[int, int] = {}  # leaf -> CRC32, of files that need them
+        self.codes = np.array([t.dtype.code for t in tensors], np.int64)
+        self.floats = np.array([t.dtype.kind == "float" for t in tensors], bool)
+
+    def worker(self, lane: Lane, size: int) -> Worker:
+        """A worker with a staging buffer of `size` bytes of its own."""
+        staging = np.empty(size, np.uint8)
+        address = staging.ctypes.data
+        whole = memoryview(staging.data)
+
+        def run(batch: Batch) -> None:
+            n = batch.stop - batch.start
+            filled = whole[:n]
+            lane.run(batch.rows, [Buffer(staging, address, n)])
+            self.leaves[batch.leaf] = leaf_digests(filled, batch.leaf_offset, batch.leaf_size)
+            if self.files[batch.file].layout.crc:
+                for at, length, leaf in zip(
+                    batch.leaf_offset.tolist(), batch.leaf_size.tolist(), batch.leaf.tolist(), strict=True
+                ):
+                    self.crcs[leaf] = crc32(filled[at : at + length])
+            if self.finite:
+                self.check(batch, filled)
+            self.files[batch.file].write(batch.start, filled)
+
+        return run
+
+    def check(self, batch: Batch, filled: memoryview) -> None:
+        """Refuse a batch that holds a NaN or an infinity, naming the tensor."""
+        tensors = np.searchsorted(self.slots.leaf, batch.leaf, "right") - 1
+        codes = self.codes[tensors]
+        if not self.floats[tensors].any():
+            return
+        if (codes == codes[0]).all() and not nonfinite(filled, DTYPES[int(codes[0])]):
+            return
+        for tensor, at, length in zip(
+            tensors.tolist(), batch.leaf_offset.tolist(), batch.leaf_size.tolist(), strict=True
+        ):
+            kind = DTYPES[int(self.codes[tensor])]
+            if kind.kind == "float" and (bad := nonfinite(filled[at : at + length], kind)):
+                raise SourceError(
+                    f"{self.tensors[tensor].name}: {bad} values of one MiB of its {kind} output are NaN or "
+                    "infinite; allow_nonfinite accepts them"
+                )
+
+    def close(self, threads: int) -> None:
+        """Close every file, several at a time: what is known only now, and the wait for the disk."""
+        members: list[list[int]] = [[] for _ in self.files]
+        for i, t in enumerate(self.tensors):
+            members[t.file].append(i)
+
+        def close(number: int) -> None:
+            file = self.files[number]
+            names = [(i, self.tensors[i].name) for i in members[number]]
+            crcs = {name: self.tensor_crc(i) for i, name in names} if file.layout.crc else {}
+            file.close(crcs, {name: self.tensor_digest(i) for i, name in names})
+
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(close, range(len(self.files))))
+
+    def tensor_digest(self, tensor: int) -> str:
+        """The digest of a tensor whose leaves are all written."""
+        first = int(self.slots.leaf[tensor])
+        count = -(-int(self.slots.nbytes[tensor]) // LEAF)
+        return combine(self.leaves[first : first + count])
+
+    def tensor_crc(self, tensor: int) -> int:
+        """The CRC32 of a tensor whose leaves are all written."""
+        first, n = int(self.slots.leaf[tensor]), int(self.slots.nbytes[tensor])
+        total = 0
+        for k in range(-(-n // LEAF)):
+            total = crc32_combine(total, self.crcs[first + k], min(LEAF, n - k * LEAF))
+        return total
+
+
+def to_buffers(lane: Lane, buffers: Sequence[Buffer]) -> Worker:
+    """A worker that fills tensors where they lie; `buffers` by the plan's tensor index."""
+
+    def run(batch: Batch) -> None:
+        rows = batch.rows.copy()
+        used, rows["dst_buffer"] = np.unique(rows["dst_buffer"], return_inverse=True)
+        lane.run(rows, [buffers[i] for i in used.tolist()])
+
+    return run

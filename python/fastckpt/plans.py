@@ -1,0 +1,379 @@
+"""What will be done, before a tensor byte is read: recipe and layout chosen, targets named, files laid out.
+
+Law: everything that shapes an output byte is in the plan's key, and nothing else is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import xxhash
+
+from . import layouts, planner, recipes
+from .checkpoint import JSON, Checkpoint, Entry
+from .dtypes import DType
+from .dtypes import dtype as dtype_of
+from .errors import LayoutError, RecipeError, SourceError
+from .extents import Extents
+from .files import FileLayout, Spec, safetensors_layout, split
+from .layouts import Layout
+from .layouts.naming import Naming
+from .layouts.patterns import Patterns
+from .placement import Placement
+from .planner import Chunk, Slots
+from .target import Target
+from .torchzip import Wrap, torch_layout
+
+KEPT_ROWS = 1 << 17
+"""A plan keeps at most this many compiled rows (16 MiB); a larger one is compiled again as it runs."""
+
+VERSION = 1
+"""Part of every plan key; raised when the same inputs would give other bytes."""
+
+Stream = Callable[[], Iterator[tuple[int, Target]]]
+"""Starts the targets of all ranks anew: (serving rank, target), in the plan's order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a caller asked for, apart from the checkpoint and the place to put it.
+
+    `placement` and `rank` (None: all ranks); `layout` by name or as an object; `config` as a path or a
+    mapping (None: the checkpoint's own); `recipe` by name (None: by the config); `tp_plan` name pattern ->
+    style; `vocab_size`: the embedding rows that count; `dtype` (None: as stored, "auto": the config's);
+    `max_shard_size` of a file; `container`: "safetensors" or "bin"; `sorted`: files ordered as
+    safetensors' save_file orders them, not as the source lies; `weights_key`, `client_state`: a training
+    checkpoint around a single `.bin`; `held`: only these names are
+    made, each as its dtype (a module to fill)."""
+
+    placement: Placement
+    rank: int | None = None
+    layout: str | Layout = "hf"
+    config: str | os.PathLike[str] | Mapping[str, JSON] | None = None
+    recipe: str | None = None
+    tp_plan: Mapping[str, str] | None = None
+    vocab_size: int | None = None
+    dtype: str | DType | None = None
+    max_shard_size: str | int | None = "5GB"
+    sorted: bool = False
+    weights_key: str | None = None
+    client_state: Mapping[str, JSON] | None = None
+    held: Mapping[str, DType] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One output tensor: the serving rank it belongs to, and where its bytes lie in which file.
+
+    `file` indexes the plan's files (in memory: the plan's ranks); `offset` in bytes from the file's start
+    (in memory: from the rank's first tensor)."""
+
+    rank: int
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    file: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that will be done.
+
+    `key` digests all that shapes the output bytes, for all ranks alike; `ranks` are those this plan
+    makes; `files` their layouts and `file_ranks` whose they are; `texts`: small files written beside (an
+    index), as (rank, path, bytes); `aliases`: tied name -> the name that is stored; `options`: what the
+    manifest repeats; `notes`: what the user should know; `left_out`: names
+    the layout made and `held` does not have."""
+
+    key: str
+    checkpoint: Checkpoint
+    layout: str
+    placement: Placement
+    ranks: tuple[int, ...]
+    tensors: tuple[PlannedTensor, ...]
+    files: tuple[FileLayout, ...]
+    file_ranks: tuple[int, ...]
+    texts: tuple[tuple[int, str, bytes], ...]
+    aliases: Mapping[str, str]
+    options: Mapping[str, JSON]
+    extents: Extents
+    stream: Stream
+    kept: tuple[Chunk, ...] | None
+    notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    def chunks(self) -> Iterator[tuple[int, Chunk]]:
+        """(first tensor, rows) of each window, in order: the kept rows, or compiled again."""
+        again = (chunk for _, chunk, _ in planner.compiled(self.stream(), self.extents))
+        first = 0
+        for chunk in again if self.kept is None else self.kept:
+            yield first, chunk
+            first += chunk.count
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all output tensors."""
+        return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Source bytes the outputs are made of; a byte that two ranks need counts for each."""
+        return sum(int(planner.nbytes(chunk.rows, "src").sum()) for _, chunk in self.chunks())
+
+    def slots(self) -> Slots:
+        """Where the tensors lie, as columns."""
+        return Slots.of(
+            [t.file for t in self.tensors], [t.offset for t in self.tensors], [t.nbytes for t in self.tensors]
+        )
+
+
+def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
+    """The plan for what was asked; `in_memory`: no files are laid out.
+
+    Raises RecipeError, LayoutError, ViewError or, for what a file cannot spell, WriteError, before any byte
+    of a tensor is read."""
+    road = _Road.of(ckpt, wanted)
+    placement = wanted.placement
+    ranks = tuple(range(placement.world)) if wanted.rank is None else (placement.at(wanted.rank).rank,)
+    left_out: dict[str, None] = {}
+
+    def stream() -> Iterator[tuple[int, Target]]:
+        # Rank after rank for each tensor, so that a tensor's source pages serve all ranks while warm.
+        for targets in itertools.zip_longest(*(road.targets(placement.at(r)) for r in ranks)):
+            for rank, target in zip(ranks, targets, strict=True):
+                if target is None:
+                    continue
+                if wanted.held is not None:
+                    if target.name not in wanted.held:
+                        left_out[target.name] = None
+                        continue
+                    target = Target(target.name, target.view.cast(wanted.held[target.name]), target.shape)
+                yield rank, target
+
+    named: dict[int, dict[str, Spec]] = {r: {} for r in ranks}
+    order: list[tuple[int, str]] = []
+    kept: list[Chunk] | None = []
+    extents = road.checkpoint.extents
+    rows = 0
+    for window, chunk, table in planner.compiled(stream(), extents):
+        extents = table
+        for rank, target in window:
+            if target.name in named[rank]:
+                raise LayoutError(f"layout {road.name}: two tensors named {target.name} on rank {rank}")
+            named[rank][target.name] = (target.name, target.view.dtype, target.shape)
+            order.append((rank, target.name))
+        rows += len(chunk.rows)
+        if rows > KEPT_ROWS:
+            kept = None
+        elif kept is not None:
+            kept.append(chunk)
+    aliases = {a: h for a, h in road.aliases.items() if all(h in n and a not in n for n in named.values())}
+
+    files: list[FileLayout] = []
+    file_ranks: list[int] = []
+    texts: list[tuple[int, str, bytes]] = []
+    tensors: list[PlannedTensor] = []
+    if in_memory:
+        ends = dict.fromkeys(ranks, 0)
+        for rank, name in order:
+            _, dtype, shape = named[rank][name]
+            nbytes = math.prod(shape) * dtype.itemsize
+            tensors.append(PlannedTensor(rank, name, dtype, shape, ranks.index(rank), ends[rank], nbytes))
+            ends[rank] += nbytes
+    else:
+        for rank in ranks:
+            made, index = _files(list(named[rank].values()), road.naming(placement.at(rank)), aliases, wanted)
+            files += made
+            file_ranks += [rank] * len(made)
+            texts += [(rank, path, data) for path, data in index]
+        where = {}
+        for i, (file, rank) in enumerate(zip(files, file_ranks, strict=True)):
+            where.update({(rank, slot.name): (i, slot) for slot in file.slots})
+        for rank, name in order:
+            i, slot = where[rank, name]
+            tensors.append(PlannedTensor(rank, name, slot.dtype, slot.shape, i, slot.offset, slot.nbytes))
+    return Plan(
+        key=road.key(placement),
+        checkpoint=road.checkpoint,
+        layout=road.name,
+        placement=placement,
+        ranks=ranks,
+        tensors=tuple(tensors),
+        files=tuple(files),
+        file_ranks=tuple(file_ranks),
+        texts=tuple(texts),
+        aliases=aliases,
+        options=road.options,
+        extents=extents,
+        stream=stream,
+        kept=None if kept is None else tuple(kept),
+        notes=road.notes,
+        left_out=tuple(left_out),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Road:
+    """Recipe and layout, chosen and joined: how to make a placement's targets."""
+
+    name: str
+    checkpoint: Checkpoint
+    targets: Callable[[Placement], Iterator[Target]]
+    naming: Callable[[Placement], Naming]
+    aliases: Mapping[str, str]
+    options: Mapping[str, JSON]
+    notes: tuple[str, ...]
+
+    @staticmethod
+    def of(ckpt: Checkpoint, wanted: Wanted) -> _Road:
+        layout = layouts.layout(wanted.layout) if isinstance(wanted.layout, str) else wanted.layout
+        if wanted.tp_plan is not None:
+            if _layout_name(layout) != "hf":
+                raise LayoutError(f"tp_plan goes with layout hf, not {_layout_name(layout)}")
+            layout = Patterns(wanted.tp_plan)
+        config = None
+        if layout.roles or wanted.dtype == "auto":
+            config = _config(ckpt, wanted.config)
+        dtype = _dtype(config, wanted.dtype)
+        cast = ckpt if dtype is None else _cast(ckpt, dtype)
+        options: dict[str, JSON] = {
+            "layout": _layout_name(layout),
+            "layout_options": repr(layout),
+            "dtype": None if dtype is None else dtype.name,
+            "max_shard_size": wanted.max_shard_size,
+            "vocab_size": wanted.vocab_size,
+            "sorted": wanted.sorted,
+            "weights_key": wanted.weights_key,
+            "client_state": None if wanted.client_state is None else dict(wanted.client_state),
+        }
+        notes = tuple(str(n) for n in _list(ckpt.facts.get("notes")))
+        if not layout.roles:
+            by_names = layout
+            return _Road(
+                _layout_name(layout),
+                cast,
+                lambda p: by_names.targets(cast, p),
+                layout.naming,
+                ckpt.aliases,
+                options,
+                notes,
+            )
+        by_roles = layout
+        assert config is not None
+        recipe = recipes.find(config if wanted.recipe is None else {"model_type": wanted.recipe})
+        model = recipe(cast, config, vocab_size=wanted.vocab_size)
+        options["family"] = model.family
+        options["config"] = xxhash.xxh3_64_hexdigest(json.dumps(dict(config), sort_keys=True).encode())
+        if model.ignored:
+            notes += (f"left out, known to {model.family}: {', '.join(model.ignored)}",)
+        aliases = {f"{model.lm_head.name}.weight": f"{model.embedding.name}.weight"} if model.tied else {}
+        return _Road(
+            _layout_name(layout),
+            cast,
+            lambda p: by_roles.targets(model, p),
+            layout.naming,
+            aliases,
+            options,
+            notes,
+        )
+
+    def key(self, placement: Placement) -> str:
+        """The digest of all that shapes the output."""
+        grid = [placement.tp, placement.pp, placement.dp, placement.ep]
+        told = [VERSION, self.checkpoint.structure, self.checkpoint.headers, grid, dict(self.options)]
+        return xxhash.xxh3_128_hexdigest(json.dumps(told, sort_keys=True).encode())
+
+
+def _layout_name(layout: Layout) -> str:
+    if isinstance(layout, Patterns):
+        return "hf"
+    known = [name for name, kind in layouts.LAYOUTS.items() if type(layout) is kind]
+    return known[0] if known else type(layout).__name__.lower()
+
+
+def _list(value: JSON) -> list[JSON]:
+    return value if isinstance(value, list) else []
+
+
+def _config(
+    ckpt: Checkpoint, given: str | os.PathLike[str] | Mapping[str, JSON] | None
+) -> Mapping[str, JSON]:
+    """The model's config: given as a mapping or a path, or found beside the checkpoint."""
+    if isinstance(given, Mapping):
+        return given
+    if given is None:
+        if ckpt.config is None:
+            raise RecipeError(
+                f"{ckpt.path}: no config.json beside it; say where it is (config=), "
+                'or use layout "same" or a tp_plan'
+            )
+        return ckpt.config
+    path = os.fspath(given)
+    if os.path.isdir(path):
+        path = os.path.join(path, "config.json")
+    try:
+        with open(path, encoding="utf-8") as f:
+            found = json.load(f)
+    except OSError as e:
+        raise SourceError(f"{path}: {e.strerror}") from None
+    except ValueError as e:
+        raise SourceError(f"{path}: not JSON: {e}") from None
+    if not isinstance(found, dict):
+        raise SourceError(f"{path}: wanted a JSON object, got {type(found).__name__}")
+    return found
+
+
+def _dtype(config: Mapping[str, JSON] | None, asked: str | DType | None) -> DType | None:
+    if asked != "auto" or isinstance(asked, DType):
+        return None if asked is None else dtype_of(asked)
+    for key in ("dtype", "torch_dtype"):
+        named = (config or {}).get(key)
+        if isinstance(named, str):
+            return dtype_of(named)
+    raise RecipeError('dtype "auto": the config names no dtype or torch_dtype')
+
+
+def _cast(ckpt: Checkpoint, dtype: DType) -> Checkpoint:
+    """The checkpoint with every float tensor cast; integers and bools stay."""
+
+    def cast(entry: Entry) -> Entry:
+        if entry.dtype.kind != "float":
+            return entry
+        return replace(entry, dtype=dtype, build=lambda: entry.build().cast(dtype))
+
+    return replace(ckpt, entries={name: cast(entry) for name, entry in ckpt.entries.items()})
+
+
+def _files(
+    specs: list[Spec], naming: Naming, aliases: Mapping[str, str], wanted: Wanted
+) -> tuple[list[FileLayout], list[tuple[str, bytes]]]:
+    """One rank's files and their index."""
+    container = os.path.splitext(naming.single)[1]
+    if container == ".safetensors" and (wanted.weights_key or wanted.client_state):
+        raise LayoutError("weights_key and client_state make a training checkpoint: one .bin, no safetensors")
+    parts = split(specs, wanted.max_shard_size, naming.file, aliases)
+    folder = f"{naming.directory}/" if naming.directory else ""
+    files = []
+    for group in parts.groups:
+        if container == ".bin":
+            wrap = Wrap(wanted.weights_key, wanted.client_state or {}) if wanted.weights_key else None
+            files.append(torch_layout(folder + group.path, group.tensors, group.aliases, wrap))
+        else:
+            files.append(
+                safetensors_layout(
+                    folder + group.path,
+                    group.tensors,
+                    naming.metadata,
+                    group.aliases,
+                    keep_order=not wanted.sorted,
+                )
+            )
+    index = [] if naming.index is None or parts.index is None else [(folder + naming.index, parts.index)]
+    return files, index

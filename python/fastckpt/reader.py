@@ -1,0 +1,257 @@
+"""Bring the bytes a batch needs to where an executor can see them: mapped, or read by position.
+
+Mapped is the road with the compiled module: its mappings survive a file that is truncated under them
+(a SourceError, not a dead process), and pages are given back behind the reader. Positioned is the road
+without it: reads into a scratch buffer, never a memmap.
+
+Law: a file that is not the one whose header was read (size, time, inode) is an error.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import SourceError
+from .extents import Buffer, File
+from .planner import AXES, NOTHING, Executor, Runner, Table, item_sizes, nbytes
+
+GAP = 1 << 16
+"""The widest gap in bytes that one rank alone reads through."""
+
+
+class Lane(Protocol):
+    """One worker's way through a reader: what it needs is read, then run."""
+
+    bytes_read: int
+
+    def run(self, rows: Table, destinations: Sequence[Buffer]) -> None:
+        """Fill `destinations` as bound `rows` say. Raises SourceError when a file gave less than it had."""
+
+
+class Reader(Protocol):
+    """Opened sources; a context manager."""
+
+    def lane(self, executor: Executor) -> Lane:
+        """A lane for one worker thread."""
+
+    def __enter__(self) -> Reader: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def same_file(place: File, fd: int) -> None:
+    """Refuse an open file that is not the one whose header was read."""
+    now = os.fstat(fd)
+    if place.mtime_ns == 0:
+        changed = now.st_size != place.nbytes
+    else:
+        changed = (now.st_size, now.st_mtime_ns, now.st_ino) != (place.nbytes, place.mtime_ns, place.inode)
+    if changed:
+        raise SourceError(
+            f"{place.path}: changed since its header was read "
+            f"({place.nbytes} bytes then, {now.st_size} now); open the checkpoint again"
+        )
+
+
+def _open(place: File) -> int:
+    try:
+        fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as e:
+        raise SourceError(f"{place.path}: {e.strerror}") from None
+    try:
+        same_file(place, fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+class Positioned:
+    """Reads each batch's runs into a scratch buffer by position.
+
+    `gap`: the widest gap in bytes read through; 0 reads exactly what is needed."""
+
+    def __init__(self, places: Sequence[File | Buffer], *, gap: int = 0) -> None:
+        self.places = tuple(places)
+        self.gap = gap
+        self.fds: dict[int, int] = {}
+
+    def __enter__(self) -> Positioned:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for fd in self.fds.values():
+            os.close(fd)
+        self.fds = {}
+
+    def lane(self, executor: Executor) -> PositionedLane:
+        """A lane with a scratch buffer of its own."""
+        return PositionedLane(self, executor)
+
+    def fd(self, place: int) -> int:
+        """The descriptor of a place that is a file, opened at first use."""
+        if place not in self.fds:
+            at = self.places[place]
+            assert isinstance(at, File)
+            fd = _open(at)
+            if self.fds.setdefault(place, fd) != fd:  # another lane was quicker
+                os.close(fd)
+        return self.fds[place]
+
+
+class PositionedLane:
+    """See Positioned."""
+
+    def __init__(self, reader: Positioned, executor: Executor) -> None:
+        self.reader = reader
+        self.executor = executor
+        self.bytes_read = 0
+        self.buffers = [p for p in reader.places if isinstance(p, Buffer)]
+        held = [i for i, p in enumerate(reader.places) if isinstance(p, Buffer)]
+        self.index = {i: k for k, i in enumerate(held)}
+        self.scratch = np.empty(0, np.uint8)
+        self.runner: Runner | None = None
+
+    def run(self, rows: Table, destinations: Sequence[Buffer]) -> None:
+        """Read the runs of every row, packed, then run the rows over the scratch buffer."""
+        rows = rows.copy()
+        reads: list[tuple[int, int, int, int]] = []  # place, offset, bytes, where in scratch
+        used = 0
+        for row in rows:
+            place = int(row["src_buffer"])
+            if place == NOTHING:
+                continue
+            if place in self.index:
+                row["src_buffer"] = 1 + self.index[place]
+                continue
+            start = int(row["src"])
+            runs, length, strides = packed(row, self.reader.gap)
+            row["src_buffer"], row["src"], row["src_stride"] = 0, used, strides
+            for offset in runs.tolist():
+                reads.append((place, start + offset, length, used))
+                used += length
+        if self.runner is None or used > len(self.scratch):
+            if used > len(self.scratch):
+                self.scratch = np.empty(used, np.uint8)
+            held = Buffer(self.scratch, self.scratch.ctypes.data, self.scratch.nbytes)
+            self.runner = self.executor.bind([held, *self.buffers])
+        view = memoryview(self.scratch.data)
+        for place, offset, length, at in reads:
+            self._read(place, offset, view[at : at + length])
+        self.bytes_read += used
+        self.runner.run(rows, destinations)
+
+    def _read(self, place: int, offset: int, into: memoryview) -> None:
+        fd = self.reader.fd(place)
+        done = 0
+        while done < len(into):
+            try:
+                got = os.preadv(fd, [into[done:]], offset + done)
+            except OSError as e:
+                raise SourceError(f"{self._path(place)}: byte {offset + done}: {e.strerror}") from None
+            if got == 0:
+                raise SourceError(
+                    f"{self._path(place)}: ends at byte {offset + done}, wanted {offset + len(into)}; "
+                    "it was truncated while it was read"
+                )
+            done += got
+
+    def _path(self, place: int) -> str:
+        at = self.reader.places[place]
+        return at.path if isinstance(at, File) else "buffer"
+
+
+def packed(row: np.void, gap: int) -> tuple[NDArray[np.int64], int, list[int]]:
+    """How to read one row: the runs' offsets in bytes from its first element, the bytes of each run, and
+    the row's source strides once the runs lie back to back."""
+    shape, strides = row["shape"].tolist(), row["src_stride"].tolist()
+    covered = int(item_sizes([int(row["src_dtype"])])[0])
+    new = [0] * AXES
+    offsets = np.zeros(1, np.int64)
+    whole = True
+    length = covered
+    count = 1
+    for axis in sorted(range(AXES), key=lambda a: strides[a]):
+        n, step = shape[axis], strides[axis]
+        if n == 1 or step == 0:
+            continue
+        if whole and step <= covered + gap:
+            new[axis] = step
+            covered += (n - 1) * step
+            length = covered
+            continue
+        whole = False
+        new[axis] = length * count
+        count *= n
+        offsets = (np.arange(n, dtype=np.int64)[:, None] * step + offsets[None, :]).ravel()
+    return offsets, length, new
+
+
+class Mapped:
+    """Maps every file and gives pages back behind the copies (compiled module only)."""
+
+    def __init__(self, places: Sequence[File | Buffer]) -> None:
+        from . import _C
+
+        self.places = tuple(places)
+        self.mappings: dict[int, _C.Mapping] = {}
+        try:
+            for i, place in enumerate(self.places):
+                if isinstance(place, File):
+                    fd = _open(place)
+                    os.close(fd)
+                    try:
+                        self.mappings[i] = _C.Mapping(place.path, place.nbytes)
+                    except OSError as e:
+                        raise SourceError(f"{place.path}: {e.strerror or e}") from None
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        self.buffers = [
+            Buffer(self.mappings[i], self.mappings[i].address, p.nbytes) if isinstance(p, File) else p
+            for i, p in enumerate(self.places)
+        ]
+
+    def __enter__(self) -> Mapped:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for mapping in self.mappings.values():
+            mapping.close()
+        self.mappings = {}
+
+    def lane(self, executor: Executor) -> MappedLane:
+        """A lane; all lanes share the mappings."""
+        return MappedLane(self, executor.bind(self.buffers))
+
+
+class MappedLane:
+    """See Mapped."""
+
+    def __init__(self, reader: Mapped, runner: Runner) -> None:
+        self.reader = reader
+        self.runner = runner
+        self.bytes_read = 0
+
+    def run(self, rows: Table, destinations: Sequence[Buffer]) -> None:
+        """Run the rows over the mappings; a page that was not there is an error."""
+        self.runner.run(rows, destinations)
+        self.bytes_read += int(nbytes(rows, "src").sum())
+        for i in np.unique(rows["src_buffer"]).tolist():
+            mapping = self.reader.mappings.get(i)
+            if mapping is not None and mapping.faulted:
+                place = self.reader.places[i]
+                assert isinstance(place, File)
+                raise SourceError(f"{place.path}: truncated or unreadable while it was read")

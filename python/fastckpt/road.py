@@ -1,0 +1,496 @@
+"""The spine: open -> recipe -> layout -> compile -> read -> run -> write. Reads top to bottom.
+
+Every public verb that moves tensors is here, and each is the same road with another end: files, fresh
+tensors, the caller's tensors, or a stream of bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import __version__, plans, sources
+from .checkpoint import JSON, Checkpoint
+from .dtypes import DType
+from .errors import DeviceError, LayoutError, SourceError, WriteError
+from .executors import pick
+from .executors.cpu import built
+from .extents import Buffer
+from .files import parse_size
+from .layouts import Layout
+from .layouts.same import Same
+from .manifest import Manifest, Origin, Record
+from .pipeline import ToFiles, Worker, feed, to_buffers
+from .placement import Placement
+from .planner import LEAF, Batch, Binding, cut
+from .plans import Plan, Wanted
+from .reader import GAP, Lane, Mapped, Positioned
+from .writer import Output
+
+if TYPE_CHECKING:
+    import torch
+
+    State = dict[str, torch.Tensor]
+    Opened = str | os.PathLike[str] | Checkpoint | Mapping[str, torch.Tensor]
+    Out = str | os.PathLike[str] | State | Sequence[State] | None
+
+Progress = Callable[[int, int, str], None]
+"""Called with bytes done, bytes in all and the phase: "plan", "copy" or "sync"."""
+
+BAND = 8 * LEAF
+"""Output bytes made at once of a tensor that is transposed on the way."""
+
+FIXED_MEMORY = 64 << 20
+"""What a run may hold besides its threads' staging: the promise of docs/architecture.md."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a run did: where, what, how many bytes, how long.
+
+    `digests`: "name" (or "rank/name" with several ranks) -> hex digest of the tensor's output bytes, empty
+    where no files were written. `bytes_needed`: source bytes the outputs are made of; `bytes_read`: source
+    bytes that were read or, mapped, copied from. `peak_memory`: the process's highest resident bytes so far
+    (VmHWM). `phases`: seconds of planning, copying and syncing. `notes`: what the user should know."""
+
+    out: str | None
+    key: str
+    ranks: tuple[int, ...]
+    files: tuple[str, ...]
+    tensors: int
+    bytes_needed: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    phases: Mapping[str, float]
+    digests: Mapping[str, str] = field(default_factory=dict)
+    peak_memory: int = 0
+    notes: tuple[str, ...] = ()
+
+
+# ---- the verbs ----
+
+
+def plan(
+    ckpt: Opened,
+    tp: int = 1,
+    *,
+    placement: Placement | None = None,
+    rank: int | None = None,
+    layout: str | Layout = "hf",
+    config: str | os.PathLike[str] | Mapping[str, JSON] | None = None,
+    recipe: str | None = None,
+    tp_plan: Mapping[str, str] | None = None,
+    vocab_size: int | None = None,
+    dtype: str | DType | None = None,
+    max_shard_size: str | int | None = "5GB",
+) -> Plan:
+    """What `reshard` would do with the same arguments, without reading a byte of a tensor.
+
+    Raises what `reshard` would raise before its first byte."""
+    grid = _placement(tp, placement)
+    wanted = Wanted(grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size)
+    return plans.draft(_opened(ckpt), wanted)
+
+
+def reshard(
+    ckpt: Opened,
+    tp: int = 1,
+    *,
+    placement: Placement | None = None,
+    rank: int | None = None,
+    layout: str | Layout = "hf",
+    config: str | os.PathLike[str] | Mapping[str, JSON] | None = None,
+    recipe: str | None = None,
+    tp_plan: Mapping[str, str] | None = None,
+    vocab_size: int | None = None,
+    dtype: str | DType | None = None,
+    quant: str | None = None,
+    allow_nonfinite: bool = False,
+    device: str = "cpu",
+    out: Out = None,
+    max_shard_size: str | int | None = "5GB",
+    durable: bool = True,
+    overwrite: bool = False,
+    memory: str | int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Report | State | list[State]:
+    """Carry a checkpoint to the serving ranks of a grid, each tensor cut and cast on the way.
+
+    `ckpt`: a path, an opened checkpoint, or tensors by name; `tp=8` is short for
+    `placement=Placement(tp=8)`; `rank` makes one rank's part only. Without `out`: a dict of tensors a rank
+    (one dict with `rank`); with a path: files and a Report; with the caller's tensors (a dict with `rank`,
+    else a list of dicts by rank): they are filled in place, and a shape or dtype that differs is an error.
+    `layout`, `config`, `recipe`, `tp_plan`, `vocab_size`, `dtype`, `max_shard_size`: see `plans.Wanted`.
+    NaN and infinity in the output are an error unless `allow_nonfinite`. `durable` fsyncs; `overwrite`
+    replaces an output in one step; `memory` bounds the bytes held ("256MB"); `progress` see Progress.
+
+    Raises SourceError, RecipeError, LayoutError and ViewError before anything is written, WriteError while
+    it is; then nothing is left behind. DeviceError for what this build cannot do."""
+    if quant is not None:
+        raise DeviceError(f"quant {quant!r}: this version does not quantise on the way")
+    if device != "cpu":
+        raise DeviceError(f"device {device!r}: this build runs on the CPU only")
+    grid = _placement(tp, placement)
+    wanted = Wanted(grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size)
+    run = _Run(threads, memory, progress)
+    in_memory = not isinstance(out, (str, os.PathLike))
+    planned = run.planned(lambda: plans.draft(_opened(ckpt), wanted, in_memory=in_memory))
+    if out is None:
+        states, _ = run.to_memory(planned)
+        return states if rank is None else states[0]
+    if isinstance(out, (str, os.PathLike)):
+        return run.to_files(
+            planned, os.fspath(out), rank, durable=durable, overwrite=overwrite, finite=not allow_nonfinite
+        )
+    if isinstance(out, Mapping) == (rank is None):
+        raise LayoutError("out: one dict of tensors goes with rank=, a list of dicts with all ranks")
+    return run.to_tensors(planned, [out] if isinstance(out, Mapping) else list(out))
+
+
+def consolidate(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    tag: str | None = None,
+    also: Sequence[str | os.PathLike[str]] = (),
+    rename: Sequence[tuple[str, str]] = (),
+    weights: str = "master",
+    exclude_frozen: bool = False,
+    check_crc: bool = False,
+    safe_serialization: bool = False,
+    max_shard_size: str | int | None = "5GB",
+    dtype: str | DType | None = "float32",
+    weights_key: str | None = None,
+    client_state: Sequence[str] = (),
+    allow_nonfinite: bool = True,
+    durable: bool = True,
+    overwrite: bool = False,
+    memory: str | int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Report | State:
+    """The whole model in one directory, as DeepSpeed's zero_to_fp32 writes it: names, order, file names.
+
+    `path` and the options up to `check_crc` as in `open`; `dtype` of the floats (None: as stored), integer
+    buffers are kept; `.bin` files unless `safe_serialization`. Without `out` the state dict is returned.
+    `weights_key` wraps the weights into a single-file training checkpoint, with the plain values named in
+    `client_state` beside them. Raises as `reshard` does."""
+    opened = sources.open(
+        path,
+        tag=tag,
+        also=also,
+        rename=rename,
+        weights=weights,
+        exclude_frozen=exclude_frozen,
+        check_crc=check_crc,
+    )
+    wanted = Wanted(
+        Placement(),
+        layout=Same("safetensors" if safe_serialization else "bin"),
+        dtype=dtype,
+        max_shard_size=None if weights_key else max_shard_size,
+        sorted=True,
+        weights_key=weights_key,
+        client_state=_client_state(opened, client_state) if client_state else None,
+    )
+    run = _Run(threads, memory, progress)
+    planned = run.planned(lambda: plans.draft(opened, wanted, in_memory=out is None))
+    if out is None:
+        return run.to_memory(planned)[0][0]
+    return run.to_files(
+        planned,
+        os.fspath(out),
+        None,
+        durable=durable,
+        overwrite=overwrite,
+        finite=not allow_nonfinite,
+        beside=False,
+    )
+
+
+def load_into(
+    module: torch.nn.Module,
+    ckpt: Opened,
+    tp: int = 1,
+    rank: int | None = None,
+    layout: str | Layout = "same",
+    strict: bool = True,
+    *,
+    placement: Placement | None = None,
+    config: str | os.PathLike[str] | Mapping[str, JSON] | None = None,
+    recipe: str | None = None,
+    tp_plan: Mapping[str, str] | None = None,
+    vocab_size: int | None = None,
+    memory: str | int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> torch.nn.Module:
+    """Fill a module's parameters and buffers from a checkpoint, cast to the module's dtypes; returns it.
+
+    The same road as `reshard` with the module as `out`: no second copy of the model. Parameters on the meta
+    device are made on the CPU. `strict`: every persistent tensor of the module must be filled and every
+    tensor of the shard used, else LayoutError names them."""
+    from . import tensors
+
+    grid = _placement(tp, placement)
+    if rank is None and grid.world > 1:
+        raise LayoutError(f"load_into: a module is one rank's; say which of the {grid.world} ranks (rank=)")
+    held = tensors.held(module)
+    wanted = Wanted(
+        grid, rank or 0, layout, config, recipe, tp_plan, vocab_size, held=tensors.dtypes_of(held)
+    )
+    run = _Run(threads, memory, progress)
+    planned = run.planned(lambda: plans.draft(_opened(ckpt), wanted, in_memory=True))
+    made = {t.name for t in planned.tensors}
+    tied = tensors.tied(held, made)
+    missing = [n for n in held if n not in made and n not in tied]
+    if strict and (missing or planned.left_out):
+        raise LayoutError(
+            f"load_into: {len(missing)} tensors of the module are not in the checkpoint"
+            f" ({', '.join(missing[:3]) or 'none'}), {len(planned.left_out)} of the checkpoint are not in"
+            f" the module ({', '.join(planned.left_out[:3]) or 'none'}); strict=False loads what both have"
+        )
+    real = tensors.made_real({n: held[n] for n in made})
+    run.to_tensors(planned, [real])
+    tensors.assign(module, real, tied)
+    return module
+
+
+def stream(ckpt: Opened, names: Sequence[str]) -> Iterator[tuple[str, int, memoryview]]:
+    """The dense bytes of tensors as stored, in order: (name, offset in bytes, at most a MiB of them).
+
+    The memory is valid until the next step. Reads in bounded memory; for `diff` and the like."""
+    opened = _opened(ckpt)
+    only = replace(opened, entries={n: opened.entries[n] for n in names}, aliases={})
+    planned = plans.draft(only, Wanted(Placement(), layout=Same()), in_memory=True)
+    binding, slots = Binding.of(planned.extents), planned.slots()
+    staging = np.empty(LEAF, np.uint8)
+    target = Buffer(staging, staging.ctypes.data, LEAF)
+    whole = memoryview(staging.data)
+    with _reader(binding, alone=False) as reader:
+        lane = reader.lane(pick(None))
+        for first, chunk in planned.chunks():
+            for batch in cut(chunk, first, slots, binding, stage=LEAF, band=LEAF):
+                lane.run(batch.rows, [target])
+                for at, size, leaf in zip(
+                    batch.leaf_offset.tolist(), batch.leaf_size.tolist(), batch.leaf.tolist(), strict=True
+                ):
+                    t = int(np.searchsorted(slots.leaf, leaf, "right")) - 1
+                    yield planned.tensors[t].name, (leaf - int(slots.leaf[t])) * LEAF, whole[at : at + size]
+
+
+# ---- a run ----
+
+
+class _Run:
+    """One run's clock, threads and memory, and the three ends a plan can have."""
+
+    def __init__(self, threads: int | None, memory: str | int | None, progress: Progress | None) -> None:
+        self.threads = _threads(threads)
+        self.band = BAND
+        if memory is not None:
+            budget = parse_size(memory)
+            spare = budget - FIXED_MEMORY
+            if spare < 2 * LEAF:
+                raise WriteError(
+                    f"memory {memory!r}: {budget} bytes are too few, "
+                    f"a run needs at least {FIXED_MEMORY + 2 * LEAF}"
+                )
+            self.threads = max(1, min(self.threads, spare // (2 * LEAF)))
+            self.band = max(LEAF, min(BAND, spare // self.threads // LEAF // 2 * LEAF))
+        self.progress = progress
+        self.start = time.perf_counter()
+        self.phases: dict[str, float] = {}
+        self.bytes_read = 0
+
+    def planned(self, make: Callable[[], Plan]) -> Plan:
+        """Make the plan, on the clock."""
+        planned = make()
+        self.phases["plan"] = time.perf_counter() - self.start
+        return planned
+
+    def to_memory(self, planned: Plan) -> tuple[list[State], Report]:
+        """Fresh tensors; a tied name is the same tensor again."""
+        from . import tensors
+
+        states, buffers = tensors.allocate(planned)
+        report = self._in_memory(planned, buffers)
+        for state in states:
+            for alias, holder in planned.aliases.items():
+                state[alias] = state[holder]
+        return states, report
+
+    def to_tensors(self, planned: Plan, out: Sequence[State]) -> Report:
+        """The caller's tensors, filled in place."""
+        from . import tensors
+
+        return self._in_memory(planned, tensors.matched(planned, out))
+
+    def _in_memory(self, planned: Plan, buffers: Sequence[Buffer]) -> Report:
+        self._copy(planned, lambda lane: to_buffers(lane, buffers), apart=True)
+        return self._report(planned, None, {})
+
+    def to_files(
+        self,
+        planned: Plan,
+        out: str,
+        rank: int | None,
+        *,
+        durable: bool,
+        overwrite: bool,
+        finite: bool,
+        beside: bool = True,
+    ) -> Report:
+        """Files, real all at once or not at all; a rank that is done already is left as it is."""
+        world = planned.placement.world
+        output = Output(
+            out, key=planned.key, rank=rank, world=world, overwrite=overwrite, durable=durable,
+            keep=[planned.checkpoint.path],
+        )  # fmt: skip
+        with output:
+            if rank is not None and output.done(rank):
+                done = _digests(output.complete(), planned.ranks)
+                notes = (*planned.notes, f"rank {rank} was done already")
+                return self._report(replace(planned, notes=notes), out, done)
+            output.reserve(sum(f.nbytes for f in planned.files))
+            files = [output.create(f, r) for f, r in zip(planned.files, planned.file_ranks, strict=True)]
+            sink = ToFiles(planned.slots(), planned.tensors, files, finite=finite)
+            self._copy(planned, lambda lane: sink.worker(lane, self.band))
+            began = time.perf_counter()
+            if self.progress is not None:
+                self.progress(planned.output_bytes, planned.output_bytes, "sync")
+            sink.close(self.threads)
+            for owner, name, data in planned.texts:
+                output.text(name, data, owner)
+            for path in planned.checkpoint.beside if beside else ():
+                output.copy(path)
+            manifest = output.commit(_record(planned, finite))
+            self.phases["sync"] = time.perf_counter() - began
+        return self._report(planned, out, _digests(manifest, planned.ranks))
+
+    def _copy(self, planned: Plan, worker: Callable[[Lane], Worker], *, apart: bool = False) -> None:
+        """Every batch of the plan through the readers and the executor."""
+        began = time.perf_counter()
+        executor = pick(None)
+        binding, slots = Binding.of(planned.extents), planned.slots()
+        total, done = planned.output_bytes, 0
+
+        def count(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            if self.progress is not None:
+                self.progress(done, total, "copy")
+
+        with _reader(binding, alone=len(planned.ranks) < planned.placement.world) as reader:
+            band = self.band if isinstance(reader, Mapped) else LEAF
+
+            def batches() -> Iterator[Batch]:
+                for first, chunk in planned.chunks():
+                    yield from cut(chunk, first, slots, binding, band=band, apart=apart)
+
+            lanes = [reader.lane(executor) for _ in range(self.threads)]
+            feed(batches(), [worker(lane) for lane in lanes], count)
+            self.bytes_read += sum(lane.bytes_read for lane in lanes)
+        self.phases["copy"] = time.perf_counter() - began
+
+    def _report(self, planned: Plan, out: str | None, digests: Mapping[str, str]) -> Report:
+        folder = "" if out is None else out
+        return Report(
+            out=out,
+            key=planned.key,
+            ranks=planned.ranks,
+            files=tuple(os.path.join(folder, f.path) for f in planned.files),
+            tensors=len(planned.tensors),
+            bytes_needed=planned.needed_bytes,
+            bytes_read=self.bytes_read,
+            bytes_written=planned.output_bytes,
+            seconds=time.perf_counter() - self.start,
+            phases=self.phases,
+            digests=digests,
+            peak_memory=_peak_memory(),
+            notes=planned.notes,
+        )
+
+
+def _record(planned: Plan, finite: bool) -> Record:
+    """What the manifest says of this run."""
+    ckpt, grid = planned.checkpoint, planned.placement
+    tag, step = ckpt.facts.get("tag"), ckpt.facts.get("step")
+    origin = Origin(
+        os.path.abspath(ckpt.path) if ckpt.files else ckpt.path,
+        ckpt.format,
+        tag if isinstance(tag, str) else "",
+        step if isinstance(step, int) else None,
+        ckpt.headers,
+    )
+    sizes = {"tp": grid.tp, "pp": grid.pp, "dp": grid.dp, "ep": grid.ep}
+    options = {**planned.options, "allow_nonfinite": not finite}
+    return Record(origin, __version__, planned.layout, sizes, options)
+
+
+def _digests(manifest: Manifest, ranks: Sequence[int]) -> dict[str, str]:
+    """Tensor digests of some ranks; the rank stands before the name where the set has several."""
+    return {
+        f"{shard.rank}/{name}" if manifest.world > 1 else name: tensor.digest
+        for shard in manifest.shards
+        if shard.rank in ranks
+        for name, tensor in shard.tensors.items()
+    }
+
+
+def _client_state(ckpt: Checkpoint, names: Sequence[str]) -> dict[str, JSON]:
+    """The plain values of the training checkpoint that are to be kept. Raises SourceError for others."""
+    held = ckpt.facts.get("client_state")
+    known = held if isinstance(held, dict) else {}
+    missing = [n for n in names if n not in known]
+    if missing:
+        raise SourceError(
+            f"{ckpt.path}: no plain value {missing[0]!r} in the client state; "
+            f"it has {', '.join(known) or 'none'}"
+        )
+    return {n: known[n] for n in names}
+
+
+def _placement(tp: int, placement: Placement | None) -> Placement:
+    if placement is not None and tp not in (1, placement.tp):
+        raise LayoutError(f"tp={tp} and placement.tp={placement.tp} differ; give one of them")
+    return Placement(tp=tp) if placement is None else placement
+
+
+def _opened(ckpt: Opened) -> Checkpoint:
+    if isinstance(ckpt, Checkpoint):
+        return ckpt
+    if isinstance(ckpt, (str, os.PathLike)):
+        return sources.open(ckpt)
+    return sources.memory.read(ckpt)
+
+
+def _threads(asked: int | None) -> int:
+    if asked is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if asked < 1:
+        raise WriteError(f"threads: wanted at least 1, got {asked}")
+    return asked
+
+
+def _reader(binding: Binding, *, alone: bool) -> Mapped | Positioned:
+    """Mapped where it is compiled, else by position; one rank alone may read through small gaps."""
+    if built():
+        return Mapped(binding.places)
+    return Positioned(binding.places, gap=GAP if alone else 0)
+
+
+def _peak_memory() -> int:
+    """VmHWM in bytes; 0 where the kernel does not tell."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as f:
+            return next((int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM")), 0)
+    except OSError:
+        return 0
