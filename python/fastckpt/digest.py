@@ -1,0 +1,81 @@
+"""The one digest of tensor bytes, and the CRC32 of torch's zip files.
+
+Law: the digest of a run of bytes is xxh3-64 (seed 0) over the little-endian u64 xxh3-64 of its 1 MiB
+leaves, so that threads and devices can take leaves apart and the result is the same everywhere.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+try:
+    from . import _C as _native
+except ImportError:  # not built: xxhash and zlib do the same
+    _native = None  # type: ignore[assignment]
+
+LEAF = 1 << 20
+"""Bytes of a leaf; the last leaf of a tensor may be shorter."""
+
+Bytes = bytes | bytearray | memoryview | NDArray[np.uint8]
+
+
+def digest64(data: Bytes) -> int:
+    """xxh3-64 with seed 0 of `data`."""
+    return _native.digest64(data) if _native is not None else xxhash.xxh3_64_intdigest(data)
+
+
+def leaf_digests(data: Bytes, offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """xxh3-64 of each run [offset, offset + size) of `data`, in bytes: one u64 a run."""
+    out = np.empty(len(offsets), np.uint64)
+    if _native is not None:
+        _native.leaf_digests(data, offsets, sizes, out)
+        return out
+    view = memoryview(data)
+    for k, (offset, size) in enumerate(zip(offsets.tolist(), sizes.tolist(), strict=True)):
+        out[k] = xxhash.xxh3_64_intdigest(view[offset : offset + size])
+    return out
+
+
+def combine(leaves: NDArray[np.uint64]) -> str:
+    """The digest of a tensor from those of its leaves, in order: 16 hex digits."""
+    return f"{digest64(leaves.astype('<u8').tobytes()):016x}"
+
+
+def digest(data: bytes) -> str:
+    """The digest of bytes at hand: 16 hex digits."""
+    offsets = np.arange(0, len(data), LEAF, dtype=np.int64)
+    return combine(leaf_digests(data, offsets, np.minimum(len(data) - offsets, LEAF)))
+
+
+def crc32(data: Bytes, value: int = 0) -> int:
+    """CRC32 (zlib's) of `data`, continuing from `value`."""
+    return _native.crc32(data, value) if _native is not None else zlib.crc32(data, value)
+
+
+def crc32_combine(a: int, b: int, nbytes_b: int) -> int:
+    """The CRC32 of two runs one after another from their CRC32s; `nbytes_b`: the bytes of the second.
+
+    a * x^(8 n) mod P, added to b: multiplication of bit-reversed polynomials, as zlib's crc32_combine."""
+    if _native is not None:
+        return _native.crc32_combine(a, b, nbytes_b)
+    power, square = 1 << 31, 1 << 23  # x^0 and x^8; the highest bit is x^0
+    while nbytes_b:
+        if nbytes_b & 1:
+            power = _multiply(power, square)
+        square = _multiply(square, square)
+        nbytes_b >>= 1
+    return _multiply(power, a) ^ b
+
+
+def _multiply(a: int, b: int) -> int:
+    """a * b modulo the CRC32 polynomial, both bit-reversed."""
+    product = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            product ^= b
+        b = b >> 1 ^ (0xEDB88320 if b & 1 else 0)
+    return product

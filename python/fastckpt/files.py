@@ -1,0 +1,213 @@
+"""How tensors lie in output files: safetensors layouts, and which tensor goes into which file.
+
+Law: a layout is fixed before the first byte is written. `fixed`, the slots and what `closing` gives
+tile the file: no hole, no overlap.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .dtypes import DType
+from .errors import LayoutError, WriteError
+
+Spec = tuple[str, DType, tuple[int, ...]]
+"""A tensor before it has a place: name, dtype, shape."""
+
+Part = tuple[int, bytes]
+"""Bytes of a file that are no tensor's: offset in the file, the bytes."""
+
+
+def _nothing(crcs: Mapping[str, int]) -> list[Part]:
+    return []
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One tensor's bytes in a file: `offset` of the first in the file, `nbytes` of them."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """A file before it is written.
+
+    `path` is relative to the output directory, `nbytes` the final size, `slots` the tensors in file
+    order, `fixed` the parts known before any tensor is, `aliases` further names: alias -> slot's name.
+    `crc` says that `closing` needs the CRC32 of every slot's bytes."""
+
+    path: str
+    nbytes: int
+    slots: tuple[Slot, ...]
+    fixed: tuple[Part, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    crc: bool = False
+    seal: Callable[[Mapping[str, int]], list[Part]] = _nothing
+
+    def closing(self, crcs: Mapping[str, int]) -> list[Part]:
+        """The parts known only at the end; `crcs`: slot name -> CRC32, needed where `crc` says so."""
+        return self.seal(crcs)
+
+
+# ---- safetensors ----
+
+# safetensors 0.8 sorts by its enum of types, descending, then by name
+_TYPES = (
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
+    "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
+)  # fmt: skip
+_ORDER = {name: k for k, name in enumerate(_TYPES)}
+_MAX_HEADER = 100_000_000
+
+
+def safetensors_layout(
+    path: str,
+    tensors: Sequence[Spec],
+    metadata: Mapping[str, str],
+    aliases: Mapping[str, str] | None = None,
+    *,
+    keep_order: bool = False,
+) -> FileLayout:
+    """The file `safetensors.torch.save_file(tensors, path, metadata)` writes, byte for byte.
+
+    Several metadata keys are sorted (the package leaves their order to chance). `keep_order` leaves
+    tensors of one dtype in the order given instead of sorting them by name; both are valid files whose
+    tensors lie aligned. `aliases` are only recorded: the format has no second name for bytes. Raises
+    WriteError for a type or name the format cannot spell. Format: 8 bytes header length, JSON header
+    padded with spaces to 8, the tensors; https://github.com/huggingface/safetensors."""
+    unique(path, tensors)
+    for name, dtype, _ in tensors:
+        if dtype.safetensors not in _ORDER:
+            raise WriteError(f"{path}: {name} is {dtype}, which safetensors cannot spell")
+        if name == "__metadata__":
+            raise WriteError(f"{path}: safetensors keeps the name __metadata__ for itself")
+    ordered = sorted(tensors, key=lambda t: (_ORDER[t[1].safetensors], "" if keep_order else t[0]))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    slots, at = [], 0
+    for name, dtype, shape in ordered:
+        nbytes = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": dtype.safetensors, "shape": list(shape), "data_offsets": [at, at + nbytes]}
+        slots.append(Slot(name, dtype, shape, at, nbytes))
+        at += nbytes
+    try:
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as e:
+        raise WriteError(f"{path}: a name is not valid Unicode: {e}") from None
+    text += b" " * (-len(text) % 8)
+    if len(text) > _MAX_HEADER:
+        raise WriteError(
+            f"{path}: a header of {len(text)} bytes; safetensors reads at most {_MAX_HEADER}; cut it"
+        )
+    start = 8 + len(text)
+    placed = tuple(Slot(s.name, s.dtype, s.shape, start + s.offset, s.nbytes) for s in slots)
+    fixed = ((0, len(text).to_bytes(8, "little") + text),)
+    return FileLayout(path, start + at, placed, fixed, dict(aliases or {}))
+
+
+# ---- which tensor goes into which file ----
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The tensors of one file, in order, and the aliases that go with them."""
+
+    path: str
+    tensors: tuple[Spec, ...]
+    aliases: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How tensors fall into files; `total` counts the bytes of all tensors once."""
+
+    groups: tuple[Group, ...]
+    total: int
+
+    @property
+    def index(self) -> bytes | None:
+        """The index JSON as DeepSpeed's converter writes it; None for a single file, which needs none."""
+        if len(self.groups) == 1:
+            return None
+        where = {t: g.path for g in self.groups for t in (*(spec[0] for spec in g.tensors), *g.aliases)}
+        index = {"metadata": {"total_size": self.total}, "weight_map": where}
+        return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+
+
+def split(
+    tensors: Sequence[Spec],
+    max_shard_size: str | int | None,
+    name: Callable[[int, int], str],
+    aliases: Mapping[str, str] | None = None,
+) -> Split:
+    """Tensors into files of at most `max_shard_size`, grouped as huggingface_hub's
+    split_torch_state_dict_into_shards does: in order, a larger tensor alone; None means one file.
+
+    `name(part, parts)` names a file, parts counted from 0; an alias lies in its holder's file."""
+    aliases = aliases or {}
+    unique(name(0, 1), tensors)
+    size = {t: math.prod(shape) * dtype.itemsize for t, dtype, shape in tensors}
+    for alias, holder in aliases.items():
+        if alias in size or holder not in size:
+            raise WriteError(
+                f"{name(0, 1)}: alias {alias} of {holder}: the one must be new, the other a tensor"
+            )
+    total = sum(size.values())
+    if max_shard_size is None:
+        return Split((Group(name(0, 1), tuple(tensors), dict(aliases)),), total)
+    limit = parse_size(max_shard_size)
+    groups: list[list[Spec]] = []
+    current: list[Spec] = []
+    held = 0
+    for tensor in tensors:
+        n = size[tensor[0]]
+        if n > limit:
+            groups.append([tensor])
+            continue
+        if held + n > limit:
+            groups.append(current)
+            current, held = [], 0
+        current.append(tensor)
+        held += n
+    if current or not groups:
+        groups.append(current)
+    also: dict[str, list[str]] = {}
+    for alias, holder in aliases.items():
+        also.setdefault(holder, []).append(alias)
+    out = []
+    for k, group in enumerate(groups):
+        held_by = {a: t[0] for t in group for a in also.get(t[0], ())}
+        out.append(Group(name(k, len(groups)), tuple(group), held_by))
+    return Split(tuple(out), total)
+
+
+_UNITS = {u + s: b**k for k, u in enumerate("KMGT", 1) for s, b in (("B", 1000), ("IB", 1024))}
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes of "5GB" (10^9, as huggingface_hub), "5GiB" (2^30) or a number. Raises LayoutError."""
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*", str(size))
+    unit = _UNITS.get(found[2].upper()) if found and found[2] else 1
+    nbytes = int(float(found[1]) * unit) if found and unit else 0
+    if nbytes < 1:
+        raise LayoutError(
+            f"size {size!r}: wanted a number of bytes, or one with KB, MB, GB, TB, KiB, MiB, GiB, TiB"
+        )
+    return nbytes
+
+
+def unique(path: str, tensors: Sequence[Spec]) -> None:
+    """Refuse two tensors of one name with a WriteError that names `path`."""
+    seen: set[str] = set()
+    for name, _, _ in tensors:
+        if name in seen:
+            raise WriteError(f"{path}: two tensors named {name}")
+        seen.add(name)

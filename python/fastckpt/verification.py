@@ -1,0 +1,405 @@
+"""verify(path): is an output, or any safetensors directory, what it was when it was written.
+
+Law: every byte of every file is under a digest of the manifest, so that one flipped bit anywhere is
+found; tensors are read once, a leaf at a time, and looked through for NaN and Inf on the way.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .checkpoint import JSON
+from .digest import LEAF, combine, digest, digest64
+from .dtypes import BY_SAFETENSORS, DType
+from .errors import SourceError
+from .manifest import NAME, Manifest, TensorEntry, rank_of
+
+_RUN = 16
+"""Leaves one task reads."""
+_MAX_HEADER = 100_000_000
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
+_SHOWN = 1000
+"""The most problems a report lists."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What verify found: `problems` in words, `notes` what could not be checked; `ok` means no problems."""
+
+    ok: bool
+    files: int
+    tensors: int
+    bytes: int
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """One tensor to read; `digest` "" where none is known."""
+
+    path: str
+    name: str
+    dtype: DType
+    offset: int
+    nbytes: int
+    digest: str
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> VerifyReport:
+    """Check digests, sizes, headers, missing and extra files, NaN and Inf; `progress(bytes done, of)`.
+
+    A directory without a manifest has its safetensors headers checked and its values looked through, and
+    the notes say that there were no digests. Raises SourceError where there is nothing to verify."""
+    start = time.perf_counter()
+    root = os.fspath(path)
+    if not os.path.isdir(root):
+        raise SourceError(f"{root}: no such directory")
+    present = sorted(_walk(root))
+    problems: list[str] = []
+    notes: list[str] = []
+    tensors: list[_Tensor] = []
+    allowed = False
+    records = [name for name in present if rank_of(name) is not None]
+    if NAME in present:
+        try:
+            manifest = Manifest.read(os.path.join(root, NAME))
+        except SourceError as e:
+            return VerifyReport(False, len(present), 0, 0, (str(e),), (), time.perf_counter() - start)
+        if not manifest.complete:
+            have = len(manifest.shards)
+            problems.append(f"{NAME} lists {have} of {manifest.world} ranks: the set is incomplete")
+        allowed = manifest.record.options.get("allow_nonfinite") is True
+        _against(root, manifest, present, problems, notes)
+        files = len(manifest.all_files())
+        for shard in manifest.shards:
+            tensors += [
+                _Tensor(t.file, name, t.dtype, t.offset, t.nbytes, t.digest)
+                for name, t in shard.tensors.items()
+            ]
+    elif records or any(name.startswith(".fastckpt-") for name in present):
+        problems.append(_incomplete(root, records))
+        files = len(present)
+    else:
+        files, tensors = _plain(root, present, problems, notes)
+    total = _read_all(root, tensors, allowed, threads, progress, problems)
+    if len(problems) > _SHOWN:
+        problems[_SHOWN:] = [f"and {len(problems) - _SHOWN} more"]
+    return VerifyReport(
+        not problems, files, len(tensors), total, tuple(problems), tuple(notes), time.perf_counter() - start
+    )
+
+
+# ---- the directory ----
+
+
+def _walk(root: str) -> Iterator[str]:
+    """Every file, relative to the root."""
+    for directory, _, names in os.walk(root):
+        for name in names:
+            yield os.path.relpath(os.path.join(directory, name), root).replace(os.sep, "/")
+
+
+def _incomplete(root: str, records: list[str]) -> str:
+    ranks = sorted(r for name in records if (r := rank_of(name)) is not None)
+    of = ""
+    for name in records[:1]:
+        try:
+            of = f" of {Manifest.read(os.path.join(root, name)).world}"
+        except SourceError:
+            of = ""
+    return f"no {NAME}: the set is incomplete; there are records of {len(ranks)}{of} ranks: {ranks[:16]}"
+
+
+def _against(
+    root: str, manifest: Manifest, present: list[str], problems: list[str], notes: list[str]
+) -> None:
+    """Sizes, bytes that are no tensor's, and safetensors headers, against the manifest."""
+    listed = manifest.all_files()
+    for name in present:
+        if name in listed or name == NAME or name.startswith(".fastckpt-"):
+            continue
+        rank = rank_of(name)
+        if rank is not None and rank < manifest.world:
+            continue
+        if rank is not None or name.endswith(_WEIGHTS):
+            problems.append(f"{name}: not in the manifest, a loader may take it for weights")
+        else:
+            notes.append(f"{name}: not in the manifest, not checked")
+    holders: dict[str, list[tuple[str, TensorEntry]]] = {name: [] for name in listed}
+    for shard in manifest.shards:
+        for tensor, entry in shard.tensors.items():
+            holders[entry.file].append((tensor, entry))
+    for name, file in listed.items():
+        path = os.path.join(root, name)
+        try:
+            nbytes = os.stat(path).st_size
+        except OSError as e:
+            problems.append(f"{name}: {e.strerror}")
+            continue
+        if nbytes != file.nbytes:
+            problems.append(f"{name}: {nbytes} bytes, the manifest has {file.nbytes}")
+            continue
+        slots = sorted(((t.offset, t.nbytes) for _, t in holders[name]))
+        try:
+            if digest(_rest(path, nbytes, slots)) != file.digest:
+                what = "its header or closing parts" if slots else "its contents"
+                problems.append(f"{name}: {what} differ from the manifest's digest")
+            if name.endswith(".safetensors"):
+                _same_header(name, path, dict(holders[name]), problems)
+        except SourceError as e:
+            problems.append(f"{name}: {e}")
+        except OSError as e:
+            problems.append(f"{name}: {e.strerror}")
+
+
+def _rest(path: str, nbytes: int, slots: list[tuple[int, int]]) -> bytes:
+    """The bytes of a file that are no tensor's."""
+    out, at = bytearray(), 0
+    with open(path, "rb", buffering=0) as f:
+        for offset, size in [*slots, (nbytes, 0)]:
+            if offset > at:
+                out += _exactly(f.fileno(), bytearray(offset - at), at)
+            at = offset + size
+    return bytes(out)
+
+
+def _same_header(name: str, path: str, tensors: Mapping[str, TensorEntry], problems: list[str]) -> None:
+    found = _header(path)
+    for tensor in found.keys() ^ tensors.keys():
+        where = "the header" if tensor in found else "the manifest"
+        problems.append(f"{name}: {tensor} is only in {where}")
+    for tensor in found.keys() & tensors.keys():
+        t, got = tensors[tensor], found[tensor]
+        if got != (t.dtype, t.shape, t.offset, t.nbytes):
+            problems.append(
+                f"{name}: {tensor}: header has {got[0]}{list(got[1])} at {got[2]}, the manifest "
+                f"{t.dtype}{list(t.shape)} at {t.offset}"
+            )
+
+
+def _plain(root: str, present: list[str], problems: list[str], notes: list[str]) -> tuple[int, list[_Tensor]]:
+    """A directory without a manifest: what its safetensors headers say."""
+    names = [name for name in present if name.endswith(".safetensors")]
+    if not names:
+        raise SourceError(f"{root}: nothing to verify: no {NAME}, no *.safetensors")
+    notes.append(f"no {NAME}: there are no digests; headers were checked and values looked through")
+    notes += [f"{n}: not checked" for n in present if n.endswith(_WEIGHTS[1:4])]
+    tensors = []
+    where: dict[str, str] = {}
+    for name in names:
+        try:
+            header = _header(os.path.join(root, name))
+        except SourceError as e:
+            problems.append(f"{name}: {e}")
+            continue
+        except OSError as e:
+            problems.append(f"{name}: {e.strerror}")
+            continue
+        for tensor, (dtype, _, offset, nbytes) in header.items():
+            tensors.append(_Tensor(name, tensor, dtype, offset, nbytes, ""))
+            where[os.path.join(os.path.dirname(name), tensor)] = name
+    for name in present:
+        if name.endswith(".safetensors.index.json"):
+            _same_index(root, name, where, problems)
+    return len(names), tensors
+
+
+def _same_index(root: str, name: str, where: Mapping[str, str], problems: list[str]) -> None:
+    """An index names each tensor's file as it is."""
+    folder = os.path.dirname(name)
+    try:
+        with open(os.path.join(root, name), "rb") as f:
+            index: JSON = json.loads(f.read(_MAX_HEADER))
+        weights = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weights, dict):
+            raise ValueError("no weight_map")
+    except (OSError, ValueError, RecursionError) as e:
+        problems.append(f"{name}: {e}")
+        return
+    for tensor, file in weights.items():
+        here = where.get(os.path.join(folder, tensor))
+        if not isinstance(file, str) or here != os.path.join(folder, file):
+            problems.append(f"{name}: {tensor} should lie in {file}, lies in {here or 'no file'}")
+
+
+# ---- safetensors headers ----
+
+_Placed = tuple[DType, tuple[int, ...], int, int]
+
+
+def _header(path: str) -> dict[str, _Placed]:
+    """name -> (dtype, shape, offset in the file, nbytes); every rule of the format, strictly.
+
+    Raises SourceError: hole, overlap, double name, size that does not fit the shape, bytes left over."""
+    with open(path, "rb", buffering=0) as f:
+        size = os.fstat(f.fileno()).st_size
+        if size < 8:
+            raise SourceError(f"{size} bytes are no safetensors file")
+        (n,) = struct.unpack("<Q", _exactly(f.fileno(), bytearray(8), 0))
+        if n > min(_MAX_HEADER, size - 8):
+            raise SourceError(f"a header of {n} bytes in a file of {size}")
+        text = bytes(_exactly(f.fileno(), bytearray(n), 8))
+    if not text.startswith(b"{"):
+        raise SourceError("the header does not begin with '{'")
+    try:
+        header: JSON = json.loads(text.decode(), object_pairs_hook=_pairs)
+    except (ValueError, RecursionError) as e:
+        raise SourceError(f"the header is no JSON: {e}") from None
+    out: dict[str, _Placed] = {}
+    for name, entry in header.items() if isinstance(header, dict) else ():
+        if name == "__metadata__":
+            if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
+                raise SourceError("__metadata__ is no map of strings")
+        else:
+            out[name] = _entry(name, entry, 8 + n)
+    at = 8 + n
+    for name, (_, _, offset, nbytes) in sorted(out.items(), key=lambda item: item[1][2:]):
+        if offset != at:
+            raise SourceError(f"{name}: begins at byte {offset}, the one before ends at {at}")
+        at += nbytes
+    if at != size:
+        raise SourceError(f"the tensors end at byte {at} of {size}")
+    return out
+
+
+def _entry(name: str, entry: JSON, start: int) -> _Placed:
+    match entry:
+        case {"dtype": str(spelled), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
+            dtype = BY_SAFETENSORS.get(spelled)
+            if dtype is None:
+                raise SourceError(f"{name}: no dtype {spelled!r}")
+            sizes = tuple(n for n in shape if type(n) is int and 0 <= n < 1 << 62)
+            if len(sizes) != len(shape) or len(shape) > 64:
+                raise SourceError(f"{name}: {shape[:8]} is no shape")
+            if math.prod(sizes) * dtype.itemsize != end - begin or begin < 0:
+                raise SourceError(f"{name}: bytes [{begin}, {end}) do not hold {dtype}{list(sizes)}")
+            return dtype, sizes, start + begin, end - begin
+        case _:
+            raise SourceError(f"{name}: no dtype, shape and data_offsets")
+
+
+def _pairs(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("a name stands twice")
+    return out
+
+
+# ---- tensor bytes ----
+
+
+def _read_all(
+    root: str,
+    tensors: list[_Tensor],
+    allowed: bool,
+    threads: int | None,
+    progress: Callable[[int, int], None] | None,
+    problems: list[str],
+) -> int:
+    """Read every tensor once, by leaves, and enter digests that differ and values that are not finite."""
+    tensors = sorted(tensors, key=lambda t: (t.path, t.offset))
+    first = np.zeros(len(tensors) + 1, np.int64)
+    np.cumsum([-(-t.nbytes // LEAF) for t in tensors], out=first[1:])
+    leaves, bad = np.zeros(int(first[-1]), np.uint64), np.zeros(int(first[-1]), np.int64)
+    failed: dict[tuple[str, str], str] = {}
+    total, done = sum(t.nbytes for t in tensors), 0
+
+    def task(leaf: int) -> int:
+        """Leaves [leaf, leaf + _RUN): one buffer, one descriptor while the file stays the same."""
+        buffer, fd, opened, nbytes = bytearray(LEAF), -1, "", 0
+        k = int(np.searchsorted(first, leaf, "right")) - 1
+        try:
+            for i in range(leaf, min(leaf + _RUN, len(leaves))):
+                while i >= first[k + 1]:
+                    k += 1
+                t = tensors[k]
+                at = (i - int(first[k])) * LEAF
+                n = min(LEAF, t.nbytes - at)
+                nbytes += n
+                try:
+                    if t.path != opened:
+                        if fd >= 0:
+                            os.close(fd)
+                        fd, opened = -1, t.path
+                        fd = os.open(os.path.join(root, t.path), os.O_RDONLY)
+                    elif fd < 0:
+                        continue
+                    data = _exactly(fd, memoryview(buffer)[:n], t.offset + at)
+                except (OSError, SourceError) as e:
+                    failed[t.path, t.name] = str(e)
+                    continue
+                if t.digest:
+                    leaves[i] = digest64(data)
+                bad[i] = nonfinite(data, t.dtype)
+        finally:
+            if fd >= 0:
+                os.close(fd)
+        return nbytes
+
+    with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
+        for nbytes in pool.map(task, range(0, len(leaves), _RUN)):
+            done += nbytes
+            if progress is not None:
+                progress(done, total)
+    for k, t in enumerate(tensors):
+        mine = slice(int(first[k]), int(first[k + 1]))
+        if (t.path, t.name) in failed:
+            problems.append(f"{t.path}: {t.name}: {failed[t.path, t.name]}")
+        elif t.digest and combine(leaves[mine]) != t.digest:
+            problems.append(f"{t.path}: {t.name}: its bytes differ from the manifest's digest")
+        elif not allowed and (count := int(bad[mine].sum())):
+            problems.append(f"{t.path}: {t.name}: {count} of its values are NaN or Inf")
+    return total
+
+
+def _exactly(fd: int, data: bytearray | memoryview, offset: int) -> bytearray | memoryview:
+    """Fill `data` from `offset`; a file that ends early is a SourceError."""
+    view, at = memoryview(data), 0
+    while at < len(view):
+        n = os.preadv(fd, [view[at:]], offset + at)
+        if n == 0:
+            raise SourceError(f"the file ends at byte {offset + at}, {len(view) - at} bytes are missing")
+        at += n
+    return data
+
+
+_NONFINITE: dict[str, tuple[str, int, int]] = {
+    "float32": ("<u4", 0x7F800000, 0x7F800000),
+    "bfloat16": ("<u2", 0x7F80, 0x7F80),
+    "float16": ("<u2", 0x7C00, 0x7C00),
+    "float64": ("<u8", 0x7FF << 52, 0x7FF << 52),
+    "complex64": ("<u4", 0x7F800000, 0x7F800000),
+    "complex128": ("<u8", 0x7FF << 52, 0x7FF << 52),
+    "float8_e5m2": ("u1", 0x7C, 0x7C),
+    "float8_e4m3fn": ("u1", 0x7F, 0x7F),
+    "float8_e4m3fnuz": ("u1", 0xFF, 0x80),
+    "float8_e5m2fnuz": ("u1", 0xFF, 0x80),
+    "float8_e8m0fnu": ("u1", 0xFF, 0xFF),
+}
+"""dtype -> (words, mask, value): a word whose masked bits are `value` is NaN or Inf."""
+
+
+def nonfinite(data: bytearray | memoryview | bytes, dtype: DType) -> int:
+    """How many values are NaN or Inf (a complex part counts as a value); `data` holds whole values."""
+    if dtype.name not in _NONFINITE:
+        return 0
+    words, mask, value = _NONFINITE[dtype.name]
+    array: NDArray[np.unsignedinteger] = np.frombuffer(data, words)
+    return int(np.count_nonzero((array & array.dtype.type(mask)) == array.dtype.type(value)))
