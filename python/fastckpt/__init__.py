@@ -1,0 +1,97 @@
+"""fastckpt: ZeRO/FSDP training checkpoints in, serving shards out, in one pass.
+
+Law: importing this package imports nothing else of it, and neither numpy nor torch; a public name brings
+its module in when it is first used (PEP 562).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint as Checkpoint
+    from .describe import Inspection as Inspection
+    from .describe import inspect as inspect
+    from .difference import Diff as Diff
+    from .difference import diff as diff
+    from .dtypes import DType as DType
+    from .dtypes import bfloat16 as bfloat16
+    from .dtypes import dtype as dtype
+    from .dtypes import float8_e4m3fn as float8_e4m3fn
+    from .dtypes import float8_e5m2 as float8_e5m2
+    from .dtypes import float16 as float16
+    from .dtypes import float32 as float32
+    from .dtypes import float64 as float64
+    from .errors import DeviceError as DeviceError
+    from .errors import FastckptError as FastckptError
+    from .errors import LayoutError as LayoutError
+    from .errors import ManagerError as ManagerError
+    from .errors import RecipeError as RecipeError
+    from .errors import SourceError as SourceError
+    from .errors import ViewError as ViewError
+    from .errors import WriteError as WriteError
+    from .placement import Placement as Placement
+    from .plans import Plan as Plan
+    from .road import Report as Report
+    from .road import consolidate as consolidate
+    from .road import load_into as load_into
+    from .road import plan as plan
+    from .road import reshard as reshard
+    from .sources import open as open
+    from .verification import VerifyReport as VerifyReport
+    from .verification import verify as verify
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Checkpoint": "checkpoint",
+    "Inspection": "describe",
+    "inspect": "describe",
+    "Diff": "difference",
+    "diff": "difference",
+    "DType": "dtypes",
+    "bfloat16": "dtypes",
+    "dtype": "dtypes",
+    "float8_e4m3fn": "dtypes",
+    "float8_e5m2": "dtypes",
+    "float16": "dtypes",
+    "float32": "dtypes",
+    "float64": "dtypes",
+    "DeviceError": "errors",
+    "FastckptError": "errors",
+    "LayoutError": "errors",
+    "ManagerError": "errors",
+    "RecipeError": "errors",
+    "SourceError": "errors",
+    "ViewError": "errors",
+    "WriteError": "errors",
+    "Placement": "placement",
+    "Plan": "plans",
+    "Report": "road",
+    "consolidate": "road",
+    "load_into": "road",
+    "plan": "road",
+    "reshard": "road",
+    "open": "sources",
+    "VerifyReport": "verification",
+    "verify": "verification",
+}
+"""Every public name and the module it lives in."""
+
+
+if not TYPE_CHECKING:  # a type checker sees the imports above instead
+
+    def __getattr__(name: str) -> object:
+        """The public name, from its module; kept, so that the next use is a plain attribute."""
+        home = _HOME.get(name)
+        if home is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        value = getattr(import_module(f".{home}", __name__), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

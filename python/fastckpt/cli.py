@@ -1,0 +1,328 @@
+"""The command line: `fastckpt inspect | plan | reshard | consolidate | verify | diff | doctor | demo`.
+
+Exit codes: 0 ok, 1 mismatch (verify, diff, demo), 2 usage, 3 broken or unsafe input, 4 environment,
+130 Ctrl-C, 141 the reader of our output went away, 143 SIGTERM. An error is one line on stderr;
+FASTCKPT_DEBUG=1 or --debug shows its traceback. Results go to stdout, progress to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from functools import partial
+from typing import TYPE_CHECKING
+
+from .arguments import parser
+from .checkpoint import JSON, Checkpoint
+from .errors import FastckptError, WriteError
+from .placement import Placement
+from .terminal import Progress, progress
+
+if TYPE_CHECKING:
+    from .layouts import Layout
+    from .road import Report
+    from .verification import VerifyReport
+
+INTERRUPTED, UNHEARD = 130, 141
+
+LAUNCHERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+"""The variables of torchrun and of Slurm that `--rank auto` reads."""
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code; `argv` defaults to the process's own."""
+    debug = os.environ.get("FASTCKPT_DEBUG") == "1"
+    try:
+        commands = parser()
+        args = commands.parse_args(argv)
+        if args.command is None:
+            commands.print_help()
+            return 2
+        debug = debug or args.debug
+        code = COMMANDS[args.command](args)
+        sys.stdout.flush()
+        return code
+    except SystemExit as e:  # argparse (--help, --version, usage) and the writer on SIGTERM
+        return e.code if isinstance(e.code, int) else 2
+    except KeyboardInterrupt:
+        return _failed("interrupted, nothing half made was left behind", INTERRUPTED, debug)
+    except BrokenPipeError:
+        # Nobody reads our output any more; keep the interpreter's own last flush from failing again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNHEARD
+    except FastckptError as e:
+        return _failed(f"error: {e}", e.exit_code, debug)
+    except (OSError, MemoryError) as e:
+        return _failed(f"error: {e or 'out of memory'}", WriteError.exit_code, debug)
+
+
+def _failed(message: str, code: int, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print(f"fastckpt: {message}", file=sys.stderr)
+    return code
+
+
+# ---- the commands ----
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from .describe import inspect
+
+    found = inspect(_opened(args))
+    _show(args, found.text, found.json)
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    _show_plan(args, _layout(args))
+    return 0
+
+
+def _reshard(args: argparse.Namespace) -> int:
+    from .road import reshard
+
+    layout = _layout(args)
+    if args.dry_run:
+        _show_plan(args, layout)
+        return 0
+    placement = _placement(args)
+    with progress(as_json=args.json, quiet=args.quiet) as shown:
+        report = reshard(
+            _opened(args),
+            placement=placement,
+            rank=_rank(args.rank, placement),
+            layout=layout,
+            config=args.config,
+            recipe=args.recipe,
+            tp_plan=_tp_plan(args.tp_plan),
+            vocab_size=args.vocab_size,
+            dtype=args.dtype,
+            allow_nonfinite=args.allow_nonfinite,
+            device=args.device,
+            out=args.out,
+            max_shard_size=args.max_shard_size,
+            durable=args.durable,
+            overwrite=args.overwrite,
+            memory=args.memory,
+            threads=args.threads,
+            progress=shown,
+        )
+    _show_report(args, report)
+    return 0
+
+
+def _consolidate(args: argparse.Namespace) -> int:
+    from .layouts.same import Same
+    from .road import consolidate
+
+    if args.dry_run:
+        _show_plan(args, Same("safetensors" if args.safe_serialization else "bin"))
+        return 0
+    with progress(as_json=args.json, quiet=args.quiet) as shown:
+        report = consolidate(
+            args.path,
+            args.out,
+            tag=args.tag,
+            also=args.also,
+            rename=args.rename,
+            weights=args.weights,
+            exclude_frozen=args.exclude_frozen_parameters,
+            check_crc=args.check_crc,
+            safe_serialization=args.safe_serialization,
+            max_shard_size=args.max_shard_size,
+            dtype=args.dtype,
+            weights_key=args.weights_key,
+            client_state=args.client_state,
+            durable=args.durable,
+            overwrite=args.overwrite,
+            memory=args.memory,
+            threads=args.threads,
+            progress=shown,
+        )
+    _show_report(args, report)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from .text import counted, size
+    from .verification import verify
+
+    with progress(as_json=args.json, quiet=args.quiet) as shown:
+        told = None if shown is None else partial(_verifying, shown)
+        report = verify(args.path, threads=args.threads, progress=told)
+
+    def text() -> str:
+        seen = f"{counted(report.files, 'file')}, {counted(report.tensors, 'tensor')}, {size(report.bytes)}"
+        judged = "ok" if report.ok else counted(len(report.problems), "problem")
+        return "\n".join([*report.problems, f"{judged}: {seen} in {report.seconds:.2f} s"])
+
+    _show(args, text, lambda: _fields(report))
+    return 0 if report.ok else 1
+
+
+def _verifying(show: Progress, done: int, total: int) -> None:
+    show(done, total, "verify")
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from .difference import diff
+
+    with progress(as_json=args.json, quiet=args.quiet) as shown:
+        found = diff(args.a, args.b, tag=args.tag, rename=args.rename, weights=args.weights, progress=shown)
+    _show(args, found.text, found.json)
+    return 0 if found.equal else 1
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from .doctor import examine
+
+    found = examine(args.path)
+    _show(args, found.text, found.json)
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from .demo import demo
+    from .files import parse_size
+
+    return demo(main, parse_size(args.size), args.keep, as_json=args.json)
+
+
+COMMANDS: dict[str, Command] = {
+    "inspect": _inspect,
+    "plan": _plan,
+    "reshard": _reshard,
+    "consolidate": _consolidate,
+    "verify": _verify,
+    "diff": _diff,
+    "doctor": _doctor,
+    "demo": _demo,
+}
+
+
+# ---- what they print ----
+
+
+def _show(args: argparse.Namespace, text: Callable[[], str], as_json: Callable[[], dict[str, JSON]]) -> None:
+    if args.json:
+        print(json.dumps(as_json(), indent=2))
+    elif not args.quiet:
+        print(text())
+
+
+def _show_plan(args: argparse.Namespace, layout: Layout) -> None:
+    """The plan of what `args` ask for; nothing is written."""
+    from .outline import describe_plan
+    from .road import plan
+
+    placement = _placement(args)
+    planned = plan(
+        _opened(args),
+        placement=placement,
+        rank=_rank(args.rank, placement),
+        layout=layout,
+        config=args.config,
+        recipe=args.recipe,
+        tp_plan=_tp_plan(args.tp_plan),
+        vocab_size=args.vocab_size,
+        dtype=args.dtype,
+        max_shard_size=args.max_shard_size,
+    )
+    found = describe_plan(planned, threads=args.threads)
+    _show(args, found.text, found.json)
+
+
+def _show_report(args: argparse.Namespace, report: object) -> None:
+    from .road import Report
+    from .text import counted, size
+
+    assert isinstance(report, Report)  # the output was a path
+
+    def text() -> str:
+        rate = report.bytes_written / report.seconds / 1e9 if report.seconds else 0.0
+        tensors = counted(report.tensors, "tensor")
+        phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in report.phases.items())
+        return "\n".join(
+            [
+                *report.notes,
+                f"{report.out}: {tensors} in {counted(len(report.files), 'file')}, plan {report.key}",
+                f"read {size(report.bytes_read)} for {size(report.bytes_needed)} needed, "
+                f"wrote {size(report.bytes_written)} in {report.seconds:.2f} s ({rate:.2f} GB/s; {phases}), "
+                f"peak memory {size(report.peak_memory)}",
+            ]
+        )
+
+    _show(args, text, lambda: _fields(report))
+
+
+def _fields(record: Report | VerifyReport) -> dict[str, JSON]:
+    """A record of plain values as JSON: the fields under their own names."""
+    values = {f.name: getattr(record, f.name) for f in fields(record)}
+    found: dict[str, JSON] = json.loads(json.dumps(values, default=dict))  # dict: a mapping of any kind
+    return found
+
+
+# ---- what they were asked ----
+
+
+def _opened(args: argparse.Namespace) -> Checkpoint:
+    from .sources import open
+
+    return open(
+        args.path,
+        tag=args.tag,
+        also=args.also,
+        rename=args.rename,
+        weights=args.weights,
+        exclude_frozen=args.exclude_frozen_parameters,
+        check_crc=args.check_crc,
+    )
+
+
+def _placement(args: argparse.Namespace) -> Placement:
+    return Placement(tp=args.tp, pp=args.pp, dp=args.dp, ep=args.ep)
+
+
+def _rank(asked: int | str | None, placement: Placement) -> int | None:
+    """The rank asked for; "auto" is torchrun's or Slurm's, whose world must be the placement's."""
+    if not isinstance(asked, str):
+        return asked
+    for rank, world in LAUNCHERS:
+        if rank in os.environ:
+            said = os.environ[rank], os.environ.get(world, "")
+            if not all(v.isdigit() for v in said):
+                raise FastckptError(
+                    f"--rank auto: wanted numbers, got {rank}={said[0]!r}, {world}={said[1]!r}"
+                )
+            if int(said[1]) != placement.world:
+                raise FastckptError(f"--rank auto: {world}={said[1]}, but {placement.world} ranks are served")
+            return int(said[0])
+    raise FastckptError(f"--rank auto: neither {' nor '.join(r for r, _ in LAUNCHERS)} is set; say --rank N")
+
+
+def _layout(args: argparse.Namespace) -> Layout:
+    from .layouts import layout
+
+    return layout(args.layout, dict(args.layout_option))
+
+
+def _tp_plan(path: str | None) -> dict[str, str] | None:
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8") as f:
+            found = json.load(f)
+    except (OSError, ValueError) as e:
+        raise FastckptError(f"--tp-plan {path}: {e}") from None
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise FastckptError(f'--tp-plan {path}: wanted {{"name pattern": "style", ...}}')
+    return found
