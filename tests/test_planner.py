@@ -29,7 +29,7 @@ def interpret(rows, places, destinations):
                 out[d : d + wide] = 0
                 continue
             s = int(row["src"]) + int((np.array(index) * row["src_stride"]).sum())
-            assert 0 <= s and s + narrow <= len(raw[row["src_buffer"]])
+            assert s >= 0 and s + narrow <= len(raw[row["src_buffer"]])
             out[d : d + wide] = np.frombuffer(raw[row["src_buffer"]][s : s + narrow], np.uint8)
 
 
@@ -141,12 +141,18 @@ def test_a_plain_transpose_is_named_so():
     assert row["src_stride"].tolist() == [0, 0, 4, 256] and row["dst_stride"].tolist() == [0, 0, 64, 4]
 
 
-def test_bounds_are_checked():
-    rows = np.zeros(1, COPY)
-    rows["shape"], rows["src"] = 1, 100
-    with pytest.raises(ViewError, match=r"bytes \[100, 104\) of source 0, which has 103"):
-        planner.check_bounds(rows, [103], "plan")
-    planner.check_bounds(rows, [104], "plan")
+def test_rows_of_another_checkpoint_are_refused():
+    extents = Extents([Extent(File("/r", 4096), 1024, 400, "0")])
+    chunk, _ = planner.compile([Target("w", strided(extents, 0, dtypes.float32, (100,)))], extents)
+    bound = Binding.of(extents).bind(chunk.rows)
+    assert bound["src"].tolist() == [1024] and bound["src_buffer"].tolist() == [0]
+    shorter = Binding.of(Extents([Extent(File("/r", 4096), 1024, 399, "0")]))
+    with pytest.raises(ViewError, match=r"bytes \[0, 400\) of extent 0, which has 399"):
+        shorter.bind(chunk.rows)
+    with pytest.raises(ViewError, match="extent 0 of 0"):
+        Binding.of(Extents()).bind(chunk.rows)
+    with pytest.raises(ViewError, match="outside its tensor"):
+        list(planner.cut(chunk, 0, Slots.of([0], [0], [396]), Binding.of(extents)))
 
 
 def test_copy_is_the_documented_struct():

@@ -190,11 +190,12 @@ def compiled(
 @dataclass(frozen=True, slots=True)
 class Binding:
     """Where each extent lies: `places` are the distinct files and buffers, in order of first use;
-    extent i starts `offset[i]` bytes into place `place[i]`."""
+    extent i is `nbytes[i]` bytes from `offset[i]` of place `place[i]`."""
 
     places: tuple[File | Buffer, ...]
     place: Ints
     offset: Ints
+    nbytes: Ints
 
     @staticmethod
     def of(extents: Extents) -> Binding:
@@ -203,19 +204,32 @@ class Binding:
         places: list[File | Buffer] = []
         place = np.empty(len(extents), np.int64)
         offset = np.empty(len(extents), np.int64)
+        size = np.empty(len(extents), np.int64)
         for i, extent in enumerate(extents):
             key = extent.where if isinstance(extent.where, File) else id(extent.where)
             if key not in index:
                 index[key] = len(places)
                 places.append(extent.where)
-            place[i], offset[i] = index[key], extent.offset
-        return Binding(tuple(places), place, offset)
+            place[i], offset[i], size[i] = index[key], extent.offset, extent.nbytes
+        return Binding(tuple(places), place, offset, size)
 
     def bind(self, rows: Table) -> Table:
-        """The rows with `src_buffer` a place and `src` counted from that place's start."""
+        """The rows with `src_buffer` a place and `src` counted from that place's start.
+
+        Raises ViewError for a row that would read outside its extent: a plan of other files."""
         out: Table = rows.copy()
         real = out["src_buffer"] != NOTHING
         extent = out["src_buffer"][real].astype(np.int64)
+        if len(extent) and int(extent.max()) >= len(self.place):
+            raise ViewError(f"plan: a row reads extent {int(extent.max())} of {len(self.place)}")
+        low, high = span(out[real], "src")
+        bad = (low < 0) | (high > self.nbytes[extent])
+        if bad.any():
+            i = int(np.argmax(bad))
+            raise ViewError(
+                f"plan: a row reads bytes [{int(low[i])}, {int(high[i])}) of extent {int(extent[i])}, "
+                f"which has {int(self.nbytes[extent[i]])}"
+            )
         out["src"][real] += self.offset[extent].astype(np.uint64)
         out["src_buffer"][real] = self.place[extent]
         return out
@@ -336,6 +350,8 @@ def cut(
     edges = np.array([*starts, int(size.sum())], np.int64)
     rows["dst"] += base[chunk.tensor].astype(np.uint64)
     low, high = span(rows, "dst")
+    if (low < base[chunk.tensor]).any() or (high > (base + size)[chunk.tensor]).any():
+        raise ViewError("plan: a row writes outside its tensor")
     one = np.searchsorted(edges, low, "right") - 1
     two = np.searchsorted(edges, high - 1, "right") - 1
     tensor, at = chunk.tensor, one
@@ -452,25 +468,6 @@ def _set_path(rows: Table) -> None:
                     moved = column[turned]
                     order = [a for a in range(AXES - 1) if a != axis] + [axis, AXES - 1]
                     column[turned] = moved[:, order]
-
-
-def check_bounds(rows: Table, sources: Sequence[int], where: str) -> None:
-    """Refuse rows that would read outside their source buffers (sizes in bytes); a broken plan."""
-    real = rows[rows["src_buffer"] != NOTHING]
-    if not len(real):
-        return
-    sizes = np.array(sources, np.int64)
-    buffer = real["src_buffer"].astype(np.int64)
-    if int(buffer.max()) >= len(sizes):
-        raise ViewError(f"{where}: row reads source {int(buffer.max())} of {len(sizes)}")
-    low, high = span(real, "src")
-    bad = (low < 0) | (high > sizes[buffer])
-    if bad.any():
-        i = int(np.argmax(bad))
-        raise ViewError(
-            f"{where}: row reads bytes [{int(low[i])}, {int(high[i])}) of source {int(buffer[i])}, "
-            f"which has {int(sizes[buffer[i]])}"
-        )
 
 
 # ---- who runs rows ----

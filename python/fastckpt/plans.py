@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import xxhash
 
-from . import layouts, planner, recipes
+from . import layouts, plancache, planner, recipes
 from .checkpoint import JSON, Checkpoint, Entry
 from .dtypes import DType
 from .dtypes import dtype as dtype_of
@@ -157,23 +157,21 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
                     target = Target(target.name, target.view.cast(wanted.held[target.name]), target.shape)
                 yield rank, target
 
-    named: dict[int, dict[str, Spec]] = {r: {} for r in ranks}
-    order: list[tuple[int, str]] = []
-    kept: list[Chunk] | None = []
     extents = road.checkpoint.extents
-    rows = 0
-    for window, chunk, table in planner.compiled(stream(), extents):
-        extents = table
-        for rank, target in window:
-            if target.name in named[rank]:
-                raise LayoutError(f"layout {road.name}: two tensors named {target.name} on rank {rank}")
-            named[rank][target.name] = (target.name, target.view.dtype, target.shape)
-            order.append((rank, target.name))
-        rows += len(chunk.rows)
-        if rows > KEPT_ROWS:
-            kept = None
-        elif kept is not None:
-            kept.append(chunk)
+    cacheable = wanted.held is None and bool(road.checkpoint.structure)
+    key = road.key(placement, ranks)
+    found = plancache.load(key, len(extents)) if cacheable else None
+    if found is None:
+        order, kept, extents = _compiled(stream, extents)
+        if cacheable and kept is not None and extents is road.checkpoint.extents:
+            plancache.store(key, len(extents), order, kept)
+    else:
+        order, kept = found
+    named: dict[int, dict[str, Spec]] = {r: {} for r in ranks}
+    for rank, name, dtype, shape in order:
+        if name in named[rank]:
+            raise LayoutError(f"layout {road.name}: two tensors named {name} on rank {rank}")
+        named[rank][name] = (name, dtype, shape)
     aliases = {a: h for a, h in road.aliases.items() if all(h in n and a not in n for n in named.values())}
 
     files: list[FileLayout] = []
@@ -182,8 +180,7 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
     tensors: list[PlannedTensor] = []
     if in_memory:
         ends = dict.fromkeys(ranks, 0)
-        for rank, name in order:
-            _, dtype, shape = named[rank][name]
+        for rank, name, dtype, shape in order:
             nbytes = math.prod(shape) * dtype.itemsize
             tensors.append(PlannedTensor(rank, name, dtype, shape, ranks.index(rank), ends[rank], nbytes))
             ends[rank] += nbytes
@@ -196,11 +193,11 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
         where = {}
         for i, (file, rank) in enumerate(zip(files, file_ranks, strict=True)):
             where.update({(rank, slot.name): (i, slot) for slot in file.slots})
-        for rank, name in order:
+        for rank, name, _, _ in order:
             i, slot = where[rank, name]
             tensors.append(PlannedTensor(rank, name, slot.dtype, slot.shape, i, slot.offset, slot.nbytes))
     return Plan(
-        key=road.key(placement),
+        key=road.key(placement, (), road.checkpoint.headers),
         checkpoint=road.checkpoint,
         layout=road.name,
         placement=placement,
@@ -217,6 +214,22 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
         notes=road.notes,
         left_out=tuple(left_out),
     )
+
+
+def _compiled(stream: Stream, extents: Extents) -> tuple[list[plancache.Named], list[Chunk] | None, Extents]:
+    """Every tensor in order, the rows of all (None where they are too many to keep), and their table."""
+    order: list[plancache.Named] = []
+    kept: list[Chunk] | None = []
+    rows = 0
+    for window, chunk, table in planner.compiled(stream(), extents):
+        extents = table
+        order += [(rank, t.name, t.view.dtype, t.shape) for rank, t in window]
+        rows += len(chunk.rows)
+        if rows > KEPT_ROWS:
+            kept = None
+        elif kept is not None:
+            kept.append(chunk)
+    return order, kept, extents
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,10 +297,13 @@ class _Road:
             notes,
         )
 
-    def key(self, placement: Placement) -> str:
-        """The digest of all that shapes the output."""
+    def key(self, placement: Placement, *more: JSON | tuple[int, ...]) -> str:
+        """The digest of all that shapes the output, and of what else is told."""
         grid = [placement.tp, placement.pp, placement.dp, placement.ep]
-        told = [VERSION, self.checkpoint.structure, self.checkpoint.headers, grid, dict(self.options)]
+        ckpt = self.checkpoint
+        names = [(n, e.dtype.name, e.shape) for n, e in ckpt.entries.items()]
+        storages = [(e.key, e.nbytes) for e in ckpt.extents]
+        told = [VERSION, ckpt.structure, names, storages, grid, dict(self.options), *more]
         return xxhash.xxh3_128_hexdigest(json.dumps(told, sort_keys=True).encode())
 
 

@@ -1,0 +1,102 @@
+"""Compiled plans kept on disk, so that the next checkpoint of the same run is not planned again.
+
+A kept plan holds rows over symbolic extents: they count from the start of each storage, and storages are
+found again by their place in the checkpoint's table, which its structure digest fixes. Law: a kept plan is
+used only where key, table and its own digest agree, and every row is checked against the extents it reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+
+import numpy as np
+import xxhash
+
+from .dtypes import BY_NAME, DType
+from .planner import COPY, Chunk
+
+MAGIC = b"fastckpt plan 1\n"
+KEPT = 64
+"""Plans kept; the longest unused go first."""
+
+Named = tuple[int, str, DType, tuple[int, ...]]
+"""A tensor of a plan: serving rank, name, dtype, shape."""
+
+
+def folder() -> str | None:
+    """Where plans are kept: $FASTCKPT_CACHE, else the user's cache directory; None ("off") for nowhere."""
+    told = os.environ.get("FASTCKPT_CACHE")
+    if told is not None:
+        return None if told in ("", "0", "off") else told
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(home, "fastckpt", "plans")
+
+
+def load(key: str, extents: int) -> tuple[list[Named], list[Chunk]] | None:
+    """The tensors and rows kept under `key` for a table of so many extents; None where there are none."""
+    where = folder()
+    if where is None:
+        return None
+    path = os.path.join(where, key)
+    try:
+        with open(path, "rb") as f:
+            data = f.read()
+    except OSError:
+        return None
+    head, body = data[: len(MAGIC) + 16], data[len(MAGIC) + 16 :]
+    if head != MAGIC + xxhash.xxh3_64_hexdigest(body).encode():
+        return None  # torn, damaged, or of another version
+    size = int.from_bytes(body[:8], "little")
+    told = json.loads(body[8 : 8 + size])
+    if told["extents"] != extents or told["key"] != key:
+        return None
+    tensors = [(rank, name, BY_NAME[dtype], tuple(shape)) for rank, name, dtype, shape in told["tensors"]]
+    chunks, at = [], 8 + size
+    for count, rows in told["chunks"]:
+        table = np.frombuffer(body, COPY, rows, at)
+        at += rows * COPY.itemsize
+        chunks.append(Chunk(count, table, np.frombuffer(body, np.int64, rows, at)))
+        at += rows * 8
+    with suppress(OSError):
+        os.utime(path)
+    return tensors, chunks
+
+
+def store(key: str, extents: int, tensors: Sequence[Named], chunks: Sequence[Chunk]) -> None:
+    """Keep a plan; a cache that cannot be written is no error."""
+    where = folder()
+    if where is None:
+        return
+    told = {
+        "key": key,
+        "extents": extents,
+        "tensors": [(rank, name, dtype.name, shape) for rank, name, dtype, shape in tensors],
+        "chunks": [(c.count, len(c.rows)) for c in chunks],
+    }
+    head = json.dumps(told).encode()
+    parts = [len(head).to_bytes(8, "little"), head]
+    for chunk in chunks:
+        parts += [chunk.rows.tobytes(), chunk.tensor.tobytes()]
+    body = b"".join(parts)
+    with suppress(OSError):
+        os.makedirs(where, mode=0o700, exist_ok=True)
+        handle, made = tempfile.mkstemp(dir=where, prefix=".")
+        try:
+            with open(handle, "wb") as f:
+                f.write(MAGIC + xxhash.xxh3_64_hexdigest(body).encode() + body)
+            os.replace(made, os.path.join(where, key))
+        except OSError:
+            os.unlink(made)
+        _forget(where)
+
+
+def _forget(where: str) -> None:
+    plans = [
+        (os.stat(p).st_mtime, p) for n in os.listdir(where) if os.path.isfile(p := os.path.join(where, n))
+    ]
+    for _, path in sorted(plans)[:-KEPT]:
+        os.unlink(path)
