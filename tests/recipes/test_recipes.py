@@ -202,3 +202,10 @@ def test_bad_configs(change, message):
     config, hub, _ = tiny.made("llama")
     with pytest.raises(RecipeError, match=message):
         recipe(hub, config | change)
+
+
+def test_a_role_may_be_an_alias_of_a_name_without_one():
+    config, hub, _ = tiny.made("llama")
+    held = without(hub, "model.norm.weight") | {"shared": hub["model.norm.weight"]}
+    norm = recipe(held, config, aliases={"model.norm.weight": "shared"}).norm
+    assert (read(norm.weight) == bits(hub["model.norm.weight"])).all()
