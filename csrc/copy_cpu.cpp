@@ -54,8 +54,8 @@ constexpr uint64_t STREAM_CALL = 6u << 20;
 constexpr uint64_t STREAM_ROW = 4096;
 // What a thread takes at a time, in output bytes.
 constexpr uint64_t SHARE = 2u << 20;
-// Faulting one page of a file maps its neighbours too; pages are given back in whole windows of this size.
-constexpr uint64_t FAULT_WINDOW = 64u << 10;
+// Faulting one page of a file may map a whole huge page of it, so spans are counted and given back in such windows.
+constexpr uint64_t FAULT_WINDOW = 2u << 20;
 
 uint64_t elements(const Copy& c) {
     return uint64_t{c.shape[0]} * c.shape[1] * c.shape[2] * c.shape[3];
@@ -145,26 +145,22 @@ class Releaser {
         s.low = std::max((base + s.low) / FAULT_WINDOW * FAULT_WINDOW, base / page_ * page_);
         s.high = std::min((base + s.high + FAULT_WINDOW - 1) / FAULT_WINDOW * FAULT_WINDOW,
                           (base + size + page_ - 1) / page_ * page_);
-        if (!spans_.empty() && s.low <= spans_.back().high && s.high >= spans_.back().low) {
-            Span& last = spans_.back();
-            held_ -= last.high - last.low;
-            last = {std::min(last.low, s.low), std::max(last.high, s.high)};
-            held_ += last.high - last.low;
-        } else {
-            spans_.push_back(s);
-            held_ += s.high - s.low;
+        for (Span& known : spans_) {  // few: they hold less than release_bytes
+            if (s.low > known.high || s.high < known.low) continue;
+            held_ -= known.high - known.low;
+            s = {std::min(known.low, s.low), std::max(known.high, s.high)};
+            known = spans_.back();
+            spans_.pop_back();
+            break;
         }
+        spans_.push_back(s);
+        held_ += s.high - s.low;
         if (held_ >= work_.release_bytes) flush();
     }
 
   private:
     void flush() {
-        std::sort(spans_.begin(), spans_.end(), [](const Span& a, const Span& b) { return a.low < b.low; });
-        for (size_t i = 0; i < spans_.size();) {
-            Span s = spans_[i++];
-            for (; i < spans_.size() && spans_[i].low <= s.high; ++i) s.high = std::max(s.high, spans_[i].high);
-            madvise(reinterpret_cast<void*>(s.low), s.high - s.low, MADV_DONTNEED);
-        }
+        for (const Span& s : spans_) madvise(reinterpret_cast<void*>(s.low), s.high - s.low, MADV_DONTNEED);
         spans_.clear();
         held_ = 0;
     }

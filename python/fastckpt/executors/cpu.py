@@ -35,11 +35,12 @@ def built() -> bool:
 class Cpu:
     """Runs rows with the compiled module; `isa` forces an instruction set ("portable", "avx2", "avx512").
 
+    `release_bytes`: how much of mapped sources each thread may hold before it gives the pages back.
     Raises DeviceError when the module is not built or the machine lacks the instruction set."""
 
     name = "cpu"
 
-    def __init__(self, isa: str | None = None) -> None:
+    def __init__(self, isa: str | None = None, release_bytes: int = RELEASE_BYTES) -> None:
         if not built():
             raise DeviceError(
                 "executor cpu: fastckpt._C is not built; install with a C++17 compiler, or use executor torch"
@@ -47,22 +48,24 @@ class Cpu:
         if isa is not None and isa not in _C.isas():
             raise DeviceError(f"executor cpu: no instruction set {isa!r} here; have {', '.join(_C.isas())}")
         self._isa = -1 if isa is None else _C.isas().index(isa)
+        self._release = release_bytes
 
     def bind(self, sources: Sequence[Buffer]) -> CpuRunner:
         """A runner over these source buffers; a buffer owned by a `_C.Mapping` has its pages given back."""
-        return CpuRunner(sources, self._isa)
+        return CpuRunner(sources, self._isa, self._release)
 
 
 class CpuRunner:
     """`Cpu` with its sources; threads may share one."""
 
-    def __init__(self, sources: Sequence[Buffer], isa: int) -> None:
+    def __init__(self, sources: Sequence[Buffer], isa: int, release_bytes: int) -> None:
         self._sources = tuple(sources)
         self._addresses = _addresses(self._sources)
         mapped = [b.nbytes if isinstance(b.owner, _C.Mapping) else 0 for b in self._sources]
         self._mapped = np.array(mapped, np.uint64) if any(mapped) else None
         self._faults = _C.faults()
         self._isa = isa
+        self._release = release_bytes
 
     def run(self, rows: NDArray[np.void], destinations: Sequence[Buffer], threads: int = 1) -> None:
         """Runs `rows` in order (in any order with `threads` > 1) into `destinations`.
@@ -70,7 +73,6 @@ class CpuRunner:
         Raises DeviceError for rows of another layout, buffers of another device, and rows that name a
         buffer or a conversion that does not exist; SourceError when a mapped source file shrank."""
         _check_layout(rows.dtype)
-        release = RELEASE_BYTES if self._mapped is not None else 0
         try:
             _C.copy_rows(
                 np.ascontiguousarray(rows).view(np.uint8),
@@ -79,7 +81,7 @@ class CpuRunner:
                 threads,
                 self._isa,
                 self._mapped,
-                release,
+                self._release,
             )
         except ValueError as e:
             raise DeviceError(f"executor cpu: {e}") from None

@@ -21,7 +21,7 @@ from ..extents import Buffer
 ZERO_BUFFER = 0xFFFFFFFF
 """`src_buffer` of a row that writes zeros."""
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 _NAN = {
     "float32": 0x7FC00000,
@@ -80,12 +80,11 @@ def cast(values: torch.Tensor, to: DType) -> torch.Tensor:
     bits = finite.to(getattr(torch, to.name)).view(_BITS[to.itemsize])
     nan = single.isnan()
     if bool(nan.any()):
-        quiet, sign = _NAN[to.name], 1 << (8 * to.itemsize - 1)
-        signed = quiet | sign if to.itemsize == 1 else quiet - sign
-        canonical = torch.where(
-            single.signbit(), torch.tensor(signed, dtype=bits.dtype), torch.tensor(quiet, dtype=bits.dtype)
-        )
-        bits = torch.where(nan, canonical, bits)
+        quiet = torch.tensor(_NAN[to.name], dtype=bits.dtype)
+        negative = quiet + torch.iinfo(bits.dtype).min  # the sign bit set
+        # The sign is the source's: torch's own conversion may drop it.
+        sign = values.view(_BITS[values.itemsize]) < 0
+        bits = torch.where(nan, torch.where(sign, negative, quiet), bits)
     return bits
 
 
@@ -124,7 +123,9 @@ class _Box:
     def read(self, dtype: torch.dtype) -> torch.Tensor:
         """The elements as `dtype`: a view where they are aligned, else a copy."""
         view = self._aligned(dtype)
-        return view if view is not None else self.bytes().contiguous().view(dtype).squeeze(-1)
+        if view is None:
+            view = self.bytes().clone(memory_format=torch.contiguous_format).view(dtype).squeeze(-1)
+        return view
 
     def write(self, values: torch.Tensor) -> None:
         """Stores integer `values` of the same item size."""

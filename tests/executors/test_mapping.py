@@ -1,0 +1,210 @@
+"""Mapped and positioned reads: truncation is survived and told, pages are given back."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fastckpt.errors import SourceError
+from fastckpt.executors.cpu import Cpu
+from fastckpt.extents import Buffer
+from fastckpt.planner import COPY
+
+_C = pytest.importorskip("fastckpt._C", reason="the compiled module is not built")
+
+MIB = 1 << 20
+
+
+def resident(address: int) -> int:
+    """Bytes of the mapping at `address` that this process has mapped in (smaps), the file's pages."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            low, high = (int(x, 16) for x in first.split("-"))
+            inside = low <= address < high
+        elif inside and line.startswith("Rss:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"no mapping holds {address:#x}")
+
+
+def peak() -> int:
+    """The most bytes this process ever held (VmHWM)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def line(nbytes: int) -> np.ndarray:
+    rows = np.zeros(1, COPY)
+    rows["shape"][0] = [1, 1, 1, nbytes // 4]
+    rows["src_stride"][0, 3] = rows["dst_stride"][0, 3] = 4
+    return rows
+
+
+def test_a_file_truncated_while_mapped(tmp_path: Path) -> None:
+    data = np.random.default_rng(1).integers(0, 256, 3 * MIB, dtype=np.uint8).tobytes()
+    (tmp_path / "a").write_bytes(data)
+    (tmp_path / "b").write_bytes(data)
+    a, b = (_C.Mapping(str(tmp_path / n), len(data)) for n in "ab")
+    assert (a.nbytes, a.path, a.faulted) == (len(data), str(tmp_path / "a"), False)
+    before = _C.faults()
+    os.truncate(tmp_path / "a", MIB)
+    got = ctypes.string_at(a.address, len(data))
+    assert got[:MIB] == data[:MIB] and not any(got[MIB:])
+    assert a.faulted and not b.faulted and _C.faults() > before
+    assert ctypes.string_at(b.address, len(data)) == data
+    a.close()
+    a.close()
+    assert a.faulted and not b.faulted
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_executor_tells_of_a_truncated_source(tmp_path: Path, threads: int) -> None:
+    n = 4 * MIB
+    path = tmp_path / "a"
+    path.write_bytes(bytes(n))
+    m = _C.Mapping(str(path), n)
+    out = np.empty(n, np.uint8)
+    runner = Cpu().bind([Buffer(m, m.address, m.nbytes)])
+    runner.run(line(n), [Buffer(out, out.ctypes.data, n)], threads)
+    os.truncate(path, 3 * MIB)
+    with pytest.raises(SourceError, match="shrank"):
+        runner.run(line(n), [Buffer(out, out.ctypes.data, n)], threads)
+
+
+def test_a_fault_elsewhere_still_kills(tmp_path: Path) -> None:
+    """The handler passes on what is not its own: a plain mmap of a truncated file dies as ever."""
+    script = f"""
+import mmap, os
+from fastckpt import _C
+path = {str(tmp_path / "a")!r}
+open(path, "wb").write(bytes(65536))
+ours = _C.Mapping(path, 65536)
+foreign = mmap.mmap(os.open(path, os.O_RDONLY), 65536, prot=mmap.PROT_READ)
+os.truncate(path, 0)
+foreign[40000]
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True)
+    assert done.returncode == -signal.SIGBUS, done.stderr
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    with pytest.raises(SourceError, match="wanted 4 bytes, the file has 3"):
+        _C.Mapping(str(tmp_path / "a"), 4)
+    with pytest.raises(SourceError, match="No such file"):
+        _C.Mapping(str(tmp_path / "b"), 4)
+    with pytest.raises(SourceError, match="not a regular file"):
+        _C.Mapping(str(tmp_path), 0)
+    empty = _C.Mapping(str(tmp_path / "a"), 0)
+    empty.release(0, 10)
+    assert empty.address == 0 and not empty.faulted
+
+
+def test_pages_are_given_back(tmp_path: Path) -> None:
+    n = 8 * MIB
+    data = np.random.default_rng(2).integers(0, 256, n, dtype=np.uint8).tobytes()
+    (tmp_path / "a").write_bytes(data)
+    m = _C.Mapping(str(tmp_path / "a"), n)
+    m.willneed(0, n)
+    assert ctypes.string_at(m.address, n) == data
+    assert resident(m.address) == n
+    m.release(MIB, 2 * MIB)
+    assert MIB <= resident(m.address) <= n - 2 * MIB  # a huge page goes as a whole
+    m.release(0, 10 * n)
+    assert resident(m.address) == 0
+    assert ctypes.string_at(m.address, n) == data
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", ["line", "transpose", "columns", "small rows"])
+def test_copies_give_mapped_pages_back(tmp_path: Path, kind: str, threads: int) -> None:
+    """The result is right and what stays mapped is bounded, however one big row walks its source."""
+    n = 64 * MIB
+    data = np.random.default_rng(3).integers(0, 1 << 32, n // 4, dtype=np.uint32).reshape(1024, -1)
+    data.tofile(tmp_path / "a")
+    wide = data.shape[1]
+    m = _C.Mapping(str(tmp_path / "a"), n)
+    rows = line(n)
+    wanted = data
+    if kind == "transpose":
+        wanted = np.ascontiguousarray(data.T)
+        rows["shape"][0] = [1, 1, wide, 1024]
+        rows["src_stride"][0] = [0, 0, 4, wide * 4]
+        rows["dst_stride"][0] = [0, 0, 4096, 4]
+    if kind == "columns":
+        wanted = np.ascontiguousarray(data[:, wide // 2 :])
+        rows["src"] = wide * 2
+        rows["shape"][0] = [1, 1, 1024, wide // 2]
+        rows["src_stride"][0] = [0, 0, wide * 4, 4]
+        rows["dst_stride"][0] = [0, 0, wide * 2, 4]
+    if kind == "small rows":
+        rows = np.repeat(rows, 4096)
+        order = np.random.default_rng(4).permutation(4096)
+        rows["src"] = rows["dst"] = order.astype(np.uint64) * np.uint64(n // 4096)
+        rows["shape"][:, 3] = n // 4096 // 4
+    out = np.full(wanted.shape, 1, np.uint32)
+    runner = Cpu().bind([Buffer(m, m.address, m.nbytes)])
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+    before = peak()
+    runner.run(rows, [Buffer(out, out.ctypes.data, out.nbytes)], threads)
+    assert np.array_equal(out, wanted)
+    assert resident(m.address) == 0
+    assert peak() - before < threads * 12 * MIB
+
+
+def test_a_neighbouring_buffer_keeps_its_bytes(tmp_path: Path) -> None:
+    """Giving back is by whole windows; nothing outside the mapping may lose its pages."""
+    n = MIB + 4096
+    (tmp_path / "a").write_bytes(bytes(n))
+    around = []
+    for i in range(64):  # some of these land beside the mapping
+        around.append((np.full(17 * 4096, i, np.uint8), i))
+    m = _C.Mapping(str(tmp_path / "a"), n)
+    for i in range(64, 128):
+        around.append((np.full(17 * 4096, i, np.uint8), i))
+    out = np.ones(n, np.uint8)
+    address = np.array([m.address], np.uint64)
+    rows = line(n)
+    _C.copy_rows(
+        rows.view(np.uint8),
+        address,
+        np.array([out.ctypes.data], np.uint64),
+        1,
+        -1,
+        np.array([n], np.uint64),
+        4096,
+    )
+    assert not out.any() and all((a == i).all() for a, i in around)
+
+
+def test_read_at(tmp_path: Path) -> None:
+    data = np.random.default_rng(5).integers(0, 256, 100_000, dtype=np.uint8)
+    data.tofile(tmp_path / "a")
+    fd = os.open(tmp_path / "a", os.O_RDONLY)
+    offsets, sizes, positions = (
+        np.array(x, np.int64) for x in ([5, 70_000, 0, 9], [10, 30_000, 0, 1], [100, 200, 0, 99])
+    )
+    for threads in (1, 3):
+        out = np.zeros(40_000, np.uint8)
+        _C.read_at(fd, offsets, sizes, out, positions, threads)
+        wanted = np.zeros(40_000, np.uint8)
+        for o, s, p in zip(offsets, sizes, positions, strict=True):
+            wanted[p : p + s] = data[o : o + s]
+        assert np.array_equal(out, wanted)
+    one = np.array([1], np.int64)
+    with pytest.raises(SourceError, match="ends at byte 100000, wanted 50 more"):
+        _C.read_at(fd, one * 99_950, one * 100, out, one * 0)
+    with pytest.raises(ValueError, match="outside a buffer of 40000"):
+        _C.read_at(fd, one, one * 100, out, one * 39_950)
+    with pytest.raises(ValueError, match="differ in length"):
+        _C.read_at(fd, offsets, one, out, one)
+    os.close(fd)
+    with pytest.raises(SourceError, match="Bad file descriptor"):
+        _C.read_at(fd, one, one, out, one)
