@@ -465,11 +465,7 @@ def _placement(tp: int, placement: Placement | None) -> Placement:
 
 
 def _opened(ckpt: Opened) -> Checkpoint:
-    if isinstance(ckpt, Checkpoint):
-        return ckpt
-    if isinstance(ckpt, (str, os.PathLike)):
-        return sources.open(ckpt)
-    return sources.memory.read(ckpt)
+    return ckpt if isinstance(ckpt, Checkpoint) else sources.open(ckpt)
 
 
 def _threads(asked: int | None) -> int:

@@ -1,0 +1,336 @@
+"""The whole road, from a ZeRO checkpoint or tensors to every end, against torch alone."""
+
+import itertools
+import json
+import os
+
+import fastckpt
+import numpy as np
+import pytest
+import torch
+from fastckpt import road
+from fastckpt.errors import LayoutError, RecipeError, SourceError, WriteError
+from fastckpt.executors import pick
+from fastckpt.reader import Mapped, Positioned
+from layouts import oracle, tiny
+from safetensors.torch import load_file
+from zero_writer import write_zero
+
+LAYOUTS = {"hf": oracle.hf, "vllm": oracle.vllm, "rtp_llm": oracle.rtp_llm}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plans_kept_here(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTCKPT_CACHE", str(tmp_path_factory.mktemp("plans")))
+        yield
+
+
+def zero(path, name, *, stage=3, world=3, **more):
+    """A ZeRO checkpoint of a tiny model with its config beside, and what its weights are."""
+    config, files, _ = tiny.made(name)
+    params = {
+        n: t.float()
+        for n, t in files.items()
+        if n != "lm_head.weight" or not config.get("tie_word_embeddings")
+    }
+    tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.get("tie_word_embeddings") else None
+    truth = write_zero(path, params, stage=stage, world=world, tied=tied, **more)
+    (path / "config.json").write_text(json.dumps(config))
+    return config, truth
+
+
+def same(got, want):
+    assert sorted(got) == sorted(want)
+    for name, tensor in want.items():
+        assert got[name].dtype == tensor.dtype and got[name].shape == tensor.shape, name
+        assert torch.equal(got[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8)), (
+            name
+        )
+
+
+def wanted(layout, truth, config, tp, rank, dtype):
+    cast = {
+        n: t.to(dtype)
+        for n, t in truth.items()
+        if n != "lm_head.weight" or not config.get("tie_word_embeddings")
+    }
+    return LAYOUTS[layout](cast, config, tp, rank)
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_to_shards_in_memory(tmp_path, layout, tp, stage):
+    config, truth = zero(tmp_path, "mixtral", stage=stage)
+    shards = fastckpt.reshard(tmp_path, tp, layout=layout, dtype="bfloat16")
+    assert len(shards) == tp
+    for rank, shard in enumerate(shards):
+        same(shard, wanted(layout, truth, config, tp, rank, torch.bfloat16))
+    same(fastckpt.reshard(tmp_path, tp, rank=tp - 1, layout=layout, dtype="bfloat16"), shards[-1])
+
+
+def shard_files(out):
+    return {p.relative_to(out).as_posix(): load_file(p) for p in sorted(out.rglob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("reader", [Mapped, Positioned])
+@pytest.mark.parametrize("executor", ["cpu", "torch"])
+def test_every_reader_and_executor_writes_the_same_files(tmp_path, monkeypatch, reader, executor):
+    config, truth = zero(tmp_path / "in", "mixtral", world=4)
+    chosen = pick(executor)
+    monkeypatch.setattr(road, "pick", lambda name: chosen)
+    monkeypatch.setattr(road, "_reader", lambda binding, alone: reader(binding.places))
+    out = tmp_path / "out"
+    report = fastckpt.reshard(tmp_path / "in", 2, layout="vllm", dtype="bfloat16", out=out, threads=3)
+    got = shard_files(out)
+    assert sorted(got) == ["model-rank-0-part-0.safetensors", "model-rank-1-part-0.safetensors"]
+    for rank, shard in enumerate(got.values()):
+        same(shard, wanted("vllm", truth, config, 2, rank, torch.bfloat16))
+    assert report.bytes_read == report.bytes_needed
+    assert fastckpt.verify(out).ok
+
+
+def test_a_set_is_completed_by_its_last_rank(tmp_path):
+    zero(tmp_path / "in", "mixtral")
+    for rank in (1, 0):
+        assert not (tmp_path / "out/fastckpt.json").exists()
+        fastckpt.reshard(tmp_path / "in", 2, rank=rank, layout="hf", out=tmp_path / "out", durable=False)
+    assert fastckpt.verify(tmp_path / "out").ok
+    fastckpt.reshard(tmp_path / "in", 2, layout="hf", out=tmp_path / "whole", durable=False)
+    parts, whole = shard_files(tmp_path / "out"), shard_files(tmp_path / "whole")
+    assert sorted(parts) == sorted(whole)
+    for name in whole:
+        same(parts[name], whole[name])
+    again = fastckpt.reshard(tmp_path / "in", 2, rank=1, layout="hf", out=tmp_path / "out")
+    assert again.bytes_read == 0 and "done already" in again.notes[-1]
+    with pytest.raises(WriteError, match="another plan"):
+        fastckpt.reshard(tmp_path / "in", 2, rank=1, layout="hf", out=tmp_path / "out", dtype="float16")
+
+
+def test_many_files_and_an_index(tmp_path):
+    config, truth = zero(tmp_path / "in", "mixtral")
+    fastckpt.reshard(tmp_path / "in", layout="hf", out=tmp_path / "out", max_shard_size="60KB")
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    files = shard_files(tmp_path / "out")
+    assert len(files) > 2 and set(index["weight_map"].values()) == set(files)
+    merged = {n: t for part in files.values() for n, t in part.items()}
+    same(merged, wanted("hf", truth, config, 1, 0, torch.float32))
+    assert all(n in files[f] for n, f in index["weight_map"].items())
+
+
+def test_the_callers_tensors_are_filled_in_place(tmp_path):
+    zero(tmp_path, "mixtral")
+    fresh = fastckpt.reshard(tmp_path, 2, layout="vllm", dtype="bfloat16")
+    own = [{n: torch.full_like(t, 7) for n, t in shard.items()} for shard in fresh]
+    where = [{n: t.data_ptr() for n, t in shard.items()} for shard in own]
+    report = fastckpt.reshard(tmp_path, 2, layout="vllm", dtype="bfloat16", out=own)
+    assert report.out is None and report.tensors == sum(map(len, own))
+    for got, want, pointers in zip(own, fresh, where, strict=True):
+        same(got, want)
+        assert {n: t.data_ptr() for n, t in got.items()} == pointers
+    one = {n: torch.zeros_like(t) for n, t in fresh[1].items()}
+    fastckpt.reshard(tmp_path, 2, rank=1, layout="vllm", dtype="bfloat16", out=one)
+    same(one, fresh[1])
+
+    name = next(iter(one))
+    for broken, message in (
+        ({**one, name: one[name].float()}, "torch.bfloat16"),
+        ({**one, name: one[name][:-1]}, "wanted"),
+        ({**one, "more": one[name]}, "such as more"),
+        ({n: t for n, t in one.items() if n != name}, f"no tensor {name}"),
+        ({**one, name: one[name].t().contiguous().t()}, "not contiguous"),
+    ):
+        with pytest.raises(LayoutError, match=message):
+            fastckpt.reshard(tmp_path, 2, rank=1, layout="vllm", dtype="bfloat16", out=broken)
+    with pytest.raises(LayoutError, match="list of dicts"):
+        fastckpt.reshard(tmp_path, 2, layout="vllm", out=one)
+
+
+def test_tensors_in_memory_are_a_checkpoint():
+    config, files, _ = tiny.made("mixtral")
+    shards = fastckpt.reshard(files, 2, layout="vllm", config=config)
+    for rank, shard in enumerate(shards):
+        same(shard, oracle.vllm(files, config, 2, rank))
+    with pytest.raises(RecipeError, match="config"):
+        fastckpt.reshard(files, 2, layout="vllm")
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(13, 6)
+        self.up = torch.nn.Linear(6, 9)
+        self.head = torch.nn.Linear(6, 13, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("steps", torch.arange(5))
+
+
+@pytest.mark.parametrize("meta", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_load_into_a_module(tmp_path, meta, dtype):
+    source = Net()
+    params = {n: p.detach() for n, p in source.named_parameters()}
+    truth = write_zero(
+        tmp_path,
+        params,
+        stage=3,
+        world=3,
+        buffers={"steps": source.steps + 3},
+        tied={"head.weight": "embed.weight"},
+    )
+    with torch.device("meta" if meta else "cpu"):
+        module = Net().to(dtype)
+    module.up.bias.requires_grad_(False)
+    assert fastckpt.load_into(module, tmp_path) is module
+    assert module.head.weight is module.embed.weight and not module.up.bias.requires_grad
+    for name, tensor in module.state_dict().items():
+        want = truth[name].to(dtype) if truth[name].is_floating_point() else truth[name]
+        assert torch.equal(tensor, want) and tensor.dtype == want.dtype, name
+
+    other = Net()
+    other.more = torch.nn.Linear(2, 2)
+    with pytest.raises(LayoutError, match=r"2 tensors of the module .*more\.weight"):
+        fastckpt.load_into(other, tmp_path)
+    fastckpt.load_into(other, tmp_path, strict=False)
+    assert torch.equal(other.up.weight.detach(), truth["up.weight"])
+
+
+def test_not_a_number_is_refused_unless_allowed(tmp_path):
+    value = torch.ones(5, 7)
+    value[3, 2] = float("nan")
+    write_zero(tmp_path / "in", {"a": torch.ones(3), "b": value}, stage=3, world=2)
+    with pytest.raises(SourceError, match="b: 1 values"):
+        fastckpt.reshard(tmp_path / "in", layout="same", out=tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["in"]
+    fastckpt.reshard(tmp_path / "in", layout="same", out=tmp_path / "out", allow_nonfinite=True)
+    assert fastckpt.verify(tmp_path / "out").ok
+    with pytest.raises(SourceError, match="infinite"):  # made by the cast
+        large = {"a": torch.full((3,), 1e5)}
+        write_zero(tmp_path / "large", large, stage=3, world=2, model_dtype=torch.float32)
+        fastckpt.reshard(tmp_path / "large", layout="same", dtype="float16", out=tmp_path / "other")
+
+
+def test_memory_and_threads_are_bounded(tmp_path):
+    _, truth = zero(tmp_path / "in", "mixtral")
+    with pytest.raises(WriteError, match="too few"):
+        fastckpt.reshard(tmp_path / "in", memory="1MB")
+    with pytest.raises(WriteError, match="threads"):
+        fastckpt.reshard(tmp_path / "in", threads=0)
+    small = fastckpt.reshard(tmp_path / "in", layout="same", memory="70MiB", threads=16)[0]
+    same(small, truth)
+
+
+def test_a_source_cut_short_while_it_is_read_is_an_error(tmp_path):
+    zero(tmp_path / "in", "mixtral", world=2)
+    opened = fastckpt.open(tmp_path / "in")
+    victim = max(tmp_path.rglob("*optim_states.pt"), key=lambda p: p.stat().st_size)
+    with open(victim, "r+b") as f:
+        f.truncate(victim.stat().st_size // 2)
+    with pytest.raises(SourceError, match="changed since"):
+        fastckpt.reshard(opened, layout="same", out=tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["in"]
+
+
+@pytest.mark.parametrize("reader", [Mapped, Positioned])
+def test_a_source_cut_short_under_the_reader_is_an_error(tmp_path, monkeypatch, reader):
+    write_zero(tmp_path / "in", {"w": torch.randn(3 << 20)}, stage=3, world=1)
+    victim = max(tmp_path.rglob("*optim_states.pt"), key=lambda p: p.stat().st_size)
+
+    def short(binding, alone):
+        opened = reader(binding.places)
+        opened.lane(pick(None))
+        if reader is Positioned:
+            for i in range(len(binding.places)):
+                opened.fd(i)
+        with open(victim, "r+b") as f:
+            f.truncate(1 << 20)
+        return opened
+
+    monkeypatch.setattr(road, "_reader", short)
+    with pytest.raises(SourceError, match=victim.name):
+        fastckpt.reshard(tmp_path / "in", layout="same", out=tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["in"]
+
+
+def test_a_kept_plan_gives_the_same_bytes(tmp_path, monkeypatch):
+    """The second checkpoint of a run has other values and another pickle; its plan is not made again."""
+    config, truth = zero(tmp_path / "one", "mixtral", step=2)
+    plan = fastckpt.plan(tmp_path / "one", 2, layout="vllm", dtype="bfloat16")
+    moved = {n: t + 1 for n, t in truth.items()}
+    write_zero(
+        tmp_path / "two", moved, stage=3, world=3, step=99, tag="global_step99", client={"note": "x" * 999}
+    )
+    (tmp_path / "two/config.json").write_text((tmp_path / "one/config.json").read_text())
+    monkeypatch.setattr("fastckpt.plans._compiled", lambda *_: pytest.fail("planned again"))
+    second = fastckpt.plan(tmp_path / "two", 2, layout="vllm", dtype="bfloat16")
+    assert second.key != plan.key, "another checkpoint is another set"
+    shards = fastckpt.reshard(tmp_path / "two", 2, layout="vllm", dtype="bfloat16")
+    for rank, shard in enumerate(shards):
+        same(shard, wanted("vllm", moved, config, 2, rank, torch.bfloat16))
+
+
+def test_a_damaged_kept_plan_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTCKPT_CACHE", str(tmp_path / "plans"))
+    _, truth = zero(tmp_path / "in", "mixtral")
+    same(fastckpt.reshard(tmp_path / "in", layout="same")[0], truth)
+    for path in (tmp_path / "plans").iterdir():
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    same(fastckpt.reshard(tmp_path / "in", layout="same")[0], truth)
+
+
+def test_stream_gives_every_byte_in_order(tmp_path):
+    truth = write_zero(
+        tmp_path,
+        {"a": torch.randn(3, 5), "b": torch.randn(700_001), "c": torch.randn(0, 4)},
+        stage=3,
+        world=3,
+    )
+    got = {}
+    for name, offset, data in road.stream(tmp_path, ["b", "a"]):
+        assert offset == len(got.setdefault(name, bytearray())) and 0 < len(data) <= 1 << 20
+        got[name] += data
+    assert list(got) == ["b", "a"]
+    assert {n: bytes(v) for n, v in got.items()} == {n: truth[n].numpy().tobytes() for n in ("b", "a")}
+
+
+def test_plan_says_what_reshard_does(tmp_path):
+    zero(tmp_path, "mixtral")
+    plan = fastckpt.plan(tmp_path, 4, layout="vllm", dtype="bfloat16")
+    one = fastckpt.plan(tmp_path, 4, rank=3, layout="vllm", dtype="bfloat16")
+    assert one.key == plan.key and one.ranks == (3,) and plan.ranks == (0, 1, 2, 3)
+    ends = {}
+    for t in plan.tensors:
+        ends.setdefault(t.file, []).append((t.offset, t.offset + t.nbytes))
+    for number, runs in ends.items():
+        runs.sort()
+        assert (
+            all(a[1] == b[0] for a, b in itertools.pairwise(runs))
+            and runs[-1][1] == plan.files[number].nbytes
+        )
+    assert plan.needed_bytes >= plan.output_bytes
+    assert plan.slots().leaves == len(plan.tensors) - sum(t.nbytes == 0 for t in plan.tensors)
+
+
+def test_what_does_not_go_together(tmp_path):
+    zero(tmp_path, "mixtral")
+    with pytest.raises(LayoutError, match="differ"):
+        fastckpt.reshard(tmp_path, 2, placement=fastckpt.Placement(tp=4))
+    with pytest.raises(LayoutError, match="outside"):
+        fastckpt.reshard(tmp_path, 2, rank=2)
+    with pytest.raises(LayoutError, match="no layout"):
+        fastckpt.reshard(tmp_path, 2, layout="vlm")
+    with pytest.raises(LayoutError, match="goes with layout hf"):
+        fastckpt.reshard(tmp_path, 2, layout="vllm", tp_plan={"*": "replicate"})
+    with pytest.raises(RecipeError, match="names no dtype"):
+        fastckpt.reshard(
+            tmp_path,
+            2,
+            config={**json.loads((tmp_path / "config.json").read_text()), "dtype": None, "torch_dtype": None},
+            dtype="auto",
+        )
+    got = fastckpt.reshard(tmp_path, layout="same", dtype="auto", config={"dtype": "float16"})[0]
+    assert {t.dtype for t in got.values()} == {torch.float16}
+    assert np.isfinite(got["lm_head.weight"].float().numpy()).all()
