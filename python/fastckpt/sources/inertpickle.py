@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from ..dtypes import DType
 from ..errors import SourceError
 
-MEMORY = 256 << 20
-"""Bytes of objects that a pickle may build, and 3 more for each of its own bytes, by a rough count made
-beforehand. Every opcode counts, so this limits opcodes, stack, marks, memo, strings and containers."""
+MEMORY = 384 << 20
+"""Bytes of objects that a pickle may build, and 3 more for each of its own bytes, by a count made before
+they are built (about twice what a checkpoint's takes: 4 kB a tensor, so 10^5 tensors fit). Every opcode
+counts, so this limits opcodes, stack, marks, memo, strings and containers."""
 
 MAX_DEPTH = 200
 """The deepest nesting of containers in the finished tree."""
@@ -362,7 +363,8 @@ def _tuple_of_items(m: _Machine) -> None:
 
 
 def _list(m: _Machine) -> None:
-    m.stack.append(m.items())
+    items = m.items()
+    m.stack.append(items)
 
 
 def _dict(m: _Machine) -> None:
@@ -463,7 +465,9 @@ def _memoize(m: _Machine) -> None:
 
 
 def _frame(m: _Machine) -> None:
-    m.take(8)  # a hint for streams: frames change nothing
+    n = m.number(8)  # a hint for streams: it changes nothing, but must be true
+    if n > m.size - m.pos:
+        raise Short(f"pickle has a frame of {n} bytes at byte {m.pos} of {m.size}")
 
 
 def _proto(m: _Machine) -> None:
@@ -476,19 +480,19 @@ _STOP = ord(".")
 
 _HANDLERS: dict[int, tuple[int, Callable[[_Machine], None]]] = {
     # opcode: (bytes of objects it makes, roughly and rather too many, what it does)
-    0x80: (8, _proto),
-    0x95: (8, _frame),
+    0x80: (16, _proto),
+    0x95: (16, _frame),
     ord("("): (80, _mark),
-    ord("0"): (8, _pop),
-    ord("1"): (8, lambda m: m.items().clear()),
-    ord("2"): (8, lambda m: m.stack.append(m.stack[-1])),
-    ord("N"): (8, lambda m: m.stack.append(None)),
-    0x88: (8, lambda m: m.stack.append(True)),
-    0x89: (8, lambda m: m.stack.append(False)),
+    ord("0"): (16, _pop),
+    ord("1"): (16, lambda m: m.items().clear()),
+    ord("2"): (16, lambda m: m.stack.append(m.stack[-1])),
+    ord("N"): (16, lambda m: m.stack.append(None)),
+    0x88: (16, lambda m: m.stack.append(True)),
+    0x89: (16, lambda m: m.stack.append(False)),
     ord("I"): (40, _int),
     ord("L"): (40, lambda m: m.stack.append(_text_number(m))),
     ord("J"): (40, lambda m: m.stack.append(int.from_bytes(m.take(4), "little", signed=True))),
-    ord("K"): (8, lambda m: m.stack.append(m.number(1))),
+    ord("K"): (16, lambda m: m.stack.append(m.number(1))),
     ord("M"): (40, lambda m: m.stack.append(m.number(2))),
     0x8A: (40, lambda m: _long(m, 1)),
     0x8B: (40, lambda m: _long(m, 4)),
@@ -507,9 +511,9 @@ _HANDLERS: dict[int, tuple[int, Callable[[_Machine], None]]] = {
     0x96: (64, lambda m: m.stack.append(m.sized(8))),  # a bytearray, kept as bytes
     ord("]"): (64, lambda m: m.stack.append([])),
     ord("a"): (32, _append),
-    ord("e"): (8, _appends),
+    ord("e"): (16, _appends),
     ord("l"): (64, _list),
-    ord(")"): (8, lambda m: m.stack.append(())),
+    ord(")"): (16, lambda m: m.stack.append(())),
     ord("t"): (64, _tuple_of_items),
     0x85: (64, lambda m: _tuple(m, 1)),
     0x86: (72, lambda m: _tuple(m, 2)),
@@ -519,19 +523,19 @@ _HANDLERS: dict[int, tuple[int, Callable[[_Machine], None]]] = {
     ord("s"): (240, _setitem),  # the first item of a dict makes its table
     ord("u"): (240, _setitems),
     0x8F: (224, lambda m: m.stack.append(set())),
-    0x90: (8, _additems),
+    0x90: (16, _additems),
     0x91: (224, _frozenset),
-    ord("g"): (8, lambda m: m.get(_text_number(m))),
-    ord("h"): (8, lambda m: m.get(m.number(1))),
-    ord("j"): (8, lambda m: m.get(m.number(4))),
+    ord("g"): (16, lambda m: m.get(_text_number(m))),
+    ord("h"): (16, lambda m: m.get(m.number(1))),
+    ord("j"): (16, lambda m: m.get(m.number(4))),
     ord("p"): (120, _put),
     ord("q"): (60, lambda m: m.put(m.number(1))),
     ord("r"): (120, lambda m: m.put(m.number(4))),
     0x94: (120, _memoize),
-    ord("c"): (8, _global),
-    0x93: (8, _stack_global),
+    ord("c"): (16, _global),
+    0x93: (16, _stack_global),
     ord("R"): (320, _reduce),
-    ord("b"): (8, _Machine.build),
+    ord("b"): (16, _Machine.build),
     ord("i"): (320, _inst),
     ord("o"): (320, _obj),
     0x81: (320, _reduce),  # NEWOBJ: class and arguments lie as REDUCE has them
