@@ -9,7 +9,7 @@ layout can write it back. Layers are built when asked for and can be dropped aga
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .views import View
@@ -91,20 +91,27 @@ class Layer:
     mlp: Mlp | Experts
 
 
-@dataclass(frozen=True, slots=True)
 class Layers:
-    """The decoder layers, first to last; each is built anew whenever it is asked for."""
+    """The decoder layers, first to last, each built when it is asked for.
 
-    builds: tuple[Callable[[], Layer], ...]
+    The last one built is kept, since all ranks of a run ask for the same layer in turn."""
+
+    __slots__ = ("_builds", "_last")
+
+    def __init__(self, builds: Sequence[Callable[[], Layer]]) -> None:
+        self._builds = tuple(builds)
+        self._last: tuple[int, Layer] | None = None
 
     def __len__(self) -> int:
-        return len(self.builds)
+        return len(self._builds)
 
     def __getitem__(self, index: int) -> Layer:
-        return self.builds[index]()
+        if self._last is None or self._last[0] != index:
+            self._last = index, self._builds[index]()
+        return self._last[1]
 
     def __iter__(self) -> Iterator[Layer]:
-        return (build() for build in self.builds)
+        return (self[i] for i in range(len(self)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,9 +92,12 @@ def test_layers_are_built_when_asked_for_and_dropped():
     model = recipes.find(config)(ckpt, config)
     assert not [n for n in built if ".layers." in n]
     built.clear()
-    assert model.layers[0] is not model.layers[0]
-    assert built and all(n.startswith("model.layers.0.") for n in built)
+    first = model.layers[0]
     assert sorted(set(built)) == sorted(n for n in hub if ".layers.0." in n)
+    built.clear()
+    assert model.layers[0] is first and not built
+    assert model.layers[1].name == "model.layers.1"
+    assert model.layers[0] is not first and model.layers[0].name == first.name
 
 
 # ---- refusals ----

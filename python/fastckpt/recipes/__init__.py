@@ -6,6 +6,7 @@ A family is a file here and a line in RECIPES; a user's own function of the same
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Protocol
 
 from ..checkpoint import JSON, Checkpoint
@@ -27,9 +28,9 @@ class Recipe(Protocol):
 
 RECIPES: dict[str, Recipe] = {
     "llama": llama.recipe,
-    "mistral": llama.recipe,
-    "qwen2": llama.recipe,
-    "qwen3": llama.recipe,
+    "mistral": partial(llama.recipe, kind=llama.MISTRAL),
+    "qwen2": partial(llama.recipe, kind=llama.QWEN2),
+    "qwen3": partial(llama.recipe, kind=llama.QWEN3),
     "mixtral": mixtral.recipe,
     "gpt2": gpt2.recipe,
 }

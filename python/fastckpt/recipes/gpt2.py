@@ -54,7 +54,7 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
     vocab, embedding, lm_head, tied = vocabulary(
         claims, config, vocab_size, embedding=f"{PREFIX}wte", hidden=hidden, tied_default=True
     )
-    layers = Layers(tuple(layer(f"{PREFIX}h.{i}") for i in range(integer(config, "n_layer"))))
+    layers = Layers([layer(f"{PREFIX}h.{i}") for i in range(integer(config, "n_layer"))])
     return Model(
         family="gpt2",
         sizes=Sizes(hidden.size, vocab, heads, heads, hidden.size // heads, {width.key: width.size}),

@@ -22,28 +22,27 @@ class Kind:
     """What a family of this shape has: a bias on q, k, v, on o (None: as config's attention_bias says), norms
     on each head's q and k, a bias in the feed-forward block where config's mlp_bias says so."""
 
+    family: str
     qkv_bias: bool | None = None
     o_bias: bool | None = None
     qk_norm: bool = False
     mlp_bias: bool = False
 
 
-KINDS: dict[str, Kind] = {
-    "llama": Kind(mlp_bias=True),
-    "mistral": Kind(qkv_bias=False, o_bias=False),
-    "qwen2": Kind(qkv_bias=True, o_bias=False),
-    "qwen3": Kind(qk_norm=True),
-    "mixtral": Kind(qkv_bias=False, o_bias=False),
-}
+LLAMA = Kind("llama", mlp_bias=True)
+MISTRAL = Kind("mistral", qkv_bias=False, o_bias=False)
+QWEN2 = Kind("qwen2", qkv_bias=True, o_bias=False)
+QWEN3 = Kind("qwen3", qk_norm=True)
 
 FeedForward = Callable[[str], Callable[[], Mlp | Experts]]
 """Claims the feed-forward block of the layer of that name; what it returns builds the block."""
 
 
-def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
-    """The model of a Llama-like checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
+def recipe(
+    ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None, kind: Kind = LLAMA
+) -> Model:
+    """The model of a checkpoint of that kind; `vocab_size` overrides config's. Raises RecipeError."""
     claims = Claims(ckpt, "model.embed_tokens.weight")
-    kind = _kind(config)
     hidden = Dim(integer(config, "hidden_size"), "hidden_size")
     width = Dim(integer(config, "intermediate_size"), "intermediate_size")
     bias = kind.mlp_bias and flag(config, "mlp_bias", False)
@@ -54,10 +53,11 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         down = claims.linear(f"{layer}.mlp.down_proj", hidden, width, bias=bias)
         return lambda: Mlp(gate(), up(), down())
 
-    return decoder(claims, config, vocab_size, mlp, {width.key: width.size})
+    return decoder(kind, claims, config, vocab_size, mlp, {width.key: width.size})
 
 
 def decoder(
+    kind: Kind,
     claims: Claims,
     config: Mapping[str, JSON],
     vocab_size: int | None,
@@ -67,7 +67,6 @@ def decoder(
     """Everything but the feed-forward blocks, which `feed_forward` claims; `widths` as in Sizes.
 
     Raises RecipeError where the checkpoint does not fit the config, or holds a name no role takes."""
-    kind = _kind(config)
     hidden = Dim(integer(config, "hidden_size"), "hidden_size")
     heads = integer(config, "num_attention_heads")
     kv_heads = integer(config, "num_key_value_heads", heads)
@@ -101,9 +100,9 @@ def decoder(
     vocab, embedding, lm_head, tied = vocabulary(
         claims, config, vocab_size, embedding="model.embed_tokens", hidden=hidden, tied_default=False
     )
-    layers = Layers(tuple(layer(f"model.layers.{i}") for i in range(integer(config, "num_hidden_layers"))))
+    layers = Layers([layer(f"model.layers.{i}") for i in range(integer(config, "num_hidden_layers"))])
     return Model(
-        family=str(config["model_type"]),
+        family=kind.family,
         sizes=Sizes(hidden.size, vocab, heads, kv_heads, head_dim, widths),
         embedding=embedding,
         layers=layers,
@@ -112,10 +111,3 @@ def decoder(
         tied=tied,
         ignored=claims.close(IGNORED),
     )
-
-
-def _kind(config: Mapping[str, JSON]) -> Kind:
-    kind = KINDS.get(str(config.get("model_type")))
-    if kind is None:
-        raise RecipeError(f"config: model_type {config.get('model_type')!r} is none of {', '.join(KINDS)}")
-    return kind

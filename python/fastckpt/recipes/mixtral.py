@@ -13,7 +13,9 @@ from ..checkpoint import JSON, Checkpoint
 from ..model import Experts, Linear, Mlp, Model
 from ..views import View
 from .claims import Claims, Dim, integer
-from .llama import decoder
+from .llama import Kind, decoder
+
+MIXTRAL = Kind("mixtral", qkv_bias=False, o_bias=False)
 
 
 def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
@@ -41,7 +43,7 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         down = claims.linear(f"{name}.w2", hidden, width)
         return lambda: Mlp(gate(), up(), down())
 
-    return decoder(claims, config, vocab_size, experts, {width.key: width.size})
+    return decoder(MIXTRAL, claims, config, vocab_size, experts, {width.key: width.size})
 
 
 def unstacked(name: str, gate_up: View, down: View) -> tuple[Mlp, ...]:
