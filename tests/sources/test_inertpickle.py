@@ -15,7 +15,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 from fastckpt.errors import SourceError
-from fastckpt.sources import inertpickle
+from fastckpt.sources import inertpickle, picklemachine
 from fastckpt.sources.inertpickle import Inert, Short, parse
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -261,7 +261,7 @@ def test_bombs_stop_at_the_limit(data: bytes) -> None:
 
 
 def test_a_bomb_stops_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inertpickle, "MEMORY", 1 << 16)
+    monkeypatch.setattr(picklemachine, "MEMORY", 1 << 16)
     for data in (
         b"}" * 10_000,
         b"(" * 10_000,
@@ -276,9 +276,9 @@ def test_a_bomb_stops_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_costs_are_not_too_small() -> None:
     """What the machine counts is at least what the interpreter allocates, give or take a small table."""
     for opcode in (b"}", b"]", b"\x8f", b"(", b"N", b"G12345678", b"J1234", b"X\0\0\0\0", b"X\x03\0\0\0abc"):
-        machine = inertpickle._Machine(opcode * 2000 + b"X\0", 0, {}, {}, None)
+        machine = picklemachine.Machine(opcode * 2000 + b"X\0", 0, {}, {}, None)
         with pytest.raises(Short):
-            machine.run()
+            inertpickle._run(machine)
         kept = [*machine.outer, machine.stack]
         objects = {id(x): x for s in kept for x in s if x is not None}
         used = sum(map(sys.getsizeof, kept)) + sum(map(sys.getsizeof, objects.values()))
@@ -301,7 +301,7 @@ def test_colliding_keys_are_refused() -> None:
 def test_many_tuple_keys_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     data = pickle.dumps({(k, k): k for k in range(100)})
     assert parse(data).root == {(k, k): k for k in range(100)}
-    monkeypatch.setattr(inertpickle, "MAX_TUPLE_KEYS", 99)
+    monkeypatch.setattr(picklemachine, "MAX_TUPLE_KEYS", 99)
     with pytest.raises(SourceError, match="tuples are used as keys"):
         parse(data)
 

@@ -20,7 +20,8 @@ import xxhash
 from ..errors import SourceError
 from ..extents import Extent, File
 from . import inertpickle, torchpickle
-from .inertpickle import Inert, Short
+from .inert import Inert
+from .inertpickle import Short
 from .torchpickle import Storage, Tensor, Tree, Wanted
 from .torchzip import LOCAL, Directory, Reader
 

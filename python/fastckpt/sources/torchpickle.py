@@ -16,7 +16,8 @@ from .. import dtypes
 from ..dtypes import DType
 from ..errors import SourceError
 from . import inertpickle
-from .inertpickle import PLAIN, Inert
+from .inert import Inert
+from .inertpickle import PLAIN
 
 MAX_NDIM = 64
 """The most axes of a tensor."""
