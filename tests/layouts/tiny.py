@@ -25,6 +25,7 @@ def _llama(**changes):
 _GPT2 = dict(vocab_size=208, n_embd=64, n_layer=2, n_head=8, n_positions=19, n_inner=88)
 MODELS = {
     "llama": ("Llama", _llama(vocab_size=211, attention_bias=True, mlp_bias=True), torch.bfloat16),
+    "biased": ("Llama", _llama(num_key_value_heads=4, attention_bias=True, mlp_bias=True), torch.float32),
     "tied": ("Llama", _llama(tie_word_embeddings=True), torch.float32),
     "mistral-mqa": ("Mistral", _llama(num_key_value_heads=1, head_dim=6), torch.float16),
     "qwen2": ("Qwen2", _llama(num_key_value_heads=4), torch.bfloat16),

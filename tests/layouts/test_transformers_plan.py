@@ -1,0 +1,57 @@
+"""`hf` at tp > 1 against transformers: the local parts of its own tensor-parallel model, bit for bit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+from fastckpt import recipes
+from fastckpt.layouts import layout
+from fastckpt.placement import Placement
+from layouts import tiny
+from reading import bits, memory, shard
+from safetensors.torch import save_file
+
+fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+parallel = pytest.importorskip("transformers.distributed.tensor_parallel")
+
+
+def local_parts(folder, tp, rank):
+    """Parameter name -> what that rank holds; a fake process group, since cutting needs no messages."""
+    model = tiny.transformers.AutoModelForCausalLM.from_pretrained(folder)
+    dist.init_process_group("fake", store=fake.FakeStore(), rank=rank, world_size=tp)
+    try:
+        mesh = dist.init_device_mesh("cpu", (tp,), mesh_dim_names=("tp",))
+        parallel.apply_tensor_parallelism(model, mesh, model._expand_parallel_plan(model.tp_plan))
+        return {n: (p.to_local() if hasattr(p, "to_local") else p) for n, p in model.named_parameters()}
+    finally:
+        dist.destroy_process_group()
+
+
+def as_trained(got, experts):
+    """A shard's bit patterns by the names transformers holds in memory: experts in stacks."""
+    out = {n.replace("block_sparse_moe.gate", "mlp.gate"): torch.from_numpy(v) for n, (_, v) in got.items()}
+    for name in [n for n in out if n.endswith("experts.0.w1.weight")]:
+        hub = name.removesuffix("0.w1.weight")
+        to = hub.replace("block_sparse_moe", "mlp")
+        w1, w3, w2 = ([out.pop(f"{hub}{e}.{w}.weight") for e in range(experts)] for w in ("w1", "w3", "w2"))
+        out[f"{to}gate_up_proj"] = torch.cat([torch.stack(w1), torch.stack(w3)], 1)
+        out[f"{to}down_proj"] = torch.stack(w2)
+    return out
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("name", ["biased", "qwen2", "qwen3", "mixtral"])
+def test_every_rank_holds_what_transformers_cuts(name, tp, tmp_path):
+    config, hub, _ = tiny.made(name)
+    save_file({n: x.contiguous() for n, x in hub.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = recipes.find(config)(memory(hub), config)
+    for place in Placement(tp=tp).ranks():
+        got = as_trained(shard(layout("hf").targets(model, place)), config.get("num_local_experts"))
+        want = local_parts(tmp_path, tp, place.rank)
+        assert sorted(got) == sorted(want)
+        for parameter, part in want.items():
+            assert torch.equal(got[parameter], torch.from_numpy(bits(part))), parameter
