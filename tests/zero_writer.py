@@ -169,6 +169,8 @@ def write_zero(
     `round_robin`: param_shapes and flat order are shuffled, param_slice_mappings left in plain order (as
     DeepSpeed does, wrongly). `stripped=False`: partitions keep their padding. `sparse`: no storage is
     written, the files are holes. Order of the result: buffers, frozen, trainable, tied."""
+    if bf16_optimizer and (alignment or stage != 1):
+        raise ValueError("BF16_Optimizer is stage 1 and knows no parameter_alignment")
     root = os.fspath(path)
     folder = os.path.join(root, tag)
     os.makedirs(folder, exist_ok=True)

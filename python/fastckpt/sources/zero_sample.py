@@ -92,7 +92,8 @@ def _elements(wanted: Sequence[tuple[View, int]]) -> list[bytes]:
 
 
 def _locate(view: View, i: int, extents: Extents) -> tuple[str, tuple[int, int]]:
-    row = int(np.searchsorted(view.origin[:, 0], i, "right")) - 1
+    first = view.origin[:, 0]
+    row = int(np.flatnonzero((first <= i) & (i < first + view.size[:, 0]))[0])
     element = int(view.offset[row] + (i - view.origin[row, 0]) * view.stride[row, 0])
     extent = extents[int(view.extent[row])]
     if not isinstance(extent.where, File):

@@ -1,0 +1,335 @@
+"""ZeRO directories that are broken, mixed up or not supported: each is a SourceError that says what and where."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+import zero_writer
+from fastckpt import sources
+from fastckpt.errors import SourceError
+from zero_writer import write_zero
+
+PARAMS = {"a.weight": torch.arange(35.0).reshape(7, 5), "b": torch.ones(13), "still": torch.ones(4)}
+
+
+def written(path, **options):
+    write_zero(path, PARAMS, **{"stage": 3, "world": 3, "frozen": ["still"]} | options)
+    return path / options.get("tag", "global_step2")
+
+
+def refuses(path, *words, **options):
+    with pytest.raises(SourceError) as e:
+        sources.open(path, **options)
+    for word in words:
+        assert word in str(e.value), str(e.value)
+
+
+def edit(path, change):
+    """Rewrite a torch file of the writer's with `change` done to what it holds."""
+    with zero_writer.deepspeed_names():
+        content = torch.load(path, weights_only=False)
+        change(content)
+        torch.save(content, path)
+
+
+def optim(folder, rank):
+    return folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+
+
+def model(folder, rank=None):
+    return folder / ("mp_rank_00_model_states.pt" if rank is None else f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+
+
+def test_no_latest_names_the_tags(tmp_path):
+    written(tmp_path, latest=False)
+    write_zero(tmp_path, PARAMS, stage=3, world=3, latest=False, tag="global_step10")
+    refuses(tmp_path, "no file `latest`", "tags here: global_step2, global_step10")
+
+
+def test_a_tag_that_is_not_there(tmp_path):
+    folder = written(tmp_path)
+    refuses(tmp_path, "no ZeRO checkpoint with tag 'global_step9'", "tags here: global_step2", tag="global_step9")
+    refuses(folder, "this is the folder of tag 'global_step2', wanted 'other'", tag="other")
+    (tmp_path / "latest").write_text("global_step7")
+    refuses(tmp_path, "global_step7", "tags here: global_step2")
+    (tmp_path / "latest").write_text("../elsewhere")
+    refuses(tmp_path, "names no tag")
+
+
+def test_a_missing_optimizer_file(tmp_path):
+    folder = written(tmp_path)
+    optim(folder, 1).unlink()
+    refuses(tmp_path, "optimizer files of 1 of 3 ranks missing: rank 1")
+    for rank in (0, 2):
+        optim(folder, rank).unlink()
+    refuses(tmp_path, "no *_optim_states.pt")
+
+
+def test_the_first_optimizer_file_missing(tmp_path):
+    folder = written(tmp_path, stage=2)
+    optim(folder, 0).unlink()
+    refuses(tmp_path, "optimizer files of 1 of 3 ranks missing: rank 0")
+
+
+def test_a_missing_model_file(tmp_path):
+    folder = written(tmp_path)
+    model(folder, 2).unlink()
+    refuses(tmp_path, "model states of 1 of 3 ranks missing: rank 2")
+    folder = written(tmp_path / "two", stage=2)
+    model(folder).unlink()
+    refuses(tmp_path / "two", "optimizer files of stage 2, but no mp_rank_00_model_states.pt")
+
+
+def test_a_rank_twice(tmp_path):
+    folder = written(tmp_path)
+    shutil.copy(optim(folder, 1), folder / optim(folder, 1).name.removeprefix("bf16_"))
+    refuses(tmp_path, "rank 1 is there twice")
+
+
+def test_a_rank_twice_over_directories(tmp_path):
+    folder = written(tmp_path / "a")
+    other = tmp_path / "b"
+    other.mkdir()
+    shutil.copy(optim(folder, 1), other)
+    refuses(tmp_path / "a", "rank 1 is there twice", also=[other])
+    refuses(tmp_path / "a", "no directory", also=[tmp_path / "c"])
+
+
+def test_files_left_from_a_larger_world(tmp_path):
+    old = written(tmp_path / "old", world=5)
+    folder = written(tmp_path / "new")
+    shutil.copy(optim(old, 4), folder)
+    refuses(tmp_path / "new", "optimizer files of rank 4, but the run had 3 ranks")
+    optim(folder, 4).unlink()
+    shutil.copy(model(old, 3), folder)
+    refuses(tmp_path / "new", "model states of rank 3, but the run had 3 ranks")
+
+
+def test_a_file_of_a_larger_world_in_place(tmp_path):
+    old = written(tmp_path / "old", world=5)
+    folder = written(tmp_path / "new")
+    shutil.copy(optim(old, 2), folder)
+    refuses(tmp_path / "new", "rank_2", "partition_count is (5,), wanted (3,)")
+
+
+def test_a_file_of_another_step(tmp_path):
+    old = written(tmp_path / "old", step=1)
+    folder = written(tmp_path / "new")
+    shutil.copy(optim(old, 2), folder)
+    refuses(tmp_path / "new", "rank_2", "optimizer step is 1, wanted 2")
+    shutil.copy(model(old, 1), folder)
+    shutil.copy(optim(written(tmp_path / "again"), 2), folder)
+    refuses(tmp_path / "new", "rank_1", "global_steps is 1, rank 0 has 2")
+
+
+def test_a_file_of_another_version(tmp_path):
+    folder = written(tmp_path)
+    edit(optim(folder, 1), lambda c: c.update(ds_version="0.9.0"))
+    refuses(tmp_path, "rank_1", "ds_version is '0.9.0', wanted '0.19.8'")
+
+
+def test_files_of_two_stages(tmp_path):
+    folder = written(tmp_path)
+    shutil.copy(model(written(tmp_path / "two", stage=2)), folder)
+    refuses(tmp_path, "files of two runs")
+
+
+def test_model_states_of_another_world(tmp_path):
+    folder = written(tmp_path, stage=2)
+    edit(model(folder), lambda c: c.update(dp_world_size=4))
+    refuses(tmp_path, "model states of 4 data-parallel ranks, optimizer files of 3")
+
+
+def test_offloaded_masters(tmp_path):
+    folder = written(tmp_path, world=1)
+    (folder / "offloaded_tensors").mkdir()
+
+    def empty(content):
+        state = content["optimizer_state_dict"]
+        state["fp32_flat_groups"] = [t[:0].clone() for t in state["fp32_flat_groups"]]
+
+    edit(optim(folder, 0), empty)
+    refuses(tmp_path, "offloaded to NVMe", "offloaded_tensors")
+
+
+@pytest.mark.parametrize(("stage", "key"), [(2, "single_partition_of_fp32_groups"), (3, "fp32_flat_groups")])
+def test_a_partition_too_short(tmp_path, stage, key):
+    folder = written(tmp_path, stage=stage)
+
+    def short(content):
+        content["optimizer_state_dict"][key][0] = content["optimizer_state_dict"][key][0][:-1].clone()
+
+    edit(optim(folder, 1), short)
+    refuses(tmp_path, "group 0", "rank 1 holds")
+
+
+def test_param_shapes_that_need_more(tmp_path):
+    folder = written(tmp_path)
+    edit(model(folder, 0), lambda c: c["param_shapes"][0].update(b=torch.Size([20])))
+    refuses(tmp_path, "b [20] needs elements", "which has 17")
+
+
+def test_param_shapes_that_need_less(tmp_path):
+    folder = written(tmp_path)
+    edit(model(folder, 0), lambda c: c["param_shapes"][0].pop("b"))
+    refuses(tmp_path, "b", "group 0")
+
+
+def test_frozen_shapes_that_disagree(tmp_path):
+    folder = written(tmp_path / "two", stage=2)
+    edit(model(folder), lambda c: c["frozen_param_shapes"].update(still=torch.Size([2, 3])))
+    refuses(tmp_path / "two", "still", "(4,)", "(2, 3)")
+    folder = written(tmp_path / "three")
+    for rank in range(3):
+        edit(model(folder, rank), lambda c: c["frozen_param_shapes"].update(still=torch.Size([9])))
+    refuses(tmp_path / "three", "still", "[9]")
+
+
+def test_a_name_trainable_and_frozen(tmp_path):
+    folder = written(tmp_path, stage=2)
+    edit(model(folder), lambda c: c["param_shapes"][0].update(still=torch.Size([4])))
+    refuses(tmp_path, "still is in param_shapes and in frozen_param_shapes")
+
+
+def test_module_of_another_shape(tmp_path):
+    folder = written(tmp_path, stage=1)
+    edit(model(folder), lambda c: c["module"].update(b=torch.zeros(12, dtype=torch.bfloat16)))
+    refuses(tmp_path, "b: `module` has shape (12,), its shape is (13,)")
+
+
+def test_tied_to_another_shape(tmp_path):
+    folder = written(tmp_path, stage=2)
+
+    def tie(content):
+        content["shared_params"] = {"c": "b"}
+        content["module"]["c"] = torch.zeros(3, dtype=torch.bfloat16)
+
+    edit(model(folder), tie)
+    refuses(tmp_path, "c (3,) is tied to b (13,)")
+
+
+def test_module_weights_that_differ_from_the_masters(tmp_path):
+    folder = written(tmp_path, stage=2)
+    sources.open(tmp_path, weights="module")
+
+    def change(content):
+        content["module"]["b"][-1] = 3
+
+    edit(model(folder), change)
+    refuses(tmp_path, "b: element 12 of `module` is 3.0 (bfloat16), its master is 1.0", weights="module")
+    sources.open(tmp_path)
+
+
+def test_stage_3_has_no_module_weights(tmp_path):
+    written(tmp_path)
+    refuses(tmp_path, "weights='module'", "placeholders", weights="module")
+
+
+def test_weights_in_no_file(tmp_path):
+    folder = written(tmp_path)
+    for rank in range(3):
+        edit(model(folder, rank), lambda c: c.update(frozen_param_shapes=None, frozen_param_fragments=None))
+    refuses(tmp_path, "still", "in no file")
+    assert "still" not in sources.open(tmp_path, exclude_frozen=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("mp_rank_01_model_states.pt", "parallel grid is not supported yet"),
+        ("zero_pp_rank_0_mp_rank_01_model_states.pt", "parallel grid is not supported yet"),
+        ("layer_00-model_states.pt", "pipeline layer files are not supported yet"),
+        ("layer_03-model_01-model_states.pt", "pipeline layer files are not supported yet"),
+        ("layer_0_expert_3_mp_rank_00_model_states.pt", "MoE expert files are not supported yet"),
+        ("expp_rank_0_mp_rank_00_optim_states.pt", "MoE expert files are not supported yet"),
+    ],
+)
+def test_grids_and_experts(tmp_path, name, what):
+    (written(tmp_path) / name).write_bytes(b"")
+    refuses(tmp_path, name, what)
+
+
+def test_expert_groups(tmp_path):
+    folder = written(tmp_path, stage=1)
+    for rank in range(3):
+        edit(optim(folder, rank), lambda c: c["optimizer_state_dict"].update(partition_count=[3, 1]))
+    refuses(tmp_path, "cut over [1, 3] ranks", "MoE expert groups are not supported yet")
+
+
+def test_pipelines_and_tensor_parallel_runs(tmp_path):
+    folder = written(tmp_path, stage=1)
+    edit(model(folder), lambda c: c.update(checkpoint_parallel_dimensions={"pp_degree": 1, "tp_degree": 2}))
+    refuses(tmp_path, "tp_degree 2")
+    edit(model(folder), lambda c: c.update(checkpoint_parallel_dimensions=None, module=None))
+    refuses(tmp_path, "`module` is None")
+
+
+def test_universal_checkpoints(tmp_path):
+    folder = written(tmp_path)
+    (folder / "zero").mkdir()
+    refuses(tmp_path, "universal checkpoint")
+    (tmp_path / "latest").rename(tmp_path / "latest_universal")
+    refuses(tmp_path, "latest_universal: a universal checkpoint")
+
+
+def test_a_truncated_rank_file(tmp_path):
+    folder = written(tmp_path)
+    data = optim(folder, 1).read_bytes()
+    optim(folder, 1).write_bytes(data[: len(data) // 2])
+    refuses(tmp_path, "rank_1")
+    optim(folder, 1).write_bytes(b"")
+    refuses(tmp_path, "rank_1")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("partition_count", "three"),
+        ("partition_count", None),
+        ("zero_stage", 7),
+        ("zero_stage", "three"),
+        ("fp32_flat_groups", None),
+        ("fp32_flat_groups", [1, 2]),
+        ("fp32_flat_groups", [torch.zeros(3, 3)]),
+    ],
+)
+def test_optimizer_keys_of_another_kind(tmp_path, key, value):
+    folder = written(tmp_path)
+    edit(optim(folder, 0), lambda c: c["optimizer_state_dict"].update({key: value}))
+    refuses(tmp_path, "rank_0", key if key != "zero_stage" else "stage")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("param_shapes", [["a"]]),
+        ("param_shapes", [{"a": (1.5,)}]),
+        ("param_shapes", [{"a": (-1,)}]),
+        ("param_shapes", [{"a": (1,)}, {"a": (1,)}]),
+        ("buffer_names", [1]),
+        ("shared_params", {"a": 1}),
+        ("frozen_param_fragments", {"still": [1.0]}),
+        ("frozen_param_fragments", None),
+        ("frozen_param_fragments", {}),
+        ("module", [1]),
+    ],
+)
+def test_model_keys_of_another_kind(tmp_path, key, value):
+    folder = written(tmp_path)
+    edit(model(folder, 0), lambda c: c.update({key: value}))
+    refuses(tmp_path, "rank_0" if value != {} else "still", key)
+
+
+def test_rename_into_one(tmp_path):
+    written(tmp_path)
+    refuses(tmp_path, "rename makes 'x' of both", rename=[("^.*$", "x")])
+
+
+def test_config_that_is_no_json(tmp_path):
+    written(tmp_path)
+    (tmp_path / "config.json").write_text("{nothing")
+    refuses(tmp_path, "config.json: no JSON")
+    (tmp_path / "config.json").write_text('{"a": 1, "a": 2}')
+    refuses(tmp_path, "'a' stands twice")
