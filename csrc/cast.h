@@ -32,8 +32,8 @@ constexpr uint8_t ITEMSIZE[DTYPES] = {4, 2, 2, 1, 1, 8, 1, 1, 2, 4, 8, 1, 2, 4, 
 
 namespace {  // internal linkage: these are compiled once for each instruction set
 
-template <class U> struct FloatOf;  // the float twin of a lane type
-template <> struct FloatOf<uint32_t> { using type = float; };
+template <class U> struct FloatOf;  // the float and the signed twin of a lane type
+template <> struct FloatOf<uint32_t> { using type = float; using integer = int32_t; };
 
 template <class U> FASTCKPT_HD typename FloatOf<U>::type as_float(U bits) {
     typename FloatOf<U>::type f;
@@ -47,6 +47,13 @@ template <class U, class F> FASTCKPT_HD U as_bits(F f) {
 }
 
 constexpr uint32_t INF32 = 0x7f800000u, NAN32 = 0x7fc00000u;
+
+// Whether a lane is a NaN, and whether a < b for lanes below 2^31: vectors compare signed integers cheaply only.
+template <class U> FASTCKPT_HD auto is_nan(U bits) { return as_float<U>(bits) != as_float<U>(bits); }
+template <class U> FASTCKPT_HD auto less(U a, U b) {
+    using Int = typename FloatOf<U>::integer;
+    return (Int)a < (Int)b;
+}
 
 // A float with E exponent and M fraction bits in the low 1 + E + M bits of a lane. With FINITE
 // the type has no infinity and one NaN, all ones (e4m3fn); NAN_CODE is the canonical NaN.
@@ -63,10 +70,10 @@ template <int E, int M, bool FINITE, uint32_t NAN_CODE> struct Small {
         // The exponent is rebiased by a multiplication, which also normalises denormals.
         U r = as_bits<U>(as_float<U>(a << SHIFT) * as_float<uint32_t>((127 + REBIAS) << 23));
         if constexpr (FINITE) {
-            r = a == TOP ? U{} + NAN32 : r;
+            r = a == (U{} + TOP) ? U{} + NAN32 : r;
         } else {
-            r = a >= TOP ? U{} + INF32 : r;
-            r = a > TOP ? U{} + NAN32 : r;
+            r = less(a, U{} + TOP) ? r : U{} + INF32;
+            r = less(U{} + TOP, a) ? U{} + NAN32 : r;
         }
         return r | ((x & SIGN) << (31 - E - M));
     }
@@ -77,9 +84,9 @@ template <int E, int M, bool FINITE, uint32_t NAN_CODE> struct Small {
         U a = x & 0x7fffffffu;
         U normal = ((a + ((1u << (SHIFT - 1)) - 1) + ((a >> SHIFT) & 1u)) >> SHIFT) - (REBIAS << M);
         U small = as_bits<U>(as_float<U>(a) + as_float<uint32_t>(MAGIC)) - MAGIC;
-        U r = a < MIN_NORMAL ? small : normal;
-        r = r > LIMIT ? U{} + LIMIT : r;
-        r = a > INF32 ? U{} + NAN_CODE : r;
+        U r = less(a, U{} + MIN_NORMAL) ? small : normal;
+        r = less(U{} + LIMIT, r) ? U{} + LIMIT : r;
+        r = is_nan(x) ? U{} + NAN_CODE : r;
         return r | ((x >> (31 - E - M)) & SIGN);
     }
 };
@@ -92,11 +99,11 @@ struct BF16 {
     static constexpr int size = 2;
     template <class U> FASTCKPT_HD U to_f32(U x) {
         U r = x << 16;
-        return (r & 0x7fffffffu) > INF32 ? (r & 0x80000000u) | NAN32 : r;
+        return is_nan(r) ? (r & 0x80000000u) | NAN32 : r;
     }
     template <class U> FASTCKPT_HD U from_f32(U x) {
         U r = (x + 0x7fffu + ((x >> 16) & 1u)) >> 16;
-        return (x & 0x7fffffffu) > INF32 ? ((x >> 16) & 0x8000u) | 0x7fc0u : r;
+        return is_nan(x) ? ((x >> 16) & 0x8000u) | 0x7fc0u : r;
     }
 };
 

@@ -29,10 +29,11 @@ constexpr int LANES = 4;
 constexpr size_t BLOCK = LANES * 4;
 
 typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 typedef uint8_t Quarters __attribute__((vector_size(LANES)));
-template <> struct FloatOf<Words> { using type = Floats; };
+template <> struct FloatOf<Words> { using type = Floats; using integer = Ints; };
 
 template <int SIZE> struct Lane;
 template <> struct Lane<1> { using type = Quarters; };
@@ -80,6 +81,11 @@ template <int SIZE> FASTCKPT_INLINE Words pack(const Words* w) {
                                         _mm256_packus_epi32((__m256i)w[2], (__m256i)w[3]));
         out = (Words)_mm256_permutevar8x32_epi32(p, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     }
+#elif defined(__SSE2__)
+    __m128i s[4 / SIZE];  // SSE2 packs signed words only: extend the sign first, and nothing saturates
+    for (int i = 0; i < 4 / SIZE; ++i) s[i] = _mm_srai_epi32(_mm_slli_epi32((__m128i)w[i], 32 - 8 * SIZE), 32 - 8 * SIZE);
+    if constexpr (SIZE == 2) out = (Words)_mm_packs_epi32(s[0], s[1]);
+    else out = (Words)_mm_packs_epi16(_mm_packs_epi32(s[0], s[1]), _mm_packs_epi32(s[2], s[3]));
 #else
     for (int i = 0; i < 4 / SIZE; ++i) store<SIZE>(reinterpret_cast<char*>(&out) + i * LANES * SIZE, w[i]);
 #endif
@@ -150,6 +156,13 @@ FASTCKPT_INLINE void transpose(Words (&m)[LANES]) {
         m[i] = (Words)_mm256_permute2x128_si256(b[i], b[i + 4], 0x20);
         m[i + 4] = (Words)_mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
     }
+#elif defined(__SSE2__)
+    __m128i a = _mm_unpacklo_epi32((__m128i)m[0], (__m128i)m[1]), b = _mm_unpackhi_epi32((__m128i)m[0], (__m128i)m[1]);
+    __m128i c = _mm_unpacklo_epi32((__m128i)m[2], (__m128i)m[3]), d = _mm_unpackhi_epi32((__m128i)m[2], (__m128i)m[3]);
+    m[0] = (Words)_mm_unpacklo_epi64(a, c);
+    m[1] = (Words)_mm_unpackhi_epi64(a, c);
+    m[2] = (Words)_mm_unpacklo_epi64(b, d);
+    m[3] = (Words)_mm_unpackhi_epi64(b, d);
 #else
     uint32_t in[LANES][LANES], out[LANES][LANES];
     memcpy(in, m, sizeof in);

@@ -106,6 +106,7 @@ template <class S, class D> struct Micro {
 
 // Tiles of the source: a narrow band of rows is walked along its columns, so that few source pages and
 // whole destination lines are in flight, and the tile ahead is prefetched.
+constexpr size_t LINE = 64;
 constexpr size_t TILE_ROWS = LANES == 16 ? 64 : 128, TILE_COLS = LANES == 16 ? 512 : 256;
 
 template <class S, class D>
@@ -121,9 +122,9 @@ void transposed(char* dst, const char* src, size_t rows, size_t cols, int64_t ds
         auto run = [&](size_t r, size_t c, int64_t ahead, bool stream) {
             M::run(dst + c * dst_step + r * D::size, src + r * src_step + c * S::size, dst_step, src_step, ahead, stream);
         };
-        // Streaming needs whole aligned blocks: start at the first row whose destination is aligned.
-        size_t head = -reinterpret_cast<uintptr_t>(dst) % BLOCK;
-        past = past && dst_step % static_cast<int64_t>(BLOCK) == 0 && head % D::size == 0;
+        // Streaming needs whole aligned cache lines: start at the first row whose destination is aligned.
+        size_t head = -reinterpret_cast<uintptr_t>(dst) % LINE;
+        past = past && dst_step % static_cast<int64_t>(LINE) == 0 && head % D::size == 0;
         size_t first = past ? head / D::size : 0;
         if (first + M::DEPTH > rows) first = 0, past = false;
         size_t last_row = first + (rows - first) / M::DEPTH * M::DEPTH, last_col = cols / LANES * LANES;
@@ -144,7 +145,7 @@ void transposed(char* dst, const char* src, size_t rows, size_t cols, int64_t ds
             for (size_t c = 0; c < last_col; c += LANES) run(r, c, 0, false);
             if (last_col < cols) run(r, cols - LANES, 0, false);
         };
-        if (first > 0) edge(0);
+        for (size_t r = 0; r < first; r += M::DEPTH) edge(r);
         if (last_row < rows) edge(rows - M::DEPTH);
     }
 }
