@@ -194,7 +194,7 @@ def _demo(args: argparse.Namespace) -> int:
     from .demo import demo
     from .files import parse_size
 
-    return demo(main, parse_size(args.size), args.keep, as_json=args.json)
+    return demo(parse_size(args.size), args.keep, as_json=args.json)
 
 
 COMMANDS: dict[str, Command] = {

@@ -7,15 +7,15 @@ weights that went in by code that shares nothing with the road.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import struct
+import subprocess
+import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,6 @@ from .checkpoint import JSON
 from .errors import WriteError
 
 Floats = NDArray[np.float32]
-Run = Callable[[Sequence[str]], int]
 
 RANKS = 3
 TAG = "global_step7"
@@ -33,24 +32,24 @@ SHOWN = 16
 """Lines of a command's output that are shown."""
 
 
-def demo(run: Run, nbytes: int, keep: str | None, *, as_json: bool = False) -> int:
-    """Write a checkpoint of about `nbytes` of weights, run every command on it through `run` (a command line
-    in, its exit code out), and compare. Returns 0 where all is equal, else 1.
+def demo(nbytes: int, keep: str | None, *, as_json: bool = False) -> int:
+    """Write a checkpoint of about `nbytes` of weights, run every command on it, each in a process of its own,
+    and compare. Returns 0 where all is equal, else 1.
 
     Works in `keep`, which must be new or empty and stays, or in a temporary directory. Raises WriteError."""
     if keep is None:
         with tempfile.TemporaryDirectory(prefix="fastckpt-demo-") as folder:
-            return _demo(run, nbytes, folder, as_json)
+            return _demo(nbytes, folder, as_json)
     try:
         os.makedirs(keep, exist_ok=True)
         if os.listdir(keep):
             raise WriteError(f"{keep}: not empty; name a new directory")
     except OSError as e:
         raise WriteError(f"{keep}: {e.strerror}") from None
-    return _demo(run, nbytes, keep, as_json)
+    return _demo(nbytes, keep, as_json)
 
 
-def _demo(run: Run, nbytes: int, folder: str, as_json: bool) -> int:
+def _demo(nbytes: int, folder: str, as_json: bool) -> int:
     source, vllm, hf, whole = (os.path.join(folder, n) for n in ("checkpoint", "vllm", "hf", "whole"))
     model = Llama.of(nbytes)
     model.write(source)
@@ -66,37 +65,42 @@ def _demo(run: Run, nbytes: int, folder: str, as_json: bool) -> int:
         ["diff", source, whole],
     )
     steps: list[JSON] = []
-    good = True
+    wrong: list[str] = []
     for command in commands:
         began = time.perf_counter()
-        with redirect_stdout(io.StringIO()) as printed:
-            code = run(command)
+        code, output = run(command)
         seconds = time.perf_counter() - began
-        good &= code == 0
-        steps.append({"command": ["fastckpt", *command], "code": code, "seconds": seconds})
+        shown = " ".join(["fastckpt", *command])
+        steps.append({"command": shown, "code": code, "seconds": seconds})
+        wrong += [f"exit {code}: {shown}"] if code else []
         if not as_json:
-            print("\n$ fastckpt " + " ".join(command))
-            lines = printed.getvalue().splitlines()
+            lines = output.splitlines()
+            more = [f"... {len(lines) - SHOWN} more lines"] if len(lines) > SHOWN else []
             print(
-                "\n".join(
-                    lines[:SHOWN] + ([f"... {len(lines) - SHOWN} more lines"] if len(lines) > SHOWN else [])
-                )
+                "\n".join(["", f"$ {shown}", *lines[:SHOWN], *more, f"[exit {code}, {seconds:.2f} s]"]),
+                flush=True,
             )
-            print(f"[exit {code}, {seconds:.2f} s]", flush=True)
-    wrong = model.wrong(whole, vllm) if good else ["a command failed"]
+    wrong = wrong or model.wrong(whole, vllm)
     if as_json:
-        print(
-            json.dumps(
-                {"equal": not wrong, "weights": model.nbytes, "wrong": [*wrong], "steps": steps}, indent=2
-            )
-        )
+        found: JSON = {"equal": not wrong, "bytes": model.nbytes, "wrong": [*wrong], "steps": steps}
+        print(json.dumps(found, indent=2))
+    elif wrong:
+        print("\n" + "\n".join(f"differs: {w}" for w in wrong))
     else:
-        print()
-        print(
-            "\n".join(f"differs: {w}" for w in wrong)
-            or f"all equal: {model.nbytes} bytes of weights, every bit"
-        )
+        print(f"\nall equal: every bit of {model.nbytes} bytes of weights")
     return 1 if wrong else 0
+
+
+def run(command: Sequence[str]) -> tuple[int, str]:
+    """One command line in a process of its own: its exit code and what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "fastckpt", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout
 
 
 # ---- the model ----

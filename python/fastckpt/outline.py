@@ -27,7 +27,8 @@ from .text import columns, counted, size, some
 @dataclass(frozen=True, slots=True)
 class Run:
     """What one tensor takes from one source file: `ranges` contiguous byte ranges of `nbytes` in all, which
-    lie within [first, last) of the file. A tensor in memory has the path "memory"."""
+    lie within [first, last) of the file; those of a strided copy may touch. A tensor in memory has the path
+    "memory"."""
 
     path: str
     ranges: int
@@ -209,6 +210,7 @@ def _runs(plan: Plan) -> dict[int, tuple[Run, ...]]:
         np.minimum.at(first, group, low)
         np.maximum.at(last, group, high)
         np.add.at(count, group, ranges(rows))
+        np.subtract.at(count, group, meets(rows, group))
         np.add.at(moved, group, planner.nbytes(rows, "src"))
         columns = (keys[:, 0], keys[:, 1], count, moved, first, last)
         for tensor, place, n, nbytes, a, b in zip(*(c.tolist() for c in columns), strict=True):
@@ -224,8 +226,20 @@ def _rows(plan: Plan) -> Iterator[tuple[Ints, Table]]:
         yield first + chunk.tensor, chunk.rows
 
 
+def meets(rows: Table, group: Ints) -> Ints:
+    """1 for each row that is one byte range and begins where another such row of its group ends, else 0."""
+    low, high = planner.span(rows, "src")
+    dense = ranges(rows) == 1
+    order = np.lexsort((low, ~dense, group))
+    before, after = order[:-1], order[1:]
+    out = np.zeros(len(rows), np.int64)
+    touch = dense[before] & dense[after] & (group[before] == group[after]) & (high[before] == low[after])
+    out[after[touch]] = 1
+    return out
+
+
 def ranges(rows: Table) -> Ints:
-    """How many contiguous byte ranges of its source each row reads; neighbours in one row are joined."""
+    """How many contiguous byte ranges of its source each row reads."""
     shape, stride = rows["shape"].astype(np.int64), rows["src_stride"]
     order = np.argsort(stride, axis=1, kind="stable")
     shape, stride = np.take_along_axis(shape, order, 1), np.take_along_axis(stride, order, 1)

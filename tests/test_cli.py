@@ -1,0 +1,449 @@
+"""The command line: every command, its options, its exit codes, and what it leaves behind when it fails."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from fastckpt import arguments, cli, terminal
+from fastckpt.errors import FastckptError
+from fastckpt.placement import Placement
+from safetensors.torch import load_file
+from zero_writer import write_zero
+
+CONFIG = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 16, "intermediate_size": 24,
+    "vocab_size": 36, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+def llama() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    shapes = {"model.embed_tokens": (36, 16)}
+    for i in range(2):
+        parts = {"self_attn.q_proj": (16, 16), "self_attn.k_proj": (8, 16), "self_attn.v_proj": (8, 16)}
+        parts |= {"self_attn.o_proj": (16, 16), "mlp.gate_proj": (24, 16), "mlp.up_proj": (24, 16)}
+        parts |= {"mlp.down_proj": (16, 24), "input_layernorm": (16,), "post_attention_layernorm": (16,)}
+        shapes |= {f"model.layers.{i}.{n}": s for n, s in parts.items()}
+    shapes |= {"model.norm": (16,), "lm_head": (36, 16)}
+    return {f"{n}.weight": torch.randn(s, generator=generator) for n, s in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> str:
+    """A ZeRO-3 llama of three ranks, with its config."""
+    path = tmp_path_factory.mktemp("cli") / "checkpoint"
+    write_zero(path, llama(), stage=3, world=3)
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    return str(path)
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*argv: str | os.PathLike[str]) -> tuple[int, str, str]:
+        code = cli.main([os.fspath(a) for a in argv])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def left(path: Path) -> list[str]:
+    return sorted(os.listdir(path))
+
+
+# ---- usage ----
+
+
+def test_no_arguments_print_the_help(run):
+    code, out, _ = run()
+    assert code == 2
+    assert all(f"    {c} " in out or f"    {c}\n" in out for c in cli.COMMANDS)
+
+
+def test_version(run):
+    assert run("--version")[:2] == (0, "fastckpt 0.1.0\n")
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert f"fastckpt {command}" in out
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["unknown"],
+        ["inspect"],
+        ["plan", "x", "--tp", "two"],
+        ["plan", "x", "--rank", "first"],
+        ["plan", "x", "--rank", "-1"],
+        ["plan", "x", "-L", "nothing"],
+        ["plan", "x", "--rename", "nothing"],
+        ["plan", "x", "--rename", "(=b"],
+        ["plan", "x", "--threads", "0"],
+        ["plan", "x", "--max-shard", "1GB"],  # no abbreviations
+        ["reshard", "x", "y", "--weights", "none"],
+    ],
+)
+def test_usage_errors_exit_2(run, argv):
+    code, out, err = run(*argv)
+    assert (code, out) == (2, "")
+    assert "usage: fastckpt" in err
+
+
+def test_deepspeed_s_spelling_is_understood():
+    line = "consolidate a b --safe_serialization --max_shard_size 1GB --exclude_frozen_parameters -t here -d"
+    args = arguments.parser().parse_args(line.split())
+    assert (args.safe_serialization, args.max_shard_size) == (True, "1GB")
+    assert (args.exclude_frozen_parameters, args.tag, args.debug) == (True, "here", True)
+
+
+def test_renames_keep_their_order():
+    args = arguments.parser().parse_args(
+        ["inspect", "a", "--rename", "a(?=b)=c", "--strip-prefix", "module.", "--rename", r"x\.=y"]
+    )
+    assert args.rename == [("a(?=b)", "c"), (r"^module\.", ""), (r"x\.", "y")]
+
+
+def test_a_shard_size_of_none_is_one_file():
+    assert arguments.parser().parse_args(["plan", "a", "--max-shard-size", "none"]).max_shard_size is None
+
+
+# ---- commands ----
+
+
+def test_inspect(run, source):
+    code, text, _ = run("inspect", source)
+    assert code == 0
+    assert "global_step2" in text and "model.embed_tokens.weight" in text
+    code, out, _ = run("inspect", source, "--json")
+    found = json.loads(out)
+    assert (code, found["family"], found["tensors"], found["facts"]["world"]) == (0, "llama", 21, 3)
+    assert found["bytes"] == sum(4 * t.numel() for t in llama().values())
+
+
+def test_plan_writes_nothing(run, source, tmp_path):
+    before = left(Path(source))
+    argv = ("--tp", "2", "--rank", "1", "--layout", "vllm", "--dtype", "bf16", "--json")
+    code, out, _ = run("plan", source, *argv)
+    plan = json.loads(out)
+    assert code == 0
+    assert plan["ranks"] == [1]
+    assert {t["rank"] for t in plan["tensors"]} == {1}
+    assert plan["output_bytes"] == sum(t["bytes"] for t in plan["tensors"])
+    assert left(Path(source)) == before
+
+
+def test_reshard_verify_diff(run, source, tmp_path):
+    served, whole = tmp_path / "served", tmp_path / "whole"
+    code, out, err = run("reshard", source, served, "--tp", "2", "--layout", "hf", "--no-fsync")
+    assert (code, err) == (0, "")
+    assert str(served) in out
+    halves = [load_file(served / f"rank-0{r}" / "model.safetensors") for r in range(2)]
+    for name, want in llama().items():
+        rows = not name.endswith(("o_proj.weight", "down_proj.weight"))
+        got = halves[0][name] if "norm" in name else torch.cat([h[name] for h in halves], 0 if rows else 1)
+        assert torch.equal(got, want), name
+    assert run("verify", served)[0] == 0
+    assert run("consolidate", source, whole, "--safe-serialization", "--no-fsync")[0] == 0
+    code, out, _ = run("diff", source, whole)
+    assert code == 0
+    assert out.splitlines()[-1].startswith("bit-equal: 21 tensors")
+
+
+def test_ranks_one_by_one_complete_the_set(run, source, tmp_path):
+    out = tmp_path / "served"
+    for rank in ("1", "0"):
+        assert not (out / "fastckpt.json").exists()
+        assert run("reshard", source, out, "--tp", "2", "--rank", rank, "--no-fsync")[0] == 0
+    assert run("verify", out)[0] == 0
+
+
+def test_reports_as_json(run, source, tmp_path):
+    code, out, err = run("consolidate", source, tmp_path / "out", "--json", "--no-fsync")
+    report = json.loads(out)
+    assert code == 0
+    assert report["tensors"] == 21
+    assert report["bytes_written"] == sum(4 * t.numel() for t in llama().values())
+    assert set(report["digests"]) == set(llama())
+    lines = [json.loads(line) for line in err.splitlines()]
+    assert lines and all(set(line) == {"phase", "done", "total"} for line in lines)
+    assert {"phase": "copy", "done": report["bytes_written"], "total": report["bytes_written"]} in lines
+
+
+def test_quiet_prints_nothing(run, source, tmp_path):
+    assert run("consolidate", source, tmp_path / "out", "--quiet", "--no-fsync") == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    "argv", [["reshard", "--tp", "2"], ["consolidate"], ["consolidate", "--safe-serialization"]]
+)
+def test_a_dry_run_writes_nothing(run, source, tmp_path, argv):
+    command, *options = argv
+    code, out, _ = run(command, source, tmp_path / "out", "--dry-run", *options)
+    assert code == 0
+    assert "peak memory" in out
+    assert ("pytorch_model.bin" in out) == (argv == ["consolidate"])
+    assert left(tmp_path) == []
+
+
+def test_names_are_renamed_and_stripped(run, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    write_zero(source, {"module.a.x": torch.ones(3), "module.b": torch.ones(2)}, stage=2, world=2)
+    argv = ("--strip-prefix", "module.", "--rename", r"^a\.=c.", "--safe-serialization", "--no-fsync")
+    assert run("consolidate", source, out, *argv)[0] == 0
+    assert set(load_file(out / "model.safetensors")) == {"c.x", "b"}
+
+
+def test_layout_options_and_pattern_plans(run, source, tmp_path):
+    assert run("plan", source, "--tp", "4", "--layout", "hf")[0] == 2
+    assert run("plan", source, "--tp", "4", "--layout", "hf", "-L", "replicate_kv=true")[0] == 0
+    patterns = tmp_path / "plan.json"
+    patterns.write_text(json.dumps({"*.q_proj.weight": "colwise", "*": "replicate"}))
+    code, out, _ = run("plan", source, "--tp", "2", "--tp-plan", patterns, "--json")
+    shapes = {t["name"]: t["shape"] for t in json.loads(out)["tensors"]}
+    assert code == 0
+    assert shapes["model.layers.0.self_attn.q_proj.weight"] == [8, 16]
+    assert shapes["model.layers.0.self_attn.k_proj.weight"] == [8, 16]
+    for text in ("[1]", '{"a": 1}', "{"):
+        patterns.write_text(text)
+        code, _, err = run("plan", source, "--tp", "2", "--tp-plan", patterns)
+        assert code == 2
+        assert "--tp-plan" in err
+
+
+def test_diff_exits_1(run, source, tmp_path):
+    other = tmp_path / "other"
+    changed = llama()
+    changed["model.norm.weight"][3] += 0.5
+    write_zero(other, changed, stage=2, world=2)
+    code, out, _ = run("diff", source, other, "--json")
+    found = json.loads(out)
+    assert (code, found["equal"]) == (1, False)
+    assert [(u["name"], u["differing"]) for u in found["unequal"]] == [("model.norm.weight", 1)]
+
+
+def test_verify_finds_a_flipped_bit(run, source, tmp_path):
+    out = tmp_path / "out"
+    assert run("consolidate", source, out, "--no-fsync", "--safe-serialization")[0] == 0
+    file = out / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 4
+    file.write_bytes(data)
+    code, said, _ = run("verify", out)
+    assert code == 1
+    assert "1 problem" in said
+    code, said, _ = run("verify", out, "--json")
+    assert (code, json.loads(said)["ok"]) == (1, False)
+
+
+def test_doctor(run, tmp_path):
+    code, out, _ = run("doctor", "--json", "--path", tmp_path / "not" / "there")
+    found = json.loads(out)
+    assert code == 0
+    assert found["python"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["python"]["torch"] == torch.__version__
+    assert found["output"]["path"] == str(tmp_path)
+    assert found["output"]["free"] > 0
+    code, out, _ = run("doctor")
+    assert code == 0
+    assert "page size" in out
+
+
+def test_demo(run, tmp_path):
+    code, out, _ = run("demo", "--size", "1MB", "--keep", tmp_path / "kept")
+    assert code == 0
+    assert out.splitlines()[-1].startswith("all equal: ")
+    assert left(tmp_path / "kept") == ["checkpoint", "hf", "vllm", "whole"]
+    code, _, err = run("demo", "--keep", tmp_path / "kept")
+    assert code == 4
+    assert "not empty" in err
+
+
+def test_demo_tells_when_something_differs(run, monkeypatch):
+    from fastckpt import demo
+
+    def flipped(command):
+        with redirect_stdout(io.StringIO()) as out:
+            cli.main(command)
+        if command[0] == "verify":
+            file = Path(command[1]) / "model.safetensors"
+            if file.exists():
+                data = bytearray(file.read_bytes())
+                data[-1] ^= 1
+                file.write_bytes(data)
+        return 0, out.getvalue()
+
+    monkeypatch.setattr(demo, "run", flipped)
+    code, out, _ = run("demo", "--size", "1MB", "--json")
+    assert code == 1
+    assert json.loads(out)["equal"] is False
+
+
+# ---- ranks from the launcher ----
+
+
+@pytest.mark.parametrize("names", cli.LAUNCHERS)
+def test_rank_auto_is_the_launcher_s(monkeypatch, names):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    grid = Placement(tp=4)
+    with pytest.raises(FastckptError, match="neither RANK nor SLURM_PROCID"):
+        cli._rank("auto", grid)
+    rank, world = names
+    monkeypatch.setenv(rank, "3")
+    monkeypatch.setenv(world, "4")
+    assert cli._rank("auto", grid) == 3
+    assert cli._rank(None, grid) is None  # never unasked
+    monkeypatch.setenv(world, "8")
+    with pytest.raises(FastckptError, match="=8, but 4 ranks are served"):
+        cli._rank("auto", grid)
+    monkeypatch.delenv(world)
+    with pytest.raises(FastckptError, match="wanted numbers"):
+        cli._rank("auto", grid)
+
+
+# ---- failures ----
+
+
+def test_an_error_is_one_line(run, tmp_path):
+    code, out, err = run("inspect", tmp_path / "nothing")
+    assert (code, out) == (3, "")
+    assert err.startswith("fastckpt: error: ")
+    assert err.count("\n") == 1
+
+
+def test_the_traceback_is_shown_when_asked_for(run, tmp_path, monkeypatch):
+    assert "Traceback" in run("inspect", tmp_path / "nothing", "--debug")[2]
+    monkeypatch.setenv("FASTCKPT_DEBUG", "1")
+    assert "Traceback" in run("inspect", tmp_path / "nothing")[2]
+
+
+def test_exit_codes(run, source, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("kept")
+    assert run("consolidate", source, out)[0] == 4  # not empty
+    assert (out / "mine").read_text() == "kept"
+    assert run("plan", source, "--tp", "3")[0] == 2  # heads do not divide
+    assert run("plan", source, "--rank", "1")[0] == 2
+    assert run("plan", source, "--recipe", "unknown")[0] == 2
+    assert run("inspect", source, "--tag", "absent")[0] == 3
+    assert run("reshard", source, tmp_path / "gpu", "--device", "cuda:99")[0] == 4
+    assert left(tmp_path) == ["out"]
+
+
+def test_a_truncated_file_exits_3_and_leaves_nothing(run, tmp_path):
+    source = tmp_path / "source"
+    write_zero(source, llama(), stage=3, world=2)
+    victim = next((source / "global_step2").glob("*rank_1*optim_states.pt"))
+    victim.write_bytes(victim.read_bytes()[:-100])
+    code, _, err = run("consolidate", source, tmp_path / "out")
+    assert code == 3
+    assert victim.name in err
+    assert left(tmp_path) == ["source"]
+
+
+def test_an_os_error_exits_4(run, monkeypatch):
+    def fails(args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(cli.COMMANDS, "doctor", fails)
+    code, _, err = run("doctor")
+    assert code == 4
+    assert err == "fastckpt: error: [Errno 28] No space left on device\n"
+
+
+SIGNALLED = """
+import os, sys
+from contextlib import contextmanager
+from fastckpt import cli
+
+@contextmanager
+def progress(**options):
+    def show(done, total, phase):
+        if phase == "copy":
+            os.kill(os.getpid(), int(sys.argv[1]))
+    yield show
+
+cli.progress = progress
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("rank", [(), ("--rank", "0")])
+def test_a_signal_leaves_nothing_behind(source, tmp_path, number, code, rank):
+    out = tmp_path / "out"
+    command = ["reshard", source, str(out), "--tp", "2", *rank]
+    python = [sys.executable, "-c", SIGNALLED, str(int(number))]
+    done = subprocess.run([*python, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") <= 1
+    assert not out.exists() or left(out) == []
+    assert [n for n in left(tmp_path) if n != "out"] == []
+
+
+def test_a_reader_that_goes_away_is_no_error(source):
+    command = [sys.executable, "-m", "fastckpt", "inspect", source, "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == cli.UNHEARD
+
+
+# ---- progress ----
+
+
+def test_a_terminal_gets_a_bar(source, tmp_path):
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastckpt", "consolidate", source, str(tmp_path / "out")],
+        stdout=subprocess.PIPE, stderr=theirs, env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
+    )  # fmt: skip
+    os.close(theirs)
+    seen: list[bytes] = []
+
+    def drain() -> None:
+        try:
+            while data := os.read(ours, 4096):
+                seen.append(data)
+        except OSError:  # Linux: the other end was closed
+            pass
+
+    reader = threading.Thread(target=drain)
+    reader.start()
+    printed = process.communicate()[0]
+    reader.join()
+    os.close(ours)
+    assert process.returncode == 0
+    assert b"copy" in b"".join(seen)
+    assert b"B/s" in b"".join(seen)
+    assert b"\x1b" not in printed
+
+
+def test_lines_are_thinned_but_never_the_last(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    with terminal.progress(as_json=True, quiet=False) as show:
+        for done in range(1, 11):
+            show(done, 10, "copy")
+            now[0] += 0.3 * terminal.INTERVAL
+        show(1, 1, "sync")
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(x["phase"], x["done"]) for x in lines] == [*(("copy", n) for n in (1, 5, 9, 10)), ("sync", 1)]

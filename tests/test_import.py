@@ -1,0 +1,94 @@
+"""Importing is cheap, names come when they are used, and a run over files needs no torch."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import fastckpt
+import pytest
+import torch
+from zero_writer import write_zero
+
+PACKAGE = Path(next(iter(fastckpt.__path__)))
+
+
+def in_a_process(code: str, *argv: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_brings_nothing_in():
+    loaded = in_a_process("import sys, fastckpt; print(*sys.modules, sep='\\n')").split()
+    assert "fastckpt" in loaded
+    assert not [m for m in loaded if m.startswith(("fastckpt.", "numpy", "torch", "rich", "argparse"))]
+
+
+def test_importtime_sees_one_module_of_ours():
+    command = [sys.executable, "-X", "importtime", "-c", "import fastckpt"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    names = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines()]
+    assert [n for n in names if n.split(".")[0] in ("fastckpt", "numpy", "torch")] == ["fastckpt"]
+
+
+@pytest.mark.parametrize("name", fastckpt._HOME)
+def test_every_public_name_is_there(name):
+    value = getattr(fastckpt, name)
+    assert value is getattr(importlib.import_module(f"fastckpt.{fastckpt._HOME[name]}"), name)
+    assert name in dir(fastckpt)
+
+
+def test_type_checkers_see_the_same_names():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    block = next(n for n in tree.body if isinstance(n, ast.If) and isinstance(n.test, ast.Name))
+    imports = [n for n in block.body if isinstance(n, ast.ImportFrom)]
+    seen = {a.asname: n.module for n in imports for a in n.names}
+    assert seen == fastckpt._HOME
+
+
+def test_no_module_carries_the_name_of_a_public_function():
+    modules = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    functions = {n for n in fastckpt._HOME if inspect.isroutine(getattr(fastckpt, n))}
+    assert {"open", "reshard", "consolidate", "plan", "verify", "diff", "inspect"} <= functions
+    assert not modules & functions
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'unknown'"):
+        _ = fastckpt.unknown
+
+
+def test_version_is_the_project_s():
+    project = Path(__file__).parents[1] / "pyproject.toml"
+    assert re.search(r'^version = "(.*)"', project.read_text(), re.M)[1] == fastckpt.__version__
+
+
+RUN = """
+import json, sys
+from fastckpt.cli import main
+code = 0
+for argv in json.loads(sys.argv[1]):
+    code |= main(argv)
+print(code, "torch" in sys.modules)
+"""
+
+
+def test_a_run_over_files_does_not_import_torch(tmp_path):
+    pytest.importorskip("fastckpt._C", reason="the compiled module is not built: torch's executor runs")
+    source, one, two = (str(tmp_path / n) for n in ("source", "one", "two"))
+    write_zero(source, {"a.weight": torch.randn(7, 5), "b.bias": torch.randn(3)}, stage=3, world=2)
+    commands = [
+        ["inspect", source],
+        ["reshard", source, one, "--layout", "same", "--dtype", "bfloat16", "--quiet"],
+        ["consolidate", source, two, "--quiet"],
+        ["verify", one],
+        ["diff", source, two],
+    ]
+    assert in_a_process(RUN, json.dumps(commands)).splitlines()[-1] == "0 False"
