@@ -21,4 +21,3 @@ KEPT = (
 MADE = [f"made/{run.name}" for run in NORMAL]
 NIGHTLY_MADE = [pytest.param(f"made/{run.name}", marks=pytest.mark.nightly) for run in NIGHTLY]
 ALL = [*(f"kept/{name}" for name in KEPT), *MADE, *NIGHTLY_MADE]
-EXPENSIVE_PEER = [*MADE, *NIGHTLY_MADE]
