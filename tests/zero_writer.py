@@ -39,7 +39,7 @@ class LossScaler:
 
 
 @dataclass
-class fragment_address:  # noqa: N801 (DeepSpeed's own spelling)
+class fragment_address:
     numel: int
     start: int
 
@@ -79,9 +79,11 @@ def deepspeed_names() -> Iterator[None]:
 
 def garbage(numel: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     """`numel` values that no reader may use."""
-    return torch.tensor([GARBAGE[(i + seed) % len(GARBAGE)] for i in range(min(numel, 5))] or [0.0]).repeat(
-        numel // 5 + 1
-    )[:numel].to(dtype)
+    return (
+        torch.tensor([GARBAGE[(i + seed) % len(GARBAGE)] for i in range(min(numel, 5))] or [0.0])
+        .repeat(numel // 5 + 1)[:numel]
+        .to(dtype)
+    )
 
 
 def aligned_partition(numel: int, world: int) -> int:
@@ -89,7 +91,9 @@ def aligned_partition(numel: int, world: int) -> int:
     return -(-numel // (2 * world)) * 2
 
 
-def sub_groups(names: Sequence[str], numel: Mapping[str, int], world: int, size: int | None) -> list[list[str]]:
+def sub_groups(
+    names: Sequence[str], numel: Mapping[str, int], world: int, size: int | None
+) -> list[list[str]]:
     """Stage 3: a sub-group closes after the parameter that brings it to `size` elements a rank."""
     part = {n: -(-numel[n] // world) for n in names}
     if size is None or sum(part.values()) <= size:
@@ -129,10 +133,16 @@ def pieces(t: torch.Tensor, world: int) -> list[torch.Tensor]:
 
 def _moments(lengths: Sequence[int], step: int) -> dict[str, object]:
     state = {
-        g: {"step": torch.tensor(float(step)), "exp_avg": garbage(n, torch.float32), "exp_avg_sq": garbage(n, torch.float32, 1)}
+        g: {
+            "step": torch.tensor(float(step)),
+            "exp_avg": garbage(n, torch.float32),
+            "exp_avg_sq": garbage(n, torch.float32, 1),
+        }
         for g, n in enumerate(lengths)
     }
-    groups = [{"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "params": [g]} for g in state]
+    groups = [
+        {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "params": [g]} for g in state
+    ]
     return {"state": state, "param_groups": groups}
 
 
@@ -194,7 +204,11 @@ def write_zero(
     optim_prefix = "bf16_" if model_dtype is torch.bfloat16 else ""
 
     def save_optim(rank: int, state: dict[str, object]) -> None:
-        content = {"optimizer_state_dict": state, "ds_config": {"zero_optimization": {"stage": stage}}, "ds_version": VERSION}
+        content = {
+            "optimizer_state_dict": state,
+            "ds_config": {"zero_optimization": {"stage": stage}},
+            "ds_version": VERSION,
+        }
         save(f"{optim_prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", content)
 
     shapes: list[OrderedDict[str, torch.Size]] | None
@@ -216,7 +230,11 @@ def write_zero(
         align = [alignment_paddings([numel[n] for n in names], alignment) for names in order]
         parts, pads = [], []
         for names, pad in zip(order, align, strict=True):
-            row = [x for n, a in zip(names, pad, strict=True) for x in (masters[n].reshape(-1), garbage(a, master))]
+            row = [
+                x
+                for n, a in zip(names, pad, strict=True)
+                for x in (masters[n].reshape(-1), garbage(a, master))
+            ]
             p, rest = cut(torch.cat(row) if row else torch.zeros(0, dtype=master), world)
             parts.append(p)
             pads.append(rest)
@@ -247,22 +265,26 @@ def write_zero(
                 continue
             module[n] = torch.zeros(0, dtype=model_dtype) if stage == 3 else t
         module.update((alias, module[holder]) for alias, holder in tied.items() if holder in module)
-        module.update({n: t if rank == 0 or not t.is_floating_point() else t + rank for n, t in buffers.items()})
+        module.update(
+            {n: t if rank == 0 or not t.is_floating_point() else t + rank for n, t in buffers.items()}
+        )
         frozen_shapes: OrderedDict[str, torch.Size] | None = None
         fragments: OrderedDict[str, torch.Tensor] | None = None
         if stage >= 2 and not exclude_frozen:
             frozen_shapes = OrderedDict((n, models[n].shape) for n in idle)
             whole = stage == 2
-            fragments = OrderedDict((n, models[n] if whole else pieces(models[n], world)[rank].clone()) for n in idle)
+            fragments = OrderedDict(
+                (n, models[n] if whole else pieces(models[n], world)[rank].clone()) for n in idle
+            )
         return {
             "module": module, "buffer_names": list(buffers),
-            "optimizer": None if stage else {"fp32_groups": [list(masters.values())], "optimizer_state_dict": {}},
+            "optimizer": None if stage else {"fp32_groups": [list(masters.values())]},
             "param_shapes": shapes[0] if shapes and shapes_as_one_dict else shapes,
             "frozen_param_shapes": frozen_shapes,
             "shared_params": (dict(tied) if rank == 0 else {}) if stage else None,
-            "frozen_param_fragments": fragments, "lr_scheduler": None, "data_sampler": None, "random_ltd": None,
-            "skipped_steps": 0, "global_steps": step, "global_samples": step * world, "dp_world_size": world,
-            "mp_world_size": 1, "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1},
+            "frozen_param_fragments": fragments, "lr_scheduler": None, "data_sampler": None,
+            "random_ltd": None, "skipped_steps": 0, "global_steps": step, "global_samples": step * world,
+            "dp_world_size": world, "mp_world_size": 1, "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1},
             "ds_config": {"zero_optimization": {"stage": stage}}, "ds_version": VERSION, **(client or {}),
         }  # fmt: skip
 

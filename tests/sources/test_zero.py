@@ -94,7 +94,9 @@ VARIANTS = {
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_what_runs_differ_in(tmp_path, options):
     params = {n: t for n, t in PARAMS.items() if n != "none"} if options.get("exclude_frozen") else PARAMS
-    expected = write_zero(tmp_path, params, groups=GROUPS, frozen=FROZEN, buffers=BUFFERS, tied=TIED, **options)
+    expected = write_zero(
+        tmp_path, params, groups=GROUPS, frozen=FROZEN, buffers=BUFFERS, tied=TIED, **options
+    )
     same(sources.open(tmp_path), expected)
 
 

@@ -1,4 +1,4 @@
-"""ZeRO directories that are broken, mixed up or not supported: each is a SourceError that says what and where."""
+"""ZeRO directories that are broken, mixed up or not supported: a SourceError that says what and where."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def optim(folder, rank):
 
 
 def model(folder, rank=None):
-    return folder / ("mp_rank_00_model_states.pt" if rank is None else f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+    return folder / (
+        "mp_rank_00_model_states.pt" if rank is None else f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
+    )
 
 
 def test_no_latest_names_the_tags(tmp_path):
@@ -50,7 +52,9 @@ def test_no_latest_names_the_tags(tmp_path):
 
 def test_a_tag_that_is_not_there(tmp_path):
     folder = written(tmp_path)
-    refuses(tmp_path, "no ZeRO checkpoint with tag 'global_step9'", "tags here: global_step2", tag="global_step9")
+    refuses(
+        tmp_path, "no ZeRO checkpoint with tag 'global_step9'", "tags here: global_step2", tag="global_step9"
+    )
     refuses(folder, "this is the folder of tag 'global_step2', wanted 'other'", tag="other")
     (tmp_path / "latest").write_text("global_step7")
     refuses(tmp_path, "global_step7", "tags here: global_step2")

@@ -95,8 +95,8 @@ def test_stage_3_pad_may_fill_whole_ranks():
 def test_stage_3_sub_groups_are_one_stream():
     """A dict a flat group, a dict an optimizer group, and one flat group for all read alike."""
     a, b, c = {"a": (7,), "b": (9,)}, {"c": (5,)}, {"d": (2,)}
-    groups, table = flats([(9,) * 2, (3,) * 2, (1,) * 2])
-    want = {n: p for n, p in sliced([a, b, c], groups, "here").items()}
+    groups, _ = flats([(9,) * 2, (3,) * 2, (1,) * 2])
+    want = sliced([a, b, c], groups, "here")
     assert sliced([a | b, c], groups, "here") == want
     assert sliced([a | b | c], groups, "here") == want
     whole, _ = flats([(13,) * 2])
@@ -106,7 +106,9 @@ def test_stage_3_sub_groups_are_one_stream():
 
 def test_stage_3_refuses_a_parameter_across_flat_groups():
     groups, _ = flats([(6,) * 2, (7,) * 2])
-    with pytest.raises(SourceError, match=r"b \[9\] needs elements \[4, 9\) of each rank's flat group 0, which has 6"):
+    with pytest.raises(
+        SourceError, match=r"b \[9\] needs elements \[4, 9\) of each rank's flat group 0, which has 6"
+    ):
         sliced([{"a": (7,), "b": (9,), "c": (8,)}], groups, "here")
 
 
@@ -129,7 +131,7 @@ def test_stage_3_lengths_that_do_not_fit(lengths):
 )
 def test_stage_2_lengths_that_do_not_fit(lengths):
     groups, _ = flats([lengths])
-    with pytest.raises(SourceError, match="group 0 holds .* its 3 parameters need 1053"):
+    with pytest.raises(SourceError, match=r"group 0 holds .* its 3 parameters need 1053"):
         chained([FIRST], None, groups, "here")
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from ..checkpoint import Checkpoint
 from ..errors import SourceError
-from . import memory, safetensors, statedict, zero
+from . import memory, safetensors, served, statedict, zero
 from .options import Options, strip_prefix
 
 __all__ = ["SOURCES", "Options", "Source", "open", "strip_prefix"]
@@ -23,12 +23,12 @@ class Source(Protocol):
     def read(self, path: str, options: Options) -> Checkpoint: ...
 
 
-SOURCES: tuple[Source, ...] = (zero, safetensors, statedict)
+SOURCES: tuple[Source, ...] = (served, zero, safetensors, statedict)
 """Tried in this order: a trainer's directory may hold a ZeRO folder and an exported copy; the masters win."""
 
 _LOOKED_FOR = (
-    "a ZeRO checkpoint (latest, *_model_states.pt), safetensors (*.safetensors, index), "
-    "a PyTorch state dict (pytorch_model*.bin, index, or one .bin/.pt file)"
+    "an output of fastckpt (fastckpt.json), a ZeRO checkpoint (latest, *_model_states.pt), "
+    "safetensors (*.safetensors, index), a PyTorch state dict (pytorch_model*.bin, index, or one .bin/.pt file)"
 )
 
 _NOT_YET = (

@@ -18,7 +18,7 @@ from .assembly import assemble
 from .options import Options
 from .shards import find_shards
 from .torchfile import Tensor
-from .torchtensors import by_storage, whole
+from .torchtensors import by_storage, refuse_unread, whole
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
 """Keys under which trainers put a model's state dict."""
@@ -98,6 +98,7 @@ def _flat(table: dict[object, object]) -> StateDict:
     tensors, rest = {}, []
     for name, value in table.items():
         if not isinstance(value, Tensor):
+            refuse_unread(str(name), value)
             rest.append(f"{name}: no tensor")
         elif not isinstance(name, str):
             raise SourceError(f"a tensor has the name {name!r}, which is no string")

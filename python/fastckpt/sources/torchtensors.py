@@ -8,7 +8,7 @@ from ..checkpoint import Entry
 from ..errors import SourceError
 from ..extents import Extents
 from .assembly import tensor
-from .torchfile import Tensor, TorchFile
+from .torchfile import Inert, Tensor, TorchFile
 
 
 def whole(t: Tensor, file: TorchFile, base: int, extents: Extents, kind: str) -> Entry:
@@ -29,6 +29,14 @@ def by_storage(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         if holder != name:
             tied[name] = holder
     return tied
+
+
+def refuse_unread(name: str, value: object) -> None:
+    """Raises SourceError for a tensor of a kind that stays inert: sparse, quantised, distributed, a subclass.
+
+    Such a one is no plain value that may be left out."""
+    if isinstance(value, Inert) and value.name.startswith("torch."):
+        raise SourceError(f"{name}: a tensor made by {value.name} is not read; save it dense and whole")
 
 
 def place(t: Tensor) -> tuple[object, ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..errors import SourceError
 from .torchfile import Tensor
-from .torchtensors import place
+from .torchtensors import place, refuse_unread
 from .zero_layout import Shape
 from .zero_state import ModelState
 
@@ -69,6 +69,8 @@ def parts(state: ModelState, where: str) -> Parts:
             lost.append(name)
         else:
             kept.append(name)
+    for name, value in state.module.items():
+        refuse_unread(f"{where}: {name}", value)
     other = tuple(n for n, t in state.module.items() if not isinstance(t, Tensor))
     return Parts(buffers, tuple(frozen), tuple(kept), tied, other, tuple(lost))
 

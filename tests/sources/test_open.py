@@ -1,0 +1,103 @@
+"""What `open` recognises, in which order, and what it says of the rest."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import reading
+import torch
+from fastckpt import sources
+from fastckpt.errors import SourceError
+from safetensors.torch import save_file
+from zero_writer import write_zero
+
+TENSORS = {"a": torch.arange(6.0), "b": torch.ones(2, 3)}
+
+
+def refuses(path, *words):
+    with pytest.raises(SourceError) as e:
+        sources.open(path)
+    for word in words:
+        assert word in str(e.value), str(e.value)
+
+
+def test_the_masters_go_before_an_exported_copy(tmp_path):
+    write_zero(tmp_path, TENSORS, stage=3, world=2)
+    save_file({n: t.bfloat16() for n, t in TENSORS.items()}, tmp_path / "model.safetensors")
+    ckpt = sources.open(tmp_path)
+    assert ckpt.format == "zero"
+    assert ckpt["a"].dtype.name == "float32"
+
+
+def test_safetensors_go_before_bin(tmp_path):
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    torch.save(TENSORS, tmp_path / "pytorch_model.bin")
+    assert sources.open(tmp_path).format == "safetensors"
+
+
+def test_nothing_known(tmp_path):
+    refuses(tmp_path / "missing", "no such file or directory")
+    refuses(
+        tmp_path,
+        "no known checkpoint; looked for",
+        "fastckpt.json",
+        "latest",
+        "*.safetensors",
+        "pytorch_model*.bin",
+    )
+    (tmp_path / "x.txt").write_text("x")
+    refuses(tmp_path / "x.txt", "not a checkpoint file; looked for")
+
+
+def test_a_directory_of_checkpoints_names_them(tmp_path):
+    for step in (9, 10):
+        write_zero(tmp_path / f"checkpoint-{step}", TENSORS, stage=3, world=1)
+    refuses(tmp_path, "it holds some: checkpoint-10, checkpoint-9")
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        (".metadata", "torch distributed checkpoint"),
+        ("__0_0.distcp", "torch distributed checkpoint"),
+        ("latest_checkpointed_iteration.txt", "Megatron"),
+    ],
+)
+def test_formats_that_are_only_recognised(tmp_path, name, what):
+    (tmp_path / name).write_bytes(b"")
+    refuses(tmp_path, what, "not supported yet")
+
+
+def served(path, world=1, aliases=None):
+    path.mkdir()
+    save_file(TENSORS, path / "model.safetensors")
+    files = {"model.safetensors": {"nbytes": 1, "digest": ""}}
+    rank = {"rank": 0, "files": files, "tensors": {n: {} for n in TENSORS}, "aliases": aliases or {}}
+    record = {"schema": 1, "layout": "same", "world": world, "ranks": [rank] * world, "source": {"tag": "t"}}
+    (path / "fastckpt.json").write_text(json.dumps(record))
+    return path, record
+
+
+def test_an_output_of_one_rank(tmp_path):
+    path, _ = served(tmp_path / "out", aliases={"c": "a"})
+    ckpt = sources.open(path)
+    assert (ckpt.format, list(ckpt), dict(ckpt.aliases)) == ("served", ["a", "b"], {"c": "a"})
+    assert (reading.read(ckpt["c"]) == reading.bits(TENSORS["a"])).all()
+    assert ckpt.facts["made from"] == {"tag": "t"}
+    renamed = sources.open(path, rename=[("^", "x.")])
+    assert (list(renamed), dict(renamed.aliases)) == (["x.a", "x.b"], {"x.c": "x.a"})
+
+
+def test_outputs_that_cannot_be_read(tmp_path):
+    path, record = served(tmp_path / "out", world=2)
+    refuses(path, "an output of 2 ranks")
+    (path / "fastckpt.json").write_text(json.dumps(record | {"schema": 9}))
+    refuses(path, "schema 9")
+    (path / "fastckpt.json").rename(path / "fastckpt-rank-0.json")
+    refuses(path, "incomplete output", "fastckpt-rank-0.json")
+    path, record = served(tmp_path / "more", aliases={"c": "zz"})
+    refuses(path, "alias c of zz")
+    record["ranks"][0]["tensors"]["q"] = {}
+    (path / "fastckpt.json").write_text(json.dumps(record))
+    refuses(path, "q is in fastckpt.json and in no file")

@@ -1,0 +1,190 @@
+"""safetensors: files of the reference writer read back bit for bit, and every rule of the header."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+import reading
+import torch
+from fastckpt import sources
+from fastckpt.errors import SourceError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+TENSORS = {
+    "a": torch.arange(12.0).reshape(3, 4), "b": torch.tensor(5, dtype=torch.int64), "c": torch.zeros(0, 3),
+    "d": torch.arange(6).to(torch.bfloat16), "e": torch.tensor([True, False]), "f": torch.ones(2, 2).half(),
+    "g": torch.ones(3).to(torch.float8_e4m3fn),
+}  # fmt: skip
+
+
+def same(ckpt, tensors):
+    assert sorted(ckpt) == sorted(tensors)
+    for name, want in tensors.items():
+        assert ckpt[name].dtype.name == str(want.dtype)[6:]
+        assert ckpt[name].shape == tuple(want.shape)
+        assert (reading.read(ckpt[name]) == reading.bits(want)).all(), name
+
+
+def raw(path, header, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def refuses(path, *words, **options):
+    with pytest.raises(SourceError) as e:
+        sources.open(path, **options)
+    for word in words:
+        assert word in str(e.value), str(e.value)
+
+
+def test_one_file(tmp_path):
+    save_file(TENSORS, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        ckpt = sources.open(path)
+        same(ckpt, TENSORS)
+        assert ckpt.format == "safetensors"
+        assert ckpt.facts["metadata"] == {"format": "pt"}
+
+
+def sharded(path):
+    path.mkdir(exist_ok=True)
+    files = {f"model-{k:05d}-of-00012.safetensors": {n: t} for k, (n, t) in enumerate(TENSORS.items(), 1)}
+    for file, tensors in files.items():
+        save_file(tensors, path / file)
+    index = {"metadata": {}, "weight_map": {n: file for file, tensors in files.items() for n in tensors}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return index["weight_map"]
+
+
+def test_shards_with_an_index(tmp_path):
+    sharded(tmp_path)
+    (tmp_path / "config.json").write_text('{"hidden_size": 4}')
+    save_file({"z": torch.zeros(2)}, tmp_path / "adapter.safetensors")
+    ckpt = sources.open(tmp_path)
+    same(ckpt, TENSORS)
+    assert ckpt.config == {"hidden_size": 4}
+    assert any(note.startswith("adapter.safetensors") for note in ckpt.unread)
+    same(sources.open(tmp_path / "model.safetensors.index.json"), TENSORS)
+
+
+def test_shards_without_an_index(tmp_path):
+    sharded(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    same(sources.open(tmp_path), TENSORS)
+
+
+def test_shards_on_two_disks(tmp_path):
+    sharded(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    moved = "model-00001-of-00012.safetensors"
+    (tmp_path / "a" / moved).rename(tmp_path / "b" / moved)
+    refuses(tmp_path / "a", moved, "is missing in")
+    same(sources.open(tmp_path / "a", also=[tmp_path / "b"]), TENSORS)
+
+
+def test_index_rules(tmp_path):
+    placed = sharded(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+
+    def with_map(change):
+        index.write_text(json.dumps({"weight_map": {**placed, **change}}))
+
+    for name in ("../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "..", ""):
+        with_map({"a": name})
+        refuses(tmp_path, "no file name of this directory")
+    with_map({"a": placed["b"]})
+    refuses(tmp_path, "the index says a is in", "it is in")
+    with_map({"zz": placed["b"]})
+    refuses(tmp_path, "the index says zz is in", "in no file")
+    index.write_text(
+        json.dumps({"weight_map": {n: f for n, f in placed.items() if n != "e"} | {"b": placed["b"]}})
+    )
+    same(sources.open(tmp_path), {n: t for n, t in TENSORS.items() if n != "e"})
+    index.write_text(json.dumps({"weights": {}}))
+    refuses(tmp_path, "no weight_map")
+    index.write_text('{"weight_map": {"a": "x", "a": "y"}}')
+    refuses(tmp_path, "'a' stands twice")
+
+
+def test_an_index_that_names_too_little(tmp_path):
+    save_file(TENSORS, tmp_path / "model-1.safetensors")
+    placed = {n: "model-1.safetensors" for n in TENSORS if n != "b"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    refuses(tmp_path, "the index does not name b")
+
+
+def test_a_name_in_two_files(tmp_path):
+    for k in range(2):
+        save_file({"x": torch.ones(2)}, tmp_path / f"part-{k}.safetensors")
+    refuses(tmp_path, "x is also in")
+
+
+def entry(start, stop, shape=(1,), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
+
+
+BROKEN = {
+    "hole": ({"a": entry(0, 4), "b": entry(8, 12)}, 12, "a hole before b"),
+    "hole at the start": ({"a": entry(4, 8)}, 8, "a hole before a"),
+    "overlap": ({"a": entry(0, 4), "b": entry(0, 4)}, 4, "an overlap at b"),
+    "trailing bytes": ({"a": entry(0, 4)}, 5, "data ends at byte"),
+    "too short": ({"a": entry(0, 4)}, 3, "data ends at byte"),
+    "size and shape": ({"a": entry(0, 8)}, 8, "8 bytes for float32[1], wanted 4"),
+    "overflow": ({"a": entry(0, 4, (1 << 40, 1 << 40))}, 4, "wanted"),
+    "zero times huge": ({"a": entry(0, 0, (0, 1 << 63))}, 0, "are no tensor's"),
+    "negative": ({"a": entry(0, 4, (-1,))}, 4, "are no tensor's"),
+    "backwards": ({"a": entry(4, 0)}, 4, "are no tensor's"),
+    "a bool": ({"a": entry(0, 4, (True,))}, 4, "are no tensor's"),
+    "dtype": ({"a": entry(0, 4, dtype="F3")}, 4, "dtype 'F3' is none of"),
+    "a key more": ({"a": entry(0, 4) | {"more": 1}}, 4, "wanted dtype, shape and data_offsets"),
+    "no object": ({"a": 1}, 0, "wanted dtype, shape and data_offsets"),
+    "metadata": ({"__metadata__": {"a": 1}}, 0, "no map of strings"),
+    "doubled": (b'{"a":%b,"a":%b}' % ((json.dumps(entry(0, 4)).encode(),) * 2), 4, "'a' stands twice"),
+    "not utf-8": (b'{"\xff": 1}', 0, "no UTF-8"),
+    "not json": (b"{nothing", 0, "no JSON"),
+    "no brace": (b" {}", 0, "header begins with"),
+    "deep": (b"{" + b'"a":{' * 100_000, 0, "no JSON"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("header", "data", "word"), BROKEN.values(), ids=BROKEN)
+def test_headers_that_break_a_rule(tmp_path, header, data, word):
+    refuses(raw(tmp_path / "x.safetensors", header, bytes(data)), "x.safetensors", word)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"1234567", struct.pack("<Q", 100), struct.pack("<Q", 1 << 63) + b"{}"]
+)
+def test_lengths_that_lie(tmp_path, data):
+    (tmp_path / "x.safetensors").write_bytes(data)
+    refuses(tmp_path, "header of")
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_mutated_headers_are_an_error_or_read_inside_the_file(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "mutated.safetensors"
+    save_file({n: TENSORS[n] for n in "abe"}, path)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(
+        content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content
+    )
+    try:
+        ckpt = sources.open(path)
+    except SourceError:
+        return
+    for name in ckpt:
+        reading.read(ckpt[name])
+
+
+def test_zero_options_are_refused(tmp_path):
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    refuses(tmp_path, "no ZeRO checkpoint", tag="x")
+    refuses(tmp_path, "no ZeRO checkpoint", weights="module")

@@ -1,0 +1,111 @@
+"""PyTorch state dicts in all the shapes they come in."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import reading
+import torch
+from fastckpt import sources
+from fastckpt.errors import SourceError
+
+BASE = torch.arange(40.0)
+TENSORS = {
+    "a": torch.arange(12.0).reshape(3, 4), "b": torch.tensor(5), "c": torch.zeros(0, 3),
+    "view": BASE[3:33].view(5, 6).t(), "bf": torch.arange(6).to(torch.bfloat16),
+    "p": torch.nn.Parameter(torch.ones(3)),
+}  # fmt: skip
+
+
+def same(ckpt, tensors):
+    assert sorted([*ckpt, *ckpt.aliases]) == sorted(tensors)
+    for name, want in tensors.items():
+        assert (ckpt[name].dtype.name, ckpt[name].shape) == (str(want.dtype)[6:], tuple(want.shape))
+        assert (reading.read(ckpt[name]) == reading.bits(want)).all(), name
+
+
+def refuses(path, *words, **options):
+    with pytest.raises(SourceError) as e:
+        sources.open(path, **options)
+    for word in words:
+        assert word in str(e.value), str(e.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_one_file(tmp_path, zipped):
+    path = tmp_path / "weights.pt"
+    torch.save(TENSORS, path, _use_new_zipfile_serialization=zipped)
+    ckpt = sources.open(path)
+    same(ckpt, TENSORS)
+    assert ckpt.format == "statedict"
+
+
+def test_a_directory(tmp_path):
+    torch.save(TENSORS, tmp_path / "pytorch_model.bin")
+    torch.save({"lr": 1.0}, tmp_path / "optimizer.pt")
+    torch.save({"x": torch.ones(1)}, tmp_path / "training_args.bin")
+    ckpt = sources.open(tmp_path, check_crc=True)
+    same(ckpt, TENSORS)
+    assert any(note.startswith("training_args.bin") for note in ckpt.unread)
+
+
+def test_shards_with_an_index(tmp_path):
+    placed = {}
+    for k, (name, t) in enumerate(TENSORS.items()):
+        placed[name] = f"pytorch_model-{k:05d}-of-00006.bin"
+        torch.save({name: t}, tmp_path / placed[name])
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": placed}))
+    same(sources.open(tmp_path), TENSORS)
+    same(sources.open(tmp_path / "pytorch_model.bin.index.json"), TENSORS)
+
+
+def test_tied_names_are_aliases(tmp_path):
+    tensors = {
+        "embed": TENSORS["a"],
+        "other": TENSORS["a"].clone(),
+        "head": TENSORS["a"],
+        "part": TENSORS["a"][1:],
+    }
+    torch.save(tensors, tmp_path / "x.bin")
+    ckpt = sources.open(tmp_path / "x.bin")
+    assert dict(ckpt.aliases) == {"head": "embed"}
+    same(ckpt, tensors)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "module", "model_state_dict"])
+def test_wrapped_in_one_key(tmp_path, key):
+    torch.save({key: TENSORS, "epoch": 3, "optimizer": {"state": {0: torch.ones(5)}}}, tmp_path / "x.pt")
+    ckpt = sources.open(tmp_path / "x.pt")
+    same(ckpt, TENSORS)
+    assert "optimizer: beside the state dict" in ckpt.unread
+
+
+def test_what_is_no_tensor_is_said(tmp_path):
+    torch.save({**TENSORS, "version": 3}, tmp_path / "x.pt")
+    ckpt = sources.open(tmp_path / "x.pt")
+    same(ckpt, TENSORS)
+    assert "version: no tensor" in ckpt.unread
+
+
+BAD = {
+    "ambiguous": ({"model": TENSORS, "state_dict": TENSORS}, "several dicts of tensors: state_dict, model"),
+    "no known key": ({"weights": TENSORS, "epoch": 1}, "keys: weights, epoch"),
+    "nothing": ({"a": 1}, "no dict of tensors"),
+    "a list": ([torch.ones(1)], "wanted a dict of tensors, got list"),
+    "beside": ({"a": torch.ones(1), "model": TENSORS}, "tensors beside dicts of tensors"),
+    "names": ({1: torch.ones(1)}, "which is no string"),
+    "deepspeed": ({"module": TENSORS, "param_shapes": []}, "open its directory"),
+    "sparse": ({"a": torch.ones(1), "b": torch.eye(2).to_sparse()}, "b"),
+}
+
+
+@pytest.mark.parametrize(("content", "word"), BAD.values(), ids=BAD)
+def test_files_that_are_no_state_dict(tmp_path, content, word):
+    torch.save(content, tmp_path / "x.pt")
+    refuses(tmp_path / "x.pt", word)
+
+
+def test_a_file_of_two_shards_missing(tmp_path):
+    (tmp_path / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "pytorch_model-1.bin"}}')
+    refuses(tmp_path, "pytorch_model-1.bin is missing")
