@@ -334,3 +334,19 @@ def test_what_does_not_go_together(tmp_path):
     got = fastckpt.reshard(tmp_path, layout="same", dtype="auto", config={"dtype": "float16"})[0]
     assert {t.dtype for t in got.values()} == {torch.float16}
     assert np.isfinite(got["lm_head.weight"].float().numpy()).all()
+
+
+def test_config_and_tokenizer_go_with_the_weights(tmp_path):
+    config, truth = zero(tmp_path / "in", "mixtral")
+    (tmp_path / "in/tokenizer.json").write_text("{}")
+    fastckpt.reshard(tmp_path / "in", layout="hf", out=tmp_path / "plain")
+    assert json.loads((tmp_path / "plain/config.json").read_text()) == config
+    assert (tmp_path / "plain/tokenizer.json").read_text() == "{}"
+    with pytest.raises(RecipeError, match="208"):
+        fastckpt.reshard(tmp_path / "in", config={**config, "vocab_size": 200})
+    fastckpt.reshard(tmp_path / "in", layout="hf", out=tmp_path / "fewer", vocab_size=200)
+    assert json.loads((tmp_path / "fewer/config.json").read_text()) == {**config, "vocab_size": 200}
+    (fewer,) = shard_files(tmp_path / "fewer").values()
+    assert torch.equal(fewer["lm_head.weight"], truth["lm_head.weight"][:200])
+    fastckpt.reshard(tmp_path / "in", layout="same", out=tmp_path / "other", config={"a": 1})
+    assert json.loads((tmp_path / "other/config.json").read_text()) == {"a": 1}

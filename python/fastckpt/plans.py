@@ -86,11 +86,12 @@ class PlannedTensor:
 class Plan:
     """Everything that will be done.
 
-    `key` digests all that shapes the output bytes, for all ranks alike; `ranks` are those this plan
-    makes; `files` their layouts and `file_ranks` whose they are; `texts`: small files written beside (an
-    index), as (rank, path, bytes); `aliases`: tied name -> the name that is stored; `options`: what the
-    manifest repeats; `notes`: what the user should know; `left_out`: names
-    the layout made and `held` does not have."""
+    `key` digests all that shapes the output bytes, for all ranks alike. `ranks`: those this plan makes;
+    `files` their layouts, `file_ranks` whose they are. `texts`: small files written beside (an index), as
+    (rank, path, bytes). `config`: the text of a config.json that differs from the one beside the checkpoint
+    (given apart, or another vocab_size), else None. `aliases`: tied name -> the name that is stored.
+    `options`: what the manifest repeats. `notes`: what the user should know. `left_out`: names the layout
+    made and `held` does not have."""
 
     key: str
     checkpoint: Checkpoint
@@ -101,6 +102,7 @@ class Plan:
     files: tuple[FileLayout, ...]
     file_ranks: tuple[int, ...]
     texts: tuple[tuple[int, str, bytes], ...]
+    config: bytes | None
     aliases: Mapping[str, str]
     options: Mapping[str, JSON]
     extents: Extents
@@ -206,6 +208,7 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
         files=tuple(files),
         file_ranks=tuple(file_ranks),
         texts=tuple(texts),
+        config=road.config,
         aliases=aliases,
         options=road.options,
         extents=extents,
@@ -240,6 +243,7 @@ class _Road:
     checkpoint: Checkpoint
     targets: Callable[[Placement], Iterator[Target]]
     naming: Callable[[Placement], Naming]
+    config: bytes | None
     aliases: Mapping[str, str]
     options: Mapping[str, JSON]
     notes: tuple[str, ...]
@@ -251,7 +255,7 @@ class _Road:
             if _layout_name(layout) != "hf":
                 raise LayoutError(f"tp_plan goes with layout hf, not {_layout_name(layout)}")
             layout = Patterns(wanted.tp_plan)
-        config = None
+        config = None if wanted.config is None else _config(ckpt, wanted.config)
         if layout.roles or wanted.dtype == "auto":
             config = _config(ckpt, wanted.config)
         dtype = _dtype(config, wanted.dtype)
@@ -274,6 +278,7 @@ class _Road:
                 cast,
                 lambda p: by_names.targets(cast, p),
                 layout.naming,
+                _config_text(config, wanted),
                 ckpt.aliases,
                 options,
                 notes,
@@ -292,6 +297,7 @@ class _Road:
             cast,
             lambda p: by_roles.targets(model, p),
             layout.naming,
+            _config_text(config, wanted),
             aliases,
             options,
             notes,
@@ -344,6 +350,14 @@ def _config(
     if not isinstance(found, dict):
         raise SourceError(f"{path}: wanted a JSON object, got {type(found).__name__}")
     return found
+
+
+def _config_text(config: Mapping[str, JSON] | None, wanted: Wanted) -> bytes | None:
+    """The config.json to write in place of the one beside the checkpoint, if another was asked for."""
+    if config is None or (wanted.config is None and wanted.vocab_size is None):
+        return None
+    told = dict(config) if wanted.vocab_size is None else {**config, "vocab_size": wanted.vocab_size}
+    return (json.dumps(told, indent=2) + "\n").encode()
 
 
 def _dtype(config: Mapping[str, JSON] | None, asked: str | DType | None) -> DType | None:

@@ -369,8 +369,12 @@ class _Run:
             sink.close(self.threads)
             for owner, name, data in planned.texts:
                 output.text(name, data, owner)
-            for path in planned.checkpoint.beside if beside else ():
-                output.copy(path)
+            if beside:
+                for path in planned.checkpoint.beside:
+                    if planned.config is None or os.path.basename(path) != "config.json":
+                        output.copy(path)
+                if planned.config is not None:
+                    output.text("config.json", planned.config)
             manifest = output.commit(_record(planned, finite))
             self.phases["sync"] = time.perf_counter() - began
         return self._report(planned, out, _digests(manifest, planned.ranks))
