@@ -241,13 +241,12 @@ class Part:
             for name, staged in self._waiting:
                 final = os.path.join(self.path, name)
                 directory = os.path.dirname(final)
-                directories.update(make_directories(directory), {directory})
+                self._made += make_directories(directory)
+                directories.add(directory)
                 os.replace(staged, final)
-                if name not in manifest.files:
-                    self._placed.append(final)
-            self._sync(directories)
+                self._placed.append(name)
+            self._sync(directories | {os.path.dirname(made) for made in self._made})
             self._write(rank_name(self.rank), manifest)
-            self._sync(os.path.dirname(made) for made in self._made)
             self._waiting, self._placed, self._made = [], [], []
         return self.complete(manifest)
 
@@ -273,12 +272,13 @@ class Part:
 
     def abandon(self) -> None:
         """Leave nothing of this run."""
-        if self._started:
-            for final in self._placed:
+        if self._started and self._placed and self._record(self.rank) is None:
+            others = [r for k in range(self.world) if k != self.rank and (r := self._record(k)) is not None]
+            for name in set(self._placed).difference(*(other.files for other in others)):
                 with suppress(OSError):
-                    os.unlink(final)
-            with suppress(OSError):
-                self._sweep()
+                    os.unlink(os.path.join(self.path, name))
+        if self._started:
+            self.finish()
         remove_directories(self._made)
 
     # ---- records ----

@@ -7,6 +7,7 @@ leaves, so that threads and devices can take leaves apart and the result is the 
 from __future__ import annotations
 
 import zlib
+from functools import lru_cache
 
 import numpy as np
 import xxhash
@@ -62,13 +63,19 @@ def crc32_combine(a: int, b: int, nbytes_b: int) -> int:
     a * x^(8 n) mod P, added to b: multiplication of bit-reversed polynomials, as zlib's crc32_combine."""
     if _native is not None:
         return _native.crc32_combine(a, b, nbytes_b)
-    power, square = 1 << 31, 1 << 23  # x^0 and x^8; the highest bit is x^0
-    while nbytes_b:
-        if nbytes_b & 1:
+    return _multiply(_power(nbytes_b), a) ^ b
+
+
+@lru_cache(256)  # most runs are whole leaves
+def _power(nbytes: int) -> int:
+    """x^(8 nbytes) modulo the CRC32 polynomial, bit-reversed: the highest bit is x^0."""
+    power, square = 1 << 31, 1 << 23
+    while nbytes:
+        if nbytes & 1:
             power = _multiply(power, square)
         square = _multiply(square, square)
-        nbytes_b >>= 1
-    return _multiply(power, a) ^ b
+        nbytes >>= 1
+    return power
 
 
 def _multiply(a: int, b: int) -> int:

@@ -375,7 +375,7 @@ def _exactly(fd: int, data: bytearray | memoryview, offset: int) -> bytearray | 
     while at < len(view):
         n = os.preadv(fd, [view[at:]], offset + at)
         if n == 0:
-            raise SourceError(f"the file ends at byte {offset + at}, {len(view) - at} bytes are missing")
+            raise SourceError(f"the file was cut: no bytes [{offset + at}, {offset + len(view)})")
         at += n
     return data
 

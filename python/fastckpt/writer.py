@@ -228,6 +228,10 @@ class Output:
             if self.durable:
                 with telling(name):
                     os.fsync(fd)
+        except BaseException:
+            os.unlink(staged)
+            self._names.discard(name)
+            raise
         finally:
             os.close(fd)
         self._place.settle(name, staged)

@@ -1,0 +1,87 @@
+"""Small outputs for the tests of writer, commit and verification, written through the public interface."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from fastckpt.digest import crc32, digest
+from fastckpt.dtypes import BY_NAME
+from fastckpt.files import FileLayout, Spec, safetensors_layout
+from fastckpt.manifest import Manifest, Origin, Record
+from fastckpt.torchzip import torch_layout
+from fastckpt.writer import Output
+
+RECORD = Record(Origin("/ckpt", "zero", "global_step3", 3, "aa"), "0.1.0", "hf", {"tp": 1}, {})
+SPECS: list[Spec] = [
+    ("a.weight", BY_NAME["float32"], (300, 7)),
+    ("b.bias", BY_NAME["bfloat16"], (33,)),
+    ("c.empty", BY_NAME["float32"], (0, 4)),
+    ("d.scalar", BY_NAME["int64"], ()),
+    ("e.bool", BY_NAME["bool"], (5,)),
+]
+
+
+def data_of(specs: list[Spec], seed: int) -> dict[str, bytes]:
+    """Finite values, other ones for every seed."""
+    rng = random.Random(seed)
+    out = {}
+    for name, dtype, shape in specs:
+        n = dtype.itemsize
+        for k in shape:
+            n *= k
+        # every byte below 0x3f: no exponent of any float type is all ones
+        out[name] = bytes(rng.randrange(1, 0x3F) for _ in range(n))
+    return out
+
+
+def fill(out: Output, layout: FileLayout, data: dict[str, bytes], rank: int | None = None) -> None:
+    """Write a whole file through `out`."""
+    file = out.create(layout, rank)
+    for s in layout.slots:
+        half = s.nbytes // 2
+        file.write(s.offset + half, memoryview(data[s.name])[half:])
+        file.write(s.offset, memoryview(data[s.name])[:half])
+    crcs = {name: crc32(data[name]) for name in data} if layout.crc else {}
+    file.close(crcs, {name: digest(raw) for name, raw in data.items()})
+
+
+def layouts_of(rank: int) -> list[FileLayout]:
+    return [
+        safetensors_layout(f"rank-{rank:02d}/model.safetensors", SPECS[:3], {"format": "pt"}),
+        torch_layout(f"rank-{rank:02d}/rest.bin", SPECS[3:], {"tied": "d.scalar"}),
+    ]
+
+
+def write_rank(out: Output, rank: int, seed: int) -> None:
+    data = data_of(SPECS, seed + 100 * rank)
+    for layout in layouts_of(rank):
+        fill(out, layout, {s.name: data[s.name] for s in layout.slots}, rank)
+    out.text(f"rank-{rank:02d}/index.json", b'{"rank": %d}' % rank, rank)
+
+
+def write_whole(
+    path: Path, seed: int, *, world: int = 2, overwrite: bool = False, durable: bool = True
+) -> Manifest:
+    """An output of all ranks at once."""
+    with Output(path, key=f"key{seed}", world=world, overwrite=overwrite, durable=durable) as out:
+        out.reserve(1 << 16)
+        for rank in range(world):
+            write_rank(out, rank, seed)
+        out.text("config.json", b"{}")
+        return out.commit(RECORD)
+
+
+def write_part(path: Path, rank: int, seed: int, *, world: int = 2, overwrite: bool = False) -> Manifest:
+    """One rank of an output, or nothing where it is done."""
+    with Output(path, key=f"key{seed}", rank=rank, world=world, overwrite=overwrite) as out:
+        if out.done(rank):
+            return out.complete()
+        write_rank(out, rank, seed)
+        out.text("config.json", b"{}")
+        return out.commit(RECORD)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Every file below a directory."""
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
