@@ -50,13 +50,6 @@ def repickled(path: Path, out: Path, change: Callable[[bytes], bytes]) -> Path:
     return write_zip(out, {n: change(b) if n.endswith("/data.pkl") else b for n, b in contents.items()})
 
 
-def torch_zip(path: Path, pickle: bytes, **storages: bytes) -> Path:
-    """A torch file of that pickle and those storages (`_0=b"..."` is data/0)."""
-    contents = {"a/data.pkl": pickle, "a/byteorder": b"little"}
-    contents.update({f"a/data/{k.removeprefix('_')}": v for k, v in storages.items()})
-    return write_zip(path, contents)
-
-
 def patched(path: Path, out: Path, at: int, new: bytes) -> Path:
     """The same file with the bytes at `at` replaced."""
     data = bytearray(path.read_bytes())

@@ -18,7 +18,7 @@ import torch
 from fastckpt import views
 from fastckpt.errors import SourceError
 from fastckpt.extents import Extents
-from fastckpt.sources import torchfile
+from fastckpt.sources import torchfile, torchzip
 from fastckpt.sources.torchfile import Inert, Tensor
 from hostile import torch_files as make
 
@@ -380,6 +380,17 @@ def test_missing_and_short_records(good: Path, tmp_path: Path) -> None:
     _refused(make.write_zip(tmp_path / "i.pt", contents), "without f/data.pkl")
     program = {"f/data.pkl": b"N.", "f/constants.pkl": b""}
     _refused(make.write_zip(tmp_path / "k.pt", program), "TorchScript")
+
+
+def test_limits(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for room, name, limit, match in (
+        (torchfile, "MAX_PICKLE", 100, "the limit is 100"),
+        (torchzip, "MAX_RECORDS", 3, "at most 3 records"),
+        (torchzip, "MAX_DIRECTORY", 99, "in 99 bytes"),
+    ):
+        with monkeypatch.context() as m:
+            m.setattr(room, name, limit)
+            _refused(good, match)
 
 
 def test_torchscript(tmp_path: Path) -> None:
