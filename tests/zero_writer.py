@@ -284,8 +284,10 @@ def write_zero(
             "shared_params": (dict(tied) if rank == 0 else {}) if stage else None,
             "frozen_param_fragments": fragments, "lr_scheduler": None, "data_sampler": None,
             "random_ltd": None, "skipped_steps": 0, "global_steps": step, "global_samples": step * world,
-            "dp_world_size": world, "mp_world_size": 1, "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1},
-            "ds_config": {"zero_optimization": {"stage": stage}}, "ds_version": VERSION, **(client or {}),
+            "dp_world_size": world, "mp_world_size": 1,
+            "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1},
+            "ds_config": {"zero_optimization": {"stage": stage}}, "ds_version": VERSION,
+            **(client or {}),
         }  # fmt: skip
 
     if stage == 3:

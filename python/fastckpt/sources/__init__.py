@@ -28,7 +28,8 @@ SOURCES: tuple[Source, ...] = (served, zero, safetensors, statedict)
 
 _LOOKED_FOR = (
     "an output of fastckpt (fastckpt.json), a ZeRO checkpoint (latest, *_model_states.pt), "
-    "safetensors (*.safetensors, index), a PyTorch state dict (pytorch_model*.bin, index, or one .bin/.pt file)"
+    "safetensors (*.safetensors, index), "
+    "a PyTorch state dict (pytorch_model*.bin, index, or one .bin/.pt file)"
 )
 
 _NOT_YET = (
