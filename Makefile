@@ -14,7 +14,7 @@ PACKAGE := pyproject.toml setup.py MANIFEST.in README.md LICENSE $(wildcard csrc
 .PHONY: test demo lint nightly bench clean
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --timeout 900
 
 demo: $(STAMPS)/package
 	$(BIN)/fastckpt demo
@@ -24,7 +24,7 @@ lint: $(STAMPS)/package $(STAMPS)/tools
 	$(BIN)/mypy
 
 nightly: $(STAMPS)/package $(STAMPS)/tools
-	$(BIN)/python -m pytest -m nightly
+	$(BIN)/python -m pytest -m nightly --timeout 7200
 
 bench: $(STAMPS)/package $(STAMPS)/tools
 	$(BIN)/python -m pytest benchmarks
