@@ -92,3 +92,8 @@ def test_a_run_over_files_does_not_import_torch(tmp_path):
         ["diff", source, two],
     ]
     assert in_a_process(RUN, json.dumps(commands)).splitlines()[-1] == "0 False"
+
+
+def test_asking_for_the_version_imports_no_numpy():
+    code = "import sys; from fastckpt.cli import main; main(['--version']); print('numpy' in sys.modules)"
+    assert in_a_process(code).splitlines()[-1] == "False"

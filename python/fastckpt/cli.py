@@ -17,12 +17,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from .arguments import parser
-from .checkpoint import JSON, Checkpoint
 from .errors import FastckptError, WriteError
 from .placement import Placement
 from .terminal import Progress, progress
 
 if TYPE_CHECKING:
+    from .checkpoint import JSON, Checkpoint
     from .layouts import Layout
     from .road import Report
     from .verification import VerifyReport

@@ -109,8 +109,11 @@ class PlanDescription:
             "sources",
             *columns([(s, counted(n, "range"), size(b)) for s, (n, b) in self.sources().items()]),
         ]
+        placed: dict[tuple[int, str], list[Placed]] = {}
+        for t in self.tensors:
+            placed.setdefault((t.rank, t.file), []).append(t)
         for rank, path, _, nbytes in self.files:
-            inside = [t for t in self.tensors if t.file == path and t.rank == rank]
+            inside = placed[rank, path]
             lines.append(f"rank {rank}: {path} ({counted(len(inside), 'tensor')}, {size(nbytes)})")
             lines += columns(
                 [
