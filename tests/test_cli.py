@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastckpt import arguments, cli, terminal
+from fastckpt import arguments, cli, demo, terminal
 from fastckpt.errors import FastckptError
 from fastckpt.placement import Placement
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from zero_writer import write_zero
 
 CONFIG = {
@@ -251,6 +251,22 @@ def test_verify_finds_a_flipped_bit(run, source, tmp_path):
     assert (code, json.loads(said)["ok"]) == (1, False)
 
 
+def test_verify_says_what_it_could_not_check(run, tmp_path):
+    save_file({"x": torch.ones(3)}, tmp_path / "model.safetensors")
+    code, said, _ = run("verify", tmp_path)
+    assert code == 0
+    assert "no digests" in said
+    assert said.splitlines()[-1].startswith("ok: 1 file, 1 tensor, 12 B in ")
+
+
+def test_weights_under_a_key(run, source, tmp_path):
+    out = tmp_path / "out"
+    assert run("consolidate", source, out, "--weights-key", "model", "--no-fsync")[0] == 0
+    held = torch.load(out / "pytorch_model.bin", weights_only=True)
+    assert list(held) == ["model"]
+    assert all(torch.equal(held["model"][n], t) for n, t in llama().items())
+
+
 def test_doctor(run, tmp_path):
     code, out, _ = run("doctor", "--json", "--path", tmp_path / "not" / "there")
     found = json.loads(out)
@@ -264,34 +280,50 @@ def test_doctor(run, tmp_path):
     assert "page size" in out
 
 
-def test_demo(run, tmp_path):
+def in_this_process(command: list[str]) -> tuple[int, str]:
+    with redirect_stdout(io.StringIO()) as out:
+        code = cli.main(command)
+    return code, out.getvalue()
+
+
+def test_demo(run, tmp_path, monkeypatch):
+    assert demo.run(["--version"]) == (0, "fastckpt 0.1.0\n")  # as the demo runs every command
+    monkeypatch.setattr(demo, "run", in_this_process)
     code, out, _ = run("demo", "--size", "1MB", "--keep", tmp_path / "kept")
     assert code == 0
     assert out.splitlines()[-1].startswith("all equal: ")
+    assert out.count("[exit 0, ") == 9
     assert left(tmp_path / "kept") == ["checkpoint", "hf", "vllm", "whole"]
     code, _, err = run("demo", "--keep", tmp_path / "kept")
     assert code == 4
     assert "not empty" in err
 
 
-def test_demo_tells_when_something_differs(run, monkeypatch):
-    from fastckpt import demo
-
-    def flipped(command):
-        with redirect_stdout(io.StringIO()) as out:
-            cli.main(command)
-        if command[0] == "verify":
-            file = Path(command[1]) / "model.safetensors"
-            if file.exists():
-                data = bytearray(file.read_bytes())
-                data[-1] ^= 1
-                file.write_bytes(data)
-        return 0, out.getvalue()
+@pytest.mark.parametrize("victim", ["whole/model.safetensors", "vllm/model-rank-2-part-0.safetensors"])
+def test_demo_tells_when_something_differs(run, monkeypatch, tmp_path, victim):
+    def flipped(command: list[str]) -> tuple[int, str]:
+        code, out = in_this_process(command)
+        if command[0] == "diff":  # the last command: only the demo's own comparison is left
+            file = tmp_path / "kept" / victim
+            data = bytearray(file.read_bytes())
+            header = 8 + int.from_bytes(data[:8], "little")
+            entry = next(e for n, e in json.loads(data[8:header]).items() if ".self_attn.q" in n)
+            data[header + entry["data_offsets"][0]] ^= 1
+            file.write_bytes(data)
+        return code, out
 
     monkeypatch.setattr(demo, "run", flipped)
-    code, out, _ = run("demo", "--size", "1MB", "--json")
+    code, out, _ = run("demo", "--size", "1MB", "--keep", tmp_path / "kept", "--json")
+    found = json.loads(out)
+    assert (code, found["equal"], len(found["wrong"])) == (1, False, 1)
+    assert all(step["code"] == 0 for step in found["steps"])
+
+
+def test_demo_tells_when_a_command_fails(run, monkeypatch):
+    monkeypatch.setattr(demo, "run", lambda command: (int(command[0] == "diff"), ""))
+    code, out, _ = run("demo", "--size", "1MB")
     assert code == 1
-    assert json.loads(out)["equal"] is False
+    assert "differs: exit 1: fastckpt diff" in out
 
 
 # ---- ranks from the launcher ----

@@ -163,7 +163,7 @@ def _verify(args: argparse.Namespace) -> int:
     def text() -> str:
         seen = f"{counted(report.files, 'file')}, {counted(report.tensors, 'tensor')}, {size(report.bytes)}"
         judged = "ok" if report.ok else counted(len(report.problems), "problem")
-        return "\n".join([*report.problems, f"{judged}: {seen} in {report.seconds:.2f} s"])
+        return "\n".join([*report.problems, *report.notes, f"{judged}: {seen} in {report.seconds:.2f} s"])
 
     _show(args, text, lambda: _fields(report))
     return 0 if report.ok else 1
