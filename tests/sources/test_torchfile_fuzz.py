@@ -255,7 +255,9 @@ def _encode(text: str, codec: str) -> bytes:
 _PLAIN = {"collections.OrderedDict": dict, "builtins.set": set, "_codecs.encode": _encode}
 
 
-class _Oracle(pickle.Unpickler):
+class _Oracle(pickle._Unpickler):
+    """The Python one: the C one takes gigabytes for a memo index of 2^31."""
+
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8", errors="strict")
         self.names: dict[str, object] = {}
@@ -312,7 +314,7 @@ def test_mutated_pickles_read_as_cpython_reads_them(tries: int, protocol: int) -
             continue
         try:
             theirs = _Oracle(data).load()
-        except (pickle.UnpicklingError, TypeError, AttributeError):
+        except (pickle.UnpicklingError, TypeError, AttributeError, KeyError):
             alone += 1
             continue
         assert _walk(ours.root, None) == _oracle_walk(theirs), data
