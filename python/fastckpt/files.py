@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from .dtypes import DType
 from .errors import LayoutError, WriteError
@@ -91,15 +92,19 @@ def safetensors_layout(
         if name == "__metadata__":
             raise WriteError(f"{path}: safetensors keeps the name __metadata__ for itself")
     ordered = sorted(tensors, key=lambda t: (_ORDER[t[1].safetensors], "" if keep_order else t[0]))
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    slots, at = [], 0
-    for name, dtype, shape in ordered:
-        nbytes = math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": dtype.safetensors, "shape": list(shape), "data_offsets": [at, at + nbytes]}
-        slots.append(Slot(name, dtype, shape, at, nbytes))
-        at += nbytes
+    spell = json.encoder.encode_basestring  # as json.dumps(name, ensure_ascii=False), without its overhead
+    sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape in ordered]
+    ends = list(accumulate(sizes, initial=0))
+    items = [
+        f'{spell(name)}:{{"dtype":"{dtype.safetensors}","shape":[{",".join(map(str, shape))}],'
+        f'"data_offsets":[{begin},{end}]}}'
+        for (name, dtype, shape), begin, end in zip(ordered, ends, ends[1:], strict=False)
+    ]
+    if metadata:
+        pairs = ",".join(f"{spell(k)}:{spell(v)}" for k, v in sorted(metadata.items()))
+        items.insert(0, f'"__metadata__":{{{pairs}}}')
     try:
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        text = ("{" + ",".join(items) + "}").encode()
     except UnicodeEncodeError as e:
         raise WriteError(f"{path}: a name is not valid Unicode: {e}") from None
     text += b" " * (-len(text) % 8)
@@ -108,9 +113,12 @@ def safetensors_layout(
             f"{path}: a header of {len(text)} bytes; safetensors reads at most {_MAX_HEADER}; cut it"
         )
     start = 8 + len(text)
-    placed = tuple(Slot(s.name, s.dtype, s.shape, start + s.offset, s.nbytes) for s in slots)
+    placed = tuple(
+        Slot(name, dtype, shape, start + begin, nbytes)
+        for (name, dtype, shape), begin, nbytes in zip(ordered, ends, sizes, strict=False)
+    )
     fixed = ((0, len(text).to_bytes(8, "little") + text),)
-    return FileLayout(path, start + at, placed, fixed, dict(aliases or {}))
+    return FileLayout(path, start + ends[-1], placed, fixed, dict(aliases or {}))
 
 
 # ---- which tensor goes into which file ----

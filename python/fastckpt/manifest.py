@@ -219,7 +219,7 @@ def _rank(s: Shard) -> str:
     tensors = _object(
         (
             name,
-            f'{{"file": {_json(t.file)}, "dtype": "{t.dtype}", "shape": {_json(list(t.shape))}, '
+            f'{{"file": {_spell(t.file)}, "dtype": "{t.dtype}", "shape": {list(t.shape)}, '
             f'"offset": {t.offset}, "nbytes": {t.nbytes}, "digest": "{t.digest}"}}',
         )
         for name, t in s.tensors.items()
@@ -239,7 +239,11 @@ def _files(files: Mapping[str, FileEntry]) -> str:
 
 
 def _object(items: Iterable[tuple[str, str]]) -> str:
-    return "{" + ",\n".join(f"{_json(key)}: {text}" for key, text in items) + "}"
+    return "{" + ",\n".join(f"{_spell(key)}: {text}" for key, text in items) + "}"
+
+
+_spell = json.encoder.encode_basestring_ascii
+"""A string as json.dumps spells it, without its overhead."""
 
 
 def _json(value: JSON) -> str:

@@ -11,7 +11,7 @@ import math
 import os
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -19,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .checkpoint import JSON
-from .digest import LEAF, combine, digest, digest64
+from .digest import LEAF, Bytes, combine, digest, leaf_digests
 from .dtypes import BY_SAFETENSORS, DType
 from .errors import SourceError
 from .manifest import NAME, Manifest, TensorEntry, rank_of
 
-_RUN = 16
-"""Leaves one task reads."""
+_READS = 16
+"""Reads of one task."""
 _MAX_HEADER = 100_000_000
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 _SHOWN = 1000
@@ -315,58 +315,100 @@ def _read_all(
 ) -> int:
     """Read every tensor once, by leaves, and enter digests that differ and values that are not finite."""
     tensors = sorted(tensors, key=lambda t: (t.path, t.offset))
-    first = np.zeros(len(tensors) + 1, np.int64)
-    np.cumsum([-(-t.nbytes // LEAF) for t in tensors], out=first[1:])
-    leaves, bad = np.zeros(int(first[-1]), np.uint64), np.zeros(int(first[-1]), np.int64)
-    failed: dict[tuple[str, str], str] = {}
-    total, done = sum(t.nbytes for t in tensors), 0
+    nbytes = np.array([t.nbytes for t in tensors], np.int64)
+    first = np.concatenate([[0], np.cumsum(-(-nbytes // LEAF))])
+    of = np.repeat(np.arange(len(tensors)), np.diff(first))  # the tensor of each leaf
+    within = (np.arange(len(of)) - first[of]) * LEAF
+    offset = np.array([t.offset for t in tensors], np.int64)[of] + within
+    size = np.minimum(nbytes[of] - within, LEAF)
+    leaves, bad = np.zeros(len(of), np.uint64), np.zeros(len(of), np.int64)
+    failed: dict[int, str] = {}
+    total, done = int(nbytes.sum()), 0
 
-    def task(leaf: int) -> int:
-        """Leaves [leaf, leaf + _RUN): one buffer, one descriptor while the file stays the same."""
-        buffer, fd, opened, nbytes = bytearray(LEAF), -1, "", 0
-        k = int(np.searchsorted(first, leaf, "right")) - 1
+    def check(fd: int, buffer: NDArray[np.uint8], low: int, high: int) -> None:
+        """Leaves [low, high), which one buffer holds: read them at once, digest, look for NaN and Inf."""
+        at, start = offset[low:high], int(offset[low])
+        data = buffer[: int(at[-1] + size[high - 1]) - start]
+        _exactly(fd, data.data, start)
+        leaves[low:high] = leaf_digests(data, at - start, size[low:high])
+        same = [tensors[k].dtype for k in of[low:high]]
+        for i, j in _neighbours(same, at, size[low:high]):
+            run = data[int(at[i]) - start : int(at[j - 1] + size[low + j - 1]) - start]
+            if nonfinite(run, same[i]):
+                for k in range(i, j):
+                    leaf = data[int(at[k]) - start :][: int(size[low + k])]
+                    bad[low + k] = nonfinite(leaf, same[i])
+
+    def task(reads: list[tuple[int, int]]) -> int:
+        """Some reads, one after another: one buffer, one descriptor while the file stays the same."""
+        buffer, opened, fd = np.empty(LEAF, np.uint8), "", -1
         try:
-            for i in range(leaf, min(leaf + _RUN, len(leaves))):
-                while i >= first[k + 1]:
-                    k += 1
-                t = tensors[k]
-                at = (i - int(first[k])) * LEAF
-                n = min(LEAF, t.nbytes - at)
-                nbytes += n
+            for low, high in reads:
                 try:
-                    if t.path != opened:
+                    path = tensors[of[low]].path
+                    if path != opened:
                         if fd >= 0:
                             os.close(fd)
-                        fd, opened = -1, t.path
-                        fd = os.open(os.path.join(root, t.path), os.O_RDONLY)
-                    elif fd < 0:
-                        continue
-                    data = _exactly(fd, memoryview(buffer)[:n], t.offset + at)
-                except (OSError, SourceError) as e:
-                    failed[t.path, t.name] = str(e)
-                    continue
-                if t.digest:
-                    leaves[i] = digest64(data)
-                bad[i] = nonfinite(data, t.dtype)
+                        opened, fd = "", -1
+                        fd, opened = os.open(os.path.join(root, path), os.O_RDONLY), path
+                    check(fd, buffer, low, high)
+                except OSError as e:
+                    failed.update(dict.fromkeys(of[low:high].tolist(), str(e.strerror)))
+                except SourceError as e:
+                    failed.update(dict.fromkeys(of[low:high].tolist(), str(e)))
         finally:
             if fd >= 0:
                 os.close(fd)
-        return nbytes
+        return sum(int(size[low:high].sum()) for low, high in reads)
 
+    number = {path: k for k, path in enumerate(dict.fromkeys(t.path for t in tensors))}
+    reads = _reads(offset, size, np.array([number[t.path] for t in tensors], np.int64)[of])
+    tasks = [reads[k : k + _READS] for k in range(0, len(reads), _READS)]
     with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
-        for nbytes in pool.map(task, range(0, len(leaves), _RUN)):
-            done += nbytes
+        for read in pool.map(task, tasks):
+            done += read
             if progress is not None:
                 progress(done, total)
     for k, t in enumerate(tensors):
         mine = slice(int(first[k]), int(first[k + 1]))
-        if (t.path, t.name) in failed:
-            problems.append(f"{t.path}: {t.name}: {failed[t.path, t.name]}")
+        if k in failed:
+            problems.append(f"{t.path}: {t.name}: {failed[k]}")
         elif t.digest and combine(leaves[mine]) != t.digest:
             problems.append(f"{t.path}: {t.name}: its bytes differ from the manifest's digest")
         elif not allowed and (count := int(bad[mine].sum())):
             problems.append(f"{t.path}: {t.name}: {count} of its values are NaN or Inf")
     return total
+
+
+def _reads(
+    offset: NDArray[np.int64], size: NDArray[np.int64], file: NDArray[np.int64]
+) -> list[tuple[int, int]]:
+    """Ranges of leaves that lie in one file within one buffer's length."""
+    out, low = [], 0
+    starts, ends = offset.tolist(), (offset + size).tolist()
+    new_file = np.concatenate([file[1:] != file[:-1], [True]]).tolist()
+    for k, end in enumerate(ends):
+        if end - starts[low] > LEAF:
+            out.append((low, k))
+            low = k
+        if new_file[k]:
+            out.append((low, k + 1))
+            low = k + 1
+            if low == len(ends):
+                break
+    return out
+
+
+def _neighbours(
+    dtypes: Sequence[DType], offset: NDArray[np.int64], size: NDArray[np.int64]
+) -> Iterator[tuple[int, int]]:
+    """Ranges of leaves of one dtype that lie one right behind the other."""
+    low = 0
+    joined = (offset[:-1] + size[:-1] == offset[1:]).tolist()
+    for k in range(1, len(dtypes) + 1):
+        if k == len(dtypes) or not joined[k - 1] or dtypes[k] is not dtypes[k - 1]:
+            yield low, k
+            low = k
 
 
 def _exactly(fd: int, data: bytearray | memoryview, offset: int) -> bytearray | memoryview:
@@ -396,7 +438,7 @@ _NONFINITE: dict[str, tuple[str, int, int]] = {
 """dtype -> (words, mask, value): a word whose masked bits are `value` is NaN or Inf."""
 
 
-def nonfinite(data: bytearray | memoryview | bytes, dtype: DType) -> int:
+def nonfinite(data: Bytes, dtype: DType) -> int:
     """How many values are NaN or Inf (a complex part counts as a value); `data` holds whole values."""
     if dtype.name not in _NONFINITE:
         return 0
