@@ -388,7 +388,8 @@ def _files(
     container = os.path.splitext(naming.single)[1]
     if container == ".safetensors" and (wanted.weights_key or wanted.client_state):
         raise LayoutError("weights_key and client_state make a training checkpoint: one .bin, no safetensors")
-    parts = split(specs, wanted.max_shard_size, naming.file, aliases)
+    # A .bin holds both names of a tied pair; safetensors, and so its index, hold one.
+    parts = split(specs, wanted.max_shard_size, naming.file, aliases if container == ".bin" else {})
     folder = f"{naming.directory}/" if naming.directory else ""
     files = []
     for group in parts.groups:
@@ -401,7 +402,7 @@ def _files(
                     folder + group.path,
                     group.tensors,
                     naming.metadata,
-                    group.aliases,
+                    {a: h for a, h in aliases.items() if any(h == name for name, _, _ in group.tensors)},
                     keep_order=not wanted.sorted,
                 )
             )
