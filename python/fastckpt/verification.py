@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .checkpoint import JSON
-from .digest import LEAF, Bytes, combine, digest, leaf_digests
-from .dtypes import BY_SAFETENSORS, DType
+from .digest import LEAF, combine, digest, leaf_digests
+from .dtypes import BY_SAFETENSORS, DType, float32, float64
 from .errors import SourceError
+from .finite import nonfinite
 from .manifest import NAME, Manifest, TensorEntry, rank_of
 
 _READS = 16
@@ -334,10 +335,10 @@ def _read_all(
         same = [tensors[k].dtype for k in of[low:high]]
         for i, j in _neighbours(same, at, size[low:high]):
             run = data[int(at[i]) - start : int(at[j - 1] + size[low + j - 1]) - start]
-            if nonfinite(run, same[i]):
+            if odd_values(run, same[i]):
                 for k in range(i, j):
                     leaf = data[int(at[k]) - start :][: int(size[low + k])]
-                    bad[low + k] = nonfinite(leaf, same[i])
+                    bad[low + k] = odd_values(leaf, same[i])
 
     def task(reads: list[tuple[int, int]]) -> int:
         """Some reads, one after another: one buffer, one descriptor while the file stays the same."""
@@ -422,26 +423,12 @@ def _exactly(fd: int, data: bytearray | memoryview, offset: int) -> bytearray | 
     return data
 
 
-_NONFINITE: dict[str, tuple[str, int, int]] = {
-    "float32": ("<u4", 0x7F800000, 0x7F800000),
-    "bfloat16": ("<u2", 0x7F80, 0x7F80),
-    "float16": ("<u2", 0x7C00, 0x7C00),
-    "float64": ("<u8", 0x7FF << 52, 0x7FF << 52),
-    "complex64": ("<u4", 0x7F800000, 0x7F800000),
-    "complex128": ("<u8", 0x7FF << 52, 0x7FF << 52),
-    "float8_e5m2": ("u1", 0x7C, 0x7C),
-    "float8_e4m3fn": ("u1", 0x7F, 0x7F),
-    "float8_e4m3fnuz": ("u1", 0xFF, 0x80),
-    "float8_e5m2fnuz": ("u1", 0xFF, 0x80),
-    "float8_e8m0fnu": ("u1", 0xFF, 0xFF),
-}
-"""dtype -> (words, mask, value): a word whose masked bits are `value` is NaN or Inf."""
+_PARTS: dict[str, DType] = {"complex64": float32, "complex128": float64}
+_NAN_BYTE: dict[str, int] = {"float8_e8m0fnu": 0xFF, "float8_e4m3fnuz": 0x80, "float8_e5m2fnuz": 0x80}
 
 
-def nonfinite(data: Bytes, dtype: DType) -> int:
-    """How many values are NaN or Inf (a complex part counts as a value); `data` holds whole values."""
-    if dtype.name not in _NONFINITE:
-        return 0
-    words, mask, value = _NONFINITE[dtype.name]
-    array: NDArray[np.unsignedinteger] = np.frombuffer(data, words)
-    return int(np.count_nonzero((array & array.dtype.type(mask)) == array.dtype.type(value)))
+def odd_values(data: NDArray[np.uint8], dtype: DType) -> int:
+    """How many values are NaN or Inf (a complex number has two); `data` holds whole values."""
+    if dtype.name in _NAN_BYTE:
+        return int(np.count_nonzero(data == _NAN_BYTE[dtype.name]))
+    return nonfinite(data, _PARTS.get(dtype.name, dtype))
