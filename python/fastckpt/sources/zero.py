@@ -86,6 +86,7 @@ class _Opening:
     options: Options
     extents: list[Extent] = field(default_factory=list)
     opened: list[TorchFile] = field(default_factory=list)
+    trees: dict[bytes, Tree] = field(default_factory=dict)  # of optimizer files, which are often identical
 
     def model(self, path: str) -> tuple[_Opened, ModelState]:
         """A model-states file with the tensors that the options need."""
@@ -93,15 +94,20 @@ class _Opening:
         opened = self._add(torchfile.load(path, check_crc=self.options.check_crc, wanted=wanted))
         return opened, model_state(opened.file.root, path)
 
-    def many(self, paths: Sequence[str], wanted: Wanted) -> list[_Opened]:
+    def optim(self, paths: Sequence[str]) -> list[_Opened]:
+        """Optimizer files with their masters."""
+        return self._many(paths, _optim_tensors, self.trees)
+
+    def fragments(self, paths: Sequence[str]) -> list[_Opened]:
+        """Model-states files with their frozen fragments."""
+        return self._many(paths, _fragments, {})
+
+    def _many(self, paths: Sequence[str], wanted: Wanted, trees: dict[bytes, Tree]) -> list[_Opened]:
         """Files in order, opened by several threads; identical pickles are parsed once."""
-        known: dict[bytes, Tree] = {}
 
         def load(path: str) -> TorchFile:
-            return torchfile.load(path, check_crc=self.options.check_crc, wanted=wanted, known=known)
+            return torchfile.load(path, check_crc=self.options.check_crc, wanted=wanted, known=trees)
 
-        if len(paths) == 1:
-            return [self._add(load(paths[0]))]
         with ThreadPoolExecutor(THREADS) as pool:
             return [self._add(file) for file in pool.map(load, paths)]
 
@@ -137,7 +143,8 @@ def _optim_tensors(root: object) -> list[Tensor]:
 def _first(opening: _Opening) -> OptimState:
     """The optimizer state of the lowest rank there is, which says stage and world."""
     path = opening.files.optim[min(opening.files.optim)]
-    return optim_state(torchfile.load(path, wanted=lambda root: ()).root, path)
+    file = torchfile.load(path, wanted=_optim_tensors, known=opening.trees)
+    return optim_state(file.root, path)
 
 
 def _world(first: OptimState, files: Files) -> int:
@@ -156,7 +163,7 @@ def _models_of_ranks(opening: _Opening, world: int) -> tuple[list[_Opened], list
     model, state = opening.model(paths[0])
     if world == 1 or not state.frozen_shapes or opening.options.exclude_frozen:
         return [model], [state]
-    opened = opening.many(paths[1:], _fragments)
+    opened = opening.fragments(paths[1:])
     states = _each(opened, model_state)
     for other, path in zip(states, paths[1:], strict=True):
         for what, got, wanted in (
@@ -195,7 +202,7 @@ def _from_masters(
             f"{where}: model states of {state.dp_world} data-parallel ranks, optimizer files of {world}"
         )
     paths = check_ranks(files.optim, world, "optimizer files", where)
-    optim = opening.many(paths, _optim_tensors)
+    optim = opening.optim(paths)
     saved = _each(optim, optim_state)
     _check_one_run(saved, optim, paths, state)
     flats = _columns(optim, [s.flats for s in saved], where)
@@ -237,7 +244,7 @@ def _from_masters(
             "master dtype": ", ".join(sorted({f.dtype.name for f in flats})),
             "weights": options.weights,
         },
-        unread=[f"optimizer moments of {world} ranks"],
+        unread=[f"optimizer moments of {world} ranks", *_other_copy(options, layout, at_stage_3)],
         layout=[a.tobytes() for f in flats for a in (f.extent, f.offset, f.length)] + [repr(layout).encode()],
     )  # fmt: skip
 
@@ -449,6 +456,14 @@ def _group_facts(pieces: Sequence[Piece], flat: Flat) -> JSON:
         "parameters": len(pieces), "numel": numel, "padding": int(flat.length.sum()) - numel,
         "dtype": flat.dtype.name,
     }  # fmt: skip
+
+
+def _other_copy(options: Options, layout: Mapping[str, Piece], at_stage_3: bool) -> list[str]:
+    """The copy of the weights that was not asked for."""
+    if at_stage_3:
+        return []
+    other = "masters" if options.weights == "module" else "16-bit copy in `module`"
+    return [f"{other} of {len(layout)} parameters"]
 
 
 def _short(value: object) -> str:
