@@ -104,10 +104,9 @@ template <class S, class D> struct Micro {
     }
 };
 
-// Tiles of the source: a narrow band of rows is walked along its columns, so that few source pages and
-// whole destination lines are in flight, and the tile ahead is prefetched.
-constexpr size_t LINE = 64;
-constexpr size_t TILE_ROWS = LANES == 16 ? 64 : 128, TILE_COLS = LANES == 16 ? 512 : 256;
+// A band of BAND source rows is walked along its columns, so that few source pages are open and whole destination
+// lines are written; what lies AHEAD bytes further on (in the next band at the end) is prefetched.
+constexpr size_t LINE = 64, BAND = 32, AHEAD = 512;
 
 template <class S, class D>
 void transposed(char* dst, const char* src, size_t rows, size_t cols, int64_t dst_step, int64_t src_step, bool past) {
@@ -128,14 +127,13 @@ void transposed(char* dst, const char* src, size_t rows, size_t cols, int64_t ds
         size_t first = past ? head / D::size : 0;
         if (first + M::DEPTH > rows) first = 0, past = false;
         size_t last_row = first + (rows - first) / M::DEPTH * M::DEPTH, last_col = cols / LANES * LANES;
-        for (size_t r0 = first; r0 < last_row; r0 += TILE_ROWS) {
-            size_t r1 = r0 + TILE_ROWS < last_row ? r0 + TILE_ROWS : last_row;
-            for (size_t c0 = 0; c0 < last_col; c0 += TILE_COLS) {
-                size_t c1 = c0 + TILE_COLS < last_col ? c0 + TILE_COLS : last_col;
-                int64_t ahead = c1 < last_col ? static_cast<int64_t>(TILE_COLS * S::size)
-                                              : static_cast<int64_t>(TILE_ROWS) * src_step - static_cast<int64_t>(c0 * S::size);
-                for (size_t c = c0; c < c1; c += LANES)
-                    for (size_t r = r0; r < r1; r += M::DEPTH) run(r, c, ahead, past);
+        constexpr size_t ROWS = BAND > M::DEPTH ? BAND : M::DEPTH, COLS = AHEAD / S::size;
+        for (size_t r0 = first; r0 < last_row; r0 += ROWS) {
+            size_t r1 = r0 + ROWS < last_row ? r0 + ROWS : last_row;
+            for (size_t c = 0; c < last_col; c += LANES) {
+                int64_t ahead = static_cast<int64_t>(AHEAD);
+                if (c + COLS >= last_col) ahead += static_cast<int64_t>(ROWS) * src_step - static_cast<int64_t>(last_col * S::size);
+                for (size_t r = r0; r < r1; r += M::DEPTH) run(r, c, ahead, past);
             }
             // The last columns again, from LANES before the end: the same bytes are written twice.
             if (last_col < cols)
