@@ -368,8 +368,8 @@ def runs(extents: Extents, dtype: DType, extent: Rows, offset: Rows, length: Row
         at = extents[e]
         if first < 0 or (first + count) * dtype.itemsize > at.nbytes:
             raise SourceError(
-                f"{getattr(at.where, 'path', 'buffer')}: {at.key or 'extent'} has {at.nbytes} bytes, elements "
-                f"[{first}, {first + count}) of {dtype} need {(first + count) * dtype.itemsize}"
+                f"{getattr(at.where, 'path', 'buffer')}: {at.key or 'extent'} has {at.nbytes} bytes, "
+                f"elements [{first}, {first + count}) of {dtype} need {(first + count) * dtype.itemsize}"
             )
     return View((int(stop[-1]) if len(stop) else 0,), dtype, extents, out)
 
