@@ -14,8 +14,9 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError
+from setuptools.errors import BaseError, CCompilerError
 
+WANTED = os.environ.get("FASTCKPT_BUILD", "auto")
 CSRC = Path("csrc")
 FLAGS = [
     "-std=c++17",
@@ -56,23 +57,24 @@ def units() -> dict[str, list[str]]:
 class Build(build_ext):
     """Compiles each unit with its own flags, all at once, and links them."""
 
-    def run(self) -> None:
-        wanted = os.environ.get("FASTCKPT_BUILD", "auto")
-        if wanted == "0":
-            return
-        try:
-            super().run()
-        except (BaseError, OSError, ImportError) as error:
-            if wanted == "1":
-                raise
-            print(
-                f"*** fastckpt: NO COMPILED MODULE ({error}); building pure Python, far slower. ***",
-                file=sys.stderr,
-            )
-
     def build_extension(self, ext: Extension) -> None:
+        try:
+            self.build_units(ext)
+        except (BaseError, CCompilerError, OSError, ImportError) as error:
+            if WANTED == "1":
+                raise
+            line = (
+                f"*** fastckpt: NO COMPILED MODULE ({error}); the package stays pure Python, far slower. ***"
+            )
+            print(line, file=sys.stderr)
+
+    def build_units(self, ext: Extension) -> None:
         import pybind11
 
+        target = Path(self.get_ext_fullpath(ext.name))
+        changed = max(Path(p).stat().st_mtime for p in ext.depends)
+        if not self.force and target.exists() and target.stat().st_mtime > changed:
+            return
         objects: list[str] = []
 
         def compile_one(unit: tuple[str, list[str]]) -> list[str]:
@@ -90,20 +92,16 @@ class Build(build_ext):
             for made in pool.map(compile_one, units().items()):
                 objects += made
         # A CUDA build adds the objects of nvcc and libcudart_static.a here.
-        target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(objects, str(target), extra_postargs=LINK, target_lang="c++")
 
 
-setup(
-    ext_modules=[
-        Extension(
-            "fastckpt._C",
-            sources=[str(CSRC / name) for name in units()],
-            depends=[str(p) for p in sorted(CSRC.glob("*"))] + ["setup.py"],
-            language="c++",
-            optional=True,
-        )
-    ],
-    cmdclass={"build_ext": Build},
+EXTENSION = Extension(
+    "fastckpt._C",
+    sources=[str(CSRC / name) for name in units()],
+    depends=[*(str(p) for p in sorted(CSRC.iterdir())), "setup.py"],
+    language="c++",
+    optional=WANTED != "1",
 )
+
+setup(ext_modules=[] if WANTED == "0" else [EXTENSION], cmdclass={"build_ext": Build})
