@@ -81,6 +81,16 @@ def test_wrapped_in_one_key(tmp_path, key):
     assert "optimizer: beside the state dict" in ckpt.unread
 
 
+def test_structure_holds_offsets_and_strides(tmp_path):
+    square = torch.arange(16.0).view(4, 4)
+    digests = set()
+    for k, t in enumerate((square[:3, :3], square[1:, 1:], square.t()[:3, :3])):
+        torch.save({"a": t}, tmp_path / f"{k}.pt")
+        (tmp_path / f"{k}.pt").rename(tmp_path / "x.pt")
+        digests.add(sources.open(tmp_path / "x.pt").structure)
+    assert len(digests) == 3
+
+
 def test_what_is_no_tensor_is_said(tmp_path):
     torch.save({**TENSORS, "version": 3}, tmp_path / "x.pt")
     ckpt = sources.open(tmp_path / "x.pt")

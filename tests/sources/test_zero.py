@@ -127,24 +127,27 @@ def test_any_run(tmp_path_factory, data):
     same(sources.open(path), expected)
 
 
-def test_a_thousand_ranks_as_sparse_files(tmp_path):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_thousand_ranks_as_sparse_files(tmp_path, stage):
     """1,000 ranks of holes, of which one parameter's elements are written afterwards, by position."""
     world, rows, columns = 1000, 3001, 1009
     params = {"before": torch.zeros(77), "big": torch.zeros(rows, columns), "after": torch.zeros(5)}
-    write_zero(tmp_path, params, stage=3, world=world, sparse=True)
-    part, start = -(-rows * columns // world), 1  # ceil(77 / 1000) == 1
-    for j in (0, part - 1, part, 1234567, rows * columns - 1):
-        rank, at = j // part, start + j % part
+    write_zero(tmp_path, params, stage=stage, world=world, sparse=True)
+    numel = rows * columns
+    part = -(-numel // world)  # of `big` at stage 3, where the others have one element a rank
+    partition = part + 2 if stage == 3 else -(-(numel + 82) // (2 * world)) * 2
+    marked = [0, part - 1, part, 1234567, numel - 1]
+    for j in marked:
+        rank, at = (j // part, 1 + j % part) if stage == 3 else divmod(77 + j, partition)
         path = tmp_path / "global_step2" / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        record = _record_of_length(path, (1 + part + 1) * 4)
         with open(path, "r+b") as f:
-            f.seek(record + at * 4)
+            f.seek(_record_of_length(path, partition * 4) + at * 4)
             f.write(torch.tensor(float(j + 1)).numpy().tobytes())
     view = sources.open(tmp_path)["big"]
     assert view.shape == (rows, columns)
-    got = torch.from_numpy(reading.read(view.reshape((rows * columns,)))).view(torch.float32)
-    assert got.nonzero().flatten().tolist() == [0, part - 1, part, 1234567, rows * columns - 1]
-    assert got[1234567] == 1234568.0
+    got = torch.from_numpy(reading.read(view.reshape((numel,)))).view(torch.float32)
+    assert got.nonzero().flatten().tolist() == marked
+    assert got[marked].tolist() == [float(j + 1) for j in marked]
 
 
 def _record_of_length(path, nbytes):
@@ -269,8 +272,11 @@ def test_structure_says_what_shapes_the_views(tmp_path):
         digests("dtype", master=torch.bfloat16)[0],
         digests("order", dict(reversed(PARAMS.items())))[0],
         digests("stage", stage=2)[0],
+        digests("frozen", frozen=FROZEN)[0],
+        digests("buffers", buffers=BUFFERS)[0],
+        digests("off", stage=0)[0],
     ]
-    assert len({plain[0], *others}) == 6
+    assert len({plain[0], *others}) == 9
 
 
 def test_options_say_what_is_wrong():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
@@ -12,7 +13,7 @@ import xxhash
 from ..checkpoint import JSON, Checkpoint, Entry
 from ..dtypes import DType
 from ..errors import SourceError
-from ..extents import Extent, Extents, File
+from ..extents import Extents, File
 from ..views import View, strided, zeros
 from .options import Options
 
@@ -114,9 +115,8 @@ def parse_json(data: bytes, where: str) -> dict[str, JSON]:
     def unique(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
         out = dict(pairs)
         if len(out) != len(pairs):
-            names = [k for k, _ in pairs]
-            twice = next(n for n in names if names.count(n) > 1)
-            raise SourceError(f"{where}: JSON key {twice!r} stands twice")
+            counts = Counter(k for k, _ in pairs)
+            raise SourceError(f"{where}: JSON key {counts.most_common(1)[0][0]!r} stands twice")
         return out
 
     try:
@@ -132,23 +132,26 @@ def _structure(
     format: str,
     entries: Mapping[str, Entry],
     aliases: Mapping[str, str],
-    extents: Sequence[Extent] | Extents,
+    extents: Extents,
     layout: Iterable[bytes],
 ) -> str:
     """Hex digest of everything that shapes the views; where a storage lies in its file is no part of it."""
     h = xxhash.xxh3_64()
 
-    def feed(*words: object) -> None:
-        h.update(json.dumps(words, separators=(",", ":")).encode())
+    def feed(words: Iterable[object]) -> None:
+        """One line a word, its length before it."""
+        text = "\n".join(map(repr, words)).encode()
+        h.update(b"%d\n" % len(text))
+        h.update(text)
 
-    feed(format, len(entries), len(aliases), len(extents))
-    for name, e in entries.items():
-        feed(name, e.shape, e.dtype.name, e.kind)
-    for alias, holder in aliases.items():
-        feed(alias, holder)
+    files: dict[int, str] = {}
     for x in extents:
-        feed(os.path.basename(x.where.path) if isinstance(x.where, File) else "", x.key, x.nbytes)
+        if id(x.where) not in files:
+            files[id(x.where)] = os.path.basename(x.where.path) if isinstance(x.where, File) else ""
+    feed([format])
+    feed((name, e.shape, e.dtype.name, e.kind) for name, e in entries.items())
+    feed(aliases.items())
+    feed((files[id(x.where)], x.key, x.nbytes) for x in extents)
     for part in layout:
-        feed(len(part))
-        h.update(part)
+        feed([part])
     return h.hexdigest()

@@ -18,7 +18,7 @@ from .assembly import assemble
 from .options import Options
 from .shards import find_shards
 from .torchfile import Tensor
-from .torchtensors import by_storage, refuse_unread, whole
+from .torchtensors import by_storage, places, refuse_unread, whole
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
 """Keys under which trainers put a model's state dict."""
@@ -65,7 +65,8 @@ def read(path: str, options: Options) -> Checkpoint:
         search=[shards.directory],
         facts={"files": len(files), "tensors": len(entries), "tied": dict(aliases)},
         unread=[*shards.unread, *(note for d in dicts for note in d.rest)],
-        inert=[n for f in files for n in f.inert], headers=[f.digest for f in files],
+        inert=[n for f in files for n in f.inert], layout=[places(d.tensors.values()) for d in dicts],
+        headers=[f.digest for f in files],
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from ..checkpoint import Entry
 from ..errors import SourceError
@@ -29,6 +29,12 @@ def by_storage(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         if holder != name:
             tied[name] = holder
     return tied
+
+
+def places(tensors: Iterable[object]) -> bytes:
+    """Where the located ones of one file's tensors lie, for a digest: extent, offset, strides."""
+    found = (t for t in tensors if isinstance(t, Tensor) and t.storage.extent >= 0)
+    return repr([(t.storage.extent, t.offset, t.stride) for t in found]).encode()
 
 
 def refuse_unread(name: str, value: object) -> None:

@@ -25,7 +25,7 @@ from . import torchfile
 from .assembly import assemble
 from .options import Options
 from .torchfile import Tensor, TorchFile, Tree, Wanted
-from .torchtensors import by_storage, whole
+from .torchtensors import by_storage, places, whole
 from .zero_files import Files, check_ranks, find, is_zero
 from .zero_layout import Flat, Piece, Shape, chained, sliced
 from .zero_parts import Parts, parts, trainable
@@ -245,7 +245,10 @@ def _from_masters(
             "weights": options.weights,
         },
         unread=[f"optimizer moments of {world} ranks", *_other_copy(options, layout, at_stage_3)],
-        layout=[a.tobytes() for f in flats for a in (f.extent, f.offset, f.length)] + [repr(layout).encode()],
+        layout=[
+            *(a.tobytes() for f in flats for a in (f.extent, f.offset, f.length)), repr(layout).encode(),
+            *map(_places, states),
+        ],
     )  # fmt: skip
 
 
@@ -278,7 +281,7 @@ def _from_module(path: str, opening: _Opening, model: _Opened, state: ModelState
     return _assembled(
         path, opening, state, entries, extents, found,
         facts={"stage": 0 if off else "1 or 2", "weights": "module", "why module": why},
-        unread=["optimizer state"] if off else [], layout=(),
+        unread=["optimizer state"] if off else [], layout=[_places(state)],
     )  # fmt: skip
 
 
@@ -364,6 +367,11 @@ def _copies(
                 f"{where}: weights='module': {name}: `module` has {got}, wanted {piece.shape}{hint}"
             )
     return _module_entries(layout, state, model, extents, "parameter")
+
+
+def _places(state: ModelState) -> bytes:
+    """Where the tensors of one model-states file lie that were wanted."""
+    return places([*state.module.values(), *(state.fragments or {}).values()])
 
 
 def _one_axis(entries: Mapping[str, Entry]) -> dict[str, View]:
