@@ -183,6 +183,22 @@ class Output:
         """A small file of these bytes; of all ranks together, or of `rank`, such as its index."""
         self._small(name, (data[k : k + LEAF] for k in range(0, len(data), LEAF)), rank)
 
+    def adopt(self, path: str | os.PathLike[str], name: str) -> None:
+        """A file that somebody else wrote on this file system, moved in as it is; read once for its digest.
+
+        Raises WriteError where it is not there or lies on another file system."""
+        staged = self._stage(name)
+        with telling(f"{os.fspath(path)} as {name}"):
+            os.rename(path, staged)
+            with open(staged, "rb") as f:
+                leaves = [digest64(piece) for piece in iter(lambda: f.read(LEAF), b"")]
+                nbytes = f.tell()
+                if self.durable:
+                    os.fsync(f.fileno())
+        self._place.settle(name, staged)
+        with self._lock:
+            self._shared[name] = FileEntry(nbytes, combine(np.array(leaves, np.uint64)))
+
     def commit(self, record: Record) -> Manifest:
         """Make the output real; the manifest of the set, or of this rank where others are still to come.
 
