@@ -12,10 +12,15 @@ from ..dtypes import DType
 from ..errors import SourceError
 from .inert import Inert
 
-MEMORY = 384 << 20
-"""Bytes of objects that a pickle may build, and 3 more for each of its own bytes, by a count made before
-they are built (about twice what a checkpoint's takes: 4 kB a tensor, so 10^5 tensors fit). Every opcode
-counts, so this limits opcodes, stack, marks, memo, strings and containers."""
+
+def allowance(nbytes: int) -> int:
+    """Bytes of objects that a pickle of `nbytes` may build, by a count made before they are built.
+
+    The count is about twice what is used: 4 kB a tensor of about 220 bytes of pickle, so that a real file
+    of any size fits and a bomb is stopped in proportion to its own size. Every opcode counts, so this
+    limits opcodes, stack, marks, memo, strings and containers."""
+    return min((64 << 20) + 20 * nbytes, (384 << 20) + 3 * nbytes)
+
 
 MAX_LINE = 1 << 16
 """The longest text argument of a protocol 0 opcode, and the longest name of a global, in bytes."""
@@ -52,7 +57,7 @@ class Machine:
         self.outer: list[list[object]] = []  # the stacks below each open mark
         self.memo: dict[int, object] = {}
         self.bare: dict[str, Inert] = {}  # globals no table of values knows, one record a name
-        self.spent, self.budget = 0, MEMORY + 3 * (len(data) - start)
+        self.spent, self.budget = 0, allowance(len(data) - start)
         self.tuple_keys = 0
         self.values, self.calls, self.persistent = values, calls, persistent
 
