@@ -51,7 +51,7 @@ namespace {
 // Outputs of one call larger than this go past the cache; smaller ones are a staging buffer that is read next.
 constexpr uint64_t STREAM_CALL = 6u << 20;
 // A row smaller than this is written through the cache all the same.
-constexpr uint64_t STREAM_ROW = 4096;
+constexpr uint64_t STREAM_ROW = 512;
 // What a thread takes at a time, in output bytes.
 constexpr uint64_t SHARE = 2u << 20;
 // Faulting one page of a file may map a whole huge page of it, so spans are counted and given back in such windows.

@@ -104,9 +104,9 @@ template <class S, class D> struct Micro {
     }
 };
 
-// A band of BAND source rows is walked along its columns, so that few source pages are open and whole destination
-// lines are written; what lies AHEAD bytes further on (in the next band at the end) is prefetched.
-constexpr size_t LINE = 64, BAND = 32, AHEAD = 512;
+// A band of source rows is walked along its columns, so that few source pages are open and whole destination lines
+// are written; what lies AHEAD bytes further on (in the next band at the end) is prefetched.
+constexpr size_t LINE = 64, BAND = LANES * 4, AHEAD = LANES * 32;
 
 template <class S, class D>
 void transposed(char* dst, const char* src, size_t rows, size_t cols, int64_t dst_step, int64_t src_step, bool past) {
@@ -127,7 +127,7 @@ void transposed(char* dst, const char* src, size_t rows, size_t cols, int64_t ds
         size_t first = past ? head / D::size : 0;
         if (first + M::DEPTH > rows) first = 0, past = false;
         size_t last_row = first + (rows - first) / M::DEPTH * M::DEPTH, last_col = cols / LANES * LANES;
-        constexpr size_t ROWS = BAND > M::DEPTH ? BAND : M::DEPTH, COLS = AHEAD / S::size;
+        constexpr size_t ROWS = BAND > LINE / D::size ? BAND : LINE / D::size, COLS = AHEAD / S::size;
         for (size_t r0 = first; r0 < last_row; r0 += ROWS) {
             size_t r1 = r0 + ROWS < last_row ? r0 + ROWS : last_row;
             for (size_t c = 0; c < last_col; c += LANES) {
