@@ -38,8 +38,9 @@ template <class S, class D> void line(char* dst, const char* src, size_t n, bool
         if (n >= STEP) {
             // The first and the last block may overlap their neighbours: the same bytes are written twice.
             size_t head = -reinterpret_cast<uintptr_t>(dst) % BLOCK;
-            if (past && head % D::size == 0 && n >= 4 * STEP) {
-                store<4>(dst, block<S, D>(src, 0));
+            // A line that is first written through the cache costs more than it saves in a short run.
+            if (past && head % D::size == 0 && n >= (head == 0 ? 4 : 64) * STEP) {
+                if (head > 0) store<4>(dst, block<S, D>(src, 0));
                 for (i = head / D::size; i + STEP <= n; i += STEP) stream(dst + i * D::size, block<S, D>(src, i));
             } else {
                 for (; i + STEP <= n; i += STEP) store<4>(dst + i * D::size, block<S, D>(src, i));
