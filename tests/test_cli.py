@@ -267,6 +267,24 @@ def test_weights_under_a_key(run, source, tmp_path):
     assert all(torch.equal(held["model"][n], t) for n, t in llama().items())
 
 
+def test_client_state_goes_with_the_weights(run, tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    write_zero(
+        source, {"w": torch.ones(3)}, stage=3, world=2, client={"epoch": 4, "args": object, "h": {"a": [1]}}
+    )
+    asked = ["--weights-key", "weights", "--client-state", "epoch", "--client-state", "h", "--no-fsync"]
+    code, plan, _ = run("consolidate", source, out, *asked, "--dry-run", "--json")
+    assert code == 0 and not out.exists()
+    code, done, _ = run("consolidate", source, out, *asked, "--json")
+    assert code == 0 and json.loads(done)["key"] == json.loads(plan)["key"]
+    held = torch.load(out / "pytorch_model.bin", weights_only=True)
+    assert {n: held[n] for n in ("epoch", "h")} == {"epoch": 4, "h": {"a": [1]}} and len(held) == 3
+    for name, code, message in (("args", 3, "no plain value 'args'"), ("nothing", 3, "it has epoch, h")):
+        wrong = run("consolidate", source, tmp_path / "no", "--weights-key", "w", "--client-state", name)
+        assert wrong[0] == code and message in wrong[2]
+    assert run("consolidate", source, tmp_path / "no", "--client-state", "epoch")[0] == 2
+
+
 def test_doctor(run, tmp_path):
     code, out, _ = run("doctor", "--json", "--path", tmp_path / "not" / "there")
     found = json.loads(out)

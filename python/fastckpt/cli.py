@@ -24,6 +24,7 @@ from .terminal import Progress, progress
 if TYPE_CHECKING:
     from .checkpoint import JSON, Checkpoint
     from .layouts import Layout
+    from .plans import Plan
     from .road import Report
     from .verification import VerifyReport
 
@@ -83,7 +84,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    _show_plan(args, _layout(args))
+    _show_plan(args, _planned(args, _layout(args)))
     return 0
 
 
@@ -92,7 +93,7 @@ def _reshard(args: argparse.Namespace) -> int:
 
     layout = _layout(args)
     if args.dry_run:
-        _show_plan(args, layout)
+        _show_plan(args, _planned(args, layout))
         return 0
     placement = _placement(args)
     with progress(as_json=args.json, quiet=args.quiet) as shown:
@@ -121,11 +122,18 @@ def _reshard(args: argparse.Namespace) -> int:
 
 
 def _consolidate(args: argparse.Namespace) -> int:
-    from .layouts.same import Same
-    from .road import consolidate
+    from .road import consolidate, consolidation
 
     if args.dry_run:
-        _show_plan(args, Same("safetensors" if args.safe_serialization else "bin"))
+        planned = consolidation(
+            _opened(args),
+            safe_serialization=args.safe_serialization,
+            max_shard_size=args.max_shard_size,
+            dtype=args.dtype,
+            weights_key=args.weights_key,
+            client_state=args.client_state,
+        )
+        _show_plan(args, planned)
         return 0
     with progress(as_json=args.json, quiet=args.quiet) as shown:
         report = consolidate(
@@ -219,13 +227,12 @@ def _show(args: argparse.Namespace, text: Callable[[], str], as_json: Callable[[
         print(text())
 
 
-def _show_plan(args: argparse.Namespace, layout: Layout) -> None:
-    """The plan of what `args` ask for; nothing is written."""
-    from .outline import describe_plan
+def _planned(args: argparse.Namespace, layout: Layout) -> Plan:
+    """The plan of what `args` ask `reshard` for."""
     from .road import plan
 
     placement = _placement(args)
-    planned = plan(
+    return plan(
         _opened(args),
         placement=placement,
         rank=_rank(args.rank, placement),
@@ -237,6 +244,12 @@ def _show_plan(args: argparse.Namespace, layout: Layout) -> None:
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,
     )
+
+
+def _show_plan(args: argparse.Namespace, planned: Plan) -> None:
+    """What a plan will do; nothing is written."""
+    from .outline import describe_plan
+
     found = describe_plan(planned, threads=args.threads)
     _show(args, found.text, found.json)
 

@@ -191,17 +191,18 @@ def consolidate(
         exclude_frozen=exclude_frozen,
         check_crc=check_crc,
     )
-    wanted = Wanted(
-        Placement(),
-        layout=Same("safetensors" if safe_serialization else "bin"),
-        dtype=dtype,
-        max_shard_size=None if weights_key else max_shard_size,
-        sorted=True,
-        weights_key=weights_key,
-        client_state=_client_state(opened, client_state) if client_state else None,
-    )
     run = _Run(threads, memory, progress)
-    planned = run.planned(lambda: plans.draft(opened, wanted, in_memory=out is None))
+    planned = run.planned(
+        lambda: consolidation(
+            opened,
+            safe_serialization=safe_serialization,
+            max_shard_size=max_shard_size,
+            dtype=dtype,
+            weights_key=weights_key,
+            client_state=client_state,
+            in_memory=out is None,
+        )
+    )
     if out is None:
         return run.to_memory(planned)[0][0]
     return run.to_files(
@@ -213,6 +214,31 @@ def consolidate(
         finite=not allow_nonfinite,
         beside=False,
     )
+
+
+def consolidation(
+    ckpt: Checkpoint,
+    *,
+    safe_serialization: bool = False,
+    max_shard_size: str | int | None = "5GB",
+    dtype: str | DType | None = "float32",
+    weights_key: str | None = None,
+    client_state: Sequence[str] = (),
+    in_memory: bool = False,
+) -> Plan:
+    """The plan of `consolidate` for an opened checkpoint."""
+    if client_state and weights_key is None:
+        raise LayoutError("client_state goes with weights_key: it stands beside the weights in one file")
+    wanted = Wanted(
+        Placement(),
+        layout=Same("safetensors" if safe_serialization else "bin"),
+        dtype=dtype,
+        max_shard_size=None if weights_key else max_shard_size,
+        sorted=True,
+        weights_key=weights_key,
+        client_state=_client_state(ckpt, client_state) if client_state else None,
+    )
+    return plans.draft(ckpt, wanted, in_memory=in_memory)
 
 
 def load_into(

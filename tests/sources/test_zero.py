@@ -237,11 +237,13 @@ def test_hf_trainer_directory_brings_its_config(tmp_path):
         assert [p.rsplit("/", 1)[1] for p in ckpt.beside] == ["config.json", "tokenizer.json"]
 
 
-def test_client_state_and_moments_are_unread(tmp_path):
-    write_zero(tmp_path, PARAMS, stage=2, world=2, client={"epoch": 3, "args": object})
+def test_plain_client_state_is_a_fact_and_moments_are_unread(tmp_path):
+    client = {"epoch": 3, "hparams": {"dim": [1, 2.5, None]}, "args": object}
+    write_zero(tmp_path, PARAMS, stage=2, world=2, client=client)
     ckpt = sources.open(tmp_path)
     assert "optimizer moments of 2 ranks" in ckpt.unread
-    assert "client state: epoch, args" in ckpt.unread
+    assert ckpt.facts["client_state"] == {"epoch": 3, "hparams": {"dim": [1, 2.5, None]}}
+    assert "client state that is not plain: args" in ckpt.unread
     assert {"deepspeed.runtime.zero.config.ZeroStageEnum", "builtins.object"} <= set(ckpt.inert)
     assert all(e.nbytes == ckpt.extents[i].nbytes for i, e in enumerate(ckpt.extents))
 

@@ -304,7 +304,7 @@ def _assembled(
     notes = list(unread)
     notes += [f"`module` entry {n}: no tensor" for n in found.other]
     notes += [f"{n}: tied to {found.tied[n]}, which is left out" for n in homeless]
-    notes += [f"client state: {', '.join(state.client)}"] if state.client else []
+    notes += [f"client state that is not plain: {', '.join(state.opaque)}"] if state.opaque else []
     return assemble(
         path, "zero", entries, extents, opening.options,
         aliases=tied, files=[f.file for f in opening.opened],
@@ -313,6 +313,7 @@ def _assembled(
             "tag": files.tag, "step": state.global_steps, **facts,
             "deepspeed": state.version, "parameters": kinds.count("parameter"),
             "frozen": kinds.count("frozen"), "buffers": kinds.count("buffer"), "tied": dict(tied),
+            "client_state": dict(state.client),
         },
         unread=notes, inert=[n for f in opening.opened for n in f.inert], layout=layout,
         headers=[f.digest for f in opening.opened],

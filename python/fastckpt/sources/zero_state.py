@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..checkpoint import JSON
 from ..errors import SourceError
 from .torchfile import Inert, Tensor
 from .zero_layout import Shape
@@ -44,7 +45,8 @@ class ModelState:
     """One rank's model-states file.
 
     `shapes`: name -> shape a group, None when ZeRO was off. `frozen_shapes`, `fragments`: None where frozen
-    parameters are kept in `module` alone. `shared`: tied name -> holder. `client`: the caller's own keys."""
+    parameters are kept in `module` alone. `shared`: tied name -> holder. `client`: the caller's own
+    plain values; `opaque`: the caller's keys whose values are not plain."""
 
     module: Mapping[str, object]
     buffers: tuple[str, ...]
@@ -55,7 +57,8 @@ class ModelState:
     global_steps: int | None
     dp_world: int | None
     version: str
-    client: tuple[str, ...]
+    client: Mapping[str, JSON]
+    opaque: tuple[str, ...]
 
 
 def optim_state(root: object, where: str) -> OptimState:
@@ -98,6 +101,7 @@ def model_state(root: object, where: str) -> ModelState:
         raise SourceError(
             f"{where}: frozen_param_shapes and frozen_param_fragments: one is None, the other is not"
         )
+    client, opaque = _client(top)
     return ModelState(
         module=_names(_dict(top["module"], f"{where}: module"), f"{where}: module"),
         buffers=tuple(_strings(top.get("buffer_names", ()), f"{where}: buffer_names")),
@@ -108,8 +112,34 @@ def model_state(root: object, where: str) -> ModelState:
         global_steps=_number(top.get("global_steps")),
         dp_world=_number(top.get("dp_world_size")),
         version=str(top.get("ds_version", "")),
-        client=tuple(str(k) for k in top if k not in _ENGINE_KEYS),
+        client=client,
+        opaque=opaque,
     )
+
+
+def _client(top: Mapping[object, object]) -> tuple[dict[str, JSON], tuple[str, ...]]:
+    """The caller's own keys: those whose values are plain, and the names of the others."""
+    plain: dict[str, JSON] = {}
+    opaque = []
+    for key, value in top.items():
+        if key in _ENGINE_KEYS:
+            continue
+        try:
+            plain[str(key)] = _plain(value)
+        except TypeError:
+            opaque.append(str(key))
+    return plain, tuple(opaque)
+
+
+def _plain(value: object) -> JSON:
+    """A value as JSON spells it; TypeError for one it cannot."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict) and all(isinstance(k, str) for k in value):
+        return {k: _plain(v) for k, v in value.items()}
+    raise TypeError
 
 
 def _refuse_grids(top: Mapping[object, object], where: str) -> None:
