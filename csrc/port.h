@@ -173,13 +173,23 @@ FASTCKPT_INLINE void transpose(Words (&m)[LANES]) {
 }
 
 // Denormals are values here whatever mode the calling thread is in.
-class FloatMode {
-#if defined(__SSE2__)
-    unsigned saved_ = _mm_getcsr();
-
+class [[maybe_unused]] FloatMode {
   public:
+#if defined(__SSE2__)
     FloatMode() { _mm_setcsr(0x1f80); }
     ~FloatMode() { _mm_setcsr(saved_); }
+
+  private:
+    unsigned saved_ = _mm_getcsr();
+#elif defined(__aarch64__)
+    FloatMode() {
+        asm volatile("mrs %0, fpcr" : "=r"(saved_));
+        asm volatile("msr fpcr, %0" : : "r"(uint64_t{0}));
+    }
+    ~FloatMode() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
+
+  private:
+    uint64_t saved_;
 #endif
 };
 
