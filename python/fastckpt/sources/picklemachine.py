@@ -16,10 +16,10 @@ from .inert import Inert
 def allowance(nbytes: int) -> int:
     """Bytes of objects that a pickle of `nbytes` may build, by a count made before they are built.
 
-    The count is about twice what is used: 4 kB a tensor of about 220 bytes of pickle, so that a real file
+    The count is about twice what is used: 4 kB a tensor of 150 bytes of pickle, so that a real file
     of any size fits and a bomb is stopped in proportion to its own size. Every opcode counts, so this
     limits opcodes, stack, marks, memo, strings and containers."""
-    return min((64 << 20) + 20 * nbytes, (384 << 20) + 3 * nbytes)
+    return min((64 << 20) + 40 * nbytes, (384 << 20) + 3 * nbytes)
 
 
 MAX_LINE = 1 << 16
