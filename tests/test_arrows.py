@@ -76,8 +76,13 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("served",),  # what fastckpt wrote, in the two formats before it
         ("__init__",),
     ),
-    "recipes": (("claims",), ("llama", "gpt2"), ("mixtral",), ("__init__",)),
-    "layouts": (("naming", "cuts"), ("same", "hf", "vllm", "rtp_llm", "patterns"), ("__init__",)),
+    "recipes": (
+        ("claims", "fused"),
+        ("decoder", "moe", "gpt2", "neox", "chatglm"),
+        ("llama", "gemma", "phi3", "glm", "mixtral", "qwen_moe", "deepseek", "gpt_oss"),
+        ("__init__",),
+    ),
+    "layouts": (("naming", "cuts", "servers"), ("same", "hf", "vllm", "rtp_llm", "patterns"), ("__init__",)),
     "executors": (("torch", "cpu", "cuda"), ("__init__",)),
 }
 """Cells within a package: a module imports siblings from cells before its own only."""

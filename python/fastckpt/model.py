@@ -3,36 +3,68 @@
 A recipe makes a Model out of a checkpoint, a layout makes targets out of a Model; neither knows the other.
 
 Law: a view of a role is in the mathematics' own form (a Linear's weight is [out, in], q, k and v are apart,
-experts are apart). How the hub stores it is kept beside it (`name`, `transposed`, `fused`), so that the `hf`
-layout can write it back. Layers are built when asked for and can be dropped again.
+gate and up are apart, experts are apart). How the hub stores it is kept beside it (`name`, `transposed`,
+`fused`, ...), so that the `hf` layout can write it back. Layers are built when asked for and can be dropped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from .views import View
+
+Role = TypeVar("Role")
+
+
+class Lazy(Generic[Role]):
+    """Roles in order, each built when it is first asked for, then kept."""
+
+    __slots__ = ("_builds", "_built")
+
+    def __init__(self, builds: Sequence[Callable[[], Role]]) -> None:
+        self._builds = builds
+        self._built: dict[int, Role] = {}
+
+    def __len__(self) -> int:
+        return len(self._builds)
+
+    def __getitem__(self, index: int) -> Role:
+        if index not in self._built:
+            self._built[index] = self._builds[index]()
+        return self._built[index]
+
+    def __iter__(self) -> Iterator[Role]:
+        return (self[i] for i in range(len(self)))
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
     """One matrix and its bias. `name`: the hub's module; `weight` [out, in]; `bias` [out] or None;
-    `transposed`: the hub stores [in, out] (GPT-2's Conv1D)."""
+    `transposed`: the hub stores [in, out] (GPT-2's Conv1D); `bias_name`: the hub's, where not `name`.bias.
+
+    `scale`: the factors of an fp8 weight, one a block of `block` = (outputs, inputs): [ceil(out / block[0]),
+    ceil(in / block[1])], stored as `name`.weight_scale_inv."""
 
     name: str
     weight: View
     bias: View | None = None
     transposed: bool = False
+    scale: View | None = None
+    block: tuple[int, int] = (1, 1)
+    bias_name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A normalisation over the last axis. `name`: the hub's module; `weight` and `bias` [features]."""
+    """A normalisation over the last axis. `name`: the hub's module; `weight` and `bias` [features];
+    `plus_one`: the factor is 1 + weight (Gemma)."""
 
     name: str
     weight: View
     bias: View | None = None
+    plus_one: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +76,22 @@ class Embedding:
 
 
 @dataclass(frozen=True, slots=True)
+class Parameter:
+    """One tensor that is no matrix, norm or table, by its full name in the hub."""
+
+    name: str
+    view: View
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """Multi-head attention: `q` [heads * head_dim, hidden], `k` and `v` [kv_heads * head_dim, hidden],
     `o` [hidden, heads * head_dim]; query head h reads kv head h // (heads // kv_heads).
 
-    `q_norm`, `k_norm`: per-head norms [head_dim]. `fused`: the hub's module that stores [q; k; v] as one
-    (q, k and v then carry its name), None where the hub stores them apart."""
+    `q_norm`, `k_norm`: per-head norms [head_dim]. `sinks`: one logit a query head [heads]. `fused`: the hub's
+    module that stores q, k and v as one (they then carry its name), None where the hub stores them apart;
+    `grouped`: it holds for each kv head its query heads, itself and its value head (with as many kv heads as
+    query heads that is q, k, v head by head), else all of q, then all of k, then all of v."""
 
     q: Linear
     k: Linear
@@ -58,37 +100,82 @@ class Attention:
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     fused: str | None = None
+    grouped: bool = False
+    sinks: Parameter | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Mla:
+    """Multi-head latent attention (DeepSeek): `kv_a` [kv_rank + rope_dim, hidden] -> `kv_norm` ->
+    `kv_b` [heads * (nope_dim + v_dim), kv_rank]; `o` [hidden, heads * v_dim].
+
+    `q` [heads * (nope_dim + rope_dim), q_rank or hidden] reads what `q_a` [q_rank, hidden] and `q_norm` make
+    of the hidden state, or the hidden state itself where both are None."""
+
+    q: Linear
+    kv_a: Linear
+    kv_norm: Norm
+    kv_b: Linear
+    o: Linear
+    q_a: Linear | None = None
+    q_norm: Norm | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
-    """A feed-forward block: `gate` (or None) and `up` [width, hidden], `down` [hidden, width]."""
+    """A feed-forward block: `gate` (or None) and `up` [width, hidden], `down` [hidden, width].
+
+    `fused`: the hub's module that stores [gate; up] as one (both then carry its name)."""
 
     gate: Linear | None
     up: Linear
     down: Linear
+    fused: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stacks:
+    """A hub that stores all experts of a layer as stacks (gpt-oss): `gate_up` [experts, hidden, 2 * width]
+    with gate and up in turn, `down` [experts, width, hidden]; their biases have `_bias` behind the name."""
+
+    gate_up: str
+    down: str
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
     """A mixture of experts: `router` [experts, hidden] and one gated Mlp an expert, all of one shape.
 
-    `name`: the hub's module that holds the experts."""
+    `name`: the hub's module that holds the experts. `correction`: what the router adds to an expert's score
+    when it selects [experts], never rounded. `shared`: a block every token passes, weighed by `shared_gate`
+    [1, hidden] where there is one. `stacks`: where the hub stores no expert on its own."""
 
     name: str
     router: Linear
-    experts: tuple[Mlp, ...]
+    experts: Lazy[Mlp]
+    correction: Parameter | None = None
+    shared: Mlp | None = None
+    shared_gate: Linear | None = None
+    stacks: Stacks | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One decoder layer. `name`: the hub's module."""
+    """One layer. `name`: the hub's module.
+
+    The norms stand before attention and the feed-forward block; `attention_after` and `mlp_after` after them,
+    before the sum (Gemma 2, GLM-4) or after it (BERT). Where both read one norm (Falcon), `mlp_norm` is None.
+    `cross`, `cross_norm`: attention to an encoder's output, between the two."""
 
     name: str
-    attention_norm: Norm
-    attention: Attention
-    mlp_norm: Norm
+    attention_norm: Norm | None
+    attention: Attention | Mla
+    mlp_norm: Norm | None
     mlp: Mlp | Experts
+    attention_after: Norm | None = None
+    mlp_after: Norm | None = None
+    cross: Attention | None = None
+    cross_norm: Norm | None = None
 
 
 class Layers:
@@ -118,7 +205,9 @@ class Layers:
 class Sizes:
     """What a layout cuts, known before any view is built.
 
-    `widths`: config key -> feed-forward width, one for each kind of block the model has."""
+    `widths`: config key -> feed-forward width, one for each kind of block the model has; `experts`: how many
+    a layer has at most, and `expert_width` the key of their width; `fused_qkv`: the hub stores q, k and v as
+    one. With latent attention `kv_heads` is `heads` and `head_dim` a value head's."""
 
     hidden: int
     vocab: int
@@ -126,21 +215,51 @@ class Sizes:
     kv_heads: int
     head_dim: int
     widths: Mapping[str, int]
+    experts: int = 0
+    expert_width: str = ""
+    fused_qkv: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HubCuts:
+    """Where transformers' own tensor-parallel plan of a family cuts less than heads, widths and vocabulary.
+
+    `whole`: what every rank holds whole: "embedding", "attention", "experts", "shared" (experts), and the
+    keys of Sizes.widths that go with them; `rows`: what the hub fuses is cut as one run of rows, whatever
+    they are, and gathered in use."""
+
+    whole: frozenset[str] = frozenset()
+    rows: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """The encoder beside a decoder. `positions`: a learned position table; `norm`: after the last layer."""
+
+    layers: Layers
+    norm: Norm | None = None
+    positions: Embedding | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A decoder model by roles.
+    """A model by roles; a decoder unless its family says otherwise.
 
-    `lm_head` is there also when it is `tied` to the embedding, with the embedding's view. `positions`: a
-    learned position table. `ignored`: the names of the checkpoint that the recipe knows and leaves out."""
+    `lm_head` is there also when it is `tied` to the embedding, with the embedding's view; a model without one
+    names the embedding itself. `positions`: a learned position table. `embedding_norm`: a norm of the
+    embedded tokens. `carried`: tensors that no server cuts. `ignored`: the names of the checkpoint that the
+    recipe knows and leaves out."""
 
     family: str
     sizes: Sizes
     embedding: Embedding
     layers: Layers
-    norm: Norm
+    norm: Norm | None
     lm_head: Linear
     tied: bool = False
     positions: Embedding | None = None
     ignored: tuple[str, ...] = ()
+    embedding_norm: Norm | None = None
+    encoder: Encoder | None = None
+    carried: tuple[Parameter, ...] = ()
+    cuts: HubCuts = field(default_factory=HubCuts)

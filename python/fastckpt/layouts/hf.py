@@ -2,7 +2,8 @@
 
 transformers' base_model_tp_plan cuts q, k, v, gate and up by outputs, o and down by inputs, the embedding
 (embedding_rowwise) and lm_head (colwise_gather_output) by vocabulary rows; the rest is whole on every rank.
-A matrix the hub fuses is cut part by part, as its packed_colwise does.
+Where a family's plan cuts less, its recipe says so (HubCuts). Families without a plan are cut likewise; what
+their hub fuses is then cut part by part, as packed_colwise does, or group by group.
 """
 
 from __future__ import annotations
@@ -12,22 +13,28 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ..errors import LayoutError
-from ..model import Attention, Experts, Mlp, Model
+from ..model import Attention, Experts, Layers, Mla, Mlp, Model
 from ..placement import Placement
 from ..target import Target
+from ..views import View, stack
 from .cuts import (
+    bias,
     in_part,
     joined,
     norm,
     out_part,
+    parameter,
     qkv_part,
-    require_decoder,
+    regrouped,
     require_even,
+    require_heads,
     require_kv_heads,
     require_tensor_parallel,
     stored,
 )
 from .naming import Naming, ranked
+
+WHOLE = Placement()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,48 +50,151 @@ class Hf:
         Raises LayoutError, before the first target, where heads, kv heads, a feed-forward width or the
         vocabulary do not divide by tp, and for pp, dp or ep."""
         require_tensor_parallel("hf", placement)
-        require_decoder("hf", placement, model.sizes)
+        if "attention" not in model.cuts.whole:
+            self._require_heads(model, placement)
+        for key, width in model.sizes.widths.items():
+            if key not in model.cuts.whole:
+                require_even("hf", placement, key, width)
         require_even("hf", placement, "vocab_size", model.sizes.vocab)
-        require_kv_heads("hf", placement, model.sizes)
-        if model.sizes.kv_heads % placement.tp and not self.replicate_kv:
-            raise LayoutError(
-                f"layout hf: {model.sizes.kv_heads} kv heads do not divide by tp {placement.tp}, and "
-                "transformers cannot run replicas; replicate_kv=true writes them all the same"
-            )
-        return self._targets(model, placement)
+        return _targets(model, placement)
 
     def naming(self, placement: Placement) -> Naming:
         """The hub's names, at tp > 1 inside `rank-00/` and so on."""
         return ranked(placement.tp, placement.tp_rank)
 
-    def _targets(self, model: Model, placement: Placement) -> Iterator[Target]:
-        tp, rank = placement.tp, placement.tp_rank
-        yield Target(f"{model.embedding.name}.weight", model.embedding.weight.part(0, rank, tp))
-        if model.positions is not None:
-            yield Target(f"{model.positions.name}.weight", model.positions.weight)
-        for layer in model.layers:
-            yield from norm(layer.attention_norm)
-            yield from _attention(layer.attention, model, placement)
-            yield from norm(layer.mlp_norm)
-            if isinstance(layer.mlp, Experts):
-                yield from stored(layer.mlp.router)
-            for mlp in layer.mlp.experts if isinstance(layer.mlp, Experts) else (layer.mlp,):
-                yield from _mlp(mlp, placement)
-        yield from norm(model.norm)
-        if not model.tied:
-            yield from stored(out_part(model.lm_head, rank, tp))
+    def _require_heads(self, model: Model, placement: Placement) -> None:
+        sizes = model.sizes
+        if model.cuts.rows and sizes.fused_qkv:
+            rows = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
+            require_even("hf", placement, "the number of query, key and value rows", rows)
+            require_even("hf", placement, "the number of query rows", sizes.heads * sizes.head_dim)
+            return
+        require_heads("hf", placement, sizes)
+        require_kv_heads("hf", placement, sizes)
+        if sizes.kv_heads % placement.tp and not self.replicate_kv:
+            raise LayoutError(
+                f"layout hf: {sizes.kv_heads} kv heads do not divide by tp {placement.tp}, and "
+                "transformers cannot run replicas; replicate_kv=true writes them all the same"
+            )
 
 
-def _attention(attention: Attention, model: Model, placement: Placement) -> Iterator[Target]:
-    parts = qkv_part(attention, model, placement)
-    for linear in parts if attention.fused is None else (joined(attention.fused, parts),):
-        yield from stored(linear)
-    yield from stored(in_part(attention.o, placement.tp_rank, placement.tp))
+def _targets(model: Model, placement: Placement) -> Iterator[Target]:
+    tp, rank = placement.tp, placement.tp_rank
+    table = model.embedding.weight
+    if "embedding" not in model.cuts.whole:
+        table = table.part(0, rank, tp)
+    yield Target(f"{model.embedding.name}.weight", table)
+    if model.positions is not None:
+        yield Target(f"{model.positions.name}.weight", model.positions.weight)
+    yield from norm(model.embedding_norm)
+    if model.encoder is not None:
+        if model.encoder.positions is not None:
+            yield Target(f"{model.encoder.positions.name}.weight", model.encoder.positions.weight)
+        yield from _layers(model.encoder.layers, model, placement)
+        yield from norm(model.encoder.norm)
+    yield from _layers(model.layers, model, placement)
+    yield from norm(model.norm)
+    head = out_part(model.lm_head, rank, tp)
+    yield from bias(head) if model.tied else stored(head)
+    for role in model.carried:
+        yield from parameter(role)
+
+
+def _layers(layers: Layers, model: Model, placement: Placement) -> Iterator[Target]:
+    for layer in layers:
+        yield from norm(layer.attention_norm)
+        yield from _attention(layer.attention, model, placement)
+        yield from norm(layer.attention_after)
+        yield from norm(layer.cross_norm)
+        if layer.cross is not None:
+            yield from _attention(layer.cross, model, placement)
+        yield from norm(layer.mlp_norm)
+        if isinstance(layer.mlp, Experts):
+            yield from _experts(layer.mlp, model, placement)
+        else:
+            yield from _mlp(layer.mlp, model, placement)
+        yield from norm(layer.mlp_after)
+
+
+def _attention(attention: Attention | Mla, model: Model, placement: Placement) -> Iterator[Target]:
+    if "attention" in model.cuts.whole:
+        placement = WHOLE
+    tp, rank = placement.tp, placement.tp_rank
+    if isinstance(attention, Mla):
+        if attention.q_a is not None:
+            yield from stored(attention.q_a)
+        yield from norm(attention.q_norm)
+        yield from stored(out_part(attention.q, rank, tp))
+        yield from stored(attention.kv_a)
+        yield from norm(attention.kv_norm)
+        yield from stored(out_part(attention.kv_b, rank, tp))
+        yield from stored(in_part(attention.o, rank, tp))
+        return
+    if attention.fused is None:
+        for linear in qkv_part(attention, model.sizes, placement):
+            yield from stored(linear)
+    elif model.cuts.rows:
+        whole = joined(attention.fused, qkv_part(attention, model.sizes, WHOLE))
+        yield from stored(out_part(whole, rank, tp))
+    else:
+        parts = qkv_part(attention, model.sizes, placement)
+        if attention.grouped:
+            yield from stored(regrouped(attention.fused, parts, model.sizes.head_dim))
+        else:
+            yield from stored(joined(attention.fused, parts))
+    yield from stored(in_part(attention.o, rank, tp))
     yield from norm(attention.q_norm)
     yield from norm(attention.k_norm)
+    if attention.sinks is not None:
+        yield Target(attention.sinks.name, attention.sinks.view.part(0, rank, tp))
 
 
-def _mlp(mlp: Mlp, placement: Placement) -> Iterator[Target]:
-    for linear in (mlp.up,) if mlp.gate is None else (mlp.gate, mlp.up):
-        yield from stored(out_part(linear, placement.tp_rank, placement.tp))
-    yield from stored(in_part(mlp.down, placement.tp_rank, placement.tp))
+def _mlp(mlp: Mlp, model: Model, placement: Placement) -> Iterator[Target]:
+    tp, rank = placement.tp, placement.tp_rank
+    if mlp.gate is None:
+        yield from stored(out_part(mlp.up, rank, tp))
+    elif mlp.fused is None:
+        yield from stored(out_part(mlp.gate, rank, tp))
+        yield from stored(out_part(mlp.up, rank, tp))
+    elif model.cuts.rows:
+        yield from stored(out_part(joined(mlp.fused, [mlp.gate, mlp.up]), rank, tp))
+    else:
+        yield from stored(joined(mlp.fused, [out_part(x, rank, tp) for x in (mlp.gate, mlp.up)]))
+    yield from stored(in_part(mlp.down, rank, tp))
+
+
+def _experts(moe: Experts, model: Model, placement: Placement) -> Iterator[Target]:
+    yield from stored(moe.router)
+    yield from parameter(moe.correction)
+    routed = WHOLE if "experts" in model.cuts.whole else placement
+    if moe.stacks is None:
+        for mlp in moe.experts:
+            yield from _mlp(mlp, model, routed)
+    else:
+        yield from _stacks(moe, routed)
+    if moe.shared is not None:
+        yield from _mlp(moe.shared, model, WHOLE if "shared" in model.cuts.whole else placement)
+    if moe.shared_gate is not None:
+        yield from stored(moe.shared_gate)
+
+
+def _stacks(moe: Experts, placement: Placement) -> Iterator[Target]:
+    """Experts as gpt-oss stores them: a layer's in one tensor, gate and up in turn along the last axis."""
+    tp, rank, stacks = placement.tp, placement.tp_rank, moe.stacks
+    if stacks is None:
+        return
+    pairs: list[View] = []
+    pair_biases: list[View] = []
+    for mlp in moe.experts:
+        gate, up = (out_part(x, rank, tp) for x in (mlp.gate, mlp.up) if x is not None)
+        pairs.append(stack([gate.weight.T, up.weight.T], 2).merge(1))
+        if gate.bias is not None and up.bias is not None:
+            pair_biases.append(stack([gate.bias, up.bias], 1).merge(0))
+    downs = [in_part(mlp.down, rank, tp) for mlp in moe.experts]
+    yield Target(stacks.gate_up, stack(pairs))
+    if pair_biases:
+        yield Target(f"{stacks.gate_up}_bias", stack(pair_biases))
+    yield Target(stacks.down, stack([x.weight.T for x in downs]))
+    down_biases = [x.bias for x in downs if x.bias is not None]
+    if down_biases:
+        yield Target(f"{stacks.down}_bias", stack(down_biases))

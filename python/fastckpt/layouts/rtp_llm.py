@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ..errors import LayoutError
-from ..model import Attention, Experts, Linear, Mlp, Model, Norm
+from ..model import Attention, Experts, Linear, Mla, Mlp, Model, Norm
 from ..placement import Placement
 from ..target import Target
 from ..views import cat, stack
@@ -47,8 +47,11 @@ class RtpLlm:
         require_decoder("rtp_llm", placement, model.sizes)
         require_kv_heads("rtp_llm", placement, model.sizes)
         require_even("rtp_llm", placement, "hidden_size", model.sizes.hidden)
-        if model.positions is not None:
-            raise LayoutError(f"layout rtp_llm has no place for {model.positions.name} of {model.family}")
+        if model.encoder is not None:
+            raise LayoutError(f"layout rtp_llm has no place for the encoder of {model.family}")
+        for extra in (model.positions, model.embedding_norm, *model.carried):
+            if extra is not None:
+                raise LayoutError(f"layout rtp_llm has no place for {extra.name} of {model.family}")
         return self._targets(model, placement)
 
     def naming(self, placement: Placement) -> Naming:
@@ -62,6 +65,9 @@ class RtpLlm:
         yield Target(f"{key}.global.embedding", model.embedding.weight.part(1, rank, tp))
         for i, layer in enumerate(model.layers):
             at = f"{key}.layers.{i}"
+            for extra in (layer.attention_after, layer.mlp_after, layer.cross_norm):
+                if extra is not None:
+                    raise LayoutError(f"layout rtp_llm has no place for {extra.name}")
             yield _gamma(f"{at}.pre_layernorm_weights.gamma", layer.attention_norm)
             yield from _attention(f"{at}.self_attention_weights", layer.attention, model, placement)
             yield _gamma(f"{at}.post_layernorm_weights.gamma", layer.mlp_norm)
@@ -75,8 +81,12 @@ class RtpLlm:
         yield Target(f"{key}.global.lm_head", padded_part(model.lm_head.weight, padding, rank, tp))
 
 
-def _attention(at: str, attention: Attention, model: Model, placement: Placement) -> Iterator[Target]:
-    qkv = joined(attention.q.name, qkv_part(attention, model, placement))
+def _attention(at: str, attention: Attention | Mla, model: Model, placement: Placement) -> Iterator[Target]:
+    if isinstance(attention, Mla) or attention.sinks is not None:
+        raise LayoutError(
+            f"layout rtp_llm has no place for the attention of {attention.o.name} ({model.family})"
+        )
+    qkv = joined(attention.q.name, qkv_part(attention, model.sizes, placement))
     yield Target(f"{at}.query_weight.kernel", qkv.weight.T)
     if qkv.bias is not None:
         # The engine's head cut views a vector as one row; at one rank it is not called.
@@ -97,6 +107,11 @@ def _mlp(at: str, mlp: Mlp, placement: Placement) -> Iterator[Target]:
 
 def _experts(at: str, moe: Experts, placement: Placement) -> Iterator[Target]:
     rank, tp = placement.tp_rank, placement.tp
+    if moe.shared is not None or moe.correction is not None or moe.stacks is not None:
+        raise LayoutError(f"layout rtp_llm has no place for what {moe.name} has beside experts' matrices")
+    for mlp in moe.experts:
+        if mlp.down.scale is not None:
+            raise LayoutError(f"layout rtp_llm has no place for {mlp.down.name}.weight_scale_inv")
     pairs = [cat([x.weight.part(0, rank, tp) for x in (e.up, _gate(e))]) for e in moe.experts]
     downs = [e.down.weight.part(1, rank, tp) for e in moe.experts]
     yield Target(f"{at}.gate.kernel", moe.router.weight.T)
@@ -105,14 +120,20 @@ def _experts(at: str, moe: Experts, placement: Placement) -> Iterator[Target]:
 
 
 def _kernel(at: str, linear: Linear) -> Iterator[Target]:
+    if linear.scale is not None:
+        raise LayoutError(f"layout rtp_llm has no place for {linear.name}.weight_scale_inv")
     yield Target(f"{at}.kernel", linear.weight.T)
     if linear.bias is not None:
         yield Target(f"{at}.bias", linear.bias)
 
 
-def _gamma(name: str, role: Norm) -> Target:
+def _gamma(name: str, role: Norm | None) -> Target:
+    if role is None:
+        raise LayoutError(f"layout rtp_llm: the model has no norm to write as {name}")
     if role.bias is not None:
         raise LayoutError(f"layout rtp_llm has no place for {role.name}.bias")
+    if role.plus_one:
+        raise LayoutError(f"layout rtp_llm wants 1 + {role.name}.weight, which is not made yet")
     return Target(name, role.weight)
 
 

@@ -2,22 +2,25 @@
 
 Matrices are [out, in]. q, k and v are one `qkv_proj` [q_r; k_r; v_r], gate and up one `gate_up_proj`
 [gate_r; up_r], experts `w13_weight` [experts, gate_r; up_r, hidden] and `w2_weight` [experts, hidden,
-width / tp]; the vocabulary is padded with zero rows, then cut. Source: vLLM's layers/linear.py,
-vocab_parallel_embedding.py and fused_moe/layer.py.
+width / tp]; latent attention cuts what follows the low ranks, whose matrices are one `fused_qkv_a_proj`,
+whole on every rank; the vocabulary is padded with zero rows, then cut. Source: vLLM's layers/linear.py,
+vocab_parallel_embedding.py, fused_moe/layer.py and models/.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+from .. import dtypes
 from ..errors import LayoutError
-from ..model import Attention, Experts, Mlp, Model
+from ..model import Attention, Experts, Layer, Linear, Mla, Mlp, Model, Sizes
 from ..placement import Placement
 from ..target import Target
-from ..views import cat, stack
+from ..views import View, stack, zeros
 from .cuts import (
+    bias,
     in_part,
     joined,
     norm,
@@ -25,19 +28,30 @@ from .cuts import (
     padded_part,
     plain,
     qkv_part,
-    require_decoder,
     require_even,
+    require_heads,
     require_kv_heads,
-    require_tensor_parallel,
 )
 from .naming import Naming
+from .servers import Share, expert_share, layer_range
+
+RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
+    "gpt_oss": ((".self_attn.", ".attn."), (".embed_tokens.", ".embedding.")),
+    "chatglm": ((".word_embeddings.", "."),),
+}
+"""family -> (a part of the hub's name, what vLLM's module is called), where the two differ."""
 
 
 @dataclass(frozen=True, slots=True)
 class Vllm:
-    """`vocab_padding`: the vocabulary is padded to a multiple of it (vLLM's DEFAULT_VOCAB_PADDING_SIZE)."""
+    """`vocab_padding`: the vocabulary is padded to a multiple of it (vLLM's DEFAULT_VOCAB_PADDING_SIZE).
+    `experts`: which of them a rank of expert parallelism holds: a run of them, or every ep-th.
+    `gate_up`: the order within `w13_weight`; "up_gate" is what some kernels and SGLang's loaders want
+    (where the hub stores gate and up in turn, they stay so)."""
 
     vocab_padding: int = 64
+    experts: Literal["linear", "round_robin"] = "linear"
+    gate_up: Literal["gate_up", "up_gate"] = "gate_up"
     roles: ClassVar[Literal[True]] = True
 
     def __post_init__(self) -> None:
@@ -47,64 +61,154 @@ class Vllm:
     def targets(self, model: Model, placement: Placement) -> Iterator[Target]:
         """The rank's tensors; a tied lm_head is the embedding's parameter and left out.
 
-        Raises LayoutError, before the first target, where heads, a feed-forward width or the padded
-        vocabulary do not divide by tp, where kv heads neither divide nor repeat evenly, and for pp, dp
-        or ep."""
-        require_tensor_parallel("vllm", placement)
-        require_decoder("vllm", placement, model.sizes)
+        With pp a stage holds a range of layers, the first the embedding, the last the final norm and lm_head
+        (and the embedding it is tied to). With dp every group of tp ranks holds the same, but for experts:
+        all tp * dp ranks cut their widths, or with ep = tp * dp share them out. Raises LayoutError, before
+        the first target, where heads, a feed-forward width or the padded vocabulary do not divide, where kv
+        heads neither divide nor repeat evenly, for more stages than layers, for another ep, and for a model
+        that is no decoder."""
+        share = expert_share("vllm", placement, model.sizes)
+        stage = layer_range("vllm", placement, len(model.layers))
+        require_heads("vllm", placement, model.sizes)
+        for key, width in model.sizes.widths.items():
+            if key != model.sizes.expert_width:
+                require_even("vllm", placement, key, width)
         require_kv_heads("vllm", placement, model.sizes)
         rows = model.sizes.vocab + -model.sizes.vocab % self.vocab_padding
         require_even("vllm", placement, f"vocab_size {model.sizes.vocab}, padded to", rows)
-        return self._targets(model, placement)
+        if model.encoder is not None or model.carried:
+            raise LayoutError(f"layout vllm has no place for {model.family}, which is no decoder")
+        renamed = RENAMED.get(model.family, ())
+        return (_named(t, renamed) for t in self._targets(model, placement, share, stage))
 
     def naming(self, placement: Placement) -> Naming:
-        """The pattern of vLLM's sharded_state loader, parts counted from 0."""
-        stem = f"model-rank-{placement.tp_rank}"
+        """The pattern of vLLM's sharded_state loader, parts counted from 0; it tells tp ranks apart only, so
+        stages and data-parallel groups stand before them where there are several."""
+        stem = "model-rank"
+        if placement.pp > 1 or placement.dp > 1:
+            pp = f"-pp-{placement.pp_rank}" if placement.pp > 1 else ""
+            dp = f"-dp-{placement.dp_rank}" if placement.dp > 1 else ""
+            stem = f"model{pp}{dp}-tp"
+        stem = f"{stem}-{placement.tp_rank}"
         return Naming("", f"{stem}-part-0.safetensors", stem + "-part-{part}.safetensors")
 
-    def _targets(self, model: Model, placement: Placement) -> Iterator[Target]:
-        tp, rank, multiple = placement.tp, placement.tp_rank, self.vocab_padding
-        rows = padded_part(model.embedding.weight, multiple, rank, tp)
-        yield Target(f"{model.embedding.name}.weight", rows)
-        if model.positions is not None:
-            yield Target(f"{model.positions.name}.weight", model.positions.weight)
-        for layer in model.layers:
-            yield from norm(layer.attention_norm)
-            yield from _attention(layer.attention, model, placement)
-            yield from norm(layer.mlp_norm)
-            if isinstance(layer.mlp, Experts):
-                yield from _experts(layer.mlp, placement)
-            else:
-                yield from _mlp(layer.mlp, placement)
-        yield from norm(model.norm)
-        if not model.tied:
-            rows = padded_part(model.lm_head.weight, multiple, rank, tp)
-            yield Target(f"{model.lm_head.name}.weight", rows)
+    def _targets(self, model: Model, placement: Placement, share: Share, stage: range) -> Iterator[Target]:
+        first, last = placement.pp_rank == 0, placement.pp_rank == placement.pp - 1
+        if first or (last and model.tied):
+            yield Target(f"{model.embedding.name}.weight", self._rows(model.embedding.weight, placement))
+        if first:
+            if model.positions is not None:
+                yield Target(f"{model.positions.name}.weight", model.positions.weight)
+            yield from norm(model.embedding_norm)
+        for i in stage:
+            yield from self._layer(model.layers[i], model, placement, share)
+        if last:
+            yield from norm(model.norm)
+            head = model.lm_head
+            if not model.tied:
+                yield Target(f"{head.name}.weight", self._rows(head.weight, placement))
+            if head.bias is not None:
+                yield from bias(Linear(head.name, head.weight, self._rows(head.bias, placement)))
+
+    def _rows(self, view: View, placement: Placement) -> View:
+        return padded_part(view, self.vocab_padding, placement.tp_rank, placement.tp)
+
+    def _layer(self, layer: Layer, model: Model, placement: Placement, share: Share) -> Iterator[Target]:
+        yield from norm(layer.attention_norm)
+        if isinstance(layer.attention, Mla):
+            yield from _latent(layer.attention, placement)
+        else:
+            yield from _attention(layer.attention, model.sizes, placement)
+        yield from norm(layer.attention_after)
+        yield from norm(layer.mlp_norm)
+        if isinstance(layer.mlp, Experts):
+            yield from self._experts(layer.mlp, placement, share)
+        else:
+            yield from _mlp(layer.mlp, placement)
+        yield from norm(layer.mlp_after)
+
+    def _experts(self, moe: Experts, placement: Placement, share: Share) -> Iterator[Target]:
+        yield from plain(moe.router)
+        if moe.correction is not None:
+            yield Target(moe.correction.name, moe.correction.view.cast(dtypes.float32))
+        held = [moe.experts[e] for e in share.of(len(moe.experts), self.experts)]
+        pairs = [self._pair(mlp, share, in_turn=moe.stacks is not None) for mlp in held]
+        downs = [in_part(mlp.down, share.index, share.count) for mlp in held]
+        if share.index:  # what the ranks make of an expert is summed, so one of them adds its bias
+            downs = [_without_bias(x) for x in downs]
+        yield from _stacked(f"{moe.name}.w13", pairs)
+        yield from _stacked(f"{moe.name}.w2", downs)
+        if moe.shared is not None:
+            yield from _mlp(moe.shared, placement)
+        if moe.shared_gate is not None:
+            yield from plain(moe.shared_gate)
+
+    def _pair(self, mlp: Mlp, share: Share, *, in_turn: bool) -> Linear:
+        """An expert's gate and up as one; `in_turn`: row by row, as gpt-oss has them on both sides."""
+        both = [out_part(x, share.index, share.count) for x in (mlp.gate, mlp.up) if x is not None]
+        if not in_turn:
+            return joined(mlp.up.name, both if self.gate_up == "gate_up" else both[::-1])
+        biases = [x.bias for x in both if x.bias is not None]
+        weight = stack([x.weight for x in both], 1).merge(0)
+        return replace(both[0], weight=weight, bias=stack(biases, 1).merge(0) if biases else None)
 
 
-def _attention(attention: Attention, model: Model, placement: Placement) -> Iterator[Target]:
+def _named(target: Target, renamed: tuple[tuple[str, str], ...]) -> Target:
+    name = target.name
+    for old, new in renamed:
+        name = name.replace(old, new)
+    return target if name == target.name else Target(name, target.view, target.shape)
+
+
+def _stacked(name: str, linears: Sequence[Linear]) -> Iterator[Target]:
+    """The experts' matrices of one kind as a stack, their biases and block factors likewise."""
+    for suffix, views in (
+        ("weight", [x.weight for x in linears]),
+        ("bias", [x.bias for x in linears if x.bias is not None]),
+        ("weight_scale_inv", [x.scale for x in linears if x.scale is not None]),
+    ):
+        if views:
+            yield Target(f"{name}_{suffix}", stack(views))
+
+
+def _without_bias(linear: Linear) -> Linear:
+    bias = linear.bias
+    return linear if bias is None else replace(linear, bias=zeros(bias.shape, bias.dtype))
+
+
+def _attention(attention: Attention, sizes: Sizes, placement: Placement) -> Iterator[Target]:
     name = attention.fused or f"{_parent(attention.q.name)}.qkv_proj"
-    yield from plain(joined(name, qkv_part(attention, model, placement)))
+    yield from plain(joined(name, qkv_part(attention, sizes, placement)))
     yield from plain(in_part(attention.o, placement.tp_rank, placement.tp))
     yield from norm(attention.q_norm)
     yield from norm(attention.k_norm)
+    if attention.sinks is not None:
+        sinks = attention.sinks.view.part(0, placement.tp_rank, placement.tp)
+        yield Target(attention.sinks.name, sinks)
+
+
+def _latent(attention: Mla, placement: Placement) -> Iterator[Target]:
+    tp, rank = placement.tp, placement.tp_rank
+    if attention.q_a is None:
+        yield from plain(attention.kv_a)
+    else:
+        name = f"{_parent(attention.q_a.name)}.fused_qkv_a_proj"
+        yield from plain(joined(name, [attention.q_a, attention.kv_a]))
+    yield from norm(attention.q_norm)
+    yield from plain(out_part(attention.q, rank, tp))
+    yield from norm(attention.kv_norm)
+    yield from plain(out_part(attention.kv_b, rank, tp))
+    yield from plain(in_part(attention.o, rank, tp))
 
 
 def _mlp(mlp: Mlp, placement: Placement) -> Iterator[Target]:
     rank, tp = placement.tp_rank, placement.tp
     up = out_part(mlp.up, rank, tp)
     if mlp.gate is not None:
-        up = joined(f"{_parent(mlp.up.name)}.gate_up_proj", [out_part(mlp.gate, rank, tp), up])
+        name = mlp.fused or f"{_parent(mlp.up.name)}.gate_up_proj"
+        up = joined(name, [out_part(mlp.gate, rank, tp), up])
     yield from plain(up)
     yield from plain(in_part(mlp.down, rank, tp))
-
-
-def _experts(moe: Experts, placement: Placement) -> Iterator[Target]:
-    rank, tp = placement.tp_rank, placement.tp
-    yield from plain(moe.router)
-    w13 = [cat([x.weight.part(0, rank, tp) for x in (e.gate, e.up) if x is not None]) for e in moe.experts]
-    yield Target(f"{moe.name}.w13_weight", stack(w13))
-    yield Target(f"{moe.name}.w2_weight", stack([e.down.weight.part(1, rank, tp) for e in moe.experts]))
 
 
 def _parent(name: str) -> str:

@@ -12,7 +12,7 @@ from typing import Protocol
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import Model
-from . import gpt2, llama, mixtral
+from . import chatglm, decoder, deepseek, gemma, glm, gpt2, gpt_oss, llama, mixtral, neox, phi3, qwen_moe
 
 
 class Recipe(Protocol):
@@ -27,12 +27,28 @@ class Recipe(Protocol):
 
 
 RECIPES: dict[str, Recipe] = {
-    "llama": llama.recipe,
-    "mistral": partial(llama.recipe, kind=llama.MISTRAL),
-    "qwen2": partial(llama.recipe, kind=llama.QWEN2),
-    "qwen3": partial(llama.recipe, kind=llama.QWEN3),
+    "llama": partial(decoder.recipe, kind=llama.LLAMA),
+    "mistral": partial(decoder.recipe, kind=llama.MISTRAL),
+    "qwen2": partial(decoder.recipe, kind=llama.QWEN2),
+    "qwen3": partial(decoder.recipe, kind=llama.QWEN3),
+    "gemma": partial(decoder.recipe, kind=gemma.GEMMA),
+    "gemma2": partial(decoder.recipe, kind=gemma.GEMMA2),
+    "gemma3_text": partial(decoder.recipe, kind=gemma.GEMMA3),
+    "phi3": partial(decoder.recipe, kind=phi3.PHI3),
+    "glm": partial(decoder.recipe, kind=glm.GLM),
+    "glm4": partial(decoder.recipe, kind=glm.GLM4),
     "mixtral": mixtral.recipe,
+    "qwen2_moe": partial(qwen_moe.recipe, kind=qwen_moe.QWEN2_MOE),
+    "qwen3_moe": qwen_moe.recipe,
+    "glm4_moe": partial(deepseek.recipe, family=deepseek.GLM4_MOE),
+    "deepseek_v2": partial(deepseek.recipe, family=deepseek.V2),
+    "deepseek_v3": deepseek.recipe,
+    "gpt_oss": gpt_oss.recipe,
     "gpt2": gpt2.recipe,
+    "gpt_neox": neox.neox,
+    "bloom": neox.bloom,
+    "falcon": neox.falcon,
+    "chatglm": chatglm.recipe,
 }
 """transformers' `model_type` -> recipe."""
 

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ..checkpoint import JSON, Checkpoint
+from ..dtypes import DTYPES
 from ..errors import RecipeError
-from ..model import Embedding, Linear, Norm
-from ..views import View
+from ..model import Embedding, Linear, Norm, Parameter
+from ..views import ZERO, View
 
 
 class Dim(NamedTuple):
@@ -26,15 +27,16 @@ class Dim(NamedTuple):
     key: str
 
 
-def integer(config: Mapping[str, JSON], key: str, default: int | None = None) -> int:
-    """The positive integer `config[key]`; `default` where it is missing or null. Raises RecipeError."""
+def integer(config: Mapping[str, JSON], key: str, default: int | None = None, *, least: int = 1) -> int:
+    """The integer `config[key]`, `least` or more; `default` where missing or null. Raises RecipeError."""
     value = config.get(key)
     if value is None:
         value = default
     if value is None:
         raise RecipeError(f"config: {key} is missing")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise RecipeError(f"config: {key} must be a positive integer, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        wanted = "a positive integer" if least == 1 else f"an integer from {least} on"
+        raise RecipeError(f"config: {key} must be {wanted}, got {value!r}")
     return value
 
 
@@ -48,15 +50,40 @@ def flag(config: Mapping[str, JSON], key: str, default: bool) -> bool:
     return value
 
 
+def entry(config: Mapping[str, JSON], key: str, *older: str) -> str:
+    """The first of these keys that the config holds a value for, else `key`: families renamed some."""
+    return next((k for k in (key, *older) if config.get(k) is not None), key)
+
+
+def fp8_block(config: Mapping[str, JSON]) -> tuple[int, int] | None:
+    """The (outputs, inputs) that share a factor in a block-wise fp8 checkpoint, None for any other.
+
+    Source: `quantization_config` as DeepSeek-V3's config.json has it. Raises RecipeError."""
+    said = config.get("quantization_config")
+    if said is None:
+        return None
+    block = said.get("weight_block_size") if isinstance(said, dict) else None
+    match block:
+        case [int(out), int(into)] if out > 0 and into > 0:
+            return out, into
+    raise RecipeError(
+        f"config: quantization_config {said!r} is not read, only fp8 with a weight_block_size is"
+    )
+
+
 class Claims:
     """The names of one checkpoint, claimed one by one.
 
     `anchor` is a name every checkpoint of the family has: where it is missing and all names carry one
     prefix before it, the error says how to strip that. `omitted`: a prefix of the hub's names that this
-    checkpoint leaves out (GPT-2's base model has no `transformer.`). Raises RecipeError."""
+    checkpoint leaves out (GPT-2's base model has no `transformer.`). `block`: as `fp8_block` says.
+    Raises RecipeError."""
 
-    def __init__(self, ckpt: Checkpoint, anchor: str, omitted: str = "") -> None:
+    def __init__(
+        self, ckpt: Checkpoint, anchor: str, omitted: str = "", *, block: tuple[int, int] | None = None
+    ) -> None:
         self.ckpt = ckpt
+        self.block = block
         self._omitted = omitted
         self._claimed: set[str] = set()
         if self._stored(anchor) not in ckpt:
@@ -87,6 +114,11 @@ class Claims:
         self._claimed.add(self.ckpt.aliases.get(stored, stored))
         return lambda: self.ckpt[stored]
 
+    def parameter(self, name: str, *dims: Dim, kept: bool = False) -> Callable[[], Parameter]:
+        """Claims one tensor of that shape; `kept`: it is never rounded, whatever dtype the others get."""
+        view = self.tensor(name, *dims)
+        return lambda: Parameter(name, _as_stored(view()) if kept else view())
+
     def linear(
         self,
         name: str,
@@ -96,23 +128,49 @@ class Claims:
         bias: bool = False,
         transposed: bool = False,
         stored: str | None = None,
+        bias_name: str = "",
     ) -> Callable[[], Linear]:
-        """Claims the matrix [out, into] of the hub's module `name`, stored under the module `stored`."""
+        """Claims the matrix [out, into] of the hub's module `name`, stored under the module `stored`, its
+        bias (stored as `bias_name`, where that is another name), and the factors of an fp8 weight."""
         at = stored or name
         weight = self.tensor(f"{at}.weight", *((into, out) if transposed else (out, into)))
-        offset = self.tensor(f"{at}.bias", out) if bias else None
+        offset = self.tensor(bias_name or f"{at}.bias", out) if bias else None
+        scale, block = self._scale(at, out, into)
         return lambda: Linear(
             name,
             weight().T if transposed else weight(),
             offset() if offset else None,
             transposed,
+            _as_stored(scale()) if scale else None,
+            block,
+            bias_name,
         )
 
-    def norm(self, name: str, size: Dim, *, bias: bool = False) -> Callable[[], Norm]:
+    def norm(self, name: str, size: Dim, *, bias: bool = False, plus_one: bool = False) -> Callable[[], Norm]:
         """Claims a norm's weight, and its bias where it has one."""
         weight = self.tensor(f"{name}.weight", size)
         offset = self.tensor(f"{name}.bias", size) if bias else None
-        return lambda: Norm(name, weight(), offset() if offset else None)
+        return lambda: Norm(name, weight(), offset() if offset else None, plus_one)
+
+    def table(self, name: str, rows: Dim, width: Dim) -> Callable[[], Embedding]:
+        """Claims a table of vectors."""
+        weight = self.tensor(f"{name}.weight", rows, width)
+        return lambda: Embedding(name, weight())
+
+    def _scale(self, at: str, out: Dim, into: Dim) -> tuple[Callable[[], View] | None, tuple[int, int]]:
+        name = f"{at}.weight_scale_inv"
+        if self.block is None or name not in self:
+            return None, (1, 1)
+        stored = self._stored(f"{at}.weight")
+        dtype = self.ckpt.entries[self.ckpt.aliases.get(stored, stored)].dtype
+        if dtype.itemsize != 1:
+            raise RecipeError(
+                f"{stored} has block factors beside it, so its bytes cannot become {dtype}; ask for no dtype"
+            )
+        rows, columns = (-(-d.size // b) for d, b in zip((out, into), self.block, strict=True))
+        return self.tensor(
+            name, Dim(rows, f"{out.key} / block"), Dim(columns, f"{into.key} / block")
+        ), self.block
 
     def close(self, ignored: Sequence[str] = ()) -> tuple[str, ...]:
         """Ends the claims: the unclaimed names that match a pattern of `ignored`.
@@ -146,40 +204,56 @@ def vocabulary(
     embedding: str,
     hidden: Dim,
     tied_default: bool,
+    head: str = "lm_head",
+    head_bias: str = "",
+    trained_head: str | None = None,
+    key: str = "vocab_size",
 ) -> tuple[int, Embedding, Linear, bool]:
-    """Claims the token embedding and `lm_head`: (effective vocabulary, embedding, lm_head, tied).
+    """Claims the token embedding and `head`: (effective vocabulary, embedding, lm_head, tied).
 
-    Stored rows that differ from config's `vocab_size` are an error naming both, unless `vocab_size` says
-    how many of them count. Whether the pair is tied is config's word. A checkpoint that says tied and yet
-    holds two tensors is refused, unless both are the same bytes: transformers 5 unties such a pair when
-    the values differ, and which one was meant cannot be told from names."""
-    head = "lm_head"
-    want = integer(config, "vocab_size") if vocab_size is None else vocab_size
+    `head_bias`: the name of the head's bias, where it has one; `trained_head`: another name the head may be
+    stored under; `key`: config's key for the rows. Stored rows that differ from it are an error naming both,
+    unless `vocab_size` says how many of them count. Whether the pair is tied is config's word. A checkpoint
+    that says tied and yet holds two tensors is refused, unless both are the same bytes: transformers 5 unties
+    such a pair when the values differ, and which one was meant cannot be told from names."""
+    want = integer(config, key) if vocab_size is None else vocab_size
+    stored_head = trained_head if trained_head and f"{head}.weight" not in claims else head
 
     def rows(module: str) -> View:
-        name = f"{module}.weight"
+        return cut(f"{module}.weight", hidden)
+
+    def cut(name: str, *more: Dim) -> View:
         stored = claims.shape(name)[0]
         if vocab_size is None and stored != want:
             raise RecipeError(
-                f"{name} has {stored} rows, config's vocab_size is {want}; vocab_size= says which to serve"
+                f"{name} has {stored} rows, config's {key} is {want}; vocab_size= says which to serve"
             )
         if not 0 < want <= stored:
             raise RecipeError(f"{name} has {stored} rows, vocab_size= asks for {want}")
-        return claims.tensor(name, Dim(stored, "rows"), hidden)().narrow(0, 0, want)
+        return claims.tensor(name, Dim(stored, "rows"), *more)().narrow(0, 0, want)
 
     table = Embedding(embedding, rows(embedding))
+    bias = cut(head_bias) if head_bias else None
     if not flag(config, "tie_word_embeddings", tied_default):
-        if f"{head}.weight" not in claims:
+        if f"{stored_head}.weight" not in claims:
             raise RecipeError(
                 f"{claims.ckpt.path}: {head}.weight is not there and config's tie_word_embeddings is false"
             )
-        return want, table, Linear(head, rows(head)), False
-    if f"{head}.weight" in claims and not _same_bytes(rows(head), table.weight):
+        return want, table, Linear(head, rows(stored_head), bias, bias_name=head_bias), False
+    if f"{stored_head}.weight" in claims and not _same_bytes(rows(stored_head), table.weight):
         raise RecipeError(
-            f"config says tie_word_embeddings, yet {embedding}.weight and {head}.weight are two tensors; "
-            "set it to false in the config to serve both as they are"
+            f"config says tie_word_embeddings, yet {embedding}.weight and {stored_head}.weight are two "
+            "tensors; set it to false in the config to serve both as they are"
         )
-    return want, table, Linear(head, table.weight), True
+    return want, table, Linear(head, table.weight, bias, bias_name=head_bias), True
+
+
+def _as_stored(view: View) -> View:
+    """The view before it was cast: elements of the one dtype they are stored in."""
+    codes = set(view.stored[view.extent != ZERO].tolist())
+    if len(codes) > 1:
+        raise RecipeError(f"{view} must not be rounded, yet lies in {len(codes)} dtypes")
+    return View(view.shape, DTYPES[codes.pop()], view.extents, view.rows) if codes else view
 
 
 def _same_bytes(a: View, b: View) -> bool:

@@ -12,6 +12,7 @@ from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import Attention, Embedding, Layer, Layers, Linear, Mlp, Model, Sizes
 from .claims import Claims, Dim, integer, vocabulary
+from .fused import qkv_parts
 
 IGNORED = ("*h.*.attn.bias", "*h.*.attn.masked_bias")
 """The causal mask that old checkpoints carry as buffers."""
@@ -31,6 +32,7 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
     heads = integer(config, "n_head")
     if hidden.size % heads:
         raise RecipeError(f"config: n_embd {hidden.size} is no multiple of n_head {heads}")
+    head_dim = hidden.size // heads
 
     def conv1d(name: str, out: Dim, into: Dim) -> Callable[[], Linear]:
         return claims.linear(name, out, into, bias=True, transposed=True)
@@ -45,8 +47,7 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
 
         def build() -> Layer:
             fused = qkv()
-            q, k, v = (_third(fused, part) for part in range(3))
-            attends = Attention(q, k, v, o(), fused=fused.name)
+            attends = Attention(*qkv_parts(fused, heads, heads, head_dim), o(), fused=fused.name)
             return Layer(name, before(), attends, after(), Mlp(None, up(), down()))
 
         return build
@@ -57,7 +58,7 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
     layers = Layers([layer(f"{PREFIX}h.{i}") for i in range(integer(config, "n_layer"))])
     return Model(
         family="gpt2",
-        sizes=Sizes(hidden.size, vocab, heads, heads, hidden.size // heads, {width.key: width.size}),
+        sizes=Sizes(hidden.size, vocab, heads, heads, head_dim, {width.key: width.size}),
         embedding=embedding,
         layers=layers,
         norm=claims.norm(f"{PREFIX}ln_f", hidden, bias=True)(),
@@ -66,8 +67,3 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         positions=Embedding(f"{PREFIX}wpe", claims.tensor(f"{PREFIX}wpe.weight", positions, hidden)()),
         ignored=claims.close(IGNORED),
     )
-
-
-def _third(fused: Linear, part: int) -> Linear:
-    bias = None if fused.bias is None else fused.bias.part(0, part, 3)
-    return Linear(fused.name, fused.weight.part(0, part, 3), bias, fused.transposed)

@@ -1,0 +1,38 @@
+"""Matrices that the hub stores as one: q, k and v, gate and up."""
+
+from __future__ import annotations
+
+from ..errors import RecipeError
+from ..model import Linear
+from ..views import View
+
+
+def qkv_parts(
+    whole: Linear, heads: int, kv_heads: int, head_dim: int, *, grouped: bool = False
+) -> tuple[Linear, Linear, Linear]:
+    """q, k and v of a matrix that holds all three, each under its name.
+
+    `grouped`: for each kv head its query heads, then itself, then its value head (BLOOM, GPT-NeoX, Falcon,
+    Megatron); else all of q, then all of k, then all of v."""
+    groups = kv_heads if grouped else 1
+    q, kv = heads // groups * head_dim, kv_heads // groups * head_dim
+    return _part(whole, groups, 0, q), _part(whole, groups, q, kv), _part(whole, groups, q + kv, kv)
+
+
+def gate_up_parts(whole: Linear) -> tuple[Linear, Linear]:
+    """gate and up of a matrix that holds [gate; up], both under its name."""
+    half = whole.weight.shape[0] // 2
+    return _part(whole, 1, 0, half), _part(whole, 1, half, half)
+
+
+def _part(whole: Linear, groups: int, start: int, rows: int) -> Linear:
+    """Of each of `groups` equal runs of outputs, the `rows` from `start` on."""
+    if whole.scale is not None:
+        raise RecipeError(f"{whole.name}: block factors of a fused matrix are not read")
+
+    def part(view: View) -> View:
+        run = view.split(0, view.shape[0] // groups)
+        return run.narrow(1, start, rows).merge(0)
+
+    bias = None if whole.bias is None else part(whole.bias)
+    return Linear(whole.name, part(whole.weight), bias, whole.transposed)

@@ -1,0 +1,14 @@
+"""Gemma 1, 2 and 3 (text): norms that multiply by 1 + weight, since Gemma 2 also after each block."""
+
+from __future__ import annotations
+
+from .decoder import Kind, Norms
+
+_AROUND = Norms(
+    mlp="pre_feedforward_layernorm",
+    attention_after="post_attention_layernorm",
+    mlp_after="post_feedforward_layernorm",
+)
+GEMMA = Kind("gemma", plus_one=True, tied=True)
+GEMMA2 = Kind("gemma2", norms=_AROUND, plus_one=True, tied=True)
+GEMMA3 = Kind("gemma3_text", norms=_AROUND, plus_one=True, tied=True, qk_norm=True)

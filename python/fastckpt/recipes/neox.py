@@ -1,0 +1,192 @@
+"""GPT-NeoX, BLOOM and Falcon: `query_key_value` and `dense`, `dense_h_to_4h` and `dense_4h_to_h`.
+
+The fused matrix holds for each kv head its query heads, then itself, then its value head: q, k, v head by
+head where every head has its own (NeoX, BLOOM, Falcon-RW), all queries before one k and v in old Falcons.
+Alibi slopes are no tensors: every server computes them from the number of heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from ..checkpoint import JSON, Checkpoint
+from ..errors import RecipeError
+from ..model import Attention, HubCuts, Layer, Layers, Mlp, Model, Sizes
+from .claims import Claims, Dim, entry, flag, integer, vocabulary
+from .fused import qkv_parts
+
+IGNORED = ("*attention.bias", "*attention.masked_bias", "*rotary_emb.inv_freq", "*rotary.inv_freq")
+"""Causal masks and frequencies that old checkpoints carry as buffers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Where a family keeps its modules; `trained_head`: the name transformers trains the head under."""
+
+    prefix: str
+    embedding: str
+    layers: str
+    attention: str
+    norm: str
+    head: str = "lm_head"
+    trained_head: str = "lm_head"
+    embedding_norm: str | None = None
+    cuts: HubCuts = field(default_factory=HubCuts)
+
+
+NEOX = Names(
+    "gpt_neox.",
+    "embed_in",
+    "layers",
+    "attention",
+    "final_layer_norm",
+    "embed_out",
+    cuts=HubCuts(whole=frozenset({"embedding"})),
+)
+BLOOM = Names(
+    "transformer.",
+    "word_embeddings",
+    "h",
+    "self_attention",
+    "ln_f",
+    embedding_norm="word_embeddings_layernorm",
+)
+FALCON = Names("transformer.", "word_embeddings", "h", "self_attention", "ln_f")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a family's config says: sizes, biases of attention and the feed-forward block, and the names of
+    the norm before each (one norm for both where `mlp_norm` is None)."""
+
+    family: str
+    hidden: Dim
+    layers: int
+    heads: int
+    kv_heads: int
+    width: Dim
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    attention_norm: str = "input_layernorm"
+    mlp_norm: str | None = "post_attention_layernorm"
+    tied: bool = True
+
+
+def neox(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
+    """The model of a GPT-NeoX checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
+    heads = integer(config, "num_attention_heads")
+    shape = Shape(
+        family="gpt_neox",
+        hidden=Dim(integer(config, "hidden_size"), "hidden_size"),
+        layers=integer(config, "num_hidden_layers"),
+        heads=heads,
+        kv_heads=heads,
+        width=Dim(integer(config, "intermediate_size"), "intermediate_size"),
+        attention_bias=flag(config, "attention_bias", True),
+        tied=False,
+    )
+    return _model(ckpt, config, vocab_size, NEOX, shape)
+
+
+def bloom(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
+    """The model of a BLOOM checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
+    size = entry(config, "hidden_size", "n_embed")
+    hidden = Dim(integer(config, size), size)
+    heads = integer(config, entry(config, "n_head", "num_attention_heads"))
+    shape = Shape(
+        family="bloom",
+        hidden=hidden,
+        layers=integer(config, entry(config, "n_layer", "num_hidden_layers")),
+        heads=heads,
+        kv_heads=heads,
+        width=Dim(4 * hidden.size, f"4 * {size}"),
+    )
+    return _model(ckpt, config, vocab_size, BLOOM, shape)
+
+
+def falcon(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
+    """The model of a Falcon checkpoint, old or new; `vocab_size` overrides config's. Raises RecipeError."""
+    hidden = Dim(integer(config, "hidden_size"), "hidden_size")
+    heads = integer(config, entry(config, "num_attention_heads", "n_head"))
+    grouped = flag(config, "new_decoder_architecture", False)
+    if grouped:
+        kv_heads = integer(config, entry(config, "num_kv_heads", "n_head_kv"), heads)
+    else:
+        kv_heads = 1 if flag(config, "multi_query", True) else heads
+    if not flag(config, "parallel_attn", True):
+        norms: tuple[str, str | None] = "input_layernorm", "post_attention_layernorm"
+    elif integer(config, "num_ln_in_parallel_attn", 2 if grouped else 1) == 2:
+        norms = "ln_attn", "ln_mlp"
+    else:
+        norms = "input_layernorm", None
+    bias = flag(config, "bias", False)
+    shape = Shape(
+        family="falcon",
+        hidden=hidden,
+        layers=integer(config, entry(config, "num_hidden_layers", "n_layer")),
+        heads=heads,
+        kv_heads=kv_heads,
+        width=Dim(integer(config, "ffn_hidden_size", 4 * hidden.size), "ffn_hidden_size or 4 * hidden_size"),
+        attention_bias=bias,
+        mlp_bias=bias,
+        attention_norm=norms[0],
+        mlp_norm=norms[1],
+    )
+    return _model(ckpt, config, vocab_size, FALCON, shape)
+
+
+def _model(
+    ckpt: Checkpoint, config: Mapping[str, JSON], vocab_size: int | None, names: Names, shape: Shape
+) -> Model:
+    hidden, width, prefix = shape.hidden, shape.width, names.prefix
+    if hidden.size % shape.heads or shape.heads % shape.kv_heads:
+        raise RecipeError(
+            f"config: {hidden.key} {hidden.size}, {shape.heads} heads, {shape.kv_heads} kv heads do not fit"
+        )
+    anchor = f"{prefix}{names.embedding}.weight"
+    spelled = any(name.endswith(anchor) for name in (*ckpt.entries, *ckpt.aliases))
+    claims = Claims(ckpt, anchor, omitted="" if spelled else prefix)
+    head_dim = hidden.size // shape.heads
+    rows = Dim((shape.heads + 2 * shape.kv_heads) * head_dim, "(heads + 2 * kv heads) * head size")
+
+    def layer(name: str) -> Callable[[], Layer]:
+        before = claims.norm(f"{name}.{shape.attention_norm}", hidden, bias=True)
+        between = claims.norm(f"{name}.{shape.mlp_norm}", hidden, bias=True) if shape.mlp_norm else None
+        at = f"{name}.{names.attention}"
+        qkv = claims.linear(f"{at}.query_key_value", rows, hidden, bias=shape.attention_bias)
+        o = claims.linear(f"{at}.dense", hidden, hidden, bias=shape.attention_bias)
+        up = claims.linear(f"{name}.mlp.dense_h_to_4h", width, hidden, bias=shape.mlp_bias)
+        down = claims.linear(f"{name}.mlp.dense_4h_to_h", hidden, width, bias=shape.mlp_bias)
+
+        def build() -> Layer:
+            whole = qkv()
+            parts = qkv_parts(whole, shape.heads, shape.kv_heads, head_dim, grouped=True)
+            attention = Attention(*parts, o(), fused=whole.name, grouped=True)
+            return Layer(name, before(), attention, between() if between else None, Mlp(None, up(), down()))
+
+        return build
+
+    vocab, embedding, lm_head, tied = vocabulary(
+        claims,
+        config,
+        vocab_size,
+        embedding=f"{prefix}{names.embedding}",
+        hidden=hidden,
+        tied_default=shape.tied,
+        head=names.head,
+        trained_head=names.trained_head,
+    )
+    norm = names.embedding_norm and claims.norm(f"{prefix}{names.embedding_norm}", hidden, bias=True)
+    return Model(
+        family=shape.family,
+        sizes=Sizes(hidden.size, vocab, shape.heads, shape.kv_heads, head_dim, {width.key: width.size}),
+        embedding=embedding,
+        layers=Layers([layer(f"{prefix}{names.layers}.{i}") for i in range(shape.layers)]),
+        norm=claims.norm(f"{prefix}{names.norm}", hidden, bias=True)(),
+        lm_head=lm_head,
+        tied=tied,
+        embedding_norm=norm() if norm else None,
+        ignored=claims.close(IGNORED),
+        cuts=names.cuts,
+    )

@@ -1,0 +1,144 @@
+"""Tiny models of every family that transformers builds and saves; every element of a model is another number.
+
+float32 holds the integers up to 2**24, so a value says which element of which tensor it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+from safetensors.torch import load_file  # noqa: E402
+
+_SIZES = dict(
+    vocab_size=208, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8,
+    num_key_value_heads=4, max_position_embeddings=32, tie_word_embeddings=False, pad_token_id=0,
+)  # fmt: skip
+_MLA = dict(
+    kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6, n_routed_experts=6,
+    moe_intermediate_size=24, first_k_dense_replace=1, num_key_value_heads=8, num_experts_per_tok=2,
+    n_group=1, topk_group=1,
+)  # fmt: skip
+_OLD = {k: v for k, v in _SIZES.items() if k != "num_key_value_heads"}
+_FALCON = dict(vocab_size=208, hidden_size=64, num_hidden_layers=2, num_attention_heads=8)
+
+
+@dataclass(frozen=True)
+class Family:
+    """The config class and its arguments; `heads`: query heads, kv heads, the size of one."""
+
+    name: str
+    sizes: dict
+    heads: tuple[int, int, int]
+    architecture: str = "ForCausalLM"
+
+
+def _family(name, heads, sizes=_SIZES, drop=(), **changes):
+    return Family(name, {k: v for k, v in (sizes | changes).items() if k not in drop}, heads)
+
+
+FAMILIES = {
+    "gemma": _family("Gemma", (8, 4, 10), head_dim=10, tie_word_embeddings=True, attention_bias=True),
+    "gemma2": _family("Gemma2", (8, 4, 8), head_dim=8, tie_word_embeddings=True),
+    "gemma3": _family("Gemma3", (8, 2, 12), head_dim=12, num_key_value_heads=2, tie_word_embeddings=True),
+    "phi3": _family("Phi3", (8, 4, 8)),
+    "glm": _family("Glm", (8, 4, 8), head_dim=8, attention_bias=True),
+    "glm4": _family("Glm4", (8, 2, 8), head_dim=8, attention_bias=True, num_key_value_heads=2),
+    "qwen2_moe": _family(
+        "Qwen2Moe", (8, 4, 8), num_experts=5, moe_intermediate_size=24, shared_expert_intermediate_size=40,
+        num_experts_per_tok=2, mlp_only_layers=[0],
+    ),
+    "qwen3_moe": _family(
+        "Qwen3Moe", (8, 4, 12), num_experts=5, moe_intermediate_size=24, head_dim=12, num_experts_per_tok=2,
+        num_hidden_layers=3, decoder_sparse_step=2,
+    ),
+    "glm4_moe": _family(
+        "Glm4Moe", (8, 4, 8), head_dim=8, attention_bias=True, use_qk_norm=True, n_shared_experts=1,
+        n_routed_experts=6, moe_intermediate_size=24, first_k_dense_replace=1, n_group=1, topk_group=1,
+        num_experts_per_tok=2,
+    ),
+    "deepseek_v2": _family("DeepseekV2", (8, 8, 6), _SIZES | _MLA, q_lora_rank=None, n_shared_experts=2),
+    "deepseek_v2-lora": _family(
+        "DeepseekV2", (8, 8, 6), _SIZES | _MLA, q_lora_rank=24, n_shared_experts=2, attention_bias=True
+    ),
+    "deepseek_v3": _family("DeepseekV3", (8, 8, 6), _SIZES | _MLA, q_lora_rank=24, n_shared_experts=1),
+    "gpt_oss": _family(
+        "GptOss", (8, 4, 8), head_dim=8, num_local_experts=3, num_experts_per_tok=2, layer_types=None
+    ),
+    "gpt_neox": _family("GPTNeoX", (8, 8, 8), _OLD),
+    "bloom": Family("Bloom", dict(vocab_size=208, hidden_size=64, n_layer=2, n_head=8), (8, 8, 8)),
+    "falcon-mqa": _family("Falcon", (8, 1, 8), _FALCON, multi_query=True, parallel_attn=True, bias=False),
+    "falcon-new": _family("Falcon", (8, 4, 8), _FALCON, num_kv_heads=4, new_decoder_architecture=True),
+    "falcon-11b": _family(
+        "Falcon", (8, 2, 8), _FALCON, num_kv_heads=2, new_decoder_architecture=True,
+        num_ln_in_parallel_attn=1, ffn_hidden_size=96, tie_word_embeddings=False,
+    ),
+    "falcon-rw": _family(
+        "Falcon", (8, 8, 8), _FALCON, multi_query=False, parallel_attn=False, alibi=True, bias=True
+    ),
+}  # fmt: skip
+
+
+@functools.cache
+def made(name):
+    """(config as a dict, tensors of the files save_pretrained writes, the model's own state dict)."""
+    if name == "chatglm":
+        return chatglm()
+    family = FAMILIES[name]
+    text = "Text" if family.name == "Gemma3" else ""
+    config = getattr(transformers, f"{family.name}{text}Config")(**family.sizes)
+    model = getattr(transformers, family.name + family.architecture)(config)
+    number(model.state_dict())
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        with open(os.path.join(folder, "config.json")) as f:
+            written = json.load(f)
+        files = {k: v.clone() for k, v in load_file(os.path.join(folder, "model.safetensors")).items()}
+    return written, files, {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+def number(tensors):
+    """Fills tensors with 1, 2, 3, ...; two names on the same bytes keep the later numbers."""
+    at = 1
+    for tensor in tensors.values():
+        tensor.detach().copy_(torch.arange(at, at + tensor.numel(), dtype=torch.float32).view(tensor.shape))
+        at += tensor.numel()
+    assert at < 2**24
+
+
+def chatglm():
+    """ChatGLM's own form, which transformers does not build: names as modeling_chatglm.py has them."""
+    hidden, width, heads, groups, size, vocab = 64, 96, 8, 2, 8, 208
+    config = dict(
+        model_type="chatglm", hidden_size=hidden, ffn_hidden_size=width, num_attention_heads=heads,
+        multi_query_attention=True, multi_query_group_num=groups, kv_channels=size, padded_vocab_size=vocab,
+        num_layers=2, add_qkv_bias=True, add_bias_linear=False, rmsnorm=True, post_layer_norm=True,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    shapes = {"transformer.embedding.word_embeddings.weight": (vocab, hidden)}
+    rows = (heads + 2 * groups) * size
+    for i in range(2):
+        at = f"transformer.encoder.layers.{i}."
+        shapes |= {
+            at + "input_layernorm.weight": (hidden,),
+            at + "self_attention.query_key_value.weight": (rows, hidden),
+            at + "self_attention.query_key_value.bias": (rows,),
+            at + "self_attention.dense.weight": (hidden, heads * size),
+            at + "post_attention_layernorm.weight": (hidden,),
+            at + "mlp.dense_h_to_4h.weight": (2 * width, hidden),
+            at + "mlp.dense_4h_to_h.weight": (hidden, width),
+        }
+    shapes |= {
+        "transformer.encoder.final_layernorm.weight": (hidden,),
+        "transformer.output_layer.weight": (vocab, hidden),
+    }
+    tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
+    number(tensors)
+    return config, tensors, tensors

@@ -1,0 +1,173 @@
+"""What each rank must hold of any family, in torch, from names alone. Nothing here comes from the package."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+TABLES = ("embed_tokens", "word_embeddings", "embed_in", "lm_head", "embed_out", "output_layer")
+OUT = ("q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "dense_h_to_4h")
+IN = ("o_proj", "down_proj", "dense", "dense_4h_to_h")
+
+
+def cut(x, dim, tp, r):
+    assert x.shape[dim] % tp == 0
+    return x.chunk(tp, dim)[r]
+
+
+def pick(x, heads, d):
+    return torch.cat([x[h * d : (h + 1) * d] for h in heads])
+
+
+def heads_of(heads, tp, r):
+    """The query heads of a rank and every kv head that one of them reads."""
+    n, kv, _ = heads
+    q = range(r * n // tp, (r + 1) * n // tp)
+    return list(q), sorted({h // (n // kv) for h in q})
+
+
+def parts(x, heads, grouped):
+    """q, k and v of a fused matrix or vector, head by head."""
+    n, kv, d = heads
+    g = n // kv
+    blocks = list(x.split(d))
+    if not grouped:
+        return torch.cat(blocks[:n]), torch.cat(blocks[n : n + kv]), torch.cat(blocks[n + kv :])
+    q, k, v = [], [], []
+    for i in range(kv):
+        group = blocks[i * (g + 2) : (i + 1) * (g + 2)]
+        q += group[:g]
+        k.append(group[g])
+        v.append(group[g + 1])
+    return torch.cat(q), torch.cat(k), torch.cat(v)
+
+
+def hf(t, heads, tp, r):
+    """Families without a plan of transformers: heads, widths, vocabulary rows; fused ones group by group."""
+    (n, kv, d), (mine, its), out = heads, heads_of(heads, tp, r), {}
+    for name, x in t.items():
+        module, kind = name.split(".")[-2:]
+        if module in TABLES:
+            out[name] = cut(x, 0, tp, r)
+        elif module == "query_key_value":
+            concat = "encoder.layers" in name
+            q, k, v = parts(x, heads, not concat)
+            if concat:
+                out[name] = torch.cat([pick(q, mine, d), pick(k, its, d), pick(v, its, d)])
+            else:
+                rows = []
+                for g in its:
+                    rows += [
+                        pick(q, [h for h in mine if h // (n // kv) == g], d),
+                        pick(k, [g], d),
+                        pick(v, [g], d),
+                    ]
+                out[name] = torch.cat(rows)
+        elif module == "dense_h_to_4h":
+            halves = x.chunk(2) if "encoder.layers" in name else [x]
+            out[name] = torch.cat([cut(y, 0, tp, r) for y in halves])
+        elif module in IN:
+            out[name] = cut(x, 1, tp, r) if kind == "weight" else x
+        else:
+            assert "norm" in name or ".ln_" in name, name
+            out[name] = x
+    return out
+
+
+def padded(x, tp, r):
+    rows = -(-x.shape[0] // 64) * 64
+    return cut(torch.cat([x, torch.zeros(rows - x.shape[0], *x.shape[1:])]), 0, tp, r)
+
+
+def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=False, layers=None):
+    """`flat`: (rank, count) that cut an expert's width, where that is not tp; `experts`: those that are held
+    whole; `layers`: the layers of the stage."""
+    d, (mine, its), out = heads[2], heads_of(heads, tp, r), {}
+    flat = flat or (r, tp)
+    gpt_oss = any(n.endswith(".sinks") for n in t)
+
+    def put(name, x):
+        assert name not in out
+        out[name] = x.contiguous()
+
+    def qkv(name, q, k, v):
+        put(name, torch.cat([pick(q, mine, d), pick(k, its, d), pick(v, its, d)]))
+
+    for name, x in t.items():
+        at = re.search(r"\.(?:layers|h)\.(\d+)\.", name)
+        if layers is not None and at and int(at[1]) not in layers:
+            continue
+        stem, module, kind = f".{name}".rsplit(".", 2)
+        stem = stem.removeprefix(".")
+        if module == "experts":
+            stem, module, kind = f"{stem}.experts", kind, "stack"
+        where = stem.replace(".self_attn", ".attn") if gpt_oss else stem
+        if re.search(r"experts\.\d+", name):
+            if module != "gate_proj" or not re.search(r"experts\.0\.", name):
+                continue
+            at = stem.rpartition(".")[0]
+            count = len([n for n in t if n.startswith(f"{at}.") and n.endswith(".gate_proj.weight")])
+            pairs, downs = [], []
+            for e in range(count) if experts is None else experts:
+                gate, up, down = (t[f"{at}.{e}.{p}_proj.weight"] for p in ("gate", "up", "down"))
+                if experts is None:
+                    index, of = flat
+                    gate, up, down = cut(gate, 0, of, index), cut(up, 0, of, index), cut(down, 1, of, index)
+                pairs.append(torch.cat([up, gate] if up_first else [gate, up]))
+                downs.append(down)
+            put(f"{at}.w13_weight", torch.stack(pairs))
+            put(f"{at}.w2_weight", torch.stack(downs))
+        elif module in TABLES:
+            name = name.replace("embedding.word_embeddings.", "embedding.")
+            put(name.replace("embed_tokens", "embedding") if gpt_oss else name, padded(x, tp, r))
+        elif kind == "stack":  # gpt-oss
+            assert experts is None
+            if module == "gate_up_proj":
+                put(f"{stem}.w13_weight", cut(x, 2, tp, r).transpose(1, 2))
+            elif module == "gate_up_proj_bias":
+                put(f"{stem}.w13_bias", cut(x, 1, tp, r))
+            elif module == "down_proj":
+                put(f"{stem}.w2_weight", cut(x, 1, tp, r).transpose(1, 2))
+            else:
+                assert module == "down_proj_bias"
+                put(f"{stem}.w2_bias", x if r == 0 else torch.zeros_like(x))
+        elif module == "q_proj":
+            if f"{stem}.k_proj.{kind}" in t:
+                q, k, v = (t[f"{stem}.{p}_proj.{kind}"] for p in "qkv")
+                qkv(f"{where}.qkv_proj.{kind}", q, k, v)
+            else:
+                put(name, cut(x, 0, tp, r))
+        elif module in ("k_proj", "v_proj"):
+            pass
+        elif module == "qkv_proj":
+            qkv(name, *parts(x, heads, False))
+        elif module == "query_key_value":
+            qkv(name, *parts(x, heads, order == "grouped"))
+        elif module == "q_a_proj":
+            both = [x, t[f"{stem}.kv_a_proj_with_mqa.{kind}"]]
+            put(f"{stem}.fused_qkv_a_proj.{kind}", torch.cat(both))
+        elif module == "kv_a_proj_with_mqa" and f"{stem}.q_a_proj.{kind}" in t:
+            pass
+        elif module == "gate_up_proj":
+            put(name, torch.cat([cut(y, 0, tp, r) for y in x.chunk(2)]))
+        elif module == "gate_proj":
+            put(
+                f"{stem}.gate_up_proj.{kind}",
+                torch.cat([cut(y, 0, tp, r) for y in (x, t[f"{stem}.up_proj.{kind}"])]),
+            )
+        elif module == "up_proj":
+            pass
+        elif module == "dense_h_to_4h" and order == "concat":
+            put(name, torch.cat([cut(y, 0, tp, r) for y in x.chunk(2)]))
+        elif module in OUT:
+            put(name, cut(x, 0, tp, r))
+        elif module in IN:
+            put(f"{where}.{module}.{kind}", cut(x, 1, tp, r) if kind == "weight" else x)
+        elif kind == "sinks":
+            put(name.replace(".self_attn.", ".attn."), cut(x, 0, tp, r))
+        else:
+            whole = ("norm", ".ln_", "mlp.gate.", "mlp.router.", "shared_expert_gate", "kv_a_proj_with_mqa")
+            assert any(part in name for part in whole), name
+            put(name, x)
+    return out

@@ -1,0 +1,119 @@
+"""Every family: what transformers saves and trains is read, cut as the servers cut, and nothing is lost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fastckpt import recipes
+from fastckpt.errors import LayoutError
+from fastckpt.layouts import layout
+from fastckpt.placement import Placement
+from layouts import families, family_oracle
+from layouts.slices import local_parts
+from reading import bits, memory, same, shard
+
+NAMES = [*families.FAMILIES, "chatglm"]
+PLANNED = [n for n in families.FAMILIES if not n.startswith(("bloom", "falcon"))]
+UNPLANNED = [n for n in NAMES if n not in PLANNED]
+
+
+def model_of(name, trained=False, pieces=2):
+    config, hub, state = families.made(name)
+    tensors = state if trained else hub
+    if trained and config["tie_word_embeddings"]:
+        tensors = {n: x for n, x in tensors.items() if n != "lm_head.weight"}
+    return recipes.find(config)(memory(tensors, pieces), config)
+
+
+def shards_of(name, served, placement, trained=False, **options):
+    model, placed = model_of(name, trained), layout(served, options)
+    return [shard(placed.targets(model, p)) for p in placement.ranks()]
+
+
+def all_numbers(tensors):
+    return sorted(torch.cat([x.flatten() for x in tensors.values()]).unique().tolist())
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["saved", "trained"])
+@pytest.mark.parametrize("name", NAMES)
+def test_hf_of_one_rank_is_what_save_pretrained_writes(name, trained):
+    same(shards_of(name, "hf", Placement(), trained)[0], families.made(name)[1])
+
+
+def as_trained(tensors, state):
+    """A shard by the names transformers holds in memory: experts in stacks, NeoX's head as lm_head."""
+    out = {n.replace("embed_out.", "lm_head."): torch.from_numpy(v) for n, (_, v) in tensors.items()}
+    for name in [n for n in state if n.endswith("experts.gate_up_proj") and n not in out]:
+        at = name.removesuffix("gate_up_proj")
+        count = state[name].shape[0]
+        gate, up, down = (
+            torch.stack([out.pop(f"{at}{e}.{p}_proj.weight") for e in range(count)])
+            for p in ("gate", "up", "down")
+        )
+        out |= {name: torch.cat([gate, up], 1), f"{at}down_proj": down}
+    return out
+
+
+def check_plan(name, tp):
+    config, _, state = families.made(name)
+    got = shards_of(name, "hf", Placement(tp=tp))
+    kind = families.transformers.AutoConfig.for_model(**config)
+    for rank in range(tp):
+        whole = families.transformers.AutoModelForCausalLM.from_config(kind)
+        whole.load_state_dict(state)
+        want = local_parts(whole, tp, rank)
+        if config["tie_word_embeddings"]:
+            del want["lm_head.weight"]
+        mine = as_trained(got[rank], state)
+        assert sorted(mine) == sorted(want)
+        for parameter, part in want.items():
+            assert torch.equal(mine[parameter], torch.from_numpy(bits(part))), parameter
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_hf_cuts_what_transformers_cuts(name):
+    check_plan(name, 2)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", [n for n in PLANNED if n not in ("gemma3", "glm4")])
+def test_hf_cuts_what_transformers_cuts_in_four(name):
+    check_plan(name, 4)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("name", UNPLANNED)
+def test_hf_without_a_plan_of_transformers(name, tp):
+    _, hub, _ = families.made(name)
+    heads = (8, 2, 8) if name == "chatglm" else families.FAMILIES[name].heads
+    shards = shards_of(name, "hf", Placement(tp=tp), replicate_kv="true")
+    for rank, got in enumerate(shards):
+        same(got, family_oracle.hf(hub, heads, tp, rank))
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", NAMES)
+def test_vllm(name, tp):
+    _, hub, _ = families.made(name)
+    heads = (8, 2, 8) if name == "chatglm" else families.FAMILIES[name].heads
+    shards = shards_of(name, "vllm", Placement(tp=tp))
+    found = set()
+    for rank, got in enumerate(shards):
+        want = family_oracle.vllm(hub, heads, tp, rank, order="grouped" if name != "chatglm" else "concat")
+        same(got, want)
+        found |= {float(x) for _, v in got.values() for x in v.view("f4").flatten()}
+    assert sorted(found - {0.0}) == all_numbers(hub)
+
+
+def test_refusals_name_what_has_no_place():
+    for name, what in [
+        ("gemma2", "post_attention_layernorm"),
+        ("gemma", r"1 \+ model\.layers\.0\.input_layernorm\.weight"),
+        ("bloom", r"word_embeddings_layernorm of bloom"),
+        ("deepseek_v2", "attention of model"),
+        ("gpt_oss", "attention of model"),
+        ("qwen2_moe", "beside experts"),
+        ("falcon-mqa", "input_layernorm.bias"),
+    ]:
+        with pytest.raises(LayoutError, match=what):
+            list(layout("rtp_llm").targets(model_of(name), Placement(tp=2)))
