@@ -1,0 +1,266 @@
+"""The directory of a manager's commits: what stands, what is being made, what goes.
+
+Law: a directory named as a step is a whole commit; it takes that name in one rename and gives it up in
+one rename, so that a kill at any moment leaves commits and hidden leftovers, nothing between.
+
+    root/step-00000012/                   a commit (fastckpt.json is its record)
+    root/latest                           a hint: the newest step's name
+    root/.saving-step-00000013-TOKEN/     being made, or torn
+    root/.trash-step-00000004-TOKEN/      being removed
+    root/.aside-step-00000011-TOKEN/      set aside by a rewind or found broken; never removed by itself
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from .. import syscalls
+from ..checkpoint import JSON
+from ..commit import make_directories, sync_directory, telling, write_file
+from ..errors import ManagerError, SourceError, WriteError
+from ..manifest import NAME, Manifest
+
+LATEST = "latest"
+SAVING, TRASH, ASIDE = ".saving-", ".trash-", ".aside-"
+LOCK = ".fastckpt-lock"
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A commit that stands: its step, the key all its parts share, when, its metrics, its bytes."""
+
+    step: int
+    key: str
+    created: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    nbytes: int = 0
+
+
+class Store:
+    """The commits below one root directory, as seen from one process.
+
+    `prefix` and `digits` spell the steps ("step-", 8 -> step-00000012). `durable` waits for the disk."""
+
+    def __init__(self, root: str, *, prefix: str, digits: int, durable: bool) -> None:
+        if not prefix or "/" in prefix or prefix.startswith(".") or digits < 1:
+            raise ManagerError(f"step names: prefix {prefix!r} with {digits} digits gives no plain file name")
+        self.root, self.durable = os.path.realpath(root), durable
+        self._prefix, self._digits = prefix, digits
+        self._named = re.compile(re.escape(prefix) + r"([0-9]+)")
+        self._known: dict[int, tuple[tuple[int, int], Commit]] = {}
+        self._lock = -1
+
+    # ---- names ----
+
+    def name(self, step: int) -> str:
+        """The directory name of a step. Raises ManagerError for a negative one."""
+        if step < 0:
+            raise ManagerError(f"step {step}: steps count from 0")
+        return f"{self._prefix}{step:0{self._digits}d}"
+
+    def path(self, step: int) -> str:
+        """Where a step's commit lies, or would."""
+        return os.path.join(self.root, self.name(step))
+
+    def saving(self, step: int, token: str) -> str:
+        """Where a step is made before it stands."""
+        return os.path.join(self.root, f"{SAVING}{self.name(step)}-{token}")
+
+    # ---- what stands ----
+
+    def steps(self) -> list[int]:
+        """Steps with a commit record, ascending; their files are not looked at."""
+        try:
+            entries = os.listdir(self.root)
+        except FileNotFoundError:
+            return []
+        found = []
+        for entry in entries:
+            named = self._named.fullmatch(entry)
+            if (
+                named
+                and entry == self.name(int(named[1]))
+                and os.path.exists(os.path.join(self.root, entry, NAME))
+            ):
+                found.append(int(named[1]))
+        return sorted(found)
+
+    def manifest(self, step: int) -> Manifest:
+        """The record of a step whose files are all there with their sizes. Raises SourceError."""
+        path = self.path(step)
+        found = Manifest.read(os.path.join(path, NAME))
+        if not found.complete:
+            raise SourceError(f"{path}: {len(found.shards)} of {found.world} ranks are in its record")
+        if found.record.source.step != step:
+            raise SourceError(f"{path}: its record is of step {found.record.source.step}")
+        for name, entry in found.all_files().items():
+            try:
+                nbytes = os.stat(os.path.join(path, name)).st_size
+            except OSError as e:
+                raise SourceError(f"{path}: {name}: {e.strerror}") from None
+            if nbytes != entry.nbytes:
+                raise SourceError(f"{path}: {name} has {nbytes} bytes, the record says {entry.nbytes}")
+        return found
+
+    def commit(self, step: int) -> Commit | None:
+        """What stands at a step; None where nothing whole does. Digests are not checked here."""
+        try:
+            record = os.stat(os.path.join(self.path(step), NAME))
+        except OSError:
+            return None
+        mark = (record.st_mtime_ns, record.st_ino)
+        if step not in self._known or self._known[step][0] != mark:
+            try:
+                found = self.manifest(step)
+            except SourceError:
+                return None
+            metrics = found.record.options.get("metrics")
+            self._known[step] = (mark, Commit(
+                step, found.key, datetime.fromisoformat(found.created).timestamp(), _numbers(metrics),
+                sum(f.nbytes for f in found.all_files().values()),
+            ))  # fmt: skip
+        return self._known[step][1]
+
+    def commits(self) -> list[Commit]:
+        """Everything whole, by step."""
+        return [c for step in self.steps() if (c := self.commit(step)) is not None]
+
+    # ---- changes: the coordinator of this disk only ----
+
+    def take(self) -> None:
+        """Be the only process that changes this root, and remove what dead ones left half made.
+
+        Raises ManagerError where another process saves here. The lock dies with the process."""
+        if self._lock >= 0:
+            return
+        with telling(self.root):
+            os.makedirs(self.root, exist_ok=True)
+            fd = os.open(os.path.join(self.root, LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            # A record lock: forked data workers that outlive their parent do not hold it.
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            os.close(fd)
+            raise ManagerError(f"{self.root}: another process saves here ({e.strerror})") from None
+        self._lock = fd
+        self.sweep()
+
+    def release(self) -> None:
+        """Let others save here."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def sweep(self, *, aside: bool = False) -> list[str]:
+        """Remove torn saves and what was on its way out, with `aside` what was set aside; their names."""
+        kinds = (SAVING, TRASH, ASIDE) if aside else (SAVING, TRASH)
+        gone = [e for e in sorted(os.listdir(self.root)) if e.startswith(kinds)]
+        for entry in gone:
+            shutil.rmtree(os.path.join(self.root, entry), ignore_errors=True)
+        return gone
+
+    def begin(self, step: int, token: str) -> None:
+        """Make the directory in which a step is made."""
+        with telling(self.saving(step, token)):
+            os.mkdir(self.saving(step, token))
+
+    def seal(self, step: int, token: str, *, aside: bool) -> Commit:
+        """Let the finished directory take the step's name: the moment of the commit.
+
+        What stood there is exchanged with it in one step, then set `aside` or removed. Raises WriteError
+        where the directory is not whole, or the file system cannot do it."""
+        staged, final = self.saving(step, token), self.path(step)
+        try:
+            made = Manifest.read(os.path.join(staged, NAME))
+        except SourceError as e:
+            raise WriteError(str(e)) from None
+        if not made.complete or made.key != token:
+            raise WriteError(f"{staged}: is not whole: {len(made.shards)} of {made.world} ranks")
+        with telling(final):
+            if os.path.lexists(final):
+                syscalls.exchange(staged, final)
+                old = self._away(ASIDE if aside else TRASH, step)
+                os.rename(staged, old)
+                self._sync()
+                if not aside:
+                    shutil.rmtree(old, ignore_errors=True)
+            else:
+                os.rename(staged, final)
+                self._sync()
+        found = self.commit(step)
+        if found is None or found.key != token:
+            raise WriteError(f"{final}: is not what was just written there")
+        self._hint(self.name(step))
+        return found
+
+    def drop(self, step: int, token: str) -> None:
+        """Remove a save that came to nothing."""
+        shutil.rmtree(self.saving(step, token), ignore_errors=True)
+
+    def remove(self, steps: Iterable[int]) -> list[int]:
+        """Remove commits, never the newest whole one: renamed first, so that none is ever half there."""
+        whole = self.commits()
+        keep = whole[-1].step if whole else None
+        gone = []
+        for step in steps:
+            if step == keep or not os.path.isdir(self.path(step)):
+                continue
+            away = self._away(TRASH, step)
+            with telling(self.path(step)):
+                os.rename(self.path(step), away)
+                self._sync()
+            shutil.rmtree(away, ignore_errors=True)
+            gone.append(step)
+        return gone
+
+    def set_aside(self, steps: Iterable[int]) -> list[int]:
+        """Take commits out of the row without removing them: hidden names of their own."""
+        gone = []
+        for step in steps:
+            with telling(self.path(step)):
+                os.rename(self.path(step), self._away(ASIDE, step))
+            gone.append(step)
+        if gone:
+            self._sync()
+        return gone
+
+    def _away(self, what: str, step: int) -> str:
+        return os.path.join(self.root, f"{what}{self.name(step)}-{secrets.token_hex(4)}")
+
+    def _hint(self, name: str) -> None:
+        """Write `latest`, whole or not at all; only a hint, so a failure is none."""
+        staged = os.path.join(self.root, f".{LATEST}-{secrets.token_hex(4)}")
+        with suppress(OSError):
+            write_file(staged, f"{name}\n".encode(), durable=False)
+            os.replace(staged, os.path.join(self.root, LATEST))
+
+    def _sync(self) -> None:
+        if self.durable:
+            sync_directory(self.root)
+
+
+def ready(root: str) -> bool:
+    """Whether a root can be written: made where it is missing, and not full."""
+    try:
+        make_directories(os.path.realpath(root))
+        probe = os.path.join(root, f".fastckpt-probe-{secrets.token_hex(4)}")
+        write_file(probe, b"x", durable=False)
+        os.unlink(probe)
+    except OSError:
+        return False
+    return True
+
+
+def _numbers(value: JSON) -> dict[str, float]:
+    """The metrics of a record."""
+    if not isinstance(value, dict):
+        return {}
+    return {k: float(v) for k, v in value.items() if isinstance(v, (int, float))}

@@ -1,0 +1,227 @@
+"""How the ranks of a job agree: each says a JSON value and hears what all of them said.
+
+Law: an exchange ends on every rank with the same answers or with an error, and no rank waits longer than
+the timeout. `together` makes a failure of one rank the same failure on all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from ..checkpoint import JSON
+from ..digest import digest
+from ..errors import FastckptError, ManagerError, SourceError, WriteError
+
+MEETING = ".fastckpt-meeting"
+"""The directory below a root in which ranks without torch.distributed meet."""
+
+
+class Group(Protocol):
+    """The ranks of a job; `exchange` is collective: every rank calls it, in the same order."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world(self) -> int: ...
+
+    def exchange(self, value: JSON) -> list[JSON]: ...
+
+
+class Alone:
+    """A job of one rank."""
+
+    rank, world = 0, 1
+
+    def exchange(self, value: JSON) -> list[JSON]:
+        """What the one rank said."""
+        return [value]
+
+
+class Distributed:
+    """Ranks of torch.distributed, over a gloo group of our own: training's collectives are not disturbed."""
+
+    def __init__(self, timeout: float) -> None:
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+
+    def exchange(self, value: JSON) -> list[JSON]:
+        """What every rank said, by rank. Raises ManagerError where a rank is lost."""
+        data = bytearray(json.dumps(value).encode())
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+        try:
+            dist.all_gather(sizes, torch.tensor([len(data)]), group=self._group)
+            mine = torch.zeros(max(int(n) for n in sizes), dtype=torch.uint8)
+            mine[: len(data)] = torch.frombuffer(data, dtype=torch.uint8)
+            found = [torch.empty_like(mine) for _ in range(self.world)]
+            dist.all_gather(found, mine, group=self._group)
+        except RuntimeError as e:
+            raise ManagerError(f"rank {self.rank} of {self.world}: another rank is lost: {e}") from e
+        return [json.loads(bytes(t[: int(n)].numpy().tobytes())) for t, n in zip(found, sizes, strict=True)]
+
+
+class Meeting:
+    """Ranks that share a file system and nothing else.
+
+    They first find each other: every rank writes a fresh nonce and the nonces it sees, until all have
+    seen the same ones. A file of a dead run names other nonces and is never taken for an answer."""
+
+    def __init__(self, root: str, rank: int, world: int, timeout: float, name: str) -> None:
+        if not 0 <= rank < world:
+            raise ManagerError(f"rank {rank} is outside the {world} ranks of the job")
+        self.rank, self.world = rank, world
+        self._directory = os.path.join(root, MEETING)
+        self._timeout, self._name, self._round = timeout, name, 0
+        try:
+            os.makedirs(self._directory, exist_ok=True)
+            for entry in os.listdir(self._directory):
+                if entry.startswith(f"{name}-") and entry.endswith(f"-{rank}.json"):
+                    with suppress(FileNotFoundError):
+                        os.unlink(os.path.join(self._directory, entry))
+            self._session = self._meet()
+        except OSError as e:
+            raise ManagerError(f"{self._directory}: {e.strerror}") from None
+
+    def exchange(self, value: JSON) -> list[JSON]:
+        """What every rank said, by rank. Raises ManagerError where a rank does not answer in time."""
+        n, self._round = self._round, self._round + 1
+        self._write(f"{self._session}-{n}", value)
+        answers: list[JSON] = []
+        pause = _Pause(self._timeout)
+        while len(answers) < self.world:
+            found = self._read(f"{self._session}-{n}", len(answers))
+            if isinstance(found, list):
+                answers.append(found[0])
+            elif not pause.more():
+                raise ManagerError(
+                    f"rank {self.rank} of {self.world}: rank {len(answers)} did not answer in "
+                    f"{self._timeout:g} s"
+                )
+        with suppress(OSError):  # all have answered this round, so all have read the one before
+            os.unlink(self._path(f"{self._session}-{n - 1}", self.rank))
+        return answers
+
+    def _meet(self) -> str:
+        nonce, said = secrets.token_hex(8), ""
+        pause = _Pause(self._timeout)
+        while True:
+            found = [self._read("hello", r) for r in range(self.world)]
+            seen = [str(f[0][0]) if isinstance(f, list) and isinstance(f[0], list) else "" for f in found]
+            seen[self.rank] = nonce
+            hello: list[JSON] = [nonce, list(seen)]
+            if json.dumps(hello) != said:
+                self._write("hello", hello)
+                said = json.dumps(hello)
+            others = [f for r, f in enumerate(found) if r != self.rank]
+            if all(isinstance(f, list) and isinstance(f[0], list) and f[0][1] == seen for f in others):
+                return digest("".join(seen).encode())
+            if not pause.more():
+                missing = [r for r, s in enumerate(seen) if not s]
+                raise ManagerError(
+                    f"{self._directory}: rank {self.rank} met {self.world - len(missing)} of {self.world} "
+                    f"ranks in {self._timeout:g} s; missing or not alive: {missing or 'unknown'}"
+                )
+
+    def _path(self, what: str, rank: int) -> str:
+        return os.path.join(self._directory, f"{self._name}-{what}-{rank}.json")
+
+    def _write(self, what: str, value: JSON) -> None:
+        path = self._path(what, self.rank)
+        staged = f"{path}.{secrets.token_hex(4)}"
+        with open(staged, "w", encoding="utf-8") as f:
+            json.dump([value], f)
+        os.replace(staged, path)
+
+    def _read(self, what: str, rank: int) -> JSON:
+        """The one-element list a rank wrote; None where it did not."""
+        try:
+            with open(self._path(what, rank), encoding="utf-8") as f:
+                found: JSON = json.load(f)
+        except FileNotFoundError:
+            return None
+        return found
+
+
+class _Pause:
+    """Waits longer each time, until the timeout."""
+
+    def __init__(self, timeout: float) -> None:
+        self._end, self._next = time.monotonic() + timeout, 0.001
+
+    def more(self) -> bool:
+        """Wait a little; whether there is time left."""
+        time.sleep(self._next)
+        self._next = min(self._next * 1.5, 0.1)
+        return time.monotonic() < self._end
+
+
+def join(root: str, rank: int | None, world: int | None, timeout: float) -> tuple[Group, Group]:
+    """The ranks of this job, twice: for the calling thread, and for saves in the background.
+
+    torch.distributed where it is initialised; else `rank` of `world`, or torchrun's RANK and WORLD_SIZE,
+    over the file system; else one rank alone. Raises ManagerError where the ranks do not meet."""
+    if dist.is_available() and dist.is_initialized():
+        if rank not in (None, dist.get_rank()) or world not in (None, dist.get_world_size()):
+            raise ManagerError(
+                f"rank {rank} of {world} was asked for, torch.distributed says {dist.get_rank()} of "
+                f"{dist.get_world_size()}"
+            )
+        return (
+            (Distributed(timeout), Distributed(timeout)) if dist.get_world_size() > 1 else (Alone(), Alone())
+        )
+    if world is None and rank is None:
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        rank = int(os.environ.get("RANK", "0"))
+    if rank is None or world is None:
+        raise ManagerError(f"rank {rank} of {world}: give both or none")
+    if world == 1:
+        return Alone(), Alone()
+    return Meeting(root, rank, world, timeout, "main"), Meeting(root, rank, world, timeout, "save")
+
+
+_KINDS: tuple[type[FastckptError], ...] = (ManagerError, WriteError, SourceError)
+"""Errors that keep their class across ranks. Of several ranks' errors, the first class here is raised."""
+
+
+def together(group: Group, what: str, work: Callable[[], JSON]) -> list[JSON]:
+    """Do `work` on every rank; its results by rank, or the same class of error on all of them.
+
+    Raises ManagerError, or WriteError or SourceError where every failed rank failed so."""
+    value: JSON = None
+    error: Exception | None = None
+    try:
+        value = work()
+    except (FastckptError, OSError, RuntimeError, ValueError, TypeError, MemoryError) as e:
+        error = e
+    kind = None if error is None else next((k for k, c in enumerate(_KINDS) if isinstance(error, c)), 0)
+    answers = group.exchange([value, kind, None if error is None else str(error) or type(error).__name__])
+    values: list[JSON] = []
+    failed: list[tuple[int, int, str]] = []
+    for rank, answer in enumerate(answers):
+        match answer:
+            case [said, None, None]:
+                values.append(said)
+            case [_, int(k), str(message)]:
+                failed.append((k, rank, message))
+            case _:
+                raise ManagerError(f"{what}: rank {rank} answered {answer!r}")
+    if failed:
+        k, rank, message = min(failed)
+        where = f"rank {rank}: " if group.world > 1 else ""
+        raise _KINDS[k](f"{what}: {where}{message}") from error
+    return values
+
+
+def ints(values: Sequence[JSON]) -> list[int]:
+    """Values that ranks said, as numbers."""
+    return [v if isinstance(v, int) else 0 for v in values]

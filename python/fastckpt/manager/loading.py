@@ -1,0 +1,226 @@
+"""One restore over all ranks: read with proof, agreed by all, and only then put into the job.
+
+Law: nothing of the template changes before every rank has read and checked all that it will take.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from ..checkpoint import JSON
+from ..errors import ManagerError
+from .commits import Store
+from .coordination import Group, together
+from .opened import Opened, check_files, open_step, own_names
+from .pieces import box_of
+from .saving import Disk, engine_directory, engine_tag
+from .values import MISSING, Builder, Engine, check, fill, flatten
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a restore is to give: all, or `names`; into `template` where there is one."""
+
+    names: tuple[str, ...] | None
+    allow_missing: bool
+    template: object
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a restore gave, the names the commit has, and what each rank took: seconds and bytes."""
+
+    value: object
+    saved_names: tuple[str, ...]
+    seconds: tuple[float, ...]
+    nbytes: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+
+def load(store: Store, group: Group, disk: Disk, step: int, asked: Asked) -> Loaded:
+    """Restore a step. Collective. Raises SourceError, on every rank, where a byte of it is wrong, and
+    ManagerError where it does not fit what was asked."""
+    run = _Load(store, group, disk, step, asked)
+    return run.run()
+
+
+class _Load:
+    """The rounds of one restore."""
+
+    def __init__(self, store: Store, group: Group, disk: Disk, step: int, asked: Asked) -> None:
+        self.store, self.group, self.disk, self.step, self.asked = store, group, disk, step, asked
+        self.began = time.perf_counter()
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.notes: list[str] = []
+        self.opened: Opened | None = None
+        self.nbytes = 0
+        self.engines = _engines(asked.template) if asked.names is None else {}
+
+    def run(self) -> Loaded:
+        """Read, agree, apply."""
+        what = f"restore of step {self.step}"
+        together(self.group, what, self._read)
+        client_state: dict[str, object] = {}
+        value: object = None
+
+        def apply() -> JSON:
+            nonlocal value
+            for name, engine in self.engines.items():
+                client_state.update(self._load_engine(name, engine))
+            value = self._value(client_state)
+            return [time.perf_counter() - self.began, self.nbytes]
+
+        done = together(self.group, what, apply)
+        seconds = tuple(float(str(d[0])) for d in done if isinstance(d, list))
+        nbytes = tuple(int(str(d[1])) for d in done if isinstance(d, list))
+        saved = () if self.opened is None else tuple(self.opened.names)
+        return Loaded(value, saved, seconds, nbytes, tuple(self.notes))
+
+    def _read(self) -> JSON:
+        manifest = self.store.manifest(self.step)
+        self.opened = opened = open_step(
+            self.store.path(self.step), manifest, self.group.rank, self.group.world
+        )
+        files = manifest.all_files()
+        if self.engines:
+            mine = [n for n in sorted(manifest.files) if n.startswith("engine")][
+                self.disk.index :: len(self.disk.ranks)
+            ]
+            self.nbytes += check_files(opened.path, mine, files)
+        asked = self.asked
+        if asked.names is None:
+            self._all(opened)
+        else:
+            known = {*opened.table, *opened.own, *opened.aliases} & set(opened.names)
+            missing = [n for n in asked.names if n not in known]
+            if missing and not asked.allow_missing:
+                opened.shape(missing[0])  # says what is near
+                raise ManagerError(f"{opened.path}: {missing[0]} is not in this rank's state")
+            self._tensors(opened, [n for n in asked.names if n in known], _held(asked.template))
+        return None
+
+    def _all(self, opened: Opened) -> None:
+        """Everything of the tree that the template (if any) can take."""
+        asked = self.asked
+        lost = [*opened.differing, *own_names(opened)]
+        if lost and not asked.allow_missing:
+            raise ManagerError(
+                f"{opened.path}: saved by {opened.world} ranks, restored by {self.group.world}: {lost[0]} "
+                f"differs from rank to rank ({len(lost)} such in all); allow_missing=True leaves them out"
+            )
+        if lost:
+            self.notes.append(f"left out, as each of {opened.world} ranks had its own: {', '.join(lost[:8])}")
+        names = [n for n in opened.names if n not in set(own_names(opened))]
+        held: Mapping[str, torch.Tensor] = {}
+        if asked.template is not None:
+            check(opened.tree, asked.template, _Shapes(opened), asked.allow_missing)
+            held = flatten(asked.template).tensors
+        cut = [n for n in names if opened.aliases.get(n, n) in opened.table]
+        cut = [n for n in cut if not opened.table[opened.aliases.get(n, n)].everywhere and n not in held]
+        if cut and asked.template is not None:
+            raise ManagerError(
+                f"{opened.path}: {cut[0]} is cut over a device mesh and the template has none to say how "
+                f"({len(cut)} such in all); build that state first (an optimizer: take a step)"
+            )
+        self._tensors(opened, names, held)
+
+    def _tensors(self, opened: Opened, names: Sequence[str], held: Mapping[str, torch.Tensor]) -> None:
+        """Read by name, in parallel, each as the template's is cut; tied names are one tensor."""
+        boxes = {n: box_of(n, held[n]) for n in names if n in held}
+        jobs: dict[tuple[str, object], str] = {}
+        for name in names:
+            jobs.setdefault((opened.aliases.get(name, name), boxes.get(name)), name)
+
+        def read(name: str) -> torch.Tensor:
+            box = boxes.get(name)
+            if box is None:
+                return opened.read(name)
+            if opened.shape(name) != box.whole:
+                raise ManagerError(f"{name}: saved shape {opened.shape(name)}, the template's is {box.whole}")
+            template = held[name]
+            local = tuple(template.to_local().shape)  # type: ignore[attr-defined]
+            if 0 in local:
+                return _like(template, torch.empty(local, dtype=template.dtype))
+            return _like(template, opened.read(name, (box.offset, local)))
+
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            found = dict(zip(jobs, pool.map(read, jobs.values()), strict=True))
+        for name in names:
+            self.tensors[name] = found[opened.aliases.get(name, name), boxes.get(name)]
+        unique = {id(t): t for t in found.values()}
+        self.nbytes += sum(_bytes(t) for t in unique.values())
+
+    def _value(self, client_state: Mapping[str, object]) -> object:
+        """What the caller gets; the template is filled here."""
+        asked, opened = self.asked, self.opened
+        if opened is None:
+            raise ManagerError(f"step {self.step} was not opened")
+        if asked.names is not None:
+            held = _held(asked.template)
+            return {n: fill(held[n], t) if n in held else t for n, t in self.tensors.items()}
+        template = MISSING if asked.template is None else asked.template
+        if isinstance(template, Engine):
+            return dict(client_state)
+        value = Builder(self.tensors, asked.allow_missing).build(opened.tree, template)
+        if isinstance(value, dict) and client_state:
+            value.setdefault("client_state", dict(client_state))
+        return value
+
+    def _load_engine(self, name: str, engine: Engine) -> Mapping[str, object]:
+        """An engine's own load, of files that were checked; the client state it gives."""
+        where = os.path.join(self.store.path(self.step), engine_directory(name))
+        path, client_state = engine.load_checkpoint(where, engine_tag(self.step))
+        if path is None:
+            raise ManagerError(f"{where}: the engine found nothing to load")
+        return client_state if isinstance(client_state, dict) else {}
+
+
+class _Shapes(dict[str, tuple[int, ...]]):
+    """Shapes by name, looked up when they are asked for."""
+
+    def __init__(self, opened: Opened) -> None:
+        super().__init__()
+        self._opened = opened
+
+    def __missing__(self, name: str) -> tuple[int, ...]:
+        return self._opened.shape(name)
+
+
+def _engines(template: object) -> dict[str, Engine]:
+    return {} if template is None else flatten(template).engines
+
+
+def _held(template: object) -> Mapping[str, torch.Tensor]:
+    """The tensors of a template for a restore by name."""
+    if template is None:
+        return {}
+    if isinstance(template, Mapping) and all(isinstance(t, torch.Tensor) for t in template.values()):
+        return template
+    raise ManagerError("restore of names: wanted a dict of tensors by name as template")
+
+
+def _like(template: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """A local part as a tensor cut like the template."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(template, DTensor):
+        return local
+    return DTensor.from_local(
+        local.to(template.device),
+        template.device_mesh,
+        template.placements,
+        shape=template.shape,
+        stride=template.stride(),
+        run_check=False,
+    )
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return int(local.numel() * local.element_size())

@@ -1,0 +1,631 @@
+"""CheckpointManager: saves a running job's state as commits, restores it with proof, keeps what policy says.
+
+Law: what `save` reported stands on every node, whole; what `restore` gave was checked byte for byte. Every
+method that says "collective" is called by all ranks, in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import signal
+import socket
+import time
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+
+from ..checkpoint import JSON
+from ..errors import ManagerError, SourceError
+from ..layouts import Layout
+from ..road import Report
+from . import loading, policies, publishing, saving
+from .commits import Commit, Store, ready
+from .coordination import Alone, Group, join, together
+from .loading import Asked
+from .metadata import LOAD, PARTIAL_LOAD, SAVE, MetadataHandler
+from .opened import Opened, open_step
+from .pieces import Snapshots
+from .policies import Keep, Moment, When
+from .saving import Disk, rank_directory
+from .values import flatten
+
+
+class CheckpointWarning(UserWarning):
+    """Something about checkpoints that the user should know and that does not stop the job."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What an action (save, load, partial load) on a step took on one rank: seconds and bytes."""
+
+    action: str
+    step: int
+    rank: int
+    seconds: float
+    nbytes: int
+
+    @property
+    def gb_per_second(self) -> float:
+        """10^9 bytes a second."""
+        return self.nbytes / self.seconds / 1e9 if self.seconds else 0.0
+
+
+class CheckpointManager:
+    """Commits of a training job below one directory.
+
+    `root`: a path or file:// URL, the same on all ranks; `shared=False`: each node has a disk of its own
+    there. Ranks find each other through torch.distributed where it is initialised, else `rank` of `world`
+    (or torchrun's variables) meet on the file system; `node` names this rank's node (default: the host).
+
+    What to save: every `save_interval` steps, at `save_on_steps`, after `save_seconds`, or what `save_when`
+    says. What to keep: the last `max_to_keep`, multiples of `keep_period`, commits `keep_seconds` apart,
+    the `keep_best` best by `best_metric` ("min" or "max" is best), what `keep` names; all where none is
+    given; the newest always. `metadata`: who else is told. `path_prefix` stands before each step's name and
+    replaces `root`, as caffe2's; `step_prefix` and `step_digits` spell steps. `async_save`: `save` returns
+    when the state is in host memory; one save in flight, its error comes with the next call.
+    `save_on_signal`: SIGTERM makes the next `save` happen whatever the policy, then `preempted` is true.
+    `durable` waits for the disk; `timeout` is how long a rank waits for the others, in seconds.
+
+    Making one is collective. Raises ManagerError."""
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        rank: int | None = None,
+        world: int | None = None,
+        node: str | None = None,
+        shared: bool = True,
+        save_interval: int = 1,
+        save_on_steps: Collection[int] = (),
+        save_seconds: float | None = None,
+        save_when: When | None = None,
+        max_to_keep: int | None = None,
+        keep_period: int | None = None,
+        keep_seconds: float | None = None,
+        keep_best: int | None = None,
+        best_metric: str | None = None,
+        best_mode: str = "min",
+        keep_without_metric: bool = False,
+        keep: Keep | None = None,
+        metadata: MetadataHandler | None = None,
+        path_prefix: str | None = None,
+        path_type: str = "local",
+        step_prefix: str = "step-",
+        step_digits: int = 8,
+        async_save: bool = False,
+        save_on_signal: bool = False,
+        durable: bool = True,
+        timeout: float = 600.0,
+    ) -> None:
+        place, step_prefix = _place(os.fspath(root), path_prefix, path_type, step_prefix)
+        self._store = Store(place, prefix=step_prefix, digits=step_digits, durable=durable)
+        self._group, self._behind = join(self._store.root, rank, world, timeout)
+        self._disk = _disk(self._group, None if shared else node or socket.gethostname())
+        self._when = _saving(save_interval, save_on_steps, save_seconds, save_when)
+        self._best = (best_metric, best_mode)
+        if keep_best is not None and best_metric is None:
+            raise ManagerError("keep_best: best_metric is missing: best by what?")
+        self._keep = _keeping(
+            max_to_keep,
+            keep_period,
+            keep_seconds,
+            None if keep_best is None else policies.best(
+                keep_best, best_metric or "", best_mode, without=keep_without_metric
+            ),
+            keep,
+        )  # fmt: skip
+        self._metadata = metadata
+        if metadata is not None:
+            metadata.set_params(
+                root=self._store.root,
+                nodes=[f"rank {r}" for r in range(self._group.world)],
+                path_prefix=path_prefix,
+                path_type=path_type,
+            )
+        self._async = async_save
+        self._snapshots = Snapshots()
+        self._worker: ThreadPoolExecutor | None = None
+        self._flight: Future[None] | None = None
+        self._names: set[str] | None = None
+        self._broken: set[int] = set()
+        self._stats: list[Timing] = []
+        self._last_save = -math.inf
+        self._signalled = False
+        self._preempted = False
+        self._old_handler: signal.Handlers | object | None = None
+        if save_on_signal:
+            self._old_handler = signal.signal(signal.SIGTERM, self._on_signal)
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- who ----
+
+    @property
+    def root(self) -> str:
+        """The directory of the commits."""
+        return self._store.root
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return self._group.rank
+
+    @property
+    def world(self) -> int:
+        """How many ranks save together."""
+        return self._group.world
+
+    @property
+    def group(self) -> Group:
+        """The ranks, for callers that have to agree on something themselves."""
+        return self._group
+
+    @property
+    def preempted(self) -> bool:
+        """Whether a rank got SIGTERM and all ranks know of it; the last `save` was done then."""
+        return self._preempted
+
+    # ---- saving ----
+
+    def save(
+        self,
+        step: int,
+        state: object,
+        metrics: Mapping[str, float] | None = None,
+        *,
+        client_state: Mapping[str, object] | None = None,
+        force: bool = False,
+        overwrite: bool = False,
+    ) -> bool:
+        """Commit `state` as `step` where the policy (or `force`, or SIGTERM) says so; whether it did.
+
+        `state`: a dict of tensors, plain values, modules, optimizers, schedulers (whatever has state_dict
+        and load_state_dict), nested as you like; or one of these; or a DeepSpeed engine, which then writes
+        its own files into the commit with `client_state`. `metrics` are kept with the commit. `overwrite`
+        replaces a commit of this step. With `async_save` true says that the save began. Skipped, with a
+        warning, where the checkpoints cannot be reached. Collective.
+
+        Raises ManagerError or WriteError on every rank; then the commits that stood still stand."""
+        commits = self._store.commits() if self._group.rank == 0 else []
+        last = commits[-1].step if commits else None
+        moment = Moment(step, last, time.monotonic() - self._last_save, self._signalled)
+        want = self._group.rank == 0 and (force or self._when(moment))
+        said = self._group.exchange([want, self._signalled, secrets.token_hex(8)])
+        votes = [v for v in said if isinstance(v, list)]
+        self._preempted = self._preempted or any(v[1] is True for v in votes)
+        if not (votes[0][0] or self._preempted):
+            return False
+        self.wait()
+        if not self._reachable(step):
+            return False
+
+        job: saving.Job | None = None
+
+        def prepare() -> JSON:
+            nonlocal job
+            standing = self._store.commit(step)
+            if standing is not None and step not in self._broken and not overwrite:
+                raise ManagerError(
+                    f"{self._store.path(step)}: step {step} is committed already; overwrite=True replaces it"
+                )
+            job = self._prepare(step, str(votes[0][2]), state, metrics or {}, client_state or {})
+            return None
+
+        together(self._group, f"save of step {step}", prepare)
+        if job is None:
+            raise ManagerError(f"save of step {step}: nothing was prepared")
+        self._last_save = time.monotonic()
+        if self._async and not job.engines and not self._preempted:
+            if self._worker is None:
+                self._worker = ThreadPoolExecutor(1, "fastckpt-save")
+            self._flight = self._worker.submit(self._finish, self._behind, job)
+        else:
+            self._finish(self._group, job)
+        return True
+
+    def _prepare(
+        self,
+        step: int,
+        token: str,
+        state: object,
+        metrics: Mapping[str, float],
+        client_state: Mapping[str, object],
+    ) -> saving.Job:
+        """Take the state apart and into host memory."""
+        flat = flatten(state)
+        names = set(flat.tensors)
+        if self._names is not None and names != self._names:
+            warnings.warn(_changed(step, self._names, names), CheckpointWarning, stacklevel=5)
+        self._names = names
+        if client_state and not flat.engines:
+            raise ManagerError("client_state goes with a DeepSpeed engine; put the values into the state")
+        taken = self._snapshots.take(flat.tensors, copy=self._async)
+        numbers = {k: float(v) for k, v in metrics.items()}
+        bad = [k for k, v in numbers.items() if not math.isfinite(v)]
+        for name in bad:
+            warnings.warn(
+                f"step {step}: metric {name} is {numbers.pop(name)}", CheckpointWarning, stacklevel=5
+            )
+        aside = step in self._broken or self._store.commit(step) is None
+        return saving.Job(step, token, flat.tree, taken, flat.engines, client_state, numbers, aside=aside)
+
+    def _finish(self, group: Group, job: saving.Job) -> None:
+        """Commit, tell, and clean: in this order."""
+        done = saving.save(self._store, group, self._disk, job)
+        self._broken.discard(job.step)
+        for rank, (seconds, nbytes) in enumerate(zip(done.seconds, done.nbytes, strict=True)):
+            self._stats.append(Timing(SAVE, job.step, rank, seconds, nbytes))
+        if self._metadata is not None and group.rank == 0:
+            self._metadata.write(job.step)
+            self._metadata.report(
+                SAVE,
+                {os.path.join(self.path(job.step), rank_directory(r)): s for r, s in enumerate(done.seconds)},
+            )
+        self._clean(group)
+
+    def _clean(self, group: Group) -> list[int]:
+        """Remove what no policy keeps; one rank decides for all disks. The steps that went."""
+        proposed: list[JSON] = []
+        if group.rank == 0 and self._keep is not None:
+            commits = [c for c in self._store.commits() if c.step not in self._broken]
+            kept = self._keep(commits) | {c.step for c in commits[-1:]}
+            proposed = [c.step for c in commits if c.step not in kept]
+        agreed = group.exchange(proposed)[0]
+        steps = [s for s in agreed if isinstance(s, int)] if isinstance(agreed, list) else []
+        if steps and self._disk.coordinator:
+            self._store.take()
+            self._store.remove(steps)
+        return steps
+
+    def wait(self) -> None:
+        """Wait for the save in flight, if any; its error is raised here. Collective in effect."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            flight.result()
+
+    def _reachable(self, step: int) -> bool:
+        """Whether every rank can reach its checkpoints now; says so where not."""
+        here = self._accessible_here(None)
+        lacking = [r for r, ok in enumerate(self._group.exchange(here)) if ok is not True]
+        if lacking:
+            warnings.warn(
+                f"step {step} is not saved: ranks {lacking[:8]} cannot reach checkpoints in {self.root}",
+                CheckpointWarning,
+                stacklevel=3,
+            )
+        return not lacking
+
+    def _accessible_here(self, step: int | None) -> bool:
+        if self._metadata is not None and not self._metadata.accessible(step):
+            return False
+        return ready(self.root) if step is None else self._store.commit(step) is not None
+
+    def accessible(self, step: int | None = None) -> bool:
+        """Whether checkpoints can be written here now, or that step be read. Of this node alone."""
+        return self._accessible_here(step)
+
+    # ---- restoring ----
+
+    def restore(
+        self,
+        step: int | None = None,
+        names: Sequence[str] | None = None,
+        allow_missing: bool = False,
+        *,
+        template: object = None,
+    ) -> object:
+        """The state of a step (default: the newest valid one), or only the tensors `names` of it.
+
+        Every byte is checked against its digest. Without `step`, a broken commit is passed over, loudly,
+        for the valid one before it. `template`: objects of the state's shape; its modules, optimizers and
+        the like are loaded, its tensors filled on their device and in their dtype, its dicts completed, and
+        it is what is returned (for a DeepSpeed engine: the client state). With `names` only their bytes are
+        read and the result is a dict by name. `allow_missing`: what one side lacks is left alone. Collective.
+
+        Raises ManagerError where there is nothing, or nothing that fits; SourceError where `step` is broken.
+        In both cases the template is as it was, unless its own load_state_dict refused it halfway."""
+        self.wait()
+        asked = Asked(None if names is None else tuple(names), allow_missing, template)
+        standing, missing = self._standing()
+        if step is not None:
+            if step not in standing:
+                raise ManagerError(f"{self.root}: step {step} cannot be restored: {missing(step)}")
+            return self._restored(step, asked)
+        for candidate in sorted(standing, reverse=True):
+            if candidate in self._broken:
+                continue
+            try:
+                return self._restored(candidate, asked)
+            except SourceError as e:
+                self._broken.add(candidate)
+                warnings.warn(
+                    f"COMMIT {candidate} IS BROKEN and passed over for the one before it: {e}",
+                    CheckpointWarning,
+                    stacklevel=2,
+                )
+        raise ManagerError(
+            f"{self.root}: no valid commit to restore; broken: {sorted(self._broken) or 'none'}"
+        )
+
+    def _restored(self, step: int, asked: Asked) -> object:
+        done = loading.load(self._store, self._group, self._disk, step, asked)
+        action = LOAD if asked.names is None else PARTIAL_LOAD
+        if asked.names is None:
+            self._names = set(done.saved_names)
+        for note in done.notes:
+            warnings.warn(f"step {step}: {note}", CheckpointWarning, stacklevel=3)
+        for rank, (seconds, nbytes) in enumerate(zip(done.seconds, done.nbytes, strict=True)):
+            self._stats.append(Timing(action, step, rank, seconds, nbytes))
+        if self._metadata is not None and self._group.rank == 0:
+            self._metadata.report(
+                action,
+                {os.path.join(self.path(step), rank_directory(r)): s for r, s in enumerate(done.seconds)},
+            )
+        return done.value
+
+    def _standing(self) -> tuple[dict[int, str], _Missing]:
+        """Steps that stand whole on every disk, with the key they share there, and why others do not."""
+        own: list[JSON] = [[c.step, c.key] for c in self._store.commits()]
+        said = self._group.exchange(own)
+        by_rank = [
+            {int(str(p[0])): str(p[1]) for p in s if isinstance(p, list)} for s in said if isinstance(s, list)
+        ]
+        # on a shared disk the ranks may see it at different moments: what all see counts
+        common = {step: key for step, key in by_rank[0].items() if all(r.get(step) == key for r in by_rank)}
+        return common, _Missing(by_rank)
+
+    # ---- what there is ----
+
+    def steps(self) -> list[int]:
+        """The steps that stand whole on this disk, ascending."""
+        return [c.step for c in self._store.commits()]
+
+    def commits(self) -> list[Commit]:
+        """What stands whole on this disk, with its metrics and sizes, oldest first."""
+        return self._store.commits()
+
+    def latest(self) -> int | None:
+        """The newest step that stands whole on this disk."""
+        steps = self.steps()
+        return steps[-1] if steps else None
+
+    def best(self, metric: str | None = None, mode: str | None = None) -> int | None:
+        """The best step by a metric (default: the manager's); None where no commit has it."""
+        name = metric or self._best[0]
+        if name is None:
+            raise ManagerError("best: by which metric?")
+        found = policies.ranking(name, mode or self._best[1])(self._store.commits())
+        return found[0].step if found else None
+
+    def exists(self, step: int) -> bool:
+        """Whether a step stands whole on every node. Collective where nodes have disks of their own."""
+        if len(self._disk.ranks) == self._group.world:
+            return self._store.commit(step) is not None
+        return step in self._standing()[0]
+
+    def names(self, step: int) -> list[str]:
+        """The names of a step's tensors, as this rank saved them. Raises SourceError, ManagerError."""
+        return self._open(step).names
+
+    def path(self, step: int, node: int | None = None) -> str:
+        """Where a step lies, or the part of one rank in it."""
+        path = self._store.path(step)
+        return path if node is None else os.path.join(path, rank_directory(node))
+
+    def resume_step(self, user_step: int | None = None) -> int | None:
+        """The step to resume from: the user's, else the newest that stands on every node; None: none.
+
+        The metadata handler is asked first; an answer that does not stand is passed over with a warning.
+        Raises ManagerError where the user's step does not stand. Collective."""
+        self.wait()
+        standing, missing = self._standing()
+        if user_step is not None and user_step not in standing:
+            raise ManagerError(f"{self.root}: step {user_step} cannot be resumed: {missing(user_step)}")
+        good = [s for s in standing if s not in self._broken]
+        newest = max(good) if good else None
+        told: JSON = user_step
+        if self._metadata is not None and self._group.rank == 0:
+            told = self._metadata.last_epoch(user_step)
+        told = self._group.exchange(told)[0]
+        if user_step is not None or told is None:
+            return user_step if user_step is not None else newest
+        if told in good and isinstance(told, int):
+            if newest is not None and newest > told:
+                warnings.warn(
+                    f"metadata knows of step {told}, step {newest} stands: it is resumed",
+                    CheckpointWarning,
+                    stacklevel=2,
+                )
+            return newest
+        warnings.warn(
+            f"metadata says step {told}: {missing(told) if isinstance(told, int) else 'no step'}; "
+            f"resuming {newest}",
+            CheckpointWarning,
+            stacklevel=2,
+        )
+        return newest
+
+    def stats(self) -> tuple[Timing, ...]:
+        """What each save, load and partial load of this process took, on every rank."""
+        return tuple(self._stats)
+
+    def _open(self, step: int) -> Opened:
+        manifest = self._store.manifest(step)
+        return open_step(self._store.path(step), manifest, self._group.rank, self._group.world)
+
+    # ---- housekeeping ----
+
+    def gc(self, *, aside: bool = False) -> list[int]:
+        """Remove what no policy keeps and what dead saves left; `aside`: also what was set aside.
+
+        The steps that went. Collective."""
+        self.wait()
+
+        def sweep() -> JSON:
+            if self._disk.coordinator:
+                self._store.take()
+                self._store.sweep(aside=aside)
+            return None
+
+        together(self._group, "gc", sweep)
+        return self._clean(self._group)
+
+    def rewind(self, step: int) -> list[int]:
+        """Set commits newer than `step` aside, so that it is the newest; the steps that went. Collective.
+
+        They keep their bytes under hidden names until `gc(aside=True)`."""
+        self.wait()
+        standing, missing = self._standing()
+        if step not in standing:
+            raise ManagerError(f"{self.root}: cannot go back to step {step}: {missing(step)}")
+        newer = [s for s in self._store.steps() if s > step]
+
+        def move() -> JSON:
+            if self._disk.coordinator and newer:
+                self._store.take()
+                self._store.set_aside(newer)
+            return None
+
+        together(self._group, f"rewind to step {step}", move)
+        return newer
+
+    def close(self) -> None:
+        """Wait for the save in flight and let go of everything; its error is raised here."""
+        try:
+            self.wait()
+        finally:
+            if self._worker is not None:
+                self._worker.shutdown()
+                self._worker = None
+            self._store.release()
+            if self._old_handler is not None:
+                signal.signal(signal.SIGTERM, self._old_handler)  # type: ignore[arg-type]
+                self._old_handler = None
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True
+
+    # ---- to the servers ----
+
+    def publish(
+        self,
+        step: int,
+        tp: int = 1,
+        layout: str | Layout = "hf",
+        *,
+        to: str | os.PathLike[str],
+        part: str | None = None,
+        config: str | os.PathLike[str] | Mapping[str, JSON] | None = None,
+        dtype: str | None = None,
+        keep: int | None = None,
+    ) -> Report | None:
+        """Reshard the model of a committed step into a directory of its own below `to`, and move the link
+        `to/current` there in one step. `part`: the state's key that is the model (default: its only module
+        or engine). `keep`: versions that stay, the one that is current always. One rank works, the report is
+        its own. Collective. Raises what `reshard` raises; the link is as it was then."""
+        self.wait()
+        report: Report | None = None
+
+        def work() -> JSON:
+            nonlocal report
+            if self._group.rank == 0:
+                opened = open_step(
+                    self._store.path(step), self._store.manifest(step), 0, self._saved_world(step)
+                )
+                source = publishing.model_of(opened, part, config)
+                report = publishing.publish(
+                    source, self._store.name(step), to, tp, layout, config=config, dtype=dtype, keep=keep
+                )
+            return None
+
+        together(self._group, f"publish of step {step}", work)
+        return report
+
+    def _saved_world(self, step: int) -> int:
+        return self._store.manifest(step).record.placement.get("ranks", 1)
+
+
+class _Missing:
+    """Says why a step does not stand everywhere."""
+
+    def __init__(self, by_rank: Sequence[Mapping[int, str]]) -> None:
+        self._by_rank = by_rank
+
+    def __call__(self, step: int) -> str:
+        lacking = [r for r, steps in enumerate(self._by_rank) if step not in steps]
+        if lacking:
+            whole = sorted(set.intersection(*(set(s) for s in self._by_rank)))
+            return f"ranks {lacking[:8]} have no whole commit of it; what stands: {whole[-8:] or 'nothing'}"
+        return "the ranks have commits of different saves under this step"
+
+
+def _place(root: str, path_prefix: str | None, path_type: str, step_prefix: str) -> tuple[str, str]:
+    """The directory of the commits and what their names begin with."""
+    if path_type != "local":
+        raise ManagerError(f"path type {path_type!r}: commits lie on a file system (local); upload them on")
+    place = root if path_prefix is None else path_prefix
+    scheme, separator, rest = place.partition("://")
+    if separator and scheme != "file":
+        raise ManagerError(
+            f"{place}: commits lie on a file system; keep them there and upload them to {scheme}"
+        )
+    place = rest if separator else place
+    if path_prefix is None:
+        return place, step_prefix
+    directory, start = os.path.split(place)
+    return directory or ".", start + step_prefix
+
+
+def _disk(group: Group, node: str | None) -> Disk:
+    """Who shares this rank's disk: all, or the ranks of one node."""
+    if node is None or isinstance(group, Alone):
+        return Disk(tuple(range(group.world)), group.rank)
+    said = group.exchange(node)
+    ranks = tuple(r for r, n in enumerate(said) if n == node)
+    return Disk(ranks, ranks.index(group.rank))
+
+
+def _saving(interval: int, steps: Collection[int], seconds: float | None, when: When | None) -> When:
+    """One policy of the constructor's arguments."""
+    chosen = [] if when is None else [when]
+    if seconds is not None:
+        chosen.append(policies.every_seconds(seconds))
+    if steps:
+        chosen.append(policies.on_steps(steps))
+    if interval != 1 or not chosen:
+        chosen.append(policies.every(interval))
+    return policies.when_any(*chosen)
+
+
+def _keeping(
+    newest: int | None, period: int | None, seconds: float | None, best: Keep | None, keep: Keep | None
+) -> Keep | None:
+    """One policy of the constructor's arguments; None keeps everything."""
+    chosen = [p for p in (best, keep) if p is not None]
+    if newest is not None:
+        chosen.append(policies.newest(newest))
+    if period is not None:
+        chosen.append(policies.multiples(period))
+    if seconds is not None:
+        chosen.append(policies.spaced(seconds))
+    return policies.keep_any(*chosen) if chosen else None
+
+
+def _changed(step: int, old: set[str], new: set[str]) -> str:
+    """What is different about the names of a save."""
+    more, less = sorted(new - old), sorted(old - new)
+    return (
+        f"step {step}: the names changed: {len(more)} new ({', '.join(more[:5]) or 'none'}), "
+        f"{len(less)} gone ({', '.join(less[:5]) or 'none'})"
+    )

@@ -1,0 +1,301 @@
+"""A commit opened for reading: whose tensors lie where, and tensors that are read with proof.
+
+Law: a byte that is given out was checked against the digest of the tensor it belongs to.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import xxhash
+
+from ..checkpoint import JSON, Checkpoint, Entry
+from ..digest import LEAF, combine, digest, digest64
+from ..errors import ManagerError, SourceError
+from ..extents import Extent, Extents, File
+from ..manifest import FileEntry, Manifest, TensorEntry
+from ..road import reshard
+from ..tensors import torch_dtype
+from ..views import View, dense_strides, zeros
+from .pieces import Shared, raw
+from .saving import SCHEMA, TABLE, rank_directory
+from .values import merged, names_in
+
+Place = tuple[tuple[int, ...], tuple[int, ...]]
+"""A box: offset and shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A step as one rank sees it: its tree, the names it may ask for, and where their bytes lie.
+
+    `own`: name -> this rank's own tensor; `table`: name -> a tensor shared by ranks; `places`: (rank, name)
+    -> a stored tensor; `differing`: places of the tree where the saved ranks differ, left out of it."""
+
+    path: str
+    manifest: Manifest
+    world: int
+    tree: JSON
+    aliases: Mapping[str, str]
+    own: Mapping[str, TensorEntry]
+    table: Mapping[str, Shared]
+    places: Mapping[tuple[int, str], TensorEntry]
+    differing: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """All tensors of this rank's tree."""
+        return names_in(self.tree)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, of the whole where it is cut. Raises ManagerError naming near misses."""
+        held = self.aliases.get(name, name)
+        if held in self.table:
+            return self.table[held].shape
+        if held in self.own:
+            return self.own[held].shape
+        import difflib
+
+        near = difflib.get_close_matches(name, [*self.table, *self.own, *self.aliases], 3)
+        hint = f"; near: {', '.join(near)}" if near else ""
+        raise ManagerError(f"{self.path}: no tensor {name!r}{hint}")
+
+    def nbytes(self, name: str) -> int:
+        """The bytes of a tensor, of the whole where it is cut."""
+        held = self.aliases.get(name, name)
+        if held in self.table:
+            shared = self.table[held]
+            return math.prod(shared.shape) * self.entry(shared.boxes[0][0], held).dtype.itemsize
+        return self.own[held].nbytes
+
+    def entry(self, rank: int, name: str) -> TensorEntry:
+        """Where the part of a tensor that a rank wrote lies. Raises SourceError where it is not here."""
+        found = self.places.get((rank, name))
+        if found is None:
+            raise SourceError(
+                f"{self.path}: {name}: the part of rank {rank} is not on this disk; bring the ranks' "
+                "directories together"
+            )
+        return found
+
+    def read(self, name: str, box: Place | None = None) -> torch.Tensor:
+        """A tensor, or a box of one that is cut, in fresh CPU memory. Raises SourceError for wrong bytes."""
+        held = self.aliases.get(name, name)
+        shape = self.shape(held)
+        wanted = box or ((0,) * len(shape), shape)
+        if held not in self.table:
+            if box is not None:
+                raise ManagerError(f"{self.path}: {name} is not cut over ranks, the template's is")
+            return self._tensor(held, self.own[held])
+        shared = self.table[held]
+        for rank, offset, size in shared.boxes:
+            if (offset, size) == wanted:
+                return self._tensor(held, self.entry(rank, held))
+        near = [b for b in shared.boxes if _meet((b[1], b[2]), wanted)]
+        for rank, _, _ in near:
+            self._tensor(held, self.entry(rank, held))  # proof; the road below gives no digests
+        view = self.view(held)
+        for axis, (start, length) in enumerate(zip(*wanted, strict=True)):
+            view = view.narrow(axis, start, length)
+        out = reshard(self._checkpoint({held: view}), layout="same", rank=0)
+        if not isinstance(out, dict):
+            raise ManagerError(f"{self.path}: {name}: the road gave no tensors")
+        return out[held]
+
+    def view(self, name: str) -> View:
+        """The whole of a shared tensor, as it lies in the files of its ranks."""
+        shared = self.table[name]
+        entries = [self.entry(rank, name) for rank, _, _ in shared.boxes]
+        dtype = entries[0].dtype
+        if 0 in shared.shape or not entries:
+            return zeros(shared.shape, dtype)
+        files = {e.file: File.at(os.path.join(self.path, e.file)) for e in entries}
+        extents = Extents(
+            Extent(files[e.file], e.offset, e.nbytes, f"{rank}/{name}")
+            for e, (rank, _, _) in zip(entries, shared.boxes, strict=True)
+        )
+        rows = [
+            [k, dtype.code, 0, *offset, *size, *dense_strides(size)]
+            for k, (_, offset, size) in enumerate(shared.boxes)
+        ]
+        return View(shared.shape, dtype, extents, np.array(rows, np.int64).reshape(len(rows), -1))
+
+    def checkpoint(self, names: Mapping[str, str], config: Mapping[str, JSON] | None) -> Checkpoint:
+        """Tensors of this commit as a checkpoint for the road; `names`: new name -> name here."""
+        views = {}
+        aliases = {}
+        first: dict[str, str] = {}
+        for new, name in names.items():
+            held = self.aliases.get(name, name)
+            self.shape(held)
+            if held not in self.table:
+                raise ManagerError(
+                    f"{self.path}: {name} differs from rank to rank; it is no part of one model"
+                )
+            if held in first:
+                aliases[new] = first[held]
+            else:
+                first[held] = new
+                views[new] = self.view(held)
+        return self._checkpoint(views, aliases, config)
+
+    def _checkpoint(
+        self,
+        views: Mapping[str, View],
+        aliases: Mapping[str, str] | None = None,
+        config: Mapping[str, JSON] | None = None,
+    ) -> Checkpoint:
+        extents, moved = Extents(), {}
+        for name, view in views.items():
+            extents, where = extents.union(view.extents)
+            rows = view.rows.copy()
+            rows[:, 0] = np.array(where, np.int64)[rows[:, 0]] if len(where) else rows[:, 0]
+            moved[name] = rows
+        entries = {
+            n: Entry(v.shape, v.dtype, partial(View, v.shape, v.dtype, extents, moved[n]))
+            for n, v in views.items()
+        }
+        files = tuple({x.where.path: x.where for x in extents if isinstance(x.where, File)}.values())
+        step = self.manifest.record.source.step
+        return Checkpoint(
+            self.path, "training", entries, extents, aliases or {}, files, config,
+            facts={"tag": self.manifest.record.source.tag, "step": step}, headers=self.manifest.key,
+            structure=_structure(views, aliases or {}) if config is not None else "",
+        )  # fmt: skip
+
+    def _tensor(self, name: str, entry: TensorEntry) -> torch.Tensor:
+        """A stored tensor, read and checked a leaf at a time."""
+        out = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
+        into = raw(out).data
+        path = os.path.join(self.path, entry.file)
+        leaves = np.zeros(-(-entry.nbytes // LEAF), np.uint64)
+        try:
+            with open(path, "rb", buffering=0) as f:
+                for k in range(len(leaves)):
+                    piece = into[k * LEAF : (k + 1) * LEAF]
+                    _fill(f.fileno(), piece, entry.offset + k * LEAF)
+                    leaves[k] = digest64(piece)
+        except (OSError, SourceError) as e:
+            raise SourceError(f"{path}: {name}: {e}") from None
+        if combine(leaves) != entry.digest:
+            raise SourceError(f"{path}: {name}: its bytes differ from the commit's digest")
+        return out
+
+
+def _fill(fd: int, into: memoryview, offset: int) -> None:
+    while into:
+        n = os.preadv(fd, [into], offset)
+        if n == 0:
+            raise SourceError(f"the file ends at byte {offset}")
+        into, offset = into[n:], offset + n
+
+
+def _meet(a: Place, b: Place) -> bool:
+    """Whether two boxes have an element in common."""
+    return all(i < j + m and j < i + n for i, n, j, m in zip(a[0], a[1], b[0], b[1], strict=True))
+
+
+def _structure(views: Mapping[str, View], aliases: Mapping[str, str]) -> str:
+    """Digest of all that shapes the views but where their bytes lie."""
+    h = xxhash.xxh3_64(json.dumps(dict(aliases)).encode())
+    for name, view in views.items():
+        h.update(json.dumps([name, view.shape, view.dtype.name, view.rows.tolist()]).encode())
+    return h.hexdigest()
+
+
+def open_step(path: str, manifest: Manifest, rank: int, world: int) -> Opened:
+    """A committed step as `rank` of `world` sees it; in a world of another size, what all saved ranks share.
+
+    Raises SourceError for records that are not what was committed, ManagerError for what cannot be given."""
+    saved = manifest.record.placement.get("ranks", 1)
+    places = {}
+    for shard in manifest.shards:
+        for name, entry in shard.tensors.items():
+            places[int(os.path.dirname(entry.file).rpartition("-")[2]), name] = entry
+    said = _document(path, manifest, TABLE)
+    table = {name: Shared.of(name, t) for name, t in said.items()}
+    if saved == world:
+        state = _state(path, manifest, rank)
+        own = {name: e for (r, name), e in places.items() if r == rank and name not in table}
+        return Opened(path, manifest, saved, state["tree"], _aliases(state), own, table, places)
+    states = [_state(path, manifest, r) for r in range(saved)]
+    tree, differing = merged([s["tree"] for s in states])
+    aliases = _aliases(states[0])
+    for r, s in enumerate(states):
+        if _aliases(s) != aliases:
+            raise ManagerError(f"{path}: ranks 0 and {r} tie other tensors; resume with {saved} ranks")
+    return Opened(path, manifest, saved, tree, aliases, {}, table, places, tuple(differing))
+
+
+def own_names(opened: Opened) -> list[str]:
+    """Tensors of the tree that each saved rank had its own of: not given to a world of another size."""
+    return [
+        n
+        for n in opened.names
+        if opened.aliases.get(n, n) not in opened.table and opened.aliases.get(n, n) not in opened.own
+    ]
+
+
+def _state(path: str, manifest: Manifest, rank: int) -> dict[str, JSON]:
+    state = _document(path, manifest, f"{rank_directory(rank)}/state.json")
+    if state.get("schema") != SCHEMA or state.get("rank") != rank or "tree" not in state:
+        raise SourceError(
+            f"{path}: state of rank {rank}: schema {state.get('schema')}, rank {state.get('rank')}; "
+            f"wanted schema {SCHEMA}"
+        )
+    return state
+
+
+def _aliases(state: Mapping[str, JSON]) -> dict[str, str]:
+    held = state.get("aliases")
+    return {a: str(h) for a, h in held.items()} if isinstance(held, dict) else {}
+
+
+def _document(path: str, manifest: Manifest, name: str) -> dict[str, JSON]:
+    """A JSON file of the commit, checked against its digest."""
+    data = checked(path, name, manifest.all_files())
+    found = json.loads(data)
+    if not isinstance(found, dict):
+        raise SourceError(f"{path}: {name} is no JSON object")
+    return found
+
+
+def checked(path: str, name: str, files: Mapping[str, FileEntry]) -> bytes:
+    """The bytes of a small file of a commit. Raises SourceError where they are not those committed."""
+    entry = files.get(name)
+    if entry is None:
+        raise SourceError(f"{path}: no {name} in the commit; it holds {len(files)} files")
+    try:
+        with open(os.path.join(path, name), "rb") as f:
+            data = f.read()
+    except OSError as e:
+        raise SourceError(f"{path}: {name}: {e.strerror}") from None
+    if digest(data) != entry.digest:
+        raise SourceError(f"{path}: {name}: its bytes differ from the commit's digest")
+    return data
+
+
+def check_files(path: str, names: Sequence[str], files: Mapping[str, FileEntry]) -> int:
+    """Read files that are no tensors' in pieces and check their digests; the bytes read.
+
+    Raises SourceError for the first that differs."""
+    total = 0
+    for name in names:
+        leaves = []
+        try:
+            with open(os.path.join(path, name), "rb") as f:
+                for piece in iter(lambda f=f: f.read(LEAF), b""):  # type: ignore[misc]
+                    leaves.append(digest64(piece))
+                    total += len(piece)
+        except OSError as e:
+            raise SourceError(f"{path}: {name}: {e.strerror}") from None
+        if combine(np.array(leaves, np.uint64)) != files[name].digest:
+            raise SourceError(f"{path}: {name}: its bytes differ from the commit's digest")
+    return total

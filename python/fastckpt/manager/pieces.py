@@ -1,0 +1,295 @@
+"""Tensors as they are saved: what this rank holds of each, in host memory, and which rank writes it.
+
+Law: a tensor that all ranks hold with equal bytes is written once, and so is each box of a tensor that is
+cut over a mesh; what differs from rank to rank is each rank's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..checkpoint import JSON
+from ..digest import LEAF, combine, leaf_digests
+from ..dtypes import BY_NAME, DType
+from ..errors import ManagerError
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """Where a local part lies in a tensor of `whole` shape: `offset` of its first element on each axis."""
+
+    whole: tuple[int, ...]
+    offset: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """What this rank holds of one tensor: dense bytes in host memory; `box` where it is cut over a mesh."""
+
+    name: str
+    dtype: DType
+    data: torch.Tensor
+    box: Box | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what is held here."""
+        return tuple(self.data.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of what is held here."""
+        return self.data.numel() * self.dtype.itemsize
+
+
+@dataclass(slots=True)
+class Taken:
+    """A snapshot: the pieces by name, and names that are the same memory as another's."""
+
+    pieces: dict[str, Piece] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all pieces."""
+        return sum(p.nbytes for p in self.pieces.values())
+
+
+class Snapshots:
+    """Takes tensors to host memory; the host buffers are kept and used again by the next snapshot."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def take(self, tensors: Mapping[str, torch.Tensor], *, copy: bool) -> Taken:
+        """A snapshot of `tensors`; without `copy`, dense CPU tensors are taken as they are, not copied.
+
+        Raises ManagerError for a tensor without plain memory of its own."""
+        taken, moved = Taken(), False
+        first: dict[object, str] = {}
+        alive = []  # an address says that two tensors are one only while both are held
+        for name, tensor in tensors.items():
+            local, box = _local(name, tensor)
+            if local is None:
+                continue
+            alive.append(local)
+            place = (local.device, local.data_ptr(), local.dtype, local.shape, local.stride(), box)
+            holder = first.setdefault(place, name) if local.numel() else name
+            if holder != name:
+                taken.aliases[name] = holder
+                continue
+            host = local
+            if copy or local.device.type != "cpu":
+                host = self._buffer(name, local)
+                host.copy_(local, non_blocking=True)
+                moved = moved or local.device.type != "cpu"
+            dtype = BY_NAME.get(str(local.dtype).removeprefix("torch."))
+            if dtype is None:
+                raise ManagerError(f"state: {name} is {local.dtype}, which fastckpt does not know")
+            taken.pieces[name] = Piece(name, dtype, host.contiguous(), box)
+        if moved:
+            torch.accelerator.synchronize()
+        return taken
+
+    def _buffer(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        kept = self._buffers.get(name)
+        if kept is None or kept.shape != like.shape or kept.dtype != like.dtype:
+            kept = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.device.type == "cuda")
+            self._buffers[name] = kept
+        return kept
+
+
+def raw(tensor: torch.Tensor) -> NDArray[np.uint8]:
+    """The bytes of a dense CPU tensor, where they lie."""
+    flat: NDArray[np.uint8] = tensor.view(-1).view(torch.uint8).numpy()
+    return flat
+
+
+def digest_of(tensor: torch.Tensor) -> str:
+    """The digest of a dense CPU tensor's bytes."""
+    data = raw(tensor)
+    offsets = np.arange(0, len(data), LEAF, dtype=np.int64)
+    return combine(leaf_digests(data, offsets, np.minimum(len(data) - offsets, LEAF)))
+
+
+def box_of(name: str, tensor: torch.Tensor) -> Box | None:
+    """This rank's box of a tensor cut over a mesh; None for any other tensor.
+
+    Raises ManagerError for a cut that is no box (partial sums, strided shards)."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if not isinstance(tensor, DTensor):
+        return None
+    for placement in tensor.placements:
+        if type(placement) not in (Shard, Replicate):
+            raise ManagerError(f"{name}: placement {placement} is no plain shard; redistribute it first")
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return Box(tuple(tensor.shape), tuple(offset))
+
+
+def _local(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor | None, Box | None]:
+    """The plain tensor this rank holds, and its box; None where it holds nothing of it."""
+    from torch.distributed.tensor import DTensor
+
+    box = box_of(name, tensor)
+    if isinstance(tensor, DTensor):
+        if tensor.device_mesh.get_coordinate() is None:
+            return None, None
+        tensor = tensor.to_local()
+        if tensor.numel() == 0:
+            return None, None
+    if hasattr(tensor, "ds_id"):
+        raise ManagerError(f"state: {name} is partitioned by DeepSpeed; give the engine, not its module")
+    wrapped = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    if wrapped or tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+        raise ManagerError(
+            f"state: {name}: a {type(tensor).__name__} of {tensor.layout} on {tensor.device} has no plain "
+            "memory"
+        )
+    return tensor.detach().resolve_conj().resolve_neg(), box
+
+
+# ---- which rank writes what ----
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What one rank says it holds under a name; `offset` and `whole` only of a box."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+    whole: tuple[int, ...] | None = None
+    offset: tuple[int, ...] | None = None
+
+    def json(self) -> JSON:
+        """For the other ranks."""
+        boxed: list[JSON] = (
+            [list(self.whole), list(self.offset)]
+            if self.whole is not None and self.offset is not None
+            else []
+        )
+        return [self.dtype, list(self.shape), self.digest, *boxed]
+
+    @staticmethod
+    def of(said: JSON) -> Claim:
+        """What another rank said."""
+        match said:
+            case [str(dtype), list(shape), str(digest)]:
+                return Claim(dtype, sizes(shape), digest)
+            case [str(dtype), list(shape), str(digest), list(whole), list(offset)]:
+                return Claim(dtype, sizes(shape), digest, sizes(whole), sizes(offset))
+            case _:
+                raise ManagerError(f"a rank claims {said!r}, which is no tensor")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * BY_NAME[self.dtype].itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """A tensor that is not one rank's own: `boxes` (owner, offset, shape); one box is the whole tensor where
+    every rank holds it. There is one owner a box on each disk."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    boxes: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]
+    everywhere: bool
+
+    def json(self) -> JSON:
+        """For `tensors.json`."""
+        boxes: list[JSON] = [[r, list(o), list(s)] for r, o, s in self.boxes]
+        return {"dtype": self.dtype, "shape": list(self.shape), "everywhere": self.everywhere, "boxes": boxes}
+
+    @staticmethod
+    def of(name: str, said: JSON) -> Shared:
+        """From `tensors.json`. Raises ManagerError for anything else."""
+        match said:
+            case {
+                "dtype": str(dtype),
+                "shape": list(shape),
+                "everywhere": bool(everywhere),
+                "boxes": list(boxes),
+            }:
+                out = []
+                for box in boxes:
+                    match box:
+                        case [int(rank), list(offset), list(size)]:
+                            out.append((rank, sizes(offset), sizes(size)))
+                return Shared(dtype, sizes(shape), tuple(out), everywhere)
+            case _:
+                raise ManagerError(f"tensors.json: {name}: {said!r} is no tensor")
+
+
+def shared(claims: Sequence[Mapping[str, Claim]], disk: Sequence[int]) -> dict[str, Shared]:
+    """The tensors that are written once on the disk that the ranks `disk` share; the same on each of them.
+
+    `claims` by rank. Owners are chosen so that every rank writes about as much. Raises ManagerError where
+    ranks that should hold the same box hold other bytes."""
+    load = dict.fromkeys(disk, 0)
+    for rank in disk:
+        load[rank] = sum(c.nbytes for c in claims[rank].values() if c.whole is None)
+    out = {}
+    names = sorted({n for c in claims for n in c})
+    every = [n for n in names if _same_everywhere([c.get(n) for c in claims])]
+    for name in every:
+        for rank in disk:
+            load[rank] -= claims[rank][name].nbytes
+    for name in every:
+        claim = claims[0][name]
+        owner = min(disk, key=lambda r: (load[r], r))
+        load[owner] += claim.nbytes
+        out[name] = Shared(claim.dtype, claim.shape, ((owner, (0,) * len(claim.shape), claim.shape),), True)
+    for name in names:
+        held = [(r, c[name]) for r, c in enumerate(claims) if name in c]
+        if held[0][1].whole is None:
+            continue
+        boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+        first = held[0][1]
+        for rank, claim in held:
+            if (claim.dtype, claim.whole) != (first.dtype, first.whole) or claim.offset is None:
+                raise ManagerError(f"state: {name} is {claim} on rank {rank}, {first} on rank {held[0][0]}")
+            box = boxes.setdefault((claim.offset, claim.shape), [])
+            if box and claims[box[0]][name].digest != claim.digest:
+                raise ManagerError(
+                    f"state: {name} is replicated, but ranks {box[0]} and {rank} hold different bytes at "
+                    f"{claim.offset}: the ranks have drifted apart"
+                )
+            box.append(rank)
+        placed = []
+        for (offset, shape), ranks in sorted(boxes.items()):
+            near = [r for r in ranks if r in load]
+            owner = min(near, key=lambda r: (load[r], r)) if near else ranks[0]
+            if near:
+                load[owner] += claims[owner][name].nbytes
+            placed.append((owner, offset, shape))
+        whole = first.whole or ()
+        if sum(math.prod(s) for _, _, s in placed) != math.prod(whole):
+            raise ManagerError(
+                f"state: the ranks hold {len(placed)} boxes of {name}, which do not tile {whole}"
+            )
+        out[name] = Shared(first.dtype, whole, tuple(placed), False)
+    return out
+
+
+def _same_everywhere(claims: Sequence[Claim | None]) -> bool:
+    """Whether all ranks hold a tensor that is not cut, with the same bytes."""
+    first = claims[0]
+    return first is not None and first.whole is None and all(c == first for c in claims)
+
+
+def sizes(values: Sequence[JSON]) -> tuple[int, ...]:
+    """A shape or offset that was JSON. Raises ManagerError for anything else."""
+    out = tuple(v for v in values if isinstance(v, int) and v >= 0)
+    if len(out) != len(values):
+        raise ManagerError(f"{list(values)[:8]} is no shape")
+    return out

@@ -1,0 +1,128 @@
+"""When to save and what to keep, as small functions that can be put together.
+
+Law: a keeping policy only names steps to keep; the newest whole commit is kept whatever it says, and
+nothing is removed before a newer commit stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from ..errors import ManagerError
+from .commits import Commit
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """When a save is asked for: the step, the newest commit's step (None: none yet), seconds since this
+    manager's last save (infinite: none yet), and whether the job was told to end (SIGTERM)."""
+
+    step: int
+    last: int | None
+    seconds: float
+    preempted: bool = False
+
+
+When = Callable[[Moment], bool]
+"""Whether to save at a moment."""
+
+Keep = Callable[[Sequence[Commit]], set[int]]
+"""Which steps to keep of the commits that stand, oldest first."""
+
+
+# ---- when to save ----
+
+
+def every(n: int) -> When:
+    """At steps that `n` divides."""
+    _positive("save interval", n)
+    return lambda m: m.step % n == 0
+
+
+def on_steps(steps: Collection[int]) -> When:
+    """At these steps."""
+    wanted = frozenset(steps)
+    return lambda m: m.step in wanted
+
+
+def every_seconds(seconds: float) -> When:
+    """When this long has passed since the last save."""
+    return lambda m: m.seconds >= seconds
+
+
+def when_any(*policies: When) -> When:
+    """When one of them says so."""
+    return lambda m: any(p(m) for p in policies)
+
+
+# ---- what to keep ----
+
+
+def newest(n: int) -> Keep:
+    """The last `n`."""
+    _positive("max_to_keep", n)
+    return lambda commits: {c.step for c in commits[-n:]}
+
+
+def multiples(n: int) -> Keep:
+    """Steps that `n` divides."""
+    _positive("keep_period", n)
+    return lambda commits: {c.step for c in commits if c.step % n == 0}
+
+
+def these(steps: Collection[int]) -> Keep:
+    """These steps."""
+    wanted = frozenset(steps)
+    return lambda commits: {c.step for c in commits} & wanted
+
+
+def spaced(seconds: float) -> Keep:
+    """Commits at least this far apart in time, from the oldest on."""
+
+    def keep(commits: Sequence[Commit]) -> set[int]:
+        out: set[int] = set()
+        last = float("-inf")
+        for c in commits:
+            if c.created - last >= seconds:
+                out.add(c.step)
+                last = c.created
+        return out
+
+    return keep
+
+
+def best(n: int, metric: str, mode: str = "min", *, without: bool = False) -> Keep:
+    """The `n` best by a metric, the newer of equals; `without`: also commits that lack it. NaN is worst."""
+    _positive("keep_best", n)
+    order = ranking(metric, mode)
+
+    def keep(commits: Sequence[Commit]) -> set[int]:
+        lacking = {c.step for c in commits if metric not in c.metrics}
+        return {c.step for c in order(commits)[:n]} | (lacking if without else set())
+
+    return keep
+
+
+def keep_any(*policies: Keep) -> Keep:
+    """What one of them keeps."""
+    return lambda commits: {s for p in policies for s in p(commits)}
+
+
+def ranking(metric: str, mode: str) -> Callable[[Sequence[Commit]], list[Commit]]:
+    """Commits that have a metric, best first, the newer of equals first; NaN last."""
+    if mode not in ("min", "max"):
+        raise ManagerError(f"mode {mode!r}: wanted min or max")
+    sign = 1.0 if mode == "min" else -1.0
+
+    def key(c: Commit) -> tuple[bool, float, int]:
+        value = c.metrics[metric]
+        unordered = value != value
+        return unordered, 0.0 if unordered else sign * value, -c.step
+
+    return lambda commits: sorted((c for c in commits if metric in c.metrics), key=key)
+
+
+def _positive(what: str, n: int) -> None:
+    if n < 1:
+        raise ManagerError(f"{what}: wanted at least 1, got {n}")

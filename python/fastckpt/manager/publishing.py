@@ -1,0 +1,146 @@
+"""Versions for the servers: a committed step, resharded into a directory of its own, and one link.
+
+Law: `current` names a whole version at every moment; it moves in one rename, forward or back, and what it
+names is never removed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+
+from .. import sources
+from ..checkpoint import JSON, Checkpoint
+from ..commit import sync_directory, telling
+from ..errors import ManagerError
+from ..layouts import Layout
+from ..manifest import NAME, Manifest
+from ..road import Report, reshard
+from .opened import Opened
+from .saving import engine_directory
+from .values import ENGINE, parts_of
+
+CURRENT = "current"
+_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def model_of(
+    opened: Opened, part: str | None, config: str | os.PathLike[str] | Mapping[str, JSON] | None
+) -> Checkpoint:
+    """The model in a commit, as a checkpoint; `part` is its key in the state.
+
+    Raises ManagerError where it is not clear which part that is."""
+    parts = parts_of(opened.tree)
+    if part is None:
+        models = [k for k, kind in parts.items() if kind in ("module", ENGINE)]
+        if len(models) > 1 or (not models and any(kind != "value" for kind in parts.values())):
+            raise ManagerError(f"{opened.path}: which part is the model? It has {', '.join(sorted(parts))}")
+        part = models[0] if models else ""
+    elif part not in parts:
+        raise ManagerError(f"{opened.path}: no part {part!r}; it has {', '.join(sorted(parts))}")
+    if parts.get(part) == ENGINE:
+        return sources.open(os.path.join(opened.path, engine_directory(part)))
+    prefix = f"{part}." if part else ""
+    names = {n.removeprefix(prefix): n for n in opened.names if n.startswith(prefix)}
+    if not names:
+        raise ManagerError(f"{opened.path}: part {part!r} holds no tensors")
+    return opened.checkpoint(names, config if isinstance(config, Mapping) else None)
+
+
+def publish(
+    source: Checkpoint,
+    version: str,
+    to: str | os.PathLike[str],
+    tp: int,
+    layout: str | Layout,
+    *,
+    config: str | os.PathLike[str] | Mapping[str, JSON] | None,
+    dtype: str | None,
+    keep: int | None,
+) -> Report | None:
+    """Write `to/VERSION` and make it current; None where it was there already, whole, and only the link
+    moved. Raises what `reshard` raises."""
+    root = os.path.realpath(to)
+    path = os.path.join(root, _checked(version))
+    report = None
+    if not os.path.exists(os.path.join(path, NAME)):
+        made = reshard(source, tp, layout=layout, config=config, dtype=dtype, out=path)
+        report = made if isinstance(made, Report) else None
+    else:
+        _same(path, source, tp)
+    point(root, version)
+    if keep is not None:
+        gc(root, keep)
+    return report
+
+
+def _same(path: str, source: Checkpoint, tp: int) -> None:
+    """Refuse to take a version of something else for this one."""
+    found = Manifest.read(path)
+    if found.record.source.headers != source.headers or found.world != tp:
+        raise ManagerError(f"{path}: is there already, of another save or for {found.world} ranks")
+
+
+def versions(to: str | os.PathLike[str]) -> list[str]:
+    """The whole versions below a directory, the oldest first."""
+    root = os.path.realpath(to)
+    if not os.path.isdir(root):
+        return []
+    found = []
+    for name in os.listdir(root):
+        record = os.path.join(root, name, NAME)
+        if name != CURRENT and _VERSION.fullmatch(name) and os.path.isfile(record):
+            found.append((os.stat(record).st_mtime_ns, name))
+    return [name for _, name in sorted(found)]
+
+
+def current(to: str | os.PathLike[str]) -> str | None:
+    """The version that is current; None where none is."""
+    try:
+        return os.path.basename(os.readlink(os.path.join(os.path.realpath(to), CURRENT)))
+    except OSError:
+        return None
+
+
+def point(to: str | os.PathLike[str], version: str) -> None:
+    """Make a version current, in one step: forward, or back to an older one.
+
+    Raises ManagerError where it is not there, WriteError where the link cannot be moved."""
+    root = os.path.realpath(to)
+    if not os.path.isfile(os.path.join(root, _checked(version), NAME)):
+        raise ManagerError(
+            f"{root}: no whole version {version!r}; there are {', '.join(versions(root)) or 'none'}"
+        )
+    staged = os.path.join(root, f".{CURRENT}-{secrets.token_hex(4)}")
+    with telling(os.path.join(root, CURRENT)):
+        os.symlink(version, staged)
+        try:
+            os.replace(staged, os.path.join(root, CURRENT))
+            sync_directory(root)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(staged)
+
+
+def gc(to: str | os.PathLike[str], keep: int) -> list[str]:
+    """Remove all but the newest `keep` versions, never the current one; the names that went."""
+    if keep < 1:
+        raise ManagerError(f"keep: wanted at least 1, got {keep}")
+    root, live = os.path.realpath(to), current(to)
+    gone = [v for v in versions(root)[:-keep] if v != live]
+    for name in gone:
+        away = os.path.join(root, f".trash-{name}-{secrets.token_hex(4)}")
+        with telling(os.path.join(root, name)):
+            os.rename(os.path.join(root, name), away)
+        shutil.rmtree(away, ignore_errors=True)
+    return gone
+
+
+def _checked(version: str) -> str:
+    if not _VERSION.fullmatch(version) or version == CURRENT:
+        raise ManagerError(f"version {version!r} is no plain name")
+    return version

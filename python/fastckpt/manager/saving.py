@@ -1,0 +1,243 @@
+"""One save over all ranks: digests agreed, parts written, and the commit last.
+
+Law: every step ends with an exchange, so that a rank that fails takes all of them out of the save and the
+commits that stood stay as they were. What the commit says was written was written, with those digests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from .. import __version__
+from ..checkpoint import JSON
+from ..errors import ManagerError
+from ..files import safetensors_layout
+from ..manifest import Origin, Record
+from ..writer import Output
+from .commits import Commit, Store
+from .coordination import Group, ints, together
+from .pieces import Claim, Piece, Shared, Taken, digest_of, raw, shared
+from .values import Engine
+
+SCHEMA = 1
+TABLE = "tensors.json"
+"""The file that says which tensors are shared by ranks, and who holds which box."""
+ENGINES = ".engine"
+"""Where engines write before their files become part of the commit."""
+_CHUNK = 8 << 20
+"""Bytes of one write."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """Who shares this rank's disk: `ranks` of it, `index` of this rank among them."""
+
+    ranks: tuple[int, ...]
+    index: int
+
+    @property
+    def coordinator(self) -> bool:
+        """Whether this rank is the one that changes the disk's directories."""
+        return self.index == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be saved by this rank at a step.
+
+    `token` is this save's own, the same on all ranks. `aside`: what stands at the step already is broken
+    and is set aside; else it is to be overwritten."""
+
+    step: int
+    token: str
+    tree: JSON
+    taken: Taken
+    engines: Mapping[str, Engine]
+    client_state: Mapping[str, object]
+    metrics: Mapping[str, float]
+    aside: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A commit, and what each rank took for it: seconds and bytes."""
+
+    commit: Commit
+    seconds: tuple[float, ...]
+    nbytes: tuple[int, ...]
+
+
+def rank_directory(rank: int) -> str:
+    """Where a rank's part lies in a commit."""
+    return f"rank-{rank:05d}"
+
+
+def engine_tag(step: int) -> str:
+    """The tag under which an engine saves a step."""
+    return f"global_step{step}"
+
+
+def save(store: Store, group: Group, disk: Disk, job: Job) -> Saved:
+    """Make a step real on every disk. Collective.
+
+    Raises ManagerError or WriteError, on every rank, and leaves what stood before."""
+    run = _Save(store, group, disk, job)
+    try:
+        return run.run()
+    except BaseException:
+        if disk.coordinator:
+            store.drop(job.step, job.token)
+        raise
+
+
+class _Save:
+    """The steps of one save, in order; each is a round that all ranks pass or none."""
+
+    def __init__(self, store: Store, group: Group, disk: Disk, job: Job) -> None:
+        self.store, self.group, self.disk, self.job = store, group, disk, job
+        self.began = time.perf_counter()
+        self.staging = store.saving(job.step, job.token)
+        self.output = Output(
+            self.staging, key=job.token, rank=disk.index, world=len(disk.ranks), durable=store.durable
+        )
+        self.claims: list[dict[str, Claim]] = []
+        self.table: dict[str, Shared] = {}
+        self.mine: list[Piece] = []
+
+    def run(self) -> Saved:
+        """All of it."""
+        self._round(self._start)
+        said = self._round(self._claim)
+        self.claims = [{n: Claim.of(c) for n, c in s.items()} for s in said if isinstance(s, dict)]
+        with ExitStack() as stack:
+            needed = ints(self._round(lambda: self._open(stack)))
+            self._round(lambda: self._reserve(sum(needed[r] for r in self.disk.ranks)))
+            files: list[str] = []
+            if self.job.engines:
+                self._round(self._run_engines)
+                listed = self._round(self._list_engines)[self.group.rank]
+                files = [str(f) for f in listed] if isinstance(listed, list) else []
+            done = self._round(lambda: self._write(stack, files))
+        self._round(self._seal)
+        found = self.store.commit(self.job.step)
+        if found is None or found.key != self.job.token:
+            raise ManagerError(f"{self.store.path(self.job.step)}: went away right after it was committed")
+        pairs = [d if isinstance(d, list) else [0.0, 0] for d in done]
+        return Saved(found, tuple(float(str(s)) for s, _ in pairs), tuple(ints([n for _, n in pairs])))
+
+    def _round(self, work: Callable[[], JSON]) -> list[JSON]:
+        return together(self.group, f"save of step {self.job.step}", work)
+
+    def _start(self) -> JSON:
+        if self.disk.coordinator:
+            self.store.take()
+            self.store.begin(self.job.step, self.job.token)
+        return None
+
+    def _claim(self) -> JSON:
+        """What this rank holds, with digests."""
+        pieces = list(self.job.taken.pieces.values())
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            digests = list(pool.map(lambda p: digest_of(p.data), pieces))
+        return {
+            p.name: Claim(p.dtype.name, p.shape, d, *((p.box.whole, p.box.offset) if p.box else ())).json()
+            for p, d in zip(pieces, digests, strict=True)
+        }
+
+    def _open(self, stack: ExitStack) -> JSON:
+        """Begin the output, and say how many bytes this rank will write."""
+        self.table = shared(self.claims, self.disk.ranks)
+        rank = self.group.rank
+        for name, piece in self.job.taken.pieces.items():
+            found = self.table.get(name)
+            offset = piece.box.offset if piece.box else (0,) * len(piece.shape)
+            if found is None or (rank, offset, piece.shape) in found.boxes:
+                self.mine.append(piece)
+        stack.enter_context(self.output)
+        return sum(p.nbytes for p in self.mine)
+
+    def _reserve(self, nbytes: int) -> JSON:
+        if self.disk.coordinator:
+            self.output.reserve(nbytes)
+        return None
+
+    def _run_engines(self) -> JSON:
+        """Every engine's own save, into a directory of its own beside ours."""
+        for name, engine in self.job.engines.items():
+            where = os.path.join(self.staging, ENGINES, engine_directory(name))
+            engine.save_checkpoint(where, engine_tag(self.job.step), dict(self.job.client_state))
+        return None
+
+    def _list_engines(self) -> JSON:
+        """The share of the engines' files that this rank takes into the commit; nothing moves meanwhile."""
+        root = os.path.join(self.staging, ENGINES)
+        files = sorted(
+            os.path.relpath(os.path.join(d, f), root).replace(os.sep, "/")
+            for d, _, names in os.walk(root)
+            for f in names
+        )
+        share: list[JSON] = [*files[self.disk.index :: len(self.disk.ranks)]]
+        return share
+
+    def _write(self, stack: ExitStack, engine_files: list[str]) -> JSON:
+        """This rank's files and its record; the rank that comes last writes the commit record."""
+        rank, job, output = self.group.rank, self.job, self.output
+        claims = self.claims[rank]
+        if self.mine:
+            specs = [(p.name, p.dtype, p.shape) for p in self.mine]
+            layout = safetensors_layout(f"{rank_directory(rank)}/state.safetensors", specs, {"format": "pt"})
+            file = output.create(layout, self.disk.index)
+            for slot in layout.slots:
+                data = raw(job.taken.pieces[slot.name].data).data
+                for at in range(0, slot.nbytes, _CHUNK):
+                    file.write(slot.offset + at, data[at : at + _CHUNK])
+            file.close({}, {p.name: claims[p.name].digest for p in self.mine})
+        state: dict[str, JSON] = {
+            "schema": SCHEMA,
+            "rank": rank,
+            "world": self.group.world,
+            "tree": job.tree,
+            "aliases": dict(job.taken.aliases),
+        }
+        output.text(f"{rank_directory(rank)}/state.json", json.dumps(state).encode(), self.disk.index)
+        if self.disk.coordinator:
+            table = {name: t.json() for name, t in self.table.items()}
+            output.text(TABLE, json.dumps(table).encode())
+        engine_bytes = 0
+        for name in engine_files:
+            path = os.path.join(self.staging, ENGINES, name)
+            engine_bytes += os.path.getsize(path)
+            output.adopt(path, name)
+        output.commit(self._record())
+        stack.close()  # before the directory gets its name
+        return [time.perf_counter() - self.began, sum(p.nbytes for p in self.mine) + engine_bytes]
+
+    def _record(self) -> Record:
+        """What the manifest says of this save."""
+        job, store = self.job, self.store
+        options: dict[str, JSON] = {
+            "metrics": dict(job.metrics),
+            "ranks": [*self.disk.ranks],
+            "engines": [*sorted(job.engines)],
+            "allow_nonfinite": True,  # what training holds is training's business
+        }
+        origin = Origin(store.root, "training", store.name(job.step), job.step)
+        return Record(origin, __version__, "training", {"ranks": self.group.world}, options)
+
+    def _seal(self) -> JSON:
+        if self.disk.coordinator:
+            shutil.rmtree(os.path.join(self.staging, ENGINES), ignore_errors=True)
+            self.store.seal(self.job.step, self.job.token, aside=self.job.aside)
+        return None
+
+
+def engine_directory(name: str) -> str:
+    """Where an engine's files lie in a commit."""
+    return "engine" if not name else f"engine-{name}"

@@ -1,0 +1,367 @@
+"""State as a tree of plain values and tensors by name, and back. Nothing is pickled.
+
+Law: what `flatten` takes apart, `rebuild` gives back with equal values and types; what cannot be written
+so is refused with its place. A container is a JSON object of one key, its tag, so that nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from ..checkpoint import JSON
+from ..errors import ManagerError
+
+ENGINE, STATE = "engine", "state"
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A module, optimizer, scheduler or anything else with torch's two methods."""
+
+    def state_dict(self) -> Mapping[str, object]: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, object]) -> object: ...
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A DeepSpeed engine: it writes and reads its own checkpoints."""
+
+    def zero_optimization_stage(self) -> int: ...
+
+    def save_checkpoint(self, save_dir: str, tag: str, client_state: dict[str, object]) -> object: ...
+
+    def load_checkpoint(self, load_dir: str, tag: str) -> tuple[object, object]: ...
+
+
+@dataclass(slots=True)
+class Flat:
+    """A state taken apart: the tree, its tensors by name, and the engines found, by name."""
+
+    tree: JSON = None
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    engines: dict[str, Engine] = field(default_factory=dict)
+
+
+def flatten(state: object) -> Flat:
+    """Take a state apart. Raises ManagerError for what is no plain value, naming its place."""
+    flat = Flat()
+    flat.tree = _tree(state, "", flat)
+    return flat
+
+
+def _tree(value: object, path: str, flat: Flat) -> JSON:
+    """The JSON of a value; tensors and engines go to `flat` under their path."""
+    if value is None or type(value) in (bool, int, str):
+        return value  # type: ignore[return-value]
+    if type(value) is float:
+        return value if math.isfinite(value) else {"float": repr(value)}
+    if isinstance(value, torch.Tensor):
+        return {"tensor": _enter(flat, path, value)}
+    if isinstance(value, np.ndarray):
+        return {"array": _enter(flat, path, _from_numpy(value, path))}
+    if type(value) in _CONTAINERS and isinstance(value, (list, tuple, set, frozenset)):
+        held = value if isinstance(value, (list, tuple)) else sorted(value, key=repr)
+        return {type(value).__name__: [_tree(v, _join(path, k), flat) for k, v in enumerate(held)]}
+    if type(value) in (dict, OrderedDict) and isinstance(value, dict):
+        pairs: list[JSON] = [[_key(k, path), _tree(v, _join(path, k), flat)] for k, v in value.items()]
+        if type(value) is dict:
+            return {"dict": pairs}
+        return {"ordered": pairs, "metadata": _tree(getattr(value, "_metadata", None), path, flat)}
+    for kind, tag, write, _ in _LEAVES:
+        if type(value) is kind:
+            return {tag: write(value)}
+    if isinstance(value, np.generic):
+        return {"number": [value.dtype.str, value.tobytes().hex()]}
+    if isinstance(value, Engine):
+        flat.engines[path] = value
+        return {ENGINE: path}
+    if isinstance(value, Stateful):
+        kind_name = "module" if isinstance(value, torch.nn.Module) else "object"
+        return {STATE: [kind_name, _tree(dict_of(value), path, flat)]}
+    raise ManagerError(
+        f"state at {path or 'its root'}: a {type(value).__name__} is no tensor, plain value or object with "
+        "state_dict and load_state_dict; turn it into one of these"
+    )
+
+
+def dict_of(value: Stateful) -> object:
+    """An object's state dict, as the plain or ordered dict that it is."""
+    found = value.state_dict()
+    return found if isinstance(found, dict) else dict(found)
+
+
+def _enter(flat: Flat, path: str, tensor: torch.Tensor) -> str:
+    """Enter a tensor under its path; its name."""
+    name = path or "tensor"
+    if name in flat.tensors:
+        raise ManagerError(f"state: two tensors are named {name!r}; a key with dots in it meets a nested one")
+    flat.tensors[name] = tensor
+    return name
+
+
+def _key(key: object, path: str) -> JSON:
+    if key is None or type(key) in (bool, int, str):
+        return key  # type: ignore[return-value]
+    raise ManagerError(f"state at {path or 'its root'}: key {key!r} is no string, int, bool or None")
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _from_numpy(value: np.ndarray[tuple[int, ...], np.dtype[np.generic]], path: str) -> torch.Tensor:
+    try:
+        return torch.from_numpy(np.array(value, order="C"))
+    except TypeError as e:
+        raise ManagerError(f"state at {path}: {e}") from None
+
+
+_CONTAINERS = (list, tuple, set, frozenset)
+_BUILD: Mapping[str, Callable[[list[object]], object]] = {
+    "list": list,
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+}
+_LEAVES: tuple[tuple[type, str, Callable[..., JSON], Callable[..., object]], ...] = (
+    (bytes, "bytes", lambda v: base64.b64encode(v).decode(), base64.b64decode),
+    (complex, "complex", lambda v: [v.real.hex(), v.imag.hex()], lambda j: complex(*map(float.fromhex, j))),
+    (torch.dtype, "dtype", lambda v: str(v).removeprefix("torch."), lambda j: getattr(torch, j)),
+    (torch.device, "device", str, torch.device),
+    (torch.Size, "size", list, torch.Size),
+)
+"""type, its tag, to JSON and back."""
+
+
+# ---- reading a tree ----
+
+
+def _tag(tree: JSON) -> tuple[str, JSON]:
+    """A node's tag and content; ("", value) of a plain value."""
+    if isinstance(tree, dict):
+        return next(iter(tree.items()))
+    return "", tree
+
+
+def _pairs(content: JSON) -> Iterator[tuple[str | int | float | bool | None, JSON]]:
+    for pair in content if isinstance(content, list) else ():
+        match pair:
+            case [str() | int() | float() | None as key, value]:
+                yield key, value
+
+
+def _items(content: JSON) -> list[JSON]:
+    return content if isinstance(content, list) else []
+
+
+def names_in(tree: JSON) -> list[str]:
+    """The names of a tree's tensors, in order."""
+    tag, content = _tag(tree)
+    if tag in ("tensor", "array"):
+        return [str(content)]
+    if tag in ("dict", "ordered"):
+        return [n for _, v in _pairs(content) for n in names_in(v)]
+    if tag in _BUILD or tag == STATE:
+        return [n for v in _items(content) for n in names_in(v)]
+    return []
+
+
+def parts_of(tree: JSON) -> dict[str, str]:
+    """What a state is made of: key ("" for a whole that is no dict) -> "module", "object", "engine" or
+    "value"."""
+
+    def kind(node: JSON) -> str:
+        tag, content = _tag(node)
+        if tag == STATE:
+            return str(_items(content)[0])
+        return tag if tag == ENGINE else "value"
+
+    tag, content = _tag(tree)
+    if tag == "dict":
+        return {str(k): kind(v) for k, v in _pairs(content)}
+    return {"": kind(tree)}
+
+
+def merged(trees: list[JSON]) -> tuple[JSON, list[str]]:
+    """The tree all ranks share, and the places where theirs differ; those are left out of dicts.
+
+    Where a difference lies in no dict it is the whole that differs: ("", ...)."""
+    differing: list[str] = []
+
+    def merge(nodes: list[JSON], path: str) -> JSON:
+        if all(n == nodes[0] for n in nodes):
+            return nodes[0]
+        tags = {_tag(n)[0] for n in nodes}
+        tag = _tag(nodes[0])[0]
+        if len(tags) == 1 and tag == STATE:
+            kinds = {str(_items(_tag(n)[1])[0]) for n in nodes}
+            if len(kinds) == 1:
+                inner = merge([_items(_tag(n)[1])[1] for n in nodes], path)
+                return {STATE: [kinds.pop(), inner]}
+        if len(tags) == 1 and tag in ("dict", "ordered"):
+            dicts = [dict(_pairs(_tag(n)[1])) for n in nodes]
+            keys = dict.fromkeys(k for d in dicts for k in d)
+            out: list[JSON] = []
+            for key in keys:
+                here = _join(path, key)
+                if not all(key in d for d in dicts):
+                    differing.append(here)
+                    continue
+                before = len(differing)
+                found = merge([d[key] for d in dicts], here)
+                if len(differing) == before or _tag(found)[0] in ("dict", "ordered", STATE):
+                    out.append([key, found])
+            node: dict[str, JSON] = {tag: out}
+            if tag == "ordered" and isinstance(nodes[0], dict):
+                node["metadata"] = nodes[0].get("metadata")
+            return node
+        differing.append(path)
+        return None
+
+    return merge(trees, ""), differing
+
+
+# ---- back to values ----
+
+
+class Missing:
+    """No template."""
+
+
+MISSING = Missing()
+
+
+@dataclass(frozen=True, slots=True)
+class Builder:
+    """Gives values back; `tensors` by name, `allow_missing`: what only one side has is left alone."""
+
+    tensors: Mapping[str, torch.Tensor]
+    allow_missing: bool = False
+
+    def build(self, tree: JSON, template: object = MISSING) -> object:
+        """The value of a tree: filled into the template's objects and tensors where one is given."""
+        tag, content = _tag(tree)
+        if tag == "":
+            return content
+        if tag == "tensor":
+            found = self.tensors[str(content)]
+            return fill(template, found) if isinstance(template, torch.Tensor) else found
+        if tag == "array":
+            return self.tensors[str(content)].numpy()
+        if tag in ("dict", "ordered"):
+            return self._dict(tag, tree, content, template)
+        if tag in _BUILD:
+            inner = template if isinstance(template, (list, tuple)) else ()
+            return _BUILD[tag](
+                [
+                    self.build(v, inner[k] if k < len(inner) else MISSING)
+                    for k, v in enumerate(_items(content))
+                ]
+            )
+        if tag == STATE:
+            value = self.build(_items(content)[1])
+            if isinstance(template, torch.nn.Module) and isinstance(value, dict):
+                template.load_state_dict(value, strict=not self.allow_missing)
+                return template
+            if isinstance(template, Stateful) and isinstance(value, dict):
+                template.load_state_dict(value)
+                return template
+            return value
+        if tag == "float":
+            return float(str(content))
+        if tag == "number":
+            spelled, data = _items(content)
+            return np.frombuffer(bytes.fromhex(str(data)), np.dtype(str(spelled)))[0]
+        for _, known, _, read in _LEAVES:
+            if tag == known:
+                return read(content)
+        if tag == ENGINE:
+            return template
+        raise ManagerError(f"state: no kind of value {tag!r} here; was it written by a newer version?")
+
+    def _dict(self, tag: str, tree: JSON, content: JSON, template: object) -> object:
+        held = template if isinstance(template, dict) else None
+        out: dict[object, object] = {} if tag == "dict" else OrderedDict()
+        if held is not None:
+            out = held
+        for key, value in _pairs(content):
+            if not self._there(value):
+                continue
+            out[key] = self.build(value, MISSING if held is None or key not in held else held[key])
+        if tag == "ordered" and held is None and isinstance(tree, dict) and tree.get("metadata") is not None:
+            out._metadata = self.build(tree["metadata"])  # type: ignore[attr-defined]
+        return out
+
+    def _there(self, tree: JSON) -> bool:
+        """Whether all tensors of a node were read; else, in a partial restore, it is left alone."""
+        return not self.allow_missing or _tag(tree)[0] != "tensor" or set(names_in(tree)) <= set(self.tensors)
+
+
+def fill(template: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """Put what was read into a tensor of the caller's, cast to its dtype, on its device."""
+    with torch.no_grad():
+        template.copy_(found)
+    return template
+
+
+def check(tree: JSON, template: object, shapes: Mapping[str, tuple[int, ...]], allow_missing: bool) -> None:
+    """Refuse, before anything is changed, a template that does not fit. Raises ManagerError naming the place.
+
+    `shapes`: the shape of each saved tensor (of the whole, where it is cut)."""
+
+    def visit(node: JSON, held: object, path: str) -> None:
+        tag, content = _tag(node)
+        here = path or "its root"
+        if isinstance(held, torch.Tensor):
+            if tag not in ("tensor", "array"):
+                raise ManagerError(
+                    f"restore at {here}: the template has a tensor, the commit {tag or 'a value'}"
+                )
+            saved = shapes[str(content)]
+            if tuple(held.shape) != saved:
+                raise ManagerError(
+                    f"restore at {here}: saved shape {saved}, the template's is {tuple(held.shape)}"
+                )
+        elif isinstance(held, Engine) != (tag == ENGINE) and held is not MISSING:
+            raise ManagerError(
+                f"restore at {here}: an engine on one side only ({tag or 'a plain value'} saved)"
+            )
+        elif isinstance(held, Stateful) and tag != ENGINE:
+            if tag != STATE:
+                has = type(held).__name__
+                raise ManagerError(
+                    f"restore at {here}: the template has a {has}, the commit {tag or 'a value'}"
+                )
+            if isinstance(held, torch.nn.Module):
+                inner, own = _items(content)[1], dict_of(held)
+                more = [k for k, _ in _pairs(_tag(inner)[1]) if isinstance(own, dict) and k not in own]
+                if more and not allow_missing:
+                    raise ManagerError(
+                        f"restore at {here}: the module has no {more[0]!r} ({len(more)} in all)"
+                    )
+                visit(inner, own, path)
+        elif isinstance(held, dict) and tag in ("dict", "ordered"):
+            saved_items = dict(_pairs(content))
+            lacking = [k for k, v in held.items() if k not in saved_items]
+            if lacking and not allow_missing:
+                raise ManagerError(
+                    f"restore at {here}: {lacking[0]!r} is not in the commit ({len(lacking)} in all); "
+                    "allow_missing=True leaves it as it is"
+                )
+            for key, value in saved_items.items():
+                visit(value, held.get(key, MISSING), _join(path, key))
+        elif tag == STATE and held is not MISSING:
+            raise ManagerError(
+                f"restore at {here}: wanted an object with load_state_dict, got {type(held).__name__}"
+            )
+
+    visit(tree, template, "")
