@@ -21,7 +21,7 @@ from .dtypes import DTYPES
 from .errors import ViewError
 from .extents import Buffer, Extents, File
 from .target import Target
-from .views import ZERO, dense_strides
+from .views import ZERO, View, dense_strides
 
 Ints = NDArray[np.int64]
 Table = NDArray[np.void]
@@ -83,10 +83,11 @@ def compile(targets: Sequence[Target], extents: Extents) -> tuple[Chunk, Extents
     target's own error with its name put before."""
     tables: dict[int, Ints | None] = {id(extents): None}
     parts: list[tuple[Ints, Table]] = []
-    for ndim in sorted({t.view.ndim for t in targets}):
-        chosen = [(i, t.view) for i, t in enumerate(targets) if t.view.ndim == ndim and len(t.view.rows)]
-        if not chosen:
-            continue
+    by_ndim: dict[int, list[tuple[int, View]]] = {}
+    for i, target in enumerate(targets):
+        if len(target.view.held):
+            by_ndim.setdefault(len(target.view.boxes), []).append((i, target.view))
+    for ndim, chosen in by_ndim.items():
         columns = []
         for _, view in chosen:
             if len(view.extents) and id(view.extents) not in tables:
@@ -94,16 +95,16 @@ def compile(targets: Sequence[Target], extents: Extents) -> tuple[Chunk, Extents
                 tables[id(view.extents)] = np.array([*moved, ZERO], np.int64)
             moved_to = tables.get(id(view.extents))
             if moved_to is None:
-                columns.append(view.rows)
+                columns.append(view.held)
             else:
-                rows = view.rows.copy()
+                rows = view.held.copy()
                 rows[:, 0] = moved_to[rows[:, 0]]
                 columns.append(rows)
-        counts = np.array([len(v.rows) for _, v in chosen])
+        counts = np.array([len(v.held) for _, v in chosen])
         tensor = np.repeat(np.array([i for i, _ in chosen], np.int64), counts)
         codes = np.repeat(np.array([v.dtype.code for _, v in chosen], np.int64), counts)
-        strides = np.array([dense_strides(v.shape) for _, v in chosen], np.int64).reshape(len(chosen), ndim)
-        strides = np.repeat(strides, counts, axis=0) * _ITEM[codes][:, None]
+        dense = np.array([dense_strides(v.boxes) for _, v in chosen], np.int64).reshape(len(chosen), ndim)
+        strides = np.repeat(dense, counts, axis=0) * _ITEM[codes][:, None]
         parts.append(_compile(np.concatenate(columns), ndim, strides, codes, tensor))
     if not parts:
         return Chunk(len(targets), np.empty(0, COPY), np.empty(0, np.int64)), extents
@@ -174,7 +175,7 @@ def compiled(
     held = 0
     for item in targets:
         window.append(item)
-        held += 1 + len(item[1].view.rows)
+        held += 1 + len(item[1].view.held)
         if held >= WINDOW:
             chunk, extents = compile([t for _, t in window], extents)
             yield window, chunk, extents

@@ -20,7 +20,7 @@ from .dtypes import DType
 from .dtypes import dtype as dtype_of
 from .errors import LayoutError, RecipeError, SourceError
 from .extents import Extents
-from .files import FileLayout, Spec, safetensors_layout, split
+from .files import FileLayout, Slot, Spec, safetensors_layout, split
 from .layouts import Layout
 from .layouts.naming import Naming
 from .layouts.patterns import Patterns
@@ -29,8 +29,8 @@ from .planner import Chunk, Slots
 from .target import Target
 from .torchzip import Wrap, torch_layout
 
-KEPT_ROWS = 1 << 17
-"""A plan keeps at most this many compiled rows (16 MiB); a larger one is compiled again as it runs."""
+KEPT_ROWS = 1 << 18
+"""A plan keeps at most this many compiled rows (32 MiB); a larger one is compiled again as it runs."""
 
 VERSION = 1
 """Part of every plan key; raised when the same inputs would give other bytes."""
@@ -90,8 +90,9 @@ class Plan:
     `files` their layouts, `file_ranks` whose they are. `texts`: small files written beside (an index), as
     (rank, path, bytes). `config`: the text of a config.json that differs from the one beside the checkpoint
     (given apart, or another vocab_size), else None. `aliases`: tied name -> the name that is stored.
-    `options`: what the manifest repeats. `notes`: what the user should know. `left_out`: names the layout
-    made and `held` does not have."""
+    `options`: what the manifest repeats. `needed_bytes`: source bytes the outputs are made of; a byte that
+    two ranks need counts for each. `notes`: what the user should know. `left_out`: names the layout made
+    and `held` does not have."""
 
     key: str
     checkpoint: Checkpoint
@@ -108,6 +109,7 @@ class Plan:
     extents: Extents
     stream: Stream
     kept: tuple[Chunk, ...] | None
+    needed_bytes: int = 0
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
 
@@ -123,11 +125,6 @@ class Plan:
     def output_bytes(self) -> int:
         """Bytes of all output tensors."""
         return sum(t.nbytes for t in self.tensors)
-
-    @property
-    def needed_bytes(self) -> int:
-        """Source bytes the outputs are made of; a byte that two ranks need counts for each."""
-        return sum(int(planner.nbytes(chunk.rows, "src").sum()) for _, chunk in self.chunks())
 
     def slots(self) -> Slots:
         """Where the tensors lie, as columns."""
@@ -164,11 +161,12 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
     key = road.key(placement, ranks)
     found = plancache.load(key, len(extents)) if cacheable else None
     if found is None:
-        order, kept, extents = _compiled(stream, extents)
+        order, kept, extents, needed = _compiled(stream, extents)
         if cacheable and kept is not None and extents is road.checkpoint.extents:
             plancache.store(key, len(extents), order, kept)
     else:
         order, kept = found
+        needed = sum(int(planner.nbytes(c.rows, "src").sum()) for c in kept)
     named: dict[int, dict[str, Spec]] = {r: {} for r in ranks}
     for rank, name, dtype, shape in order:
         if name in named[rank]:
@@ -192,11 +190,11 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
             files += made
             file_ranks += [rank] * len(made)
             texts += [(rank, path, data) for path, data in index]
-        where = {}
+        where: dict[int, dict[str, tuple[int, Slot]]] = {r: {} for r in ranks}
         for i, (file, rank) in enumerate(zip(files, file_ranks, strict=True)):
-            where.update({(rank, slot.name): (i, slot) for slot in file.slots})
+            where[rank].update((slot.name, (i, slot)) for slot in file.slots)
         for rank, name, _, _ in order:
-            i, slot = where[rank, name]
+            i, slot = where[rank][name]
             tensors.append(PlannedTensor(rank, name, slot.dtype, slot.shape, i, slot.offset, slot.nbytes))
     return Plan(
         key=road.key(placement, (), road.checkpoint.headers),
@@ -214,25 +212,30 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
         extents=extents,
         stream=stream,
         kept=None if kept is None else tuple(kept),
+        needed_bytes=needed,
         notes=road.notes,
         left_out=tuple(left_out),
     )
 
 
-def _compiled(stream: Stream, extents: Extents) -> tuple[list[plancache.Named], list[Chunk] | None, Extents]:
-    """Every tensor in order, the rows of all (None where they are too many to keep), and their table."""
+def _compiled(
+    stream: Stream, extents: Extents
+) -> tuple[list[plancache.Named], list[Chunk] | None, Extents, int]:
+    """Every tensor in order, the rows of all (None where they are too many to keep), their table, and the
+    source bytes they need."""
     order: list[plancache.Named] = []
     kept: list[Chunk] | None = []
-    rows = 0
+    rows = needed = 0
     for window, chunk, table in planner.compiled(stream(), extents):
         extents = table
         order += [(rank, t.name, t.view.dtype, t.shape) for rank, t in window]
         rows += len(chunk.rows)
+        needed += int(planner.nbytes(chunk.rows, "src").sum())
         if rows > KEPT_ROWS:
             kept = None
         elif kept is not None:
             kept.append(chunk)
-    return order, kept, extents
+    return order, kept, extents, needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,7 +379,7 @@ def _cast(ckpt: Checkpoint, dtype: DType) -> Checkpoint:
     def cast(entry: Entry) -> Entry:
         if entry.dtype.kind != "float":
             return entry
-        return replace(entry, dtype=dtype, build=lambda: entry.build().cast(dtype))
+        return Entry(entry.shape, dtype, lambda: entry.build().cast(dtype), entry.kind)
 
     return replace(ckpt, entries={name: cast(entry) for name, entry in ckpt.entries.items()})
 

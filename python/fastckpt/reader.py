@@ -205,17 +205,15 @@ class Mapped:
 
         self.places = tuple(places)
         self.mappings: dict[int, _C.Mapping] = {}
+        self.used: set[int] = set()
         try:
             for i, place in enumerate(self.places):
                 if isinstance(place, File):
                     fd = _open(place)
                     os.close(fd)
-                    try:
-                        self.mappings[i] = _C.Mapping(place.path, place.nbytes)
-                    except OSError as e:
-                        raise SourceError(f"{place.path}: {e.strerror or e}") from None
-        except BaseException:
-            self.__exit__(None, None, None)
+                    self.mappings[i] = _C.Mapping(place.path, place.nbytes)
+        except BaseException as e:
+            self.__exit__(type(e), e, None)
             raise
         self.buffers = [
             Buffer(self.mappings[i], self.mappings[i].address, p.nbytes) if isinstance(p, File) else p
@@ -228,9 +226,16 @@ class Mapped:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for mapping in self.mappings.values():
-            mapping.close()
-        self.mappings = {}
+        try:
+            if kind is None:  # bytes cut off the last page that is left read as zeros, without a fault
+                for i in self.used:
+                    place = self.places[i]
+                    if isinstance(place, File):
+                        os.close(_open(place))
+        finally:
+            for mapping in self.mappings.values():
+                mapping.close()
+            self.mappings = {}
 
     def lane(self, executor: Executor) -> MappedLane:
         """A lane; all lanes share the mappings."""
@@ -246,12 +251,7 @@ class MappedLane:
         self.bytes_read = 0
 
     def run(self, rows: Table, destinations: Sequence[Buffer]) -> None:
-        """Run the rows over the mappings; a page that was not there is an error."""
+        """Run the rows over the mappings; the runner refuses pages that were not there."""
         self.runner.run(rows, destinations)
         self.bytes_read += int(nbytes(rows, "src").sum())
-        for i in np.unique(rows["src_buffer"]).tolist():
-            mapping = self.reader.mappings.get(i)
-            if mapping is not None and mapping.faulted:
-                place = self.reader.places[i]
-                assert isinstance(place, File)
-                raise SourceError(f"{place.path}: truncated or unreadable while it was read")
+        self.reader.used.update(i for i in set(rows["src_buffer"].tolist()) if i != NOTHING)

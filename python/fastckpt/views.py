@@ -40,14 +40,29 @@ _NEW = -1  # among the axes to pick: one that the result adds
 
 @dataclass(frozen=True, slots=True, eq=False)
 class View:
-    """A tensor of `shape` and `dtype` whose elements lie in `extents` as `rows` say (module docstring)."""
+    """A tensor of `shape` and `dtype` whose elements lie in `extents` as `rows` say (module docstring).
+
+    `held` are the fragments as they were last cut, in boxes of `grouping`, a shape of as many elements
+    (None: of `shape`): a reshape waits until an op needs the new axes, since what is only copied dense
+    needs none."""
 
     shape: tuple[int, ...]
     dtype: DType
     extents: Extents
-    rows: Rows
+    held: Rows
+    grouping: tuple[int, ...] | None = None
 
     # ---- what a view is ----
+
+    @property
+    def boxes(self) -> tuple[int, ...]:
+        """The shape that `held` counts its boxes in."""
+        return self.shape if self.grouping is None else self.grouping
+
+    @property
+    def rows(self) -> Rows:
+        """The fragments, in boxes of `shape`."""
+        return self.boxed().held
 
     @property
     def ndim(self) -> int:
@@ -95,7 +110,7 @@ class View:
         return self.rows[:, _OFFSET]
 
     def __repr__(self) -> str:
-        return f"View({self.dtype}{list(self.shape)}, {len(self.rows)} fragments)"
+        return f"View({self.dtype}{list(self.shape)}, {len(self.held)} fragments)"
 
     # ---- the ops ----
 
@@ -158,20 +173,21 @@ class View:
         shape = (*self.shape[:axis], n // inner, inner, *self.shape[axis + 1 :])
         o, s, t = _box(d, axis)
         outer, within = _box(d + 1, axis), _box(d + 1, axis + 1)
-        rows = self.rows.take(_columns(d, (*range(axis + 1), *range(axis, d))), axis=1)
+        old = self.rows
+        rows = old.take(_columns(d, (*range(axis + 1), *range(axis, d))), axis=1)
 
         def cut(keep: NDArray[np.bool_], row: Rows, count: Rows, col: Rows, width: Rows) -> Rows:
             """The boxes [row, row + count) x [col, col + width) of the fragments to keep."""
             out = rows[keep]
             row, count, col, width = row[keep], count[keep], col[keep], width[keep]
-            start, stride = self.rows[keep, o], self.rows[keep, t]
+            start, stride = old[keep, o], old[keep, t]
             out[:, _OFFSET] += (row * inner + col - start) * stride
             out[:, outer[0]], out[:, outer[1]], out[:, outer[2]] = row, count, stride * inner
             out[:, within[0]], out[:, within[1]], out[:, within[2]] = col, width, stride
             return out
 
-        start = self.rows[:, o]
-        stop = start + self.rows[:, s]
+        start = old[:, o]
+        stop = start + old[:, s]
         row, col = np.divmod(start, inner)
         last, over = np.divmod(stop, inner)
         first = row + (col > 0)
@@ -220,7 +236,7 @@ class View:
         return View(shape, self.dtype, self.extents, out)
 
     def reshape(self, shape: Sequence[int]) -> View:
-        """result.ravel()[i] == self.ravel()[i]; splits and merges of neighbouring axes."""
+        """result.ravel()[i] == self.ravel()[i]; fragments are cut when an op needs the new axes."""
         shape = tuple(shape)
         if math.prod(shape) != self.numel or any(n < 0 for n in shape):
             raise ViewError(f"reshape: {self.shape} has {self.numel} elements, {shape} {math.prod(shape)}")
@@ -228,11 +244,21 @@ class View:
             return self
         if self.numel == 0:
             return View(shape, self.dtype, self.extents, _no_rows(len(shape)))
-        if len(self.rows) == 1:
-            dense = self._dense(shape)
+        return View(shape, self.dtype, self.extents, self.held, None if self.boxes == shape else self.boxes)
+
+    def boxed(self) -> View:
+        """The same view with its fragments cut to boxes of `shape`: splits and merges of neighbouring axes.
+
+        Raises ViewError past MAX_FRAGMENTS."""
+        if self.grouping is None:
+            return self
+        shape = self.shape
+        whole = View(self.boxes, self.dtype, self.extents, self.held)
+        if len(self.held) == 1:
+            dense = whole._dense(shape)
             if dense is not None:
                 return dense
-        out = self._pick([a for a, n in enumerate(self.shape) if n != 1])
+        out = whole._pick([a for a, n in enumerate(whole.shape) if n != 1])
         axis = 0
         for old, new in _groups(out.shape, [n for n in shape if n != 1]):
             for _ in range(old - 1):
@@ -264,8 +290,9 @@ class View:
         a cast that followed a narrowing one could differ from the direct cast."""
         if dtype is self.dtype:
             return self
-        zero = self.extent == ZERO
-        for code in set(self.stored[~zero].tolist()):
+        held = self.held
+        zero = held[:, _EXTENT] == ZERO
+        for code in set(held[~zero, _STORED].tolist()):
             stored = DTYPES[code]
             if not castable(stored, dtype):
                 raise ViewError(f"cast: no conversion from {stored} to {dtype}")
@@ -273,11 +300,10 @@ class View:
                 raise ViewError(
                     f"cast: {stored} was already rounded to {self.dtype}; cast it once, to {dtype}"
                 )
-        rows = self.rows
         if zero.any():
-            rows = rows.copy()
-            rows[zero, _STORED] = dtype.code
-        return View(self.shape, dtype, self.extents, rows)
+            held = held.copy()
+            held[zero, _STORED] = dtype.code
+        return View(self.shape, dtype, self.extents, held, self.grouping)
 
     # ---- internals ----
 
@@ -410,7 +436,7 @@ def cat(views: Sequence[View], axis: int = 0) -> View:
             raise ViewError(f"cat on axis {axis}: {v.dtype} does not fit {first.dtype}")
     extents, tables, at = first.extents, [], 0
     for v in views:
-        rows = v.rows
+        own = rows = v.rows
         if len(v.extents) and v.extents is not extents:
             if len(extents):
                 extents, moved = extents.union(v.extents)
@@ -420,7 +446,7 @@ def cat(views: Sequence[View], axis: int = 0) -> View:
             else:
                 extents = v.extents
         if at:
-            rows = rows.copy() if rows is v.rows else rows
+            rows = rows.copy() if rows is own else rows
             rows[:, _BOX + axis] += at
         tables.append(rows)
         at += v.shape[axis]
