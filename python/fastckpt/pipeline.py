@@ -8,13 +8,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from queue import Queue
+from queue import SimpleQueue
 
 import numpy as np
 
 from .digest import combine, crc32, crc32_combine, leaf_digests
 from .dtypes import DTYPES
-from .errors import SourceError
+from .errors import SourceError, WriteError
 from .extents import Buffer
 from .finite import nonfinite
 from .planner import LEAF, Batch, Slots
@@ -29,14 +29,16 @@ def feed(batches: Iterable[Batch], workers: Sequence[Worker], done: Callable[[in
     """Run every batch on one of the workers; `done` gets each batch's output bytes, in the caller's thread.
 
     The caller's thread makes the batches (planning) while the workers run them. Raises the first error
-    of a worker after all have stopped."""
-    queue: Queue[Batch | None] = Queue(maxsize=4 * len(workers))
-    finished: Queue[int] = Queue()
+    of a worker after all have stopped, WriteError where the system starts no more threads."""
+    queue: SimpleQueue[Batch | None] = SimpleQueue()
+    room = threading.Semaphore(4 * len(workers))  # bounds the queue; the end of work needs no room
+    finished: SimpleQueue[int] = SimpleQueue()
     errors: list[BaseException] = []
     stop = threading.Event()
 
     def work(worker: Worker) -> None:
         while (batch := queue.get()) is not None:
+            room.release()
             if stop.is_set():
                 continue
             try:
@@ -46,31 +48,46 @@ def feed(batches: Iterable[Batch], workers: Sequence[Worker], done: Callable[[in
                 errors.append(error)
                 stop.set()
 
+    def report() -> None:
+        while not finished.empty():
+            done(finished.get())
+
     threads = [threading.Thread(target=work, args=(w,), name=f"fastckpt-{i}") for i, w in enumerate(workers)]
-    for thread in threads:
-        thread.start()
+    heard: BaseException | None = None
     try:
+        for thread in threads:
+            _start(thread, len(threads))
         for batch in batches:
             if stop.is_set():
                 break
+            room.acquire()
             queue.put(batch)
-            while not finished.empty():
-                done(finished.get())
-    except BaseException:
+            report()
+    except BaseException as error:
         stop.set()
-        raise
-    finally:
-        for _ in threads:
-            queue.put(None)
-        for thread in threads:
-            while thread.is_alive():  # in steps, so that Ctrl-C is heard
-                thread.join(0.1)
-                while not finished.empty():
-                    done(finished.get())
+        heard = error
+    for _ in threads:
+        queue.put(None)
+    # Whatever is raised here, a second Ctrl-C too: no worker may outlive the files and mappings it uses.
+    while alive := [t for t in threads if t.is_alive()]:
+        try:
+            alive[0].join(0.1)
+            report()
+        except BaseException as error:
+            stop.set()
+            heard = heard or error
+    if heard is not None:
+        raise heard
     if errors:
         raise errors[0]
-    while not finished.empty():
-        done(finished.get())
+    report()
+
+
+def _start(thread: threading.Thread, wanted: int) -> None:
+    try:
+        thread.start()
+    except RuntimeError as e:
+        raise WriteError(f"threads: {wanted} wanted, the system starts no more ({e})") from None
 
 
 class ToFiles:

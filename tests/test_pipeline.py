@@ -1,0 +1,78 @@
+"""Workers end before `feed` does, whatever is raised in between."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from fastckpt.errors import SourceError, WriteError
+from fastckpt.pipeline import feed
+
+BATCHES = [SimpleNamespace(start=0, stop=n) for n in range(1, 9)]
+
+
+def workers(state, count=2):
+    """Workers that note when they run, and fail if the caller is gone."""
+
+    def run(batch):
+        state["running"] += 1
+        time.sleep(0.4 if batch.stop == 2 else 0.05)
+        state["late"] += state["over"]
+        state["running"] -= 1
+
+    return [run] * count
+
+
+@pytest.fixture
+def state():
+    return {"running": 0, "late": 0, "over": False}
+
+
+def test_every_batch_is_run_and_told(state):
+    told = []
+    feed(BATCHES, workers(state, 3), told.append)
+    assert sorted(told) == list(range(1, 9))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_while_the_last_batches_run_waits_for_them(state, error):
+    """A worker that outlived `feed` would read mappings that are closed and write to descriptors of others."""
+    heard = []
+
+    def interrupted(nbytes):
+        heard.append(nbytes)
+        raise error
+
+    with pytest.raises(error):
+        feed(BATCHES[:2], workers(state), interrupted)
+    state["over"] = True
+    assert heard and state["running"] == 0
+    time.sleep(0.5)
+    assert state["late"] == 0
+
+
+def test_an_error_of_a_worker_is_raised_once(state):
+    def broken(batch):
+        raise SourceError(f"batch {batch.stop}")
+
+    with pytest.raises(SourceError, match="batch"):
+        feed(BATCHES, [broken, *workers(state)], lambda n: None)
+    assert state["running"] == 0
+
+
+def test_threads_that_do_not_start(state, monkeypatch):
+    start, left = threading.Thread.start, [1]
+
+    def few(thread):
+        if not left:
+            raise RuntimeError("can't start new thread")
+        left.pop()
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", few)
+    before = threading.active_count()
+    with pytest.raises(WriteError, match="3 wanted"):
+        feed(BATCHES, workers(state, 3), lambda n: None)
+    assert threading.active_count() == before
