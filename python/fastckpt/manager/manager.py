@@ -132,6 +132,7 @@ class CheckpointManager:
         self._worker: ThreadPoolExecutor | None = None
         self._flight: Future[None] | None = None
         self._names: set[str] | None = None
+        self._restored_step: int | None = None
         self._broken: set[int] = set()
         self._stats: list[Timing] = []
         self._last_save = -math.inf
@@ -175,6 +176,11 @@ class CheckpointManager:
     def preempted(self) -> bool:
         """Whether a rank got SIGTERM and all ranks know of it; the last `save` was done then."""
         return self._preempted
+
+    @property
+    def restored(self) -> int | None:
+        """The step that was restored last, whole; None: none was."""
+        return self._restored_step
 
     # ---- saving ----
 
@@ -276,11 +282,7 @@ class CheckpointManager:
 
     def _clean(self, group: Group) -> list[int]:
         """Remove what no policy keeps; one rank decides for all disks. The steps that went."""
-        proposed: list[JSON] = []
-        if group.rank == 0 and self._keep is not None:
-            commits = [c for c in self._store.commits() if c.step not in self._broken]
-            kept = self._keep(commits) | {c.step for c in commits[-1:]}
-            proposed = [c.step for c in commits if c.step not in kept]
+        proposed: list[JSON] = [*self.surplus()] if group.rank == 0 else []
         agreed = group.exchange(proposed)[0]
         steps = [s for s in agreed if isinstance(s, int)] if isinstance(agreed, list) else []
         if steps and self._disk.coordinator:
@@ -341,12 +343,12 @@ class CheckpointManager:
         if step is not None:
             if step not in standing:
                 raise ManagerError(f"{self.root}: step {step} cannot be restored: {missing(step)}")
-            return self._restored(step, asked)
+            return self._load(step, asked)
         for candidate in sorted(standing, reverse=True):
             if candidate in self._broken:
                 continue
             try:
-                return self._restored(candidate, asked)
+                return self._load(candidate, asked)
             except SourceError as e:
                 self._broken.add(candidate)
                 warnings.warn(
@@ -358,11 +360,11 @@ class CheckpointManager:
             f"{self.root}: no valid commit to restore; broken: {sorted(self._broken) or 'none'}"
         )
 
-    def _restored(self, step: int, asked: Asked) -> object:
+    def _load(self, step: int, asked: Asked) -> object:
         done = loading.load(self._store, self._group, self._disk, step, asked)
         action = LOAD if asked.names is None else PARTIAL_LOAD
         if asked.names is None:
-            self._names = set(done.saved_names)
+            self._names, self._restored_step = set(done.saved_names), step
         for note in done.notes:
             warnings.warn(f"step {step}: {note}", CheckpointWarning, stacklevel=3)
         for rank, (seconds, nbytes) in enumerate(zip(done.seconds, done.nbytes, strict=True)):
@@ -391,6 +393,10 @@ class CheckpointManager:
         """The steps that stand whole on this disk, ascending."""
         return [c.step for c in self._store.commits()]
 
+    def listed(self) -> list[int]:
+        """The steps that have a commit record here, whole or broken, ascending."""
+        return self._store.steps()
+
     def commits(self) -> list[Commit]:
         """What stands whole on this disk, with its metrics and sizes, oldest first."""
         return self._store.commits()
@@ -416,7 +422,8 @@ class CheckpointManager:
 
     def names(self, step: int) -> list[str]:
         """The names of a step's tensors, as this rank saved them. Raises SourceError, ManagerError."""
-        return self._open(step).names
+        manifest = self._store.manifest(step)
+        return open_step(self._store.path(step), manifest, self._group.rank, self._group.world).names
 
     def path(self, step: int, node: int | None = None) -> str:
         """Where a step lies, or the part of one rank in it."""
@@ -460,9 +467,13 @@ class CheckpointManager:
         """What each save, load and partial load of this process took, on every rank."""
         return tuple(self._stats)
 
-    def _open(self, step: int) -> Opened:
+    def open(self, step: int, rank: int) -> Opened:
+        """A step as one of the ranks that saved it sees it. Raises SourceError, ManagerError."""
         manifest = self._store.manifest(step)
-        return open_step(self._store.path(step), manifest, self._group.rank, self._group.world)
+        world = manifest.record.placement.get("ranks", 1)
+        if not 0 <= rank < world:
+            raise ManagerError(f"{self.path(step)}: was saved by {world} ranks, there is no rank {rank}")
+        return open_step(self._store.path(step), manifest, rank, world)
 
     # ---- housekeeping ----
 
@@ -480,6 +491,14 @@ class CheckpointManager:
 
         together(self._group, "gc", sweep)
         return self._clean(self._group)
+
+    def surplus(self) -> list[int]:
+        """The steps that no policy keeps, which the next cleaning removes."""
+        if self._keep is None:
+            return []
+        commits = [c for c in self._store.commits() if c.step not in self._broken]
+        kept = self._keep(commits) | {c.step for c in commits[-1:]}
+        return [c.step for c in commits if c.step not in kept]
 
     def rewind(self, step: int) -> list[int]:
         """Set commits newer than `step` aside, so that it is the newest; the steps that went. Collective.
@@ -540,10 +559,7 @@ class CheckpointManager:
         def work() -> JSON:
             nonlocal report
             if self._group.rank == 0:
-                opened = open_step(
-                    self._store.path(step), self._store.manifest(step), 0, self._saved_world(step)
-                )
-                source = publishing.model_of(opened, part, config)
+                source = publishing.model_of(self.open(step, 0), part)
                 report = publishing.publish(
                     source, self._store.name(step), to, tp, layout, config=config, dtype=dtype, keep=keep
                 )
@@ -551,9 +567,6 @@ class CheckpointManager:
 
         together(self._group, f"publish of step {step}", work)
         return report
-
-    def _saved_world(self, step: int) -> int:
-        return self._store.manifest(step).record.placement.get("ranks", 1)
 
 
 class _Missing:

@@ -109,26 +109,39 @@ class Opened:
             raise ManagerError(f"{self.path}: {name}: the road gave no tensors")
         return out[held]
 
+    def prove(self, names: Sequence[str]) -> None:
+        """Read tensors and check their digests. Raises SourceError for the first that differs."""
+        for name in dict.fromkeys(self.aliases.get(n, n) for n in names):
+            self.shape(name)
+            if name in self.table:
+                for rank, _, _ in self.table[name].boxes:
+                    self._tensor(name, self.entry(rank, name))
+            else:
+                self._tensor(name, self.own[name])
+
     def view(self, name: str) -> View:
-        """The whole of a shared tensor, as it lies in the files of its ranks."""
-        shared = self.table[name]
-        entries = [self.entry(rank, name) for rank, _, _ in shared.boxes]
-        dtype = entries[0].dtype
-        if 0 in shared.shape or not entries:
-            return zeros(shared.shape, dtype)
-        files = {e.file: File.at(os.path.join(self.path, e.file)) for e in entries}
-        extents = Extents(
-            Extent(files[e.file], e.offset, e.nbytes, f"{rank}/{name}")
-            for e, (rank, _, _) in zip(entries, shared.boxes, strict=True)
-        )
+        """The whole of a tensor, as it lies in the files of its rank or ranks."""
+        if name in self.table:
+            shape = self.table[name].shape
+            parts = [(self.entry(r, name), offset, size) for r, offset, size in self.table[name].boxes]
+        else:
+            shape = self.shape(name)
+            parts = [(self.own[name], (0,) * len(shape), shape)]
+        dtype = parts[0][0].dtype
+        if 0 in shape:
+            return zeros(shape, dtype)
+        files = {e.file: File.at(os.path.join(self.path, e.file)) for e, _, _ in parts}
+        extents = Extents(Extent(files[e.file], e.offset, e.nbytes, f"{e.file}/{name}") for e, _, _ in parts)
         rows = [
             [k, dtype.code, 0, *offset, *size, *dense_strides(size)]
-            for k, (_, offset, size) in enumerate(shared.boxes)
+            for k, (_, offset, size) in enumerate(parts)
         ]
-        return View(shared.shape, dtype, extents, np.array(rows, np.int64).reshape(len(rows), -1))
+        return View(shape, dtype, extents, np.array(rows, np.int64).reshape(len(rows), -1))
 
-    def checkpoint(self, names: Mapping[str, str], config: Mapping[str, JSON] | None) -> Checkpoint:
-        """Tensors of this commit as a checkpoint for the road; `names`: new name -> name here."""
+    def checkpoint(self, names: Mapping[str, str], *, own: bool = False) -> Checkpoint:
+        """Tensors of this commit as a checkpoint for the road; `names`: new name -> name here.
+
+        Raises ManagerError for a tensor that each rank has its own of, unless `own` asks for this rank's."""
         views = {}
         aliases = {}
         first: dict[str, str] = {}
@@ -144,13 +157,13 @@ class Opened:
             else:
                 first[held] = new
                 views[new] = self.view(held)
-        return self._checkpoint(views, aliases, config)
+        return self._checkpoint(views, aliases, _structure(views, aliases))
 
     def _checkpoint(
         self,
         views: Mapping[str, View],
         aliases: Mapping[str, str] | None = None,
-        config: Mapping[str, JSON] | None = None,
+        structure: str = "",
     ) -> Checkpoint:
         extents, moved = Extents(), {}
         for name, view in views.items():
@@ -165,9 +178,9 @@ class Opened:
         files = tuple({x.where.path: x.where for x in extents if isinstance(x.where, File)}.values())
         step = self.manifest.record.source.step
         return Checkpoint(
-            self.path, "training", entries, extents, aliases or {}, files, config,
+            self.path, "training", entries, extents, aliases or {}, files,
             facts={"tag": self.manifest.record.source.tag, "step": step}, headers=self.manifest.key,
-            structure=_structure(views, aliases or {}) if config is not None else "",
+            structure=structure,
         )  # fmt: skip
 
     def _tensor(self, name: str, entry: TensorEntry) -> torch.Tensor:

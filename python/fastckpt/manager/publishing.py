@@ -20,7 +20,7 @@ from ..errors import ManagerError
 from ..layouts import Layout
 from ..manifest import NAME, Manifest
 from ..road import Report, reshard
-from .opened import Opened
+from .opened import Opened, check_files
 from .saving import engine_directory
 from .values import ENGINE, parts_of
 
@@ -28,12 +28,10 @@ CURRENT = "current"
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def model_of(
-    opened: Opened, part: str | None, config: str | os.PathLike[str] | Mapping[str, JSON] | None
-) -> Checkpoint:
-    """The model in a commit, as a checkpoint; `part` is its key in the state.
+def model_of(opened: Opened, part: str | None) -> Checkpoint:
+    """The model in a commit, as a checkpoint, its digests checked; `part` is its key in the state.
 
-    Raises ManagerError where it is not clear which part that is."""
+    Raises ManagerError where it is not clear which part that is, SourceError where it is broken."""
     parts = parts_of(opened.tree)
     if part is None:
         models = [k for k, kind in parts.items() if kind in ("module", ENGINE)]
@@ -43,12 +41,16 @@ def model_of(
     elif part not in parts:
         raise ManagerError(f"{opened.path}: no part {part!r}; it has {', '.join(sorted(parts))}")
     if parts.get(part) == ENGINE:
-        return sources.open(os.path.join(opened.path, engine_directory(part)))
+        where = engine_directory(part)
+        files = opened.manifest.files
+        check_files(opened.path, [n for n in files if n.startswith(f"{where}/")], files)
+        return sources.open(os.path.join(opened.path, where))
     prefix = f"{part}." if part else ""
     names = {n.removeprefix(prefix): n for n in opened.names if n.startswith(prefix)}
     if not names:
         raise ManagerError(f"{opened.path}: part {part!r} holds no tensors")
-    return opened.checkpoint(names, config if isinstance(config, Mapping) else None)
+    opened.prove(list(names.values()))
+    return opened.checkpoint(names)
 
 
 def publish(

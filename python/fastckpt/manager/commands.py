@@ -1,0 +1,198 @@
+"""`fastckpt manager ls | verify | gc | restore | publish`: a job's commits from the command line.
+
+Law: nothing heavy is imported before a command runs; each takes the root of the commits first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING
+
+from ..checkpoint import JSON
+from ..errors import ManagerError
+from ..text import columns, counted, size
+
+if TYPE_CHECKING:
+    from .commits import Commit
+    from .manager import CheckpointManager
+
+
+def add_parser(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+) -> argparse.ArgumentParser:
+    """Add `manager` with its own commands; `args.action` is the chosen one's name."""
+    what = "the commits of a training job: list, verify, clean, restore, publish"
+    top: argparse.ArgumentParser = commands.add_parser(
+        "manager", help=what, description=what[0].upper() + what[1:] + ".", allow_abbrev=False
+    )
+    actions = top.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def action(name: str, help: str) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = actions.add_parser(
+            name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False
+        )
+        made.add_argument("root", metavar="ROOT", help="the manager's directory")
+        made.add_argument("--step-prefix", default="step-", help="how steps are named (default: step-)")
+        made.add_argument("--step-digits", type=int, default=8, metavar="N", help="(default: 8)")
+        made.add_argument("--json", action="store_true", help="print JSON")
+        made.add_argument("-d", "--debug", action="store_true", help="show the traceback of an error")
+        made.set_defaults(quiet=False)
+        return made
+
+    def of_step(p: argparse.ArgumentParser, default: str) -> None:
+        p.add_argument("--step", type=int, metavar="N", help=f"(default: {default})")
+
+    action("ls", "the commits that stand, with sizes and metrics")
+
+    of_step(action("verify", "check commits against their digests; exit 1 where one is broken"), "all")
+
+    gc = action("gc", "remove torn leftovers, and commits that no given policy keeps")
+    gc.add_argument("--max-to-keep", type=int, metavar="N", help="keep the newest N")
+    gc.add_argument("--keep-period", type=int, metavar="N", help="keep steps that N divides")
+    gc.add_argument("--keep-best", type=int, metavar="N", help="keep the N best by --metric")
+    gc.add_argument("--metric", metavar="NAME")
+    gc.add_argument("--mode", choices=("min", "max"), default="min", help="which is best (default: min)")
+    gc.add_argument("--aside", action="store_true", help="also remove what was set aside")
+    gc.add_argument("--dry-run", action="store_true", help="say which commits would go")
+
+    restore = action("restore", "write the tensors of a commit as safetensors")
+    restore.add_argument("out", metavar="OUT", help="the output directory, new or empty")
+    of_step(restore, "the newest")
+    restore.add_argument("--rank", type=int, default=0, metavar="R", help="whose state (default: 0)")
+    restore.add_argument("--names", nargs="+", metavar="NAME", help="only these tensors")
+
+    publish = action("publish", "reshard a commit for servers and make it current, or go back to a version")
+    publish.add_argument("--to", required=True, metavar="DIR", help="the directory of the versions")
+    of_step(publish, "the newest")
+    publish.add_argument(
+        "--back", metavar="VERSION", help="make this version current again; nothing is written"
+    )
+    publish.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallelism (default: 1)")
+    publish.add_argument("--layout", default="hf", help="hf, vllm, rtp_llm or same (default: hf)")
+    publish.add_argument("--part", metavar="KEY", help="the state's key that is the model")
+    publish.add_argument("--config", metavar="FILE", help="config.json or its directory")
+    publish.add_argument("--dtype", help="of the floats (default: as stored)")
+    publish.add_argument("--keep", type=int, metavar="N", help="versions that stay")
+    return top
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the chosen action; its exit code. Raises FastckptError."""
+    from .manager import CheckpointManager
+
+    keep_best = getattr(args, "keep_best", None)
+    with CheckpointManager(
+        args.root,
+        rank=0,
+        world=1,
+        step_prefix=args.step_prefix,
+        step_digits=args.step_digits,
+        max_to_keep=getattr(args, "max_to_keep", None),
+        keep_period=getattr(args, "keep_period", None),
+        keep_best=keep_best,
+        best_metric=getattr(args, "metric", None),
+        best_mode=getattr(args, "mode", "min"),
+    ) as manager:
+        return _ACTIONS[args.action](manager, args)
+
+
+def _ls(manager: CheckpointManager, args: argparse.Namespace) -> int:
+    commits = manager.commits()
+    rows = [["step", "made (UTC)", "size", "metrics"], *(_row(c) for c in commits)]
+    shown: list[JSON] = [
+        {"step": c.step, "path": manager.path(c.step), "created": c.created, "bytes": c.nbytes,
+         "metrics": dict(c.metrics), "key": c.key}
+        for c in commits
+    ]  # fmt: skip
+    _show(
+        args,
+        [*(columns(rows) if commits else []), f"{counted(len(commits), 'commit')} in {manager.root}"],
+        shown,
+    )
+    return 0
+
+
+def _row(c: Commit) -> list[str]:
+    made = datetime.fromtimestamp(c.created, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+    return [str(c.step), made, size(c.nbytes), " ".join(f"{k}={v:g}" for k, v in c.metrics.items())]
+
+
+def _verify(manager: CheckpointManager, args: argparse.Namespace) -> int:
+    from ..verification import verify
+
+    steps = manager.listed() if args.step is None else [args.step]
+    lines, shown, bad = [], [], 0
+    for step in steps:
+        report = verify(manager.path(step))
+        bad += not report.ok
+        lines += [f"step {step}: {p}" for p in report.problems]
+        lines.append(f"step {step}: {'ok' if report.ok else 'BROKEN'}, {size(report.bytes)} of tensors")
+        problems: list[JSON] = [*report.problems]
+        shown.append({"step": step, "ok": report.ok, "problems": problems})
+    lines.append(f"{counted(len(steps), 'commit')}, {bad} broken")
+    _show(args, lines, [*shown])
+    return 1 if bad else 0
+
+
+def _gc(manager: CheckpointManager, args: argparse.Namespace) -> int:
+    gone = manager.surplus() if args.dry_run else manager.gc(aside=args.aside)
+    said = "would go" if args.dry_run else "went"
+    _show(args, [f"{counted(len(gone), 'commit')} {said}: {', '.join(map(str, gone)) or 'none'}"], [*gone])
+    return 0
+
+
+def _restore(manager: CheckpointManager, args: argparse.Namespace) -> int:
+    from ..road import Report, reshard
+
+    step = _step(manager, args)
+    opened = manager.open(step, args.rank)
+    names = args.names or opened.names
+    opened.prove(names)
+    report = reshard(opened.checkpoint({n: n for n in names}, own=True), layout="same", out=args.out)
+    if not isinstance(report, Report):
+        raise ManagerError(f"{args.out}: nothing was written")
+    done: dict[str, JSON] = {
+        "step": step,
+        "out": args.out,
+        "tensors": report.tensors,
+        "bytes": report.bytes_written,
+    }
+    _show(
+        args,
+        [f"step {step}: {counted(report.tensors, 'tensor')}, {size(report.bytes_written)} in {args.out}"],
+        done,
+    )
+    return 0
+
+
+def _publish(manager: CheckpointManager, args: argparse.Namespace) -> int:
+    from . import publishing
+
+    if args.back is not None:
+        publishing.point(args.to, args.back)
+    else:
+        manager.publish(
+            _step(manager, args), args.tp, args.layout, to=args.to, part=args.part, config=args.config,
+            dtype=args.dtype, keep=args.keep,
+        )  # fmt: skip
+    now, there = publishing.current(args.to), publishing.versions(args.to)
+    shown: dict[str, JSON] = {"current": now, "versions": [*there]}
+    _show(args, [f"current: {now} of {', '.join(there)}"], shown)
+    return 0
+
+
+def _step(manager: CheckpointManager, args: argparse.Namespace) -> int:
+    step: int | None = manager.latest() if args.step is None else args.step
+    if step is None:
+        raise ManagerError(f"{manager.root}: holds no commits")
+    return step
+
+
+def _show(args: argparse.Namespace, lines: list[str], shown: JSON) -> None:
+    sys.stdout.write((json.dumps(shown, indent=1) if args.json else "\n".join(lines)) + "\n")
+
+
+_ACTIONS = {"ls": _ls, "verify": _verify, "gc": _gc, "restore": _restore, "publish": _publish}

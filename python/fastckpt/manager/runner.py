@@ -1,0 +1,159 @@
+"""JobRunner: runs a job's groups, saving after each epoch and resuming where the last commit stands.
+
+Law: the order is caffe2's. An epoch is evaluated, saved, then ended; what is saved is the state in which
+the stop conditions were asked, so that a resumed job answers them alike.
+"""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from collections.abc import Sequence
+from typing import Literal
+
+from ..checkpoint import JSON
+from ..errors import FastckptError, ManagerError
+from .coordination import together
+from .job import Condition, Job
+from .manager import CheckpointManager, CheckpointWarning
+from .uploaders import Uploader
+
+SCRATCH: Literal["scratch"] = "scratch"
+FAILURES = 3
+"""Failed saves in a row that end a job."""
+
+
+class JobRunner:
+    """Runs `job`, its state in the commits of `manager`.
+
+    `resume_from_epoch`: None resumes the newest valid commit, a number that one (newer ones are set aside),
+    "scratch" starts anew and refuses a root that holds commits. `uploader` carries the last commit on when
+    the training is done."""
+
+    def __init__(
+        self,
+        job: Job,
+        manager: CheckpointManager,
+        resume_from_epoch: int | Literal["scratch"] | None = None,
+        uploader: Uploader | None = None,
+    ) -> None:
+        self._job, self._manager, self._uploader = job, manager, uploader
+        self._resume = resume_from_epoch
+        self._failures = 0
+
+    def train(self) -> int:
+        """Run the job to its end; the last epoch. Collective.
+
+        Raises ManagerError where the first save fails, or three in a row; SystemExit(143) after the save
+        that a SIGTERM asks for, where the manager listens for it."""
+        context, job, manager = self._job.context, self._job, self._manager
+        context.rank, context.world = manager.rank, manager.world
+        start = self._start()
+        if start is None:
+            job.init_group.run(context)
+            context.epoch = 0
+            self._save(0, must=True)
+            manager.wait()
+        else:
+            context.epoch = start
+            self._restore(start)
+        done = start is not None and self._any(job.limits)
+        while not done:
+            context.epoch += 1
+            context.metrics.clear()
+            job.epoch_group.run(context)
+            done = self._any(job.stop_conditions)
+            self._save(context.epoch)
+            if manager.preempted:
+                manager.wait()
+                raise SystemExit(128 + signal.SIGTERM)
+        self._settle()
+        if self._uploader is not None and manager.exists(context.epoch):
+            self._upload(context.epoch)
+        job.download_group.run(context)
+        job.exit_group.run(context)
+        return context.epoch
+
+    def load_from(self, names: Sequence[str], epoch: int) -> dict[str, object]:
+        """Tensors of an epoch by name, as this rank saved them: for evaluation. Collective.
+
+        Raises ManagerError, before anything is read, where a node does not have the epoch."""
+        found = self._manager.restore(epoch, names)
+        if not isinstance(found, dict):
+            raise ManagerError(f"epoch {epoch}: no tensors came back")
+        return found
+
+    # ---- internals ----
+
+    def _start(self) -> int | None:
+        """The epoch to resume from; None: from scratch."""
+        manager = self._manager
+        if self._resume == SCRATCH:
+            standing = manager.resume_step()
+            if standing is not None:
+                raise ManagerError(
+                    f"{manager.root}: holds commits (the newest is {standing}); a start from scratch needs a "
+                    "root of its own"
+                )
+            return None
+        start = manager.resume_step(self._resume)
+        if self._resume is not None and start is not None:
+            aside = manager.rewind(start)
+            if aside:
+                warnings.warn(
+                    f"resuming epoch {start}: newer commits {aside} were set aside",
+                    CheckpointWarning,
+                    stacklevel=3,
+                )
+        return start
+
+    def _restore(self, start: int) -> None:
+        """The state of an epoch, or of the valid one before it, into the job."""
+        context = self._job.context
+        mine = context.state if self._job.saves(context.rank) else {}
+        step = start if self._resume is not None else None
+        self._manager.restore(step, template=mine, allow_missing=False)
+        restored = self._manager.restored
+        if restored is not None and restored != start:
+            context.epoch = restored
+
+    def _save(self, epoch: int, *, must: bool = False) -> None:
+        """Save an epoch; a failure is reported, the third in a row raised, the first of all always."""
+        context, manager = self._job.context, self._manager
+        state = context.state if self._job.saves(context.rank) else {}
+        try:
+            manager.save(epoch, state, context.metrics, force=must)
+            self._failures = 0
+        except FastckptError as e:
+            self._failures += 1
+            if must or self._failures >= FAILURES:
+                raise
+            warnings.warn(
+                f"epoch {epoch} was not saved ({self._failures} failures in a row): {e}",
+                CheckpointWarning,
+                stacklevel=3,
+            )
+
+    def _settle(self) -> None:
+        """The last save, if it is still in flight."""
+        try:
+            self._manager.wait()
+        except FastckptError as e:
+            warnings.warn(f"the last epoch was not saved: {e}", CheckpointWarning, stacklevel=3)
+
+    def _any(self, conditions: Sequence[Condition]) -> bool:
+        """Whether a condition is true on any rank; all are asked, on every rank."""
+        context = self._job.context
+        mine = [condition(context) for condition in conditions]
+        return any(said is True for said in self._manager.group.exchange(any(mine)))
+
+    def _upload(self, epoch: int) -> None:
+        uploader = self._uploader
+
+        def work() -> JSON:
+            if uploader is not None and self._manager.rank == 0:
+                uploader.start(self._manager.path(epoch))
+                uploader.wait()
+            return None
+
+        together(self._manager.group, f"upload of epoch {epoch}", work)
