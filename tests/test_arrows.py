@@ -18,6 +18,7 @@ FILES = ("syscalls", "files", "torchzip", "manifest", "commit", "writer")
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
+    "collector": (),
     "dtypes": CORE[:1],
     "extents": CORE[:2],
     "views": CORE[:3],
@@ -26,7 +27,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "target": CORE[:4],
     "model": CORE,
     # Sources never see models; recipes and layouts never see files; none of them sees a plan.
-    "sources": CORE,
+    "sources": (*CORE, "collector"),
     "recipes": PLAIN,
     "layouts": PLAIN,
     "planner": CORE,
@@ -45,7 +46,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "verification": (*CORE, "digest", "finite", *FILES),
     # The spine.
     "plancache": (*CORE, "planner"),
-    "plans": (*PLAIN, "recipes", "layouts", "planner", "plancache", "digest", "files", "torchzip"),
+    "plans": (
+        *PLAIN,
+        "collector",
+        "recipes",
+        "layouts",
+        "planner",
+        "plancache",
+        "digest",
+        "files",
+        "torchzip",
+    ),
     "pipeline": (*CORE, "digest", "finite", "planner", "plans", "reader", *FILES),
     "tensors": (*CORE, "planner", "plans"),
 }

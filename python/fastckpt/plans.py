@@ -16,6 +16,7 @@ import xxhash
 
 from . import layouts, plancache, planner, recipes
 from .checkpoint import JSON, Checkpoint, Entry
+from .collector import paused
 from .dtypes import DType
 from .dtypes import dtype as dtype_of
 from .errors import LayoutError, RecipeError, SourceError
@@ -133,6 +134,7 @@ class Plan:
         )
 
 
+@paused()
 def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
     """The plan for what was asked; `in_memory`: no files are laid out.
 

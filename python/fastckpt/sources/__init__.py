@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from ..checkpoint import Checkpoint
+from ..collector import paused
 from ..errors import SourceError
 from . import memory, safetensors, served, statedict, zero
 from .options import Options, strip_prefix
@@ -40,6 +41,7 @@ _NOT_YET = (
 )
 
 
+@paused()
 def open(
     path: str | os.PathLike[str] | Mapping[str, object],
     *,
