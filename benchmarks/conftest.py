@@ -1,0 +1,142 @@
+"""Options and inputs of the benchmarks; the rows, printed at the end."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+import inputs
+import pytest
+import table
+from fastckpt.files import parse_size
+from measure import ROWS, bench
+
+__all__ = ["bench"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastckpt")
+    group.addoption("--size", default="64MiB", help="fp32 masters of the large input (default 64MiB; 1GiB is the table's)")
+    group.addoption("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of the file roads")
+    group.addoption("--writer", choices=("auto", "deepspeed", "formulas"), default="auto",
+                    help="who writes the large input: auto is DeepSpeed from 512 MiB on, where it is installed")
+    group.addoption("--dir", type=Path, help="where inputs are kept and outputs made (default: pytest's cache)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS] = []
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ["FASTCKPT_CACHE"] = "off"  # a kept plan would hide planning; the rows on it turn it on
+
+
+@pytest.fixture(scope="session")
+def size(request: pytest.FixtureRequest) -> int:
+    return parse_size(request.config.getoption("--size"))
+
+
+@pytest.fixture(scope="session")
+def threads(request: pytest.FixtureRequest) -> int:
+    return int(request.config.getoption("--threads"))
+
+
+@pytest.fixture(scope="session")
+def folder(request: pytest.FixtureRequest) -> Path:
+    told = request.config.getoption("--dir")
+    out = Path(request.config.cache.mkdir("inputs")) if told is None else told.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+@pytest.fixture
+def work(folder: Path) -> object:
+    """A directory for outputs, on the file system of the inputs, removed after."""
+    out = folder / "work"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    yield out
+    shutil.rmtree(out)
+
+
+def deepspeed() -> str | None:
+    """DeepSpeed's version, without importing it."""
+    try:
+        return metadata.version("deepspeed")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@pytest.fixture(scope="session")
+def large(request: pytest.FixtureRequest, folder: Path, size: int) -> inputs.Input:
+    writer = request.config.getoption("--writer")
+    if writer == "deepspeed" and deepspeed() is None:
+        raise pytest.UsageError("--writer deepspeed: it is not installed")
+    real = writer == "deepspeed" or (writer == "auto" and size >= 512 << 20)
+    return inputs.large(folder, size, deepspeed() if real else None)
+
+
+@pytest.fixture(scope="session")
+def small(folder: Path, size: int) -> inputs.Input:
+    return inputs.small(folder, 100_000 if size >= 512 << 20 else 10_000)
+
+
+@pytest.fixture(scope="session")
+def peer() -> None:
+    """Skips where DeepSpeed, the peer, is missing; torch.load needs it for the pickles too."""
+    if deepspeed() is None:
+        pytest.skip("deepspeed is not installed")
+
+
+@pytest.fixture(params=["large", "small"])
+def either(request: pytest.FixtureRequest) -> inputs.Input:
+    """Few large tensors, then many small ones."""
+    return request.getfixturevalue(request.param)
+
+
+def machine() -> dict[str, str | int]:
+    """What a reader of the figures must know of the machine; no names, no paths."""
+    from fastckpt import _C
+
+    cpu, memory = platform.machine(), 0
+    with open("/proc/cpuinfo") as f:
+        cpu = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), cpu)
+    with open("/proc/meminfo") as f:
+        memory = int(f.readline().split()[1]) >> 20
+    return {
+        "cpu": cpu, "cpus": len(os.sched_getaffinity(0)), "memory_gib": memory,
+        "best_instructions": _C.isas()[-1], "compiler": _C.compiler,
+        "system": f"{platform.system()} {platform.release()}", "python": platform.python_version(),
+        "torch": metadata.version("torch"), "numpy": metadata.version("numpy"), "deepspeed": deepspeed() or "none",
+    }  # fmt: skip
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, object]) -> None:
+    machine_info.clear()
+    machine_info.update(machine())
+
+
+def pytest_benchmark_update_json(
+    config: pytest.Config, benchmarks: object, output_json: dict[str, object]
+) -> None:
+    """Keep the rows, the machine and the commit: nothing that names a host or a path."""
+    commit = output_json["commit_info"]
+    assert isinstance(commit, dict)
+    kept = {
+        "date": str(output_json["datetime"])[:16],
+        "commit": {key: commit.get(key) for key in ("id", "dirty")},
+        "machine": output_json["machine_info"],
+        "options": {name: config.getoption(f"--{name}") for name in ("size", "threads", "writer")},
+        "rows": [b["extra_info"] for b in output_json["benchmarks"]],  # type: ignore[attr-defined]
+    }
+    output_json.clear()
+    output_json.update(kept)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    rows = config.stash[ROWS]
+    if rows:
+        terminalreporter.section("figures")
+        for row in rows:
+            terminalreporter.write_line(table.line(row))

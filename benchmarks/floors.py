@@ -1,0 +1,173 @@
+"""The floors: what the machine needs for the same bytes when nobody thinks about them.
+
+M is libc's memcpy of the source, C gathers, casts and digests into reused staging, W writes the output's
+bytes from one hot buffer. Each runs on the threads, over the bytes and into the files of its subject.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from fastckpt import syscalls
+from fastckpt.digest import crc32, leaf_digests
+from fastckpt.executors.cpu import Cpu
+from fastckpt.extents import Buffer
+from fastckpt.planner import LEAF, NOTHING, Batch, Binding, cut
+from fastckpt.plans import Plan
+from fastckpt.reader import Mapped
+from fastckpt.road import BAND
+
+_memcpy = ctypes.CDLL(None).memcpy
+_memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_memcpy.restype = ctypes.c_void_p
+
+PIECE = 8 << 20
+
+
+def share(work: Iterable[Callable[[], object]], threads: int) -> None:
+    """Run the pieces of work on so many threads, each taking the next."""
+    if threads == 1:
+        for piece in work:
+            piece()
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(lambda piece: piece(), work):
+            pass
+
+
+class Memcpy:
+    """M: the source bytes, from where they lie into one touched buffer."""
+
+    def __init__(self, source: Sequence[tuple[int, int]], threads: int) -> None:
+        self.threads = threads
+        self.nbytes = sum(n for _, n in source)
+        self.into = np.ones(self.nbytes, np.uint8)
+        at = itertools.accumulate((n for _, n in source), initial=self.into.ctypes.data)
+        self.pieces = [
+            (to + k, address + k, min(PIECE, n - k))
+            for (address, n), to in zip(source, at, strict=False)
+            for k in range(0, n, PIECE)
+        ]
+
+    def __call__(self) -> None:
+        share([lambda p=p: _memcpy(*p) for p in self.pieces], self.threads)
+
+
+def batches(plan: Plan, binding: Binding, *, band: int = BAND, apart: bool = False) -> list[Batch]:
+    """All batches of a plan, as the road cuts them."""
+    slots = plan.slots()
+    return [
+        batch
+        for first, chunk in plan.chunks()
+        for batch in cut(chunk, first, slots, binding, band=band, apart=apart)
+    ]
+
+
+def source_runs(plan: Plan, binding: Binding, bases: Sequence[int]) -> list[tuple[int, int]]:
+    """(address, nbytes) of the source bytes a plan needs, neighbours joined; `bases` by place."""
+    spans: list[tuple[int, int, int]] = []
+    for batch in batches(plan, binding, apart=True):
+        rows = batch.rows[batch.rows["src_buffer"] != NOTHING]
+        size = rows["shape"].astype(np.int64).prod(axis=1) * 4  # the benchmarks' sources are fp32
+        spans += zip(rows["src_buffer"].tolist(), rows["src"].tolist(), size.tolist(), strict=True)
+    spans.sort()
+    out: list[tuple[int, int]] = []
+    for place, start, size in spans:
+        address = bases[place] + start
+        if out and out[-1][0] + out[-1][1] == address:
+            out[-1] = (out[-1][0], out[-1][1] + size)
+        else:
+            out.append((address, size))
+    return out
+
+
+class GatherCast:
+    """C: a fresh mapping, every batch into reused staging, digests (and CRCs) taken; nothing is written."""
+
+    def __init__(self, plan: Plan, threads: int) -> None:
+        self.threads = threads
+        self.binding = Binding.of(plan.extents)
+        self.batches = batches(plan, self.binding)
+        self.crc = [f.crc for f in plan.files]
+        self.staging = [np.ones(BAND, np.uint8) for _ in range(threads)]
+
+    def __call__(self) -> None:
+        todo = iter(self.batches)
+        lock = threading.Lock()
+
+        def take() -> Iterator[Batch]:
+            while True:
+                with lock:
+                    batch = next(todo, None)
+                if batch is None:
+                    return
+                yield batch
+
+        with Mapped(self.binding.places) as reader:
+
+            def work(staging: np.ndarray) -> None:
+                lane = reader.lane(Cpu())
+                address, view = staging.ctypes.data, memoryview(staging.data)
+                for batch in take():
+                    n = batch.stop - batch.start
+                    lane.run(batch.rows, [Buffer(staging, address, n)])
+                    leaf_digests(view[:n], batch.leaf_offset, batch.leaf_size)
+                    if self.crc[batch.file]:
+                        for at, size in zip(batch.leaf_offset.tolist(), batch.leaf_size.tolist(), strict=True):
+                            crc32(view[at : at + size])
+
+            share([lambda s=s: work(s) for s in self.staging], self.threads)
+
+
+class Write:
+    """W: files of these sizes from one hot buffer, allocated first; one thread a file, as many at once as asked."""
+
+    def __init__(self, sizes: Sequence[int], folder: str, threads: int, *, durable: bool) -> None:
+        self.sizes, self.folder, self.threads, self.durable = sizes, folder, threads, durable
+        self.hot = memoryview(np.ones(LEAF, np.uint8).data)
+
+    def clear(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __call__(self) -> None:
+        os.makedirs(self.folder)
+
+        def write(number: int, size: int) -> None:
+            fd = os.open(os.path.join(self.folder, str(number)), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            syscalls.allocate(fd, size)
+            for at in range(0, size, LEAF):
+                n = min(LEAF, size - at)
+                os.pwrite(fd, self.hot[:n], at)
+                if self.durable:
+                    syscalls.start_writeback(fd, at, n)
+            if self.durable:
+                os.fsync(fd)
+            os.close(fd)
+
+        share([lambda k=k, n=n: write(k, n) for k, n in enumerate(self.sizes)], self.threads)
+
+
+def drop_cache(folder: str) -> None:
+    """Put every file below `folder` out of the page cache, where the kernel does it."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            fd = os.open(os.path.join(root, name), os.O_RDONLY)
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+
+
+def touch(folder: str) -> None:
+    """Read every file below `folder`, so that it lies in the page cache."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with open(os.path.join(root, name), "rb", buffering=0) as f:
+                while f.read(PIECE):
+                    pass

@@ -1,0 +1,75 @@
+"""The markdown table of a run's JSON, on standard output or into files between their marks.
+
+    python benchmarks/table.py benchmarks/results/RUN.json [FILE.md ...]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from measure import Row
+
+MARKS = "<!-- figures -->", "<!-- end of figures -->"
+
+
+def line(row: Row) -> str:
+    """One row for a terminal."""
+    below = f" | {row.floor} {_pair(row.floor_s)} s" if row.floor else ""
+    own = f" | {_pair(row.subject_s)} s" if row.subject_s[0] else ""
+    goal = f" (goal {row.goal}: {row.met})" if row.goal else ""
+    return (
+        f"{row.what} [{row.shape}]: {_number(row.best)} / {_number(row.median)} {row.unit}{goal}{own}{below}"
+        f" | {row.rounds} rounds, {row.dropped} dropped, load {row.load:.1f}"
+    )
+
+
+def table(run: dict[str, object]) -> str:
+    """The run as markdown: the machine in a sentence, then a row a figure."""
+    machine, options, commit = run["machine"], run["options"], run["commit"]
+    rows = [Row(**{f.name: r[f.name] for f in fields(Row)}) for r in run["rows"] if r]
+    out = [
+        f"{machine['cpu']}, {machine['cpus']} CPUs ({machine['best_instructions']}), {machine['memory_gib']} GiB, "
+        f"{machine['system']}, Python {machine['python']}, torch {machine['torch']}, "
+        f"DeepSpeed {machine['deepspeed']}; {run['date']} UTC, commit {str(commit['id'])[:10]}"
+        f"{' and uncommitted changes' if commit['dirty'] else ''}; --size {options['size']}, "
+        f"{options['threads']} threads.",
+        "",
+        "| what | input | best | median | unit | goal | met | seconds, best (floor) | rounds (dropped) | load |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        took = "" if not row.subject_s[0] else f"{row.subject_s[0]:.3g}"
+        if row.floor:
+            took += f" ({row.floor}: {row.floor_s[0]:.3g})"
+        out.append(
+            f"| {row.what} | {row.shape} | {_number(row.best)} | {_number(row.median)} | {row.unit} | {row.goal} "
+            f"| {row.met} | {took} | {row.rounds} ({row.dropped}) | {row.load:.1f} |"
+        )
+    return "\n".join(out)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def _pair(pair: tuple[float, float]) -> str:
+    return f"{_number(pair[0])} / {_number(pair[1])}"
+
+
+def main() -> int:
+    made = table(json.loads(Path(sys.argv[1]).read_text()))
+    if len(sys.argv) == 2:
+        print(made)
+    for name in sys.argv[2:]:
+        text = Path(name).read_text()
+        head, rest = text.split(MARKS[0])
+        tail = rest.split(MARKS[1])[1]
+        Path(name).write_text(f"{head}{MARKS[0]}\n{made}\n{MARKS[1]}{tail}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
