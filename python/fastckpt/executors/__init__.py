@@ -5,31 +5,10 @@ Law: every executor gives the same bytes. Rows are trusted; the planner checks b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Callable
 
 from ..errors import DeviceError
-from ..extents import Buffer
-
-
-class Runner(Protocol):
-    """An executor with its source buffers."""
-
-    def run(self, rows: NDArray[np.void], destinations: Sequence[Buffer], threads: int = 1) -> None:
-        """Runs `rows` (planner.COPY) from the bound sources into `destinations`."""
-
-
-class Executor(Protocol):
-    """Runs Copy rows; `name` is its name in EXECUTORS."""
-
-    @property
-    def name(self) -> str: ...
-
-    def bind(self, sources: Sequence[Buffer]) -> Runner:
-        """A runner over these source buffers, which it keeps alive."""
+from ..planner import Executor
 
 
 def _cpu() -> Executor:

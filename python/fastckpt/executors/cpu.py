@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import DeviceError, SourceError
 from ..extents import Buffer
+from ..planner import Table
 
 if TYPE_CHECKING:
     from .. import _C
@@ -67,7 +68,7 @@ class CpuRunner:
         self._isa = isa
         self._release = release_bytes
 
-    def run(self, rows: NDArray[np.void], destinations: Sequence[Buffer], threads: int = 1) -> None:
+    def run(self, rows: Table, destinations: Sequence[Buffer], threads: int = 1) -> None:
         """Runs `rows` in order (in any order with `threads` > 1) into `destinations`.
 
         Raises DeviceError for rows of another layout, buffers of another device, and rows that name a

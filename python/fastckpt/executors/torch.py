@@ -12,14 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ..dtypes import DTYPES, DType, castable
 from ..errors import DeviceError
 from ..extents import Buffer
-
-ZERO_BUFFER = 0xFFFFFFFF
-"""`src_buffer` of a row that writes zeros."""
+from ..planner import NOTHING, Table
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
@@ -49,7 +46,7 @@ class TorchRunner:
     def __init__(self, sources: Sequence[Buffer]) -> None:
         self._sources = [_bytes(b) for b in sources]
 
-    def run(self, rows: NDArray[np.void], destinations: Sequence[Buffer], threads: int = 1) -> None:
+    def run(self, rows: Table, destinations: Sequence[Buffer], threads: int = 1) -> None:
         """Runs `rows` in order into `destinations`; torch's own setting decides the threads.
 
         Raises DeviceError for a conversion that does not exist."""
@@ -59,7 +56,7 @@ class TorchRunner:
             if 0 in row["shape"]:
                 continue
             to = _Box.of(targets, row, "dst", dst)
-            if int(row["src_buffer"]) == ZERO_BUFFER:
+            if int(row["src_buffer"]) == NOTHING:
                 to.bytes().zero_()
                 continue
             if not castable(src, dst):
