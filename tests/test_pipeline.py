@@ -38,7 +38,7 @@ def test_every_batch_is_run_and_told(state):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_an_interrupt_while_the_last_batches_run_waits_for_them(state, error):
-    """A worker that outlived `feed` would read mappings that are closed and write to descriptors of others."""
+    """A worker that outlived `feed` would read closed mappings and write to descriptors of others."""
     heard = []
 
     def interrupted(nbytes):

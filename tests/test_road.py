@@ -8,7 +8,7 @@ import fastckpt
 import numpy as np
 import pytest
 import torch
-from fastckpt import road
+from fastckpt import road, sources
 from fastckpt.errors import LayoutError, RecipeError, SourceError, WriteError
 from fastckpt.executors import pick
 from fastckpt.reader import Mapped, Positioned
@@ -268,6 +268,36 @@ def test_a_kept_plan_gives_the_same_bytes(tmp_path, monkeypatch):
     shards = fastckpt.reshard(tmp_path / "two", 2, layout="vllm", dtype="bfloat16")
     for rank, shard in enumerate(shards):
         same(shard, wanted("vllm", moved, config, 2, rank, torch.bfloat16))
+
+
+def test_a_kept_plan_knows_which_memory_a_tensor_lies_in():
+    one, two = torch.arange(8.0), torch.arange(8.0) + 100
+    for third in (one, two):
+        held = {"a": one[:4], "b": two[:4], "c": third[4:]}
+        same(fastckpt.reshard(held, layout="same")[0], held)
+
+
+@pytest.mark.parametrize("rank", [None, 0])
+@pytest.mark.parametrize("where", ["in", "in/global_step2", "more", "linked", "config"])
+def test_overwriting_never_removes_what_is_read(tmp_path, where, rank):
+    zero(tmp_path / "in", "mixtral")
+    for name, moved in (
+        ("more", "bf16_zero_pp_rank_2_mp_rank_00_optim_states.pt"),
+        ("config", "config.json"),
+    ):
+        (tmp_path / name).mkdir()
+        at = next((tmp_path / "in").rglob(moved))
+        at.rename(tmp_path / name / moved)
+    (tmp_path / "in/config.json").symlink_to("../config/config.json")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/global_step2").symlink_to("../in/global_step2")
+    (tmp_path / "linked/latest").write_text("global_step2")
+    (tmp_path / "linked/config.json").symlink_to("../config/config.json")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    source = sources.open(tmp_path / ("linked" if where == "linked" else "in"), also=[tmp_path / "more"])
+    with pytest.raises(WriteError, match="which this run reads"):
+        fastckpt.reshard(source, out=tmp_path / where, rank=rank, overwrite=True)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
 def test_a_damaged_kept_plan_is_not_used(tmp_path, monkeypatch):

@@ -57,9 +57,10 @@ def write_file(path: str, data: bytes, durable: bool) -> None:
 
 
 def refuse_loss(path: str, keep: Iterable[str]) -> None:
-    """Refuse to replace a directory that holds something this run reads."""
+    """Refuse to replace a directory that holds something this run reads, under its own name or by a link."""
     for kept in keep:
-        if os.path.commonpath([path, os.path.realpath(kept)]) == path:
+        spelled = os.path.realpath(kept), os.path.abspath(kept)
+        if any(os.path.commonpath([path, p]) == path for p in spelled):
             raise WriteError(f"{path}: overwriting it would remove {kept}, which this run reads")
 
 
@@ -211,7 +212,7 @@ class Part:
                     f"{self.path}: not empty ({len(entries)} entries, {entries[0]} first) and no output of "
                     "fastckpt; name a new directory, or ask to overwrite"
                 )
-        elif records:
+        elif entries:
             refuse_loss(self.path, self._keep)
         with telling(self.path):
             self._made = make_directories(self.path)

@@ -378,7 +378,7 @@ class _Run:
         world = planned.placement.world
         output = Output(
             out, key=planned.key, rank=rank, world=world, overwrite=overwrite, durable=durable,
-            keep=[planned.checkpoint.path],
+            keep=_read_from(planned),
         )  # fmt: skip
         with output:
             if rank is not None and output.done(rank):
@@ -447,6 +447,12 @@ class _Run:
             peak_memory=_peak_memory(),
             notes=planned.notes,
         )
+
+
+def _read_from(planned: Plan) -> list[str]:
+    """Every path this run reads: overwriting must remove none of them. Tensors in memory have none."""
+    ckpt = planned.checkpoint
+    return [ckpt.path, *(f.path for f in ckpt.files), *ckpt.beside] if ckpt.files else []
 
 
 def _record(planned: Plan, finite: bool) -> Record:

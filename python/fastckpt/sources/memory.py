@@ -69,15 +69,15 @@ def read(tensors: Mapping[str, object], options: Options = _PLAIN) -> Checkpoint
             extents.append(Extent(b, 0, b.nbytes, name))
     table = Extents(extents)
     entries: dict[str, Entry] = {}
+    at = {n: buffers[h.buffer.device, h.buffer.address, h.buffer.nbytes] for n, h in held.items()}
     for name, h in held.items():
         if name not in aliases:
-            at = buffers[h.buffer.device, h.buffer.address, h.buffer.nbytes]
-            entries[name] = tensor(table, at, h.dtype, h.shape, h.offset, h.stride, "parameter")
+            entries[name] = tensor(table, at[name], h.dtype, h.shape, h.offset, h.stride, "parameter")
     devices = sorted({h.buffer.device for h in held.values()})
     return assemble(
         NAME, NAME, entries, table, options, aliases=aliases,
         facts={"tensors": len(entries), "devices": ", ".join(devices), "tied": dict(aliases)},
-        layout=[repr([(h.offset, h.stride) for h in held.values()]).encode()],
+        layout=[repr([(at[n], h.offset, h.stride) for n, h in held.items()]).encode()],
     )  # fmt: skip
 
 
