@@ -12,7 +12,23 @@ from typing import Protocol
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import Model
-from . import chatglm, decoder, deepseek, gemma, glm, gpt2, gpt_oss, llama, mixtral, neox, phi3, qwen_moe
+from . import (
+    bert,
+    chatglm,
+    decoder,
+    deepseek,
+    gemma,
+    glm,
+    gpt2,
+    gpt_oss,
+    llama,
+    mixtral,
+    neox,
+    phi3,
+    qwen_moe,
+    t5,
+    whisper,
+)
 
 
 class Recipe(Protocol):
@@ -49,6 +65,10 @@ RECIPES: dict[str, Recipe] = {
     "bloom": neox.bloom,
     "falcon": neox.falcon,
     "chatglm": chatglm.recipe,
+    "bert": bert.recipe,
+    "roberta": partial(bert.recipe, names=bert.ROBERTA),
+    "t5": t5.recipe,
+    "whisper": whisper.recipe,
 }
 """transformers' `model_type` -> recipe."""
 
