@@ -252,10 +252,13 @@ def test_what_does_not_fit_is_refused_before_a_byte(tmp_path, case):
     assert not (tmp_path / "out").exists()
 
 
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
 def test_what_is_quantised_already_is_refused():
     config, tensors = model("llama")
     with pytest.raises(LayoutError, match="quantised already"):
-        fastckpt.reshard(tensors, config=config | {"quantization_config": {"quant_method": "x"}}, quant="int8")
+        fastckpt.reshard(tensors, config=config | {"quantization_config": FP8}, quant="int8")
     shard = fastckpt.reshard(tensors, config=config, quant="int8", rank=0)
     with pytest.raises(LayoutError, match="quantised already"):
         fastckpt.reshard(shard, layout="same", quant="int8")

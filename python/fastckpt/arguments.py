@@ -180,6 +180,11 @@ def _planning(p: argparse.ArgumentParser) -> None:
     p.add_argument("--recipe", metavar="FAMILY", help="the model family (default: the config's model_type)")
     p.add_argument("--tp-plan", metavar="FILE", help="JSON of name patterns, for a model no recipe knows")
     p.add_argument("--vocab-size", type=int, metavar="N", help="the embedding rows that count")
+    p.add_argument("--quant", metavar="SCHEME", help="quantise matrices on the way (int8, fp8-block, ...)")
+    for name, meaning in (("include", "quantise these tensors too"), ("exclude", "do not quantise these tensors")):
+        p.add_argument(
+            f"--quant-{name}", action="append", default=[], metavar="PATTERN", help=f"{meaning}; repeatable"
+        )
 
 
 def _files(p: argparse.ArgumentParser) -> None:

@@ -107,6 +107,7 @@ def _reshard(args: argparse.Namespace) -> int:
             tp_plan=_tp_plan(args.tp_plan),
             vocab_size=args.vocab_size,
             dtype=args.dtype,
+            quant=_quant(args),
             allow_nonfinite=args.allow_nonfinite,
             device=args.device,
             out=args.out,
@@ -242,6 +243,7 @@ def _planned(args: argparse.Namespace, layout: Layout) -> Plan:
         tp_plan=_tp_plan(args.tp_plan),
         vocab_size=args.vocab_size,
         dtype=args.dtype,
+        quant=_quant(args),
         max_shard_size=args.max_shard_size,
     )
 
@@ -326,6 +328,17 @@ def _layout(args: argparse.Namespace) -> Layout:
     from .layouts import layout
 
     return layout(args.layout, dict(args.layout_option))
+
+
+def _quant(args: argparse.Namespace) -> Quant | None:
+    from .schemes import Quant
+
+    if args.quant is not None:
+        scheme = Quant.of(args.quant).scheme
+        return Quant(scheme, tuple(args.quant_include), tuple(args.quant_exclude))
+    if args.quant_include or args.quant_exclude:
+        raise FastckptError("--quant-include and --quant-exclude go with --quant SCHEME")
+    return None
 
 
 def _tp_plan(path: str | None) -> dict[str, str] | None:

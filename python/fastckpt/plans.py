@@ -255,7 +255,7 @@ def _compiled(
         extents = table
         for rank, t in window:
             if expansion is not None and t.scheme is not None:
-                quantised[len(order)] = expansion.quantised(t, len(order))
+                quantised[len(order)] = expansion.quantised(t)
             order.append((rank, t.name, t.dtype, t.stored_shape))
         rows += len(chunk.rows)
         needed += int(planner.nbytes(chunk.rows, "src").sum())
@@ -263,6 +263,12 @@ def _compiled(
             kept = None
         elif kept is not None:
             kept.append(chunk)
+    if quantised:  # ranks take turns, so what goes with a tensor is found by name
+        at = {(rank, name): i for i, (rank, name, _, _) in enumerate(order)}
+        for i, told in quantised.items():
+            scales = at[order[i][0], told.name + told.scheme.scale]
+            form = at[order[i][0], f"{told.name}_shape"] if told.scheme.packed else None
+            quantised[i] = replace(told, scales=scales, form=form)
     return order, kept, extents, needed, quantised
 
 

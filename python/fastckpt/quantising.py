@@ -84,8 +84,8 @@ class Quantising:
         self.made = np.zeros(len(plan.tensors), bool)
         for i, q in plan.quantised.items():
             self.made[[i, q.scales]] = True
-            if q.scheme.packed:
-                self.made[q.scales + 1] = True
+            if q.form is not None:
+                self.made[q.form] = True
         self.rest = replace(slots, nbytes=np.where(self.made, 0, slots.nbytes))
 
     def others(self, first: int, chunk: Chunk) -> Chunk:
@@ -162,8 +162,8 @@ class Quantising:
                 last = tensor.jobs == 0
             if last:
                 put(told.scales, 0, memoryview(tensor.scales.reshape(-1).view(np.uint8).data))
-                if told.scheme.packed:
-                    put(told.scales + 1, 0, memoryview(np.array(told.shape, np.int64).view(np.uint8).data))
+                if told.form is not None:
+                    put(told.form, 0, memoryview(np.array(told.shape, np.int64).view(np.uint8).data))
                 self.errors[tensor.number] = tensor.error
 
         return run

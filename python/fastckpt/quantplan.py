@@ -32,15 +32,17 @@ _FUSED = ("qkv_proj", "query_key_value", "gate_up_proj", "w13_weight", "fused_qk
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
-    """A quantised tensor of a plan. `name`, `dtype`, `shape`: of the dense matrix; `scales`: the plan's tensor
-    that holds them (where values are packed the next holds the dense shape); `scanned`: they come from a first read of the uncut matrix of that name."""
+    """A quantised tensor of a plan. `name`, `dtype`, `shape`: of the dense matrix; `scanned`: its scales come
+    from a first read of the uncut matrix of that name; `scales`, `form`: the plan's tensors that hold the
+    scales and, where values are packed, the dense shape."""
 
     scheme: Scheme
     name: str
     dtype: dtypes.DType
     shape: tuple[int, ...]
-    scales: int
     scanned: bool
+    scales: int = -1
+    form: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +82,12 @@ class Expansion:
             else:
                 yield target
 
-    def quantised(self, target: Target, number: int) -> Quantised:
-        """What the plan keeps of a quantised target, its `number`-th tensor; the scales are the next."""
+    def quantised(self, target: Target) -> Quantised:
+        """What the plan keeps of a quantised target; where its scales lie is not known yet."""
         scheme = self.quant.scheme
         name = target.name[: len(target.name) - len(scheme.packed)]
         scanned = target.name in self.scanned
-        return Quantised(scheme, name, target.view.dtype, target.shape, number + 1, scanned)
+        return Quantised(scheme, name, target.view.dtype, target.shape, scanned)
 
     def uncut(self, whole: Callable[[], Iterator[Target]]) -> Iterator[tuple[int, Target]]:
         """The uncut matrices whose largest magnitudes are read first."""
