@@ -89,7 +89,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "recipes": (
         ("claims", "fused"),
-        ("decoder", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper"),
+        ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper"),
         ("llama", "gemma", "phi3", "glm", "mixtral", "qwen_moe", "deepseek", "gpt_oss"),
         ("__init__",),
     ),
