@@ -93,7 +93,11 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("llama", "gemma", "phi3", "glm", "mixtral", "qwen_moe", "deepseek", "gpt_oss"),
         ("__init__",),
     ),
-    "layouts": (("naming", "cuts", "servers"), ("same", "hf", "vllm", "rtp_llm", "patterns"), ("__init__",)),
+    "layouts": (
+        ("naming", "cuts", "servers", "padding"),
+        ("same", "hf", "vllm", "rtp_llm", "patterns"),
+        ("__init__",),
+    ),
     "executors": (("torch", "cpu", "cuda"), ("__init__",)),
 }
 """Cells within a package: a module imports siblings from cells before its own only."""
