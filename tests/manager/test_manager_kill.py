@@ -1,4 +1,4 @@
-"""Killed at every call that changes the disk: the newest commit that was reported stands whole and is resumed.
+"""Killed at every call that changes the disk: the newest commit that was reported stands and is resumed.
 
 Each run is a forked child that kills itself (SIGKILL) before or after its n-th call, or halfway through a
 write, while old commits are being removed. What a crash of the machine loses is not simulated."""

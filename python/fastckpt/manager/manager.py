@@ -253,9 +253,9 @@ class CheckpointManager:
         """Take the state apart and into host memory."""
         flat = flatten(state)
         names = set(flat.tensors)
-        if self._names is not None and names != self._names:
+        if self._names is not None and names != self._names:  # only of a resumed run
             warnings.warn(_changed(step, self._names, names), CheckpointWarning, stacklevel=5)
-        self._names = names
+            self._names = names
         if client_state and not flat.engines:
             raise ManagerError("client_state goes with a DeepSpeed engine; put the values into the state")
         taken = self._snapshots.take(flat.tensors, copy=self._async)
