@@ -67,7 +67,7 @@ _SHORT = {"fp32": float32, "bf16": bfloat16, "fp16": float16, "half": float16, "
 
 
 def dtype(name: str | DType) -> DType:
-    """The type of that name: torch's spelling ("bfloat16", "torch.bfloat16"), torch's own or a short one ("bf16").
+    """The type of that name: torch's spelling ("bfloat16", "torch.bfloat16") or own, or a short one ("bf16").
 
     Raises ViewError naming the known types."""
     if isinstance(name, DType):

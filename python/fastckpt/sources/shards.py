@@ -74,13 +74,14 @@ def find_shards(path: str, suffix: str, single: str, also: Sequence[str] = ()) -
     else:
         found = Shards(tuple(os.path.join(d, n) for d in (path, *also) for n in _of(d, suffix)), None, path)
     used = {os.path.basename(p) for p in found.paths}
-    _check_whole(path, used)
+    if not indexes:
+        _check_whole(path, used)
     rest = tuple(f"{n}: not a part of {indexes[0] if indexes else single}" for n in files if n not in used)
     return Shards(found.paths, found.index, path, rest)
 
 
 def _check_whole(path: str, used: set[str]) -> None:
-    """Refuse a part of a numbered set: what the others hold would be left out in silence."""
+    """Without an index, refuse a part of a numbered set: what the others hold would be left out in silence."""
     sets: dict[tuple[str, str, str], set[int]] = {}
     for name in used:
         if found := _NUMBERED.fullmatch(name):
@@ -89,8 +90,8 @@ def _check_whole(path: str, used: set[str]) -> None:
     for (stem, count, ending), numbers in sets.items():
         if len(numbers) < int(count):
             raise SourceError(
-                f"{path}: {stem}-*-of-{count}{ending}: only {len(numbers)} of the set are there and in the "
-                f"index ({', '.join(map(str, sorted(numbers)[:8]))}); what the others hold would be left out"
+                f"{path}: {stem}-*-of-{count}{ending}: only {len(numbers)} of the set are there "
+                f"({', '.join(map(str, sorted(numbers)[:8]))}); what the others hold would be left out"
             )
 
 
