@@ -63,6 +63,9 @@ def _decoder(kind: decoder.Kind, about: str) -> Family:
 FAMILIES: tuple[Family, ...] = (
     _decoder(llama.LLAMA, "Llama: q, k, v and gate, up apart"),
     _decoder(llama.MISTRAL, "Mistral: as Llama, no biases"),
+    _decoder(llama.MINISTRAL, "Ministral: as Mistral"),
+    _decoder(llama.GRANITE, "Granite: as Llama"),
+    _decoder(llama.SMOLLM3, "SmolLM3: as Llama, tied unless it says otherwise"),
     _decoder(llama.QWEN2, "Qwen2: as Llama, biases on q, k, v"),
     _decoder(llama.QWEN3, "Qwen3: as Llama, norms on each head's q and k"),
     _decoder(gemma.GEMMA, "Gemma: norms by 1 + weight"),
