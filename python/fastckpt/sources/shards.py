@@ -81,7 +81,7 @@ def find_shards(path: str, suffix: str, single: str, also: Sequence[str] = ()) -
 
 
 def _check_whole(path: str, used: set[str]) -> None:
-    """Without an index, refuse a part of a numbered set: what the others hold would be left out in silence."""
+    """Refuse a part of a numbered set without an index: what the others hold would be left out."""
     sets: dict[tuple[str, str, str], set[int]] = {}
     for name in used:
         if found := _NUMBERED.fullmatch(name):
