@@ -34,8 +34,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "digest": (*CORE, "_C"),
     "finite": (*CORE, "digest", "_C"),
     # What reads and runs a plan.
+    "tiles": (*CORE, "planner"),
     "reader": (*CORE, "planner", "_C"),
-    "executors": (*CORE, "planner", "_C"),
+    "executors": (*CORE, "planner", "tiles", "_C"),
     # What makes output real.
     "syscalls": CORE,
     "files": CORE,
