@@ -90,11 +90,15 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "recipes": (
         ("claims", "fused"),
-        ("decoder", "moe", "gpt2", "neox", "chatglm"),
+        ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper"),
         ("llama", "gemma", "phi3", "glm", "mixtral", "qwen_moe", "deepseek", "gpt_oss"),
         ("__init__",),
     ),
-    "layouts": (("naming", "cuts", "servers"), ("same", "hf", "vllm", "rtp_llm", "patterns"), ("__init__",)),
+    "layouts": (
+        ("naming", "cuts", "servers", "padding"),
+        ("same", "hf", "vllm", "rtp_llm", "patterns"),
+        ("__init__",),
+    ),
     "executors": (("torch", "cpu", "cuda"), ("__init__",)),
 }
 """Cells within a package: a module imports siblings from cells before its own only."""

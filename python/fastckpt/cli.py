@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FastckptError as e:
         return _failed(f"error: {e}", e.exit_code, debug)
     except (OSError, MemoryError) as e:
-        return _failed(f"error: {e or 'out of memory'}", WriteError.exit_code, debug)
+        return _failed(f"error: {str(e) or 'out of memory'}", WriteError.exit_code, debug)
 
 
 def _failed(message: str, code: int, debug: bool) -> int:

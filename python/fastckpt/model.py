@@ -88,7 +88,8 @@ class Attention:
     """Multi-head attention: `q` [heads * head_dim, hidden], `k` and `v` [kv_heads * head_dim, hidden],
     `o` [hidden, heads * head_dim]; query head h reads kv head h // (heads // kv_heads).
 
-    `q_norm`, `k_norm`: per-head norms [head_dim]. `sinks`: one logit a query head [heads]. `fused`: the hub's
+    `q_norm`, `k_norm`: per-head norms [head_dim]. `sinks`: one logit a query head [heads]; `relative`: the
+    logits of relative positions [buckets, heads] (T5). `fused`: the hub's
     module that stores q, k and v as one (they then carry its name), None where the hub stores them apart;
     `grouped`: it holds for each kv head its query heads, itself and its value head (with as many kv heads as
     query heads that is q, k, v head by head), else all of q, then all of k, then all of v."""
@@ -102,6 +103,7 @@ class Attention:
     fused: str | None = None
     grouped: bool = False
     sinks: Parameter | None = None
+    relative: Parameter | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,9 @@ def _family(name, heads, sizes=_SIZES, drop=(), **changes):
 
 
 FAMILIES = {
+    "ministral": _family("Ministral", (8, 4, 8), head_dim=8),
+    "granite": _family("Granite", (8, 4, 8), attention_bias=True, mlp_bias=True),
+    "smollm3": _family("SmolLM3", (8, 4, 8), tie_word_embeddings=True, eos_token_id=1, bos_token_id=2),
     "gemma": _family("Gemma", (8, 4, 10), head_dim=10, tie_word_embeddings=True, attention_bias=True),
     "gemma2": _family("Gemma2", (8, 4, 8), head_dim=8, tie_word_embeddings=True),
     "gemma3": _family("Gemma3", (8, 2, 12), head_dim=12, num_key_value_heads=2, tie_word_embeddings=True),
@@ -86,12 +89,36 @@ FAMILIES = {
 }  # fmt: skip
 
 
+_ENCODER = dict(
+    vocab_size=208, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8,
+    max_position_embeddings=33, pad_token_id=0,
+)  # fmt: skip
+_WHISPER = dict(
+    vocab_size=208, d_model=64, encoder_layers=2, decoder_layers=1, encoder_attention_heads=8,
+    decoder_attention_heads=8, encoder_ffn_dim=96, decoder_ffn_dim=104, max_source_positions=21,
+    max_target_positions=17, num_mel_bins=10, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    decoder_start_token_id=1,
+)  # fmt: skip
+_T5 = dict(vocab_size=208, d_model=64, d_kv=6, d_ff=96, num_layers=2, num_decoder_layers=1, num_heads=8)
+ENCODERS = {
+    "bert": Family("Bert", _ENCODER, (8, 8, 8), "ForMaskedLM"),
+    "bert-alone": Family("Bert", _ENCODER, (8, 8, 8), "Model"),
+    "bert-classes": Family("Bert", _ENCODER | {"num_labels": 3}, (8, 8, 8), "ForSequenceClassification"),
+    "roberta": Family("Roberta", _ENCODER, (8, 8, 8), "ForMaskedLM"),
+    "t5": Family("T5", _T5, (8, 8, 6), "ForConditionalGeneration"),
+    "t5-gated": Family(
+        "T5", _T5 | {"feed_forward_proj": "gated-gelu"}, (8, 8, 6), "ForConditionalGeneration"
+    ),
+    "whisper": Family("Whisper", _WHISPER, (8, 8, 8), "ForConditionalGeneration"),
+}
+
+
 @functools.cache
 def made(name):
     """(config as a dict, tensors of the files save_pretrained writes, the model's own state dict)."""
     if name == "chatglm":
         return chatglm()
-    family = FAMILIES[name]
+    family = (FAMILIES | ENCODERS)[name]
     text = "Text" if family.name == "Gemma3" else ""
     config = getattr(transformers, f"{family.name}{text}Config")(**family.sizes)
     model = getattr(transformers, family.name + family.architecture)(config)

@@ -8,6 +8,11 @@ import torch
 
 TABLES = ("embed_tokens", "word_embeddings", "embed_in", "lm_head", "embed_out", "output_layer")
 OUT = ("q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "dense_h_to_4h")
+ENCODER_OUT = (
+    "shared", "query", "key", "value", "q", "k", "v", "wi", "wi_0", "wi_1", "q_proj", "k_proj", "v_proj",
+    "fc1",
+)  # fmt: skip
+ENCODER_IN = ("dense", "o", "wo", "out_proj", "fc2")
 IN = ("o_proj", "down_proj", "dense", "dense_4h_to_h")
 
 
@@ -64,13 +69,27 @@ def hf(t, heads, tp, r):
                         pick(v, [g], d),
                     ]
                 out[name] = torch.cat(rows)
+        elif "position_embeddings" in name or "embed_positions" in name or module.startswith("token_type"):
+            out[name] = x
+        elif (
+            name.startswith(("cls.predictions.tr", "lm_head.", "classifier"))
+            or "pooler" in name
+            or "conv" in name
+        ):
+            out[name] = cut(x, 0, tp, r) if name == "lm_head.bias" else x
+        elif name == "cls.predictions.bias" or module in ENCODER_OUT or "intermediate" in name:
+            out[name] = cut(x, 0, tp, r)
+        elif module == "relative_attention_bias":
+            out[name] = cut(x, 1, tp, r)
+        elif module in ENCODER_IN and "LayerNorm" not in name:
+            out[name] = cut(x, 1, tp, r) if kind == "weight" else x
         elif module == "dense_h_to_4h":
             halves = x.chunk(2) if "encoder.layers" in name else [x]
             out[name] = torch.cat([cut(y, 0, tp, r) for y in halves])
         elif module in IN:
             out[name] = cut(x, 1, tp, r) if kind == "weight" else x
         else:
-            assert "norm" in name or ".ln_" in name, name
+            assert "norm" in name.lower() or ".ln_" in name, name
             out[name] = x
     return out
 

@@ -197,7 +197,7 @@ CONFIGS = [
     ({"num_hidden_layers": "2"}, "num_hidden_layers must be a positive integer, got '2'"),
     ({"num_key_value_heads": 3}, "8 attention heads do not share 3 kv heads evenly"),
     ({"attention_bias": "no"}, "attention_bias must be true or false, got 'no'"),
-    ({"model_type": "bert"}, "no recipe for model_type 'bert', known: llama, mistral"),
+    ({"model_type": "bort"}, "no recipe for model_type 'bort', known: llama, mistral"),
     ({"model_type": None}, "no recipe for model_type None"),
 ]
 

@@ -147,6 +147,8 @@ def _attention(attention: Attention | Mla, model: Model, placement: Placement) -
     yield from norm(attention.k_norm)
     if attention.sinks is not None:
         yield Target(attention.sinks.name, attention.sinks.view.part(0, rank, tp))
+    if attention.relative is not None:
+        yield Target(attention.relative.name, attention.relative.view.part(1, rank, tp))
 
 
 def _mlp(mlp: Mlp, model: Model, placement: Placement) -> Iterator[Target]:

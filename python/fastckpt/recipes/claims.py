@@ -204,20 +204,20 @@ def vocabulary(
     embedding: str,
     hidden: Dim,
     tied_default: bool,
-    head: str = "lm_head",
+    head: str | None = "lm_head",
     head_bias: str = "",
     trained_head: str | None = None,
     key: str = "vocab_size",
 ) -> tuple[int, Embedding, Linear, bool]:
     """Claims the token embedding and `head`: (effective vocabulary, embedding, lm_head, tied).
 
-    `head_bias`: the name of the head's bias, where it has one; `trained_head`: another name the head may be
-    stored under; `key`: config's key for the rows. Stored rows that differ from it are an error naming both,
+    `head` None: the model has none, and the embedding stands for it. `head_bias`: the name of the head's
+    bias, where it has one; `trained_head`: another name the head may be stored under; `key`: config's key for
+    the rows. Stored rows that differ from it are an error naming both,
     unless `vocab_size` says how many of them count. Whether the pair is tied is config's word. A checkpoint
     that says tied and yet holds two tensors is refused, unless both are the same bytes: transformers 5 unties
     such a pair when the values differ, and which one was meant cannot be told from names."""
     want = integer(config, key) if vocab_size is None else vocab_size
-    stored_head = trained_head if trained_head and f"{head}.weight" not in claims else head
 
     def rows(module: str) -> View:
         return cut(f"{module}.weight", hidden)
@@ -233,6 +233,9 @@ def vocabulary(
         return claims.tensor(name, Dim(stored, "rows"), *more)().narrow(0, 0, want)
 
     table = Embedding(embedding, rows(embedding))
+    if head is None:
+        return want, table, Linear(embedding, table.weight), True
+    stored_head = trained_head if trained_head and f"{head}.weight" not in claims else head
     bias = cut(head_bias) if head_bias else None
     if not flag(config, "tie_word_embeddings", tied_default):
         if f"{stored_head}.weight" not in claims:

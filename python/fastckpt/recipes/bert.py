@@ -1,0 +1,105 @@
+"""BERT and RoBERTa: encoders with a norm after each sum, alone or with the heads transformers puts on them.
+
+Names are those of the file: with the family's prefix where a head stands beside the encoder, without it where
+the encoder was saved alone. Poolers, classifiers and the like are small and carried whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from ..checkpoint import JSON, Checkpoint
+from ..errors import RecipeError
+from ..model import Attention, Layer, Layers, Mlp, Model, Parameter, Sizes
+from .claims import Claims, Dim, integer, vocabulary
+
+IGNORED = ("*embeddings.position_ids", "cls.predictions.decoder.bias", "lm_head.decoder.bias")
+"""A buffer of counted positions, and the second name of the head's bias."""
+
+CARRIED = (
+    "*pooler.dense.*",
+    "cls.predictions.transform.*",
+    "cls.seq_relationship.*",
+    "lm_head.dense.*",
+    "lm_head.layer_norm.*",
+    "classifier.*",
+    "qa_outputs.*",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """A family's prefix, the module of its masked-language head's matrix, and that head's bias."""
+
+    prefix: str
+    head: str
+    head_bias: str
+
+
+BERT = Names("bert.", "cls.predictions.decoder", "cls.predictions.bias")
+ROBERTA = Names("roberta.", "lm_head.decoder", "lm_head.bias")
+
+
+def recipe(
+    ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None, names: Names = BERT
+) -> Model:
+    """The model of an encoder's checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
+    table = "embeddings.word_embeddings.weight"
+    prefix = "" if table in ckpt else names.prefix
+    claims = Claims(ckpt, f"{prefix}{table}")
+    hidden = Dim(integer(config, "hidden_size"), "hidden_size")
+    width = Dim(integer(config, "intermediate_size"), "intermediate_size")
+    heads = integer(config, "num_attention_heads")
+    if hidden.size % heads:
+        raise RecipeError(f"config: hidden_size {hidden.size} is no multiple of num_attention_heads {heads}")
+
+    def layer(name: str) -> Callable[[], Layer]:
+        at = f"{name}.attention"
+        q, k, v = (
+            claims.linear(f"{at}.self.{n}", hidden, hidden, bias=True) for n in ("query", "key", "value")
+        )
+        o = claims.linear(f"{at}.output.dense", hidden, hidden, bias=True)
+        after = claims.norm(f"{at}.output.LayerNorm", hidden, bias=True)
+        up = claims.linear(f"{name}.intermediate.dense", width, hidden, bias=True)
+        down = claims.linear(f"{name}.output.dense", hidden, width, bias=True)
+        last = claims.norm(f"{name}.output.LayerNorm", hidden, bias=True)
+        return lambda: Layer(
+            name, None, Attention(q(), k(), v(), o()), None, Mlp(None, up(), down()), after(), last()
+        )
+
+    at = f"{prefix}embeddings"
+    headed = names.head_bias in claims
+    vocab, embedding, lm_head, tied = vocabulary(
+        claims,
+        config,
+        vocab_size,
+        embedding=f"{at}.word_embeddings",
+        hidden=hidden,
+        tied_default=True,
+        head=names.head if headed else None,
+        head_bias=names.head_bias if headed else "",
+    )
+    positions = Dim(integer(config, "max_position_embeddings"), "max_position_embeddings")
+    types = Dim(integer(config, "type_vocab_size"), "type_vocab_size")
+    count = integer(config, "num_hidden_layers")
+    carried = [claims.parameter(f"{at}.token_type_embeddings.weight", types, hidden)]
+    carried += [_whole(claims, name) for name in ckpt if any(fnmatchcase(name, p) for p in CARRIED)]
+    return Model(
+        family=names.prefix[:-1],
+        sizes=Sizes(hidden.size, vocab, heads, heads, hidden.size // heads, {width.key: width.size}),
+        embedding=embedding,
+        layers=Layers([layer(f"{prefix}encoder.layer.{i}") for i in range(count)]),
+        norm=None,
+        lm_head=lm_head,
+        tied=tied,
+        positions=claims.table(f"{at}.position_embeddings", positions, hidden)(),
+        embedding_norm=claims.norm(f"{at}.LayerNorm", hidden, bias=True)(),
+        carried=tuple(build() for build in carried),
+        ignored=claims.close(IGNORED),
+    )
+
+
+def _whole(claims: Claims, name: str) -> Callable[[], Parameter]:
+    return claims.parameter(name, *(Dim(n, "any") for n in claims.shape(name)))

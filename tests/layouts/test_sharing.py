@@ -1,0 +1,235 @@
+"""`vllm` beyond tensor parallelism: experts and layers shared out, fp8 factors, what is never rounded."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from fastckpt import dtypes, recipes
+from fastckpt.errors import LayoutError, RecipeError
+from fastckpt.layouts import layout
+from fastckpt.layouts.servers import Share, expert_share, layer_range
+from fastckpt.placement import Placement
+from layouts import families, family_oracle
+from reading import memory, read, same, shard
+
+HEADS = {"qwen2_moe": (8, 4, 8), "deepseek_v3": (8, 8, 6), "gpt_oss": (8, 4, 8), "gemma2": (8, 4, 8)}
+
+
+def model_of(name):
+    config, hub, _ = families.made(name)
+    return recipes.find(config)(memory(hub), config), hub
+
+
+def cast(ckpt, dtype):
+    """The checkpoint with every float cast, as a run with a dtype casts it."""
+
+    def one(entry):
+        if entry.dtype.kind != "float":
+            return entry
+        return dataclasses.replace(entry, dtype=dtype, build=lambda: entry.build().cast(dtype))
+
+    return dataclasses.replace(ckpt, entries={n: one(e) for n, e in ckpt.entries.items()})
+
+
+# ---- experts ----
+
+
+@pytest.mark.parametrize(("tp", "dp"), [(2, 1), (4, 1), (1, 4), (2, 2)])
+@pytest.mark.parametrize("order", ["linear", "round_robin"])
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3"])
+def test_expert_parallel(name, order, tp, dp):
+    model, hub = model_of(name)
+    count, ep = {"qwen2_moe": 5, "deepseek_v3": 6}[name], tp * dp
+    held = [[] for _ in range(ep)]
+    if order == "round_robin":
+        for e in range(count):
+            held[e % ep].append(e)
+    else:
+        left = list(range(count))
+        for r in range(ep):
+            held[r], left = left[: count // ep + (r < count % ep)], left[count // ep + (r < count % ep) :]
+    placed = layout("vllm", {"experts": order})
+    for p in Placement(tp=tp, dp=dp, ep=ep).ranks():
+        want = family_oracle.vllm(hub, HEADS[name], tp, p.tp_rank, experts=held[p.dp_rank * tp + p.tp_rank])
+        same(shard(placed.targets(model, p)), want)
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3"])
+def test_data_parallel_ranks_cut_experts_together(name):
+    model, hub = model_of(name)
+    for p in Placement(tp=2, dp=4).ranks():
+        want = family_oracle.vllm(hub, HEADS[name], 2, p.tp_rank, flat=(p.dp_rank * 2 + p.tp_rank, 8))
+        same(shard(layout("vllm").targets(model, p)), want)
+
+
+def test_up_before_gate():
+    model, hub = model_of("qwen2_moe")
+    for p in Placement(tp=2).ranks():
+        want = family_oracle.vllm(hub, HEADS["qwen2_moe"], 2, p.tp_rank, up_first=True)
+        same(shard(layout("vllm", {"gate_up": "up_gate"}).targets(model, p)), want)
+
+
+def test_shares_by_hand():
+    def of(experts, ep, order):
+        return [list(Share(0, 1, r, ep).of(experts, order)) for r in range(ep)]
+
+    assert of(8, 3, "linear") == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    assert of(8, 3, "round_robin") == [[0, 3, 6], [1, 4, 7], [2, 5]]
+    assert of(4, 4, "linear") == of(4, 4, "round_robin") == [[0], [1], [2], [3]]
+    sizes = model_of("deepseek_v3")[0].sizes
+    assert expert_share("vllm", Placement(tp=2, dp=2, rank=3), sizes) == Share(3, 4, 0, 1)
+    assert expert_share("vllm", Placement(tp=2, dp=2, ep=4, rank=3), sizes) == Share(0, 1, 3, 4)
+
+
+REFUSED = [
+    ("deepseek_v3", dict(tp=4, ep=2), "wanted ep 1 or 4, got 2"),
+    ("deepseek_v3", dict(tp=4, dp=2, ep=8), "6 experts are fewer than ep 8"),
+    ("gemma2", dict(tp=2, ep=2), "0 experts are fewer than ep 2"),
+    ("qwen2_moe", dict(tp=4, dp=4), r"moe_intermediate_size 24 does not divide by tp \* dp 16"),
+    ("gemma2", dict(pp=3), "pp 3 is more than the 2 layers"),
+]
+
+
+@pytest.mark.parametrize(("name", "sizes", "message"), REFUSED)
+def test_grids_that_do_not_fit(name, sizes, message):
+    with pytest.raises(LayoutError, match=message):
+        layout("vllm").targets(model_of(name)[0], Placement(**sizes))
+
+
+# ---- layers ----
+
+
+def test_layer_ranges_by_hand():
+    def counts(layers, pp):
+        return [len(layer_range("vllm", Placement(pp=pp, rank=r), layers)) for r in range(pp)]
+
+    assert counts(32, 4) == [8, 8, 8, 8]
+    assert counts(61, 4) == [15, 15, 16, 15]
+    assert counts(61, 2) == [31, 30]
+    assert counts(22, 4) == [5, 6, 6, 5]
+    assert counts(7, 4) == [2, 2, 2, 1]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_pipeline_stages(name):
+    """The first stage embeds, the last has the norm and the head, or the embedding again it is tied to."""
+    model, hub = model_of(name)
+    tied = families.made(name)[0]["tie_word_embeddings"]
+    for p in Placement(pp=2, tp=2).ranks():
+        want = family_oracle.vllm(hub, HEADS[name], 2, p.tp_rank, layers=[p.pp_rank])
+        last = p.pp_rank == 1
+        for module, here in (("embed", not last or tied), ("lm_head", last), ("model.norm.", last)):
+            if not here:
+                want = {n: x for n, x in want.items() if module not in n}
+        same(shard(layout("vllm").targets(model, p)), want)
+
+
+def test_files_tell_ranks_apart():
+    names = set()
+    grid = Placement(tp=2, pp=2, dp=2)
+    for p in grid.ranks():
+        names.add(layout("vllm").naming(p).file(0, 1))
+    assert len(names) == grid.world
+    last = grid.at(7)
+    assert layout("vllm").naming(last).file(1, 2) == "model-pp-1-dp-1-tp-1-part-1.safetensors"
+    stages = Placement(tp=2, pp=2, rank=3)
+    assert layout("vllm").naming(stages).file(0, 1) == "model-pp-1-tp-1-part-0.safetensors"
+
+
+# ---- what is stored beside the weights ----
+
+
+def test_scores_are_never_rounded():
+    config, hub, _ = families.made("deepseek_v3")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    hub = hub | {name: torch.randn(6)}
+    model = recipes.find(config)(cast(memory(hub), dtypes.bfloat16), config)
+    for served in ("hf", "vllm"):
+        targets = {t.name: t.view for t in layout(served).targets(model, Placement(tp=2))}
+        assert targets[name].dtype is dtypes.float32
+        assert (read(targets[name]).view("f4") == hub[name].numpy()).all()
+        assert targets["model.norm.weight"].dtype is dtypes.bfloat16
+    half = recipes.find(config)(memory(hub | {name: hub[name].bfloat16()}), config)
+    hf, vllm = ({t.name: t.view for t in layout(s).targets(half, Placement())} for s in ("hf", "vllm"))
+    assert hf[name].dtype is dtypes.bfloat16 and vllm[name].dtype is dtypes.float32
+
+
+def test_layers_that_predict_more_tokens_are_left_out():
+    config, hub, _ = families.made("deepseek_v3")
+    assert config["num_nextn_predict_layers"] == 1
+    extra = {f"model.layers.2.{n}": torch.ones(3) for n in ("eh_proj.weight", "shared_head.norm.weight")}
+    model = recipes.find(config)(memory(hub | extra), config)
+    assert sorted(model.ignored) == sorted(extra)
+    with pytest.raises(RecipeError, match=r"no place for model\.layers\.3\.eh_proj"):
+        recipes.find(config)(memory(hub | {"model.layers.3.eh_proj.weight": torch.ones(3)}), config)
+
+
+def fp8(block, **changes):
+    """A DeepSeek-V3 whose matrices are bytes with a factor a block: (config, tensors)."""
+    config, hub, _ = families.made("deepseek_v3")
+    config = config | {"quantization_config": {"quant_method": "fp8", "weight_block_size": list(block)}}
+    out, at = {}, 1
+    for name, x in hub.items():
+        plain = x.ndim == 1 or any(part in name for part in ("embed", "lm_head", "mlp.gate."))
+        out[name] = x
+        if not plain:
+            out[name] = torch.randint(0, 256, x.shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
+            rows, columns = (-(-n // b) for n, b in zip(x.shape, block, strict=True))
+            out[f"{name}_scale_inv"] = torch.arange(at, at + rows * columns).float().view(rows, columns)
+            at += rows * columns
+    return config | changes, out
+
+
+def whole_or_cut(got, name, factor, rows, columns, dim, tp, r):
+    """Each weight's factor, seen element by element, is that of its block in the whole matrix."""
+    full = factor.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    part = got[f"{name}_scale_inv"].repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    weight = got[name]
+    index = [slice(0, n) for n in weight.shape]
+    start = r * weight.shape[dim]
+    where = [slice(start, start + n) if d == dim else slice(0, n) for d, n in enumerate(weight.shape)]
+    assert torch.equal(part[tuple(index)], full[tuple(where)])
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_factors_follow_their_blocks(tp):
+    block = (4, 4)
+    config, hub = fp8(block)
+    model = recipes.find(config)(memory(hub), config)
+    for p in Placement(tp=tp).ranks():
+        raw = shard(layout("vllm").targets(model, p))
+        got = {
+            n: torch.from_numpy(v.view("f4")) if d == "float32" else torch.from_numpy(v)
+            for n, (d, v) in raw.items()
+        }
+        at = "model.layers.1.self_attn."
+        whole_or_cut(
+            got, at + "q_b_proj.weight", hub[at + "q_b_proj.weight_scale_inv"], *block, 0, tp, p.rank
+        )
+        whole_or_cut(got, at + "o_proj.weight", hub[at + "o_proj.weight_scale_inv"], *block, 1, tp, p.rank)
+        low = torch.cat([hub[at + f"{n}.weight_scale_inv"] for n in ("q_a_proj", "kv_a_proj_with_mqa")])
+        assert torch.equal(got[at + "fused_qkv_a_proj.weight_scale_inv"], low)
+        e = "model.layers.1.mlp.experts."
+        w13 = [
+            torch.cat([hub[f"{e}{i}.{n}_proj.weight_scale_inv"].chunk(tp)[p.rank] for n in ("gate", "up")])
+            for i in range(6)
+        ]
+        w2 = [hub[f"{e}{i}.down_proj.weight_scale_inv"].chunk(tp, 1)[p.rank] for i in range(6)]
+        assert torch.equal(got[e + "w13_weight_scale_inv"], torch.stack(w13))
+        assert torch.equal(got[e + "w2_weight_scale_inv"], torch.stack(w2))
+        assert raw[e + "w13_weight"][0] == "float8_e4m3fn"
+    same(shard(layout("hf").targets(model, Placement())), hub)
+
+
+def test_factors_that_do_not_follow():
+    config, hub = fp8((8, 8))
+    model = recipes.find(config)(memory(hub), config)
+    with pytest.raises(LayoutError, match=r"of axis [01] cuts a block of 8"):
+        list(layout("vllm").targets(model, Placement(tp=2)))
+    with pytest.raises(RecipeError, match="bytes cannot become bfloat16; ask for no dtype"):
+        recipes.find(config)(cast(memory(hub), dtypes.bfloat16), config)
+    for said in ({"quant_method": "mxfp4"}, {"weight_block_size": [128]}, "fp8"):
+        with pytest.raises(RecipeError, match=r"quantization_config .* is not read"):
+            recipes.find(config)(memory(hub), config | {"quantization_config": said})
