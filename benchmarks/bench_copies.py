@@ -93,7 +93,12 @@ def square(request: pytest.FixtureRequest, size: int) -> Square:
     ids=["all cores", "one thread", "avx2", "avx2 one thread", "portable"],
 )
 def bench_transpose(
-    bench: Bench, square: Square, isa: str | None, threads: int, goal: float | None, request: pytest.FixtureRequest
+    bench: Bench,
+    square: Square,
+    isa: str | None,
+    threads: int,
+    goal: float | None,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Transpose and cast, over the straight cast of the same elements on the same threads (best instructions)."""
     threads = threads or int(request.config.getoption("--threads"))

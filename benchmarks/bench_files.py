@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import pytest
 import torch
 from fastckpt import plans, tensors
 from fastckpt.checkpoint import Checkpoint
+from fastckpt.layouts import Layout
+from fastckpt.layouts.same import Same
 from fastckpt.placement import Placement
 from fastckpt.planner import Binding
 from fastckpt.plans import Plan, Wanted
@@ -25,16 +28,32 @@ from inputs import Input
 from measure import Bench, Figure, Goal, Step, of_floor, times_faster
 
 TP = 8
-COLWISE = {"*": "colwise"}
 
 
-def styles(of: Input) -> tuple[peers.Styles, dict[str, str] | None]:
-    """How the peers and fastckpt cut an input: as transformers cuts a llama, or every tensor by its rows."""
-    return (peers.LLAMA, None) if of.shape.startswith("large") else (peers.EVERY, COLWISE)
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is made of an input: the llama cut over eight ranks as transformers cuts it, the small tensors
+    gathered and cast into one file."""
 
+    tp: int
+    layout: str | Layout
+    styles: peers.Styles
+    files: str
 
-def planned(ckpt: Checkpoint, tp_plan: dict[str, str] | None) -> Plan:
-    return plans.draft(ckpt, Wanted(Placement(tp=TP), tp_plan=tp_plan, dtype="bfloat16"))
+    @staticmethod
+    def of(given: Input) -> Job:
+        if given.shape.startswith("large"):
+            return Job(TP, "hf", peers.LLAMA, f"TP-{TP} files")
+        return Job(1, Same("safetensors"), peers.WHOLE, "one file")
+
+    def plan(self, ckpt: Checkpoint) -> Plan:
+        return plans.draft(ckpt, Wanted(Placement(tp=self.tp), layout=self.layout, dtype="bfloat16"))
+
+    def run(
+        self, ckpt: Checkpoint | str, threads: int, out: list[peers.Shard] | None = None
+    ) -> list[peers.Shard]:
+        """In memory, into fresh tensors or `out`."""
+        return fastckpt.reshard(ckpt, self.tp, layout=self.layout, dtype="bfloat16", out=out, threads=threads)
 
 
 class Road:
@@ -42,7 +61,7 @@ class Road:
 
     def __init__(self, of: Input, out: Path, threads: int, *, durable: bool, finite: bool = False) -> None:
         self.opened = fastckpt.open(of.path)
-        self.tp_plan = styles(of)[1]
+        self.job = Job.of(of)
         self.out, self.threads, self.durable, self.finite = out, threads, durable, finite
         self.told: dict[str, float | str] = {"input": of.origin}
 
@@ -51,8 +70,8 @@ class Road:
 
     def __call__(self) -> None:
         report = fastckpt.reshard(
-            self.opened, TP, tp_plan=self.tp_plan, dtype="bfloat16", out=self.out, durable=self.durable,
-            threads=self.threads, allow_nonfinite=not self.finite,
+            self.opened, self.job.tp, layout=self.job.layout, dtype="bfloat16", out=self.out,
+            durable=self.durable, threads=self.threads, allow_nonfinite=not self.finite,
         )  # fmt: skip
         phases = {name: seconds for name, seconds in report.phases.items()}
         self.told |= {f"{name}_s": min(s, float(self.told.get(f"{name}_s", s))) for name, s in phases.items()}
@@ -72,8 +91,10 @@ def write_floor(plan: Plan, work: Path, threads: int, *, durable: bool) -> Step:
 def bench_end_to_end(bench: Bench, either: Input, work: Path, threads: int, finite: bool) -> None:
     """Planning, copying, writing and the commit, over C + W, page cache warm, no fsync."""
     road = Road(either, work / "out", threads, durable=False, finite=finite)
-    plan = planned(road.opened, road.tp_plan)
-    what = f"TP-8 files, bf16, warm, {'with the NaN scan, ' if finite else ''}{threads} threads / (C + W)"
+    plan = road.job.plan(road.opened)
+    what = (
+        f"{road.job.files}, bf16, warm, {'with the NaN scan, ' if finite else ''}{threads} threads / (C + W)"
+    )
     bench.measure(
         Figure(what, either.shape, "of C + W", of_floor, None if finite else Goal(1.0)),
         road.step,
@@ -86,7 +107,7 @@ def bench_end_to_end(bench: Bench, either: Input, work: Path, threads: int, fini
 def bench_end_to_end_max(bench: Bench, large: Input, work: Path, threads: int) -> None:
     """The same over the larger of memcpy and write; the goal is for four real cores or more."""
     road = Road(large, work / "out", threads, durable=False)
-    plan = planned(road.opened, None)
+    plan = road.job.plan(road.opened)
     binding = Binding.of(plan.extents)
     with Mapped(binding.places) as reader:
         memcpy = Memcpy(source_runs(plan, binding, [b.address for b in reader.buffers]), threads)
@@ -111,9 +132,15 @@ def bench_end_to_end_max(bench: Bench, large: Input, work: Path, threads: int) -
 def bench_durable(bench: Bench, either: Input, work: Path, threads: int) -> None:
     """Everything fsynced, over writing the same bytes with fsync and the same early writeback."""
     road = Road(either, work / "out", threads, durable=True)
-    plan = planned(road.opened, road.tp_plan)
+    plan = road.job.plan(road.opened)
     bench.measure(
-        Figure(f"TP-8 files, bf16, durable, {threads} threads / W durable", either.shape, "of W", of_floor, Goal(1.15)),
+        Figure(
+            f"{road.job.files}, bf16, durable, {threads} threads / W durable",
+            either.shape,
+            "of W",
+            of_floor,
+            Goal(1.15),
+        ),
         road.step,
         [write_floor(plan, work, threads, durable=True)],
         rounds=7,
@@ -182,12 +209,12 @@ def bench_consolidate(bench: Bench, large: Input, work: Path, threads: int, peer
 def bench_eager(bench: Bench, either: Input, threads: int, peer: None) -> None:
     """In memory, fresh tensors on both sides, against torch: map, cat, to, split."""
     torch.set_num_threads(threads)
-    names, tp_plan = styles(either)
-    equal(fastckpt.reshard(either.path, TP, tp_plan=tp_plan, dtype="bfloat16"), peers.eager(either.path, TP, names))
+    job = Job.of(either)
+    equal(job.run(either.path, threads), peers.eager(either.path, job.tp, job.styles))
     bench.measure(
         Figure("in memory, fresh tensors, against eager torch", either.shape, "x faster", times_faster),
-        Step("reshard", lambda: fastckpt.reshard(either.path, TP, tp_plan=tp_plan, dtype="bfloat16", threads=threads)),
-        [Step("eager torch", partial(peers.eager, either.path, TP, names))],
+        Step("reshard", lambda: job.run(either.path, threads)),
+        [Step("eager torch", partial(peers.eager, either.path, job.tp, job.styles))],
         rounds=5,
         told={"input": either.origin},
     )
@@ -196,17 +223,17 @@ def bench_eager(bench: Bench, either: Input, threads: int, peer: None) -> None:
 def bench_careful(bench: Bench, either: Input, threads: int, peer: None) -> None:
     """In memory, tensors that exist on both sides, against torch's copy_ through one reused buffer."""
     torch.set_num_threads(threads)
-    names, tp_plan = styles(either)
-    opened = fastckpt.open(either.path)
-    ours, theirs = (tensors.allocate(planned(opened, tp_plan))[0] for _ in range(2))
-    flats, _ = peers.partitions(either.path)
-    most = max(4096, *(sum(p.numel() for p in parts) for _, _, parts in peers.pieces(*peers.partitions(either.path))))
+    job = Job.of(either)
+    plan = job.plan(fastckpt.open(either.path))
+    ours, theirs = (tensors.allocate(plan)[0] for _ in range(2))
+    most = max(
+        4096, *(sum(p.numel() for p in parts) for _, _, parts in peers.pieces(*peers.partitions(either.path)))
+    )
     reused = torch.ones(most, dtype=torch.bfloat16)
     bench.measure(
         Figure("in memory, reused tensors, against careful torch", either.shape, "x faster", times_faster),
-        Step("reshard", lambda: fastckpt.reshard(
-            either.path, TP, tp_plan=tp_plan, dtype="bfloat16", out=ours, threads=threads)),
-        [Step("careful torch", partial(peers.careful, either.path, TP, names, theirs, reused))],
+        Step("reshard", lambda: job.run(either.path, threads, ours)),
+        [Step("careful torch", partial(peers.careful, either.path, job.tp, job.styles, theirs, reused))],
         rounds=5,
         told={"input": either.origin},
     )  # fmt: skip
@@ -216,14 +243,14 @@ def bench_careful(bench: Bench, either: Input, threads: int, peer: None) -> None
 def bench_save_file(bench: Bench, either: Input, work: Path, threads: int) -> None:
     """The whole road against safetensors' save_file of its result alone; no fsync."""
     road = Road(either, work / "out", threads, durable=False, finite=True)
-    made = fastckpt.reshard(road.opened, TP, tp_plan=road.tp_plan, dtype="bfloat16")
+    made = road.job.run(road.opened, threads)
     saved = work / "saved"
 
     def clear() -> None:
         shutil.rmtree(saved, ignore_errors=True)
 
     bench.measure(
-        Figure("TP-8 files, bf16, warm / safetensors save_file of the result alone", either.shape, "of save_file",
+        Figure(f"{road.job.files}, bf16, warm / safetensors save_file of the result alone", either.shape, "of save_file",
                of_floor),
         road.step,
         [Step("save_file", partial(peers.save, made, str(saved)), clear, clear)],
@@ -231,7 +258,7 @@ def bench_save_file(bench: Bench, either: Input, work: Path, threads: int) -> No
     )  # fmt: skip
 
 
-KINDS = ("reshard", "reshard colwise", "consolidate", "zero_to_fp32", "zero_to_fp32+split")
+KINDS = ("reshard", "reshard same", "consolidate", "zero_to_fp32", "zero_to_fp32+split")
 
 
 @pytest.mark.parametrize("figure", ["memory", "reads"])
@@ -242,9 +269,13 @@ def bench_footprint(
     """A conversion in a fresh process, cold: peak memory over the imports; bytes fetched from storage."""
     if "zero_to_fp32" in kind:
         request.getfixturevalue("peer")
-    of: Input = request.getfixturevalue("small" if "colwise" in kind else "large")
+    of: Input = request.getfixturevalue("small" if "same" in kind else "large")
     out = work / "out"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": str(threads)}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "OMP_NUM_THREADS": str(threads),
+    }
     command = [sys.executable, str(Path(__file__).with_name("probe.py")), kind, of.path, str(out), str(TP)]
     found: list[dict[str, float]] = []
 

@@ -120,7 +120,9 @@ class GatherCast:
                     lane.run(batch.rows, [Buffer(staging, address, n)])
                     leaf_digests(view[:n], batch.leaf_offset, batch.leaf_size)
                     if self.crc[batch.file]:
-                        for at, size in zip(batch.leaf_offset.tolist(), batch.leaf_size.tolist(), strict=True):
+                        for at, size in zip(
+                            batch.leaf_offset.tolist(), batch.leaf_size.tolist(), strict=True
+                        ):
                             crc32(view[at : at + size])
 
             share([lambda s=s: work(s) for s in self.staging], self.threads)

@@ -23,7 +23,7 @@ LLAMA: Styles = {
     r"(o|down)_proj": 1,
     r".": None,
 }
-EVERY: Styles = {r".": 0}
+WHOLE: Styles = {r".": None}
 
 
 def axis_of(name: str, styles: Styles) -> int | None:

@@ -1,6 +1,6 @@
 """One conversion in a fresh process: peak memory over the imports, and what was read.
 
-    python probe.py reshard|consolidate|zero_to_fp32|zero_to_fp32+split CHECKPOINT OUT TP
+    python probe.py "reshard|reshard same|consolidate|zero_to_fp32|zero_to_fp32+split" CHECKPOINT OUT TP
 
 Prints JSON. `peak`: bytes by which VmHWM grew over the imports; `disk`: bytes the kernel fetched from
 storage for this process (with a cold cache: all it read, mapped or not, read-ahead included); `read`, `needed`: fastckpt's own
@@ -30,6 +30,7 @@ def main() -> int:
         import fastckpt
         import fastckpt.pipeline
         import fastckpt.road
+        from fastckpt.layouts.same import Same
     before = status("/proc/self/status", "VmHWM") * 1024
     disk = status("/proc/self/io", "read_bytes")
     began = time.perf_counter()
@@ -42,8 +43,8 @@ def main() -> int:
         report = fastckpt.consolidate(checkpoint, out, durable=False)
         told = {"read": report.bytes_read, "needed": report.bytes_needed}
     else:
-        plan: dict[str, str] | None = None if what == "reshard" else {"*": "colwise"}
-        report = fastckpt.reshard(checkpoint, tp, tp_plan=plan, dtype="bfloat16", out=out, durable=False)
+        layout, ranks = ("hf", tp) if what == "reshard" else (Same("safetensors"), 1)
+        report = fastckpt.reshard(checkpoint, ranks, layout=layout, dtype="bfloat16", out=out, durable=False)
         told = {"read": report.bytes_read, "needed": report.bytes_needed}
     told["seconds"] = time.perf_counter() - began
     told["peak"] = status("/proc/self/status", "VmHWM") * 1024 - before

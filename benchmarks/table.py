@@ -1,6 +1,6 @@
 """The markdown table of a run's JSON, on standard output or into files between their marks.
 
-    python benchmarks/table.py benchmarks/results/RUN.json [FILE.md ...]
+python benchmarks/table.py benchmarks/results/RUN.json [FILE.md ...]
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def judge(root: Path, last: int, point: int, rank: int = 0, world: int = 1) -> i
 
 
 @pytest.mark.parametrize(
-    "stride", [pytest.param(17, id="some"), pytest.param(1, id="all", marks=pytest.mark.nightly)]
+    "stride", [pytest.param(23, id="some"), pytest.param(1, id="all", marks=pytest.mark.nightly)]
 )
 @pytest.mark.parametrize("background", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("how", HOWS)
@@ -164,7 +164,7 @@ def test_one_rank(tmp_path: Path, how: str, background: bool, stride: int) -> No
 
 
 @pytest.mark.parametrize(
-    "stride", [pytest.param(61, id="some"), pytest.param(5, id="many", marks=pytest.mark.nightly)]
+    "stride", [pytest.param(101, id="some"), pytest.param(5, id="many", marks=pytest.mark.nightly)]
 )
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_of_two_ranks(tmp_path: Path, victim: int, stride: int) -> None:
