@@ -24,18 +24,22 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "views": CORE[:3],
     "checkpoint": CORE[:4],
     "placement": CORE[:4],
-    "target": CORE[:4],
+    "schemes": CORE[:2],
+    "target": (*CORE[:4], "schemes"),
     "model": CORE,
     # Sources never see models; recipes and layouts never see files; none of them sees a plan.
     "sources": (*CORE, "collector"),
     "recipes": PLAIN,
     "layouts": PLAIN,
     "planner": CORE,
+    "rounding": (*CORE, "schemes", "_C"),
+    "quantplan": (*PLAIN, "schemes", "rounding"),
     "digest": (*CORE, "_C"),
     "finite": (*CORE, "digest", "_C"),
     # What reads and runs a plan.
+    "tiles": (*CORE, "planner"),
     "reader": (*CORE, "planner", "_C"),
-    "executors": (*CORE, "planner", "_C"),
+    "executors": (*CORE, "planner", "tiles", "_C"),
     # What makes output real.
     "syscalls": CORE,
     "files": CORE,
@@ -53,12 +57,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "layouts",
         "planner",
         "plancache",
+        "schemes",
+        "quantplan",
         "digest",
         "files",
         "torchzip",
     ),
     "pipeline": (*CORE, "digest", "finite", "planner", "plans", "reader", *FILES),
+    "quantising": (*CORE, "planner", "plans", "schemes", "quantplan", "rounding", "reader"),
     "tensors": (*CORE, "planner", "plans"),
+    "device": (*CORE, "planner", "plans", "reader", "pipeline", "executors"),
 }
 MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")
 # The doors stand side by side; what writes their words stands before them. `__init__` holds the version.
@@ -67,7 +75,7 @@ MAY_IMPORT["terminal"] = (*CORE, "text")
 MAY_IMPORT["arguments"] = (*CORE, "text", "__init__")
 SPINE = (*MAY_IMPORT, "__init__", "_C")
 MAY_IMPORT |= {door: SPINE for door in ("describe", "outline", "difference", "doctor", "zero_to_fp32")}
-for last in ("demo", "cli", "__init__"):
+for last in ("quant", "demo", "cli", "__init__"):
     MAY_IMPORT[last] = (*MAY_IMPORT, "__init__", "_C")
 MAY_IMPORT["__main__"] = ("cli",)
 """Each room (a module, or a package with all its modules) and the other rooms it may import."""
@@ -89,17 +97,21 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "recipes": (
         ("claims", "fused"),
-        ("decoder", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper"),
+        ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper"),
         ("llama", "gemma", "phi3", "glm", "mixtral", "qwen_moe", "deepseek", "gpt_oss"),
         ("__init__",),
     ),
-    "layouts": (("naming", "cuts", "servers"), ("same", "hf", "vllm", "rtp_llm", "patterns"), ("__init__",)),
+    "layouts": (
+        ("naming", "cuts", "servers", "padding"),
+        ("same", "hf", "vllm", "rtp_llm", "patterns"),
+        ("__init__",),
+    ),
     "executors": (("torch", "cpu", "cuda"), ("__init__",)),
 }
 """Cells within a package: a module imports siblings from cells before its own only."""
 
-TORCH = {"executors/torch", "executors/cuda", "tensors"}
-TORCH_IN_FUNCTIONS = {"sources/memory", "road", "zero_to_fp32", "demo"}
+TORCH = {"executors/torch", "executors/cuda", "tensors", "device"}
+TORCH_IN_FUNCTIONS = {"sources/memory", "road", "quant", "zero_to_fp32", "demo"}
 """Where torch may be imported. The first are themselves imported inside functions only."""
 
 VAGUE = {"utils", "util", "common", "helpers", "base", "misc"}

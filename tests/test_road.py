@@ -147,6 +147,27 @@ def test_the_callers_tensors_are_filled_in_place(tmp_path):
         fastckpt.reshard(tmp_path, 2, layout="vllm", out=one)
 
 
+def test_memory_that_is_filled_twice_or_read_later_is_refused():
+    base = torch.arange(16.0).view(4, 4)
+    with pytest.raises(LayoutError, match="same memory"):
+        fastckpt.reshard({"w": base.t()}, rank=0, layout="same", out={"w": base})
+    assert torch.equal(base, torch.arange(16.0).view(4, 4))
+    room = torch.zeros(8)
+    given = {"a": torch.ones(2, 3), "b": torch.ones(6)}
+    with pytest.raises(LayoutError, match="a and b lie over the same memory"):
+        fastckpt.reshard(given, rank=0, layout="same", out={"a": room[:6].view(2, 3), "b": room[2:]})
+    apart = torch.zeros(12)
+    fastckpt.reshard(given, rank=0, layout="same", out={"a": apart[:6].view(2, 3), "b": apart[6:]})
+    assert torch.equal(apart, torch.ones(12))
+
+
+def test_a_tied_module_does_not_choose_between_two_tensors():
+    module = torch.nn.Sequential(torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 3, bias=False))
+    module[1].weight = module[0].weight
+    with pytest.raises(LayoutError, match="same memory"):
+        fastckpt.load_into(module, {"0.weight": torch.zeros(3, 3), "1.weight": torch.ones(3, 3)})
+
+
 def test_tensors_in_memory_are_a_checkpoint():
     config, files, _ = tiny.made("mixtral")
     shards = fastckpt.reshard(files, 2, layout="vllm", config=config)
@@ -300,6 +321,28 @@ def test_overwriting_never_removes_what_is_read(tmp_path, where, rank):
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_source_written_to_while_it_is_read_is_refused(tmp_path, monkeypatch, compiled):
+    if not compiled:
+        monkeypatch.setattr(road, "built", lambda: False)
+    write_zero(tmp_path / "in", {f"w{i}": torch.randn(1 << 18) for i in range(32)}, stage=3, world=2)
+    source = next((tmp_path / "in").rglob("*rank_1*optim*"))
+
+    late = []
+
+    def rewrite(done, total, phase):
+        if phase == "copy" and not late:
+            late.append((done, total))
+            with source.open("r+b") as f:
+                f.seek(-(1 << 16), os.SEEK_END)
+                f.write(b"\x11")
+
+    with pytest.raises(SourceError, match="changed since its header was read"):
+        fastckpt.reshard(tmp_path / "in", layout="same", out=tmp_path / "out", threads=1, progress=rewrite)
+    assert late and late[0][0] < late[0][1]
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_damaged_kept_plan_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTCKPT_CACHE", str(tmp_path / "plans"))
     _, truth = zero(tmp_path / "in", "mixtral")
@@ -309,6 +352,12 @@ def test_a_damaged_kept_plan_is_not_used(tmp_path, monkeypatch):
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
     same(fastckpt.reshard(tmp_path / "in", layout="same")[0], truth)
+
+
+def test_bands_of_any_number_of_threads_stay_within_the_promise():
+    for threads in range(1, 257):
+        assert 4 << 20 <= road.band(threads) <= road.BAND
+        assert threads * road.band(threads) <= (16 << 20) + threads * (4 << 20)
 
 
 def test_stream_gives_every_byte_in_order(tmp_path):

@@ -120,7 +120,10 @@ def test_the_error_is_that_of_the_values(native, isa):
         assert e.values == x.numel()
         assert e.biggest == pytest.approx(float(off.abs().max()), rel=1e-5)
         assert e.rms == pytest.approx(float(off.square().mean().sqrt()), rel=1e-4) and e.rms < bound
-        assert e.snr == pytest.approx(float(10 * torch.log10(x.double().square().sum() / off.square().sum())), rel=1e-4)
+        assert e.snr == pytest.approx(
+            float(10 * torch.log10(x.double().square().sum() / off.square().sum())), rel=1e-4
+        )
         assert e.cosine == pytest.approx(
-            float(torch.nn.functional.cosine_similarity(x.double().flatten(), y.double().flatten(), 0)), rel=1e-6
+            float(torch.nn.functional.cosine_similarity(x.double().flatten(), y.double().flatten(), 0)),
+            rel=1e-6,
         )

@@ -9,6 +9,7 @@ Buffer = bytes | bytearray | memoryview | mmap.mmap | NDArray[np.generic]
 
 compiler: str
 built_with_cuda: bool
+cuda_archs: str  # with CUDA only
 copy_bytes: int
 
 def fields() -> list[tuple[str, int, int]]:
@@ -35,6 +36,32 @@ def copy_rows(
     source its bytes when it lies in a file mapping, else 0; with `release_bytes` the pages of those are given
     back whenever a thread has touched so many bytes. Trusted: offsets and strides. Raises ValueError for a
     buffer index or a conversion that does not exist."""
+
+def run_tiles_on_host(
+    rows: Buffer, owner: Buffer, sources: Buffer, destinations: Buffer, shuffle: int = 0
+) -> None:
+    """Runs the bodies of the GPU's tiles in main memory, thread after thread, as `tiles.Tiles` has them.
+
+    `shuffle` other than 0: tiles and threads in an order drawn from it. For tests."""
+
+def tiles_of_rows(rows: Buffer, out: Buffer) -> None:
+    """out[i] (uint64) becomes the tiles of row i, whose path is chosen."""
+
+def bank_conflicts(src_size: int, dst_size: int) -> tuple[int, int]:
+    """A warp's accesses that meet in the worst bank of shared memory, writing and reading a transpose."""
+
+def device_state() -> dict[str, int | str]:
+    """devices, driver, runtime, error, why: what CUDA says of this machine. Only with CUDA."""
+
+def kernel_facts() -> list[dict[str, int | str]]:
+    """name, registers, local_bytes, shared_bytes, threads, blocks_per_multiprocessor of each kernel on the
+    current device. Only with CUDA; raises RuntimeError without a device."""
+
+def launch_tiles(
+    rows: int, owner: int, sources: int, destinations: int, path: int, first: int, count: int, stream: int
+) -> None:
+    """Starts `count` tiles of one path from tile `first` on, on a stream; the first four are addresses of the
+    columns of `tiles.Tiles` in device memory. Only with CUDA; raises RuntimeError in CUDA's words."""
 
 def read_at(
     fd: int, offsets: Buffer, sizes: Buffer, destination: Buffer, positions: Buffer, threads: int = 1
@@ -76,10 +103,10 @@ def quantise(
     sums: Buffer,
     isa: int = -1,
 ) -> bool:
-    """Quantises rows x columns of fp32, bf16 or fp16 as csrc/quant.h says; False where one is NaN or infinite.
+    """Quantises rows x columns of fp32, bf16 or fp16 as csrc/quant.h says; False where one is not finite.
 
-    `kind`: 0 int8, 1 float8_e4m3fn, 2 int4 (two a byte). `amax` (fp32): one a row. `scales` (fp32): one a block.
-    `sums` (fp64): 5, added to. Raises ValueError for sizes that do not fit."""
+    `kind`: 0 int8, 1 float8_e4m3fn, 2 int4 (two a byte). `amax` (fp32): one a row. `scales` (fp32): one a
+    block. `sums` (fp64): 5, added to. Raises ValueError for sizes that do not fit."""
 
 def row_amax(dense: Buffer, dtype_code: int, rows: int, columns: int, out: Buffer, isa: int = -1) -> None:
     """out[i] (fp32) becomes the largest magnitude of row i, not finite where a value is not."""

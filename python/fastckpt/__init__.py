@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from .road import load_into as load_into
     from .road import plan as plan
     from .road import reshard as reshard
+    from .schemes import SCHEMES as SCHEMES
+    from .schemes import Quant as Quant
     from .sources import open as open
     from .verification import VerifyReport as VerifyReport
     from .verification import verify as verify
@@ -72,6 +74,8 @@ _HOME = {
     "load_into": "road",
     "plan": "road",
     "reshard": "road",
+    "SCHEMES": "schemes",
+    "Quant": "schemes",
     "open": "sources",
     "VerifyReport": "verification",
     "verify": "verification",

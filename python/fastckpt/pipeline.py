@@ -150,7 +150,7 @@ class ToFiles:
         return run
 
     def put(self, tensor: int, offset: int, data: memoryview) -> None:
-        """Write bytes of a tensor from `offset` on, which is on a leaf; they end on one or with the tensor."""
+        """Write bytes of a tensor from `offset` on, a leaf's; they end on a leaf or with the tensor."""
         at = np.arange(0, len(data), LEAF, dtype=np.int64)
         first = int(self.slots.leaf[tensor]) + offset // LEAF
         digests = leaf_digests(data, at, np.minimum(LEAF, len(data) - at))

@@ -171,8 +171,8 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
                 yield rank, target
 
     extents = road.checkpoint.extents
-    cacheable = wanted.held is None and expansion is None and bool(road.checkpoint.structure)
-    key = road.key(placement, ranks)
+    cacheable = wanted.held is None and expansion is None and road.ours and bool(road.checkpoint.structure)
+    key = road.key(placement, ranks, plancache.code())
     found = plancache.load(key, len(extents)) if cacheable else None
     quantised: dict[int, Quantised] = {}
     if found is None:
@@ -189,7 +189,9 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
         named[rank][name] = (name, dtype, shape)
     for told in quantised.values():
         if told.name in road.aliases.values():
-            raise LayoutError(f"quant: {told.name} is tied to another tensor, which would not find its scales")
+            raise LayoutError(
+                f"quant: {told.name} is tied to another tensor, which would not find its scales"
+            )
     aliases = {a: h for a, h in road.aliases.items() if all(h in n and a not in n for n in named.values())}
 
     files: list[FileLayout] = []
@@ -284,6 +286,8 @@ class _Road:
     aliases: Mapping[str, str]
     options: Mapping[str, JSON]
     notes: tuple[str, ...]
+    ours: bool
+    """Whether recipe and layout are this package's, so that their code is known to a plan's key."""
     expansion: Expansion | None = None
 
     @staticmethod
@@ -315,6 +319,7 @@ class _Road:
                 "exclude": list(wanted.quant.exclude),
             }
         notes = tuple(str(n) for n in _list(ckpt.facts.get("notes")))
+        own_layout = type(layout) in (*layouts.LAYOUTS.values(), Patterns)
         if not layout.roles:
             by_names = layout
             if wanted.quant is not None and (config is not None or ckpt.config is not None):
@@ -328,12 +333,14 @@ class _Road:
                 ckpt.aliases,
                 options,
                 notes,
+                own_layout,
             )._quantising(wanted, config, None)
         by_roles = layout
         assert config is not None
-        recipe = recipes.find(config if wanted.recipe is None else {"model_type": wanted.recipe})
+        recipe = recipes.find(config) if wanted.recipe is None else recipes.named(wanted.recipe)
         model = recipe(cast, config, vocab_size=wanted.vocab_size)
         options["family"] = model.family
+        options["recipe"] = wanted.recipe
         options["config"] = xxhash.xxh3_64_hexdigest(json.dumps(dict(config), sort_keys=True).encode())
         if model.ignored:
             notes += (f"left out, known to {model.family}: {', '.join(model.ignored)}",)
@@ -347,11 +354,10 @@ class _Road:
             aliases,
             options,
             notes,
+            own_layout and recipe in recipes.RECIPES.values(),
         )._quantising(wanted, config, model.sizes)
 
-    def _quantising(
-        self, wanted: Wanted, config: Mapping[str, JSON] | None, sizes: Sizes | None
-    ) -> _Road:
+    def _quantising(self, wanted: Wanted, config: Mapping[str, JSON] | None, sizes: Sizes | None) -> _Road:
         """This road with what `wanted.quant` asks for, told in the config too."""
         quant = wanted.quant
         if quant is None:
@@ -359,7 +365,9 @@ class _Road:
         if wanted.held is not None or self.naming(wanted.placement).single.endswith(".bin"):
             raise LayoutError(f"quant {quant.scheme.name}: wanted safetensors or fresh tensors as the output")
         if config is not None and "quantization_config" in config:
-            raise LayoutError(f"quant {quant.scheme.name}: the config says that the source is quantised already")
+            raise LayoutError(
+                f"quant {quant.scheme.name}: the config says that the source is quantised already"
+            )
         expansion = Expansion.of(quant, self.name, wanted.placement, self.targets(Placement()), sizes)
         text = self.config
         if config is not None:

@@ -65,7 +65,7 @@ class Job:
 
 
 def bands(chunk: Chunk, target: int, binding: Binding, rows: int, width: int, step: int) -> Iterator[Band]:
-    """The rows of one of the chunk's targets, a dense matrix of `rows` x `width` bytes, `step` rows at once."""
+    """The rows of one of the chunk's targets, a dense matrix of `rows` x `width` bytes, `step` at once."""
     mine = chunk.tensor == target
     alone = Chunk(1, chunk.rows[mine], np.zeros(int(mine.sum()), np.int64))
     slots = Slots.of([0], [0], [rows * width])
@@ -232,6 +232,6 @@ def _staging(told: Quantised) -> int:
 
 def _not_finite(name: str, band: Band) -> SourceError:
     return SourceError(
-        f"{name}: NaN or infinite values in rows [{band.row}, {band.row + band.count}): they cannot be quantised"
+        f"{name}: NaN or infinite values in rows [{band.row}, {band.row + band.count}), "
+        "which cannot be quantised"
     )
-

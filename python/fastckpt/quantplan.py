@@ -1,4 +1,4 @@
-"""Which targets a quantised plan has: each chosen matrix becomes its values, its scales and what goes with them.
+"""Which targets a quantised plan has: a chosen matrix becomes values, scales and what goes with them.
 
 Law: the scales are those of the uncut matrix, whatever the placement. A block or group that a cut would tear
 is refused; a scale that is shared across a cut comes from the uncut matrix, which is then read first.
@@ -70,7 +70,7 @@ class Expansion:
         shapes = {t.name: t.shape for t in whole}
         if not any(quant.takes(n, s) for n, s in shapes.items()):
             raise LayoutError(
-                f"quant {scheme.name}: no tensor is a matrix it knows by name; say which with include patterns"
+                f"quant {scheme.name}: no tensor is a matrix known by name; say which with include patterns"
             )
         return Expansion(quant, layout, placement, shapes, sizes)
 
@@ -98,7 +98,7 @@ class Expansion:
         scheme, name, shape = self.quant.scheme, target.name, target.shape
         if target.view.dtype not in DENSE:
             raise LayoutError(
-                f"quant {scheme.name}: {name} is {target.view.dtype}: it is quantised already, or of a type that "
+                f"quant {scheme.name}: {name} is {target.view.dtype}: quantised already, or of a type that "
                 f"is not; wanted {', '.join(d.name for d in DENSE)}"
             )
         if self._needs_scan(name, shape):
@@ -129,7 +129,9 @@ class Expansion:
             raise LayoutError(f"{at}: vLLM keeps a scale for each matrix that is fused there; not made yet")
         shared = down == 0 or (across == 0 and cut_columns)
         if shared and (shape[:-2] != whole[:-2] or (down == 1 and cut_rows)):
-            raise LayoutError(f"{at}: a rank holds {shape} of {whole}, cut on more than one axis of its scales")
+            raise LayoutError(
+                f"{at}: a rank holds {shape} of {whole}, cut on more than one axis of its scales"
+            )
         return shared
 
     def _require_whole_blocks(self, name: str, shape: tuple[int, ...], cut: bool) -> None:
@@ -178,7 +180,10 @@ def quantization_config(expansion: Expansion) -> dict[str, JSON]:
     left: list[JSON] = [
         name.removesuffix(".weight")
         for name, shape in expansion.whole.items()
-        if name.endswith(".weight") and len(shape) == 2 and "embed" not in name and not quant.takes(name, shape)
+        if name.endswith(".weight")
+        and len(shape) == 2
+        and "embed" not in name
+        and not quant.takes(name, shape)
     ]
     if scheme.format == "":
         return {"quant_method": "fastckpt", "scheme": scheme.name}

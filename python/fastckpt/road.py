@@ -31,8 +31,8 @@ from .pipeline import ToFiles, Worker, feed, put_into, to_buffers
 from .placement import Placement
 from .planner import LEAF, Batch, Binding, compiled, cut
 from .plans import Plan, Wanted
-from .quantplan import flat
 from .quantising import Job, Put, Quantising, Scan
+from .quantplan import flat
 from .reader import GAP, Lane, Mapped, Positioned
 from .rounding import Error, Floats
 from .schemes import Quant
@@ -335,7 +335,7 @@ class _Run:
 
     def __init__(self, threads: int | None, memory: str | int | None, progress: Progress | None) -> None:
         self.threads = _threads(threads)
-        self.band = BAND
+        self.band = band(self.threads)
         if memory is not None:
             budget = parse_size(memory)
             spare = budget - FIXED_MEMORY
@@ -491,8 +491,9 @@ class _Run:
             peak_memory=_peak_memory(),
             notes=planned.notes,
             errors={
-                planned.tensors[i].name if planned.placement.world == 1 else f"{planned.tensors[i].rank}/{planned.tensors[i].name}": told
+                f"{t.rank}/{t.name}" if planned.placement.world > 1 else t.name: told
                 for i, told in _told(planned, self.errors).items()
+                for t in [planned.tensors[i]]
             },
         )
 
@@ -579,6 +580,11 @@ def _client_state(ckpt: Checkpoint, names: Sequence[str]) -> dict[str, JSON]:
             f"it has {', '.join(known) or 'none'}"
         )
     return {n: known[n] for n in names}
+
+
+def band(threads: int) -> int:
+    """The band of each of so many threads: together at most 4 MiB a thread and 16 MiB of the fixed part."""
+    return min(BAND, (16 + 4 * threads) // threads * LEAF)
 
 
 def _placement(tp: int, placement: Placement | None) -> Placement:

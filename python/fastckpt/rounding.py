@@ -85,14 +85,13 @@ def amax(dense: Bytes, dtype: DType, rows: int, columns: int, *, native: bool = 
         out = np.empty(rows, np.float32)
         _C.row_amax(dense, dtype.code, rows, columns, out)
         return out
-    bits = (_values(dense, dtype, rows, columns).view(np.uint32) & np.uint32(0x7FFFFFFF)).max(axis=1)
-    return bits.view(np.float32)
+    return np.asarray(_magnitudes(_values(dense, dtype, rows, columns)).max(axis=1), np.float32)
 
 
 def scale_of(largest: Floats, scheme: Scheme) -> Floats:
     """The scale of values whose largest magnitude is given."""
     scale = np.maximum(largest / np.float32(scheme.reach), np.float32(scheme.floor))
-    return np.where(scale == 0, np.float32(1), scale).astype(np.float32)
+    return np.asarray(np.where(scale == 0, np.float32(1), scale), np.float32)
 
 
 def quantise(
@@ -124,7 +123,7 @@ def quantise(
             return None
         return Rounded(scales, Error(rows * columns, *(float(s) for s in sums)))
     x = _values(dense, dtype, rows, columns)
-    found = (x.view(np.uint32) & np.uint32(0x7FFFFFFF)).view(np.float32)
+    found = _magnitudes(x)
     if not np.isfinite(found).all():
         return None
     if largest is None:
@@ -147,20 +146,24 @@ def quantise(
         out[:] = (_packed(whole) if scheme.bits == 4 else whole).reshape(-1).view(np.uint8)
     y, wide = (got * each).astype(np.float64), x.astype(np.float64)
     off = wide - y
-    sums = (np.abs(off).max(), (off * off).sum(), (wide * wide).sum(), (y * y).sum(), (wide * y).sum())
-    return Rounded(scales, Error(rows * columns, *(float(s) for s in sums)))
+    figures = (np.abs(off).max(), (off * off).sum(), (wide * wide).sum(), (y * y).sum(), (wide * y).sum())
+    return Rounded(scales, Error(rows * columns, *(float(s) for s in figures)))
 
 
 KINDS = {"int8": 0, "float8_e4m3fn": 1, "int32": 2}
 """dtype of the stored elements -> the number of csrc/quant.h's kind."""
 
 
+def _magnitudes(x: Floats) -> Floats:
+    return np.asarray(np.abs(x), np.float32)
+
+
 def _values(dense: Bytes, dtype: DType, rows: int, columns: int) -> Floats:
     if dtype is bfloat16:
         wide = dense.view(np.uint16).astype(np.uint32) << np.uint32(16)
-        return wide.view(np.float32).reshape(rows, columns)
+        return np.asarray(wide.view(np.float32).reshape(rows, columns))
     values = dense.view(np.float16).astype(np.float32) if dtype is float16 else dense.view(np.float32)
-    return values.reshape(rows, columns)
+    return np.asarray(values.reshape(rows, columns), np.float32)
 
 
 def _e4m3(x: Floats) -> Bytes:
@@ -172,7 +175,7 @@ def _e4m3(x: Floats) -> Bytes:
     whole = np.rint(np.ldexp(size, -step)).astype(np.int64)
     # 16 steps carry into the next binade by themselves: the code is counted in steps.
     code = np.where(step == -9, whole, whole + (step + 9) * 8)
-    return (code | (np.signbit(x) * np.int64(0x80))).astype(np.uint8)
+    return np.asarray(code | (np.signbit(x) * np.int64(0x80)), np.uint8)
 
 
 def _decoded() -> Floats:
@@ -190,4 +193,4 @@ def _packed(whole: NDArray[np.int8]) -> NDArray[np.int32]:
     """Eight values of 4 bits an int32, the first in the lowest, each with 8 added (compressed-tensors)."""
     nibbles = (whole.astype(np.int64) + 8).reshape(-1, 8)
     words = (nibbles << np.arange(0, 32, 4)).sum(axis=1)
-    return words.astype(np.uint32).view(np.int32)
+    return np.asarray(words.astype(np.uint32).view(np.int32))

@@ -23,8 +23,8 @@ class Scheme:
 
     `reciprocal`: values are multiplied by the fp32 reciprocal of the scale (torch.ao) rather than divided by
     it (compressed-tensors). `packed`, `scale`: what is put behind the tensor's name for values and scales.
-    `zero_point`: a tensor of zeros stands beside the scale. `format`: compressed-tensors' name of the storage,
-    "fp8" for DeepSeek's, "" where only fastckpt reads it."""
+    `zero_point`: a tensor of zeros stands beside the scale. `format`: compressed-tensors' name of the
+    storage, "fp8" for DeepSeek's, "" where only fastckpt reads it."""
 
     name: str
     dtype: DType
@@ -77,11 +77,12 @@ DeepSeek-V3's weight_quant (128 x 128 blocks, amax / 448), torch.ao's default_dy
 per_channel_dynamic_qconfig (MinMaxObserver, symmetric qint8, scale at least fp32's eps)."""
 
 
-LINEARS = frozenset(
-    "q_proj k_proj v_proj o_proj out_proj qkv_proj query_key_value dense query key value "
-    "gate_proj up_proj down_proj gate_up_proj w1 w2 w3 fc1 fc2 dense_h_to_4h dense_4h_to_h "
-    "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj fused_qkv_a_proj q k v o wi wi_0 wi_1 wo".split()
-)
+LINEARS = frozenset({
+    "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query_key_value", "dense", "query", "key",
+    "value", "q", "k", "v", "o", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "fc1",
+    "fc2", "wi", "wi_0", "wi_1", "wo", "dense_h_to_4h", "dense_4h_to_h", "q_a_proj", "q_b_proj",
+    "kv_a_proj_with_mqa", "kv_b_proj", "fused_qkv_a_proj",
+})  # fmt: skip
 """The hub's and the servers' modules of attention, feed-forward blocks and experts: what is quantised unless
 patterns say otherwise. Never embeddings, norms, routers or lm_head."""
 

@@ -29,7 +29,9 @@ class Target:
     ) -> None:
         shape = view.shape if shape is None else shape
         if math.prod(shape) != view.numel:
-            raise ViewError(f"target {name}: shape {shape} does not hold the {view.numel} elements of {view.shape}")
+            raise ViewError(
+                f"target {name}: shape {shape} does not hold the {view.numel} elements of {view.shape}"
+            )
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "view", view)
         object.__setattr__(self, "shape", shape)

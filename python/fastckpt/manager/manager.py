@@ -13,13 +13,14 @@ import signal
 import socket
 import time
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 
 from ..checkpoint import JSON
-from ..errors import ManagerError, SourceError
+from ..errors import FastckptError, ManagerError, SourceError, WriteError
 from ..layouts import Layout
 from ..road import Report
 from . import loading, policies, publishing, saving
@@ -100,7 +101,7 @@ class CheckpointManager:
         async_save: bool = False,
         save_on_signal: bool = False,
         durable: bool = True,
-        timeout: float = 600.0,
+        timeout: float = 1800.0,
     ) -> None:
         place, step_prefix = _place(os.fspath(root), path_prefix, path_type, step_prefix)
         self._store = Store(place, prefix=step_prefix, digits=step_digits, durable=durable)
@@ -136,6 +137,9 @@ class CheckpointManager:
         self._broken: set[int] = set()
         self._stats: list[Timing] = []
         self._last_save = -math.inf
+        self._newest: int | None = None
+        with suppress(WriteError):  # a root that cannot be reached now may be when something is saved
+            self._newest = self.latest()
         self._signalled = False
         self._preempted = False
         self._old_handler: signal.Handlers | object | None = None
@@ -178,6 +182,11 @@ class CheckpointManager:
         return self._preempted
 
     @property
+    def in_flight(self) -> bool:
+        """Whether a save goes on in the background, or ended there and nobody asked yet how."""
+        return self._flight is not None
+
+    @property
     def restored(self) -> int | None:
         """The step that was restored last, whole; None: none was."""
         return self._restored_step
@@ -203,11 +212,13 @@ class CheckpointManager:
         warning, where the checkpoints cannot be reached. Collective.
 
         Raises ManagerError or WriteError on every rank; then the commits that stood still stand."""
-        commits = self._store.commits() if self._group.rank == 0 else []
-        last = commits[-1].step if commits else None
-        moment = Moment(step, last, time.monotonic() - self._last_save, self._signalled)
-        want = self._group.rank == 0 and (force or self._when(moment))
-        said = self._group.exchange([want, self._signalled, secrets.token_hex(8)])
+
+        def vote() -> JSON:
+            moment = Moment(step, self._newest, time.monotonic() - self._last_save, self._signalled)
+            want = self._group.rank == 0 and (force or self._when(moment))
+            return [want, self._signalled, secrets.token_hex(8)]
+
+        said = together(self._group, f"save of step {step}", vote)
         votes = [v for v in said if isinstance(v, list)]
         self._preempted = self._preempted or any(v[1] is True for v in votes)
         if not (votes[0][0] or self._preempted):
@@ -251,9 +262,9 @@ class CheckpointManager:
         """Take the state apart and into host memory."""
         flat = flatten(state)
         names = set(flat.tensors)
-        if self._names is not None and names != self._names:
+        if self._names is not None and names != self._names:  # only of a resumed run
             warnings.warn(_changed(step, self._names, names), CheckpointWarning, stacklevel=5)
-        self._names = names
+            self._names = names
         if client_state and not flat.engines:
             raise ManagerError("client_state goes with a DeepSpeed engine; put the values into the state")
         taken = self._snapshots.take(flat.tensors, copy=self._async)
@@ -270,24 +281,27 @@ class CheckpointManager:
         """Commit, tell, and clean: in this order."""
         done = saving.save(self._store, group, self._disk, job)
         self._broken.discard(job.step)
+        self._newest = job.step
         for rank, (seconds, nbytes) in enumerate(zip(done.seconds, done.nbytes, strict=True)):
             self._stats.append(Timing(SAVE, job.step, rank, seconds, nbytes))
         if self._metadata is not None and group.rank == 0:
-            self._metadata.write(job.step)
-            self._metadata.report(
-                SAVE,
-                {os.path.join(self.path(job.step), rank_directory(r)): s for r, s in enumerate(done.seconds)},
-            )
+            with _only_said(f"step {job.step} stands, but the metadata handler failed"):
+                self._metadata.write(job.step)
+                self._metadata.report(SAVE, self._parts(job.step, done.seconds))
         self._clean(group)
+
+    def _parts(self, step: int, seconds: Sequence[float]) -> dict[str, float]:
+        """Where each rank's part of a step lies, and what it took."""
+        return {self.path(step, rank): s for rank, s in enumerate(seconds)}
 
     def _clean(self, group: Group) -> list[int]:
         """Remove what no policy keeps; one rank decides for all disks. The steps that went."""
-        proposed: list[JSON] = [*self.surplus()] if group.rank == 0 else []
-        agreed = group.exchange(proposed)[0]
+        agreed = together(group, "cleaning", lambda: [*self.surplus()] if group.rank == 0 else [])[0]
         steps = [s for s in agreed if isinstance(s, int)] if isinstance(agreed, list) else []
         if steps and self._disk.coordinator:
-            self._store.take()
-            self._store.remove(steps)
+            with _only_said(f"old commits in {self.root} could not be removed"):
+                self._store.take()
+                self._store.remove(steps)
         return steps
 
     def wait(self) -> None:
@@ -370,16 +384,15 @@ class CheckpointManager:
         for rank, (seconds, nbytes) in enumerate(zip(done.seconds, done.nbytes, strict=True)):
             self._stats.append(Timing(action, step, rank, seconds, nbytes))
         if self._metadata is not None and self._group.rank == 0:
-            self._metadata.report(
-                action,
-                {os.path.join(self.path(step), rank_directory(r)): s for r, s in enumerate(done.seconds)},
-            )
+            with _only_said(f"step {step} is restored, but the metadata handler failed"):
+                self._metadata.report(action, self._parts(step, done.seconds))
         return done.value
 
     def _standing(self) -> tuple[dict[int, str], _Missing]:
         """Steps that stand whole on every disk, with the key they share there, and why others do not."""
-        own: list[JSON] = [[c.step, c.key] for c in self._store.commits()]
-        said = self._group.exchange(own)
+        said = together(
+            self._group, "list of commits", lambda: [[c.step, c.key] for c in self._store.commits()]
+        )
         by_rank = [
             {int(str(p[0])): str(p[1]) for p in s if isinstance(p, list)} for s in said if isinstance(s, list)
         ]
@@ -441,10 +454,13 @@ class CheckpointManager:
             raise ManagerError(f"{self.root}: step {user_step} cannot be resumed: {missing(user_step)}")
         good = [s for s in standing if s not in self._broken]
         newest = max(good) if good else None
-        told: JSON = user_step
-        if self._metadata is not None and self._group.rank == 0:
-            told = self._metadata.last_epoch(user_step)
-        told = self._group.exchange(told)[0]
+
+        def ask() -> JSON:
+            if self._metadata is not None and self._group.rank == 0:
+                return self._metadata.last_epoch(user_step)
+            return user_step
+
+        told = together(self._group, "metadata", ask)[0]
         if user_step is not None or told is None:
             return user_step if user_step is not None else newest
         if told in good and isinstance(told, int):
@@ -517,6 +533,7 @@ class CheckpointManager:
             return None
 
         together(self._group, f"rewind to step {step}", move)
+        self._newest = step
         return newer
 
     def close(self) -> None:
@@ -567,6 +584,15 @@ class CheckpointManager:
 
         together(self._group, f"publish of step {step}", work)
         return report
+
+
+@contextmanager
+def _only_said(what: str) -> Iterator[None]:
+    """Turn a failure that costs no commit into a warning, so that the ranks stay in step."""
+    try:
+        yield
+    except (FastckptError, OSError, RuntimeError, ValueError) as e:
+        warnings.warn(f"{what}: {e}", CheckpointWarning, stacklevel=4)
 
 
 class _Missing:
