@@ -56,7 +56,8 @@ def test_equal_to_quantize_dynamic(tmp_path, scheme, kind, bidirectional):
     assert torch.equal(a.dequantize(), b.dequantize())
     assert str(got.rnn.get_weight()) == str(want.rnn.get_weight())
     assert all(
-        torch.equal(x.int_repr(), want.rnn.get_weight()[n].int_repr()) for n, x in got.rnn.get_weight().items()
+        torch.equal(x.int_repr(), want.rnn.get_weight()[n].int_repr())
+        for n, x in got.rnn.get_weight().items()
     )
 
 

@@ -94,10 +94,8 @@ def _module(name: str, module: torch.nn.Module, state: State) -> torch.nn.Module
         linear.set_weight_bias(values["weight"], values.get("bias"))
         return linear.train(module.training)
     if type(module) in (torch.nn.LSTM, torch.nn.GRU):
-        if not module.bias or getattr(module, "proj_size", 0):
-            raise LayoutError(
-                f"{name}: torch quantises no {type(module).__name__} without bias or with proj_size"
-            )
+        if not module.bias or module.proj_size:
+            raise LayoutError(f"{name}: torch does not quantise it without bias, or with proj_size")
         _same_shapes(name, dict(module.named_parameters()), values)
         kind = dynamic.LSTM if type(module) is torch.nn.LSTM else dynamic.GRU
         made = kind(
