@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .road import consolidate as consolidate
     from .road import load_into as load_into
     from .road import plan as plan
+    from .road import prepare as prepare
     from .road import reshard as reshard
     from .sources import open as open
     from .verification import VerifyReport as VerifyReport
@@ -71,6 +72,7 @@ _HOME = {
     "consolidate": "road",
     "load_into": "road",
     "plan": "road",
+    "prepare": "road",
     "reshard": "road",
     "open": "sources",
     "VerifyReport": "verification",

@@ -35,6 +35,8 @@ from .writer import Output
 if TYPE_CHECKING:
     import torch
 
+    from .device import Ready
+
     State = dict[str, torch.Tensor]
     Opened = str | os.PathLike[str] | Checkpoint | Mapping[str, torch.Tensor]
     Out = str | os.PathLike[str] | State | Sequence[State] | None
@@ -130,28 +132,69 @@ def reshard(
     `layout`, `config`, `recipe`, `tp_plan`, `vocab_size`, `dtype`, `max_shard_size`: see `plans.Wanted`.
     NaN and infinity in the output are an error unless `allow_nonfinite`. `durable` fsyncs; `overwrite`
     replaces an output in one step; `memory` bounds the bytes held ("256MB"); `progress` see Progress.
+    `device` "cuda" or "cuda:N": tensors there, made by the GPU where the checkpoint's tensors lie there too;
+    they are filled in the order of the current stream.
 
     Raises SourceError, RecipeError, LayoutError and ViewError before anything is written, WriteError while
     it is; then nothing is left behind. DeviceError for what this build cannot do."""
     if quant is not None:
         raise DeviceError(f"quant {quant!r}: this version does not quantise on the way")
-    if device != "cpu":
-        raise DeviceError(f"device {device!r}: this build runs on the CPU only")
+    device = _device(device)
     grid = _placement(tp, placement)
     wanted = Wanted(grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size)
     run = _Run(threads, memory, progress)
     in_memory = not isinstance(out, (str, os.PathLike))
+    if device != "cpu" and not in_memory:
+        raise DeviceError(f"device {device!r}: files are written from main memory; leave device= out")
     planned = run.planned(lambda: plans.draft(_opened(ckpt), wanted, in_memory=in_memory))
     if out is None:
-        states, _ = run.to_memory(planned)
+        states, _ = run.to_memory(planned, device)
         return states if rank is None else states[0]
     if isinstance(out, (str, os.PathLike)):
         return run.to_files(
             planned, os.fspath(out), rank, durable=durable, overwrite=overwrite, finite=not allow_nonfinite
         )
-    if isinstance(out, Mapping) == (rank is None):
-        raise LayoutError("out: one dict of tensors goes with rank=, a list of dicts with all ranks")
-    return run.to_tensors(planned, [out] if isinstance(out, Mapping) else list(out))
+    return run.to_tensors(planned, _by_rank(out, rank), device)
+
+
+def prepare(
+    ckpt: Opened,
+    tp: int = 1,
+    *,
+    placement: Placement | None = None,
+    rank: int | None = None,
+    layout: str | Layout = "hf",
+    config: str | os.PathLike[str] | Mapping[str, JSON] | None = None,
+    recipe: str | None = None,
+    tp_plan: Mapping[str, str] | None = None,
+    vocab_size: int | None = None,
+    dtype: str | DType | None = None,
+    device: str = "cuda",
+    out: State | Sequence[State] | None = None,
+) -> Ready:
+    """`reshard` from GPU memory to GPU memory made ready, to be run as often as the weights change.
+
+    Arguments as there; `run()` of the result plans and uploads nothing. Raises as `reshard` does, and
+    DeviceError where the checkpoint's tensors do not lie on the device."""
+    from . import tensors
+    from .device import Ready, resident
+    from .device import prepare as on_device
+
+    device = _device(device)
+    grid = _placement(tp, placement)
+    wanted = Wanted(grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype)
+    planned = plans.draft(_opened(ckpt), wanted, in_memory=True)
+    binding = Binding.of(planned.extents)
+    if device == "cpu" or not resident(binding):
+        raise DeviceError(f"prepare: wanted tensors on a GPU as source, device {device!r}; else use reshard")
+    states: Sequence[Mapping[str, torch.Tensor]]
+    if out is None:
+        states, buffers = tensors.allocate(planned, device)
+        tensors.tie(states, planned.aliases)
+    else:
+        states = _by_rank(out, rank)
+        buffers = tensors.matched(planned, states, device)
+    return Ready(tuple(states), on_device(planned, binding, buffers, device))
 
 
 def consolidate(
@@ -260,9 +303,9 @@ def load_into(
 ) -> torch.nn.Module:
     """Fill a module's parameters and buffers from a checkpoint, cast to the module's dtypes; returns it.
 
-    The same road as `reshard` with the module as `out`: no second copy of the model. Parameters on the meta
-    device are made on the CPU. `strict`: every persistent tensor of the module must be filled and every
-    tensor of the shard used, else LayoutError names them."""
+    The same road as `reshard` with the module as `out`: no second copy of the model. Parameters on the
+    meta device are made where the others are, else on the CPU. `strict`: every persistent tensor of the
+    module must be filled and every tensor of the shard used, else LayoutError names them."""
     from . import tensors
 
     grid = _placement(tp, placement)
@@ -283,8 +326,9 @@ def load_into(
             f" ({', '.join(missing[:3]) or 'none'}), {len(planned.left_out)} of the checkpoint are not in"
             f" the module ({', '.join(planned.left_out[:3]) or 'none'}); strict=False loads what both have"
         )
-    real = tensors.made_real({n: held[n] for n in made})
-    run.to_tensors(planned, [real])
+    device = tensors.device_of(held)
+    real = tensors.made_real({n: held[n] for n in made}, device)
+    run.to_tensors(planned, [real], device if device == "cpu" else _device(device))
     tensors.assign(module, real, tied)
     return module
 
@@ -342,26 +386,41 @@ class _Run:
         self.phases["plan"] = time.perf_counter() - self.start
         return planned
 
-    def to_memory(self, planned: Plan) -> tuple[list[State], Report]:
+    def to_memory(self, planned: Plan, device: str = "cpu") -> tuple[list[State], Report]:
         """Fresh tensors; a tied name is the same tensor again."""
         from . import tensors
 
-        states, buffers = tensors.allocate(planned)
-        report = self._in_memory(planned, buffers)
-        for state in states:
-            for alias, holder in planned.aliases.items():
-                state[alias] = state[holder]
+        states, buffers = tensors.allocate(planned, device)
+        report = self._in_memory(planned, buffers, device)
+        tensors.tie(states, planned.aliases)
         return states, report
 
-    def to_tensors(self, planned: Plan, out: Sequence[State]) -> Report:
+    def to_tensors(self, planned: Plan, out: Sequence[State], device: str = "cpu") -> Report:
         """The caller's tensors, filled in place."""
         from . import tensors
 
-        return self._in_memory(planned, tensors.matched(planned, out))
+        return self._in_memory(planned, tensors.matched(planned, out, device), device)
 
-    def _in_memory(self, planned: Plan, buffers: Sequence[Buffer]) -> Report:
-        self._copy(planned, lambda lane: to_buffers(lane, buffers), apart=True)
+    def _in_memory(self, planned: Plan, buffers: Sequence[Buffer], device: str) -> Report:
+        if device == "cpu":
+            self._copy(planned, lambda lane: to_buffers(lane, buffers), apart=True)
+        else:
+            self._on_gpu(planned, buffers, device)
         return self._report(planned, None, {})
+
+    def _on_gpu(self, planned: Plan, buffers: Sequence[Buffer], device: str) -> None:
+        from .device import ToDevice, prepare, resident
+
+        binding = Binding.of(planned.extents)
+        if resident(binding):
+            began = time.perf_counter()
+            prepare(planned, binding, buffers, device).run()
+            self.bytes_read += planned.needed_bytes
+            self.phases["copy"] = time.perf_counter() - began  # until it was started
+        else:
+            sink = ToDevice(planned.slots(), buffers, device)
+            self._copy(planned, lambda lane: sink.worker(lane, self.band))
+            sink.close()
 
     def to_files(
         self,
@@ -498,6 +557,21 @@ def _placement(tp: int, placement: Placement | None) -> Placement:
     if placement is not None and tp not in (1, placement.tp):
         raise LayoutError(f"tp={tp} and placement.tp={placement.tp} differ; give one of them")
     return Placement(tp=tp) if placement is None else placement
+
+
+def _device(name: str) -> str:
+    """The device by its full name. Raises DeviceError where this build or machine cannot use it."""
+    if name == "cpu":
+        return name
+    from .executors.cuda import usable
+
+    return str(usable(name))
+
+
+def _by_rank(out: State | Sequence[State], rank: int | None) -> list[State]:
+    if isinstance(out, Mapping) == (rank is None):
+        raise LayoutError("out: one dict of tensors goes with rank=, a list of dicts with all ranks")
+    return [out] if isinstance(out, Mapping) else list(out)
 
 
 def _opened(ckpt: Opened) -> Checkpoint:
