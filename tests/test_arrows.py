@@ -93,7 +93,12 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("llama", "gemma", "phi3", "glm", "mixtral", "qwen_moe", "deepseek", "gpt_oss"),
         ("__init__",),
     ),
-    "layouts": (("naming", "cuts", "servers"), ("same", "hf", "vllm", "rtp_llm", "patterns"), ("__init__",)),
+    "layouts": (
+        ("naming", "cuts", "servers"),
+        ("rtp_merge", "rtp_split"),  # rtp-llm's catalogue, of which its layout is made
+        ("same", "hf", "vllm", "rtp_llm", "patterns"),
+        ("__init__",),
+    ),
     "executors": (("torch", "cpu", "cuda"), ("__init__",)),
 }
 """Cells within a package: a module imports siblings from cells before its own only."""
