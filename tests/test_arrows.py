@@ -44,6 +44,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "commit": (*CORE, "syscalls", "manifest"),
     "writer": (*CORE, "digest", *FILES[:-1]),
     "verification": (*CORE, "digest", "finite", *FILES),
+    # The way back, through sources, recipes and layouts.
+    "joining": (*PLAIN, "collector", "sources", "recipes", "layouts"),
     # The spine.
     "plancache": (*CORE, "planner"),
     "plans": (
@@ -89,12 +91,12 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "recipes": (
         ("claims", "fused"),
-        ("decoder", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper"),
+        ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper"),
         ("llama", "gemma", "phi3", "glm", "mixtral", "qwen_moe", "deepseek", "gpt_oss"),
         ("__init__",),
     ),
     "layouts": (
-        ("naming", "cuts", "servers"),
+        ("naming", "cuts", "servers", "padding"),
         ("rtp_merge", "rtp_split"),  # rtp-llm's catalogue, of which its layout is made
         ("same", "hf", "vllm", "rtp_llm", "patterns"),
         ("__init__",),

@@ -18,6 +18,7 @@ import torch
 from fastckpt import arguments, cli, demo, terminal
 from fastckpt.errors import FastckptError
 from fastckpt.placement import Placement
+from fastckpt.recipes import RECIPES
 from safetensors.torch import load_file, save_file
 from zero_writer import write_zero
 
@@ -283,6 +284,25 @@ def test_client_state_goes_with_the_weights(run, tmp_path):
         wrong = run("consolidate", source, tmp_path / "no", "--weights-key", "w", "--client-state", name)
         assert wrong[0] == code and message in wrong[2]
     assert run("consolidate", source, tmp_path / "no", "--client-state", "epoch")[0] == 2
+
+
+def test_recipes(run):
+    code, out, _ = run("recipes")
+    assert code == 0 and "mixtral" in out and "rotary_emb.inv_freq" in out
+    families = json.loads(run("recipes", "--json")[1])["families"]
+    assert [f["model_type"] for f in families] == list(RECIPES)
+
+
+def test_a_recipe_of_ones_own(run, tmp_path):
+    source, recipe = tmp_path / "in", tmp_path / "mine.py"
+    write_zero(source, llama(), stage=3, world=2)
+    (source / "config.json").write_text(json.dumps({**CONFIG, "model_type": "mine"}))
+    assert run("reshard", source, tmp_path / "out")[0] == 2
+    recipe.write_text("from fastckpt.recipes import RECIPES\nRECIPE = RECIPES['llama']\n")
+    assert run("reshard", source, tmp_path / "out", "--recipe", recipe, "--no-fsync")[0] == 0
+    assert run("verify", tmp_path / "out")[0] == 0
+    code, _, said = run("reshard", source, tmp_path / "no", "--recipe", tmp_path / "none.py")
+    assert code == 2 and "none.py" in said
 
 
 def test_doctor(run, tmp_path):

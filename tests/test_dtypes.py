@@ -92,3 +92,7 @@ def test_only_floats_convert() -> None:
     for src in DTYPES:
         for dst in DTYPES:
             assert castable(src, dst) == (src is dst or (src in FLOATS and dst in FLOATS))
+
+
+def test_torchs_own_dtype_is_a_name() -> None:
+    assert dtype(torch.bfloat16) is dtypes.bfloat16  # type: ignore[arg-type]

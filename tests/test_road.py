@@ -147,6 +147,27 @@ def test_the_callers_tensors_are_filled_in_place(tmp_path):
         fastckpt.reshard(tmp_path, 2, layout="vllm", out=one)
 
 
+def test_memory_that_is_filled_twice_or_read_later_is_refused():
+    base = torch.arange(16.0).view(4, 4)
+    with pytest.raises(LayoutError, match="same memory"):
+        fastckpt.reshard({"w": base.t()}, rank=0, layout="same", out={"w": base})
+    assert torch.equal(base, torch.arange(16.0).view(4, 4))
+    room = torch.zeros(8)
+    given = {"a": torch.ones(2, 3), "b": torch.ones(6)}
+    with pytest.raises(LayoutError, match="a and b lie over the same memory"):
+        fastckpt.reshard(given, rank=0, layout="same", out={"a": room[:6].view(2, 3), "b": room[2:]})
+    apart = torch.zeros(12)
+    fastckpt.reshard(given, rank=0, layout="same", out={"a": apart[:6].view(2, 3), "b": apart[6:]})
+    assert torch.equal(apart, torch.ones(12))
+
+
+def test_a_tied_module_does_not_choose_between_two_tensors():
+    module = torch.nn.Sequential(torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 3, bias=False))
+    module[1].weight = module[0].weight
+    with pytest.raises(LayoutError, match="same memory"):
+        fastckpt.load_into(module, {"0.weight": torch.zeros(3, 3), "1.weight": torch.ones(3, 3)})
+
+
 def test_tensors_in_memory_are_a_checkpoint():
     config, files, _ = tiny.made("mixtral")
     shards = fastckpt.reshard(files, 2, layout="vllm", config=config)

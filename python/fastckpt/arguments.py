@@ -54,6 +54,8 @@ def parser() -> argparse.ArgumentParser:
     reshard.add_argument("--device", default="cpu", help="where the copies run (default: cpu)")
     reshard.add_argument("--allow-nonfinite", action="store_true", help="write NaN and infinity as they are")
 
+    command("recipes", "the model families that are read, and the names each leaves out")
+
     consolidate = command("consolidate", "write one state dict, as DeepSpeed's zero_to_fp32 does")
     _path(consolidate)
     _out(consolidate)
@@ -177,7 +179,11 @@ def _planning(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--config", metavar="FILE", help="config.json or its directory (default: beside CHECKPOINT)"
     )
-    p.add_argument("--recipe", metavar="FAMILY", help="the model family (default: the config's model_type)")
+    p.add_argument(
+        "--recipe",
+        metavar="FAMILY",
+        help="a family that `recipes` lists, or your .py file (default: the config's model_type)",
+    )
     p.add_argument("--tp-plan", metavar="FILE", help="JSON of name patterns, for a model no recipe knows")
     p.add_argument("--vocab-size", type=int, metavar="N", help="the embedding rows that count")
 

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FastckptError as e:
         return _failed(f"error: {e}", e.exit_code, debug)
     except (OSError, MemoryError) as e:
-        return _failed(f"error: {e or 'out of memory'}", WriteError.exit_code, debug)
+        return _failed(f"error: {str(e) or 'out of memory'}", WriteError.exit_code, debug)
 
 
 def _failed(message: str, code: int, debug: bool) -> int:
@@ -160,6 +160,32 @@ def _consolidate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _recipes(args: argparse.Namespace) -> int:
+    from .recipes import table
+    from .text import columns
+
+    families = table()
+    left_out: dict[str, list[str]] = {}
+    for family in families:
+        for pattern in family.ignored:
+            left_out.setdefault(pattern, []).append(family.model_type)
+
+    def text() -> str:
+        shown = columns([(f.model_type, f.about) for f in families])
+        left = columns([(pattern, "in " + ", ".join(names)) for pattern, names in left_out.items()])
+        return "\n".join([*shown, "known to be stale, and left out:", *left])
+
+    def as_json() -> dict[str, JSON]:
+        return {
+            "families": [
+                {"model_type": f.model_type, "about": f.about, "ignored": list(f.ignored)} for f in families
+            ]
+        }
+
+    _show(args, text, as_json)
+    return 0
+
+
 def _verify(args: argparse.Namespace) -> int:
     from .text import counted, size
     from .verification import verify
@@ -212,6 +238,7 @@ COMMANDS: dict[str, Command] = {
     "consolidate": _consolidate,
     "verify": _verify,
     "diff": _diff,
+    "recipes": _recipes,
     "doctor": _doctor,
     "demo": _demo,
 }

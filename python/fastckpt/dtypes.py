@@ -67,12 +67,12 @@ _SHORT = {"fp32": float32, "bf16": bfloat16, "fp16": float16, "half": float16, "
 
 
 def dtype(name: str | DType) -> DType:
-    """The type of that name: torch's spelling ("bfloat16", "torch.bfloat16") or a short one ("bf16").
+    """The type of that name: torch's spelling ("bfloat16", "torch.bfloat16") or own, or a short one ("bf16").
 
     Raises ViewError naming the known types."""
     if isinstance(name, DType):
         return name
-    plain = name.removeprefix("torch.").lower()
+    plain = str(name).removeprefix("torch.").lower()
     found = BY_NAME.get(plain) or _SHORT.get(plain)
     if found is None:
         raise ViewError(f"unknown dtype {name!r}; known: {', '.join(BY_NAME)}")

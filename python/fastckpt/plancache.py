@@ -7,11 +7,13 @@ used only where key, table and its own digest agree, and every row is checked ag
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import xxhash
@@ -34,6 +36,15 @@ def folder() -> str | None:
         return None if told in ("", "0", "off") else told
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.path.join(home, "fastckpt", "plans")
+
+
+@functools.cache
+def code() -> str:
+    """Hex digest of this package's own Python source: another version of it makes its own plans."""
+    digest = xxhash.xxh3_64()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return str(digest.hexdigest())
 
 
 def load(key: str, extents: int) -> tuple[list[Named], list[Chunk]] | None:

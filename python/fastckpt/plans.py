@@ -159,8 +159,8 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
                 yield rank, target
 
     extents = road.checkpoint.extents
-    cacheable = wanted.held is None and bool(road.checkpoint.structure)
-    key = road.key(placement, ranks)
+    cacheable = wanted.held is None and road.ours and bool(road.checkpoint.structure)
+    key = road.key(placement, ranks, plancache.code())
     found = plancache.load(key, len(extents)) if cacheable else None
     if found is None:
         order, kept, extents, needed = _compiled(stream, extents)
@@ -252,6 +252,8 @@ class _Road:
     aliases: Mapping[str, str]
     options: Mapping[str, JSON]
     notes: tuple[str, ...]
+    ours: bool
+    """Whether recipe and layout are this package's, so that their code is known to a plan's key."""
 
     @staticmethod
     def of(ckpt: Checkpoint, wanted: Wanted) -> _Road:
@@ -276,6 +278,7 @@ class _Road:
             "client_state": None if wanted.client_state is None else dict(wanted.client_state),
         }
         notes = tuple(str(n) for n in _list(ckpt.facts.get("notes")))
+        own_layout = type(layout) in (*layouts.LAYOUTS.values(), Patterns)
         if not layout.roles:
             by_names = layout
             return _Road(
@@ -287,12 +290,14 @@ class _Road:
                 ckpt.aliases,
                 options,
                 notes,
+                own_layout,
             )
         by_roles = layout
         assert config is not None
-        recipe = recipes.find(config if wanted.recipe is None else {"model_type": wanted.recipe})
+        recipe = recipes.find(config) if wanted.recipe is None else recipes.named(wanted.recipe)
         model = recipe(cast, config, vocab_size=wanted.vocab_size)
         options["family"] = model.family
+        options["recipe"] = wanted.recipe
         options["config"] = xxhash.xxh3_64_hexdigest(json.dumps(dict(config), sort_keys=True).encode())
         if model.ignored:
             notes += (f"left out, known to {model.family}: {', '.join(model.ignored)}",)
@@ -306,6 +311,7 @@ class _Road:
             aliases,
             options,
             notes,
+            own_layout and recipe in recipes.RECIPES.values(),
         )
 
     def key(self, placement: Placement, *more: JSON | tuple[int, ...]) -> str:

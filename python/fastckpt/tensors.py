@@ -51,6 +51,7 @@ def matched(planned: Plan, out: Sequence[Mapping[str, torch.Tensor]]) -> list[Bu
         if not given.is_contiguous():
             raise LayoutError(f"out: {t.name} is not contiguous, its strides are {given.stride()}")
         buffers.append(buffer(given))
+    _refuse_overlaps(planned, buffers)
     for state, rank in zip(out, planned.ranks, strict=True):
         names = {t.name for t in planned.tensors if t.rank == rank}
         more = [n for n in state if n not in names and n not in planned.aliases]
@@ -60,6 +61,23 @@ def matched(planned: Plan, out: Sequence[Mapping[str, torch.Tensor]]) -> list[Bu
             if alias in state and state[alias].data_ptr() != state[holder].data_ptr():
                 raise LayoutError(f"out: {alias} is tied to {holder} but is not the same memory")
     return buffers
+
+
+def _refuse_overlaps(planned: Plan, buffers: Sequence[Buffer]) -> None:
+    """Memory that is filled twice, or filled before it was read, would hold wrong weights."""
+    spans = [(b.address, b.nbytes, True, t.name) for t, b in zip(planned.tensors, buffers, strict=True)]
+    spans += [
+        (x.where.address, x.where.nbytes, False, f"the checkpoint's {x.key}")
+        for x in planned.extents
+        if isinstance(x.where, Buffer) and x.where.device == "cpu"
+    ]
+    ends = {True: (0, ""), False: (0, "")}  # of what is filled, of what is read: how far, by whom
+    for start, nbytes, filled, name in sorted(span for span in spans if span[1]):
+        for other in (True, False) if filled else (True,):
+            end, before = ends[other]
+            if start < end:
+                raise LayoutError(f"out: {before} and {name} lie over the same memory")
+        ends[filled] = max(ends[filled], (start + nbytes, name))
 
 
 def buffer(tensor: torch.Tensor) -> Buffer:

@@ -45,6 +45,9 @@ def _family(name, heads, sizes=_SIZES, drop=(), **changes):
 
 
 FAMILIES = {
+    "ministral": _family("Ministral", (8, 4, 8), head_dim=8),
+    "granite": _family("Granite", (8, 4, 8), attention_bias=True, mlp_bias=True),
+    "smollm3": _family("SmolLM3", (8, 4, 8), tie_word_embeddings=True, eos_token_id=1, bos_token_id=2),
     "gemma": _family("Gemma", (8, 4, 10), head_dim=10, tie_word_embeddings=True, attention_bias=True),
     "gemma2": _family("Gemma2", (8, 4, 8), head_dim=8, tie_word_embeddings=True),
     "gemma3": _family("Gemma3", (8, 2, 12), head_dim=12, num_key_value_heads=2, tie_word_embeddings=True),

@@ -171,7 +171,7 @@ def test_options_from_strings():
     assert layout("vllm", {"vocab_padding": "128"}).vocab_padding == 128
     for name, options, message in [
         ("tensorrt", {}, "no layout 'tensorrt'; known: same, hf, vllm, rtp_llm"),
-        ("vllm", {"padding": "1"}, "no option 'padding'; known: vocab_padding, experts, gate_up"),
+        ("vllm", {"padding": "1"}, "no option 'padding'; known: vocab_padding, pad, experts, gate_up"),
         ("rtp_llm", {"x": "1"}, "known: none"),
         ("hf", {"replicate_kv": "yes"}, "wanted true or false, got 'yes'"),
         ("same", {"container": "zip"}, "wanted safetensors or bin, got 'zip'"),

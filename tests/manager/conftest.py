@@ -13,28 +13,30 @@ from fastckpt.manager.manager import CheckpointManager
 Work = Callable[[CheckpointManager], Any]
 
 
+def run_ranks(
+    world: int, root: object, work: Work, nodes: list[str] | None = None, **options: Any
+) -> list[Any]:
+    """`work(manager)` on every rank at once; the results by rank, or the first error when all have ended."""
+
+    def one(rank: int) -> Any:
+        more = {} if nodes is None else {"node": nodes[rank], "shared": False}
+        place = root[rank] if isinstance(root, list) else root
+        with CheckpointManager(place, rank=rank, world=world, timeout=20, **more, **options) as manager:
+            return work(manager)
+
+    with ThreadPoolExecutor(world) as pool:
+        futures = [pool.submit(one, rank) for rank in range(world)]
+        errors = [f.exception() for f in futures]
+    for error in errors:
+        if error is not None:
+            raise error
+    return [f.result() for f in futures]
+
+
 @pytest.fixture
 def as_ranks() -> Callable[..., list[Any]]:
-    """as_ranks(world, root, work, **options): `work(manager)` on every rank at once; the results by rank.
-
-    The first error of a rank is raised when all have ended."""
-
-    def run(world: int, root: object, work: Work, nodes: list[str] | None = None, **options: Any) -> list[Any]:
-        def one(rank: int) -> Any:
-            more = {} if nodes is None else {"node": nodes[rank], "shared": False}
-            place = root[rank] if isinstance(root, list) else root
-            with CheckpointManager(place, rank=rank, world=world, timeout=20, **more, **options) as manager:
-                return work(manager)
-
-        with ThreadPoolExecutor(world) as pool:
-            futures = [pool.submit(one, rank) for rank in range(world)]
-            errors = [f.exception() for f in futures]
-        for error in errors:
-            if error is not None:
-                raise error
-        return [f.result() for f in futures]
-
-    return run
+    """as_ranks(world, root, work, nodes, **options): see run_ranks."""
+    return run_ranks
 
 
 @pytest.fixture

@@ -63,7 +63,11 @@ def test_odd_values_return(value: object) -> None:
 
 
 def test_numpy_returns() -> None:
-    state = {"a": np.arange(6, dtype=np.int16).reshape(2, 3).T, "s": np.float32(0.1), "r": np.random.RandomState(1)}
+    state = {
+        "a": np.arange(6, dtype=np.int16).reshape(2, 3).T,
+        "s": np.float32(0.1),
+        "r": np.random.RandomState(1),
+    }
     state["r"] = state["r"].get_state()
     back: Any = through(state)
     assert back["a"].dtype == np.int16 and back["a"].tolist() == [[0, 3], [1, 4], [2, 5]]
@@ -103,7 +107,12 @@ def test_names_and_parts(trained: Callable[..., dict[str, Any]]) -> None:
     tree = flatten(trained(1)).tree
     names = names_in(tree)
     assert names[0] == "model.0.weight" and "optimizer.state.0.exp_avg" in names
-    assert parts_of(tree) == {"model": "module", "optimizer": "object", "scheduler": "object", "seen": "value"}
+    assert parts_of(tree) == {
+        "model": "module",
+        "optimizer": "object",
+        "scheduler": "object",
+        "seen": "value",
+    }
 
 
 def test_templates_are_filled(trained: Callable[..., dict[str, Any]], same: Callable[..., bool]) -> None:
@@ -113,7 +122,9 @@ def test_templates_are_filled(trained: Callable[..., dict[str, Any]], same: Call
     template["own"] = "stays"
     back = Builder(flat.tensors).build(flat.tree, template)
     assert back is template and template.pop("own") == "stays"
-    assert {k: id(v) for k, v in template.items() if k != "seen"} == {k: v for k, v in ids.items() if k != "seen"}
+    assert {k: id(v) for k, v in template.items() if k != "seen"} == {
+        k: v for k, v in ids.items() if k != "seen"
+    }
     assert same(template, saved)
 
 
@@ -146,7 +157,9 @@ def test_templates_that_do_not_fit(template: object, said: str) -> None:
 
 
 def test_trees_of_ranks() -> None:
-    trees = [flatten({"a": {"same": 1, "rank": r}, "list": [1, 2], "only": 3} if r < 2 else {"a": {"same": 1, "rank": r}, "list": [1, 2]}).tree for r in range(3)]  # fmt: skip
+    states: list[dict[str, object]] = [{"a": {"same": 1, "rank": r}, "list": [1, 2]} for r in range(3)]
+    states[0]["only"] = 3
+    trees = [flatten(s).tree for s in states]
     tree, differing = merged(trees)
     assert Builder({}).build(tree) == {"a": {"same": 1}, "list": [1, 2]}
     assert differing == ["a.rank", "only"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import reading
@@ -101,3 +102,9 @@ def test_outputs_that_cannot_be_read(tmp_path):
     record["ranks"][0]["tensors"]["q"] = {}
     (path / "fastckpt.json").write_text(json.dumps(record))
     refuses(path, "q is in fastckpt.json and in no file")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(SourceError, match="not a checkpoint file"):
+        sources.open(tmp_path / "pipe.pt")

@@ -53,7 +53,7 @@ def test_one_file(tmp_path):
 
 def sharded(path):
     path.mkdir(exist_ok=True)
-    files = {f"model-{k:05d}-of-00012.safetensors": {n: t} for k, (n, t) in enumerate(TENSORS.items(), 1)}
+    files = {f"model-{k:05d}-of-00007.safetensors": {n: t} for k, (n, t) in enumerate(TENSORS.items(), 1)}
     for file, tensors in files.items():
         save_file(tensors, path / file)
     index = {"metadata": {}, "weight_map": {n: file for file, tensors in files.items() for n in tensors}}
@@ -81,7 +81,7 @@ def test_shards_without_an_index(tmp_path):
 def test_shards_on_two_disks(tmp_path):
     sharded(tmp_path / "a")
     (tmp_path / "b").mkdir()
-    moved = "model-00001-of-00012.safetensors"
+    moved = "model-00001-of-00007.safetensors"
     (tmp_path / "a" / moved).rename(tmp_path / "b" / moved)
     refuses(tmp_path / "a", moved, "is missing in")
     same(sources.open(tmp_path / "a", also=[tmp_path / "b"]), TENSORS)
@@ -188,3 +188,12 @@ def test_zero_options_are_refused(tmp_path):
     save_file(TENSORS, tmp_path / "model.safetensors")
     refuses(tmp_path, "no ZeRO checkpoint", tag="x")
     refuses(tmp_path, "no ZeRO checkpoint", weights="module")
+
+
+def test_a_part_of_a_numbered_set_is_refused(tmp_path):
+    for n in (1, 2):
+        save_file({f"t{n}": torch.ones(n)}, tmp_path / f"model-0000{n}-of-00002.safetensors")
+    assert sorted(sources.open(tmp_path)) == ["t1", "t2"]
+    (tmp_path / "model-00001-of-00002.safetensors").unlink()
+    refuses(tmp_path, "only 1", "(2)")
+    assert sorted(sources.open(tmp_path / "model-00002-of-00002.safetensors")) == ["t2"], "asked for alone"

@@ -72,13 +72,15 @@ def in_part(linear: Linear, index: int, count: int) -> Linear:
 
 
 def _factors(linear: Linear, axis: int, start: int, length: int) -> View | None:
-    """The block factors of [start, start + length) of an fp8 matrix's axis, which must begin on a block.
+    """The block factors of [start, start + length) of an fp8 matrix's axis.
 
-    A part that ends inside a block keeps that block's factor, unless another part begins there."""
+    The part begins on a block and ends with one (or with the matrix), or lies within one, whose factor every
+    such part gets."""
     if linear.scale is None:
         return None
     block, stop = linear.block[axis], start + length
-    if start % block or (stop % block and stop != linear.weight.shape[axis]):
+    aligned = start % block == 0 and (stop % block == 0 or stop == linear.weight.shape[axis])
+    if not aligned and start // block != (stop - 1) // block:
         raise LayoutError(
             f"{linear.name}: [{start}, {stop}) of axis {axis} cuts a block of {block} that shares a factor"
         )

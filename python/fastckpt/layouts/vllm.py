@@ -33,6 +33,7 @@ from .cuts import (
     require_kv_heads,
 )
 from .naming import Naming
+from .padding import padded
 from .servers import Share, expert_share, layer_range
 
 RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
@@ -45,11 +46,14 @@ RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
 @dataclass(frozen=True, slots=True)
 class Vllm:
     """`vocab_padding`: the vocabulary is padded to a multiple of it (vLLM's DEFAULT_VOCAB_PADDING_SIZE).
-    `experts`: which of them a rank of expert parallelism holds: a run of them, or every ep-th.
+    `pad`: heads and widths that do not divide are padded with zeros (layouts/padding.py); the server's config
+    must then say the padded sizes. `experts`: which of them a rank of expert parallelism holds: a run of
+    them, or every ep-th.
     `gate_up`: the order within `w13_weight`; "up_gate" is what some kernels and SGLang's loaders want
     (where the hub stores gate and up in turn, they stay so)."""
 
     vocab_padding: int = 64
+    pad: bool = False
     experts: Literal["linear", "round_robin"] = "linear"
     gate_up: Literal["gate_up", "up_gate"] = "gate_up"
     roles: ClassVar[Literal[True]] = True
@@ -67,6 +71,9 @@ class Vllm:
         the first target, where heads, a feed-forward width or the padded vocabulary do not divide, where kv
         heads neither divide nor repeat evenly, for more stages than layers, for another ep, and for a model
         that is no decoder."""
+        if self.pad:
+            ranks = placement.tp * placement.dp
+            model = padded(model, placement.tp, ranks if placement.ep == 1 else 1)
         share = expert_share("vllm", placement, model.sizes)
         stage = layer_range("vllm", placement, len(model.layers))
         require_heads("vllm", placement, model.sizes)

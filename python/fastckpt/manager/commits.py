@@ -77,11 +77,14 @@ class Store:
     # ---- what stands ----
 
     def steps(self) -> list[int]:
-        """Steps with a commit record, ascending; their files are not looked at."""
-        try:
-            entries = os.listdir(self.root)
-        except FileNotFoundError:
-            return []
+        """Steps with a commit record, ascending; their files are not looked at.
+
+        Raises WriteError for a root that is there and cannot be listed: that is not the same as none."""
+        with telling(self.root):
+            try:
+                entries = os.listdir(self.root)
+            except FileNotFoundError:
+                return []
         found = []
         for entry in entries:
             named = self._named.fullmatch(entry)

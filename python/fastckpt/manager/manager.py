@@ -15,11 +15,12 @@ import time
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 
 from ..checkpoint import JSON
-from ..errors import ManagerError, SourceError
+from ..errors import ManagerError, SourceError, WriteError
 from ..layouts import Layout
 from ..road import Report
 from . import loading, policies, publishing, saving
@@ -136,6 +137,9 @@ class CheckpointManager:
         self._broken: set[int] = set()
         self._stats: list[Timing] = []
         self._last_save = -math.inf
+        self._newest: int | None = None
+        with suppress(WriteError):  # a root that cannot be reached now may be when something is saved
+            self._newest = self.latest()
         self._signalled = False
         self._preempted = False
         self._old_handler: signal.Handlers | object | None = None
@@ -203,9 +207,7 @@ class CheckpointManager:
         warning, where the checkpoints cannot be reached. Collective.
 
         Raises ManagerError or WriteError on every rank; then the commits that stood still stand."""
-        commits = self._store.commits() if self._group.rank == 0 else []
-        last = commits[-1].step if commits else None
-        moment = Moment(step, last, time.monotonic() - self._last_save, self._signalled)
+        moment = Moment(step, self._newest, time.monotonic() - self._last_save, self._signalled)
         want = self._group.rank == 0 and (force or self._when(moment))
         said = self._group.exchange([want, self._signalled, secrets.token_hex(8)])
         votes = [v for v in said if isinstance(v, list)]
@@ -251,9 +253,9 @@ class CheckpointManager:
         """Take the state apart and into host memory."""
         flat = flatten(state)
         names = set(flat.tensors)
-        if self._names is not None and names != self._names:
+        if self._names is not None and names != self._names:  # only of a resumed run
             warnings.warn(_changed(step, self._names, names), CheckpointWarning, stacklevel=5)
-        self._names = names
+            self._names = names
         if client_state and not flat.engines:
             raise ManagerError("client_state goes with a DeepSpeed engine; put the values into the state")
         taken = self._snapshots.take(flat.tensors, copy=self._async)
@@ -270,6 +272,7 @@ class CheckpointManager:
         """Commit, tell, and clean: in this order."""
         done = saving.save(self._store, group, self._disk, job)
         self._broken.discard(job.step)
+        self._newest = job.step
         for rank, (seconds, nbytes) in enumerate(zip(done.seconds, done.nbytes, strict=True)):
             self._stats.append(Timing(SAVE, job.step, rank, seconds, nbytes))
         if self._metadata is not None and group.rank == 0:
@@ -517,6 +520,7 @@ class CheckpointManager:
             return None
 
         together(self._group, f"rewind to step {step}", move)
+        self._newest = step
         return newer
 
     def close(self) -> None:

@@ -244,7 +244,7 @@ def shared(claims: Sequence[Mapping[str, Claim]], disk: Sequence[int]) -> dict[s
     for name in every:
         for rank in disk:
             load[rank] -= claims[rank][name].nbytes
-    for name in every:
+    for name in sorted(every, key=lambda n: -claims[0][n].nbytes):
         claim = claims[0][name]
         owner = min(disk, key=lambda r: (load[r], r))
         load[owner] += claim.nbytes

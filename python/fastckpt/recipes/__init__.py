@@ -1,13 +1,16 @@
 """Model families: each recipe turns a checkpoint and its config into a Model.
 
-A family is a file here and a line in RECIPES; a user's own function of the same signature works alike.
+A family is a file here and a line in FAMILIES; a user's own is a file of theirs, or an entry point.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from importlib.util import module_from_spec, spec_from_file_location
+from typing import Protocol, cast
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
@@ -42,44 +45,134 @@ class Recipe(Protocol):
     ) -> Model: ...
 
 
-RECIPES: dict[str, Recipe] = {
-    "llama": partial(decoder.recipe, kind=llama.LLAMA),
-    "mistral": partial(decoder.recipe, kind=llama.MISTRAL),
-    "qwen2": partial(decoder.recipe, kind=llama.QWEN2),
-    "qwen3": partial(decoder.recipe, kind=llama.QWEN3),
-    "gemma": partial(decoder.recipe, kind=gemma.GEMMA),
-    "gemma2": partial(decoder.recipe, kind=gemma.GEMMA2),
-    "gemma3_text": partial(decoder.recipe, kind=gemma.GEMMA3),
-    "phi3": partial(decoder.recipe, kind=phi3.PHI3),
-    "glm": partial(decoder.recipe, kind=glm.GLM),
-    "glm4": partial(decoder.recipe, kind=glm.GLM4),
-    "mixtral": mixtral.recipe,
-    "qwen2_moe": partial(qwen_moe.recipe, kind=qwen_moe.QWEN2_MOE),
-    "qwen3_moe": qwen_moe.recipe,
-    "glm4_moe": partial(deepseek.recipe, family=deepseek.GLM4_MOE),
-    "deepseek_v2": partial(deepseek.recipe, family=deepseek.V2),
-    "deepseek_v3": deepseek.recipe,
-    "gpt_oss": gpt_oss.recipe,
-    "gpt2": gpt2.recipe,
-    "gpt_neox": neox.neox,
-    "bloom": neox.bloom,
-    "falcon": neox.falcon,
-    "chatglm": chatglm.recipe,
-    "bert": bert.recipe,
-    "roberta": partial(bert.recipe, names=bert.ROBERTA),
-    "t5": t5.recipe,
-    "whisper": whisper.recipe,
-}
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One line of the table: `model_type` as transformers spells it, its recipe, what it reads in a few
+    words, and the patterns of names it knows and leaves out."""
+
+    model_type: str
+    recipe: Recipe
+    about: str
+    ignored: tuple[str, ...] = decoder.IGNORED
+
+
+def _decoder(kind: decoder.Kind, about: str) -> Family:
+    return Family(kind.family, partial(decoder.recipe, kind=kind), about)
+
+
+FAMILIES: tuple[Family, ...] = (
+    _decoder(llama.LLAMA, "Llama: q, k, v and gate, up apart"),
+    _decoder(llama.MISTRAL, "Mistral: as Llama, no biases"),
+    _decoder(llama.MINISTRAL, "Ministral: as Mistral"),
+    _decoder(llama.GRANITE, "Granite: as Llama"),
+    _decoder(llama.SMOLLM3, "SmolLM3: as Llama, tied unless it says otherwise"),
+    _decoder(llama.QWEN2, "Qwen2: as Llama, biases on q, k, v"),
+    _decoder(llama.QWEN3, "Qwen3: as Llama, norms on each head's q and k"),
+    _decoder(gemma.GEMMA, "Gemma: norms by 1 + weight"),
+    _decoder(gemma.GEMMA2, "Gemma 2: norms before and after each block"),
+    _decoder(gemma.GEMMA3, "Gemma 3, text: Gemma 2 with norms on q and k"),
+    _decoder(phi3.PHI3, "Phi-3: [q; k; v] and [gate; up] as one"),
+    _decoder(glm.GLM, "GLM: [gate; up] as one"),
+    _decoder(glm.GLM4, "GLM-4: GLM with norms after each block"),
+    Family("mixtral", mixtral.recipe, "Mixtral: experts, saved one by one or trained in stacks"),
+    Family(
+        "qwen2_moe",
+        partial(qwen_moe.recipe, kind=qwen_moe.QWEN2_MOE),
+        "Qwen2-MoE: experts and a gated shared one",
+    ),
+    Family("qwen3_moe", qwen_moe.recipe, "Qwen3-MoE: experts, norms on each head's q and k"),
+    Family(
+        "glm4_moe",
+        partial(deepseek.recipe, family=deepseek.GLM4_MOE),
+        "GLM-4 MoE: corrected routing, shared experts",
+    ),
+    Family(
+        "deepseek_v2",
+        partial(deepseek.recipe, family=deepseek.V2),
+        "DeepSeek-V2: latent attention, shared experts",
+    ),
+    Family("deepseek_v3", deepseek.recipe, "DeepSeek-V3: V2 with corrected routing, fp8 by blocks"),
+    Family("gpt_oss", gpt_oss.recipe, "gpt-oss: sinks, experts in interleaved stacks"),
+    Family("gpt2", gpt2.recipe, "GPT-2: matrices stored [in, out], learned positions", gpt2.IGNORED),
+    Family("gpt_neox", neox.neox, "GPT-NeoX, Pythia: q, k, v head by head", neox.IGNORED),
+    Family("bloom", neox.bloom, "BLOOM: q, k, v head by head, alibi", neox.IGNORED),
+    Family("falcon", neox.falcon, "Falcon: one kv head, kv groups, or head by head", neox.IGNORED),
+    Family("chatglm", chatglm.recipe, "ChatGLM 2, 3 and GLM-4 in THUDM's own names", chatglm.IGNORED),
+    Family("bert", bert.recipe, "BERT, alone or with a head", bert.IGNORED),
+    Family("roberta", partial(bert.recipe, names=bert.ROBERTA), "RoBERTa, likewise", bert.IGNORED),
+    Family("t5", t5.recipe, "T5: encoder and decoder, relative positions", ()),
+    Family("whisper", whisper.recipe, "Whisper: audio encoder and decoder", ()),
+)
+
+RECIPES: dict[str, Recipe] = {family.model_type: family.recipe for family in FAMILIES}
 """transformers' `model_type` -> recipe."""
+
+GROUP = "fastckpt.recipes"
+"""The entry-point group of installed packages that bring recipes: `model_type` = a Recipe."""
+
+
+def table() -> tuple[Family, ...]:
+    """Every family that is read, for people."""
+    return FAMILIES
 
 
 def find(config: Mapping[str, JSON]) -> Recipe:
     """The recipe for a config, by its `model_type`. Raises RecipeError naming those there are."""
     name = config.get("model_type")
-    recipe = RECIPES.get(name) if isinstance(name, str) else None
+    recipe = _known(name) if isinstance(name, str) else None
     if recipe is None:
         raise RecipeError(
             f"config: no recipe for model_type {name!r}, known: {', '.join(RECIPES)}; "
             "a tp_plan of name patterns works without one"
         )
     return recipe
+
+
+def named(name: str) -> Recipe:
+    """The recipe a user asked for: a `model_type`, or the path of a Python file (`.py`) with a RECIPE in it.
+
+    The file is run: it is the user's own program, never part of a checkpoint, so a config cannot name one.
+    Raises RecipeError."""
+    if name.endswith(".py"):
+        return _from_file(name)
+    recipe = _known(name)
+    if recipe is None:
+        raise RecipeError(f"no recipe {name!r}; known: {', '.join(RECIPES)}, or the path of a .py file")
+    return recipe
+
+
+def _known(name: str) -> Recipe | None:
+    if name in RECIPES:
+        return RECIPES[name]
+    from importlib.metadata import entry_points  # takes longer than all recipes; only strangers need it
+
+    for point in entry_points(group=GROUP, name=name):
+        return _checked(point.load(), f"entry point {point.value}")
+    return None
+
+
+def _from_file(path: str) -> Recipe:
+    try:
+        with open(path, "rb") as f:
+            digest = hashlib.sha256(f.read()).hexdigest()[:12]
+    except OSError as e:
+        raise RecipeError(f"{path}: {e.strerror}") from None
+    spec = spec_from_file_location(f"fastckpt_recipe_{digest}", path)
+    if spec is None or spec.loader is None:
+        raise RecipeError(f"{path}: not a Python file")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    recipe = _checked(getattr(module, "RECIPE", None), f"{path}: RECIPE")
+
+    def of_file(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
+        # The file's digest is part of the family, so that no plan of an earlier version is taken up again.
+        model = recipe(ckpt, config, vocab_size=vocab_size)
+        return replace(model, family=f"{model.family} ({digest})")
+
+    return of_file
+
+
+def _checked(found: object, where: str) -> Recipe:
+    if not callable(found):
+        raise RecipeError(f"{where}: wanted a recipe (a function, or Names), got {found!r}")
+    return cast(Recipe, found)

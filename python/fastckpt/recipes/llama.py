@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and Qwen3: the decoder as it is; they differ in biases and per-head norms."""
+"""Llama and those that differ from it in biases and per-head norms: the decoder as it is."""
 
 from __future__ import annotations
 
@@ -6,5 +6,8 @@ from .decoder import Kind
 
 LLAMA = Kind("llama", mlp_bias=True)
 MISTRAL = Kind("mistral", qkv_bias=False, o_bias=False)
+MINISTRAL = Kind("ministral", qkv_bias=False, o_bias=False)
+GRANITE = Kind("granite", mlp_bias=True)
+SMOLLM3 = Kind("smollm3", mlp_bias=True, tied=True)
 QWEN2 = Kind("qwen2", qkv_bias=True, o_bias=False)
 QWEN3 = Kind("qwen3", qk_norm=True)

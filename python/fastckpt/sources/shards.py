@@ -7,12 +7,16 @@ Law: an index names files of its own directory only; every tensor lies in the on
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import SourceError
 from .assembly import read_json
 from .zero_files import natural
+
+_NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)(\D*)")
+"""A file of a numbered set, as save_pretrained names them: stem, number, count, ending."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +74,25 @@ def find_shards(path: str, suffix: str, single: str, also: Sequence[str] = ()) -
     else:
         found = Shards(tuple(os.path.join(d, n) for d in (path, *also) for n in _of(d, suffix)), None, path)
     used = {os.path.basename(p) for p in found.paths}
+    if not indexes:
+        _check_whole(path, used)
     rest = tuple(f"{n}: not a part of {indexes[0] if indexes else single}" for n in files if n not in used)
     return Shards(found.paths, found.index, path, rest)
+
+
+def _check_whole(path: str, used: set[str]) -> None:
+    """Refuse a part of a numbered set without an index: what the others hold would be left out."""
+    sets: dict[tuple[str, str, str], set[int]] = {}
+    for name in used:
+        if found := _NUMBERED.fullmatch(name):
+            stem, number, count, ending = found.groups()
+            sets.setdefault((stem, count, ending), set()).add(int(number))
+    for (stem, count, ending), numbers in sets.items():
+        if len(numbers) < int(count):
+            raise SourceError(
+                f"{path}: {stem}-*-of-{count}{ending}: only {len(numbers)} of the set are there "
+                f"({', '.join(map(str, sorted(numbers)[:8]))}); what the others hold would be left out"
+            )
 
 
 def _of(directory: str, suffix: str) -> list[str]:

@@ -87,6 +87,8 @@ def load(
 
 def is_torch_file(path: str | os.PathLike[str]) -> bool:
     """Whether the file starts as torch files do (a zip record, or the legacy magic number)."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        return False
     try:
         with open(path, "rb") as f:
             head = f.read(_MAGIC_WITHIN)

@@ -1,0 +1,102 @@
+"""Before the first tensor byte: opening, planning, kept plans, imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import fastckpt
+import inputs
+import pytest
+from fastckpt import plancache, plans
+from fastckpt.placement import Placement
+from fastckpt.planner import Binding
+from fastckpt.plans import Wanted
+from inputs import Input
+from measure import Bench, Figure, Goal, Step, seconds
+
+RANKS = 1024
+
+
+def bench_open(bench: Bench, folder: Path) -> None:
+    """open() of a ZeRO-3 checkpoint of 1,024 ranks (2,048 sparse files), warm."""
+    path = inputs.many_ranks(folder, RANKS)
+    bench.measure(
+        Figure("open() of 1,024 ZeRO-3 ranks, warm", "723 tensors, 2048 files", "s", seconds, Goal(5)),
+        Step("open", lambda: fastckpt.open(path)),
+        rounds=5,
+    )
+
+
+@pytest.mark.parametrize("files", [False, True], ids=["in memory", "files"])
+def bench_plan_small(bench: Bench, small: Input, files: bool) -> None:
+    """Names, views, rows and file layouts of many small tensors of an opened checkpoint."""
+    opened = fastckpt.open(small.path)
+    wanted = Wanted(Placement(), layout="same", dtype="bfloat16")
+    goal = Goal(1.0) if len(opened) == 100_000 else None
+    bench.measure(
+        Figure(f"planning {len(opened)} tensors, {'to files' if files else 'in memory'}", small.shape, "s", seconds, goal),
+        Step("plan", lambda: plans.draft(opened, wanted, in_memory=not files)),
+        rounds=5,
+    )
+
+
+def bench_plan_seventy(bench: Bench) -> None:
+    """One TP-8 rank of a llama of 70B shape over 1,024 ZeRO-3 ranks, to vLLM's files."""
+    opened = inputs.seventy(RANKS)
+    wanted = Wanted(Placement(tp=8), rank=3, layout="vllm", dtype="bfloat16")
+    rows = 0
+
+    def run() -> None:
+        nonlocal rows
+        plan = plans.draft(opened, wanted)
+        rows = sum(len(chunk.rows) for chunk in plan.kept or ()) or rows
+
+    bench.measure(
+        Figure("planning one TP-8 rank of 70B over 1,024 ranks", "723 tensors", "s", seconds, Goal(3)),
+        Step("plan", run),
+        rounds=5,
+    )
+
+
+def bench_kept_plan(bench: Bench, small: Input, folder: Path, monkeypatch: pytest.MonkeyPatch, work: Path) -> None:
+    """Look-up of a kept plan and its binding to the files as they are now."""
+    monkeypatch.setenv("FASTCKPT_CACHE", str(work))
+    opened = fastckpt.open(small.path)
+    wanted = Wanted(Placement(), layout="same", dtype="bfloat16")
+    plan = plans.draft(opened, wanted, in_memory=True)
+    (kept,) = [p.name for p in work.iterdir() if not p.name.startswith(".")]
+    rows = sum(len(chunk.rows) for _, chunk in plan.chunks())
+
+    def run() -> None:
+        found = plancache.load(kept, len(plan.extents))
+        assert found is not None
+        binding = Binding.of(opened.extents)
+        for chunk in found[1]:
+            binding.bind(chunk.rows)
+
+    bench.measure(
+        Figure(
+            "kept plan: look-up and rebind, per 10^4 rows", small.shape, "ms",
+            lambda subject, floor: subject * 1e3 * 1e4 / rows, Goal(10),
+        ),
+        Step("look-up and rebind", run), rounds=9, told={"rows": rows},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["fastckpt", "fastckpt.road"])
+def bench_import(bench: Bench, what: str) -> None:
+    """A fresh process that imports, less one that does not."""
+    def start(code: str) -> None:
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+    bench.measure(
+        Figure(
+            f"import {what}" + (" (all of a file-to-file run)" if "." in what else ""), "a fresh process", "ms",
+            lambda subject, floor: (subject - floor) * 1e3, Goal(150),
+        ),
+        Step("import", lambda: start(f"import {what}, sys; assert 'torch' not in sys.modules")),
+        [Step("python", lambda: start("pass"))],
+        rounds=9,
+    )  # fmt: skip

@@ -1,0 +1,129 @@
+"""Zero heads and zero widths, so that sizes which tp does not divide can be cut evenly.
+
+A zero query head's output is multiplied by zero columns of o, a zero unit of a feed-forward block by zero
+columns of down: the sums are the same numbers. The server's config must say the padded sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from ..errors import LayoutError
+from ..model import Attention, Experts, Layer, Layers, Lazy, Linear, Mla, Mlp, Model, Parameter, Sizes
+from ..views import View
+
+
+def padded(model: Model, tp: int, experts: int) -> Model:
+    """The model with heads that `tp` can cut or repeat, and with widths that divide by `tp`, an expert's by
+    `experts`, the ranks that cut it; between blocks of fp8 where it has them.
+
+    Query heads stay with the kv head they read: kv heads are added with all their queries, or, where there
+    are fewer kv heads than ranks, queries to every kv head. A layer raises LayoutError where heads of a
+    matrix with block factors would have to move."""
+    sizes = _sizes(model.sizes, tp, experts)
+    layers = [partial(_layer, model, sizes, i, tp, experts) for i in range(len(model.layers))]
+    return replace(model, sizes=sizes, layers=Layers(layers))
+
+
+def _sizes(sizes: Sizes, tp: int, experts: int) -> Sizes:
+    kv, group = sizes.kv_heads, sizes.heads // sizes.kv_heads
+    if kv >= tp:
+        kv = _up(kv, tp)
+    else:
+        kv = next(n for n in range(kv, tp + 1) if tp % n == 0)
+        group = _up(group, tp // kv)
+    widths = {
+        key: _up(width, experts if key == sizes.expert_width else tp) for key, width in sizes.widths.items()
+    }
+    return replace(sizes, heads=kv * group, kv_heads=kv, widths=widths)
+
+
+def _layer(model: Model, new: Sizes, index: int, tp: int, experts: int) -> Layer:
+    layer, old = model.layers[index], model.sizes
+    attention, mlp = layer.attention, layer.mlp
+    if (old.heads, old.kv_heads) != (new.heads, new.kv_heads):
+        if isinstance(attention, Mla):
+            attention = _latent(attention, old, new)
+        else:
+            attention = _attention(attention, old, new)
+    return replace(
+        layer,
+        attention=attention,
+        mlp=_experts(mlp, tp, experts) if isinstance(mlp, Experts) else _mlp(mlp, tp),
+    )
+
+
+def _attention(attention: Attention, old: Sizes, new: Sizes) -> Attention:
+    if attention.q.scale is not None or attention.o.scale is not None:
+        raise LayoutError(f"{attention.q.name}: heads of a matrix with block factors cannot be padded")
+    kv, d, sinks = new.kv_heads - old.kv_heads, old.head_dim, attention.sinks
+
+    def queries(view: View, axis: int, each: int) -> View:
+        """`each` elements of an axis a query head: more queries for every kv head, then more kv heads."""
+        of_kv = old.heads // old.kv_heads
+        more = new.heads // new.kv_heads - of_kv
+        return view.split(axis, of_kv * each).pad(axis + 1, 0, more * each).pad(axis, 0, kv).merge(axis)
+
+    q, o = attention.q, attention.o
+    return replace(
+        attention,
+        q=replace(q, weight=queries(q.weight, 0, d), bias=None if q.bias is None else queries(q.bias, 0, d)),
+        k=_out_padded(attention.k, new.kv_heads * d),
+        v=_out_padded(attention.v, new.kv_heads * d),
+        o=replace(o, weight=queries(o.weight, 1, d)),
+        sinks=None if sinks is None else Parameter(sinks.name, queries(sinks.view, 0, 1)),
+    )
+
+
+def _latent(attention: Mla, old: Sizes, new: Sizes) -> Mla:
+    def rows(linear: Linear) -> Linear:
+        return _out_padded(linear, linear.weight.shape[0] // old.heads * new.heads)
+
+    columns = attention.o.weight.shape[1] // old.heads * new.heads
+    return replace(
+        attention, q=rows(attention.q), kv_b=rows(attention.kv_b), o=_in_padded(attention.o, columns)
+    )
+
+
+def _experts(moe: Experts, tp: int, experts: int) -> Experts:
+    each = [partial(_expert, moe, e, experts) for e in range(len(moe.experts))]
+    shared = None if moe.shared is None else _mlp(moe.shared, tp)
+    return replace(moe, experts=Lazy(each), shared=shared)
+
+
+def _expert(moe: Experts, index: int, count: int) -> Mlp:
+    return _mlp(moe.experts[index], count)
+
+
+def _mlp(mlp: Mlp, count: int) -> Mlp:
+    """The same block as wide as `count` ranks can cut."""
+    width = _up(mlp.up.weight.shape[0], count * mlp.up.block[0])
+    gate = None if mlp.gate is None else _out_padded(mlp.gate, width)
+    return replace(mlp, gate=gate, up=_out_padded(mlp.up, width), down=_in_padded(mlp.down, width))
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _out_padded(linear: Linear, size: int) -> Linear:
+    bias = None if linear.bias is None else _grown(linear.bias, 0, size)
+    return replace(
+        linear,
+        weight=_grown(linear.weight, 0, size),
+        bias=bias,
+        scale=_grown_scale(linear, 0, size),
+    )
+
+
+def _in_padded(linear: Linear, size: int) -> Linear:
+    return replace(linear, weight=_grown(linear.weight, 1, size), scale=_grown_scale(linear, 1, size))
+
+
+def _grown(view: View, axis: int, size: int) -> View:
+    return view.pad(axis, 0, size - view.shape[axis])
+
+
+def _grown_scale(linear: Linear, axis: int, size: int) -> View | None:
+    return None if linear.scale is None else _grown(linear.scale, axis, -(-size // linear.block[axis]))

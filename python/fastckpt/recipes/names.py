@@ -1,0 +1,259 @@
+"""A family by its names alone: patterns for each role of a decoder, for a user's own recipe file.
+
+    # mine.py, given as --recipe mine.py
+    from fastckpt.recipes.names import Names
+
+    RECIPE = Names(
+        family="mine",
+        embedding="model.embed_tokens.weight",
+        attention_norm="model.layers.{i}.input_layernorm.weight",
+        q="model.layers.{i}.self_attn.q_proj.weight",
+        ...
+    )
+
+`{i}` is the layer, counted from 0, `{i+1}` from 1; `{e}` the expert. A tuple of patterns lists alternatives,
+of which the first that the checkpoint has is taken. A role that is None is not there; one that is named must
+be.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from ..checkpoint import JSON, Checkpoint
+from ..errors import RecipeError
+from ..model import Attention, Experts, Layer, Layers, Lazy, Linear, Mlp, Model, Norm, Sizes
+from .claims import Claims, Dim, fp8_block, integer, vocabulary
+from .fused import gate_up_parts, qkv_parts
+
+Pattern = str | tuple[str, ...]
+
+_COUNTER = re.compile(r"\{([ie])(?:\+(\d+))?\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The config keys that say a model's sizes, by default as transformers calls them."""
+
+    hidden: str = "hidden_size"
+    layers: str = "num_hidden_layers"
+    heads: str = "num_attention_heads"
+    kv_heads: str = "num_key_value_heads"
+    head_dim: str = "head_dim"
+    width: str = "intermediate_size"
+    experts: str = "num_local_experts"
+    vocab: str = "vocab_size"
+    positions: str = "max_position_embeddings"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Names:
+    """The names of a decoder's tensors; all end in `.weight`.
+
+    Attention has `q`, `k`, `v`, or `qkv` as one, `grouped` as in Attention; the feed-forward block has `up`
+    with or without a `gate`, or `gate_up` as one; with a `router` these are an expert's and hold `{e}`.
+    `biases` and `transposed`: the roles that have a bias, or are stored [in, out], by their names here (norms
+    too). `lm_head` None: it is the embedding. `tied`, `plus_one`, `ignored`: as in
+    decoder.Kind."""
+
+    family: str
+    embedding: Pattern
+    attention_norm: Pattern
+    o: Pattern
+    mlp_norm: Pattern | None
+    down: Pattern
+    norm: Pattern
+    lm_head: Pattern | None
+    q: Pattern | None = None
+    k: Pattern | None = None
+    v: Pattern | None = None
+    qkv: Pattern | None = None
+    grouped: bool = False
+    q_norm: Pattern | None = None
+    k_norm: Pattern | None = None
+    gate: Pattern | None = None
+    up: Pattern | None = None
+    gate_up: Pattern | None = None
+    router: Pattern | None = None
+    attention_after: Pattern | None = None
+    mlp_after: Pattern | None = None
+    positions: Pattern | None = None
+    biases: tuple[str, ...] = ()
+    transposed: tuple[str, ...] = ()
+    tied: bool = False
+    plus_one: bool = False
+    ignored: tuple[str, ...] = ()
+    keys: Keys = field(default_factory=Keys)
+
+    def __post_init__(self) -> None:
+        apart = (self.q is None) + (self.k is None) + (self.v is None)
+        if apart != (0 if self.qkv is None else 3):
+            raise RecipeError(f"recipe {self.family}: wanted q, k and v, or qkv")
+        if (self.up is None) == (self.gate_up is None) or (self.gate and self.gate_up):
+            raise RecipeError(f"recipe {self.family}: wanted up, with or without gate, or gate_up")
+        if self.router is not None and self.gate is None:
+            raise RecipeError(f"recipe {self.family}: experts need router, gate, up and down")
+
+    def __call__(
+        self, ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None
+    ) -> Model:
+        """The model of a checkpoint with these names; `vocab_size` overrides config's. Raises RecipeError."""
+        return _Reading(self, ckpt, config).model(vocab_size)
+
+
+class _Reading:
+    """One checkpoint read by one set of names."""
+
+    def __init__(self, names: Names, ckpt: Checkpoint, config: Mapping[str, JSON]) -> None:
+        self.names, self.ckpt, self.config, keys = names, ckpt, config, names.keys
+        self.claims = Claims(ckpt, f"{self.module(names.embedding)}.weight", block=fp8_block(config))
+        self.hidden = Dim(integer(config, keys.hidden), keys.hidden)
+        self.width = Dim(integer(config, keys.width), keys.width)
+        self.heads = integer(config, keys.heads)
+        self.kv_heads = integer(config, keys.kv_heads, self.heads)
+        self.head_dim = integer(config, keys.head_dim, self.hidden.size // self.heads)
+        if self.heads % self.kv_heads:
+            raise RecipeError(
+                f"config: {self.heads} attention heads do not share {self.kv_heads} kv heads evenly"
+            )
+
+    def module(self, pattern: Pattern, i: int = 0, e: int = 0) -> str:
+        """The module a pattern names, of several the first whose weight is there (the last, if none is)."""
+        counters = {"i": i, "e": e}
+        names = [
+            _COUNTER.sub(lambda m: str(counters[m[1]] + int(m[2] or 0)), p)
+            for p in ((pattern,) if isinstance(pattern, str) else pattern)
+        ]
+        name = next((n for n in names if n in self.ckpt), names[-1])
+        if not name.endswith(".weight"):
+            raise RecipeError(f"recipe {self.names.family}: {name} does not end in .weight")
+        return name.removesuffix(".weight")
+
+    def linear(
+        self, role: str, pattern: Pattern, out: Dim, into: Dim, i: int, e: int = 0
+    ) -> Callable[[], Linear]:
+        return self.claims.linear(
+            self.module(pattern, i, e),
+            out,
+            into,
+            bias=role in self.names.biases,
+            transposed=role in self.names.transposed,
+        )
+
+    def normed(
+        self, role: str, pattern: Pattern | None, i: int = 0, size: Dim | None = None
+    ) -> Callable[[], Norm | None]:
+        if pattern is None:
+            return lambda: None
+        return self.claims.norm(
+            self.module(pattern, i),
+            size or self.hidden,
+            bias=role in self.names.biases,
+            plus_one=self.names.plus_one,
+        )
+
+    def attention(self, i: int) -> Callable[[], Attention]:
+        names = self.names
+        q_rows = Dim(self.heads * self.head_dim, f"{names.keys.heads} * {names.keys.head_dim}")
+        kv_rows = Dim(self.kv_heads * self.head_dim, f"{names.keys.kv_heads} * {names.keys.head_dim}")
+        one = Dim(self.head_dim, names.keys.head_dim)
+        q_norm, k_norm = (
+            self.normed(role, pattern, i, one)
+            for role, pattern in (("q_norm", names.q_norm), ("k_norm", names.k_norm))
+        )
+        if names.q is not None and names.k is not None and names.v is not None:
+            q = self.linear("q", names.q, q_rows, self.hidden, i)
+            k = self.linear("k", names.k, kv_rows, self.hidden, i)
+            v = self.linear("v", names.v, kv_rows, self.hidden, i)
+            o = self.linear("o", names.o, self.hidden, q_rows, i)
+            return lambda: Attention(q(), k(), v(), o(), q_norm(), k_norm())
+        rows = Dim(q_rows.size + 2 * kv_rows.size, f"{q_rows.key} + 2 * {kv_rows.key}")
+        whole = self.linear("qkv", names.qkv or "", rows, self.hidden, i)
+        o = self.linear("o", names.o, self.hidden, q_rows, i)
+
+        def build() -> Attention:
+            fused = whole()
+            parts = qkv_parts(fused, self.heads, self.kv_heads, self.head_dim, grouped=names.grouped)
+            return Attention(*parts, o(), q_norm(), k_norm(), fused.name, names.grouped)
+
+        return build
+
+    def mlp(self, i: int, e: int = 0) -> Callable[[], Mlp]:
+        names = self.names
+        if names.gate_up is not None:
+            pair = Dim(2 * self.width.size, f"2 * {self.width.key}")
+            whole = self.linear("gate_up", names.gate_up, pair, self.hidden, i, e)
+            down = self.linear("down", names.down, self.hidden, self.width, i, e)
+
+            def build() -> Mlp:
+                both = whole()
+                return Mlp(*gate_up_parts(both), down(), both.name)
+
+            return build
+        gate = self.linear("gate", names.gate, self.width, self.hidden, i, e) if names.gate else None
+        up = self.linear("up", names.up or "", self.width, self.hidden, i, e)
+        down = self.linear("down", names.down, self.hidden, self.width, i, e)
+        return lambda: Mlp(gate() if gate else None, up(), down())
+
+    def experts(self, i: int, router: Pattern) -> Callable[[], Experts]:
+        count = Dim(integer(self.config, self.names.keys.experts), self.names.keys.experts)
+        routes = self.linear("router", router, count, self.hidden, i)
+        each = [self.mlp(i, e) for e in range(count.size)]
+        head = self.names.down if isinstance(self.names.down, str) else self.names.down[0]
+        if "{e" not in head:
+            raise RecipeError(f"recipe {self.names.family}: {head} is every expert's; it needs {{e}}")
+        name = self.module(head.partition("{e")[0] + ".weight", i).rstrip(".")
+        return lambda: Experts(name, routes(), Lazy(each))
+
+    def layer(self, i: int) -> Callable[[], Layer]:
+        names = self.names
+        before = self.normed("attention_norm", names.attention_norm, i)
+        attends = self.attention(i)
+        after = self.normed("attention_after", names.attention_after, i)
+        between = self.normed("mlp_norm", names.mlp_norm, i)
+        feeds: Callable[[], Mlp | Experts] = (
+            self.mlp(i) if names.router is None else self.experts(i, names.router)
+        )
+        last = self.normed("mlp_after", names.mlp_after, i)
+        return lambda: Layer(str(i), before(), attends(), between(), feeds(), after(), last())
+
+    def model(self, vocab_size: int | None) -> Model:
+        names, keys = self.names, self.names.keys
+        vocab, embedding, lm_head, tied = vocabulary(
+            self.claims,
+            self.config,
+            vocab_size,
+            embedding=self.module(names.embedding),
+            hidden=self.hidden,
+            tied_default=names.tied,
+            head=None if names.lm_head is None else self.module(names.lm_head),
+            key=keys.vocab,
+        )
+        layers = Layers([self.layer(i) for i in range(integer(self.config, keys.layers))])
+        table = None
+        if names.positions is not None:
+            rows = Dim(integer(self.config, keys.positions), keys.positions)
+            table = self.claims.table(self.module(names.positions), rows, self.hidden)()
+        return Model(
+            family=names.family,
+            sizes=Sizes(
+                hidden=self.hidden.size,
+                vocab=vocab,
+                heads=self.heads,
+                kv_heads=self.kv_heads,
+                head_dim=self.head_dim,
+                widths={self.width.key: self.width.size},
+                experts=0 if names.router is None else integer(self.config, keys.experts),
+                expert_width="" if names.router is None else self.width.key,
+                fused_qkv=names.qkv is not None,
+            ),
+            embedding=embedding,
+            layers=layers,
+            norm=self.normed("norm", names.norm)(),
+            lm_head=lm_head,
+            tied=tied,
+            positions=table,
+            ignored=self.claims.close(names.ignored),
+        )

@@ -1,0 +1,98 @@
+"""Families from a directory of transformers' to files of two ranks, cast on the way, in the default run."""
+
+from __future__ import annotations
+
+import json
+
+import fastckpt
+import pytest
+import torch
+from fastckpt.placement import Placement
+from layouts import families, family_oracle
+from safetensors.torch import load_file, save_file
+
+KEPT = "e_score_correction_bias"
+
+
+def directory(name, path):
+    """Where transformers would have saved the model."""
+    config, hub, _ = families.made(name)
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    save_file({n: x.contiguous() for n, x in hub.items()}, path / "model.safetensors", {"format": "pt"})
+    return path, hub
+
+
+def rounded(tensors):
+    return {n: x if KEPT in n else x.bfloat16() for n, x in tensors.items()}
+
+
+def equal(got, want):
+    assert sorted(got) == sorted(want)
+    for name, x in want.items():
+        assert got[name].dtype == x.dtype and torch.equal(got[name], x), name
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "falcon-new", "bloom", "phi3", "chatglm"])
+def test_vllm_files_of_two_ranks(name, tmp_path):
+    path, hub = directory(name, tmp_path / "hub")
+    heads = (8, 2, 8) if name == "chatglm" else families.FAMILIES[name].heads
+    order = "concat" if name == "chatglm" else "grouped"
+    fastckpt.reshard(path, tp=2, layout="vllm", dtype="bfloat16", out=tmp_path / "served", durable=False)
+    for r in range(2):
+        got = load_file(tmp_path / "served" / f"model-rank-{r}-part-0.safetensors")
+        equal(got, rounded(family_oracle.vllm(hub, heads, 2, r, order)))
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "whisper", "falcon-mqa"])
+def test_hf_files_of_two_ranks(name, tmp_path):
+    path, hub = directory(name, tmp_path / "hub")
+    heads = (families.FAMILIES | families.ENCODERS)[name].heads
+    replicate = fastckpt.layouts.layout("hf", {"replicate_kv": "true"})
+    fastckpt.reshard(path, tp=2, layout=replicate, out=tmp_path / "served", durable=False)
+    for r in range(2):
+        got = load_file(tmp_path / "served" / f"rank-{r:02d}" / "model.safetensors")
+        equal(got, family_oracle.hf(hub, heads, 2, r))
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen3_moe", "deepseek_v2", "gpt_oss", "glm4", "gpt_neox", "bert-alone", "t5"]
+)
+def test_transformers_loads_what_one_rank_wrote(name, tmp_path):
+    """Written from the trainer's spelling, loaded by transformers: the same model again."""
+    config, _, state = families.made(name)
+    tied = {
+        n
+        for n in state
+        if n.endswith("coder.embed_tokens.weight") or (n == "lm_head.weight" and name == "t5")
+    }
+    tensors = {n: x for n, x in state.items() if n not in tied}
+    fastckpt.reshard(tensors, config=config, layout="hf", out=tmp_path / "hub", durable=False)
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(config))
+    family = (families.FAMILIES | families.ENCODERS)[name]
+    kind = getattr(families.transformers, family.name + family.architecture)
+    model, info = kind.from_pretrained(tmp_path / "hub", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    equal(dict(model.state_dict()), state)
+
+
+def test_an_expert_parallel_rank_alone(tmp_path):
+    path, hub = directory("deepseek_v3", tmp_path / "hub")
+    grid = Placement(tp=2, dp=1, ep=2)
+    out = tmp_path / "served"
+    for rank in (1, 0):
+        fastckpt.reshard(path, placement=grid, rank=rank, layout="vllm", out=out, durable=False)
+    for r in range(2):
+        held = range(3 * r, 3 * r + 3)
+        want = family_oracle.vllm(hub, (8, 8, 6), 2, r, experts=held)
+        equal(load_file(out / f"model-rank-{r}-part-0.safetensors"), want)
+
+
+def test_pipeline_and_data_parallel_files(tmp_path):
+    path, hub = directory("gemma2", tmp_path / "hub")
+    grid = Placement(tp=2, pp=2, dp=2)
+    fastckpt.reshard(path, placement=grid, layout="vllm", out=tmp_path / "served", durable=False)
+    files = sorted(p.name for p in (tmp_path / "served").glob("*.safetensors"))
+    assert len(files) == 8
+    seen = {n for f in files for n in load_file(tmp_path / "served" / f)}
+    assert seen == set(family_oracle.vllm(hub, (8, 4, 8), 2, 0))

@@ -1,0 +1,142 @@
+"""Processes with torch.distributed (gloo): tensors cut over a mesh, into worlds of other sizes.
+
+This file is also the program that each rank runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fastckpt.errors import SourceError
+from fastckpt.manager.manager import CheckpointManager
+
+SHAPES = {"rows": (7, 5), "columns": (4, 6), "few": (2, 3), "all": (3, 3)}
+
+
+def whole(name: str, step: int = 0) -> torch.Tensor:
+    """The tensor as if it were on one rank."""
+    n = torch.Size(SHAPES[name]).numel()
+    return (torch.arange(n) + 100 * len(name) + step).reshape(SHAPES[name]).to(torch.bfloat16)
+
+
+def start(world: int, what: str, root: Path) -> None:
+    """Run this file on `world` ranks and wait for all of them."""
+    meet = root.parent / f"meet-{what}"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    env |= {"WORLD_SIZE": str(world), "MEET": str(meet)}
+    command = [sys.executable, __file__, what, str(root)]
+    ranks = [
+        subprocess.Popen(
+            command, env={**env, "RANK": str(r)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for r in range(world)
+    ]
+    said = [r.communicate(timeout=120)[0].decode() for r in ranks]
+    assert [r.returncode for r in ranks] == [0] * world, "\n".join(said)
+
+
+def test_cut_tensors(tmp_path: Path) -> None:
+    root = tmp_path / "ck"
+    start(2, "save", root)
+    with CheckpointManager(root) as manager:  # one rank alone, no mesh: the whole tensors
+        found = manager.restore(1)
+        assert isinstance(found, dict) and found["step"] == 1
+        for name in SHAPES:
+            assert torch.equal(found[name], whole(name, 1)) and found[name].dtype == torch.bfloat16
+        one = manager.restore(1, names=["rows"])
+        assert isinstance(one, dict) and torch.equal(one["rows"], whole("rows", 1))
+        model = manager.restore(1, names=["model.0.weight"])
+        torch.manual_seed(5)
+        want = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3))
+        assert isinstance(model, dict) and torch.equal(model["model.0.weight"], want[0].weight.detach() + 1)
+    bad = root / "step-00000001/rank-00001/state.safetensors"
+    data = bytearray(bad.read_bytes())
+    data[-1] ^= 1
+    bad.write_bytes(data)
+    with CheckpointManager(root) as manager, pytest.raises(SourceError, match="digest"):
+        manager.restore(1)
+
+
+@pytest.mark.nightly
+def test_into_a_larger_world(tmp_path: Path) -> None:
+    start(2, "save", tmp_path / "ck")
+    start(3, "other", tmp_path / "ck")
+
+
+# ---- what each rank runs ----
+
+
+def ranks_save(root: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    cut = {"rows": [Shard(0)], "columns": [Shard(1)], "few": [Shard(0)], "all": [Replicate()]}
+    torch.manual_seed(5)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3))
+    fully_shard(model[0])
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+    with CheckpointManager(root, async_save=True, max_to_keep=2) as manager:
+        for step in range(3):
+            with torch.no_grad():
+                torch.manual_seed(5)
+                fresh = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3))
+                for p, q in zip(model.parameters(), fresh.parameters(), strict=True):
+                    p.copy_(distribute_tensor(q.detach() + step, mesh, p.placements))
+            state = {n: distribute_tensor(whole(n, step), mesh, cut[n]) for n in SHAPES}
+            manager.save(step, {**state, "model": model, "optimizer": optimizer, "step": step})
+        moments = [v.to_local().clone() for s in optimizer.state.values() for v in [s["exp_avg"]]]
+        weights = [p.to_local().clone() for p in model.parameters()]
+        with torch.no_grad():
+            for p in model.parameters():
+                p.zero_()
+            for s in optimizer.state.values():
+                s["exp_avg"].zero_()
+        template = {n: torch.zeros_like(t) for n, t in state.items()}
+        held = dict(template)
+        manager.restore(template={**template, "model": model, "optimizer": optimizer, "step": 0})
+        assert manager.restored == 2
+        for n, t in held.items():
+            assert torch.equal(t.full_tensor(), whole(n, 2)), n
+        assert all(torch.equal(p.to_local(), w) for p, w in zip(model.parameters(), weights, strict=True))
+        after = [s["exp_avg"].to_local() for s in optimizer.state.values()]
+        assert all(map(torch.equal, after, moments)) and any(m.any() for m in moments)
+    ranks_other(root)
+
+
+def ranks_other(root: str) -> None:
+    """Other cuts than those that were saved."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for cut in (
+        {"rows": [Shard(0)], "columns": [Shard(0)], "few": [Shard(0)], "all": [Shard(1)]},
+        {"rows": [Shard(1)], "columns": [Replicate()], "few": [Shard(1)], "all": [Shard(0)]},
+    ):
+        template = {
+            n: distribute_tensor(torch.zeros(SHAPES[n], dtype=torch.float32), mesh, cut[n]) for n in SHAPES
+        }
+        with CheckpointManager(root) as manager:
+            manager.restore(1, names=list(SHAPES), template=template)
+        for n, t in template.items():
+            assert t.dtype == torch.float32 and torch.equal(t.full_tensor(), whole(n, 1).float()), n
+
+
+if __name__ == "__main__":
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{os.environ['MEET']}",
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
+    {"save": ranks_save, "other": ranks_other}[sys.argv[1]](sys.argv[2])
+    torch.distributed.destroy_process_group()

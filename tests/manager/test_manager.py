@@ -1,0 +1,471 @@
+"""One rank: what is saved comes back, what is kept is kept, what is broken is passed over."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastckpt.digest import LEAF
+from fastckpt.errors import ManagerError, SourceError, WriteError
+from fastckpt.manager import saving
+from fastckpt.manager.manager import CheckpointManager, CheckpointWarning
+from fastckpt.manager.metadata import JsonMetadata
+from fastckpt.verification import verify
+from safetensors.torch import load_file
+
+Trained = Callable[..., dict[str, Any]]
+Same = Callable[[object, object], bool]
+
+
+def flip(path: Path, at: int = -1) -> None:
+    """One bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+def test_there_and_back(tmp_path: Path, trained: Trained, same: Same) -> None:
+    saved, template = trained(1, 3), trained(2, 0)
+    with CheckpointManager(tmp_path / "ck") as manager:
+        assert manager.latest() is None and manager.steps() == []
+        assert manager.save(7, saved, {"loss": 0.5})
+        assert manager.steps() == [7] and manager.exists(7) and not manager.exists(6)
+        assert manager.restore(template=template) is template
+    assert same(template, saved)
+    with CheckpointManager(tmp_path / "ck") as again:
+        plain: Any = again.restore(7)
+        assert same(plain["model"], saved["model"].state_dict()) and plain["seen"] == 13
+    assert verify(tmp_path / "ck/step-00000007").ok
+    assert (tmp_path / "ck/latest").read_text() == "step-00000007\n"
+
+
+def test_the_files_are_plain(tmp_path: Path, trained: Trained, same: Same) -> None:
+    """safetensors' own reader finds the tensors, and nothing in the commit is a pickle."""
+    saved = trained(1)
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(0, saved)
+        part = Path(manager.path(0, 0))
+        tensors = load_file(part / "state.safetensors")
+        assert sorted(tensors) == sorted(manager.names(0))
+    for name, tensor in saved["model"].state_dict().items():
+        assert same(tensors[f"model.{name}"], tensor)
+    json.loads((part / "state.json").read_text())
+    assert {p.suffix for p in tmp_path.rglob("*") if p.is_file()} == {"", ".json", ".safetensors"}
+
+
+@pytest.mark.parametrize("copy", [False, True], ids=["sync", "async"])
+def test_every_kind_of_tensor(tmp_path: Path, same: Same, copy: bool) -> None:
+    base = torch.arange(24, dtype=torch.float32)
+    state = {
+        "scalar": torch.tensor(2.5, dtype=torch.bfloat16),
+        "empty": torch.empty(0, 3),
+        "bool": torch.tensor([True, False]),
+        "turned": base.view(4, 6).t(),
+        "every other": base[::2],
+        "expanded": torch.tensor([1.0, 2.0]).expand(3, 2),
+        "tied": base,
+        "tied too": base,
+        "same bytes, other shape": base.view(2, 12),
+        "fp8": torch.tensor([1.0, -2.0]).to(torch.float8_e4m3fn),
+        "complex": torch.tensor([1 + 2j]),
+        "conj": torch.tensor([1 + 2j]).conj(),
+        "long": torch.arange(LEAF // 4 + 3, dtype=torch.int64),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "nan": torch.tensor([float("nan"), float("inf")]),
+    }
+    want = {k: v.detach().clone() for k, v in state.items()}
+    with CheckpointManager(tmp_path, async_save=copy) as manager:
+        manager.save(0, state)
+        back: Any = manager.restore(0)
+    assert list(back) == list(state)
+    for name, tensor in want.items():
+        assert same(back[name], tensor.resolve_conj().contiguous()), name
+    assert back["tied"] is back["tied too"]
+    assert verify(tmp_path / "step-00000000").ok
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (torch.eye(2).to_sparse(), "no plain memory"),
+        (torch.empty(2, device="meta"), "no plain memory"),
+        (torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8), "no plain memory"),
+        (torch.ones(2, dtype=torch.complex128), "safetensors cannot spell"),
+    ],
+    ids=["sparse", "meta", "quantised", "complex128"],
+)
+def test_tensors_that_are_refused(tmp_path: Path, tensor: torch.Tensor, said: str) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(0, {"x": torch.ones(1)})
+        with pytest.raises((ManagerError, WriteError), match=said):
+            manager.save(1, {"x": tensor})
+        assert manager.steps() == [0]
+    assert not [e for e in os.listdir(tmp_path) if e.startswith((".saving", ".trash"))]
+
+
+def test_only_some_names_and_only_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"big": torch.ones(1 << 16), "small": torch.arange(3), "deep": {"x": torch.zeros(2)}, "n": 1}
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(0, state)
+        read = 0
+        real = os.preadv
+
+        def counted(fd: int, buffers: list[memoryview], offset: int) -> int:
+            nonlocal read
+            n = real(fd, buffers, offset)
+            read += n
+            return n
+
+        monkeypatch.setattr(os, "preadv", counted)
+        back: Any = manager.restore(names=["deep.x", "small"])
+        assert read == 8 + 24
+        assert list(back) == ["deep.x", "small"] and back["small"].tolist() == [0, 1, 2]
+        with pytest.raises(ManagerError, match=r"no tensor 'smal'; near: small"):
+            manager.restore(names=["smal"])
+        assert list(manager.restore(names=["smal", "small"], allow_missing=True)) == ["small"]  # type: ignore[call-overload]
+        into = {"small": torch.zeros(3, dtype=torch.float64)}
+        held = into["small"]
+        manager.restore(names=["small"], template=into)
+        assert held.tolist() == [0.0, 1.0, 2.0]
+        assert manager.stats()[-1].nbytes == 24 and manager.stats()[-1].action == "checkpoint_partial_load"
+
+
+def test_a_missing_key_of_the_template(tmp_path: Path, trained: Trained, same: Same) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(0, {"a": torch.ones(2), "b": 1})
+        template = {"a": torch.zeros(2), "new": torch.zeros(1)}
+        with pytest.raises(ManagerError, match="'new' is not in the commit"):
+            manager.restore(template=template)
+        assert template["a"].tolist() == [0.0, 0.0]
+        manager.restore(template=template, allow_missing=True)
+        assert template["a"].tolist() == [1.0, 1.0] and template["new"].tolist() == [0.0]
+
+
+# ---- what stands ----
+
+
+def test_a_step_is_committed_once(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"x": 1})
+        with pytest.raises(ManagerError, match="committed already"):
+            manager.save(1, {"x": 2})
+        assert manager.restore() == {"x": 1}
+        manager.save(1, {"x": 2}, overwrite=True)
+        assert manager.restore() == {"x": 2}
+    assert sorted(e for e in os.listdir(tmp_path) if e.startswith(".")) == [".fastckpt-lock"]
+
+
+def test_retention(tmp_path: Path) -> None:
+    with CheckpointManager(
+        tmp_path, max_to_keep=2, keep_period=4, keep_best=1, best_metric="loss"
+    ) as manager:
+        for step in range(8):
+            manager.save(step, {"step": step}, {"loss": abs(step - 2.5)})
+        assert manager.steps() == [0, 3, 4, 6, 7] and manager.best() == 3 and manager.latest() == 7
+        assert manager.best("loss", "max") == 7
+        assert manager.best("other") is None
+    assert not [e for e in os.listdir(tmp_path) if e.startswith((".saving", ".trash", ".aside"))]
+
+
+def test_the_newest_stays_whatever_the_policy(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, keep=lambda commits: set()) as manager:
+        for step in range(3):
+            manager.save(step, {"step": step})
+            assert manager.steps() == [step]
+        manager._store.remove([2])
+        assert manager.steps() == [2]
+
+
+def test_nothing_goes_before_the_new_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    with CheckpointManager(tmp_path, max_to_keep=1) as manager:
+        real = manager._store.remove
+
+        def remove(steps: list[int]) -> list[int]:
+            seen.append((manager.steps(), list(steps)))
+            return real(steps)
+
+        monkeypatch.setattr(manager._store, "remove", remove)
+        manager.save(0, {})
+        manager.save(1, {})
+    assert seen == [([0, 1], [0])]
+
+
+def test_intervals(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, save_interval=3, save_on_steps=[4]) as manager:
+        said = [manager.save(step, {}) for step in range(7)]
+        assert said == [s in (0, 3, 4, 6) for s in range(7)]
+        assert manager.save(8, {}, force=True)
+    with CheckpointManager(
+        tmp_path, save_when=lambda m: m.last is not None and m.step >= m.last + 5
+    ) as manager:
+        assert [manager.save(s, {}) for s in (9, 12, 13, 18)] == [False, False, True, True]
+
+
+def test_names_of_steps(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, step_prefix="epoch_", step_digits=1) as manager:
+        manager.save(12, {})
+        assert os.path.basename(manager.path(12)) == "epoch_12" and manager.steps() == [12]
+    with CheckpointManager("unused", path_prefix=str(tmp_path / "job-"), step_digits=3) as manager:
+        manager.save(5, {})
+    assert sorted(e for e in os.listdir(tmp_path) if e[0] != ".") == ["epoch_12", "job-step-005", "latest"]
+    with CheckpointManager(f"file://{tmp_path}/by-url") as manager:
+        manager.save(0, {})
+    assert (tmp_path / "by-url/step-00000000").is_dir()
+    with pytest.raises(ManagerError, match="s3://bucket/x: commits lie on a file system"):
+        CheckpointManager("s3://bucket/x")
+    with pytest.raises(ManagerError, match="step -1"):
+        manager.path(-1)
+
+
+def test_one_job_a_root(tmp_path: Path) -> None:
+    """The lock is a record lock: another process, not another manager of this one, is kept out."""
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(0, {})
+        pid = os.fork()
+        if not pid:
+            code = 1
+            try:
+                with CheckpointManager(tmp_path) as other:
+                    assert other.restore() == {}
+                    try:
+                        other.save(1, {})
+                    except ManagerError as e:
+                        code = 0 if "another process saves here" in str(e) else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+# ---- what is broken ----
+
+
+@pytest.mark.parametrize("harm", ["bit", "cut", "gone", "record", "state", "table", "swapped"])
+def test_a_broken_commit_is_passed_over(tmp_path: Path, harm: str) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        for step in range(3):
+            manager.save(step, {"x": torch.full((5,), step), "n": step})
+    newest, part = tmp_path / "step-00000002", tmp_path / "step-00000002/rank-00000"
+    match harm:
+        case "bit":
+            flip(part / "state.safetensors")
+        case "cut":
+            os.truncate(part / "state.safetensors", (part / "state.safetensors").stat().st_size - 1)
+        case "gone":
+            (part / "state.safetensors").unlink()
+        case "record":
+            flip(newest / "fastckpt.json", 100)
+        case "state":
+            flip(part / "state.json", -3)
+        case "table":
+            flip(newest / "tensors.json", 5)
+        case "swapped":
+            shutil.copy(tmp_path / "step-00000001/rank-00000/state.safetensors", part / "state.safetensors")
+    with CheckpointManager(tmp_path) as manager:
+        if harm in ("bit", "state", "table", "swapped"):
+            with pytest.warns(CheckpointWarning, match="COMMIT 2 IS BROKEN"):
+                back: Any = manager.restore()
+            with pytest.raises(SourceError, match="digest"):
+                manager.restore(2)
+        else:
+            back = manager.restore()
+            assert manager.steps() == [0, 1]
+            with pytest.raises(ManagerError, match="no whole commit of it; what stands: \\[0, 1\\]"):
+                manager.restore(2)
+        assert back["n"] == 1 and back["x"].tolist() == [1] * 5 and manager.restored == 1
+        manager.save(2, {"x": torch.full((5,), 9), "n": 2})  # in the broken one's place
+        assert manager.restore(2)["x"].tolist() == [9] * 5  # type: ignore[index]
+        assert len([e for e in os.listdir(tmp_path) if e.startswith(".aside-step-00000002")]) == 1
+        manager.gc(aside=True)
+    assert not [e for e in os.listdir(tmp_path) if e.startswith(".aside")]
+
+
+def test_a_template_is_untouched_by_a_broken_commit(tmp_path: Path, trained: Trained, same: Same) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(0, trained(1, 2))
+        flip(tmp_path / "step-00000000/rank-00000/state.safetensors")
+        template, before = trained(2, 1), trained(2, 1)
+        with pytest.raises(SourceError):
+            manager.restore(0, template=template)
+        with (
+            pytest.warns(CheckpointWarning),
+            pytest.raises(ManagerError, match=r"no valid commit.*broken: \[0\]"),
+        ):
+            manager.restore(template=template)
+    assert same(template, before)
+
+
+def test_torn_leftovers_go_with_the_first_save(tmp_path: Path) -> None:
+    for name in (".saving-step-00000001-aa", ".trash-step-00000000-bb"):
+        (tmp_path / name / "rank-00000").mkdir(parents=True)
+    (tmp_path / "step-00000009").mkdir()  # no record: not a commit
+    with CheckpointManager(tmp_path) as manager:
+        assert manager.steps() == []
+        assert len([e for e in os.listdir(tmp_path) if e[0] == "."]) == 2  # reading changes nothing
+        manager.save(0, {})
+    assert sorted(os.listdir(tmp_path)) == [".fastckpt-lock", "latest", "step-00000000", "step-00000009"]
+
+
+def test_a_failed_save_leaves_what_stood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with CheckpointManager(tmp_path, max_to_keep=1) as manager:
+        manager.save(0, {"x": torch.ones(3)})
+        before = {p: p.read_bytes() for p in (tmp_path / "step-00000000").rglob("*") if p.is_file()}
+
+        def full(*args: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch, pytest.raises(WriteError, match="No space left"):
+            patch.setattr(os, "pwrite", full)
+            manager.save(1, {"x": torch.ones(3)})
+        assert {p: p.read_bytes() for p in (tmp_path / "step-00000000").rglob("*") if p.is_file()} == before
+        assert not [e for e in os.listdir(tmp_path) if e.startswith(".saving")]
+        assert manager.save(1, {"x": torch.ones(3)})
+
+
+def test_no_room_is_seen_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Small:
+        f_bavail, f_frsize = 1, 512
+
+    written = []
+    with CheckpointManager(tmp_path) as manager:
+        monkeypatch.setattr(os, "statvfs", lambda path: Small)
+        monkeypatch.setattr(saving._Save, "_write", lambda *a: written.append(a))
+        with pytest.raises(WriteError, match="needs 4096 bytes, the file system has 512 free"):
+            manager.save(0, {"x": torch.ones(1024)})
+    assert not written
+
+
+# ---- resuming ----
+
+
+def test_resume_step(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path / "ck", metadata=JsonMetadata(tmp_path / "told.json")) as manager:
+        assert manager.resume_step() is None
+        with pytest.raises(ManagerError, match="step 3 cannot be resumed"):
+            manager.resume_step(3)
+        for step in range(3):
+            manager.save(step, {})
+        assert manager.resume_step() == 2 and manager.resume_step(1) == 1
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert told["epochs"] == [0, 1, 2] and told["params"]["root"] == str(tmp_path / "ck")
+    assert list(told["stats"]["checkpoint_save"]) == [str(tmp_path / "ck/step-00000002/rank-00000")]
+    shutil.rmtree(tmp_path / "ck/step-00000002")
+    manager = CheckpointManager(tmp_path / "ck", metadata=JsonMetadata(tmp_path / "told.json"))
+    with manager, pytest.warns(CheckpointWarning, match=r"metadata says step 2.*resuming 1"):
+        assert manager.resume_step() == 1
+
+
+def test_going_back(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        for step in range(4):
+            manager.save(step, {"step": step})
+        assert manager.rewind(1) == [2, 3]
+        assert manager.steps() == [0, 1] and manager.restore() == {"step": 1}
+        manager.save(2, {"step": "other"})
+        assert len([e for e in os.listdir(tmp_path) if e.startswith(".aside-")]) == 2
+        with pytest.raises(ManagerError, match="cannot go back to step 7"):
+            manager.rewind(7)
+
+
+def test_changed_names_are_said(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(0, {"a": torch.ones(1), "b": torch.ones(1)})
+    with CheckpointManager(tmp_path) as manager:
+        manager.restore()
+        assert not recwarn.list
+        with pytest.warns(CheckpointWarning, match=r"1 new \(c\), 1 gone \(b\)"):
+            manager.save(1, {"a": torch.ones(1), "c": torch.ones(1)})
+
+
+def test_what_cannot_be_reached_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with CheckpointManager(tmp_path / "file") as manager:
+        assert not manager.accessible()
+        with pytest.warns(CheckpointWarning, match="not saved: ranks \\[0\\] cannot reach"):
+            assert not manager.save(0, {})
+        with pytest.raises(WriteError, match="Not a directory"):
+            manager.resume_step()  # not the same as nothing to resume
+
+    class Away(JsonMetadata):
+        def accessible(self, epoch: int | None = None) -> bool:
+            return False
+
+    manager = CheckpointManager(tmp_path / "ck", metadata=Away(tmp_path / "m.json"))
+    with manager, pytest.warns(CheckpointWarning, match="not saved"):
+        assert not manager.save(0, {})
+    assert not (tmp_path / "ck").exists()
+
+
+# ---- in the background ----
+
+
+def test_async_saves_what_was_there_at_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    real = saving._Save._claim
+
+    def held(self: saving._Save) -> Any:
+        assert go.wait(20)
+        return real(self)
+
+    monkeypatch.setattr(saving._Save, "_claim", held)
+    x = torch.zeros(1000)
+    with CheckpointManager(tmp_path, async_save=True) as manager:
+        assert manager.save(0, {"x": x})
+        x += 1
+        assert manager.steps() == []  # still in flight
+        go.set()
+        manager.wait()
+        assert manager.steps() == [0]
+        manager.save(1, {"x": x})
+        x += 1
+        assert manager.restore(0)["x"].unique().tolist() == [0.0]  # type: ignore[index]
+        assert manager.restore(1)["x"].unique().tolist() == [1.0]  # type: ignore[index]
+
+
+def test_async_errors_come_with_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with CheckpointManager(tmp_path, async_save=True) as manager:
+        with monkeypatch.context() as patch:
+
+            def broken(*args: object) -> None:
+                raise OSError(5, "Input/output error")
+
+            patch.setattr(os, "pwrite", broken)
+            assert manager.save(0, {"x": torch.ones(1)})
+            with pytest.raises(WriteError, match="Input/output error"):
+                manager.save(1, {"x": torch.ones(1)})
+        assert manager.save(2, {"x": torch.ones(1)})
+        manager.wait()
+        assert manager.steps() == [2]
+
+
+def test_sigterm_saves_whatever_the_policy(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with CheckpointManager(tmp_path, save_interval=1000, save_on_signal=True, async_save=True) as manager:
+        assert not manager.save(1, {"x": 1})
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not manager.preempted
+        assert manager.save(2, {"x": 2}) and manager.preempted
+        assert manager.steps() == [2]  # not in the background
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_options_that_lack_their_other_half(tmp_path: Path) -> None:
+    with pytest.raises(ManagerError, match="best_metric is missing"):
+        CheckpointManager(tmp_path, keep_best=1)
+    with pytest.raises(ManagerError, match="give both or none"):
+        CheckpointManager(tmp_path, rank=1)
+    with CheckpointManager(tmp_path) as manager:
+        with pytest.raises(ManagerError, match="by which metric"):
+            manager.best()
+        with pytest.raises(ManagerError, match="client_state goes with a DeepSpeed engine"):
+            manager.save(0, {"x": 1}, client_state={"epoch": 1})
+        with pytest.raises(ManagerError, match="no valid commit to restore"):
+            manager.restore()

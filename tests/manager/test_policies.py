@@ -1,0 +1,62 @@
+"""When to save and what to keep."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from fastckpt.errors import ManagerError
+from fastckpt.manager import policies
+from fastckpt.manager.commits import Commit
+from fastckpt.manager.policies import Moment
+
+COMMITS = [
+    Commit(0, "a", 100.0, {"loss": 3.0}),
+    Commit(1, "b", 101.0, {"loss": 1.0}),
+    Commit(2, "c", 110.0, {}),
+    Commit(3, "d", 111.0, {"loss": 1.0}),
+    Commit(4, "e", 125.0, {"loss": math.nan}),
+]
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [
+        (policies.newest(2), {3, 4}),
+        (policies.newest(9), {0, 1, 2, 3, 4}),
+        (policies.multiples(2), {0, 2, 4}),
+        (policies.these([1, 7]), {1}),
+        (policies.spaced(10), {0, 2, 4}),
+        (policies.best(1, "loss"), {3}),
+        (policies.best(2, "loss"), {1, 3}),
+        (policies.best(1, "loss", "max"), {0}),
+        (policies.best(4, "loss"), {0, 1, 3, 4}),
+        (policies.best(1, "loss", without=True), {2, 3}),
+        (policies.best(3, "accuracy"), set()),
+        (policies.keep_any(policies.newest(1), policies.these([0])), {0, 4}),
+    ],
+)
+def test_keeping(keep: policies.Keep, kept: set[int]) -> None:
+    assert keep(COMMITS) == kept
+    assert keep([]) == set()
+
+
+@pytest.mark.parametrize(
+    ("when", "steps"),
+    [
+        (policies.every(3), [0, 3, 6]),
+        (policies.on_steps([2, 5]), [2, 5]),
+        (policies.every_seconds(4.5), [5, 6]),
+        (policies.when_any(policies.every(4), policies.on_steps([5])), [0, 4, 5]),
+    ],
+)
+def test_saving(when: policies.When, steps: list[int]) -> None:
+    assert [s for s in range(7) if when(Moment(s, None, float(s)))] == steps
+
+
+@pytest.mark.parametrize("make", [policies.every, policies.newest, policies.multiples])
+def test_nonsense(make: object) -> None:
+    with pytest.raises(ManagerError, match="at least 1, got 0"):
+        make(0)  # type: ignore[operator]
+    with pytest.raises(ManagerError, match="wanted min or max"):
+        policies.best(1, "loss", "least")
