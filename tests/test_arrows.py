@@ -45,7 +45,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "writer": (*CORE, "digest", *FILES[:-1]),
     "verification": (*CORE, "digest", "finite", *FILES),
     # The way back, through sources, recipes and layouts.
-    "joining": (*PLAIN, "collector", "sources", "recipes", "layouts"),
+    "inverse": CORE,
+    "joining": (*PLAIN, "collector", "digest", "manifest", "inverse", "sources", "recipes", "layouts"),
     # The spine.
     "plancache": (*CORE, "planner"),
     "plans": (
