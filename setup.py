@@ -1,14 +1,19 @@
 """Builds `fastckpt._C` from csrc/; everything else about the package stands in pyproject.toml.
 
-Law: the extension is optional. Without a compiler one loud line is printed and the package stays pure Python.
+Law: the extension is optional, and so is its CUDA part. Without a compiler one loud line is printed and the
+package stays pure Python; without nvcc one is printed and it runs on the CPU only.
 FASTCKPT_BUILD: 0 skips the extension, 1 makes a failure to build it fatal, unset tries.
+FASTCKPT_CUDA: the same for the CUDA part. CUDA_HOME or CUDA_PATH names a toolkit, else nvcc is on PATH.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +21,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
+WANTED_CUDA = os.environ.get("FASTCKPT_CUDA", "auto")
 WANTED = os.environ.get("FASTCKPT_BUILD", "auto")
 CSRC = Path("csrc")
 FLAGS = [
@@ -30,7 +36,7 @@ FLAGS = [
     "-Wextra",
 ]
 LINK = ["-Wl,-s", "-pthread"] if sys.platform == "linux" else []
-SOURCES = ["module.cpp", "read.cpp", "digest.cpp", "copy_cpu.cpp", "isa_portable.cpp"]
+SOURCES = ["module.cpp", "read.cpp", "digest.cpp", "copy_cpu.cpp", "tiles_host.cpp", "isa_portable.cpp"]
 X86 = {
     "isa_avx2.cpp": ["-mavx2", "-mfma", "-mbmi2"],
     "isa_avx512.cpp": [
@@ -46,6 +52,75 @@ X86 = {
 }
 """The translation units of one instruction set each, with the only flags that name one: the module runs on
 any x86-64. (gcc 12 warns of its own AVX-512 headers.)"""
+
+CUDA_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
+"""Native code for each of these that the toolkit knows, and PTX of the newest."""
+
+
+class Toolkit:
+    """A CUDA toolkit. Raises OSError with the reason where there is none that works."""
+
+    def __init__(self) -> None:
+        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        nvcc = os.path.join(home, "bin", "nvcc") if home else shutil.which("nvcc")
+        if nvcc is None or not os.path.exists(nvcc):
+            raise OSError(f"no nvcc {'at ' + nvcc if nvcc else 'on PATH'}")
+        self.nvcc = nvcc
+        with tempfile.NamedTemporaryFile(suffix=".cu") as empty:
+            said = self.ask("--dryrun", "-x", "cu", "-E", empty.name)
+        # nvcc may be a script that calls the real one elsewhere: only it knows where its toolkit lies.
+        top = next((x.split("TOP=", 1)[1].strip() for x in said if "TOP=" in x), None)
+        if top is None:
+            raise OSError(f"{nvcc} --dryrun names no TOP=")
+        self.top = Path(top)
+        known = {x.strip().removeprefix("sm_") for x in self.ask("--list-gpu-code")}
+        self.architectures = [a for a in CUDA_ARCHITECTURES if a in known]
+        if not self.architectures:
+            raise OSError(f"{nvcc} knows none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}")
+        self.runtime = self.library("libcudart_static.a")
+
+    def ask(self, *arguments: str) -> list[str]:
+        """The lines nvcc prints."""
+        done = subprocess.run([self.nvcc, *arguments], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise OSError(f"{self.nvcc} {' '.join(arguments)}: {done.stderr.strip() or done.returncode}")
+        return (done.stdout + done.stderr).splitlines()
+
+    def library(self, name: str) -> Path:
+        """A library of the toolkit, wherever this kind of toolkit keeps it."""
+        for folder in ("lib", "lib64", "targets/*/lib"):
+            for found in sorted(self.top.glob(f"{folder}/{name}")):
+                return found
+        raise OSError(f"{self.top} has no {name} in lib, lib64 or targets/*/lib")
+
+    def compile(self, source: Path, folder: str) -> str:
+        """The object of a .cu file, with code for every architecture."""
+        made = Path(folder) / f"{source.name}.o"
+        made.parent.mkdir(parents=True, exist_ok=True)
+        newest = self.architectures[-1]
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.architectures]
+        names = " ".join([*(f"sm_{a}" for a in self.architectures), f"compute_{newest}"])
+        flags = ["-std=c++17", "-O3", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden,-g0"]
+        modes = any("compress-mode" in x for x in self.ask("--help"))
+        small = "--compress-mode=size" if modes else "-Xfatbin=-compress-all"
+        self.ask(
+            *flags, small, *codes, f"-gencode=arch=compute_{newest},code=compute_{newest}",
+            f'-DFASTCKPT_ARCHITECTURES="{names}"', "-c", str(source), "-o", str(made),
+        )  # fmt: skip
+        return str(made)
+
+
+def toolkit() -> Toolkit | None:
+    """The toolkit to build with; none where none was asked for. Raises OSError where it must be there."""
+    if WANTED_CUDA == "0":
+        return None
+    try:
+        return Toolkit()
+    except OSError as error:
+        if WANTED_CUDA == "1":
+            raise
+        print(f"*** fastckpt: NO CUDA ({error}); this build runs on the CPU only. ***", file=sys.stderr)
+        return None
 
 
 def units() -> dict[str, list[str]]:
@@ -72,10 +147,15 @@ class Build(build_ext):
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name))
+        cuda = toolkit()
+        # What was built with other flags, or without CUDA, is not this build.
+        asked = f"{os.environ.get('CFLAGS', '')} cuda {cuda.nvcc if cuda else 'no'}"
+        stamp = Path(self.build_temp) / "asked"
+        same = stamp.exists() and stamp.read_text() == asked
         changed = max(Path(p).stat().st_mtime for p in ext.depends)
-        if not self.force and target.exists() and target.stat().st_mtime > changed:
+        if same and not self.force and target.exists() and target.stat().st_mtime > changed:
             return
-        objects: list[str] = []
+        objects, libraries, cuda_flags = self.build_cuda(cuda)
 
         def compile_one(unit: tuple[str, list[str]]) -> list[str]:
             name, extra = unit
@@ -83,7 +163,7 @@ class Build(build_ext):
                 [str(CSRC / name)],
                 output_dir=self.build_temp,
                 include_dirs=[pybind11.get_include(), *self.compiler.include_dirs],
-                extra_postargs=[*FLAGS, *extra],
+                extra_postargs=[*FLAGS, *cuda_flags, *extra],
                 depends=ext.depends,
             )
             return made
@@ -91,9 +171,27 @@ class Build(build_ext):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for made in pool.map(compile_one, units().items()):
                 objects += made
-        # A CUDA build adds the objects of nvcc and libcudart_static.a here.
         target.parent.mkdir(parents=True, exist_ok=True)
-        self.compiler.link_shared_object(objects, str(target), extra_postargs=LINK, target_lang="c++")
+        self.compiler.link_shared_object(
+            objects, str(target), extra_postargs=[*libraries, *LINK], target_lang="c++"
+        )
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(asked)
+
+    def build_cuda(self, cuda: Toolkit | None) -> tuple[list[str], list[str], list[str]]:
+        """The objects of the CUDA part, what is linked with them, and the flags of the other units."""
+        if cuda is None:
+            return [], [], []
+        try:
+            made = cuda.compile(CSRC / "copy_cuda.cu", self.build_temp)
+        except OSError as error:
+            if WANTED_CUDA == "1":
+                raise
+            print(f"*** fastckpt: NO CUDA ({error}); this build runs on the CPU only. ***", file=sys.stderr)
+            return [], [], []
+        # The runtime is linked in and hidden: torch brings its own, and both share the driver's context.
+        libraries = [str(cuda.runtime), "-Wl,--exclude-libs,ALL", "-ldl", "-lrt"]
+        return [made], libraries, ["-DFASTCKPT_CUDA"]
 
 
 EXTENSION = Extension(

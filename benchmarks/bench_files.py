@@ -49,7 +49,9 @@ class Job:
     def plan(self, ckpt: Checkpoint) -> Plan:
         return plans.draft(ckpt, Wanted(Placement(tp=self.tp), layout=self.layout, dtype="bfloat16"))
 
-    def run(self, ckpt: Checkpoint | str, threads: int, out: list[peers.Shard] | None = None) -> list[peers.Shard]:
+    def run(
+        self, ckpt: Checkpoint | str, threads: int, out: list[peers.Shard] | None = None
+    ) -> list[peers.Shard]:
         """In memory, into fresh tensors or `out`."""
         return fastckpt.reshard(ckpt, self.tp, layout=self.layout, dtype="bfloat16", out=out, threads=threads)
 
@@ -90,7 +92,9 @@ def bench_end_to_end(bench: Bench, either: Input, work: Path, threads: int, fini
     """Planning, copying, writing and the commit, over C + W, page cache warm, no fsync."""
     road = Road(either, work / "out", threads, durable=False, finite=finite)
     plan = road.job.plan(road.opened)
-    what = f"{road.job.files}, bf16, warm, {'with the NaN scan, ' if finite else ''}{threads} threads / (C + W)"
+    what = (
+        f"{road.job.files}, bf16, warm, {'with the NaN scan, ' if finite else ''}{threads} threads / (C + W)"
+    )
     bench.measure(
         Figure(what, either.shape, "of C + W", of_floor, None if finite else Goal(1.0)),
         road.step,
@@ -130,7 +134,13 @@ def bench_durable(bench: Bench, either: Input, work: Path, threads: int) -> None
     road = Road(either, work / "out", threads, durable=True)
     plan = road.job.plan(road.opened)
     bench.measure(
-        Figure(f"{road.job.files}, bf16, durable, {threads} threads / W durable", either.shape, "of W", of_floor, Goal(1.15)),
+        Figure(
+            f"{road.job.files}, bf16, durable, {threads} threads / W durable",
+            either.shape,
+            "of W",
+            of_floor,
+            Goal(1.15),
+        ),
         road.step,
         [write_floor(plan, work, threads, durable=True)],
         rounds=7,
@@ -167,8 +177,8 @@ def bench_zero_to_fp32_split(
 
     bench.measure(
         Figure(
-            f"ZeRO to bf16 TP-8 files against zero_to_fp32 + torch split, {'cold' if cold else 'warm'}", large.shape,
-            "x faster", times_faster, Goal(3 if cold else 20, at_most=False),
+            f"ZeRO to bf16 TP-8 files against zero_to_fp32 + torch split, {'cold' if cold else 'warm'}",
+            large.shape, "x faster", times_faster, Goal(3 if cold else 20, at_most=False),
         ),
         Step("reshard", ours, before, road.clear),
         [Step("zero_to_fp32 + torch split", theirs, clear, clear)],
@@ -216,7 +226,9 @@ def bench_careful(bench: Bench, either: Input, threads: int, peer: None) -> None
     job = Job.of(either)
     plan = job.plan(fastckpt.open(either.path))
     ours, theirs = (tensors.allocate(plan)[0] for _ in range(2))
-    most = max(4096, *(sum(p.numel() for p in parts) for _, _, parts in peers.pieces(*peers.partitions(either.path))))
+    most = max(
+        4096, *(sum(p.numel() for p in parts) for _, _, parts in peers.pieces(*peers.partitions(either.path)))
+    )
     reused = torch.ones(most, dtype=torch.bfloat16)
     bench.measure(
         Figure("in memory, reused tensors, against careful torch", either.shape, "x faster", times_faster),
@@ -238,8 +250,10 @@ def bench_save_file(bench: Bench, either: Input, work: Path, threads: int) -> No
         shutil.rmtree(saved, ignore_errors=True)
 
     bench.measure(
-        Figure(f"{road.job.files}, bf16, warm / safetensors save_file of the result alone", either.shape, "of save_file",
-               of_floor),
+        Figure(
+            f"{road.job.files}, bf16, warm / safetensors save_file of the result alone", either.shape,
+            "of save_file", of_floor,
+        ),
         road.step,
         [Step("save_file", partial(peers.save, made, str(saved)), clear, clear)],
         rounds=5, told=road.told,
@@ -259,7 +273,11 @@ def bench_footprint(
         request.getfixturevalue("peer")
     of: Input = request.getfixturevalue("small" if "same" in kind else "large")
     out = work / "out"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": str(threads)}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "OMP_NUM_THREADS": str(threads),
+    }
     command = [sys.executable, str(Path(__file__).with_name("probe.py")), kind, of.path, str(out), str(TP)]
     found: list[dict[str, float]] = []
 

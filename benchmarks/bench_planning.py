@@ -36,7 +36,13 @@ def bench_plan_small(bench: Bench, small: Input, files: bool) -> None:
     wanted = Wanted(Placement(), layout="same", dtype="bfloat16")
     goal = Goal(1.0) if len(opened) == 100_000 else None
     bench.measure(
-        Figure(f"planning {len(opened)} tensors, {'to files' if files else 'in memory'}", small.shape, "s", seconds, goal),
+        Figure(
+            f"planning {len(opened)} tensors, {'to files' if files else 'in memory'}",
+            small.shape,
+            "s",
+            seconds,
+            goal,
+        ),
         Step("plan", lambda: plans.draft(opened, wanted, in_memory=not files)),
         rounds=5,
     )
@@ -60,7 +66,9 @@ def bench_plan_seventy(bench: Bench) -> None:
     )
 
 
-def bench_kept_plan(bench: Bench, small: Input, folder: Path, monkeypatch: pytest.MonkeyPatch, work: Path) -> None:
+def bench_kept_plan(
+    bench: Bench, small: Input, folder: Path, monkeypatch: pytest.MonkeyPatch, work: Path
+) -> None:
     """Look-up of a kept plan and its binding to the files as they are now."""
     monkeypatch.setenv("FASTCKPT_CACHE", str(work))
     opened = fastckpt.open(small.path)
@@ -88,12 +96,14 @@ def bench_kept_plan(bench: Bench, small: Input, folder: Path, monkeypatch: pytes
 @pytest.mark.parametrize("what", ["fastckpt", "fastckpt.road"])
 def bench_import(bench: Bench, what: str) -> None:
     """A fresh process that imports, less one that does not."""
+
     def start(code: str) -> None:
         subprocess.run([sys.executable, "-c", code], check=True)
 
     bench.measure(
         Figure(
-            f"import {what}" + (" (all of a file-to-file run)" if "." in what else ""), "a fresh process", "ms",
+            f"import {what}" + (" (all of a file-to-file run)" if "." in what else ""), "a fresh process",
+            "ms",
             lambda subject, floor: (subject - floor) * 1e3, Goal(150),
         ),
         Step("import", lambda: start(f"import {what}, sys; assert 'torch' not in sys.modules")),

@@ -19,11 +19,21 @@ __all__ = ["bench"]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastckpt")
-    group.addoption("--size", default="64MiB", help="fp32 masters of the large input (default 64MiB; 1GiB is the table's)")
-    group.addoption("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of the file roads")
-    group.addoption("--writer", choices=("auto", "deepspeed", "formulas"), default="auto",
-                    help="who writes the large input: auto is DeepSpeed from 512 MiB on, where it is installed")
-    group.addoption("--dir", type=Path, help="where inputs are kept and outputs made (default: pytest's cache)")
+    group.addoption(
+        "--size", default="64MiB", help="fp32 masters of the large input (default 64MiB; 1GiB is the table's)"
+    )
+    group.addoption(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of the file roads"
+    )
+    group.addoption(
+        "--writer",
+        choices=("auto", "deepspeed", "formulas"),
+        default="auto",
+        help="who writes the large input: auto is DeepSpeed from 512 MiB on, where it is installed",
+    )
+    group.addoption(
+        "--dir", type=Path, help="where inputs are kept and outputs made (default: pytest's cache)"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -108,7 +118,8 @@ def machine() -> dict[str, str | int]:
         "cpu": cpu, "cpus": len(os.sched_getaffinity(0)), "memory_gib": memory,
         "best_instructions": _C.isas()[-1], "compiler": _C.compiler,
         "system": f"{platform.system()} {platform.release()}", "python": platform.python_version(),
-        "torch": metadata.version("torch"), "numpy": metadata.version("numpy"), "deepspeed": deepspeed() or "none",
+        "torch": metadata.version("torch"), "numpy": metadata.version("numpy"),
+        "deepspeed": deepspeed() or "none",
     }  # fmt: skip
 
 

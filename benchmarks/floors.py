@@ -120,14 +120,16 @@ class GatherCast:
                     lane.run(batch.rows, [Buffer(staging, address, n)])
                     leaf_digests(view[:n], batch.leaf_offset, batch.leaf_size)
                     if self.crc[batch.file]:
-                        for at, size in zip(batch.leaf_offset.tolist(), batch.leaf_size.tolist(), strict=True):
+                        for at, size in zip(
+                            batch.leaf_offset.tolist(), batch.leaf_size.tolist(), strict=True
+                        ):
                             crc32(view[at : at + size])
 
             share([lambda s=s: work(s) for s in self.staging], self.threads)
 
 
 class Write:
-    """W: files of these sizes from one hot buffer, allocated first; one thread a file, as many at once as asked."""
+    """W: files of these sizes from one hot buffer, allocated first; one thread a file."""
 
     def __init__(self, sizes: Sequence[int], folder: str, threads: int, *, durable: bool) -> None:
         self.sizes, self.folder, self.threads, self.durable = sizes, folder, threads, durable

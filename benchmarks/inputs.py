@@ -1,6 +1,6 @@
 """What is measured: a llama of few large tensors, a model of many small ones, and shapes too large to write.
 
-    python inputs.py OUT NBYTES      # the llama, by two ranks of the DeepSpeed that is installed
+python inputs.py OUT NBYTES      # the llama, by two ranks of the DeepSpeed that is installed
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class Llama:
             out |= {
                 f"{layer}self_attn.q_proj.weight": (h, h), f"{layer}self_attn.k_proj.weight": (kv, h),
                 f"{layer}self_attn.v_proj.weight": (kv, h), f"{layer}self_attn.o_proj.weight": (h, h),
-                f"{layer}mlp.gate_proj.weight": (self.inner, h), f"{layer}mlp.up_proj.weight": (self.inner, h),
+                f"{layer}mlp.gate_proj.weight": (self.inner, h),
+                f"{layer}mlp.up_proj.weight": (self.inner, h),
                 f"{layer}mlp.down_proj.weight": (h, self.inner),
                 f"{layer}input_layernorm.weight": (h,), f"{layer}post_attention_layernorm.weight": (h,),
             }  # fmt: skip
@@ -95,7 +96,11 @@ def large(folder: Path, nbytes: int, deepspeed: str | None) -> Input:
         half = path.with_suffix(".partial")
         shutil.rmtree(half, ignore_errors=True)
         if deepspeed:
-            env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+            env = {
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+                "OMP_NUM_THREADS": "1",
+            }
             subprocess.run([sys.executable, __file__, str(half), str(nbytes)], check=True, env=env)
             for name in ("module.safetensors", "master.safetensors"):
                 (half / NAME / name).unlink()
@@ -134,7 +139,9 @@ def many_ranks(folder: Path, world: int) -> str:
     if not path.exists():
         half = path.with_suffix(".partial")
         shutil.rmtree(half, ignore_errors=True)
-        weights = {f"model.layers.{k // 9}.x{k % 9}.weight": torch.full((37, 29), float(k)) for k in range(723)}
+        weights = {
+            f"model.layers.{k // 9}.x{k % 9}.weight": torch.full((37, 29), float(k)) for k in range(723)
+        }
         names = list(weights)
         write_zero(half, weights, stage=3, world=world, groups=[names[::2], names[1::2]], sparse=True)
         half.rename(path)

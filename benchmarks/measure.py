@@ -100,6 +100,11 @@ def seconds(subject: float, floor: float) -> float:
     return subject
 
 
+def on(threads: int) -> str:
+    """How a row says it."""
+    return "one thread" if threads == 1 else f"{threads} threads"
+
+
 class Bench:
     """pytest-benchmark's fixture, with a floor in every round's set-up."""
 
@@ -116,28 +121,23 @@ class Bench:
         rounds: int = 7,
         told: dict[str, float | str] | None = None,
     ) -> Row:
-        """Measure one row: one throw-away round, then `rounds`, each the floor's steps and then the subject.
+        """Measure one row: a throw-away round, then rounds of the floor's steps and the subject until
+        `rounds` of them count, three times as many at most.
 
         `told`: further figures for the row's JSON; the caller may fill the dict while it is measured."""
         pairs: list[tuple[float, float]] = []
-        below = [0.0]
 
-        def prepare() -> None:
-            below[0] = sum(step.seconds() for step in floor)
-            subject.before()
+        def steady() -> list[tuple[float, float]]:
+            most = STEADY * min((floor for _, floor in pairs), default=0.0)
+            return [pair for pair in pairs if pair[1] <= most]
 
-        def timed() -> None:
-            began = time.perf_counter()
-            subject.run()
-            pairs.append((time.perf_counter() - began, below[0]))
+        def alternate() -> None:
+            self._round(subject, floor)
+            while len(steady()) < rounds and len(pairs) < 3 * rounds:
+                pairs.append(self._round(subject, floor))
 
-        def finish() -> None:
-            subject.after()
-
-        self.fixture.pedantic(timed, setup=prepare, teardown=finish, rounds=rounds, warmup_rounds=1)  # type: ignore[attr-defined]
-        pairs = pairs[-rounds:]
-        steady = min(f for _, f in pairs) * STEADY
-        kept = [(s, f) for s, f in pairs if f <= steady]
+        self.fixture.pedantic(alternate, rounds=1)  # type: ignore[attr-defined]
+        kept = steady()
         best = (min(s for s, _ in kept), min(f for _, f in kept))
         middle = (statistics.median(s for s, _ in kept), statistics.median(f for _, f in kept))
         low, mid = figure.value(*best), figure.value(*middle)
@@ -150,8 +150,18 @@ class Bench:
             )
         )  # fmt: skip
 
+    def _round(self, subject: Step, floor: Sequence[Step]) -> tuple[float, float]:
+        below = sum(step.seconds() for step in floor)
+        return subject.seconds(), below
+
     def record(
-        self, what: str, shape: str, unit: str, values: Sequence[float], goal: Goal | None, told: dict[str, float | str]
+        self,
+        what: str,
+        shape: str,
+        unit: str,
+        values: Sequence[float],
+        goal: Goal | None,
+        told: dict[str, float | str],
     ) -> Row:
         """A row that is no time: bytes, or a time some other process took."""
         best = min(values) if goal is None or goal.at_most else max(values)

@@ -14,9 +14,9 @@
 #include <cstring>
 
 #if defined(__CUDACC__)
-#define FASTCKPT_HD __host__ __device__ inline
+#define FASTCKPT_HD __host__ __device__ __forceinline__
 #else
-#define FASTCKPT_HD static inline __attribute__((always_inline))
+#define FASTCKPT_HD inline __attribute__((always_inline))
 #endif
 
 namespace fastckpt {
@@ -65,7 +65,7 @@ template <int E, int M, bool FINITE, uint32_t NAN_CODE> struct Small {
     static constexpr uint32_t LIMIT = FINITE ? SIGN - 2 : ((1u << E) - 1) << M;  // largest finite, or infinity
     static constexpr uint32_t TOP = FINITE ? SIGN - 1 : LIMIT;                   // the first code that is no finite value
 
-    template <class U> FASTCKPT_HD U to_f32(U x) {
+    template <class U> static FASTCKPT_HD U to_f32(U x) {
         U a = x & (SIGN - 1);
         // The exponent is rebiased by a multiplication, which also normalises denormals.
         U r = as_bits<U>(as_float<U>(a << SHIFT) * as_float<uint32_t>((127 + REBIAS) << 23));
@@ -77,7 +77,7 @@ template <int E, int M, bool FINITE, uint32_t NAN_CODE> struct Small {
         }
         return r | ((x & SIGN) << (31 - E - M));
     }
-    template <class U> FASTCKPT_HD U from_f32(U x) {
+    template <class U> static FASTCKPT_HD U from_f32(U x) {
         constexpr uint32_t MIN_NORMAL = (REBIAS + 1) << 23;
         // Adding a float whose last place is our smallest denormal rounds to it, ties to even.
         constexpr uint32_t MAGIC = (REBIAS + 24 - M) << 23;
@@ -97,11 +97,11 @@ using E5M2 = Small<5, 2, false, 0x7f>;
 
 struct BF16 {
     static constexpr int size = 2;
-    template <class U> FASTCKPT_HD U to_f32(U x) {
+    template <class U> static FASTCKPT_HD U to_f32(U x) {
         U r = x << 16;
         return is_nan(r) ? (r & 0x80000000u) | NAN32 : r;
     }
-    template <class U> FASTCKPT_HD U from_f32(U x) {
+    template <class U> static FASTCKPT_HD U from_f32(U x) {
         U r = (x + 0x7fffu + ((x >> 16) & 1u)) >> 16;
         return is_nan(x) ? ((x >> 16) & 0x8000u) | 0x7fc0u : r;
     }
@@ -109,19 +109,19 @@ struct BF16 {
 
 struct F32 {
     static constexpr int size = 4;
-    template <class U> FASTCKPT_HD U to_f32(U x) { return x; }
-    template <class U> FASTCKPT_HD U from_f32(U x) { return x; }
+    template <class U> static FASTCKPT_HD U to_f32(U x) { return x; }
+    template <class U> static FASTCKPT_HD U from_f32(U x) { return x; }
 };
 
 struct F64 {
     static constexpr int size = 8;
-    FASTCKPT_HD uint32_t to_f32(uint64_t x) {
+    static FASTCKPT_HD uint32_t to_f32(uint64_t x) {
         double value;
         memcpy(&value, &x, 8);
         uint32_t r = as_bits<uint32_t>(static_cast<float>(value));
         return (x << 1) > (0x7ff0ull << 49) ? static_cast<uint32_t>(x >> 63) << 31 | NAN32 : r;
     }
-    FASTCKPT_HD uint64_t from_f32(uint32_t x) {
+    static FASTCKPT_HD uint64_t from_f32(uint32_t x) {
         double value = as_float(x);
         uint64_t r;
         memcpy(&r, &value, 8);

@@ -6,10 +6,12 @@
 #include <thread>
 
 #include "copy_cpu.h"
+#include "copy_cuda.h"
 #include "digest.h"
 #include "error.h"
 #include "isa.h"
 #include "read.h"
+#include "tiles_host.h"
 
 namespace py = pybind11;
 using namespace fastckpt;
@@ -109,6 +111,72 @@ uint64_t py_nonfinite(const py::object& buffer, int code) {
     return kernels(-1).nonfinite(b.data(), b.nbytes() / ITEMSIZE[code], static_cast<Dtype>(code));
 }
 
+// ---- the GPU ----
+
+void py_run_tiles_on_host(const py::object& rows, const py::object& owner, const py::object& sources, const py::object& destinations,
+                          uint32_t shuffle) {
+    Held r(rows), o(owner), s(sources), d(destinations);
+    const size_t count = r.count<Copy>("rows"), tiles = o.count<uint32_t>("owner");
+    const size_t from = s.count<uint64_t>("sources"), to = d.count<uint64_t>("destinations");
+    for (size_t i = 0; i < tiles; ++i)
+        if (o.items<uint32_t>()[i] >= count) throw std::invalid_argument("run_tiles_on_host: a tile of no row");
+    for (size_t i = 0; i < count; ++i) {
+        const Copy& c = r.items<Copy>()[i];
+        if ((c.src_buffer != ZERO_BUFFER && c.src_buffer >= from) || c.dst_buffer >= to)
+            throw std::invalid_argument("run_tiles_on_host: a row of no buffer");
+    }
+    const TableAt table{reinterpret_cast<uint64_t>(r.data()), reinterpret_cast<uint64_t>(o.data()), reinterpret_cast<uint64_t>(s.data()),
+                        reinterpret_cast<uint64_t>(d.data())};
+    py::gil_scoped_release free;
+    run_tiles_on_host(table, tiles, shuffle);
+}
+
+void py_tiles_of_rows(const py::object& rows, const py::object& out) {
+    Held r(rows), result(out, true);
+    const size_t n = r.count<Copy>("rows");
+    if (result.count<uint64_t>("out") != n) throw std::invalid_argument("tiles_of_rows: rows and out differ in length");
+    for (size_t i = 0; i < n; ++i) result.items<uint64_t>()[i] = tiles_of_row(r.items<Copy>()[i]);
+}
+
+py::tuple py_bank_conflicts(int s, int d) {
+    const Conflicts worst = bank_conflicts(s, d);
+    return py::make_tuple(worst.write, worst.read);
+}
+
+#if defined(FASTCKPT_CUDA)
+void py_launch_tiles(uint64_t rows, uint64_t owner, uint64_t sources, uint64_t destinations, int path, uint64_t first, uint64_t count,
+                     uint64_t stream) {
+    py::gil_scoped_release free;
+    launch_tiles({rows, owner, sources, destinations}, path, first, count, stream);
+}
+
+py::dict py_device_state() {
+    const DeviceState s = device_state();
+    py::dict facts;
+    facts["devices"] = s.devices;
+    facts["driver"] = s.driver;
+    facts["runtime"] = s.runtime;
+    facts["error"] = s.error;
+    facts["why"] = s.why;
+    return facts;
+}
+
+py::list py_kernel_facts() {
+    py::list out;
+    for (const KernelFacts& k : kernel_facts()) {
+        py::dict facts;
+        facts["name"] = k.name;
+        facts["registers"] = k.registers;
+        facts["local_bytes"] = k.local_bytes;
+        facts["shared_bytes"] = k.shared_bytes;
+        facts["threads"] = k.threads;
+        facts["blocks_per_multiprocessor"] = k.blocks_per_multiprocessor;
+        out.append(facts);
+    }
+    return out;
+}
+#endif
+
 py::list py_isas() {
     py::list names;
     for (int i = 0; i < ISAS; ++i)
@@ -146,7 +214,20 @@ PYBIND11_MODULE(_C, m) {
     });
 
     m.attr("compiler") = __VERSION__;
+#if defined(FASTCKPT_CUDA)
+    m.attr("built_with_cuda") = true;
+    m.attr("cuda_archs") = CUDA_ARCHITECTURES;
+    m.def("device_state", py_device_state, "What CUDA says of this machine; asks the driver.");
+    m.def("kernel_facts", py_kernel_facts, "Registers, local and shared memory, and occupancy on the current device.");
+    m.def("launch_tiles", py_launch_tiles, py::arg("rows"), py::arg("owner"), py::arg("sources"), py::arg("destinations"),
+          py::arg("path"), py::arg("first"), py::arg("count"), py::arg("stream"));
+#else
     m.attr("built_with_cuda") = false;
+#endif
+    m.def("run_tiles_on_host", py_run_tiles_on_host, py::arg("rows"), py::arg("owner"), py::arg("sources"),
+          py::arg("destinations"), py::arg("shuffle") = 0);
+    m.def("tiles_of_rows", py_tiles_of_rows, py::arg("rows"), py::arg("out"));
+    m.def("bank_conflicts", py_bank_conflicts, py::arg("src_size"), py::arg("dst_size"));
     m.attr("copy_bytes") = sizeof(Copy);
     m.def("fields", py_fields, "The fields of struct Copy: (name, offset, size) in bytes.");
     m.def("isas", py_isas, "The instruction sets that can run here; the position is the number `copy_rows` takes.");

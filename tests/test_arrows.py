@@ -34,8 +34,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "digest": (*CORE, "_C"),
     "finite": (*CORE, "digest", "_C"),
     # What reads and runs a plan.
+    "tiles": (*CORE, "planner"),
     "reader": (*CORE, "planner", "_C"),
-    "executors": (*CORE, "planner", "_C"),
+    "executors": (*CORE, "planner", "tiles", "_C"),
     # What makes output real.
     "syscalls": CORE,
     "files": CORE,
@@ -62,6 +63,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "pipeline": (*CORE, "digest", "finite", "planner", "plans", "reader", *FILES),
     "tensors": (*CORE, "planner", "plans"),
+    "device": (*CORE, "planner", "plans", "reader", "pipeline", "executors"),
 }
 MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")
 # The doors stand side by side; what writes their words stands before them. `__init__` holds the version.
@@ -106,7 +108,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """Cells within a package: a module imports siblings from cells before its own only."""
 
-TORCH = {"executors/torch", "executors/cuda", "tensors"}
+TORCH = {"executors/torch", "executors/cuda", "tensors", "device"}
 TORCH_IN_FUNCTIONS = {"sources/memory", "road", "zero_to_fp32", "demo"}
 """Where torch may be imported. The first are themselves imported inside functions only."""
 

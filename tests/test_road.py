@@ -321,6 +321,28 @@ def test_overwriting_never_removes_what_is_read(tmp_path, where, rank):
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_source_written_to_while_it_is_read_is_refused(tmp_path, monkeypatch, compiled):
+    if not compiled:
+        monkeypatch.setattr(road, "built", lambda: False)
+    write_zero(tmp_path / "in", {f"w{i}": torch.randn(1 << 18) for i in range(32)}, stage=3, world=2)
+    source = next((tmp_path / "in").rglob("*rank_1*optim*"))
+
+    late = []
+
+    def rewrite(done, total, phase):
+        if phase == "copy" and not late:
+            late.append((done, total))
+            with source.open("r+b") as f:
+                f.seek(-(1 << 16), os.SEEK_END)
+                f.write(b"\x11")
+
+    with pytest.raises(SourceError, match="changed since its header was read"):
+        fastckpt.reshard(tmp_path / "in", layout="same", out=tmp_path / "out", threads=1, progress=rewrite)
+    assert late and late[0][0] < late[0][1]
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_damaged_kept_plan_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTCKPT_CACHE", str(tmp_path / "plans"))
     _, truth = zero(tmp_path / "in", "mixtral")
@@ -330,6 +352,12 @@ def test_a_damaged_kept_plan_is_not_used(tmp_path, monkeypatch):
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
     same(fastckpt.reshard(tmp_path / "in", layout="same")[0], truth)
+
+
+def test_bands_of_any_number_of_threads_stay_within_the_promise():
+    for threads in range(1, 257):
+        assert 4 << 20 <= road.band(threads) <= road.BAND
+        assert threads * road.band(threads) <= (16 << 20) + threads * (4 << 20)
 
 
 def test_stream_gives_every_byte_in_order(tmp_path):

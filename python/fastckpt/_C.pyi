@@ -9,6 +9,7 @@ Buffer = bytes | bytearray | memoryview | mmap.mmap | NDArray[np.generic]
 
 compiler: str
 built_with_cuda: bool
+cuda_archs: str  # with CUDA only
 copy_bytes: int
 
 def fields() -> list[tuple[str, int, int]]:
@@ -35,6 +36,32 @@ def copy_rows(
     source its bytes when it lies in a file mapping, else 0; with `release_bytes` the pages of those are given
     back whenever a thread has touched so many bytes. Trusted: offsets and strides. Raises ValueError for a
     buffer index or a conversion that does not exist."""
+
+def run_tiles_on_host(
+    rows: Buffer, owner: Buffer, sources: Buffer, destinations: Buffer, shuffle: int = 0
+) -> None:
+    """Runs the bodies of the GPU's tiles in main memory, thread after thread, as `tiles.Tiles` has them.
+
+    `shuffle` other than 0: tiles and threads in an order drawn from it. For tests."""
+
+def tiles_of_rows(rows: Buffer, out: Buffer) -> None:
+    """out[i] (uint64) becomes the tiles of row i, whose path is chosen."""
+
+def bank_conflicts(src_size: int, dst_size: int) -> tuple[int, int]:
+    """A warp's accesses that meet in the worst bank of shared memory, writing and reading a transpose."""
+
+def device_state() -> dict[str, int | str]:
+    """devices, driver, runtime, error, why: what CUDA says of this machine. Only with CUDA."""
+
+def kernel_facts() -> list[dict[str, int | str]]:
+    """name, registers, local_bytes, shared_bytes, threads, blocks_per_multiprocessor of each kernel on the
+    current device. Only with CUDA; raises RuntimeError without a device."""
+
+def launch_tiles(
+    rows: int, owner: int, sources: int, destinations: int, path: int, first: int, count: int, stream: int
+) -> None:
+    """Starts `count` tiles of one path from tile `first` on, on a stream; the first four are addresses of the
+    columns of `tiles.Tiles` in device memory. Only with CUDA; raises RuntimeError in CUDA's words."""
 
 def read_at(
     fd: int, offsets: Buffer, sizes: Buffer, destination: Buffer, positions: Buffer, threads: int = 1

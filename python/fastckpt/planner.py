@@ -376,7 +376,7 @@ def cut(
         rows["dst_buffer"] = first + tensor
     else:
         rows["dst"] -= edges[at].astype(np.uint64)
-    _set_path(rows)
+    classify(rows)
     borders = np.searchsorted(at, np.arange(len(heads) + 1))
     for i, (f, a, b, k0, k1) in enumerate(heads):
         if k0 == k1:
@@ -450,7 +450,7 @@ def _at(rows: Table, axis: int, start: Ints, count: Ints) -> Table:
     return out
 
 
-def _set_path(rows: Table) -> None:
+def classify(rows: Table) -> None:
     """Name each row's path; a transpose has its source-contiguous axis moved to axis 2."""
     src_item, dst_item = _ITEM[rows["src_dtype"]], _ITEM[rows["dst_dtype"]]
     shape = rows["shape"]
@@ -492,6 +492,6 @@ class Executor(Protocol):
         """Fix the source buffers, so that running a batch converts none of them again."""
 
 
-def item_sizes(codes: Sequence[int]) -> Ints:
+def item_sizes(codes: Sequence[int] | NDArray[np.uint8]) -> Ints:
     """Bytes of an element of each dtype code."""
     return _ITEM[np.array(codes, np.int64)]

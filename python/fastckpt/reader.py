@@ -90,9 +90,16 @@ class Positioned:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for fd in self.fds.values():
-            os.close(fd)
-        self.fds = {}
+        try:
+            if kind is None:
+                for place, fd in self.fds.items():
+                    at = self.places[place]
+                    if isinstance(at, File):
+                        same_file(at, fd)  # else some bytes are old and some new
+        finally:
+            for fd in self.fds.values():
+                os.close(fd)
+            self.fds = {}
 
     def lane(self, executor: Executor) -> PositionedLane:
         """A lane with a scratch buffer of its own."""

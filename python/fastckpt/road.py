@@ -320,7 +320,7 @@ class _Run:
 
     def __init__(self, threads: int | None, memory: str | int | None, progress: Progress | None) -> None:
         self.threads = _threads(threads)
-        self.band = BAND
+        self.band = band(self.threads)
         if memory is not None:
             budget = parse_size(memory)
             spare = budget - FIXED_MEMORY
@@ -493,6 +493,11 @@ def _client_state(ckpt: Checkpoint, names: Sequence[str]) -> dict[str, JSON]:
             f"it has {', '.join(known) or 'none'}"
         )
     return {n: known[n] for n in names}
+
+
+def band(threads: int) -> int:
+    """The band of each of so many threads: together at most 4 MiB a thread and 16 MiB of the fixed part."""
+    return min(BAND, (16 + 4 * threads) // threads * LEAF)
 
 
 def _placement(tp: int, placement: Placement | None) -> Placement:

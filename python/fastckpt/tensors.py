@@ -17,22 +17,28 @@ from .plans import Plan
 State = dict[str, torch.Tensor]
 
 
-def allocate(planned: Plan) -> tuple[list[State], list[Buffer]]:
-    """A dict of fresh CPU tensors for each of the plan's ranks, and each planned tensor's memory."""
+def allocate(planned: Plan, device: str = "cpu") -> tuple[list[State], list[Buffer]]:
+    """A dict of fresh tensors for each of the plan's ranks, and each planned tensor's memory.
+
+    Raises DeviceError where the device has too little memory."""
     states: list[State] = [{} for _ in planned.ranks]
     buffers = []
     for t in planned.tensors:
-        made = torch.empty(t.shape, dtype=torch_dtype(t.dtype))
+        try:
+            made = torch.empty(t.shape, dtype=torch_dtype(t.dtype), device=device)
+        except torch.OutOfMemoryError as e:
+            needed = planned.output_bytes
+            raise DeviceError(f"{device}: out of memory: the outputs need {needed} bytes; {e}") from None
         states[t.file][t.name] = made
         buffers.append(buffer(made))
     return states, buffers
 
 
-def matched(planned: Plan, out: Sequence[Mapping[str, torch.Tensor]]) -> list[Buffer]:
+def matched(planned: Plan, out: Sequence[Mapping[str, torch.Tensor]], device: str = "cpu") -> list[Buffer]:
     """The caller's memory for each planned tensor; aliases must be the same memory or absent.
 
     Raises LayoutError for a name that is missing or too much, a shape or dtype that differs, memory that is
-    not dense; DeviceError for a tensor that is not on the CPU."""
+    not dense; DeviceError for a tensor that is not on `device`."""
     if len(out) != len(planned.ranks):
         raise LayoutError(f"out: wanted {len(planned.ranks)} dicts of tensors, got {len(out)}")
     buffers = []
@@ -46,8 +52,8 @@ def matched(planned: Plan, out: Sequence[Mapping[str, torch.Tensor]]) -> list[Bu
                 f"out: {t.name} of rank {t.rank}: got {given.dtype} {tuple(given.shape)}, "
                 f"wanted {want} {t.shape}"
             )
-        if given.device.type != "cpu":
-            raise DeviceError(f"out: {t.name} is on {given.device}; this build fills CPU tensors only")
+        if str(given.device) != device:
+            raise DeviceError(f"out: {t.name} is on {given.device}, wanted {device}")
         if not given.is_contiguous():
             raise LayoutError(f"out: {t.name} is not contiguous, its strides are {given.stride()}")
         buffers.append(buffer(given))
@@ -66,10 +72,11 @@ def matched(planned: Plan, out: Sequence[Mapping[str, torch.Tensor]]) -> list[Bu
 def _refuse_overlaps(planned: Plan, buffers: Sequence[Buffer]) -> None:
     """Memory that is filled twice, or filled before it was read, would hold wrong weights."""
     spans = [(b.address, b.nbytes, True, t.name) for t, b in zip(planned.tensors, buffers, strict=True)]
+    devices = {b.device for b in buffers}
     spans += [
         (x.where.address, x.where.nbytes, False, f"the checkpoint's {x.key}")
         for x in planned.extents
-        if isinstance(x.where, Buffer) and x.where.device == "cpu"
+        if isinstance(x.where, Buffer) and x.where.device in devices
     ]
     ends = {True: (0, ""), False: (0, "")}  # of what is filled, of what is read: how far, by whom
     for start, nbytes, filled, name in sorted(span for span in spans if span[1]):
@@ -81,8 +88,9 @@ def _refuse_overlaps(planned: Plan, buffers: Sequence[Buffer]) -> None:
 
 
 def buffer(tensor: torch.Tensor) -> Buffer:
-    """The memory of a dense CPU tensor."""
-    return Buffer(tensor, tensor.data_ptr(), tensor.numel() * tensor.element_size())
+    """The memory of a dense tensor."""
+    nbytes = tensor.numel() * tensor.element_size()
+    return Buffer(tensor, tensor.data_ptr(), nbytes, str(tensor.device))
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
@@ -119,7 +127,7 @@ def tied(state: Mapping[str, torch.Tensor], made: set[str]) -> dict[str, str]:
 
 
 def made_real(state: Mapping[str, torch.Tensor]) -> State:
-    """Dense CPU tensors to fill, one for each: the module's own memory, or new where it is on meta."""
+    """Dense tensors to fill, one for each: the module's own memory, or new on the CPU where it is on meta."""
     out = {}
     for name, tensor in state.items():
         real = torch.empty(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.detach()

@@ -22,7 +22,7 @@ def test_rows_under_sanitizers(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--build-lib", str(package), "--build-temp", str(tmp_path)],
         cwd=ROOT,
-        env={**os.environ, "CFLAGS": flags, "LDFLAGS": flags, "FASTCKPT_BUILD": "1"},
+        env={**os.environ, "CFLAGS": flags, "LDFLAGS": flags, "FASTCKPT_BUILD": "1", "FASTCKPT_CUDA": "0"},
         check=True,
         capture_output=True,
     )
@@ -51,8 +51,7 @@ def test_rows_under_sanitizers(tmp_path: Path) -> None:
         )
 
     assert str(package) in python("-c", "import fastckpt._C as c; print(c.__file__)").stdout
-    rows = "tests/executors/test_copy_rows.py"
-    done = python(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", rows, "-k", "random_rows or transposes or small"
-    )
+    files = ("tests/executors/test_copy_rows.py", "tests/executors/test_tiles.py")
+    chosen = "random_rows or transposes or small or lines or table"
+    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

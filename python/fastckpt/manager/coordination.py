@@ -20,7 +20,16 @@ import torch.distributed as dist
 
 from ..checkpoint import JSON
 from ..digest import digest
-from ..errors import FastckptError, ManagerError, SourceError, WriteError
+from ..errors import (
+    DeviceError,
+    FastckptError,
+    LayoutError,
+    ManagerError,
+    RecipeError,
+    SourceError,
+    ViewError,
+    WriteError,
+)
 
 MEETING = ".fastckpt-meeting"
 """The directory below a root in which ranks without torch.distributed meet."""
@@ -189,14 +198,16 @@ def join(root: str, rank: int | None, world: int | None, timeout: float) -> tupl
     return Meeting(root, rank, world, timeout, "main"), Meeting(root, rank, world, timeout, "save")
 
 
-_KINDS: tuple[type[FastckptError], ...] = (ManagerError, WriteError, SourceError)
+_KINDS: tuple[type[FastckptError], ...] = (
+    ManagerError, WriteError, LayoutError, RecipeError, ViewError, DeviceError, SourceError,
+)  # fmt: skip
 """Errors that keep their class across ranks. Of several ranks' errors, the first class here is raised."""
 
 
 def together(group: Group, what: str, work: Callable[[], JSON]) -> list[JSON]:
     """Do `work` on every rank; its results by rank, or the same class of error on all of them.
 
-    Raises ManagerError, or WriteError or SourceError where every failed rank failed so."""
+    Raises the first class of _KINDS that a rank failed with; an error of another kind is a ManagerError."""
     value: JSON = None
     error: Exception | None = None
     try:

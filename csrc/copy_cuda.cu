@@ -1,0 +1,84 @@
+// One launch for each path over a table of rows cut into tiles: one block a tile.
+#include "copy_cuda.h"
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+
+#include "tiles_cuda.h"
+
+#ifndef FASTCKPT_ARCHITECTURES
+#define FASTCKPT_ARCHITECTURES ""
+#endif
+
+namespace fastckpt {
+
+const char* const CUDA_ARCHITECTURES = FASTCKPT_ARCHITECTURES;
+
+namespace {
+
+// A row is held by reference and a block takes one tile: a copy of the row goes to local memory, a loop over
+// tiles spills.
+struct Block {
+    uint32_t* shared;
+
+    template <class Body> __device__ void body(const Work& w) const {
+        const Body body(w);
+        body.load(threadIdx.x, shared);
+        if constexpr (Body::SHARED) __syncthreads();
+        body.store(threadIdx.x, shared);
+    }
+};
+
+template <Path PATH> __global__ void __launch_bounds__(THREADS, 4) copy_tiles(const Table table, const uint64_t first) {
+    __shared__ alignas(16) uint32_t shared[PATH == TRANSPOSE ? SHARED_WORDS : 4];
+    const Work work(table, first + blockIdx.x);
+    dispatch<PATH>(Block{shared}, work);
+}
+
+using Kernel = void (*)(Table, uint64_t);
+constexpr Kernel KERNELS[PATHS] = {copy_tiles<ROWS>, copy_tiles<TRANSPOSE>, copy_tiles<GENERAL>};
+const char* const NAMES[PATHS] = {"rows", "transpose", "general"};
+
+void check(cudaError_t error, const char* what) {
+    if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+}  // namespace
+
+void launch_tiles(const TableAt& at, int path, uint64_t first, uint64_t count, uint64_t stream) {
+    if (path < 0 || path >= PATHS || count > 0x7fffffffu) throw std::invalid_argument("launch: no such path, or too many tiles");
+    if (count == 0) return;
+    const Table table{reinterpret_cast<const Copy*>(at.rows), reinterpret_cast<const uint32_t*>(at.owner),
+                      reinterpret_cast<const uint64_t*>(at.sources), reinterpret_cast<const uint64_t*>(at.destinations)};
+    KERNELS[path]<<<static_cast<unsigned>(count), THREADS, 0, reinterpret_cast<cudaStream_t>(stream)>>>(table, first);
+    check(cudaGetLastError(), NAMES[path]);
+}
+
+DeviceState device_state() {
+    DeviceState s;
+    const cudaError_t error = cudaGetDeviceCount(&s.devices);  // leaves its output unwritten on an error
+    if (error != cudaSuccess) {
+        s.devices = 0;
+        s.error = static_cast<int>(error);
+        s.why = cudaGetErrorString(error);
+        cudaGetLastError();
+    }
+    if (cudaDriverGetVersion(&s.driver) != cudaSuccess) s.driver = 0;
+    if (cudaRuntimeGetVersion(&s.runtime) != cudaSuccess) s.runtime = 0;
+    return s;
+}
+
+std::vector<KernelFacts> kernel_facts() {
+    std::vector<KernelFacts> facts;
+    for (int path = 0; path < PATHS; ++path) {
+        cudaFuncAttributes a;
+        check(cudaFuncGetAttributes(&a, KERNELS[path]), NAMES[path]);
+        KernelFacts f{NAMES[path], a.numRegs, static_cast<int>(a.localSizeBytes), static_cast<int>(a.sharedSizeBytes), THREADS, 0};
+        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&f.blocks_per_multiprocessor, KERNELS[path], THREADS, 0), NAMES[path]);
+        facts.push_back(f);
+    }
+    return facts;
+}
+
+}  // namespace fastckpt

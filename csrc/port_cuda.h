@@ -1,0 +1,101 @@
+// What the tile bodies ask of a GPU, each with its twin on the host: the only file of the CUDA road, besides
+// the launch, that knows which compiler reads it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cast.h"
+
+namespace fastckpt {
+namespace {
+
+struct alignas(16) Vector {  // 16 bytes: one load or store
+    uint32_t word[4];
+};
+
+// 16 aligned bytes that nothing writes meanwhile and nobody reads twice.
+FASTCKPT_HD Vector load_vector(const char* p) {
+    Vector v;
+#if defined(__CUDA_ARCH__)
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+        : "l"(p));
+#else
+    memcpy(&v, __builtin_assume_aligned(p, 16), 16);
+#endif
+    return v;
+}
+
+FASTCKPT_HD void store_vector(char* p, const Vector& v) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(p), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+                 : "memory");
+#else
+    memcpy(__builtin_assume_aligned(p, 16), &v, 16);
+#endif
+}
+
+// 16 bytes of shared memory, aligned.
+FASTCKPT_HD Vector load_shared(const uint32_t* p) {
+#if defined(__CUDA_ARCH__)
+    return *reinterpret_cast<const Vector*>(p);
+#else
+    Vector v;
+    memcpy(&v, p, 16);
+    return v;
+#endif
+}
+
+// The low word of (high:low) >> bits; bits < 32.
+FASTCKPT_HD uint32_t funnel(uint32_t low, uint32_t high, uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+    return __funnelshift_r(low, high, bits);
+#else
+    return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> bits);
+#endif
+}
+
+template <int SIZE> struct Cell;
+template <> struct Cell<1> { using type = uint8_t; };
+template <> struct Cell<2> { using type = uint16_t; };
+template <> struct Cell<4> { using type = uint32_t; };
+template <> struct Cell<8> { using type = uint64_t; };
+template <> struct Cell<16> { using type = Vector; };
+
+FASTCKPT_HD uint32_t misalignment(const char* p, uint32_t of) {
+    return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p)) & (of - 1);
+}
+
+// One element at any alignment; on a GPU one access where it is aligned.
+template <int SIZE> FASTCKPT_HD typename Cell<SIZE>::type load_cell(const char* p) {
+    using T = typename Cell<SIZE>::type;
+#if defined(__CUDA_ARCH__)
+    if (misalignment(p, SIZE) == 0) return *reinterpret_cast<const T*>(p);
+#endif
+    T x;
+    memcpy(&x, p, SIZE);
+    return x;
+}
+template <int SIZE> FASTCKPT_HD void store_cell(char* p, typename Cell<SIZE>::type x) {
+#if defined(__CUDA_ARCH__)
+    if (misalignment(p, SIZE) == 0) {
+        *reinterpret_cast<typename Cell<SIZE>::type*>(p) = x;
+        return;
+    }
+#endif
+    memcpy(p, &x, SIZE);
+}
+
+}  // namespace
+}  // namespace fastckpt
+
+#if defined(__CUDACC__)
+#define FASTCKPT_UNROLL _Pragma("unroll")
+#define FASTCKPT_KEEP_LOOP _Pragma("unroll 1")
+#else
+#define FASTCKPT_UNROLL
+#define FASTCKPT_KEEP_LOOP
+#endif

@@ -1,0 +1,26 @@
+// The tile bodies of the GPU, run on the host one thread after the other: how their arithmetic is tested where
+// there is no GPU.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "copy_cuda.h"
+
+namespace fastckpt {
+
+// Runs `tiles` tiles of a table in main memory. Shared memory is poisoned before every tile; with `shuffle` the
+// threads of a phase run in an order that depends on it and on the tile, and so do the tiles.
+void run_tiles_on_host(const TableAt& table, uint64_t tiles, uint32_t shuffle);
+
+// What Python must agree with.
+uint64_t tiles_of_row(const Copy& row);
+
+// How many of a warp's accesses to shared memory meet in the worst bank, writing and reading a transposed tile
+// of elements of `s` to `d` bytes; 1 is free of conflicts.
+struct Conflicts {
+    int write, read;
+};
+Conflicts bank_conflicts(int s, int d);
+
+}  // namespace fastckpt

@@ -1,0 +1,86 @@
+"""What nvcc says of the kernels: no local memory, no spills. Skipped where there is no nvcc."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BUILD = (sys.executable, "setup.py", "build_ext")
+ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+
+needs_nvcc = pytest.mark.skipif(
+    shutil.which("nvcc") is None, reason="no nvcc: the kernels are not compiled here"
+)
+
+
+def report(folder: Path, architecture: str) -> list[dict[str, int]]:
+    """For each function of copy_cuda.cu: stack and spills in bytes, registers of the kernels."""
+    done = subprocess.run(
+        [
+            "nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", f"-arch=sm_{architecture}",
+            "-cubin", "-o", str(folder / f"{architecture}.cubin"), "csrc/copy_cuda.cu",
+        ],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    sizes = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr
+    )
+    registers = [int(x) for x in re.findall(r"Used (\d+) registers", done.stderr)]
+    assert len(registers) == 3 and len(sizes) >= 3, done.stderr
+    return [
+        {"stack": int(a), "stores": int(b), "loads": int(c), "registers": r}
+        for (a, b, c), r in zip(sizes, registers + [0] * (len(sizes) - 3), strict=True)
+    ]
+
+
+def check(folder: Path, architecture: str) -> None:
+    for f in report(folder, architecture):
+        assert (f["stack"], f["stores"], f["loads"]) == (0, 0, 0), f"sm_{architecture}: {f}"
+        assert f["registers"] <= 64, f"sm_{architecture}: {f}"  # four blocks of 256 threads
+
+
+@needs_nvcc
+def test_no_local_memory(tmp_path: Path) -> None:
+    check(tmp_path, "90")
+
+
+@needs_nvcc
+@pytest.mark.nightly
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_local_memory_anywhere(tmp_path: Path, architecture: str) -> None:
+    check(tmp_path, architecture)
+
+
+def test_a_toolkit_that_must_be_there_is_missed(tmp_path: Path) -> None:
+    env = {**os.environ, "FASTCKPT_BUILD": "1", "FASTCKPT_CUDA": "1", "CUDA_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [*BUILD, "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)],
+        cwd=ROOT, env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0 and f"no nvcc at {tmp_path / 'bin' / 'nvcc'}" in done.stdout + done.stderr
+
+
+@needs_nvcc
+@pytest.mark.nightly
+def test_the_build_with_cuda_loads_where_there_is_no_driver(tmp_path: Path) -> None:
+    env = {**os.environ, "FASTCKPT_BUILD": "1", "FASTCKPT_CUDA": "1"}
+    subprocess.run(
+        [*BUILD, "--build-lib", str(tmp_path), "--build-temp", str(tmp_path / "temp")],
+        cwd=ROOT, env=env, capture_output=True, check=True,
+    )  # fmt: skip
+    (made,) = (tmp_path / "fastckpt").glob("_C*.so")
+    ask = "import _C; print(_C.built_with_cuda, _C.cuda_archs, _C.device_state()['devices'] >= 0)"
+    said = subprocess.run(
+        [sys.executable, "-c", ask], cwd=made.parent, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert said[0] == said[-1] == "True" and set(said[1:-1]) >= {"sm_80", "sm_90"}
+    assert len(zlib.compress(made.read_bytes())) < 1_700_000  # of the wheel's 2 MB

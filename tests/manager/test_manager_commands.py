@@ -1,0 +1,109 @@
+"""`fastckpt manager`: list, verify, clean, restore, publish, and the way back."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from fastckpt.errors import ManagerError, SourceError
+from fastckpt.manager.commands import add_parser, run
+from fastckpt.manager.manager import CheckpointManager
+from safetensors.torch import load_file
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    with CheckpointManager(tmp_path / "ck") as manager:
+        for step in range(4):
+            model = torch.nn.Linear(2, 3)
+            torch.nn.init.constant_(model.weight, step)
+            manager.save(step, {"model": model, "n": step}, {"loss": abs(1.5 - step)})
+    return tmp_path / "ck"
+
+
+def call(*words: object) -> int:
+    top = argparse.ArgumentParser()
+    add_parser(top.add_subparsers(dest="command"))
+    return run(top.parse_args(["manager", *map(str, words)]))
+
+
+def test_ls(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("ls", root) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].split()[0] == "0" and said[2].endswith("loss=0.5") and said[-1] == f"4 commits in {root}"
+    assert call("ls", root, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(c["step"], c["metrics"]["loss"]) for c in found] == [(0, 1.5), (1, 0.5), (2, 0.5), (3, 1.5)]
+    assert call("ls", root / "nothing") == 0
+    assert capsys.readouterr().out.startswith("0 commits in")
+    assert not (root / "nothing").exists()
+
+
+def test_verify(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("verify", root) == 0
+    assert capsys.readouterr().out.endswith("4 commits, 0 broken\n")
+    state = root / "step-00000002/rank-00000/state.safetensors"
+    data = bytearray(state.read_bytes())
+    data[-1] ^= 1
+    state.write_bytes(data)
+    assert call("verify", root) == 1
+    said = capsys.readouterr().out
+    assert "step 2: BROKEN" in said and "differ from the manifest's digest" in said and "1 broken" in said
+    assert call("verify", root, "--step", 1) == 0
+    (root / "step-00000003/rank-00000/state.json").unlink()
+    assert call("verify", root, "--json", "--step", 3) == 1
+    capsys.readouterr()
+
+
+def test_gc(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / ".saving-step-00000009-aa").mkdir()
+    assert call("gc", root, "--max-to-keep", 1, "--keep-best", 1, "--metric", "loss", "--dry-run") == 0
+    assert capsys.readouterr().out == "2 commits would go: 0, 1\n"
+    assert (root / ".saving-step-00000009-aa").exists()
+    assert call("gc", root) == 0
+    assert capsys.readouterr().out == "0 commits went: none\n"
+    assert not (root / ".saving-step-00000009-aa").exists()
+    assert call("gc", root, "--max-to-keep", 1, "--keep-best", 1, "--metric", "loss") == 0
+    assert sorted(e for e in os.listdir(root) if e.startswith("step")) == ["step-00000002", "step-00000003"]
+
+
+def test_restore(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("restore", root, tmp_path / "all") == 0
+    found = load_file(tmp_path / "all/model.safetensors")
+    assert set(found) == {"model.weight", "model.bias"} and found["model.weight"].unique().tolist() == [3.0]
+    assert call("restore", root, tmp_path / "one", "--step", 1, "--names", "model.weight") == 0
+    assert {n: t.unique().tolist() for n, t in load_file(tmp_path / "one/model.safetensors").items()} == {
+        "model.weight": [1.0]
+    }
+    capsys.readouterr()
+    with pytest.raises(ManagerError, match=r"no tensor 'weight'; near: model\.weight"):
+        call("restore", root, tmp_path / "none", "--names", "weight")
+    with pytest.raises(ManagerError, match="there is no rank 5"):
+        call("restore", root, tmp_path / "none", "--rank", 5)
+    state = root / "step-00000002/rank-00000/state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(SourceError, match="digest"):
+        call("restore", root, tmp_path / "none", "--step", 2)
+    assert not (tmp_path / "none").exists()
+
+
+def test_publish_and_back(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    to = tmp_path / "served"
+    for step in (1, 3):
+        assert call("publish", root, "--to", to, "--step", step, "--layout", "same") == 0
+    assert (
+        capsys.readouterr().out.splitlines()[-1] == "current: step-00000003 of step-00000001, step-00000003"
+    )
+    assert load_file(to / "current/model.safetensors")["weight"].unique().tolist() == [3.0]
+    assert call("publish", root, "--to", to, "--back", "step-00000001", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["current"] == "step-00000001"
+    assert load_file(to / "current/model.safetensors")["weight"].unique().tolist() == [1.0]
+
+
+def test_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ManagerError, match="holds no commits"):
+        call("publish", tmp_path, "--to", tmp_path / "served")
