@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .errors import SourceError as SourceError
     from .errors import ViewError as ViewError
     from .errors import WriteError as WriteError
+    from .joining import open as open
     from .placement import Placement as Placement
     from .plans import Plan as Plan
     from .road import Report as Report
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from .road import load_into as load_into
     from .road import plan as plan
     from .road import reshard as reshard
-    from .sources import open as open
     from .verification import VerifyReport as VerifyReport
     from .verification import verify as verify
 
@@ -72,7 +72,7 @@ _HOME = {
     "load_into": "road",
     "plan": "road",
     "reshard": "road",
-    "open": "sources",
+    "open": "joining",
     "VerifyReport": "verification",
     "verify": "verification",
 }

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import __version__, plans, sources
+from . import __version__, joining, plans
 from .checkpoint import JSON, Checkpoint
 from .dtypes import DType
 from .errors import DeviceError, LayoutError, SourceError, WriteError
@@ -182,7 +182,7 @@ def consolidate(
     buffers are kept; `.bin` files unless `safe_serialization`. Without `out` the state dict is returned.
     `weights_key` wraps the weights into a single-file training checkpoint, with the plain values named in
     `client_state` beside them. Raises as `reshard` does."""
-    opened = sources.open(
+    opened = joining.open(
         path,
         tag=tag,
         also=also,
@@ -467,7 +467,8 @@ def _record(planned: Plan, finite: bool) -> Record:
         ckpt.headers,
     )
     sizes = {"tp": grid.tp, "pp": grid.pp, "dp": grid.dp, "ep": grid.ep}
-    options = {**planned.options, "allow_nonfinite": not finite}
+    told = joining.told(ckpt, grid.world, planned.layout)
+    options = {**planned.options, **told, "allow_nonfinite": not finite}
     return Record(origin, __version__, planned.layout, sizes, options)
 
 
@@ -506,7 +507,7 @@ def _placement(tp: int, placement: Placement | None) -> Placement:
 
 
 def _opened(ckpt: Opened) -> Checkpoint:
-    return ckpt if isinstance(ckpt, Checkpoint) else sources.open(ckpt)
+    return joining.whole(ckpt) if isinstance(ckpt, Checkpoint) else joining.open(ckpt)
 
 
 def _threads(asked: int | None) -> int:
