@@ -29,7 +29,7 @@ nightly: $(STAMPS)/package $(STAMPS)/tools
 	$(BIN)/python -m pytest -m nightly --timeout 7200
 
 bench: $(STAMPS)/package $(STAMPS)/tools
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks $(BENCH)
 
 clean:
 	rm -rf .venv build dist python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

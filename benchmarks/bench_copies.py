@@ -21,12 +21,12 @@ from fastckpt.target import Target
 from fastckpt.views import strided
 from floors import Memcpy, batches, share, source_runs
 from inputs import Input
-from measure import Bench, Figure, Goal, Step, of_floor, times_faster
+from measure import Bench, Figure, Goal, Step, of_floor, on, times_faster
 
 
 @pytest.mark.parametrize("fresh", [False, True], ids=["mapped", "fresh mapping"])
 def bench_gather_cast(bench: Bench, either: Input, fresh: bool) -> None:
-    """Gather, unpad and cast fp32 to bf16 into reused tensors, one thread, over libc's memcpy of the source."""
+    """Gather, unpad and cast fp32 to bf16 into reused tensors, one thread, over memcpy of the source."""
     plan = plans.draft(
         fastckpt.open(either.path), Wanted(Placement(), layout="same", dtype="bfloat16"), in_memory=True
     )
@@ -45,7 +45,8 @@ def bench_gather_cast(bench: Bench, either: Input, fresh: bool) -> None:
             with Mapped(binding.places) as anew:
                 executor.bind(anew.buffers).run(rows, made, 1)
 
-        what = f"gather + cast fp32 -> bf16, one thread, {'fresh mapping' if fresh else 'source mapped'} / memcpy"
+        mapping = "fresh mapping" if fresh else "source mapped"
+        what = f"gather + cast fp32 -> bf16, one thread, {mapping} / memcpy"
         bench.measure(
             Figure(what, either.shape, "of M", of_floor, None if fresh else Goal(0.65)),
             Step("gather + cast", again if fresh else partial(runner.run, rows, made, 1)),
@@ -100,16 +101,15 @@ def bench_transpose(
     goal: float | None,
     request: pytest.FixtureRequest,
 ) -> None:
-    """Transpose and cast, over the straight cast of the same elements on the same threads (best instructions)."""
+    """Transpose and cast, over the straight cast (best instructions) of the same elements and threads."""
     threads = threads or int(request.config.getoption("--threads"))
     straight, turned = square.whole(False), square.whole(True)
     best = square.bound()
     runner = square.bound(isa)
-    with_what = f"{isa or 'best instructions'}, {'one thread' if threads == 1 else f'{threads} threads'}"
+    what = f"straight cast / transpose + cast fp32 -> bf16, {isa or 'best instructions'}, {on(threads)}"
     bench.measure(
         Figure(
-            f"straight cast / transpose + cast fp32 -> bf16, {with_what}", _dims(square), "of the cast's speed",
-            times_faster, goal and Goal(goal, at_most=False),
+            what, _dims(square), "of the cast's speed", times_faster, goal and Goal(goal, at_most=False)
         ),
         Step("transpose", partial(runner.run, turned, [square.into], threads)),
         [Step("cast", partial(best.run, straight, [square.into], threads))],
@@ -119,7 +119,7 @@ def bench_transpose(
 
 @pytest.mark.parametrize("both", [False, True], ids=["one thread", "all cores"])
 def bench_transpose_staged(bench: Bench, square: Square, both: bool, threads: int) -> None:
-    """As on the way to a file: transposed into 8 MiB bands, against cast into 1 MiB staging; nothing written."""
+    """As on the way to a file, but unwritten: transposed into 8 MiB bands, against cast into 1 MiB."""
     threads = threads if both else 1
     runner = square.bound()
     staging = [np.ones(BAND, np.uint8) for _ in range(threads)]
@@ -135,8 +135,8 @@ def bench_transpose_staged(bench: Bench, square: Square, both: bool, threads: in
 
     bench.measure(
         Figure(
-            f"staged cast / staged transpose + cast (to file), {'one thread' if threads == 1 else f'{threads} threads'}",
-            _dims(square), "of the cast's speed", times_faster, Goal(0.70, at_most=False),
+            f"staged cast / staged transpose + cast (to file), {on(threads)}", _dims(square),
+            "of the cast's speed", times_faster, Goal(0.70, at_most=False),
         ),
         Step("bands", partial(staged, square.cut(True, BAND))),
         [Step("staged cast", partial(staged, square.cut(False, LEAF)))],

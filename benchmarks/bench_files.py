@@ -177,8 +177,8 @@ def bench_zero_to_fp32_split(
 
     bench.measure(
         Figure(
-            f"ZeRO to bf16 TP-8 files against zero_to_fp32 + torch split, {'cold' if cold else 'warm'}", large.shape,
-            "x faster", times_faster, Goal(3 if cold else 20, at_most=False),
+            f"ZeRO to bf16 TP-8 files against zero_to_fp32 + torch split, {'cold' if cold else 'warm'}",
+            large.shape, "x faster", times_faster, Goal(3 if cold else 20, at_most=False),
         ),
         Step("reshard", ours, before, road.clear),
         [Step("zero_to_fp32 + torch split", theirs, clear, clear)],
@@ -250,8 +250,10 @@ def bench_save_file(bench: Bench, either: Input, work: Path, threads: int) -> No
         shutil.rmtree(saved, ignore_errors=True)
 
     bench.measure(
-        Figure(f"{road.job.files}, bf16, warm / safetensors save_file of the result alone", either.shape, "of save_file",
-               of_floor),
+        Figure(
+            f"{road.job.files}, bf16, warm / safetensors save_file of the result alone", either.shape,
+            "of save_file", of_floor,
+        ),
         road.step,
         [Step("save_file", partial(peers.save, made, str(saved)), clear, clear)],
         rounds=5, told=road.told,

@@ -102,7 +102,8 @@ def bench_import(bench: Bench, what: str) -> None:
 
     bench.measure(
         Figure(
-            f"import {what}" + (" (all of a file-to-file run)" if "." in what else ""), "a fresh process", "ms",
+            f"import {what}" + (" (all of a file-to-file run)" if "." in what else ""), "a fresh process",
+            "ms",
             lambda subject, floor: (subject - floor) * 1e3, Goal(150),
         ),
         Step("import", lambda: start(f"import {what}, sys; assert 'torch' not in sys.modules")),

@@ -118,7 +118,8 @@ def machine() -> dict[str, str | int]:
         "cpu": cpu, "cpus": len(os.sched_getaffinity(0)), "memory_gib": memory,
         "best_instructions": _C.isas()[-1], "compiler": _C.compiler,
         "system": f"{platform.system()} {platform.release()}", "python": platform.python_version(),
-        "torch": metadata.version("torch"), "numpy": metadata.version("numpy"), "deepspeed": deepspeed() or "none",
+        "torch": metadata.version("torch"), "numpy": metadata.version("numpy"),
+        "deepspeed": deepspeed() or "none",
     }  # fmt: skip
 
 

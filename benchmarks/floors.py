@@ -129,7 +129,7 @@ class GatherCast:
 
 
 class Write:
-    """W: files of these sizes from one hot buffer, allocated first; one thread a file, as many at once as asked."""
+    """W: files of these sizes from one hot buffer, allocated first; one thread a file."""
 
     def __init__(self, sizes: Sequence[int], folder: str, threads: int, *, durable: bool) -> None:
         self.sizes, self.folder, self.threads, self.durable = sizes, folder, threads, durable

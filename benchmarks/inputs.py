@@ -65,7 +65,8 @@ class Llama:
             out |= {
                 f"{layer}self_attn.q_proj.weight": (h, h), f"{layer}self_attn.k_proj.weight": (kv, h),
                 f"{layer}self_attn.v_proj.weight": (kv, h), f"{layer}self_attn.o_proj.weight": (h, h),
-                f"{layer}mlp.gate_proj.weight": (self.inner, h), f"{layer}mlp.up_proj.weight": (self.inner, h),
+                f"{layer}mlp.gate_proj.weight": (self.inner, h),
+                f"{layer}mlp.up_proj.weight": (self.inner, h),
                 f"{layer}mlp.down_proj.weight": (h, self.inner),
                 f"{layer}input_layernorm.weight": (h,), f"{layer}post_attention_layernorm.weight": (h,),
             }  # fmt: skip

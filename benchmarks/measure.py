@@ -100,6 +100,11 @@ def seconds(subject: float, floor: float) -> float:
     return subject
 
 
+def on(threads: int) -> str:
+    """How a row says it."""
+    return "one thread" if threads == 1 else f"{threads} threads"
+
+
 class Bench:
     """pytest-benchmark's fixture, with a floor in every round's set-up."""
 
@@ -116,8 +121,8 @@ class Bench:
         rounds: int = 7,
         told: dict[str, float | str] | None = None,
     ) -> Row:
-        """Measure one row: a throw-away round, then rounds of the floor's steps and the subject until `rounds`
-        of them count, three times as many at most.
+        """Measure one row: a throw-away round, then rounds of the floor's steps and the subject until
+        `rounds` of them count, three times as many at most.
 
         `told`: further figures for the row's JSON; the caller may fill the dict while it is measured."""
         pairs: list[tuple[float, float]] = []

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 Shard = dict[str, torch.Tensor]
 Styles = Mapping[str, int | None]
-"""Name pattern (a regular expression) -> the axis that is cut, or None for a replica; the first match counts."""
+"""Name pattern (a regular expression) -> the axis that is cut, None for a replica; the first match counts."""
 
 LLAMA: Styles = {
     r"(q|k|v|gate|up)_proj|embed_tokens|lm_head": 0,

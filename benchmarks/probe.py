@@ -2,9 +2,9 @@
 
     python probe.py "reshard|reshard same|consolidate|zero_to_fp32|zero_to_fp32+split" CHECKPOINT OUT TP
 
-Prints JSON. `peak`: bytes by which VmHWM grew over the imports; `disk`: bytes the kernel fetched from
-storage for this process (with a cold cache: all it read, mapped or not, read-ahead included); `read`, `needed`: fastckpt's own
-count.
+Prints JSON. `peak`: bytes by which VmHWM grew over the imports; `disk`: bytes the kernel fetched from storage
+for this process (with a cold cache: all it read, mapped or not, read-ahead included); `read`, `needed`:
+fastckpt's own count.
 """
 
 from __future__ import annotations

@@ -31,13 +31,13 @@ def table(run: dict[str, object]) -> str:
     machine, options, commit = run["machine"], run["options"], run["commit"]
     rows = [Row(**{f.name: r[f.name] for f in fields(Row)}) for r in run["rows"] if r]
     out = [
-        f"{machine['cpu']}, {machine['cpus']} CPUs ({machine['best_instructions']}), {machine['memory_gib']} GiB, "
-        f"{machine['system']}, Python {machine['python']}, torch {machine['torch']}, "
-        f"DeepSpeed {machine['deepspeed']}; {run['date']} UTC, commit {str(commit['id'])[:10]}"
+        f"{machine['cpu']}, {machine['cpus']} CPUs ({machine['best_instructions']}), "
+        f"{machine['memory_gib']} GiB, {machine['system']}, "
+        f"Python {machine['python']}, torch {machine['torch']}, DeepSpeed {machine['deepspeed']}; {run['date']} UTC, commit {str(commit['id'])[:10]}"
         f"{' and uncommitted changes' if commit['dirty'] else ''}; --size {options['size']}, "
         f"{options['threads']} threads.",
         "",
-        "| what | input | best | median | unit | goal | met | seconds, best (floor) | rounds (dropped) | load |",
+        "| what | input | best | median | unit | goal | met | seconds (floor) | rounds (dropped) | load |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -45,8 +45,8 @@ def table(run: dict[str, object]) -> str:
         if row.floor:
             took += f" ({row.floor}: {row.floor_s[0]:.3g})"
         out.append(
-            f"| {row.what} | {row.shape} | {_number(row.best)} | {_number(row.median)} | {row.unit} | {row.goal} "
-            f"| {row.met} | {took} | {row.rounds} ({row.dropped}) | {row.load:.1f} |"
+            f"| {row.what} | {row.shape} | {_number(row.best)} | {_number(row.median)} | {row.unit} "
+            f"| {row.goal} | {row.met} | {took} | {row.rounds} ({row.dropped}) | {row.load:.1f} |"
         )
     return "\n".join(out)
 

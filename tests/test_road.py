@@ -354,6 +354,12 @@ def test_a_damaged_kept_plan_is_not_used(tmp_path, monkeypatch):
     same(fastckpt.reshard(tmp_path / "in", layout="same")[0], truth)
 
 
+def test_bands_of_any_number_of_threads_stay_within_the_promise():
+    for threads in range(1, 257):
+        assert 4 << 20 <= road.band(threads) <= road.BAND
+        assert threads * road.band(threads) <= (16 << 20) + threads * (4 << 20)
+
+
 def test_stream_gives_every_byte_in_order(tmp_path):
     truth = write_zero(
         tmp_path,

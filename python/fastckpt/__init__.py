@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .errors import SourceError as SourceError
     from .errors import ViewError as ViewError
     from .errors import WriteError as WriteError
+    from .joining import open as open
     from .placement import Placement as Placement
     from .plans import Plan as Plan
     from .road import Report as Report
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from .road import plan as plan
     from .road import prepare as prepare
     from .road import reshard as reshard
-    from .sources import open as open
     from .verification import VerifyReport as VerifyReport
     from .verification import verify as verify
 
@@ -74,7 +74,7 @@ _HOME = {
     "plan": "road",
     "prepare": "road",
     "reshard": "road",
-    "open": "sources",
+    "open": "joining",
     "VerifyReport": "verification",
     "verify": "verification",
 }

@@ -315,7 +315,7 @@ def _fields(record: Report | VerifyReport) -> dict[str, JSON]:
 
 
 def _opened(args: argparse.Namespace) -> Checkpoint:
-    from .sources import open
+    from .joining import open
 
     return open(
         args.path,

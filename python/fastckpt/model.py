@@ -137,11 +137,14 @@ class Mlp:
 
 @dataclass(frozen=True, slots=True)
 class Stacks:
-    """A hub that stores all experts of a layer as stacks (gpt-oss): `gate_up` [experts, hidden, 2 * width]
-    with gate and up in turn, `down` [experts, width, hidden]; their biases have `_bias` behind the name."""
+    """All experts of a layer as the hub stores them where it stores none on its own (gpt-oss): `gate_up`
+    [experts, hidden, 2 * width] with gate and up in turn, `down` [experts, width, hidden], and their biases
+    [experts, 2 * width] and [experts, hidden]."""
 
-    gate_up: str
-    down: str
+    gate_up: Parameter
+    gate_up_bias: Parameter
+    down: Parameter
+    down_bias: Parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +153,7 @@ class Experts:
 
     `name`: the hub's module that holds the experts. `correction`: what the router adds to an expert's score
     when it selects [experts], never rounded. `shared`: a block every token passes, weighed by `shared_gate`
-    [1, hidden] where there is one. `stacks`: where the hub stores no expert on its own."""
+    [1, hidden] where there is one. `stacks`: the same experts as one, where the hub has them so."""
 
     name: str
     router: Linear

@@ -20,7 +20,7 @@ from .extents import File
 from .placement import Placement
 from .planner import NOTHING, Binding, Ints, Table
 from .plans import Plan
-from .road import BAND
+from .road import band
 from .text import columns, counted, size, some
 
 
@@ -192,7 +192,7 @@ def describe_plan(plan: Plan, rank: int | None = None, *, threads: int | None = 
         ),
         files=tuple((r, paths[i], n, plan.files[i].nbytes) for (r, i), n in held.items()),
         aliases=plan.aliases,
-        peak_memory=lanes * BAND + rows,
+        peak_memory=lanes * band(lanes) + rows,
         notes=plan.notes,
     )
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import __version__, plans, sources
+from . import __version__, joining, plans
 from .checkpoint import JSON, Checkpoint
 from .dtypes import DType
 from .errors import DeviceError, LayoutError, SourceError, WriteError
@@ -225,7 +225,7 @@ def consolidate(
     buffers are kept; `.bin` files unless `safe_serialization`. Without `out` the state dict is returned.
     `weights_key` wraps the weights into a single-file training checkpoint, with the plain values named in
     `client_state` beside them. Raises as `reshard` does."""
-    opened = sources.open(
+    opened = joining.open(
         path,
         tag=tag,
         also=also,
@@ -364,7 +364,7 @@ class _Run:
 
     def __init__(self, threads: int | None, memory: str | int | None, progress: Progress | None) -> None:
         self.threads = _threads(threads)
-        self.band = BAND
+        self.band = band(self.threads)
         if memory is not None:
             budget = parse_size(memory)
             spare = budget - FIXED_MEMORY
@@ -526,7 +526,8 @@ def _record(planned: Plan, finite: bool) -> Record:
         ckpt.headers,
     )
     sizes = {"tp": grid.tp, "pp": grid.pp, "dp": grid.dp, "ep": grid.ep}
-    options = {**planned.options, "allow_nonfinite": not finite}
+    told = joining.told(ckpt, grid.world, planned.layout)
+    options = {**planned.options, **told, "allow_nonfinite": not finite}
     return Record(origin, __version__, planned.layout, sizes, options)
 
 
@@ -553,6 +554,11 @@ def _client_state(ckpt: Checkpoint, names: Sequence[str]) -> dict[str, JSON]:
     return {n: known[n] for n in names}
 
 
+def band(threads: int) -> int:
+    """The band of each of so many threads: together at most 4 MiB a thread and 16 MiB of the fixed part."""
+    return min(BAND, (16 + 4 * threads) // threads * LEAF)
+
+
 def _placement(tp: int, placement: Placement | None) -> Placement:
     if placement is not None and tp not in (1, placement.tp):
         raise LayoutError(f"tp={tp} and placement.tp={placement.tp} differ; give one of them")
@@ -575,7 +581,7 @@ def _by_rank(out: State | Sequence[State], rank: int | None) -> list[State]:
 
 
 def _opened(ckpt: Opened) -> Checkpoint:
-    return ckpt if isinstance(ckpt, Checkpoint) else sources.open(ckpt)
+    return joining.whole(ckpt) if isinstance(ckpt, Checkpoint) else joining.open(ckpt)
 
 
 def _threads(asked: int | None) -> int:

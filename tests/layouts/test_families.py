@@ -8,7 +8,7 @@ from fastckpt import recipes
 from fastckpt.errors import LayoutError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
-from layouts import families, family_oracle
+from layouts import families, family_oracle, oracle
 from layouts.slices import local_parts
 from reading import bits, memory, same, shard
 
@@ -107,6 +107,30 @@ def test_vllm(name, tp):
         same(got, want)
         found |= {float(x) for _, v in got.values() for x in v.view("f4").flatten()}
     assert sorted(found - {0.0}) == all_numbers(hub)
+
+
+def apart(hub, heads):
+    """The same tensors by Llama's names: what is fused, taken apart."""
+    out = {}
+    for name, x in hub.items():
+        if ".qkv_proj." in name:
+            for p, y in zip("qkv", family_oracle.parts(x, heads, False), strict=True):
+                out[name.replace("qkv_proj", f"{p}_proj")] = y
+        elif ".gate_up_proj." in name:
+            for p, y in zip(("gate", "up"), x.chunk(2), strict=True):
+                out[name.replace("gate_up_proj", f"{p}_proj")] = y
+        else:
+            out[name] = x
+    return out
+
+
+@pytest.mark.parametrize("tp", [1, 2, 8])
+@pytest.mark.parametrize("name", ["granite", "ministral", "smollm3", "phi3", "glm"])
+def test_rtp_llm(name, tp):
+    config, hub, _ = families.made(name)
+    plain = apart(hub, families.FAMILIES[name].heads)
+    for rank, got in enumerate(shards_of(name, "rtp_llm", Placement(tp=tp))):
+        same(got, oracle.rtp_llm(plain, config, tp, rank))
 
 
 def test_refusals_name_what_has_no_place():

@@ -145,3 +145,27 @@ def test_widths_end_between_blocks():
                 scale = torch.cat([hub[f"{at}{e}.{name}_proj.weight_scale_inv"], torch.zeros(1, 8)])
                 assert torch.equal(both[e].chunk(2)[half], rows.chunk(2)[p.rank].byte())
                 assert torch.equal(factors[e].chunk(2)[half], scale.chunk(2)[p.rank])
+
+
+def test_stacked_experts_and_sinks():
+    config, hub, _ = families.made("gpt_oss")
+    model = recipes.find(config)(memory(hub), config)
+    placed, at, tp = layout("vllm", {"pad": "true", "vocab_padding": "40"}), "model.layers.1.", 5
+    ranks = [
+        {n: torch.from_numpy(v.view("f4")) for n, (_, v) in shard(placed.targets(model, p)).items()}
+        for p in Placement(tp=tp).ranks()
+    ]
+    for name, dim, source, size in [
+        (f"{at}mlp.experts.w13_weight", 1, hub[f"{at}mlp.experts.gate_up_proj"].transpose(1, 2), 192),
+        (f"{at}mlp.experts.w13_bias", 1, hub[f"{at}mlp.experts.gate_up_proj_bias"], 192),
+        (f"{at}mlp.experts.w2_weight", 2, hub[f"{at}mlp.experts.down_proj"].transpose(1, 2), 96),
+        (f"{at}attn.sinks", 0, hub[f"{at}self_attn.sinks"], 8),
+    ]:
+        got = torch.cat([r[name] for r in ranks], dim)
+        assert torch.equal(got.narrow(dim, 0, size), source)
+        assert got.shape[dim] == {192: 200, 96: 100, 8: 10}[size]
+        assert not got.narrow(dim, size, got.shape[dim] - size).any()
+    biases = [r[f"{at}mlp.experts.w2_bias"] for r in ranks]
+    assert torch.equal(sum(biases), hub[f"{at}mlp.experts.down_proj_bias"]) and not any(
+        b.any() for b in biases[1:]
+    )

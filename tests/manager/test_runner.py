@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable
@@ -117,6 +118,17 @@ def test_from_an_older_epoch(tmp_path: Path) -> None:
         assert one.said[:3] == ["epoch 2", "epoch 3", "epoch 4"] and one.weights == want
         with pytest.raises(ManagerError, match="step 9 cannot be resumed"):
             JobRunner(Trained(4).job, manager, resume_from_epoch=9).train()
+        broken = tmp_path / "ck/step-00000001/rank-00000/state.json"
+        broken.write_bytes(broken.read_bytes()[:-1] + b" ")
+        with pytest.raises(SourceError, match="digest"):
+            JobRunner(Trained(4).job, manager, resume_from_epoch=1).train()
+        assert manager.steps() == [0, 1, 2, 3, 4]  # nothing was set aside for an epoch that is broken
+
+
+def test_the_last_epoch_is_saved_whatever_the_policy(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, save_interval=3) as manager:
+        JobRunner(Trained(5).job, manager).train()
+        assert manager.steps() == [0, 3, 5]
 
 
 def test_scratch_needs_a_root_of_its_own(tmp_path: Path) -> None:
@@ -173,6 +185,41 @@ def test_three_failed_saves_in_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyP
         with pytest.warns(CheckpointWarning), pytest.raises(WriteError, match="no space for 4"):
             JobRunner(one.job, manager).train()
     assert one.said[-1] == "epoch 4"
+
+
+def test_a_first_save_that_is_skipped_raises(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    manager = CheckpointManager(tmp_path / "file/ck")
+    with manager, pytest.raises((ManagerError, WriteError), match="file/ck"):
+        JobRunner(Trained(1).job, manager).train()
+
+
+def test_failures_in_the_background_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that comes with the next save costs that one nothing."""
+    real = os.pwrite
+    harm = {"epoch": 0}
+
+    def pwrite(*args: Any) -> int:
+        if harm["epoch"] == 2:
+            raise OSError(5, "Input/output error")
+        return real(*args)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    one = Trained(4)
+    with CheckpointManager(tmp_path, async_save=True) as manager:
+
+        def settle(context: Context) -> None:
+            with contextlib.suppress(WriteError):
+                if manager._flight is not None:
+                    manager._flight.result()
+            harm["epoch"] = context.epoch
+
+        one.job.epoch_group.add(settle)
+        with pytest.warns(
+            CheckpointWarning, match=r"the epoch before 3 was not saved \(1 failures in a row\)"
+        ):
+            assert JobRunner(one.job, manager).train() == 4
+        assert manager.steps() == [0, 1, 3, 4]
 
 
 def test_a_failed_first_save_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

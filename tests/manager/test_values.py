@@ -144,13 +144,16 @@ def test_tensors_of_templates_keep_their_dtype() -> None:
         ({"n": torch.zeros(1)}, "at n: the template has a tensor"),
         ({"lacking": 1}, "'lacking' is not in the commit"),
         ({"x": torch.nn.Linear(1, 1)}, "at x: the template has a Linear"),
+        ([torch.zeros(3)], "at its root: the template has a list, the commit dict"),
+        ({"l": [torch.zeros(1)]}, "at l: 2 were saved, the template has 1"),
+        ({"l": [torch.zeros(2), 1]}, r"at l\.0: saved shape"),
         ({"m": 5}, "at m: wanted an object with load_state_dict, got int"),
         ({"m": torch.nn.Linear(2, 2)}, r"at m\.weight: saved shape"),
         ({"m": torch.nn.Linear(2, 1, bias=False)}, "at m: the module has no 'bias'"),
     ],
 )
 def test_templates_that_do_not_fit(template: object, said: str) -> None:
-    flat = flatten({"x": torch.zeros(3), "n": 1, "m": torch.nn.Linear(2, 1)})
+    flat = flatten({"x": torch.zeros(3), "n": 1, "m": torch.nn.Linear(2, 1), "l": [torch.zeros(1), 1]})
     shapes = {n: tuple(t.shape) for n, t in flat.tensors.items()}
     with pytest.raises(ManagerError, match=said):
         check(flat.tree, template, shapes, allow_missing=False)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from fastckpt import recipes
-from fastckpt.errors import RecipeError
+from fastckpt.errors import LayoutError, RecipeError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
 from fastckpt.recipes.names import Keys, Names
 from layouts import families, tiny
-from reading import memory, same, shard
+from reading import bits, memory, same, shard
 
 AT = "model.layers.{i}."
 DENSE = dict(
@@ -120,6 +120,31 @@ def test_grouped_matrices():
     theirs = recipes.find(config)(memory(hub), config)
     for served in ("hf", "vllm"):
         equal(shards(names(memory(hub), config), served, 2), shards(theirs, served, 2))
+
+
+def test_biases_of_experts_are_added_once():
+    """vLLM sums what the ranks make of an expert: the first of those that cut it adds down's bias."""
+    config, hub, _ = tiny.made("mixtral")
+    at = "model.layers.{i}.block_sparse_moe."
+    roles = {
+        role: at + f"experts.{{e}}.{w}.weight" for role, w in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+    }
+    biased = dict(hub)
+    for name, x in hub.items():
+        if ".experts." in name:
+            biased[name.replace("weight", "bias")] = torch.randn(x.shape[0], dtype=x.dtype)
+    names = LLAMA | roles | dict(router=at + "gate.weight", biases=("gate", "up", "down"))
+    model = Names(**names)(memory(biased), config)
+    same(shards(model, "hf", 1)[0], biased)
+    with pytest.raises(LayoutError, match=r"no place for the bias or the factors of .*experts\.0\.w1"):
+        shards(model, "rtp_llm", 2)
+    ranks, stem = shards(model, "vllm", 2), "model.layers.1.block_sparse_moe.experts."
+    each = [[biased[f"{stem}{e}.{w}.bias"] for e in range(3)] for w in ("w1", "w3", "w2")]
+    for r, rank in enumerate(ranks):
+        w13 = torch.stack([torch.cat([a.chunk(2)[r], b.chunk(2)[r]]) for a, b in zip(*each[:2], strict=True)])
+        assert (rank[stem + "w13_bias"][1] == bits(w13)).all()
+        w2 = torch.stack(each[2]) * (0 if r else 1)
+        assert (rank[stem + "w2_bias"][1] == bits(w2.abs() if r else w2)).all()
 
 
 def test_layers_counted_from_one_and_alternatives():

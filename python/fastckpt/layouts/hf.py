@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ..errors import LayoutError
-from ..model import Attention, Experts, Layers, Mla, Mlp, Model
+from ..model import Attention, Experts, Layers, Mla, Mlp, Model, Stacks
 from ..placement import Placement
 from ..target import Target
-from ..views import View, stack
 from .cuts import (
     bias,
     in_part,
@@ -173,30 +172,17 @@ def _experts(moe: Experts, model: Model, placement: Placement) -> Iterator[Targe
         for mlp in moe.experts:
             yield from _mlp(mlp, model, routed)
     else:
-        yield from _stacks(moe, routed)
+        yield from _stacks(moe.stacks, routed)
     if moe.shared is not None:
         yield from _mlp(moe.shared, model, WHOLE if "shared" in model.cuts.whole else placement)
     if moe.shared_gate is not None:
         yield from stored(moe.shared_gate)
 
 
-def _stacks(moe: Experts, placement: Placement) -> Iterator[Target]:
-    """Experts as gpt-oss stores them: a layer's in one tensor, gate and up in turn along the last axis."""
-    tp, rank, stacks = placement.tp, placement.tp_rank, moe.stacks
-    if stacks is None:
-        return
-    pairs: list[View] = []
-    pair_biases: list[View] = []
-    for mlp in moe.experts:
-        gate, up = (out_part(x, rank, tp) for x in (mlp.gate, mlp.up) if x is not None)
-        pairs.append(stack([gate.weight.T, up.weight.T], 2).merge(1))
-        if gate.bias is not None and up.bias is not None:
-            pair_biases.append(stack([gate.bias, up.bias], 1).merge(0))
-    downs = [in_part(mlp.down, rank, tp) for mlp in moe.experts]
-    yield Target(stacks.gate_up, stack(pairs))
-    if pair_biases:
-        yield Target(f"{stacks.gate_up}_bias", stack(pair_biases))
-    yield Target(stacks.down, stack([x.weight.T for x in downs]))
-    down_biases = [x.bias for x in downs if x.bias is not None]
-    if down_biases:
-        yield Target(f"{stacks.down}_bias", stack(down_biases))
+def _stacks(stacks: Stacks, placement: Placement) -> Iterator[Target]:
+    """A part of every expert's width: gate and up lie in turn, so that their part is one run."""
+    tp, rank = placement.tp, placement.tp_rank
+    yield Target(stacks.gate_up.name, stacks.gate_up.view.part(2, rank, tp))
+    yield Target(stacks.gate_up_bias.name, stacks.gate_up_bias.view.part(1, rank, tp))
+    yield Target(stacks.down.name, stacks.down.view.part(1, rank, tp))
+    yield from parameter(stacks.down_bias)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 from ..errors import LayoutError
-from ..model import Attention, Experts, Layer, Layers, Lazy, Linear, Mla, Mlp, Model, Parameter, Sizes
+from ..model import Attention, Experts, Layer, Layers, Lazy, Linear, Mla, Mlp, Model, Parameter, Sizes, Stacks
 from ..views import View
 
 
@@ -89,7 +89,22 @@ def _latent(attention: Mla, old: Sizes, new: Sizes) -> Mla:
 def _experts(moe: Experts, tp: int, experts: int) -> Experts:
     each = [partial(_expert, moe, e, experts) for e in range(len(moe.experts))]
     shared = None if moe.shared is None else _mlp(moe.shared, tp)
-    return replace(moe, experts=Lazy(each), shared=shared)
+    stacks = None if moe.stacks is None else _stacks(moe.stacks, experts)
+    return replace(moe, experts=Lazy(each), shared=shared, stacks=stacks)
+
+
+def _stacks(stacks: Stacks, count: int) -> Stacks:
+    width = _up(stacks.down.view.shape[1], count)
+
+    def grown(role: Parameter, axis: int, size: int) -> Parameter:
+        return Parameter(role.name, _grown(role.view, axis, size))
+
+    return Stacks(
+        grown(stacks.gate_up, 2, 2 * width),
+        grown(stacks.gate_up_bias, 1, 2 * width),
+        grown(stacks.down, 1, width),
+        stacks.down_bias,
+    )
 
 
 def _expert(moe: Experts, index: int, count: int) -> Mlp:

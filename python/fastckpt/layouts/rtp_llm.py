@@ -49,6 +49,8 @@ class RtpLlm:
         require_even("rtp_llm", placement, "hidden_size", model.sizes.hidden)
         if model.encoder is not None:
             raise LayoutError(f"layout rtp_llm has no place for the encoder of {model.family}")
+        if model.lm_head.bias is not None:
+            raise LayoutError(f"layout rtp_llm has no place for the bias of {model.lm_head.name}")
         for extra in (model.positions, model.embedding_norm, *model.carried):
             if extra is not None:
                 raise LayoutError(f"layout rtp_llm has no place for {extra.name} of {model.family}")
@@ -109,9 +111,9 @@ def _experts(at: str, moe: Experts, placement: Placement) -> Iterator[Target]:
     rank, tp = placement.tp_rank, placement.tp
     if moe.shared is not None or moe.correction is not None or moe.stacks is not None:
         raise LayoutError(f"layout rtp_llm has no place for what {moe.name} has beside experts' matrices")
-    for mlp in moe.experts:
-        if mlp.down.scale is not None:
-            raise LayoutError(f"layout rtp_llm has no place for {mlp.down.name}.weight_scale_inv")
+    for linear in (moe.router, *(x for mlp in moe.experts for x in (mlp.gate, mlp.up, mlp.down))):
+        if linear is not None and (linear.bias is not None or linear.scale is not None):
+            raise LayoutError(f"layout rtp_llm has no place for the bias or the factors of {linear.name}")
     pairs = [cat([x.weight.part(0, rank, tp) for x in (e.up, _gate(e))]) for e in moe.experts]
     downs = [e.down.weight.part(1, rank, tp) for e in moe.experts]
     yield Target(f"{at}.gate.kernel", moe.router.weight.T)

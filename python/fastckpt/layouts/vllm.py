@@ -15,10 +15,10 @@ from typing import ClassVar, Literal
 
 from .. import dtypes
 from ..errors import LayoutError
-from ..model import Attention, Experts, Layer, Linear, Mla, Mlp, Model, Sizes
+from ..model import Attention, Experts, Layer, Linear, Mla, Mlp, Model, Parameter, Sizes, Stacks
 from ..placement import Placement
 from ..target import Target
-from ..views import View, stack, zeros
+from ..views import View, cat, stack, zeros
 from .cuts import (
     bias,
     in_part,
@@ -138,26 +138,22 @@ class Vllm:
         yield from plain(moe.router)
         if moe.correction is not None:
             yield Target(moe.correction.name, moe.correction.view.cast(dtypes.float32))
-        held = [moe.experts[e] for e in share.of(len(moe.experts), self.experts)]
-        pairs = [self._pair(mlp, share, in_turn=moe.stacks is not None) for mlp in held]
-        downs = [in_part(mlp.down, share.index, share.count) for mlp in held]
-        if share.index:  # what the ranks make of an expert is summed, so one of them adds its bias
-            downs = [_without_bias(x) for x in downs]
-        yield from _stacked(f"{moe.name}.w13", pairs)
-        yield from _stacked(f"{moe.name}.w2", downs)
+        held = share.of(len(moe.experts), self.experts)
+        if moe.stacks is not None:
+            yield from _stacks(moe.name, moe.stacks, held, share)
+        else:
+            mlps = [moe.experts[e] for e in held]
+            downs = [in_part(mlp.down, share.index, share.count) for mlp in mlps]
+            yield from _stacked(f"{moe.name}.w13", [self._pair(mlp, share) for mlp in mlps])
+            yield from _stacked(f"{moe.name}.w2", [_once(x, share) for x in downs])
         if moe.shared is not None:
             yield from _mlp(moe.shared, placement)
         if moe.shared_gate is not None:
             yield from plain(moe.shared_gate)
 
-    def _pair(self, mlp: Mlp, share: Share, *, in_turn: bool) -> Linear:
-        """An expert's gate and up as one; `in_turn`: row by row, as gpt-oss has them on both sides."""
+    def _pair(self, mlp: Mlp, share: Share) -> Linear:
         both = [out_part(x, share.index, share.count) for x in (mlp.gate, mlp.up) if x is not None]
-        if not in_turn:
-            return joined(mlp.up.name, both if self.gate_up == "gate_up" else both[::-1])
-        biases = [x.bias for x in both if x.bias is not None]
-        weight = stack([x.weight for x in both], 1).merge(0)
-        return replace(both[0], weight=weight, bias=stack(biases, 1).merge(0) if biases else None)
+        return joined(mlp.up.name, both if self.gate_up == "gate_up" else both[::-1])
 
 
 def _named(target: Target, renamed: tuple[tuple[str, str], ...]) -> Target:
@@ -178,9 +174,24 @@ def _stacked(name: str, linears: Sequence[Linear]) -> Iterator[Target]:
             yield Target(f"{name}_{suffix}", stack(views))
 
 
-def _without_bias(linear: Linear) -> Linear:
+def _once(linear: Linear, share: Share) -> Linear:
+    """What the ranks make of an expert is summed, so one of them adds its bias and the others zeros."""
     bias = linear.bias
-    return linear if bias is None else replace(linear, bias=zeros(bias.shape, bias.dtype))
+    return replace(linear, bias=zeros(bias.shape, bias.dtype)) if bias is not None and share.index else linear
+
+
+def _stacks(name: str, stacks: Stacks, held: range, share: Share) -> Iterator[Target]:
+    """Experts with gate and up in turn, as gpt-oss's kernels want what its hub has; matrices [out, in]."""
+
+    def of(role: Parameter, axis: int) -> View:
+        view = cat([role.view.narrow(0, e, 1) for e in held])
+        return view.part(axis, share.index, share.count)
+
+    yield Target(f"{name}.w13_weight", of(stacks.gate_up, 2).permute((0, 2, 1)))
+    yield Target(f"{name}.w13_bias", of(stacks.gate_up_bias, 1))
+    yield Target(f"{name}.w2_weight", of(stacks.down, 1).permute((0, 2, 1)))
+    bias = cat([stacks.down_bias.view.narrow(0, e, 1) for e in held])
+    yield Target(f"{name}.w2_bias", zeros(bias.shape, bias.dtype) if share.index else bias)  # added once
 
 
 def _attention(attention: Attention, sizes: Sizes, placement: Placement) -> Iterator[Target]:

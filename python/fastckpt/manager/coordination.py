@@ -94,7 +94,7 @@ class Meeting:
         try:
             os.makedirs(self._directory, exist_ok=True)
             for entry in os.listdir(self._directory):
-                if entry.startswith(f"{name}-") and entry.endswith(f"-{rank}.json"):
+                if entry.startswith(f"{name}-") and f"-{rank}.json" in entry:
                     with suppress(FileNotFoundError):
                         os.unlink(os.path.join(self._directory, entry))
             self._session = self._meet()

@@ -132,6 +132,12 @@ class _Load:
 
     def _tensors(self, opened: Opened, names: Sequence[str], held: Mapping[str, torch.Tensor]) -> None:
         """Read by name, in parallel, each as the template's is cut; tied names are one tensor."""
+        for name in names:
+            if name in held and tuple(held[name].shape) != opened.shape(name):
+                raise ManagerError(
+                    f"{opened.path}: {name}: saved shape {opened.shape(name)}, the template's is "
+                    f"{tuple(held[name].shape)}"
+                )
         boxes = {n: box_of(n, held[n]) for n in names if n in held}
         jobs: dict[tuple[str, object], str] = {}
         for name in names:
@@ -141,8 +147,6 @@ class _Load:
             box = boxes.get(name)
             if box is None:
                 return opened.read(name)
-            if opened.shape(name) != box.whole:
-                raise ManagerError(f"{name}: saved shape {opened.shape(name)}, the template's is {box.whole}")
             template = held[name]
             local = tuple(template.to_local().shape)  # type: ignore[attr-defined]
             if 0 in local:

@@ -13,14 +13,14 @@ import signal
 import socket
 import time
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 
 from ..checkpoint import JSON
-from ..errors import ManagerError, SourceError, WriteError
+from ..errors import FastckptError, ManagerError, SourceError, WriteError
 from ..layouts import Layout
 from ..road import Report
 from . import loading, policies, publishing, saving
@@ -101,7 +101,7 @@ class CheckpointManager:
         async_save: bool = False,
         save_on_signal: bool = False,
         durable: bool = True,
-        timeout: float = 600.0,
+        timeout: float = 1800.0,
     ) -> None:
         place, step_prefix = _place(os.fspath(root), path_prefix, path_type, step_prefix)
         self._store = Store(place, prefix=step_prefix, digits=step_digits, durable=durable)
@@ -182,6 +182,11 @@ class CheckpointManager:
         return self._preempted
 
     @property
+    def in_flight(self) -> bool:
+        """Whether a save goes on in the background, or ended there and nobody asked yet how."""
+        return self._flight is not None
+
+    @property
     def restored(self) -> int | None:
         """The step that was restored last, whole; None: none was."""
         return self._restored_step
@@ -207,9 +212,13 @@ class CheckpointManager:
         warning, where the checkpoints cannot be reached. Collective.
 
         Raises ManagerError or WriteError on every rank; then the commits that stood still stand."""
-        moment = Moment(step, self._newest, time.monotonic() - self._last_save, self._signalled)
-        want = self._group.rank == 0 and (force or self._when(moment))
-        said = self._group.exchange([want, self._signalled, secrets.token_hex(8)])
+
+        def vote() -> JSON:
+            moment = Moment(step, self._newest, time.monotonic() - self._last_save, self._signalled)
+            want = self._group.rank == 0 and (force or self._when(moment))
+            return [want, self._signalled, secrets.token_hex(8)]
+
+        said = together(self._group, f"save of step {step}", vote)
         votes = [v for v in said if isinstance(v, list)]
         self._preempted = self._preempted or any(v[1] is True for v in votes)
         if not (votes[0][0] or self._preempted):
@@ -218,16 +227,24 @@ class CheckpointManager:
         if not self._reachable(step):
             return False
 
+        stands = self.exists(step) and step not in self._broken
         job: saving.Job | None = None
 
         def prepare() -> JSON:
             nonlocal job
-            standing = self._store.commit(step)
-            if standing is not None and step not in self._broken and not overwrite:
+            if stands and not overwrite:
                 raise ManagerError(
                     f"{self._store.path(step)}: step {step} is committed already; overwrite=True replaces it"
                 )
-            job = self._prepare(step, str(votes[0][2]), state, metrics or {}, client_state or {})
+            flat = flatten(state)
+            self._compare(step, set(flat.tensors))
+            if client_state and not flat.engines:
+                raise ManagerError("client_state goes with a DeepSpeed engine; put the values into the state")
+            taken = self._snapshots.take(flat.tensors, copy=self._async)
+            job = saving.Job(
+                step, str(votes[0][2]), flat.tree, taken, flat.engines, client_state or {},
+                _finite(step, metrics or {}), aside=not stands,
+            )  # fmt: skip
             return None
 
         together(self._group, f"save of step {step}", prepare)
@@ -242,31 +259,19 @@ class CheckpointManager:
             self._finish(self._group, job)
         return True
 
-    def _prepare(
-        self,
-        step: int,
-        token: str,
-        state: object,
-        metrics: Mapping[str, float],
-        client_state: Mapping[str, object],
-    ) -> saving.Job:
-        """Take the state apart and into host memory."""
-        flat = flatten(state)
-        names = set(flat.tensors)
-        if self._names is not None and names != self._names:  # only of a resumed run
-            warnings.warn(_changed(step, self._names, names), CheckpointWarning, stacklevel=5)
-            self._names = names
-        if client_state and not flat.engines:
-            raise ManagerError("client_state goes with a DeepSpeed engine; put the values into the state")
-        taken = self._snapshots.take(flat.tensors, copy=self._async)
-        numbers = {k: float(v) for k, v in metrics.items()}
-        bad = [k for k, v in numbers.items() if not math.isfinite(v)]
-        for name in bad:
-            warnings.warn(
-                f"step {step}: metric {name} is {numbers.pop(name)}", CheckpointWarning, stacklevel=5
-            )
-        aside = step in self._broken or self._store.commit(step) is None
-        return saving.Job(step, token, flat.tree, taken, flat.engines, client_state, numbers, aside=aside)
+    def _compare(self, step: int, names: set[str]) -> None:
+        """Say what a resumed run saves under other names than it restored."""
+        old = self._names
+        if old is None or names == old:
+            return
+        self._names = names
+        more, less = sorted(names - old), sorted(old - names)
+        warnings.warn(
+            f"step {step}: the names changed: {len(more)} new ({', '.join(more[:5]) or 'none'}), "
+            f"{len(less)} gone ({', '.join(less[:5]) or 'none'})",
+            CheckpointWarning,
+            stacklevel=5,
+        )
 
     def _finish(self, group: Group, job: saving.Job) -> None:
         """Commit, tell, and clean: in this order."""
@@ -276,21 +281,23 @@ class CheckpointManager:
         for rank, (seconds, nbytes) in enumerate(zip(done.seconds, done.nbytes, strict=True)):
             self._stats.append(Timing(SAVE, job.step, rank, seconds, nbytes))
         if self._metadata is not None and group.rank == 0:
-            self._metadata.write(job.step)
-            self._metadata.report(
-                SAVE,
-                {os.path.join(self.path(job.step), rank_directory(r)): s for r, s in enumerate(done.seconds)},
-            )
+            with _only_said(f"step {job.step} stands, but the metadata handler failed"):
+                self._metadata.write(job.step)
+                self._metadata.report(SAVE, self._parts(job.step, done.seconds))
         self._clean(group)
+
+    def _parts(self, step: int, seconds: Sequence[float]) -> dict[str, float]:
+        """Where each rank's part of a step lies, and what it took."""
+        return {self.path(step, rank): s for rank, s in enumerate(seconds)}
 
     def _clean(self, group: Group) -> list[int]:
         """Remove what no policy keeps; one rank decides for all disks. The steps that went."""
-        proposed: list[JSON] = [*self.surplus()] if group.rank == 0 else []
-        agreed = group.exchange(proposed)[0]
+        agreed = together(group, "cleaning", lambda: [*self.surplus()] if group.rank == 0 else [])[0]
         steps = [s for s in agreed if isinstance(s, int)] if isinstance(agreed, list) else []
         if steps and self._disk.coordinator:
-            self._store.take()
-            self._store.remove(steps)
+            with _only_said(f"old commits in {self.root} could not be removed"):
+                self._store.take()
+                self._store.remove(steps)
         return steps
 
     def wait(self) -> None:
@@ -373,16 +380,15 @@ class CheckpointManager:
         for rank, (seconds, nbytes) in enumerate(zip(done.seconds, done.nbytes, strict=True)):
             self._stats.append(Timing(action, step, rank, seconds, nbytes))
         if self._metadata is not None and self._group.rank == 0:
-            self._metadata.report(
-                action,
-                {os.path.join(self.path(step), rank_directory(r)): s for r, s in enumerate(done.seconds)},
-            )
+            with _only_said(f"step {step} is restored, but the metadata handler failed"):
+                self._metadata.report(action, self._parts(step, done.seconds))
         return done.value
 
     def _standing(self) -> tuple[dict[int, str], _Missing]:
         """Steps that stand whole on every disk, with the key they share there, and why others do not."""
-        own: list[JSON] = [[c.step, c.key] for c in self._store.commits()]
-        said = self._group.exchange(own)
+        said = together(
+            self._group, "list of commits", lambda: [[c.step, c.key] for c in self._store.commits()]
+        )
         by_rank = [
             {int(str(p[0])): str(p[1]) for p in s if isinstance(p, list)} for s in said if isinstance(s, list)
         ]
@@ -444,10 +450,13 @@ class CheckpointManager:
             raise ManagerError(f"{self.root}: step {user_step} cannot be resumed: {missing(user_step)}")
         good = [s for s in standing if s not in self._broken]
         newest = max(good) if good else None
-        told: JSON = user_step
-        if self._metadata is not None and self._group.rank == 0:
-            told = self._metadata.last_epoch(user_step)
-        told = self._group.exchange(told)[0]
+
+        def ask() -> JSON:
+            if self._metadata is not None and self._group.rank == 0:
+                return self._metadata.last_epoch(user_step)
+            return user_step
+
+        told = together(self._group, "metadata", ask)[0]
         if user_step is not None or told is None:
             return user_step if user_step is not None else newest
         if told in good and isinstance(told, int):
@@ -573,6 +582,15 @@ class CheckpointManager:
         return report
 
 
+@contextmanager
+def _only_said(what: str) -> Iterator[None]:
+    """Turn a failure that costs no commit into a warning, so that the ranks stay in step."""
+    try:
+        yield
+    except (FastckptError, OSError, RuntimeError, ValueError) as e:
+        warnings.warn(f"{what}: {e}", CheckpointWarning, stacklevel=4)
+
+
 class _Missing:
     """Says why a step does not stand everywhere."""
 
@@ -639,10 +657,10 @@ def _keeping(
     return policies.keep_any(*chosen) if chosen else None
 
 
-def _changed(step: int, old: set[str], new: set[str]) -> str:
-    """What is different about the names of a save."""
-    more, less = sorted(new - old), sorted(old - new)
-    return (
-        f"step {step}: the names changed: {len(more)} new ({', '.join(more[:5]) or 'none'}), "
-        f"{len(less)} gone ({', '.join(less[:5]) or 'none'})"
-    )
+def _finite(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics that can be compared and written; others are left out, with a warning."""
+    numbers = {k: float(v) for k, v in metrics.items()}
+    for name in [k for k, v in numbers.items() if not math.isfinite(v)]:
+        said = f"step {step}: metric {name} is {numbers.pop(name)} and left out"
+        warnings.warn(said, CheckpointWarning, stacklevel=6)
+    return numbers

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from ..checkpoint import JSON
@@ -53,7 +53,6 @@ class JobRunner:
             job.init_group.run(context)
             context.epoch = 0
             self._save(0, must=True)
-            manager.wait()
         else:
             context.epoch = start
             self._restore(start)
@@ -63,7 +62,7 @@ class JobRunner:
             context.metrics.clear()
             job.epoch_group.run(context)
             done = self._any(job.stop_conditions)
-            self._save(context.epoch)
+            self._save(context.epoch, last=done)
             if manager.preempted:
                 manager.wait()
                 raise SystemExit(128 + signal.SIGTERM)
@@ -96,42 +95,56 @@ class JobRunner:
                     "root of its own"
                 )
             return None
-        start = manager.resume_step(self._resume)
-        if self._resume is not None and start is not None:
-            aside = manager.rewind(start)
-            if aside:
-                warnings.warn(
-                    f"resuming epoch {start}: newer commits {aside} were set aside",
-                    CheckpointWarning,
-                    stacklevel=3,
-                )
-        return start
+        return manager.resume_step(self._resume)
 
     def _restore(self, start: int) -> None:
-        """The state of an epoch, or of the valid one before it, into the job."""
-        context = self._job.context
-        mine = context.state if self._job.saves(context.rank) else {}
-        step = start if self._resume is not None else None
-        self._manager.restore(step, template=mine, allow_missing=False)
-        restored = self._manager.restored
-        if restored is not None and restored != start:
-            context.epoch = restored
-
-    def _save(self, epoch: int, *, must: bool = False) -> None:
-        """Save an epoch; a failure is reported, the third in a row raised, the first of all always."""
+        """The state of an epoch into the job, or of the valid one before it where none was asked for."""
         context, manager = self._job.context, self._manager
-        state = context.state if self._job.saves(context.rank) else {}
-        try:
-            manager.save(epoch, state, context.metrics, force=must)
-            self._failures = 0
-        except FastckptError as e:
-            self._failures += 1
-            if must or self._failures >= FAILURES:
-                raise
+        mine = context.state if self._job.saves(context.rank) else {}
+        manager.restore(start if self._resume is not None else None, template=mine)
+        if manager.restored is not None:
+            context.epoch = manager.restored
+        aside = manager.rewind(start) if self._resume is not None else []
+        if aside:
             warnings.warn(
-                f"epoch {epoch} was not saved ({self._failures} failures in a row): {e}",
+                f"resuming epoch {start}: newer commits {aside} were set aside",
                 CheckpointWarning,
                 stacklevel=3,
+            )
+
+    def _save(self, epoch: int, *, must: bool = False, last: bool = False) -> None:
+        """Save an epoch; a failure is reported, the third in a row raised, that of the first save always.
+
+        The first and the last are saved whatever the policy."""
+        context, manager = self._job.context, self._manager
+        state = context.state if self._job.saves(context.rank) else {}
+        if must:
+            if not manager.save(epoch, state, context.metrics, force=True):
+                raise ManagerError(f"{manager.root}: the first save was skipped; can it be reached?")
+            manager.wait()
+            return
+        if manager.in_flight:
+            self._count(f"the epoch before {epoch}", self._landed)
+        self._count(f"epoch {epoch}", lambda: manager.save(epoch, state, context.metrics, force=last))
+
+    def _landed(self) -> bool:
+        """Wait for the save in flight."""
+        self._manager.wait()
+        return True
+
+    def _count(self, what: str, work: Callable[[], bool]) -> None:
+        """Do it, and count failures in a row; what is still in flight is no success yet."""
+        try:
+            if work() and not self._manager.in_flight:
+                self._failures = 0
+        except FastckptError as e:
+            self._failures += 1
+            if self._failures >= FAILURES:
+                raise
+            warnings.warn(
+                f"{what} was not saved ({self._failures} failures in a row): {e}",
+                CheckpointWarning,
+                stacklevel=4,
             )
 
     def _settle(self) -> None:

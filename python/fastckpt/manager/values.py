@@ -307,7 +307,11 @@ class Builder:
 
 
 def fill(template: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """Put what was read into a tensor of the caller's, cast to its dtype, on its device."""
+    """Put what was read into a tensor of the caller's, cast to its dtype, on its device.
+
+    Raises ManagerError for another shape: nothing is spread over a larger tensor."""
+    if template.shape != found.shape:
+        raise ManagerError(f"restore: read shape {tuple(found.shape)}, wanted {tuple(template.shape)}")
     with torch.no_grad():
         template.copy_(found)
     return template
@@ -359,6 +363,19 @@ def check(tree: JSON, template: object, shapes: Mapping[str, tuple[int, ...]], a
                 )
             for key, value in saved_items.items():
                 visit(value, held.get(key, MISSING), _join(path, key))
+        elif isinstance(held, (list, tuple)) and tag in ("list", "tuple"):
+            inside = _items(content)
+            filled = any(isinstance(v, (torch.Tensor, Stateful)) for v in held)
+            if filled and len(inside) != len(held) and not allow_missing:
+                raise ManagerError(
+                    f"restore at {here}: {len(inside)} were saved, the template has {len(held)}"
+                )
+            for k, (value, inner) in enumerate(zip(inside, held, strict=False)):
+                visit(value, inner, _join(path, k))
+        elif isinstance(held, (dict, list, tuple)) and held:
+            raise ManagerError(
+                f"restore at {here}: the template has a {type(held).__name__}, the commit {tag or 'a value'}"
+            )
         elif tag == STATE and held is not MISSING:
             raise ManagerError(
                 f"restore at {here}: wanted an object with load_state_dict, got {type(held).__name__}"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from ..checkpoint import JSON, Checkpoint
-from ..model import Experts, HubCuts, Lazy, Linear, Mlp, Model, Stacks
+from ..model import Experts, HubCuts, Lazy, Linear, Mlp, Model, Parameter, Stacks
 from ..views import View
 from .claims import Claims, Dim, fp8_block, integer
 from .decoder import ANCHOR, Kind, decoder
@@ -32,15 +32,14 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
     def experts(layer: str) -> Callable[[], Experts]:
         name = f"{layer}.mlp.experts"
         router = claims.linear(f"{layer}.mlp.router", count, hidden, bias=True)
-        gate_up = claims.tensor(f"{name}.gate_up_proj", count, hidden, pair)
-        gate_up_bias = claims.tensor(f"{name}.gate_up_proj_bias", count, pair)
-        down = claims.tensor(f"{name}.down_proj", count, width, hidden)
-        down_bias = claims.tensor(f"{name}.down_proj_bias", count, hidden)
+        gate_up = claims.parameter(f"{name}.gate_up_proj", count, hidden, pair)
+        gate_up_bias = claims.parameter(f"{name}.gate_up_proj_bias", count, pair)
+        down = claims.parameter(f"{name}.down_proj", count, width, hidden)
+        down_bias = claims.parameter(f"{name}.down_proj_bias", count, hidden)
 
         def build() -> Experts:
-            stacks = Stacks(f"{name}.gate_up_proj", f"{name}.down_proj")
-            views = gate_up(), gate_up_bias(), down(), down_bias()
-            each = [partial(_expert, stacks, views, e) for e in range(count.size)]
+            stacks = Stacks(gate_up(), gate_up_bias(), down(), down_bias())
+            each = [partial(_expert, name, stacks, e) for e in range(count.size)]
             return Experts(name, router(), Lazy(each), stacks=stacks)
 
         return build
@@ -57,13 +56,16 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
     )
 
 
-def _expert(stacks: Stacks, views: tuple[View, View, View, View], e: int) -> Mlp:
-    gate_up, gate_up_bias, down, down_bias = (v.narrow(0, e, 1).reshape(v.shape[1:]) for v in views)
-    gate, up = (
-        Linear(stacks.gate_up, _every_second(gate_up, which).T, _every_second(gate_up_bias, which))
-        for which in (0, 1)
-    )
-    return Mlp(gate, up, Linear(stacks.down, down.T, down_bias))
+def _expert(name: str, stacks: Stacks, e: int) -> Mlp:
+    def of(stack: Parameter) -> View:
+        return stack.view.narrow(0, e, 1).reshape(stack.view.shape[1:])
+
+    def half(which: int, role: str) -> Linear:
+        weight, bias = (_every_second(of(x), which) for x in (stacks.gate_up, stacks.gate_up_bias))
+        return Linear(f"{name}.{e}.{role}", weight.T, bias)
+
+    down = Linear(f"{name}.{e}.down_proj", of(stacks.down).T, of(stacks.down_bias))
+    return Mlp(half(0, "gate_proj"), half(1, "up_proj"), down)
 
 
 def _every_second(view: View, which: int) -> View:
