@@ -312,6 +312,11 @@ def load_into(
     if rank is None and grid.world > 1:
         raise LayoutError(f"load_into: a module is one rank's; say which of the {grid.world} ranks (rank=)")
     held = tensors.held(module)
+    if strict and (unmade := tensors.left_on_meta(module, held)):
+        raise LayoutError(
+            f"load_into: {unmade[0]} is a buffer on the meta device that checkpoints do not hold "
+            f"({len(unmade)} such); make it first, or strict=False leaves it"
+        )
     wanted = Wanted(
         grid, rank or 0, layout, config, recipe, tp_plan, vocab_size, held=tensors.dtypes_of(held)
     )
