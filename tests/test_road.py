@@ -302,9 +302,6 @@ def test_a_source_cut_short_under_the_reader_is_an_error(tmp_path, monkeypatch, 
     def short(binding, alone):
         opened = reader(binding.places)
         opened.lane(pick(None))
-        if reader is Positioned:
-            for i in range(len(binding.places)):
-                opened.fd(i)
         with open(victim, "r+b") as f:
             f.truncate(1 << 20)
         return opened
