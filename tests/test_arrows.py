@@ -48,6 +48,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "commit": (*CORE, "syscalls", "manifest"),
     "writer": (*CORE, "digest", *FILES[:-1]),
     "verification": (*CORE, "digest", "finite", *FILES),
+    # The way back, through sources, recipes and layouts.
+    "inverse": CORE,
+    "joining": (*PLAIN, "collector", "digest", "manifest", "inverse", "sources", "recipes", "layouts"),
     # The spine.
     "plancache": (*CORE, "planner"),
     "plans": (
@@ -103,6 +106,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "layouts": (
         ("naming", "cuts", "servers", "padding"),
+        ("rtp_merge", "rtp_split"),  # rtp-llm's catalogue, of which its layout is made
         ("same", "hf", "vllm", "rtp_llm", "patterns"),
         ("__init__",),
     ),

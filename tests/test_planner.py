@@ -158,3 +158,20 @@ def test_rows_of_another_checkpoint_are_refused():
 def test_copy_is_the_documented_struct():
     assert COPY.itemsize == 128
     assert [COPY.fields[n][1] for n in COPY.names] == [0, 8, 16, 48, 80, 96, 100, 104, 112, 113, 114, 115]
+
+
+def test_no_axis_outgrows_a_row():
+    """Stacked experts pass 2^32 elements: what a row cannot count is not joined, or refused."""
+    int8 = dtypes.BY_NAME["int8"]
+    for shape in ((3, 1 << 31), (5, 1 << 20, 1 << 20), (1 << 31, 2, 2), (70_000, 70_000)):
+        size, src, dst = (np.array([x], np.int64) for x in (shape, *[planner.dense_strides(shape)] * 2))
+        joined, *_ = planner.coalesce(size, src, dst)
+        assert int(joined.max()) <= planner.LONGEST and int(joined.prod()) == int(size.prod())
+    owner = np.zeros(1, np.int8)
+    extents = Extents([Extent(Buffer(owner, owner.ctypes.data, 1 << 40), 0, 1 << 40, "a")])
+    wide = Target("w", strided(extents, 0, int8, (3, 1 << 31)))
+    chunk, _ = planner.compile([wide], extents)
+    assert planner.nbytes(chunk.rows, "dst").sum() == 3 << 31
+    long = Target("w", strided(extents, 0, int8, (1 << 32,)))
+    with pytest.raises(ViewError, match="axis of 4294967296 elements"):
+        planner.compile([long], extents)

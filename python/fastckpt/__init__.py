@@ -30,16 +30,17 @@ if TYPE_CHECKING:
     from .errors import SourceError as SourceError
     from .errors import ViewError as ViewError
     from .errors import WriteError as WriteError
+    from .joining import open as open
     from .placement import Placement as Placement
     from .plans import Plan as Plan
     from .road import Report as Report
     from .road import consolidate as consolidate
     from .road import load_into as load_into
     from .road import plan as plan
+    from .road import prepare as prepare
     from .road import reshard as reshard
     from .schemes import SCHEMES as SCHEMES
     from .schemes import Quant as Quant
-    from .sources import open as open
     from .verification import VerifyReport as VerifyReport
     from .verification import verify as verify
 
@@ -73,10 +74,11 @@ _HOME = {
     "consolidate": "road",
     "load_into": "road",
     "plan": "road",
+    "prepare": "road",
     "reshard": "road",
     "SCHEMES": "schemes",
     "Quant": "schemes",
-    "open": "sources",
+    "open": "joining",
     "VerifyReport": "verification",
     "verify": "verification",
 }

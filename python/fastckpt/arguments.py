@@ -83,6 +83,9 @@ def parser() -> argparse.ArgumentParser:
 
     verify = command("verify", "check an output against its manifest: digests, headers, NaN and infinity")
     verify.add_argument("path", metavar="DIR")
+    verify.add_argument(
+        "--plain", action="store_true", help="a directory of others: headers and values, no digests"
+    )
     _threads(verify)
     _quiet(verify)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from . import recipes
 from .checkpoint import JSON, Checkpoint, Entry
 from .errors import RecipeError
-from .sources import open as open_checkpoint
+from .joining import open as open_checkpoint
 from .text import columns, said, size, some
 
 

@@ -46,7 +46,7 @@ def resident(binding: Binding) -> bool:
     return any(on_gpu)
 
 
-def prepare(planned: Plan, binding: Binding, buffers: Sequence[Buffer], device: torch.device) -> Prepared:
+def prepare(planned: Plan, binding: Binding, buffers: Sequence[Buffer], device: str) -> Prepared:
     """The plan's whole table on the GPU that holds its sources and `buffers` (by planned tensor).
 
     Raises DeviceError for what lies elsewhere and for a table too large for the memory that is left."""
@@ -76,9 +76,9 @@ class ToDevice:
     `buffers`: each planned tensor's memory. Every worker has two stagings and a stream of its own, so that
     one batch is made while another travels."""
 
-    def __init__(self, slots: Slots, buffers: Sequence[Buffer], device: torch.device) -> None:
+    def __init__(self, slots: Slots, buffers: Sequence[Buffer], device: str) -> None:
         self.slots = slots
-        self.device = device
+        self.device = torch.device(device)
         self.bytes = [_bytes(b) for b in buffers]
         self.streams: list[torch.cuda.Stream] = []
 

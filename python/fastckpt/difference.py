@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from .checkpoint import JSON, Checkpoint, Entry
 from .dtypes import DType, bfloat16, float8_e4m3fn
 from .errors import ViewError
+from .joining import open as open_checkpoint
 from .road import stream
-from .sources import open as open_checkpoint
 from .text import counted, some
 
 Bytes = NDArray[np.uint8]

@@ -50,6 +50,9 @@ COPY = np.dtype(
 NOTHING = 0xFFFFFFFF
 """The source buffer of a row that writes zeros."""
 
+LONGEST = (1 << 32) - 1
+"""Elements of one axis of a Copy row."""
+
 LEAF = 1 << 20
 """Bytes of a digest's leaf; batches are cut on leaf borders, so that digests are taken on the way out."""
 
@@ -121,6 +124,8 @@ def _compile(fragments: Ints, ndim: int, strides: Ints, codes: Ints, tensor: Int
     item = _ITEM[stored]
     origin, size = fragments[:, 3 : 3 + ndim], fragments[:, 3 + ndim : 3 + 2 * ndim]
     size, src_stride, dst_stride = coalesce(size, fragments[:, 3 + 2 * ndim :] * item[:, None], strides)
+    if size.size and int(size.max()) > LONGEST:
+        raise ViewError(f"plan: an axis of {int(size.max())} elements; a copy row has at most {LONGEST}")
     src = fragments[:, 2] * item
     dst = (origin * strides).sum(axis=1)
     while size.shape[1] > AXES:  # a fifth axis is unrolled into rows
@@ -143,8 +148,8 @@ def _compile(fragments: Ints, ndim: int, strides: Ints, codes: Ints, tensor: Int
 def coalesce(size: Ints, src: Ints, dst: Ints) -> tuple[Ints, Ints, Ints]:
     """Drop unit axes and join neighbours that are one stride on both sides, row by row.
 
-    Returns the three arrays right-aligned with at least AXES axes, leading ones (1, 0, 0). Law: visits
-    the same (source, destination) pairs in the same order."""
+    No axis grows beyond LONGEST. Returns the three arrays right-aligned with at least AXES axes, leading
+    ones (1, 0, 0). Law: visits the same (source, destination) pairs in the same order."""
     n, ndim = size.shape
     width = max(AXES, ndim)
     out = np.zeros((3, n, width), np.int64)
@@ -155,7 +160,7 @@ def coalesce(size: Ints, src: Ints, dst: Ints) -> tuple[Ints, Ints, Ints]:
         length, s, d = size[:, a], src[:, a], dst[:, a]
         have, hs, hd = out[0][every, at], out[1][every, at], out[2][every, at]
         real = length != 1
-        joins = real & (have != 1) & (s == have * hs) & (d == have * hd)
+        joins = real & (have != 1) & (s == have * hs) & (d == have * hd) & (length <= LONGEST // have)
         fresh = real & ~joins
         at = np.where(fresh & (have != 1), at - 1, at)
         out[0][every, at] = np.where(joins, have * length, np.where(fresh, length, out[0][every, at]))

@@ -305,6 +305,8 @@ class _Road:
         options: dict[str, JSON] = {
             "layout": _layout_name(layout),
             "layout_options": repr(layout),
+            "layout_fields": dict(layouts.options_of(layout)),
+            "tp_plan": None if wanted.tp_plan is None else dict(wanted.tp_plan),
             "dtype": None if dtype is None else dtype.name,
             "max_shard_size": wanted.max_shard_size,
             "vocab_size": wanted.vocab_size,

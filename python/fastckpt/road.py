@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import __version__, plans, sources
+from . import __version__, joining, plans
 from .checkpoint import JSON, Checkpoint
 from .dtypes import DType
 from .errors import DeviceError, LayoutError, SourceError, WriteError
@@ -40,6 +40,8 @@ from .writer import Output
 
 if TYPE_CHECKING:
     import torch
+
+    from .device import Ready
 
     State = dict[str, torch.Tensor]
     Opened = str | os.PathLike[str] | Checkpoint | Mapping[str, torch.Tensor]
@@ -145,28 +147,69 @@ def reshard(
     the values `dtype` gives; NaN and infinity in those are an error always.
     NaN and infinity in the output are an error unless `allow_nonfinite`. `durable` fsyncs; `overwrite`
     replaces an output in one step; `memory` bounds the bytes held ("256MB"); `progress` see Progress.
+    `device` "cuda" or "cuda:N": tensors there, made by the GPU where the checkpoint's tensors lie there too;
+    they are filled in the order of the current stream.
 
     Raises SourceError, RecipeError, LayoutError and ViewError before anything is written, WriteError while
     it is; then nothing is left behind. DeviceError for what this build cannot do."""
-    if device != "cpu":
-        raise DeviceError(f"device {device!r}: this build runs on the CPU only")
+    device = _device(device)
     grid = _placement(tp, placement)
     wanted = Wanted(
         grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size, quant=_quant(quant)
     )
     run = _Run(threads, memory, progress)
     in_memory = not isinstance(out, (str, os.PathLike))
+    if device != "cpu" and not in_memory:
+        raise DeviceError(f"device {device!r}: files are written from main memory; leave device= out")
     planned = run.planned(lambda: plans.draft(_opened(ckpt), wanted, in_memory=in_memory))
     if out is None:
-        states, _ = run.to_memory(planned)
+        states, _ = run.to_memory(planned, device)
         return states if rank is None else states[0]
     if isinstance(out, (str, os.PathLike)):
         return run.to_files(
             planned, os.fspath(out), rank, durable=durable, overwrite=overwrite, finite=not allow_nonfinite
         )
-    if isinstance(out, Mapping) == (rank is None):
-        raise LayoutError("out: one dict of tensors goes with rank=, a list of dicts with all ranks")
-    return run.to_tensors(planned, [out] if isinstance(out, Mapping) else list(out))
+    return run.to_tensors(planned, _by_rank(out, rank), device)
+
+
+def prepare(
+    ckpt: Opened,
+    tp: int = 1,
+    *,
+    placement: Placement | None = None,
+    rank: int | None = None,
+    layout: str | Layout = "hf",
+    config: str | os.PathLike[str] | Mapping[str, JSON] | None = None,
+    recipe: str | None = None,
+    tp_plan: Mapping[str, str] | None = None,
+    vocab_size: int | None = None,
+    dtype: str | DType | None = None,
+    device: str = "cuda",
+    out: State | Sequence[State] | None = None,
+) -> Ready:
+    """`reshard` from GPU memory to GPU memory made ready, to be run as often as the weights change.
+
+    Arguments as there; `run()` of the result plans and uploads nothing. Raises as `reshard` does, and
+    DeviceError where the checkpoint's tensors do not lie on the device."""
+    from . import tensors
+    from .device import Ready, resident
+    from .device import prepare as on_device
+
+    device = _device(device)
+    grid = _placement(tp, placement)
+    wanted = Wanted(grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype)
+    planned = plans.draft(_opened(ckpt), wanted, in_memory=True)
+    binding = Binding.of(planned.extents)
+    if device == "cpu" or not resident(binding):
+        raise DeviceError(f"prepare: wanted tensors on a GPU as source, device {device!r}; else use reshard")
+    states: Sequence[Mapping[str, torch.Tensor]]
+    if out is None:
+        states, buffers = tensors.allocate(planned, device)
+        tensors.tie(states, planned.aliases)
+    else:
+        states = _by_rank(out, rank)
+        buffers = tensors.matched(planned, states, device)
+    return Ready(tuple(states), on_device(planned, binding, buffers, device))
 
 
 def consolidate(
@@ -197,7 +240,7 @@ def consolidate(
     buffers are kept; `.bin` files unless `safe_serialization`. Without `out` the state dict is returned.
     `weights_key` wraps the weights into a single-file training checkpoint, with the plain values named in
     `client_state` beside them. Raises as `reshard` does."""
-    opened = sources.open(
+    opened = joining.open(
         path,
         tag=tag,
         also=also,
@@ -275,15 +318,20 @@ def load_into(
 ) -> torch.nn.Module:
     """Fill a module's parameters and buffers from a checkpoint, cast to the module's dtypes; returns it.
 
-    The same road as `reshard` with the module as `out`: no second copy of the model. Parameters on the meta
-    device are made on the CPU. `strict`: every persistent tensor of the module must be filled and every
-    tensor of the shard used, else LayoutError names them."""
+    The same road as `reshard` with the module as `out`: no second copy of the model. Parameters on the
+    meta device are made where the others are, else on the CPU. `strict`: every persistent tensor of the
+    module must be filled and every tensor of the shard used, else LayoutError names them."""
     from . import tensors
 
     grid = _placement(tp, placement)
     if rank is None and grid.world > 1:
         raise LayoutError(f"load_into: a module is one rank's; say which of the {grid.world} ranks (rank=)")
     held = tensors.held(module)
+    if strict and (unmade := tensors.left_on_meta(module, held)):
+        raise LayoutError(
+            f"load_into: {unmade[0]} is a buffer on the meta device that checkpoints do not hold "
+            f"({len(unmade)} such); make it first, or strict=False leaves it"
+        )
     wanted = Wanted(
         grid, rank or 0, layout, config, recipe, tp_plan, vocab_size, held=tensors.dtypes_of(held)
     )
@@ -298,8 +346,9 @@ def load_into(
             f" ({', '.join(missing[:3]) or 'none'}), {len(planned.left_out)} of the checkpoint are not in"
             f" the module ({', '.join(planned.left_out[:3]) or 'none'}); strict=False loads what both have"
         )
-    real = tensors.made_real({n: held[n] for n in made})
-    run.to_tensors(planned, [real])
+    device = tensors.device_of(held)
+    real = tensors.made_real({n: held[n] for n in made}, device)
+    run.to_tensors(planned, [real], device if device == "cpu" else _device(device))
     tensors.assign(module, real, tied)
     return module
 
@@ -359,26 +408,43 @@ class _Run:
         self.phases["plan"] = time.perf_counter() - self.start
         return planned
 
-    def to_memory(self, planned: Plan) -> tuple[list[State], Report]:
+    def to_memory(self, planned: Plan, device: str = "cpu") -> tuple[list[State], Report]:
         """Fresh tensors; a tied name is the same tensor again."""
         from . import tensors
 
-        states, buffers = tensors.allocate(planned)
-        report = self._in_memory(planned, buffers)
-        for state in states:
-            for alias, holder in planned.aliases.items():
-                state[alias] = state[holder]
+        states, buffers = tensors.allocate(planned, device)
+        report = self._in_memory(planned, buffers, device)
+        tensors.tie(states, planned.aliases)
         return states, report
 
-    def to_tensors(self, planned: Plan, out: Sequence[State]) -> Report:
+    def to_tensors(self, planned: Plan, out: Sequence[State], device: str = "cpu") -> Report:
         """The caller's tensors, filled in place."""
         from . import tensors
 
-        return self._in_memory(planned, tensors.matched(planned, out))
+        return self._in_memory(planned, tensors.matched(planned, out, device), device)
 
-    def _in_memory(self, planned: Plan, buffers: Sequence[Buffer]) -> Report:
-        self._copy(planned, lambda lane: to_buffers(lane, buffers), put_into(buffers), apart=True)
+    def _in_memory(self, planned: Plan, buffers: Sequence[Buffer], device: str) -> Report:
+        if device == "cpu":
+            self._copy(planned, lambda lane: to_buffers(lane, buffers), put_into(buffers), apart=True)
+        else:
+            self._on_gpu(planned, buffers, device)
         return self._report(planned, None, {})
+
+    def _on_gpu(self, planned: Plan, buffers: Sequence[Buffer], device: str) -> None:
+        from .device import ToDevice, prepare, resident
+
+        if planned.quantised:
+            raise DeviceError(f"device {device!r}: quantising runs on the CPU only")
+        binding = Binding.of(planned.extents)
+        if resident(binding):
+            began = time.perf_counter()
+            prepare(planned, binding, buffers, device).run()
+            self.bytes_read += planned.needed_bytes
+            self.phases["copy"] = time.perf_counter() - began  # until it was started
+        else:
+            sink = ToDevice(planned.slots(), buffers, device)
+            self._copy(planned, lambda lane: sink.worker(lane, self.band))
+            sink.close()
 
     def to_files(
         self,
@@ -423,7 +489,7 @@ class _Run:
         return self._report(planned, out, _digests(manifest, planned.ranks))
 
     def _copy(
-        self, planned: Plan, worker: Callable[[Lane], Worker], put: Put, *, apart: bool = False
+        self, planned: Plan, worker: Callable[[Lane], Worker], put: Put | None = None, *, apart: bool = False
     ) -> None:
         """Every batch of the plan through the readers and the executor."""
         largest = self._scan(planned)
@@ -449,7 +515,10 @@ class _Run:
                     yield from cut(others, first, quantising.rest, binding, band=band, apart=apart)
 
             def both(lane: Lane) -> Callable[[Batch | Job], None]:
-                copy, quantise = worker(lane), quantising.worker(lane, put)
+                copy = worker(lane)
+                if put is None:  # the plan quantises nothing
+                    return lambda item: None if isinstance(item, Job) else copy(item)
+                quantise = quantising.worker(lane, put)
                 return lambda item: quantise(item) if isinstance(item, Job) else copy(item)
 
             lanes = [reader.lane(executor) for _ in range(self.threads)]
@@ -555,7 +624,8 @@ def _record(planned: Plan, finite: bool) -> Record:
         ckpt.headers,
     )
     sizes = {"tp": grid.tp, "pp": grid.pp, "dp": grid.dp, "ep": grid.ep}
-    options = {**planned.options, "allow_nonfinite": not finite}
+    told = joining.told(ckpt, grid.world, planned.layout)
+    options = {**planned.options, **told, "allow_nonfinite": not finite}
     return Record(origin, __version__, planned.layout, sizes, options)
 
 
@@ -593,8 +663,23 @@ def _placement(tp: int, placement: Placement | None) -> Placement:
     return Placement(tp=tp) if placement is None else placement
 
 
+def _device(name: str) -> str:
+    """The device by its full name. Raises DeviceError where this build or machine cannot use it."""
+    if name == "cpu":
+        return name
+    from .executors.cuda import usable
+
+    return str(usable(name))
+
+
+def _by_rank(out: State | Sequence[State], rank: int | None) -> list[State]:
+    if isinstance(out, Mapping) == (rank is None):
+        raise LayoutError("out: one dict of tensors goes with rank=, a list of dicts with all ranks")
+    return [out] if isinstance(out, Mapping) else list(out)
+
+
 def _opened(ckpt: Opened) -> Checkpoint:
-    return ckpt if isinstance(ckpt, Checkpoint) else sources.open(ckpt)
+    return joining.whole(ckpt) if isinstance(ckpt, Checkpoint) else joining.open(ckpt)
 
 
 def _threads(asked: int | None) -> int:

@@ -109,6 +109,11 @@ def held(module: torch.nn.Module) -> State:
     return {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
 
 
+def left_on_meta(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Buffers on the meta device that no checkpoint holds, because they are not persistent."""
+    return [n for n, b in module.named_buffers() if b.is_meta and n not in state]
+
+
 def dtypes_of(state: Mapping[str, torch.Tensor]) -> dict[str, DType]:
     """Our dtype of each tensor. Raises LayoutError for one we do not know."""
     out = {}
@@ -126,13 +131,27 @@ def tied(state: Mapping[str, torch.Tensor], made: set[str]) -> dict[str, str]:
     return {n: holder[id(t)] for n, t in state.items() if n not in made and id(t) in holder}
 
 
-def made_real(state: Mapping[str, torch.Tensor]) -> State:
-    """Dense tensors to fill, one for each: the module's own memory, or new on the CPU where it is on meta."""
-    out = {}
-    for name, tensor in state.items():
-        real = torch.empty(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.detach()
-        out[name] = real
-    return out
+def made_real(state: Mapping[str, torch.Tensor], device: str = "cpu") -> State:
+    """Dense tensors to fill, one for each: the module's own memory, or on `device` where it is on meta."""
+    return {
+        name: torch.empty(t.shape, dtype=t.dtype, device=device) if t.is_meta else t.detach()
+        for name, t in state.items()
+    }
+
+
+def device_of(state: Mapping[str, torch.Tensor]) -> str:
+    """The one device of tensors that are not on meta; the CPU for none. Raises DeviceError for several."""
+    found = sorted({str(t.device) for t in state.values() if not t.is_meta})
+    if len(found) > 1:
+        raise DeviceError(f"load_into: the module lies on {', '.join(found)}; load its parts one by one")
+    return found[0] if found else "cpu"
+
+
+def tie(states: Sequence[State], aliases: Mapping[str, str]) -> None:
+    """Tied names become the same tensors again."""
+    for state in states:
+        for alias, holder in aliases.items():
+            state[alias] = state[holder]
 
 
 def assign(module: torch.nn.Module, real: State, tied: Mapping[str, str]) -> None:

@@ -200,6 +200,14 @@ def test_retention(tmp_path: Path) -> None:
     assert not [e for e in os.listdir(tmp_path) if e.startswith((".saving", ".trash", ".aside"))]
 
 
+def test_metrics_that_are_no_numbers(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, best_metric="loss") as manager:
+        with pytest.warns(CheckpointWarning, match="metric loss is nan and left out"):
+            manager.save(0, {}, {"loss": float("nan"), "accuracy": 1})
+        manager.save(1, {}, {"loss": 5.0})
+        assert manager.best() == 1 and manager.commits()[0].metrics == {"accuracy": 1.0}
+
+
 def test_the_newest_stays_whatever_the_policy(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path, keep=lambda commits: set()) as manager:
         for step in range(3):

@@ -217,7 +217,7 @@ def test_disks_of_nodes(tmp_path: Path, as_ranks: AsRanks, monkeypatch: pytest.M
         with pytest.raises(ManagerError, match=r"ranks \[2, 3\] have no whole commit of it"):
             manager.restore(2)
         check(manager.restore(), manager.rank, 1)  # type: ignore[arg-type]
-        manager.save(2, state(manager.rank, 2), overwrite=True)
+        manager.save(2, state(manager.rank, 2))  # what node a has of it is no commit, and gives way
         check(manager.restore(2), manager.rank, 2)  # type: ignore[arg-type]
 
     as_ranks(4, where["root"], resume, where["nodes"])

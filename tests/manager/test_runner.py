@@ -125,6 +125,12 @@ def test_from_an_older_epoch(tmp_path: Path) -> None:
         assert manager.steps() == [0, 1, 2, 3, 4]  # nothing was set aside for an epoch that is broken
 
 
+def test_the_last_epoch_is_saved_whatever_the_policy(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, save_interval=3) as manager:
+        JobRunner(Trained(5).job, manager).train()
+        assert manager.steps() == [0, 3, 5]
+
+
 def test_scratch_needs_a_root_of_its_own(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path) as manager:
         JobRunner(Trained(1).job, manager, "scratch").train()

@@ -78,6 +78,19 @@ def layout(name: str, options: Mapping[str, str] | None = None) -> Layout:
     return make(**values)
 
 
+def options_of(made: Layout) -> dict[str, str]:
+    """The options that differ from the defaults, as `layout` reads them; of LAYOUTS only."""
+    for kind in LAYOUTS.values():
+        if isinstance(made, kind):
+            fields = {
+                f.name: getattr(made, f.name)
+                for f in dataclasses.fields(made)
+                if f.default != getattr(made, f.name)
+            }
+            return {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in fields.items()}
+    return {}
+
+
 def _parsed(where: str, text: str, kind: object) -> bool | int | str:
     if kind is bool:
         choices: Mapping[str, bool | str] = {"true": True, "false": False}

@@ -227,16 +227,24 @@ class CheckpointManager:
         if not self._reachable(step):
             return False
 
+        stands = self.exists(step) and step not in self._broken
         job: saving.Job | None = None
 
         def prepare() -> JSON:
             nonlocal job
-            standing = self._store.commit(step)
-            if standing is not None and step not in self._broken and not overwrite:
+            if stands and not overwrite:
                 raise ManagerError(
                     f"{self._store.path(step)}: step {step} is committed already; overwrite=True replaces it"
                 )
-            job = self._prepare(step, str(votes[0][2]), state, metrics or {}, client_state or {})
+            flat = flatten(state)
+            self._compare(step, set(flat.tensors))
+            if client_state and not flat.engines:
+                raise ManagerError("client_state goes with a DeepSpeed engine; put the values into the state")
+            taken = self._snapshots.take(flat.tensors, copy=self._async)
+            job = saving.Job(
+                step, str(votes[0][2]), flat.tree, taken, flat.engines, client_state or {},
+                _finite(step, metrics or {}), aside=not stands,
+            )  # fmt: skip
             return None
 
         together(self._group, f"save of step {step}", prepare)
@@ -251,31 +259,19 @@ class CheckpointManager:
             self._finish(self._group, job)
         return True
 
-    def _prepare(
-        self,
-        step: int,
-        token: str,
-        state: object,
-        metrics: Mapping[str, float],
-        client_state: Mapping[str, object],
-    ) -> saving.Job:
-        """Take the state apart and into host memory."""
-        flat = flatten(state)
-        names = set(flat.tensors)
-        if self._names is not None and names != self._names:  # only of a resumed run
-            warnings.warn(_changed(step, self._names, names), CheckpointWarning, stacklevel=5)
-            self._names = names
-        if client_state and not flat.engines:
-            raise ManagerError("client_state goes with a DeepSpeed engine; put the values into the state")
-        taken = self._snapshots.take(flat.tensors, copy=self._async)
-        numbers = {k: float(v) for k, v in metrics.items()}
-        bad = [k for k, v in numbers.items() if not math.isfinite(v)]
-        for name in bad:
-            warnings.warn(
-                f"step {step}: metric {name} is {numbers.pop(name)}", CheckpointWarning, stacklevel=5
-            )
-        aside = step in self._broken or self._store.commit(step) is None
-        return saving.Job(step, token, flat.tree, taken, flat.engines, client_state, numbers, aside=aside)
+    def _compare(self, step: int, names: set[str]) -> None:
+        """Say what a resumed run saves under other names than it restored."""
+        old = self._names
+        if old is None or names == old:
+            return
+        self._names = names
+        more, less = sorted(names - old), sorted(old - names)
+        warnings.warn(
+            f"step {step}: the names changed: {len(more)} new ({', '.join(more[:5]) or 'none'}), "
+            f"{len(less)} gone ({', '.join(less[:5]) or 'none'})",
+            CheckpointWarning,
+            stacklevel=5,
+        )
 
     def _finish(self, group: Group, job: saving.Job) -> None:
         """Commit, tell, and clean: in this order."""
@@ -661,10 +657,10 @@ def _keeping(
     return policies.keep_any(*chosen) if chosen else None
 
 
-def _changed(step: int, old: set[str], new: set[str]) -> str:
-    """What is different about the names of a save."""
-    more, less = sorted(new - old), sorted(old - new)
-    return (
-        f"step {step}: the names changed: {len(more)} new ({', '.join(more[:5]) or 'none'}), "
-        f"{len(less)} gone ({', '.join(less[:5]) or 'none'})"
-    )
+def _finite(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics that can be compared and written; others are left out, with a warning."""
+    numbers = {k: float(v) for k, v in metrics.items()}
+    for name in [k for k, v in numbers.items() if not math.isfinite(v)]:
+        said = f"step {step}: metric {name} is {numbers.pop(name)} and left out"
+        warnings.warn(said, CheckpointWarning, stacklevel=6)
+    return numbers

@@ -62,7 +62,7 @@ class JobRunner:
             context.metrics.clear()
             job.epoch_group.run(context)
             done = self._any(job.stop_conditions)
-            self._save(context.epoch)
+            self._save(context.epoch, last=done)
             if manager.preempted:
                 manager.wait()
                 raise SystemExit(128 + signal.SIGTERM)
@@ -112,8 +112,10 @@ class JobRunner:
                 stacklevel=3,
             )
 
-    def _save(self, epoch: int, *, must: bool = False) -> None:
-        """Save an epoch; a failure is reported, the third in a row raised, that of the first save always."""
+    def _save(self, epoch: int, *, must: bool = False, last: bool = False) -> None:
+        """Save an epoch; a failure is reported, the third in a row raised, that of the first save always.
+
+        The first and the last are saved whatever the policy."""
         context, manager = self._job.context, self._manager
         state = context.state if self._job.saves(context.rank) else {}
         if must:
@@ -123,7 +125,7 @@ class JobRunner:
             return
         if manager.in_flight:
             self._count(f"the epoch before {epoch}", self._landed)
-        self._count(f"epoch {epoch}", lambda: manager.save(epoch, state, context.metrics))
+        self._count(f"epoch {epoch}", lambda: manager.save(epoch, state, context.metrics, force=last))
 
     def _landed(self) -> bool:
         """Wait for the save in flight."""

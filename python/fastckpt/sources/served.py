@@ -1,7 +1,8 @@
 """Reads what `reshard` itself wrote: a directory whose commit record is fastckpt.json.
 
-Law: only a complete output is read, and only where one rank holds the whole model; the tensors come from
-the files' own headers, the record says which files they are and which names are tied (docs/formats.md).
+Law: only a complete output is read; the tensors come from the files' own headers, the record says which
+files they are and which names are tied (docs/formats.md). Where one rank holds the model by its own names,
+that is a checkpoint; the shards of a serving layout are each told as they are, for `joining` to put together.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ from dataclasses import replace
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import SourceError
+from ..extents import Extent, Extents, File
+from ..views import dense_strides
 from . import safetensors, statedict
-from .assembly import read_json
+from .assembly import assemble, read_json, tensor
 from .options import Options
 
 RECORD = "fastckpt.json"
+SHARDS = "shards"
+"""The format of an output whose tensors are parts: an entry a rank and tensor, named "rank/name"."""
 SCHEMA = 1
 _MAX_BYTES = 1 << 30
 
@@ -27,20 +32,18 @@ def matches(path: str) -> bool:
 
 
 def read(path: str, options: Options) -> Checkpoint:
-    """The checkpoint in an output of one rank. Raises SourceError for an incomplete one and for one of
-    several ranks, whose tensors are slices."""
+    """The checkpoint in an output, or its shards. Raises SourceError for an incomplete one."""
     record = os.path.join(path, RECORD)
     if not os.path.isfile(record):
         raise SourceError(f"{path}: an incomplete output: {', '.join(_parts(path))} without {RECORD}")
     body = read_json(record, _MAX_BYTES)
     if body.get("schema") != SCHEMA:
         raise SourceError(f"{record}: schema {body.get('schema')}, this version reads {SCHEMA}")
-    ranks = body.get("ranks")
-    if not isinstance(ranks, list) or body.get("world") != 1 or len(ranks) != 1:
-        raise SourceError(
-            f"{path}: an output of {body.get('world')} ranks in layout {body.get('layout')!r}: "
-            "each rank holds slices; wanted an output of one rank"
-        )
+    ranks, world = body.get("ranks"), body.get("world")
+    if not isinstance(ranks, list) or not ranks or len(ranks) != world:
+        raise SourceError(f"{record}: says {world} ranks and does not list as many")
+    if world != 1 or body.get("layout") not in ("same", "hf"):
+        return _shards(path, body, ranks, options)
     shard = ranks[0]
     if not isinstance(shard, dict):
         raise SourceError(f"{record}: a rank is no JSON object")
@@ -58,6 +61,51 @@ def read(path: str, options: Options) -> Checkpoint:
     facts = {"layout": body.get("layout"), "made from": body.get("source"), "created": body.get("created")}
     return replace(
         found, format="served", aliases=aliases, facts={**found.facts, **facts, "tied": dict(aliases)}
+    )
+
+
+def _shards(path: str, body: Mapping[str, JSON], ranks: list[JSON], options: Options) -> Checkpoint:
+    """Every rank's tensors, named "rank/name"."""
+    options.refuse_zero_only(path)
+    if options.rename:
+        raise SourceError(f"{path}: the names of shards in layout {body.get('layout')!r} cannot be changed")
+    record = os.path.join(path, RECORD)
+    found: list[tuple[str, safetensors.Item, File]] = []
+    headers: list[safetensors.Header] = []
+    for k, shard in enumerate(ranks):
+        if not isinstance(shard, dict) or shard.get("rank") != k:
+            raise SourceError(f"{record}: its ranks are not 0, 1, .. in order")
+        names = set(_map(shard, "tensors", record))
+        for file in _map(shard, "files", record):
+            if not file.endswith(safetensors.SUFFIX):
+                continue
+            if file.startswith("/") or "\\" in file or {"", ".", ".."} & set(file.split("/")):
+                raise SourceError(f"{record}: file {file!r} leaves the directory")
+            header = safetensors.read_header(os.path.join(path, file))
+            headers.append(header)
+            for name, item in header.items.items():
+                if name not in names:
+                    raise SourceError(f"{path}: {file} holds {name}, which {RECORD} does not name there")
+                names.remove(name)
+                found.append((f"{k}/{name}", item, header.file))
+        if names:
+            raise SourceError(f"{path}: {min(names)} of rank {k} is in {RECORD} and in no file")
+    extents = Extents(Extent(file, item.offset, item.nbytes, name) for name, item, file in found)
+    entries = {
+        name: tensor(extents, k, item.dtype, item.shape, 0, tuple(dense_strides(item.shape)), "parameter")
+        for k, (name, item, _) in enumerate(found)
+    }
+    facts = {key: body.get(key) for key in ("layout", "placement", "created")}
+    return assemble(
+        path,
+        SHARDS,
+        entries,
+        extents,
+        options,
+        files=[h.file for h in headers],
+        search=[path],
+        facts=facts | {"made from": body.get("source")},
+        headers=[h.digest for h in headers],
     )
 
 

@@ -1,0 +1,199 @@
+"""The way back: the shards of a serving layout as the whole model they were cut from.
+
+A layout is asked again for the targets of every rank, over tensors that have names and shapes and no bytes.
+Each fragment of such a target says which elements of a tensor lie where in the target; read the other way
+round (`inverse`), the tensor is made of the shards. So whatever a layout can write can be read, and no layout
+says how.
+
+Law: a tensor is given back only where the shards hold every element of it; what several ranks hold is taken
+from the first, what a layout padded is dropped. Nothing is read but headers and the record.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import xxhash
+
+from . import layouts, recipes, sources
+from .checkpoint import JSON, Checkpoint, Entry
+from .collector import paused
+from .digest import digest
+from .dtypes import BY_NAME, DType
+from .errors import SourceError
+from .extents import Buffer, Extent, Extents
+from .inverse import Piece, Place, joined, pieces_of
+from .layouts.patterns import Patterns
+from .manifest import Manifest
+from .placement import Placement
+from .sources.served import SHARDS
+from .target import Target
+from .views import View, strided
+
+TOLD = "cut_from"
+"""The record's option that tells what the shards were cut from."""
+
+
+def open(
+    path: str | os.PathLike[str] | Mapping[str, object],
+    *,
+    tag: str | None = None,
+    also: Iterable[str | os.PathLike[str]] = (),
+    rename: Iterable[tuple[str, str]] = (),
+    weights: str = "master",
+    exclude_frozen: bool = False,
+    check_crc: bool = False,
+) -> Checkpoint:
+    """The checkpoint at `path`, as `sources.open` has it; the shards of a serving layout as a whole model.
+
+    Raises SourceError for what is broken, missing, unknown or cannot be joined."""
+    return whole(
+        sources.open(
+            path,
+            tag=tag,
+            also=also,
+            rename=rename,
+            weights=weights,
+            exclude_frozen=exclude_frozen,
+            check_crc=check_crc,
+        )
+    )
+
+
+def told(ckpt: Checkpoint, world: int, layout: str) -> dict[str, JSON]:
+    """What a record must tell of the tensors an output was cut from; nothing where they are in it as they
+    were. Raises nothing."""
+    if layout == "same" or (layout == "hf" and world == 1):
+        return {}
+    tensors: dict[str, JSON] = {n: [e.dtype.name, list(e.shape)] for n, e in ckpt.entries.items()}
+    return {TOLD: {"tensors": tensors, "aliases": dict(ckpt.aliases)}}
+
+
+@paused()
+def whole(ckpt: Checkpoint) -> Checkpoint:
+    """The model that an opened output's shards were cut from; any other checkpoint as it is.
+
+    Names, shapes and tied names are those of the checkpoint it was cut from, dtypes those that were served;
+    what the recipe left out is in `unread`. Raises SourceError where the record does not tell enough, or the
+    shards do not hold every element."""
+    if ckpt.format != SHARDS:
+        return ckpt
+    manifest = Manifest.read(ckpt.path)
+    record = manifest.record.options
+    if record.get("quant") is not None:
+        raise SourceError(f"{ckpt.path}: quantised to {record['quant']}, which cannot be taken back")
+    if not isinstance(record.get(TOLD), dict):
+        raise SourceError(
+            f"{ckpt.path}: its record does not tell what the shards were cut from: made by an older version"
+        )
+    source = _map(record[TOLD], ckpt, TOLD)
+    phantom = _phantom(ckpt, _map(source.get("tensors"), ckpt, "tensors"), source.get("aliases"))
+    known = dict(zip(phantom.extents, phantom.entries, strict=True))
+    pieces: dict[str, dict[Place, Piece]] = {name: {} for name in phantom.entries}
+    seen: set[str] = set()
+    for rank, target in _targets(ckpt, phantom, manifest):
+        name = f"{rank}/{target.name}"
+        held = ckpt.entries.get(name)
+        if held is None or held.shape != target.shape:
+            got = "none" if held is None else str(held.shape)
+            raise SourceError(f"{ckpt.path}: {name}: the layout makes {target.shape}, the shard holds {got}")
+        seen.add(name)
+        for tensor, place, piece in pieces_of(target.view, ckpt[name], known):
+            pieces[tensor].setdefault(place, piece)
+    unseen = next((name for name in ckpt.entries if name not in seen), None)
+    if unseen is not None:
+        raise SourceError(f"{ckpt.path}: {unseen} is no tensor of layout {manifest.record.layout}")
+    entries, unread = {}, [*ckpt.unread]
+    for name, entry in phantom.entries.items():
+        if pieces[name]:
+            view = joined(f"{ckpt.path}: {name}", entry.shape, pieces[name], ckpt.extents)
+            entries[name] = Entry(view.shape, view.dtype, partial(_same, view))
+        elif math.prod(entry.shape) == 0:
+            entries[name] = entry
+        else:
+            unread.append(f"{name}: not in the output")
+    aliases = {a: h for a, h in phantom.aliases.items() if h in entries}
+    shaped = json.dumps([ckpt.structure, record, dict(ckpt.config or {})], sort_keys=True)
+    return replace(
+        ckpt,
+        format="served",
+        entries=entries,
+        aliases=aliases,
+        unread=tuple(unread),
+        facts={k: v for k, v in ckpt.facts.items() if k not in ("options", "files")}
+        | {"tied": dict(aliases)},
+        structure=xxhash.xxh3_64_hexdigest(shaped.encode()),
+    )
+
+
+def _same(view: View) -> View:
+    return view
+
+
+# ---- the layout again ----
+
+
+def _targets(ckpt: Checkpoint, phantom: Checkpoint, manifest: Manifest) -> Iterator[tuple[int, Target]]:
+    """Every rank's targets over the phantom, as (rank, target)."""
+    record, name = manifest.record.options, manifest.record.layout
+    grid, vocab = Placement(**manifest.record.placement), record.get("vocab_size")
+    if record.get("tp_plan") is not None:
+        patterns = Patterns({k: str(v) for k, v in _map(record["tp_plan"], ckpt, "tp_plan").items()})
+        for p in grid.ranks():
+            yield from ((p.rank, t) for t in patterns.targets(phantom, p))
+        return
+    texts = _map(record.get("layout_fields"), ckpt, "layout_fields")
+    layout = layouts.layout(name, {k: str(v) for k, v in texts.items()})
+    if not layout.roles:
+        raise SourceError(f"{ckpt.path}: layout {name} of {grid.world} ranks cannot be joined")
+    config = _config(ckpt, manifest)
+    recipe = record.get("recipe")
+    find = recipes.find(config if recipe is None else {"model_type": recipe})
+    model = find(phantom, config, vocab_size=vocab if isinstance(vocab, int) else None)
+    for p in grid.ranks():
+        yield from ((p.rank, t) for t in layout.targets(model, p))
+
+
+def _config(ckpt: Checkpoint, manifest: Manifest) -> Mapping[str, JSON]:
+    """The config the shards were cut by: the sizes it says decide what lies where."""
+    path = os.path.join(ckpt.path, "config.json")
+    if ckpt.config is None or path not in ckpt.beside:
+        raise SourceError(f"{ckpt.path}: no config.json, which says how the shards were cut")
+    held = manifest.files.get("config.json")
+    if held is None or digest(Path(path).read_bytes()) != held.digest:
+        raise SourceError(f"{path}: was changed since the shards were cut; put the one of then back")
+    return ckpt.config
+
+
+def _phantom(ckpt: Checkpoint, tensors: Mapping[str, JSON], aliases: JSON) -> Checkpoint:
+    """The checkpoint the shards were cut from, with an extent a tensor and no byte behind it."""
+    kinds: dict[str, tuple[DType, tuple[int, ...]]] = {}
+    for name, kind in tensors.items():
+        match kind:
+            case [str(dtype), list(shape)] if dtype in BY_NAME:
+                dims = tuple(n for n in shape if isinstance(n, int) and n >= 0)
+            case _:
+                raise SourceError(f"{ckpt.path}: {name}: {kind!r} is no dtype and shape")
+        if len(dims) != len(shape) or math.prod(dims) > 1 << 62:
+            raise SourceError(f"{ckpt.path}: {name}: {shape} is no shape")
+        kinds[name] = BY_NAME[dtype], dims
+    nowhere = [Buffer(None, 0, math.prod(s) * d.itemsize) for d, s in kinds.values()]
+    extents = Extents(Extent(b, 0, b.nbytes, n) for b, n in zip(nowhere, kinds, strict=True))
+    entries = {
+        name: Entry(shape, dtype, partial(strided, extents, k, dtype, shape))
+        for k, (name, (dtype, shape)) in enumerate(kinds.items())
+    }
+    tied = {a: str(h) for a, h in _map(aliases, ckpt, "aliases").items()}
+    return Checkpoint(ckpt.path, "phantom", entries, extents, tied, config=ckpt.config)
+
+
+def _map(value: JSON, ckpt: Checkpoint, what: str) -> Mapping[str, JSON]:
+    if not isinstance(value, dict):
+        raise SourceError(f"{ckpt.path}: the record's {what} is no JSON object")
+    return value

@@ -1,0 +1,353 @@
+"""rtp-llm's tensor- and expert-parallel strategies as views: a whole processed tensor -> one rank's part.
+
+Every strategy takes the tensor and a Cut, which says where the rank stands and how attention is sized.
+SPLITS lists all of them by the reference's name, and says where we differ and why. A remainder is refused
+everywhere; the reference drops it in most. Source: rtp-llm's utils/model_weight.py (2025's and 2026's).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from .. import dtypes
+from ..errors import LayoutError
+from ..placement import Placement
+from ..views import View, cat
+from .cuts import padded_part
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One rank's place, the ranks that cut the feed-forward block (None: as tp), and attention's sizes.
+
+    `bits`: of packed int4 or int8 values; `value_heads`, `value_dim`: linear attention's values, whose
+    keys are `kv_heads` of `head_dim`."""
+
+    place: Placement
+    heads: int = 1
+    kv_heads: int = 1
+    head_dim: int = 1
+    hidden: int = 0
+    bits: int = 4
+    ffn: tuple[int, int] | None = None
+    value_heads: int = 1
+    value_dim: int = 1
+
+    @property
+    def tp(self) -> tuple[int, int]:
+        """(index, count) among the ranks that cut attention."""
+        return self.place.tp_rank, self.place.tp
+
+    @property
+    def ffn_tp(self) -> tuple[int, int]:
+        """(index, count) among the ranks that cut the feed-forward block."""
+        return self.tp if self.ffn is None else self.ffn
+
+    @property
+    def kv(self) -> tuple[int, int]:
+        """(index, count) of the part of the kv heads this rank reads: gcd(Nk, tp) parts, each shared by
+        neighbouring ranks. Where neither divides the other a rank's ratio of heads no longer says which
+        query reads which: layouts refuse that before they come here."""
+        count = math.gcd(self.kv_heads, self.place.tp)
+        return self.place.tp_rank // (self.place.tp // count), count
+
+    @property
+    def flat(self) -> int:
+        """The rank among all tp * dp ranks."""
+        return self.place.dp_rank * self.place.tp + self.place.tp_rank
+
+    @property
+    def moe_tp(self) -> tuple[int, int]:
+        """(index, count) among the ranks that cut one expert: tp * dp / ep of them, or tp where ep is 1."""
+        ranks = self.place.tp * self.place.dp
+        if self.place.ep == 1:
+            return self.tp
+        if ranks % self.place.ep:
+            raise LayoutError(f"tp * dp = {ranks} does not divide by ep {self.place.ep}")
+        return self.flat // self.place.ep, ranks // self.place.ep
+
+    @property
+    def experts(self) -> tuple[int, int]:
+        """(index, count) among the parts the experts are shared out to."""
+        return self.flat % self.place.ep, self.place.ep
+
+
+Strategy = Callable[[View, Cut], View]
+
+
+# ---- plain cuts ----
+
+
+def sp_id(view: View, cut: Cut) -> View:
+    """Whole on every rank."""
+    return view
+
+
+def sp_0(view: View, cut: Cut) -> View:
+    """A part of axis 0."""
+    return view.part(0, *cut.tp)
+
+
+def sp_1(view: View, cut: Cut) -> View:
+    """A part of axis 1."""
+    return view.part(1, *cut.tp)
+
+
+def sp_neg1(view: View, cut: Cut) -> View:
+    """A part of the last axis."""
+    return view.part(-1, *cut.tp)
+
+
+def ffn_sp_0(view: View, cut: Cut) -> View:
+    """A part of axis 0 among the feed-forward ranks."""
+    return view.part(0, *cut.ffn_tp)
+
+
+def ffn_sp_neg1(view: View, cut: Cut) -> View:
+    """A part of the last axis among the feed-forward ranks."""
+    return view.part(-1, *cut.ffn_tp)
+
+
+def sp_0_pad8(view: View, cut: Cut) -> View:
+    """Zero rows up to a multiple of 8 * tp, then a part of the rows."""
+    return padded_part(view, 8 * cut.place.tp, *cut.tp)
+
+
+# ---- by head ----
+
+
+def sp_neg1_part_by_head(view: View, cut: Cut) -> View:
+    """Columns [0, ND) cut, those from ND on (latent keys, rope) whole."""
+    wide = cut.heads * cut.head_dim
+    return cat([view.narrow(1, 0, wide).part(1, *cut.tp), view.narrow(1, wide, view.shape[1] - wide)], 1)
+
+
+def get_sp_tensor(view: View, cut: Cut) -> View:
+    """Columns (q | k | v) cut by heads, kv heads shared by neighbouring ranks; a vector becomes one row."""
+    return _qkv(view, cut, cut.head_dim)
+
+
+def sp_head(view: View, cut: Cut) -> View:
+    """As get_sp_tensor; the columns of a packed AWQ weight count 32 / bits heads' elements each."""
+    packed = cut.head_dim * cut.bits // 32
+    columns = (cut.heads + 2 * cut.kv_heads) * packed
+    awq = view.ndim == 2 and view.dtype is dtypes.int32 and view.shape == (cut.hidden, columns)
+    return _qkv(view, cut, packed if awq else cut.head_dim)
+
+
+def sp_head_z(view: View, cut: Cut) -> View:
+    """As get_sp_tensor on zeros that are packed along columns."""
+    return _qkv(view, cut, cut.head_dim * cut.bits // 32)
+
+
+def sp_head_qk_norm(view: View, cut: Cut) -> View:
+    """The norms of all q heads, then of all k heads -> [1, this rank's]."""
+    row = view.reshape((1, view.numel))
+    return _by_kind(row, [(cut.heads * cut.head_dim, cut.tp), (cut.kv_heads * cut.head_dim, cut.kv)])
+
+
+def sp_head_gemm_a8(view: View, cut: Cut) -> View:
+    """As get_sp_tensor on [out, in] (a vector [out] counts as [out, 1])."""
+    table = view.reshape((view.shape[0], view.numel // view.shape[0]))
+    return get_sp_tensor(table.T, cut).T
+
+
+def get_sp_tensor_blocked(view: View, cut: Cut) -> View:
+    """Factors [in / 128, (Nq + 2Nk)D / 128] of 128 x 128 blocks, by heads.
+
+    Raises LayoutError where a rank's q or kv columns do not end with a block."""
+    q, kv = cut.heads * cut.head_dim, cut.kv_heads * cut.head_dim
+    for what, columns, count in (("query", q, cut.place.tp), ("kv", kv, cut.kv[1])):
+        if columns % (128 * count):
+            raise LayoutError(f"{columns} {what} features in {count} parts are not whole blocks of 128")
+    return _by_kind(view, [(q // 128, cut.tp), (kv // 128, cut.kv), (kv // 128, cut.kv)])
+
+
+def sp_head_s_gemm_a8_block(view: View, cut: Cut) -> View:
+    """As get_sp_tensor_blocked, on the transpose."""
+    return get_sp_tensor_blocked(view.T, cut).T
+
+
+def sp_attn_gate(view: View, cut: Cut) -> View:
+    """Columns of this rank's heads; one a head or D a head."""
+    return _heads_part(view, 1, cut)
+
+
+def split_slopes_tp(view: View, cut: Cut) -> View:
+    """The slopes of this rank's heads."""
+    return _heads_part(view, 0, cut)
+
+
+def _heads_part(view: View, axis: int, cut: Cut) -> View:
+    if cut.heads % cut.place.tp:
+        raise LayoutError(f"{cut.heads} heads do not divide by tp {cut.place.tp}")
+    return view.part(axis, *cut.tp)
+
+
+def _qkv(view: View, cut: Cut, unit: int) -> View:
+    """Columns (q | k | v) of `unit` a head."""
+    if cut.heads % cut.place.tp:
+        raise LayoutError(f"{cut.heads} heads do not divide by tp {cut.place.tp}")
+    q, kv = cut.heads * unit, cut.kv_heads * unit
+    rows = view.reshape((view.numel // max(q + 2 * kv, 1), q + 2 * kv))
+    return _by_kind(rows, [(q, cut.tp), (kv, cut.kv), (kv, cut.kv)])
+
+
+def _by_kind(view: View, kinds: Sequence[tuple[int, tuple[int, int]]], axis: int = 1) -> View:
+    """Runs of an axis one after another, each (length, (index, count)) cut on its own."""
+    out, at = [], 0
+    if sum(n for n, _ in kinds) != view.shape[axis]:
+        raise LayoutError(f"runs of {[n for n, _ in kinds]} do not fit {view.shape} on axis {axis}")
+    for length, (index, count) in kinds:
+        out.append(view.narrow(axis, at, length).part(axis, index, count))
+        at += length
+    return cat(out, axis)
+
+
+# ---- gate and up as one ----
+
+
+def ffn_sp_neg1_w13(view: View, cut: Cut) -> View:
+    """Both halves of the last axis, each cut."""
+    return cat([ffn_sp_neg1(view.part(-1, k, 2), cut) for k in range(2)], -1)
+
+
+def ffn_sp_0_w13(view: View, cut: Cut) -> View:
+    """Both halves of the last axis, the rows of each cut: `ffn_sp_0`."""
+    return ffn_sp_0(view, cut)
+
+
+def sp_0_w13(view: View, cut: Cut) -> View:
+    """Both halves of axis 0, each cut."""
+    return cat([ffn_sp_0(view.part(0, k, 2), cut) for k in range(2)])
+
+
+# ---- experts ----
+
+
+def sp_moe_w1(view: View, cut: Cut) -> View:
+    """[E, 2I, ..]: this rank's experts, and of each half of their rows its part."""
+    index, count = cut.moe_tp
+    halves = [view.part(1, k, 2).part(1, index, count) for k in range(2)]
+    return cat(halves, 1).part(0, *cut.experts)
+
+
+def sp_moe_neg1(view: View, cut: Cut) -> View:
+    """[E, .., I]: this rank's experts, and its part of their last axis."""
+    return view.part(-1, *cut.moe_tp).part(0, *cut.experts)
+
+
+def sp_ep(view: View, cut: Cut) -> View:
+    """[E, ..]: this rank's experts."""
+    return view.part(0, *cut.experts)
+
+
+# ---- linear attention (qwen3-next, KDA) ----
+
+
+def linear_qkvz(view: View, cut: Cut) -> View:
+    """[H, q | k | v | z]: each cut; keys are kv_heads * head_dim, values value_heads * value_dim."""
+    k, v = cut.kv_heads * cut.head_dim, cut.value_heads * cut.value_dim
+    return _by_kind(view, [(n, cut.tp) for n in (k, k, v, v)])
+
+
+def linear_halves(view: View, cut: Cut) -> View:
+    """[H, b | a]: each half cut."""
+    return _parts(view, cut, 2)
+
+
+def linear_qkv(view: View, cut: Cut) -> View:
+    """[H, q | k | v] of one width (KDA): each cut."""
+    return _parts(view, cut, 3)
+
+
+def linear_conv1d(view: View, cut: Cut) -> View:
+    """[q; k; v, ..]: the rows of each cut."""
+    k, v = cut.kv_heads * cut.head_dim, cut.value_heads * cut.value_dim
+    return _by_kind(view, [(n, cut.tp) for n in (k, k, v)], 0)
+
+
+def _parts(view: View, cut: Cut, parts: int) -> View:
+    return cat([view.part(1, k, parts).part(1, *cut.tp) for k in range(parts)], 1)
+
+
+def phy2log(experts: int, physical: int, ep: int, nodes: int = 1) -> list[int]:
+    """Which expert each of `physical` places holds; the first `experts` are shared out to `ep` parts.
+
+    With (physical - experts) % ep == 0 a part holds its own experts, then the first of the next part's on
+    its node; else the redundant ones stand behind all others. Raises LayoutError where places do not divide
+    by ep or more than the experts are redundant."""
+    extra = physical - experts
+    if not 0 <= extra <= experts or physical % ep or ep % nodes:
+        raise LayoutError(
+            f"phy2log: {experts} experts do not fill {physical} places of {ep} parts on {nodes} nodes"
+        )
+    if extra % ep or experts % ep:
+        return [*range(experts), *range(extra)]
+    own, more, a_node = experts // ep, extra // ep, ep // nodes
+    if more > own:
+        raise LayoutError(f"phy2log: {more} redundant experts a part are more than the {own} of the next")
+    out = []
+    for r in range(ep):
+        after = r // a_node * a_node + (r + 1) % a_node
+        out += [*range(r * own, (r + 1) * own), *range(after * own, after * own + more)]
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A row of the catalogue: a strategy; `differs`: where ours is not the reference's, and why."""
+
+    view: Strategy
+    differs: str = ""
+
+
+_REMAINDER = "a remainder is refused, the reference drops it"
+_HEADS = "heads that tp does not divide are refused, the reference cuts inside a head"
+_BLOCKS = "ranks that would share a block of 128 are refused"
+_STACK = "experts and widths cut as use_stack_weight did; with tp alone that is today's moe_pure_tp_mode"
+
+SPLITS: Mapping[str, Split] = {
+    "sp_id": Split(sp_id),
+    "sp_0": Split(sp_0, _REMAINDER),
+    "sp_1": Split(sp_1, _REMAINDER),
+    "sp_neg1": Split(sp_neg1),
+    "ffn_sp_0": Split(ffn_sp_0, _REMAINDER),
+    "ffn_sp_neg1": Split(ffn_sp_neg1, _REMAINDER),
+    "sp_0_pad8": Split(sp_0_pad8, "as today's: 2025's put all padding on the last rank"),
+    "sp_neg1_part_by_head": Split(sp_neg1_part_by_head, _REMAINDER),
+    "get_sp_tensor": Split(get_sp_tensor, _HEADS),
+    "sp_head": Split(sp_head, _HEADS),
+    "sp_head_z": Split(sp_head_z, _HEADS),
+    "sp_head_s": Split(get_sp_tensor, _HEADS),
+    "sp_head_b": Split(get_sp_tensor, _HEADS),
+    "sp_head_lora": Split(get_sp_tensor, _HEADS),
+    "sp_head_qk_norm": Split(sp_head_qk_norm),
+    "sp_head_gemm_a8": Split(sp_head_gemm_a8, _HEADS),
+    "sp_head_s_gemm_a8": Split(get_sp_tensor, _HEADS),
+    "sp_head_s_gemm_a8_channel": Split(sp_head_gemm_a8, _HEADS),
+    "sp_head_s_gemm_a4": Split(sp_head_gemm_a8, _HEADS),
+    "sp_head_s_gemm_a4_group": Split(sp_head_gemm_a8, _HEADS),
+    "get_sp_tensor_blocked": Split(get_sp_tensor_blocked, _BLOCKS),
+    "sp_head_s_gemm_a8_block": Split(sp_head_s_gemm_a8_block, _BLOCKS),
+    "sp_attn_gate": Split(sp_attn_gate, _REMAINDER),
+    "ffn_sp_neg1_w13": Split(ffn_sp_neg1_w13, _REMAINDER),
+    "ffn_sp_0_w13": Split(ffn_sp_0_w13, _REMAINDER),
+    "sp_0_w13": Split(sp_0_w13, _REMAINDER),
+    "sp_moe_w1": Split(sp_moe_w1, _STACK),
+    "sp_moe_neg1": Split(sp_moe_neg1, _STACK),
+    "split_slopes_tp": Split(split_slopes_tp, _REMAINDER),
+    "ep": Split(sp_ep, "a remainder of experts is refused, the reference drops it"),
+    "linear_attn_qkvz": Split(linear_qkvz),
+    "linear_attn_ba": Split(linear_halves),
+    "linear_attn_heads": Split(sp_0),
+    "linear_attn_conv1d": Split(linear_conv1d),
+    "linear_attn_out": Split(sp_0),
+    "linear_attn_norm": Split(sp_id),
+    "kda_qkv": Split(linear_qkv),
+    "kda_b": Split(sp_1),
+    "kda_a": Split(sp_id),
+}
+"""rtp-llm's name (linear attention's are ours) -> its row."""

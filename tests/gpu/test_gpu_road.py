@@ -1,0 +1,99 @@
+"""Checkpoints to GPU tensors: from GPU memory, from files, into the caller's tensors and modules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fastckpt
+import pytest
+import torch
+from fastckpt.errors import DeviceError
+from fastckpt.layouts.same import Same
+from safetensors.torch import save_file
+
+PLAN = {"*.up": "colwise", "*.down": "rowwise", "*": "replicate"}
+
+
+def state(device: str = "cpu") -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    made = {}
+    for i in range(4):
+        made[f"{i}.up"] = torch.randn(1024, 768, generator=generator)
+        made[f"{i}.down"] = torch.randn(768, 1024, generator=generator)
+        made[f"{i}.turned"] = torch.randn(300, 512, generator=generator).t()
+        made[f"{i}.norm"] = torch.randn(769, generator=generator)
+    made["large"] = torch.randn(5_000_001, generator=generator)
+    made["count"] = torch.arange(9)
+    return {name: t.to(device) for name, t in made.items()}
+
+
+def compare(got: object, wanted: object) -> None:
+    assert isinstance(got, list) and isinstance(wanted, list) and len(got) == len(wanted)
+    for a, b in zip(got, wanted, strict=True):
+        assert set(a) == set(b)
+        for name in a:
+            assert a[name].device.type == "cuda"
+            assert torch.equal(a[name].cpu().view(torch.uint8), b[name].view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_from_gpu_to_gpu(dtype: str | None) -> None:
+    got = fastckpt.reshard(state("cuda"), 4, layout="hf", tp_plan=PLAN, dtype=dtype, device="cuda")
+    compare(got, fastckpt.reshard(state(), 4, layout="hf", tp_plan=PLAN, dtype=dtype))
+
+
+def test_from_files_to_gpu(tmp_path: Path) -> None:
+    held = {n: t.contiguous() for n, t in state().items()}
+    save_file(held, tmp_path / "model.safetensors")
+    options = {"layout": "hf", "tp_plan": PLAN, "dtype": "bfloat16", "threads": 3}
+    got = fastckpt.reshard(tmp_path, 4, device="cuda", **options)
+    compare(got, fastckpt.reshard(tmp_path, 4, **options))
+
+
+def test_a_hot_reload_fills_the_same_tensors_again() -> None:
+    source = state("cuda")
+    ready = fastckpt.prepare(source, 4, rank=3, layout="hf", tp_plan=PLAN, dtype="bfloat16")
+    for seed in range(2):
+        torch.manual_seed(seed)
+        for t in source.values():
+            if t.is_floating_point():
+                t.normal_()
+        ready.run()
+        fresh = {n: t.cpu() for n, t in source.items()}
+        wanted = fastckpt.reshard(fresh, 4, rank=3, layout="hf", tp_plan=PLAN, dtype="bfloat16")
+        compare(list(ready.out), [wanted])
+
+
+def test_the_callers_tensors() -> None:
+    source = state("cuda")
+    out = {n: torch.full_like(t, 3) for n, t in source.items()}
+    at = {n: t.data_ptr() for n, t in out.items()}
+    report = fastckpt.reshard(source, rank=0, layout=Same(), device="cuda", out=out)
+    assert isinstance(report, fastckpt.Report) and at == {n: t.data_ptr() for n, t in out.items()}
+    for name, t in source.items():
+        assert torch.equal(out[name], t), name
+    with pytest.raises(DeviceError, match="is on cpu, wanted cuda:0"):
+        fastckpt.reshard(
+            source, rank=0, layout=Same(), device="cuda", out={n: t.cpu() for n, t in out.items()}
+        )
+    with pytest.raises(fastckpt.LayoutError, match="same memory"):
+        fastckpt.reshard(source, rank=0, layout=Same(), device="cuda", out=source)
+
+
+def test_a_module_on_the_gpu(tmp_path: Path) -> None:
+    weights = {"0.weight": torch.randn(500, 300), "1.weight": torch.randn(200, 500)}
+    save_file(weights, tmp_path / "model.safetensors")
+    module = torch.nn.Sequential(
+        torch.nn.Linear(300, 500, bias=False, device="cuda", dtype=torch.bfloat16),
+        torch.nn.Linear(500, 200, bias=False, device="meta", dtype=torch.bfloat16),
+    )
+    fastckpt.load_into(module, tmp_path)
+    for i in range(2):
+        assert module[i].weight.device.type == "cuda"
+        assert torch.equal(module[i].weight.cpu(), weights[f"{i}.weight"].to(torch.bfloat16))
+
+
+def test_too_large_an_output_says_how_much_it_needs() -> None:
+    source = {"w": torch.zeros(1, device="cuda").expand(1 << 42)}
+    with pytest.raises(DeviceError, match=f"the outputs need {4 << 42} bytes"):
+        fastckpt.reshard(source, layout=Same(), device="cuda")

@@ -1,0 +1,210 @@
+"""Rows on a GPU: the CPU executor's bytes, every conversion, 64-bit offsets, graphs, no waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from executors.test_casts import converted, patterns
+from executors.test_copy_rows import PAIRS, TRANSPOSED, noise, random_row, row
+from executors.test_copy_rows import buffer as host
+from fastckpt.dtypes import BY_NAME, castable
+from fastckpt.errors import DeviceError
+from fastckpt.executors.cpu import Cpu
+from fastckpt.executors.cuda import Cuda
+from fastckpt.extents import Buffer
+
+
+def there(array: np.ndarray, shift: int = 0) -> tuple[torch.Tensor, Buffer]:
+    """The bytes on the GPU, `shift` bytes past an aligned address."""
+    held = torch.zeros(array.nbytes + shift, dtype=torch.uint8, device="cuda")
+    held[shift:] = torch.from_numpy(array)
+    return held, Buffer(held, held.data_ptr() + shift, array.nbytes, str(held.device))
+
+
+def same(rows: np.ndarray, source: np.ndarray, out: np.ndarray, shift: int = 0) -> None:
+    wanted = out.copy()
+    Cpu().bind([host(source)]).run(rows, [host(wanted)])
+    _, from_there = there(source)
+    held, to_there = there(out, shift)
+    Cuda().bind([from_there]).run(rows, [to_there])
+    got = held[shift:].cpu().numpy()
+    if not np.array_equal(got, wanted):
+        at = int(np.flatnonzero(got != wanted)[0])
+        pytest.fail(f"byte {at}: got {got[at]:#x}, wanted {wanted[at]:#x}, row {rows[0]}")
+
+
+def test_small_random_rows() -> None:
+    rng = np.random.default_rng(31)
+    for k, (src, dst) in enumerate(PAIRS):
+        for budget in (1, 40, 700, 6000):
+            r, n, m = random_row(rng, src, dst, budget)
+            same(r, noise(rng, n), noise(rng, m + 64), k % 17)
+
+
+@pytest.mark.parametrize("names", TRANSPOSED)
+def test_transposes(names: str) -> None:
+    src, dst = (BY_NAME[n] for n in names.split())
+    rng = np.random.default_rng(32)
+    for rows, cols in [(16, 300), (63, 65), (128, 128), (129, 160), (1024, 2048), (4097, 4099)]:
+        for pad, at in [(0, 0), (3, 1), (64, 16)]:
+            pitch = (cols + pad) * src.itemsize
+            strides = (src.itemsize, pitch), ((rows + pad) * dst.itemsize, dst.itemsize)
+            source = noise(rng, at + rows * pitch)
+            out = noise(rng, at + cols * (rows + pad) * dst.itemsize + 64)
+            same(row(src, dst, (cols, rows), *strides, (at, at)), source, out)
+
+
+@pytest.mark.parametrize("names", ["float32 bfloat16", "bfloat16 bfloat16", "bfloat16 float32", "int8 int8"])
+def test_lines(names: str) -> None:
+    src, dst = (BY_NAME[n] for n in names.split())
+    s, d = src.itemsize, dst.itemsize
+    rng = np.random.default_rng(33)
+    for lines, n in [(1, 31), (1, 4_000_001), (2, 8193), (1000, 129), (4096, 512)]:
+        for at in (0, 1, d, 8):
+            for pad in (0, 1, 16):
+                strides = ((n + pad) * s, s), ((n + pad) * d, d)
+                source, out = noise(rng, 24 + lines * (n + pad) * s), noise(rng, 88 + lines * (n + pad) * d)
+                same(row(src, dst, (lines, n), *strides, (24 - at, at)), source, out, at)
+
+
+class There:
+    """The GPU with sources and destinations of the host: what the tests of casts run."""
+
+    name = "cuda"
+
+    def bind(self, sources: Sequence[Buffer]) -> There:
+        self.runner = Cuda().bind(sources)
+        return self
+
+    def run(self, rows: np.ndarray, destinations: Sequence[Buffer], threads: int = 1) -> None:
+        for d in destinations:
+            held = torch.zeros(d.nbytes, dtype=torch.uint8, device="cuda")
+            self.runner.run(rows, [Buffer(held, held.data_ptr(), d.nbytes, str(held.device))])
+            assert isinstance(d.owner, np.ndarray)
+            d.owner.view(np.uint8)[:] = held.cpu().numpy()
+
+
+@pytest.mark.parametrize(
+    ("src", "dst"), [(s, d) for s, d in PAIRS if s is not d and castable(s, d)], ids=lambda d: d.name
+)
+def test_every_value(src, dst) -> None:
+    bits = patterns(src)
+    for step in (1, 2):
+        got, wanted = (converted(e, bits, src, dst, step) for e in (There(), Cpu()))
+        wrong = np.flatnonzero(got != wanted)
+        assert not len(wrong), [f"{x[i]:#x}" for i in wrong[:1] for x in (bits, got, wanted)]
+
+
+def test_offsets_beyond_four_gib() -> None:
+    source = torch.randint(0, 256, (5 << 30,), dtype=torch.uint8, device="cuda")
+    out = torch.zeros_like(source)
+    u8 = BY_NAME["uint8"]
+    n = 1 << 20
+    rows = np.concatenate(
+        [
+            row(u8, u8, (5 << 10, n), (n, 1), (n, 1)),
+            row(u8, u8, (n, 1 << 9), (1, n), (1 << 9, 1), (9 << 29, 9 << 29)),
+        ]
+    )
+    where = str(source.device)
+    runner = Cuda().bind([Buffer(source, source.data_ptr(), source.nbytes, where)])
+    runner.run(rows[:1], [Buffer(out, out.data_ptr(), out.nbytes, where)])
+    assert torch.equal(out, source)
+    runner.run(rows[1:], [Buffer(out, out.data_ptr(), out.nbytes, where)])
+    far = slice(9 << 29, (9 << 29) + (n << 9))
+    assert torch.equal(out[far].view(n, 1 << 9), source[far].view(1 << 9, n).t())
+
+
+def test_a_table_of_many_rows() -> None:
+    f32, bf16 = BY_NAME["float32"], BY_NAME["bfloat16"]
+    rng = np.random.default_rng(34)
+    sizes = rng.integers(1, 700, 100_000)
+    ends = np.cumsum(sizes)
+    rows = np.repeat(row(f32, bf16, (1,), (4,), (2,)), len(sizes))
+    rows["shape"][:, 3] = sizes
+    rows["src"], rows["dst"] = (ends - sizes) * 4, (ends - sizes) * 2
+    same(rng.permutation(rows), noise(rng, int(ends[-1]) * 4), noise(rng, int(ends[-1]) * 2 + 64))
+
+
+def prepared(n: int = 1 << 20):
+    f32, bf16 = BY_NAME["float32"], BY_NAME["bfloat16"]
+    source = torch.randn(n, device="cuda")
+    out = torch.zeros(n, dtype=torch.bfloat16, device="cuda")
+    where = str(source.device)
+    runner = Cuda().bind([Buffer(source, source.data_ptr(), source.nbytes, where)])
+    made = runner.prepare(row(f32, bf16, (n,), (4,), (2,)), [Buffer(out, out.data_ptr(), out.nbytes, where)])
+    return source, out, made
+
+
+def test_running_again_waits_for_nothing_and_allocates_nothing() -> None:
+    source, out, made = prepared()
+    made.run()
+    torch.cuda.synchronize()
+    source.normal_()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made.run()
+        after = torch.cuda.memory_allocated()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert before == after
+    assert torch.equal(out, source.to(torch.bfloat16))
+
+
+def test_the_stream_is_the_callers() -> None:
+    source, out, made = prepared(1 << 26)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        source.fill_(2.5)
+        made.run()
+    torch.cuda.current_stream().wait_stream(side)
+    assert bool((out == 2.5).all())
+
+
+def test_a_graph_replays_it() -> None:
+    source, out, made = prepared()
+    made.run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made.run()
+    for _ in range(3):
+        source.normal_()
+        graph.replay()
+        assert torch.equal(out, source.to(torch.bfloat16))
+
+
+def test_memory_is_kept_until_it_is_done() -> None:
+    source, out, made = prepared(1 << 24)
+    wanted = source.to(torch.bfloat16)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)
+        made.run()
+    del source, made
+    torch.full((1 << 24,), 7.0, device="cuda")  # would take the source's memory
+    side.synchronize()
+    assert torch.equal(out, wanted)
+
+
+def test_buffers_of_the_host_are_refused_as_destinations() -> None:
+    u8 = BY_NAME["uint8"]
+    a = np.zeros(4, np.uint8)
+    with pytest.raises(DeviceError, match="wanted buffers on cuda:0, got one on cpu"):
+        Cuda().bind([]).run(row(u8, u8, (4,), (1,), (1,), zero=True), [host(a)])
+    with pytest.raises(DeviceError, match="this machine has"):
+        Cuda("cuda:99")
+
+
+def test_the_kernels_use_no_local_memory() -> None:
+    import fastckpt._C as compiled
+
+    for facts in compiled.kernel_facts():
+        assert facts["local_bytes"] == 0 and facts["blocks_per_multiprocessor"] >= 4, facts

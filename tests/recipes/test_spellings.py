@@ -1,0 +1,99 @@
+"""What the hub holds besides: names without their prefix, stale buffers, other config keys, doubled heads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fastckpt import recipes
+from fastckpt.errors import RecipeError
+from fastckpt.layouts import layout
+from fastckpt.placement import Placement
+from layouts import families
+from reading import memory, same, shard
+
+
+def hf(tensors, config, aliases=None):
+    model = recipes.find(config)(memory(tensors, aliases=aliases), config)
+    return model, shard(layout("hf").targets(model, Placement()))
+
+
+@pytest.mark.parametrize("name", ["bloom", "falcon-rw"])
+def test_names_without_their_prefix(name):
+    """As bigscience's own files have them; roles carry the prefix, which transformers loads as well."""
+    config, hub, _ = families.made(name)
+    same(hf({n.removeprefix("transformer."): x for n, x in hub.items()}, config)[1], hub)
+
+
+def test_a_bert_saved_alone_keeps_its_names():
+    config, hub, _ = families.made("bert-alone")
+    assert "embeddings.word_embeddings.weight" in hub
+    same(hf(hub, config)[1], hub)
+
+
+def test_config_keys_of_old_files():
+    config, hub, _ = families.made("bloom")
+    old = config | {"n_embed": config["hidden_size"], "num_attention_heads": config["n_head"]}
+    old = {k: v for k, v in old.items() if k not in ("hidden_size", "n_head")}
+    same(hf(hub, old)[1], hub)
+    config, hub, _ = families.made("falcon-new")
+    old = config | {"n_head": 8, "n_head_kv": 4, "n_layer": 2}
+    old = {
+        k: v for k, v in old.items() if k not in ("num_attention_heads", "num_kv_heads", "num_hidden_layers")
+    }
+    same(hf(hub, old)[1], hub)
+    config, hub, _ = families.made("qwen3_moe")
+    counted = {k: v for k, v in config.items() if k != "num_local_experts"} | {"num_experts": 5}
+    same(hf(hub, counted)[1], hub)
+
+
+STALE = [
+    ("gpt_neox", "gpt_neox.layers.0.attention.bias"),
+    ("gpt_neox", "gpt_neox.layers.1.attention.masked_bias"),
+    ("gpt_neox", "gpt_neox.layers.1.attention.rotary_emb.inv_freq"),
+    ("chatglm", "transformer.rotary_pos_emb.inv_freq"),
+    ("deepseek_v3", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+    ("bert", "bert.embeddings.position_ids"),
+    ("bert", "cls.predictions.decoder.bias"),
+]
+
+
+@pytest.mark.parametrize(("name", "buffer"), STALE)
+def test_stale_buffers_are_known(name, buffer):
+    config, hub, _ = families.made(name)
+    model, got = hf(hub | {buffer: torch.ones(4)}, config)
+    assert model.ignored == (buffer,)
+    same(got, hub)
+    with pytest.raises(RecipeError, match="no place for"):
+        hf(hub | {f"{buffer}.more": torch.ones(4)}, config)
+
+
+def test_heads_by_the_name_they_are_trained_under():
+    config, hub, state = families.made("gpt_neox")
+    assert "embed_out.weight" in hub and "lm_head.weight" in state
+    same(hf(state, config)[1], hub)
+    with pytest.raises(RecipeError, match=r"no place for lm_head\.weight"):
+        hf(hub | {"lm_head.weight": hub["embed_out.weight"]}, config)
+
+
+def test_tied_pairs_of_a_trainer():
+    """DeepSpeed names every member of a tied pair; a source turns all but one into aliases."""
+    config, hub, _ = families.made("t5")
+    pairs = {n: "shared.weight" for n in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")}
+    same(hf(hub, config, pairs | {"lm_head.weight": "shared.weight"})[1], hub)
+    config, hub, _ = families.made("bert")
+    table = "bert.embeddings.word_embeddings.weight"
+    pairs = {"cls.predictions.decoder.weight": table, "cls.predictions.decoder.bias": "cls.predictions.bias"}
+    same(hf(hub, config, pairs)[1], hub)
+
+
+def test_forms_that_are_not_read():
+    config, hub, _ = families.made("chatglm")
+    for key in ("rmsnorm", "post_layer_norm"):
+        with pytest.raises(RecipeError, match=f"{key} False is not read"):
+            hf(hub, config | {key: False})
+    config, hub, _ = families.made("whisper")
+    with pytest.raises(RecipeError, match="8 decoder and 4 encoder heads"):
+        hf(hub, config | {"encoder_attention_heads": 4})
+    config, hub, _ = families.made("qwen3_moe")
+    with pytest.raises(RecipeError, match="mlp_only_layers must be a list"):
+        hf(hub, config | {"mlp_only_layers": "0"})

@@ -1,0 +1,268 @@
+"""The way back: what a serving layout cut is put together again, bit for bit; what cannot be is refused."""
+
+from __future__ import annotations
+
+import json
+
+import fastckpt
+import pytest
+import torch
+from fastckpt import sources
+from fastckpt.digest import digest
+from fastckpt.errors import FastckptError, SourceError
+from fastckpt.layouts import layout
+from fastckpt.placement import Placement
+from layouts import families, tiny
+from reading import bits, read
+from safetensors.torch import load_file, save_file
+from zero_writer import write_zero
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plans_kept_here(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTCKPT_CACHE", str(tmp_path_factory.mktemp("plans")))
+        yield
+
+
+def hub_of(path, made):
+    """A hub directory of a tiny model, its config and its tensors."""
+    config, files, _ = made
+    path.mkdir(exist_ok=True)
+    save_file({n: x.contiguous() for n, x in files.items()}, path / "model.safetensors", {"format": "pt"})
+    (path / "config.json").write_text(json.dumps(config))
+    return config, files
+
+
+def same(ckpt, tensors):
+    """The opened checkpoint holds exactly these torch tensors."""
+    assert sorted(ckpt) == sorted(tensors)
+    for name, want in tensors.items():
+        view = ckpt[name]
+        assert view.shape == tuple(want.shape), name
+        assert (read(view) == bits(want)).all(), name
+
+
+def cut(source, out, served, options=None, **more):
+    fastckpt.reshard(source, out=out, layout=layout(served, options), durable=False, **more)
+    return fastckpt.open(out)
+
+
+REPLICATE = {"hf": {"replicate_kv": "true"}}
+CASES = [(n, "hf") for n in ("biased", "tied", "qwen2", "mixtral", "gpt2")]
+CASES += [(n, "vllm") for n in ("llama", "tied", "qwen3", "mixtral-odd", "gpt2")]
+CASES += [(n, "rtp_llm") for n in ("llama", "tied", "qwen2", "mixtral")]
+
+
+@pytest.mark.parametrize("tp", [1, 4, 8])
+@pytest.mark.parametrize(("name", "served"), CASES)
+def test_whole_again(tmp_path, name, served, tp):
+    _, files = hub_of(tmp_path / "hub", tiny.made(name))
+    ckpt = cut(tmp_path / "hub", tmp_path / "cut", served, REPLICATE.get(served), tp=tp)
+    assert ckpt.format == "served"
+    same(ckpt, files)
+
+
+FEW = ["deepseek_v3", "gpt_oss", "falcon-new", "bloom", "phi3", "chatglm", "qwen2_moe"]
+
+
+def families_again(tmp_path, name, served, tp):
+    _, files = hub_of(tmp_path / "hub", families.made(name))
+    same(cut(tmp_path / "hub", tmp_path / "cut", served, REPLICATE.get(served), tp=tp), files)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_families_whole_again(tmp_path, name):
+    families_again(tmp_path, name, "vllm", 2)
+
+
+@pytest.mark.parametrize("name", ["t5", "whisper", "bert", "gpt_oss"])
+def test_families_cut_as_transformers_cuts_whole_again(tmp_path, name):
+    families_again(tmp_path, name, "hf", 2)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("served", ["hf", "vllm"])
+@pytest.mark.parametrize("name", list(families.FAMILIES))
+def test_every_family_whole_again(tmp_path, name, served, tp):
+    families_again(tmp_path, name, served, tp)
+
+
+GRIDS = [
+    ("qwen2_moe", {"experts": "round_robin"}, dict(tp=2, dp=2, ep=4)),
+    ("deepseek_v3", {"gate_up": "up_gate"}, dict(tp=2, ep=2)),
+    ("deepseek_v3", {}, dict(tp=2, dp=2)),
+    ("gemma2", {}, dict(tp=2, pp=2)),
+    ("gpt_oss", {}, dict(tp=1, pp=2, dp=2)),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "sizes"), GRIDS)
+def test_grids_whole_again(tmp_path, name, options, sizes):
+    _, files = hub_of(tmp_path / "hub", families.made(name))
+    placement = Placement(**sizes)
+    same(cut(tmp_path / "hub", tmp_path / "cut", "vllm", options, placement=placement), files)
+
+
+# ---- from one cut to another ----
+
+
+def shards(path):
+    return {p.relative_to(path).as_posix(): load_file(p) for p in sorted(path.rglob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("name", ["tied", "mixtral", "qwen3"])
+def test_from_training_through_three_layouts(tmp_path, name):
+    """ZeRO-3 -> rtp_llm tp 8 -> vllm tp 4 -> hf: each what it is straight from the masters."""
+    config, files, _ = tiny.made(name)
+    tied = {"lm_head.weight": "model.embed_tokens.weight"} if config["tie_word_embeddings"] else None
+    params = {n: x.float() for n, x in files.items()}
+    zero = tmp_path / "zero"
+    write_zero(zero, params, stage=3, world=3, tied=tied)
+    (zero / "config.json").write_text(json.dumps(config))
+    steps = [("rtp_llm", 8), ("vllm", 4), ("hf", 2), ("hf", 1)]
+    at = zero
+    for k, (served, tp) in enumerate(steps):
+        dtype = "bfloat16" if k == 0 else None
+        fastckpt.reshard(at, tp, layout=served, dtype=dtype, out=tmp_path / f"{k}", durable=False)
+        fastckpt.reshard(
+            zero, tp, layout=served, dtype="bfloat16", out=tmp_path / f"straight-{k}", durable=False
+        )
+        got, want = shards(tmp_path / f"{k}"), shards(tmp_path / f"straight-{k}")
+        assert sorted(got) == sorted(want)
+        for file, tensors in want.items():
+            assert sorted(got[file]) == sorted(tensors)
+            assert all(torch.equal(got[file][n], x) for n, x in tensors.items()), file
+        at = tmp_path / f"{k}"
+    assert fastckpt.diff(tmp_path / "0", tmp_path / "1").equal
+    assert fastckpt.diff(tmp_path / "0", tmp_path / "3").equal
+    whole = fastckpt.consolidate(tmp_path / "0")
+    assert all(torch.equal(whole[n], x.bfloat16().float()) for n, x in params.items())
+
+
+def test_what_is_not_rounded_stays_so(tmp_path):
+    _, files = hub_of(tmp_path / "hub", families.made("deepseek_v3"))
+    got = cut(tmp_path / "hub", tmp_path / "cut", "vllm", tp=2, dtype="bfloat16")
+    assert sorted(got) == sorted(files)
+    for name, x in files.items():
+        kept = "e_score_correction_bias" in name
+        assert got[name].dtype.name == ("float32" if kept else "bfloat16"), name
+        assert (read(got[name]) == bits(x if kept else x.bfloat16())).all(), name
+
+
+def test_rows_that_were_left_out_stay_so(tmp_path):
+    _, files = hub_of(tmp_path / "hub", tiny.made("qwen3"))
+    got = cut(tmp_path / "hub", tmp_path / "cut", "rtp_llm", tp=2, vocab_size=130)
+    assert got.config["vocab_size"] == 130
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert (read(got[name]) == bits(files[name][:130])).all()
+
+
+def test_patterns_whole_again(tmp_path):
+    _, files = hub_of(tmp_path / "hub", tiny.made("qwen3"))
+    plan = {"*.q_proj": "colwise", "*.o_proj": "rowwise", "*.gate_proj": "packed_colwise", "*": "replicate"}
+    fastckpt.reshard(tmp_path / "hub", 4, tp_plan=plan, out=tmp_path / "cut", durable=False)
+    same(fastckpt.open(tmp_path / "cut"), files)
+
+
+def test_what_the_recipe_leaves_out_is_said(tmp_path):
+    config, files, _ = tiny.made("tied")
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
+    hub_of(tmp_path / "hub", (config, files | extra, None))
+    ckpt = cut(tmp_path / "hub", tmp_path / "cut", "vllm", tp=2)
+    same(ckpt, files)
+    assert ckpt.unread == (f"{next(iter(extra))}: not in the output",)
+
+
+def test_the_shards_themselves(tmp_path):
+    _, files = hub_of(tmp_path / "hub", tiny.made("qwen3"))
+    cut(tmp_path / "hub", tmp_path / "cut", "vllm", tp=2)
+    ckpt = sources.open(tmp_path / "cut")
+    assert ckpt.format == "shards"
+    rows = files["model.layers.0.self_attn.o_proj.weight"].shape[0]
+    assert ckpt["1/model.layers.0.self_attn.o_proj.weight"].shape == (rows, 48)
+
+
+# ---- what cannot be joined ----
+
+
+def spoiled(path, change):
+    record = json.loads((path / "fastckpt.json").read_text())
+    change(record)
+    del record["digest"]
+    head = json.dumps(record)[:-1].encode() + b",\n"
+    (path / "fastckpt.json").write_bytes(head + b'"digest": "%s"\n}\n' % digest(head).encode())
+    with pytest.raises(FastckptError) as e:
+        fastckpt.open(path)
+    return str(e.value)
+
+
+@pytest.fixture
+def served(tmp_path):
+    hub_of(tmp_path / "hub", tiny.made("qwen3"))
+    cut(tmp_path / "hub", tmp_path / "cut", "vllm", tp=2)
+    return tmp_path / "cut"
+
+
+def test_records_that_tell_too_little(served):
+    assert "does not tell what the shards were cut from" in spoiled(
+        served, lambda r: r["options"].pop("cut_from")
+    )
+
+
+def test_records_that_tell_another_model(served):
+    def other(record):
+        record["options"]["cut_from"]["tensors"]["model.norm.weight"] = ["bfloat16", [63]]
+
+    assert "model.norm.weight: got shape (63,), wanted (64,)" in spoiled(served, other)
+
+
+def test_records_of_another_layout(served):
+    message = spoiled(served, lambda r: r.update(layout="rtp_llm"))
+    assert "rank_00_00_00.global.embedding: the layout makes (208, 32), the shard holds none" in message
+
+
+def test_records_of_quantised_shards(served):
+    assert "quantised to int8" in spoiled(served, lambda r: r["options"].update(quant="int8"))
+
+
+def test_another_config(served):
+    config = json.loads((served / "config.json").read_text())
+    (served / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 4, "head_dim": 24}))
+    with pytest.raises(SourceError, match="was changed since the shards were cut"):
+        fastckpt.open(served)
+
+
+def test_no_config(served):
+    (served / "config.json").unlink()
+    with pytest.raises(FastckptError, match=r"no config\.json, which says"):
+        fastckpt.open(served)
+
+
+def test_ranks_that_are_not_there(served):
+    assert "says 2 ranks and does not list as many" in spoiled(served, lambda r: r["ranks"].pop())
+
+
+def test_a_record_that_was_changed(served):
+    text = (served / "fastckpt.json").read_text()
+    (served / "fastckpt.json").write_text(text.replace('"layout_fields": {}', '"layout_fields": { }'))
+    with pytest.raises(SourceError, match="does not have its own digest"):
+        fastckpt.open(served)
+
+
+def test_files_that_leave_the_directory(served):
+    def outside(record):
+        record["ranks"][0]["files"]["../x.safetensors"] = {}
+
+    assert "'../x.safetensors' leaves the directory" in spoiled(served, outside)
+
+
+def test_a_tensor_that_is_in_no_file(served):
+    message = spoiled(served, lambda r: r["ranks"][1]["tensors"].update(more={}))
+    assert "more of rank 1 is in fastckpt.json and in no file" in message
+
+
+def test_names_of_shards_are_not_changed(served):
+    with pytest.raises(SourceError, match="cannot be changed"):
+        fastckpt.open(served, rename=[("model", "m")])
