@@ -97,13 +97,15 @@ GRIDS = [
     ("gemma2", {}, dict(tp=2, pp=2)),
     ("gpt_oss", {}, dict(tp=1, pp=2, dp=2)),
     ("qwen2_moe", {"experts": "sequential"}, dict(tp=2, pp=2)),
+    ("deepseek_v2", {"absorb": "true"}, dict(tp=2, dp=2, ep=2)),
+    ("deepseek_v3", {"absorb": "false"}, dict(tp=4)),
 ]
 
 
 @pytest.mark.parametrize(("name", "options", "sizes"), GRIDS)
 def test_grids_whole_again(tmp_path, name, options, sizes):
     _, files = hub_of(tmp_path / "hub", families.made(name))
-    served = "megatron" if "sequential" in options.values() else "vllm"
+    served = "megatron" if "sequential" in options.values() else "rtp_llm" if "absorb" in options else "vllm"
     placement = Placement(**sizes)
     same(cut(tmp_path / "hub", tmp_path / "cut", served, options, placement=placement), files)
 
