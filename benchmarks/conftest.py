@@ -12,7 +12,7 @@ import inputs
 import pytest
 import table
 from fastckpt.files import parse_size
-from measure import Bench
+from measure import Bench, Row
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -145,5 +145,11 @@ def pytest_benchmark_update_json(
 @pytest.fixture
 def bench(benchmark: object, request: pytest.FixtureRequest) -> Bench:
     """Measures rows and prints each as it comes."""
-    reporter = request.config.pluginmanager.getplugin("terminalreporter")
-    return Bench(benchmark, lambda row: reporter.write_line("\n" + table.line(row)))
+    plugins = request.config.pluginmanager
+    reporter, capture = plugins.getplugin("terminalreporter"), plugins.getplugin("capturemanager")
+
+    def tell(row: Row) -> None:
+        with capture.global_and_fixture_disabled():
+            reporter.write_line("\n" + table.line(row))
+
+    return Bench(benchmark, tell)

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from .road import plan as plan
     from .road import prepare as prepare
     from .road import reshard as reshard
+    from .schemes import SCHEMES as SCHEMES
+    from .schemes import Quant as Quant
     from .verification import VerifyReport as VerifyReport
     from .verification import verify as verify
 
@@ -74,6 +76,8 @@ _HOME = {
     "plan": "road",
     "prepare": "road",
     "reshard": "road",
+    "SCHEMES": "schemes",
+    "Quant": "schemes",
     "open": "joining",
     "VerifyReport": "verification",
     "verify": "verification",
