@@ -106,8 +106,8 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "layouts": (
         ("naming", "cuts", "servers", "padding"),
-        ("rtp_merge", "rtp_split"),  # rtp-llm's catalogue, of which its layout is made
-        ("same", "hf", "vllm", "rtp_llm", "patterns"),
+        ("rtp_merge", "rtp_split", "rtp_weights"),  # rtp-llm's catalogue, of which its layout is made
+        ("same", "hf", "vllm", "rtp_llm", "megatron", "patterns"),
         ("__init__",),
     ),
     "executors": (("torch", "cpu", "cuda"), ("__init__",)),
