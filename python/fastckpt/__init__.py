@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .road import plan as plan
     from .road import prepare as prepare
     from .road import reshard as reshard
+    from .sources.memory import partitioned as partitioned
     from .verification import VerifyReport as VerifyReport
     from .verification import verify as verify
 
@@ -75,6 +76,7 @@ _HOME = {
     "prepare": "road",
     "reshard": "road",
     "open": "joining",
+    "partitioned": "sources.memory",
     "VerifyReport": "verification",
     "verify": "verification",
 }
