@@ -27,9 +27,10 @@ import fastckpt._C as compiled
 import numpy as np
 import torch
 from fastckpt.dtypes import BY_NAME
+from fastckpt.device import leaves
 from fastckpt.executors.cuda import Cuda
 from fastckpt.extents import Buffer
-from fastckpt.planner import COPY
+from fastckpt.planner import COPY, LEAF
 from safetensors.torch import save_file
 
 ROUNDS = 21
@@ -153,6 +154,24 @@ def transposed(src: torch.dtype, dst: torch.dtype, rows: int, cols: int) -> Case
         lambda: source.t().contiguous().to(dst),
         lambda: torch.equal(out, source.t().to(dst)),
     )
+
+
+def digested() -> Case:
+    """Leaves of one tensor; the reading is the traffic."""
+    source = torch.randint(0, 256, (8 * GIB,), dtype=torch.uint8, device="cuda")
+    table, _ = leaves([(source.data_ptr(), source.nbytes)])
+    held = torch.from_numpy(table.view(np.int64)).cuda()
+    out = torch.zeros(len(table), dtype=torch.int64, device="cuda")
+
+    def ours() -> None:
+        stream = torch.cuda.current_stream().cuda_stream
+        compiled.launch_digests(held.data_ptr(), len(table), out.data_ptr(), stream)
+
+    def right() -> bool:
+        first = source[:LEAF].cpu().numpy()
+        return int(out[0].item()) % (1 << 64) == compiled.digest64(first)
+
+    return Case("digest xxh3-64 leaves", "8 GiB", ours, source.nbytes, None, right)
 
 
 def short(dtype: torch.dtype) -> str:
@@ -369,6 +388,7 @@ def cases() -> Iterator[Callable[[], Row]]:
         for rows, cols in ((4096, 4096), (16384, 8192), (14336, 4096)):
             name = f"transpose {short(src)}->{short(dst)} {rows}x{cols}"
             makers[name] = lambda s=src, d=dst, r=rows, c=cols: transposed(s, d, r, c)
+    makers["digest"] = digested
     for kind in ("llama-8b", "moe"):
         for layout in ("vllm", "rtp_llm"):
             makers[f"model {kind} {layout}"] = lambda k=kind, y=layout: whole(k, y)

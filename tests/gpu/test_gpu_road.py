@@ -7,6 +7,7 @@ from pathlib import Path
 import fastckpt
 import pytest
 import torch
+from fastckpt.device import digests
 from fastckpt.errors import DeviceError
 from fastckpt.layouts.same import Same
 from safetensors.torch import save_file
@@ -97,3 +98,13 @@ def test_too_large_an_output_says_how_much_it_needs() -> None:
     source = {"w": torch.zeros(1, 1, device="cuda").expand(1 << 21, 1 << 21)}
     with pytest.raises(DeviceError, match=f"the outputs need {4 << 42} bytes"):
         fastckpt.reshard(source, layout=Same(), device="cuda")
+
+
+def test_digests_are_those_of_the_manifest(tmp_path: Path) -> None:
+    made = {n: t.contiguous() for n, t in state("cuda").items()} | {"empty": torch.empty(0, device="cuda")}
+    report = fastckpt.reshard({n: t.cpu() for n, t in made.items()}, layout=Same(), out=tmp_path / "out")
+    assert isinstance(report, fastckpt.Report)
+    assert digests(made) == dict(report.digests)
+    made["norm"] = torch.randn((8 << 20) + 5, device="cuda")[1:]  # at an odd address
+    wanted = fastckpt.reshard({"norm": made["norm"].cpu()}, layout=Same(), out=tmp_path / "odd")
+    assert isinstance(wanted, fastckpt.Report) and digests({"norm": made["norm"]}) == dict(wanted.digests)
