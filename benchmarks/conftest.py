@@ -1,4 +1,4 @@
-"""Options and inputs of the benchmarks; the rows, printed at the end."""
+"""Options and inputs of the benchmarks; what a run's JSON keeps."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import inputs
 import pytest
 import table
 from fastckpt.files import parse_size
-from measure import ROWS, bench
-
-__all__ = ["bench"]
+from measure import Bench, Row
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,7 +35,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS] = []
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ["FASTCKPT_CACHE"] = "off"  # a kept plan would hide planning; the rows on it turn it on
 
@@ -145,9 +142,14 @@ def pytest_benchmark_update_json(
     output_json.update(kept)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows = config.stash[ROWS]
-    if rows:
-        terminalreporter.section("figures")
-        for row in rows:
-            terminalreporter.write_line(table.line(row))
+@pytest.fixture
+def bench(benchmark: object, request: pytest.FixtureRequest) -> Bench:
+    """Measures rows and prints each as it comes."""
+    plugins = request.config.pluginmanager
+    reporter, capture = plugins.getplugin("terminalreporter"), plugins.getplugin("capturemanager")
+
+    def tell(row: Row) -> None:
+        with capture.global_and_fixture_disabled():
+            reporter.write_line("\n" + table.line(row))
+
+    return Bench(benchmark, tell)

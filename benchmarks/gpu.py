@@ -26,8 +26,8 @@ import fastckpt
 import fastckpt._C as compiled
 import numpy as np
 import torch
-from fastckpt.dtypes import BY_NAME
 from fastckpt.device import leaves
+from fastckpt.dtypes import BY_NAME
 from fastckpt.executors.cuda import Cuda
 from fastckpt.extents import Buffer
 from fastckpt.planner import COPY, LEAF

@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
-import pytest
-
 STEADY = 1.3
 """A round counts when its floor is at most this many times the best floor."""
+
+PATIENCE = 60.0
+"""Seconds after which a row takes the rounds it has."""
 
 
 def _nothing() -> None:
@@ -108,9 +109,9 @@ def on(threads: int) -> str:
 class Bench:
     """pytest-benchmark's fixture, with a floor in every round's set-up."""
 
-    def __init__(self, fixture: object, rows: list[Row]) -> None:
+    def __init__(self, fixture: object, tell: Callable[[Row], None]) -> None:
         self.fixture = fixture
-        self.rows = rows
+        self.tell = tell
 
     def measure(
         self,
@@ -122,7 +123,7 @@ class Bench:
         told: dict[str, float | str] | None = None,
     ) -> Row:
         """Measure one row: a throw-away round, then rounds of the floor's steps and the subject until
-        `rounds` of them count, three times as many at most.
+        `rounds` of them count; beyond `rounds`, for PATIENCE seconds and three times as many at most.
 
         `told`: further figures for the row's JSON; the caller may fill the dict while it is measured."""
         pairs: list[tuple[float, float]] = []
@@ -133,7 +134,10 @@ class Bench:
 
         def alternate() -> None:
             self._round(subject, floor)
-            while len(steady()) < rounds and len(pairs) < 3 * rounds:
+            began = time.perf_counter()
+            while len(pairs) < rounds or (
+                len(steady()) < rounds and len(pairs) < 3 * rounds and time.perf_counter() - began < PATIENCE
+            ):
                 pairs.append(self._round(subject, floor))
 
         self.fixture.pedantic(alternate, rounds=1)  # type: ignore[attr-defined]
@@ -176,7 +180,7 @@ class Bench:
 
     def enter(self, row: Row) -> Row:
         self.fixture.extra_info.update(asdict(row))  # type: ignore[attr-defined]
-        self.rows.append(row)
+        self.tell(row)
         return row
 
 
@@ -184,11 +188,3 @@ def _judged(goal: Goal | None, best: float, middle: float) -> str:
     if goal is None:
         return ""
     return "yes" if goal.met(middle) else "best" if goal.met(best) else "no"
-
-
-@pytest.fixture
-def bench(benchmark: object, request: pytest.FixtureRequest) -> Bench:
-    return Bench(benchmark, request.config.stash[ROWS])
-
-
-ROWS = pytest.StashKey[list[Row]]()

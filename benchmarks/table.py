@@ -30,12 +30,15 @@ def table(run: dict[str, object]) -> str:
     """The run as markdown: the machine in a sentence, then a row a figure."""
     machine, options, commit = run["machine"], run["options"], run["commit"]
     rows = [Row(**{f.name: r[f.name] for f in fields(Row)}) for r in run["rows"] if r]
-    out = [
+    made_on = (
         f"{machine['cpu']}, {machine['cpus']} CPUs ({machine['best_instructions']}), "
-        f"{machine['memory_gib']} GiB, {machine['system']}, "
-        f"Python {machine['python']}, torch {machine['torch']}, DeepSpeed {machine['deepspeed']}; {run['date']} UTC, commit {str(commit['id'])[:10]}"
-        f"{' and uncommitted changes' if commit['dirty'] else ''}; --size {options['size']}, "
-        f"{options['threads']} threads.",
+        f"{machine['memory_gib']} GiB, {machine['system']}, Python {machine['python']}, "
+        f"torch {machine['torch']}, DeepSpeed {machine['deepspeed']}; {run['date']} UTC, "
+        f"commit {str(commit['id'])[:10]}{' and uncommitted changes' if commit['dirty'] else ''}; "
+        f"--size={options['size']}, {options['threads']} threads."
+    )
+    out = [
+        made_on,
         "",
         "| what | input | best | median | unit | goal | met | seconds (floor) | rounds (dropped) | load |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -60,14 +63,14 @@ def _pair(pair: tuple[float, float]) -> str:
 
 
 def main() -> int:
-    made = table(json.loads(Path(sys.argv[1]).read_text()))
-    if len(sys.argv) == 2:
+    runs = [name for name in sys.argv[1:] if name.endswith(".json")]
+    made = "\n\n".join(table(json.loads(Path(name).read_text())) for name in runs)
+    pages = [name for name in sys.argv[1:] if name not in runs]
+    if not pages:
         print(made)
-    for name in sys.argv[2:]:
-        text = Path(name).read_text()
-        head, rest = text.split(MARKS[0])
-        tail = rest.split(MARKS[1])[1]
-        Path(name).write_text(f"{head}{MARKS[0]}\n{made}\n{MARKS[1]}{tail}")
+    for name in pages:
+        head, rest = Path(name).read_text().split(MARKS[0])
+        Path(name).write_text(f"{head}{MARKS[0]}\n{made}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
     return 0
 
 

@@ -23,6 +23,26 @@ struct Pair {
     Transpose transpose = nullptr;
 };
 
+enum QuantKind : uint8_t { QUANT_INT8, QUANT_E4M3, QUANT_INT4 };
+
+// Rows of a dense matrix and how they are quantised (quant.h). `src`: rows x columns of `dtype` (fp32, bf16 or
+// fp16); `out`: one byte a value, or two values a byte (int4: columns and blocks are multiples of 8 then).
+// `amax`: one a row, taken as the largest magnitude where a scale is shared beyond these values (blocks are then
+// whole rows), or null. `scales`: one a block, row after row of blocks. `sums`: the largest error, then the sums of
+// (x - y)^2, x^2, y^2 and x y, added to.
+struct Quant {
+    const char* src;
+    size_t rows, columns, block_rows, block_columns;
+    Dtype dtype;
+    QuantKind kind;
+    bool reciprocal;  // int8: multiply by the reciprocal of the scale
+    float reach, floor;
+    const float* amax;
+    char* out;
+    float* scales;
+    double* sums;
+};
+
 struct Kernels {
     const char* name;
     Pair pairs[DTYPES][DTYPES];  // [source][destination]
@@ -30,6 +50,10 @@ struct Kernels {
     uint64_t (*digest_long)(const uint8_t* data, size_t nbytes);
     // Elements that are NaN or infinite among n of a float type; 0 for the others.
     uint64_t (*nonfinite)(const char* data, size_t n, Dtype dtype);
+    // Quantises; false, with `out` undefined, where a value is NaN or infinite.
+    bool (*quantise)(const Quant& q);
+    // The largest magnitude of each row of fp32, bf16 or fp16; not finite where a value is not.
+    void (*row_amax)(float* out, const char* src, size_t rows, size_t columns, Dtype dtype);
 };
 
 const Kernels& kernels_portable();

@@ -3,6 +3,7 @@
 
 #include "digest_long.h"
 #include "isa.h"
+#include "quant.h"
 #include "tiles.h"
 
 namespace fastckpt {
@@ -39,6 +40,8 @@ Kernels make_kernels(const char* name) {
     }
     k.digest_long = digest_long;
     k.nonfinite = count_nonfinite;
+    k.quantise = quantise;
+    k.row_amax = row_amax;
     return k;
 }
 

@@ -111,6 +111,48 @@ uint64_t py_nonfinite(const py::object& buffer, int code) {
     return kernels(-1).nonfinite(b.data(), b.nbytes() / ITEMSIZE[code], static_cast<Dtype>(code));
 }
 
+void check_dense(const char* what, size_t nbytes, int code, size_t rows, size_t columns) {
+    if (code != FLOAT32 && code != BFLOAT16 && code != FLOAT16)
+        throw std::invalid_argument(std::string(what) + ": the dtype " + std::to_string(code) + " is not fp32, bf16 or fp16");
+    if (rows == 0 || columns == 0 || nbytes / ITEMSIZE[code] / columns != rows || nbytes != rows * columns * ITEMSIZE[code])
+        throw std::invalid_argument(std::string(what) + ": " + std::to_string(nbytes) + " bytes are not " + std::to_string(rows) + " x " +
+                                    std::to_string(columns) + " values");
+}
+
+bool py_quantise(const py::object& dense, int code, size_t rows, size_t columns, size_t block_rows, size_t block_columns, float reach,
+                 float floor, bool reciprocal, int kind, const py::object& amax, const py::object& out, const py::object& scales,
+                 const py::object& sums, int isa) {
+    Held d(dense), o(out, true), s(scales, true), t(sums, true);
+    check_dense("quantise", d.nbytes(), code, rows, columns);
+    if (kind < QUANT_INT8 || kind > QUANT_INT4) throw std::invalid_argument("quantise: no kind " + std::to_string(kind));
+    const bool packed = kind == QUANT_INT4;
+    if (block_rows == 0 || block_columns == 0 || (packed && (columns % 8 != 0 || block_columns % 8 != 0)))
+        throw std::invalid_argument("quantise: blocks of " + std::to_string(block_rows) + " x " + std::to_string(block_columns));
+    const size_t blocks = ((rows - 1) / block_rows + 1) * ((columns - 1) / block_columns + 1);
+    if (o.nbytes() != rows * columns / (packed ? 2 : 1) || s.count<float>("scales") != blocks || t.count<double>("sums") != 5)
+        throw std::invalid_argument("quantise: out, scales or sums have another size");
+    Quant q{d.data(), rows, columns, block_rows, block_columns, static_cast<Dtype>(code), static_cast<QuantKind>(kind),
+            reciprocal, reach, floor, nullptr, o.data(), s.items<float>(), t.items<double>()};
+    if (amax.is_none()) {
+        py::gil_scoped_release free;
+        return kernels(isa).quantise(q);
+    }
+    Held a(amax);
+    if (a.count<float>("amax") != rows || block_rows != 1 || block_columns != columns)
+        throw std::invalid_argument("quantise: amax is one a row, and goes with blocks of whole rows");
+    q.amax = a.items<float>();
+    py::gil_scoped_release free;
+    return kernels(isa).quantise(q);
+}
+
+void py_row_amax(const py::object& dense, int code, size_t rows, size_t columns, const py::object& out, int isa) {
+    Held d(dense), o(out, true);
+    check_dense("row_amax", d.nbytes(), code, rows, columns);
+    if (o.count<float>("out") != rows) throw std::invalid_argument("row_amax: out has another size");
+    py::gil_scoped_release free;
+    kernels(isa).row_amax(o.items<float>(), d.data(), rows, columns, static_cast<Dtype>(code));
+}
+
 // ---- the GPU ----
 
 void py_run_tiles_on_host(const py::object& rows, const py::object& owner, const py::object& sources, const py::object& destinations,
@@ -257,6 +299,12 @@ PYBIND11_MODULE(_C, m) {
     m.def("crc32", py_crc32, py::arg("buffer"), py::arg("value") = 0);
     m.def("crc32_combine", crc32_combine, py::arg("a"), py::arg("b"), py::arg("nbytes_b"));
     m.def("nonfinite", py_nonfinite, py::arg("buffer"), py::arg("dtype_code"));
+
+    m.def("quantise", py_quantise, py::arg("dense"), py::arg("dtype_code"), py::arg("rows"), py::arg("columns"),
+          py::arg("block_rows"), py::arg("block_columns"), py::arg("reach"), py::arg("floor"), py::arg("reciprocal"),
+          py::arg("kind"), py::arg("amax"), py::arg("out"), py::arg("scales"), py::arg("sums"), py::arg("isa") = -1);
+    m.def("row_amax", py_row_amax, py::arg("dense"), py::arg("dtype_code"), py::arg("rows"), py::arg("columns"), py::arg("out"),
+          py::arg("isa") = -1);
 
     m.def("faults", faults, "Pages of mapped files that were gone when read, in this process so far.");
     py::class_<Mapping>(m, "Mapping")

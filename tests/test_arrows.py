@@ -24,13 +24,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "views": CORE[:3],
     "checkpoint": CORE[:4],
     "placement": CORE[:4],
-    "target": CORE[:4],
+    "schemes": CORE[:2],
+    "target": (*CORE[:4], "schemes"),
     "model": CORE,
     # Sources never see models; recipes and layouts never see files; none of them sees a plan.
     "sources": (*CORE, "collector"),
     "recipes": PLAIN,
     "layouts": PLAIN,
     "planner": CORE,
+    "rounding": (*CORE, "schemes", "_C"),
+    "quantplan": (*PLAIN, "schemes", "rounding"),
     "digest": (*CORE, "_C"),
     "finite": (*CORE, "digest", "_C"),
     # What reads and runs a plan.
@@ -57,11 +60,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "layouts",
         "planner",
         "plancache",
+        "schemes",
+        "quantplan",
         "digest",
         "files",
         "torchzip",
     ),
     "pipeline": (*CORE, "digest", "finite", "planner", "plans", "reader", *FILES),
+    "quantising": (*CORE, "planner", "plans", "schemes", "quantplan", "rounding", "reader"),
     "tensors": (*CORE, "planner", "plans"),
     "device": (*CORE, "digest", "planner", "plans", "reader", "pipeline", "executors"),
 }
@@ -72,7 +78,7 @@ MAY_IMPORT["terminal"] = (*CORE, "text")
 MAY_IMPORT["arguments"] = (*CORE, "text", "__init__")
 SPINE = (*MAY_IMPORT, "__init__", "_C")
 MAY_IMPORT |= {door: SPINE for door in ("describe", "outline", "difference", "doctor", "zero_to_fp32")}
-for last in ("demo", "cli", "__init__"):
+for last in ("quant", "demo", "cli", "__init__"):
     MAY_IMPORT[last] = (*MAY_IMPORT, "__init__", "_C")
 MAY_IMPORT["__main__"] = ("cli",)
 """Each room (a module, or a package with all its modules) and the other rooms it may import."""
@@ -109,7 +115,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
 """Cells within a package: a module imports siblings from cells before its own only."""
 
 TORCH = {"executors/torch", "executors/cuda", "tensors", "device"}
-TORCH_IN_FUNCTIONS = {"sources/memory", "road", "zero_to_fp32", "demo"}
+TORCH_IN_FUNCTIONS = {"sources/memory", "road", "quant", "zero_to_fp32", "demo"}
 """Where torch may be imported. The first are themselves imported inside functions only."""
 
 VAGUE = {"utils", "util", "common", "helpers", "base", "misc"}

@@ -255,6 +255,8 @@ def test_verify_finds_a_flipped_bit(run, source, tmp_path):
 def test_verify_says_what_it_could_not_check(run, tmp_path):
     save_file({"x": torch.ones(3)}, tmp_path / "model.safetensors")
     code, said, _ = run("verify", tmp_path)
+    assert code == 1 and "nothing says what these files should hold" in said
+    code, said, _ = run("verify", tmp_path, "--plain")
     assert code == 0
     assert "no digests" in said
     assert said.splitlines()[-1].startswith("ok: 1 file, 1 tensor, 12 B in ")

@@ -13,7 +13,7 @@ from fastckpt.errors import LayoutError, RecipeError, SourceError, WriteError
 from fastckpt.executors import pick
 from fastckpt.reader import Mapped, Positioned
 from layouts import oracle, tiny
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from zero_writer import write_zero
 
 LAYOUTS = {"hf": oracle.hf, "vllm": oracle.vllm, "rtp_llm": oracle.rtp_llm}
@@ -217,6 +217,47 @@ def test_load_into_a_module(tmp_path, meta, dtype):
     assert torch.equal(other.up.weight.detach(), truth["up.weight"])
 
 
+def test_a_buffer_no_checkpoint_holds_is_not_left_on_meta_unsaid(tmp_path):
+    truth = write_zero(
+        tmp_path, {"up.weight": torch.randn(3, 2), "up.bias": torch.randn(3)}, stage=3, world=2
+    )
+    with torch.device("meta"):
+        module = torch.nn.ModuleDict({"up": torch.nn.Linear(2, 3)})
+        module.register_buffer("angles", torch.zeros(4), persistent=False)
+    with pytest.raises(LayoutError, match="angles is a buffer on the meta device"):
+        fastckpt.load_into(module, tmp_path)
+    fastckpt.load_into(module, tmp_path, strict=False)
+    assert module.angles.is_meta and torch.equal(module["up"].weight.detach(), truth["up.weight"])
+
+
+@pytest.mark.parametrize("form", ["safetensors", "legacy"])
+def test_ranks_of_two_checkpoints_make_no_set(tmp_path, form):
+    """Headers of these formats say nothing of the values; a set must still come from one checkpoint."""
+    for name in "ab":
+        state = {"w": torch.randn(8, 6)}
+        if form == "safetensors":
+            save_file(state, tmp_path / f"{name}.safetensors")
+        else:
+            torch.save(state, tmp_path / f"{name}.legacy", _use_new_zipfile_serialization=False)
+    a, b = (tmp_path / f"{name}.{form}" for name in "ab")
+    asked = {"tp_plan": {"*": "colwise"}, "out": tmp_path / "out", "durable": False}
+    fastckpt.reshard(a, 2, rank=0, **asked)
+    for rank in (0, 1):
+        with pytest.raises(WriteError, match="another plan"):
+            fastckpt.reshard(b, 2, rank=rank, **asked)
+    fastckpt.reshard(a, 2, rank=1, **asked)
+    assert fastckpt.verify(tmp_path / "out").ok
+
+
+def test_only_outputs_are_overwritten(tmp_path):
+    write_zero(tmp_path / "in", {"w": torch.ones(5)}, stage=3, world=2)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/precious").write_text("mine")
+    with pytest.raises(WriteError, match="only those are overwritten"):
+        fastckpt.reshard(tmp_path / "in", layout="same", out=tmp_path / "home", overwrite=True)
+    assert (tmp_path / "home/precious").read_text() == "mine"
+
+
 def test_not_a_number_is_refused_unless_allowed(tmp_path):
     value = torch.ones(5, 7)
     value[3, 2] = float("nan")
@@ -261,9 +302,6 @@ def test_a_source_cut_short_under_the_reader_is_an_error(tmp_path, monkeypatch, 
     def short(binding, alone):
         opened = reader(binding.places)
         opened.lane(pick(None))
-        if reader is Positioned:
-            for i in range(len(binding.places)):
-                opened.fd(i)
         with open(victim, "r+b") as f:
             f.truncate(1 << 20)
         return opened

@@ -94,6 +94,31 @@ def crc32_combine(a: int, b: int, nbytes_b: int) -> int:
 def nonfinite(buffer: Buffer, dtype_code: int) -> int:
     """Elements that are NaN or infinite; 0 for integers and bools. Raises ValueError for an unknown code."""
 
+def quantise(
+    dense: Buffer,
+    dtype_code: int,
+    rows: int,
+    columns: int,
+    block_rows: int,
+    block_columns: int,
+    reach: float,
+    floor: float,
+    reciprocal: bool,
+    kind: int,
+    amax: Buffer | None,
+    out: Buffer,
+    scales: Buffer,
+    sums: Buffer,
+    isa: int = -1,
+) -> bool:
+    """Quantises rows x columns of fp32, bf16 or fp16 as csrc/quant.h says; False where one is not finite.
+
+    `kind`: 0 int8, 1 float8_e4m3fn, 2 int4 (two a byte). `amax` (fp32): one a row. `scales` (fp32): one a
+    block. `sums` (fp64): 5, added to. Raises ValueError for sizes that do not fit."""
+
+def row_amax(dense: Buffer, dtype_code: int, rows: int, columns: int, out: Buffer, isa: int = -1) -> None:
+    """out[i] (fp32) becomes the largest magnitude of row i, not finite where a value is not."""
+
 def faults() -> int:
     """Pages of mapped files that were gone when they were read, in this process so far."""
 

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from .road import prepare as prepare
     from .road import reshard as reshard
     from .sources.memory import partitioned as partitioned
+    from .schemes import SCHEMES as SCHEMES
+    from .schemes import Quant as Quant
     from .verification import VerifyReport as VerifyReport
     from .verification import verify as verify
 
@@ -75,6 +77,8 @@ _HOME = {
     "plan": "road",
     "prepare": "road",
     "reshard": "road",
+    "SCHEMES": "schemes",
+    "Quant": "schemes",
     "open": "joining",
     "partitioned": "sources.memory",
     "VerifyReport": "verification",

@@ -83,6 +83,9 @@ def parser() -> argparse.ArgumentParser:
 
     verify = command("verify", "check an output against its manifest: digests, headers, NaN and infinity")
     verify.add_argument("path", metavar="DIR")
+    verify.add_argument(
+        "--plain", action="store_true", help="a directory of others: headers and values, no digests"
+    )
     _threads(verify)
     _quiet(verify)
 
@@ -186,6 +189,14 @@ def _planning(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--tp-plan", metavar="FILE", help="JSON of name patterns, for a model no recipe knows")
     p.add_argument("--vocab-size", type=int, metavar="N", help="the embedding rows that count")
+    p.add_argument("--quant", metavar="SCHEME", help="quantise matrices on the way (int8, fp8-block, ...)")
+    for name, meaning in (
+        ("include", "quantise these tensors too"),
+        ("exclude", "do not quantise these tensors"),
+    ):
+        p.add_argument(
+            f"--quant-{name}", action="append", default=[], metavar="PATTERN", help=f"{meaning}; repeatable"
+        )
 
 
 def _files(p: argparse.ArgumentParser) -> None:

@@ -8,10 +8,13 @@ FASTCKPT_DEBUG=1 or --debug shows its traceback. Results go to stdout, progress 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
+import resource
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from .layouts import Layout
     from .plans import Plan
     from .road import Report
+    from .schemes import Quant
     from .verification import VerifyReport
 
 INTERRUPTED, UNHEARD = 130, 141
@@ -39,6 +43,7 @@ Command = Callable[[argparse.Namespace], int]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; `argv` defaults to the process's own."""
     debug = os.environ.get("FASTCKPT_DEBUG") == "1"
+    _prepare()
     try:
         commands = parser()
         args = commands.parse_args(argv)
@@ -63,13 +68,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(f"error: {str(e) or 'out of memory'}", WriteError.exit_code, debug)
 
 
+def _prepare() -> None:
+    """Streams that can say anything, and as many open files as the system lets this user have."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller: what is said goes nowhere
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def _failed(message: str, code: int, debug: bool) -> int:
     if debug:
         import traceback
 
         traceback.print_exc()
-    print(f"fastckpt: {message}", file=sys.stderr)
+    print(_harmless(f"fastckpt: {message}"), file=sys.stderr)
     return code
+
+
+def _harmless(text: str) -> str:
+    """The text with control characters spelled out: names come from files, and terminals obey them."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 # ---- the commands ----
@@ -107,6 +131,7 @@ def _reshard(args: argparse.Namespace) -> int:
             tp_plan=_tp_plan(args.tp_plan),
             vocab_size=args.vocab_size,
             dtype=args.dtype,
+            quant=_quant(args),
             allow_nonfinite=args.allow_nonfinite,
             device=args.device,
             out=args.out,
@@ -192,7 +217,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     with progress(as_json=args.json, quiet=args.quiet) as shown:
         told = None if shown is None else partial(_verifying, shown)
-        report = verify(args.path, threads=args.threads, progress=told)
+        report = verify(args.path, plain=args.plain, threads=args.threads, progress=told)
 
     def text() -> str:
         seen = f"{counted(report.files, 'file')}, {counted(report.tensors, 'tensor')}, {size(report.bytes)}"
@@ -251,7 +276,7 @@ def _show(args: argparse.Namespace, text: Callable[[], str], as_json: Callable[[
     if args.json:
         print(json.dumps(as_json(), indent=2))
     elif not args.quiet:
-        print(text())
+        print(_harmless(text()))
 
 
 def _planned(args: argparse.Namespace, layout: Layout) -> Plan:
@@ -269,6 +294,7 @@ def _planned(args: argparse.Namespace, layout: Layout) -> Plan:
         tp_plan=_tp_plan(args.tp_plan),
         vocab_size=args.vocab_size,
         dtype=args.dtype,
+        quant=_quant(args),
         max_shard_size=args.max_shard_size,
     )
 
@@ -353,6 +379,17 @@ def _layout(args: argparse.Namespace) -> Layout:
     from .layouts import layout
 
     return layout(args.layout, dict(args.layout_option))
+
+
+def _quant(args: argparse.Namespace) -> Quant | None:
+    from .schemes import Quant
+
+    if args.quant is not None:
+        scheme = Quant.of(args.quant).scheme
+        return Quant(scheme, tuple(args.quant_include), tuple(args.quant_exclude))
+    if args.quant_include or args.quant_exclude:
+        raise FastckptError("--quant-include and --quant-exclude go with --quant SCHEME")
+    return None
 
 
 def _tp_plan(path: str | None) -> dict[str, str] | None:

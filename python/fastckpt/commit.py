@@ -8,6 +8,7 @@ then its record, and whoever finds every rank's record writes `fastckpt.json`.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import secrets
@@ -74,9 +75,11 @@ class Whole:
         self._replaces = False
         self._made: list[str] = []
         self._staging = ""
+        self._lock = -1
 
     def start(self) -> None:
         """Refuse what must not be overwritten, remove what dead runs left, make the staging directory."""
+        entries: list[str] = []
         with telling(self.path):
             if os.path.ismount(self.path):
                 raise WriteError(f"{self.path}: a mount point cannot be renamed; name a directory below it")
@@ -92,12 +95,18 @@ class Whole:
                 self._replaces = bool(entries)
         if self._replaces:
             refuse_loss(self.path, self._keep)
+            if not any(e == NAME or rank_of(e) is not None for e in entries):
+                raise WriteError(
+                    f"{self.path}: not empty ({len(entries)} entries, {entries[0]} first) and no output of "
+                    "fastckpt; only those are overwritten"
+                )
         with telling(self.parent):
             self._made = make_directories(self.parent)
             self._sweep()
             mark = f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
             self._staging = os.path.join(self.parent, f".{self.name}.fastckpt-{mark}")
             os.mkdir(self._staging)
+            self._lock = _lock(self._staging)
         if self._replaces:
             self._try_exchange()
 
@@ -129,21 +138,35 @@ class Whole:
             self._made = []
         if self._replaces:
             shutil.rmtree(self._staging, ignore_errors=True)
+        self._unlock()
         return manifest
 
     def abandon(self) -> None:
         """Leave nothing of this run."""
         if self._staging:
             shutil.rmtree(self._staging, ignore_errors=True)
+        self._unlock()
         remove_directories(self._made)
 
+    def _unlock(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
     def _sweep(self) -> None:
-        """Remove staging directories of dead processes of this host; those of other hosts may live."""
+        """Remove staging directories of dead processes of this host; those of other hosts may live.
+
+        A lock tells a live process of another container, whose number says nothing here."""
         pattern = re.compile(re.escape(f".{self.name}.fastckpt-{_host()}-") + r"([0-9]+)-[0-9a-f]{8}")
         for entry in os.listdir(self.parent):
             found = pattern.fullmatch(entry)
-            if found and not _alive(int(found[1])):
-                shutil.rmtree(os.path.join(self.parent, entry), ignore_errors=True)
+            if not found or _alive(int(found[1])):
+                continue
+            left = os.path.join(self.parent, entry)
+            with suppress(OSError):
+                if (lock := _lock(left)) >= 0:
+                    shutil.rmtree(left, ignore_errors=True)
+                    os.close(lock)
 
     def _try_exchange(self) -> None:
         """Learn before the work whether the file system can exchange two directories."""
@@ -383,6 +406,20 @@ def remove_directories(made: Iterable[str]) -> None:
 
 def _host() -> str:
     return re.sub("[^A-Za-z0-9]", "_", socket.gethostname())[:32]
+
+
+def _lock(directory: str) -> int:
+    """A descriptor that holds the directory's lock (none where the file system has no locks); -1 where
+    another process holds it."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return -1
+    except OSError:
+        pass
+    return fd
 
 
 def _alive(pid: int) -> bool:

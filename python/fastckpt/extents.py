@@ -71,7 +71,7 @@ class Extents:
 
     Views of one checkpoint share one table, so that joining them moves no Python object."""
 
-    __slots__ = ("_items", "_index")
+    __slots__ = ("_index", "_items")
 
     def __init__(self, items: Iterable[Extent] = ()) -> None:
         self._items: tuple[Extent, ...] = tuple(items)

@@ -5,10 +5,12 @@ Law: a worker's error stops all workers and is raised once, in the caller's thre
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -25,18 +27,35 @@ from .writer import OutputFile
 Worker = Callable[[Batch], None]
 
 
-def feed(batches: Iterable[Batch], workers: Sequence[Worker], done: Callable[[int], None]) -> None:
+class Work(Protocol):
+    """What a worker does at once: output bytes [start, stop)."""
+
+    @property
+    def start(self) -> int:
+        """The first byte."""
+
+    @property
+    def stop(self) -> int:
+        """One past the last."""
+
+
+Item = TypeVar("Item", bound=Work)
+
+
+def feed(
+    batches: Iterable[Item], workers: Sequence[Callable[[Item], None]], done: Callable[[int], None]
+) -> None:
     """Run every batch on one of the workers; `done` gets each batch's output bytes, in the caller's thread.
 
     The caller's thread makes the batches (planning) while the workers run them. Raises the first error
     of a worker after all have stopped, WriteError where the system starts no more threads."""
-    queue: SimpleQueue[Batch | None] = SimpleQueue()
+    queue: SimpleQueue[Item | None] = SimpleQueue()
     room = threading.Semaphore(4 * len(workers))  # bounds the queue; the end of work needs no room
     finished: SimpleQueue[int] = SimpleQueue()
     errors: list[BaseException] = []
     stop = threading.Event()
 
-    def work(worker: Worker) -> None:
+    def work(worker: Callable[[Item], None]) -> None:
         while (batch := queue.get()) is not None:
             room.release()
             if stop.is_set():
@@ -130,6 +149,14 @@ class ToFiles:
 
         return run
 
+    def put(self, tensor: int, offset: int, data: memoryview) -> None:
+        """Write bytes of a tensor from `offset` on, a leaf's; they end on a leaf or with the tensor."""
+        at = np.arange(0, len(data), LEAF, dtype=np.int64)
+        first = int(self.slots.leaf[tensor]) + offset // LEAF
+        digests = leaf_digests(data, at, np.minimum(LEAF, len(data) - at))
+        self.leaves[first : first + len(at)] = digests
+        self.files[int(self.slots.file[tensor])].write(int(self.slots.offset[tensor]) + offset, data)
+
     def check(self, batch: Batch, filled: memoryview) -> None:
         """Refuse a batch that holds a NaN or an infinity, naming the tensor."""
         tensors = np.searchsorted(self.slots.leaf, batch.leaf, "right") - 1
@@ -176,6 +203,15 @@ class ToFiles:
         for k in range(-(-n // LEAF)):
             total = crc32_combine(total, self.crcs[first + k], min(LEAF, n - k * LEAF))
         return total
+
+
+def put_into(buffers: Sequence[Buffer]) -> Callable[[int, int, memoryview], None]:
+    """Puts bytes of a tensor into its memory, from an offset on; `buffers` by the plan's tensor index."""
+
+    def put(tensor: int, offset: int, data: memoryview) -> None:
+        ctypes.memmove(buffers[tensor].address + offset, np.frombuffer(data, np.uint8).ctypes.data, len(data))
+
+    return put
 
 
 def to_buffers(lane: Lane, buffers: Sequence[Buffer]) -> Worker:

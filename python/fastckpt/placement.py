@@ -26,9 +26,11 @@ class Placement:
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "dp", "ep"):
+            if type(getattr(self, name)) is not int:
+                raise LayoutError(f"placement: {name} must be a whole number, got {getattr(self, name)!r}")
             if getattr(self, name) < 1:
                 raise LayoutError(f"placement: {name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.rank < self.world:
+        if type(self.rank) is not int or not 0 <= self.rank < self.world:
             raise LayoutError(f"placement: rank {self.rank} is outside the {self.world} ranks of {self}")
 
     @property

@@ -10,11 +10,11 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import xxhash
 
-from . import layouts, plancache, planner, recipes
+from . import layouts, plancache, planner, quantplan, recipes
 from .checkpoint import JSON, Checkpoint, Entry
 from .collector import paused
 from .dtypes import DType
@@ -25,8 +25,11 @@ from .files import FileLayout, Slot, Spec, safetensors_layout, split
 from .layouts import Layout
 from .layouts.naming import Naming
 from .layouts.patterns import Patterns
+from .model import Sizes
 from .placement import Placement
 from .planner import Chunk, Slots
+from .quantplan import Expansion, Quantised
+from .schemes import Quant
 from .target import Target
 from .torchzip import Wrap, torch_layout
 
@@ -50,7 +53,7 @@ class Wanted:
     `max_shard_size` of a file; `container`: "safetensors" or "bin"; `sorted`: files ordered as
     safetensors' save_file orders them, not as the source lies; `weights_key`, `client_state`: a training
     checkpoint around a single `.bin`; `held`: only these names are
-    made, each as its dtype (a module to fill)."""
+    made, each as its dtype (a module to fill); `quant`: what is quantised on the way, and how."""
 
     placement: Placement
     rank: int | None = None
@@ -65,6 +68,7 @@ class Wanted:
     weights_key: str | None = None
     client_state: Mapping[str, JSON] | None = None
     held: Mapping[str, DType] | None = None
+    quant: Quant | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,8 @@ class Plan:
     (given apart, or another vocab_size), else None. `aliases`: tied name -> the name that is stored.
     `options`: what the manifest repeats. `needed_bytes`: source bytes the outputs are made of; a byte that
     two ranks need counts for each. `notes`: what the user should know. `left_out`: names the layout made
-    and `held` does not have."""
+    and `held` does not have. `quantised`: the tensors that are quantised, by index; `scans`: the uncut
+    matrices whose largest magnitudes are read first."""
 
     key: str
     checkpoint: Checkpoint
@@ -113,6 +118,8 @@ class Plan:
     needed_bytes: int = 0
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    quantised: Mapping[int, Quantised] = field(default_factory=dict)
+    scans: Stream | None = None
 
     def chunks(self) -> Iterator[tuple[int, Chunk]]:
         """(first tensor, rows) of each window, in order: the kept rows, or compiled again."""
@@ -144,10 +151,15 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
     placement = wanted.placement
     ranks = tuple(range(placement.world)) if wanted.rank is None else (placement.at(wanted.rank).rank,)
     left_out: dict[str, None] = {}
+    expansion = road.expansion
+
+    def of_rank(rank: int) -> Iterator[Target]:
+        targets = road.targets(placement.at(rank))
+        return targets if expansion is None else expansion.targets(targets)
 
     def stream() -> Iterator[tuple[int, Target]]:
         # Rank after rank for each tensor, so that a tensor's source pages serve all ranks while warm.
-        for targets in itertools.zip_longest(*(road.targets(placement.at(r)) for r in ranks)):
+        for targets in itertools.zip_longest(*(of_rank(r) for r in ranks)):
             for rank, target in zip(ranks, targets, strict=True):
                 if target is None:
                     continue
@@ -159,11 +171,12 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
                 yield rank, target
 
     extents = road.checkpoint.extents
-    cacheable = wanted.held is None and road.ours and bool(road.checkpoint.structure)
+    cacheable = wanted.held is None and expansion is None and road.ours and bool(road.checkpoint.structure)
     key = road.key(placement, ranks, plancache.code())
     found = plancache.load(key, len(extents)) if cacheable else None
+    quantised: dict[int, Quantised] = {}
     if found is None:
-        order, kept, extents, needed = _compiled(stream, extents)
+        order, kept, extents, needed, quantised = _compiled(stream, extents, expansion)
         if cacheable and kept is not None and extents is road.checkpoint.extents:
             plancache.store(key, len(extents), order, kept)
     else:
@@ -174,6 +187,11 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
         if name in named[rank]:
             raise LayoutError(f"layout {road.name}: two tensors named {name} on rank {rank}")
         named[rank][name] = (name, dtype, shape)
+    for told in quantised.values():
+        if told.name in road.aliases.values():
+            raise LayoutError(
+                f"quant: {told.name} is tied to another tensor, which would not find its scales"
+            )
     aliases = {a: h for a, h in road.aliases.items() if all(h in n and a not in n for n in named.values())}
 
     files: list[FileLayout] = []
@@ -217,27 +235,43 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
         needed_bytes=needed,
         notes=road.notes,
         left_out=tuple(left_out),
+        quantised=quantised,
+        scans=None if expansion is None or not expansion.scanned else _scans(road, expansion),
     )
 
 
+def _scans(road: _Road, expansion: Expansion) -> Stream:
+    return lambda: expansion.uncut(lambda: road.targets(Placement()))
+
+
 def _compiled(
-    stream: Stream, extents: Extents
-) -> tuple[list[plancache.Named], list[Chunk] | None, Extents, int]:
-    """Every tensor in order, the rows of all (None where they are too many to keep), their table, and the
-    source bytes they need."""
+    stream: Stream, extents: Extents, expansion: Expansion | None
+) -> tuple[list[plancache.Named], list[Chunk] | None, Extents, int, dict[int, Quantised]]:
+    """Every tensor in order, the rows of all (None where they are too many to keep), their table, the
+    source bytes they need, and what of it is quantised."""
     order: list[plancache.Named] = []
+    quantised: dict[int, Quantised] = {}
     kept: list[Chunk] | None = []
     rows = needed = 0
     for window, chunk, table in planner.compiled(stream(), extents):
         extents = table
-        order += [(rank, t.name, t.view.dtype, t.shape) for rank, t in window]
+        for rank, t in window:
+            if expansion is not None and t.scheme is not None:
+                quantised[len(order)] = expansion.quantised(t)
+            order.append((rank, t.name, t.dtype, t.stored_shape))
         rows += len(chunk.rows)
         needed += int(planner.nbytes(chunk.rows, "src").sum())
         if rows > KEPT_ROWS:
             kept = None
         elif kept is not None:
             kept.append(chunk)
-    return order, kept, extents, needed
+    if quantised:  # ranks take turns, so what goes with a tensor is found by name
+        at = {(rank, name): i for i, (rank, name, _, _) in enumerate(order)}
+        for i, told in quantised.items():
+            scales = at[order[i][0], told.name + told.scheme.scale]
+            form = at[order[i][0], f"{told.name}_shape"] if told.scheme.packed else None
+            quantised[i] = replace(told, scales=scales, form=form)
+    return order, kept, extents, needed, quantised
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +288,7 @@ class _Road:
     notes: tuple[str, ...]
     ours: bool
     """Whether recipe and layout are this package's, so that their code is known to a plan's key."""
+    expansion: Expansion | None = None
 
     @staticmethod
     def of(ckpt: Checkpoint, wanted: Wanted) -> _Road:
@@ -279,10 +314,18 @@ class _Road:
             "weights_key": wanted.weights_key,
             "client_state": None if wanted.client_state is None else dict(wanted.client_state),
         }
+        if wanted.quant is not None:
+            options["quant"] = {
+                "scheme": wanted.quant.scheme.name,
+                "include": list(wanted.quant.include),
+                "exclude": list(wanted.quant.exclude),
+            }
         notes = tuple(str(n) for n in _list(ckpt.facts.get("notes")))
         own_layout = type(layout) in (*layouts.LAYOUTS.values(), Patterns)
         if not layout.roles:
             by_names = layout
+            if wanted.quant is not None and (config is not None or ckpt.config is not None):
+                config = _config(ckpt, wanted.config)
             return _Road(
                 _layout_name(layout),
                 cast,
@@ -293,7 +336,7 @@ class _Road:
                 options,
                 notes,
                 own_layout,
-            )
+            )._quantising(wanted, config, None)
         by_roles = layout
         assert config is not None
         recipe = recipes.find(config) if wanted.recipe is None else recipes.named(wanted.recipe)
@@ -314,7 +357,26 @@ class _Road:
             options,
             notes,
             own_layout and recipe in recipes.RECIPES.values(),
-        )
+        )._quantising(wanted, config, model.sizes)
+
+    def _quantising(self, wanted: Wanted, config: Mapping[str, JSON] | None, sizes: Sizes | None) -> _Road:
+        """This road with what `wanted.quant` asks for, told in the config too."""
+        quant = wanted.quant
+        if quant is None:
+            return self
+        if wanted.held is not None or self.naming(wanted.placement).single.endswith(".bin"):
+            raise LayoutError(f"quant {quant.scheme.name}: wanted safetensors or fresh tensors as the output")
+        if config is not None and "quantization_config" in config:
+            raise LayoutError(
+                f"quant {quant.scheme.name}: the config says that the source is quantised already"
+            )
+        expansion = Expansion.of(quant, self.name, wanted.placement, self.targets(Placement()), sizes)
+        text = self.config
+        if config is not None:
+            told = json.loads(text) if text is not None else dict(config)
+            told["quantization_config"] = quantplan.quantization_config(expansion)
+            text = (json.dumps(told, indent=2) + "\n").encode()
+        return replace(self, config=text, expansion=expansion)
 
     def key(self, placement: Placement, *more: JSON | tuple[int, ...]) -> str:
         """The digest of all that shapes the output, and of what else is told."""

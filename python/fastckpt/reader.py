@@ -10,7 +10,7 @@ Law: a file that is not the one whose header was read (size, time, inode) is an 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Protocol
 
@@ -23,6 +23,10 @@ from .planner import AXES, NOTHING, Executor, Runner, Table, item_sizes, nbytes
 
 GAP = 1 << 16
 """The widest gap in bytes that one rank alone reads through."""
+
+
+OPEN = 64
+"""The most files that a lane which reads by position keeps open."""
 
 
 class Lane(Protocol):
@@ -74,6 +78,15 @@ def _open(place: File) -> int:
     return fd
 
 
+def check_unchanged(places: Sequence[File | Buffer], used: Iterable[int]) -> None:
+    """Refuse what was read from files that are no longer those whose headers were read: some bytes may be
+    old and some new."""
+    for i in used:
+        place = places[i]
+        if isinstance(place, File):
+            os.close(_open(place))
+
+
 class Positioned:
     """Reads each batch's runs into a scratch buffer by position.
 
@@ -82,7 +95,7 @@ class Positioned:
     def __init__(self, places: Sequence[File | Buffer], *, gap: int = 0) -> None:
         self.places = tuple(places)
         self.gap = gap
-        self.fds: dict[int, int] = {}
+        self.lanes: list[PositionedLane] = []
 
     def __enter__(self) -> Positioned:
         return self
@@ -90,30 +103,15 @@ class Positioned:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                for place, fd in self.fds.items():
-                    at = self.places[place]
-                    if isinstance(at, File):
-                        same_file(at, fd)  # else some bytes are old and some new
-        finally:
-            for fd in self.fds.values():
-                os.close(fd)
-            self.fds = {}
+        for lane in self.lanes:
+            lane.close()
+        if kind is None:
+            check_unchanged(self.places, {place for lane in self.lanes for place in lane.used})
 
     def lane(self, executor: Executor) -> PositionedLane:
-        """A lane with a scratch buffer of its own."""
-        return PositionedLane(self, executor)
-
-    def fd(self, place: int) -> int:
-        """The descriptor of a place that is a file, opened at first use."""
-        if place not in self.fds:
-            at = self.places[place]
-            assert isinstance(at, File)
-            fd = _open(at)
-            if self.fds.setdefault(place, fd) != fd:  # another lane was quicker
-                os.close(fd)
-        return self.fds[place]
+        """A lane with a scratch buffer and descriptors of its own."""
+        self.lanes.append(PositionedLane(self, executor))
+        return self.lanes[-1]
 
 
 class PositionedLane:
@@ -128,6 +126,14 @@ class PositionedLane:
         self.index = {i: k for k, i in enumerate(held)}
         self.scratch = np.empty(0, np.uint8)
         self.runner: Runner | None = None
+        self.fds: dict[int, int] = {}
+        self.used: set[int] = set()
+
+    def close(self) -> None:
+        """Close what is open."""
+        for fd in self.fds.values():
+            os.close(fd)
+        self.fds = {}
 
     def run(self, rows: Table, destinations: Sequence[Buffer]) -> None:
         """Read the runs of every row, packed, then run the rows over the scratch buffer."""
@@ -159,7 +165,7 @@ class PositionedLane:
         self.runner.run(rows, destinations)
 
     def _read(self, place: int, offset: int, into: memoryview) -> None:
-        fd = self.reader.fd(place)
+        fd = self._fd(place)
         done = 0
         while done < len(into):
             try:
@@ -172,6 +178,17 @@ class PositionedLane:
                     "it was truncated while it was read"
                 )
             done += got
+
+    def _fd(self, place: int) -> int:
+        """The descriptor of a place that is a file; the one opened first gives way beyond OPEN."""
+        if place not in self.fds:
+            if len(self.fds) >= OPEN:
+                os.close(self.fds.pop(next(iter(self.fds))))
+            at = self.reader.places[place]
+            assert isinstance(at, File)
+            self.fds[place] = _open(at)
+            self.used.add(place)
+        return self.fds[place]
 
     def _path(self, place: int) -> str:
         at = self.reader.places[place]
@@ -235,10 +252,7 @@ class Mapped:
     ) -> None:
         try:
             if kind is None:  # bytes cut off the last page that is left read as zeros, without a fault
-                for i in self.used:
-                    place = self.places[i]
-                    if isinstance(place, File):
-                        os.close(_open(place))
+                check_unchanged(self.places, self.used)
         finally:
             for mapping in self.mappings.values():
                 mapping.close()

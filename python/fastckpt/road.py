@@ -6,6 +6,8 @@ tensors, the caller's tensors, or a stream of bytes.
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,11 +27,15 @@ from .files import parse_size
 from .layouts import Layout
 from .layouts.same import Same
 from .manifest import Manifest, Origin, Record
-from .pipeline import ToFiles, Worker, feed, to_buffers
+from .pipeline import ToFiles, Worker, feed, put_into, to_buffers
 from .placement import Placement
-from .planner import LEAF, Batch, Binding, cut
+from .planner import LEAF, Batch, Binding, compiled, cut
 from .plans import Plan, Wanted
+from .quantising import Job, Put, Quantising, Scan
+from .quantplan import flat
 from .reader import GAP, Lane, Mapped, Positioned
+from .rounding import Error, Floats
+from .schemes import Quant
 from .writer import Output
 
 if TYPE_CHECKING:
@@ -58,7 +64,9 @@ class Report:
     `digests`: "name" (or "rank/name" with several ranks) -> hex digest of the tensor's output bytes, empty
     where no files were written. `bytes_needed`: source bytes the outputs are made of; `bytes_read`: source
     bytes that were read or, mapped, copied from. `peak_memory`: the process's highest resident bytes so far
-    (VmHWM). `phases`: seconds of planning, copying and syncing. `notes`: what the user should know."""
+    (VmHWM). `phases`: seconds of planning, copying and syncing. `notes`: what the user should know.
+    `bytes_scanned`: source bytes read first, for scales that reach across a cut; `errors`: how far each
+    quantised tensor lies from its dense values (docs/formats.md), named as in `digests`."""
 
     out: str | None
     key: str
@@ -73,6 +81,8 @@ class Report:
     digests: Mapping[str, str] = field(default_factory=dict)
     peak_memory: int = 0
     notes: tuple[str, ...] = ()
+    bytes_scanned: int = 0
+    errors: Mapping[str, Mapping[str, JSON]] = field(default_factory=dict)
 
 
 # ---- the verbs ----
@@ -90,13 +100,16 @@ def plan(
     tp_plan: Mapping[str, str] | None = None,
     vocab_size: int | None = None,
     dtype: str | DType | None = None,
+    quant: str | Quant | None = None,
     max_shard_size: str | int | None = "5GB",
 ) -> Plan:
     """What `reshard` would do with the same arguments, without reading a byte of a tensor.
 
     Raises what `reshard` would raise before its first byte."""
     grid = _placement(tp, placement)
-    wanted = Wanted(grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size)
+    wanted = Wanted(
+        grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size, quant=_quant(quant)
+    )
     return plans.draft(_opened(ckpt), wanted)
 
 
@@ -112,7 +125,7 @@ def reshard(
     tp_plan: Mapping[str, str] | None = None,
     vocab_size: int | None = None,
     dtype: str | DType | None = None,
-    quant: str | None = None,
+    quant: str | Quant | None = None,
     allow_nonfinite: bool = False,
     device: str = "cpu",
     out: Out = None,
@@ -130,6 +143,8 @@ def reshard(
     (one dict with `rank`); with a path: files and a Report; with the caller's tensors (a dict with `rank`,
     else a list of dicts by rank): they are filled in place, and a shape or dtype that differs is an error.
     `layout`, `config`, `recipe`, `tp_plan`, `vocab_size`, `dtype`, `max_shard_size`: see `plans.Wanted`.
+    `quant`: a scheme of `schemes.SCHEMES`, or a Quant with patterns: matrices are quantised on the way, from
+    the values `dtype` gives; NaN and infinity in those are an error always.
     NaN and infinity in the output are an error unless `allow_nonfinite`. `durable` fsyncs; `overwrite`
     replaces an output in one step; `memory` bounds the bytes held ("256MB"); `progress` see Progress.
     `device` "cuda" or "cuda:N": tensors there, made by the GPU where the checkpoint's tensors lie there too;
@@ -137,11 +152,11 @@ def reshard(
 
     Raises SourceError, RecipeError, LayoutError and ViewError before anything is written, WriteError while
     it is; then nothing is left behind. DeviceError for what this build cannot do."""
-    if quant is not None:
-        raise DeviceError(f"quant {quant!r}: this version does not quantise on the way")
     device = _device(device)
     grid = _placement(tp, placement)
-    wanted = Wanted(grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size)
+    wanted = Wanted(
+        grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size, quant=_quant(quant)
+    )
     run = _Run(threads, memory, progress)
     in_memory = not isinstance(out, (str, os.PathLike))
     if device != "cpu" and not in_memory:
@@ -312,6 +327,11 @@ def load_into(
     if rank is None and grid.world > 1:
         raise LayoutError(f"load_into: a module is one rank's; say which of the {grid.world} ranks (rank=)")
     held = tensors.held(module)
+    if strict and (unmade := tensors.left_on_meta(module, held)):
+        raise LayoutError(
+            f"load_into: {unmade[0]} is a buffer on the meta device that checkpoints do not hold "
+            f"({len(unmade)} such); make it first, or strict=False leaves it"
+        )
     wanted = Wanted(
         grid, rank or 0, layout, config, recipe, tp_plan, vocab_size, held=tensors.dtypes_of(held)
     )
@@ -379,6 +399,8 @@ class _Run:
         self.start = time.perf_counter()
         self.phases: dict[str, float] = {}
         self.bytes_read = 0
+        self.bytes_scanned = 0
+        self.errors: dict[int, Error] = {}
 
     def planned(self, make: Callable[[], Plan]) -> Plan:
         """Make the plan, on the clock."""
@@ -403,7 +425,7 @@ class _Run:
 
     def _in_memory(self, planned: Plan, buffers: Sequence[Buffer], device: str) -> Report:
         if device == "cpu":
-            self._copy(planned, lambda lane: to_buffers(lane, buffers), apart=True)
+            self._copy(planned, lambda lane: to_buffers(lane, buffers), put_into(buffers), apart=True)
         else:
             self._on_gpu(planned, buffers, device)
         return self._report(planned, None, {})
@@ -411,6 +433,8 @@ class _Run:
     def _on_gpu(self, planned: Plan, buffers: Sequence[Buffer], device: str) -> None:
         from .device import ToDevice, prepare, resident
 
+        if planned.quantised:
+            raise DeviceError(f"device {device!r}: quantising runs on the CPU only")
         binding = Binding.of(planned.extents)
         if resident(binding):
             began = time.perf_counter()
@@ -447,12 +471,12 @@ class _Run:
             output.reserve(sum(f.nbytes for f in planned.files))
             files = [output.create(f, r) for f, r in zip(planned.files, planned.file_ranks, strict=True)]
             sink = ToFiles(planned.slots(), planned.tensors, files, finite=finite)
-            self._copy(planned, lambda lane: sink.worker(lane, self.band))
+            self._copy(planned, lambda lane: sink.worker(lane, self.band), sink.put)
             began = time.perf_counter()
             if self.progress is not None:
                 self.progress(planned.output_bytes, planned.output_bytes, "sync")
             sink.close(self.threads)
-            for owner, name, data in planned.texts:
+            for owner, name, data in (*planned.texts, *_errors(planned, self.errors)):
                 output.text(name, data, owner)
             if beside:
                 for path in planned.checkpoint.beside:
@@ -464,11 +488,15 @@ class _Run:
             self.phases["sync"] = time.perf_counter() - began
         return self._report(planned, out, _digests(manifest, planned.ranks))
 
-    def _copy(self, planned: Plan, worker: Callable[[Lane], Worker], *, apart: bool = False) -> None:
+    def _copy(
+        self, planned: Plan, worker: Callable[[Lane], Worker], put: Put | None = None, *, apart: bool = False
+    ) -> None:
         """Every batch of the plan through the readers and the executor."""
+        largest = self._scan(planned)
         began = time.perf_counter()
         executor = pick(None)
         binding, slots = Binding.of(planned.extents), planned.slots()
+        quantising = Quantising(planned, slots, largest)
         total, done = planned.output_bytes, 0
 
         def count(nbytes: int) -> None:
@@ -480,14 +508,39 @@ class _Run:
         with _reader(binding, alone=len(planned.ranks) < planned.placement.world) as reader:
             band = self.band if isinstance(reader, Mapped) else LEAF
 
-            def batches() -> Iterator[Batch]:
+            def batches() -> Iterator[Batch | Job]:
                 for first, chunk in planned.chunks():
-                    yield from cut(chunk, first, slots, binding, band=band, apart=apart)
+                    yield from quantising.jobs(first, chunk, binding)
+                    others = quantising.others(first, chunk)
+                    yield from cut(others, first, quantising.rest, binding, band=band, apart=apart)
+
+            def both(lane: Lane) -> Callable[[Batch | Job], None]:
+                copy = worker(lane)
+                if put is None:  # the plan quantises nothing
+                    return lambda item: None if isinstance(item, Job) else copy(item)
+                quantise = quantising.worker(lane, put)
+                return lambda item: quantise(item) if isinstance(item, Job) else copy(item)
 
             lanes = [reader.lane(executor) for _ in range(self.threads)]
-            feed(batches(), [worker(lane) for lane in lanes], count)
+            feed(batches(), [both(lane) for lane in lanes], count)
             self.bytes_read += sum(lane.bytes_read for lane in lanes)
+        self.errors = quantising.errors
         self.phases["copy"] = time.perf_counter() - began
+
+    def _scan(self, planned: Plan) -> dict[str, Floats]:
+        """The first read: the largest magnitudes of uncut matrices whose scales reach across a cut."""
+        scan = Scan()
+        if planned.scans is None:
+            return scan.largest
+        began = time.perf_counter()
+        for window, chunk, extents in compiled(planned.scans(), planned.extents):
+            binding = Binding.of(extents)
+            with _reader(binding, alone=False) as reader:
+                lanes = [reader.lane(pick(None)) for _ in range(self.threads)]
+                feed(scan.jobs(window, chunk, binding), [scan.worker(lane) for lane in lanes], lambda _: None)
+                self.bytes_scanned += sum(lane.bytes_read for lane in lanes)
+        self.phases["scan"] = time.perf_counter() - began
+        return scan.largest
 
     def _report(self, planned: Plan, out: str | None, digests: Mapping[str, str]) -> Report:
         folder = "" if out is None else out
@@ -499,13 +552,58 @@ class _Run:
             tensors=len(planned.tensors),
             bytes_needed=planned.needed_bytes,
             bytes_read=self.bytes_read,
+            bytes_scanned=self.bytes_scanned,
             bytes_written=planned.output_bytes,
             seconds=time.perf_counter() - self.start,
             phases=self.phases,
             digests=digests,
             peak_memory=_peak_memory(),
             notes=planned.notes,
+            errors={
+                f"{t.rank}/{t.name}" if planned.placement.world > 1 else t.name: told
+                for i, told in _told(planned, self.errors).items()
+                for t in [planned.tensors[i]]
+            },
         )
+
+
+def _quant(asked: str | Quant | None) -> Quant | None:
+    return None if asked is None else Quant.of(asked)
+
+
+def _told(planned: Plan, errors: Mapping[int, Error]) -> dict[int, dict[str, JSON]]:
+    """What is told of each quantised tensor, in the plan's order."""
+    told: dict[int, dict[str, JSON]] = {}
+    for i, q in planned.quantised.items():
+        if i in errors:
+            e = errors[i]
+            told[i] = {
+                "scheme": q.scheme.name,
+                "dense": q.name,
+                "dense_bytes": flat(q.shape)[0] * flat(q.shape)[1] * q.dtype.itemsize,
+                "bytes": planned.tensors[i].nbytes + planned.tensors[q.scales].nbytes,
+                "max_error": _figure(e.biggest),
+                "rms_error": _figure(e.rms),
+                "snr_db": _figure(e.snr),
+                "cosine": _figure(e.cosine),
+            }
+    return told
+
+
+def _figure(value: float | None) -> float | None:
+    """Six digits; None for what JSON cannot say."""
+    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
+
+
+def _errors(planned: Plan, errors: Mapping[int, Error]) -> list[tuple[int, str, bytes]]:
+    """A file for each rank that tells the error of its quantised tensors: (rank, path, bytes)."""
+    by_rank: dict[int, dict[str, JSON]] = {}
+    for i, told in _told(planned, errors).items():
+        by_rank.setdefault(planned.tensors[i].rank, {})[planned.tensors[i].name] = told
+    return [
+        (rank, f"quantisation-rank-{rank}.json", (json.dumps(told, indent=1) + "\n").encode())
+        for rank, told in by_rank.items()
+    ]
 
 
 def _read_from(planned: Plan) -> list[str]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .dtypes import DType
 from .errors import ViewError
+from .schemes import Scheme
 from .views import View
 
 
@@ -14,16 +16,33 @@ class Target:
     """One output tensor: its name in the shard, the view it is made from, and its final shape.
 
     `shape` may group the view's elements otherwise (same numel: the output is dense, so regrouping is
-    free); the default is the view's own. `view.dtype` is the output dtype."""
+    free); the default is the view's own. `view.dtype` is the output dtype, unless a `scheme` quantises the
+    dense tensor on the way: then `dtype` and `stored_shape` are the scheme's."""
 
     name: str
     view: View
     shape: tuple[int, ...]
+    scheme: Scheme | None
 
-    def __init__(self, name: str, view: View, shape: tuple[int, ...] | None = None) -> None:
+    def __init__(
+        self, name: str, view: View, shape: tuple[int, ...] | None = None, scheme: Scheme | None = None
+    ) -> None:
         shape = view.shape if shape is None else shape
         if math.prod(shape) != view.numel:
-            raise ViewError(f"target {name}: shape {shape} does not hold the {view.numel} elements of {view.shape}")
+            raise ViewError(
+                f"target {name}: shape {shape} does not hold the {view.numel} elements of {view.shape}"
+            )
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "view", view)
         object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "scheme", scheme)
+
+    @property
+    def dtype(self) -> DType:
+        """The dtype of the output."""
+        return self.view.dtype if self.scheme is None else self.scheme.dtype
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the output."""
+        return self.shape if self.scheme is None else self.scheme.stored_shape(self.shape)

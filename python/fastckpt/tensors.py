@@ -109,6 +109,11 @@ def held(module: torch.nn.Module) -> State:
     return {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
 
 
+def left_on_meta(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Buffers on the meta device that no checkpoint holds, because they are not persistent."""
+    return [n for n, b in module.named_buffers() if b.is_meta and n not in state]
+
+
 def dtypes_of(state: Mapping[str, torch.Tensor]) -> dict[str, DType]:
     """Our dtype of each tensor. Raises LayoutError for one we do not know."""
     out = {}

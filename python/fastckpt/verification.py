@@ -61,13 +61,15 @@ class _Tensor:
 def verify(
     path: str | os.PathLike[str],
     *,
+    plain: bool = False,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
     """Check digests, sizes, headers, missing and extra files, NaN and Inf; `progress(bytes done, of)`.
 
-    A directory without a manifest has its safetensors headers checked and its values looked through, and
-    the notes say that there were no digests. Raises SourceError where there is nothing to verify."""
+    A directory without a manifest is a problem, since nothing says what it should hold; with `plain` its
+    safetensors headers are checked and its values looked through, and the notes say that there were no
+    digests. Raises SourceError where there is nothing to verify."""
     start = time.perf_counter()
     root = os.fspath(path)
     if not os.path.isdir(root):
@@ -99,6 +101,10 @@ def verify(
         files = len(present)
     else:
         files, tensors = _plain(root, present, problems, notes)
+        if not plain:
+            problems.append(
+                f"no {NAME}: nothing says what these files should hold; plain (--plain) checks them alone"
+            )
     total = _read_all(root, tensors, allowed, threads, progress, problems)
     if len(problems) > _SHOWN:
         problems[_SHOWN:] = [f"and {len(problems) - _SHOWN} more"]

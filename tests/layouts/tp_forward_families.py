@@ -1,9 +1,9 @@
 """One rank of transformers' tensor-parallel models, filled with a rank's slices; saves each model's logits.
 
-    python tp_forward_families.py FOLDER...
+    python tp_forward_families.py STORE FOLDER...
 
-RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are torch.distributed's. A FOLDER holds config.json and
-rank-RR/model.safetensors, and gets logits.safetensors.
+RANK and WORLD_SIZE are torch.distributed's; STORE is a file that does not exist yet, where the ranks meet. A
+FOLDER holds config.json and rank-RR/model.safetensors, and gets logits.safetensors.
 """
 
 from __future__ import annotations
@@ -58,14 +58,15 @@ def forward(folder: Path, rank: int, world: int) -> None:
         save_file({"logits": logits.contiguous()}, folder / "logits.safetensors")
 
 
-def main(folders: list[Path]) -> None:
+def main(store: Path, folders: list[Path]) -> None:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo")
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     for folder in folders:
-        forward(folder, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        forward(folder, rank, world)
         distributed.barrier()
     distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main([Path(a) for a in sys.argv[1:]])
+    main(Path(sys.argv[1]), [Path(a) for a in sys.argv[2:]])

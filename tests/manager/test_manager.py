@@ -16,7 +16,7 @@ import torch
 from fastckpt.digest import LEAF
 from fastckpt.errors import ManagerError, SourceError, WriteError
 from fastckpt.manager import saving
-from fastckpt.manager.manager import CheckpointManager, CheckpointWarning
+from fastckpt.manager.manager import CheckpointManager, CheckpointWarning, Timing
 from fastckpt.manager.metadata import JsonMetadata
 from fastckpt.verification import verify
 from safetensors.torch import load_file
@@ -488,6 +488,11 @@ def test_sigterm_saves_whatever_the_policy(tmp_path: Path) -> None:
         assert manager.save(2, {"x": 2}) and manager.preempted
         assert manager.steps() == [2]  # not in the background
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_speeds() -> None:
+    assert Timing("checkpoint_save", 1, 0, 2.0, 4_000_000_000).gb_per_second == 2.0
+    assert Timing("checkpoint_save", 1, 0, 0.0, 1).gb_per_second == 0.0
 
 
 def test_options_that_lack_their_other_half(tmp_path: Path) -> None:

@@ -228,10 +228,10 @@ class CheckpointManager:
             return False
 
         stands = self.exists(step) and step not in self._broken
-        job: saving.Job | None = None
+        request: saving.Request | None = None
 
         def prepare() -> JSON:
-            nonlocal job
+            nonlocal request
             if stands and not overwrite:
                 raise ManagerError(
                     f"{self._store.path(step)}: step {step} is committed already; overwrite=True replaces it"
@@ -241,22 +241,22 @@ class CheckpointManager:
             if client_state and not flat.engines:
                 raise ManagerError("client_state goes with a DeepSpeed engine; put the values into the state")
             taken = self._snapshots.take(flat.tensors, copy=self._async)
-            job = saving.Job(
+            request = saving.Request(
                 step, str(votes[0][2]), flat.tree, taken, flat.engines, client_state or {},
                 _finite(step, metrics or {}), aside=not stands,
             )  # fmt: skip
             return None
 
         together(self._group, f"save of step {step}", prepare)
-        if job is None:
+        if request is None:
             raise ManagerError(f"save of step {step}: nothing was prepared")
         self._last_save = time.monotonic()
-        if self._async and not job.engines and not self._preempted:
+        if self._async and not request.engines and not self._preempted:
             if self._worker is None:
                 self._worker = ThreadPoolExecutor(1, "fastckpt-save")
-            self._flight = self._worker.submit(self._finish, self._behind, job)
+            self._flight = self._worker.submit(self._finish, self._behind, request)
         else:
-            self._finish(self._group, job)
+            self._finish(self._group, request)
         return True
 
     def _compare(self, step: int, names: set[str]) -> None:
@@ -273,17 +273,17 @@ class CheckpointManager:
             stacklevel=5,
         )
 
-    def _finish(self, group: Group, job: saving.Job) -> None:
+    def _finish(self, group: Group, request: saving.Request) -> None:
         """Commit, tell, and clean: in this order."""
-        done = saving.save(self._store, group, self._disk, job)
-        self._broken.discard(job.step)
-        self._newest = job.step
+        done = saving.save(self._store, group, self._disk, request)
+        self._broken.discard(request.step)
+        self._newest = request.step
         for rank, (seconds, nbytes) in enumerate(zip(done.seconds, done.nbytes, strict=True)):
-            self._stats.append(Timing(SAVE, job.step, rank, seconds, nbytes))
+            self._stats.append(Timing(SAVE, request.step, rank, seconds, nbytes))
         if self._metadata is not None and group.rank == 0:
-            with _only_said(f"step {job.step} stands, but the metadata handler failed"):
-                self._metadata.write(job.step)
-                self._metadata.report(SAVE, self._parts(job.step, done.seconds))
+            with _only_said(f"step {request.step} stands, but the metadata handler failed"):
+                self._metadata.write(request.step)
+                self._metadata.report(SAVE, self._parts(request.step, done.seconds))
         self._clean(group)
 
     def _parts(self, step: int, seconds: Sequence[float]) -> dict[str, float]:

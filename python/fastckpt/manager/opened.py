@@ -6,7 +6,6 @@ Law: a byte that is given out was checked against the digest of the tensor it be
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,14 +65,6 @@ class Opened:
         near = difflib.get_close_matches(name, [*self.table, *self.own, *self.aliases], 3)
         hint = f"; near: {', '.join(near)}" if near else ""
         raise ManagerError(f"{self.path}: no tensor {name!r}{hint}")
-
-    def nbytes(self, name: str) -> int:
-        """The bytes of a tensor, of the whole where it is cut."""
-        held = self.aliases.get(name, name)
-        if held in self.table:
-            shared = self.table[held]
-            return math.prod(shared.shape) * self.entry(shared.boxes[0][0], held).dtype.itemsize
-        return self.own[held].nbytes
 
     def entry(self, rank: int, name: str) -> TensorEntry:
         """Where the part of a tensor that a rank wrote lies. Raises SourceError where it is not here."""

@@ -49,7 +49,7 @@ class Disk:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Request:
     """What is to be saved by this rank at a step.
 
     `token` is this save's own, the same on all ranks. `aside`: what stands at the step already is broken
@@ -84,28 +84,28 @@ def engine_tag(step: int) -> str:
     return f"global_step{step}"
 
 
-def save(store: Store, group: Group, disk: Disk, job: Job) -> Saved:
+def save(store: Store, group: Group, disk: Disk, request: Request) -> Saved:
     """Make a step real on every disk. Collective.
 
     Raises ManagerError or WriteError, on every rank, and leaves what stood before."""
-    run = _Save(store, group, disk, job)
+    run = _Save(store, group, disk, request)
     try:
         return run.run()
     except BaseException:
         if disk.coordinator:
-            store.drop(job.step, job.token)
+            store.drop(request.step, request.token)
         raise
 
 
 class _Save:
     """The steps of one save, in order; each is a round that all ranks pass or none."""
 
-    def __init__(self, store: Store, group: Group, disk: Disk, job: Job) -> None:
-        self.store, self.group, self.disk, self.job = store, group, disk, job
+    def __init__(self, store: Store, group: Group, disk: Disk, request: Request) -> None:
+        self.store, self.group, self.disk, self.request = store, group, disk, request
         self.began = time.perf_counter()
-        self.staging = store.saving(job.step, job.token)
+        self.staging = store.saving(request.step, request.token)
         self.output = Output(
-            self.staging, key=job.token, rank=disk.index, world=len(disk.ranks), durable=store.durable
+            self.staging, key=request.token, rank=disk.index, world=len(disk.ranks), durable=store.durable
         )
         self.claims: list[dict[str, Claim]] = []
         self.table: dict[str, Shared] = {}
@@ -120,30 +120,32 @@ class _Save:
             needed = ints(self._round(lambda: self._open(stack)))
             self._round(lambda: self._reserve(sum(needed[r] for r in self.disk.ranks)))
             files: list[str] = []
-            if self.job.engines:
+            if self.request.engines:
                 self._round(self._run_engines)
                 listed = self._round(self._list_engines)[self.group.rank]
                 files = [str(f) for f in listed] if isinstance(listed, list) else []
             done = self._round(lambda: self._write(stack, files))
         self._round(self._seal)
-        found = self.store.commit(self.job.step)
-        if found is None or found.key != self.job.token:
-            raise ManagerError(f"{self.store.path(self.job.step)}: went away right after it was committed")
+        found = self.store.commit(self.request.step)
+        if found is None or found.key != self.request.token:
+            raise ManagerError(
+                f"{self.store.path(self.request.step)}: went away right after it was committed"
+            )
         pairs = [d if isinstance(d, list) else [0.0, 0] for d in done]
         return Saved(found, tuple(float(str(s)) for s, _ in pairs), tuple(ints([n for _, n in pairs])))
 
     def _round(self, work: Callable[[], JSON]) -> list[JSON]:
-        return together(self.group, f"save of step {self.job.step}", work)
+        return together(self.group, f"save of step {self.request.step}", work)
 
     def _start(self) -> JSON:
         if self.disk.coordinator:
             self.store.take()
-            self.store.begin(self.job.step, self.job.token)
+            self.store.begin(self.request.step, self.request.token)
         return None
 
     def _claim(self) -> JSON:
         """What this rank holds, with digests."""
-        pieces = list(self.job.taken.pieces.values())
+        pieces = list(self.request.taken.pieces.values())
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             digests = list(pool.map(lambda p: digest_of(p.data), pieces))
         return {
@@ -155,7 +157,7 @@ class _Save:
         """Begin the output, and say how many bytes this rank will write."""
         self.table = shared(self.claims, self.disk.ranks)
         rank = self.group.rank
-        for name, piece in self.job.taken.pieces.items():
+        for name, piece in self.request.taken.pieces.items():
             found = self.table.get(name)
             offset = piece.box.offset if piece.box else (0,) * len(piece.shape)
             if found is None or (rank, offset, piece.shape) in found.boxes:
@@ -170,9 +172,9 @@ class _Save:
 
     def _run_engines(self) -> JSON:
         """Every engine's own save, into a directory of its own beside ours."""
-        for name, engine in self.job.engines.items():
+        for name, engine in self.request.engines.items():
             where = os.path.join(self.staging, ENGINES, engine_directory(name))
-            engine.save_checkpoint(where, engine_tag(self.job.step), dict(self.job.client_state))
+            engine.save_checkpoint(where, engine_tag(self.request.step), dict(self.request.client_state))
         return None
 
     def _list_engines(self) -> JSON:
@@ -188,14 +190,14 @@ class _Save:
 
     def _write(self, stack: ExitStack, engine_files: list[str]) -> JSON:
         """This rank's files and its record; the rank that comes last writes the commit record."""
-        rank, job, output = self.group.rank, self.job, self.output
+        rank, request, output = self.group.rank, self.request, self.output
         claims = self.claims[rank]
         if self.mine:
             specs = [(p.name, p.dtype, p.shape) for p in self.mine]
             layout = safetensors_layout(f"{rank_directory(rank)}/state.safetensors", specs, {"format": "pt"})
             file = output.create(layout, self.disk.index)
             for slot in layout.slots:
-                data = raw(job.taken.pieces[slot.name].data).data
+                data = raw(request.taken.pieces[slot.name].data).data
                 for at in range(0, slot.nbytes, _CHUNK):
                     file.write(slot.offset + at, data[at : at + _CHUNK])
             file.close({}, {p.name: claims[p.name].digest for p in self.mine})
@@ -203,8 +205,8 @@ class _Save:
             "schema": SCHEMA,
             "rank": rank,
             "world": self.group.world,
-            "tree": job.tree,
-            "aliases": dict(job.taken.aliases),
+            "tree": request.tree,
+            "aliases": dict(request.taken.aliases),
         }
         output.text(f"{rank_directory(rank)}/state.json", json.dumps(state).encode(), self.disk.index)
         if self.disk.coordinator:
@@ -221,20 +223,20 @@ class _Save:
 
     def _record(self) -> Record:
         """What the manifest says of this save."""
-        job, store = self.job, self.store
+        request, store = self.request, self.store
         options: dict[str, JSON] = {
-            "metrics": dict(job.metrics),
+            "metrics": dict(request.metrics),
             "ranks": [*self.disk.ranks],
-            "engines": [*sorted(job.engines)],
+            "engines": [*sorted(request.engines)],
             "allow_nonfinite": True,  # what training holds is training's business
         }
-        origin = Origin(store.root, "training", store.name(job.step), job.step)
+        origin = Origin(store.root, "training", store.name(request.step), request.step)
         return Record(origin, __version__, "training", {"ranks": self.group.world}, options)
 
     def _seal(self) -> JSON:
         if self.disk.coordinator:
             shutil.rmtree(os.path.join(self.staging, ENGINES), ignore_errors=True)
-            self.store.seal(self.job.step, self.job.token, aside=self.job.aside)
+            self.store.seal(self.request.step, self.request.token, aside=self.request.aside)
         return None
 
 

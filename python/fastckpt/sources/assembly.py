@@ -13,9 +13,12 @@ import xxhash
 from ..checkpoint import JSON, Checkpoint, Entry
 from ..dtypes import DType
 from ..errors import SourceError
-from ..extents import Extents, File
+from ..extents import Extent, Extents, File
 from ..views import View, strided, zeros
 from .options import Options
+
+SAMPLES, SAMPLE = 4096, 256
+"""The most extents that `sampled` looks into, and the bytes it reads at the start and middle of each."""
 
 BESIDE = (
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
@@ -45,7 +48,8 @@ def assemble(
     """The Checkpoint of what a source found.
 
     `search`: directories that may hold config.json and the like, the first one wins. `layout`: what shapes
-    the views beyond names, shapes, dtypes and extents. `headers`: digests of headers and pickles, in order.
+    the views beyond names, shapes, dtypes and extents. `headers`: digests, in order, of headers and pickles,
+    and of what `sampled` saw where those do not cover the values.
     Raises SourceError for names that collide, an alias without its holder, a config.json that is none."""
     aliases = aliases or {}
     names = options.names([*entries, *aliases], path)
@@ -126,6 +130,31 @@ def parse_json(data: bytes, where: str) -> dict[str, JSON]:
     if not isinstance(out, dict):
         raise SourceError(f"{where}: wanted a JSON object, got {type(out).__name__}")
     return out
+
+
+def sampled(extents: Sequence[Extent]) -> str:
+    """Hex digest of a few bytes of the values, for formats whose headers carry no checksum of them.
+
+    It tells two checkpoints of one shape apart: the parts of a set must come from one. Raises SourceError."""
+    seen = xxhash.xxh3_64()
+    step = -(-len(extents) // SAMPLES) or 1
+    descriptor, opened = -1, ""
+    try:
+        for extent in extents[::step]:
+            if not isinstance(extent.where, File):
+                continue
+            if extent.where.path != opened:
+                if descriptor >= 0:
+                    os.close(descriptor)
+                descriptor, opened = os.open(extent.where.path, os.O_RDONLY), extent.where.path
+            for at in {0, extent.nbytes // 2}:
+                seen.update(os.pread(descriptor, min(SAMPLE, extent.nbytes - at), extent.offset + at))
+    except OSError as e:
+        raise SourceError(f"{opened or extent.where}: {e.strerror}") from None
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+    return str(seen.hexdigest())
 
 
 def _structure(

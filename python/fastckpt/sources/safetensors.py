@@ -19,7 +19,7 @@ from ..checkpoint import JSON, Checkpoint, Entry
 from ..dtypes import BY_SAFETENSORS, DType
 from ..errors import SourceError
 from ..extents import Extent, Extents, File
-from .assembly import assemble, parse_json, tensor
+from .assembly import assemble, parse_json, sampled, tensor
 from .options import Options
 from .shards import find_shards
 
@@ -74,7 +74,7 @@ def read(path: str, options: Options) -> Checkpoint:
     return assemble(
         path, "safetensors", entries, extents, options, files=[h.file for h in headers],
         search=[shards.directory], facts=facts | {"metadata": dict(metadata)}, unread=shards.unread,
-        headers=[h.digest for h in headers],
+        headers=[*(h.digest for h in headers), sampled(list(extents))],
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ import xxhash
 from ..errors import SourceError
 from ..extents import Extent, File
 from . import inertpickle, torchpickle
+from .assembly import sampled
 from .inert import Inert
 from .inertpickle import Short
 from .torchpickle import Storage, Tensor, Tree, Wanted
@@ -44,7 +45,7 @@ class TorchFile:
     `root`: what was saved: plain values, Tensor, Storage, Inert. `extents`: one for each wanted storage
     that holds bytes; `Storage.extent` is the index, `Extent.key` the storage's key. `inert`: sorted
     names of the globals that stayed inert. `digest`: xxh3-64, hexadecimal, of the pickle and the zip
-    directory, which holds the CRC32 of every storage (of a legacy file: of the pickles)."""
+    directory, which holds the CRC32 of every storage (of a legacy file: of the pickles and of samples)."""
 
     root: object
     file: File
@@ -189,7 +190,9 @@ def _load_legacy(reader: Reader, wanted: Wanted | None) -> TorchFile:
         holder, offset = (part.key, part.offset) if part else (s.key, 0)
         _check_count(reader, places[holder] - 8, holder, tree.held[holder], s)
         extents.append(Extent(reader.file, places[holder] + offset, s.nbytes, s.key))
-    return TorchFile(tree.root, reader.file, tuple(extents), tree.inert, xxhash.xxh3_64_hexdigest(data[:end]))
+    digest = xxhash.xxh3_64(data[:end])
+    digest.update(sampled(extents).encode())  # there are no checksums in these files
+    return TorchFile(tree.root, reader.file, tuple(extents), tree.inert, digest.hexdigest())
 
 
 def _legacy_pickles(data: bytes, wanted: Wanted | None) -> tuple[Tree, list[str], int]:

@@ -1,0 +1,141 @@
+"""The door to quantised outputs: the schemes by name, and torch's dynamically quantised modules from a file.
+
+Law: a loaded module holds the very values, scales and zero points of the output; torch only packs them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from .errors import DeviceError, LayoutError
+from .road import reshard
+from .schemes import SCHEMES as SCHEMES
+from .schemes import Quant as Quant
+from .schemes import Scheme as Scheme
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    State = dict[str, Tensor]
+
+__all__ = ["SCHEMES", "Quant", "Scheme", "load_dynamic"]
+
+
+def load_dynamic(model: torch.nn.Module, path: str | os.PathLike[str]) -> torch.nn.Module:
+    """Fill a float model from an `int8-dynamic` output and return it, its quantised nn.Linear, nn.LSTM and
+    nn.GRU replaced by torch.ao's dynamically quantised ones; the rest is loaded as it is.
+
+    `path`: what `reshard(layout="same", quant="int8-dynamic")` wrote, or `-channel`. The output must hold
+    every tensor of the model and no other. Raises LayoutError naming what does not fit, DeviceError where the
+    installed torch has no torch.ao.nn.quantized.dynamic."""
+    import torch
+
+    state = _state(path)
+    for name, module in list(model.named_modules()):
+        chosen = [n for n in _own(state, name) if n.endswith("_zero_point")]
+        if not chosen:
+            continue
+        made = _module(name, module, {n: state.pop(n) for n in _own(state, name)})
+        owner, _, leaf = name.rpartition(".")
+        if not name:
+            model = made
+        else:
+            setattr(model.get_submodule(owner), leaf, made)
+    wanted = {n: t for n, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+    packed = {n for n in wanted if n.endswith((".scale", ".zero_point")) and n not in state}
+    missing = [n for n in wanted if n not in state and n not in packed]
+    extra = [n for n in state if n not in wanted]
+    if missing or extra:
+        raise LayoutError(
+            f"{os.fspath(path)}: {len(missing)} tensors of the model are not in it"
+            f" ({', '.join(missing[:3]) or 'none'}), "
+            f"{len(extra)} of it are not in the model ({', '.join(extra[:3]) or 'none'})"
+        )
+    with torch.no_grad():
+        for name, tensor in state.items():
+            if wanted[name].shape != tensor.shape:
+                raise LayoutError(
+                    f"{name}: got {tuple(tensor.shape)}, the model has {tuple(wanted[name].shape)}"
+                )
+            wanted[name].copy_(tensor)
+    return model
+
+
+def _state(path: str | os.PathLike[str]) -> State:
+    found = reshard(path, layout="same", rank=0)
+    assert isinstance(found, dict)  # no `out` was given
+    return found
+
+
+def _own(state: State, module: str) -> list[str]:
+    """The names of a module's own tensors."""
+    prefix = f"{module}." if module else ""
+    return [n for n in state if n.startswith(prefix) and "." not in n[len(prefix) :]]
+
+
+def _module(name: str, module: torch.nn.Module, state: State) -> torch.nn.Module:
+    """The quantised module that takes the place of a float one."""
+    import torch
+
+    try:
+        from torch.ao.nn.quantized import dynamic
+    except ImportError:
+        raise DeviceError(f"this torch ({torch.__version__}) has no torch.ao.nn.quantized.dynamic") from None
+    own = {n.rpartition(".")[2]: t for n, t in state.items()}
+    values = dict(_values(name, own))
+    if type(module) is torch.nn.Linear:
+        _same_shapes(name, {"weight": module.weight}, values)
+        linear = dynamic.Linear(  # type: ignore[no-untyped-call]
+            module.in_features, module.out_features, bias_=module.bias is not None
+        )
+        linear.set_weight_bias(values["weight"], values.get("bias"))
+        return linear.train(module.training)
+    if type(module) in (torch.nn.LSTM, torch.nn.GRU):
+        if not module.bias or module.proj_size:
+            raise LayoutError(f"{name}: torch does not quantise it without bias, or with proj_size")
+        _same_shapes(name, dict(module.named_parameters()), values)
+        kind = dynamic.LSTM if type(module) is torch.nn.LSTM else dynamic.GRU
+        made = kind(
+            module.input_size,
+            module.hidden_size,
+            module.num_layers,
+            module.bias,
+            module.batch_first,
+            module.dropout,
+            module.bidirectional,
+        )
+        made.set_weight_bias(values)  # type: ignore[no-untyped-call]
+        return made.train(module.training)
+    raise LayoutError(
+        f"{name or 'the model'}: no quantised {type(module).__name__}; wanted nn.Linear, LSTM or GRU"
+    )
+
+
+def _same_shapes(name: str, wanted: State, got: State) -> None:
+    for key, tensor in wanted.items():
+        if key not in got or got[key].shape != tensor.shape:
+            have = tuple(got[key].shape) if key in got else "none"
+            raise LayoutError(f"{name}.{key}: got {have}, the model has {tuple(tensor.shape)}")
+
+
+def _values(name: str, own: State) -> Iterator[tuple[str, Tensor]]:
+    """A module's tensors with the quantised ones put together again."""
+    import torch
+
+    parts = {n + suffix for n in own for suffix in ("_scale", "_zero_point") if f"{n}_zero_point" in own}
+    for key, tensor in own.items():
+        if key in parts:
+            continue
+        if f"{key}_zero_point" not in own:
+            yield key, tensor
+            continue
+        scale, zero = own.get(f"{key}_scale"), own[f"{key}_zero_point"]
+        if scale is None or tensor.dtype is not torch.int8:
+            raise LayoutError(f"{name}.{key}: wanted int8 values with a scale, got {tensor.dtype}")
+        if scale.ndim == 0:
+            yield key, torch._make_per_tensor_quantized_tensor(tensor, float(scale), int(zero))
+        else:
+            yield key, torch._make_per_channel_quantized_tensor(tensor, scale.double(), zero, 0)

@@ -1,0 +1,237 @@
+"""Quantised tensors on the road: dense bands into staging, quantised while they are in cache, values out.
+
+A job is a run of a tensor's rows whose values begin on a digest leaf; one worker does it band by band. Law:
+every value is made from the plan's own rows, its scales go out once, when the tensor's last job is done.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from threading import Lock
+
+import numpy as np
+
+from .errors import SourceError
+from .extents import Buffer
+from .planner import LEAF, Binding, Chunk, Slots, Table, cut
+from .plans import Plan
+from .quantplan import Quantised, flat
+from .reader import Lane
+from .rounding import Error, Floats, amax, quantise, scale_of
+from .target import Target
+
+DENSE_BYTES = 1 << 19
+"""Dense bytes made at once, unless one row of blocks is more: they are read back from cache."""
+
+JOB_BYTES = 8 * LEAF
+"""Values of one job, about: a large tensor is shared out among the workers."""
+
+Put = Callable[[int, int, memoryview], None]
+"""Takes the tensor, the bytes from its start (on a leaf) and its bytes from there on."""
+
+
+@dataclass(slots=True)
+class _Tensor:
+    """A quantised tensor on its way: its scales, the jobs left, and its error so far."""
+
+    number: int
+    told: Quantised
+    scales: Floats
+    largest: Floats | None
+    jobs: int
+    error: Error = field(default_factory=Error)
+    lock: Lock = field(default_factory=Lock)
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Dense rows [row, row + count) of a tensor and what fills them; `rows` as a Batch's."""
+
+    row: int
+    count: int
+    rows: Table
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Bands of one tensor, in order; its output bytes are [start, stop) of the values."""
+
+    tensor: _Tensor
+    start: int
+    stop: int
+    bands: tuple[Band, ...]
+
+
+def bands(chunk: Chunk, target: int, binding: Binding, rows: int, width: int, step: int) -> Iterator[Band]:
+    """The rows of one of the chunk's targets, a dense matrix of `rows` x `width` bytes, `step` at once."""
+    mine = chunk.tensor == target
+    alone = Chunk(1, chunk.rows[mine], np.zeros(int(mine.sum()), np.int64))
+    slots = Slots.of([0], [0], [rows * width])
+    for batch in cut(alone, 0, slots, binding, stage=step * width, band=step * width):
+        yield Band(batch.start // width, (batch.stop - batch.start) // width, batch.rows)
+
+
+class Quantising:
+    """The quantised tensors of one run; `largest`: dense name -> what `Scan` found of it."""
+
+    def __init__(self, plan: Plan, slots: Slots, largest: Mapping[str, Floats]) -> None:
+        self.plan = plan
+        self.largest = largest
+        self.errors: dict[int, Error] = {}
+        self.staging = max((_staging(q) for q in plan.quantised.values()), default=0)
+        self.made = np.zeros(len(plan.tensors), bool)
+        for i, q in plan.quantised.items():
+            self.made[[i, q.scales]] = True
+            if q.form is not None:
+                self.made[q.form] = True
+        self.rest = replace(slots, nbytes=np.where(self.made, 0, slots.nbytes))
+
+    def others(self, first: int, chunk: Chunk) -> Chunk:
+        """The chunk without the rows of what is made here; cut it by `rest`."""
+        keep = ~self.made[first + chunk.tensor]
+        return chunk if keep.all() else Chunk(chunk.count, chunk.rows[keep], chunk.tensor[keep])
+
+    def jobs(self, first: int, chunk: Chunk, binding: Binding) -> Iterator[Job]:
+        """The jobs of the chunk's quantised tensors."""
+        for i in range(chunk.count):
+            told = self.plan.quantised.get(first + i)
+            if told is None:
+                continue
+            rows, columns = flat(told.shape)
+            out = columns * told.scheme.bits // 8
+            step, share = _step(told), _share(told)
+            tensor = self._tensor(first + i, told, -(-rows // share))
+            held: list[Band] = []
+            for band in bands(chunk, i, binding, rows, columns * told.dtype.itemsize, step):
+                if held and band.row % share == 0:
+                    yield Job(tensor, held[0].row * out, band.row * out, tuple(held))
+                    held = []
+                held.append(band)
+            yield Job(tensor, held[0].row * out, rows * out, tuple(held))
+
+    def _tensor(self, number: int, told: Quantised, jobs: int) -> _Tensor:
+        rows, _ = flat(told.shape)
+        lead = rows // told.shape[-2]
+        down, across = told.scheme.grid(told.shape[-2], told.shape[-1])
+        scales = np.empty((lead * down, across), np.float32)
+        largest = None
+        if told.scanned:
+            largest = self.largest[told.name]
+            if told.scheme.block[0] == 0:
+                one = largest.reshape(lead, -1).max(axis=1)
+                scales[:] = scale_of(one, told.scheme).reshape(lead, 1)
+                largest = np.repeat(one, told.shape[-2])
+        return _Tensor(number, told, scales, largest, jobs)
+
+    def worker(self, lane: Lane, put: Put) -> Callable[[Job], None]:
+        """A worker with staging of its own for dense rows and for values."""
+        dense = np.empty(self.staging, np.uint8)
+        values = np.empty(LEAF + self.staging, np.uint8)
+        whole = memoryview(values.data)
+
+        def run(job: Job) -> None:
+            tensor, at, filled, error = job.tensor, job.start, 0, Error()
+            told = tensor.told
+            _, columns = flat(told.shape)
+            for band in job.bands:
+                n = band.count * columns
+                size = n * told.dtype.itemsize
+                lane.run(band.rows, [Buffer(dense, dense.ctypes.data, size)])
+                out = values[filled : filled + n * told.scheme.bits // 8]
+                stop = band.row + band.count
+                given = None if tensor.largest is None else tensor.largest[band.row : stop]
+                found = quantise(dense[:size], told.dtype, band.count, columns, told.scheme, given, out)
+                if found is None:
+                    raise _not_finite(told.name, band)
+                if told.scheme.block[0]:
+                    into = band.row // told.scheme.block[0]
+                    tensor.scales[into : into + len(found.scales)] = found.scales
+                error += found.error
+                filled += len(out)
+                if whole_leaves := filled // LEAF * LEAF:
+                    put(tensor.number, at, whole[:whole_leaves])
+                    at, filled = at + whole_leaves, filled - whole_leaves
+                    values[:filled] = values[whole_leaves : whole_leaves + filled].copy()
+            if filled:
+                put(tensor.number, at, whole[:filled])
+            with tensor.lock:
+                tensor.jobs -= 1
+                tensor.error += error
+                last = tensor.jobs == 0
+            if last:
+                put(told.scales, 0, memoryview(tensor.scales.reshape(-1).view(np.uint8).data))
+                if told.form is not None:
+                    put(told.form, 0, memoryview(np.array(told.shape, np.int64).view(np.uint8).data))
+                self.errors[tensor.number] = tensor.error
+
+        return run
+
+
+class Scan:
+    """The first read: the largest magnitude of every row of some dense matrices, by name."""
+
+    def __init__(self) -> None:
+        self.largest: dict[str, Floats] = {}
+
+    def jobs(self, window: list[tuple[int, Target]], chunk: Chunk, binding: Binding) -> Iterator[ScanJob]:
+        """The jobs of a window of compiled targets."""
+        for i, (_, target) in enumerate(window):
+            rows, columns = flat(target.shape)
+            width = columns * target.view.dtype.itemsize
+            found = self.largest[target.name] = np.empty(rows, np.float32)
+            for band in bands(chunk, i, binding, rows, width, max(1, DENSE_BYTES // width)):
+                yield ScanJob(target, band, found, 0, band.count * width)
+
+    def worker(self, lane: Lane) -> Callable[[ScanJob], None]:
+        """A worker with staging of its own."""
+        staging = [np.empty(DENSE_BYTES, np.uint8)]
+
+        def run(job: ScanJob) -> None:
+            if len(staging[0]) < job.stop:
+                staging[0] = np.empty(job.stop, np.uint8)
+            dense = staging[0][: job.stop]
+            lane.run(job.band.rows, [Buffer(dense, dense.ctypes.data, job.stop)])
+            band, (_, columns) = job.band, flat(job.target.shape)
+            largest = amax(dense, job.target.view.dtype, band.count, columns)
+            if not np.isfinite(largest).all():
+                raise _not_finite(job.target.name, band)
+            job.found[band.row : band.row + band.count] = largest
+
+        return run
+
+
+@dataclass(frozen=True, slots=True)
+class ScanJob:
+    """A band of a matrix that is looked through; `stop` - `start` its dense bytes."""
+
+    target: Target
+    band: Band
+    found: Floats
+    start: int
+    stop: int
+
+
+def _step(told: Quantised) -> int:
+    """Rows made dense at once: whole blocks, a power of two, as leaves are."""
+    fit = DENSE_BYTES // (told.shape[-1] * told.dtype.itemsize)
+    return max(told.scheme.block[0], 1 << fit.bit_length() - 1 if fit else 1)
+
+
+def _share(told: Quantised) -> int:
+    """Rows of a job: whole steps that begin on a leaf."""
+    out = told.shape[-1] * told.scheme.bits // 8
+    one = math.lcm(_step(told), LEAF // math.gcd(LEAF, out))
+    return one * max(1, -(-JOB_BYTES // (one * out)))
+
+
+def _staging(told: Quantised) -> int:
+    return _step(told) * told.shape[-1] * told.dtype.itemsize
+
+
+def _not_finite(name: str, band: Band) -> SourceError:
+    return SourceError(
+        f"{name}: NaN or infinite values in rows [{band.row}, {band.row + band.count}), "
+        "which cannot be quantised"
+    )

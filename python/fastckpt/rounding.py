@@ -1,0 +1,196 @@
+"""Quantise the rows of a dense matrix that lie in memory: amax, scale, round, pack.
+
+Law: the compiled kernels and numpy give the same bytes; all arithmetic is fp32, in one order. Only the
+figures of an Error may differ in their last digits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dtypes import DType, bfloat16, float16, float32
+from .errors import LayoutError
+from .schemes import Scheme
+
+if TYPE_CHECKING:
+    from . import _C
+else:
+    try:
+        from . import _C
+    except ImportError:  # not built: numpy does the same
+        _C = None
+
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+
+DENSE = (float32, bfloat16, float16)
+"""What a matrix may be before it is quantised."""
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """How far the quantised values lie from the dense ones: the largest difference, and sums in double
+    over all values (x dense, y quantised)."""
+
+    values: int = 0
+    biggest: float = 0.0
+    difference: float = 0.0  # of (x - y) ** 2
+    dense: float = 0.0  # of x ** 2
+    quantised: float = 0.0  # of y ** 2
+    both: float = 0.0  # of x * y
+
+    def __add__(self, other: Error) -> Error:
+        return Error(
+            self.values + other.values,
+            max(self.biggest, other.biggest),
+            self.difference + other.difference,
+            self.dense + other.dense,
+            self.quantised + other.quantised,
+            self.both + other.both,
+        )
+
+    @property
+    def rms(self) -> float:
+        """The root of the mean squared difference."""
+        return math.sqrt(self.difference / self.values) if self.values else 0.0
+
+    @property
+    def snr(self) -> float | None:
+        """Signal over noise in decibels; None where nothing differs or all is zero."""
+        return 10 * math.log10(self.dense / self.difference) if self.difference and self.dense else None
+
+    @property
+    def cosine(self) -> float:
+        """The cosine of the angle between dense and quantised; 1 where both are zero."""
+        size = math.sqrt(self.dense) * math.sqrt(self.quantised)
+        return self.both / size if size else 1.0 if self.dense == self.quantised else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """What became of some rows: their scales [blocks down, blocks across] and their error."""
+
+    scales: Floats
+    error: Error
+
+
+def amax(dense: Bytes, dtype: DType, rows: int, columns: int, *, native: bool = True) -> Floats:
+    """The largest magnitude of each row, in fp32; not finite where a value of the row is not."""
+    if native and _C is not None:
+        out = np.empty(rows, np.float32)
+        _C.row_amax(dense, dtype.code, rows, columns, out)
+        return out
+    return np.asarray(_magnitudes(_values(dense, dtype, rows, columns)).max(axis=1), np.float32)
+
+
+def scale_of(largest: Floats, scheme: Scheme) -> Floats:
+    """The scale of values whose largest magnitude is given."""
+    scale = np.maximum(largest / np.float32(scheme.reach), np.float32(scheme.floor))
+    return np.asarray(np.where(scale == 0, np.float32(1), scale), np.float32)
+
+
+def quantise(
+    dense: Bytes,
+    dtype: DType,
+    rows: int,
+    columns: int,
+    scheme: Scheme,
+    largest: Floats | None,
+    out: Bytes,
+    *,
+    isa: int = -1,
+    native: bool = True,
+) -> Rounded | None:
+    """Quantise `rows` x `columns` dense values that begin on a block into the bytes `out`.
+
+    `largest`: what amax is for each row, taken as it is where a scale is shared beyond these rows or columns;
+    else it is found here. Returns None, with `out` undefined, where a value is NaN or infinite."""
+    if dtype not in DENSE:
+        raise LayoutError(f"quant: wanted values of {', '.join(d.name for d in DENSE)}, got {dtype}")
+    down, across = (1, columns) if largest is not None else (scheme.block[0], scheme.block[1] or columns)
+    scales = np.empty((-(-rows // down), -(-columns // across)), np.float32)
+    if native and _C is not None:
+        sums = np.zeros(5, np.float64)
+        told = (scheme.reach, scheme.floor, scheme.reciprocal, KINDS[scheme.dtype.name])
+        if not _C.quantise(
+            dense, dtype.code, rows, columns, down, across, *told, largest, out, scales, sums, isa
+        ):
+            return None
+        return Rounded(scales, Error(rows * columns, *(float(s) for s in sums)))
+    x = _values(dense, dtype, rows, columns)
+    found = _magnitudes(x)
+    if not np.isfinite(found).all():
+        return None
+    if largest is None:
+        found = np.maximum.reduceat(found, np.arange(0, rows, down), axis=0)
+        found = np.maximum.reduceat(found, np.arange(0, columns, across), axis=1)
+    else:
+        found = largest.reshape(rows, 1)
+    scales[:] = scale_of(found, scheme)
+    each = np.repeat(np.repeat(scales, down, axis=0)[:rows], across, axis=1)[:, :columns]
+    with np.errstate(over="ignore"):
+        scaled = x * (np.float32(1) / each) if scheme.reciprocal else x / each
+    if scheme.dtype.name == "float8_e4m3fn":
+        codes = _e4m3(scaled)
+        out[:] = codes.reshape(-1)
+        got = _E4M3[codes]
+    else:
+        high = (1 << (scheme.bits - 1)) - 1
+        got = np.rint(np.clip(scaled, np.float32(-high - 1), np.float32(high)))
+        whole = got.astype(np.int8)
+        out[:] = (_packed(whole) if scheme.bits == 4 else whole).reshape(-1).view(np.uint8)
+    y, wide = (got * each).astype(np.float64), x.astype(np.float64)
+    off = wide - y
+    figures = (np.abs(off).max(), (off * off).sum(), (wide * wide).sum(), (y * y).sum(), (wide * y).sum())
+    return Rounded(scales, Error(rows * columns, *(float(s) for s in figures)))
+
+
+KINDS = {"int8": 0, "float8_e4m3fn": 1, "int32": 2}
+"""dtype of the stored elements -> the number of csrc/quant.h's kind."""
+
+
+def _magnitudes(x: Floats) -> Floats:
+    return np.asarray(np.abs(x), np.float32)
+
+
+def _values(dense: Bytes, dtype: DType, rows: int, columns: int) -> Floats:
+    if dtype is bfloat16:
+        wide = dense.view(np.uint16).astype(np.uint32) << np.uint32(16)
+        return np.asarray(wide.view(np.float32).reshape(rows, columns))
+    values = dense.view(np.float16).astype(np.float32) if dtype is float16 else dense.view(np.float32)
+    return np.asarray(values.reshape(rows, columns), np.float32)
+
+
+def _e4m3(x: Floats) -> Bytes:
+    """The codes of fp32 values in float8_e4m3fn: to nearest, ties to even, saturating at 448."""
+    size = np.minimum(np.abs(x), np.float32(448))
+    _, exponent = np.frexp(size)
+    # Eight steps a binade down to 2**-6, the smallest normal; below it steps of 2**-9.
+    step = np.where(size == 0, -9, np.maximum(exponent - 4, -9))
+    whole = np.rint(np.ldexp(size, -step)).astype(np.int64)
+    # 16 steps carry into the next binade by themselves: the code is counted in steps.
+    code = np.where(step == -9, whole, whole + (step + 9) * 8)
+    return np.asarray(code | (np.signbit(x) * np.int64(0x80)), np.uint8)
+
+
+def _decoded() -> Floats:
+    code = np.arange(256)
+    exponent, fraction = (code >> 3) & 15, code & 7
+    size = np.where(exponent == 0, np.ldexp(fraction / 8, -6), np.ldexp(1 + fraction / 8, exponent - 7))
+    size[(code & 0x7F) == 0x7F] = np.nan
+    return np.where(code & 0x80, -size, size).astype(np.float32)
+
+
+_E4M3 = _decoded()
+
+
+def _packed(whole: NDArray[np.int8]) -> NDArray[np.int32]:
+    """Eight values of 4 bits an int32, the first in the lowest, each with 8 added (compressed-tensors)."""
+    nibbles = (whole.astype(np.int64) + 8).reshape(-1, 8)
+    words = (nibbles << np.arange(0, 32, 4)).sum(axis=1)
+    return np.asarray(words.astype(np.uint32).view(np.int32))

@@ -1,0 +1,78 @@
+"""load_dynamic: the modules that quantize_dynamic makes, from an output that never saw torch.ao."""
+
+from __future__ import annotations
+
+import fastckpt
+import pytest
+import torch
+from fastckpt.errors import LayoutError
+from fastckpt.quant import load_dynamic
+from fastckpt.schemes import SCHEMES, Quant
+
+quantization = pytest.importorskip("torch.ao.quantization")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+CONFIGS = {
+    "int8-dynamic": quantization.default_dynamic_qconfig,
+    "int8-dynamic-channel": quantization.per_channel_dynamic_qconfig,
+}
+
+
+class Words(torch.nn.Module):
+    """A small word language model."""
+
+    def __init__(self, kind, bidirectional=False):
+        super().__init__()
+        self.encoder = torch.nn.Embedding(40, 24)
+        self.rnn = kind(24, 16, 2, bidirectional=bidirectional)
+        self.decoder = torch.nn.Linear(32 if bidirectional else 16, 40, bias=not bidirectional)
+
+    def forward(self, tokens):
+        return self.decoder(self.rnn(self.encoder(tokens))[0])
+
+
+def written(model, path, scheme):
+    quant = Quant(SCHEMES[scheme], include=("decoder.weight",))
+    fastckpt.reshard(model.state_dict(), layout="same", quant=quant, out=path)
+
+
+@pytest.mark.parametrize("scheme", list(CONFIGS))
+@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_equal_to_quantize_dynamic(tmp_path, scheme, kind, bidirectional):
+    torch.manual_seed(5)
+    model = Words(kind, bidirectional).eval()
+    written(model, tmp_path / "out", scheme)
+    want = quantization.quantize_dynamic(
+        model, {torch.nn.Linear: CONFIGS[scheme], kind: CONFIGS[scheme]}, dtype=torch.qint8
+    )
+    blank = Words(kind, bidirectional).eval()
+    got = load_dynamic(blank, tmp_path / "out")
+    assert repr(got) == repr(want)
+    tokens = torch.randint(40, (7, 3))
+    assert torch.equal(got(tokens), want(tokens))
+    a, b = got.decoder.weight(), want.decoder.weight()
+    assert torch.equal(a.int_repr(), b.int_repr())
+    assert torch.equal(a.dequantize(), b.dequantize())
+    assert str(got.rnn.get_weight()) == str(want.rnn.get_weight())
+    assert all(
+        torch.equal(x.int_repr(), want.rnn.get_weight()[n].int_repr())
+        for n, x in got.rnn.get_weight().items()
+    )
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    model = Words(torch.nn.LSTM)
+    written(model, tmp_path / "out", "int8-dynamic")
+    wide = Words(torch.nn.LSTM)
+    wide.decoder = torch.nn.Linear(16, 41)
+    with pytest.raises(LayoutError, match=r"decoder\.weight: got \(40, 16\)"):
+        load_dynamic(wide, tmp_path / "out")
+    more = Words(torch.nn.LSTM)
+    more.norm = torch.nn.LayerNorm(3)
+    with pytest.raises(LayoutError, match="2 tensors of the model are not in it"):
+        load_dynamic(more, tmp_path / "out")
+    other = Words(torch.nn.LSTM)
+    other.rnn = torch.nn.Embedding(3, 3)
+    with pytest.raises(LayoutError, match="no quantised Embedding"):
+        load_dynamic(other, tmp_path / "out")
