@@ -256,6 +256,10 @@ def test_a_record_that_was_changed(served):
         fastckpt.open(served)
 
 
+def test_a_placement_of_other_ranks(served):
+    assert "2 ranks, and a placement of 4" in spoiled(served, lambda r: r["placement"].update(dp=2))
+
+
 def test_files_that_leave_the_directory(served):
     def outside(record):
         record["ranks"][0]["files"]["../x.safetensors"] = {}

@@ -142,7 +142,10 @@ def _same(view: View) -> View:
 def _targets(ckpt: Checkpoint, phantom: Checkpoint, manifest: Manifest) -> Iterator[tuple[int, Target]]:
     """Every rank's targets over the phantom, as (rank, target)."""
     record, name = manifest.record.options, manifest.record.layout
-    grid, vocab = Placement(**manifest.record.placement), record.get("vocab_size")
+    sizes, vocab = manifest.record.placement, record.get("vocab_size")
+    grid = Placement(*(sizes.get(axis, 1) for axis in ("tp", "pp", "dp", "ep")))
+    if grid.world != manifest.world:
+        raise SourceError(f"{ckpt.path}: {manifest.world} ranks, and a placement of {grid.world}")
     if record.get("tp_plan") is not None:
         patterns = Patterns({k: str(v) for k, v in _map(record["tp_plan"], ckpt, "tp_plan").items()})
         for p in grid.ranks():
