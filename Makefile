@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 PACKAGE := pyproject.toml setup.py MANIFEST.in README.md LICENSE $(wildcard csrc/*) \
 	$(shell find python -name '*.py' -o -name '*.pyi' -o -name py.typed)
 
-.PHONY: test demo lint nightly bench clean
+.PHONY: test demo lint nightly bench gpu clean
 
 test: lint
 	$(BIN)/python -m pytest --timeout 900
@@ -30,6 +30,17 @@ nightly: $(STAMPS)/package $(STAMPS)/tools
 
 bench: $(STAMPS)/package $(STAMPS)/tools
 	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks $(BENCH)
+
+# On a machine with a GPU and its own CUDA torch, which needs no network: that Python is used as it is.
+gpu:
+	FASTCKPT_CUDA=1 FASTCKPT_BUILD=1 $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps \
+		--force-reinstall .
+	$(PYTHON) -m pytest -q -rs --timeout 240 tests/gpu
+	if command -v compute-sanitizer >/dev/null; then \
+		compute-sanitizer --error-exitcode 9 --launch-timeout 120 \
+			$(PYTHON) -m pytest -q -p no:cacheprovider tests/gpu/test_gpu_rows.py -k small; \
+	else echo "*** no compute-sanitizer here: memory accesses were not checked ***"; fi
+	$(PYTHON) benchmarks/gpu.py
 
 clean:
 	rm -rf .venv build dist python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

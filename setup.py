@@ -183,7 +183,7 @@ class Build(build_ext):
         if cuda is None:
             return [], [], []
         try:
-            made = cuda.compile(CSRC / "copy_cuda.cu", self.build_temp)
+            made = [cuda.compile(CSRC / name, self.build_temp) for name in ("copy_cuda.cu", "digest_cuda.cu")]
         except OSError as error:
             if WANTED_CUDA == "1":
                 raise
@@ -191,7 +191,7 @@ class Build(build_ext):
             return [], [], []
         # The runtime is linked in and hidden: torch brings its own, and both share the driver's context.
         libraries = [str(cuda.runtime), "-Wl,--exclude-libs,ALL", "-ldl", "-lrt"]
-        return [made], libraries, ["-DFASTCKPT_CUDA"]
+        return made, libraries, ["-DFASTCKPT_CUDA"]
 
 
 EXTENSION = Extension(

@@ -1,4 +1,4 @@
-// Runs Copy rows on a GPU. No CUDA header here: addresses and streams are integers.
+// What runs on a GPU: Copy rows, digests. No CUDA header here: addresses and streams are integers.
 #pragma once
 
 #include <cstddef>
@@ -18,6 +18,10 @@ struct TableAt {
 // Starts the blocks of `count` tiles from tile `first` on; all of one path. Returns at once.
 // Throws std::runtime_error with CUDA's own words when the launch fails.
 void launch_tiles(const TableAt& table, int path, uint64_t first, uint64_t count, uint64_t stream);
+
+// Starts the digests of `count` leaves: (address, nbytes) pairs of u64 at `leaves`, u64 results at `out`, all in
+// device memory. Throws as launch_tiles does.
+void launch_digests(uint64_t leaves, uint64_t count, uint64_t out, uint64_t stream);
 
 struct DeviceState {
     int devices = 0;           // that can be used

@@ -180,6 +180,14 @@ void py_tiles_of_rows(const py::object& rows, const py::object& out) {
     for (size_t i = 0; i < n; ++i) result.items<uint64_t>()[i] = tiles_of_row(r.items<Copy>()[i]);
 }
 
+void py_run_digests_on_host(const py::object& leaves, const py::object& out) {
+    Held l(leaves), result(out, true);
+    const size_t n = result.count<uint64_t>("out");
+    if (l.count<uint64_t>("leaves") != 2 * n) throw std::invalid_argument("run_digests_on_host: two numbers for each result");
+    py::gil_scoped_release free;
+    run_digests_on_host(reinterpret_cast<uint64_t>(l.data()), n, reinterpret_cast<uint64_t>(result.data()));
+}
+
 py::tuple py_bank_conflicts(int s, int d) {
     const Conflicts worst = bank_conflicts(s, d);
     return py::make_tuple(worst.write, worst.read);
@@ -190,6 +198,11 @@ void py_launch_tiles(uint64_t rows, uint64_t owner, uint64_t sources, uint64_t d
                      uint64_t stream) {
     py::gil_scoped_release free;
     launch_tiles({rows, owner, sources, destinations}, path, first, count, stream);
+}
+
+void py_launch_digests(uint64_t leaves, uint64_t count, uint64_t out, uint64_t stream) {
+    py::gil_scoped_release free;
+    launch_digests(leaves, count, out, stream);
 }
 
 py::dict py_device_state() {
@@ -263,11 +276,13 @@ PYBIND11_MODULE(_C, m) {
     m.def("kernel_facts", py_kernel_facts, "Registers, local and shared memory, and occupancy on the current device.");
     m.def("launch_tiles", py_launch_tiles, py::arg("rows"), py::arg("owner"), py::arg("sources"), py::arg("destinations"),
           py::arg("path"), py::arg("first"), py::arg("count"), py::arg("stream"));
+    m.def("launch_digests", py_launch_digests, py::arg("leaves"), py::arg("count"), py::arg("out"), py::arg("stream"));
 #else
     m.attr("built_with_cuda") = false;
 #endif
     m.def("run_tiles_on_host", py_run_tiles_on_host, py::arg("rows"), py::arg("owner"), py::arg("sources"),
           py::arg("destinations"), py::arg("shuffle") = 0);
+    m.def("run_digests_on_host", py_run_digests_on_host, py::arg("leaves"), py::arg("out"));
     m.def("tiles_of_rows", py_tiles_of_rows, py::arg("rows"), py::arg("out"));
     m.def("bank_conflicts", py_bank_conflicts, py::arg("src_size"), py::arg("dst_size"));
     m.attr("copy_bytes") = sizeof(Copy);

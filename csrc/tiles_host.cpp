@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "digest_leaves.h"
 #include "port.h"
 #include "tiles_cuda.h"
 
@@ -89,6 +90,17 @@ void run_tiles_on_host(const TableAt& at, uint64_t tiles, uint32_t shuffle) {
             case GENERAL: dispatch<GENERAL>(run, work); break;
             default: throw std::invalid_argument("a row has path " + std::to_string(work.c.path));
         }
+    }
+}
+
+void run_digests_on_host(uint64_t leaves, uint64_t count, uint64_t out) {
+    static const DigestTables tables = FASTCKPT_DIGEST_TABLES;
+    std::vector<uint64_t> shared(LEAF_THREADS);
+    for (uint64_t block = 0; block * LEAVES_OF_BLOCK < count; ++block) {
+        const Leaves body{reinterpret_cast<const LeafAt*>(leaves), count, reinterpret_cast<uint64_t*>(out), &tables, block};
+        std::fill(shared.begin(), shared.end(), 0xdeadbeefdeadbeefull);
+        for (uint32_t thread = LEAF_THREADS; thread-- > 0;) body.load(thread, shared.data());
+        for (uint32_t thread = 0; thread < LEAF_THREADS; ++thread) body.store(thread, shared.data());
     }
 }
 

@@ -1,4 +1,4 @@
-// The tile bodies of the GPU, run on the host one thread after the other: how their arithmetic is tested where
+// The bodies of the GPU, run on the host one thread after the other: how their arithmetic is tested where
 // there is no GPU.
 #pragma once
 
@@ -12,6 +12,9 @@ namespace fastckpt {
 // Runs `tiles` tiles of a table in main memory. Shared memory is poisoned before every tile; with `shuffle` the
 // threads of a phase run in an order that depends on it and on the tile, and so do the tiles.
 void run_tiles_on_host(const TableAt& table, uint64_t tiles, uint32_t shuffle);
+
+// The digests of `count` leaves in main memory, by the GPU's body; as launch_digests has them.
+void run_digests_on_host(uint64_t leaves, uint64_t count, uint64_t out);
 
 // What Python must agree with.
 uint64_t tiles_of_row(const Copy& row);

@@ -69,7 +69,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "pipeline": (*CORE, "digest", "finite", "planner", "plans", "reader", *FILES),
     "quantising": (*CORE, "planner", "plans", "schemes", "quantplan", "rounding", "reader"),
     "tensors": (*CORE, "planner", "plans"),
-    "device": (*CORE, "planner", "plans", "reader", "pipeline", "executors"),
+    "device": (*CORE, "digest", "planner", "plans", "reader", "pipeline", "executors"),
 }
 MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")
 # The doors stand side by side; what writes their words stands before them. `__init__` holds the version.
@@ -106,8 +106,8 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "layouts": (
         ("naming", "cuts", "servers", "padding"),
-        ("rtp_merge", "rtp_split"),  # rtp-llm's catalogue, of which its layout is made
-        ("same", "hf", "vllm", "rtp_llm", "patterns"),
+        ("rtp_merge", "rtp_split", "rtp_weights"),  # rtp-llm's catalogue, of which its layout is made
+        ("same", "hf", "vllm", "rtp_llm", "megatron", "patterns"),
         ("__init__",),
     ),
     "executors": (("torch", "cpu", "cuda"), ("__init__",)),

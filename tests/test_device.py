@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from fastckpt import device, load_into, planner, plans, prepare, reshard, tensors
+from fastckpt.digest import combine, digest
 from fastckpt.errors import DeviceError
 from fastckpt.executors import pick
 from fastckpt.layouts.same import Same
@@ -112,3 +113,30 @@ def test_a_module_on_meta_and_the_host_is_filled_on_the_host() -> None:
     load_into(module, weights)
     assert torch.equal(module[0].weight, weights["0.weight"])
     assert torch.equal(module[1].weight, weights["1.weight"]) and module[1].weight.device.type == "cpu"
+
+
+def test_digests_of_leaves_by_the_body_of_the_gpu() -> None:
+    """Around every size at which XXH3 changes its formula, aligned and not: the digest of the CPU."""
+    rng = np.random.default_rng(41)
+    data = rng.integers(0, 256, (1 << 20) + 4096, dtype=np.uint8)
+    sizes = [*range(1, 260), 511, 1023, 1024, 1025, 1088, 4096, 65_537, (1 << 20) - 1, 1 << 20]
+    spans = [(int(at), n) for n in sizes for at in ((0, 1) if n > 300 else rng.integers(0, 64, 2))]
+    table = np.array([(data.ctypes.data + at, n) for at, n in spans], np.uint64)
+    out = np.zeros(len(table), np.uint64)
+    _C.run_digests_on_host(table, out)
+    for (at, n), got in zip(spans, out.tolist(), strict=True):
+        assert got == _C.digest64(data[at : at + n]), (at, n)
+
+
+def test_tensors_are_digested_by_leaves() -> None:
+    data = np.random.default_rng(42).integers(0, 256, 3 << 20, dtype=np.uint8)
+    spans = [(0, 5), (16, 0), (64, (2 << 20) + 1), (7, 1 << 20)]
+    table, counts = device.leaves([(data.ctypes.data + at, n) for at, n in spans])
+    out = np.zeros(len(table), np.uint64)
+    _C.run_digests_on_host(table, out)
+    assert counts.tolist() == [1, 0, 3, 1]
+    ends = np.cumsum(counts)
+    for (at, n), end, count in zip(spans, ends.tolist(), counts.tolist(), strict=True):
+        assert combine(out[end - count : end]) == digest(data[at : at + n])
+    with pytest.raises(DeviceError, match="digests: a is on cpu"):
+        device.digests({"a": torch.zeros(3)})

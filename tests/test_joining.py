@@ -51,6 +51,7 @@ def cut(source, out, served, options=None, **more):
 REPLICATE = {"hf": {"replicate_kv": "true"}}
 CASES = [(n, "hf") for n in ("biased", "tied", "qwen2", "mixtral", "gpt2")]
 CASES += [(n, "vllm") for n in ("llama", "tied", "qwen3", "mixtral-odd", "gpt2")]
+CASES += [(n, "megatron") for n in ("llama", "tied", "biased", "mixtral", "gpt2")]
 CASES += [(n, "rtp_llm") for n in ("llama", "tied", "qwen2", "mixtral")]
 
 
@@ -95,14 +96,18 @@ GRIDS = [
     ("deepseek_v3", {}, dict(tp=2, dp=2)),
     ("gemma2", {}, dict(tp=2, pp=2)),
     ("gpt_oss", {}, dict(tp=1, pp=2, dp=2)),
+    ("qwen2_moe", {"experts": "sequential"}, dict(tp=2, pp=2)),
+    ("deepseek_v2", {"absorb": "true"}, dict(tp=2, dp=2, ep=2)),
+    ("deepseek_v3", {"absorb": "false"}, dict(tp=4)),
 ]
 
 
 @pytest.mark.parametrize(("name", "options", "sizes"), GRIDS)
 def test_grids_whole_again(tmp_path, name, options, sizes):
     _, files = hub_of(tmp_path / "hub", families.made(name))
+    served = "megatron" if "sequential" in options.values() else "rtp_llm" if "absorb" in options else "vllm"
     placement = Placement(**sizes)
-    same(cut(tmp_path / "hub", tmp_path / "cut", "vllm", options, placement=placement), files)
+    same(cut(tmp_path / "hub", tmp_path / "cut", served, options, placement=placement), files)
 
 
 # ---- from one cut to another ----

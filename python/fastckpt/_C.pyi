@@ -44,6 +44,10 @@ def run_tiles_on_host(
 
     `shuffle` other than 0: tiles and threads in an order drawn from it. For tests."""
 
+def run_digests_on_host(leaves: Buffer, out: Buffer) -> None:
+    """out[i] (uint64) becomes the XXH3-64 of leaves[i], an (address, nbytes) pair of uint64, by the body that
+    runs on GPUs. For tests."""
+
 def tiles_of_rows(rows: Buffer, out: Buffer) -> None:
     """out[i] (uint64) becomes the tiles of row i, whose path is chosen."""
 
@@ -62,6 +66,10 @@ def launch_tiles(
 ) -> None:
     """Starts `count` tiles of one path from tile `first` on, on a stream; the first four are addresses of the
     columns of `tiles.Tiles` in device memory. Only with CUDA; raises RuntimeError in CUDA's words."""
+
+def launch_digests(leaves: int, count: int, out: int, stream: int) -> None:
+    """Starts the digests of `count` leaves; (address, nbytes) pairs at `leaves` and results at `out`, all in
+    device memory. Only with CUDA; raises RuntimeError in CUDA's words."""
 
 def read_at(
     fd: int, offsets: Buffer, sizes: Buffer, destination: Buffer, positions: Buffer, threads: int = 1

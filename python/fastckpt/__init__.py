@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .road import plan as plan
     from .road import prepare as prepare
     from .road import reshard as reshard
+    from .sources.memory import partitioned as partitioned
     from .schemes import SCHEMES as SCHEMES
     from .schemes import Quant as Quant
     from .verification import VerifyReport as VerifyReport
@@ -79,6 +80,7 @@ _HOME = {
     "SCHEMES": "schemes",
     "Quant": "schemes",
     "open": "joining",
+    "partitioned": "sources.memory",
     "VerifyReport": "verification",
     "verify": "verification",
 }

@@ -168,7 +168,7 @@ def _planning(p: argparse.ArgumentParser) -> None:
         metavar="R",
         help="one rank's part only; `auto` takes it from torchrun's or Slurm's environment",
     )
-    p.add_argument("--layout", default="hf", help="hf, vllm, rtp_llm or same (default: hf)")
+    p.add_argument("--layout", default="hf", help="hf, vllm, rtp_llm, megatron or same (default: hf)")
     p.add_argument(
         "-L",
         action="append",

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from .digest import combine
 from .errors import DeviceError, ViewError
-from .executors.cuda import Cuda, Prepared
+from .executors.cuda import Cuda, Prepared, taken
 from .extents import Buffer
 from .pipeline import Worker
 from .planner import COPY, LEAF, Batch, Binding, Slots, Table, span
@@ -36,6 +38,35 @@ class Ready:
     def run(self) -> None:
         """Start the copies."""
         self.prepared.run()
+
+
+def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """The digest of each dense tensor on one GPU, taken there: equal to what a manifest or a Report says of
+    the same bytes (docs/formats.md). Waits for the current stream.
+
+    Raises DeviceError for a tensor that is not dense or lies elsewhere."""
+    device = next((t.device for t in tensors.values()), torch.device("cpu"))
+    for name, t in tensors.items():
+        if t.device.type != "cuda" or t.device != device or not t.is_contiguous():
+            raise DeviceError(
+                f"digests: {name} is on {t.device} with strides {t.stride()}; wanted dense tensors on one GPU"
+            )
+    if not tensors:
+        return {}
+    table, counts = leaves([(t.data_ptr(), t.nbytes) for t in tensors.values()])
+    out = taken(table, device)
+    each = np.split(out, np.cumsum(counts)[:-1])
+    return {name: combine(part) for name, part in zip(tensors, each, strict=True)}
+
+
+def leaves(spans: Sequence[tuple[int, int]]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """The leaves of (address, nbytes) runs as such pairs, [leaves, 2], and how many each run has."""
+    start, size = np.array(spans, np.int64).reshape(-1, 2).T
+    counts = -(-size // LEAF)
+    run = np.repeat(np.arange(len(size)), counts)
+    at = (np.arange(len(run)) - np.repeat(np.cumsum(counts) - counts, counts)) * LEAF
+    table = np.stack([start[run] + at, np.minimum(LEAF, size[run] - at)], axis=1)
+    return table.astype(np.uint64), counts
 
 
 def resident(binding: Binding) -> bool:

@@ -21,12 +21,12 @@ needs_nvcc = pytest.mark.skipif(
 )
 
 
-def report(folder: Path, architecture: str) -> list[dict[str, int]]:
-    """For each function of copy_cuda.cu: stack and spills in bytes, registers of the kernels."""
+def report(folder: Path, architecture: str, source: str, kernels: int) -> list[dict[str, int]]:
+    """For each function of a .cu file: stack and spills in bytes, registers of the kernels."""
     done = subprocess.run(
         [
             "nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", f"-arch=sm_{architecture}",
-            "-cubin", "-o", str(folder / f"{architecture}.cubin"), "csrc/copy_cuda.cu",
+            "-cubin", "-o", str(folder / f"{architecture}.cubin"), f"csrc/{source}",
         ],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -35,15 +35,16 @@ def report(folder: Path, architecture: str) -> list[dict[str, int]]:
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr
     )
     registers = [int(x) for x in re.findall(r"Used (\d+) registers", done.stderr)]
-    assert len(registers) == 3 and len(sizes) >= 3, done.stderr
+    assert len(registers) == kernels <= len(sizes), done.stderr
     return [
         {"stack": int(a), "stores": int(b), "loads": int(c), "registers": r}
-        for (a, b, c), r in zip(sizes, registers + [0] * (len(sizes) - 3), strict=True)
+        for (a, b, c), r in zip(sizes, registers + [0] * (len(sizes) - kernels), strict=True)
     ]
 
 
 def check(folder: Path, architecture: str) -> None:
-    for f in report(folder, architecture):
+    copies = report(folder, architecture, "copy_cuda.cu", 3)
+    for f in copies + report(folder, architecture, "digest_cuda.cu", 1):
         assert (f["stack"], f["stores"], f["loads"]) == (0, 0, 0), f"sm_{architecture}: {f}"
         assert f["registers"] <= 64, f"sm_{architecture}: {f}"  # four blocks of 256 threads
 

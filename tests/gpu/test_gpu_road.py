@@ -7,6 +7,7 @@ from pathlib import Path
 import fastckpt
 import pytest
 import torch
+from fastckpt.device import digests
 from fastckpt.errors import DeviceError
 from fastckpt.layouts.same import Same
 from safetensors.torch import save_file
@@ -66,7 +67,7 @@ def test_a_hot_reload_fills_the_same_tensors_again() -> None:
 
 def test_the_callers_tensors() -> None:
     source = state("cuda")
-    out = {n: torch.full_like(t, 3) for n, t in source.items()}
+    out = {n: torch.full(t.shape, 3, dtype=t.dtype, device="cuda") for n, t in source.items()}
     at = {n: t.data_ptr() for n, t in out.items()}
     report = fastckpt.reshard(source, rank=0, layout=Same(), device="cuda", out=out)
     assert isinstance(report, fastckpt.Report) and at == {n: t.data_ptr() for n, t in out.items()}
@@ -94,6 +95,16 @@ def test_a_module_on_the_gpu(tmp_path: Path) -> None:
 
 
 def test_too_large_an_output_says_how_much_it_needs() -> None:
-    source = {"w": torch.zeros(1, device="cuda").expand(1 << 42)}
+    source = {"w": torch.zeros(1, 1, device="cuda").expand(1 << 21, 1 << 21)}
     with pytest.raises(DeviceError, match=f"the outputs need {4 << 42} bytes"):
         fastckpt.reshard(source, layout=Same(), device="cuda")
+
+
+def test_digests_are_those_of_the_manifest(tmp_path: Path) -> None:
+    made = {n: t.contiguous() for n, t in state("cuda").items()} | {"empty": torch.empty(0, device="cuda")}
+    report = fastckpt.reshard({n: t.cpu() for n, t in made.items()}, layout=Same(), out=tmp_path / "out")
+    assert isinstance(report, fastckpt.Report)
+    assert digests(made) == dict(report.digests)
+    made["norm"] = torch.randn((8 << 20) + 5, device="cuda")[1:]  # at an odd address
+    wanted = fastckpt.reshard({"norm": made["norm"].cpu()}, layout=Same(), out=tmp_path / "odd")
+    assert isinstance(wanted, fastckpt.Report) and digests({"norm": made["norm"]}) == dict(wanted.digests)

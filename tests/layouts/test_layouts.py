@@ -119,7 +119,7 @@ def test_sizes_are_checked_first(served):
         placed.targets(sized(heads=6), place)
     with pytest.raises(LayoutError, match="neither do 3 kv heads divide by tp 4"):
         placed.targets(sized(heads=12, kv_heads=3), place)
-    for axis in ("pp", "dp", "ep") if served != "vllm" else ():
+    for axis in {"hf": ("pp", "dp", "ep"), "rtp_llm": ("pp",)}.get(served, ()):
         with pytest.raises(LayoutError, match=f"does not cut by {axis} yet: wanted {axis} 1, got 2"):
             placed.targets(sized(), Placement(tp=2, **{axis: 2}))
 
@@ -170,9 +170,9 @@ def test_options_from_strings():
     assert layout("same", {"container": "bin"}).container == "bin"
     assert layout("vllm", {"vocab_padding": "128"}).vocab_padding == 128
     for name, options, message in [
-        ("tensorrt", {}, "no layout 'tensorrt'; known: same, hf, vllm, rtp_llm"),
+        ("tensorrt", {}, "no layout 'tensorrt'; known: same, hf, vllm, rtp_llm, megatron"),
         ("vllm", {"padding": "1"}, "no option 'padding'; known: vocab_padding, pad, experts, gate_up"),
-        ("rtp_llm", {"x": "1"}, "known: none"),
+        ("rtp_llm", {"x": "1"}, "known: absorb"),
         ("hf", {"replicate_kv": "yes"}, "wanted true or false, got 'yes'"),
         ("same", {"container": "zip"}, "wanted safetensors or bin, got 'zip'"),
         ("vllm", {"vocab_padding": "-64"}, "wanted a number, got '-64'"),

@@ -43,11 +43,20 @@ def state(step: int, rank: int = 0) -> dict[str, object]:
 
 
 def train(
-    root: Path, said: int, *, first: int = 0, rank: int = 0, world: int = 1, background: bool = False
+    root: Path,
+    said: int,
+    *,
+    first: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    background: bool = False,
+    timeout: float = 60.0,
 ) -> None:
     """Save STEPS steps, telling `said` of each that `save` (or `wait`) reported."""
-    options = {"rank": rank, "world": world, "timeout": 1.0 if world > 1 else 60.0}
-    with CheckpointManager(root, max_to_keep=2, async_save=background, **options) as manager:
+    manager = CheckpointManager(
+        root, rank=rank, world=world, timeout=timeout, max_to_keep=2, async_save=background
+    )
+    with manager:
         for step in range(first, first + STEPS):
             manager.save(step, state(step, rank))
             if background:
@@ -177,17 +186,16 @@ def test_one_of_two_ranks(tmp_path: Path, victim: int, stride: int) -> None:
 
         def work(rank: int, point: int = point, root: Path = root, said: int = said) -> None:
             if rank == victim:
-                kill_at(point, "before")
-            train(root, said, rank=rank, world=2)
+                kill_at(point, "before")  # and the other waits a second for it
+            train(root, said, rank=rank, world=2, timeout=1.0)
 
         pids = [child(lambda rank=rank: work(rank)) for rank in range(2)]  # type: ignore[misc]
         statuses = [os.waitpid(pid, 0)[1] for pid in pids]
         last = reported(out)
         os.close(out)
         os.close(said)
-        if not os.WIFSIGNALED(statuses[victim]):
-            assert statuses[victim] == 0
-            break
+        if statuses == [0, 0]:
+            break  # else one was killed; or, on a busy machine, they gave up on each other: judged alike
         newest = judge(root, last, point, world=2)
         out, said = os.pipe()
         again = [

@@ -155,6 +155,23 @@ class Prepared:
                 _keep_until_done(self, stream)
 
 
+def taken(leaves: NDArray[np.uint64], device: torch.device) -> NDArray[np.uint64]:
+    """XXH3-64 of runs of device memory, given as (address, nbytes) pairs; waits for the current stream.
+
+    Raises DeviceError when the launch fails."""
+    usable(device)
+    with torch.cuda.device(device):
+        held = torch.from_numpy(leaves.view(np.int64)).to(device)
+        out = torch.zeros(len(leaves), dtype=torch.int64, device=device)
+        stream = torch.cuda.current_stream()
+        try:
+            _C.launch_digests(held.data_ptr(), len(leaves), out.data_ptr(), stream.cuda_stream)
+        except RuntimeError as e:
+            raise DeviceError(f"executor cuda: {e}") from None
+        back: NDArray[np.uint64] = out.cpu().numpy().view(np.uint64)
+    return back
+
+
 _running: deque[tuple[torch.cuda.Event, Prepared]] = deque()
 """What may still run: nothing tells an allocator that a kernel of ours uses its memory."""
 

@@ -16,6 +16,7 @@ from ..model import Model
 from ..placement import Placement
 from ..target import Target
 from .hf import Hf
+from .megatron import Megatron
 from .naming import Naming
 from .patterns import Patterns
 from .rtp_llm import RtpLlm
@@ -51,11 +52,12 @@ class ByNames(Protocol):
 
 Layout = ByRoles | ByNames
 
-LAYOUTS: dict[str, type[Same] | type[Hf] | type[Vllm] | type[RtpLlm]] = {
+LAYOUTS: dict[str, type[Same] | type[Hf] | type[Vllm] | type[RtpLlm] | type[Megatron]] = {
     "same": Same,
     "hf": Hf,
     "vllm": Vllm,
     "rtp_llm": RtpLlm,
+    "megatron": Megatron,
 }
 """Name -> layout."""
 

@@ -6,17 +6,21 @@ sparse, quantised, DTensor) is refused. Tensors over the same elements are one, 
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ..checkpoint import Checkpoint, Entry
+from ..checkpoint import JSON, Checkpoint, Entry
 from ..dtypes import BY_NAME, DType
 from ..errors import SourceError
 from ..extents import Buffer, Extent, Extents
+from ..views import View, runs, zeros
 from .assembly import assemble, tensor
 from .options import Options
 
@@ -79,6 +83,56 @@ def read(tensors: Mapping[str, object], options: Options = _PLAIN) -> Checkpoint
         facts={"tensors": len(entries), "devices": ", ".join(devices), "tied": dict(aliases)},
         layout=[repr([(at[n], h.offset, h.stride) for n, h in held.items()]).encode()],
     )  # fmt: skip
+
+
+def partitioned(parts: Sequence[Mapping[str, object]], shapes: Mapping[str, Sequence[int]]) -> Checkpoint:
+    """The checkpoint of parameters that lie in flat slices, as ZeRO-3 ranks hold them.
+
+    `parts[r][name]`: rank r's 1-D slice of the parameter, a tensor or an array; one after the other they
+    begin with it, and what follows (the padding) is not read. Raises SourceError naming what does not fit."""
+    extents: list[Extent] = []
+    seen: dict[tuple[str, int, int], int] = {}
+    slices: dict[str, list[tuple[int, _Held]]] = {name: [] for name in shapes}
+    for rank, part in enumerate(parts):
+        for name in shapes:
+            if name not in part:
+                raise SourceError(f"{name}: partition {rank} of {len(parts)} does not have it")
+            h = _hold(name, part[name])
+            if len(h.shape) != 1 or (h.shape[0] > 1 and h.stride != (1,)):
+                raise SourceError(
+                    f"{name}: partition {rank} is {h.shape} with strides {h.stride}, wanted flat"
+                )
+            b = h.buffer
+            at = seen.setdefault((b.device, b.address, b.nbytes), len(extents))
+            if at == len(extents):
+                extents.append(Extent(b, 0, b.nbytes, f"{rank}/{name}"))
+            slices[name].append((at, h))
+    table = Extents(extents)
+    entries: dict[str, Entry] = {}
+    for name, given in shapes.items():
+        shape, held = tuple(given), slices[name]
+        dtypes = sorted({h.dtype.name for _, h in held})
+        if len(dtypes) != 1:
+            raise SourceError(f"{name}: partitions of {', '.join(dtypes) or 'no dtype'}, wanted one")
+        total = sum(h.shape[0] for _, h in held)
+        if total < math.prod(shape):
+            raise SourceError(
+                f"{name}: {shape} needs {math.prod(shape)} elements, its partitions have {total}"
+            )
+        columns = np.array([(at, h.offset, h.shape[0]) for at, h in held], np.int64).reshape(-1, 3)
+        columns = columns[columns[:, 2] > 0]
+        dtype = held[0][1].dtype
+        entries[name] = Entry(shape, dtype, partial(_joined, table, dtype, columns, shape), "parameter")
+    layout = [repr([(n, [(at, h.offset, h.shape) for at, h in held]) for n, held in slices.items()]).encode()]
+    facts: dict[str, JSON] = {"tensors": len(entries), "partitions": len(parts)}
+    return assemble(NAME, NAME, entries, table, _PLAIN, facts=facts, layout=layout)
+
+
+def _joined(table: Extents, dtype: DType, columns: NDArray[np.int64], shape: tuple[int, ...]) -> View:
+    if 0 in shape:
+        return zeros(shape, dtype)
+    flat = runs(table, dtype, columns[:, 0], columns[:, 1], columns[:, 2])
+    return flat.narrow(0, 0, math.prod(shape)).reshape(shape)
 
 
 def _hold(name: str, value: object) -> _Held:

@@ -1,0 +1,201 @@
+"""`megatron` against torch: interleaved q, k and v, gate and up by rank, padded vocabulary, stages."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fastckpt import recipes
+from fastckpt.errors import LayoutError
+from fastckpt.layouts import layout
+from fastckpt.placement import Placement
+from layouts import families, tiny
+from reading import memory, same, shard
+
+
+def rows(x, tp, r):
+    n = x.shape[0] // tp
+    assert n * tp == x.shape[0]
+    return x[r * n : (r + 1) * n]
+
+
+def columns(x, tp, r):
+    return rows(x.t(), tp, r).t()
+
+
+def vocabulary(x, tp, r, multiple=128):
+    count = -(-x.shape[0] // (multiple * tp)) * multiple * tp
+    return rows(torch.cat([x, torch.zeros(count - x.shape[0], x.shape[1], dtype=x.dtype)]), tp, r)
+
+
+def interleaved(q, k, v, heads, kv, d):
+    out = []
+    for i in range(kv):
+        for h in range(i * heads // kv, (i + 1) * heads // kv):
+            out.append(q[h * d : (h + 1) * d])
+        out += [k[i * d : (i + 1) * d], v[i * d : (i + 1) * d]]
+    return torch.cat(out)
+
+
+def block(t, at, names, to, tp, r):
+    """gate, up, down of a block; None for no gate."""
+    gate, up, down = names
+    out = {}
+    for kind in ("weight", "bias"):
+        if f"{at}{up}.{kind}" in t:
+            both = [t[f"{at}{n}.{kind}"] for n in (gate, up) if n]
+            out[f"{to}linear_fc1.{kind}"] = torch.cat([rows(x, tp, r) for x in both])
+    out[to + "linear_fc2.weight"] = columns(t[f"{at}{down}.weight"], tp, r)
+    if f"{at}{down}.bias" in t:
+        out[to + "linear_fc2.bias"] = t[f"{at}{down}.bias"]
+    return out
+
+
+def llama(t, config, tp, r, *, layers=None, first=True, last=True):
+    """What rank r of tp holds, named as Transformer Engine's modules name it."""
+    heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
+    d = config.get("head_dim") or config["hidden_size"] // heads
+    out = {}
+    if first:
+        out["embedding.word_embeddings.weight"] = vocabulary(t["model.embed_tokens.weight"], tp, r)
+    for local, i in enumerate(layers or range(config["num_hidden_layers"])):
+        at, to = f"model.layers.{i}.", f"decoder.layers.{local}."
+        a, sa = at + "self_attn.", to + "self_attention."
+        for kind in ("weight", "bias"):
+            if f"{a}q_proj.{kind}" in t:
+                q, k, v = (t[f"{a}{p}_proj.{kind}"] for p in "qkv")
+                out[f"{sa}linear_qkv.{kind}"] = rows(interleaved(q, k, v, heads, kv, d), tp, r)
+        out[sa + "linear_qkv.layer_norm_weight"] = t[at + "input_layernorm.weight"]
+        out[sa + "linear_proj.weight"] = columns(t[a + "o_proj.weight"], tp, r)
+        if a + "o_proj.bias" in t:
+            out[sa + "linear_proj.bias"] = t[a + "o_proj.bias"]
+        for p in "qk":
+            if f"{a}{p}_norm.weight" in t:
+                out[f"{sa}{p}_layernorm.weight"] = t[f"{a}{p}_norm.weight"]
+        norm, m = t[at + "post_attention_layernorm.weight"], to + "mlp."
+        if at + "mlp.up_proj.weight" in t:
+            out[m + "linear_fc1.layer_norm_weight"] = norm
+            out |= block(t, at + "mlp.", ("gate_proj", "up_proj", "down_proj"), m, tp, r)
+            continue
+        out[to + "pre_mlp_layernorm.weight"] = norm
+        mixtral = at + "block_sparse_moe.gate.weight" in t
+        moe = at + ("block_sparse_moe." if mixtral else "mlp.")
+        names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+        out[m + "router.weight"] = t[moe + "gate.weight"]
+        e = 0
+        while f"{moe}experts.{e}.{names[0]}.weight" in t:
+            one = block(t, f"{moe}experts.{e}.", names, "", tp, r)
+            out |= {f"{m}experts.{n}{e}": x for n, x in one.items()}
+            e += 1
+        if moe + "shared_expert.up_proj.weight" in t:
+            out |= block(t, moe + "shared_expert.", names, m + "shared_experts.", tp, r)
+            out[m + "shared_experts.gate_weight"] = t[moe + "shared_expert_gate.weight"]
+    if last:
+        out["decoder.final_layernorm.weight"] = t["model.norm.weight"]
+        if not config["tie_word_embeddings"]:
+            out["output_layer.weight"] = vocabulary(t["lm_head.weight"], tp, r)
+        elif not first:
+            out["output_layer.weight"] = vocabulary(t["model.embed_tokens.weight"], tp, r)
+    return out
+
+
+def gpt2(t, config, tp, r):
+    heads, hidden = config["n_head"], config["n_embd"]
+    out = {
+        "embedding.word_embeddings.weight": vocabulary(t["transformer.wte.weight"], tp, r),
+        "embedding.position_embeddings.weight": t["transformer.wpe.weight"],
+    }
+    for i in range(config["n_layer"]):
+        at, to = f"transformer.h.{i}.", f"decoder.layers.{i}."
+        for kind in ("weight", "bias"):
+            q, k, v = t[f"{at}attn.c_attn.{kind}"].t().split(hidden)
+            qkv = interleaved(q, k, v, heads, heads, hidden // heads)
+            out[f"{to}self_attention.linear_qkv.{kind}"] = rows(qkv, tp, r)
+            out[f"{to}self_attention.linear_qkv.layer_norm_{kind}"] = t[f"{at}ln_1.{kind}"]
+            out[f"{to}mlp.linear_fc1.{kind}"] = rows(t[f"{at}mlp.c_fc.{kind}"].t(), tp, r)
+            out[f"{to}mlp.linear_fc1.layer_norm_{kind}"] = t[f"{at}ln_2.{kind}"]
+            out[f"decoder.final_layernorm.{kind}"] = t[f"transformer.ln_f.{kind}"]
+        for hub, name in (("attn", "self_attention.linear_proj"), ("mlp", "mlp.linear_fc2")):
+            out[f"{to}{name}.weight"] = columns(t[f"{at}{hub}.c_proj.weight"].t(), tp, r)
+            out[f"{to}{name}.bias"] = t[f"{at}{hub}.c_proj.bias"]
+    return out
+
+
+def model_of(name):
+    config, hub, *_ = families.made(name) if name in families.FAMILIES else tiny.made(name)
+    return recipes.find(config)(memory(hub), config), config, hub
+
+
+NAMES = [
+    "llama",
+    "biased",
+    "tied",
+    "mistral-mqa",
+    "qwen2",
+    "qwen3",
+    "mixtral",
+    "mixtral-odd",
+    "qwen2_moe",
+    "gpt2",
+]
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_rank(name, tp):
+    model, config, hub = model_of(name)
+    if (name, tp) == ("mistral-mqa", 8):
+        with pytest.raises(LayoutError, match="query, key and value rows 60 does not divide by tp 8"):
+            layout("megatron").targets(model, Placement(tp=tp))
+        return
+    for p in Placement(tp=tp).ranks():
+        want = (gpt2 if name == "gpt2" else llama)(hub, config, tp, p.rank)
+        same(shard(layout("megatron").targets(model, p)), want)
+
+
+@pytest.mark.parametrize("name", ["tied", "mixtral"])
+def test_stages(name):
+    model, config, hub = model_of(name)
+    for p in Placement(tp=2, pp=2).ranks():
+        stage = dict(layers=[p.pp_rank], first=p.pp_rank == 0, last=p.pp_rank == 1)
+        same(shard(layout("megatron").targets(model, p)), llama(hub, config, 2, p.tp_rank, **stage))
+    assert layout("megatron").naming(Placement(tp=2, pp=2, rank=3)).directory == "mp_rank_01_001"
+    assert layout("megatron").naming(Placement(tp=2, rank=1)).directory == "mp_rank_01"
+
+
+def test_other_names():
+    model, config, hub = model_of("mixtral")
+    got = shard(layout("megatron", {"spec": "local", "experts": "sequential"}).targets(model, Placement()))
+    want = {}
+    for name, x in llama(hub, config, 1, 0).items():
+        name = name.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.")
+        for fc in ("linear_fc1", "linear_fc2"):
+            part = f"experts.{fc}.weight"
+            if part in name:
+                e = name.rpartition("weight")[2]
+                name = name.replace(f"{part}{e}", f"experts.local_experts.{e}.{fc}.weight")
+        want[name] = x
+    same(got, want)
+
+
+@pytest.mark.parametrize(("vocab", "tp", "padded"), [(32001, 2, 32256), (32000, 1, 32000), (1010, 2, 1024)])
+def test_vocabulary_sizes_by_hand(vocab, tp, padded):
+    table = memory({"x": torch.ones(vocab, 1)})["x"]
+    got = [layout("megatron")._rows(table, Placement(tp=tp, rank=r)).shape[0] for r in range(tp)]
+    assert got == [padded // tp] * tp
+
+
+REFUSED = [
+    ("qwen3", dict(dp=2), "does not cut by dp yet"),
+    ("mixtral", dict(tp=2, ep=2), "does not cut by ep yet"),
+    ("qwen3", dict(tp=3), "attention heads 8 does not divide by tp 3"),
+    ("qwen3", dict(pp=3), "2 layers do not divide by pp 3"),
+    ("deepseek_v3", dict(tp=2), "no place for the attention of model.layers.0.self_attn.o_proj"),
+    ("gemma2", dict(tp=2), "no place for model.layers.0.post_attention_layernorm"),
+    ("gpt_oss", dict(tp=2), "no place for"),
+]
+
+
+@pytest.mark.parametrize(("name", "sizes", "message"), REFUSED)
+def test_what_has_no_place(name, sizes, message):
+    with pytest.raises(LayoutError, match=message):
+        list(layout("megatron").targets(model_of(name)[0], Placement(**sizes)))
