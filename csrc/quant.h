@@ -12,17 +12,17 @@ namespace fastckpt {
 namespace {
 
 template <class U> FASTCKPT_INLINE typename FloatOf<U>::type at_most(typename FloatOf<U>::type a, float high) {
-    typename FloatOf<U>::type h = a - a + high;
+    const typename FloatOf<U>::type h = typename FloatOf<U>::type{} + high;
     return a < h ? a : h;
 }
 template <class U> FASTCKPT_INLINE typename FloatOf<U>::type at_least(typename FloatOf<U>::type a, float low) {
-    typename FloatOf<U>::type l = a - a + low;
+    const typename FloatOf<U>::type l = typename FloatOf<U>::type{} + low;
     return a > l ? a : l;
 }
 
-// A float in [-2^22, 2^22] to the nearest integer, ties to even. The sum cannot fuse with a product: a clamp
-// stands between them.
-template <class U> FASTCKPT_INLINE U nearest(typename FloatOf<U>::type x) { return as_bits<U>(x + 12582912.0f) - 0x4b400000u; }
+// Added to a float in [-2^22, 2^22] it rounds that to the nearest integer, ties to even, which then stands in
+// the low bits. The sum cannot fuse with a product: a clamp stands between them.
+constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23
 
 template <class U> struct Lanes { static constexpr size_t count = LANES; };
 template <> struct Lanes<uint32_t> { static constexpr size_t count = 1; };
@@ -84,9 +84,9 @@ FASTCKPT_INLINE void round_one(char* out, const char* src, float scale, typename
         store_byte<U>(out, code);
         y = as_float<U>(E4M3::to_f32(code));
     } else {
-        U q = nearest<U>(at_least<U>(at_most<U>(v, HIGH), -HIGH - 1));
-        store_byte<U>(out, q);
-        y = as_float<U>(as_bits<U>(at_least<U>(at_most<U>(v, HIGH), -HIGH - 1) + 12582912.0f)) - 12582912.0f;
+        const typename FloatOf<U>::type shifted = at_least<U>(at_most<U>(v, HIGH), -HIGH - 1) + ROUNDER;
+        store_byte<U>(out, as_bits<U>(shifted) - 0x4b400000u);  // its bits less those of ROUNDER: the integer
+        y = shifted - ROUNDER;
     }
 }
 

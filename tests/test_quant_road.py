@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import quant_oracle
 import torch
-from fastckpt import quantising, road
+from fastckpt import quantising, road, rounding
 from fastckpt.cli import main
 from fastckpt.errors import LayoutError, SourceError, WriteError
 from fastckpt.executors import pick
@@ -201,6 +201,13 @@ def test_from_zero_files_to_files(tmp_path, monkeypatch, scheme, reader, executo
     whole = sum(4 * t.numel() for n, t in tensors.items() if linear(n))
     crossed = sum(4 * t.numel() for n, t in tensors.items() if n.split(".")[-2] in ("o_proj", "w2"))
     assert report.bytes_scanned == {"int8": crossed, "fp8": whole}.get(scheme, 0)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "fp8-block", "int4-group"])
+def test_numpy_alone_gives_the_same(monkeypatch, scheme):
+    config, tensors = model("llama")
+    monkeypatch.setattr(rounding, "_C", None)
+    check(fastckpt.reshard(tensors, 2, config=config, quant=scheme, rank=1), "llama", scheme, "hf", 2, 1)
 
 
 def test_large_tensors_are_shared_out_and_leaves_fit(tmp_path, monkeypatch):
