@@ -55,7 +55,7 @@ CASES += [(n, "megatron") for n in ("llama", "tied", "biased", "mixtral", "gpt2"
 CASES += [(n, "rtp_llm") for n in ("llama", "tied", "qwen2", "mixtral")]
 
 
-@pytest.mark.parametrize("tp", [1, 4, 8])
+@pytest.mark.parametrize("tp", [1, pytest.param(4, marks=pytest.mark.nightly), 8])
 @pytest.mark.parametrize(("name", "served"), CASES)
 def test_whole_again(tmp_path, name, served, tp):
     _, files = hub_of(tmp_path / "hub", tiny.made(name))
