@@ -52,18 +52,18 @@ def open(
 ) -> Checkpoint:
     """The checkpoint at `path`, as `sources.open` has it; the shards of a serving layout as a whole model.
 
-    Raises SourceError for what is broken, missing, unknown or cannot be joined."""
-    return whole(
-        sources.open(
-            path,
-            tag=tag,
-            also=also,
-            rename=rename,
-            weights=weights,
-            exclude_frozen=exclude_frozen,
-            check_crc=check_crc,
-        )
+    Quantised shards cannot be joined and are given as they are, each tensor named "rank/name". Raises
+    SourceError for what is broken, missing, unknown or cannot be joined."""
+    found = sources.open(
+        path,
+        tag=tag,
+        also=also,
+        rename=rename,
+        weights=weights,
+        exclude_frozen=exclude_frozen,
+        check_crc=check_crc,
     )
+    return found if found.facts.get("quant") is not None else whole(found)
 
 
 def told(ckpt: Checkpoint, world: int, layout: str) -> dict[str, JSON]:

@@ -249,6 +249,7 @@ def consolidate(
         exclude_frozen=exclude_frozen,
         check_crc=check_crc,
     )
+    opened = joining.whole(opened)
     run = _Run(threads, memory, progress)
     planned = run.planned(
         lambda: consolidation(
@@ -357,7 +358,7 @@ def stream(ckpt: Opened, names: Sequence[str]) -> Iterator[tuple[str, int, memor
     """The dense bytes of tensors as stored, in order: (name, offset in bytes, at most a MiB of them).
 
     The memory is valid until the next step. Reads in bounded memory; for `diff` and the like."""
-    opened = _opened(ckpt)
+    opened = ckpt if isinstance(ckpt, Checkpoint) else joining.open(ckpt)
     only = replace(opened, entries={n: opened.entries[n] for n in names}, aliases={})
     planned = plans.draft(only, Wanted(Placement(), layout=Same()), in_memory=True)
     binding, slots = Binding.of(planned.extents), planned.slots()
@@ -694,7 +695,7 @@ def _by_rank(out: State | Sequence[State], rank: int | None) -> list[State]:
 
 
 def _opened(ckpt: Opened) -> Checkpoint:
-    return joining.whole(ckpt) if isinstance(ckpt, Checkpoint) else joining.open(ckpt)
+    return joining.whole(ckpt if isinstance(ckpt, Checkpoint) else joining.open(ckpt))
 
 
 def _threads(asked: int | None) -> int:
