@@ -36,11 +36,6 @@ template <class S, class U> FASTCKPT_INLINE U load_as(const char* p) {
         return S::to_f32(load<S::size>(p));
     }
 }
-template <class U> FASTCKPT_INLINE void store_byte(char* p, U x) {
-    if constexpr (Lanes<U>::count == 1) *p = static_cast<char>(x);
-    else store<1>(p, x);
-}
-
 // The bits of the largest magnitude among n values; above INF32 - 1 where one is not finite.
 template <class S> FASTCKPT_INLINE uint32_t largest_bits(const char* p, size_t n, uint32_t so_far) {
     Words m[4] = {{}, {}, {}, {}};
@@ -71,9 +66,9 @@ struct Sums {
     }
 };
 
-// One vector of values, or one value, to bytes; y becomes what they stand for.
+// One vector of values, or one value, each to a byte in the low bits of its lane; y becomes what they stand for.
 template <class S, QuantKind KIND, bool RECIPROCAL, class U>
-FASTCKPT_INLINE void round_one(char* out, const char* src, float scale, typename FloatOf<U>::type& x, typename FloatOf<U>::type& y) {
+FASTCKPT_INLINE U round_one(const char* src, float scale, typename FloatOf<U>::type& x, typename FloatOf<U>::type& y) {
     constexpr float HIGH = KIND == QUANT_INT4 ? 7.0f : 127.0f;
     x = as_float<U>(load_as<S, U>(src));
     typename FloatOf<U>::type v;
@@ -81,12 +76,12 @@ FASTCKPT_INLINE void round_one(char* out, const char* src, float scale, typename
     else v = x / scale;
     if constexpr (KIND == QUANT_E4M3) {
         U code = E4M3::from_f32(as_bits<U>(v));
-        store_byte<U>(out, code);
         y = as_float<U>(E4M3::to_f32(code));
+        return code;
     } else {
         const typename FloatOf<U>::type shifted = at_least<U>(at_most<U>(v, HIGH), -HIGH - 1) + ROUNDER;
-        store_byte<U>(out, as_bits<U>(shifted) - 0x4b400000u);  // its bits less those of ROUNDER: the integer
         y = shifted - ROUNDER;
+        return as_bits<U>(shifted) & 0xffu;
     }
 }
 
@@ -94,18 +89,25 @@ template <class S, QuantKind KIND, bool RECIPROCAL>
 FASTCKPT_INLINE void round_line(char* out, const char* src, size_t n, float scale, Sums& sums) {
     const float factor = RECIPROCAL ? 1.0f / scale : scale;
     size_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
+    auto lanes = [&](size_t at) {
         Floats x, y;
-        round_one<S, KIND, RECIPROCAL, Words>(out + i, src + i * S::size, factor, x, y);
+        Words codes = round_one<S, KIND, RECIPROCAL, Words>(src + at * S::size, factor, x, y);
         y *= scale;
         Floats d = x - y;
         Floats size = as_float<Words>(as_bits<Words>(d) & 0x7fffffffu);
         sums.biggest = size > sums.biggest ? size : sums.biggest;
         sums.difference += d * d, sums.dense += x * x, sums.quantised += y * y, sums.both += x * y;
+        return codes;
+    };
+    for (; i + 4 * LANES <= n; i += 4 * LANES) {
+        Words codes[4];
+        for (int k = 0; k < 4; ++k) codes[k] = lanes(i + k * LANES);
+        store<4>(out + i, pack<1>(codes));
     }
+    for (; i + LANES <= n; i += LANES) store<1>(out + i, lanes(i));
     for (; i < n; ++i) {
         float x, y;
-        round_one<S, KIND, RECIPROCAL, uint32_t>(out + i, src + i * S::size, factor, x, y);
+        out[i] = static_cast<char>(round_one<S, KIND, RECIPROCAL, uint32_t>(src + i * S::size, factor, x, y));
         y *= scale;
         float d = x - y, size = d < 0 ? -d : d;
         sums.biggest[0] = size > sums.biggest[0] ? size : sums.biggest[0];
