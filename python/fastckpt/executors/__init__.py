@@ -30,7 +30,7 @@ def _cuda() -> Executor:
 
 
 EXECUTORS: dict[str, Callable[[], Executor]] = {"cpu": _cpu, "torch": _torch, "cuda": _cuda}
-"""Name -> maker; a maker raises DeviceError where its executor cannot run. `cuda` wants buffers on its GPU."""
+"""Name -> maker; a maker raises DeviceError where its executor cannot run. `cuda` wants its buffers there."""
 
 
 def pick(name: str | None = None) -> Executor:
