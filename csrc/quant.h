@@ -137,6 +137,7 @@ template <class S, QuantKind KIND, bool RECIPROCAL> bool quantise_as(const Quant
     const size_t across = (q.columns + q.block_columns - 1) / q.block_columns;
     for (size_t r0 = 0; r0 < q.rows; r0 += q.block_rows) {
         const size_t r1 = r0 + q.block_rows < q.rows ? r0 + q.block_rows : q.rows;
+        Sums sums;
         for (size_t b = 0; b < across; ++b) {
             const size_t c0 = b * q.block_columns;
             const size_t n = c0 + q.block_columns < q.columns ? q.block_columns : q.columns - c0;
@@ -145,7 +146,6 @@ template <class S, QuantKind KIND, bool RECIPROCAL> bool quantise_as(const Quant
             if (bits >= INF32) return false;
             const float scale = scale_from(q.amax == nullptr ? as_float(bits) : q.amax[r0], q);
             q.scales[r0 / q.block_rows * across + b] = scale;
-            Sums sums;
             for (size_t r = r0; r < r1; ++r) {
                 const char* src = q.src + (r * q.columns + c0) * S::size;
                 if constexpr (KIND == QUANT_INT4) {
@@ -159,8 +159,8 @@ template <class S, QuantKind KIND, bool RECIPROCAL> bool quantise_as(const Quant
                     round_line<S, KIND, RECIPROCAL>(q.out + r * q.columns + c0, src, n, scale, sums);
                 }
             }
-            sums.add_to(q.sums);
         }
+        sums.add_to(q.sums);
     }
     return true;
 }

@@ -55,7 +55,7 @@ CASES += [(n, "megatron") for n in ("llama", "tied", "biased", "mixtral", "gpt2"
 CASES += [(n, "rtp_llm") for n in ("llama", "tied", "qwen2", "mixtral")]
 
 
-@pytest.mark.parametrize("tp", [1, 4, 8])
+@pytest.mark.parametrize("tp", [1, pytest.param(4, marks=pytest.mark.nightly), 8])
 @pytest.mark.parametrize(("name", "served"), CASES)
 def test_whole_again(tmp_path, name, served, tp):
     _, files = hub_of(tmp_path / "hub", tiny.made(name))
@@ -97,6 +97,7 @@ GRIDS = [
     ("gemma2", {}, dict(tp=2, pp=2)),
     ("gpt_oss", {}, dict(tp=1, pp=2, dp=2)),
     ("qwen2_moe", {"experts": "sequential"}, dict(tp=2, pp=2)),
+    ("qwen2_moe", {"experts": "sequential"}, dict(tp=2, dp=5, ep=5)),
     ("deepseek_v2", {"absorb": "true"}, dict(tp=2, dp=2, ep=2)),
     ("deepseek_v3", {"absorb": "false"}, dict(tp=4)),
 ]
@@ -228,8 +229,18 @@ def test_records_of_another_layout(served):
     assert "rank_00_00_00.global.embedding: the layout makes (208, 32), the shard holds none" in message
 
 
-def test_records_of_quantised_shards(served):
-    assert "quantised to int8" in spoiled(served, lambda r: r["options"].update(quant="int8"))
+@pytest.mark.parametrize("tp", [1, 2])
+def test_quantised_shards_are_seen_as_they_are(tmp_path, tp):
+    hub_of(tmp_path / "hub", tiny.made("qwen3"))
+    for out in ("a", "b"):
+        fastckpt.reshard(
+            tmp_path / "hub", tp, layout="vllm", quant="int8", out=tmp_path / out, durable=False
+        )
+    assert f"{tp - 1}/model.norm.weight" in fastckpt.open(tmp_path / "a")
+    assert fastckpt.diff(tmp_path / "a", tmp_path / "b").equal
+    for again in (fastckpt.reshard, fastckpt.consolidate):
+        with pytest.raises(SourceError, match=r"quantised to .*, which cannot be taken back"):
+            again(tmp_path / "a", out=tmp_path / "c")
 
 
 def test_another_config(served):
@@ -254,6 +265,10 @@ def test_a_record_that_was_changed(served):
     (served / "fastckpt.json").write_text(text.replace('"layout_fields": {}', '"layout_fields": { }'))
     with pytest.raises(SourceError, match="does not have its own digest"):
         fastckpt.open(served)
+
+
+def test_a_placement_of_other_ranks(served):
+    assert "2 ranks, and a placement of 4" in spoiled(served, lambda r: r["placement"].update(dp=2))
 
 
 def test_files_that_leave_the_directory(served):

@@ -11,7 +11,8 @@ import pytest
 import quant_oracle
 import torch
 from fastckpt import quantising, road
-from fastckpt.errors import LayoutError, SourceError
+from fastckpt.cli import main
+from fastckpt.errors import LayoutError, SourceError, WriteError
 from fastckpt.executors import pick
 from fastckpt.reader import Mapped, Positioned
 from fastckpt.schemes import SCHEMES, Quant
@@ -228,6 +229,34 @@ def test_the_callers_tensors_are_filled():
     given = {n: torch.full_like(t, 1) for n, t in made.items()}
     fastckpt.reshard(tensors, config=config, quant="int4-group", rank=0, out=given)
     check(given, "llama", "int4-group", "hf", 1, 0)
+
+
+def test_staging_stays_within_the_memory_that_is_given(tmp_path):
+    tensors = {"a.q_proj.weight": torch.randn(256, 8192)}
+    kept = fastckpt.reshard(
+        tensors, layout="same", quant="fp8-block", out=tmp_path / "a", memory="73MiB", threads=8
+    )
+    free = fastckpt.reshard(tensors, layout="same", quant="fp8-block", out=tmp_path / "b")
+    assert kept.digests == free.digests
+    with pytest.raises(WriteError, match="a band of blocks"):
+        fastckpt.reshard(tensors, layout="same", quant="fp8-block", out=tmp_path / "c", memory="66MiB")
+    assert not (tmp_path / "c").exists()
+
+
+def test_the_command_line(tmp_path, capsys):
+    config, tensors = model("llama")
+    fastckpt.reshard(tensors, config=config, out=tmp_path / "in")
+    line = ["reshard", str(tmp_path / "in"), str(tmp_path / "out"), "--tp", "2", "--quant", "int8"]
+    assert main([*line, "--dry-run"]) == 0
+    assert "mlp.down_proj.weight_scale" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    assert main([*line, "--quant-exclude", "*.v_proj.*", "--no-fsync"]) == 0
+    assert "first, for scales" in capsys.readouterr().out
+    got = load_file(tmp_path / "out" / "rank-00" / "model.safetensors")
+    int8 = {n for n, t in got.items() if t.dtype == torch.int8}
+    assert int8 == {n for n in tensors if linear(n) and "v_proj" not in n}
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    assert main([*line[:-1], "int9"]) == 2 and "known: int8" in capsys.readouterr().err
+    assert main([*line[:-2], "--quant-include", "*"]) == 2
 
 
 def test_patterns_add_and_take_away():

@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from .road import plan as plan
     from .road import prepare as prepare
     from .road import reshard as reshard
-    from .sources.memory import partitioned as partitioned
     from .schemes import SCHEMES as SCHEMES
     from .schemes import Quant as Quant
+    from .sources.memory import partitioned as partitioned
     from .verification import VerifyReport as VerifyReport
     from .verification import verify as verify
 

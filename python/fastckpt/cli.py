@@ -321,6 +321,7 @@ def _show_report(args: argparse.Namespace, report: object) -> None:
             [
                 *report.notes,
                 f"{report.out}: {tensors} in {counted(len(report.files), 'file')}, plan {report.key}",
+                *([f"read {size(report.bytes_scanned)} first, for scales"] if report.bytes_scanned else []),
                 f"read {size(report.bytes_read)} for {size(report.bytes_needed)} needed, "
                 f"wrote {size(report.bytes_written)} in {report.seconds:.2f} s ({rate:.2f} GB/s; {phases}), "
                 f"peak memory {size(report.peak_memory)}",

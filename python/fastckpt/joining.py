@@ -52,18 +52,18 @@ def open(
 ) -> Checkpoint:
     """The checkpoint at `path`, as `sources.open` has it; the shards of a serving layout as a whole model.
 
-    Raises SourceError for what is broken, missing, unknown or cannot be joined."""
-    return whole(
-        sources.open(
-            path,
-            tag=tag,
-            also=also,
-            rename=rename,
-            weights=weights,
-            exclude_frozen=exclude_frozen,
-            check_crc=check_crc,
-        )
+    Quantised shards cannot be joined and are given as they are, each tensor named "rank/name". Raises
+    SourceError for what is broken, missing, unknown or cannot be joined."""
+    found = sources.open(
+        path,
+        tag=tag,
+        also=also,
+        rename=rename,
+        weights=weights,
+        exclude_frozen=exclude_frozen,
+        check_crc=check_crc,
     )
+    return found if found.facts.get("quant") is not None else whole(found)
 
 
 def told(ckpt: Checkpoint, world: int, layout: str) -> dict[str, JSON]:
@@ -142,7 +142,10 @@ def _same(view: View) -> View:
 def _targets(ckpt: Checkpoint, phantom: Checkpoint, manifest: Manifest) -> Iterator[tuple[int, Target]]:
     """Every rank's targets over the phantom, as (rank, target)."""
     record, name = manifest.record.options, manifest.record.layout
-    grid, vocab = Placement(**manifest.record.placement), record.get("vocab_size")
+    sizes, vocab = manifest.record.placement, record.get("vocab_size")
+    grid = Placement(*(sizes.get(axis, 1) for axis in ("tp", "pp", "dp", "ep")))
+    if grid.world != manifest.world:
+        raise SourceError(f"{ckpt.path}: {manifest.world} ranks, and a placement of {grid.world}")
     if record.get("tp_plan") is not None:
         patterns = Patterns({k: str(v) for k, v in _map(record["tp_plan"], ckpt, "tp_plan").items()})
         for p in grid.ranks():

@@ -80,7 +80,9 @@ class Quantising:
         self.plan = plan
         self.largest = largest
         self.errors: dict[int, Error] = {}
-        self.staging = max((_staging(q) for q in plan.quantised.values()), default=0)
+        told = plan.quantised.values()
+        self.dense = max((_step(q) * q.shape[-1] * q.dtype.itemsize for q in told), default=0)
+        self.values = LEAF + max((_step(q) * q.shape[-1] * q.scheme.bits // 8 for q in told), default=0)
         self.made = np.zeros(len(plan.tensors), bool)
         for i, q in plan.quantised.items():
             self.made[[i, q.scales]] = True
@@ -127,8 +129,8 @@ class Quantising:
 
     def worker(self, lane: Lane, put: Put) -> Callable[[Job], None]:
         """A worker with staging of its own for dense rows and for values."""
-        dense = np.empty(self.staging, np.uint8)
-        values = np.empty(LEAF + self.staging, np.uint8)
+        dense = np.empty(self.dense, np.uint8)
+        values = np.empty(self.values, np.uint8)
         whole = memoryview(values.data)
 
         def run(job: Job) -> None:
@@ -224,10 +226,6 @@ def _share(told: Quantised) -> int:
     out = told.shape[-1] * told.scheme.bits // 8
     one = math.lcm(_step(told), LEAF // math.gcd(LEAF, out))
     return one * max(1, -(-JOB_BYTES // (one * out)))
-
-
-def _staging(told: Quantised) -> int:
-    return _step(told) * told.shape[-1] * told.dtype.itemsize
 
 
 def _not_finite(name: str, band: Band) -> SourceError:

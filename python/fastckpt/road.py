@@ -249,6 +249,7 @@ def consolidate(
         exclude_frozen=exclude_frozen,
         check_crc=check_crc,
     )
+    opened = joining.whole(opened)
     run = _Run(threads, memory, progress)
     planned = run.planned(
         lambda: consolidation(
@@ -357,7 +358,7 @@ def stream(ckpt: Opened, names: Sequence[str]) -> Iterator[tuple[str, int, memor
     """The dense bytes of tensors as stored, in order: (name, offset in bytes, at most a MiB of them).
 
     The memory is valid until the next step. Reads in bounded memory; for `diff` and the like."""
-    opened = _opened(ckpt)
+    opened = ckpt if isinstance(ckpt, Checkpoint) else joining.open(ckpt)
     only = replace(opened, entries={n: opened.entries[n] for n in names}, aliases={})
     planned = plans.draft(only, Wanted(Placement(), layout=Same()), in_memory=True)
     binding, slots = Binding.of(planned.extents), planned.slots()
@@ -385,6 +386,7 @@ class _Run:
     def __init__(self, threads: int | None, memory: str | int | None, progress: Progress | None) -> None:
         self.threads = _threads(threads)
         self.band = band(self.threads)
+        self.spare: int | None = None
         if memory is not None:
             budget = parse_size(memory)
             spare = budget - FIXED_MEMORY
@@ -394,6 +396,7 @@ class _Run:
                     f"a run needs at least {FIXED_MEMORY + 2 * LEAF}"
                 )
             self.threads = max(1, min(self.threads, spare // (2 * LEAF)))
+            self.spare = spare
             self.band = max(LEAF, min(BAND, spare // self.threads // LEAF // 2 * LEAF))
         self.progress = progress
         self.start = time.perf_counter()
@@ -497,6 +500,7 @@ class _Run:
         executor = pick(None)
         binding, slots = Binding.of(planned.extents), planned.slots()
         quantising = Quantising(planned, slots, largest)
+        threads = self._fitting(quantising)
         total, done = planned.output_bytes, 0
 
         def count(nbytes: int) -> None:
@@ -521,11 +525,23 @@ class _Run:
                 quantise = quantising.worker(lane, put)
                 return lambda item: quantise(item) if isinstance(item, Job) else copy(item)
 
-            lanes = [reader.lane(executor) for _ in range(self.threads)]
+            lanes = [reader.lane(executor) for _ in range(threads)]
             feed(batches(), [both(lane) for lane in lanes], count)
             self.bytes_read += sum(lane.bytes_read for lane in lanes)
         self.errors = quantising.errors
         self.phases["copy"] = time.perf_counter() - began
+
+    def _fitting(self, quantising: Quantising) -> int:
+        """As many threads as `memory` holds the staging of. Raises WriteError where it holds none."""
+        need = quantising.dense + quantising.values
+        if self.spare is None or not quantising.dense:
+            return self.threads
+        if self.spare < need:
+            raise WriteError(
+                f"memory: a band of blocks to quantise takes {need} bytes above {FIXED_MEMORY}, "
+                f"got {self.spare}"
+            )
+        return min(self.threads, self.spare // need)
 
     def _scan(self, planned: Plan) -> dict[str, Floats]:
         """The first read: the largest magnitudes of uncut matrices whose scales reach across a cut."""
@@ -679,7 +695,7 @@ def _by_rank(out: State | Sequence[State], rank: int | None) -> list[State]:
 
 
 def _opened(ckpt: Opened) -> Checkpoint:
-    return joining.whole(ckpt) if isinstance(ckpt, Checkpoint) else joining.open(ckpt)
+    return joining.whole(ckpt if isinstance(ckpt, Checkpoint) else joining.open(ckpt))
 
 
 def _threads(asked: int | None) -> int:

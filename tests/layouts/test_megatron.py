@@ -50,7 +50,7 @@ def block(t, at, names, to, tp, r):
     return out
 
 
-def llama(t, config, tp, r, *, layers=None, first=True, last=True):
+def llama(t, config, tp, r, *, layers=None, first=True, last=True, experts=None):
     """What rank r of tp holds, named as Transformer Engine's modules name it."""
     heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
     d = config.get("head_dim") or config["hidden_size"] // heads
@@ -81,11 +81,10 @@ def llama(t, config, tp, r, *, layers=None, first=True, last=True):
         moe = at + ("block_sparse_moe." if mixtral else "mlp.")
         names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
         out[m + "router.weight"] = t[moe + "gate.weight"]
-        e = 0
-        while f"{moe}experts.{e}.{names[0]}.weight" in t:
+        count = config.get("num_local_experts") or config["num_experts"]
+        for local, e in enumerate(range(count) if experts is None else experts):
             one = block(t, f"{moe}experts.{e}.", names, "", tp, r)
-            out |= {f"{m}experts.{n}{e}": x for n, x in one.items()}
-            e += 1
+            out |= {f"{m}experts.{n}{local}": x for n, x in one.items()}
         if moe + "shared_expert.up_proj.weight" in t:
             out |= block(t, moe + "shared_expert.", names, m + "shared_experts.", tp, r)
             out[m + "shared_experts.gate_weight"] = t[moe + "shared_expert_gate.weight"]
@@ -162,6 +161,16 @@ def test_stages(name):
     assert layout("megatron").naming(Placement(tp=2, rank=1)).directory == "mp_rank_01"
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_experts_by_group(tp):
+    """3 experts over 3 groups of tp ranks; all else is held alike."""
+    model, config, hub = model_of("mixtral")
+    for p in Placement(tp=tp, dp=3, ep=3).ranks():
+        want = llama(hub, config, tp, p.rank % tp, experts=[p.rank // tp])
+        same(shard(layout("megatron").targets(model, p)), want)
+    assert layout("megatron").naming(Placement(tp=2, dp=3, ep=3, rank=5)).directory == "mp_rank_01_002"
+
+
 def test_other_names():
     model, config, hub = model_of("mixtral")
     got = shard(layout("megatron", {"spec": "local", "experts": "sequential"}).targets(model, Placement()))
@@ -185,8 +194,10 @@ def test_vocabulary_sizes_by_hand(vocab, tp, padded):
 
 
 REFUSED = [
-    ("qwen3", dict(dp=2), "does not cut by dp yet"),
-    ("mixtral", dict(tp=2, ep=2), "does not cut by ep yet"),
+    ("qwen3", dict(dp=2), "wanted dp equal to ep 1, got 2"),
+    ("mixtral", dict(tp=2, ep=2), "wanted dp equal to ep 2, got 1"),
+    ("mixtral", dict(dp=2, ep=2), "3 experts do not divide by ep 2"),
+    ("qwen3", dict(dp=2, ep=2), "0 experts do not divide by ep 2"),
     ("qwen3", dict(tp=3), "attention heads 8 does not divide by tp 3"),
     ("qwen3", dict(pp=3), "2 layers do not divide by pp 3"),
     ("deepseek_v3", dict(tp=2), "no place for the attention of model.layers.0.self_attn.o_proj"),

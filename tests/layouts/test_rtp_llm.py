@@ -179,6 +179,17 @@ def test_shared_experts_and_grids(name, grid):
         same(shard(layout("rtp_llm").targets(model, p)), wanted(hub, config, grid, p.rank))
 
 
+@pytest.mark.parametrize("grid", [(1, 4, 4), (2, 2, 4), (4, 1, 4), (2, 2, 2), (4, 2, 4)])
+def test_four_experts(grid):
+    config, hub, _ = families.made("qwen3_moe")
+    hub = {n: x[:4] if n.endswith("mlp.gate.weight") else x for n, x in hub.items() if "experts.4." not in n}
+    config = config | {"num_experts": 4}
+    model = recipes.find(config)(memory(hub), config)
+    tp, dp, ep = grid
+    for p in Placement(tp=tp, dp=dp, ep=ep).ranks():
+        same(shard(layout("rtp_llm").targets(model, p)), wanted(hub, config, grid, p.rank))
+
+
 def test_without_what_absorbs():
     model, config, hub = model_of("deepseek_v3")
     for p in Placement(tp=2).ranks():

@@ -50,14 +50,20 @@ class Megatron:
     def targets(self, model: Model, placement: Placement) -> Iterator[Target]:
         """The rank's tensors; a tied output layer is written by the last of several stages alone.
 
+        With ep as many groups of tp ranks (dp) hold a run of the experts each, whose widths tp cuts, and
+        everything else alike: megatron-core's default order of ranks.
+
         Raises LayoutError, before the first target, where heads, rows of q, k and v or a feed-forward width
-        do not divide by tp, layers by pp, kv heads neither divide nor are shared evenly, and for dp or ep;
-        and for a role this layout has no name for."""
-        for name in ("dp", "ep"):
-            size = getattr(placement, name)
-            if size != 1:
-                raise LayoutError(f"layout megatron does not cut by {name} yet: wanted {name} 1, got {size}")
+        do not divide by tp, layers by pp, experts by ep, kv heads neither divide nor are shared evenly,
+        and for dp unlike ep; and for a role this layout has no name for."""
         sizes = model.sizes
+        if placement.dp != placement.ep:
+            raise LayoutError(
+                f"layout megatron: groups of tp ranks differ by their experts alone: wanted dp equal to ep "
+                f"{placement.ep}, got {placement.dp}"
+            )
+        if placement.ep > 1 and (not sizes.experts or sizes.experts % placement.ep):
+            raise LayoutError(f"layout megatron: {sizes.experts} experts do not divide by ep {placement.ep}")
         require_decoder("megatron", placement, sizes)
         require_kv_heads("megatron", placement, sizes)
         rows = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
@@ -76,9 +82,10 @@ class Megatron:
         return self._targets(model, placement)
 
     def naming(self, placement: Placement) -> Naming:
-        """safetensors in Megatron-LM's directories of ranks: `mp_rank_00`, with stages `mp_rank_00_000`."""
+        """safetensors in Megatron-LM's directories of ranks: `mp_rank_TT[_PPP][_EEE]`."""
         stage = f"_{placement.pp_rank:03d}" if placement.pp > 1 else ""
-        return hub(f"mp_rank_{placement.tp_rank:02d}{stage}")
+        part = f"_{placement.dp_rank:03d}" if placement.ep > 1 else ""
+        return hub(f"mp_rank_{placement.tp_rank:02d}{stage}{part}")
 
     def _targets(self, model: Model, placement: Placement) -> Iterator[Target]:
         first, last = placement.pp_rank == 0, placement.pp_rank == placement.pp - 1
@@ -121,8 +128,9 @@ class Megatron:
         yield from _linear(f"{at}.router", moe.router)
         if moe.correction is not None:
             yield Target(f"{at}.router.expert_bias", moe.correction.view.cast(dtypes.float32))
-        for e, mlp in enumerate(moe.experts):
-            for t in _mlp("", mlp, placement):
+        each = len(moe.experts) // placement.ep
+        for e in range(each):
+            for t in _mlp("", moe.experts[placement.dp_rank * each + e], placement):
                 _, fc, leaf = t.name.split(".")
                 if leaf == "bias":
                     raise LayoutError(f"layout megatron has no place for the biases of {moe.name}")

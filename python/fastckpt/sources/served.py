@@ -96,6 +96,9 @@ def _shards(path: str, body: Mapping[str, JSON], ranks: list[JSON], options: Opt
         for k, (name, item, _) in enumerate(found)
     }
     facts = {key: body.get(key) for key in ("layout", "placement", "created")}
+    told = body.get("options")
+    if isinstance(told, dict) and told.get("quant") is not None:
+        facts["quant"] = told["quant"]
     return assemble(
         path,
         SHARDS,
