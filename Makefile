@@ -33,6 +33,7 @@ bench: $(STAMPS)/package $(STAMPS)/tools
 
 # On a machine with a GPU and its own CUDA torch, which needs no network: that Python is used as it is.
 gpu:
+	rm -rf build
 	FASTCKPT_CUDA=1 FASTCKPT_BUILD=1 $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps \
 		--force-reinstall .
 	$(PYTHON) -m pytest -q -rs --timeout 240 tests/gpu

@@ -74,8 +74,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")
 # The doors stand side by side; what writes their words stands before them. `__init__` holds the version.
 MAY_IMPORT["text"] = CORE
+MAY_IMPORT["manager"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["terminal"] = (*CORE, "text")
-MAY_IMPORT["arguments"] = (*CORE, "text", "__init__")
+MAY_IMPORT["arguments"] = (*CORE, "text", "manager", "__init__")
 SPINE = (*MAY_IMPORT, "__init__", "_C")
 MAY_IMPORT |= {door: SPINE for door in ("describe", "outline", "difference", "doctor", "zero_to_fp32")}
 for last in ("quant", "demo", "cli", "__init__"):
@@ -110,11 +111,33 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("same", "hf", "vllm", "rtp_llm", "megatron", "patterns"),
         ("__init__",),
     ),
+    "manager": (
+        ("__init__", "coordination", "values", "pieces", "commits", "metadata", "job", "uploaders"),
+        ("policies", "saving"),
+        ("opened",),
+        ("loading", "publishing"),
+        ("manager",),
+        ("runner", "commands"),
+    ),
     "executors": (("torch", "cpu", "cuda"), ("__init__",)),
 }
 """Cells within a package: a module imports siblings from cells before its own only."""
 
 TORCH = {"executors/torch", "executors/cuda", "tensors", "device"}
+TORCH |= {
+    f"manager/{m}"
+    for m in [
+        "coordination",
+        "values",
+        "pieces",
+        "saving",
+        "opened",
+        "loading",
+        "publishing",
+        "manager",
+        "runner",
+    ]
+}
 TORCH_IN_FUNCTIONS = {"sources/memory", "road", "quant", "zero_to_fp32", "demo"}
 """Where torch may be imported. The first are themselves imported inside functions only."""
 

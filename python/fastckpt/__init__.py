@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from .errors import ViewError as ViewError
     from .errors import WriteError as WriteError
     from .joining import open as open
+    from .manager.job import Job as Job
+    from .manager.manager import CheckpointManager as CheckpointManager
+    from .manager.runner import JobRunner as JobRunner
     from .placement import Placement as Placement
     from .plans import Plan as Plan
     from .road import Report as Report
@@ -49,6 +52,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Checkpoint": "checkpoint",
+    "CheckpointManager": "manager.manager",
+    "Job": "manager.job",
+    "JobRunner": "manager.runner",
     "Inspection": "describe",
     "inspect": "describe",
     "Diff": "difference",

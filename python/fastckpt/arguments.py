@@ -9,6 +9,7 @@ import argparse
 import re
 
 from . import __version__
+from .manager.commands import add_parser as commands_of_manager
 
 EPILOG = "exit codes: 0 ok, 1 mismatch, 2 usage, 3 broken or unsafe input, 4 environment, 130 Ctrl-C"
 
@@ -97,6 +98,8 @@ def parser() -> argparse.ArgumentParser:
 
     doctor = command("doctor", "what this build and this machine offer")
     doctor.add_argument("--path", default=".", metavar="DIR", help="look at the file system that holds DIR")
+
+    commands_of_manager(commands)
 
     demo = command("demo", "a small ZeRO-3 checkpoint through all of the above, with its figures")
     demo.add_argument("--size", default="64MB", help="bytes of the checkpoint's weights (default: 64MB)")

@@ -1,4 +1,4 @@
-"""The command line: `fastckpt inspect | plan | reshard | consolidate | verify | diff | doctor | demo`.
+"""The command line: what each command does, one function each (`arguments` says what they take).
 
 Exit codes: 0 ok, 1 mismatch (verify, diff, demo), 2 usage, 3 broken or unsafe input, 4 environment,
 130 Ctrl-C, 141 the reader of our output went away, 143 SIGTERM. An error is one line on stderr;
@@ -241,6 +241,12 @@ def _diff(args: argparse.Namespace) -> int:
     return 0 if found.equal else 1
 
 
+def _manager(args: argparse.Namespace) -> int:
+    from .manager.commands import run
+
+    return run(args)
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from .doctor import examine
 
@@ -265,6 +271,7 @@ COMMANDS: dict[str, Command] = {
     "diff": _diff,
     "recipes": _recipes,
     "doctor": _doctor,
+    "manager": _manager,
     "demo": _demo,
 }
 

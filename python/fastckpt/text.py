@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from .checkpoint import JSON
+if TYPE_CHECKING:
+    from .checkpoint import JSON
+
 
 SHOWN = 20
 """Names of one kind that a list shows before it only counts."""

@@ -23,8 +23,14 @@ def _torch() -> Executor:
     return Torch()
 
 
-EXECUTORS: dict[str, Callable[[], Executor]] = {"cpu": _cpu, "torch": _torch}
-"""Name -> maker, the fastest first; a maker raises DeviceError where its executor cannot run."""
+def _cuda() -> Executor:
+    from .cuda import Cuda
+
+    return Cuda()
+
+
+EXECUTORS: dict[str, Callable[[], Executor]] = {"cpu": _cpu, "torch": _torch, "cuda": _cuda}
+"""Name -> maker; a maker raises DeviceError where its executor cannot run. `cuda` wants its buffers there."""
 
 
 def pick(name: str | None = None) -> Executor:

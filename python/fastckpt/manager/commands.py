@@ -11,11 +11,11 @@ import sys
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
-from ..checkpoint import JSON
 from ..errors import ManagerError
 from ..text import columns, counted, size
 
 if TYPE_CHECKING:
+    from ..checkpoint import JSON
     from .commits import Commit
     from .manager import CheckpointManager
 
