@@ -16,7 +16,7 @@ from fastckpt.placement import Placement
 from fastckpt.planner import LEAF, Batch, Binding, Slots, Table, compile, cut
 from fastckpt.plans import Wanted
 from fastckpt.reader import Mapped
-from fastckpt.road import BAND
+from fastckpt.runs import BAND
 from fastckpt.target import Target
 from fastckpt.views import strided
 from floors import Memcpy, batches, share, source_runs

@@ -22,7 +22,7 @@ from fastckpt.extents import Buffer
 from fastckpt.planner import LEAF, NOTHING, Batch, Binding, cut
 from fastckpt.plans import Plan
 from fastckpt.reader import Mapped
-from fastckpt.road import BAND
+from fastckpt.runs import BAND
 
 _memcpy = ctypes.CDLL(None).memcpy
 _memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)

@@ -71,6 +71,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "tensors": (*CORE, "planner", "plans"),
     "device": (*CORE, "digest", "planner", "plans", "reader", "pipeline", "executors"),
 }
+MAY_IMPORT["runs"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")
 # The doors stand side by side; what writes their words stands before them. `__init__` holds the version.
 MAY_IMPORT["text"] = CORE
@@ -138,7 +139,7 @@ TORCH |= {
         "runner",
     ]
 }
-TORCH_IN_FUNCTIONS = {"sources/memory", "road", "quant", "zero_to_fp32", "demo"}
+TORCH_IN_FUNCTIONS = {"sources/memory", "runs", "road", "quant", "zero_to_fp32", "demo"}
 """Where torch may be imported. The first are themselves imported inside functions only."""
 
 VAGUE = {"utils", "util", "common", "helpers", "base", "misc"}

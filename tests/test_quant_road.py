@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import quant_oracle
 import torch
-from fastckpt import quantising, road, rounding
+from fastckpt import quantising, rounding, runs
 from fastckpt.cli import main
 from fastckpt.errors import LayoutError, SourceError, WriteError
 from fastckpt.executors import pick
@@ -182,8 +182,8 @@ def test_from_zero_files_to_files(tmp_path, monkeypatch, scheme, reader, executo
         pick(executor)
     except fastckpt.DeviceError:
         pytest.skip(f"executor {executor} is not built")
-    monkeypatch.setattr(road, "pick", lambda name: pick(executor))
-    monkeypatch.setattr(road, "_reader", lambda binding, *, alone: reader(binding.places))
+    monkeypatch.setattr(runs, "pick", lambda name: pick(executor))
+    monkeypatch.setattr(runs, "reader_of", lambda binding, *, alone: reader(binding.places))
     report = fastckpt.reshard(tmp_path / "in", 2, quant=scheme, out=tmp_path / "out", threads=2)
     for rank in range(2):
         check(

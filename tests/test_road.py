@@ -8,7 +8,7 @@ import fastckpt
 import numpy as np
 import pytest
 import torch
-from fastckpt import road, sources
+from fastckpt import road, runs, sources
 from fastckpt.errors import LayoutError, RecipeError, SourceError, WriteError
 from fastckpt.executors import pick
 from fastckpt.reader import Mapped, Positioned
@@ -79,8 +79,8 @@ def shard_files(out):
 def test_every_reader_and_executor_writes_the_same_files(tmp_path, monkeypatch, reader, executor):
     config, truth = zero(tmp_path / "in", "mixtral", world=4)
     chosen = pick(executor)
-    monkeypatch.setattr(road, "pick", lambda name: chosen)
-    monkeypatch.setattr(road, "_reader", lambda binding, alone: reader(binding.places))
+    monkeypatch.setattr(runs, "pick", lambda name: chosen)
+    monkeypatch.setattr(runs, "reader_of", lambda binding, alone: reader(binding.places))
     out = tmp_path / "out"
     report = fastckpt.reshard(tmp_path / "in", 2, layout="vllm", dtype="bfloat16", out=out, threads=3)
     got = shard_files(out)
@@ -306,7 +306,7 @@ def test_a_source_cut_short_under_the_reader_is_an_error(tmp_path, monkeypatch, 
             f.truncate(1 << 20)
         return opened
 
-    monkeypatch.setattr(road, "_reader", short)
+    monkeypatch.setattr(runs, "reader_of", short)
     with pytest.raises(SourceError, match=victim.name):
         fastckpt.reshard(tmp_path / "in", layout="same", out=tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["in"]
@@ -362,7 +362,7 @@ def test_overwriting_never_removes_what_is_read(tmp_path, where, rank):
 @pytest.mark.parametrize("compiled", [True, False])
 def test_a_source_written_to_while_it_is_read_is_refused(tmp_path, monkeypatch, compiled):
     if not compiled:
-        monkeypatch.setattr(road, "built", lambda: False)
+        monkeypatch.setattr(runs, "built", lambda: False)
     write_zero(tmp_path / "in", {f"w{i}": torch.randn(1 << 18) for i in range(32)}, stage=3, world=2)
     source = next((tmp_path / "in").rglob("*rank_1*optim*"))
 
@@ -394,8 +394,8 @@ def test_a_damaged_kept_plan_is_not_used(tmp_path, monkeypatch):
 
 def test_bands_of_any_number_of_threads_stay_within_the_promise():
     for threads in range(1, 257):
-        assert 4 << 20 <= road.band(threads) <= road.BAND
-        assert threads * road.band(threads) <= (16 << 20) + threads * (4 << 20)
+        assert 4 << 20 <= runs.band(threads) <= runs.BAND
+        assert threads * runs.band(threads) <= (16 << 20) + threads * (4 << 20)
 
 
 def test_stream_gives_every_byte_in_order(tmp_path):
@@ -421,11 +421,11 @@ def test_plan_says_what_reshard_does(tmp_path):
     ends = {}
     for t in plan.tensors:
         ends.setdefault(t.file, []).append((t.offset, t.offset + t.nbytes))
-    for number, runs in ends.items():
-        runs.sort()
+    for number, pieces in ends.items():
+        pieces.sort()
         assert (
-            all(a[1] == b[0] for a, b in itertools.pairwise(runs))
-            and runs[-1][1] == plan.files[number].nbytes
+            all(a[1] == b[0] for a, b in itertools.pairwise(pieces))
+            and pieces[-1][1] == plan.files[number].nbytes
         )
     assert plan.needed_bytes >= plan.output_bytes
     assert plan.slots().leaves == len(plan.tensors) - sum(t.nbytes == 0 for t in plan.tensors)

@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     from .manager.runner import JobRunner as JobRunner
     from .placement import Placement as Placement
     from .plans import Plan as Plan
-    from .road import Report as Report
     from .road import consolidate as consolidate
     from .road import load_into as load_into
     from .road import plan as plan
     from .road import prepare as prepare
     from .road import reshard as reshard
+    from .runs import Report as Report
     from .schemes import SCHEMES as SCHEMES
     from .schemes import Quant as Quant
     from .sources.memory import partitioned as partitioned
@@ -77,7 +77,7 @@ _HOME = {
     "WriteError": "errors",
     "Placement": "placement",
     "Plan": "plans",
-    "Report": "road",
+    "Report": "runs",
     "consolidate": "road",
     "load_into": "road",
     "plan": "road",

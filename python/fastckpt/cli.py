@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .checkpoint import JSON, Checkpoint
     from .layouts import Layout
     from .plans import Plan
-    from .road import Report
+    from .runs import Report
     from .schemes import Quant
     from .verification import VerifyReport
 
@@ -315,7 +315,7 @@ def _show_plan(args: argparse.Namespace, planned: Plan) -> None:
 
 
 def _show_report(args: argparse.Namespace, report: object) -> None:
-    from .road import Report
+    from .runs import Report
     from .text import counted, size
 
     assert isinstance(report, Report)  # the output was a path

@@ -20,7 +20,7 @@ from .extents import File
 from .placement import Placement
 from .planner import NOTHING, Binding, Ints, Table
 from .plans import Plan
-from .road import band
+from .runs import band
 from .text import columns, counted, size, some
 
 

@@ -145,7 +145,8 @@ def _gc(manager: CheckpointManager, args: argparse.Namespace) -> int:
 
 
 def _restore(manager: CheckpointManager, args: argparse.Namespace) -> int:
-    from ..road import Report, reshard
+    from ..road import reshard
+    from ..runs import Report
 
     step = _step(manager, args)
     opened = manager.open(step, args.rank)

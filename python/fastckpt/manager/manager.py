@@ -22,7 +22,7 @@ from types import FrameType, TracebackType
 from ..checkpoint import JSON
 from ..errors import FastckptError, ManagerError, SourceError, WriteError
 from ..layouts import Layout
-from ..road import Report
+from ..runs import Report
 from . import loading, policies, publishing, saving
 from .commits import Commit, Store, ready
 from .coordination import Alone, Group, join, together

@@ -19,7 +19,8 @@ from ..commit import sync_directory, telling
 from ..errors import ManagerError
 from ..layouts import Layout
 from ..manifest import NAME, Manifest
-from ..road import Report, reshard
+from ..road import reshard
+from ..runs import Report
 from .opened import Opened, check_files
 from .saving import engine_directory
 from .values import ENGINE, parts_of

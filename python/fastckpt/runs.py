@@ -1,0 +1,373 @@
+"""One run of a plan: its clock, threads and memory, and the ends it can have: files, tensors, a GPU.
+
+Law: what a run holds stays within FIXED_MEMORY and its threads' staging, or within what `memory` says.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from . import __version__, joining
+from .checkpoint import JSON
+from .errors import DeviceError, WriteError
+from .executors import pick
+from .executors.cpu import built
+from .extents import Buffer
+from .files import parse_size
+from .manifest import Manifest, Origin, Record
+from .pipeline import ToFiles, Worker, feed, put_into, to_buffers
+from .planner import LEAF, Batch, Binding, compiled, cut
+from .plans import Plan
+from .quantising import Job, Put, Quantising, Scan
+from .quantplan import flat
+from .reader import GAP, Lane, Mapped, Positioned
+from .rounding import Error, Floats
+from .writer import Output
+
+if TYPE_CHECKING:
+    import torch
+
+    State = dict[str, torch.Tensor]
+
+Progress = Callable[[int, int, str], None]
+"""Called with bytes done, bytes in all and the phase: "plan", "copy" or "sync"."""
+
+BAND = 8 * LEAF
+"""Output bytes made at once of a tensor that is transposed on the way."""
+
+FIXED_MEMORY = 64 << 20
+"""What a run may hold besides its threads' staging: the promise of docs/architecture.md."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a run did: where, what, how many bytes, how long.
+
+    `digests`: "name" (or "rank/name" with several ranks) -> hex digest of the tensor's output bytes, empty
+    where no files were written. `bytes_needed`: source bytes the outputs are made of; `bytes_read`: source
+    bytes that were read or, mapped, copied from. `peak_memory`: the process's highest resident bytes so far
+    (VmHWM). `phases`: seconds of planning, copying and syncing. `notes`: what the user should know.
+    `bytes_scanned`: source bytes read first, for scales that reach across a cut; `errors`: how far each
+    quantised tensor lies from its dense values (docs/formats.md), named as in `digests`."""
+
+    out: str | None
+    key: str
+    ranks: tuple[int, ...]
+    files: tuple[str, ...]
+    tensors: int
+    bytes_needed: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    phases: Mapping[str, float]
+    digests: Mapping[str, str] = field(default_factory=dict)
+    peak_memory: int = 0
+    notes: tuple[str, ...] = ()
+    bytes_scanned: int = 0
+    errors: Mapping[str, Mapping[str, JSON]] = field(default_factory=dict)
+
+
+class Run:
+    """One run's clock, threads and memory, and the three ends a plan can have."""
+
+    def __init__(self, threads: int | None, memory: str | int | None, progress: Progress | None) -> None:
+        self.threads = _threads(threads)
+        self.band = band(self.threads)
+        self.spare: int | None = None
+        if memory is not None:
+            budget = parse_size(memory)
+            spare = budget - FIXED_MEMORY
+            if spare < 2 * LEAF:
+                raise WriteError(
+                    f"memory {memory!r}: {budget} bytes are too few, "
+                    f"a run needs at least {FIXED_MEMORY + 2 * LEAF}"
+                )
+            self.threads = max(1, min(self.threads, spare // (2 * LEAF)))
+            self.spare = spare
+            self.band = max(LEAF, min(BAND, spare // self.threads // LEAF // 2 * LEAF))
+        self.progress = progress
+        self.start = time.perf_counter()
+        self.phases: dict[str, float] = {}
+        self.bytes_read = 0
+        self.bytes_scanned = 0
+        self.errors: dict[int, Error] = {}
+
+    def planned(self, make: Callable[[], Plan]) -> Plan:
+        """Make the plan, on the clock."""
+        planned = make()
+        self.phases["plan"] = time.perf_counter() - self.start
+        return planned
+
+    def to_memory(self, planned: Plan, device: str = "cpu") -> tuple[list[State], Report]:
+        """Fresh tensors; a tied name is the same tensor again."""
+        from . import tensors
+
+        states, buffers = tensors.allocate(planned, device)
+        report = self._in_memory(planned, buffers, device)
+        tensors.tie(states, planned.aliases)
+        return states, report
+
+    def to_tensors(self, planned: Plan, out: Sequence[State], device: str = "cpu") -> Report:
+        """The caller's tensors, filled in place."""
+        from . import tensors
+
+        return self._in_memory(planned, tensors.matched(planned, out, device), device)
+
+    def _in_memory(self, planned: Plan, buffers: Sequence[Buffer], device: str) -> Report:
+        if device == "cpu":
+            self._copy(planned, lambda lane: to_buffers(lane, buffers), put_into(buffers), apart=True)
+        else:
+            self._on_gpu(planned, buffers, device)
+        return self._report(planned, None, {})
+
+    def _on_gpu(self, planned: Plan, buffers: Sequence[Buffer], device: str) -> None:
+        from .device import ToDevice, prepare, resident
+
+        if planned.quantised:
+            raise DeviceError(f"device {device!r}: quantising runs on the CPU only")
+        binding = Binding.of(planned.extents)
+        if resident(binding):
+            began = time.perf_counter()
+            prepare(planned, binding, buffers, device).run()
+            self.bytes_read += planned.needed_bytes
+            self.phases["copy"] = time.perf_counter() - began  # until it was started
+        else:
+            sink = ToDevice(planned.slots(), buffers, device)
+            self._copy(planned, lambda lane: sink.worker(lane, self.band))
+            sink.close()
+
+    def to_files(
+        self,
+        planned: Plan,
+        out: str,
+        rank: int | None,
+        *,
+        durable: bool,
+        overwrite: bool,
+        finite: bool,
+        beside: bool = True,
+    ) -> Report:
+        """Files, real all at once or not at all; a rank that is done already is left as it is."""
+        world = planned.placement.world
+        output = Output(
+            out, key=planned.key, rank=rank, world=world, overwrite=overwrite, durable=durable,
+            keep=_read_from(planned),
+        )  # fmt: skip
+        with output:
+            if rank is not None and output.done(rank):
+                done = _digests(output.complete(), planned.ranks)
+                notes = (*planned.notes, f"rank {rank} was done already")
+                return self._report(replace(planned, notes=notes), out, done)
+            output.reserve(sum(f.nbytes for f in planned.files))
+            files = [output.create(f, r) for f, r in zip(planned.files, planned.file_ranks, strict=True)]
+            sink = ToFiles(planned.slots(), planned.tensors, files, finite=finite)
+            self._copy(planned, lambda lane: sink.worker(lane, self.band), sink.put)
+            began = time.perf_counter()
+            if self.progress is not None:
+                self.progress(planned.output_bytes, planned.output_bytes, "sync")
+            sink.close(self.threads)
+            for owner, name, data in (*planned.texts, *_errors(planned, self.errors)):
+                output.text(name, data, owner)
+            if beside:
+                for path in planned.checkpoint.beside:
+                    if planned.config is None or os.path.basename(path) != "config.json":
+                        output.copy(path)
+                if planned.config is not None:
+                    output.text("config.json", planned.config)
+            manifest = output.commit(_record(planned, finite))
+            self.phases["sync"] = time.perf_counter() - began
+        return self._report(planned, out, _digests(manifest, planned.ranks))
+
+    def _copy(
+        self, planned: Plan, worker: Callable[[Lane], Worker], put: Put | None = None, *, apart: bool = False
+    ) -> None:
+        """Every batch of the plan through the readers and the executor."""
+        largest = self._scan(planned)
+        began = time.perf_counter()
+        executor = pick(None)
+        binding, slots = Binding.of(planned.extents), planned.slots()
+        quantising = Quantising(planned, slots, largest)
+        threads = self._fitting(quantising)
+        total, done = planned.output_bytes, 0
+
+        def count(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            if self.progress is not None:
+                self.progress(done, total, "copy")
+
+        with reader_of(binding, alone=len(planned.ranks) < planned.placement.world) as reader:
+            band = self.band if isinstance(reader, Mapped) else LEAF
+
+            def batches() -> Iterator[Batch | Job]:
+                for first, chunk in planned.chunks():
+                    yield from quantising.jobs(first, chunk, binding)
+                    others = quantising.others(first, chunk)
+                    yield from cut(others, first, quantising.rest, binding, band=band, apart=apart)
+
+            def both(lane: Lane) -> Callable[[Batch | Job], None]:
+                copy = worker(lane)
+                if put is None:  # the plan quantises nothing
+                    return lambda item: None if isinstance(item, Job) else copy(item)
+                quantise = quantising.worker(lane, put)
+                return lambda item: quantise(item) if isinstance(item, Job) else copy(item)
+
+            lanes = [reader.lane(executor) for _ in range(threads)]
+            feed(batches(), [both(lane) for lane in lanes], count)
+            self.bytes_read += sum(lane.bytes_read for lane in lanes)
+        self.errors = quantising.errors
+        self.phases["copy"] = time.perf_counter() - began
+
+    def _fitting(self, quantising: Quantising) -> int:
+        """As many threads as `memory` holds the staging of. Raises WriteError where it holds none."""
+        need = quantising.dense + quantising.values
+        if self.spare is None or not quantising.dense:
+            return self.threads
+        if self.spare < need:
+            raise WriteError(
+                f"memory: a band of blocks to quantise takes {need} bytes above {FIXED_MEMORY}, "
+                f"got {self.spare}"
+            )
+        return min(self.threads, self.spare // need)
+
+    def _scan(self, planned: Plan) -> dict[str, Floats]:
+        """The first read: the largest magnitudes of uncut matrices whose scales reach across a cut."""
+        scan = Scan()
+        if planned.scans is None:
+            return scan.largest
+        began = time.perf_counter()
+        for window, chunk, extents in compiled(planned.scans(), planned.extents):
+            binding = Binding.of(extents)
+            with reader_of(binding, alone=False) as reader:
+                lanes = [reader.lane(pick(None)) for _ in range(self.threads)]
+                feed(scan.jobs(window, chunk, binding), [scan.worker(lane) for lane in lanes], lambda _: None)
+                self.bytes_scanned += sum(lane.bytes_read for lane in lanes)
+        self.phases["scan"] = time.perf_counter() - began
+        return scan.largest
+
+    def _report(self, planned: Plan, out: str | None, digests: Mapping[str, str]) -> Report:
+        folder = "" if out is None else out
+        return Report(
+            out=out,
+            key=planned.key,
+            ranks=planned.ranks,
+            files=tuple(os.path.join(folder, f.path) for f in planned.files),
+            tensors=len(planned.tensors),
+            bytes_needed=planned.needed_bytes,
+            bytes_read=self.bytes_read,
+            bytes_scanned=self.bytes_scanned,
+            bytes_written=planned.output_bytes,
+            seconds=time.perf_counter() - self.start,
+            phases=self.phases,
+            digests=digests,
+            peak_memory=_peak_memory(),
+            notes=planned.notes,
+            errors={
+                f"{t.rank}/{t.name}" if planned.placement.world > 1 else t.name: told
+                for i, told in _told(planned, self.errors).items()
+                for t in [planned.tensors[i]]
+            },
+        )
+
+
+def _told(planned: Plan, errors: Mapping[int, Error]) -> dict[int, dict[str, JSON]]:
+    """What is told of each quantised tensor, in the plan's order."""
+    told: dict[int, dict[str, JSON]] = {}
+    for i, q in planned.quantised.items():
+        if i in errors:
+            e = errors[i]
+            told[i] = {
+                "scheme": q.scheme.name,
+                "dense": q.name,
+                "dense_bytes": flat(q.shape)[0] * flat(q.shape)[1] * q.dtype.itemsize,
+                "bytes": planned.tensors[i].nbytes + planned.tensors[q.scales].nbytes,
+                "max_error": _figure(e.biggest),
+                "rms_error": _figure(e.rms),
+                "snr_db": _figure(e.snr),
+                "cosine": _figure(e.cosine),
+            }
+    return told
+
+
+def _figure(value: float | None) -> float | None:
+    """Six digits; None for what JSON cannot say."""
+    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
+
+
+def _errors(planned: Plan, errors: Mapping[int, Error]) -> list[tuple[int, str, bytes]]:
+    """A file for each rank that tells the error of its quantised tensors: (rank, path, bytes)."""
+    by_rank: dict[int, dict[str, JSON]] = {}
+    for i, told in _told(planned, errors).items():
+        by_rank.setdefault(planned.tensors[i].rank, {})[planned.tensors[i].name] = told
+    return [
+        (rank, f"quantisation-rank-{rank}.json", (json.dumps(told, indent=1) + "\n").encode())
+        for rank, told in by_rank.items()
+    ]
+
+
+def _read_from(planned: Plan) -> list[str]:
+    """Every path this run reads: overwriting must remove none of them. Tensors in memory have none."""
+    ckpt = planned.checkpoint
+    return [ckpt.path, *(f.path for f in ckpt.files), *ckpt.beside] if ckpt.files else []
+
+
+def _record(planned: Plan, finite: bool) -> Record:
+    """What the manifest says of this run."""
+    ckpt, grid = planned.checkpoint, planned.placement
+    tag, step = ckpt.facts.get("tag"), ckpt.facts.get("step")
+    origin = Origin(
+        os.path.abspath(ckpt.path) if ckpt.files else ckpt.path,
+        ckpt.format,
+        tag if isinstance(tag, str) else "",
+        step if isinstance(step, int) else None,
+        ckpt.headers,
+    )
+    sizes = {"tp": grid.tp, "pp": grid.pp, "dp": grid.dp, "ep": grid.ep}
+    told = joining.told(ckpt, grid.world, planned.layout)
+    options = {**planned.options, **told, "allow_nonfinite": not finite}
+    return Record(origin, __version__, planned.layout, sizes, options)
+
+
+def _digests(manifest: Manifest, ranks: Sequence[int]) -> dict[str, str]:
+    """Tensor digests of some ranks; the rank stands before the name where the set has several."""
+    return {
+        f"{shard.rank}/{name}" if manifest.world > 1 else name: tensor.digest
+        for shard in manifest.shards
+        if shard.rank in ranks
+        for name, tensor in shard.tensors.items()
+    }
+
+
+def band(threads: int) -> int:
+    """The band of each of so many threads: together at most 4 MiB a thread and 16 MiB of the fixed part."""
+    return min(BAND, (16 + 4 * threads) // threads * LEAF)
+
+
+def _threads(asked: int | None) -> int:
+    if asked is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if asked < 1:
+        raise WriteError(f"threads: wanted at least 1, got {asked}")
+    return asked
+
+
+def reader_of(binding: Binding, *, alone: bool) -> Mapped | Positioned:
+    """Mapped where it is compiled, else by position; one rank alone may read through small gaps."""
+    if built():
+        return Mapped(binding.places)
+    return Positioned(binding.places, gap=GAP if alone else 0)
+
+
+def _peak_memory() -> int:
+    """VmHWM in bytes; 0 where the kernel does not tell."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as f:
+            return next((int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM")), 0)
+    except OSError:
+        return 0
