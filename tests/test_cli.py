@@ -479,6 +479,27 @@ def test_a_reader_that_goes_away_is_no_error(source):
     assert process.wait() == cli.UNHEARD
 
 
+def test_names_do_not_command_the_terminal(run, tmp_path):
+    save_file({"a\x1b[31mred\r": torch.ones(2)}, tmp_path / "model.safetensors")
+    code, said, _ = run("inspect", tmp_path)
+    assert code == 0 and "a\\x1b[31mred\\r" in said and "\x1b" not in said and "\r" not in said
+
+
+def test_a_closed_stdout_is_no_mismatch(source, tmp_path):
+    command = f'"{sys.executable}" -m fastckpt consolidate "{source}" "{tmp_path / "out"}" --no-fsync >&-'
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert cli.main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_an_ascii_terminal_gets_every_name(tmp_path):
+    save_file({"gewicht_\u00e4": torch.ones(2)}, tmp_path / "model.safetensors")
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "fastckpt", "inspect", str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, check=False)
+    assert done.returncode == 0 and b"gewicht_\\xe4" in done.stdout
+
+
 # ---- progress ----
 
 

@@ -1,8 +1,10 @@
 """The whole road, from a ZeRO checkpoint or tensors to every end, against torch alone."""
 
+import fcntl
 import itertools
 import json
 import os
+import subprocess
 
 import fastckpt
 import numpy as np
@@ -12,6 +14,7 @@ from fastckpt import road, runs, sources
 from fastckpt.errors import LayoutError, RecipeError, SourceError, WriteError
 from fastckpt.executors import pick
 from fastckpt.reader import Mapped, Positioned
+from fastckpt.writer import Output
 from layouts import oracle, tiny
 from safetensors.torch import load_file, save_file
 from zero_writer import write_zero
@@ -467,3 +470,29 @@ def test_config_and_tokenizer_go_with_the_weights(tmp_path):
     assert torch.equal(fewer["lm_head.weight"], truth["lm_head.weight"][:200])
     fastckpt.reshard(tmp_path / "in", layout="same", out=tmp_path / "other", config={"a": 1})
     assert json.loads((tmp_path / "other/config.json").read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize("size", [{"tp": 2.0}, {"tp": "2"}, {"tp": True}, {"tp": 2, "rank": 1.0}])
+def test_a_grid_is_of_whole_numbers(size):
+    with pytest.raises(LayoutError, match="placement"):
+        fastckpt.Placement(**size)
+
+
+def test_staging_that_another_process_holds_is_not_swept(tmp_path):
+    """A live run of another container has a number that is dead here; its lock tells."""
+    write_zero(tmp_path / "in", {"w": torch.ones(5)}, stage=3, world=2)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    with Output(tmp_path / "out", key="k"):
+        (mine,) = (p.name for p in tmp_path.iterdir() if p.name.startswith(".out."))
+    host = mine.removeprefix(".out.fastckpt-").rsplit("-", 2)[0]
+    held, left = (tmp_path / f".out.fastckpt-{host}-{dead.pid}-{n:08x}" for n in (1, 2))
+    held.mkdir()
+    left.mkdir()
+    lock = os.open(held, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        fastckpt.reshard(tmp_path / "in", layout="same", out=tmp_path / "out", durable=False)
+        assert held.exists() and not left.exists()
+    finally:
+        os.close(lock)
