@@ -13,12 +13,15 @@ import torch
 from fastckpt import road, runs, sources
 from fastckpt.errors import LayoutError, RecipeError, SourceError, WriteError
 from fastckpt.executors import pick
+from fastckpt.executors.cpu import built
 from fastckpt.reader import Mapped, Positioned
 from fastckpt.writer import Output
 from layouts import oracle, tiny
 from safetensors.torch import load_file, save_file
 from zero_writer import write_zero
 
+COMPILED = pytest.mark.skipif(not built(), reason="the compiled module is not built")
+READERS = [pytest.param(Mapped, marks=COMPILED), Positioned]
 LAYOUTS = {"hf": oracle.hf, "vllm": oracle.vllm, "rtp_llm": oracle.rtp_llm}
 
 
@@ -77,8 +80,8 @@ def shard_files(out):
     return {p.relative_to(out).as_posix(): load_file(p) for p in sorted(out.rglob("*.safetensors"))}
 
 
-@pytest.mark.parametrize("reader", [Mapped, Positioned])
-@pytest.mark.parametrize("executor", ["cpu", "torch"])
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("executor", [pytest.param("cpu", marks=COMPILED), "torch"])
 def test_every_reader_and_executor_writes_the_same_files(tmp_path, monkeypatch, reader, executor):
     config, truth = zero(tmp_path / "in", "mixtral", world=4)
     chosen = pick(executor)
@@ -297,7 +300,7 @@ def test_a_source_cut_short_while_it_is_read_is_an_error(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["in"]
 
 
-@pytest.mark.parametrize("reader", [Mapped, Positioned])
+@pytest.mark.parametrize("reader", READERS)
 def test_a_source_cut_short_under_the_reader_is_an_error(tmp_path, monkeypatch, reader):
     write_zero(tmp_path / "in", {"w": torch.randn(3 << 20)}, stage=3, world=1)
     victim = max(tmp_path.rglob("*optim_states.pt"), key=lambda p: p.stat().st_size)
