@@ -190,7 +190,8 @@ class Claims:
         names = [*self.ckpt.entries, *self.ckpt.aliases]
         if adapted := next((n for n in names if ".lora_A." in n), None):
             raise RecipeError(
-                f"{self.ckpt.path}: {adapted} is an adapter's; --adapter DIR with its adapter_config.json merges it"
+                f"{self.ckpt.path}: {adapted} is an adapter's; --adapter DIR with its adapter_config.json "
+                "merges it"
             )
         for name in names:
             prefix = name.removesuffix(anchor)
