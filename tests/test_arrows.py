@@ -14,7 +14,7 @@ ROOT = Path(next(iter(fastckpt.__path__)))
 
 CORE = ("errors", "dtypes", "extents", "views", "checkpoint", "placement", "target")
 PLAIN = (*CORE, "model")
-FILES = ("syscalls", "files", "torchzip", "manifest", "commit", "writer")
+FILES = ("syscalls", "endings", "files", "torchzip", "manifest", "commit", "writer")
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "executors": (*CORE, "planner", "tiles", "_C"),
     # What makes output real.
     "syscalls": CORE,
+    "endings": (),
     "files": CORE,
     "torchzip": (*CORE, "digest", "files"),
     "manifest": (*CORE, "digest"),
