@@ -188,6 +188,11 @@ class Claims:
 
     def _refuse_wrapped(self, anchor: str) -> None:
         names = [*self.ckpt.entries, *self.ckpt.aliases]
+        if adapted := next((n for n in names if ".lora_A." in n), None):
+            raise RecipeError(
+                f"{self.ckpt.path}: {adapted} is an adapter's; --adapter DIR with its adapter_config.json "
+                "merges it"
+            )
         for name in names:
             prefix = name.removesuffix(anchor)
             if prefix != name and prefix.endswith(".") and all(n.startswith(prefix) for n in names):
