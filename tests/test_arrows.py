@@ -106,6 +106,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__",),
     ),
     "recipes": (
+        ("quantised",),
         ("claims", "fused"),
         ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper"),
         ("llama", "gemma", "phi3", "glm", "mixtral", "qwen_moe", "deepseek", "gpt_oss"),
@@ -114,6 +115,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "layouts": (
         ("naming", "cuts", "servers", "padding"),
         ("rtp_merge", "rtp_split", "rtp_weights"),  # rtp-llm's catalogue, of which its layout is made
+        ("rtp_roles",),
         ("same", "hf", "vllm", "rtp_llm", "megatron", "patterns"),
         ("__init__",),
     ),
