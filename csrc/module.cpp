@@ -266,6 +266,8 @@ PYBIND11_MODULE(_C, m) {
             if (error) std::rethrow_exception(error);
         } catch (const BrokenFile& e) {
             py::set_error(py::module_::import("fastckpt.errors").attr("SourceError"), e.what());
+        } catch (const NoRoom& e) {
+            py::set_error(py::module_::import("fastckpt.errors").attr("WriteError"), e.what());
         }
     });
 

@@ -154,9 +154,10 @@ def test_copies_give_mapped_pages_back(tmp_path: Path, kind: str, threads: int) 
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
     before = peak()
     runner.run(rows, [Buffer(out, out.ctypes.data, out.nbytes)], threads)
+    held = peak() - before  # the comparison below makes an array of its own
     assert np.array_equal(out, wanted)
     assert resident(m.address) <= 16 * MIB
-    assert peak() - before < n * 5 // 8  # the limit, a share a thread, and code that is faulted in meanwhile
+    assert held < 16 * MIB + threads * 8 * MIB
 
 
 def test_a_neighbouring_buffer_keeps_its_bytes(tmp_path: Path) -> None:
