@@ -258,14 +258,9 @@ class Run:
         began = time.perf_counter()
         for window, chunk, extents in compiled(planned.scans(), planned.extents):
             binding = Binding.of(extents)
-<<<<<<< HEAD
-            with reader_of(binding, alone=False) as reader:
+            with reader_of(extents, binding, alone=False) as reader:
                 executor = pick(None)
                 lanes = [reader.lane(executor) for _ in range(self.threads)]
-=======
-            with reader_of(extents, binding, alone=False) as reader:
-                lanes = [reader.lane(pick(None)) for _ in range(self.threads)]
->>>>>>> main
                 feed(scan.jobs(window, chunk, binding), [scan.worker(lane) for lane in lanes], lambda _: None)
                 self.bytes_scanned += sum(lane.bytes_read for lane in lanes)
         self.phases["scan"] = time.perf_counter() - began
