@@ -272,9 +272,13 @@ def _compiled(
     if quantised:  # ranks take turns, so what goes with a tensor is found by name
         at = {(rank, name): i for i, (rank, name, _, _) in enumerate(order)}
         for i, told in quantised.items():
-            scales = at[order[i][0], told.name + told.scheme.scale]
-            form = at[order[i][0], f"{told.name}_shape"] if told.scheme.packed else None
-            quantised[i] = replace(told, scales=scales, form=form)
+            rank, scheme = order[i][0], told.scheme
+            scales, zeros, form = (
+                at[rank, scheme.named(told.name, part)] if part else None
+                for part in (scheme.scale, scheme.zero, scheme.form)
+            )
+            assert scales is not None  # every scheme has scales
+            quantised[i] = replace(told, scales=scales, zeros=zeros, form=form)
     return order, kept, extents, needed, quantised
 
 
