@@ -1,6 +1,8 @@
 // fastckpt._C: the only file that knows Python. Buffers and integers come in, work runs without the GIL.
 #include <pybind11/pybind11.h>
 
+#include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -50,20 +52,20 @@ void check_inside(const char* what, int64_t offset, int64_t size, size_t nbytes)
                                     ") is outside a buffer of " + std::to_string(nbytes) + " bytes");
 }
 
+std::unique_ptr<Recent> make_recent(const py::object& addresses, const py::object& mapped, uint64_t limit) {
+    Held a(addresses), m(mapped);
+    const size_t n = a.count<uint64_t>("addresses");
+    if (m.count<uint64_t>("mapped") != n) throw std::invalid_argument("Recent: addresses and mapped differ in length");
+    return std::make_unique<Recent>(a.items<uint64_t>(), m.items<uint64_t>(), n, limit);
+}
+
 void py_copy_rows(const py::object& rows, const py::object& sources, const py::object& destinations, int threads, int isa,
-                  const py::object& mapped, uint64_t release_bytes) {
+                  Recent* recent) {
     Held r(rows), s(sources), d(destinations);
-    Rows work{r.items<Copy>(), r.count<Copy>("rows"), s.items<uint64_t>(), s.count<uint64_t>("sources"),
-              d.items<uint64_t>(), d.count<uint64_t>("destinations"), nullptr, 0};
-    if (mapped.is_none() || release_bytes == 0) {
-        py::gil_scoped_release free;
-        copy_rows(work, threads, isa);
-        return;
-    }
-    Held m(mapped);
-    if (m.count<uint64_t>("mapped") != work.source_count) throw std::invalid_argument("mapped: one number for each source");
-    work.mapped = m.items<uint64_t>();
-    work.release_bytes = release_bytes;
+    const Rows work{r.items<Copy>(), r.count<Copy>("rows"), s.items<uint64_t>(), s.count<uint64_t>("sources"),
+                    d.items<uint64_t>(), d.count<uint64_t>("destinations"), recent};
+    if (recent != nullptr && recent->count() != work.source_count)
+        throw std::invalid_argument("recent: " + std::to_string(recent->count()) + " sources, got " + std::to_string(work.source_count));
     py::gil_scoped_release free;
     copy_rows(work, threads, isa);
 }
@@ -120,27 +122,33 @@ void check_dense(const char* what, size_t nbytes, int code, size_t rows, size_t 
 }
 
 bool py_quantise(const py::object& dense, int code, size_t rows, size_t columns, size_t block_rows, size_t block_columns, float reach,
-                 float floor, bool reciprocal, int kind, const py::object& amax, const py::object& out, const py::object& scales,
-                 const py::object& sums, int isa) {
+                 float floor, float lowest, bool reciprocal, bool half, int kind, const py::object& amax, const py::object& out,
+                 const py::object& scales, const py::object& zeros, const py::object& sums, int isa) {
     Held d(dense), o(out, true), s(scales, true), t(sums, true);
     check_dense("quantise", d.nbytes(), code, rows, columns);
-    if (kind < QUANT_INT8 || kind > QUANT_INT4) throw std::invalid_argument("quantise: no kind " + std::to_string(kind));
-    const bool packed = kind == QUANT_INT4;
-    if (block_rows == 0 || block_columns == 0 || (packed && (columns % 8 != 0 || block_columns % 8 != 0)))
+    if (kind < QUANT_INT8 || kind >= QUANT_KINDS) throw std::invalid_argument("quantise: no kind " + std::to_string(kind));
+    const bool packed = kind >= QUANT_INT4, upright = kind == QUANT_INT4_AWQ || kind == QUANT_INT4_DOWN;
+    if (block_rows == 0 || block_columns == 0 || (packed && columns % 8 != 0) || (kind == QUANT_INT4 && block_columns % 8 != 0) ||
+        (upright && (block_columns != 1 || block_rows % 8 != 0 || rows % 8 != 0)))
         throw std::invalid_argument("quantise: blocks of " + std::to_string(block_rows) + " x " + std::to_string(block_columns));
     const size_t blocks = ((rows - 1) / block_rows + 1) * ((columns - 1) / block_columns + 1);
     if (o.nbytes() != rows * columns / (packed ? 2 : 1) || s.count<float>("scales") != blocks || t.count<double>("sums") != 5)
         throw std::invalid_argument("quantise: out, scales or sums have another size");
     Quant q{d.data(), rows, columns, block_rows, block_columns, static_cast<Dtype>(code), static_cast<QuantKind>(kind),
-            reciprocal, reach, floor, nullptr, o.data(), s.items<float>(), t.items<double>()};
-    if (amax.is_none()) {
-        py::gil_scoped_release free;
-        return kernels(isa).quantise(q);
+            reciprocal, half, reach, floor, lowest, nullptr, o.data(), s.items<float>(), nullptr, t.items<double>()};
+    std::optional<Held> a, z;
+    if (!amax.is_none()) {
+        a.emplace(amax);
+        if (a->count<float>("amax") != rows || block_rows != 1 || block_columns != columns)
+            throw std::invalid_argument("quantise: amax is one a row, and goes with blocks of whole rows");
+        q.amax = a->items<float>();
     }
-    Held a(amax);
-    if (a.count<float>("amax") != rows || block_rows != 1 || block_columns != columns)
-        throw std::invalid_argument("quantise: amax is one a row, and goes with blocks of whole rows");
-    q.amax = a.items<float>();
+    if (!zeros.is_none()) {
+        z.emplace(zeros, true);
+        if (z->nbytes() != blocks || !packed || (kind == QUANT_INT4 && block_rows != 1) || q.amax != nullptr)
+            throw std::invalid_argument("quantise: zeros are one a block of four bits");
+        q.zeros = z->items<int8_t>();
+    }
     py::gil_scoped_release free;
     return kernels(isa).quantise(q);
 }
@@ -293,7 +301,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_features", py_cpu_features, "What the machine offers of what the kernels ask for.");
 
     m.def("copy_rows", py_copy_rows, py::arg("rows"), py::arg("sources"), py::arg("destinations"), py::arg("threads") = 1,
-          py::arg("isa") = -1, py::arg("mapped") = py::none(), py::arg("release_bytes") = 0);
+          py::arg("isa") = -1, py::arg("recent") = py::none());
+    py::class_<Recent>(m, "Recent")
+        .def(py::init(&make_recent), py::arg("addresses"), py::arg("mapped"), py::arg("limit"));
     m.def("read_at", py_read_at, py::arg("fd"), py::arg("offsets"), py::arg("sizes"), py::arg("destination"),
           py::arg("positions"), py::arg("threads") = 1);
     m.def("digest64", py_digest64, py::arg("buffer"));
@@ -303,8 +313,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("nonfinite", py_nonfinite, py::arg("buffer"), py::arg("dtype_code"));
 
     m.def("quantise", py_quantise, py::arg("dense"), py::arg("dtype_code"), py::arg("rows"), py::arg("columns"),
-          py::arg("block_rows"), py::arg("block_columns"), py::arg("reach"), py::arg("floor"), py::arg("reciprocal"),
-          py::arg("kind"), py::arg("amax"), py::arg("out"), py::arg("scales"), py::arg("sums"), py::arg("isa") = -1);
+          py::arg("block_rows"), py::arg("block_columns"), py::arg("reach"), py::arg("floor"), py::arg("lowest"),
+          py::arg("reciprocal"), py::arg("half"), py::arg("kind"), py::arg("amax"), py::arg("out"), py::arg("scales"),
+          py::arg("zeros"), py::arg("sums"), py::arg("isa") = -1);
     m.def("row_amax", py_row_amax, py::arg("dense"), py::arg("dtype_code"), py::arg("rows"), py::arg("columns"), py::arg("out"),
           py::arg("isa") = -1);
 

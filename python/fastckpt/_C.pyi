@@ -27,15 +27,21 @@ def copy_rows(
     destinations: Buffer,
     threads: int = 1,
     isa: int = -1,
-    mapped: Buffer | None = None,
-    release_bytes: int = 0,
+    recent: Recent | None = None,
 ) -> None:
     """Runs every Copy row.
 
-    `sources` and `destinations`: uint64 addresses. `isa`: -1 takes the best. `mapped`: uint64, for each
-    source its bytes when it lies in a file mapping, else 0; with `release_bytes` the pages of those are given
-    back whenever a thread has touched so many bytes. Trusted: offsets and strides. Raises ValueError for a
-    buffer index or a conversion that does not exist."""
+    `sources` and `destinations`: uint64 addresses. `isa`: -1 takes the best. `recent`, made of the
+    same sources, is told what was read. Trusted: offsets and strides. Raises ValueError for a buffer index or
+    a conversion that does not exist."""
+
+class Recent:
+    """The mapped pages read last; beyond `limit` bytes the oldest are given back. Threads share one.
+
+    `addresses`: uint64, of the sources; `mapped`: uint64, for each its bytes that lie in a file mapping, else
+    0. It must not outlive the mappings in use."""
+
+    def __init__(self, addresses: Buffer, mapped: Buffer, limit: int) -> None: ...
 
 def run_tiles_on_host(
     rows: Buffer, owner: Buffer, sources: Buffer, destinations: Buffer, shuffle: int = 0
@@ -103,18 +109,21 @@ def quantise(
     block_columns: int,
     reach: float,
     floor: float,
+    lowest: float,
     reciprocal: bool,
+    half: bool,
     kind: int,
     amax: Buffer | None,
     out: Buffer,
     scales: Buffer,
+    zeros: Buffer | None,
     sums: Buffer,
     isa: int = -1,
 ) -> bool:
     """Quantises rows x columns of fp32, bf16 or fp16 as csrc/quant.h says; False where one is not finite.
 
-    `kind`: 0 int8, 1 float8_e4m3fn, 2 int4 (two a byte). `amax` (fp32): one a row. `scales` (fp32): one a
-    block. `sums` (fp64): 5, added to. Raises ValueError for sizes that do not fit."""
+    `kind`: `rounding.KINDS`' numbers. `amax` (fp32): one a row. `scales` (fp32), `zeros` (int8): one a block.
+    `sums` (fp64): 5, added to. Raises ValueError for sizes that do not fit."""
 
 def row_amax(dense: Buffer, dtype_code: int, rows: int, columns: int, out: Buffer, isa: int = -1) -> None:
     """out[i] (fp32) becomes the largest magnitude of row i, not finite where a value is not."""
