@@ -510,6 +510,7 @@ WRONG = {
     "memory": ["nonsense", 1, []],
     "threads": [0, -2, "2", 1.5, True],
     "progress": [5],
+    "adapter": [5],
 }
 
 

@@ -153,6 +153,8 @@ def _reshard(args: argparse.Namespace) -> int:
             vocab_size=args.vocab_size,
             dtype=args.dtype,
             quant=_quant(args),
+            adapter=args.adapter,
+            apart=args.apart,
             allow_nonfinite=args.allow_nonfinite,
             device=args.device,
             out=args.out,
@@ -323,6 +325,8 @@ def _planned(args: argparse.Namespace, layout: Layout) -> Plan:
         vocab_size=args.vocab_size,
         dtype=args.dtype,
         quant=_quant(args),
+        adapter=args.adapter,
+        apart=args.apart,
         max_shard_size=args.max_shard_size,
     )
 
