@@ -328,7 +328,7 @@ def stream(ckpt: Opened, names: Sequence[str]) -> Iterator[tuple[str, int, memor
     with reader_of(planned.extents, binding, alone=False) as reader:
         lane = reader.lane(pick(None))
         for first, chunk in planned.chunks():
-            for batch in cut(chunk, first, slots, binding, stage=LEAF, band=LEAF):
+            for batch in cut(chunk, first, slots, binding, stage=LEAF, band=LEAF, in_order=True):
                 lane.run(batch.rows, [target])
                 for at, size, leaf in zip(
                     batch.leaf_offset.tolist(), batch.leaf_size.tolist(), batch.leaf.tolist(), strict=True
