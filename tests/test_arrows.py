@@ -41,7 +41,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "tiles": (*CORE, "planner"),
     "reader": (*CORE, "planner", "_C"),
     "executors": (*CORE, "planner", "tiles", "_C"),
-    "merging": (*CORE, "lowrank", "planner", "reader"),
+    "dequantised": (*CORE, "lowrank", "rounding", "schemes"),
+    "merging": (*CORE, "lowrank", "dequantised", "planner", "reader"),
     # What makes output real.
     "syscalls": CORE,
     "endings": (),
@@ -59,6 +60,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "plancache": (*CORE, "planner"),
     "plans": (
         *PLAIN,
+        "dequantised",
         "collector",
         "adapters",
         "recipes",
@@ -80,6 +82,8 @@ MAY_IMPORT["runs"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")
 # The doors stand side by side; what writes their words stands before them. `__init__` holds the version.
 MAY_IMPORT["text"] = CORE
+MAY_IMPORT["drawing"] = ()
+MAY_IMPORT["losses"] = (*CORE, "text", "drawing")
 MAY_IMPORT["manager"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["terminal"] = (*CORE, "text")
 MAY_IMPORT["arguments"] = (*CORE, "text", "manager", "__init__")

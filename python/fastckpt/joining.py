@@ -72,7 +72,7 @@ def told(ckpt: Checkpoint, world: int, layout: str) -> dict[str, JSON]:
     if layout == "same" or (layout == "hf" and world == 1):
         return {}
     tensors: dict[str, JSON] = {n: [e.dtype.name, list(e.shape)] for n, e in ckpt.entries.items()}
-    return {TOLD: {"tensors": tensors, "aliases": dict(ckpt.aliases)}}
+    return {TOLD: {"tensors": tensors, "aliases": dict(ckpt.aliases), "layouts": layouts.VERSION}}
 
 
 @paused()
@@ -93,6 +93,12 @@ def whole(ckpt: Checkpoint) -> Checkpoint:
             f"{ckpt.path}: its record does not tell what the shards were cut from: made by an older version"
         )
     source = _map(record[TOLD], ckpt, TOLD)
+    version = source.get("layouts")
+    if version != layouts.VERSION:
+        raise SourceError(
+            f"{ckpt.path}: cut by version {version} of the layouts (fastckpt {manifest.record.version}); "
+            f"this one knows version {layouts.VERSION}, which may cut elsewhere"
+        )
     phantom = _phantom(ckpt, _map(source.get("tensors"), ckpt, "tensors"), source.get("aliases"))
     known = dict(zip(phantom.extents, phantom.entries, strict=True))
     pieces: dict[str, dict[Place, Piece]] = {name: {} for name in phantom.entries}
@@ -171,7 +177,8 @@ def _config(ckpt: Checkpoint, manifest: Manifest) -> Mapping[str, JSON]:
     held = manifest.files.get("config.json")
     if held is None or digest(Path(path).read_bytes()) != held.digest:
         raise SourceError(f"{path}: was changed since the shards were cut; put the one of then back")
-    return ckpt.config
+    was = _map(manifest.record.options.get("resized", {}), ckpt, "resized")  # before they were padded
+    return {k: v for k, v in {**ckpt.config, **was}.items() if v is not None or k not in was}
 
 
 def _phantom(ckpt: Checkpoint, tensors: Mapping[str, JSON], aliases: JSON) -> Checkpoint:

@@ -14,16 +14,16 @@ from dataclasses import dataclass, field, replace
 
 import xxhash
 
-from . import adapters, layouts, plancache, planner, quantplan, recipes
+from . import adapters, dequantised, layouts, plancache, planner, quantplan, recipes
 from .adapters import Adapter
 from .checkpoint import JSON, Checkpoint, Entry
 from .collector import paused
 from .dtypes import DType
 from .dtypes import dtype as dtype_of
-from .errors import LayoutError, RecipeError, SourceError
+from .errors import LayoutError, RecipeError, SourceError, expect
 from .extents import Extents
 from .files import FileLayout, Slot, Spec, safetensors_layout, split
-from .layouts import Layout
+from .layouts import Layout, Resizes
 from .layouts.naming import Naming
 from .layouts.patterns import Patterns
 from .model import Sizes
@@ -54,8 +54,10 @@ class Wanted:
     `max_shard_size` of a file; `container`: "safetensors" or "bin"; `sorted`: files ordered as
     safetensors' save_file orders them, not as the source lies; `weights_key`, `client_state`: a training
     checkpoint around a single `.bin`; `held`: only these names are
-    made, each as its dtype (a module to fill); `quant`: what is quantised on the way, and how; `adapter`: a
-    PEFT adapter's directory, merged into the checkpoint, or with `apart` cut as the layout cuts it."""
+    made, each as its dtype (a module to fill); `quant`: what is quantised on the way, and how;
+    `dense`: what is quantised already is dequantised (dtype None: to what the config names, else bfloat16);
+    `adapter`: a PEFT adapter's directory, merged into the checkpoint, or with `apart` cut as the layout cuts
+    it."""
 
     placement: Placement
     rank: int | None = None
@@ -71,8 +73,31 @@ class Wanted:
     client_state: Mapping[str, JSON] | None = None
     held: Mapping[str, DType] | None = None
     quant: Quant | None = None
+    dense: bool = False
     adapter: str | os.PathLike[str] | None = None
     apart: bool = False
+
+    def __post_init__(self) -> None:
+        nothing = type(None)
+        expect("placement", self.placement, Placement)
+        expect("rank", self.rank, int, nothing)
+        if not isinstance(self.layout, str) and not all(
+            hasattr(self.layout, part) and not isinstance(self.layout, type)
+            for part in ("roles", "targets", "naming")
+        ):
+            raise LayoutError(f"layout: wanted a name or a layout's object, got {self.layout!r:.80}")
+        expect("config", self.config, str, os.PathLike, Mapping, nothing)
+        expect("recipe", self.recipe, str, nothing)
+        expect("tp_plan", self.tp_plan, Mapping, nothing)
+        for pattern, style in (self.tp_plan or {}).items():
+            expect("tp_plan: a pattern", pattern, str)
+            expect(f"tp_plan: the style of {pattern!r}", style, str)
+        expect("vocab_size", self.vocab_size, int, nothing)
+        expect("max_shard_size", self.max_shard_size, str, int, nothing)
+        expect("adapter", self.adapter, str, os.PathLike, nothing)
+        expect("weights_key", self.weights_key, str, nothing)
+        if self.weights_key == "":
+            raise LayoutError("weights_key: wanted a key, got the empty string")
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +325,8 @@ class _Road:
 
     @staticmethod
     def of(ckpt: Checkpoint, wanted: Wanted) -> _Road:
+        if wanted.dense:
+            ckpt, wanted = _densified(ckpt, wanted)
         layout = layouts.layout(wanted.layout) if isinstance(wanted.layout, str) else wanted.layout
         if wanted.tp_plan is not None:
             if _layout_name(layout) != "hf":
@@ -335,6 +362,8 @@ class _Road:
                 "include": list(wanted.quant.include),
                 "exclude": list(wanted.quant.exclude),
             }
+        if wanted.dense:
+            options["dense"] = True
         if adapter is not None:
             options["adapter"] = ["apart" if wanted.apart else "merged", *adapter.digests()]
         notes = tuple(str(n) for n in _list(ckpt.facts.get("notes")))
@@ -361,6 +390,10 @@ class _Road:
         options["family"] = model.family
         options["recipe"] = wanted.recipe
         options["config"] = xxhash.xxh3_64_hexdigest(json.dumps(dict(config), sort_keys=True).encode())
+        resized = layout.resized(model, wanted.placement) if isinstance(layout, Resizes) else {}
+        if resized:
+            options["resized"] = {key: config.get(key) for key in resized}
+            notes += (f"padded; config.json says so: {', '.join(f'{k} {n}' for k, n in resized.items())}",)
         if model.ignored:
             notes += (f"left out, known to {model.family}: {', '.join(model.ignored)}",)
         aliases = {f"{model.lm_head.name}.weight": f"{model.embedding.name}.weight"} if model.tied else {}
@@ -374,7 +407,7 @@ class _Road:
             cast,
             lambda p: by_roles.targets(model, p),
             layout.naming,
-            _config_text(config, wanted),
+            _config_text(config, wanted, resized),
             aliases,
             options,
             notes,
@@ -439,6 +472,10 @@ def _config(
 ) -> Mapping[str, JSON]:
     """The model's config: given as a mapping or a path, or found beside the checkpoint."""
     if isinstance(given, Mapping):
+        try:
+            json.dumps(dict(given))
+        except (TypeError, ValueError) as e:
+            raise RecipeError(f"config: wanted plain values, as config.json holds them: {e}") from None
         return given
     if given is None:
         if ckpt.config is None:
@@ -462,11 +499,15 @@ def _config(
     return found
 
 
-def _config_text(config: Mapping[str, JSON] | None, wanted: Wanted) -> bytes | None:
-    """The config.json to write in place of the one beside the checkpoint, if another was asked for."""
-    if config is None or (wanted.config is None and wanted.vocab_size is None):
+def _config_text(
+    config: Mapping[str, JSON] | None, wanted: Wanted, resized: Mapping[str, int] | None = None
+) -> bytes | None:
+    """The config.json to write in place of the one beside the checkpoint, if another was asked for, or if
+    sizes were padded."""
+    if config is None or (wanted.config is None and wanted.vocab_size is None and not resized):
         return None
     told = dict(config) if wanted.vocab_size is None else {**config, "vocab_size": wanted.vocab_size}
+    told |= resized or {}
     return (json.dumps(told, indent=2) + "\n").encode()
 
 
@@ -478,6 +519,15 @@ def _dtype(config: Mapping[str, JSON] | None, asked: str | DType | None) -> DTyp
         if isinstance(named, str):
             return dtype_of(named)
     raise RecipeError('dtype "auto": the config names no dtype or torch_dtype')
+
+
+def _densified(ckpt: Checkpoint, wanted: Wanted) -> tuple[Checkpoint, Wanted]:
+    """The checkpoint with its quantised matrices as dense ones, and a config that does not speak of them."""
+    if wanted.adapter is not None:
+        raise LayoutError("quant none: an adapter is merged into what is dense already; write that first")
+    config = None if wanted.config is None and ckpt.config is None else _config(ckpt, wanted.config)
+    ckpt, told = dequantised.plain(ckpt, config, _dtype(config, wanted.dtype))
+    return ckpt, replace(wanted, config=told)
 
 
 def _cast(ckpt: Checkpoint, dtype: DType) -> Checkpoint:

@@ -16,7 +16,7 @@ import numpy as np
 from . import joining, plans
 from .checkpoint import JSON, Checkpoint
 from .dtypes import DType
-from .errors import DeviceError, LayoutError, SourceError
+from .errors import DeviceError, LayoutError, SourceError, expect
 from .executors import pick
 from .extents import Buffer
 from .layouts import Layout
@@ -62,7 +62,7 @@ def plan(
     grid = _placement(tp, placement)
     wanted = Wanted(
         grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size,
-        quant=_quant(quant), adapter=adapter, apart=apart,
+        quant=_quant(quant), dense=quant == DENSE, adapter=adapter, apart=apart,
     )  # fmt: skip
     return plans.draft(_opened(ckpt), wanted)
 
@@ -100,7 +100,8 @@ def reshard(
     else a list of dicts by rank): they are filled in place, and a shape or dtype that differs is an error.
     `layout`, `config`, `recipe`, `tp_plan`, `vocab_size`, `dtype`, `max_shard_size`: see `plans.Wanted`.
     `quant`: a scheme of `schemes.SCHEMES`, or a Quant with patterns: matrices are quantised on the way, from
-    the values `dtype` gives; NaN and infinity in those are an error always.
+    the values `dtype` gives; NaN and infinity in those are an error always. "none": what is quantised already
+    is dequantised, to `dtype`, else to what the config names, else to bfloat16.
     `adapter`: the directory of a PEFT adapter (LoRA), merged on the way; with `apart` it is written alone,
     cut as the ranks' parts of this base are.
     NaN and infinity in the output are an error unless `allow_nonfinite`. `durable` fsyncs; `overwrite`
@@ -114,8 +115,9 @@ def reshard(
     grid = _placement(tp, placement)
     wanted = Wanted(
         grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size,
-        quant=_quant(quant), adapter=adapter, apart=apart,
+        quant=_quant(quant), dense=quant == DENSE, adapter=adapter, apart=apart,
     )  # fmt: skip
+    expect("out", out, str, os.PathLike, Mapping, Sequence, type(None))
     run = Run(threads, memory, progress)
     in_memory = not isinstance(out, (str, os.PathLike))
     if device != "cpu" and not in_memory:
@@ -199,6 +201,7 @@ def consolidate(
     buffers are kept; `.bin` files unless `safe_serialization`. Without `out` the state dict is returned.
     `weights_key` wraps the weights into a single-file training checkpoint, with the plain values named in
     `client_state` beside them. Raises as `reshard` does."""
+    expect("out", out, str, os.PathLike, type(None))
     opened = joining.open(
         path,
         tag=tag,
@@ -245,6 +248,7 @@ def consolidation(
     in_memory: bool = False,
 ) -> Plan:
     """The plan of `consolidate` for an opened checkpoint."""
+    expect("client_state", client_state, Sequence)
     if client_state and weights_key is None:
         raise LayoutError("client_state goes with weights_key: it stands beside the weights in one file")
     wanted = Wanted(
@@ -327,7 +331,7 @@ def stream(ckpt: Opened, names: Sequence[str]) -> Iterator[tuple[str, int, memor
     with reader_of(planned.extents, binding, alone=False) as reader:
         lane = reader.lane(pick(None))
         for first, chunk in planned.chunks():
-            for batch in cut(chunk, first, slots, binding, stage=LEAF, band=LEAF):
+            for batch in cut(chunk, first, slots, binding, stage=LEAF, band=LEAF, in_order=True):
                 lane.run(batch.rows, [target])
                 for at, size, leaf in zip(
                     batch.leaf_offset.tolist(), batch.leaf_size.tolist(), batch.leaf.tolist(), strict=True
@@ -336,8 +340,12 @@ def stream(ckpt: Opened, names: Sequence[str]) -> Iterator[tuple[str, int, memor
                     yield planned.tensors[t].name, (leaf - int(slots.leaf[t])) * LEAF, whole[at : at + size]
 
 
+DENSE = "none"
+"""The `quant` that takes quantisation back."""
+
+
 def _quant(asked: str | Quant | None) -> Quant | None:
-    return None if asked is None else Quant.of(asked)
+    return None if asked is None or asked == DENSE else Quant.of(asked)
 
 
 def _client_state(ckpt: Checkpoint, names: Sequence[str]) -> dict[str, JSON]:
@@ -354,6 +362,7 @@ def _client_state(ckpt: Checkpoint, names: Sequence[str]) -> dict[str, JSON]:
 
 
 def _placement(tp: int, placement: Placement | None) -> Placement:
+    expect("placement", placement, Placement, type(None))
     if placement is not None and tp not in (1, placement.tp):
         raise LayoutError(f"tp={tp} and placement.tp={placement.tp} differ; give one of them")
     return Placement(tp=tp) if placement is None else placement
@@ -371,6 +380,8 @@ def _device(name: str) -> str:
 def _by_rank(out: State | Sequence[State], rank: int | None) -> list[State]:
     if isinstance(out, Mapping) == (rank is None):
         raise LayoutError("out: one dict of tensors goes with rank=, a list of dicts with all ranks")
+    for state in [out] if isinstance(out, Mapping) else out:
+        expect("out: a rank's tensors", state, Mapping)
     return [out] if isinstance(out, Mapping) else list(out)
 
 

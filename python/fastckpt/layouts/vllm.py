@@ -9,7 +9,7 @@ vocab_parallel_embedding.py, fused_moe/layer.py and models/.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -34,7 +34,7 @@ from .cuts import (
     require_kv_heads,
 )
 from .naming import Naming
-from .padding import padded
+from .padding import padded, resized
 from .servers import Share, expert_share, layer_range
 
 RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
@@ -47,21 +47,23 @@ RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
 @dataclass(frozen=True, slots=True)
 class Vllm:
     """`vocab_padding`: the vocabulary is padded to a multiple of it (vLLM's DEFAULT_VOCAB_PADDING_SIZE).
-    `pad`: heads and widths that do not divide are padded with zeros (layouts/padding.py); the server's config
-    must then say the padded sizes. `experts`: which of them a rank of expert parallelism holds: a run of
+    `pad`, `multiple`: heads and widths that do not divide are padded with zeros (layouts/padding.py), each
+    rank's width to a multiple. `experts`: which of them a rank of expert parallelism holds: a run of
     them, or every ep-th.
     `gate_up`: the order within `w13_weight`; "up_gate" is what some kernels and SGLang's loaders want
     (where the hub stores gate and up in turn, they stay so)."""
 
     vocab_padding: int = 64
     pad: bool = False
+    multiple: int = 1
     experts: Literal["linear", "round_robin"] = "linear"
     gate_up: Literal["gate_up", "up_gate"] = "gate_up"
     roles: ClassVar[Literal[True]] = True
 
     def __post_init__(self) -> None:
-        if self.vocab_padding < 1:
-            raise LayoutError(f"layout vllm: vocab_padding must be at least 1, got {self.vocab_padding}")
+        for name in ("multiple", "vocab_padding"):
+            if getattr(self, name) < 1:
+                raise LayoutError(f"layout vllm: {name} must be at least 1, got {getattr(self, name)}")
 
     def targets(self, model: Model, placement: Placement) -> Iterator[Target]:
         """The rank's tensors; a tied lm_head is the embedding's parameter and left out.
@@ -72,9 +74,7 @@ class Vllm:
         the first target, where heads, a feed-forward width or the padded vocabulary do not divide, where kv
         heads neither divide nor repeat evenly, for more stages than layers, for another ep, and for a model
         that is no decoder."""
-        if self.pad:
-            ranks = placement.tp * placement.dp
-            model = padded(model, placement.tp, ranks if placement.ep == 1 else 1)
+        model = self._padded(model, placement)
         share = expert_share("vllm", placement, model.sizes)
         stage = layer_range("vllm", placement, len(model.layers))
         require_heads("vllm", placement, model.sizes)
@@ -88,6 +88,16 @@ class Vllm:
             raise LayoutError(f"layout vllm has no place for {model.family}, which is no decoder")
         renamed = RENAMED.get(model.family, ())
         return (_named(t, renamed) for t in self._targets(model, placement, share, stage))
+
+    def resized(self, model: Model, placement: Placement) -> Mapping[str, int]:
+        """What config.json must say otherwise. Raises LayoutError where it cannot."""
+        return resized(model.family, model.sizes, self._padded(model, placement).sizes)
+
+    def _padded(self, model: Model, placement: Placement) -> Model:
+        if not self.pad:
+            return model
+        ranks = placement.tp * placement.dp if placement.ep == 1 else 1
+        return padded(model, placement.tp, ranks, self.multiple)
 
     def naming(self, placement: Placement) -> Naming:
         """The pattern of vLLM's sharded_state loader, parts counted from 0; it tells tp ranks apart only, so
