@@ -14,10 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ..checkpoint import JSON, Checkpoint
-from ..dtypes import DTYPES
 from ..errors import RecipeError
 from ..model import Embedding, Linear, Norm, Parameter
-from ..views import ZERO, View
+from ..views import View
 
 
 class Dim(NamedTuple):
@@ -117,7 +116,7 @@ class Claims:
     def parameter(self, name: str, *dims: Dim, kept: bool = False) -> Callable[[], Parameter]:
         """Claims one tensor of that shape; `kept`: it is never rounded, whatever dtype the others get."""
         view = self.tensor(name, *dims)
-        return lambda: Parameter(name, _as_stored(view()) if kept else view())
+        return lambda: Parameter(name, view().as_stored() if kept else view())
 
     def linear(
         self,
@@ -141,7 +140,7 @@ class Claims:
             weight().T if transposed else weight(),
             offset() if offset else None,
             transposed,
-            _as_stored(scale()) if scale else None,
+            scale().as_stored() if scale else None,
             block,
             bias_name,
         )
@@ -249,14 +248,6 @@ def vocabulary(
             "tensors; set it to false in the config to serve both as they are"
         )
     return want, table, Linear(head, table.weight, bias, bias_name=head_bias), True
-
-
-def _as_stored(view: View) -> View:
-    """The view before it was cast: elements of the one dtype they are stored in."""
-    codes = set(view.stored[view.extent != ZERO].tolist())
-    if len(codes) > 1:
-        raise RecipeError(f"{view} must not be rounded, yet lies in {len(codes)} dtypes")
-    return View(view.shape, DTYPES[codes.pop()], view.extents, view.rows) if codes else view
 
 
 def _same_bytes(a: View, b: View) -> bool:
