@@ -1,8 +1,8 @@
 """Writes vllm_names.json, what vLLM holds of the models of served_models: make_vllm_names.py MODELS TRUTH.
 
 MODELS: the models, written by served_models with counted=True; TRUTH: what vllm_truth.py made of them. Runs
-under the Python that has vLLM. For each model and tp: a digest of each rank's names, dtypes, shapes and bytes;
-at tp 2 also the names, dtypes and shapes themselves, which are the same on both ranks.
+under the Python that has vLLM. For each model and tp: a digest of each rank's names, dtypes, shapes and
+bytes; at tp 2 also the names, dtypes and shapes themselves, which are the same on both ranks.
 """
 
 from __future__ import annotations
