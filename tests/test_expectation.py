@@ -113,3 +113,8 @@ def test_an_engine_nobody_knows(hub, tmp_path):
 def test_a_name_without_a_version_is_the_newest_known(hub, tmp_path):
     check = written(hub, tmp_path / "out", engine="vllm==0.32")
     assert check(engine="vllm").ok
+
+
+def test_padded_widths_are_the_padded_configs(hub, tmp_path):
+    check = written(hub, tmp_path / "out", tp=4, engine="vllm==0.32", pad="true", multiple="16")
+    assert check(engine="vllm==0.32").problems == ()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
 
 from . import sources
 from .checkpoint import JSON
@@ -37,7 +38,7 @@ def against(path: str, manifest: Manifest, engine: str) -> list[str]:
     """How the shards of an output differ from what the engine's sharded_state loader wants, in words.
 
     The dtype is config.json's; float32 there may be served as bfloat16, which is vLLM's default for it."""
-    layout = Vllm(engine=engine)
+    layout = _layout(manifest, engine)
     try:
         ckpt = sources.open(path)
         said = _dtype(ckpt.config or {})
@@ -64,6 +65,23 @@ def against(path: str, manifest: Manifest, engine: str) -> list[str]:
     for rank, tensors in left.items():
         problems += [f"rank {rank}: {engine} has no tensor {name}" for name in tensors]
     return problems
+
+
+def _layout(manifest: Manifest, engine: str) -> Vllm:
+    """The layout the engine wants, with those options of the output that it is told of elsewhere: padded
+    sizes by config.json, the order of experts by an option of its own."""
+    told = manifest.record.options.get("layout_fields")
+    fields = told if manifest.record.layout == "vllm" and isinstance(told, dict) else {}
+    order: Literal["linear", "round_robin"] = (
+        "round_robin" if fields.get("experts") == "round_robin" else "linear"
+    )
+    multiple = str(fields.get("multiple", 1))
+    return Vllm(
+        pad=fields.get("pad") == "true",
+        multiple=int(multiple) if multiple.isdigit() else 1,
+        experts=order,
+        engine=engine,
+    )
 
 
 def _installed(name: str) -> str | None:

@@ -198,7 +198,8 @@ def _config(ckpt: Checkpoint, manifest: Manifest) -> Mapping[str, JSON]:
     held = manifest.files.get("config.json")
     if held is None or digest(Path(path).read_bytes()) != held.digest:
         raise SourceError(f"{path}: was changed since the shards were cut; put the one of then back")
-    return ckpt.config
+    was = _map(manifest.record.options.get("resized", {}), ckpt, "resized")  # before they were padded
+    return {k: v for k, v in {**ckpt.config, **was}.items() if v is not None or k not in was}
 
 
 def _cut_from(ckpt: Checkpoint, manifest: Manifest) -> Checkpoint:

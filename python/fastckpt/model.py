@@ -237,8 +237,11 @@ class Sizes:
     """What a layout cuts, known before any view is built.
 
     `widths`: config key -> feed-forward width, one for each kind of block the model has; `experts`: how many
-    a layer has at most, and `expert_width` the key of their width; `fused_qkv`: the hub stores q, k and v as
-    one. With latent attention `kv_heads` is `heads` and `head_dim` a value head's."""
+    a layer has at most, and `expert_width` the key of their width, `shared_width` that of shared ones;
+    `fused_qkv`: the hub stores q, k and v as one. With latent attention `kv_heads` is `heads` and `head_dim`
+    a value head's. `block`: so many neighbouring outputs or inputs of a quantised matrix share a scale.
+    `head_keys`: config's keys for `heads`, `kv_heads` and `head_dim` ("": said otherwise), None where those
+    three cannot be said apart; `vocab_key`: that for `vocab`."""
 
     hidden: int
     vocab: int
@@ -249,6 +252,10 @@ class Sizes:
     experts: int = 0
     expert_width: str = ""
     fused_qkv: bool = False
+    shared_width: str = ""
+    block: int = 1
+    head_keys: tuple[str, str, str] | None = None
+    vocab_key: str = "vocab_size"
 
 
 @dataclass(frozen=True, slots=True)

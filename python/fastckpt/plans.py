@@ -23,7 +23,7 @@ from .dtypes import dtype as dtype_of
 from .errors import LayoutError, RecipeError, SourceError
 from .extents import Extents
 from .files import FileLayout, Slot, Spec, safetensors_layout, split
-from .layouts import Layout
+from .layouts import Layout, Resizes
 from .layouts.naming import Naming
 from .layouts.patterns import Patterns
 from .model import Sizes
@@ -368,6 +368,10 @@ class _Road:
         options["family"] = model.family
         options["recipe"] = wanted.recipe
         options["config"] = xxhash.xxh3_64_hexdigest(json.dumps(dict(config), sort_keys=True).encode())
+        resized = layout.resized(model, wanted.placement) if isinstance(layout, Resizes) else {}
+        if resized:
+            options["resized"] = {key: config.get(key) for key in resized}
+            notes += (f"padded; config.json says so: {', '.join(f'{k} {n}' for k, n in resized.items())}",)
         if model.ignored:
             notes += (f"left out, known to {model.family}: {', '.join(model.ignored)}",)
         aliases = {f"{model.lm_head.name}.weight": f"{model.embedding.name}.weight"} if model.tied else {}
@@ -381,7 +385,7 @@ class _Road:
             cast,
             lambda p: by_roles.targets(model, p),
             layout.naming,
-            _config_text(config, wanted),
+            _config_text(config, wanted, resized),
             aliases,
             options,
             notes,
@@ -469,11 +473,15 @@ def _config(
     return found
 
 
-def _config_text(config: Mapping[str, JSON] | None, wanted: Wanted) -> bytes | None:
-    """The config.json to write in place of the one beside the checkpoint, if another was asked for."""
-    if config is None or (wanted.config is None and wanted.vocab_size is None):
+def _config_text(
+    config: Mapping[str, JSON] | None, wanted: Wanted, resized: Mapping[str, int] | None = None
+) -> bytes | None:
+    """The config.json to write in place of the one beside the checkpoint, if another was asked for, or if
+    sizes were padded."""
+    if config is None or (wanted.config is None and wanted.vocab_size is None and not resized):
         return None
     told = dict(config) if wanted.vocab_size is None else {**config, "vocab_size": wanted.vocab_size}
+    told |= resized or {}
     return (json.dumps(told, indent=2) + "\n").encode()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
+from typing import ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints, runtime_checkable
 
 from ..checkpoint import Checkpoint
 from ..errors import LayoutError
@@ -23,7 +23,7 @@ from .rtp_llm import RtpLlm
 from .same import Same
 from .vllm import Vllm
 
-__all__ = ["LAYOUTS", "ByNames", "ByRoles", "Layout", "Naming", "Patterns", "layout"]
+__all__ = ["LAYOUTS", "ByNames", "ByRoles", "Layout", "Naming", "Patterns", "Resizes", "layout"]
 
 
 class ByRoles(Protocol):
@@ -48,6 +48,14 @@ class ByNames(Protocol):
 
     def naming(self, placement: Placement) -> Naming:
         """The names of that rank's files."""
+
+
+@runtime_checkable
+class Resizes(Protocol):
+    """A layout that may pad sizes which the server reads from config.json."""
+
+    def resized(self, model: Model, placement: Placement) -> Mapping[str, int]:
+        """The keys that must say another number, and the number. Raises LayoutError where none can."""
 
 
 Layout = ByRoles | ByNames

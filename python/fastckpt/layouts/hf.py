@@ -8,14 +8,15 @@ their hub fuses is then cut part by part, as packed_colwise does, or group by gr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from ..errors import LayoutError
 from ..model import Attention, Experts, Layers, Mla, Mlp, Model, Stacks
 from ..placement import Placement
 from ..target import Target
+from ..views import View
 from .cuts import (
     bias,
     in_part,
@@ -32,16 +33,28 @@ from .cuts import (
     stored,
 )
 from .naming import Naming, ranked
+from .padding import padded, resized
 
 WHOLE = Placement()
 
 
 @dataclass(frozen=True, slots=True)
 class Hf:
-    """`replicate_kv`: with fewer kv heads than ranks, repeat them; transformers itself cannot run that."""
+    """`replicate_kv`: with fewer kv heads than ranks, repeat them; transformers itself cannot run that.
+    `pad`, `multiple`: heads and widths that do not divide are padded with zeros (layouts/padding.py), each
+    rank's width to a multiple. `vocab_padding`: the vocabulary is padded with zero rows to a multiple of it;
+    the logits of tokens that are none are then 0."""
 
     replicate_kv: bool = False
+    pad: bool = False
+    multiple: int = 1
+    vocab_padding: int = 1
     roles: ClassVar[Literal[True]] = True
+
+    def __post_init__(self) -> None:
+        for name in ("multiple", "vocab_padding"):
+            if getattr(self, name) < 1:
+                raise LayoutError(f"layout hf: {name} must be at least 1, got {getattr(self, name)}")
 
     def targets(self, model: Model, placement: Placement) -> Iterator[Target]:
         """The rank's tensors; a tied lm_head is left out, the config says it is tied.
@@ -49,6 +62,7 @@ class Hf:
         Raises LayoutError, before the first target, where heads, kv heads, a feed-forward width or the
         vocabulary do not divide by tp, and for pp, dp or ep."""
         require_tensor_parallel("hf", placement)
+        model = self._padded(model, placement)
         if "attention" not in model.cuts.whole:
             self._require_heads(model, placement)
         for key, width in model.sizes.widths.items():
@@ -57,9 +71,31 @@ class Hf:
         require_even("hf", placement, "vocab_size", model.sizes.vocab)
         return _targets(model, placement)
 
+    def resized(self, model: Model, placement: Placement) -> Mapping[str, int]:
+        """What config.json must say otherwise. Raises LayoutError where it cannot."""
+        return resized(model.family, model.sizes, self._padded(model, placement).sizes)
+
     def naming(self, placement: Placement) -> Naming:
         """The hub's names, at tp > 1 inside `rank-00/` and so on."""
         return ranked(placement.tp, placement.tp_rank)
+
+    def _padded(self, model: Model, placement: Placement) -> Model:
+        if self.pad:
+            model = padded(model, placement.tp, placement.tp, self.multiple)
+        if model.sizes.vocab % self.vocab_padding == 0:
+            return model
+        head, vocab = model.lm_head, -(-model.sizes.vocab // self.vocab_padding) * self.vocab_padding
+
+        def grown(view: View) -> View:
+            return view.pad(0, 0, vocab - view.shape[0])
+
+        bias = None if head.bias is None else grown(head.bias)
+        return replace(
+            model,
+            sizes=replace(model.sizes, vocab=vocab),
+            embedding=replace(model.embedding, weight=grown(model.embedding.weight)),
+            lm_head=replace(head, weight=grown(head.weight), bias=bias),
+        )
 
     def _require_heads(self, model: Model, placement: Placement) -> None:
         sizes = model.sizes

@@ -9,7 +9,7 @@ vocab_parallel_embedding.py, fused_moe/layer.py and models/.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -38,7 +38,7 @@ from .cuts import (
 )
 from .engines import Renamed, Served, known, served
 from .naming import Naming
-from .padding import padded
+from .padding import padded, resized
 from .servers import Share, expert_share, layer_range
 
 RENAMED: dict[str, Renamed] = {
@@ -53,8 +53,8 @@ _ONE = constant(np.ones(1, np.float32), dtypes.float32)
 @dataclass(frozen=True, slots=True)
 class Vllm:
     """`vocab_padding`: the vocabulary is padded to a multiple of it (vLLM's DEFAULT_VOCAB_PADDING_SIZE).
-    `pad`: heads and widths that do not divide are padded with zeros (layouts/padding.py); the server's config
-    must then say the padded sizes. `experts`: which of them a rank of expert parallelism holds: a run of
+    `pad`, `multiple`: heads and widths that do not divide are padded with zeros (layouts/padding.py), each
+    rank's width to a multiple. `experts`: which of them a rank of expert parallelism holds: a run of
     them, or every ep-th.
     `gate_up`: the order within `w13_weight`; "up_gate" is what some kernels and SGLang's loaders want
     (where the hub stores gate and up in turn, they stay so). `engine`: a version of layouts/engines.py, such
@@ -64,6 +64,7 @@ class Vllm:
 
     vocab_padding: int = 64
     pad: bool = False
+    multiple: int = 1
     experts: Literal["linear", "round_robin"] = "linear"
     gate_up: Literal["gate_up", "up_gate"] = "gate_up"
     engine: str = ""
@@ -71,8 +72,9 @@ class Vllm:
     roles: ClassVar[Literal[True]] = True
 
     def __post_init__(self) -> None:
-        if self.vocab_padding < 1:
-            raise LayoutError(f"layout vllm: vocab_padding must be at least 1, got {self.vocab_padding}")
+        for name in ("multiple", "vocab_padding"):
+            if getattr(self, name) < 1:
+                raise LayoutError(f"layout vllm: {name} must be at least 1, got {getattr(self, name)}")
         if self.engine:
             known(self.engine)
         if self.engine and (self.vocab_padding, self.gate_up) != (64, "gate_up"):
@@ -93,9 +95,7 @@ class Vllm:
         engine = served(self.engine, model.family) if self.engine else None
         if engine is not None and engine.tied == "head" and self.tied == "files":
             model = replace(model, tied=False)
-        if self.pad:
-            ranks = placement.tp * placement.dp
-            model = padded(model, placement.tp, ranks if placement.ep == 1 else 1)
+        model = self._padded(model, placement)
         share = expert_share("vllm", placement, model.sizes)
         stage = layer_range("vllm", placement, len(model.layers))
         require_heads("vllm", placement, model.sizes)
@@ -110,6 +110,16 @@ class Vllm:
         renamed = RENAMED.get(model.family, ())
         targets = self._targets(model, placement, share, stage, engine)
         return (_named(t, renamed, engine) for t in targets)
+
+    def resized(self, model: Model, placement: Placement) -> Mapping[str, int]:
+        """What config.json must say otherwise. Raises LayoutError where it cannot."""
+        return resized(model.family, model.sizes, self._padded(model, placement).sizes)
+
+    def _padded(self, model: Model, placement: Placement) -> Model:
+        if not self.pad:
+            return model
+        ranks = placement.tp * placement.dp if placement.ep == 1 else 1
+        return padded(model, placement.tp, ranks, self.multiple)
 
     def naming(self, placement: Placement) -> Naming:
         """The pattern of vLLM's sharded_state loader, parts counted from 0; it tells tp ranks apart only, so

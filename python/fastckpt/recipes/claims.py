@@ -7,6 +7,7 @@ function is called. Errors name the tensor, what was got, what was wanted and th
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -74,6 +75,11 @@ class Claims:
         self._claimed: set[str] = set()
         if self._stored(anchor) not in ckpt:
             self._refuse_wrapped(self._stored(anchor))
+
+    @property
+    def block(self) -> int:
+        """So many neighbouring outputs, and inputs, of a quantised matrix share a scale."""
+        return math.lcm(*(max(u, 1) for kind in self.form.beside for u in kind.unit)) if self.form else 1
 
     def _stored(self, name: str) -> str:
         return name.removeprefix(self._omitted)

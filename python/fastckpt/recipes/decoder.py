@@ -169,9 +169,10 @@ def decoder(
     heads: Heads | None = None,
     experts: int = 0,
     expert_width: str = "",
+    shared_width: str = "",
 ) -> Model:
-    """Everything but the feed-forward blocks, which `feed_forward` claims; `widths`, `experts` and
-    `expert_width` as in Sizes.
+    """Everything but the feed-forward blocks, which `feed_forward` claims; `widths`, `experts`,
+    `expert_width` and `shared_width` as in Sizes.
 
     `attends` and `heads` stand for `attention` and `heads_of` in a family whose attention is another. Raises
     RecipeError where the checkpoint does not fit the config, or holds a name no role takes."""
@@ -213,6 +214,9 @@ def decoder(
             widths=widths,
             experts=experts,
             expert_width=expert_width,
+            shared_width=shared_width,
+            block=claims.block,
+            head_keys=("num_attention_heads", "num_key_value_heads", "" if heads else "head_dim"),
             fused_qkv=kind.fused_qkv,
         ),
         embedding=embedding,

@@ -72,7 +72,15 @@ def recipe(
 
     if not family.latent:
         return decoder(
-            kind, claims, config, vocab_size, feed_forward, widths, experts=count.size, expert_width=width.key
+            kind,
+            claims,
+            config,
+            vocab_size,
+            feed_forward,
+            widths,
+            experts=count.size,
+            expert_width=width.key,
+            shared_width=shared.key,
         )
     heads = integer(config, "num_attention_heads")
     return decoder(
@@ -86,6 +94,7 @@ def recipe(
         heads=Heads(heads, heads, integer(config, "v_head_dim")),
         experts=count.size,
         expert_width=width.key,
+        shared_width=shared.key,
     )
 
 
