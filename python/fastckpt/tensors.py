@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from .dtypes import BY_NAME, DType
-from .errors import DeviceError, LayoutError
+from .errors import DeviceError, LayoutError, expect
 from .extents import Buffer
 from .plans import Plan
 
@@ -106,6 +106,7 @@ def torch_dtype(dtype: DType) -> torch.dtype:
 
 def held(module: torch.nn.Module) -> State:
     """A module's persistent tensors by name, tied names included."""
+    expect("module", module, torch.nn.Module)
     return {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
 
 
