@@ -1,6 +1,7 @@
 """How reliable the manager is: calls that kill or fail, crashes that lose what was not synced, damaged bytes.
 
-    python benchmarks/reliability/run.py [--size ci|nightly] [--only kills crashes damage] [--json OUT]
+    python benchmarks/reliability/run.py [--size ci|nightly] [--only kills crashes damage]
+        [--ranks 1 2 4] [--json OUT]
 
 Exit code 1 where a commit was lost, a torn or damaged one passed for good, a restart did not find the newest,
 or a sound one was refused.
@@ -42,6 +43,8 @@ def kills(size: dict, work: Path, seed: int) -> dict[str, object]:
     for world, wanted in size["kills"].items():
         for point in part.points(shim, roots, world, wanted, seed):
             part.run(shim, roots, point, tally)
+            if tally.points % 500 == 0:
+                print(f"kills so far: {json.dumps(tally.json())}", flush=True)
     return {**tally.json(), "good": tally.good}
 
 
@@ -69,6 +72,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="How reliable the manager is, seen.")
     parser.add_argument("--size", choices=SIZES, default="ci")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--ranks", nargs="+", type=int, choices=(1, 2, 4), help="only kills and crashes of these")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dir", type=Path, help="where the commits are made (default: in memory)")
     parser.add_argument("--json", type=Path, help="write the results there")
@@ -81,11 +85,14 @@ def main() -> int:
     warm()
     memory = Path("/dev/shm")
     place = args.dir or (memory if memory.is_dir() else None)
+    size = dict(SIZES[args.size])
+    for name in ("kills", "crashes"):
+        size[name] = {n: k for n, k in size[name].items() if args.ranks is None or n in args.ranks}
     results: dict[str, dict[str, object]] = {}
     for name in args.only:
         began = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=place) as work:
-            results[name] = globals()[name](SIZES[args.size], Path(work), args.seed)
+            results[name] = globals()[name](size, Path(work), args.seed)
         results[name]["seconds"] = round(time.perf_counter() - began, 1)
         print(f"{name}: {json.dumps(results[name])}", flush=True)
     if args.json:
