@@ -174,6 +174,21 @@ class Stacks:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockStacks:
+    """Stacks in mxfp4: 16 bytes for 32 values of neighbouring inputs, and a byte of exponent for them.
+
+    `gate_up` [experts, 2 * width, hidden / 32, 16] with gate and up in turn, `down` [experts, hidden,
+    width / 32, 16]; `gate_up_scales` and `down_scales` without the last axis; biases as in Stacks."""
+
+    gate_up: Parameter
+    gate_up_scales: Parameter
+    gate_up_bias: Parameter
+    down: Parameter
+    down_scales: Parameter
+    down_bias: Parameter
+
+
+@dataclass(frozen=True, slots=True)
 class Experts:
     """A mixture of experts: `router` [experts, hidden] and one gated Mlp an expert, all of one shape.
 
@@ -187,7 +202,7 @@ class Experts:
     correction: Parameter | None = None
     shared: Mlp | None = None
     shared_gate: Linear | None = None
-    stacks: Stacks | None = None
+    stacks: Stacks | BlockStacks | None = None
 
 
 @dataclass(frozen=True, slots=True)
