@@ -280,6 +280,29 @@ class Encoder:
 
 
 @dataclass(frozen=True, slots=True)
+class Yarn:
+    """How YaRN stretches rotary positions: the context is `factor` times the `original` one. `beta_fast`,
+    `beta_slow`: turns within it beyond and below which nothing and everything is stretched; `mscale`,
+    `mscale_all_dim`: how attention is scaled."""
+
+    factor: float
+    original: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary positions of `dim` features: frequency i is base ** (-2 i / dim)."""
+
+    dim: int
+    base: float
+    yarn: Yarn | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """A model by roles; a decoder unless its family says otherwise.
 
@@ -287,7 +310,8 @@ class Model:
     names the embedding itself. `positions`: a learned position table. `embedding_norm`: a norm of the
     embedded tokens. `carried`: tensors that no server cuts. `ignored`: the names of the checkpoint that the
     recipe knows and leaves out. `parallel`: attention and the feed-forward block of a layer read the same
-    input, side by side. `alibi`: attention is biased by ALiBi's slopes, which are no tensors of the hub."""
+    input, side by side. `alibi`: attention is biased by ALiBi's slopes, which are no tensors of the hub.
+    `rope`: the rotary positions of latent attention."""
 
     family: str
     sizes: Sizes
@@ -304,3 +328,4 @@ class Model:
     cuts: HubCuts = field(default_factory=HubCuts)
     parallel: bool = False
     alibi: bool = False
+    rope: Rope | None = None

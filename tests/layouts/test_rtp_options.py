@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -263,3 +264,58 @@ def test_kc_and_vc_that_share_blocks_are_refused():
     ):
         shards(model)
     assert not any(".kc." in n for n in shards(model, {"absorb": "false"})[0][1])
+
+
+# ---- rotary tables ----
+
+
+def table(dim, base, positions, yarn=None):
+    """DeepSeek's definition, number by number."""
+    rows = []
+    factor = 1.0
+    speeds = [base ** -(2 * i / dim) for i in range(dim // 2)]
+    if yarn is not None:
+        s, original, fast, slow, mscale, all_dim = yarn
+
+        def scaled(m):
+            return 0.1 * m * math.log(s) + 1.0 if s > 1 else 1.0
+
+        def index(turns):
+            return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+        factor = scaled(mscale) / scaled(all_dim)
+        low, high = max(math.floor(index(fast)), 0), min(math.ceil(index(slow)), dim - 1)
+        ramp = [min(max((i - low) / ((high - low) or 0.001), 0.0), 1.0) for i in range(dim // 2)]
+        speeds = [v / s * r + v * (1 - r) for v, r in zip(speeds, ramp, strict=True)]
+    for p in range(positions):
+        angles = [p * v for v in speeds]
+        rows.append([math.cos(a) * factor for a in angles] + [math.sin(a) * factor for a in angles])
+    return torch.tensor(rows, dtype=torch.float64).float()
+
+
+YARN = {"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 64, "beta_fast": 32,
+        "beta_slow": 1, "mscale": 0.7, "mscale_all_dim": 1.0}  # fmt: skip
+ROPES = [
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, 10000.0, None),
+    ({"rope_parameters": YARN | {"rope_theta": 500.0}}, 500.0, (40, 64, 32, 1, 0.7, 1.0)),
+    ({"rope_parameters": None, "rope_theta": 100, "rope_scaling": YARN | {"type": "yarn"}}, 100.0,
+     (40, 64, 32, 1, 0.7, 1.0)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("said", "base", "yarn"), ROPES)
+def test_rotary_table(said, base, yarn):
+    config, hub, _ = families.made("deepseek_v3")
+    config = config | said
+    model = recipes.find(config)(memory(hub), config)
+    for p, got in shards(model, {"rope_positions": "50"}, tp=2):
+        name = f"rank_{p.rank:02d}_00_00.global.rotary_embedding.cos_sin_cache"
+        same({name: got[name]}, {name: table(ROPE, base, 50, yarn)})
+
+
+def test_rotary_tables_of_other_kinds_are_refused():
+    config, hub, _ = families.made("deepseek_v3")
+    config = config | {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}
+    for model in (recipes.find(config)(memory(hub), config), model_of("granite")[0]):
+        with pytest.raises(LayoutError, match="rope_positions wants latent attention with plain or YaRN"):
+            shards(model, {"rope_positions": "50"})
