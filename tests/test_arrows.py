@@ -75,13 +75,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "pipeline": (*CORE, "digest", "finite", "planner", "plans", "reader", *FILES),
     "quantising": (*CORE, "planner", "plans", "schemes", "quantplan", "rounding", "reader"),
-    "tensors": (*CORE, "planner", "plans"),
+    "tensors": (*CORE, "planner", "plans", "syscalls"),
     "device": (*CORE, "lowrank", "digest", "planner", "plans", "reader", "pipeline", "executors"),
 }
 MAY_IMPORT["runs"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")
 # The doors stand side by side; what writes their words stands before them. `__init__` holds the version.
 MAY_IMPORT["text"] = CORE
+MAY_IMPORT["drawing"] = ()
+MAY_IMPORT["losses"] = (*CORE, "text", "drawing")
 MAY_IMPORT["manager"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["terminal"] = (*CORE, "text")
 MAY_IMPORT["arguments"] = (*CORE, "text", "manager", "__init__")

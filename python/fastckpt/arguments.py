@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     inspect = command("inspect", "what a checkpoint holds, from its headers")
     _path(inspect)
     _source(inspect)
+    inspect.add_argument("--plot", metavar="PNG", help="draw what quantising cost, by layer and role")
 
     plan = command("plan", "which bytes of which file would go where; nothing is written")
     _path(plan)

@@ -72,7 +72,7 @@ def told(ckpt: Checkpoint, world: int, layout: str) -> dict[str, JSON]:
     if layout == "same" or (layout == "hf" and world == 1):
         return {}
     tensors: dict[str, JSON] = {n: [e.dtype.name, list(e.shape)] for n, e in ckpt.entries.items()}
-    return {TOLD: {"tensors": tensors, "aliases": dict(ckpt.aliases)}}
+    return {TOLD: {"tensors": tensors, "aliases": dict(ckpt.aliases), "layouts": layouts.VERSION}}
 
 
 @paused()
@@ -93,6 +93,12 @@ def whole(ckpt: Checkpoint) -> Checkpoint:
             f"{ckpt.path}: its record does not tell what the shards were cut from: made by an older version"
         )
     source = _map(record[TOLD], ckpt, TOLD)
+    version = source.get("layouts")
+    if version != layouts.VERSION:
+        raise SourceError(
+            f"{ckpt.path}: cut by version {version} of the layouts (fastckpt {manifest.record.version}); "
+            f"this one knows version {layouts.VERSION}, which may cut elsewhere"
+        )
     phantom = _phantom(ckpt, _map(source.get("tensors"), ckpt, "tensors"), source.get("aliases"))
     known = dict(zip(phantom.extents, phantom.entries, strict=True))
     pieces: dict[str, dict[Place, Piece]] = {name: {} for name in phantom.entries}

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from .checkpoint import JSON
 from .digest import LEAF, combine, digest, leaf_digests
-from .dtypes import BY_SAFETENSORS, DType, float32, float64
-from .errors import SourceError
+from .dtypes import BY_SAFETENSORS, DType, float16, float32, float64, in_elements
+from .errors import SourceError, ViewError, expect
 from .finite import nonfinite
 from .manifest import NAME, Manifest, TensorEntry, rank_of
 
@@ -71,6 +71,8 @@ def verify(
     safetensors headers are checked and its values looked through, and the notes say that there were no
     digests. Raises SourceError where there is nothing to verify."""
     start = time.perf_counter()
+    expect("path", path, str, os.PathLike)
+    expect("threads", threads, int, type(None))
     root = os.fspath(path)
     if not os.path.isdir(root):
         raise SourceError(f"{root}: no such directory")
@@ -295,6 +297,10 @@ def _entry(name: str, entry: JSON, start: int) -> _Placed:
             sizes = tuple(n for n in shape if type(n) is int and 0 <= n < 1 << 62)
             if len(sizes) != len(shape) or len(shape) > 64:
                 raise SourceError(f"{name}: {shape[:8]} is no shape")
+            try:
+                sizes = in_elements(dtype, sizes)
+            except ViewError as e:
+                raise SourceError(f"{name}: {e}") from None
             if math.prod(sizes) * dtype.itemsize != end - begin or begin < 0:
                 raise SourceError(f"{name}: bytes [{begin}, {end}) do not hold {dtype}{list(sizes)}")
             return dtype, sizes, start + begin, end - begin
@@ -429,7 +435,7 @@ def _exactly(fd: int, data: bytearray | memoryview, offset: int) -> bytearray | 
     return data
 
 
-_PARTS: dict[str, DType] = {"complex64": float32, "complex128": float64}
+_PARTS: dict[str, DType] = {"complex32": float16, "complex64": float32, "complex128": float64}
 _NAN_BYTE: dict[str, int] = {"float8_e8m0fnu": 0xFF, "float8_e4m3fnuz": 0x80, "float8_e5m2fnuz": 0x80}
 
 

@@ -139,6 +139,14 @@ class Claims:
         offset = self.tensor(f"{name}.bias", size) if bias else None
         return lambda: Norm(name, weight(), offset() if offset else None, plus_one)
 
+    def rows(self, name: str, count: int, width: Dim) -> Callable[[], Embedding]:
+        """Claims a table of vectors, the first `count` of which are tokens'. Raises RecipeError for fewer."""
+        stored = Dim(self.shape(f"{name}.weight")[0], "rows")
+        if stored.size < count:
+            raise RecipeError(f"{name}.weight has {stored.size} rows, the vocabulary {count}")
+        weight = self.tensor(f"{name}.weight", stored, width)
+        return lambda: Embedding(name, weight().narrow(0, 0, count))
+
     def table(self, name: str, rows: Dim, width: Dim) -> Callable[[], Embedding]:
         """Claims a table of vectors."""
         weight = self.tensor(f"{name}.weight", rows, width)
