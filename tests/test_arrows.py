@@ -122,7 +122,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "layouts": (
         ("naming", "cuts", "servers", "padding", "engines"),
         ("rtp_merge", "rtp_split", "rtp_weights"),  # rtp-llm's catalogue, of which its layout is made
-        ("rtp_roles",),
+        ("rtp_roles", "rtp_rope"),
         ("same", "hf", "vllm", "rtp_llm", "megatron", "patterns"),
         ("__init__",),
     ),
