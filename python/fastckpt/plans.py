@@ -390,6 +390,8 @@ class _Road:
         options["family"] = model.family
         options["recipe"] = wanted.recipe
         options["config"] = xxhash.xxh3_64_hexdigest(json.dumps(dict(config), sort_keys=True).encode())
+        if len(model.predictions) and _layout_name(layout) != "hf":
+            notes += (f"layout {_layout_name(layout)} leaves out the layers of multi-token prediction",)
         resized = layout.resized(model, wanted.placement) if isinstance(layout, Resizes) else {}
         if resized:
             options["resized"] = {key: config.get(key) for key in resized}

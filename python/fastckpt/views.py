@@ -319,6 +319,14 @@ class View:
             held[zero, _STORED] = dtype.code
         return View(self.shape, dtype, self.extents, held, self.grouping)
 
+    def as_stored(self) -> View:
+        """The same elements before they were cast. A ViewError where they are stored in several dtypes."""
+        codes = set(self.held[self.held[:, _EXTENT] != ZERO, _STORED].tolist())
+        if len(codes) > 1:
+            raise ViewError(f"{self}: what must not be rounded lies in {len(codes)} dtypes")
+        dtype = DTYPES[codes.pop()] if codes else self.dtype
+        return View(self.shape, dtype, self.extents, self.held, self.grouping)
+
     # ---- internals ----
 
     def _axis(self, axis: int) -> int:
