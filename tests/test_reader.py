@@ -68,6 +68,6 @@ def test_memory_is_not_lent() -> None:
 
 def test_a_file_cut_short_while_it_is_lent_is_an_error(file: Extents) -> None:
     view = strided(file, 0, dtypes.float32, (1 << 16,))
-    with pytest.raises(SourceError, match="changed since|shrank"), Mapped(Binding.of(file).places) as reader:
+    with pytest.raises(SourceError, match=r"changed since|shrank"), Mapped(Binding.of(file).places) as reader:
         os.truncate(reader.places[0].path, 4096)
         lent(reader.lane(pick("cpu")), view, file)
