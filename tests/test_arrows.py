@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # Sources never see models; recipes and layouts never see files; none of them sees a plan.
     "sources": (*CORE, "collector", "digest"),
     "recipes": PLAIN,
-    "layouts": PLAIN,
+    "layouts": (*PLAIN, "lowrank"),
     "lowrank": CORE,
     "planner": CORE,
     "rounding": (*CORE, "schemes", "_C"),
