@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import xxhash
 
 from . import layouts, plancache, planner, quantplan, recipes
-from .checkpoint import JSON, Checkpoint, Entry
+from .checkpoint import JSON, Cast, Checkpoint
 from .collector import paused
 from .dtypes import DType
 from .dtypes import dtype as dtype_of
@@ -301,7 +301,7 @@ class _Road:
         if layout.roles or wanted.dtype == "auto":
             config = _config(ckpt, wanted.config)
         dtype = _dtype(config, wanted.dtype)
-        cast = ckpt if dtype is None else _cast(ckpt, dtype)
+        cast = ckpt if dtype is None else replace(ckpt, entries=Cast(ckpt.entries, dtype))
         options: dict[str, JSON] = {
             "layout": _layout_name(layout),
             "layout_options": repr(layout),
@@ -443,17 +443,6 @@ def _dtype(config: Mapping[str, JSON] | None, asked: str | DType | None) -> DTyp
         if isinstance(named, str):
             return dtype_of(named)
     raise RecipeError('dtype "auto": the config names no dtype or torch_dtype')
-
-
-def _cast(ckpt: Checkpoint, dtype: DType) -> Checkpoint:
-    """The checkpoint with every float tensor cast; integers and bools stay."""
-
-    def cast(entry: Entry) -> Entry:
-        if entry.dtype.kind != "float":
-            return entry
-        return Entry(entry.shape, dtype, lambda: entry.build().cast(dtype), entry.kind)
-
-    return replace(ckpt, entries={name: cast(entry) for name, entry in ckpt.entries.items()})
 
 
 def _files(

@@ -10,7 +10,7 @@ from functools import partial
 
 import xxhash
 
-from ..checkpoint import JSON, Checkpoint, Entry
+from ..checkpoint import JSON, Checkpoint, Entry, Single
 from ..dtypes import DType
 from ..errors import SourceError
 from ..extents import Extent, Extents, File
@@ -78,9 +78,9 @@ def tensor(
 ) -> Entry:
     """An entry that lies strided in one extent; offset and stride in elements. An empty one needs none."""
     if 0 in shape:
-        return Entry(shape, dtype, partial(zeros, shape, dtype), kind)
+        return Single(shape, dtype, partial(zeros, shape, dtype), kind)
     build: partial[View] = partial(strided, extents, extent, dtype, shape, offset=offset, stride=stride)
-    return Entry(shape, dtype, build, kind)
+    return Single(shape, dtype, build, kind)
 
 
 def neighbours(directories: Sequence[str]) -> tuple[str, ...]:
