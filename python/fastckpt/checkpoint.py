@@ -31,7 +31,7 @@ class Entry(Protocol):
 
     @property
     def kind(self) -> str:
-        """"parameter", "frozen" (a parameter the optimizer does not own) or "buffer"."""
+        """What it is: "parameter", "frozen" (a parameter the optimizer does not own) or "buffer"."""
 
     def build(self) -> View:
         """Its view."""
@@ -51,6 +51,26 @@ class Single:
         return self.make()
 
 
+class _Cast:
+    """An entry whose view is cast to `dtype`."""
+
+    __slots__ = ("_stored", "dtype")
+
+    def __init__(self, stored: Entry, dtype: DType) -> None:
+        self._stored, self.dtype = stored, dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._stored.shape
+
+    @property
+    def kind(self) -> str:
+        return self._stored.kind
+
+    def build(self) -> View:
+        return self._stored.build().cast(self.dtype)
+
+
 class Cast(Mapping[str, Entry]):
     """Entries of which every float is cast to `dtype` on the way; integers and bools stay."""
 
@@ -60,10 +80,8 @@ class Cast(Mapping[str, Entry]):
         self._stored, self._dtype = stored, dtype
 
     def __getitem__(self, name: str) -> Entry:
-        entry, dtype = self._stored[name], self._dtype
-        if entry.dtype.kind != "float":
-            return entry
-        return Single(entry.shape, dtype, lambda: entry.build().cast(dtype), entry.kind)
+        entry = self._stored[name]
+        return _Cast(entry, self._dtype) if entry.dtype.kind == "float" else entry
 
     def __contains__(self, name: object) -> bool:
         return name in self._stored

@@ -19,8 +19,8 @@ from .dtypes import DTYPES
 from .errors import SourceError, WriteError
 from .extents import Buffer
 from .finite import nonfinite
+from .planned import PlannedTensors
 from .planner import LEAF, Batch, Slots
-from .plans import PlannedTensor
 from .reader import Lane
 from .writer import OutputFile
 
@@ -116,7 +116,7 @@ class ToFiles:
     NaN or an infinity in the output is a SourceError."""
 
     def __init__(
-        self, slots: Slots, tensors: Sequence[PlannedTensor], files: Sequence[OutputFile], *, finite: bool
+        self, slots: Slots, tensors: PlannedTensors, files: Sequence[OutputFile], *, finite: bool
     ) -> None:
         self.slots = slots
         self.tensors = tensors
@@ -124,8 +124,8 @@ class ToFiles:
         self.finite = finite
         self.leaves = np.zeros(slots.leaves, np.uint64)
         self.crcs: dict[int, int] = {}  # leaf -> CRC32, of files that need them
-        self.codes = np.array([t.dtype.code for t in tensors], np.int64)
-        self.floats = np.array([t.dtype.kind == "float" for t in tensors], bool)
+        self.codes = np.array([d.code for d in tensors.made.dtypes], np.uint8)
+        self.floats = np.array([d.kind == "float" for d in tensors.made.dtypes], bool)
 
     def worker(self, lane: Lane, size: int) -> Worker:
         """A worker with a staging buffer of `size` bytes of its own."""

@@ -32,7 +32,7 @@ class OutputFile:
     def __init__(self, output: Output, layout: FileLayout, rank: int, fd: int, staged: str) -> None:
         self.layout, self.rank = layout, rank
         self._output, self._fd, self._staged = output, fd, staged
-        self._left = sum(s.nbytes for s in layout.slots)
+        self._left = int(layout.slots.nbytes.sum())
         self._lock = threading.Lock()
 
     def write(self, offset: int, data: memoryview) -> None:
@@ -58,7 +58,7 @@ class OutputFile:
         layout = self.layout
         if self._left:
             raise WriteError(f"{layout.path}: {self._left} bytes of its tensors were not written")
-        missing = [s.name for s in layout.slots if s.name not in digests]
+        missing = [name for name in layout.slots.names if name not in digests]
         if missing:
             raise WriteError(f"{layout.path}: no digest for {missing[0]} ({len(missing)} in all)")
         closing = layout.closing(crcs)

@@ -20,7 +20,7 @@ from ..checkpoint import Entry
 from ..dtypes import DType
 from ..errors import SourceError
 from ..extents import Extents
-from ..views import Rows, View, runs_of_many
+from ..views import Rows, View, runs_of_many, zeros
 
 Shape = tuple[int, ...]
 
@@ -84,9 +84,11 @@ class Gather:
             rows, borders = self._fragments(slice(at * self._size, (at + 1) * self._size))
             self._held = at, rows, borders
         p = self.placed
-        flat = (int(p.numel[number]),)
-        view = View(flat, p.flat.dtype, self.extents, rows[borders[k] : borders[k + 1]])
-        return view.reshape(p.shapes[number])
+        shape, flat = p.shapes[number], (int(p.numel[number]),)
+        if 0 in shape:
+            return zeros(shape, p.flat.dtype)
+        held = rows[borders[k] : borders[k + 1]]
+        return View(shape, p.flat.dtype, self.extents, held, None if shape == flat else flat)
 
     def _fragments(self, block: slice) -> tuple[Rows, list[int]]:
         p = self.placed
