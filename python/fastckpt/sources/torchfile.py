@@ -119,7 +119,7 @@ def _load_zip(
     data = reader.read(at, size)
     if check_crc:
         directory.check_crc(pickle, at)
-    tree = _parsed(data, wanted, known)
+    tree = _parsed(data, wanted, known, reader.file.nbytes)
     extents = []
     for s in tree.storages:
         name = top + b"data/" + s.key.encode(errors="surrogatepass")
@@ -144,18 +144,20 @@ def _check_byteorder(reader: Reader, directory: Directory, name: bytes) -> None:
             raise SourceError(f"its bytes are in {order!r} order; wanted little")
 
 
-def _parsed(data: bytes, wanted: Wanted | None, known: MutableMapping[bytes, Tree] | None) -> Tree:
+def _parsed(
+    data: bytes, wanted: Wanted | None, known: MutableMapping[bytes, Tree] | None, file: int
+) -> Tree:
     if known is None:
-        return _whole(data, wanted)
+        return _whole(data, wanted, file)
     key = blake2b(data, digest_size=32).digest()
     tree = known.get(key)
     if tree is None:
-        tree = known[key] = _whole(data, wanted)
+        tree = known[key] = _whole(data, wanted, file)
     return tree
 
 
-def _whole(data: bytes, wanted: Wanted | None) -> Tree:
-    tree = torchpickle.parse(data, wanted=wanted)
+def _whole(data: bytes, wanted: Wanted | None, file: int) -> Tree:
+    tree = torchpickle.parse(data, wanted=wanted, file=file)
     if tree.end != len(data):
         raise SourceError(f"its pickle ends at byte {tree.end} of {len(data)}")
     return tree
@@ -170,7 +172,7 @@ def _load_legacy(reader: Reader, wanted: Wanted | None) -> TorchFile:
     while True:  # how long the pickles are is known only when they were read
         data = reader.read_through(0, min(n, total))
         try:
-            tree, keys, end = _legacy_pickles(data, wanted)
+            tree, keys, end = _legacy_pickles(data, wanted, total)
             break
         except Short as e:
             if n >= total:
@@ -195,7 +197,7 @@ def _load_legacy(reader: Reader, wanted: Wanted | None) -> TorchFile:
     return TorchFile(tree.root, reader.file, tuple(extents), tree.inert, digest.hexdigest())
 
 
-def _legacy_pickles(data: bytes, wanted: Wanted | None) -> tuple[Tree, list[str], int]:
+def _legacy_pickles(data: bytes, wanted: Wanted | None, file: int) -> tuple[Tree, list[str], int]:
     """(the tree, storage keys in file order, where the storages begin) of a legacy file's pickles."""
     magic = inertpickle.parse(data)
     protocol = inertpickle.parse(data, magic.end)
@@ -204,8 +206,8 @@ def _legacy_pickles(data: bytes, wanted: Wanted | None) -> tuple[Tree, list[str]
     system = inertpickle.parse(data, protocol.end)
     if not isinstance(system.root, dict) or system.root.get("little_endian") is not True:
         raise SourceError("a legacy file whose bytes are not in little order")
-    tree = torchpickle.parse(data, system.end, legacy=True, wanted=wanted)
-    listed = inertpickle.parse(data, tree.end)
+    tree = torchpickle.parse(data, system.end, legacy=True, wanted=wanted, file=file)
+    listed = inertpickle.parse(data, tree.end, file=file)
     keys = listed.root
     if not isinstance(keys, list) or not all(isinstance(k, str) for k in keys):
         raise SourceError("its list of storage keys is no list of strings")
