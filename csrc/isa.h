@@ -23,23 +23,29 @@ struct Pair {
     Transpose transpose = nullptr;
 };
 
-enum QuantKind : uint8_t { QUANT_INT8, QUANT_E4M3, QUANT_INT4 };
+// What becomes of a value: a byte, or four bits, of which eight make a word: eight columns, the first lowest (INT4),
+// in AWQ's order (AWQ), or eight rows, the first lowest (DOWN).
+enum QuantKind : uint8_t { QUANT_INT8, QUANT_E4M3, QUANT_INT4, QUANT_INT4_AWQ, QUANT_INT4_DOWN, QUANT_KINDS };
 
 // Rows of a dense matrix and how they are quantised (quant.h). `src`: rows x columns of `dtype` (fp32, bf16 or
-// fp16); `out`: one byte a value, or two values a byte (int4: columns and blocks are multiples of 8 then).
-// `amax`: one a row, taken as the largest magnitude where a scale is shared beyond these values (blocks are then
-// whole rows), or null. `scales`: one a block, row after row of blocks. `sums`: the largest error, then the sums of
-// (x - y)^2, x^2, y^2 and x y, added to.
+// fp16); `out`: one byte a value, or two values a byte. Blocks are one column wide (AWQ, DOWN; columns and whole
+// blocks are multiples of 8) or any (the others; INT4: columns and their blocks multiples of 8). `amax`: one a row,
+// taken as the largest magnitude where a scale is shared beyond these values (blocks are then whole rows), or null.
+// `scales`: one a block, row after row of blocks; `half`: rounded to fp16. `zeros`: one zero point a block, from
+// `lowest` to 7, or null where there are none. `sums`: the largest error, then the sums of (x - y)^2, x^2, y^2 and
+// x y, added to.
 struct Quant {
     const char* src;
     size_t rows, columns, block_rows, block_columns;
     Dtype dtype;
     QuantKind kind;
     bool reciprocal;  // int8: multiply by the reciprocal of the scale
-    float reach, floor;
+    bool half;
+    float reach, floor, lowest;
     const float* amax;
     char* out;
     float* scales;
+    int8_t* zeros;
     double* sums;
 };
 
@@ -50,7 +56,7 @@ struct Kernels {
     uint64_t (*digest_long)(const uint8_t* data, size_t nbytes);
     // Elements that are NaN or infinite among n of a float type; 0 for the others.
     uint64_t (*nonfinite)(const char* data, size_t n, Dtype dtype);
-    // Quantises; false, with `out` undefined, where a value is NaN or infinite.
+    // Quantises; false, with `out` undefined, where a value or its scale is NaN or infinite.
     bool (*quantise)(const Quant& q);
     // The largest magnitude of each row of fp32, bf16 or fp16; not finite where a value is not.
     void (*row_amax)(float* out, const char* src, size_t rows, size_t columns, Dtype dtype);

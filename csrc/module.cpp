@@ -1,6 +1,7 @@
 // fastckpt._C: the only file that knows Python. Buffers and integers come in, work runs without the GIL.
 #include <pybind11/pybind11.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -120,27 +121,33 @@ void check_dense(const char* what, size_t nbytes, int code, size_t rows, size_t 
 }
 
 bool py_quantise(const py::object& dense, int code, size_t rows, size_t columns, size_t block_rows, size_t block_columns, float reach,
-                 float floor, bool reciprocal, int kind, const py::object& amax, const py::object& out, const py::object& scales,
-                 const py::object& sums, int isa) {
+                 float floor, float lowest, bool reciprocal, bool half, int kind, const py::object& amax, const py::object& out,
+                 const py::object& scales, const py::object& zeros, const py::object& sums, int isa) {
     Held d(dense), o(out, true), s(scales, true), t(sums, true);
     check_dense("quantise", d.nbytes(), code, rows, columns);
-    if (kind < QUANT_INT8 || kind > QUANT_INT4) throw std::invalid_argument("quantise: no kind " + std::to_string(kind));
-    const bool packed = kind == QUANT_INT4;
-    if (block_rows == 0 || block_columns == 0 || (packed && (columns % 8 != 0 || block_columns % 8 != 0)))
+    if (kind < QUANT_INT8 || kind >= QUANT_KINDS) throw std::invalid_argument("quantise: no kind " + std::to_string(kind));
+    const bool packed = kind >= QUANT_INT4, upright = kind == QUANT_INT4_AWQ || kind == QUANT_INT4_DOWN;
+    if (block_rows == 0 || block_columns == 0 || (packed && columns % 8 != 0) || (kind == QUANT_INT4 && block_columns % 8 != 0) ||
+        (upright && (block_columns != 1 || block_rows % 8 != 0 || rows % 8 != 0)))
         throw std::invalid_argument("quantise: blocks of " + std::to_string(block_rows) + " x " + std::to_string(block_columns));
     const size_t blocks = ((rows - 1) / block_rows + 1) * ((columns - 1) / block_columns + 1);
     if (o.nbytes() != rows * columns / (packed ? 2 : 1) || s.count<float>("scales") != blocks || t.count<double>("sums") != 5)
         throw std::invalid_argument("quantise: out, scales or sums have another size");
     Quant q{d.data(), rows, columns, block_rows, block_columns, static_cast<Dtype>(code), static_cast<QuantKind>(kind),
-            reciprocal, reach, floor, nullptr, o.data(), s.items<float>(), t.items<double>()};
-    if (amax.is_none()) {
-        py::gil_scoped_release free;
-        return kernels(isa).quantise(q);
+            reciprocal, half, reach, floor, lowest, nullptr, o.data(), s.items<float>(), nullptr, t.items<double>()};
+    std::optional<Held> a, z;
+    if (!amax.is_none()) {
+        a.emplace(amax);
+        if (a->count<float>("amax") != rows || block_rows != 1 || block_columns != columns)
+            throw std::invalid_argument("quantise: amax is one a row, and goes with blocks of whole rows");
+        q.amax = a->items<float>();
     }
-    Held a(amax);
-    if (a.count<float>("amax") != rows || block_rows != 1 || block_columns != columns)
-        throw std::invalid_argument("quantise: amax is one a row, and goes with blocks of whole rows");
-    q.amax = a.items<float>();
+    if (!zeros.is_none()) {
+        z.emplace(zeros, true);
+        if (z->nbytes() != blocks || !packed || (kind == QUANT_INT4 && block_rows != 1) || q.amax != nullptr)
+            throw std::invalid_argument("quantise: zeros are one a block of four bits");
+        q.zeros = z->items<int8_t>();
+    }
     py::gil_scoped_release free;
     return kernels(isa).quantise(q);
 }
@@ -265,6 +272,8 @@ PYBIND11_MODULE(_C, m) {
             if (error) std::rethrow_exception(error);
         } catch (const BrokenFile& e) {
             py::set_error(py::module_::import("fastckpt.errors").attr("SourceError"), e.what());
+        } catch (const NoRoom& e) {
+            py::set_error(py::module_::import("fastckpt.errors").attr("WriteError"), e.what());
         }
     });
 
@@ -301,8 +310,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("nonfinite", py_nonfinite, py::arg("buffer"), py::arg("dtype_code"));
 
     m.def("quantise", py_quantise, py::arg("dense"), py::arg("dtype_code"), py::arg("rows"), py::arg("columns"),
-          py::arg("block_rows"), py::arg("block_columns"), py::arg("reach"), py::arg("floor"), py::arg("reciprocal"),
-          py::arg("kind"), py::arg("amax"), py::arg("out"), py::arg("scales"), py::arg("sums"), py::arg("isa") = -1);
+          py::arg("block_rows"), py::arg("block_columns"), py::arg("reach"), py::arg("floor"), py::arg("lowest"),
+          py::arg("reciprocal"), py::arg("half"), py::arg("kind"), py::arg("amax"), py::arg("out"), py::arg("scales"),
+          py::arg("zeros"), py::arg("sums"), py::arg("isa") = -1);
     m.def("row_amax", py_row_amax, py::arg("dense"), py::arg("dtype_code"), py::arg("rows"), py::arg("columns"), py::arg("out"),
           py::arg("isa") = -1);
 

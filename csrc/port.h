@@ -92,6 +92,51 @@ template <int SIZE> FASTCKPT_INLINE Words pack(const Words* w) {
     return out;
 }
 
+// The largest lane; all are below 2^31.
+FASTCKPT_INLINE uint32_t highest(Words w) {
+#if defined(__AVX512BW__)
+    return _mm512_reduce_max_epu32((__m512i)w);
+#else
+    uint32_t out = 0;
+    for (int lane = 0; lane < LANES; ++lane) out = w[lane] > out ? w[lane] : out;
+    return out;
+#endif
+}
+
+#if defined(__AVX512BW__) || (defined(__AVX2__) && defined(__FMA__))
+#define FASTCKPT_FUSES
+// a * b + c and c - a * b, rounded once.
+FASTCKPT_INLINE Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512BW__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#endif
+}
+FASTCKPT_INLINE Floats fused_less(Floats a, Floats b, Floats c) {
+#if defined(__AVX512BW__)
+    return (Floats)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+    return (Floats)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#endif
+}
+#endif
+
+// A block of bytes below 16 to half as many, the first of two in the low four bits.
+FASTCKPT_INLINE void pair_nibbles(char* out, const char* bytes) {
+#if defined(__AVX512BW__)
+    const __m512i pairs = _mm512_maddubs_epi16(_mm512_loadu_si512(bytes), _mm512_set1_epi16(0x1001));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi16_epi8(pairs));
+#elif defined(__AVX2__)
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+    const __m256i pairs = _mm256_maddubs_epi16(x, _mm256_set1_epi16(0x1001));
+    const __m256i bytes_of = _mm256_permute4x64_epi64(_mm256_packus_epi16(pairs, pairs), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(bytes_of));
+#else
+    for (size_t i = 0; i < BLOCK / 2; ++i) out[i] = static_cast<char>(bytes[2 * i] | bytes[2 * i + 1] << 4);
+#endif
+}
+
 // A block past the cache; `p` is aligned to BLOCK. Ordered before other stores by `fence`.
 FASTCKPT_INLINE void stream(char* p, Words w) {
 #if defined(__AVX512BW__)

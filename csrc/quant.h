@@ -1,8 +1,9 @@
 // Quantise rows of a dense matrix: amax, scale, round, pack, block after block while it is in cache.
 //
 // All arithmetic is fp32: scale = max(amax / reach, floor), 1 where that is 0; value = x / scale or
-// x * (1 / scale), clamped, rounded to nearest with ties to even. The sums of the error are figures only:
-// their last digits depend on the width of a vector.
+// x * (1 / scale), clamped, rounded to nearest with ties to even. With zero points: scale = (high - low) / reach,
+// both with 0 in between, zero = round(-8 - low / scale), value = x / scale + zero. The sums of the error are
+// figures only: their last digits depend on the width of a vector.
 #pragma once
 
 #include "isa.h"
@@ -36,67 +37,167 @@ template <class S, class U> FASTCKPT_INLINE U load_as(const char* p) {
         return S::to_f32(load<S::size>(p));
     }
 }
-// The bits of the largest magnitude among n values; above INF32 - 1 where one is not finite.
-template <class S> FASTCKPT_INLINE uint32_t largest_bits(const char* p, size_t n, uint32_t so_far) {
-    Words m[4] = {{}, {}, {}, {}};
-    size_t i = 0;
-    auto take = [&](Words& m, size_t at) {
-        Words a = load_as<S, Words>(p + at * S::size) & 0x7fffffffu;
-        m = less(m, a) ? a : m;
-    };
-    for (; i + 4 * LANES <= n; i += 4 * LANES)
-        for (int k = 0; k < 4; ++k) take(m[k], i + k * LANES);
-    for (; i + LANES <= n; i += LANES) take(m[0], i);
-    for (int k = 0; k < 4; ++k)
-        for (int lane = 0; lane < LANES; ++lane) so_far = m[k][lane] > so_far ? m[k][lane] : so_far;
-    for (; i < n; ++i) {
-        uint32_t a = load_as<S, uint32_t>(p + i * S::size) & 0x7fffffffu;
-        so_far = a > so_far ? a : so_far;
-    }
-    return so_far;
+template <class U> FASTCKPT_INLINE U load_lanes(const void* p) {
+    U x;
+    memcpy(&x, p, sizeof x);
+    return x;
 }
 
+// The bits of the largest magnitude in a box of r x n values, `pitch` apart; above INF32 - 1 where one is not finite.
+template <class S> FASTCKPT_INLINE uint32_t largest_bits(const char* src, size_t r, size_t n, size_t pitch) {
+    Words m[4] = {{}, {}, {}, {}};
+    uint32_t rest = 0;
+    auto take = [&](Words& m, const char* p) {
+        Words a = load_as<S, Words>(p) & 0x7fffffffu;
+        m = less(m, a) ? a : m;
+    };
+    for (size_t k = 0; k < r; ++k) {
+        const char* p = src + k * pitch * S::size;
+        size_t i = 0;
+        for (; i + 4 * LANES <= n; i += 4 * LANES)
+            for (int j = 0; j < 4; ++j) take(m[j], p + (i + j * LANES) * S::size);
+        for (; i + LANES <= n; i += LANES) take(m[0], p + i * S::size);
+        for (; i < n; ++i) {
+            uint32_t a = load_as<S, uint32_t>(p + i * S::size) & 0x7fffffffu;
+            rest = a > rest ? a : rest;
+        }
+    }
+    for (int j = 1; j < 4; ++j) m[0] = less(m[0], m[j]) ? m[j] : m[0];
+    const uint32_t found = highest(m[0]);
+    return found > rest ? found : rest;
+}
+
+// The least and the largest of n values and 0.
+struct Range {
+    float low = 0, high = 0;
+};
+template <class S> FASTCKPT_INLINE Range range_of(const char* p, size_t n) {
+    Floats low{}, high{};
+    Range out;
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        const Floats x = as_float<Words>(load_as<S, Words>(p + i * S::size));
+        low = x < low ? x : low, high = x > high ? x : high;
+    }
+    for (int lane = 0; lane < LANES; ++lane)
+        out.low = low[lane] < out.low ? low[lane] : out.low, out.high = high[lane] > out.high ? high[lane] : out.high;
+    for (; i < n; ++i) {
+        const float x = as_float(load_as<S, uint32_t>(p + i * S::size));
+        out.low = x < out.low ? x : out.low, out.high = x > out.high ? x : out.high;
+    }
+    return out;
+}
+
+// How far y lies from x: kept as sums of x - y, of which the others follow.
 struct Sums {
-    Floats biggest{}, difference{}, dense{}, quantised{}, both{};
-    void add_to(double* out) const {
+    Floats biggest{}, difference{}, dense{}, across{};
+    size_t values = 0;
+
+    void add(Floats x, Floats d) {
+        const Floats size = as_float<Words>(as_bits<Words>(d) & 0x7fffffffu);
+        biggest = size > biggest ? size : biggest;
+        difference += d * d, dense += x * x, across += x * d;
+    }
+    void add(float x, float d) {
+        const float size = d < 0 ? -d : d;
+        biggest[0] = size > biggest[0] ? size : biggest[0];
+        difference[0] += d * d, dense[0] += x * x, across[0] += x * d;
+    }
+    // Floats hold the sums of so many values well enough; then doubles take them over.
+    void counted(size_t n, double* out) {
+        values += n;
+        if (values >= size_t{1} << 16) add_to(out);
+    }
+    void add_to(double* out) {
+        double d = 0, x = 0, xd = 0;
         for (int k = 0; k < LANES; ++k) {
             out[0] = biggest[k] > out[0] ? biggest[k] : out[0];
-            out[1] += difference[k], out[2] += dense[k], out[3] += quantised[k], out[4] += both[k];
+            d += difference[k], x += dense[k], xd += across[k];
         }
+        out[1] += d, out[2] += x, out[3] += x - 2 * xd + d, out[4] += x - xd;
+        *this = Sums{};
     }
 };
 
-// One vector of values, or one value, each to a byte in the low bits of its lane; y becomes what they stand for.
-template <class S, QuantKind KIND, bool RECIPROCAL, class U>
-FASTCKPT_INLINE U round_one(const char* src, float scale, typename FloatOf<U>::type& x, typename FloatOf<U>::type& y) {
-    constexpr float HIGH = KIND == QUANT_INT4 ? 7.0f : 127.0f;
-    x = as_float<U>(load_as<S, U>(src));
-    typename FloatOf<U>::type v;
-    if constexpr (RECIPROCAL) v = x * scale;
-    else v = x / scale;
-    if constexpr (KIND == QUANT_E4M3) {
-        U code = E4M3::from_f32(as_bits<U>(v));
-        y = as_float<U>(E4M3::to_f32(code));
-        return code;
-    } else {
-        const typename FloatOf<U>::type shifted = at_least<U>(at_most<U>(v, HIGH), -HIGH - 1) + ROUNDER;
-        y = shifted - ROUNDER;
-        return as_bits<U>(shifted) & 0xffu;
-    }
+// DIVIDE: by the scale. FUSED: the same, correctly rounded, without a division: x / s by the correctly rounded
+// reciprocal r of s, corrected twice with residuals that a fused multiply-add gives exactly (Markstein). Right
+// where nothing under- or overflows that could still reach a code: `fuses`. RECIPROCAL: times r, rounded.
+enum How { DIVIDE, FUSED, RECIPROCAL };
+
+FASTCKPT_INLINE bool fuses(float scale, float amax) {
+#if defined(FASTCKPT_FUSES)
+    return scale > 0x1p-60f && scale < 0x1p60f && amax < scale * 0x1p20f;
+#else
+    (void)scale, (void)amax;
+    return false;
+#endif
 }
 
-template <class S, QuantKind KIND, bool RECIPROCAL>
-FASTCKPT_INLINE void round_line(char* out, const char* src, size_t n, float scale, Sums& sums) {
-    const float factor = RECIPROCAL ? 1.0f / scale : scale;
+template <class U> struct Scale {
+    typename FloatOf<U>::type scale, reciprocal, zero;
+};
+template <class U> FASTCKPT_INLINE Scale<U> all_lanes(float scale, float zero) {
+    using F = typename FloatOf<U>::type;
+    return {F{} + scale, F{} + 1.0f / scale, F{} + zero};
+}
+
+template <How HOW, class U>
+FASTCKPT_INLINE typename FloatOf<U>::type divided(typename FloatOf<U>::type x, const Scale<U>& s) {
+#if defined(FASTCKPT_FUSES)
+    if constexpr (HOW == FUSED && Lanes<U>::count > 1) {
+        Floats q = x * s.reciprocal;
+        q = fused(fused_less(q, s.scale, x), s.reciprocal, q);
+        return fused(fused_less(q, s.scale, x), s.reciprocal, q);
+    }
+#endif
+    if constexpr (HOW == RECIPROCAL) return x * s.reciprocal;
+    else return x / s.scale;
+}
+
+// The code of v in e4m3fn and its value y: E4M3 of cast.h for what is no NaN, decoded on the way.
+template <class U> FASTCKPT_INLINE U e4m3(typename FloatOf<U>::type v, U sign, typename FloatOf<U>::type& y) {
+    constexpr uint32_t MAGIC = (120 + 21) << 23;  // its last place is 2^-9, the smallest denormal
+    const U a = as_bits<U>(at_most<U>(as_float<U>(as_bits<U>(v) & 0x7fffffffu), 448.0f));
+    const U rounded = a + 0x7ffffu + ((a >> 20) & 1u);
+    const U small = as_bits<U>(as_float<U>(a) + as_float<uint32_t>(MAGIC));
+    const auto below = less(a, U{} + ((120 + 1) << 23));
+    y = as_float<U>((below ? as_bits<U>(as_float<U>(small) - as_float<uint32_t>(MAGIC)) : rounded & 0xfff00000u) | sign);
+    return (below ? small - MAGIC : (rounded >> 20) - (120u << 3)) | sign >> 24;
+}
+
+// One vector of values x, or one, each to a byte in the low bits of its lane (four bits have 8 added); d becomes
+// what the value lost.
+template <QuantKind KIND, How HOW, bool ZERO, class U>
+FASTCKPT_INLINE U round_one(U bits, const Scale<U>& s, typename FloatOf<U>::type& d) {
+    using F = typename FloatOf<U>::type;
+    const F x = as_float<U>(bits);
+    F v = divided<HOW, U>(x, s), y;
+    U code;
+    if constexpr (KIND == QUANT_E4M3) {
+        code = e4m3<U>(v, bits & 0x80000000u, y);
+    } else {
+        constexpr float HIGH = KIND == QUANT_INT8 ? 127.0f : 7.0f;
+        if constexpr (ZERO) v += s.zero;
+        const F shifted = at_least<U>(at_most<U>(v, HIGH), -HIGH - 1) + ROUNDER;
+        y = shifted - ROUNDER;
+        if constexpr (ZERO) y -= s.zero;
+        code = as_bits<U>(shifted) & 0xffu;
+        if constexpr (KIND != QUANT_INT8) code = (code ^ 8u) & 0xfu;
+    }
+    d = x - y * s.scale;
+    return code;
+}
+
+template <class S, QuantKind KIND, How HOW, bool ZERO>
+FASTCKPT_INLINE void round_line(char* out, const char* src, size_t n, float scale, float zero, Sums& sums) {
+    const auto all = all_lanes<Words>(scale, zero);
+    const auto one = all_lanes<uint32_t>(scale, zero);
     size_t i = 0;
     auto lanes = [&](size_t at) {
-        Floats x, y;
-        Words codes = round_one<S, KIND, RECIPROCAL, Words>(src + at * S::size, factor, x, y);
-        y *= scale;
-        Floats d = x - y;
-        Floats size = as_float<Words>(as_bits<Words>(d) & 0x7fffffffu);
-        sums.biggest = size > sums.biggest ? size : sums.biggest;
-        sums.difference += d * d, sums.dense += x * x, sums.quantised += y * y, sums.both += x * y;
+        Floats d;
+        const Words x = load_as<S, Words>(src + at * S::size);
+        const Words codes = round_one<KIND, HOW, ZERO, Words>(x, all, d);
+        sums.add(as_float<Words>(x), d);
         return codes;
     };
     for (; i + 4 * LANES <= n; i += 4 * LANES) {
@@ -106,72 +207,199 @@ FASTCKPT_INLINE void round_line(char* out, const char* src, size_t n, float scal
     }
     for (; i + LANES <= n; i += LANES) store<1>(out + i, lanes(i));
     for (; i < n; ++i) {
-        float x, y;
-        out[i] = static_cast<char>(round_one<S, KIND, RECIPROCAL, uint32_t>(src + i * S::size, factor, x, y));
-        y *= scale;
-        float d = x - y, size = d < 0 ? -d : d;
-        sums.biggest[0] = size > sums.biggest[0] ? size : sums.biggest[0];
-        sums.difference[0] += d * d, sums.dense[0] += x * x, sums.quantised[0] += y * y, sums.both[0] += x * y;
+        float d;
+        const uint32_t x = load_as<S, uint32_t>(src + i * S::size);
+        out[i] = static_cast<char>(round_one<KIND, HOW, ZERO, uint32_t>(x, one, d));
+        sums.add(as_float(x), d);
     }
 }
 
-// Bytes of -8..7 to nibbles with 8 added, the first value in the lowest; n is a multiple of 8.
+// Bytes below 16 to nibbles, the first value in the lowest; n is a multiple of 8.
 FASTCKPT_INLINE void pack_nibbles(char* out, const char* values, size_t n) {
+    size_t i = 0;
+    for (; i + BLOCK <= n; i += BLOCK) pair_nibbles(out + i / 2, values + i);
+    for (; i < n; i += 2) out[i / 2] = static_cast<char>(values[i] | values[i + 1] << 4);
+}
+
+// The same in AWQ's order: 0, 2, 4, 6, 1, 3, 5, 7 from the lowest.
+FASTCKPT_INLINE void pack_awq(char* out, const char* values, size_t n) {
     for (size_t i = 0; i < n; i += 8) {
         uint64_t x;
         memcpy(&x, values + i, 8);
-        x = (x & 0x0f0f0f0f0f0f0f0full) ^ 0x0808080808080808ull;  // in four bits, adding 8 turns the top one
-        x = (x | x >> 4) & 0x00ff00ff00ff00ffull;
-        x = (x | x >> 8) & 0x0000ffff0000ffffull;
-        x = x | x >> 16;
-        memcpy(out + i / 2, &x, 4);
+        x |= x >> 12;  // 0 and 2 stand in byte 0, 1 and 3 in byte 1, 4 and 6 in byte 4, 5 and 7 in byte 5
+        const uint32_t word = static_cast<uint32_t>((x & 0xff) | (x >> 24 & 0xff00) | (x << 8 & 0xff0000) | (x >> 16 & 0xff000000));
+        memcpy(out + i / 2, &word, 4);
     }
 }
 
-FASTCKPT_INLINE float scale_from(float amax, const Quant& q) {
-    float scale = amax / q.reach;
+FASTCKPT_INLINE float to_half(float x) { return as_float(F16::to_f32(F16::from_f32(as_bits<uint32_t>(x)))); }
+
+FASTCKPT_INLINE float scale_from(float span, const Quant& q) {
+    float scale = span / q.reach;
     if (scale < q.floor) scale = q.floor;
+    if (q.half) scale = to_half(scale);
     return scale == 0 ? 1.0f : scale;
 }
 
-template <class S, QuantKind KIND, bool RECIPROCAL> bool quantise_as(const Quant& q) {
+FASTCKPT_INLINE float zero_from(float low, float scale, const Quant& q) {
+    const float zero = at_least<uint32_t>(at_most<uint32_t>(-8.0f - low / scale, 7.0f), q.lowest) + ROUNDER;
+    return zero - ROUNDER;
+}
+
+FASTCKPT_INLINE bool finite(float x) { return (as_bits<uint32_t>(x) & 0x7fffffffu) < INF32; }
+
+template <class S, QuantKind KIND, How HOW, bool ZERO>
+void round_box(const Quant& q, size_t r0, size_t r1, size_t c0, size_t n, float scale, float zero, Sums& sums) {
     constexpr size_t PIECE = 1024;  // values of int4 rounded before they are packed
+    for (size_t r = r0; r < r1; ++r) {
+        const char* src = q.src + (r * q.columns + c0) * S::size;
+        if constexpr (KIND == QUANT_INT4) {
+            char piece[PIECE];
+            for (size_t i = 0; i < n; i += PIECE) {
+                const size_t m = i + PIECE < n ? PIECE : n - i;
+                round_line<S, KIND, HOW, ZERO>(piece, src + i * S::size, m, scale, zero, sums);
+                pack_nibbles(q.out + (r * q.columns + c0 + i) / 2, piece, m);
+            }
+        } else {
+            round_line<S, KIND, HOW, ZERO>(q.out + r * q.columns + c0, src, n, scale, zero, sums);
+        }
+    }
+}
+
+template <class S, QuantKind KIND, bool ZERO> bool quantise_blocks(const Quant& q) {
     const size_t across = (q.columns + q.block_columns - 1) / q.block_columns;
+    Sums sums;
     for (size_t r0 = 0; r0 < q.rows; r0 += q.block_rows) {
         const size_t r1 = r0 + q.block_rows < q.rows ? r0 + q.block_rows : q.rows;
-        Sums sums;
         for (size_t b = 0; b < across; ++b) {
-            const size_t c0 = b * q.block_columns;
+            const size_t c0 = b * q.block_columns, at = r0 / q.block_rows * across + b;
             const size_t n = c0 + q.block_columns < q.columns ? q.block_columns : q.columns - c0;
-            uint32_t bits = 0;
-            for (size_t r = r0; r < r1; ++r) bits = largest_bits<S>(q.src + (r * q.columns + c0) * S::size, n, bits);
+            const char* src = q.src + (r0 * q.columns + c0) * S::size;
+            const uint32_t bits = largest_bits<S>(src, r1 - r0, n, q.columns);
             if (bits >= INF32) return false;
-            const float scale = scale_from(q.amax == nullptr ? as_float(bits) : q.amax[r0], q);
-            q.scales[r0 / q.block_rows * across + b] = scale;
+            float scale, zero = 0;
+            if constexpr (ZERO) {  // blocks of one row
+                const Range range = range_of<S>(src, n);
+                scale = scale_from(range.high - range.low, q);
+                zero = zero_from(range.low, scale, q);
+                q.zeros[at] = static_cast<int8_t>(zero);
+            } else {
+                scale = scale_from(q.amax == nullptr ? as_float(bits) : q.amax[r0], q);
+            }
+            if (!finite(scale)) return false;
+            q.scales[at] = scale;
+            if (q.reciprocal) round_box<S, KIND, RECIPROCAL, ZERO>(q, r0, r1, c0, n, scale, zero, sums);
+            else if (fuses(scale, as_float(bits))) round_box<S, KIND, FUSED, ZERO>(q, r0, r1, c0, n, scale, zero, sums);
+            else round_box<S, KIND, DIVIDE, ZERO>(q, r0, r1, c0, n, scale, zero, sums);
+            sums.counted((r1 - r0) * n, q.sums);
+        }
+    }
+    sums.add_to(q.sums);
+    return true;
+}
+
+// ---- blocks of one column: every lane has a scale of its own ----
+
+constexpr size_t STRIP = 512;  // columns at once: their scales stay in the first cache
+
+struct Strip {
+    float low[STRIP], high[STRIP];
+    float scale[STRIP], reciprocal[STRIP], zero[STRIP];
+    char codes[STRIP];
+};
+
+template <class S, class U> FASTCKPT_INLINE void widen(Strip& s, size_t c, const char* src, U& found) {
+    using F = typename FloatOf<U>::type;
+    const U bits = load_as<S, U>(src);
+    const U a = bits & 0x7fffffffu;
+    found = less(found, a) ? a : found;
+    const F x = as_float<U>(bits);
+    F low = load_lanes<F>(s.low + c), high = load_lanes<F>(s.high + c);
+    low = x < low ? x : low, high = x > high ? x : high;
+    memcpy(s.low + c, &low, sizeof low), memcpy(s.high + c, &high, sizeof high);
+}
+
+// Eight rows of a few columns: their codes, as one word a column (DOWN) or as bytes of the strip's row (AWQ).
+template <class S, QuantKind KIND, How HOW, bool ZERO, class U>
+FASTCKPT_INLINE void round_column(const Quant& q, Strip& s, size_t r, size_t c0, size_t c, size_t count, Sums& sums) {
+    using F = typename FloatOf<U>::type;
+    const Scale<U> scale{load_lanes<F>(s.scale + c), load_lanes<F>(s.reciprocal + c), load_lanes<F>(s.zero + c)};
+    U word{};
+    for (size_t k = 0; k < count; ++k) {
+        F d;
+        const U x = load_as<S, U>(q.src + ((r + k) * q.columns + c0 + c) * S::size);
+        const U code = round_one<KIND, HOW, ZERO, U>(x, scale, d);
+        sums.add(as_float<U>(x), d);
+        if constexpr (KIND == QUANT_INT4_DOWN) {
+            word |= code << static_cast<uint32_t>(4 * k);
+        } else if constexpr (Lanes<U>::count == 1) {
+            s.codes[c] = static_cast<char>(code);
+        } else {
+            store<1>(s.codes + c, code);
+        }
+    }
+    if constexpr (KIND == QUANT_INT4_DOWN) memcpy(q.out + (r / 8 * q.columns + c0 + c) * 4, &word, sizeof word);
+}
+
+template <class S, QuantKind KIND, How HOW, bool ZERO>
+void round_strip(const Quant& q, Strip& s, size_t r0, size_t r1, size_t c0, size_t n, Sums& sums) {
+    constexpr size_t STEP = KIND == QUANT_INT4_DOWN ? 8 : 1;
+    for (size_t r = r0; r < r1; r += STEP) {
+        size_t c = 0;
+        for (; c + LANES <= n; c += LANES) round_column<S, KIND, HOW, ZERO, Words>(q, s, r, c0, c, STEP, sums);
+        for (; c < n; ++c) round_column<S, KIND, HOW, ZERO, uint32_t>(q, s, r, c0, c, STEP, sums);
+        if constexpr (KIND == QUANT_INT4_AWQ) pack_awq(q.out + (r * q.columns + c0) / 2, s.codes, n);
+    }
+}
+
+template <class S, QuantKind KIND, bool ZERO> bool quantise_columns(const Quant& q) {
+    Strip s;
+    Sums sums;
+    for (size_t r0 = 0; r0 < q.rows; r0 += q.block_rows) {
+        const size_t r1 = r0 + q.block_rows < q.rows ? r0 + q.block_rows : q.rows;
+        for (size_t c0 = 0; c0 < q.columns; c0 += STRIP) {
+            const size_t n = c0 + STRIP < q.columns ? STRIP : q.columns - c0;
+            for (size_t c = 0; c < n; ++c) s.low[c] = s.high[c] = 0;
+            Words found{};
+            uint32_t rest = 0;
             for (size_t r = r0; r < r1; ++r) {
                 const char* src = q.src + (r * q.columns + c0) * S::size;
-                if constexpr (KIND == QUANT_INT4) {
-                    char piece[PIECE];
-                    for (size_t i = 0; i < n; i += PIECE) {
-                        const size_t m = i + PIECE < n ? PIECE : n - i;
-                        round_line<S, KIND, RECIPROCAL>(piece, src + i * S::size, m, scale, sums);
-                        pack_nibbles(q.out + (r * q.columns + c0 + i) / 2, piece, m);
-                    }
-                } else {
-                    round_line<S, KIND, RECIPROCAL>(q.out + r * q.columns + c0, src, n, scale, sums);
-                }
+                size_t c = 0;
+                for (; c + LANES <= n; c += LANES) widen<S, Words>(s, c, src + c * S::size, found);
+                for (; c < n; ++c) widen<S, uint32_t>(s, c, src + c * S::size, rest);
             }
+            if (highest(found) >= INF32 || rest >= INF32) return false;
+            bool fast = true;
+            for (size_t c = 0; c < n; ++c) {
+                const float largest = s.high[c] > -s.low[c] ? s.high[c] : -s.low[c];
+                const float scale = scale_from(ZERO ? s.high[c] - s.low[c] : largest, q);
+                if (!finite(scale)) return false;
+                const size_t at = r0 / q.block_rows * q.columns + c0 + c;
+                s.scale[c] = q.scales[at] = scale;
+                s.reciprocal[c] = 1.0f / scale;
+                s.zero[c] = ZERO ? zero_from(s.low[c], scale, q) : 0;
+                if (ZERO) q.zeros[at] = static_cast<int8_t>(s.zero[c]);
+                fast &= fuses(scale, largest);
+            }
+            if (fast) round_strip<S, KIND, FUSED, ZERO>(q, s, r0, r1, c0, n, sums);
+            else round_strip<S, KIND, DIVIDE, ZERO>(q, s, r0, r1, c0, n, sums);
+            sums.counted((r1 - r0) * n, q.sums);
         }
-        sums.add_to(q.sums);
     }
+    sums.add_to(q.sums);
     return true;
 }
 
 template <class S> bool quantise_from(const Quant& q) {
+    const bool zero = q.zeros != nullptr;
     switch (q.kind) {
-        case QUANT_INT8: return q.reciprocal ? quantise_as<S, QUANT_INT8, true>(q) : quantise_as<S, QUANT_INT8, false>(q);
-        case QUANT_E4M3: return quantise_as<S, QUANT_E4M3, false>(q);
-        default: return quantise_as<S, QUANT_INT4, false>(q);
+        case QUANT_INT8: return quantise_blocks<S, QUANT_INT8, false>(q);
+        case QUANT_E4M3: return quantise_blocks<S, QUANT_E4M3, false>(q);
+        case QUANT_INT4: return zero ? quantise_blocks<S, QUANT_INT4, true>(q) : quantise_blocks<S, QUANT_INT4, false>(q);
+        case QUANT_INT4_AWQ:
+            return zero ? quantise_columns<S, QUANT_INT4_AWQ, true>(q) : quantise_columns<S, QUANT_INT4_AWQ, false>(q);
+        default:
+            return zero ? quantise_columns<S, QUANT_INT4_DOWN, true>(q) : quantise_columns<S, QUANT_INT4_DOWN, false>(q);
     }
 }
 
@@ -184,7 +412,7 @@ bool quantise(const Quant& q) {
 }
 
 template <class S> void row_amax_of(float* out, const char* src, size_t rows, size_t columns) {
-    for (size_t r = 0; r < rows; ++r) out[r] = as_float(largest_bits<S>(src + r * columns * S::size, columns, 0));
+    for (size_t r = 0; r < rows; ++r) out[r] = as_float(largest_bits<S>(src + r * columns * S::size, 1, columns, columns));
 }
 
 void row_amax(float* out, const char* src, size_t rows, size_t columns, Dtype dtype) {

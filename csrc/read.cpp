@@ -96,11 +96,18 @@ void leave_slot(int i) {
 
 std::string reason() { return std::strerror(errno); }
 
+// Throws what `errno` means for a file that was opened or mapped.
+[[noreturn]] void refuse(const std::string& what) {
+    const bool room = errno == ENOMEM || errno == EMFILE || errno == ENFILE || errno == EAGAIN;
+    if (room) throw NoRoom(what + ": " + reason());
+    throw BrokenFile(what + ": " + reason());
+}
+
 }  // namespace
 
 Mapping::Mapping(const std::string& path, uint64_t nbytes) : path_(path), nbytes_(nbytes) {
     const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    if (fd < 0) throw BrokenFile(path + ": " + reason());
+    if (fd < 0) refuse(path);
     struct stat s;
     if (fstat(fd, &s) != 0 || !S_ISREG(s.st_mode)) {
         ::close(fd);
@@ -111,17 +118,18 @@ Mapping::Mapping(const std::string& path, uint64_t nbytes) : path_(path), nbytes
         throw BrokenFile(path + ": wanted " + std::to_string(nbytes) + " bytes, the file has " + std::to_string(s.st_size));
     }
     void* at = nbytes == 0 ? nullptr : mmap(nullptr, nbytes, PROT_READ, MAP_SHARED, fd, 0);
-    const std::string why = reason();
+    const int why = errno;
     ::close(fd);
     if (nbytes == 0) return;
-    if (at == MAP_FAILED) throw BrokenFile(path + ": cannot map " + std::to_string(nbytes) + " bytes: " + why);
+    errno = why;
+    if (at == MAP_FAILED) refuse(path + ": cannot map " + std::to_string(nbytes) + " bytes");
     address_ = reinterpret_cast<uint64_t>(at);
     const uint64_t page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
     length_ = (nbytes + page - 1) / page * page;
     slot_ = take_slot(address_, length_);
     if (slot_ < 0) {
         munmap(at, nbytes);
-        throw BrokenFile(path + ": more than " + std::to_string(SLOTS) + " files mapped at once");
+        throw NoRoom(path + ": more than " + std::to_string(SLOTS) + " files mapped at once");
     }
 }
 

@@ -38,3 +38,58 @@ def quantised(x, name):
             packed |= (out[:, k::8].to(torch.int64) + 8) << (4 * k)
         return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32), scales
     return out.to(torch.int8), scales
+
+
+GROUPS = {
+    f"{kind}-group{end}{zero}": (kind, n, bool(zero) or kind == "awq")
+    for kind, zeros in (("int4", ("-zero",)), ("awq", ("",)), ("gptq", ("", "-zero")))
+    for zero in zeros
+    for end, n in (("32", 32), ("64", 64), ("", 128))
+}
+"""scheme -> (format, inputs that share a scale, whether there are zero points)."""
+
+
+def grouped(x, name):
+    """Values 0..15 [outputs, inputs], scales and zero points 0..15 [outputs, groups]."""
+    kind, n, zeros = GROUPS[name]
+    x = x.float()
+    boxes = x.reshape(x.shape[0], -1, n)
+    low, high = boxes.amin(2).clamp(max=0), boxes.amax(2).clamp(min=0)
+    scales = (high - low) / 15 if zeros else boxes.abs().amax(2) / torch.tensor(7.5)
+    if kind != "int4":
+        scales = scales.half().float()
+    scales[scales == 0] = 1.0
+    least = -7 if kind == "gptq" else -8
+    points = torch.round((-8 - low / scales).clamp(least, 7)) if zeros else torch.zeros_like(scales)
+    scaled = boxes / scales[..., None]
+    if zeros:
+        scaled = scaled + points[..., None]
+    values = torch.round(scaled.clamp(-8, 7)).reshape(x.shape)
+    return values.long() + 8, scales, points.long() + 8
+
+
+def nibbles(words):
+    """The eight values of every int32, the lowest first, on a new last axis."""
+    return torch.stack([(words.long() >> (4 * k)) & 15 for k in range(8)], -1)
+
+
+def read_back(state, stem, kind):
+    """(values 0..15 [outputs, inputs], scales, zero points 0..15 [outputs, groups]) as loaders read them."""
+    if kind == "int4":
+        rows, columns = state[f"{stem}weight_shape"].tolist()
+        values = nibbles(state[f"{stem}weight_packed"]).reshape(rows, columns)
+        zeros = nibbles(state[f"{stem}weight_zero_point"]).permute(0, 2, 1)
+        zeros = zeros.reshape(-1, zeros.shape[2])
+        assert not zeros[rows:].any()
+        return values, state[f"{stem}weight_scale"], zeros[:rows]
+    words, zeros, scales = (state[stem + n] for n in ("qweight", "qzeros", "scales"))
+    assert words.dtype == zeros.dtype == torch.int32 and scales.dtype == torch.float16
+    if kind == "awq":
+        order = [0, 4, 1, 5, 2, 6, 3, 7]  # AutoAWQ's AWQ_REVERSE_ORDER
+        values = nibbles(words)[..., order].flatten(1)
+        return values.T, scales.float().T, nibbles(zeros)[..., order].flatten(1).T
+    values = nibbles(words).permute(0, 2, 1).flatten(0, 1)
+    group = state[f"{stem}g_idx"]
+    n = values.shape[0] // scales.shape[0]
+    assert group.dtype == torch.int32 and group.tolist() == [i // n for i in range(values.shape[0])]
+    return values.T, scales.float().T, (nibbles(zeros).flatten(1).T + 1) % 16

@@ -14,7 +14,7 @@ ROOT = Path(next(iter(fastckpt.__path__)))
 
 CORE = ("errors", "dtypes", "extents", "views", "checkpoint", "placement", "target")
 PLAIN = (*CORE, "model")
-FILES = ("syscalls", "files", "torchzip", "manifest", "commit", "writer")
+FILES = ("syscalls", "endings", "files", "torchzip", "manifest", "commit", "writer")
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "sources": (*CORE, "collector"),
     "recipes": PLAIN,
     "layouts": PLAIN,
+    "lowrank": CORE,
     "planner": CORE,
     "rounding": (*CORE, "schemes", "_C"),
     "quantplan": (*PLAIN, "schemes", "rounding"),
@@ -40,8 +41,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "tiles": (*CORE, "planner"),
     "reader": (*CORE, "planner", "_C"),
     "executors": (*CORE, "planner", "tiles", "_C"),
+    "merging": (*CORE, "lowrank", "planner", "reader"),
     # What makes output real.
     "syscalls": CORE,
+    "endings": (),
     "files": CORE,
     "torchzip": (*CORE, "digest", "files"),
     "manifest": (*CORE, "digest"),
@@ -51,12 +54,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # The way back, through sources, recipes and layouts.
     "inverse": CORE,
     "joining": (*PLAIN, "collector", "digest", "manifest", "inverse", "sources", "recipes", "layouts"),
+    "adapters": (*CORE, "lowrank", "sources", "layouts"),
     # The spine.
     "planned": (*CORE, "planner", "files"),
     "plancache": (*CORE, "planner", "planned"),
     "plans": (
         *PLAIN,
         "collector",
+        "adapters",
         "recipes",
         "layouts",
         "planner",
@@ -71,7 +76,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "pipeline": (*CORE, "digest", "finite", "planner", "planned", "plans", "reader", *FILES),
     "quantising": (*CORE, "planner", "plans", "schemes", "quantplan", "rounding", "reader"),
     "tensors": (*CORE, "planner", "plans"),
-    "device": (*CORE, "digest", "planner", "plans", "reader", "pipeline", "executors"),
+    "device": (*CORE, "lowrank", "digest", "planner", "plans", "reader", "pipeline", "executors"),
 }
 MAY_IMPORT["runs"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")
@@ -99,10 +104,11 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("shards", "zero_parts"),
         # one format each
         ("zero", "safetensors", "statedict", "memory"),
-        ("served",),  # what fastckpt wrote, in the two formats before it
+        ("served", "peft"),  # what fastckpt or PEFT wrote, in the two formats before them
         ("__init__",),
     ),
     "recipes": (
+        ("quantised",),
         ("claims", "fused"),
         ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper"),
         ("llama", "gemma", "phi3", "glm", "mixtral", "qwen_moe", "deepseek", "gpt_oss"),
@@ -111,6 +117,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "layouts": (
         ("naming", "cuts", "servers", "padding"),
         ("rtp_merge", "rtp_split", "rtp_weights"),  # rtp-llm's catalogue, of which its layout is made
+        ("rtp_roles",),
         ("same", "hf", "vllm", "rtp_llm", "megatron", "patterns"),
         ("__init__",),
     ),

@@ -430,6 +430,44 @@ def test_a_truncated_file_exits_3_and_leaves_nothing(run, tmp_path):
     assert left(tmp_path) == ["source"]
 
 
+@pytest.mark.parametrize(
+    ("argv", "code", "kind"),
+    [
+        (["inspect", "/nowhere"], 3, "SourceError"),
+        (["reshard", "SOURCE", "OUT", "--tp", "5"], 2, "LayoutError"),
+        (["plan", "SOURCE", "--tp", "two"], 2, "UsageError"),
+        (["nothing"], 2, "UsageError"),
+        (["manager", "publish", "OUT"], 2, "UsageError"),
+        (["reshard", "SOURCE", "SOURCE"], 4, "WriteError"),
+    ],
+)
+def test_errors_as_json(run, source, tmp_path, argv, code, kind):
+    words = [{"SOURCE": source, "OUT": str(tmp_path / "out")}.get(word, word) for word in argv]
+    got, out, err = run(*words, "--json")
+    assert (got, out, err.count("\n")) == (code, "", 1)
+    told = json.loads(err)
+    assert (told["kind"], told["exit"], sorted(told)) == (kind, code, ["error", "exit", "kind"])
+    assert told["error"] in run(*words)[2]
+
+
+def test_no_room_to_map_is_the_machine_s_fault(source, tmp_path):
+    code = (
+        "import resource, sys; from fastckpt import _C, cli, road, reader\n"
+        "def none(*a):\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, (1 << 20, resource.RLIM_INFINITY))\n"
+        "    try: return real(*a)\n"
+        "    finally: resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)\n"
+        "real, _C.Mapping = _C.Mapping, none\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    pytest.importorskip("fastckpt._C", reason="the compiled module is not built")
+    argv = [sys.executable, "-c", code, "consolidate", source, str(tmp_path / "out"), "--json"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    told = json.loads(done.stderr.splitlines()[-1])
+    assert (done.returncode, told["kind"], told["exit"]) == (4, "WriteError", 4)
+    assert "cannot map" in told["error"] and left(tmp_path) == []
+
+
 def test_an_os_error_exits_4(run, monkeypatch):
     def fails(args):
         raise OSError(28, "No space left on device")
@@ -457,7 +495,9 @@ sys.exit(cli.main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 @pytest.mark.parametrize("rank", [(), ("--rank", "0")])
 def test_a_signal_leaves_nothing_behind(source, tmp_path, number, code, rank):
     out = tmp_path / "out"

@@ -316,3 +316,17 @@ def test_memory_stays_small(tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 24 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_bits_that_differ_in_no_value_are_counted(tmp_path):
+    nan = torch.tensor([0x7FC00000, 0x7FC00001], dtype=torch.int32).view(torch.float32)
+    a = torch.cat([torch.tensor([0.0, 1.0, -0.0]), nan])
+    b = torch.cat([torch.tensor([-0.0, 2.0, -0.0]), nan.flip(0)])
+    one, two = ({"x": t, "y": t[:1].clone()} for t in (a, b))
+    found = fastckpt.diff(saved(tmp_path / "a", one), saved(tmp_path / "b", two))
+    assert [(u.name, u.differing, u.bits) for u in found.unequal] == [("x", 1, 3), ("y", 0, 1)]
+    assert "x: float32, max abs diff 1, 1 element, 3 elements in bits alone" in found.text()
+    assert "y: float32, all values equal, 1 element in bits alone" in found.text()
+    found = fastckpt.diff(saved(tmp_path / "c", {"y": one["y"]}), saved(tmp_path / "d", {"y": two["y"]}))
+    assert not found.equal and "different, but in no value: 1 tensor" in found.text()
+    assert found.json()["unequal"][0]["bits"] == 1

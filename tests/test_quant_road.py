@@ -135,7 +135,7 @@ def check(shard, family, scheme, layout, tp, rank, dtype=torch.float32):
 
 CASES = [
     (family, layout, tp, scheme)
-    for scheme in SCHEMES
+    for scheme in quant_oracle.BLOCKS
     for family in (("llama", "mixtral") if scheme in ("int8", "fp8", "fp8-block") else ("llama",))
     for layout, tp in (("hf", 1), ("hf", 2), ("vllm", 2), ("vllm", 4))
 ]
@@ -344,7 +344,7 @@ def test_what_a_tied_name_would_lose_is_refused(tmp_path):
         fastckpt.reshard(tensors, layout="same", quant="int8")
 
 
-@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("scheme", list(quant_oracle.BLOCKS))
 def test_the_config_tells(tmp_path, scheme):
     config, tensors = model("mixtral")
     fastckpt.reshard(tensors, config=config, quant=scheme, out=tmp_path / "out")

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -338,7 +339,7 @@ def test_without_fallocate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         write_whole(tmp_path / "out", 2, overwrite=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("rank", ["None", "0"])
 def test_signals_leave_nothing(tmp_path: Path, number: int, rank: str) -> None:
     code = f"""
@@ -357,6 +358,45 @@ with Output({str(tmp_path / "new" / "out")!r}, key="k", rank={rank}) as out:
     assert child.wait(20) != 0
     child.stdout.close()
     assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize("rank", [None, 0])
+@pytest.mark.parametrize(("second", "code"), [("SIGINT", 7), ("SIGTERM", -signal.SIGTERM)])
+def test_impatience_leaves_nothing(tmp_path: Path, rank: int | None, second: str, code: int) -> None:
+    """Another signal while the first Ctrl-C is cleaned up after: it waits, and is heard then."""
+    program = f"""
+import os, shutil, signal, sys
+from fastckpt.writer import Output
+from fastckpt.files import FileLayout
+signals = [signal.{second}]
+def again(real):
+    def call(*args, **kwargs):
+        if signals:
+            signal.raise_signal(signals.pop())
+        return real(*args, **kwargs)
+    return call
+try:
+    with Output({str(tmp_path / "new" / "out")!r}, key="k", rank={rank}) as out:
+        out.create(FileLayout("sub/x", 3, (), ((0, b"abc"),)))
+        shutil.rmtree, os.unlink = again(shutil.rmtree), again(os.unlink)
+        signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    sys.exit(7 if not signals else 1)
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False)
+    assert done.returncode == code
+    assert listing(tmp_path) == []
+
+
+def test_who_ignores_signals_is_left_alone(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    try:
+        with Output(tmp_path / "out", key="k"):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_leftovers_of_dead_runs_are_removed(tmp_path: Path) -> None:
@@ -467,6 +507,55 @@ def test_ranks_at_once(tmp_path: Path) -> None:
 
 
 # ---- order on the disk ----
+
+
+@pytest.mark.parametrize("rank", [None, 0])
+@pytest.mark.parametrize("when", ["marker", "files"])
+def test_a_directory_that_others_take_away_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int | None, when: str
+) -> None:
+    """Another run that gives up removes the directories it made, while this one is about to use them."""
+    made = os.mkdir
+    parents = {str(tmp_path / "new"), str(tmp_path / "new" / "out")}
+    wanted = parents if when == "marker" else {str(tmp_path / "new" / "out" / "rank-00")}
+    taken: list[str] = []
+
+    def mkdir(path: str, *args: object) -> None:
+        made(path, *args)  # type: ignore[arg-type]
+        if path in wanted and taken.count(path) < 3:
+            taken.append(path)
+            os.rmdir(path)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with Output(tmp_path / "new" / "out", key="k", rank=rank, world=1) as out:
+        write_rank(out, 0, 1)
+        out.commit(RECORD)
+    assert verify(tmp_path / "new" / "out").ok
+    assert len(taken) >= 3 or (rank is None and when == "files")
+
+
+def test_ranks_that_give_up_never_disturb_others(tmp_path: Path) -> None:
+    """Ranks start and give up in one new directory, many at once; whoever goes on finishes."""
+    for round in range(6):
+        path = tmp_path / str(round) / "out"
+        errors: list[BaseException] = []
+
+        def gives_up(path: Path = path, errors: list[BaseException] = errors) -> None:
+            try:
+                for _ in range(30):
+                    with suppress(KeyError), Output(path, key="key1", rank=1, world=2):
+                        raise KeyError
+            except BaseException as e:
+                errors.append(e)
+
+        threads = [threading.Thread(target=gives_up) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        write_part(path, 0, 1)
+        for thread in threads:
+            thread.join()
+        assert errors == []
+        assert write_part(path, 1, 1).complete and verify(path).ok
 
 
 def test_everything_is_synced_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,18 +103,21 @@ def quantise(
     block_columns: int,
     reach: float,
     floor: float,
+    lowest: float,
     reciprocal: bool,
+    half: bool,
     kind: int,
     amax: Buffer | None,
     out: Buffer,
     scales: Buffer,
+    zeros: Buffer | None,
     sums: Buffer,
     isa: int = -1,
 ) -> bool:
     """Quantises rows x columns of fp32, bf16 or fp16 as csrc/quant.h says; False where one is not finite.
 
-    `kind`: 0 int8, 1 float8_e4m3fn, 2 int4 (two a byte). `amax` (fp32): one a row. `scales` (fp32): one a
-    block. `sums` (fp64): 5, added to. Raises ValueError for sizes that do not fit."""
+    `kind`: `rounding.KINDS`' numbers. `amax` (fp32): one a row. `scales` (fp32), `zeros` (int8): one a block.
+    `sums` (fp64): 5, added to. Raises ValueError for sizes that do not fit."""
 
 def row_amax(dense: Buffer, dtype_code: int, rows: int, columns: int, out: Buffer, isa: int = -1) -> None:
     """out[i] (fp32) becomes the largest magnitude of row i, not finite where a value is not."""

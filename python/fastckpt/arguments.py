@@ -7,16 +7,35 @@ from __future__ import annotations
 
 import argparse
 import re
+from typing import NoReturn
 
 from . import __version__
+from .errors import FastckptError
 from .manager.commands import add_parser as commands_of_manager
 
 EPILOG = "exit codes: 0 ok, 1 mismatch, 2 usage, 3 broken or unsafe input, 4 environment, 130 Ctrl-C"
 
 
+class UsageError(FastckptError):
+    """The command line is none; `usage` says what would be one."""
+
+    def __init__(self, message: str, usage: str) -> None:
+        super().__init__(message)
+        self.usage = usage
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError where argparse would print and leave."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, self.format_usage())
+
+
 def parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line; `command` is the chosen command's name."""
-    top = argparse.ArgumentParser(
+    """The parser of the whole command line; `command` is the chosen command's name.
+
+    Its parse_args raises UsageError."""
+    top: argparse.ArgumentParser = Parser(
         prog="fastckpt",
         description="ZeRO/FSDP training checkpoints in, serving shards out, in one pass.",
         epilog=EPILOG,
@@ -29,7 +48,9 @@ def parser() -> argparse.ArgumentParser:
         made: argparse.ArgumentParser = commands.add_parser(
             name, help=help, description=help[0].upper() + help[1:] + ".", epilog=EPILOG, allow_abbrev=False
         )
-        made.add_argument("--json", action="store_true", help="print JSON; progress as JSON lines on stderr")
+        made.add_argument(
+            "--json", action="store_true", help="print JSON; progress and errors as JSON lines on stderr"
+        )
         made.add_argument("-d", "--debug", action="store_true", help="show the traceback of an error")
         made.set_defaults(quiet=False)
         return made
@@ -192,6 +213,8 @@ def _planning(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--tp-plan", metavar="FILE", help="JSON of name patterns, for a model no recipe knows")
     p.add_argument("--vocab-size", type=int, metavar="N", help="the embedding rows that count")
+    p.add_argument("--adapter", metavar="DIR", help="merge this PEFT adapter (LoRA) on the way")
+    p.add_argument("--apart", action="store_true", help="with --adapter: it alone, cut as CHECKPOINT is")
     p.add_argument("--quant", metavar="SCHEME", help="quantise matrices on the way (int8, fp8-block, ...)")
     for name, meaning in (
         ("include", "quantise these tensors too"),

@@ -1,8 +1,9 @@
 """The command line: what each command does, one function each (`arguments` says what they take).
 
 Exit codes: 0 ok, 1 mismatch (verify, diff, demo), 2 usage, 3 broken or unsafe input, 4 environment,
-130 Ctrl-C, 141 the reader of our output went away, 143 SIGTERM. An error is one line on stderr;
-FASTCKPT_DEBUG=1 or --debug shows its traceback. Results go to stdout, progress to stderr.
+129 SIGHUP, 130 Ctrl-C, 141 the reader of our output went away, 143 SIGTERM. An error is one line on stderr,
+with --json the object {"error": what, "kind": the error's class, "exit": code}; FASTCKPT_DEBUG=1 or --debug
+shows its traceback. Results go to stdout, progress to stderr.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING
 
-from .arguments import parser
+from .arguments import UsageError, parser
+from .endings import Endings
 from .errors import FastckptError, WriteError
 from .placement import Placement
 from .terminal import Progress, progress
@@ -42,30 +44,42 @@ Command = Callable[[argparse.Namespace], int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; `argv` defaults to the process's own."""
+    words = sys.argv[1:] if argv is None else argv
+    as_json = "--json" in words  # as far as one can tell before they are understood
     debug = os.environ.get("FASTCKPT_DEBUG") == "1"
+
+    def failed(error: BaseException, message: str, code: int, usage: str = "") -> int:
+        return _failed(error, message, code, usage, as_json=as_json, debug=debug)
+
     _prepare()
+    endings = Endings()
     try:
+        endings.heard()
         commands = parser()
-        args = commands.parse_args(argv)
+        args = commands.parse_args(words)
         if args.command is None:
             commands.print_help()
             return 2
-        debug = debug or args.debug
+        as_json, debug = args.json, debug or args.debug
         code = COMMANDS[args.command](args)
         sys.stdout.flush()
         return code
-    except SystemExit as e:  # argparse (--help, --version, usage) and the writer on SIGTERM
+    except SystemExit as e:  # --help, --version; SIGTERM and SIGHUP
         return e.code if isinstance(e.code, int) else 2
-    except KeyboardInterrupt:
-        return _failed("interrupted, nothing half made was left behind", INTERRUPTED, debug)
+    except KeyboardInterrupt as e:
+        return failed(e, "interrupted, nothing half made was left behind", INTERRUPTED)
     except BrokenPipeError:
         # Nobody reads our output any more; keep the interpreter's own last flush from failing again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNHEARD
+    except UsageError as e:
+        return failed(e, str(e), e.exit_code, e.usage)
     except FastckptError as e:
-        return _failed(f"error: {e}", e.exit_code, debug)
+        return failed(e, str(e), e.exit_code)
     except (OSError, MemoryError) as e:
-        return _failed(f"error: {str(e) or 'out of memory'}", WriteError.exit_code, debug)
+        return failed(e, str(e) or "out of memory", WriteError.exit_code)
+    finally:
+        endings.as_before()
 
 
 def _prepare() -> None:
@@ -82,12 +96,19 @@ def _prepare() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _failed(message: str, code: int, debug: bool) -> int:
+def _failed(
+    error: BaseException, message: str, code: int, usage: str, *, as_json: bool, debug: bool
+) -> int:
     if debug:
         import traceback
 
         traceback.print_exc()
-    print(_harmless(f"fastckpt: {message}"), file=sys.stderr)
+    if as_json:
+        told = {"error": message, "kind": type(error).__name__, "exit": code}
+        print(json.dumps(told), file=sys.stderr)
+    else:
+        what = "" if isinstance(error, KeyboardInterrupt) else "error: "
+        print(_harmless(f"{usage}fastckpt: {what}{message}"), file=sys.stderr)
     return code
 
 
@@ -132,6 +153,8 @@ def _reshard(args: argparse.Namespace) -> int:
             vocab_size=args.vocab_size,
             dtype=args.dtype,
             quant=_quant(args),
+            adapter=args.adapter,
+            apart=args.apart,
             allow_nonfinite=args.allow_nonfinite,
             device=args.device,
             out=args.out,
@@ -302,6 +325,8 @@ def _planned(args: argparse.Namespace, layout: Layout) -> Plan:
         vocab_size=args.vocab_size,
         dtype=args.dtype,
         quant=_quant(args),
+        adapter=args.adapter,
+        apart=args.apart,
         max_shard_size=args.max_shard_size,
     )
 

@@ -14,8 +14,9 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
 from . import syscalls
 from .errors import SourceError, WriteError
@@ -23,6 +24,9 @@ from .manifest import NAME, Manifest, merged, rank_name, rank_of
 
 TRACE = ".fastckpt-"
 """What names of unfinished business inside an output directory begin with."""
+
+_TRIES = 100
+"""How often a directory is made that other runs take away again."""
 
 
 @contextmanager
@@ -101,11 +105,10 @@ class Whole:
                     "fastckpt; only those are overwritten"
                 )
         with telling(self.parent):
-            self._made = make_directories(self.parent)
-            self._sweep()
             mark = f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
             self._staging = os.path.join(self.parent, f".{self.name}.fastckpt-{mark}")
-            os.mkdir(self._staging)
+            move_in(self.parent, partial(os.mkdir, self._staging), self._made)
+            self._sweep()
             self._lock = _lock(self._staging)
         if self._replaces:
             self._try_exchange()
@@ -218,7 +221,9 @@ class Part:
         with telling(self.path):
             if os.path.lexists(self.path) and not os.path.isdir(self.path):
                 raise WriteError(f"{self.path}: exists and is no directory")
-            entries = sorted(os.listdir(self.path)) if os.path.isdir(self.path) else []
+            entries: list[str] = []
+            with suppress(FileNotFoundError):  # not there yet, or another rank gave up and took it away
+                entries = sorted(os.listdir(self.path))
         records = [e for e in entries if e == NAME or rank_of(e) is not None]
         if not self._overwrite:
             for record in records:
@@ -238,9 +243,8 @@ class Part:
         elif entries:
             refuse_loss(self.path, self._keep)
         with telling(self.path):
-            self._made = make_directories(self.path)
             # the marker first: other ranks that start now see that the directory is ours
-            open(os.path.join(self.path, self._mine + "open"), "wb").close()
+            move_in(self.path, self._mark, self._made)
             self._started = True
             self._sweep(but=self._mine + "open")
 
@@ -265,9 +269,8 @@ class Part:
             for name, staged in self._waiting:
                 final = os.path.join(self.path, name)
                 directory = os.path.dirname(final)
-                self._made += make_directories(directory)
+                move_in(directory, partial(os.replace, staged, final), self._made)
                 directories.add(directory)
-                os.replace(staged, final)
                 self._placed.append(name)
             self._sync(directories | {os.path.dirname(made) for made in self._made})
             self._write(rank_name(self.rank), manifest)
@@ -304,6 +307,10 @@ class Part:
         if self._started:
             self.finish()
         remove_directories(self._made)
+
+    def _mark(self) -> None:
+        """The file that says that a rank is at work here; without it the directory may be removed."""
+        open(os.path.join(self.path, self._mine + "open"), "wb").close()
 
     # ---- records ----
 
@@ -391,10 +398,25 @@ def make_directories(path: str) -> list[str]:
         path = os.path.dirname(path)
     made = []
     for directory in reversed(missing):
-        with suppress(FileExistsError):  # another rank may be faster
+        with suppress(FileExistsError, FileNotFoundError):  # another run may be faster, or take one away
             os.mkdir(directory)
             made.append(directory)
     return made
+
+
+def move_in(directory: str, put: Callable[[], object], made: list[str]) -> None:
+    """Make `directory`, entering what was made in `made`, and `put` something there.
+
+    A run that gives up removes the directories it made while they are empty, and that may be between the
+    two: then again. Raises OSError."""
+    for left in reversed(range(_TRIES)):
+        made += [d for d in make_directories(directory) if d not in made]
+        try:
+            put()
+            return
+        except FileNotFoundError:
+            if not left:
+                raise
 
 
 def remove_directories(made: Iterable[str]) -> None:

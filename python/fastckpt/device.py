@@ -17,6 +17,7 @@ from .digest import combine
 from .errors import DeviceError, ViewError
 from .executors.cuda import Cuda, Prepared, taken
 from .extents import Buffer
+from .lowrank import COMPUTED, computed
 from .pipeline import Worker
 from .planner import COPY, LEAF, Batch, Binding, Slots, Table, span
 from .plans import Plan
@@ -71,7 +72,9 @@ def leaves(spans: Sequence[tuple[int, int]]) -> tuple[NDArray[np.uint64], NDArra
 
 def resident(binding: Binding) -> bool:
     """Whether the sources lie on a GPU. Raises DeviceError where some do and others are files."""
-    on_gpu = [isinstance(p, Buffer) and p.device != "cpu" for p in binding.places]
+    on_gpu = [isinstance(p, Buffer) and p.device not in ("cpu", COMPUTED) for p in binding.places]
+    if any(on_gpu) and computed(binding.places):
+        raise DeviceError("an adapter is merged on the CPU alone, and some sources are in GPU memory")
     if any(on_gpu) and not all(isinstance(p, Buffer) for p in binding.places):
         raise DeviceError("some sources are in GPU memory, others in files; bring them together first")
     return any(on_gpu)

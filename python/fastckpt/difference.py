@@ -32,7 +32,8 @@ class Unequal:
     """A tensor of both sides whose bits or dtypes differ.
 
     `max_abs`: the largest |a - b| over float64 values; NaN equals NaN, and NaN against a number counts as
-    infinity. `differing`: elements whose values differ (0 where only bits do: -0.0, NaN payloads)."""
+    infinity. `differing`: elements whose values differ; `bits`: elements of one dtype whose bits differ and
+    values do not (-0.0 and 0.0, NaN payloads)."""
 
     name: str
     shape: tuple[int, ...]
@@ -40,6 +41,18 @@ class Unequal:
     dtype_b: str
     max_abs: float
     differing: int
+    bits: int
+
+    @property
+    def text(self) -> str:
+        """The tensor and what differs, on one line."""
+        kind = self.dtype_a if self.dtype_a == self.dtype_b else f"{self.dtype_a} against {self.dtype_b}"
+        if self.differing:
+            values = f"max abs diff {self.max_abs:.6g}, {counted(self.differing, 'element')}"
+        else:
+            values = "all values equal"
+        bits = f", {counted(self.bits, 'element')} in bits alone" if self.bits else ""
+        return f"{self.name}: {kind}, {values}{bits}"
 
     def json(self) -> dict[str, JSON]:
         """The fields; an infinite `max_abs` as the string "inf"."""
@@ -49,6 +62,7 @@ class Unequal:
             "dtypes": [self.dtype_a, self.dtype_b],
             "max_abs": "inf" if self.max_abs == float("inf") else self.max_abs,
             "differing": self.differing,
+            "bits": self.bits,
         }
 
 
@@ -89,16 +103,14 @@ class Diff:
         lines += some("tied, named on one side only", self.ties)
         shapes = [f"{name}: {list(x)} against {list(y)}" for name, x, y in self.shapes]
         lines += some("shapes", shapes)
-        values = [
-            f"{u.name}: {u.dtype_a if u.dtype_a == u.dtype_b else f'{u.dtype_a} against {u.dtype_b}'}, "
-            f"max abs diff {u.max_abs:.6g}, {counted(u.differing, 'element')}"
-            for u in self.unequal
-        ]
-        lines += some("values or dtypes", values)
+        lines += some("values, bits or dtypes", [u.text for u in self.unequal])
         whole = f"{counted(self.tensors, 'tensor')}, {self.nbytes} bytes compared"
-        lines.append(
-            f"bit-equal: {whole}" if self.equal else f"different: {whole}, max abs diff {self.max_abs:.6g}"
-        )
+        if self.equal:
+            lines.append(f"bit-equal: {whole}")
+        elif not (self.only_a or self.only_b or self.shapes or any(u.differing for u in self.unequal)):
+            lines.append(f"different, but in no value: {whole}")
+        else:
+            lines.append(f"different: {whole}, max abs diff {self.max_abs:.6g}")
         return "\n".join(lines)
 
     def json(self) -> dict[str, JSON]:
@@ -227,10 +239,11 @@ def _pairs(
 
 def _compare(
     pairs: Iterator[tuple[Bytes, Bytes]], dtype_a: DType, dtype_b: DType
-) -> tuple[float, int] | None:
-    """The largest difference and how many elements differ; None where dtype and every bit agree."""
+) -> tuple[float, int, int] | None:
+    """The largest difference, how many elements differ, and how many in bits alone; None where dtype and
+    every bit agree."""
     equal = dtype_a is dtype_b
-    worst, differing = 0.0, 0
+    worst, differing, bits = 0.0, 0, 0
     for a, b in pairs:
         if dtype_a is dtype_b and np.array_equal(a, b):
             continue
@@ -238,7 +251,10 @@ def _compare(
         apart = _distances(a, b, dtype_a, dtype_b)
         worst = max(worst, float(apart.max()))
         differing += int(np.count_nonzero(apart))
-    return None if equal else (worst, differing)
+        if dtype_a is dtype_b:
+            other = (a.reshape(-1, dtype_a.itemsize) != b.reshape(-1, dtype_a.itemsize)).any(axis=1)
+            bits += int(np.count_nonzero(other & (apart == 0)))
+    return None if equal else (worst, differing, bits)
 
 
 def _distances(a: Bytes, b: Bytes, dtype_a: DType, dtype_b: DType) -> NDArray[np.generic]:

@@ -32,7 +32,7 @@ class LayoutError(FastckptError):
 
 
 class WriteError(FastckptError):
-    """Output could not be made real: no space, no permission, not ours, I/O."""
+    """Output could not be made real: no space, no permission, not ours, I/O, no room for the run itself."""
 
     exit_code = 4
 

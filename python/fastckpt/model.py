@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from .views import View
 
@@ -40,20 +40,46 @@ class Lazy(Generic[Role]):
 
 
 @dataclass(frozen=True, slots=True)
+class Beside:
+    """A tensor that a quantised matrix cannot be read without: scales, zeros, the scale of its input, ...
+
+    `leaf`: the hub's name for it below the matrix's module; `view` [ceil(outputs / unit[0]), ceil(inputs /
+    unit[1])]: one element for so many outputs and inputs, 0 standing for all of them; `form`: how the hub has
+    it, as here, [in, out], a vector or a scalar."""
+
+    leaf: str
+    view: View
+    unit: tuple[int, int]
+    form: Literal["matrix", "transposed", "vector", "scalar"] = "matrix"
+
+
+@dataclass(frozen=True, slots=True)
 class Linear:
     """One matrix and its bias. `name`: the hub's module; `weight` [out, in]; `bias` [out] or None;
     `transposed`: the hub stores [in, out] (GPT-2's Conv1D); `bias_name`: the hub's, where not `name`.bias.
 
-    `scale`: the factors of an fp8 weight, one a block of `block` = (outputs, inputs): [ceil(out / block[0]),
-    ceil(in / block[1])], stored as `name`.weight_scale_inv."""
+    Of a quantised matrix: `beside` what it is read with; `leaf` the hub's name for the matrix below its
+    module; `packed` how many outputs and inputs one element holds, as `weight` [out / packed[0], in /
+    packed[1]] does."""
 
     name: str
     weight: View
     bias: View | None = None
     transposed: bool = False
-    scale: View | None = None
-    block: tuple[int, int] = (1, 1)
     bias_name: str = ""
+    beside: tuple[Beside, ...] = ()
+    leaf: str = "weight"
+    packed: tuple[int, int] = (1, 1)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(outputs, inputs), whatever one element holds."""
+        rows, columns = self.weight.shape
+        return rows * self.packed[0], columns * self.packed[1]
+
+    def part(self, leaf: str) -> Beside | None:
+        """What stands beside the matrix under that name."""
+        return next((b for b in self.beside if b.leaf == leaf), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +279,8 @@ class Model:
     `lm_head` is there also when it is `tied` to the embedding, with the embedding's view; a model without one
     names the embedding itself. `positions`: a learned position table. `embedding_norm`: a norm of the
     embedded tokens. `carried`: tensors that no server cuts. `ignored`: the names of the checkpoint that the
-    recipe knows and leaves out."""
+    recipe knows and leaves out. `parallel`: attention and the feed-forward block of a layer read the same
+    input, side by side. `alibi`: attention is biased by ALiBi's slopes, which are no tensors of the hub."""
 
     family: str
     sizes: Sizes
@@ -268,3 +295,5 @@ class Model:
     encoder: Encoder | None = None
     carried: tuple[Parameter, ...] = ()
     cuts: HubCuts = field(default_factory=HubCuts)
+    parallel: bool = False
+    alibi: bool = False

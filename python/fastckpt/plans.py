@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import xxhash
 
-from . import layouts, plancache, planner, quantplan, recipes
+from . import adapters, layouts, plancache, planner, quantplan, recipes
+from .adapters import Adapter
 from .checkpoint import JSON, Cast, Checkpoint
 from .collector import paused
 from .dtypes import DType
@@ -55,7 +56,8 @@ class Wanted:
     `max_shard_size` of a file; `container`: "safetensors" or "bin"; `sorted`: files ordered as
     safetensors' save_file orders them, not as the source lies; `weights_key`, `client_state`: a training
     checkpoint around a single `.bin`; `held`: only these names are
-    made, each as its dtype (a module to fill); `quant`: what is quantised on the way, and how."""
+    made, each as its dtype (a module to fill); `quant`: what is quantised on the way, and how; `adapter`: a
+    PEFT adapter's directory, merged into the checkpoint, or with `apart` cut as the layout cuts it."""
 
     placement: Placement
     rank: int | None = None
@@ -71,6 +73,8 @@ class Wanted:
     client_state: Mapping[str, JSON] | None = None
     held: Mapping[str, DType] | None = None
     quant: Quant | None = None
+    adapter: str | os.PathLike[str] | None = None
+    apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,9 +262,13 @@ def _compiled(
     if quantised:  # ranks take turns, so what goes with a tensor is found by name
         at = {key: i for i, key in enumerate(zip(made.ranks, made.names, strict=True))}
         for i, told in quantised.items():
-            scales = at[made.ranks[i], told.name + told.scheme.scale]
-            form = at[made.ranks[i], f"{told.name}_shape"] if told.scheme.packed else None
-            quantised[i] = replace(told, scales=scales, form=form)
+            rank, scheme = made.ranks[i], told.scheme
+            scales, zeros, form = (
+                at[rank, scheme.named(told.name, part)] if part else None
+                for part in (scheme.scale, scheme.zero, scheme.form)
+            )
+            assert scales is not None  # every scheme has scales
+            quantised[i] = replace(told, scales=scales, zeros=zeros, form=form)
     return made, kept, extents, needed, quantised
 
 
@@ -291,6 +299,13 @@ class _Road:
         if layout.roles or wanted.dtype == "auto":
             config = _config(ckpt, wanted.config)
         dtype = _dtype(config, wanted.dtype)
+        adapter = None if wanted.adapter is None else adapters.fit(ckpt, os.fspath(wanted.adapter))
+        if wanted.apart and (
+            adapter is None or _layout_name(layout) != "hf" or wanted.tp_plan or wanted.quant
+        ):
+            raise LayoutError("an adapter is kept apart in layout hf alone, as it is: no tp_plan, no quant")
+        if adapter is not None:
+            ckpt = (adapters.hollow if wanted.apart else adapters.merged)(adapter, dtype)
         cast = ckpt if dtype is None else replace(ckpt, entries=Cast(ckpt.entries, dtype))
         options: dict[str, JSON] = {
             "layout": _layout_name(layout),
@@ -310,6 +325,8 @@ class _Road:
                 "include": list(wanted.quant.include),
                 "exclude": list(wanted.quant.exclude),
             }
+        if adapter is not None:
+            options["adapter"] = ["apart" if wanted.apart else "merged", *adapter.digests()]
         notes = tuple(str(n) for n in _list(ckpt.facts.get("notes")))
         own_layout = type(layout) in (*layouts.LAYOUTS.values(), Patterns)
         if not layout.roles:
@@ -337,7 +354,12 @@ class _Road:
         if model.ignored:
             notes += (f"left out, known to {model.family}: {', '.join(model.ignored)}",)
         aliases = {f"{model.lm_head.name}.weight": f"{model.embedding.name}.weight"} if model.tied else {}
-        return _Road(
+        if adapter is not None and not wanted.apart and adapter.changed & {*aliases, *aliases.values()}:
+            raise LayoutError(
+                f"adapter: {' and '.join(*aliases.items())} are one tensor, and it changes one of "
+                "them; a base that has both, with tie_word_embeddings false, has a place for it"
+            )
+        road = _Road(
             _layout_name(layout),
             cast,
             lambda p: by_roles.targets(model, p),
@@ -347,7 +369,20 @@ class _Road:
             options,
             notes,
             own_layout and recipe in recipes.RECIPES.values(),
-        )._quantising(wanted, config, model.sizes)
+        )
+        if adapter is not None and wanted.apart:
+            return road._thin(adapter, dtype)
+        return road._quantising(wanted, config, model.sizes)
+
+    def _thin(self, adapter: Adapter, dtype: DType | None) -> _Road:
+        """This road with the adapter alone, where each rank holds its part of the base."""
+        return replace(
+            self,
+            targets=lambda p: adapters.cut(self.targets(p), adapter, dtype),
+            naming=lambda p: adapters.naming(self.naming(p)),
+            config=None,
+            aliases={},
+        )
 
     def _quantising(self, wanted: Wanted, config: Mapping[str, JSON] | None, sizes: Sizes | None) -> _Road:
         """This road with what `wanted.quant` asks for, told in the config too."""

@@ -12,14 +12,16 @@ from dataclasses import dataclass, field, replace
 from threading import Lock
 
 import numpy as np
+from numpy.typing import NDArray
 
+from .dtypes import float16, int32
 from .errors import SourceError
 from .extents import Buffer
 from .planner import LEAF, Binding, Chunk, Slots, Table, cut
 from .plans import Plan
 from .quantplan import Quantised, flat
 from .reader import Lane
-from .rounding import Error, Floats, amax, quantise, scale_of
+from .rounding import Error, Floats, Zeros, amax, quantise, scale_of, stored_zeros
 from .target import Target
 
 DENSE_BYTES = 1 << 19
@@ -34,11 +36,12 @@ Put = Callable[[int, int, memoryview], None]
 
 @dataclass(slots=True)
 class _Tensor:
-    """A quantised tensor on its way: its scales, the jobs left, and its error so far."""
+    """A quantised tensor on its way: its scales and zero points, the jobs left, and its error so far."""
 
     number: int
     told: Quantised
     scales: Floats
+    zeros: Zeros
     largest: Floats | None
     jobs: int
     error: Error = field(default_factory=Error)
@@ -85,9 +88,8 @@ class Quantising:
         self.values = LEAF + max((_step(q) * q.shape[-1] * q.scheme.bits // 8 for q in told), default=0)
         self.made = np.zeros(len(plan.tensors), bool)
         for i, q in plan.quantised.items():
-            self.made[[i, q.scales]] = True
-            if q.form is not None:
-                self.made[q.form] = True
+            beside = [at for at in (q.zeros, q.form) if at is not None and not q.scheme.dynamic]
+            self.made[[i, q.scales, *beside]] = True
         self.rest = replace(slots, nbytes=np.where(self.made, 0, slots.nbytes))
 
     def others(self, first: int, chunk: Chunk) -> Chunk:
@@ -125,7 +127,7 @@ class Quantising:
                 one = largest.reshape(lead, -1).max(axis=1)
                 scales[:] = scale_of(one, told.scheme).reshape(lead, 1)
                 largest = np.repeat(one, told.shape[-2])
-        return _Tensor(number, told, scales, largest, jobs)
+        return _Tensor(number, told, scales, np.zeros(scales.shape, np.int8), largest, jobs)
 
     def worker(self, lane: Lane, put: Put) -> Callable[[Job], None]:
         """A worker with staging of its own for dense rows and for values."""
@@ -150,6 +152,7 @@ class Quantising:
                 if told.scheme.block[0]:
                     into = band.row // told.scheme.block[0]
                     tensor.scales[into : into + len(found.scales)] = found.scales
+                    tensor.zeros[into : into + len(found.zeros)] = found.zeros
                 error += found.error
                 filled += len(out)
                 if whole_leaves := filled // LEAF * LEAF:
@@ -163,12 +166,22 @@ class Quantising:
                 tensor.error += error
                 last = tensor.jobs == 0
             if last:
-                put(told.scales, 0, memoryview(tensor.scales.reshape(-1).view(np.uint8).data))
-                if told.form is not None:
-                    put(told.form, 0, memoryview(np.array(told.shape, np.int64).view(np.uint8).data))
+                for at, array in _beside(tensor):
+                    put(at, 0, memoryview(array.reshape(-1).view(np.uint8).data))
                 self.errors[tensor.number] = tensor.error
 
         return run
+
+
+def _beside(tensor: _Tensor) -> Iterator[tuple[int, NDArray[np.generic]]]:
+    """What goes out beside the values once all are made: (plan's tensor, array)."""
+    told, scheme = tensor.told, tensor.told.scheme
+    yield told.scales, tensor.scales.astype(np.float16) if scheme.scale_dtype is float16 else tensor.scales
+    if told.zeros is not None and not scheme.dynamic:
+        yield told.zeros, stored_zeros(tensor.zeros, scheme)
+    if told.form is not None:
+        form = np.array(scheme.form_values(told.shape), np.int64)
+        yield told.form, form.astype(np.int32) if scheme.form_dtype is int32 else form
 
 
 class Scan:
@@ -230,6 +243,6 @@ def _share(told: Quantised) -> int:
 
 def _not_finite(name: str, band: Band) -> SourceError:
     return SourceError(
-        f"{name}: NaN or infinite values in rows [{band.row}, {band.row + band.count}), "
-        "which cannot be quantised"
+        f"{name}: NaN or infinite values, or a scale beyond its type, in rows [{band.row}, "
+        f"{band.row + band.count}), which cannot be quantised"
     )

@@ -7,6 +7,7 @@ is refused; a scale that is shared across a cut comes from the uncut matrix, whi
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -21,9 +22,9 @@ from .target import Target
 from .views import zeros
 
 FITS: dict[str, frozenset[str]] = {
-    "hf": frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8", ""}),
-    "same": frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8", ""}),
-    "vllm": frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8"}),
+    "hf": frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8", "awq", "gptq", ""}),
+    "same": frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8", "awq", "gptq", ""}),
+    "vllm": frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8", "awq", "gptq"}),
 }
 """layout -> the formats it can hold. rtp_llm wants its own orders of quantised matrices: not made yet."""
 
@@ -32,9 +33,9 @@ _FUSED = ("qkv_proj", "query_key_value", "gate_up_proj", "w13_weight", "fused_qk
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
-    """A quantised tensor of a plan. `name`, `dtype`, `shape`: of the dense matrix; `scanned`: its scales come
-    from a first read of the uncut matrix of that name; `scales`, `form`: the plan's tensors that hold the
-    scales and, where values are packed, the dense shape."""
+    """A quantised tensor of a plan. `name`, `dtype`, `shape`: of the dense matrix as it is stored, which may
+    be turned; `scanned`: its scales come from a first read of the uncut matrix of that name; `scales`,
+    `zeros`, `form`: the plan's tensors that hold those, where the scheme has them."""
 
     scheme: Scheme
     name: str
@@ -42,6 +43,7 @@ class Quantised:
     shape: tuple[int, ...]
     scanned: bool
     scales: int = -1
+    zeros: int | None = None
     form: int | None = None
 
 
@@ -49,15 +51,16 @@ class Quantised:
 class Expansion:
     """How targets are expanded. `whole`: name -> shape of every target of an uncut placement.
 
-    `sizes` of the model where the layout knows roles. `scanned`: output name -> dense name, of what needs a
-    first read; filled as targets pass."""
+    `sizes` of the model where the layout knows roles. `dense`: output name -> dense name; `scanned`: the
+    dense names of what needs a first read; both are filled as targets pass."""
 
     quant: Quant
     layout: str
     placement: Placement
     whole: Mapping[str, tuple[int, ...]]
     sizes: Sizes | None
-    scanned: dict[str, str] = field(default_factory=dict)
+    dense: dict[str, str] = field(default_factory=dict)
+    scanned: set[str] = field(default_factory=set)
 
     @staticmethod
     def of(
@@ -84,15 +87,12 @@ class Expansion:
 
     def quantised(self, target: Target) -> Quantised:
         """What the plan keeps of a quantised target; where its scales lie is not known yet."""
-        scheme = self.quant.scheme
-        name = target.name[: len(target.name) - len(scheme.packed)]
-        scanned = target.name in self.scanned
-        return Quantised(scheme, name, target.view.dtype, target.shape, scanned)
+        name = self.dense[target.name]
+        return Quantised(self.quant.scheme, name, target.view.dtype, target.shape, name in self.scanned)
 
     def uncut(self, whole: Callable[[], Iterator[Target]]) -> Iterator[tuple[int, Target]]:
         """The uncut matrices whose largest magnitudes are read first."""
-        names = set(self.scanned.values())
-        return ((0, t) for t in whole() if t.name in names)
+        return ((0, t) for t in whole() if t.name in self.scanned)
 
     def _expanded(self, target: Target) -> Iterator[Target]:
         scheme, name, shape = self.quant.scheme, target.name, target.shape
@@ -102,25 +102,35 @@ class Expansion:
                 f"is not; wanted {', '.join(d.name for d in DENSE)}"
             )
         if self._needs_scan(name, shape):
-            self.scanned[name + scheme.packed] = name
-        yield Target(name + scheme.packed, target.view, shape, scheme)
-        scales = scheme.scale_shape(shape)
-        # Zeros stand in for the scales until they are known, and for the shape; the road fills them.
-        yield Target(name + scheme.scale, zeros(scales, dtypes.float32))
-        if scheme.zero_point:
-            yield Target(f"{name}_zero_point", zeros(scales, dtypes.int64))
-        if scheme.packed:
-            yield Target(f"{name}_shape", zeros((len(shape),), dtypes.int64))
+            self.scanned.add(name)
+        view = target.view
+        if scheme.turned:
+            if not name.endswith("weight"):
+                raise LayoutError(f"quant {scheme.name}: {name}: wanted a name that ends with weight")
+            view, shape = view.reshape(shape).T, shape[::-1]
+        values = scheme.named(name, scheme.values)
+        self.dense[values] = name
+        yield Target(values, view, shape, scheme)
+        # Zeros stand in for what goes with the values until the road knows it.
+        yield Target(scheme.named(name, scheme.scale), zeros(scheme.scale_shape(shape), scheme.scale_dtype))
+        if scheme.zero:
+            points = dtypes.int64 if scheme.dynamic else scheme.dtype
+            yield Target(scheme.named(name, scheme.zero), zeros(scheme.zero_shape(shape), points))
+        if scheme.form:
+            n = len(scheme.form_values(shape))
+            yield Target(scheme.named(name, scheme.form), zeros((n,), scheme.form_dtype))
 
     def _needs_scan(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether the scales reach beyond the rank's part, or beyond a band of it."""
         scheme, whole = self.quant.scheme, self.whole[name]
-        (down, across), at = scheme.block, f"quant {scheme.name}: {name}"
+        (down, across), at = scheme.shared, f"quant {scheme.name}: {name}"
         rows, columns = shape[-2:]
         cut_rows, cut_columns = rows != whole[-2], columns != whole[-1]
         fused = self.layout == "vllm" and (len(shape) > 2 or _module(name) in _FUSED)
         if scheme.bits == 4 and (columns % across or len(shape) > 2):
             raise LayoutError(f"{at} {shape}: wanted a matrix whose columns divide by the group {across}")
+        if rows % 8 and (scheme.turned or (scheme.asymmetric and cut_rows)):
+            raise LayoutError(f"{at} {shape}: wanted rows that divide by 8, which share an int32")
         if across > 1 and cut_columns and columns % across:
             raise LayoutError(f"{at}: {columns} of {whole[-1]} columns a rank cut a block of {across}")
         if down > 1:
@@ -135,7 +145,7 @@ class Expansion:
         return shared
 
     def _require_whole_blocks(self, name: str, shape: tuple[int, ...], cut: bool) -> None:
-        down, rows = self.quant.scheme.block[0], shape[-2]
+        down, rows = self.quant.scheme.shared[0], shape[-2]
         if not cut and self.layout != "vllm" and len(shape) == 2:
             return  # the hub's own matrix, as the hub would quantise it: the last block may be short
         parts = self._parts(name, rows)
@@ -185,22 +195,46 @@ def quantization_config(expansion: Expansion) -> dict[str, JSON]:
         and "embed" not in name
         and not quant.takes(name, shape)
     ]
-    if scheme.format == "":
-        return {"quant_method": "fastckpt", "scheme": scheme.name}
-    if scheme.format == "fp8":
-        return {
-            "quant_method": "fp8",
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "weight_block_size": list(scheme.block),
-            "modules_to_not_convert": left,
-        }
+    match scheme.format:
+        case "":
+            return {"quant_method": "fastckpt", "scheme": scheme.name}
+        case "fp8":
+            return {
+                "quant_method": "fp8",
+                "activation_scheme": "dynamic",
+                "fmt": "e4m3",
+                "weight_block_size": list(scheme.block),
+                "modules_to_not_convert": left,
+            }
+        case "awq":
+            return {
+                "quant_method": "awq",
+                "bits": scheme.bits,
+                "group_size": scheme.block[0],
+                "zero_point": True,
+                "version": "gemm",
+                "modules_to_not_convert": left,
+            }
+        case "gptq":
+            # lm_head has a key of its own; a negative pattern tells loaders of every other one that stays.
+            names = [str(name) for name in left if name != "lm_head"]
+            skipped: dict[str, JSON] = {f"-:^{re.escape(name)}$": {} for name in names}
+            return {
+                "quant_method": "gptq",
+                "checkpoint_format": "gptq",
+                "bits": scheme.bits,
+                "group_size": scheme.block[0],
+                "desc_act": False,
+                "sym": not scheme.asymmetric,
+                "lm_head": "lm_head" not in left and "lm_head.weight" in expansion.whole,
+                "dynamic": skipped,
+            }
     kind = "float" if scheme.format == "float-quantized" else "int"
     strategy = {(0, 0): "tensor", (1, 0): "channel"}.get(scheme.block, "group")
     weights: dict[str, JSON] = {
         "num_bits": scheme.bits,
         "type": kind,
-        "symmetric": True,
+        "symmetric": not scheme.asymmetric,
         "strategy": strategy,
         "dynamic": False,
     }

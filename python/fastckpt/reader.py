@@ -9,6 +9,7 @@ Law: a file that is not the one whose header was read (size, time, inode) is an 
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Sequence
 from types import TracebackType
@@ -17,7 +18,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import SourceError
+from .errors import SourceError, WriteError
 from .extents import Buffer, File
 from .planner import AXES, NOTHING, Executor, Runner, Table, item_sizes, nbytes
 
@@ -69,7 +70,8 @@ def _open(place: File) -> int:
     try:
         fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as e:
-        raise SourceError(f"{place.path}: {e.strerror}") from None
+        kind = WriteError if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM) else SourceError
+        raise kind(f"{place.path}: {e.strerror}") from None
     try:
         same_file(place, fd)
     except BaseException:

@@ -52,6 +52,8 @@ def plan(
     vocab_size: int | None = None,
     dtype: str | DType | None = None,
     quant: str | Quant | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    apart: bool = False,
     max_shard_size: str | int | None = "5GB",
 ) -> Plan:
     """What `reshard` would do with the same arguments, without reading a byte of a tensor.
@@ -59,8 +61,9 @@ def plan(
     Raises what `reshard` would raise before its first byte."""
     grid = _placement(tp, placement)
     wanted = Wanted(
-        grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size, quant=_quant(quant)
-    )
+        grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size,
+        quant=_quant(quant), adapter=adapter, apart=apart,
+    )  # fmt: skip
     return plans.draft(_opened(ckpt), wanted)
 
 
@@ -77,6 +80,8 @@ def reshard(
     vocab_size: int | None = None,
     dtype: str | DType | None = None,
     quant: str | Quant | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    apart: bool = False,
     allow_nonfinite: bool = False,
     device: str = "cpu",
     out: Out = None,
@@ -96,6 +101,8 @@ def reshard(
     `layout`, `config`, `recipe`, `tp_plan`, `vocab_size`, `dtype`, `max_shard_size`: see `plans.Wanted`.
     `quant`: a scheme of `schemes.SCHEMES`, or a Quant with patterns: matrices are quantised on the way, from
     the values `dtype` gives; NaN and infinity in those are an error always.
+    `adapter`: the directory of a PEFT adapter (LoRA), merged on the way; with `apart` it is written alone,
+    cut as the ranks' parts of this base are.
     NaN and infinity in the output are an error unless `allow_nonfinite`. `durable` fsyncs; `overwrite`
     replaces an output in one step; `memory` bounds the bytes held ("256MB"); `progress` see Progress.
     `device` "cuda" or "cuda:N": tensors there, made by the GPU where the checkpoint's tensors lie there too;
@@ -106,8 +113,9 @@ def reshard(
     device = _device(device)
     grid = _placement(tp, placement)
     wanted = Wanted(
-        grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size, quant=_quant(quant)
-    )
+        grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size,
+        quant=_quant(quant), adapter=adapter, apart=apart,
+    )  # fmt: skip
     run = Run(threads, memory, progress)
     in_memory = not isinstance(out, (str, os.PathLike))
     if device != "cpu" and not in_memory:
@@ -316,7 +324,7 @@ def stream(ckpt: Opened, names: Sequence[str]) -> Iterator[tuple[str, int, memor
     staging = np.empty(LEAF, np.uint8)
     target = Buffer(staging, staging.ctypes.data, LEAF)
     whole = memoryview(staging.data)
-    with reader_of(binding, alone=False) as reader:
+    with reader_of(planned.extents, binding, alone=False) as reader:
         lane = reader.lane(pick(None))
         for first, chunk in planned.chunks():
             for batch in cut(chunk, first, slots, binding, stage=LEAF, band=LEAF):

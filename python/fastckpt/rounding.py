@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .dtypes import DType, bfloat16, float16, float32
 from .errors import LayoutError
-from .schemes import Scheme
+from .schemes import Packed, Scheme
 
 if TYPE_CHECKING:
     from . import _C
@@ -27,6 +27,7 @@ else:
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
+Zeros = NDArray[np.int8]
 
 DENSE = (float32, bfloat16, float16)
 """What a matrix may be before it is quantised."""
@@ -73,9 +74,11 @@ class Error:
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
-    """What became of some rows: their scales [blocks down, blocks across] and their error."""
+    """What became of some rows: their scales and zero points, both [blocks down, blocks across], and their
+    error."""
 
     scales: Floats
+    zeros: Zeros
     error: Error
 
 
@@ -88,9 +91,12 @@ def amax(dense: Bytes, dtype: DType, rows: int, columns: int, *, native: bool = 
     return np.asarray(_magnitudes(_values(dense, dtype, rows, columns)).max(axis=1), np.float32)
 
 
-def scale_of(largest: Floats, scheme: Scheme) -> Floats:
-    """The scale of values whose largest magnitude is given."""
-    scale = np.maximum(largest / np.float32(scheme.reach), np.float32(scheme.floor))
+def scale_of(span: Floats, scheme: Scheme) -> Floats:
+    """The scale of values whose largest magnitude, or whole range, is given; infinite beyond its dtype."""
+    scale = np.maximum(span / np.float32(scheme.reach), np.float32(scheme.floor))
+    if scheme.scale_dtype is float16:
+        with np.errstate(over="ignore"):
+            scale = scale.astype(np.float16).astype(np.float32)
     return np.asarray(np.where(scale == 0, np.float32(1), scale), np.float32)
 
 
@@ -109,49 +115,97 @@ def quantise(
     """Quantise `rows` x `columns` dense values that begin on a block into the bytes `out`.
 
     `largest`: what amax is for each row, taken as it is where a scale is shared beyond these rows or columns;
-    else it is found here. Returns None, with `out` undefined, where a value is NaN or infinite."""
+    else it is found here. Returns None, with `out` undefined, where a value or a scale is NaN or infinite."""
     if dtype not in DENSE:
         raise LayoutError(f"quant: wanted values of {', '.join(d.name for d in DENSE)}, got {dtype}")
     down, across = (1, columns) if largest is not None else (scheme.block[0], scheme.block[1] or columns)
     scales = np.empty((-(-rows // down), -(-columns // across)), np.float32)
+    zeros = np.zeros(scales.shape, np.int8)
     if native and _C is not None:
         sums = np.zeros(5, np.float64)
-        told = (scheme.reach, scheme.floor, scheme.reciprocal, KINDS[scheme.dtype.name])
+        half = scheme.scale_dtype is float16
+        told = (scheme.reach, scheme.floor, -scheme.zero_offset, scheme.reciprocal, half)
+        points = zeros if scheme.asymmetric else None
         if not _C.quantise(
-            dense, dtype.code, rows, columns, down, across, *told, largest, out, scales, sums, isa
-        ):
+            dense, dtype.code, rows, columns, down, across, *told, KINDS[scheme.dtype.name + scheme.packed],
+            largest, out, scales, points, sums, isa,
+        ):  # fmt: skip
             return None
-        return Rounded(scales, Error(rows * columns, *(float(s) for s in sums)))
+        return Rounded(scales, zeros, Error(rows * columns, *(float(s) for s in sums)))
     x = _values(dense, dtype, rows, columns)
-    found = _magnitudes(x)
-    if not np.isfinite(found).all():
+
+    def over(ufunc: np.ufunc, values: Floats) -> Floats:
+        """What a block's values come to, block by block."""
+        tall = ufunc.reduceat(values, np.arange(0, rows, down), axis=0)
+        return np.asarray(ufunc.reduceat(tall, np.arange(0, columns, across), axis=1), np.float32)
+
+    def each(blocks: Floats) -> Floats:
+        """A block's figure for every value."""
+        return np.repeat(np.repeat(blocks, down, axis=0)[:rows], across, axis=1)[:, :columns]
+
+    if not np.isfinite(x).all():
         return None
-    if largest is None:
-        found = np.maximum.reduceat(found, np.arange(0, rows, down), axis=0)
-        found = np.maximum.reduceat(found, np.arange(0, columns, across), axis=1)
+    if scheme.asymmetric:
+        low = np.minimum(over(np.minimum, x), np.float32(0))
+        with np.errstate(over="ignore"):
+            scales[:] = scale_of(np.maximum(over(np.maximum, x), np.float32(0)) - low, scheme)
+        least = np.float32(-scheme.zero_offset)
+        zeros[:] = np.rint(np.clip(np.float32(-8) - low / scales, least, np.float32(7)))
     else:
-        found = largest.reshape(rows, 1)
-    scales[:] = scale_of(found, scheme)
-    each = np.repeat(np.repeat(scales, down, axis=0)[:rows], across, axis=1)[:, :columns]
+        found = over(np.maximum, _magnitudes(x)) if largest is None else largest.reshape(rows, 1)
+        scales[:] = scale_of(found, scheme)
+    if not np.isfinite(scales).all():
+        return None
+    scale = each(scales)
     with np.errstate(over="ignore"):
-        scaled = x * (np.float32(1) / each) if scheme.reciprocal else x / each
+        scaled = x * (np.float32(1) / scale) if scheme.reciprocal else x / scale
     if scheme.dtype.name == "float8_e4m3fn":
         codes = _e4m3(scaled)
         out[:] = codes.reshape(-1)
         got = _E4M3[codes]
     else:
         high = (1 << (scheme.bits - 1)) - 1
-        got = np.rint(np.clip(scaled, np.float32(-high - 1), np.float32(high)))
+        point = each(zeros.astype(np.float32))
+        got = np.rint(np.clip(scaled + point, np.float32(-high - 1), np.float32(high)))
         whole = got.astype(np.int8)
-        out[:] = (_packed(whole) if scheme.bits == 4 else whole).reshape(-1).view(np.uint8)
-    y, wide = (got * each).astype(np.float64), x.astype(np.float64)
+        out[:] = (packed(whole + 8, scheme.packed) if scheme.packed else whole).reshape(-1).view(np.uint8)
+        got = got - point
+    y, wide = (got * scale).astype(np.float64), x.astype(np.float64)
     off = wide - y
     figures = (np.abs(off).max(), (off * off).sum(), (wide * wide).sum(), (y * y).sum(), (wide * y).sum())
-    return Rounded(scales, Error(rows * columns, *(float(s) for s in figures)))
+    return Rounded(scales, zeros, Error(rows * columns, *(float(s) for s in figures)))
 
 
-KINDS = {"int8": 0, "float8_e4m3fn": 1, "int32": 2}
-"""dtype of the stored elements -> the number of csrc/quant.h's kind."""
+KINDS = {"int8": 0, "float8_e4m3fn": 1, "int32across": 2, "int32awq": 3, "int32down": 4}
+"""dtype of the stored elements and how they are packed -> the number of csrc/isa.h's kind."""
+
+
+def stored_zeros(zeros: Zeros, scheme: Scheme) -> NDArray[np.int32]:
+    """Zero points [blocks down, blocks across] as the format packs them: eight outputs an int32.
+
+    Where they are no multiple of eight, zeros follow (compressed-tensors)."""
+    whole = zeros.astype(np.int64) + scheme.zero_offset
+    if not scheme.turned:
+        return packed(np.pad(whole, ((0, -len(whole) % 8), (0, 0))), "down")
+    how: Packed = "awq" if scheme.packed == "awq" else "across"
+    return packed(np.pad(whole, ((0, 0), (0, -whole.shape[1] % 8))), how)
+
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Which of eight columns stands in each four bits of an int32, from the lowest (AutoAWQ)."""
+
+
+def packed(whole: NDArray[np.signedinteger], how: Packed) -> NDArray[np.int32]:
+    """Values 0 to 15 [rows, columns], eight an int32."""
+    rows, columns = whole.shape
+    if how == "down":
+        eight = whole.reshape(rows // 8, 8, columns).transpose(0, 2, 1)
+    else:
+        eight = whole.reshape(rows, columns // 8, 8)
+    if how == "awq":
+        eight = eight[..., AWQ_ORDER]
+    words = (eight.astype(np.int64) << np.arange(0, 32, 4)).sum(axis=2)
+    return np.asarray(words.astype(np.uint32).view(np.int32))
 
 
 def _magnitudes(x: Floats) -> Floats:
@@ -187,10 +241,3 @@ def _decoded() -> Floats:
 
 
 _E4M3 = _decoded()
-
-
-def _packed(whole: NDArray[np.int8]) -> NDArray[np.int32]:
-    """Eight values of 4 bits an int32, the first in the lowest, each with 8 added (compressed-tensors)."""
-    nibbles = (whole.astype(np.int64) + 8).reshape(-1, 8)
-    words = (nibbles << np.arange(0, 32, 4)).sum(axis=1)
-    return np.asarray(words.astype(np.uint32).view(np.int32))

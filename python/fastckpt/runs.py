@@ -18,15 +18,17 @@ from .checkpoint import JSON
 from .errors import DeviceError, WriteError
 from .executors import pick
 from .executors.cpu import built
-from .extents import Buffer
+from .extents import Buffer, Extents, File
 from .files import parse_size
+from .lowrank import computed
 from .manifest import Manifest, Origin, Record
+from .merging import Merging
 from .pipeline import ToFiles, Worker, feed, put_into, to_buffers
 from .planner import LEAF, Batch, Binding, compiled, cut
 from .plans import Plan
 from .quantising import Job, Put, Quantising, Scan
 from .quantplan import flat
-from .reader import GAP, Lane, Mapped, Positioned
+from .reader import GAP, Lane, Mapped, Positioned, Reader
 from .rounding import Error, Floats
 from .writer import Output
 
@@ -202,7 +204,8 @@ class Run:
             if self.progress is not None:
                 self.progress(done, total, "copy")
 
-        with reader_of(binding, alone=len(planned.ranks) < planned.placement.world) as reader:
+        alone = len(planned.ranks) < planned.placement.world
+        with reader_of(planned.extents, binding, alone=alone) as reader:
             band = self.band if isinstance(reader, Mapped) else LEAF
 
             def batches() -> Iterator[Batch | Job]:
@@ -244,7 +247,7 @@ class Run:
         began = time.perf_counter()
         for window, chunk, extents in compiled(planned.scans(), planned.extents):
             binding = Binding.of(extents)
-            with reader_of(binding, alone=False) as reader:
+            with reader_of(extents, binding, alone=False) as reader:
                 lanes = [reader.lane(pick(None)) for _ in range(self.threads)]
                 feed(scan.jobs(window, chunk, binding), [scan.worker(lane) for lane in lanes], lambda _: None)
                 self.bytes_scanned += sum(lane.bytes_read for lane in lanes)
@@ -357,11 +360,15 @@ def _threads(asked: int | None) -> int:
     return asked
 
 
-def reader_of(binding: Binding, *, alone: bool) -> Mapped | Positioned:
-    """Mapped where it is compiled, else by position; one rank alone may read through small gaps."""
-    if built():
-        return Mapped(binding.places)
-    return Positioned(binding.places, gap=GAP if alone else 0)
+def reader_of(extents: Extents, binding: Binding, *, alone: bool) -> Reader:
+    """Mapped where it is compiled, else by position; one rank alone may read through small gaps.
+
+    What is made when it is read is made over that."""
+
+    def plain(places: Sequence[File | Buffer]) -> Reader:
+        return Mapped(places) if built() else Positioned(places, gap=GAP if alone else 0)
+
+    return Merging(extents, binding, plain) if computed(binding.places) else plain(binding.places)
 
 
 def _peak_memory() -> int:

@@ -7,17 +7,18 @@ Law: nothing of a run counts before `commit`, and nothing of it stays without. A
 from __future__ import annotations
 
 import os
-import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime, timezone
-from types import FrameType, TracebackType
+from types import TracebackType
 
 import numpy as np
 
 from . import syscalls
 from .commit import TRACE, Part, Whole, telling
 from .digest import LEAF, combine, digest, digest64
+from .endings import Endings
 from .errors import SourceError, WriteError
 from .files import FileLayout
 from .manifest import NAME, FileEntry, Manifest, Record, Shard, TensorEntry, inside, rank_of
@@ -90,7 +91,7 @@ class Output:
     `rank` None makes all `world` ranks at once and the directory appears in one step; with `rank`, the
     files of that rank are added to a directory that `world` ranks share, and the last one completes it.
     `key` is the plan's, the same for every rank of a set. `durable` waits for the disk. `keep`: paths that
-    overwriting must not remove. Leaving without `commit` (an error, Ctrl-C, SIGTERM) leaves nothing.
+    overwriting must not remove. Leaving without `commit` (an error, Ctrl-C, SIGTERM, SIGHUP) leaves nothing.
     Raises WriteError before any work where the directory is not empty and `overwrite` is not asked for."""
 
     def __init__(
@@ -120,11 +121,11 @@ class Output:
         self._aliases: dict[int, dict[str, str]] = {}
         self._lock = threading.Lock()
         self._committed = False
-        self._handler_set = False
+        self._endings = Endings()
 
     def __enter__(self) -> Output:
         try:
-            self._catch_sigterm()
+            self._endings.heard()
             self._place.start()
         except BaseException:
             self._leave()
@@ -273,26 +274,17 @@ class Output:
 
     def _leave(self) -> None:
         """Close what is open; without a commit, remove what was made."""
-        for file in self._open:
-            file.release(sync=False)
-        if not self._committed:
-            self._place.abandon()
-        elif isinstance(self._place, Part):
-            self._place.finish()
-        if self._handler_set:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            self._handler_set = False
-
-    def _catch_sigterm(self) -> None:
-        """Let SIGTERM unwind like Ctrl-C, where nobody else handles it."""
-        main = threading.current_thread() is threading.main_thread()
-        if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, _terminated)
-            self._handler_set = True
-
-
-def _terminated(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
+        self._endings.waiting()
+        try:
+            for file in self._open:
+                with suppress(WriteError):  # what a server says only now does not matter any more
+                    file.release(sync=False)
+            if not self._committed:
+                self._place.abandon()
+            elif isinstance(self._place, Part):
+                self._place.finish()
+        finally:
+            self._endings.as_before()
 
 
 def _write_all(fd: int, offset: int, data: memoryview) -> None:

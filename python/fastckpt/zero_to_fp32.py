@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from . import road
 from .checkpoint import Checkpoint, Entry
 from .dtypes import float32
-from .errors import FastckptError
+from .errors import FastckptError, WriteError
 from .manifest import NAME, Manifest
 from .sources import open as open_checkpoint
 
@@ -174,6 +174,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"zero_to_fp32: error: {e}", file=sys.stderr)
         return e.exit_code
+    except (OSError, MemoryError) as e:
+        if args.debug:
+            raise
+        print(f"zero_to_fp32: error: {str(e) or 'out of memory'}", file=sys.stderr)
+        return WriteError.exit_code
     except KeyboardInterrupt:
         print("zero_to_fp32: interrupted, nothing half made was left behind", file=sys.stderr)
         return 130

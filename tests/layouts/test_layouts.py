@@ -53,9 +53,7 @@ ODD = {"llama": 211, "mixtral-odd": 131}
 def test_every_rank(served, name, stacked, tp):
     model, config, hub = model_of(name, stacked)
     if served == "rtp_llm" and name == "gpt2":
-        with pytest.raises(LayoutError, match=r"no place for transformer\.wpe of gpt2"):
-            layout(served).targets(model, Placement(tp=tp))
-        return
+        return  # tests/layouts/test_rtp_families.py has what is no Llama
     if served == "hf" and tp > 1 and name in ODD:
         with pytest.raises(LayoutError, match=f"vocab_size {ODD[name]} does not divide by tp {tp}"):
             layout(served, {"replicate_kv": "true"}).targets(model, Placement(tp=tp))
@@ -120,7 +118,7 @@ def test_sizes_are_checked_first(served):
     with pytest.raises(LayoutError, match="neither do 3 kv heads divide by tp 4"):
         placed.targets(sized(heads=12, kv_heads=3), place)
     for axis in {"hf": ("pp", "dp", "ep"), "rtp_llm": ("pp",)}.get(served, ()):
-        with pytest.raises(LayoutError, match=f"does not cut by {axis} yet: wanted {axis} 1, got 2"):
+        with pytest.raises(LayoutError, match=f"wanted {axis} 1, got 2"):
             placed.targets(sized(), Placement(tp=2, **{axis: 2}))
 
 

@@ -26,6 +26,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -94,7 +95,11 @@ def _matrix() -> Iterator[Run]:
 
 
 NIGHTLY = tuple(_matrix())
-RUNS = {run.name: run for run in (*NORMAL, *NIGHTLY)}
+FAMILIES = tuple(
+    Run(f"z3-{model}-w2", model, 3, 2, groups=2)
+    for model in ("gpt_neox", "bloom", "qwen3_moe", "deepseek_v3")
+)
+RUNS = {run.name: run for run in (*NORMAL, *NIGHTLY, *FAMILIES)}
 
 Batch = dict[str, torch.Tensor]
 
@@ -183,12 +188,37 @@ def _mixtral(hidden: int, intermediate: int, vocab: int, experts: int) -> nn.Mod
     )  # fmt: skip
 
 
+def _causal(family: str, **sizes: object) -> nn.Module:
+    """A model of transformers' that two serving ranks can share."""
+    import transformers
+
+    plain = dict(hidden_size=32, vocab_size=96, num_hidden_layers=2, num_attention_heads=4)
+    config = getattr(transformers, f"{family}Config")(**plain | sizes)
+    model: nn.Module = getattr(transformers, f"{family}ForCausalLM")(config)
+    return model
+
+
+_EXPERTS = dict(
+    intermediate_size=48, moe_intermediate_size=16, num_experts_per_tok=2, tie_word_embeddings=False,
+    max_position_embeddings=64,
+)  # fmt: skip
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": llama,
     "llama-even": llama_even,
     "mixtral": lambda: _mixtral(24, 40, 101, 3),
     "mixtral-even": lambda: _mixtral(32, 48, 96, 4),
     "mixed": mixed,
+    "qwen3_moe": partial(
+        _causal, "Qwen3Moe", **_EXPERTS, num_key_value_heads=2, num_experts=4, head_dim=8
+    ),
+    "deepseek_v3": partial(
+        _causal, "DeepseekV3", **_EXPERTS, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1,
+        kv_lora_rank=16, q_lora_rank=24, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, n_group=1,
+        topk_group=1,
+    ),
+    "gpt_neox": partial(_causal, "GPTNeoX", intermediate_size=48, max_position_embeddings=64),
+    "bloom": partial(_causal, "Bloom"),
 }
 
 

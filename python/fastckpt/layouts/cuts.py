@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ..errors import LayoutError
-from ..model import Attention, Linear, Norm, Parameter, Sizes
+from ..model import Attention, Beside, Linear, Norm, Parameter, Sizes
 from ..placement import Placement
 from ..target import Target
 from ..views import View, cat
@@ -50,65 +50,72 @@ def require_kv_heads(layout: str, placement: Placement, sizes: Sizes) -> None:
 
 
 def out_part(linear: Linear, index: int, count: int) -> Linear:
-    """Part `index` of `count` of a matrix's outputs, and of its bias and block factors."""
-    rows = linear.weight.shape[0] // count
+    """Part `index` of `count` of a matrix's outputs, of its bias and of what stands beside it."""
     bias = None if linear.bias is None else linear.bias.part(0, index, count)
-    return replace(
-        linear,
-        weight=linear.weight.part(0, index, count),
-        bias=bias,
-        scale=_factors(linear, 0, index * rows, rows),
-    )
+    return replace(_part(linear, 0, index, count), bias=bias)
 
 
 def in_part(linear: Linear, index: int, count: int) -> Linear:
     """Part `index` of `count` of a matrix's inputs; the bias is whole, since it is added once."""
-    columns = linear.weight.shape[1] // count
-    return replace(
-        linear,
-        weight=linear.weight.part(1, index, count),
-        scale=_factors(linear, 1, index * columns, columns),
-    )
+    return _part(linear, 1, index, count)
 
 
-def _factors(linear: Linear, axis: int, start: int, length: int) -> View | None:
-    """The block factors of [start, start + length) of an fp8 matrix's axis.
+def _part(linear: Linear, axis: int, index: int, count: int) -> Linear:
+    length = linear.shape[axis] // count
+    start = index * length
+    beside = tuple(replace(b, view=_run(linear, b, axis, start, length)) for b in linear.beside)
+    return replace(linear, weight=linear.weight.part(axis, index, count), beside=beside)
 
-    The part begins on a block and ends with one (or with the matrix), or lies within one, whose factor every
-    such part gets."""
-    if linear.scale is None:
-        return None
-    block, stop = linear.block[axis], start + length
-    aligned = start % block == 0 and (stop % block == 0 or stop == linear.weight.shape[axis])
-    if not aligned and start // block != (stop - 1) // block:
+
+def _run(linear: Linear, beside: Beside, axis: int, start: int, length: int) -> View:
+    """What stands beside [start, start + length) of an axis of a quantised matrix.
+
+    The run begins on a block and ends with one (or with the matrix), or lies within one, whose factor every
+    such run gets; groups of packed values are never shared."""
+    block, stop = beside.unit[axis], start + length
+    if block == 0:
+        return beside.view
+    aligned = start % block == 0 and (stop % block == 0 or stop == linear.shape[axis])
+    if not aligned and (start // block != (stop - 1) // block or linear.packed != (1, 1)):
         raise LayoutError(
             f"{linear.name}: [{start}, {stop}) of axis {axis} cuts a block of {block} that shares a factor"
         )
-    return linear.scale.narrow(axis, start // block, -(-stop // block) - start // block)
+    return beside.view.narrow(axis, start // block, -(-stop // block) - start // block)
 
 
 def joined(name: str, linears: Sequence[Linear]) -> Linear:
-    """One matrix whose outputs are those of `linears` in order. All have a bias or none has; likewise block
-    factors, and then all but the last end with a block."""
+    """One matrix whose outputs are those of `linears` in order. All have a bias or none has; likewise what
+    stands beside them: of blocks all but the last matrix end with one; a scale of a whole matrix becomes a
+    vector of as many; what goes by inputs alone (an order, a smoother) is that of the input they share."""
     biases = [x.bias for x in linears if x.bias is not None]
-    scales = [x.scale for x in linears if x.scale is not None]
-    for what, found in (("a bias", biases), ("block factors", scales)):
-        if found and len(found) != len(linears):
-            raise LayoutError(f"{name}: {len(found)} of {len(linears)} parts have {what}, wanted all or none")
+    if biases and len(biases) != len(linears):
+        raise LayoutError(f"{name}: {len(biases)} of {len(linears)} parts have a bias, wanted all or none")
     first = linears[0]
-    for linear in linears[:-1] if scales else ():
-        if linear.weight.shape[0] % linear.block[0]:
-            raise LayoutError(
-                f"{name}: {linear.weight.shape[0]} rows of {linear.name} are no multiple of their block "
-                f"{linear.block[0]}, so the next part's factors would not fit"
-            )
+    kinds = [(x.leaf, x.packed, [(b.leaf, b.unit) for b in x.beside]) for x in linears]
+    for kind, linear in zip(kinds, linears, strict=True):
+        if kind != kinds[0]:
+            raise LayoutError(f"{name}: {linear.name} is not quantised as {first.name} is")
     return replace(
         first,
         name=name,
         weight=cat([x.weight for x in linears]),
         bias=cat(biases) if biases else None,
-        scale=cat(scales) if scales else None,
+        beside=tuple(_joined(name, linears, b) for b in first.beside),
     )
+
+
+def _joined(name: str, linears: Sequence[Linear], kind: Beside) -> Beside:
+    block = kind.unit[0]
+    if block == 0 and kind.unit[1] != 0:
+        return kind
+    for linear in linears[:-1] if block else ():
+        if linear.shape[0] % block:
+            raise LayoutError(
+                f"{name}: {linear.shape[0]} rows of {linear.name} are no multiple of their block {block}, so "
+                "the next part's factors would not fit"
+            )
+    view = cat([b.view for x in linears for b in x.beside if b.leaf == kind.leaf])
+    return replace(kind, view=view, form="vector" if kind.form == "scalar" else kind.form)
 
 
 def qkv_part(attention: Attention, sizes: Sizes, placement: Placement) -> list[Linear]:
@@ -121,8 +128,13 @@ def qkv_part(attention: Attention, sizes: Sizes, placement: Placement) -> list[L
 
 
 def regrouped(name: str, parts: Sequence[Linear], head_dim: int) -> Linear:
-    """q, k and v as one matrix: for each kv head its query heads, itself and its value head."""
+    """q, k and v as one matrix: for each kv head its query heads, itself and its value head.
+
+    Raises LayoutError for quantised matrices."""
     q, k, v = parts
+    for part in parts:
+        if part.beside:
+            raise LayoutError(f"{name or part.name}: quantised q, k and v are not written head by head")
     kv_heads = k.weight.shape[0] // head_dim
 
     def by_group(views: Sequence[View]) -> View:
@@ -139,16 +151,31 @@ def padded_part(view: View, multiple: int, index: int, count: int) -> View:
 
 
 def stored(linear: Linear) -> Iterator[Target]:
-    """A matrix as the hub stores it: its weight, transposed where the hub has it so, bias and factors."""
-    yield Target(f"{linear.name}.weight", linear.weight.T if linear.transposed else linear.weight)
+    """A matrix as the hub stores it: itself, transposed where the hub has it so, its bias, and what stands
+    beside it."""
+    yield Target(f"{linear.name}.{linear.leaf}", linear.weight.T if linear.transposed else linear.weight)
     yield from bias(linear)
-    if linear.scale is not None:
-        yield Target(f"{linear.name}.weight_scale_inv", linear.scale)
+    for b in linear.beside:
+        yield Target(f"{linear.name}.{b.leaf}", in_form(b))
+
+
+def in_form(beside: Beside) -> View:
+    """What stands beside a matrix, shaped as the hub has it."""
+    match beside.form:
+        case "matrix":
+            return beside.view
+        case "transposed":
+            return beside.view.T
+        case "vector":
+            return beside.view.reshape((beside.view.numel,))
+        case "scalar":
+            return beside.view.reshape(())
 
 
 def plain(linear: Linear) -> Iterator[Target]:
-    """A matrix as [out, in], whatever the hub stores, with its bias and factors."""
-    return stored(replace(linear, transposed=False))
+    """A matrix as [out, in], whatever the hub stores (a quantised one as it is), with its bias and what
+    stands beside it."""
+    return stored(linear if linear.beside else replace(linear, transposed=False))
 
 
 def bias(linear: Linear) -> Iterator[Target]:

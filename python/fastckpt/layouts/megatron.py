@@ -74,6 +74,9 @@ class Megatron:
             )
         if model.encoder is not None:
             raise LayoutError(f"layout megatron has no place for the encoder of {model.family}")
+        if model.parallel or model.alibi:
+            what = "blocks side by side" if model.parallel else "ALiBi"
+            raise LayoutError(f"layout megatron: megatron-core has no {what}, as {model.family} wants")
         for extra in (model.embedding_norm, *model.carried):
             if extra is not None:
                 raise LayoutError(f"layout megatron has no place for {extra.name} of {model.family}")
@@ -165,8 +168,8 @@ def _mlp(at: str, mlp: Mlp, placement: Placement) -> Iterator[Target]:
 
 
 def _linear(at: str, linear: Linear) -> Iterator[Target]:
-    if linear.scale is not None:
-        raise LayoutError(f"layout megatron has no place for {linear.name}.weight_scale_inv")
+    if linear.beside:
+        raise LayoutError(f"layout megatron has no place for {linear.name}.{linear.beside[0].leaf}")
     yield Target(f"{at}.weight", linear.weight)
     if linear.bias is not None:
         yield Target(f"{at}.bias", linear.bias)

@@ -55,8 +55,8 @@ def _layer(model: Model, new: Sizes, index: int, tp: int, experts: int) -> Layer
 
 
 def _attention(attention: Attention, old: Sizes, new: Sizes) -> Attention:
-    if attention.q.scale is not None or attention.o.scale is not None:
-        raise LayoutError(f"{attention.q.name}: heads of a matrix with block factors cannot be padded")
+    if attention.q.beside or attention.o.beside:
+        raise LayoutError(f"{attention.q.name}: heads of a quantised matrix cannot be padded")
     kv, d, sinks = new.kv_heads - old.kv_heads, old.head_dim, attention.sinks
 
     def queries(view: View, axis: int, each: int) -> View:
@@ -113,7 +113,8 @@ def _expert(moe: Experts, index: int, count: int) -> Mlp:
 
 def _mlp(mlp: Mlp, count: int) -> Mlp:
     """The same block as wide as `count` ranks can cut."""
-    width = _up(mlp.up.weight.shape[0], count * mlp.up.block[0])
+    block = max((b.unit[0] for b in mlp.up.beside), default=1)
+    width = _up(mlp.up.shape[0], count * max(block, 1))
     gate = None if mlp.gate is None else _out_padded(mlp.gate, width)
     return replace(mlp, gate=gate, up=_out_padded(mlp.up, width), down=_in_padded(mlp.down, width))
 
@@ -124,21 +125,23 @@ def _up(size: int, multiple: int) -> int:
 
 def _out_padded(linear: Linear, size: int) -> Linear:
     bias = None if linear.bias is None else _grown(linear.bias, 0, size)
-    return replace(
-        linear,
-        weight=_grown(linear.weight, 0, size),
-        bias=bias,
-        scale=_grown_scale(linear, 0, size),
-    )
+    return replace(_padded(linear, 0, size), bias=bias)
 
 
 def _in_padded(linear: Linear, size: int) -> Linear:
-    return replace(linear, weight=_grown(linear.weight, 1, size), scale=_grown_scale(linear, 1, size))
+    return _padded(linear, 1, size)
+
+
+def _padded(linear: Linear, axis: int, size: int) -> Linear:
+    """Raises LayoutError for packed values, in which a zero is no zero."""
+    if linear.packed != (1, 1) and size != linear.shape[axis]:
+        raise LayoutError(f"{linear.name}: a matrix of packed values cannot be padded")
+    beside = tuple(
+        replace(b, view=_grown(b.view, axis, -(-size // b.unit[axis]))) if b.unit[axis] else b
+        for b in linear.beside
+    )
+    return replace(linear, weight=_grown(linear.weight, axis, size // linear.packed[axis]), beside=beside)
 
 
 def _grown(view: View, axis: int, size: int) -> View:
     return view.pad(axis, 0, size - view.shape[axis])
-
-
-def _grown_scale(linear: Linear, axis: int, size: int) -> View | None:
-    return None if linear.scale is None else _grown(linear.scale, axis, -(-size // linear.block[axis]))

@@ -1,41 +1,51 @@
 """`rtp_llm`: rtp-llm's weights of one rank after its loader, the form its own dump has.
 
-Each weight is made whole by its process function (`rtp_merge`), then cut by the strategy that the engine's
-table has for it (`rtp_weights`, `rtp_split`). Matrices are [in, out]: q, k and v one kernel [hidden, (q | k |
-v)], gate and up one [hidden, (gate | up)]; experts are [experts, (up; gate), hidden], up before gate, and
-[experts, hidden, width]. The embedding is cut along hidden, lm_head padded to 8 * tp rows, then cut. fp8
-matrices with factors of 128 x 128 blocks stay [out, in], as the engine's kernels for them want.
-Source: rtp-llm's utils/model_weight.py (class W) and models/.
+Each weight is made whole by its process function (`rtp_merge`, `rtp_roles`), then cut by the strategy that
+the engine's table has for it (`rtp_weights`, `rtp_split`). Matrices are [in, out]: q, k and v one kernel
+[hidden, (q | k | v)], gate and up one [hidden, (gate | up)]; experts are [experts, (up; gate), hidden], up
+before gate, and [experts, hidden, width]. The embedding is cut along hidden, lm_head padded to 8 * tp rows,
+then cut. int8 and fp8 matrices stay [out, in], as the engine's kernels for them want. Source: rtp-llm's
+utils/model_weight.py (class W) and models/.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
+
+import numpy as np
 
 from .. import dtypes
 from ..errors import LayoutError
-from ..model import Attention, Experts, Layer, Linear, Mla, Mlp, Model, Norm
+from ..model import Layer, Mla, Model
 from ..placement import Placement
 from ..target import Target
-from ..views import View
-from .cuts import joined, require_even, require_heads, require_kv_heads
+from ..views import constant
+from .cuts import require_even, require_heads, require_kv_heads
 from .naming import Naming
-from .rtp_merge import concat_t, stack_moe_w1, stacked, transpose, transpose_slice_k, transpose_slice_v
-from .rtp_split import SPLITS, Cut
+from .rtp_merge import slopes
+from .rtp_roles import Making, Whole, layer_weights, norm
+from .rtp_split import SPLITS, Cut, phy2log
 from .rtp_weights import NAMES, TABLES
-
-Weights = Iterator[tuple[str, View]]
-"""Whole weights by the names of class W."""
 
 
 @dataclass(frozen=True, slots=True)
 class RtpLlm:
-    """Decoders with gated feed-forward blocks and norms without bias. `absorb`: latent attention gets the
-    matrices kc and vc that absorb a key or a value, beside kv_b."""
+    """`absorb`: latent attention gets the matrices kc and vc that absorb a key or a value, beside kv_b.
+    `w13`: gate and up are one weight. `split_rope`: the rope rows of latent attention apart, even ones first,
+    as 2025's engine wants them. `use_stack_weight`: the ranks that share experts cut their widths (today's
+    moe_pure_tp_mode, 2025's use_stack_weight); else each has its experts whole. `ffn_tp`: how many ranks cut
+    the feed-forward block (0: as tp). `physical_experts`: places for experts, redundant ones included, on
+    `nodes` nodes (0: as many as experts)."""
 
     absorb: bool = True
+    w13: bool = True
+    split_rope: bool = False
+    use_stack_weight: bool = True
+    ffn_tp: int = 0
+    physical_experts: int = 0
+    nodes: int = 1
     roles: ClassVar[Literal[True]] = True
 
     def targets(self, model: Model, placement: Placement) -> Iterator[Target]:
@@ -46,211 +56,136 @@ class RtpLlm:
         feed-forward width or hidden do not divide, where kv heads neither divide nor repeat evenly, for pp,
         and for an ep that the ranks or the experts do not divide by; and for a role this layout has no name
         for."""
-        _require(model, placement)
-        return self._targets(model, placement)
+        cut = self._cut(model, placement)
+        order = self._order(model, placement)
+        self._require(model, cut, len(order))
+        return self._targets(model, cut, order)
 
     def naming(self, placement: Placement) -> Naming:
         """The names of the engine's dump, parts counted from 0."""
         stem = f"model-{placement.tp_rank:02d}-{placement.dp_rank:02d}-part-"
         return Naming("", f"{stem}00000.safetensors", stem + "{part:05d}.safetensors")
 
-    def _targets(self, model: Model, placement: Placement) -> Iterator[Target]:
+    def _cut(self, model: Model, placement: Placement) -> Cut:
+        ffn = self.ffn_tp or placement.tp
+        if placement.tp % ffn:
+            raise LayoutError(f"layout rtp_llm: tp {placement.tp} does not divide by ffn_tp {ffn}")
         sizes = model.sizes
-        cut = Cut(placement, sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.hidden)
-        key = f"rank_{placement.tp_rank:02d}_{placement.dp_rank:02d}_{cut.experts[0]:02d}"
-        yield _target(f"{key}.global", "embedding", model.embedding.weight, cut)
-        for i, layer in enumerate(model.layers):
-            blocks = _has_blocks(layer)
-            for name, view in self._layer(layer, model, cut):
-                by_head = _latent_cut(layer, cut) if name == "mla_fusedqkrope_no_lora_w" else cut
-                yield _target(f"{key}.layers.{i}", name, view, by_head, "fp8_block" if blocks else "default")
-        yield _target(f"{key}.global", "final_ln_gamma", _gamma(model.norm, "final_layernorm"), cut)
-        yield _target(f"{key}.global", "lm_head", model.lm_head.weight, cut)
-
-    def _layer(self, layer: Layer, model: Model, cut: Cut) -> Weights:
-        for extra in (layer.attention_after, layer.mlp_after, layer.cross_norm):
-            if extra is not None:
-                raise LayoutError(f"layout rtp_llm has no place for {extra.name}")
-        yield "pre_ln_gamma", _gamma(layer.attention_norm, layer.name)
-        if isinstance(layer.attention, Mla):
-            yield from self._latent(layer.attention, model, cut.place.tp)
-        else:
-            yield from _attention(layer.attention, model, cut.place.tp)
-        yield "post_ln_gamma", _gamma(layer.mlp_norm, layer.name)
-        if isinstance(layer.mlp, Experts):
-            yield from _experts(layer.mlp, cut)
-        else:
-            yield from _mlp(layer.mlp, cut.place.tp)
-
-    def _latent(self, attention: Mla, model: Model, tp: int) -> Weights:
-        _no_bias(attention.q, attention.kv_a, attention.kv_b, attention.q_a)
-        heads, blocks = model.sizes.heads, attention.o.scale is not None
-        if attention.q_a is None:
-            if blocks:
-                raise LayoutError(f"layout rtp_llm has no place for the factors of {attention.q.name}")
-            yield "mla_fusedqkrope_no_lora_w", concat_t([attention.q.weight, attention.kv_a.weight])
-        else:
-            low = joined(attention.q_a.name, [attention.q_a, attention.kv_a])
-            yield from _matrix("mla_fusedqkrope", low, tp, axis=None)
-            yield "mla_q_a_ln_gamma", _gamma(attention.q_norm, attention.q.name)
-            yield from _matrix("mla_q_b", attention.q, tp, axis=0)
-        yield "mla_kv_a_ln_gamma", _gamma(attention.kv_norm, attention.kv_a.name)
-        yield from _matrix("mla_kv_b", attention.kv_b, tp, axis=0)
-        if self.absorb:
-            if blocks:
-                raise LayoutError(
-                    f"layout rtp_llm: kc and vc of {attention.kv_b.name} would have to be dequantised, which "
-                    "is not done; absorb=false writes kv_b alone"
-                )
-            value = attention.o.weight.shape[1] // heads
-            nope = attention.kv_b.weight.shape[0] // heads - value
-            yield "mla_kc", transpose_slice_k([attention.kv_b.weight], nope, value)
-            yield "mla_vc", transpose_slice_v([attention.kv_b.weight], nope, value)
-        yield from _matrix("attn_o", attention.o, tp, axis=1)
-
-
-def _require(model: Model, placement: Placement) -> None:
-    """Raises LayoutError for what cannot be cut or has no place, from sizes and names alone."""
-    sizes, ranks = model.sizes, placement.tp * placement.dp
-    if placement.pp != 1:
-        raise LayoutError(f"layout rtp_llm does not cut by pp yet: wanted pp 1, got {placement.pp}")
-    if ranks % placement.ep:
-        raise LayoutError(f"layout rtp_llm: tp * dp {ranks} does not divide by ep {placement.ep}")
-    if placement.ep > 1 and (not sizes.experts or sizes.experts % placement.ep):
-        raise LayoutError(f"layout rtp_llm: {sizes.experts} experts do not divide by ep {placement.ep}")
-    if placement.dp > 1 and placement.ep == 1 and sizes.experts:
-        raise LayoutError(
-            f"layout rtp_llm: with dp {placement.dp} experts are shared out by ep, got ep 1: the engine's "
-            "versions differ in who holds what"
+        return Cut(
+            placement,
+            sizes.heads,
+            sizes.kv_heads,
+            sizes.head_dim,
+            sizes.hidden,
+            ffn=(placement.tp_rank % ffn, ffn),
+            stack=self.use_stack_weight,
         )
-    require_heads("rtp_llm", placement, sizes)
-    for key, width in sizes.widths.items():
-        if key == sizes.expert_width and placement.ep > 1:
-            cutting = ranks // placement.ep
-            if width % cutting:
-                raise LayoutError(f"layout rtp_llm: {key} {width} does not divide by tp * dp / ep {cutting}")
-        else:
-            require_even("rtp_llm", placement, key, width)
-    require_kv_heads("rtp_llm", placement, sizes)
-    require_even("rtp_llm", placement, "hidden_size", sizes.hidden)
-    if model.encoder is not None:
-        raise LayoutError(f"layout rtp_llm has no place for the encoder of {model.family}")
-    if model.lm_head.bias is not None:
-        raise LayoutError(f"layout rtp_llm has no place for the bias of {model.lm_head.name}")
-    for extra in (model.positions, model.embedding_norm, *model.carried):
-        if extra is not None:
-            raise LayoutError(f"layout rtp_llm has no place for {extra.name} of {model.family}")
+
+    def _order(self, model: Model, placement: Placement) -> list[int]:
+        """Which expert each place holds."""
+        experts = model.sizes.experts
+        places = self.physical_experts or experts
+        if places == experts:
+            return list(range(experts))
+        if not experts:
+            raise LayoutError(f"layout rtp_llm: {model.family} has no experts for {places} places")
+        return phy2log(experts, places, placement.ep, self.nodes)
+
+    def _require(self, model: Model, cut: Cut, places: int) -> None:
+        """Raises LayoutError for what cannot be cut or has no place, from sizes and names alone."""
+        sizes, grid = model.sizes, cut.place
+        if grid.pp != 1:
+            raise LayoutError(
+                f"layout rtp_llm: the engine's loader has no stages: wanted pp 1, got {grid.pp}"
+            )
+        if grid.tp * grid.dp % grid.ep:
+            raise LayoutError(f"layout rtp_llm: tp * dp {grid.tp * grid.dp} does not divide by ep {grid.ep}")
+        if grid.ep > 1 and (not places or places % grid.ep):
+            raise LayoutError(f"layout rtp_llm: {places} experts do not divide by ep {grid.ep}")
+        if grid.dp > 1 and grid.ep == 1 and places and self.use_stack_weight:
+            raise LayoutError(
+                f"layout rtp_llm: with dp {grid.dp} experts are shared out by ep, got ep 1: the engine's "
+                "versions differ in who holds what; use_stack_weight=false gives every rank all of them"
+            )
+        require_heads("rtp_llm", grid, sizes)
+        for key, width in sizes.widths.items():
+            what, count = "ffn_tp" if self.ffn_tp else "tp", cut.ffn_tp[1]
+            if key == sizes.expert_width:
+                what, count = "tp * dp / ep" if grid.ep > 1 else "tp", cut.moe_tp[1]
+            if width % count:
+                raise LayoutError(f"layout rtp_llm: {key} {width} does not divide by {what} {count}")
+        require_kv_heads("rtp_llm", grid, sizes)
+        require_even("rtp_llm", grid, "hidden_size", sizes.hidden)
+        if model.encoder is not None:
+            raise LayoutError(f"layout rtp_llm has no place for the encoder of {model.family}")
+        for extra in model.carried:
+            if not extra.name.endswith("token_type_embeddings.weight"):
+                raise LayoutError(f"layout rtp_llm has no place for {extra.name} of {model.family}")
+        if model.norm is None and model.lm_head.name != model.embedding.name:
+            raise LayoutError(f"layout rtp_llm has no place for {model.lm_head.name} of {model.family}")
+
+    def _targets(self, model: Model, cut: Cut, order: list[int]) -> Iterator[Target]:
+        place = cut.place
+        key = f"rank_{place.tp_rank:02d}_{place.dp_rank:02d}_{cut.experts[0]:02d}"
+        for whole in _before(model):
+            yield _target(f"{key}.global", whole, cut)
+        making = Making(self.absorb, self.w13, self.split_rope)
+        for i, layer in enumerate(model.layers):
+            by_head = _latent_cut(layer, cut)
+            for whole in layer_weights(layer, model, cut, making, order):
+                wide = whole.name == "mla_fusedqkrope_no_lora_w"
+                yield _target(f"{key}.layers.{i}", whole, by_head if wide else cut)
+            if len(order) > model.sizes.experts:
+                for whole in _places(order, model.sizes.experts):
+                    yield _target(f"{key}.layers.{i}", whole, cut)
+        for whole in _after(model):
+            yield _target(f"{key}.global", whole, cut)
 
 
-def _target(at: str, name: str, view: View, cut: Cut, table: str = "default") -> Target:
+def _target(at: str, whole: Whole, cut: Cut) -> Target:
     """One rank's part. At one rank the engine's loader cuts nothing, and so pads nothing; its lm_head knows
     tp alone."""
-    grid = cut.place
-    if grid.tp > 1 or (name != "lm_head" and (grid.dp, grid.ep) != (1, 1)):
-        view = SPLITS[TABLES[table][name]].view(view, cut)
-    return Target(f"{at}.{NAMES[name]}", view)
+    grid, view = cut.place, whole.view
+    if grid.tp > 1 or (whole.name != "lm_head" and (grid.dp, grid.ep) != (1, 1)):
+        view = SPLITS[TABLES[whole.table][whole.name]].view(view, replace(cut, bits=whole.bits))
+    return Target(f"{at}.{NAMES[whole.name]}", view)
 
 
-def _has_blocks(layer: Layer) -> bool:
-    """Whether the layer's matrices are fp8 with block factors."""
-    return layer.attention.o.scale is not None
+def _before(model: Model) -> Iterator[Whole]:
+    yield Whole("embedding", model.embedding.weight)
+    if model.positions is not None:
+        yield Whole("positional_embedding", model.positions.weight)
+    for role in model.carried:
+        yield Whole("token_type_embedding", role.view)
+    yield from norm("pre_decoder_ln", model.embedding_norm)
+    if model.alibi:
+        yield Whole("linear_bias_slopes", slopes(model.sizes.heads))
+
+
+def _after(model: Model) -> Iterator[Whole]:
+    if model.norm is None:
+        return
+    yield from norm("final_ln", model.norm)
+    yield Whole("lm_head", model.lm_head.weight)
+    if model.lm_head.bias is not None:
+        yield Whole("lm_head_b", model.lm_head.bias)
+
+
+def _places(order: list[int], experts: int) -> Iterator[Whole]:
+    """Where each expert lies [experts, redundant + 1], -1 for no further place, and how often [experts].
+
+    Source: rtp-llm's model_loader/loader.py, _init_eplb_weight."""
+    places = np.full((experts, len(order) - experts + 1), -1, np.int32)
+    count = np.zeros(experts, np.int32)
+    for place, expert in enumerate(order):
+        places[expert, count[expert]] = place
+        count[expert] += 1
+    yield Whole("logic_expert_cnt", constant(count, dtypes.int32))
+    yield Whole("log2phy", constant(places, dtypes.int32))
 
 
 def _latent_cut(layer: Layer, cut: Cut) -> Cut:
     """The cut of latent attention's queries, whose heads are wider than its values'."""
-    rows = layer.attention.q.weight.shape[0]
-    return Cut(cut.place, cut.heads, cut.kv_heads, rows // cut.heads, cut.hidden)
-
-
-def _attention(attention: Attention, model: Model, tp: int) -> Weights:
-    if attention.sinks is not None or attention.relative is not None:
-        raise LayoutError(
-            f"layout rtp_llm has no place for the attention of {attention.o.name} ({model.family})"
-        )
-    qkv = joined(attention.q.name, [attention.q, attention.k, attention.v])
-    yield from _matrix("attn_qkv", qkv, tp, axis=None)  # its strategy checks heads against blocks
-    yield from _matrix("attn_o", attention.o, tp, axis=1)
-    for name, role in (("q_ln_gamma", attention.q_norm), ("k_ln_gamma", attention.k_norm)):
-        if role is not None:
-            yield name, _gamma(role, role.name)
-
-
-def _mlp(mlp: Mlp, tp: int) -> Weights:
-    gate = _gate(mlp)
-    _whole_blocks(gate, 0, tp)
-    yield from _matrix("ffn_", joined(gate.name, [gate, mlp.up]), tp, axis=None, suffix="13")
-    yield from _matrix("ffn_", mlp.down, tp, axis=1, suffix="2")
-
-
-def _experts(moe: Experts, cut: Cut) -> Weights:
-    if moe.stacks is not None:
-        raise LayoutError(f"layout rtp_llm has no place for what {moe.name} has beside experts' matrices")
-    _no_bias(moe.router)
-    yield "moe_gate", transpose([moe.router.weight])
-    if moe.correction is not None:
-        yield "e_score_correction_b", moe.correction.view.cast(dtypes.float32)
-    ups, gates = [e.up for e in moe.experts], [_gate(e) for e in moe.experts]
-    downs = [e.down for e in moe.experts]
-    _no_bias(*ups, *gates, *downs)
-    yield "moe_w1", stack_moe_w1([x.weight for x in (*ups, *gates)])
-    yield "moe_w2", stacked([x.weight for x in downs])
-    factors = [[x.scale for x in some if x.scale is not None] for some in ((*ups, *gates), downs)]
-    if factors[0] or factors[1]:
-        for axis, some in ((0, (*ups, *gates)), (1, downs)):
-            for linear in some:
-                _whole_blocks(linear, axis, cut.moe_tp[1])
-        yield "moe_s1", stack_moe_w1(factors[0])
-        yield "moe_s2", stacked(factors[1])
-    if moe.shared is not None:
-        yield from _mlp(moe.shared, cut.place.tp)
-    if moe.shared_gate is not None:
-        _no_bias(moe.shared_gate)
-        yield "shared_expert_gate", transpose([moe.shared_gate.weight])
-
-
-def _matrix(name: str, linear: Linear, tp: int, *, axis: int | None, suffix: str = "") -> Weights:
-    """A matrix, its bias and its block factors as `{name}_w`, `_b` and `_s`; with a `suffix` as
-    `{name}w{suffix}` and so on. `axis`: which one tp cuts, of [out, in]; factors must follow it."""
-    stem, end = (name, suffix) if suffix else (f"{name}_", "")
-    if linear.scale is None:
-        yield f"{stem}w{end}", transpose([linear.weight])
-    else:
-        _whole_blocks(linear, axis or 0, tp if axis is not None else 1)
-        yield f"{stem}w{end}", linear.weight
-        yield f"{stem}s{end}", linear.scale
-    if linear.bias is not None:
-        yield f"{stem}b{end}", linear.bias
-
-
-def _whole_blocks(linear: Linear, axis: int, tp: int) -> None:
-    """Raises LayoutError where tp cuts a block that shares a factor, or blocks are not of 128 x 128."""
-    size = linear.weight.shape[axis]
-    if linear.scale is not None and linear.block != (128, 128):
-        raise LayoutError(f"layout rtp_llm wants blocks of 128 x 128, {linear.name} has {linear.block}")
-    if linear.scale is not None and tp > 1 and size % (linear.block[axis] * tp):
-        raise LayoutError(
-            f"layout rtp_llm: {linear.name} has {size} on axis {axis}, which tp {tp} does not cut into whole "
-            f"blocks of {linear.block[axis]}"
-        )
-
-
-def _no_bias(*linears: Linear | None) -> None:
-    for linear in linears:
-        if linear is not None and linear.bias is not None:
-            raise LayoutError(f"layout rtp_llm has no place for {linear.name}.bias")
-
-
-def _gamma(role: Norm | None, where: str) -> View:
-    if role is None:
-        raise LayoutError(f"layout rtp_llm wants a norm in {where}, and there is none")
-    if role.bias is not None:
-        raise LayoutError(f"layout rtp_llm has no place for {role.name}.bias")
-    if role.plus_one:
-        raise LayoutError(f"layout rtp_llm wants 1 + {role.name}.weight, which is not made yet")
-    return role.weight
-
-
-def _gate(mlp: Mlp) -> Linear:
-    if mlp.gate is None:
-        raise LayoutError(f"layout rtp_llm has no place for {mlp.up.name}, a block without a gate")
-    return mlp.gate
+    if not isinstance(layer.attention, Mla):
+        return cut
+    return replace(cut, head_dim=layer.attention.q.shape[0] // cut.heads)

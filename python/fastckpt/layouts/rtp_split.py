@@ -23,7 +23,7 @@ class Cut:
     """One rank's place, the ranks that cut the feed-forward block (None: as tp), and attention's sizes.
 
     `bits`: of packed int4 or int8 values; `value_heads`, `value_dim`: linear attention's values, whose
-    keys are `kv_heads` of `head_dim`."""
+    keys are `kv_heads` of `head_dim`; `stack`: experts' widths are cut (use_stack_weight)."""
 
     place: Placement
     heads: int = 1
@@ -34,6 +34,7 @@ class Cut:
     ffn: tuple[int, int] | None = None
     value_heads: int = 1
     value_dim: int = 1
+    stack: bool = True
 
     @property
     def tp(self) -> tuple[int, int]:
@@ -60,8 +61,11 @@ class Cut:
 
     @property
     def moe_tp(self) -> tuple[int, int]:
-        """(index, count) among the ranks that cut one expert: tp * dp / ep of them, or tp where ep is 1."""
+        """(index, count) among the ranks that cut one expert: tp * dp / ep of them, or tp where ep is 1; one
+        where experts are held whole."""
         ranks = self.place.tp * self.place.dp
+        if not self.stack:
+            return 0, 1
         if self.place.ep == 1:
             return self.tp
         if ranks % self.place.ep:

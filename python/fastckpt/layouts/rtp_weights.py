@@ -1,8 +1,9 @@
 """rtp-llm's weights by the names of its class W: what each is called in a dump, and which strategy cuts it.
 
-TABLES: the tensor-parallel strategies by how the weights are stored; "default" is for [in, out], the others
-say what differs. Names and tables are data; `rtp_split.SPLITS` has the strategies. Source: rtp-llm's
-utils/model_weight.py (class W, gpt_style_tp_strategy and its variants; 2025's and 2026's).
+TABLES: the tensor-parallel strategies by how the weights are stored; "default" is for [in, out] and for
+packed int4, the others say what differs. Names and tables are data; `rtp_split.SPLITS` has the strategies.
+Source: rtp-llm's utils/model_weight.py (class W, gpt_style_tp_strategy) and model_loader/'s tables by scheme
+(2025's and 2026's).
 """
 
 from __future__ import annotations
@@ -13,117 +14,149 @@ _ATTENTION = "self_attention_weights"
 _MLA = f"{_ATTENTION}.mla"
 _FFN = "ffn_weights"
 _MOE = "partial_moe_weights"
-_SCALE = "weight_only_quant_scale"
+
+
+def _norm(name: str, leaf: str) -> dict[str, str]:
+    return {f"{name}_gamma": f"{leaf}.gamma", f"{name}_beta": f"{leaf}.beta"}
+
+
+def _matrix(stem: str, leaf: str, end: str = "") -> dict[str, str]:
+    """A kernel, its bias, scale and zero: `{stem}w{end}` and so on."""
+    leaves = {"w": "kernel", "b": "bias", "s": "weight_only_quant_scale", "z": "zero"}
+    return {f"{stem}{letter}{end}": f"{leaf}.{kind}" for letter, kind in leaves.items()}
+
 
 NAMES: Mapping[str, str] = {
     "embedding": "embedding",
     "positional_embedding": "position_encoding.weight",
+    "token_type_embedding": "token_type_embedding.weight",
     "lm_head": "lm_head",
-    "final_ln_gamma": "final_layernorm.gamma",
-    "pre_ln_gamma": "pre_layernorm_weights.gamma",
-    "post_ln_gamma": "post_layernorm_weights.gamma",
-    "q_ln_gamma": f"{_ATTENTION}.q_layernorm.gamma",
-    "k_ln_gamma": f"{_ATTENTION}.k_layernorm.gamma",
-    "attn_qkv_w": f"{_ATTENTION}.query_weight.kernel",
-    "attn_qkv_b": f"{_ATTENTION}.query_weight.bias",
-    "attn_qkv_s": f"{_ATTENTION}.query_weight.{_SCALE}",
-    "attn_o_w": f"{_ATTENTION}.attention_output_weight.kernel",
-    "attn_o_b": f"{_ATTENTION}.attention_output_weight.bias",
-    "attn_o_s": f"{_ATTENTION}.attention_output_weight.{_SCALE}",
-    "mla_fusedqkrope_w": f"{_MLA}.fusedqkrope.kernel",
-    "mla_fusedqkrope_s": f"{_MLA}.fusedqkrope.{_SCALE}",
+    "lm_head_b": "lm_head_b",
+    "pre_decoder_ln_gamma": "pre_decoder_layernorm.gamma",
+    "pre_decoder_ln_beta": "pre_decoder_layernorm.bias",
+    "linear_bias_slopes": "linear_bias_slopes",
+    "rope_cos_sin_cache": "rotary_embedding.cos_sin_cache",
+    **_norm("final_ln", "final_layernorm"),
+    **_norm("pre_ln", "pre_layernorm_weights"),
+    **_norm("pre_attn_ln", "pre_attn_layernorm_weights"),
+    **_norm("post_ln", "post_layernorm_weights"),
+    **_norm("post_ln_2", "post_layernorm_weights_2"),
+    **_norm("post_ffn_ln", "post_ffn_layernorm_weights"),
+    **_norm("q_ln", f"{_ATTENTION}.q_layernorm"),
+    **_norm("k_ln", f"{_ATTENTION}.k_layernorm"),
+    "qk_ln_gamma": f"{_ATTENTION}.qk_layernorm.gamma",
+    **_matrix("attn_qkv_", f"{_ATTENTION}.query_weight"),
+    **_matrix("attn_o_", f"{_ATTENTION}.attention_output_weight"),
+    "attn_i_smoother": f"{_ATTENTION}.query_weight.smoother",
+    "attn_o_smoother": f"{_ATTENTION}.attention_output_weight.smoother",
+    "attn_o_shift": f"{_ATTENTION}.attention_output_weight.shift",
+    **{k: v for k, v in _matrix("mla_fusedqkrope_", f"{_MLA}.fusedqkrope").items() if k[-1] in "ws"},
     "mla_fusedqkrope_no_lora_w": f"{_MLA}.fusedqkrope_no_lora.kernel",
-    "mla_q_b_w": f"{_MLA}.query_b_weight.kernel",
-    "mla_q_b_s": f"{_MLA}.query_b_weight.{_SCALE}",
-    "mla_kv_b_w": f"{_MLA}.kv_b_weight.kernel",
-    "mla_kv_b_s": f"{_MLA}.kv_b_weight.{_SCALE}",
-    "mla_q_a_ln_gamma": f"{_MLA}.query_a_layernorm_weight.gamma",
-    "mla_kv_a_ln_gamma": f"{_MLA}.key_value_a_layernorm_weight.gamma",
+    **{k: v for k, v in _matrix("mla_q_b_", f"{_MLA}.query_b_weight").items() if k[-1] in "ws"},
+    **{k: v for k, v in _matrix("mla_kv_b_", f"{_MLA}.kv_b_weight").items() if k[-1] in "ws"},
+    **_norm("mla_q_a_ln", f"{_MLA}.query_a_layernorm_weight"),
+    **_norm("mla_kv_a_ln", f"{_MLA}.key_value_a_layernorm_weight"),
     "mla_kc": f"{_MLA}.kc.kernel",
+    "mla_kc_s": f"{_MLA}.kc.weight_only_quant_scale",
     "mla_vc": f"{_MLA}.vc.kernel",
-    "ffn_w13": f"{_FFN}.intermediate_weight13.kernel",
-    "ffn_b13": f"{_FFN}.intermediate_weight13.bias",
-    "ffn_s13": f"{_FFN}.intermediate_weight13.{_SCALE}",
-    "ffn_w2": f"{_FFN}.intermediate_weight2.kernel",
-    "ffn_b2": f"{_FFN}.intermediate_weight2.bias",
-    "ffn_s2": f"{_FFN}.intermediate_weight2.{_SCALE}",
+    "mla_vc_s": f"{_MLA}.vc.weight_only_quant_scale",
+    **_matrix("ffn_", f"{_FFN}.intermediate_weight", "1"),
+    **_matrix("ffn_", f"{_FFN}.intermediate_weight3", "3"),
+    **_matrix("ffn_", f"{_FFN}.intermediate_weight13", "13"),
+    **_matrix("ffn_", f"{_FFN}.intermediate_weight2", "2"),
+    "ffn_smoother": f"{_FFN}.intermediate_weight2.smoother",
     "shared_expert_gate": f"{_FFN}.shared_expert_gate.kernel",
     "moe_gate": f"{_MOE}.gate.kernel",
-    "moe_w1": f"{_MOE}.intermediate_weight.kernel",
-    "moe_s1": f"{_MOE}.intermediate_weight.{_SCALE}",
-    "moe_w2": f"{_MOE}.intermediate_weight2.kernel",
-    "moe_s2": f"{_MOE}.intermediate_weight2.{_SCALE}",
+    **_matrix("moe_", f"{_MOE}.intermediate_weight", "1"),
+    **_matrix("moe_", f"{_MOE}.intermediate_weight2", "2"),
     "e_score_correction_b": f"{_MOE}.e_score_correction_bias",
+    "log2phy": "moe_eplb.log2phy",
+    "logic_expert_cnt": "moe_eplb.logic_expert_cnt",
 }
-"""W's name -> the name in a dump. Those that are written today; rtp-llm knows more."""
+"""W's name -> the name in a dump. Those of the models there are recipes for; rtp-llm knows more."""
+
+_WHOLE = (
+    *(name for name in NAMES if name.endswith(("_gamma", "_beta")) and name != "qk_ln_gamma"),
+    *("rope_cos_sin_cache", "attn_o_b", "ffn_b2", "mla_fusedqkrope_w", "mla_fusedqkrope_s"),
+    *("shared_expert_gate", "moe_gate", "e_score_correction_b", "log2phy", "logic_expert_cnt"),
+)
 
 _DEFAULT: dict[str, str] = {
-    "embedding": "sp_neg1",
-    "positional_embedding": "sp_neg1",
-    "lm_head": "sp_0_pad8",
-    "final_ln_gamma": "sp_id",
-    "pre_ln_gamma": "sp_id",
-    "post_ln_gamma": "sp_id",
-    "q_ln_gamma": "sp_id",
-    "k_ln_gamma": "sp_id",
+    **dict.fromkeys(_WHOLE, "sp_id"),
+    **dict.fromkeys(("embedding", "positional_embedding", "token_type_embedding"), "sp_neg1"),
+    **dict.fromkeys(("lm_head", "lm_head_b"), "sp_0_pad8"),
+    "linear_bias_slopes": "split_slopes_tp",
+    "qk_ln_gamma": "sp_head_qk_norm",
     "attn_qkv_w": "sp_head",
     "attn_qkv_b": "sp_head_b",
     "attn_qkv_s": "sp_head_s",
-    "attn_o_w": "sp_0",
-    "attn_o_b": "sp_id",
-    "attn_o_s": "sp_0",
-    "mla_fusedqkrope_w": "sp_id",
-    "mla_fusedqkrope_s": "sp_id",
+    "attn_qkv_z": "sp_head_z",
+    **dict.fromkeys(("attn_o_w", "attn_o_s", "attn_o_z"), "sp_0"),
+    **dict.fromkeys(("attn_i_smoother", "attn_o_smoother", "attn_o_shift"), "sp_0"),
     "mla_fusedqkrope_no_lora_w": "sp_neg1_part_by_head",
-    "mla_q_b_w": "sp_neg1",
-    "mla_q_b_s": "sp_neg1",
-    "mla_kv_b_w": "sp_neg1",
-    "mla_kv_b_s": "sp_neg1",
-    "mla_q_a_ln_gamma": "sp_id",
-    "mla_kv_a_ln_gamma": "sp_id",
-    "mla_kc": "sp_0",
-    "mla_vc": "sp_0",
-    "ffn_w13": "ffn_sp_neg1_w13",
-    "ffn_b13": "ffn_sp_neg1_w13",
-    "ffn_s13": "ffn_sp_neg1_w13",
-    "ffn_w2": "ffn_sp_0",
-    "ffn_b2": "sp_id",
-    "ffn_s2": "ffn_sp_0",
-    "shared_expert_gate": "sp_id",
-    "moe_gate": "sp_id",
-    "moe_w1": "sp_moe_w1",
-    "moe_s1": "sp_moe_w1",
-    "moe_w2": "sp_moe_neg1",
-    "moe_s2": "sp_moe_neg1",
-    "e_score_correction_b": "sp_id",
+    **dict.fromkeys(("mla_q_b_w", "mla_q_b_s", "mla_kv_b_w", "mla_kv_b_s"), "sp_neg1"),
+    **dict.fromkeys(("mla_kc", "mla_kc_s", "mla_vc", "mla_vc_s"), "sp_0"),
+    **{f"ffn_{kind}{end}": "ffn_sp_neg1" for kind in "wbsz" for end in "13"},
+    **{f"ffn_{kind}13": "ffn_sp_neg1_w13" for kind in "wbsz"},
+    **dict.fromkeys(("ffn_w2", "ffn_s2", "ffn_z2", "ffn_smoother"), "ffn_sp_0"),
+    **dict.fromkeys(("moe_w1", "moe_s1", "moe_z1"), "sp_moe_w1"),
+    **dict.fromkeys(("moe_w2", "moe_s2", "moe_z2", "moe_b1", "moe_b2"), "sp_moe_neg1"),
 }
 
 _OUT_IN = {"attn_qkv_w": "sp_head_gemm_a8", "attn_o_w": "sp_neg1", "ffn_w2": "ffn_sp_neg1"}
-_BLOCKS = {"attn_o_s": "sp_neg1", "ffn_w13": "sp_0_w13", "ffn_s13": "sp_0_w13", "ffn_w2": "sp_neg1"}
+_OUT_IN |= dict.fromkeys(("ffn_w1", "ffn_w3"), "ffn_sp_0") | {"ffn_w13": "sp_0_w13"}
+_SCALES = dict.fromkeys(("ffn_s1", "ffn_s3"), "ffn_sp_0") | {"ffn_s13": "sp_0_w13"}
+_LATENT = dict.fromkeys(("mla_q_b_w", "mla_q_b_s", "mla_kv_b_w", "mla_kv_b_s"), "sp_0")
+_ONE_A_MATRIX = (
+    *("attn_qkv_s", "attn_o_s", "ffn_s1", "ffn_s3", "ffn_s13", "ffn_s2"),
+    *("attn_o_smoother", "attn_o_shift"),
+)
 
 TABLES: Mapping[str, Mapping[str, str]] = {
     "default": _DEFAULT,
     "int8": _DEFAULT
     | _OUT_IN
-    | {"attn_qkv_s": "sp_head_s_gemm_a8", "attn_o_s": "sp_id", "ffn_s2": "sp_id"}
-    | {"ffn_w13": "ffn_sp_0_w13", "ffn_s13": "ffn_sp_0_w13"},
+    | _SCALES
+    | {"attn_qkv_s": "sp_head_s_gemm_a8", "moe_s2": "ep"}
+    | dict.fromkeys(("attn_o_s", "ffn_s2"), "sp_id"),
     "fp8_tensor": _DEFAULT
     | _OUT_IN
-    | {"ffn_w13": "sp_0_w13"}
-    | dict.fromkeys(("attn_qkv_s", "attn_o_s", "ffn_s13", "ffn_s2"), "sp_id"),
+    | dict.fromkeys(_ONE_A_MATRIX, "sp_id")
+    | dict.fromkeys(("moe_s1", "moe_s2"), "ep"),
     "fp8_block": _DEFAULT
     | _OUT_IN
-    | _BLOCKS
-    | {"attn_qkv_s": "sp_head_s_gemm_a8_block", "ffn_s2": "sp_neg1"}
-    | dict.fromkeys(("mla_q_b_w", "mla_q_b_s", "mla_kv_b_w", "mla_kv_b_s"), "sp_0"),
+    | _SCALES
+    | _LATENT
+    | {"attn_qkv_s": "sp_head_s_gemm_a8_block", "attn_o_s": "sp_neg1", "ffn_s2": "ffn_sp_neg1"},
     "fp8_channel": _DEFAULT
     | _OUT_IN
-    | _BLOCKS
+    | _SCALES
     | {"attn_qkv_s": "sp_head_s_gemm_a8_channel"}
-    | dict.fromkeys(("attn_o_s", "ffn_s2", "moe_s2"), "sp_id"),
+    | dict.fromkeys(("attn_o_s", "ffn_s2"), "sp_id")
+    | {"moe_s2": "ep"},
     "fp4_group": _DEFAULT
     | _OUT_IN
-    | _BLOCKS
-    | {"attn_qkv_w": "sp_head_s_gemm_a4", "attn_qkv_s": "sp_head_s_gemm_a4_group", "ffn_s2": "sp_neg1"},
+    | _SCALES
+    | {"attn_qkv_w": "sp_head_s_gemm_a4", "attn_qkv_s": "sp_head_s_gemm_a4_group"}
+    | {"attn_o_s": "sp_neg1", "ffn_s2": "ffn_sp_neg1"},
 }
 """How weights are stored -> W's name -> the strategy's name."""
+
+_HALVES = "[gate; up] lie on axis 0, of which ffn_sp_0_w13 gives gate to the first ranks and up to the last"
+_FFN_RANKS = "cut among the feed-forward ranks, as the pair beside it; the reference's are attention's"
+_SELECTED = "this rank's experts; the reference selected them when it loaded"
+_WHOLE_SCALE = "a scale for every output is whole; the reference's default cuts it as the weight's inputs"
+
+DIFFERS: Mapping[tuple[str, str], str] = {
+    **dict.fromkeys((("int8", "ffn_w13"), ("int8", "ffn_s13")), _HALVES),
+    ("int8", "moe_s2"): _WHOLE_SCALE,
+    **{
+        (table, name): _FFN_RANKS
+        for table in ("fp8_block", "fp8_channel", "fp4_group")
+        for name in ("ffn_w1", "ffn_s1", "ffn_w3", "ffn_s3", "ffn_w2", "ffn_s2")
+        if (table, name) != ("fp8_channel", "ffn_s2")
+    },
+    **dict.fromkeys((("fp8_tensor", "moe_s1"), ("fp8_tensor", "moe_s2")), _SELECTED),
+    ("fp8_channel", "moe_s2"): _SELECTED,
+}
+"""(table, W's name) -> why its strategy is not the reference's."""

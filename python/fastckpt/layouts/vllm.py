@@ -21,6 +21,7 @@ from ..target import Target
 from ..views import View, cat, stack, zeros
 from .cuts import (
     bias,
+    in_form,
     in_part,
     joined,
     norm,
@@ -164,11 +165,13 @@ def _named(target: Target, renamed: tuple[tuple[str, str], ...]) -> Target:
 
 
 def _stacked(name: str, linears: Sequence[Linear]) -> Iterator[Target]:
-    """The experts' matrices of one kind as a stack, their biases and block factors likewise."""
+    """The experts' matrices of one kind as a stack, their biases and what stands beside them likewise."""
+    first = linears[0]
+    quantised = [[x.beside[k] for x in linears] for k in range(len(first.beside))]
     for suffix, views in (
-        ("weight", [x.weight for x in linears]),
+        (first.leaf, [x.weight.T if first.beside and x.transposed else x.weight for x in linears]),
         ("bias", [x.bias for x in linears if x.bias is not None]),
-        ("weight_scale_inv", [x.scale for x in linears if x.scale is not None]),
+        *((some[0].leaf, [in_form(b) for b in some]) for some in quantised),
     ):
         if views:
             yield Target(f"{name}_{suffix}", stack(views))

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import numpy as np
 
 from ..checkpoint import JSON, Checkpoint
-from ..dtypes import DTYPES
+from ..dtypes import DTYPES, DType
 from ..errors import RecipeError
-from ..model import Embedding, Linear, Norm, Parameter
+from ..model import Beside, Embedding, Linear, Norm, Parameter
 from ..views import ZERO, View
+from .quantised import Form, Kind, Quantised
 
 
 class Dim(NamedTuple):
@@ -55,35 +57,19 @@ def entry(config: Mapping[str, JSON], key: str, *older: str) -> str:
     return next((k for k in (key, *older) if config.get(k) is not None), key)
 
 
-def fp8_block(config: Mapping[str, JSON]) -> tuple[int, int] | None:
-    """The (outputs, inputs) that share a factor in a block-wise fp8 checkpoint, None for any other.
-
-    Source: `quantization_config` as DeepSeek-V3's config.json has it. Raises RecipeError."""
-    said = config.get("quantization_config")
-    if said is None:
-        return None
-    block = said.get("weight_block_size") if isinstance(said, dict) else None
-    match block:
-        case [int(out), int(into)] if out > 0 and into > 0:
-            return out, into
-    raise RecipeError(
-        f"config: quantization_config {said!r} is not read, only fp8 with a weight_block_size is"
-    )
-
-
 class Claims:
     """The names of one checkpoint, claimed one by one.
 
     `anchor` is a name every checkpoint of the family has: where it is missing and all names carry one
     prefix before it, the error says how to strip that. `omitted`: a prefix of the hub's names that this
-    checkpoint leaves out (GPT-2's base model has no `transformer.`). `block`: as `fp8_block` says.
+    checkpoint leaves out (GPT-2's base model has no `transformer.`). `form`: of its quantised matrices.
     Raises RecipeError."""
 
     def __init__(
-        self, ckpt: Checkpoint, anchor: str, omitted: str = "", *, block: tuple[int, int] | None = None
+        self, ckpt: Checkpoint, anchor: str, omitted: str = "", *, form: Quantised | None = None
     ) -> None:
         self.ckpt = ckpt
-        self.block = block
+        self.form = form
         self._omitted = omitted
         self._claimed: set[str] = set()
         if self._stored(anchor) not in ckpt:
@@ -131,20 +117,15 @@ class Claims:
         bias_name: str = "",
     ) -> Callable[[], Linear]:
         """Claims the matrix [out, into] of the hub's module `name`, stored under the module `stored`, its
-        bias (stored as `bias_name`, where that is another name), and the factors of an fp8 weight."""
+        bias (stored as `bias_name`, where that is another name), and what stands beside a quantised one."""
         at = stored or name
-        weight = self.tensor(f"{at}.weight", *((into, out) if transposed else (out, into)))
+        form = self.form
+        if form is not None and self._is_quantised(at, form):
+            build = self._quantised(name, at, out, into, form)
+        else:
+            build = self._plain(name, at, out, into, transposed)
         offset = self.tensor(bias_name or f"{at}.bias", out) if bias else None
-        scale, block = self._scale(at, out, into)
-        return lambda: Linear(
-            name,
-            weight().T if transposed else weight(),
-            offset() if offset else None,
-            transposed,
-            _as_stored(scale()) if scale else None,
-            block,
-            bias_name,
-        )
+        return lambda: replace(build(), bias=offset() if offset else None, bias_name=bias_name)
 
     def norm(self, name: str, size: Dim, *, bias: bool = False, plus_one: bool = False) -> Callable[[], Norm]:
         """Claims a norm's weight, and its bias where it has one."""
@@ -157,20 +138,55 @@ class Claims:
         weight = self.tensor(f"{name}.weight", rows, width)
         return lambda: Embedding(name, weight())
 
-    def _scale(self, at: str, out: Dim, into: Dim) -> tuple[Callable[[], View] | None, tuple[int, int]]:
-        name = f"{at}.weight_scale_inv"
-        if self.block is None or name not in self:
-            return None, (1, 1)
-        stored = self._stored(f"{at}.weight")
-        dtype = self.ckpt.entries[self.ckpt.aliases.get(stored, stored)].dtype
-        if dtype.itemsize != 1:
-            raise RecipeError(
-                f"{stored} has block factors beside it, so its bytes cannot become {dtype}; ask for no dtype"
-            )
-        rows, columns = (-(-d.size // b) for d, b in zip((out, into), self.block, strict=True))
-        return self.tensor(
-            name, Dim(rows, f"{out.key} / block"), Dim(columns, f"{into.key} / block")
-        ), self.block
+    def _dtype(self, name: str) -> DType:
+        stored = self._stored(name)
+        return self.ckpt.entries[self.ckpt.aliases.get(stored, stored)].dtype
+
+    def _plain(self, name: str, at: str, out: Dim, into: Dim, transposed: bool) -> Callable[[], Linear]:
+        weight = self.tensor(f"{at}.weight", *((into, out) if transposed else (out, into)))
+        dtype = self._dtype(f"{at}.weight")
+        if self.form is not None and dtype.itemsize == 1:
+            raise RecipeError(f"{at}.weight is {dtype}, and has no {self.form.beside[0].leaf} beside it")
+        return lambda: Linear(name, weight().T if transposed else weight(), transposed=transposed)
+
+    def _is_quantised(self, at: str, form: Quantised) -> bool:
+        return f"{at}.{form.leaf}" in self and all(
+            f"{at}.{kind.leaf}" in self for kind in form.beside if kind.needed
+        )
+
+    def _quantised(self, name: str, at: str, out: Dim, into: Dim, form: Quantised) -> Callable[[], Linear]:
+        """A quantised matrix. Raises RecipeError where a dtype was asked for that its bytes cannot become."""
+        leaf, dtype = self._stored(f"{at}.{form.leaf}"), self._dtype(f"{at}.{form.leaf}")
+        if dtype.itemsize != (1 if form.packed == (1, 1) else 4):
+            raise RecipeError(f"{leaf} is quantised, so its bytes cannot become {dtype}; ask for no dtype")
+        rows, columns = (_over(d, u) for d, u in zip((out, into), form.packed, strict=True))
+        weight = self.tensor(f"{at}.{form.leaf}", *((columns, rows) if form.transposed else (rows, columns)))
+        beside = [self._beside(at, out, into, kind) for kind in form.beside if f"{at}.{kind.leaf}" in self]
+
+        def build() -> Linear:
+            view = weight().T if form.transposed else weight()
+            made = tuple(b() for b in beside)
+            return Linear(name, view, None, form.transposed, beside=made, leaf=form.leaf, packed=form.packed)
+
+        return build
+
+    def _beside(self, at: str, out: Dim, into: Dim, kind: Kind) -> Callable[[], Beside]:
+        name = f"{at}.{kind.leaf}"
+        rows, columns = (_over(d, u, up=True) for d, u in zip((out, into), kind.unit, strict=True))
+        whole = Dim(rows.size * columns.size, f"{rows.key} * {columns.key}")
+        dims: Mapping[Form, tuple[Dim, ...]] = {
+            "matrix": (rows, columns), "transposed": (columns, rows), "vector": (whole,), "scalar": ()
+        }  # fmt: skip
+        got = len(self.shape(name))
+        form = next((f for f in kind.forms if len(dims[f]) == got), kind.forms[0])
+        stored = self.tensor(name, *dims[form])
+
+        def build() -> Beside:
+            view = _as_stored(stored())
+            view = view.T if form == "transposed" else view.reshape((rows.size, columns.size))
+            return Beside(kind.leaf, view, kind.unit, form)
+
+        return build
 
     def close(self, ignored: Sequence[str] = ()) -> tuple[str, ...]:
         """Ends the claims: the unclaimed names that match a pattern of `ignored`.
@@ -188,6 +204,11 @@ class Claims:
 
     def _refuse_wrapped(self, anchor: str) -> None:
         names = [*self.ckpt.entries, *self.ckpt.aliases]
+        if adapted := next((n for n in names if ".lora_A." in n), None):
+            raise RecipeError(
+                f"{self.ckpt.path}: {adapted} is an adapter's; --adapter DIR with its adapter_config.json "
+                "merges it"
+            )
         for name in names:
             prefix = name.removesuffix(anchor)
             if prefix != name and prefix.endswith(".") and all(n.startswith(prefix) for n in names):
@@ -249,6 +270,15 @@ def vocabulary(
             "tensors; set it to false in the config to serve both as they are"
         )
     return want, table, Linear(head, table.weight, bias, bias_name=head_bias), True
+
+
+def _over(dim: Dim, unit: int, *, up: bool = False) -> Dim:
+    """How many units of `unit` (0: one of all) an axis has; `up`: the last may be short."""
+    if unit == 1:
+        return dim
+    if not up and dim.size % unit:
+        raise RecipeError(f"{dim.key} {dim.size} is no multiple of the {unit} values that are packed as one")
+    return Dim(-(-dim.size // unit) if unit else 1, f"{dim.key} / {unit}" if unit else "1")
 
 
 def _as_stored(view: View) -> View:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import Attention, Experts, HubCuts, Layer, Layers, Mla, Mlp, Model, Norm, Sizes
-from .claims import Claims, Dim, flag, fp8_block, integer, vocabulary
+from .claims import Claims, Dim, flag, integer, vocabulary
 from .fused import gate_up_parts, qkv_parts
+from .quantised import quantised
 
 IGNORED = ("*rotary_emb.inv_freq",)
 """Buffers that old checkpoints carry and every server computes itself."""
@@ -72,7 +73,7 @@ def recipe(
     ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None, kind: Kind
 ) -> Model:
     """The model of a checkpoint of that kind; `vocab_size` overrides config's. Raises RecipeError."""
-    claims = Claims(ckpt, ANCHOR, block=fp8_block(config))
+    claims = Claims(ckpt, ANCHOR, form=quantised(config))
     width = Dim(integer(config, "intermediate_size"), "intermediate_size")
     mlp = dense(kind, claims, config, width)
     return decoder(kind, claims, config, vocab_size, mlp, {width.key: width.size})

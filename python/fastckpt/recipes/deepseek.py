@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 
 from ..checkpoint import JSON, Checkpoint
 from ..model import Experts, HubCuts, Mla, Mlp, Model
-from .claims import Claims, Dim, flag, fp8_block, integer
+from .claims import Claims, Dim, flag, integer
 from .decoder import ANCHOR, Heads, Kind, decoder, dense, gated
 from .moe import Block, experts, with_shared
+from .quantised import quantised
 
 BLOCK = Block()
 
@@ -37,7 +38,7 @@ def recipe(
     ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None, family: Family = V3
 ) -> Model:
     """The model of a checkpoint of that family; `vocab_size` overrides config's. Raises RecipeError."""
-    claims = Claims(ckpt, ANCHOR, block=fp8_block(config))
+    claims = Claims(ckpt, ANCHOR, form=quantised(config))
     hidden = Dim(integer(config, "hidden_size"), "hidden_size")
     layers = integer(config, "num_hidden_layers")
     first = integer(config, "first_k_dense_replace", least=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..errors import RecipeError
 from ..model import Linear
 from ..views import View
@@ -27,12 +29,18 @@ def gate_up_parts(whole: Linear) -> tuple[Linear, Linear]:
 
 def _part(whole: Linear, groups: int, start: int, rows: int) -> Linear:
     """Of each of `groups` equal runs of outputs, the `rows` from `start` on."""
-    if whole.scale is not None:
-        raise RecipeError(f"{whole.name}: block factors of a fused matrix are not read")
 
-    def part(view: View) -> View:
+    def part(view: View, unit: int = 1) -> View:
+        if start % unit or rows % unit:
+            raise RecipeError(f"{whole.name}: {start} and {rows} rows do not end with blocks of {unit}")
         run = view.split(0, view.shape[0] // groups)
-        return run.narrow(1, start, rows).merge(0)
+        return run.narrow(1, start // unit, rows // unit).merge(0)
 
-    bias = None if whole.bias is None else part(whole.bias)
-    return Linear(whole.name, part(whole.weight), bias, whole.transposed)
+    if any(b.unit[0] == 0 for b in whole.beside):
+        raise RecipeError(f"{whole.name}: one scale of a fused matrix is not read")
+    return replace(
+        whole,
+        weight=part(whole.weight, whole.packed[0]),
+        bias=None if whole.bias is None else part(whole.bias),
+        beside=tuple(replace(b, view=part(b.view, b.unit[0])) for b in whole.beside),
+    )

@@ -11,8 +11,9 @@ from functools import partial
 from ..checkpoint import JSON, Checkpoint
 from ..model import Experts, HubCuts, Lazy, Linear, Mlp, Model, Parameter, Stacks
 from ..views import View
-from .claims import Claims, Dim, fp8_block, integer
+from .claims import Claims, Dim, integer
 from .decoder import ANCHOR, Kind, decoder
+from .quantised import quantised
 
 GPT_OSS = Kind(
     "gpt_oss",
@@ -23,7 +24,7 @@ GPT_OSS = Kind(
 
 def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
     """The model of a gpt-oss checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
-    claims = Claims(ckpt, ANCHOR, block=fp8_block(config))
+    claims = Claims(ckpt, ANCHOR, form=quantised(config))
     hidden = Dim(integer(config, "hidden_size"), "hidden_size")
     width = Dim(integer(config, "intermediate_size"), "intermediate_size")
     pair = Dim(2 * width.size, "2 * intermediate_size")

@@ -25,8 +25,9 @@ from dataclasses import dataclass, field
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import Attention, Experts, Layer, Layers, Lazy, Linear, Mlp, Model, Norm, Sizes
-from .claims import Claims, Dim, fp8_block, integer, vocabulary
+from .claims import Claims, Dim, integer, vocabulary
 from .fused import gate_up_parts, qkv_parts
+from .quantised import quantised
 
 Pattern = str | tuple[str, ...]
 
@@ -108,7 +109,7 @@ class _Reading:
 
     def __init__(self, names: Names, ckpt: Checkpoint, config: Mapping[str, JSON]) -> None:
         self.names, self.ckpt, self.config, keys = names, ckpt, config, names.keys
-        self.claims = Claims(ckpt, f"{self.module(names.embedding)}.weight", block=fp8_block(config))
+        self.claims = Claims(ckpt, f"{self.module(names.embedding)}.weight", form=quantised(config))
         self.hidden = Dim(integer(config, keys.hidden), keys.hidden)
         self.width = Dim(integer(config, keys.width), keys.width)
         self.heads = integer(config, keys.heads)

@@ -2,7 +2,7 @@
 
 The fused matrix holds for each kv head its query heads, then itself, then its value head: q, k, v head by
 head where every head has its own (NeoX, BLOOM, Falcon-RW), all queries before one k and v in old Falcons.
-Alibi slopes are no tensors: every server computes them from the number of heads.
+Alibi slopes are no tensors of the hub: servers compute them from the number of heads.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ FALCON = Names("transformer.", "word_embeddings", "h", "self_attention", "ln_f")
 @dataclass(frozen=True, slots=True)
 class Shape:
     """What a family's config says: sizes, biases of attention and the feed-forward block, and the names of
-    the norm before each (one norm for both where `mlp_norm` is None)."""
+    the norm before each (one norm for both where `mlp_norm` is None); `parallel` and `alibi` as in Model."""
 
     family: str
     hidden: Dim
@@ -71,6 +71,8 @@ class Shape:
     attention_norm: str = "input_layernorm"
     mlp_norm: str | None = "post_attention_layernorm"
     tied: bool = True
+    parallel: bool = False
+    alibi: bool = False
 
 
 def neox(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
@@ -85,6 +87,7 @@ def neox(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None
         width=Dim(integer(config, "intermediate_size"), "intermediate_size"),
         attention_bias=flag(config, "attention_bias", True),
         tied=False,
+        parallel=flag(config, "use_parallel_residual", True),
     )
     return _model(ckpt, config, vocab_size, NEOX, shape)
 
@@ -101,6 +104,7 @@ def bloom(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | Non
         heads=heads,
         kv_heads=heads,
         width=Dim(4 * hidden.size, f"4 * {size}"),
+        alibi=True,
     )
     return _model(ckpt, config, vocab_size, BLOOM, shape)
 
@@ -132,6 +136,8 @@ def falcon(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         mlp_bias=bias,
         attention_norm=norms[0],
         mlp_norm=norms[1],
+        parallel=flag(config, "parallel_attn", True),
+        alibi=flag(config, "alibi", False),
     )
     return _model(ckpt, config, vocab_size, FALCON, shape)
 
@@ -189,4 +195,6 @@ def _model(
         embedding_norm=norm() if norm else None,
         ignored=claims.close(IGNORED),
         cuts=names.cuts,
+        parallel=shape.parallel,
+        alibi=shape.alibi,
     )

@@ -8,9 +8,10 @@ from dataclasses import replace
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import Experts, HubCuts, Mlp, Model
-from .claims import Claims, Dim, entry, flag, fp8_block, integer
+from .claims import Claims, Dim, entry, flag, integer
 from .decoder import ANCHOR, Kind, decoder, dense, gated
 from .moe import Block, experts, with_shared
+from .quantised import quantised
 
 QWEN2_MOE = Kind(
     "qwen2_moe",
@@ -26,7 +27,7 @@ def recipe(
     ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None, kind: Kind = QWEN3_MOE
 ) -> Model:
     """The model of a Qwen MoE checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
-    claims = Claims(ckpt, ANCHOR, block=fp8_block(config))
+    claims = Claims(ckpt, ANCHOR, form=quantised(config))
     hidden = Dim(integer(config, "hidden_size"), "hidden_size")
     counts = entry(config, "num_experts", "num_local_experts")
     count = Dim(integer(config, counts), counts)

@@ -10,7 +10,7 @@ from typing import Protocol
 from ..checkpoint import Checkpoint
 from ..collector import paused
 from ..errors import SourceError
-from . import memory, safetensors, served, statedict, zero
+from . import memory, peft, safetensors, served, statedict, zero
 from .options import Options, strip_prefix
 
 __all__ = ["SOURCES", "Options", "Source", "open", "strip_prefix"]
@@ -24,12 +24,12 @@ class Source(Protocol):
     def read(self, path: str, options: Options) -> Checkpoint: ...
 
 
-SOURCES: tuple[Source, ...] = (served, zero, safetensors, statedict)
+SOURCES: tuple[Source, ...] = (served, zero, peft, safetensors, statedict)
 """Tried in this order: a trainer's directory may hold a ZeRO folder and an exported copy; the masters win."""
 
 _LOOKED_FOR = (
     "an output of fastckpt (fastckpt.json), a ZeRO checkpoint (latest, *_model_states.pt), "
-    "safetensors (*.safetensors, index), "
+    "a PEFT adapter (adapter_config.json, adapter_model.*), safetensors (*.safetensors, index), "
     "a PyTorch state dict (pytorch_model*.bin, index, or one .bin/.pt file)"
 )
 

@@ -28,6 +28,7 @@ MAX_NDIM = 64
 MAX_NAME = 4096
 
 SUFFIX = ".safetensors"
+SINGLE = "model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +58,15 @@ def matches(path: str) -> bool:
     return path.endswith((SUFFIX, SUFFIX + ".index.json"))
 
 
+def whole_model(path: str) -> bool:
+    """Whether a directory holds the files save_pretrained gives a model."""
+    return any(os.path.isfile(os.path.join(path, name)) for name in (SINGLE, SINGLE + ".index.json"))
+
+
 def read(path: str, options: Options) -> Checkpoint:
     """The checkpoint in a file or directory. Raises SourceError."""
     options.refuse_zero_only(path)
-    shards = find_shards(path, SUFFIX, "model" + SUFFIX, options.also)
+    shards = find_shards(path, SUFFIX, SINGLE, options.also)
     headers = [read_header(p) for p in shards.paths]
     shards.check([list(h.items) for h in headers])
     places = [(name, item, h) for h in headers for name, item in h.items.items()]

@@ -1,0 +1,326 @@
+"""What the roles of a layer become for rtp-llm: whole weights by the names of class W, not yet cut.
+
+How a matrix is stored decides its form and its table: [in, out] by default and for packed int4, [out, in]
+with the scales the checkpoint has for int8 and fp8. What would take arithmetic on values (scales of
+activations and their reciprocals, 1 + gamma, one scale for what had several) is refused. Source: rtp-llm's
+models/ and model_loader/'s weights by scheme.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .. import dtypes
+from ..errors import LayoutError
+from ..model import Attention, Beside, Experts, Layer, Linear, Mla, Mlp, Model, Norm
+from ..views import View
+from .cuts import in_form, joined
+from .rtp_merge import (
+    concat_t,
+    kv_rope,
+    q_rope,
+    stack_moe_w1,
+    stacked,
+    transpose,
+    transpose_slice_k,
+    transpose_slice_v,
+)
+from .rtp_split import Cut
+
+
+class Whole(NamedTuple):
+    """A whole weight: W's name, the tensor, how weights are stored (TABLES), bits of packed values."""
+
+    name: str
+    view: View
+    table: str = "default"
+    bits: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Making:
+    """The choices that shape weights; as the fields of RtpLlm."""
+
+    absorb: bool = True
+    w13: bool = True
+    split_rope: bool = False
+
+
+def layer_weights(
+    layer: Layer, model: Model, cut: Cut, making: Making, experts: Sequence[int]
+) -> Iterator[Whole]:
+    """A layer's weights; `experts`: which expert each place of a mixture holds.
+
+    Raises LayoutError for a role the engine has no name for."""
+    if layer.cross is not None or layer.cross_norm is not None:
+        raise LayoutError(f"layout rtp_llm has no place for the attention to an encoder of {layer.name}")
+    yield from _norms(layer, model)
+    if isinstance(layer.attention, Mla):
+        yield from _latent(layer.attention, model.sizes.heads, cut, making)
+    else:
+        yield from _attention(layer.attention, model, cut)
+    if isinstance(layer.mlp, Experts):
+        yield from _experts(layer.mlp, cut, making, experts)
+    else:
+        yield from _mlp(layer.mlp, cut, making)
+
+
+def norm(name: str, role: Norm | None) -> Iterator[Whole]:
+    """A norm's factor and, where it has one, its bias; nothing for None."""
+    if role is None:
+        return
+    if role.plus_one:
+        raise LayoutError(f"layout rtp_llm wants 1 + {role.name}.weight, which is arithmetic on values")
+    yield Whole(f"{name}_gamma", role.weight)
+    if role.bias is not None:
+        yield Whole(f"{name}_beta", role.bias)
+
+
+def _norms(layer: Layer, model: Model) -> Iterator[Whole]:
+    """Norms before the blocks (side by side in a parallel layer), or after their sums as BERT has them."""
+    before, after = layer.attention_norm, layer.attention_after
+    if before is None:
+        yield from norm("post_ln", after)
+        yield from norm("post_ffn_ln", layer.mlp_after)
+        return
+    for extra in (after, layer.mlp_after):
+        if extra is not None:
+            raise LayoutError(f"layout rtp_llm has no place for {extra.name}")
+    both = model.parallel and layer.mlp_norm is not None
+    yield from norm("pre_attn_ln" if both else "pre_ln", before)
+    yield from norm("pre_ln" if both else "post_ln", layer.mlp_norm)
+
+
+# ---- matrices ----
+
+
+def _table(linear: Linear) -> str:
+    """The table for a matrix as it is stored. Raises LayoutError for a form the engine does not have."""
+    if not linear.beside or linear.packed != (1, 1):
+        return "default"
+    scale = linear.part("weight_scale") or linear.part("weight_scale_inv")
+    kind = (linear.weight.dtype is dtypes.int8, scale.unit if scale else None)
+    match kind:
+        case True, (1, 0):
+            return "int8"
+        case False, (1, 0):
+            return "fp8_channel"
+        case False, (0, 0):
+            return "fp8_tensor"
+        case False, (128, 128):
+            return "fp8_block"
+    raise LayoutError(
+        f"layout rtp_llm: {linear.name} is {linear.weight.dtype} with a scale for {kind[1]} outputs and "
+        "inputs; wanted int8 by output, or fp8 by output, by matrix or by blocks of 128 x 128"
+    )
+
+
+def _matrix(stem: str, linear: Linear, parts: tuple[int | None, int], end: str = "") -> Iterator[Whole]:
+    """A matrix as `{stem}w{end}`, its scale, zero and bias likewise. `parts`: which axis of [out, in] ranks
+    cut (None: by heads, or not at all) and how many they are; blocks and groups must follow."""
+    table, packed = _table(linear), linear.packed != (1, 1)
+    axis, count = parts
+    if axis is not None:
+        whole_blocks(linear, axis, count)
+    bits = 32 // max(linear.packed) if packed else 4
+    kernel = transpose([linear.weight]) if table == "default" else linear.weight
+    yield Whole(f"{stem}w{end}", kernel, table, bits)
+    for b in linear.beside:
+        name = _beside_name(stem, end, linear, b)
+        if name is not None:
+            yield Whole(name, _beside(b, table), table, bits)
+    if linear.bias is not None:
+        yield Whole(f"{stem}b{end}", linear.bias, table)
+
+
+def _beside_name(stem: str, end: str, linear: Linear, beside: Beside) -> str | None:
+    """W's name for what stands beside a matrix; None for an order that is none (g_idx without desc_act)."""
+    match beside.leaf, stem + end:
+        case (("weight_scale" | "weight_scale_inv" | "scales"), _):
+            return f"{stem}s{end}"
+        case "qzeros", _:
+            return f"{stem}z{end}"
+        case "g_idx", _:
+            return None
+        case (("smoother" | "shift"), "attn_o_"):
+            return f"attn_o_{beside.leaf}"
+        case "smoother", "ffn_2":
+            return "ffn_smoother"
+        case "input_scale", _:
+            raise LayoutError(
+                f"layout rtp_llm wants reciprocals of {linear.name}.input_scale: arithmetic on values"
+            )
+    raise LayoutError(f"layout rtp_llm has no place for {linear.name}.{beside.leaf}")
+
+
+def _beside(beside: Beside, table: str) -> View:
+    """[in, out] beside packed values, a vector beside int8, one number a matrix, else [out, in] as it is."""
+    if table == "default":
+        return beside.view.T
+    if beside.form == "vector" or table == "int8":
+        return beside.view.reshape((beside.view.numel,))
+    return in_form(beside) if table == "fp8_tensor" else beside.view
+
+
+def whole_blocks(linear: Linear, axis: int, count: int) -> None:
+    """Raises LayoutError where `count` ranks cut what shares a scale, or packed values."""
+    size = linear.shape[axis]
+    for unit in (linear.packed[axis], *(b.unit[axis] for b in linear.beside)):
+        if unit > 1 and count > 1 and size % (unit * count):
+            raise LayoutError(
+                f"layout rtp_llm: {linear.name} has {size} on axis {axis}, which tp {count} does not cut "
+                f"into whole blocks of {unit}"
+            )
+
+
+def no_bias(*linears: Linear | None) -> None:
+    """Raises LayoutError for a bias the engine has no name for."""
+    for linear in linears:
+        if linear is not None and linear.bias is not None:
+            raise LayoutError(f"layout rtp_llm has no place for {linear.name}.bias")
+
+
+# ---- attention ----
+
+
+def _attention(attention: Attention, model: Model, cut: Cut) -> Iterator[Whole]:
+    if attention.sinks is not None or attention.relative is not None:
+        raise LayoutError(
+            f"layout rtp_llm has no place for the attention of {attention.o.name} ({model.family})"
+        )
+    qkv = joined(attention.q.name, [attention.q, attention.k, attention.v])
+    for one in (attention.q, attention.k, attention.v):
+        _whole_heads(one, cut)
+    yield from _matrix("attn_qkv_", qkv, (None, 1))
+    yield from _matrix("attn_o_", attention.o, (1, cut.place.tp))
+    yield from norm("q_ln", attention.q_norm)
+    yield from norm("k_ln", attention.k_norm)
+
+
+def _whole_heads(linear: Linear, cut: Cut) -> None:
+    """Raises LayoutError where heads of packed values do not begin with an int32."""
+    for unit in (linear.packed[0], *(b.unit[0] for b in linear.beside if linear.packed != (1, 1))):
+        if unit > 1 and cut.head_dim % unit:
+            raise LayoutError(
+                f"layout rtp_llm: heads of {cut.head_dim} of {linear.name} do not begin with one of its "
+                f"{unit} packed values"
+            )
+
+
+def _latent(attention: Mla, heads: int, cut: Cut, making: Making) -> Iterator[Whole]:
+    no_bias(attention.q, attention.kv_a, attention.kv_b, attention.q_a)
+    q, kv_a, kv_b, o = attention.q, attention.kv_a, attention.kv_b, attention.o
+    for linear in (q, kv_a, kv_b, o, attention.q_a):
+        if linear is not None and (linear.packed != (1, 1) or _table(linear) not in ("default", "fp8_block")):
+            raise LayoutError(
+                f"layout rtp_llm: latent attention's {linear.name} is neither plain nor fp8 by blocks"
+            )
+    tp, rank = cut.place.tp, kv_b.shape[1]
+    value = o.shape[1] // heads
+    nope, rope = kv_b.shape[0] // heads - value, kv_a.shape[0] - rank
+    if making.split_rope:
+        q, kv_a = _rope_apart(q, heads, nope, rope), _rope_apart(kv_a, 1, rank, rope)
+    if attention.q_a is None:
+        if q.beside or kv_a.beside:
+            raise LayoutError(f"layout rtp_llm has no place for the factors of {q.name}")
+        yield Whole("mla_fusedqkrope_no_lora_w", concat_t([q.weight, kv_a.weight]))
+    else:
+        low = joined(attention.q_a.name, [attention.q_a, kv_a])
+        yield from _matrix("mla_fusedqkrope_", low, (None, 1))
+        yield from norm("mla_q_a_ln", attention.q_norm)
+        yield from _matrix("mla_q_b_", q, (0, tp))
+    yield from norm("mla_kv_a_ln", attention.kv_norm)
+    yield from _matrix("mla_kv_b_", kv_b, (0, tp))
+    if making.absorb:
+        yield from _absorbing(kv_b, nope, value)
+    yield from _matrix("attn_o_", o, (1, tp))
+
+
+def _absorbing(kv_b: Linear, nope: int, value: int) -> Iterator[Whole]:
+    """kc and vc; of an fp8 matrix with the factors of their blocks, where heads end with blocks."""
+    yield Whole("mla_kc", transpose_slice_k([kv_b.weight], nope, value))
+    yield Whole("mla_vc", transpose_slice_v([kv_b.weight], nope, value))
+    for b in kv_b.beside:
+        if nope % b.unit[0] or value % b.unit[0]:
+            raise LayoutError(
+                f"layout rtp_llm: kc and vc of {kv_b.name}, heads of {nope} and {value}, do not end with "
+                f"blocks of {b.unit[0]}; absorb=false writes kv_b alone"
+            )
+        units = nope // b.unit[0], value // b.unit[0]
+        yield Whole("mla_kc_s", transpose_slice_k([b.view], *units))
+        yield Whole("mla_vc_s", transpose_slice_v([b.view], *units))
+
+
+def _rope_apart(linear: Linear, heads: int, before: int, rope: int) -> Linear:
+    if linear.beside:
+        raise LayoutError(f"layout rtp_llm: split_rope would tear the blocks of {linear.name}")
+    part = (
+        q_rope([linear.weight], heads, before, rope) if heads > 1 else kv_rope([linear.weight], before, rope)
+    )
+    return Linear(linear.name, part)
+
+
+# ---- feed-forward blocks ----
+
+
+def _mlp(mlp: Mlp, cut: Cut, making: Making) -> Iterator[Whole]:
+    """gate (w1), up (w3), or both as w13, and down (w2); a block without a gate has w3 and w2."""
+    ranks = cut.ffn_tp[1]
+    if mlp.gate is None:
+        yield from _matrix("ffn_", mlp.up, (0, ranks), "3")
+    elif making.w13:
+        whole_blocks(mlp.gate, 0, ranks)
+        yield from _matrix("ffn_", joined(mlp.gate.name, [mlp.gate, mlp.up]), (None, 1), "13")
+    else:
+        yield from _matrix("ffn_", mlp.gate, (0, ranks), "1")
+        yield from _matrix("ffn_", mlp.up, (0, ranks), "3")
+    yield from _matrix("ffn_", mlp.down, (1, ranks), "2")
+
+
+def _experts(moe: Experts, cut: Cut, making: Making, order: Sequence[int]) -> Iterator[Whole]:
+    if moe.stacks is not None:
+        raise LayoutError(f"layout rtp_llm has no place for what {moe.name} has beside experts' matrices")
+    no_bias(moe.router)
+    yield Whole("moe_gate", transpose([moe.router.weight]))
+    if moe.correction is not None:
+        yield Whole("e_score_correction_b", moe.correction.view.cast(dtypes.float32))
+    mlps = [moe.experts[e] for e in range(len(moe.experts))]
+    for mlp in mlps:
+        if mlp.gate is None:
+            raise LayoutError(f"layout rtp_llm has no place for {mlp.up.name}, an expert without a gate")
+    ups, gates = [mlps[e].up for e in order], [g for e in order if (g := mlps[e].gate) is not None]
+    yield from _stacks("1", [*ups, *gates], 0, cut)
+    yield from _stacks("2", [mlps[e].down for e in order], 1, cut)
+    if moe.shared is not None:
+        yield from _mlp(moe.shared, cut, making)
+    if moe.shared_gate is not None:
+        no_bias(moe.shared_gate)
+        yield Whole("shared_expert_gate", transpose([moe.shared_gate.weight]))
+
+
+def _stacks(end: str, linears: Sequence[Linear], axis: int, cut: Cut) -> Iterator[Whole]:
+    """Experts' matrices as a stack, always [experts, out, in]; up before gate for w1."""
+    first, table = linears[0], _table(linears[0])
+    kinds = {(_table(x), x.packed, tuple((b.leaf, b.unit) for b in x.beside)) for x in linears}
+    if len(kinds) != 1 or table == "fp8_tensor":
+        raise LayoutError(f"layout rtp_llm: experts like {first.name} are stored unlike one another, or with "
+                          "one scale a matrix, for which the engine wants one of both halves")  # fmt: skip
+    no_bias(*linears)
+    for linear in linears:
+        whole_blocks(linear, axis, cut.moe_tp[1])
+    make = stack_moe_w1 if end == "1" else stacked
+    yield Whole(f"moe_w{end}", make([x.weight for x in linears]), table)
+    for k, b in enumerate(first.beside):
+        name = _beside_name("moe_", end, first, b)
+        if name is not None:
+            views = [x.beside[k].view for x in linears]
+            if table == "int8":
+                views = [v.reshape((v.numel,)) for v in views]
+            yield Whole(name, _stacked_vectors(end, views) if table == "int8" else make(views), table)
+
+
+def _stacked_vectors(end: str, views: Sequence[View]) -> View:
+    """Vectors as a stack; of w1 an expert's up, then its gate."""
+    return (stack_moe_w1 if end == "1" else stacked)(views)

@@ -1,0 +1,128 @@
+"""How a quantised checkpoint of the hub stores its matrices, by `quantization_config` in its config.json.
+
+Read are fp8 with one scale a matrix or a block (DeepSeek-V3's form), compressed-tensors' int8 and fp8 with
+one scale a matrix, an output or a block, and AWQ's and GPTQ's packed integers. Source: transformers'
+quantization_config classes, compressed-tensors' QuantizationScheme, AutoAWQ's WQLinear_GEMM and AutoGPTQ's
+QuantLinear. Every other form is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from ..checkpoint import JSON
+from ..errors import RecipeError
+
+Form = Literal["matrix", "transposed", "vector", "scalar"]
+
+
+class Kind(NamedTuple):
+    """A tensor beside a matrix: its name below the module, how many outputs and inputs share one of its
+    elements (0: all), and the forms the hub may have it in; `needed`: it must be there."""
+
+    leaf: str
+    unit: tuple[int, int]
+    forms: tuple[Form, ...]
+    needed: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """`leaf`: the matrix's name below its module; `packed`: how many outputs and inputs one int32 of it holds
+    ((1, 1): it is no int32, but one byte each); `transposed`: it is stored [in, out]."""
+
+    beside: tuple[Kind, ...]
+    leaf: str = "weight"
+    packed: tuple[int, int] = (1, 1)
+    transposed: bool = False
+
+
+_INPUT = Kind("input_scale", (0, 0), ("scalar", "vector"), needed=False)
+_SMOOTHER = Kind("smoother", (0, 1), ("vector",), needed=False)
+_SHIFT = Kind("shift", (0, 1), ("vector",), needed=False)
+
+
+def quantised(config: Mapping[str, JSON]) -> Quantised | None:
+    """What the config says of its matrices' form, None where they are not quantised. Raises RecipeError."""
+    said = config.get("quantization_config")
+    if said is None:
+        return None
+    if not isinstance(said, dict):
+        raise _unread(said)
+    match said.get("quant_method"):
+        case "fp8":
+            return _fp8(said)
+        case "compressed-tensors":
+            return _compressed(said)
+        case "awq":
+            return _awq(said)
+        case "gptq":
+            return _gptq(said)
+    raise _unread(said)
+
+
+def _unread(said: JSON | Mapping[str, JSON]) -> RecipeError:
+    return RecipeError(
+        f"config: quantization_config {said!r} is not read; read are fp8 by matrix or block, "
+        "compressed-tensors int8 and fp8 by matrix, output or block, awq and gptq without desc_act"
+    )
+
+
+def _fp8(said: Mapping[str, JSON]) -> Quantised:
+    match said.get("weight_block_size"):
+        case None:
+            return Quantised((Kind("weight_scale", (0, 0), ("scalar", "vector")), _INPUT))
+        case [int(rows), int(columns)] if rows > 0 and columns > 0:
+            return Quantised((Kind("weight_scale_inv", (rows, columns), ("matrix",)),))
+    raise _unread(said)
+
+
+def _compressed(said: Mapping[str, JSON]) -> Quantised:
+    groups = said.get("config_groups")
+    if not isinstance(groups, dict) or said.get("format") == "pack-quantized":
+        raise _unread(said)
+    weights = [g.get("weights") if isinstance(g, dict) else None for g in groups.values()]
+    first = weights[0] if weights else None
+    if not isinstance(first, dict) or any(w != first for w in weights):
+        raise _unread(said)
+    if first.get("num_bits") != 8 or first.get("symmetric") is not True:
+        raise _unread(said)
+    extra = (_INPUT, _SMOOTHER, _SHIFT)
+    match first.get("strategy"), first.get("block_structure"):
+        case "tensor", _:
+            return Quantised((Kind("weight_scale", (0, 0), ("scalar", "vector")), *extra))
+        case "channel", _:
+            return Quantised((Kind("weight_scale", (1, 0), ("matrix", "vector")), *extra))
+        case "block", [int(rows), int(columns)] if rows > 0 and columns > 0:
+            return Quantised((Kind("weight_scale", (rows, columns), ("matrix",)),))
+    raise _unread(said)
+
+
+def _packing(said: Mapping[str, JSON]) -> tuple[int, int]:
+    """(values in an int32, inputs that share a scale; 0: all)."""
+    bits, group = said.get("bits"), said.get("group_size")
+    if bits not in (4, 8) or not isinstance(bits, int) or not isinstance(group, int) or group == 0:
+        raise _unread(said)
+    return 32 // bits, max(group, 0)
+
+
+def _awq(said: Mapping[str, JSON]) -> Quantised:
+    each, group = _packing(said)
+    if str(said.get("version", "gemm")).lower() != "gemm" or said.get("zero_point", True) is not True:
+        raise _unread(said)
+    beside = Kind("qzeros", (each, group), ("transposed",)), Kind("scales", (1, group), ("transposed",))
+    return Quantised(beside, "qweight", (each, 1), True)
+
+
+def _gptq(said: Mapping[str, JSON]) -> Quantised:
+    each, group = _packing(said)
+    if said.get("desc_act") is True or said.get("checkpoint_format", "gptq") not in ("gptq", "gptq_v2"):
+        raise _unread(said)
+    beside = (
+        Kind("qzeros", (each, group), ("transposed",)),
+        Kind("scales", (1, group), ("transposed",)),
+        Kind("g_idx", (0, 1), ("vector",), needed=False),
+    )
+    return Quantised(beside, "qweight", (1, each), True)

@@ -1,0 +1,50 @@
+"""Reads the directory of a PEFT adapter: adapter_config.json beside adapter_model.safetensors or .bin.
+
+Names are PEFT's own (`base_model.model.NAME.lora_A.weight`). What an adapter means is `adapters`' to say.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+from ..checkpoint import JSON, Checkpoint
+from ..errors import SourceError
+from . import safetensors, statedict
+from .assembly import read_json
+from .options import Options
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+TOLD = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules")
+"""What of the adapter's config is told to people."""
+
+
+def weights(path: str) -> str | None:
+    """The file of an adapter's weights in a directory, None for none."""
+    files = (os.path.join(path, name) for name in WEIGHTS)
+    return next((f for f in files if os.path.isfile(f)), None)
+
+
+def read_config(path: str) -> dict[str, JSON]:
+    """The JSON object in an adapter_config.json. Raises SourceError."""
+    return read_json(path, 1 << 20)
+
+
+def matches(path: str) -> bool:
+    """Whether `path` is a directory with an adapter's config and weights, and no whole model."""
+    config = os.path.isfile(os.path.join(path, CONFIG))
+    return config and weights(path) is not None and not safetensors.whole_model(path)
+
+
+def read(path: str, options: Options) -> Checkpoint:
+    """The adapter's tensors, and in `facts` what its config says. Raises SourceError."""
+    config, file = os.path.join(path, CONFIG), weights(path)
+    if file is None or options.also:
+        raise SourceError(f"{path}: an adapter is one file of {', '.join(WEIGHTS)}, and no more (also=)")
+    said = read_config(config)
+    of_file = safetensors.read if file.endswith(safetensors.SUFFIX) else statedict.read
+    found = of_file(file, options)
+    facts = {**found.facts, **{k: said.get(k) for k in TOLD}}
+    return replace(found, path=path, format="peft", facts=facts, beside=(config, *found.beside))

@@ -1,0 +1,256 @@
+"""`rtp_llm` of quantised checkpoints: kernels, zeros, scales and smoothers, each cut in its units."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fastckpt import recipes
+from fastckpt.errors import LayoutError, RecipeError
+from fastckpt.layouts import layout
+from fastckpt.placement import Placement
+from layouts import quantised
+from layouts.quantised import HEADS, KV, D
+from reading import memory, same, shard
+
+INT4 = ("awq", "gptq", "gptq-8")
+
+
+def cut(x, dim, count, index):
+    n = x.shape[dim] // count
+    assert n * count == x.shape[dim]
+    return x.narrow(dim, index * n, n)
+
+
+def heads(t, at, leaf, tp, r, dim, size):
+    """q, k and v of rank r as one, `size` elements a head along `dim`."""
+    q = range(r * HEADS // tp, (r + 1) * HEADS // tp)
+    kv = sorted({h * KV // HEADS for h in q})
+    parts = [
+        t[f"{at}{p}_proj.{leaf}"].narrow(dim, h * size, size)
+        for p, hs in (("q", q), ("k", kv), ("v", kv))
+        for h in hs
+    ]
+    return torch.cat(parts, dim)
+
+
+def halves(t, at, names, leaf, dim, tp, r):
+    return torch.cat([cut(t[f"{at}{n}_proj.{leaf}"], dim, tp, r) for n in names], dim)
+
+
+def packed(t, at, tp, r, awq, each):
+    """[in, out], as the hub has them."""
+    a, m, out = at + "self_attn.", at + "mlp.", {}
+    sizes = {"qweight": D // each if awq else D, "qzeros": D // each, "scales": D}
+    for leaf, name in (("qweight", "kernel"), ("qzeros", "zero"), ("scales", "weight_only_quant_scale")):
+        out[f"self_attention_weights.query_weight.{name}"] = heads(t, a, leaf, tp, r, 1, sizes[leaf])
+        o = cut(t[f"{a}o_proj.{leaf}"], 0, tp, r)
+        out[f"self_attention_weights.attention_output_weight.{name}"] = o
+        if f"{m}up_proj.{leaf}" in t:
+            out[f"ffn_weights.intermediate_weight13.{name}"] = halves(t, m, ("gate", "up"), leaf, 1, tp, r)
+            out[f"ffn_weights.intermediate_weight2.{name}"] = cut(t[f"{m}down_proj.{leaf}"], 0, tp, r)
+    return out
+
+
+def rowwise(t, at, tp, r, scheme):
+    """[out, in]: int8 and fp8."""
+    a, m, out = at + "self_attn.", at + "mlp.", {}
+    to = "self_attention_weights.query_weight."
+    out[to + "kernel"] = heads(t, a, "weight", tp, r, 0, D)
+    to_o = "self_attention_weights.attention_output_weight."
+    out[to_o + "kernel"] = cut(t[a + "o_proj.weight"], 1, tp, r)
+    scale = "weight_only_quant_scale"
+    flat = scheme in ("int8", "smooth")
+
+    def vector(x):
+        return x.flatten() if flat else x
+
+    dense = m + "up_proj.weight" in t
+    if dense:
+        out["ffn_weights.intermediate_weight13.kernel"] = halves(t, m, ("gate", "up"), "weight", 0, tp, r)
+        out["ffn_weights.intermediate_weight2.kernel"] = cut(t[m + "down_proj.weight"], 1, tp, r)
+    if scheme.startswith("fp8-tensor"):
+        out[to + scale] = torch.stack([t[f"{a}{p}_proj.weight_scale"].reshape(()) for p in "qkv"])
+        out[to_o + scale] = t[a + "o_proj.weight_scale"]
+        both = [t[f"{m}{p}_proj.weight_scale"].reshape(()) for p in ("gate", "up")]
+        out["ffn_weights.intermediate_weight13." + scale] = torch.stack(both)
+        out["ffn_weights.intermediate_weight2." + scale] = t[m + "down_proj.weight_scale"]
+        return out
+    qkv = vector(heads(t, a, "weight_scale", tp, r, 0, D))
+    out[to + scale] = qkv[None] if flat and tp > 1 else qkv
+    out[to_o + scale] = vector(t[a + "o_proj.weight_scale"])
+    if dense:
+        pair = halves(t, m, ("gate", "up"), "weight_scale", 0, tp, r)
+        out["ffn_weights.intermediate_weight13." + scale] = vector(pair)
+        out["ffn_weights.intermediate_weight2." + scale] = vector(t[m + "down_proj.weight_scale"])
+    if scheme == "smooth":
+        for leaf in ("smoother", "shift"):
+            out[to_o + leaf] = cut(t[f"{a}o_proj.{leaf}"], 0, tp, r)
+        if dense:
+            out["ffn_weights.intermediate_weight2.smoother"] = cut(t[m + "down_proj.smoother"], 0, tp, r)
+    return out
+
+
+def experts(t, at, scheme, count, tp, ep, r):
+    """[experts, (up; gate), in] and [experts, out, in], whatever the scheme."""
+    moe_tp, place = (tp // ep, r // ep) if ep > 1 else (tp, r)
+    mine = range(r % ep * (count // ep), (r % ep + 1) * (count // ep))
+    kinds = {"weight": "kernel", "weight_scale": "weight_only_quant_scale"}
+    if scheme in INT4:
+        kinds = {"qweight": "kernel", "qzeros": "zero", "scales": "weight_only_quant_scale"}
+    out = {}
+    for leaf, name in kinds.items():
+        pairs, downs = [], []
+        for e in mine:
+            gate, up, down = (t[f"{at}mlp.experts.{e}.{p}_proj.{leaf}"] for p in ("gate", "up", "down"))
+            if scheme in INT4:
+                gate, up, down = gate.t(), up.t(), down.t()
+            pair = torch.cat([cut(x, 0, moe_tp, place) for x in (up, gate)])
+            down = down if leaf == "weight_scale" else cut(down, 1, moe_tp, place)
+            flat = scheme == "int8" and leaf == "weight_scale"
+            pairs.append(pair.flatten() if flat else pair)
+            downs.append(down.flatten() if flat else down)
+        out[f"partial_moe_weights.intermediate_weight.{name}"] = torch.stack(pairs)
+        out[f"partial_moe_weights.intermediate_weight2.{name}"] = torch.stack(downs)
+    return out
+
+
+def wanted(t, scheme, tp, r):
+    at = "model.layers.0."
+    return (
+        packed(t, at, tp, r, scheme == "awq", 4 if scheme == "gptq-8" else 8)
+        if scheme in INT4
+        else rowwise(t, at, tp, r, scheme)
+    )
+
+
+def model_of(scheme, count=0, **changes):
+    config, t = quantised.made(scheme, count)
+    config = config | changes
+    return recipes.find(config)(memory(t, 2), config), t
+
+
+def check(model, placement, want, ep=1):
+    got = shard(layout("rtp_llm").targets(model, placement))
+    at = f"rank_{placement.tp_rank:02d}_00_{placement.rank % ep:02d}.layers.0."
+    same({n: got[n] for n in got if any(x in n for x in ("query", "output", "intermediate"))},
+         {at + n: x for n, x in want.items()})  # fmt: skip
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize("scheme", list(quantised.CONFIGS))
+def test_dense(scheme, tp):
+    model, t = model_of(scheme)
+    for p in Placement(tp=tp).ranks():
+        check(model, p, wanted(t, scheme, tp, p.rank))
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize("scheme", ["awq", "gptq", "int8", "fp8-channel"])
+def test_experts(scheme, tp, ep):
+    model, t = model_of(scheme, 4)
+    for p in Placement(tp=tp, ep=ep).ranks():
+        moe = experts(t, "model.layers.0.", scheme, 4, tp, ep, p.rank)
+        check(model, p, wanted(t, scheme, tp, p.rank) | moe, ep)
+
+
+@pytest.mark.parametrize("count", [0, 3])
+@pytest.mark.parametrize("scheme", list(quantised.CONFIGS))
+def test_the_hub_gets_back_what_it_has(scheme, count):
+    model, t = model_of(scheme, count)
+    same(shard(layout("hf").targets(model, Placement())), t)
+
+
+@pytest.mark.parametrize("scheme", ["awq", "gptq", "fp8-channel", "fp8-tensor-1"])
+def test_vllm_has_one_scale_for_each_of_what_it_joins(scheme):
+    model, t = model_of(scheme)
+    at, a = "model.layers.0.", "model.layers.0.self_attn."
+    got = shard(layout("vllm").targets(model, Placement(tp=2, rank=1)))
+    want = {}
+    if scheme == "awq":
+        for leaf, size in (("qweight", 2), ("qzeros", 2), ("scales", 16)):
+            want[f"{a}qkv_proj.{leaf}"] = heads(t, a, leaf, 2, 1, 1, size)
+            want[f"{at}mlp.down_proj.{leaf}"] = cut(t[f"{at}mlp.down_proj.{leaf}"], 0, 2, 1)
+    elif scheme == "gptq":
+        want[f"{a}qkv_proj.qweight"] = heads(t, a, "qweight", 2, 1, 1, D)
+        want[f"{a}qkv_proj.g_idx"] = t[f"{a}q_proj.g_idx"]
+        want[f"{a}o_proj.g_idx"] = cut(t[f"{a}o_proj.g_idx"], 0, 2, 1)
+    elif scheme == "fp8-channel":
+        want[f"{a}qkv_proj.weight_scale"] = heads(t, a, "weight_scale", 2, 1, 0, D)
+        want[f"{a}o_proj.weight_scale"] = t[f"{a}o_proj.weight_scale"]
+    else:
+        want[f"{a}qkv_proj.weight_scale"] = torch.cat([t[f"{a}{p}_proj.weight_scale"] for p in "qkv"])
+    same({n: got[n] for n in want}, want)
+
+
+# ---- what is refused ----
+
+
+def test_scales_of_activations_are_refused():
+    config, t = quantised.made("fp8-tensor")
+    t = t | {"model.layers.0.self_attn.o_proj.input_scale": torch.ones(())}
+    model = recipes.find(config)(memory(t), config)
+    same(shard(layout("hf").targets(model, Placement())), t)
+    with pytest.raises(LayoutError, match=r"reciprocals of model.*o_proj\.input_scale"):
+        list(layout("rtp_llm").targets(model, Placement()))
+
+
+def test_one_scale_for_both_halves_of_experts_is_refused():
+    with pytest.raises(
+        LayoutError, match="one scale a matrix, for which the engine wants one of both halves"
+    ):
+        list(layout("rtp_llm").targets(model_of("fp8-tensor", 4)[0], Placement()))
+
+
+def test_groups_that_ranks_would_share_are_refused():
+    said = quantised.CONFIGS["awq"] | {"group_size": 32}
+    config, t = quantised.made("awq")
+    t = {n: x[::2] if n.endswith(("qzeros", "scales")) else x for n, x in t.items()}
+    config = config | {"quantization_config": said}
+    model = recipes.find(config)(memory(t), config)
+    for served in ("rtp_llm", "vllm", "hf"):
+        with pytest.raises(
+            LayoutError, match=r"o_proj.*(axis 1, which tp 8 does not cut|cuts a block of 32)"
+        ):
+            list(
+                layout(served, {"replicate_kv": "true"} if served == "hf" else {}).targets(
+                    model, Placement(tp=8)
+                )
+            )
+
+
+NOT_READ = [
+    {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True},
+    {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemv"},
+    {"quant_method": "awq", "bits": 3, "group_size": 16},
+    {"quant_method": "bitsandbytes"},
+    {"quant_method": "compressed-tensors", "config_groups": {}},
+    {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": {}}},
+    {"quant_method": "fp8", "weight_block_size": [128]},
+]
+
+
+@pytest.mark.parametrize("said", NOT_READ)
+def test_other_forms_are_refused(said):
+    config, t = quantised.made("awq")
+    with pytest.raises(RecipeError, match=r"is not read; read are fp8"):
+        recipes.find(config)(memory(t), config | {"quantization_config": said})
+
+
+def test_a_missing_scale_is_refused():
+    config, t = quantised.made("fp8-channel")
+    t = {n: x for n, x in t.items() if not n.endswith("q_proj.weight_scale")}
+    with pytest.raises(
+        RecipeError, match=r"q_proj\.weight is float8_e4m3fn, and has no weight_scale beside it"
+    ):
+        recipes.find(config)(memory(t), config)
+    config, t = quantised.made("awq")
+    t = {n: x for n, x in t.items() if not n.endswith("q_proj.qzeros")}
+    with pytest.raises(RecipeError, match=r"needs model\.layers\.0\.self_attn\.q_proj\.weight"):
+        recipes.find(config)(memory(t), config)
+
+
+def test_scales_of_another_size_are_refused():
+    config, t = quantised.made("int8")
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+    with pytest.raises(RecipeError, match=r"up_proj.weight_scale: got shape \(64, 1\), wanted \(128, 1\)"):
+        recipes.find(config)(memory(t | {name: t[name][:64]}), config)
