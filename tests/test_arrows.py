@@ -95,7 +95,7 @@ MAY_IMPORT["__main__"] = ("cli",)
 WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "sources": (
         ("options", "inert", "zero_files", "zero_layout", "zero_sample"),
-        ("assembly", "picklemachine"),
+        ("assembly", "picklemachine", "zipentries"),
         # torch files: zip and pickle below, tensors above
         ("torchzip", "inertpickle"),
         ("torchpickle",),

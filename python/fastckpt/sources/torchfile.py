@@ -106,40 +106,42 @@ def _load_zip(
 ) -> TorchFile:
     directory = Directory(reader)
     records = directory.records
-    top = next(iter(records), b"").partition(b"/")[0] + b"/"
+    top = records.first.partition(b"/")[0] + b"/"
     pickle = top + b"data.pkl"
-    if top + b"constants.pkl" in records:
+    if records.get(top + b"constants.pkl") is not None:
         raise SourceError("a TorchScript archive (torch.jit.save); it holds a program, not a checkpoint")
-    if pickle not in records:
+    record = records.get(pickle)
+    if record is None:
         raise SourceError(f"a zip file without {pickle.decode(errors='replace')}; not written by torch.save")
     _check_byteorder(reader, directory, top + b"byteorder")
-    at, size = directory.locate(pickle), records[pickle].size
+    at, size = directory.locate(pickle, record), record.size
     if size > MAX_PICKLE:
         raise SourceError(f"its pickle has {size} bytes; the limit is {MAX_PICKLE}")
     data = reader.read(at, size)
     if check_crc:
-        directory.check_crc(pickle, at)
+        directory.check_crc(pickle, record, at)
     tree = _parsed(data, wanted, known, reader.file.nbytes)
     extents = []
     for s in tree.storages:
         name = top + b"data/" + s.key.encode(errors="surrogatepass")
-        if name not in records:
+        record = records.get(name)
+        if record is None:
             raise SourceError(f"no record data/{s.key} for a storage of {s.nbytes} bytes")
-        if records[name].size < s.nbytes:
-            raise SourceError(f"record data/{s.key} has {records[name].size} bytes, its storage {s.nbytes}")
-        offset = directory.locate(name)
+        if record.size < s.nbytes:
+            raise SourceError(f"record data/{s.key} has {record.size} bytes, its storage {s.nbytes}")
+        offset = directory.locate(name, record)
         if check_crc:
-            directory.check_crc(name, offset)
+            directory.check_crc(name, record, offset)
         extents.append(Extent(reader.file, offset, s.nbytes, s.key))
     digest = xxhash.xxh3_64(data)
-    digest.update(directory.raw)
+    digest.update(directory.digest.encode())
     return TorchFile(tree.root, reader.file, tuple(extents), tree.inert, digest.hexdigest())
 
 
 def _check_byteorder(reader: Reader, directory: Directory, name: bytes) -> None:
-    if name in directory.records:
-        n = directory.records[name].size
-        order = reader.read(directory.locate(name), min(n, 16))
+    record = directory.records.get(name)
+    if record is not None:
+        order = reader.read(directory.locate(name, record), min(record.size, 16))
         if order != b"little":
             raise SourceError(f"its bytes are in {order!r} order; wanted little")
 
