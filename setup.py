@@ -36,7 +36,15 @@ FLAGS = [
     "-Wextra",
 ]
 LINK = ["-Wl,-s", "-pthread"] if sys.platform == "linux" else []
-SOURCES = ["module.cpp", "read.cpp", "digest.cpp", "copy_cpu.cpp", "tiles_host.cpp", "isa_portable.cpp"]
+SOURCES = [
+    "module.cpp",
+    "read.cpp",
+    "recent.cpp",
+    "digest.cpp",
+    "copy_cpu.cpp",
+    "tiles_host.cpp",
+    "isa_portable.cpp",
+]
 X86 = {
     "isa_avx2.cpp": ["-mavx2", "-mfma", "-mbmi2"],
     "isa_avx512.cpp": [

@@ -36,7 +36,7 @@ def bench_gather_cast(bench: Bench, either: Input, fresh: bool) -> None:
         t.fill_(1)
     rows = np.concatenate([b.rows for b in batches(plan, binding, apart=True)])
     # Without release the source stays mapped from round to round.
-    executor = Cpu(release_bytes=0)
+    executor = Cpu(recent_bytes=0)
     with Mapped(binding.places) as reader:
         runner = executor.bind(reader.buffers)
         memcpy = Memcpy(source_runs(plan, binding, [b.address for b in reader.buffers]), 1)

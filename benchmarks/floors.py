@@ -22,7 +22,7 @@ from fastckpt.extents import Buffer
 from fastckpt.planner import LEAF, NOTHING, Batch, Binding, cut
 from fastckpt.plans import Plan
 from fastckpt.reader import Mapped
-from fastckpt.runs import BAND
+from fastckpt.runs import BAND, STAGE
 
 _memcpy = ctypes.CDLL(None).memcpy
 _memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -66,7 +66,7 @@ def batches(plan: Plan, binding: Binding, *, band: int = BAND, apart: bool = Fal
     return [
         batch
         for first, chunk in plan.chunks()
-        for batch in cut(chunk, first, slots, binding, band=band, apart=apart)
+        for batch in cut(chunk, first, slots, binding, stage=STAGE, band=band, apart=apart)
     ]
 
 
@@ -110,10 +110,11 @@ class GatherCast:
                     return
                 yield batch
 
+        executor = Cpu()
         with Mapped(self.binding.places) as reader:
 
             def work(staging: np.ndarray) -> None:
-                lane = reader.lane(Cpu())
+                lane = reader.lane(executor)
                 address, view = staging.ctypes.data, memoryview(staging.data)
                 for batch in take():
                     n = batch.stop - batch.start

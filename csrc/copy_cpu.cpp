@@ -54,8 +54,6 @@ constexpr uint64_t STREAM_CALL = 6u << 20;
 constexpr uint64_t STREAM_ROW = 512;
 // What a thread takes at a time, in output bytes.
 constexpr uint64_t SHARE = 2u << 20;
-// Faulting one page of a file may map a whole huge page of it, so spans are counted and given back in such windows.
-constexpr uint64_t FAULT_WINDOW = 2u << 20;
 
 uint64_t elements(const Copy& c) {
     return uint64_t{c.shape[0]} * c.shape[1] * c.shape[2] * c.shape[3];
@@ -131,44 +129,34 @@ Span source_span(const Copy& c) {
     return s;
 }
 
-// Collects the spans of mapped files that a thread has read and gives their pages back.
-class Releaser {
+// Tells `Recent` what one share of rows has read: neighbouring spans of a source together.
+class Reads {
   public:
-    explicit Releaser(const Rows& work) : work_(work), page_(static_cast<uint64_t>(sysconf(_SC_PAGESIZE))) {}
-    ~Releaser() { flush(); }
+    explicit Reads(Recent* recent) : recent_(recent) {}
+    ~Reads() { tell(); }
 
-    void touched(const Copy& c) {
-        if (work_.release_bytes == 0 || c.src_buffer == ZERO_BUFFER || work_.mapped[c.src_buffer] == 0) return;
-        const uint64_t base = work_.sources[c.src_buffer], size = work_.mapped[c.src_buffer];
-        Span s = source_span(c);
-        // Whole windows, but never a page beyond the buffer's own: what lies there is not ours.
-        s.low = std::max((base + s.low) / FAULT_WINDOW * FAULT_WINDOW, base / page_ * page_);
-        s.high = std::min((base + s.high + FAULT_WINDOW - 1) / FAULT_WINDOW * FAULT_WINDOW,
-                          (base + size + page_ - 1) / page_ * page_);
-        for (Span& known : spans_) {  // few: they hold less than release_bytes
-            if (s.low > known.high || s.high < known.low) continue;
-            held_ -= known.high - known.low;
-            s = {std::min(known.low, s.low), std::max(known.high, s.high)};
-            known = spans_.back();
-            spans_.pop_back();
-            break;
+    void add(const Copy& c) {
+        if (c.src_buffer == ZERO_BUFFER || !recent_->mapped(c.src_buffer)) return;
+        const Span s = source_span(c);
+        if (c.src_buffer == buffer_ && s.low <= span_.high + NEAR && s.high + NEAR >= span_.low) {
+            span_ = {std::min(s.low, span_.low), std::max(s.high, span_.high)};
+            return;
         }
-        spans_.push_back(s);
-        held_ += s.high - s.low;
-        if (held_ >= work_.release_bytes) flush();
+        tell();
+        buffer_ = c.src_buffer;
+        span_ = s;
     }
 
   private:
-    void flush() {
-        for (const Span& s : spans_) madvise(reinterpret_cast<void*>(s.low), s.high - s.low, MADV_DONTNEED);
-        spans_.clear();
-        held_ = 0;
+    static constexpr uint64_t NEAR = 64u << 10;
+
+    void tell() {
+        if (buffer_ != ZERO_BUFFER) recent_->touched(buffer_, span_.low, span_.high);
     }
 
-    const Rows& work_;
-    const uint64_t page_;
-    std::vector<Span> spans_;
-    uint64_t held_ = 0;
+    Recent* recent_;
+    uint32_t buffer_ = ZERO_BUFFER;
+    Span span_{0, 0};
 };
 
 class Runner {
@@ -180,7 +168,7 @@ class Runner {
     }
 
     // Runs rows in order; false when one is not valid, which stops there.
-    bool run(const Copy* rows, size_t count, Releaser* releaser) {
+    bool run(const Copy* rows, size_t count, Reads* reads) {
         for (size_t i = 0; i < count; ++i) {
             const Copy& c = rows[i];
             if (i + 1 < count) ahead(rows[i + 1]);
@@ -196,7 +184,7 @@ class Runner {
             const char* src = reinterpret_cast<const char*>(work_.sources[c.src_buffer] + c.src);
             const bool past = large_ && output_bytes(c) >= STREAM_ROW;
             run_row(c, pair, dst, src, ITEMSIZE[c.dst_dtype], ITEMSIZE[c.src_dtype], past);
-            if (releaser != nullptr) releaser->touched(c);
+            if (reads != nullptr) reads->add(c);
         }
         fence();
         return true;
@@ -225,7 +213,7 @@ class Shares {
         size_t count;
     };
 
-    Shares(const Rows& work, uint64_t bytes) : bytes_(bytes), span_(work.release_bytes) {
+    Shares(const Rows& work, uint64_t bytes) : bytes_(bytes), span_(work.recent == nullptr ? 0 : work.recent->span()) {
         size_t first = 0;
         uint64_t held = 0;
         for (size_t i = 0; i < work.count; ++i) {
@@ -315,7 +303,7 @@ void copy_rows(const Rows& work, int threads, int isa) {
     const Kernels& k = kernels(isa);
     Runner runner(work, k);
     FloatMode mode;
-    if (threads <= 1 && work.release_bytes == 0) {
+    if (threads <= 1 && work.recent == nullptr) {
         if (!runner.run(work.rows, work.count, nullptr)) refuse(work, k);
         return;
     }
@@ -324,9 +312,15 @@ void copy_rows(const Rows& work, int threads, int isa) {
     std::atomic<bool> valid{true};
     auto worker = [&] {
         FloatMode own;
-        Releaser releaser(work);
-        for (size_t i; (i = next.fetch_add(1)) < cut.shares.size() && valid;)
-            if (!runner.run(cut.shares[i].rows, cut.shares[i].count, &releaser)) valid = false;
+        for (size_t i; (i = next.fetch_add(1)) < cut.shares.size() && valid;) {
+            const auto& [rows, count] = cut.shares[i];
+            if (work.recent == nullptr) {
+                if (!runner.run(rows, count, nullptr)) valid = false;
+            } else {
+                Reads reads(work.recent);
+                if (!runner.run(rows, count, &reads)) valid = false;
+            }
+        }
     };
     std::vector<std::thread> pool;
     const size_t wanted = std::min<size_t>(static_cast<size_t>(std::max(threads, 1)), cut.shares.size());

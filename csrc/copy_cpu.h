@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "copy.h"
+#include "recent.h"
 
 namespace fastckpt {
 
@@ -15,8 +16,7 @@ struct Rows {
     size_t source_count;
     const uint64_t* destinations;
     size_t destination_count;
-    const uint64_t* mapped;  // for each source: its bytes when it lies in a file mapping, else 0; or null
-    uint64_t release_bytes;  // mapped pages are given back when this many were touched; 0 keeps them
+    Recent* recent;  // gives mapped pages of the sources back behind the copies; null keeps them
 };
 
 // Runs every row, in order within a thread. Throws std::invalid_argument for a row that names a buffer or a

@@ -1,6 +1,7 @@
 // fastckpt._C: the only file that knows Python. Buffers and integers come in, work runs without the GIL.
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -51,20 +52,20 @@ void check_inside(const char* what, int64_t offset, int64_t size, size_t nbytes)
                                     ") is outside a buffer of " + std::to_string(nbytes) + " bytes");
 }
 
+std::unique_ptr<Recent> make_recent(const py::object& addresses, const py::object& mapped, uint64_t limit) {
+    Held a(addresses), m(mapped);
+    const size_t n = a.count<uint64_t>("addresses");
+    if (m.count<uint64_t>("mapped") != n) throw std::invalid_argument("Recent: addresses and mapped differ in length");
+    return std::make_unique<Recent>(a.items<uint64_t>(), m.items<uint64_t>(), n, limit);
+}
+
 void py_copy_rows(const py::object& rows, const py::object& sources, const py::object& destinations, int threads, int isa,
-                  const py::object& mapped, uint64_t release_bytes) {
+                  Recent* recent) {
     Held r(rows), s(sources), d(destinations);
-    Rows work{r.items<Copy>(), r.count<Copy>("rows"), s.items<uint64_t>(), s.count<uint64_t>("sources"),
-              d.items<uint64_t>(), d.count<uint64_t>("destinations"), nullptr, 0};
-    if (mapped.is_none() || release_bytes == 0) {
-        py::gil_scoped_release free;
-        copy_rows(work, threads, isa);
-        return;
-    }
-    Held m(mapped);
-    if (m.count<uint64_t>("mapped") != work.source_count) throw std::invalid_argument("mapped: one number for each source");
-    work.mapped = m.items<uint64_t>();
-    work.release_bytes = release_bytes;
+    const Rows work{r.items<Copy>(), r.count<Copy>("rows"), s.items<uint64_t>(), s.count<uint64_t>("sources"),
+                    d.items<uint64_t>(), d.count<uint64_t>("destinations"), recent};
+    if (recent != nullptr && recent->count() != work.source_count)
+        throw std::invalid_argument("recent: " + std::to_string(recent->count()) + " sources, got " + std::to_string(work.source_count));
     py::gil_scoped_release free;
     copy_rows(work, threads, isa);
 }
@@ -300,7 +301,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_features", py_cpu_features, "What the machine offers of what the kernels ask for.");
 
     m.def("copy_rows", py_copy_rows, py::arg("rows"), py::arg("sources"), py::arg("destinations"), py::arg("threads") = 1,
-          py::arg("isa") = -1, py::arg("mapped") = py::none(), py::arg("release_bytes") = 0);
+          py::arg("isa") = -1, py::arg("recent") = py::none());
+    py::class_<Recent>(m, "Recent")
+        .def(py::init(&make_recent), py::arg("addresses"), py::arg("mapped"), py::arg("limit"));
     m.def("read_at", py_read_at, py::arg("fd"), py::arg("offsets"), py::arg("sizes"), py::arg("destination"),
           py::arg("positions"), py::arg("threads") = 1);
     m.def("digest64", py_digest64, py::arg("buffer"));

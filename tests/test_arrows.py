@@ -41,7 +41,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "tiles": (*CORE, "planner"),
     "reader": (*CORE, "planner", "_C"),
     "executors": (*CORE, "planner", "tiles", "_C"),
-    "merging": (*CORE, "lowrank", "planner", "reader"),
+    "dequantised": (*CORE, "lowrank", "rounding", "schemes"),
+    "merging": (*CORE, "lowrank", "dequantised", "planner", "reader"),
     # What makes output real.
     "syscalls": CORE,
     "endings": (),
@@ -60,6 +61,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "plancache": (*CORE, "planner", "planned"),
     "plans": (
         *PLAIN,
+        "dequantised",
         "collector",
         "adapters",
         "recipes",

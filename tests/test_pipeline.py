@@ -7,6 +7,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from fastckpt import pipeline
 from fastckpt.errors import SourceError, WriteError
 from fastckpt.pipeline import feed
 
@@ -76,3 +77,17 @@ def test_threads_that_do_not_start(state, monkeypatch):
     with pytest.raises(WriteError, match="3 wanted"):
         feed(BATCHES, workers(state, 3), lambda n: None)
     assert threading.active_count() == before
+
+
+def test_workers_keep_to_files_of_their_own():
+    """Two writers of one file wait for each other; where only one file is left, they share it."""
+    waiting = pipeline._Waiting(8, lambda item: item[0])
+    for item in ["a1", "a2", "b1", "a3"]:
+        waiting.put(item)
+    waiting.end()
+    first, second = waiting.take(), waiting.take()
+    assert (first, second) == ("a1", "b1")
+    waiting.done(first)
+    assert waiting.take() == "a2"
+    assert waiting.take() == "a3"
+    assert waiting.take() is None

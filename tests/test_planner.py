@@ -175,3 +175,16 @@ def test_no_axis_outgrows_a_row():
     long = Target("w", strided(extents, 0, int8, (1 << 32,)))
     with pytest.raises(ViewError, match="axis of 4294967296 elements"):
         planner.compile([long], extents)
+
+
+def test_batches_come_in_the_order_of_their_sources(small_leaves):
+    """Two ranks that share rows of a matrix follow each other: its pages are read once, while warm."""
+    extents = Extents([Extent(File("/r", 1 << 20), 0, 1 << 20, "0")])
+    whole = strided(extents, 0, dtypes.float32, (64, 32))
+    halves = [Target(f"rank {r}", whole.narrow(1, 16 * r, 16)) for r in (0, 1)]
+    chunk, _ = planner.compile(halves, extents)
+    slots = Slots.of([0, 1], [0, 0], [4096, 4096])
+    batches = list(planner.cut(chunk, 0, slots, Binding.of(extents), stage=1024))
+    assert [(b.file, b.start) for b in batches] == [(f, at) for at in (0, 1024, 2048, 3072) for f in (0, 1)]
+    starts = [int(b.rows["src"].min()) for b in batches]
+    assert starts == sorted(starts)

@@ -27,15 +27,21 @@ def copy_rows(
     destinations: Buffer,
     threads: int = 1,
     isa: int = -1,
-    mapped: Buffer | None = None,
-    release_bytes: int = 0,
+    recent: Recent | None = None,
 ) -> None:
     """Runs every Copy row.
 
-    `sources` and `destinations`: uint64 addresses. `isa`: -1 takes the best. `mapped`: uint64, for each
-    source its bytes when it lies in a file mapping, else 0; with `release_bytes` the pages of those are given
-    back whenever a thread has touched so many bytes. Trusted: offsets and strides. Raises ValueError for a
-    buffer index or a conversion that does not exist."""
+    `sources` and `destinations`: uint64 addresses. `isa`: -1 takes the best. `recent`, made of the
+    same sources, is told what was read. Trusted: offsets and strides. Raises ValueError for a buffer index or
+    a conversion that does not exist."""
+
+class Recent:
+    """The mapped pages read last; beyond `limit` bytes the oldest are given back. Threads share one.
+
+    `addresses`: uint64, of the sources; `mapped`: uint64, for each its bytes that lie in a file mapping, else
+    0. It must not outlive the mappings in use."""
+
+    def __init__(self, addresses: Buffer, mapped: Buffer, limit: int) -> None: ...
 
 def run_tiles_on_host(
     rows: Buffer, owner: Buffer, sources: Buffer, destinations: Buffer, shuffle: int = 0

@@ -215,7 +215,7 @@ def _planning(p: argparse.ArgumentParser) -> None:
     p.add_argument("--vocab-size", type=int, metavar="N", help="the embedding rows that count")
     p.add_argument("--adapter", metavar="DIR", help="merge this PEFT adapter (LoRA) on the way")
     p.add_argument("--apart", action="store_true", help="with --adapter: it alone, cut as CHECKPOINT is")
-    p.add_argument("--quant", metavar="SCHEME", help="quantise matrices on the way (int8, fp8-block, ...)")
+    p.add_argument("--quant", metavar="SCHEME", help="quantise on the way (int8, ...), or dequantise (none)")
     for name, meaning in (
         ("include", "quantise these tensors too"),
         ("exclude", "do not quantise these tensors"),

@@ -414,9 +414,11 @@ def _layout(args: argparse.Namespace) -> Layout:
     return layout(args.layout, dict(args.layout_option))
 
 
-def _quant(args: argparse.Namespace) -> Quant | None:
+def _quant(args: argparse.Namespace) -> Quant | str | None:
     from .schemes import Quant
 
+    if args.quant == "none" and not (args.quant_include or args.quant_exclude):
+        return "none"
     if args.quant is not None:
         scheme = Quant.of(args.quant).scheme
         return Quant(scheme, tuple(args.quant_include), tuple(args.quant_exclude))

@@ -116,8 +116,10 @@ def runs(numbers: Ints) -> list[tuple[int, int]]:
     return [(int(a), int(b) + 1) for a, b in zip(first, last, strict=True)]
 
 
-def computed(places: Sequence[object]) -> dict[int, LowRank]:
-    """Those of a binding's places that are made when they are read, by number."""
+def computed(places: Sequence[object]) -> dict[int, object]:
+    """What those of a binding's places are that are made when they are read, by number."""
     return {
-        i: p.owner for i, p in enumerate(places) if isinstance(p, Buffer) and isinstance(p.owner, LowRank)
+        i: p.owner
+        for i, p in enumerate(places)
+        if isinstance(p, Buffer) and p.device == COMPUTED and p.owner is not None
     }

@@ -1,4 +1,5 @@
-"""A reader over another: what is made when it is read (`lowrank`) is made for the rows that ask for it.
+"""A reader over another: what is made when it is read (`lowrank`, `dequantised`) is made for the rows that
+ask for it.
 
 Law: of a made matrix no more is held than the elements of one row of a batch, and the base they are made of.
 """
@@ -10,10 +11,12 @@ from dataclasses import replace
 from types import TracebackType
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import dtypes
+from .dequantised import Parts
 from .extents import Buffer, Extents, File
-from .lowrank import Floats, added, computed, elements, runs
+from .lowrank import Floats, LowRank, added, computed, elements, runs
 from .planner import Binding, Executor, Ints, Table, classify, compile
 from .reader import Lane, Reader
 from .target import Target
@@ -71,42 +74,65 @@ class MergingLane:
 
     def _make(self, row: Table, destinations: Sequence[Buffer]) -> None:
         matrix = self.reader.made[int(row["src_buffer"][0])]
+        assert isinstance(matrix, (LowRank, Parts))
+        columns = matrix.base.shape[1] if isinstance(matrix, LowRank) else matrix.shape[1]
+        strides = (row["src_stride"][0] // _ITEM).tolist()
         down, across, strides = elements(
-            int(row["src"][0]) // _ITEM, row["shape"][0].tolist(), (row["src_stride"][0] // _ITEM).tolist(),
-            matrix.base.shape[1],
-        )  # fmt: skip
-        box = added(
-            self._picked(matrix.base, down, across),
-            self._picked(matrix.left, down, np.arange(matrix.left.shape[1])),
-            self._picked(matrix.right, np.arange(matrix.right.shape[0]), across),
-            matrix.scale,
+            int(row["src"][0]) // _ITEM, row["shape"][0].tolist(), strides, columns
         )
+        if isinstance(matrix, Parts):
+            box = _picked(lambda *at: matrix.box(self._read, *at), down, across)
+        else:
+            box = added(
+                _picked(self._of(matrix.base), down, across),
+                _picked(self._of(matrix.left), down, np.arange(matrix.left.shape[1])),
+                _picked(self._of(matrix.right), np.arange(matrix.right.shape[0]), across),
+                matrix.scale,
+            )
         row["src"], row["src_buffer"], row["src_stride"] = 0, 0, np.array(strides) * _ITEM
         classify(row)
         held = Buffer(box, box.ctypes.data, box.nbytes)
         self.executor.bind([held]).run(row, destinations)
 
-    def _picked(self, view: View, down: Ints, across: Ints) -> Floats:
-        """The elements at rows `down` and columns `across`, both ascending, as float32."""
-        out = np.empty((len(down), len(across)), np.float32)
-        at = 0
-        for start, stop in _ranges(down):
-            mine = down[(down >= start) & (down < stop)]
-            left, right = int(across[0]), int(across[-1]) + 1
-            box = self._dense(view.narrow(0, start, stop - start).narrow(1, left, right - left))
-            out[at : at + len(mine)] = box[np.ix_(mine - start, across - left)]
-            at += len(mine)
-        return out
+    def _of(self, view: View) -> Box:
+        """Boxes of a view, as float32."""
 
-    def _dense(self, view: View) -> Floats:
-        out = np.empty(view.shape, np.float32)
+        def box(r0: int, r1: int, c0: int, c1: int) -> Floats:
+            part = view.narrow(0, r0, r1 - r0).narrow(1, c0, c1 - c0)
+            return np.asarray(self._read(part.cast(dtypes.float32)), np.float32)
+
+        return box
+
+    def _read(self, view: View) -> NDArray[np.generic]:
+        """The dense elements of a view over the checkpoint's own places."""
+        out = np.empty(view.shape, NUMPY[view.dtype.name])
         # The reader's table begins with the view's own, so that no index changes.
-        wide = replace(view.cast(dtypes.float32), extents=self.reader.extents)
-        chunk, _ = compile([Target("", wide)], self.reader.extents)
+        chunk, _ = compile([Target("", replace(view, extents=self.reader.extents))], self.reader.extents)
         rows = self.reader.binding.bind(chunk.rows)
         classify(rows)
         self.lane.run(rows, [Buffer(out, out.ctypes.data, out.nbytes)])
         return out
+
+
+NUMPY = {"float32": np.float32, "int8": np.int8, "int32": np.int32, "int64": np.int64}
+"""The dtypes that matrices are made of once they are read, in numpy."""
+
+Box = Callable[[int, int, int, int], Floats]
+"""Rows [first, stop) and columns [first, stop) of a matrix."""
+
+
+def _picked(box: Box, down: Ints, across: Ints) -> Floats:
+    """The elements at rows `down` and columns `across`, both ascending."""
+    left, right = int(across[0]), int(across[-1]) + 1
+    if len(across) == right - left and len(down) == int(down[-1]) + 1 - int(down[0]):
+        return box(int(down[0]), int(down[-1]) + 1, left, right)
+    out = np.empty((len(down), len(across)), np.float32)
+    at = 0
+    for start, stop in _ranges(down):
+        mine = down[(down >= start) & (down < stop)]
+        out[at : at + len(mine)] = box(start, stop, left, right)[np.ix_(mine - start, across - left)]
+        at += len(mine)
+    return out
 
 
 def _ranges(down: Ints) -> list[tuple[int, int]]:

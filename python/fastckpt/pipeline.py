@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -42,30 +42,80 @@ class Work(Protocol):
 Item = TypeVar("Item", bound=Work)
 
 
+AHEAD = 32
+"""Batches made ahead of each worker."""
+
+
+class _Waiting(Generic[Item]):
+    """Batches between the caller that makes them and the workers that run them."""
+
+    def __init__(self, room: int, place: Callable[[Item], int]) -> None:
+        self._room, self._place = room, place
+        self._items: list[Item] = []
+        self._busy: list[int] = []  # the places of the items that run
+        self._ended = False
+        self._changed = threading.Condition()
+
+    def put(self, item: Item) -> None:
+        """Add one; waits while there is no room."""
+        with self._changed:
+            while len(self._items) >= self._room:
+                self._changed.wait()
+            self._items.append(item)
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """No more will come."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def take(self) -> Item | None:
+        """The next item, the first whose place nobody works on if there is one; None at the end."""
+        with self._changed:
+            while not self._items:
+                if self._ended:
+                    return None
+                self._changed.wait()
+            free = (i for i, item in enumerate(self._items) if self._place(item) not in self._busy)
+            item = self._items.pop(next(free, 0))
+            self._busy.append(self._place(item))
+            self._changed.notify_all()
+            return item
+
+    def done(self, item: Item) -> None:
+        """An item that was taken has run."""
+        with self._changed:
+            self._busy.remove(self._place(item))
+
+
 def feed(
-    batches: Iterable[Item], workers: Sequence[Callable[[Item], None]], done: Callable[[int], None]
+    batches: Iterable[Item],
+    workers: Sequence[Callable[[Item], None]],
+    done: Callable[[int], None],
+    place: Callable[[Item], int] = lambda item: 0,
 ) -> None:
     """Run every batch on one of the workers; `done` gets each batch's output bytes, in the caller's thread.
 
-    The caller's thread makes the batches (planning) while the workers run them. Raises the first error
-    of a worker after all have stopped, WriteError where the system starts no more threads."""
-    queue: SimpleQueue[Item | None] = SimpleQueue()
-    room = threading.Semaphore(4 * len(workers))  # bounds the queue; the end of work needs no room
+    The caller's thread makes the batches (planning) while the workers run them. `place`: where an item is
+    written; workers keep to places of their own where they can, since two writers of a file wait for each
+    other. Raises the first error of a worker after all have stopped, WriteError where the system starts no
+    more threads."""
+    waiting = _Waiting(AHEAD * len(workers), place)
     finished: SimpleQueue[int] = SimpleQueue()
     errors: list[BaseException] = []
     stop = threading.Event()
 
     def work(worker: Callable[[Item], None]) -> None:
-        while (batch := queue.get()) is not None:
-            room.release()
-            if stop.is_set():
-                continue
+        while (batch := waiting.take()) is not None:
             try:
-                worker(batch)
-                finished.put(batch.stop - batch.start)
+                if not stop.is_set():
+                    worker(batch)
+                    finished.put(batch.stop - batch.start)
             except BaseException as error:  # carried to the caller's thread, which raises it
                 errors.append(error)
                 stop.set()
+            waiting.done(batch)
 
     def report() -> None:
         while not finished.empty():
@@ -79,14 +129,12 @@ def feed(
         for batch in batches:
             if stop.is_set():
                 break
-            room.acquire()
-            queue.put(batch)
+            waiting.put(batch)
             report()
     except BaseException as error:
         stop.set()
         heard = error
-    for _ in threads:
-        queue.put(None)
+    waiting.end()
     # Whatever is raised here, a second Ctrl-C too: no worker may outlive the files and mappings it uses.
     while alive := [t for t in threads if t.is_alive()]:
         try:

@@ -347,8 +347,10 @@ def cut(
     stage: int = LEAF,
     band: int = 8 * LEAF,
     apart: bool = False,
+    in_order: bool = False,
 ) -> Iterator[Batch]:
-    """Batches of the chunk's tensors, the plan's `first` and on, in the order they lie in their files.
+    """Batches of the chunk's tensors, the plan's `first` and on, in the order their sources lie: ranks that
+    share pages of a source follow each other. `in_order`: in the order of the output instead.
 
     A batch holds at most `stage` bytes of output, or `band` bytes of one tensor that is transposed on
     the way (its source rows are long, so narrow bands would read few bytes of many pages); both are
@@ -420,7 +422,10 @@ def cut(
         rows["dst"] -= edges[at].astype(np.uint64)
     classify(rows)
     borders = np.searchsorted(at, np.arange(len(heads) + 1))
-    for i, (f, a, b, k0, k1) in enumerate(heads):
+    lead = rows[borders[:-1]]
+    turn = np.arange(len(heads)) if in_order else np.lexsort((lead["src"], lead["src_buffer"]))
+    for i in turn.tolist():
+        f, a, b, k0, k1 = heads[i]
         if k0 == k1:
             t = int(order[k0])
             skip = a - offsets[t]

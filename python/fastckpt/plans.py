@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import xxhash
 
-from . import adapters, layouts, plancache, planner, quantplan, recipes
+from . import adapters, dequantised, layouts, plancache, planner, quantplan, recipes
 from .adapters import Adapter
 from .checkpoint import JSON, Cast, Checkpoint
 from .collector import paused
@@ -56,8 +56,10 @@ class Wanted:
     `max_shard_size` of a file; `container`: "safetensors" or "bin"; `sorted`: files ordered as
     safetensors' save_file orders them, not as the source lies; `weights_key`, `client_state`: a training
     checkpoint around a single `.bin`; `held`: only these names are
-    made, each as its dtype (a module to fill); `quant`: what is quantised on the way, and how; `adapter`: a
-    PEFT adapter's directory, merged into the checkpoint, or with `apart` cut as the layout cuts it."""
+    made, each as its dtype (a module to fill); `quant`: what is quantised on the way, and how;
+    `dense`: what is quantised already is dequantised (dtype None: to what the config names, else bfloat16);
+    `adapter`: a PEFT adapter's directory, merged into the checkpoint, or with `apart` cut as the layout cuts
+    it."""
 
     placement: Placement
     rank: int | None = None
@@ -73,6 +75,7 @@ class Wanted:
     client_state: Mapping[str, JSON] | None = None
     held: Mapping[str, DType] | None = None
     quant: Quant | None = None
+    dense: bool = False
     adapter: str | os.PathLike[str] | None = None
     apart: bool = False
 
@@ -290,6 +293,8 @@ class _Road:
 
     @staticmethod
     def of(ckpt: Checkpoint, wanted: Wanted) -> _Road:
+        if wanted.dense:
+            ckpt, wanted = _densified(ckpt, wanted)
         layout = layouts.layout(wanted.layout) if isinstance(wanted.layout, str) else wanted.layout
         if wanted.tp_plan is not None:
             if _layout_name(layout) != "hf":
@@ -325,6 +330,8 @@ class _Road:
                 "include": list(wanted.quant.include),
                 "exclude": list(wanted.quant.exclude),
             }
+        if wanted.dense:
+            options["dense"] = True
         if adapter is not None:
             options["adapter"] = ["apart" if wanted.apart else "merged", *adapter.digests()]
         notes = tuple(str(n) for n in _list(ckpt.facts.get("notes")))
@@ -407,11 +414,14 @@ class _Road:
         """The digest of all that shapes the output, for all ranks alike."""
         grid = placement.tp, placement.pp, placement.dp, placement.ep
         ckpt = self.checkpoint
-        # The structure covers shapes, dtypes and storages; the names may be some of those it covers.
-        names = "\0".join(ckpt.entries).encode(errors="surrogatepass")
-        told: list[JSON] = [VERSION, ckpt.structure, xxhash.xxh3_128_hexdigest(names), list(grid)]
+        # What was opened may have been changed since: names, dtypes and shapes count beside the structure.
+        kinds: dict[tuple[int, tuple[int, ...]], int] = {}
+        kind = [kinds.setdefault((e.dtype.code, e.shape), len(kinds)) for e in ckpt.entries.values()]
+        seen = xxhash.xxh3_128("\0".join(ckpt.entries).encode(errors="surrogatepass"))
+        seen.update(np.array(kind, np.int64).tobytes())
+        told: list[JSON] = [VERSION, ckpt.structure, seen.hexdigest(), list(grid)]
+        told += [[code, *shape] for code, shape in kinds]
         if not ckpt.structure:
-            told += [[e.dtype.name, list(e.shape)] for e in ckpt.entries.values()]
             told += [[e.key, e.nbytes] for e in ckpt.extents]
         return _digest([*told, dict(self.options)])
 
@@ -471,6 +481,15 @@ def _dtype(config: Mapping[str, JSON] | None, asked: str | DType | None) -> DTyp
         if isinstance(named, str):
             return dtype_of(named)
     raise RecipeError('dtype "auto": the config names no dtype or torch_dtype')
+
+
+def _densified(ckpt: Checkpoint, wanted: Wanted) -> tuple[Checkpoint, Wanted]:
+    """The checkpoint with its quantised matrices as dense ones, and a config that does not speak of them."""
+    if wanted.adapter is not None:
+        raise LayoutError("quant none: an adapter is merged into what is dense already; write that first")
+    config = None if wanted.config is None and ckpt.config is None else _config(ckpt, wanted.config)
+    ckpt, told = dequantised.plain(ckpt, config, _dtype(config, wanted.dtype))
+    return ckpt, replace(wanted, config=told)
 
 
 def _files(

@@ -72,7 +72,7 @@ def bands(chunk: Chunk, target: int, binding: Binding, rows: int, width: int, st
     mine = chunk.tensor == target
     alone = Chunk(1, chunk.rows[mine], np.zeros(int(mine.sum()), np.int64))
     slots = Slots.of([0], [0], [rows * width])
-    for batch in cut(alone, 0, slots, binding, stage=step * width, band=step * width):
+    for batch in cut(alone, 0, slots, binding, stage=step * width, band=step * width, in_order=True):
         yield Band(batch.start // width, (batch.stop - batch.start) // width, batch.rows)
 
 

@@ -231,6 +231,7 @@ class Mapped:
 
         self.places = tuple(places)
         self.mappings: dict[int, _C.Mapping] = {}
+        self.runners: dict[Executor, Runner] = {}
         self.used: set[int] = set()
         try:
             for i, place in enumerate(self.places):
@@ -261,8 +262,10 @@ class Mapped:
             self.mappings = {}
 
     def lane(self, executor: Executor) -> MappedLane:
-        """A lane; all lanes share the mappings."""
-        return MappedLane(self, executor.bind(self.buffers))
+        """A lane; all lanes of an executor share one runner, so that none gives back what another reads."""
+        if executor not in self.runners:
+            self.runners[executor] = executor.bind(self.buffers)
+        return MappedLane(self, self.runners[executor])
 
 
 class MappedLane:

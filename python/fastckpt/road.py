@@ -62,7 +62,7 @@ def plan(
     grid = _placement(tp, placement)
     wanted = Wanted(
         grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size,
-        quant=_quant(quant), adapter=adapter, apart=apart,
+        quant=_quant(quant), dense=quant == DENSE, adapter=adapter, apart=apart,
     )  # fmt: skip
     return plans.draft(_opened(ckpt), wanted)
 
@@ -100,7 +100,8 @@ def reshard(
     else a list of dicts by rank): they are filled in place, and a shape or dtype that differs is an error.
     `layout`, `config`, `recipe`, `tp_plan`, `vocab_size`, `dtype`, `max_shard_size`: see `plans.Wanted`.
     `quant`: a scheme of `schemes.SCHEMES`, or a Quant with patterns: matrices are quantised on the way, from
-    the values `dtype` gives; NaN and infinity in those are an error always.
+    the values `dtype` gives; NaN and infinity in those are an error always. "none": what is quantised already
+    is dequantised, to `dtype`, else to what the config names, else to bfloat16.
     `adapter`: the directory of a PEFT adapter (LoRA), merged on the way; with `apart` it is written alone,
     cut as the ranks' parts of this base are.
     NaN and infinity in the output are an error unless `allow_nonfinite`. `durable` fsyncs; `overwrite`
@@ -114,7 +115,7 @@ def reshard(
     grid = _placement(tp, placement)
     wanted = Wanted(
         grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size,
-        quant=_quant(quant), adapter=adapter, apart=apart,
+        quant=_quant(quant), dense=quant == DENSE, adapter=adapter, apart=apart,
     )  # fmt: skip
     run = Run(threads, memory, progress)
     in_memory = not isinstance(out, (str, os.PathLike))
@@ -327,7 +328,7 @@ def stream(ckpt: Opened, names: Sequence[str]) -> Iterator[tuple[str, int, memor
     with reader_of(planned.extents, binding, alone=False) as reader:
         lane = reader.lane(pick(None))
         for first, chunk in planned.chunks():
-            for batch in cut(chunk, first, slots, binding, stage=LEAF, band=LEAF):
+            for batch in cut(chunk, first, slots, binding, stage=LEAF, band=LEAF, in_order=True):
                 lane.run(batch.rows, [target])
                 for at, size, leaf in zip(
                     batch.leaf_offset.tolist(), batch.leaf_size.tolist(), batch.leaf.tolist(), strict=True
@@ -336,8 +337,12 @@ def stream(ckpt: Opened, names: Sequence[str]) -> Iterator[tuple[str, int, memor
                     yield planned.tensors[t].name, (leaf - int(slots.leaf[t])) * LEAF, whole[at : at + size]
 
 
+DENSE = "none"
+"""The `quant` that takes quantisation back."""
+
+
 def _quant(asked: str | Quant | None) -> Quant | None:
-    return None if asked is None else Quant.of(asked)
+    return None if asked is None or asked == DENSE else Quant.of(asked)
 
 
 def _client_state(ckpt: Checkpoint, names: Sequence[str]) -> dict[str, JSON]:

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all and the phase: "plan", "copy" or "sync"."""
 
+STAGE = 2 * LEAF
+"""Output bytes made at once: smaller ones cost steps, larger ones leave the cache."""
+
 BAND = 8 * LEAF
 """Output bytes made at once of a tensor that is transposed on the way."""
 
@@ -207,12 +210,15 @@ class Run:
         alone = len(planned.ranks) < planned.placement.world
         with reader_of(planned.extents, binding, alone=alone) as reader:
             band = self.band if isinstance(reader, Mapped) else LEAF
+            stage = min(STAGE, band)
 
             def batches() -> Iterator[Batch | Job]:
                 for first, chunk in planned.chunks():
                     yield from quantising.jobs(first, chunk, binding)
                     others = quantising.others(first, chunk)
-                    yield from cut(others, first, quantising.rest, binding, band=band, apart=apart)
+                    yield from cut(
+                        others, first, quantising.rest, binding, stage=stage, band=band, apart=apart
+                    )
 
             def both(lane: Lane) -> Callable[[Batch | Job], None]:
                 copy = worker(lane)
@@ -222,7 +228,12 @@ class Run:
                 return lambda item: quantise(item) if isinstance(item, Job) else copy(item)
 
             lanes = [reader.lane(executor) for _ in range(threads)]
-            feed(batches(), [both(lane) for lane in lanes], count)
+            files = slots.file.tolist()
+
+            def place(item: Batch | Job) -> int:
+                return files[item.tensor.number] if isinstance(item, Job) else item.file
+
+            feed(batches(), [both(lane) for lane in lanes], count, place)
             self.bytes_read += sum(lane.bytes_read for lane in lanes)
         self.errors = quantising.errors
         self.phases["copy"] = time.perf_counter() - began
@@ -248,7 +259,8 @@ class Run:
         for window, chunk, extents in compiled(planned.scans(), planned.extents):
             binding = Binding.of(extents)
             with reader_of(extents, binding, alone=False) as reader:
-                lanes = [reader.lane(pick(None)) for _ in range(self.threads)]
+                executor = pick(None)
+                lanes = [reader.lane(executor) for _ in range(self.threads)]
                 feed(scan.jobs(window, chunk, binding), [scan.worker(lane) for lane in lanes], lambda _: None)
                 self.bytes_scanned += sum(lane.bytes_read for lane in lanes)
         self.phases["scan"] = time.perf_counter() - began

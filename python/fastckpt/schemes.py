@@ -183,7 +183,7 @@ class Quant:
             return asked
         found = SCHEMES.get(asked)
         if found is None:
-            raise LayoutError(f"no quantisation scheme {asked!r}; known: {', '.join(SCHEMES)}")
+            raise LayoutError(f"no quantisation scheme {asked!r}; known: {', '.join(SCHEMES)}, none")
         return Quant(found)
 
     def takes(self, name: str, shape: Sequence[int]) -> bool:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -51,6 +51,7 @@ class View:
     extents: Extents
     held: Rows
     grouping: tuple[int, ...] | None = None
+    _boxed: View | None = field(default=None, init=False, repr=False)  # what `boxed` found, kept
 
     # ---- what a view is ----
 
@@ -123,6 +124,11 @@ class View:
         if length == n:
             return self
         shape = (*self.shape[:axis], length, *self.shape[axis + 1 :])
+        if self.grouping is not None and len(self.grouping) == 1 and math.prod(self.shape[:axis]) == 1:
+            # A range of the outermost axis is a range of the flat elements: no need to cut boxes.
+            step = math.prod(self.shape[axis + 1 :])
+            flat = View(self.grouping, self.dtype, self.extents, self.held)
+            return flat.narrow(0, start * step, length * step).reshape(shape)
         o, s, t = _box(self.ndim, axis)
         r = self.rows
         if len(r) == 1 and length:  # the one fragment is the whole view
@@ -252,6 +258,14 @@ class View:
         Raises ViewError past MAX_FRAGMENTS."""
         if self.grouping is None:
             return self
+        if self._boxed is not None:
+            return self._boxed
+        found = self._cut_to_shape()
+        object.__setattr__(self, "_boxed", found)
+        return found
+
+    def _cut_to_shape(self) -> View:
+        """`boxed`, worked out."""
         shape = self.shape
         whole = View(self.boxes, self.dtype, self.extents, self.held)
         if len(self.held) == 1:

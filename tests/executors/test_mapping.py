@@ -150,14 +150,14 @@ def test_copies_give_mapped_pages_back(tmp_path: Path, kind: str, threads: int) 
         rows["src"] = rows["dst"] = order.astype(np.uint64) * np.uint64(n // 4096)
         rows["shape"][:, 3] = n // 4096 // 4
     out = np.full(wanted.shape, 1, np.uint32)
-    runner = Cpu().bind([Buffer(m, m.address, m.nbytes)])
+    runner = Cpu(recent_bytes=16 * MIB).bind([Buffer(m, m.address, m.nbytes)])
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
     before = peak()
     runner.run(rows, [Buffer(out, out.ctypes.data, out.nbytes)], threads)
     held = peak() - before  # the comparison below makes an array of its own
     assert np.array_equal(out, wanted)
-    assert resident(m.address) == 0
-    assert held < threads * 12 * MIB
+    assert resident(m.address) <= 16 * MIB
+    assert held < 16 * MIB + threads * 8 * MIB
 
 
 def test_a_neighbouring_buffer_keeps_its_bytes(tmp_path: Path) -> None:
@@ -179,8 +179,7 @@ def test_a_neighbouring_buffer_keeps_its_bytes(tmp_path: Path) -> None:
         np.array([out.ctypes.data], np.uint64),
         1,
         -1,
-        np.array([n], np.uint64),
-        4096,
+        _C.Recent(address, np.array([n], np.uint64), 0),
     )
     assert not out.any() and all((a == i).all() for a, i in around)
 

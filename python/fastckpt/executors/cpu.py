@@ -24,8 +24,8 @@ else:
     except ImportError:
         _C = None
 
-RELEASE_BYTES = 8 << 20
-"""Mapped source bytes a thread may have touched before it gives their pages back."""
+RECENT_BYTES = 32 << 20
+"""Bytes of mapped sources that a runner keeps, all its threads together; older pages are given back."""
 
 
 def built() -> bool:
@@ -36,12 +36,12 @@ def built() -> bool:
 class Cpu:
     """Runs rows with the compiled module; `isa` forces an instruction set ("portable", "avx2", "avx512").
 
-    `release_bytes`: how much of mapped sources each thread may hold before it gives the pages back.
+    `recent_bytes`: how much of mapped sources a runner keeps before it gives pages back; 0 keeps all.
     Raises DeviceError when the module is not built or the machine lacks the instruction set."""
 
     name = "cpu"
 
-    def __init__(self, isa: str | None = None, release_bytes: int = RELEASE_BYTES) -> None:
+    def __init__(self, isa: str | None = None, recent_bytes: int = RECENT_BYTES) -> None:
         if not built():
             raise DeviceError(
                 "executor cpu: fastckpt._C is not built; install with a C++17 compiler, or use executor torch"
@@ -49,24 +49,25 @@ class Cpu:
         if isa is not None and isa not in _C.isas():
             raise DeviceError(f"executor cpu: no instruction set {isa!r} here; have {', '.join(_C.isas())}")
         self._isa = -1 if isa is None else _C.isas().index(isa)
-        self._release = release_bytes
+        self._recent = recent_bytes
 
     def bind(self, sources: Sequence[Buffer]) -> CpuRunner:
         """A runner over these source buffers; a buffer owned by a `_C.Mapping` has its pages given back."""
-        return CpuRunner(sources, self._isa, self._release)
+        return CpuRunner(sources, self._isa, self._recent)
 
 
 class CpuRunner:
     """`Cpu` with its sources; threads may share one."""
 
-    def __init__(self, sources: Sequence[Buffer], isa: int, release_bytes: int) -> None:
+    def __init__(self, sources: Sequence[Buffer], isa: int, recent_bytes: int) -> None:
         self._sources = tuple(sources)
         self._addresses = _addresses(self._sources)
         mapped = [b.nbytes if isinstance(b.owner, _C.Mapping) else 0 for b in self._sources]
-        self._mapped = np.array(mapped, np.uint64) if any(mapped) else None
+        self._recent = None
+        if any(mapped) and recent_bytes:
+            self._recent = _C.Recent(self._addresses, np.array(mapped, np.uint64), recent_bytes)
         self._faults = _C.faults()
         self._isa = isa
-        self._release = release_bytes
 
     def run(self, rows: Table, destinations: Sequence[Buffer], threads: int = 1) -> None:
         """Runs `rows` in order (in any order with `threads` > 1) into `destinations`.
@@ -81,8 +82,7 @@ class CpuRunner:
                 _addresses(destinations),
                 threads,
                 self._isa,
-                self._mapped,
-                self._release,
+                self._recent,
             )
         except ValueError as e:
             raise DeviceError(f"executor cpu: {e}") from None

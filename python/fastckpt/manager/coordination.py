@@ -104,18 +104,23 @@ class Meeting:
     def exchange(self, value: JSON) -> list[JSON]:
         """What every rank said, by rank. Raises ManagerError where a rank does not answer in time."""
         n, self._round = self._round, self._round + 1
-        self._write(f"{self._session}-{n}", value)
         answers: list[JSON] = []
         pause = _Pause(self._timeout)
-        while len(answers) < self.world:
-            found = self._read(f"{self._session}-{n}", len(answers))
-            if isinstance(found, list):
-                answers.append(found[0])
-            elif not pause.more():
-                raise ManagerError(
-                    f"rank {self.rank} of {self.world}: rank {len(answers)} did not answer in "
-                    f"{self._timeout:g} s"
-                )
+        try:
+            self._write(f"{self._session}-{n}", value)
+            while len(answers) < self.world:
+                found = self._read(f"{self._session}-{n}", len(answers))
+                if isinstance(found, list):
+                    answers.append(found[0])
+                elif not pause.more():
+                    raise ManagerError(
+                        f"rank {self.rank} of {self.world}: rank {len(answers)} did not answer in "
+                        f"{self._timeout:g} s"
+                    )
+        except OSError as e:
+            raise ManagerError(
+                f"rank {self.rank} of {self.world}: cannot reach the others: {self._directory}: {e.strerror}"
+            ) from None
         with suppress(OSError):  # all have answered this round, so all have read the one before
             os.unlink(self._path(f"{self._session}-{n - 1}", self.rank))
         return answers
@@ -147,22 +152,27 @@ class Meeting:
     def _write(self, what: str, value: JSON) -> None:
         path = self._path(what, self.rank)
         staged = f"{path}.{secrets.token_hex(4)}"
-        with open(staged, "w", encoding="utf-8") as f:
-            json.dump([value], f)
-        os.replace(staged, path)
+        try:
+            with open(staged, "w", encoding="utf-8") as f:
+                json.dump([value], f)
+            os.replace(staged, path)
+        except OSError:
+            with suppress(OSError):
+                os.unlink(staged)
+            raise
 
     def _read(self, what: str, rank: int) -> JSON:
-        """The one-element list a rank wrote; None where it did not."""
+        """The one-element list a rank wrote; None where it did not, or a crash left it torn in a dead run."""
         try:
             with open(self._path(what, rank), encoding="utf-8") as f:
                 found: JSON = json.load(f)
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             return None
         return found
 
 
 class _Pause:
-    """Waits longer each time, until the timeout."""
+    """Waits longer each time, until the timeout: always about a tenth of what was waited already."""
 
     def __init__(self, timeout: float) -> None:
         self._end, self._next = time.monotonic() + timeout, 0.001
@@ -170,7 +180,7 @@ class _Pause:
     def more(self) -> bool:
         """Wait a little; whether there is time left."""
         time.sleep(self._next)
-        self._next = min(self._next * 1.5, 0.1)
+        self._next = min(self._next * 1.1, 0.1)
         return time.monotonic() < self._end
 
 
@@ -204,10 +214,12 @@ _KINDS: tuple[type[FastckptError], ...] = (
 """Errors that keep their class across ranks. Of several ranks' errors, the first class here is raised."""
 
 
-def together(group: Group, what: str, work: Callable[[], JSON]) -> list[JSON]:
+def together(group: Group, what: str, work: Callable[[], JSON], *, at: str = "") -> list[JSON]:
     """Do `work` on every rank; its results by rank, or the same class of error on all of them.
 
-    Raises the first class of _KINDS that a rank failed with; an error of another kind is a ManagerError."""
+    `what` is for people, `what` and `at` for the ranks: one that is elsewhere has lost the others, and what
+    it says is not taken for an answer. Raises the first class of _KINDS that a rank failed with; an error of
+    another kind is a ManagerError."""
     value: JSON = None
     error: Exception | None = None
     try:
@@ -215,15 +227,19 @@ def together(group: Group, what: str, work: Callable[[], JSON]) -> list[JSON]:
     except (FastckptError, OSError, RuntimeError, ValueError, TypeError, MemoryError) as e:
         error = e
     kind = None if error is None else next((k for k, c in enumerate(_KINDS) if isinstance(error, c)), 0)
-    answers = group.exchange([value, kind, None if error is None else str(error) or type(error).__name__])
+    here = f"{what} {at}"
+    said = None if error is None else str(error) or type(error).__name__
+    answers = group.exchange([here, value, kind, said])
     values: list[JSON] = []
     failed: list[tuple[int, int, str]] = []
     for rank, answer in enumerate(answers):
         match answer:
-            case [said, None, None]:
-                values.append(said)
-            case [_, int(k), str(message)]:
+            case [there, answered, None, None] if there == here:
+                values.append(answered)
+            case [there, _, int(k), str(message)] if there == here:
                 failed.append((k, rank, message))
+            case [str(there), *_]:
+                raise ManagerError(f"rank {group.rank} is at {here.strip()}, rank {rank} at {there.strip()}")
             case _:
                 raise ManagerError(f"{what}: rank {rank} answered {answer!r}")
     if failed:

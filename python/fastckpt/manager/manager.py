@@ -247,7 +247,7 @@ class CheckpointManager:
             )  # fmt: skip
             return None
 
-        together(self._group, f"save of step {step}", prepare)
+        together(self._group, f"save of step {step}", prepare, at=str(votes[0][2]))
         if request is None:
             raise ManagerError(f"save of step {step}: nothing was prepared")
         self._last_save = time.monotonic()
@@ -308,8 +308,8 @@ class CheckpointManager:
 
     def _reachable(self, step: int) -> bool:
         """Whether every rank can reach its checkpoints now; says so where not."""
-        here = self._accessible_here(None)
-        lacking = [r for r, ok in enumerate(self._group.exchange(here)) if ok is not True]
+        said = together(self._group, f"reach for step {step}", lambda: self._accessible_here(None))
+        lacking = [r for r, ok in enumerate(said) if ok is not True]
         if lacking:
             warnings.warn(
                 f"step {step} is not saved: ranks {lacking[:8]} cannot reach checkpoints in {self.root}",

@@ -19,6 +19,9 @@ from ..digest import LEAF, combine, leaf_digests
 from ..dtypes import BY_NAME, DType
 from ..errors import ManagerError
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Types that are no DTensor for sure; importing DTensor takes half a second."""
+
 
 @dataclass(frozen=True, slots=True)
 class Box:
@@ -122,6 +125,8 @@ def box_of(name: str, tensor: torch.Tensor) -> Box | None:
     """This rank's box of a tensor cut over a mesh; None for any other tensor.
 
     Raises ManagerError for a cut that is no box (partial sums, strided shards)."""
+    if type(tensor) in _PLAIN:
+        return None
     from torch.distributed.tensor import DTensor, Replicate, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -136,11 +141,11 @@ def box_of(name: str, tensor: torch.Tensor) -> Box | None:
 
 def _local(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor | None, Box | None]:
     """The plain tensor this rank holds, and its box; None where it holds nothing of it."""
-    from torch.distributed.tensor import DTensor
-
     box = box_of(name, tensor)
-    if isinstance(tensor, DTensor):
-        if tensor.device_mesh.get_coordinate() is None:
+    if box is not None:
+        from torch.distributed.tensor import DTensor
+
+        if not isinstance(tensor, DTensor) or tensor.device_mesh.get_coordinate() is None:
             return None, None
         tensor = tensor.to_local()
         if tensor.numel() == 0:

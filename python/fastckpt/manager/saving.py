@@ -110,10 +110,10 @@ class _Save:
         self.claims: list[dict[str, Claim]] = []
         self.table: dict[str, Shared] = {}
         self.mine: list[Piece] = []
+        self.rounds = 0
 
     def run(self) -> Saved:
         """All of it."""
-        self._round(self._start)
         said = self._round(self._claim)
         self.claims = [{n: Claim.of(c) for n, c in s.items()} for s in said if isinstance(s, dict)]
         with ExitStack() as stack:
@@ -135,16 +135,15 @@ class _Save:
         return Saved(found, tuple(float(str(s)) for s, _ in pairs), tuple(ints([n for _, n in pairs])))
 
     def _round(self, work: Callable[[], JSON]) -> list[JSON]:
-        return together(self.group, f"save of step {self.request.step}", work)
+        self.rounds += 1
+        at = f"({self.request.token}, round {self.rounds})"
+        return together(self.group, f"save of step {self.request.step}", work, at=at)
 
-    def _start(self) -> JSON:
+    def _claim(self) -> JSON:
+        """What this rank holds, with digests; when all have said it the directory is there."""
         if self.disk.coordinator:
             self.store.take()
             self.store.begin(self.request.step, self.request.token)
-        return None
-
-    def _claim(self) -> JSON:
-        """What this rank holds, with digests."""
         pieces = list(self.request.taken.pieces.values())
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             digests = list(pool.map(lambda p: digest_of(p.data), pieces))
