@@ -226,7 +226,9 @@ def _from_masters(
             if at_stage_3
             else _frozen_whole(state, models[0], extents, where)
         )
-    masters = {name: entry for placed in layout for name, entry in placed.entries(extents).items()}
+    masters: dict[str, Entry] = {}
+    for placed in layout:
+        masters |= placed.entries(extents)
     if options.weights == "module":
         copies = _copies(layout, state, models[0], extents, where)
         check_copy(_one_axis(copies), _one_axis(masters), where)
