@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "endings": (),
     "files": CORE,
     "torchzip": (*CORE, "digest", "files"),
-    "manifest": (*CORE, "digest"),
+    "manifest": (*CORE, "digest", "files"),
     "commit": (*CORE, "syscalls", "manifest"),
     "writer": (*CORE, "digest", *FILES[:-1]),
     "verification": (*CORE, "digest", "finite", *FILES),

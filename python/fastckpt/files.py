@@ -70,7 +70,11 @@ class SlotTable(Sequence[Slot]):
     def __getitem__(self, i: int | slice) -> Slot | Sequence[Slot]:
         if isinstance(i, slice):
             return [self[k] for k in range(*i.indices(len(self)))]
-        return Slot(self.names[i], self.dtypes[i], self.shapes[i], int(self.offset[i]), int(self.nbytes[i]))
+        return Slot(self.names[i], *self.kind(i))
+
+    def kind(self, i: int) -> tuple[DType, tuple[int, ...], int, int]:
+        """Dtype, shape, offset and size of one tensor."""
+        return self.dtypes[i], self.shapes[i], int(self.offset[i]), int(self.nbytes[i])
 
     def __iter__(self) -> Iterator[Slot]:
         where = self.offset.tolist(), self.nbytes.tolist()

@@ -225,15 +225,13 @@ class ToFiles:
 
     def close(self, threads: int) -> None:
         """Close every file, several at a time: what is known only now, and the wait for the disk."""
-        members: list[list[int]] = [[] for _ in self.files]
-        for i, t in enumerate(self.tensors):
-            members[t.file].append(i)
+        names = self.tensors.made.names
 
         def close(number: int) -> None:
             file = self.files[number]
-            names = [(i, self.tensors[i].name) for i in members[number]]
-            crcs = {name: self.tensor_crc(i) for i, name in names} if file.layout.crc else {}
-            file.close(crcs, {name: self.tensor_digest(i) for i, name in names})
+            own = np.flatnonzero(self.tensors.file == number).tolist()
+            crcs = {names[i]: self.tensor_crc(i) for i in own} if file.layout.crc else {}
+            file.close(crcs, {names[i]: self.tensor_digest(i) for i in own})
 
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(close, range(len(self.files))))

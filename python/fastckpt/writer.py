@@ -21,7 +21,7 @@ from .digest import LEAF, combine, digest, digest64
 from .endings import Endings
 from .errors import SourceError, WriteError
 from .files import FileLayout
-from .manifest import NAME, FileEntry, Manifest, Record, Shard, TensorEntry, inside, rank_of
+from .manifest import NAME, FileEntry, Manifest, Record, Shard, TensorTable, inside, rank_of
 
 _EARLY = 1 << 18
 """Writes of this many bytes are started on their way to disk at once; smaller ones wait for company."""
@@ -117,7 +117,7 @@ class Output:
         self._names: set[str] = set()
         self._shared: dict[str, FileEntry] = {}
         self._files: dict[int, dict[str, FileEntry]] = {}
-        self._tensors: dict[int, dict[str, TensorEntry]] = {}
+        self._tensors: dict[int, TensorTable] = {}
         self._aliases: dict[int, dict[str, str]] = {}
         self._lock = threading.Lock()
         self._committed = False
@@ -208,7 +208,7 @@ class Output:
             raise WriteError(f"{self._open[0].layout.path}: was not closed")
         ranks = range(self.world) if self.rank is None else (self.rank,)
         shards = tuple(
-            Shard(r, self._files.get(r, {}), self._tensors.get(r, {}), self._aliases.get(r, {}))
+            Shard(r, self._files.get(r, {}), self._tensors.get(r, TensorTable()), self._aliases.get(r, {}))
             for r in ranks
         )
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -260,13 +260,12 @@ class Output:
         """Enter a closed file into the record."""
         layout = file.layout
         with self._lock:
-            tensors = self._tensors.setdefault(file.rank, {})
-            for s in layout.slots:
-                if s.name in tensors:
-                    raise WriteError(f"{layout.path}: {s.name} is also in {tensors[s.name].file}")
-                tensors[s.name] = TensorEntry(
-                    layout.path, s.dtype, s.shape, s.offset, s.nbytes, digests[s.name]
-                )
+            tensors = self._tensors.setdefault(file.rank, TensorTable())
+            twice = next((name for name in layout.slots.names if name in tensors), None) if tensors else None
+            if twice is not None:
+                raise WriteError(f"{layout.path}: {twice} is also in {tensors[twice].file}")
+            found = np.fromiter((int(digests[name], 16) for name in layout.slots.names), np.uint64)
+            tensors.add(layout.path, layout.slots, found)
             self._files.setdefault(file.rank, {})[layout.path] = entry
             self._aliases.setdefault(file.rank, {}).update(layout.aliases)
             self._place.settle(layout.path, file._staged)
