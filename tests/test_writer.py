@@ -367,7 +367,7 @@ def test_impatience_leaves_nothing(tmp_path: Path, rank: int | None, second: str
     program = f"""
 import os, shutil, signal, sys
 from fastckpt.writer import Output
-from fastckpt.files import FileLayout
+from fastckpt.files import FileLayout, SlotTable
 signals = [signal.{second}]
 def again(real):
     def call(*args, **kwargs):
@@ -377,7 +377,7 @@ def again(real):
     return call
 try:
     with Output({str(tmp_path / "new" / "out")!r}, key="k", rank={rank}) as out:
-        out.create(FileLayout("sub/x", 3, (), ((0, b"abc"),)))
+        out.create(FileLayout("sub/x", 3, SlotTable.of((), (), ()), ((0, b"abc"),)))
         shutil.rmtree, os.unlink = again(shutil.rmtree), again(os.unlink)
         signal.raise_signal(signal.SIGINT)
 except KeyboardInterrupt:
