@@ -237,8 +237,11 @@ class Sizes:
     """What a layout cuts, known before any view is built.
 
     `widths`: config key -> feed-forward width, one for each kind of block the model has; `experts`: how many
-    a layer has at most, and `expert_width` the key of their width; `fused_qkv`: the hub stores q, k and v as
-    one. With latent attention `kv_heads` is `heads` and `head_dim` a value head's."""
+    a layer has at most, and `expert_width` the key of their width, `shared_width` that of shared ones;
+    `fused_qkv`: the hub stores q, k and v as one. With latent attention `kv_heads` is `heads` and `head_dim`
+    a value head's. `block`: so many neighbouring outputs or inputs of a quantised matrix share a scale.
+    `head_keys`: config's keys for `heads`, `kv_heads` and `head_dim` ("": said otherwise), None where those
+    three cannot be said apart; `vocab_key`: that for `vocab`."""
 
     hidden: int
     vocab: int
@@ -249,6 +252,10 @@ class Sizes:
     experts: int = 0
     expert_width: str = ""
     fused_qkv: bool = False
+    shared_width: str = ""
+    block: int = 1
+    head_keys: tuple[str, str, str] | None = None
+    vocab_key: str = "vocab_size"
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +277,21 @@ class Encoder:
     layers: Layers
     norm: Norm | None = None
     positions: Embedding | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A further layer that predicts one more token (DeepSeek-V3's multi-token prediction): `join` [hidden,
+    2 * hidden] reads the normed `embedding` of the next token and the normed hidden state; then come `layer`,
+    `norm` and `head`. Without an embedding or a head of its own it uses the model's."""
+
+    layer: Layer
+    embedding_norm: Norm
+    hidden_norm: Norm
+    join: Linear
+    norm: Norm
+    embedding: Embedding | None = None
+    head: Linear | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,5 +317,6 @@ class Model:
     encoder: Encoder | None = None
     carried: tuple[Parameter, ...] = ()
     cuts: HubCuts = field(default_factory=HubCuts)
+    predictions: Lazy[Prediction] = field(default_factory=lambda: Lazy(()))
     parallel: bool = False
     alibi: bool = False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
+from typing import ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints, runtime_checkable
 
 from ..checkpoint import Checkpoint
 from ..errors import LayoutError
@@ -23,7 +23,7 @@ from .rtp_llm import RtpLlm
 from .same import Same
 from .vllm import Vllm
 
-__all__ = ["LAYOUTS", "ByNames", "ByRoles", "Layout", "Naming", "Patterns", "layout"]
+__all__ = ["LAYOUTS", "VERSION", "ByNames", "ByRoles", "Layout", "Naming", "Patterns", "Resizes", "layout"]
 
 
 class ByRoles(Protocol):
@@ -50,6 +50,14 @@ class ByNames(Protocol):
         """The names of that rank's files."""
 
 
+@runtime_checkable
+class Resizes(Protocol):
+    """A layout that may pad sizes which the server reads from config.json."""
+
+    def resized(self, model: Model, placement: Placement) -> Mapping[str, int]:
+        """The keys that must say another number, and the number. Raises LayoutError where none can."""
+
+
 Layout = ByRoles | ByNames
 
 LAYOUTS: dict[str, type[Same] | type[Hf] | type[Vllm] | type[RtpLlm] | type[Megatron]] = {
@@ -60,6 +68,11 @@ LAYOUTS: dict[str, type[Same] | type[Hf] | type[Vllm] | type[RtpLlm] | type[Mega
     "megatron": Megatron,
 }
 """Name -> layout."""
+
+
+VERSION = 1
+"""Of all layouts together: raised when one of them makes other tensors of the same model and options. It
+stands in the record, because shards are taken apart by asking the layout again."""
 
 
 def layout(name: str, options: Mapping[str, str] | None = None) -> Layout:

@@ -8,14 +8,15 @@ their hub fuses is then cut part by part, as packed_colwise does, or group by gr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from ..errors import LayoutError
-from ..model import Attention, Experts, Layers, Mla, Mlp, Model, Stacks
+from ..model import Attention, Experts, Layer, Mla, Mlp, Model, Prediction, Stacks
 from ..placement import Placement
 from ..target import Target
+from ..views import View
 from .cuts import (
     bias,
     in_part,
@@ -32,16 +33,28 @@ from .cuts import (
     stored,
 )
 from .naming import Naming, ranked
+from .padding import padded, resized
 
 WHOLE = Placement()
 
 
 @dataclass(frozen=True, slots=True)
 class Hf:
-    """`replicate_kv`: with fewer kv heads than ranks, repeat them; transformers itself cannot run that."""
+    """`replicate_kv`: with fewer kv heads than ranks, repeat them; transformers itself cannot run that.
+    `pad`, `multiple`: heads and widths that do not divide are padded with zeros (layouts/padding.py), each
+    rank's width to a multiple. `vocab_padding`: the vocabulary is padded with zero rows to a multiple of it;
+    the logits of tokens that are none are then 0."""
 
     replicate_kv: bool = False
+    pad: bool = False
+    multiple: int = 1
+    vocab_padding: int = 1
     roles: ClassVar[Literal[True]] = True
+
+    def __post_init__(self) -> None:
+        for name in ("multiple", "vocab_padding"):
+            if getattr(self, name) < 1:
+                raise LayoutError(f"layout hf: {name} must be at least 1, got {getattr(self, name)}")
 
     def targets(self, model: Model, placement: Placement) -> Iterator[Target]:
         """The rank's tensors; a tied lm_head is left out, the config says it is tied.
@@ -49,6 +62,7 @@ class Hf:
         Raises LayoutError, before the first target, where heads, kv heads, a feed-forward width or the
         vocabulary do not divide by tp, and for pp, dp or ep."""
         require_tensor_parallel("hf", placement)
+        model = self._padded(model, placement)
         if "attention" not in model.cuts.whole:
             self._require_heads(model, placement)
         for key, width in model.sizes.widths.items():
@@ -57,9 +71,33 @@ class Hf:
         require_even("hf", placement, "vocab_size", model.sizes.vocab)
         return _targets(model, placement)
 
+    def resized(self, model: Model, placement: Placement) -> Mapping[str, int]:
+        """What config.json must say otherwise. Raises LayoutError where it cannot."""
+        return resized(model.family, model.sizes, self._padded(model, placement).sizes)
+
     def naming(self, placement: Placement) -> Naming:
         """The hub's names, at tp > 1 inside `rank-00/` and so on."""
         return ranked(placement.tp, placement.tp_rank)
+
+    def _padded(self, model: Model, placement: Placement) -> Model:
+        if self.pad:
+            model = padded(model, placement.tp, placement.tp, self.multiple)
+        if model.sizes.vocab % self.vocab_padding == 0:
+            return model
+        head, vocab = model.lm_head, -(-model.sizes.vocab // self.vocab_padding) * self.vocab_padding
+
+        def grown(view: View) -> View:
+            return view.pad(0, 0, vocab - view.shape[0])
+
+        bias = None if head.bias is None else grown(head.bias)
+        if len(model.predictions):
+            raise LayoutError(f"layout hf: the tables of {model.family}'s prediction layers are not padded")
+        return replace(
+            model,
+            sizes=replace(model.sizes, vocab=vocab),
+            embedding=replace(model.embedding, weight=grown(model.embedding.weight)),
+            lm_head=replace(head, weight=grown(head.weight), bias=bias),
+        )
 
     def _require_heads(self, model: Model, placement: Placement) -> None:
         sizes = model.sizes
@@ -95,11 +133,26 @@ def _targets(model: Model, placement: Placement) -> Iterator[Target]:
     yield from norm(model.norm)
     head = out_part(model.lm_head, rank, tp)
     yield from bias(head) if model.tied else stored(head)
+    for prediction in model.predictions:
+        yield from _prediction(prediction, model, placement)
     for role in model.carried:
         yield from parameter(role)
 
 
-def _layers(layers: Layers, model: Model, placement: Placement) -> Iterator[Target]:
+def _prediction(role: Prediction, model: Model, placement: Placement) -> Iterator[Target]:
+    tp, rank = placement.tp, placement.tp_rank
+    if role.embedding is not None:
+        yield Target(f"{role.embedding.name}.weight", role.embedding.weight.part(0, rank, tp))
+    for each in (role.embedding_norm, role.hidden_norm):
+        yield from norm(each)
+    yield from stored(role.join)
+    yield from _layers([role.layer], model, placement)
+    yield from norm(role.norm)
+    if role.head is not None:
+        yield from stored(out_part(role.head, rank, tp))
+
+
+def _layers(layers: Iterable[Layer], model: Model, placement: Placement) -> Iterator[Target]:
     for layer in layers:
         yield from norm(layer.attention_norm)
         yield from _attention(layer.attention, model, placement)

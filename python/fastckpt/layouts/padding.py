@@ -1,57 +1,125 @@
 """Zero heads and zero widths, so that sizes which tp does not divide can be cut evenly.
 
 A zero query head's output is multiplied by zero columns of o, a zero unit of a feed-forward block by zero
-columns of down: the sums are the same numbers. The server's config must say the padded sizes.
+columns of down: the sums are the same numbers. `resized` says what the server's config must say then.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 
 from ..errors import LayoutError
-from ..model import Attention, Experts, Layer, Layers, Lazy, Linear, Mla, Mlp, Model, Parameter, Sizes, Stacks
+from ..model import (
+    Attention,
+    Experts,
+    Layer,
+    Layers,
+    Lazy,
+    Linear,
+    Mla,
+    Mlp,
+    Model,
+    Parameter,
+    Prediction,
+    Sizes,
+    Stacks,
+)
 from ..views import View
 
 
-def padded(model: Model, tp: int, experts: int) -> Model:
-    """The model with heads that `tp` can cut or repeat, and with widths that divide by `tp`, an expert's by
-    `experts`, the ranks that cut it; between blocks of fp8 where it has them.
+def padded(model: Model, tp: int, experts: int, multiple: int = 1) -> Model:
+    """The model with heads that `tp` can cut or repeat, and with widths of which each rank gets a multiple of
+    `multiple`, and whole blocks where the source has scales of blocks; an expert's width is cut by `experts`.
 
     Query heads stay with the kv head they read: kv heads are added with all their queries, or, where there
-    are fewer kv heads than ranks, queries to every kv head. A layer raises LayoutError where heads of a
-    matrix with block factors would have to move."""
-    sizes = _sizes(model.sizes, tp, experts)
-    layers = [partial(_layer, model, sizes, i, tp, experts) for i in range(len(model.layers))]
-    return replace(model, sizes=sizes, layers=Layers(layers))
+    are fewer kv heads than ranks, queries to every kv head. Raises LayoutError for a model that is no decoder
+    and for sizes that go with another that is padded otherwise; a layer, where heads of a quantised matrix
+    would have to move."""
+    if model.encoder is not None:
+        raise LayoutError(f"pad: {model.family} has an encoder, which is not padded")
+    sizes = _sizes(model.sizes, tp, experts, multiple)
+    old, layers, further = model.sizes, model.layers, model.predictions
+    return replace(
+        model,
+        sizes=sizes,
+        layers=Layers([partial(_nth, layers, i, old, sizes) for i in range(len(layers))]),
+        predictions=Lazy([partial(_prediction, further, i, old, sizes) for i in range(len(further))]),
+    )
 
 
-def _sizes(sizes: Sizes, tp: int, experts: int) -> Sizes:
+def resized(family: str, old: Sizes, new: Sizes) -> dict[str, int]:
+    """The config keys that must say another number, and the number, so that a server builds the padded model.
+
+    Raises LayoutError where no key says it."""
+    out: dict[str, int] = {}
+    if (old.heads, old.kv_heads) != (new.heads, new.kv_heads):
+        if new.head_keys is None:
+            raise LayoutError(f"pad: the config of {family} cannot say {new.heads} heads of {new.head_dim}")
+        numbers = new.heads, new.kv_heads, new.head_dim
+        out |= {key: n for key, n in zip(new.head_keys, numbers, strict=True) if key}
+    for key, width in new.widths.items():
+        if width == old.widths[key] or _factor(old, key):
+            continue
+        said = key.partition(" or ")[0]
+        if not said.isidentifier():
+            raise LayoutError(f"pad: the config of {family} cannot say that {key} is {width}")
+        out[said] = width
+    if new.vocab != old.vocab:
+        out[new.vocab_key] = new.vocab
+    return out
+
+
+def _factor(sizes: Sizes, key: str) -> int:
+    """How many expert widths a width is by the config's own rule ("n_shared_experts * ..."); 0 for others."""
+    follows = key != sizes.expert_width and key.endswith(f"* {sizes.expert_width}")
+    return sizes.widths[key] // sizes.widths[sizes.expert_width] if follows else 0
+
+
+def _sizes(sizes: Sizes, tp: int, experts: int, multiple: int) -> Sizes:
     kv, group = sizes.kv_heads, sizes.heads // sizes.kv_heads
     if kv >= tp:
         kv = _up(kv, tp)
     else:
         kv = next(n for n in range(kv, tp + 1) if tp % n == 0)
         group = _up(group, tp // kv)
+    unit = math.lcm(sizes.block, multiple)
     widths = {
-        key: _up(width, experts if key == sizes.expert_width else tp) for key, width in sizes.widths.items()
+        key: _up(width, unit * (experts if key == sizes.expert_width else tp))
+        for key, width in sizes.widths.items()
     }
+    for key in widths:
+        if factor := _factor(sizes, key):
+            widths[key] = factor * widths[sizes.expert_width]
+            if widths[key] % (unit * tp):
+                raise LayoutError(
+                    f"pad: {key} would be {widths[key]}, which does not divide by tp {tp} times {unit}"
+                )
     return replace(sizes, heads=kv * group, kv_heads=kv, widths=widths)
 
 
-def _layer(model: Model, new: Sizes, index: int, tp: int, experts: int) -> Layer:
-    layer, old = model.layers[index], model.sizes
+def _nth(layers: Layers, index: int, old: Sizes, new: Sizes) -> Layer:
+    return _layer(layers[index], old, new)
+
+
+def _prediction(further: Lazy[Prediction], index: int, old: Sizes, new: Sizes) -> Prediction:
+    return replace(further[index], layer=_layer(further[index].layer, old, new))
+
+
+def _layer(layer: Layer, old: Sizes, new: Sizes) -> Layer:
     attention, mlp = layer.attention, layer.mlp
     if (old.heads, old.kv_heads) != (new.heads, new.kv_heads):
         if isinstance(attention, Mla):
             attention = _latent(attention, old, new)
         else:
             attention = _attention(attention, old, new)
-    return replace(
-        layer,
-        attention=attention,
-        mlp=_experts(mlp, tp, experts) if isinstance(mlp, Experts) else _mlp(mlp, tp),
-    )
+    if isinstance(mlp, Experts):
+        return replace(layer, attention=attention, mlp=_experts(mlp, new))
+    dense = {old.widths[k]: w for k, w in new.widths.items() if k not in (new.expert_width, new.shared_width)}
+    if not dense:  # every block is an expert's
+        dense = {old.widths[k]: w for k, w in new.widths.items()}
+    return replace(layer, attention=attention, mlp=_mlp(mlp, dense[mlp.up.shape[0]]))
 
 
 def _attention(attention: Attention, old: Sizes, new: Sizes) -> Attention:
@@ -86,16 +154,15 @@ def _latent(attention: Mla, old: Sizes, new: Sizes) -> Mla:
     )
 
 
-def _experts(moe: Experts, tp: int, experts: int) -> Experts:
-    each = [partial(_expert, moe, e, experts) for e in range(len(moe.experts))]
-    shared = None if moe.shared is None else _mlp(moe.shared, tp)
-    stacks = None if moe.stacks is None else _stacks(moe.stacks, experts)
+def _experts(moe: Experts, new: Sizes) -> Experts:
+    width = new.widths[new.expert_width]
+    each = [partial(_expert, moe, e, width) for e in range(len(moe.experts))]
+    shared = None if moe.shared is None else _mlp(moe.shared, new.widths[new.shared_width])
+    stacks = None if moe.stacks is None else _stacks(moe.stacks, width)
     return replace(moe, experts=Lazy(each), shared=shared, stacks=stacks)
 
 
-def _stacks(stacks: Stacks, count: int) -> Stacks:
-    width = _up(stacks.down.view.shape[1], count)
-
+def _stacks(stacks: Stacks, width: int) -> Stacks:
     def grown(role: Parameter, axis: int, size: int) -> Parameter:
         return Parameter(role.name, _grown(role.view, axis, size))
 
@@ -107,14 +174,11 @@ def _stacks(stacks: Stacks, count: int) -> Stacks:
     )
 
 
-def _expert(moe: Experts, index: int, count: int) -> Mlp:
-    return _mlp(moe.experts[index], count)
+def _expert(moe: Experts, index: int, width: int) -> Mlp:
+    return _mlp(moe.experts[index], width)
 
 
-def _mlp(mlp: Mlp, count: int) -> Mlp:
-    """The same block as wide as `count` ranks can cut."""
-    block = max((b.unit[0] for b in mlp.up.beside), default=1)
-    width = _up(mlp.up.shape[0], count * max(block, 1))
+def _mlp(mlp: Mlp, width: int) -> Mlp:
     gate = None if mlp.gate is None else _out_padded(mlp.gate, width)
     return replace(mlp, gate=gate, up=_out_padded(mlp.up, width), down=_in_padded(mlp.down, width))
 

@@ -66,7 +66,16 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
     at = "transformer.encoder"
     return Model(
         family="chatglm",
-        sizes=Sizes(hidden.size, vocab, heads, kv_heads, head_dim, {width.key: width.size}),
+        sizes=Sizes(
+            hidden.size,
+            vocab,
+            heads,
+            kv_heads,
+            head_dim,
+            {width.key: width.size},
+            head_keys=("num_attention_heads", "multi_query_group_num", "") if shared else None,
+            vocab_key="padded_vocab_size",
+        ),
         embedding=embedding,
         layers=Layers([layer(f"{at}.layers.{i}") for i in range(integer(config, "num_layers"))]),
         norm=claims.norm(f"{at}.final_layernorm", hidden)(),

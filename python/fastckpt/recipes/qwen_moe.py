@@ -54,7 +54,15 @@ def recipe(
         return with_shared(routed, beside, gate)
 
     return decoder(
-        kind, claims, config, vocab_size, feed_forward, widths, experts=count.size, expert_width=width.key
+        kind,
+        claims,
+        config,
+        vocab_size,
+        feed_forward,
+        widths,
+        experts=count.size,
+        expert_width=width.key,
+        shared_width="shared_expert_intermediate_size" if kind.family == QWEN2_MOE.family else "",
     )
 
 
