@@ -136,12 +136,12 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("manager",),
         ("runner", "commands"),
     ),
-    "engines": (("__init__", "vllm_loader"), ("vllm",)),
+    "engines": (("__init__", "asked"), ("vllm_loader", "sglang"), ("vllm",)),
     "executors": (("torch", "cpu", "cuda"), ("__init__",)),
 }
 """Cells within a package: a module imports siblings from cells before its own only."""
 
-TORCH = {"executors/torch", "executors/cuda", "tensors", "device", "engines/vllm_loader"}
+TORCH = {"executors/torch", "executors/cuda", "tensors", "device", "engines/vllm_loader", "engines/sglang"}
 TORCH |= {
     f"manager/{m}"
     for m in [
