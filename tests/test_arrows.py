@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "target": (*CORE[:4], "schemes"),
     "model": CORE,
     # Sources never see models; recipes and layouts never see files; none of them sees a plan.
-    "sources": (*CORE, "collector"),
+    "sources": (*CORE, "collector", "digest"),
     "recipes": PLAIN,
     "layouts": PLAIN,
     "lowrank": CORE,
@@ -109,7 +109,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("shards", "zero_parts"),
         # one format each
         ("zero", "safetensors", "statedict", "memory"),
-        ("served", "peft"),  # what fastckpt or PEFT wrote, in the two formats before them
+        ("served", "peft", "training"),  # what fastckpt or PEFT wrote, in the two formats before them
         ("__init__",),
     ),
     "recipes": (
@@ -122,7 +122,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "layouts": (
         ("naming", "cuts", "servers", "padding", "engines"),
         ("rtp_merge", "rtp_split", "rtp_weights"),  # rtp-llm's catalogue, of which its layout is made
-        ("rtp_roles",),
+        ("rtp_roles", "rtp_rope"),
         ("same", "hf", "vllm", "rtp_llm", "megatron", "patterns"),
         ("__init__",),
     ),
@@ -134,12 +134,12 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("manager",),
         ("runner", "commands"),
     ),
-    "engines": (("__init__", "vllm_loader"), ("vllm",)),
+    "engines": (("__init__", "asked"), ("vllm_loader", "sglang"), ("vllm",)),
     "executors": (("torch", "cpu", "cuda"), ("__init__",)),
 }
 """Cells within a package: a module imports siblings from cells before its own only."""
 
-TORCH = {"executors/torch", "executors/cuda", "tensors", "device", "engines/vllm_loader"}
+TORCH = {"executors/torch", "executors/cuda", "tensors", "device", "engines/vllm_loader", "engines/sglang"}
 TORCH |= {
     f"manager/{m}"
     for m in [

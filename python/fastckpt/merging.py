@@ -72,6 +72,14 @@ class MergingLane:
             self._make(rows[i : i + 1].copy(), destinations)
         self.bytes_read = self.lane.bytes_read
 
+    def direct(self, rows: Table, nbytes: int) -> memoryview | None:
+        """What the inner lane has as it is."""
+        if np.isin(rows["src_buffer"], list(self.reader.made)).any():
+            return None
+        found = self.lane.direct(rows, nbytes)
+        self.bytes_read = self.lane.bytes_read
+        return found
+
     def _make(self, row: Table, destinations: Sequence[Buffer]) -> None:
         matrix = self.reader.made[int(row["src_buffer"][0])]
         assert isinstance(matrix, (LowRank, Parts))

@@ -295,6 +295,29 @@ class Encoder:
 
 
 @dataclass(frozen=True, slots=True)
+class Yarn:
+    """How YaRN stretches rotary positions: the context is `factor` times the `original` one. `beta_fast`,
+    `beta_slow`: turns within it beyond and below which nothing and everything is stretched; `mscale`,
+    `mscale_all_dim`: how attention is scaled."""
+
+    factor: float
+    original: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary positions of `dim` features: frequency i is base ** (-2 i / dim)."""
+
+    dim: int
+    base: float
+    yarn: Yarn | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
     """A further layer that predicts one more token (DeepSeek-V3's multi-token prediction): `join` [hidden,
     2 * hidden] reads the normed `embedding` of the next token and the normed hidden state; then come `layer`,
@@ -317,7 +340,8 @@ class Model:
     names the embedding itself. `positions`: a learned position table. `embedding_norm`: a norm of the
     embedded tokens. `carried`: tensors that no server cuts. `ignored`: the names of the checkpoint that the
     recipe knows and leaves out. `parallel`: attention and the feed-forward block of a layer read the same
-    input, side by side. `alibi`: attention is biased by ALiBi's slopes, which are no tensors of the hub."""
+    input, side by side. `alibi`: attention is biased by ALiBi's slopes, which are no tensors of the hub.
+    `rope`: the rotary positions of latent attention."""
 
     family: str
     sizes: Sizes
@@ -335,3 +359,4 @@ class Model:
     predictions: Lazy[Prediction] = field(default_factory=lambda: Lazy(()))
     parallel: bool = False
     alibi: bool = False
+    rope: Rope | None = None

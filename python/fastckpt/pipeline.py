@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
@@ -47,46 +48,55 @@ AHEAD = 32
 
 
 class _Waiting(Generic[Item]):
-    """Batches between the caller that makes them and the workers that run them."""
+    """Batches between the caller that makes them and the workers that run them, by the place they go to."""
 
     def __init__(self, room: int, place: Callable[[Item], int]) -> None:
         self._room, self._place = room, place
-        self._items: list[Item] = []
+        self._queues: dict[int, deque[tuple[int, Item]]] = {}  # place -> (turn, item)
         self._busy: list[int] = []  # the places of the items that run
+        self._made = self._taken = 0
         self._ended = False
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        self._more, self._less = threading.Condition(lock), threading.Condition(lock)
 
     def put(self, item: Item) -> None:
         """Add one; waits while there is no room."""
-        with self._changed:
-            while len(self._items) >= self._room:
-                self._changed.wait()
-            self._items.append(item)
-            self._changed.notify_all()
+        with self._less:
+            while self._made - self._taken >= self._room:
+                self._less.wait()
+            self._queues.setdefault(self._place(item), deque()).append((self._made, item))
+            self._made += 1
+            self._more.notify()
 
     def end(self) -> None:
         """No more will come."""
-        with self._changed:
+        with self._more:
             self._ended = True
-            self._changed.notify_all()
+            self._more.notify_all()
 
-    def take(self) -> Item | None:
-        """The next item, the first whose place nobody works on if there is one; None at the end."""
-        with self._changed:
-            while not self._items:
+    def take(self) -> tuple[int, Item] | None:
+        """The next item and its place: of those whose place nobody works on, if there are any; None at the
+        end. To be followed by `done`."""
+        with self._more:
+            while not self._queues:
                 if self._ended:
                     return None
-                self._changed.wait()
-            free = (i for i, item in enumerate(self._items) if self._place(item) not in self._busy)
-            item = self._items.pop(next(free, 0))
-            self._busy.append(self._place(item))
-            self._changed.notify_all()
-            return item
+                self._more.wait()
+            free = [p for p in self._queues if p not in self._busy]
+            place = min(free or self._queues, key=lambda p: self._queues[p][0][0])
+            _, item = self._queues[place].popleft()
+            if not self._queues[place]:
+                del self._queues[place]
+            self._busy.append(place)
+            self._taken += 1
+            if self._made - self._taken <= self._room // 2:  # the caller is not woken for each
+                self._less.notify()
+            return place, item
 
-    def done(self, item: Item) -> None:
-        """An item that was taken has run."""
-        with self._changed:
-            self._busy.remove(self._place(item))
+    def done(self, place: int) -> None:
+        """An item of that place has run."""
+        with self._more:
+            self._busy.remove(place)
 
 
 def feed(
@@ -107,7 +117,8 @@ def feed(
     stop = threading.Event()
 
     def work(worker: Callable[[Item], None]) -> None:
-        while (batch := waiting.take()) is not None:
+        while (taken := waiting.take()) is not None:
+            place, batch = taken
             try:
                 if not stop.is_set():
                     worker(batch)
@@ -115,7 +126,7 @@ def feed(
             except BaseException as error:  # carried to the caller's thread, which raises it
                 errors.append(error)
                 stop.set()
-            waiting.done(batch)
+            waiting.done(place)
 
     def report() -> None:
         while not finished.empty():
@@ -183,8 +194,10 @@ class ToFiles:
 
         def run(batch: Batch) -> None:
             n = batch.stop - batch.start
-            filled = whole[:n]
-            lane.run(batch.rows, [Buffer(staging, address, n)])
+            filled = lane.direct(batch.rows, n)
+            if filled is None:
+                filled = whole[:n]
+                lane.run(batch.rows, [Buffer(staging, address, n)])
             self.leaves[batch.leaf] = leaf_digests(filled, batch.leaf_offset, batch.leaf_size)
             if self.files[batch.file].layout.crc:
                 for at, length, leaf in zip(

@@ -91,9 +91,9 @@ class Vllm:
         all tp * dp ranks cut their widths, or with ep = tp * dp share them out. Raises LayoutError, before
         the first target, where heads, a feed-forward width or the padded vocabulary do not divide, where kv
         heads neither divide nor repeat evenly, for more stages than layers, for another ep, for a model that
-        is no decoder, and for a family the engine was not compared on."""
+        is no decoder, and for a family the engine's table lacks."""
         engine = served(self.engine, model.family) if self.engine else None
-        if engine is not None and engine.tied == "head" and self.tied == "files":
+        if engine is not None and engine.unties and engine.tied == "head" and self.tied == "files":
             model = replace(model, tied=False)
         model = self._padded(model, placement)
         share = expert_share("vllm", placement, model.sizes)
