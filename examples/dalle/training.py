@@ -145,7 +145,7 @@ class Run:
 
 
 class Training:
-    """The loop. Saves before the first step, every `save_every` steps, after every epoch, and after an error."""
+    """The loop. Saves before the first step, every `save_every` steps, every epoch, and after an error."""
 
     def __init__(self, trainer: Trainer, told: Mapping[str, object], run: Run) -> None:
         self.trainer, self.told, self.run = trainer, told, run

@@ -170,3 +170,21 @@ def test_under_deepspeed(tmp_path: Path) -> None:
     refused = subprocess.run(asked, capture_output=True, text=True, timeout=300, check=False)
     assert refused.returncode == 1 and "fastckpt consolidate" in refused.stderr
     assert set(torch.load(aux, weights_only=True)) == {"weights", "hparams", "vae_params", "epoch"}
+
+    failed = tmp_path / "failed"
+    failed.mkdir()
+    (failed / "vae").symlink_to(tmp_path / "run/vae")
+    ranks = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(EXAMPLE / "train.py"),
+    ]
+    asked = [*ranks, "dalle", "--deepspeed", "--smoke", "--fail-at", "13"]
+    asked += ["--data", str(tmp_path / "data"), "--out", str(failed)]
+    env["OMP_NUM_THREADS"] = "1"
+    done = subprocess.run([sys.executable, *asked], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode and "rank 0: saving step 13 after an error: another rank" in done.stdout
+    assert fastckpt.verify(failed / "dalle/checkpoints/step-00000013").ok
