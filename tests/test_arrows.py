@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "target": (*CORE[:4], "schemes"),
     "model": CORE,
     # Sources never see models; recipes and layouts never see files; none of them sees a plan.
-    "sources": (*CORE, "collector"),
+    "sources": (*CORE, "collector", "digest"),
     "recipes": PLAIN,
     "layouts": PLAIN,
     "lowrank": CORE,
@@ -51,10 +51,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "manifest": (*CORE, "digest"),
     "commit": (*CORE, "syscalls", "manifest"),
     "writer": (*CORE, "digest", *FILES[:-1]),
-    "verification": (*CORE, "digest", "finite", *FILES),
+    "verification": (*CORE, "digest", "finite", *FILES, "expectation"),
     # The way back, through sources, recipes and layouts.
     "inverse": CORE,
     "joining": (*PLAIN, "collector", "digest", "manifest", "inverse", "sources", "recipes", "layouts"),
+    "expectation": (*PLAIN, "manifest", "sources", "layouts", "joining"),
     "adapters": (*CORE, "lowrank", "sources", "layouts"),
     # The spine.
     "plancache": (*CORE, "planner"),
@@ -75,17 +76,21 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "pipeline": (*CORE, "digest", "finite", "planner", "plans", "reader", *FILES),
     "quantising": (*CORE, "planner", "plans", "schemes", "quantplan", "rounding", "reader"),
-    "tensors": (*CORE, "planner", "plans"),
+    "tensors": (*CORE, "planner", "plans", "syscalls"),
     "device": (*CORE, "lowrank", "digest", "planner", "plans", "reader", "pipeline", "executors"),
 }
 MAY_IMPORT["runs"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")
 # The doors stand side by side; what writes their words stands before them. `__init__` holds the version.
 MAY_IMPORT["text"] = CORE
+MAY_IMPORT["drawing"] = ()
+MAY_IMPORT["losses"] = (*CORE, "text", "drawing")
 MAY_IMPORT["manager"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["terminal"] = (*CORE, "text")
 MAY_IMPORT["arguments"] = (*CORE, "text", "manager", "__init__")
 SPINE = (*MAY_IMPORT, "__init__", "_C")
+# An engine's plug-in mechanism opens these; nothing here imports them.
+MAY_IMPORT["engines"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT |= {door: SPINE for door in ("describe", "outline", "difference", "doctor", "zero_to_fp32")}
 for last in ("quant", "demo", "cli", "__init__"):
     MAY_IMPORT[last] = (*MAY_IMPORT, "__init__", "_C")
@@ -104,7 +109,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("shards", "zero_parts"),
         # one format each
         ("zero", "safetensors", "statedict", "memory"),
-        ("served", "peft"),  # what fastckpt or PEFT wrote, in the two formats before them
+        ("served", "peft", "training"),  # what fastckpt or PEFT wrote, in the two formats before them
         ("__init__",),
     ),
     "recipes": (
@@ -115,9 +120,9 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__",),
     ),
     "layouts": (
-        ("naming", "cuts", "servers", "padding"),
+        ("naming", "cuts", "servers", "padding", "engines"),
         ("rtp_merge", "rtp_split", "rtp_weights"),  # rtp-llm's catalogue, of which its layout is made
-        ("rtp_roles",),
+        ("rtp_roles", "rtp_rope"),
         ("same", "hf", "vllm", "rtp_llm", "megatron", "patterns"),
         ("__init__",),
     ),
@@ -129,11 +134,12 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("manager",),
         ("runner", "commands"),
     ),
+    "engines": (("__init__", "vllm_loader"), ("vllm",)),
     "executors": (("torch", "cpu", "cuda"), ("__init__",)),
 }
 """Cells within a package: a module imports siblings from cells before its own only."""
 
-TORCH = {"executors/torch", "executors/cuda", "tensors", "device"}
+TORCH = {"executors/torch", "executors/cuda", "tensors", "device", "engines/vllm_loader"}
 TORCH |= {
     f"manager/{m}"
     for m in [

@@ -418,6 +418,8 @@ MERGES: Mapping[str, Merge] = {
     "transpose_stack_moe_w1": Merge(stack_swapped),
     "convert_gate_up_proj_": Merge(convert_gate_up_proj),
     "convert_down_proj_": Merge(convert_down_proj),
+    "get_pad_size": Merge(None, "a number, no tensor: pad_size"),
+    "yarn_get_mscale": Merge(None, "a number, no tensor: rtp_rope has it"),
     "kv_split": Merge(kv_split),
     "kv_split1": Merge(kv_split_t),
     "kv_split2": Merge(kv_split_t),

@@ -21,11 +21,12 @@ from ..errors import ManagerError, SourceError
 from ..extents import Extent, Extents, File
 from ..manifest import FileEntry, Manifest, TensorEntry
 from ..road import reshard
+from ..sources.training import names_in
 from ..tensors import torch_dtype
 from ..views import View, dense_strides, zeros
 from .pieces import Shared, raw
 from .saving import SCHEMA, TABLE, rank_directory
-from .values import merged, names_in
+from .values import merged
 
 Place = tuple[tuple[int, ...], tuple[int, ...]]
 """A box: offset and shape."""
