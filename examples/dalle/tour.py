@@ -41,8 +41,8 @@ def python(*arguments: object, fails: bool = False) -> None:
 
 
 def newest(root: Path) -> Path:
-    """The newest commit's directory of DeepSpeed's files."""
-    return max(root.glob("checkpoints/step-*")) / "engine-model"
+    """The newest commit."""
+    return max(root.glob("checkpoints/step-*"))
 
 
 def single_file(run: Path) -> Path:

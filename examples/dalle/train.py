@@ -60,7 +60,7 @@ SMOKE = Size(
 )  # fmt: skip
 HELP = (
     "no weights are here; make the standard single file of a DeepSpeed checkpoint with `fastckpt consolidate "
-    "CHECKPOINT/engine-model OUT --weights-key weights --client-state hparams --client-state vae_params`"
+    "CHECKPOINT OUT --weights-key weights --client-state hparams --client-state vae_params`"
 )
 
 
@@ -92,14 +92,10 @@ def load_vae(root: Path) -> tuple[DiscreteVAE, dict[str, int]]:
         step = manager.latest()
         if step is None:
             raise FileNotFoundError(f"{root}: no VAE is trained yet")
-        directory = Path(manager.path(step)) / "engine-model"
-        if directory.exists():
-            params = fastckpt.open(directory).facts["client_state"]["vae_params"]
-            return fastckpt.load_into(DiscreteVAE(**params), directory), params
-        held = manager.restore(step)
-    vae = DiscreteVAE(**held["vae_params"])
-    vae.load_state_dict(held["model"])
-    return vae, held["vae_params"]
+        commit = fastckpt.open(manager.path(step))
+        told = commit.facts.get("client_state") or manager.restore(step)  # DeepSpeed's, or the state itself
+        params = told["vae_params"]
+        return fastckpt.load_into(DiscreteVAE(**params), commit), params
 
 
 def train_dalle(args: argparse.Namespace, size: Size) -> None:

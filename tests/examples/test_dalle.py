@@ -157,10 +157,11 @@ def test_under_deepspeed(tmp_path: Path) -> None:
     assert done.stdout.count("holds:") == 2 and "resumed at step 12" in done.stdout
     held = torch.load(tmp_path / "run/single/pytorch_model.bin", weights_only=True)
     assert list(held) == ["weights", "hparams", "vae_params", "epoch"] and held["epoch"] == 3
-    vae = fastckpt.open(max(tmp_path.glob("run/vae/checkpoints/step-*")) / "engine-model")
+    commit = max(tmp_path.glob("run/vae/checkpoints/step-*"))
+    vae = fastckpt.open(commit / "engine-model")
     names = {n for n in held["weights"] if n.startswith("vae.")}
     assert names == {f"vae.{n}" for n in vae}
-    whole = fastckpt.consolidate(vae.path)
+    whole = fastckpt.consolidate(commit)
     assert isinstance(whole, dict) and all(
         torch.equal(held["weights"][f"vae.{n}"], t) for n, t in whole.items()
     )
