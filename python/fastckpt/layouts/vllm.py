@@ -91,9 +91,9 @@ class Vllm:
         all tp * dp ranks cut their widths, or with ep = tp * dp share them out. Raises LayoutError, before
         the first target, where heads, a feed-forward width or the padded vocabulary do not divide, where kv
         heads neither divide nor repeat evenly, for more stages than layers, for another ep, for a model that
-        is no decoder, and for a family the engine was not compared on."""
+        is no decoder, and for a family the engine's table lacks."""
         engine = served(self.engine, model.family) if self.engine else None
-        if engine is not None and engine.tied == "head" and self.tied == "files":
+        if engine is not None and engine.unties and engine.tied == "head" and self.tied == "files":
             model = replace(model, tied=False)
         model = self._padded(model, placement)
         share = expert_share("vllm", placement, model.sizes)
@@ -213,6 +213,11 @@ def _named(target: Target, renamed: Renamed, engine: Served | None) -> Target:
 def _stacked(name: str, linears: Sequence[Linear]) -> Iterator[Target]:
     """The experts' matrices of one kind as a stack, their biases and what stands beside them likewise."""
     first = linears[0]
+    for b in first.beside:
+        if b.leaf == "input_scale" and b.view.numel > 1:
+            raise LayoutError(
+                f"layout vllm: {name}_{b.leaf}: vLLM keeps one for gate and up: arithmetic on values"
+            )
     quantised = [[x.beside[k] for x in linears] for k in range(len(first.beside))]
     for suffix, views in (
         (first.leaf, [x.weight.T if first.beside and x.transposed else x.weight for x in linears]),
