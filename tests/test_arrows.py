@@ -28,9 +28,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "target": (*CORE[:4], "schemes"),
     "model": CORE,
     # Sources never see models; recipes and layouts never see files; none of them sees a plan.
-    "sources": (*CORE, "collector"),
+    "sources": (*CORE, "collector", "digest"),
     "recipes": PLAIN,
-    "layouts": PLAIN,
+    "layouts": (*PLAIN, "lowrank"),
     "lowrank": CORE,
     "planner": CORE,
     "rounding": (*CORE, "schemes", "_C"),
@@ -48,16 +48,18 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "endings": (),
     "files": CORE,
     "torchzip": (*CORE, "digest", "files"),
-    "manifest": (*CORE, "digest"),
+    "manifest": (*CORE, "digest", "files"),
     "commit": (*CORE, "syscalls", "manifest"),
     "writer": (*CORE, "digest", *FILES[:-1]),
-    "verification": (*CORE, "digest", "finite", *FILES),
+    "verification": (*CORE, "digest", "finite", *FILES, "expectation"),
     # The way back, through sources, recipes and layouts.
     "inverse": CORE,
     "joining": (*PLAIN, "collector", "digest", "manifest", "inverse", "sources", "recipes", "layouts"),
+    "expectation": (*PLAIN, "manifest", "sources", "layouts", "joining"),
     "adapters": (*CORE, "lowrank", "sources", "layouts"),
     # The spine.
-    "plancache": (*CORE, "planner"),
+    "planned": (*CORE, "planner", "files"),
+    "plancache": (*CORE, "planner", "planned"),
     "plans": (
         *PLAIN,
         "dequantised",
@@ -66,6 +68,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "recipes",
         "layouts",
         "planner",
+        "planned",
         "plancache",
         "schemes",
         "quantplan",
@@ -73,19 +76,23 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "files",
         "torchzip",
     ),
-    "pipeline": (*CORE, "digest", "finite", "planner", "plans", "reader", *FILES),
+    "pipeline": (*CORE, "digest", "finite", "planner", "planned", "plans", "reader", *FILES),
     "quantising": (*CORE, "planner", "plans", "schemes", "quantplan", "rounding", "reader"),
-    "tensors": (*CORE, "planner", "plans"),
+    "tensors": (*CORE, "planner", "plans", "syscalls"),
     "device": (*CORE, "lowrank", "digest", "planner", "plans", "reader", "pipeline", "executors"),
 }
 MAY_IMPORT["runs"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")
 # The doors stand side by side; what writes their words stands before them. `__init__` holds the version.
 MAY_IMPORT["text"] = CORE
+MAY_IMPORT["drawing"] = ()
+MAY_IMPORT["losses"] = (*CORE, "text", "drawing")
 MAY_IMPORT["manager"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["terminal"] = (*CORE, "text")
 MAY_IMPORT["arguments"] = (*CORE, "text", "manager", "__init__")
 SPINE = (*MAY_IMPORT, "__init__", "_C")
+# An engine's plug-in mechanism opens these; nothing here imports them.
+MAY_IMPORT["engines"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT |= {door: SPINE for door in ("describe", "outline", "difference", "doctor", "zero_to_fp32")}
 for last in ("quant", "demo", "cli", "__init__"):
     MAY_IMPORT[last] = (*MAY_IMPORT, "__init__", "_C")
@@ -95,7 +102,7 @@ MAY_IMPORT["__main__"] = ("cli",)
 WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "sources": (
         ("options", "inert", "zero_files", "zero_layout", "zero_sample"),
-        ("assembly", "picklemachine"),
+        ("assembly", "picklemachine", "zipentries"),
         # torch files: zip and pickle below, tensors above
         ("torchzip", "inertpickle"),
         ("torchpickle",),
@@ -104,36 +111,37 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("shards", "zero_parts"),
         # one format each
         ("zero", "safetensors", "statedict", "memory"),
-        ("served", "peft"),  # what fastckpt or PEFT wrote, in the two formats before them
+        ("served", "peft", "training"),  # what fastckpt or PEFT wrote, in the two formats before them
         ("__init__",),
     ),
     "recipes": (
         ("quantised",),
         ("claims", "fused"),
-        ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper"),
+        ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper", "jina_bert"),
         ("llama", "gemma", "phi3", "glm", "mixtral", "qwen_moe", "deepseek", "gpt_oss"),
         ("__init__",),
     ),
     "layouts": (
-        ("naming", "cuts", "servers", "padding"),
+        ("naming", "cuts", "servers", "padding", "engines"),
         ("rtp_merge", "rtp_split", "rtp_weights"),  # rtp-llm's catalogue, of which its layout is made
-        ("rtp_roles",),
+        ("rtp_roles", "rtp_rope"),
         ("same", "hf", "vllm", "rtp_llm", "megatron", "patterns"),
         ("__init__",),
     ),
     "manager": (
         ("__init__", "coordination", "values", "pieces", "commits", "metadata", "job", "uploaders"),
-        ("policies", "saving"),
+        ("policies", "saving", "remote"),
         ("opened",),
         ("loading", "publishing"),
         ("manager",),
         ("runner", "commands"),
     ),
+    "engines": (("__init__", "asked"), ("vllm_loader", "sglang"), ("vllm",)),
     "executors": (("torch", "cpu", "cuda"), ("__init__",)),
 }
 """Cells within a package: a module imports siblings from cells before its own only."""
 
-TORCH = {"executors/torch", "executors/cuda", "tensors", "device"}
+TORCH = {"executors/torch", "executors/cuda", "tensors", "device", "engines/vllm_loader", "engines/sglang"}
 TORCH |= {
     f"manager/{m}"
     for m in [

@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     inspect = command("inspect", "what a checkpoint holds, from its headers")
     _path(inspect)
     _source(inspect)
+    inspect.add_argument("--plot", metavar="PNG", help="draw what quantising cost, by layer and role")
 
     plan = command("plan", "which bytes of which file would go where; nothing is written")
     _path(plan)
@@ -107,6 +108,11 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("path", metavar="DIR")
     verify.add_argument(
         "--plain", action="store_true", help="a directory of others: headers and values, no digests"
+    )
+    verify.add_argument(
+        "--engine",
+        metavar="NAME[==VERSION]",
+        help="also names, shapes and dtypes as this engine's loader wants them (vllm, vllm==0.32)",
     )
     _threads(verify)
     _quiet(verify)

@@ -29,6 +29,7 @@ from .terminal import Progress, progress
 if TYPE_CHECKING:
     from .checkpoint import JSON, Checkpoint
     from .layouts import Layout
+    from .losses import Loss
     from .plans import Plan
     from .runs import Report
     from .schemes import Quant
@@ -126,8 +127,23 @@ def _inspect(args: argparse.Namespace) -> int:
     from .describe import inspect
 
     found = inspect(_opened(args))
+    if args.plot is not None:
+        _plot(args.plot, found.losses)
     _show(args, found.text, found.json)
     return 0
+
+
+def _plot(path: str, found: Sequence[Loss]) -> None:
+    from .losses import picture
+
+    if not path.endswith(".png"):
+        raise FastckptError(f"--plot {path}: wanted a name that ends with .png")
+    drawn = picture(found)
+    try:
+        with open(path, "wb") as f:
+            f.write(drawn)
+    except OSError as e:
+        raise WriteError(f"{path}: {e.strerror}") from None
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -242,7 +258,9 @@ def _verify(args: argparse.Namespace) -> int:
 
     with progress(as_json=args.json, quiet=args.quiet) as shown:
         told = None if shown is None else partial(_verifying, shown)
-        report = verify(args.path, plain=args.plain, threads=args.threads, progress=told)
+        report = verify(
+            args.path, plain=args.plain, engine=args.engine, threads=args.threads, progress=told
+        )
 
     def text() -> str:
         seen = f"{counted(report.files, 'file')}, {counted(report.tensors, 'tensor')}, {size(report.bytes)}"

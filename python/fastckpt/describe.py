@@ -16,6 +16,9 @@ from . import recipes
 from .checkpoint import JSON, Checkpoint, Entry
 from .errors import RecipeError
 from .joining import open as open_checkpoint
+from .losses import Loss
+from .losses import read as losses_of
+from .losses import text as losses_text
 from .text import columns, said, size, some
 
 
@@ -26,7 +29,7 @@ class Inspection:
     `dtypes`: name -> (tensors, bytes). `parameters`, `frozen`, `buffers`: names by kind; `tied`: tied name ->
     holder. `biggest`: (name, dtype, shape, bytes), largest first. `files`: (path, bytes) of every file.
     `family`: the recipe's name where one recognises names and shapes, else None and `family_note` says why.
-    `nbytes`: bytes of all tensors, tied ones once."""
+    `nbytes`: bytes of all tensors, tied ones once. `losses`: what quantising cost, where the output says."""
 
     path: str
     format: str
@@ -49,6 +52,7 @@ class Inspection:
     inert: tuple[str, ...]
     structure: str
     headers: str
+    losses: tuple[Loss, ...] = ()
 
     @property
     def file_bytes(self) -> int:
@@ -76,6 +80,7 @@ class Inspection:
         lines += some("buffers", self.buffers)
         lines += some("tied", [f"{a} = {b}" for a, b in self.tied.items()])
         lines += ["biggest", *columns([(n, d, str(list(s)), size(b)) for n, d, s, b in self.biggest])]
+        lines += losses_text(self.losses)
         lines += some("left unread", self.unread)
         lines += some("inert records (named by a pickle, never called)", self.inert)
         lines += some("goes with the weights", [os.path.basename(p) for p in self.beside])
@@ -106,6 +111,7 @@ class Inspection:
             "inert": [*self.inert],
             "structure": self.structure,
             "headers": self.headers,
+            "losses": [x.json() for x in self.losses],
         }
 
 
@@ -164,6 +170,7 @@ def inspect(
         inert=ckpt.inert,
         structure=ckpt.structure,
         headers=ckpt.headers,
+        losses=losses_of(ckpt.path),
     )
 
 

@@ -153,12 +153,14 @@ class Mla:
 class Mlp:
     """A feed-forward block: `gate` (or None) and `up` [width, hidden], `down` [hidden, width].
 
-    `fused`: the hub's module that stores [gate; up] as one (both then carry its name)."""
+    `fused`: the hub's module that stores [gate; up] as one (both then carry its name); `up_first`: it stores
+    [up; gate]."""
 
     gate: Linear | None
     up: Linear
     down: Linear
     fused: str | None = None
+    up_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +172,21 @@ class Stacks:
     gate_up: Parameter
     gate_up_bias: Parameter
     down: Parameter
+    down_bias: Parameter
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStacks:
+    """Stacks in mxfp4: 16 bytes for 32 values of neighbouring inputs, and a byte of exponent for them.
+
+    `gate_up` [experts, 2 * width, hidden / 32, 16] with gate and up in turn, `down` [experts, hidden,
+    width / 32, 16]; `gate_up_scales` and `down_scales` without the last axis; biases as in Stacks."""
+
+    gate_up: Parameter
+    gate_up_scales: Parameter
+    gate_up_bias: Parameter
+    down: Parameter
+    down_scales: Parameter
     down_bias: Parameter
 
 
@@ -187,7 +204,7 @@ class Experts:
     correction: Parameter | None = None
     shared: Mlp | None = None
     shared_gate: Linear | None = None
-    stacks: Stacks | None = None
+    stacks: Stacks | BlockStacks | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +297,44 @@ class Encoder:
 
 
 @dataclass(frozen=True, slots=True)
+class Yarn:
+    """How YaRN stretches rotary positions: the context is `factor` times the `original` one. `beta_fast`,
+    `beta_slow`: turns within it beyond and below which nothing and everything is stretched; `mscale`,
+    `mscale_all_dim`: how attention is scaled."""
+
+    factor: float
+    original: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary positions of `dim` features: frequency i is base ** (-2 i / dim)."""
+
+    dim: int
+    base: float
+    yarn: Yarn | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A further layer that predicts one more token (DeepSeek-V3's multi-token prediction): `join` [hidden,
+    2 * hidden] reads the normed `embedding` of the next token and the normed hidden state; then come `layer`,
+    `norm` and `head`. Without an embedding or a head of its own it uses the model's."""
+
+    layer: Layer
+    embedding_norm: Norm
+    hidden_norm: Norm
+    join: Linear
+    norm: Norm
+    embedding: Embedding | None = None
+    head: Linear | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """A model by roles; a decoder unless its family says otherwise.
 
@@ -287,7 +342,8 @@ class Model:
     names the embedding itself. `positions`: a learned position table. `embedding_norm`: a norm of the
     embedded tokens. `carried`: tensors that no server cuts. `ignored`: the names of the checkpoint that the
     recipe knows and leaves out. `parallel`: attention and the feed-forward block of a layer read the same
-    input, side by side. `alibi`: attention is biased by ALiBi's slopes, which are no tensors of the hub."""
+    input, side by side. `alibi`: attention is biased by ALiBi's slopes, which are no tensors of the hub.
+    `rope`: the rotary positions of latent attention."""
 
     family: str
     sizes: Sizes
@@ -302,5 +358,7 @@ class Model:
     encoder: Encoder | None = None
     carried: tuple[Parameter, ...] = ()
     cuts: HubCuts = field(default_factory=HubCuts)
+    predictions: Lazy[Prediction] = field(default_factory=lambda: Lazy(()))
     parallel: bool = False
     alibi: bool = False
+    rope: Rope | None = None

@@ -62,6 +62,7 @@ def verify(
     path: str | os.PathLike[str],
     *,
     plain: bool = False,
+    engine: str | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
@@ -69,11 +70,17 @@ def verify(
 
     A directory without a manifest is a problem, since nothing says what it should hold; with `plain` its
     safetensors headers are checked and its values looked through, and the notes say that there were no
-    digests. Raises SourceError where there is nothing to verify."""
+    digests. `engine`: the shards must also be what this engine's sharded_state loader wants, "vllm==0.32" or
+    "vllm" for the version that is installed, else the newest that is known; it needs the manifest. Raises
+    SourceError where there is nothing to verify, LayoutError for an engine that is not known."""
     start = time.perf_counter()
     expect("path", path, str, os.PathLike)
     expect("threads", threads, int, type(None))
     root = os.fspath(path)
+    if engine is not None:
+        from .expectation import against, engine_of  # recipes and layouts, which only this needs
+
+        engine = engine_of(engine)
     if not os.path.isdir(root):
         raise SourceError(f"{root}: no such directory")
     present = sorted(_walk(root))
@@ -92,6 +99,8 @@ def verify(
             problems.append(f"{NAME} lists {have} of {manifest.world} ranks: the set is incomplete")
         allowed = manifest.record.options.get("allow_nonfinite") is True
         _against(root, manifest, present, problems, notes)
+        if engine is not None and manifest.complete:
+            problems += against(root, manifest, engine)
         files = len(manifest.all_files())
         for shard in manifest.shards:
             tensors += [
@@ -107,6 +116,8 @@ def verify(
             problems.append(
                 f"no {NAME}: nothing says what these files should hold; plain (--plain) checks them alone"
             )
+    if engine is not None and NAME not in present:
+        problems.append(f"{engine}: without {NAME} nothing says which model this is")
     total = _read_all(root, tensors, allowed, threads, progress, problems)
     if len(problems) > _SHOWN:
         problems[_SHOWN:] = [f"and {len(problems) - _SHOWN} more"]

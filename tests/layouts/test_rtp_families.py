@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
+import fastckpt
 import pytest
 import torch
 from fastckpt import recipes
 from fastckpt.errors import LayoutError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
-from layouts import families, family_oracle, tiny
+from layouts import families, family_oracle, oracle, tiny
 from reading import memory, same, shard
+from safetensors.torch import load_file, save_file
 
 SLOPES = [2.0 ** -(i + 1) for i in range(8)]
 
@@ -180,3 +184,99 @@ def test_an_encoder(tp):
 def test_what_has_no_place(name, what):
     with pytest.raises(LayoutError, match=what):
         list(layout("rtp_llm").targets(model_of(name)[0], Placement(tp=2)))
+
+
+@pytest.mark.parametrize(("dtype", "tp"), [(None, 1), ("bfloat16", 2)])
+def test_norms_that_hold_one_less(tmp_path, dtype, tp):
+    """Gemma: 1 + weight, summed in float32 and rounded once; on the road, as it is made when read."""
+    config, hub, _ = families.made("gemma")
+    hub = {n: x / 977 for n, x in hub.items()}
+    (tmp_path / "hub").mkdir()
+    save_file(hub, tmp_path / "hub" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "served"
+    fastckpt.reshard(tmp_path / "hub", tp, layout="rtp_llm", dtype=dtype, out=out, durable=False)
+    served = torch.float32 if dtype is None else torch.bfloat16
+    plain = {n: (x + 1 if "norm" in n else x).to(served) for n, x in hub.items()}
+    for r in range(tp):
+        got = load_file(out / f"model-{r:02d}-00-part-00000.safetensors")
+        want = oracle.rtp_llm(plain, config, tp, r)
+        assert sorted(got) == sorted(want)
+        assert all(torch.equal(got[n], x) for n, x in want.items())
+    again = fastckpt.open(out)
+    assert {n.split(":")[0] for n in again.unread} == {n for n in hub if "norm" in n}
+    assert sorted(again) == sorted(n for n in hub if "norm" not in n)
+
+
+# ---- Jina's BERT, whose class is not transformers' ----
+
+
+def jina():
+    """Names and shapes as its modeling_bert.py has them, every element another number."""
+    hidden, width, heads, vocab = 48, 36, 6, 40
+    config = dict(
+        model_type="bert", hidden_size=hidden, intermediate_size=width, num_attention_heads=heads,
+        num_hidden_layers=2, vocab_size=vocab, type_vocab_size=2, position_embedding_type="alibi",
+        feed_forward_type="geglu",
+    )  # fmt: skip
+    shapes = {
+        f"embeddings.{n}_embeddings.weight": (rows, hidden)
+        for n, rows in (("word", vocab), ("token_type", 2))
+    }
+    norms = ["embeddings.LayerNorm"]
+    for i in range(2):
+        at = f"encoder.layer.{i}."
+        norms += [f"{at}attention.self.layer_norm_{n}" for n in "qk"]
+        norms += [f"{at}attention.output.LayerNorm", f"{at}layer_norm_1", f"{at}layer_norm_2"]
+        for n in ("self.query", "self.key", "self.value", "output.dense"):
+            shapes |= {f"{at}attention.{n}.weight": (hidden, hidden), f"{at}attention.{n}.bias": (hidden,)}
+        shapes |= {f"{at}mlp.up_gated_layer.weight": (2 * width, hidden)}
+        shapes |= {f"{at}mlp.down_layer.weight": (hidden, width), f"{at}mlp.down_layer.bias": (hidden,)}
+    shapes |= {f"{n}.{kind}": (hidden,) for n in norms for kind in ("weight", "bias")}
+    tensors = {n: torch.empty(shape) for n, shape in shapes.items()}
+    families.number(tensors)
+    return config, tensors
+
+
+@pytest.mark.parametrize("tp", [1, 2, 3])
+def test_jina_bert(tp):
+    config, t = jina()
+    model = recipes.named("jina_bert")(memory(t, 2), config)
+    same(shard(layout("hf").targets(model, Placement())), t)
+    slopes = torch.tensor([1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8])
+    for p in Placement(tp=tp).ranks():
+        got, r, want = shard(layout("rtp_llm").targets(model, p)), p.rank, {}
+        key = f"rank_{r:02d}_00_00."
+        want[key + "global.embedding"] = cut(t["embeddings.word_embeddings.weight"], 1, tp, r)
+        types = cut(t["embeddings.token_type_embeddings.weight"], 1, tp, r)
+        want[key + "global.token_type_embedding.weight"] = types
+        want[key + "global.pre_decoder_layernorm.gamma"] = t["embeddings.LayerNorm.weight"]
+        want[key + "global.pre_decoder_layernorm.bias"] = t["embeddings.LayerNorm.bias"]
+        want[key + "global.linear_bias_slopes"] = cut(slopes, 0, tp, r)
+        for i in range(2):
+            at, to = f"encoder.layer.{i}.", f"{key}layers.{i}."
+            a, f = to + "self_attention_weights.", to + "ffn_weights."
+            for leaf, role in (
+                ("attention.self.layer_norm_q", "self_attention_weights.q_layernorm"),
+                ("attention.self.layer_norm_k", "self_attention_weights.k_layernorm"),
+                ("attention.output.LayerNorm", "post_layernorm_weights"),
+                ("layer_norm_1", "post_layernorm_weights_2"),
+                ("layer_norm_2", "post_ffn_layernorm_weights"),
+            ):
+                for kind, end in (("weight", "gamma"), ("bias", "beta")):
+                    want[f"{to}{role}.{end}"] = t[f"{at}{leaf}.{kind}"]
+            qkv = ("query", "key", "value")
+            rows = [cut(t[f"{at}attention.self.{n}.weight"], 0, tp, r) for n in qkv]
+            bias = torch.cat([cut(t[f"{at}attention.self.{n}.bias"], 0, tp, r) for n in qkv])
+            want[a + "query_weight.kernel"] = torch.cat(rows).t()
+            want[a + "query_weight.bias"] = bias if tp == 1 else bias[None]
+            want[a + "attention_output_weight.kernel"] = cut(
+                t[f"{at}attention.output.dense.weight"], 1, tp, r
+            ).t()
+            want[a + "attention_output_weight.bias"] = t[f"{at}attention.output.dense.bias"]
+            up, gate = t[f"{at}mlp.up_gated_layer.weight"].chunk(2)
+            want[f + "intermediate_weight.kernel"] = cut(gate, 0, tp, r).t()
+            want[f + "intermediate_weight3.kernel"] = cut(up, 0, tp, r).t()
+            want[f + "intermediate_weight2.kernel"] = cut(t[f"{at}mlp.down_layer.weight"], 1, tp, r).t()
+            want[f + "intermediate_weight2.bias"] = t[f"{at}mlp.down_layer.bias"]
+        same(got, want)

@@ -35,13 +35,6 @@ def require_heads(layout: str, placement: Placement, sizes: Sizes) -> None:
     require_even(layout, placement, "the number of attention heads", sizes.heads)
 
 
-def require_decoder(layout: str, placement: Placement, sizes: Sizes) -> None:
-    """Raises LayoutError where query heads or a feed-forward width do not divide by tp."""
-    require_heads(layout, placement, sizes)
-    for key, width in sizes.widths.items():
-        require_even(layout, placement, key, width)
-
-
 def require_kv_heads(layout: str, placement: Placement, sizes: Sizes) -> None:
     """Raises LayoutError where kv heads can neither be dealt out nor repeated evenly over tp ranks."""
     kv, tp = sizes.kv_heads, placement.tp
@@ -174,8 +167,9 @@ def in_form(beside: Beside) -> View:
 
 def plain(linear: Linear) -> Iterator[Target]:
     """A matrix as [out, in], whatever the hub stores (a quantised one as it is), with its bias and what
-    stands beside it."""
-    return stored(linear if linear.beside else replace(linear, transposed=False))
+    stands beside it, of which a scalar is a vector of one."""
+    beside = tuple(replace(b, form="vector") if b.form == "scalar" else b for b in linear.beside)
+    return stored(replace(linear, beside=beside) if beside else replace(linear, transposed=False))
 
 
 def bias(linear: Linear) -> Iterator[Target]:

@@ -8,12 +8,12 @@ their hub fuses is then cut part by part, as packed_colwise does, or group by gr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from ..errors import LayoutError
-from ..model import Attention, Experts, Layers, Mla, Mlp, Model, Stacks
+from ..model import Attention, BlockStacks, Experts, Layer, Linear, Mla, Mlp, Model, Prediction, Stacks
 from ..placement import Placement
 from ..target import Target
 from ..views import View
@@ -90,6 +90,8 @@ class Hf:
             return view.pad(0, 0, vocab - view.shape[0])
 
         bias = None if head.bias is None else grown(head.bias)
+        if len(model.predictions):
+            raise LayoutError(f"layout hf: the tables of {model.family}'s prediction layers are not padded")
         return replace(
             model,
             sizes=replace(model.sizes, vocab=vocab),
@@ -131,11 +133,26 @@ def _targets(model: Model, placement: Placement) -> Iterator[Target]:
     yield from norm(model.norm)
     head = out_part(model.lm_head, rank, tp)
     yield from bias(head) if model.tied else stored(head)
+    for prediction in model.predictions:
+        yield from _prediction(prediction, model, placement)
     for role in model.carried:
         yield from parameter(role)
 
 
-def _layers(layers: Layers, model: Model, placement: Placement) -> Iterator[Target]:
+def _prediction(role: Prediction, model: Model, placement: Placement) -> Iterator[Target]:
+    tp, rank = placement.tp, placement.tp_rank
+    if role.embedding is not None:
+        yield Target(f"{role.embedding.name}.weight", role.embedding.weight.part(0, rank, tp))
+    for each in (role.embedding_norm, role.hidden_norm):
+        yield from norm(each)
+    yield from stored(role.join)
+    yield from _layers([role.layer], model, placement)
+    yield from norm(role.norm)
+    if role.head is not None:
+        yield from stored(out_part(role.head, rank, tp))
+
+
+def _layers(layers: Iterable[Layer], model: Model, placement: Placement) -> Iterator[Target]:
     for layer in layers:
         yield from norm(layer.attention_norm)
         yield from _attention(layer.attention, model, placement)
@@ -194,10 +211,14 @@ def _mlp(mlp: Mlp, model: Model, placement: Placement) -> Iterator[Target]:
         yield from stored(out_part(mlp.gate, rank, tp))
         yield from stored(out_part(mlp.up, rank, tp))
     elif model.cuts.rows:
-        yield from stored(out_part(joined(mlp.fused, [mlp.gate, mlp.up]), rank, tp))
+        yield from stored(out_part(joined(mlp.fused, _pair(mlp, mlp.gate)), rank, tp))
     else:
-        yield from stored(joined(mlp.fused, [out_part(x, rank, tp) for x in (mlp.gate, mlp.up)]))
+        yield from stored(joined(mlp.fused, [out_part(x, rank, tp) for x in _pair(mlp, mlp.gate)]))
     yield from stored(in_part(mlp.down, rank, tp))
+
+
+def _pair(mlp: Mlp, gate: Linear) -> list[Linear]:
+    return [mlp.up, gate] if mlp.up_first else [gate, mlp.up]
 
 
 def _experts(moe: Experts, model: Model, placement: Placement) -> Iterator[Target]:
@@ -215,9 +236,20 @@ def _experts(moe: Experts, model: Model, placement: Placement) -> Iterator[Targe
         yield from stored(moe.shared_gate)
 
 
-def _stacks(stacks: Stacks, placement: Placement) -> Iterator[Target]:
+def _stacks(stacks: Stacks | BlockStacks, placement: Placement) -> Iterator[Target]:
     """A part of every expert's width: gate and up lie in turn, so that their part is one run."""
     tp, rank = placement.tp, placement.tp_rank
+    if isinstance(stacks, BlockStacks):
+        for role, axis in (
+            (stacks.gate_up, 1),
+            (stacks.gate_up_scales, 1),
+            (stacks.gate_up_bias, 1),
+            (stacks.down, 2),
+            (stacks.down_scales, 2),
+        ):
+            yield Target(role.name, role.view.part(axis, rank, tp))
+        yield from parameter(stacks.down_bias)
+        return
     yield Target(stacks.gate_up.name, stacks.gate_up.view.part(2, rank, tp))
     yield Target(stacks.gate_up_bias.name, stacks.gate_up_bias.view.part(1, rank, tp))
     yield Target(stacks.down.name, stacks.down.view.part(1, rank, tp))

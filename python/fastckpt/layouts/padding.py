@@ -11,7 +11,22 @@ from dataclasses import replace
 from functools import partial
 
 from ..errors import LayoutError
-from ..model import Attention, Experts, Layer, Layers, Lazy, Linear, Mla, Mlp, Model, Parameter, Sizes, Stacks
+from ..model import (
+    Attention,
+    BlockStacks,
+    Experts,
+    Layer,
+    Layers,
+    Lazy,
+    Linear,
+    Mla,
+    Mlp,
+    Model,
+    Parameter,
+    Prediction,
+    Sizes,
+    Stacks,
+)
 from ..views import View
 
 
@@ -26,10 +41,12 @@ def padded(model: Model, tp: int, experts: int, multiple: int = 1) -> Model:
     if model.encoder is not None:
         raise LayoutError(f"pad: {model.family} has an encoder, which is not padded")
     sizes = _sizes(model.sizes, tp, experts, multiple)
+    old, layers, further = model.sizes, model.layers, model.predictions
     return replace(
         model,
         sizes=sizes,
-        layers=Layers([partial(_layer, model, sizes, i) for i in range(len(model.layers))]),
+        layers=Layers([partial(_nth, layers, i, old, sizes) for i in range(len(layers))]),
+        predictions=Lazy([partial(_prediction, further, i, old, sizes) for i in range(len(further))]),
     )
 
 
@@ -83,8 +100,15 @@ def _sizes(sizes: Sizes, tp: int, experts: int, multiple: int) -> Sizes:
     return replace(sizes, heads=kv * group, kv_heads=kv, widths=widths)
 
 
-def _layer(model: Model, new: Sizes, index: int) -> Layer:
-    layer, old = model.layers[index], model.sizes
+def _nth(layers: Layers, index: int, old: Sizes, new: Sizes) -> Layer:
+    return _layer(layers[index], old, new)
+
+
+def _prediction(further: Lazy[Prediction], index: int, old: Sizes, new: Sizes) -> Prediction:
+    return replace(further[index], layer=_layer(further[index].layer, old, new))
+
+
+def _layer(layer: Layer, old: Sizes, new: Sizes) -> Layer:
     attention, mlp = layer.attention, layer.mlp
     if (old.heads, old.kv_heads) != (new.heads, new.kv_heads):
         if isinstance(attention, Mla):
@@ -139,10 +163,20 @@ def _experts(moe: Experts, new: Sizes) -> Experts:
     return replace(moe, experts=Lazy(each), shared=shared, stacks=stacks)
 
 
-def _stacks(stacks: Stacks, width: int) -> Stacks:
+def _stacks(stacks: Stacks | BlockStacks, width: int) -> Stacks | BlockStacks:
     def grown(role: Parameter, axis: int, size: int) -> Parameter:
         return Parameter(role.name, _grown(role.view, axis, size))
 
+    if isinstance(stacks, BlockStacks):  # a byte of zeros is two zeros
+        groups = width // (stacks.down.view.shape[3] * 2)
+        return BlockStacks(
+            grown(stacks.gate_up, 1, 2 * width),
+            grown(stacks.gate_up_scales, 1, 2 * width),
+            grown(stacks.gate_up_bias, 1, 2 * width),
+            grown(stacks.down, 2, groups),
+            grown(stacks.down_scales, 2, groups),
+            stacks.down_bias,
+        )
     return Stacks(
         grown(stacks.gate_up, 2, 2 * width),
         grown(stacks.gate_up_bias, 1, 2 * width),

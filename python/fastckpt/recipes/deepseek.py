@@ -1,8 +1,8 @@
 """DeepSeek V2 and V3, and GLM-4 MoE: routed experts beside shared ones, after some dense layers.
 
 The DeepSeeks have latent attention, with or without a low-rank query. V3 adds a correction to each expert's
-score when it selects, which is never rounded, and carries layers for multi-token prediction after the last,
-which are left out as transformers leaves them out.
+score when it selects, which is never rounded, and may carry layers for multi-token prediction after the last,
+as GLM-4 MoE may; transformers leaves those out, so a checkpoint it trained has none.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from ..checkpoint import JSON, Checkpoint
-from ..model import Experts, HubCuts, Mla, Mlp, Model
+from ..model import Experts, HubCuts, Mla, Mlp, Model, Rope, Yarn
 from .claims import Claims, Dim, flag, integer
 from .decoder import ANCHOR, Heads, Kind, decoder, dense, gated
 from .moe import Block, experts, with_shared
@@ -48,11 +48,7 @@ def recipe(
     shared = Dim(beside * width.size, f"n_shared_experts * {width.key}")
     plain = Dim(integer(config, "intermediate_size"), "intermediate_size")
     extra = integer(config, "num_nextn_predict_layers", 0, least=0)
-    kind = replace(
-        family.kind,
-        qk_norm=not family.latent and flag(config, "use_qk_norm", False),
-        ignored=tuple(f"model.layers.{i}.*" for i in range(layers, layers + extra)),
-    )
+    kind = replace(family.kind, qk_norm=not family.latent and flag(config, "use_qk_norm", False))
     block = dense(kind, claims, config, plain)
     widths = {plain.key: plain.size} if first else {}
     if first < layers:
@@ -81,9 +77,10 @@ def recipe(
             experts=count.size,
             expert_width=width.key,
             shared_width=shared.key,
+            predictions=extra,
         )
     heads = integer(config, "num_attention_heads")
-    return decoder(
+    model = decoder(
         kind,
         claims,
         config,
@@ -95,7 +92,29 @@ def recipe(
         experts=count.size,
         expert_width=width.key,
         shared_width=shared.key,
+        predictions=extra,
     )
+    return replace(model, rope=_rope(config))
+
+
+def _rope(config: Mapping[str, JSON]) -> Rope | None:
+    """The rotary positions the config says, in transformers 5's words or older ones; None for a kind that
+    DeepSeek's own model does not have."""
+    said = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(said, dict):
+        return None
+    dim, base = integer(config, "qk_rope_head_dim"), said.get("rope_theta", config.get("rope_theta", 10000.0))
+    kind = said.get("rope_type") or said.get("type") or "default"
+    if not isinstance(base, int | float) or kind not in ("default", "yarn"):
+        return None
+    if kind == "default":
+        return Rope(dim, float(base))
+    keys = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+    given = {k: float(v) for k in keys if isinstance(v := said.get(k), int | float)}
+    original = said.get("original_max_position_embeddings")
+    if "factor" not in given or not isinstance(original, int):
+        return None
+    return Rope(dim, float(base), Yarn(original=original, **given))
 
 
 def _corrected(claims: Claims, name: str, count: Dim, build: Callable[[], Experts]) -> Callable[[], Experts]:
