@@ -19,7 +19,7 @@ from measure import Bench, Figure, Goal, Step, seconds
 RANKS = 1024
 
 
-@pytest.mark.parametrize("frozen", [0, 80, 643])
+@pytest.mark.parametrize("frozen", [0, 80])
 def bench_open(bench: Bench, folder: Path, frozen: int) -> None:
     """open() of a ZeRO-3 checkpoint of 1,024 ranks (2,048 sparse files), warm; frozen parameters lie in the
     model states of every rank, which are else left alone."""
