@@ -8,11 +8,17 @@ from pathlib import Path
 
 import fastckpt
 import inputs
+import numpy as np
 import pytest
-from fastckpt import plancache, plans
+from fastckpt import plancache, planner, plans
+from fastckpt.dtypes import bfloat16
+from fastckpt.executors import pick
+from fastckpt.extents import Buffer, Extent, Extents
 from fastckpt.placement import Placement
-from fastckpt.planner import Binding
+from fastckpt.planner import Binding, Slots
 from fastckpt.plans import Wanted
+from fastckpt.target import Target
+from fastckpt.views import View, stack, strided
 from inputs import Input
 from measure import Bench, Figure, Goal, Step, seconds
 
@@ -66,6 +72,58 @@ def bench_plan_seventy(bench: Bench) -> None:
     )
 
 
+def bench_plan_deepseek(bench: Bench) -> None:
+    """One of 16 expert-parallel ranks of DeepSeek-V3 with its scales, to vLLM's files."""
+    opened = inputs.deepseek_v3()
+    wanted = Wanted(Placement(dp=16, ep=16), rank=5, layout="vllm")
+    told: dict[str, float | str] = {}
+
+    def run() -> None:
+        plan = plans.draft(opened, wanted)
+        told["tensors"], told["GiB"] = len(plan.tensors), plan.output_bytes / 2**30
+
+    bench.measure(
+        Figure(
+            "planning one of 16 EP ranks of DeepSeek-V3", f"{len(opened)} tensors", "s", seconds, Goal(3)
+        ),
+        Step("plan", run), rounds=5, told=told,
+    )  # fmt: skip
+
+
+def bench_stack(bench: Bench) -> None:
+    """Experts stacked, each matrix from a place of its own: compiled and copied, above one tensor as large."""
+    experts, rows, columns = 4096, 64, 64
+    held = np.ones((experts, rows, columns), np.uint16)
+    buffer = Buffer(held, held.ctypes.data, held.nbytes)
+    one = held.nbytes // experts
+    each = [Extent(buffer, k * one, one) for k in range(experts)]
+    extents = Extents([Extent(buffer, 0, held.nbytes), *each])
+    into = np.zeros_like(held)
+    target = Buffer(into, into.ctypes.data, into.nbytes)
+    order = [(k * 1021) % experts for k in range(experts)]  # not as they lie
+
+    def move(view: View) -> None:
+        chunk, table = planner.compile([Target("x", view)], extents)
+        binding = Binding.of(table)
+        (batch,) = planner.cut(chunk, 0, Slots.of([0], [0], [into.nbytes]), binding, stage=into.nbytes)
+        runner = pick(None).bind([buffer])
+        runner.run(batch.rows, [target])
+
+    def stacked() -> View:
+        return stack([strided(extents, 1 + k, bfloat16, (rows, columns)) for k in order])
+
+    whole = strided(extents, 0, bfloat16, held.shape)
+    bench.measure(
+        Figure(
+            "stacking experts: planned and copied, above one tensor as large", f"{experts} experts of 8 KiB",
+            "us an expert", lambda subject, floor: (subject - floor) * 1e6 / experts, Goal(5),
+        ),
+        Step("stack", lambda: move(stacked())),
+        [Step("one tensor", lambda: move(whole))],
+        rounds=11,
+    )  # fmt: skip
+
+
 def bench_kept_plan(
     bench: Bench, small: Input, folder: Path, monkeypatch: pytest.MonkeyPatch, work: Path
 ) -> None:
@@ -74,15 +132,15 @@ def bench_kept_plan(
     opened = fastckpt.open(small.path)
     wanted = Wanted(Placement(), layout="same", dtype="bfloat16")
     plan = plans.draft(opened, wanted, in_memory=True)
-    (kept,) = [p.name for p in work.iterdir() if not p.name.startswith(".")]
+    (key,) = [p.name for p in work.iterdir() if not p.name.startswith(".")]
     rows = sum(len(chunk.rows) for _, chunk in plan.chunks())
 
     def run() -> None:
-        found = plancache.load(kept, len(plan.extents))
+        found = plancache.load(key, len(plan.extents))
         assert found is not None
         binding = Binding.of(opened.extents)
-        for chunk in found[1]:
-            binding.bind(chunk.rows)
+        for kept in found[1]:
+            binding.bind(kept.chunk().rows)
 
     bench.measure(
         Figure(
