@@ -8,17 +8,12 @@ from pathlib import Path
 
 import fastckpt
 import inputs
-import numpy as np
 import pytest
-from fastckpt import plancache, planner, plans
-from fastckpt.dtypes import bfloat16
-from fastckpt.executors import pick
-from fastckpt.extents import Buffer, Extent, Extents
+from fastckpt import plancache, plans
+from fastckpt.checkpoint import Checkpoint
 from fastckpt.placement import Placement
-from fastckpt.planner import Binding, Slots
+from fastckpt.planner import Binding
 from fastckpt.plans import Wanted
-from fastckpt.target import Target
-from fastckpt.views import View, stack, strided
 from inputs import Input
 from measure import Bench, Figure, Goal, Step, seconds
 
@@ -83,45 +78,15 @@ def bench_plan_deepseek(bench: Bench) -> None:
         told["tensors"], told["GiB"] = len(plan.tensors), plan.output_bytes / 2**30
 
     bench.measure(
-        Figure(
-            "planning one of 16 EP ranks of DeepSeek-V3", f"{len(opened)} tensors", "s", seconds, Goal(3)
-        ),
-        Step("plan", run), rounds=5, told=told,
-    )  # fmt: skip
+        Figure("planning one of 16 EP ranks of DeepSeek-V3", _count(opened), "s", seconds, Goal(3)),
+        Step("plan", run),
+        rounds=5,
+        told=told,
+    )
 
 
-def bench_stack(bench: Bench) -> None:
-    """Experts stacked, each matrix from a place of its own: compiled and copied, above one tensor as large."""
-    experts, rows, columns = 4096, 64, 64
-    held = np.ones((experts, rows, columns), np.uint16)
-    buffer = Buffer(held, held.ctypes.data, held.nbytes)
-    one = held.nbytes // experts
-    each = [Extent(buffer, k * one, one) for k in range(experts)]
-    extents = Extents([Extent(buffer, 0, held.nbytes), *each])
-    into = np.zeros_like(held)
-    target = Buffer(into, into.ctypes.data, into.nbytes)
-    order = [(k * 1021) % experts for k in range(experts)]  # not as they lie
-
-    def move(view: View) -> None:
-        chunk, table = planner.compile([Target("x", view)], extents)
-        binding = Binding.of(table)
-        (batch,) = planner.cut(chunk, 0, Slots.of([0], [0], [into.nbytes]), binding, stage=into.nbytes)
-        runner = pick(None).bind([buffer])
-        runner.run(batch.rows, [target])
-
-    def stacked() -> View:
-        return stack([strided(extents, 1 + k, bfloat16, (rows, columns)) for k in order])
-
-    whole = strided(extents, 0, bfloat16, held.shape)
-    bench.measure(
-        Figure(
-            "stacking experts: planned and copied, above one tensor as large", f"{experts} experts of 8 KiB",
-            "us an expert", lambda subject, floor: (subject - floor) * 1e6 / experts, Goal(5),
-        ),
-        Step("stack", lambda: move(stacked())),
-        [Step("one tensor", lambda: move(whole))],
-        rounds=11,
-    )  # fmt: skip
+def _count(opened: Checkpoint) -> str:
+    return f"{len(opened)} tensors"
 
 
 def bench_kept_plan(

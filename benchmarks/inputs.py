@@ -173,7 +173,7 @@ def _gathered(extents: Extents, ranks: np.ndarray, at: int, part: int, shape: tu
 
 
 def deepseek_v3() -> Checkpoint:
-    """DeepSeek-V3 as the hub has it, of a file that does not exist: fp8 matrices, scales of 128 x 128 blocks."""
+    """DeepSeek-V3 as the hub has it, of a file that does not exist: fp8 and a scale for 128 x 128."""
     shapes: dict[str, tuple[DType, tuple[int, ...]]] = {}
 
     def matrix(name: str, rows: int, columns: int) -> None:
