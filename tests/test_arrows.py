@@ -130,7 +130,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "manager": (
         ("__init__", "coordination", "values", "pieces", "commits", "metadata", "job", "uploaders"),
-        ("policies", "saving"),
+        ("policies", "saving", "remote"),
         ("opened",),
         ("loading", "publishing"),
         ("manager",),
