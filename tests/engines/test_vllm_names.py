@@ -19,10 +19,13 @@ from engines.state_digest import kinds, state_digest
 from fastckpt.errors import LayoutError
 from fastckpt.layouts import layout
 from fastckpt.layouts.engines import ENGINES
+from fastckpt.placement import Placement
 from safetensors.torch import load_file
 
 HELD = json.loads(Path(__file__).with_name("vllm_names.json").read_text())["models"]
 ENGINE = "vllm==0.32"
+GRIDS = {f"tp{tp}": Placement(tp=tp) for tp in (1, 2, 4)}
+GRIDS |= {"tp2-ep2": Placement(tp=2, ep=2), "pp2": Placement(pp=2)}
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +44,12 @@ def hub(tmp_path_factory):
 @pytest.mark.parametrize("name", models.MODELS)
 def test_names_shapes_and_bytes_are_vllms(hub, name):
     asked = layout("vllm", {"engine": ENGINE, "tied": "module"})
-    for tp, digests in HELD[name]["ranks"].items():
-        states = fastckpt.reshard(hub(name), tp=int(tp), layout=asked)
+    for grid, digests in HELD[name]["ranks"].items():
+        states = fastckpt.reshard(hub(name), placement=GRIDS[grid], layout=asked)
         for state in states:
             for alias in ("lm_head.weight",) if "gemma2" in name else ():
                 state.pop(alias)  # in memory a tied pair is two names of one tensor
-        if tp == "2":
+        if grid == "tp2":
             assert kinds(states[0]) == HELD[name]["tensors"]
         assert [state_digest(s) for s in states] == digests
 
