@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # Sources never see models; recipes and layouts never see files; none of them sees a plan.
     "sources": (*CORE, "collector", "digest"),
     "recipes": PLAIN,
-    "layouts": PLAIN,
+    "layouts": (*PLAIN, "lowrank"),
     "lowrank": CORE,
     "planner": CORE,
     "rounding": (*CORE, "schemes", "_C"),
@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "endings": (),
     "files": CORE,
     "torchzip": (*CORE, "digest", "files"),
-    "manifest": (*CORE, "digest"),
+    "manifest": (*CORE, "digest", "files"),
     "commit": (*CORE, "syscalls", "manifest"),
     "writer": (*CORE, "digest", *FILES[:-1]),
     "verification": (*CORE, "digest", "finite", *FILES, "expectation"),
@@ -58,7 +58,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "expectation": (*PLAIN, "manifest", "sources", "layouts", "joining"),
     "adapters": (*CORE, "lowrank", "sources", "layouts"),
     # The spine.
-    "plancache": (*CORE, "planner"),
+    "planned": (*CORE, "planner", "files"),
+    "plancache": (*CORE, "planner", "planned"),
     "plans": (
         *PLAIN,
         "dequantised",
@@ -67,6 +68,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "recipes",
         "layouts",
         "planner",
+        "planned",
         "plancache",
         "schemes",
         "quantplan",
@@ -74,7 +76,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "files",
         "torchzip",
     ),
-    "pipeline": (*CORE, "digest", "finite", "planner", "plans", "reader", *FILES),
+    "pipeline": (*CORE, "digest", "finite", "planner", "planned", "plans", "reader", *FILES),
     "quantising": (*CORE, "planner", "plans", "schemes", "quantplan", "rounding", "reader"),
     "tensors": (*CORE, "planner", "plans", "syscalls"),
     "device": (*CORE, "lowrank", "digest", "planner", "plans", "reader", "pipeline", "executors"),
@@ -100,7 +102,7 @@ MAY_IMPORT["__main__"] = ("cli",)
 WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "sources": (
         ("options", "inert", "zero_files", "zero_layout", "zero_sample"),
-        ("assembly", "picklemachine"),
+        ("assembly", "picklemachine", "zipentries"),
         # torch files: zip and pickle below, tensors above
         ("torchzip", "inertpickle"),
         ("torchpickle",),

@@ -20,8 +20,8 @@ from .dtypes import DTYPES
 from .errors import SourceError, WriteError
 from .extents import Buffer
 from .finite import nonfinite
+from .planned import PlannedTensors
 from .planner import LEAF, Batch, Slots
-from .plans import PlannedTensor
 from .reader import Lane
 from .writer import OutputFile
 
@@ -175,7 +175,7 @@ class ToFiles:
     NaN or an infinity in the output is a SourceError."""
 
     def __init__(
-        self, slots: Slots, tensors: Sequence[PlannedTensor], files: Sequence[OutputFile], *, finite: bool
+        self, slots: Slots, tensors: PlannedTensors, files: Sequence[OutputFile], *, finite: bool
     ) -> None:
         self.slots = slots
         self.tensors = tensors
@@ -183,8 +183,8 @@ class ToFiles:
         self.finite = finite
         self.leaves = np.zeros(slots.leaves, np.uint64)
         self.crcs: dict[int, int] = {}  # leaf -> CRC32, of files that need them
-        self.codes = np.array([t.dtype.code for t in tensors], np.int64)
-        self.floats = np.array([t.dtype.kind == "float" for t in tensors], bool)
+        self.codes = np.array([d.code for d in tensors.made.dtypes], np.uint8)
+        self.floats = np.array([d.kind == "float" for d in tensors.made.dtypes], bool)
 
     def worker(self, lane: Lane, size: int) -> Worker:
         """A worker with a staging buffer of `size` bytes of its own."""
@@ -238,15 +238,13 @@ class ToFiles:
 
     def close(self, threads: int) -> None:
         """Close every file, several at a time: what is known only now, and the wait for the disk."""
-        members: list[list[int]] = [[] for _ in self.files]
-        for i, t in enumerate(self.tensors):
-            members[t.file].append(i)
+        names = self.tensors.made.names
 
         def close(number: int) -> None:
             file = self.files[number]
-            names = [(i, self.tensors[i].name) for i in members[number]]
-            crcs = {name: self.tensor_crc(i) for i, name in names} if file.layout.crc else {}
-            file.close(crcs, {name: self.tensor_digest(i) for i, name in names})
+            own = np.flatnonzero(self.tensors.file == number).tolist()
+            crcs = {names[i]: self.tensor_crc(i) for i in own} if file.layout.crc else {}
+            file.close(crcs, {names[i]: self.tensor_digest(i) for i in own})
 
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(close, range(len(self.files))))

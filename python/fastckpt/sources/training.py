@@ -18,7 +18,7 @@ from functools import partial
 
 import numpy as np
 
-from ..checkpoint import JSON, Checkpoint, Entry
+from ..checkpoint import JSON, Checkpoint, Single
 from ..digest import digest
 from ..dtypes import BY_NAME
 from ..errors import SourceError
@@ -110,7 +110,7 @@ def _tensors(
         boxes[name[cut:]] = (dtype.name, shape, rows)
     shared = Extents(extents)
     entries = {
-        name: Entry(shape, BY_NAME[dtype], partial(_view, shape, dtype, shared, rows))
+        name: Single(shape, BY_NAME[dtype], partial(_view, shape, dtype, shared, rows))
         for name, (dtype, shape, rows) in boxes.items()
     }
     rest = len(names) - len(chosen)
