@@ -62,7 +62,7 @@ GRIDS = {
     "tp2": (Placement(tp=2), tuple(served_models.MODELS), ()),
     "tp4": (Placement(tp=4), tuple(served_models.MODELS), ("gpt_oss",)),
     "tp2-ep2": (Placement(tp=2, ep=2), SOME[1:], ()),
-    "pp2": (Placement(pp=2), SOME, ()),
+    "pp2": (Placement(pp=2), ("llama-tied", "mixtral", "qwen3_moe", "deepseek_v3"), ()),
 }
 """Grid -> the placement, the models, and those vLLM itself refuses there."""
 

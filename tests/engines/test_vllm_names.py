@@ -76,6 +76,11 @@ def test_what_an_engine_refuses(options, message):
         layout("vllm", options)
 
 
+def test_a_pipeline_that_was_not_compared_is_refused(hub):
+    with pytest.raises(LayoutError, match="pipeline stages hold of qwen2 is not known: wanted pp 1, got 2"):
+        fastckpt.plan(hub("qwen2"), placement=Placement(pp=2), layout=layout("vllm", {"engine": ENGINE}))
+
+
 def test_a_patch_release_goes_by_its_minor_version():
     assert layout("vllm", {"engine": "vllm==0.32.1+cpu"}).engine == "vllm==0.32.1+cpu"
 

@@ -32,13 +32,16 @@ class Served:
     what the hub fuses keeps its order of rows: q, k, v head by head, and [gate; up] cut as one run (vLLM's
     Transformers backend).
 
-    `tied`: whether a tied pair goes by the head's name or, where the engine has no head, the embedding's."""
+    `tied`: whether a tied pair goes by the head's name or, where the engine has no head, the embedding's.
+    `stages`: what a stage of a pipeline holds beside its layers: its "own" part of embedding, norm and head,
+    or "all" of them; "": not compared, so that pipelines are refused."""
 
     renamed: Renamed = ()
     ones: tuple[str, ...] = _scalars("attn")
     tied: str = "head"
     float32: tuple[str, ...] = ()
     hub_rows: bool = False
+    stages: str = ""
 
     def name(self, name: str) -> str:
         """The engine's name for one of the model format."""
@@ -67,10 +70,12 @@ _LATENT: Renamed = tuple(
     for name in ("q_proj", "q_b_proj", "q_a_layernorm", "o_proj")
 )
 _PLAIN = Served()
-_DEEPSEEK = Served((*_STACKS, *_SHARED, *_ROUTER, *_LATENT), _scalars("mla_attn.mla_attn"))
+_DEEPSEEK = Served(
+    (*_STACKS, *_SHARED, *_ROUTER, *_LATENT), _scalars("mla_attn.mla_attn"), stages="own"
+)
 
 _VLLM_0_32: dict[str, Served] = {
-    "llama": _PLAIN,
+    "llama": Served(stages="own"),
     "mistral": _PLAIN,
     "qwen2": _PLAIN,
     "qwen3": _PLAIN,
@@ -82,9 +87,9 @@ _VLLM_0_32: dict[str, Served] = {
     "phi3": _PLAIN,
     "glm": Served(hub_rows=True),
     "glm4": _PLAIN,
-    "mixtral": Served(_STACKS),
+    "mixtral": Served(_STACKS, stages="all"),
     "qwen2_moe": Served((*_STACKS, *_SHARED)),
-    "qwen3_moe": Served((*_STACKS, *_ROUTER)),
+    "qwen3_moe": Served((*_STACKS, *_ROUTER), stages="all"),
     "glm4_moe": Served((*_STACKS, *_SHARED, *_CORRECTION), float32=("*.mlp.gate.weight",)),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
