@@ -217,6 +217,11 @@ def _named(target: Target, renamed: Renamed, engine: Served | None) -> Target:
 def _stacked(name: str, linears: Sequence[Linear]) -> Iterator[Target]:
     """The experts' matrices of one kind as a stack, their biases and what stands beside them likewise."""
     first = linears[0]
+    for b in first.beside:
+        if b.leaf == "input_scale" and b.view.numel > 1:
+            raise LayoutError(
+                f"layout vllm: {name}_{b.leaf}: vLLM keeps one for gate and up: arithmetic on values"
+            )
     quantised = [[x.beside[k] for x in linears] for k in range(len(first.beside))]
     for suffix, views in (
         (first.leaf, [x.weight.T if first.beside and x.transposed else x.weight for x in linears]),
