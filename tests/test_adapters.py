@@ -9,6 +9,7 @@ import fastckpt
 import peft_writer
 import pytest
 import torch
+from fastckpt.cli import main
 from fastckpt.errors import FastckptError, LayoutError, SourceError
 from layouts import families, tiny
 from peft_writer import PREFIX, settings, thin, write
@@ -343,3 +344,16 @@ def test_what_peft_trains_under_zero(tmp_path, stage, world):
     )
     for a, b in zip(got, want, strict=True):
         equal(a, b)
+
+
+def test_on_the_command_line(tmp_path, capsys):
+    made, out = Path(__file__).with_name("fixtures") / "peft", tmp_path / "out"
+    words = ["reshard", str(made / "base"), str(out), "--adapter", str(made / "adapter"), "-q", "--no-fsync"]
+    assert main(words) == 0
+    equal(load_file(out / "model.safetensors"), load_file(made / "merged.safetensors"))
+    assert main([*words[:2], str(tmp_path / "two"), *words[3:], "--apart", "--tp", "2"]) == 0
+    assert (tmp_path / "two" / "rank-01" / "adapter_model.safetensors").exists()
+    assert main(["inspect", str(made / "adapter")]) == 0
+    assert "lora_alpha" in capsys.readouterr().out
+    assert main([*words[:2], str(tmp_path / "x"), "--apart"]) == 2
+    assert "layout hf alone" in capsys.readouterr().err and not (tmp_path / "x").exists()
