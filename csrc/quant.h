@@ -44,7 +44,8 @@ template <class U> FASTCKPT_INLINE U load_lanes(const void* p) {
 }
 
 // The bits of the largest magnitude in a box of r x n values, `pitch` apart; above INF32 - 1 where one is not finite.
-template <class S> FASTCKPT_INLINE uint32_t largest_bits(const char* src, size_t r, size_t n, size_t pitch) {
+// What lies `ahead` bytes behind each row is brought near, for the box after this one.
+template <class S> FASTCKPT_INLINE uint32_t largest_bits(const char* src, size_t r, size_t n, size_t pitch, size_t ahead = 0) {
     Words m[4] = {{}, {}, {}, {}};
     uint32_t rest = 0;
     auto take = [&](Words& m, const char* p) {
@@ -53,6 +54,7 @@ template <class S> FASTCKPT_INLINE uint32_t largest_bits(const char* src, size_t
     };
     for (size_t k = 0; k < r; ++k) {
         const char* p = src + k * pitch * S::size;
+        for (size_t i = 0; i < ahead; i += 64) prefetch(p + n * S::size + i);
         size_t i = 0;
         for (; i + 4 * LANES <= n; i += 4 * LANES)
             for (int j = 0; j < 4; ++j) take(m[j], p + (i + j * LANES) * S::size);
@@ -136,10 +138,13 @@ FASTCKPT_INLINE bool fuses(float scale, float amax) {
 template <class U> struct Scale {
     typename FloatOf<U>::type scale, reciprocal, zero;
 };
-template <class U> FASTCKPT_INLINE Scale<U> all_lanes(float scale, float zero) {
-    using F = typename FloatOf<U>::type;
-    return {F{} + scale, F{} + 1.0f / scale, F{} + zero};
-}
+struct Factor {
+    float scale, reciprocal, zero;
+    template <class U> FASTCKPT_HD Scale<U> lanes() const {
+        using F = typename FloatOf<U>::type;
+        return {F{} + scale, F{} + reciprocal, F{} + zero};
+    }
+};
 
 template <How HOW, class U>
 FASTCKPT_INLINE typename FloatOf<U>::type divided(typename FloatOf<U>::type x, const Scale<U>& s) {
@@ -189,9 +194,9 @@ FASTCKPT_INLINE U round_one(U bits, const Scale<U>& s, typename FloatOf<U>::type
 }
 
 template <class S, QuantKind KIND, How HOW, bool ZERO>
-FASTCKPT_INLINE void round_line(char* out, const char* src, size_t n, float scale, float zero, Sums& sums) {
-    const auto all = all_lanes<Words>(scale, zero);
-    const auto one = all_lanes<uint32_t>(scale, zero);
+FASTCKPT_INLINE void round_line(char* out, const char* src, size_t n, const Factor& factor, Sums& sums) {
+    const auto all = factor.lanes<Words>();
+    const auto one = factor.lanes<uint32_t>();
     size_t i = 0;
     auto lanes = [&](size_t at) {
         Floats d;
@@ -248,25 +253,14 @@ FASTCKPT_INLINE float zero_from(float low, float scale, const Quant& q) {
 
 FASTCKPT_INLINE bool finite(float x) { return (as_bits<uint32_t>(x) & 0x7fffffffu) < INF32; }
 
-template <class S, QuantKind KIND, How HOW, bool ZERO>
-void round_box(const Quant& q, size_t r0, size_t r1, size_t c0, size_t n, float scale, float zero, Sums& sums) {
-    constexpr size_t PIECE = 1024;  // values of int4 rounded before they are packed
-    for (size_t r = r0; r < r1; ++r) {
-        const char* src = q.src + (r * q.columns + c0) * S::size;
-        if constexpr (KIND == QUANT_INT4) {
-            char piece[PIECE];
-            for (size_t i = 0; i < n; i += PIECE) {
-                const size_t m = i + PIECE < n ? PIECE : n - i;
-                round_line<S, KIND, HOW, ZERO>(piece, src + i * S::size, m, scale, zero, sums);
-                pack_nibbles(q.out + (r * q.columns + c0 + i) / 2, piece, m);
-            }
-        } else {
-            round_line<S, KIND, HOW, ZERO>(q.out + r * q.columns + c0, src, n, scale, zero, sums);
-        }
-    }
+template <class S, QuantKind KIND, How HOW>
+void round_box(const Quant& q, size_t r0, size_t r1, size_t c0, size_t n, float scale, Sums& sums) {
+    const Factor factor{scale, 1.0f / scale, 0};
+    for (size_t r = r0; r < r1; ++r)
+        round_line<S, KIND, HOW, false>(q.out + r * q.columns + c0, q.src + (r * q.columns + c0) * S::size, n, factor, sums);
 }
 
-template <class S, QuantKind KIND, bool ZERO> bool quantise_blocks(const Quant& q) {
+template <class S, QuantKind KIND> bool quantise_blocks(const Quant& q) {
     const size_t across = (q.columns + q.block_columns - 1) / q.block_columns;
     Sums sums;
     for (size_t r0 = 0; r0 < q.rows; r0 += q.block_rows) {
@@ -275,23 +269,77 @@ template <class S, QuantKind KIND, bool ZERO> bool quantise_blocks(const Quant& 
             const size_t c0 = b * q.block_columns, at = r0 / q.block_rows * across + b;
             const size_t n = c0 + q.block_columns < q.columns ? q.block_columns : q.columns - c0;
             const char* src = q.src + (r0 * q.columns + c0) * S::size;
-            const uint32_t bits = largest_bits<S>(src, r1 - r0, n, q.columns);
+            const size_t next = c0 + n < q.columns ? n * S::size : 0;
+            const uint32_t bits = largest_bits<S>(src, r1 - r0, n, q.columns, next);
             if (bits >= INF32) return false;
-            float scale, zero = 0;
-            if constexpr (ZERO) {  // blocks of one row
-                const Range range = range_of<S>(src, n);
-                scale = scale_from(range.high - range.low, q);
-                zero = zero_from(range.low, scale, q);
-                q.zeros[at] = static_cast<int8_t>(zero);
-            } else {
-                scale = scale_from(q.amax == nullptr ? as_float(bits) : q.amax[r0], q);
-            }
+            const float scale = scale_from(q.amax == nullptr ? as_float(bits) : q.amax[r0], q);
             if (!finite(scale)) return false;
             q.scales[at] = scale;
-            if (q.reciprocal) round_box<S, KIND, RECIPROCAL, ZERO>(q, r0, r1, c0, n, scale, zero, sums);
-            else if (fuses(scale, as_float(bits))) round_box<S, KIND, FUSED, ZERO>(q, r0, r1, c0, n, scale, zero, sums);
-            else round_box<S, KIND, DIVIDE, ZERO>(q, r0, r1, c0, n, scale, zero, sums);
+            if (q.reciprocal) round_box<S, KIND, RECIPROCAL>(q, r0, r1, c0, n, scale, sums);
+            else if (fuses(scale, as_float(bits))) round_box<S, KIND, FUSED>(q, r0, r1, c0, n, scale, sums);
+            else round_box<S, KIND, DIVIDE>(q, r0, r1, c0, n, scale, sums);
             sums.counted((r1 - r0) * n, q.sums);
+        }
+    }
+    sums.add_to(q.sums);
+    return true;
+}
+
+// ---- groups of a row, four bits each ----
+
+constexpr size_t GROUPS = 64, PIECE = 1024;  // groups whose scales are found at once, values packed at once
+
+template <class S, How HOW, bool ZERO>
+void round_groups(const Quant& q, size_t at, const Factor* factors, size_t groups, Sums& sums) {
+    const size_t n = q.block_columns, some = n < PIECE ? PIECE / n : 1;
+    char piece[PIECE];
+    for (size_t g = 0; g < groups; g += some) {
+        const size_t last = g + some < groups ? g + some : groups;
+        if (n > PIECE) {  // one group, piece by piece
+            for (size_t i = 0; i < n; i += PIECE) {
+                const size_t m = i + PIECE < n ? PIECE : n - i;
+                round_line<S, QUANT_INT4, HOW, ZERO>(piece, q.src + (at + g * n + i) * S::size, m, factors[g], sums);
+                pack_nibbles(q.out + (at + g * n + i) / 2, piece, m);
+            }
+            continue;
+        }
+        for (size_t k = g; k < last; ++k)
+            round_line<S, QUANT_INT4, HOW, ZERO>(piece + (k - g) * n, q.src + (at + k * n) * S::size, n, factors[k], sums);
+        pack_nibbles(q.out + (at + g * n) / 2, piece, (last - g) * n);
+    }
+}
+
+template <class S, bool ZERO> bool quantise_groups(const Quant& q) {
+    const size_t n = q.block_columns, across = q.columns / n;
+    Sums sums;
+    for (size_t r = 0; r < q.rows; ++r) {
+        for (size_t g0 = 0; g0 < across; g0 += GROUPS) {
+            const size_t groups = g0 + GROUPS < across ? GROUPS : across - g0, at = r * q.columns + g0 * n;
+            float largest[GROUPS];
+            Range range[GROUPS];
+            uint32_t worst = 0;
+            for (size_t g = 0; g < groups; ++g) {
+                const char* src = q.src + (at + g * n) * S::size;
+                const uint32_t bits = largest_bits<S>(src, 1, n, n);
+                worst = bits > worst ? bits : worst;
+                largest[g] = as_float(bits);
+                if constexpr (ZERO) range[g] = range_of<S>(src, n);
+            }
+            if (worst >= INF32) return false;
+            Factor factors[GROUPS];
+            bool fast = true;
+            for (size_t g = 0; g < groups; ++g) {
+                const size_t block = r * across + g0 + g;
+                const float scale = scale_from(ZERO ? range[g].high - range[g].low : largest[g], q);
+                if (!finite(scale)) return false;
+                q.scales[block] = scale;
+                factors[g] = {scale, 1.0f / scale, ZERO ? zero_from(range[g].low, scale, q) : 0};
+                if constexpr (ZERO) q.zeros[block] = static_cast<int8_t>(factors[g].zero);
+                fast &= fuses(scale, largest[g]);
+            }
+            if (fast) round_groups<S, FUSED, ZERO>(q, at, factors, groups, sums);
+            else round_groups<S, DIVIDE, ZERO>(q, at, factors, groups, sums);
+            sums.counted(groups * n, q.sums);
         }
     }
     sums.add_to(q.sums);
@@ -393,9 +441,9 @@ template <class S, QuantKind KIND, bool ZERO> bool quantise_columns(const Quant&
 template <class S> bool quantise_from(const Quant& q) {
     const bool zero = q.zeros != nullptr;
     switch (q.kind) {
-        case QUANT_INT8: return quantise_blocks<S, QUANT_INT8, false>(q);
-        case QUANT_E4M3: return quantise_blocks<S, QUANT_E4M3, false>(q);
-        case QUANT_INT4: return zero ? quantise_blocks<S, QUANT_INT4, true>(q) : quantise_blocks<S, QUANT_INT4, false>(q);
+        case QUANT_INT8: return quantise_blocks<S, QUANT_INT8>(q);
+        case QUANT_E4M3: return quantise_blocks<S, QUANT_E4M3>(q);
+        case QUANT_INT4: return zero ? quantise_groups<S, true>(q) : quantise_groups<S, false>(q);
         case QUANT_INT4_AWQ:
             return zero ? quantise_columns<S, QUANT_INT4_AWQ, true>(q) : quantise_columns<S, QUANT_INT4_AWQ, false>(q);
         default:
