@@ -26,9 +26,10 @@ enum Dtype : uint8_t {
     FLOAT32, BFLOAT16, FLOAT16, FLOAT8_E4M3FN, FLOAT8_E5M2, FLOAT64,
     INT8, UINT8, INT16, INT32, INT64, BOOL, UINT16, UINT32, UINT64,
     COMPLEX64, COMPLEX128, FLOAT8_E8M0FNU, FLOAT8_E4M3FNUZ, FLOAT8_E5M2FNUZ,
+    COMPLEX32, FLOAT4_E2M1FN_X2,
     DTYPES
 };
-constexpr uint8_t ITEMSIZE[DTYPES] = {4, 2, 2, 1, 1, 8, 1, 1, 2, 4, 8, 1, 2, 4, 8, 8, 16, 1, 1, 1};
+constexpr uint8_t ITEMSIZE[DTYPES] = {4, 2, 2, 1, 1, 8, 1, 1, 2, 4, 8, 1, 2, 4, 8, 8, 16, 1, 1, 1, 4, 1};
 
 namespace {  // internal linkage: these are compiled once for each instruction set
 

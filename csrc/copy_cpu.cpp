@@ -53,7 +53,7 @@ constexpr uint64_t STREAM_CALL = 6u << 20;
 // A row smaller than this is written through the cache all the same.
 constexpr uint64_t STREAM_ROW = 512;
 // What a thread takes at a time, in output bytes.
-constexpr uint64_t SHARE = 2u << 20;
+constexpr uint64_t SHARE = 4u << 20;
 
 uint64_t elements(const Copy& c) {
     return uint64_t{c.shape[0]} * c.shape[1] * c.shape[2] * c.shape[3];
@@ -260,7 +260,11 @@ class Shares {
         }
         const uint64_t n = c.shape[axis];
         uint64_t step = std::max<uint64_t>(1, n / pieces);
-        if (step > 64) step = step / 64 * 64;  // whole tiles, whole cache lines
+        for (uint64_t whole : {256u, 64u})  // whole tiles, else whole cache lines
+            if (step > whole) {
+                step = step / whole * whole;
+                break;
+            }
         for (uint64_t at = 0; at < n; at += step) {
             Copy part = c;
             part.shape[axis] = static_cast<uint32_t>(std::min(step, n - at));

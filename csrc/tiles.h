@@ -105,9 +105,10 @@ template <class S, class D> struct Micro {
     }
 };
 
-// A band of source rows is walked along its columns, so that few source pages are open and whole destination lines
-// are written; what lies AHEAD bytes further on (in the next band at the end) is prefetched.
-constexpr size_t LINE = 64, BAND = LANES * 4, AHEAD = LANES * 32;
+// A tile of ROWS source rows and WIDTH bytes of each is transposed at a time, and the next one to the right (in the
+// next band at the end) prefetched meanwhile. Within a tile the destination's rows are walked first: each gets one
+// line, and its next one while its page is still known.
+constexpr size_t LINE = 64, ROWS = 256, WIDTH = 1024;
 
 template <class S, class D>
 void transposed(char* dst, const char* src, size_t rows, size_t cols, int64_t dst_step, int64_t src_step, bool past) {
@@ -128,13 +129,17 @@ void transposed(char* dst, const char* src, size_t rows, size_t cols, int64_t ds
         size_t first = past ? head / D::size : 0;
         if (first + M::DEPTH > rows) first = 0, past = false;
         size_t last_row = first + (rows - first) / M::DEPTH * M::DEPTH, last_col = cols / LANES * LANES;
-        constexpr size_t ROWS = BAND > LINE / D::size ? BAND : LINE / D::size, COLS = AHEAD / S::size;
+        constexpr size_t COLS = WIDTH / S::size, FULL = LINE / D::size;  // FULL rows make whole lines
+        static_assert(FULL % M::DEPTH == 0 && ROWS % FULL == 0, "a line is whole steps, a tile whole lines");
         for (size_t r0 = first; r0 < last_row; r0 += ROWS) {
-            size_t r1 = r0 + ROWS < last_row ? r0 + ROWS : last_row;
-            for (size_t c = 0; c < last_col; c += LANES) {
-                int64_t ahead = static_cast<int64_t>(AHEAD);
-                if (c + COLS >= last_col) ahead += static_cast<int64_t>(ROWS) * src_step - static_cast<int64_t>(last_col * S::size);
-                for (size_t r = r0; r < r1; r += M::DEPTH) run(r, c, ahead, past);
+            const size_t r1 = r0 + ROWS < last_row ? r0 + ROWS : last_row;
+            for (size_t c0 = 0; c0 < last_col; c0 += COLS) {
+                const size_t c1 = c0 + COLS < last_col ? c0 + COLS : last_col;
+                int64_t ahead = static_cast<int64_t>(WIDTH);
+                if (c1 == last_col) ahead += static_cast<int64_t>(ROWS) * src_step - static_cast<int64_t>(last_col * S::size);
+                for (size_t l = r0; l < r1; l += FULL)
+                    for (size_t c = c0; c < c1; c += LANES)
+                        for (size_t r = l; r < l + FULL && r < r1; r += M::DEPTH) run(r, c, ahead, past);
             }
             // The last columns again, from LANES before the end: the same bytes are written twice.
             if (last_col < cols)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import signal
@@ -53,13 +54,16 @@ def checkpoint(request: pytest.FixtureRequest) -> Callable[[str], Path]:
         if version("deepspeed") is None:
             skipped_without_deepspeed.append(name)
             pytest.skip("deepspeed is not installed")
-        if not (cache / run).exists():
-            missing = sorted(n for n in asked | {run} if not (cache / n).exists())
-            env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-            command = [sys.executable, str(MAKER), "--out", str(cache), *missing]
-            done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(f"{MAKER.name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+        if (cache / run).exists():
+            return cache / run
+        with open(cache / ".lock", "wb") as lock:  # another worker of these tests makes them for us
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if missing := sorted(n for n in asked | {run} if not (cache / n).exists()):
+                env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+                command = [sys.executable, str(MAKER), "--out", str(cache), *missing]
+                done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise RuntimeError(f"{MAKER.name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
         return cache / run
 
     return find

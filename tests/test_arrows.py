@@ -51,10 +51,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "manifest": (*CORE, "digest"),
     "commit": (*CORE, "syscalls", "manifest"),
     "writer": (*CORE, "digest", *FILES[:-1]),
-    "verification": (*CORE, "digest", "finite", *FILES),
+    "verification": (*CORE, "digest", "finite", *FILES, "expectation"),
     # The way back, through sources, recipes and layouts.
     "inverse": CORE,
     "joining": (*PLAIN, "collector", "digest", "manifest", "inverse", "sources", "recipes", "layouts"),
+    "expectation": (*PLAIN, "manifest", "sources", "layouts", "joining"),
     "adapters": (*CORE, "lowrank", "sources", "layouts"),
     # The spine.
     "plancache": (*CORE, "planner"),
@@ -75,7 +76,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "pipeline": (*CORE, "digest", "finite", "planner", "plans", "reader", *FILES),
     "quantising": (*CORE, "planner", "plans", "schemes", "quantplan", "rounding", "reader"),
-    "tensors": (*CORE, "planner", "plans"),
+    "tensors": (*CORE, "planner", "plans", "syscalls"),
     "device": (*CORE, "lowrank", "digest", "planner", "plans", "reader", "pipeline", "executors"),
 }
 MAY_IMPORT["runs"] = (*MAY_IMPORT, "__init__")
@@ -88,6 +89,8 @@ MAY_IMPORT["manager"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["terminal"] = (*CORE, "text")
 MAY_IMPORT["arguments"] = (*CORE, "text", "manager", "__init__")
 SPINE = (*MAY_IMPORT, "__init__", "_C")
+# An engine's plug-in mechanism opens these; nothing here imports them.
+MAY_IMPORT["engines"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT |= {door: SPINE for door in ("describe", "outline", "difference", "doctor", "zero_to_fp32")}
 for last in ("quant", "demo", "cli", "__init__"):
     MAY_IMPORT[last] = (*MAY_IMPORT, "__init__", "_C")
@@ -117,7 +120,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__",),
     ),
     "layouts": (
-        ("naming", "cuts", "servers", "padding"),
+        ("naming", "cuts", "servers", "padding", "engines"),
         ("rtp_merge", "rtp_split", "rtp_weights"),  # rtp-llm's catalogue, of which its layout is made
         ("rtp_roles",),
         ("same", "hf", "vllm", "rtp_llm", "megatron", "patterns"),
@@ -131,11 +134,12 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("manager",),
         ("runner", "commands"),
     ),
+    "engines": (("__init__", "vllm_loader"), ("vllm",)),
     "executors": (("torch", "cpu", "cuda"), ("__init__",)),
 }
 """Cells within a package: a module imports siblings from cells before its own only."""
 
-TORCH = {"executors/torch", "executors/cuda", "tensors", "device"}
+TORCH = {"executors/torch", "executors/cuda", "tensors", "device", "engines/vllm_loader"}
 TORCH |= {
     f"manager/{m}"
     for m in [

@@ -69,7 +69,9 @@ def saved(tensors: dict[str, torch.Tensor], tmp: Path, metadata: dict[str, str] 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {'q"\\\n\x01é': "v\t\x7f"}])
 def test_safetensors_is_save_file(tmp_path: Path, metadata: dict[str, str] | None) -> None:
-    tensors = every_type([d.name for d in DTYPES if d.safetensors], SHAPES)
+    spelled = [d for d in DTYPES if d.safetensors]
+    tensors = every_type([d.name for d in spelled if d.packed == 1], SHAPES)
+    tensors |= every_type([d.name for d in spelled if d.packed > 1], [s for s in SHAPES if s])
     layout = safetensors_layout("x.safetensors", [spec(*t) for t in tensors.items()], metadata or {})
     assert assembled(layout, {n: raw(t) for n, t in tensors.items()}) == saved(tensors, tmp_path, metadata)
 
@@ -99,6 +101,8 @@ def test_safetensors_refuses() -> None:
         safetensors_layout("x", [("a", f32, ()), ("a", f32, (2,))], {})
     with pytest.raises(WriteError, match="__metadata__"):
         safetensors_layout("x", [("__metadata__", f32, ())], {})
+    with pytest.raises(WriteError, match="float4_e2m1fn_x2 without an axis"):
+        safetensors_layout("x", [("a", BY_NAME["float4_e2m1fn_x2"], ())], {})
     with pytest.raises(WriteError, match="Unicode"):
         safetensors_layout("x", [("\ud800", f32, ())], {})
 
@@ -157,6 +161,12 @@ def test_torch_file_is_torch_save(tmp_path: Path) -> None:
     loaded = accepted(tmp_path / "pytorch_model.bin", tensors)
     assert loaded["tied.2"].untyped_storage().data_ptr() == loaded[first].untyped_storage().data_ptr()
     assert list(loaded)[-3:] == ["tied", "tied.2", "tied.3"]
+
+
+def test_torch_file_of_an_empty_name(tmp_path: Path) -> None:
+    tensors = {"a": torch.ones(2), "": torch.arange(5.0)}
+    same_as_torch(tensors, tmp_path / "x.bin", {"tied": ""})
+    accepted(tmp_path / "x.bin", tensors)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 999, 1000, 1001, 2000])

@@ -10,11 +10,14 @@ import fastckpt
 import numpy as np
 import pytest
 import torch
-from fastckpt import road, runs, sources
-from fastckpt.errors import LayoutError, RecipeError, SourceError, WriteError
+from fastckpt import dtypes, plans, road, runs, sources, views
+from fastckpt.dtypes import BY_NAME, DTYPES
+from fastckpt.errors import FastckptError, LayoutError, RecipeError, SourceError, WriteError
 from fastckpt.executors import pick
 from fastckpt.executors.cpu import built
+from fastckpt.layouts import Naming
 from fastckpt.reader import Mapped, Positioned
+from fastckpt.target import Target
 from fastckpt.writer import Output
 from layouts import oracle, tiny
 from safetensors.torch import load_file, save_file
@@ -255,6 +258,58 @@ def test_ranks_of_two_checkpoints_make_no_set(tmp_path, form):
     assert fastckpt.verify(tmp_path / "out").ok
 
 
+@pytest.mark.parametrize("dtype", sorted({d.name for d in DTYPES}))
+def test_every_type_is_carried_as_bytes(tmp_path, dtype):
+    """What torch.save can write comes out of both containers and of memory, bit for bit, even when a cast of
+    the floats is asked for."""
+    raw = torch.arange(64, dtype=torch.uint8) % (2 if dtype == "bool" else 0x37)
+    given = {"w": raw.view(getattr(torch, dtype)).reshape(2, -1), "f": torch.ones(3)}
+    torch.save(given, tmp_path / "x.pt")
+    asked = None if BY_NAME[dtype].kind == "float" else "bfloat16"
+    (state,) = fastckpt.reshard(tmp_path / "x.pt", layout="same", dtype=asked)
+    assert state["w"].dtype == given["w"].dtype and state["w"].shape == given["w"].shape
+    assert torch.equal(state["w"].view(torch.uint8), given["w"].view(torch.uint8))
+    fastckpt.consolidate(tmp_path / "x.pt", tmp_path / "bin", dtype=None, durable=False)
+    outs = [tmp_path / "bin"]
+    loaded = torch.load(tmp_path / "bin/pytorch_model.bin")["w"]
+    assert torch.equal(loaded.view(torch.uint8), raw.reshape(2, -1))
+    if BY_NAME[dtype].safetensors:
+        outs.append(tmp_path / "st")
+        fastckpt.reshard(tmp_path / "x.pt", layout="same", out=tmp_path / "st", durable=False)
+    for out in outs:
+        assert fastckpt.verify(out).ok
+        assert fastckpt.diff(tmp_path / "x.pt", out).equal
+
+
+class Scaled:
+    """A layout of one's own, with a constant beside each tensor that is made anew for every target."""
+
+    roles = False
+
+    def targets(self, ckpt, placement):
+        for name in ckpt:
+            yield Target(name, ckpt[name])
+            yield Target(f"{name}.slopes", views.constant(np.arange(3, dtype=np.float32), dtypes.float32))
+            yield Target(f"{name}.size", views.constant(np.int64(len(name)), dtypes.int64))
+
+    def naming(self, placement):
+        return Naming("", "model.safetensors", "model-{part}-of-{parts}.safetensors")
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 18])
+def test_constants_are_the_same_when_a_plan_is_compiled_again(tmp_path, monkeypatch, kept):
+    monkeypatch.setattr(plans, "KEPT_ROWS", kept)
+    given = {f"{'x' * k}": torch.randn(3, 4) for k in range(1, 5)}
+    want = {f"{n}.slopes": torch.tensor([0.0, 1.0, 2.0]) for n in given} | given
+    want |= {f"{n}.size": torch.tensor(len(n)) for n in given}
+    (state,) = fastckpt.reshard(given, layout=Scaled())
+    assert state.keys() == want.keys() and all(torch.equal(state[n], want[n]) for n in want)
+    save_file(given, tmp_path / "x.safetensors")
+    planned = fastckpt.plan(tmp_path / "x.safetensors", layout=Scaled())
+    assert (planned.kept is None) == (kept == 0)
+    assert len(planned.extents) == 4 + 1 + 4  # slopes are one for all
+
+
 def test_only_outputs_are_overwritten(tmp_path):
     write_zero(tmp_path / "in", {"w": torch.ones(5)}, stage=3, world=2)
     (tmp_path / "home").mkdir()
@@ -435,6 +490,79 @@ def test_plan_says_what_reshard_does(tmp_path):
         )
     assert plan.needed_bytes >= plan.output_bytes
     assert plan.slots().leaves == len(plan.tensors) - sum(t.nbytes == 0 for t in plan.tensors)
+
+
+NO = object()
+WRONG = {
+    "out": [5, b"x", [5], {"w": 1, "x": {}}, "", "a\0b"],
+    "tp": ["8", 0, -1, 2.0, True, None],
+    "rank": [8, -1, "0", True, 1.0],
+    "placement": [5, (8,)],
+    "layout": [3, None, dict, "nonsense"],
+    "config": [5, [], {"model_type": NO}, {"model_type": "llama", "torch_dtype": torch.float32}],
+    "recipe": [5, "nonsense"],
+    "tp_plan": [5, ["a"], {"*": 5}, {5: "colwise"}, {"*": "diagonal"}],
+    "vocab_size": ["36", 36.0, 0, -3],
+    "dtype": ["nonsense", 5, [], np.float32],
+    "quant": ["nonsense", 5],
+    "device": ["nonsense", 5],
+    "max_shard_size": ["nonsense", 0, -1, [], "9" * 400 + "GB"],
+    "memory": ["nonsense", 1, []],
+    "threads": [0, -2, "2", 1.5, True],
+    "progress": [5],
+    "adapter": [5],
+}
+
+
+@pytest.mark.parametrize("argument", WRONG)
+def test_a_wrong_argument_is_named(tmp_path, argument):
+    config, files, _ = tiny.made("biased")
+    for value in WRONG[argument]:
+        given = {"config": config, "out": tmp_path / "out", argument: value}
+        with pytest.raises(FastckptError) as e:
+            fastckpt.reshard(files, **given)
+        word = {"max_shard_size": "size", "quant": "quantisation", "memory": "size"}.get(argument)
+        assert argument in str(e.value) or (word and word in str(e.value)), (value, str(e.value))
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path", [None, 5, [], b"x"])
+def test_a_path_is_a_path(path):
+    verbs = (fastckpt.open, fastckpt.reshard, fastckpt.consolidate, fastckpt.verify, fastckpt.inspect)
+    for verb in (*verbs, fastckpt.plan, lambda p: fastckpt.diff(p, p)):
+        with pytest.raises(FastckptError, match="path: wanted str or PathLike"):
+            verb(path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"tag": 5}, {"also": "x"}, {"also": 5}, {"also": [5]}, {"rename": "ab"}, {"rename": ["ab"]},
+        {"rename": {"a": "b"}}, {"rename": [("a", 5)]}, {"rename": [("(", "")]}, {"weights": 5},
+    ],
+)  # fmt: skip
+def test_a_wrong_option_of_open_is_named(tmp_path, wrong):
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(FastckptError, match=next(iter(wrong))):
+        fastckpt.open(tmp_path, **wrong)
+
+
+def test_more_wrong_arguments_are_named(tmp_path):
+    files = {"a": torch.ones(2)}
+    save_file(files, tmp_path / "model.safetensors")
+    with pytest.raises(FastckptError, match="a tensor's name: wanted str, got int 5"):
+        fastckpt.reshard({5: torch.ones(2)}, layout="same")
+    with pytest.raises(FastckptError, match="module: wanted Module"):
+        fastckpt.load_into(5, tmp_path)
+    with pytest.raises(FastckptError, match="weights_key: wanted str or None"):
+        fastckpt.consolidate(tmp_path, tmp_path / "out", weights_key=5)
+    with pytest.raises(FastckptError, match="weights_key: wanted a key"):
+        fastckpt.consolidate(tmp_path, tmp_path / "out", weights_key="")
+    with pytest.raises(FastckptError, match="client_state: wanted Sequence"):
+        fastckpt.consolidate(tmp_path, tmp_path / "out", weights_key="m", client_state="step")
+    with pytest.raises(FastckptError, match="out: wanted"):
+        fastckpt.consolidate(tmp_path, 5)
+    assert os.listdir(tmp_path) == ["model.safetensors"]
 
 
 def test_what_does_not_go_together(tmp_path):

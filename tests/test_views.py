@@ -43,7 +43,7 @@ def read(view: View) -> Ints:
 def storage(extent: Extent) -> Ints:
     assert isinstance(extent.where, Buffer) and isinstance(extent.where.owner, np.ndarray)
     start = extent.offset // 8
-    return extent.where.owner.ravel()[start : start + extent.nbytes // 8]
+    return extent.where.owner.ravel().view(np.int64)[start : start + extent.nbytes // 8]
 
 
 def extent_of(values: Ints, key: str = "") -> Extent:

@@ -109,6 +109,11 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--plain", action="store_true", help="a directory of others: headers and values, no digests"
     )
+    verify.add_argument(
+        "--engine",
+        metavar="NAME[==VERSION]",
+        help="also names, shapes and dtypes as this engine's loader wants them (vllm, vllm==0.32)",
+    )
     _threads(verify)
     _quiet(verify)
 

@@ -256,7 +256,9 @@ def _verify(args: argparse.Namespace) -> int:
 
     with progress(as_json=args.json, quiet=args.quiet) as shown:
         told = None if shown is None else partial(_verifying, shown)
-        report = verify(args.path, plain=args.plain, threads=args.threads, progress=told)
+        report = verify(
+            args.path, plain=args.plain, engine=args.engine, threads=args.threads, progress=told
+        )
 
     def text() -> str:
         seen = f"{counted(report.files, 'file')}, {counted(report.tensors, 'tensor')}, {size(report.bytes)}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import re
 import secrets
@@ -214,7 +215,7 @@ class Part:
         self._waiting: list[tuple[str, str]] = []
         self._placed: list[str] = []
         self._started = False
-        self._count = 0
+        self._numbers = itertools.count(1)  # next() is one step: files may be begun by several threads
 
     def start(self) -> None:
         """Refuse a directory that is another plan's, remove what this rank left when it was killed."""
@@ -250,8 +251,7 @@ class Part:
 
     def stage(self, name: str) -> str:
         """The path to write the file `name` at."""
-        self._count += 1
-        return os.path.join(self.path, f"{self._mine}{self._token}.{self._count}.tmp")
+        return os.path.join(self.path, f"{self._mine}{self._token}.{next(self._numbers)}.tmp")
 
     def settle(self, name: str, staged: str) -> None:
         """The file is finished: it gets its name when the rank commits."""

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .checkpoint import JSON, Checkpoint, Entry
-from .dtypes import DType, bfloat16, float8_e4m3fn
+from .dtypes import DType, bfloat16, complex32, float8_e4m3fn
 from .errors import ViewError
 from .joining import open as open_checkpoint
 from .road import stream
@@ -273,6 +273,8 @@ def _values(data: Bytes, dtype: DType) -> Numbers:
     """The elements as float64, or as complex128."""
     if dtype is bfloat16:
         return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    if dtype is complex32:
+        return data.view(np.float16).astype(np.float32).view(np.complex64).astype(np.complex128)
     if dtype.kind == "float" and dtype.itemsize == 1:
         return _float8(dtype)[data]
     return data.view(_raw(dtype)).astype(np.complex128 if dtype.kind == "complex" else np.float64)

@@ -5,6 +5,7 @@ Law: `code` is the byte that stands in a Copy row; `csrc/cast.h` numbers the typ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .errors import ViewError
@@ -17,7 +18,8 @@ class DType:
     `name` is torch's spelling, `code` the byte of a Copy row, `itemsize` in bytes, `kind` one of
     "float", "int", "bool", "complex"; `safetensors` and `storage` are that format's and torch's
     typed-storage names ("" where the format has none); `digits` and `exponent` are the significand's
-    bits (hidden one included) and the exponent's bits of a float, else 0.
+    bits (hidden one included) and the exponent's bits of a float, else 0; `packed`: the values in one
+    element, which safetensors counts along the last axis.
     """
 
     name: str
@@ -28,6 +30,7 @@ class DType:
     storage: str
     digits: int = 0
     exponent: int = 0
+    packed: int = 1
 
     def __str__(self) -> str:
         return self.name
@@ -53,11 +56,14 @@ complex128 = DType("complex128", 16, 16, "complex", "", "ComplexDoubleStorage")
 float8_e8m0fnu = DType("float8_e8m0fnu", 17, 1, "int", "F8_E8M0", "")
 float8_e4m3fnuz = DType("float8_e4m3fnuz", 18, 1, "int", "", "")
 float8_e5m2fnuz = DType("float8_e5m2fnuz", 19, 1, "int", "", "")
+complex32 = DType("complex32", 20, 4, "complex", "", "")
+float4_e2m1fn_x2 = DType("float4_e2m1fn_x2", 21, 1, "int", "F4", "", packed=2)
 
 DTYPES: tuple[DType, ...] = (
     float32, bfloat16, float16, float8_e4m3fn, float8_e5m2, float64,
     int8, uint8, int16, int32, int64, bool_, uint16, uint32, uint64,
     complex64, complex128, float8_e8m0fnu, float8_e4m3fnuz, float8_e5m2fnuz,
+    complex32, float4_e2m1fn_x2,
 )  # fmt: skip
 BY_NAME: dict[str, DType] = {d.name: d for d in DTYPES}
 BY_SAFETENSORS: dict[str, DType] = {d.safetensors: d for d in DTYPES if d.safetensors}
@@ -77,6 +83,24 @@ def dtype(name: str | DType) -> DType:
     if found is None:
         raise ViewError(f"unknown dtype {name!r}; known: {', '.join(BY_NAME)}")
     return found
+
+
+def counted(dtype: DType, shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape as safetensors writes it, in values. Raises ViewError for packed values without an axis."""
+    if dtype.packed == 1:
+        return tuple(shape)
+    if not shape:
+        raise ViewError(f"{dtype}: {dtype.packed} values an element, and no axis to count them on")
+    return (*shape[:-1], shape[-1] * dtype.packed)
+
+
+def in_elements(dtype: DType, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape whose `counted` is `shape`. Raises ViewError where there is none."""
+    if dtype.packed == 1:
+        return tuple(shape)
+    if not shape or shape[-1] % dtype.packed:
+        raise ViewError(f"{dtype}: {list(shape)} does not hold whole elements of {dtype.packed} values")
+    return (*shape[:-1], shape[-1] // dtype.packed)
 
 
 def castable(src: DType, dst: DType) -> bool:

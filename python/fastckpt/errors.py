@@ -13,6 +13,20 @@ class FastckptError(Exception):
     exit_code = 2
 
 
+def expect(argument: str, value: object, *kinds: type) -> None:
+    """Refuse an argument that is of none of these kinds with a FastckptError that names it.
+
+    A bool is no int here, and no string is a list."""
+    fits = isinstance(value, kinds)
+    if isinstance(value, bool) and bool not in kinds:
+        fits = False
+    if isinstance(value, (str, bytes)) and not {str, bytes} & {*kinds}:
+        fits = False
+    if not fits:
+        wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise FastckptError(f"{argument}: wanted {wanted}, got {type(value).__name__} {value!r:.80}")
+
+
 class SourceError(FastckptError):
     """A file of the checkpoint is broken, unsafe, missing or contradicts another."""
 

@@ -9,6 +9,8 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from .errors import SourceError
 
 
@@ -43,6 +45,25 @@ class Buffer:
     address: int
     nbytes: int
     device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Constant(Buffer):
+    """A buffer whose bytes a plan brings itself; those of equal bytes are one, as often as they are made."""
+
+    content: bytes = b""
+
+    @staticmethod
+    def of(content: bytes) -> Constant:
+        """A buffer of these bytes."""
+        held = np.frombuffer(content, np.uint8)
+        return Constant(held, held.ctypes.data, len(content), content=content)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constant) and self.content == other.content
+
+    def __hash__(self) -> int:
+        return hash(self.content)
 
 
 @dataclass(frozen=True, slots=True)

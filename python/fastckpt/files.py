@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from .dtypes import DType
+from .dtypes import DType, counted
 from .errors import LayoutError, WriteError
 
 Spec = tuple[str, DType, tuple[int, ...]]
@@ -64,7 +64,7 @@ class FileLayout:
 # safetensors 0.8 sorts by its enum of types, descending, then by name
 _TYPES = (
     "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
-    "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
+    "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F4", "BOOL",
 )  # fmt: skip
 _ORDER = {name: k for k, name in enumerate(_TYPES)}
 _MAX_HEADER = 100_000_000
@@ -86,9 +86,11 @@ def safetensors_layout(
     WriteError for a type or name the format cannot spell. Format: 8 bytes header length, JSON header
     padded with spaces to 8, the tensors; https://github.com/huggingface/safetensors."""
     unique(path, tensors)
-    for name, dtype, _ in tensors:
+    for name, dtype, shape in tensors:
         if dtype.safetensors not in _ORDER:
             raise WriteError(f"{path}: {name} is {dtype}, which safetensors cannot spell")
+        if dtype.packed > 1 and not shape:
+            raise WriteError(f"{path}: {name} is one {dtype} without an axis, which safetensors cannot spell")
         if name == "__metadata__":
             raise WriteError(f"{path}: safetensors keeps the name __metadata__ for itself")
     ordered = sorted(tensors, key=lambda t: (_ORDER[t[1].safetensors], "" if keep_order else t[0]))
@@ -96,7 +98,8 @@ def safetensors_layout(
     sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape in ordered]
     ends = list(accumulate(sizes, initial=0))
     items = [
-        f'{spell(name)}:{{"dtype":"{dtype.safetensors}","shape":[{",".join(map(str, shape))}],'
+        f'{spell(name)}:{{"dtype":"{dtype.safetensors}",'
+        f'"shape":[{",".join(map(str, counted(dtype, shape)))}],'
         f'"data_offsets":[{begin},{end}]}}'
         for (name, dtype, shape), begin, end in zip(ordered, ends, ends[1:], strict=False)
     ]
@@ -204,12 +207,12 @@ def parse_size(size: str | int) -> int:
     """Bytes of "5GB" (10^9, as huggingface_hub), "5GiB" (2^30) or a number. Raises LayoutError."""
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*", str(size))
     unit = _UNITS.get(found[2].upper()) if found and found[2] else 1
-    nbytes = int(float(found[1]) * unit) if found and unit else 0
-    if nbytes < 1:
+    nbytes = float(found[1]) * unit if found and unit else 0
+    if not 1 <= nbytes < 1 << 62:
         raise LayoutError(
             f"size {size!r}: wanted a number of bytes, or one with KB, MB, GB, TB, KiB, MiB, GiB, TiB"
         )
-    return nbytes
+    return int(nbytes)
 
 
 def unique(path: str, tensors: Sequence[Spec]) -> None:

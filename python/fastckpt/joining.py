@@ -29,8 +29,10 @@ from .dtypes import BY_NAME, DType
 from .errors import SourceError
 from .extents import Buffer, Extent, Extents
 from .inverse import Piece, Place, joined, pieces_of
+from .layouts import ByRoles
 from .layouts.patterns import Patterns
 from .manifest import Manifest
+from .model import Model
 from .placement import Placement
 from .sources.served import SHARDS
 from .target import Target
@@ -72,7 +74,7 @@ def told(ckpt: Checkpoint, world: int, layout: str) -> dict[str, JSON]:
     if layout == "same" or (layout == "hf" and world == 1):
         return {}
     tensors: dict[str, JSON] = {n: [e.dtype.name, list(e.shape)] for n, e in ckpt.entries.items()}
-    return {TOLD: {"tensors": tensors, "aliases": dict(ckpt.aliases)}}
+    return {TOLD: {"tensors": tensors, "aliases": dict(ckpt.aliases), "layouts": layouts.VERSION}}
 
 
 @paused()
@@ -86,14 +88,7 @@ def whole(ckpt: Checkpoint) -> Checkpoint:
         return ckpt
     manifest = Manifest.read(ckpt.path)
     record = manifest.record.options
-    if record.get("quant") is not None:
-        raise SourceError(f"{ckpt.path}: quantised to {record['quant']}, which cannot be taken back")
-    if not isinstance(record.get(TOLD), dict):
-        raise SourceError(
-            f"{ckpt.path}: its record does not tell what the shards were cut from: made by an older version"
-        )
-    source = _map(record[TOLD], ckpt, TOLD)
-    phantom = _phantom(ckpt, _map(source.get("tensors"), ckpt, "tensors"), source.get("aliases"))
+    phantom = _cut_from(ckpt, manifest)
     known = dict(zip(phantom.extents, phantom.entries, strict=True))
     pieces: dict[str, dict[Place, Piece]] = {name: {} for name in phantom.entries}
     seen: set[str] = set()
@@ -136,31 +131,63 @@ def _same(view: View) -> View:
     return view
 
 
+@paused()
+def would_hold(
+    ckpt: Checkpoint, manifest: Manifest, layout: ByRoles, dtype: DType
+) -> list[tuple[int, Target]]:
+    """What every rank of an opened output would hold by another layout, as (rank, target): names, shapes and
+    dtypes, floats cast to `dtype`, and no bytes behind them.
+
+    Raises SourceError as `whole` does, RecipeError and LayoutError where the layout cannot cut this model."""
+    phantom = _cut_from(ckpt, manifest)
+    entries = {
+        name: Entry(e.shape, dtype, partial(_cast, e, dtype)) if e.dtype.kind == "float" else e
+        for name, e in phantom.entries.items()
+    }
+    model = _model(ckpt, replace(phantom, entries=entries), manifest)
+    return [(p.rank, t) for p in grid(ckpt.path, manifest).ranks() for t in layout.targets(model, p)]
+
+
+def grid(path: str, manifest: Manifest) -> Placement:
+    """The grid an output was made for. Raises SourceError where it has another number of ranks."""
+    sizes = manifest.record.placement
+    found = Placement(*(sizes.get(axis, 1) for axis in ("tp", "pp", "dp", "ep")))
+    if found.world != manifest.world:
+        raise SourceError(f"{path}: {manifest.world} ranks, and a placement of {found.world}")
+    return found
+
+
+def _cast(entry: Entry, dtype: DType) -> View:
+    return entry.build().cast(dtype)
+
+
 # ---- the layout again ----
 
 
 def _targets(ckpt: Checkpoint, phantom: Checkpoint, manifest: Manifest) -> Iterator[tuple[int, Target]]:
     """Every rank's targets over the phantom, as (rank, target)."""
     record, name = manifest.record.options, manifest.record.layout
-    sizes, vocab = manifest.record.placement, record.get("vocab_size")
-    grid = Placement(*(sizes.get(axis, 1) for axis in ("tp", "pp", "dp", "ep")))
-    if grid.world != manifest.world:
-        raise SourceError(f"{ckpt.path}: {manifest.world} ranks, and a placement of {grid.world}")
+    placed = grid(ckpt.path, manifest)
     if record.get("tp_plan") is not None:
         patterns = Patterns({k: str(v) for k, v in _map(record["tp_plan"], ckpt, "tp_plan").items()})
-        for p in grid.ranks():
+        for p in placed.ranks():
             yield from ((p.rank, t) for t in patterns.targets(phantom, p))
         return
     texts = _map(record.get("layout_fields"), ckpt, "layout_fields")
     layout = layouts.layout(name, {k: str(v) for k, v in texts.items()})
     if not layout.roles:
-        raise SourceError(f"{ckpt.path}: layout {name} of {grid.world} ranks cannot be joined")
-    config = _config(ckpt, manifest)
-    recipe = record.get("recipe")
-    find = recipes.find(config if recipe is None else {"model_type": recipe})
-    model = find(phantom, config, vocab_size=vocab if isinstance(vocab, int) else None)
-    for p in grid.ranks():
+        raise SourceError(f"{ckpt.path}: layout {name} of {placed.world} ranks cannot be joined")
+    model = _model(ckpt, phantom, manifest)
+    for p in placed.ranks():
         yield from ((p.rank, t) for t in layout.targets(model, p))
+
+
+def _model(ckpt: Checkpoint, phantom: Checkpoint, manifest: Manifest) -> Model:
+    """The phantom by roles, as the recipe read it that the shards were made with."""
+    config = _config(ckpt, manifest)
+    recipe, vocab = (manifest.record.options.get(key) for key in ("recipe", "vocab_size"))
+    find = recipes.find(config if recipe is None else {"model_type": recipe})
+    return find(phantom, config, vocab_size=vocab if isinstance(vocab, int) else None)
 
 
 def _config(ckpt: Checkpoint, manifest: Manifest) -> Mapping[str, JSON]:
@@ -173,6 +200,25 @@ def _config(ckpt: Checkpoint, manifest: Manifest) -> Mapping[str, JSON]:
         raise SourceError(f"{path}: was changed since the shards were cut; put the one of then back")
     was = _map(manifest.record.options.get("resized", {}), ckpt, "resized")  # before they were padded
     return {k: v for k, v in {**ckpt.config, **was}.items() if v is not None or k not in was}
+
+
+def _cut_from(ckpt: Checkpoint, manifest: Manifest) -> Checkpoint:
+    """The checkpoint the shards were cut from, with an extent a tensor and no byte behind it."""
+    record = manifest.record.options
+    if record.get("quant") is not None:
+        raise SourceError(f"{ckpt.path}: quantised to {record['quant']}, which cannot be taken back")
+    if not isinstance(record.get(TOLD), dict):
+        raise SourceError(
+            f"{ckpt.path}: its record does not tell what the shards were cut from: made by an older version"
+        )
+    source = _map(record[TOLD], ckpt, TOLD)
+    version = source.get("layouts")
+    if version != layouts.VERSION:
+        raise SourceError(
+            f"{ckpt.path}: cut by version {version} of the layouts (fastckpt {manifest.record.version}); "
+            f"this one knows version {layouts.VERSION}, which may cut elsewhere"
+        )
+    return _phantom(ckpt, _map(source.get("tensors"), ckpt, "tensors"), source.get("aliases"))
 
 
 def _phantom(ckpt: Checkpoint, tensors: Mapping[str, JSON], aliases: JSON) -> Checkpoint:

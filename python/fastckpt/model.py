@@ -280,6 +280,21 @@ class Encoder:
 
 
 @dataclass(frozen=True, slots=True)
+class Prediction:
+    """A further layer that predicts one more token (DeepSeek-V3's multi-token prediction): `join` [hidden,
+    2 * hidden] reads the normed `embedding` of the next token and the normed hidden state; then come `layer`,
+    `norm` and `head`. Without an embedding or a head of its own it uses the model's."""
+
+    layer: Layer
+    embedding_norm: Norm
+    hidden_norm: Norm
+    join: Linear
+    norm: Norm
+    embedding: Embedding | None = None
+    head: Linear | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """A model by roles; a decoder unless its family says otherwise.
 
@@ -302,5 +317,6 @@ class Model:
     encoder: Encoder | None = None
     carried: tuple[Parameter, ...] = ()
     cuts: HubCuts = field(default_factory=HubCuts)
+    predictions: Lazy[Prediction] = field(default_factory=lambda: Lazy(()))
     parallel: bool = False
     alibi: bool = False

@@ -20,7 +20,7 @@ from .checkpoint import JSON, Checkpoint, Entry
 from .collector import paused
 from .dtypes import DType
 from .dtypes import dtype as dtype_of
-from .errors import LayoutError, RecipeError, SourceError
+from .errors import LayoutError, RecipeError, SourceError, expect
 from .extents import Extents
 from .files import FileLayout, Slot, Spec, safetensors_layout, split
 from .layouts import Layout, Resizes
@@ -76,6 +76,28 @@ class Wanted:
     dense: bool = False
     adapter: str | os.PathLike[str] | None = None
     apart: bool = False
+
+    def __post_init__(self) -> None:
+        nothing = type(None)
+        expect("placement", self.placement, Placement)
+        expect("rank", self.rank, int, nothing)
+        if not isinstance(self.layout, str) and not all(
+            hasattr(self.layout, part) and not isinstance(self.layout, type)
+            for part in ("roles", "targets", "naming")
+        ):
+            raise LayoutError(f"layout: wanted a name or a layout's object, got {self.layout!r:.80}")
+        expect("config", self.config, str, os.PathLike, Mapping, nothing)
+        expect("recipe", self.recipe, str, nothing)
+        expect("tp_plan", self.tp_plan, Mapping, nothing)
+        for pattern, style in (self.tp_plan or {}).items():
+            expect("tp_plan: a pattern", pattern, str)
+            expect(f"tp_plan: the style of {pattern!r}", style, str)
+        expect("vocab_size", self.vocab_size, int, nothing)
+        expect("max_shard_size", self.max_shard_size, str, int, nothing)
+        expect("adapter", self.adapter, str, os.PathLike, nothing)
+        expect("weights_key", self.weights_key, str, nothing)
+        if self.weights_key == "":
+            raise LayoutError("weights_key: wanted a key, got the empty string")
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,6 +390,8 @@ class _Road:
         options["family"] = model.family
         options["recipe"] = wanted.recipe
         options["config"] = xxhash.xxh3_64_hexdigest(json.dumps(dict(config), sort_keys=True).encode())
+        if len(model.predictions) and _layout_name(layout) != "hf":
+            notes += (f"layout {_layout_name(layout)} leaves out the layers of multi-token prediction",)
         resized = layout.resized(model, wanted.placement) if isinstance(layout, Resizes) else {}
         if resized:
             options["resized"] = {key: config.get(key) for key in resized}
@@ -450,6 +474,10 @@ def _config(
 ) -> Mapping[str, JSON]:
     """The model's config: given as a mapping or a path, or found beside the checkpoint."""
     if isinstance(given, Mapping):
+        try:
+            json.dumps(dict(given))
+        except (TypeError, ValueError) as e:
+            raise RecipeError(f"config: wanted plain values, as config.json holds them: {e}") from None
         return given
     if given is None:
         if ckpt.config is None:

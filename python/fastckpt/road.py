@@ -16,7 +16,7 @@ import numpy as np
 from . import joining, plans
 from .checkpoint import JSON, Checkpoint
 from .dtypes import DType
-from .errors import DeviceError, LayoutError, SourceError
+from .errors import DeviceError, LayoutError, SourceError, expect
 from .executors import pick
 from .extents import Buffer
 from .layouts import Layout
@@ -117,6 +117,7 @@ def reshard(
         grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size,
         quant=_quant(quant), dense=quant == DENSE, adapter=adapter, apart=apart,
     )  # fmt: skip
+    expect("out", out, str, os.PathLike, Mapping, Sequence, type(None))
     run = Run(threads, memory, progress)
     in_memory = not isinstance(out, (str, os.PathLike))
     if device != "cpu" and not in_memory:
@@ -200,6 +201,7 @@ def consolidate(
     buffers are kept; `.bin` files unless `safe_serialization`. Without `out` the state dict is returned.
     `weights_key` wraps the weights into a single-file training checkpoint, with the plain values named in
     `client_state` beside them. Raises as `reshard` does."""
+    expect("out", out, str, os.PathLike, type(None))
     opened = joining.open(
         path,
         tag=tag,
@@ -246,6 +248,7 @@ def consolidation(
     in_memory: bool = False,
 ) -> Plan:
     """The plan of `consolidate` for an opened checkpoint."""
+    expect("client_state", client_state, Sequence)
     if client_state and weights_key is None:
         raise LayoutError("client_state goes with weights_key: it stands beside the weights in one file")
     wanted = Wanted(
@@ -359,6 +362,7 @@ def _client_state(ckpt: Checkpoint, names: Sequence[str]) -> dict[str, JSON]:
 
 
 def _placement(tp: int, placement: Placement | None) -> Placement:
+    expect("placement", placement, Placement, type(None))
     if placement is not None and tp not in (1, placement.tp):
         raise LayoutError(f"tp={tp} and placement.tp={placement.tp} differ; give one of them")
     return Placement(tp=tp) if placement is None else placement
@@ -376,6 +380,8 @@ def _device(name: str) -> str:
 def _by_rank(out: State | Sequence[State], rank: int | None) -> list[State]:
     if isinstance(out, Mapping) == (rank is None):
         raise LayoutError("out: one dict of tensors goes with rank=, a list of dicts with all ranks")
+    for state in [out] if isinstance(out, Mapping) else out:
+        expect("out: a rank's tensors", state, Mapping)
     return [out] if isinstance(out, Mapping) else list(out)
 
 

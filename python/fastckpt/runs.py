@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from . import __version__, joining
 from .checkpoint import JSON
-from .errors import DeviceError, WriteError
+from .errors import DeviceError, WriteError, expect
 from .executors import pick
 from .executors.cpu import built
 from .extents import Buffer, Extents, File
@@ -82,6 +82,9 @@ class Run:
     """One run's clock, threads and memory, and the three ends a plan can have."""
 
     def __init__(self, threads: int | None, memory: str | int | None, progress: Progress | None) -> None:
+        expect("threads", threads, int, type(None))
+        expect("memory", memory, str, int, type(None))
+        expect("progress", progress, Callable, type(None))  # type: ignore[arg-type]
         self.threads = _threads(threads)
         self.band = band(self.threads)
         self.spare: int | None = None

@@ -10,11 +10,24 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from .dtypes import BY_NAME, DType
-from .errors import DeviceError, LayoutError
+from .errors import DeviceError, LayoutError, expect
 from .extents import Buffer
 from .plans import Plan
+from .syscalls import advise_huge
 
 State = dict[str, torch.Tensor]
+
+
+HUGE = 4 << 20
+"""Bytes from which fresh tensors in main memory ask for huge pages."""
+
+
+def fresh(shape: Sequence[int], dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
+    """An uninitialised tensor. Its cost is the first touch of its pages, so large ones ask for huge ones."""
+    made = torch.empty(tuple(shape), dtype=dtype, device=device)
+    if made.device.type == "cpu" and made.nbytes >= HUGE:
+        advise_huge(made.data_ptr(), made.nbytes)
+    return made
 
 
 def allocate(planned: Plan, device: str = "cpu") -> tuple[list[State], list[Buffer]]:
@@ -25,7 +38,7 @@ def allocate(planned: Plan, device: str = "cpu") -> tuple[list[State], list[Buff
     buffers = []
     for t in planned.tensors:
         try:
-            made = torch.empty(t.shape, dtype=torch_dtype(t.dtype), device=device)
+            made = fresh(t.shape, torch_dtype(t.dtype), device)
         except torch.OutOfMemoryError as e:
             needed = planned.output_bytes
             raise DeviceError(f"{device}: out of memory: the outputs need {needed} bytes; {e}") from None
@@ -106,6 +119,7 @@ def torch_dtype(dtype: DType) -> torch.dtype:
 
 def held(module: torch.nn.Module) -> State:
     """A module's persistent tensors by name, tied names included."""
+    expect("module", module, torch.nn.Module)
     return {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
 
 

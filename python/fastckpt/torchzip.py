@@ -53,7 +53,7 @@ def torch_layout(
     members: list[_Member] = []
     at = 0
 
-    def add(name: str, data: bytes | None, nbytes: int, slot: str = "") -> _Member:
+    def add(name: str, data: bytes | None, nbytes: int, slot: str | None = None) -> _Member:
         nonlocal at
         member = _Member(f"{root}/{name}".encode(), at, nbytes, slot, crc32(data) if data is not None else 0)
         fixed.append((at, member.local()))
@@ -82,12 +82,12 @@ def torch_layout(
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """One record: its name, where its local header starts, its bytes; `slot` the tensor, "" for none."""
+    """One record: its name, where its local header starts, its bytes; `slot` the tensor, None for none."""
 
     name: bytes
     start: int
     nbytes: int
-    slot: str
+    slot: str | None
     crc: int
 
     @property
@@ -149,15 +149,17 @@ class _Zip:
         return sum(46 + len(m.name) + len(m.zip64(0)) for m in self.members) + 56 + 20 + 22
 
     def seal(self, crcs: Mapping[str, int]) -> list[Part]:
-        missing = [m.slot for m in self.members if m.slot and m.slot not in crcs]
+        missing = [m.slot for m in self.members if m.slot is not None and m.slot not in crcs]
         if missing:
             raise WriteError(f"{self.path}: no CRC32 given for {missing[0]} ({len(missing)} in all)")
-        *members, last = (replace(m, crc=crcs[m.slot]) if m.slot else m for m in self.members)
+        *members, last = (
+            m if m.slot is None else replace(m, crc=crcs[m.slot]) for m in self.members
+        )
         names = digest64(b"\n".join(m.name for m in members))
         values = digest64(struct.pack(f"<{len(members)}I", *(m.crc for m in members)))
         identity = f"{names:020d}{values:020d}".encode()
         last = replace(last, crc=crc32(identity))
-        parts = [(m.data + m.nbytes, m.descriptor()) for m in members if m.slot and m.nbytes]
+        parts = [(m.data + m.nbytes, m.descriptor()) for m in members if m.slot is not None and m.nbytes]
         directory = b"".join(m.central() for m in (*members, last))
         n = len(self.members)
         end64 = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 0x031E, 45, 0, 0, n, n, len(directory), last.end)

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from .checkpoint import JSON
 from .digest import LEAF, combine, digest, leaf_digests
-from .dtypes import BY_SAFETENSORS, DType, float32, float64
-from .errors import SourceError
+from .dtypes import BY_SAFETENSORS, DType, float16, float32, float64, in_elements
+from .errors import SourceError, ViewError, expect
 from .finite import nonfinite
 from .manifest import NAME, Manifest, TensorEntry, rank_of
 
@@ -62,6 +62,7 @@ def verify(
     path: str | os.PathLike[str],
     *,
     plain: bool = False,
+    engine: str | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
@@ -69,9 +70,17 @@ def verify(
 
     A directory without a manifest is a problem, since nothing says what it should hold; with `plain` its
     safetensors headers are checked and its values looked through, and the notes say that there were no
-    digests. Raises SourceError where there is nothing to verify."""
+    digests. `engine`: the shards must also be what this engine's sharded_state loader wants, "vllm==0.32" or
+    "vllm" for the version that is installed, else the newest that is known; it needs the manifest. Raises
+    SourceError where there is nothing to verify, LayoutError for an engine that is not known."""
     start = time.perf_counter()
+    expect("path", path, str, os.PathLike)
+    expect("threads", threads, int, type(None))
     root = os.fspath(path)
+    if engine is not None:
+        from .expectation import against, engine_of  # recipes and layouts, which only this needs
+
+        engine = engine_of(engine)
     if not os.path.isdir(root):
         raise SourceError(f"{root}: no such directory")
     present = sorted(_walk(root))
@@ -90,6 +99,8 @@ def verify(
             problems.append(f"{NAME} lists {have} of {manifest.world} ranks: the set is incomplete")
         allowed = manifest.record.options.get("allow_nonfinite") is True
         _against(root, manifest, present, problems, notes)
+        if engine is not None and manifest.complete:
+            problems += against(root, manifest, engine)
         files = len(manifest.all_files())
         for shard in manifest.shards:
             tensors += [
@@ -105,6 +116,8 @@ def verify(
             problems.append(
                 f"no {NAME}: nothing says what these files should hold; plain (--plain) checks them alone"
             )
+    if engine is not None and NAME not in present:
+        problems.append(f"{engine}: without {NAME} nothing says which model this is")
     total = _read_all(root, tensors, allowed, threads, progress, problems)
     if len(problems) > _SHOWN:
         problems[_SHOWN:] = [f"and {len(problems) - _SHOWN} more"]
@@ -295,6 +308,10 @@ def _entry(name: str, entry: JSON, start: int) -> _Placed:
             sizes = tuple(n for n in shape if type(n) is int and 0 <= n < 1 << 62)
             if len(sizes) != len(shape) or len(shape) > 64:
                 raise SourceError(f"{name}: {shape[:8]} is no shape")
+            try:
+                sizes = in_elements(dtype, sizes)
+            except ViewError as e:
+                raise SourceError(f"{name}: {e}") from None
             if math.prod(sizes) * dtype.itemsize != end - begin or begin < 0:
                 raise SourceError(f"{name}: bytes [{begin}, {end}) do not hold {dtype}{list(sizes)}")
             return dtype, sizes, start + begin, end - begin
@@ -429,7 +446,7 @@ def _exactly(fd: int, data: bytearray | memoryview, offset: int) -> bytearray | 
     return data
 
 
-_PARTS: dict[str, DType] = {"complex64": float32, "complex128": float64}
+_PARTS: dict[str, DType] = {"complex32": float16, "complex64": float32, "complex128": float64}
 _NAN_BYTE: dict[str, int] = {"float8_e8m0fnu": 0xFF, "float8_e4m3fnuz": 0x80, "float8_e5m2fnuz": 0x80}
 
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from .dtypes import DTYPES, DType, castable, exact
 from .errors import SourceError, ViewError
-from .extents import Buffer, Extent, Extents
+from .extents import Constant, Extent, Extents
 
 Rows = NDArray[np.int64]
 
@@ -319,6 +319,14 @@ class View:
             held[zero, _STORED] = dtype.code
         return View(self.shape, dtype, self.extents, held, self.grouping)
 
+    def as_stored(self) -> View:
+        """The same elements before they were cast. A ViewError where they are stored in several dtypes."""
+        codes = set(self.held[self.held[:, _EXTENT] != ZERO, _STORED].tolist())
+        if len(codes) > 1:
+            raise ViewError(f"{self}: what must not be rounded lies in {len(codes)} dtypes")
+        dtype = DTYPES[codes.pop()] if codes else self.dtype
+        return View(self.shape, dtype, self.extents, self.held, self.grouping)
+
     # ---- internals ----
 
     def _axis(self, axis: int) -> int:
@@ -427,13 +435,13 @@ def constant(values: NDArray[np.generic], dtype: DType) -> View:
     """A view over a buffer of its own whose bytes travel in the plan: slopes, ones, scalar scales.
 
     `values`' bytes must be those of `dtype` (a bfloat16 constant is given as uint16)."""
-    data = np.ascontiguousarray(values)
+    data = np.asarray(values)
     if data.itemsize != dtype.itemsize:
         raise ViewError(
             f"constant: {data.dtype} has {data.itemsize} bytes an element, {dtype} {dtype.itemsize}"
         )
-    held = Buffer(data, data.ctypes.data, data.nbytes)
-    return strided(Extents([Extent(held, 0, data.nbytes, "constant")]), 0, dtype, data.shape)
+    held = Constant.of(data.tobytes())
+    return strided(Extents([Extent(held, 0, held.nbytes, "constant")]), 0, dtype, data.shape)
 
 
 def cat(views: Sequence[View], axis: int = 0) -> View:

@@ -107,6 +107,8 @@ class Output:
     ) -> None:
         if rank is not None and not 0 <= rank < world:
             raise WriteError(f"rank {rank} is outside the {world} ranks of the set")
+        if not os.fspath(path) or "\0" in os.fspath(path):
+            raise WriteError(f"out: {os.fspath(path)!r} is no name of a directory")
         self.path, self.key, self.rank, self.world, self.durable = os.fspath(path), key, rank, world, durable
         self._place: Whole | Part = (
             Whole(self.path, overwrite=overwrite, durable=durable, keep=keep)

@@ -146,6 +146,8 @@ def test_transposes(names: str) -> None:
         (65, 513),
         (130, 530),
         (300, 9),
+        (257, 1041),
+        (530, 260),
     ]:
         for pad, at in [(0, 0), (3, 1), (5, dst.itemsize * 3), (64, 64)]:
             pitch = (cols + pad) * src.itemsize

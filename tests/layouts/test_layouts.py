@@ -169,7 +169,7 @@ def test_options_from_strings():
     assert layout("vllm", {"vocab_padding": "128"}).vocab_padding == 128
     for name, options, message in [
         ("tensorrt", {}, "no layout 'tensorrt'; known: same, hf, vllm, rtp_llm, megatron"),
-        ("vllm", {"padding": "1"}, "no option 'padding'; known: vocab_padding, pad, experts, gate_up"),
+        ("vllm", {"padding": "1"}, "no option 'padding'; known: vocab_padding, pad, multiple, experts"),
         ("rtp_llm", {"x": "1"}, "known: absorb"),
         ("hf", {"replicate_kv": "yes"}, "wanted true or false, got 'yes'"),
         ("same", {"container": "zip"}, "wanted safetensors or bin, got 'zip'"),

@@ -8,7 +8,7 @@ from fastckpt import recipes
 from fastckpt.errors import LayoutError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
-from layouts import families, tiny
+from layouts import families, quantised, tiny
 from reading import memory, same, shard
 
 
@@ -194,15 +194,17 @@ def test_vocabulary_sizes_by_hand(vocab, tp, padded):
 
 
 REFUSED = [
-    ("qwen3", dict(dp=2), "wanted dp equal to ep 1, got 2"),
-    ("mixtral", dict(tp=2, ep=2), "wanted dp equal to ep 2, got 1"),
+    ("qwen3", dict(dp=2), r"wanted tp \* dp equal to expert_tp \* ep 1, got 2"),
+    ("mixtral", dict(tp=2, ep=2), r"wanted tp \* dp equal to expert_tp \* ep 4, got 2"),
     ("mixtral", dict(dp=2, ep=2), "3 experts do not divide by ep 2"),
     ("qwen3", dict(dp=2, ep=2), "0 experts do not divide by ep 2"),
     ("qwen3", dict(tp=3), "attention heads 8 does not divide by tp 3"),
     ("qwen3", dict(pp=3), "2 layers do not divide by pp 3"),
-    ("deepseek_v3", dict(tp=2), "no place for the attention of model.layers.0.self_attn.o_proj"),
+    ("deepseek_v2-lora", dict(tp=2), "no place for model.layers.0.self_attn.q_a_proj.bias"),
     ("gemma2", dict(tp=2), "no place for model.layers.0.post_attention_layernorm"),
-    ("gpt_oss", dict(tp=2), "no place for"),
+    ("gemma", dict(tp=2), "layernorm.weight is 1 less: wanted zero_centered_gamma=true"),
+    ("falcon-new", dict(tp=2), "no blocks side by side, as falcon wants"),
+    ("falcon-rw", dict(tp=2), "no ALiBi, as falcon wants"),
 ]
 
 
@@ -210,3 +212,79 @@ REFUSED = [
 def test_what_has_no_place(name, sizes, message):
     with pytest.raises(LayoutError, match=message):
         list(layout("megatron").targets(model_of(name)[0], Placement(**sizes)))
+
+
+def test_norms_around_one():
+    """Gemma's norms are stored as megatron's zero-centred ones; others are not."""
+    model, _, hub = model_of("gemma")
+    got = shard(layout("megatron", {"zero_centered_gamma": "true"}).targets(model, Placement()))
+    same({"x": got["decoder.final_layernorm.weight"]}, {"x": hub["model.norm.weight"]})
+    with pytest.raises(LayoutError, match=r"is the factor itself: wanted zero_centered_gamma=false"):
+        list(layout("megatron", {"zero_centered_gamma": "true"}).targets(model_of("qwen3")[0], Placement()))
+
+
+def test_quantised_matrices_are_refused():
+    config, hub = quantised.made("int8")
+    model = recipes.find(config)(memory(hub), config)
+    with pytest.raises(LayoutError, match="quantised q, k and v are not written head by head"):
+        list(layout("megatron").targets(model, Placement()))
+
+
+EXPERT_GRIDS = [(1, 1, 1, 1), (2, 1, 1, 2), (2, 3, 3, 2), (1, 3, 3, 1), (2, 3, 6, 1)]
+
+
+@pytest.mark.parametrize(("tp", "dp", "ep", "etp"), EXPERT_GRIDS)
+def test_experts_with_biases(tp, dp, ep, etp):
+    """gpt-oss: gate and up apart, each expert by itself, sinks by head; ranks that cut an expert, or not."""
+    model, _, hub = model_of("gpt_oss")
+    options = {"expert_tp": str(etp)}
+    if 3 % ep:
+        with pytest.raises(LayoutError, match="3 experts do not divide by ep 6"):
+            layout("megatron", options).targets(model, Placement(tp=tp, dp=dp, ep=ep))
+        return
+    for p in Placement(tp=tp, dp=dp, ep=ep).ranks():
+        got, r = shard(layout("megatron", options).targets(model, p)), p.tp_rank
+        part, mine = p.rank % etp, range(p.rank // etp % ep * (3 // ep), (p.rank // etp % ep + 1) * (3 // ep))
+        for i in range(2):
+            at, to, want = f"model.layers.{i}.", f"decoder.layers.{i}.", {}
+            for local, e in enumerate(mine):
+                both, bias = (hub[f"{at}mlp.experts.gate_up_proj{kind}"][e] for kind in ("", "_bias"))
+                for leaf, x in (("weight", both.t()), ("bias", bias)):
+                    halves = [rows(x[k::2], etp, part) for k in range(2)]
+                    want[f"{to}mlp.experts.linear_fc1.{leaf}{local}"] = torch.cat(halves)
+                down = hub[at + "mlp.experts.down_proj"][e].t()
+                want[f"{to}mlp.experts.linear_fc2.weight{local}"] = columns(down, etp, part)
+                want[f"{to}mlp.experts.linear_fc2.bias{local}"] = hub[at + "mlp.experts.down_proj_bias"][e]
+            want[to + "mlp.router.weight"] = hub[at + "mlp.router.weight"]
+            want[to + "mlp.router.bias"] = hub[at + "mlp.router.bias"]
+            sinks = rows(hub[at + "self_attn.sinks"], tp, r)
+            want[to + "self_attention.core_attention.softmax_offset"] = sinks
+            chosen = {n for n in got if n.startswith(to) and (".mlp." in n or "softmax" in n)}
+            same({n: got[n] for n in chosen}, want)
+
+
+@pytest.mark.parametrize("spec", ["transformer_engine", "local"])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
+def test_latent_attention(name, tp, spec):
+    model, _, hub = model_of(name)
+    for p in Placement(tp=tp).ranks():
+        got, r = shard(layout("megatron", {"spec": spec}).targets(model, p)), p.rank
+        for i in range(2):
+            a, to, want = f"model.layers.{i}.self_attn.", f"decoder.layers.{i}.", {}
+            sa, fused = to + "self_attention.", spec == "transformer_engine"
+            whole = [("kv", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj")]
+            if a + "q_proj.weight" in hub:
+                want[sa + "linear_q_proj.weight"] = rows(hub[a + "q_proj.weight"], tp, r)
+            else:
+                whole.append(("q", "q_a_proj", "q_a_layernorm", "q_b_proj"))
+            for kind, low, norm, high in whole:
+                x = hub[f"{a}{low}.weight"]
+                want[f"{sa}linear_{kind}_down_proj.weight"] = x if fused else rows(x, tp, r)
+                place = f"linear_{kind}_up_proj.layer_norm_weight" if fused else f"{kind}_layernorm.weight"
+                want[sa + place] = hub[f"{a}{norm}.weight"]
+                want[f"{sa}linear_{kind}_up_proj.weight"] = rows(hub[f"{a}{high}.weight"], tp, r)
+            want[sa + "linear_proj.weight"] = columns(hub[a + "o_proj.weight"], tp, r)
+            want[to + "input_layernorm.weight"] = hub[f"model.layers.{i}.input_layernorm.weight"]
+            chosen = {n for n in got if n.startswith((sa, to + "input"))}
+            same({n: got[n] for n in chosen}, want)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import fastckpt
 import pytest
 import torch
 from fastckpt import dtypes, recipes
@@ -12,7 +13,7 @@ from fastckpt.layouts import layout
 from fastckpt.layouts.servers import Share, expert_share, layer_range
 from fastckpt.placement import Placement
 from layouts import families, family_oracle
-from reading import memory, read, same, shard
+from reading import bits, memory, read, same, shard
 
 HEADS = {"qwen2_moe": (8, 4, 8), "deepseek_v3": (8, 8, 6), "gpt_oss": (8, 4, 8), "gemma2": (8, 4, 8)}
 
@@ -156,12 +157,57 @@ def test_scores_are_never_rounded():
     assert hf[name].dtype is dtypes.bfloat16 and vllm[name].dtype is dtypes.float32
 
 
-def test_layers_that_predict_more_tokens_are_left_out():
+def predicting(name):
+    """A model with one more layer, as the hub's DeepSeek-V3 and GLM-4.5: (config, tensors, its own)."""
+    config, hub, _ = families.made(name)
+    vocab, hidden = hub["model.embed_tokens.weight"].shape
+    at, last = "model.layers.2.", "model.layers.1."
+    extra = {n.replace(last, at): x + 0.5 for n, x in hub.items() if n.startswith(last)}
+    shapes = {
+        "embed_tokens": (vocab, hidden),
+        "shared_head.head": (vocab, hidden),
+        "eh_proj": (hidden, 2 * hidden),
+    }
+    shapes |= dict.fromkeys(("enorm", "hnorm", "shared_head.norm"), (hidden,))
+    for i, (n, shape) in enumerate(shapes.items()):
+        extra[f"{at}{n}.weight"] = torch.randn(shape) + i
+    return config | {"num_nextn_predict_layers": 1}, hub, extra
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
+def test_layers_that_predict_more_tokens(name):
+    """The hub's layout keeps them, cut like the others; servers' do not, and say so."""
+    config, hub, extra = predicting(name)
+    model = recipes.find(config)(memory(hub | extra), config)
+    assert len(model.layers) == 2 and len(model.predictions) == 1 and not model.ignored
+    same(shard(layout("hf").targets(model, Placement())), hub | extra)
+    plain = recipes.find(config)(memory(hub), config)
+    for p in Placement(tp=2).ranks():
+        got = shard(layout("hf").targets(model, p))
+        without = shard(layout("hf").targets(plain, p))
+        assert {n for n in got if n not in without} == set(extra)
+        for n, x in extra.items():
+            of_last = without.get(n.replace("layers.2.", "layers.1."))
+            _, value = got[n]
+            if of_last is not None:
+                assert value.shape == of_last[1].shape, n
+            elif n.endswith(("embed_tokens.weight", "shared_head.head.weight")):
+                assert (value == bits(x.chunk(2)[p.rank])).all()
+            else:
+                assert (value == bits(x)).all()
+        assert sorted(shard(layout("vllm").targets(model, p))) == sorted(
+            shard(layout("vllm").targets(plain, p))
+        )
+    lone = {n: x for n, x in extra.items() if "enorm" not in n}
+    with pytest.raises(RecipeError, match=r"needs model\.layers\.2\.enorm\.weight"):
+        recipes.find(config)(memory(hub | lone), config)
+    planned = fastckpt.plan(hub | extra, tp=2, config=config, layout="vllm")
+    assert any("leaves out the layers of multi-token prediction" in note for note in planned.notes)
+
+
+def test_layers_beyond_those_that_the_config_says():
     config, hub, _ = families.made("deepseek_v3")
     assert config["num_nextn_predict_layers"] == 1
-    extra = {f"model.layers.2.{n}": torch.ones(3) for n in ("eh_proj.weight", "shared_head.norm.weight")}
-    model = recipes.find(config)(memory(hub | extra), config)
-    assert sorted(model.ignored) == sorted(extra)
     with pytest.raises(RecipeError, match=r"no place for model\.layers\.3\.eh_proj"):
         recipes.find(config)(memory(hub | {"model.layers.3.eh_proj.weight": torch.ones(3)}), config)
 

@@ -110,6 +110,25 @@ def test_tensors_that_are_refused(tmp_path: Path, tensor: torch.Tensor, said: st
     assert not [e for e in os.listdir(tmp_path) if e.startswith((".saving", ".trash"))]
 
 
+def test_large_states_are_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By several threads, every tensor once, each file readable by safetensors."""
+    monkeypatch.setattr(saving, "_FILE", 4 * LEAF)
+    monkeypatch.setattr(saving, "_THREADS", 3)
+    sizes = (LEAF, LEAF, LEAF, 9, 5, 0)
+    state = {f"t{k}": torch.full((n,), k, dtype=torch.int32) for k, n in enumerate(sizes)}
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(0, state)
+        part = Path(manager.path(0, 0))
+        files = sorted(p.name for p in part.glob("*.safetensors"))
+        assert files == [f"state-0000{k}-of-00003.safetensors" for k in (1, 2, 3)]
+        found = [load_file(part / name) for name in files]
+        assert sorted(n for f in found for n in f) == sorted(state)
+        assert all(torch.equal(t, state[n]) for f in found for n, t in f.items())
+        back: Any = manager.restore(0)
+        assert all(torch.equal(back[n], t) for n, t in state.items())
+    assert verify(tmp_path / "step-00000000").ok
+
+
 def test_only_some_names_and_only_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = {"big": torch.ones(1 << 16), "small": torch.arange(3), "deep": {"x": torch.zeros(2)}, "n": 1}
     with CheckpointManager(tmp_path) as manager:

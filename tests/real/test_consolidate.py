@@ -23,7 +23,8 @@ ONE, SEVERAL = "one file", "several files"
 
 def shard_size(name: str, files: str) -> str:
     """A limit that makes one file of a model, or a few."""
-    return "5GB" if files == ONE else "3KB" if "mixed" in name else "30KB"
+    small = "1KB" if "nofrozen" in name else "3KB"
+    return "5GB" if files == ONE else small if "mixed" in name else "30KB"
 
 
 def names(directory: Path) -> list[str]:

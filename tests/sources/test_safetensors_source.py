@@ -101,10 +101,6 @@ def test_index_rules(tmp_path):
     refuses(tmp_path, "the index says a is in", "it is in")
     with_map({"zz": placed["b"]})
     refuses(tmp_path, "the index says zz is in", "in no file")
-    index.write_text(
-        json.dumps({"weight_map": {n: f for n, f in placed.items() if n != "e"} | {"b": placed["b"]}})
-    )
-    same(sources.open(tmp_path), {n: t for n, t in TENSORS.items() if n != "e"})
     index.write_text(json.dumps({"weights": {}}))
     refuses(tmp_path, "no weight_map")
     index.write_text('{"weight_map": {"a": "x", "a": "y"}}')
@@ -116,6 +112,31 @@ def test_an_index_that_names_too_little(tmp_path):
     placed = {n: "model-1.safetensors" for n in TENSORS if n != "b"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
     refuses(tmp_path, "the index does not name b")
+
+
+@pytest.mark.parametrize("opened", [".", "model.safetensors.index.json"])
+def test_an_index_that_leaves_out_a_file_of_its_set(tmp_path, opened):
+    placed = sharded(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    lost = next(n for n in placed if n != next(iter(placed)))
+    index.write_text(json.dumps({"weight_map": {n: f for n, f in placed.items() if n != lost}}))
+    refuses(tmp_path / opened, placed[lost], f"the index names neither it nor {lost} (1 tensors")
+    (tmp_path / placed[lost]).unlink()  # what is not there at all is not asked for
+    assert lost not in sources.open(tmp_path / opened)
+
+
+def test_a_file_of_the_set_that_holds_nothing_new_is_only_noted(tmp_path):
+    placed = sharded(tmp_path)
+    save_file({n: TENSORS[n] for n in list(placed)[:2]}, tmp_path / "model-00009-of-00007.safetensors")
+    ckpt = sources.open(tmp_path)
+    same(ckpt, TENSORS)
+    assert any(note.startswith("model-00009-of-00007") for note in ckpt.unread)
+
+
+def test_a_long_name(tmp_path):
+    name = "x" * 70_000
+    save_file({name: torch.ones(2)}, tmp_path / "model.safetensors")
+    same(sources.open(tmp_path), {name: torch.ones(2)})
 
 
 def test_a_name_in_two_files(tmp_path):

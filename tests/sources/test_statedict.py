@@ -119,3 +119,11 @@ def test_files_that_are_no_state_dict(tmp_path, content, word):
 def test_a_file_of_two_shards_missing(tmp_path):
     (tmp_path / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "pytorch_model-1.bin"}}')
     refuses(tmp_path, "pytorch_model-1.bin is missing")
+
+
+def test_an_index_that_leaves_out_a_file_of_its_set(tmp_path):
+    names = [f"pytorch_model-0000{k}-of-00002.bin" for k in (1, 2)]
+    for name, file in zip("ab", names, strict=True):
+        torch.save({name: torch.ones(2)}, tmp_path / file)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": names[0]}}))
+    refuses(tmp_path, f"{names[1]}: is of the set that the index lists, but the index names neither it nor b")

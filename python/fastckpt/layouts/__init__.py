@@ -23,7 +23,7 @@ from .rtp_llm import RtpLlm
 from .same import Same
 from .vllm import Vllm
 
-__all__ = ["LAYOUTS", "ByNames", "ByRoles", "Layout", "Naming", "Patterns", "Resizes", "layout"]
+__all__ = ["LAYOUTS", "VERSION", "ByNames", "ByRoles", "Layout", "Naming", "Patterns", "Resizes", "layout"]
 
 
 class ByRoles(Protocol):
@@ -68,6 +68,11 @@ LAYOUTS: dict[str, type[Same] | type[Hf] | type[Vllm] | type[RtpLlm] | type[Mega
     "megatron": Megatron,
 }
 """Name -> layout."""
+
+
+VERSION = 1
+"""Of all layouts together: raised when one of them makes other tensors of the same model and options. It
+stands in the record, because shards are taken apart by asking the layout again."""
 
 
 def layout(name: str, options: Mapping[str, str] | None = None) -> Layout:

@@ -35,13 +35,6 @@ def require_heads(layout: str, placement: Placement, sizes: Sizes) -> None:
     require_even(layout, placement, "the number of attention heads", sizes.heads)
 
 
-def require_decoder(layout: str, placement: Placement, sizes: Sizes) -> None:
-    """Raises LayoutError where query heads or a feed-forward width do not divide by tp."""
-    require_heads(layout, placement, sizes)
-    for key, width in sizes.widths.items():
-        require_even(layout, placement, key, width)
-
-
 def require_kv_heads(layout: str, placement: Placement, sizes: Sizes) -> None:
     """Raises LayoutError where kv heads can neither be dealt out nor repeated evenly over tp ranks."""
     kv, tp = sizes.kv_heads, placement.tp

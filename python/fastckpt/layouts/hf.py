@@ -8,12 +8,12 @@ their hub fuses is then cut part by part, as packed_colwise does, or group by gr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from ..errors import LayoutError
-from ..model import Attention, Experts, Layers, Mla, Mlp, Model, Stacks
+from ..model import Attention, Experts, Layer, Mla, Mlp, Model, Prediction, Stacks
 from ..placement import Placement
 from ..target import Target
 from ..views import View
@@ -90,6 +90,8 @@ class Hf:
             return view.pad(0, 0, vocab - view.shape[0])
 
         bias = None if head.bias is None else grown(head.bias)
+        if len(model.predictions):
+            raise LayoutError(f"layout hf: the tables of {model.family}'s prediction layers are not padded")
         return replace(
             model,
             sizes=replace(model.sizes, vocab=vocab),
@@ -131,11 +133,26 @@ def _targets(model: Model, placement: Placement) -> Iterator[Target]:
     yield from norm(model.norm)
     head = out_part(model.lm_head, rank, tp)
     yield from bias(head) if model.tied else stored(head)
+    for prediction in model.predictions:
+        yield from _prediction(prediction, model, placement)
     for role in model.carried:
         yield from parameter(role)
 
 
-def _layers(layers: Layers, model: Model, placement: Placement) -> Iterator[Target]:
+def _prediction(role: Prediction, model: Model, placement: Placement) -> Iterator[Target]:
+    tp, rank = placement.tp, placement.tp_rank
+    if role.embedding is not None:
+        yield Target(f"{role.embedding.name}.weight", role.embedding.weight.part(0, rank, tp))
+    for each in (role.embedding_norm, role.hidden_norm):
+        yield from norm(each)
+    yield from stored(role.join)
+    yield from _layers([role.layer], model, placement)
+    yield from norm(role.norm)
+    if role.head is not None:
+        yield from stored(out_part(role.head, rank, tp))
+
+
+def _layers(layers: Iterable[Layer], model: Model, placement: Placement) -> Iterator[Target]:
     for layer in layers:
         yield from norm(layer.attention_norm)
         yield from _attention(layer.attention, model, placement)

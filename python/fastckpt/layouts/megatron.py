@@ -1,10 +1,11 @@
 """`megatron`: one rank's part of megatron-core's GPTModel, under its parameters' names.
 
 q, k and v are one `linear_qkv`, for each kv head its query heads, itself and its value head; its rows are cut
-evenly, also where a kv head's rows then fall to several ranks. gate and up are one `linear_fc1` [gate_r;
-up_r]; the vocabulary is padded with zero rows, then cut. Layers are numbered within their stage. Source:
-megatron-core 0.16.1, core/transformer/{attention,mlp}.py, core/transformer/moe/, core/models/gpt/
-gpt_layer_specs.py; the padding is Megatron-LM's vocab_size_with_padding.
+evenly, also where a kv head's rows then fall to several ranks. Latent attention cuts what follows the low
+ranks. gate and up are one `linear_fc1` [gate_r; up_r]; the vocabulary is padded with zero rows, then cut.
+Layers are numbered within their stage. Source: megatron-core 0.16.1, core/transformer/{attention,
+multi_latent_attention,mlp}.py, core/transformer/moe/, core/models/gpt/gpt_layer_specs.py; the padding is
+Megatron-LM's vocab_size_with_padding.
 """
 
 from __future__ import annotations
@@ -25,22 +26,28 @@ from .cuts import (
     out_part,
     padded_part,
     regrouped,
-    require_decoder,
     require_even,
+    require_heads,
     require_kv_heads,
 )
 from .naming import Naming, hub
+from .servers import Share
 
 
 @dataclass(frozen=True, slots=True)
 class Megatron:
     """`vocab_padding`: the vocabulary is padded to a multiple of it times tp (Megatron-LM's
     make_vocab_size_divisible_by). `spec`: the names of layers made of Transformer Engine's modules, which
-    hold the norm before them, or of megatron's own. `experts`: named as TEGroupedMLP or SequentialMLP."""
+    hold the norm before them, or of megatron's own. `experts`: named as TEGroupedMLP or SequentialMLP.
+    `expert_tp`: how many ranks cut one expert (expert_tensor_parallel_size; 0: tp).
+    `zero_centered_gamma`: norms are stored as their factor less 1 (layernorm_zero_centered_gamma), as the
+    hub's Gemma has them."""
 
     vocab_padding: int = 128
     spec: Literal["transformer_engine", "local"] = "transformer_engine"
     experts: Literal["grouped", "sequential"] = "grouped"
+    expert_tp: int = 0
+    zero_centered_gamma: bool = False
     roles: ClassVar[Literal[True]] = True
 
     def __post_init__(self) -> None:
@@ -50,21 +57,28 @@ class Megatron:
     def targets(self, model: Model, placement: Placement) -> Iterator[Target]:
         """The rank's tensors; a tied output layer is written by the last of several stages alone.
 
-        With ep as many groups of tp ranks (dp) hold a run of the experts each, whose widths tp cuts, and
-        everything else alike: megatron-core's default order of ranks.
+        The tp * dp ranks of a stage are the expert_tp * ep ranks of its experts: each run of expert_tp ranks
+        holds a run of the experts and cuts their widths, megatron-core's default order of ranks. Everything
+        else the dp groups hold alike.
 
         Raises LayoutError, before the first target, where heads, rows of q, k and v or a feed-forward width
-        do not divide by tp, layers by pp, experts by ep, kv heads neither divide nor are shared evenly,
-        and for dp unlike ep; and for a role this layout has no name for."""
-        sizes = model.sizes
-        if placement.dp != placement.ep:
+        do not divide by tp, layers by pp, experts by ep, an expert's width by expert_tp, kv heads neither
+        divide nor are shared evenly, and for a dp that the experts do not need; and for a role this layout
+        has no name for."""
+        sizes, grid = model.sizes, self._experts_grid(placement)
+        if placement.tp * placement.dp != grid.count * grid.ep:
             raise LayoutError(
-                f"layout megatron: groups of tp ranks differ by their experts alone: wanted dp equal to ep "
-                f"{placement.ep}, got {placement.dp}"
+                f"layout megatron: groups of tp ranks differ by their experts alone: wanted tp * dp equal to "
+                f"expert_tp * ep {grid.count * grid.ep}, got {placement.tp * placement.dp}"
             )
         if placement.ep > 1 and (not sizes.experts or sizes.experts % placement.ep):
             raise LayoutError(f"layout megatron: {sizes.experts} experts do not divide by ep {placement.ep}")
-        require_decoder("megatron", placement, sizes)
+        require_heads("megatron", placement, sizes)
+        for key, width in sizes.widths.items():
+            if key != sizes.expert_width or grid.count == placement.tp:
+                require_even("megatron", placement, key, width)
+            elif width % grid.count:
+                raise LayoutError(f"layout megatron: {key} {width} does not divide by expert_tp {grid.count}")
         require_kv_heads("megatron", placement, sizes)
         rows = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
         require_even("megatron", placement, "the number of query, key and value rows", rows)
@@ -87,8 +101,14 @@ class Megatron:
     def naming(self, placement: Placement) -> Naming:
         """safetensors in Megatron-LM's directories of ranks: `mp_rank_TT[_PPP][_EEE]`."""
         stage = f"_{placement.pp_rank:03d}" if placement.pp > 1 else ""
-        part = f"_{placement.dp_rank:03d}" if placement.ep > 1 else ""
+        part = f"_{self._experts_grid(placement).ep_rank:03d}" if placement.ep > 1 else ""
         return hub(f"mp_rank_{placement.tp_rank:02d}{stage}{part}")
+
+    def _experts_grid(self, placement: Placement) -> Share:
+        """Which of the experts, and of their widths, this rank holds."""
+        count = self.expert_tp or placement.tp
+        flat = placement.dp_rank * placement.tp + placement.tp_rank
+        return Share(flat % count, count, flat // count % placement.ep, placement.ep)
 
     def _targets(self, model: Model, placement: Placement) -> Iterator[Target]:
         first, last = placement.pp_rank == 0, placement.pp_rank == placement.pp - 1
@@ -102,7 +122,7 @@ class Megatron:
             layer = model.layers[placement.pp_rank * each + i]
             yield from self._layer(f"decoder.layers.{i}", layer, model.sizes, placement)
         if last:
-            yield from _norm("decoder.final_layernorm.", model.norm)
+            yield from self._norm("decoder.final_layernorm.", model.norm)
             if not model.tied or not first:
                 yield Target("output_layer.weight", self._rows(model.lm_head.weight, placement))
 
@@ -115,51 +135,92 @@ class Megatron:
                 raise LayoutError(f"layout megatron has no place for {extra.name}")
         if layer.attention_norm is None or layer.mlp_norm is None:
             raise LayoutError(f"layout megatron wants two norms in {layer.name}")
-        fused = self.spec == "transformer_engine"
-        before = "self_attention.linear_qkv.layer_norm_" if fused else "input_layernorm."
-        yield from _norm(f"{at}.{before}", layer.attention_norm)
-        yield from _attention(f"{at}.self_attention", layer.attention, sizes, placement)
+        fused, latent = self.spec == "transformer_engine", isinstance(layer.attention, Mla)
+        before = "self_attention.linear_qkv.layer_norm_" if fused and not latent else "input_layernorm."
+        yield from self._norm(f"{at}.{before}", layer.attention_norm)
+        if isinstance(layer.attention, Mla):
+            yield from self._latent(f"{at}.self_attention", layer.attention, placement)
+        else:
+            yield from self._attention(f"{at}.self_attention", layer.attention, sizes, placement)
         routed = isinstance(layer.mlp, Experts)
         between = "mlp.linear_fc1.layer_norm_" if fused and not routed else "pre_mlp_layernorm."
-        yield from _norm(f"{at}.{between}", layer.mlp_norm)
+        yield from self._norm(f"{at}.{between}", layer.mlp_norm)
         if isinstance(layer.mlp, Experts):
             yield from self._experts(f"{at}.mlp", layer.mlp, placement)
         else:
-            yield from _mlp(f"{at}.mlp", layer.mlp, placement)
+            yield from _mlp(f"{at}.mlp", layer.mlp, placement.tp_rank, placement.tp)
 
     def _experts(self, at: str, moe: Experts, placement: Placement) -> Iterator[Target]:
         yield from _linear(f"{at}.router", moe.router)
         if moe.correction is not None:
             yield Target(f"{at}.router.expert_bias", moe.correction.view.cast(dtypes.float32))
-        each = len(moe.experts) // placement.ep
-        for e in range(each):
-            for t in _mlp("", moe.experts[placement.dp_rank * each + e], placement):
+        grid = self._experts_grid(placement)
+        for e, expert in enumerate(grid.of(len(moe.experts), "linear")):
+            for t in _mlp("", moe.experts[expert], grid.index, grid.count):
                 _, fc, leaf = t.name.split(".")
-                if leaf == "bias":
-                    raise LayoutError(f"layout megatron has no place for the biases of {moe.name}")
                 name = f"experts.{fc}.{leaf}{e}"
                 if self.experts == "sequential":
                     name = f"experts.local_experts.{e}.{fc}.{leaf}"
                 yield Target(f"{at}.{name}", t.view)
         if moe.shared is not None:
-            yield from _mlp(f"{at}.shared_experts", moe.shared, placement)
+            yield from _mlp(f"{at}.shared_experts", moe.shared, placement.tp_rank, placement.tp)
         if moe.shared_gate is not None:
             yield Target(f"{at}.shared_experts.gate_weight", moe.shared_gate.weight)
 
+    def _attention(
+        self, at: str, attention: Attention, sizes: Sizes, placement: Placement
+    ) -> Iterator[Target]:
+        if attention.relative is not None:
+            raise LayoutError(f"layout megatron has no place for {attention.relative.name}")
+        rank, tp = placement.tp_rank, placement.tp
+        qkv = regrouped("", [attention.q, attention.k, attention.v], sizes.head_dim)
+        yield from _linear(f"{at}.linear_qkv", out_part(qkv, rank, tp))
+        yield from _linear(f"{at}.linear_proj", in_part(attention.o, rank, tp))
+        if attention.sinks is not None:
+            yield Target(f"{at}.core_attention.softmax_offset", attention.sinks.view.part(0, rank, tp))
+        for name, norm in (("q_layernorm", attention.q_norm), ("k_layernorm", attention.k_norm)):
+            if norm is not None:
+                yield from self._norm(f"{at}.{name}.", norm)
 
-def _attention(at: str, attention: Attention | Mla, sizes: Sizes, placement: Placement) -> Iterator[Target]:
-    if isinstance(attention, Mla) or attention.sinks is not None or attention.relative is not None:
-        raise LayoutError(f"layout megatron has no place for the attention of {attention.o.name}")
-    qkv = regrouped("", [attention.q, attention.k, attention.v], sizes.head_dim)
-    yield from _linear(f"{at}.linear_qkv", out_part(qkv, placement.tp_rank, placement.tp))
-    yield from _linear(f"{at}.linear_proj", in_part(attention.o, placement.tp_rank, placement.tp))
-    for name, norm in (("q_layernorm", attention.q_norm), ("k_layernorm", attention.k_norm)):
-        if norm is not None:
-            yield from _norm(f"{at}.{name}.", norm)
+    def _latent(self, at: str, attention: Mla, placement: Placement) -> Iterator[Target]:
+        """Transformer Engine's modules hold the low ranks whole and their norms with what follows; megatron's
+        own cut the low ranks too."""
+        rank, tp = placement.tp_rank, placement.tp
+        fused = self.spec == "transformer_engine"
+
+        def low(name: str, linear: Linear, norm: str, role: Norm | None) -> Iterator[Target]:
+            if not fused:
+                require_even("megatron", placement, f"the rows of {linear.name}", linear.shape[0])
+            yield from _unbiased(
+                f"{at}.linear_{name}_down_proj", linear if fused else out_part(linear, rank, tp)
+            )
+            place = f"linear_{name}_up_proj.layer_norm_" if fused else f"{norm}."
+            yield from self._norm(f"{at}.{place}", role)
+
+        if attention.q_a is None:
+            yield from _unbiased(f"{at}.linear_q_proj", out_part(attention.q, rank, tp))
+        else:
+            yield from low("q", attention.q_a, "q_layernorm", attention.q_norm)
+            yield from _unbiased(f"{at}.linear_q_up_proj", out_part(attention.q, rank, tp))
+        yield from low("kv", attention.kv_a, "kv_layernorm", attention.kv_norm)
+        yield from _unbiased(f"{at}.linear_kv_up_proj", out_part(attention.kv_b, rank, tp))
+        yield from _linear(f"{at}.linear_proj", in_part(attention.o, rank, tp))
+
+    def _norm(self, at: str, norm: Norm | None) -> Iterator[Target]:
+        """A norm whose parameters begin with `at`: "layer_norm_" or "layernorm."."""
+        if norm is None:
+            raise LayoutError(f"layout megatron: the model has no norm to write as {at}weight")
+        if norm.plus_one != self.zero_centered_gamma:
+            stored, wanted = ("1 less", "true") if norm.plus_one else ("the factor itself", "false")
+            raise LayoutError(
+                f"layout megatron: {norm.name}.weight is {stored}: wanted zero_centered_gamma={wanted}"
+            )
+        yield Target(f"{at}weight", norm.weight)
+        if norm.bias is not None:
+            yield Target(f"{at}bias", norm.bias)
 
 
-def _mlp(at: str, mlp: Mlp, placement: Placement) -> Iterator[Target]:
-    tp, rank = placement.tp, placement.tp_rank
+def _mlp(at: str, mlp: Mlp, rank: int, tp: int) -> Iterator[Target]:
     up = out_part(mlp.up, rank, tp)
     if mlp.gate is not None:
         up = joined(mlp.up.name, [out_part(mlp.gate, rank, tp), up])
@@ -175,12 +236,7 @@ def _linear(at: str, linear: Linear) -> Iterator[Target]:
         yield Target(f"{at}.bias", linear.bias)
 
 
-def _norm(at: str, norm: Norm | None) -> Iterator[Target]:
-    """A norm whose parameters begin with `at`: "layer_norm_" or "layernorm."."""
-    if norm is None:
-        raise LayoutError(f"layout megatron: the model has no norm to write as {at}weight")
-    if norm.plus_one:
-        raise LayoutError(f"layout megatron wants 1 + {norm.name}.weight, which is not made yet")
-    yield Target(f"{at}weight", norm.weight)
-    if norm.bias is not None:
-        yield Target(f"{at}bias", norm.bias)
+def _unbiased(at: str, linear: Linear) -> Iterator[Target]:
+    if linear.bias is not None:
+        raise LayoutError(f"layout megatron has no place for {linear.name}.bias")
+    return _linear(at, linear)

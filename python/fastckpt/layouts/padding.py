@@ -11,7 +11,21 @@ from dataclasses import replace
 from functools import partial
 
 from ..errors import LayoutError
-from ..model import Attention, Experts, Layer, Layers, Lazy, Linear, Mla, Mlp, Model, Parameter, Sizes, Stacks
+from ..model import (
+    Attention,
+    Experts,
+    Layer,
+    Layers,
+    Lazy,
+    Linear,
+    Mla,
+    Mlp,
+    Model,
+    Parameter,
+    Prediction,
+    Sizes,
+    Stacks,
+)
 from ..views import View
 
 
@@ -26,10 +40,12 @@ def padded(model: Model, tp: int, experts: int, multiple: int = 1) -> Model:
     if model.encoder is not None:
         raise LayoutError(f"pad: {model.family} has an encoder, which is not padded")
     sizes = _sizes(model.sizes, tp, experts, multiple)
+    old, layers, further = model.sizes, model.layers, model.predictions
     return replace(
         model,
         sizes=sizes,
-        layers=Layers([partial(_layer, model, sizes, i) for i in range(len(model.layers))]),
+        layers=Layers([partial(_nth, layers, i, old, sizes) for i in range(len(layers))]),
+        predictions=Lazy([partial(_prediction, further, i, old, sizes) for i in range(len(further))]),
     )
 
 
@@ -83,8 +99,15 @@ def _sizes(sizes: Sizes, tp: int, experts: int, multiple: int) -> Sizes:
     return replace(sizes, heads=kv * group, kv_heads=kv, widths=widths)
 
 
-def _layer(model: Model, new: Sizes, index: int) -> Layer:
-    layer, old = model.layers[index], model.sizes
+def _nth(layers: Layers, index: int, old: Sizes, new: Sizes) -> Layer:
+    return _layer(layers[index], old, new)
+
+
+def _prediction(further: Lazy[Prediction], index: int, old: Sizes, new: Sizes) -> Prediction:
+    return replace(further[index], layer=_layer(further[index].layer, old, new))
+
+
+def _layer(layer: Layer, old: Sizes, new: Sizes) -> Layer:
     attention, mlp = layer.attention, layer.mlp
     if (old.heads, old.kv_heads) != (new.heads, new.kv_heads):
         if isinstance(attention, Mla):

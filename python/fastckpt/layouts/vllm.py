@@ -13,12 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+import numpy as np
+
 from .. import dtypes
 from ..errors import LayoutError
 from ..model import Attention, Experts, Layer, Linear, Mla, Mlp, Model, Parameter, Sizes, Stacks
 from ..placement import Placement
 from ..target import Target
-from ..views import View, cat, stack, zeros
+from ..views import View, cat, constant, stack, zeros
 from .cuts import (
     bias,
     in_form,
@@ -29,19 +31,23 @@ from .cuts import (
     padded_part,
     plain,
     qkv_part,
+    regrouped,
     require_even,
     require_heads,
     require_kv_heads,
 )
+from .engines import Renamed, Served, known, served
 from .naming import Naming
 from .padding import padded, resized
 from .servers import Share, expert_share, layer_range
 
-RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
+RENAMED: dict[str, Renamed] = {
     "gpt_oss": ((".self_attn.", ".attn."), (".embed_tokens.", ".embedding.")),
     "chatglm": ((".word_embeddings.", "."),),
 }
 """family -> (a part of the hub's name, what vLLM's module is called), where the two differ."""
+
+_ONE = constant(np.ones(1, np.float32), dtypes.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +57,31 @@ class Vllm:
     rank's width to a multiple. `experts`: which of them a rank of expert parallelism holds: a run of
     them, or every ep-th.
     `gate_up`: the order within `w13_weight`; "up_gate" is what some kernels and SGLang's loaders want
-    (where the hub stores gate and up in turn, they stay so)."""
+    (where the hub stores gate and up in turn, they stay so). `engine`: a version of layouts/engines.py, such
+    as "vllm==0.32": the tensors then carry its names, with those it has beyond the model's, so that its
+    sharded_state loader takes them; "" leaves the hub's names. `tied`: a tied pair as that loader takes it,
+    or once, as the engine's module has it."""
 
     vocab_padding: int = 64
     pad: bool = False
     multiple: int = 1
     experts: Literal["linear", "round_robin"] = "linear"
     gate_up: Literal["gate_up", "up_gate"] = "gate_up"
+    engine: str = ""
+    tied: Literal["files", "module"] = "files"
     roles: ClassVar[Literal[True]] = True
 
     def __post_init__(self) -> None:
         for name in ("multiple", "vocab_padding"):
             if getattr(self, name) < 1:
                 raise LayoutError(f"layout vllm: {name} must be at least 1, got {getattr(self, name)}")
+        if self.engine:
+            known(self.engine)
+        if self.engine and (self.vocab_padding, self.gate_up) != (64, "gate_up"):
+            raise LayoutError(
+                f"layout vllm: engine {self.engine} wants vocab_padding 64 and gate_up gate_up, "
+                f"got {self.vocab_padding} and {self.gate_up}"
+            )
 
     def targets(self, model: Model, placement: Placement) -> Iterator[Target]:
         """The rank's tensors; a tied lm_head is the embedding's parameter and left out.
@@ -72,8 +90,11 @@ class Vllm:
         (and the embedding it is tied to). With dp every group of tp ranks holds the same, but for experts:
         all tp * dp ranks cut their widths, or with ep = tp * dp share them out. Raises LayoutError, before
         the first target, where heads, a feed-forward width or the padded vocabulary do not divide, where kv
-        heads neither divide nor repeat evenly, for more stages than layers, for another ep, and for a model
-        that is no decoder."""
+        heads neither divide nor repeat evenly, for more stages than layers, for another ep, for a model that
+        is no decoder, and for a family the engine was not compared on."""
+        engine = served(self.engine, model.family) if self.engine else None
+        if engine is not None and engine.tied == "head" and self.tied == "files":
+            model = replace(model, tied=False)
         model = self._padded(model, placement)
         share = expert_share("vllm", placement, model.sizes)
         stage = layer_range("vllm", placement, len(model.layers))
@@ -87,7 +108,8 @@ class Vllm:
         if model.encoder is not None or model.carried:
             raise LayoutError(f"layout vllm has no place for {model.family}, which is no decoder")
         renamed = RENAMED.get(model.family, ())
-        return (_named(t, renamed) for t in self._targets(model, placement, share, stage))
+        targets = self._targets(model, placement, share, stage, engine)
+        return (_named(t, renamed, engine) for t in targets)
 
     def resized(self, model: Model, placement: Placement) -> Mapping[str, int]:
         """What config.json must say otherwise. Raises LayoutError where it cannot."""
@@ -110,16 +132,20 @@ class Vllm:
         stem = f"{stem}-{placement.tp_rank}"
         return Naming("", f"{stem}-part-0.safetensors", stem + "-part-{part}.safetensors")
 
-    def _targets(self, model: Model, placement: Placement, share: Share, stage: range) -> Iterator[Target]:
+    def _targets(
+        self, model: Model, placement: Placement, share: Share, stage: range, engine: Served | None
+    ) -> Iterator[Target]:
         first, last = placement.pp_rank == 0, placement.pp_rank == placement.pp - 1
-        if first or (last and model.tied):
-            yield Target(f"{model.embedding.name}.weight", self._rows(model.embedding.weight, placement))
+        tied = last and model.tied
+        if first or tied:
+            module = model.lm_head if tied and engine and engine.tied == "head" else model.embedding
+            yield Target(f"{module.name}.weight", self._rows(model.embedding.weight, placement))
         if first:
             if model.positions is not None:
                 yield Target(f"{model.positions.name}.weight", model.positions.weight)
             yield from norm(model.embedding_norm)
         for i in stage:
-            yield from self._layer(model.layers[i], model, placement, share)
+            yield from self._layer(model.layers[i], model, placement, share, engine)
         if last:
             yield from norm(model.norm)
             head = model.lm_head
@@ -131,18 +157,24 @@ class Vllm:
     def _rows(self, view: View, placement: Placement) -> View:
         return padded_part(view, self.vocab_padding, placement.tp_rank, placement.tp)
 
-    def _layer(self, layer: Layer, model: Model, placement: Placement, share: Share) -> Iterator[Target]:
+    def _layer(
+        self, layer: Layer, model: Model, placement: Placement, share: Share, engine: Served | None
+    ) -> Iterator[Target]:
         yield from norm(layer.attention_norm)
         if isinstance(layer.attention, Mla):
             yield from _latent(layer.attention, placement)
         else:
-            yield from _attention(layer.attention, model.sizes, placement)
+            as_hub = engine is not None and engine.hub_rows
+            yield from _attention(layer.attention, model.sizes, placement, as_hub)
+        if engine is not None:
+            module = _parent(layer.attention.o.name)
+            yield from (Target(f"{module}.{name}", _ONE, ()) for name in engine.ones)
         yield from norm(layer.attention_after)
         yield from norm(layer.mlp_norm)
         if isinstance(layer.mlp, Experts):
             yield from self._experts(layer.mlp, placement, share)
         else:
-            yield from _mlp(layer.mlp, placement)
+            yield from _mlp(layer.mlp, placement, engine is not None and engine.hub_rows)
         yield from norm(layer.mlp_after)
 
     def _experts(self, moe: Experts, placement: Placement, share: Share) -> Iterator[Target]:
@@ -167,11 +199,15 @@ class Vllm:
         return joined(mlp.up.name, both if self.gate_up == "gate_up" else both[::-1])
 
 
-def _named(target: Target, renamed: tuple[tuple[str, str], ...]) -> Target:
-    name = target.name
+def _named(target: Target, renamed: Renamed, engine: Served | None) -> Target:
+    """The target under vLLM's name for its module, then under the engine's for the tensor."""
+    name, view = target.name, target.view
     for old, new in renamed:
         name = name.replace(old, new)
-    return target if name == target.name else Target(name, target.view, target.shape)
+    if engine is not None:
+        name = engine.name(name)
+        view = view.as_stored().cast(dtypes.float32) if engine.whole(name) else view
+    return target if name == target.name and view is target.view else Target(name, view, target.shape)
 
 
 def _stacked(name: str, linears: Sequence[Linear]) -> Iterator[Target]:
@@ -207,9 +243,13 @@ def _stacks(name: str, stacks: Stacks, held: range, share: Share) -> Iterator[Ta
     yield Target(f"{name}.w2_bias", zeros(bias.shape, bias.dtype) if share.index else bias)  # added once
 
 
-def _attention(attention: Attention, sizes: Sizes, placement: Placement) -> Iterator[Target]:
+def _attention(
+    attention: Attention, sizes: Sizes, placement: Placement, as_hub: bool = False
+) -> Iterator[Target]:
     name = attention.fused or f"{_parent(attention.q.name)}.qkv_proj"
-    yield from plain(joined(name, qkv_part(attention, sizes, placement)))
+    parts = qkv_part(attention, sizes, placement)
+    grouped = as_hub and attention.grouped
+    yield from plain(regrouped(name, parts, sizes.head_dim) if grouped else joined(name, parts))
     yield from plain(in_part(attention.o, placement.tp_rank, placement.tp))
     yield from norm(attention.q_norm)
     yield from norm(attention.k_norm)
@@ -232,13 +272,15 @@ def _latent(attention: Mla, placement: Placement) -> Iterator[Target]:
     yield from plain(in_part(attention.o, rank, tp))
 
 
-def _mlp(mlp: Mlp, placement: Placement) -> Iterator[Target]:
+def _mlp(mlp: Mlp, placement: Placement, as_hub: bool = False) -> Iterator[Target]:
     rank, tp = placement.tp_rank, placement.tp
-    up = out_part(mlp.up, rank, tp)
-    if mlp.gate is not None:
+    if mlp.gate is None:
+        yield from plain(out_part(mlp.up, rank, tp))
+    elif as_hub and mlp.fused is not None:
+        yield from plain(out_part(joined(mlp.fused, [mlp.gate, mlp.up]), rank, tp))
+    else:
         name = mlp.fused or f"{_parent(mlp.up.name)}.gate_up_proj"
-        up = joined(name, [out_part(mlp.gate, rank, tp), up])
-    yield from plain(up)
+        yield from plain(joined(name, [out_part(x, rank, tp) for x in (mlp.gate, mlp.up)]))
     yield from plain(in_part(mlp.down, rank, tp))
 
 

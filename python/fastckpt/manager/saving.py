@@ -10,13 +10,16 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import numpy as np
+
 from .. import __version__
 from ..checkpoint import JSON
+from ..digest import LEAF, combine, digest64
 from ..errors import ManagerError
 from ..files import safetensors_layout
 from ..manifest import Origin, Record
@@ -31,8 +34,9 @@ TABLE = "tensors.json"
 """The file that says which tensors are shared by ranks, and who holds which box."""
 ENGINES = ".engine"
 """Where engines write before their files become part of the commit."""
-_CHUNK = 8 << 20
-"""Bytes of one write."""
+_THREADS = min(4, os.cpu_count() or 1)
+_FILE = 64 << 20
+"""Bytes of tensors from which on a rank writes a further file, by a thread of its own: up to _THREADS."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,13 +144,17 @@ class _Save:
         return together(self.group, f"save of step {self.request.step}", work, at=at)
 
     def _claim(self) -> JSON:
-        """What this rank holds, with digests; when all have said it the directory is there."""
+        """What this rank holds; when all have said it the directory is there.
+
+        With digests where ranks must learn what they hold alike: else they are taken while writing."""
         if self.disk.coordinator:
             self.store.take()
             self.store.begin(self.request.step, self.request.token)
         pieces = list(self.request.taken.pieces.values())
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            digests = list(pool.map(lambda p: digest_of(p.data), pieces))
+        digests = [""] * len(pieces)
+        if self.group.world > 1:
+            with ThreadPoolExecutor(_THREADS) as pool:
+                digests = list(pool.map(lambda p: digest_of(p.data), pieces))
         return {
             p.name: Claim(p.dtype.name, p.shape, d, *((p.box.whole, p.box.offset) if p.box else ())).json()
             for p, d in zip(pieces, digests, strict=True)
@@ -190,16 +198,13 @@ class _Save:
     def _write(self, stack: ExitStack, engine_files: list[str]) -> JSON:
         """This rank's files and its record; the rank that comes last writes the commit record."""
         rank, request, output = self.group.rank, self.request, self.output
-        claims = self.claims[rank]
-        if self.mine:
-            specs = [(p.name, p.dtype, p.shape) for p in self.mine]
-            layout = safetensors_layout(f"{rank_directory(rank)}/state.safetensors", specs, {"format": "pt"})
-            file = output.create(layout, self.disk.index)
-            for slot in layout.slots:
-                data = raw(request.taken.pieces[slot.name].data).data
-                for at in range(0, slot.nbytes, _CHUNK):
-                    file.write(slot.offset + at, data[at : at + _CHUNK])
-            file.close({}, {p.name: claims[p.name].digest for p in self.mine})
+        groups = _groups(self.mine)
+        if len(groups) == 1:
+            self._write_tensors("state.safetensors", groups[0])
+        elif groups:
+            with ThreadPoolExecutor(len(groups)) as pool:
+                names = [f"state-{k:05d}-of-{len(groups):05d}.safetensors" for k in range(1, len(groups) + 1)]
+                list(pool.map(self._write_tensors, names, groups))
         state: dict[str, JSON] = {
             "schema": SCHEMA,
             "rank": rank,
@@ -220,6 +225,24 @@ class _Save:
         stack.close()  # before the directory gets its name
         return [time.perf_counter() - self.began, sum(p.nbytes for p in self.mine) + engine_bytes]
 
+    def _write_tensors(self, name: str, pieces: Sequence[Piece]) -> None:
+        """One file: a leaf is digested, then written while it is in the cache."""
+        rank, held = self.group.rank, {p.name: p for p in pieces}
+        specs = [(p.name, p.dtype, p.shape) for p in pieces]
+        layout = safetensors_layout(f"{rank_directory(rank)}/{name}", specs, {"format": "pt"})
+        file = self.output.create(layout, self.disk.index)
+        digests = {}
+        for slot in layout.slots:
+            data, known = raw(held[slot.name].data).data, self.claims[rank][slot.name].digest
+            leaves = np.zeros(-(-slot.nbytes // LEAF), np.uint64)
+            for k in range(len(leaves)):
+                piece = data[k * LEAF : (k + 1) * LEAF]
+                if not known:
+                    leaves[k] = digest64(piece)
+                file.write(slot.offset + k * LEAF, piece)
+            digests[slot.name] = known or combine(leaves)
+        file.close({}, digests)
+
     def _record(self) -> Record:
         """What the manifest says of this save."""
         request, store = self.request, self.store
@@ -237,6 +260,18 @@ class _Save:
             shutil.rmtree(os.path.join(self.staging, ENGINES), ignore_errors=True)
             self.store.seal(self.request.step, self.request.token, aside=self.request.aside)
         return None
+
+
+def _groups(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """A rank's pieces by files of about the same size; none where there are no pieces."""
+    number = max(1, min(_THREADS, sum(p.nbytes for p in pieces) // _FILE))
+    groups: list[list[Piece]] = [[] for _ in range(number)]
+    sizes = [0] * number
+    for piece in sorted(pieces, key=lambda p: -p.nbytes):
+        smallest = sizes.index(min(sizes))
+        groups[smallest].append(piece)
+        sizes[smallest] += piece.nbytes
+    return [g for g in groups if g]
 
 
 def engine_directory(name: str) -> str:

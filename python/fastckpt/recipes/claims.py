@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ..checkpoint import JSON, Checkpoint
-from ..dtypes import DTYPES, DType
+from ..dtypes import DType
 from ..errors import RecipeError
 from ..model import Beside, Embedding, Linear, Norm, Parameter
-from ..views import ZERO, View
+from ..views import View
 from .quantised import Form, Kind, Quantised
 
 
@@ -109,7 +109,7 @@ class Claims:
     def parameter(self, name: str, *dims: Dim, kept: bool = False) -> Callable[[], Parameter]:
         """Claims one tensor of that shape; `kept`: it is never rounded, whatever dtype the others get."""
         view = self.tensor(name, *dims)
-        return lambda: Parameter(name, _as_stored(view()) if kept else view())
+        return lambda: Parameter(name, view().as_stored() if kept else view())
 
     def linear(
         self,
@@ -138,6 +138,14 @@ class Claims:
         weight = self.tensor(f"{name}.weight", size)
         offset = self.tensor(f"{name}.bias", size) if bias else None
         return lambda: Norm(name, weight(), offset() if offset else None, plus_one)
+
+    def rows(self, name: str, count: int, width: Dim) -> Callable[[], Embedding]:
+        """Claims a table of vectors, the first `count` of which are tokens'. Raises RecipeError for fewer."""
+        stored = Dim(self.shape(f"{name}.weight")[0], "rows")
+        if stored.size < count:
+            raise RecipeError(f"{name}.weight has {stored.size} rows, the vocabulary {count}")
+        weight = self.tensor(f"{name}.weight", stored, width)
+        return lambda: Embedding(name, weight().narrow(0, 0, count))
 
     def table(self, name: str, rows: Dim, width: Dim) -> Callable[[], Embedding]:
         """Claims a table of vectors."""
@@ -188,7 +196,7 @@ class Claims:
         stored = self.tensor(name, *dims[form])
 
         def build() -> Beside:
-            view = _as_stored(stored())
+            view = stored().as_stored()
             view = view.T if form == "transposed" else view.reshape((rows.size, columns.size))
             return Beside(kind.leaf, view, kind.unit, form)
 
@@ -285,14 +293,6 @@ def _over(dim: Dim, unit: int, *, up: bool = False) -> Dim:
     if not up and dim.size % unit:
         raise RecipeError(f"{dim.key} {dim.size} is no multiple of the {unit} values that are packed as one")
     return Dim(-(-dim.size // unit) if unit else 1, f"{dim.key} / {unit}" if unit else "1")
-
-
-def _as_stored(view: View) -> View:
-    """The view before it was cast: elements of the one dtype they are stored in."""
-    codes = set(view.stored[view.extent != ZERO].tolist())
-    if len(codes) > 1:
-        raise RecipeError(f"{view} must not be rounded, yet lies in {len(codes)} dtypes")
-    return View(view.shape, DTYPES[codes.pop()], view.extents, view.rows) if codes else view
 
 
 def _same_bytes(a: View, b: View) -> bool:

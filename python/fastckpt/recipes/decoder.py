@@ -10,7 +10,21 @@ from dataclasses import dataclass, field
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
-from ..model import Attention, Experts, HubCuts, Layer, Layers, Mla, Mlp, Model, Norm, Sizes
+from ..model import (
+    Attention,
+    Experts,
+    HubCuts,
+    Layer,
+    Layers,
+    Lazy,
+    Linear,
+    Mla,
+    Mlp,
+    Model,
+    Norm,
+    Prediction,
+    Sizes,
+)
 from .claims import Claims, Dim, flag, integer, vocabulary
 from .fused import gate_up_parts, qkv_parts
 from .quantised import quantised
@@ -38,7 +52,7 @@ class Kind:
 
     `plus_one`: its norms multiply by 1 + weight. `fused_qkv`, `fused_gate_up`: it stores [q; k; v] or
     [gate; up] as one. `sinks`: attention has one. `tied`: what a config that does not say means. `cuts`: as
-    in Model. `ignored`: patterns of names that no server wants, besides IGNORED."""
+    in Model."""
 
     family: str
     qkv_bias: bool | None = None
@@ -52,7 +66,6 @@ class Kind:
     sinks: bool = False
     tied: bool = False
     cuts: HubCuts = field(default_factory=HubCuts)
-    ignored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,9 +183,11 @@ def decoder(
     experts: int = 0,
     expert_width: str = "",
     shared_width: str = "",
+    predictions: int = 0,
 ) -> Model:
     """Everything but the feed-forward blocks, which `feed_forward` claims; `widths`, `experts`,
-    `expert_width` and `shared_width` as in Sizes.
+    `expert_width` and `shared_width` as in Sizes; `predictions`: that many layers after the last predict one
+    more token each, where the checkpoint holds them.
 
     `attends` and `heads` stand for `attention` and `heads_of` in a family whose attention is another. Raises
     RecipeError where the checkpoint does not fit the config, or holds a name no role takes."""
@@ -202,7 +217,33 @@ def decoder(
     vocab, embedding, lm_head, tied = vocabulary(
         claims, config, vocab_size, embedding="model.embed_tokens", hidden=hidden, tied_default=kind.tied
     )
-    layers = Layers([layer(f"model.layers.{i}") for i in range(integer(config, "num_hidden_layers"))])
+    count = integer(config, "num_hidden_layers")
+    layers = Layers([layer(f"model.layers.{i}") for i in range(count)])
+    further = [f"model.layers.{i}" for i in range(count, count + predictions)]
+
+    def prediction(name: str) -> Callable[[], Prediction]:
+        build = layer(name)
+        norms = [norm(f"{name}.{n}") for n in ("enorm", "hnorm", "shared_head.norm")]
+        join = claims.linear(f"{name}.eh_proj", hidden, Dim(2 * hidden.size, f"2 * {hidden.key}"))
+        tables = [
+            claims.rows(f"{name}.{n}", vocab, hidden) if f"{name}.{n}.weight" in claims else None
+            for n in ("embed_tokens", "shared_head.head")
+        ]
+
+        def built() -> Prediction:
+            table, head = (t and t() for t in tables)
+            return Prediction(
+                build(),
+                norms[0](),
+                norms[1](),
+                join(),
+                norms[2](),
+                table,
+                Linear(head.name, head.weight) if head else None,
+            )
+
+        return built
+
     return Model(
         family=kind.family,
         sizes=Sizes(
@@ -224,6 +265,7 @@ def decoder(
         norm=norm("model.norm")(),
         lm_head=lm_head,
         tied=tied,
-        ignored=claims.close((*IGNORED, *kind.ignored)),
+        predictions=Lazy([prediction(n) for n in further if f"{n}.eh_proj.weight" in claims]),
+        ignored=claims.close(IGNORED),
         cuts=kind.cuts,
     )

@@ -1,8 +1,8 @@
 """DeepSeek V2 and V3, and GLM-4 MoE: routed experts beside shared ones, after some dense layers.
 
 The DeepSeeks have latent attention, with or without a low-rank query. V3 adds a correction to each expert's
-score when it selects, which is never rounded, and carries layers for multi-token prediction after the last,
-which are left out as transformers leaves them out.
+score when it selects, which is never rounded, and may carry layers for multi-token prediction after the last,
+as GLM-4 MoE may; transformers leaves those out, so a checkpoint it trained has none.
 """
 
 from __future__ import annotations
@@ -48,11 +48,7 @@ def recipe(
     shared = Dim(beside * width.size, f"n_shared_experts * {width.key}")
     plain = Dim(integer(config, "intermediate_size"), "intermediate_size")
     extra = integer(config, "num_nextn_predict_layers", 0, least=0)
-    kind = replace(
-        family.kind,
-        qk_norm=not family.latent and flag(config, "use_qk_norm", False),
-        ignored=tuple(f"model.layers.{i}.*" for i in range(layers, layers + extra)),
-    )
+    kind = replace(family.kind, qk_norm=not family.latent and flag(config, "use_qk_norm", False))
     block = dense(kind, claims, config, plain)
     widths = {plain.key: plain.size} if first else {}
     if first < layers:
@@ -81,6 +77,7 @@ def recipe(
             experts=count.size,
             expert_width=width.key,
             shared_width=shared.key,
+            predictions=extra,
         )
     heads = integer(config, "num_attention_heads")
     return decoder(
@@ -95,6 +92,7 @@ def recipe(
         experts=count.size,
         expert_width=width.key,
         shared_width=shared.key,
+        predictions=extra,
     )
 
 

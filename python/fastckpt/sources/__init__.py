@@ -9,7 +9,7 @@ from typing import Protocol
 
 from ..checkpoint import Checkpoint
 from ..collector import paused
-from ..errors import SourceError
+from ..errors import SourceError, expect
 from . import memory, peft, safetensors, served, statedict, zero
 from .options import Options, strip_prefix
 
@@ -55,8 +55,14 @@ def open(
     """The checkpoint at `path`, a file or directory of any format of SOURCES, or a dict of tensors.
 
     Options as in `Options`. Raises SourceError for what is broken, missing, unknown or not supported yet."""
+    expect("path", path, str, os.PathLike, Mapping)
+    expect("also", also, Iterable)
+    for directory in (also := tuple(also)):
+        expect("also: a directory", directory, str, os.PathLike)
+    expect("rename", rename, Iterable)
     options = Options(
-        tag=tag, also=tuple(os.fspath(a) for a in also), rename=tuple(rename), weights=weights,
+        tag=tag, also=tuple(os.fspath(a) for a in also), weights=weights,
+        rename=tuple(tuple(pair) if isinstance(pair, list) else pair for pair in rename),
         exclude_frozen=exclude_frozen, check_crc=check_crc,
     )  # fmt: skip
     if isinstance(path, Mapping):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..checkpoint import JSON, Checkpoint, Entry
 from ..dtypes import BY_NAME, DType
-from ..errors import SourceError
+from ..errors import SourceError, expect
 from ..extents import Buffer, Extent, Extents
 from ..views import View, runs, zeros
 from .assembly import assemble, tensor
@@ -58,6 +58,8 @@ class _Held:
 def read(tensors: Mapping[str, object], options: Options = _PLAIN) -> Checkpoint:
     """The checkpoint of a state dict in memory. Raises SourceError naming the tensor that does not fit."""
     options.refuse_zero_only(NAME)
+    for name in tensors:
+        expect("a tensor's name", name, str)
     held = {name: _hold(name, value) for name, value in tensors.items()}
     buffers: dict[tuple[str, int, int], int] = {}
     extents: list[Extent] = []

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..errors import FastckptError, SourceError
+from ..errors import FastckptError, SourceError, expect
 
 WEIGHTS = ("master", "module")
 
@@ -29,8 +29,12 @@ class Options:
     check_crc: bool = False
 
     def __post_init__(self) -> None:
+        expect("tag", self.tag, str, type(None))
         if self.weights not in WEIGHTS:
             raise FastckptError(f"weights: {self.weights!r} is none of {', '.join(WEIGHTS)}")
+        for pair in self.rename:
+            if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(x, str) for x in pair)):
+                raise FastckptError(f"rename: wanted pairs (regex, replacement), got {pair!r:.80}")
         for pattern, replacement in self.rename:
             try:
                 re.sub(pattern, replacement, "")

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import xxhash
 
 from ..checkpoint import JSON, Checkpoint, Entry
-from ..dtypes import BY_SAFETENSORS, DType
-from ..errors import SourceError
+from ..dtypes import BY_SAFETENSORS, DType, in_elements
+from ..errors import SourceError, ViewError
 from ..extents import Extent, Extents, File
 from .assembly import assemble, parse_json, sampled, tensor
 from .options import Options
@@ -25,7 +25,6 @@ from .shards import find_shards
 
 MAX_HEADER = 100_000_000
 MAX_NDIM = 64
-MAX_NAME = 4096
 
 SUFFIX = ".safetensors"
 SINGLE = "model.safetensors"
@@ -69,6 +68,7 @@ def read(path: str, options: Options) -> Checkpoint:
     shards = find_shards(path, SUFFIX, SINGLE, options.also)
     headers = [read_header(p) for p in shards.paths]
     shards.check([list(h.items) for h in headers])
+    shards.check_omitted(lambda p: list(read_header(p).items))
     places = [(name, item, h) for h in headers for name, item in h.items.items()]
     extents = Extents(Extent(h.file, i.offset, i.nbytes, name) for name, i, h in places)
     entries: dict[str, Entry] = {
@@ -121,7 +121,7 @@ def read_header(path: str) -> Header:
 
 
 def _item(name: str, spec: JSON, base: int, path: str) -> Item:
-    if not isinstance(spec, dict) or set(spec) != {"dtype", "shape", "data_offsets"} or len(name) > MAX_NAME:
+    if not isinstance(spec, dict) or set(spec) != {"dtype", "shape", "data_offsets"}:
         raise SourceError(f"{path}: {name[:80]!r}: wanted dtype, shape and data_offsets")
     dtype = BY_SAFETENSORS.get(str(spec["dtype"]))
     if dtype is None:
@@ -131,6 +131,10 @@ def _item(name: str, spec: JSON, base: int, path: str) -> Item:
         raise SourceError(
             f"{path}: {name}: shape {spec['shape']}, data_offsets {spec['data_offsets']} are no tensor's"
         )
+    try:
+        shape = in_elements(dtype, shape)
+    except ViewError as e:
+        raise SourceError(f"{path}: {name}: {e}") from None
     wanted = math.prod(shape) * dtype.itemsize
     if span[1] - span[0] != wanted:
         raise SourceError(

@@ -1,6 +1,7 @@
 """The files of a sharded checkpoint: one file, an index and what it lists, or a directory of files.
 
-Law: an index names files of its own directory only; every tensor lies in the one file the index says.
+Law: an index names files of its own directory only; every tensor lies in the one file the index says, and
+no file of the set that it lists holds a tensor it does not name.
 (A file there may be a symbolic link, as in the hub's cache.)
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import SourceError
@@ -22,12 +23,14 @@ _NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)(\D*)")
 @dataclass(frozen=True, slots=True)
 class Shards:
     """`paths`: the files in order. `index`: tensor -> file name, None without an index. `directory`: where
-    config.json may lie. `unread`: files of the same kind that were left alone, and why."""
+    config.json may lie. `unread`: files of the same kind that were left alone, and why. `omitted`: those of
+    them that carry a number of the index's own set."""
 
     paths: tuple[str, ...]
     index: Mapping[str, str] | None
     directory: str
     unread: tuple[str, ...] = ()
+    omitted: tuple[str, ...] = ()
 
     def check(self, names: Sequence[Sequence[str]]) -> None:
         """`names`: the tensors of each file. Raises SourceError when a name is in two files, and when the
@@ -49,6 +52,17 @@ class Shards:
             extra = next((n for n in held if n not in self.index), None)
             if extra is not None:
                 raise SourceError(f"{held[extra]}: the index does not name {extra}")
+
+    def check_omitted(self, names_in: Callable[[str], Sequence[str]]) -> None:
+        """Raises SourceError where a file of the index's own set, which the index does not name, holds a
+        tensor that would be lost; `names_in`: the tensors of a file."""
+        for path in self.omitted:
+            lost = [n for n in names_in(path) if n not in (self.index or {})]
+            if lost:
+                raise SourceError(
+                    f"{path}: is of the set that the index lists, but the index names neither it nor "
+                    f"{lost[0]} ({len(lost)} tensors would be left out)"
+                )
 
 
 def find_shards(path: str, suffix: str, single: str, also: Sequence[str] = ()) -> Shards:
@@ -77,16 +91,21 @@ def find_shards(path: str, suffix: str, single: str, also: Sequence[str] = ()) -
     if not indexes:
         _check_whole(path, used)
     rest = tuple(f"{n}: not a part of {indexes[0] if indexes else single}" for n in files if n not in used)
-    return Shards(found.paths, found.index, path, rest)
+    return Shards(found.paths, found.index, path, rest, found.omitted)
+
+
+def _set_of(name: str) -> tuple[str, str, str] | None:
+    """The numbered set that a file belongs to: stem, count, ending."""
+    found = _NUMBERED.fullmatch(name)
+    return (found[1], found[3], found[4]) if found else None
 
 
 def _check_whole(path: str, used: set[str]) -> None:
     """Refuse a part of a numbered set without an index: what the others hold would be left out."""
     sets: dict[tuple[str, str, str], set[int]] = {}
     for name in used:
-        if found := _NUMBERED.fullmatch(name):
-            stem, number, count, ending = found.groups()
-            sets.setdefault((stem, count, ending), set()).add(int(number))
+        if (found := _NUMBERED.fullmatch(name)) and (whole := _set_of(name)):
+            sets.setdefault(whole, set()).add(int(found[2]))
     for (stem, count, ending), numbers in sets.items():
         if len(numbers) < int(count):
             raise SourceError(
@@ -119,4 +138,8 @@ def _indexed(index: str, directories: Sequence[str]) -> Shards:
         if not there:
             raise SourceError(f"{index}: {file} is missing in {', '.join(directories)}")
         paths.append(there[0])
-    return Shards(tuple(paths), placed, os.path.dirname(os.path.abspath(index)))
+    here = os.path.dirname(os.path.abspath(index))
+    sets = {_set_of(file) for file in placed.values()} - {None}
+    there = sorted({*os.listdir(here)} - {*placed.values()}, key=natural)
+    omitted = tuple(os.path.join(here, name) for name in there if _set_of(name) in sets)
+    return Shards(tuple(paths), placed, here, omitted=omitted)

@@ -49,6 +49,7 @@ def read(path: str, options: Options) -> Checkpoint:
     files = [torchfile.load(p, check_crc=options.check_crc, wanted=_wanted) for p in shards.paths]
     dicts = [state_dict(f.root) for f in files]
     shards.check([list(d.tensors) for d in dicts])
+    shards.check_omitted(lambda p: list(state_dict(torchfile.load(p, wanted=_wanted).root).tensors))
     extents = Extents(e for f in files for e in f.extents)
     entries: dict[str, Entry] = {}
     aliases: dict[str, str] = {}
@@ -83,6 +84,10 @@ def state_dict(root: object) -> StateDict:
     inner = [k for k in WRAPPERS if _has_tensors(root.get(k))]
     if "param_shapes" in root:
         raise SourceError("model states of a DeepSpeed checkpoint; open its directory")
+    if not inner:
+        for table in (root, *(v for v in (root.get(k) for k in WRAPPERS) if isinstance(v, dict))):
+            for name, value in table.items():
+                refuse_unread(str(name), value)
     if len(inner) != 1:
         what = f"several dicts of tensors: {', '.join(inner)}" if inner else "no dict of tensors"
         raise SourceError(f"{what}; looked at the top and under {', '.join(WRAPPERS)}; keys: {_keys(root)}")

@@ -42,7 +42,10 @@ def refuse_unread(name: str, value: object) -> None:
 
     Such a one is no plain value that may be left out."""
     if isinstance(value, Inert) and value.name.startswith("torch."):
-        raise SourceError(f"{name}: a tensor made by {value.name} is not read; save it dense and whole")
+        kinds = [a.name for a in value.args if isinstance(a, Inert) and a.name.startswith("torch.")]
+        kinds = [kind for kind in kinds if not kind.endswith("Storage")] or kinds
+        of = f" of {kinds[0]}" if kinds else ""
+        raise SourceError(f"{name}: a tensor{of} made by {value.name} is not read; save it dense and whole")
 
 
 def place(t: Tensor) -> tuple[object, ...]:

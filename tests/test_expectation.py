@@ -1,0 +1,120 @@
+"""`verify --engine`: shards are what an engine's loader wants, or what differs is told, with exit code 1."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import fastckpt
+import pytest
+import torch
+from fastckpt import cli
+from fastckpt.errors import LayoutError
+from fastckpt.layouts import layout
+from safetensors.torch import load_file, save_file
+
+CONFIG = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 200, "hidden_size": 64,
+    "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "tie_word_embeddings": False, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A hub directory of a small llama in bfloat16."""
+    folder = tmp_path_factory.mktemp("hub")
+    shapes = {"model.embed_tokens": (200, 64), "model.norm": (64,), "lm_head": (200, 64)}
+    for i in range(2):
+        at = f"model.layers.{i}."
+        shapes |= {at + "input_layernorm": (64,), at + "post_attention_layernorm": (64,)}
+        shapes |= {f"{at}self_attn.{x}_proj": (64, 64) for x in "qo"}
+        shapes |= {f"{at}self_attn.{x}_proj": (32, 64) for x in "kv"}
+        shapes |= {f"{at}mlp.{x}_proj": (96, 64) for x in ("gate", "up")} | {at + "mlp.down_proj": (64, 96)}
+    tensors = {f"{name}.weight": torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+def written(hub, out, dtype=None, tp=2, name="vllm", **options):
+    fastckpt.reshard(hub, tp=tp, layout=layout(name, options), dtype=dtype, out=out, durable=False)
+    return partial(fastckpt.verify, out)
+
+
+def test_shards_for_the_engine_are_what_it_wants(hub, tmp_path):
+    check = written(hub, tmp_path / "out", engine="vllm==0.32")
+    assert check(engine="vllm==0.32").problems == ()
+    assert check(engine="vllm==0.32.0").ok
+    assert cli.main(["verify", str(tmp_path / "out"), "--engine", "vllm==0.32", "-q"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "problems"),
+    [
+        ({}, ["rank 0: no tensor model.layers.0.self_attn.attn._k_scale, which vllm==0.32 asks for"]),
+        (
+            {"vocab_padding": "8"},
+            ["rank 1: lm_head.weight has shape (100, 64), vllm==0.32 wants (128, 64)"],
+        ),
+        (
+            {"engine": "vllm==0.32", "dtype": "float32"},
+            ["rank 1: model.norm.weight is float32, vllm==0.32 wants bfloat16"],
+        ),
+        ({"name": "hf"}, ["rank 0: vllm==0.32 has no tensor model.layers.0.self_attn.q_proj.weight"]),
+    ],
+)
+def test_what_it_does_not_want_is_named(hub, tmp_path, options, problems):
+    found = written(hub, tmp_path / "out", **options)(engine="vllm==0.32")
+    assert not found.ok
+    assert set(problems) <= set(found.problems)
+
+
+def test_the_exit_code_is_1(hub, tmp_path, capsys):
+    written(hub, tmp_path / "out")
+    assert cli.main(["verify", str(tmp_path / "out")]) == 0
+    assert cli.main(["verify", str(tmp_path / "out"), "--engine", "vllm==0.32"]) == 1
+    assert "_k_scale, which vllm==0.32 asks for" in capsys.readouterr().out
+
+
+def test_a_float32_config_is_served_as_bfloat16(hub, tmp_path):
+    """vLLM's own default for it; the shards may be either."""
+    config = CONFIG | {"dtype": "float32"}
+    for dtype in ("bfloat16", "float32", "float16"):
+        out = tmp_path / dtype
+        asked = layout("vllm", {"engine": "vllm==0.32"})
+        fastckpt.reshard(hub, tp=2, layout=asked, config=config, dtype=dtype, out=out)
+        found = fastckpt.verify(out, engine="vllm==0.32")
+        assert found.ok == (dtype != "float16"), found.problems
+
+
+def test_a_smaller_tensor(hub, tmp_path):
+    """vLLM's loader would copy it into the leading part of the parameter, with a warning."""
+    written(hub, tmp_path / "out", engine="vllm==0.32")
+    path = tmp_path / "out" / "model-rank-0-part-0.safetensors"
+    state = load_file(path)
+    state["model.norm.weight"] = state["model.norm.weight"][:32].clone()
+    save_file(state, path)
+    found = fastckpt.verify(tmp_path / "out", engine="vllm==0.32")
+    assert not found.ok
+    (tmp_path / "out" / "fastckpt.json").unlink()
+    found = fastckpt.verify(tmp_path / "out", engine="vllm==0.32", plain=True)
+    assert found.problems == ("vllm==0.32: without fastckpt.json nothing says which model this is",)
+
+
+def test_an_engine_nobody_knows(hub, tmp_path):
+    written(hub, tmp_path / "out")
+    for asked in ("vllm==0.1", "tensorrt", "vllm=="):
+        with pytest.raises(LayoutError, match=f"no engine '{asked}' is known, only vllm==0.32"):
+            fastckpt.verify(tmp_path / "out", engine=asked)
+    assert cli.main(["verify", str(tmp_path / "out"), "--engine", "tensorrt"]) == 2
+
+
+def test_a_name_without_a_version_is_the_newest_known(hub, tmp_path):
+    check = written(hub, tmp_path / "out", engine="vllm==0.32")
+    assert check(engine="vllm").ok
+
+
+def test_padded_widths_are_the_padded_configs(hub, tmp_path):
+    check = written(hub, tmp_path / "out", tp=4, engine="vllm==0.32", pad="true", multiple="16")
+    assert check(engine="vllm==0.32").problems == ()
