@@ -13,12 +13,10 @@ namespace fastckpt {
 namespace {
 
 template <class U> FASTCKPT_INLINE typename FloatOf<U>::type at_most(typename FloatOf<U>::type a, float high) {
-    const typename FloatOf<U>::type h = typename FloatOf<U>::type{} + high;
-    return a < h ? a : h;
+    return min_of(a, typename FloatOf<U>::type{} + high);
 }
 template <class U> FASTCKPT_INLINE typename FloatOf<U>::type at_least(typename FloatOf<U>::type a, float low) {
-    const typename FloatOf<U>::type l = typename FloatOf<U>::type{} + low;
-    return a > l ? a : l;
+    return max_of(a, typename FloatOf<U>::type{} + low);
 }
 
 // Added to a float in [-2^22, 2^22] it rounds that to the nearest integer, ties to even, which then stands in
@@ -49,8 +47,7 @@ template <class S> FASTCKPT_INLINE uint32_t largest_bits(const char* src, size_t
     Words m[4] = {{}, {}, {}, {}};
     uint32_t rest = 0;
     auto take = [&](Words& m, const char* p) {
-        Words a = load_as<S, Words>(p) & 0x7fffffffu;
-        m = less(m, a) ? a : m;
+        m = max_of(m, load_as<S, Words>(p) & 0x7fffffffu);
     };
     for (size_t k = 0; k < r; ++k) {
         const char* p = src + k * pitch * S::size;
@@ -60,13 +57,10 @@ template <class S> FASTCKPT_INLINE uint32_t largest_bits(const char* src, size_t
             for (int j = 0; j < 4; ++j) take(m[j], p + (i + j * LANES) * S::size);
         for (; i + LANES <= n; i += LANES) take(m[0], p + i * S::size);
         for (; i < n; ++i) {
-            uint32_t a = load_as<S, uint32_t>(p + i * S::size) & 0x7fffffffu;
-            rest = a > rest ? a : rest;
+            rest = max_of(rest, load_as<S, uint32_t>(p + i * S::size) & 0x7fffffffu);
         }
     }
-    for (int j = 1; j < 4; ++j) m[0] = less(m[0], m[j]) ? m[j] : m[0];
-    const uint32_t found = highest(m[0]);
-    return found > rest ? found : rest;
+    return max_of(highest(max_of(max_of(m[0], m[1]), max_of(m[2], m[3]))), rest);
 }
 
 // The least and the largest of n values and 0.
@@ -79,13 +73,13 @@ template <class S> FASTCKPT_INLINE Range range_of(const char* p, size_t n) {
     size_t i = 0;
     for (; i + LANES <= n; i += LANES) {
         const Floats x = as_float<Words>(load_as<S, Words>(p + i * S::size));
-        low = x < low ? x : low, high = x > high ? x : high;
+        low = min_of(x, low), high = max_of(x, high);
     }
     for (int lane = 0; lane < LANES; ++lane)
-        out.low = low[lane] < out.low ? low[lane] : out.low, out.high = high[lane] > out.high ? high[lane] : out.high;
+        out.low = min_of(low[lane], out.low), out.high = max_of(high[lane], out.high);
     for (; i < n; ++i) {
         const float x = as_float(load_as<S, uint32_t>(p + i * S::size));
-        out.low = x < out.low ? x : out.low, out.high = x > out.high ? x : out.high;
+        out.low = min_of(x, out.low), out.high = max_of(x, out.high);
     }
     return out;
 }
@@ -96,13 +90,11 @@ struct Sums {
     size_t values = 0;
 
     void add(Floats x, Floats d) {
-        const Floats size = as_float<Words>(as_bits<Words>(d) & 0x7fffffffu);
-        biggest = size > biggest ? size : biggest;
+        biggest = max_of(as_float<Words>(as_bits<Words>(d) & 0x7fffffffu), biggest);
         difference += d * d, dense += x * x, across += x * d;
     }
     void add(float x, float d) {
-        const float size = d < 0 ? -d : d;
-        biggest[0] = size > biggest[0] ? size : biggest[0];
+        biggest[0] = max_of(d < 0 ? -d : d, biggest[0]);
         difference[0] += d * d, dense[0] += x * x, across[0] += x * d;
     }
     // Floats hold the sums of so many values well enough; then doubles take them over.
@@ -113,7 +105,7 @@ struct Sums {
     void add_to(double* out) {
         double d = 0, x = 0, xd = 0;
         for (int k = 0; k < LANES; ++k) {
-            out[0] = biggest[k] > out[0] ? biggest[k] : out[0];
+            if (biggest[k] > out[0]) out[0] = biggest[k];
             d += difference[k], x += dense[k], xd += across[k];
         }
         out[1] += d, out[2] += x, out[3] += x - 2 * xd + d, out[4] += x - xd;
@@ -321,7 +313,7 @@ template <class S, bool ZERO> bool quantise_groups(const Quant& q) {
             for (size_t g = 0; g < groups; ++g) {
                 const char* src = q.src + (at + g * n) * S::size;
                 const uint32_t bits = largest_bits<S>(src, 1, n, n);
-                worst = bits > worst ? bits : worst;
+                worst = max_of(worst, bits);
                 largest[g] = as_float(bits);
                 if constexpr (ZERO) range[g] = range_of<S>(src, n);
             }
@@ -359,11 +351,10 @@ struct Strip {
 template <class S, class U> FASTCKPT_INLINE void widen(Strip& s, size_t c, const char* src, U& found) {
     using F = typename FloatOf<U>::type;
     const U bits = load_as<S, U>(src);
-    const U a = bits & 0x7fffffffu;
-    found = less(found, a) ? a : found;
+    found = max_of(found, bits & 0x7fffffffu);
     const F x = as_float<U>(bits);
     F low = load_lanes<F>(s.low + c), high = load_lanes<F>(s.high + c);
-    low = x < low ? x : low, high = x > high ? x : high;
+    low = min_of(x, low), high = max_of(x, high);
     memcpy(s.low + c, &low, sizeof low), memcpy(s.high + c, &high, sizeof high);
 }
 
@@ -419,7 +410,7 @@ template <class S, QuantKind KIND, bool ZERO> bool quantise_columns(const Quant&
             if (highest(found) >= INF32 || rest >= INF32) return false;
             bool fast = true;
             for (size_t c = 0; c < n; ++c) {
-                const float largest = s.high[c] > -s.low[c] ? s.high[c] : -s.low[c];
+                const float largest = max_of(s.high[c], -s.low[c]);
                 const float scale = scale_from(ZERO ? s.high[c] - s.low[c] : largest, q);
                 if (!finite(scale)) return false;
                 const size_t at = r0 / q.block_rows * q.columns + c0 + c;
