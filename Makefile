@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 PACKAGE := pyproject.toml setup.py MANIFEST.in README.md LICENSE $(wildcard csrc/*) \
 	$(shell find python -name '*.py' -o -name '*.pyi' -o -name py.typed)
 
-.PHONY: test demo lint nightly bench gpu clean
+.PHONY: test demo lint nightly bench gpu test-vllm clean
 
 test: lint
 	$(BIN)/python -m pytest --timeout 900
@@ -43,8 +43,25 @@ gpu:
 	else echo "*** no compute-sanitizer here: memory accesses were not checked ***"; fi
 	$(PYTHON) benchmarks/gpu.py
 
+# A real vLLM (its CPU build) in an environment of its own, 3.4 GB: what it serves of ours is what it serves.
+VLLM := .venv-vllm
+VLLM_VERSION := 0.32.0
+test-vllm: $(VLLM)/ready $(PACKAGE)
+	FASTCKPT_CUDA=0 $(VLLM)/bin/python -m pip install --quiet --no-deps --force-reinstall .
+	$(VLLM)/bin/python -m pytest -v -rA --timeout 7200 tests/engines
+
+$(VLLM)/ready: tests/engines/install_vllm.py tests/engines/constraints.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet -c tests/engines/constraints.txt torch numpy packaging
+	$(VLLM)/bin/python tests/engines/install_vllm.py $(VLLM_VERSION) tests/engines/constraints.txt
+	$(VLLM)/bin/python -m pip install --quiet -c tests/engines/constraints.txt \
+		rich xxhash pytest pytest-timeout hjson msgpack
+	DS_BUILD_OPS=0 $(VLLM)/bin/python -m pip install --quiet -c tests/engines/constraints.txt \
+		--no-deps --no-build-isolation deepspeed
+	touch $@
+
 clean:
-	rm -rf .venv build dist python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm build dist python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch comes first and pinned, so that no later resolve can choose another build of it.
 $(STAMPS)/torch: $(PINS)

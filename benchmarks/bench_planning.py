@@ -57,7 +57,7 @@ def bench_plan_seventy(bench: Bench) -> None:
     def run() -> None:
         nonlocal rows
         plan = plans.draft(opened, wanted)
-        rows = sum(len(chunk.rows) for chunk in plan.kept or ()) or rows
+        rows = sum(len(chunk.tensor) for chunk in plan.kept or ()) or rows
 
     bench.measure(
         Figure("planning one TP-8 rank of 70B over 1,024 ranks", "723 tensors", "s", seconds, Goal(3)),

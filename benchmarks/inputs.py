@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastckpt.checkpoint import Checkpoint, Entry
+from fastckpt.checkpoint import Checkpoint, Single
 from fastckpt.dtypes import float32
 from fastckpt.extents import Extent, Extents, File
 from fastckpt.views import View, runs
@@ -159,7 +159,7 @@ def seventy(world: int) -> Checkpoint:
     entries = {}
     at = 0
     for name, shape in shapes.items():
-        entries[name] = Entry(shape, float32, partial(_gathered, extents, ranks, at, parts[name], shape))
+        entries[name] = Single(shape, float32, partial(_gathered, extents, ranks, at, parts[name], shape))
         at += parts[name]
     config = {"model_type": "llama", **sizes.config()}
     return Checkpoint("seventy", "zero", entries, extents, config=config, structure="seventy")

@@ -59,6 +59,12 @@ std::unique_ptr<Recent> make_recent(const py::object& addresses, const py::objec
     return std::make_unique<Recent>(a.items<uint64_t>(), m.items<uint64_t>(), n, limit);
 }
 
+void py_touched(Recent& recent, uint32_t source, uint64_t start, uint64_t stop) {
+    if (source >= recent.count() || start > stop) throw std::invalid_argument("touched: no such bytes of a source");
+    py::gil_scoped_release free;
+    if (recent.mapped(source)) recent.touched(source, start, stop);
+}
+
 void py_copy_rows(const py::object& rows, const py::object& sources, const py::object& destinations, int threads, int isa,
                   Recent* recent) {
     Held r(rows), s(sources), d(destinations);
@@ -304,7 +310,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("copy_rows", py_copy_rows, py::arg("rows"), py::arg("sources"), py::arg("destinations"), py::arg("threads") = 1,
           py::arg("isa") = -1, py::arg("recent") = py::none());
     py::class_<Recent>(m, "Recent")
-        .def(py::init(&make_recent), py::arg("addresses"), py::arg("mapped"), py::arg("limit"));
+        .def(py::init(&make_recent), py::arg("addresses"), py::arg("mapped"), py::arg("limit"))
+        .def("touched", py_touched, py::arg("source"), py::arg("start"), py::arg("stop"));
     m.def("read_at", py_read_at, py::arg("fd"), py::arg("offsets"), py::arg("sizes"), py::arg("destination"),
           py::arg("positions"), py::arg("threads") = 1);
     m.def("digest64", py_digest64, py::arg("buffer"));

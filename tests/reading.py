@@ -10,7 +10,7 @@ import ctypes
 import numpy as np
 import torch
 from fastckpt import dtypes
-from fastckpt.checkpoint import Checkpoint, Entry
+from fastckpt.checkpoint import Checkpoint, Single
 from fastckpt.extents import Buffer, Extent, Extents
 from fastckpt.views import runs
 
@@ -106,7 +106,7 @@ def memory(tensors, pieces=1, config=None, aliases=None):
             flat = runs(extents, dtype, np.arange(pieces), first, count)
             return flat.reshape(tuple(tensor.shape))
 
-        return Entry(tuple(tensor.shape), dtype, build)
+        return Single(tuple(tensor.shape), dtype, build)
 
     entries = {name: entry(name, t) for name, t in tensors.items()}
     return Checkpoint("memory", "memory", entries, extents, aliases or {}, config=config)

@@ -28,9 +28,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "target": (*CORE[:4], "schemes"),
     "model": CORE,
     # Sources never see models; recipes and layouts never see files; none of them sees a plan.
-    "sources": (*CORE, "collector"),
+    "sources": (*CORE, "collector", "digest"),
     "recipes": PLAIN,
-    "layouts": PLAIN,
+    "layouts": (*PLAIN, "lowrank"),
     "lowrank": CORE,
     "planner": CORE,
     "rounding": (*CORE, "schemes", "_C"),
@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "endings": (),
     "files": CORE,
     "torchzip": (*CORE, "digest", "files"),
-    "manifest": (*CORE, "digest"),
+    "manifest": (*CORE, "digest", "files"),
     "commit": (*CORE, "syscalls", "manifest"),
     "writer": (*CORE, "digest", *FILES[:-1]),
     "verification": (*CORE, "digest", "finite", *FILES, "expectation"),
@@ -58,7 +58,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "expectation": (*PLAIN, "manifest", "sources", "layouts", "joining"),
     "adapters": (*CORE, "lowrank", "sources", "layouts"),
     # The spine.
-    "plancache": (*CORE, "planner"),
+    "planned": (*CORE, "planner", "files"),
+    "plancache": (*CORE, "planner", "planned"),
     "plans": (
         *PLAIN,
         "dequantised",
@@ -67,6 +68,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "recipes",
         "layouts",
         "planner",
+        "planned",
         "plancache",
         "schemes",
         "quantplan",
@@ -74,7 +76,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "files",
         "torchzip",
     ),
-    "pipeline": (*CORE, "digest", "finite", "planner", "plans", "reader", *FILES),
+    "pipeline": (*CORE, "digest", "finite", "planner", "planned", "plans", "reader", *FILES),
     "quantising": (*CORE, "planner", "plans", "schemes", "quantplan", "rounding", "reader"),
     "tensors": (*CORE, "planner", "plans", "syscalls"),
     "device": (*CORE, "lowrank", "digest", "planner", "plans", "reader", "pipeline", "executors"),
@@ -100,7 +102,7 @@ MAY_IMPORT["__main__"] = ("cli",)
 WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "sources": (
         ("options", "inert", "zero_files", "zero_layout", "zero_sample"),
-        ("assembly", "picklemachine"),
+        ("assembly", "picklemachine", "zipentries"),
         # torch files: zip and pickle below, tensors above
         ("torchzip", "inertpickle"),
         ("torchpickle",),
@@ -109,7 +111,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("shards", "zero_parts"),
         # one format each
         ("zero", "safetensors", "statedict", "memory"),
-        ("served", "peft"),  # what fastckpt or PEFT wrote, in the two formats before them
+        ("served", "peft", "training"),  # what fastckpt or PEFT wrote, in the two formats before them
         ("__init__",),
     ),
     "recipes": (
@@ -122,7 +124,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "layouts": (
         ("naming", "cuts", "servers", "padding", "engines"),
         ("rtp_merge", "rtp_split", "rtp_weights"),  # rtp-llm's catalogue, of which its layout is made
-        ("rtp_roles",),
+        ("rtp_roles", "rtp_rope"),
         ("same", "hf", "vllm", "rtp_llm", "megatron", "patterns"),
         ("__init__",),
     ),
@@ -134,12 +136,12 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("manager",),
         ("runner", "commands"),
     ),
-    "engines": (("__init__", "vllm_loader"), ("vllm",)),
+    "engines": (("__init__", "asked"), ("vllm_loader", "sglang"), ("vllm",)),
     "executors": (("torch", "cpu", "cuda"), ("__init__",)),
 }
 """Cells within a package: a module imports siblings from cells before its own only."""
 
-TORCH = {"executors/torch", "executors/cuda", "tensors", "device", "engines/vllm_loader"}
+TORCH = {"executors/torch", "executors/cuda", "tensors", "device", "engines/vllm_loader", "engines/sglang"}
 TORCH |= {
     f"manager/{m}"
     for m in [

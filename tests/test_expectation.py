@@ -105,7 +105,7 @@ def test_a_smaller_tensor(hub, tmp_path):
 def test_an_engine_nobody_knows(hub, tmp_path):
     written(hub, tmp_path / "out")
     for asked in ("vllm==0.1", "tensorrt", "vllm=="):
-        with pytest.raises(LayoutError, match=f"no engine '{asked}' is known, only vllm==0.32"):
+        with pytest.raises(LayoutError, match=f"no engine '{asked}' is known, only vllm==0.32, sglang==0.5"):
             fastckpt.verify(tmp_path / "out", engine=asked)
     assert cli.main(["verify", str(tmp_path / "out"), "--engine", "tensorrt"]) == 2
 

@@ -138,7 +138,7 @@ def test_families_as_rtp_llm_has_them_whole_again(tmp_path, name):
 SERVED = ["hf", "vllm", "rtp_llm", "megatron"]
 NO_PLACE = {
     "rtp_llm": {
-        "gemma", "gemma2", "gemma3", "glm4", "deepseek_v2-lora", "gpt_oss", "t5", "t5-gated", "whisper",
+        "gemma2", "gemma3", "glm4", "deepseek_v2-lora", "gpt_oss", "t5", "t5-gated", "whisper",
         "bert", "bert-alone", "bert-classes", "roberta",
     },
     "vllm": {"t5", "t5-gated", "whisper", "bert", "bert-alone", "bert-classes", "roberta"},
@@ -169,6 +169,8 @@ def test_every_family_and_layout_whole_again(tmp_path, name, served, tp):
     if (name, served, tp) in UNEVEN:
         tp = 1
     options = REPLICATE.get(served)
+    if (name, served) == ("gemma", "rtp_llm"):
+        files = {n: x for n, x in files.items() if "norm" not in n}  # 1 + weight cannot be taken back
     if (name, served) == ("gemma", "megatron"):
         options = {"zero_centered_gamma": "true"}
     same(cut(tmp_path / "hub", tmp_path / "cut", served, options, tp=tp), files)

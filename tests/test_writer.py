@@ -21,12 +21,13 @@ import torch
 from fastckpt import syscalls
 from fastckpt.dtypes import BY_NAME
 from fastckpt.errors import SourceError, WriteError
-from fastckpt.files import FileLayout, safetensors_layout
+from fastckpt.files import FileLayout, SlotTable, safetensors_layout
 from fastckpt.manifest import Manifest
 from fastckpt.verification import verify
 from fastckpt.writer import Output
 from outputs import RECORD, SPECS, contents, data_of, fill, layouts_of, write_part, write_rank, write_whole
 
+NO_TENSORS = SlotTable.of((), (), ())
 BIG = safetensors_layout("big.safetensors", [("w", BY_NAME["uint8"], (8 << 20,))], {})
 
 
@@ -174,7 +175,7 @@ def test_refuses_names(tmp_path: Path, name: str) -> None:
         with pytest.raises(WriteError, match="file name"):
             out.text(name, b"")
         with pytest.raises(WriteError, match="file name"):
-            out.create(FileLayout(name, 0, (), ()))
+            out.create(FileLayout(name, 0, NO_TENSORS, ()))
 
 
 def test_refuses_half_a_file(tmp_path: Path) -> None:
@@ -209,7 +210,7 @@ def test_refuses_a_layout_with_a_hole(tmp_path: Path) -> None:
             (10, ((0, b"abc"), (4, b"abcdef"))),
             (5, ((0, b"abc"), (2, b"abc"))),
         ):
-            file = out.create(FileLayout(f"x{nbytes}{len(fixed)}", nbytes, (), fixed))
+            file = out.create(FileLayout(f"x{nbytes}{len(fixed)}", nbytes, NO_TENSORS, fixed))
             with pytest.raises(WriteError, match="layout"):
                 file.close({}, {})
 
@@ -344,9 +345,9 @@ def test_signals_leave_nothing(tmp_path: Path, number: int, rank: str) -> None:
     code = f"""
 import sys, time
 from fastckpt.writer import Output
-from fastckpt.files import FileLayout
+from fastckpt.files import FileLayout, SlotTable
 with Output({str(tmp_path / "new" / "out")!r}, key="k", rank={rank}) as out:
-    out.create(FileLayout("sub/x", 3, (), ((0, b"abc"),)))
+    out.create(FileLayout("sub/x", 3, SlotTable.of((), (), ()), ((0, b"abc"),)))
     print("ready", flush=True)
     time.sleep(60)
 """
@@ -366,7 +367,7 @@ def test_impatience_leaves_nothing(tmp_path: Path, rank: int | None, second: str
     program = f"""
 import os, shutil, signal, sys
 from fastckpt.writer import Output
-from fastckpt.files import FileLayout
+from fastckpt.files import FileLayout, SlotTable
 signals = [signal.{second}]
 def again(real):
     def call(*args, **kwargs):
@@ -376,7 +377,7 @@ def again(real):
     return call
 try:
     with Output({str(tmp_path / "new" / "out")!r}, key="k", rank={rank}) as out:
-        out.create(FileLayout("sub/x", 3, (), ((0, b"abc"),)))
+        out.create(FileLayout("sub/x", 3, SlotTable.of((), (), ()), ((0, b"abc"),)))
         shutil.rmtree, os.unlink = again(shutil.rmtree), again(os.unlink)
         signal.raise_signal(signal.SIGINT)
 except KeyboardInterrupt:

@@ -22,7 +22,7 @@ import numpy as np
 import xxhash
 
 from . import dtypes, sources
-from .checkpoint import JSON, Checkpoint, Entry
+from .checkpoint import JSON, Checkpoint, Entry, Single
 from .dtypes import DType
 from .errors import LayoutError, SourceError
 from .extents import Extents, File
@@ -237,7 +237,7 @@ def merged(adapter: Adapter, dtype: DType | None) -> Checkpoint:
 
     def entry_of(name: str, old: Entry) -> Entry:
         kind = _kind(old.dtype, dtype) if name in adapter.changed else old.dtype
-        return Entry(adapter.entry(name).shape, kind, build(name, old, kind), old.kind)
+        return Single(adapter.entry(name).shape, kind, build(name, old, kind), old.kind)
 
     notes = base.facts.get("notes")
     note = f"{adapter.settings.path}: {len(index)} modules merged, {len(adapter.saved)} tensors replaced"
@@ -280,7 +280,7 @@ def hollow(adapter: Adapter, dtype: DType | None) -> Checkpoint:
     structure, headers = adapter.digests()
     return replace(
         base,
-        entries={n: Entry(adapter.entry(n).shape, kinds[n], build(n, e)) for n, e in base.entries.items()},
+        entries={n: Single(adapter.entry(n).shape, kinds[n], build(n, e)) for n, e in base.entries.items()},
         extents=adapter.tensors.extents,
         files=_files(adapter),
         beside=(adapter.settings.path,),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from .dtypes import DType
 from .errors import SourceError
@@ -17,16 +18,79 @@ from .views import View
 JSON = str | int | float | bool | None | list["JSON"] | dict[str, "JSON"]
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One named tensor: its shape and dtype as stored, what it is, and how its view is built.
+class Entry(Protocol):
+    """One named tensor: its shape and dtype, what it is, and how its view is built."""
 
-    `kind` is "parameter", "frozen" (a parameter the optimizer does not own) or "buffer"."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def dtype(self) -> DType:
+        """Its dtype as stored."""
+
+    @property
+    def kind(self) -> str:
+        """What it is: "parameter", "frozen" (a parameter the optimizer does not own) or "buffer"."""
+
+    def build(self) -> View:
+        """Its view."""
+
+
+@dataclass(frozen=True, slots=True)
+class Single:
+    """An entry that stands by itself: `make` builds its view."""
 
     shape: tuple[int, ...]
     dtype: DType
-    build: Callable[[], View]
+    make: Callable[[], View]
     kind: str = "parameter"
+
+    def build(self) -> View:
+        """Its view."""
+        return self.make()
+
+
+class _Cast:
+    """An entry whose view is cast to `dtype`."""
+
+    __slots__ = ("_stored", "dtype")
+
+    def __init__(self, stored: Entry, dtype: DType) -> None:
+        self._stored, self.dtype = stored, dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._stored.shape
+
+    @property
+    def kind(self) -> str:
+        return self._stored.kind
+
+    def build(self) -> View:
+        return self._stored.build().cast(self.dtype)
+
+
+class Cast(Mapping[str, Entry]):
+    """Entries of which every float is cast to `dtype` on the way; integers and bools stay."""
+
+    __slots__ = ("_dtype", "_stored")
+
+    def __init__(self, stored: Mapping[str, Entry], dtype: DType) -> None:
+        self._stored, self._dtype = stored, dtype
+
+    def __getitem__(self, name: str) -> Entry:
+        entry = self._stored[name]
+        return _Cast(entry, self._dtype) if entry.dtype.kind == "float" else entry
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
 
 
 @dataclass(frozen=True, slots=True)

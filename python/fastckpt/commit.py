@@ -49,13 +49,14 @@ def sync_directory(path: str) -> None:
         os.close(fd)
 
 
-def write_file(path: str, data: bytes, durable: bool) -> None:
-    """A new small file, whole."""
+def write_file(path: str, pieces: Iterable[bytes], durable: bool) -> None:
+    """A new file of these pieces, whole."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
+        for piece in pieces:
+            view = memoryview(piece)
+            while view:
+                view = view[os.write(fd, view) :]
         if durable:
             os.fsync(fd)
     finally:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import dtypes
-from .checkpoint import JSON, Checkpoint, Entry
+from .checkpoint import JSON, Checkpoint, Entry, Single
 from .dtypes import DType
 from .errors import SourceError
 from .extents import Extents
@@ -158,10 +158,10 @@ def plain(
     for name, entry in ckpt.entries.items():
         owner = parts.get(name)
         if owner is None:
-            entries[name] = replace(entry, build=_moved(entry, extents))
+            entries[name] = Single(entry.shape, entry.dtype, _moved(entry, extents), entry.kind)
         elif owner not in entries:
             shape = found[owner].shape
-            entries[owner] = Entry(shape, dense, _dense(extents, index[owner], shape, dense), entry.kind)
+            entries[owner] = Single(shape, dense, _dense(extents, index[owner], shape, dense), entry.kind)
     for alias, holder in ckpt.aliases.items():
         if holder in parts:
             raise SourceError(f"{ckpt.path}: {alias} is tied to {holder}, which is quantised: not read")

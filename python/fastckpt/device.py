@@ -92,7 +92,7 @@ def placed(planned: Plan, binding: Binding) -> Table:
     """All rows of a plan: `src_buffer` a place of the binding, `dst_buffer` the planned tensor.
 
     Raises ViewError for a row that would read or write outside."""
-    sizes = np.array([t.nbytes for t in planned.tensors], np.int64)
+    sizes = planned.tensors.nbytes
     parts = []
     for first, chunk in planned.chunks():
         rows = binding.bind(chunk.rows)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .errors import SourceError
 
@@ -92,11 +93,19 @@ class Extents:
 
     Views of one checkpoint share one table, so that joining them moves no Python object."""
 
-    __slots__ = ("_index", "_items")
+    __slots__ = ("_index", "_items", "_nbytes")
 
     def __init__(self, items: Iterable[Extent] = ()) -> None:
         self._items: tuple[Extent, ...] = tuple(items)
         self._index: dict[Extent, int] | None = None
+        self._nbytes: NDArray[np.int64] | None = None
+
+    @property
+    def nbytes(self) -> NDArray[np.int64]:
+        """The size of each extent."""
+        if self._nbytes is None:
+            self._nbytes = np.array([e.nbytes for e in self._items], np.int64)
+        return self._nbytes
 
     def __len__(self) -> int:
         return len(self._items)

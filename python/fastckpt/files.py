@@ -9,9 +9,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .dtypes import DType, counted
 from .errors import LayoutError, WriteError
@@ -38,6 +42,45 @@ class Slot:
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SlotTable(Sequence[Slot]):
+    """The tensors of a file in file order, as columns that read as Slots."""
+
+    names: Sequence[str]
+    dtypes: Sequence[DType]
+    shapes: Sequence[tuple[int, ...]]
+    offset: NDArray[np.int64]
+    nbytes: NDArray[np.int64]
+
+    @staticmethod
+    def of(tensors: Sequence[Spec], offset: Iterable[int], nbytes: Iterable[int]) -> SlotTable:
+        """These tensors at these places."""
+        names, dtypes, shapes = zip(*tensors, strict=True) if tensors else ((), (), ())
+        return SlotTable(names, dtypes, shapes, *(np.fromiter(c, np.int64) for c in (offset, nbytes)))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, i: int) -> Slot: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[Slot]: ...
+
+    def __getitem__(self, i: int | slice) -> Slot | Sequence[Slot]:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        return Slot(self.names[i], *self.kind(i))
+
+    def kind(self, i: int) -> tuple[DType, tuple[int, ...], int, int]:
+        """Dtype, shape, offset and size of one tensor."""
+        return self.dtypes[i], self.shapes[i], int(self.offset[i]), int(self.nbytes[i])
+
+    def __iter__(self) -> Iterator[Slot]:
+        where = self.offset.tolist(), self.nbytes.tolist()
+        return map(Slot, self.names, self.dtypes, self.shapes, *where)
+
+
 @dataclass(frozen=True, slots=True)
 class FileLayout:
     """A file before it is written.
@@ -48,7 +91,7 @@ class FileLayout:
 
     path: str
     nbytes: int
-    slots: tuple[Slot, ...]
+    slots: SlotTable
     fixed: tuple[Part, ...]
     aliases: Mapping[str, str] = field(default_factory=dict)
     crc: bool = False
@@ -68,6 +111,8 @@ _TYPES = (
 )  # fmt: skip
 _ORDER = {name: k for k, name in enumerate(_TYPES)}
 _MAX_HEADER = 100_000_000
+_LINES = 1 << 10
+"""Tensors whose text is made at once."""
 
 
 def safetensors_layout(
@@ -94,34 +139,46 @@ def safetensors_layout(
         if name == "__metadata__":
             raise WriteError(f"{path}: safetensors keeps the name __metadata__ for itself")
     ordered = sorted(tensors, key=lambda t: (_ORDER[t[1].safetensors], "" if keep_order else t[0]))
-    spell = json.encoder.encode_basestring  # as json.dumps(name, ensure_ascii=False), without its overhead
-    sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape in ordered]
-    ends = list(accumulate(sizes, initial=0))
-    items = [
-        f'{spell(name)}:{{"dtype":"{dtype.safetensors}",'
-        f'"shape":[{",".join(map(str, counted(dtype, shape)))}],'
-        f'"data_offsets":[{begin},{end}]}}'
-        for (name, dtype, shape), begin, end in zip(ordered, ends, ends[1:], strict=False)
-    ]
-    if metadata:
-        pairs = ",".join(f"{spell(k)}:{spell(v)}" for k, v in sorted(metadata.items()))
-        items.insert(0, f'"__metadata__":{{{pairs}}}')
+    nbytes = np.fromiter((math.prod(shape) * dtype.itemsize for _, dtype, shape in ordered), np.int64)
+    ends = np.cumsum(nbytes)
     try:
-        text = ("{" + ",".join(items) + "}").encode()
+        head = _safetensors_header(ordered, ends - nbytes, ends, metadata)
     except UnicodeEncodeError as e:
         raise WriteError(f"{path}: a name is not valid Unicode: {e}") from None
-    text += b" " * (-len(text) % 8)
-    if len(text) > _MAX_HEADER:
+    if len(head) - 8 > _MAX_HEADER:
         raise WriteError(
-            f"{path}: a header of {len(text)} bytes; safetensors reads at most {_MAX_HEADER}; cut it"
+            f"{path}: a header of {len(head) - 8} bytes; safetensors reads at most {_MAX_HEADER}; cut it"
         )
-    start = 8 + len(text)
-    placed = tuple(
-        Slot(name, dtype, shape, start + begin, nbytes)
-        for (name, dtype, shape), begin, nbytes in zip(ordered, ends, sizes, strict=False)
-    )
-    fixed = ((0, len(text).to_bytes(8, "little") + text),)
-    return FileLayout(path, start + ends[-1], placed, fixed, dict(aliases or {}))
+    slots = SlotTable.of(ordered, len(head) + ends - nbytes, nbytes)
+    return FileLayout(path, len(head) + int(nbytes.sum()), slots, ((0, head),), dict(aliases or {}))
+
+
+def _safetensors_header(
+    tensors: Sequence[Spec], begins: NDArray[np.int64], ends: NDArray[np.int64], metadata: Mapping[str, str]
+) -> bytes:
+    """The bytes before the first tensor; offsets count from the end of the header."""
+    spell = json.encoder.encode_basestring  # as json.dumps(name, ensure_ascii=False), without its overhead
+    out = bytearray(8) + b"{"
+    if metadata:
+        pairs = ",".join(f"{spell(k)}:{spell(v)}" for k, v in sorted(metadata.items()))
+        out += f'"__metadata__":{{{pairs}}},'.encode()
+    for k in range(0, len(tensors), _LINES):
+        some = slice(k, k + _LINES)
+        places = zip(tensors[some], begins[some].tolist(), ends[some].tolist(), strict=True)
+        out += "".join(
+            [
+                f'{spell(name)}:{{"dtype":"{dtype.safetensors}",'
+                f'"shape":[{",".join(map(str, counted(dtype, shape)))}],'
+                f'"data_offsets":[{begin},{end}]}},'
+                for (name, dtype, shape), begin, end in places
+            ]
+        ).encode()
+    if out.endswith(b","):
+        del out[-1:]
+    out += b"}"
+    out += b" " * (-len(out) % 8)
+    out[:8] = (len(out) - 8).to_bytes(8, "little")
+    return bytes(out)
 
 
 # ---- which tensor goes into which file ----
@@ -217,8 +274,7 @@ def parse_size(size: str | int) -> int:
 
 def unique(path: str, tensors: Sequence[Spec]) -> None:
     """Refuse two tensors of one name with a WriteError that names `path`."""
-    seen: set[str] = set()
-    for name, _, _ in tensors:
-        if name in seen:
-            raise WriteError(f"{path}: two tensors named {name}")
-        seen.add(name)
+    if len({name for name, _, _ in tensors}) == len(tensors):
+        return
+    counts = Counter(name for name, _, _ in tensors)
+    raise WriteError(f"{path}: two tensors named {counts.most_common(1)[0][0]}")

@@ -22,7 +22,7 @@ from pathlib import Path
 import xxhash
 
 from . import layouts, recipes, sources
-from .checkpoint import JSON, Checkpoint, Entry
+from .checkpoint import JSON, Cast, Checkpoint, Entry, Single
 from .collector import paused
 from .digest import digest
 from .dtypes import BY_NAME, DType
@@ -104,11 +104,12 @@ def whole(ckpt: Checkpoint) -> Checkpoint:
     unseen = next((name for name in ckpt.entries if name not in seen), None)
     if unseen is not None:
         raise SourceError(f"{ckpt.path}: {unseen} is no tensor of layout {manifest.record.layout}")
-    entries, unread = {}, [*ckpt.unread]
+    entries: dict[str, Entry] = {}
+    unread = [*ckpt.unread]
     for name, entry in phantom.entries.items():
         if pieces[name]:
             view = joined(f"{ckpt.path}: {name}", entry.shape, pieces[name], ckpt.extents)
-            entries[name] = Entry(view.shape, view.dtype, partial(_same, view))
+            entries[name] = Single(view.shape, view.dtype, partial(_same, view))
         elif math.prod(entry.shape) == 0:
             entries[name] = entry
         else:
@@ -140,11 +141,7 @@ def would_hold(
 
     Raises SourceError as `whole` does, RecipeError and LayoutError where the layout cannot cut this model."""
     phantom = _cut_from(ckpt, manifest)
-    entries = {
-        name: Entry(e.shape, dtype, partial(_cast, e, dtype)) if e.dtype.kind == "float" else e
-        for name, e in phantom.entries.items()
-    }
-    model = _model(ckpt, replace(phantom, entries=entries), manifest)
+    model = _model(ckpt, replace(phantom, entries=Cast(phantom.entries, dtype)), manifest)
     return [(p.rank, t) for p in grid(ckpt.path, manifest).ranks() for t in layout.targets(model, p)]
 
 
@@ -155,10 +152,6 @@ def grid(path: str, manifest: Manifest) -> Placement:
     if found.world != manifest.world:
         raise SourceError(f"{path}: {manifest.world} ranks, and a placement of {found.world}")
     return found
-
-
-def _cast(entry: Entry, dtype: DType) -> View:
-    return entry.build().cast(dtype)
 
 
 # ---- the layout again ----
@@ -236,7 +229,7 @@ def _phantom(ckpt: Checkpoint, tensors: Mapping[str, JSON], aliases: JSON) -> Ch
     nowhere = [Buffer(None, 0, math.prod(s) * d.itemsize) for d, s in kinds.values()]
     extents = Extents(Extent(b, 0, b.nbytes, n) for b, n in zip(nowhere, kinds, strict=True))
     entries = {
-        name: Entry(shape, dtype, partial(strided, extents, k, dtype, shape))
+        name: Single(shape, dtype, partial(strided, extents, k, dtype, shape))
         for k, (name, (dtype, shape)) in enumerate(kinds.items())
     }
     tied = {a: str(h) for a, h in _map(aliases, ckpt, "aliases").items()}

@@ -10,14 +10,19 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .checkpoint import JSON
-from .digest import digest
+from .digest import LEAF, combine, digest, digest64
 from .dtypes import BY_NAME, DType
 from .errors import SourceError, WriteError
+from .files import SlotTable
 
 SCHEMA = 1
 NAME = "fastckpt.json"
@@ -94,6 +99,52 @@ class TensorEntry:
     digest: str
 
 
+class TensorTable(Mapping[str, TensorEntry]):
+    """The tensors of a rank's files, as columns that read as entries; names must differ."""
+
+    __slots__ = ("_index", "_parts")
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[str, SlotTable, NDArray[np.uint64]]] = []
+        self._index: dict[str, tuple[int, int]] = {}  # of the first parts, as far as it was needed
+
+    def add(self, file: str, slots: SlotTable, digests: NDArray[np.uint64]) -> None:
+        """The tensors of one more file, with the digest of each."""
+        self._parts.append((file, slots, digests))
+        self._index = {}
+
+    def __getitem__(self, name: str) -> TensorEntry:
+        if not self._index:
+            slots = enumerate(slots for _, slots, _ in self._parts)
+            self._index = {n: (k, i) for k, table in slots for i, n in enumerate(table.names)}
+        k, i = self._index[name]
+        file, table, digests = self._parts[k]
+        return TensorEntry(file, *table.kind(i), f"{digests[i]:016x}")
+
+    def __iter__(self) -> Iterator[str]:
+        return chain.from_iterable(slots.names for _, slots, _ in self._parts)
+
+    def __len__(self) -> int:
+        return sum(len(slots) for _, slots, _ in self._parts)
+
+    def items(self) -> ItemsView[str, TensorEntry]:
+        """Names and entries, in order; made one by one."""
+        return _Items(self)
+
+    def entries(self) -> Iterator[tuple[str, TensorEntry]]:
+        """The same, without looking any up by name."""
+        for file, slots, digests in self._parts:
+            for s, found in zip(slots, digests.tolist(), strict=True):
+                yield s.name, TensorEntry(file, s.dtype, s.shape, s.offset, s.nbytes, f"{found:016x}")
+
+
+class _Items(ItemsView[str, TensorEntry]):
+    _mapping: TensorTable
+
+    def __iter__(self) -> Iterator[tuple[str, TensorEntry]]:
+        return self._mapping.entries()
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """Everything of one serving rank; `aliases`: further name -> the tensor it is."""
@@ -127,15 +178,15 @@ class Manifest:
         """Every file but the records themselves."""
         return {**self.files, **{name: entry for s in self.shards for name, entry in s.files.items()}}
 
-    def text(self) -> bytes:
-        """The JSON, one file and one tensor a line; its last line digests all before it.
+    def text(self) -> Iterator[bytes]:
+        """The JSON in pieces, one file and one tensor a line; its last line digests all before it.
 
-        Raises WriteError for options that are not JSON."""
+        Raises WriteError for options that are not JSON, before the first piece."""
         try:
-            head = _head(self).encode()
+            head = _head(self)
         except ValueError as e:
             raise WriteError(f"manifest: options are not plain JSON: {e}") from None
-        return head + _TAIL % digest(head).encode()
+        return _digested(chain([head], _ranks(self.shards)))
 
     @staticmethod
     def read(path: str | os.PathLike[str]) -> Manifest:
@@ -190,7 +241,22 @@ def merged(parts: Sequence[Manifest]) -> Manifest:
 _TAIL = b'"digest": "%s"\n}\n'
 
 
+def _digested(text: Iterable[str]) -> Iterator[bytes]:
+    """The text in pieces of a digest's leaf, and the last line."""
+    held, leaves = bytearray(), []
+    for part in text:
+        held += part.encode()
+        while len(held) >= LEAF:
+            leaves.append(digest64(held[:LEAF]))
+            yield bytes(held[:LEAF])
+            del held[:LEAF]
+    if held:
+        leaves.append(digest64(held))
+    yield bytes(held) + _TAIL % combine(np.array(leaves, np.uint64)).encode()
+
+
 def _head(m: Manifest) -> str:
+    """What stands before the ranks."""
     r = m.record
     source: dict[str, JSON] = {
         "path": r.source.path,
@@ -210,36 +276,30 @@ def _head(m: Manifest) -> str:
         "world": _json(m.world),
         "options": _json(dict(r.options)),
         "files": _files(m.files),
-        "ranks": "[" + ",\n".join(_rank(s) for s in m.shards) + "]",
     }
-    return "{\n" + "".join(f"{_json(k)}: {v},\n" for k, v in items.items())
+    return "{\n" + "".join(f"{_json(k)}: {v},\n" for k, v in items.items()) + '"ranks": ['
 
 
-def _rank(s: Shard) -> str:
-    tensors = _object(
-        (
-            name,
-            f'{{"file": {_spell(t.file)}, "dtype": "{t.dtype}", "shape": {list(t.shape)}, '
-            f'"offset": {t.offset}, "nbytes": {t.nbytes}, "digest": "{t.digest}"}}',
-        )
-        for name, t in s.tensors.items()
-    )
-    return _object(
-        {
-            "rank": _json(s.rank),
-            "files": _files(s.files),
-            "tensors": tensors,
-            "aliases": _json(dict(s.aliases)),
-        }.items()
-    )
+def _ranks(shards: Iterable[Shard]) -> Iterator[str]:
+    """The ranks, and the end of their list."""
+    for k, s in enumerate(shards):
+        before = ",\n" if k else ""
+        yield f'{before}{{"rank": {_json(s.rank)},\n"files": {_files(s.files)},\n"tensors": {{'
+        before = ""
+        for name, t in s.tensors.items():
+            yield (
+                f'{before}{_spell(name)}: {{"file": {_spell(t.file)}, "dtype": "{t.dtype}", '
+                f'"shape": {list(t.shape)}, "offset": {t.offset}, "nbytes": {t.nbytes}, '
+                f'"digest": "{t.digest}"}}'
+            )
+            before = ",\n"
+        yield f'}},\n"aliases": {_json(dict(s.aliases))}}}'
+    yield "],\n"
 
 
 def _files(files: Mapping[str, FileEntry]) -> str:
-    return _object((name, f'{{"nbytes": {f.nbytes}, "digest": "{f.digest}"}}') for name, f in files.items())
-
-
-def _object(items: Iterable[tuple[str, str]]) -> str:
-    return "{" + ",\n".join(f"{_spell(key)}: {text}" for key, text in items) + "}"
+    entries = (f'{_spell(n)}: {{"nbytes": {f.nbytes}, "digest": "{f.digest}"}}' for n, f in files.items())
+    return "{" + ",\n".join(entries) + "}"
 
 
 _spell = json.encoder.encode_basestring_ascii

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from . import dtypes
 from .dequantised import Parts
 from .extents import Buffer, Extents, File
-from .lowrank import Floats, LowRank, added, computed, elements, runs
+from .lowrank import Floats, LowRank, PlusOne, added, computed, elements, runs
 from .planner import Binding, Executor, Ints, Table, classify, compile
 from .reader import Lane, Reader
 from .target import Target
@@ -72,16 +72,26 @@ class MergingLane:
             self._make(rows[i : i + 1].copy(), destinations)
         self.bytes_read = self.lane.bytes_read
 
+    def direct(self, rows: Table, nbytes: int) -> memoryview | None:
+        """What the inner lane has as it is."""
+        if np.isin(rows["src_buffer"], list(self.reader.made)).any():
+            return None
+        found = self.lane.direct(rows, nbytes)
+        self.bytes_read = self.lane.bytes_read
+        return found
+
     def _make(self, row: Table, destinations: Sequence[Buffer]) -> None:
         matrix = self.reader.made[int(row["src_buffer"][0])]
-        assert isinstance(matrix, (LowRank, Parts))
-        columns = matrix.base.shape[1] if isinstance(matrix, LowRank) else matrix.shape[1]
+        assert isinstance(matrix, (LowRank, PlusOne, Parts))
+        columns = matrix.shape[1] if isinstance(matrix, Parts) else matrix.base.shape[1]
         strides = (row["src_stride"][0] // _ITEM).tolist()
         down, across, strides = elements(
             int(row["src"][0]) // _ITEM, row["shape"][0].tolist(), strides, columns
         )
         if isinstance(matrix, Parts):
             box = _picked(lambda *at: matrix.box(self._read, *at), down, across)
+        elif isinstance(matrix, PlusOne):
+            box = _picked(self._of(matrix.base), down, across) + np.float32(1)
         else:
             box = added(
                 _picked(self._of(matrix.base), down, across),

@@ -174,6 +174,21 @@ class Stacks:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockStacks:
+    """Stacks in mxfp4: 16 bytes for 32 values of neighbouring inputs, and a byte of exponent for them.
+
+    `gate_up` [experts, 2 * width, hidden / 32, 16] with gate and up in turn, `down` [experts, hidden,
+    width / 32, 16]; `gate_up_scales` and `down_scales` without the last axis; biases as in Stacks."""
+
+    gate_up: Parameter
+    gate_up_scales: Parameter
+    gate_up_bias: Parameter
+    down: Parameter
+    down_scales: Parameter
+    down_bias: Parameter
+
+
+@dataclass(frozen=True, slots=True)
 class Experts:
     """A mixture of experts: `router` [experts, hidden] and one gated Mlp an expert, all of one shape.
 
@@ -187,7 +202,7 @@ class Experts:
     correction: Parameter | None = None
     shared: Mlp | None = None
     shared_gate: Linear | None = None
-    stacks: Stacks | None = None
+    stacks: Stacks | BlockStacks | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +295,29 @@ class Encoder:
 
 
 @dataclass(frozen=True, slots=True)
+class Yarn:
+    """How YaRN stretches rotary positions: the context is `factor` times the `original` one. `beta_fast`,
+    `beta_slow`: turns within it beyond and below which nothing and everything is stretched; `mscale`,
+    `mscale_all_dim`: how attention is scaled."""
+
+    factor: float
+    original: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary positions of `dim` features: frequency i is base ** (-2 i / dim)."""
+
+    dim: int
+    base: float
+    yarn: Yarn | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
     """A further layer that predicts one more token (DeepSeek-V3's multi-token prediction): `join` [hidden,
     2 * hidden] reads the normed `embedding` of the next token and the normed hidden state; then come `layer`,
@@ -302,7 +340,8 @@ class Model:
     names the embedding itself. `positions`: a learned position table. `embedding_norm`: a norm of the
     embedded tokens. `carried`: tensors that no server cuts. `ignored`: the names of the checkpoint that the
     recipe knows and leaves out. `parallel`: attention and the feed-forward block of a layer read the same
-    input, side by side. `alibi`: attention is biased by ALiBi's slopes, which are no tensors of the hub."""
+    input, side by side. `alibi`: attention is biased by ALiBi's slopes, which are no tensors of the hub.
+    `rope`: the rotary positions of latent attention."""
 
     family: str
     sizes: Sizes
@@ -320,3 +359,4 @@ class Model:
     predictions: Lazy[Prediction] = field(default_factory=lambda: Lazy(()))
     parallel: bool = False
     alibi: bool = False
+    rope: Rope | None = None

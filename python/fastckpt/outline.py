@@ -179,7 +179,7 @@ def describe_plan(plan: Plan, rank: int | None = None, *, threads: int | None = 
     held = Counter((t.rank, t.file) for _, t in wanted)
     paths = [f.path for f in plan.files]
     lanes = threads or len(os.sched_getaffinity(0))
-    rows = sum(c.rows.nbytes for c in plan.kept or ()) + 4 * planner.WINDOW * planner.COPY.itemsize
+    rows = sum(k.nbytes for k in plan.kept or ()) + 4 * planner.WINDOW * planner.COPY.itemsize
     return PlanDescription(
         key=plan.key,
         source=plan.checkpoint.path,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
@@ -19,8 +20,8 @@ from .dtypes import DTYPES
 from .errors import SourceError, WriteError
 from .extents import Buffer
 from .finite import nonfinite
+from .planned import PlannedTensors
 from .planner import LEAF, Batch, Slots
-from .plans import PlannedTensor
 from .reader import Lane
 from .writer import OutputFile
 
@@ -47,46 +48,55 @@ AHEAD = 32
 
 
 class _Waiting(Generic[Item]):
-    """Batches between the caller that makes them and the workers that run them."""
+    """Batches between the caller that makes them and the workers that run them, by the place they go to."""
 
     def __init__(self, room: int, place: Callable[[Item], int]) -> None:
         self._room, self._place = room, place
-        self._items: list[Item] = []
+        self._queues: dict[int, deque[tuple[int, Item]]] = {}  # place -> (turn, item)
         self._busy: list[int] = []  # the places of the items that run
+        self._made = self._taken = 0
         self._ended = False
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        self._more, self._less = threading.Condition(lock), threading.Condition(lock)
 
     def put(self, item: Item) -> None:
         """Add one; waits while there is no room."""
-        with self._changed:
-            while len(self._items) >= self._room:
-                self._changed.wait()
-            self._items.append(item)
-            self._changed.notify_all()
+        with self._less:
+            while self._made - self._taken >= self._room:
+                self._less.wait()
+            self._queues.setdefault(self._place(item), deque()).append((self._made, item))
+            self._made += 1
+            self._more.notify()
 
     def end(self) -> None:
         """No more will come."""
-        with self._changed:
+        with self._more:
             self._ended = True
-            self._changed.notify_all()
+            self._more.notify_all()
 
-    def take(self) -> Item | None:
-        """The next item, the first whose place nobody works on if there is one; None at the end."""
-        with self._changed:
-            while not self._items:
+    def take(self) -> tuple[int, Item] | None:
+        """The next item and its place: of those whose place nobody works on, if there are any; None at the
+        end. To be followed by `done`."""
+        with self._more:
+            while not self._queues:
                 if self._ended:
                     return None
-                self._changed.wait()
-            free = (i for i, item in enumerate(self._items) if self._place(item) not in self._busy)
-            item = self._items.pop(next(free, 0))
-            self._busy.append(self._place(item))
-            self._changed.notify_all()
-            return item
+                self._more.wait()
+            free = [p for p in self._queues if p not in self._busy]
+            place = min(free or self._queues, key=lambda p: self._queues[p][0][0])
+            _, item = self._queues[place].popleft()
+            if not self._queues[place]:
+                del self._queues[place]
+            self._busy.append(place)
+            self._taken += 1
+            if self._made - self._taken <= self._room // 2:  # the caller is not woken for each
+                self._less.notify()
+            return place, item
 
-    def done(self, item: Item) -> None:
-        """An item that was taken has run."""
-        with self._changed:
-            self._busy.remove(self._place(item))
+    def done(self, place: int) -> None:
+        """An item of that place has run."""
+        with self._more:
+            self._busy.remove(place)
 
 
 def feed(
@@ -107,7 +117,8 @@ def feed(
     stop = threading.Event()
 
     def work(worker: Callable[[Item], None]) -> None:
-        while (batch := waiting.take()) is not None:
+        while (taken := waiting.take()) is not None:
+            place, batch = taken
             try:
                 if not stop.is_set():
                     worker(batch)
@@ -115,7 +126,7 @@ def feed(
             except BaseException as error:  # carried to the caller's thread, which raises it
                 errors.append(error)
                 stop.set()
-            waiting.done(batch)
+            waiting.done(place)
 
     def report() -> None:
         while not finished.empty():
@@ -164,7 +175,7 @@ class ToFiles:
     NaN or an infinity in the output is a SourceError."""
 
     def __init__(
-        self, slots: Slots, tensors: Sequence[PlannedTensor], files: Sequence[OutputFile], *, finite: bool
+        self, slots: Slots, tensors: PlannedTensors, files: Sequence[OutputFile], *, finite: bool
     ) -> None:
         self.slots = slots
         self.tensors = tensors
@@ -172,8 +183,8 @@ class ToFiles:
         self.finite = finite
         self.leaves = np.zeros(slots.leaves, np.uint64)
         self.crcs: dict[int, int] = {}  # leaf -> CRC32, of files that need them
-        self.codes = np.array([t.dtype.code for t in tensors], np.int64)
-        self.floats = np.array([t.dtype.kind == "float" for t in tensors], bool)
+        self.codes = np.array([d.code for d in tensors.made.dtypes], np.uint8)
+        self.floats = np.array([d.kind == "float" for d in tensors.made.dtypes], bool)
 
     def worker(self, lane: Lane, size: int) -> Worker:
         """A worker with a staging buffer of `size` bytes of its own."""
@@ -183,8 +194,10 @@ class ToFiles:
 
         def run(batch: Batch) -> None:
             n = batch.stop - batch.start
-            filled = whole[:n]
-            lane.run(batch.rows, [Buffer(staging, address, n)])
+            filled = lane.direct(batch.rows, n)
+            if filled is None:
+                filled = whole[:n]
+                lane.run(batch.rows, [Buffer(staging, address, n)])
             self.leaves[batch.leaf] = leaf_digests(filled, batch.leaf_offset, batch.leaf_size)
             if self.files[batch.file].layout.crc:
                 for at, length, leaf in zip(
@@ -225,15 +238,13 @@ class ToFiles:
 
     def close(self, threads: int) -> None:
         """Close every file, several at a time: what is known only now, and the wait for the disk."""
-        members: list[list[int]] = [[] for _ in self.files]
-        for i, t in enumerate(self.tensors):
-            members[t.file].append(i)
+        names = self.tensors.made.names
 
         def close(number: int) -> None:
             file = self.files[number]
-            names = [(i, self.tensors[i].name) for i in members[number]]
-            crcs = {name: self.tensor_crc(i) for i, name in names} if file.layout.crc else {}
-            file.close(crcs, {name: self.tensor_digest(i) for i, name in names})
+            own = np.flatnonzero(self.tensors.file == number).tolist()
+            crcs = {names[i]: self.tensor_crc(i) for i in own} if file.layout.crc else {}
+            file.close(crcs, {names[i]: self.tensor_digest(i) for i in own})
 
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(close, range(len(self.files))))

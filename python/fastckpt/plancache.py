@@ -18,15 +18,13 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from .dtypes import BY_NAME, DType
-from .planner import COPY, Chunk
+from .dtypes import DTYPES
+from .planned import Names
+from .planner import WORDS, Kept
 
-MAGIC = b"fastckpt plan 1\n"
+MAGIC = b"fastckpt plan 2\n"
 KEPT = 64
 """Plans kept; the longest unused go first."""
-
-Named = tuple[int, str, DType, tuple[int, ...]]
-"""A tensor of a plan: serving rank, name, dtype, shape."""
 
 
 def folder() -> str | None:
@@ -47,7 +45,7 @@ def code() -> str:
     return str(digest.hexdigest())
 
 
-def load(key: str, extents: int) -> tuple[list[Named], list[Chunk]] | None:
+def load(key: str, extents: int) -> tuple[Names, list[Kept]] | None:
     """The tensors and rows kept under `key` for a table of so many extents; None where there are none."""
     where = folder()
     if where is None:
@@ -65,43 +63,52 @@ def load(key: str, extents: int) -> tuple[list[Named], list[Chunk]] | None:
     told = json.loads(body[8 : 8 + size])
     if told["extents"] != extents or told["key"] != key:
         return None
-    tensors = [(rank, name, BY_NAME[dtype], tuple(shape)) for rank, name, dtype, shape in told["tensors"]]
+    shapes = [tuple(shape) for shape in told["kinds"]]
+    dtypes = [DTYPES[code] for code in told["dtypes"]]
+    made = Names(told["ranks"], told["names"], dtypes, [shapes[i] for i in told["shapes"]])
     chunks, at = [], 8 + size
-    for count, rows in told["chunks"]:
-        table = np.frombuffer(body, COPY, rows, at)
-        at += rows * COPY.itemsize
-        chunks.append(Chunk(count, table, np.frombuffer(body, np.int64, rows, at)))
-        at += rows * 8
+    for count, rows, which in told["chunks"]:
+        first = np.frombuffer(body, np.uint64, WORDS, at)
+        words = np.frombuffer(body, np.uint64, rows * len(which), at + 8 * WORDS).reshape(rows, len(which))
+        at += 8 * WORDS + words.nbytes
+        tensor = np.frombuffer(body, np.uint32, rows, at)
+        chunks.append(Kept(first, np.array(which, np.intp), words, count, tensor))
+        at += 4 * rows
     with suppress(OSError):
         os.utime(path)
-    return tensors, chunks
+    return made, chunks
 
 
-def store(key: str, extents: int, tensors: Sequence[Named], chunks: Sequence[Chunk]) -> None:
+def store(key: str, extents: int, made: Names, chunks: Sequence[Kept]) -> None:
     """Keep a plan; a cache that cannot be written is no error."""
     where = folder()
     if where is None:
         return
+    kinds = {shape: i for i, shape in enumerate(dict.fromkeys(made.shapes))}
     told = {
         "key": key,
         "extents": extents,
-        "tensors": [(rank, name, dtype.name, shape) for rank, name, dtype, shape in tensors],
-        "chunks": [(c.count, len(c.rows)) for c in chunks],
+        "ranks": made.ranks,
+        "names": made.names,
+        "dtypes": [dtype.code for dtype in made.dtypes],
+        "kinds": list(kinds),
+        "shapes": [kinds[shape] for shape in made.shapes],
+        "chunks": [(c.count, len(c.tensor), c.which.tolist()) for c in chunks],
     }
     head = json.dumps(told).encode()
     parts = [len(head).to_bytes(8, "little"), head]
     for chunk in chunks:
-        parts += [chunk.rows.tobytes(), chunk.tensor.tobytes()]
+        parts += [chunk.first.tobytes(), chunk.words.tobytes(), chunk.tensor.tobytes()]
     body = b"".join(parts)
     with suppress(OSError):
         os.makedirs(where, mode=0o700, exist_ok=True)
-        handle, made = tempfile.mkstemp(dir=where, prefix=".")
+        handle, staged = tempfile.mkstemp(dir=where, prefix=".")
         try:
             with open(handle, "wb") as f:
                 f.write(MAGIC + xxhash.xxh3_64_hexdigest(body).encode() + body)
-            os.replace(made, os.path.join(where, key))
+            os.replace(staged, os.path.join(where, key))
         except OSError:
-            os.unlink(made)
+            os.unlink(staged)
         _forget(where)
 
 

@@ -7,28 +7,30 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import xxhash
 
 from . import adapters, dequantised, layouts, plancache, planner, quantplan, recipes
 from .adapters import Adapter
-from .checkpoint import JSON, Checkpoint, Entry
+from .checkpoint import JSON, Cast, Checkpoint
 from .collector import paused
 from .dtypes import DType
 from .dtypes import dtype as dtype_of
 from .errors import LayoutError, RecipeError, SourceError, expect
 from .extents import Extents
-from .files import FileLayout, Slot, Spec, safetensors_layout, split
+from .files import FileLayout, Spec, safetensors_layout, split
 from .layouts import Layout, Resizes
 from .layouts.naming import Naming
 from .layouts.patterns import Patterns
 from .model import Sizes
 from .placement import Placement
-from .planner import Chunk, Slots
+from .planned import Names, PlannedTensors
+from .planner import Chunk, Kept, Slots
 from .quantplan import Expansion, Quantised
 from .schemes import Quant
 from .target import Target
@@ -101,22 +103,6 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedTensor:
-    """One output tensor: the serving rank it belongs to, and where its bytes lie in which file.
-
-    `file` indexes the plan's files (in memory: the plan's ranks); `offset` in bytes from the file's start
-    (in memory: from the rank's first tensor)."""
-
-    rank: int
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    file: int
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """Everything that will be done.
 
@@ -134,7 +120,7 @@ class Plan:
     layout: str
     placement: Placement
     ranks: tuple[int, ...]
-    tensors: tuple[PlannedTensor, ...]
+    tensors: PlannedTensors
     files: tuple[FileLayout, ...]
     file_ranks: tuple[int, ...]
     texts: tuple[tuple[int, str, bytes], ...]
@@ -143,7 +129,7 @@ class Plan:
     options: Mapping[str, JSON]
     extents: Extents
     stream: Stream
-    kept: tuple[Chunk, ...] | None
+    kept: tuple[Kept, ...] | None
     needed_bytes: int = 0
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
@@ -154,20 +140,18 @@ class Plan:
         """(first tensor, rows) of each window, in order: the kept rows, or compiled again."""
         again = (chunk for _, chunk, _ in planner.compiled(self.stream(), self.extents))
         first = 0
-        for chunk in again if self.kept is None else self.kept:
+        for chunk in again if self.kept is None else (k.chunk() for k in self.kept):
             yield first, chunk
             first += chunk.count
 
     @property
     def output_bytes(self) -> int:
         """Bytes of all output tensors."""
-        return sum(t.nbytes for t in self.tensors)
+        return int(self.tensors.nbytes.sum())
 
     def slots(self) -> Slots:
-        """Where the tensors lie, as columns."""
-        return Slots.of(
-            [t.file for t in self.tensors], [t.offset for t in self.tensors], [t.nbytes for t in self.tensors]
-        )
+        """Where the tensors lie, with their digest leaves numbered."""
+        return self.tensors.slots()
 
 
 @paused()
@@ -201,57 +185,54 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
 
     extents = road.checkpoint.extents
     cacheable = wanted.held is None and expansion is None and road.ours and bool(road.checkpoint.structure)
-    key = road.key(placement, ranks, plancache.code())
+    inputs = road.inputs(placement)
+    key = _digest([inputs, list(ranks), plancache.code()])
     found = plancache.load(key, len(extents)) if cacheable else None
     quantised: dict[int, Quantised] = {}
     if found is None:
-        order, kept, extents, needed, quantised = _compiled(stream, extents, expansion)
+        made, kept, extents, needed, quantised = _compiled(stream, extents, expansion)
         if cacheable and kept is not None and extents is road.checkpoint.extents:
-            plancache.store(key, len(extents), order, kept)
+            plancache.store(key, len(extents), made, kept)
     else:
-        order, kept = found
-        needed = sum(int(planner.nbytes(c.rows, "src").sum()) for c in kept)
-    named: dict[int, dict[str, Spec]] = {r: {} for r in ranks}
-    for rank, name, dtype, shape in order:
-        if name in named[rank]:
-            raise LayoutError(f"layout {road.name}: two tensors named {name} on rank {rank}")
-        named[rank][name] = (name, dtype, shape)
+        made, kept = found
+        needed = sum(int(planner.nbytes(k.chunk().rows, "src").sum()) for k in kept)
+    rows = {r: made.of_rank(r) for r in ranks}
+    for rank, own in rows.items():
+        names = Counter(made.names[i] for i in own.tolist())
+        if len(names) != len(own):
+            raise LayoutError(
+                f"layout {road.name}: two tensors named {names.most_common(1)[0][0]} on rank {rank}"
+            )
     for told in quantised.values():
         if told.name in road.aliases.values():
             raise LayoutError(
                 f"quant: {told.name} is tied to another tensor, which would not find its scales"
             )
-    aliases = {a: h for a, h in road.aliases.items() if all(h in n and a not in n for n in named.values())}
-
+    aliases = _present(road.aliases, [{made.names[i] for i in own.tolist()} for own in rows.values()])
     files: list[FileLayout] = []
     file_ranks: list[int] = []
     texts: list[tuple[int, str, bytes]] = []
-    tensors: list[PlannedTensor] = []
-    if in_memory:
-        ends = dict.fromkeys(ranks, 0)
-        for rank, name, dtype, shape in order:
-            nbytes = math.prod(shape) * dtype.itemsize
-            tensors.append(PlannedTensor(rank, name, dtype, shape, ranks.index(rank), ends[rank], nbytes))
-            ends[rank] += nbytes
-    else:
-        for rank in ranks:
-            made, index = _files(list(named[rank].values()), road.naming(placement.at(rank)), aliases, wanted)
-            files += made
-            file_ranks += [rank] * len(made)
-            texts += [(rank, path, data) for path, data in index]
-        where: dict[int, dict[str, tuple[int, Slot]]] = {r: {} for r in ranks}
-        for i, (file, rank) in enumerate(zip(files, file_ranks, strict=True)):
-            where[rank].update((slot.name, (i, slot)) for slot in file.slots)
-        for rank, name, _, _ in order:
-            i, slot = where[rank][name]
-            tensors.append(PlannedTensor(rank, name, slot.dtype, slot.shape, i, slot.offset, slot.nbytes))
+    nbytes = made.nbytes()
+    file, offset = np.zeros(len(made), np.int64), np.zeros(len(made), np.int64)
+    for k, (rank, own) in enumerate(rows.items()):
+        if in_memory:
+            file[own], offset[own] = k, np.cumsum(nbytes[own]) - nbytes[own]
+            continue
+        laid, index = _files(made.specs(own), road.naming(placement.at(rank)), aliases, wanted)
+        at = {made.names[i]: i for i in own.tolist()}
+        for layout in laid:
+            placed = np.fromiter((at[name] for name in layout.slots.names), np.int64)
+            file[placed], offset[placed] = len(files), layout.slots.offset
+            files.append(layout)
+            file_ranks.append(rank)
+        texts += [(rank, path, data) for path, data in index]
     return Plan(
-        key=road.key(placement, (), road.checkpoint.headers),
+        key=_digest([inputs, [], road.checkpoint.headers]),
         checkpoint=road.checkpoint,
         layout=road.name,
         placement=placement,
         ranks=ranks,
-        tensors=tuple(tensors),
+        tensors=PlannedTensors(made, file, offset, nbytes),
         files=tuple(files),
         file_ranks=tuple(file_ranks),
         texts=tuple(texts),
@@ -273,38 +254,47 @@ def _scans(road: _Road, expansion: Expansion) -> Stream:
     return lambda: expansion.uncut(lambda: road.targets(Placement()))
 
 
+def _present(aliases: Mapping[str, str], named: Sequence[Set[str]]) -> dict[str, str]:
+    """The aliases whose holder every rank has, and which no rank has as a tensor of its own."""
+    return {a: h for a, h in aliases.items() if all(h in names and a not in names for names in named)}
+
+
+def _digest(told: JSON) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(told, sort_keys=True).encode())
+
+
 def _compiled(
     stream: Stream, extents: Extents, expansion: Expansion | None
-) -> tuple[list[plancache.Named], list[Chunk] | None, Extents, int, dict[int, Quantised]]:
+) -> tuple[Names, list[Kept] | None, Extents, int, dict[int, Quantised]]:
     """Every tensor in order, the rows of all (None where they are too many to keep), their table, the
     source bytes they need, and what of it is quantised."""
-    order: list[plancache.Named] = []
+    made = Names()
     quantised: dict[int, Quantised] = {}
-    kept: list[Chunk] | None = []
+    kept: list[Kept] | None = []
     rows = needed = 0
     for window, chunk, table in planner.compiled(stream(), extents):
         extents = table
         for rank, t in window:
             if expansion is not None and t.scheme is not None:
-                quantised[len(order)] = expansion.quantised(t)
-            order.append((rank, t.name, t.dtype, t.stored_shape))
+                quantised[len(made)] = expansion.quantised(t)
+            made.add(rank, t.name, t.dtype, t.stored_shape)
         rows += len(chunk.rows)
         needed += int(planner.nbytes(chunk.rows, "src").sum())
         if rows > KEPT_ROWS:
             kept = None
         elif kept is not None:
-            kept.append(chunk)
+            kept.append(Kept.of(chunk))
     if quantised:  # ranks take turns, so what goes with a tensor is found by name
-        at = {(rank, name): i for i, (rank, name, _, _) in enumerate(order)}
+        at = {key: i for i, key in enumerate(zip(made.ranks, made.names, strict=True))}
         for i, told in quantised.items():
-            rank, scheme = order[i][0], told.scheme
+            rank, scheme = made.ranks[i], told.scheme
             scales, zeros, form = (
                 at[rank, scheme.named(told.name, part)] if part else None
                 for part in (scheme.scale, scheme.zero, scheme.form)
             )
             assert scales is not None  # every scheme has scales
             quantised[i] = replace(told, scales=scales, zeros=zeros, form=form)
-    return order, kept, extents, needed, quantised
+    return made, kept, extents, needed, quantised
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,7 +333,7 @@ class _Road:
             raise LayoutError("an adapter is kept apart in layout hf alone, as it is: no tp_plan, no quant")
         if adapter is not None:
             ckpt = (adapters.hollow if wanted.apart else adapters.merged)(adapter, dtype)
-        cast = ckpt if dtype is None else _cast(ckpt, dtype)
+        cast = ckpt if dtype is None else replace(ckpt, entries=Cast(ckpt.entries, dtype))
         options: dict[str, JSON] = {
             "layout": _layout_name(layout),
             "layout_options": repr(layout),
@@ -448,14 +438,20 @@ class _Road:
             text = (json.dumps(told, indent=2) + "\n").encode()
         return replace(self, config=text, expansion=expansion)
 
-    def key(self, placement: Placement, *more: JSON | tuple[int, ...]) -> str:
-        """The digest of all that shapes the output, and of what else is told."""
-        grid = [placement.tp, placement.pp, placement.dp, placement.ep]
+    def inputs(self, placement: Placement) -> str:
+        """The digest of all that shapes the output, for all ranks alike."""
+        grid = placement.tp, placement.pp, placement.dp, placement.ep
         ckpt = self.checkpoint
-        names = [(n, e.dtype.name, e.shape) for n, e in ckpt.entries.items()]
-        storages = [(e.key, e.nbytes) for e in ckpt.extents]
-        told = [VERSION, ckpt.structure, names, storages, grid, dict(self.options), *more]
-        return xxhash.xxh3_128_hexdigest(json.dumps(told, sort_keys=True).encode())
+        # What was opened may have been changed since: names, dtypes and shapes count beside the structure.
+        kinds: dict[tuple[int, tuple[int, ...]], int] = {}
+        kind = [kinds.setdefault((e.dtype.code, e.shape), len(kinds)) for e in ckpt.entries.values()]
+        seen = xxhash.xxh3_128("\0".join(ckpt.entries).encode(errors="surrogatepass"))
+        seen.update(np.array(kind, np.int64).tobytes())
+        told: list[JSON] = [VERSION, ckpt.structure, seen.hexdigest(), list(grid)]
+        told += [[code, *shape] for code, shape in kinds]
+        if not ckpt.structure:
+            told += [[e.key, e.nbytes] for e in ckpt.extents]
+        return _digest([*told, dict(self.options)])
 
 
 def _layout_name(layout: Layout) -> str:
@@ -530,17 +526,6 @@ def _densified(ckpt: Checkpoint, wanted: Wanted) -> tuple[Checkpoint, Wanted]:
     config = None if wanted.config is None and ckpt.config is None else _config(ckpt, wanted.config)
     ckpt, told = dequantised.plain(ckpt, config, _dtype(config, wanted.dtype))
     return ckpt, replace(wanted, config=told)
-
-
-def _cast(ckpt: Checkpoint, dtype: DType) -> Checkpoint:
-    """The checkpoint with every float tensor cast; integers and bools stay."""
-
-    def cast(entry: Entry) -> Entry:
-        if entry.dtype.kind != "float":
-            return entry
-        return Entry(entry.shape, dtype, lambda: entry.build().cast(dtype), entry.kind)
-
-    return replace(ckpt, entries={name: cast(entry) for name, entry in ckpt.entries.items()})
 
 
 def _files(

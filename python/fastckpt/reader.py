@@ -9,6 +9,7 @@ Law: a file that is not the one whose header was read (size, time, inode) is an 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 from collections.abc import Iterable, Sequence
@@ -37,6 +38,11 @@ class Lane(Protocol):
 
     def run(self, rows: Table, destinations: Sequence[Buffer]) -> None:
         """Fill `destinations` as bound `rows` say. Raises SourceError when a file gave less than it had."""
+
+    def direct(self, rows: Table, nbytes: int) -> memoryview | None:
+        """The `nbytes` that `rows` make, where they lie: one run of a file, element for element; else None.
+
+        Valid until the next call. What the file gave less than it had is found when the reader closes."""
 
 
 class Reader(Protocol):
@@ -130,6 +136,10 @@ class PositionedLane:
         self.runner: Runner | None = None
         self.fds: dict[int, int] = {}
         self.used: set[int] = set()
+
+    def direct(self, rows: Table, nbytes: int) -> memoryview | None:
+        """Nothing lies anywhere before it is read."""
+        return None
 
     def close(self) -> None:
         """Close what is open."""
@@ -275,9 +285,43 @@ class MappedLane:
         self.reader = reader
         self.runner = runner
         self.bytes_read = 0
+        self.lent: tuple[int, int, int] | None = None  # what `direct` gave last: place, start, stop
 
     def run(self, rows: Table, destinations: Sequence[Buffer]) -> None:
         """Run the rows over the mappings; the runner refuses pages that were not there."""
+        self._returned()
         self.runner.run(rows, destinations)
         self.bytes_read += int(nbytes(rows, "src").sum())
         self.reader.used.update(i for i in set(rows["src_buffer"].tolist()) if i != NOTHING)
+
+    def direct(self, rows: Table, nbytes: int) -> memoryview | None:
+        """The mapped bytes themselves. Tensors in memory are copied first: they may change meanwhile."""
+        self._returned()
+        if len(rows) != 1 or nbytes == 0:
+            return None
+        place, start = int(rows["src_buffer"][0]), int(rows["src"][0])
+        if place not in self.reader.mappings or not _plain(rows[0], nbytes):
+            return None
+        self.lent = place, start, start + nbytes
+        self.bytes_read += nbytes
+        self.reader.used.add(place)
+        held = (ctypes.c_ubyte * nbytes).from_address(self.reader.buffers[place].address + start)
+        return memoryview(held).cast("B")
+
+    def _returned(self) -> None:
+        if self.lent is not None:
+            self.runner.touched(*self.lent)
+            self.lent = None
+
+
+def _plain(row: np.void, nbytes: int) -> bool:
+    """Whether a row copies `nbytes` as they are, from one run to the start of its destination."""
+    item = int(item_sizes([int(row["dst_dtype"])])[0])
+    shape = row["shape"].tolist()
+    return bool(
+        row["src_dtype"] == row["dst_dtype"]
+        and row["dst"] == 0
+        and shape[:-1] == [1] * (AXES - 1)
+        and shape[-1] * item == nbytes
+        and row["src_stride"][-1] == row["dst_stride"][-1] == item
+    )

@@ -27,8 +27,9 @@ class Target:
     def __init__(
         self, name: str, view: View, shape: tuple[int, ...] | None = None, scheme: Scheme | None = None
     ) -> None:
-        shape = view.shape if shape is None else shape
-        if math.prod(shape) != view.numel:
+        if shape is None:
+            shape = view.shape
+        elif math.prod(shape) != view.numel:
             raise ViewError(
                 f"target {name}: shape {shape} does not hold the {view.numel} elements of {view.shape}"
             )

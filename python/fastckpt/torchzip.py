@@ -17,7 +17,7 @@ from .checkpoint import JSON
 from .digest import crc32, digest64
 from .dtypes import DType
 from .errors import WriteError
-from .files import FileLayout, Part, Slot, Spec, unique
+from .files import FileLayout, Part, SlotTable, Spec, unique
 
 _ALIGN = 64
 _U16, _U32 = 0xFFFF, 0xFFFFFFFF
@@ -65,15 +65,15 @@ def torch_layout(
 
     for name, data in known:
         add(name, data, len(data))
-    slots = []
-    for k, (name, dtype, shape) in enumerate(tensors):
-        nbytes = math.prod(shape) * dtype.itemsize
-        slots.append(Slot(name, dtype, shape, add(f"data/{k}", None, nbytes, name).data, nbytes))
+    sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape in tensors]
+    named = zip(tensors, sizes, strict=True)
+    places = [add(f"data/{k}", None, nbytes, t[0]).data for k, (t, nbytes) in enumerate(named)]
+    slots = SlotTable.of(tensors, places, sizes)
     add("version", b"3\n", 2)
     add(".data/serialization_id", None, 40)
     zipped = _Zip(path, tuple(members))
     return FileLayout(
-        path, at + zipped.directory_nbytes, tuple(slots), tuple(fixed), aliases, True, zipped.seal
+        path, at + zipped.directory_nbytes, slots, tuple(fixed), aliases, True, zipped.seal
     )
 
 

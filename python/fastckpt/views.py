@@ -305,8 +305,8 @@ class View:
         if dtype is self.dtype:
             return self
         held = self.held
-        zero = held[:, _EXTENT] == ZERO
-        for code in set(held[~zero, _STORED].tolist()):
+        extents, codes = held[:, _EXTENT].tolist(), held[:, _STORED].tolist()
+        for code in {c for e, c in zip(extents, codes, strict=True) if e != ZERO}:
             stored = DTYPES[code]
             if not castable(stored, dtype):
                 raise ViewError(f"cast: no conversion from {stored} to {dtype}")
@@ -314,9 +314,9 @@ class View:
                 raise ViewError(
                     f"cast: {stored} was already rounded to {self.dtype}; cast it once, to {dtype}"
                 )
-        if zero.any():
+        if ZERO in extents:
             held = held.copy()
-            held[zero, _STORED] = dtype.code
+            held[held[:, _EXTENT] == ZERO, _STORED] = dtype.code
         return View(self.shape, dtype, self.extents, held, self.grouping)
 
     def as_stored(self) -> View:
@@ -405,21 +405,35 @@ def runs(extents: Extents, dtype: DType, extent: Rows, offset: Rows, length: Row
 
     Equal to `cat` of `strided` views, in one step; empty runs are dropped. Raises SourceError when a
     run leaves its extent."""
+    rows, _ = runs_of_many(extents, dtype, extent, offset, length, np.array([len(extent)]))
+    return View((int(length.sum()),), dtype, extents, rows)
+
+
+def runs_of_many(
+    extents: Extents, dtype: DType, extent: Rows, offset: Rows, length: Rows, counts: Rows
+) -> tuple[Rows, list[int]]:
+    """The fragments of many one-axis views, each the concatenation of the next `counts[i]` runs (see `runs`).
+
+    Returns the rows of all and their borders: view i has the rows [borders[i], borders[i + 1])."""
+    view = np.repeat(np.arange(len(counts)), counts)
     keep = length > 0
     if not keep.all():
-        extent, offset, length = extent[keep], offset[keep], length[keep]
+        extent, offset, length, view = extent[keep], offset[keep], length[keep], view[keep]
+    borders = np.searchsorted(view, np.arange(len(counts) + 1))
+    begin = np.cumsum(length) - length
+    first = begin[borders[view]]
     out = np.empty((len(extent), 6), np.int64)
-    stop = np.cumsum(length)
     out[:, 0], out[:, 1], out[:, 2] = extent, dtype.code, offset
-    out[:, 3], out[:, 4], out[:, 5] = stop - length, length, 1
-    for e, first, count in zip(extent.tolist(), offset.tolist(), length.tolist(), strict=True):
-        at = extents[e]
-        if first < 0 or (first + count) * dtype.itemsize > at.nbytes:
-            raise SourceError(
-                f"{getattr(at.where, 'path', 'buffer')}: {at.key or 'extent'} has {at.nbytes} bytes, "
-                f"elements [{first}, {first + count}) of {dtype} need {(first + count) * dtype.itemsize}"
-            )
-    return View((int(stop[-1]) if len(stop) else 0,), dtype, extents, out)
+    out[:, 3], out[:, 4], out[:, 5] = begin - first, length, 1
+    bad = (offset < 0) | ((offset + length) * dtype.itemsize > extents.nbytes[extent])
+    if bad.any():
+        k = int(np.argmax(bad))
+        at, low, high = extents[int(extent[k])], int(offset[k]), int(offset[k] + length[k])
+        raise SourceError(
+            f"{getattr(at.where, 'path', 'buffer')}: {at.key or 'extent'} has {at.nbytes} bytes, "
+            f"elements [{low}, {high}) of {dtype} need {high * dtype.itemsize}"
+        )
+    return out, borders.tolist()
 
 
 def zeros(shape: Sequence[int], dtype: DType) -> View:

@@ -21,7 +21,7 @@ from .digest import LEAF, combine, digest, digest64
 from .endings import Endings
 from .errors import SourceError, WriteError
 from .files import FileLayout
-from .manifest import NAME, FileEntry, Manifest, Record, Shard, TensorEntry, inside, rank_of
+from .manifest import NAME, FileEntry, Manifest, Record, Shard, TensorTable, inside, rank_of
 
 _EARLY = 1 << 18
 """Writes of this many bytes are started on their way to disk at once; smaller ones wait for company."""
@@ -33,7 +33,7 @@ class OutputFile:
     def __init__(self, output: Output, layout: FileLayout, rank: int, fd: int, staged: str) -> None:
         self.layout, self.rank = layout, rank
         self._output, self._fd, self._staged = output, fd, staged
-        self._left = sum(s.nbytes for s in layout.slots)
+        self._left = int(layout.slots.nbytes.sum())
         self._lock = threading.Lock()
 
     def write(self, offset: int, data: memoryview) -> None:
@@ -59,7 +59,7 @@ class OutputFile:
         layout = self.layout
         if self._left:
             raise WriteError(f"{layout.path}: {self._left} bytes of its tensors were not written")
-        missing = [s.name for s in layout.slots if s.name not in digests]
+        missing = [name for name in layout.slots.names if name not in digests]
         if missing:
             raise WriteError(f"{layout.path}: no digest for {missing[0]} ({len(missing)} in all)")
         closing = layout.closing(crcs)
@@ -119,7 +119,7 @@ class Output:
         self._names: set[str] = set()
         self._shared: dict[str, FileEntry] = {}
         self._files: dict[int, dict[str, FileEntry]] = {}
-        self._tensors: dict[int, dict[str, TensorEntry]] = {}
+        self._tensors: dict[int, TensorTable] = {}
         self._aliases: dict[int, dict[str, str]] = {}
         self._lock = threading.Lock()
         self._committed = False
@@ -210,7 +210,7 @@ class Output:
             raise WriteError(f"{self._open[0].layout.path}: was not closed")
         ranks = range(self.world) if self.rank is None else (self.rank,)
         shards = tuple(
-            Shard(r, self._files.get(r, {}), self._tensors.get(r, {}), self._aliases.get(r, {}))
+            Shard(r, self._files.get(r, {}), self._tensors.get(r, TensorTable()), self._aliases.get(r, {}))
             for r in ranks
         )
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -262,13 +262,12 @@ class Output:
         """Enter a closed file into the record."""
         layout = file.layout
         with self._lock:
-            tensors = self._tensors.setdefault(file.rank, {})
-            for s in layout.slots:
-                if s.name in tensors:
-                    raise WriteError(f"{layout.path}: {s.name} is also in {tensors[s.name].file}")
-                tensors[s.name] = TensorEntry(
-                    layout.path, s.dtype, s.shape, s.offset, s.nbytes, digests[s.name]
-                )
+            tensors = self._tensors.setdefault(file.rank, TensorTable())
+            twice = next((name for name in layout.slots.names if name in tensors), None) if tensors else None
+            if twice is not None:
+                raise WriteError(f"{layout.path}: {twice} is also in {tensors[twice].file}")
+            found = np.fromiter((int(digests[name], 16) for name in layout.slots.names), np.uint64)
+            tensors.add(layout.path, layout.slots, found)
             self._files.setdefault(file.rank, {})[layout.path] = entry
             self._aliases.setdefault(file.rank, {}).update(layout.aliases)
             self._place.settle(layout.path, file._staged)

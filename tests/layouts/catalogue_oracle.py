@@ -422,11 +422,14 @@ MERGES = {
 
 NO_SOURCES = {"zeros", "ones", "one_scales", "get_slopes", "slopes"}
 
+MADE = {"shift_one", "plus_one"}
+"""Made when they are read: test_rtp_families.py has them on the road."""
+
 NO_VIEWS = {
-    "multipy_identity", "multipy_identitys", "shift_one", "plus_one", "div", "get_tensor_reciprocal",
+    "multipy_identity", "multipy_identitys", "div", "get_tensor_reciprocal",
     "get_list_tensor_reciprocal", "max_scalar", "stack_moe_w1_s2", "tolerate_failed", "per_block_cast_to_fp8",
     "per_channel_cast_to_fp8", "quantize_weight_to_fp8", "merge_qkv_hf_fp8_with_scale",
-    "quantize_weight_to_int4b", "repack_compressed_int4_to_cutlass",
+    "quantize_weight_to_int4b", "repack_compressed_int4_to_cutlass", "get_pad_size", "yarn_get_mscale",
 }  # fmt: skip
 
 

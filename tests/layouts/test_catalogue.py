@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from fastckpt.errors import LayoutError, ViewError
 from fastckpt.layouts import rtp_split
 from fastckpt.layouts.rtp_merge import MERGES, merge_qkv_lora_a, ones, slopes, zeros
 from fastckpt.layouts.rtp_split import SPLITS, Cut, phy2log
+from fastckpt.layouts.rtp_weights import DIFFERS, NAMES, TABLES
 from fastckpt.placement import Placement
 from layouts import catalogue_oracle as oracle
 from reading import bits, memory, read
@@ -32,10 +34,49 @@ def split(name, tensor, grid, **sizes):
 
 
 def test_no_name_is_missing():
-    assert set(MERGES) == set(oracle.MERGES) | oracle.NO_SOURCES | oracle.NO_VIEWS
+    assert set(MERGES) == set(oracle.MERGES) | oracle.NO_SOURCES | oracle.NO_VIEWS | oracle.MADE
     assert {n for n, row in MERGES.items() if row.view is None} == oracle.NO_VIEWS
     assert all(MERGES[n].differs for n in oracle.NO_VIEWS)
     assert set(SPLITS) == set(oracle.SPLITS)
+
+
+def said():
+    """The committed lists of the reference's names: heading -> words."""
+    text = (Path(__file__).parent / "rtp_names.txt").read_text()
+    return {block.partition("]")[0]: block.partition("]")[2].split() for block in text.split("\n[")[1:]}
+
+
+def test_every_name_of_the_reference_has_a_row():
+    lists = {"merges": MERGES, "strategies": SPLITS}
+    found = {kind: [names for heading, names in said().items() if heading.startswith(kind)] for kind in lists}
+    assert [len(x) for x in found.values()] == [3, 2]
+    for kind, rows in lists.items():
+        for names in found[kind]:
+            assert set(names) <= set(rows), set(names) - set(rows)
+    beyond = set(SPLITS) - {n for names in found["strategies"] for n in names}
+    assert all(n == "ep" or n.startswith(("linear_attn", "kda")) for n in beyond)
+    assert not set(MERGES) - {n for names in found["merges"] for n in names}
+
+
+TABLE_OF = {
+    "default table": "default", "table of W8A8 int8": "int8", "table of fp8 by matrix": "fp8_tensor",
+    "table of fp8 by blocks": "fp8_block", "table of fp8 by output": "fp8_channel",
+    "table of fp4 by groups": "fp4_group",
+}  # fmt: skip
+
+
+def test_every_table_is_the_references_or_says_why():
+    tables = {
+        h.partition(":")[0]: dict(w.split("=") for w in words) for h, words in said().items() if "table" in h
+    }
+    assert set(tables) == set(TABLE_OF)
+    differs = set()
+    for heading, name in TABLE_OF.items():
+        theirs = tables["default table"] | tables[heading]
+        assert set(theirs) <= set(NAMES)
+        differs |= {(name, w) for w, strategy in theirs.items() if TABLES[name][w] != strategy}
+    assert differs == set(DIFFERS)
+    assert all(DIFFERS.values())
 
 
 @pytest.mark.parametrize("name", list(oracle.MERGES))

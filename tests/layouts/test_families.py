@@ -136,7 +136,6 @@ def test_rtp_llm(name, tp):
 def test_refusals_name_what_has_no_place():
     for name, what in [
         ("gemma2", "post_attention_layernorm"),
-        ("gemma", r"1 \+ model\.layers\.0\.input_layernorm\.weight"),
         ("deepseek_v2-lora", "kv_a_proj_with_mqa.bias"),
         ("gpt_oss", "attention of model"),
         ("bert", "pooler|cls"),

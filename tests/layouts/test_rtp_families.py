@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
+import fastckpt
 import pytest
 import torch
 from fastckpt import recipes
 from fastckpt.errors import LayoutError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
-from layouts import families, family_oracle, tiny
+from layouts import families, family_oracle, oracle, tiny
 from reading import memory, same, shard
+from safetensors.torch import load_file, save_file
 
 SLOPES = [2.0 ** -(i + 1) for i in range(8)]
 
@@ -180,3 +184,25 @@ def test_an_encoder(tp):
 def test_what_has_no_place(name, what):
     with pytest.raises(LayoutError, match=what):
         list(layout("rtp_llm").targets(model_of(name)[0], Placement(tp=2)))
+
+
+@pytest.mark.parametrize(("dtype", "tp"), [(None, 1), ("bfloat16", 2)])
+def test_norms_that_hold_one_less(tmp_path, dtype, tp):
+    """Gemma: 1 + weight, summed in float32 and rounded once; on the road, as it is made when read."""
+    config, hub, _ = families.made("gemma")
+    hub = {n: x / 977 for n, x in hub.items()}
+    (tmp_path / "hub").mkdir()
+    save_file(hub, tmp_path / "hub" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "served"
+    fastckpt.reshard(tmp_path / "hub", tp, layout="rtp_llm", dtype=dtype, out=out, durable=False)
+    served = torch.float32 if dtype is None else torch.bfloat16
+    plain = {n: (x + 1 if "norm" in n else x).to(served) for n, x in hub.items()}
+    for r in range(tp):
+        got = load_file(out / f"model-{r:02d}-00-part-00000.safetensors")
+        want = oracle.rtp_llm(plain, config, tp, r)
+        assert sorted(got) == sorted(want)
+        assert all(torch.equal(got[n], x) for n, x in want.items())
+    again = fastckpt.open(out)
+    assert {n.split(":")[0] for n in again.unread} == {n for n in hub if "norm" in n}
+    assert sorted(again) == sorted(n for n in hub if "norm" not in n)

@@ -8,6 +8,7 @@ import fastckpt
 import pytest
 import torch
 from fastckpt import dtypes, recipes
+from fastckpt.checkpoint import Cast
 from fastckpt.errors import LayoutError, RecipeError
 from fastckpt.layouts import layout
 from fastckpt.layouts.servers import Share, expert_share, layer_range
@@ -25,13 +26,7 @@ def model_of(name):
 
 def cast(ckpt, dtype):
     """The checkpoint with every float cast, as a run with a dtype casts it."""
-
-    def one(entry):
-        if entry.dtype.kind != "float":
-            return entry
-        return dataclasses.replace(entry, dtype=dtype, build=lambda: entry.build().cast(dtype))
-
-    return dataclasses.replace(ckpt, entries={n: one(e) for n, e in ckpt.entries.items()})
+    return dataclasses.replace(ckpt, entries=Cast(ckpt.entries, dtype))
 
 
 # ---- experts ----

@@ -137,7 +137,7 @@ def test_deepspeed(tmp_path: Path) -> None:
     assert [r.returncode for r in ranks] == [0, 0], "\n".join(said)
     step = tmp_path / "ck/step-00000003"
     assert verify(step).ok
-    found = fastckpt.consolidate(step / "engine")
+    found = fastckpt.consolidate(step)
     assert isinstance(found, dict)
     want = load_file(tmp_path / "weights.safetensors")
     assert set(found) == set(want)

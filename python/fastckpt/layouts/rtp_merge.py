@@ -16,6 +16,7 @@ import numpy as np
 from .. import dtypes
 from ..dtypes import DType
 from ..errors import LayoutError
+from ..lowrank import plus_one
 from ..views import View, cat, constant, stack
 from ..views import zeros as zero_view
 
@@ -35,6 +36,11 @@ def identity(views: Views) -> View:
 def transpose(views: Views) -> View:
     """[out, in] -> [in, out]."""
     return identity(views).T
+
+
+def shift_one(views: Views) -> View:
+    """x + 1, made when it is read."""
+    return plus_one(identity(views))
 
 
 def flat(views: Views) -> View:
@@ -359,6 +365,7 @@ class Merge:
 
 
 _ARITHMETIC = "arithmetic on values, no copy: refused until targets carry finish steps"
+_ROUNDED = "rounded once, after the sum; the reference rounds to the served dtype before it too"
 _QUANTISES = "quantises: quant schemes do, not a layout"
 _KERNEL = "kernel format, made by the engine after loading"
 _PADS = "zeros have the tensor's dtype, the reference's are fp16"
@@ -369,8 +376,8 @@ MERGES: Mapping[str, Merge] = {
     "transpose": Merge(transpose),
     "multipy_identity": Merge(None, _ARITHMETIC),
     "multipy_identitys": Merge(None, _ARITHMETIC),
-    "shift_one": Merge(None, _ARITHMETIC),
-    "plus_one": Merge(None, _ARITHMETIC),
+    "shift_one": Merge(shift_one, _ROUNDED),
+    "plus_one": Merge(shift_one, _ROUNDED),
     "div": Merge(None, _ARITHMETIC),
     "get_tensor_reciprocal": Merge(None, _ARITHMETIC),
     "get_tensor_from_scalar": Merge(flat),
@@ -418,6 +425,8 @@ MERGES: Mapping[str, Merge] = {
     "transpose_stack_moe_w1": Merge(stack_swapped),
     "convert_gate_up_proj_": Merge(convert_gate_up_proj),
     "convert_down_proj_": Merge(convert_down_proj),
+    "get_pad_size": Merge(None, "a number, no tensor: pad_size"),
+    "yarn_get_mscale": Merge(None, "a number, no tensor: rtp_rope has it"),
     "kv_split": Merge(kv_split),
     "kv_split1": Merge(kv_split_t),
     "kv_split2": Merge(kv_split_t),

@@ -2,8 +2,8 @@
 
 How a matrix is stored decides its form and its table: [in, out] by default and for packed int4, [out, in]
 with the scales the checkpoint has for int8 and fp8. What would take arithmetic on values (scales of
-activations and their reciprocals, 1 + gamma, one scale for what had several) is refused. Source: rtp-llm's
-models/ and model_loader/'s weights by scheme.
+activations and their reciprocals, one scale for what had several) is refused, but for 1 + gamma. Source:
+rtp-llm's models/ and model_loader/'s weights by scheme.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from .. import dtypes
 from ..errors import LayoutError
+from ..lowrank import plus_one
 from ..model import Attention, Beside, Experts, Layer, Linear, Mla, Mlp, Model, Norm
 from ..views import View
 from .cuts import in_form, joined
@@ -71,9 +72,7 @@ def norm(name: str, role: Norm | None) -> Iterator[Whole]:
     """A norm's factor and, where it has one, its bias; nothing for None."""
     if role is None:
         return
-    if role.plus_one:
-        raise LayoutError(f"layout rtp_llm wants 1 + {role.name}.weight, which is arithmetic on values")
-    yield Whole(f"{name}_gamma", role.weight)
+    yield Whole(f"{name}_gamma", plus_one(role.weight) if role.plus_one else role.weight)
     if role.bias is not None:
         yield Whole(f"{name}_beta", role.bias)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from .. import dtypes
 from ..errors import LayoutError
-from ..model import Attention, Experts, Layer, Linear, Mla, Mlp, Model, Parameter, Sizes, Stacks
+from ..model import Attention, BlockStacks, Experts, Layer, Linear, Mla, Mlp, Model, Parameter, Sizes, Stacks
 from ..placement import Placement
 from ..target import Target
 from ..views import View, cat, constant, stack, zeros
@@ -91,9 +91,9 @@ class Vllm:
         all tp * dp ranks cut their widths, or with ep = tp * dp share them out. Raises LayoutError, before
         the first target, where heads, a feed-forward width or the padded vocabulary do not divide, where kv
         heads neither divide nor repeat evenly, for more stages than layers, for another ep, for a model that
-        is no decoder, and for a family the engine was not compared on."""
+        is no decoder, and for a family the engine's table lacks."""
         engine = served(self.engine, model.family) if self.engine else None
-        if engine is not None and engine.tied == "head" and self.tied == "files":
+        if engine is not None and engine.unties and engine.tied == "head" and self.tied == "files":
             model = replace(model, tied=False)
         model = self._padded(model, placement)
         share = expert_share("vllm", placement, model.sizes)
@@ -229,16 +229,28 @@ def _once(linear: Linear, share: Share) -> Linear:
     return replace(linear, bias=zeros(bias.shape, bias.dtype)) if bias is not None and share.index else linear
 
 
-def _stacks(name: str, stacks: Stacks, held: range, share: Share) -> Iterator[Target]:
-    """Experts with gate and up in turn, as gpt-oss's kernels want what its hub has; matrices [out, in]."""
+def _stacks(name: str, stacks: Stacks | BlockStacks, held: range, share: Share) -> Iterator[Target]:
+    """Experts with gate and up in turn, as gpt-oss's kernels want what its hub has; matrices [out, in], of
+    mxfp4 two values a byte, and their exponents beside them."""
 
     def of(role: Parameter, axis: int) -> View:
         view = cat([role.view.narrow(0, e, 1) for e in held])
+        if view.shape[axis] % share.count:
+            raise LayoutError(
+                f"layout vllm: {role.name}: {view.shape[axis]} groups do not divide by {share.count} ranks"
+            )
         return view.part(axis, share.index, share.count)
 
-    yield Target(f"{name}.w13_weight", of(stacks.gate_up, 2).permute((0, 2, 1)))
-    yield Target(f"{name}.w13_bias", of(stacks.gate_up_bias, 1))
-    yield Target(f"{name}.w2_weight", of(stacks.down, 1).permute((0, 2, 1)))
+    if isinstance(stacks, BlockStacks):
+        yield Target(f"{name}.w13_weight", of(stacks.gate_up, 1).merge(2))
+        yield Target(f"{name}.w13_weight_scale", of(stacks.gate_up_scales, 1))
+        yield Target(f"{name}.w13_bias", of(stacks.gate_up_bias, 1))
+        yield Target(f"{name}.w2_weight", of(stacks.down, 2).merge(2))
+        yield Target(f"{name}.w2_weight_scale", of(stacks.down_scales, 2))
+    else:
+        yield Target(f"{name}.w13_weight", of(stacks.gate_up, 2).permute((0, 2, 1)))
+        yield Target(f"{name}.w13_bias", of(stacks.gate_up_bias, 1))
+        yield Target(f"{name}.w2_weight", of(stacks.down, 1).permute((0, 2, 1)))
     bias = cat([stacks.down_bias.view.narrow(0, e, 1) for e in held])
     yield Target(f"{name}.w2_bias", zeros(bias.shape, bias.dtype) if share.index else bias)  # added once
 

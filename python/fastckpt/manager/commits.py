@@ -242,7 +242,7 @@ class Store:
         """Write `latest`, whole or not at all; only a hint, so a failure is none."""
         staged = os.path.join(self.root, f".{LATEST}-{secrets.token_hex(4)}")
         with suppress(OSError):
-            write_file(staged, f"{name}\n".encode(), durable=False)
+            write_file(staged, [f"{name}\n".encode()], durable=False)
             os.replace(staged, os.path.join(self.root, LATEST))
 
     def _sync(self) -> None:
@@ -255,7 +255,7 @@ def ready(root: str) -> bool:
     try:
         make_directories(os.path.realpath(root))
         probe = os.path.join(root, f".fastckpt-probe-{secrets.token_hex(4)}")
-        write_file(probe, b"x", durable=False)
+        write_file(probe, [b"x"], durable=False)
         os.unlink(probe)
     except OSError:
         return False

@@ -15,17 +15,18 @@ import numpy as np
 import torch
 import xxhash
 
-from ..checkpoint import JSON, Checkpoint, Entry
+from ..checkpoint import JSON, Checkpoint, Single
 from ..digest import LEAF, combine, digest, digest64
 from ..errors import ManagerError, SourceError
 from ..extents import Extent, Extents, File
 from ..manifest import FileEntry, Manifest, TensorEntry
 from ..road import reshard
+from ..sources.training import names_in
 from ..tensors import torch_dtype
 from ..views import View, dense_strides, zeros
 from .pieces import Shared, raw
 from .saving import SCHEMA, TABLE, rank_directory
-from .values import merged, names_in
+from .values import merged
 
 Place = tuple[tuple[int, ...], tuple[int, ...]]
 """A box: offset and shape."""
@@ -163,7 +164,7 @@ class Opened:
             rows[:, 0] = np.array(where, np.int64)[rows[:, 0]] if len(where) else rows[:, 0]
             moved[name] = rows
         entries = {
-            n: Entry(v.shape, v.dtype, partial(View, v.shape, v.dtype, extents, moved[n]))
+            n: Single(v.shape, v.dtype, partial(View, v.shape, v.dtype, extents, moved[n]))
             for n, v in views.items()
         }
         files = tuple({x.where.path: x.where for x in extents if isinstance(x.where, File)}.values())

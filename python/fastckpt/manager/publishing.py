@@ -21,9 +21,10 @@ from ..layouts import Layout
 from ..manifest import NAME, Manifest
 from ..road import reshard
 from ..runs import Report
+from ..sources.training import parts_of
 from .opened import Opened, check_files
 from .saving import engine_directory
-from .values import ENGINE, parts_of
+from .values import ENGINE
 
 CURRENT = "current"
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

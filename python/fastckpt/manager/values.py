@@ -18,6 +18,7 @@ import torch
 
 from ..checkpoint import JSON
 from ..errors import ManagerError
+from ..sources.training import names_in
 
 ENGINE, STATE = "engine", "state"
 
@@ -161,34 +162,6 @@ def _pairs(content: JSON) -> Iterator[tuple[str | int | float | bool | None, JSO
 
 def _items(content: JSON) -> list[JSON]:
     return content if isinstance(content, list) else []
-
-
-def names_in(tree: JSON) -> list[str]:
-    """The names of a tree's tensors, in order."""
-    tag, content = _tag(tree)
-    if tag in ("tensor", "array"):
-        return [str(content)]
-    if tag in ("dict", "ordered"):
-        return [n for _, v in _pairs(content) for n in names_in(v)]
-    if tag in _BUILD or tag == STATE:
-        return [n for v in _items(content) for n in names_in(v)]
-    return []
-
-
-def parts_of(tree: JSON) -> dict[str, str]:
-    """What a state is made of: key ("" for a whole that is no dict) -> "module", "object", "engine" or
-    "value"."""
-
-    def kind(node: JSON) -> str:
-        tag, content = _tag(node)
-        if tag == STATE:
-            return str(_items(content)[0])
-        return tag if tag == ENGINE else "value"
-
-    tag, content = _tag(tree)
-    if tag == "dict":
-        return {str(k): kind(v) for k, v in _pairs(content)}
-    return {"": kind(tree)}
 
 
 def merged(trees: list[JSON]) -> tuple[JSON, list[str]]:

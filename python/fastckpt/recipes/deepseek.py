@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from ..checkpoint import JSON, Checkpoint
-from ..model import Experts, HubCuts, Mla, Mlp, Model
+from ..model import Experts, HubCuts, Mla, Mlp, Model, Rope, Yarn
 from .claims import Claims, Dim, flag, integer
 from .decoder import ANCHOR, Heads, Kind, decoder, dense, gated
 from .moe import Block, experts, with_shared
@@ -80,7 +80,7 @@ def recipe(
             predictions=extra,
         )
     heads = integer(config, "num_attention_heads")
-    return decoder(
+    model = decoder(
         kind,
         claims,
         config,
@@ -94,6 +94,27 @@ def recipe(
         shared_width=shared.key,
         predictions=extra,
     )
+    return replace(model, rope=_rope(config))
+
+
+def _rope(config: Mapping[str, JSON]) -> Rope | None:
+    """The rotary positions the config says, in transformers 5's words or older ones; None for a kind that
+    DeepSeek's own model does not have."""
+    said = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(said, dict):
+        return None
+    dim, base = integer(config, "qk_rope_head_dim"), said.get("rope_theta", config.get("rope_theta", 10000.0))
+    kind = said.get("rope_type") or said.get("type") or "default"
+    if not isinstance(base, int | float) or kind not in ("default", "yarn"):
+        return None
+    if kind == "default":
+        return Rope(dim, float(base))
+    keys = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+    given = {k: float(v) for k in keys if isinstance(v := said.get(k), int | float)}
+    original = said.get("original_max_position_embeddings")
+    if "factor" not in given or not isinstance(original, int):
+        return None
+    return Rope(dim, float(base), Yarn(original=original, **given))
 
 
 def _corrected(claims: Claims, name: str, count: Dim, build: Callable[[], Experts]) -> Callable[[], Experts]:

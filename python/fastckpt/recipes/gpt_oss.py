@@ -1,15 +1,18 @@
-"""gpt-oss: attention with sinks; experts stored as stacks, [in, out], gate and up in turn, with biases.
+"""gpt-oss: attention with sinks; experts stored as stacks, gate and up in turn, with biases.
 
-The mxfp4 files of the hub are not read; transformers saves the dequantised form that this reads.
+transformers trains and saves stacks [in, out]; the hub's own files hold mxfp4, [out, in / 32, 16 bytes] and
+an exponent for each 32 inputs. Those bytes are carried, and cut between exponents, as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 from ..checkpoint import JSON, Checkpoint
-from ..model import Experts, HubCuts, Lazy, Linear, Mlp, Model, Parameter, Stacks
+from ..errors import RecipeError
+from ..model import BlockStacks, Experts, HubCuts, Lazy, Linear, Mlp, Model, Parameter, Stacks
 from ..views import View
 from .claims import Claims, Dim, integer
 from .decoder import ANCHOR, Kind, decoder
@@ -21,10 +24,15 @@ GPT_OSS = Kind(
     cuts=HubCuts(whole=frozenset({"embedding", "attention", "experts", "intermediate_size"})),
 )
 
+GROUP = 32
+"""Values of mxfp4 that share an exponent."""
+
 
 def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
     """The model of a gpt-oss checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
-    claims = Claims(ckpt, ANCHOR, form=quantised(config))
+    said = config.get("quantization_config")
+    blocks = isinstance(said, dict) and said.get("quant_method") == "mxfp4"
+    claims = Claims(ckpt, ANCHOR, form=None if blocks else quantised(config))
     hidden = Dim(integer(config, "hidden_size"), "hidden_size")
     width = Dim(integer(config, "intermediate_size"), "intermediate_size")
     pair = Dim(2 * width.size, "2 * intermediate_size")
@@ -45,15 +53,44 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
 
         return build
 
-    return decoder(
+    def block_experts(layer: str) -> Callable[[], Experts]:
+        name = f"{layer}.mlp.experts"
+        router = claims.linear(f"{layer}.mlp.router", count, hidden, bias=True)
+        inner, outer = _groups(hidden), _groups(width)
+        sixteen = Dim(GROUP // 2, "16 bytes")
+        parts = (
+            claims.parameter(f"{name}.gate_up_proj_blocks", count, pair, inner, sixteen),
+            claims.parameter(f"{name}.gate_up_proj_scales", count, pair, inner),
+            claims.parameter(f"{name}.gate_up_proj_bias", count, pair),
+            claims.parameter(f"{name}.down_proj_blocks", count, hidden, outer, sixteen),
+            claims.parameter(f"{name}.down_proj_scales", count, hidden, outer),
+            claims.parameter(f"{name}.down_proj_bias", count, hidden),
+        )
+        alone = Lazy([partial(_in_blocks, name) for _ in range(count.size)])
+        return lambda: Experts(name, router(), alone, stacks=BlockStacks(*(part() for part in parts)))
+
+    model = decoder(
         GPT_OSS,
         claims,
         config,
         vocab_size,
-        experts,
+        block_experts if blocks else experts,
         {width.key: width.size},
         experts=count.size,
         expert_width=width.key,
+    )
+    return replace(model, sizes=replace(model.sizes, block=GROUP)) if blocks else model
+
+
+def _groups(size: Dim) -> Dim:
+    if size.size % GROUP:
+        raise RecipeError(f"config: {size.key} {size.size} is no multiple of mxfp4's {GROUP}")
+    return Dim(size.size // GROUP, f"{size.key} / {GROUP}")
+
+
+def _in_blocks(name: str) -> Mlp:
+    raise RecipeError(
+        f"{name}: experts in mxfp4 lie in stacks alone, which layouts hf and vllm have a place for"
     )
 
 

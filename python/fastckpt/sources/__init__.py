@@ -10,7 +10,7 @@ from typing import Protocol
 from ..checkpoint import Checkpoint
 from ..collector import paused
 from ..errors import SourceError, expect
-from . import memory, peft, safetensors, served, statedict, zero
+from . import memory, peft, safetensors, served, statedict, training, zero
 from .options import Options, strip_prefix
 
 __all__ = ["SOURCES", "Options", "Source", "open", "strip_prefix"]
@@ -24,7 +24,7 @@ class Source(Protocol):
     def read(self, path: str, options: Options) -> Checkpoint: ...
 
 
-SOURCES: tuple[Source, ...] = (served, zero, peft, safetensors, statedict)
+SOURCES: tuple[Source, ...] = (training, served, zero, peft, safetensors, statedict)
 """Tried in this order: a trainer's directory may hold a ZeRO folder and an exported copy; the masters win."""
 
 _LOOKED_FOR = (

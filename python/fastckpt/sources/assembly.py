@@ -7,10 +7,11 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 
 import xxhash
 
-from ..checkpoint import JSON, Checkpoint, Entry
+from ..checkpoint import JSON, Checkpoint, Entry, Single
 from ..dtypes import DType
 from ..errors import SourceError
 from ..extents import Extent, Extents, File
@@ -52,12 +53,16 @@ def assemble(
     and of what `sampled` saw where those do not cover the values.
     Raises SourceError for names that collide, an alias without its holder, a config.json that is none."""
     aliases = aliases or {}
-    names = options.names([*entries, *aliases], path)
     for alias, holder in aliases.items():
         if holder not in entries:
             raise SourceError(f"{path}: {alias} is tied to {holder}, which is not there")
-    renamed = {names[n]: e for n, e in entries.items()}
-    tied = {names[a]: names[h] for a, h in aliases.items()}
+        if alias in entries:
+            raise SourceError(f"{path}: {alias} is a tensor of its own and is tied to {holder}")
+    renamed, tied = entries, aliases
+    if options.rename:
+        names = options.names([*entries, *aliases], path)
+        renamed = {names[n]: e for n, e in entries.items()}
+        tied = {names[a]: names[h] for a, h in aliases.items()}
     beside = neighbours(search)
     return Checkpoint(
         path=path, format=format, entries=renamed, extents=extents, aliases=tied, files=tuple(files),
@@ -78,9 +83,9 @@ def tensor(
 ) -> Entry:
     """An entry that lies strided in one extent; offset and stride in elements. An empty one needs none."""
     if 0 in shape:
-        return Entry(shape, dtype, partial(zeros, shape, dtype), kind)
+        return Single(shape, dtype, partial(zeros, shape, dtype), kind)
     build: partial[View] = partial(strided, extents, extent, dtype, shape, offset=offset, stride=stride)
-    return Entry(shape, dtype, build, kind)
+    return Single(shape, dtype, build, kind)
 
 
 def neighbours(directories: Sequence[str]) -> tuple[str, ...]:
@@ -168,10 +173,13 @@ def _structure(
     h = xxhash.xxh3_64()
 
     def feed(words: Iterable[object]) -> None:
-        """One line a word, its length before it."""
-        text = "\n".join(map(repr, words)).encode()
-        h.update(b"%d\n" % len(text))
-        h.update(text)
+        """One line a word, a stretch of them at a time with its length before it; an empty one at the end."""
+        rest = iter(words)
+        while some := list(islice(rest, 1 << 10)):
+            text = "\n".join(map(repr, some)).encode()
+            h.update(b"%d\n" % len(text))
+            h.update(text)
+        h.update(b"0\n")
 
     files: dict[int, str] = {}
     for x in extents:

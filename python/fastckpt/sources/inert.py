@@ -28,49 +28,48 @@ class Inert:
     items: list[object] = field(default_factory=list)
 
 
+_CONTAINERS = (list, dict, tuple, Inert)
+
+_LARGE = 1 << 10
+"""Values in a part whose size is remembered: a smaller one is counted again each time it is reached."""
+
+
+def check_tree(root: object) -> None:
+    """Refuses a tree that contains itself, is too deep, or too large when walked without a memory."""
+    if isinstance(root, _CONTAINERS):
+        _measure(root, set(), {})
+
+
+def _measure(node: object, path: set[int], known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """(values, depth) of a container, each shared part counted as often as it is reached."""
+    if (found := known.get(id(node))) is not None:
+        return found
+    if id(node) in path:
+        raise SourceError("pickle: a value contains itself")
+    if len(path) == MAX_DEPTH:
+        raise SourceError(f"pickle: values are nested deeper than {MAX_DEPTH}")
+    path.add(id(node))
+    nodes, depth = 1, 0
+    for part in _parts(node):
+        if isinstance(part, _CONTAINERS):
+            inner = _measure(part, path, known)
+            nodes += inner[0]
+            depth = max(depth, inner[1])
+            if len(path) + depth > MAX_DEPTH:
+                raise SourceError(f"pickle: values are nested deeper than {MAX_DEPTH}")
+        else:
+            nodes += 1
+        if nodes > MAX_NODES:
+            raise SourceError(f"pickle: it unfolds to more than {MAX_NODES} values")
+    path.remove(id(node))
+    if nodes >= _LARGE:
+        known[id(node)] = nodes, depth + 1
+    return nodes, depth + 1
+
+
 def _parts(node: object) -> Iterable[object]:
     if isinstance(node, dict):
         return node.values()  # keys are flat
     if isinstance(node, Inert):
         return (node.args, node.state, node.items)
     return node  # type: ignore[return-value]
-
-
-_CONTAINERS = (list, dict, tuple, Inert)
-
-
-def check_tree(root: object) -> None:
-    """Refuses a tree that contains itself, is too deep, or too large when walked without a memory."""
-    if not isinstance(root, _CONTAINERS):
-        return
-    unfinished = (0, 0)
-    known: dict[int, tuple[int, int]] = {}  # id -> (values in it, depth)
-    work: list[object] = [root]
-    while work:
-        node = work[-1]
-        state = known.get(id(node))
-        if state is None:
-            known[id(node)] = unfinished
-            for part in _parts(node):
-                if isinstance(part, _CONTAINERS):
-                    if (inner := known.get(id(part))) is None:
-                        work.append(part)
-                    elif inner is unfinished:
-                        raise SourceError("pickle: a value contains itself")
-        elif state is unfinished:
-            nodes, depth = 1, 0
-            for part in _parts(node):
-                if isinstance(part, _CONTAINERS):
-                    inner = known[id(part)]
-                    nodes += inner[0]
-                    depth = max(depth, inner[1])
-                else:
-                    nodes += 1
-            if depth >= MAX_DEPTH:
-                raise SourceError(f"pickle: values are nested deeper than {MAX_DEPTH}")
-            if nodes > MAX_NODES:
-                raise SourceError(f"pickle: it unfolds to more than {MAX_NODES} values")
-            known[id(node)] = (nodes, depth + 1)
-            work.pop()
-        else:
-            work.pop()

@@ -18,12 +18,17 @@ from dataclasses import dataclass
 
 from ..errors import SourceError
 from .inert import Inert, check_tree
-from .picklemachine import PLAIN, Call, Machine, Short
+from .picklemachine import PLAIN, SET_ITEM, Call, Machine, Persistent, Short, Wrong
 
-__all__ = ["PLAIN", "Call", "Inert", "Parsed", "Short", "parse"]
+__all__ = ["PLAIN", "Call", "Inert", "Machine", "Parsed", "Persistent", "Short", "parse"]
 
 MAX_INT_BYTES = 1024
 """The longest integer, in bytes; CPython prints one of this size."""
+
+_SLICE = 1 << 14
+"""Bytes of pickle between two looks at the size of the stack."""
+
+_U4, _I4 = struct.Struct("<I").unpack_from, struct.Struct("<i").unpack_from
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,42 +46,116 @@ def parse(
     *,
     values: Mapping[str, object] | None = None,
     calls: Mapping[str, Call] | None = None,
-    persistent: Callable[[object], object] | None = None,
+    persistent: Persistent | None = None,
+    file: int | None = None,
 ) -> Parsed:
     """The pickle that starts at `data[start]`, read without importing or calling anything it names.
 
     `values`: global name -> the value it stands for. `calls`: global name -> a function of ours that
     takes the arguments of a REDUCE or NEWOBJ of that name. `persistent`: makes the value of a
-    persistent id. Raises Short where the bytes end early, SourceError for whatever else is wrong and
-    for what passes the limits (here, in picklemachine and in inert)."""
-    machine = Machine(data, start, values or {}, calls or {}, persistent)
-    try:
-        root = _run(machine)
-    except IndexError:
-        raise machine.wrong("it takes more values than it made") from None
+    persistent id. `file`: bytes of the file that the pickle is a part of, which limit what it may build
+    (`picklemachine.allowance`); by default those of the pickle. Raises Short where the bytes end early,
+    SourceError for whatever else is wrong and for what passes the limits (here, in picklemachine and in
+    inert)."""
+    machine = Machine(data, start, values or {}, calls or {}, persistent, file or len(data) - start)
+    root = _run(machine)
     check_tree(root)
     return Parsed(root, machine.pos, frozenset(machine.bare))
 
 
 def _run(m: Machine) -> object:
     """Runs the opcodes up to STOP and returns the one value they leave."""
-    data, size, ops, costs = m.data, m.size, _OPS, _COSTS
-    while True:
-        if m.pos >= size:
-            raise Short(f"pickle ends at byte {size} without a STOP")
-        op = data[m.pos]
-        m.pos += 1
-        if op == _STOP:
+    while m.pos < m.size:
+        if _run_some(m, min(m.pos + _SLICE, m.size)):
             if len(m.stack) != 1 or m.outer:
                 raise m.wrong(f"STOP with {len(m.stack)} values and {len(m.outer)} open marks")
             return m.stack[0]
-        handler = ops[op]
-        if handler is None:
-            raise m.wrong(f"opcode 0x{op:02x} is unknown or not allowed")
-        m.spent += costs[op]
-        if m.spent > m.budget:
-            raise m.wrong(f"it builds more than {m.budget} bytes of objects")
-        handler(m)
+        m.look()
+    raise Short(f"pickle ends at byte {m.size} without a STOP")
+
+
+def _run_some(m: Machine, until: int) -> bool:
+    """Runs opcodes up to byte `until` or to STOP; whether it was STOP.
+
+    The opcodes that torch files are made of are run right here, as their functions below would: a call for
+    each of millions would take most of the time."""
+    data, pos, stack, memo = m.data, m.pos, m.stack, m.memo
+    ops, costs, fetched = _OPS, _COSTS, m.fetched
+    try:
+        while pos < until:
+            op = data[pos]
+            pos += 1
+            if op == _LONG_BINPUT:
+                (index,) = _U4(data, pos)
+                pos += 4
+                if index == m.stored and index < len(fetched) and not fetched[index] and stack:
+                    m.stored += 1
+                else:
+                    m.pos = pos
+                    m.put(index)
+                    fetched = m.fetched
+            elif op == _BINGET:
+                index = data[pos]
+                pos += 1
+                stack.append(memo[index] if index in memo else m.absent(index))
+            elif op == _LONG_BINGET:
+                (index,) = _U4(data, pos)
+                pos += 4
+                stack.append(memo[index] if index in memo else m.absent(index))
+            elif op == _BININT1:
+                stack.append(data[pos])
+                pos += 1
+            elif op == _MARK:
+                m.outer.append(stack)
+                stack = m.stack = []
+            elif op == _REDUCE:
+                args = stack.pop()
+                m.pos = pos
+                stack[-1] = m.call(stack[-1], args)
+            elif op == _BINUNICODE:
+                (n,) = _U4(data, pos)
+                at = m.pos = pos + 4
+                pos = at + n
+                if pos > m.size:
+                    raise Short(f"pickle needs {n} bytes at byte {at} of {m.size}")
+                m.spend(64 + n)
+                stack.append(m.text(data[at:pos]))
+            elif op == _TUPLE and m.outer:
+                items = stack
+                stack = m.stack = m.outer.pop()
+                m.left -= 64 + 8 * len(items)
+                stack.append(tuple(items))
+            elif op == _TUPLE1:
+                m.left -= 64
+                stack[-1] = (stack[-1],)
+            elif op == _TUPLE2:
+                m.left -= 72
+                last = stack.pop()
+                stack[-1] = (stack[-1], last)
+            elif op == _BININT:
+                m.left -= 32
+                stack.append(_I4(data, pos)[0])
+                pos += 4
+            elif op == _STOP:
+                m.pos = pos
+                return True
+            else:
+                handler = ops[op]
+                m.pos = pos
+                if handler is None:
+                    raise m.wrong(f"opcode 0x{op:02x} is unknown or not allowed")
+                m.spend(costs[op])
+                handler(m)
+                pos, stack, fetched = m.pos, m.stack, m.fetched
+    except struct.error:
+        raise Short(f"pickle needs more bytes at byte {pos} of {m.size}") from None
+    except IndexError:
+        if pos >= m.size:
+            raise Short(f"pickle needs more bytes at byte {pos}, its end") from None
+        m.pos = pos
+        raise m.wrong("it takes more values than it made") from None
+    m.pos = pos
+    return False
 
 
 # ---- opcodes: one small function each, in the order of pickletools ----
@@ -87,6 +166,7 @@ def _text_number(m: Machine) -> int:
     digits = raw.removeprefix(b"-")
     if not digits.isdigit() or len(digits) > 2 * MAX_INT_BYTES:
         raise m.wrong(f"{raw[:40]!r} is no integer of at most {2 * MAX_INT_BYTES} digits")
+    m.spend(len(digits) // 2)
     return int(raw)
 
 
@@ -101,6 +181,7 @@ def _long(m: Machine, width: int) -> None:
     n = m.number(width)
     if n > MAX_INT_BYTES:
         raise m.wrong(f"an integer has {n} bytes; the limit is {MAX_INT_BYTES}")
+    m.spend(n)
     m.stack.append(int.from_bytes(m.take(n), "little", signed=True))
 
 
@@ -131,23 +212,11 @@ def _unicode(m: Machine) -> None:
     m.stack.append(out)
 
 
-def _mark(m: Machine) -> None:
-    m.outer.append(m.stack)
-    m.stack = []
-
-
 def _pop(m: Machine) -> None:
     if m.stack:
         m.stack.pop()
     else:
         m.items()  # POP may take a mark away too
-
-
-def _tuple(m: Machine, n: int) -> None:
-    if len(m.stack) < n:
-        raise m.wrong("it takes more values than it made")
-    items = tuple(m.stack[-n:])
-    m.stack[-n:] = [items]
 
 
 def _tuple_of_items(m: Machine) -> None:
@@ -156,8 +225,14 @@ def _tuple_of_items(m: Machine) -> None:
     m.stack.append(tuple(items))
 
 
+def _tuple3(m: Machine) -> None:
+    third, second, first = m.stack.pop(), m.stack.pop(), m.stack.pop()
+    m.stack.append((first, second, third))
+
+
 def _list(m: Machine) -> None:
     items = m.items()
+    m.spend(10 * len(items))
     m.stack.append(items)
 
 
@@ -193,13 +268,13 @@ def _additems(m: Machine) -> None:
     onto = m.stack[-1]
     if not isinstance(onto, set):
         raise m.wrong(f"members are added to a value of type {type(onto).__name__}")
-    m.spend(64 * len(items))
+    m.spend(SET_ITEM * len(items))
     onto.update(m.key(x) for x in items)
 
 
 def _frozenset(m: Machine) -> None:
     items = m.items()
-    m.spend(64 * len(items))
+    m.spend(SET_ITEM * len(items))
     m.stack.append(frozenset(m.key(x) for x in items))
 
 
@@ -215,7 +290,7 @@ def _stack_global(m: Machine) -> None:
     m.stack.append(m.find(module, name))
 
 
-def _reduce(m: Machine) -> None:
+def _newobj(m: Machine) -> None:
     args, function = m.stack.pop(), m.stack.pop()
     m.stack.append(m.call(function, args))
 
@@ -224,17 +299,20 @@ def _newobj_ex(m: Machine) -> None:
     kwargs, args, cls = m.stack.pop(), m.stack.pop(), m.stack.pop()
     if not isinstance(args, tuple) or not isinstance(kwargs, dict):
         raise m.wrong("a call has no tuple of arguments or no dict of named ones")
+    m.spend(64 + 8 * len(args))
     m.stack.append(m.call(cls, (*args, kwargs) if kwargs else args))
 
 
 def _inst(m: Machine) -> None:
     module, name = m.text(m.line()), m.text(m.line())
-    args = tuple(m.items())
-    m.stack.append(m.call(m.find(module, name), args))
+    items = m.items()
+    m.spend(64 + 8 * len(items))
+    m.stack.append(m.call(m.find(module, name), tuple(items)))
 
 
 def _obj(m: Machine) -> None:
     items = m.items()
+    m.spend(64 + 8 * len(items))
     m.stack.append(m.call(items[0], tuple(items[1:])))
 
 
@@ -242,7 +320,9 @@ def _persistent(m: Machine, pid: object) -> None:
     if m.persistent is None:
         raise m.wrong("a persistent id stands where none is expected")
     try:
-        m.stack.append(m.persistent(pid))
+        m.stack.append(m.persistent(pid, m))
+    except Wrong:
+        raise
     except SourceError as e:
         raise m.wrong(str(e)) from None
 
@@ -252,10 +332,6 @@ def _put(m: Machine) -> None:
     if index < 0:
         raise m.wrong(f"memo entry {index} is stored")
     m.put(index)
-
-
-def _memoize(m: Machine) -> None:
-    m.put(len(m.memo))
 
 
 def _frame(m: Machine) -> None:
@@ -270,72 +346,65 @@ def _proto(m: Machine) -> None:
         raise m.wrong(f"protocol {version}; known are 0 to 5")
 
 
-_STOP = ord(".")
+_STOP, _MARK, _REDUCE = ord("."), ord("("), ord("R")
+_BININT, _BININT1, _BINUNICODE = ord("J"), ord("K"), ord("X")
+_LONG_BINPUT, _BINGET, _LONG_BINGET = ord("r"), ord("h"), ord("j")
+_TUPLE, _TUPLE1, _TUPLE2 = ord("t"), 0x85, 0x86
 
 _HANDLERS: dict[int, tuple[int, Callable[[Machine], None]]] = {
-    # opcode: (bytes of objects it makes, roughly and rather too many, what it does)
-    0x80: (16, _proto),
-    0x95: (16, _frame),
-    ord("("): (80, _mark),
-    ord("0"): (16, _pop),
-    ord("1"): (16, lambda m: m.items().clear()),
-    ord("2"): (16, lambda m: m.stack.append(m.stack[-1])),
-    ord("N"): (16, lambda m: m.stack.append(None)),
-    0x88: (16, lambda m: m.stack.append(True)),
-    0x89: (16, lambda m: m.stack.append(False)),
-    ord("I"): (40, _int),
-    ord("L"): (40, lambda m: m.stack.append(_text_number(m))),
-    ord("J"): (40, lambda m: m.stack.append(int.from_bytes(m.take(4), "little", signed=True))),
-    ord("K"): (16, lambda m: m.stack.append(m.number(1))),
-    ord("M"): (40, lambda m: m.stack.append(m.number(2))),
-    0x8A: (40, lambda m: _long(m, 1)),
-    0x8B: (40, lambda m: _long(m, 4)),
-    ord("F"): (40, _float),
-    ord("G"): (40, lambda m: m.stack.append(struct.unpack(">d", m.take(8))[0])),
+    # opcode: (bytes of objects it makes that last, at most; what it does)
+    0x80: (0, _proto),
+    0x95: (0, _frame),
+    ord("0"): (0, _pop),
+    ord("1"): (0, lambda m: m.items().clear()),
+    ord("2"): (0, lambda m: m.stack.append(m.stack[-1])),
+    ord("N"): (0, lambda m: m.stack.append(None)),
+    0x88: (0, lambda m: m.stack.append(True)),
+    0x89: (0, lambda m: m.stack.append(False)),
+    ord("I"): (32, _int),
+    ord("L"): (32, lambda m: m.stack.append(_text_number(m))),
+    ord("M"): (32, lambda m: m.stack.append(m.number(2))),
+    0x8A: (32, lambda m: _long(m, 1)),
+    0x8B: (32, lambda m: _long(m, 4)),
+    ord("F"): (32, _float),
+    ord("G"): (32, lambda m: m.stack.append(struct.unpack(">d", m.take(8))[0])),
     ord("S"): (64, _string),
     ord("T"): (64, lambda m: m.stack.append(m.text(m.sized(4)))),
     ord("U"): (64, lambda m: m.stack.append(m.text(m.sized(1)))),
     ord("V"): (64, _unicode),
-    ord("X"): (64, lambda m: m.stack.append(m.text(m.sized(4)))),
     0x8C: (64, lambda m: m.stack.append(m.text(m.sized(1)))),
     0x8D: (64, lambda m: m.stack.append(m.text(m.sized(8)))),
-    ord("B"): (64, lambda m: m.stack.append(m.sized(4))),
-    ord("C"): (64, lambda m: m.stack.append(m.sized(1))),
-    0x8E: (64, lambda m: m.stack.append(m.sized(8))),
-    0x96: (64, lambda m: m.stack.append(m.sized(8))),  # a bytearray, kept as bytes
+    ord("B"): (48, lambda m: m.stack.append(m.sized(4))),
+    ord("C"): (48, lambda m: m.stack.append(m.sized(1))),
+    0x8E: (48, lambda m: m.stack.append(m.sized(8))),
+    0x96: (48, lambda m: m.stack.append(m.sized(8))),  # a bytearray, kept as bytes
     ord("]"): (64, lambda m: m.stack.append([])),
-    ord("a"): (32, _append),
-    ord("e"): (16, _appends),
+    ord("a"): (32, _append),  # the first item of a list makes room for four
+    ord("e"): (0, _appends),
     ord("l"): (64, _list),
-    ord(")"): (16, lambda m: m.stack.append(())),
+    ord(")"): (0, lambda m: m.stack.append(())),
     ord("t"): (64, _tuple_of_items),
-    0x85: (64, lambda m: _tuple(m, 1)),
-    0x86: (72, lambda m: _tuple(m, 2)),
-    0x87: (80, lambda m: _tuple(m, 3)),
-    ord("}"): (72, lambda m: m.stack.append({})),
-    ord("d"): (72, _dict),
-    ord("s"): (240, _setitem),  # the first item of a dict makes its table
-    ord("u"): (240, _setitems),
-    0x8F: (224, lambda m: m.stack.append(set())),
-    0x90: (16, _additems),
-    0x91: (224, _frozenset),
-    ord("g"): (16, lambda m: m.get(_text_number(m))),
-    ord("h"): (16, lambda m: m.get(m.number(1))),
-    ord("j"): (16, lambda m: m.get(m.number(4))),
-    ord("p"): (120, _put),
-    ord("q"): (60, lambda m: m.put(m.number(1))),
-    ord("r"): (120, lambda m: m.put(m.number(4))),
-    0x94: (120, _memoize),
-    ord("c"): (16, _global),
-    0x93: (16, _stack_global),
-    ord("R"): (320, _reduce),
-    ord("b"): (16, Machine.build),
-    ord("i"): (320, _inst),
-    ord("o"): (320, _obj),
-    0x81: (320, _reduce),  # NEWOBJ: class and arguments lie as REDUCE has them
-    0x92: (320, _newobj_ex),
-    ord("P"): (320, lambda m: _persistent(m, m.text(m.line()))),
-    ord("Q"): (320, lambda m: _persistent(m, m.stack.pop())),
+    0x87: (80, _tuple3),
+    ord("}"): (64, lambda m: m.stack.append({})),
+    ord("d"): (232, _dict),
+    ord("s"): (168, _setitem),  # the first item of a dict makes its table
+    ord("u"): (168, _setitems),
+    0x8F: (216, lambda m: m.stack.append(set())),
+    0x90: (0, _additems),
+    0x91: (216, _frozenset),
+    ord("g"): (0, lambda m: m.get(_text_number(m))),
+    ord("p"): (0, _put),
+    ord("q"): (0, lambda m: m.put(m.number(1))),
+    0x94: (0, Machine.memoize),
+    ord("c"): (0, _global),
+    0x93: (0, _stack_global),
+    ord("b"): (0, Machine.build),
+    ord("i"): (0, _inst),
+    ord("o"): (0, _obj),
+    0x81: (0, _newobj),
+    0x92: (0, _newobj_ex),
+    ord("P"): (0, lambda m: _persistent(m, m.text(m.line()))),
+    ord("Q"): (0, lambda m: _persistent(m, m.stack.pop())),
     # not here: EXT1, EXT2, EXT4 (a registry of the process) and the out-of-band buffers of protocol 5
 }
 _OPS: list[Callable[[Machine], None] | None] = [_HANDLERS.get(op, (0, None))[1] for op in range(256)]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import JSON, Checkpoint, Entry
+from ..checkpoint import JSON, Checkpoint, Entry, Single
 from ..dtypes import BY_NAME, DType
 from ..errors import SourceError, expect
 from ..extents import Buffer, Extent, Extents
@@ -124,7 +124,7 @@ def partitioned(parts: Sequence[Mapping[str, object]], shapes: Mapping[str, Sequ
         columns = np.array([(at, h.offset, h.shape[0]) for at, h in held], np.int64).reshape(-1, 3)
         columns = columns[columns[:, 2] > 0]
         dtype = held[0][1].dtype
-        entries[name] = Entry(shape, dtype, partial(_joined, table, dtype, columns, shape), "parameter")
+        entries[name] = Single(shape, dtype, partial(_joined, table, dtype, columns, shape), "parameter")
     layout = [repr([(n, [(at, h.offset, h.shape) for at, h in held]) for n, held in slices.items()]).encode()]
     facts: dict[str, JSON] = {"tensors": len(entries), "partitions": len(parts)}
     return assemble(NAME, NAME, entries, table, _PLAIN, facts=facts, layout=layout)

@@ -106,56 +106,60 @@ def _load_zip(
 ) -> TorchFile:
     directory = Directory(reader)
     records = directory.records
-    top = next(iter(records), b"").partition(b"/")[0] + b"/"
+    top = records.first.partition(b"/")[0] + b"/"
     pickle = top + b"data.pkl"
-    if top + b"constants.pkl" in records:
+    if records.get(top + b"constants.pkl") is not None:
         raise SourceError("a TorchScript archive (torch.jit.save); it holds a program, not a checkpoint")
-    if pickle not in records:
+    record = records.get(pickle)
+    if record is None:
         raise SourceError(f"a zip file without {pickle.decode(errors='replace')}; not written by torch.save")
     _check_byteorder(reader, directory, top + b"byteorder")
-    at, size = directory.locate(pickle), records[pickle].size
+    at, size = directory.locate(pickle, record), record.size
     if size > MAX_PICKLE:
         raise SourceError(f"its pickle has {size} bytes; the limit is {MAX_PICKLE}")
     data = reader.read(at, size)
     if check_crc:
-        directory.check_crc(pickle, at)
-    tree = _parsed(data, wanted, known)
+        directory.check_crc(pickle, record, at)
+    tree = _parsed(data, wanted, known, reader.file.nbytes)
     extents = []
     for s in tree.storages:
         name = top + b"data/" + s.key.encode(errors="surrogatepass")
-        if name not in records:
+        record = records.get(name)
+        if record is None:
             raise SourceError(f"no record data/{s.key} for a storage of {s.nbytes} bytes")
-        if records[name].size < s.nbytes:
-            raise SourceError(f"record data/{s.key} has {records[name].size} bytes, its storage {s.nbytes}")
-        offset = directory.locate(name)
+        if record.size < s.nbytes:
+            raise SourceError(f"record data/{s.key} has {record.size} bytes, its storage {s.nbytes}")
+        offset = directory.locate(name, record)
         if check_crc:
-            directory.check_crc(name, offset)
+            directory.check_crc(name, record, offset)
         extents.append(Extent(reader.file, offset, s.nbytes, s.key))
     digest = xxhash.xxh3_64(data)
-    digest.update(directory.raw)
+    digest.update(directory.digest.encode())
     return TorchFile(tree.root, reader.file, tuple(extents), tree.inert, digest.hexdigest())
 
 
 def _check_byteorder(reader: Reader, directory: Directory, name: bytes) -> None:
-    if name in directory.records:
-        n = directory.records[name].size
-        order = reader.read(directory.locate(name), min(n, 16))
+    record = directory.records.get(name)
+    if record is not None:
+        order = reader.read(directory.locate(name, record), min(record.size, 16))
         if order != b"little":
             raise SourceError(f"its bytes are in {order!r} order; wanted little")
 
 
-def _parsed(data: bytes, wanted: Wanted | None, known: MutableMapping[bytes, Tree] | None) -> Tree:
+def _parsed(
+    data: bytes, wanted: Wanted | None, known: MutableMapping[bytes, Tree] | None, file: int
+) -> Tree:
     if known is None:
-        return _whole(data, wanted)
+        return _whole(data, wanted, file)
     key = blake2b(data, digest_size=32).digest()
     tree = known.get(key)
     if tree is None:
-        tree = known[key] = _whole(data, wanted)
+        tree = known[key] = _whole(data, wanted, file)
     return tree
 
 
-def _whole(data: bytes, wanted: Wanted | None) -> Tree:
-    tree = torchpickle.parse(data, wanted=wanted)
+def _whole(data: bytes, wanted: Wanted | None, file: int) -> Tree:
+    tree = torchpickle.parse(data, wanted=wanted, file=file)
     if tree.end != len(data):
         raise SourceError(f"its pickle ends at byte {tree.end} of {len(data)}")
     return tree
@@ -170,7 +174,7 @@ def _load_legacy(reader: Reader, wanted: Wanted | None) -> TorchFile:
     while True:  # how long the pickles are is known only when they were read
         data = reader.read_through(0, min(n, total))
         try:
-            tree, keys, end = _legacy_pickles(data, wanted)
+            tree, keys, end = _legacy_pickles(data, wanted, total)
             break
         except Short as e:
             if n >= total:
@@ -195,7 +199,7 @@ def _load_legacy(reader: Reader, wanted: Wanted | None) -> TorchFile:
     return TorchFile(tree.root, reader.file, tuple(extents), tree.inert, digest.hexdigest())
 
 
-def _legacy_pickles(data: bytes, wanted: Wanted | None) -> tuple[Tree, list[str], int]:
+def _legacy_pickles(data: bytes, wanted: Wanted | None, file: int) -> tuple[Tree, list[str], int]:
     """(the tree, storage keys in file order, where the storages begin) of a legacy file's pickles."""
     magic = inertpickle.parse(data)
     protocol = inertpickle.parse(data, magic.end)
@@ -204,8 +208,8 @@ def _legacy_pickles(data: bytes, wanted: Wanted | None) -> tuple[Tree, list[str]
     system = inertpickle.parse(data, protocol.end)
     if not isinstance(system.root, dict) or system.root.get("little_endian") is not True:
         raise SourceError("a legacy file whose bytes are not in little order")
-    tree = torchpickle.parse(data, system.end, legacy=True, wanted=wanted)
-    listed = inertpickle.parse(data, tree.end)
+    tree = torchpickle.parse(data, system.end, legacy=True, wanted=wanted, file=file)
+    listed = inertpickle.parse(data, tree.end, file=file)
     keys = listed.root
     if not isinstance(keys, list) or not all(isinstance(k, str) for k in keys):
         raise SourceError("its list of storage keys is no list of strings")

@@ -17,7 +17,8 @@ from ..dtypes import DType
 from ..errors import SourceError
 from . import inertpickle
 from .inert import Inert
-from .inertpickle import PLAIN
+from .inertpickle import PLAIN, Machine
+from .picklemachine import DICT_ITEM, DICT_NAME, INERT
 
 MAX_NDIM = 64
 """The most axes of a tensor."""
@@ -25,20 +26,25 @@ MAX_NDIM = 64
 MAX_BYTES = 1 << 62
 """The largest storage."""
 
+RECORD = 136
+"""Bytes of a Storage or a Tensor and the numbers in it."""
+
 
 @dataclass(slots=True, eq=False)
 class Storage:
     """One storage of a torch file.
 
-    `key`: its name in the file. `dtype`: of a typed storage, None of an untyped one. `nbytes`: its size.
-    `location`: the device tag it was saved from. `extent`: its index in `TorchFile.extents`, -1 when it
-    is empty or was not wanted; set once, while the file is loaded."""
+    `key`: its name in the file ("" for all empty ones of a zip, which lie nowhere). `dtype`: of a typed
+    storage, None of an untyped one. `nbytes`: its size. `location`: the device tag it was saved from.
+    `extent`: its index in `TorchFile.extents`, -1 when it is empty or was not wanted; set once, while the
+    file is loaded. `blank`: a tensor of it without elements, shared by all that are equal."""
 
     key: str
     dtype: DType | None
     nbytes: int
     location: str
     extent: int = -1
+    blank: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,15 +90,25 @@ class Tree:
     slices: dict[str, Slice]
 
 
-def parse(data: bytes, start: int = 0, *, legacy: bool = False, wanted: Wanted | None = None) -> Tree:
+def parse(
+    data: bytes,
+    start: int = 0,
+    *,
+    legacy: bool = False,
+    wanted: Wanted | None = None,
+    file: int | None = None,
+) -> Tree:
     """The torch pickle at `data[start]`; storages of the tensors `wanted` picks out of the root (all
-    storages without it) get extent numbers. `legacy` allows the persistent ids of non-zip files.
+    storages without it) get extent numbers. `legacy` allows the persistent ids of non-zip files. `file`: see
+    `inertpickle.parse`.
 
     Raises inertpickle.Short where the bytes end early, SourceError for whatever else is wrong."""
     storages = _Storages(legacy)
-    parsed = inertpickle.parse(data, start, values=_DTYPES, calls=_CALLS, persistent=storages.find)
+    parsed = inertpickle.parse(
+        data, start, values=_DTYPES, calls=_CALLS, persistent=storages.find, file=file
+    )
     if wanted is None:
-        chosen: Iterable[Storage] = storages.known.values()
+        chosen: Iterable[Storage] = storages.all()
     else:
         chosen = (t.storage for t in wanted(parsed.root))
     ordered: list[Storage] = []
@@ -105,18 +121,22 @@ def parse(data: bytes, start: int = 0, *, legacy: bool = False, wanted: Wanted |
 
 
 class _Storages:
-    """The storages a pickle names: one record a (key, dtype), whose sizes must not contradict."""
+    """The storages a pickle names: one record a key and dtype, whose sizes must not contradict."""
 
-    __slots__ = ("held", "known", "legacy", "slices", "types")
+    __slots__ = ("_known", "_others", "held", "legacy", "slices")
 
     def __init__(self, legacy: bool) -> None:
         self.legacy = legacy
-        self.known: dict[tuple[str, DType | None], Storage] = {}
-        self.held: dict[str, int] = {}
-        self.types: dict[str, DType] = {}
+        self._known: dict[str, Storage] = {}  # the first record of each key
+        self._others: dict[tuple[str, DType | None], Storage] = {}  # seen as another dtype; empty ones
+        self.held: dict[str, int] = {}  # of legacy files, whose storages are found by their sizes
         self.slices: dict[str, Slice] = {}
 
-    def find(self, pid: object) -> object:
+    def all(self) -> Iterable[Storage]:
+        """Every record."""
+        return (*self._known.values(), *self._others.values())
+
+    def find(self, pid: object, m: Machine) -> object:
         """The record of a persistent id: ("storage", type, key, location, numel), legacy files add the
         view (key, offset, numel) or None."""
         if not isinstance(pid, tuple) or not pid:
@@ -131,41 +151,63 @@ class _Storages:
         if not isinstance(kind, Inert) or not isinstance(key, str) or not isinstance(location, str):
             raise SourceError("a storage's type, key or location is not what it should be")
         if kind.name not in _STORAGES:
+            m.spend(INERT + 64)
             return Inert(kind.name, (key, location, numel))
         dtype = _STORAGES[kind.name]
-        itemsize = dtype.itemsize if dtype else 1
-        self._hold(key, dtype, numel * itemsize)
-        if self.legacy and pid[5] is not None:
-            return self._slice(key, dtype, location, numel, pid[5])
-        return self._record(key, dtype, numel * itemsize, location)
-
-    def _hold(self, key: str, dtype: DType | None, nbytes: int) -> None:
+        nbytes = numel * (dtype.itemsize if dtype else 1)
         if nbytes > MAX_BYTES:
             raise SourceError(f"storage {key} has {nbytes} bytes")
+        if not self.legacy:
+            if nbytes == 0:  # a stage-3 model file has one for each of its parameters
+                return self._other("", dtype, 0, location, m)
+            return self._record(key, dtype, nbytes, location, m)
         if self.held.setdefault(key, nbytes) != nbytes:
             raise SourceError(f"storage {key} has {nbytes} bytes here and {self.held[key]} before")
-        byte = dtype or dtypes.uint8  # an untyped storage holds bytes
-        if nbytes and self.types.setdefault(key, byte) is not byte:
-            raise SourceError(f"storage {key} holds {byte} here and {self.types[key]} before")
         if key in self.slices:
             raise SourceError(f"storage {key} is held and is a slice of {self.slices[key].key}")
+        m.spend(DICT_NAME)
+        if pid[5] is not None:
+            return self._slice(key, dtype, location, numel, pid[5], m)
+        return self._record(key, dtype, nbytes, location, m)
 
-    def _slice(self, key: str, dtype: DType | None, location: str, numel: int, view: object) -> Storage:
+    def _slice(
+        self, key: str, dtype: DType | None, location: str, numel: int, view: object, m: Machine
+    ) -> Storage:
         if not isinstance(view, tuple) or len(view) != 3 or not isinstance(view[0], str):
             raise SourceError(f"the view of storage {key} is not (key, offset, numel)")
         itemsize = dtype.itemsize if dtype else 1
         name, offset, size = view[0], _size(view[1], "offset"), _size(view[2], "numel")
         if offset + size > numel:
             raise SourceError(f"elements [{offset}, {offset + size}) of storage {key}, which has {numel}")
+        m.spend(DICT_NAME + 128)
         found = Slice(key, offset * itemsize, size * itemsize)
         if name in self.held or self.slices.setdefault(name, found) != found:
             raise SourceError(f"storage {name} is a slice of {key} here and something else before")
-        return self._record(name, dtype, found.nbytes, location)
+        return self._record(name, dtype, found.nbytes, location, m)
 
-    def _record(self, key: str, dtype: DType | None, nbytes: int, location: str) -> Storage:
-        found = self.known.get((key, dtype))
+    def _record(
+        self, key: str, dtype: DType | None, nbytes: int, location: str, m: Machine
+    ) -> Storage:
+        first = self._known.get(key)
+        if first is None:
+            m.spend(DICT_NAME + RECORD)
+            first = self._known[key] = Storage(key, dtype, nbytes, location)
+        if first.nbytes != nbytes:
+            raise SourceError(f"storage {key} has {nbytes} bytes here and {first.nbytes} before")
+        if first.dtype is dtype:
+            return first
+        byte, before = (d or dtypes.uint8 for d in (dtype, first.dtype))  # an untyped storage holds bytes
+        if nbytes and byte is not before:
+            raise SourceError(f"storage {key} holds {byte} here and {before} before")
+        return self._other(key, dtype, nbytes, location, m)
+
+    def _other(
+        self, key: str, dtype: DType | None, nbytes: int, location: str, m: Machine
+    ) -> Storage:
+        found = self._others.get((key, dtype))
         if found is None:
-            found = self.known[key, dtype] = Storage(key, dtype, nbytes, location)
+            m.spend(DICT_ITEM + RECORD + 72)
+            found = self._others[key, dtype] = Storage(key, dtype, nbytes, location)
         return found
 
 
@@ -180,16 +222,22 @@ def _size(value: object, what: str) -> int:
 
 
 def _sizes(value: object, what: str) -> tuple[int, ...]:
+    """The value itself, which is a tuple of sizes."""
     if not isinstance(value, tuple) or len(value) > MAX_NDIM:
         raise SourceError(f"the {what} is no tuple of at most {MAX_NDIM} integers")
-    return tuple(_size(v, what) for v in value)
+    for v in value:
+        _size(v, what)
+    return value
 
 
-def _tensor(name: str, args: tuple[object, ...], dtype: object, grad: object, metadata: object) -> object:
+def _tensor(
+    name: str, args: tuple[object, ...], m: Machine, dtype: object, grad: object, metadata: object
+) -> object:
     if len(args) < 4:
         raise SourceError(f"{len(args)} arguments")
     storage = args[0]
     if isinstance(storage, Inert) or isinstance(dtype, Inert) or metadata:
+        m.spend(INERT)
         return Inert(name, args)
     if not isinstance(storage, Storage):
         raise SourceError(f"its storage is a {type(storage).__name__}")
@@ -211,34 +259,43 @@ def _tensor(name: str, args: tuple[object, ...], dtype: object, grad: object, me
                 f"{dtype} {shape} of stride {stride} from element {offset} needs {needed} bytes "
                 f"of storage {storage.key}, which has {storage.nbytes}"
             )
-    return Tensor(storage, dtype, offset, shape, stride, grad)
+    made = storage.blank
+    if made is None or (dtype, offset, shape, stride, grad) != (
+        made.dtype, made.offset, made.shape, made.stride, made.requires_grad,
+    ):  # fmt: skip
+        m.spend(RECORD)
+        made = Tensor(storage, dtype, offset, shape, stride, grad)
+        if 0 in shape:
+            storage.blank = made
+    return made
 
 
-def _rebuild_tensor(args: tuple[object, ...]) -> object:
+def _rebuild_tensor(args: tuple[object, ...], m: Machine) -> object:
     if len(args) != 4:
         raise SourceError(f"{len(args)} arguments; wanted 4")
-    return _tensor("torch._utils._rebuild_tensor", args, None, False, None)
+    return _tensor("torch._utils._rebuild_tensor", args, m, None, False, None)
 
 
-def _rebuild_tensor_v2(args: tuple[object, ...]) -> object:
+def _rebuild_tensor_v2(args: tuple[object, ...], m: Machine) -> object:
     if len(args) not in (6, 7):
         raise SourceError(f"{len(args)} arguments; wanted 6 or 7")
     metadata = args[6] if len(args) == 7 else None
-    return _tensor("torch._utils._rebuild_tensor_v2", args, None, args[4], metadata)
+    return _tensor("torch._utils._rebuild_tensor_v2", args, m, None, args[4], metadata)
 
 
-def _rebuild_tensor_v3(args: tuple[object, ...]) -> object:
+def _rebuild_tensor_v3(args: tuple[object, ...], m: Machine) -> object:
     if len(args) not in (7, 8):
         raise SourceError(f"{len(args)} arguments; wanted 7 or 8")
     if args[6] is None:
         raise SourceError("its dtype is None")
     metadata = args[7] if len(args) == 8 else None
-    return _tensor("torch._utils._rebuild_tensor_v3", args, args[6], args[4], metadata)
+    return _tensor("torch._utils._rebuild_tensor_v3", args, m, args[6], args[4], metadata)
 
 
-def _rebuild_parameter(args: tuple[object, ...]) -> object:
+def _rebuild_parameter(args: tuple[object, ...], m: Machine) -> object:
     if len(args) not in (3, 4):
         raise SourceError(f"{len(args)} arguments; wanted 3 or 4")
+    m.spend(RECORD + INERT)
     if isinstance(args[0], Inert):
         return Inert("torch._utils._rebuild_parameter", args)
     if not isinstance(args[0], Tensor) or type(args[1]) is not bool:
@@ -246,28 +303,32 @@ def _rebuild_parameter(args: tuple[object, ...]) -> object:
     return replace(args[0], requires_grad=args[1])
 
 
-def _rebuild_from_type(args: tuple[object, ...]) -> object:
+def _rebuild_from_type(args: tuple[object, ...], m: Machine) -> object:
     """(function, type, arguments, state): a tensor with attributes of Python, which are dropped."""
     if len(args) != 4 or not isinstance(args[0], Inert) or not isinstance(args[1], Inert):
         raise SourceError("wanted a function, a type, arguments and state")
     function, inner = args[0], args[2]
     rebuild = _REBUILDS.get(function.name)
     if rebuild is None or args[1].name not in _TENSORS:
+        m.spend(INERT)
         return Inert("torch._tensor._rebuild_from_type_v2", args)
     if not isinstance(inner, tuple):
         raise SourceError(f"the arguments of {function.name} are a {type(inner).__name__}")
-    return rebuild(inner)
+    return rebuild(inner, m)
 
 
-def _torch_size(args: tuple[object, ...]) -> object:
+def _torch_size(args: tuple[object, ...], m: Machine) -> object:
     if len(args) != 1 or not isinstance(args[0], (tuple, list)):
         raise SourceError("wanted one tuple")
+    if isinstance(args[0], list):
+        m.spend(64 + 8 * len(args[0]))
     return _sizes(tuple(args[0]), "shape")
 
 
-def _device(args: tuple[object, ...]) -> object:
+def _device(args: tuple[object, ...], m: Machine) -> object:
     if not 1 <= len(args) <= 2 or not isinstance(args[0], str):
         raise SourceError("wanted a device type and an index")
+    m.spend(128 + len(args[0]))
     return args[0] if len(args) == 1 else f"{args[0]}:{_size(args[1], 'index')}"
 
 

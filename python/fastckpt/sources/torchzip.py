@@ -12,11 +12,12 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Iterator
-from typing import NamedTuple
+
+import xxhash
 
 from ..errors import SourceError
 from ..extents import File
+from .zipentries import FULL16, FULL32, STREAMED, Entries, Record, zip64
 
 MAX_DIRECTORY = 256 << 20
 """The longest central directory, in bytes."""
@@ -25,13 +26,11 @@ MAX_RECORDS = 1 << 20
 """The most records in one file."""
 
 LOCAL = b"PK\x03\x04"
-_CENTRAL, _DESCRIPTOR = b"PK\x01\x02", b"PK\x07\x08"
+_DESCRIPTOR = b"PK\x07\x08"
 _END, _END64, _LOCATOR = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 _TAIL = 16 << 10
 _AHEAD = 4 << 10
 _CHUNK = 4 << 20
-_STREAMED, _UTF8 = 0x0008, 0x0800
-_FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
 
 
 class Reader:
@@ -94,31 +93,22 @@ class Reader:
         return crc
 
 
-class Record(NamedTuple):
-    """One entry of the central directory: header `offset`, `size` in bytes, `crc`, `flags`, and
-    `limit`, the offset at which the next record or the directory begins."""
-
-    offset: int
-    size: int
-    crc: int
-    flags: int
-    limit: int
-
-
 class Directory:
-    """The central directory of a zip file: record name -> Record, checked as the module says."""
+    """The central directory of a zip file: records by name, checked as the module says; `digest` is the
+    xxh3-64 of its bytes, hexadecimal."""
 
-    __slots__ = ("_reader", "raw", "records")
+    __slots__ = ("_reader", "digest", "records")
 
     def __init__(self, reader: Reader) -> None:
         """Reads the directory at the end of the file. Raises SourceError for what is not as it should be."""
         self._reader = reader
-        start, self.raw, count = _central(reader)
-        self.records = _bounded(list(_entries(self.raw, count)), start)
+        start, raw, count = _central(reader)
+        self.records = Entries(raw, count, start)
+        self.digest = xxhash.xxh3_64_hexdigest(raw)
 
-    def locate(self, name: bytes) -> int:
+    def locate(self, name: bytes, record: Record) -> int:
         """The offset of the first byte of a record, after its local header and descriptor were checked."""
-        record, reader = self.records[name], self._reader
+        reader = self._reader
         head = reader.read(record.offset, 30)
         flags, method, crc, packed, size, name_len, extra_len = struct.unpack("<6xHH4xIIIHH", head)
         data: int = record.offset + 30 + name_len + extra_len
@@ -138,26 +128,25 @@ class Directory:
                 f"record {shown}: local flags 0x{flags:04x} and method {method}, "
                 f"central 0x{record.flags:04x} and 0"
             )
-        wide = _zip64(rest[name_len:], shown)
-        if record.flags & _STREAMED:
+        wide = zip64(rest[name_len:], shown)
+        if record.flags & STREAMED:
             said = crc in (0, record.crc) and all(
-                n in (0, _FULL32, record.size) for n in (packed, size)
+                n in (0, FULL32, record.size) for n in (packed, size)
             )  # zero, and given behind the data instead
         else:
             sizes = [size, packed]
             for k in (0, 1):
-                if sizes[k] == _FULL32 and wide:
+                if sizes[k] == FULL32 and wide:
                     sizes[k] = wide.pop(0)
             said = crc == record.crc and sizes == [record.size, record.size]
         if not said:
             raise SourceError(f"record {shown}: its local header disagrees with the directory on size or CRC")
-        if record.flags & _STREAMED:
+        if record.flags & STREAMED:
             self._check_descriptor(shown, data + record.size, record)
         return data
 
-    def check_crc(self, name: bytes, data: int) -> None:
+    def check_crc(self, name: bytes, record: Record, data: int) -> None:
         """Reads a record, whose bytes begin at `data`; raises SourceError when its CRC32 is another."""
-        record = self.records[name]
         crc = self._reader.crc32(data, record.size)
         if crc != record.crc:
             raise SourceError(
@@ -169,7 +158,7 @@ class Directory:
         found = self._reader.read(at, min(24, record.limit - at))
         long = struct.pack("<4sIQQ", _DESCRIPTOR, record.crc, record.size, record.size)
         short = long[:0]
-        if record.size < _FULL32:
+        if record.size < FULL32:
             short = struct.pack("<4sIII", _DESCRIPTOR, record.crc, record.size, record.size)
         if found != long and (not short or found[:16] != short):
             raise SourceError(f"record {shown}: its descriptor at {at} disagrees with the directory")
@@ -191,10 +180,10 @@ def _central(reader: Reader) -> tuple[int, bytes, int]:
             raise SourceError("the zip64 end record is not where its locator says")
         disk64, disk640, here64, count64, size64, start64 = struct.unpack("<IIQQQQ", wide[16:])
         agree = (
-            here in (here64, _FULL16)
-            and count in (count64, _FULL16)
-            and size in (size64, _FULL32)
-            and start in (start64, _FULL32)
+            here in (here64, FULL16)
+            and count in (count64, FULL16)
+            and size in (size64, FULL32)
+            and start in (start64, FULL32)
         )
         if first or disks > 1 or disk64 or disk640 or not agree:
             raise SourceError("the zip and zip64 end records disagree")
@@ -209,73 +198,3 @@ def _central(reader: Reader) -> tuple[int, bytes, int]:
     have = total - n
     raw = tail[start - have : end - have] if start >= have else reader.read_through(start, size)
     return start, raw, count
-
-
-def _entries(raw: bytes, count: int) -> Iterator[tuple[bytes, Record]]:
-    """The entries of a central directory: (name, record without its limit)."""
-    at = 0
-    for _ in range(count):
-        if len(raw) - at < 46 or raw[at : at + 4] != _CENTRAL:
-            raise SourceError(f"the zip directory is broken at its byte {at}")
-        flags, method, crc, packed, size, name_len, extra_len, comment, disk, offset = struct.unpack_from(
-            "<HH4xIIIHHHH6xI", raw, at + 8
-        )
-        end = at + 46 + name_len + extra_len
-        name, extra = raw[at + 46 : at + 46 + name_len], raw[at + 46 + name_len : end]
-        shown = name.decode(errors="replace")
-        if len(extra) != extra_len or end + comment > len(raw):
-            raise SourceError(f"the zip directory is broken at its byte {at}")
-        if method:
-            raise SourceError(
-                f"record {shown}: compressed (method {method}); torch.save stores its records, "
-                "only TorchScript archives hold compressed code"
-            )
-        if flags & ~(_STREAMED | _UTF8) or disk or not name:
-            raise SourceError(f"record {shown}: encrypted, on another disk or unnamed (flags 0x{flags:04x})")
-        if _FULL32 in (size, packed, offset):
-            wide = _zip64(extra, shown)
-            try:
-                size = wide.pop(0) if size == _FULL32 else size
-                packed = wide.pop(0) if packed == _FULL32 else packed
-                offset = wide.pop(0) if offset == _FULL32 else offset
-            except IndexError:
-                raise SourceError(f"record {shown}: its zip64 sizes are missing") from None
-        if packed != size:
-            raise SourceError(f"record {shown}: stored, but {packed} bytes packed and {size} unpacked")
-        yield name, Record(offset, size, crc, flags, 0)
-        at = end + comment
-    if at != len(raw):
-        raise SourceError(f"the zip directory has {len(raw) - at} bytes after its last entry")
-
-
-def _zip64(extra: bytes, shown: str) -> list[int]:
-    """The 64-bit values of the zip64 field among the extra fields, in file order; [] without one."""
-    at, found = 0, None
-    while at + 4 <= len(extra):
-        kind, n = struct.unpack_from("<HH", extra, at)
-        if at + 4 + n > len(extra):
-            break
-        if kind == 1:
-            if found is not None:
-                raise SourceError(f"record {shown}: two zip64 fields")
-            found = [v[0] for v in struct.iter_unpack("<Q", extra[at + 4 : at + 4 + n // 8 * 8])]
-        at += 4 + n
-    return found or []
-
-
-def _bounded(entries: list[tuple[bytes, Record]], directory: int) -> dict[bytes, Record]:
-    """name -> record with its limit; refuses names that repeat and records that cannot lie apart."""
-    records: dict[bytes, Record] = {}
-    limit = directory
-    for name, record in sorted(entries, key=lambda e: e[1].offset, reverse=True):
-        shown = name.decode(errors="replace")
-        if name in records:
-            raise SourceError(f"record {shown}: the name stands twice in the zip directory")
-        if record.offset + 30 + len(name) + record.size > limit:
-            raise SourceError(
-                f"record {shown}: {record.size} bytes from {record.offset} run into {limit}, "
-                "where another record or the directory begins"
-            )
-        records[name] = record._replace(limit=limit)
-        limit = record.offset
-    return {name: records[name] for name, _ in entries}

@@ -27,7 +27,7 @@ from .options import Options
 from .torchfile import Tensor, TorchFile, Tree, Wanted
 from .torchtensors import by_storage, places, whole
 from .zero_files import Files, check_ranks, find, is_zero
-from .zero_layout import Flat, Piece, Shape, chained, sliced
+from .zero_layout import Flat, Placed, Shape, chained, sliced
 from .zero_parts import Parts, parts, trainable
 from .zero_sample import check_copy, number, read_at
 from .zero_state import ModelState, OptimState, model_state, optim_state
@@ -226,9 +226,9 @@ def _from_masters(
             if at_stage_3
             else _frozen_whole(state, models[0], extents, where)
         )
-    masters = {
-        n: Entry(p.shape, flats[p.flat].dtype, partial(p.view, flats, extents)) for n, p in layout.items()
-    }
+    masters: dict[str, Entry] = {}
+    for placed in layout:
+        masters |= placed.entries(extents)
     if options.weights == "module":
         copies = _copies(layout, state, models[0], extents, where)
         check_copy(_one_axis(copies), _one_axis(masters), where)
@@ -240,13 +240,14 @@ def _from_masters(
             "stage": 1 if first.stage is None else first.stage,
             "optimizer": "ZeRO" if first.stage is not None else "BF16_Optimizer",
             "world": world,
-            "groups": [_group_facts(g, f) for g, f in zip(_per_flat(layout, flats), flats, strict=True)],
+            "groups": [_group_facts(placed) for placed in layout],
             "master dtype": ", ".join(sorted({f.dtype.name for f in flats})),
             "weights": options.weights,
         },
-        unread=[f"optimizer moments of {world} ranks", *_other_copy(options, layout, at_stage_3)],
+        unread=[f"optimizer moments of {world} ranks", *_other_copy(options, len(masters), at_stage_3)],
         layout=[
-            *(a.tobytes() for f in flats for a in (f.extent, f.offset, f.length)), repr(layout).encode(),
+            *(a.tobytes() for f in flats for a in (f.extent, f.offset, f.length)),
+            *(a.tobytes() for placed in layout for a in (placed.numel, placed.start)),
             *map(_places, states),
         ],
     )  # fmt: skip
@@ -348,26 +349,28 @@ def _frozen_cut(
     """Frozen parameters of stage 3: each cut over all ranks' files."""
     shapes = states[0].frozen_shapes or {}
     flats = _columns(models, [[(s.fragments or {})[n] for n in shapes] for s in states], f"{where}: frozen")
-    out = {}
+    out: dict[str, Entry] = {}
     for flat, (name, shape) in zip(flats, shapes.items(), strict=True):
         # A frozen parameter is a group of its own: the same formula, the same check.
-        piece = sliced([{name: shape}], [flat], f"{where}: frozen {name}")[name]
-        out[name] = Entry(shape, flat.dtype, partial(piece.view, [flat], extents), "frozen")
+        (placed,) = sliced([{name: shape}], [flat], f"{where}: frozen {name}")
+        out |= placed.entries(extents, "frozen")
     return out
 
 
 def _copies(
-    layout: Mapping[str, Piece], state: ModelState, model: _Opened, extents: Extents, where: str
+    layout: Sequence[Placed], state: ModelState, model: _Opened, extents: Extents, where: str
 ) -> dict[str, Entry]:
-    for name, piece in layout.items():
-        t = state.module.get(name)
-        if not isinstance(t, Tensor) or t.shape != piece.shape:
-            got = t.shape if isinstance(t, Tensor) else "nothing"
-            hint = "; at stage 3 `module` holds placeholders, use the masters" if piece.sliced else ""
-            raise SourceError(
-                f"{where}: weights='module': {name}: `module` has {got}, wanted {piece.shape}{hint}"
-            )
-    return _module_entries(layout, state, model, extents, "parameter")
+    for placed in layout:
+        for name, shape in zip(placed.names, placed.shapes, strict=True):
+            t = state.module.get(name)
+            if not isinstance(t, Tensor) or t.shape != shape:
+                got = t.shape if isinstance(t, Tensor) else "nothing"
+                hint = "; at stage 3 `module` holds placeholders, use the masters" if placed.sliced else ""
+                raise SourceError(
+                    f"{where}: weights='module': {name}: `module` has {got}, wanted {shape}{hint}"
+                )
+    names = (name for placed in layout for name in placed.names)
+    return _module_entries(names, state, model, extents, "parameter")
 
 
 def _places(state: ModelState) -> bytes:
@@ -452,27 +455,20 @@ def _check_not_offloaded(shapes: Sequence[Mapping[str, Shape]], flats: Sequence[
         )
 
 
-def _per_flat(layout: Mapping[str, Piece], flats: Sequence[Flat]) -> list[list[Piece]]:
-    out: list[list[Piece]] = [[] for _ in flats]
-    for piece in layout.values():
-        out[piece.flat].append(piece)
-    return out
-
-
-def _group_facts(pieces: Sequence[Piece], flat: Flat) -> JSON:
-    numel = sum(p.numel for p in pieces)
+def _group_facts(placed: Placed) -> JSON:
+    numel = int(placed.numel.sum())
     return {
-        "parameters": len(pieces), "numel": numel, "padding": int(flat.length.sum()) - numel,
-        "dtype": flat.dtype.name,
+        "parameters": len(placed.names), "numel": numel, "padding": int(placed.flat.length.sum()) - numel,
+        "dtype": placed.flat.dtype.name,
     }  # fmt: skip
 
 
-def _other_copy(options: Options, layout: Mapping[str, Piece], at_stage_3: bool) -> list[str]:
+def _other_copy(options: Options, parameters: int, at_stage_3: bool) -> list[str]:
     """The copy of the weights that was not asked for."""
     if at_stage_3:
         return []
     other = "masters" if options.weights == "module" else "16-bit copy in `module`"
-    return [f"{other} of {len(layout)} parameters"]
+    return [f"{other} of {parameters} parameters"]
 
 
 def _short(value: object) -> str:

@@ -16,12 +16,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..checkpoint import Entry
 from ..dtypes import DType
 from ..errors import SourceError
 from ..extents import Extents
-from ..views import Rows, View, runs
+from ..views import Rows, View, runs_of_many, zeros
 
 Shape = tuple[int, ...]
+
+BLOCK, FRAGMENTS = 256, 4096
+"""The most parameters whose fragments are found at once, and about how many fragments those may have."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,49 +45,122 @@ class Flat:
         return len(self.length)
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Where one parameter lies: in flat number `flat`, from element `start`. That is an element of the whole
-    flat at stages 1 and 2, and of every rank's partition at stage 3 (`sliced`)."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Placed:
+    """The parameters of one flat, as columns in its order: `numel` elements from element `start`. That is an
+    element of the whole flat at stages 1 and 2, and of every rank's partition at stage 3 (`sliced`)."""
 
-    flat: int
-    start: int
-    shape: Shape
+    flat: Flat
+    names: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    numel: Rows
+    start: Rows
     sliced: bool
 
+    def entries(self, extents: Extents, kind: str = "parameter") -> dict[str, Entry]:
+        """Name -> entry; `extents`: the table that the flat's extents are numbers of."""
+        gather = Gather(self, extents, kind)
+        return {name: Gathered(gather, k) for k, name in enumerate(self.names)}
+
+
+class Gather:
+    """Builds the views of one flat's parameters.
+
+    The fragments of a block of neighbours are found at once, and kept until a parameter of another block is
+    asked for: many small parameters then cost a few vector operations a block, not each."""
+
+    __slots__ = ("_held", "_size", "extents", "kind", "placed")
+
+    def __init__(self, placed: Placed, extents: Extents, kind: str) -> None:
+        self.placed, self.extents, self.kind = placed, extents, kind
+        self._size = max(1, min(BLOCK, FRAGMENTS // max(1, placed.flat.world)))
+        self._held: tuple[int, Rows, list[int]] = (-1, np.empty((0, 0), np.int64), [])
+
+    def view(self, number: int) -> View:
+        """The parameter of that number, in its shape. Raises SourceError when it leaves its extents."""
+        at, k = divmod(number, self._size)
+        block, rows, borders = self._held
+        if block != at:
+            rows, borders = self._fragments(slice(at * self._size, (at + 1) * self._size))
+            self._held = at, rows, borders
+        p = self.placed
+        shape, flat = p.shapes[number], (int(p.numel[number]),)
+        if 0 in shape:
+            return zeros(shape, p.flat.dtype)
+        held = rows[borders[k] : borders[k + 1]]
+        return View(shape, p.flat.dtype, self.extents, held, None if shape == flat else flat)
+
+    def _fragments(self, block: slice) -> tuple[Rows, list[int]]:
+        p = self.placed
+        flat = p.flat
+        places = _sliced if p.sliced else _chained
+        rank, offset, length, counts = places(flat, p.start[block], p.numel[block])
+        return runs_of_many(
+            self.extents, flat.dtype, flat.extent[rank], flat.offset[rank] + offset, length, counts
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gathered:
+    """The entry of one of these parameters."""
+
+    gather: Gather
+    number: int
+
     @property
-    def numel(self) -> int:
-        """The number of elements."""
-        return math.prod(self.shape)
+    def shape(self) -> Shape:
+        """Its shape."""
+        return self.gather.placed.shapes[self.number]
 
-    def elements(self, flats: Sequence[Flat], extents: Extents) -> View:
-        """The parameter as one axis of `numel` elements."""
-        gather = _sliced if self.sliced else _chained
-        return gather(flats[self.flat], extents, self.start, self.numel)
+    @property
+    def dtype(self) -> DType:
+        """Its dtype as stored."""
+        return self.gather.placed.flat.dtype
 
-    def view(self, flats: Sequence[Flat], extents: Extents) -> View:
-        """The parameter in its shape."""
-        return self.elements(flats, extents).reshape(self.shape)
+    @property
+    def kind(self) -> str:
+        """What it is."""
+        return self.gather.kind
+
+    def build(self) -> View:
+        """Its view."""
+        return self.gather.view(self.number)
 
 
-def _chained(flat: Flat, extents: Extents, start: int, numel: int) -> View:
+Places = tuple[Rows, Rows, Rows, Rows]
+"""Runs of many parameters: the rank of each, its first element in the rank's tensor and its length; and how
+many runs each parameter has."""
+
+
+def _chained(flat: Flat, start: Rows, numel: Rows) -> Places:
     """Elements [start, start + numel) of the ranks' partitions one after another."""
     stop = np.cumsum(flat.length)
     begin = stop - flat.length
-    first = int(np.searchsorted(stop, start, "right"))
-    last = int(np.searchsorted(begin, start + numel, "left")) if numel else first
-    ranks = slice(first, last)
-    low = np.maximum(begin[ranks], start)
-    high = np.minimum(stop[ranks], start + numel)
-    return runs(extents, flat.dtype, flat.extent[ranks], flat.offset[ranks] + low - begin[ranks], high - low)
+    first = np.searchsorted(stop, start, "right")
+    counts = np.where(numel > 0, np.searchsorted(begin, start + numel, "left") - first, 0)
+    parameter, k = _each(counts)
+    rank = first[parameter] + k
+    low = np.maximum(begin[rank], start[parameter])
+    high = np.minimum(stop[rank], (start + numel)[parameter])
+    return rank, low - begin[rank], high - low, counts
 
 
-def _sliced(flat: Flat, extents: Extents, start: int, numel: int) -> View:
-    """A parameter of `numel` elements cut over all ranks, each piece from `start` of its partition."""
+def _sliced(flat: Flat, start: Rows, numel: Rows) -> Places:
+    """Parameters cut over all ranks, each piece from `start` of its partition."""
     part = -(-numel // flat.world)
-    ranks = slice(0, -(-numel // part) if part else 0)
-    count = np.minimum(part, numel - part * np.arange(ranks.stop, dtype=np.int64))
-    return runs(extents, flat.dtype, flat.extent[ranks], flat.offset[ranks] + start, count)
+    counts = -(-numel // np.maximum(part, 1))
+    parameter, rank = _each(counts)
+    length = np.minimum(part[parameter], numel[parameter] - part[parameter] * rank)
+    return rank, start[parameter], length, counts
+
+
+def _each(counts: Rows) -> tuple[Rows, Rows]:
+    """For items of which each stands `counts` times: the item, and which time it is."""
+    item = np.repeat(np.arange(len(counts)), counts)
+    return item, np.arange(len(item)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+# ---- lengths are checked, and every parameter gets its place ----
 
 
 def chained(
@@ -91,8 +168,8 @@ def chained(
     paddings: Sequence[Sequence[int]] | None,
     flats: Sequence[Flat],
     where: str,
-) -> dict[str, Piece]:
-    """Stages 1 and 2: name -> piece, and every group's lengths checked.
+) -> list[Placed]:
+    """Stages 1 and 2: where the parameters of each group lie, every group's lengths checked.
 
     `paddings`: elements after each parameter of each group (`param_alignment_paddings`); None is none."""
     if len(shapes) != len(flats) or (paddings is not None and len(paddings) != len(shapes)):
@@ -100,19 +177,23 @@ def chained(
             f"{where}: {len(shapes)} groups in param_shapes, {len(flats)} groups of masters"
             + (f", {len(paddings)} in param_alignment_paddings" if paddings is not None else "")
         )
-    out: dict[str, Piece] = {}
+    out = []
     for g, (group, flat) in enumerate(zip(shapes, flats, strict=True)):
         after = paddings[g] if paddings is not None else [0] * len(group)
         if len(after) != len(group):
             raise SourceError(
                 f"{where}: group {g} has {len(group)} parameters, {len(after)} alignment paddings"
             )
-        at = 0
-        for (name, shape), pad in zip(group.items(), after, strict=True):
-            out[name] = Piece(g, at, shape, sliced=False)
-            at += math.prod(shape) + pad
-        _check_chain(flat.length, at, f"{where}: group {g}", len(group))
+        numel = _numels(group)
+        stop = np.cumsum(numel + np.array(after, np.int64))
+        start = np.concatenate([np.zeros(1, np.int64), stop])
+        _check_chain(flat.length, int(start[-1]), f"{where}: group {g}", len(group))
+        out.append(Placed(flat, tuple(group), tuple(group.values()), numel, start[:-1], sliced=False))
     return out
+
+
+def _numels(group: Mapping[str, Shape]) -> Rows:
+    return np.array([math.prod(shape) for shape in group.values()], np.int64)
 
 
 def _check_chain(length: Rows, wanted: int, where: str, parameters: int) -> None:
@@ -132,35 +213,41 @@ def _check_chain(length: Rows, wanted: int, where: str, parameters: int) -> None
     )
 
 
-def sliced(shapes: Sequence[Mapping[str, Shape]], flats: Sequence[Flat], where: str) -> dict[str, Piece]:
-    """Stage 3: name -> piece, and every sub-group's length checked on every rank.
+def sliced(shapes: Sequence[Mapping[str, Shape]], flats: Sequence[Flat], where: str) -> list[Placed]:
+    """Stage 3: where the parameters of each sub-group lie, its length checked on every rank.
 
     Sub-groups are one stream in order, so that a flat for each dict, for each optimizer group or for all
     (old versions) are read alike; a parameter across two of them is refused, DeepSpeed writes none."""
     world = flats[0].world if flats else 1
-    out: dict[str, Piece] = {}
-    flat, at = 0, 0
-    paired = len(shapes) == len(flats)
-    for g, group in enumerate(shapes):
-        for name, shape in group.items():
-            part = -(-math.prod(shape) // world)
-            while flat < len(flats) and part and at == flats[flat].length[0]:
-                flat, at = flat + 1, 0
-            if part and (flat == len(flats) or at + part > flats[flat].length[0] or (paired and flat != g)):
-                have = int(flats[flat].length[0]) if flat < len(flats) else 0
-                raise SourceError(
-                    f"{where}: group {g}: {name} {list(shape)} needs elements [{at}, {at + part}) of each "
-                    f"rank's flat group {flat}, which has {have}; "
-                    f"all parameters need {_parts(shapes, world)} a rank, "
-                    f"the flat groups have {sum(int(f.length[0]) for f in flats)}"
-                )
-            out[name] = Piece(min(flat, len(flats) - 1), at, shape, sliced=True)
-            at += part
-    rest = sum(int(f.length[0]) for f in flats[flat:]) - at
-    if rest:
+    names = tuple(name for group in shapes for name in group)
+    every = tuple(shape for group in shapes for shape in group.values())
+    numel = np.concatenate([_numels(group) for group in shapes] or [np.empty(0, np.int64)])
+    part = -(-numel // world)
+    begin = np.cumsum(part) - part
+    ends = np.cumsum([int(f.length[0]) for f in flats], dtype=np.int64)
+    begins = np.concatenate([np.zeros(1, np.int64), ends])
+    flat = np.searchsorted(ends, begin, "right")
+    misfit = begin + part > np.append(ends, 0)[flat]
+    if len(shapes) == len(flats):
+        misfit |= flat != np.repeat(np.arange(len(shapes)), [len(group) for group in shapes])
+    misfit &= part > 0
+    total = int(part.sum())
+    if names and not flats:
+        raise SourceError(f"{where}: {len(names)} parameters in param_shapes, no flat groups")
+    if misfit.any():
+        k = int(np.argmax(misfit))
+        g = next(g for g, group in enumerate(shapes) if names[k] in group)
+        number, at = int(flat[k]), int(begin[k] - begins[flat[k]])
+        have = int(flats[number].length[0]) if number < len(flats) else 0
         raise SourceError(
-            f"{where}: group {flat}: parameters need {_parts(shapes, world)} elements a rank, "
-            f"the flat groups have {_parts(shapes, world) + rest}"
+            f"{where}: group {g}: {names[k]} {list(every[k])} needs elements [{at}, {at + int(part[k])}) of "
+            f"each rank's flat group {number}, which has {have}; "
+            f"all parameters need {total} a rank, the flat groups have {int(begins[-1])}"
+        )
+    if total != begins[-1]:
+        raise SourceError(
+            f"{where}: group {int(np.searchsorted(ends, total, 'right'))}: parameters need {total} elements "
+            f"a rank, the flat groups have {int(begins[-1])}"
         )
     for g, f in enumerate(flats):
         odd = np.flatnonzero(f.length != f.length[0])
@@ -168,8 +255,9 @@ def sliced(shapes: Sequence[Mapping[str, Shape]], flats: Sequence[Flat], where: 
             raise SourceError(
                 f"{where}: group {g}: rank {odd[0]} holds {f.length[odd[0]]} elements, rank 0 {f.length[0]}"
             )
+    edges = np.searchsorted(flat, np.arange(len(flats)))  # what has no elements may stand past the last flat
+    out = []
+    for g, f in enumerate(flats):
+        own = slice(int(edges[g]), int(edges[g + 1]) if g + 1 < len(flats) else len(names))
+        out.append(Placed(f, names[own], every[own], numel[own], (begin - begins[flat])[own], sliced=True))
     return out
-
-
-def _parts(shapes: Sequence[Mapping[str, Shape]], world: int) -> int:
-    return sum(-(-math.prod(s) // world) for group in shapes for s in group.values())

@@ -6,7 +6,7 @@ Law: every tensor that `module` names is accounted for, so that no weight is dro
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..errors import SourceError
@@ -32,9 +32,10 @@ class Parts:
     lost: tuple[str, ...]
 
 
-def trainable(state: ModelState) -> dict[str, Shape]:
+def trainable(state: ModelState) -> Mapping[str, Shape]:
     """Name -> shape of what the optimizer owns."""
-    return {n: s for group in state.shapes or () for n, s in group.items()}
+    groups = state.shapes or ()
+    return groups[0] if len(groups) == 1 else {n: s for group in groups for n, s in group.items()}
 
 
 def parts(state: ModelState, where: str) -> Parts:
@@ -48,19 +49,23 @@ def parts(state: ModelState, where: str) -> Parts:
     missing = next((n for n in frozen if n not in (state.fragments or {})), None)
     if missing is not None:
         raise SourceError(f"{where}: {missing} is in frozen_param_shapes, frozen_param_fragments lacks it")
-    tied = _tied(state, {**frozen, **owned}, where)
+    every = {**frozen, **owned} if frozen else owned
+    tied = _tied(state, every, where)
+    other = tuple(n for n, t in state.module.items() if not isinstance(t, Tensor))
+    for name in other:
+        refuse_unread(f"{where}: {name}", state.module[name])
     module = {n: t for n, t in state.module.items() if isinstance(t, Tensor)}
     named = set(state.buffers) - owned.keys() - frozen.keys()
     buffers = tuple(n for n in module if n in named)
-    for name, shape in {**frozen, **owned}.items():
+    for name, shape in every.items():
         copy = module.get(name)
         # A stage-3 placeholder has no elements; everything else is the parameter itself.
         if copy is not None and copy.numel and copy.shape != shape:
             raise SourceError(f"{where}: {name}: `module` has shape {copy.shape}, its shape is {shape}")
-    holders = {place(module[n]): n for n in module if n in owned or n in frozen}
+    holders = {place(t): n for n, t in module.items() if t.numel and n in every}
     kept, lost = [], []
     for name, t in module.items():
-        if name in owned or name in frozen or name in tied or name in named:
+        if name in every or name in tied or name in named:
             continue
         holder = holders.setdefault(place(t), name) if t.numel else name
         if holder != name:
@@ -69,18 +74,15 @@ def parts(state: ModelState, where: str) -> Parts:
             lost.append(name)
         else:
             kept.append(name)
-    for name, value in state.module.items():
-        refuse_unread(f"{where}: {name}", value)
-    other = tuple(n for n, t in state.module.items() if not isinstance(t, Tensor))
     return Parts(buffers, tuple(frozen), tuple(kept), tied, other, tuple(lost))
 
 
-def _tied(state: ModelState, own: Collection[str], where: str) -> dict[str, str]:
+def _tied(state: ModelState, own: Mapping[str, Shape], where: str) -> dict[str, str]:
     """`shared_params`, without the empty parameters that DeepSpeed takes for one (all at address 0)."""
     out = {}
     for name, holder in state.shared.items():
         if name in own:
-            if not _empty(state, name):
+            if math.prod(own[name]):
                 raise SourceError(
                     f"{where}: {name} is tied to {holder} in shared_params and has a shape of its own"
                 )
@@ -91,11 +93,6 @@ def _tied(state: ModelState, own: Collection[str], where: str) -> dict[str, str]
             raise SourceError(f"{where}: {name} {shapes[0]} is tied to {holder} {shapes[1]}")
         out[name] = holder
     return out
-
-
-def _empty(state: ModelState, name: str) -> bool:
-    shape = (state.frozen_shapes or {}).get(name, trainable(state).get(name))
-    return shape is not None and math.prod(shape) == 0
 
 
 def _placeholders(module: dict[str, Tensor], owned: Collection[str]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from ..checkpoint import JSON
 from ..errors import SourceError
@@ -196,14 +197,12 @@ def _list(value: object, where: str) -> Sequence[object]:
 
 
 def _ints(value: object, where: str) -> tuple[int, ...]:
-    out = []
-    for n in _list(value, where):
+    for n in (listed := _list(value, where)):
         if not isinstance(n, int) or isinstance(n, bool) or n < 0:
             raise SourceError(
                 f"{where}: wanted whole numbers, got {_kind(n)} {n if isinstance(n, int) else ''}"
             )
-        out.append(n)
-    return tuple(out)
+    return tuple(listed)  # type: ignore[arg-type]  # as was just seen
 
 
 def _strings(value: object, where: str) -> list[str]:
@@ -215,8 +214,16 @@ def _strings(value: object, where: str) -> list[str]:
     return out
 
 
-def _names(value: Mapping[object, object], where: str) -> dict[str, object]:
-    return dict(zip(_strings(list(value), where), value.values(), strict=True))
+def _names(value: dict[object, object], where: str) -> dict[str, object]:
+    """The value itself, whose keys are names."""
+    if not _all_named(value):
+        odd = next(key for key in value if not isinstance(key, str))
+        raise SourceError(f"{where}: wanted names, got {_kind(odd)}")
+    return value
+
+
+def _all_named(value: dict[object, object]) -> TypeGuard[dict[str, object]]:
+    return all(isinstance(key, str) for key in value)
 
 
 def _pairs(value: object, where: str) -> dict[str, str]:
@@ -225,7 +232,13 @@ def _pairs(value: object, where: str) -> dict[str, str]:
 
 
 def _shapes(value: object, where: str) -> dict[str, Shape]:
-    return {n: _ints(shape, f"{where}: {n}") for n, shape in _names(_dict(value, where), where).items()}
+    """Name -> shape; equal shapes are one tuple."""
+    known: dict[Shape, Shape] = {}
+    out = {}
+    for name, shape in _names(_dict(value, where), where).items():
+        checked = _ints(shape, f"{where}: {name}")
+        out[name] = known.setdefault(checked, checked)
+    return out
 
 
 def _tensors(value: object, where: str) -> dict[str, Tensor]:
@@ -246,6 +259,8 @@ def _flat(value: object, where: str) -> Tensor:
 
 
 def _no_doubles(groups: Sequence[Mapping[str, Shape]], where: str) -> None:
+    if len(groups) < 2:
+        return
     seen: dict[str, int] = {}
     for g, group in enumerate(groups):
         for name in group:

@@ -1,0 +1,224 @@
+"""Reads a commit of the training side (docs/manager.md): the model that was saved in it.
+
+The model is the state's only module, under its own names; of several modules each tensor keeps the name of
+its place in the state; a state of no module is its tensors. A DeepSpeed engine's files are a ZeRO checkpoint
+and read as one. What each rank had of its own is no part of a model.
+
+Law: what says where bytes lie (the record, the table of shared tensors, the tree) is taken only with the
+digest under which it was committed. Tensors are not read here; `verify` proves them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from ..checkpoint import JSON, Checkpoint, Single
+from ..digest import digest
+from ..dtypes import BY_NAME
+from ..errors import SourceError
+from ..extents import Extent, Extents, File
+from ..views import View, dense_strides, zeros
+from . import zero
+from .assembly import assemble, parse_json, read_json
+from .options import Options
+
+RECORD, TABLE = "fastckpt.json", "tensors.json"
+SCHEMA = 1
+_TAIL = b'"digest": "%s"\n}\n'
+_MAX_BYTES = 1 << 30
+
+
+def matches(path: str) -> bool:
+    """Whether `path` is a directory with a commit record and the table of a training commit."""
+    return all(os.path.isfile(os.path.join(path, name)) for name in (RECORD, TABLE))
+
+
+def read(path: str, options: Options) -> Checkpoint:
+    """The model in a commit. Raises SourceError where the commit is not whole or holds no model."""
+    body = _record(path)
+    tree = _document(path, body, "rank-00000/state.json", 0)
+    parts = parts_of(tree.get("tree"))
+    engines = [key for key, kind in parts.items() if kind == "engine"]
+    modules = [key for key, kind in parts.items() if kind == "module"]
+    if engines and not modules:
+        if len(engines) > 1:
+            raise SourceError(f"{path}: {len(engines)} engines; open the directory of one of them")
+        found = zero.read(os.path.join(path, f"engine-{engines[0]}" if engines[0] else "engine"), options)
+        return replace(found, facts={**found.facts, "commit": path})
+    options.refuse_zero_only(path)
+    return _tensors(path, body, tree, modules, options)
+
+
+def _tensors(
+    path: str, body: Mapping[str, JSON], tree: Mapping[str, JSON], modules: list[str], options: Options
+) -> Checkpoint:
+    """The shared tensors of the modules, or of the whole state where there is none."""
+    table = _document(path, body, TABLE, None)
+    tied = _map(tree.get("aliases"), path, "aliases")
+    names = names_in(tree.get("tree"))
+    chosen = [n for n in names if not modules or any(not m or n.startswith(f"{m}.") for m in modules)]
+    cut = len(modules[0]) + 1 if len(modules) == 1 and modules[0] else 0
+    holders = {n: str(tied.get(n, n)) for n in chosen}
+    own = [n for n in chosen if holders[n] not in table]
+    if not chosen or len(own) == len(chosen):
+        raise SourceError(f"{path}: no tensor of a model, or each rank has its own of all {len(chosen)}")
+    if own and modules:
+        raise SourceError(f"{path}: {own[0]} differs from rank to rank ({len(own)} such in all)")
+    placed = {
+        (int(os.path.dirname(str(t["file"])).rpartition("-")[2]), name): t
+        for shard in _list(body.get("ranks"), path, "ranks")
+        for name, t in _map(_map(shard, path, "a rank").get("tensors"), path, "tensors").items()
+        if isinstance(t, dict)
+    }
+    extents: list[Extent] = []
+    files: dict[str, File] = {}
+    boxes: dict[str, tuple[str, tuple[int, ...], list[list[int]]]] = {}
+    first: dict[str, str] = {}
+    aliases: dict[str, str] = {}
+    for name in chosen:
+        held = holders[name]
+        if held not in table:
+            continue
+        if held in first:
+            aliases[name[cut:]] = first[held]
+            continue
+        first[held] = name[cut:]
+        said = _map(table[held], path, held)
+        shape, dtype, rows = _shape(said.get("shape"), held), BY_NAME[str(said.get("dtype"))], []
+        for box in _list(said.get("boxes"), path, held):
+            match box:
+                case [int(rank), list(at), list(size)] if (rank, held) in placed:
+                    t = placed[rank, held]
+                case _:
+                    raise SourceError(f"{path}: {held}: box {box!r:.80} is of no rank that is here")
+            file, offset, nbytes = str(t["file"]), t["offset"], t["nbytes"]
+            held_shape = _shape(size, held)
+            wanted = math.prod(held_shape) * dtype.itemsize
+            if not isinstance(offset, int) or nbytes != wanted:
+                raise SourceError(f"{path}: {held}: {nbytes!r} bytes at {offset!r} are no {held_shape}")
+            files.setdefault(file, File.at(os.path.join(path, file)))
+            if wanted:
+                place = [*_shape(at, held), *held_shape, *dense_strides(held_shape)]
+                rows.append([len(extents), dtype.code, 0, *place])
+                extents.append(Extent(files[file], offset, wanted, f"{file}/{held}"))
+        boxes[name[cut:]] = (dtype.name, shape, rows)
+    shared = Extents(extents)
+    entries = {
+        name: Single(shape, BY_NAME[dtype], partial(_view, shape, dtype, shared, rows))
+        for name, (dtype, shape, rows) in boxes.items()
+    }
+    rest = len(names) - len(chosen)
+    unread = [f"{rest} tensors that are not the model's (optimizer and the like)"] if rest else []
+    unread += [f"{n}: each rank has its own" for n in own]
+    source = _map(body.get("source"), path, "source")
+    facts = {"step": source.get("step"), "tag": source.get("tag"), "ranks": tree.get("world")}
+    return assemble(
+        path, "training", entries, shared, options, aliases=aliases, files=tuple(files.values()),
+        search=[path], facts=facts, unread=unread, headers=[str(body.get("key"))],
+        layout=(repr(rows).encode() for _, _, rows in boxes.values()),
+    )  # fmt: skip
+
+
+def _view(shape: tuple[int, ...], dtype: str, extents: Extents, rows: list[list[int]]) -> View:
+    """A tensor of its boxes."""
+    if 0 in shape:
+        return zeros(shape, BY_NAME[dtype])
+    return View(shape, BY_NAME[dtype], extents, np.array(rows, np.int64).reshape(len(rows), -1))
+
+
+# ---- the tree of a state ----
+
+
+def _node(tree: JSON) -> tuple[str, JSON]:
+    """A node's tag and content; ("", value) of a plain value."""
+    return next(iter(tree.items())) if isinstance(tree, dict) and tree else ("", tree)
+
+
+def _pairs(content: JSON) -> Iterator[tuple[str, JSON]]:
+    for pair in content if isinstance(content, list) else ():
+        if isinstance(pair, list) and len(pair) == 2:
+            yield str(pair[0]), pair[1]
+
+
+def parts_of(tree: JSON) -> dict[str, str]:
+    """What a state is made of: key ("" for a whole that is no dict) -> "module", "object", "engine" or
+    "value"."""
+    tag, content = _node(tree)
+    out = {}
+    for key, node in _pairs(content) if tag == "dict" else [("", tree)]:
+        match _node(node):
+            case "state", [str(kind), *_]:
+                out[key] = kind
+            case inner, _:
+                out[key] = "engine" if inner == "engine" else "value"
+    return out
+
+
+def names_in(tree: JSON) -> list[str]:
+    """The names of a tree's tensors, in order."""
+    tag, content = _node(tree)
+    if tag in ("tensor", "array"):
+        return [str(content)]
+    if tag in ("dict", "ordered"):
+        return [n for _, value in _pairs(content) for n in names_in(value)]
+    if tag in ("list", "tuple", "set", "frozenset", "state") and isinstance(content, list):
+        return [n for value in content for n in names_in(value)]
+    return []
+
+
+# ---- the commit's own files ----
+
+
+def _record(path: str) -> dict[str, JSON]:
+    """The commit record, whole and with its own digest."""
+    where = os.path.join(path, RECORD)
+    body = read_json(where, _MAX_BYTES)
+    with open(where, "rb") as f:
+        text = f.read(_MAX_BYTES)
+    head = text[: -len(_TAIL) - 14]
+    if text[len(head) :] != _TAIL % digest(head).encode():
+        raise SourceError(f"{where}: does not have its own digest: it was changed or damaged")
+    ranks = _list(body.get("ranks"), path, "ranks")
+    if body.get("schema") != SCHEMA or body.get("layout") != "training" or len(ranks) != body.get("world"):
+        raise SourceError(f"{where}: is no whole training commit of schema {SCHEMA}")
+    return body
+
+
+def _document(path: str, body: Mapping[str, JSON], name: str, rank: int | None) -> dict[str, JSON]:
+    """A JSON file of the commit, with the digest of the record."""
+    of = body if rank is None else _map(_list(body.get("ranks"), path, "ranks")[rank], path, "rank")
+    entry = _map(of.get("files"), path, "files").get(name)
+    try:
+        with open(os.path.join(path, name), "rb") as f:
+            data = f.read(_MAX_BYTES)
+    except OSError as e:
+        raise SourceError(f"{path}: {name}: {e.strerror}") from None
+    if not isinstance(entry, dict) or digest(data) != entry.get("digest"):
+        raise SourceError(f"{path}: {name}: its bytes differ from the commit's digest")
+    return parse_json(data, os.path.join(path, name))
+
+
+def _map(value: JSON, path: str, what: str) -> Mapping[str, JSON]:
+    if not isinstance(value, dict):
+        raise SourceError(f"{path}: {what} is no JSON object")
+    return value
+
+
+def _list(value: JSON, path: str, what: str) -> list[JSON]:
+    if not isinstance(value, list):
+        raise SourceError(f"{path}: {what} is no JSON list")
+    return value
+
+
+def _shape(value: JSON, what: str) -> tuple[int, ...]:
+    sizes = value if isinstance(value, list) else [None]
+    out = tuple(n for n in sizes if type(n) is int and n >= 0)
+    if len(out) != len(sizes):
+        raise SourceError(f"{what}: {value!r:.80} is no shape")
+    return out

@@ -1,0 +1,111 @@
+"""gpt-oss as its hub has it, experts in mxfp4: carried by hf, cut between exponents by vllm, else refused."""
+
+from __future__ import annotations
+
+import fastckpt
+import pytest
+import torch
+from fastckpt.errors import FastckptError, LayoutError, RecipeError
+from fastckpt.layouts import layout as layout_of
+from layouts import families
+
+VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+HIDDEN, WIDTH, EXPERTS = 64, 96, 3
+
+
+def hub():
+    """(config, tensors) with a byte of two values, the first in the low half, and an exponent a 32 inputs."""
+    config, tensors, _ = families.made("gpt_oss")
+    torch.manual_seed(2)
+    out = {}
+    for name, x in tensors.items():
+        if not name.endswith(("gate_up_proj", "down_proj")) or "experts" not in name:
+            out[name] = x
+            continue
+        _, into, outs = x.shape
+        out[f"{name}_blocks"] = torch.randint(0, 256, (EXPERTS, outs, into // 32, 16), dtype=torch.uint8)
+        out[f"{name}_scales"] = torch.randint(110, 140, (EXPERTS, outs, into // 32), dtype=torch.uint8)
+    return config | {"quantization_config": {"quant_method": "mxfp4"}}, out
+
+
+def dense(packed, scales):
+    """[experts, out, in] of bytes [experts, out, in / 2] and exponents [experts, out, in / 32]."""
+    pairs = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+    return VALUES[pairs.long()] * (2.0 ** (scales.float() - 127)).repeat_interleave(32, -1)
+
+
+def equal(got, want):
+    assert sorted(got) == sorted(want)
+    for name, x in want.items():
+        assert got[name].dtype == x.dtype and torch.equal(got[name], x), name
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_hf_carries_the_experts_whole(tp):
+    config, tensors = hub()
+    for got in fastckpt.reshard(tensors, tp=tp, config=config, dtype="bfloat16"):
+        for name, x in tensors.items():
+            if "experts" in name:
+                assert torch.equal(got[name], x.bfloat16() if x.is_floating_point() else x), name
+
+
+@pytest.mark.parametrize("tp", [1, 3])
+def test_vllm_cuts_between_exponents(tp):
+    """What a rank holds means the rows, or columns, that it serves of the dequantised matrices."""
+    config, tensors = hub()
+    options = layout_of("vllm", {"vocab_padding": "48"})
+    grid = dict(tp=1) if tp == 1 else dict(placement=fastckpt.Placement(tp=1, dp=3))
+    for rank, got in enumerate(fastckpt.reshard(tensors, config=config, layout=options, **grid)):
+        for i in range(2):
+            at = f"model.layers.{i}.mlp.experts."
+            for end, name, dim in (("w13", "gate_up_proj", 1), ("w2", "down_proj", 2)):
+                whole = dense(tensors[f"{at}{name}_blocks"].flatten(2), tensors[f"{at}{name}_scales"])
+                mine = dense(got[f"{at}{end}_weight"], got[f"{at}{end}_weight_scale"])
+                assert torch.equal(mine, whole.chunk(tp, dim)[rank])
+            assert torch.equal(got[f"{at}w13_bias"], tensors[f"{at}gate_up_proj_bias"].chunk(tp, 1)[rank])
+
+
+def test_experts_that_end_within_a_group_are_padded():
+    config, tensors = hub()
+    with pytest.raises(LayoutError, match="3 groups do not divide by 2"):
+        fastckpt.reshard(tensors, tp=2, config=config, layout="vllm")
+    ranks = fastckpt.reshard(tensors, tp=2, config=config, layout=layout_of("vllm", {"pad": "true"}))
+    at = "model.layers.1.mlp.experts."
+    for end, name, dim in (("w13", "gate_up_proj", 1), ("w2", "down_proj", 2)):
+        whole = dense(tensors[f"{at}{name}_blocks"].flatten(2), tensors[f"{at}{name}_scales"])
+        both = torch.cat([dense(r[f"{at}{end}_weight"], r[f"{at}{end}_weight_scale"]) for r in ranks], dim)
+        size = whole.shape[dim]
+        assert torch.equal(both.narrow(dim, 0, size), whole)
+        assert both.shape[dim] > size and not both.narrow(dim, size, both.shape[dim] - size).any()
+
+
+def test_expert_parallel_ranks():
+    config, tensors = hub()
+    grid = fastckpt.Placement(tp=2, ep=2)
+    got = fastckpt.reshard(tensors, config=config, layout="vllm", placement=grid)
+    at = "model.layers.0.mlp.experts."
+    both = torch.cat([r[f"{at}w2_weight"] for r in got])
+    assert torch.equal(both, tensors[f"{at}down_proj_blocks"].flatten(2))
+
+
+@pytest.mark.parametrize("served", ["rtp_llm", "megatron"])
+def test_layouts_without_a_place_say_so(served, tmp_path):
+    config, tensors = hub()
+    with pytest.raises(FastckptError, match=r"(no|have a) place for"):
+        fastckpt.reshard(tensors, config=config, layout=served, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sizes_that_are_none():
+    config, tensors = hub()
+    name = "model.layers.0.mlp.experts.down_proj_scales"
+    with pytest.raises(RecipeError, match=r"down_proj_scales: got shape \(3, 64, 2\), wanted \(3, 64, 3\)"):
+        fastckpt.reshard(tensors | {name: tensors[name][..., :2].contiguous()}, config=config)
+    with pytest.raises(RecipeError, match="no multiple of mxfp4's 32"):
+        fastckpt.reshard(tensors, config=config | {"intermediate_size": 95})
+    other = {"quant_method": "mxfp4"}
+    with pytest.raises(RecipeError, match="is not read"):
+        fastckpt.reshard(
+            families.made("qwen3_moe")[1],
+            config=families.made("qwen3_moe")[0] | {"quantization_config": other},
+        )

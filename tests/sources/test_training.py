@@ -1,0 +1,93 @@
+"""A training commit as a checkpoint: the model in it, whole, for the road; and commits that are none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import fastckpt
+import pytest
+import torch
+from fastckpt.errors import SourceError
+from fastckpt.manager.manager import CheckpointManager
+from safetensors.torch import load_file
+
+
+def model(seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    made = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Embedding(3, 7), torch.nn.Linear(7, 3))
+    made[2].bias = torch.nn.Parameter(torch.zeros(3))
+    return made
+
+
+def committed(root: Path, state: Callable[[int], dict[str, Any]], world: int = 1) -> Path:
+    """One commit of `world` ranks."""
+
+    def one(rank: int) -> None:
+        with CheckpointManager(root, rank=rank, world=world, timeout=20) as manager:
+            manager.save(3, state(rank))
+
+    with ThreadPoolExecutor(world) as pool:
+        list(pool.map(one, range(world)))
+    return root / "step-00000003"
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_the_only_module(tmp_path: Path, world: int) -> None:
+    net = model(1)
+    optimizer = torch.optim.AdamW(net.parameters())
+    step = committed(
+        tmp_path, lambda r: {"net": net, "optimizer": optimizer, "rank": torch.tensor([r]), "n": r}, world
+    )
+    found = fastckpt.open(step)
+    want = net.state_dict()
+    assert found.format == "training" and set(found) == set(want) and found.facts["step"] == 3
+    assert found.unread == (f"{len(load_names(step)) - len(want)} tensors that are not the model's "
+                            "(optimizer and the like)",)  # fmt: skip
+    fastckpt.reshard(step, layout="same", out=tmp_path / "out")
+    got = load_file(tmp_path / "out/model.safetensors")
+    assert set(got) == set(want) and all(torch.equal(got[n], t) for n, t in want.items())
+    assert "net" not in str(fastckpt.inspect(step).tensors)
+    assert fastckpt.diff(step, tmp_path / "out").equal
+
+
+def load_names(step: Path) -> list[str]:
+    with CheckpointManager(step.parent, rank=0, world=1) as manager:
+        return manager.open(3, 0).names
+
+
+def test_several_modules_and_none(tmp_path: Path) -> None:
+    two = fastckpt.open(committed(tmp_path / "two", lambda r: {"a": model(1), "b": model(2)}))
+    assert {n.split(".")[0] for n in two} == {"a", "b"}
+    shared = torch.ones(4)
+    state = {"x": {"w": shared, "v": shared}}
+    plain = fastckpt.open(committed(tmp_path / "plain", lambda r: {**state, "own": torch.ones(2) * r}, 2))
+    assert set(plain) == {"x.w"} and dict(plain.aliases) == {"x.v": "x.w"}
+    assert plain.unread == ("own: each rank has its own",)
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    step = committed(tmp_path / "ck", lambda r: {"net": model(1)})
+    with pytest.raises(SourceError, match="this is no ZeRO checkpoint"):
+        fastckpt.open(step, weights="module")
+    for name, said in (
+        ("tensors.json", "differ from the commit's digest"),
+        ("rank-00000/state.json", "differ from the commit's digest"),
+        ("fastckpt.json", "does not have its own digest"),
+    ):
+        sound = (step / name).read_bytes()
+        at = sound.index(b"0") if name != "fastckpt.json" else sound.index(b"training")
+        (step / name).write_bytes(sound[:at] + b"1" + sound[at + 1 :])
+        with pytest.raises(SourceError, match=said):
+            fastckpt.open(step)
+        (step / name).write_bytes(sound)
+    (step / "rank-00000/state.safetensors").unlink()
+    with pytest.raises(SourceError, match=r"state\.safetensors"):
+        fastckpt.open(step)
+    own = committed(tmp_path / "own", lambda r: {"net": model(r)}, 2)
+    with pytest.raises(SourceError, match=r"net\.0\.weight differs from rank to rank"):
+        fastckpt.open(own)
+    with pytest.raises(SourceError, match="no tensor of a model"):
+        fastckpt.open(committed(tmp_path / "none", lambda r: {"n": 1}))
