@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import subprocess
 import sys
@@ -38,12 +39,14 @@ def matters(mode: Mode, kind: int) -> bool:
 
 
 def build(out: Path) -> Path:
-    """The compiled shim."""
-    made = out / "shim.so"
-    if not made.exists() or made.stat().st_mtime < SOURCE.stat().st_mtime:
+    """The compiled shim, named by its source; whoever is first makes it, whole or not at all."""
+    made = out / f"shim-{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]}.so"
+    if not made.exists():
         out.mkdir(parents=True, exist_ok=True)
-        command = ["cc", "-O2", "-Wall", "-Wextra", "-shared", "-fPIC", "-o", str(made), str(SOURCE), "-ldl"]
-        subprocess.run(command, check=True)
+        staged = out / f"{made.name}.{os.getpid()}"
+        flags = ["-O2", "-Wall", "-Wextra", "-shared", "-fPIC"]
+        subprocess.run(["cc", *flags, "-o", str(staged), str(SOURCE), "-ldl"], check=True)
+        staged.replace(made)
     return made
 
 

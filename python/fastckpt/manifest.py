@@ -200,6 +200,11 @@ class Manifest:
                 text = f.read(_MAX_BYTES + 1)
         except OSError as e:
             raise SourceError(f"{name}: {e.strerror}") from None
+        return Manifest.parse(text, name)
+
+    @staticmethod
+    def parse(text: bytes, name: str) -> Manifest:
+        """The manifest in these bytes, which come from `name`. Raises SourceError saying what is wrong."""
         if len(text) > _MAX_BYTES:
             raise SourceError(f"{name}: a manifest has at most {_MAX_BYTES} bytes")
         head, tail = text[: -len(_TAIL) - 14], text[-len(_TAIL) - 14 :]

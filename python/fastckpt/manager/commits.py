@@ -43,11 +43,23 @@ class Commit:
     metrics: dict[str, float] = field(default_factory=dict)
     nbytes: int = 0
 
+    @staticmethod
+    def of(step: int, found: Manifest) -> Commit:
+        """What a record says."""
+        return Commit(
+            step, found.key, datetime.fromisoformat(found.created).timestamp(),
+            _numbers(found.record.options.get("metrics")),
+            sum(f.nbytes for f in found.all_files().values()),
+        )  # fmt: skip
+
 
 class Store:
     """The commits below one root directory, as seen from one process.
 
     `prefix` and `digits` spell the steps ("step-", 8 -> step-00000012). `durable` waits for the disk."""
+
+    local = True
+    """Whether commits lie where they are made, and one can be exchanged for another in one step."""
 
     def __init__(self, root: str, *, prefix: str, digits: int, durable: bool) -> None:
         if not prefix or "/" in prefix or prefix.startswith(".") or digits < 1:
@@ -125,16 +137,15 @@ class Store:
                 found = self.manifest(step)
             except SourceError:
                 return None
-            metrics = found.record.options.get("metrics")
-            self._known[step] = (mark, Commit(
-                step, found.key, datetime.fromisoformat(found.created).timestamp(), _numbers(metrics),
-                sum(f.nbytes for f in found.all_files().values()),
-            ))  # fmt: skip
+            self._known[step] = (mark, Commit.of(step, found))
         return self._known[step][1]
 
     def commits(self) -> list[Commit]:
         """Everything whole, by step."""
         return [c for step in self.steps() if (c := self.commit(step)) is not None]
+
+    def bring(self, step: int) -> None:
+        """Have a step in `path(step)`; here it is there already."""
 
     # ---- changes: the coordinator of this disk only ----
 

@@ -31,6 +31,7 @@ from .metadata import LOAD, PARTIAL_LOAD, SAVE, MetadataHandler
 from .opened import Opened, open_step
 from .pieces import Snapshots
 from .policies import Keep, Moment, When
+from .remote import RemoteStore
 from .saving import Disk, rank_directory
 from .values import flatten
 
@@ -59,8 +60,10 @@ class CheckpointManager:
     """Commits of a training job below one directory.
 
     `root`: a path or file:// URL, the same on all ranks; `shared=False`: each node has a disk of its own
-    there. Ranks find each other through torch.distributed where it is initialised, else `rank` of `world`
-    (or torchrun's variables) meet on the file system; `node` names this rank's node (default: the host).
+    there. Any other URL is an object store that fsspec knows ("s3://bucket/run"): commits are made in
+    `scratch`, a local directory that all ranks share (default: in the user's cache), and carried there.
+    Ranks find each other through torch.distributed where it is initialised, else `rank` of `world` (or
+    torchrun's variables) meet on the file system; `node` names this rank's node (default: the host).
 
     What to save: every `save_interval` steps, at `save_on_steps`, after `save_seconds`, or what `save_when`
     says. What to keep: the last `max_to_keep`, multiples of `keep_period`, commits `keep_seconds` apart,
@@ -98,13 +101,14 @@ class CheckpointManager:
         path_type: str = "local",
         step_prefix: str = "step-",
         step_digits: int = 8,
+        scratch: str | os.PathLike[str] | None = None,
         async_save: bool = False,
         save_on_signal: bool = False,
         durable: bool = True,
         timeout: float = 1800.0,
     ) -> None:
         place, step_prefix = _place(os.fspath(root), path_prefix, path_type, step_prefix)
-        self._store = Store(place, prefix=step_prefix, digits=step_digits, durable=durable)
+        self._store = _store(place, scratch, shared, prefix=step_prefix, digits=step_digits, durable=durable)
         self._group, self._behind = join(self._store.root, rank, world, timeout)
         self._disk = _disk(self._group, None if shared else node or socket.gethostname())
         self._when = _saving(save_interval, save_on_steps, save_seconds, save_when)
@@ -236,6 +240,8 @@ class CheckpointManager:
                 raise ManagerError(
                     f"{self._store.path(step)}: step {step} is committed already; overwrite=True replaces it"
                 )
+            if stands and not self._store.local:
+                raise ManagerError(f"step {step} stands, and an object store replaces nothing in one step")
             flat = flatten(state)
             self._compare(step, set(flat.tensors))
             if client_state and not flat.engines:
@@ -371,6 +377,14 @@ class CheckpointManager:
         )
 
     def _load(self, step: int, asked: Asked) -> object:
+        if not self._store.local:
+
+            def bring() -> JSON:
+                if self._disk.coordinator:
+                    self._store.bring(step)
+                return None
+
+            together(self._group, f"bringing step {step}", bring)
         done = loading.load(self._store, self._group, self._disk, step, asked)
         action = LOAD if asked.names is None else PARTIAL_LOAD
         if asked.names is None:
@@ -431,6 +445,7 @@ class CheckpointManager:
 
     def names(self, step: int) -> list[str]:
         """The names of a step's tensors, as this rank saved them. Raises SourceError, ManagerError."""
+        self._store.bring(step)
         manifest = self._store.manifest(step)
         return open_step(self._store.path(step), manifest, self._group.rank, self._group.world).names
 
@@ -481,6 +496,7 @@ class CheckpointManager:
 
     def open(self, step: int, rank: int) -> Opened:
         """A step as one of the ranks that saved it sees it. Raises SourceError, ManagerError."""
+        self._store.bring(step)
         manifest = self._store.manifest(step)
         world = manifest.record.placement.get("ranks", 1)
         if not 0 <= rank < world:
@@ -607,19 +623,36 @@ class _Missing:
 
 def _place(root: str, path_prefix: str | None, path_type: str, step_prefix: str) -> tuple[str, str]:
     """The directory of the commits and what their names begin with."""
-    if path_type != "local":
-        raise ManagerError(f"path type {path_type!r}: commits lie on a file system (local); upload them on")
     place = root if path_prefix is None else path_prefix
     scheme, separator, rest = place.partition("://")
-    if separator and scheme != "file":
-        raise ManagerError(
-            f"{place}: commits lie on a file system; keep them there and upload them to {scheme}"
-        )
-    place = rest if separator else place
+    far = separator and scheme != "file"
+    if path_type not in ("local", "fsspec") or (far and path_prefix is not None and path_type == "local"):
+        raise ManagerError(f"path type {path_type!r} for {place}: wanted local, or fsspec for a URL")
+    place = rest if separator and not far else place
     if path_prefix is None:
         return place, step_prefix
     directory, start = os.path.split(place)
     return directory or ".", start + step_prefix
+
+
+def _store(
+    place: str,
+    scratch: str | os.PathLike[str] | None,
+    shared: bool,
+    *,
+    prefix: str,
+    digits: int,
+    durable: bool,
+) -> Store:
+    """Commits on a file system, or in an object store."""
+    if "://" not in place:
+        if scratch is not None:
+            raise ManagerError(f"{place}: a scratch directory goes with a URL")
+        return Store(place, prefix=prefix, digits=digits, durable=durable)
+    if not shared:
+        raise ManagerError(f"{place}: the ranks of an object store share it and a scratch directory")
+    where = None if scratch is None else os.fspath(scratch)
+    return RemoteStore(place, where, prefix=prefix, digits=digits, durable=durable)
 
 
 def _disk(group: Group, node: str | None) -> Disk:

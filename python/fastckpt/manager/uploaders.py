@@ -10,7 +10,7 @@ import importlib
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -70,9 +70,9 @@ class FsspecDirectory:
     def __init__(self, url: str) -> None:
         try:
             core = importlib.import_module("fsspec.core")
-        except ImportError:
-            raise ManagerError(f"{url}: needs the fsspec package, which is not installed") from None
-        self._fs, self._root = core.url_to_fs(url)
+            self._fs, self._root = core.url_to_fs(url)
+        except (ImportError, ValueError) as e:
+            raise ManagerError(f"{url}: needs fsspec and its package for this scheme: {e}") from None
 
     def put(self, path: str, name: str) -> None:
         """Upload; object stores show a file only when it is whole."""
@@ -85,6 +85,27 @@ class FsspecDirectory:
         self._fs.invalidate_cache()
         with self._fs.open(f"{self._root}/{name}", "rb") as f:
             yield from iter(lambda: f.read(LEAF), b"")
+
+    def sizes(self, below: str = "") -> dict[str, int]:
+        """What is stored below a name, by name: bytes."""
+        self._fs.invalidate_cache()
+        top = f"{self._root}/{below}".rstrip("/")
+        if not self._fs.exists(top):
+            return {}
+        found = self._fs.find(top, detail=True)
+        return {path[len(self._root) :].lstrip("/"): int(info["size"]) for path, info in found.items()}
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove, in this order; what is gone already is no error."""
+        for name in names:
+            with suppress(FileNotFoundError):
+                self._fs.rm_file(f"{self._root}/{name}")
+
+    def move(self, old: str, new: str) -> None:
+        """Store under another name: a copy, then the removal."""
+        self._fs.makedirs(os.path.dirname(f"{self._root}/{new}"), exist_ok=True)
+        self._fs.cp_file(f"{self._root}/{old}", f"{self._root}/{new}")
+        self._fs.rm_file(f"{self._root}/{old}")
 
 
 @dataclass(frozen=True, slots=True)

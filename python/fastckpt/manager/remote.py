@@ -1,0 +1,201 @@
+"""Commits in an object store, by URL: made in a local directory, carried there, the commit record last.
+
+Law: a step of the store that has its commit record has all of it, read back and compared by digest when it
+was carried; without the record it is not a commit. An object store has no rename, so a whole commit is never
+replaced there, and one that goes loses its record first.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+
+from ..commit import telling
+from ..digest import digest
+from ..errors import ManagerError, SourceError, WriteError
+from ..manifest import NAME, Manifest
+from ..verification import verify
+from .commits import ASIDE, LATEST, SAVING, Commit, Store
+from .uploaders import FsspecDirectory, Uploader
+
+
+class RemoteStore(Store):
+    """The commits below a URL that fsspec knows, as seen from one process.
+
+    `scratch` is a local directory, the same for all ranks: commits are made there, and brought there to be
+    read; the newest stays. The lock is the scratch's: two jobs with different ones are not kept apart."""
+
+    local = False
+
+    def __init__(
+        self, url: str, scratch: str | None, *, prefix: str, digits: int, durable: bool, tries: int = 5
+    ) -> None:
+        self.url = url
+        super().__init__(scratch or default_scratch(url), prefix=prefix, digits=digits, durable=durable)
+        self._far = FsspecDirectory(url)
+        self._uploader = Uploader(self._far, tries=tries)
+        self._spelled = re.compile(re.escape(prefix) + r"([0-9]+)/(.+)")
+    # ---- what stands there ----
+
+    def _stored(self) -> dict[int, dict[str, int]]:
+        """step -> what is stored of it: name -> bytes. Raises WriteError where that cannot be asked."""
+        found: dict[int, dict[str, int]] = {}
+        with telling(self.url):
+            for path, nbytes in self._far.sizes().items():
+                named = self._spelled.fullmatch(path)
+                if named and path.startswith(f"{self.name(int(named[1]))}/"):
+                    found.setdefault(int(named[1]), {})[named[2]] = nbytes
+        return found
+
+    def steps(self) -> list[int]:
+        """Steps with a commit record, ascending."""
+        return sorted(step for step, names in self._stored().items() if NAME in names)
+
+    def manifest(self, step: int) -> Manifest:
+        """The record of a step whose files are all there with their sizes. Raises SourceError."""
+        with telling(self.url):
+            stored = self._far.sizes(self.name(step))
+        return self._checked(step, {n.split("/", 1)[1]: k for n, k in stored.items()})
+
+    def _checked(self, step: int, stored: dict[str, int]) -> Manifest:
+        where = f"{self.url}/{self.name(step)}"
+        try:
+            text = b"".join(self._far.read(f"{self.name(step)}/{NAME}"))
+        except OSError as e:
+            raise SourceError(f"{where}: {NAME}: {e}") from None
+        found = Manifest.parse(text, f"{where}/{NAME}")
+        if not found.complete or found.record.source.step != step:
+            raise SourceError(f"{where}: its record is not of step {step}, or of some of its ranks only")
+        for name, entry in found.all_files().items():
+            if stored.get(name) != entry.nbytes:
+                raise SourceError(
+                    f"{where}: {name} has {stored.get(name)} bytes, the record says {entry.nbytes}"
+                )
+        return found
+
+    def commit(self, step: int) -> Commit | None:
+        """What stands at a step; None where nothing whole does. Digests are not checked here."""
+        try:
+            found = self.manifest(step)
+        except SourceError:
+            return None
+        return Commit.of(step, found)
+
+    def commits(self) -> list[Commit]:
+        """Everything whole, by step."""
+        out = []
+        for step, stored in sorted(self._stored().items()):
+            if NAME in stored:
+                try:
+                    out.append(Commit.of(step, self._checked(step, stored)))
+                except SourceError:
+                    continue
+        return out
+
+    def bring(self, step: int) -> None:
+        """Have a step whole in the scratch directory; its bytes are checked by whoever reads them.
+
+        Raises SourceError where it does not stand, WriteError where it cannot be brought."""
+        wanted = self.manifest(step)
+        here = os.path.join(self.path(step), NAME)
+        with suppress(SourceError):
+            if Manifest.read(here).key == wanted.key and verify(self.path(step)).ok:
+                return
+        staged = self._away(SAVING, step)
+        with telling(staged):
+            for name in [*wanted.all_files(), NAME]:
+                path = os.path.join(staged, name)
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "xb") as f:
+                    for piece in self._far.read(f"{self.name(step)}/{name}"):
+                        f.write(piece)
+            shutil.rmtree(self.path(step), ignore_errors=True)
+            os.rename(staged, self.path(step))
+
+    # ---- changes: the coordinator only ----
+
+    def seal(self, step: int, token: str, *, aside: bool) -> Commit:
+        """Carry the finished directory to the store: its record, written last, is the moment of the commit.
+
+        Raises WriteError where it cannot be carried, ManagerError where a whole commit stands there."""
+        if aside:
+            self.set_aside([step])
+        if self.commit(step) is not None:
+            raise ManagerError(f"{self.url}: step {step} stands, and nothing is replaced here in one step")
+        self._remove_all(step)  # what a torn upload left
+        shutil.rmtree(self.path(step), ignore_errors=True)  # a copy that was brought
+        staged = self.saving(step, token)
+        try:
+            self._uploader.upload(staged, self.name(step))
+        except SourceError as e:
+            raise WriteError(str(e)) from None
+        with telling(self.path(step)):
+            os.rename(staged, self.path(step))
+        found = self.commit(step)
+        if found is None or found.key != token:
+            raise WriteError(f"{self.url}: step {step} is not what was just carried there")
+        for entry in os.listdir(self.root):
+            if self._named.fullmatch(entry) and entry != self.name(step):
+                shutil.rmtree(os.path.join(self.root, entry), ignore_errors=True)
+        self._hint(self.name(step))
+        return found
+
+    def remove(self, steps: Iterable[int]) -> list[int]:
+        """Remove commits, never the newest whole one; the record goes first."""
+        whole = self.commits()
+        keep = whole[-1].step if whole else None
+        gone = []
+        for step in steps:
+            if step != keep:
+                self._remove_all(step)
+                gone.append(step)
+        return gone
+
+    def _remove_all(self, step: int) -> None:
+        with telling(self.url):
+            self._far.remove([f"{self.name(step)}/{NAME}"])
+            self._far.remove(sorted(self._far.sizes(self.name(step))))
+
+    def set_aside(self, steps: Iterable[int]) -> list[int]:
+        """Take commits out of the row without removing them: under hidden names, the record moved first."""
+        gone = []
+        for step in steps:
+            away = os.path.basename(self._away(ASIDE, step))
+            name = self.name(step)
+            with telling(self.url):
+                stored = [n.split("/", 1)[1] for n in self._far.sizes(name)]
+                for file in sorted(stored, key=lambda n: n != NAME):
+                    self._far.move(f"{name}/{file}", f"{away}/{file}")
+            gone.append(step)
+        return gone
+
+    def sweep(self, *, aside: bool = False) -> list[str]:
+        """Remove torn leftovers here, and there those of steps before the newest commit."""
+        gone = super().sweep(aside=aside)
+        stored = self._stored()
+        newest = max((s for s, names in stored.items() if NAME in names), default=-1)
+        for step, names in stored.items():
+            if NAME not in names and step < newest:
+                self._remove_all(step)
+                gone.append(self.name(step))
+        if aside:
+            with telling(self.url):
+                self._far.remove([n for n in self._far.sizes() if n.startswith(ASIDE)])
+        return gone
+
+    def _hint(self, name: str) -> None:
+        """Write `latest` here and there; only a hint, so a failure is none."""
+        super()._hint(name)
+        try:
+            self._far.put(os.path.join(self.root, LATEST), LATEST)
+        except OSError:
+            return
+
+
+def default_scratch(url: str) -> str:
+    """Where the commits of a URL are made when nothing else is said: below the user's cache directory."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(cache, "fastckpt", "commits", digest(url.encode()))

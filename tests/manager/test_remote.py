@@ -1,0 +1,129 @@
+"""Commits in an object store (fsspec's memory://): whole when their record is there, proven, cleaned."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastckpt.errors import ManagerError, WriteError
+from fastckpt.manager.manager import CheckpointManager, CheckpointWarning
+from fastckpt.manager.remote import default_scratch
+from fastckpt.manager.uploaders import FsspecDirectory
+
+fsspec = pytest.importorskip("fsspec")
+URL = "memory://run/ck"
+AsRanks = Callable[..., list[Any]]
+
+
+@pytest.fixture(autouse=True)
+def store() -> Iterator[Any]:
+    """An empty store: name -> bytes."""
+    found = fsspec.filesystem("memory")
+    found.store.clear()
+    yield found.store
+    found.store.clear()
+
+
+def state(step: int, rank: int = 0) -> dict[str, Any]:
+    return {"x": torch.full((300,), step), "own": torch.tensor([rank, step]), "n": step}
+
+
+def names(store: Any) -> set[str]:
+    return {n.removeprefix("/run/ck/").split("/")[0] for n in store}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("background", [False, True], ids=["sync", "async"])
+def test_there_and_back(tmp_path: Path, as_ranks: AsRanks, store: Any, world: int, background: bool) -> None:
+    def work(manager: CheckpointManager) -> None:
+        for step in range(4):
+            assert manager.save(step, state(step, manager.rank), {"loss": abs(step - 1.0)})
+        manager.wait()
+        manager.group.exchange(None)
+        assert manager.steps() == [1, 2, 3] and manager.best("loss") == 1 and manager.resume_step() == 3
+
+    options = {"max_to_keep": 2, "keep_best": 1, "best_metric": "loss", "async_save": background}
+    as_ranks(world, URL, work, scratch=tmp_path / "here", **options)
+    assert names(store) == {"latest", "step-00000001", "step-00000002", "step-00000003"}
+    assert [e for e in sorted(os.listdir(tmp_path / "here")) if e.startswith("step")] == ["step-00000003"]
+
+    def elsewhere(manager: CheckpointManager) -> None:  # a machine that has nothing of it
+        assert manager.latest() == 3
+        for step in (None, 2):
+            found: Any = manager.restore(step)
+            want = state(3 if step is None else step, manager.rank)
+            assert found["n"] == want["n"] and all(torch.equal(found[k], want[k]) for k in ("x", "own"))
+        assert list(manager.restore(1, ["x"])) == ["x"]  # type: ignore[call-overload]
+
+    as_ranks(world, URL, elsewhere, scratch=tmp_path / "there")
+
+
+def test_an_upload_that_stops_is_no_commit(
+    tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every object of a save: the store fails for good, and what stood still stands."""
+    with CheckpointManager(URL, scratch=tmp_path / "a") as manager:
+        manager.save(0, state(0))
+    whole = {n: bytes(f.getbuffer()) for n, f in store.items()}
+    put = FsspecDirectory.put
+    for last in range(5):
+        left = [last]
+
+        def failing(self: FsspecDirectory, path: str, name: str, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(5, "reset by peer")
+            put(self, path, name)
+
+        with CheckpointManager(URL, scratch=tmp_path / "a") as manager, monkeypatch.context() as patch:
+            patch.setattr(manager._store._uploader, "_pause", 0.0)  # type: ignore[attr-defined]
+            patch.setattr(FsspecDirectory, "put", failing)
+            with pytest.raises(WriteError, match="could not be carried"):
+                manager.save(1, state(1))
+            assert manager.steps() == [0]
+            assert manager.restore()["n"] == 0  # type: ignore[index]
+            assert {n: bytes(store[n].getbuffer()) for n in whole} == whole
+    with CheckpointManager(URL, scratch=tmp_path / "b") as manager:  # another machine goes on
+        manager.save(1, state(1))
+        assert manager.steps() == [0, 1] and manager.restore()["n"] == 1  # type: ignore[index]
+
+
+def test_damage_there_is_passed_over(tmp_path: Path, store: Any) -> None:
+    with CheckpointManager(URL, scratch=tmp_path / "a") as manager:
+        for step in range(3):
+            manager.save(step, state(step))
+    name = "/run/ck/step-00000002/rank-00000/state.safetensors"
+    data = bytearray(store[name].getbuffer())
+    data[-1] ^= 1
+    fsspec.filesystem("memory").pipe_file(name, bytes(data))
+    with CheckpointManager(URL, scratch=tmp_path / "b") as manager:
+        with pytest.warns(CheckpointWarning, match="COMMIT 2 IS BROKEN"):
+            assert manager.restore()["n"] == 1  # type: ignore[index]
+        manager.save(2, state(7))  # in the broken one's place
+        assert manager.restore()["n"] == 7  # type: ignore[index]
+    assert any(n.startswith(".aside-step-00000002") for n in names(store))
+    with CheckpointManager(URL, scratch=tmp_path / "b") as manager:
+        (tmp_path / "b/step-00000002/rank-00000/state.safetensors").write_bytes(b"rotten")
+        assert manager.restore()["n"] == 7  # type: ignore[index]  # brought again
+        manager.gc(aside=True)
+        assert not any(n.startswith(".aside") for n in names(store))
+        assert manager.rewind(1) == [2] and manager.latest() == 1
+
+
+def test_what_is_refused(tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with CheckpointManager(URL, scratch=tmp_path / "a") as manager:
+        manager.save(0, state(0))
+        with pytest.raises(ManagerError, match="replaces nothing in one step"):
+            manager.save(0, state(5), overwrite=True)
+        assert manager.restore(0)["n"] == 0  # type: ignore[index]
+    with pytest.raises(ManagerError, match="a scratch directory goes with a URL"):
+        CheckpointManager(tmp_path / "x", scratch=tmp_path)
+    with pytest.raises(ManagerError, match="share it and a scratch"):
+        CheckpointManager(URL, shared=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert default_scratch(URL).startswith(str(tmp_path / "cache/fastckpt/commits/"))
+    assert default_scratch(URL) != default_scratch(URL + "2")
