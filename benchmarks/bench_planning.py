@@ -10,6 +10,7 @@ import fastckpt
 import inputs
 import pytest
 from fastckpt import plancache, plans
+from fastckpt.checkpoint import Checkpoint
 from fastckpt.placement import Placement
 from fastckpt.planner import Binding
 from fastckpt.plans import Wanted
@@ -19,11 +20,14 @@ from measure import Bench, Figure, Goal, Step, seconds
 RANKS = 1024
 
 
-def bench_open(bench: Bench, folder: Path) -> None:
-    """open() of a ZeRO-3 checkpoint of 1,024 ranks (2,048 sparse files), warm."""
-    path = inputs.many_ranks(folder, RANKS)
+@pytest.mark.parametrize("frozen", [0, 80])
+def bench_open(bench: Bench, folder: Path, frozen: int) -> None:
+    """open() of a ZeRO-3 checkpoint of 1,024 ranks (2,048 sparse files), warm; frozen parameters lie in the
+    model states of every rank, which are else left alone."""
+    path = inputs.many_ranks(folder, RANKS, frozen)
+    kind = f"723 tensors, {frozen} frozen, 2048 files" if frozen else "723 tensors, 2048 files"
     bench.measure(
-        Figure("open() of 1,024 ZeRO-3 ranks, warm", "723 tensors, 2048 files", "s", seconds, Goal(5)),
+        Figure("open() of 1,024 ZeRO-3 ranks, warm", kind, "s", seconds, Goal(5)),
         Step("open", lambda: fastckpt.open(path)),
         rounds=5,
     )
@@ -66,6 +70,28 @@ def bench_plan_seventy(bench: Bench) -> None:
     )
 
 
+def bench_plan_deepseek(bench: Bench) -> None:
+    """One of 16 expert-parallel ranks of DeepSeek-V3 with its scales, to vLLM's files."""
+    opened = inputs.deepseek_v3()
+    wanted = Wanted(Placement(dp=16, ep=16), rank=5, layout="vllm")
+    told: dict[str, float | str] = {}
+
+    def run() -> None:
+        plan = plans.draft(opened, wanted)
+        told["tensors"], told["GiB"] = len(plan.tensors), plan.output_bytes / 2**30
+
+    bench.measure(
+        Figure("planning one of 16 EP ranks of DeepSeek-V3", _count(opened), "s", seconds, Goal(3)),
+        Step("plan", run),
+        rounds=5,
+        told=told,
+    )
+
+
+def _count(opened: Checkpoint) -> str:
+    return f"{len(opened)} tensors"
+
+
 def bench_kept_plan(
     bench: Bench, small: Input, folder: Path, monkeypatch: pytest.MonkeyPatch, work: Path
 ) -> None:
@@ -74,15 +100,15 @@ def bench_kept_plan(
     opened = fastckpt.open(small.path)
     wanted = Wanted(Placement(), layout="same", dtype="bfloat16")
     plan = plans.draft(opened, wanted, in_memory=True)
-    (kept,) = [p.name for p in work.iterdir() if not p.name.startswith(".")]
+    (key,) = [p.name for p in work.iterdir() if not p.name.startswith(".")]
     rows = sum(len(chunk.rows) for _, chunk in plan.chunks())
 
     def run() -> None:
-        found = plancache.load(kept, len(plan.extents))
+        found = plancache.load(key, len(plan.extents))
         assert found is not None
         binding = Binding.of(opened.extents)
-        for chunk in found[1]:
-            binding.bind(chunk.rows)
+        for kept in found[1]:
+            binding.bind(kept.chunk().rows)
 
     bench.measure(
         Figure(

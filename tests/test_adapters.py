@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import fastckpt
 import peft_writer
 import pytest
 import torch
+from fastckpt.cli import main
 from fastckpt.errors import FastckptError, LayoutError, SourceError
 from layouts import families, tiny
 from peft_writer import PREFIX, settings, thin, write
 from safetensors.torch import load_file, save_file
+from zero_writer import write_zero
 
 MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
            "mlp.up_proj", "mlp.down_proj")  # fmt: skip
@@ -308,3 +311,49 @@ def test_biases_that_were_trained_in_place(tmp_path):
     equal(fastckpt.reshard(state, layout="same", adapter=tmp_path / "adapter")[0], whole(tensors, pairs))
     with pytest.raises(SourceError, match="biases were trained with the adapter"):
         fastckpt.reshard(state, config=config, adapter=tmp_path / "adapter", apart=True)
+
+
+def test_what_peft_wrote_merges_to_what_peft_makes_of_it():
+    """tests/fixtures/peft was written by PEFT itself; its numbers are exact in float32."""
+    made = Path(__file__).with_name("fixtures") / "peft"
+    want = load_file(made / "merged.safetensors")
+    got = fastckpt.reshard(made / "base", layout="same", adapter=made / "adapter")[0]
+    equal(got, want)
+    assert any(not torch.equal(got[n], x) for n, x in load_file(made / "base" / "model.safetensors").items())
+    alone = fastckpt.reshard(made / "base", adapter=made / "adapter", apart=True)[0]
+    equal(alone, load_file(made / "adapter" / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize(("stage", "world"), [(2, 2), (3, 3)])
+def test_what_peft_trains_under_zero(tmp_path, stage, world):
+    """The adapted model's names over ZeRO ranks: the base frozen in bfloat16, the adapter as masters."""
+    made = Path(__file__).with_name("fixtures") / "peft"
+    state = load_file(made / "trained.safetensors")
+    frozen = [n for n in state if ".lora_" not in n and "modules_to_save" not in n]
+    frozen = [n for n in frozen if not n.endswith("q_proj.base_layer.bias")]  # bias="lora_only"
+    write_zero(tmp_path / "zero", state, stage=stage, world=world, frozen=frozen)
+    (tmp_path / "zero" / "config.json").write_bytes((made / "base" / "config.json").read_bytes())
+    (tmp_path / "adapter").mkdir()
+    config = (made / "adapter" / "adapter_config.json").read_bytes()
+    (tmp_path / "adapter" / "adapter_config.json").write_bytes(config)
+    want = fastckpt.reshard(
+        made / "merged.safetensors", tp=2, config=made / "base", layout="vllm", dtype="float32"
+    )
+    got = fastckpt.reshard(
+        tmp_path / "zero", tp=2, layout="vllm", dtype="float32", adapter=tmp_path / "adapter"
+    )
+    for a, b in zip(got, want, strict=True):
+        equal(a, b)
+
+
+def test_on_the_command_line(tmp_path, capsys):
+    made, out = Path(__file__).with_name("fixtures") / "peft", tmp_path / "out"
+    words = ["reshard", str(made / "base"), str(out), "--adapter", str(made / "adapter"), "-q", "--no-fsync"]
+    assert main(words) == 0
+    equal(load_file(out / "model.safetensors"), load_file(made / "merged.safetensors"))
+    assert main([*words[:2], str(tmp_path / "two"), *words[3:], "--apart", "--tp", "2"]) == 0
+    assert (tmp_path / "two" / "rank-01" / "adapter_model.safetensors").exists()
+    assert main(["inspect", str(made / "adapter")]) == 0
+    assert "lora_alpha" in capsys.readouterr().out
+    assert main([*words[:2], str(tmp_path / "x"), "--apart"]) == 2
+    assert "layout hf alone" in capsys.readouterr().err and not (tmp_path / "x").exists()

@@ -117,7 +117,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "recipes": (
         ("quantised",),
         ("claims", "fused"),
-        ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper"),
+        ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper", "jina_bert"),
         ("llama", "gemma", "phi3", "glm", "mixtral", "qwen_moe", "deepseek", "gpt_oss"),
         ("__init__",),
     ),

@@ -91,10 +91,10 @@ def added(base: Floats, left: Floats, right: Floats, scale: float) -> Floats:
     wide = right.astype(np.float64)
     for at in range(0, len(base), step):
         rows = slice(at, at + step)
-        sums = np.zeros(base[rows].shape, np.float64)
+        sums, product = np.zeros(base[rows].shape), np.empty(base[rows].shape)
         with np.errstate(over="ignore", invalid="ignore"):  # the road refuses what is not finite
             for column, row in zip(left[rows].astype(np.float64).T, wide, strict=True):
-                sums += column[:, None] * row
+                sums += np.multiply(column[:, None], row, out=product)
             sums *= scale
             sums += base[rows]
             out[rows] = sums

@@ -153,12 +153,14 @@ class Mla:
 class Mlp:
     """A feed-forward block: `gate` (or None) and `up` [width, hidden], `down` [hidden, width].
 
-    `fused`: the hub's module that stores [gate; up] as one (both then carry its name)."""
+    `fused`: the hub's module that stores [gate; up] as one (both then carry its name); `up_first`: it stores
+    [up; gate]."""
 
     gate: Linear | None
     up: Linear
     down: Linear
     fused: str | None = None
+    up_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)

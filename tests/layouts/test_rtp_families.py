@@ -206,3 +206,77 @@ def test_norms_that_hold_one_less(tmp_path, dtype, tp):
     again = fastckpt.open(out)
     assert {n.split(":")[0] for n in again.unread} == {n for n in hub if "norm" in n}
     assert sorted(again) == sorted(n for n in hub if "norm" not in n)
+
+
+# ---- Jina's BERT, whose class is not transformers' ----
+
+
+def jina():
+    """Names and shapes as its modeling_bert.py has them, every element another number."""
+    hidden, width, heads, vocab = 48, 36, 6, 40
+    config = dict(
+        model_type="bert", hidden_size=hidden, intermediate_size=width, num_attention_heads=heads,
+        num_hidden_layers=2, vocab_size=vocab, type_vocab_size=2, position_embedding_type="alibi",
+        feed_forward_type="geglu",
+    )  # fmt: skip
+    shapes = {
+        f"embeddings.{n}_embeddings.weight": (rows, hidden)
+        for n, rows in (("word", vocab), ("token_type", 2))
+    }
+    norms = ["embeddings.LayerNorm"]
+    for i in range(2):
+        at = f"encoder.layer.{i}."
+        norms += [f"{at}attention.self.layer_norm_{n}" for n in "qk"]
+        norms += [f"{at}attention.output.LayerNorm", f"{at}layer_norm_1", f"{at}layer_norm_2"]
+        for n in ("self.query", "self.key", "self.value", "output.dense"):
+            shapes |= {f"{at}attention.{n}.weight": (hidden, hidden), f"{at}attention.{n}.bias": (hidden,)}
+        shapes |= {f"{at}mlp.up_gated_layer.weight": (2 * width, hidden)}
+        shapes |= {f"{at}mlp.down_layer.weight": (hidden, width), f"{at}mlp.down_layer.bias": (hidden,)}
+    shapes |= {f"{n}.{kind}": (hidden,) for n in norms for kind in ("weight", "bias")}
+    tensors = {n: torch.empty(shape) for n, shape in shapes.items()}
+    families.number(tensors)
+    return config, tensors
+
+
+@pytest.mark.parametrize("tp", [1, 2, 3])
+def test_jina_bert(tp):
+    config, t = jina()
+    model = recipes.named("jina_bert")(memory(t, 2), config)
+    same(shard(layout("hf").targets(model, Placement())), t)
+    slopes = torch.tensor([1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8])
+    for p in Placement(tp=tp).ranks():
+        got, r, want = shard(layout("rtp_llm").targets(model, p)), p.rank, {}
+        key = f"rank_{r:02d}_00_00."
+        want[key + "global.embedding"] = cut(t["embeddings.word_embeddings.weight"], 1, tp, r)
+        types = cut(t["embeddings.token_type_embeddings.weight"], 1, tp, r)
+        want[key + "global.token_type_embedding.weight"] = types
+        want[key + "global.pre_decoder_layernorm.gamma"] = t["embeddings.LayerNorm.weight"]
+        want[key + "global.pre_decoder_layernorm.bias"] = t["embeddings.LayerNorm.bias"]
+        want[key + "global.linear_bias_slopes"] = cut(slopes, 0, tp, r)
+        for i in range(2):
+            at, to = f"encoder.layer.{i}.", f"{key}layers.{i}."
+            a, f = to + "self_attention_weights.", to + "ffn_weights."
+            for leaf, role in (
+                ("attention.self.layer_norm_q", "self_attention_weights.q_layernorm"),
+                ("attention.self.layer_norm_k", "self_attention_weights.k_layernorm"),
+                ("attention.output.LayerNorm", "post_layernorm_weights"),
+                ("layer_norm_1", "post_layernorm_weights_2"),
+                ("layer_norm_2", "post_ffn_layernorm_weights"),
+            ):
+                for kind, end in (("weight", "gamma"), ("bias", "beta")):
+                    want[f"{to}{role}.{end}"] = t[f"{at}{leaf}.{kind}"]
+            qkv = ("query", "key", "value")
+            rows = [cut(t[f"{at}attention.self.{n}.weight"], 0, tp, r) for n in qkv]
+            bias = torch.cat([cut(t[f"{at}attention.self.{n}.bias"], 0, tp, r) for n in qkv])
+            want[a + "query_weight.kernel"] = torch.cat(rows).t()
+            want[a + "query_weight.bias"] = bias if tp == 1 else bias[None]
+            want[a + "attention_output_weight.kernel"] = cut(
+                t[f"{at}attention.output.dense.weight"], 1, tp, r
+            ).t()
+            want[a + "attention_output_weight.bias"] = t[f"{at}attention.output.dense.bias"]
+            up, gate = t[f"{at}mlp.up_gated_layer.weight"].chunk(2)
+            want[f + "intermediate_weight.kernel"] = cut(gate, 0, tp, r).t()
+            want[f + "intermediate_weight3.kernel"] = cut(up, 0, tp, r).t()
+            want[f + "intermediate_weight2.kernel"] = cut(t[f"{at}mlp.down_layer.weight"], 1, tp, r).t()
+            want[f + "intermediate_weight2.bias"] = t[f"{at}mlp.down_layer.bias"]
+        same(got, want)

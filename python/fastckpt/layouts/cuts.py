@@ -167,8 +167,9 @@ def in_form(beside: Beside) -> View:
 
 def plain(linear: Linear) -> Iterator[Target]:
     """A matrix as [out, in], whatever the hub stores (a quantised one as it is), with its bias and what
-    stands beside it."""
-    return stored(linear if linear.beside else replace(linear, transposed=False))
+    stands beside it, of which a scalar is a vector of one."""
+    beside = tuple(replace(b, form="vector") if b.form == "scalar" else b for b in linear.beside)
+    return stored(replace(linear, beside=beside) if beside else replace(linear, transposed=False))
 
 
 def bias(linear: Linear) -> Iterator[Target]:

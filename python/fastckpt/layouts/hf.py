@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from ..errors import LayoutError
-from ..model import Attention, BlockStacks, Experts, Layer, Mla, Mlp, Model, Prediction, Stacks
+from ..model import Attention, BlockStacks, Experts, Layer, Linear, Mla, Mlp, Model, Prediction, Stacks
 from ..placement import Placement
 from ..target import Target
 from ..views import View
@@ -211,10 +211,14 @@ def _mlp(mlp: Mlp, model: Model, placement: Placement) -> Iterator[Target]:
         yield from stored(out_part(mlp.gate, rank, tp))
         yield from stored(out_part(mlp.up, rank, tp))
     elif model.cuts.rows:
-        yield from stored(out_part(joined(mlp.fused, [mlp.gate, mlp.up]), rank, tp))
+        yield from stored(out_part(joined(mlp.fused, _pair(mlp, mlp.gate)), rank, tp))
     else:
-        yield from stored(joined(mlp.fused, [out_part(x, rank, tp) for x in (mlp.gate, mlp.up)]))
+        yield from stored(joined(mlp.fused, [out_part(x, rank, tp) for x in _pair(mlp, mlp.gate)]))
     yield from stored(in_part(mlp.down, rank, tp))
+
+
+def _pair(mlp: Mlp, gate: Linear) -> list[Linear]:
+    return [mlp.up, gate] if mlp.up_first else [gate, mlp.up]
 
 
 def _experts(moe: Experts, model: Model, placement: Placement) -> Iterator[Target]:

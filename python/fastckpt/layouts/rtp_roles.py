@@ -82,6 +82,7 @@ def _norms(layer: Layer, model: Model) -> Iterator[Whole]:
     before, after = layer.attention_norm, layer.attention_after
     if before is None:
         yield from norm("post_ln", after)
+        yield from norm("post_ln_2", layer.mlp_norm)
         yield from norm("post_ffn_ln", layer.mlp_after)
         return
     for extra in (after, layer.mlp_after):
@@ -265,11 +266,12 @@ def _rope_apart(linear: Linear, heads: int, before: int, rope: int) -> Linear:
 
 
 def _mlp(mlp: Mlp, cut: Cut, making: Making) -> Iterator[Whole]:
-    """gate (w1), up (w3), or both as w13, and down (w2); a block without a gate has w3 and w2."""
+    """gate (w1), up (w3), or both as w13, and down (w2); a block without a gate has w3 and w2, one whose hub
+    stores up first (Jina's BERT) w1 and w3."""
     ranks = cut.ffn_tp[1]
     if mlp.gate is None:
         yield from _matrix("ffn_", mlp.up, (0, ranks), "3")
-    elif making.w13:
+    elif making.w13 and not mlp.up_first:
         whole_blocks(mlp.gate, 0, ranks)
         yield from _matrix("ffn_", joined(mlp.gate.name, [mlp.gate, mlp.up]), (None, 1), "13")
     else:

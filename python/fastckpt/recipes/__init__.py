@@ -24,6 +24,7 @@ from . import (
     glm,
     gpt2,
     gpt_oss,
+    jina_bert,
     llama,
     mixtral,
     neox,
@@ -100,6 +101,12 @@ FAMILIES: tuple[Family, ...] = (
     Family("chatglm", chatglm.recipe, "ChatGLM 2, 3 and GLM-4 in THUDM's own names", chatglm.IGNORED),
     Family("bert", bert.recipe, "BERT, alone or with a head", bert.IGNORED),
     Family("roberta", partial(bert.recipe, names=bert.ROBERTA), "RoBERTa, likewise", bert.IGNORED),
+    Family(
+        "jina_bert",
+        jina_bert.recipe,
+        "Jina's BERT, norms on q and k: ask by name",
+        jina_bert.IGNORED,
+    ),
     Family("t5", t5.recipe, "T5: encoder and decoder, relative positions", ()),
     Family("whisper", whisper.recipe, "Whisper: audio encoder and decoder", ()),
 )
