@@ -18,7 +18,7 @@ from fastckpt.plans import Wanted
 from fastckpt.reader import Mapped
 from fastckpt.runs import BAND
 from fastckpt.target import Target
-from fastckpt.views import strided
+from fastckpt.views import View, stack, strided
 from floors import Memcpy, batches, share, source_runs
 from inputs import Input
 from measure import Bench, Figure, Goal, Step, of_floor, on, times_faster
@@ -189,6 +189,43 @@ def bench_small_copies(bench: Bench) -> None:
         ),
         Step("copies", partial(runner.run, many, into, 1)),
         [Step("cast", partial(runner.run, rows(1), into, 1))],
+        rounds=21,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["stacked", "turned"])
+def bench_experts(bench: Bench, turned: bool) -> None:
+    """Experts from places of their own into one stack, over one tensor as large, likewise turned or not."""
+    experts, rows, columns = 4096, 64, 64
+    source = np.ones((experts, rows, columns), np.uint16)
+    held = Buffer(source, source.ctypes.data, source.nbytes)
+    extents = Extents([Extent(held, 0, held.nbytes)])
+    made = np.ones(source.nbytes, np.uint8)
+    into = [Buffer(made, made.ctypes.data, made.nbytes)]
+
+    def rows_of(view: View) -> Table:
+        chunk, table = compile([Target("x", view)], extents)
+        size = made.nbytes
+        (batch,) = cut(chunk, 0, Slots.of([0], [0], [size]), Binding.of(table), stage=size, band=size)
+        return batch.rows
+
+    def expert(k: int) -> View:
+        view = strided(extents, 0, bfloat16, (rows, columns), offset=k * rows * columns)
+        return view.T if turned else view
+
+    apart = rows_of(stack([expert(k * 1021 % experts) for k in range(experts)]))
+    whole = strided(extents, 0, bfloat16, source.shape)
+    one = rows_of(whole.permute((0, 2, 1)) if turned else whole)
+    assert len(apart) == experts and len(one) == 1
+    runner = Cpu().bind([held])
+    bench.measure(
+        Figure(
+            f"experts {'transposed and ' if turned else ''}stacked, above one tensor as large, one thread",
+            "4096 experts of 8 KiB", "us an expert",
+            lambda subject, floor: (subject - floor) / experts * 1e6, Goal(5),
+        ),
+        Step("stack", partial(runner.run, apart, into, 1)),
+        [Step("one tensor", partial(runner.run, one, into, 1))],
         rounds=21,
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ import fastckpt
 import inputs
 import pytest
 from fastckpt import plancache, plans
+from fastckpt.checkpoint import Checkpoint
 from fastckpt.placement import Placement
 from fastckpt.planner import Binding
 from fastckpt.plans import Wanted
@@ -66,6 +67,28 @@ def bench_plan_seventy(bench: Bench) -> None:
     )
 
 
+def bench_plan_deepseek(bench: Bench) -> None:
+    """One of 16 expert-parallel ranks of DeepSeek-V3 with its scales, to vLLM's files."""
+    opened = inputs.deepseek_v3()
+    wanted = Wanted(Placement(dp=16, ep=16), rank=5, layout="vllm")
+    told: dict[str, float | str] = {}
+
+    def run() -> None:
+        plan = plans.draft(opened, wanted)
+        told["tensors"], told["GiB"] = len(plan.tensors), plan.output_bytes / 2**30
+
+    bench.measure(
+        Figure("planning one of 16 EP ranks of DeepSeek-V3", _count(opened), "s", seconds, Goal(3)),
+        Step("plan", run),
+        rounds=5,
+        told=told,
+    )
+
+
+def _count(opened: Checkpoint) -> str:
+    return f"{len(opened)} tensors"
+
+
 def bench_kept_plan(
     bench: Bench, small: Input, folder: Path, monkeypatch: pytest.MonkeyPatch, work: Path
 ) -> None:
@@ -74,15 +97,15 @@ def bench_kept_plan(
     opened = fastckpt.open(small.path)
     wanted = Wanted(Placement(), layout="same", dtype="bfloat16")
     plan = plans.draft(opened, wanted, in_memory=True)
-    (kept,) = [p.name for p in work.iterdir() if not p.name.startswith(".")]
+    (key,) = [p.name for p in work.iterdir() if not p.name.startswith(".")]
     rows = sum(len(chunk.rows) for _, chunk in plan.chunks())
 
     def run() -> None:
-        found = plancache.load(kept, len(plan.extents))
+        found = plancache.load(key, len(plan.extents))
         assert found is not None
         binding = Binding.of(opened.extents)
-        for chunk in found[1]:
-            binding.bind(chunk.rows)
+        for kept in found[1]:
+            binding.bind(kept.chunk().rows)
 
     bench.measure(
         Figure(

@@ -14,14 +14,15 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
 from fastckpt.checkpoint import Checkpoint, Single
-from fastckpt.dtypes import float32
+from fastckpt.dtypes import DType, bfloat16, float8_e4m3fn, float32
 from fastckpt.extents import Extent, Extents, File
-from fastckpt.views import View, runs
+from fastckpt.views import View, runs, strided
 from real import make_zero
 from torch import nn
 from zero_writer import write_zero
@@ -169,6 +170,64 @@ def _gathered(extents: Extents, ranks: np.ndarray, at: int, part: int, shape: tu
     """The view of a parameter from one piece a rank."""
     flat = runs(extents, float32, ranks, np.full(len(ranks), at), np.full(len(ranks), part))
     return flat.narrow(0, 0, math.prod(shape)).reshape(shape)
+
+
+def deepseek_v3() -> Checkpoint:
+    """DeepSeek-V3 as the hub has it, of a file that does not exist: fp8 and a scale for 128 x 128."""
+    shapes: dict[str, tuple[DType, tuple[int, ...]]] = {}
+
+    def matrix(name: str, rows: int, columns: int) -> None:
+        shapes[f"{name}.weight"] = float8_e4m3fn, (rows, columns)
+        shapes[f"{name}.weight_scale_inv"] = float32, (-(-rows // 128), -(-columns // 128))
+
+    def mlp(name: str, inner: int) -> None:
+        matrix(f"{name}.gate_proj", inner, 7168)
+        matrix(f"{name}.up_proj", inner, 7168)
+        matrix(f"{name}.down_proj", 7168, inner)
+
+    shapes["model.embed_tokens.weight"] = shapes["lm_head.weight"] = bfloat16, (129280, 7168)
+    shapes["model.norm.weight"] = bfloat16, (7168,)
+    for k in range(61):
+        layer = f"model.layers.{k}"
+        attention = f"{layer}.self_attn"
+        shapes[f"{layer}.input_layernorm.weight"] = bfloat16, (7168,)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = bfloat16, (7168,)
+        matrix(f"{attention}.q_a_proj", 1536, 7168)
+        shapes[f"{attention}.q_a_layernorm.weight"] = bfloat16, (1536,)
+        matrix(f"{attention}.q_b_proj", 24576, 1536)
+        matrix(f"{attention}.kv_a_proj_with_mqa", 576, 7168)
+        shapes[f"{attention}.kv_a_layernorm.weight"] = bfloat16, (512,)
+        matrix(f"{attention}.kv_b_proj", 32768, 512)
+        matrix(f"{attention}.o_proj", 7168, 16384)
+        if k < 3:
+            mlp(f"{layer}.mlp", 18432)
+            continue
+        shapes[f"{layer}.mlp.gate.weight"] = bfloat16, (256, 7168)
+        shapes[f"{layer}.mlp.gate.e_score_correction_bias"] = float32, (256,)
+        mlp(f"{layer}.mlp.shared_experts", 2048)
+        for e in range(256):
+            mlp(f"{layer}.mlp.experts.{e}", 2048)
+    sizes = [math.prod(s) * d.itemsize for d, s in shapes.values()]
+    file = File("model.safetensors", sum(sizes))
+    starts = accumulate(sizes, initial=0)
+    extents = Extents([Extent(file, at, n, name) for name, at, n in zip(shapes, starts, sizes, strict=False)])
+    entries = {
+        name: Single(shape, dtype, partial(strided, extents, k, dtype, shape))
+        for k, (name, (dtype, shape)) in enumerate(shapes.items())
+    }
+    config = {
+        "model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size": 18432, "num_hidden_layers": 61,
+        "moe_intermediate_size": 2048, "n_routed_experts": 256, "n_shared_experts": 1,
+        "first_k_dense_replace": 3, "moe_layer_freq": 1, "num_attention_heads": 128,
+        "num_key_value_heads": 128, "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64, "v_head_dim": 128, "vocab_size": 129280, "num_nextn_predict_layers": 0,
+        "topk_method": "noaux_tc", "tie_word_embeddings": False, "attention_bias": False,
+        "quantization_config": {
+            "quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128],
+            "activation_scheme": "dynamic",
+        },
+    }  # fmt: skip
+    return Checkpoint("deepseek", "safetensors", entries, extents, config=config, structure="deepseek_v3")
 
 
 def _size(nbytes: int) -> str:

@@ -6,6 +6,7 @@ Law: a tensor is filled where it lies; shape, dtype, device and density are chec
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import torch
 
@@ -25,7 +26,7 @@ HUGE = 4 << 20
 def fresh(shape: Sequence[int], dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
     """An uninitialised tensor. Its cost is the first touch of its pages, so large ones ask for huge ones."""
     made = torch.empty(tuple(shape), dtype=dtype, device=device)
-    if made.device.type == "cpu" and made.nbytes >= HUGE:
+    if made.nbytes >= HUGE and made.device.type == "cpu":
         advise_huge(made.data_ptr(), made.nbytes)
     return made
 
@@ -65,7 +66,7 @@ def matched(planned: Plan, out: Sequence[Mapping[str, torch.Tensor]], device: st
                 f"out: {t.name} of rank {t.rank}: got {given.dtype} {tuple(given.shape)}, "
                 f"wanted {want} {t.shape}"
             )
-        if str(given.device) != device:
+        if _name(given.device) != device:
             raise DeviceError(f"out: {t.name} is on {given.device}, wanted {device}")
         if not given.is_contiguous():
             raise LayoutError(f"out: {t.name} is not contiguous, its strides are {given.stride()}")
@@ -102,10 +103,16 @@ def _refuse_overlaps(planned: Plan, buffers: Sequence[Buffer]) -> None:
 
 def buffer(tensor: torch.Tensor) -> Buffer:
     """The memory of a dense tensor."""
-    nbytes = tensor.numel() * tensor.element_size()
-    return Buffer(tensor, tensor.data_ptr(), nbytes, str(tensor.device))
+    return Buffer(tensor, tensor.data_ptr(), tensor.nbytes, _name(tensor.device))
 
 
+@cache
+def _name(device: torch.device) -> str:
+    """The device by its full name; torch spells it out anew each time."""
+    return str(device)
+
+
+@cache
 def torch_dtype(dtype: DType) -> torch.dtype:
     """torch's dtype of ours. Raises LayoutError where this torch has none."""
     found = getattr(torch, dtype.name, None)

@@ -7,9 +7,11 @@ given classes that only record, says what is right.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import random
+import tracemalloc
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
@@ -19,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from fastckpt.errors import SourceError
-from fastckpt.sources import torchfile
+from fastckpt.sources import picklemachine, torchfile
 from fastckpt.sources.inertpickle import Inert, parse
 from fastckpt.sources.torchfile import Storage, Tensor, TorchFile
 from hostile import torch_files as make
@@ -200,6 +202,63 @@ def test_mutated_legacy_files(tmp_path: Path, tries: int) -> None:
             assert str(e).startswith(str(path))
             continue
         _walk(found.root, found)
+
+
+def _peak(path: Path) -> int:
+    """The most bytes allocated at once while the file is opened, or refused."""
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    with contextlib.suppress(SourceError):
+        torchfile.load(path)
+    return tracemalloc.get_traced_memory()[1] - before
+
+
+@pytest.mark.parametrize("tries", [pytest.param(60, id="small"), *SIZES[1:]])
+def test_memory_stays_within_four_times_the_file_and_sixteen_mib(tmp_path: Path, tries: int) -> None:
+    """Of files whose pickle, zip or legacy stream is mutated; pickles with a bomb put in."""
+    good, old, path = tmp_path / "f.pt", tmp_path / "old.pt", tmp_path / "mutated.pt"
+    torch.save(_value(), good)
+    torch.save(_value(), old, _use_new_zipfile_serialization=False)
+    contents = make.records(good)
+    pickled = contents["f/data.pkl"]
+    rng = random.Random(5)
+
+    def bombed(data: bytes) -> bytes:
+        at = rng.randrange(2, len(data))
+        bombs = b"]", b"}", b"\x8f", b"(", b"N\x85", b"2", b"X\1\0\0\0a", b"J\1\2\3\4", b")R", b"\x86"
+        bomb = rng.choice(bombs)
+        return data[:at] + bomb * rng.choice((1000, 20_000, 60_000)) + data[at:]
+
+    tracemalloc.start()
+    try:
+        for k, data in enumerate(_mutations(pickled, 20, tries)):
+            make.write_zip(path, {**contents, "f/data.pkl": bombed(data) if k % 3 == 0 else data})
+            assert _peak(path) <= 4 * path.stat().st_size + (16 << 20)
+        for source in (good, old):
+            for data in _mutations(source.read_bytes(), 21, tries):
+                path.write_bytes(data)
+                assert _peak(path) <= 4 * len(data) + (16 << 20)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", ["ones", "placeholders", "matrices"])
+def test_real_files_of_many_small_tensors_need_no_floor(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the smallest tensors build is within three times their file."""
+    monkeypatch.setattr(picklemachine, "FLOOR", 1 << 13)
+    shape = {"ones": (1,), "placeholders": (0,), "matrices": (1, 3)}[kind]
+    names = [f"model.layers.{k // 9}.self_attn.{k % 9}_proj.weight" for k in range(3000)]
+    state = OrderedDict((n, torch.zeros(shape)) for n in names)
+    shapes = OrderedDict((n, torch.Size([40, 3])) for n in names)
+    path = tmp_path / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    torch.save({"module": state, "param_shapes": [shapes] if kind == "placeholders" else None}, path)
+    root = torchfile.load(path).root
+    assert isinstance(root, dict) and list(root["module"]) == names
+    assert all(t.shape == shape for t in root["module"].values())
+    if kind == "placeholders":
+        assert list(root["param_shapes"][0].values()) == [(40, 3)] * 3000
 
 
 # ---- pickles, against CPython's unpickler ----

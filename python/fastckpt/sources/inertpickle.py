@@ -118,7 +118,7 @@ def _run_some(m: Machine, until: int) -> bool:
                 pos = at + n
                 if pos > m.size:
                     raise Short(f"pickle needs {n} bytes at byte {at} of {m.size}")
-                m.spend(64 + n)
+                m.spend(56 + n)
                 stack.append(m.text(data[at:pos]))
             elif op == _TUPLE and m.outer:
                 items = stack
@@ -372,7 +372,7 @@ _HANDLERS: dict[int, tuple[int, Callable[[Machine], None]]] = {
     ord("T"): (64, lambda m: m.stack.append(m.text(m.sized(4)))),
     ord("U"): (64, lambda m: m.stack.append(m.text(m.sized(1)))),
     ord("V"): (64, _unicode),
-    0x8C: (64, lambda m: m.stack.append(m.text(m.sized(1)))),
+    0x8C: (56, lambda m: m.stack.append(m.text(m.sized(1)))),
     0x8D: (64, lambda m: m.stack.append(m.text(m.sized(8)))),
     ord("B"): (48, lambda m: m.stack.append(m.sized(4))),
     ord("C"): (48, lambda m: m.stack.append(m.sized(1))),

@@ -25,7 +25,7 @@ def allowance(pickle: int, file: int) -> int:
 
     With the pickle itself and the file's directory, which are a part of the file, that is at most four times
     the file and 16 MiB. A count is made before anything is built and takes nothing back for what is let go
-    again, so the truth lies below it: real files need 6 to 12 bytes a byte of pickle and 3 a byte of file.
+    again, so the truth lies below it. Real files of the smallest tensors there are need about all of it.
     The second bound is for files that are large because they are sparse."""
     return FLOOR + min(3 * file, 24 * pickle)
 

@@ -26,8 +26,8 @@ MAX_NDIM = 64
 MAX_BYTES = 1 << 62
 """The largest storage."""
 
-RECORD = 136
-"""Bytes of a Storage or a Tensor and the numbers in it."""
+STORAGE, TENSOR = 112, 96
+"""Bytes of a record and the numbers in it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -190,7 +190,7 @@ class _Storages:
     ) -> Storage:
         first = self._known.get(key)
         if first is None:
-            m.spend(DICT_NAME + RECORD)
+            m.spend(DICT_NAME + STORAGE)
             first = self._known[key] = Storage(key, dtype, nbytes, location)
         if first.nbytes != nbytes:
             raise SourceError(f"storage {key} has {nbytes} bytes here and {first.nbytes} before")
@@ -206,7 +206,7 @@ class _Storages:
     ) -> Storage:
         found = self._others.get((key, dtype))
         if found is None:
-            m.spend(DICT_ITEM + RECORD + 72)
+            m.spend(DICT_ITEM + STORAGE + 72)
             found = self._others[key, dtype] = Storage(key, dtype, nbytes, location)
         return found
 
@@ -263,7 +263,7 @@ def _tensor(
     if made is None or (dtype, offset, shape, stride, grad) != (
         made.dtype, made.offset, made.shape, made.stride, made.requires_grad,
     ):  # fmt: skip
-        m.spend(RECORD)
+        m.spend(TENSOR + (32 if offset > 256 else 0))
         made = Tensor(storage, dtype, offset, shape, stride, grad)
         if 0 in shape:
             storage.blank = made
@@ -295,7 +295,7 @@ def _rebuild_tensor_v3(args: tuple[object, ...], m: Machine) -> object:
 def _rebuild_parameter(args: tuple[object, ...], m: Machine) -> object:
     if len(args) not in (3, 4):
         raise SourceError(f"{len(args)} arguments; wanted 3 or 4")
-    m.spend(RECORD + INERT)
+    m.spend(TENSOR + INERT)
     if isinstance(args[0], Inert):
         return Inert("torch._utils._rebuild_parameter", args)
     if not isinstance(args[0], Tensor) or type(args[1]) is not bool:
