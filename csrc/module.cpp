@@ -270,6 +270,17 @@ py::dict py_cpu_features() {
     return found;
 }
 
+// Names of files are bytes; Python spells what is not in its encoding with surrogates, both ways.
+py::object spelled(const std::string& name) {
+    return py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefaultAndSize(name.data(), static_cast<Py_ssize_t>(name.size())));
+}
+
+std::string bytes_of(const py::object& path) {
+    PyObject* found = nullptr;
+    if (!PyUnicode_FSConverter(path.ptr(), &found)) throw py::error_already_set();
+    return py::reinterpret_steal<py::bytes>(found);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -278,9 +289,9 @@ PYBIND11_MODULE(_C, m) {
         try {
             if (error) std::rethrow_exception(error);
         } catch (const BrokenFile& e) {
-            py::set_error(py::module_::import("fastckpt.errors").attr("SourceError"), e.what());
+            py::set_error(py::module_::import("fastckpt.errors").attr("SourceError"), spelled(e.what()));
         } catch (const NoRoom& e) {
-            py::set_error(py::module_::import("fastckpt.errors").attr("WriteError"), e.what());
+            py::set_error(py::module_::import("fastckpt.errors").attr("WriteError"), spelled(e.what()));
         }
     });
 
@@ -328,8 +339,9 @@ PYBIND11_MODULE(_C, m) {
 
     m.def("faults", faults, "Pages of mapped files that were gone when read, in this process so far.");
     py::class_<Mapping>(m, "Mapping")
-        .def(py::init<const std::string&, uint64_t>(), py::arg("path"), py::arg("nbytes"))
-        .def_property_readonly("path", &Mapping::path)
+        .def(py::init([](const py::object& path, uint64_t nbytes) { return std::make_unique<Mapping>(bytes_of(path), nbytes); }),
+             py::arg("path"), py::arg("nbytes"))
+        .def_property_readonly("path", [](const Mapping& m) { return spelled(m.path()); })
         .def_property_readonly("address", &Mapping::address)
         .def_property_readonly("nbytes", &Mapping::nbytes)
         .def_property_readonly("faulted", &Mapping::faulted)

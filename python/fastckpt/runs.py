@@ -190,6 +190,7 @@ class Run:
                     output.text("config.json", planned.config)
             manifest = output.commit(_record(planned, finite))
             self.phases["sync"] = time.perf_counter() - began
+        planned = replace(planned, notes=(*planned.notes, *output.notes))
         return self._report(planned, out, _digests(manifest, planned.ranks))
 
     def _copy(
