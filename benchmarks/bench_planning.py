@@ -20,11 +20,14 @@ from measure import Bench, Figure, Goal, Step, seconds
 RANKS = 1024
 
 
-def bench_open(bench: Bench, folder: Path) -> None:
-    """open() of a ZeRO-3 checkpoint of 1,024 ranks (2,048 sparse files), warm."""
-    path = inputs.many_ranks(folder, RANKS)
+@pytest.mark.parametrize("frozen", [0, 80])
+def bench_open(bench: Bench, folder: Path, frozen: int) -> None:
+    """open() of a ZeRO-3 checkpoint of 1,024 ranks (2,048 sparse files), warm; frozen parameters lie in the
+    model states of every rank, which are else left alone."""
+    path = inputs.many_ranks(folder, RANKS, frozen)
+    kind = f"723 tensors, {frozen} frozen, 2048 files" if frozen else "723 tensors, 2048 files"
     bench.measure(
-        Figure("open() of 1,024 ZeRO-3 ranks, warm", "723 tensors, 2048 files", "s", seconds, Goal(5)),
+        Figure("open() of 1,024 ZeRO-3 ranks, warm", kind, "s", seconds, Goal(5)),
         Step("open", lambda: fastckpt.open(path)),
         rounds=5,
     )

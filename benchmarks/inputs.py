@@ -134,17 +134,20 @@ def small(folder: Path, count: int) -> Input:
     return Input(str(path), f"small: {count} tensors, {_size(total)}", "DeepSpeed's formulas", total)
 
 
-def many_ranks(folder: Path, world: int) -> str:
-    """A llama-like ZeRO-3 checkpoint of `world` ranks, 723 tensors in two groups, as sparse files."""
-    path = folder / f"ranks-{world}"
+def many_ranks(folder: Path, world: int, frozen: int = 0) -> str:
+    """A llama-like ZeRO-3 checkpoint of `world` ranks, 723 tensors in two groups, as sparse files.
+
+    `frozen`: so many of them were not trained, and lie in every rank's model states."""
+    path = folder / (f"ranks-{world}-frozen-{frozen}" if frozen else f"ranks-{world}")
     if not path.exists():
         half = path.with_suffix(".partial")
         shutil.rmtree(half, ignore_errors=True)
         weights = {
             f"model.layers.{k // 9}.x{k % 9}.weight": torch.full((37, 29), float(k)) for k in range(723)
         }
-        names = list(weights)
-        write_zero(half, weights, stage=3, world=world, groups=[names[::2], names[1::2]], sparse=True)
+        idle, names = list(weights)[:frozen], list(weights)[frozen:]
+        groups = [names[::2], names[1::2]]
+        write_zero(half, weights, stage=3, world=world, groups=groups, frozen=idle, sparse=True)
         half.rename(path)
     return str(path)
 

@@ -134,7 +134,7 @@ bool py_quantise(const py::object& dense, int code, size_t rows, size_t columns,
     check_dense("quantise", d.nbytes(), code, rows, columns);
     if (kind < QUANT_INT8 || kind >= QUANT_KINDS) throw std::invalid_argument("quantise: no kind " + std::to_string(kind));
     const bool packed = kind >= QUANT_INT4, upright = kind == QUANT_INT4_AWQ || kind == QUANT_INT4_DOWN;
-    if (block_rows == 0 || block_columns == 0 || (packed && columns % 8 != 0) || (kind == QUANT_INT4 && block_columns % 8 != 0) ||
+    if (block_rows == 0 || block_columns == 0 || (packed && columns % 8 != 0) || (kind == QUANT_INT4 && (block_columns % 8 != 0 || columns % block_columns != 0 || block_rows != 1)) ||
         (upright && (block_columns != 1 || block_rows % 8 != 0 || rows % 8 != 0)))
         throw std::invalid_argument("quantise: blocks of " + std::to_string(block_rows) + " x " + std::to_string(block_columns));
     const size_t blocks = ((rows - 1) / block_rows + 1) * ((columns - 1) / block_columns + 1);
@@ -143,6 +143,7 @@ bool py_quantise(const py::object& dense, int code, size_t rows, size_t columns,
     Quant q{d.data(), rows, columns, block_rows, block_columns, static_cast<Dtype>(code), static_cast<QuantKind>(kind),
             reciprocal, half, reach, floor, lowest, nullptr, o.data(), s.items<float>(), nullptr, t.items<double>()};
     std::optional<Held> a, z;
+    if (!amax.is_none() && packed) throw std::invalid_argument("quantise: four bits take no amax");
     if (!amax.is_none()) {
         a.emplace(amax);
         if (a->count<float>("amax") != rows || block_rows != 1 || block_columns != columns)
@@ -151,7 +152,7 @@ bool py_quantise(const py::object& dense, int code, size_t rows, size_t columns,
     }
     if (!zeros.is_none()) {
         z.emplace(zeros, true);
-        if (z->nbytes() != blocks || !packed || (kind == QUANT_INT4 && block_rows != 1) || q.amax != nullptr)
+        if (z->nbytes() != blocks || !packed || q.amax != nullptr)
             throw std::invalid_argument("quantise: zeros are one a block of four bits");
         q.zeros = z->items<int8_t>();
     }
@@ -270,6 +271,17 @@ py::dict py_cpu_features() {
     return found;
 }
 
+// Names of files are bytes; Python spells what is not in its encoding with surrogates, both ways.
+py::object spelled(const std::string& name) {
+    return py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefaultAndSize(name.data(), static_cast<Py_ssize_t>(name.size())));
+}
+
+std::string bytes_of(const py::object& path) {
+    PyObject* found = nullptr;
+    if (!PyUnicode_FSConverter(path.ptr(), &found)) throw py::error_already_set();
+    return py::reinterpret_steal<py::bytes>(found);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -278,9 +290,9 @@ PYBIND11_MODULE(_C, m) {
         try {
             if (error) std::rethrow_exception(error);
         } catch (const BrokenFile& e) {
-            py::set_error(py::module_::import("fastckpt.errors").attr("SourceError"), e.what());
+            py::set_error(py::module_::import("fastckpt.errors").attr("SourceError"), spelled(e.what()));
         } catch (const NoRoom& e) {
-            py::set_error(py::module_::import("fastckpt.errors").attr("WriteError"), e.what());
+            py::set_error(py::module_::import("fastckpt.errors").attr("WriteError"), spelled(e.what()));
         }
     });
 
@@ -328,8 +340,9 @@ PYBIND11_MODULE(_C, m) {
 
     m.def("faults", faults, "Pages of mapped files that were gone when read, in this process so far.");
     py::class_<Mapping>(m, "Mapping")
-        .def(py::init<const std::string&, uint64_t>(), py::arg("path"), py::arg("nbytes"))
-        .def_property_readonly("path", &Mapping::path)
+        .def(py::init([](const py::object& path, uint64_t nbytes) { return std::make_unique<Mapping>(bytes_of(path), nbytes); }),
+             py::arg("path"), py::arg("nbytes"))
+        .def_property_readonly("path", [](const Mapping& m) { return spelled(m.path()); })
         .def_property_readonly("address", &Mapping::address)
         .def_property_readonly("nbytes", &Mapping::nbytes)
         .def_property_readonly("faulted", &Mapping::faulted)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -530,6 +531,34 @@ def test_a_closed_stdout_is_no_mismatch(source, tmp_path):
     done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert cli.main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_a_full_stderr_keeps_the_exit_code(tmp_path):
+    command = f'"{sys.executable}" -m fastckpt inspect "{tmp_path / "none"}" 2>/dev/full'
+    assert subprocess.run(["sh", "-c", command], check=False).returncode == 3
+
+
+@pytest.mark.parametrize("name", [b"\xff\xfe", "\u00fc \n".encode()])
+@pytest.mark.parametrize("language", ["C", "C.UTF-8"])
+def test_names_of_any_bytes(source, tmp_path, name, language):
+    """Names of files are bytes: not UTF-8, or not in the terminal's encoding."""
+    here = os.path.join(os.fsencode(tmp_path), name)
+    os.mkdir(here)
+    shutil.copytree(os.fsencode(source), here + b"/source")
+    env = {**os.environ, "LC_ALL": language, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for argv in (["reshard", here + b"/source", here + b"/out", "--tp", "2"], ["verify", here + b"/out"]):
+        command = [sys.executable, "-m", "fastckpt", *argv]
+        done = subprocess.run(command, env=env, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_directory_that_may_not_be_listed_exits_3(run, tmp_path, monkeypatch):
+    def refused(path="."):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "listdir", refused)
+    code, _, err = run("inspect", tmp_path)
+    assert code == 3 and "Permission denied" in err and "Errno" not in err
 
 
 def test_an_ascii_terminal_gets_every_name(tmp_path):

@@ -13,7 +13,7 @@ from fastckpt.digest import digest
 from fastckpt.errors import FastckptError, LayoutError, SourceError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
-from layouts import families, tiny
+from layouts import families, quantised, tiny
 from reading import bits, read
 from safetensors.torch import load_file, save_file
 from zero_writer import write_zero
@@ -174,6 +174,20 @@ def test_every_family_and_layout_whole_again(tmp_path, name, served, tp):
     if (name, served) == ("gemma", "megatron"):
         options = {"zero_centered_gamma": "true"}
     same(cut(tmp_path / "hub", tmp_path / "cut", served, options, tp=tp), files)
+
+
+@pytest.mark.parametrize("served", ["hf", "vllm", "rtp_llm"])
+@pytest.mark.parametrize("scheme", list(quantised.CONFIGS))
+def test_quantised_checkpoints_whole_again(tmp_path, scheme, served):
+    """What a checkpoint is quantised to is carried both ways, but for what a layout leaves out."""
+    config, files = quantised.made(scheme)
+    hub_of(tmp_path / "hub", (config, files, None))
+    ckpt = cut(tmp_path / "hub", tmp_path / "cut", served, REPLICATE.get(served), tp=2)
+    kept = {"rtp_llm": (), "vllm": ("q_proj.g_idx", "gate_proj.g_idx", "o_proj.g_idx", "down_proj.g_idx")}
+    orders = {n for n in files if n.endswith("g_idx")}  # each i // group; vllm holds one of what it joins
+    left = {n for n in orders if not n.endswith(kept.get(served, "g_idx"))}
+    assert {n.partition(":")[0] for n in ckpt.unread} == left
+    same(ckpt, {n: x for n, x in files.items() if n not in left})
 
 
 GRIDS = [

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import fcntl
 import json
 import os
 import resource
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -18,7 +22,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from fastckpt import syscalls
+from fastckpt import commit, syscalls
 from fastckpt.dtypes import BY_NAME
 from fastckpt.errors import SourceError, WriteError
 from fastckpt.files import FileLayout, SlotTable, safetensors_layout
@@ -337,6 +341,68 @@ def test_without_fallocate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(syscalls, "_renameat2", None)
     with pytest.raises(WriteError, match="cannot exchange"):
         write_whole(tmp_path / "out", 2, overwrite=True)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
+def test_file_systems_that_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """No reserving, no syncing of directories, no locks, no exchange, as on some network file systems."""
+
+    def cannot(*args: object) -> int:
+        ctypes.set_errno(code)
+        return -1
+
+    for name in ("_fallocate", "_sync_file_range", "_renameat2"):
+        monkeypatch.setattr(syscalls, name, cannot)
+    fsync = os.fsync
+
+    def of_files_only(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(code, os.strerror(code))
+        fsync(fd)
+
+    def no_lock(fd: int, how: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", of_files_only)
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    write_whole(tmp_path / "out", 1)
+    assert verify(tmp_path / "out").ok
+    before = contents(tmp_path / "out")
+    with pytest.raises(WriteError, match="cannot exchange"):
+        write_whole(tmp_path / "out", 2, overwrite=True)
+    assert contents(tmp_path / "out") == before and listing(tmp_path) == ["out"]
+    write_part(tmp_path / "parts", 1, 1)
+    assert write_part(tmp_path / "parts", 0, 1).complete and verify(tmp_path / "parts").ok
+
+
+def test_a_full_disk_is_found_before_the_old_set_gives_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in range(2):
+        write_part(tmp_path / "out", rank, 0)
+    before = contents(tmp_path / "out")
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(commit, "write_file", full)
+    with pytest.raises(WriteError, match="no space left"):
+        write_part(tmp_path / "out", 0, 1, overwrite=True)
+    assert contents(tmp_path / "out") == before and verify(tmp_path / "out").ok
+
+
+def test_an_old_output_that_may_not_be_removed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_whole(tmp_path / "out", 0)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+    with Output(tmp_path / "out", key="k", world=2, overwrite=True) as out:
+        write_rank(out, 0, 1)
+        write_rank(out, 1, 1)
+        assert out.notes == ()
+        out.commit(RECORD)
+    (left,) = (name for name in listing(tmp_path) if name != "out")
+    assert out.notes == (f"{tmp_path / left}: the old output, which this user may not remove",)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

@@ -106,10 +106,12 @@ def _failed(
         traceback.print_exc()
     if as_json:
         told = {"error": message, "kind": type(error).__name__, "exit": code}
-        print(json.dumps(told), file=sys.stderr)
+        text = json.dumps(told)
     else:
         what = "" if isinstance(error, KeyboardInterrupt) else "error: "
-        print(_harmless(f"{usage}fastckpt: {what}{message}"), file=sys.stderr)
+        text = _harmless(f"{usage}fastckpt: {what}{message}")
+    with suppress(OSError):  # the exit code is still heard
+        print(text, file=sys.stderr, flush=True)
     return code
 
 

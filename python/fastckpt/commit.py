@@ -41,10 +41,13 @@ def telling(what: str) -> Iterator[None]:
 
 
 def sync_directory(path: str) -> None:
-    """Make the entries of a directory durable."""
+    """Make the entries of a directory durable, where the file system can sync one at all."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
     finally:
         os.close(fd)
 
@@ -82,6 +85,8 @@ class Whole:
         self._made: list[str] = []
         self._staging = ""
         self._lock = -1
+        self.left = ""
+        """The old output, where this user may replace and not remove it."""
 
     def start(self) -> None:
         """Refuse what must not be overwritten, remove what dead runs left, make the staging directory."""
@@ -143,6 +148,7 @@ class Whole:
             self._made = []
         if self._replaces:
             shutil.rmtree(self._staging, ignore_errors=True)
+            self.left = self._staging if os.path.lexists(self._staging) else ""
         self._unlock()
         return manifest
 
@@ -265,6 +271,8 @@ class Part:
     def commit(self, manifest: Manifest) -> Manifest:
         """Name this rank's files, write its record, and complete the set if it is the last."""
         with telling(self.path):
+            # written now, so that a full disk is found before the old set gives way
+            record = self._staged(rank_name(self.rank), manifest)
             self._displace()
             directories = {self.path}
             for name, staged in self._waiting:
@@ -274,7 +282,7 @@ class Part:
                 directories.add(directory)
                 self._placed.append(name)
             self._sync(directories | {os.path.dirname(made) for made in self._made})
-            self._write(rank_name(self.rank), manifest)
+            self._name(record, rank_name(self.rank))
             self._waiting, self._placed, self._made = [], [], []
         return self.complete(manifest)
 
@@ -292,7 +300,7 @@ class Part:
             replaced = [e for e in os.listdir(self.path) if e.startswith(f"{TRACE}replaced-")]
             self._remove_old(replaced, whole)
             if self._read(NAME) != whole:
-                self._write(NAME, whole)
+                self._name(self._staged(NAME, whole), NAME)
             for entry in replaced:
                 with suppress(FileNotFoundError):
                     os.unlink(os.path.join(self.path, entry))
@@ -366,10 +374,14 @@ class Part:
                     with suppress(OSError):
                         os.rmdir(os.path.dirname(path))
 
-    def _write(self, name: str, manifest: Manifest) -> None:
-        """A record, whole under its name or not at all, durable before it counts."""
+    def _staged(self, name: str, manifest: Manifest) -> str:
+        """A record before it counts: whole, durable, under a temporary name."""
         staged = self.stage(name)
         write_file(staged, manifest.text(), self._durable)
+        return staged
+
+    def _name(self, staged: str, name: str) -> None:
+        """Let a staged record count."""
         os.replace(staged, os.path.join(self.path, name))
         self._sync({self.path})
 

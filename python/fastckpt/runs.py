@@ -190,6 +190,7 @@ class Run:
                     output.text("config.json", planned.config)
             manifest = output.commit(_record(planned, finite))
             self.phases["sync"] = time.perf_counter() - began
+        planned = replace(planned, notes=(*planned.notes, *output.notes))
         return self._report(planned, out, _digests(manifest, planned.ranks))
 
     def _copy(
@@ -227,7 +228,7 @@ class Run:
                 copy = worker(lane)
                 if put is None:  # the plan quantises nothing
                     return lambda item: None if isinstance(item, Job) else copy(item)
-                quantise = quantising.worker(lane, put)
+                quantise = quantising.worker(lane, put, binding.places)
                 return lambda item: quantise(item) if isinstance(item, Job) else copy(item)
 
             lanes = [reader.lane(executor) for _ in range(threads)]

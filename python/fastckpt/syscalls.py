@@ -22,7 +22,7 @@ _LIBC = (
     if sys.platform == "linux" and ctypes.sizeof(ctypes.c_long) == 8
     else None
 )
-_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
+_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM)
 
 
 def _function(name: str, *arguments: type) -> Callable[..., int] | None:

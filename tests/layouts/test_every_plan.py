@@ -41,7 +41,8 @@ def used(targets):
     names = set()
     for target in targets:
         held = target.view.held[:, 0]
-        names |= {target.view.extents[i].key for i in set(held[held != ZERO].tolist())}
+        # A norm of 1 + weight is made of that weight.
+        names |= {target.view.extents[i].key.removeprefix("1 + ") for i in set(held[held != ZERO].tolist())}
     return names
 
 

@@ -60,7 +60,7 @@ class FastckptLoader(DefaultModelLoader):  # type: ignore[misc]
             if asked:
                 raise LayoutError(f"load format fastckpt: {what} is not loaded this way, got {asked!r}")
         placement = Placement(tp=parallel.tp_size, rank=parallel.tp_rank)
-        layout = Vllm(engine=self.asked.engine or f"sglang=={sglang.__version__}", tied="module")
+        layout = Vllm(engine=self.asked.engine or f"sglang=={sglang.__version__}")
         model = self.initialize_model_for_startup(model_config=model_config, device_config=device_config)
         ckpt = self.asked.opened(model_config.model_path)
         config = model_config.hf_config.to_dict()

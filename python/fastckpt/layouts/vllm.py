@@ -59,8 +59,7 @@ class Vllm:
     `gate_up`: the order within `w13_weight`; "up_gate" is what some kernels and SGLang's loaders want
     (where the hub stores gate and up in turn, they stay so). `engine`: a version of layouts/engines.py, such
     as "vllm==0.32": the tensors then carry its names, with those it has beyond the model's, so that its
-    sharded_state loader takes them; "" leaves the hub's names. `tied`: a tied pair as that loader takes it,
-    or once, as the engine's module has it."""
+    sharded_state loader takes them; "" leaves the hub's names."""
 
     vocab_padding: int = 64
     pad: bool = False
@@ -68,7 +67,6 @@ class Vllm:
     experts: Literal["linear", "round_robin"] = "linear"
     gate_up: Literal["gate_up", "up_gate"] = "gate_up"
     engine: str = ""
-    tied: Literal["files", "module"] = "files"
     roles: ClassVar[Literal[True]] = True
 
     def __post_init__(self) -> None:
@@ -91,10 +89,14 @@ class Vllm:
         all tp * dp ranks cut their widths, or with ep = tp * dp share them out. Raises LayoutError, before
         the first target, where heads, a feed-forward width or the padded vocabulary do not divide, where kv
         heads neither divide nor repeat evenly, for more stages than layers, for another ep, for a model that
-        is no decoder, and for a family the engine's table lacks."""
+        is no decoder, and for a family or a pipeline
+        that the engine's table lacks."""
         engine = served(self.engine, model.family) if self.engine else None
-        if engine is not None and engine.unties and engine.tied == "head" and self.tied == "files":
-            model = replace(model, tied=False)
+        if engine is not None and placement.pp > 1 and not engine.stages:
+            raise LayoutError(
+                f"engine {self.engine}: what its pipeline stages hold of {model.family} is not known: wanted "
+                f"pp 1, got {placement.pp}"
+            )
         model = self._padded(model, placement)
         share = expert_share("vllm", placement, model.sizes)
         stage = layer_range("vllm", placement, len(model.layers))
@@ -135,7 +137,9 @@ class Vllm:
     def _targets(
         self, model: Model, placement: Placement, share: Share, stage: range, engine: Served | None
     ) -> Iterator[Target]:
-        first, last = placement.pp_rank == 0, placement.pp_rank == placement.pp - 1
+        whole = engine is not None and engine.stages == "all"
+        first = whole or placement.pp_rank == 0
+        last = whole or placement.pp_rank == placement.pp - 1
         tied = last and model.tied
         if first or tied:
             module = model.lm_head if tied and engine and engine.tied == "head" else model.embedding

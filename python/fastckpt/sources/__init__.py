@@ -70,10 +70,13 @@ def open(
     where = os.fspath(path)
     if not os.path.exists(where):
         raise SourceError(f"{where}: no such file or directory")
-    for source in SOURCES:
-        if source.matches(where):
-            return source.read(where, options)
-    raise SourceError(f"{where}: {_what_it_is(where)}; looked for {_LOOKED_FOR}")
+    try:
+        for source in SOURCES:
+            if source.matches(where):
+                return source.read(where, options)
+        raise SourceError(f"{where}: {_what_it_is(where)}; looked for {_LOOKED_FOR}")
+    except OSError as e:  # a directory that may not be listed, a file that goes away meanwhile
+        raise SourceError(f"{e.filename or where}: {e.strerror}") from None
 
 
 def _what_it_is(path: str) -> str:

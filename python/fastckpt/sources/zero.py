@@ -248,7 +248,7 @@ def _from_masters(
         layout=[
             *(a.tobytes() for f in flats for a in (f.extent, f.offset, f.length)),
             *(a.tobytes() for placed in layout for a in (placed.numel, placed.start)),
-            *map(_places, states),
+            *_places_of(states),
         ],
     )  # fmt: skip
 
@@ -376,6 +376,12 @@ def _copies(
 def _places(state: ModelState) -> bytes:
     """Where the tensors of one model-states file lie that were wanted."""
     return places([*state.module.values(), *(state.fragments or {}).values()])
+
+
+def _places_of(states: Sequence[ModelState]) -> list[bytes]:
+    """`_places` of each; states that are one are looked at once."""
+    known = {id(state): _places(state) for state in {id(s): s for s in states}.values()}
+    return [known[id(state)] for state in states]
 
 
 def _one_axis(entries: Mapping[str, Entry]) -> dict[str, View]:

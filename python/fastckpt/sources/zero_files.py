@@ -116,7 +116,9 @@ def _latest(root: str, known: str) -> str:
                 f"{root}: latest_universal: a universal checkpoint, which is not supported yet; {known}"
             ) from None
         raise SourceError(f"{root}: no file `latest`; name the tag; {known}") from None
-    except (OSError, UnicodeDecodeError) as e:
+    except OSError as e:
+        raise SourceError(f"{path}: {e.strerror}") from None
+    except UnicodeDecodeError as e:
         raise SourceError(f"{path}: {e}") from None
     if not tag or tag != os.path.basename(tag) or tag in (".", ".."):
         raise SourceError(f"{path}: names no tag: {tag[:80]!r}; {known}")
