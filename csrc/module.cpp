@@ -134,7 +134,7 @@ bool py_quantise(const py::object& dense, int code, size_t rows, size_t columns,
     check_dense("quantise", d.nbytes(), code, rows, columns);
     if (kind < QUANT_INT8 || kind >= QUANT_KINDS) throw std::invalid_argument("quantise: no kind " + std::to_string(kind));
     const bool packed = kind >= QUANT_INT4, upright = kind == QUANT_INT4_AWQ || kind == QUANT_INT4_DOWN;
-    if (block_rows == 0 || block_columns == 0 || (packed && columns % 8 != 0) || (kind == QUANT_INT4 && block_columns % 8 != 0) ||
+    if (block_rows == 0 || block_columns == 0 || (packed && columns % 8 != 0) || (kind == QUANT_INT4 && (block_columns % 8 != 0 || columns % block_columns != 0 || block_rows != 1)) ||
         (upright && (block_columns != 1 || block_rows % 8 != 0 || rows % 8 != 0)))
         throw std::invalid_argument("quantise: blocks of " + std::to_string(block_rows) + " x " + std::to_string(block_columns));
     const size_t blocks = ((rows - 1) / block_rows + 1) * ((columns - 1) / block_columns + 1);
@@ -143,6 +143,7 @@ bool py_quantise(const py::object& dense, int code, size_t rows, size_t columns,
     Quant q{d.data(), rows, columns, block_rows, block_columns, static_cast<Dtype>(code), static_cast<QuantKind>(kind),
             reciprocal, half, reach, floor, lowest, nullptr, o.data(), s.items<float>(), nullptr, t.items<double>()};
     std::optional<Held> a, z;
+    if (!amax.is_none() && packed) throw std::invalid_argument("quantise: four bits take no amax");
     if (!amax.is_none()) {
         a.emplace(amax);
         if (a->count<float>("amax") != rows || block_rows != 1 || block_columns != columns)
@@ -151,7 +152,7 @@ bool py_quantise(const py::object& dense, int code, size_t rows, size_t columns,
     }
     if (!zeros.is_none()) {
         z.emplace(zeros, true);
-        if (z->nbytes() != blocks || !packed || (kind == QUANT_INT4 && block_rows != 1) || q.amax != nullptr)
+        if (z->nbytes() != blocks || !packed || q.amax != nullptr)
             throw std::invalid_argument("quantise: zeros are one a block of four bits");
         q.zeros = z->items<int8_t>();
     }

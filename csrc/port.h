@@ -92,6 +92,38 @@ template <int SIZE> FASTCKPT_INLINE Words pack(const Words* w) {
     return out;
 }
 
+// a > b ? a : b and a < b ? a : b, lane by lane; integers are below 2^31.
+FASTCKPT_INLINE Floats max_of(Floats a, Floats b) {
+#if defined(__AVX512BW__)
+    return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+FASTCKPT_INLINE Floats min_of(Floats a, Floats b) {
+#if defined(__AVX512BW__)
+    return (Floats)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return a < b ? a : b;
+#endif
+}
+FASTCKPT_INLINE Words max_of(Words a, Words b) {
+#if defined(__AVX512BW__)
+    return (Words)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (Words)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#else
+    return less(a, b) ? b : a;
+#endif
+}
+FASTCKPT_INLINE float max_of(float a, float b) { return a > b ? a : b; }
+FASTCKPT_INLINE float min_of(float a, float b) { return a < b ? a : b; }
+FASTCKPT_INLINE uint32_t max_of(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
 // The largest lane; all are below 2^31.
 FASTCKPT_INLINE uint32_t highest(Words w) {
 #if defined(__AVX512BW__)

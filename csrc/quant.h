@@ -13,12 +13,10 @@ namespace fastckpt {
 namespace {
 
 template <class U> FASTCKPT_INLINE typename FloatOf<U>::type at_most(typename FloatOf<U>::type a, float high) {
-    const typename FloatOf<U>::type h = typename FloatOf<U>::type{} + high;
-    return a < h ? a : h;
+    return min_of(a, typename FloatOf<U>::type{} + high);
 }
 template <class U> FASTCKPT_INLINE typename FloatOf<U>::type at_least(typename FloatOf<U>::type a, float low) {
-    const typename FloatOf<U>::type l = typename FloatOf<U>::type{} + low;
-    return a > l ? a : l;
+    return max_of(a, typename FloatOf<U>::type{} + low);
 }
 
 // Added to a float in [-2^22, 2^22] it rounds that to the nearest integer, ties to even, which then stands in
@@ -44,27 +42,25 @@ template <class U> FASTCKPT_INLINE U load_lanes(const void* p) {
 }
 
 // The bits of the largest magnitude in a box of r x n values, `pitch` apart; above INF32 - 1 where one is not finite.
-template <class S> FASTCKPT_INLINE uint32_t largest_bits(const char* src, size_t r, size_t n, size_t pitch) {
+// What lies `ahead` bytes behind each row is brought near, for the box after this one.
+template <class S> FASTCKPT_INLINE uint32_t largest_bits(const char* src, size_t r, size_t n, size_t pitch, size_t ahead = 0) {
     Words m[4] = {{}, {}, {}, {}};
     uint32_t rest = 0;
     auto take = [&](Words& m, const char* p) {
-        Words a = load_as<S, Words>(p) & 0x7fffffffu;
-        m = less(m, a) ? a : m;
+        m = max_of(m, load_as<S, Words>(p) & 0x7fffffffu);
     };
     for (size_t k = 0; k < r; ++k) {
         const char* p = src + k * pitch * S::size;
+        for (size_t i = 0; i < ahead; i += 64) prefetch(p + n * S::size + i);
         size_t i = 0;
         for (; i + 4 * LANES <= n; i += 4 * LANES)
             for (int j = 0; j < 4; ++j) take(m[j], p + (i + j * LANES) * S::size);
         for (; i + LANES <= n; i += LANES) take(m[0], p + i * S::size);
         for (; i < n; ++i) {
-            uint32_t a = load_as<S, uint32_t>(p + i * S::size) & 0x7fffffffu;
-            rest = a > rest ? a : rest;
+            rest = max_of(rest, load_as<S, uint32_t>(p + i * S::size) & 0x7fffffffu);
         }
     }
-    for (int j = 1; j < 4; ++j) m[0] = less(m[0], m[j]) ? m[j] : m[0];
-    const uint32_t found = highest(m[0]);
-    return found > rest ? found : rest;
+    return max_of(highest(max_of(max_of(m[0], m[1]), max_of(m[2], m[3]))), rest);
 }
 
 // The least and the largest of n values and 0.
@@ -77,13 +73,13 @@ template <class S> FASTCKPT_INLINE Range range_of(const char* p, size_t n) {
     size_t i = 0;
     for (; i + LANES <= n; i += LANES) {
         const Floats x = as_float<Words>(load_as<S, Words>(p + i * S::size));
-        low = x < low ? x : low, high = x > high ? x : high;
+        low = min_of(x, low), high = max_of(x, high);
     }
     for (int lane = 0; lane < LANES; ++lane)
-        out.low = low[lane] < out.low ? low[lane] : out.low, out.high = high[lane] > out.high ? high[lane] : out.high;
+        out.low = min_of(low[lane], out.low), out.high = max_of(high[lane], out.high);
     for (; i < n; ++i) {
         const float x = as_float(load_as<S, uint32_t>(p + i * S::size));
-        out.low = x < out.low ? x : out.low, out.high = x > out.high ? x : out.high;
+        out.low = min_of(x, out.low), out.high = max_of(x, out.high);
     }
     return out;
 }
@@ -94,13 +90,11 @@ struct Sums {
     size_t values = 0;
 
     void add(Floats x, Floats d) {
-        const Floats size = as_float<Words>(as_bits<Words>(d) & 0x7fffffffu);
-        biggest = size > biggest ? size : biggest;
+        biggest = max_of(as_float<Words>(as_bits<Words>(d) & 0x7fffffffu), biggest);
         difference += d * d, dense += x * x, across += x * d;
     }
     void add(float x, float d) {
-        const float size = d < 0 ? -d : d;
-        biggest[0] = size > biggest[0] ? size : biggest[0];
+        biggest[0] = max_of(d < 0 ? -d : d, biggest[0]);
         difference[0] += d * d, dense[0] += x * x, across[0] += x * d;
     }
     // Floats hold the sums of so many values well enough; then doubles take them over.
@@ -111,7 +105,7 @@ struct Sums {
     void add_to(double* out) {
         double d = 0, x = 0, xd = 0;
         for (int k = 0; k < LANES; ++k) {
-            out[0] = biggest[k] > out[0] ? biggest[k] : out[0];
+            if (biggest[k] > out[0]) out[0] = biggest[k];
             d += difference[k], x += dense[k], xd += across[k];
         }
         out[1] += d, out[2] += x, out[3] += x - 2 * xd + d, out[4] += x - xd;
@@ -136,10 +130,13 @@ FASTCKPT_INLINE bool fuses(float scale, float amax) {
 template <class U> struct Scale {
     typename FloatOf<U>::type scale, reciprocal, zero;
 };
-template <class U> FASTCKPT_INLINE Scale<U> all_lanes(float scale, float zero) {
-    using F = typename FloatOf<U>::type;
-    return {F{} + scale, F{} + 1.0f / scale, F{} + zero};
-}
+struct Factor {
+    float scale, reciprocal, zero;
+    template <class U> FASTCKPT_HD Scale<U> lanes() const {
+        using F = typename FloatOf<U>::type;
+        return {F{} + scale, F{} + reciprocal, F{} + zero};
+    }
+};
 
 template <How HOW, class U>
 FASTCKPT_INLINE typename FloatOf<U>::type divided(typename FloatOf<U>::type x, const Scale<U>& s) {
@@ -189,9 +186,9 @@ FASTCKPT_INLINE U round_one(U bits, const Scale<U>& s, typename FloatOf<U>::type
 }
 
 template <class S, QuantKind KIND, How HOW, bool ZERO>
-FASTCKPT_INLINE void round_line(char* out, const char* src, size_t n, float scale, float zero, Sums& sums) {
-    const auto all = all_lanes<Words>(scale, zero);
-    const auto one = all_lanes<uint32_t>(scale, zero);
+FASTCKPT_INLINE void round_line(char* out, const char* src, size_t n, const Factor& factor, Sums& sums) {
+    const auto all = factor.lanes<Words>();
+    const auto one = factor.lanes<uint32_t>();
     size_t i = 0;
     auto lanes = [&](size_t at) {
         Floats d;
@@ -248,25 +245,14 @@ FASTCKPT_INLINE float zero_from(float low, float scale, const Quant& q) {
 
 FASTCKPT_INLINE bool finite(float x) { return (as_bits<uint32_t>(x) & 0x7fffffffu) < INF32; }
 
-template <class S, QuantKind KIND, How HOW, bool ZERO>
-void round_box(const Quant& q, size_t r0, size_t r1, size_t c0, size_t n, float scale, float zero, Sums& sums) {
-    constexpr size_t PIECE = 1024;  // values of int4 rounded before they are packed
-    for (size_t r = r0; r < r1; ++r) {
-        const char* src = q.src + (r * q.columns + c0) * S::size;
-        if constexpr (KIND == QUANT_INT4) {
-            char piece[PIECE];
-            for (size_t i = 0; i < n; i += PIECE) {
-                const size_t m = i + PIECE < n ? PIECE : n - i;
-                round_line<S, KIND, HOW, ZERO>(piece, src + i * S::size, m, scale, zero, sums);
-                pack_nibbles(q.out + (r * q.columns + c0 + i) / 2, piece, m);
-            }
-        } else {
-            round_line<S, KIND, HOW, ZERO>(q.out + r * q.columns + c0, src, n, scale, zero, sums);
-        }
-    }
+template <class S, QuantKind KIND, How HOW>
+void round_box(const Quant& q, size_t r0, size_t r1, size_t c0, size_t n, float scale, Sums& sums) {
+    const Factor factor{scale, 1.0f / scale, 0};
+    for (size_t r = r0; r < r1; ++r)
+        round_line<S, KIND, HOW, false>(q.out + r * q.columns + c0, q.src + (r * q.columns + c0) * S::size, n, factor, sums);
 }
 
-template <class S, QuantKind KIND, bool ZERO> bool quantise_blocks(const Quant& q) {
+template <class S, QuantKind KIND> bool quantise_blocks(const Quant& q) {
     const size_t across = (q.columns + q.block_columns - 1) / q.block_columns;
     Sums sums;
     for (size_t r0 = 0; r0 < q.rows; r0 += q.block_rows) {
@@ -275,23 +261,77 @@ template <class S, QuantKind KIND, bool ZERO> bool quantise_blocks(const Quant& 
             const size_t c0 = b * q.block_columns, at = r0 / q.block_rows * across + b;
             const size_t n = c0 + q.block_columns < q.columns ? q.block_columns : q.columns - c0;
             const char* src = q.src + (r0 * q.columns + c0) * S::size;
-            const uint32_t bits = largest_bits<S>(src, r1 - r0, n, q.columns);
+            const size_t next = c0 + n < q.columns ? n * S::size : 0;
+            const uint32_t bits = largest_bits<S>(src, r1 - r0, n, q.columns, next);
             if (bits >= INF32) return false;
-            float scale, zero = 0;
-            if constexpr (ZERO) {  // blocks of one row
-                const Range range = range_of<S>(src, n);
-                scale = scale_from(range.high - range.low, q);
-                zero = zero_from(range.low, scale, q);
-                q.zeros[at] = static_cast<int8_t>(zero);
-            } else {
-                scale = scale_from(q.amax == nullptr ? as_float(bits) : q.amax[r0], q);
-            }
+            const float scale = scale_from(q.amax == nullptr ? as_float(bits) : q.amax[r0], q);
             if (!finite(scale)) return false;
             q.scales[at] = scale;
-            if (q.reciprocal) round_box<S, KIND, RECIPROCAL, ZERO>(q, r0, r1, c0, n, scale, zero, sums);
-            else if (fuses(scale, as_float(bits))) round_box<S, KIND, FUSED, ZERO>(q, r0, r1, c0, n, scale, zero, sums);
-            else round_box<S, KIND, DIVIDE, ZERO>(q, r0, r1, c0, n, scale, zero, sums);
+            if (q.reciprocal) round_box<S, KIND, RECIPROCAL>(q, r0, r1, c0, n, scale, sums);
+            else if (fuses(scale, as_float(bits))) round_box<S, KIND, FUSED>(q, r0, r1, c0, n, scale, sums);
+            else round_box<S, KIND, DIVIDE>(q, r0, r1, c0, n, scale, sums);
             sums.counted((r1 - r0) * n, q.sums);
+        }
+    }
+    sums.add_to(q.sums);
+    return true;
+}
+
+// ---- groups of a row, four bits each ----
+
+constexpr size_t GROUPS = 64, PIECE = 1024;  // groups whose scales are found at once, values packed at once
+
+template <class S, How HOW, bool ZERO>
+void round_groups(const Quant& q, size_t at, const Factor* factors, size_t groups, Sums& sums) {
+    const size_t n = q.block_columns, some = n < PIECE ? PIECE / n : 1;
+    char piece[PIECE];
+    for (size_t g = 0; g < groups; g += some) {
+        const size_t last = g + some < groups ? g + some : groups;
+        if (n > PIECE) {  // one group, piece by piece
+            for (size_t i = 0; i < n; i += PIECE) {
+                const size_t m = i + PIECE < n ? PIECE : n - i;
+                round_line<S, QUANT_INT4, HOW, ZERO>(piece, q.src + (at + g * n + i) * S::size, m, factors[g], sums);
+                pack_nibbles(q.out + (at + g * n + i) / 2, piece, m);
+            }
+            continue;
+        }
+        for (size_t k = g; k < last; ++k)
+            round_line<S, QUANT_INT4, HOW, ZERO>(piece + (k - g) * n, q.src + (at + k * n) * S::size, n, factors[k], sums);
+        pack_nibbles(q.out + (at + g * n) / 2, piece, (last - g) * n);
+    }
+}
+
+template <class S, bool ZERO> bool quantise_groups(const Quant& q) {
+    const size_t n = q.block_columns, across = q.columns / n;
+    Sums sums;
+    for (size_t r = 0; r < q.rows; ++r) {
+        for (size_t g0 = 0; g0 < across; g0 += GROUPS) {
+            const size_t groups = g0 + GROUPS < across ? GROUPS : across - g0, at = r * q.columns + g0 * n;
+            float largest[GROUPS];
+            Range range[GROUPS];
+            uint32_t worst = 0;
+            for (size_t g = 0; g < groups; ++g) {
+                const char* src = q.src + (at + g * n) * S::size;
+                const uint32_t bits = largest_bits<S>(src, 1, n, n);
+                worst = max_of(worst, bits);
+                largest[g] = as_float(bits);
+                if constexpr (ZERO) range[g] = range_of<S>(src, n);
+            }
+            if (worst >= INF32) return false;
+            Factor factors[GROUPS];
+            bool fast = true;
+            for (size_t g = 0; g < groups; ++g) {
+                const size_t block = r * across + g0 + g;
+                const float scale = scale_from(ZERO ? range[g].high - range[g].low : largest[g], q);
+                if (!finite(scale)) return false;
+                q.scales[block] = scale;
+                factors[g] = {scale, 1.0f / scale, ZERO ? zero_from(range[g].low, scale, q) : 0};
+                if constexpr (ZERO) q.zeros[block] = static_cast<int8_t>(factors[g].zero);
+                fast &= fuses(scale, largest[g]);
+            }
+            if (fast) round_groups<S, FUSED, ZERO>(q, at, factors, groups, sums);
+            else round_groups<S, DIVIDE, ZERO>(q, at, factors, groups, sums);
+            sums.counted(groups * n, q.sums);
         }
     }
     sums.add_to(q.sums);
@@ -311,11 +351,10 @@ struct Strip {
 template <class S, class U> FASTCKPT_INLINE void widen(Strip& s, size_t c, const char* src, U& found) {
     using F = typename FloatOf<U>::type;
     const U bits = load_as<S, U>(src);
-    const U a = bits & 0x7fffffffu;
-    found = less(found, a) ? a : found;
+    found = max_of(found, bits & 0x7fffffffu);
     const F x = as_float<U>(bits);
     F low = load_lanes<F>(s.low + c), high = load_lanes<F>(s.high + c);
-    low = x < low ? x : low, high = x > high ? x : high;
+    low = min_of(x, low), high = max_of(x, high);
     memcpy(s.low + c, &low, sizeof low), memcpy(s.high + c, &high, sizeof high);
 }
 
@@ -371,7 +410,7 @@ template <class S, QuantKind KIND, bool ZERO> bool quantise_columns(const Quant&
             if (highest(found) >= INF32 || rest >= INF32) return false;
             bool fast = true;
             for (size_t c = 0; c < n; ++c) {
-                const float largest = s.high[c] > -s.low[c] ? s.high[c] : -s.low[c];
+                const float largest = max_of(s.high[c], -s.low[c]);
                 const float scale = scale_from(ZERO ? s.high[c] - s.low[c] : largest, q);
                 if (!finite(scale)) return false;
                 const size_t at = r0 / q.block_rows * q.columns + c0 + c;
@@ -393,9 +432,9 @@ template <class S, QuantKind KIND, bool ZERO> bool quantise_columns(const Quant&
 template <class S> bool quantise_from(const Quant& q) {
     const bool zero = q.zeros != nullptr;
     switch (q.kind) {
-        case QUANT_INT8: return quantise_blocks<S, QUANT_INT8, false>(q);
-        case QUANT_E4M3: return quantise_blocks<S, QUANT_E4M3, false>(q);
-        case QUANT_INT4: return zero ? quantise_blocks<S, QUANT_INT4, true>(q) : quantise_blocks<S, QUANT_INT4, false>(q);
+        case QUANT_INT8: return quantise_blocks<S, QUANT_INT8>(q);
+        case QUANT_E4M3: return quantise_blocks<S, QUANT_E4M3>(q);
+        case QUANT_INT4: return zero ? quantise_groups<S, true>(q) : quantise_groups<S, false>(q);
         case QUANT_INT4_AWQ:
             return zero ? quantise_columns<S, QUANT_INT4_AWQ, true>(q) : quantise_columns<S, QUANT_INT4_AWQ, false>(q);
         default:

@@ -6,7 +6,7 @@ import fastckpt
 import pytest
 import torch
 from fastckpt.errors import LayoutError
-from fastckpt.quant import load_dynamic
+from fastckpt.quant import dynamic_state, load_dynamic
 from fastckpt.schemes import SCHEMES, Quant
 
 quantization = pytest.importorskip("torch.ao.quantization")
@@ -59,6 +59,25 @@ def test_equal_to_quantize_dynamic(tmp_path, scheme, kind, bidirectional):
         torch.equal(x.int_repr(), want.rnn.get_weight()[n].int_repr())
         for n, x in got.rnn.get_weight().items()
     )
+
+
+@pytest.mark.parametrize("scheme", list(CONFIGS))
+def test_torchs_own_state_dict(tmp_path, scheme):
+    torch.manual_seed(5)
+    model = torch.nn.Sequential(torch.nn.Linear(24, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8, bias=False))
+    quant = Quant(SCHEMES[scheme], include=("*.weight",))
+    fastckpt.reshard(model.state_dict(), layout="same", quant=quant, out=tmp_path / "out")
+    state = dynamic_state(model, tmp_path / "out")
+    spec = {torch.nn.Linear: CONFIGS[scheme]}
+    want = quantization.quantize_dynamic(model, spec, dtype=torch.qint8)
+    assert list(state) == list(want.state_dict())
+    parts = ("scale", "zero_point", "_packed_params.dtype", "_packed_params._packed_params")
+    assert {f"0.{part}" for part in parts} <= set(state)
+    other = torch.nn.Sequential(torch.nn.Linear(24, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8, bias=False))
+    fresh = quantization.quantize_dynamic(other, spec, dtype=torch.qint8)
+    fresh.load_state_dict(state)
+    x = torch.randn(5, 24)
+    assert torch.equal(fresh(x), want(x)) and not torch.equal(other(x), model(x))
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     State = dict[str, Tensor]
 
-__all__ = ["SCHEMES", "Quant", "Scheme", "load_dynamic"]
+__all__ = ["SCHEMES", "Quant", "Scheme", "dynamic_state", "load_dynamic"]
 
 
 def load_dynamic(model: torch.nn.Module, path: str | os.PathLike[str]) -> torch.nn.Module:
@@ -62,6 +62,17 @@ def load_dynamic(model: torch.nn.Module, path: str | os.PathLike[str]) -> torch.
                 )
             wanted[name].copy_(tensor)
     return model
+
+
+def dynamic_state(model: torch.nn.Module, path: str | os.PathLike[str]) -> dict[str, object]:
+    """The state dict that torch's own dynamically quantised model would save, from an `int8-dynamic` output:
+    for nn.Linear `scale`, `zero_point` and `_packed_params` (dtype, and the quantised weight with its bias).
+
+    `model` is the float model, left as it is; what `quantize_dynamic` makes of it loads the result. Raises
+    what `load_dynamic` raises."""
+    import copy
+
+    return load_dynamic(copy.deepcopy(model), path).state_dict()  # with torch's versions of its modules
 
 
 def _state(path: str | os.PathLike[str]) -> State:

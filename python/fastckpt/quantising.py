@@ -6,8 +6,9 @@ every value is made from the plan's own rows, its scales go out once, when the t
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from threading import Lock
 
@@ -16,15 +17,15 @@ from numpy.typing import NDArray
 
 from .dtypes import float16, int32
 from .errors import SourceError
-from .extents import Buffer
-from .planner import LEAF, Binding, Chunk, Slots, Table, cut
+from .extents import Buffer, File
+from .planner import LEAF, NOTHING, Binding, Chunk, Slots, Table, cut, item_sizes
 from .plans import Plan
 from .quantplan import Quantised, flat
 from .reader import Lane
-from .rounding import Error, Floats, Zeros, amax, quantise, scale_of, stored_zeros
+from .rounding import Bytes, Error, Floats, Zeros, amax, quantise, scale_of, stored_zeros
 from .target import Target
 
-DENSE_BYTES = 1 << 19
+DENSE_BYTES = 1 << 21
 """Dense bytes made at once, unless one row of blocks is more: they are read back from cache."""
 
 JOB_BYTES = 8 * LEAF
@@ -129,8 +130,8 @@ class Quantising:
                 largest = np.repeat(one, told.shape[-2])
         return _Tensor(number, told, scales, np.zeros(scales.shape, np.int8), largest, jobs)
 
-    def worker(self, lane: Lane, put: Put) -> Callable[[Job], None]:
-        """A worker with staging of its own for dense rows and for values."""
+    def worker(self, lane: Lane, put: Put, places: Sequence[File | Buffer]) -> Callable[[Job], None]:
+        """A worker with staging of its own for dense rows and for values; `places`: the binding's."""
         dense = np.empty(self.dense, np.uint8)
         values = np.empty(self.values, np.uint8)
         whole = memoryview(values.data)
@@ -142,11 +143,16 @@ class Quantising:
             for band in job.bands:
                 n = band.count * columns
                 size = n * told.dtype.itemsize
-                lane.run(band.rows, [Buffer(dense, dense.ctypes.data, size)])
+                there = _in_memory(band.rows, places, size)
+                if there is None:
+                    lane.run(band.rows, [Buffer(dense, dense.ctypes.data, size)])
+                    there = dense[:size]
+                else:
+                    lane.bytes_read += size
                 out = values[filled : filled + n * told.scheme.bits // 8]
                 stop = band.row + band.count
                 given = None if tensor.largest is None else tensor.largest[band.row : stop]
-                found = quantise(dense[:size], told.dtype, band.count, columns, told.scheme, given, out)
+                found = quantise(there, told.dtype, band.count, columns, told.scheme, given, out)
                 if found is None:
                     raise _not_finite(told.name, band)
                 if told.scheme.block[0]:
@@ -171,6 +177,21 @@ class Quantising:
                 self.errors[tensor.number] = tensor.error
 
         return run
+
+
+def _in_memory(rows: Table, places: Sequence[File | Buffer], nbytes: int) -> Bytes | None:
+    """The dense bytes of a band where they lie already, as they are, in main memory; else None."""
+    if len(rows) != 1 or rows["src_dtype"][0] != rows["dst_dtype"][0]:
+        return None
+    row = rows[0]
+    place = None if row["src_buffer"] == NOTHING else places[int(row["src_buffer"])]
+    item = int(item_sizes([int(row["src_dtype"])])[0])
+    if not isinstance(place, Buffer) or place.device != "cpu":
+        return None
+    if row["shape"].tolist() != [1, 1, 1, nbytes // item] or row["src_stride"][3] != item:
+        return None
+    at = (ctypes.c_uint8 * nbytes).from_address(place.address + int(row["src"]))
+    return np.frombuffer(memoryview(at), np.uint8)
 
 
 def _beside(tensor: _Tensor) -> Iterator[tuple[int, NDArray[np.generic]]]:

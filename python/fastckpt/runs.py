@@ -228,7 +228,7 @@ class Run:
                 copy = worker(lane)
                 if put is None:  # the plan quantises nothing
                     return lambda item: None if isinstance(item, Job) else copy(item)
-                quantise = quantising.worker(lane, put)
+                quantise = quantising.worker(lane, put, binding.places)
                 return lambda item: quantise(item) if isinstance(item, Job) else copy(item)
 
             lanes = [reader.lane(executor) for _ in range(threads)]

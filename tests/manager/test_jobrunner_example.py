@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
 import torch
 from fastckpt.manager.manager import CheckpointManager
 from safetensors.torch import load_file
@@ -31,3 +35,42 @@ def test_jobrunner(tmp_path: Path) -> None:
         saved = manager.restore(names=[f"model.{n}" for n in one])
         assert isinstance(saved, dict) and all(torch.equal(saved[f"model.{n}"], one[n]) for n in one)
     assert len(ElementTree.parse(tmp_path / "result.svg").findall("{*}polyline")) == 2
+
+
+def ranks(root: Path, more: dict[int, dict[str, str]]) -> list[int]:
+    """Both ranks of the example's training, as its launcher starts them; exit codes. `more`: variables of a
+    rank. When one dies, the other is killed."""
+    meet = root.parent / f".meet-{time.time_ns()}"
+    command = [sys.executable, str(EXAMPLE), "--out", str(root.parent), "--smoke", "--rank-of", str(root)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen([*command, "--meet", str(meet)], env={**env, "RANK": str(r), **more.get(r, {})})
+        for r in range(2)
+    ]
+    while any(p.poll() is None for p in started):
+        if any(p.poll() not in (None, 0) for p in started):
+            for p in started:
+                p.kill()
+        time.sleep(0.05)
+    return [p.returncode for p in started]
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(shutil.which("cc") is None, reason="the shim needs cc")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killed_at_any_call(tmp_path: Path, victim: int) -> None:
+    """SIGKILL at calls all over the run, of either rank: resumed, the same weights bit for bit."""
+    shim = tmp_path / "shim.so"
+    source = Path(__file__).parents[2] / "benchmarks/reliability/shim.c"
+    subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", str(shim), str(source), "-ldl"], check=True)
+    assert ranks(tmp_path / "undisturbed", {}) == [0, 0]
+    want = (tmp_path / "undisturbed.safetensors").read_bytes()
+    killed = 0
+    for point in range(5, 125, 17):
+        root = tmp_path / f"killed-{point}"
+        fault = {"LD_PRELOAD": str(shim), "FAULT_ROOT": str(root), "FAULT_POINT": str(point)}
+        codes = ranks(root, {victim: {**fault, "FAULT_MODE": "3"}})
+        killed += codes[victim] == -signal.SIGKILL
+        assert codes == [0, 0] or ranks(root, {}) == [0, 0], point
+        assert (tmp_path / f"killed-{point}.safetensors").read_bytes() == want, point
+    assert killed > 3

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from fastckpt.errors import ManagerError, SourceError
+from fastckpt.errors import FastckptError, ManagerError, SourceError, WriteError
 from fastckpt.manager.commands import add_parser, run
 from fastckpt.manager.manager import CheckpointManager
 from safetensors.torch import load_file
@@ -107,3 +108,34 @@ def test_publish_and_back(root: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 def test_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(ManagerError, match="holds no commits"):
         call("publish", tmp_path, "--to", tmp_path / "served")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["ls", "nosuch://x"], "needs fsspec and its package"),
+        (["ls", "R", "--step-digits", "0"], "gives no plain file name"),
+        (["ls", "R", "--step-prefix", "../x"], "gives no plain file name"),
+        (["gc", "R", "--max-to-keep", "0"], "max_to_keep: wanted at least 1, got 0"),
+        (["gc", "R", "--keep-best", "1"], "best_metric is missing"),
+        (["verify", "R", "--step", "9"], "step-00000009: no such directory"),
+        (["restore", "R", "OUT", "--step", "-1"], "steps count from 0"),
+        (["restore", "R", "OUT", "--step", "9"], "no such file"),
+        (["publish", "R", "--to", "OUT", "--step", "9"], "no such file"),
+        (["publish", "R", "--to", "OUT", "--part", "none"], "no part 'none'; it has model, n"),
+        (["publish", "R", "--to", "OUT", "--back", "../x"], "is no plain name"),
+        (["publish", "R", "--to", "OUT", "--back", "v9"], "no whole version 'v9'"),
+    ],
+)
+def test_bad_inputs(root: Path, tmp_path: Path, words: list[str], said: str) -> None:
+    places = {"R": str(root), "OUT": str(tmp_path / "out")}
+    with pytest.raises(FastckptError, match=re.escape(said)):
+        call(*(places.get(w, w) for w in words))
+    assert not (tmp_path / "out/current").is_symlink()
+    assert call("verify", root) == 0
+
+
+def test_a_root_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match="Not a directory"):
+        call("ls", tmp_path / "file")

@@ -1,0 +1,154 @@
+"""How many values and scales differ from those of the packages that define the schemes, as a table.
+
+    python benchmarks/quant_oracles.py
+
+Packages that are not installed are left out and named. compressed-tensors, torchao and torch.ao quantise the same
+random matrix [256, 512] in fp32, bf16 and fp16; a `0` says that every one is equal, bit for bit.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+
+import fastckpt
+import torch
+
+Compared = tuple[str, torch.Tensor, torch.Tensor]
+"""What is compared ("values", "scales", "zero points"), theirs and ours."""
+
+NAME = "a.q_proj.weight"
+ROWS, COLUMNS = 256, 512
+
+
+def main() -> int:
+    """Print the table."""
+    warnings.filterwarnings("ignore")
+    missing = []
+    print("| scheme | defined by | dtype | values | scales | zero points |\n|---|---|---|---|---|---|")
+    for package, oracle in ORACLES.items():
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(package)
+            continue
+        torch.manual_seed(0)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            dense = torch.randn(ROWS, COLUMNS).to(dtype)
+            for scheme, compared in oracle(dense):
+                cells = {what: f"{differing(a, b)} of {b.numel()}" for what, a, b in compared}
+                told = [cells.get(what, "-") for what in ("values", "scales", "zero points")]
+                source = f"{package} {version.partition('+')[0]}"
+                print(f"| {scheme} | {source} | {str(dtype)[6:]} | {' | '.join(told)} |")
+    if missing:
+        print(f"\nnot installed: {', '.join(missing)}", file=sys.stderr)
+    return 0
+
+
+def differing(theirs: torch.Tensor, ours: torch.Tensor) -> int:
+    """Elements whose bits differ."""
+    a, b = theirs.contiguous().reshape(-1), ours.contiguous().reshape(-1)
+    if a.dtype != b.dtype:
+        a, b = a.double(), b.double()
+    return int((a.view(torch.uint8) != b.view(torch.uint8)).reshape(len(a), -1).any(1).sum())
+
+
+def ours(dense: torch.Tensor, scheme: str) -> dict[str, torch.Tensor]:
+    (made,) = fastckpt.reshard({NAME: dense}, layout="same", quant=scheme)
+    return made
+
+
+def nibbles(words: torch.Tensor) -> torch.Tensor:
+    return torch.stack([(words >> (4 * k)) & 15 for k in range(8)], -1)
+
+
+def compressed_tensors(dense: torch.Tensor) -> Iterator[tuple[str, list[Compared]]]:
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.lifecycle.forward import quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    for scheme, kind, strategy in (
+        ("int8", "int", "channel"), ("fp8", "float", "tensor"), ("fp8-channel", "float", "channel")
+    ):  # fmt: skip
+        args = QuantizationArgs(num_bits=8, type=kind, strategy=strategy, symmetric=True)
+        axes = (0, 1) if strategy == "tensor" else (1,)
+        low, high = (f(axes, keepdim=True) for f in (dense.amin, dense.amax))
+        scale, zero = calculate_qparams(low, high, args)
+        made = ours(dense, scheme)
+        values = quantize(dense, scale, zero, args, dtype=made[NAME].dtype)
+        yield scheme, [("values", values, made[NAME]), ("scales", scale.float(), made[f"{NAME}_scale"])]
+    for group, end in ((128, ""), (64, "64"), (32, "32")):
+        for symmetric in (True, False):
+            scheme = f"int4-group{end}{'' if symmetric else '-zero'}"
+            args = QuantizationArgs(num_bits=4, strategy="group", group_size=group, symmetric=symmetric)
+            boxes = dense.reshape(ROWS, -1, group)
+            scale, zero = calculate_qparams(boxes.amin(2), boxes.amax(2), args)
+            state = {"weight": dense, "weight_scale": scale, "weight_zero_point": zero}
+            told = QuantizationScheme(targets=["Linear"], weights=args)
+            packed = PackedQuantizationCompressor.compress(state, told)
+            made = ours(dense, scheme)
+            compared = [
+                ("values", nibbles(packed["weight_packed"]), nibbles(made[f"{NAME}_packed"])),
+                ("scales", scale.float(), made[f"{NAME}_scale"]),
+            ]
+            if not symmetric:
+                points = nibbles(packed["weight_zero_point"]), nibbles(made[f"{NAME}_zero_point"])
+                compared.append(("zero points", *points))
+            yield scheme, compared
+
+
+def torchao(dense: torch.Tensor) -> Iterator[tuple[str, list[Compared]]]:
+    from torchao.quantization import quant_primitives as q
+
+    eps = torch.finfo(torch.float32).eps
+    told = (q.MappingType.SYMMETRIC, (1, COLUMNS), torch.int8)
+    scale, zero = q.choose_qparams_affine(dense, *told, eps=eps, scale_dtype=torch.float32)
+    values = q.quantize_affine(dense, (1, COLUMNS), scale, zero, torch.int8)
+    made = ours(dense, "int8-dynamic-channel")
+    yield "int8-dynamic-channel", [("values", values, made[NAME]), ("scales", scale, made[f"{NAME}_scale"])]
+    blocks = {"fp8": (ROWS, COLUMNS), "fp8-channel": (1, COLUMNS), "fp8-block": (128, 128)}
+    for scheme, block in blocks.items():
+        scale = q._choose_scale_float8(dense, block, torch.float8_e4m3fn)
+        values = q._quantize_affine_float8(dense, scale, torch.float8_e4m3fn)
+        made = ours(dense, scheme)
+        end = "_scale_inv" if scheme == "fp8-block" else "_scale"
+        yield scheme, [("values", values, made[NAME]), ("scales", scale, made[NAME + end])]
+
+
+def torch_ao(dense: torch.Tensor) -> Iterator[tuple[str, list[Compared]]]:
+    from torch.ao import quantization as q
+
+    if dense.dtype is not torch.float32:
+        return  # quantize_dynamic takes no other
+    linear = torch.nn.Linear(COLUMNS, ROWS, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(dense)
+    for scheme, config in (
+        ("int8-dynamic", q.default_dynamic_qconfig), ("int8-dynamic-channel", q.per_channel_dynamic_qconfig)
+    ):  # fmt: skip
+        made = ours(dense, scheme)
+        theirs = q.quantize_dynamic(torch.nn.Sequential(linear), {torch.nn.Linear: config})[0].weight()
+        if scheme == "int8-dynamic":
+            scale, zero = torch.tensor([theirs.q_scale()]), torch.tensor([theirs.q_zero_point()])
+        else:
+            scale, zero = theirs.q_per_channel_scales(), theirs.q_per_channel_zero_points()
+        yield scheme, [
+            ("values", theirs.int_repr(), made[NAME]),
+            ("scales", scale.float(), made[f"{NAME}_scale"]),
+            ("zero points", zero.long(), made[f"{NAME}_zero_point"]),
+        ]
+
+
+ORACLES: dict[str, Callable[[torch.Tensor], Iterator[tuple[str, list[Compared]]]]] = {
+    "compressed-tensors": compressed_tensors,
+    "torchao": torchao,
+    "torch": torch_ao,
+}
+"""Package -> what it defines: (scheme, what to compare)."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
