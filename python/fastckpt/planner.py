@@ -142,7 +142,7 @@ def compile(targets: Sequence[Target], extents: Extents) -> tuple[Chunk, Extents
         counts = np.array([len(v.held) for _, v in chosen])
         tensor = np.repeat(np.array([i for i, _ in chosen], np.int64), counts)
         codes = np.repeat(np.array([v.dtype.code for _, v in chosen], np.int64), counts)
-        steps = {v.boxes: dense_strides(v.boxes) for _, v in chosen}
+        steps = {boxes: dense_strides(boxes) for boxes in {v.boxes for _, v in chosen}}
         dense = np.array([steps[v.boxes] for _, v in chosen], np.int64).reshape(len(chosen), ndim)
         strides = np.repeat(dense, counts, axis=0) * _ITEM[codes][:, None]
         parts.append(_compile(np.concatenate(columns), ndim, strides, codes, tensor))

@@ -31,7 +31,7 @@ TRAINED = {"llama": 3, "mixtral": 2, "qwen3_moe": 3, "llama-tied": 2}
 def script(name: str, *argv: str) -> str:
     command = [sys.executable, str(HERE / name), *argv]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
