@@ -36,16 +36,19 @@ FLAGS = [
     "-Wextra",
 ]
 LINK = ["-Wl,-s", "-pthread"] if sys.platform == "linux" else []
-SOURCES = [
-    "module.cpp",
-    "read.cpp",
-    "recent.cpp",
-    "digest.cpp",
-    "copy_cpu.cpp",
-    "tiles_host.cpp",
-    "isa_portable.cpp",
-]
+SOURCES: dict[str, list[str]] = {
+    "module.cpp": ["-Os"],
+    "read.cpp": [],
+    "recent.cpp": [],
+    "digest.cpp": [],
+    "copy_cpu.cpp": [],
+    "tiles_host.cpp": ["-Os"],
+    "isa_portable.cpp": [],
+}
+"""The translation units; those that are never hot are made small."""
+
 X86 = {
+    "isa_portable.cpp": ["-O2"],  # the last resort there
     "isa_avx2.cpp": ["-mavx2", "-mfma", "-mbmi2"],
     "isa_avx512.cpp": [
         "-mavx512f",
@@ -134,7 +137,7 @@ def toolkit() -> Toolkit | None:
 def units() -> dict[str, list[str]]:
     """Every source file of the CPU build and the flags it needs beyond FLAGS."""
     extra = X86 if platform.machine().lower() in ("x86_64", "amd64") else {}
-    return {name: [] for name in SOURCES} | extra
+    return SOURCES | extra
 
 
 class Build(build_ext):

@@ -81,8 +81,7 @@ template <class S, class D> struct Micro {
 
     FASTCKPT_INLINE void run(char* dst, const char* src, int64_t dst_step, int64_t src_step, int64_t ahead, bool past) {
         Words m[LANES];
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; ++i) {
+        auto line = [&](int i) __attribute__((always_inline)) {
             const char* row = src + i * GROUP * src_step;
             m[i] = convert<S, D>(load<S::size>(row));
             prefetch(row + ahead);
@@ -93,6 +92,14 @@ template <class S, class D> struct Micro {
                     prefetch(row + k * src_step + ahead);
                 }
             }
+        };
+        // Conversions of 8-bit floats are long: unrolled, they would be a third of the module.
+        if constexpr (!Same<S, D>::value && (S::size == 1 || D::size == 1)) {
+#pragma GCC unroll 1
+            for (int i = 0; i < LANES; ++i) line(i);
+        } else {
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; ++i) line(i);
         }
         transpose(m);
         if (past) {
