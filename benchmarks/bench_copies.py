@@ -64,7 +64,7 @@ class Square:
         held = Buffer(self.source, self.source.ctypes.data, self.source.nbytes)
         self.extents = Extents([Extent(held, 0, held.nbytes)])
         self.view = strided(self.extents, 0, float32, (rows, columns)).cast(bfloat16)
-        self.made = tensors.fresh((rows * columns,), torch.bfloat16).fill_(1)
+        self.made = torch.ones(rows * columns, dtype=torch.bfloat16)
         self.into = Buffer(self.made, self.made.data_ptr(), self.made.nbytes)
         self.held = held
 

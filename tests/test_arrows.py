@@ -78,7 +78,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "pipeline": (*CORE, "digest", "finite", "planner", "planned", "plans", "reader", *FILES),
     "quantising": (*CORE, "planner", "plans", "schemes", "quantplan", "rounding", "reader"),
-    "tensors": (*CORE, "planner", "plans", "syscalls"),
+    "tensors": (*CORE, "planner", "plans"),
     "device": (*CORE, "lowrank", "digest", "planner", "plans", "reader", "pipeline", "executors"),
 }
 MAY_IMPORT["runs"] = (*MAY_IMPORT, "__init__")

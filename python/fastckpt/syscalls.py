@@ -1,4 +1,4 @@
-"""Four Linux calls Python does not offer, by ctypes: fallocate, sync_file_range, renameat2, madvise.
+"""Three Linux calls Python does not offer, by ctypes: fallocate, sync_file_range, renameat2.
 
 Law: where the platform lacks a call, `allocate` and `start_writeback` do the nearest thing that is
 correct and slower; `exchange` raises, because nothing else swaps two directories in one step.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import os
 import sys
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from collections.abc import Callable
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _SYNC_FILE_RANGE_WRITE = 2
-_MADV_HUGEPAGE = 14
 _LIBC = (
     ctypes.CDLL(None, use_errno=True)
     if sys.platform == "linux" and ctypes.sizeof(ctypes.c_long) == 8
@@ -39,7 +37,6 @@ _sync_file_range = _function("sync_file_range", ctypes.c_int, ctypes.c_int64, ct
 _renameat2 = _function(
     "renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint
 )
-_madvise = _function("madvise", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def allocate(fd: int, nbytes: int) -> None:
@@ -62,14 +59,6 @@ def start_writeback(fd: int, offset: int, nbytes: int) -> None:
     """Start writing these bytes to disk without waiting; only a hint, so a failure is ignored."""
     if _sync_file_range is not None:
         _sync_file_range(fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
-
-
-def advise_huge(address: int, nbytes: int) -> None:
-    """Ask for huge pages under memory that was not touched yet: fewer faults, fewer misses; only a hint."""
-    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-    stop = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if _madvise is not None and stop > start:
-        _madvise(start, stop - start, _MADV_HUGEPAGE)
 
 
 def exchange(a: str, b: str) -> None:

@@ -14,21 +14,8 @@ from .dtypes import BY_NAME, DType
 from .errors import DeviceError, LayoutError, expect
 from .extents import Buffer
 from .plans import Plan
-from .syscalls import advise_huge
 
 State = dict[str, torch.Tensor]
-
-
-HUGE = 4 << 20
-"""Bytes from which fresh tensors in main memory ask for huge pages."""
-
-
-def fresh(shape: Sequence[int], dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
-    """An uninitialised tensor. Its cost is the first touch of its pages, so large ones ask for huge ones."""
-    made = torch.empty(tuple(shape), dtype=dtype, device=device)
-    if made.nbytes >= HUGE and made.device.type == "cpu":
-        advise_huge(made.data_ptr(), made.nbytes)
-    return made
 
 
 def allocate(planned: Plan, device: str = "cpu") -> tuple[list[State], list[Buffer]]:
@@ -39,7 +26,7 @@ def allocate(planned: Plan, device: str = "cpu") -> tuple[list[State], list[Buff
     buffers = []
     for t in planned.tensors:
         try:
-            made = fresh(t.shape, torch_dtype(t.dtype), device)
+            made = torch.empty(t.shape, dtype=torch_dtype(t.dtype), device=device)
         except torch.OutOfMemoryError as e:
             needed = planned.output_bytes
             raise DeviceError(f"{device}: out of memory: the outputs need {needed} bytes; {e}") from None
