@@ -105,6 +105,19 @@ def test_a_version_of_something_else(tmp_path: Path) -> None:
     assert publishing.current(to) == "step-00000000"
 
 
+@pytest.mark.parametrize("other", [{"dtype": "bfloat16"}, {"layout": "hf"}, {"tp": 2}])
+def test_a_version_made_otherwise(tmp_path: Path, other: dict[str, str | int]) -> None:
+    """Servers that asked for bf16 are not pointed at fp32."""
+    to = tmp_path / "served"
+    with CheckpointManager(tmp_path / "ck") as manager:
+        manager.save(0, llama(0))
+        made = {"tp": 1, "layout": "vllm", "config": CONFIG, "to": to}
+        manager.publish(0, **made)
+        assert manager.publish(0, **made) is None
+        with pytest.raises(ManagerError, match="is there already, of another save or made otherwise"):
+            manager.publish(0, **{**made, **other})
+
+
 def test_failures_leave_the_link(tmp_path: Path) -> None:
     to = tmp_path / "served"
     with CheckpointManager(tmp_path / "ck") as manager:

@@ -19,7 +19,8 @@ from ..commit import sync_directory, telling
 from ..errors import ManagerError
 from ..layouts import Layout
 from ..manifest import NAME, Manifest
-from ..road import reshard
+from ..plans import Plan
+from ..road import plan, reshard
 from ..runs import Report
 from ..sources.training import parts_of
 from .opened import Opened, check_files
@@ -75,18 +76,21 @@ def publish(
         made = reshard(source, tp, layout=layout, config=config, dtype=dtype, out=path)
         report = made if isinstance(made, Report) else None
     else:
-        _same(path, source, tp)
+        _same(path, plan(source, tp, layout=layout, config=config, dtype=dtype), source)
     point(root, version)
     if keep is not None:
         gc(root, keep)
     return report
 
 
-def _same(path: str, source: Checkpoint, tp: int) -> None:
+def _same(path: str, wanted: Plan, source: Checkpoint) -> None:
     """Refuse to take a version of something else for this one."""
     found = Manifest.read(path)
-    if found.record.source.headers != source.headers or found.world != tp:
-        raise ManagerError(f"{path}: is there already, of another save or for {found.world} ranks")
+    if found.record.source.headers != source.headers or found.key != wanted.key:
+        raise ManagerError(
+            f"{path}: is there already, of another save or made otherwise ({found.world} ranks, layout "
+            f"{found.record.layout}); publish under another name, or remove it"
+        )
 
 
 def versions(to: str | os.PathLike[str]) -> list[str]:
