@@ -227,11 +227,14 @@ class Part:
     def start(self) -> None:
         """Refuse a directory that is another plan's, remove what this rank left when it was killed."""
         with telling(self.path):
-            if os.path.lexists(self.path) and not os.path.isdir(self.path):
-                raise WriteError(f"{self.path}: exists and is no directory")
-            entries: list[str] = []
-            with suppress(FileNotFoundError):  # not there yet, or another rank gave up and took it away
+            try:  # one call: another rank that gives up may take the directory away at any moment
                 entries = sorted(os.listdir(self.path))
+            except FileNotFoundError:
+                entries = []
+            except NotADirectoryError:
+                if not os.path.lexists(self.path):
+                    raise  # a parent is none
+                raise WriteError(f"{self.path}: exists and is no directory") from None
         records = [e for e in entries if e == NAME or rank_of(e) is not None]
         if not self._overwrite:
             for record in records:
@@ -251,10 +254,8 @@ class Part:
         elif entries:
             refuse_loss(self.path, self._keep)
         with telling(self.path):
-            # the marker first: other ranks that start now see that the directory is ours
-            move_in(self.path, self._mark, self._made)
+            move_in(self.path, self._claim, self._made)
             self._started = True
-            self._sweep(but=self._mine + "open")
 
     def stage(self, name: str) -> str:
         """The path to write the file `name` at."""
@@ -317,9 +318,13 @@ class Part:
             self.finish()
         remove_directories(self._made)
 
-    def _mark(self) -> None:
-        """The file that says that a rank is at work here; without it the directory may be removed."""
+    def _claim(self) -> None:
+        """Leave the file that says that a rank is at work here, then remove what this rank left before.
+
+        The file first: ranks that start now see that the directory is ours. Raises FileNotFoundError where
+        the directory went away between the two, as it can when the same rank is run twice at once."""
         open(os.path.join(self.path, self._mine + "open"), "wb").close()
+        self._sweep(but=self._mine + "open")
 
     # ---- records ----
 
