@@ -107,10 +107,10 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("torchzip", "inertpickle"),
         ("torchpickle",),
         ("torchfile",),
-        ("torchtensors", "zero_state"),
+        ("torchtensors", "zero_state", "dcp_metadata"),
         ("shards", "zero_parts"),
         # one format each
-        ("zero", "safetensors", "statedict", "memory"),
+        ("zero", "safetensors", "statedict", "dcp", "memory"),
         ("served", "peft", "training"),  # what fastckpt or PEFT wrote, in the two formats before them
         ("__init__",),
     ),
