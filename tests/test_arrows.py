@@ -118,7 +118,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("quantised",),
         ("claims", "fused"),
         ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper", "jina_bert"),
-        ("llama", "gemma", "phi3", "glm", "mixtral", "qwen_moe", "deepseek", "gpt_oss"),
+        ("llama", "gemma", "phi3", "glm", "mixtral", "qwen_moe", "deepseek", "gpt_oss", "cogvlm2"),
         ("__init__",),
     ),
     "layouts": (
