@@ -108,10 +108,10 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("torchzip", "inertpickle"),
         ("torchpickle",),
         ("torchfile",),
-        ("torchtensors", "zero_state"),
+        ("torchtensors", "zero_state", "dcp_metadata"),
         ("shards", "zero_parts"),
         # one format each
-        ("zero", "safetensors", "statedict", "memory"),
+        ("zero", "safetensors", "statedict", "dcp", "memory"),
         ("served", "peft", "training"),  # what fastckpt or PEFT wrote, in the two formats before them
         ("__init__",),
     ),
@@ -119,7 +119,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("quantised",),
         ("claims", "fused"),
         ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper", "jina_bert"),
-        ("llama", "gemma", "phi3", "glm", "mixtral", "qwen_moe", "deepseek", "gpt_oss"),
+        ("llama", "gemma", "phi3", "glm", "mixtral", "qwen_moe", "deepseek", "gpt_oss", "cogvlm2"),
         ("__init__",),
     ),
     "layouts": (

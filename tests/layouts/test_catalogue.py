@@ -61,7 +61,7 @@ def test_every_name_of_the_reference_has_a_row():
 TABLE_OF = {
     "default table": "default", "table of W8A8 int8": "int8", "table of fp8 by matrix": "fp8_tensor",
     "table of fp8 by blocks": "fp8_block", "table of fp8 by output": "fp8_channel",
-    "table of fp4 by groups": "fp4_group",
+    "table of fp4 by groups": "fp4_group", "table of 2025 alone": "default",
 }  # fmt: skip
 
 

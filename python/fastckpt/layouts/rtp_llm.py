@@ -30,6 +30,11 @@ from .rtp_rope import cos_sin_cache
 from .rtp_split import SPLITS, Cut, phy2log
 from .rtp_weights import NAMES, TABLES
 
+TOWERS = {"cogvlm2": "model.vision."}
+"""family -> what the hub calls its image tower, which the first tp rank holds whole by names below that.
+Every rank holds embedding and head whole, since the tower's vectors are put among the embedded tokens.
+Source: rtp-llm's models/cogvlm2.py and multimodal_mixin.py of 2025."""
+
 
 @dataclass(frozen=True, slots=True)
 class RtpLlm:
@@ -129,7 +134,7 @@ class RtpLlm:
         if model.encoder is not None:
             raise LayoutError(f"layout rtp_llm has no place for the encoder of {model.family}")
         for extra in model.carried:
-            if not extra.name.endswith("token_type_embeddings.weight"):
+            if model.family not in TOWERS and not extra.name.endswith("token_type_embeddings.weight"):
                 raise LayoutError(f"layout rtp_llm has no place for {extra.name} of {model.family}")
         if model.norm is None and model.lm_head.name != model.embedding.name:
             raise LayoutError(f"layout rtp_llm has no place for {model.lm_head.name} of {model.family}")
@@ -137,8 +142,13 @@ class RtpLlm:
     def _targets(self, model: Model, cut: Cut, order: list[int]) -> Iterator[Target]:
         place = cut.place
         key = f"rank_{place.tp_rank:02d}_{place.dp_rank:02d}_{cut.experts[0]:02d}"
+        ends = replace(cut, place=Placement()) if model.family in TOWERS else cut
         for whole in _before(model):
-            yield _target(f"{key}.global", whole, cut)
+            yield _target(f"{key}.global", whole, ends)
+        if model.family in TOWERS and place.tp_rank == 0:
+            for role in model.carried:
+                name = role.name.removeprefix(TOWERS[model.family])
+                yield Target(f"{key}.global.{name}", role.view)
         if self.rope_positions and model.rope is not None:
             table = cos_sin_cache(model.rope, self.rope_positions)
             yield _target(f"{key}.global", Whole("rope_cos_sin_cache", table), cut)
@@ -152,7 +162,7 @@ class RtpLlm:
                 for whole in _places(order, model.sizes.experts):
                     yield _target(f"{key}.layers.{i}", whole, cut)
         for whole in _after(model):
-            yield _target(f"{key}.global", whole, cut)
+            yield _target(f"{key}.global", whole, ends)
 
 
 def _target(at: str, whole: Whole, cut: Cut) -> Target:
@@ -172,7 +182,7 @@ def _before(model: Model) -> Iterator[Whole]:
     yield Whole("embedding", model.embedding.weight)
     if model.positions is not None:
         yield Whole("positional_embedding", model.positions.weight)
-    for role in model.carried:
+    for role in () if model.family in TOWERS else model.carried:
         yield Whole("token_type_embedding", role.view)
     yield from norm("pre_decoder_ln", model.embedding_norm)
     if model.alibi:

@@ -9,7 +9,7 @@ and model_loader/'s weights by scheme.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -83,6 +83,9 @@ def layer_weights(
         yield from _experts(layer.mlp, cut, making, experts)
     else:
         yield from _mlp(layer.mlp, cut, making)
+    if layer.vision is not None:
+        yield from _attention(layer.vision.attention, model, cut, making, "vision_")
+        yield from _mlp(layer.vision.mlp, cut, replace(making, w13=False), "vision_")
 
 
 def norm(name: str, role: Norm | None) -> Iterator[Whole]:
@@ -259,7 +262,7 @@ def no_bias(*linears: Linear | None) -> None:
 # ---- attention ----
 
 
-def _attention(attention: Attention, model: Model, cut: Cut, making: Making) -> Iterator[Whole]:
+def _attention(attention: Attention, model: Model, cut: Cut, making: Making, of: str = "") -> Iterator[Whole]:
     if attention.sinks is not None or attention.relative is not None:
         raise LayoutError(
             f"layout rtp_llm has no place for the attention of {attention.o.name} ({model.family})"
@@ -267,8 +270,8 @@ def _attention(attention: Attention, model: Model, cut: Cut, making: Making) -> 
     qkv = [attention.q, attention.k, attention.v]
     for one in qkv:
         _whole_heads(one, cut)
-    yield from _matrix("attn_qkv_", qkv, (None, 1), one_scale=making.one_scale)
-    yield from _matrix("attn_o_", [attention.o], (1, cut.place.tp))
+    yield from _matrix(f"{of}attn_qkv_", qkv, (None, 1), one_scale=making.one_scale)
+    yield from _matrix(f"{of}attn_o_", [attention.o], (1, cut.place.tp))
     yield from norm("q_ln", attention.q_norm)
     yield from norm("k_ln", attention.k_norm)
 
@@ -338,9 +341,9 @@ def _rope_apart(linear: Linear, heads: int, before: int, rope: int) -> Linear:
 # ---- feed-forward blocks ----
 
 
-def _mlp(mlp: Mlp, cut: Cut, making: Making) -> Iterator[Whole]:
+def _mlp(mlp: Mlp, cut: Cut, making: Making, of: str = "") -> Iterator[Whole]:
     """gate (w1), up (w3), or both as w13, and down (w2); a block without a gate has w3 and w2, one whose hub
-    stores up first (Jina's BERT) w1 and w3."""
+    stores up first (Jina's BERT) w1 and w3. `of`: what stands before W's names."""
     ranks = cut.ffn_tp[1]
     if mlp.gate is None:
         yield from _matrix("ffn_", [mlp.up], (0, ranks), "3")
@@ -348,9 +351,9 @@ def _mlp(mlp: Mlp, cut: Cut, making: Making) -> Iterator[Whole]:
         whole_blocks(mlp.gate, 0, ranks)
         yield from _matrix("ffn_", [mlp.gate, mlp.up], (None, 1), "13")
     else:
-        yield from _matrix("ffn_", [mlp.gate], (0, ranks), "1")
-        yield from _matrix("ffn_", [mlp.up], (0, ranks), "3")
-    yield from _matrix("ffn_", [mlp.down], (1, ranks), "2")
+        yield from _matrix(f"{of}ffn_", [mlp.gate], (0, ranks), "1")
+        yield from _matrix(f"{of}ffn_", [mlp.up], (0, ranks), "3")
+    yield from _matrix(f"{of}ffn_", [mlp.down], (1, ranks), "2")
 
 
 def _experts(moe: Experts, cut: Cut, making: Making, order: Sequence[int]) -> Iterator[Whole]:
