@@ -43,8 +43,9 @@ class RtpLlm:
     as 2025's engine wants them. `use_stack_weight`: the ranks that share experts cut their widths (today's
     moe_pure_tp_mode, 2025's use_stack_weight); else each has its experts whole. `ffn_tp`: how many ranks cut
     the feed-forward block (0: as tp). `physical_experts`: places for experts, redundant ones included, on
-    `nodes` nodes (0: as many as experts). `rope_positions`: latent attention's table of cosines and sines for
-    so many positions, the engine's max_seq_len (0: none)."""
+    `nodes` nodes (0: as many as experts). `rope_positions`: latent attention's table of cosines and sines
+    for so many positions, the engine's max_seq_len (0: none). `one_scale`: of fp8 with a scale a matrix, q, k
+    and v get the largest of theirs, and so do an expert's up and gate, as the engine has them once loaded."""
 
     absorb: bool = True
     w13: bool = True
@@ -54,6 +55,7 @@ class RtpLlm:
     physical_experts: int = 0
     nodes: int = 1
     rope_positions: int = 0
+    one_scale: bool = False
     roles: ClassVar[Literal[True]] = True
 
     def targets(self, model: Model, placement: Placement) -> Iterator[Target]:
@@ -150,7 +152,7 @@ class RtpLlm:
         if self.rope_positions and model.rope is not None:
             table = cos_sin_cache(model.rope, self.rope_positions)
             yield _target(f"{key}.global", Whole("rope_cos_sin_cache", table), cut)
-        making = Making(self.absorb, self.w13, self.split_rope)
+        making = Making(self.absorb, self.w13, self.split_rope, self.one_scale)
         for i, layer in enumerate(model.layers):
             by_head = _latent_cut(layer, cut)
             for whole in layer_weights(layer, model, cut, making, order):
@@ -166,10 +168,14 @@ class RtpLlm:
 def _target(at: str, whole: Whole, cut: Cut) -> Target:
     """One rank's part. At one rank the engine's loader cuts nothing, and so pads nothing; its lm_head knows
     tp alone."""
-    grid, view = cut.place, whole.view
+    grid, views = cut.place, [whole.view, *whole.also]
     if grid.tp > 1 or (whole.name != "lm_head" and (grid.dp, grid.ep) != (1, 1)):
-        view = SPLITS[TABLES[whole.table][whole.name]].view(view, replace(cut, bits=whole.bits))
-    return Target(f"{at}.{NAMES[whole.name]}", view)
+        split, own = SPLITS[TABLES[whole.table][whole.name]].view, replace(cut, bits=whole.bits)
+        views = [split(view, own) for view in views]
+    view, *also = views
+    if whole.finish is not None:
+        view = whole.finish(view)
+    return Target(f"{at}.{NAMES[whole.name]}", view, also=tuple(also))
 
 
 def _before(model: Model) -> Iterator[Whole]:
