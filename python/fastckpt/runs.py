@@ -147,8 +147,10 @@ class Run:
             self.phases["copy"] = time.perf_counter() - began  # until it was started
         else:
             sink = ToDevice(planned.slots(), buffers, device)
-            self._copy(planned, lambda lane: sink.worker(lane, self.band))
-            sink.close()
+            try:
+                self._copy(planned, lambda lane: sink.worker(lane, self.band))
+            finally:  # after an error too: what was sent is on its way into memory that is given up then
+                sink.close()
 
     def to_files(
         self,

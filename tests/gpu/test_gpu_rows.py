@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -192,6 +194,16 @@ def test_memory_is_kept_until_it_is_done() -> None:
     torch.full((1 << 24,), 7.0, device="cuda")  # would take the source's memory
     side.synchronize()
     assert torch.equal(out, wanted)
+
+
+def test_memory_is_given_back_when_it_is_done() -> None:
+    source, _, made = prepared()
+    gone = weakref.ref(source)
+    made.run()
+    del source, made
+    torch.cuda.synchronize()
+    gc.collect()
+    assert gone() is None
 
 
 def test_buffers_of_the_host_are_refused_as_destinations() -> None:
