@@ -228,10 +228,43 @@ class There(torch.Tensor):
 
 
 METADATA = set(
-    ["__get__", "data_ptr", "nbytes", "stride", "storage_offset", "untyped_storage", "is_contiguous", "element_size", "numel", "size", "dim", "is_floating_point", "__len__", "is_conj", "is_neg", "__repr__", "requires_grad_"]
+    [
+        "__get__",
+        "data_ptr",
+        "nbytes",
+        "stride",
+        "storage_offset",
+        "untyped_storage",
+        "is_contiguous",
+        "element_size",
+        "numel",
+        "size",
+        "dim",
+        "is_floating_point",
+        "__len__",
+        "is_conj",
+        "is_neg",
+        "__repr__",
+        "requires_grad_",
+    ]
 )
 VIEWS = set(
-    ["view", "reshape", "narrow", "split", "chunk", "__getitem__", "as_strided", "t", "detach", "permute", "expand", "unsqueeze", "squeeze", "flatten"]
+    [
+        "view",
+        "reshape",
+        "narrow",
+        "split",
+        "chunk",
+        "__getitem__",
+        "as_strided",
+        "t",
+        "detach",
+        "permute",
+        "expand",
+        "unsqueeze",
+        "squeeze",
+        "flatten",
+    ]
 )
 
 pinned: list[torch.Tensor] = []
@@ -344,7 +377,18 @@ FACTS: list[dict[str, int | str]] = [
     | {"blocks_per_multiprocessor": 4}
     for name in ("rows", "transpose", "general")
 ]
-FACTORIES = ["empty", "zeros", "ones", "full", "randn", "rand", "randint", "arange", "tensor", "empty_strided"]
+FACTORIES = [
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "randn",
+    "rand",
+    "randint",
+    "arange",
+    "tensor",
+    "empty_strided",
+]
 
 
 def install() -> None:
