@@ -425,6 +425,7 @@ def install() -> None:
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
+        "get_device_capability": lambda device=None: (9, 0),
         "get_device_name": lambda device=None: "a simulation",
         "Stream": Stream,
         "Event": Event,

@@ -79,7 +79,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "pipeline": (*CORE, "digest", "finite", "planner", "planned", "plans", "reader", *FILES),
     "quantising": (*CORE, "planner", "plans", "schemes", "quantplan", "rounding", "reader"),
     "tensors": (*CORE, "planner", "plans"),
-    "device": (*CORE, "lowrank", "digest", "planner", "plans", "reader", "pipeline", "executors"),
+    "device": (*CORE, "digest", "planner", "reader", "pipeline", "executors"),
+    "resident": (*CORE, "lowrank", "planner", "plans", "executors"),
+    "crossing": (*CORE, "device", "executors", "pipeline", "planner", "plans", "reader"),
 }
 MAY_IMPORT["runs"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")
@@ -141,7 +143,8 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """Cells within a package: a module imports siblings from cells before its own only."""
 
-TORCH = {"executors/torch", "executors/cuda", "tensors", "device", "engines/vllm_loader", "engines/sglang"}
+TORCH = {"executors/torch", "executors/cuda", "tensors", "device", "resident", "crossing"}
+TORCH |= {"engines/vllm_loader", "engines/sglang"}
 TORCH |= {
     f"manager/{m}"
     for m in [

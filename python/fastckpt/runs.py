@@ -20,7 +20,7 @@ from .executors import pick
 from .executors.cpu import built
 from .extents import Buffer, Extents, File
 from .files import parse_size
-from .lowrank import computed
+from .lowrank import COMPUTED, computed
 from .manifest import Manifest, Origin, Record
 from .merging import Merging
 from .pipeline import ToFiles, Worker, feed, put_into, to_buffers
@@ -135,7 +135,8 @@ class Run:
         return self._report(planned, None, {})
 
     def _on_gpu(self, planned: Plan, buffers: Sequence[Buffer], device: str) -> None:
-        from .device import ToDevice, prepare, resident
+        from . import crossing
+        from .resident import prepare, resident
 
         if planned.quantised:
             raise DeviceError(f"device {device!r}: quantising runs on the CPU only")
@@ -146,11 +147,16 @@ class Run:
             self.bytes_read += planned.needed_bytes
             self.phases["copy"] = time.perf_counter() - began  # until it was started
         else:
-            sink = ToDevice(planned.slots(), buffers, device)
+            way = crossing.way(planned, device, self.threads)
+            worker, close = crossing.ends(way, planned.slots(), list(buffers), device, self.band)
             try:
-                self._copy(planned, lambda lane: sink.worker(lane, self.band))
+                if way == "gpu":
+                    limits = min(self.threads, crossing.MOST_WORKERS), max(self.band, crossing.BATCH)
+                    self._copy(planned, worker, apart=True, limits=limits)
+                else:
+                    self._copy(planned, worker)
             finally:  # after an error too: what was sent is on its way into memory that is given up then
-                sink.close()
+                close()
 
     def to_files(
         self,
@@ -196,15 +202,22 @@ class Run:
         return self._report(planned, out, _digests(manifest, planned.ranks))
 
     def _copy(
-        self, planned: Plan, worker: Callable[[Lane], Worker], put: Put | None = None, *, apart: bool = False
+        self,
+        planned: Plan,
+        worker: Callable[[Lane], Worker],
+        put: Put | None = None,
+        *,
+        apart: bool = False,
+        limits: tuple[int, int] | None = None,
     ) -> None:
-        """Every batch of the plan through the readers and the executor."""
+        """Every batch of the plan through the readers and the executor; `limits`: threads, and bytes of a
+        batch, where they are not the run's."""
         largest = self._scan(planned)
         began = time.perf_counter()
         executor = pick(None)
         binding, slots = Binding.of(planned.extents), planned.slots()
         quantising = Quantising(planned, slots, largest)
-        threads = self._fitting(quantising)
+        threads, batch = limits or (self._fitting(quantising), 0)
         total, done = planned.output_bytes, 0
 
         def count(nbytes: int) -> None:
@@ -215,8 +228,7 @@ class Run:
 
         alone = len(planned.ranks) < planned.placement.world
         with reader_of(planned.extents, binding, alone=alone) as reader:
-            band = self.band if isinstance(reader, Mapped) else LEAF
-            stage = min(STAGE, band)
+            stage, band = (batch, batch) if batch else sizes(reader, self.band)
 
             def batches() -> Iterator[Batch | Job]:
                 for first, chunk in planned.chunks():
@@ -378,10 +390,22 @@ def _threads(asked: int | None) -> int:
     return asked
 
 
-def reader_of(extents: Extents, binding: Binding, *, alone: bool) -> Reader:
-    """Mapped where it is compiled, else by position; one rank alone may read through small gaps.
+def sizes(reader: Reader, band: int) -> tuple[int, int]:
+    """Output bytes made at once, of a tensor as it lies and of one that is transposed, `band` at most."""
+    if isinstance(reader, Mapped):
+        return min(STAGE, band), band
+    if isinstance(reader, (Positioned, Merging)):
+        return LEAF, LEAF
+    return band, band  # on a GPU few large launches are better than many small ones
 
-    What is made when it is read is made over that."""
+
+def reader_of(extents: Extents, binding: Binding, *, alone: bool) -> Reader:
+    """Mapped where it is compiled, else by position; one rank alone may read through small gaps. What is made
+    when it is read is made over that; what lies on a GPU is made there."""
+    if any(isinstance(p, Buffer) and p.device not in ("cpu", COMPUTED) for p in binding.places):
+        from .resident import Resident
+
+        return Resident(binding)
 
     def plain(places: Sequence[File | Buffer]) -> Reader:
         return Mapped(places) if built() else Positioned(places, gap=GAP if alone else 0)
