@@ -17,10 +17,11 @@ import torch
 from fastckpt import prequantised, rounding
 from fastckpt.cli import main
 from fastckpt.errors import LayoutError, SourceError
+from fastckpt.layouts import layout
 from fastckpt.placement import Placement
 from fastckpt.schemes import SCHEMES, Quant
 from layouts.quantised import HEADS, KV, D
-from layouts.test_rtp_quantised import experts, heads, packed, rowwise
+from layouts.test_rtp_quantised import experts, heads, once, packed, rowwise
 from safetensors.torch import load_file
 from zero_writer import write_zero
 
@@ -129,7 +130,7 @@ def test_rtp_llm(scheme, tp):
 
 
 @pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (4, 2), (4, 4)])
-@pytest.mark.parametrize("scheme", ["int8", "fp8-channel", "awq-group32", "gptq-group32"])
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "fp8-channel", "awq-group32", "gptq-group32"])
 def test_rtp_llm_experts(scheme, tp, ep):
     """With ep 2 of 4 ranks a rank holds some experts and a part of their widths: scales of the whole ones."""
     t, (config, tensors) = hub(scheme, EXPERTS), model(EXPERTS)
@@ -139,6 +140,17 @@ def test_rtp_llm_experts(scheme, tp, ep):
         form = EIGHT.get(scheme, scheme.partition("-")[0])
         moe = experts(t, AT, form, EXPERTS, tp, ep, r)
         check(shard, wanted(scheme, t, tp, r) | moe, f"rank_{{:02d}}_00_{r % ep:02d}", r)
+
+
+def test_one_scale_of_what_is_joined():
+    """As the engine loads such a checkpoint: rounded once to each matrix's scale, then to the largest."""
+    t, (config, tensors) = hub("fp8"), model()
+    asked = layout("rtp_llm", {"one_scale": "true"})
+    shard = fastckpt.reshard(tensors, layout=asked, config=config, quant="fp8", rank=0)
+    at = "rank_00_00_00.layers.0.self_attention_weights.query_weight."
+    values, scale = once(t, [f"{AT}self_attn.{p}_proj." for p in "qkv"], [slice(None)] * 3)
+    got = {n: shard[at + n] for n in ("kernel", "weight_only_quant_scale")}
+    same(got, {"kernel": values, "weight_only_quant_scale": scale})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -313,16 +325,15 @@ def test_zeros_have_scale_one(scheme):
     assert not shard[f"{at}kernel"].float().any() and (shard[f"{at}weight_only_quant_scale"] == 1).all()
 
 
-def refused(match, *, layout="rtp_llm", quant="int8", tp=1, count=0, config=None, tensors=None):
+def refused(match, *, to="rtp_llm", quant="int8", tp=1, count=0, config=None, tensors=None):
     told, made = model(count)
     with pytest.raises(LayoutError, match=match):
-        fastckpt.reshard(tensors or made, tp, layout=layout, config=told | (config or {}), quant=quant)
+        fastckpt.reshard(tensors or made, tp, layout=to, config=told | (config or {}), quant=quant)
 
 
 def test_what_does_not_fit_is_refused():
     refused("has no place for quantisation scheme int4-group", quant="int4-group")
     refused("has no place for quantisation scheme int8-dynamic", quant="int8-dynamic")
-    refused("one scale a matrix, for which the engine wants one of both halves", quant="fp8", count=EXPERTS)
     refused("no multiple of their block 128", quant="fp8-block", tp=8)
     refused("quantised already", config={"quantization_config": {"quant_method": "awq"}})
     refused("no tensor is a matrix", quant=Quant(SCHEMES["int8"], exclude=("*",)))
@@ -360,5 +371,5 @@ def test_a_pattern_takes_away():
 
 
 def test_megatron_says_that_it_has_no_form():
-    refused("megatron-core stores no quantised", layout="megatron", quant="fp8")
+    refused("megatron-core stores no quantised", to="megatron", quant="fp8")
 

@@ -1,5 +1,5 @@
-"""A reader over another: what is made when it is read (`lowrank`, `dequantised`, `prequantised`) is made for
-the rows that ask for it.
+"""A reader over another: what is made when it is read (`lowrank`, `finishes`, `dequantised`, `prequantised`)
+is made for the rows that ask for it.
 
 Law: of a made matrix no more is held than the elements of one row of a batch, and the base they are made of.
 """
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from . import dtypes
 from .dequantised import Parts
 from .extents import Buffer, Extents, File
-from .lowrank import Floats, LowRank, PlusOne, added, computed, elements, runs
+from .finishes import Agreed, Each, Largest, Requantised
+from .lowrank import Floats, LowRank, added, computed, elements, runs
 from .planner import Binding, Executor, Ints, Table, classify, compile, item_sizes
 from .prequantised import Elements, Matrix, Part
 from .reader import Lane, Reader
@@ -86,8 +87,8 @@ class MergingLane:
 
     def _make(self, row: Table, destinations: Sequence[Buffer]) -> None:
         matrix = self.reader.made[int(row["src_buffer"][0])]
-        assert isinstance(matrix, (LowRank, PlusOne, Parts, Part))
-        columns = matrix.shape[1] if isinstance(matrix, (Parts, Part)) else matrix.base.shape[1]
+        assert isinstance(matrix, (LowRank, Parts, Part, Each, Largest, Requantised, Agreed))
+        columns = matrix.base.shape[1] if isinstance(matrix, LowRank) else matrix.shape[1]
         item = int(item_sizes(row["src_dtype"])[0])
         strides = (row["src_stride"][0] // item).tolist()
         down, across, strides = elements(
@@ -96,17 +97,15 @@ class MergingLane:
         box: Elements
         if isinstance(matrix, Part):
             box = _picked(lambda *at: matrix.box(self, *at), down, across)
-        elif isinstance(matrix, Parts):
-            box = _picked(lambda *at: matrix.box(self.dense, *at), down, across)
-        elif isinstance(matrix, PlusOne):
-            box = _picked(self._of(matrix.base), down, across) + np.float32(1)
-        else:
+        elif isinstance(matrix, LowRank):
             box = added(
                 _picked(self._of(matrix.base), down, across),
                 _picked(self._of(matrix.left), down, np.arange(matrix.left.shape[1])),
                 _picked(self._of(matrix.right), np.arange(matrix.right.shape[0]), across),
                 matrix.scale,
             )
+        else:
+            box = _picked(lambda *at: matrix.box(self.dense, *at), down, across)
         row["src"], row["src_buffer"], row["src_stride"] = 0, 0, np.array(strides) * item
         classify(row)
         held = Buffer(box, box.ctypes.data, box.nbytes)
