@@ -373,3 +373,17 @@ def test_a_pattern_takes_away():
 def test_megatron_says_that_it_has_no_form():
     refused("megatron-core stores no quantised", to="megatron", quant="fp8")
 
+
+
+def test_a_kept_plan_makes_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTCKPT_CACHE", str(tmp_path / "cache"))
+    config, tensors = model()
+    fastckpt.reshard(tensors, config=config, out=tmp_path / "in")
+    asked = dict(layout="rtp_llm", quant="gptq-group32", tp=2, overwrite=True)
+    reports = [fastckpt.reshard(tmp_path / "in", out=tmp_path / "out", **asked) for _ in range(2)]
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # and the dense one's
+    first, second = reports
+    assert (first.digests, first.errors) == (second.digests, second.errors)
+    assert first.bytes_needed == second.bytes_needed
+    other = fastckpt.reshard(tmp_path / "in", out=tmp_path / "out", **asked | {"quant": "gptq-group64"})
+    assert other.digests != first.digests and len(list((tmp_path / "cache").iterdir())) == 3
