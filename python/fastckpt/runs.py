@@ -5,15 +5,13 @@ Law: what a run holds stays within FIXED_MEMORY and its threads' staging, or wit
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from . import __version__, joining
+from . import __version__, figures, joining
 from .checkpoint import JSON
 from .errors import DeviceError, WriteError, expect
 from .executors import pick
@@ -22,12 +20,12 @@ from .extents import Buffer, Extents, File
 from .files import parse_size
 from .lowrank import COMPUTED, computed
 from .manifest import Manifest, Origin, Record
-from .merging import Merging
+from .merging import Merging, MergingLane
 from .pipeline import ToFiles, ToMemory, Worker, feed
 from .planner import LEAF, Batch, Binding, compiled, cut
 from .plans import Plan
+from .prequantised import Matrix
 from .quantising import End, Job, Quantising, Scan
-from .quantplan import flat
 from .reader import GAP, Lane, Mapped, Positioned, Reader
 from .rounding import Error, Floats
 from .writer import Output
@@ -105,6 +103,7 @@ class Run:
         self.bytes_read = 0
         self.bytes_scanned = 0
         self.errors: dict[int, Error] = {}
+        self.made: dict[tuple[int, Matrix], Error] = {}
 
     def planned(self, make: Callable[[], Plan]) -> Plan:
         """Make the plan, on the clock."""
@@ -189,7 +188,7 @@ class Run:
             if self.progress is not None:
                 self.progress(planned.output_bytes, planned.output_bytes, "sync")
             sink.close(self.threads)
-            for owner, name, data in (*planned.texts, *_errors(planned, self.errors)):
+            for owner, name, data in (*planned.texts, *figures.texts(planned, self.errors, self.made)):
                 output.text(name, data, owner)
             if beside:
                 for path in planned.checkpoint.beside:
@@ -240,7 +239,7 @@ class Run:
                     )
 
             def both(lane: Lane) -> Callable[[Batch | Job], None]:
-                copy = worker(lane)
+                copy = _named(lane, worker(lane))
                 if end is None:  # the plan quantises nothing
                     return lambda item: None if isinstance(item, Job) else copy(item)
                 quantise = quantising.worker(lane, end)
@@ -254,6 +253,12 @@ class Run:
 
             feed(batches(), [both(lane) for lane in lanes], count, place)
             self.bytes_read += sum(lane.bytes_read for lane in lanes)
+            for lane in lanes:
+                if isinstance(lane, MergingLane):
+                    self.bytes_read -= lane.bytes_scanned
+                    self.bytes_scanned += lane.bytes_scanned
+                    for key, error in lane.errors.items():
+                        self.made[key] = self.made.get(key, Error()) + error
         self.errors = quantising.errors
         self.phases["copy"] = time.perf_counter() - began
 
@@ -303,46 +308,23 @@ class Run:
             peak_memory=_peak_memory(),
             notes=planned.notes,
             errors={
-                f"{t.rank}/{t.name}" if planned.placement.world > 1 else t.name: told
-                for i, told in _told(planned, self.errors).items()
-                for t in [planned.tensors[i]]
+                f"{rank}/{name}" if planned.placement.world > 1 else name: told
+                for rank, mine in figures.of(planned, self.errors, self.made).items()
+                for name, told in mine.items()
             },
         )
 
 
-def _told(planned: Plan, errors: Mapping[int, Error]) -> dict[int, dict[str, JSON]]:
-    """What is told of each quantised tensor, in the plan's order."""
-    told: dict[int, dict[str, JSON]] = {}
-    for i, q in planned.quantised.items():
-        if i in errors:
-            e = errors[i]
-            told[i] = {
-                "scheme": q.scheme.name,
-                "dense": q.name,
-                "dense_bytes": flat(q.shape)[0] * flat(q.shape)[1] * q.dtype.itemsize,
-                "bytes": planned.tensors[i].nbytes + planned.tensors[q.scales].nbytes,
-                "max_error": _figure(e.biggest),
-                "rms_error": _figure(e.rms),
-                "snr_db": _figure(e.snr),
-                "cosine": _figure(e.cosine),
-            }
-    return told
+def _named(lane: Lane, worker: Worker) -> Worker:
+    """The worker of a lane that is told whose batch it runs."""
+    if not isinstance(lane, MergingLane):
+        return worker
 
+    def run(batch: Batch) -> None:
+        lane.file = batch.file
+        worker(batch)
 
-def _figure(value: float | None) -> float | None:
-    """Six digits; None for what JSON cannot say."""
-    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
-
-
-def _errors(planned: Plan, errors: Mapping[int, Error]) -> list[tuple[int, str, bytes]]:
-    """A file for each rank that tells the error of its quantised tensors: (rank, path, bytes)."""
-    by_rank: dict[int, dict[str, JSON]] = {}
-    for i, told in _told(planned, errors).items():
-        by_rank.setdefault(planned.tensors[i].rank, {})[planned.tensors[i].name] = told
-    return [
-        (rank, f"quantisation-rank-{rank}.json", (json.dumps(told, indent=1) + "\n").encode())
-        for rank, told in by_rank.items()
-    ]
+    return run
 
 
 def _read_from(planned: Plan) -> list[str]:
