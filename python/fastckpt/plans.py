@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
-from . import adapters, dequantised, layouts, plancache, planner, quantplan, recipes
+from . import adapters, dequantised, layouts, plancache, planner, prequantised, quantplan, recipes
 from .adapters import Adapter
 from .checkpoint import JSON, Cast, Checkpoint
 from .collector import paused
@@ -30,7 +31,7 @@ from .layouts.patterns import Patterns
 from .model import Model, Sizes
 from .placement import Placement
 from .planned import Names, PlannedTensors
-from .planner import Chunk, Kept, Slots
+from .planner import Chunk, Kept, Slots, Table
 from .quantplan import Expansion, Quantised
 from .schemes import Quant
 from .target import Target
@@ -196,7 +197,8 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
             plancache.store(key, len(extents), made, kept)
     else:
         made, kept = found
-        needed = sum(int(planner.nbytes(k.chunk().rows, "src").sum()) for k in kept)
+        dense = prequantised.dense_bytes(extents)
+        needed = sum(_needed(k.chunk().rows, dense) for k in kept)
     rows = {r: made.of_rank(r) for r in ranks}
     for rank, own in rows.items():
         names = Counter(made.names[i] for i in own.tolist())
@@ -273,6 +275,7 @@ def _compiled(
     quantised: dict[int, Quantised] = {}
     kept: list[Kept] | None = []
     rows = needed = 0
+    dense = prequantised.dense_bytes(extents)
     for window, chunk, table in planner.compiled(stream(), extents):
         extents = table
         for rank, t in window:
@@ -280,7 +283,7 @@ def _compiled(
                 quantised[len(made)] = expansion.quantised(t)
             made.add(rank, t.name, t.dtype, t.stored_shape)
         rows += len(chunk.rows)
-        needed += int(planner.nbytes(chunk.rows, "src").sum())
+        needed += _needed(chunk.rows, dense)
         if rows > KEPT_ROWS:
             kept = None
         elif kept is not None:
@@ -296,6 +299,14 @@ def _compiled(
             assert scales is not None  # every scheme has scales
             quantised[i] = replace(told, scales=scales, zeros=zeros, form=form)
     return made, kept, extents, needed, quantised
+
+
+def _needed(rows: Table, dense: NDArray[np.float64]) -> int:
+    """Source bytes of the rows; `dense`: by extent, for each byte of what is quantised when it is read the
+    bytes it is made of. All others count as they are."""
+    moved = planner.nbytes(rows, "src")
+    made = rows["src_buffer"] < len(dense)
+    return int(moved[~made].sum() + (moved[made] * dense[rows["src_buffer"][made]]).sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,6 +395,11 @@ class _Road:
         told = ckpt.facts.get("recipe")
         asked = told if wanted.recipe is None and isinstance(told, str) else wanted.recipe
         recipe = recipes.find(config) if asked is None else recipes.named(asked)
+        quant = wanted.quant
+        if quant is not None and prequantised.fits(_layout_name(layout), quant.scheme):
+            _require_dense(quant, wanted, layout.naming(wanted.placement), config)
+            cast, config = prequantised.made(cast, config, quant)
+            wanted = replace(wanted, config=config, quant=None)
         model = recipe(cast, config, vocab_size=wanted.vocab_size)
         options["family"] = model.family
         options["recipe"] = asked
@@ -450,17 +466,12 @@ class _Road:
         quant = wanted.quant
         if quant is None:
             return self
-        if wanted.held is not None or self.naming(wanted.placement).single.endswith(".bin"):
-            raise LayoutError(f"quant {quant.scheme.name}: wanted safetensors or fresh tensors as the output")
-        if config is not None and "quantization_config" in config:
-            raise LayoutError(
-                f"quant {quant.scheme.name}: the config says that the source is quantised already"
-            )
+        _require_dense(quant, wanted, self.naming(wanted.placement), config)
         expansion = Expansion.of(quant, self.name, wanted.placement, self.targets(Placement()), sizes)
         text = self.config
         if config is not None:
             told = json.loads(text) if text is not None else dict(config)
-            told["quantization_config"] = quantplan.quantization_config(expansion)
+            told["quantization_config"] = quantplan.quantization_config(quant, expansion.whole)
             text = (json.dumps(told, indent=2) + "\n").encode()
         return replace(self, config=text, expansion=expansion)
 
@@ -478,6 +489,14 @@ class _Road:
         if not ckpt.structure:
             told += [[e.key, e.nbytes] for e in ckpt.extents]
         return _digest([*told, dict(self.options)])
+
+
+def _require_dense(quant: Quant, wanted: Wanted, naming: Naming, config: Mapping[str, JSON] | None) -> None:
+    """Raises LayoutError where the output, or the source as its config has it, cannot be quantised."""
+    if wanted.held is not None or naming.single.endswith(".bin"):
+        raise LayoutError(f"quant {quant.scheme.name}: wanted safetensors or fresh tensors as the output")
+    if config is not None and "quantization_config" in config:
+        raise LayoutError(f"quant {quant.scheme.name}: the config says that the source is quantised already")
 
 
 def _layout_name(layout: Layout) -> str:
