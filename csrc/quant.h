@@ -42,8 +42,7 @@ template <class U> FASTCKPT_INLINE U load_lanes(const void* p) {
 }
 
 // The bits of the largest magnitude in a box of r x n values, `pitch` apart; above INF32 - 1 where one is not finite.
-// What lies `ahead` bytes behind each row is brought near, for the box after this one.
-template <class S> FASTCKPT_INLINE uint32_t largest_bits(const char* src, size_t r, size_t n, size_t pitch, size_t ahead = 0) {
+template <class S> FASTCKPT_INLINE uint32_t largest_bits(const char* src, size_t r, size_t n, size_t pitch) {
     Words m[4] = {{}, {}, {}, {}};
     uint32_t rest = 0;
     auto take = [&](Words& m, const char* p) {
@@ -51,7 +50,6 @@ template <class S> FASTCKPT_INLINE uint32_t largest_bits(const char* src, size_t
     };
     for (size_t k = 0; k < r; ++k) {
         const char* p = src + k * pitch * S::size;
-        for (size_t i = 0; i < ahead; i += 64) prefetch(p + n * S::size + i);
         size_t i = 0;
         for (; i + 4 * LANES <= n; i += 4 * LANES)
             for (int j = 0; j < 4; ++j) take(m[j], p + (i + j * LANES) * S::size);
@@ -151,27 +149,26 @@ FASTCKPT_INLINE typename FloatOf<U>::type divided(typename FloatOf<U>::type x, c
     else return x / s.scale;
 }
 
-// The code of v in e4m3fn and its value y: E4M3 of cast.h for what is no NaN, decoded on the way.
-template <class U> FASTCKPT_INLINE U e4m3(typename FloatOf<U>::type v, U sign, typename FloatOf<U>::type& y) {
-    constexpr uint32_t MAGIC = (120 + 21) << 23;  // its last place is 2^-9, the smallest denormal
-    const U a = as_bits<U>(at_most<U>(as_float<U>(as_bits<U>(v) & 0x7fffffffu), 448.0f));
-    const U rounded = a + 0x7ffffu + ((a >> 20) & 1u);
-    const U small = as_bits<U>(as_float<U>(a) + as_float<uint32_t>(MAGIC));
-    const auto below = less(a, U{} + ((120 + 1) << 23));
-    y = as_float<U>((below ? as_bits<U>(as_float<U>(small) - as_float<uint32_t>(MAGIC)) : rounded & 0xfff00000u) | sign);
-    return (below ? small - MAGIC : (rounded >> 20) - (120u << 3)) | sign >> 24;
+// The code of a magnitude in e4m3fn and its value y: E4M3 of cast.h for what is no NaN, decoded on the way. Added to a
+// power of two 2^20 times its own, `a` rounds to three bits of fraction, or to 2^-9 where that is more; the sum's low
+// bits count those steps.
+template <class U> FASTCKPT_INLINE U e4m3(typename FloatOf<U>::type a, typename FloatOf<U>::type& y) {
+    const U power = max_of(as_bits<U>(at_most<U>(a, 448.0f)) & INF32, U{} + (121u << 23)), magic = power + (20u << 23);
+    const auto sum = as_float<U>(magic) + at_most<U>(a, 448.0f);
+    y = sum - as_float<U>(magic);
+    return as_bits<U>(sum) - magic + (power >> 20) - (121u << 3);
 }
 
-// One vector of values x, or one, each to a byte in the low bits of its lane (four bits have 8 added); d becomes
-// what the value lost.
+// One vector of values, or one, each to a byte in the low bits of its lane (four bits have 8 added); x becomes the
+// value and d what it lost, or both with the value's sign taken off.
 template <QuantKind KIND, How HOW, bool ZERO, class U>
-FASTCKPT_INLINE U round_one(U bits, const Scale<U>& s, typename FloatOf<U>::type& d) {
+FASTCKPT_INLINE U round_one(U bits, const Scale<U>& s, typename FloatOf<U>::type& x, typename FloatOf<U>::type& d) {
     using F = typename FloatOf<U>::type;
-    const F x = as_float<U>(bits);
+    x = as_float<U>(KIND == QUANT_E4M3 ? bits & 0x7fffffffu : bits);
     F v = divided<HOW, U>(x, s), y;
     U code;
     if constexpr (KIND == QUANT_E4M3) {
-        code = e4m3<U>(v, bits & 0x80000000u, y);
+        code = e4m3<U>(v, y) | (bits >> 24 & 0x80u);
     } else {
         constexpr float HIGH = KIND == QUANT_INT8 ? 127.0f : 7.0f;
         if constexpr (ZERO) v += s.zero;
@@ -185,29 +182,29 @@ FASTCKPT_INLINE U round_one(U bits, const Scale<U>& s, typename FloatOf<U>::type
     return code;
 }
 
+// `ahead` bytes on from a value lies one of the next box or line, which memory brings near while these are rounded.
 template <class S, QuantKind KIND, How HOW, bool ZERO>
-FASTCKPT_INLINE void round_line(char* out, const char* src, size_t n, const Factor& factor, Sums& sums) {
+FASTCKPT_INLINE void round_line(char* out, const char* src, size_t n, ptrdiff_t ahead, const Factor& factor, Sums& sums) {
     const auto all = factor.lanes<Words>();
     const auto one = factor.lanes<uint32_t>();
     size_t i = 0;
     auto lanes = [&](size_t at) {
-        Floats d;
-        const Words x = load_as<S, Words>(src + at * S::size);
-        const Words codes = round_one<KIND, HOW, ZERO, Words>(x, all, d);
-        sums.add(as_float<Words>(x), d);
+        Floats x, d;
+        const Words codes = round_one<KIND, HOW, ZERO, Words>(load_as<S, Words>(src + at * S::size), all, x, d);
+        sums.add(x, d);
         return codes;
     };
     for (; i + 4 * LANES <= n; i += 4 * LANES) {
         Words codes[4];
+        for (int k = 0; k < 4 * LANES * S::size; k += 64) prefetch(src + i * S::size + ahead + k);
         for (int k = 0; k < 4; ++k) codes[k] = lanes(i + k * LANES);
         store<4>(out + i, pack<1>(codes));
     }
     for (; i + LANES <= n; i += LANES) store<1>(out + i, lanes(i));
     for (; i < n; ++i) {
-        float d;
-        const uint32_t x = load_as<S, uint32_t>(src + i * S::size);
-        out[i] = static_cast<char>(round_one<KIND, HOW, ZERO, uint32_t>(x, one, d));
-        sums.add(as_float(x), d);
+        float x, d;
+        out[i] = static_cast<char>(round_one<KIND, HOW, ZERO, uint32_t>(load_as<S, uint32_t>(src + i * S::size), one, x, d));
+        sums.add(x, d);
     }
 }
 
@@ -246,10 +243,10 @@ FASTCKPT_INLINE float zero_from(float low, float scale, const Quant& q) {
 FASTCKPT_INLINE bool finite(float x) { return (as_bits<uint32_t>(x) & 0x7fffffffu) < INF32; }
 
 template <class S, QuantKind KIND, How HOW>
-void round_box(const Quant& q, size_t r0, size_t r1, size_t c0, size_t n, float scale, Sums& sums) {
+void round_box(const Quant& q, size_t r0, size_t r1, size_t c0, size_t n, ptrdiff_t ahead, float scale, Sums& sums) {
     const Factor factor{scale, 1.0f / scale, 0};
     for (size_t r = r0; r < r1; ++r)
-        round_line<S, KIND, HOW, false>(q.out + r * q.columns + c0, q.src + (r * q.columns + c0) * S::size, n, factor, sums);
+        round_line<S, KIND, HOW, false>(q.out + r * q.columns + c0, q.src + (r * q.columns + c0) * S::size, n, ahead, factor, sums);
 }
 
 template <class S, QuantKind KIND> bool quantise_blocks(const Quant& q) {
@@ -261,15 +258,16 @@ template <class S, QuantKind KIND> bool quantise_blocks(const Quant& q) {
             const size_t c0 = b * q.block_columns, at = r0 / q.block_rows * across + b;
             const size_t n = c0 + q.block_columns < q.columns ? q.block_columns : q.columns - c0;
             const char* src = q.src + (r0 * q.columns + c0) * S::size;
-            const size_t next = c0 + n < q.columns ? n * S::size : 0;
-            const uint32_t bits = largest_bits<S>(src, r1 - r0, n, q.columns, next);
+            const uint32_t bits = largest_bits<S>(src, r1 - r0, n, q.columns);
             if (bits >= INF32) return false;
             const float scale = scale_from(q.amax == nullptr ? as_float(bits) : q.amax[r0], q);
             if (!finite(scale)) return false;
             q.scales[at] = scale;
-            if (q.reciprocal) round_box<S, KIND, RECIPROCAL>(q, r0, r1, c0, n, scale, sums);
-            else if (fuses(scale, as_float(bits))) round_box<S, KIND, FUSED>(q, r0, r1, c0, n, scale, sums);
-            else round_box<S, KIND, DIVIDE>(q, r0, r1, c0, n, scale, sums);
+            const size_t next = c0 + n < q.columns ? c0 + n : (r1 - r0) * q.columns;  // the box to the right, or the first below
+            const ptrdiff_t ahead = (static_cast<ptrdiff_t>(next) - static_cast<ptrdiff_t>(c0)) * S::size;
+            if (q.reciprocal) round_box<S, KIND, RECIPROCAL>(q, r0, r1, c0, n, ahead, scale, sums);
+            else if (fuses(scale, as_float(bits))) round_box<S, KIND, FUSED>(q, r0, r1, c0, n, ahead, scale, sums);
+            else round_box<S, KIND, DIVIDE>(q, r0, r1, c0, n, ahead, scale, sums);
             sums.counted((r1 - r0) * n, q.sums);
         }
     }
@@ -284,19 +282,20 @@ constexpr size_t GROUPS = 64, PIECE = 1024;  // groups whose scales are found at
 template <class S, How HOW, bool ZERO>
 void round_groups(const Quant& q, size_t at, const Factor* factors, size_t groups, Sums& sums) {
     const size_t n = q.block_columns, some = n < PIECE ? PIECE / n : 1;
+    const ptrdiff_t ahead = static_cast<ptrdiff_t>(groups * n * S::size);
     char piece[PIECE];
     for (size_t g = 0; g < groups; g += some) {
         const size_t last = g + some < groups ? g + some : groups;
         if (n > PIECE) {  // one group, piece by piece
             for (size_t i = 0; i < n; i += PIECE) {
                 const size_t m = i + PIECE < n ? PIECE : n - i;
-                round_line<S, QUANT_INT4, HOW, ZERO>(piece, q.src + (at + g * n + i) * S::size, m, factors[g], sums);
+                round_line<S, QUANT_INT4, HOW, ZERO>(piece, q.src + (at + g * n + i) * S::size, m, ahead, factors[g], sums);
                 pack_nibbles(q.out + (at + g * n + i) / 2, piece, m);
             }
             continue;
         }
         for (size_t k = g; k < last; ++k)
-            round_line<S, QUANT_INT4, HOW, ZERO>(piece + (k - g) * n, q.src + (at + k * n) * S::size, n, factors[k], sums);
+            round_line<S, QUANT_INT4, HOW, ZERO>(piece + (k - g) * n, q.src + (at + k * n) * S::size, n, ahead, factors[k], sums);
         pack_nibbles(q.out + (at + g * n) / 2, piece, (last - g) * n);
     }
 }
@@ -365,10 +364,10 @@ FASTCKPT_INLINE void round_column(const Quant& q, Strip& s, size_t r, size_t c0,
     const Scale<U> scale{load_lanes<F>(s.scale + c), load_lanes<F>(s.reciprocal + c), load_lanes<F>(s.zero + c)};
     U word{};
     for (size_t k = 0; k < count; ++k) {
-        F d;
-        const U x = load_as<S, U>(q.src + ((r + k) * q.columns + c0 + c) * S::size);
-        const U code = round_one<KIND, HOW, ZERO, U>(x, scale, d);
-        sums.add(as_float<U>(x), d);
+        F x, d;
+        const U bits = load_as<S, U>(q.src + ((r + k) * q.columns + c0 + c) * S::size);
+        const U code = round_one<KIND, HOW, ZERO, U>(bits, scale, x, d);
+        sums.add(x, d);
         if constexpr (KIND == QUANT_INT4_DOWN) {
             word |= code << static_cast<uint32_t>(4 * k);
         } else if constexpr (Lanes<U>::count == 1) {

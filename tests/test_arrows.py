@@ -30,8 +30,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # Sources never see models; recipes and layouts never see files; none of them sees a plan.
     "sources": (*CORE, "collector", "digest"),
     "recipes": PLAIN,
-    "layouts": (*PLAIN, "lowrank"),
+    "layouts": (*PLAIN, "finishes"),
     "lowrank": CORE,
+    "finishes": (*CORE, "lowrank"),
     "planner": CORE,
     "rounding": (*CORE, "schemes", "_C"),
     "quantplan": (*PLAIN, "schemes", "rounding"),
@@ -41,8 +42,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "tiles": (*CORE, "planner"),
     "reader": (*CORE, "planner", "_C"),
     "executors": (*CORE, "planner", "tiles", "_C"),
-    "dequantised": (*CORE, "lowrank", "rounding", "schemes"),
-    "merging": (*CORE, "lowrank", "dequantised", "planner", "reader"),
+    "dequantised": (*CORE, "lowrank", "finishes", "rounding", "schemes"),
+    "merging": (*CORE, "lowrank", "finishes", "dequantised", "planner", "reader"),
     # What makes output real.
     "syscalls": CORE,
     "endings": (),
@@ -108,10 +109,10 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("torchzip", "inertpickle"),
         ("torchpickle",),
         ("torchfile",),
-        ("torchtensors", "zero_state"),
+        ("torchtensors", "zero_state", "dcp_metadata"),
         ("shards", "zero_parts"),
         # one format each
-        ("zero", "safetensors", "statedict", "memory"),
+        ("zero", "safetensors", "statedict", "dcp", "memory"),
         ("served", "peft", "training"),  # what fastckpt or PEFT wrote, in the two formats before them
         ("__init__",),
     ),
@@ -119,7 +120,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("quantised",),
         ("claims", "fused"),
         ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper", "jina_bert"),
-        ("llama", "gemma", "phi3", "glm", "mixtral", "qwen_moe", "deepseek", "gpt_oss"),
+        ("llama", "gemma", "phi3", "glm", "mixtral", "qwen_moe", "deepseek", "gpt_oss", "cogvlm2"),
         ("__init__",),
     ),
     "layouts": (

@@ -13,20 +13,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import dtypes
 from .checkpoint import JSON, Checkpoint, Entry, Single
 from .dtypes import DType
 from .errors import SourceError
 from .extents import Extents
+from .finishes import Read
 from .lowrank import Floats, Ints, nowhere, pitched
 from .rounding import AWQ_ORDER
 from .schemes import Packed
 from .views import View
-
-Read = Callable[[View], NDArray[np.generic]]
-"""Gives the dense elements of a view, in its shape and dtype."""
 
 PIECE = 1 << 16
 """Values made at once, so that they stay in cache."""

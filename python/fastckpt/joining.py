@@ -99,8 +99,9 @@ def whole(ckpt: Checkpoint) -> Checkpoint:
             got = "none" if held is None else str(held.shape)
             raise SourceError(f"{ckpt.path}: {name}: the layout makes {target.shape}, the shard holds {got}")
         seen.add(name)
-        for tensor, place, piece in pieces_of(target.view, ckpt[name], known):
-            pieces[tensor].setdefault(place, piece)
+        for view in (target.view, *target.also):
+            for tensor, place, piece in pieces_of(view, ckpt[name], known):
+                pieces[tensor].setdefault(place, piece)
     unseen = next((name for name in ckpt.entries if name not in seen), None)
     if unseen is not None:
         raise SourceError(f"{ckpt.path}: {unseen} is no tensor of layout {manifest.record.layout}")

@@ -1,5 +1,5 @@
-"""A reader over another: what is made when it is read (`lowrank`, `dequantised`) is made for the rows that
-ask for it.
+"""A reader over another: what is made when it is read (`lowrank`, `finishes`, `dequantised`) is made for the
+rows that ask for it.
 
 Law: of a made matrix no more is held than the elements of one row of a batch, and the base they are made of.
 """
@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from . import dtypes
 from .dequantised import Parts
 from .extents import Buffer, Extents, File
-from .lowrank import Floats, LowRank, PlusOne, added, computed, elements, runs
+from .finishes import Agreed, Each, Largest, Requantised
+from .lowrank import Floats, LowRank, added, computed, elements, runs
 from .planner import Binding, Executor, Ints, Table, classify, compile
 from .reader import Lane, Reader
 from .target import Target
@@ -82,23 +83,21 @@ class MergingLane:
 
     def _make(self, row: Table, destinations: Sequence[Buffer]) -> None:
         matrix = self.reader.made[int(row["src_buffer"][0])]
-        assert isinstance(matrix, (LowRank, PlusOne, Parts))
-        columns = matrix.shape[1] if isinstance(matrix, Parts) else matrix.base.shape[1]
+        assert isinstance(matrix, (LowRank, Parts, Each, Largest, Requantised, Agreed))
+        columns = matrix.base.shape[1] if isinstance(matrix, LowRank) else matrix.shape[1]
         strides = (row["src_stride"][0] // _ITEM).tolist()
         down, across, strides = elements(
             int(row["src"][0]) // _ITEM, row["shape"][0].tolist(), strides, columns
         )
-        if isinstance(matrix, Parts):
-            box = _picked(lambda *at: matrix.box(self._read, *at), down, across)
-        elif isinstance(matrix, PlusOne):
-            box = _picked(self._of(matrix.base), down, across) + np.float32(1)
-        else:
+        if isinstance(matrix, LowRank):
             box = added(
                 _picked(self._of(matrix.base), down, across),
                 _picked(self._of(matrix.left), down, np.arange(matrix.left.shape[1])),
                 _picked(self._of(matrix.right), np.arange(matrix.right.shape[0]), across),
                 matrix.scale,
             )
+        else:
+            box = _picked(lambda *at: matrix.box(self._read, *at), down, across)
         row["src"], row["src_buffer"], row["src_stride"] = 0, 0, np.array(strides) * _ITEM
         classify(row)
         held = Buffer(box, box.ctypes.data, box.nbytes)

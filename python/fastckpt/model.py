@@ -208,12 +208,22 @@ class Experts:
 
 
 @dataclass(frozen=True, slots=True)
+class VisionExpert:
+    """The matrices that image tokens pass in place of a layer's own, shaped alike; all tokens attend to one
+    another (CogVLM)."""
+
+    attention: Attention
+    mlp: Mlp
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
     """One layer. `name`: the hub's module.
 
     The norms stand before attention and the feed-forward block; `attention_after` and `mlp_after` after them,
     before the sum (Gemma 2, GLM-4) or after it (BERT). Where both read one norm (Falcon), `mlp_norm` is None.
-    `cross`, `cross_norm`: attention to an encoder's output, between the two."""
+    `cross`, `cross_norm`: attention to an encoder's output, between the two. `vision`: what image tokens
+    pass."""
 
     name: str
     attention_norm: Norm | None
@@ -224,6 +234,7 @@ class Layer:
     mlp_after: Norm | None = None
     cross: Attention | None = None
     cross_norm: Norm | None = None
+    vision: VisionExpert | None = None
 
 
 class Layers:

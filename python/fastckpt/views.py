@@ -436,6 +436,31 @@ def runs_of_many(
     return out, borders.tolist()
 
 
+def check_tiles(shape: Sequence[int], boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+    """Raises SourceError unless boxes, each (origin, size), are disjoint and cover `shape`."""
+    table = np.array(boxes, np.int64).reshape(len(boxes), 2, len(shape))
+    origin, size = table[:, 0], table[:, 1]
+    stop = origin + size
+    outside = ((origin < 0) | (size < 1) | (stop > np.array(shape, np.int64))).any(1)
+    for k in np.flatnonzero(outside)[:1]:
+        raise SourceError(f"a box of {size[k].tolist()} at {origin[k].tolist()} is outside {list(shape)}")
+    have = sum(math.prod(row) for row in size.tolist())
+    if have != math.prod(shape):
+        raise SourceError(f"its boxes have {have} elements, {list(shape)} has {math.prod(shape)}")
+    if not shape:
+        return
+    axis = int(np.argmax([len(np.unique(column)) for column in origin.T]))  # most boxes lie apart on this one
+    order = np.argsort(origin[:, axis], kind="stable")
+    origin, stop = origin[order], stop[order]
+    reach = np.searchsorted(origin[:, axis], stop[:, axis])  # boxes that begin before this one ends
+    for k in np.flatnonzero(reach > np.arange(len(origin)) + 1).tolist():
+        rest = slice(k + 1, int(reach[k]))
+        over = ((origin[rest] < stop[k]) & (origin[k] < stop[rest])).all(1)
+        if over.any():
+            j = k + 1 + int(np.argmax(over))
+            raise SourceError(f"boxes at {origin[k].tolist()} and {origin[j].tolist()} overlap")
+
+
 def zeros(shape: Sequence[int], dtype: DType) -> View:
     """A view of zeros."""
     shape = tuple(shape)

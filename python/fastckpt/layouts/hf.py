@@ -156,6 +156,8 @@ def _layers(layers: Iterable[Layer], model: Model, placement: Placement) -> Iter
     for layer in layers:
         yield from norm(layer.attention_norm)
         yield from _attention(layer.attention, model, placement)
+        if layer.vision is not None:
+            yield from _attention(layer.vision.attention, model, placement)
         yield from norm(layer.attention_after)
         yield from norm(layer.cross_norm)
         if layer.cross is not None:
@@ -165,6 +167,8 @@ def _layers(layers: Iterable[Layer], model: Model, placement: Placement) -> Iter
             yield from _experts(layer.mlp, model, placement)
         else:
             yield from _mlp(layer.mlp, model, placement)
+        if layer.vision is not None:
+            yield from _mlp(layer.vision.mlp, model, placement)
         yield from norm(layer.mlp_after)
 
 

@@ -133,6 +133,8 @@ class Megatron:
         for extra in (layer.attention_after, layer.mlp_after, layer.cross_norm):
             if extra is not None:
                 raise LayoutError(f"layout megatron has no place for {extra.name}")
+        if layer.vision is not None:
+            raise LayoutError(f"layout megatron has no place for {layer.vision.attention.o.name}")
         if layer.attention_norm is None or layer.mlp_norm is None:
             raise LayoutError(f"layout megatron wants two norms in {layer.name}")
         fused, latent = self.spec == "transformer_engine", isinstance(layer.attention, Mla)

@@ -41,6 +41,8 @@ def padded(model: Model, tp: int, experts: int, multiple: int = 1) -> Model:
     if model.encoder is not None:
         raise LayoutError(f"pad: {model.family} has an encoder, which is not padded")
     sizes = _sizes(model.sizes, tp, experts, multiple)
+    if sizes == model.sizes:
+        return model
     old, layers, further = model.sizes, model.layers, model.predictions
     return replace(
         model,
@@ -109,6 +111,8 @@ def _prediction(further: Lazy[Prediction], index: int, old: Sizes, new: Sizes) -
 
 
 def _layer(layer: Layer, old: Sizes, new: Sizes) -> Layer:
+    if layer.vision is not None:
+        raise LayoutError(f"pad: the image tower beside {layer.name} is as wide, and is not padded")
     attention, mlp = layer.attention, layer.mlp
     if (old.heads, old.kv_heads) != (new.heads, new.kv_heads):
         if isinstance(attention, Mla):

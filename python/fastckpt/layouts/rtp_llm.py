@@ -30,6 +30,11 @@ from .rtp_rope import cos_sin_cache
 from .rtp_split import SPLITS, Cut, phy2log
 from .rtp_weights import NAMES, TABLES
 
+TOWERS = {"cogvlm2": "model.vision."}
+"""family -> what the hub calls its image tower, which the first tp rank holds whole by names below that.
+Every rank holds embedding and head whole, since the tower's vectors are put among the embedded tokens.
+Source: rtp-llm's models/cogvlm2.py and multimodal_mixin.py of 2025."""
+
 
 @dataclass(frozen=True, slots=True)
 class RtpLlm:
@@ -38,8 +43,9 @@ class RtpLlm:
     as 2025's engine wants them. `use_stack_weight`: the ranks that share experts cut their widths (today's
     moe_pure_tp_mode, 2025's use_stack_weight); else each has its experts whole. `ffn_tp`: how many ranks cut
     the feed-forward block (0: as tp). `physical_experts`: places for experts, redundant ones included, on
-    `nodes` nodes (0: as many as experts). `rope_positions`: latent attention's table of cosines and sines for
-    so many positions, the engine's max_seq_len (0: none)."""
+    `nodes` nodes (0: as many as experts). `rope_positions`: latent attention's table of cosines and sines
+    for so many positions, the engine's max_seq_len (0: none). `one_scale`: of fp8 with a scale a matrix, q, k
+    and v get the largest of theirs, and so do an expert's up and gate, as the engine has them once loaded."""
 
     absorb: bool = True
     w13: bool = True
@@ -49,6 +55,7 @@ class RtpLlm:
     physical_experts: int = 0
     nodes: int = 1
     rope_positions: int = 0
+    one_scale: bool = False
     roles: ClassVar[Literal[True]] = True
 
     def targets(self, model: Model, placement: Placement) -> Iterator[Target]:
@@ -127,7 +134,7 @@ class RtpLlm:
         if model.encoder is not None:
             raise LayoutError(f"layout rtp_llm has no place for the encoder of {model.family}")
         for extra in model.carried:
-            if not extra.name.endswith("token_type_embeddings.weight"):
+            if model.family not in TOWERS and not extra.name.endswith("token_type_embeddings.weight"):
                 raise LayoutError(f"layout rtp_llm has no place for {extra.name} of {model.family}")
         if model.norm is None and model.lm_head.name != model.embedding.name:
             raise LayoutError(f"layout rtp_llm has no place for {model.lm_head.name} of {model.family}")
@@ -135,12 +142,17 @@ class RtpLlm:
     def _targets(self, model: Model, cut: Cut, order: list[int]) -> Iterator[Target]:
         place = cut.place
         key = f"rank_{place.tp_rank:02d}_{place.dp_rank:02d}_{cut.experts[0]:02d}"
+        ends = replace(cut, place=Placement()) if model.family in TOWERS else cut
         for whole in _before(model):
-            yield _target(f"{key}.global", whole, cut)
+            yield _target(f"{key}.global", whole, ends)
+        if model.family in TOWERS and place.tp_rank == 0:
+            for role in model.carried:
+                name = role.name.removeprefix(TOWERS[model.family])
+                yield Target(f"{key}.global.{name}", role.view)
         if self.rope_positions and model.rope is not None:
             table = cos_sin_cache(model.rope, self.rope_positions)
             yield _target(f"{key}.global", Whole("rope_cos_sin_cache", table), cut)
-        making = Making(self.absorb, self.w13, self.split_rope)
+        making = Making(self.absorb, self.w13, self.split_rope, self.one_scale)
         for i, layer in enumerate(model.layers):
             by_head = _latent_cut(layer, cut)
             for whole in layer_weights(layer, model, cut, making, order):
@@ -150,23 +162,27 @@ class RtpLlm:
                 for whole in _places(order, model.sizes.experts):
                     yield _target(f"{key}.layers.{i}", whole, cut)
         for whole in _after(model):
-            yield _target(f"{key}.global", whole, cut)
+            yield _target(f"{key}.global", whole, ends)
 
 
 def _target(at: str, whole: Whole, cut: Cut) -> Target:
     """One rank's part. At one rank the engine's loader cuts nothing, and so pads nothing; its lm_head knows
     tp alone."""
-    grid, view = cut.place, whole.view
+    grid, views = cut.place, [whole.view, *whole.also]
     if grid.tp > 1 or (whole.name != "lm_head" and (grid.dp, grid.ep) != (1, 1)):
-        view = SPLITS[TABLES[whole.table][whole.name]].view(view, replace(cut, bits=whole.bits))
-    return Target(f"{at}.{NAMES[whole.name]}", view)
+        split, own = SPLITS[TABLES[whole.table][whole.name]].view, replace(cut, bits=whole.bits)
+        views = [split(view, own) for view in views]
+    view, *also = views
+    if whole.finish is not None:
+        view = whole.finish(view)
+    return Target(f"{at}.{NAMES[whole.name]}", view, also=tuple(also))
 
 
 def _before(model: Model) -> Iterator[Whole]:
     yield Whole("embedding", model.embedding.weight)
     if model.positions is not None:
         yield Whole("positional_embedding", model.positions.weight)
-    for role in model.carried:
+    for role in () if model.family in TOWERS else model.carried:
         yield Whole("token_type_embedding", role.view)
     yield from norm("pre_decoder_ln", model.embedding_norm)
     if model.alibi:

@@ -108,7 +108,8 @@ class Vllm:
         rows = model.sizes.vocab + -model.sizes.vocab % self.vocab_padding
         require_even("vllm", placement, f"vocab_size {model.sizes.vocab}, padded to", rows)
         if model.encoder is not None or model.carried:
-            raise LayoutError(f"layout vllm has no place for {model.family}, which is no decoder")
+            what = model.carried[0].name if model.carried else "the encoder"
+            raise LayoutError(f"layout vllm has no place for {what} of {model.family}, which is no decoder")
         renamed = RENAMED.get(model.family, ())
         targets = self._targets(model, placement, share, stage, engine)
         return (_named(t, renamed, engine) for t in targets)
@@ -165,6 +166,8 @@ class Vllm:
         self, layer: Layer, model: Model, placement: Placement, share: Share, engine: Served | None
     ) -> Iterator[Target]:
         yield from norm(layer.attention_norm)
+        if layer.vision is not None:
+            raise LayoutError(f"layout vllm has no place for {layer.vision.attention.o.name}")
         if isinstance(layer.attention, Mla):
             yield from _latent(layer.attention, placement)
         else:

@@ -18,6 +18,7 @@ from ..model import Model
 from . import (
     bert,
     chatglm,
+    cogvlm2,
     decoder,
     deepseek,
     gemma,
@@ -99,6 +100,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("bloom", neox.bloom, "BLOOM: q, k, v head by head, alibi", neox.IGNORED),
     Family("falcon", neox.falcon, "Falcon: one kv head, kv groups, or head by head", neox.IGNORED),
     Family("chatglm", chatglm.recipe, "ChatGLM 2, 3 and GLM-4 in THUDM's own names", chatglm.IGNORED),
+    Family("cogvlm2", cogvlm2.recipe, "CogVLM2: matrices for image tokens, a tower: ask by name"),
     Family("bert", bert.recipe, "BERT, alone or with a head", bert.IGNORED),
     Family("roberta", partial(bert.recipe, names=bert.ROBERTA), "RoBERTa, likewise", bert.IGNORED),
     Family(
@@ -129,8 +131,8 @@ def find(config: Mapping[str, JSON]) -> Recipe:
     recipe = _known(name) if isinstance(name, str) else None
     if recipe is None:
         raise RecipeError(
-            f"config: no recipe for model_type {name!r}, known: {', '.join(RECIPES)}; "
-            "a tp_plan of name patterns works without one"
+            f"config: no recipe for model_type {name!r}, known: {', '.join(RECIPES)}; recipe= (--recipe) "
+            "takes one by name, a tp_plan of name patterns works without one"
         )
     return recipe
 

@@ -10,7 +10,7 @@ from typing import Protocol
 from ..checkpoint import Checkpoint
 from ..collector import paused
 from ..errors import SourceError, expect
-from . import memory, peft, safetensors, served, statedict, training, zero
+from . import dcp, memory, peft, safetensors, served, statedict, training, zero
 from .options import Options, strip_prefix
 
 __all__ = ["SOURCES", "Options", "Source", "open", "strip_prefix"]
@@ -24,18 +24,17 @@ class Source(Protocol):
     def read(self, path: str, options: Options) -> Checkpoint: ...
 
 
-SOURCES: tuple[Source, ...] = (training, served, zero, peft, safetensors, statedict)
+SOURCES: tuple[Source, ...] = (training, served, zero, dcp, peft, safetensors, statedict)
 """Tried in this order: a trainer's directory may hold a ZeRO folder and an exported copy; the masters win."""
 
 _LOOKED_FOR = (
     "an output of fastckpt (fastckpt.json), a ZeRO checkpoint (latest, *_model_states.pt), "
+    "a torch distributed checkpoint (.metadata, *.distcp), "
     "a PEFT adapter (adapter_config.json, adapter_model.*), safetensors (*.safetensors, index), "
     "a PyTorch state dict (pytorch_model*.bin, index, or one .bin/.pt file)"
 )
 
 _NOT_YET = (
-    (".metadata", "a torch distributed checkpoint (DCP)"),
-    ("*.distcp", "a torch distributed checkpoint (DCP)"),
     ("latest_checkpointed_iteration.txt", "a Megatron checkpoint"),
     ("common.pt", "a Megatron distributed checkpoint"),
 )

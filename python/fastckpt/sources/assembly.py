@@ -21,6 +21,9 @@ from .options import Options
 SAMPLES, SAMPLE = 4096, 256
 """The most extents that `sampled` looks into, and the bytes it reads at the start and middle of each."""
 
+WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
+"""Keys under which trainers put a model's state dict."""
+
 BESIDE = (
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

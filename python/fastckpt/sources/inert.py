@@ -68,8 +68,8 @@ def _measure(node: object, path: set[int], known: dict[int, tuple[int, int]]) ->
 
 
 def _parts(node: object) -> Iterable[object]:
-    if isinstance(node, dict):
-        return node.values()  # keys are flat
+    if isinstance(node, dict):  # plain keys are flat
+        return (*node.values(), *(key for key in node if type(key) is Inert))
     if isinstance(node, Inert):
         return (node.args, node.state, node.items)
     return node  # type: ignore[return-value]

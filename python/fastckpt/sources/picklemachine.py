@@ -68,7 +68,7 @@ class Machine:
 
     __slots__ = (
         "_apart", "bare", "data", "fetched", "left", "limit", "live", "memo", "outer", "persistent", "plain",
-        "pos", "size", "stack", "stored", "tables", "tuple_keys", "values",
+        "pos", "record_keys", "size", "stack", "stored", "tables", "tuple_keys", "values",
     )  # fmt: skip
 
     def __init__(
@@ -92,6 +92,7 @@ class Machine:
         self.left = self.limit = allowance(len(data) - start, file)
         self.live = 0  # bytes of the stack
         self.tuple_keys = 0
+        self.record_keys = False  # whether a record may be a key
         self.values, self.tables, self.persistent = values, (_PLAIN_CALLS, calls), persistent
 
     # ---- reading arguments ----
@@ -172,6 +173,8 @@ class Machine:
                 if isinstance(part, tuple):
                     raise self.wrong("a tuple inside a tuple is used as a key")
                 self.key(part)
+            return key
+        if isinstance(key, Inert) and self.record_keys:
             return key
         what = f"a record of {key.name}" if isinstance(key, Inert) else f"a value of type {kind.__name__}"
         raise self.wrong(f"{what} is used as a key; wanted a plain value")

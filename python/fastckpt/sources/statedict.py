@@ -14,14 +14,11 @@ from ..checkpoint import Checkpoint, Entry
 from ..errors import SourceError
 from ..extents import Extents
 from . import torchfile
-from .assembly import assemble
+from .assembly import WRAPPERS, assemble
 from .options import Options
 from .shards import find_shards
 from .torchfile import Tensor
 from .torchtensors import by_storage, places, refuse_unread, whole
-
-WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
-"""Keys under which trainers put a model's state dict."""
 
 SUFFIX = ".bin"
 SINGLE = "pytorch_model.bin"

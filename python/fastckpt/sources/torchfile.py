@@ -86,6 +86,18 @@ def load(
             raise SourceError(f"{file.path}: {e}") from None
 
 
+def embedded(
+    reader: Reader, offset: int, nbytes: int, *, check_crc: bool, known: MutableMapping[bytes, Tree]
+) -> TorchFile:
+    """The torch zip that `nbytes` from `offset` of an open file are; the rest as in `load`.
+
+    Raises SourceError, which does not name the path."""
+    window = reader.window(offset, nbytes)
+    if (head := window.read(0, min(nbytes, len(LOCAL)))) != LOCAL:
+        raise SourceError(f"no torch file: it starts with {head!r}")
+    return _load_zip(window, check_crc, None, known)
+
+
 def is_torch_file(path: str | os.PathLike[str]) -> bool:
     """Whether the file starts as torch files do (a zip record, or the legacy magic number)."""
     if not os.path.isfile(path):  # a pipe would be waited for
@@ -120,7 +132,7 @@ def _load_zip(
     data = reader.read(at, size)
     if check_crc:
         directory.check_crc(pickle, record, at)
-    tree = _parsed(data, wanted, known, reader.file.nbytes)
+    tree = _parsed(data, wanted, known, reader.nbytes)
     extents = []
     for s in tree.storages:
         name = top + b"data/" + s.key.encode(errors="surrogatepass")
@@ -132,7 +144,7 @@ def _load_zip(
         offset = directory.locate(name, record)
         if check_crc:
             directory.check_crc(name, record, offset)
-        extents.append(Extent(reader.file, offset, s.nbytes, s.key))
+        extents.append(Extent(reader.file, reader.begin + offset, s.nbytes, s.key))
     digest = xxhash.xxh3_64(data)
     digest.update(directory.digest.encode())
     return TorchFile(tree.root, reader.file, tuple(extents), tree.inert, digest.hexdigest())

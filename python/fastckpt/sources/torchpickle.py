@@ -97,16 +97,18 @@ def parse(
     legacy: bool = False,
     wanted: Wanted | None = None,
     file: int | None = None,
+    record_keys: bool = False,
 ) -> Tree:
     """The torch pickle at `data[start]`; storages of the tensors `wanted` picks out of the root (all
-    storages without it) get extent numbers. `legacy` allows the persistent ids of non-zip files. `file`: see
-    `inertpickle.parse`.
+    storages without it) get extent numbers. `legacy` allows the persistent ids of non-zip files. `file` and
+    `record_keys`: see `inertpickle.parse`.
 
     Raises inertpickle.Short where the bytes end early, SourceError for whatever else is wrong."""
     storages = _Storages(legacy)
     parsed = inertpickle.parse(
-        data, start, values=_DTYPES, calls=_CALLS, persistent=storages.find, file=file
-    )
+        data, start, values=_DTYPES, calls=_CALLS, persistent=storages.find, file=file,
+        record_keys=record_keys,
+    )  # fmt: skip
     if wanted is None:
         chosen: Iterable[Storage] = storages.all()
     else:

@@ -34,13 +34,15 @@ _CHUNK = 4 << 20
 
 
 class Reader:
-    """Positioned reads of one file; the last block read is kept for the next small read."""
+    """Positioned reads of one file, or of a window of one; the last block read is kept for the next.
 
-    __slots__ = ("_block", "_start", "fd", "file")
+    Offsets count from the start of the window, which begins at byte `begin` of the file and has `nbytes`."""
+
+    __slots__ = ("_block", "_start", "begin", "fd", "file", "nbytes")
 
     def __init__(self, file: File) -> None:
         """Opens `file`; close it with `with`. Raises SourceError when the system does or the file changed."""
-        self.file = file
+        self.file, self.begin, self.nbytes = file, 0, file.nbytes
         self._start, self._block = 0, b""
         try:
             self.fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -57,24 +59,34 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         os.close(self.fd)
 
+    def window(self, begin: int, nbytes: int) -> Reader:
+        """A reader of `nbytes` from `begin`, good as long as this one is open. Raises SourceError where the
+        file has no such bytes."""
+        if begin < 0 or nbytes < 0 or begin + nbytes > self.nbytes:
+            raise SourceError(f"bytes [{begin}, {begin + nbytes}) are outside a file of {self.nbytes}")
+        found = Reader.__new__(Reader)
+        found.file, found.begin, found.nbytes, found.fd = self.file, self.begin + begin, nbytes, self.fd
+        found._start, found._block = 0, b""
+        return found
+
     def read(self, offset: int, n: int) -> bytes:
         """`n` bytes from `offset`, out of the kept block where it has them."""
         at = offset - self._start
         if at < 0 or at + n > len(self._block):
-            self._block = self.read_through(offset, min(max(n, _AHEAD), self.file.nbytes - offset), n)
+            self._block = self.read_through(offset, min(max(n, _AHEAD), self.nbytes - offset), n)
             self._start, at = offset, 0
         return self._block[at : at + n]
 
     def read_through(self, offset: int, n: int, needed: int | None = None) -> bytes:
         """`n` bytes from `offset`, nothing kept. Raises SourceError when there are fewer than `needed`."""
         needed = n if needed is None else needed
-        if offset < 0 or n < 0 or offset + needed > self.file.nbytes:
-            raise SourceError(f"bytes [{offset}, {offset + needed}) are outside a file of {self.file.nbytes}")
+        if offset < 0 or n < 0 or offset + needed > self.nbytes:
+            raise SourceError(f"bytes [{offset}, {offset + needed}) are outside a file of {self.nbytes}")
         parts: list[bytes] = []
         got = 0
         while got < n:
             try:
-                part = os.pread(self.fd, n - got, offset + got)
+                part = os.pread(self.fd, n - got, self.begin + offset + got)
             except OSError as e:
                 raise SourceError(f"reading at {offset + got}: {e.strerror}") from None
             if not part:
@@ -82,7 +94,9 @@ class Reader:
             parts.append(part)
             got += len(part)
         if got < needed:
-            raise SourceError(f"the file, of {self.file.nbytes} bytes, now ends at {offset + got}")
+            raise SourceError(
+                f"the file, of {self.file.nbytes} bytes, now ends at {self.begin + offset + got}"
+            )
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def crc32(self, offset: int, n: int) -> int:
@@ -166,7 +180,7 @@ class Directory:
 
 def _central(reader: Reader) -> tuple[int, bytes, int]:
     """(offset, bytes, entries) of the central directory, which must end where the end records begin."""
-    total = reader.file.nbytes
+    total = reader.nbytes
     n = min(_TAIL, total)
     tail = reader.read_through(total - n, n)
     if n < 22 or tail[-22:-18] != _END:

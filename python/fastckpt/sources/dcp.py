@@ -1,0 +1,216 @@
+"""Reads what torch.distributed.checkpoint (DCP) wrote: the shards of FSDP, of tensor parallelism, of both.
+
+Law: `.metadata` says which box of which tensor lies at which bytes of which file; each box of a tensor that
+is wanted is opened to find its storage, and the boxes of a tensor tile it. Optimizer state is not opened.
+
+Source of the format: torch/distributed/checkpoint/metadata.py, filesystem.py and _nested_dict.py of torch
+2.13: a pickle of dataclasses, and files that are torch files one after another, one for each box.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoint import Checkpoint, Entry, Single
+from ..dtypes import DType
+from ..errors import SourceError
+from ..extents import Extent, Extents, File
+from ..views import View, zeros
+from . import torchfile
+from .assembly import WRAPPERS, assemble, neighbours, read_config
+from .dcp_metadata import Metadata, Sizes, metadata
+from .inert import Inert
+from .options import Options
+from .torchfile import Tensor, Tree
+from .torchzip import Reader
+
+NAME = ".metadata"
+SUFFIX = ".distcp"
+TRAINER = "pytorch_model_fsdp_0"
+"""The directory in which accelerate and the Hugging Face Trainer put the model."""
+
+OPTIMIZERS = frozenset(
+    {"optim", "optims", "optimizer", "optimizers", "optim_state_dict", "optimizer_state_dict"}
+)
+"""Keys under which trainers put the state of an optimizer."""
+
+_CHUNK = 4 << 20
+
+
+def matches(path: str) -> bool:
+    """Whether `path` is a directory of a DCP save, or of a trainer with one in it; Megatron's are others."""
+    return os.path.isdir(path) and _directory(path) is not None
+
+
+def read(path: str, options: Options) -> Checkpoint:
+    """The model in a DCP save. Raises SourceError for what is missing, contradicts itself, or is no model."""
+    options.refuse_zero_only(path)
+    root = _directory(path) or path
+    where = os.path.join(root, NAME)
+    if not os.path.isfile(where):
+        raise SourceError(
+            f"{root}: a torch distributed checkpoint without {NAME}: not finished, or a part of one"
+        )
+    try:
+        found = metadata(where)
+        prefix, names = _model(found)
+    except SourceError as e:
+        raise SourceError(f"{where}: {e}") from None
+    extents, rows, digests, files = _located(found, names.values(), (root, *options.also), options.check_crc)
+    table = Extents(extents)
+    search = [root, os.path.dirname(os.path.abspath(root))]
+    words = [n for n in names if found.tensors[names[n]].shape[:1] == _vocabulary(search)]
+    tied = _tied({n: rows[names[n]] for n in words}, extents)
+    entries: dict[str, Entry] = {}
+    for name, key in names.items():
+        stored = found.tensors[key]
+        if name not in tied:
+            view = partial(_view, table, stored.dtype, stored.shape, rows[key])
+            entries[name] = Single(stored.shape, stored.dtype, view)
+    rest = Counter(path[0] for key, path in found.paths.items() if key not in set(names.values()))
+    return assemble(
+        path, "dcp", entries, table, options, aliases=tied, files=files, search=search,
+        facts={
+            "state dict": ".".join(prefix) or "at the top", "files": len(files), "tensors": len(entries),
+            "boxes": len(extents), "tied": dict(tied),
+        },
+        unread=[f"{key}: {count} values beside the state dict" for key, count in sorted(rest.items())],
+        layout=[row.tobytes() for row in rows.values()], headers=[found.digest, *digests],
+    )  # fmt: skip
+
+
+def _directory(path: str) -> str | None:
+    """Where the save lies: here, or where trainers put it."""
+    for root in (path, os.path.join(path, TRAINER)):
+        try:
+            inside = os.listdir(root)
+        except OSError:
+            continue
+        if NAME in inside or any(n.endswith(SUFFIX) for n in inside):
+            return None if "common.pt" in inside else root
+    return None
+
+
+def _model(found: Metadata) -> tuple[tuple[str, ...], dict[str, str]]:
+    """(the path of the model's state dict, name -> key of its tensors).
+
+    A state dict lies under one of WRAPPERS; where none does, all that is no optimizer's is one."""
+    inside: dict[tuple[str, ...], dict[str, str]] = {}
+    for key in found.tensors:
+        path = found.paths[key]
+        if OPTIMIZERS.intersection(path[:-1]):
+            continue
+        cut = next((k + 1 for k, part in enumerate(path[:-1]) if part in WRAPPERS), 0)
+        name, table = ".".join(path[cut:]), inside.setdefault(path[:cut], {})
+        if name in table:
+            raise SourceError(f"{key} and {table[name]} would both be {name}")
+        table[name] = key
+    nested = [prefix for prefix in inside if prefix]
+    if len(nested) > 1:
+        shown = ", ".join(".".join(prefix) for prefix in nested)
+        raise SourceError(f"several state dicts of models: {shown}; save the one to serve by itself")
+    if not inside:
+        keys = ", ".join(sorted({path[0] for path in found.paths.values()})[:8])
+        raise SourceError(f"no tensors of a model; at the top: {keys or 'nothing'}")
+    prefix = nested[0] if nested else ()
+    return prefix, inside[prefix]
+
+
+# ---- the boxes ----
+
+
+def _located(
+    found: Metadata, keys: Iterable[str], directories: Sequence[str], check_crc: bool
+) -> tuple[list[Extent], dict[str, NDArray[np.int64]], list[str], list[File]]:
+    """The extent of each box, in file order; the fragments of each tensor, [extent, stored, offset, origin,
+    size, stride]; the digests of the boxes' headers; the files."""
+    wanted: dict[str, list[tuple[int, int, str, Sizes, Sizes]]] = {}
+    rows: dict[str, list[list[int]]] = {}
+    for key in keys:
+        rows[key] = []
+        for at, size in found.tensors[key].boxes:
+            place = found.places.get((key, at))
+            if place is None:
+                raise SourceError(f"{directories[0]}: {NAME} does not say where {key} at {at} is")
+            wanted.setdefault(place.file, []).append((place.offset, place.nbytes, key, at, size))
+    extents: list[Extent] = []
+    digests, files = [], []
+    known: dict[bytes, Tree] = {}
+    for name in sorted(wanted):
+        file = File.at(_file(name, directories))
+        files.append(file)
+        with Reader(file) as reader:
+            for offset, nbytes, key, at, size in sorted(wanted[name]):
+                dtype = found.tensors[key].dtype
+                try:
+                    blob = torchfile.embedded(reader, offset, nbytes, check_crc=check_crc, known=known)
+                    t = _tensor(blob.root, dtype, size)
+                except SourceError as e:
+                    raise SourceError(f"{file.path}: {key} at {at}: {e}") from None
+                where = blob.extents[t.storage.extent]
+                rows[key].append([len(extents), dtype.code, t.offset, *at, *size, *t.stride])
+                extents.append(Extent(file, where.offset, where.nbytes, f"{key}@{','.join(map(str, at))}"))
+                digests.append(blob.digest)
+    width = {key: 3 + 3 * len(found.tensors[key].shape) for key in rows}
+    tables = {key: np.array(r, np.int64).reshape(len(r), width[key]) for key, r in rows.items()}
+    return extents, tables, digests, files
+
+
+def _file(name: str, directories: Sequence[str]) -> str:
+    for directory in directories:
+        if os.path.isfile(path := os.path.join(directory, name)):
+            return path
+    raise SourceError(f"{directories[0]}: {NAME} names {name}, which is missing in {', '.join(directories)}")
+
+
+def _tensor(root: object, dtype: DType, size: Sizes) -> Tensor:
+    if not isinstance(root, Tensor):
+        got = root.name if isinstance(root, Inert) else type(root).__name__
+        raise SourceError(f"wanted a tensor, got {got}")
+    if root.dtype is not dtype or root.shape != size:
+        raise SourceError(f"holds {root.dtype}{list(root.shape)}; {NAME} says {dtype}{list(size)}")
+    return root
+
+
+def _vocabulary(search: Sequence[str]) -> Sizes | None:
+    """(rows of the word embedding,) where config.json says that the output shares it."""
+    config = read_config(neighbours(search)) or {}
+    size = config.get("vocab_size") if config.get("tie_word_embeddings") is True else None
+    return (size,) if isinstance(size, int) else None
+
+
+def _tied(rows: Mapping[str, NDArray[np.int64]], extents: Sequence[Extent]) -> dict[str, str]:
+    """Tied name -> the first name with the same bytes: a save does not say which names are one tensor."""
+    out: dict[str, str] = {}
+    names = list(rows)
+    for k, name in enumerate(names):
+        for holder in names[:k]:
+            a, b = rows[holder], rows[name]
+            if holder in out or a.shape != b.shape or (a[:, 1:] != b[:, 1:]).any():
+                continue
+            pairs = zip(a[:, 0].tolist(), b[:, 0].tolist(), strict=True)
+            if all(_same_bytes(extents[i], extents[j]) for i, j in pairs):
+                out[name] = holder
+                break
+    return out
+
+
+def _same_bytes(a: Extent, b: Extent) -> bool:
+    if not isinstance(a.where, File) or not isinstance(b.where, File) or a.nbytes != b.nbytes:
+        return False
+    with Reader(a.where) as one, Reader(b.where) as two:
+        for at in range(0, a.nbytes, _CHUNK):
+            n = min(_CHUNK, a.nbytes - at)
+            if one.read_through(a.offset + at, n) != two.read_through(b.offset + at, n):
+                return False
+    return True
+
+
+def _view(extents: Extents, dtype: DType, shape: Sizes, rows: NDArray[np.int64]) -> View:
+    return View(shape, dtype, extents, rows) if len(rows) else zeros(shape, dtype)

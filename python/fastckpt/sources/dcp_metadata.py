@@ -1,0 +1,158 @@
+"""`.metadata` of a DCP save: which box of which tensor lies where.
+
+Law: a pickle of dataclasses, read as records; the boxes of a tensor tile it, and a file it names lies in the
+directory. Source of the format: torch/distributed/checkpoint/metadata.py and filesystem.py of torch 2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import xxhash
+
+from ..dtypes import DType
+from ..errors import SourceError
+from ..extents import File
+from ..views import check_tiles
+from . import torchpickle
+from .inert import Inert
+from .torchfile import MAX_PICKLE
+from .torchzip import Reader
+
+Sizes = tuple[int, ...]
+
+_MODULE = "torch.distributed.checkpoint."
+_MAX_SIZE = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor: its name in the metadata, dtype, shape, and the boxes it lies in as (offsets, sizes)."""
+
+    key: str
+    dtype: DType
+    shape: Sizes
+    boxes: tuple[tuple[Sizes, Sizes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a box lies: `nbytes` from `offset` of a file."""
+
+    file: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Metadata:
+    """`.metadata`, read: its tensors by key, the keys of other values, the place of each box, the path of
+    each key in the state that was saved, and the digest of the pickle."""
+
+    tensors: Mapping[str, Stored]
+    others: Sequence[str]
+    places: Mapping[tuple[str, Sizes], Place]
+    paths: Mapping[str, tuple[str, ...]]
+    digest: str
+
+
+def metadata(where: str) -> Metadata:
+    """`.metadata` at `where`. Raises SourceError."""
+    file = File.at(where)
+    if file.nbytes > MAX_PICKLE:
+        raise SourceError(f"has {file.nbytes} bytes; the limit is {MAX_PICKLE}")
+    with Reader(file) as reader:
+        data = reader.read_through(0, file.nbytes)
+    tree = torchpickle.parse(data, file=file.nbytes, record_keys=True)
+    body = _state(tree.root, "metadata.Metadata")
+    tensors, others = {}, []
+    for key, value in _dict(body, "state_dict_metadata").items():
+        if not isinstance(key, str):
+            raise SourceError(f"a name is {key!r}; wanted a string")
+        if isinstance(value, Inert) and value.name == _MODULE + "metadata.TensorStorageMetadata":
+            tensors[key] = _stored(key, _state(value, "metadata.TensorStorageMetadata"))
+        else:
+            others.append(key)
+    paths = body.get("planner_data")
+    return Metadata(
+        tensors, others, dict(_places(_dict(body, "storage_data"))),
+        {key: _path(key, paths) for key in (*tensors, *others)}, xxhash.xxh3_64_hexdigest(data),
+    )  # fmt: skip
+
+
+def _state(value: object, name: str) -> dict[object, object]:
+    """The attributes of a dataclass."""
+    if not isinstance(value, Inert) or value.name != _MODULE + name:
+        got = value.name if isinstance(value, Inert) else type(value).__name__
+        raise SourceError(f"wanted a {name.rpartition('.')[2]}, got {got}")
+    if not isinstance(value.state, dict):
+        raise SourceError(f"a {name.rpartition('.')[2]} without attributes")
+    return value.state
+
+
+def _dict(state: Mapping[object, object], key: str) -> dict[object, object]:
+    value = state.get(key)
+    if not isinstance(value, dict):
+        raise SourceError(f"{key} is a {type(value).__name__}; wanted a dict")
+    return value
+
+
+def _stored(key: str, state: Mapping[object, object]) -> Stored:
+    properties, chunks = state.get("properties"), state.get("chunks")
+    told = properties.state if isinstance(properties, Inert) else None
+    dtype = told[0] if isinstance(told, tuple) and told else None
+    if not isinstance(dtype, DType):
+        shown = dtype.name if isinstance(dtype, Inert) else dtype
+        raise SourceError(f"{key}: its dtype is {shown}, which is not read")
+    if not isinstance(chunks, list):
+        raise SourceError(f"{key}: its chunks are no list")
+    shape = _sizes(state.get("size"), f"{key}: its size")
+    boxes: dict[Sizes, Sizes] = {}  # replicas are listed once each, and are equal
+    for chunk in chunks:
+        box = _state(chunk, "metadata.ChunkStorageMetadata")
+        at, size = (_sizes(box.get(k), f"{key}: the {k} of a chunk") for k in ("offsets", "sizes"))
+        if len(at) != len(shape) or len(size) != len(shape):
+            raise SourceError(f"{key}: a chunk of {size} at {at} in {shape}")
+        if boxes.setdefault(at, size) != size and 0 not in size:
+            raise SourceError(f"{key}: chunks of {boxes[at]} and {size} at {at}")
+    whole = tuple((at, size) for at, size in boxes.items() if 0 not in size)
+    if 0 not in shape:
+        try:
+            check_tiles(shape, whole)
+        except SourceError as e:
+            raise SourceError(f"{key}: {e}") from None
+    return Stored(key, dtype, shape, whole if 0 not in shape else ())
+
+
+def _sizes(value: object, what: str) -> Sizes:
+    if not isinstance(value, tuple) or not all(type(n) is int and 0 <= n < _MAX_SIZE for n in value):
+        raise SourceError(f"{what}: {value!r:.60} is no tuple of sizes")
+    return value
+
+
+def _places(table: Mapping[object, object]) -> Iterator[tuple[tuple[str, Sizes], Place]]:
+    """(key, offsets) of each box and its place; other values are left out."""
+    for index, info in table.items():
+        told, lies = _state(index, "metadata.MetadataIndex"), _state(info, "filesystem._StorageInfo")
+        key, at = told.get("fqn"), told.get("offset")
+        if at is None:
+            continue
+        file, offset, nbytes = (lies.get(k) for k in ("relative_path", "offset", "length"))
+        if not isinstance(key, str) or not isinstance(file, str):
+            raise SourceError(f"the place of {key!r} is in {file!r}")
+        if type(offset) is not int or type(nbytes) is not int:
+            raise SourceError(f"{key}: its place is ({offset!r}, {nbytes!r}); wanted bytes")
+        if lies.get("transform_descriptors"):
+            raise SourceError(f"{key}: stored as {lies['transform_descriptors']}, which is not read")
+        if file.startswith("/") or "\\" in file or {"", ".", ".."} & set(file.split("/")):
+            raise SourceError(f"{key}: is in {file!r}, which leaves the directory")
+        yield (key, _sizes(at, f"{key}: its offset")), Place(file, offset, nbytes)
+
+
+def _path(key: str, paths: object) -> tuple[str, ...]:
+    """The keys that led to a value in the nested state; flat saves have one."""
+    found = paths.get(key) if isinstance(paths, dict) else None
+    if not isinstance(found, tuple) or not found:
+        return (key,)
+    return tuple(str(part) for part in found)

@@ -1,0 +1,334 @@
+"""The DCP source against torch.distributed.checkpoint: saves of FSDP2, and saves made of its own records."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import random
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import fastckpt
+import pytest
+import reading
+import torch
+from fastckpt import sources
+from fastckpt.errors import SourceError
+from safetensors.torch import load_file
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+KEPT = ("fsdp-w3", "fsdp-tp-w4")
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def equal(ckpt: sources.checkpoint.Checkpoint, truth: Mapping[str, torch.Tensor]) -> None:
+    assert {*ckpt.entries, *ckpt.aliases} == {*truth}
+    for name, want in truth.items():
+        entry = ckpt.entries[ckpt.aliases.get(name, name)]
+        assert entry.shape == tuple(want.shape)
+        assert (reading.read(ckpt[name]) == reading.bits(want)).all(), name
+
+
+# ---- what FSDP wrote ----
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_fsdp_wrote_is_what_torch_gathers(name):
+    path = FIXTURES / name
+    truth = load_file(path / "truth.safetensors")
+    equal(sources.open(path), truth)
+    equal(sources.open(path / "pytorch_model_fsdp_0", check_crc=True), truth)
+    assert [note.split(":")[0] for note in sources.open(path).unread] == ["optim", "step"]
+
+
+def test_a_tied_pair_is_one_tensor():
+    tied = sources.open(FIXTURES / "fsdp-w3")
+    assert dict(tied.aliases) == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert not sources.open(FIXTURES / "fsdp-tp-w4").aliases
+
+
+@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize(("layout", "tp"), [("hf", 1), ("vllm", 2), ("rtp_llm", 2)])
+def test_shards_are_those_of_the_gathered_model(name, layout, tp):
+    path = FIXTURES / name
+    truth = load_file(path / "truth.safetensors")
+    if json.loads((path / "config.json").read_text())["tie_word_embeddings"]:
+        del truth["lm_head.weight"]
+    want = fastckpt.reshard(truth, tp=tp, layout=layout, config=path, dtype="bfloat16")
+    got = fastckpt.reshard(path, tp=tp, layout=layout, dtype="bfloat16")
+    for a, b in zip(got, want, strict=True):
+        assert list(a) == list(b)
+        assert all(torch.equal(a[n].view(torch.uint8), b[n].view(torch.uint8)) for n in b)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("world", "tp", "tied"), [(2, 1, False), (3, 1, True), (4, 2, False), (4, 1, True)])
+def test_what_the_installed_torch_writes(tmp_path, world, tp, tied):
+    made = Path(__file__).parents[1] / "real/make_dcp.py"
+    argv = [sys.executable, made, "--world", str(world), "--tp", str(tp), *(["--tied"] * tied), tmp_path]
+    subprocess.run(argv, check=True, timeout=900)
+    equal(sources.open(tmp_path), load_file(tmp_path / "truth.safetensors"))
+
+
+def state(seed: int = 0) -> dict[str, torch.Tensor]:
+    made = torch.Generator().manual_seed(seed)
+    return {
+        "a.weight": torch.randn(7, 5, generator=made),
+        "b": torch.randn(3, generator=made).bfloat16(),
+        "whole": torch.arange(6).reshape(2, 3),
+        "one": torch.tensor(2.5),
+        "none": torch.empty(0, 4),
+        "f8": torch.randn(4, 4, generator=made).to(torch.float8_e4m3fn),
+    }
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict", "module"])
+def test_where_the_model_is(tmp_path, key):
+    whole = {"app": {key: state(), "optimizer": {"state": {"0": {"exp_avg": torch.ones(3)}}}}, "epoch": 3}
+    dcp.save(whole, checkpoint_id=tmp_path / "a", no_dist=True)
+    found = sources.open(tmp_path / "a")
+    equal(found, state())
+    assert found.facts["state dict"] == f"app.{key}"
+    flat = {**state(), "optimizer": {"w": torch.ones(3)}, "train_state": {"step": 1}}
+    dcp.save(flat, checkpoint_id=tmp_path / "b", no_dist=True)
+    equal(sources.open(tmp_path / "b"), state())
+    assert sources.open(tmp_path / "b").structure != found.structure
+
+
+def test_a_nested_state_dict_is_joined_with_dots(tmp_path):
+    nested = {"model": {"enc": {"w": torch.ones(2)}, "w": torch.zeros(2)}}
+    dcp.save(nested, checkpoint_id=tmp_path, no_dist=True)
+    assert list(sources.open(tmp_path)) == ["enc.w", "w"]
+
+
+def test_names_that_become_one_are_refused(tmp_path):
+    pair = torch.ones(2), [((0,), (2,))]
+    paths = {"x": ("model", "enc", "w"), "y": ("model", "enc.w")}
+    write(tmp_path, {"x": pair, "y": pair}, paths=paths)
+    with pytest.raises(SourceError, match=r"would both be enc\.w"):
+        sources.open(tmp_path)
+
+
+def test_several_models_and_none(tmp_path):
+    dcp.save({"ema": {"model": state()}, "model": state()}, checkpoint_id=tmp_path / "two", no_dist=True)
+    with pytest.raises(SourceError, match=r"several state dicts of models: ema\.model, model"):
+        sources.open(tmp_path / "two")
+    dcp.save({"optim": {"w": torch.ones(2)}, "step": 1}, checkpoint_id=tmp_path / "none", no_dist=True)
+    with pytest.raises(SourceError, match="no tensors of a model; at the top: optim, step"):
+        sources.open(tmp_path / "none")
+
+
+# ---- saves made of torch's records, box by box ----
+
+
+def write(
+    path: Path,
+    tensors: Mapping[str, tuple[torch.Tensor, list[Box]]],
+    *,
+    paths: Mapping[str, tuple[str, ...]] | None = None,
+    change: Mapping[str, object] | None = None,
+) -> None:
+    """A save of `tensors` in these boxes, in two files by turns; `change`: what .metadata says otherwise."""
+    path.mkdir(exist_ok=True)
+    files: dict[str, io.BytesIO] = {f"__{k}_0.distcp": io.BytesIO() for k in (0, 1)}
+    stored, places = {}, {}
+    for name, (whole, boxes) in tensors.items():
+        chunks = [ChunkStorageMetadata(torch.Size(at), torch.Size(size)) for at, size in boxes]
+        stored[name] = TensorStorageMetadata(TensorProperties(dtype=whole.dtype), whole.size(), chunks)
+        for k, (at, size) in enumerate(boxes):
+            file = f"__{k % 2}_0.distcp"
+            begin = files[file].tell()
+            blob = io.BytesIO()
+            torch.save(whole[tuple(slice(a, a + n) for a, n in zip(at, size, strict=True))].clone(), blob)
+            files[file].write(blob.getvalue())
+            info = _StorageInfo(file, begin, files[file].tell() - begin)
+            places[MetadataIndex(name, torch.Size(at), k)] = info
+    stored["step"] = BytesStorageMetadata()
+    places[MetadataIndex("step")] = _StorageInfo("__0_0.distcp", 0, 0)
+    made = Metadata(stored, planner_data=paths, storage_data=places)
+    for key, value in (change or {}).items():
+        setattr(made, key, value)
+    for name, body in files.items():
+        (path / name).write_bytes(body.getvalue())
+    (path / ".metadata").write_bytes(pickle.dumps(made))
+
+
+def cut(n: int, at: list[int]) -> list[tuple[int, int]]:
+    return [(a, b - a) for a, b in zip([0, *at], [*at, n], strict=True)]
+
+
+GRID = [((a, b), (m, n)) for a, m in cut(7, [2, 5]) for b, n in cut(9, [4])]
+SPIRAL = [((0, 0), (2, 7)), ((0, 7), (5, 2)), ((5, 2), (2, 7)), ((2, 0), (5, 2)), ((2, 2), (3, 5))]
+MATRIX = torch.arange(63, dtype=torch.float32).reshape(7, 9)
+
+
+@pytest.mark.parametrize("boxes", [GRID, GRID[::-1], SPIRAL], ids=["grid", "reversed", "spiral"])
+def test_boxes_of_any_cut(tmp_path, boxes):
+    write(tmp_path, {"w": (MATRIX, boxes), "v": (MATRIX[0].clone(), [((0,), (9,))])})
+    equal(sources.open(tmp_path), {"w": MATRIX, "v": MATRIX[0]})
+    turned = fastckpt.reshard(tmp_path, layout="same", dtype="bfloat16")[0]
+    assert torch.equal(turned["w"], MATRIX.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("boxes", "words"),
+    [
+        (GRID[1:], r"its boxes have 55 elements, \[7, 9\] has 63"),
+        ([((0, 0), (7, 9)), ((0, 0), (7, 8))], r"chunks of \(7, 9\) and \(7, 8\) at \(0, 0\)"),
+        ([((0, 0), (4, 9)), ((3, 0), (3, 9))], r"boxes at \[0, 0\] and \[3, 0\] overlap"),
+        ([((0, 0), (6, 9)), ((5, 0), (1, 9))], r"boxes at \[0, 0\] and \[5, 0\] overlap"),
+    ],
+)
+def test_boxes_that_do_not_tile_are_refused(tmp_path, boxes, words):
+    write(tmp_path, {"w": (MATRIX, boxes)})
+    with pytest.raises(SourceError, match=words):
+        sources.open(tmp_path)
+
+
+def test_empty_boxes_of_small_tensors(tmp_path):
+    """FSDP over more ranks than rows leaves some with none."""
+    write(tmp_path, {"w": (MATRIX[:2], [((0, 0), (1, 9)), ((1, 0), (1, 9)), ((2, 0), (0, 9))])})
+    equal(sources.open(tmp_path), {"w": MATRIX[:2]})
+
+
+def refuses(path: Path, *words: str) -> None:
+    with pytest.raises(SourceError) as e:
+        sources.open(path)
+    for word in words:
+        assert word in str(e.value), str(e.value)
+
+
+def test_files_that_are_missing_cut_or_of_another_save(tmp_path):
+    def save(name: str) -> Path:
+        write(tmp_path / name, {"w": (MATRIX, GRID)})
+        return tmp_path / name
+
+    gone = save("gone")
+    (gone / "__1_0.distcp").unlink()
+    refuses(gone, "names __1_0.distcp, which is missing")
+    (tmp_path / "rest").mkdir()
+    (save("whole") / "__1_0.distcp").rename(tmp_path / "rest/__1_0.distcp")
+    equal(sources.open(tmp_path / "whole", also=[tmp_path / "rest"]), {"w": MATRIX})
+    cut = save("cut")
+    body = (cut / "__0_0.distcp").read_bytes()
+    (cut / "__0_0.distcp").write_bytes(body[: len(body) // 2])
+    refuses(cut, "__0_0.distcp: w at", "are outside a file of")
+    torn = save("torn")
+    (torn / ".metadata").unlink()
+    refuses(torn, "a torch distributed checkpoint without .metadata: not finished")
+    short = save("short")
+    whole = (short / ".metadata").read_bytes()
+    for n in range(0, len(whole), 97):
+        (short / ".metadata").write_bytes(whole[:n])
+        refuses(short, ".metadata")
+    other = save("other")
+    write(tmp_path / "bf16", {"w": (MATRIX.bfloat16(), GRID)})
+    (other / ".metadata").write_bytes((tmp_path / "bf16/.metadata").read_bytes())
+    refuses(other, "__0_0.distcp: w at")
+
+
+def test_a_flipped_byte_is_found_when_asked_for(tmp_path):
+    write(tmp_path, {"w": (MATRIX, [((0, 0), (7, 9))])})
+    body = bytearray((tmp_path / "__0_0.distcp").read_bytes())
+    body[body.index(MATRIX.numpy().tobytes()) + 5] ^= 1
+    (tmp_path / "__0_0.distcp").write_bytes(body)
+    sources.open(tmp_path)
+    with pytest.raises(SourceError, match="CRC32"):
+        sources.open(tmp_path, check_crc=True)
+
+
+def index(name: str, at: tuple[int, ...]) -> MetadataIndex:
+    return MetadataIndex(name, torch.Size(at), 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"storage_data": {}}, "does not say where w at (0, 0) is"),
+        ({"storage_data": None}, "storage_data is a NoneType; wanted a dict"),
+        ({"state_dict_metadata": {"w": 3}}, "no tensors of a model"),
+        ({"storage_data": {index("w", (0, 0)): _StorageInfo("../x", 0, 1)}}, "leaves the directory"),
+        ({"storage_data": {index("w", (0, 0)): _StorageInfo("/etc/passwd", 0, 1)}}, "leaves the directory"),
+        ({"storage_data": {index("w", (0, 0)): _StorageInfo("__0_0.distcp", -1, 1)}}, "outside a file"),
+        ({"storage_data": {index("w", (0, 0)): _StorageInfo("__0_0.distcp", 0, 1 << 70)}}, "outside a file"),
+        ({"storage_data": {index("w", (0, 0)): _StorageInfo("__0_0.distcp", 3, 40)}}, "no torch file"),
+        (
+            {"storage_data": {index("w", (0, 0)): _StorageInfo("__0_0.distcp", 0, 9, ["zstd"])}},
+            "stored as ['zstd'], which is not read",
+        ),
+    ],
+)  # fmt: skip
+def test_metadata_that_lies(tmp_path, change, words):
+    write(tmp_path, {"w": (MATRIX, [((0, 0), (7, 9))])}, change=change)
+    refuses(tmp_path, words)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        import os
+
+        return os.system, ("echo executed > /dev/null; exit 3",)
+
+
+def test_nothing_in_metadata_is_called(tmp_path):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w/.metadata").write_bytes(pickle.dumps(Evil()))
+    refuses(tmp_path / "w", "wanted a Metadata, got posix.system")
+
+
+def test_a_megatron_save_is_another_format(tmp_path):
+    write(tmp_path, {"w": (MATRIX, [((0, 0), (7, 9))])})
+    (tmp_path / "common.pt").write_bytes(b"")
+    refuses(tmp_path, "a Megatron distributed checkpoint, which is not supported yet")
+
+
+def test_zero_options_are_refused(tmp_path):
+    write(tmp_path, {"w": (MATRIX, [((0, 0), (7, 9))])})
+    with pytest.raises(SourceError, match="no ZeRO checkpoint"):
+        sources.open(tmp_path, weights="module")
+    assert list(sources.open(tmp_path, rename=[("^w$", "x")])) == ["x"]
+
+
+@pytest.mark.parametrize(
+    "tries", [pytest.param(600, id="small"), pytest.param(30_000, id="large", marks=pytest.mark.nightly)]
+)
+def test_mutated_metadata_ends_in_an_error_of_ours_or_in_views(tmp_path, tries):
+    """There is no checksum in it; what still opens has every tensor tiled by boxes of its dtype and shape."""
+    write(tmp_path, {"w": (MATRIX, GRID), "v": (MATRIX[0].clone(), [((0,), (9,))])})
+    data = (tmp_path / ".metadata").read_bytes()
+    made = random.Random(tries)
+    opened = 0
+    for _ in range(tries):
+        out = bytearray(data)
+        for _ in range(made.choice((1, 1, 2, 4))):
+            at = made.randrange(len(out))
+            match made.randrange(3):
+                case 0:
+                    out[at] ^= 1 << made.randrange(8)
+                case 1:
+                    out[at] = made.choice(b"\0\xff.(tRbh2}]Nuse\x85\x86\x87\x94")
+                case 2:
+                    del out[at : at + made.choice((1, 2, 8))]
+        (tmp_path / ".metadata").write_bytes(out)
+        try:
+            found = sources.open(tmp_path)
+            for name in found:
+                reading.read(found[name])
+            opened += 1
+        except SourceError:
+            pass
+    assert 0 < opened < tries
