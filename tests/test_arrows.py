@@ -57,7 +57,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "inverse": CORE,
     "joining": (*PLAIN, "collector", "digest", "manifest", "inverse", "sources", "recipes", "layouts"),
     "expectation": (*PLAIN, "manifest", "sources", "layouts", "joining"),
-    "adapters": (*CORE, "lowrank", "sources", "layouts"),
+    "adapters": (*PLAIN, "lowrank", "finishes", "sources", "layouts"),
     # The spine.
     "planned": (*CORE, "planner", "files"),
     "plancache": (*CORE, "planner", "planned"),
@@ -127,6 +127,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("naming", "cuts", "servers", "padding", "engines"),
         ("rtp_merge", "rtp_split", "rtp_weights"),  # rtp-llm's catalogue, of which its layout is made
         ("rtp_roles", "rtp_rope"),
+        ("rtp_lora",),
         ("same", "hf", "vllm", "rtp_llm", "megatron", "patterns"),
         ("__init__",),
     ),

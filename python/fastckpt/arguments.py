@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
         help="with --weights-key: put this plain value of the checkpoint beside the weights; repeatable",
     )
     consolidate.set_defaults(
-        tp=1, pp=1, dp=1, ep=1, rank=None, config=None, recipe=None, tp_plan=None, vocab_size=None
+        tp=1, pp=1, dp=1, ep=1, rank=None, config=None, tp_plan=None, vocab_size=None
     )
 
     verify = command("verify", "check an output against its manifest: digests, headers, NaN and infinity")
@@ -187,6 +187,7 @@ def _source(p: argparse.ArgumentParser) -> None:
         help="leave out the parameters that were not trained",
     )
     p.add_argument("--check-crc", action="store_true", help="check the CRC32 of every record that is used")
+    serving_options.add_recipe(p)
 
 
 def _rank(p: argparse.ArgumentParser) -> None:

@@ -24,10 +24,10 @@ from .dtypes import dtype as dtype_of
 from .errors import LayoutError, RecipeError, SourceError, expect
 from .extents import Extents
 from .files import FileLayout, Spec, safetensors_layout, split
-from .layouts import Layout, Resizes
+from .layouts import Adapts, Layout, Resizes
 from .layouts.naming import Naming
 from .layouts.patterns import Patterns
-from .model import Sizes
+from .model import Model, Sizes
 from .placement import Placement
 from .planned import Names, PlannedTensors
 from .planner import Chunk, Kept, Slots
@@ -51,15 +51,16 @@ class Wanted:
     """What a caller asked for, apart from the checkpoint and the place to put it.
 
     `placement` and `rank` (None: all ranks); `layout` by name or as an object; `config` as a path or a
-    mapping (None: the checkpoint's own); `recipe` by name (None: by the config); `tp_plan` name pattern ->
-    style; `vocab_size`: the embedding rows that count; `dtype` (None: as stored, "auto": the config's);
-    `max_shard_size` of a file; `container`: "safetensors" or "bin"; `sorted`: files ordered as
-    safetensors' save_file orders them, not as the source lies; `weights_key`, `client_state`: a training
+    mapping (None: the checkpoint's own); `recipe` by name (None: what served shards were cut with, else by
+    the config); `tp_plan` name pattern -> style; `vocab_size`: the embedding rows that count; `dtype` (None:
+    as stored, "auto": the config's); `max_shard_size` of a file; `container`: "safetensors" or "bin";
+    `sorted`: files ordered as safetensors' save_file orders them, not as the source lies; `weights_key`,
+    `client_state`: a training
     checkpoint around a single `.bin`; `held`: only these names are
     made, each as its dtype (a module to fill); `quant`: what is quantised on the way, and how;
     `dense`: what is quantised already is dequantised (dtype None: to what the config names, else bfloat16);
     `adapter`: a PEFT adapter's directory, merged into the checkpoint, or with `apart` cut as the layout cuts
-    it."""
+    it (hf, rtp_llm)."""
 
     placement: Placement
     rank: int | None = None
@@ -328,9 +329,14 @@ class _Road:
         dtype = _dtype(config, wanted.dtype)
         adapter = None if wanted.adapter is None else adapters.fit(ckpt, os.fspath(wanted.adapter))
         if wanted.apart and (
-            adapter is None or _layout_name(layout) != "hf" or wanted.tp_plan or wanted.quant
+            adapter is None
+            or not (_layout_name(layout) == "hf" or isinstance(layout, Adapts))
+            or wanted.tp_plan
+            or wanted.quant
         ):
-            raise LayoutError("an adapter is kept apart in layout hf alone, as it is: no tp_plan, no quant")
+            raise LayoutError(
+                "an adapter is kept apart in layouts hf and rtp_llm alone, as it is: no tp_plan, no quant"
+            )
         if adapter is not None:
             ckpt = (adapters.hollow if wanted.apart else adapters.merged)(adapter, dtype)
         cast = ckpt if dtype is None else replace(ckpt, entries=Cast(ckpt.entries, dtype))
@@ -375,10 +381,12 @@ class _Road:
             )._quantising(wanted, config, None)
         by_roles = layout
         assert config is not None
-        recipe = recipes.find(config) if wanted.recipe is None else recipes.named(wanted.recipe)
+        told = ckpt.facts.get("recipe")
+        asked = told if wanted.recipe is None and isinstance(told, str) else wanted.recipe
+        recipe = recipes.find(config) if asked is None else recipes.named(asked)
         model = recipe(cast, config, vocab_size=wanted.vocab_size)
         options["family"] = model.family
-        options["recipe"] = wanted.recipe
+        options["recipe"] = asked
         options["config"] = xxhash.xxh3_64_hexdigest(json.dumps(dict(config), sort_keys=True).encode())
         if len(model.predictions) and _layout_name(layout) != "hf":
             notes += (f"layout {_layout_name(layout)} leaves out the layers of multi-token prediction",)
@@ -406,6 +414,8 @@ class _Road:
             own_layout and recipe in recipes.RECIPES.values(),
         )
         if adapter is not None and wanted.apart:
+            if isinstance(by_roles, Adapts):
+                return road._thin_by_roles(by_roles, model, adapter, dtype)
             return road._thin(adapter, dtype)
         return road._quantising(wanted, config, model.sizes)
 
@@ -415,6 +425,22 @@ class _Road:
             self,
             targets=lambda p: adapters.cut(self.targets(p), adapter, dtype),
             naming=lambda p: adapters.naming(self.naming(p)),
+            config=None,
+            aliases={},
+        )
+
+    def _thin_by_roles(self, layout: Adapts, model: Model, adapter: Adapter, dtype: DType | None) -> _Road:
+        """This road with the adapter alone, under the layout's names; its scale is in it, so that PEFT's
+        config does not go beside it."""
+
+        def targets(p: Placement) -> Iterator[Target]:
+            return adapters.by_roles(lambda thin: layout.adapted(model, p, thin), adapter, dtype)
+
+        return replace(
+            self,
+            checkpoint=replace(self.checkpoint, beside=()),
+            targets=targets,
+            naming=layout.adapted_naming,
             config=None,
             aliases={},
         )

@@ -35,11 +35,6 @@ def add(p: argparse.ArgumentParser, *, config: str = "beside CHECKPOINT") -> Non
     )
     p.add_argument("--dtype", help="of the floats: a name, or `auto`, the config's (default: as stored)")
     p.add_argument("--config", metavar="FILE", help=f"config.json or its directory (default: {config})")
-    p.add_argument(
-        "--recipe",
-        metavar="FAMILY",
-        help="a family that `recipes` lists, or your .py file (default: the config's model_type)",
-    )
     p.add_argument("--tp-plan", metavar="FILE", help="JSON of name patterns, for a model no recipe knows")
     p.add_argument("--vocab-size", type=int, metavar="N", help="the embedding rows that count")
     p.add_argument("--adapter", metavar="DIR", help="merge this PEFT adapter (LoRA) on the way")
@@ -52,6 +47,15 @@ def add(p: argparse.ArgumentParser, *, config: str = "beside CHECKPOINT") -> Non
         p.add_argument(
             f"--quant-{name}", action="append", default=[], metavar="PATTERN", help=f"{meaning}; repeatable"
         )
+
+
+def add_recipe(p: argparse.ArgumentParser) -> None:
+    """Add the option that names the model's family."""
+    p.add_argument(
+        "--recipe",
+        metavar="FAMILY",
+        help="a family that `recipes` lists, or your .py file (default: the config's model_type)",
+    )
 
 
 def _option(text: str) -> tuple[str, str]:

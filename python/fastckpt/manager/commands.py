@@ -75,6 +75,7 @@ def add_parser(
     publish.add_argument("--part", metavar="KEY", help="the state's key that is the model")
     publish.add_argument("--keep", type=int, metavar="N", help="versions that stay")
     serving_options.add(publish, config="the engine's own")
+    serving_options.add_recipe(publish)
     publish.add_argument("--allow-nonfinite", action="store_true", help="write NaN and infinity as they are")
     return top
 
