@@ -149,6 +149,27 @@ def test_an_incomplete_set(tmp_path: Path) -> None:
     assert "lists 1 of 3 ranks: the set is incomplete" in verify(tmp_path / "out").problems[0]
 
 
+def test_each_ranks_own_record(tmp_path: Path) -> None:
+    """The manifest has all that the ranks' records have; they must still say the same."""
+    for path, seed in (("out", 1), ("other", 2)):
+        for rank in range(2):
+            write_part(tmp_path / path, rank, seed)
+    assert verify(tmp_path / "out").problems == ()
+    record = tmp_path / "out/fastckpt-rank-1.json"
+    sound = record.read_bytes()
+    record.write_bytes(sound.replace(b"rank-01", b"rank-11", 1))
+    assert verify(tmp_path / "out").problems == (
+        f"{record}: does not have its own digest: it was changed or damaged",
+    )
+    for other in ("out/fastckpt-rank-0.json", "other/fastckpt-rank-1.json"):
+        record.write_bytes((tmp_path / other).read_bytes())
+        assert verify(tmp_path / "out").problems == (
+            "fastckpt-rank-1.json: is not what fastckpt.json says of rank 1",
+        )
+    record.unlink()
+    assert verify(tmp_path / "out").problems == ()
+
+
 def test_the_header_must_say_what_the_manifest_says(tmp_path: Path) -> None:
     """A manifest whose digests are right, of a file whose header names its tensors otherwise."""
     specs = [("a", BY_NAME["float32"], (2, 3)), ("b", BY_NAME["float32"], (6,))]

@@ -157,6 +157,7 @@ def _against(
             continue
         rank = rank_of(name)
         if rank is not None and rank < manifest.world:
+            _same_record(root, name, rank, manifest, problems)
             continue
         if rank is not None or name.endswith(_WEIGHTS):
             problems.append(f"{name}: not in the manifest, a loader may take it for weights")
@@ -187,6 +188,17 @@ def _against(
             problems.append(f"{name}: {e}")
         except OSError as e:
             problems.append(f"{name}: {e.strerror}")
+
+
+def _same_record(root: str, name: str, rank: int, manifest: Manifest, problems: list[str]) -> None:
+    """A rank's own record, from which the manifest was made."""
+    try:
+        found = Manifest.read(os.path.join(root, name))
+    except SourceError as e:
+        problems.append(str(e))
+        return
+    if found.key != manifest.key or found.shards != tuple(s for s in manifest.shards if s.rank == rank):
+        problems.append(f"{name}: is not what {NAME} says of rank {rank}")
 
 
 def _rest(path: str, nbytes: int, slots: list[tuple[int, int]]) -> bytes:

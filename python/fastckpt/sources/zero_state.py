@@ -21,6 +21,7 @@ _ENGINE_KEYS = frozenset((
     "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names",
     "skipped_steps", "global_steps", "global_samples", "dp_world_size", "mp_world_size",
     "checkpoint_parallel_dimensions", "ds_config", "ds_version", "universal_checkpoint_info",
+    "num_experts", "ds_autoep_layers",
 ))  # fmt: skip
 
 
@@ -46,8 +47,9 @@ class ModelState:
     """One rank's model-states file.
 
     `shapes`: name -> shape a group, None when ZeRO was off. `frozen_shapes`, `fragments`: None where frozen
-    parameters are kept in `module` alone. `shared`: tied name -> holder. `client`: the caller's own
-    plain values; `opaque`: the caller's keys whose values are not plain."""
+    parameters are kept in `module` alone. `shared`: tied name -> holder. `experts`: how many each of
+    DeepSpeed's MoE layers has; `data_before_experts`: how the ranks that hold them are numbered. `client`:
+    the caller's own plain values; `opaque`: the caller's keys whose values are not plain."""
 
     module: Mapping[str, object]
     buffers: tuple[str, ...]
@@ -58,6 +60,8 @@ class ModelState:
     global_steps: int | None
     dp_world: int | None
     version: str
+    experts: tuple[int, ...]
+    data_before_experts: bool
     client: Mapping[str, JSON]
     opaque: tuple[str, ...]
 
@@ -113,9 +117,15 @@ def model_state(root: object, where: str) -> ModelState:
         global_steps=_number(top.get("global_steps")),
         dp_world=_number(top.get("dp_world_size")),
         version=str(top.get("ds_version", "")),
+        experts=_ints(top.get("num_experts") or (), f"{where}: num_experts"),
+        data_before_experts=_data_before_experts(top.get("ds_config")),
         client=client,
         opaque=opaque,
     )
+
+
+def _data_before_experts(config: object) -> bool:
+    return isinstance(config, dict) and config.get("use_data_before_expert_parallelism") is True
 
 
 def _client(top: Mapping[object, object]) -> tuple[dict[str, JSON], tuple[str, ...]]:
@@ -157,7 +167,7 @@ def _refuse_grids(top: Mapping[object, object], where: str) -> None:
             f"{where}: mp_world_size {mp}: a tensor or pipeline parallel grid is not supported yet"
         )
     if top.get("ds_autoep_layers") or top.get("autoep_layers"):
-        raise SourceError(f"{where}: AutoEP layers: DeepSpeed MoE experts are not supported yet")
+        raise SourceError(f"{where}: AutoEP layers are not supported yet")
 
 
 def _stage(value: object, where: str) -> int | None:
