@@ -60,7 +60,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "adapters": (*CORE, "lowrank", "sources", "layouts"),
     # The spine.
     "planned": (*CORE, "planner", "files"),
-    "plancache": (*CORE, "planner", "planned"),
+    "plancache": (*CORE, "planner", "planned", "schemes", "quantplan"),
     "plans": (
         *PLAIN,
         "dequantised",

@@ -29,6 +29,7 @@ from .layouts.naming import Naming
 from .layouts.patterns import Patterns
 from .model import Sizes
 from .placement import Placement
+from .plancache import Compiled
 from .planned import Names, PlannedTensors
 from .planner import Chunk, Kept, Slots
 from .quantplan import Expansion, Quantised
@@ -185,18 +186,23 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
                 yield rank, target
 
     extents = road.checkpoint.extents
-    cacheable = wanted.held is None and expansion is None and road.ours and bool(road.checkpoint.structure)
+    cacheable = wanted.held is None and road.ours and bool(road.checkpoint.structure)
     inputs = road.inputs(placement)
     key = _digest([inputs, list(ranks), plancache.code()])
-    found = plancache.load(key, len(extents)) if cacheable else None
-    quantised: dict[int, Quantised] = {}
+    scheme = None if expansion is None else expansion.quant.scheme
+    found = plancache.load(key, len(extents), scheme) if cacheable else None
+    quantised: Mapping[int, Quantised] = {}
+    kept: Sequence[Kept] | None
     if found is None:
+        spelled = {} if expansion is None else quantplan.quantization_config(expansion)
         made, kept, extents, needed, quantised = _compiled(stream, extents, expansion)
         if cacheable and kept is not None and extents is road.checkpoint.extents:
-            plancache.store(key, len(extents), made, kept)
+            plancache.store(key, len(extents), Compiled(made, tuple(kept), quantised, spelled))
     else:
-        made, kept = found
+        made, kept, quantised, spelled = found.made, found.chunks, found.quantised, dict(found.config)
         needed = sum(int(planner.nbytes(k.chunk().rows, "src").sum()) for k in kept)
+    if expansion is not None:
+        expansion.scanned.update(q.name for q in quantised.values() if q.scanned)
     rows = {r: made.of_rank(r) for r in ranks}
     for rank, own in rows.items():
         names = Counter(made.names[i] for i in own.tolist())
@@ -237,7 +243,7 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
         files=tuple(files),
         file_ranks=tuple(file_ranks),
         texts=tuple(texts),
-        config=road.config,
+        config=_quantised_config(road.config, spelled),
         aliases=aliases,
         options=road.options,
         extents=extents,
@@ -247,12 +253,8 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
         notes=road.notes,
         left_out=tuple(left_out),
         quantised=quantised,
-        scans=None if expansion is None or not expansion.scanned else _scans(road, expansion),
+        scans=None if expansion is None or not expansion.scanned else expansion.uncut,
     )
-
-
-def _scans(road: _Road, expansion: Expansion) -> Stream:
-    return lambda: expansion.uncut(lambda: road.targets(Placement()))
 
 
 def _present(aliases: Mapping[str, str], named: Sequence[Set[str]]) -> dict[str, str]:
@@ -433,12 +435,10 @@ class _Road:
             raise LayoutError(
                 f"quant {quant.scheme.name}: the config says that the source is quantised already"
             )
-        expansion = Expansion.of(quant, self.name, wanted.placement, self.targets(Placement()), sizes)
         text = self.config
-        if config is not None:
-            told = json.loads(text) if text is not None else dict(config)
-            told["quantization_config"] = quantplan.quantization_config(expansion)
-            text = (json.dumps(told, indent=2) + "\n").encode()
+        if config is not None and text is None:
+            text = json.dumps(dict(config)).encode()
+        expansion = Expansion(quant, self.name, wanted.placement, lambda: self.targets(Placement()), sizes)
         return replace(self, config=text, expansion=expansion)
 
     def inputs(self, placement: Placement) -> str:
@@ -454,6 +454,10 @@ class _Road:
         told += [[code, *shape] for code, shape in kinds]
         if not ckpt.structure:
             told += [[e.key, e.nbytes] for e in ckpt.extents]
+        if self.expansion is not None:
+            told.append(
+                repr(self.expansion.quant)
+            )  # of a caller's own scheme the options know the name alone
         return _digest([*told, dict(self.options)])
 
 
@@ -510,6 +514,13 @@ def _config_text(
     told = dict(config) if wanted.vocab_size is None else {**config, "vocab_size": wanted.vocab_size}
     told |= resized or {}
     return (json.dumps(told, indent=2) + "\n").encode()
+
+
+def _quantised_config(config: bytes | None, spelled: Mapping[str, JSON]) -> bytes | None:
+    """The config.json with its `quantization_config`, where there is one."""
+    if config is None or not spelled:
+        return config
+    return (json.dumps({**json.loads(config), "quantization_config": spelled}, indent=2) + "\n").encode()
 
 
 def _dtype(config: Mapping[str, JSON] | None, asked: str | DType | None) -> DType | None:
