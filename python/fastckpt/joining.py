@@ -228,6 +228,9 @@ def _cut_from(ckpt: Checkpoint, manifest: Manifest) -> Checkpoint:
     record = manifest.record.options
     if record.get("quant") is not None:
         raise SourceError(f"{ckpt.path}: quantised to {record['quant']}, which cannot be taken back")
+    match record.get("adapter"):
+        case ["apart", *_]:
+            raise SourceError(f"{ckpt.path}: an adapter alone, cut for a layout; open the adapter itself")
     if not isinstance(record.get(TOLD), dict):
         raise SourceError(
             f"{ckpt.path}: its record does not tell what the shards were cut from: made by an older version"

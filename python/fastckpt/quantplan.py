@@ -27,12 +27,16 @@ FITS: dict[str, frozenset[str]] = {
     "same": frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8", "awq", "gptq", ""}),
     "vllm": frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8", "awq", "gptq"}),
 }
-"""layout -> the formats it can hold. rtp_llm wants its own orders of quantised matrices: not made yet."""
+"""layout -> the formats it can hold when its own tensors are quantised; for others see `prequantised`."""
+
+WHY = {
+    "megatron": ": megatron-core stores no quantised weights, its fp8 is made in memory",
+    "rtp_llm": ": wanted int8, fp8, fp8-channel, fp8-block, or an awq or gptq scheme",
+}
+"""layout -> what else there is to say of it."""
 
 DENSE_BYTES = 1 << 21
 """Dense bytes made at once, unless one row of blocks is more: they are read back from cache."""
-
-_FUSED = ("qkv_proj", "query_key_value", "gate_up_proj", "w13_weight", "fused_qkv_a_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,10 @@ class Expansion:
     def __post_init__(self) -> None:
         scheme = self.quant.scheme
         if scheme.format not in FITS.get(self.layout, frozenset()):
-            raise LayoutError(f"layout {self.layout} has no place for quantisation scheme {scheme.name}")
+            raise LayoutError(
+                f"layout {self.layout} has no place for quantisation scheme {scheme.name}"
+                f"{WHY.get(self.layout, '')}"
+            )
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Name -> shape of every uncut target. Raises LayoutError where none is chosen."""
@@ -132,7 +139,6 @@ class Expansion:
         (down, across), at = scheme.shared, f"quant {scheme.name}: {name}"
         rows, columns = shape[-2:]
         cut_rows, cut_columns = rows != whole[-2], columns != whole[-1]
-        fused = self.layout == "vllm" and (len(shape) > 2 or _module(name) in _FUSED)
         if scheme.bits == 4 and (columns % across or len(shape) > 2):
             raise LayoutError(f"{at} {shape}: wanted a matrix whose columns divide by the group {across}")
         if rows % 8 and (scheme.turned or (scheme.asymmetric and cut_rows)):
@@ -141,8 +147,6 @@ class Expansion:
             raise LayoutError(f"{at}: {columns} of {whole[-1]} columns a rank cut a block of {across}")
         if down > 1:
             self._require_whole_blocks(name, shape, cut_rows)
-        if down == 0 and fused:
-            raise LayoutError(f"{at}: vLLM keeps a scale for each matrix that is fused there; not made yet")
         shared = down == 0 or (across == 0 and cut_columns)
         if shared and (shape[:-2] != whole[:-2] or (down == 1 and cut_rows)):
             raise LayoutError(
@@ -188,14 +192,13 @@ def _module(name: str) -> str:
 # ---- what the config says ----
 
 
-def quantization_config(expansion: Expansion) -> dict[str, JSON]:
-    """The `quantization_config` of config.json: compressed-tensors' or DeepSeek's fp8, else one that loaders
-    do not know and so refuse."""
-    quant = expansion.quant
+def quantization_config(quant: Quant, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, JSON]:
+    """The `quantization_config` of config.json, of dense matrices by name: compressed-tensors' or DeepSeek's
+    fp8, else one that loaders do not know and so refuse."""
     scheme = quant.scheme
     left: list[JSON] = [
         name.removesuffix(".weight")
-        for name, shape in expansion.shapes().items()
+        for name, shape in shapes.items()
         if name.endswith(".weight")
         and len(shape) == 2
         and "embed" not in name
@@ -232,7 +235,7 @@ def quantization_config(expansion: Expansion) -> dict[str, JSON]:
                 "group_size": scheme.block[0],
                 "desc_act": False,
                 "sym": not scheme.asymmetric,
-                "lm_head": "lm_head" not in left and "lm_head.weight" in expansion.shapes(),
+                "lm_head": "lm_head" not in left and "lm_head.weight" in shapes,
                 "dynamic": skipped,
             }
     kind = "float" if scheme.format == "float-quantized" else "int"

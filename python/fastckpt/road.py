@@ -30,7 +30,7 @@ from .schemes import Quant
 if TYPE_CHECKING:
     import torch
 
-    from .device import Ready
+    from .resident import Ready
 
     State = dict[str, torch.Tensor]
     Opened = str | os.PathLike[str] | Checkpoint | Mapping[str, torch.Tensor]
@@ -153,8 +153,8 @@ def prepare(
     Arguments as there; `run()` of the result plans and uploads nothing. Raises as `reshard` does, and
     DeviceError where the checkpoint's tensors do not lie on the device."""
     from . import tensors
-    from .device import Ready, resident
-    from .device import prepare as on_device
+    from .resident import Ready, resident
+    from .resident import prepare as on_device
 
     device = _device(device)
     grid = _placement(tp, placement)
