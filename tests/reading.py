@@ -11,7 +11,13 @@ import numpy as np
 import torch
 from fastckpt import dtypes
 from fastckpt.checkpoint import Checkpoint, Single
+from fastckpt.executors import EXECUTORS
 from fastckpt.extents import Buffer, Extent, Extents
+from fastckpt.lowrank import computed
+from fastckpt.merging import Merging
+from fastckpt.planner import LEAF, Binding, Slots, compile, cut
+from fastckpt.reader import Positioned
+from fastckpt.target import Target
 from fastckpt.views import runs
 
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -62,7 +68,7 @@ def shard(targets):
     out = {}
     for target in targets:
         assert target.name not in out, f"{target.name} twice"
-        out[target.name] = (target.view.dtype.name, read(target.view).reshape(target.shape))
+        out[target.name] = (target.view.dtype.name, elements(target.view).reshape(target.shape))
     return out
 
 
@@ -110,3 +116,17 @@ def memory(tensors, pieces=1, config=None, aliases=None):
 
     entries = {name: entry(name, t) for name, t in tensors.items()}
     return Checkpoint("memory", "memory", entries, extents, aliases or {}, config=config)
+
+
+def elements(view):
+    """The elements of a view as bit patterns; what is made when it is read, by the package itself."""
+    if not computed([e.where for e in view.extents]):
+        return read(view)
+    out = np.zeros(view.shape, _BITS[view.dtype.itemsize])
+    chunk, extents = compile([Target("x", view)], view.extents)
+    binding = Binding.of(extents)
+    with Merging(extents, binding, Positioned) as merging:
+        lane = merging.lane(EXECUTORS["torch"]())
+        for batch in cut(chunk, 0, Slots.of([0], [0], [view.nbytes]), binding, stage=LEAF):
+            lane.run(batch.rows, [Buffer(out, out.ctypes.data, out.nbytes)])
+    return out

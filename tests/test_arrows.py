@@ -30,8 +30,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # Sources never see models; recipes and layouts never see files; none of them sees a plan.
     "sources": (*CORE, "collector", "digest"),
     "recipes": PLAIN,
-    "layouts": (*PLAIN, "lowrank"),
+    "layouts": (*PLAIN, "finishes"),
     "lowrank": CORE,
+    "finishes": (*CORE, "lowrank"),
     "planner": CORE,
     "rounding": (*CORE, "schemes", "_C"),
     "quantplan": (*PLAIN, "schemes", "rounding"),
@@ -41,8 +42,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "tiles": (*CORE, "planner"),
     "reader": (*CORE, "planner", "_C"),
     "executors": (*CORE, "planner", "tiles", "_C"),
-    "dequantised": (*CORE, "lowrank", "rounding", "schemes"),
-    "merging": (*CORE, "lowrank", "dequantised", "planner", "reader"),
+    "dequantised": (*CORE, "lowrank", "finishes", "rounding", "schemes"),
+    "prequantised": (*CORE, "lowrank", "quantplan", "rounding", "schemes"),
+    "merging": (*CORE, "lowrank", "finishes", "dequantised", "prequantised", "rounding", "planner", "reader"),
     # What makes output real.
     "syscalls": CORE,
     "endings": (),
@@ -56,7 +58,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "inverse": CORE,
     "joining": (*PLAIN, "collector", "digest", "manifest", "inverse", "sources", "recipes", "layouts"),
     "expectation": (*PLAIN, "manifest", "sources", "layouts", "joining"),
-    "adapters": (*CORE, "lowrank", "sources", "layouts"),
+    "adapters": (*PLAIN, "lowrank", "finishes", "sources", "layouts"),
     # The spine.
     "planned": (*CORE, "planner", "files"),
     "plancache": (*CORE, "planner", "planned"),
@@ -72,14 +74,18 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "plancache",
         "schemes",
         "quantplan",
+        "prequantised",
         "digest",
         "files",
         "torchzip",
     ),
     "pipeline": (*CORE, "digest", "finite", "planner", "planned", "plans", "reader", *FILES),
     "quantising": (*CORE, "planner", "plans", "schemes", "quantplan", "rounding", "reader"),
+    "figures": (*CORE, "planner", "plans", "schemes", "quantplan", "prequantised", "rounding"),
     "tensors": (*CORE, "planner", "plans"),
-    "device": (*CORE, "lowrank", "digest", "planner", "plans", "reader", "pipeline", "executors"),
+    "device": (*CORE, "digest", "planner", "reader", "pipeline", "executors"),
+    "resident": (*CORE, "lowrank", "planner", "plans", "executors"),
+    "crossing": (*CORE, "device", "executors", "pipeline", "planner", "plans", "reader"),
 }
 MAY_IMPORT["runs"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")
@@ -125,6 +131,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("naming", "cuts", "servers", "padding", "engines"),
         ("rtp_merge", "rtp_split", "rtp_weights"),  # rtp-llm's catalogue, of which its layout is made
         ("rtp_roles", "rtp_rope"),
+        ("rtp_lora",),
         ("same", "hf", "vllm", "rtp_llm", "megatron", "patterns"),
         ("__init__",),
     ),
@@ -141,7 +148,8 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """Cells within a package: a module imports siblings from cells before its own only."""
 
-TORCH = {"executors/torch", "executors/cuda", "tensors", "device", "engines/vllm_loader", "engines/sglang"}
+TORCH = {"executors/torch", "executors/cuda", "tensors", "device", "resident", "crossing"}
+TORCH |= {"engines/vllm_loader", "engines/sglang"}
 TORCH |= {
     f"manager/{m}"
     for m in [

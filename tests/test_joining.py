@@ -186,6 +186,21 @@ def test_quantised_checkpoints_whole_again(tmp_path, scheme, served):
     kept = {"rtp_llm": (), "vllm": ("q_proj.g_idx", "gate_proj.g_idx", "o_proj.g_idx", "down_proj.g_idx")}
     orders = {n for n in files if n.endswith("g_idx")}  # each i // group; vllm holds one of what it joins
     left = {n for n in orders if not n.endswith(kept.get(served, "g_idx"))}
+    if served == "vllm":  # so it does of smoothers
+        left |= {n for n in files if n.endswith(("k_proj.smoother", "v_proj.smoother"))}
+    assert {n.partition(":")[0] for n in ckpt.unread} == left
+    same(ckpt, {n: x for n, x in files.items() if n not in left})
+
+
+def test_what_was_quantised_again_is_named(tmp_path):
+    """One scale of q, k and v, and of an expert's up and gate: what it was before is not in the shards."""
+    config, files = quantised.made("fp8-static", 2)
+    hub_of(tmp_path / "hub", (config, files, None))
+    ckpt = cut(tmp_path / "hub", tmp_path / "cut", "rtp_llm", {"one_scale": "true"}, tp=2)
+    joint = [f"self_attn.{p}_proj" for p in "qkv"]
+    joint += [f"mlp.experts.{e}.{p}_proj" for e in range(2) for p in ("gate", "up")]
+    left = {f"model.layers.0.{n}.{leaf}" for n in joint for leaf in ("weight", "weight_scale", "input_scale")}
+    left |= {f"model.layers.0.mlp.experts.{e}.down_proj.input_scale" for e in range(2)}
     assert {n.partition(":")[0] for n in ckpt.unread} == left
     same(ckpt, {n: x for n, x in files.items() if n not in left})
 

@@ -13,20 +13,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import dtypes
 from .checkpoint import JSON, Checkpoint, Entry, Single
 from .dtypes import DType
 from .errors import SourceError
 from .extents import Extents
-from .lowrank import Floats, Ints, nowhere, pitched
+from .finishes import Read
+from .lowrank import Floats, Ints, moved, nowhere, pitched
 from .rounding import AWQ_ORDER
 from .schemes import Packed
 from .views import View
-
-Read = Callable[[View], NDArray[np.generic]]
-"""Gives the dense elements of a view, in its shape and dtype."""
 
 PIECE = 1 << 16
 """Values made at once, so that they stay in cache."""
@@ -158,7 +155,7 @@ def plain(
     for name, entry in ckpt.entries.items():
         owner = parts.get(name)
         if owner is None:
-            entries[name] = Single(entry.shape, entry.dtype, _moved(entry, extents), entry.kind)
+            entries[name] = Single(entry.shape, entry.dtype, moved(entry, extents), entry.kind)
         elif owner not in entries:
             shape = found[owner].shape
             entries[owner] = Single(shape, dense, _dense(extents, index[owner], shape, dense), entry.kind)
@@ -166,16 +163,6 @@ def plain(
         if holder in parts:
             raise SourceError(f"{ckpt.path}: {alias} is tied to {holder}, which is quantised: not read")
     return replace(ckpt, entries=entries, extents=extents, config=told), told
-
-
-def _moved(entry: Entry, extents: Extents) -> Callable[[], View]:
-    """The entry's view over a table that begins with its own."""
-
-    def build() -> View:
-        v = entry.build()
-        return View(v.shape, v.dtype, extents, v.held, v.grouping)
-
-    return build
 
 
 def _dense(extents: Extents, at: int, shape: tuple[int, int], dtype: DType) -> Callable[[], View]:

@@ -1,4 +1,4 @@
-"""Weights that are made when they are read: a matrix plus a product of two thin ones (LoRA), or plus one.
+"""Weights that are made when they are read: a matrix plus a product of two thin ones (LoRA).
 
 Such a matrix lies in no file. It has an extent all the same, in a Buffer of device COMPUTED: whatever does
 not know how to make it refuses that device, and `merging` makes the elements that a copy asks for. Its rows
@@ -11,16 +11,16 @@ float32 are exact there, so that no fused multiplication can change a sum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .dtypes import DTYPES, DType, float32
-from .errors import ViewError
+from .checkpoint import Entry
+from .dtypes import DType
 from .extents import Buffer, Extent, Extents
-from .views import ZERO, View, strided
+from .views import View, strided
 
 COMPUTED = "computed"
 """The device of bytes that lie nowhere until a copy asks for them."""
@@ -40,13 +40,6 @@ class LowRank:
     left: View
     right: View
     scale: float
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PlusOne:
-    """`base` [rows, columns] + 1, floats: added in float32."""
-
-    base: View
 
 
 def pitch(columns: int) -> int:
@@ -70,18 +63,14 @@ def pitched(extents: Extents, index: int, dtype: DType, shape: tuple[int, ...]) 
     return strided(extents, index, dtype, shape, stride=(pitch(shape[1]), 1))
 
 
-def plus_one(view: View) -> View:
-    """result[..] == self[..] + 1, rounded to the view's dtype after the sum in float32; of a view whose
-    elements all lie in one dtype, before it was cast."""
-    codes = set(view.stored[view.extent != ZERO].tolist())
-    if len(codes) != 1:
-        raise ViewError(f"plus_one: wanted elements of one dtype, got {view}")
-    stored = View(view.shape, DTYPES[codes.pop()], view.extents, view.rows)
-    matrix = stored.reshape((1, view.numel))
-    extent = nowhere(PlusOne(matrix), matrix.shape, float32, f"1 + {view.extents[int(view.extent[0])].key}")
-    extents, places = view.extents.union(Extents([extent]))
-    made = pitched(extents, places[0], float32, (1, view.numel))
-    return made.reshape(view.shape).cast(view.dtype)
+def moved(entry: Entry, extents: Extents) -> Callable[[], View]:
+    """Builds the entry's view over a table that begins with its own."""
+
+    def build() -> View:
+        v = entry.build()
+        return View(v.shape, v.dtype, extents, v.held, v.grouping)
+
+    return build
 
 
 def added(base: Floats, left: Floats, right: Floats, scale: float) -> Floats:

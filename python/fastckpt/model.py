@@ -83,6 +83,16 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
+class Thin:
+    """What an adapter adds to a matrix, kept apart: `b` @ `a`, of `a` [rank, in] and `b` [out, rank], the
+    latter times the adapter's scale already. `module`: the hub's that was adapted."""
+
+    module: str
+    a: View
+    b: View
+
+
+@dataclass(frozen=True, slots=True)
 class Norm:
     """A normalisation over the last axis. `name`: the hub's module; `weight` and `bias` [features];
     `plus_one`: the factor is 1 + weight (Gemma)."""
@@ -114,6 +124,8 @@ class Attention:
     """Multi-head attention: `q` [heads * head_dim, hidden], `k` and `v` [kv_heads * head_dim, hidden],
     `o` [hidden, heads * head_dim]; query head h reads kv head h // (heads // kv_heads).
 
+    `gate` [heads * head_dim, hidden]: what a head gives to `o` is multiplied by the sigmoid of this
+    (Qwen3-Next); the hub stores it with `q`, under whose name it is, head by head [q; gate].
     `q_norm`, `k_norm`: per-head norms [head_dim]. `sinks`: one logit a query head [heads]; `relative`: the
     logits of relative positions [buckets, heads] (T5). `fused`: the hub's
     module that stores q, k and v as one (they then carry its name), None where the hub stores them apart;
@@ -130,6 +142,7 @@ class Attention:
     grouped: bool = False
     sinks: Parameter | None = None
     relative: Parameter | None = None
+    gate: Linear | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
-from . import adapters, dequantised, layouts, plancache, planner, quantplan, recipes
+from . import adapters, dequantised, layouts, plancache, planner, prequantised, quantplan, recipes
 from .adapters import Adapter
 from .checkpoint import JSON, Cast, Checkpoint
 from .collector import paused
@@ -24,13 +25,13 @@ from .dtypes import dtype as dtype_of
 from .errors import LayoutError, RecipeError, SourceError, expect
 from .extents import Extents
 from .files import FileLayout, Spec, safetensors_layout, split
-from .layouts import Layout, Resizes
+from .layouts import Adapts, Layout, Resizes
 from .layouts.naming import Naming
 from .layouts.patterns import Patterns
-from .model import Sizes
+from .model import Model, Sizes
 from .placement import Placement
 from .planned import Names, PlannedTensors
-from .planner import Chunk, Kept, Slots
+from .planner import Chunk, Kept, Slots, Table
 from .quantplan import Expansion, Quantised
 from .schemes import Quant
 from .target import Target
@@ -51,15 +52,16 @@ class Wanted:
     """What a caller asked for, apart from the checkpoint and the place to put it.
 
     `placement` and `rank` (None: all ranks); `layout` by name or as an object; `config` as a path or a
-    mapping (None: the checkpoint's own); `recipe` by name (None: by the config); `tp_plan` name pattern ->
-    style; `vocab_size`: the embedding rows that count; `dtype` (None: as stored, "auto": the config's);
-    `max_shard_size` of a file; `container`: "safetensors" or "bin"; `sorted`: files ordered as
-    safetensors' save_file orders them, not as the source lies; `weights_key`, `client_state`: a training
+    mapping (None: the checkpoint's own); `recipe` by name (None: what served shards were cut with, else by
+    the config); `tp_plan` name pattern -> style; `vocab_size`: the embedding rows that count; `dtype` (None:
+    as stored, "auto": the config's); `max_shard_size` of a file; `container`: "safetensors" or "bin";
+    `sorted`: files ordered as safetensors' save_file orders them, not as the source lies; `weights_key`,
+    `client_state`: a training
     checkpoint around a single `.bin`; `held`: only these names are
     made, each as its dtype (a module to fill); `quant`: what is quantised on the way, and how;
     `dense`: what is quantised already is dequantised (dtype None: to what the config names, else bfloat16);
     `adapter`: a PEFT adapter's directory, merged into the checkpoint, or with `apart` cut as the layout cuts
-    it."""
+    it (hf, rtp_llm)."""
 
     placement: Placement
     rank: int | None = None
@@ -198,7 +200,8 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
             plancache.store(key, len(extents), made, kept)
     else:
         made, kept = found
-        needed = sum(int(planner.nbytes(k.chunk().rows, "src").sum()) for k in kept)
+        dense = prequantised.dense_bytes(extents)
+        needed = sum(_needed(k.chunk().rows, dense) for k in kept)
     rows = {r: made.of_rank(r) for r in ranks}
     for rank, own in rows.items():
         names = Counter(made.names[i] for i in own.tolist())
@@ -275,6 +278,7 @@ def _compiled(
     quantised: dict[int, Quantised] = {}
     kept: list[Kept] | None = []
     rows = needed = 0
+    dense = prequantised.dense_bytes(extents)
     for window, chunk, table in planner.compiled(stream(), extents):
         extents = table
         for rank, t in window:
@@ -282,7 +286,7 @@ def _compiled(
                 quantised[len(made)] = expansion.quantised(t)
             made.add(rank, t.name, t.dtype, t.stored_shape)
         rows += len(chunk.rows)
-        needed += int(planner.nbytes(chunk.rows, "src").sum())
+        needed += _needed(chunk.rows, dense)
         if rows > KEPT_ROWS:
             kept = None
         elif kept is not None:
@@ -298,6 +302,14 @@ def _compiled(
             assert scales is not None  # every scheme has scales
             quantised[i] = replace(told, scales=scales, zeros=zeros, form=form)
     return made, kept, extents, needed, quantised
+
+
+def _needed(rows: Table, dense: NDArray[np.float64]) -> int:
+    """Source bytes of the rows; `dense`: by extent, for each byte of what is quantised when it is read the
+    bytes it is made of. All others count as they are."""
+    moved = planner.nbytes(rows, "src")
+    made = rows["src_buffer"] < len(dense)
+    return int(moved[~made].sum() + (moved[made] * dense[rows["src_buffer"][made]]).sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,9 +343,14 @@ class _Road:
         dtype = _dtype(config, wanted.dtype)
         adapter = None if wanted.adapter is None else adapters.fit(ckpt, os.fspath(wanted.adapter))
         if wanted.apart and (
-            adapter is None or _layout_name(layout) != "hf" or wanted.tp_plan or wanted.quant
+            adapter is None
+            or not (_layout_name(layout) == "hf" or isinstance(layout, Adapts))
+            or wanted.tp_plan
+            or wanted.quant
         ):
-            raise LayoutError("an adapter is kept apart in layout hf alone, as it is: no tp_plan, no quant")
+            raise LayoutError(
+                "an adapter is kept apart in layouts hf and rtp_llm alone, as it is: no tp_plan, no quant"
+            )
         if adapter is not None:
             ckpt = (adapters.hollow if wanted.apart else adapters.merged)(adapter, dtype)
         cast = ckpt if dtype is None else replace(ckpt, entries=Cast(ckpt.entries, dtype))
@@ -378,10 +395,17 @@ class _Road:
             )._quantising(wanted, config, None)
         by_roles = layout
         assert config is not None
-        recipe = recipes.find(config) if wanted.recipe is None else recipes.named(wanted.recipe)
+        told = ckpt.facts.get("recipe")
+        asked = told if wanted.recipe is None and isinstance(told, str) else wanted.recipe
+        recipe = recipes.find(config) if asked is None else recipes.named(asked)
+        quant = wanted.quant
+        if quant is not None and prequantised.fits(_layout_name(layout), quant.scheme):
+            _require_dense(quant, wanted, layout.naming(wanted.placement), config)
+            cast, config = prequantised.made(cast, config, quant)
+            wanted = replace(wanted, config=config, quant=None)
         model = recipe(cast, config, vocab_size=wanted.vocab_size)
         options["family"] = model.family
-        options["recipe"] = wanted.recipe
+        options["recipe"] = asked
         options["config"] = xxhash.xxh3_64_hexdigest(json.dumps(dict(config), sort_keys=True).encode())
         if len(model.predictions) and _layout_name(layout) != "hf":
             notes += (f"layout {_layout_name(layout)} leaves out the layers of multi-token prediction",)
@@ -409,6 +433,8 @@ class _Road:
             own_layout and recipe in recipes.RECIPES.values(),
         )
         if adapter is not None and wanted.apart:
+            if isinstance(by_roles, Adapts):
+                return road._thin_by_roles(by_roles, model, adapter, dtype)
             return road._thin(adapter, dtype)
         return road._quantising(wanted, config, model.sizes)
 
@@ -422,22 +448,33 @@ class _Road:
             aliases={},
         )
 
+    def _thin_by_roles(self, layout: Adapts, model: Model, adapter: Adapter, dtype: DType | None) -> _Road:
+        """This road with the adapter alone, under the layout's names; its scale is in it, so that PEFT's
+        config does not go beside it."""
+
+        def targets(p: Placement) -> Iterator[Target]:
+            return adapters.by_roles(lambda thin: layout.adapted(model, p, thin), adapter, dtype)
+
+        return replace(
+            self,
+            checkpoint=replace(self.checkpoint, beside=()),
+            targets=targets,
+            naming=layout.adapted_naming,
+            config=None,
+            aliases={},
+        )
+
     def _quantising(self, wanted: Wanted, config: Mapping[str, JSON] | None, sizes: Sizes | None) -> _Road:
         """This road with what `wanted.quant` asks for, told in the config too."""
         quant = wanted.quant
         if quant is None:
             return self
-        if wanted.held is not None or self.naming(wanted.placement).single.endswith(".bin"):
-            raise LayoutError(f"quant {quant.scheme.name}: wanted safetensors or fresh tensors as the output")
-        if config is not None and "quantization_config" in config:
-            raise LayoutError(
-                f"quant {quant.scheme.name}: the config says that the source is quantised already"
-            )
+        _require_dense(quant, wanted, self.naming(wanted.placement), config)
         expansion = Expansion.of(quant, self.name, wanted.placement, self.targets(Placement()), sizes)
         text = self.config
         if config is not None:
             told = json.loads(text) if text is not None else dict(config)
-            told["quantization_config"] = quantplan.quantization_config(expansion)
+            told["quantization_config"] = quantplan.quantization_config(quant, expansion.whole)
             text = (json.dumps(told, indent=2) + "\n").encode()
         return replace(self, config=text, expansion=expansion)
 
@@ -455,6 +492,14 @@ class _Road:
         if not ckpt.structure:
             told += [[e.key, e.nbytes] for e in ckpt.extents]
         return _digest([*told, dict(self.options)])
+
+
+def _require_dense(quant: Quant, wanted: Wanted, naming: Naming, config: Mapping[str, JSON] | None) -> None:
+    """Raises LayoutError where the output, or the source as its config has it, cannot be quantised."""
+    if wanted.held is not None or naming.single.endswith(".bin"):
+        raise LayoutError(f"quant {quant.scheme.name}: wanted safetensors or fresh tensors as the output")
+    if config is not None and "quantization_config" in config:
+        raise LayoutError(f"quant {quant.scheme.name}: the config says that the source is quantised already")
 
 
 def _layout_name(layout: Layout) -> str:

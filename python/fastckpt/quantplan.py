@@ -1,7 +1,8 @@
 """Which targets a quantised plan has: a chosen matrix becomes values, scales and what goes with them.
 
 Law: the scales are those of the uncut matrix, whatever the placement. A block or group that a cut would tear
-is refused; a scale that is shared across a cut comes from the uncut matrix, which is then read first.
+is refused; a scale that is shared across a cut, or by more than DENSE_BYTES, comes from the uncut matrix,
+which is then read first.
 """
 
 from __future__ import annotations
@@ -26,9 +27,16 @@ FITS: dict[str, frozenset[str]] = {
     "same": frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8", "awq", "gptq", ""}),
     "vllm": frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8", "awq", "gptq"}),
 }
-"""layout -> the formats it can hold. rtp_llm wants its own orders of quantised matrices: not made yet."""
+"""layout -> the formats it can hold when its own tensors are quantised; for others see `prequantised`."""
 
-_FUSED = ("qkv_proj", "query_key_value", "gate_up_proj", "w13_weight", "fused_qkv_a_proj")
+WHY = {
+    "megatron": ": megatron-core stores no quantised weights, its fp8 is made in memory",
+    "rtp_llm": ": wanted int8, fp8, fp8-channel, fp8-block, or an awq or gptq scheme",
+}
+"""layout -> what else there is to say of it."""
+
+DENSE_BYTES = 1 << 21
+"""Dense bytes made at once, unless one row of blocks is more: they are read back from cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +77,9 @@ class Expansion:
         """Raises LayoutError where the layout has no place for the scheme, or no tensor is chosen."""
         scheme = quant.scheme
         if scheme.format not in FITS.get(layout, frozenset()):
-            raise LayoutError(f"layout {layout} has no place for quantisation scheme {scheme.name}")
+            raise LayoutError(
+                f"layout {layout} has no place for quantisation scheme {scheme.name}{WHY.get(layout, '')}"
+            )
         shapes = {t.name: t.shape for t in whole}
         if not any(quant.takes(n, s) for n, s in shapes.items()):
             raise LayoutError(
@@ -101,7 +111,7 @@ class Expansion:
                 f"quant {scheme.name}: {name} is {target.view.dtype}: quantised already, or of a type that "
                 f"is not; wanted {', '.join(d.name for d in DENSE)}"
             )
-        if self._needs_scan(name, shape):
+        if self._needs_scan(name, shape, target.view.dtype.itemsize):
             self.scanned.add(name)
         view = target.view
         if scheme.turned:
@@ -120,13 +130,12 @@ class Expansion:
             n = len(scheme.form_values(shape))
             yield Target(scheme.named(name, scheme.form), zeros((n,), scheme.form_dtype))
 
-    def _needs_scan(self, name: str, shape: tuple[int, ...]) -> bool:
+    def _needs_scan(self, name: str, shape: tuple[int, ...], itemsize: int) -> bool:
         """Whether the scales reach beyond the rank's part, or beyond a band of it."""
         scheme, whole = self.quant.scheme, self.whole[name]
         (down, across), at = scheme.shared, f"quant {scheme.name}: {name}"
         rows, columns = shape[-2:]
         cut_rows, cut_columns = rows != whole[-2], columns != whole[-1]
-        fused = self.layout == "vllm" and (len(shape) > 2 or _module(name) in _FUSED)
         if scheme.bits == 4 and (columns % across or len(shape) > 2):
             raise LayoutError(f"{at} {shape}: wanted a matrix whose columns divide by the group {across}")
         if rows % 8 and (scheme.turned or (scheme.asymmetric and cut_rows)):
@@ -135,14 +144,12 @@ class Expansion:
             raise LayoutError(f"{at}: {columns} of {whole[-1]} columns a rank cut a block of {across}")
         if down > 1:
             self._require_whole_blocks(name, shape, cut_rows)
-        if down == 0 and fused:
-            raise LayoutError(f"{at}: vLLM keeps a scale for each matrix that is fused there; not made yet")
         shared = down == 0 or (across == 0 and cut_columns)
         if shared and (shape[:-2] != whole[:-2] or (down == 1 and cut_rows)):
             raise LayoutError(
                 f"{at}: a rank holds {shape} of {whole}, cut on more than one axis of its scales"
             )
-        return shared
+        return shared and (cut_rows or cut_columns or rows * columns * itemsize > DENSE_BYTES)
 
     def _require_whole_blocks(self, name: str, shape: tuple[int, ...], cut: bool) -> None:
         down, rows = self.quant.scheme.shared[0], shape[-2]
@@ -182,14 +189,13 @@ def _module(name: str) -> str:
 # ---- what the config says ----
 
 
-def quantization_config(expansion: Expansion) -> dict[str, JSON]:
-    """The `quantization_config` of config.json: compressed-tensors' or DeepSeek's fp8, else one that loaders
-    do not know and so refuse."""
-    quant = expansion.quant
+def quantization_config(quant: Quant, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, JSON]:
+    """The `quantization_config` of config.json, of dense matrices by name: compressed-tensors' or DeepSeek's
+    fp8, else one that loaders do not know and so refuse."""
     scheme = quant.scheme
     left: list[JSON] = [
         name.removesuffix(".weight")
-        for name, shape in expansion.whole.items()
+        for name, shape in shapes.items()
         if name.endswith(".weight")
         and len(shape) == 2
         and "embed" not in name
@@ -226,7 +232,7 @@ def quantization_config(expansion: Expansion) -> dict[str, JSON]:
                 "group_size": scheme.block[0],
                 "desc_act": False,
                 "sym": not scheme.asymmetric,
-                "lm_head": "lm_head" not in left and "lm_head.weight" in expansion.whole,
+                "lm_head": "lm_head" not in left and "lm_head.weight" in shapes,
                 "dynamic": skipped,
             }
     kind = "float" if scheme.format == "float-quantized" else "int"

@@ -17,15 +17,22 @@ class Target:
 
     `shape` may group the view's elements otherwise (same numel: the output is dense, so regrouping is
     free); the default is the view's own. `view.dtype` is the output dtype, unless a `scheme` quantises the
-    dense tensor on the way: then `dtype` and `stored_shape` are the scheme's."""
+    dense tensor on the way: then `dtype` and `stored_shape` are the scheme's. `also`: views of the same
+    elements where `view` is made when it is read; the way back goes through them."""
 
     name: str
     view: View
     shape: tuple[int, ...]
     scheme: Scheme | None
+    also: tuple[View, ...]
 
     def __init__(
-        self, name: str, view: View, shape: tuple[int, ...] | None = None, scheme: Scheme | None = None
+        self,
+        name: str,
+        view: View,
+        shape: tuple[int, ...] | None = None,
+        scheme: Scheme | None = None,
+        also: tuple[View, ...] = (),
     ) -> None:
         if shape is None:
             shape = view.shape
@@ -37,6 +44,7 @@ class Target:
         object.__setattr__(self, "view", view)
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "scheme", scheme)
+        object.__setattr__(self, "also", also)
 
     @property
     def dtype(self) -> DType:

@@ -357,6 +357,61 @@ def select_rows(d):
     return [x], (rows,), x[rows]
 
 
+# ---- arithmetic ----
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def floats(d, *shape):
+    return (torch.randn(shape, generator=d.g) + 3).to(d.of(*FLOATS))
+
+
+def plus_one(d):
+    x = floats(d, d.int(1, 9))
+    return [x], (), (x.float() + 1).to(x.dtype)
+
+
+def multiplied(d):
+    x, factor = floats(d, d.int(1, 5), d.int(1, 5)), d.of(1.0, 0.5, 1 / 3)
+    return [x], (factor,), x * factor
+
+
+def reciprocal(most):
+    def case(d):
+        shapes = [d.of((), (1,), (1, 2)) for _ in range(d.int(1, most))]
+        dtype = d.of(*FLOATS)
+        sources = [floats(d, *shape).to(dtype) for shape in shapes]
+        return sources, (), torch.cat([(1.0 / x.float()).reshape(-1) for x in sources])
+
+    return case
+
+
+def largest(d):
+    shape, dtype = (d.int(1, 3),), d.of(*FLOATS)
+    sources = [floats(d, *shape).to(dtype) for _ in range(d.int(1, 4))]
+    return sources, (), sources[0] if len(sources) == 1 else torch.stack(sources).max()
+
+
+def larger_ones(d):
+    experts, dtype = d.int(1, 4), d.of(*FLOATS)
+    first, second = ([floats(d).to(dtype) for _ in range(experts)] for _ in range(2))
+    return (
+        [*first, *second],
+        (),
+        torch.stack([torch.maximum(a, b) for a, b in zip(first, second, strict=True)]),
+    )
+
+
+def merge_qkv_fp8(d):
+    """Values and scales of every size; all values that float8_e4m3fn has but NaN."""
+    into, scales = d.int(1, 5), [torch.rand(d.of((), (1,)), generator=d.g) + 0.01 for _ in range(3)]
+    raw = [torch.randint(0, 256, (d.int(1, 90), into), dtype=torch.uint8, generator=d.g) for _ in range(3)]
+    q = [torch.where((x & 127) == 127, 0, x).to(torch.uint8).view(torch.float8_e4m3fn) for x in raw]
+    most = torch.cat([s.reshape(1) for s in scales]).max()
+    dense = torch.cat([x.float() * s for x, s in zip(q, scales, strict=True)])
+    return [*q, *scales], (), (dense / most).to(torch.float8_e4m3fn)
+
+
 MERGES = {
     "identity": identity,
     "transpose": transpose,
@@ -418,18 +473,23 @@ MERGES = {
     "transpose_kv_rope": kv_rope,
     "fp8_view": fp8_view,
     "select_output_vocab_rows": select_rows,
+    "shift_one": plus_one,
+    "plus_one": plus_one,
+    "multipy_identity": multiplied,
+    "div": reciprocal(1),
+    "get_tensor_reciprocal": reciprocal(1),
+    "get_list_tensor_reciprocal": reciprocal(3),
+    "max_scalar": largest,
+    "stack_moe_w1_s2": larger_ones,
+    "merge_qkv_hf_fp8_with_scale": merge_qkv_fp8,
 }
 
 NO_SOURCES = {"zeros", "ones", "one_scales", "get_slopes", "slopes"}
 
-MADE = {"shift_one", "plus_one"}
-"""Made when they are read: test_rtp_families.py has them on the road."""
-
 NO_VIEWS = {
-    "multipy_identity", "multipy_identitys", "div", "get_tensor_reciprocal",
-    "get_list_tensor_reciprocal", "max_scalar", "stack_moe_w1_s2", "tolerate_failed", "per_block_cast_to_fp8",
-    "per_channel_cast_to_fp8", "quantize_weight_to_fp8", "merge_qkv_hf_fp8_with_scale",
-    "quantize_weight_to_int4b", "repack_compressed_int4_to_cutlass", "get_pad_size", "yarn_get_mscale",
+    "multipy_identitys", "tolerate_failed", "per_block_cast_to_fp8", "per_channel_cast_to_fp8",
+    "quantize_weight_to_fp8", "quantize_weight_to_int4b", "repack_compressed_int4_to_cutlass", "get_pad_size",
+    "yarn_get_mscale",
 }  # fmt: skip
 
 

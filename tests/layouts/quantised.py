@@ -27,6 +27,9 @@ CONFIGS = {
     "fp8-channel": compressed("float", "channel"),
     "fp8-tensor": {"quant_method": "fp8"},
     "fp8-tensor-1": compressed("float", "tensor"),
+    "int8-static": compressed("int", "channel"),
+    "fp8-static": {"quant_method": "fp8", "activation_scheme": "static"},
+    "fp8-static-1": compressed("float", "tensor"),
 }
 
 
@@ -55,10 +58,12 @@ def matrix(d, scheme, out, into, smooth):
         if scheme != "awq":
             made["g_idx"] = torch.arange(into, dtype=torch.int32) // GROUP
         return made
-    dtype = torch.int8 if scheme in ("int8", "smooth") else torch.float8_e4m3fn
+    dtype = torch.int8 if scheme.startswith(("int8", "smooth")) else torch.float8_e4m3fn
     made = {"weight": d.of(dtype, out, into)}
-    forms = {"fp8-tensor": (), "fp8-tensor-1": (1,)}
+    forms = {"fp8-tensor": (), "fp8-tensor-1": (1,), "fp8-static": (), "fp8-static-1": (1,)}
     made["weight_scale"] = d.scale(*forms.get(scheme, (out, 1)))
+    if "static" in scheme:
+        made["input_scale"] = d.scale(*forms.get(scheme, ()))
     if scheme == "smooth" and smooth:
         made |= (
             {"smoother": d.scale(into), "shift": d.scale(into)}
@@ -88,6 +93,9 @@ def made(scheme, experts=0):
         config |= {"model_type": "qwen3_moe", "num_experts": experts, "moe_intermediate_size": WIDTH,
                    "decoder_sparse_step": 1, "mlp_only_layers": []}  # fmt: skip
     for name, (out, into) in shapes.items():
-        smooth = "both" if "o_proj" in name else "one" if "down_proj" in name else ""
+        smooth = "both" if "o_proj" in name else "one" if "mlp.down_proj" in name or "attn" in name else ""
         t |= {name + leaf: x for leaf, x in matrix(d, scheme, out, into, smooth).items()}
+    shared = {f"{at}self_attn.{p}_proj.smoother": f"{at}self_attn.q_proj.smoother" for p in "kv"}
+    shared |= {f"{b}up_proj.input_scale": f"{b}gate_proj.input_scale" for b in blocks if not experts}
+    t |= {n: t[first].clone() for n, first in shared.items() if n in t}  # what reads one input shares these
     return config, t

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fastckpt import recipes
-from fastckpt.errors import LayoutError, RecipeError
+from fastckpt.errors import LayoutError, RecipeError, SourceError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
 from layouts import quantised
@@ -59,7 +59,7 @@ def rowwise(t, at, tp, r, scheme):
     to_o = "self_attention_weights.attention_output_weight."
     out[to_o + "kernel"] = cut(t[a + "o_proj.weight"], 1, tp, r)
     scale = "weight_only_quant_scale"
-    flat = scheme in ("int8", "smooth")
+    flat = scheme.startswith(("int8", "smooth"))
 
     def vector(x):
         return x.flatten() if flat else x
@@ -68,12 +68,14 @@ def rowwise(t, at, tp, r, scheme):
     if dense:
         out["ffn_weights.intermediate_weight13.kernel"] = halves(t, m, ("gate", "up"), "weight", 0, tp, r)
         out["ffn_weights.intermediate_weight2.kernel"] = cut(t[m + "down_proj.weight"], 1, tp, r)
-    if scheme.startswith("fp8-tensor"):
+    out |= statics(t, at, scheme)
+    if scheme.startswith(("fp8-tensor", "fp8-static")):
         out[to + scale] = torch.stack([t[f"{a}{p}_proj.weight_scale"].reshape(()) for p in "qkv"])
         out[to_o + scale] = t[a + "o_proj.weight_scale"]
-        both = [t[f"{m}{p}_proj.weight_scale"].reshape(()) for p in ("gate", "up")]
-        out["ffn_weights.intermediate_weight13." + scale] = torch.stack(both)
-        out["ffn_weights.intermediate_weight2." + scale] = t[m + "down_proj.weight_scale"]
+        if dense:
+            both = [t[f"{m}{p}_proj.weight_scale"].reshape(()) for p in ("gate", "up")]
+            out["ffn_weights.intermediate_weight13." + scale] = torch.stack(both)
+            out["ffn_weights.intermediate_weight2." + scale] = t[m + "down_proj.weight_scale"]
         return out
     qkv = vector(heads(t, a, "weight_scale", tp, r, 0, D))
     out[to + scale] = qkv[None] if flat and tp > 1 else qkv
@@ -83,10 +85,53 @@ def rowwise(t, at, tp, r, scheme):
         out["ffn_weights.intermediate_weight13." + scale] = vector(pair)
         out["ffn_weights.intermediate_weight2." + scale] = vector(t[m + "down_proj.weight_scale"])
     if scheme == "smooth":
+        out[to + "smoother"] = cut(t[a + "q_proj.smoother"], 0, tp, r)
         for leaf in ("smoother", "shift"):
             out[to_o + leaf] = cut(t[f"{a}o_proj.{leaf}"], 0, tp, r)
         if dense:
             out["ffn_weights.intermediate_weight2.smoother"] = cut(t[m + "down_proj.smoother"], 0, tp, r)
+    return out
+
+
+def statics(t, at, scheme):
+    """Scales of inputs: the engine's names say which is the reciprocal, and not all of them alike."""
+    a, m, x = at + "self_attn.", at + "mlp.", "static_quant"
+    if "static" not in scheme:
+        return {}
+    qkv = torch.cat([t[f"{a}{p}_proj.input_scale"].reshape(1) for p in "qkv"])
+    o = t[a + "o_proj.input_scale"].reshape(1)
+    to = "self_attention_weights.attention_output_weight." + x
+    out = {f"pre_layernorm_weights.{x}": 1 / qkv, f"pre_layernorm_weights.{x}_reciprocal": qkv}
+    out |= (
+        {to: 1 / o, to + "_reciprocal": o} if scheme == "int8-static" else {to: o, to + "_reciprocal": 1 / o}
+    )
+    if m + "up_proj.weight" in t:
+        pair, down = (t[f"{m}{p}_proj.input_scale"].reshape(1) for p in ("gate", "down"))
+        out |= {f"post_layernorm_weights.{x}": 1 / pair, f"post_layernorm_weights.{x}_reciprocal": pair}
+        first = 1 / down if scheme == "int8-static" else down  # of fp8 both are the scale itself
+        out |= {f"ffn_weights.intermediate_weight2.{x}": first}
+        out |= {f"ffn_weights.intermediate_weight2.{x}_reciprocal": down}
+    return out
+
+
+def scalars(t, at, count, ep, r):
+    """fp8 experts with a scale a matrix: (up, gate) of each of the rank's, and of their inputs."""
+    mine = range(r % ep * (count // ep), (r % ep + 1) * (count // ep))
+
+    def of(leaf, *names):
+        return torch.stack(
+            [torch.cat([t[f"{at}mlp.experts.{e}.{p}_proj.{leaf}"].reshape(1) for p in names]) for e in mine]
+        )
+
+    moe, scale, x = (
+        "partial_moe_weights.intermediate_weight",
+        ".weight_only_quant_scale",
+        "_activation.static_quant",
+    )
+    out = {moe + scale: of("weight_scale", "up", "gate"), f"{moe}2{scale}": of("weight_scale", "down")[:, 0]}
+    if f"{at}mlp.experts.0.up_proj.input_scale" in t:
+        for k, x_in in (("1", of("input_scale", "up", "gate")), ("2", of("input_scale", "down")[:, 0])):
+            out |= {f"moe_w{k}{x}": 1 / x_in, f"moe_w{k}{x}_reciprocal": x_in}
     return out
 
 
@@ -95,6 +140,9 @@ def experts(t, at, scheme, count, tp, ep, r):
     moe_tp, place = (tp // ep, r // ep) if ep > 1 else (tp, r)
     mine = range(r % ep * (count // ep), (r % ep + 1) * (count // ep))
     kinds = {"weight": "kernel", "weight_scale": "weight_only_quant_scale"}
+    a_matrix = scheme.startswith(("fp8-tensor", "fp8-static"))
+    if a_matrix:
+        kinds = {"weight": "kernel"}
     if scheme in INT4:
         kinds = {"qweight": "kernel", "qzeros": "zero", "scales": "weight_only_quant_scale"}
     out = {}
@@ -111,7 +159,7 @@ def experts(t, at, scheme, count, tp, ep, r):
             downs.append(down.flatten() if flat else down)
         out[f"partial_moe_weights.intermediate_weight.{name}"] = torch.stack(pairs)
         out[f"partial_moe_weights.intermediate_weight2.{name}"] = torch.stack(downs)
-    return out
+    return out | scalars(t, at, count, ep, r) if a_matrix else out
 
 
 def wanted(t, scheme, tp, r):
@@ -132,7 +180,7 @@ def model_of(scheme, count=0, **changes):
 def check(model, placement, want, ep=1):
     got = shard(layout("rtp_llm").targets(model, placement))
     at = f"rank_{placement.tp_rank:02d}_00_{placement.rank % ep:02d}.layers.0."
-    same({n: got[n] for n in got if any(x in n for x in ("query", "output", "intermediate"))},
+    same({n: got[n] for n in got if any(x in n for x in ("query", "output", "intermediate", "static"))},
          {at + n: x for n, x in want.items()})  # fmt: skip
 
 
@@ -145,12 +193,56 @@ def test_dense(scheme, tp):
 
 
 @pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)])
-@pytest.mark.parametrize("scheme", ["awq", "gptq", "int8", "fp8-channel"])
+@pytest.mark.parametrize(
+    "scheme", ["awq", "gptq", "int8", "fp8-channel", "fp8-tensor", "fp8-static", "fp8-static-1"]
+)
 def test_experts(scheme, tp, ep):
     model, t = model_of(scheme, 4)
     for p in Placement(tp=tp, ep=ep).ranks():
         moe = experts(t, "model.layers.0.", scheme, 4, tp, ep, p.rank)
         check(model, p, wanted(t, scheme, tp, p.rank) | moe, ep)
+
+
+def once(t, names, rows):
+    """fp8 matrices cut to rows, as if all had had the largest of their scales: (values, that scale)."""
+    scales = [t[n + "weight_scale"].float().reshape(()) for n in names]
+    most = torch.stack(scales).max()
+    dense = torch.cat([t[n + "weight"].float()[k] * s for n, s, k in zip(names, scales, rows, strict=True)])
+    return (dense / most).to(torch.float8_e4m3fn), most
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (4, 2)])
+@pytest.mark.parametrize("scheme", ["fp8-tensor", "fp8-static-1"])
+def test_one_scale_of_what_is_joined(scheme, tp, ep):
+    """As the engine has them once loaded: q, k and v with one scale, an expert's up and gate with one."""
+    model, t = model_of(scheme, 4)
+    at, a = "model.layers.0.", "model.layers.0.self_attn."
+    for p in Placement(tp=tp, ep=ep).ranks():
+        got = shard(layout("rtp_llm", {"one_scale": "true"}).targets(model, p))
+        to, r = f"rank_{p.rank:02d}_00_{p.rank % ep:02d}.layers.0.", p.rank
+        q = slice(r * HEADS * D // tp, (r + 1) * HEADS * D // tp)
+        kv = slice(r * KV * D // tp, (r + 1) * KV * D // tp)
+        query, moe = (
+            to + "self_attention_weights.query_weight.",
+            to + "partial_moe_weights.intermediate_weight",
+        )
+        want = {}
+        want[query + "kernel"], want[query + "weight_only_quant_scale"] = once(
+            t, [f"{a}{x}_proj." for x in "qkv"], [q, kv, kv]
+        )
+        width, (moe_tp, place) = quantised.WIDTH, (tp // ep, r // ep) if ep > 1 else (tp, r)
+        part = slice(place * width // moe_tp, (place + 1) * width // moe_tp)
+        mine = range(r % ep * (4 // ep), (r % ep + 1) * (4 // ep))
+        names = [[f"{at}mlp.experts.{e}.{x}_proj." for x in ("up", "gate")] for e in mine]
+        pairs = [once(t, both, [part, part]) for both in names]
+        want[moe + ".kernel"] = torch.stack([x for x, _ in pairs])
+        want[moe + ".weight_only_quant_scale"] = torch.stack([s for _, s in pairs])
+        if "static" in scheme:
+            inputs = torch.stack([t[f"{a}{x}_proj.input_scale"] for x in "qkv"]).max()
+            own = torch.stack([t[n + "input_scale"] for both in names for n in both]).max()
+            for name, x in (("pre_layernorm_weights", inputs), ("moe_w1_activation", own)):
+                want |= {f"{to}{name}.static_quant_reciprocal": x, f"{to}{name}.static_quant": 1 / x}
+        same({n: got[n] for n in want}, want)
 
 
 @pytest.mark.parametrize("count", [0, 3])
@@ -185,20 +277,36 @@ def test_vllm_has_one_scale_for_each_of_what_it_joins(scheme):
 # ---- what is refused ----
 
 
-def test_scales_of_activations_are_refused():
-    config, t = quantised.made("fp8-tensor")
-    t = t | {"model.layers.0.self_attn.o_proj.input_scale": torch.ones(())}
-    model = recipes.find(config)(memory(t), config)
-    same(shard(layout("hf").targets(model, Placement())), t)
-    with pytest.raises(LayoutError, match=r"reciprocals of model.*o_proj\.input_scale"):
-        list(layout("rtp_llm").targets(model, Placement()))
-
-
-def test_one_scale_for_both_halves_of_experts_is_refused():
+def test_scales_of_inputs_with_no_name_are_refused():
+    config, t = quantised.made("fp8-channel")
+    more = {n.replace("weight_scale", "input_scale"): torch.ones(()) for n in t if "weight_scale" in n}
+    model = recipes.find(config)(memory(t | more), config)
+    same(shard(layout("hf").targets(model, Placement())), t | more)
     with pytest.raises(
-        LayoutError, match="one scale a matrix, for which the engine wants one of both halves"
+        LayoutError, match=r"no name for model.*q_proj\.input_scale, beside attn_qkv_w stored as"
     ):
-        list(layout("rtp_llm").targets(model_of("fp8-tensor", 4)[0], Placement()))
+        list(layout("rtp_llm").targets(model, Placement()))
+    with pytest.raises(LayoutError, match=r"no name for .*gate_proj\.input_scale, beside ffn_1w"):
+        list(layout("rtp_llm", {"w13": "false"}).targets(model_of("fp8-static")[0], Placement()))
+    with pytest.raises(LayoutError, match=r"no place for .*up_proj\.input_scale"):
+        list(layout("rtp_llm").targets(model_of("int8-static", 2)[0], Placement()))
+
+
+def test_what_reads_one_input_must_agree():
+    for scheme, leaf in (("fp8-static", "mlp.up_proj.input_scale"), ("smooth", "self_attn.v_proj.smoother")):
+        config, t = quantised.made(scheme)
+        name = "model.layers.0." + leaf
+        model = recipes.find(config)(memory(t | {name: t[name] + 1}), config)
+        with pytest.raises(SourceError, match="differs among those that read one input"):
+            shard(layout("rtp_llm").targets(model, Placement()))
+
+
+def test_no_reciprocal_of_nothing():
+    config, t = quantised.made("fp8-static")
+    name = "model.layers.0.self_attn.o_proj.input_scale"
+    model = recipes.find(config)(memory(t | {name: torch.zeros(())}), config)
+    with pytest.raises(SourceError, match=r"o_proj\.input_scale: 0 has no reciprocal"):
+        shard(layout("rtp_llm").targets(model, Placement()))
 
 
 def test_groups_that_ranks_would_share_are_refused():

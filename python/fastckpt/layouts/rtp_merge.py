@@ -1,8 +1,9 @@
 """rtp-llm's process functions as views: what its loader makes of a weight's sources before it is cut.
 
 Each function takes the sources in the reference's order and gives the tensor its namesake gives, without
-moving an element. MERGES lists all of them by the reference's name, and says where we differ and why.
-Sources are a Linear's [out, in]; H hidden, D head dim, N (Nq, Nk) heads, I width, E experts, R low rank.
+moving an element; what takes arithmetic is made when it is read (`finishes`). MERGES lists all of them by
+the reference's name, and says where we differ and why. Sources are a Linear's [out, in]; H hidden, D head
+dim, N (Nq, Nk) heads, I width, E experts, R low rank.
 Source: rtp-llm's utils/model_weight.py and model_loader/ (2025's and 2026's).
 """
 
@@ -16,7 +17,7 @@ import numpy as np
 from .. import dtypes
 from ..dtypes import DType
 from ..errors import LayoutError
-from ..lowrank import plus_one
+from ..finishes import largest, multiple, plus_one, reciprocal, requantised
 from ..views import View, cat, constant, stack
 from ..views import zeros as zero_view
 
@@ -46,6 +47,25 @@ def shift_one(views: Views) -> View:
 def flat(views: Views) -> View:
     """The sources' elements one after another, as a vector."""
     return cat([v.reshape((v.numel,)) for v in views])
+
+
+def multiplied(views: Views, factor: float) -> View:
+    """x * factor, made when it is read."""
+    view = identity(views)
+    return multiple("multipy_identity", view, factor).cast(view.dtype)
+
+
+def reciprocals(views: Views, name: str = "a scale") -> View:
+    """1 / x of the sources' elements one after another, as a float32 vector made when it is read."""
+    return reciprocal(name, flat(views))
+
+
+def max_scalar(views: Views, name: str = "a scale") -> View:
+    """The largest element of all sources; a single source is left as it is."""
+    if len(views) == 1:
+        return views[0]
+    row = flat(views)
+    return largest(name, row.reshape((1, row.numel))).reshape(()).cast(row.dtype)
 
 
 def half(views: Views, inter: int, index: int) -> View:
@@ -129,6 +149,13 @@ def merge_qkv_transpose_concat0(views: Views) -> View:
     return cat([v.T for v in views])
 
 
+def merge_fp8(views: Views, name: str = "fp8") -> View:
+    """Matrices of fp8, then a scale for each -> their outputs one after another, as values of the largest."""
+    matrices, scales = views[: len(views) // 2], views[len(views) // 2 :]
+    parts = zip(matrices, scales, strict=True)
+    return cat([requantised(name, matrix, scale, scales) for matrix, scale in parts])
+
+
 def expand_scale(views: Views, hidden: int) -> View:
     """Scalars repeated to vectors of `hidden`, and such vectors, one after another."""
     out = []
@@ -200,15 +227,15 @@ def reorder_grouped(views: Views, groups: int, parts: Sequence[int]) -> View:
 
 
 def merge_qkv_lora_a(views: Sequence[View | None]) -> View:
-    """q, k, v [r, H] -> [H, 3r]; a missing one is zeros."""
+    """Of q, k and v (or others) [r, H] -> [H, 3r]; a missing one is zeros."""
     there = [v for v in views if v is not None]
-    if len(views) != 3 or not there:
-        raise LayoutError(f"merge_qkv_lora_A: wanted three, one of them there, got {len(there)}")
+    if not there:
+        raise LayoutError("merge_qkv_lora_A: wanted one of the sources at least")
     return cat([zero_view(there[0].shape, there[0].dtype) if v is None else v for v in views]).T
 
 
 def merge_qkv_lora_b(views: Views) -> View:
-    """q [NqD, r], k, v [NkD, r] -> [3r, (Nq + 2Nk)D], block diagonal."""
+    """q [NqD, r], k, v [NkD, r] (or others) -> [3r, (Nq + 2Nk)D], block diagonal."""
     rank, width, at, out = views[0].shape[1], sum(v.shape[0] for v in views), 0, []
     for view in views:
         if view.shape[1] != rank:
@@ -247,6 +274,12 @@ def stack_moe_w1_pad(views: Views, align: int) -> View:
         raise LayoutError(f"stack_moe_w1: {len(views)} sources are not two lists of one length")
     half = len(views) // 2
     return cat([stack_pad(views[:half], align, 1), stack_pad(views[half:], align, 1)], 1)
+
+
+def max_of_pairs(views: Views, name: str = "a scale") -> View:
+    """E first and E second scalars -> [E], the larger of each pair (stack_moe_w1_s2)."""
+    pairs = stack_moe_w1([v.reshape((1,)) for v in views])
+    return largest(name, pairs).cast(pairs.dtype)
 
 
 def stack_swapped(views: Views) -> View:
@@ -364,26 +397,26 @@ class Merge:
     differs: str = ""
 
 
-_ARITHMETIC = "arithmetic on values, no copy: refused until targets carry finish steps"
 _ROUNDED = "rounded once, after the sum; the reference rounds to the served dtype before it too"
 _QUANTISES = "quantises: quant schemes do, not a layout"
 _KERNEL = "kernel format, made by the engine after loading"
+_FLOAT32 = "divided in float32, to which the reference's loader casts the source; 0 is refused"
 _PADS = "zeros have the tensor's dtype, the reference's are fp16"
 _DTYPE = "of the dtype asked for, the reference's is fp16 until the loader casts it"
 
 MERGES: Mapping[str, Merge] = {
     "identity": Merge(identity, "a missing tensor is refused, never None"),
     "transpose": Merge(transpose),
-    "multipy_identity": Merge(None, _ARITHMETIC),
-    "multipy_identitys": Merge(None, _ARITHMETIC),
+    "multipy_identity": Merge(multiplied),
+    "multipy_identitys": Merge(None, "a name that nothing calls in the versions read"),
     "shift_one": Merge(shift_one, _ROUNDED),
     "plus_one": Merge(shift_one, _ROUNDED),
-    "div": Merge(None, _ARITHMETIC),
-    "get_tensor_reciprocal": Merge(None, _ARITHMETIC),
+    "div": Merge(reciprocals, _FLOAT32 + "; a vector"),
+    "get_tensor_reciprocal": Merge(reciprocals, _FLOAT32),
     "get_tensor_from_scalar": Merge(flat),
-    "get_list_tensor_reciprocal": Merge(None, _ARITHMETIC),
+    "get_list_tensor_reciprocal": Merge(reciprocals, _FLOAT32),
     "get_list_tensor_from_scalar": Merge(flat, "the list of sources is left as it is"),
-    "max_scalar": Merge(None, _ARITHMETIC),
+    "max_scalar": Merge(max_scalar),
     "zeros": Merge(zeros, _DTYPE),
     "ones": Merge(ones, _DTYPE),
     "w_half1": Merge(half),
@@ -421,7 +454,7 @@ MERGES: Mapping[str, Merge] = {
     "stack_pad": Merge(stack_pad, _PADS + "; align 0 pads nothing, the reference raises"),
     "stack_moe_w1": Merge(stack_moe_w1),
     "stack_moe_w1_pad": Merge(stack_moe_w1_pad, _PADS),
-    "stack_moe_w1_s2": Merge(None, _ARITHMETIC),
+    "stack_moe_w1_s2": Merge(max_of_pairs),
     "transpose_stack_moe_w1": Merge(stack_swapped),
     "convert_gate_up_proj_": Merge(convert_gate_up_proj),
     "convert_down_proj_": Merge(convert_down_proj),
@@ -449,7 +482,7 @@ MERGES: Mapping[str, Merge] = {
     "per_block_cast_to_fp8": Merge(None, _QUANTISES),
     "per_channel_cast_to_fp8": Merge(None, _QUANTISES),
     "quantize_weight_to_fp8": Merge(None, _QUANTISES),
-    "merge_qkv_hf_fp8_with_scale": Merge(None, _QUANTISES),
+    "merge_qkv_hf_fp8_with_scale": Merge(merge_fp8, "the kernel; max_scalar has the scale"),
     "quantize_weight_to_int4b": Merge(None, _QUANTISES),
     "fp8_view": Merge(fp8_view),
     "repack_compressed_int4_to_cutlass": Merge(None, _KERNEL),

@@ -1,27 +1,31 @@
 """What the roles of a layer become for rtp-llm: whole weights by the names of class W, not yet cut.
 
 How a matrix is stored decides its form and its table: [in, out] by default and for packed int4, [out, in]
-with the scales the checkpoint has for int8 and fp8. What would take arithmetic on values (scales of
-activations and their reciprocals, one scale for what had several) is refused, but for 1 + gamma. Source:
-rtp-llm's models/ and model_loader/'s weights by scheme.
+with the scales the checkpoint has for int8 and fp8. What takes arithmetic on values (1 + gamma, reciprocals
+of the scales of inputs, one scale for what had several) is made when it is read. Source: rtp-llm's models/
+and model_loader/'s weights by scheme.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 from .. import dtypes
 from ..errors import LayoutError
-from ..lowrank import plus_one
+from ..finishes import agreed, largest, plus_one
 from ..model import Attention, Beside, Experts, Layer, Linear, Mla, Mlp, Model, Norm
 from ..views import View
 from .cuts import in_form, joined
 from .rtp_merge import (
     concat_t,
+    flat,
     kv_rope,
+    merge_fp8,
     q_rope,
+    reciprocals,
     stack_moe_w1,
     stacked,
     transpose,
@@ -29,15 +33,19 @@ from .rtp_merge import (
     transpose_slice_v,
 )
 from .rtp_split import Cut
+from .rtp_weights import STATIC
 
 
 class Whole(NamedTuple):
-    """A whole weight: W's name, the tensor, how weights are stored (TABLES), bits of packed values."""
+    """A whole weight: W's name, the tensor, how weights are stored (TABLES), bits of packed values. `finish`:
+    what becomes of a rank's part; `also`: views of the same elements, where it is made when it is read."""
 
     name: str
     view: View
     table: str = "default"
     bits: int = 4
+    finish: Callable[[View], View] | None = None
+    also: tuple[View, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +55,7 @@ class Making:
     absorb: bool = True
     w13: bool = True
     split_rope: bool = False
+    one_scale: bool = False
 
 
 def layer_weights(
@@ -57,17 +66,25 @@ def layer_weights(
     Raises LayoutError for a role the engine has no name for."""
     if layer.cross is not None or layer.cross_norm is not None:
         raise LayoutError(f"layout rtp_llm has no place for the attention to an encoder of {layer.name}")
+    if (
+        layer.attention_norm is None
+        and isinstance(layer.attention, Attention)
+        and layer.attention.q.part("input_scale")
+    ):
+        raise LayoutError(
+            f"layout rtp_llm has no name for input scales of {layer.name}, which norms after blocks"
+        )
     yield from _norms(layer, model)
     if isinstance(layer.attention, Mla):
         yield from _latent(layer.attention, model.sizes.heads, cut, making)
     else:
-        yield from _attention(layer.attention, model, cut)
+        yield from _attention(layer.attention, model, cut, making)
     if isinstance(layer.mlp, Experts):
         yield from _experts(layer.mlp, cut, making, experts)
     else:
         yield from _mlp(layer.mlp, cut, making)
     if layer.vision is not None:
-        yield from _attention(layer.vision.attention, model, cut, "vision_")
+        yield from _attention(layer.vision.attention, model, cut, making, "vision_")
         yield from _mlp(layer.vision.mlp, cut, replace(making, w13=False), "vision_")
 
 
@@ -120,42 +137,99 @@ def _table(linear: Linear) -> str:
     )
 
 
-def _matrix(stem: str, linear: Linear, parts: tuple[int | None, int], end: str = "") -> Iterator[Whole]:
-    """A matrix as `{stem}w{end}`, its scale, zero and bias likewise. `parts`: which axis of [out, in] ranks
-    cut (None: by heads, or not at all) and how many they are; blocks and groups must follow."""
+def _matrix(
+    stem: str,
+    linears: Sequence[Linear],
+    parts: tuple[int | None, int],
+    end: str = "",
+    *,
+    one_scale: bool = False,
+) -> Iterator[Whole]:
+    """The outputs of `linears`, one or several that read one input, as `{stem}w{end}`; scale, zero and bias
+    likewise. `parts`: which axis of [out, in] ranks cut (None: by heads, or not at all) and how many they
+    are; blocks and groups must follow. `one_scale`: fp8 with one scale for all of them."""
+    linear = joined(linears[0].name, linears) if len(linears) > 1 else linears[0]
     table, packed = _table(linear), linear.packed != (1, 1)
+    one_scale = one_scale and table == "fp8_tensor" and len(linears) > 1
     axis, count = parts
     if axis is not None:
         whole_blocks(linear, axis, count)
     bits = 32 // max(linear.packed) if packed else 4
-    kernel = transpose([linear.weight]) if table == "default" else linear.weight
-    yield Whole(f"{stem}w{end}", kernel, table, bits)
+    kernel = _of_one_scale(linears) if one_scale else linear.weight
+    yield Whole(f"{stem}w{end}", transpose([kernel]) if table == "default" else kernel, table, bits)
     for b in linear.beside:
-        name = _beside_name(stem, end, linear, b)
-        if name is not None:
-            yield Whole(name, _beside(b, table), table, bits)
+        if b.leaf == "input_scale":
+            yield from _inputs(stem + end, linears, table, one_scale=one_scale)
+        elif b.leaf == "smoother" and len(linears) > 1:
+            yield _shared(_beside_name(stem, end, linear, b), linears, b.leaf, table)
+        elif name := _beside_name(stem, end, linear, b):
+            finish = _one_of(f"{linear.name}.{b.leaf}") if one_scale and b.leaf == "weight_scale" else None
+            yield Whole(name, _beside(b, table), table, bits, finish)
     if linear.bias is not None:
         yield Whole(f"{stem}b{end}", linear.bias, table)
 
 
-def _beside_name(stem: str, end: str, linear: Linear, beside: Beside) -> str | None:
-    """W's name for what stands beside a matrix; None for an order that is none (g_idx without desc_act)."""
+def _beside_name(stem: str, end: str, linear: Linear, beside: Beside) -> str:
+    """W's name for what stands beside a matrix; "" for an order that is none (g_idx without desc_act)."""
     match beside.leaf, stem + end:
         case (("weight_scale" | "weight_scale_inv" | "scales"), _):
             return f"{stem}s{end}"
         case "qzeros", _:
             return f"{stem}z{end}"
         case "g_idx", _:
-            return None
+            return ""
         case (("smoother" | "shift"), "attn_o_"):
             return f"attn_o_{beside.leaf}"
+        case "smoother", "attn_qkv_":
+            return "attn_i_smoother"
         case "smoother", "ffn_2":
             return "ffn_smoother"
-        case "input_scale", _:
-            raise LayoutError(
-                f"layout rtp_llm wants reciprocals of {linear.name}.input_scale: arithmetic on values"
-            )
     raise LayoutError(f"layout rtp_llm has no place for {linear.name}.{beside.leaf}")
+
+
+def _vectors(linears: Sequence[Linear], leaf: str) -> list[View]:
+    """What each has beside it under that name, as float32 vectors."""
+    found = (b.view for x in linears for b in x.beside if b.leaf == leaf)
+    return [v.reshape((v.numel,)).cast(dtypes.float32) for v in found]
+
+
+def _shared(name: str, linears: Sequence[Linear], leaf: str, table: str) -> Whole:
+    """What goes by the input that all of them read, and so must be one."""
+    views = _vectors(linears, leaf)
+    return Whole(name, agreed(f"{linears[0].name}.{leaf}", views), table, also=tuple(views))
+
+
+def _inputs(matrix: str, linears: Sequence[Linear], table: str, *, one_scale: bool) -> Iterator[Whole]:
+    """The scale of what a matrix reads and its reciprocal: of q, k and v each its own, of gate and up one.
+
+    Raises LayoutError where the engine quantises what such a matrix reads as it comes."""
+    name, views = f"{linears[0].name}.input_scale", _vectors(linears, "input_scale")
+    found = STATIC.get(table, {}).get(matrix)
+    if found is None:
+        raise LayoutError(f"layout rtp_llm has no name for {name}, beside {matrix}w stored as {table}")
+    values, inverses = found
+    if matrix == "ffn_13":
+        both = _shared("", linears, "input_scale", table)
+        yield from (both._replace(name=n) for n in values)
+        yield from (Whole(n, reciprocals(views[:1], name), table) for n in inverses)
+        return
+    view = flat(views)
+    yield from (Whole(n, view, table, finish=_one_of(name) if one_scale else None) for n in values)
+    for n in inverses:
+        if one_scale:
+            yield Whole(n, view, table, finish=_one_of(name, inverse=True))
+        else:
+            yield Whole(n, reciprocals(views, name), table)
+
+
+def _of_one_scale(linears: Sequence[Linear]) -> View:
+    """The matrices' outputs as if all had been quantised with the largest of their scales."""
+    return merge_fp8([*(x.weight for x in linears), *_vectors(linears, "weight_scale")], linears[0].name)
+
+
+def _one_of(name: str, *, inverse: bool = False) -> Callable[[View], View]:
+    """The largest of all a rank holds, or 1 / that, as a scalar."""
+    return lambda view: largest(name, view.reshape((1, view.numel)), inverse=inverse).reshape(())
 
 
 def _beside(beside: Beside, table: str) -> View:
@@ -188,16 +262,21 @@ def no_bias(*linears: Linear | None) -> None:
 # ---- attention ----
 
 
-def _attention(attention: Attention, model: Model, cut: Cut, of: str = "") -> Iterator[Whole]:
+def _attention(attention: Attention, model: Model, cut: Cut, making: Making, of: str = "") -> Iterator[Whole]:
     if attention.sinks is not None or attention.relative is not None:
         raise LayoutError(
             f"layout rtp_llm has no place for the attention of {attention.o.name} ({model.family})"
         )
-    qkv = joined(attention.q.name, [attention.q, attention.k, attention.v])
-    for one in (attention.q, attention.k, attention.v):
+    qkv = [attention.q, attention.k, attention.v]
+    for one in qkv:
         _whole_heads(one, cut)
-    yield from _matrix(f"{of}attn_qkv_", qkv, (None, 1))
-    yield from _matrix(f"{of}attn_o_", attention.o, (1, cut.place.tp))
+    yield from _matrix(f"{of}attn_qkv_", qkv, (None, 1), one_scale=making.one_scale)
+    yield from _matrix(f"{of}attn_o_", [attention.o], (1, cut.place.tp))
+    if attention.gate is not None:
+        no_bias(attention.gate)
+        if attention.gate.beside:
+            raise LayoutError(f"layout rtp_llm has no place for the quantised gate of {attention.gate.name}")
+        yield Whole("attn_gate_w", transpose([attention.gate.weight]))
     yield from norm("q_ln", attention.q_norm)
     yield from norm("k_ln", attention.k_norm)
 
@@ -230,15 +309,14 @@ def _latent(attention: Mla, heads: int, cut: Cut, making: Making) -> Iterator[Wh
             raise LayoutError(f"layout rtp_llm has no place for the factors of {q.name}")
         yield Whole("mla_fusedqkrope_no_lora_w", concat_t([q.weight, kv_a.weight]))
     else:
-        low = joined(attention.q_a.name, [attention.q_a, kv_a])
-        yield from _matrix("mla_fusedqkrope_", low, (None, 1))
+        yield from _matrix("mla_fusedqkrope_", [attention.q_a, kv_a], (None, 1))
         yield from norm("mla_q_a_ln", attention.q_norm)
-        yield from _matrix("mla_q_b_", q, (0, tp))
+        yield from _matrix("mla_q_b_", [q], (0, tp))
     yield from norm("mla_kv_a_ln", attention.kv_norm)
-    yield from _matrix("mla_kv_b_", kv_b, (0, tp))
+    yield from _matrix("mla_kv_b_", [kv_b], (0, tp))
     if making.absorb:
         yield from _absorbing(kv_b, nope, value)
-    yield from _matrix("attn_o_", o, (1, tp))
+    yield from _matrix("attn_o_", [o], (1, tp))
 
 
 def _absorbing(kv_b: Linear, nope: int, value: int) -> Iterator[Whole]:
@@ -268,19 +346,27 @@ def _rope_apart(linear: Linear, heads: int, before: int, rope: int) -> Linear:
 # ---- feed-forward blocks ----
 
 
-def _mlp(mlp: Mlp, cut: Cut, making: Making, of: str = "") -> Iterator[Whole]:
-    """gate (w1), up (w3), or both as w13, and down (w2); a block without a gate has w3 and w2, one whose hub
-    stores up first (Jina's BERT) w1 and w3. `of`: what stands before W's names."""
-    ranks = cut.ffn_tp[1]
+def mlp_matrices(mlp: Mlp, making: Making) -> list[tuple[str, list[Linear]]]:
+    """What stands behind W's names of a block's matrices, and which they are: gate (w1), up (w3), or both as
+    w13, and down (w2); a block without a gate has w3 and w2, one whose hub stores up first (Jina's BERT) w1
+    and w3."""
     if mlp.gate is None:
-        yield from _matrix("ffn_", mlp.up, (0, ranks), "3")
+        first = [("3", [mlp.up])]
     elif making.w13 and not mlp.up_first:
-        whole_blocks(mlp.gate, 0, ranks)
-        yield from _matrix("ffn_", joined(mlp.gate.name, [mlp.gate, mlp.up]), (None, 1), "13")
+        first = [("13", [mlp.gate, mlp.up])]
     else:
-        yield from _matrix(f"{of}ffn_", mlp.gate, (0, ranks), "1")
-        yield from _matrix(f"{of}ffn_", mlp.up, (0, ranks), "3")
-    yield from _matrix(f"{of}ffn_", mlp.down, (1, ranks), "2")
+        first = [("1", [mlp.gate]), ("3", [mlp.up])]
+    return [*first, ("2", [mlp.down])]
+
+
+def _mlp(mlp: Mlp, cut: Cut, making: Making, of: str = "") -> Iterator[Whole]:
+    """`of`: what stands before W's names."""
+    ranks = cut.ffn_tp[1]
+    for end, linears in mlp_matrices(mlp, making):
+        if len(linears) > 1:
+            whole_blocks(linears[0], 0, ranks)
+        axis = 1 if end == "2" else None if len(linears) > 1 else 0
+        yield from _matrix(f"{of}ffn_", linears, (axis, ranks), end)
 
 
 def _experts(moe: Experts, cut: Cut, making: Making, order: Sequence[int]) -> Iterator[Whole]:
@@ -295,8 +381,8 @@ def _experts(moe: Experts, cut: Cut, making: Making, order: Sequence[int]) -> It
         if mlp.gate is None:
             raise LayoutError(f"layout rtp_llm has no place for {mlp.up.name}, an expert without a gate")
     ups, gates = [mlps[e].up for e in order], [g for e in order if (g := mlps[e].gate) is not None]
-    yield from _stacks("1", [*ups, *gates], 0, cut)
-    yield from _stacks("2", [mlps[e].down for e in order], 1, cut)
+    yield from _stacks("1", [*ups, *gates], 0, cut, making)
+    yield from _stacks("2", [mlps[e].down for e in order], 1, cut, making)
     if moe.shared is not None:
         yield from _mlp(moe.shared, cut, making)
     if moe.shared_gate is not None:
@@ -304,27 +390,47 @@ def _experts(moe: Experts, cut: Cut, making: Making, order: Sequence[int]) -> It
         yield Whole("shared_expert_gate", transpose([moe.shared_gate.weight]))
 
 
-def _stacks(end: str, linears: Sequence[Linear], axis: int, cut: Cut) -> Iterator[Whole]:
-    """Experts' matrices as a stack, always [experts, out, in]; up before gate for w1."""
+def _stacks(end: str, linears: Sequence[Linear], axis: int, cut: Cut, making: Making) -> Iterator[Whole]:
+    """Experts' matrices as a stack, always [experts, out, in]; of w1 all up matrices, then all gates."""
     first, table = linears[0], _table(linears[0])
     kinds = {(_table(x), x.packed, tuple((b.leaf, b.unit) for b in x.beside)) for x in linears}
-    if len(kinds) != 1 or table == "fp8_tensor":
-        raise LayoutError(f"layout rtp_llm: experts like {first.name} are stored unlike one another, or with "
-                          "one scale a matrix, for which the engine wants one of both halves")  # fmt: skip
+    if len(kinds) != 1:
+        raise LayoutError(f"layout rtp_llm: experts like {first.name} are stored unlike one another")
     no_bias(*linears)
     for linear in linears:
         whole_blocks(linear, axis, cut.moe_tp[1])
     make = stack_moe_w1 if end == "1" else stacked
-    yield Whole(f"moe_w{end}", make([x.weight for x in linears]), table)
+    one_scale = making.one_scale and table == "fp8_tensor"
+    if one_scale and end == "1":
+        half = len(linears) // 2
+        pairs = zip(linears[:half], linears[half:], strict=True)
+        yield Whole("moe_w1", stacked([_of_one_scale(pair) for pair in pairs]), table)
+    else:
+        yield Whole(f"moe_w{end}", make([x.weight for x in linears]), table)
     for k, b in enumerate(first.beside):
-        name = _beside_name("moe_", end, first, b)
-        if name is not None:
+        if table == "fp8_tensor" and b.leaf in ("weight_scale", "input_scale"):
+            yield from _expert_scalars(end, linears, b.leaf, one_scale=one_scale)
+        elif name := _beside_name("moe_", end, first, b):
             views = [x.beside[k].view for x in linears]
             if table == "int8":
                 views = [v.reshape((v.numel,)) for v in views]
-            yield Whole(name, _stacked_vectors(end, views) if table == "int8" else make(views), table)
+            yield Whole(name, make(views), table)
 
 
-def _stacked_vectors(end: str, views: Sequence[View]) -> View:
-    """Vectors as a stack; of w1 an expert's up, then its gate."""
-    return (stack_moe_w1 if end == "1" else stacked)(views)
+def _expert_scalars(end: str, linears: Sequence[Linear], leaf: str, *, one_scale: bool) -> Iterator[Whole]:
+    """One number a matrix: [experts, (up, gate)] for w1, [experts] for w2. With one scale the larger one of
+    up and gate [experts], and of inputs the largest of all of the rank's experts."""
+    name, vectors = f"{linears[0].name}.{leaf}", _vectors(linears, leaf)
+    view = stack_moe_w1(vectors) if end == "1" else flat(vectors)
+    if leaf != "input_scale":
+        pairs = partial(largest, name) if one_scale and end == "1" else None
+        yield Whole(f"moe_s{end}", view, "fp8_tensor", finish=pairs)
+        return
+    for inverse, names in enumerate(STATIC["fp8_tensor"][f"moe_{end}"]):
+        for n in names:
+            if one_scale:
+                yield Whole(n, view, "fp8_tensor", finish=_one_of(name, inverse=bool(inverse)))
+            else:
+                yield Whole(
+                    n, reciprocals([view], name).reshape(view.shape) if inverse else view, "fp8_tensor"
+                )

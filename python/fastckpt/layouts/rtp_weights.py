@@ -26,6 +26,19 @@ def _matrix(stem: str, leaf: str, end: str = "") -> dict[str, str]:
     return {f"{stem}{letter}{end}": f"{leaf}.{kind}" for letter, kind in leaves.items()}
 
 
+def _static(name: str, leaf: str) -> dict[str, str]:
+    """The scale of a matrix's inputs, and its reciprocal; STATIC says which of the two holds which."""
+    both = {
+        f"{name}_static_quant": "static_quant",
+        f"{name}_static_quant_reciprocal": "static_quant_reciprocal",
+    }
+    return {n: f"{leaf}.{end}" for n, end in both.items()}
+
+
+def _lora(name: str, leaf: str) -> dict[str, str]:
+    return {f"{name}_lora_{half}": f"{leaf}.kernel.lora_{half.upper()}" for half in "ab"}
+
+
 NAMES: Mapping[str, str] = {
     "embedding": "embedding",
     "positional_embedding": "position_encoding.weight",
@@ -47,6 +60,7 @@ NAMES: Mapping[str, str] = {
     "qk_ln_gamma": f"{_ATTENTION}.qk_layernorm.gamma",
     **_matrix("attn_qkv_", f"{_ATTENTION}.query_weight"),
     **_matrix("attn_o_", f"{_ATTENTION}.attention_output_weight"),
+    "attn_gate_w": f"{_ATTENTION}.gate.weight",
     "attn_i_smoother": f"{_ATTENTION}.query_weight.smoother",
     "attn_o_smoother": f"{_ATTENTION}.attention_output_weight.smoother",
     "attn_o_shift": f"{_ATTENTION}.attention_output_weight.shift",
@@ -74,6 +88,21 @@ NAMES: Mapping[str, str] = {
     **_matrix("moe_", f"{_MOE}.intermediate_weight", "1"),
     **_matrix("moe_", f"{_MOE}.intermediate_weight2", "2"),
     "e_score_correction_b": f"{_MOE}.e_score_correction_bias",
+    **_static("pre_decoder_ln", "pre_decoder_layernorm"),
+    **_static("pre_ln", "pre_layernorm_weights"),
+    **_static("attention_output", f"{_ATTENTION}.attention_output_weight"),
+    **_static("post_ln", "post_layernorm_weights"),
+    **_static("ffn_intermediate_weight2", f"{_FFN}.intermediate_weight2"),
+    **_static("ffn_intermediate_weight3", f"{_FFN}.intermediate_weight3"),
+    **_static("post_ffn_ln", "post_ffn_layernorm_weights"),
+    **{f"moe_w{k}_input_s": f"moe_w{k}_activation.static_quant" for k in "12"},
+    **{f"moe_w{k}_input_sr": f"moe_w{k}_activation.static_quant_reciprocal" for k in "12"},
+    **_lora("attn_qkv_w", f"{_ATTENTION}.query_weight"),
+    **_lora("attn_o_w", f"{_ATTENTION}.attention_output_weight"),
+    **_lora("ffn_w1", f"{_FFN}.intermediate_weight"),
+    **_lora("ffn_w3", f"{_FFN}.intermediate_weight3"),
+    **_lora("ffn_w13", f"{_FFN}.intermediate_weight13"),
+    **_lora("ffn_w2", f"{_FFN}.intermediate_weight2"),
     "log2phy": "moe_eplb.log2phy",
     "logic_expert_cnt": "moe_eplb.logic_expert_cnt",
 }
@@ -83,6 +112,8 @@ _WHOLE = (
     *(name for name in NAMES if name.endswith(("_gamma", "_beta")) and name != "qk_ln_gamma"),
     *("rope_cos_sin_cache", "attn_o_b", "ffn_b2", "mla_fusedqkrope_w", "mla_fusedqkrope_s"),
     *("shared_expert_gate", "moe_gate", "e_score_correction_b", "log2phy", "logic_expert_cnt"),
+    *(name for name in NAMES if "_static_quant" in name),
+    *("attn_qkv_w_lora_a", "attn_o_w_lora_b", "ffn_w2_lora_b", *(f"ffn_w{k}_lora_a" for k in (1, 3, 13))),
 )
 
 _DEFAULT: dict[str, str] = {
@@ -103,12 +134,16 @@ _DEFAULT: dict[str, str] = {
     **{f"ffn_{kind}{end}": "ffn_sp_neg1" for kind in "wbsz" for end in "13"},
     **{f"ffn_{kind}13": "ffn_sp_neg1_w13" for kind in "wbsz"},
     **dict.fromkeys(("ffn_w2", "ffn_s2", "ffn_z2", "ffn_smoother", "vision_ffn_w2"), "ffn_sp_0"),
+    "attn_gate_w": "sp_attn_gate",
     "vision_attn_qkv_w": "sp_head",
     "vision_attn_qkv_b": "sp_head_b",
     "vision_attn_o_w": "sp_0",
     **dict.fromkeys(("vision_ffn_w1", "vision_ffn_w3"), "ffn_sp_neg1"),
     **dict.fromkeys(("moe_w1", "moe_s1", "moe_z1"), "sp_moe_w1"),
     **dict.fromkeys(("moe_w2", "moe_s2", "moe_z2", "moe_b1", "moe_b2"), "sp_moe_neg1"),
+    **dict.fromkeys(("moe_w1_input_s", "moe_w1_input_sr", "moe_w2_input_s", "moe_w2_input_sr"), "ep"),
+    **{"attn_qkv_w_lora_b": "sp_head_lora", "attn_o_w_lora_a": "sp_0", "ffn_w2_lora_a": "ffn_sp_0"},
+    **{"ffn_w1_lora_b": "ffn_sp_neg1", "ffn_w3_lora_b": "ffn_sp_neg1", "ffn_w13_lora_b": "ffn_sp_neg1_w13"},
 }
 
 _OUT_IN = {"attn_qkv_w": "sp_head_gemm_a8", "attn_o_w": "sp_neg1", "ffn_w2": "ffn_sp_neg1"}
@@ -135,11 +170,12 @@ TABLES: Mapping[str, Mapping[str, str]] = {
     | _OUT_IN
     | _SCALES
     | _LATENT
-    | {"attn_qkv_s": "sp_head_s_gemm_a8_block", "attn_o_s": "sp_neg1", "ffn_s2": "ffn_sp_neg1"},
+    | {"attn_qkv_s": "sp_head_s_gemm_a8_block", "attn_gate_w": "sp_0"}
+    | {"attn_o_s": "sp_neg1", "ffn_s2": "ffn_sp_neg1"},
     "fp8_channel": _DEFAULT
     | _OUT_IN
     | _SCALES
-    | {"attn_qkv_s": "sp_head_s_gemm_a8_channel"}
+    | {"attn_qkv_s": "sp_head_s_gemm_a8_channel", "attn_gate_w": "sp_0"}
     | dict.fromkeys(("attn_o_s", "ffn_s2"), "sp_id")
     | {"moe_s2": "ep"},
     "fp4_group": _DEFAULT
@@ -150,8 +186,35 @@ TABLES: Mapping[str, Mapping[str, str]] = {
 }
 """How weights are stored -> W's name -> the strategy's name."""
 
+
+def _held(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return (f"{name}_static_quant_reciprocal",), (f"{name}_static_quant",)
+
+
+_INT8 = {
+    "attn_qkv_": _held("pre_ln"),
+    "attn_o_": _held("attention_output"),
+    "ffn_13": _held("post_ln"),
+    "ffn_3": _held("post_ln"),
+    "ffn_2": _held("ffn_intermediate_weight2"),
+}
+
+STATIC: Mapping[str, Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
+    "int8": _INT8,
+    "fp8_tensor": _INT8
+    | {
+        "attn_o_": (_held("attention_output")[1], _held("attention_output")[0]),
+        "ffn_2": (sum(_held("ffn_intermediate_weight2"), ()), ()),
+        "moe_1": (("moe_w1_input_sr",), ("moe_w1_input_s",)),
+        "moe_2": (("moe_w2_input_sr",), ("moe_w2_input_s",)),
+    },
+}
+"""How weights are stored -> matrix -> (the names that hold the scale of its inputs, those that hold its
+reciprocal), as the reference has them, whatever the names say. Source: INT8_ACT_SCALE_MAP in model_loader/
+per_tensor_int8_quant_weight.py, FP8_ACT_SCALE_MAP in static_fp8_quant_weight.py."""
+
 _HALVES = "[gate; up] lie on axis 0, of which ffn_sp_0_w13 gives gate to the first ranks and up to the last"
-_FFN_RANKS = "cut among the feed-forward ranks, as the pair beside it; the reference's are attention's"
+_FFN_RANKS = "cut among the feed-forward ranks, as what it goes with; the reference's are attention's"
 _SELECTED = "this rank's experts; the reference selected them when it loaded"
 _WHOLE_SCALE = "a scale for every output is whole; the reference's default cuts it as the weight's inputs"
 
@@ -164,6 +227,7 @@ DIFFERS: Mapping[tuple[str, str], str] = {
         for name in ("ffn_w1", "ffn_s1", "ffn_w3", "ffn_s3", "ffn_w2", "ffn_s2")
         if (table, name) != ("fp8_channel", "ffn_s2")
     },
+    **{(t, n): _FFN_RANKS for t in TABLES for n in ("ffn_w1_lora_b", "ffn_w3_lora_b", "ffn_w2_lora_a")},
     **dict.fromkeys((("fp8_tensor", "moe_s1"), ("fp8_tensor", "moe_s2")), _SELECTED),
     ("fp8_channel", "moe_s2"): _SELECTED,
 }
