@@ -100,6 +100,9 @@ class Wanted:
         expect("vocab_size", self.vocab_size, int, nothing)
         expect("max_shard_size", self.max_shard_size, str, int, nothing)
         expect("adapter", self.adapter, str, os.PathLike, nothing)
+        expect("apart", self.apart, bool)
+        if self.apart and self.adapter is None:
+            raise LayoutError("apart goes with adapter=: it is the adapter that is kept apart")
         expect("weights_key", self.weights_key, str, nothing)
         if self.weights_key == "":
             raise LayoutError("weights_key: wanted a key, got the empty string")

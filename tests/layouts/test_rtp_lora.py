@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import fastckpt
@@ -10,7 +11,7 @@ import torch
 from fastckpt.errors import LayoutError, SourceError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
-from layouts import families, tiny
+from layouts import families, gated, tiny
 from peft_writer import settings, write
 from safetensors.torch import load_file, save_file
 
@@ -199,9 +200,13 @@ def test_its_scale_is_multiplied_in_float32_and_rounded_once(tmp_path):
 @pytest.mark.parametrize(
     ("name", "modules", "message"),
     [
-        ("qwen2", ["lm_head"], "no place for lm_head"),
-        ("qwen3_moe", ["model.layers.1.mlp.experts.1.up_proj"], r"no place for model.*experts\.1\.up_proj"),
-        ("deepseek_v3", ["model.layers.0.self_attn.kv_b_proj"], r"no place for .*kv_b_proj"),
+        ("qwen2", ["lm_head"], "no place for all of lm_head"),
+        (
+            "qwen3_moe",
+            ["model.layers.1.mlp.experts.1.up_proj"],
+            r"no place for all of model.*experts\.1\.up_proj",
+        ),
+        ("deepseek_v3", ["model.layers.0.self_attn.kv_b_proj"], r"no place for all of .*kv_b_proj"),
     ],
 )
 def test_what_has_no_name_is_refused(tmp_path, name, modules, message):
@@ -225,3 +230,17 @@ def test_replaced_tensors_and_unlike_ranks_are_refused(tmp_path):
     adapter = write(tmp_path / "ranks", settings(rank_pattern={"k_proj": 2}), pairs)
     with pytest.raises(LayoutError, match=r"ranks \[4, 2, 4\] differ"):
         fastckpt.reshard(base, layout="rtp_llm", adapter=adapter, apart=True)
+
+
+def test_a_part_that_has_no_name_is_refused(tmp_path):
+    """Output gates lie among the rows of q, and the engine has no names for what an adapter adds to them."""
+    config, tensors = gated.made()
+    name = "model.layers.0.self_attn.q_proj"
+    adapter = write(tmp_path / "adapter", settings(), whole_numbers(tensors, [name]))
+    base = hub(tmp_path / "base", config, tensors)
+    mine = tmp_path / "mine.py"
+    source = inspect.getsource(gated)
+    told = source[source.index("AT =") : source.index("def model")]
+    mine.write_text(f"from fastckpt.recipes.names import Names\n{told}")
+    with pytest.raises(LayoutError, match=f"no place for all of {name}"):
+        fastckpt.reshard(base, layout="rtp_llm", adapter=adapter, apart=True, recipe=str(mine))
