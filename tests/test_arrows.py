@@ -51,9 +51,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "files": CORE,
     "torchzip": (*CORE, "digest", "files"),
     "manifest": (*CORE, "digest", "files"),
-    "commit": (*CORE, "syscalls", "manifest"),
+    "commit": (*CORE, "digest", "syscalls", "manifest"),
     "writer": (*CORE, "digest", *FILES[:-1]),
-    "verification": (*CORE, "digest", "finite", *FILES, "expectation"),
+    "verification": (*CORE, "digest", "finite", *FILES, "expectation", "sources", "text"),
     # The way back, through sources, recipes and layouts.
     "inverse": CORE,
     "joining": (*PLAIN, "collector", "digest", "manifest", "inverse", "sources", "recipes", "layouts"),
@@ -61,7 +61,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "adapters": (*PLAIN, "lowrank", "finishes", "sources", "layouts"),
     # The spine.
     "planned": (*CORE, "planner", "files"),
-    "plancache": (*CORE, "planner", "planned"),
+    "plancache": (*CORE, "planner", "planned", "schemes", "quantplan"),
     "plans": (
         *PLAIN,
         "dequantised",
