@@ -122,7 +122,7 @@ def reshard(
     run = Run(threads, memory, progress)
     in_memory = not isinstance(out, (str, os.PathLike))
     if place != "cpu" and not in_memory:
-        raise DeviceError(f"device {place!r}: files are not on a GPU; leave device= out, also for tensors there")
+        raise DeviceError(f"device {place!r}: files lie on no GPU; leave device= out, for tensors there too")
     planned = run.planned(lambda: plans.draft(open_whole(ckpt, recipe), wanted, in_memory=in_memory))
     if out is None:
         states, _ = run.to_memory(planned, place)
