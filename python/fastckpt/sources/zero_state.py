@@ -13,7 +13,8 @@ from typing import TypeGuard
 
 from ..checkpoint import JSON
 from ..errors import SourceError
-from .torchfile import Inert, Tensor
+from .inert import Inert, type_name
+from .torchfile import Tensor
 from .zero_layout import Shape
 
 _ENGINE_KEYS = frozenset((
@@ -196,13 +197,13 @@ def _alignment(value: object, where: str) -> tuple[tuple[int, ...], ...] | None:
 
 def _dict(value: object, where: str) -> dict[object, object]:
     if not isinstance(value, dict):
-        raise SourceError(f"{where}: wanted a dict, got {_kind(value)}")
+        raise SourceError(f"{where}: wanted a dict, got {type_name(value)}")
     return value
 
 
 def _list(value: object, where: str) -> Sequence[object]:
     if not isinstance(value, (list, tuple)):
-        raise SourceError(f"{where}: wanted a list, got {_kind(value)}")
+        raise SourceError(f"{where}: wanted a list, got {type_name(value)}")
     return value
 
 
@@ -210,7 +211,7 @@ def _ints(value: object, where: str) -> tuple[int, ...]:
     for n in (listed := _list(value, where)):
         if not isinstance(n, int) or isinstance(n, bool) or n < 0:
             raise SourceError(
-                f"{where}: wanted whole numbers, got {_kind(n)} {n if isinstance(n, int) else ''}"
+                f"{where}: wanted whole numbers, got {type_name(n)} {n if isinstance(n, int) else ''}"
             )
     return tuple(listed)  # type: ignore[arg-type]  # as was just seen
 
@@ -219,7 +220,7 @@ def _strings(value: object, where: str) -> list[str]:
     out = []
     for name in _list(value, where):
         if not isinstance(name, str):
-            raise SourceError(f"{where}: wanted names, got {_kind(name)}")
+            raise SourceError(f"{where}: wanted names, got {type_name(name)}")
         out.append(name)
     return out
 
@@ -228,7 +229,7 @@ def _names(value: dict[object, object], where: str) -> dict[str, object]:
     """The value itself, whose keys are names."""
     if not _all_named(value):
         odd = next(key for key in value if not isinstance(key, str))
-        raise SourceError(f"{where}: wanted names, got {_kind(odd)}")
+        raise SourceError(f"{where}: wanted names, got {type_name(odd)}")
     return value
 
 
@@ -255,14 +256,14 @@ def _tensors(value: object, where: str) -> dict[str, Tensor]:
     out = {}
     for name, t in _names(_dict(value, where), where).items():
         if not isinstance(t, Tensor):
-            raise SourceError(f"{where}: {name}: wanted a tensor, got {_kind(t)}")
+            raise SourceError(f"{where}: {name}: wanted a tensor, got {type_name(t)}")
         out[name] = t
     return out
 
 
 def _flat(value: object, where: str) -> Tensor:
     if not isinstance(value, Tensor):
-        raise SourceError(f"{where}: wanted a tensor, got {_kind(value)}")
+        raise SourceError(f"{where}: wanted a tensor, got {type_name(value)}")
     if len(value.shape) != 1 or (value.numel > 1 and value.stride != (1,)):
         raise SourceError(f"{where}: wanted one dense axis, got shape {value.shape}, stride {value.stride}")
     return value
@@ -283,7 +284,3 @@ def _number(value: object) -> int | None:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _kind(value: object) -> str:
-    return value.name if isinstance(value, Inert) else type(value).__name__
