@@ -55,9 +55,9 @@ def open(
 ) -> Checkpoint:
     """The checkpoint at `path`, as `sources.open` has it; the shards of a serving layout as a whole model.
 
-    `recipe`: the file of a user's own recipe, where the shards were cut with one. Quantised shards cannot be
-    joined and are given as they are, each tensor named "rank/name". Raises SourceError for what is broken,
-    missing, unknown or cannot be joined."""
+    `recipe`: the file of a user's own recipe, where the shards were cut with one. Quantised shards, and those
+    of an adapter alone, cannot be joined and are given as they are, each tensor named "rank/name". Raises
+    SourceError for what is broken, missing, unknown or cannot be joined."""
     found = sources.open(
         path,
         tag=tag,
@@ -67,7 +67,8 @@ def open(
         exclude_frozen=exclude_frozen,
         check_crc=check_crc,
     )
-    return found if found.facts.get("quant") is not None else whole(found, recipe)
+    as_it_is = found.facts.get("quant") is not None or found.facts.get("adapter") == "apart"
+    return found if as_it_is else whole(found, recipe)
 
 
 def told(ckpt: Checkpoint, world: int, layout: str) -> dict[str, JSON]:
