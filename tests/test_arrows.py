@@ -51,9 +51,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "files": CORE,
     "torchzip": (*CORE, "digest", "files"),
     "manifest": (*CORE, "digest", "files"),
-    "commit": (*CORE, "syscalls", "manifest"),
+    "commit": (*CORE, "digest", "syscalls", "manifest"),
     "writer": (*CORE, "digest", *FILES[:-1]),
-    "verification": (*CORE, "digest", "finite", *FILES, "expectation"),
+    "verification": (*CORE, "digest", "finite", *FILES, "expectation", "sources", "text"),
     # The way back, through sources, recipes and layouts.
     "inverse": CORE,
     "joining": (*PLAIN, "collector", "digest", "manifest", "inverse", "sources", "recipes", "layouts"),
@@ -61,7 +61,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "adapters": (*PLAIN, "lowrank", "finishes", "sources", "layouts"),
     # The spine.
     "planned": (*CORE, "planner", "files"),
-    "plancache": (*CORE, "planner", "planned"),
+    "plancache": (*CORE, "planner", "planned", "schemes", "quantplan"),
     "plans": (
         *PLAIN,
         "dequantised",
@@ -93,14 +93,15 @@ MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["text"] = CORE
 MAY_IMPORT["drawing"] = ()
 MAY_IMPORT["losses"] = (*CORE, "text", "drawing")
+MAY_IMPORT["serving_options"] = (*CORE, "layouts", "schemes")
 MAY_IMPORT["manager"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["terminal"] = (*CORE, "text")
-MAY_IMPORT["arguments"] = (*CORE, "text", "manager", "__init__")
+MAY_IMPORT["arguments"] = (*CORE, "text", "serving_options", "manager", "__init__")
 SPINE = (*MAY_IMPORT, "__init__", "_C")
 # An engine's plug-in mechanism opens these; nothing here imports them.
 MAY_IMPORT["engines"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT |= {door: SPINE for door in ("describe", "outline", "difference", "doctor", "zero_to_fp32")}
-for last in ("quant", "demo", "cli", "__init__"):
+for last in ("quant", "likeness", "demo", "cli", "__init__"):
     MAY_IMPORT[last] = (*MAY_IMPORT, "__init__", "_C")
 MAY_IMPORT["__main__"] = ("cli",)
 """Each room (a module, or a package with all its modules) and the other rooms it may import."""
@@ -114,7 +115,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("torchpickle",),
         ("torchfile",),
         ("torchtensors", "zero_state", "dcp_metadata"),
-        ("shards", "zero_parts"),
+        ("shards", "zero_parts", "zero_experts"),
         # one format each
         ("zero", "safetensors", "statedict", "dcp", "memory"),
         ("served", "peft", "training"),  # what fastckpt or PEFT wrote, in the two formats before them
@@ -148,7 +149,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """Cells within a package: a module imports siblings from cells before its own only."""
 
-TORCH = {"executors/torch", "executors/cuda", "tensors", "device", "resident", "crossing"}
+TORCH = {"executors/torch", "executors/cuda", "tensors", "device", "resident", "crossing", "likeness"}
 TORCH |= {"engines/vllm_loader", "engines/sglang"}
 TORCH |= {
     f"manager/{m}"

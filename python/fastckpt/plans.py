@@ -30,10 +30,11 @@ from .layouts.naming import Naming
 from .layouts.patterns import Patterns
 from .model import Model, Sizes
 from .placement import Placement
+from .plancache import Compiled
 from .planned import Names, PlannedTensors
 from .planner import Chunk, Kept, Slots, Table
 from .quantplan import Expansion, Quantised
-from .schemes import Quant
+from .schemes import SCHEMES, Quant
 from .target import Target
 from .torchzip import Wrap, torch_layout
 
@@ -99,6 +100,9 @@ class Wanted:
         expect("vocab_size", self.vocab_size, int, nothing)
         expect("max_shard_size", self.max_shard_size, str, int, nothing)
         expect("adapter", self.adapter, str, os.PathLike, nothing)
+        expect("apart", self.apart, bool)
+        if self.apart and self.adapter is None:
+            raise LayoutError("apart goes with adapter=: it is the adapter that is kept apart")
         expect("weights_key", self.weights_key, str, nothing)
         if self.weights_key == "":
             raise LayoutError("weights_key: wanted a key, got the empty string")
@@ -186,19 +190,26 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
                 yield rank, target
 
     extents = road.checkpoint.extents
-    cacheable = wanted.held is None and expansion is None and road.ours and bool(road.checkpoint.structure)
+    cacheable = wanted.held is None and road.ours and bool(road.checkpoint.structure)
     inputs = road.inputs(placement)
     key = _digest([inputs, list(ranks), plancache.code()])
-    found = plancache.load(key, len(extents)) if cacheable else None
-    quantised: dict[int, Quantised] = {}
+    scheme = None if expansion is None else expansion.quant.scheme
+    found = plancache.load(key, len(extents), scheme) if cacheable else None
+    quantised: Mapping[int, Quantised] = {}
+    kept: Sequence[Kept] | None
     if found is None:
+        spelled = {}
+        if expansion is not None:
+            spelled = quantplan.quantization_config(expansion.quant, expansion.shapes())
         made, kept, extents, needed, quantised = _compiled(stream, extents, expansion)
         if cacheable and kept is not None and extents is road.checkpoint.extents:
-            plancache.store(key, len(extents), made, kept)
+            plancache.store(key, len(extents), Compiled(made, tuple(kept), quantised, spelled))
     else:
-        made, kept = found
+        made, kept, quantised, spelled = found.made, found.chunks, found.quantised, dict(found.config)
         dense = prequantised.dense_bytes(extents)
         needed = sum(_needed(k.chunk().rows, dense) for k in kept)
+    if expansion is not None:
+        expansion.scanned.update(q.name for q in quantised.values() if q.scanned)
     rows = {r: made.of_rank(r) for r in ranks}
     for rank, own in rows.items():
         names = Counter(made.names[i] for i in own.tolist())
@@ -239,7 +250,7 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
         files=tuple(files),
         file_ranks=tuple(file_ranks),
         texts=tuple(texts),
-        config=road.config,
+        config=_quantised_config(road.config, spelled),
         aliases=aliases,
         options=road.options,
         extents=extents,
@@ -249,12 +260,8 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
         notes=road.notes,
         left_out=tuple(left_out),
         quantised=quantised,
-        scans=None if expansion is None or not expansion.scanned else _scans(road, expansion),
+        scans=None if expansion is None or not expansion.scanned else expansion.uncut,
     )
-
-
-def _scans(road: _Road, expansion: Expansion) -> Stream:
-    return lambda: expansion.uncut(lambda: road.targets(Placement()))
 
 
 def _present(aliases: Mapping[str, str], named: Sequence[Set[str]]) -> dict[str, str]:
@@ -371,6 +378,8 @@ class _Road:
                 "include": list(wanted.quant.include),
                 "exclude": list(wanted.quant.exclude),
             }
+            if wanted.quant.scheme != SCHEMES.get(wanted.quant.scheme.name):
+                options["scheme"] = repr(wanted.quant.scheme)  # the caller's own, whatever its name
         if wanted.dense:
             options["dense"] = True
         if adapter is not None:
@@ -469,12 +478,10 @@ class _Road:
         if quant is None:
             return self
         _require_dense(quant, wanted, self.naming(wanted.placement), config)
-        expansion = Expansion.of(quant, self.name, wanted.placement, self.targets(Placement()), sizes)
         text = self.config
-        if config is not None:
-            told = json.loads(text) if text is not None else dict(config)
-            told["quantization_config"] = quantplan.quantization_config(quant, expansion.whole)
-            text = (json.dumps(told, indent=2) + "\n").encode()
+        if config is not None and text is None:
+            text = json.dumps(dict(config)).encode()
+        expansion = Expansion(quant, self.name, wanted.placement, lambda: self.targets(Placement()), sizes)
         return replace(self, config=text, expansion=expansion)
 
     def inputs(self, placement: Placement) -> str:
@@ -554,6 +561,13 @@ def _config_text(
     told = dict(config) if wanted.vocab_size is None else {**config, "vocab_size": wanted.vocab_size}
     told |= resized or {}
     return (json.dumps(told, indent=2) + "\n").encode()
+
+
+def _quantised_config(config: bytes | None, spelled: Mapping[str, JSON]) -> bytes | None:
+    """The config.json with its `quantization_config`, where there is one."""
+    if config is None or not spelled:
+        return config
+    return (json.dumps({**json.loads(config), "quantization_config": spelled}, indent=2) + "\n").encode()
 
 
 def _dtype(config: Mapping[str, JSON] | None, asked: str | DType | None) -> DType | None:

@@ -57,7 +57,7 @@ class Quantised:
 
 @dataclass(frozen=True, slots=True)
 class Expansion:
-    """How targets are expanded. `whole`: name -> shape of every target of an uncut placement.
+    """How targets are expanded. `whole` starts the targets of an uncut placement.
 
     `sizes` of the model where the layout knows roles. `dense`: output name -> dense name; `scanned`: the
     dense names of what needs a first read; both are filled as targets pass."""
@@ -65,27 +65,30 @@ class Expansion:
     quant: Quant
     layout: str
     placement: Placement
-    whole: Mapping[str, tuple[int, ...]]
+    whole: Callable[[], Iterator[Target]]
     sizes: Sizes | None
     dense: dict[str, str] = field(default_factory=dict)
     scanned: set[str] = field(default_factory=set)
+    _shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
-    @staticmethod
-    def of(
-        quant: Quant, layout: str, placement: Placement, whole: Iterable[Target], sizes: Sizes | None
-    ) -> Expansion:
-        """Raises LayoutError where the layout has no place for the scheme, or no tensor is chosen."""
-        scheme = quant.scheme
-        if scheme.format not in FITS.get(layout, frozenset()):
+    def __post_init__(self) -> None:
+        scheme = self.quant.scheme
+        if scheme.format not in FITS.get(self.layout, frozenset()):
             raise LayoutError(
-                f"layout {layout} has no place for quantisation scheme {scheme.name}{WHY.get(layout, '')}"
+                f"layout {self.layout} has no place for quantisation scheme {scheme.name}"
+                f"{WHY.get(self.layout, '')}"
             )
-        shapes = {t.name: t.shape for t in whole}
-        if not any(quant.takes(n, s) for n, s in shapes.items()):
-            raise LayoutError(
-                f"quant {scheme.name}: no tensor is a matrix known by name; say which with include patterns"
-            )
-        return Expansion(quant, layout, placement, shapes, sizes)
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Name -> shape of every uncut target. Raises LayoutError where none is chosen."""
+        if not self._shapes:
+            self._shapes.update((t.name, t.shape) for t in self.whole())
+            if not any(self.quant.takes(n, s) for n, s in self._shapes.items()):
+                raise LayoutError(
+                    f"quant {self.quant.scheme.name}: no tensor is a matrix known by name; say which with "
+                    "include patterns"
+                )
+        return self._shapes
 
     def targets(self, targets: Iterable[Target]) -> Iterator[Target]:
         """A rank's targets, chosen ones expanded. Raises LayoutError naming the tensor that does not fit."""
@@ -100,9 +103,9 @@ class Expansion:
         name = self.dense[target.name]
         return Quantised(self.quant.scheme, name, target.view.dtype, target.shape, name in self.scanned)
 
-    def uncut(self, whole: Callable[[], Iterator[Target]]) -> Iterator[tuple[int, Target]]:
+    def uncut(self) -> Iterator[tuple[int, Target]]:
         """The uncut matrices whose largest magnitudes are read first."""
-        return ((0, t) for t in whole() if t.name in self.scanned)
+        return ((0, t) for t in self.whole() if t.name in self.scanned)
 
     def _expanded(self, target: Target) -> Iterator[Target]:
         scheme, name, shape = self.quant.scheme, target.name, target.shape
@@ -132,7 +135,7 @@ class Expansion:
 
     def _needs_scan(self, name: str, shape: tuple[int, ...], itemsize: int) -> bool:
         """Whether the scales reach beyond the rank's part, or beyond a band of it."""
-        scheme, whole = self.quant.scheme, self.whole[name]
+        scheme, whole = self.quant.scheme, self.shapes()[name]
         (down, across), at = scheme.shared, f"quant {scheme.name}: {name}"
         rows, columns = shape[-2:]
         cut_rows, cut_columns = rows != whole[-2], columns != whole[-1]
