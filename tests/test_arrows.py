@@ -116,6 +116,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("torchfile",),
         ("torchtensors", "zero_state", "dcp_metadata"),
         ("shards", "zero_parts", "zero_experts"),
+        ("zero_opening",),
         # one format each
         ("zero", "safetensors", "statedict", "dcp", "memory"),
         ("served", "peft", "training"),  # what fastckpt or PEFT wrote, in the two formats before them
