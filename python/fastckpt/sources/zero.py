@@ -45,6 +45,8 @@ def read(path: str, options: Options) -> Checkpoint:
     and for what is not supported: tensor and pipeline parallel grids."""
     files = find(path, options.tag, options.also)
     opening = Opening(files, options)
+    if files.universal is not None and options.weights == "master":
+        return _from_universal(path, opening)
     first = _first(opening) if files.optim else None
     if files.model is not None:
         model, state = opening.model(files.model)
@@ -142,19 +144,7 @@ def _from_masters(
 
     extents = Extents(opening.extents)
     found = parts(state, where)
-    entries = _module_entries(found.buffers, state, models[0], extents, "buffer")
-    if not options.exclude_frozen:
-        if found.lost:
-            raise SourceError(
-                f"{where}: the weights of {_short(list(found.lost))} are in no file "
-                "(exclude_frozen=True leaves them out)"
-            )
-        entries |= _module_entries(found.kept, state, models[0], extents, "frozen")
-        entries |= (
-            _frozen_cut(states, models, extents, where)
-            if at_stage_3
-            else _frozen_whole(state, models[0], extents, where)
-        )
+    entries = _beside_masters(found, opening, [state, *states[1:]], models, extents, at_stage_3)
     masters: dict[str, Entry] = {}
     for placed in layout:
         masters |= placed.entries(extents)
@@ -186,6 +176,60 @@ def _from_masters(
             *([places(e.tensor for e in experts.values())] if experts else []),
         ],
     )  # fmt: skip
+
+
+def _from_universal(path: str, opening: Opening) -> Checkpoint:
+    """A universal checkpoint: the masters whole, a file each, beside copies of the run's model states."""
+    files, where = opening.files, opening.files.folder
+    at_stage_3 = files.model is None
+    if files.model is not None:
+        model, state = opening.model(files.model)
+        models, states = [model], [state]
+    else:
+        models, states = _models_of_ranks(opening, len(files.model_of))
+        state = states[0]
+    if state.shapes is None or state.experts:
+        what = "experts of MoE layers" if state.experts else "ZeRO was off: param_shapes is None"
+        raise SourceError(f"{where}: a universal checkpoint that is not read: {what}")
+    held = opening.universal(trainable(state))
+    extents = Extents(opening.extents)
+    found = parts(state, where)
+    entries = _beside_masters(found, opening, states, models, extents, at_stage_3)
+    masters = {name: master.entry(extents, "parameter") for name, master in held.items()}
+    if not at_stage_3:  # its maker takes the order of the parameters from where round robin has another
+        copies = _module_entries(masters, state, models[0], extents, "parameter")
+        check_copy(_one_axis(copies), _one_axis(masters), where)
+    entries |= masters
+    return _assembled(
+        path, opening, state, entries, extents, found,
+        facts={"stage": 3 if at_stage_3 else "1 or 2", "universal": True, "weights": "master"},
+        unread=["optimizer moments", *_other_copy(opening.options, len(masters), at_stage_3)],
+        layout=[*_places_of(states), places(master.tensor for master in held.values())],
+    )  # fmt: skip
+
+
+def _beside_masters(
+    found: Parts,
+    opening: Opening,
+    states: Sequence[ModelState],
+    models: Sequence[Opened],
+    extents: Extents,
+    at_stage_3: bool,
+) -> dict[str, Entry]:
+    """Buffers, and the frozen parameters where they are wanted."""
+    where = opening.files.folder
+    entries = _module_entries(found.buffers, states[0], models[0], extents, "buffer")
+    if opening.options.exclude_frozen:
+        return entries
+    if found.lost:
+        raise SourceError(
+            f"{where}: the weights of {_short(list(found.lost))} are in no file "
+            "(exclude_frozen=True leaves them out)"
+        )
+    entries |= _module_entries(found.kept, states[0], models[0], extents, "frozen")
+    if at_stage_3:
+        return entries | _frozen_cut(states, models, extents, where)
+    return entries | _frozen_whole(states[0], models[0], extents, where)
 
 
 def _from_module(path: str, opening: Opening, model: Opened, state: ModelState) -> Checkpoint:

@@ -5,7 +5,7 @@ Law: of each file only the pickle and headers are read, and of a checkpoint only
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,8 +19,10 @@ from .torchfile import Tensor, TorchFile, Tree, Wanted
 from .torchtensors import whole
 from .zero_experts import check_files, tensors
 from .zero_files import Files
+from .zero_layout import Shape
 from .zero_parts import parts
 from .zero_state import ModelState, model_state, optim_state
+from .zero_universal import master, master_file, master_tensors
 
 THREADS = 8
 """Files opened at a time; the wait is for the file system."""
@@ -58,7 +60,8 @@ class Opening:
 
     def model(self, path: str) -> tuple[Opened, ModelState]:
         """A model-states file with the tensors that the options need."""
-        wanted = partial(_model_tensors, options=self.options)
+        copy = self.options.weights == "module" or self.files.universal is not None
+        wanted = partial(_model_tensors, options=self.options, copy=copy)
         opened = self._add(torchfile.load(path, check_crc=self.options.check_crc, wanted=wanted))
         return opened, model_state(opened.file.root, path)
 
@@ -78,6 +81,15 @@ class Opening:
                     raise SourceError(f"{opened.file.file.path}: {name} is in another expert's file too")
                 out[name] = Whole(opened, t)
         return out
+
+    def universal(self, shapes: Mapping[str, Shape]) -> dict[str, Whole]:
+        """The masters of a universal checkpoint by name, each in a file of its own."""
+        paths = {name: master_file(self.files, name) for name in shapes}
+        opened = self._many(list(paths.values()), master_tensors, {})
+        return {
+            name: Whole(o, master(o.file.root, shape, o.file.file.path))
+            for (name, shape), o in zip(shapes.items(), opened, strict=True)
+        }
 
     def fragments(self, paths: Sequence[str]) -> list[Opened]:
         """Model-states files with their frozen fragments."""
@@ -99,14 +111,14 @@ class Opening:
         return Opened(file, base)
 
 
-def _model_tensors(root: object, options: Options) -> list[Tensor]:
-    """What is needed of a model-states file: buffers, and weights that no optimizer file holds."""
+def _model_tensors(root: object, options: Options, copy: bool) -> list[Tensor]:
+    """What is needed of a model-states file: buffers, weights that no other file holds, all with `copy`."""
     state = model_state(root, "pickle")
     found = parts(state, "pickle")
     names: list[str] = list(found.buffers)
     if not options.exclude_frozen:
         names += found.kept
-    if options.weights == "module" or state.shapes is None:
+    if copy or state.shapes is None:
         names = list(state.module)
     tensors = [t for t in map(state.module.get, names) if isinstance(t, Tensor)]
     return tensors + ([] if options.exclude_frozen else list((state.fragments or {}).values()))
