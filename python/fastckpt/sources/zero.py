@@ -29,6 +29,7 @@ from .torchtensors import by_storage, places, whole
 from .zero_experts import check_files, is_expert, spread, tensors
 from .zero_files import Files, check_ranks, find, is_zero
 from .zero_layout import Flat, Placed, Shape, chained, sliced
+from .zero_order import check_order, comparable, sampled
 from .zero_parts import Parts, parts, trainable
 from .zero_sample import check_copy, number, read_at
 from .zero_state import ModelState, OptimState, model_state, optim_state
@@ -53,7 +54,7 @@ def read(path: str, options: Options) -> Checkpoint:
     opening = _Opening(files, options)
     first = _first(opening) if files.optim else None
     if files.model is not None:
-        model, state = opening.model(files.model)
+        model, state = opening.model(files.model, first)
         if state.shapes is None or (first is None and options.weights == "module"):
             return _from_module(path, opening, model, state)
         if first is not None and first.stage != 3:
@@ -101,9 +102,9 @@ class _Opening:
     opened: list[TorchFile] = field(default_factory=list)
     trees: dict[bytes, Tree] = field(default_factory=dict)  # of optimizer files, which are often identical
 
-    def model(self, path: str) -> tuple[_Opened, ModelState]:
-        """A model-states file with the tensors that the options need."""
-        wanted = partial(_model_tensors, options=self.options)
+    def model(self, path: str, first: OptimState | None = None) -> tuple[_Opened, ModelState]:
+        """A model-states file with the tensors that the options need; `first`: rank 0's optimizer state."""
+        wanted = partial(_model_tensors, options=self.options, first=first)
         opened = self._add(torchfile.load(path, check_crc=self.options.check_crc, wanted=wanted))
         return opened, model_state(opened.file.root, path)
 
@@ -144,8 +145,9 @@ class _Opening:
         return _Opened(file, base)
 
 
-def _model_tensors(root: object, options: Options) -> list[Tensor]:
-    """What is needed of a model-states file: buffers, and weights that no optimizer file holds."""
+def _model_tensors(root: object, options: Options, first: OptimState | None) -> list[Tensor]:
+    """What is needed of a model-states file: buffers, weights that no optimizer file holds, and copies that
+    tell whose masters an optimizer file holds."""
     state = model_state(root, "pickle")
     found = parts(state, "pickle")
     names: list[str] = list(found.buffers)
@@ -153,6 +155,8 @@ def _model_tensors(root: object, options: Options) -> list[Tensor]:
         names += found.kept
     if options.weights == "module" or state.shapes is None:
         names = list(state.module)
+    elif first is not None and first.stage != 3:
+        names += sampled(state.shapes, first.alignment, max(first.counts, default=1) or 1)
     tensors = [t for t in map(state.module.get, names) if isinstance(t, Tensor)]
     return tensors + ([] if options.exclude_frozen else list((state.fragments or {}).values()))
 
@@ -267,6 +271,11 @@ def _from_masters(
         check_copy(_one_axis(copies), _one_axis(masters), where)
         if of_all:
             masters = copies
+    notes: list[str] = []
+    if not at_stage_3 and not experts and options.weights != "module":
+        names = [n for n in sampled(shapes, alignment, world) if comparable(state.module.get(n))]
+        copies = _module_entries(names, state, models[0], extents, "parameter")
+        notes = check_order(layout, extents, _one_axis(copies), paths)
     entries |= masters
     return _assembled(
         path, opening, state, entries, extents, found,
@@ -279,7 +288,9 @@ def _from_masters(
             "weights": options.weights,
             **({"experts": list(state.experts)} if state.experts else {}),
         },
-        unread=[f"optimizer moments of {world} ranks", *_other_copy(options, len(masters), at_stage_3)],
+        unread=[
+            f"optimizer moments of {world} ranks", *_other_copy(options, len(masters), at_stage_3), *notes,
+        ],
         layout=[
             *(a.tobytes() for f in flats for a in (f.extent, f.offset, f.length)),
             *(a.tobytes() for placed in layout for a in (placed.numel, placed.start)),
