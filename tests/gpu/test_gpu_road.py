@@ -179,3 +179,30 @@ def test_sources_that_were_just_written(tmp_path: Path) -> None:
     fastckpt.reshard(source, layout="same", out=tmp_path / "out")
     (got,) = (load_file(p)["w"] for p in (tmp_path / "out").glob("*.safetensors"))
     assert torch.equal(got, torch.arange(2_000_000, dtype=torch.float32))
+
+
+def test_the_bytes_on_the_gpu_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    held = {n: t.contiguous() for n, t in state().items()}
+    save_file(held, tmp_path / "model.safetensors")
+    options = {"layout": "hf", "tp_plan": PLAN}
+    made = fastckpt.reshard(tmp_path, 4, rank=2, dtype="bfloat16", device="cuda", **options)
+    fastckpt.reshard(tmp_path, 4, dtype="bfloat16", out=tmp_path / "out", **options)
+    assert fastckpt.verify_tensors(made, tmp_path, 4, 2, **options).ok
+    assert fastckpt.verify_tensors(made, tmp_path / "out", rank=2).ok
+    made["1.down"].view(torch.int16)[100, 3] ^= 64
+    for found in (
+        fastckpt.verify_tensors(made, tmp_path, 4, 2, **options),
+        fastckpt.verify_tensors(made, tmp_path / "out", rank=2),
+    ):
+        assert found.problems == ("1.down: its bytes differ from the checkpoint's",)
+
+
+@pytest.mark.parametrize("quant", ["int8", "fp8", "fp8-block", "int4-group"])
+def test_quantised_tensors_on_the_gpu(tmp_path: Path, quant: str) -> None:
+    """By the CPU, from files and from GPU memory."""
+    held = {"a.q_proj.weight": torch.randn(768, 1280), "norm": torch.randn(5), "wide": torch.randn(900, 800)}
+    save_file(held, tmp_path / "model.safetensors")
+    options = {"layout": "hf", "tp_plan": {"*q_proj.weight": "rowwise", "*": "replicate"}, "quant": quant}
+    wanted = fastckpt.reshard(tmp_path, 2, **options)
+    for source in (tmp_path, {n: t.to("cuda") for n, t in held.items()}):
+        compare(fastckpt.reshard(source, 2, device="cuda", threads=3, **options), wanted)
