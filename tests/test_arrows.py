@@ -115,7 +115,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("torchpickle",),
         ("torchfile",),
         ("torchtensors", "zero_state", "dcp_metadata"),
-        ("shards", "zero_parts", "zero_experts", "zero_universal"),
+        ("shards", "zero_order", "zero_parts", "zero_experts", "zero_universal"),
         ("zero_opening",),
         # one format each
         ("zero", "safetensors", "statedict", "dcp", "memory"),
