@@ -58,6 +58,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "inverse": CORE,
     "joining": (*PLAIN, "collector", "digest", "manifest", "inverse", "sources", "recipes", "layouts"),
     "expectation": (*PLAIN, "manifest", "sources", "layouts", "joining"),
+    "foreign": (*PLAIN, "sources", "recipes", "layouts", "joining"),
     "adapters": (*PLAIN, "lowrank", "finishes", "sources", "layouts"),
     # The spine.
     "planned": (*CORE, "planner", "files"),
