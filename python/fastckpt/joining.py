@@ -151,7 +151,9 @@ def would_hold(
 
     Raises SourceError as `whole` does, RecipeError and LayoutError where the layout cannot cut this model."""
     phantom = _cut_from(ckpt, manifest)
-    model = _model(ckpt, replace(phantom, entries=Cast(phantom.entries, dtype)), manifest)
+    cast = Cast(phantom.entries, dtype)  # but for fp8, whose bytes are a quantised matrix's
+    entries = {n: e if e.dtype.itemsize == 1 else cast[n] for n, e in phantom.entries.items()}
+    model = _model(ckpt, replace(phantom, entries=entries), manifest)
     return [(p.rank, t) for p in grid(ckpt.path, manifest).ranks() for t in layout.targets(model, p)]
 
 
@@ -192,7 +194,7 @@ def _model(ckpt: Checkpoint, phantom: Checkpoint, manifest: Manifest, recipe: st
     config, options = _config(ckpt, manifest), manifest.record.options
     vocab, asked = options.get("vocab_size"), _recipe(ckpt, manifest, recipe).get("recipe")
     find = recipes.find(config) if asked is None else recipes.named(asked)
-    model = find(phantom, config, vocab_size=vocab if isinstance(vocab, int) else None)
+    model = recipes.model(find, phantom, config, vocab if isinstance(vocab, int) else None)
     if model.family != options.get("family"):
         raise SourceError(
             f"{ckpt.path}: cut with the recipe {options.get('family')}, and {asked or 'its config'} is for "
