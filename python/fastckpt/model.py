@@ -354,7 +354,8 @@ class Model:
     embedded tokens. `carried`: tensors that no server cuts. `ignored`: the names of the checkpoint that the
     recipe knows and leaves out. `parallel`: attention and the feed-forward block of a layer read the same
     input, side by side. `alibi`: attention is biased by ALiBi's slopes, which are no tensors of the hub.
-    `rope`: the rotary positions of latent attention."""
+    `rope`: the rotary positions of latent attention. `method`: how its matrices are quantised, as config's
+    quant_method spells it, "" where they are not."""
 
     family: str
     sizes: Sizes
@@ -373,3 +374,4 @@ class Model:
     parallel: bool = False
     alibi: bool = False
     rope: Rope | None = None
+    method: str = ""

