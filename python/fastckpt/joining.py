@@ -138,11 +138,13 @@ def would_hold(
     ckpt: Checkpoint, manifest: Manifest, layout: ByRoles, dtype: DType
 ) -> list[tuple[int, Target]]:
     """What every rank of an opened output would hold by another layout, as (rank, target): names, shapes and
-    dtypes, floats cast to `dtype`, and no bytes behind them.
+    dtypes, floats cast to `dtype` but for quantised ones, and no bytes behind them.
 
     Raises SourceError as `whole` does, RecipeError and LayoutError where the layout cannot cut this model."""
     phantom = _cut_from(ckpt, manifest)
-    model = _model(ckpt, replace(phantom, entries=Cast(phantom.entries, dtype)), manifest)
+    bytes_each = {n: e for n, e in phantom.entries.items() if e.dtype.itemsize == 1}
+    served = {**Cast(phantom.entries, dtype), **bytes_each}
+    model = _model(ckpt, replace(phantom, entries=served), manifest)
     return [(p.rank, t) for p in grid(ckpt.path, manifest).ranks() for t in layout.targets(model, p)]
 
 

@@ -17,6 +17,7 @@ import traceback
 os.environ |= {
     "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "TORCHDYNAMO_DISABLE": "1",
 }  # fmt: skip
 PROMPTS = ([5, 17, 301, 42], [7, 7, 99], [250, 3, 8, 120, 64, 33, 12])
 WORLD = 2

@@ -91,6 +91,7 @@ _KV_SCALES = {
     "fp8": tuple(Held(f"attn.{x}_scale", -1.0, float32=False) for x in ("k", "prob", "q", "v")),
 }
 _PLAIN = Served(quantised=_KV_SCALES)
+_FUSED = Served(quantised={"compressed-tensors": _KV_SCALES["compressed-tensors"]})
 _DEEPSEEK = Served(
     (*_STACKS, *_SHARED, *_ROUTER, *_LATENT),
     _ones("mla_attn.mla_attn"),
@@ -108,9 +109,9 @@ _VLLM_0_32: dict[str, Served] = {
     "gemma": _PLAIN,
     "gemma2": Served(quantised=_KV_SCALES, tied="embedding"),
     "gemma3_text": _PLAIN,
-    "phi3": _PLAIN,
+    "phi3": _FUSED,
     "glm": Served(hub_rows=True),
-    "glm4": _PLAIN,
+    "glm4": _FUSED,
     "mixtral": Served(_STACKS, quantised=_KV_SCALES, stages="all"),
     "qwen2_moe": Served((*_STACKS, *_SHARED), quantised=_KV_SCALES),
     "qwen3_moe": Served((*_STACKS, *_ROUTER), quantised=_KV_SCALES, stages="all"),
