@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import quant_oracle
 import torch
-from fastckpt import quantising, rounding, runs
+from fastckpt import quantising, quantplan, rounding, runs
 from fastckpt.cli import main
 from fastckpt.errors import LayoutError, SourceError, WriteError
 from fastckpt.executors import pick
@@ -228,6 +228,31 @@ def test_large_tensors_are_shared_out_and_leaves_fit(tmp_path, monkeypatch):
             values, scales = quant_oracle.quantised(x, scheme)
             assert torch.equal(got[name].view(torch.uint8), values.view(torch.uint8))
             assert torch.equal(got[name + SUFFIX.get(scheme, "_scale")], scales)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "int8-dynamic"])
+def test_what_fits_the_cache_is_read_once(tmp_path, monkeypatch, scheme):
+    """One scale for a matrix: found as it is quantised, or in a first read where it is larger."""
+    torch.manual_seed(2)
+    stack = torch.randn(3, 40, 56)
+    tensors = {"a.q_proj.weight": torch.randn(100, 72).bfloat16(), "experts.w2_weight": stack}
+    fastckpt.reshard(tensors, layout="same", out=tmp_path / "in")
+    digests = []
+    for size, scanned in ((2**21, 0), (1, 2 * 7200 + 4 * stack.numel())):
+        monkeypatch.setattr(quantplan, "DENSE_BYTES", size)
+        out = tmp_path / f"{size}"
+        report = fastckpt.reshard(tmp_path / "in", layout="same", quant=scheme, out=out, threads=2)
+        assert report.bytes_scanned == scanned
+        digests.append(report.digests)
+    assert digests[0] == digests[1]
+    memory = fastckpt.reshard(tensors, layout="same", quant=scheme, rank=0)
+    for got in (load_file(out / "model.safetensors"), memory):
+        for name, x in tensors.items():
+            for i, matrix in enumerate(x.reshape(-1, *x.shape[-2:])):
+                values, scale = quant_oracle.quantised(matrix, scheme)
+                made = got[name].reshape(-1, *x.shape[-2:])[i]
+                assert torch.equal(made.view(torch.uint8), values.view(torch.uint8))
+                assert got[name + "_scale"].reshape(-1)[i] == scale.item()
 
 
 def test_the_callers_tensors_are_filled():

@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
         help="with --weights-key: put this plain value of the checkpoint beside the weights; repeatable",
     )
     consolidate.set_defaults(
-        tp=1, pp=1, dp=1, ep=1, rank=None, config=None, recipe=None, tp_plan=None, vocab_size=None
+        tp=1, pp=1, dp=1, ep=1, rank=None, config=None, tp_plan=None, vocab_size=None
     )
 
     verify = command("verify", "check an output against its manifest: digests, headers, NaN and infinity")
@@ -185,6 +185,11 @@ def _source(p: argparse.ArgumentParser) -> None:
         help="leave out the parameters that were not trained",
     )
     p.add_argument("--check-crc", action="store_true", help="check the CRC32 of every record that is used")
+    p.add_argument(
+        "--recipe",
+        metavar="FAMILY",
+        help="a family that `recipes` lists, or your .py file (default: the config's model_type)",
+    )
 
 
 def _planning(p: argparse.ArgumentParser) -> None:
@@ -211,11 +216,6 @@ def _planning(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dtype", help="of the floats: a name, or `auto`, the config's (default: as stored)")
     p.add_argument(
         "--config", metavar="FILE", help="config.json or its directory (default: beside CHECKPOINT)"
-    )
-    p.add_argument(
-        "--recipe",
-        metavar="FAMILY",
-        help="a family that `recipes` lists, or your .py file (default: the config's model_type)",
     )
     p.add_argument("--tp-plan", metavar="FILE", help="JSON of name patterns, for a model no recipe knows")
     p.add_argument("--vocab-size", type=int, metavar="N", help="the embedding rows that count")

@@ -126,7 +126,7 @@ def _harmless(text: str) -> str:
 def _inspect(args: argparse.Namespace) -> int:
     from .describe import inspect
 
-    found = inspect(_opened(args))
+    found = inspect(_opened(args), recipe=args.recipe)
     if args.plot is not None:
         _plot(args.plot, found.losses)
     _show(args, found.text, found.json)
@@ -404,6 +404,7 @@ def _opened(args: argparse.Namespace) -> Checkpoint:
         weights=args.weights,
         exclude_frozen=args.exclude_frozen_parameters,
         check_crc=args.check_crc,
+        recipe=args.recipe,
     )
 
 

@@ -124,6 +124,7 @@ def inspect(
     weights: str = "master",
     exclude_frozen: bool = False,
     check_crc: bool = False,
+    recipe: str | None = None,
     biggest: int = 10,
 ) -> Inspection:
     """What a checkpoint holds, from its headers; the options are those of `open`.
@@ -140,6 +141,7 @@ def inspect(
             weights=weights,
             exclude_frozen=exclude_frozen,
             check_crc=check_crc,
+            recipe=recipe,
         )
     count: Counter[str] = Counter()
     held: Counter[str] = Counter()
@@ -147,7 +149,7 @@ def inspect(
         count[entry.dtype.name] += 1
         held[entry.dtype.name] += _nbytes(entry)
     large = heapq.nlargest(biggest, ckpt.entries.items(), key=lambda item: _nbytes(item[1]))
-    family, note = _family(ckpt)
+    family, note = _family(ckpt, recipe)
     return Inspection(
         path=ckpt.path,
         format=ckpt.format,
@@ -174,16 +176,17 @@ def inspect(
     )
 
 
-def _family(ckpt: Checkpoint) -> tuple[str | None, str]:
+def _family(ckpt: Checkpoint, recipe: str | None) -> tuple[str | None, str]:
     """The recipe that recognises every name and shape, or None and why not."""
     if ckpt.config is None:
         return None, "no config.json"
+    asked = recipe or ckpt.facts.get("recipe")
     try:
-        recipe = recipes.find(ckpt.config)
-        recipe(ckpt, ckpt.config)
+        find = recipes.named(asked) if isinstance(asked, str) else recipes.find(ckpt.config)
+        find(ckpt, ckpt.config)
     except RecipeError as e:
         return None, str(e)
-    return str(ckpt.config.get("model_type")), ""
+    return str(asked or ckpt.config.get("model_type")), ""
 
 
 def _of_kind(ckpt: Checkpoint, kind: str) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ Law: an extent lies inside its file or buffer; this is checked here, at construc
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -46,6 +47,11 @@ class Buffer:
     address: int
     nbytes: int
     device: str = "cpu"
+
+    def part(self, start: int, nbytes: int) -> NDArray[np.uint8]:
+        """Some of the bytes where they lie, which must be main memory; the caller keeps `owner` alive."""
+        held = (ctypes.c_uint8 * nbytes).from_address(self.address + start)
+        return np.frombuffer(memoryview(held), np.uint8)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

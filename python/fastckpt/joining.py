@@ -51,11 +51,13 @@ def open(
     weights: str = "master",
     exclude_frozen: bool = False,
     check_crc: bool = False,
+    recipe: str | None = None,
 ) -> Checkpoint:
     """The checkpoint at `path`, as `sources.open` has it; the shards of a serving layout as a whole model.
 
-    Quantised shards cannot be joined and are given as they are, each tensor named "rank/name". Raises
-    SourceError for what is broken, missing, unknown or cannot be joined."""
+    `recipe`: the file of a user's own recipe, where the shards were cut with one. Quantised shards cannot be
+    joined and are given as they are, each tensor named "rank/name". Raises SourceError for what is broken,
+    missing, unknown or cannot be joined."""
     found = sources.open(
         path,
         tag=tag,
@@ -65,7 +67,7 @@ def open(
         exclude_frozen=exclude_frozen,
         check_crc=check_crc,
     )
-    return found if found.facts.get("quant") is not None else whole(found)
+    return found if found.facts.get("quant") is not None else whole(found, recipe)
 
 
 def told(ckpt: Checkpoint, world: int, layout: str) -> dict[str, JSON]:
@@ -78,8 +80,9 @@ def told(ckpt: Checkpoint, world: int, layout: str) -> dict[str, JSON]:
 
 
 @paused()
-def whole(ckpt: Checkpoint) -> Checkpoint:
-    """The model that an opened output's shards were cut from; any other checkpoint as it is.
+def whole(ckpt: Checkpoint, recipe: str | None = None) -> Checkpoint:
+    """The model that an opened output's shards were cut from; any other checkpoint as it is. `recipe` as in
+    `open`; a recipe that was asked for by name is told in the facts.
 
     Names, shapes and tied names are those of the checkpoint it was cut from, dtypes those that were served;
     what the recipe left out is in `unread`. Raises SourceError where the record does not tell enough, or the
@@ -92,7 +95,7 @@ def whole(ckpt: Checkpoint) -> Checkpoint:
     known = dict(zip(phantom.extents, phantom.entries, strict=True))
     pieces: dict[str, dict[Place, Piece]] = {name: {} for name in phantom.entries}
     seen: set[str] = set()
-    for rank, target in _targets(ckpt, phantom, manifest):
+    for rank, target in _targets(ckpt, phantom, manifest, recipe):
         name = f"{rank}/{target.name}"
         held = ckpt.entries.get(name)
         if held is None or held.shape != target.shape:
@@ -124,7 +127,8 @@ def whole(ckpt: Checkpoint) -> Checkpoint:
         aliases=aliases,
         unread=tuple(unread),
         facts={k: v for k, v in ckpt.facts.items() if k not in ("options", "files")}
-        | {"tied": dict(aliases)},
+        | {"tied": dict(aliases)}
+        | _recipe(ckpt, manifest, recipe),
         structure=xxhash.xxh3_64_hexdigest(shaped.encode()),
     )
 
@@ -160,7 +164,9 @@ def grid(path: str, manifest: Manifest) -> Placement:
 # ---- the layout again ----
 
 
-def _targets(ckpt: Checkpoint, phantom: Checkpoint, manifest: Manifest) -> Iterator[tuple[int, Target]]:
+def _targets(
+    ckpt: Checkpoint, phantom: Checkpoint, manifest: Manifest, recipe: str | None
+) -> Iterator[tuple[int, Target]]:
     """Every rank's targets over the phantom, as (rank, target)."""
     record, name = manifest.record.options, manifest.record.layout
     placed = grid(ckpt.path, manifest)
@@ -173,17 +179,38 @@ def _targets(ckpt: Checkpoint, phantom: Checkpoint, manifest: Manifest) -> Itera
     layout = layouts.layout(name, {k: str(v) for k, v in texts.items()})
     if not layout.roles:
         raise SourceError(f"{ckpt.path}: layout {name} of {placed.world} ranks cannot be joined")
-    model = _model(ckpt, phantom, manifest)
+    model = _model(ckpt, phantom, manifest, recipe)
     for p in placed.ranks():
         yield from ((p.rank, t) for t in layout.targets(model, p))
 
 
-def _model(ckpt: Checkpoint, phantom: Checkpoint, manifest: Manifest) -> Model:
+def _model(ckpt: Checkpoint, phantom: Checkpoint, manifest: Manifest, recipe: str | None = None) -> Model:
     """The phantom by roles, as the recipe read it that the shards were made with."""
-    config = _config(ckpt, manifest)
-    recipe, vocab = (manifest.record.options.get(key) for key in ("recipe", "vocab_size"))
-    find = recipes.find(config if recipe is None else {"model_type": recipe})
-    return find(phantom, config, vocab_size=vocab if isinstance(vocab, int) else None)
+    config, options = _config(ckpt, manifest), manifest.record.options
+    vocab, asked = options.get("vocab_size"), _recipe(ckpt, manifest, recipe).get("recipe")
+    find = recipes.find(config) if asked is None else recipes.named(asked)
+    model = find(phantom, config, vocab_size=vocab if isinstance(vocab, int) else None)
+    if model.family != options.get("family"):
+        raise SourceError(
+            f"{ckpt.path}: cut with the recipe {options.get('family')}, and {asked or 'its config'} is for "
+            f"{model.family}"
+        )
+    return model
+
+
+def _recipe(ckpt: Checkpoint, manifest: Manifest, given: str | None) -> dict[str, str]:
+    """The recipe that was asked for by name, if any. A file's is the user's to name: a record runs none."""
+    said = manifest.record.options.get("recipe")
+    if not isinstance(said, str):
+        return {}
+    if not said.endswith(".py"):
+        return {"recipe": said}
+    if given is None or not given.endswith(".py"):
+        raise SourceError(
+            f"{ckpt.path}: cut with a recipe of a file, {said}, which is not run unless you name it: "
+            "recipe= (--recipe FILE)"
+        )
+    return {"recipe": given}
 
 
 def _config(ckpt: Checkpoint, manifest: Manifest) -> Mapping[str, JSON]:

@@ -114,6 +114,8 @@ class Attention:
     """Multi-head attention: `q` [heads * head_dim, hidden], `k` and `v` [kv_heads * head_dim, hidden],
     `o` [hidden, heads * head_dim]; query head h reads kv head h // (heads // kv_heads).
 
+    `gate` [heads * head_dim, hidden]: what a head gives to `o` is multiplied by the sigmoid of this
+    (Qwen3-Next); the hub stores it with `q`, under whose name it is, head by head [q; gate].
     `q_norm`, `k_norm`: per-head norms [head_dim]. `sinks`: one logit a query head [heads]; `relative`: the
     logits of relative positions [buckets, heads] (T5). `fused`: the hub's
     module that stores q, k and v as one (they then carry its name), None where the hub stores them apart;
@@ -130,6 +132,7 @@ class Attention:
     grouped: bool = False
     sinks: Parameter | None = None
     relative: Parameter | None = None
+    gate: Linear | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ Law: a worker's error stops all workers and is raised once, in the caller's thre
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +13,7 @@ from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .digest import combine, crc32, crc32_combine, leaf_digests
 from .dtypes import DTYPES
@@ -218,6 +218,9 @@ class ToFiles:
         self.leaves[first : first + len(at)] = digests
         self.files[int(self.slots.file[tensor])].write(int(self.slots.offset[tensor]) + offset, data)
 
+    def room(self, tensor: int, offset: int, nbytes: int) -> None:
+        """Files have no memory of their own."""
+
     def check(self, batch: Batch, filled: memoryview) -> None:
         """Refuse a batch that holds a NaN or an infinity, naming the tensor."""
         tensors = np.searchsorted(self.slots.leaf, batch.leaf, "right") - 1
@@ -264,21 +267,26 @@ class ToFiles:
         return total
 
 
-def put_into(buffers: Sequence[Buffer]) -> Callable[[int, int, memoryview], None]:
-    """Puts bytes of a tensor into its memory, from an offset on; `buffers` by the plan's tensor index."""
+class ToMemory:
+    """The end of a run over tensors that are filled where they lie; `buffers` by the plan's tensor index."""
 
-    def put(tensor: int, offset: int, data: memoryview) -> None:
-        ctypes.memmove(buffers[tensor].address + offset, np.frombuffer(data, np.uint8).ctypes.data, len(data))
+    def __init__(self, buffers: Sequence[Buffer]) -> None:
+        self.buffers = buffers
 
-    return put
+    def worker(self, lane: Lane) -> Worker:
+        """A worker whose batches are cut apart."""
 
+        def run(batch: Batch) -> None:
+            rows = batch.rows.copy()
+            used, rows["dst_buffer"] = np.unique(rows["dst_buffer"], return_inverse=True)
+            lane.run(rows, [self.buffers[i] for i in used.tolist()])
 
-def to_buffers(lane: Lane, buffers: Sequence[Buffer]) -> Worker:
-    """A worker that fills tensors where they lie; `buffers` by the plan's tensor index."""
+        return run
 
-    def run(batch: Batch) -> None:
-        rows = batch.rows.copy()
-        used, rows["dst_buffer"] = np.unique(rows["dst_buffer"], return_inverse=True)
-        lane.run(rows, [buffers[i] for i in used.tolist()])
+    def put(self, tensor: int, offset: int, data: memoryview) -> None:
+        """Copy bytes of a tensor to their place, from `offset` on."""
+        self.room(tensor, offset, len(data))[:] = np.frombuffer(data, np.uint8)
 
-    return run
+    def room(self, tensor: int, offset: int, nbytes: int) -> NDArray[np.uint8]:
+        """The memory of those bytes."""
+        return self.buffers[tensor].part(offset, nbytes)

@@ -51,10 +51,11 @@ class Wanted:
     """What a caller asked for, apart from the checkpoint and the place to put it.
 
     `placement` and `rank` (None: all ranks); `layout` by name or as an object; `config` as a path or a
-    mapping (None: the checkpoint's own); `recipe` by name (None: by the config); `tp_plan` name pattern ->
-    style; `vocab_size`: the embedding rows that count; `dtype` (None: as stored, "auto": the config's);
-    `max_shard_size` of a file; `container`: "safetensors" or "bin"; `sorted`: files ordered as
-    safetensors' save_file orders them, not as the source lies; `weights_key`, `client_state`: a training
+    mapping (None: the checkpoint's own); `recipe` by name (None: what served shards were cut with, else by
+    the config); `tp_plan` name pattern -> style; `vocab_size`: the embedding rows that count; `dtype` (None:
+    as stored, "auto": the config's); `max_shard_size` of a file; `container`: "safetensors" or "bin";
+    `sorted`: files ordered as safetensors' save_file orders them, not as the source lies; `weights_key`,
+    `client_state`: a training
     checkpoint around a single `.bin`; `held`: only these names are
     made, each as its dtype (a module to fill); `quant`: what is quantised on the way, and how;
     `dense`: what is quantised already is dequantised (dtype None: to what the config names, else bfloat16);
@@ -375,10 +376,12 @@ class _Road:
             )._quantising(wanted, config, None)
         by_roles = layout
         assert config is not None
-        recipe = recipes.find(config) if wanted.recipe is None else recipes.named(wanted.recipe)
+        told = ckpt.facts.get("recipe")
+        asked = told if wanted.recipe is None and isinstance(told, str) else wanted.recipe
+        recipe = recipes.find(config) if asked is None else recipes.named(asked)
         model = recipe(cast, config, vocab_size=wanted.vocab_size)
         options["family"] = model.family
-        options["recipe"] = wanted.recipe
+        options["recipe"] = asked
         options["config"] = xxhash.xxh3_64_hexdigest(json.dumps(dict(config), sort_keys=True).encode())
         if len(model.predictions) and _layout_name(layout) != "hf":
             notes += (f"layout {_layout_name(layout)} leaves out the layers of multi-token prediction",)

@@ -6,33 +6,37 @@ every value is made from the plan's own rows, its scales go out once, when the t
 
 from __future__ import annotations
 
-import ctypes
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from threading import Lock
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .dtypes import float16, int32
 from .errors import SourceError
-from .extents import Buffer, File
-from .planner import LEAF, NOTHING, Binding, Chunk, Slots, Table, cut, item_sizes
+from .extents import Buffer
+from .planner import LEAF, NOTHING, Binding, Chunk, Slots, Table, cut
 from .plans import Plan
-from .quantplan import Quantised, flat
-from .reader import Lane
+from .quantplan import DENSE_BYTES, Quantised, flat
+from .reader import Lane, plain
 from .rounding import Bytes, Error, Floats, Zeros, amax, quantise, scale_of, stored_zeros
 from .target import Target
-
-DENSE_BYTES = 1 << 21
-"""Dense bytes made at once, unless one row of blocks is more: they are read back from cache."""
 
 JOB_BYTES = 8 * LEAF
 """Values of one job, about: a large tensor is shared out among the workers."""
 
-Put = Callable[[int, int, memoryview], None]
-"""Takes the tensor, the bytes from its start (on a leaf) and its bytes from there on."""
+
+class End(Protocol):
+    """Where the bytes of a tensor go, from `offset` on, which is that of a digest leaf."""
+
+    def room(self, tensor: int, offset: int, nbytes: int) -> Bytes | None:
+        """The memory they may be made in; None where there is none."""
+
+    def put(self, tensor: int, offset: int, data: memoryview) -> None:
+        """Take them."""
 
 
 @dataclass(slots=True)
@@ -51,11 +55,24 @@ class _Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """Dense rows [row, row + count) of a tensor and what fills them; `rows` as a Batch's."""
+    """Dense rows [row, row + count) of a tensor: where they lie in memory already (`there`), or what fills
+    them (`rows`, as a Batch's)."""
 
     row: int
     count: int
     rows: Table
+    there: Bytes | None = None
+
+    def dense(self, lane: Lane, staging: Bytes, nbytes: int) -> Bytes:
+        """The rows' bytes, in `staging` if they lie nowhere as they are."""
+        if self.there is not None:
+            lane.bytes_read += nbytes
+            return self.there
+        held = lane.direct(self.rows, nbytes)
+        if held is not None:
+            return np.frombuffer(held, np.uint8)
+        lane.run(self.rows, [Buffer(staging, staging.ctypes.data, nbytes)])
+        return staging[:nbytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +88,12 @@ class Job:
 def bands(chunk: Chunk, target: int, binding: Binding, rows: int, width: int, step: int) -> Iterator[Band]:
     """The rows of one of the chunk's targets, a dense matrix of `rows` x `width` bytes, `step` at once."""
     mine = chunk.tensor == target
+    there = _in_memory(chunk.rows[mine], binding, rows * width)
+    if there is not None:
+        for row in range(0, rows, step):
+            count = min(step, rows - row)
+            yield Band(row, count, chunk.rows[:0], there[row * width : (row + count) * width])
+        return
     alone = Chunk(1, chunk.rows[mine], np.zeros(int(mine.sum()), np.int64))
     slots = Slots.of([0], [0], [rows * width])
     for batch in cut(alone, 0, slots, binding, stage=step * width, band=step * width, in_order=True):
@@ -130,8 +153,8 @@ class Quantising:
                 largest = np.repeat(one, told.shape[-2])
         return _Tensor(number, told, scales, np.zeros(scales.shape, np.int8), largest, jobs)
 
-    def worker(self, lane: Lane, put: Put, places: Sequence[File | Buffer]) -> Callable[[Job], None]:
-        """A worker with staging of its own for dense rows and for values; `places`: the binding's."""
+    def worker(self, lane: Lane, end: End) -> Callable[[Job], None]:
+        """A worker with staging of its own for dense rows and for values."""
         dense = np.empty(self.dense, np.uint8)
         values = np.empty(self.values, np.uint8)
         whole = memoryview(values.data)
@@ -142,56 +165,51 @@ class Quantising:
             _, columns = flat(told.shape)
             for band in job.bands:
                 n = band.count * columns
-                size = n * told.dtype.itemsize
-                there = _in_memory(band.rows, places, size)
-                if there is None:
-                    lane.run(band.rows, [Buffer(dense, dense.ctypes.data, size)])
-                    there = dense[:size]
-                else:
-                    lane.bytes_read += size
-                out = values[filled : filled + n * told.scheme.bits // 8]
+                there = band.dense(lane, dense, n * told.dtype.itemsize)
+                size = n * told.scheme.bits // 8
+                room = end.room(tensor.number, at, size)
+                out = values[filled : filled + size] if room is None else room
                 stop = band.row + band.count
                 given = None if tensor.largest is None else tensor.largest[band.row : stop]
                 found = quantise(there, told.dtype, band.count, columns, told.scheme, given, out)
                 if found is None:
                     raise _not_finite(told.name, band)
-                if told.scheme.block[0]:
-                    into = band.row // told.scheme.block[0]
+                if tensor.largest is None or told.scheme.block[0]:
+                    into = band.row // (told.scheme.block[0] or told.shape[-2])
                     tensor.scales[into : into + len(found.scales)] = found.scales
                     tensor.zeros[into : into + len(found.zeros)] = found.zeros
                 error += found.error
-                filled += len(out)
+                if room is not None:
+                    at += size
+                    continue
+                filled += size
                 if whole_leaves := filled // LEAF * LEAF:
-                    put(tensor.number, at, whole[:whole_leaves])
+                    end.put(tensor.number, at, whole[:whole_leaves])
                     at, filled = at + whole_leaves, filled - whole_leaves
                     values[:filled] = values[whole_leaves : whole_leaves + filled].copy()
             if filled:
-                put(tensor.number, at, whole[:filled])
+                end.put(tensor.number, at, whole[:filled])
             with tensor.lock:
                 tensor.jobs -= 1
                 tensor.error += error
                 last = tensor.jobs == 0
             if last:
                 for at, array in _beside(tensor):
-                    put(at, 0, memoryview(array.reshape(-1).view(np.uint8).data))
+                    end.put(at, 0, memoryview(array.reshape(-1).view(np.uint8).data))
                 self.errors[tensor.number] = tensor.error
 
         return run
 
 
-def _in_memory(rows: Table, places: Sequence[File | Buffer], nbytes: int) -> Bytes | None:
-    """The dense bytes of a band where they lie already, as they are, in main memory; else None."""
-    if len(rows) != 1 or rows["src_dtype"][0] != rows["dst_dtype"][0]:
+def _in_memory(rows: Table, binding: Binding, nbytes: int) -> Bytes | None:
+    """The dense bytes of a tensor where they lie already, as they are, in main memory; else None."""
+    if len(rows) != 1 or rows["src_buffer"][0] == NOTHING or not plain(rows[0], nbytes):
         return None
-    row = rows[0]
-    place = None if row["src_buffer"] == NOTHING else places[int(row["src_buffer"])]
-    item = int(item_sizes([int(row["src_dtype"])])[0])
+    row = binding.bind(rows)[0]
+    place = binding.places[int(row["src_buffer"])]
     if not isinstance(place, Buffer) or place.device != "cpu":
         return None
-    if row["shape"].tolist() != [1, 1, 1, nbytes // item] or row["src_stride"][3] != item:
-        return None
-    at = (ctypes.c_uint8 * nbytes).from_address(place.address + int(row["src"]))
-    return np.frombuffer(memoryview(at), np.uint8)
+    return place.part(int(row["src"]), nbytes)
 
 
 def _beside(tensor: _Tensor) -> Iterator[tuple[int, NDArray[np.generic]]]:
@@ -227,9 +245,8 @@ class Scan:
         def run(job: ScanJob) -> None:
             if len(staging[0]) < job.stop:
                 staging[0] = np.empty(job.stop, np.uint8)
-            dense = staging[0][: job.stop]
-            lane.run(job.band.rows, [Buffer(dense, dense.ctypes.data, job.stop)])
             band, (_, columns) = job.band, flat(job.target.shape)
+            dense = band.dense(lane, staging[0], job.stop)
             largest = amax(dense, job.target.view.dtype, band.count, columns)
             if not np.isfinite(largest).all():
                 raise _not_finite(job.target.name, band)
@@ -250,7 +267,9 @@ class ScanJob:
 
 
 def _step(told: Quantised) -> int:
-    """Rows made dense at once: whole blocks, a power of two, as leaves are."""
+    """Rows made dense at once: whole blocks, or a power of two, as leaves are."""
+    if told.scheme.block[0] == 0 and not told.scanned:
+        return told.shape[-2]
     fit = DENSE_BYTES // (told.shape[-1] * told.dtype.itemsize)
     return max(told.scheme.block[0], 1 << fit.bit_length() - 1 if fit else 1)
 

@@ -1,7 +1,8 @@
 """Which targets a quantised plan has: a chosen matrix becomes values, scales and what goes with them.
 
 Law: the scales are those of the uncut matrix, whatever the placement. A block or group that a cut would tear
-is refused; a scale that is shared across a cut comes from the uncut matrix, which is then read first.
+is refused; a scale that is shared across a cut, or by more than DENSE_BYTES, comes from the uncut matrix,
+which is then read first.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ FITS: dict[str, frozenset[str]] = {
     "vllm": frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8", "awq", "gptq"}),
 }
 """layout -> the formats it can hold. rtp_llm wants its own orders of quantised matrices: not made yet."""
+
+DENSE_BYTES = 1 << 21
+"""Dense bytes made at once, unless one row of blocks is more: they are read back from cache."""
 
 _FUSED = ("qkv_proj", "query_key_value", "gate_up_proj", "w13_weight", "fused_qkv_a_proj")
 
@@ -101,7 +105,7 @@ class Expansion:
                 f"quant {scheme.name}: {name} is {target.view.dtype}: quantised already, or of a type that "
                 f"is not; wanted {', '.join(d.name for d in DENSE)}"
             )
-        if self._needs_scan(name, shape):
+        if self._needs_scan(name, shape, target.view.dtype.itemsize):
             self.scanned.add(name)
         view = target.view
         if scheme.turned:
@@ -120,7 +124,7 @@ class Expansion:
             n = len(scheme.form_values(shape))
             yield Target(scheme.named(name, scheme.form), zeros((n,), scheme.form_dtype))
 
-    def _needs_scan(self, name: str, shape: tuple[int, ...]) -> bool:
+    def _needs_scan(self, name: str, shape: tuple[int, ...], itemsize: int) -> bool:
         """Whether the scales reach beyond the rank's part, or beyond a band of it."""
         scheme, whole = self.quant.scheme, self.whole[name]
         (down, across), at = scheme.shared, f"quant {scheme.name}: {name}"
@@ -142,7 +146,7 @@ class Expansion:
             raise LayoutError(
                 f"{at}: a rank holds {shape} of {whole}, cut on more than one axis of its scales"
             )
-        return shared
+        return shared and (cut_rows or cut_columns or rows * columns * itemsize > DENSE_BYTES)
 
     def _require_whole_blocks(self, name: str, shape: tuple[int, ...], cut: bool) -> None:
         down, rows = self.quant.scheme.shared[0], shape[-2]

@@ -300,7 +300,7 @@ class MappedLane:
         if len(rows) != 1 or nbytes == 0:
             return None
         place, start = int(rows["src_buffer"][0]), int(rows["src"][0])
-        if place not in self.reader.mappings or not _plain(rows[0], nbytes):
+        if place not in self.reader.mappings or not plain(rows[0], nbytes):
             return None
         self.lent = place, start, start + nbytes
         self.bytes_read += nbytes
@@ -314,7 +314,7 @@ class MappedLane:
             self.lent = None
 
 
-def _plain(row: np.void, nbytes: int) -> bool:
+def plain(row: np.void, nbytes: int) -> bool:
     """Whether a row copies `nbytes` as they are, from one run to the start of its destination."""
     item = int(item_sizes([int(row["dst_dtype"])])[0])
     shape = row["shape"].tolist()

@@ -64,7 +64,7 @@ def plan(
         grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size,
         quant=_quant(quant), dense=quant == DENSE, adapter=adapter, apart=apart,
     )  # fmt: skip
-    return plans.draft(_opened(ckpt), wanted)
+    return plans.draft(_opened(ckpt, recipe), wanted)
 
 
 def reshard(
@@ -122,7 +122,7 @@ def reshard(
     in_memory = not isinstance(out, (str, os.PathLike))
     if device != "cpu" and not in_memory:
         raise DeviceError(f"device {device!r}: files are written from main memory; leave device= out")
-    planned = run.planned(lambda: plans.draft(_opened(ckpt), wanted, in_memory=in_memory))
+    planned = run.planned(lambda: plans.draft(_opened(ckpt, recipe), wanted, in_memory=in_memory))
     if out is None:
         states, _ = run.to_memory(planned, device)
         return states if rank is None else states[0]
@@ -159,7 +159,7 @@ def prepare(
     device = _device(device)
     grid = _placement(tp, placement)
     wanted = Wanted(grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype)
-    planned = plans.draft(_opened(ckpt), wanted, in_memory=True)
+    planned = plans.draft(_opened(ckpt, recipe), wanted, in_memory=True)
     binding = Binding.of(planned.extents)
     if device == "cpu" or not resident(binding):
         raise DeviceError(f"prepare: wanted tensors on a GPU as source, device {device!r}; else use reshard")
@@ -183,6 +183,7 @@ def consolidate(
     weights: str = "master",
     exclude_frozen: bool = False,
     check_crc: bool = False,
+    recipe: str | None = None,
     safe_serialization: bool = False,
     max_shard_size: str | int | None = "5GB",
     dtype: str | DType | None = "float32",
@@ -197,7 +198,7 @@ def consolidate(
 ) -> Report | State:
     """The whole model in one directory, as DeepSpeed's zero_to_fp32 writes it: names, order, file names.
 
-    `path` and the options up to `check_crc` as in `open`; `dtype` of the floats (None: as stored), integer
+    `path` and the options up to `recipe` as in `open`; `dtype` of the floats (None: as stored), integer
     buffers are kept; `.bin` files unless `safe_serialization`. Without `out` the state dict is returned.
     `weights_key` wraps the weights into a single-file training checkpoint, with the plain values named in
     `client_state` beside them. Raises as `reshard` does."""
@@ -210,8 +211,9 @@ def consolidate(
         weights=weights,
         exclude_frozen=exclude_frozen,
         check_crc=check_crc,
+        recipe=recipe,
     )
-    opened = joining.whole(opened)
+    opened = joining.whole(opened, recipe)
     run = Run(threads, memory, progress)
     planned = run.planned(
         lambda: consolidation(
@@ -300,7 +302,7 @@ def load_into(
         grid, rank or 0, layout, config, recipe, tp_plan, vocab_size, held=tensors.dtypes_of(held)
     )
     run = Run(threads, memory, progress)
-    planned = run.planned(lambda: plans.draft(_opened(ckpt), wanted, in_memory=True))
+    planned = run.planned(lambda: plans.draft(_opened(ckpt, recipe), wanted, in_memory=True))
     made = {t.name for t in planned.tensors}
     tied = tensors.tied(held, made)
     missing = [n for n in held if n not in made and n not in tied]
@@ -385,5 +387,6 @@ def _by_rank(out: State | Sequence[State], rank: int | None) -> list[State]:
     return [out] if isinstance(out, Mapping) else list(out)
 
 
-def _opened(ckpt: Opened) -> Checkpoint:
-    return joining.whole(ckpt if isinstance(ckpt, Checkpoint) else joining.open(ckpt))
+def _opened(ckpt: Opened, recipe: str | None) -> Checkpoint:
+    opened = ckpt if isinstance(ckpt, Checkpoint) else joining.open(ckpt, recipe=recipe)
+    return joining.whole(opened, recipe)

@@ -118,7 +118,8 @@ def quantise(
     else it is found here. Returns None, with `out` undefined, where a value or a scale is NaN or infinite."""
     if dtype not in DENSE:
         raise LayoutError(f"quant: wanted values of {', '.join(d.name for d in DENSE)}, got {dtype}")
-    down, across = (1, columns) if largest is not None else (scheme.block[0], scheme.block[1] or columns)
+    down, across = scheme.block if largest is None else (1, 0)
+    down, across = down or rows, across or columns
     scales = np.empty((-(-rows // down), -(-columns // across)), np.float32)
     zeros = np.zeros(scales.shape, np.int8)
     if native and _C is not None:

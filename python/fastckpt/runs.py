@@ -23,10 +23,10 @@ from .files import parse_size
 from .lowrank import computed
 from .manifest import Manifest, Origin, Record
 from .merging import Merging
-from .pipeline import ToFiles, Worker, feed, put_into, to_buffers
+from .pipeline import ToFiles, ToMemory, Worker, feed
 from .planner import LEAF, Batch, Binding, compiled, cut
 from .plans import Plan
-from .quantising import Job, Put, Quantising, Scan
+from .quantising import End, Job, Quantising, Scan
 from .quantplan import flat
 from .reader import GAP, Lane, Mapped, Positioned, Reader
 from .rounding import Error, Floats
@@ -129,7 +129,8 @@ class Run:
 
     def _in_memory(self, planned: Plan, buffers: Sequence[Buffer], device: str) -> Report:
         if device == "cpu":
-            self._copy(planned, lambda lane: to_buffers(lane, buffers), put_into(buffers), apart=True)
+            end = ToMemory(buffers)
+            self._copy(planned, end.worker, end, apart=True)
         else:
             self._on_gpu(planned, buffers, device)
         return self._report(planned, None, {})
@@ -175,7 +176,7 @@ class Run:
             output.reserve(sum(f.nbytes for f in planned.files))
             files = [output.create(f, r) for f, r in zip(planned.files, planned.file_ranks, strict=True)]
             sink = ToFiles(planned.slots(), planned.tensors, files, finite=finite)
-            self._copy(planned, lambda lane: sink.worker(lane, self.band), sink.put)
+            self._copy(planned, lambda lane: sink.worker(lane, self.band), sink)
             began = time.perf_counter()
             if self.progress is not None:
                 self.progress(planned.output_bytes, planned.output_bytes, "sync")
@@ -194,7 +195,7 @@ class Run:
         return self._report(planned, out, _digests(manifest, planned.ranks))
 
     def _copy(
-        self, planned: Plan, worker: Callable[[Lane], Worker], put: Put | None = None, *, apart: bool = False
+        self, planned: Plan, worker: Callable[[Lane], Worker], end: End | None = None, *, apart: bool = False
     ) -> None:
         """Every batch of the plan through the readers and the executor."""
         largest = self._scan(planned)
@@ -226,9 +227,9 @@ class Run:
 
             def both(lane: Lane) -> Callable[[Batch | Job], None]:
                 copy = worker(lane)
-                if put is None:  # the plan quantises nothing
+                if end is None:  # the plan quantises nothing
                     return lambda item: None if isinstance(item, Job) else copy(item)
-                quantise = quantising.worker(lane, put, binding.places)
+                quantise = quantising.worker(lane, end)
                 return lambda item: quantise(item) if isinstance(item, Job) else copy(item)
 
             lanes = [reader.lane(executor) for _ in range(threads)]

@@ -1,7 +1,8 @@
 """Writes megatron_core.json: names and shapes of megatron-core's GPTModel, and its logits with our values.
 
-Run by hand where megatron-core is installed: `python layouts/make_megatron_golden.py` in `tests/`. Nothing
-needs a GPU. Layers are those of megatron's own spec; Transformer Engine's cannot be built without it.
+Run by hand where megatron-core is installed: `python layouts/make_megatron_golden.py` in `tests/`, once a
+version. Nothing needs a GPU; 0.19 imports triton. Its wheel wants Python 3.12, its core's Python files
+do not. Layers are those of megatron's own spec; Transformer Engine's cannot be built without it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import transformers
 from fastckpt import recipes
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
+from layouts import gated
 from megatron.core import package_info, tensor_parallel
 from megatron.core import parallel_state as ps
 from megatron.core.models.gpt import GPTModel
@@ -66,10 +68,14 @@ CASES = {
     "gemma": ("Gemma", SIZES | {"head_dim": 8, "tie_word_embeddings": True}),
     "deepseek_v2": ("DeepseekV2", SIZES | MLA | {"q_lora_rank": None}),
     "deepseek_v3": ("DeepseekV3", SIZES | MLA),
+    "gated": ("Qwen3Next", gated.CONFIG),
     "gpt2": ("GPT2", dict(vocab_size=208, n_embd=64, n_layer=2, n_head=8, n_positions=32)),
 }
 GRIDS = [(1, 1, 1, 1), (2, 1, 1, 2), (4, 1, 1, 4), (2, 2, 2, 2), (2, 1, 2, 1), (2, 2, 4, 1)]
 """(tp, dp, ep, expert_tp)"""
+CENTRED = ("gemma", "gated")
+"""Cases whose norms multiply by 1 + weight. Norms of torch are not zero-centred: what they hold differs by
+that, no name and no shape."""
 
 
 def hub(name):
@@ -94,6 +100,7 @@ def settings(name, grid):
         tensor_model_parallel_size=tp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp,
         hidden_dropout=0.0, attention_dropout=0.0, add_bias_linear=False, masked_softmax_fusion=False,
         bias_dropout_fusion=False, bias_activation_fusion=False, apply_rope_fusion=False,
+        transformer_impl="local",
     )  # fmt: skip
     if kind == "GPT2":
         common |= dict(num_layers=2, hidden_size=64, num_attention_heads=8, add_bias_linear=True)
@@ -104,9 +111,10 @@ def settings(name, grid):
         ffn_hidden_size=96, gated_linear_unit=True, activation_func=F.silu, normalization="RMSNorm",
         layernorm_epsilon=1e-6, kv_channels=get("head_dim"),
     )  # fmt: skip
-    if kind == "Gemma":
-        # Norms of torch are not zero-centred; only what holds them differs by that, no name and no shape.
+    if name == "gemma":
         common |= dict(activation_func=lambda x: F.gelu(x, approximate="tanh"))
+    if name == "gated":
+        common |= dict(attention_output_gate=True)
     if name == "biased":
         common |= dict(add_bias_linear=True)
     if kind == "Qwen2":
@@ -150,12 +158,17 @@ def built(name, grid, rank):
     return GPTModel(
         config, spec, vocab_size=padded, max_sequence_length=positions, position_embedding_type=kind,
         share_embeddings_and_output_weights=share, rotary_base=10000,
+        rotary_percent=0.25 if name == "gated" else 1.0,
     ).float()  # fmt: skip
 
 
-def table():
+ABSENT = {"0.19.2": ("deepseek_v2",)}
+"""Models that a version does not have: 0.19 wants a norm of queries in latent attention, low rank or not."""
+
+
+def table(cases):
     out = {}
-    for name in CASES:
+    for name in cases:
         experts = {"mixtral": 4, "qwen3_moe": 4, "deepseek_v2": 6, "deepseek_v3": 6}.get(name, 1)
         for grid in GRIDS:
             tp, dp, ep, etp = grid
@@ -183,9 +196,10 @@ def logits(name):
     if config.get("tie_word_embeddings"):
         kept.pop("lm_head.weight")
     options = {"spec": "local", "experts": "sequential"}
-    if name == "gemma":
+    if name in CENTRED:
         options["zero_centered_gamma"] = "true"
-    model = recipes.find(config)(memory(kept), config)
+    recipe = gated.RECIPE if name == "gated" else recipes.find(config)
+    model = recipe(memory(kept), config)
     ours = {
         t.name: torch.from_numpy(read(t.view).view("f4")).reshape(t.shape)
         for t in layout("megatron", options).targets(model, Placement())
@@ -198,7 +212,7 @@ def logits(name):
     mask = torch.ones(1, 1, 12, 12).triu(1).bool()
     with torch.no_grad():
         for n, p in held.items():
-            p.copy_(ours[n] + (1 if name == "gemma" and "layernorm" in n else 0))
+            p.copy_(ours[n] + (1 if name in CENTRED and "layernorm" in n else 0))
         if name == "gemma":  # what the model does beside its weights: embedded tokens are scaled
             theirs.embedding.register_forward_hook(lambda *a: a[-1] * 64**0.5)
         want = source(ids).logits
@@ -209,11 +223,20 @@ def logits(name):
 
 
 def main():
-    apart = {name: logits(name) for name in CASES if name not in NOT_RUN}
-    ranks, version = table(), package_info.__version__
-    golden = {"megatron-core": version, "logits": apart, "cases": CASES, "ranks": ranks}
-    (HERE / "megatron_core.json").write_text(json.dumps(golden, separators=(",", ":")) + "\n")
-    print(f"megatron-core {version}: {len(ranks)} ranks, logits apart by {apart}")
+    """Adds what the installed version says to what others said; names and shapes are to be the same."""
+    path, version = HERE / "megatron_core.json", package_info.__version__
+    golden = json.loads(path.read_text())
+    cases = [name for name in CASES if name not in ABSENT.get(version, ())]
+    golden["cases"] = CASES
+    golden["logits"][version] = {name: logits(name) for name in cases if name not in NOT_RUN}
+    ranks = table(cases)
+    others = {case: held for case, held in golden["ranks"].items() if case.split()[0] in cases}
+    if any(held != ranks[case] for case, held in others.items()):
+        raise SystemExit(f"megatron-core {version} names or shapes tensors otherwise than those before it")
+    golden["ranks"] |= ranks
+    golden["held"][version] = len(ranks)
+    path.write_text(json.dumps(golden, separators=(",", ":")) + "\n")
+    print(f"megatron-core {version}: {len(ranks)} ranks, logits apart by {golden['logits'][version]}")
 
 
 if __name__ == "__main__":

@@ -112,30 +112,34 @@ def _joined(name: str, linears: Sequence[Linear], kind: Beside) -> Beside:
 
 
 def qkv_part(attention: Attention, sizes: Sizes, placement: Placement) -> list[Linear]:
-    """The rank's q, k and v. With fewer kv heads than ranks, tp / kv_heads neighbouring ranks share one."""
+    """The rank's q, k and v; a gate is with q, as the hub stores it. With fewer kv heads than ranks,
+    tp / kv_heads neighbouring ranks share one."""
     tp, rank = placement.tp, placement.tp_rank
     groups = min(tp, sizes.kv_heads)
     shared = rank // (tp // groups)
-    q = out_part(attention.q, rank, tp)
-    return [q, out_part(attention.k, shared, groups), out_part(attention.v, shared, groups)]
+    q = attention.q
+    if attention.gate is not None:
+        q = regrouped(q.name, [q, attention.gate], sizes.head_dim)
+    kv = (out_part(x, shared, groups) for x in (attention.k, attention.v))
+    return [out_part(q, rank, tp), *kv]
 
 
 def regrouped(name: str, parts: Sequence[Linear], head_dim: int) -> Linear:
-    """q, k and v as one matrix: for each kv head its query heads, itself and its value head.
+    """Matrices as one, for each head of the last one: its share of the first one's heads, of the second's,
+    ... Of q, k and v these are each kv head's queries, itself and its value head.
 
     Raises LayoutError for quantised matrices."""
-    q, k, v = parts
     for part in parts:
         if part.beside:
             raise LayoutError(f"{name or part.name}: quantised q, k and v are not written head by head")
-    kv_heads = k.weight.shape[0] // head_dim
+    groups = parts[-1].weight.shape[0] // head_dim
 
     def by_group(views: Sequence[View]) -> View:
-        return cat([x.split(0, x.shape[0] // kv_heads) for x in views], 1).merge(0)
+        return cat([x.split(0, x.shape[0] // groups) for x in views], 1).merge(0)
 
-    biases = [x.bias for x in (q, k, v) if x.bias is not None]
-    weight = by_group([q.weight, k.weight, v.weight])
-    return replace(q, name=name, weight=weight, bias=by_group(biases) if biases else None)
+    biases = [x.bias for x in parts if x.bias is not None]
+    weight = by_group([x.weight for x in parts])
+    return replace(parts[0], name=name, weight=weight, bias=by_group(biases) if biases else None)
 
 
 def padded_part(view: View, multiple: int, index: int, count: int) -> View:

@@ -1,9 +1,10 @@
 """`megatron`: one rank's part of megatron-core's GPTModel, under its parameters' names.
 
-q, k and v are one `linear_qkv`, for each kv head its query heads, itself and its value head; its rows are cut
-evenly, also where a kv head's rows then fall to several ranks. Latent attention cuts what follows the low
-ranks. gate and up are one `linear_fc1` [gate_r; up_r]; the vocabulary is padded with zero rows, then cut.
-Layers are numbered within their stage. Source: megatron-core 0.16.1, core/transformer/{attention,
+q, k and v are one `linear_qkv`, for each kv head its query heads, their output gates where there are any
+(attention_output_gate), itself and its value head; its rows are cut evenly, also where a kv head's rows then
+fall to several ranks. Latent attention cuts what follows the low ranks. gate and up are one `linear_fc1`
+[gate_r; up_r]; the vocabulary is padded with zero rows, then cut.
+Layers are numbered within their stage. Source: megatron-core 0.16.1 and 0.19.2, core/transformer/{attention,
 multi_latent_attention,mlp}.py, core/transformer/moe/, core/models/gpt/gpt_layer_specs.py; the padding is
 Megatron-LM's vocab_size_with_padding.
 """
@@ -167,7 +168,8 @@ class Megatron:
         if moe.shared is not None:
             yield from _mlp(f"{at}.shared_experts", moe.shared, placement.tp_rank, placement.tp)
         if moe.shared_gate is not None:
-            yield Target(f"{at}.shared_experts.gate_weight", moe.shared_gate.weight)
+            for t in _unbiased("", moe.shared_gate):
+                yield Target(f"{at}.shared_experts.gate_weight", t.view)
 
     def _attention(
         self, at: str, attention: Attention, sizes: Sizes, placement: Placement
@@ -175,7 +177,8 @@ class Megatron:
         if attention.relative is not None:
             raise LayoutError(f"layout megatron has no place for {attention.relative.name}")
         rank, tp = placement.tp_rank, placement.tp
-        qkv = regrouped("", [attention.q, attention.k, attention.v], sizes.head_dim)
+        queries = [attention.q] if attention.gate is None else [attention.q, attention.gate]
+        qkv = regrouped("", [*queries, attention.k, attention.v], sizes.head_dim)
         yield from _linear(f"{at}.linear_qkv", out_part(qkv, rank, tp))
         yield from _linear(f"{at}.linear_proj", in_part(attention.o, rank, tp))
         if attention.sinks is not None:

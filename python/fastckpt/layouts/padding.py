@@ -138,10 +138,15 @@ def _attention(attention: Attention, old: Sizes, new: Sizes) -> Attention:
         more = new.heads // new.kv_heads - of_kv
         return view.split(axis, of_kv * each).pad(axis + 1, 0, more * each).pad(axis, 0, kv).merge(axis)
 
-    q, o = attention.q, attention.o
+    def rows(linear: Linear) -> Linear:
+        bias = None if linear.bias is None else queries(linear.bias, 0, d)
+        return replace(linear, weight=queries(linear.weight, 0, d), bias=bias)
+
+    o = attention.o
     return replace(
         attention,
-        q=replace(q, weight=queries(q.weight, 0, d), bias=None if q.bias is None else queries(q.bias, 0, d)),
+        q=rows(attention.q),
+        gate=None if attention.gate is None else rows(attention.gate),
         k=_out_padded(attention.k, new.kv_heads * d),
         v=_out_padded(attention.v, new.kv_heads * d),
         o=replace(o, weight=queries(o.weight, 1, d)),

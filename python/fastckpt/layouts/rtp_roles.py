@@ -272,6 +272,11 @@ def _attention(attention: Attention, model: Model, cut: Cut, making: Making, of:
         _whole_heads(one, cut)
     yield from _matrix(f"{of}attn_qkv_", qkv, (None, 1), one_scale=making.one_scale)
     yield from _matrix(f"{of}attn_o_", [attention.o], (1, cut.place.tp))
+    if attention.gate is not None:
+        no_bias(attention.gate)
+        if attention.gate.beside:
+            raise LayoutError(f"layout rtp_llm has no place for the quantised gate of {attention.gate.name}")
+        yield Whole("attn_gate_w", transpose([attention.gate.weight]))
     yield from norm("q_ln", attention.q_norm)
     yield from norm("k_ln", attention.k_norm)
 

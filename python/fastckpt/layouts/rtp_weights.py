@@ -60,6 +60,7 @@ NAMES: Mapping[str, str] = {
     "qk_ln_gamma": f"{_ATTENTION}.qk_layernorm.gamma",
     **_matrix("attn_qkv_", f"{_ATTENTION}.query_weight"),
     **_matrix("attn_o_", f"{_ATTENTION}.attention_output_weight"),
+    "attn_gate_w": f"{_ATTENTION}.gate.weight",
     "attn_i_smoother": f"{_ATTENTION}.query_weight.smoother",
     "attn_o_smoother": f"{_ATTENTION}.attention_output_weight.smoother",
     "attn_o_shift": f"{_ATTENTION}.attention_output_weight.shift",
@@ -133,6 +134,7 @@ _DEFAULT: dict[str, str] = {
     **{f"ffn_{kind}{end}": "ffn_sp_neg1" for kind in "wbsz" for end in "13"},
     **{f"ffn_{kind}13": "ffn_sp_neg1_w13" for kind in "wbsz"},
     **dict.fromkeys(("ffn_w2", "ffn_s2", "ffn_z2", "ffn_smoother", "vision_ffn_w2"), "ffn_sp_0"),
+    "attn_gate_w": "sp_attn_gate",
     "vision_attn_qkv_w": "sp_head",
     "vision_attn_qkv_b": "sp_head_b",
     "vision_attn_o_w": "sp_0",
@@ -168,11 +170,12 @@ TABLES: Mapping[str, Mapping[str, str]] = {
     | _OUT_IN
     | _SCALES
     | _LATENT
-    | {"attn_qkv_s": "sp_head_s_gemm_a8_block", "attn_o_s": "sp_neg1", "ffn_s2": "ffn_sp_neg1"},
+    | {"attn_qkv_s": "sp_head_s_gemm_a8_block", "attn_gate_w": "sp_0"}
+    | {"attn_o_s": "sp_neg1", "ffn_s2": "ffn_sp_neg1"},
     "fp8_channel": _DEFAULT
     | _OUT_IN
     | _SCALES
-    | {"attn_qkv_s": "sp_head_s_gemm_a8_channel"}
+    | {"attn_qkv_s": "sp_head_s_gemm_a8_channel", "attn_gate_w": "sp_0"}
     | dict.fromkeys(("attn_o_s", "ffn_s2"), "sp_id")
     | {"moe_s2": "ep"},
     "fp4_group": _DEFAULT

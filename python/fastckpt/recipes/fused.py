@@ -21,6 +21,12 @@ def qkv_parts(
     return _part(whole, groups, 0, q), _part(whole, groups, q, kv), _part(whole, groups, q + kv, kv)
 
 
+def q_gate_parts(whole: Linear, heads: int) -> tuple[Linear, Linear]:
+    """q and its output gate of a matrix that holds both head by head, each under its name."""
+    rows = whole.shape[0] // heads // 2
+    return _part(whole, heads, 0, rows), _part(whole, heads, rows, rows)
+
+
 def gate_up_parts(whole: Linear) -> tuple[Linear, Linear]:
     """gate and up of a matrix that holds [gate; up], both under its name."""
     half = whole.weight.shape[0] // 2

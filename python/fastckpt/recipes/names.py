@@ -26,7 +26,7 @@ from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import Attention, Experts, Layer, Layers, Lazy, Linear, Mlp, Model, Norm, Sizes
 from .claims import Claims, Dim, integer, vocabulary
-from .fused import gate_up_parts, qkv_parts
+from .fused import gate_up_parts, q_gate_parts, qkv_parts
 from .quantised import quantised
 
 Pattern = str | tuple[str, ...]
@@ -53,7 +53,8 @@ class Keys:
 class Names:
     """The names of a decoder's tensors; all end in `.weight`.
 
-    Attention has `q`, `k`, `v`, or `qkv` as one, `grouped` as in Attention; the feed-forward block has `up`
+    Attention has `q`, `k`, `v`, or `qkv` as one, `grouped` as in Attention; with `gated_q` `q` holds for each
+    head its query and then its output gate; the feed-forward block has `up`
     with or without a `gate`, or `gate_up` as one; with a `router` these are an expert's and hold `{e}`.
     `biases` and `transposed`: the roles that have a bias, or are stored [in, out], by their names here (norms
     too). `lm_head` None: it is the embedding. `tied`, `plus_one`, `ignored`: as in
@@ -72,6 +73,7 @@ class Names:
     v: Pattern | None = None
     qkv: Pattern | None = None
     grouped: bool = False
+    gated_q: bool = False
     q_norm: Pattern | None = None
     k_norm: Pattern | None = None
     gate: Pattern | None = None
@@ -92,6 +94,8 @@ class Names:
         apart = (self.q is None) + (self.k is None) + (self.v is None)
         if apart != (0 if self.qkv is None else 3):
             raise RecipeError(f"recipe {self.family}: wanted q, k and v, or qkv")
+        if self.gated_q and self.q is None:
+            raise RecipeError(f"recipe {self.family}: gated_q wants q, k and v apart")
         if (self.up is None) == (self.gate_up is None) or (self.gate and self.gate_up):
             raise RecipeError(f"recipe {self.family}: wanted up, with or without gate, or gate_up")
         if self.router is not None and self.gate is None:
@@ -165,11 +169,17 @@ class _Reading:
             for role, pattern in (("q_norm", names.q_norm), ("k_norm", names.k_norm))
         )
         if names.q is not None and names.k is not None and names.v is not None:
-            q = self.linear("q", names.q, q_rows, self.hidden, i)
+            wide = Dim(2 * q_rows.size, f"2 * {q_rows.key}") if names.gated_q else q_rows
+            q = self.linear("q", names.q, wide, self.hidden, i)
             k = self.linear("k", names.k, kv_rows, self.hidden, i)
             v = self.linear("v", names.v, kv_rows, self.hidden, i)
             o = self.linear("o", names.o, self.hidden, q_rows, i)
-            return lambda: Attention(q(), k(), v(), o(), q_norm(), k_norm())
+
+            def apart() -> Attention:
+                queries, gate = q_gate_parts(q(), self.heads) if names.gated_q else (q(), None)
+                return Attention(queries, k(), v(), o(), q_norm(), k_norm(), gate=gate)
+
+            return apart
         rows = Dim(q_rows.size + 2 * kv_rows.size, f"{q_rows.key} + 2 * {kv_rows.key}")
         whole = self.linear("qkv", names.qkv or "", rows, self.hidden, i)
         o = self.linear("o", names.o, self.hidden, q_rows, i)
