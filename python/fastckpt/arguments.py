@@ -92,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
         help="safetensors, not .bin",
     )
     consolidate.add_argument("--dtype", default="float32", help="of the float tensors (default: float32)")
+    _adapter(consolidate)
     consolidate.add_argument("--weights-key", metavar="KEY", help="one .bin file, {KEY: state dict}")
     consolidate.add_argument(
         "--client-state",
@@ -136,6 +137,10 @@ def parser() -> argparse.ArgumentParser:
 
 def _path(p: argparse.ArgumentParser) -> None:
     p.add_argument("path", metavar="CHECKPOINT", help="a directory or file of any known format")
+
+
+def _adapter(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--adapter", metavar="DIR", help="merge this PEFT adapter (LoRA) on the way")
 
 
 def _out(p: argparse.ArgumentParser) -> None:
@@ -219,7 +224,7 @@ def _planning(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--tp-plan", metavar="FILE", help="JSON of name patterns, for a model no recipe knows")
     p.add_argument("--vocab-size", type=int, metavar="N", help="the embedding rows that count")
-    p.add_argument("--adapter", metavar="DIR", help="merge this PEFT adapter (LoRA) on the way")
+    _adapter(p)
     p.add_argument("--apart", action="store_true", help="with --adapter: it alone, cut as CHECKPOINT is")
     p.add_argument("--quant", metavar="SCHEME", help="quantise on the way (int8, ...), or dequantise (none)")
     for name, meaning in (

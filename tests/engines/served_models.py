@@ -153,11 +153,11 @@ QUANTISED: dict[str, tuple[str, str]] = {
     f"{model}+{scheme}": (model, scheme)
     for model, schemes in {
         "llama": ("int8", "int8-matrix", "fp8-channel", "fp8-static", "fp8-matrix"),
-        "llama-tied": ("int8", "fp8-channel"),
+        "llama-tied": ("int8",),
         "llama-wide": ("fp8-block", "fp8-block-scale"),
-        "mistral": ("int8", "fp8-channel"),
+        "mistral": ("int8", "fp8-matrix"),
         "qwen2": ("int8", "fp8-matrix"),
-        "qwen3": ("int8", "fp8-channel"),
+        "qwen3": ("int8", "fp8-matrix"),
         "mixtral": ("int8", "fp8-channel", "fp8-matrix"),
         "mixtral-wide": ("fp8-block", "fp8-block-scale"),
         "qwen3_moe": ("int8", "fp8-channel", "fp8-matrix"),

@@ -8,6 +8,7 @@ token ids, so no tokenizer is needed.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -29,7 +30,8 @@ def generated(asked: dict) -> dict:
 
     llm = LLM(
         skip_tokenizer_init=True, max_model_len=64, enforce_eager=True, dtype="bfloat16", seed=0,
-        tensor_parallel_size=WORLD, distributed_executor_backend="external_launcher", **asked,
+        tensor_parallel_size=WORLD, distributed_executor_backend="external_launcher",
+        num_gpu_blocks_override=32, **asked,
     )  # fmt: skip
     greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False, logprobs=1)
     made = llm.generate([{"prompt_token_ids": list(p)} for p in PROMPTS], greedy, use_tqdm=False)
@@ -50,6 +52,7 @@ def rank(index: int, port: int, engines: list[dict]) -> None:
             told = generated(asked)
         except Exception:  # the next engine is asked all the same; the test reads what this one says
             told = {"error": traceback.format_exc()}
+        gc.collect()  # the engine of before and its cache
         destroy_model_parallel()  # only a mixture of experts gets a group of expert parallelism
         if index == 0:
             print("\nGENERATED " + json.dumps(told), flush=True)
