@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
-from importlib import metadata
 from pathlib import Path
 
 import inputs
 import pytest
 import table
 from fastckpt.files import parse_size
+from machine import deepspeed, machine
 from measure import Bench, Row
 
 
@@ -67,14 +66,6 @@ def work(folder: Path) -> object:
     shutil.rmtree(out)
 
 
-def deepspeed() -> str | None:
-    """DeepSpeed's version, without importing it."""
-    try:
-        return metadata.version("deepspeed")
-    except metadata.PackageNotFoundError:
-        return None
-
-
 @pytest.fixture(scope="session")
 def large(request: pytest.FixtureRequest, folder: Path, size: int) -> inputs.Input:
     writer = request.config.getoption("--writer")
@@ -100,24 +91,6 @@ def peer() -> None:
 def either(request: pytest.FixtureRequest) -> inputs.Input:
     """Few large tensors, then many small ones."""
     return request.getfixturevalue(request.param)
-
-
-def machine() -> dict[str, str | int]:
-    """What a reader of the figures must know of the machine; no names, no paths."""
-    from fastckpt import _C
-
-    cpu, memory = platform.machine(), 0
-    with open("/proc/cpuinfo") as f:
-        cpu = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), cpu)
-    with open("/proc/meminfo") as f:
-        memory = int(f.readline().split()[1]) >> 20
-    return {
-        "cpu": cpu, "cpus": len(os.sched_getaffinity(0)), "memory_gib": memory,
-        "best_instructions": _C.isas()[-1], "compiler": _C.compiler,
-        "system": f"{platform.system()} {platform.release()}", "python": platform.python_version(),
-        "torch": metadata.version("torch"), "numpy": metadata.version("numpy"),
-        "deepspeed": deepspeed() or "none",
-    }  # fmt: skip
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, object]) -> None:

@@ -303,15 +303,15 @@ def test_tensors_that_do_not_fit(tmp_path):
     refused("has B alone", {q: (a, b)}, {f"{q.replace('q_', 'k_')}.lora_B.weight": b.clone()})
     refused(r"got shape \(8, 8\)", {}, {"model.norm.weight": torch.ones(8, 8)}, layout="hf")
     refused("has no model.extra", {}, {"model.extra.weight": torch.ones(3)})
-    refused("layout hf alone", {q: (a, b)}, layout="vllm", apart=True)
-    refused("layout hf alone", {q: (a, b)}, quant="int8", apart=True)
+    refused("layouts hf and rtp_llm alone", {q: (a, b)}, layout="vllm", apart=True)
+    refused("layouts hf and rtp_llm alone", {q: (a, b)}, quant="int8", apart=True)
     tied_config, tied, _ = tiny.made("tied")
     other = hub(tmp_path / "tied", tied_config, tied)
     table = "model.embed_tokens"
     rows, width = tied[f"{table}.weight"].shape
     refused("is tied", {table: (torch.ones(4, rows), torch.ones(width, 4))}, tables=(table,), base=other)
     refused("are one tensor", {}, {f"{table}.weight": torch.ones(rows, width)}, base=other)
-    with pytest.raises(LayoutError, match="layout hf alone"):
+    with pytest.raises(LayoutError, match="layouts hf and rtp_llm alone"):
         fastckpt.reshard(base, apart=True)
     with pytest.raises(SourceError, match=r"adapter_config\.json"):
         fastckpt.reshard(base, adapter=tmp_path / "nowhere")
@@ -388,4 +388,4 @@ def test_on_the_command_line(tmp_path, capsys):
     assert main(["inspect", str(made / "adapter")]) == 0
     assert "lora_alpha" in capsys.readouterr().out
     assert main([*words[:2], str(tmp_path / "x"), "--apart"]) == 2
-    assert "layout hf alone" in capsys.readouterr().err and not (tmp_path / "x").exists()
+    assert "layouts hf and rtp_llm alone" in capsys.readouterr().err and not (tmp_path / "x").exists()

@@ -43,24 +43,25 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "reader": (*CORE, "planner", "_C"),
     "executors": (*CORE, "planner", "tiles", "_C"),
     "dequantised": (*CORE, "lowrank", "finishes", "rounding", "schemes"),
-    "merging": (*CORE, "lowrank", "finishes", "dequantised", "planner", "reader"),
+    "prequantised": (*CORE, "lowrank", "quantplan", "rounding", "schemes"),
+    "merging": (*CORE, "lowrank", "finishes", "dequantised", "prequantised", "rounding", "planner", "reader"),
     # What makes output real.
     "syscalls": CORE,
     "endings": (),
     "files": CORE,
     "torchzip": (*CORE, "digest", "files"),
     "manifest": (*CORE, "digest", "files"),
-    "commit": (*CORE, "syscalls", "manifest"),
+    "commit": (*CORE, "digest", "syscalls", "manifest"),
     "writer": (*CORE, "digest", *FILES[:-1]),
-    "verification": (*CORE, "digest", "finite", *FILES, "expectation"),
+    "verification": (*CORE, "digest", "finite", *FILES, "expectation", "sources", "text"),
     # The way back, through sources, recipes and layouts.
     "inverse": CORE,
     "joining": (*PLAIN, "collector", "digest", "manifest", "inverse", "sources", "recipes", "layouts"),
     "expectation": (*PLAIN, "manifest", "sources", "layouts", "joining"),
-    "adapters": (*CORE, "lowrank", "sources", "layouts"),
+    "adapters": (*PLAIN, "lowrank", "finishes", "sources", "layouts"),
     # The spine.
     "planned": (*CORE, "planner", "files"),
-    "plancache": (*CORE, "planner", "planned"),
+    "plancache": (*CORE, "planner", "planned", "schemes", "quantplan"),
     "plans": (
         *PLAIN,
         "dequantised",
@@ -73,14 +74,18 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "plancache",
         "schemes",
         "quantplan",
+        "prequantised",
         "digest",
         "files",
         "torchzip",
     ),
     "pipeline": (*CORE, "digest", "finite", "planner", "planned", "plans", "reader", *FILES),
     "quantising": (*CORE, "planner", "plans", "schemes", "quantplan", "rounding", "reader"),
+    "figures": (*CORE, "planner", "plans", "schemes", "quantplan", "prequantised", "rounding"),
     "tensors": (*CORE, "planner", "plans"),
-    "device": (*CORE, "lowrank", "digest", "planner", "plans", "reader", "pipeline", "executors"),
+    "device": (*CORE, "digest", "planner", "reader", "pipeline", "executors"),
+    "resident": (*CORE, "lowrank", "planner", "plans", "executors"),
+    "crossing": (*CORE, "device", "executors", "pipeline", "planner", "plans", "reader"),
 }
 MAY_IMPORT["runs"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")
@@ -88,9 +93,10 @@ MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["text"] = CORE
 MAY_IMPORT["drawing"] = ()
 MAY_IMPORT["losses"] = (*CORE, "text", "drawing")
+MAY_IMPORT["serving_options"] = (*CORE, "layouts", "schemes")
 MAY_IMPORT["manager"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["terminal"] = (*CORE, "text")
-MAY_IMPORT["arguments"] = (*CORE, "text", "manager", "__init__")
+MAY_IMPORT["arguments"] = (*CORE, "text", "serving_options", "manager", "__init__")
 SPINE = (*MAY_IMPORT, "__init__", "_C")
 # An engine's plug-in mechanism opens these; nothing here imports them.
 MAY_IMPORT["engines"] = (*MAY_IMPORT, "__init__")
@@ -109,7 +115,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("torchpickle",),
         ("torchfile",),
         ("torchtensors", "zero_state", "dcp_metadata"),
-        ("shards", "zero_parts"),
+        ("shards", "zero_parts", "zero_experts"),
         # one format each
         ("zero", "safetensors", "statedict", "dcp", "memory"),
         ("served", "peft", "training"),  # what fastckpt or PEFT wrote, in the two formats before them
@@ -126,6 +132,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("naming", "cuts", "servers", "padding", "engines"),
         ("rtp_merge", "rtp_split", "rtp_weights"),  # rtp-llm's catalogue, of which its layout is made
         ("rtp_roles", "rtp_rope"),
+        ("rtp_lora",),
         ("same", "hf", "vllm", "rtp_llm", "megatron", "patterns"),
         ("__init__",),
     ),
@@ -142,7 +149,8 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """Cells within a package: a module imports siblings from cells before its own only."""
 
-TORCH = {"executors/torch", "executors/cuda", "tensors", "device", "engines/vllm_loader", "engines/sglang"}
+TORCH = {"executors/torch", "executors/cuda", "tensors", "device", "resident", "crossing"}
+TORCH |= {"engines/vllm_loader", "engines/sglang"}
 TORCH |= {
     f"manager/{m}"
     for m in [

@@ -9,7 +9,7 @@ import fastckpt
 import pytest
 import torch
 from fastckpt import cli
-from fastckpt.errors import LayoutError
+from fastckpt.errors import FastckptError, LayoutError
 from fastckpt.layouts import layout
 from safetensors.torch import load_file, save_file
 
@@ -118,3 +118,27 @@ def test_a_name_without_a_version_is_the_newest_known(hub, tmp_path):
 def test_padded_widths_are_the_padded_configs(hub, tmp_path):
     check = written(hub, tmp_path / "out", tp=4, engine="vllm==0.32", pad="true", multiple="16")
     assert check(engine="vllm==0.32").problems == ()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "fp8-channel"])
+def test_shards_quantised_on_the_way(hub, tmp_path, scheme):
+    """For the engine, with what it holds beside a quantised model; without it, what is missing is named."""
+    for engine in ("vllm==0.32", ""):
+        out = tmp_path / f"out{engine}"
+        asked = layout("vllm", {"engine": engine})
+        fastckpt.reshard(hub, tp=2, layout=asked, quant=scheme, out=out, durable=False)
+        found = fastckpt.verify(out, engine="vllm==0.32")
+        assert found.ok == bool(engine), found.problems
+        states = fastckpt.reshard(hub, tp=2, layout=asked, quant=scheme)
+        assert ("model.layers.0.self_attn.attn.k_zero_point" in states[1]) == bool(engine)
+        told = json.loads((out / "config.json").read_text())["quantization_config"]
+        assert told["ignore"] == ["lm_head"]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [("int4-group32", "is not read"), ("awq-group32", "quantised by awq is not known; known are compressed")],
+)
+def test_what_an_engine_holds_of_four_bits_is_not_known(hub, scheme, message):
+    with pytest.raises(FastckptError, match=message):
+        fastckpt.plan(hub, tp=2, layout=layout("vllm", {"engine": "vllm==0.32"}), quant=scheme)

@@ -10,7 +10,7 @@ import torch
 from fastckpt import layouts as served_layouts
 from fastckpt import sources
 from fastckpt.digest import digest
-from fastckpt.errors import FastckptError, LayoutError, SourceError
+from fastckpt.errors import FastckptError, SourceError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
 from layouts import families, quantised, tiny
@@ -50,36 +50,6 @@ def cut(source, out, served, options=None, **more):
 
 
 REPLICATE = {"hf": {"replicate_kv": "true"}}
-UNEVEN = {("llama", "hf", 2), ("mixtral-odd", "hf", 2)}
-"""Vocabularies that do not divide."""
-CASES = [(n, "hf") for n in ("biased", "tied", "qwen2", "mixtral", "gpt2")]
-CASES += [(n, "vllm") for n in ("llama", "tied", "qwen3", "mixtral-odd", "gpt2")]
-CASES += [(n, "megatron") for n in ("llama", "tied", "biased", "mixtral", "gpt2")]
-CASES += [(n, "rtp_llm") for n in ("llama", "tied", "qwen2", "mixtral")]
-
-
-@pytest.mark.parametrize("tp", [1, pytest.param(4, marks=pytest.mark.nightly), 8])
-@pytest.mark.parametrize(("name", "served"), CASES)
-def test_whole_again(tmp_path, name, served, tp):
-    _, files = hub_of(tmp_path / "hub", tiny.made(name))
-    ckpt = cut(tmp_path / "hub", tmp_path / "cut", served, REPLICATE.get(served), tp=tp)
-    assert ckpt.format == "served"
-    same(ckpt, files)
-
-
-FEW = ["deepseek_v3", "gpt_oss", "falcon-new", "bloom", "phi3", "chatglm", "qwen2_moe"]
-
-
-def families_again(tmp_path, name, served, tp):
-    _, files = hub_of(tmp_path / "hub", families.made(name))
-    same(cut(tmp_path / "hub", tmp_path / "cut", served, REPLICATE.get(served), tp=tp), files)
-
-
-@pytest.mark.parametrize("name", FEW)
-def test_families_whole_again(tmp_path, name):
-    families_again(tmp_path, name, "vllm", 2)
-
-
 FROZEN = {
     ("hf", 1): "9971f21a92420177",
     ("hf", 4): "fe89662ec834cdae",
@@ -123,57 +93,6 @@ def test_shards_of_other_layouts_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(served_layouts, "VERSION", 2)
     with pytest.raises(SourceError, match="cut by version 1 of the layouts"):
         fastckpt.open(tmp_path / "cut")
-
-
-@pytest.mark.parametrize("name", ["t5", "whisper", "bert", "gpt_oss"])
-def test_families_cut_as_transformers_cuts_whole_again(tmp_path, name):
-    families_again(tmp_path, name, "hf", 2)
-
-
-@pytest.mark.parametrize("name", ["falcon-rw", "gpt_neox", "bloom"])
-def test_families_as_rtp_llm_has_them_whole_again(tmp_path, name):
-    families_again(tmp_path, name, "rtp_llm", 2)
-
-
-SERVED = ["hf", "vllm", "rtp_llm", "megatron"]
-NO_PLACE = {
-    "rtp_llm": {
-        "gemma2", "gemma3", "glm4", "deepseek_v2-lora", "gpt_oss", "t5", "t5-gated", "whisper",
-        "bert", "bert-alone", "bert-classes", "roberta",
-    },
-    "vllm": {"t5", "t5-gated", "whisper", "bert", "bert-alone", "bert-classes", "roberta"},
-    "megatron": {
-        "gemma2", "gemma3", "glm4", "deepseek_v2-lora", "t5", "t5-gated", "whisper",
-        "bert", "bert-alone", "bert-classes", "roberta", "bloom", "falcon-mqa", "falcon-11b", "falcon-new",
-        "falcon-rw", "gpt_neox",
-    },
-}  # fmt: skip
-"""What a layout has no name for; every other pair of family and layout is read back."""
-
-
-def pairs():
-    for name in [*tiny.MODELS, *families.FAMILIES, *families.ENCODERS, "chatglm"]:
-        yield from ((name, served) for served in SERVED)
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize(("name", "served"), list(pairs()))
-def test_every_family_and_layout_whole_again(tmp_path, name, served, tp):
-    made = (tiny if name in tiny.MODELS else families).made(name)
-    _, files = hub_of(tmp_path / "hub", made)
-    if name in NO_PLACE.get(served, ()):
-        with pytest.raises(LayoutError, match=f"layout {served}"):
-            cut(tmp_path / "hub", tmp_path / "cut", served, tp=tp)
-        return
-    if (name, served, tp) in UNEVEN:
-        tp = 1
-    options = REPLICATE.get(served)
-    if (name, served) == ("gemma", "rtp_llm"):
-        files = {n: x for n, x in files.items() if "norm" not in n}  # 1 + weight cannot be taken back
-    if (name, served) == ("gemma", "megatron"):
-        options = {"zero_centered_gamma": "true"}
-    same(cut(tmp_path / "hub", tmp_path / "cut", served, options, tp=tp), files)
 
 
 @pytest.mark.parametrize("served", ["hf", "vllm", "rtp_llm"])

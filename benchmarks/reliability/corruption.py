@@ -5,43 +5,18 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
 from fastckpt.errors import FastckptError
 from fastckpt.manager.manager import CheckpointManager
 from fastckpt.verification import verify
+from tally import Outcome
 
 PAGE = 4096
 KINDS = ("bit", "bit", "bit", "cut", "zero page", "zeros", "longer", "swapped", "gone", "moved")
-
-
-@dataclass(slots=True)
-class Found:
-    """Damages and clean loads, and what was missed or seen where nothing was."""
-
-    damages: int = 0
-    missed: int = 0
-    wrong: int = 0
-    clean: int = 0
-    alarms: int = 0
-    by_kind: Counter[str] = field(default_factory=Counter)
-    words: list[str] = field(default_factory=list)
-
-    @property
-    def good(self) -> bool:
-        return self.damages > 0 and not (self.missed or self.wrong or self.alarms)
-
-    def json(self) -> dict[str, object]:
-        """For the results."""
-        return {
-            "damages": self.damages, "missed by verify": self.missed, "restored wrong": self.wrong,
-            "clean loads": self.clean, "false alarms": self.alarms, "by_kind": dict(self.by_kind),
-            "words": self.words[:100],
-        }  # fmt: skip
 
 
 def state(step: int) -> dict[str, object]:
@@ -96,54 +71,51 @@ def damages(
             a = chance.randrange(len(data) - 2 * n + 1)
             b = chance.randrange(a + n, len(data) - n + 1)
             new = data[:a] + data[b : b + n] + data[a + n : b] + data[a : a + n] + data[b + n :]
+        elif name.startswith("fastckpt-rank-"):  # the commit record has all of it, so it may be missing
+            continue
         else:
             new = None
         if new != data:
             yield kind, name, new
 
 
-def run(root: Path, wanted: int, loads: int, seed: int, found: Found) -> None:
-    """`wanted` damages of a commit, one at a time, then `loads` clean restores."""
-    chance = random.Random(seed)
+def shares(work: Path, wanted: int, loads: int, seed: int, parts: int) -> list[Iterator[Outcome]]:
+    """The part in so many shares, each to be run in a process of its own."""
+    numbers = [(len(range(k, wanted, parts)), len(range(k, loads, parts))) for k in range(parts)]
+    return [outcomes(work / f"share-{k}", *n, f"{seed} {k}") for k, n in enumerate(numbers)]
+
+
+def outcomes(root: Path, wanted: int, loads: int, seed: str) -> Iterator[Outcome]:
+    """`wanted` damages of a commit, one at a time, then `loads` clean restores, every other with a verify."""
     with CheckpointManager(root, durable=False) as manager:
         for step in (0, 1):
             manager.save(step, state(step))
         path, other = Path(manager.path(1)), Path(manager.path(0))
-        # The commit record repeats each rank's record, which is read by nobody once it stands.
-        names = [
-            p.relative_to(path).as_posix()
-            for p in sorted(path.rglob("*"))
-            if p.is_file() and not p.name.startswith("fastckpt-rank-")
-        ]
+        names = [p.relative_to(path).as_posix() for p in sorted(path.rglob("*")) if p.is_file()]
         sound = {n: (path / n).read_bytes() for n in names}
-        others = {n: (other / n).read_bytes() for n in names}
-        made = damages(sound, others, chance)
-        for _ in range(wanted):
-            kind, name, data = next(made)
+        made = damages(sound, {n: (other / n).read_bytes() for n in names}, random.Random(seed))
+        for kind, name, data in islice(made, wanted):
             file = path / name
             if data is None:
                 file.unlink()
             else:
                 file.write_bytes(data)
-            seen = not verify(path, threads=1).ok
-            found.damages += 1
-            found.by_kind[kind] += 1
-            if not seen:
-                found.missed += 1
-                found.words.append(f"verify missed: {kind} of {name}")
-            if not _restores_right(root):
-                found.wrong += 1
-                found.words.append(f"restored wrong: {kind} of {name}")
+            seen, right = not verify(path, threads=1).ok, _restores_right(root)
             file.write_bytes(sound[name])
+            yield Outcome(
+                f"{kind} of {name}", "damages", kind,
+                {"missed": [] if seen else ["verify is content"], "wrong": [] if right else ["restored"]},
+            )  # fmt: skip
         want = state(1)
         for k in range(loads):
+            alarms = []
             try:
-                sane = equal(manager.restore(1), want) and (k % 2 or verify(path, threads=1).ok)
+                if not equal(manager.restore(1), want):
+                    alarms.append("the values differ")
+                alarms += () if k % 2 else verify(path, threads=1).problems
             except FastckptError as e:
-                sane = False
-                found.words.append(f"false alarm: {e}")
-            found.clean += 1
-            found.alarms += not sane
+                alarms.append(str(e))
+            yield Outcome(f"clean load {k}", "clean loads", "clean load", {"alarms": alarms})
 
 
 def _restores_right(root: Path) -> bool:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 
 from crashes import Call, Disk, read_log
 from fastckpt.errors import FastckptError
 from faults import Mode, Shim
 from program import Job, Roots, Save, clear, gather, judge, resume, spawn, train
-from tally import Tally
+from tally import Outcome
 
 
-def logged(shim: Shim, roots: Roots, job: Job) -> tuple[Path, list[Save], list[Call]]:
-    """The root, what stands in it, and the calls of an undisturbed run on all its ranks.
+def logged(shim: Shim, roots: Roots, job: Job) -> Run:
+    """An undisturbed run and the calls of all its ranks.
 
     A note "STEP VERSION" stands where a save was reported."""
     root, standing = roots.make(job)
@@ -33,49 +34,74 @@ def logged(shim: Shim, roots: Roots, job: Job) -> tuple[Path, list[Save], list[C
     found = list(read_log(log))
     log.unlink()
     roots.make(job)
-    return root, standing, found
+    return Run(job, Disk.of(root), standing, found)
 
 
-def run(shim: Shim, roots: Roots, job: Job, wanted: int, seed: int, tally: Tally) -> None:
-    """`wanted` crashes of one run, spread over its calls: what is surely left, and chances of what may be."""
-    root, standing, calls = logged(shim, roots, job)
-    begun = Disk.of(root)
-    places = [k for k, c in enumerate(calls) if c.kind != "n" and "/.fastckpt-meeting" not in c.path]
+@dataclass(frozen=True, slots=True)
+class Run:
+    """An undisturbed run: the disk before it, what was reported to stand there, and its calls."""
+
+    job: Job
+    begun: Disk
+    standing: list[Save]
+    calls: list[Call]
+
+    @property
+    def places(self) -> list[int]:
+        """The calls after which a crash is a point of its own."""
+        return [k for k, c in enumerate(self.calls) if c.kind != "n" and "/.fastckpt-meeting" not in c.path]
+
+
+def shares(
+    shim: Shim, work: Path, wanted: Mapping[int, int], seed: int, parts: int
+) -> list[Iterator[Outcome]]:
+    """The part in so many shares, each to be run in a process of its own.
+
+    After every call once (after some, where few are `wanted`) what was synced and no more; at random calls
+    that and a random part of the rest, until there are `wanted` crashes for each number of ranks."""
     chance = random.Random(seed)
-    tries = sorted([(k, True) for k in places] + [(k, False) for k in places for _ in range(4)])
-    if wanted < len(tries):
-        tries = sorted(chance.sample(tries, wanted))
-    for number, (k, sure, disk, reported) in enumerate(_crashes(begun, calls, tries, wanted)):
+    made: list[tuple[Run, list[tuple[int, int]]]] = []
+    for world, n in wanted.items():
+        jobs = (Job(world), Job(world, background=True), Job(world, fresh=True))
+        for at, job in enumerate(jobs):
+            run = logged(shim, Roots(work / "calls"), job)
+            mine = len(range(at, n, len(jobs)))
+            places = run.places
+            sure = chance.sample(places, min(len(places), mine // 2))
+            rest = [(chance.choice(places), chance.randrange(1, 1 << 30)) for _ in range(mine - len(sure))]
+            made.append((run, sorted([*((k, 0) for k in sure), *rest])))
+
+    def share(k: int) -> Iterator[Outcome]:
+        for run, tries in made:
+            yield from crashes(run, Roots(work / f"share-{k}"), tries[k::parts])
+
+    return [share(k) for k in range(parts)]
+
+
+def crashes(run: Run, roots: Roots, tries: list[tuple[int, int]]) -> Iterator[Outcome]:
+    """Crashes after calls, in order of the calls; with each the seed of what else is left, 0 for nothing."""
+    disk, at, job, root = deepcopy(run.begun), 0, run.job, roots.place
+    reported: list[Save] = []
+    for number, (k, seed) in enumerate(tries):
+        for call in run.calls[at : k + 1]:
+            if call.kind == "n":
+                step, version = map(int, call.path.split())
+                reported.append((step, version))
+            else:
+                disk.apply(call)
+        at = k + 1
         clear(root)
-        disk.crash(root, None if sure else chance)
-        verdict = judge(job, root, standing + reported, job.known)
+        disk.crash(root, random.Random(seed) if seed else None)
+        verdict = judge(job, root, run.standing + reported, job.known)
         restart = verdict.restart
         if verdict.good and number % 10 == 0:
             try:
                 restart = resume(job, root)
             except (FastckptError, OSError) as e:
                 restart = (f"{type(e).__name__}: {e}",)
-        where = f"{job}: crash after call {k} ({calls[k].kind} {os.path.basename(calls[k].path)})"
-        kind = "only what was synced" if sure else "and some of the rest"
-        tally.enter(where, job.ranks, kind, verdict, restart)
-
-
-def _crashes(
-    begun: Disk, calls: list[Call], tries: list[tuple[int, bool]], wanted: int
-) -> Iterator[tuple[int, bool, Disk, list[Save]]]:
-    """The disk after each call that is tried, and what had been reported by then; again until `wanted`."""
-    done = 0
-    while done < wanted:
-        disk, at = deepcopy(begun), 0
-        reported: list[Save] = []
-        for k, sure in tries[: wanted - done]:
-            while at <= k:
-                call = calls[at]
-                if call.kind == "n":
-                    step, version = map(int, call.path.split())
-                    reported.append((step, version))
-                else:
-                    disk.apply(call)
-                at += 1
-            yield k, sure, disk, reported
-            done += 1
+        call = run.calls[k]
+        yield Outcome(
+            f"{job}: crash after call {k} ({call.kind} {os.path.basename(call.path)}), seed {seed}",
+            job.ranks, "and some of the rest" if seed else "only what was synced",
+            {"lost": verdict.lost, "torn": verdict.torn, "restart": restart},
+        )  # fmt: skip

@@ -256,11 +256,12 @@ class Roots:
     """Directories for runs: empty, or with what stands before one, which was made once and is copied."""
 
     def __init__(self, work: Path) -> None:
-        self._work = work
+        work.mkdir(exist_ok=True)
+        self._work, self.place = work, work / "ck"
 
     def make(self, job: Job) -> tuple[Path, list[Save]]:
         """A new root for a job, and what was reported to stand in it."""
-        root = self._work / "ck"
+        root = self.place
         clear(root)
         if job.fresh:
             root.mkdir()

@@ -1,10 +1,11 @@
 """How reliable the manager is: calls that kill or fail, crashes that lose what was not synced, damaged bytes.
 
     python benchmarks/reliability/run.py [--size ci|nightly] [--only kills crashes damage]
-        [--ranks 1 2 4] [--json OUT]
+        [--ranks 1 2 4] [--workers N] [--json OUT]
 
 Exit code 1 where a commit was lost, a torn or damaged one passed for good, a restart did not find the newest,
-or a sound one was refused. Ctrl-C ends a part and tells what was done by then.
+or a sound one was refused. OUT is written anew every few seconds: a run that is stopped leaves what it saw,
+with the parts that did not end marked as such.
 """
 
 from __future__ import annotations
@@ -12,75 +13,163 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import selectors
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-import faults
+import faults  # noqa: E402
+from machine import commit, machine  # noqa: E402
+from tally import Outcome, Tally  # noqa: E402
 
-if TYPE_CHECKING:
-    from corruption import Found
-    from tally import Tally
-
-PARTS = ("kills", "crashes", "damage")
+FAULTS = {
+    "kills": ("lost", "torn", "restart"),
+    "crashes": ("lost", "torn", "restart"),
+    "damage": ("missed", "wrong", "alarms"),
+}
+"""The parts, and what can be wrong at a point of each."""
 SIZES = {
     "ci": {"kills": {1: 60, 2: 8, 4: 2}, "crashes": {1: 120, 2: 40}, "damage": 200, "loads": 100},
     "nightly": {
-        "kills": {1: 4000, 2: 800, 4: 200},
-        "crashes": {1: 4000, 2: 1500, 4: 500},
+        "kills": {1: 2000, 2: 2400, 4: 800},
+        "crashes": {1: 3000, 2: 2000, 4: 1000},
         "damage": 10_000,
         "loads": 10_000,
     },
 }
 """Points for each number of ranks; damages; clean loads."""
+_EVERY = 5.0
+"""Seconds between two writes of the results."""
 
 
-def kills(size: dict, work: Path, seed: int, tally: Tally) -> None:
-    import kills as part
-    from program import Roots
+def shares(name: str, size: dict, work: Path, seed: int, parts: int) -> list[Iterator[Outcome]]:
+    """A part of the run, cut for so many processes."""
+    if name == "damage":
+        import corruption
 
-    shim, roots = faults.Shim(), Roots(work)
-    for world, wanted in size["kills"].items():
-        for point in part.points(shim, roots, world, wanted, seed):
-            part.run(shim, roots, point, tally)
+        return corruption.shares(work, size["damage"], size["loads"], seed, parts)
+    shim = faults.Shim()
+    if name == "kills":
+        import kills
 
+        return kills.shares(shim, work, size["kills"], seed, parts)
+    import durability
 
-def crashes(size: dict, work: Path, seed: int, tally: Tally) -> None:
-    import durability as part
-    from program import Job, Roots
-
-    shim, roots = faults.Shim(), Roots(work)
-    for world, wanted in size["crashes"].items():
-        for job in (Job(world), Job(world, background=True), Job(world, fresh=True)):
-            part.run(shim, roots, job, wanted // 3, seed, tally)
+    return durability.shares(shim, work, size["crashes"], seed, parts)
 
 
-def damage(size: dict, work: Path, seed: int, found: Found) -> None:
-    import corruption as part
+def at_once(every: Sequence[Iterator[Outcome]], enter: Callable[[Outcome], None]) -> None:
+    """Run each share in a fork of this process and enter what they tell, as it comes."""
+    pids, told = [], selectors.DefaultSelector()
+    for share in every:
+        out, into = os.pipe()
+        pid = os.fork()
+        if not pid:
+            code = 70
+            try:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                os.setpgid(0, 0)
+                os.close(out)
+                for outcome in share:
+                    line = outcome.line()
+                    while line:
+                        line = line[os.write(into, line) :]
+                code = 0
+            except BaseException:
+                import traceback
 
-    part.run(work / "ck", size["damage"], size["loads"], seed, found)
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        os.close(into)
+        pids.append(pid)
+        told.register(out, selectors.EVENT_READ, bytearray())
+    try:
+        while told.get_map():
+            for key, _ in told.select():
+                piece, held = os.read(key.fd, 1 << 16), key.data
+                if not piece:
+                    told.unregister(key.fd)
+                    os.close(key.fd)
+                held += piece
+                *lines, rest = held.split(b"\n")
+                held[:] = rest
+                for line in lines:
+                    enter(Outcome.of(line))
+    except BaseException:
+        for pid in pids:
+            with suppress(ProcessLookupError):  # before it made its group
+                os.killpg(pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
+        raise
+    finally:
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    if any(codes):
+        raise RuntimeError(f"the processes that ran the points ended with {codes}")
+
+
+class Results:
+    """What was seen so far, in a file that is whole at any moment."""
+
+    def __init__(self, out: Path | None, options: dict[str, object]) -> None:
+        self.out, self.good = out, True
+        self.parts: dict[str, dict[str, object]] = {}
+        self.head = {
+            "date": datetime.now(timezone.utc).isoformat()[:16], "commit": commit(), "machine": machine(),
+            "options": options,
+        }  # fmt: skip
+
+    def begin(self, name: str) -> None:
+        """The next part."""
+        self.name, self.began, self.kept = name, time.perf_counter(), time.perf_counter()
+        self.tally = Tally(FAULTS[name])
+
+    def enter(self, outcome: Outcome) -> None:
+        """A point of it."""
+        self.tally.enter(outcome)
+        if time.perf_counter() - self.kept > _EVERY:
+            self.keep()
+
+    def keep(self, *, ended: bool = False) -> None:
+        """Write what there is."""
+        self.kept = time.perf_counter()
+        self.parts[self.name] = {
+            **self.tally.json(), "ended": ended, "seconds": round(self.kept - self.began, 1),
+        }  # fmt: skip
+        if self.out is not None:
+            staged = self.out.with_name(f"{self.out.name}.tmp")
+            staged.write_text(json.dumps({**self.head, **self.parts}, indent=1) + "\n")
+            staged.replace(self.out)
+
+    def end(self) -> None:
+        """The part is done."""
+        self.good = self.good and self.tally.good
+        self.keep(ended=True)
+        print(f"{self.name}: {json.dumps(self.parts[self.name])}", flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="How reliable the manager is, seen.")
     parser.add_argument("--size", choices=SIZES, default="ci")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--only", nargs="+", choices=FAULTS, default=FAULTS)
     parser.add_argument(
         "--ranks", nargs="+", type=int, choices=(1, 2, 4), help="only kills and crashes of these"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2 * len(os.sched_getaffinity(0)))
     parser.add_argument("--dir", type=Path, help="where the commits are made (default: in memory)")
     parser.add_argument("--json", type=Path, help="write the results there")
     args = parser.parse_args()
     faults.preloaded(Path(tempfile.gettempdir()) / f"fastckpt-shim-{os.getuid()}")
     import torch
-    from corruption import Found
     from program import warm
-    from tally import Tally
 
     torch.set_num_threads(1)
     warm()
@@ -89,21 +178,19 @@ def main() -> int:
     size = dict(SIZES[args.size])
     for name in ("kills", "crashes"):
         size[name] = {n: k for n, k in size[name].items() if args.ranks is None or n in args.ranks}
-    results: dict[str, dict[str, object]] = {}
+    options = {"size": args.size, "seed": args.seed, "workers": args.workers, "memory": place == memory}
+    results = Results(args.json, options)
     for name in args.only:
-        began, found = time.perf_counter(), Found() if name == "damage" else Tally()
+        results.begin(name)
         with tempfile.TemporaryDirectory(dir=place) as work:
             try:
-                globals()[name](size, Path(work), args.seed, found)
-                stopped = False
-            except KeyboardInterrupt:  # what was done by then is told
-                stopped = True
-        seconds = round(time.perf_counter() - began, 1)
-        results[name] = {**found.json(), "good": found.good, "stopped": stopped, "seconds": seconds}
-        print(f"{name}: {json.dumps(results[name])}", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps({"size": args.size, "seed": args.seed, **results}, indent=1) + "\n")
-    return 0 if all(r["good"] for r in results.values()) else 1
+                at_once(shares(name, size, Path(work), args.seed, args.workers), results.enter)
+            except KeyboardInterrupt:
+                return 130
+            finally:
+                results.keep()
+        results.end()
+    return 0 if results.good else 1
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from data import BirdDataset
 from fastckpt import CheckpointManager
+from fastckpt.errors import FastckptError
 from fastckpt.manager.uploaders import Uploader
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -144,6 +146,15 @@ class Run:
     fail_at: int | None = None
 
 
+@contextmanager
+def reported(what: str) -> Iterator[None]:
+    """Say that something failed which only tells of the training: the ranks go on together."""
+    try:
+        yield
+    except (FastckptError, OSError, RuntimeError, ValueError, TypeError) as e:
+        print(f"{what} failed, training goes on: {type(e).__name__}: {e}", flush=True)
+
+
 class Training:
     """The loop. Saves before the first step, every `save_every` steps, every epoch, and after an error."""
 
@@ -178,25 +189,33 @@ class Training:
                 self.save()  # where another rank is lost this fails too, and what stood stands
                 raise
         if self.run.artifacts is not None:
-            self.run.artifacts.close()
+            with reported("the last artifact"):
+                self.run.artifacts.close()
 
     def resume(self) -> None:
         """The newest commit, if any; the tracker and the auxiliary file on the first rank."""
         if self.manager.resume_step() is not None:
             self.manager.restore(template=self.state)
             self.step = self.manager.restored or 0
+        error: Exception | None = None
         if self.trainer.rank == 0:
             if self.step:
                 print(f"resumed at step {self.step}", flush=True)
-            self.tracker = Tracker(self.run.root, after=self.step)
-            if self.run.help_text:
-                held = {**self.told, "epoch": self.epoch, "weights": self.run.help_text}
-                write_aux(self.run.root / "aux.pt", held)
+            try:
+                self.tracker = Tracker(self.run.root, after=self.step)
+                if self.run.help_text:
+                    held = {**self.told, "epoch": self.epoch, "weights": self.run.help_text}
+                    write_aux(self.run.root / "aux.pt", held)
+            except (OSError, RuntimeError, ValueError, KeyError) as e:
+                error = e
+        if not self.trainer.all_well(error is None):  # nothing is trained yet: misconfiguration shows early
+            raise error or RuntimeError("the first rank cannot tell of the training")
 
     def save(self) -> None:
         """Commit where the job stands, unless it stands there already."""
         if self.trainer.rank == 0 and self.run.artifacts is not None:
-            self.run.artifacts.wait()  # a commit is not cleaned away while it is carried
+            with reported("an artifact"):
+                self.run.artifacts.wait()  # a commit is not cleaned away while it is carried
         client_state = None
         if self.trainer.client_state is None:
             self.state["epoch"] = self.epoch
@@ -250,12 +269,16 @@ class Training:
             seconds, self.began = time.perf_counter() - began, (time.perf_counter(), self.step)
             rate = (self.step - done) * self.run.batch * self.trainer.world / seconds
             said |= {"loss": loss, "samples_per_second": rate}
+        weights = None
         if self.step % self.run.show_every == 0:
             weights = self.trainer.weights()  # all ranks
-            if self.tracker is not None:
+        if self.tracker is None:
+            return
+        with reported(f"telling of step {self.step}"):
+            if weights is not None:
                 said["image"] = self.run.show(weights, batch, self.step)
-        if self.tracker is not None and said:
-            self.tracker.log({"step": self.step, "epoch": epoch, **said})
+            if said:
+                self.tracker.log({"step": self.step, "epoch": epoch, **said})
 
 
 def write_aux(path: Path, values: Mapping[str, object]) -> None:

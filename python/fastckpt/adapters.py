@@ -26,8 +26,10 @@ from .checkpoint import JSON, Checkpoint, Entry, Single
 from .dtypes import DType
 from .errors import LayoutError, SourceError
 from .extents import Extents, File
+from .finishes import multiple
 from .layouts.naming import Naming
 from .lowrank import Ints, LowRank, elements, lies_nowhere, nowhere, pitched, runs
+from .model import Linear, Thin
 from .sources import peft
 from .target import Target
 from .views import ZERO, View, cat, dense_strides, zeros
@@ -305,7 +307,7 @@ def cut(targets: Iterable[Target], adapter: Adapter, dtype: DType | None) -> Ite
         if target.name in adapter.saved and target.name.removesuffix(".weight") not in adapter.pairs:
             left.discard(target.name)
             yield Target(f"{PREFIX}{adapter.saved[target.name].name}", target.view)
-        for module, down, across in _parts(target, adapter.base):
+        for module, down, across in _parts(target.name, target.view, adapter.base):
             if module not in left:
                 raise LayoutError(f"adapter: two tensors of the layout hold parts of {module}.weight")
             left.discard(module)
@@ -324,14 +326,45 @@ def cut(targets: Iterable[Target], adapter: Adapter, dtype: DType | None) -> Ite
         raise LayoutError(f"adapter: the layout has no place for {', '.join(sorted(left)[:3])}")
 
 
+def by_roles(
+    make: Callable[[Callable[[Linear], Thin | None]], Iterable[Target]], adapter: Adapter, dtype: DType | None
+) -> Iterator[Target]:
+    """What a rank holds of the adapter by a layout that has names for it (`layouts.Adapts`), over a `hollow`
+    base: `make` gives its targets by what is added to a matrix, B times the adapter's scale.
+
+    Raises LayoutError where a matrix is not whole rows and columns of a module, and for a tensor of the
+    adapter that has no place."""
+    if adapter.saved:
+        raise LayoutError(f"adapter: the layout has no place for {next(iter(adapter.saved))} beside a base")
+    base = adapter.base
+    left = {m: math.prod(base.entries[f"{m}.weight"].shape) for m in adapter.pairs}  # elements with no place
+
+    def thin(linear: Linear) -> Thin | None:
+        found = [*_parts(linear.name, linear.weight, base)]
+        if not found:
+            return None
+        ((module, down, across),) = found
+        left[module] -= len(down) * len(across)
+        pair = adapter.pairs[module]
+        outputs, inputs = (across, down) if pair.flipped else (down, across)
+        b = multiple(pair.b_name, pair.b.build(), adapter.scale(module)).cast(_kind(pair.b.dtype, dtype))
+        a = pair.a.build().cast(_kind(pair.a.dtype, dtype))
+        return Thin(module, _picked(a, 1, inputs), _picked(b, 0, outputs))
+
+    yield from make(thin)
+    without = sorted(module for module, elements in left.items() if elements)
+    if without:
+        raise LayoutError(f"adapter: the layout has no place for all of {', '.join(without[:3])}")
+
+
 def _picked(view: View, axis: int, held: Ints) -> View:
     """result[.., i, ..] == view[.., held[i], ..]."""
     return cat([view.narrow(axis, start, stop - start) for start, stop in runs(held)], axis)
 
 
-def _parts(target: Target, base: Checkpoint) -> Iterator[tuple[str, Ints, Ints]]:
-    """The adapted modules whose weights a target is made of: (module, rows and columns of its weight)."""
-    view, d = target.view, len(target.view.boxes)
+def _parts(name: str, view: View, base: Checkpoint) -> Iterator[tuple[str, Ints, Ints]]:
+    """The adapted modules whose weights a view is made of: (module, rows and columns of its weight)."""
+    d = len(view.boxes)
     steps = dense_strides(view.boxes)
     found: dict[str, list[tuple[int, Ints, Ints]]] = {}
     for extent, _, first, *box in view.held.tolist():
@@ -349,11 +382,9 @@ def _parts(target: Target, base: Checkpoint) -> Iterator[tuple[str, Ints, Ints]]
         elif all(np.array_equal(x, downs[0]) for x in downs):
             down, across = downs[0], np.concatenate(acrosses)
         else:
-            raise LayoutError(f"adapter: {target.name} is not cut along rows or columns of {module}.weight")
+            raise LayoutError(f"adapter: {name} is not cut along rows or columns of {module}.weight")
         if len(down) * len(across) != view.numel:
-            raise LayoutError(
-                f"adapter: {target.name} {view.shape} holds more than a part of {module}.weight"
-            )
+            raise LayoutError(f"adapter: {name} {view.shape} holds more than a part of {module}.weight")
         yield module, down, across
 
 

@@ -9,7 +9,7 @@ import argparse
 import re
 from typing import NoReturn
 
-from . import __version__
+from . import __version__, serving_options
 from .errors import FastckptError
 from .manager.commands import add_parser as commands_of_manager
 
@@ -63,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
     plan = command("plan", "which bytes of which file would go where; nothing is written")
     _path(plan)
     _source(plan)
-    _planning(plan)
+    _rank(plan)
+    serving_options.add(plan)
     _files(plan)
     _threads(plan)
 
@@ -71,7 +72,8 @@ def parser() -> argparse.ArgumentParser:
     _path(reshard)
     _out(reshard)
     _source(reshard)
-    _planning(reshard)
+    _rank(reshard)
+    serving_options.add(reshard)
     _files(reshard)
     _run(reshard)
     reshard.add_argument("--device", default="cpu", help="where the copies run (default: cpu)")
@@ -92,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
         help="safetensors, not .bin",
     )
     consolidate.add_argument("--dtype", default="float32", help="of the float tensors (default: float32)")
-    _adapter(consolidate)
+    serving_options.adapter(consolidate)
     consolidate.add_argument("--weights-key", metavar="KEY", help="one .bin file, {KEY: state dict}")
     consolidate.add_argument(
         "--client-state",
@@ -137,10 +139,6 @@ def parser() -> argparse.ArgumentParser:
 
 def _path(p: argparse.ArgumentParser) -> None:
     p.add_argument("path", metavar="CHECKPOINT", help="a directory or file of any known format")
-
-
-def _adapter(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--adapter", metavar="DIR", help="merge this PEFT adapter (LoRA) on the way")
 
 
 def _out(p: argparse.ArgumentParser) -> None:
@@ -190,50 +188,16 @@ def _source(p: argparse.ArgumentParser) -> None:
         help="leave out the parameters that were not trained",
     )
     p.add_argument("--check-crc", action="store_true", help="check the CRC32 of every record that is used")
-    p.add_argument(
-        "--recipe",
-        metavar="FAMILY",
-        help="a family that `recipes` lists, or your .py file (default: the config's model_type)",
-    )
+    serving_options.add_recipe(p)
 
 
-def _planning(p: argparse.ArgumentParser) -> None:
-    for name, meaning in (("tp", "tensor"), ("pp", "pipeline"), ("dp", "data"), ("ep", "expert")):
-        p.add_argument(
-            f"--{name}", type=int, default=1, metavar="N", help=f"{meaning} parallelism (default: 1)"
-        )
+def _rank(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--rank",
-        type=_rank,
+        type=_rank_or_auto,
         metavar="R",
         help="one rank's part only; `auto` takes it from torchrun's or Slurm's environment",
     )
-    p.add_argument("--layout", default="hf", help="hf, vllm, rtp_llm, megatron or same (default: hf)")
-    p.add_argument(
-        "-L",
-        action="append",
-        type=_option,
-        default=[],
-        dest="layout_option",
-        metavar="KEY=VALUE",
-        help="an option of the layout; repeatable",
-    )
-    p.add_argument("--dtype", help="of the floats: a name, or `auto`, the config's (default: as stored)")
-    p.add_argument(
-        "--config", metavar="FILE", help="config.json or its directory (default: beside CHECKPOINT)"
-    )
-    p.add_argument("--tp-plan", metavar="FILE", help="JSON of name patterns, for a model no recipe knows")
-    p.add_argument("--vocab-size", type=int, metavar="N", help="the embedding rows that count")
-    _adapter(p)
-    p.add_argument("--apart", action="store_true", help="with --adapter: it alone, cut as CHECKPOINT is")
-    p.add_argument("--quant", metavar="SCHEME", help="quantise on the way (int8, ...), or dequantise (none)")
-    for name, meaning in (
-        ("include", "quantise these tensors too"),
-        ("exclude", "do not quantise these tensors"),
-    ):
-        p.add_argument(
-            f"--quant-{name}", action="append", default=[], metavar="PATTERN", help=f"{meaning}; repeatable"
-        )
 
 
 def _files(p: argparse.ArgumentParser) -> None:
@@ -264,13 +228,6 @@ def _quiet(p: argparse.ArgumentParser) -> None:
     p.add_argument("-q", "--quiet", action="store_true", help="print errors only")
 
 
-def _option(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise argparse.ArgumentTypeError(f"wanted KEY=VALUE, got {text!r}")
-    return key, value
-
-
 def _rename(text: str) -> tuple[str, str]:
     pattern, equals, replacement = text.rpartition("=")
     if not equals or not pattern:
@@ -286,7 +243,7 @@ def _strip_prefix(prefix: str) -> tuple[str, str]:
     return "^" + re.escape(prefix), ""
 
 
-def _rank(text: str) -> int | str:
+def _rank_or_auto(text: str) -> int | str:
     return text if text == "auto" else _natural(text)
 
 

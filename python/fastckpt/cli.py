@@ -20,6 +20,7 @@ from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING
 
+from . import serving_options
 from .arguments import UsageError, parser
 from .endings import Endings
 from .errors import FastckptError, WriteError
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from .losses import Loss
     from .plans import Plan
     from .runs import Report
-    from .schemes import Quant
     from .verification import VerifyReport
 
 INTERRUPTED, UNHEARD = 130, 141
@@ -77,6 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return failed(e, str(e), e.exit_code, e.usage)
     except FastckptError as e:
         return failed(e, str(e), e.exit_code)
+    except RuntimeError as e:
+        if (ending := _ending(e)) is None:
+            raise
+        return ending
     except (OSError, MemoryError) as e:
         return failed(e, str(e) or "out of memory", WriteError.exit_code)
     finally:
@@ -95,6 +99,19 @@ def _prepare() -> None:
     if soft != hard:
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _ending(error: BaseException) -> int | None:
+    """The exit code of the signal in whose wake an error was raised, if there was one: a second signal takes
+    locks of the standard library out of their owner's hands, and they raise RuntimeError in its place."""
+    before = error.__context__
+    while before is not None:
+        if isinstance(before, KeyboardInterrupt):
+            return INTERRUPTED
+        if isinstance(before, SystemExit) and isinstance(before.code, int):
+            return before.code
+        before = before.__context__
+    return None
 
 
 def _failed(
@@ -147,18 +164,18 @@ def _plot(path: str, found: Sequence[Loss]) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    _show_plan(args, _planned(args, _layout(args)))
+    _show_plan(args, _planned(args, serving_options.layout_of(args)))
     return 0
 
 
 def _reshard(args: argparse.Namespace) -> int:
     from .road import reshard
 
-    layout = _layout(args)
+    layout = serving_options.layout_of(args)
     if args.dry_run:
         _show_plan(args, _planned(args, layout))
         return 0
-    placement = _placement(args)
+    placement = serving_options.placement(args)
     with progress(as_json=args.json, quiet=args.quiet) as shown:
         report = reshard(
             _opened(args),
@@ -167,10 +184,10 @@ def _reshard(args: argparse.Namespace) -> int:
             layout=layout,
             config=args.config,
             recipe=args.recipe,
-            tp_plan=_tp_plan(args.tp_plan),
+            tp_plan=serving_options.tp_plan(args),
             vocab_size=args.vocab_size,
             dtype=args.dtype,
-            quant=_quant(args),
+            quant=serving_options.quant(args),
             adapter=args.adapter,
             apart=args.apart,
             allow_nonfinite=args.allow_nonfinite,
@@ -335,7 +352,7 @@ def _planned(args: argparse.Namespace, layout: Layout) -> Plan:
     """The plan of what `args` ask `reshard` for."""
     from .road import plan
 
-    placement = _placement(args)
+    placement = serving_options.placement(args)
     return plan(
         _opened(args),
         placement=placement,
@@ -343,10 +360,10 @@ def _planned(args: argparse.Namespace, layout: Layout) -> Plan:
         layout=layout,
         config=args.config,
         recipe=args.recipe,
-        tp_plan=_tp_plan(args.tp_plan),
+        tp_plan=serving_options.tp_plan(args),
         vocab_size=args.vocab_size,
         dtype=args.dtype,
-        quant=_quant(args),
+        quant=serving_options.quant(args),
         adapter=args.adapter,
         apart=args.apart,
         max_shard_size=args.max_shard_size,
@@ -410,10 +427,6 @@ def _opened(args: argparse.Namespace) -> Checkpoint:
     )
 
 
-def _placement(args: argparse.Namespace) -> Placement:
-    return Placement(tp=args.tp, pp=args.pp, dp=args.dp, ep=args.ep)
-
-
 def _rank(asked: int | str | None, placement: Placement) -> int | None:
     """The rank asked for; "auto" is torchrun's or Slurm's, whose world must be the placement's."""
     if not isinstance(asked, str):
@@ -429,35 +442,3 @@ def _rank(asked: int | str | None, placement: Placement) -> int | None:
                 raise FastckptError(f"--rank auto: {world}={said[1]}, but {placement.world} ranks are served")
             return int(said[0])
     raise FastckptError(f"--rank auto: neither {' nor '.join(r for r, _ in LAUNCHERS)} is set; say --rank N")
-
-
-def _layout(args: argparse.Namespace) -> Layout:
-    from .layouts import layout
-
-    return layout(args.layout, dict(args.layout_option))
-
-
-def _quant(args: argparse.Namespace) -> Quant | str | None:
-    from .schemes import Quant
-
-    if args.quant == "none" and not (args.quant_include or args.quant_exclude):
-        return "none"
-    if args.quant is not None:
-        scheme = Quant.of(args.quant).scheme
-        return Quant(scheme, tuple(args.quant_include), tuple(args.quant_exclude))
-    if args.quant_include or args.quant_exclude:
-        raise FastckptError("--quant-include and --quant-exclude go with --quant SCHEME")
-    return None
-
-
-def _tp_plan(path: str | None) -> dict[str, str] | None:
-    if path is None:
-        return None
-    try:
-        with open(path, encoding="utf-8") as f:
-            found = json.load(f)
-    except (OSError, ValueError) as e:
-        raise FastckptError(f"--tp-plan {path}: {e}") from None
-    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
-        raise FastckptError(f'--tp-plan {path}: wanted {{"name pattern": "style", ...}}')
-    return found

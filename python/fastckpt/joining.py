@@ -91,6 +91,8 @@ def whole(ckpt: Checkpoint, recipe: str | None = None) -> Checkpoint:
         return ckpt
     manifest = Manifest.read(ckpt.path)
     record = manifest.record.options
+    if record.get("quant") is not None:
+        raise SourceError(f"{ckpt.path}: quantised to {record['quant']}, which cannot be taken back")
     phantom = _cut_from(ckpt, manifest)
     known = dict(zip(phantom.extents, phantom.entries, strict=True))
     pieces: dict[str, dict[Place, Piece]] = {name: {} for name in phantom.entries}
@@ -228,8 +230,9 @@ def _config(ckpt: Checkpoint, manifest: Manifest) -> Mapping[str, JSON]:
 def _cut_from(ckpt: Checkpoint, manifest: Manifest) -> Checkpoint:
     """The checkpoint the shards were cut from, with an extent a tensor and no byte behind it."""
     record = manifest.record.options
-    if record.get("quant") is not None:
-        raise SourceError(f"{ckpt.path}: quantised to {record['quant']}, which cannot be taken back")
+    match record.get("adapter"):
+        case ["apart", *_]:
+            raise SourceError(f"{ckpt.path}: an adapter alone, cut for a layout; open the adapter itself")
     if not isinstance(record.get(TOLD), dict):
         raise SourceError(
             f"{ckpt.path}: its record does not tell what the shards were cut from: made by an older version"

@@ -83,6 +83,16 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
+class Thin:
+    """What an adapter adds to a matrix, kept apart: `b` @ `a`, of `a` [rank, in] and `b` [out, rank], the
+    latter times the adapter's scale already. `module`: the hub's that was adapted."""
+
+    module: str
+    a: View
+    b: View
+
+
+@dataclass(frozen=True, slots=True)
 class Norm:
     """A normalisation over the last axis. `name`: the hub's module; `weight` and `bias` [features];
     `plus_one`: the factor is 1 + weight (Gemma)."""

@@ -48,40 +48,42 @@ AHEAD = 32
 
 
 class _Waiting(Generic[Item]):
-    """Batches between the caller that makes them and the workers that run them, by the place they go to."""
+    """Batches between the caller that makes them and the workers that run them, by the place they go to.
+
+    A signal may end what the caller does at any moment: it never holds a lock that a worker wants."""
 
     def __init__(self, room: int, place: Callable[[Item], int]) -> None:
         self._room, self._place = room, place
-        self._queues: dict[int, deque[tuple[int, Item]]] = {}  # place -> (turn, item)
+        self._new: SimpleQueue[tuple[int, Item] | None] = SimpleQueue()  # (turn, item); None at the end
+        self._less = threading.Lock()  # held but when there is room again
+        self._less.acquire()
+        self._workers = threading.Lock()  # of what follows
+        self._queues: dict[int, deque[tuple[int, Item]]] = {}  # by place
         self._busy: list[int] = []  # the places of the items that run
         self._made = self._taken = 0
-        self._ended = False
-        lock = threading.Lock()
-        self._more, self._less = threading.Condition(lock), threading.Condition(lock)
 
     def put(self, item: Item) -> None:
         """Add one; waits while there is no room."""
-        with self._less:
-            while self._made - self._taken >= self._room:
-                self._less.wait()
-            self._queues.setdefault(self._place(item), deque()).append((self._made, item))
-            self._made += 1
-            self._more.notify()
+        while self._made - self._taken >= self._room:
+            self._less.acquire()
+        self._new.put((self._made, item))
+        self._made += 1
 
     def end(self) -> None:
         """No more will come."""
-        with self._more:
-            self._ended = True
-            self._more.notify_all()
+        self._new.put(None)
 
     def take(self) -> tuple[int, Item] | None:
         """The next item and its place: of those whose place nobody works on, if there are any; None at the
         end. To be followed by `done`."""
-        with self._more:
-            while not self._queues:
-                if self._ended:
-                    return None
-                self._more.wait()
+        with self._workers:
+            while not self._queues or not self._new.empty():
+                if (new := self._new.get()) is None:
+                    self.end()  # the other workers are to hear it too
+                    if not self._queues:
+                        return None
+                    break
+                self._queues.setdefault(self._place(new[1]), deque()).append(new)
             free = [p for p in self._queues if p not in self._busy]
             place = min(free or self._queues, key=lambda p: self._queues[p][0][0])
             _, item = self._queues[place].popleft()
@@ -89,13 +91,13 @@ class _Waiting(Generic[Item]):
                 del self._queues[place]
             self._busy.append(place)
             self._taken += 1
-            if self._made - self._taken <= self._room // 2:  # the caller is not woken for each
-                self._less.notify()
+            if self._made - self._taken <= self._room // 2 and self._less.locked():
+                self._less.release()  # the caller is not woken for each
             return place, item
 
     def done(self, place: int) -> None:
         """An item of that place has run."""
-        with self._more:
+        with self._workers:
             self._busy.remove(place)
 
 
@@ -132,7 +134,10 @@ def feed(
         while not finished.empty():
             done(finished.get())
 
-    threads = [threading.Thread(target=work, args=(w,), name=f"fastckpt-{i}") for i, w in enumerate(workers)]
+    threads = [
+        threading.Thread(target=work, args=(w,), name=f"fastckpt-{i}", daemon=True)
+        for i, w in enumerate(workers)
+    ]
     heard: BaseException | None = None
     try:
         for thread in threads:
@@ -145,10 +150,13 @@ def feed(
     except BaseException as error:
         stop.set()
         heard = error
-    waiting.end()
     # Whatever is raised here, a second Ctrl-C too: no worker may outlive the files and mappings it uses.
-    while alive := [t for t in threads if t.is_alive()]:
+    while True:
         try:
+            waiting.end()
+            alive = [t for t in threads if t.is_alive()]
+            if not alive:
+                break
             alive[0].join(0.1)
             report()
         except BaseException as error:

@@ -16,13 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dtypes import float16, int32
-from .errors import SourceError
 from .extents import Buffer
 from .planner import LEAF, NOTHING, Binding, Chunk, Slots, Table, cut
 from .plans import Plan
 from .quantplan import DENSE_BYTES, Quantised, flat
 from .reader import Lane, plain
-from .rounding import Bytes, Error, Floats, Zeros, amax, quantise, scale_of, stored_zeros
+from .rounding import Bytes, Error, Floats, Zeros, amax, not_finite, quantise, scale_of, stored_zeros
 from .target import Target
 
 JOB_BYTES = 8 * LEAF
@@ -173,7 +172,7 @@ class Quantising:
                 given = None if tensor.largest is None else tensor.largest[band.row : stop]
                 found = quantise(there, told.dtype, band.count, columns, told.scheme, given, out)
                 if found is None:
-                    raise _not_finite(told.name, band)
+                    raise not_finite(told.name, band.row, band.row + band.count)
                 if tensor.largest is None or told.scheme.block[0]:
                     into = band.row // (told.scheme.block[0] or told.shape[-2])
                     tensor.scales[into : into + len(found.scales)] = found.scales
@@ -249,7 +248,7 @@ class Scan:
             dense = band.dense(lane, staging[0], job.stop)
             largest = amax(dense, job.target.view.dtype, band.count, columns)
             if not np.isfinite(largest).all():
-                raise _not_finite(job.target.name, band)
+                raise not_finite(job.target.name, band.row, band.row + band.count)
             job.found[band.row : band.row + band.count] = largest
 
         return run
@@ -279,10 +278,3 @@ def _share(told: Quantised) -> int:
     out = told.shape[-1] * told.scheme.bits // 8
     one = math.lcm(_step(told), LEAF // math.gcd(LEAF, out))
     return one * max(1, -(-JOB_BYTES // (one * out)))
-
-
-def _not_finite(name: str, band: Band) -> SourceError:
-    return SourceError(
-        f"{name}: NaN or infinite values, or a scale beyond its type, in rows [{band.row}, "
-        f"{band.row + band.count}), which cannot be quantised"
-    )

@@ -62,11 +62,6 @@ class Scheme:
         return name + part if part[:1] in ("", "_") else name.removesuffix("weight") + part
 
     @property
-    def method(self) -> str:
-        """How a model so quantised is called (Model.method)."""
-        return "compressed-tensors" if self.format in ("int-quantized", "float-quantized") else self.format
-
-    @property
     def shared(self) -> tuple[int, int]:
         """Outputs and inputs that share a scale."""
         return (self.block[1], self.block[0]) if self.turned else self.block

@@ -2,8 +2,8 @@
 
 MODELS: the models, written by served_models with counted=True; TRUTH: what vllm_truth.py made of them. Runs
 under the Python that has vLLM. For each model and grid: a digest of each rank's names, dtypes, shapes and
-bytes; for tp2 also the names, dtypes and shapes themselves, which are the same on both ranks (not of quantised
-models, which are many). What the file holds of other models stays.
+bytes; for tp2 also the names, dtypes and shapes themselves, which are the same on both ranks (not of
+quantised models, which are many). What the file holds of other models stays.
 """
 
 from __future__ import annotations

@@ -105,11 +105,16 @@ MODELS: dict[str, tuple[str, dict]] = {
     "chatglm": ("", {}),
     "llama-wide": ("Llama", _sizes(_WIDE)),
     "mixtral-wide": ("Mixtral", _sizes(_WIDE, num_local_experts=4)),
+    "deepseek_v2-576": (  # the one size of a latent cache that vLLM's CPU kernel has
+        "DeepseekV2",
+        _sizes(_LATENT, kv_lora_rank=512, qk_rope_head_dim=64, q_lora_rank=None, n_shared_experts=2),
+    ),
     "deepseek_v3-wide": (
         "DeepseekV3",
         _sizes(
             _LATENT, hidden_size=256, q_lora_rank=128, kv_lora_rank=64, v_head_dim=64, qk_nope_head_dim=64,
-            qk_rope_head_dim=64, moe_intermediate_size=256, n_shared_experts=1, topk_method="noaux_tc", scoring_func="sigmoid",
+            qk_rope_head_dim=64, moe_intermediate_size=256, n_shared_experts=1, topk_method="noaux_tc",
+            scoring_func="sigmoid",
         ),
     ),
 }  # fmt: skip
@@ -117,8 +122,8 @@ MODELS: dict[str, tuple[str, dict]] = {
 
 
 def _compressed(kind, strategy, inputs):
-    """compressed-tensors' config for matrices of eight bits; `inputs`: the strategy of activations, "static" for
-    one stored scale a matrix."""
+    """compressed-tensors' config for matrices of eight bits; `inputs`: the strategy of activations, "static"
+    for one stored scale a matrix."""
     activations = (
         {"strategy": "tensor", "dynamic": False} if inputs == "static"
         else {"strategy": inputs, "dynamic": True}
@@ -226,7 +231,8 @@ def _quantise(folder: str, scheme: str) -> None:
         count(name, counted)
         tensors[name] = counted.mul(64).to(values) if values is torch.int8 else counted.to(values)
         shape = (-(-rows // 128), -(-columns // 128)) if block else () if hub else (1,)
-        scales = {"weight_scale_inv" if block and hub else "weight_scale": (rows, 1) if scheme in BY_ROW else shape}
+        shape = (rows, 1) if scheme in BY_ROW else shape
+        scales = {"weight_scale_inv" if block and hub else "weight_scale": shape}
         if scheme == "fp8-static":
             scales["input_scale"] = shape
         for leaf, of in scales.items():

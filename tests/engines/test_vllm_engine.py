@@ -1,8 +1,8 @@
 """A real vLLM serves what we wrote, and straight from a training checkpoint: `make test-vllm`.
 
-vLLM runs at TP = 2 three times for each model: its own loading of a hub directory, its sharded_state loading of
-our shards, and our load format on the checkpoint itself. Greedy tokens and their log probabilities must be
-equal, to the last digit. Some models are trained a step by DeepSpeed on two ranks, and the hub directory is
+vLLM runs at TP = 2 three times for each model: its own loading of a hub directory, its sharded_state loading
+of our shards, and our load format on the checkpoint itself. Greedy tokens and their log probabilities must
+be equal, to the last digit. Some models are trained a step by DeepSpeed on two ranks, and the hub directory is
 ours too; the others are served from their hub directory.
 """
 
@@ -28,7 +28,10 @@ ENGINE = layout("vllm", {"engine": f"vllm=={vllm.__version__}"})
 TRAINED = {"llama": 3, "mixtral": 2, "qwen3_moe": 3, "llama-tied": 2}
 """Model -> the ZeRO stage it is trained at."""
 
-SERVED = ("llama+int8",)
+SERVED = (
+    "llama+int8", "qwen3", "gemma2", "gemma3_text", "phi3", "glm4", "gpt_neox", "gpt2", "bloom", "falcon-new",
+    "chatglm", "qwen2_moe", "glm4_moe", "deepseek_v2-576",
+)  # fmt: skip
 """Models that are served from their hub directory."""
 
 

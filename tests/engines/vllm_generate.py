@@ -1,9 +1,9 @@
 """Greedy tokens from vLLM engines at TP = 2: python vllm_generate.py '[{"model": DIR, ...}, ...]'.
 
-Each object holds what vLLM's LLM takes besides the defaults below; the engines run one after another, in two
-processes that are vLLM's two ranks, since starting them takes longer than all the rest. Prints a line
-"GENERATED " + JSON for each engine: tokens and their log probabilities, or {"error": traceback}. The prompts are
-token ids, so no tokenizer is needed.
+Each object holds what vLLM's LLM takes besides the defaults below; the engines run one after another, in
+two processes that are vLLM's two ranks, since starting them takes longer than all the rest. Prints a line
+"GENERATED " + JSON for each engine: tokens and their log probabilities, or {"error": traceback}. The prompts
+are token ids, so no tokenizer is needed.
 """
 
 from __future__ import annotations
@@ -43,9 +43,14 @@ def rank(index: int, port: int, engines: list[dict]) -> None:
     """One rank of every engine."""
     os.environ |= {
         "RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "VLLM_DIST_IDENT": str(port),
+        "MASTER_PORT": str(port),
     }  # fmt: skip
     from vllm.distributed import destroy_model_parallel
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    # Ranks that were started from outside have no name of their own for the memory they share.
+    name = _CPUSHMDistributed.make_group_name
+    _CPUSHMDistributed.make_group_name = staticmethod(lambda of: f"{port}{name(of)}")
 
     for asked in engines:
         try:

@@ -19,8 +19,8 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
 def choose_no_kernels() -> None:
-    """Lets every quantised module be built here: its parameters are made and filled by vLLM's own code, but no
-    kernel is looked for that would run them, which a CPU has not for every scheme."""
+    """Lets every quantised module be built here: its parameters are made and filled by vLLM's own code, but
+    no kernel is looked for that would run them, which a CPU has not for every scheme."""
     from vllm.model_executor.layers.quantization import fp8
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
         compressed_tensors_moe_w8a8_fp8,

@@ -147,6 +147,30 @@ def test_alone_after_an_error_it_goes_on_as_if_nothing_was(
     assert all(fastckpt.verify(a).ok for a in artifacts)
 
 
+def test_failures_of_reporting_are_reported(
+    example: Example,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A tracker's service that is gone and an uploader without room cost no step."""
+
+    def gone(*args: object) -> None:
+        raise ConnectionResetError("the tracker is gone")
+
+    monkeypatch.setattr(example.tracker.Tracker, "log", gone)
+    monkeypatch.setattr(fastckpt.manager.uploaders.LocalDirectory, "put", gone)
+    monkeypatch.setattr("fastckpt.manager.uploaders.time.sleep", lambda seconds: None)
+    for model in ("vae", "dalle"):
+        example.train.main([model, "--smoke", "--data", str(data), "--out", str(tmp_path / "run")])
+        said = capsys.readouterr().out
+        assert "telling of step 10 failed, training goes on: ConnectionResetError" in said
+    assert "an artifact failed, training goes on: WriteError" in said
+    with fastckpt.CheckpointManager(tmp_path / "run/dalle/checkpoints") as manager:
+        assert manager.latest() == 30 and fastckpt.verify(manager.path(30)).ok
+
+
 @pytest.mark.nightly
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_under_deepspeed(tmp_path: Path) -> None:

@@ -39,9 +39,9 @@ def test_ls(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("ls", root, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert [(c["step"], c["metrics"]["loss"]) for c in found] == [(0, 1.5), (1, 0.5), (2, 0.5), (3, 1.5)]
+    (root / "nothing").mkdir()
     assert call("ls", root / "nothing") == 0
     assert capsys.readouterr().out.startswith("0 commits in")
-    assert not (root / "nothing").exists()
 
 
 def test_verify(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,6 +103,27 @@ def test_publish_and_back(root: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert call("publish", root, "--to", to, "--back", "step-00000001", "--json") == 0
     assert json.loads(capsys.readouterr().out)["current"] == "step-00000001"
     assert load_file(to / "current/model.safetensors")["weight"].unique().tolist() == [1.0]
+
+
+@pytest.mark.parametrize("words", [["ls"], ["verify"], ["gc"], ["gc", "--dry-run"], ["restore", "OUT"]])
+def test_a_root_that_is_not_there(tmp_path: Path, words: list[str]) -> None:
+    """A word mistyped makes no new root, and is no root without commits."""
+    action, *more = words
+    with pytest.raises(SourceError, match=r"runs/kc: no such directory") as failed:
+        call(action, tmp_path / "runs/kc", *(str(tmp_path / "out") if w == "OUT" else w for w in more))
+    assert failed.value.exit_code == 3
+    assert os.listdir(tmp_path) == []
+
+
+def test_publish_as_reshard_does(root: Path, tmp_path: Path) -> None:
+    """The options of `fastckpt reshard`, with their meaning."""
+    to = tmp_path / "served"
+    assert call("publish", root, "--to", to, "--layout", "same", "--dtype", "bfloat16", "--tp", 1) == 0
+    assert load_file(to / "current/model.safetensors")["weight"].dtype == torch.bfloat16
+    with pytest.raises(FastckptError, match="--quant-include and --quant-exclude go with --quant SCHEME"):
+        call("publish", root, "--to", to, "--layout", "same", "--quant-include", "*")
+    with pytest.raises(FastckptError, match="tensor_parallel"):
+        call("publish", root, "--to", to, "--layout", "same", "-L", "tensor_parallel=9")
 
 
 def test_of_nothing(tmp_path: Path) -> None:

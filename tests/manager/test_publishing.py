@@ -67,6 +67,37 @@ def test_what_the_road_gives(tmp_path: Path, as_ranks: Callable[..., list[Any]])
     assert os.readlink(tmp_path / "served/current") == "step-00000005"
 
 
+def test_every_argument_of_reshard(tmp_path: Path) -> None:
+    """What `reshard` does with the same arguments, file for file: quantised, on a grid, by a user's plan."""
+    weights = llama(3)
+    plans = {"model.*.q_proj.weight": "colwise", "model.*.o_proj.weight": "rowwise", "*": "replicate"}
+    ways: dict[str, dict[str, Any]] = {
+        "int8": {"quant": "int8", "dtype": "bfloat16", "config": CONFIG, "layout": "vllm", "tp": 2},
+        "pp": {"placement": fastckpt.Placement(tp=2, pp=1), "config": CONFIG, "vocab_size": 60},
+        "plan": {"tp_plan": plans, "tp": 2, "max_shard_size": 2000},
+    }
+    with CheckpointManager(tmp_path / "ck") as manager:
+        manager.save(0, {"net": weights})
+        for name, way in ways.items():
+            report = manager.publish(0, to=tmp_path / name, part="net", **way)
+            fastckpt.reshard(weights, out=tmp_path / f"{name}-want", **way)
+            found, want = (
+                {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+                for root in (tmp_path / f"{name}/step-00000000", tmp_path / f"{name}-want")
+            )
+            assert report is not None and verify(tmp_path / name / "current").ok
+            del found["fastckpt.json"], want["fastckpt.json"]  # their sources differ
+            assert len(want) > 1 and found == want
+            assert manager.publish(0, to=tmp_path / name, part="net", **way) is None
+        with pytest.raises(ManagerError, match="or made otherwise"):
+            manager.publish(0, to=tmp_path / "int8", part="net", **{**ways["int8"], "quant": None})
+        manager.save(1, {"net": {"w": torch.tensor([1.0, float("nan")])}})
+        with pytest.raises(SourceError, match="NaN"):
+            manager.publish(1, to=tmp_path / "nan", layout="same", part="net")
+        manager.publish(1, to=tmp_path / "nan", layout="same", part="net", allow_nonfinite=True)
+        assert publishing.current(tmp_path / "nan") == "step-00000001"
+
+
 def test_versions_and_the_way_back(tmp_path: Path) -> None:
     to = tmp_path / "served"
     assert publishing.versions(to) == [] and publishing.current(to) is None

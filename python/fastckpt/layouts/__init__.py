@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, Protocol, get_args, get_origin, get_type_h
 
 from ..checkpoint import Checkpoint
 from ..errors import LayoutError
-from ..model import Model
+from ..model import Linear, Model, Thin
 from ..placement import Placement
 from ..target import Target
 from .hf import Hf
@@ -23,7 +23,9 @@ from .rtp_llm import RtpLlm
 from .same import Same
 from .vllm import Vllm
 
-__all__ = ["LAYOUTS", "VERSION", "ByNames", "ByRoles", "Layout", "Naming", "Patterns", "Resizes", "layout"]
+__all__ = [
+    "LAYOUTS", "VERSION", "Adapts", "ByNames", "ByRoles", "Layout", "Naming", "Patterns", "Resizes", "layout",
+]  # fmt: skip
 
 
 class ByRoles(Protocol):
@@ -56,6 +58,19 @@ class Resizes(Protocol):
 
     def resized(self, model: Model, placement: Placement) -> Mapping[str, int]:
         """The keys that must say another number, and the number. Raises LayoutError where none can."""
+
+
+@runtime_checkable
+class Adapts(Protocol):
+    """A layout by roles that has names of its own for an adapter kept apart."""
+
+    def adapted(
+        self, model: Model, placement: Placement, thin: Callable[[Linear], Thin | None]
+    ) -> Iterator[Target]:
+        """One rank's part of what `thin` says is added to the model's matrices. Raises LayoutError."""
+
+    def adapted_naming(self, placement: Placement) -> Naming:
+        """The names of that rank's files of an adapter."""
 
 
 Layout = ByRoles | ByNames

@@ -20,8 +20,8 @@ Renamed = tuple[tuple[str, str], ...]
 
 
 class Held(NamedTuple):
-    """What an engine holds below a layer's attention and no checkpoint does: `name`, and its one value as
-    `shape`, in float32 or in the model's own dtype."""
+    """What an engine holds below a layer's attention and no checkpoint does: `name`, and its one element, of
+    shape () or (1,), in float32 or in the model's own dtype."""
 
     name: str
     value: float

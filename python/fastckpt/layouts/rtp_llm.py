@@ -24,6 +24,7 @@ from ..target import Target
 from ..views import constant
 from .cuts import require_even, require_heads, require_kv_heads
 from .naming import Naming
+from .rtp_lora import Lookup, layer_pairs
 from .rtp_merge import slopes
 from .rtp_roles import Making, Whole, layer_weights, norm
 from .rtp_rope import cos_sin_cache
@@ -73,8 +74,25 @@ class RtpLlm:
 
     def naming(self, placement: Placement) -> Naming:
         """The names of the engine's dump, parts counted from 0."""
-        stem = f"model-{placement.tp_rank:02d}-{placement.dp_rank:02d}-part-"
-        return Naming("", f"{stem}00000.safetensors", stem + "{part:05d}.safetensors")
+        return _naming("model", placement)
+
+    def adapted(self, model: Model, placement: Placement, thin: Lookup) -> Iterator[Target]:
+        """The rank's part of an adapter, as `rtp_lora` has it. Raises LayoutError as `targets` does."""
+        cut = self._cut(model, placement)
+        self._require(model, cut, len(self._order(model, placement)))
+        making = self._making()
+        return (
+            _target(f"{_key(cut)}.layers.{i}", whole, cut)
+            for i, layer in enumerate(model.layers)
+            for whole in layer_pairs(layer, making, thin)
+        )
+
+    def adapted_naming(self, placement: Placement) -> Naming:
+        """As those of the weights; the engine has no dump of adapters."""
+        return _naming("adapter_model", placement)
+
+    def _making(self) -> Making:
+        return Making(self.absorb, self.w13, self.split_rope, self.one_scale)
 
     def _cut(self, model: Model, placement: Placement) -> Cut:
         ffn = self.ffn_tp or placement.tp
@@ -140,19 +158,18 @@ class RtpLlm:
             raise LayoutError(f"layout rtp_llm has no place for {model.lm_head.name} of {model.family}")
 
     def _targets(self, model: Model, cut: Cut, order: list[int]) -> Iterator[Target]:
-        place = cut.place
-        key = f"rank_{place.tp_rank:02d}_{place.dp_rank:02d}_{cut.experts[0]:02d}"
+        key = _key(cut)
         ends = replace(cut, place=Placement()) if model.family in TOWERS else cut
         for whole in _before(model):
             yield _target(f"{key}.global", whole, ends)
-        if model.family in TOWERS and place.tp_rank == 0:
+        if model.family in TOWERS and cut.place.tp_rank == 0:
             for role in model.carried:
                 name = role.name.removeprefix(TOWERS[model.family])
                 yield Target(f"{key}.global.{name}", role.view)
         if self.rope_positions and model.rope is not None:
             table = cos_sin_cache(model.rope, self.rope_positions)
             yield _target(f"{key}.global", Whole("rope_cos_sin_cache", table), cut)
-        making = Making(self.absorb, self.w13, self.split_rope, self.one_scale)
+        making = self._making()
         for i, layer in enumerate(model.layers):
             by_head = _latent_cut(layer, cut)
             for whole in layer_weights(layer, model, cut, making, order):
@@ -163,6 +180,16 @@ class RtpLlm:
                     yield _target(f"{key}.layers.{i}", whole, cut)
         for whole in _after(model):
             yield _target(f"{key}.global", whole, ends)
+
+
+def _key(cut: Cut) -> str:
+    place = cut.place
+    return f"rank_{place.tp_rank:02d}_{place.dp_rank:02d}_{cut.experts[0]:02d}"
+
+
+def _naming(stem: str, placement: Placement) -> Naming:
+    stem = f"{stem}-{placement.tp_rank:02d}-{placement.dp_rank:02d}-part-"
+    return Naming("", f"{stem}00000.safetensors", stem + "{part:05d}.safetensors")
 
 
 def _target(at: str, whole: Whole, cut: Cut) -> Target:

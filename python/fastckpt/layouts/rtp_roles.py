@@ -346,19 +346,27 @@ def _rope_apart(linear: Linear, heads: int, before: int, rope: int) -> Linear:
 # ---- feed-forward blocks ----
 
 
-def _mlp(mlp: Mlp, cut: Cut, making: Making, of: str = "") -> Iterator[Whole]:
-    """gate (w1), up (w3), or both as w13, and down (w2); a block without a gate has w3 and w2, one whose hub
-    stores up first (Jina's BERT) w1 and w3. `of`: what stands before W's names."""
-    ranks = cut.ffn_tp[1]
+def mlp_matrices(mlp: Mlp, making: Making) -> list[tuple[str, list[Linear]]]:
+    """What stands behind W's names of a block's matrices, and which they are: gate (w1), up (w3), or both as
+    w13, and down (w2); a block without a gate has w3 and w2, one whose hub stores up first (Jina's BERT) w1
+    and w3."""
     if mlp.gate is None:
-        yield from _matrix("ffn_", [mlp.up], (0, ranks), "3")
+        first = [("3", [mlp.up])]
     elif making.w13 and not mlp.up_first:
-        whole_blocks(mlp.gate, 0, ranks)
-        yield from _matrix("ffn_", [mlp.gate, mlp.up], (None, 1), "13")
+        first = [("13", [mlp.gate, mlp.up])]
     else:
-        yield from _matrix(f"{of}ffn_", [mlp.gate], (0, ranks), "1")
-        yield from _matrix(f"{of}ffn_", [mlp.up], (0, ranks), "3")
-    yield from _matrix(f"{of}ffn_", [mlp.down], (1, ranks), "2")
+        first = [("1", [mlp.gate]), ("3", [mlp.up])]
+    return [*first, ("2", [mlp.down])]
+
+
+def _mlp(mlp: Mlp, cut: Cut, making: Making, of: str = "") -> Iterator[Whole]:
+    """`of`: what stands before W's names."""
+    ranks = cut.ffn_tp[1]
+    for end, linears in mlp_matrices(mlp, making):
+        if len(linears) > 1:
+            whole_blocks(linears[0], 0, ranks)
+        axis = 1 if end == "2" else None if len(linears) > 1 else 0
+        yield from _matrix(f"{of}ffn_", linears, (axis, ranks), end)
 
 
 def _experts(moe: Experts, cut: Cut, making: Making, order: Sequence[int]) -> Iterator[Whole]:

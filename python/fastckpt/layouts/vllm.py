@@ -9,7 +9,6 @@ vocab_parallel_embedding.py, fused_moe/layer.py and models/.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -180,9 +179,8 @@ class Vllm:
         if engine is not None:
             module, own = _parent(layer.attention.o.name), model.embedding.weight.dtype
             for held in (*engine.held, *engine.quantised.get(model.method, ())):
-                value = constant(np.full(max(1, math.prod(held.shape)), held.value, np.float32), dtypes.float32)
-                view = value if held.float32 else value.cast(own)
-                yield Target(f"{module}.{held.name}", view, held.shape)
+                one = constant(np.full(1, held.value, np.float32), dtypes.float32)
+                yield Target(f"{module}.{held.name}", one if held.float32 else one.cast(own), held.shape)
         yield from norm(layer.attention_after)
         yield from norm(layer.mlp_norm)
         if isinstance(layer.mlp, Experts):

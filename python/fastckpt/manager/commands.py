@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
-from ..errors import ManagerError
+from .. import serving_options
+from ..errors import ManagerError, SourceError
 from ..text import columns, counted, size
 
 if TYPE_CHECKING:
@@ -70,12 +72,11 @@ def add_parser(
     publish.add_argument(
         "--back", metavar="VERSION", help="make this version current again; nothing is written"
     )
-    publish.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallelism (default: 1)")
-    publish.add_argument("--layout", default="hf", help="hf, vllm, rtp_llm or same (default: hf)")
     publish.add_argument("--part", metavar="KEY", help="the state's key that is the model")
-    publish.add_argument("--config", metavar="FILE", help="config.json or its directory")
-    publish.add_argument("--dtype", help="of the floats (default: as stored)")
     publish.add_argument("--keep", type=int, metavar="N", help="versions that stay")
+    serving_options.add(publish, config="the engine's own")
+    serving_options.add_recipe(publish)
+    publish.add_argument("--allow-nonfinite", action="store_true", help="write NaN and infinity as they are")
     return top
 
 
@@ -83,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the chosen action; its exit code. Raises FastckptError."""
     from .manager import CheckpointManager
 
+    if "://" not in args.root and not os.path.exists(args.root):  # a manager would make it
+        raise SourceError(f"{args.root}: no such directory")
     keep_best = getattr(args, "keep_best", None)
     with CheckpointManager(
         args.root,
@@ -176,8 +179,11 @@ def _publish(manager: CheckpointManager, args: argparse.Namespace) -> int:
         publishing.point(args.to, args.back)
     else:
         manager.publish(
-            _step(manager, args), args.tp, args.layout, to=args.to, part=args.part, config=args.config,
-            dtype=args.dtype, keep=args.keep,
+            _step(manager, args), to=args.to, part=args.part, placement=serving_options.placement(args),
+            layout=serving_options.layout_of(args), config=args.config, recipe=args.recipe,
+            tp_plan=serving_options.tp_plan(args), vocab_size=args.vocab_size, dtype=args.dtype,
+            quant=serving_options.quant(args), adapter=args.adapter, apart=args.apart,
+            allow_nonfinite=args.allow_nonfinite, keep=args.keep,
         )  # fmt: skip
     now, there = publishing.current(args.to), publishing.versions(args.to)
     shown: dict[str, JSON] = {"current": now, "versions": [*there]}

@@ -22,7 +22,9 @@ from types import FrameType, TracebackType
 from ..checkpoint import JSON
 from ..errors import FastckptError, ManagerError, SourceError, WriteError
 from ..layouts import Layout
+from ..placement import Placement
 from ..runs import Report
+from ..schemes import Quant
 from . import loading, policies, publishing, saving
 from .commits import Commit, Store, ready
 from .coordination import Alone, Group, join, together
@@ -574,24 +576,36 @@ class CheckpointManager:
         *,
         to: str | os.PathLike[str],
         part: str | None = None,
+        placement: Placement | None = None,
         config: str | os.PathLike[str] | Mapping[str, JSON] | None = None,
+        recipe: str | None = None,
+        tp_plan: Mapping[str, str] | None = None,
+        vocab_size: int | None = None,
         dtype: str | None = None,
+        quant: str | Quant | None = None,
+        adapter: str | os.PathLike[str] | None = None,
+        apart: bool = False,
+        max_shard_size: str | int | None = "5GB",
+        allow_nonfinite: bool = False,
         keep: int | None = None,
     ) -> Report | None:
         """Reshard the model of a committed step into a directory of its own below `to`, and move the link
         `to/current` there in one step. `part`: the state's key that is the model (default: its only module
-        or engine). `keep`: versions that stay, the one that is current always. One rank works, the report is
-        its own. Collective. Raises what `reshard` raises; the link is as it was then."""
+        or engine). `keep`: versions that stay, the one that is current always; the others are arguments of
+        `reshard`. One rank works, the report is its own. Collective. Raises what `reshard` raises; the link
+        is as it was then."""
         self.wait()
+        serving = publishing.Serving(
+            tp, layout, placement, config, recipe, tp_plan, vocab_size, dtype, quant, adapter, apart,
+            max_shard_size, allow_nonfinite,
+        )  # fmt: skip
         report: Report | None = None
 
         def work() -> JSON:
             nonlocal report
             if self._group.rank == 0:
                 source = publishing.model_of(self.open(step, 0), part)
-                report = publishing.publish(
-                    source, self._store.name(step), to, tp, layout, config=config, dtype=dtype, keep=keep
-                )
+                report = publishing.publish(source, self._store.name(step), to, serving, keep=keep)
             return None
 
         together(self._group, f"publish of step {step}", work)

@@ -12,6 +12,7 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 
 from .. import sources
 from ..checkpoint import JSON, Checkpoint
@@ -19,9 +20,11 @@ from ..commit import sync_directory, telling
 from ..errors import ManagerError
 from ..layouts import Layout
 from ..manifest import NAME, Manifest
+from ..placement import Placement
 from ..plans import Plan
 from ..road import plan, reshard
 from ..runs import Report
+from ..schemes import Quant
 from ..sources.training import parts_of
 from .opened import Opened, check_files
 from .saving import engine_directory
@@ -56,16 +59,45 @@ def model_of(opened: Opened, part: str | None) -> Checkpoint:
     return opened.checkpoint(names)
 
 
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What servers get of a model: the arguments of `reshard` that shape an output."""
+
+    tp: int = 1
+    layout: str | Layout = "hf"
+    placement: Placement | None = None
+    config: str | os.PathLike[str] | Mapping[str, JSON] | None = None
+    recipe: str | None = None
+    tp_plan: Mapping[str, str] | None = None
+    vocab_size: int | None = None
+    dtype: str | None = None
+    quant: str | Quant | None = None
+    adapter: str | os.PathLike[str] | None = None
+    apart: bool = False
+    max_shard_size: str | int | None = "5GB"
+    allow_nonfinite: bool = False
+
+    def plan(self, source: Checkpoint) -> Plan:
+        """What `write` would do. Raises what `reshard` raises before its first byte."""
+        return plan(
+            source, self.tp, placement=self.placement, layout=self.layout, config=self.config,
+            recipe=self.recipe, tp_plan=self.tp_plan, vocab_size=self.vocab_size, dtype=self.dtype,
+            quant=self.quant, adapter=self.adapter, apart=self.apart, max_shard_size=self.max_shard_size,
+        )  # fmt: skip
+
+    def write(self, source: Checkpoint, out: str) -> Report | None:
+        """Reshard into a new directory. Raises what `reshard` raises."""
+        made = reshard(
+            source, self.tp, placement=self.placement, layout=self.layout, config=self.config,
+            recipe=self.recipe, tp_plan=self.tp_plan, vocab_size=self.vocab_size, dtype=self.dtype,
+            quant=self.quant, adapter=self.adapter, apart=self.apart, max_shard_size=self.max_shard_size,
+            allow_nonfinite=self.allow_nonfinite, out=out,
+        )  # fmt: skip
+        return made if isinstance(made, Report) else None
+
+
 def publish(
-    source: Checkpoint,
-    version: str,
-    to: str | os.PathLike[str],
-    tp: int,
-    layout: str | Layout,
-    *,
-    config: str | os.PathLike[str] | Mapping[str, JSON] | None,
-    dtype: str | None,
-    keep: int | None,
+    source: Checkpoint, version: str, to: str | os.PathLike[str], serving: Serving, *, keep: int | None = None
 ) -> Report | None:
     """Write `to/VERSION` and make it current; None where it was there already, whole, and only the link
     moved. Raises what `reshard` raises."""
@@ -73,10 +105,9 @@ def publish(
     path = os.path.join(root, _checked(version))
     report = None
     if not os.path.exists(os.path.join(path, NAME)):
-        made = reshard(source, tp, layout=layout, config=config, dtype=dtype, out=path)
-        report = made if isinstance(made, Report) else None
+        report = serving.write(source, path)
     else:
-        _same(path, plan(source, tp, layout=layout, config=config, dtype=dtype), source)
+        _same(path, serving.plan(source), source)
     point(root, version)
     if keep is not None:
         gc(root, keep)

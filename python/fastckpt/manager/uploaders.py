@@ -6,13 +6,15 @@ digest compared before it counts; what is there already with the right digest is
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import secrets
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -64,6 +66,30 @@ class LocalDirectory:
             yield from iter(lambda: f.read(LEAF), b"")
 
 
+_FOREIGN = (
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("aiohttp", "ClientError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+    ("gcsfs.retry", "HttpError"),
+    ("azure.core.exceptions", "AzureError"),
+)
+"""What the clients of object stores raise past fsspec when a store cannot be reached: no OSErrors."""
+
+
+@contextmanager
+def _as_os_errors() -> Iterator[None]:
+    """Turn the errors of the clients that are loaded into OSErrors."""
+    try:
+        yield
+    except OSError:
+        raise
+    except tuple(
+        getattr(sys.modules[module], name) for module, name in _FOREIGN if module in sys.modules
+    ) as e:
+        raise OSError(errno.EIO, f"{type(e).__name__}: {e}") from e
+
+
 class FsspecDirectory:
     """A directory of any file system that fsspec knows ("s3://bucket/run", "memory://run")."""
 
@@ -74,6 +100,7 @@ class FsspecDirectory:
         except (ImportError, ValueError) as e:
             raise ManagerError(f"{url}: needs fsspec and its package for this scheme: {e}") from None
 
+    @_as_os_errors()
     def put(self, path: str, name: str) -> None:
         """Upload; object stores show a file only when it is whole."""
         where = f"{self._root}/{name}"
@@ -82,10 +109,12 @@ class FsspecDirectory:
 
     def read(self, name: str) -> Iterator[bytes]:
         """The object's bytes, fetched again."""
-        self._fs.invalidate_cache()
-        with self._fs.open(f"{self._root}/{name}", "rb") as f:
-            yield from iter(lambda: f.read(LEAF), b"")
+        with _as_os_errors():
+            self._fs.invalidate_cache()
+            with self._fs.open(f"{self._root}/{name}", "rb") as f:
+                yield from iter(lambda: f.read(LEAF), b"")
 
+    @_as_os_errors()
     def sizes(self, below: str = "") -> dict[str, int]:
         """What is stored below a name, by name: bytes."""
         self._fs.invalidate_cache()
@@ -95,12 +124,14 @@ class FsspecDirectory:
         found = self._fs.find(top, detail=True)
         return {path[len(self._root) :].lstrip("/"): int(info["size"]) for path, info in found.items()}
 
+    @_as_os_errors()
     def remove(self, names: Sequence[str]) -> None:
         """Remove, in this order; what is gone already is no error."""
         for name in names:
             with suppress(FileNotFoundError):
                 self._fs.rm_file(f"{self._root}/{name}")
 
+    @_as_os_errors()
     def move(self, old: str, new: str) -> None:
         """Store under another name: a copy, then the removal."""
         self._fs.makedirs(os.path.dirname(f"{self._root}/{new}"), exist_ok=True)

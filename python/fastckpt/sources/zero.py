@@ -26,6 +26,7 @@ from .assembly import assemble
 from .options import Options
 from .torchfile import Tensor, TorchFile, Tree, Wanted
 from .torchtensors import by_storage, places, whole
+from .zero_experts import check_files, is_expert, spread, tensors
 from .zero_files import Files, check_ranks, find, is_zero
 from .zero_layout import Flat, Placed, Shape, chained, sliced
 from .zero_parts import Parts, parts, trainable
@@ -47,7 +48,7 @@ def read(path: str, options: Options) -> Checkpoint:
     """The ZeRO checkpoint in `path`: a directory with `latest`, a HF Trainer's checkpoint-N, or a tag folder.
 
     Raises SourceError for files that are missing, left over or of different runs, for sizes that do not fit,
-    and for what is not supported: tensor and pipeline parallel grids, MoE experts."""
+    and for what is not supported: tensor and pipeline parallel grids."""
     files = find(path, options.tag, options.also)
     opening = _Opening(files, options)
     first = _first(opening) if files.optim else None
@@ -78,6 +79,18 @@ class _Opened:
     base: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Whole:
+    """A tensor that lies whole in an opened file."""
+
+    opened: _Opened
+    tensor: Tensor
+
+    def entry(self, extents: Extents, kind: str) -> Entry:
+        """The entry of it."""
+        return whole(self.tensor, self.opened.file, self.opened.base, extents, kind)
+
+
 @dataclass(slots=True)
 class _Opening:
     """The files of one checkpoint as they are opened, and the one table of their extents."""
@@ -98,11 +111,24 @@ class _Opening:
         """Optimizer files with their masters."""
         return self._many(paths, _optim_tensors, self.trees)
 
+    def experts(self, state: ModelState) -> dict[str, _Whole]:
+        """The tensors of DeepSpeed's MoE experts by name, each in the file of its own expert."""
+        held = self.files.experts
+        check_files(state, held, self.files.folder)
+        out: dict[str, _Whole] = {}
+        keys = sorted(held)
+        for (_, expert), opened in zip(keys, self._many([held[k] for k in keys], None, {}), strict=True):
+            for name, t in tensors(opened.file.root, expert, opened.file.file.path).items():
+                if name in out:
+                    raise SourceError(f"{opened.file.file.path}: {name} is in another expert's file too")
+                out[name] = _Whole(opened, t)
+        return out
+
     def fragments(self, paths: Sequence[str]) -> list[_Opened]:
         """Model-states files with their frozen fragments."""
         return self._many(paths, _fragments, {})
 
-    def _many(self, paths: Sequence[str], wanted: Wanted, trees: dict[bytes, Tree]) -> list[_Opened]:
+    def _many(self, paths: Sequence[str], wanted: Wanted | None, trees: dict[bytes, Tree]) -> list[_Opened]:
         """Files in order, opened by several threads; identical pickles are parsed once."""
 
         def load(path: str) -> TorchFile:
@@ -147,14 +173,12 @@ def _first(opening: _Opening) -> OptimState:
     return optim_state(file.root, path)
 
 
-def _world(first: OptimState, files: Files) -> int:
+def _world(first: OptimState, files: Files, experts: bool = False) -> int:
+    """The data-parallel ranks, over which every group is cut; groups of experts over some of them."""
     counts = set(first.counts)
-    if len(counts) != 1 or 0 in counts:
-        raise SourceError(
-            f"{files.folder}: groups are cut over {sorted(counts)} ranks: "
-            "MoE expert groups are not supported yet"
-        )
-    return counts.pop()
+    if 0 in counts or not counts or (len(counts) > 1 and not experts):
+        raise SourceError(f"{files.folder}: groups are cut over {sorted(counts)} ranks, wanted one number")
+    return max(counts)
 
 
 def _models_of_ranks(opening: _Opening, world: int) -> tuple[list[_Opened], list[ModelState]]:
@@ -196,7 +220,8 @@ def _from_masters(
 ) -> Checkpoint:
     """Stages 1 to 3: the masters in all ranks' optimizer files. `models`, `states`: rank 0's, or all."""
     files, options, where = opening.files, opening.options, opening.files.folder
-    world, state = _world(first, files), states[0]
+    state = states[0]
+    world = _world(first, files, bool(state.experts))
     if state.dp_world is not None and state.dp_world % world:
         raise SourceError(
             f"{where}: model states of {state.dp_world} data-parallel ranks, optimizer files of {world}"
@@ -206,10 +231,15 @@ def _from_masters(
     saved = _each(optim, optim_state)
     _check_one_run(saved, optim, paths, state)
     flats = _columns(optim, [s.flats for s in saved], where)
+    at_stage_3, alignment = first.stage == 3, first.alignment
+    experts = opening.experts(state)
+    if experts:
+        if at_stage_3:
+            raise SourceError(f"{where}: DeepSpeed's MoE layers at stage 3, which DeepSpeed does not write")
+        state, alignment, flats = spread(state, alignment, flats, first.counts, where)
     shapes = state.shapes or ()
     _check_not_offloaded(shapes, flats, where)
-    at_stage_3 = first.stage == 3
-    layout = sliced(shapes, flats, where) if at_stage_3 else chained(shapes, first.alignment, flats, where)
+    layout = sliced(shapes, flats, where) if at_stage_3 else chained(shapes, alignment, flats, where)
 
     extents = Extents(opening.extents)
     found = parts(state, where)
@@ -229,10 +259,14 @@ def _from_masters(
     masters: dict[str, Entry] = {}
     for placed in layout:
         masters |= placed.entries(extents)
-    if options.weights == "module":
-        copies = _copies(layout, state, models[0], extents, where)
+    if not options.exclude_frozen:
+        entries |= {n: e.entry(extents, "frozen") for n, e in experts.items() if n not in masters}
+    if options.weights == "module" or experts:  # which expert is whose is worked out: its copy must agree
+        of_all = options.weights == "module"
+        copies = _copies(layout, state, models[0], experts, extents, where, of_all=of_all)
         check_copy(_one_axis(copies), _one_axis(masters), where)
-        masters = copies
+        if of_all:
+            masters = copies
     entries |= masters
     return _assembled(
         path, opening, state, entries, extents, found,
@@ -243,12 +277,14 @@ def _from_masters(
             "groups": [_group_facts(placed) for placed in layout],
             "master dtype": ", ".join(sorted({f.dtype.name for f in flats})),
             "weights": options.weights,
+            **({"experts": list(state.experts)} if state.experts else {}),
         },
         unread=[f"optimizer moments of {world} ranks", *_other_copy(options, len(masters), at_stage_3)],
         layout=[
             *(a.tobytes() for f in flats for a in (f.extent, f.offset, f.length)),
             *(a.tobytes() for placed in layout for a in (placed.numel, placed.start)),
             *_places_of(states),
+            *([places(e.tensor for e in experts.values())] if experts else []),
         ],
     )  # fmt: skip
 
@@ -256,8 +292,9 @@ def _from_masters(
 def _from_module(path: str, opening: _Opening, model: _Opened, state: ModelState) -> Checkpoint:
     """Stage 0, whose masters carry no names, and the 16-bit copy where there are no optimizer files."""
     where = opening.files.folder
-    extents = Extents(opening.extents)
     off = state.shapes is None
+    experts = opening.experts(state)
+    extents = Extents(opening.extents)
     found = parts(state, where)
     if off:
         tensors = {n: t for n, t in state.module.items() if isinstance(t, Tensor)}
@@ -265,7 +302,7 @@ def _from_module(path: str, opening: _Opening, model: _Opened, state: ModelState
         names = [n for n in tensors if n not in tied and n not in found.buffers]
         found = Parts(found.buffers, (), (), tied, found.other, ())
     else:
-        names = list(trainable(state))
+        names = [name for name in trainable(state) if not is_expert(name)]
     entries = _module_entries(found.buffers, state, model, extents, "buffer")
     if not opening.options.exclude_frozen:
         entries |= _module_entries(found.kept, state, model, extents, "frozen")
@@ -274,6 +311,7 @@ def _from_module(path: str, opening: _Opening, model: _Opened, state: ModelState
         if name not in state.module:
             raise SourceError(f"{where}: {name} is not in `module`")
     entries |= _module_entries(names, state, model, extents, "parameter")
+    entries |= {name: e.entry(extents, "parameter") for name, e in experts.items()}
     why = (
         "ZeRO was off: its masters carry no names"
         if off
@@ -281,8 +319,12 @@ def _from_module(path: str, opening: _Opening, model: _Opened, state: ModelState
     )
     return _assembled(
         path, opening, state, entries, extents, found,
-        facts={"stage": 0 if off else "1 or 2", "weights": "module", "why module": why},
-        unread=["optimizer state"] if off else [], layout=[_places(state)],
+        facts={
+            "stage": 0 if off else "1 or 2", "weights": "module", "why module": why,
+            **({"experts": list(state.experts)} if state.experts else {}),
+        },
+        unread=["optimizer state"] if off else [],
+        layout=[_places(state), *([places(e.tensor for e in experts.values())] if experts else [])],
     )  # fmt: skip
 
 
@@ -358,19 +400,30 @@ def _frozen_cut(
 
 
 def _copies(
-    layout: Sequence[Placed], state: ModelState, model: _Opened, extents: Extents, where: str
+    layout: Sequence[Placed],
+    state: ModelState,
+    model: _Opened,
+    experts: Mapping[str, _Whole],
+    extents: Extents,
+    where: str,
+    *,
+    of_all: bool,
 ) -> dict[str, Entry]:
+    """The 16-bit copies of all parameters, or of the experts' alone."""
+    out: dict[str, Entry] = {}
     for placed in layout:
         for name, shape in zip(placed.names, placed.shapes, strict=True):
-            t = state.module.get(name)
+            if not of_all and not is_expert(name):
+                continue
+            expert = experts.get(name)
+            t = expert.tensor if expert else state.module.get(name)
             if not isinstance(t, Tensor) or t.shape != shape:
                 got = t.shape if isinstance(t, Tensor) else "nothing"
                 hint = "; at stage 3 `module` holds placeholders, use the masters" if placed.sliced else ""
-                raise SourceError(
-                    f"{where}: weights='module': {name}: `module` has {got}, wanted {shape}{hint}"
-                )
-    names = (name for placed in layout for name in placed.names)
-    return _module_entries(names, state, model, extents, "parameter")
+                held = "the experts' files have" if is_expert(name) else "weights='module': `module` has"
+                raise SourceError(f"{where}: {name}: {held} {got}, wanted {shape}{hint}")
+            out[name] = (expert or _Whole(model, t)).entry(extents, "parameter")
+    return out
 
 
 def _places(state: ModelState) -> bytes:
