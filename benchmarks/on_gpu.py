@@ -56,7 +56,7 @@ def parts(rows_seconds: float) -> list[Part]:
     memcheck = ("compute-sanitizer", "--error-exitcode", "9")
     bench = (python, "benchmarks/gpu.py")
     made = [
-        Part("build", 240, (*install, "--target", str(SITE), ".")),
+        Part("build", 420, (*install, "--target", str(SITE), ".")),
         Part("look", 60, (python, "-c", LOOK)),
         Part("tests", 150, test),
         Part("every row, tiny", 90, (*bench, "--small")),

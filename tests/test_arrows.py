@@ -101,7 +101,7 @@ SPINE = (*MAY_IMPORT, "__init__", "_C")
 # An engine's plug-in mechanism opens these; nothing here imports them.
 MAY_IMPORT["engines"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT |= {door: SPINE for door in ("describe", "outline", "difference", "doctor", "zero_to_fp32")}
-for last in ("quant", "demo", "cli", "__init__"):
+for last in ("quant", "likeness", "demo", "cli", "__init__"):
     MAY_IMPORT[last] = (*MAY_IMPORT, "__init__", "_C")
 MAY_IMPORT["__main__"] = ("cli",)
 """Each room (a module, or a package with all its modules) and the other rooms it may import."""
@@ -149,7 +149,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """Cells within a package: a module imports siblings from cells before its own only."""
 
-TORCH = {"executors/torch", "executors/cuda", "tensors", "device", "resident", "crossing"}
+TORCH = {"executors/torch", "executors/cuda", "tensors", "device", "resident", "crossing", "likeness"}
 TORCH |= {"engines/vllm_loader", "engines/sglang"}
 TORCH |= {
     f"manager/{m}"

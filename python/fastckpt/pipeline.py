@@ -176,6 +176,46 @@ def _start(thread: threading.Thread, wanted: int) -> None:
         raise WriteError(f"threads: {wanted} wanted, the system starts no more ({e})") from None
 
 
+class ToDigests:
+    """The end of a run that only wants to know what the bytes would be: the digest of every tensor."""
+
+    def __init__(self, slots: Slots) -> None:
+        self.slots = slots
+        self.leaves = np.zeros(slots.leaves, np.uint64)
+
+    def worker(self, lane: Lane, size: int) -> Worker:
+        """A worker with a staging buffer of `size` bytes of its own."""
+        made = _maker(lane, size)
+        return lambda batch: self.take(batch, made(batch))
+
+    def take(self, batch: Batch, filled: memoryview) -> None:
+        """Digest the leaves of a batch."""
+        self.leaves[batch.leaf] = leaf_digests(filled, batch.leaf_offset, batch.leaf_size)
+
+    def digest(self, tensor: int) -> str:
+        """The digest of a tensor whose leaves are all there."""
+        first = int(self.slots.leaf[tensor])
+        count = -(-int(self.slots.nbytes[tensor]) // LEAF)
+        return combine(self.leaves[first : first + count])
+
+
+def _maker(lane: Lane, size: int) -> Callable[[Batch], memoryview]:
+    """What gives a batch's bytes, valid until the next: where they lie, or in a staging of `size` bytes."""
+    staging = np.empty(size, np.uint8)
+    address = staging.ctypes.data
+    whole = memoryview(staging.data)
+
+    def made(batch: Batch) -> memoryview:
+        n = batch.stop - batch.start
+        filled = lane.direct(batch.rows, n)
+        if filled is None:
+            filled = whole[:n]
+            lane.run(batch.rows, [Buffer(staging, address, n)])
+        return filled
+
+    return made
+
+
 class ToFiles:
     """The end of a run over files: open files, leaf digests, checksums, the finite check.
 
@@ -189,24 +229,18 @@ class ToFiles:
         self.tensors = tensors
         self.files = files
         self.finite = finite
-        self.leaves = np.zeros(slots.leaves, np.uint64)
+        self.digests = ToDigests(slots)
         self.crcs: dict[int, int] = {}  # leaf -> CRC32, of files that need them
         self.codes = np.array([d.code for d in tensors.made.dtypes], np.uint8)
         self.floats = np.array([d.kind == "float" for d in tensors.made.dtypes], bool)
 
     def worker(self, lane: Lane, size: int) -> Worker:
         """A worker with a staging buffer of `size` bytes of its own."""
-        staging = np.empty(size, np.uint8)
-        address = staging.ctypes.data
-        whole = memoryview(staging.data)
+        made = _maker(lane, size)
 
         def run(batch: Batch) -> None:
-            n = batch.stop - batch.start
-            filled = lane.direct(batch.rows, n)
-            if filled is None:
-                filled = whole[:n]
-                lane.run(batch.rows, [Buffer(staging, address, n)])
-            self.leaves[batch.leaf] = leaf_digests(filled, batch.leaf_offset, batch.leaf_size)
+            filled = made(batch)
+            self.digests.take(batch, filled)
             if self.files[batch.file].layout.crc:
                 for at, length, leaf in zip(
                     batch.leaf_offset.tolist(), batch.leaf_size.tolist(), batch.leaf.tolist(), strict=True
@@ -223,7 +257,7 @@ class ToFiles:
         at = np.arange(0, len(data), LEAF, dtype=np.int64)
         first = int(self.slots.leaf[tensor]) + offset // LEAF
         digests = leaf_digests(data, at, np.minimum(LEAF, len(data) - at))
-        self.leaves[first : first + len(at)] = digests
+        self.digests.leaves[first : first + len(at)] = digests
         self.files[int(self.slots.file[tensor])].write(int(self.slots.offset[tensor]) + offset, data)
 
     def room(self, tensor: int, offset: int, nbytes: int) -> None:
@@ -255,16 +289,10 @@ class ToFiles:
             file = self.files[number]
             own = np.flatnonzero(self.tensors.file == number).tolist()
             crcs = {names[i]: self.tensor_crc(i) for i in own} if file.layout.crc else {}
-            file.close(crcs, {names[i]: self.tensor_digest(i) for i in own})
+            file.close(crcs, {names[i]: self.digests.digest(i) for i in own})
 
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(close, range(len(self.files))))
-
-    def tensor_digest(self, tensor: int) -> str:
-        """The digest of a tensor whose leaves are all written."""
-        first = int(self.slots.leaf[tensor])
-        count = -(-int(self.slots.nbytes[tensor]) // LEAF)
-        return combine(self.leaves[first : first + count])
 
     def tensor_crc(self, tensor: int) -> int:
         """The CRC32 of a tensor whose leaves are all written."""

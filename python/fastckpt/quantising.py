@@ -84,19 +84,28 @@ class Job:
     bands: tuple[Band, ...]
 
 
-def bands(chunk: Chunk, target: int, binding: Binding, rows: int, width: int, step: int) -> Iterator[Band]:
-    """The rows of one of the chunk's targets, a dense matrix of `rows` x `width` bytes, `step` at once."""
-    mine = chunk.tensor == target
-    there = _in_memory(chunk.rows[mine], binding, rows * width)
-    if there is not None:
-        for row in range(0, rows, step):
-            count = min(step, rows - row)
-            yield Band(row, count, chunk.rows[:0], there[row * width : (row + count) * width])
-        return
-    alone = Chunk(1, chunk.rows[mine], np.zeros(int(mine.sum()), np.int64))
-    slots = Slots.of([0], [0], [rows * width])
-    for batch in cut(alone, 0, slots, binding, stage=step * width, band=step * width, in_order=True):
-        yield Band(batch.start // width, (batch.stop - batch.start) // width, batch.rows)
+class Dense:
+    """The dense matrices that a chunk's rows make, to be taken band by band."""
+
+    def __init__(self, chunk: Chunk, binding: Binding) -> None:
+        self.binding = binding
+        self.rows, self.bound = chunk.rows, binding.bind(chunk.rows)
+        self.edges = np.searchsorted(chunk.tensor, np.arange(chunk.count + 1)).tolist()
+
+    def bands(self, target: int, rows: int, width: int, step: int) -> Iterator[Band]:
+        """The chunk's target of that number, a matrix of `rows` x `width` bytes, `step` rows at once."""
+        mine = slice(self.edges[target], self.edges[target + 1])
+        there = _in_memory(self.bound[mine], self.binding, rows * width)
+        if there is not None:
+            for row in range(0, rows, step):
+                count = min(step, rows - row)
+                yield Band(row, count, self.rows[:0], there[row * width : (row + count) * width])
+            return
+        alone = Chunk(1, self.rows[mine], np.zeros(mine.stop - mine.start, np.int64))
+        slots = Slots.of([0], [0], [rows * width])
+        batches = cut(alone, 0, slots, self.binding, stage=step * width, band=step * width, in_order=True)
+        for batch in batches:
+            yield Band(batch.start // width, (batch.stop - batch.start) // width, batch.rows)
 
 
 class Quantising:
@@ -122,6 +131,9 @@ class Quantising:
 
     def jobs(self, first: int, chunk: Chunk, binding: Binding) -> Iterator[Job]:
         """The jobs of the chunk's quantised tensors."""
+        if not self.plan.quantised:
+            return
+        dense = Dense(chunk, binding)
         for i in range(chunk.count):
             told = self.plan.quantised.get(first + i)
             if told is None:
@@ -131,7 +143,7 @@ class Quantising:
             step, share = _step(told), _share(told)
             tensor = self._tensor(first + i, told, -(-rows // share))
             held: list[Band] = []
-            for band in bands(chunk, i, binding, rows, columns * told.dtype.itemsize, step):
+            for band in dense.bands(i, rows, columns * told.dtype.itemsize, step):
                 if held and band.row % share == 0:
                     yield Job(tensor, held[0].row * out, band.row * out, tuple(held))
                     held = []
@@ -204,7 +216,7 @@ def _in_memory(rows: Table, binding: Binding, nbytes: int) -> Bytes | None:
     """The dense bytes of a tensor where they lie already, as they are, in main memory; else None."""
     if len(rows) != 1 or rows["src_buffer"][0] == NOTHING or not plain(rows[0], nbytes):
         return None
-    row = binding.bind(rows)[0]
+    row = rows[0]
     place = binding.places[int(row["src_buffer"])]
     if not isinstance(place, Buffer) or place.device != "cpu":
         return None
@@ -230,11 +242,12 @@ class Scan:
 
     def jobs(self, window: list[tuple[int, Target]], chunk: Chunk, binding: Binding) -> Iterator[ScanJob]:
         """The jobs of a window of compiled targets."""
+        dense = Dense(chunk, binding)
         for i, (_, target) in enumerate(window):
             rows, columns = flat(target.shape)
             width = columns * target.view.dtype.itemsize
             found = self.largest[target.name] = np.empty(rows, np.float32)
-            for band in bands(chunk, i, binding, rows, width, max(1, DENSE_BYTES // width)):
+            for band in dense.bands(i, rows, width, max(1, DENSE_BYTES // width)):
                 yield ScanJob(target, band, found, 0, band.count * width)
 
     def worker(self, lane: Lane) -> Callable[[ScanJob], None]:

@@ -59,12 +59,12 @@ def plan(
     """What `reshard` would do with the same arguments, without reading a byte of a tensor.
 
     Raises what `reshard` would raise before its first byte."""
-    grid = _placement(tp, placement)
+    grid = grid_of(tp, placement)
     wanted = Wanted(
         grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size,
         quant=_quant(quant), dense=quant == DENSE, adapter=adapter, apart=apart,
     )  # fmt: skip
-    return plans.draft(_opened(ckpt, recipe), wanted)
+    return plans.draft(open_whole(ckpt, recipe), wanted)
 
 
 def reshard(
@@ -113,7 +113,7 @@ def reshard(
     it is; then nothing is left behind. DeviceError for what this build cannot do."""
     place = _device(device)
     expect("allow_nonfinite", allow_nonfinite, bool)
-    grid = _placement(tp, placement)
+    grid = grid_of(tp, placement)
     wanted = Wanted(
         grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size,
         quant=_quant(quant), dense=quant == DENSE, adapter=adapter, apart=apart,
@@ -122,8 +122,8 @@ def reshard(
     run = Run(threads, memory, progress)
     in_memory = not isinstance(out, (str, os.PathLike))
     if place != "cpu" and not in_memory:
-        raise DeviceError(f"device {place!r}: files are written from main memory; leave device= out")
-    planned = run.planned(lambda: plans.draft(_opened(ckpt, recipe), wanted, in_memory=in_memory))
+        raise DeviceError(f"device {place!r}: files lie on no GPU; leave device= out, for tensors there too")
+    planned = run.planned(lambda: plans.draft(open_whole(ckpt, recipe), wanted, in_memory=in_memory))
     if out is None:
         states, _ = run.to_memory(planned, place)
         return states if rank is None else states[0]
@@ -158,9 +158,9 @@ def prepare(
     from .resident import prepare as on_device
 
     place = _device(device)
-    grid = _placement(tp, placement)
+    grid = grid_of(tp, placement)
     wanted = Wanted(grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype)
-    planned = plans.draft(_opened(ckpt, recipe), wanted, in_memory=True)
+    planned = plans.draft(open_whole(ckpt, recipe), wanted, in_memory=True)
     binding = Binding.of(planned.extents)
     if place == "cpu" or not resident(binding):
         raise DeviceError(f"prepare: wanted tensors on a GPU as source, device {place!r}; else use reshard")
@@ -299,7 +299,7 @@ def load_into(
     from . import tensors
 
     expect("strict", strict, bool)
-    grid = _placement(tp, placement)
+    grid = grid_of(tp, placement)
     if rank is None and grid.world > 1:
         raise LayoutError(f"load_into: a module is one rank's; say which of the {grid.world} ranks (rank=)")
     held = tensors.held(module)
@@ -313,7 +313,7 @@ def load_into(
         adapter=adapter,
     )  # fmt: skip
     run = Run(threads, memory, progress)
-    planned = run.planned(lambda: plans.draft(_opened(ckpt, recipe), wanted, in_memory=True))
+    planned = run.planned(lambda: plans.draft(open_whole(ckpt, recipe), wanted, in_memory=True))
     made = {t.name for t in planned.tensors}
     tied = tensors.tied(held, made)
     missing = [n for n in held if n not in made and n not in tied]
@@ -374,7 +374,8 @@ def _client_state(ckpt: Checkpoint, names: Sequence[str]) -> dict[str, JSON]:
     return {n: known[n] for n in names}
 
 
-def _placement(tp: int, placement: Placement | None) -> Placement:
+def grid_of(tp: int, placement: Placement | None) -> Placement:
+    """The grid that `tp` and `placement` ask for together. Raises LayoutError where they differ."""
     expect("placement", placement, Placement, type(None))
     if placement is not None and tp not in (1, placement.tp):
         raise LayoutError(f"tp={tp} and placement.tp={placement.tp} differ; give one of them")
@@ -399,6 +400,7 @@ def _by_rank(out: State | Sequence[State], rank: int | None) -> list[State]:
     return [out] if isinstance(out, Mapping) else list(out)
 
 
-def _opened(ckpt: Opened, recipe: str | None) -> Checkpoint:
+def open_whole(ckpt: Opened, recipe: str | None) -> Checkpoint:
+    """What a verb was given, as one whole model. Raises SourceError for what cannot be opened or joined."""
     opened = ckpt if isinstance(ckpt, Checkpoint) else joining.open(ckpt, recipe=recipe)
     return joining.whole(opened, recipe)

@@ -21,7 +21,7 @@ from .files import parse_size
 from .lowrank import COMPUTED, computed
 from .manifest import Manifest, Origin, Record
 from .merging import Merging, MergingLane
-from .pipeline import ToFiles, ToMemory, Worker, feed
+from .pipeline import ToDigests, ToFiles, ToMemory, Worker, feed
 from .planner import LEAF, Batch, Binding, compiled, cut
 from .plans import Plan
 from .prequantised import Matrix
@@ -125,6 +125,12 @@ class Run:
         from . import tensors
 
         return self._in_memory(planned, tensors.matched(planned, out, device), device)
+
+    def to_digests(self, planned: Plan) -> dict[str, str]:
+        """The digest of every tensor of a plan of one rank; nothing is kept."""
+        end = ToDigests(planned.slots())
+        self._copy(planned, lambda lane: end.worker(lane, self.band))
+        return {t.name: end.digest(i) for i, t in enumerate(planned.tensors)}
 
     def _in_memory(self, planned: Plan, buffers: Sequence[Buffer], device: str) -> Report:
         if device == "cpu":

@@ -179,3 +179,19 @@ def test_sources_that_were_just_written(tmp_path: Path) -> None:
     fastckpt.reshard(source, layout="same", out=tmp_path / "out")
     (got,) = (load_file(p)["w"] for p in (tmp_path / "out").glob("*.safetensors"))
     assert torch.equal(got, torch.arange(2_000_000, dtype=torch.float32))
+
+
+def test_the_bytes_on_the_gpu_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    held = {n: t.contiguous() for n, t in state().items()}
+    save_file(held, tmp_path / "model.safetensors")
+    options = {"layout": "hf", "tp_plan": PLAN}
+    made = fastckpt.reshard(tmp_path, 4, rank=2, dtype="bfloat16", device="cuda", **options)
+    fastckpt.reshard(tmp_path, 4, dtype="bfloat16", out=tmp_path / "out", **options)
+    assert fastckpt.verify_tensors(made, tmp_path, 4, 2, **options).ok
+    assert fastckpt.verify_tensors(made, tmp_path / "out", rank=2).ok
+    made["1.down"].view(torch.int16)[100, 3] ^= 64
+    for found in (
+        fastckpt.verify_tensors(made, tmp_path, 4, 2, **options),
+        fastckpt.verify_tensors(made, tmp_path / "out", rank=2),
+    ):
+        assert found.problems == ("1.down: its bytes differ from the checkpoint's",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from fastckpt.errors import LayoutError, ViewError
 from fastckpt.layouts import rtp_split
 from fastckpt.layouts.rtp_merge import MERGES, merge_qkv_lora_a, ones, slopes, zeros
 from fastckpt.layouts.rtp_split import SPLITS, Cut, phy2log
-from fastckpt.layouts.rtp_weights import DIFFERS, NAMES, TABLES
+from fastckpt.layouts.rtp_weights import ABSENT, DIFFERS, NAMES, TABLES
 from fastckpt.placement import Placement
 from layouts import catalogue_oracle as oracle
 from reading import bits, elements, memory, read
@@ -56,6 +57,18 @@ def test_every_name_of_the_reference_has_a_row():
     beyond = set(SPLITS) - {n for names in found["strategies"] for n in names}
     assert beyond == {"ep"}
     assert not set(MERGES) - {n for names in found["merges"] for n in names}
+
+
+def test_every_weight_of_the_reference_is_written_or_says_why_not():
+    text = (Path(__file__).parent / "rtp_weight_names.txt").read_text()
+    theirs = dict(word.split("=") for word in text.split() if "=" in word)
+    assert len(theirs) == 256
+    for name, dumped in theirs.items():
+        absent = any(fnmatchcase(name, pattern) for pattern in ABSENT)
+        assert (NAMES.get(name) == dumped) != absent, name
+    assert all(any(fnmatchcase(name, pattern) for name in theirs) for pattern in ABSENT)
+    made = {f"ffn_w13_lora_{half}" for half in "ab"}  # the engine makes these of ffn_w13's name
+    assert set(NAMES) - set(theirs) == made
 
 
 TABLE_OF = {

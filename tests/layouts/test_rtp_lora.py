@@ -162,6 +162,37 @@ def test_blocks_along_the_diagonal(tmp_path, tp, w13):
         assert all(".layers.1." in n for n in got)
 
 
+def test_fewer_ranks_cut_the_feed_forward_block(tmp_path):
+    """With ffn_tp A and B go with the kernel: rank 3 of 4 has what rank 1 of 2 has."""
+    base, adapter, *_ = case(tmp_path, tiny.made("qwen2"), ALL)
+    four = fastckpt.reshard(base, 4, layout=layout("rtp_llm", {"ffn_tp": "2"}), adapter=adapter, apart=True)
+    two = fastckpt.reshard(base, 2, layout="rtp_llm", adapter=adapter, apart=True)
+    for r, got in enumerate(four):
+        want = {n: x for n, x in two[r % 2].items() if ".ffn_weights." in n}
+        assert len(want) == 8
+        for n, x in want.items():
+            assert torch.equal(got[n.replace(f"rank_{r % 2:02d}", f"rank_{r:02d}")], x), n
+
+
+def test_an_adapter_in_training(tmp_path):
+    """A checkpoint of the adapted model holds base and adapter; the directory beside it the config alone."""
+    config, tensors, _ = tiny.made("qwen2")
+    pairs = whole_numbers(tensors, [f"model.layers.0.{m}" for m in ALL])
+    state = {f"base_model.model.{n}": x for n, x in tensors.items()}
+    for m, (a, b) in pairs.items():
+        state[f"base_model.model.{m}.base_layer.weight"] = state.pop(f"base_model.model.{m}.weight")
+        state |= {f"base_model.model.{m}.lora_{half}.default.weight": x for half, x in (("A", a), ("B", b))}
+        bias = f"base_model.model.{m}.bias"
+        if bias in state:
+            state[f"base_model.model.{m}.base_layer.bias"] = state.pop(bias)
+    apart = write(tmp_path / "adapter", settings(), pairs)
+    asked = dict(layout="rtp_llm", tp=2, config=config, apart=True)
+    want = fastckpt.reshard(tensors, adapter=apart, **asked)
+    (apart / "adapter_model.safetensors").unlink()
+    for got, one in zip(fastckpt.reshard(state, adapter=apart, **asked), want, strict=True):
+        assert sorted(got) == sorted(one) and all(torch.equal(got[n], x) for n, x in one.items())
+
+
 def test_files_of_every_rank(tmp_path):
     base, adapter, *_ = case(tmp_path, tiny.made("qwen2"), ALL)
     report = fastckpt.reshard(
