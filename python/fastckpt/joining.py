@@ -82,7 +82,8 @@ def told(ckpt: Checkpoint, world: int, layout: str) -> dict[str, JSON]:
 @paused()
 def whole(ckpt: Checkpoint, recipe: str | None = None) -> Checkpoint:
     """The model that an opened output's shards were cut from; any other checkpoint as it is. `recipe` as in
-    `open`; a recipe that was asked for by name is told in the facts.
+    `open`; a recipe that was asked for by name is told in the facts, and so are sizes that had been padded:
+    the config says those of before again.
 
     Names, shapes and tied names are those of the checkpoint it was cut from, dtypes those that were served;
     what the recipe left out is in `unread`. Raises SourceError where the record does not tell enough, or the
@@ -122,15 +123,18 @@ def whole(ckpt: Checkpoint, recipe: str | None = None) -> Checkpoint:
             unread.append(f"{name}: not in the output")
     aliases = {a: h for a, h in phantom.aliases.items() if h in entries}
     shaped = json.dumps([ckpt.structure, record, dict(ckpt.config or {})], sort_keys=True)
+    was = _map(record.get("resized", {}), ckpt, "resized")
+    more: dict[str, JSON] = {"tied": dict(aliases), **_recipe(ckpt, manifest, recipe)}
+    if was:
+        more["unpadded"] = dict(was)
     return replace(
         ckpt,
         format="served",
         entries=entries,
         aliases=aliases,
         unread=tuple(unread),
-        facts={k: v for k, v in ckpt.facts.items() if k not in ("options", "files")}
-        | {"tied": dict(aliases)}
-        | _recipe(ckpt, manifest, recipe),
+        config=_config(ckpt, manifest) if was else ckpt.config,
+        facts={k: v for k, v in ckpt.facts.items() if k not in ("options", "files")} | more,
         structure=xxhash.xxh3_64_hexdigest(shaped.encode()),
     )
 

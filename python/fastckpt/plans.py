@@ -337,6 +337,8 @@ class _Road:
     def of(ckpt: Checkpoint, wanted: Wanted) -> _Road:
         if wanted.dense:
             ckpt, wanted = _densified(ckpt, wanted)
+        if "unpadded" in ckpt.facts and wanted.config is None:  # the config.json beside it is the padded one
+            wanted = replace(wanted, config=ckpt.config)
         layout = layouts.layout(wanted.layout) if isinstance(wanted.layout, str) else wanted.layout
         if wanted.tp_plan is not None:
             if _layout_name(layout) != "hf":

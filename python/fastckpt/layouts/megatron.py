@@ -100,10 +100,15 @@ class Megatron:
         return self._targets(model, placement)
 
     def naming(self, placement: Placement) -> Naming:
-        """safetensors in Megatron-LM's directories of ranks: `mp_rank_TT[_PPP][_EEE]`."""
+        """safetensors in Megatron-LM's directories of ranks: `mp_rank_TT[_PPP][_EEE]`.
+
+        Those tell ranks apart that are cut by tp, pp and ep; where expert_tp is more than tp, several of a
+        name cut an expert, and `_expert_tp_NN` stands behind it."""
+        grid = self._experts_grid(placement)
         stage = f"_{placement.pp_rank:03d}" if placement.pp > 1 else ""
-        part = f"_{self._experts_grid(placement).ep_rank:03d}" if placement.ep > 1 else ""
-        return hub(f"mp_rank_{placement.tp_rank:02d}{stage}{part}")
+        part = f"_{grid.ep_rank:03d}" if placement.ep > 1 else ""
+        more = f"_expert_tp_{grid.index:02d}" if grid.count > placement.tp else ""
+        return hub(f"mp_rank_{placement.tp_rank:02d}{stage}{part}{more}")
 
     def _experts_grid(self, placement: Placement) -> Share:
         """Which of the experts, and of their widths, this rank holds."""
