@@ -356,7 +356,8 @@ class _Road:
             or wanted.quant
         ):
             raise LayoutError(
-                "an adapter is kept apart in layouts hf and rtp_llm alone, as it is: no tp_plan, no quant"
+                "an adapter is kept apart in layouts hf and rtp_llm alone, as it is: no tp_plan, no quant "
+                "(vLLM cuts adapters itself: it takes that of layout hf at tp 1)"
             )
         if adapter is not None:
             # What is cast to a module's dtypes at the end is not rounded before.

@@ -2,8 +2,8 @@
 
 vLLM runs at TP = 2 three times for each model: its own loading of a hub directory, its sharded_state loading
 of our shards, and our load format on the checkpoint itself. Greedy tokens and their log probabilities must
-be equal, to the last digit. Some models are trained a step by DeepSpeed on two ranks, and the hub directory is
-ours too; the others are served from their hub directory.
+be equal, to the last digit. Some models are trained a step by DeepSpeed on two ranks, and the hub
+directory is ours too; the others are served from theirs.
 """
 
 from __future__ import annotations
@@ -30,16 +30,18 @@ TRAINED = {"llama": 3, "mixtral": 2, "qwen3_moe": 3, "llama-tied": 2}
 
 SERVED = (
     "llama+int8", "qwen3", "gemma2", "gemma3_text", "phi3", "glm4", "gpt_neox", "gpt2", "bloom", "falcon-new",
-    "chatglm", "qwen2_moe", "glm4_moe", "deepseek_v2-576",
+    "chatglm", "qwen2_moe", "glm4_moe", "deepseek_v2-576", "gpt_oss",
 )  # fmt: skip
 """Models that are served from their hub directory."""
 
 
-def script(name: str, *argv: str) -> str:
+def script(log: Path, name: str, *argv: str) -> str:
+    """What it says, which a file holds while it runs."""
     command = [sys.executable, str(HERE / name), *argv]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    with log.open("w") as out:
+        done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False)
+    assert done.returncode == 0, log.read_text()
+    return log.read_text()
 
 
 def roads(name, root):
@@ -47,7 +49,7 @@ def roads(name, root):
     hub, source, shards = root / "hub", root / "zero", root / "shards"
     if name in TRAINED:
         served_models.write(name, str(root / "start"))
-        script("train_zero.py", str(root / "start"), str(source), str(TRAINED[name]), "2")
+        script(root / "log", "train_zero.py", str(root / "start"), str(source), str(TRAINED[name]), "2")
         fastckpt.reshard(source, layout="hf", dtype="bfloat16", out=hub)
     else:
         served_models.write(name, str(hub))
@@ -80,7 +82,8 @@ def generated(tmp_path_factory):
     }
     broken = of_other_sizes(tmp_path_factory.mktemp("broken") / "hub")
     asked |= {("broken", road): engine for road, engine in broken.items()}
-    said = script("vllm_generate.py", json.dumps(list(asked.values())))
+    log = tmp_path_factory.mktemp("generated") / "log"
+    said = script(log, "vllm_generate.py", json.dumps(list(asked.values())))
     lines = [line for line in said.splitlines() if line.startswith("GENERATED ")]
     told = [json.loads(line.removeprefix("GENERATED ")) for line in lines]
     return dict(zip(asked, told, strict=True))
@@ -121,7 +124,7 @@ def test_shards_are_bit_for_bit_what_vllm_loads(grid, tmp_path):
     models, truth = tmp_path / "models", tmp_path / "truth"
     for name in names:
         served_models.write(name, str(models / name), counted=True)
-    script("vllm_truth.py", str(models), str(truth), grid, *names)
+    script(tmp_path / "log", "vllm_truth.py", str(models), str(truth), grid, *names)
     assert {name for name in names if (truth / name / grid / "error").exists()} == set(refused)
     for name in set(names) - set(refused):
         for rank, got in enumerate(fastckpt.reshard(models / name, placement=placement, layout=ENGINE)):

@@ -50,7 +50,7 @@ def rank(index: int, port: int, engines: list[dict]) -> None:
 
     # Ranks that were started from outside have no name of their own for the memory they share.
     name = _CPUSHMDistributed.make_group_name
-    _CPUSHMDistributed.make_group_name = staticmethod(lambda of: f"{port}{name(of)}")
+    _CPUSHMDistributed.make_group_name = staticmethod(lambda of: f"/{port}{name(of).lstrip('/')}")
 
     for asked in engines:
         try:
