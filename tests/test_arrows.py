@@ -115,7 +115,8 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("torchpickle",),
         ("torchfile",),
         ("torchtensors", "zero_state", "dcp_metadata"),
-        ("shards", "zero_parts", "zero_experts"),
+        ("shards", "zero_parts", "zero_experts", "zero_universal"),
+        ("zero_opening",),
         # one format each
         ("zero", "safetensors", "statedict", "dcp", "memory"),
         ("served", "peft", "training"),  # what fastckpt or PEFT wrote, in the two formats before them

@@ -9,7 +9,7 @@ import fastckpt
 import pytest
 import torch
 from fastckpt import cli
-from fastckpt.errors import FastckptError, LayoutError
+from fastckpt.errors import LayoutError
 from fastckpt.layouts import layout
 from safetensors.torch import load_file, save_file
 
@@ -135,10 +135,10 @@ def test_shards_quantised_on_the_way(hub, tmp_path, scheme):
         assert told["ignore"] == ["lm_head"]
 
 
-@pytest.mark.parametrize(
-    ("scheme", "message"),
-    [("int4-group32", "is not read"), ("awq-group32", "quantised by awq is not known; known are compressed")],
-)
-def test_what_an_engine_holds_of_four_bits_is_not_known(hub, scheme, message):
-    with pytest.raises(FastckptError, match=message):
-        fastckpt.plan(hub, tp=2, layout=layout("vllm", {"engine": "vllm==0.32"}), quant=scheme)
+def test_scales_of_a_kv_cache_are_not_known(hub, tmp_path):
+    fastckpt.reshard(hub, quant="int8", out=tmp_path / "int8")
+    config = json.loads((tmp_path / "int8" / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float"}
+    with pytest.raises(LayoutError, match="compressed-tensors with kv_cache_scheme is not known"):
+        asked = layout("vllm", {"engine": "vllm==0.32"})
+        fastckpt.plan(tmp_path / "int8", tp=2, layout=asked, config=config)

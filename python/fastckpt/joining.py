@@ -55,9 +55,9 @@ def open(
 ) -> Checkpoint:
     """The checkpoint at `path`, as `sources.open` has it; the shards of a serving layout as a whole model.
 
-    `recipe`: the file of a user's own recipe, where the shards were cut with one. Quantised shards cannot be
-    joined and are given as they are, each tensor named "rank/name". Raises SourceError for what is broken,
-    missing, unknown or cannot be joined."""
+    `recipe`: the file of a user's own recipe, where the shards were cut with one. Quantised shards, and those
+    of an adapter alone, cannot be joined and are given as they are, each tensor named "rank/name". Raises
+    SourceError for what is broken, missing, unknown or cannot be joined."""
     found = sources.open(
         path,
         tag=tag,
@@ -67,7 +67,8 @@ def open(
         exclude_frozen=exclude_frozen,
         check_crc=check_crc,
     )
-    return found if found.facts.get("quant") is not None else whole(found, recipe)
+    as_it_is = found.facts.get("quant") is not None or found.facts.get("adapter") == "apart"
+    return found if as_it_is else whole(found, recipe)
 
 
 def told(ckpt: Checkpoint, world: int, layout: str) -> dict[str, JSON]:
@@ -92,8 +93,6 @@ def whole(ckpt: Checkpoint, recipe: str | None = None) -> Checkpoint:
         return ckpt
     manifest = Manifest.read(ckpt.path)
     record = manifest.record.options
-    if record.get("quant") is not None:
-        raise SourceError(f"{ckpt.path}: quantised to {record['quant']}, which cannot be taken back")
     phantom = _cut_from(ckpt, manifest)
     known = dict(zip(phantom.extents, phantom.entries, strict=True))
     pieces: dict[str, dict[Place, Piece]] = {name: {} for name in phantom.entries}
@@ -148,13 +147,13 @@ def would_hold(
     ckpt: Checkpoint, manifest: Manifest, layout: ByRoles, dtype: DType
 ) -> list[tuple[int, Target]]:
     """What every rank of an opened output would hold by another layout, as (rank, target): names, shapes and
-    dtypes, floats cast to `dtype` but for quantised ones, and no bytes behind them.
+    dtypes, floats cast to `dtype`, and no bytes behind them.
 
     Raises SourceError as `whole` does, RecipeError and LayoutError where the layout cannot cut this model."""
     phantom = _cut_from(ckpt, manifest)
-    bytes_each = {n: e for n, e in phantom.entries.items() if e.dtype.itemsize == 1}
-    served = {**Cast(phantom.entries, dtype), **bytes_each}
-    model = _model(ckpt, replace(phantom, entries=served), manifest)
+    cast = Cast(phantom.entries, dtype)  # but for fp8, whose bytes are a quantised matrix's
+    entries = {n: e if e.dtype.itemsize == 1 else cast[n] for n, e in phantom.entries.items()}
+    model = _model(ckpt, replace(phantom, entries=entries), manifest)
     return [(p.rank, t) for p in grid(ckpt.path, manifest).ranks() for t in layout.targets(model, p)]
 
 
@@ -195,7 +194,7 @@ def _model(ckpt: Checkpoint, phantom: Checkpoint, manifest: Manifest, recipe: st
     config, options = _config(ckpt, manifest), manifest.record.options
     vocab, asked = options.get("vocab_size"), _recipe(ckpt, manifest, recipe).get("recipe")
     find = recipes.find(config) if asked is None else recipes.named(asked)
-    model = find(phantom, config, vocab_size=vocab if isinstance(vocab, int) else None)
+    model = recipes.model(find, phantom, config, vocab if isinstance(vocab, int) else None)
     if model.family != options.get("family"):
         raise SourceError(
             f"{ckpt.path}: cut with the recipe {options.get('family')}, and {asked or 'its config'} is for "
@@ -234,6 +233,8 @@ def _config(ckpt: Checkpoint, manifest: Manifest) -> Mapping[str, JSON]:
 def _cut_from(ckpt: Checkpoint, manifest: Manifest) -> Checkpoint:
     """The checkpoint the shards were cut from, with an extent a tensor and no byte behind it."""
     record = manifest.record.options
+    if record.get("quant") is not None:
+        raise SourceError(f"{ckpt.path}: quantised to {record['quant']}, which cannot be taken back")
     match record.get("adapter"):
         case ["apart", *_]:
             raise SourceError(f"{ckpt.path}: an adapter alone, cut for a layout; open the adapter itself")

@@ -28,7 +28,6 @@ from .files import FileLayout, Spec, safetensors_layout, split
 from .layouts import Adapts, Layout, Resizes
 from .layouts.naming import Naming
 from .layouts.patterns import Patterns
-from .layouts.vllm import Vllm
 from .model import Model, Sizes
 from .placement import Placement
 from .plancache import Compiled
@@ -411,12 +410,13 @@ class _Road:
         asked = told if wanted.recipe is None and isinstance(told, str) else wanted.recipe
         recipe = recipes.find(config) if asked is None else recipes.named(asked)
         quant = wanted.quant
-        engine = layout.engine if isinstance(layout, Vllm) else ""
-        if quant is not None and prequantised.fits(_layout_name(layout), quant.scheme, engine):
+        engine = str(dict(layouts.options_of(layout)).get("engine") or "")
+        if quant is not None and prequantised.fits(_layout_name(layout), engine, quant.scheme):
             _require_dense(quant, wanted, layout.naming(wanted.placement), config)
             cast, config = prequantised.made(cast, config, quant)
             wanted = replace(wanted, config=config, quant=None)
-        model = recipe(cast, config, vocab_size=wanted.vocab_size)
+            options["prequantised"] = options.pop("quant")  # the shards can be joined, as quantised ones
+        model = recipes.model(recipe, cast, config, wanted.vocab_size)
         options["family"] = model.family
         options["recipe"] = asked
         options["config"] = xxhash.xxh3_64_hexdigest(json.dumps(dict(config), sort_keys=True).encode())

@@ -174,6 +174,7 @@ QUANTISED: dict[str, tuple[str, str]] = {
         "gemma2": ("int8", "fp8-matrix"),
         "gemma3_text": ("int8", "fp8-matrix"),
         "phi3": ("int8",),
+        "glm": ("int8",),
         "glm4": ("int8",),
         "qwen2_moe": ("int8", "fp8-matrix"),
         "glm4_moe": ("int8", "fp8-matrix"),

@@ -72,6 +72,13 @@ def of_other_sizes(root):
     return {"fastckpt": {"model": str(root), "load_format": "fastckpt"}}
 
 
+def generate(log: Path, engines: list[dict]) -> list[dict]:
+    """What each of these engines makes of the prompts, one after another."""
+    said = script(log, "vllm_generate.py", json.dumps(engines))
+    lines = [line for line in said.splitlines() if line.startswith("GENERATED ")]
+    return [json.loads(line.removeprefix("GENERATED ")) for line in lines]
+
+
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory):
     """(model, road) -> what vLLM made of the prompts; all in one go, since starting it takes longest."""
@@ -82,10 +89,7 @@ def generated(tmp_path_factory):
     }
     broken = of_other_sizes(tmp_path_factory.mktemp("broken") / "hub")
     asked |= {("broken", road): engine for road, engine in broken.items()}
-    log = tmp_path_factory.mktemp("generated") / "log"
-    said = script(log, "vllm_generate.py", json.dumps(list(asked.values())))
-    lines = [line for line in said.splitlines() if line.startswith("GENERATED ")]
-    told = [json.loads(line.removeprefix("GENERATED ")) for line in lines]
+    told = generate(tmp_path_factory.mktemp("generated") / "log", list(asked.values()))
     return dict(zip(asked, told, strict=True))
 
 

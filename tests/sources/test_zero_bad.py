@@ -270,12 +270,12 @@ def test_pipelines_and_tensor_parallel_runs(tmp_path):
     refuses(tmp_path, "`module` is None")
 
 
-def test_universal_checkpoints(tmp_path):
+def test_a_universal_checkpoint_that_is_not_one(tmp_path):
     folder = written(tmp_path)
-    (folder / "zero").mkdir()
-    refuses(tmp_path, "universal checkpoint")
     (tmp_path / "latest").rename(tmp_path / "latest_universal")
-    refuses(tmp_path, "latest_universal: a universal checkpoint")
+    sources.open(tmp_path)
+    (folder / "zero").mkdir()
+    refuses(tmp_path, "optim_states.pt and zero/: files of two runs")
 
 
 def test_a_truncated_rank_file(tmp_path):

@@ -39,7 +39,7 @@ class Served:
     """A family as one version of an engine has it.
 
     `renamed`: parts of the model format's names; `held`: what it has below each layer's attention beyond the
-    checkpoint; `quantised`: Model.method -> what more of that, for those ways of quantising that were
+    checkpoint; `quantised`: Model.quant_method -> what more of that, for those ways of quantising that were
     compared; `float32`: patterns of its names that are held in float32 whatever the others are; `hub_rows`:
     what the hub fuses keeps its order of rows: q, k, v head by head, and [gate; up] cut as one run (vLLM's
     Transformers backend).
@@ -91,7 +91,8 @@ _KV_SCALES = {
     "fp8": tuple(Held(f"attn.{x}_scale", -1.0, float32=False) for x in ("k", "prob", "q", "v")),
 }
 _PLAIN = Served(quantised=_KV_SCALES)
-_FUSED = Served(quantised={"compressed-tensors": _KV_SCALES["compressed-tensors"]})
+_COMPRESSED = {"compressed-tensors": _KV_SCALES["compressed-tensors"]}
+_FUSED = Served(quantised=_COMPRESSED)
 _DEEPSEEK = Served(
     (*_STACKS, *_SHARED, *_ROUTER, *_LATENT),
     _ones("mla_attn.mla_attn"),
@@ -110,7 +111,7 @@ _VLLM_0_32: dict[str, Served] = {
     "gemma2": Served(quantised=_KV_SCALES, tied="embedding"),
     "gemma3_text": _PLAIN,
     "phi3": _FUSED,
-    "glm": Served(hub_rows=True),
+    "glm": Served(quantised=_COMPRESSED, hub_rows=True),
     "glm4": _FUSED,
     "mixtral": Served(_STACKS, quantised=_KV_SCALES, stages="all"),
     "qwen2_moe": Served((*_STACKS, *_SHARED), quantised=_KV_SCALES),
@@ -153,11 +154,18 @@ def known(engine: str) -> Mapping[str, Served]:
     return found
 
 
-def served(engine: str, family: str) -> Served:
-    """A family as an engine has it. Raises LayoutError for one without a line in its table."""
+def served(engine: str, family: str, quant_method: str = "") -> Served:
+    """A family as an engine has it. Raises LayoutError for one without a line in its table, and for a way to
+    quantise that was not compared."""
     families = known(engine)
     if family not in families:
         raise LayoutError(
             f"engine {engine}: its names for family {family} are not known; known are {', '.join(families)}"
         )
-    return families[family]
+    found = families[family]
+    if quant_method and quant_method not in found.quantised:
+        raise LayoutError(
+            f"engine {engine}: what it holds of {family} quantised by {quant_method} is not known; known are "
+            f"{', '.join(found.quantised) or 'none'}"
+        )
+    return found

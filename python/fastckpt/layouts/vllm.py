@@ -89,12 +89,7 @@ class Vllm:
         heads neither divide nor repeat evenly, for more stages than layers, for another ep, for a model that
         is no decoder, and for a family or a pipeline
         that the engine's table lacks."""
-        engine = served(self.engine, model.family) if self.engine else None
-        if engine is not None and model.method and model.method not in engine.quantised:
-            raise LayoutError(
-                f"engine {self.engine}: what it holds of {model.family} quantised by {model.method} is not "
-                f"known; known are {', '.join(engine.quantised) or 'none'}"
-            )
+        engine = served(self.engine, model.family, model.quant_method) if self.engine else None
         if engine is not None and placement.pp > 1 and not engine.stages:
             raise LayoutError(
                 f"engine {self.engine}: what its pipeline stages hold of {model.family} is not known: wanted "
@@ -178,7 +173,7 @@ class Vllm:
             yield from _attention(layer.attention, model.sizes, placement, as_hub)
         if engine is not None:
             module, own = _parent(layer.attention.o.name), model.embedding.weight.dtype
-            for held in (*engine.held, *engine.quantised.get(model.method, ())):
+            for held in (*engine.held, *engine.quantised.get(model.quant_method, ())):
                 one = constant(np.full(1, held.value, np.float32), dtypes.float32)
                 yield Target(f"{module}.{held.name}", one if held.float32 else one.cast(own), held.shape)
         yield from norm(layer.attention_after)

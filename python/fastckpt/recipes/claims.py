@@ -81,11 +81,6 @@ class Claims:
         """So many neighbouring outputs, and inputs, of a quantised matrix share a scale."""
         return math.lcm(*(max(u, 1) for kind in self.form.beside for u in kind.unit)) if self.form else 1
 
-    @property
-    def method(self) -> str:
-        """How its matrices are quantised, as config's quant_method spells it, "" where they are not."""
-        return self.form.method if self.form else ""
-
     def _stored(self, name: str) -> str:
         return name.removeprefix(self._omitted)
 

@@ -268,5 +268,4 @@ def decoder(
         predictions=Lazy([prediction(n) for n in further if f"{n}.eh_proj.weight" in claims]),
         ignored=claims.close(IGNORED),
         cuts=kind.cuts,
-        method=claims.method,
     )

@@ -79,9 +79,7 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         experts=count.size,
         expert_width=width.key,
     )
-    if blocks:
-        model = replace(model, sizes=replace(model.sizes, block=GROUP), method="mxfp4")
-    return model
+    return replace(model, sizes=replace(model.sizes, block=GROUP)) if blocks else model
 
 
 def _groups(size: Dim) -> Dim:

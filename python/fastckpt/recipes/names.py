@@ -270,5 +270,4 @@ class _Reading:
             tied=tied,
             positions=table,
             ignored=self.claims.close(names.ignored),
-            method=self.claims.method,
         )

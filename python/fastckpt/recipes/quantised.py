@@ -30,11 +30,9 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
-    """`method`: config's quant_method, and what else of it a server goes by; `leaf`: the matrix's name below
-    its module; `packed`: how many outputs and inputs one int32 of it holds
+    """`leaf`: the matrix's name below its module; `packed`: how many outputs and inputs one int32 of it holds
     ((1, 1): it is no int32, but one byte each); `transposed`: it is stored [in, out]."""
 
-    method: str
     beside: tuple[Kind, ...]
     leaf: str = "weight"
     packed: tuple[int, int] = (1, 1)
@@ -75,9 +73,9 @@ def _unread(said: JSON | Mapping[str, JSON]) -> RecipeError:
 def _fp8(said: Mapping[str, JSON]) -> Quantised:
     match said.get("weight_block_size"):
         case None:
-            return Quantised("fp8", (Kind("weight_scale", (0, 0), ("scalar", "vector")), _INPUT))
+            return Quantised((Kind("weight_scale", (0, 0), ("scalar", "vector")), _INPUT))
         case [int(rows), int(columns)] if rows > 0 and columns > 0:
-            return Quantised("fp8", (Kind("weight_scale_inv", (rows, columns), ("matrix",)),))
+            return Quantised((Kind("weight_scale_inv", (rows, columns), ("matrix",)),))
     raise _unread(said)
 
 
@@ -92,14 +90,13 @@ def _compressed(said: Mapping[str, JSON]) -> Quantised:
     if first.get("num_bits") != 8 or first.get("symmetric") is not True:
         raise _unread(said)
     extra = (_INPUT, _SMOOTHER, _SHIFT)
-    method = "compressed-tensors" + (" with kv_cache_scheme" if said.get("kv_cache_scheme") else "")
     match first.get("strategy"), first.get("block_structure"):
         case "tensor", _:
-            return Quantised(method, (Kind("weight_scale", (0, 0), ("scalar", "vector")), *extra))
+            return Quantised((Kind("weight_scale", (0, 0), ("scalar", "vector")), *extra))
         case "channel", _:
-            return Quantised(method, (Kind("weight_scale", (1, 0), ("matrix", "vector")), *extra))
+            return Quantised((Kind("weight_scale", (1, 0), ("matrix", "vector")), *extra))
         case "block", [int(rows), int(columns)] if rows > 0 and columns > 0:
-            return Quantised(method, (Kind("weight_scale", (rows, columns), ("matrix",)),))
+            return Quantised((Kind("weight_scale", (rows, columns), ("matrix",)),))
     raise _unread(said)
 
 
@@ -116,7 +113,7 @@ def _awq(said: Mapping[str, JSON]) -> Quantised:
     if str(said.get("version", "gemm")).lower() != "gemm" or said.get("zero_point", True) is not True:
         raise _unread(said)
     beside = Kind("qzeros", (each, group), ("transposed",)), Kind("scales", (1, group), ("transposed",))
-    return Quantised("awq", beside, "qweight", (each, 1), True)
+    return Quantised(beside, "qweight", (each, 1), True)
 
 
 def _gptq(said: Mapping[str, JSON]) -> Quantised:
@@ -128,4 +125,4 @@ def _gptq(said: Mapping[str, JSON]) -> Quantised:
         Kind("scales", (1, group), ("transposed",)),
         Kind("g_idx", (0, 1), ("vector",), needed=False),
     )
-    return Quantised("gptq", beside, "qweight", (1, each), True)
+    return Quantised(beside, "qweight", (1, each), True)
