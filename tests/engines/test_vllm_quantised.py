@@ -67,10 +67,11 @@ def test_four_bits_load(scheme, tmp_path):
     """Names, shapes and values of what vLLM holds of four bits; its scales have the model's dtype."""
     served_models.write("llama", str(tmp_path / "hub"))
     fastckpt.reshard(tmp_path / "hub", quant=scheme, out=tmp_path / "models" / "llama")
-    script(tmp_path / "log", "vllm_truth.py", str(tmp_path / "models"), str(tmp_path / "truth"), "tp2", "llama")
+    models, truth = tmp_path / "models", tmp_path / "truth"
+    script(tmp_path / "log", "vllm_truth.py", str(models), str(truth), "tp2", "llama")
     made = fastckpt.reshard(tmp_path / "hub", 2, layout="vllm", quant=scheme)
     for rank, got in enumerate(made):
-        want = load_file(tmp_path / "truth" / "llama" / "tp2" / f"model-rank-{rank}-part-0.safetensors")
+        want = load_file(truth / "llama" / "tp2" / f"model-rank-{rank}-part-0.safetensors")
         left = {n for n in want.keys() - got.keys() if ".attn." not in n}
         assert not left and {n for n in got.keys() - want.keys() if not n.endswith(".g_idx")} == set()
         for key in (want.keys() & got.keys()) - {n for n in want if n.endswith("weight_shape")}:
