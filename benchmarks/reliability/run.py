@@ -178,7 +178,8 @@ def main() -> int:
     size = dict(SIZES[args.size])
     for name in ("kills", "crashes"):
         size[name] = {n: k for n, k in size[name].items() if args.ranks is None or n in args.ranks}
-    options = {"size": args.size, "seed": args.seed, "workers": args.workers, "memory": place == memory}
+    options = {"size": args.size, "only": [*args.only], "seed": args.seed, "workers": args.workers}
+    options |= {"ranks": args.ranks or [1, 2, 4], "in memory": place == memory}
     results = Results(args.json, options)
     for name in args.only:
         results.begin(name)
