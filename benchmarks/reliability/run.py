@@ -74,7 +74,6 @@ def at_once(every: Sequence[Iterator[Outcome]], enter: Callable[[Outcome], None]
         if not pid:
             code = 70
             try:
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
                 os.setpgid(0, 0)
                 os.close(out)
                 for outcome in share:
@@ -171,6 +170,8 @@ def main() -> int:
     import torch
     from program import warm
 
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where whoever started this ignores them
+        signal.signal(number, signal.default_int_handler)
     torch.set_num_threads(1)
     warm()
     memory = Path("/dev/shm")
