@@ -27,14 +27,9 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import faults  # noqa: E402
 from machine import commit, machine  # noqa: E402
+from table import FAULTS  # noqa: E402
 from tally import Outcome, Tally  # noqa: E402
 
-FAULTS = {
-    "kills": ("lost", "torn", "restart"),
-    "crashes": ("lost", "torn", "restart"),
-    "damage": ("missed", "wrong", "alarms"),
-}
-"""The parts, and what can be wrong at a point of each."""
 SIZES = {
     "ci": {"kills": {1: 60, 2: 8, 4: 2}, "crashes": {1: 120, 2: 40}, "damage": 200, "loads": 100},
     "nightly": {
