@@ -33,15 +33,7 @@ bench: $(STAMPS)/package $(STAMPS)/tools
 
 # On a machine with a GPU and its own CUDA torch, which needs no network: that Python is used as it is.
 gpu:
-	rm -rf build
-	FASTCKPT_CUDA=1 FASTCKPT_BUILD=1 $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps \
-		--force-reinstall .
-	$(PYTHON) -m pytest -q -rs --timeout 240 tests/gpu
-	if command -v compute-sanitizer >/dev/null; then \
-		compute-sanitizer --error-exitcode 9 --launch-timeout 120 \
-			$(PYTHON) -m pytest -q -p no:cacheprovider tests/gpu/test_gpu_rows.py -k small; \
-	else echo "*** no compute-sanitizer here: memory accesses were not checked ***"; fi
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) benchmarks/on_gpu.py
 
 # A real vLLM (its CPU build) in an environment of its own, 3.4 GB: what it serves of ours is what it serves.
 VLLM := .venv-vllm

@@ -3,7 +3,8 @@
 Law: the extension is optional, and so is its CUDA part. Without a compiler one loud line is printed and the
 package stays pure Python; without nvcc one is printed and it runs on the CPU only.
 FASTCKPT_BUILD: 0 skips the extension, 1 makes a failure to build it fatal, unset tries.
-FASTCKPT_CUDA: the same for the CUDA part. CUDA_HOME or CUDA_PATH names a toolkit, else nvcc is on PATH.
+FASTCKPT_CUDA: the same for the CUDA part. CUDA_HOME or CUDA_PATH names a toolkit, else nvcc is on PATH or in
+/usr/local/cuda. FASTCKPT_CUDA_ARCHS: "90" or "80,90" builds for these alone.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ X86 = {
 """The translation units of one instruction set each, with the only flags that name one: the module runs on
 any x86-64. (gcc 12 warns of its own AVX-512 headers.)"""
 
-CUDA_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
+CUDA_ARCHITECTURES = (os.environ.get("FASTCKPT_CUDA_ARCHS") or "80,86,89,90,100,120").split(",")
 """Native code for each of these that the toolkit knows, and PTX of the newest."""
 
 
@@ -73,9 +74,10 @@ class Toolkit:
 
     def __init__(self) -> None:
         home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-        nvcc = os.path.join(home, "bin", "nvcc") if home else shutil.which("nvcc")
-        if nvcc is None or not os.path.exists(nvcc):
-            raise OSError(f"no nvcc {'at ' + nvcc if nvcc else 'on PATH'}")
+        usual = "/usr/local/cuda/bin/nvcc"
+        nvcc = os.path.join(home, "bin", "nvcc") if home else shutil.which("nvcc") or usual
+        if not os.path.exists(nvcc):
+            raise OSError(f"no nvcc at {nvcc}{'' if home else ' and none on PATH'}")
         self.nvcc = nvcc
         with tempfile.NamedTemporaryFile(suffix=".cu") as empty:
             said = self.ask("--dryrun", "-x", "cu", "-E", empty.name)
@@ -160,7 +162,7 @@ class Build(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         cuda = toolkit()
         # What was built with other flags, or without CUDA, is not this build.
-        asked = f"{os.environ.get('CFLAGS', '')} cuda {cuda.nvcc if cuda else 'no'}"
+        asked = f"{os.environ.get('CFLAGS', '')} cuda {(cuda.nvcc, *cuda.architectures) if cuda else 'no'}"
         stamp = Path(self.build_temp) / "asked"
         same = stamp.exists() and stamp.read_text() == asked
         changed = max(Path(p).stat().st_mtime for p in ext.depends)

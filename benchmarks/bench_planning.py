@@ -14,8 +14,9 @@ from fastckpt.checkpoint import Checkpoint
 from fastckpt.placement import Placement
 from fastckpt.planner import Binding
 from fastckpt.plans import Wanted
+from fastckpt.schemes import SCHEMES, Quant
 from inputs import Input
-from measure import Bench, Figure, Goal, Step, seconds
+from measure import Bench, Figure, Goal, Step, seconds, times_faster
 
 RANKS = 1024
 
@@ -107,7 +108,7 @@ def bench_kept_plan(
         found = plancache.load(key, len(plan.extents))
         assert found is not None
         binding = Binding.of(opened.extents)
-        for kept in found[1]:
+        for kept in found.chunks:
             binding.bind(kept.chunk().rows)
 
     bench.measure(
@@ -116,6 +117,23 @@ def bench_kept_plan(
             lambda subject, floor: subject * 1e3 * 1e4 / rows, Goal(10),
         ),
         Step("look-up and rebind", run), rounds=9, told={"rows": rows},
+    )  # fmt: skip
+
+
+def bench_kept_quantised(bench: Bench, monkeypatch: pytest.MonkeyPatch, work: Path) -> None:
+    """The whole draft of a rank that is quantised, its plan kept, against making it anew."""
+    opened = inputs.seventy(RANKS // 4)
+    wanted = Wanted(Placement(tp=8), rank=3, layout="vllm", quant=Quant(SCHEMES["int8"]))
+
+    def draft(folder: str) -> None:
+        monkeypatch.setenv("FASTCKPT_CACHE", folder)
+        plans.draft(opened, wanted, in_memory=True)
+
+    bench.measure(
+        Figure("planning one TP-8 rank of 70B in int8, kept against anew", _count(opened), "x faster", times_faster),
+        Step("kept", lambda: draft(str(work))),
+        [Step("anew", lambda: draft("off"))],
+        rounds=5,
     )  # fmt: skip
 
 

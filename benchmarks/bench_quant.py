@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from functools import partial
+from pathlib import Path
 
 import fastckpt
 import pytest
 import torch
+from fastckpt import plans
+from fastckpt.placement import Placement
+from fastckpt.plans import Wanted
+from fastckpt.runs import Report
+from fastckpt.schemes import SCHEMES, Quant
+from floors import GatherQuantise, Write
+from inputs import Input
 from measure import Bench, Figure, Goal, Step, of_floor, on, times_faster
 
 MATRICES, ROWS, COLUMNS = 4, 4096, 4096
@@ -87,6 +96,39 @@ def bench_against_quantize_dynamic(bench: Bench, threads: int) -> None:
         Step("int8-dynamic", lambda: road(out=out)),
         [Step("quantize_dynamic", theirs)],
         rounds=9,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8-block"])
+def bench_to_files(bench: Bench, large: Input, work: Path, threads: int, scheme: str) -> None:
+    """ZeRO to quantised files, the rest of the model in bf16; no fsync."""
+    out = work / "out"
+    road = partial(
+        fastckpt.reshard, fastckpt.open(large.path), dtype="bfloat16", quant=scheme,
+        max_shard_size=large.nbytes // 16, out=out, durable=False, threads=threads, allow_nonfinite=True,
+    )  # fmt: skip
+    told: dict[str, float | str] = {"input": large.origin}
+
+    def run() -> None:
+        report = road()
+        assert isinstance(report, Report)
+        told.update({f"{n}_s": min(s, float(told.get(f"{n}_s", s))) for n, s in report.phases.items()})
+
+    wanted = Wanted(
+        Placement(), dtype="bfloat16", quant=Quant(SCHEMES[scheme]), max_shard_size=large.nbytes // 16
+    )
+    plan = plans.draft(fastckpt.open(large.path), wanted)
+    made = GatherQuantise(plan, threads)
+    write = Write([f.nbytes for f in plan.files], str(work / "floor"), threads, durable=False)
+    clear = partial(shutil.rmtree, out, ignore_errors=True)
+    bench.measure(
+        Figure(
+            f"{scheme} and bf16, {len(plan.files)} files, warm, {on(threads)} / (C + W)", large.shape,
+            "of C + W", of_floor, Goal(1.3),
+        ),
+        Step("reshard", run, clear, clear),
+        [Step("C", made, made.ready), Step("W", write, write.clear, write.clear)],
+        rounds=7, told=told,
     )  # fmt: skip
 
 

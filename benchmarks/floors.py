@@ -11,8 +11,10 @@ import itertools
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from fastckpt import syscalls
@@ -21,7 +23,8 @@ from fastckpt.executors.cpu import Cpu
 from fastckpt.extents import Buffer
 from fastckpt.planner import LEAF, NOTHING, Batch, Binding, cut
 from fastckpt.plans import Plan
-from fastckpt.reader import Mapped
+from fastckpt.quantising import Job, Quantising
+from fastckpt.reader import Lane, Mapped
 from fastckpt.runs import BAND, STAGE
 
 _memcpy = ctypes.CDLL(None).memcpy
@@ -61,13 +64,16 @@ class Memcpy:
 
 
 def batches(plan: Plan, binding: Binding, *, band: int = BAND, apart: bool = False) -> list[Batch]:
-    """All batches of a plan, as the road cuts them."""
-    slots = plan.slots()
+    """All batches of a plan, as the road cuts them; not what it quantises."""
+    quantising = Quantising(plan, plan.slots(), {})
     return [
         batch
         for first, chunk in plan.chunks()
-        for batch in cut(chunk, first, slots, binding, stage=STAGE, band=band, apart=apart)
-    ]
+        for batch in cut(
+            quantising.others(first, chunk), first, quantising.rest, binding,
+            stage=STAGE, band=band, apart=apart,
+        )
+    ]  # fmt: skip
 
 
 def source_runs(plan: Plan, binding: Binding, bases: Sequence[int]) -> list[tuple[int, int]]:
@@ -99,34 +105,81 @@ class GatherCast:
         self.staging = [np.ones(BAND, np.uint8) for _ in range(threads)]
 
     def __call__(self) -> None:
-        todo = iter(self.batches)
-        lock = threading.Lock()
+        each(self.binding, self.batches, [partial(self.worker, s) for s in self.staging])
 
-        def take() -> Iterator[Batch]:
-            while True:
-                with lock:
-                    batch = next(todo, None)
-                if batch is None:
-                    return
-                yield batch
+    def worker(self, staging: np.ndarray, lane: Lane) -> Callable[[Batch], None]:
+        address, view = staging.ctypes.data, memoryview(staging.data)
 
-        executor = Cpu()
-        with Mapped(self.binding.places) as reader:
+        def run(batch: Batch) -> None:
+            n = batch.stop - batch.start
+            lane.run(batch.rows, [Buffer(staging, address, n)])
+            leaf_digests(view[:n], batch.leaf_offset, batch.leaf_size)
+            if self.crc[batch.file]:
+                for at, size in zip(batch.leaf_offset.tolist(), batch.leaf_size.tolist(), strict=True):
+                    crc32(view[at : at + size])
 
-            def work(staging: np.ndarray) -> None:
-                lane = reader.lane(executor)
-                address, view = staging.ctypes.data, memoryview(staging.data)
-                for batch in take():
-                    n = batch.stop - batch.start
-                    lane.run(batch.rows, [Buffer(staging, address, n)])
-                    leaf_digests(view[:n], batch.leaf_offset, batch.leaf_size)
-                    if self.crc[batch.file]:
-                        for at, size in zip(
-                            batch.leaf_offset.tolist(), batch.leaf_size.tolist(), strict=True
-                        ):
-                            crc32(view[at : at + size])
+        return run
 
-            share([lambda s=s: work(s) for s in self.staging], self.threads)
+
+class GatherQuantise(GatherCast):
+    """C of a plan that quantises, without a first read: values are made band by band in reused staging and
+    digested there, the rest is cast. To be readied before each run."""
+
+    def __init__(self, plan: Plan, threads: int) -> None:
+        super().__init__(plan, threads)
+        self.plan = plan
+        self.ready()
+
+    def ready(self) -> None:
+        """The jobs, which count what is left of their tensors."""
+        self.quantising = Quantising(self.plan, self.plan.slots(), {})
+        self.jobs = [
+            job
+            for first, chunk in self.plan.chunks()
+            for job in self.quantising.jobs(first, chunk, self.binding)
+        ]
+
+    def __call__(self) -> None:
+        each(self.binding, [*self.jobs, *self.batches], [partial(self.both, s) for s in self.staging])
+
+    def both(self, staging: np.ndarray, lane: Lane) -> Callable[[Batch | Job], None]:
+        cast, quantise = self.worker(staging, lane), self.quantising.worker(lane, Digested())
+        return lambda item: quantise(item) if isinstance(item, Job) else cast(item)
+
+
+class Digested:
+    """An end that digests what it is given and keeps nothing."""
+
+    def room(self, tensor: int, offset: int, nbytes: int) -> None:
+        """No memory."""
+
+    def put(self, tensor: int, offset: int, data: memoryview) -> None:
+        at = np.arange(0, len(data), LEAF, dtype=np.int64)
+        leaf_digests(data, at, np.minimum(LEAF, len(data) - at))
+
+
+Item = TypeVar("Item")
+
+
+def each(
+    binding: Binding, items: Iterable[Item], workers: Sequence[Callable[[Lane], Callable[[Item], None]]]
+) -> None:
+    """Every item on one of the workers, over a fresh mapping."""
+    todo = iter(items)
+    lock = threading.Lock()
+
+    def work(make: Callable[[Lane], Callable[[Item], None]]) -> None:
+        run = make(reader.lane(executor))
+        while True:
+            with lock:
+                item = next(todo, None)
+            if item is None:
+                return
+            run(item)
+
+    executor = Cpu()
+    with Mapped(binding.places) as reader:
+        share([partial(work, w) for w in workers], len(workers))
 
 
 class Write:

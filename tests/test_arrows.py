@@ -43,16 +43,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "reader": (*CORE, "planner", "_C"),
     "executors": (*CORE, "planner", "tiles", "_C"),
     "dequantised": (*CORE, "lowrank", "finishes", "rounding", "schemes"),
-    "merging": (*CORE, "lowrank", "finishes", "dequantised", "planner", "reader"),
+    "prequantised": (*CORE, "lowrank", "quantplan", "rounding", "schemes"),
+    "merging": (*CORE, "lowrank", "finishes", "dequantised", "prequantised", "rounding", "planner", "reader"),
     # What makes output real.
     "syscalls": CORE,
     "endings": (),
     "files": CORE,
     "torchzip": (*CORE, "digest", "files"),
     "manifest": (*CORE, "digest", "files"),
-    "commit": (*CORE, "syscalls", "manifest"),
+    "commit": (*CORE, "digest", "syscalls", "manifest"),
     "writer": (*CORE, "digest", *FILES[:-1]),
-    "verification": (*CORE, "digest", "finite", *FILES, "expectation"),
+    "verification": (*CORE, "digest", "finite", *FILES, "expectation", "sources", "text"),
     # The way back, through sources, recipes and layouts.
     "inverse": CORE,
     "joining": (*PLAIN, "collector", "digest", "manifest", "inverse", "sources", "recipes", "layouts"),
@@ -60,7 +61,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "adapters": (*PLAIN, "lowrank", "finishes", "sources", "layouts"),
     # The spine.
     "planned": (*CORE, "planner", "files"),
-    "plancache": (*CORE, "planner", "planned"),
+    "plancache": (*CORE, "planner", "planned", "schemes", "quantplan"),
     "plans": (
         *PLAIN,
         "dequantised",
@@ -73,14 +74,18 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "plancache",
         "schemes",
         "quantplan",
+        "prequantised",
         "digest",
         "files",
         "torchzip",
     ),
     "pipeline": (*CORE, "digest", "finite", "planner", "planned", "plans", "reader", *FILES),
     "quantising": (*CORE, "planner", "plans", "schemes", "quantplan", "rounding", "reader"),
+    "figures": (*CORE, "planner", "plans", "schemes", "quantplan", "prequantised", "rounding"),
     "tensors": (*CORE, "planner", "plans"),
-    "device": (*CORE, "lowrank", "digest", "planner", "plans", "reader", "pipeline", "executors"),
+    "device": (*CORE, "digest", "planner", "reader", "pipeline", "executors"),
+    "resident": (*CORE, "lowrank", "planner", "plans", "executors"),
+    "crossing": (*CORE, "device", "executors", "pipeline", "planner", "plans", "reader"),
 }
 MAY_IMPORT["runs"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")
@@ -96,7 +101,7 @@ SPINE = (*MAY_IMPORT, "__init__", "_C")
 # An engine's plug-in mechanism opens these; nothing here imports them.
 MAY_IMPORT["engines"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT |= {door: SPINE for door in ("describe", "outline", "difference", "doctor", "zero_to_fp32")}
-for last in ("quant", "demo", "cli", "__init__"):
+for last in ("quant", "likeness", "demo", "cli", "__init__"):
     MAY_IMPORT[last] = (*MAY_IMPORT, "__init__", "_C")
 MAY_IMPORT["__main__"] = ("cli",)
 """Each room (a module, or a package with all its modules) and the other rooms it may import."""
@@ -110,7 +115,8 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("torchpickle",),
         ("torchfile",),
         ("torchtensors", "zero_state", "dcp_metadata"),
-        ("shards", "zero_parts"),
+        ("shards", "zero_parts", "zero_experts", "zero_universal"),
+        ("zero_opening",),
         # one format each
         ("zero", "safetensors", "statedict", "dcp", "memory"),
         ("served", "peft", "training"),  # what fastckpt or PEFT wrote, in the two formats before them
@@ -144,7 +150,8 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """Cells within a package: a module imports siblings from cells before its own only."""
 
-TORCH = {"executors/torch", "executors/cuda", "tensors", "device", "engines/vllm_loader", "engines/sglang"}
+TORCH = {"executors/torch", "executors/cuda", "tensors", "device", "resident", "crossing", "likeness"}
+TORCH |= {"engines/vllm_loader", "engines/sglang"}
 TORCH |= {
     f"manager/{m}"
     for m in [

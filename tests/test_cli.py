@@ -512,6 +512,27 @@ def test_a_signal_leaves_nothing_behind(source, tmp_path, number, code, rank):
     assert [n for n in left(tmp_path) if n != "out"] == []
 
 
+@pytest.mark.parametrize(
+    ("ending", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143), (None, None)]
+)
+def test_a_lock_that_a_second_signal_took_is_no_failure(run, monkeypatch, ending, code):
+    """threading.Condition raises RuntimeError where a signal interrupts it as it waits for its lock again."""
+
+    def interrupted(args):
+        try:
+            if ending is not None:
+                raise ending
+        finally:
+            raise RuntimeError("release unlocked lock")
+
+    monkeypatch.setitem(cli.COMMANDS, "recipes", interrupted)
+    if code is None:
+        with pytest.raises(RuntimeError):
+            run("recipes")
+    else:
+        assert run("recipes") == (code, "", "")
+
+
 def test_a_reader_that_goes_away_is_no_error(source):
     command = [sys.executable, "-m", "fastckpt", "inspect", source, "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from fastckpt import device, load_into, planner, plans, prepare, reshard, tensors
+from fastckpt import device, load_into, planner, plans, prepare, reshard, resident, tensors
 from fastckpt.digest import combine, digest
 from fastckpt.errors import DeviceError
 from fastckpt.executors import pick
@@ -49,7 +49,7 @@ def test_a_whole_plan_in_one_table(tp: int, dtype: str | None) -> None:
     drafted = planned(tp, dtype)
     binding = Binding.of(drafted.extents)
     states, buffers = tensors.allocate(drafted)
-    rows = device.placed(drafted, binding)
+    rows = resident.placed(drafted, binding)
     sources = np.array([p.address for p in binding.places], np.uint64)
     made = tile(rows, sources, np.array([b.address for b in buffers], np.uint64))
     for t in states[0].values():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import signal
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -90,3 +93,51 @@ def test_workers_keep_to_files_of_their_own():
     waiting.done(first)
     assert [waiting.take()[1] for _ in range(2)] == ["a2", "a3"]
     assert waiting.take() is None
+
+
+class Stop(BaseException):
+    """What a handler raises."""
+
+
+@pytest.fixture
+def alarm():
+    """`alarm(seconds)` raises Stop in the main thread, once; seconds are real time."""
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("signals are heard in the main thread")
+
+    def heard(number, frame):
+        raise Stop
+
+    before, interval = signal.signal(signal.SIGALRM, heard), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # heard in a destructor
+def test_a_signal_at_any_moment(alarm):
+    """What its handler raises comes out as it is, no worker runs on, and none waits for ever."""
+    dice, ended = random.Random(5), 0
+    many = [SimpleNamespace(start=0, stop=n) for n in range(1, 3000)]
+    for _ in range(100):
+        running = [0]
+
+        def run(batch, running=running):
+            running[0] += 1
+            running[0] -= 1
+
+        try:
+            alarm(dice.uniform(1e-4, 0.02))
+            feed(many, [run], lambda n: None)
+            time.sleep(0.1)  # a late one is heard here
+        except Stop:
+            ended += 1
+        assert running == [0]
+        for thread in [t for t in threading.enumerate() if t.name.startswith("fastckpt-") and t.is_alive()]:
+            thread.join(60)  # was just being started; it finds nothing to do
+            assert not thread.is_alive()
+    assert ended > 50

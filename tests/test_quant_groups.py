@@ -170,7 +170,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         with pytest.raises(LayoutError, match=r"cut a block|divide by the group"):
             fastckpt.reshard(narrow, 2, config=dict(config, intermediate_size=384), quant=name)
         with pytest.raises(LayoutError, match="has no place"):
-            fastckpt.reshard(tensors, 2, layout="rtp_llm", config=config, quant=name)
+            fastckpt.reshard(tensors, 2, layout="megatron", config=config, quant=name)
     odd = {"a.q_proj.weight": torch.randn(12, 128)}
     with pytest.raises(LayoutError, match="divide by 8"):
         fastckpt.reshard(odd, layout="same", quant="awq-group")

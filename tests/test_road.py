@@ -495,7 +495,7 @@ def test_plan_says_what_reshard_does(tmp_path):
 NO = object()
 WRONG = {
     "out": [5, b"x", [5], {"w": 1, "x": {}}, "", "a\0b"],
-    "tp": ["8", 0, -1, 2.0, True, None],
+    "tp": ["8", 0, -1, 2.0, True, None, 10**12, 10**30],
     "rank": [8, -1, "0", True, 1.0],
     "placement": [5, (8,)],
     "layout": [3, None, dict, "nonsense"],
@@ -505,7 +505,11 @@ WRONG = {
     "vocab_size": ["36", 36.0, 0, -3],
     "dtype": ["nonsense", 5, [], np.float32],
     "quant": ["nonsense", 5],
-    "device": ["nonsense", 5],
+    "apart": [True, "no"],
+    "allow_nonfinite": ["no", 0, None],
+    "durable": ["no", 0],
+    "overwrite": ["no", None],
+    "device": ["nonsense", 5, None],
     "max_shard_size": ["nonsense", 0, -1, [], "9" * 400 + "GB"],
     "memory": ["nonsense", 1, []],
     "threads": [0, -2, "2", 1.5, True],
@@ -539,6 +543,7 @@ def test_a_path_is_a_path(path):
     [
         {"tag": 5}, {"also": "x"}, {"also": 5}, {"also": [5]}, {"rename": "ab"}, {"rename": ["ab"]},
         {"rename": {"a": "b"}}, {"rename": [("a", 5)]}, {"rename": [("(", "")]}, {"weights": 5},
+        {"exclude_frozen": "no"}, {"check_crc": 1},
     ],
 )  # fmt: skip
 def test_a_wrong_option_of_open_is_named(tmp_path, wrong):
@@ -554,6 +559,15 @@ def test_more_wrong_arguments_are_named(tmp_path):
         fastckpt.reshard({5: torch.ones(2)}, layout="same")
     with pytest.raises(FastckptError, match="module: wanted Module"):
         fastckpt.load_into(5, tmp_path)
+    with pytest.raises(FastckptError, match="strict: wanted bool"):
+        fastckpt.load_into(torch.nn.Linear(1, 1), tmp_path, strict="no")
+    with pytest.raises(FastckptError, match="out: a of rank 0: wanted Tensor, got int 5"):
+        fastckpt.reshard(files, layout="same", out=[{"a": 5}])
+    with pytest.raises(FastckptError, match="safe_serialization: wanted bool"):
+        fastckpt.consolidate(tmp_path, tmp_path / "out", safe_serialization="no")
+    for wrong in ({"engine": 5}, {"threads": 0}, {"threads": "2"}, {"plain": "no"}):
+        with pytest.raises(FastckptError, match=next(iter(wrong))):
+            fastckpt.verify(tmp_path, **wrong)
     with pytest.raises(FastckptError, match="weights_key: wanted str or None"):
         fastckpt.consolidate(tmp_path, tmp_path / "out", weights_key=5)
     with pytest.raises(FastckptError, match="weights_key: wanted a key"):
@@ -563,6 +577,11 @@ def test_more_wrong_arguments_are_named(tmp_path):
     with pytest.raises(FastckptError, match="out: wanted"):
         fastckpt.consolidate(tmp_path, 5)
     assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+def test_a_device_of_torch_s():
+    (got,) = fastckpt.reshard({"a": torch.ones(2)}, layout="same", device=torch.device("cpu"))
+    assert torch.equal(got["a"], torch.ones(2))
 
 
 def test_what_does_not_go_together(tmp_path):
@@ -603,7 +622,10 @@ def test_config_and_tokenizer_go_with_the_weights(tmp_path):
     assert json.loads((tmp_path / "other/config.json").read_text()) == {"a": 1}
 
 
-@pytest.mark.parametrize("size", [{"tp": 2.0}, {"tp": "2"}, {"tp": True}, {"tp": 2, "rank": 1.0}])
+@pytest.mark.parametrize(
+    "size",
+    [{"tp": 2.0}, {"tp": "2"}, {"tp": True}, {"tp": 2, "rank": 1.0}, {"ep": 2**21}, {"tp": 2048, "dp": 2048}],
+)
 def test_a_grid_is_of_whole_numbers(size):
     with pytest.raises(LayoutError, match="placement"):
         fastckpt.Placement(**size)

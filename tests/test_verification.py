@@ -139,6 +139,43 @@ def test_extra_files(out: Path) -> None:
         (out / name).unlink()
 
 
+def test_many_extra_files_are_one_note(out: Path) -> None:
+    for k in range(3000):
+        (out / f"log-{k:04}.txt").write_bytes(b"")
+    (note,) = verify(out).notes
+    assert note.startswith("3000 files not in the manifest, not checked: log-0000.txt, ")
+    assert note.endswith(" and 2995 more")
+
+
+@pytest.mark.parametrize("how", ["missing", "fifo", "directory"])
+def test_a_file_that_cannot_be_read_is_one_problem(out: Path, how: str) -> None:
+    (out / "r1.safetensors").unlink()
+    if how == "fifo":
+        os.mkfifo(out / "r1.safetensors")
+    if how == "directory":
+        (out / "r1.safetensors").mkdir()
+    said = "No such file or directory" if how == "missing" else "no regular file"
+    assert verify(out).problems == (f"r1.safetensors: {said}",)
+    if how == "fifo":
+        (out / "fastckpt.json").unlink()
+        assert any("not a regular file" in p for p in verify(out, plain=True).problems)
+
+
+def test_a_directory_that_may_not_be_listed_is_a_problem(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (out / "closed").mkdir()
+    scandir = os.scandir
+
+    def refusing(path: str):  # type: ignore[no-untyped-def]
+        if os.fspath(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert verify(out).problems == ("closed: Permission denied",)
+
+
 def test_an_incomplete_set(tmp_path: Path) -> None:
     write_part(tmp_path / "out", 1, 1, world=3)
     report = verify(tmp_path / "out")
@@ -284,24 +321,24 @@ ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 @pytest.mark.parametrize(
     ("file", "said"),
     [
-        (b"", "no safetensors file"),
-        (b"\xff" * 8, "a header of"),
-        (struct.pack("<Q", 100) + b"{}", "a header of 100 bytes"),
-        (st(b" {}"), "does not begin"),
+        (b"", "too few for a safetensors file"),
+        (b"\xff" * 8, "header of"),
+        (struct.pack("<Q", 100) + b"{}", "header of 100 bytes"),
+        (st(b" {}"), "header begins with"),
         (st(b"{"), "no JSON"),
         (st(b'{"a":' * 100_000), "no JSON"),
         (st(b'{"a":1,"a":1}'), "stands twice"),
-        (st(b'{"\xff":1}'), "no JSON"),
-        (st({"a": 1}), "no dtype, shape"),
-        (st({"a": {**ONE, "dtype": "F33"}}, bytes(4)), "no dtype 'F33'"),
-        (st({"a": {**ONE, "shape": [2]}}, bytes(4)), "do not hold"),
-        (st({"a": {**ONE, "shape": [-1]}}, bytes(4)), "no shape"),
-        (st({"a": {**ONE, "shape": [0, 1 << 62]}}, bytes(4)), "no shape"),
-        (st({"a": {**ONE, "data_offsets": [-4, 0]}}), "do not hold"),
-        (st({"a": ONE}, bytes(3)), "end at byte"),
-        (st({"a": ONE}, bytes(5)), "end at byte"),
-        (st({"a": {**ONE, "data_offsets": [4, 8]}}, bytes(8)), "begins at byte"),
-        (st({"a": ONE, "b": ONE}, bytes(4)), "begins at byte"),
+        (st(b'{"\xff":1}'), "no UTF-8"),
+        (st({"a": 1}), "wanted dtype, shape"),
+        (st({"a": {**ONE, "dtype": "F33"}}, bytes(4)), "dtype 'F33' is none of"),
+        (st({"a": {**ONE, "shape": [2]}}, bytes(4)), "wanted 8"),
+        (st({"a": {**ONE, "shape": [-1]}}, bytes(4)), "no tensor's"),
+        (st({"a": {**ONE, "shape": [0, 1 << 62]}}, bytes(4)), "no tensor's"),
+        (st({"a": {**ONE, "data_offsets": [-4, 0]}}), "no tensor's"),
+        (st({"a": ONE}, bytes(3)), "data ends at byte"),
+        (st({"a": ONE}, bytes(5)), "data ends at byte"),
+        (st({"a": {**ONE, "data_offsets": [4, 8]}}, bytes(8)), "a hole before"),
+        (st({"a": ONE, "b": ONE}, bytes(4)), "an overlap at"),
         (st({"__metadata__": {"x": 1}}), "no map of strings"),
     ],
 )

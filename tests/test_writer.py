@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -482,6 +483,24 @@ def test_leftovers_of_dead_runs_are_removed(tmp_path: Path) -> None:
         with Output(tmp_path / "out", key="k"):
             assert not stale.exists() and all(path.exists() for path in kept)
         assert out.path and (tmp_path / mine).exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "\u00e9" * 127, "x" * 129])
+def test_long_names(tmp_path: Path, name: str) -> None:
+    """The staging directory has a shorter one, which is found again."""
+    with Output(tmp_path / name, key="k"):
+        (mine,) = listing(tmp_path)
+    stale = tmp_path / re.sub("-[0-9]+-[0-9a-f]{8}$", f"-{2**30}-0123abcd", mine)
+    stale.mkdir()
+    write_whole(tmp_path / name, 1)
+    assert listing(tmp_path) == [name] and verify(tmp_path / name).ok
+    for rank in (None, 0):
+        with (
+            pytest.raises(WriteError, match="xxxx: File name too long"),
+            Output(tmp_path / ("x" * 256), key="k", rank=rank),
+        ):
+            pass
+    assert listing(tmp_path) == [name]
 
 
 # ---- ranks that share a directory ----

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .errors import ViewError as ViewError
     from .errors import WriteError as WriteError
     from .joining import open as open
+    from .likeness import verify_tensors as verify_tensors
     from .manager.job import Job as Job
     from .manager.manager import CheckpointManager as CheckpointManager
     from .manager.runner import JobRunner as JobRunner
@@ -89,6 +90,7 @@ _HOME = {
     "partitioned": "sources.memory",
     "VerifyReport": "verification",
     "verify": "verification",
+    "verify_tensors": "likeness",
 }
 """Every public name and the module it lives in."""
 

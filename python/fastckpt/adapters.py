@@ -336,14 +336,15 @@ def by_roles(
     adapter that has no place."""
     if adapter.saved:
         raise LayoutError(f"adapter: the layout has no place for {next(iter(adapter.saved))} beside a base")
-    left = set(adapter.pairs)
+    base = adapter.base
+    left = {m: math.prod(base.entries[f"{m}.weight"].shape) for m in adapter.pairs}  # elements with no place
 
     def thin(linear: Linear) -> Thin | None:
-        found = [*_parts(linear.name, linear.weight, adapter.base)]
+        found = [*_parts(linear.name, linear.weight, base)]
         if not found:
             return None
         ((module, down, across),) = found
-        left.discard(module)
+        left[module] -= len(down) * len(across)
         pair = adapter.pairs[module]
         outputs, inputs = (across, down) if pair.flipped else (down, across)
         b = multiple(pair.b_name, pair.b.build(), adapter.scale(module)).cast(_kind(pair.b.dtype, dtype))
@@ -351,8 +352,9 @@ def by_roles(
         return Thin(module, _picked(a, 1, inputs), _picked(b, 0, outputs))
 
     yield from make(thin)
-    if left:
-        raise LayoutError(f"adapter: the layout has no place for {', '.join(sorted(left)[:3])}")
+    without = sorted(module for module, elements in left.items() if elements)
+    if without:
+        raise LayoutError(f"adapter: the layout has no place for all of {', '.join(without[:3])}")
 
 
 def _picked(view: View, axis: int, held: Ints) -> View:

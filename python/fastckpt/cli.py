@@ -77,6 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return failed(e, str(e), e.exit_code, e.usage)
     except FastckptError as e:
         return failed(e, str(e), e.exit_code)
+    except RuntimeError as e:
+        if (ending := _ending(e)) is None:
+            raise
+        return ending
     except (OSError, MemoryError) as e:
         return failed(e, str(e) or "out of memory", WriteError.exit_code)
     finally:
@@ -95,6 +99,19 @@ def _prepare() -> None:
     if soft != hard:
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _ending(error: BaseException) -> int | None:
+    """The exit code of the signal in whose wake an error was raised, if there was one: a second signal takes
+    locks of the standard library out of their owner's hands, and they raise RuntimeError in its place."""
+    before = error.__context__
+    while before is not None:
+        if isinstance(before, KeyboardInterrupt):
+            return INTERRUPTED
+        if isinstance(before, SystemExit) and isinstance(before.code, int):
+            return before.code
+        before = before.__context__
+    return None
 
 
 def _failed(

@@ -20,11 +20,15 @@ from contextlib import contextmanager, suppress
 from functools import partial
 
 from . import syscalls
+from .digest import digest64
 from .errors import SourceError, WriteError
 from .manifest import NAME, Manifest, merged, rank_name, rank_of
 
 TRACE = ".fastckpt-"
 """What names of unfinished business inside an output directory begin with."""
+
+_LONG = 128
+"""Bytes of an output's name that staging directories still carry as it is."""
 
 _TRIES = 100
 """How often a directory is made that other runs take away again."""
@@ -94,7 +98,7 @@ class Whole:
         with telling(self.path):
             if os.path.ismount(self.path):
                 raise WriteError(f"{self.path}: a mount point cannot be renamed; name a directory below it")
-            if os.path.lexists(self.path):
+            if _is_there(self.path):
                 if not os.path.isdir(self.path):
                     raise WriteError(f"{self.path}: exists and is no directory")
                 entries = sorted(os.listdir(self.path))
@@ -112,8 +116,8 @@ class Whole:
                     "fastckpt; only those are overwritten"
                 )
         with telling(self.parent):
-            mark = f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
-            self._staging = os.path.join(self.parent, f".{self.name}.fastckpt-{mark}")
+            mark = f"{os.getpid()}-{secrets.token_hex(4)}"
+            self._staging = os.path.join(self.parent, _staging(self.name) + mark)
             move_in(self.parent, partial(os.mkdir, self._staging), self._made)
             self._sweep()
             self._lock = _lock(self._staging)
@@ -168,7 +172,7 @@ class Whole:
         """Remove staging directories of dead processes of this host; those of other hosts may live.
 
         A lock tells a live process of another container, whose number says nothing here."""
-        pattern = re.compile(re.escape(f".{self.name}.fastckpt-{_host()}-") + r"([0-9]+)-[0-9a-f]{8}")
+        pattern = re.compile(re.escape(_staging(self.name)) + r"([0-9]+)-[0-9a-f]{8}")
         for entry in os.listdir(self.parent):
             found = pattern.fullmatch(entry)
             if not found or _alive(int(found[1])):
@@ -442,6 +446,23 @@ def remove_directories(made: Iterable[str]) -> None:
     for directory in reversed(list(made)):
         with suppress(OSError):
             os.rmdir(directory)
+
+
+def _is_there(path: str) -> bool:
+    """Whether the path exists; OSError where nothing could, such as a name that is too long."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _staging(name: str) -> str:
+    """How staging directories for an output of this name begin, on this host; a long name by its digest,
+    since they must not be too long themselves."""
+    spelled = os.fsencode(name)
+    shown = name if len(spelled) <= _LONG else f"{digest64(spelled):016x}"
+    return f".{shown}{TRACE}{_host()}-"
 
 
 def _host() -> str:

@@ -20,7 +20,7 @@ from .dtypes import DType
 from .errors import SourceError
 from .extents import Extents
 from .finishes import Read
-from .lowrank import Floats, Ints, nowhere, pitched
+from .lowrank import Floats, Ints, moved, nowhere, pitched
 from .rounding import AWQ_ORDER
 from .schemes import Packed
 from .views import View
@@ -155,7 +155,7 @@ def plain(
     for name, entry in ckpt.entries.items():
         owner = parts.get(name)
         if owner is None:
-            entries[name] = Single(entry.shape, entry.dtype, _moved(entry, extents), entry.kind)
+            entries[name] = Single(entry.shape, entry.dtype, moved(entry, extents), entry.kind)
         elif owner not in entries:
             shape = found[owner].shape
             entries[owner] = Single(shape, dense, _dense(extents, index[owner], shape, dense), entry.kind)
@@ -163,16 +163,6 @@ def plain(
         if holder in parts:
             raise SourceError(f"{ckpt.path}: {alias} is tied to {holder}, which is quantised: not read")
     return replace(ckpt, entries=entries, extents=extents, config=told), told
-
-
-def _moved(entry: Entry, extents: Extents) -> Callable[[], View]:
-    """The entry's view over a table that begins with its own."""
-
-    def build() -> View:
-        v = entry.build()
-        return View(v.shape, v.dtype, extents, v.held, v.grouping)
-
-    return build
 
 
 def _dense(extents: Extents, at: int, shape: tuple[int, int], dtype: DType) -> Callable[[], View]:

@@ -1,44 +1,27 @@
-"""Outputs on a GPU: a plan whose sources are there too runs as one table; files come by pinned memory.
+"""Outputs on a GPU: what files and main memory hold comes there by pinned memory, two ways.
 
-Law: the caller's current stream sees the tensors filled; nothing else waits. Only a rank's own output bytes,
-cast and cut already, go over the bus.
+Law: the caller's current stream sees the tensors filled; nothing else waits. `ToDevice` casts before the bus,
+so that only a rank's own output bytes go over it; `CastThere` sends what a rank's outputs are made of as it
+is, and the GPU cuts, turns and casts it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from .digest import combine
-from .errors import DeviceError, ViewError
-from .executors.cuda import Cuda, Prepared, taken
+from .errors import DeviceError
+from .executors.cuda import Cuda, CudaRunner, Prepared, short_of_memory, taken
 from .extents import Buffer
-from .lowrank import COMPUTED, computed
 from .pipeline import Worker
-from .planner import COPY, LEAF, Batch, Binding, Slots, Table, span
-from .plans import Plan
+from .planner import AXES, LEAF, NOTHING, Batch, Slots, Table, classify, item_sizes
 from .reader import Lane
 
 State = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Ready:
-    """A plan over GPU memory, made ready: `run()` fills the tensors in `out` (by rank) once more.
-
-    It costs launches only, starts on the current stream and does not wait; sources and `out` must stay where
-    they are. Raises DeviceError when a launch fails."""
-
-    out: tuple[Mapping[str, torch.Tensor], ...]
-    prepared: Prepared
-
-    def run(self) -> None:
-        """Start the copies."""
-        self.prepared.run()
 
 
 def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -70,40 +53,6 @@ def leaves(spans: Sequence[tuple[int, int]]) -> tuple[NDArray[np.uint64], NDArra
     return table.astype(np.uint64), counts
 
 
-def resident(binding: Binding) -> bool:
-    """Whether the sources lie on a GPU. Raises DeviceError where some do and others are files."""
-    on_gpu = [isinstance(p, Buffer) and p.device not in ("cpu", COMPUTED) for p in binding.places]
-    if any(on_gpu) and computed(binding.places):
-        raise DeviceError("merging and dequantising run on the CPU alone, and some sources are in GPU memory")
-    if any(on_gpu) and not all(isinstance(p, Buffer) for p in binding.places):
-        raise DeviceError("some sources are in GPU memory, others in files; bring them together first")
-    return any(on_gpu)
-
-
-def prepare(planned: Plan, binding: Binding, buffers: Sequence[Buffer], device: str) -> Prepared:
-    """The plan's whole table on the GPU that holds its sources and `buffers` (by planned tensor).
-
-    Raises DeviceError for what lies elsewhere and for a table too large for the memory that is left."""
-    places = [p for p in binding.places if isinstance(p, Buffer)]
-    return Cuda(device).bind(places).prepare(placed(planned, binding), buffers)
-
-
-def placed(planned: Plan, binding: Binding) -> Table:
-    """All rows of a plan: `src_buffer` a place of the binding, `dst_buffer` the planned tensor.
-
-    Raises ViewError for a row that would read or write outside."""
-    sizes = planned.tensors.nbytes
-    parts = []
-    for first, chunk in planned.chunks():
-        rows = binding.bind(chunk.rows)
-        rows["dst_buffer"] = first + chunk.tensor
-        low, high = span(rows, "dst")
-        if (low < 0).any() or (high > sizes[first + chunk.tensor]).any():
-            raise ViewError("plan: a row writes outside its tensor")
-        parts.append(rows)
-    return np.concatenate(parts) if parts else np.empty(0, COPY)
-
-
 class ToDevice:
     """The end of a run over tensors on one device: batches are made in pinned memory and sent from there.
 
@@ -115,6 +64,23 @@ class ToDevice:
         self.device = torch.device(device)
         self.bytes = [_bytes(b) for b in buffers]
         self.streams: list[torch.cuda.Stream] = []
+        self.made: torch.cuda.Stream | None = None
+
+    def room(self, tensor: int, offset: int, nbytes: int) -> None:
+        """No memory there is filled from here."""
+
+    def put(self, tensor: int, offset: int, data: memoryview) -> None:
+        """Send bytes that the CPU quantised; they are there, or on no one's way from `data`, on return."""
+        source = torch.frombuffer(data, dtype=torch.uint8)
+        with torch.cuda.stream(self.made):
+            self.bytes[tensor][offset : offset + len(data)].copy_(source)
+
+    def open(self) -> None:
+        """Before `put`, on the thread whose stream counts: what is put waits for what that stream does."""
+        if self.device.type == "cuda":
+            self.made = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            self.made.wait_stream(torch.cuda.current_stream(self.device))
+            self.streams.append(self.made)
 
     def worker(self, lane: Lane, size: int) -> Worker:
         """A worker that makes at most `size` bytes at a time. Call it on the thread whose stream counts."""
@@ -151,6 +117,101 @@ class ToDevice:
         """The current stream waits for all that was sent."""
         for stream in self.streams:
             torch.cuda.current_stream(self.device).wait_stream(stream)
+
+
+class CastThere:
+    """The other end: source bytes go over the bus as they are, dense, and the GPU does the rest.
+
+    `buffers`: each planned tensor's memory. Every worker has a stream and two slots of its own, each a run of
+    pinned memory and one there: they are the most that is held beside the outputs. Batches are `apart`."""
+
+    def __init__(self, buffers: Sequence[Buffer], device: str) -> None:
+        self.buffers = buffers
+        self.device = torch.device(device)
+        self.streams: list[torch.cuda.Stream] = []
+
+    def worker(self, lane: Lane) -> Worker:
+        """A worker. Call it on the thread whose stream counts."""
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self.device))  # its tensors may still be in use
+        self.streams.append(stream)
+        slots = [_Slot(self.device), _Slot(self.device)]
+        turn = 0
+
+        def run(batch: Batch) -> None:
+            nonlocal turn
+            turn ^= 1
+            slot = slots[turn]
+            raw, rows, size = as_they_are(batch.rows)
+            with torch.cuda.stream(stream):
+                runner = slot.of(size)
+                lane.run(raw, [Buffer(slot.here, slot.here.data_ptr(), size)])
+                slot.there[:size].copy_(slot.here[:size], non_blocking=True)
+                used, rows["dst_buffer"] = np.unique(rows["dst_buffer"], return_inverse=True)
+                slot.prepared = runner.prepare(rows, [self.buffers[i] for i in used.tolist()])
+                slot.prepared.run()
+                slot.sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                slot.sent.record(stream)
+
+        return run
+
+    def close(self) -> None:
+        """The current stream waits for all that was begun."""
+        for stream in self.streams:
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+
+
+class _Slot:
+    """Memory for the source bytes of one batch, here and there, and what still uses it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.here = torch.empty((0,), dtype=torch.uint8)
+        self.there = torch.empty((0,), dtype=torch.uint8, device=device)
+        self.runner: CudaRunner | None = None
+        self.prepared: Prepared | None = None
+        self.sent: torch.cuda.Event | None = None
+
+    def of(self, size: int) -> CudaRunner:
+        """A runner over at least `size` bytes that nothing uses any more."""
+        if self.sent is not None:
+            self.sent.synchronize()
+            self.prepared = None
+        if self.runner is None or size > len(self.there):
+            try:
+                self.there = torch.empty((max(size, 1),), dtype=torch.uint8, device=self.device)
+            except torch.OutOfMemoryError:
+                raise short_of_memory(self.device, size, "a batch on its way there") from None
+            self.here = torch.empty((max(size, 1),), dtype=torch.uint8, pin_memory=True)
+            held = Buffer(self.there, self.there.data_ptr(), self.there.nbytes, str(self.device))
+            self.runner = Cuda(self.device).bind([held])
+        return self.runner
+
+
+def as_they_are(rows: Table) -> tuple[Table, Table, int]:
+    """Rows as two steps: what each reads, dense and one behind the other; the same rows over those bytes.
+
+    The first are copies alone, in the order of the source; the last number is how many bytes they fill."""
+    rows = rows.copy()
+    real = rows["src_buffer"] != NOTHING
+    raw = rows[real]
+    outermost = (raw["shape"] == 1) | (raw["src_stride"] == 0)
+    order = np.argsort(np.where(outermost, np.iinfo(np.int64).min, -raw["src_stride"]), axis=1, kind="stable")
+    shape = np.take_along_axis(raw["shape"].astype(np.int64), order, axis=1)
+    item = item_sizes(raw["src_dtype"])
+    dense = np.ones((len(raw), AXES), np.int64)
+    dense[:, :-1] = np.cumprod(shape[:, :0:-1], axis=1)[:, ::-1]
+    dense *= item[:, None]
+    size = -(-shape.prod(axis=1) * item // 16) * 16
+    at = np.cumsum(size) - size
+    strides = np.empty_like(dense)
+    np.put_along_axis(strides, order, dense, axis=1)
+    rows["src"][real], rows["src_stride"][real], rows["src_buffer"][real] = at, strides, 0
+    raw["src_stride"] = np.take_along_axis(raw["src_stride"], order, axis=1)
+    raw["shape"], raw["dst_stride"], raw["dst"] = shape, dense, at
+    raw["dst_buffer"], raw["dst_dtype"] = 0, raw["src_dtype"]
+    classify(raw)
+    return raw, rows, int(size.sum())
 
 
 def pieces(batch: Batch, slots: Slots) -> list[tuple[int, int, int, int]]:

@@ -46,7 +46,7 @@ def combine(leaves: NDArray[np.uint64]) -> str:
     return f"{digest64(leaves.astype('<u8').tobytes()):016x}"
 
 
-def digest(data: bytes) -> str:
+def digest(data: Bytes) -> str:
     """The digest of bytes at hand: 16 hex digits."""
     offsets = np.arange(0, len(data), LEAF, dtype=np.int64)
     return combine(leaf_digests(data, offsets, np.minimum(len(data) - offsets, LEAF)))

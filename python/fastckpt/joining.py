@@ -55,9 +55,9 @@ def open(
 ) -> Checkpoint:
     """The checkpoint at `path`, as `sources.open` has it; the shards of a serving layout as a whole model.
 
-    `recipe`: the file of a user's own recipe, where the shards were cut with one. Quantised shards cannot be
-    joined and are given as they are, each tensor named "rank/name". Raises SourceError for what is broken,
-    missing, unknown or cannot be joined."""
+    `recipe`: the file of a user's own recipe, where the shards were cut with one. Quantised shards, and those
+    of an adapter alone, cannot be joined and are given as they are, each tensor named "rank/name". Raises
+    SourceError for what is broken, missing, unknown or cannot be joined."""
     found = sources.open(
         path,
         tag=tag,
@@ -67,7 +67,8 @@ def open(
         exclude_frozen=exclude_frozen,
         check_crc=check_crc,
     )
-    return found if found.facts.get("quant") is not None else whole(found, recipe)
+    as_it_is = found.facts.get("quant") is not None or found.facts.get("adapter") == "apart"
+    return found if as_it_is else whole(found, recipe)
 
 
 def told(ckpt: Checkpoint, world: int, layout: str) -> dict[str, JSON]:
@@ -82,7 +83,8 @@ def told(ckpt: Checkpoint, world: int, layout: str) -> dict[str, JSON]:
 @paused()
 def whole(ckpt: Checkpoint, recipe: str | None = None) -> Checkpoint:
     """The model that an opened output's shards were cut from; any other checkpoint as it is. `recipe` as in
-    `open`; a recipe that was asked for by name is told in the facts.
+    `open`; a recipe that was asked for by name is told in the facts, and so are sizes that had been padded:
+    the config says those of before again.
 
     Names, shapes and tied names are those of the checkpoint it was cut from, dtypes those that were served;
     what the recipe left out is in `unread`. Raises SourceError where the record does not tell enough, or the
@@ -120,15 +122,18 @@ def whole(ckpt: Checkpoint, recipe: str | None = None) -> Checkpoint:
             unread.append(f"{name}: not in the output")
     aliases = {a: h for a, h in phantom.aliases.items() if h in entries}
     shaped = json.dumps([ckpt.structure, record, dict(ckpt.config or {})], sort_keys=True)
+    was = _map(record.get("resized", {}), ckpt, "resized")
+    more: dict[str, JSON] = {"tied": dict(aliases), **_recipe(ckpt, manifest, recipe)}
+    if was:
+        more["unpadded"] = dict(was)
     return replace(
         ckpt,
         format="served",
         entries=entries,
         aliases=aliases,
         unread=tuple(unread),
-        facts={k: v for k, v in ckpt.facts.items() if k not in ("options", "files")}
-        | {"tied": dict(aliases)}
-        | _recipe(ckpt, manifest, recipe),
+        config=_config(ckpt, manifest) if was else ckpt.config,
+        facts={k: v for k, v in ckpt.facts.items() if k not in ("options", "files")} | more,
         structure=xxhash.xxh3_64_hexdigest(shaped.encode()),
     )
 
@@ -146,7 +151,9 @@ def would_hold(
 
     Raises SourceError as `whole` does, RecipeError and LayoutError where the layout cannot cut this model."""
     phantom = _cut_from(ckpt, manifest)
-    model = _model(ckpt, replace(phantom, entries=Cast(phantom.entries, dtype)), manifest)
+    cast = Cast(phantom.entries, dtype)  # but for fp8, whose bytes are a quantised matrix's
+    entries = {n: e if e.dtype.itemsize == 1 else cast[n] for n, e in phantom.entries.items()}
+    model = _model(ckpt, replace(phantom, entries=entries), manifest)
     return [(p.rank, t) for p in grid(ckpt.path, manifest).ranks() for t in layout.targets(model, p)]
 
 
@@ -187,7 +194,7 @@ def _model(ckpt: Checkpoint, phantom: Checkpoint, manifest: Manifest, recipe: st
     config, options = _config(ckpt, manifest), manifest.record.options
     vocab, asked = options.get("vocab_size"), _recipe(ckpt, manifest, recipe).get("recipe")
     find = recipes.find(config) if asked is None else recipes.named(asked)
-    model = find(phantom, config, vocab_size=vocab if isinstance(vocab, int) else None)
+    model = recipes.model(find, phantom, config, vocab if isinstance(vocab, int) else None)
     if model.family != options.get("family"):
         raise SourceError(
             f"{ckpt.path}: cut with the recipe {options.get('family')}, and {asked or 'its config'} is for "

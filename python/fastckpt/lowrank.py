@@ -11,12 +11,13 @@ float32 are exact there, so that no fused multiplication can change a sum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .checkpoint import Entry
 from .dtypes import DType
 from .extents import Buffer, Extent, Extents
 from .views import View, strided
@@ -60,6 +61,16 @@ def lies_nowhere(extent: Extent) -> bool:
 def pitched(extents: Extents, index: int, dtype: DType, shape: tuple[int, ...]) -> View:
     """The matrix whose extent (`nowhere`) is number `index` of the table."""
     return strided(extents, index, dtype, shape, stride=(pitch(shape[1]), 1))
+
+
+def moved(entry: Entry, extents: Extents) -> Callable[[], View]:
+    """Builds the entry's view over a table that begins with its own."""
+
+    def build() -> View:
+        v = entry.build()
+        return View(v.shape, v.dtype, extents, v.held, v.grouping)
+
+    return build
 
 
 def added(base: Floats, left: Floats, right: Floats, scale: float) -> Floats:

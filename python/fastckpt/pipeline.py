@@ -48,40 +48,42 @@ AHEAD = 32
 
 
 class _Waiting(Generic[Item]):
-    """Batches between the caller that makes them and the workers that run them, by the place they go to."""
+    """Batches between the caller that makes them and the workers that run them, by the place they go to.
+
+    A signal may end what the caller does at any moment: it never holds a lock that a worker wants."""
 
     def __init__(self, room: int, place: Callable[[Item], int]) -> None:
         self._room, self._place = room, place
-        self._queues: dict[int, deque[tuple[int, Item]]] = {}  # place -> (turn, item)
+        self._new: SimpleQueue[tuple[int, Item] | None] = SimpleQueue()  # (turn, item); None at the end
+        self._less = threading.Lock()  # held but when there is room again
+        self._less.acquire()
+        self._workers = threading.Lock()  # of what follows
+        self._queues: dict[int, deque[tuple[int, Item]]] = {}  # by place
         self._busy: list[int] = []  # the places of the items that run
         self._made = self._taken = 0
-        self._ended = False
-        lock = threading.Lock()
-        self._more, self._less = threading.Condition(lock), threading.Condition(lock)
 
     def put(self, item: Item) -> None:
         """Add one; waits while there is no room."""
-        with self._less:
-            while self._made - self._taken >= self._room:
-                self._less.wait()
-            self._queues.setdefault(self._place(item), deque()).append((self._made, item))
-            self._made += 1
-            self._more.notify()
+        while self._made - self._taken >= self._room:
+            self._less.acquire()
+        self._new.put((self._made, item))
+        self._made += 1
 
     def end(self) -> None:
         """No more will come."""
-        with self._more:
-            self._ended = True
-            self._more.notify_all()
+        self._new.put(None)
 
     def take(self) -> tuple[int, Item] | None:
         """The next item and its place: of those whose place nobody works on, if there are any; None at the
         end. To be followed by `done`."""
-        with self._more:
-            while not self._queues:
-                if self._ended:
-                    return None
-                self._more.wait()
+        with self._workers:
+            while not self._queues or not self._new.empty():
+                if (new := self._new.get()) is None:
+                    self.end()  # the other workers are to hear it too
+                    if not self._queues:
+                        return None
+                    break
+                self._queues.setdefault(self._place(new[1]), deque()).append(new)
             free = [p for p in self._queues if p not in self._busy]
             place = min(free or self._queues, key=lambda p: self._queues[p][0][0])
             _, item = self._queues[place].popleft()
@@ -89,13 +91,13 @@ class _Waiting(Generic[Item]):
                 del self._queues[place]
             self._busy.append(place)
             self._taken += 1
-            if self._made - self._taken <= self._room // 2:  # the caller is not woken for each
-                self._less.notify()
+            if self._made - self._taken <= self._room // 2 and self._less.locked():
+                self._less.release()  # the caller is not woken for each
             return place, item
 
     def done(self, place: int) -> None:
         """An item of that place has run."""
-        with self._more:
+        with self._workers:
             self._busy.remove(place)
 
 
@@ -132,7 +134,10 @@ def feed(
         while not finished.empty():
             done(finished.get())
 
-    threads = [threading.Thread(target=work, args=(w,), name=f"fastckpt-{i}") for i, w in enumerate(workers)]
+    threads = [
+        threading.Thread(target=work, args=(w,), name=f"fastckpt-{i}", daemon=True)
+        for i, w in enumerate(workers)
+    ]
     heard: BaseException | None = None
     try:
         for thread in threads:
@@ -145,10 +150,13 @@ def feed(
     except BaseException as error:
         stop.set()
         heard = error
-    waiting.end()
     # Whatever is raised here, a second Ctrl-C too: no worker may outlive the files and mappings it uses.
-    while alive := [t for t in threads if t.is_alive()]:
+    while True:
         try:
+            waiting.end()
+            alive = [t for t in threads if t.is_alive()]
+            if not alive:
+                break
             alive[0].join(0.1)
             report()
         except BaseException as error:
@@ -168,6 +176,46 @@ def _start(thread: threading.Thread, wanted: int) -> None:
         raise WriteError(f"threads: {wanted} wanted, the system starts no more ({e})") from None
 
 
+class ToDigests:
+    """The end of a run that only wants to know what the bytes would be: the digest of every tensor."""
+
+    def __init__(self, slots: Slots) -> None:
+        self.slots = slots
+        self.leaves = np.zeros(slots.leaves, np.uint64)
+
+    def worker(self, lane: Lane, size: int) -> Worker:
+        """A worker with a staging buffer of `size` bytes of its own."""
+        made = _maker(lane, size)
+        return lambda batch: self.take(batch, made(batch))
+
+    def take(self, batch: Batch, filled: memoryview) -> None:
+        """Digest the leaves of a batch."""
+        self.leaves[batch.leaf] = leaf_digests(filled, batch.leaf_offset, batch.leaf_size)
+
+    def digest(self, tensor: int) -> str:
+        """The digest of a tensor whose leaves are all there."""
+        first = int(self.slots.leaf[tensor])
+        count = -(-int(self.slots.nbytes[tensor]) // LEAF)
+        return combine(self.leaves[first : first + count])
+
+
+def _maker(lane: Lane, size: int) -> Callable[[Batch], memoryview]:
+    """What gives a batch's bytes, valid until the next: where they lie, or in a staging of `size` bytes."""
+    staging = np.empty(size, np.uint8)
+    address = staging.ctypes.data
+    whole = memoryview(staging.data)
+
+    def made(batch: Batch) -> memoryview:
+        n = batch.stop - batch.start
+        filled = lane.direct(batch.rows, n)
+        if filled is None:
+            filled = whole[:n]
+            lane.run(batch.rows, [Buffer(staging, address, n)])
+        return filled
+
+    return made
+
+
 class ToFiles:
     """The end of a run over files: open files, leaf digests, checksums, the finite check.
 
@@ -181,24 +229,18 @@ class ToFiles:
         self.tensors = tensors
         self.files = files
         self.finite = finite
-        self.leaves = np.zeros(slots.leaves, np.uint64)
+        self.digests = ToDigests(slots)
         self.crcs: dict[int, int] = {}  # leaf -> CRC32, of files that need them
         self.codes = np.array([d.code for d in tensors.made.dtypes], np.uint8)
         self.floats = np.array([d.kind == "float" for d in tensors.made.dtypes], bool)
 
     def worker(self, lane: Lane, size: int) -> Worker:
         """A worker with a staging buffer of `size` bytes of its own."""
-        staging = np.empty(size, np.uint8)
-        address = staging.ctypes.data
-        whole = memoryview(staging.data)
+        made = _maker(lane, size)
 
         def run(batch: Batch) -> None:
-            n = batch.stop - batch.start
-            filled = lane.direct(batch.rows, n)
-            if filled is None:
-                filled = whole[:n]
-                lane.run(batch.rows, [Buffer(staging, address, n)])
-            self.leaves[batch.leaf] = leaf_digests(filled, batch.leaf_offset, batch.leaf_size)
+            filled = made(batch)
+            self.digests.take(batch, filled)
             if self.files[batch.file].layout.crc:
                 for at, length, leaf in zip(
                     batch.leaf_offset.tolist(), batch.leaf_size.tolist(), batch.leaf.tolist(), strict=True
@@ -215,7 +257,7 @@ class ToFiles:
         at = np.arange(0, len(data), LEAF, dtype=np.int64)
         first = int(self.slots.leaf[tensor]) + offset // LEAF
         digests = leaf_digests(data, at, np.minimum(LEAF, len(data) - at))
-        self.leaves[first : first + len(at)] = digests
+        self.digests.leaves[first : first + len(at)] = digests
         self.files[int(self.slots.file[tensor])].write(int(self.slots.offset[tensor]) + offset, data)
 
     def room(self, tensor: int, offset: int, nbytes: int) -> None:
@@ -247,16 +289,10 @@ class ToFiles:
             file = self.files[number]
             own = np.flatnonzero(self.tensors.file == number).tolist()
             crcs = {names[i]: self.tensor_crc(i) for i in own} if file.layout.crc else {}
-            file.close(crcs, {names[i]: self.tensor_digest(i) for i in own})
+            file.close(crcs, {names[i]: self.digests.digest(i) for i in own})
 
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(close, range(len(self.files))))
-
-    def tensor_digest(self, tensor: int) -> str:
-        """The digest of a tensor whose leaves are all written."""
-        first = int(self.slots.leaf[tensor])
-        count = -(-int(self.slots.nbytes[tensor]) // LEAF)
-        return combine(self.leaves[first : first + count])
 
     def tensor_crc(self, tensor: int) -> int:
         """The CRC32 of a tensor whose leaves are all written."""

@@ -10,13 +10,17 @@ from dataclasses import dataclass, replace
 
 from .errors import LayoutError
 
+RANKS = 1 << 20
+"""The most ranks of a grid."""
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
     """The sizes of the serving grid and one rank in it.
 
     `tp` ranks cut each layer, `pp` stages hold layer ranges, `dp` groups repeat the model; `ep` ranks
-    share the experts of a layer. Raises LayoutError for sizes below 1 or a rank outside the grid."""
+    share the experts of a layer. Raises LayoutError for sizes below 1, for more than RANKS ranks, and for a
+    rank outside the grid."""
 
     tp: int = 1
     pp: int = 1
@@ -30,6 +34,8 @@ class Placement:
                 raise LayoutError(f"placement: {name} must be a whole number, got {getattr(self, name)!r}")
             if getattr(self, name) < 1:
                 raise LayoutError(f"placement: {name} must be at least 1, got {getattr(self, name)}")
+        if max(self.world, self.ep) > RANKS:
+            raise LayoutError(f"placement: {self} has more than {RANKS} ranks")
         if type(self.rank) is not int or not 0 <= self.rank < self.world:
             raise LayoutError(f"placement: rank {self.rank} is outside the {self.world} ranks of {self}")
 

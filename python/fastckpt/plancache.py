@@ -11,20 +11,35 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
+from .checkpoint import JSON
 from .dtypes import DTYPES
 from .planned import Names
 from .planner import WORDS, Kept
+from .quantplan import Quantised
+from .schemes import Scheme
 
-MAGIC = b"fastckpt plan 2\n"
+MAGIC = b"fastckpt plan 3\n"
 KEPT = 64
 """Plans kept; the longest unused go first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What is kept: the tensors, the rows that make them, which of the tensors are quantised, and what the
+    config says of those."""
+
+    made: Names
+    chunks: tuple[Kept, ...]
+    quantised: Mapping[int, Quantised]
+    config: Mapping[str, JSON]
 
 
 def folder() -> str | None:
@@ -45,8 +60,8 @@ def code() -> str:
     return str(digest.hexdigest())
 
 
-def load(key: str, extents: int) -> tuple[Names, list[Kept]] | None:
-    """The tensors and rows kept under `key` for a table of so many extents; None where there are none."""
+def load(key: str, extents: int, scheme: Scheme | None = None) -> Compiled | None:
+    """What is kept under `key` for a table of so many extents, quantised by `scheme`; None for nothing."""
     where = folder()
     if where is None:
         return None
@@ -76,14 +91,20 @@ def load(key: str, extents: int) -> tuple[Names, list[Kept]] | None:
         at += 4 * rows
     with suppress(OSError):
         os.utime(path)
-    return made, chunks
+    quantised: dict[int, Quantised] = {}
+    for i, name, code, shape, scanned, *parts in told["quantised"]:
+        if scheme is None:
+            return None
+        quantised[i] = Quantised(scheme, name, DTYPES[code], tuple(shape), scanned, *parts)
+    return Compiled(made, tuple(chunks), quantised, told["config"])
 
 
-def store(key: str, extents: int, made: Names, chunks: Sequence[Kept]) -> None:
+def store(key: str, extents: int, plan: Compiled) -> None:
     """Keep a plan; a cache that cannot be written is no error."""
     where = folder()
     if where is None:
         return
+    made = plan.made
     kinds = {shape: i for i, shape in enumerate(dict.fromkeys(made.shapes))}
     told = {
         "key": key,
@@ -93,11 +114,16 @@ def store(key: str, extents: int, made: Names, chunks: Sequence[Kept]) -> None:
         "dtypes": [dtype.code for dtype in made.dtypes],
         "kinds": list(kinds),
         "shapes": [kinds[shape] for shape in made.shapes],
-        "chunks": [(c.count, len(c.tensor), c.which.tolist()) for c in chunks],
+        "chunks": [(c.count, len(c.tensor), c.which.tolist()) for c in plan.chunks],
+        "quantised": [
+            (i, q.name, q.dtype.code, q.shape, q.scanned, q.scales, q.zeros, q.form)
+            for i, q in plan.quantised.items()
+        ],
+        "config": dict(plan.config),
     }
     head = json.dumps(told).encode()
     parts = [len(head).to_bytes(8, "little"), head]
-    for chunk in chunks:
+    for chunk in plan.chunks:
         parts += [chunk.first.tobytes(), chunk.words.tobytes(), chunk.tensor.tobytes()]
     body = b"".join(parts)
     with suppress(OSError):

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
-from . import adapters, dequantised, layouts, plancache, planner, quantplan, recipes
+from . import adapters, dequantised, layouts, plancache, planner, prequantised, quantplan, recipes
 from .adapters import Adapter
 from .checkpoint import JSON, Cast, Checkpoint
 from .collector import paused
@@ -29,10 +30,11 @@ from .layouts.naming import Naming
 from .layouts.patterns import Patterns
 from .model import Model, Sizes
 from .placement import Placement
+from .plancache import Compiled
 from .planned import Names, PlannedTensors
-from .planner import Chunk, Kept, Slots
+from .planner import Chunk, Kept, Slots, Table
 from .quantplan import Expansion, Quantised
-from .schemes import Quant
+from .schemes import SCHEMES, Quant
 from .target import Target
 from .torchzip import Wrap, torch_layout
 
@@ -98,6 +100,9 @@ class Wanted:
         expect("vocab_size", self.vocab_size, int, nothing)
         expect("max_shard_size", self.max_shard_size, str, int, nothing)
         expect("adapter", self.adapter, str, os.PathLike, nothing)
+        expect("apart", self.apart, bool)
+        if self.apart and self.adapter is None:
+            raise LayoutError("apart goes with adapter=: it is the adapter that is kept apart")
         expect("weights_key", self.weights_key, str, nothing)
         if self.weights_key == "":
             raise LayoutError("weights_key: wanted a key, got the empty string")
@@ -185,18 +190,26 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
                 yield rank, target
 
     extents = road.checkpoint.extents
-    cacheable = wanted.held is None and expansion is None and road.ours and bool(road.checkpoint.structure)
+    cacheable = wanted.held is None and road.ours and bool(road.checkpoint.structure)
     inputs = road.inputs(placement)
     key = _digest([inputs, list(ranks), plancache.code()])
-    found = plancache.load(key, len(extents)) if cacheable else None
-    quantised: dict[int, Quantised] = {}
+    scheme = None if expansion is None else expansion.quant.scheme
+    found = plancache.load(key, len(extents), scheme) if cacheable else None
+    quantised: Mapping[int, Quantised] = {}
+    kept: Sequence[Kept] | None
     if found is None:
+        spelled = {}
+        if expansion is not None:
+            spelled = quantplan.quantization_config(expansion.quant, expansion.shapes())
         made, kept, extents, needed, quantised = _compiled(stream, extents, expansion)
         if cacheable and kept is not None and extents is road.checkpoint.extents:
-            plancache.store(key, len(extents), made, kept)
+            plancache.store(key, len(extents), Compiled(made, tuple(kept), quantised, spelled))
     else:
-        made, kept = found
-        needed = sum(int(planner.nbytes(k.chunk().rows, "src").sum()) for k in kept)
+        made, kept, quantised, spelled = found.made, found.chunks, found.quantised, dict(found.config)
+        dense = prequantised.dense_bytes(extents)
+        needed = sum(_needed(k.chunk().rows, dense) for k in kept)
+    if expansion is not None:
+        expansion.scanned.update(q.name for q in quantised.values() if q.scanned)
     rows = {r: made.of_rank(r) for r in ranks}
     for rank, own in rows.items():
         names = Counter(made.names[i] for i in own.tolist())
@@ -237,7 +250,7 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
         files=tuple(files),
         file_ranks=tuple(file_ranks),
         texts=tuple(texts),
-        config=road.config,
+        config=_quantised_config(road.config, spelled),
         aliases=aliases,
         options=road.options,
         extents=extents,
@@ -247,12 +260,8 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
         notes=road.notes,
         left_out=tuple(left_out),
         quantised=quantised,
-        scans=None if expansion is None or not expansion.scanned else _scans(road, expansion),
+        scans=None if expansion is None or not expansion.scanned else expansion.uncut,
     )
-
-
-def _scans(road: _Road, expansion: Expansion) -> Stream:
-    return lambda: expansion.uncut(lambda: road.targets(Placement()))
 
 
 def _present(aliases: Mapping[str, str], named: Sequence[Set[str]]) -> dict[str, str]:
@@ -273,6 +282,7 @@ def _compiled(
     quantised: dict[int, Quantised] = {}
     kept: list[Kept] | None = []
     rows = needed = 0
+    dense = prequantised.dense_bytes(extents)
     for window, chunk, table in planner.compiled(stream(), extents):
         extents = table
         for rank, t in window:
@@ -280,7 +290,7 @@ def _compiled(
                 quantised[len(made)] = expansion.quantised(t)
             made.add(rank, t.name, t.dtype, t.stored_shape)
         rows += len(chunk.rows)
-        needed += int(planner.nbytes(chunk.rows, "src").sum())
+        needed += _needed(chunk.rows, dense)
         if rows > KEPT_ROWS:
             kept = None
         elif kept is not None:
@@ -296,6 +306,14 @@ def _compiled(
             assert scales is not None  # every scheme has scales
             quantised[i] = replace(told, scales=scales, zeros=zeros, form=form)
     return made, kept, extents, needed, quantised
+
+
+def _needed(rows: Table, dense: NDArray[np.float64]) -> int:
+    """Source bytes of the rows; `dense`: by extent, for each byte of what is quantised when it is read the
+    bytes it is made of. All others count as they are."""
+    moved = planner.nbytes(rows, "src")
+    made = rows["src_buffer"] < len(dense)
+    return int(moved[~made].sum() + (moved[made] * dense[rows["src_buffer"][made]]).sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,6 +336,8 @@ class _Road:
     def of(ckpt: Checkpoint, wanted: Wanted) -> _Road:
         if wanted.dense:
             ckpt, wanted = _densified(ckpt, wanted)
+        if "unpadded" in ckpt.facts and wanted.config is None:  # the config.json beside it is the padded one
+            wanted = replace(wanted, config=ckpt.config)
         layout = layouts.layout(wanted.layout) if isinstance(wanted.layout, str) else wanted.layout
         if wanted.tp_plan is not None:
             if _layout_name(layout) != "hf":
@@ -358,6 +378,8 @@ class _Road:
                 "include": list(wanted.quant.include),
                 "exclude": list(wanted.quant.exclude),
             }
+            if wanted.quant.scheme != SCHEMES.get(wanted.quant.scheme.name):
+                options["scheme"] = repr(wanted.quant.scheme)  # the caller's own, whatever its name
         if wanted.dense:
             options["dense"] = True
         if adapter is not None:
@@ -384,7 +406,14 @@ class _Road:
         told = ckpt.facts.get("recipe")
         asked = told if wanted.recipe is None and isinstance(told, str) else wanted.recipe
         recipe = recipes.find(config) if asked is None else recipes.named(asked)
-        model = recipe(cast, config, vocab_size=wanted.vocab_size)
+        quant = wanted.quant
+        engine = str(dict(layouts.options_of(layout)).get("engine") or "")
+        if quant is not None and prequantised.fits(_layout_name(layout), engine, quant.scheme):
+            _require_dense(quant, wanted, layout.naming(wanted.placement), config)
+            cast, config = prequantised.made(cast, config, quant)
+            wanted = replace(wanted, config=config, quant=None)
+            options["prequantised"] = options.pop("quant")  # the shards can be joined, as quantised ones
+        model = recipes.model(recipe, cast, config, wanted.vocab_size)
         options["family"] = model.family
         options["recipe"] = asked
         options["config"] = xxhash.xxh3_64_hexdigest(json.dumps(dict(config), sort_keys=True).encode())
@@ -450,18 +479,11 @@ class _Road:
         quant = wanted.quant
         if quant is None:
             return self
-        if wanted.held is not None or self.naming(wanted.placement).single.endswith(".bin"):
-            raise LayoutError(f"quant {quant.scheme.name}: wanted safetensors or fresh tensors as the output")
-        if config is not None and "quantization_config" in config:
-            raise LayoutError(
-                f"quant {quant.scheme.name}: the config says that the source is quantised already"
-            )
-        expansion = Expansion.of(quant, self.name, wanted.placement, self.targets(Placement()), sizes)
+        _require_dense(quant, wanted, self.naming(wanted.placement), config)
         text = self.config
-        if config is not None:
-            told = json.loads(text) if text is not None else dict(config)
-            told["quantization_config"] = quantplan.quantization_config(expansion)
-            text = (json.dumps(told, indent=2) + "\n").encode()
+        if config is not None and text is None:
+            text = json.dumps(dict(config)).encode()
+        expansion = Expansion(quant, self.name, wanted.placement, lambda: self.targets(Placement()), sizes)
         return replace(self, config=text, expansion=expansion)
 
     def inputs(self, placement: Placement) -> str:
@@ -478,6 +500,14 @@ class _Road:
         if not ckpt.structure:
             told += [[e.key, e.nbytes] for e in ckpt.extents]
         return _digest([*told, dict(self.options)])
+
+
+def _require_dense(quant: Quant, wanted: Wanted, naming: Naming, config: Mapping[str, JSON] | None) -> None:
+    """Raises LayoutError where the output, or the source as its config has it, cannot be quantised."""
+    if wanted.held is not None or naming.single.endswith(".bin"):
+        raise LayoutError(f"quant {quant.scheme.name}: wanted safetensors or fresh tensors as the output")
+    if config is not None and "quantization_config" in config:
+        raise LayoutError(f"quant {quant.scheme.name}: the config says that the source is quantised already")
 
 
 def _layout_name(layout: Layout) -> str:
@@ -533,6 +563,13 @@ def _config_text(
     told = dict(config) if wanted.vocab_size is None else {**config, "vocab_size": wanted.vocab_size}
     told |= resized or {}
     return (json.dumps(told, indent=2) + "\n").encode()
+
+
+def _quantised_config(config: bytes | None, spelled: Mapping[str, JSON]) -> bytes | None:
+    """The config.json with its `quantization_config`, where there is one."""
+    if config is None or not spelled:
+        return config
+    return (json.dumps({**json.loads(config), "quantization_config": spelled}, indent=2) + "\n").encode()
 
 
 def _dtype(config: Mapping[str, JSON] | None, asked: str | DType | None) -> DType | None:

@@ -16,13 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dtypes import float16, int32
-from .errors import SourceError
 from .extents import Buffer
 from .planner import LEAF, NOTHING, Binding, Chunk, Slots, Table, cut
 from .plans import Plan
 from .quantplan import DENSE_BYTES, Quantised, flat
 from .reader import Lane, plain
-from .rounding import Bytes, Error, Floats, Zeros, amax, quantise, scale_of, stored_zeros
+from .rounding import Bytes, Error, Floats, Zeros, amax, not_finite, quantise, scale_of, stored_zeros
 from .target import Target
 
 JOB_BYTES = 8 * LEAF
@@ -85,19 +84,28 @@ class Job:
     bands: tuple[Band, ...]
 
 
-def bands(chunk: Chunk, target: int, binding: Binding, rows: int, width: int, step: int) -> Iterator[Band]:
-    """The rows of one of the chunk's targets, a dense matrix of `rows` x `width` bytes, `step` at once."""
-    mine = chunk.tensor == target
-    there = _in_memory(chunk.rows[mine], binding, rows * width)
-    if there is not None:
-        for row in range(0, rows, step):
-            count = min(step, rows - row)
-            yield Band(row, count, chunk.rows[:0], there[row * width : (row + count) * width])
-        return
-    alone = Chunk(1, chunk.rows[mine], np.zeros(int(mine.sum()), np.int64))
-    slots = Slots.of([0], [0], [rows * width])
-    for batch in cut(alone, 0, slots, binding, stage=step * width, band=step * width, in_order=True):
-        yield Band(batch.start // width, (batch.stop - batch.start) // width, batch.rows)
+class Dense:
+    """The dense matrices that a chunk's rows make, to be taken band by band."""
+
+    def __init__(self, chunk: Chunk, binding: Binding) -> None:
+        self.binding = binding
+        self.rows, self.bound = chunk.rows, binding.bind(chunk.rows)
+        self.edges = np.searchsorted(chunk.tensor, np.arange(chunk.count + 1)).tolist()
+
+    def bands(self, target: int, rows: int, width: int, step: int) -> Iterator[Band]:
+        """The chunk's target of that number, a matrix of `rows` x `width` bytes, `step` rows at once."""
+        mine = slice(self.edges[target], self.edges[target + 1])
+        there = _in_memory(self.bound[mine], self.binding, rows * width)
+        if there is not None:
+            for row in range(0, rows, step):
+                count = min(step, rows - row)
+                yield Band(row, count, self.rows[:0], there[row * width : (row + count) * width])
+            return
+        alone = Chunk(1, self.rows[mine], np.zeros(mine.stop - mine.start, np.int64))
+        slots = Slots.of([0], [0], [rows * width])
+        batches = cut(alone, 0, slots, self.binding, stage=step * width, band=step * width, in_order=True)
+        for batch in batches:
+            yield Band(batch.start // width, (batch.stop - batch.start) // width, batch.rows)
 
 
 class Quantising:
@@ -123,6 +131,9 @@ class Quantising:
 
     def jobs(self, first: int, chunk: Chunk, binding: Binding) -> Iterator[Job]:
         """The jobs of the chunk's quantised tensors."""
+        if not self.plan.quantised:
+            return
+        dense = Dense(chunk, binding)
         for i in range(chunk.count):
             told = self.plan.quantised.get(first + i)
             if told is None:
@@ -132,7 +143,7 @@ class Quantising:
             step, share = _step(told), _share(told)
             tensor = self._tensor(first + i, told, -(-rows // share))
             held: list[Band] = []
-            for band in bands(chunk, i, binding, rows, columns * told.dtype.itemsize, step):
+            for band in dense.bands(i, rows, columns * told.dtype.itemsize, step):
                 if held and band.row % share == 0:
                     yield Job(tensor, held[0].row * out, band.row * out, tuple(held))
                     held = []
@@ -173,7 +184,7 @@ class Quantising:
                 given = None if tensor.largest is None else tensor.largest[band.row : stop]
                 found = quantise(there, told.dtype, band.count, columns, told.scheme, given, out)
                 if found is None:
-                    raise _not_finite(told.name, band)
+                    raise not_finite(told.name, band.row, band.row + band.count)
                 if tensor.largest is None or told.scheme.block[0]:
                     into = band.row // (told.scheme.block[0] or told.shape[-2])
                     tensor.scales[into : into + len(found.scales)] = found.scales
@@ -205,7 +216,7 @@ def _in_memory(rows: Table, binding: Binding, nbytes: int) -> Bytes | None:
     """The dense bytes of a tensor where they lie already, as they are, in main memory; else None."""
     if len(rows) != 1 or rows["src_buffer"][0] == NOTHING or not plain(rows[0], nbytes):
         return None
-    row = binding.bind(rows)[0]
+    row = rows[0]
     place = binding.places[int(row["src_buffer"])]
     if not isinstance(place, Buffer) or place.device != "cpu":
         return None
@@ -231,11 +242,12 @@ class Scan:
 
     def jobs(self, window: list[tuple[int, Target]], chunk: Chunk, binding: Binding) -> Iterator[ScanJob]:
         """The jobs of a window of compiled targets."""
+        dense = Dense(chunk, binding)
         for i, (_, target) in enumerate(window):
             rows, columns = flat(target.shape)
             width = columns * target.view.dtype.itemsize
             found = self.largest[target.name] = np.empty(rows, np.float32)
-            for band in bands(chunk, i, binding, rows, width, max(1, DENSE_BYTES // width)):
+            for band in dense.bands(i, rows, width, max(1, DENSE_BYTES // width)):
                 yield ScanJob(target, band, found, 0, band.count * width)
 
     def worker(self, lane: Lane) -> Callable[[ScanJob], None]:
@@ -249,7 +261,7 @@ class Scan:
             dense = band.dense(lane, staging[0], job.stop)
             largest = amax(dense, job.target.view.dtype, band.count, columns)
             if not np.isfinite(largest).all():
-                raise _not_finite(job.target.name, band)
+                raise not_finite(job.target.name, band.row, band.row + band.count)
             job.found[band.row : band.row + band.count] = largest
 
         return run
@@ -279,10 +291,3 @@ def _share(told: Quantised) -> int:
     out = told.shape[-1] * told.scheme.bits // 8
     one = math.lcm(_step(told), LEAF // math.gcd(LEAF, out))
     return one * max(1, -(-JOB_BYTES // (one * out)))
-
-
-def _not_finite(name: str, band: Band) -> SourceError:
-    return SourceError(
-        f"{name}: NaN or infinite values, or a scale beyond its type, in rows [{band.row}, "
-        f"{band.row + band.count}), which cannot be quantised"
-    )

@@ -27,12 +27,16 @@ FITS: dict[str, frozenset[str]] = {
     "same": frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8", "awq", "gptq", ""}),
     "vllm": frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8", "awq", "gptq"}),
 }
-"""layout -> the formats it can hold. rtp_llm wants its own orders of quantised matrices: not made yet."""
+"""layout -> the formats it can hold when its own tensors are quantised; for others see `prequantised`."""
+
+WHY = {
+    "megatron": ": megatron-core stores no quantised weights, its fp8 is made in memory",
+    "rtp_llm": ": wanted int8, fp8, fp8-channel, fp8-block, or an awq or gptq scheme",
+}
+"""layout -> what else there is to say of it."""
 
 DENSE_BYTES = 1 << 21
 """Dense bytes made at once, unless one row of blocks is more: they are read back from cache."""
-
-_FUSED = ("qkv_proj", "query_key_value", "gate_up_proj", "w13_weight", "fused_qkv_a_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,7 @@ class Quantised:
 
 @dataclass(frozen=True, slots=True)
 class Expansion:
-    """How targets are expanded. `whole`: name -> shape of every target of an uncut placement.
+    """How targets are expanded. `whole` starts the targets of an uncut placement.
 
     `sizes` of the model where the layout knows roles. `dense`: output name -> dense name; `scanned`: the
     dense names of what needs a first read; both are filled as targets pass."""
@@ -61,25 +65,30 @@ class Expansion:
     quant: Quant
     layout: str
     placement: Placement
-    whole: Mapping[str, tuple[int, ...]]
+    whole: Callable[[], Iterator[Target]]
     sizes: Sizes | None
     dense: dict[str, str] = field(default_factory=dict)
     scanned: set[str] = field(default_factory=set)
+    _shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
-    @staticmethod
-    def of(
-        quant: Quant, layout: str, placement: Placement, whole: Iterable[Target], sizes: Sizes | None
-    ) -> Expansion:
-        """Raises LayoutError where the layout has no place for the scheme, or no tensor is chosen."""
-        scheme = quant.scheme
-        if scheme.format not in FITS.get(layout, frozenset()):
-            raise LayoutError(f"layout {layout} has no place for quantisation scheme {scheme.name}")
-        shapes = {t.name: t.shape for t in whole}
-        if not any(quant.takes(n, s) for n, s in shapes.items()):
+    def __post_init__(self) -> None:
+        scheme = self.quant.scheme
+        if scheme.format not in FITS.get(self.layout, frozenset()):
             raise LayoutError(
-                f"quant {scheme.name}: no tensor is a matrix known by name; say which with include patterns"
+                f"layout {self.layout} has no place for quantisation scheme {scheme.name}"
+                f"{WHY.get(self.layout, '')}"
             )
-        return Expansion(quant, layout, placement, shapes, sizes)
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Name -> shape of every uncut target. Raises LayoutError where none is chosen."""
+        if not self._shapes:
+            self._shapes.update((t.name, t.shape) for t in self.whole())
+            if not any(self.quant.takes(n, s) for n, s in self._shapes.items()):
+                raise LayoutError(
+                    f"quant {self.quant.scheme.name}: no tensor is a matrix known by name; say which with "
+                    "include patterns"
+                )
+        return self._shapes
 
     def targets(self, targets: Iterable[Target]) -> Iterator[Target]:
         """A rank's targets, chosen ones expanded. Raises LayoutError naming the tensor that does not fit."""
@@ -94,9 +103,9 @@ class Expansion:
         name = self.dense[target.name]
         return Quantised(self.quant.scheme, name, target.view.dtype, target.shape, name in self.scanned)
 
-    def uncut(self, whole: Callable[[], Iterator[Target]]) -> Iterator[tuple[int, Target]]:
+    def uncut(self) -> Iterator[tuple[int, Target]]:
         """The uncut matrices whose largest magnitudes are read first."""
-        return ((0, t) for t in whole() if t.name in self.scanned)
+        return ((0, t) for t in self.whole() if t.name in self.scanned)
 
     def _expanded(self, target: Target) -> Iterator[Target]:
         scheme, name, shape = self.quant.scheme, target.name, target.shape
@@ -126,11 +135,10 @@ class Expansion:
 
     def _needs_scan(self, name: str, shape: tuple[int, ...], itemsize: int) -> bool:
         """Whether the scales reach beyond the rank's part, or beyond a band of it."""
-        scheme, whole = self.quant.scheme, self.whole[name]
+        scheme, whole = self.quant.scheme, self.shapes()[name]
         (down, across), at = scheme.shared, f"quant {scheme.name}: {name}"
         rows, columns = shape[-2:]
         cut_rows, cut_columns = rows != whole[-2], columns != whole[-1]
-        fused = self.layout == "vllm" and (len(shape) > 2 or _module(name) in _FUSED)
         if scheme.bits == 4 and (columns % across or len(shape) > 2):
             raise LayoutError(f"{at} {shape}: wanted a matrix whose columns divide by the group {across}")
         if rows % 8 and (scheme.turned or (scheme.asymmetric and cut_rows)):
@@ -139,8 +147,6 @@ class Expansion:
             raise LayoutError(f"{at}: {columns} of {whole[-1]} columns a rank cut a block of {across}")
         if down > 1:
             self._require_whole_blocks(name, shape, cut_rows)
-        if down == 0 and fused:
-            raise LayoutError(f"{at}: vLLM keeps a scale for each matrix that is fused there; not made yet")
         shared = down == 0 or (across == 0 and cut_columns)
         if shared and (shape[:-2] != whole[:-2] or (down == 1 and cut_rows)):
             raise LayoutError(
@@ -186,14 +192,13 @@ def _module(name: str) -> str:
 # ---- what the config says ----
 
 
-def quantization_config(expansion: Expansion) -> dict[str, JSON]:
-    """The `quantization_config` of config.json: compressed-tensors' or DeepSeek's fp8, else one that loaders
-    do not know and so refuse."""
-    quant = expansion.quant
+def quantization_config(quant: Quant, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, JSON]:
+    """The `quantization_config` of config.json, of dense matrices by name: compressed-tensors' or DeepSeek's
+    fp8, else one that loaders do not know and so refuse."""
     scheme = quant.scheme
     left: list[JSON] = [
         name.removesuffix(".weight")
-        for name, shape in expansion.whole.items()
+        for name, shape in shapes.items()
         if name.endswith(".weight")
         and len(shape) == 2
         and "embed" not in name
@@ -230,7 +235,7 @@ def quantization_config(expansion: Expansion) -> dict[str, JSON]:
                 "group_size": scheme.block[0],
                 "desc_act": False,
                 "sym": not scheme.asymmetric,
-                "lm_head": "lm_head" not in left and "lm_head.weight" in expansion.whole,
+                "lm_head": "lm_head" not in left and "lm_head.weight" in shapes,
                 "dynamic": skipped,
             }
     kind = "float" if scheme.format == "float-quantized" else "int"

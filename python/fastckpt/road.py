@@ -30,7 +30,7 @@ from .schemes import Quant
 if TYPE_CHECKING:
     import torch
 
-    from .device import Ready
+    from .resident import Ready
 
     State = dict[str, torch.Tensor]
     Opened = str | os.PathLike[str] | Checkpoint | Mapping[str, torch.Tensor]
@@ -59,12 +59,12 @@ def plan(
     """What `reshard` would do with the same arguments, without reading a byte of a tensor.
 
     Raises what `reshard` would raise before its first byte."""
-    grid = _placement(tp, placement)
+    grid = grid_of(tp, placement)
     wanted = Wanted(
         grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size,
         quant=_quant(quant), dense=quant == DENSE, adapter=adapter, apart=apart,
     )  # fmt: skip
-    return plans.draft(_opened(ckpt, recipe), wanted)
+    return plans.draft(open_whole(ckpt, recipe), wanted)
 
 
 def reshard(
@@ -83,7 +83,7 @@ def reshard(
     adapter: str | os.PathLike[str] | None = None,
     apart: bool = False,
     allow_nonfinite: bool = False,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     out: Out = None,
     max_shard_size: str | int | None = "5GB",
     durable: bool = True,
@@ -106,13 +106,14 @@ def reshard(
     cut as the ranks' parts of this base are.
     NaN and infinity in the output are an error unless `allow_nonfinite`. `durable` fsyncs; `overwrite`
     replaces an output in one step; `memory` bounds the bytes held ("256MB"); `progress` see Progress.
-    `device` "cuda" or "cuda:N": tensors there, made by the GPU where the checkpoint's tensors lie there too;
-    they are filled in the order of the current stream.
+    `device` "cuda" or "cuda:N", or torch's own for it: tensors there, made by the GPU where the checkpoint's
+    tensors lie there too; they are filled in the order of the current stream.
 
     Raises SourceError, RecipeError, LayoutError and ViewError before anything is written, WriteError while
     it is; then nothing is left behind. DeviceError for what this build cannot do."""
-    device = _device(device)
-    grid = _placement(tp, placement)
+    place = _device(device)
+    expect("allow_nonfinite", allow_nonfinite, bool)
+    grid = grid_of(tp, placement)
     wanted = Wanted(
         grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size,
         quant=_quant(quant), dense=quant == DENSE, adapter=adapter, apart=apart,
@@ -120,17 +121,17 @@ def reshard(
     expect("out", out, str, os.PathLike, Mapping, Sequence, type(None))
     run = Run(threads, memory, progress)
     in_memory = not isinstance(out, (str, os.PathLike))
-    if device != "cpu" and not in_memory:
-        raise DeviceError(f"device {device!r}: files are written from main memory; leave device= out")
-    planned = run.planned(lambda: plans.draft(_opened(ckpt, recipe), wanted, in_memory=in_memory))
+    if place != "cpu" and not in_memory:
+        raise DeviceError(f"device {place!r}: files lie on no GPU; leave device= out, for tensors there too")
+    planned = run.planned(lambda: plans.draft(open_whole(ckpt, recipe), wanted, in_memory=in_memory))
     if out is None:
-        states, _ = run.to_memory(planned, device)
+        states, _ = run.to_memory(planned, place)
         return states if rank is None else states[0]
     if isinstance(out, (str, os.PathLike)):
         return run.to_files(
             planned, os.fspath(out), rank, durable=durable, overwrite=overwrite, finite=not allow_nonfinite
         )
-    return run.to_tensors(planned, _by_rank(out, rank), device)
+    return run.to_tensors(planned, _by_rank(out, rank), place)
 
 
 def prepare(
@@ -145,7 +146,7 @@ def prepare(
     tp_plan: Mapping[str, str] | None = None,
     vocab_size: int | None = None,
     dtype: str | DType | None = None,
-    device: str = "cuda",
+    device: str | torch.device = "cuda",
     out: State | Sequence[State] | None = None,
 ) -> Ready:
     """`reshard` from GPU memory to GPU memory made ready, to be run as often as the weights change.
@@ -153,24 +154,24 @@ def prepare(
     Arguments as there; `run()` of the result plans and uploads nothing. Raises as `reshard` does, and
     DeviceError where the checkpoint's tensors do not lie on the device."""
     from . import tensors
-    from .device import Ready, resident
-    from .device import prepare as on_device
+    from .resident import Ready, resident
+    from .resident import prepare as on_device
 
-    device = _device(device)
-    grid = _placement(tp, placement)
+    place = _device(device)
+    grid = grid_of(tp, placement)
     wanted = Wanted(grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype)
-    planned = plans.draft(_opened(ckpt, recipe), wanted, in_memory=True)
+    planned = plans.draft(open_whole(ckpt, recipe), wanted, in_memory=True)
     binding = Binding.of(planned.extents)
-    if device == "cpu" or not resident(binding):
-        raise DeviceError(f"prepare: wanted tensors on a GPU as source, device {device!r}; else use reshard")
+    if place == "cpu" or not resident(binding):
+        raise DeviceError(f"prepare: wanted tensors on a GPU as source, device {place!r}; else use reshard")
     states: Sequence[Mapping[str, torch.Tensor]]
     if out is None:
-        states, buffers = tensors.allocate(planned, device)
+        states, buffers = tensors.allocate(planned, place)
         tensors.tie(states, planned.aliases)
     else:
         states = _by_rank(out, rank)
-        buffers = tensors.matched(planned, states, device)
-    return Ready(tuple(states), on_device(planned, binding, buffers, device))
+        buffers = tensors.matched(planned, states, place)
+    return Ready(tuple(states), on_device(planned, binding, buffers, place))
 
 
 def consolidate(
@@ -203,6 +204,7 @@ def consolidate(
     `weights_key` wraps the weights into a single-file training checkpoint, with the plain values named in
     `client_state` beside them. Raises as `reshard` does."""
     expect("out", out, str, os.PathLike, type(None))
+    expect("allow_nonfinite", allow_nonfinite, bool)
     opened = joining.open(
         path,
         tag=tag,
@@ -250,6 +252,7 @@ def consolidation(
     in_memory: bool = False,
 ) -> Plan:
     """The plan of `consolidate` for an opened checkpoint."""
+    expect("safe_serialization", safe_serialization, bool)
     expect("client_state", client_state, Sequence)
     if client_state and weights_key is None:
         raise LayoutError("client_state goes with weights_key: it stands beside the weights in one file")
@@ -289,7 +292,8 @@ def load_into(
     module must be filled and every tensor of the shard used, else LayoutError names them."""
     from . import tensors
 
-    grid = _placement(tp, placement)
+    expect("strict", strict, bool)
+    grid = grid_of(tp, placement)
     if rank is None and grid.world > 1:
         raise LayoutError(f"load_into: a module is one rank's; say which of the {grid.world} ranks (rank=)")
     held = tensors.held(module)
@@ -302,7 +306,7 @@ def load_into(
         grid, rank or 0, layout, config, recipe, tp_plan, vocab_size, held=tensors.dtypes_of(held)
     )
     run = Run(threads, memory, progress)
-    planned = run.planned(lambda: plans.draft(_opened(ckpt, recipe), wanted, in_memory=True))
+    planned = run.planned(lambda: plans.draft(open_whole(ckpt, recipe), wanted, in_memory=True))
     made = {t.name for t in planned.tensors}
     tied = tensors.tied(held, made)
     missing = [n for n in held if n not in made and n not in tied]
@@ -363,15 +367,17 @@ def _client_state(ckpt: Checkpoint, names: Sequence[str]) -> dict[str, JSON]:
     return {n: known[n] for n in names}
 
 
-def _placement(tp: int, placement: Placement | None) -> Placement:
+def grid_of(tp: int, placement: Placement | None) -> Placement:
+    """The grid that `tp` and `placement` ask for together. Raises LayoutError where they differ."""
     expect("placement", placement, Placement, type(None))
     if placement is not None and tp not in (1, placement.tp):
         raise LayoutError(f"tp={tp} and placement.tp={placement.tp} differ; give one of them")
     return Placement(tp=tp) if placement is None else placement
 
 
-def _device(name: str) -> str:
+def _device(device: str | torch.device) -> str:
     """The device by its full name. Raises DeviceError where this build or machine cannot use it."""
+    name = str(device)
     if name == "cpu":
         return name
     from .executors.cuda import usable
@@ -387,6 +393,7 @@ def _by_rank(out: State | Sequence[State], rank: int | None) -> list[State]:
     return [out] if isinstance(out, Mapping) else list(out)
 
 
-def _opened(ckpt: Opened, recipe: str | None) -> Checkpoint:
+def open_whole(ckpt: Opened, recipe: str | None) -> Checkpoint:
+    """What a verb was given, as one whole model. Raises SourceError for what cannot be opened or joined."""
     opened = ckpt if isinstance(ckpt, Checkpoint) else joining.open(ckpt, recipe=recipe)
     return joining.whole(opened, recipe)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dtypes import DType, bfloat16, float16, float32
-from .errors import LayoutError
+from .errors import LayoutError, SourceError
 from .schemes import Packed, Scheme
 
 if TYPE_CHECKING:
@@ -140,10 +140,6 @@ def quantise(
         tall = ufunc.reduceat(values, np.arange(0, rows, down), axis=0)
         return np.asarray(ufunc.reduceat(tall, np.arange(0, columns, across), axis=1), np.float32)
 
-    def each(blocks: Floats) -> Floats:
-        """A block's figure for every value."""
-        return np.repeat(np.repeat(blocks, down, axis=0)[:rows], across, axis=1)[:, :columns]
-
     if not np.isfinite(x).all():
         return None
     if scheme.asymmetric:
@@ -157,24 +153,68 @@ def quantise(
         scales[:] = scale_of(found, scheme)
     if not np.isfinite(scales).all():
         return None
-    scale = each(scales)
+    scale = _each(scales, down, across, x)
     with np.errstate(over="ignore"):
         scaled = x * (np.float32(1) / scale) if scheme.reciprocal else x / scale
     if scheme.dtype.name == "float8_e4m3fn":
-        codes = _e4m3(scaled)
-        out[:] = codes.reshape(-1)
-        got = _E4M3[codes]
+        out[:] = _e4m3(scaled).reshape(-1)
     else:
         high = (1 << (scheme.bits - 1)) - 1
-        point = each(zeros.astype(np.float32))
-        got = np.rint(np.clip(scaled + point, np.float32(-high - 1), np.float32(high)))
-        whole = got.astype(np.int8)
+        point = _each(zeros.astype(np.float32), down, across, x)
+        whole = np.rint(np.clip(scaled + point, np.float32(-high - 1), np.float32(high))).astype(np.int8)
         out[:] = (packed(whole + 8, scheme.packed) if scheme.packed else whole).reshape(-1).view(np.uint8)
-        got = got - point
-    y, wide = (got * scale).astype(np.float64), x.astype(np.float64)
-    off = wide - y
-    figures = (np.abs(off).max(), (off * off).sum(), (wide * wide).sum(), (y * y).sum(), (wide * y).sum())
-    return Rounded(scales, zeros, Error(rows * columns, *(float(s) for s in figures)))
+    return Rounded(scales, zeros, _error(x, _meant(out, scheme, scales, zeros, x)))
+
+
+def error_of(
+    dense: Bytes,
+    dtype: DType,
+    shape: tuple[int, int],
+    scheme: Scheme,
+    found: Rounded,
+    out: Bytes,
+    part: tuple[slice, slice],
+) -> Error:
+    """The error of a part of a dense matrix of which `quantise` made the bytes `out`."""
+    x = _values(dense, dtype, *shape)
+    return _error(x[part], _meant(out, scheme, found.scales, found.zeros, x)[part])
+
+
+def _meant(out: Bytes, scheme: Scheme, scales: Floats, zeros: Zeros, like: Floats) -> Floats:
+    """What the quantised bytes of a matrix of `like`'s shape mean: (value - zero point) * scale in fp32."""
+    rows, columns = like.shape
+    down, across = scheme.block if scheme.block[1] else (1, columns)
+    if scheme.dtype.name == "float8_e4m3fn":
+        got = _E4M3[out.reshape(rows, columns)]
+    elif scheme.packed:
+        got = _unpacked(out.view(np.int32), scheme.packed, rows, columns) - np.float32(8)
+    else:
+        got = out.view(np.int8).reshape(rows, columns).astype(np.float32)
+    got = got - _each(zeros.astype(np.float32), down, across, like)
+    return np.asarray(got * _each(scales, down, across, like), np.float32)
+
+
+def _error(x: Floats, y: Floats) -> Error:
+    wide, other = x.astype(np.float64), y.astype(np.float64)
+    off = wide - other
+    figures = (
+        np.abs(off).max(), (off * off).sum(), (wide * wide).sum(), (other * other).sum(), (wide * other).sum()
+    )  # fmt: skip
+    return Error(x.size, *(float(s) for s in figures))
+
+
+def _each(blocks: Floats, down: int, across: int, like: Floats) -> Floats:
+    """A block's figure for every value of a matrix of `like`'s shape."""
+    rows, columns = like.shape
+    return np.repeat(np.repeat(blocks, down, axis=0)[:rows], across, axis=1)[:, :columns]
+
+
+def not_finite(name: str, start: int, stop: int) -> SourceError:
+    """The error for rows of a matrix that cannot be quantised."""
+    return SourceError(
+        f"{name}: NaN or infinite values, or a scale beyond its type, in rows [{start}, {stop}), which "
+        "cannot be quantised"
+    )
 
 
 KINDS = {"int8": 0, "float8_e4m3fn": 1, "int32across": 2, "int32awq": 3, "int32down": 4}
@@ -207,6 +247,16 @@ def packed(whole: NDArray[np.signedinteger], how: Packed) -> NDArray[np.int32]:
         eight = eight[..., AWQ_ORDER]
     words = (eight.astype(np.int64) << np.arange(0, 32, 4)).sum(axis=2)
     return np.asarray(words.astype(np.uint32).view(np.int32))
+
+
+def _unpacked(words: NDArray[np.int32], how: Packed, rows: int, columns: int) -> Floats:
+    """The inverse of `packed`."""
+    each = (words.reshape(-1, 1).view(np.uint32) >> np.arange(0, 32, 4, dtype=np.uint32)) & np.uint32(15)
+    if how == "awq":
+        each = each[:, np.argsort(AWQ_ORDER)]
+    if how == "down":
+        each = each.reshape(rows // 8, columns, 8).transpose(0, 2, 1)
+    return np.asarray(each.reshape(rows, columns), np.float32)
 
 
 def _magnitudes(x: Floats) -> Floats:

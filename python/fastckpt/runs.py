@@ -5,29 +5,27 @@ Law: what a run holds stays within FIXED_MEMORY and its threads' staging, or wit
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from . import __version__, joining
+from . import __version__, figures, joining
 from .checkpoint import JSON
-from .errors import DeviceError, WriteError, expect
+from .errors import WriteError, expect
 from .executors import pick
 from .executors.cpu import built
 from .extents import Buffer, Extents, File
 from .files import parse_size
-from .lowrank import computed
+from .lowrank import COMPUTED, computed
 from .manifest import Manifest, Origin, Record
-from .merging import Merging
-from .pipeline import ToFiles, ToMemory, Worker, feed
+from .merging import Merging, MergingLane
+from .pipeline import ToDigests, ToFiles, ToMemory, Worker, feed
 from .planner import LEAF, Batch, Binding, compiled, cut
 from .plans import Plan
+from .prequantised import Matrix
 from .quantising import End, Job, Quantising, Scan
-from .quantplan import flat
 from .reader import GAP, Lane, Mapped, Positioned, Reader
 from .rounding import Error, Floats
 from .writer import Output
@@ -105,6 +103,7 @@ class Run:
         self.bytes_read = 0
         self.bytes_scanned = 0
         self.errors: dict[int, Error] = {}
+        self.made: dict[tuple[int, Matrix], Error] = {}
 
     def planned(self, make: Callable[[], Plan]) -> Plan:
         """Make the plan, on the clock."""
@@ -127,6 +126,12 @@ class Run:
 
         return self._in_memory(planned, tensors.matched(planned, out, device), device)
 
+    def to_digests(self, planned: Plan) -> dict[str, str]:
+        """The digest of every tensor of a plan of one rank; nothing is kept."""
+        end = ToDigests(planned.slots())
+        self._copy(planned, lambda lane: end.worker(lane, self.band))
+        return {t.name: end.digest(i) for i, t in enumerate(planned.tensors)}
+
     def _in_memory(self, planned: Plan, buffers: Sequence[Buffer], device: str) -> Report:
         if device == "cpu":
             end = ToMemory(buffers)
@@ -136,20 +141,34 @@ class Run:
         return self._report(planned, None, {})
 
     def _on_gpu(self, planned: Plan, buffers: Sequence[Buffer], device: str) -> None:
-        from .device import ToDevice, prepare, resident
+        from . import crossing
+        from .device import ToDevice
+        from .resident import prepare, resident
 
-        if planned.quantised:
-            raise DeviceError(f"device {device!r}: quantising runs on the CPU only")
         binding = Binding.of(planned.extents)
-        if resident(binding):
+        if planned.quantised:  # by the CPU, also what lies on a GPU already
+            sink = ToDevice(planned.slots(), buffers, device)
+            sink.open()
+            try:
+                self._copy(planned, lambda lane: sink.worker(lane, self.band), sink)
+            finally:
+                sink.close()
+        elif resident(binding):
             began = time.perf_counter()
             prepare(planned, binding, buffers, device).run()
             self.bytes_read += planned.needed_bytes
             self.phases["copy"] = time.perf_counter() - began  # until it was started
         else:
-            sink = ToDevice(planned.slots(), buffers, device)
-            self._copy(planned, lambda lane: sink.worker(lane, self.band))
-            sink.close()
+            way = crossing.way(planned, device, self.threads)
+            worker, close = crossing.ends(way, planned.slots(), list(buffers), device, self.band)
+            try:
+                if way == "gpu":
+                    limits = min(self.threads, crossing.MOST_WORKERS), max(self.band, crossing.BATCH)
+                    self._copy(planned, worker, apart=True, limits=limits)
+                else:
+                    self._copy(planned, worker)
+            finally:  # after an error too: what was sent is on its way into memory that is given up then
+                close()
 
     def to_files(
         self,
@@ -181,7 +200,7 @@ class Run:
             if self.progress is not None:
                 self.progress(planned.output_bytes, planned.output_bytes, "sync")
             sink.close(self.threads)
-            for owner, name, data in (*planned.texts, *_errors(planned, self.errors)):
+            for owner, name, data in (*planned.texts, *figures.texts(planned, self.errors, self.made)):
                 output.text(name, data, owner)
             if beside:
                 for path in planned.checkpoint.beside:
@@ -195,15 +214,22 @@ class Run:
         return self._report(planned, out, _digests(manifest, planned.ranks))
 
     def _copy(
-        self, planned: Plan, worker: Callable[[Lane], Worker], end: End | None = None, *, apart: bool = False
+        self,
+        planned: Plan,
+        worker: Callable[[Lane], Worker],
+        end: End | None = None,
+        *,
+        apart: bool = False,
+        limits: tuple[int, int] | None = None,
     ) -> None:
-        """Every batch of the plan through the readers and the executor."""
+        """Every batch of the plan through the readers and the executor; `limits`: threads, and bytes of a
+        batch, where they are not the run's."""
         largest = self._scan(planned)
         began = time.perf_counter()
         executor = pick(None)
         binding, slots = Binding.of(planned.extents), planned.slots()
         quantising = Quantising(planned, slots, largest)
-        threads = self._fitting(quantising)
+        threads, batch = limits or (self._fitting(quantising), 0)
         total, done = planned.output_bytes, 0
 
         def count(nbytes: int) -> None:
@@ -214,8 +240,7 @@ class Run:
 
         alone = len(planned.ranks) < planned.placement.world
         with reader_of(planned.extents, binding, alone=alone) as reader:
-            band = self.band if isinstance(reader, Mapped) else LEAF
-            stage = min(STAGE, band)
+            stage, band = (batch, batch) if batch else sizes(reader, self.band)
 
             def batches() -> Iterator[Batch | Job]:
                 for first, chunk in planned.chunks():
@@ -226,7 +251,7 @@ class Run:
                     )
 
             def both(lane: Lane) -> Callable[[Batch | Job], None]:
-                copy = worker(lane)
+                copy = _named(lane, worker(lane))
                 if end is None:  # the plan quantises nothing
                     return lambda item: None if isinstance(item, Job) else copy(item)
                 quantise = quantising.worker(lane, end)
@@ -240,6 +265,12 @@ class Run:
 
             feed(batches(), [both(lane) for lane in lanes], count, place)
             self.bytes_read += sum(lane.bytes_read for lane in lanes)
+            for lane in lanes:
+                if isinstance(lane, MergingLane):
+                    self.bytes_read -= lane.bytes_scanned
+                    self.bytes_scanned += lane.bytes_scanned
+                    for key, error in lane.errors.items():
+                        self.made[key] = self.made.get(key, Error()) + error
         self.errors = quantising.errors
         self.phases["copy"] = time.perf_counter() - began
 
@@ -289,46 +320,23 @@ class Run:
             peak_memory=_peak_memory(),
             notes=planned.notes,
             errors={
-                f"{t.rank}/{t.name}" if planned.placement.world > 1 else t.name: told
-                for i, told in _told(planned, self.errors).items()
-                for t in [planned.tensors[i]]
+                f"{rank}/{name}" if planned.placement.world > 1 else name: told
+                for rank, mine in figures.of(planned, self.errors, self.made).items()
+                for name, told in mine.items()
             },
         )
 
 
-def _told(planned: Plan, errors: Mapping[int, Error]) -> dict[int, dict[str, JSON]]:
-    """What is told of each quantised tensor, in the plan's order."""
-    told: dict[int, dict[str, JSON]] = {}
-    for i, q in planned.quantised.items():
-        if i in errors:
-            e = errors[i]
-            told[i] = {
-                "scheme": q.scheme.name,
-                "dense": q.name,
-                "dense_bytes": flat(q.shape)[0] * flat(q.shape)[1] * q.dtype.itemsize,
-                "bytes": planned.tensors[i].nbytes + planned.tensors[q.scales].nbytes,
-                "max_error": _figure(e.biggest),
-                "rms_error": _figure(e.rms),
-                "snr_db": _figure(e.snr),
-                "cosine": _figure(e.cosine),
-            }
-    return told
+def _named(lane: Lane, worker: Worker) -> Worker:
+    """The worker of a lane that is told whose batch it runs."""
+    if not isinstance(lane, MergingLane):
+        return worker
 
+    def run(batch: Batch) -> None:
+        lane.file = batch.file
+        worker(batch)
 
-def _figure(value: float | None) -> float | None:
-    """Six digits; None for what JSON cannot say."""
-    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
-
-
-def _errors(planned: Plan, errors: Mapping[int, Error]) -> list[tuple[int, str, bytes]]:
-    """A file for each rank that tells the error of its quantised tensors: (rank, path, bytes)."""
-    by_rank: dict[int, dict[str, JSON]] = {}
-    for i, told in _told(planned, errors).items():
-        by_rank.setdefault(planned.tensors[i].rank, {})[planned.tensors[i].name] = told
-    return [
-        (rank, f"quantisation-rank-{rank}.json", (json.dumps(told, indent=1) + "\n").encode())
-        for rank, told in by_rank.items()
-    ]
+    return run
 
 
 def _read_from(planned: Plan) -> list[str]:
@@ -377,10 +385,22 @@ def _threads(asked: int | None) -> int:
     return asked
 
 
-def reader_of(extents: Extents, binding: Binding, *, alone: bool) -> Reader:
-    """Mapped where it is compiled, else by position; one rank alone may read through small gaps.
+def sizes(reader: Reader, band: int) -> tuple[int, int]:
+    """Output bytes made at once, of a tensor as it lies and of one that is transposed, `band` at most."""
+    if isinstance(reader, Mapped):
+        return min(STAGE, band), band
+    if isinstance(reader, (Positioned, Merging)):
+        return LEAF, LEAF
+    return band, band  # on a GPU few large launches are better than many small ones
 
-    What is made when it is read is made over that."""
+
+def reader_of(extents: Extents, binding: Binding, *, alone: bool) -> Reader:
+    """Mapped where it is compiled, else by position; one rank alone may read through small gaps. What is made
+    when it is read is made over that; what lies on a GPU is made there."""
+    if any(isinstance(p, Buffer) and p.device not in ("cpu", COMPUTED) for p in binding.places):
+        from .resident import Resident
+
+        return Resident(binding)
 
     def plain(places: Sequence[File | Buffer]) -> Reader:
         return Mapped(places) if built() else Positioned(places, gap=GAP if alone else 0)

@@ -47,6 +47,7 @@ def matched(planned: Plan, out: Sequence[Mapping[str, torch.Tensor]], device: st
         given = out[t.file].get(t.name)
         if given is None:
             raise LayoutError(f"out: rank {t.rank} has no tensor {t.name}")
+        expect(f"out: {t.name} of rank {t.rank}", given, torch.Tensor)
         want = torch_dtype(t.dtype)
         if tuple(given.shape) != t.shape or given.dtype != want:
             raise LayoutError(

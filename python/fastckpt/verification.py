@@ -7,9 +7,8 @@ found; tensors are read once, a leaf at a time, and looked through for NaN and I
 from __future__ import annotations
 
 import json
-import math
 import os
-import struct
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,17 +19,21 @@ from numpy.typing import NDArray
 
 from .checkpoint import JSON
 from .digest import LEAF, combine, digest, leaf_digests
-from .dtypes import BY_SAFETENSORS, DType, float16, float32, float64, in_elements
-from .errors import SourceError, ViewError, expect
+from .dtypes import DType, float16, float32, float64
+from .errors import FastckptError, SourceError, expect
+from .extents import File
 from .finite import nonfinite
 from .manifest import NAME, Manifest, TensorEntry, rank_of
+from .sources.safetensors import MAX_HEADER, Item, read_header
+from .text import counted
 
 _READS = 16
 """Reads of one task."""
-_MAX_HEADER = 100_000_000
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 _SHOWN = 1000
 """The most problems a report lists."""
+_NAMED = 5
+"""The most files one note names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,11 @@ def verify(
     SourceError where there is nothing to verify, LayoutError for an engine that is not known."""
     start = time.perf_counter()
     expect("path", path, str, os.PathLike)
+    expect("engine", engine, str, type(None))
+    expect("plain", plain, bool)
     expect("threads", threads, int, type(None))
+    if threads is not None and threads < 1:
+        raise FastckptError(f"threads: wanted at least 1, got {threads}")
     root = os.fspath(path)
     if engine is not None:
         from .expectation import against, engine_of  # recipes and layouts, which only this needs
@@ -83,8 +90,8 @@ def verify(
         engine = engine_of(engine)
     if not os.path.isdir(root):
         raise SourceError(f"{root}: no such directory")
-    present = sorted(_walk(root))
     problems: list[str] = []
+    present = sorted(_walk(root, problems))
     notes: list[str] = []
     tensors: list[_Tensor] = []
     allowed = False
@@ -98,7 +105,7 @@ def verify(
             have = len(manifest.shards)
             problems.append(f"{NAME} lists {have} of {manifest.world} ranks: the set is incomplete")
         allowed = manifest.record.options.get("allow_nonfinite") is True
-        _against(root, manifest, present, problems, notes)
+        gone = _against(root, manifest, present, problems, notes)
         if engine is not None and manifest.complete:
             problems += against(root, manifest, engine)
         files = len(manifest.all_files())
@@ -106,6 +113,7 @@ def verify(
             tensors += [
                 _Tensor(t.file, name, t.dtype, t.offset, t.nbytes, t.digest)
                 for name, t in shard.tensors.items()
+                if t.file not in gone
             ]
     elif records or any(name.startswith(".fastckpt-") for name in present):
         problems.append(_incomplete(root, records))
@@ -129,9 +137,13 @@ def verify(
 # ---- the directory ----
 
 
-def _walk(root: str) -> Iterator[str]:
-    """Every file, relative to the root."""
-    for directory, _, names in os.walk(root):
+def _walk(root: str, problems: list[str]) -> Iterator[str]:
+    """Every file, relative to the root; directories that may not be listed are problems."""
+
+    def unlisted(error: OSError) -> None:
+        problems.append(f"{os.path.relpath(error.filename, root)}: {error.strerror}")
+
+    for directory, _, names in os.walk(root, onerror=unlisted):
         for name in names:
             yield os.path.relpath(os.path.join(directory, name), root).replace(os.sep, "/")
 
@@ -149,9 +161,13 @@ def _incomplete(root: str, records: list[str]) -> str:
 
 def _against(
     root: str, manifest: Manifest, present: list[str], problems: list[str], notes: list[str]
-) -> None:
-    """Sizes, bytes that are no tensor's, and safetensors headers, against the manifest."""
+) -> set[str]:
+    """Sizes, bytes that are no tensor's, and safetensors headers, against the manifest.
+
+    Returns the files of which nothing can be read."""
     listed = manifest.all_files()
+    extra: list[str] = []
+    gone: set[str] = set()
     for name in present:
         if name in listed or name == NAME or name.startswith(".fastckpt-"):
             continue
@@ -162,7 +178,8 @@ def _against(
         if rank is not None or name.endswith(_WEIGHTS):
             problems.append(f"{name}: not in the manifest, a loader may take it for weights")
         else:
-            notes.append(f"{name}: not in the manifest, not checked")
+            extra.append(name)
+    notes += _together(extra, "not in the manifest, not checked")
     holders: dict[str, list[tuple[str, TensorEntry]]] = {name: [] for name in listed}
     for shard in manifest.shards:
         for tensor, entry in shard.tensors.items():
@@ -170,10 +187,15 @@ def _against(
     for name, file in listed.items():
         path = os.path.join(root, name)
         try:
-            nbytes = os.stat(path).st_size
+            found = os.stat(path)
+            if not stat.S_ISREG(found.st_mode):
+                raise OSError(0, "no regular file")
+            os.close(os.open(path, os.O_RDONLY))
         except OSError as e:
             problems.append(f"{name}: {e.strerror}")
+            gone.add(name)
             continue
+        nbytes = found.st_size
         if nbytes != file.nbytes:
             problems.append(f"{name}: {nbytes} bytes, the manifest has {file.nbytes}")
             continue
@@ -183,11 +205,20 @@ def _against(
                 what = "its header or closing parts" if slots else "its contents"
                 problems.append(f"{name}: {what} differ from the manifest's digest")
             if name.endswith(".safetensors"):
-                _same_header(name, path, dict(holders[name]), problems)
+                _same_header(root, name, dict(holders[name]), problems)
         except SourceError as e:
             problems.append(f"{name}: {e}")
         except OSError as e:
             problems.append(f"{name}: {e.strerror}")
+    return gone
+
+
+def _together(names: Sequence[str], what: str) -> list[str]:
+    """One note on files of which the same is said."""
+    if len(names) < 2:
+        return [f"{name}: {what}" for name in names]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return [f"{counted(len(names), 'file')} {what}: {', '.join(names[:_NAMED])}{more}"]
 
 
 def _same_record(root: str, name: str, rank: int, manifest: Manifest, problems: list[str]) -> None:
@@ -212,16 +243,16 @@ def _rest(path: str, nbytes: int, slots: list[tuple[int, int]]) -> bytes:
     return bytes(out)
 
 
-def _same_header(name: str, path: str, tensors: Mapping[str, TensorEntry], problems: list[str]) -> None:
-    found = _header(path)
+def _same_header(root: str, name: str, tensors: Mapping[str, TensorEntry], problems: list[str]) -> None:
+    found = _header(root, name)
     for tensor in found.keys() ^ tensors.keys():
         where = "the header" if tensor in found else "the manifest"
         problems.append(f"{name}: {tensor} is only in {where}")
     for tensor in found.keys() & tensors.keys():
         t, got = tensors[tensor], found[tensor]
-        if got != (t.dtype, t.shape, t.offset, t.nbytes):
+        if (got.dtype, got.shape, got.offset, got.nbytes) != (t.dtype, t.shape, t.offset, t.nbytes):
             problems.append(
-                f"{name}: {tensor}: header has {got[0]}{list(got[1])} at {got[2]}, the manifest "
+                f"{name}: {tensor}: header has {got.dtype}{list(got.shape)} at {got.offset}, the manifest "
                 f"{t.dtype}{list(t.shape)} at {t.offset}"
             )
 
@@ -232,20 +263,17 @@ def _plain(root: str, present: list[str], problems: list[str], notes: list[str])
     if not names:
         raise SourceError(f"{root}: nothing to verify: no {NAME}, no *.safetensors")
     notes.append(f"no {NAME}: there are no digests; headers were checked and values looked through")
-    notes += [f"{n}: not checked" for n in present if n.endswith(_WEIGHTS[1:4])]
+    notes += _together([n for n in present if n.endswith(_WEIGHTS[1:4])], "not checked")
     tensors = []
     where: dict[str, str] = {}
     for name in names:
         try:
-            header = _header(os.path.join(root, name))
+            header = _header(root, name)
         except SourceError as e:
             problems.append(f"{name}: {e}")
             continue
-        except OSError as e:
-            problems.append(f"{name}: {e.strerror}")
-            continue
-        for tensor, (dtype, _, offset, nbytes) in header.items():
-            tensors.append(_Tensor(name, tensor, dtype, offset, nbytes, ""))
+        for tensor, item in header.items():
+            tensors.append(_Tensor(name, tensor, item.dtype, item.offset, item.nbytes, ""))
             where[os.path.join(os.path.dirname(name), tensor)] = name
     for name in present:
         if name.endswith(".safetensors.index.json"):
@@ -257,12 +285,12 @@ def _same_index(root: str, name: str, where: Mapping[str, str], problems: list[s
     """An index names each tensor's file as it is."""
     folder = os.path.dirname(name)
     try:
-        with open(os.path.join(root, name), "rb") as f:
-            index: JSON = json.loads(f.read(_MAX_HEADER))
+        with open(File.at(os.path.join(root, name)).path, "rb") as f:
+            index: JSON = json.loads(f.read(MAX_HEADER))
         weights = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weights, dict):
             raise ValueError("no weight_map")
-    except (OSError, ValueError, RecursionError) as e:
+    except (SourceError, OSError, ValueError, RecursionError) as e:
         problems.append(f"{name}: {e}")
         return
     for tensor, file in weights.items():
@@ -271,71 +299,13 @@ def _same_index(root: str, name: str, where: Mapping[str, str], problems: list[s
             problems.append(f"{name}: {tensor} should lie in {file}, lies in {here or 'no file'}")
 
 
-# ---- safetensors headers ----
-
-_Placed = tuple[DType, tuple[int, ...], int, int]
-
-
-def _header(path: str) -> dict[str, _Placed]:
-    """name -> (dtype, shape, offset in the file, nbytes); every rule of the format, strictly.
-
-    Raises SourceError: hole, overlap, double name, size that does not fit the shape, bytes left over."""
-    with open(path, "rb", buffering=0) as f:
-        size = os.fstat(f.fileno()).st_size
-        if size < 8:
-            raise SourceError(f"{size} bytes are no safetensors file")
-        (n,) = struct.unpack("<Q", _exactly(f.fileno(), bytearray(8), 0))
-        if n > min(_MAX_HEADER, size - 8):
-            raise SourceError(f"a header of {n} bytes in a file of {size}")
-        text = bytes(_exactly(f.fileno(), bytearray(n), 8))
-    if not text.startswith(b"{"):
-        raise SourceError("the header does not begin with '{'")
+def _header(root: str, name: str) -> Mapping[str, Item]:
+    """The tensors a safetensors file says it holds. Raises SourceError, which does not name the file."""
+    path = os.path.join(root, name)
     try:
-        header: JSON = json.loads(text.decode(), object_pairs_hook=_pairs)
-    except (ValueError, RecursionError) as e:
-        raise SourceError(f"the header is no JSON: {e}") from None
-    out: dict[str, _Placed] = {}
-    for name, entry in header.items() if isinstance(header, dict) else ():
-        if name == "__metadata__":
-            if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
-                raise SourceError("__metadata__ is no map of strings")
-        else:
-            out[name] = _entry(name, entry, 8 + n)
-    at = 8 + n
-    for name, (_, _, offset, nbytes) in sorted(out.items(), key=lambda item: item[1][2:]):
-        if offset != at:
-            raise SourceError(f"{name}: begins at byte {offset}, the one before ends at {at}")
-        at += nbytes
-    if at != size:
-        raise SourceError(f"the tensors end at byte {at} of {size}")
-    return out
-
-
-def _entry(name: str, entry: JSON, start: int) -> _Placed:
-    match entry:
-        case {"dtype": str(spelled), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
-            dtype = BY_SAFETENSORS.get(spelled)
-            if dtype is None:
-                raise SourceError(f"{name}: no dtype {spelled!r}")
-            sizes = tuple(n for n in shape if type(n) is int and 0 <= n < 1 << 62)
-            if len(sizes) != len(shape) or len(shape) > 64:
-                raise SourceError(f"{name}: {shape[:8]} is no shape")
-            try:
-                sizes = in_elements(dtype, sizes)
-            except ViewError as e:
-                raise SourceError(f"{name}: {e}") from None
-            if math.prod(sizes) * dtype.itemsize != end - begin or begin < 0:
-                raise SourceError(f"{name}: bytes [{begin}, {end}) do not hold {dtype}{list(sizes)}")
-            return dtype, sizes, start + begin, end - begin
-        case _:
-            raise SourceError(f"{name}: no dtype, shape and data_offsets")
-
-
-def _pairs(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        raise ValueError("a name stands twice")
-    return out
+        return read_header(path).items
+    except SourceError as e:
+        raise SourceError(str(e).removeprefix(f"{path}: ")) from None
 
 
 # ---- tensor bytes ----

@@ -19,7 +19,7 @@ from . import syscalls
 from .commit import TRACE, Part, Whole, telling
 from .digest import LEAF, combine, digest, digest64
 from .endings import Endings
-from .errors import SourceError, WriteError
+from .errors import SourceError, WriteError, expect
 from .files import FileLayout
 from .manifest import NAME, FileEntry, Manifest, Record, Shard, TensorTable, inside, rank_of
 
@@ -107,6 +107,8 @@ class Output:
     ) -> None:
         if rank is not None and not 0 <= rank < world:
             raise WriteError(f"rank {rank} is outside the {world} ranks of the set")
+        expect("durable", durable, bool)
+        expect("overwrite", overwrite, bool)
         if not os.fspath(path) or "\0" in os.fspath(path):
             raise WriteError(f"out: {os.fspath(path)!r} is no name of a directory")
         self.path, self.key, self.rank, self.world, self.durable = os.fspath(path), key, rank, world, durable

@@ -7,10 +7,12 @@ from pathlib import Path
 import fastckpt
 import pytest
 import torch
+from fastckpt import crossing
 from fastckpt.device import digests
+from fastckpt.dtypes import BY_NAME
 from fastckpt.errors import DeviceError
 from fastckpt.layouts.same import Same
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 PLAN = {"*.up": "colwise", "*.down": "rowwise", "*": "replicate"}
 
@@ -66,7 +68,7 @@ def test_a_hot_reload_fills_the_same_tensors_again() -> None:
 
 
 def test_the_callers_tensors() -> None:
-    source = state("cuda")
+    source = {n: t.contiguous() for n, t in state("cuda").items()}
     out = {n: torch.full(t.shape, 3, dtype=t.dtype, device="cuda") for n, t in source.items()}
     at = {n: t.data_ptr() for n, t in out.items()}
     report = fastckpt.reshard(source, rank=0, layout=Same(), device="cuda", out=out)
@@ -108,3 +110,99 @@ def test_digests_are_those_of_the_manifest(tmp_path: Path) -> None:
     made["norm"] = torch.randn((8 << 20) + 5, device="cuda")[1:]  # at an odd address
     wanted = fastckpt.reshard({"norm": made["norm"].cpu()}, layout=Same(), out=tmp_path / "odd")
     assert isinstance(wanted, fastckpt.Report) and digests({"norm": made["norm"]}) == dict(wanted.digests)
+
+
+@pytest.mark.parametrize("way", ["cpu", "gpu"])
+def test_from_files_either_way(tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTCKPT_CAST", way)
+    held = state()
+    held["wide"] = torch.randn(3000, 1500)
+    held["narrow"] = torch.randn(700, 33).to(torch.float16)
+    torch.save(held, tmp_path / "pytorch_model.bin")  # transposed as they are
+    options = {"layout": "hf", "tp_plan": PLAN, "dtype": "bfloat16", "threads": 3}
+    for source in (tmp_path, held):
+        got = fastckpt.reshard(source, 4, device="cuda", **options)
+        compare(got, fastckpt.reshard(source, 4, **options))
+
+
+def test_the_faster_way_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crossing, "LEAST", 1)
+    monkeypatch.setattr(crossing, "SIDE", 512)
+    crossing.faster.cache_clear()
+    held = {"w": torch.randn(1024, 768), "norm": torch.randn(5)}
+    for _ in range(2):
+        got = fastckpt.reshard(held, rank=0, layout="same", dtype="bfloat16", device="cuda", threads=2)
+        compare([got], [fastckpt.reshard(held, rank=0, layout="same", dtype="bfloat16")])
+    assert crossing.faster.cache_info().misses == 1
+    for turned in (False, True):
+        assert crossing.faster("cuda:0", BY_NAME["float16"], BY_NAME["float32"], turned, 2) in crossing.WAYS
+    crossing.faster.cache_clear()
+
+
+def test_an_error_on_the_way_is_raised_and_nothing_travels_on(tmp_path: Path) -> None:
+    save_file({"w": torch.randn(3_000_000), "x": torch.randn(9)}, tmp_path / "model.safetensors")
+    opened = fastckpt.open(tmp_path)
+    with open(tmp_path / "model.safetensors", "r+b") as f:
+        f.truncate(8_000_000)
+    for _ in range(3):
+        with pytest.raises(fastckpt.SourceError):
+            fastckpt.reshard(opened, rank=0, layout="same", dtype="bfloat16", device="cuda", threads=2)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("quant", [None, "fp8-block", "int8"])
+def test_from_the_gpu_to_files(tmp_path: Path, quant: str | None) -> None:
+    """The files of the CPU's road on the same weights, byte for byte, and to tensors in main memory."""
+    held = state() | {"a.q_proj.weight": torch.randn(1152, 640)}
+    there = {n: t.to("cuda") for n, t in held.items()}
+    options = {"layout": "hf", "tp_plan": PLAN, "dtype": "bfloat16", "quant": quant}
+    reports = [
+        fastckpt.reshard(source, 4, out=tmp_path / name, threads=3, **options)
+        for name, source in (("there", there), ("here", held))
+    ]
+    assert reports[0].digests == reports[1].digests and reports[0].bytes_read > 0
+    assert fastckpt.verify(tmp_path / "there").ok
+    files = sorted(p.name for p in (tmp_path / "here").iterdir() if p.suffix == ".safetensors")
+    for name in files:
+        assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
+    got, wanted = (fastckpt.reshard(s, 4, threads=2, **options) for s in (there, held))
+    for a, b in zip(got, wanted, strict=True):
+        assert all(torch.equal(a[n].view(torch.uint8), b[n].view(torch.uint8)) for n in b)
+        assert all(t.device.type == "cpu" for t in a.values())
+
+
+def test_sources_that_were_just_written(tmp_path: Path) -> None:
+    """Files are made after what the current stream still does to the sources."""
+    source = {"w": torch.zeros(2_000_000, device="cuda")}
+    torch.cuda._sleep(100_000_000)
+    source["w"].copy_(torch.arange(2_000_000, dtype=torch.float32, device="cuda"))
+    fastckpt.reshard(source, layout="same", out=tmp_path / "out")
+    (got,) = (load_file(p)["w"] for p in (tmp_path / "out").glob("*.safetensors"))
+    assert torch.equal(got, torch.arange(2_000_000, dtype=torch.float32))
+
+
+def test_the_bytes_on_the_gpu_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    held = {n: t.contiguous() for n, t in state().items()}
+    save_file(held, tmp_path / "model.safetensors")
+    options = {"layout": "hf", "tp_plan": PLAN}
+    made = fastckpt.reshard(tmp_path, 4, rank=2, dtype="bfloat16", device="cuda", **options)
+    fastckpt.reshard(tmp_path, 4, dtype="bfloat16", out=tmp_path / "out", **options)
+    assert fastckpt.verify_tensors(made, tmp_path, 4, 2, **options).ok
+    assert fastckpt.verify_tensors(made, tmp_path / "out", rank=2).ok
+    made["1.down"].view(torch.int16)[100, 3] ^= 64
+    for found in (
+        fastckpt.verify_tensors(made, tmp_path, 4, 2, **options),
+        fastckpt.verify_tensors(made, tmp_path / "out", rank=2),
+    ):
+        assert found.problems == ("1.down: its bytes differ from the checkpoint's",)
+
+
+@pytest.mark.parametrize("quant", ["int8", "fp8", "fp8-block", "int4-group"])
+def test_quantised_tensors_on_the_gpu(tmp_path: Path, quant: str) -> None:
+    """By the CPU, from files and from GPU memory."""
+    held = {"a.q_proj.weight": torch.randn(768, 1280), "norm": torch.randn(5), "wide": torch.randn(900, 800)}
+    save_file(held, tmp_path / "model.safetensors")
+    options = {"layout": "hf", "tp_plan": {"*q_proj.weight": "rowwise", "*": "replicate"}, "quant": quant}
+    wanted = fastckpt.reshard(tmp_path, 2, **options)
+    for source in (tmp_path, {n: t.to("cuda") for n, t in held.items()}):
+        compare(fastckpt.reshard(source, 2, device="cuda", threads=3, **options), wanted)

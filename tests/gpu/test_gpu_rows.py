@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -156,7 +158,7 @@ def test_running_again_waits_for_nothing_and_allocates_nothing() -> None:
 
 
 def test_the_stream_is_the_callers() -> None:
-    source, out, made = prepared(1 << 26)
+    source, out, made = prepared(1 << 24)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -165,6 +167,23 @@ def test_the_stream_is_the_callers() -> None:
         made.run()
     torch.cuda.current_stream().wait_stream(side)
     assert bool((out == 2.5).all())
+
+
+def test_another_stream_waits_for_the_table() -> None:
+    source = torch.randn(1 << 20, device="cuda")
+    out = torch.zeros(1 << 20, dtype=torch.bfloat16, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda._sleep(100_000_000)
+    f32, bf16, where = BY_NAME["float32"], BY_NAME["bfloat16"], str(source.device)
+    runner = Cuda().bind([Buffer(source, source.data_ptr(), source.nbytes, where)])
+    made = runner.prepare(
+        row(f32, bf16, (1 << 20,), (4,), (2,)), [Buffer(out, out.data_ptr(), out.nbytes, where)]
+    )
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        made.run()
+    side.synchronize()
+    assert torch.equal(out, source.to(torch.bfloat16))
 
 
 def test_a_graph_replays_it() -> None:
@@ -192,6 +211,16 @@ def test_memory_is_kept_until_it_is_done() -> None:
     torch.full((1 << 24,), 7.0, device="cuda")  # would take the source's memory
     side.synchronize()
     assert torch.equal(out, wanted)
+
+
+def test_memory_is_given_back_when_it_is_done() -> None:
+    source, _, made = prepared()
+    gone = weakref.ref(source)
+    made.run()
+    del source, made
+    torch.cuda.synchronize()
+    gc.collect()
+    assert gone() is None
 
 
 def test_buffers_of_the_host_are_refused_as_destinations() -> None:

@@ -357,6 +357,50 @@ def select_rows(d):
     return [x], (rows,), x[rows]
 
 
+# ---- what the models and schemes have beside the file of functions ----
+
+
+def concat_fp8(d):
+    xs = [d.t(d.int(1, 4), 3) for _ in range(3)]
+    whole = torch.cat(xs)
+    return xs, (), whole.reshape(whole.shape[1], whole.shape[0])
+
+
+def moe_down(d):
+    xs = [d.t(2, 5) for _ in range(d.int(1, 4))]
+    return xs, (), torch.stack(xs).transpose(1, 2)
+
+
+def gate_up(d):
+    half = d.int(1, 4)
+    x = d.t(d.int(1, 3), 2 * half, 3)
+    return [x], (), torch.cat([x[:, half:], x[:, :half]], 1)
+
+
+def run_t(d):
+    index, inter = d.int(0, 2), d.int(1, 4)
+    x = d.t(3 * inter, 5)
+    return [x], (index, inter), x[index * inter : (index + 1) * inter].t()
+
+
+def evens_first(x, heads):
+    """Row h * D + i * D / 2 + j of the result is row h * D + 2 * j + i."""
+    size = x.shape[0] // heads
+    return x[[h * size + 2 * j + i for h in range(heads) for i in range(2) for j in range(size // 2)]]
+
+
+def permute(d):
+    heads = d.int(1, 3)
+    x = d.t(heads * 2 * d.int(1, 3), 4)
+    return [x], (heads,), evens_first(x, heads)
+
+
+def merge_qkv(d):
+    n, k, w, h = sizes(d)
+    q, key, v = d.t(n * 2 * w, h), d.t(k * 2 * w, h), d.t(k * 2 * w, h)
+    return [q, key, v], (n, k), torch.cat([evens_first(q, n), evens_first(key, k), v]).t()
+
+
 # ---- arithmetic ----
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -475,6 +519,15 @@ MERGES = {
     "select_output_vocab_rows": select_rows,
     "shift_one": plus_one,
     "plus_one": plus_one,
+    "qkv_concat_fp8": concat_fp8,
+    "transpose_moe_down": moe_down,
+    "merge_conv1d": concat(0),
+    "transpose_gate_up": gate_up,
+    "slice_index_transepose": run_t,
+    "scale_reshape": from_scalar,
+    "permute": permute,
+    "merge_qkv": merge_qkv,
+    "qkv_rerange": qkv_gather,
     "multipy_identity": multiplied,
     "div": reciprocal(1),
     "get_tensor_reciprocal": reciprocal(1),
@@ -489,7 +542,8 @@ NO_SOURCES = {"zeros", "ones", "one_scales", "get_slopes", "slopes"}
 NO_VIEWS = {
     "multipy_identitys", "tolerate_failed", "per_block_cast_to_fp8", "per_channel_cast_to_fp8",
     "quantize_weight_to_fp8", "quantize_weight_to_int4b", "repack_compressed_int4_to_cutlass", "get_pad_size",
-    "yarn_get_mscale",
+    "yarn_get_mscale", "sp_0_pad8_size", "is_v4_weight", "hidden_to_inter", "merge_qkv_scale",
+    "to_float32_tensor", "merge_qkv_hf_fp8_with_scale_t", "dequant_weight_split_k", "dequant_weight_split_v",
 }  # fmt: skip
 
 
@@ -654,12 +708,14 @@ def expert_part(d, grid):
     return x, {}, x[grid.rank % grid.ep * k : (grid.rank % grid.ep + 1) * k]
 
 
-def linear(kind):
+def linear(names, dim, blocks=False):
+    """`names`: what lies along `dim`; `blocks`: factors of 128 each."""
+
     def case(d, grid):
-        k, v, dk, dv = grid.tp * d.int(1, 2), grid.tp * d.int(1, 2), d.int(1, 3), d.int(1, 3)
+        unit = 128 if blocks else 1
+        k, v, dk, dv = grid.tp * d.int(1, 2), grid.tp * d.int(1, 2), unit * d.int(1, 3), unit * d.int(1, 3)
         heads = {"kv_heads": k, "head_dim": dk, "value_heads": v, "value_dim": dv}
-        widths = [k * dk, k * dk, v * dv] + ([v * dv] if kind == "qkvz" else [])
-        dim = 0 if kind == "conv1d" else 1
+        widths = [(k * dk if name in "qk" else v * dv) // unit for name in names]
         x = d.t(sum(widths), 4) if dim == 0 else d.t(4, sum(widths))
         parts = x.split(widths, dim)
         return x, heads, torch.cat([chunk(p, dim, grid.tp, grid.r) for p in parts], dim)
@@ -667,12 +723,24 @@ def linear(kind):
     return case
 
 
-def equal_parts(count):
+def of_values(dim, ndim=2, most=3):
+    """Rows or columns of value heads, up to `most` each."""
+
     def case(d, grid):
-        x = d.t(3, count * grid.tp * d.int(1, 3))
-        return x, {}, torch.cat([chunk(p, 1, grid.tp, grid.r) for p in x.chunk(count, 1)], 1)
+        heads, size = grid.tp * d.int(1, 3), d.int(1, most)
+        shape = [3] * ndim
+        shape[dim] = heads * size
+        x, mine = d.t(*shape), heads // grid.tp
+        rows = [h * size + i for h in range(grid.r * mine, (grid.r + 1) * mine) for i in range(size)]
+        return x, {"value_heads": heads}, x.index_select(dim, torch.tensor(rows))
 
     return case
+
+
+def ba(d, grid):
+    heads = grid.tp * d.int(1, 3)
+    x = d.t(3, 2 * heads)
+    return x, {"value_heads": heads}, torch.cat([chunk(p, 1, grid.tp, grid.r) for p in x.chunk(2, 1)], 1)
 
 
 SPLITS = {
@@ -706,15 +774,17 @@ SPLITS = {
     "sp_moe_neg1": moe(False),
     "split_slopes_tp": slopes,
     "ep": expert_part,
-    "linear_attn_qkvz": linear("qkvz"),
-    "linear_attn_ba": equal_parts(2),
-    "linear_attn_heads": plain(0, 1),
-    "linear_attn_conv1d": linear("conv1d"),
-    "linear_attn_out": plain(0),
-    "linear_attn_norm": sp_id,
-    "kda_qkv": equal_parts(3),
-    "kda_b": plain(1),
-    "kda_a": sp_id,
+    "split_qkvz": linear("qkvz", 1),
+    "split_qkvz_t": linear("qkvz", 0, blocks=True),
+    "split_qkvz_channel_scale": linear("qkvz", 0),
+    "split_ba": ba,
+    "split_head_linear": of_values(0, 1, 1),
+    "split_conv1d": linear("qkv", 0),
+    "split_out_linear": of_values(0),
+    "split_out_linear_t": of_values(1),
+    "split_kda_qkv": linear("qkv", 1),
+    "split_kda_tp_dim1": plain(1),
+    "split_kda_dt_bias": of_values(0, 1),
 }
 
 GRIDS = [(tp, 1, 1) for tp in (1, 2, 3, 4, 6)] + [(2, 2, 1), (2, 2, 2), (2, 2, 4), (4, 2, 4), (1, 4, 2)]

@@ -4,7 +4,9 @@ the names that a user's own recipe would read it by."""
 from __future__ import annotations
 
 import functools
+import inspect
 import json
+import sys
 
 from fastckpt.recipes.names import Names
 from layouts.families import number, transformers
@@ -39,6 +41,12 @@ RECIPE = Names(
 def model():
     """transformers' model."""
     return transformers.Qwen3NextForCausalLM(transformers.Qwen3NextConfig(**CONFIG)).float().eval()
+
+
+def written():
+    """The recipe as a user's own file has it."""
+    text = inspect.getsource(sys.modules[__name__])
+    return "from fastckpt.recipes.names import Names\n" + text[text.index("AT =") : text.index("def model")]
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from fastckpt.errors import LayoutError, ViewError
 from fastckpt.layouts import rtp_split
 from fastckpt.layouts.rtp_merge import MERGES, merge_qkv_lora_a, ones, slopes, zeros
 from fastckpt.layouts.rtp_split import SPLITS, Cut, phy2log
-from fastckpt.layouts.rtp_weights import DIFFERS, NAMES, TABLES
+from fastckpt.layouts.rtp_weights import ABSENT, DIFFERS, NAMES, TABLES
 from fastckpt.placement import Placement
 from layouts import catalogue_oracle as oracle
 from reading import bits, elements, memory, read
@@ -49,13 +50,25 @@ def said():
 def test_every_name_of_the_reference_has_a_row():
     lists = {"merges": MERGES, "strategies": SPLITS}
     found = {kind: [names for heading, names in said().items() if heading.startswith(kind)] for kind in lists}
-    assert [len(x) for x in found.values()] == [3, 2]
+    assert [len(x) for x in found.values()] == [3, 3]
     for kind, rows in lists.items():
         for names in found[kind]:
             assert set(names) <= set(rows), set(names) - set(rows)
     beyond = set(SPLITS) - {n for names in found["strategies"] for n in names}
-    assert all(n == "ep" or n.startswith(("linear_attn", "kda")) for n in beyond)
+    assert beyond == {"ep"}
     assert not set(MERGES) - {n for names in found["merges"] for n in names}
+
+
+def test_every_weight_of_the_reference_is_written_or_says_why_not():
+    text = (Path(__file__).parent / "rtp_weight_names.txt").read_text()
+    theirs = dict(word.split("=") for word in text.split() if "=" in word)
+    assert len(theirs) == 256
+    for name, dumped in theirs.items():
+        absent = any(fnmatchcase(name, pattern) for pattern in ABSENT)
+        assert (NAMES.get(name) == dumped) != absent, name
+    assert all(any(fnmatchcase(name, pattern) for name in theirs) for pattern in ABSENT)
+    made = {f"ffn_w13_lora_{half}" for half in "ab"}  # the engine makes these of ffn_w13's name
+    assert set(NAMES) - set(theirs) == made
 
 
 TABLE_OF = {
@@ -243,18 +256,18 @@ def test_latent_padding_by_hand():
 
 def test_linear_attention_by_hand():
     heads = {"kv_heads": 2, "head_dim": 3, "value_heads": 4, "value_dim": 2}
-    qkvz = part("linear_attn_qkvz", [list(range(28))], 2, 1, **heads)
+    qkvz = part("split_qkvz", [list(range(28))], 2, 1, **heads)
     assert qkvz == [[3, 4, 5, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]]
-    assert part("linear_attn_ba", [list(range(8))], 2, 1, **heads) == [[2, 3, 6, 7]]
-    conv = part("linear_attn_conv1d", [[i] for i in range(20)], 2, 1, **heads)
+    assert part("split_ba", [list(range(8))], 2, 1, **heads) == [[2, 3, 6, 7]]
+    conv = part("split_conv1d", [[i] for i in range(20)], 2, 1, **heads)
     assert [r for (r,) in conv] == [3, 4, 5, 9, 10, 11, 16, 17, 18, 19]
-    assert part("linear_attn_out", [[i] for i in range(8)], 2, 1) == [[4], [5], [6], [7]]
+    assert part("split_out_linear", [[i] for i in range(8)], 2, 1, **heads) == [[4], [5], [6], [7]]
 
 
 # ---- where we differ on purpose: refusals ----
 
 
-@pytest.mark.parametrize("name", ["sp_0", "sp_1", "sp_neg1", "ffn_sp_0", "ffn_sp_neg1", "linear_attn_ba"])
+@pytest.mark.parametrize("name", ["sp_0", "sp_1", "sp_neg1", "ffn_sp_0", "ffn_sp_neg1"])
 def test_remainders_are_refused(name):
     with pytest.raises(ViewError, match="does not divide by 4"):
         part(name, [[0] * 10] * 10, 4, 0)
@@ -263,6 +276,20 @@ def test_remainders_are_refused(name):
 def test_heads_are_not_cut():
     with pytest.raises(LayoutError, match="3 heads do not divide by tp 2"):
         part("get_sp_tensor", [[0] * 10], 2, 0, heads=3, kv_heads=1, head_dim=2)
+
+
+@pytest.mark.parametrize("name", ["split_ba", "split_head_linear", "split_out_linear", "split_kda_dt_bias"])
+def test_value_heads_are_not_cut(name):
+    with pytest.raises(LayoutError, match="3 value heads do not divide by tp 2"):
+        part(name, [[0] * 6] * 6, 2, 0, value_heads=3)
+
+
+def test_linear_attention_that_ranks_would_share():
+    sizes = {"kv_heads": 2, "head_dim": 64, "value_heads": 2, "value_dim": 64}
+    with pytest.raises(LayoutError, match="128 keys and 128 values on 2 ranks are not whole blocks of 128"):
+        part("split_qkvz_t", [[0]] * 4, 2, 0, **sizes)
+    with pytest.raises(LayoutError, match="2 key heads do not divide by tp 4"):
+        part("split_conv1d", [[0]] * 384, 4, 0, **sizes)
 
 
 def test_grids_that_do_not_fit():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import fastckpt
@@ -10,7 +11,7 @@ import torch
 from fastckpt.errors import LayoutError, SourceError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
-from layouts import families, tiny
+from layouts import families, gated, tiny
 from peft_writer import settings, write
 from safetensors.torch import load_file, save_file
 
@@ -161,6 +162,37 @@ def test_blocks_along_the_diagonal(tmp_path, tp, w13):
         assert all(".layers.1." in n for n in got)
 
 
+def test_fewer_ranks_cut_the_feed_forward_block(tmp_path):
+    """With ffn_tp A and B go with the kernel: rank 3 of 4 has what rank 1 of 2 has."""
+    base, adapter, *_ = case(tmp_path, tiny.made("qwen2"), ALL)
+    four = fastckpt.reshard(base, 4, layout=layout("rtp_llm", {"ffn_tp": "2"}), adapter=adapter, apart=True)
+    two = fastckpt.reshard(base, 2, layout="rtp_llm", adapter=adapter, apart=True)
+    for r, got in enumerate(four):
+        want = {n: x for n, x in two[r % 2].items() if ".ffn_weights." in n}
+        assert len(want) == 8
+        for n, x in want.items():
+            assert torch.equal(got[n.replace(f"rank_{r % 2:02d}", f"rank_{r:02d}")], x), n
+
+
+def test_an_adapter_in_training(tmp_path):
+    """A checkpoint of the adapted model holds base and adapter; the directory beside it the config alone."""
+    config, tensors, _ = tiny.made("qwen2")
+    pairs = whole_numbers(tensors, [f"model.layers.0.{m}" for m in ALL])
+    state = {f"base_model.model.{n}": x for n, x in tensors.items()}
+    for m, (a, b) in pairs.items():
+        state[f"base_model.model.{m}.base_layer.weight"] = state.pop(f"base_model.model.{m}.weight")
+        state |= {f"base_model.model.{m}.lora_{half}.default.weight": x for half, x in (("A", a), ("B", b))}
+        bias = f"base_model.model.{m}.bias"
+        if bias in state:
+            state[f"base_model.model.{m}.base_layer.bias"] = state.pop(bias)
+    apart = write(tmp_path / "adapter", settings(), pairs)
+    asked = dict(layout="rtp_llm", tp=2, config=config, apart=True)
+    want = fastckpt.reshard(tensors, adapter=apart, **asked)
+    (apart / "adapter_model.safetensors").unlink()
+    for got, one in zip(fastckpt.reshard(state, adapter=apart, **asked), want, strict=True):
+        assert sorted(got) == sorted(one) and all(torch.equal(got[n], x) for n, x in one.items())
+
+
 def test_files_of_every_rank(tmp_path):
     base, adapter, *_ = case(tmp_path, tiny.made("qwen2"), ALL)
     report = fastckpt.reshard(
@@ -176,8 +208,9 @@ def test_files_of_every_rank(tmp_path):
         base, tp=2, layout="rtp_llm", adapter=adapter, out=tmp_path / "m", durable=False
     )
     assert merged.key != report.key
+    assert f"1/rank_01_00_00.layers.0.{SA}query_weight.kernel.lora_A" in fastckpt.open(tmp_path / "out")
     with pytest.raises(SourceError, match="an adapter alone, cut for a layout"):
-        fastckpt.open(tmp_path / "out")
+        fastckpt.reshard(tmp_path / "out", layout="hf")
 
 
 def test_its_scale_is_multiplied_in_float32_and_rounded_once(tmp_path):
@@ -199,9 +232,13 @@ def test_its_scale_is_multiplied_in_float32_and_rounded_once(tmp_path):
 @pytest.mark.parametrize(
     ("name", "modules", "message"),
     [
-        ("qwen2", ["lm_head"], "no place for lm_head"),
-        ("qwen3_moe", ["model.layers.1.mlp.experts.1.up_proj"], r"no place for model.*experts\.1\.up_proj"),
-        ("deepseek_v3", ["model.layers.0.self_attn.kv_b_proj"], r"no place for .*kv_b_proj"),
+        ("qwen2", ["lm_head"], "no place for all of lm_head"),
+        (
+            "qwen3_moe",
+            ["model.layers.1.mlp.experts.1.up_proj"],
+            r"no place for all of model.*experts\.1\.up_proj",
+        ),
+        ("deepseek_v3", ["model.layers.0.self_attn.kv_b_proj"], r"no place for all of .*kv_b_proj"),
     ],
 )
 def test_what_has_no_name_is_refused(tmp_path, name, modules, message):
@@ -225,3 +262,17 @@ def test_replaced_tensors_and_unlike_ranks_are_refused(tmp_path):
     adapter = write(tmp_path / "ranks", settings(rank_pattern={"k_proj": 2}), pairs)
     with pytest.raises(LayoutError, match=r"ranks \[4, 2, 4\] differ"):
         fastckpt.reshard(base, layout="rtp_llm", adapter=adapter, apart=True)
+
+
+def test_a_part_that_has_no_name_is_refused(tmp_path):
+    """Output gates lie among the rows of q, and the engine has no names for what an adapter adds to them."""
+    config, tensors = gated.made()
+    name = "model.layers.0.self_attn.q_proj"
+    adapter = write(tmp_path / "adapter", settings(), whole_numbers(tensors, [name]))
+    base = hub(tmp_path / "base", config, tensors)
+    mine = tmp_path / "mine.py"
+    source = inspect.getsource(gated)
+    told = source[source.index("AT =") : source.index("def model")]
+    mine.write_text(f"from fastckpt.recipes.names import Names\n{told}")
+    with pytest.raises(LayoutError, match=f"no place for all of {name}"):
+        fastckpt.reshard(base, layout="rtp_llm", adapter=adapter, apart=True, recipe=str(mine))

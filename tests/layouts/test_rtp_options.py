@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import fastckpt
 import pytest
 import torch
 from fastckpt import recipes
@@ -14,6 +15,7 @@ from fastckpt.placement import Placement
 from layouts import families, tiny
 from layouts.test_rtp_llm import NOPE, RANK, ROPE, cut, model_of, wanted
 from reading import memory, same, shard
+from safetensors.torch import load_file
 
 
 def shards(model, options=None, **grid):
@@ -82,6 +84,32 @@ def test_the_catalogue_over_grids(name, tp, dp, ep):
         return
     for p, got in shards(model, tp=tp, dp=dp, ep=ep):
         same(got, wanted(hub, config, (tp, dp, ep), p.rank))
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (4, 2, 4), (1, 2, 2)])
+@pytest.mark.parametrize("name", list(PROOF))
+def test_the_files_of_every_rank(tmp_path, name, sizes):
+    """What lies in the files, by the names of the engine's dump, is what the oracle makes."""
+    tp, dp, ep = sizes
+    model, config, hub = PROOF[name]()
+    if not model.sizes.experts:
+        ep = 1
+    grid = Placement(tp=tp, dp=dp, ep=ep)
+    saved = {n: x for n, x in hub.items() if n != "lm_head.weight" or not config["tie_word_embeddings"]}
+    if name == "mixtral":
+        for old, new in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
+            saved = {n.replace(old, new): x for n, x in saved.items()}
+        saved = {n.replace(".mlp.", ".block_sparse_moe."): x for n, x in saved.items()}
+    fastckpt.reshard(
+        saved, placement=grid, layout="rtp_llm", config=config, out=tmp_path / "out", durable=False
+    )
+    if "lm_head.weight" not in hub:
+        hub = hub | {"lm_head.weight": hub["model.embed_tokens.weight"]}
+    for p in grid.ranks():
+        held = load_file(tmp_path / "out" / f"model-{p.tp_rank:02d}-{p.dp_rank:02d}-part-00000.safetensors")
+        want = wanted(hub, config, (tp, dp, ep), p.rank)
+        assert sorted(held) == sorted(want)
+        assert all(x.dtype == want[n].dtype and torch.equal(x, want[n]) for n, x in held.items())
 
 
 # ---- options ----

@@ -60,7 +60,8 @@ def test_tied_tensors_are_one():
     "value",
     [
         torch.ones(3, device="meta"), torch.eye(2).to_sparse(), torch.ones(3, dtype=torch.complex64).conj(),
-        torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), [1.0], 3, None,
+        torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), [1.0],
+        torch.nested.nested_tensor([torch.ones(3)]), 3, None,
         np.ones(3)[::-1], np.ones(3, ">f4"), np.array(["a"]), np.zeros(3, [("a", "f4"), ("b", "f8")])["b"],
     ],
     ids=lambda v: type(v).__name__,

@@ -183,7 +183,7 @@ def test_headers_that_break_a_rule(tmp_path, header, data, word):
 )
 def test_lengths_that_lie(tmp_path, data):
     (tmp_path / "x.safetensors").write_bytes(data)
-    refuses(tmp_path, "header of")
+    refuses(tmp_path, "header of" if len(data) >= 8 else f"{len(data)} bytes are too few")
 
 
 @given(data=st.data())

@@ -102,6 +102,7 @@ BAD = {
     "ambiguous": ({"model": TENSORS, "state_dict": TENSORS}, "several dicts of tensors: state_dict, model"),
     "no known key": ({"weights": TENSORS, "epoch": 1}, "keys: weights, epoch"),
     "nothing": ({"a": 1}, "no dict of tensors"),
+    "a module": (torch.nn.Linear(1, 1), "got torch.nn.modules.linear.Linear"),
     "a list": ([torch.ones(1)], "wanted a dict of tensors, got list"),
     "beside": ({"a": torch.ones(1), "model": TENSORS}, "tensors beside dicts of tensors"),
     "names": ({1: torch.ones(1)}, "which is no string"),
@@ -114,6 +115,11 @@ BAD = {
 def test_files_that_are_no_state_dict(tmp_path, content, word):
     torch.save(content, tmp_path / "x.pt")
     refuses(tmp_path / "x.pt", word)
+
+
+def test_no_tensors_at_all(tmp_path):
+    torch.save({}, tmp_path / "x.pt")
+    same(sources.open(tmp_path / "x.pt"), {})
 
 
 def test_a_file_of_two_shards_missing(tmp_path):

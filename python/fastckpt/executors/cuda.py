@@ -7,9 +7,8 @@ it. What is prepared can run again, or be captured into a graph, with launches a
 from __future__ import annotations
 
 import ctypes
-from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -123,7 +122,8 @@ class CudaRunner:
 class Prepared:
     """Rows ready to run on a GPU: their table there, and everything it points to.
 
-    `parts`: where the rows, owners, sources and destinations of `tiles.Tiles` begin in `table`, in bytes."""
+    `parts`: where the rows, owners, sources and destinations of `tiles.Tiles` begin in `table`, in bytes.
+    `used`: the streams it ran on, by their handles, and where in each its last run ended."""
 
     device: torch.device
     table: torch.Tensor
@@ -131,12 +131,14 @@ class Prepared:
     borders: tuple[int, int, int, int]
     keep: tuple[Buffer, ...]
     ready: torch.cuda.Event
+    used: dict[int, tuple[torch.cuda.Stream, torch.cuda.Event]] = field(default_factory=dict)
 
     def run(self) -> None:
         """Starts the copies on the current stream and returns.
 
         May be captured into a graph once it has run; whoever replays that keeps this object. Else memory is
-        kept until the copies are done. Raises DeviceError when a launch fails."""
+        kept until the copies are done, also when this object goes before. Raises DeviceError when a launch
+        fails."""
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream()
             captured = torch.cuda.is_current_stream_capturing()
@@ -155,7 +157,23 @@ class Prepared:
                 except RuntimeError as e:
                     raise DeviceError(f"executor cuda: {e}") from None
             if not captured:
-                _keep_until_done(self, stream)
+                self._ran_on(stream)
+
+    def _ran_on(self, stream: torch.cuda.Stream) -> None:
+        known = self.used.get(stream.cuda_stream)
+        if known is None:
+            self.used[stream.cuda_stream] = stream, _recorded(stream)
+        else:
+            known[1].record(stream)
+
+    def __del__(self) -> None:
+        # Torch's allocator knows nothing of kernels of ours: it is told who may still be reading. While
+        # something is captured, CUDA allows no question whether they are done.
+        for stream, end in self.used.values():
+            if torch.cuda.is_current_stream_capturing() or not end.query():  # type: ignore[no-untyped-call]
+                for owner in (self.table, *(b.owner for b in self.keep)):
+                    if isinstance(owner, torch.Tensor) and owner.is_cuda:
+                        owner.record_stream(stream)
 
 
 def taken(leaves: NDArray[np.uint64], device: torch.device) -> NDArray[np.uint64]:
@@ -173,16 +191,6 @@ def taken(leaves: NDArray[np.uint64], device: torch.device) -> NDArray[np.uint64
             raise DeviceError(f"executor cuda: {e}") from None
         back: NDArray[np.uint64] = out.cpu().numpy().view(np.uint64)
     return back
-
-
-_running: deque[tuple[torch.cuda.Event, Prepared]] = deque()
-"""What may still run: nothing tells an allocator that a kernel of ours uses its memory."""
-
-
-def _keep_until_done(prepared: Prepared, stream: torch.cuda.Stream) -> None:
-    while _running and _running[0][0].query():  # type: ignore[no-untyped-call]
-        _running.popleft()
-    _running.append((_recorded(stream), prepared))
 
 
 def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints, runtime_checkable
 
 from ..checkpoint import Checkpoint
@@ -97,8 +98,7 @@ def layout(name: str, options: Mapping[str, str] | None = None) -> Layout:
     kind = LAYOUTS.get(name)
     if kind is None:
         raise LayoutError(f"no layout {name!r}; known: {', '.join(LAYOUTS)}")
-    hints = get_type_hints(kind)
-    fields = {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+    fields = _fields(name)
     values: dict[str, bool | int | str] = {}
     for key, text in (options or {}).items():
         if key not in fields:
@@ -106,6 +106,14 @@ def layout(name: str, options: Mapping[str, str] | None = None) -> Layout:
         values[key] = _parsed(f"layout {name}: {key}", text, fields[key])
     make: Callable[..., Layout] = kind
     return make(**values)
+
+
+@cache
+def _fields(name: str) -> dict[str, object]:
+    """The options of a layout and their types."""
+    kind = LAYOUTS[name]
+    hints = get_type_hints(kind)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
 
 
 def options_of(made: Layout) -> dict[str, str]:

@@ -29,7 +29,7 @@ from .rtp_merge import slopes
 from .rtp_roles import Making, Whole, layer_weights, norm
 from .rtp_rope import cos_sin_cache
 from .rtp_split import SPLITS, Cut, phy2log
-from .rtp_weights import NAMES, TABLES
+from .rtp_weights import FP32, NAMES, TABLES
 
 TOWERS = {"cogvlm2": "model.vision."}
 """family -> what the hub calls its image tower, which the first tp rank holds whole by names below that.
@@ -200,6 +200,8 @@ def _target(at: str, whole: Whole, cut: Cut) -> Target:
         split, own = SPLITS[TABLES[whole.table][whole.name]].view, replace(cut, bits=whole.bits)
         views = [split(view, own) for view in views]
     view, *also = views
+    if whole.name in FP32:
+        view = view.cast(dtypes.float32)
     if whole.finish is not None:
         view = whole.finish(view)
     return Target(f"{at}.{NAMES[whole.name]}", view, also=tuple(also))

@@ -79,6 +79,16 @@ def half_t(views: Views, inter: int, index: int) -> View:
     return half(views, inter, index).T
 
 
+def run_t(views: Views, index: int, inter: int) -> View:
+    """The transpose of rows [index * inter, (index + 1) * inter) (slice_index_transepose)."""
+    return identity(views).narrow(0, index * inter, inter).T
+
+
+def concat_fp8(views: Views) -> View:
+    """The sources along axis 0, then `fp8_view` (qkv_concat_fp8)."""
+    return fp8_view([cat(views)])
+
+
 def pad_size(n: int, align: int) -> int:
     """How much `n` lacks to a multiple of `align`; 0 for `align` 0."""
     return -n % align if align else 0
@@ -210,6 +220,18 @@ def qkv_gather(views: Views, heads: int, kv_heads: int) -> View:
     return cat([groups.narrow(1, a * head_dim, n * head_dim).merge(0) for a, n in kinds]).T
 
 
+def permute(views: Views, heads: int) -> View:
+    """[N * D, H] with each head's rows taken apart: even ones first (Llama's own checkpoints)."""
+    view = identity(views)
+    return q_rope(views, heads, 0, view.shape[0] // heads)
+
+
+def merge_qkv(views: Views, heads: int, kv_heads: int) -> View:
+    """q, k, v of Llama's own checkpoints -> [H, q | k | v], q's and k's heads as `permute` has them."""
+    q, k, v = views
+    return concat_t([permute([q], heads), permute([k], kv_heads), v])
+
+
 def reorder_grouped(views: Views, groups: int, parts: Sequence[int]) -> View:
     """Rows grouped per key head, `parts` rows of each kind in a group, to all rows of the first kind, then
     all of the second, .. (reorder_qkvz, reorder_ba: qwen3-next)."""
@@ -285,6 +307,11 @@ def max_of_pairs(views: Views, name: str = "a scale") -> View:
 def stack_swapped(views: Views) -> View:
     """E x [gate; up] -> [E, (up; gate), H] (transpose_stack_moe_w1)."""
     return _swapped(stack(views))
+
+
+def swapped(views: Views) -> View:
+    """[E, (gate; up), H] -> [E, (up; gate), H] (transpose_gate_up)."""
+    return _swapped(identity(views))
 
 
 def convert_gate_up_proj(views: Views) -> View:
@@ -401,6 +428,8 @@ _ROUNDED = "rounded once, after the sum; the reference rounds to the served dtyp
 _QUANTISES = "quantises: quant schemes do, not a layout"
 _KERNEL = "kernel format, made by the engine after loading"
 _FLOAT32 = "divided in float32, to which the reference's loader casts the source; 0 is refused"
+_NO_RUN = "does not run: torch.max along an axis gives a pair; "
+_DENSE = "dequantises: that is `--quant none` before a layout; the layout has the blocks' factors beside"
 _PADS = "zeros have the tensor's dtype, the reference's are fp16"
 _DTYPE = "of the dtype asked for, the reference's is fp16 until the loader casts it"
 
@@ -459,6 +488,9 @@ MERGES: Mapping[str, Merge] = {
     "convert_gate_up_proj_": Merge(convert_gate_up_proj),
     "convert_down_proj_": Merge(convert_down_proj),
     "get_pad_size": Merge(None, "a number, no tensor: pad_size"),
+    "sp_0_pad8_size": Merge(None, "a number, no tensor: cuts.padded_part has it"),
+    "is_v4_weight": Merge(None, "says which names are DeepSeek V4's: no tensor"),
+    "hidden_to_inter": Merge(None, "a number, no tensor: the config says the width"),
     "yarn_get_mscale": Merge(None, "a number, no tensor: rtp_rope has it"),
     "kv_split": Merge(kv_split),
     "kv_split1": Merge(kv_split_t),
@@ -485,6 +517,20 @@ MERGES: Mapping[str, Merge] = {
     "merge_qkv_hf_fp8_with_scale": Merge(merge_fp8, "the kernel; max_scalar has the scale"),
     "quantize_weight_to_int4b": Merge(None, _QUANTISES),
     "fp8_view": Merge(fp8_view),
+    "qkv_concat_fp8": Merge(concat_fp8),
+    "transpose_moe_down": Merge(transpose_stack),
+    "merge_qkv_scale": Merge(None, _NO_RUN + "max_scalar has what it means"),
+    "merge_qkv_hf_fp8_with_scale_t": Merge(None, _NO_RUN + "it calls merge_qkv_scale"),
+    "dequant_weight_split_k": Merge(None, _DENSE),
+    "dequant_weight_split_v": Merge(None, _DENSE),
+    "to_float32_tensor": Merge(None, "a cast"),
+    "merge_conv1d": Merge(concat),
+    "transpose_gate_up": Merge(swapped),
+    "slice_index_transepose": Merge(run_t),
+    "scale_reshape": Merge(flat),
+    "permute": Merge(permute),
+    "merge_qkv": Merge(merge_qkv),
+    "qkv_rerange": Merge(qkv_gather),
     "repack_compressed_int4_to_cutlass": Merge(None, _KERNEL),
     "select_output_vocab_rows": Merge(select_rows),
     "one_scales": Merge(ones, _DTYPE),

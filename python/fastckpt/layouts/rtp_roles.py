@@ -375,7 +375,7 @@ def _experts(moe: Experts, cut: Cut, making: Making, order: Sequence[int]) -> It
     no_bias(moe.router)
     yield Whole("moe_gate", transpose([moe.router.weight]))
     if moe.correction is not None:
-        yield Whole("e_score_correction_b", moe.correction.view.cast(dtypes.float32))
+        yield Whole("e_score_correction_b", moe.correction.view)
     mlps = [moe.experts[e] for e in range(len(moe.experts))]
     for mlp in mlps:
         if mlp.gate is None:

@@ -248,33 +248,64 @@ def sp_ep(view: View, cut: Cut) -> View:
     return view.part(0, *cut.experts)
 
 
-# ---- linear attention (qwen3-next, KDA) ----
+# ---- linear attention (Qwen3-Next, KDA): keys are kv_heads of head_dim, values value_heads of value_dim ----
 
 
-def linear_qkvz(view: View, cut: Cut) -> View:
-    """[H, q | k | v | z]: each cut; keys are kv_heads * head_dim, values value_heads * value_dim."""
-    k, v = cut.kv_heads * cut.head_dim, cut.value_heads * cut.value_dim
-    return _by_kind(view, [(n, cut.tp) for n in (k, k, v, v)])
+def split_qkvz(view: View, cut: Cut) -> View:
+    """[H, q | k | v | z], or factors of its blocks of 128 columns: each cut."""
+    return _linear(view, cut, 1, gated=True)
 
 
-def linear_halves(view: View, cut: Cut) -> View:
-    """[H, b | a]: each half cut."""
-    return _parts(view, cut, 2)
+def split_qkvz_t(view: View, cut: Cut) -> View:
+    """[q; k; v; z, ..], or factors of its blocks of 128 rows: each cut."""
+    return _linear(view, cut, 0, gated=True)
 
 
-def linear_qkv(view: View, cut: Cut) -> View:
-    """[H, q | k | v] of one width (KDA): each cut."""
-    return _parts(view, cut, 3)
-
-
-def linear_conv1d(view: View, cut: Cut) -> View:
+def split_conv1d(view: View, cut: Cut) -> View:
     """[q; k; v, ..]: the rows of each cut."""
+    return _linear(view, cut, 0)
+
+
+def split_kda_qkv(view: View, cut: Cut) -> View:
+    """[H, q | k | v]: each cut."""
+    return _linear(view, cut, 1)
+
+
+def split_ba(view: View, cut: Cut) -> View:
+    """[H, b | a]: each half cut, a column a value head."""
+    return cat([_values_part(view.part(1, k, 2), 1, cut) for k in range(2)], 1)
+
+
+def split_values(view: View, cut: Cut) -> View:
+    """[value heads * .., ..]: the rows of this rank's value heads."""
+    return _values_part(view, 0, cut)
+
+
+def split_values_t(view: View, cut: Cut) -> View:
+    """[.., value heads * ..]: the columns of this rank's value heads."""
+    return _values_part(view, 1, cut)
+
+
+def _values_part(view: View, axis: int, cut: Cut) -> View:
+    if cut.value_heads % cut.place.tp:
+        raise LayoutError(f"{cut.value_heads} value heads do not divide by tp {cut.place.tp}")
+    return view.part(axis, *cut.tp)
+
+
+def _linear(view: View, cut: Cut, axis: int, *, gated: bool = False) -> View:
+    """q, k, v and, where `gated`, z along an axis, each cut by its heads. Raises LayoutError for ranks that
+    would share a head or a block of 128."""
+    tp = cut.place.tp
+    for what, heads in (("key", cut.kv_heads), ("value", cut.value_heads)):
+        if heads % tp:
+            raise LayoutError(f"{heads} {what} heads do not divide by tp {tp}")
     k, v = cut.kv_heads * cut.head_dim, cut.value_heads * cut.value_dim
-    return _by_kind(view, [(n, cut.tp) for n in (k, k, v)], 0)
-
-
-def _parts(view: View, cut: Cut, parts: int) -> View:
-    return cat([view.part(1, k, parts).part(1, *cut.tp) for k in range(parts)], 1)
+    widths = [k, k, v, v] if gated else [k, k, v]
+    if view.shape[axis] * 128 == sum(widths):
+        if k % (128 * tp) or v % (128 * tp):
+            raise LayoutError(f"{k} keys and {v} values on {tp} ranks are not whole blocks of 128")
+        widths = [n // 128 for n in widths]
+    return _by_kind(view, [(n, cut.tp) for n in widths], axis)
 
 
 def phy2log(experts: int, physical: int, ep: int, nodes: int = 1) -> list[int]:
@@ -344,14 +375,16 @@ SPLITS: Mapping[str, Split] = {
     "sp_moe_neg1": Split(sp_moe_neg1, _STACK),
     "split_slopes_tp": Split(split_slopes_tp, _REMAINDER),
     "ep": Split(sp_ep, "a remainder of experts is refused, the reference drops it"),
-    "linear_attn_qkvz": Split(linear_qkvz),
-    "linear_attn_ba": Split(linear_halves),
-    "linear_attn_heads": Split(sp_0),
-    "linear_attn_conv1d": Split(linear_conv1d),
-    "linear_attn_out": Split(sp_0),
-    "linear_attn_norm": Split(sp_id),
-    "kda_qkv": Split(linear_qkv),
-    "kda_b": Split(sp_1),
-    "kda_a": Split(sp_id),
+    "split_qkvz": Split(split_qkvz, _HEADS),
+    "split_qkvz_t": Split(split_qkvz_t, _HEADS),
+    "split_qkvz_channel_scale": Split(split_qkvz_t, _HEADS),
+    "split_ba": Split(split_ba, _REMAINDER),
+    "split_head_linear": Split(split_values, _REMAINDER),
+    "split_conv1d": Split(split_conv1d, _REMAINDER),
+    "split_out_linear": Split(split_values, _REMAINDER),
+    "split_out_linear_t": Split(split_values_t, _REMAINDER),
+    "split_kda_qkv": Split(split_kda_qkv, _HEADS),
+    "split_kda_tp_dim1": Split(sp_1, _REMAINDER),
+    "split_kda_dt_bias": Split(split_values, _REMAINDER),
 }
-"""rtp-llm's name (linear attention's are ours) -> its row."""
+"""rtp-llm's name -> its row; `ep` is ours, for what its loader selects."""

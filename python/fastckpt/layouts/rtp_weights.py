@@ -106,7 +106,30 @@ NAMES: Mapping[str, str] = {
     "log2phy": "moe_eplb.log2phy",
     "logic_expert_cnt": "moe_eplb.logic_expert_cnt",
 }
-"""W's name -> the name in a dump. Those of the models there are recipes for; rtp-llm knows more."""
+"""W's name -> the name in a dump, of what is written."""
+
+ABSENT: Mapping[str, str] = {
+    "attn_gate_s": "quantised output gates are refused",
+    "attn_ln_*": "norms within blocks: no recipe has any",
+    "ffn_ln_*": "norms within blocks: no recipe has any",
+    "cross_attn_*": "an encoder beside a decoder is refused",
+    "eagle3_*": "a model that drafts: no recipe",
+    "ffn_act_s": "divides activations, in a form of AWQ that is not read",
+    "linear_attn_*": "linear attention: no recipe; SPLITS has its strategies",
+    "mla_fusedqkrope_no_lora_s": "quantised queries without a low rank are refused",
+    "mla_indexer_*": "sparse latent attention: no recipe",
+    "mla_k_nope_[ws]": "2025's half of kv_b",
+    "mla_v_[ws]": "2025's half of kv_b",
+    "multi_tokens_predict_*": "layers of multi-token prediction are left out",
+    "prefix_w": "trained prefixes: no recipe",
+    "v4_*": "DeepSeek V4: no recipe",
+    "vision_*_s*": "quantised vision experts are refused",
+    **dict.fromkeys(("attn_*_s2", "ffn_w*_s2", "moe_w?_s2", "*_i_s"), "fp4 by groups: no source is read"),
+}
+"""Patterns of W's names that are never written -> why."""
+
+FP32 = frozenset({"e_score_correction_b"})
+"""W's names that are float32 whatever the others are (fp32_weights_list)."""
 
 _WHOLE = (
     *(name for name in NAMES if name.endswith(("_gamma", "_beta")) and name != "qk_ln_gamma"),

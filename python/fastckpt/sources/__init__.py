@@ -67,8 +67,7 @@ def open(
     if isinstance(path, Mapping):
         return memory.read(path, options)
     where = os.fspath(path)
-    if not os.path.exists(where):
-        raise SourceError(f"{where}: no such file or directory")
+    _refuse_absent(where)
     try:
         for source in SOURCES:
             if source.matches(where):
@@ -76,6 +75,15 @@ def open(
         raise SourceError(f"{where}: {_what_it_is(where)}; looked for {_LOOKED_FOR}")
     except OSError as e:  # a directory that may not be listed, a file that goes away meanwhile
         raise SourceError(f"{e.filename or where}: {e.strerror}") from None
+
+
+def _refuse_absent(path: str) -> None:
+    """Raise SourceError for a path that is not there, or may not be looked at."""
+    try:
+        os.stat(path)
+    except (OSError, ValueError) as e:  # ValueError: no path at all, such as one with a zero byte
+        why = e.strerror if isinstance(e, OSError) else e
+        raise SourceError(f"{path or repr(path)}: {why}") from None
 
 
 def _what_it_is(path: str) -> str:

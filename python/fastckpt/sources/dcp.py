@@ -25,7 +25,7 @@ from ..views import View, zeros
 from . import torchfile
 from .assembly import WRAPPERS, assemble, neighbours, read_config
 from .dcp_metadata import Metadata, Sizes, metadata
-from .inert import Inert
+from .inert import type_name
 from .options import Options
 from .torchfile import Tensor, Tree
 from .torchzip import Reader
@@ -171,8 +171,7 @@ def _file(name: str, directories: Sequence[str]) -> str:
 
 def _tensor(root: object, dtype: DType, size: Sizes) -> Tensor:
     if not isinstance(root, Tensor):
-        got = root.name if isinstance(root, Inert) else type(root).__name__
-        raise SourceError(f"wanted a tensor, got {got}")
+        raise SourceError(f"wanted a tensor, got {type_name(root)}")
     if root.dtype is not dtype or root.shape != size:
         raise SourceError(f"holds {root.dtype}{list(root.shape)}; {NAME} says {dtype}{list(size)}")
     return root

@@ -16,7 +16,7 @@ from ..errors import SourceError
 from ..extents import File
 from ..views import check_tiles
 from . import torchpickle
-from .inert import Inert
+from .inert import Inert, type_name
 from .torchfile import MAX_PICKLE
 from .torchzip import Reader
 
@@ -84,8 +84,7 @@ def metadata(where: str) -> Metadata:
 def _state(value: object, name: str) -> dict[object, object]:
     """The attributes of a dataclass."""
     if not isinstance(value, Inert) or value.name != _MODULE + name:
-        got = value.name if isinstance(value, Inert) else type(value).__name__
-        raise SourceError(f"wanted a {name.rpartition('.')[2]}, got {got}")
+        raise SourceError(f"wanted a {name.rpartition('.')[2]}, got {type_name(value)}")
     if not isinstance(value.state, dict):
         raise SourceError(f"a {name.rpartition('.')[2]} without attributes")
     return value.state

@@ -73,3 +73,8 @@ def _parts(node: object) -> Iterable[object]:
     if isinstance(node, Inert):
         return (node.args, node.state, node.items)
     return node  # type: ignore[return-value]
+
+
+def type_name(value: object) -> str:
+    """What a pickled value is, in a word: its type, or the global it named."""
+    return value.name if isinstance(value, Inert) else type(value).__name__

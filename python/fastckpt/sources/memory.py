@@ -169,7 +169,8 @@ def _tensor(name: str, value: torch.Tensor) -> _Held:
 
     dtype = BY_NAME.get(str(value.dtype).removeprefix("torch."))
     wrapped = type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-    plain = value.layout is torch.strided and not value.is_meta and not value.is_quantized and not wrapped
+    plain = value.layout is torch.strided and not (value.is_meta or value.is_quantized or value.is_nested)
+    plain = plain and not wrapped
     if dtype is None or not plain or value.is_conj() or value.is_neg():
         raise SourceError(
             f"{name}: {type(value).__name__} of {value.dtype}, {value.layout} on {value.device} has no plain "

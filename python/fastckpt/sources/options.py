@@ -30,6 +30,8 @@ class Options:
 
     def __post_init__(self) -> None:
         expect("tag", self.tag, str, type(None))
+        expect("exclude_frozen", self.exclude_frozen, bool)
+        expect("check_crc", self.check_crc, bool)
         if self.weights not in WEIGHTS:
             raise FastckptError(f"weights: {self.weights!r} is none of {', '.join(WEIGHTS)}")
         for pair in self.rename:

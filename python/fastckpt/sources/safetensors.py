@@ -90,7 +90,9 @@ def read_header(path: str) -> Header:
     try:
         with open(path, "rb") as f:
             size = int.from_bytes(f.read(8), "little")
-            if file.nbytes < 8 or size > min(MAX_HEADER, file.nbytes - 8):
+            if file.nbytes < 8:
+                raise SourceError(f"{path}: {file.nbytes} bytes are too few for a safetensors file")
+            if size > min(MAX_HEADER, file.nbytes - 8):
                 raise SourceError(
                     f"{path}: header of {size} bytes in a file of {file.nbytes}; limit {MAX_HEADER}"
                 )

@@ -15,6 +15,7 @@ from ..errors import SourceError
 from ..extents import Extents
 from . import torchfile
 from .assembly import WRAPPERS, assemble
+from .inert import type_name
 from .options import Options
 from .shards import find_shards
 from .torchfile import Tensor
@@ -72,8 +73,8 @@ def state_dict(root: object) -> StateDict:
     """The flat dict of tensors in a parsed file. Raises SourceError listing the keys where there is none or
     several."""
     if not isinstance(root, dict):
-        raise SourceError(f"wanted a dict of tensors, got {type(root).__name__}")
-    if _has_tensors(root):
+        raise SourceError(f"wanted a dict of tensors, got {type_name(root)}")
+    if not root or _has_tensors(root):
         nested = [k for k, v in root.items() if _has_tensors(v)]
         if nested:
             raise SourceError(f"tensors beside dicts of tensors; keys: {_keys(root)}")

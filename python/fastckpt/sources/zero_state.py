@@ -13,7 +13,8 @@ from typing import TypeGuard
 
 from ..checkpoint import JSON
 from ..errors import SourceError
-from .torchfile import Inert, Tensor
+from .inert import Inert, type_name
+from .torchfile import Tensor
 from .zero_layout import Shape
 
 _ENGINE_KEYS = frozenset((
@@ -21,6 +22,7 @@ _ENGINE_KEYS = frozenset((
     "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names",
     "skipped_steps", "global_steps", "global_samples", "dp_world_size", "mp_world_size",
     "checkpoint_parallel_dimensions", "ds_config", "ds_version", "universal_checkpoint_info",
+    "num_experts", "ds_autoep_layers",
 ))  # fmt: skip
 
 
@@ -46,8 +48,9 @@ class ModelState:
     """One rank's model-states file.
 
     `shapes`: name -> shape a group, None when ZeRO was off. `frozen_shapes`, `fragments`: None where frozen
-    parameters are kept in `module` alone. `shared`: tied name -> holder. `client`: the caller's own
-    plain values; `opaque`: the caller's keys whose values are not plain."""
+    parameters are kept in `module` alone. `shared`: tied name -> holder. `experts`: how many each of
+    DeepSpeed's MoE layers has; `data_before_experts`: how the ranks that hold them are numbered. `client`:
+    the caller's own plain values; `opaque`: the caller's keys whose values are not plain."""
 
     module: Mapping[str, object]
     buffers: tuple[str, ...]
@@ -58,6 +61,8 @@ class ModelState:
     global_steps: int | None
     dp_world: int | None
     version: str
+    experts: tuple[int, ...]
+    data_before_experts: bool
     client: Mapping[str, JSON]
     opaque: tuple[str, ...]
 
@@ -113,9 +118,15 @@ def model_state(root: object, where: str) -> ModelState:
         global_steps=_number(top.get("global_steps")),
         dp_world=_number(top.get("dp_world_size")),
         version=str(top.get("ds_version", "")),
+        experts=_ints(top.get("num_experts") or (), f"{where}: num_experts"),
+        data_before_experts=_data_before_experts(top.get("ds_config")),
         client=client,
         opaque=opaque,
     )
+
+
+def _data_before_experts(config: object) -> bool:
+    return isinstance(config, dict) and config.get("use_data_before_expert_parallelism") is True
 
 
 def _client(top: Mapping[object, object]) -> tuple[dict[str, JSON], tuple[str, ...]]:
@@ -157,7 +168,7 @@ def _refuse_grids(top: Mapping[object, object], where: str) -> None:
             f"{where}: mp_world_size {mp}: a tensor or pipeline parallel grid is not supported yet"
         )
     if top.get("ds_autoep_layers") or top.get("autoep_layers"):
-        raise SourceError(f"{where}: AutoEP layers: DeepSpeed MoE experts are not supported yet")
+        raise SourceError(f"{where}: AutoEP layers are not supported yet")
 
 
 def _stage(value: object, where: str) -> int | None:
@@ -186,13 +197,13 @@ def _alignment(value: object, where: str) -> tuple[tuple[int, ...], ...] | None:
 
 def _dict(value: object, where: str) -> dict[object, object]:
     if not isinstance(value, dict):
-        raise SourceError(f"{where}: wanted a dict, got {_kind(value)}")
+        raise SourceError(f"{where}: wanted a dict, got {type_name(value)}")
     return value
 
 
 def _list(value: object, where: str) -> Sequence[object]:
     if not isinstance(value, (list, tuple)):
-        raise SourceError(f"{where}: wanted a list, got {_kind(value)}")
+        raise SourceError(f"{where}: wanted a list, got {type_name(value)}")
     return value
 
 
@@ -200,7 +211,7 @@ def _ints(value: object, where: str) -> tuple[int, ...]:
     for n in (listed := _list(value, where)):
         if not isinstance(n, int) or isinstance(n, bool) or n < 0:
             raise SourceError(
-                f"{where}: wanted whole numbers, got {_kind(n)} {n if isinstance(n, int) else ''}"
+                f"{where}: wanted whole numbers, got {type_name(n)} {n if isinstance(n, int) else ''}"
             )
     return tuple(listed)  # type: ignore[arg-type]  # as was just seen
 
@@ -209,7 +220,7 @@ def _strings(value: object, where: str) -> list[str]:
     out = []
     for name in _list(value, where):
         if not isinstance(name, str):
-            raise SourceError(f"{where}: wanted names, got {_kind(name)}")
+            raise SourceError(f"{where}: wanted names, got {type_name(name)}")
         out.append(name)
     return out
 
@@ -218,7 +229,7 @@ def _names(value: dict[object, object], where: str) -> dict[str, object]:
     """The value itself, whose keys are names."""
     if not _all_named(value):
         odd = next(key for key in value if not isinstance(key, str))
-        raise SourceError(f"{where}: wanted names, got {_kind(odd)}")
+        raise SourceError(f"{where}: wanted names, got {type_name(odd)}")
     return value
 
 
@@ -245,14 +256,14 @@ def _tensors(value: object, where: str) -> dict[str, Tensor]:
     out = {}
     for name, t in _names(_dict(value, where), where).items():
         if not isinstance(t, Tensor):
-            raise SourceError(f"{where}: {name}: wanted a tensor, got {_kind(t)}")
+            raise SourceError(f"{where}: {name}: wanted a tensor, got {type_name(t)}")
         out[name] = t
     return out
 
 
 def _flat(value: object, where: str) -> Tensor:
     if not isinstance(value, Tensor):
-        raise SourceError(f"{where}: wanted a tensor, got {_kind(value)}")
+        raise SourceError(f"{where}: wanted a tensor, got {type_name(value)}")
     if len(value.shape) != 1 or (value.numel > 1 and value.stride != (1,)):
         raise SourceError(f"{where}: wanted one dense axis, got shape {value.shape}, stride {value.stride}")
     return value
@@ -273,7 +284,3 @@ def _number(value: object) -> int | None:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _kind(value: object) -> str:
-    return value.name if isinstance(value, Inert) else type(value).__name__

@@ -1,0 +1,187 @@
+"""`make gpu`: build, test, check and measure on a machine with a GPU and its own CUDA torch; no network.
+
+python benchmarks/on_gpu.py [--seconds N] [--only PART...] [--keep-build]
+
+Parts run one after the other, each in processes of its own and within its share of the time; whatever one of
+them meets, the next ones run. Nothing is installed: the package is built into build/gpu, which goes before
+what the environment has. The rows are in benchmarks/results/GPU-DATE.json from the moment each is measured,
+and what became of the parts stands there at the end. Exit status 1 when a part failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build"
+SITE = BUILD / "gpu"
+RESULTS = ROOT / "benchmarks" / "results"
+
+ROWS = ("gather_cast", "transpose", "model llama-8b", "model moe", "files_to_gpu", "digest", "peer")
+"""Rows that share a process, what is asked first of a GPU before the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A command that shows one thing, and the most seconds it may take."""
+
+    name: str
+    seconds: float
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What became of a part."""
+
+    name: str
+    seconds: float
+    said: str
+
+
+def parts(rows_seconds: float) -> list[Part]:
+    """All of them, in order."""
+    python = sys.executable
+    install = (python, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps")
+    test = (python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "tests/gpu")
+    memcheck = ("compute-sanitizer", "--error-exitcode", "9")
+    bench = (python, "benchmarks/gpu.py")
+    made = [
+        Part("build", 420, (*install, "--target", str(SITE), ".")),
+        Part("look", 60, (python, "-c", LOOK)),
+        Part("tests", 150, test),
+        Part("every row, tiny", 90, (*bench, "--small")),
+    ]
+    for row in ROWS:
+        made.append(Part(f"rows: {row}", rows_seconds, (*bench, "--seconds", str(int(rows_seconds)), row)))
+    for tool in ("memcheck", "racecheck"):
+        made.append(Part(tool, 75, (*memcheck, "--tool", tool, *test, "-k", "small")))
+    return made
+
+
+LOOK = """
+import torch, fastckpt, fastckpt._C as c
+print("fastckpt", fastckpt.__file__)
+print("torch", torch.__version__, "cuda", torch.version.cuda, torch.cuda.get_device_name(),
+      torch.cuda.get_device_capability(), "for", c.cuda_archs, c.device_state())
+for facts in c.kernel_facts(): print(facts)
+"""
+
+
+def architectures() -> str:
+    """The GPUs' own, so that the build takes no longer than it must; "" (all) where nobody says."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
+            capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    found = sorted({line.strip().replace(".", "") for line in done.stdout.splitlines()})
+    return ",".join(found) if all(a.isdigit() for a in found) else ""
+
+
+def environment() -> dict[str, str]:
+    """What the parts run with: our build first, plug-ins of pytest only where they are asked for."""
+    path = [str(SITE), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "FASTCKPT_CUDA": "1",
+        "FASTCKPT_BUILD": "1",
+        "FASTCKPT_CUDA_ARCHS": os.environ.get("FASTCKPT_CUDA_ARCHS", "") or architectures(),
+        "PYTHONPATH": os.pathsep.join(p for p in path if p),
+        "PYTHONUNBUFFERED": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }
+
+
+def run(command: tuple[str, ...], seconds: float) -> str:
+    """Run it, its words to ours; "" when it went well, else what did not. No process of it stays."""
+    if shutil.which(command[0]) is None:
+        return f"not run: there is no {command[0]} here"
+    env = environment()
+    if command[0] == "compute-sanitizer":  # every tensor an allocation of its own, so that its ends are seen
+        env["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    print(f"\n+ {' '.join(c for c in command if len(c) < 100)}", flush=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
+    try:
+        status = process.wait(timeout=max(1.0, seconds))
+    except subprocess.TimeoutExpired:
+        return f"stopped after {seconds:.0f} s"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return "" if status == 0 else f"failed, status {status}"
+
+
+def enter(done: list[Done], since: float) -> Path | None:
+    """What became of the parts, into the results written since then; none where no row was measured."""
+    found = [p for p in RESULTS.glob("*.json") if p.stat().st_mtime >= since and '"kernels"' in p.read_text()]
+    if not found:
+        return None
+    path = max(found, key=lambda p: p.stat().st_mtime)
+    held = json.loads(path.read_text())
+    path.write_text(json.dumps({**held, "parts": [asdict(d) for d in done]}, indent=1) + "\n")
+    return path
+
+
+def table(path: Path) -> None:
+    """The rows that were measured, one a line."""
+    held = json.loads(path.read_text())
+    print(f"\n{held['gpu']}, driver {held['driver']}, torch {held['torch']}, commit {held['commit'][:10]}")
+    print(f"{'row':<40} {'ms':>9} {'GB/s':>7} {'of copy':>8} {'x eager':>8}")
+    for r in held["rows"]:
+        figures = r["error"]
+        if not figures:
+            rate = r["bytes"] / r["ms"] / 1e6
+            figures = f"{r['ms']:9.3f} {rate:7.0f} {r['fraction_of_copy']:8.3f} {r['speedup_vs_eager']:8.1f}"
+        print(f"{r['name']:<40} {figures}")
+    print(f"written: {path}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Build, test, check and measure on a GPU.")
+    parser.add_argument("--seconds", type=float, default=460.0, help="all parts together")
+    parser.add_argument("--only", nargs="*", default=[], help="parts whose name begins so")
+    parser.add_argument("--keep-build", action="store_true", help="do not build again")
+    asked = parser.parse_args()
+    began, since = time.monotonic(), time.time()
+    if not asked.keep_build:
+        shutil.rmtree(BUILD, ignore_errors=True)
+    done: list[Done] = []
+    path, built = None, True
+    for part in parts(100.0):
+        chosen = not asked.only or part.name.startswith(tuple(asked.only))
+        if not chosen or (part.name == "build" and asked.keep_build):
+            continue
+        started = time.monotonic()
+        left = min(part.seconds, asked.seconds - (started - began))
+        if not built:
+            said = "not run: there is no build"
+        elif left < 5:
+            said = "not run: the time was up"
+        else:
+            said = run(part.command, left) or "ok"
+        built = built and (part.name != "build" or said == "ok")
+        done.append(Done(part.name, round(time.monotonic() - started, 1), said))
+        path = enter(done, since)
+    if path is not None:
+        table(path)
+    print(f"\n{'part':<28} {'s':>6}  what became of it")
+    for d in done:
+        print(f"{d.name:<28} {d.seconds:6.1f}  {d.said}")
+    return 1 if any(d.said.startswith(("failed", "stopped")) for d in done) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

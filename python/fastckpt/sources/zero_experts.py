@@ -1,0 +1,121 @@
+"""Experts of DeepSpeed's MoE layers under ZeRO 1 and 2: on which ranks their masters lie, and as what.
+
+Law: a group of experts is cut over the ranks that hold the same experts, dp / ep of them; every such set of
+ranks counts its experts 0, 1, .. as if it were alone; expert e of set s is number s * (experts a set) + e.
+Source: deepspeed/utils/groups.py (the order of ranks), runtime/engine.py (`_save_moe_checkpoint`: global
+numbers in the files of experts), runtime/zero/stage_1_and_2.py (`partition_count`) of DeepSpeed 0.19.8.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ..errors import SourceError
+from .torchfile import Tensor
+from .zero_layout import Flat, Shape
+from .zero_state import ModelState
+
+_LOCAL = re.compile(r"(.*\.deepspeed_moe\.experts\.deepspeed_experts\.)(\d+)(\..*)")
+
+Alignment = tuple[tuple[int, ...], ...] | None
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter is an expert's."""
+    return _LOCAL.fullmatch(name) is not None
+
+
+def spread(
+    state: ModelState, alignment: Alignment, flats: Sequence[Flat], counts: Sequence[int], where: str
+) -> tuple[ModelState, Alignment, list[Flat]]:
+    """Groups, alignment paddings and flats with each expert group once for each set of ranks that holds other
+    experts, under global names; `flats`: each over all ranks. Raises SourceError."""
+    shapes = state.shapes or ()
+    world = max(counts, default=1)
+    if len(counts) != len(shapes) or len(flats) != len(shapes):
+        raise SourceError(
+            f"{where}: {len(shapes)} groups in param_shapes, {len(flats)} of masters, "
+            f"{len(counts)} in partition_count"
+        )
+    local = _locals(shapes, where)
+    groups, paddings, cut = [], [], []
+    for g, (group, flat, count) in enumerate(zip(shapes, flats, counts, strict=True)):
+        of_experts = {is_expert(name) for name in group}
+        if len(of_experts) > 1 or (count != world and of_experts != {True}):
+            raise SourceError(
+                f"{where}: group {g} is cut over {count} of {world} ranks and is not of experts alone"
+            )
+        if count < 1 or world % count:
+            raise SourceError(f"{where}: group {g} is cut over {count} ranks, which does not divide {world}")
+        sets = world // count if of_experts == {True} else 1
+        for number, ranks in enumerate(_sets(world, sets, state.data_before_experts)):
+            groups.append({_global(name, number, local): shape for name, shape in group.items()})
+            cut.append(replace(
+                flat, extent=flat.extent[ranks], offset=flat.offset[ranks], length=flat.length[ranks]
+            ))  # fmt: skip
+            if alignment is not None and g < len(alignment):
+                paddings.append(alignment[g])
+    return replace(state, shapes=tuple(groups)), None if alignment is None else tuple(paddings), cut
+
+
+def tensors(root: object, expert: int, where: str) -> dict[str, Tensor]:
+    """The tensors of an expert's file. Raises SourceError for names that are not that expert's."""
+    if not isinstance(root, dict):
+        raise SourceError(f"{where}: wanted a dict of tensors, got {type(root).__name__}")
+    out = {}
+    for name, t in root.items():
+        found = _LOCAL.fullmatch(name) if isinstance(name, str) else None
+        if found is None or int(found[2]) != expert or not isinstance(t, Tensor):
+            raise SourceError(f"{where}: {name!r} is no tensor of expert {expert}")
+        out[found[0]] = t
+    return out
+
+
+def check_files(state: ModelState, held: Mapping[tuple[int, int], str], where: str) -> None:
+    """Raises SourceError unless each expert that `num_experts` counts has its file, and no other has."""
+    wanted = {(layer, e) for layer, count in enumerate(state.experts) for e in range(count)}
+    missing, extra = sorted(wanted - held.keys()), sorted(held.keys() - wanted)
+    if missing:
+        layer, e = missing[0]
+        raise SourceError(
+            f"{where}: {len(missing)} of {len(wanted)} expert files missing: expert {e} of MoE layer {layer}"
+            "; not saved by that process, or left on another node's disk (open with also=)"
+        )
+    if extra:
+        layer, e = extra[0]
+        raise SourceError(
+            f"{held[extra[0]]}: expert {e} of MoE layer {layer}, but the run had {list(state.experts)}: "
+            "left from another run, remove it"
+        )
+
+
+def _sets(world: int, sets: int, data_first: bool) -> Iterator[np.ndarray[tuple[int], np.dtype[np.int64]]]:
+    """The ranks that hold the same experts, in the order of their partitions."""
+    ranks = np.arange(world, dtype=np.int64)
+    table = ranks.reshape(sets, -1) if data_first else ranks.reshape(-1, sets).T
+    yield from (row.copy() for row in table)
+
+
+def _locals(shapes: Sequence[Mapping[str, Shape]], where: str) -> dict[str, int]:
+    """Layer's prefix -> how many experts a set of ranks holds."""
+    numbers: dict[str, set[int]] = {}
+    for group in shapes:
+        for name in group:
+            if found := _LOCAL.fullmatch(name):
+                numbers.setdefault(found[1], set()).add(int(found[2]))
+    for prefix, seen in numbers.items():
+        if seen != set(range(len(seen))):
+            raise SourceError(
+                f"{where}: param_shapes has experts {sorted(seen)[:8]} of {prefix}; wanted 0, 1, .."
+            )
+    return {prefix: len(seen) for prefix, seen in numbers.items()}
+
+
+def _global(name: str, number: int, local: Mapping[str, int]) -> str:
+    """The name of a set's expert among all; other names stay."""
+    found = _LOCAL.fullmatch(name)
+    return f"{found[1]}{number * local[found[1]] + int(found[2])}{found[3]}" if found else name

@@ -1,0 +1,144 @@
+"""Experts of DeepSpeed's MoE layers: what DeepSpeed wrote against the model it had in memory; bad sets."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import fastckpt
+import pytest
+import torch
+from fastckpt import sources
+from fastckpt.errors import SourceError
+from fastckpt.sources import zero_experts, zero_state
+from safetensors.torch import load_file
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+KEPT = ("moe-z2-w4", "moe-z1-w4-data-first", "moe-z0-w2")
+EXPERT = "moe.0.deepspeed_moe.experts.deepspeed_experts.{}.0.weight"
+
+
+def equal(path: Path, weights: str = "master") -> None:
+    """Every tensor of the checkpoint, cast to what the model trained in, is the model's."""
+    truth = load_file(path / "truth.safetensors")
+    dtype = str(truth["out.weight"].dtype).removeprefix("torch.")
+    found = fastckpt.reshard(sources.open(path, weights=weights), layout="same", dtype=dtype)[0]
+    assert {*found} == {*truth}
+    for name, want in truth.items():
+        assert torch.equal(found[name], want), name
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_deepspeed_wrote_is_what_it_trained(name):
+    equal(FIXTURES / name)
+    if "z0" not in name:
+        equal(FIXTURES / name, weights="module")
+    assert sources.open(FIXTURES / name).facts["experts"] == [4, 2]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize(("world", "ep"), [(2, 1), (2, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize("more", [(), ("--data-first",)], ids=["", "data-first"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_the_installed_deepspeed_writes(tmp_path, stage, world, ep, more, dtype):
+    pytest.importorskip("deepspeed")
+    made = Path(__file__).parents[1] / "real/make_moe.py"
+    sizes = ["--world", str(world), "--ep", str(ep), "--stage", str(stage), "--dtype", dtype]
+    subprocess.run([sys.executable, made, *sizes, *more, tmp_path], check=True, timeout=900)
+    equal(tmp_path)
+
+
+def test_masters_have_more_bits_than_the_experts_files(tmp_path):
+    path = FIXTURES / "moe-z1-w4-data-first"
+    masters, copies = fastckpt.consolidate(path), fastckpt.consolidate(path, weights="module")
+    name = EXPERT.format(3)
+    assert masters[name].dtype == torch.float32
+    assert torch.equal(masters[name].bfloat16(), copies[name].bfloat16())
+    assert not torch.equal(masters[name], copies[name])
+
+
+def test_experts_taken_for_others_are_found(monkeypatch):
+    """Had the order of ranks been taken wrongly, the masters would not be those of the experts' own files."""
+    right = zero_experts._sets
+    monkeypatch.setattr(zero_experts, "_sets", lambda *sizes: reversed(list(right(*sizes))))
+    with pytest.raises(SourceError, match=r"deepspeed_experts.*is .* \(float32\), its master is"):
+        sources.open(FIXTURES / "moe-z2-w4")
+    monkeypatch.undo()
+    monkeypatch.setattr(zero_state, "_data_before_experts", lambda config: False)
+    with pytest.raises(SourceError, match="group 2 holds 290 elements over 2 ranks"):
+        sources.open(FIXTURES / "moe-z1-w4-data-first")
+
+
+@pytest.fixture
+def copied(tmp_path):
+    return Path(shutil.copytree(FIXTURES / "moe-z2-w4", tmp_path / "run"))
+
+
+def change(path: Path, edit) -> None:
+    tree = torch.load(path, weights_only=False)
+    edit(tree)
+    torch.save(tree, path)
+
+
+def refuses(path: Path, *words: str, **options: str) -> None:
+    with pytest.raises(SourceError) as e:
+        sources.open(path, **options)
+    for word in words:
+        assert word in str(e.value), str(e.value)
+
+
+def test_files_of_experts_that_are_missing_or_too_many(copied, tmp_path):
+    folder = copied / "global_step2"
+    moved = tmp_path / "disk/layer_0_expert_3_mp_rank_00_model_states.pt"
+    moved.parent.mkdir()
+    (folder / moved.name).rename(moved)
+    refuses(copied, "1 of 6 expert files missing: expert 3 of MoE layer 0")
+    assert EXPERT.format(3) in sources.open(copied, also=[moved.parent])
+    moved.rename(folder / moved.name)
+    shutil.copy(folder / moved.name, folder / "layer_1_expert_2_mp_rank_00_model_states.pt")
+    refuses(copied, "layer_1_expert_2", "expert 2 of MoE layer 1", "left from another run")
+    (folder / "layer_1_expert_2_mp_rank_00_model_states.pt").unlink()
+    shutil.copy(folder / "layer_0_expert_2_mp_rank_00_model_states.pt", folder / moved.name)
+    refuses(copied, "layer_0_expert_3", "deepspeed_experts.2.0.weight' is no tensor of expert 3")
+
+
+def test_expert_files_of_another_step(copied):
+    path = copied / "global_step2/layer_0_expert_2_mp_rank_00_model_states.pt"
+    change(path, lambda tree: tree[EXPERT.format(2)].add_(1))
+    refuses(copied, EXPERT.format(2), "its master is")
+    change(path, lambda tree: tree.pop(EXPERT.format(2)))
+    refuses(copied, EXPERT.format(2), "the experts' files have nothing")
+
+
+def test_groups_that_fit_no_ranks(copied):
+    path = copied / "global_step2/mp_rank_00_model_states.pt"
+
+    def mixed(tree):
+        dense, experts = tree["param_shapes"]
+        experts["out.bias"] = dense.pop("out.bias")
+
+    change(path, mixed)
+    refuses(copied, "group 1 is cut over 2 of 4 ranks and is not of experts alone")
+
+
+def test_frozen_experts_lie_in_their_files_alone(copied):
+    """What param_shapes does not name is frozen, as for every other parameter of stages 1 and 2."""
+    truth = load_file(copied / "truth.safetensors")
+    more = "moe.1.deepspeed_moe.experts.deepspeed_experts.{}.2.more"
+    for e in (0, 1):
+        path = copied / f"global_step2/layer_1_expert_{e}_mp_rank_00_model_states.pt"
+        change(path, lambda tree, e=e: tree.update({more.format(e): torch.full((3,), e + 1.0)}))
+    found = sources.open(copied)
+    assert found.entries[more.format(1)].kind == "frozen" and len(found) == len(truth) + 2
+    assert fastckpt.consolidate(copied)[more.format(1)].tolist() == [2, 2, 2]
+    assert more.format(1) not in sources.open(copied, exclude_frozen=True)
+
+
+def test_old_names_are_refused(copied):
+    folder = copied / "global_step2"
+    new = folder / "layer_0_expert_0_mp_rank_00_model_states.pt"
+    shutil.copy(new, folder / "expert_0_mp_rank_00_model_states.pt")
+    refuses(copied, "expert files of old DeepSpeed versions are not supported yet")
