@@ -27,6 +27,7 @@ from .zero_experts import is_expert, spread
 from .zero_files import Files, check_ranks, find, is_zero
 from .zero_layout import Flat, Placed, Shape, chained, sliced
 from .zero_opening import Opened, Opening, Whole, optim_tensors
+from .zero_order import check_order, comparable, sampled
 from .zero_parts import Parts, parts, trainable
 from .zero_sample import check_copy, number, read_at
 from .zero_state import ModelState, OptimState, model_state, optim_state
@@ -49,7 +50,7 @@ def read(path: str, options: Options) -> Checkpoint:
         return _from_universal(path, opening)
     first = _first(opening) if files.optim else None
     if files.model is not None:
-        model, state = opening.model(files.model)
+        model, state = opening.model(files.model, first)
         if state.shapes is None or (first is None and options.weights == "module"):
             return _from_module(path, opening, model, state)
         if first is not None and first.stage != 3:
@@ -156,6 +157,11 @@ def _from_masters(
         check_copy(_one_axis(copies), _one_axis(masters), where)
         if of_all:
             masters = copies
+    notes: list[str] = []
+    if not at_stage_3 and not experts and options.weights != "module":
+        names = [n for n in sampled(shapes, alignment, world) if comparable(state.module.get(n))]
+        copies = _module_entries(names, state, models[0], extents, "parameter")
+        notes = check_order(layout, extents, _one_axis(copies), paths)
     entries |= masters
     return _assembled(
         path, opening, state, entries, extents, found,
@@ -168,7 +174,9 @@ def _from_masters(
             "weights": options.weights,
             **({"experts": list(state.experts)} if state.experts else {}),
         },
-        unread=[f"optimizer moments of {world} ranks", *_other_copy(options, len(masters), at_stage_3)],
+        unread=[
+            f"optimizer moments of {world} ranks", *_other_copy(options, len(masters), at_stage_3), *notes,
+        ],
         layout=[
             *(a.tobytes() for f in flats for a in (f.extent, f.offset, f.length)),
             *(a.tobytes() for placed in layout for a in (placed.numel, placed.start)),

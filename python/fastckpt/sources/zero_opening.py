@@ -20,8 +20,9 @@ from .torchtensors import whole
 from .zero_experts import check_files, tensors
 from .zero_files import Files
 from .zero_layout import Shape
+from .zero_order import sampled
 from .zero_parts import parts
-from .zero_state import ModelState, model_state, optim_state
+from .zero_state import ModelState, OptimState, model_state, optim_state
 from .zero_universal import master, master_file, master_tensors
 
 THREADS = 8
@@ -58,10 +59,10 @@ class Opening:
     opened: list[TorchFile] = field(default_factory=list)
     trees: dict[bytes, Tree] = field(default_factory=dict)  # of optimizer files, which are often identical
 
-    def model(self, path: str) -> tuple[Opened, ModelState]:
-        """A model-states file with the tensors that the options need."""
+    def model(self, path: str, first: OptimState | None = None) -> tuple[Opened, ModelState]:
+        """A model-states file with the tensors that the options need; `first`: rank 0's optimizer state."""
         copy = self.options.weights == "module" or self.files.universal is not None
-        wanted = partial(_model_tensors, options=self.options, copy=copy)
+        wanted = partial(_model_tensors, options=self.options, copy=copy, first=first)
         opened = self._add(torchfile.load(path, check_crc=self.options.check_crc, wanted=wanted))
         return opened, model_state(opened.file.root, path)
 
@@ -111,8 +112,9 @@ class Opening:
         return Opened(file, base)
 
 
-def _model_tensors(root: object, options: Options, copy: bool) -> list[Tensor]:
-    """What is needed of a model-states file: buffers, weights that no other file holds, all with `copy`."""
+def _model_tensors(root: object, options: Options, copy: bool, first: OptimState | None) -> list[Tensor]:
+    """What is needed of a model-states file: buffers, weights that no other file holds, all with `copy`, else
+    those that tell whose masters an optimizer file holds."""
     state = model_state(root, "pickle")
     found = parts(state, "pickle")
     names: list[str] = list(found.buffers)
@@ -120,6 +122,8 @@ def _model_tensors(root: object, options: Options, copy: bool) -> list[Tensor]:
         names += found.kept
     if copy or state.shapes is None:
         names = list(state.module)
+    elif first is not None and first.stage != 3:
+        names += sampled(state.shapes, first.alignment, max(first.counts, default=1) or 1)
     tensors = [t for t in map(state.module.get, names) if isinstance(t, Tensor)]
     return tensors + ([] if options.exclude_frozen else list((state.fragments or {}).values()))
 
