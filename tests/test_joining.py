@@ -132,6 +132,7 @@ GRIDS = [
     ("gpt_oss", {}, dict(tp=1, pp=2, dp=2)),
     ("qwen2_moe", {"experts": "sequential"}, dict(tp=2, pp=2)),
     ("qwen2_moe", {"experts": "sequential"}, dict(tp=2, dp=5, ep=5)),
+    ("qwen3_moe", {"experts": "sequential", "first_stage": "1"}, dict(tp=2, pp=2)),
     ("deepseek_v2", {"absorb": "true"}, dict(tp=2, dp=2, ep=2)),
     ("deepseek_v3", {"absorb": "false"}, dict(tp=4)),
 ]
@@ -143,6 +144,35 @@ def test_grids_whole_again(tmp_path, name, options, sizes):
     served = "megatron" if "sequential" in options.values() else "rtp_llm" if "absorb" in options else "vllm"
     placement = Placement(**sizes)
     same(cut(tmp_path / "hub", tmp_path / "cut", served, options, placement=placement), files)
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("mixtral", dict(tp=1, dp=2)), ("gpt_oss", dict(tp=2, dp=2))])
+def test_more_ranks_an_expert_than_tp(tmp_path, name, sizes):
+    """Megatron-LM's names of directories do not tell such ranks apart, so theirs say more."""
+    _, files = hub_of(tmp_path / "hub", (tiny if name == "mixtral" else families).made(name))
+    count = sizes["tp"] * sizes["dp"]
+    options = {"expert_tp": str(count)}
+    got = cut(tmp_path / "hub", tmp_path / "cut", "megatron", options, placement=Placement(**sizes))
+    same(got, files)
+    want = [f"mp_rank_{r % sizes['tp']:02d}_expert_tp_{r:02d}" for r in range(count)]
+    assert sorted(p.name for p in (tmp_path / "cut").iterdir() if p.is_dir()) == sorted(want)
+
+
+def test_padded_shards_are_cut_again_as_what_they_were(tmp_path):
+    """Heads, widths and vocabulary padded for 3 ranks, then for 5: never padded twice."""
+    config, files = hub_of(tmp_path / "hub", tiny.made("llama"))
+    pad = {"pad": "true", "vocab_padding": "15"}
+    cut(tmp_path / "hub", tmp_path / "3", "hf", pad, tp=3)
+    assert json.loads((tmp_path / "3" / "config.json").read_text())["num_attention_heads"] == 12
+    same(cut(tmp_path / "3", tmp_path / "5", "vllm", pad, tp=5), files)
+    cut(tmp_path / "hub", tmp_path / "straight", "vllm", pad, tp=5)
+    for file in (tmp_path / "straight").iterdir():
+        if file.name != "fastckpt.json":
+            assert (tmp_path / "5" / file.name).read_bytes() == file.read_bytes(), file.name
+    for at, layout_name in (("3", "same"), ("5", "hf")):
+        cut(tmp_path / at, tmp_path / f"{at}-whole", layout_name)
+        assert json.loads((tmp_path / f"{at}-whole" / "config.json").read_text()) == config
+        same(fastckpt.open(tmp_path / f"{at}-whole"), files)
 
 
 # ---- from one cut to another ----

@@ -387,3 +387,51 @@ def test_a_kept_plan_makes_the_same(tmp_path, monkeypatch):
     assert first.bytes_needed == second.bytes_needed
     other = fastckpt.reshard(tmp_path / "in", out=tmp_path / "out", **asked | {"quant": "gptq-group64"})
     assert other.digests != first.digests and len(list((tmp_path / "cache").iterdir())) == 3
+
+
+# ---- an engine's names, and the way back ----
+
+ENGINE = "vllm==0.32"
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "fp8-channel"])
+def test_an_engine_has_more_beside(tmp_path, scheme):
+    """What vLLM's sharded_state loader asks for where compressed-tensors quantised a model; seen by
+    tests/engines/test_vllm_quantised.py."""
+    config, tensors = model()
+    config = config | {"dtype": "float32"}
+    asked = layout("vllm", {"engine": ENGINE})
+    plain = fastckpt.reshard(tensors, 2, layout="vllm", config=config, quant=scheme)
+    fastckpt.reshard(tensors, 2, layout=asked, config=config, quant=scheme, out=tmp_path / "out")
+    for r, want in enumerate(plain):
+        got = load_file(tmp_path / "out" / f"model-rank-{r}-part-0.safetensors")
+        at = f"{AT}self_attn.attn."
+        more = {f"{at}_{x}_scale": torch.ones(()) for x in ("k", "q", "v", "prob")}
+        more |= {f"{at}{x}_scale": torch.ones(1) for x in "qkv"}
+        more |= {f"{at}{x}_zero_point": torch.zeros(1) for x in "qkv"}
+        same(got, want | more)
+    assert fastckpt.verify(tmp_path / "out", engine=ENGINE).problems == ()
+    back = fastckpt.reshard(tmp_path / "out", rank=0)
+    same(back, hub(scheme))
+
+
+def test_what_an_engine_has_of_others_is_refused():
+    asked = layout("vllm", {"engine": ENGINE})
+    for scheme in ("int4-group32", "awq-group32", "fp8-block"):
+        refused(f"how engine {ENGINE} holds it is not known", to=asked, quant=scheme)
+    config, tensors = model()
+    source = hub("int8") | {}
+    said = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+    with pytest.raises(LayoutError, match="llama quantised by awq is not known"):
+        fastckpt.reshard(hub("awq-group32"), layout=asked, config=config | {"quantization_config": said})
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    said = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
+    carried = fastckpt.reshard(source, layout=asked, config=config | {"quantization_config": said}, rank=0)
+    same(carried, fastckpt.reshard(tensors, layout=asked, config=config, quant="int8", rank=0))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "fp8-channel", "awq-group32"])
+def test_rtp_llm_is_read_back(tmp_path, scheme):
+    config, tensors = model()
+    fastckpt.reshard(tensors, 4, layout="rtp_llm", config=config, quant=scheme, out=tmp_path / "out")
+    same(fastckpt.reshard(tmp_path / "out", rank=0), hub(scheme))

@@ -367,7 +367,8 @@ class Model:
     embedded tokens. `carried`: tensors that no server cuts. `ignored`: the names of the checkpoint that the
     recipe knows and leaves out. `parallel`: attention and the feed-forward block of a layer read the same
     input, side by side. `alibi`: attention is biased by ALiBi's slopes, which are no tensors of the hub.
-    `rope`: the rotary positions of latent attention."""
+    `rope`: the rotary positions of latent attention. `quant_method`: the hub's word for how matrices are
+    quantised, "" where none is."""
 
     family: str
     sizes: Sizes
@@ -386,3 +387,4 @@ class Model:
     parallel: bool = False
     alibi: bool = False
     rope: Rope | None = None
+    quant_method: str = ""

@@ -336,6 +336,9 @@ class _Road:
     def of(ckpt: Checkpoint, wanted: Wanted) -> _Road:
         if wanted.dense:
             ckpt, wanted = _densified(ckpt, wanted)
+        beside = any(os.path.basename(path) == "config.json" for path in ckpt.beside)
+        if wanted.config is None and ckpt.config is not None and ("unpadded" in ckpt.facts or not beside):
+            wanted = replace(wanted, config=ckpt.config)  # there is none beside, or that of padded shards
         layout = layouts.layout(wanted.layout) if isinstance(wanted.layout, str) else wanted.layout
         if wanted.tp_plan is not None:
             if _layout_name(layout) != "hf":
@@ -405,11 +408,13 @@ class _Road:
         asked = told if wanted.recipe is None and isinstance(told, str) else wanted.recipe
         recipe = recipes.find(config) if asked is None else recipes.named(asked)
         quant = wanted.quant
-        if quant is not None and prequantised.fits(_layout_name(layout), quant.scheme):
+        engine = str(dict(layouts.options_of(layout)).get("engine") or "")
+        if quant is not None and prequantised.fits(_layout_name(layout), engine, quant.scheme):
             _require_dense(quant, wanted, layout.naming(wanted.placement), config)
             cast, config = prequantised.made(cast, config, quant)
             wanted = replace(wanted, config=config, quant=None)
-        model = recipe(cast, config, vocab_size=wanted.vocab_size)
+            options["prequantised"] = options.pop("quant")  # the shards can be joined, as quantised ones
+        model = recipes.model(recipe, cast, config, wanted.vocab_size)
         options["family"] = model.family
         options["recipe"] = asked
         options["config"] = xxhash.xxh3_64_hexdigest(json.dumps(dict(config), sort_keys=True).encode())

@@ -205,14 +205,21 @@ def _whole(start: int, stop: int, block: int, end: int) -> tuple[int, int]:
 
 PLACES: Mapping[str, frozenset[str]] = {
     "rtp_llm": frozenset({"int-quantized", "float-quantized", "fp8", "awq", "gptq"}),
-    "vllm": frozenset({"float-quantized"}),
+    "vllm": frozenset({"int-quantized", "float-quantized"}),
 }
-"""layout -> the formats it places as those of a quantised source; vLLM's only where a scale is a matrix's."""
+"""layout -> the formats it places as those of a quantised source; vLLM's where a scale is a matrix's, and
+where an engine has more tensors beside such a model."""
 
 
-def fits(layout: str, scheme: Scheme) -> bool:
-    """Whether that layout gets the scheme's tensors from a checkpoint made here."""
-    return scheme.format in PLACES.get(layout, ()) and (layout != "vllm" or scheme.block == (0, 0))
+def fits(layout: str, engine: str, scheme: Scheme) -> bool:
+    """Whether that layout gets the scheme's tensors from a checkpoint made here; `engine`: whose names it
+    uses beyond its own. Raises LayoutError for an engine whose form of them is not known."""
+    if engine and scheme.format not in ("int-quantized", "float-quantized"):
+        raise LayoutError(
+            f"quant {scheme.name}: how engine {engine} holds it is not known; wanted int8, fp8 or fp8-channel"
+        )
+    found = scheme.format in PLACES.get(layout, ())
+    return found and (layout != "vllm" or bool(engine) or scheme.block == (0, 0))
 
 
 def made(ckpt: Checkpoint, config: Mapping[str, JSON], quant: Quant) -> tuple[Checkpoint, dict[str, JSON]]:

