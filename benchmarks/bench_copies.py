@@ -11,7 +11,7 @@ import torch
 from fastckpt import plans, tensors
 from fastckpt.dtypes import bfloat16, float32
 from fastckpt.executors.cpu import Cpu, CpuRunner
-from fastckpt.extents import Buffer, Extent, Extents
+from fastckpt.extents import Buffer, Extent, Extents, fresh
 from fastckpt.placement import Placement
 from fastckpt.planner import LEAF, Batch, Binding, Slots, Table, compile, cut
 from fastckpt.plans import Wanted
@@ -122,7 +122,9 @@ def bench_transpose_staged(bench: Bench, square: Square, both: bool, threads: in
     """As on the way to a file, but unwritten: transposed into 8 MiB bands, against cast into 1 MiB."""
     threads = threads if both else 1
     runner = square.bound()
-    staging = [np.ones(BAND, np.uint8) for _ in range(threads)]
+    staging = [fresh(BAND) for _ in range(threads)]
+    for each in staging:
+        each[:] = 1
     free = list(staging)
 
     def staged(found: list[Batch]) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from fastckpt import syscalls
 from fastckpt.digest import crc32, leaf_digests
 from fastckpt.executors.cpu import Cpu
-from fastckpt.extents import Buffer
+from fastckpt.extents import Buffer, fresh
 from fastckpt.planner import LEAF, NOTHING, Batch, Binding, cut
 from fastckpt.plans import Plan
 from fastckpt.quantising import Job, Quantising
@@ -102,7 +102,9 @@ class GatherCast:
         self.binding = Binding.of(plan.extents)
         self.batches = batches(plan, self.binding)
         self.crc = [f.crc for f in plan.files]
-        self.staging = [np.ones(BAND, np.uint8) for _ in range(threads)]
+        self.staging = [fresh(BAND) for _ in range(threads)]
+        for staging in self.staging:
+            staging[:] = 1
 
     def __call__(self) -> None:
         each(self.binding, self.batches, [partial(self.worker, s) for s in self.staging])

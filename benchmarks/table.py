@@ -12,6 +12,12 @@ from pathlib import Path
 
 from measure import Row
 
+FAULTS = {
+    "kills": ("lost", "torn", "restart"),
+    "crashes": ("lost", "torn", "restart"),
+    "damage": ("missed", "wrong", "alarms"),
+}
+"""The parts of a reliability run, and what can be wrong at a point of each, in the table's order."""
 MARKS = "<!-- figures -->", "<!-- end of figures -->"
 
 
@@ -26,19 +32,50 @@ def line(row: Row) -> str:
     )
 
 
-def table(run: dict[str, object]) -> str:
-    """The run as markdown: the machine in a sentence, then a row a figure."""
-    machine, options, commit = run["machine"], run["options"], run["commit"]
-    rows = [Row(**{f.name: r[f.name] for f in fields(Row)}) for r in run["rows"] if r]
-    made_on = (
+def made_on(run: dict[str, object]) -> str:
+    """The machine, the time and the commit in a sentence that its options end."""
+    machine, commit = run["machine"], run["commit"]
+    return (
         f"{machine['cpu']}, {machine['cpus']} CPUs ({machine['best_instructions']}), "
         f"{machine['memory_gib']} GiB, {machine['system']}, Python {machine['python']}, "
         f"torch {machine['torch']}, DeepSpeed {machine['deepspeed']}; {run['date']} UTC, "
         f"commit {str(commit['id'])[:10]}{' and uncommitted changes' if commit['dirty'] else ''}; "
-        f"--size={options['size']}, {options['threads']} threads."
     )
+
+
+def reliability(run: dict[str, object]) -> str:
+    """A run of reliability/run.py as markdown: a row a part."""
+    options = run["options"]
+    words = ", ".join(f"{name} {value}" for name, value in options.items())
     out = [
-        made_on,
+        f"{made_on(run)}{words}.",
+        "",
+        "| part | points | lost, or missed by verify | torn, or restored wrong "
+        "| restarts that failed, or false alarms | not reached, not counted | minutes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, faults in FAULTS.items():
+        part = run.get(name)
+        if part is None:
+            continue
+        groups = ", ".join(f"{n} of {group}" for group, n in part["by_group"].items())
+        ended = "" if part["ended"] else "; stopped before its end"
+        found = " | ".join(str(part[fault]) for fault in faults)
+        out.append(
+            f"| {name} | {part['points']} ({groups}){ended} | {found} | {part['not_reached']} "
+            f"| {part['seconds'] / 60:.0f} |"
+        )
+    return "\n".join(out)
+
+
+def table(run: dict[str, object]) -> str:
+    """The run as markdown: the machine in a sentence, then a row a figure."""
+    if "rows" not in run:
+        return reliability(run)
+    options = run["options"]
+    rows = [Row(**{f.name: r[f.name] for f in fields(Row)}) for r in run["rows"] if r]
+    out = [
+        f"{made_on(run)}--size={options['size']}, {options['threads']} threads.",
         "",
         "| what | input | best | median | unit | goal | met | seconds (floor) | rounds (dropped) | load |",
         "|---|---|---|---|---|---|---|---|---|---|",

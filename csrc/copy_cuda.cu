@@ -78,6 +78,7 @@ std::vector<KernelFacts> kernel_facts() {
         check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&f.blocks_per_multiprocessor, KERNELS[path], THREADS, 0), NAMES[path]);
         facts.push_back(f);
     }
+    facts.push_back(digest_facts());
     return facts;
 }
 

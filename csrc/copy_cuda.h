@@ -35,8 +35,9 @@ struct KernelFacts {
     std::string name;
     int registers = 0, local_bytes = 0, shared_bytes = 0, threads = 0, blocks_per_multiprocessor = 0;
 };
-// What the current device makes of each kernel. Throws std::runtime_error.
+// What the current device makes of each kernel, digests last. Throws std::runtime_error.
 std::vector<KernelFacts> kernel_facts();
+KernelFacts digest_facts();
 
 extern const char* const CUDA_ARCHITECTURES;
 

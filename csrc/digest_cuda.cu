@@ -13,12 +13,16 @@ namespace {
 
 __device__ const DigestTables TABLES = FASTCKPT_DIGEST_TABLES;
 
-__global__ void __launch_bounds__(LEAF_THREADS, 4) digest_leaves(const LeafAt* leaves, uint64_t count, uint64_t* out) {
-    __shared__ uint64_t shared[LEAF_THREADS];
+__global__ void __launch_bounds__(LEAF_THREADS, 8) digest_leaves(const LeafAt* leaves, uint64_t count, uint64_t* out) {
+    __shared__ uint64_t shared[ACCUMULATORS];
     const Leaves body{leaves, count, out, &TABLES, blockIdx.x};
     body.load(threadIdx.x, shared);
     __syncthreads();
     body.store(threadIdx.x, shared);
+}
+
+void check(cudaError_t error) {
+    if (error != cudaSuccess) throw std::runtime_error(std::string("digests: ") + cudaGetErrorString(error));
 }
 
 }  // namespace
@@ -29,8 +33,15 @@ void launch_digests(uint64_t leaves, uint64_t count, uint64_t out, uint64_t stre
     if (blocks == 0) return;
     digest_leaves<<<static_cast<unsigned>(blocks), LEAF_THREADS, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
         reinterpret_cast<const LeafAt*>(leaves), count, reinterpret_cast<uint64_t*>(out));
-    const cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess) throw std::runtime_error(std::string("digests: ") + cudaGetErrorString(error));
+    check(cudaGetLastError());
+}
+
+KernelFacts digest_facts() {
+    cudaFuncAttributes a;
+    check(cudaFuncGetAttributes(&a, digest_leaves));
+    KernelFacts f{"digest", a.numRegs, static_cast<int>(a.localSizeBytes), static_cast<int>(a.sharedSizeBytes), LEAF_THREADS, 0};
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&f.blocks_per_multiprocessor, digest_leaves, LEAF_THREADS, 0));
+    return f;
 }
 
 }  // namespace fastckpt

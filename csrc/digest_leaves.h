@@ -1,5 +1,6 @@
-// Digests of leaves on a GPU: eight threads a leaf, each with one of XXH3's eight accumulators, which never talk
-// until the end. A body like those of tiles_cuda.h: load(thread, shared), a barrier, store(thread, shared).
+// Digests of leaves on a GPU: four threads a leaf, each with two of XXH3's eight accumulators, which need nothing
+// of the others' until the end, and a KiB of the leaf under way. Blocks are small, so that few leaves reach many
+// multiprocessors. A body like those of tiles_cuda.h: load(thread, shared), a barrier, store(thread, shared).
 #pragma once
 
 #include "digest_short.h"
@@ -7,7 +8,8 @@
 namespace fastckpt {
 namespace {
 
-constexpr uint32_t LEAF_THREADS = 256, LANES_OF_LEAF = 8, LEAVES_OF_BLOCK = LEAF_THREADS / LANES_OF_LEAF;
+constexpr uint32_t LEAF_THREADS = 64, LANES_OF_LEAF = 4, LEAVES_OF_BLOCK = LEAF_THREADS / LANES_OF_LEAF;
+constexpr uint32_t ACCUMULATORS = 2 * LEAF_THREADS;  // of a block, in shared memory
 constexpr uint32_t SHORT_LEAF = 240;  // up to here XXH3 has other formulas
 
 struct LeafAt {
@@ -15,7 +17,7 @@ struct LeafAt {
 };
 
 struct DigestTables {  // where host or device can read them
-    uint8_t secret[192];
+    alignas(16) uint8_t secret[192];
     uint64_t start[8];
 };
 #define FASTCKPT_DIGEST_TABLES                                                                                      \
@@ -32,7 +34,7 @@ struct Leaves {
 
     FASTCKPT_HD void load(uint32_t thread, uint64_t* shared) const {
         const uint64_t i = block * LEAVES_OF_BLOCK + thread / LANES_OF_LEAF;
-        if (i < count && leaves[i].nbytes > SHORT_LEAF) shared[thread] = accumulated(leaves[i], thread % LANES_OF_LEAF);
+        if (i < count && leaves[i].nbytes > SHORT_LEAF) accumulate(leaves[i], thread % LANES_OF_LEAF, shared + 2 * thread);
     }
 
     FASTCKPT_HD void store(uint32_t thread, uint64_t* shared) const {
@@ -40,45 +42,54 @@ struct Leaves {
         if (i >= count || thread % LANES_OF_LEAF != 0) return;
         const size_t n = leaves[i].nbytes;
         const uint8_t* data = reinterpret_cast<const uint8_t*>(leaves[i].address);
-        out[i] = n > SHORT_LEAF ? digest_end(shared + thread, n, tables->secret)
+        out[i] = n > SHORT_LEAF ? digest_end(shared + 2 * thread, n, tables->secret)
                  : n > 16       ? digest_240(data, n, tables->secret)
                                 : digest_16(data, n, tables->secret);
     }
 
-    // This lane's word and its neighbour's.
-    static FASTCKPT_HD void add(uint64_t& acc, const Vector& v, uint32_t lane, uint64_t key) {
+    struct Pair {
+        uint64_t low, high;
+    };
+
+    // 16 bytes into two accumulators: each takes its own word, mixed with its key, and the other's as it is.
+    static FASTCKPT_HD void add(Pair& acc, const Vector& v, uint64_t low_key, uint64_t high_key) {
         const uint64_t low = v.word[0] | static_cast<uint64_t>(v.word[1]) << 32, high = v.word[2] | static_cast<uint64_t>(v.word[3]) << 32;
-        const uint64_t mine = lane & 1 ? high : low, other = lane & 1 ? low : high;
-        const uint64_t x = mine ^ key;
-        acc += other + (x & 0xffffffffu) * (x >> 32);
+        const uint64_t x = low ^ low_key, y = high ^ high_key;
+        acc.low += high + (x & 0xffffffffu) * (x >> 32);
+        acc.high += low + (y & 0xffffffffu) * (y >> 32);
     }
 
-    static FASTCKPT_HD Vector words_at(const char* p, bool aligned) { return aligned ? load_vector(p) : load_cell<16>(p); }
+    FASTCKPT_HD uint64_t key(uint32_t word) const { return load_aligned<8>(reinterpret_cast<const char*>(tables->secret + word * 8)); }
 
-    FASTCKPT_HD uint64_t accumulated(const LeafAt& leaf, uint32_t lane) const {
-        constexpr uint32_t STRIPES = 16, PERIOD = STRIPES * 64, ONCE = 8;
-        const uint8_t* secret = tables->secret;
-        const char* data = reinterpret_cast<const char*>(leaf.address) + lane / 2 * 16;
+    FASTCKPT_HD void accumulate(const LeafAt& leaf, uint32_t lane, uint64_t* out) const {
+        constexpr uint32_t STRIPES = 16, PERIOD = STRIPES * 64, PRIME = 0x9E3779B1u;
+        const uint32_t first = 2 * lane;
+        const char* data = reinterpret_cast<const char*>(leaf.address) + lane * 16;
         const bool aligned = leaf.address % 16 == 0;
         const uint64_t n = leaf.nbytes, periods = (n - 1) / PERIOD;
-        uint64_t acc = tables->start[lane];
+        Pair acc{tables->start[first], tables->start[first + 1]};
         FASTCKPT_KEEP_LOOP
         for (uint64_t p = 0; p < periods; ++p, data += PERIOD) {
-            FASTCKPT_KEEP_LOOP
-            for (uint32_t first = 0; first < STRIPES; first += ONCE) {
-                Vector v[ONCE];
+            Vector v[STRIPES];
+            if (aligned) {  // asked once, so that all loads go out together
                 FASTCKPT_UNROLL
-                for (uint32_t i = 0; i < ONCE; ++i) v[i] = words_at(data + (first + i) * 64, aligned);
+                for (uint32_t i = 0; i < STRIPES; ++i) v[i] = load_vector(data + i * 64);
+            } else {
                 FASTCKPT_UNROLL
-                for (uint32_t i = 0; i < ONCE; ++i) add(acc, v[i], lane, read64(secret + (first + i + lane) * 8));
+                for (uint32_t i = 0; i < STRIPES; ++i) v[i] = load_cell<16>(data + i * 64);
             }
-            acc = (acc ^ acc >> 47 ^ read64(secret + 128 + lane * 8)) * 0x9E3779B1u;
+            FASTCKPT_UNROLL
+            for (uint32_t i = 0; i < STRIPES; ++i) add(acc, v[i], key(i + first), key(i + first + 1));
+            acc.low = (acc.low ^ acc.low >> 47 ^ key(16 + first)) * PRIME;
+            acc.high = (acc.high ^ acc.high >> 47 ^ key(17 + first)) * PRIME;
         }
         const uint64_t rest = n - periods * PERIOD;
         FASTCKPT_KEEP_LOOP
-        for (uint32_t i = 0; i < (rest - 1) / 64; ++i) add(acc, words_at(data + i * 64, aligned), lane, read64(secret + (i + lane) * 8));
-        add(acc, load_cell<16>(data + rest - 64), lane, read64(secret + 121 + lane * 8));
-        return acc;
+        for (uint32_t i = 0; i < (rest - 1) / 64; ++i) add(acc, load_cell<16>(data + i * 64), key(i + first), key(i + first + 1));
+        const uint8_t* last = tables->secret + 121 + first * 8;
+        add(acc, load_cell<16>(data + rest - 64), read64(last), read64(last + 8));
+        out[0] = acc.low;
+        out[1] = acc.high;
     }
 };
 

@@ -89,6 +89,17 @@ template <int SIZE> FASTCKPT_HD typename Cell<SIZE>::type load_cell(const char* 
     memcpy(&x, p, SIZE);
     return x;
 }
+// One element that is aligned.
+template <int SIZE> FASTCKPT_HD typename Cell<SIZE>::type load_aligned(const char* p) {
+    using T = typename Cell<SIZE>::type;
+#if defined(__CUDA_ARCH__)
+    return *reinterpret_cast<const T*>(p);
+#else
+    T x;
+    memcpy(&x, p, SIZE);
+    return x;
+#endif
+}
 template <int SIZE> FASTCKPT_HD void store_cell(char* p, typename Cell<SIZE>::type x) {
 #if defined(__CUDA_ARCH__)
     if (misalignment(p, SIZE) == 0) {

@@ -95,7 +95,7 @@ void run_tiles_on_host(const TableAt& at, uint64_t tiles, uint32_t shuffle) {
 
 void run_digests_on_host(uint64_t leaves, uint64_t count, uint64_t out) {
     static const DigestTables tables = FASTCKPT_DIGEST_TABLES;
-    std::vector<uint64_t> shared(LEAF_THREADS);
+    std::vector<uint64_t> shared(ACCUMULATORS);
     for (uint64_t block = 0; block * LEAVES_OF_BLOCK < count; ++block) {
         const Leaves body{reinterpret_cast<const LeafAt*>(leaves), count, reinterpret_cast<uint64_t*>(out), &tables, block};
         std::fill(shared.begin(), shared.end(), 0xdeadbeefdeadbeefull);

@@ -375,7 +375,7 @@ def launch_digests(leaves: int, count: int, out: int, stream: int) -> None:
 FACTS: list[dict[str, int | str]] = [
     {"name": name, "registers": 64, "local_bytes": 0, "shared_bytes": 0, "threads": 256}
     | {"blocks_per_multiprocessor": 4}
-    for name in ("rows", "transpose", "general")
+    for name in ("rows", "transpose", "general", "digest")
 ]
 FACTORIES = [
     "empty",

@@ -279,7 +279,7 @@ def test_tensors_that_do_not_fit(tmp_path):
     rows, width = tied[f"{table}.weight"].shape
     refused("is tied", {table: (torch.ones(4, rows), torch.ones(width, 4))}, tables=(table,), base=other)
     refused("are one tensor", {}, {f"{table}.weight": torch.ones(rows, width)}, base=other)
-    with pytest.raises(LayoutError, match="layouts hf and rtp_llm alone"):
+    with pytest.raises(LayoutError, match="apart goes with adapter="):
         fastckpt.reshard(base, apart=True)
     with pytest.raises(SourceError, match=r"adapter_config\.json"):
         fastckpt.reshard(base, adapter=tmp_path / "nowhere")
@@ -356,4 +356,4 @@ def test_on_the_command_line(tmp_path, capsys):
     assert main(["inspect", str(made / "adapter")]) == 0
     assert "lora_alpha" in capsys.readouterr().out
     assert main([*words[:2], str(tmp_path / "x"), "--apart"]) == 2
-    assert "layouts hf and rtp_llm alone" in capsys.readouterr().err and not (tmp_path / "x").exists()
+    assert "apart goes with adapter=" in capsys.readouterr().err and not (tmp_path / "x").exists()

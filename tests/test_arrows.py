@@ -58,6 +58,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "inverse": CORE,
     "joining": (*PLAIN, "collector", "digest", "manifest", "inverse", "sources", "recipes", "layouts"),
     "expectation": (*PLAIN, "manifest", "sources", "layouts", "joining"),
+    "foreign": (*PLAIN, "sources", "recipes", "layouts", "joining"),
     "adapters": (*PLAIN, "lowrank", "finishes", "sources", "layouts"),
     # The spine.
     "planned": (*CORE, "planner", "files"),
@@ -115,7 +116,8 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("torchpickle",),
         ("torchfile",),
         ("torchtensors", "zero_state", "dcp_metadata"),
-        ("shards", "zero_parts", "zero_experts"),
+        ("shards", "zero_order", "zero_parts", "zero_experts", "zero_universal"),
+        ("zero_opening",),
         # one format each
         ("zero", "safetensors", "statedict", "dcp", "memory"),
         ("served", "peft", "training"),  # what fastckpt or PEFT wrote, in the two formats before them

@@ -132,6 +132,7 @@ GRIDS = [
     ("gpt_oss", {}, dict(tp=1, pp=2, dp=2)),
     ("qwen2_moe", {"experts": "sequential"}, dict(tp=2, pp=2)),
     ("qwen2_moe", {"experts": "sequential"}, dict(tp=2, dp=5, ep=5)),
+    ("qwen3_moe", {"experts": "sequential", "first_stage": "1"}, dict(tp=2, pp=2)),
     ("deepseek_v2", {"absorb": "true"}, dict(tp=2, dp=2, ep=2)),
     ("deepseek_v3", {"absorb": "false"}, dict(tp=4)),
 ]

@@ -226,6 +226,8 @@ def test_a_tied_head_stays_the_embedding(name):
     embedding = tensors["model.embed_tokens.weight"]
     assert torch.equal(made["model.embed_tokens.weight"], embedding)
     assert torch.equal(made["lm_head.weight"], embedding)
-    asked = Quant(SCHEMES[name], include=("model.embed_tokens.weight",))
-    with pytest.raises(LayoutError, match="tied to another tensor"):
-        fastckpt.reshard(tied, config=config | {"tie_word_embeddings": True}, quant=asked)
+    refused = {"model.embed_tokens.weight": "tied to another", "lm_head.weight": "names no tensor"}
+    for asked, why in refused.items():
+        quant = Quant(SCHEMES[name], include=(asked,))
+        with pytest.raises(LayoutError, match=why):
+            fastckpt.reshard(tied, config=config | {"tie_word_embeddings": True}, quant=quant)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -42,3 +44,69 @@ def test_the_gpus_tests() -> None:
 @pytest.mark.nightly
 def test_the_gpus_tests_of_many_rows() -> None:
     run(f"({LARGE}) and not four_gib")
+
+
+@pytest.mark.nightly
+def test_every_row_of_the_gpus_benchmarks() -> None:
+    script = "import runpy, sys, simulated_gpu; sys.path.insert(0, 'benchmarks'); "
+    script += "sys.argv = ['gpu.py', '--small']; "
+    done = simulated("-c", script + "runpy.run_path('benchmarks/gpu.py', run_name='__main__')")
+    assert done.returncode == 0 and "every row ran" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_a_part_of_make_gpu_that_fails_loses_no_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    spec = importlib.util.spec_from_file_location("on_gpu", TESTS.parent / "benchmarks" / "on_gpu.py")
+    assert spec is not None and spec.loader is not None
+    on_gpu = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "on_gpu", on_gpu)
+    spec.loader.exec_module(on_gpu)
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "old.json").write_text('{"kernels": []}')
+    os.utime(results / "old.json", (1, 1))
+    row = {
+        "name": "r",
+        "ms": 2.0,
+        "bytes": 4_000_000,
+        "fraction_of_copy": 0.5,
+        "speedup_vs_eager": 3.0,
+        "error": "",
+    }
+    about = {"gpu": "g", "driver": "d", "torch": "t", "commit": "c" * 40, "kernels": []}
+    held = json.dumps({**about, "rows": [row, {**row, "name": "s", "error": "failed: x"}]})
+    write = f"import pathlib; pathlib.Path({str(results / 'new.json')!r}).write_text({held!r})"
+    python = sys.executable
+    monkeypatch.setattr(on_gpu, "RESULTS", results)
+    monkeypatch.setattr(on_gpu, "architectures", lambda: "")
+    monkeypatch.setattr(
+        on_gpu,
+        "parts",
+        lambda seconds: [
+            on_gpu.Part("build", 100, (python, "-c", "pass")),
+            on_gpu.Part("bad", 100, (python, "-c", "raise SystemExit(3)")),
+            on_gpu.Part("stuck", 6, (python, "-c", "import time; time.sleep(1000)")),
+            on_gpu.Part("missing", 100, ("no-such-tool",)),
+            on_gpu.Part("rows", 100, (python, "-c", write)),
+        ],
+    )
+    monkeypatch.setattr(on_gpu.shutil, "rmtree", lambda *a, **k: None)
+    monkeypatch.setattr(sys, "argv", ["on_gpu.py"])
+    assert on_gpu.main() == 1
+    said = capsys.readouterr().out
+    made = json.loads((results / "new.json").read_text())
+    assert [p["said"] for p in made["parts"]] == [
+        "ok", "failed, status 3", "stopped after 6 s", "not run: there is no no-such-tool here", "ok",
+    ]  # fmt: skip
+    assert len(made["rows"]) == 2 and "failed: x" in said and "0.500" in said
+    assert json.loads((results / "old.json").read_text()) == {"kernels": []}
+    monkeypatch.setattr(
+        on_gpu,
+        "parts",
+        lambda seconds: [
+            on_gpu.Part("build", 100, (python, "-c", "raise SystemExit(1)")),
+            on_gpu.Part("rows", 100, (python, "-c", "pass")),
+        ],
+    )
+    assert on_gpu.main() == 1 and "not run: there is no build" in capsys.readouterr().out

@@ -16,6 +16,8 @@ from faults import Mode, Shim, matters
 from program import Job, Reports, Roots, gather, judge, resume, spawn, train
 from tally import Outcome
 
+PATIENCE = 4.0
+"""Seconds that ranks wait for each other: enough that a busy machine does not part them before the point."""
 MODES = tuple(m for m in Mode if m is not Mode.NEVER)
 
 
@@ -64,7 +66,7 @@ def points(shim: Shim, roots: Roots, world: int, seed: int, *, few: bool = False
             kinds = calls(shim, roots, job, victim)
             every += [
                 Point(
-                    replace(job, patience=30.0 if world == 1 else 0.5), victim, mode, k + 1,
+                    replace(job, patience=30.0 if world == 1 else PATIENCE), victim, mode, k + 1,
                     None if chance.random() < 0.1 else chance.random() * 0.05,
                 )
                 for mode in MODES

@@ -27,14 +27,9 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import faults  # noqa: E402
 from machine import commit, machine  # noqa: E402
+from table import FAULTS  # noqa: E402
 from tally import Outcome, Tally  # noqa: E402
 
-FAULTS = {
-    "kills": ("lost", "torn", "restart"),
-    "crashes": ("lost", "torn", "restart"),
-    "damage": ("missed", "wrong", "alarms"),
-}
-"""The parts, and what can be wrong at a point of each."""
 SIZES = {
     "ci": {"kills": {1: 60, 2: 8, 4: 2}, "crashes": {1: 120, 2: 40}, "damage": 200, "loads": 100},
     "nightly": {
@@ -74,7 +69,6 @@ def at_once(every: Sequence[Iterator[Outcome]], enter: Callable[[Outcome], None]
         if not pid:
             code = 70
             try:
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
                 os.setpgid(0, 0)
                 os.close(out)
                 for outcome in share:
@@ -171,6 +165,8 @@ def main() -> int:
     import torch
     from program import warm
 
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where whoever started this ignores them
+        signal.signal(number, signal.default_int_handler)
     torch.set_num_threads(1)
     warm()
     memory = Path("/dev/shm")
@@ -178,7 +174,8 @@ def main() -> int:
     size = dict(SIZES[args.size])
     for name in ("kills", "crashes"):
         size[name] = {n: k for n, k in size[name].items() if args.ranks is None or n in args.ranks}
-    options = {"size": args.size, "seed": args.seed, "workers": args.workers, "memory": place == memory}
+    options = {"size": args.size, "only": [*args.only], "seed": args.seed, "workers": args.workers}
+    options |= {"ranks": args.ranks or [1, 2, 4], "in memory": place == memory}
     results = Results(args.json, options)
     for name in args.only:
         results.begin(name)

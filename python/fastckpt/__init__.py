@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .errors import SourceError as SourceError
     from .errors import ViewError as ViewError
     from .errors import WriteError as WriteError
+    from .foreign import open_shards as open_shards
     from .joining import open as open
     from .likeness import verify_tensors as verify_tensors
     from .manager.job import Job as Job
@@ -87,6 +88,7 @@ _HOME = {
     "SCHEMES": "schemes",
     "Quant": "schemes",
     "open": "joining",
+    "open_shards": "foreign",
     "partitioned": "sources.memory",
     "VerifyReport": "verification",
     "verify": "verification",

@@ -188,6 +188,7 @@ def _source(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--check-crc", action="store_true", help="check the CRC32 of every record that is used")
     serving_options.add_recipe(p)
+    serving_options.add_foreign(p)
 
 
 def _rank(p: argparse.ArgumentParser) -> None:

@@ -411,8 +411,12 @@ def _fields(record: Report | VerifyReport) -> dict[str, JSON]:
 
 
 def _opened(args: argparse.Namespace) -> Checkpoint:
+    from .foreign import open_shards
     from .joining import open
 
+    cut = serving_options.foreign(args)
+    if cut is not None:
+        return open_shards(args.path, cut[0], args.like, placement=cut[1], recipe=args.recipe)
     return open(
         args.path,
         tag=args.tag,

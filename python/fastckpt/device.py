@@ -64,6 +64,23 @@ class ToDevice:
         self.device = torch.device(device)
         self.bytes = [_bytes(b) for b in buffers]
         self.streams: list[torch.cuda.Stream] = []
+        self.made: torch.cuda.Stream | None = None
+
+    def room(self, tensor: int, offset: int, nbytes: int) -> None:
+        """No memory there is filled from here."""
+
+    def put(self, tensor: int, offset: int, data: memoryview) -> None:
+        """Send bytes that the CPU quantised; they are there, or on no one's way from `data`, on return."""
+        source = torch.frombuffer(data, dtype=torch.uint8)
+        with torch.cuda.stream(self.made):
+            self.bytes[tensor][offset : offset + len(data)].copy_(source)
+
+    def open(self) -> None:
+        """Before `put`, on the thread whose stream counts: what is put waits for what that stream does."""
+        if self.device.type == "cuda":
+            self.made = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            self.made.wait_stream(torch.cuda.current_stream(self.device))
+            self.streams.append(self.made)
 
     def worker(self, lane: Lane, size: int) -> Worker:
         """A worker that makes at most `size` bytes at a time. Call it on the thread whose stream counts."""

@@ -54,6 +54,18 @@ class Buffer:
         return np.frombuffer(memoryview(held), np.uint8)
 
 
+LINE = 64
+"""Bytes of a cache line."""
+
+
+def fresh(nbytes: int) -> NDArray[np.uint8]:
+    """Memory to be filled again and again; it begins with a cache line, as numpy's own need not: a vector
+    that straddles two is slow to store."""
+    held = np.empty(nbytes + LINE, np.uint8)
+    start = -held.ctypes.data % LINE
+    return held[start : start + nbytes]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Constant(Buffer):
     """A buffer whose bytes a plan brings itself; those of equal bytes are one, as often as they are made."""

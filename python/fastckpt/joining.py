@@ -55,9 +55,9 @@ def open(
 ) -> Checkpoint:
     """The checkpoint at `path`, as `sources.open` has it; the shards of a serving layout as a whole model.
 
-    `recipe`: the file of a user's own recipe, where the shards were cut with one. Quantised shards cannot be
-    joined and are given as they are, each tensor named "rank/name". Raises SourceError for what is broken,
-    missing, unknown or cannot be joined."""
+    `recipe`: the file of a user's own recipe, where the shards were cut with one. Quantised shards, and those
+    of an adapter alone, cannot be joined and are given as they are, each tensor named "rank/name". Raises
+    SourceError for what is broken, missing, unknown or cannot be joined."""
     found = sources.open(
         path,
         tag=tag,
@@ -67,7 +67,8 @@ def open(
         exclude_frozen=exclude_frozen,
         check_crc=check_crc,
     )
-    return found if found.facts.get("quant") is not None else whole(found, recipe)
+    as_it_is = found.facts.get("quant") is not None or found.facts.get("adapter") == "apart"
+    return found if as_it_is else whole(found, recipe)
 
 
 def told(ckpt: Checkpoint, world: int, layout: str) -> dict[str, JSON]:
@@ -93,10 +94,38 @@ def whole(ckpt: Checkpoint, recipe: str | None = None) -> Checkpoint:
     manifest = Manifest.read(ckpt.path)
     record = manifest.record.options
     phantom = _cut_from(ckpt, manifest)
+    entries, aliases, unread = united(
+        ckpt, phantom, manifest.record.layout, _targets(ckpt, phantom, manifest, recipe)
+    )
+    shaped = json.dumps([ckpt.structure, record, dict(ckpt.config or {})], sort_keys=True)
+    was = _map(record.get("resized", {}), ckpt, "resized")
+    more: dict[str, JSON] = {"tied": dict(aliases), **_recipe(ckpt, manifest, recipe)}
+    if was:
+        more["unpadded"] = dict(was)
+    return replace(
+        ckpt,
+        format="served",
+        entries=entries,
+        aliases=aliases,
+        unread=(*ckpt.unread, *unread),
+        config=_config(ckpt, manifest) if was else ckpt.config,
+        facts={k: v for k, v in ckpt.facts.items() if k not in ("options", "files")} | more,
+        structure=xxhash.xxh3_64_hexdigest(shaped.encode()),
+    )
+
+
+def united(
+    ckpt: Checkpoint, phantom: Checkpoint, layout: str, targets: Iterable[tuple[int, Target]]
+) -> tuple[dict[str, Entry], dict[str, str], list[str]]:
+    """The tensors of `phantom` made of the shards in `ckpt`, tied names, and what no shard holds.
+
+    `phantom`: names and shapes, an extent a tensor and no bytes; `targets`: what `layout` makes of it, as
+    (rank, target); `ckpt`: the shards' entries, named "rank/name". Raises SourceError where those are others,
+    or do not hold every element of a tensor."""
     known = dict(zip(phantom.extents, phantom.entries, strict=True))
     pieces: dict[str, dict[Place, Piece]] = {name: {} for name in phantom.entries}
     seen: set[str] = set()
-    for rank, target in _targets(ckpt, phantom, manifest, recipe):
+    for rank, target in targets:
         name = f"{rank}/{target.name}"
         held = ckpt.entries.get(name)
         if held is None or held.shape != target.shape:
@@ -108,9 +137,9 @@ def whole(ckpt: Checkpoint, recipe: str | None = None) -> Checkpoint:
                 pieces[tensor].setdefault(place, piece)
     unseen = next((name for name in ckpt.entries if name not in seen), None)
     if unseen is not None:
-        raise SourceError(f"{ckpt.path}: {unseen} is no tensor of layout {manifest.record.layout}")
+        raise SourceError(f"{ckpt.path}: {unseen} is no tensor of layout {layout}")
     entries: dict[str, Entry] = {}
-    unread = [*ckpt.unread]
+    unread: list[str] = []
     for name, entry in phantom.entries.items():
         if pieces[name]:
             view = joined(f"{ckpt.path}: {name}", entry.shape, pieces[name], ckpt.extents)
@@ -119,22 +148,7 @@ def whole(ckpt: Checkpoint, recipe: str | None = None) -> Checkpoint:
             entries[name] = entry
         else:
             unread.append(f"{name}: not in the output")
-    aliases = {a: h for a, h in phantom.aliases.items() if h in entries}
-    shaped = json.dumps([ckpt.structure, record, dict(ckpt.config or {})], sort_keys=True)
-    was = _map(record.get("resized", {}), ckpt, "resized")
-    more: dict[str, JSON] = {"tied": dict(aliases), **_recipe(ckpt, manifest, recipe)}
-    if was:
-        more["unpadded"] = dict(was)
-    return replace(
-        ckpt,
-        format="served",
-        entries=entries,
-        aliases=aliases,
-        unread=tuple(unread),
-        config=_config(ckpt, manifest) if was else ckpt.config,
-        facts={k: v for k, v in ckpt.facts.items() if k not in ("options", "files")} | more,
-        structure=xxhash.xxh3_64_hexdigest(shaped.encode()),
-    )
+    return entries, {a: h for a, h in phantom.aliases.items() if h in entries}, unread
 
 
 def _same(view: View) -> View:
@@ -248,11 +262,12 @@ def _cut_from(ckpt: Checkpoint, manifest: Manifest) -> Checkpoint:
             f"{ckpt.path}: cut by version {version} of the layouts (fastckpt {manifest.record.version}); "
             f"this one knows version {layouts.VERSION}, which may cut elsewhere"
         )
-    return _phantom(ckpt, _map(source.get("tensors"), ckpt, "tensors"), source.get("aliases"))
+    return phantom_of(ckpt, _map(source.get("tensors"), ckpt, "tensors"), source.get("aliases"))
 
 
-def _phantom(ckpt: Checkpoint, tensors: Mapping[str, JSON], aliases: JSON) -> Checkpoint:
-    """The checkpoint the shards were cut from, with an extent a tensor and no byte behind it."""
+def phantom_of(ckpt: Checkpoint, tensors: Mapping[str, JSON], aliases: JSON) -> Checkpoint:
+    """A checkpoint of those tensors (name -> [dtype, shape]) and tied names, with an extent a tensor and no
+    byte behind it. Raises SourceError for what is no dtype or shape."""
     kinds: dict[str, tuple[DType, tuple[int, ...]]] = {}
     for name, kind in tensors.items():
         match kind:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from .digest import combine, crc32, crc32_combine, leaf_digests
 from .dtypes import DTYPES
 from .errors import SourceError, WriteError
-from .extents import Buffer
+from .extents import Buffer, fresh
 from .finite import nonfinite
 from .planned import PlannedTensors
 from .planner import LEAF, Batch, Slots
@@ -201,7 +201,7 @@ class ToDigests:
 
 def _maker(lane: Lane, size: int) -> Callable[[Batch], memoryview]:
     """What gives a batch's bytes, valid until the next: where they lie, or in a staging of `size` bytes."""
-    staging = np.empty(size, np.uint8)
+    staging = fresh(size)
     address = staging.ctypes.data
     whole = memoryview(staging.data)
 

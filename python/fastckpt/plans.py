@@ -336,8 +336,9 @@ class _Road:
     def of(ckpt: Checkpoint, wanted: Wanted) -> _Road:
         if wanted.dense:
             ckpt, wanted = _densified(ckpt, wanted)
-        if "unpadded" in ckpt.facts and wanted.config is None:  # the config.json beside it is the padded one
-            wanted = replace(wanted, config=ckpt.config)
+        beside = any(os.path.basename(path) == "config.json" for path in ckpt.beside)
+        if wanted.config is None and ckpt.config is not None and ("unpadded" in ckpt.facts or not beside):
+            wanted = replace(wanted, config=ckpt.config)  # there is none beside, or that of padded shards
         layout = layouts.layout(wanted.layout) if isinstance(wanted.layout, str) else wanted.layout
         if wanted.tp_plan is not None:
             if _layout_name(layout) != "hf":

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dtypes import float16, int32
-from .extents import Buffer
+from .extents import Buffer, fresh
 from .planner import LEAF, NOTHING, Binding, Chunk, Slots, Table, cut
 from .plans import Plan
 from .quantplan import DENSE_BYTES, Quantised, flat
@@ -166,8 +166,7 @@ class Quantising:
 
     def worker(self, lane: Lane, end: End) -> Callable[[Job], None]:
         """A worker with staging of its own for dense rows and for values."""
-        dense = np.empty(self.dense, np.uint8)
-        values = np.empty(self.values, np.uint8)
+        dense, values = fresh(self.dense), fresh(self.values)
         whole = memoryview(values.data)
 
         def run(job: Job) -> None:
@@ -252,11 +251,11 @@ class Scan:
 
     def worker(self, lane: Lane) -> Callable[[ScanJob], None]:
         """A worker with staging of its own."""
-        staging = [np.empty(DENSE_BYTES, np.uint8)]
+        staging = [fresh(DENSE_BYTES)]
 
         def run(job: ScanJob) -> None:
             if len(staging[0]) < job.stop:
-                staging[0] = np.empty(job.stop, np.uint8)
+                staging[0] = fresh(job.stop)
             band, (_, columns) = job.band, flat(job.target.shape)
             dense = band.dense(lane, staging[0], job.stop)
             largest = amax(dense, job.target.view.dtype, band.count, columns)

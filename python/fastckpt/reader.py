@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import SourceError, WriteError
-from .extents import Buffer, File
+from .extents import Buffer, File, fresh
 from .planner import AXES, NOTHING, Executor, Runner, Table, item_sizes, nbytes
 
 GAP = 1 << 16
@@ -167,7 +167,7 @@ class PositionedLane:
                 used += length
         if self.runner is None or used > len(self.scratch):
             if used > len(self.scratch):
-                self.scratch = np.empty(used, np.uint8)
+                self.scratch = fresh(used)
             held = Buffer(self.scratch, self.scratch.ctypes.data, self.scratch.nbytes)
             self.runner = self.executor.bind([held, *self.buffers])
         view = memoryview(self.scratch.data)

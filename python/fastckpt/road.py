@@ -18,7 +18,7 @@ from .checkpoint import JSON, Checkpoint
 from .dtypes import DType
 from .errors import DeviceError, LayoutError, SourceError, expect
 from .executors import pick
-from .extents import Buffer
+from .extents import Buffer, fresh
 from .layouts import Layout
 from .layouts.same import Same
 from .placement import Placement
@@ -331,7 +331,7 @@ def stream(ckpt: Opened, names: Sequence[str]) -> Iterator[tuple[str, int, memor
     only = replace(opened, entries={n: opened.entries[n] for n in names}, aliases={})
     planned = plans.draft(only, Wanted(Placement(), layout=Same()), in_memory=True)
     binding, slots = Binding.of(planned.extents), planned.slots()
-    staging = np.empty(LEAF, np.uint8)
+    staging = fresh(LEAF)
     target = Buffer(staging, staging.ctypes.data, LEAF)
     whole = memoryview(staging.data)
     with reader_of(planned.extents, binding, alone=False) as reader:

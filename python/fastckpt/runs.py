@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from . import __version__, figures, joining
 from .checkpoint import JSON
-from .errors import DeviceError, WriteError, expect
+from .errors import WriteError, expect
 from .executors import pick
 from .executors.cpu import built
 from .extents import Buffer, Extents, File
@@ -142,12 +142,18 @@ class Run:
 
     def _on_gpu(self, planned: Plan, buffers: Sequence[Buffer], device: str) -> None:
         from . import crossing
+        from .device import ToDevice
         from .resident import prepare, resident
 
-        if planned.quantised:
-            raise DeviceError(f"device {device!r}: quantising runs on the CPU only")
         binding = Binding.of(planned.extents)
-        if resident(binding):
+        if planned.quantised:  # by the CPU, also what lies on a GPU already
+            sink = ToDevice(planned.slots(), buffers, device)
+            sink.open()
+            try:
+                self._copy(planned, lambda lane: sink.worker(lane, self.band), sink)
+            finally:
+                sink.close()
+        elif resident(binding):
             began = time.perf_counter()
             prepare(planned, binding, buffers, device).run()
             self.bytes_read += planned.needed_bytes

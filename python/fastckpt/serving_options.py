@@ -58,6 +58,46 @@ def add_recipe(p: argparse.ArgumentParser) -> None:
     )
 
 
+def add_foreign(p: argparse.ArgumentParser) -> None:
+    """Add the options that say what another program's shards are."""
+    p.add_argument(
+        "--cut-as",
+        type=_cut_as,
+        metavar="LAYOUT[:KEY=VALUE,...]",
+        help="CHECKPOINT is another program's shards: their layout, with its grid and options (vllm:tp=8)",
+    )
+    p.add_argument(
+        "--like", metavar="DIR", help="with --cut-as: a checkpoint with the whole model's names and shapes"
+    )
+
+
+def foreign(args: argparse.Namespace) -> tuple[Layout, Placement] | None:
+    """How the shards that are read were cut, where they have no record. Raises FastckptError."""
+    from .layouts import layout
+
+    if (args.cut_as is None) != (args.like is None):
+        raise FastckptError("--cut-as and --like go together: how the shards were cut, and of what model")
+    if args.cut_as is None:
+        return None
+    if args.tag or args.also or args.rename or args.exclude_frozen_parameters or args.weights != "master":
+        raise FastckptError(
+            "--cut-as: shards have no tag, no frozen or module weights, lie in one directory, and keep their "
+            "names: leave --tag, --also, --rename, --strip-prefix, --weights and "
+            "--exclude-frozen-parameters out"
+        )
+    name, options = args.cut_as
+    sizes = {axis: options.pop(axis, "1") for axis in ("tp", "pp", "dp", "ep")}
+    for axis, size in sizes.items():
+        if not size.isascii() or not size.isdigit():
+            raise FastckptError(f"--cut-as {name}: {axis}: wanted a number, got {size!r}")
+    return layout(name, options), Placement(**{axis: int(size) for axis, size in sizes.items()})
+
+
+def _cut_as(text: str) -> tuple[str, dict[str, str]]:
+    layout, _, rest = text.partition(":")
+    return layout, dict(_option(pair) for pair in rest.split(",")) if rest else {}
+
+
 def _option(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals or not key:

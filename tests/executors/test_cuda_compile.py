@@ -43,10 +43,11 @@ def report(folder: Path, architecture: str, source: str, kernels: int) -> list[d
 
 
 def check(folder: Path, architecture: str) -> None:
-    copies = report(folder, architecture, "copy_cuda.cu", 3)
-    for f in copies + report(folder, architecture, "digest_cuda.cu", 1):
-        assert (f["stack"], f["stores"], f["loads"]) == (0, 0, 0), f"sm_{architecture}: {f}"
-        assert f["registers"] <= 64, f"sm_{architecture}: {f}"  # four blocks of 256 threads
+    """No local memory; four blocks of 256 threads fit a multiprocessor, eight of the 64 of digests."""
+    for source, kernels, registers in (("copy_cuda.cu", 3, 64), ("digest_cuda.cu", 1, 128)):
+        for f in report(folder, architecture, source, kernels):
+            assert (f["stack"], f["stores"], f["loads"]) == (0, 0, 0), f"sm_{architecture}: {f}"
+            assert f["registers"] <= registers, f"sm_{architecture}: {f}"
 
 
 @needs_nvcc

@@ -723,11 +723,11 @@ def linear(names, dim, blocks=False):
     return case
 
 
-def of_values(dim, ndim=2):
-    """Rows or columns of value heads."""
+def of_values(dim, ndim=2, most=3):
+    """Rows or columns of value heads, up to `most` each."""
 
     def case(d, grid):
-        heads, size = grid.tp * d.int(1, 3), d.int(1, 3)
+        heads, size = grid.tp * d.int(1, 3), d.int(1, most)
         shape = [3] * ndim
         shape[dim] = heads * size
         x, mine = d.t(*shape), heads // grid.tp
@@ -778,7 +778,7 @@ SPLITS = {
     "split_qkvz_t": linear("qkvz", 0, blocks=True),
     "split_qkvz_channel_scale": linear("qkvz", 0),
     "split_ba": ba,
-    "split_head_linear": of_values(0, 1),
+    "split_head_linear": of_values(0, 1, 1),
     "split_conv1d": linear("qkv", 0),
     "split_out_linear": of_values(0),
     "split_out_linear_t": of_values(1),

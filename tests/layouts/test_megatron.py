@@ -7,6 +7,7 @@ import torch
 from fastckpt import recipes
 from fastckpt.errors import LayoutError
 from fastckpt.layouts import layout
+from fastckpt.layouts.megatron import Megatron
 from fastckpt.placement import Placement
 from layouts import families, quantised, tiny
 from reading import memory, same, shard
@@ -159,6 +160,42 @@ def test_stages(name):
         same(shard(layout("megatron").targets(model, p)), llama(hub, config, 2, p.tp_rank, **stage))
     assert layout("megatron").naming(Placement(tp=2, pp=2, rank=3)).directory == "mp_rank_01_001"
     assert layout("megatron").naming(Placement(tp=2, rank=1)).directory == "mp_rank_01"
+
+
+STAGES = [
+    ((3, 2, 0, 0), None),
+    ((3, 2, 1, 0), [1, 2]),
+    ((3, 2, 0, 1), [2, 1]),
+    ((3, 2, 2, 1), [2, 1]),
+    ((3, 2, 2, 2), None),
+    ((3, 3, 0, 0), [1, 1, 1]),
+    ((3, 3, 2, 0), None),
+    ((3, 2, 3, 0), None),
+    ((3, 1, 2, 1), [3]),
+]
+"""(layers, pp, first_stage, last_stage) -> each stage's layers, by get_num_layers_to_build's rule."""
+
+
+@pytest.mark.parametrize(("sizes", "want"), STAGES)
+def test_stages_of_other_sizes(sizes, want):
+    _, pp, first, last = sizes
+    model, config, hub = model_of("qwen3_moe")  # 3 layers
+    options = {"first_stage": str(first), "last_stage": str(last)}
+    if want is None:
+        with pytest.raises(LayoutError, match=f"3 layers.* do not divide by pp {pp}"):
+            layout("megatron", options).targets(model, Placement(tp=2, pp=pp))
+        return
+    for p in Placement(tp=2, pp=pp).ranks():
+        held = range(sum(want[: p.pp_rank]), sum(want[: p.pp_rank + 1]))
+        stage = dict(layers=held, first=p.pp_rank == 0, last=p.pp_rank == pp - 1)
+        got = shard(layout("megatron", options).targets(model, p))
+        same(got, llama(hub, config, 2, p.tp_rank, **stage))
+
+
+@pytest.mark.parametrize("name", ["expert_tp", "first_stage", "last_stage"])
+def test_options_below_zero(name):
+    with pytest.raises(LayoutError, match=f"{name} must be at least 0, got -1"):
+        Megatron(**{name: -1})
 
 
 @pytest.mark.parametrize("tp", [1, 2])

@@ -208,8 +208,9 @@ def test_files_of_every_rank(tmp_path):
         base, tp=2, layout="rtp_llm", adapter=adapter, out=tmp_path / "m", durable=False
     )
     assert merged.key != report.key
+    assert f"1/rank_01_00_00.layers.0.{SA}query_weight.kernel.lora_A" in fastckpt.open(tmp_path / "out")
     with pytest.raises(SourceError, match="an adapter alone, cut for a layout"):
-        fastckpt.open(tmp_path / "out")
+        fastckpt.reshard(tmp_path / "out", layout="hf")
 
 
 def test_its_scale_is_multiplied_in_float32_and_rounded_once(tmp_path):

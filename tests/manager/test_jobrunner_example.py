@@ -23,7 +23,7 @@ def test_jobrunner(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, str(EXAMPLE), "--smoke", "--out", str(tmp_path)],
-        env=env, capture_output=True, text=True, timeout=240, check=False,
+        env=env, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "rank 1 was killed while it saved epoch 3; step-00000002 stands" in done.stdout
@@ -36,16 +36,24 @@ def test_jobrunner(tmp_path: Path) -> None:
         assert isinstance(saved, dict) and all(torch.equal(saved[f"model.{n}"], one[n]) for n in one)
     assert len(ElementTree.parse(tmp_path / "result.svg").findall("{*}polyline")) == 2
 
+    # the first rank, which also commits, dies in the same way
+    assert ranks(tmp_path / "first", {}, "--kill-in", "3")[0] == -signal.SIGKILL
+    assert sorted(p.name for p in (tmp_path / "first").glob("step-*"))[-1] == "step-00000002"
+    assert ranks(tmp_path / "first", {}) == [0, 0]
+    want = (tmp_path / "undisturbed.safetensors").read_bytes()
+    assert (tmp_path / "first.safetensors").read_bytes() == want
 
-def ranks(root: Path, more: dict[int, dict[str, str]]) -> list[int]:
+
+def ranks(root: Path, more: dict[int, dict[str, str]], *first: str) -> list[int]:
     """Both ranks of the example's training, as its launcher starts them; exit codes. `more`: variables of a
-    rank. When one dies, the other is killed."""
+    rank; `first`: further words for rank 0. When one dies, the other is killed."""
     meet = root.parent / f".meet-{time.time_ns()}"
     command = [sys.executable, str(EXAMPLE), "--out", str(root.parent), "--smoke", "--rank-of", str(root)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command += ["--meet", str(meet)]
     started = [
-        subprocess.Popen([*command, "--meet", str(meet)], env={**env, "RANK": str(r), **more.get(r, {})})
-        for r in range(2)
+        subprocess.Popen([*command, *words], env={**env, "RANK": str(r), **more.get(r, {})})
+        for r, words in enumerate((first, ()))
     ]
     while any(p.poll() is None for p in started):
         if any(p.poll() not in (None, 0) for p in started):

@@ -270,12 +270,12 @@ def test_pipelines_and_tensor_parallel_runs(tmp_path):
     refuses(tmp_path, "`module` is None")
 
 
-def test_universal_checkpoints(tmp_path):
+def test_a_universal_checkpoint_that_is_not_one(tmp_path):
     folder = written(tmp_path)
-    (folder / "zero").mkdir()
-    refuses(tmp_path, "universal checkpoint")
     (tmp_path / "latest").rename(tmp_path / "latest_universal")
-    refuses(tmp_path, "latest_universal: a universal checkpoint")
+    sources.open(tmp_path)
+    (folder / "zero").mkdir()
+    refuses(tmp_path, "optim_states.pt and zero/: files of two runs")
 
 
 def test_a_truncated_rank_file(tmp_path):
@@ -337,3 +337,46 @@ def test_config_that_is_no_json(tmp_path):
     refuses(tmp_path, "config.json: no JSON")
     (tmp_path / "config.json").write_text('{"a": 1, "a": 2}')
     refuses(tmp_path, "'a' stands twice")
+
+
+SHAPES = {"w": (40, 8), "ones": (24,), "b": (13,), "v": (31, 5), "one": (1,)}
+KINDS = {
+    "stage 1": {"stage": 1},
+    "stage 2": {"stage": 2},
+    "aligned": {"stage": 1, "alignment": 4},
+    "round robin": {"stage": 2, "round_robin": True},
+    "BF16_Optimizer": {"stage": 1, "bf16_optimizer": True},
+    "two groups": {"stage": 2, "groups": [["w", "ones"], ["b", "v", "one"]]},
+    "fp16 masters": {"stage": 2, "master": torch.float16, "model_dtype": torch.float16},
+}
+
+
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_files_under_another_rank_s_name(tmp_path, options):
+    """Swapped, or copied: each holds what the 16-bit copy in `module` has elsewhere."""
+    torch.manual_seed(3)
+    params = {n: torch.ones(s) if n == "ones" else torch.randn(s) for n, s in SHAPES.items()}
+    write_zero(tmp_path / "good", params, world=4, stripped=False, **options)
+    assert not [n for n in sources.open(tmp_path / "good").unread if "no copy" in n]
+    for a, b, copied in ((0, 1, False), (1, 2, False), (0, 2, True), (3, 0, True)):
+        at = tmp_path / f"bad-{a}-{b}-{copied}"
+        shutil.copytree(tmp_path / "good", at)
+        (first,), (second,) = (at.rglob(f"*zero_pp_rank_{rank}_*optim_states.pt") for rank in (a, b))
+        held = second.read_bytes()
+        second.write_bytes(first.read_bytes())
+        if not copied:
+            first.write_bytes(held)
+        refuses(at, "holds the partition of rank", "swapped with, or copied from")
+
+
+def test_masters_that_moved_away_from_their_copy_are_a_note(tmp_path):
+    torch.manual_seed(3)
+    params = {n: torch.randn(s) for n, s in SHAPES.items()}
+    write_zero(tmp_path, params, stage=2, world=3)
+
+    def change(content):
+        content["module"]["w"].add_(1.0)
+
+    edit(model(tmp_path / "global_step2"), change)
+    ckpt = sources.open(tmp_path)
+    assert "`module` is no copy of the masters: w differs, 2 of those compared" in ckpt.unread

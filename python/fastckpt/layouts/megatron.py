@@ -41,6 +41,8 @@ class Megatron:
     make_vocab_size_divisible_by). `spec`: the names of layers made of Transformer Engine's modules, which
     hold the norm before them, or of megatron's own. `experts`: named as TEGroupedMLP or SequentialMLP.
     `expert_tp`: how many ranks cut one expert (expert_tensor_parallel_size; 0: tp).
+    `first_stage`, `last_stage`: how many layers the first and the last stage hold
+    (num_layers_in_first_pipeline_stage, ..._last_...; 0: as many as each of the others).
     `zero_centered_gamma`: norms are stored as their factor less 1 (layernorm_zero_centered_gamma), as the
     hub's Gemma has them."""
 
@@ -48,12 +50,17 @@ class Megatron:
     spec: Literal["transformer_engine", "local"] = "transformer_engine"
     experts: Literal["grouped", "sequential"] = "grouped"
     expert_tp: int = 0
+    first_stage: int = 0
+    last_stage: int = 0
     zero_centered_gamma: bool = False
     roles: ClassVar[Literal[True]] = True
 
     def __post_init__(self) -> None:
         if self.vocab_padding < 1:
             raise LayoutError(f"layout megatron: vocab_padding must be at least 1, got {self.vocab_padding}")
+        for name in ("expert_tp", "first_stage", "last_stage"):
+            if getattr(self, name) < 0:
+                raise LayoutError(f"layout megatron: {name} must be at least 0, got {getattr(self, name)}")
 
     def targets(self, model: Model, placement: Placement) -> Iterator[Target]:
         """The rank's tensors; a tied output layer is written by the last of several stages alone.
@@ -83,10 +90,7 @@ class Megatron:
         require_kv_heads("megatron", placement, sizes)
         rows = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
         require_even("megatron", placement, "the number of query, key and value rows", rows)
-        if len(model.layers) % placement.pp:
-            raise LayoutError(
-                f"layout megatron: {len(model.layers)} layers do not divide by pp {placement.pp}"
-            )
+        stage = self._stage(len(model.layers), placement)
         if model.encoder is not None:
             raise LayoutError(f"layout megatron has no place for the encoder of {model.family}")
         if model.parallel or model.alibi:
@@ -97,7 +101,7 @@ class Megatron:
                 raise LayoutError(f"layout megatron has no place for {extra.name} of {model.family}")
         if model.lm_head.bias is not None:
             raise LayoutError(f"layout megatron has no place for the bias of {model.lm_head.name}")
-        return self._targets(model, placement)
+        return self._targets(model, placement, stage)
 
     def naming(self, placement: Placement) -> Naming:
         """safetensors in Megatron-LM's directories of ranks: `mp_rank_TT[_PPP][_EEE]`.
@@ -116,17 +120,28 @@ class Megatron:
         flat = placement.dp_rank * placement.tp + placement.tp_rank
         return Share(flat % count, count, flat // count % placement.ep, placement.ep)
 
-    def _targets(self, model: Model, placement: Placement) -> Iterator[Target]:
+    def _stage(self, layers: int, placement: Placement) -> range:
+        """The layers of this rank's stage. Raises LayoutError where the others cannot share the rest."""
+        pp = placement.pp
+        given = {0: self.first_stage, pp - 1: self.last_stage} if pp > 1 else {}
+        said = {stage: count for stage, count in given.items() if count}
+        others, rest = pp - len(said), layers - sum(said.values())
+        if rest < others or (rest % others if others else rest):
+            apart = f", {' and '.join(map(str, said.values()))} of them apart," if said else ""
+            raise LayoutError(f"layout megatron: {layers} layers{apart} do not divide by pp {pp}")
+        sizes = [said.get(stage, rest // others if others else 0) for stage in range(pp)]
+        start = sum(sizes[: placement.pp_rank])
+        return range(start, start + sizes[placement.pp_rank])
+
+    def _targets(self, model: Model, placement: Placement, stage: range) -> Iterator[Target]:
         first, last = placement.pp_rank == 0, placement.pp_rank == placement.pp - 1
-        each = len(model.layers) // placement.pp
         if first:
             table = self._rows(model.embedding.weight, placement)
             yield Target("embedding.word_embeddings.weight", table)
             if model.positions is not None:
                 yield Target("embedding.position_embeddings.weight", model.positions.weight)
-        for i in range(each):
-            layer = model.layers[placement.pp_rank * each + i]
-            yield from self._layer(f"decoder.layers.{i}", layer, model.sizes, placement)
+        for i, layer in enumerate(stage):
+            yield from self._layer(f"decoder.layers.{i}", model.layers[layer], model.sizes, placement)
         if last:
             yield from self._norm("decoder.final_layernorm.", model.norm)
             if not model.tied or not first:

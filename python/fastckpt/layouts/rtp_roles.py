@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from .. import dtypes
 from ..errors import LayoutError
-from ..finishes import agreed, largest, plus_one
+from ..finishes import agreed, largest, plus_one, reciprocal
 from ..model import Attention, Beside, Experts, Layer, Linear, Mla, Mlp, Model, Norm
 from ..views import View
 from .cuts import in_form, joined
@@ -25,7 +25,6 @@ from .rtp_merge import (
     kv_rope,
     merge_fp8,
     q_rope,
-    reciprocals,
     stack_moe_w1,
     stacked,
     transpose,
@@ -159,9 +158,13 @@ def _matrix(
     yield Whole(f"{stem}w{end}", transpose([kernel]) if table == "default" else kernel, table, bits)
     for b in linear.beside:
         if b.leaf == "input_scale":
-            yield from _inputs(stem + end, linears, table, one_scale=one_scale)
-        elif b.leaf == "smoother" and len(linears) > 1:
-            yield _shared(_beside_name(stem, end, linear, b), linears, b.leaf, table)
+            each = _vectors(linears, b.leaf)
+            view = each[0] if end == "13" else flat(each)
+            yield from _inputs(stem + end, each, view, table, f"{linear.name}.{b.leaf}", one_scale=one_scale)
+        elif b.leaf == "smoother" and len(linears) > 1:  # they read one input
+            each = _vectors(linears, b.leaf)
+            shared = agreed(f"{linear.name}.{b.leaf}", each)
+            yield Whole(_beside_name(stem, end, linear, b), shared, table, also=tuple(each))
         elif name := _beside_name(stem, end, linear, b):
             finish = _one_of(f"{linear.name}.{b.leaf}") if one_scale and b.leaf == "weight_scale" else None
             yield Whole(name, _beside(b, table), table, bits, finish)
@@ -193,33 +196,27 @@ def _vectors(linears: Sequence[Linear], leaf: str) -> list[View]:
     return [v.reshape((v.numel,)).cast(dtypes.float32) for v in found]
 
 
-def _shared(name: str, linears: Sequence[Linear], leaf: str, table: str) -> Whole:
-    """What goes by the input that all of them read, and so must be one."""
-    views = _vectors(linears, leaf)
-    return Whole(name, agreed(f"{linears[0].name}.{leaf}", views), table, also=tuple(views))
-
-
-def _inputs(matrix: str, linears: Sequence[Linear], table: str, *, one_scale: bool) -> Iterator[Whole]:
-    """The scale of what a matrix reads and its reciprocal: of q, k and v each its own, of gate and up one.
+def _inputs(
+    matrix: str, scales: Sequence[View], view: View, table: str, name: str, *, one_scale: bool
+) -> Iterator[Whole]:
+    """The scale `view` of what a matrix reads, and its reciprocal. `scales`: those of gate and up, which must
+    agree; of q, k and v, and of experts, each has its own.
 
     Raises LayoutError where the engine quantises what such a matrix reads as it comes."""
-    name, views = f"{linears[0].name}.input_scale", _vectors(linears, "input_scale")
     found = STATIC.get(table, {}).get(matrix)
     if found is None:
         raise LayoutError(f"layout rtp_llm has no name for {name}, beside {matrix}w stored as {table}")
     values, inverses = found
-    if matrix == "ffn_13":
-        both = _shared("", linears, "input_scale", table)
-        yield from (both._replace(name=n) for n in values)
-        yield from (Whole(n, reciprocals(views[:1], name), table) for n in inverses)
-        return
-    view = flat(views)
-    yield from (Whole(n, view, table, finish=_one_of(name) if one_scale else None) for n in values)
+    for n in values:
+        if matrix == "ffn_13":
+            yield Whole(n, agreed(name, scales), table, also=tuple(scales))
+        else:
+            yield Whole(n, view, table, finish=_one_of(name) if one_scale else None)
     for n in inverses:
         if one_scale:
             yield Whole(n, view, table, finish=_one_of(name, inverse=True))
         else:
-            yield Whole(n, reciprocals(views, name), table)
+            yield Whole(n, reciprocal(name, view), table)
 
 
 def _of_one_scale(linears: Sequence[Linear]) -> View:
@@ -426,11 +423,4 @@ def _expert_scalars(end: str, linears: Sequence[Linear], leaf: str, *, one_scale
         pairs = partial(largest, name) if one_scale and end == "1" else None
         yield Whole(f"moe_s{end}", view, "fp8_tensor", finish=pairs)
         return
-    for inverse, names in enumerate(STATIC["fp8_tensor"][f"moe_{end}"]):
-        for n in names:
-            if one_scale:
-                yield Whole(n, view, "fp8_tensor", finish=_one_of(name, inverse=bool(inverse)))
-            else:
-                yield Whole(
-                    n, reciprocals([view], name).reshape(view.shape) if inverse else view, "fp8_tensor"
-                )
+    yield from _inputs(f"moe_{end}", vectors, view, "fp8_tensor", name, one_scale=one_scale)

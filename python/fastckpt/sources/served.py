@@ -99,6 +99,9 @@ def _shards(path: str, body: Mapping[str, JSON], ranks: list[JSON], options: Opt
     told = body.get("options")
     if isinstance(told, dict) and told.get("quant") is not None:
         facts["quant"] = told["quant"]
+    match told:
+        case {"adapter": ["apart", *_]}:
+            facts["adapter"] = "apart"
     return assemble(
         path,
         SHARDS,

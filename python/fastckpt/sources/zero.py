@@ -10,34 +10,29 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
 from typing import TypeVar
 
 import numpy as np
 
 from ..checkpoint import JSON, Checkpoint, Entry
 from ..errors import SourceError
-from ..extents import Extent, Extents
+from ..extents import Extents
 from ..views import View
 from . import torchfile
 from .assembly import assemble
 from .options import Options
-from .torchfile import Tensor, TorchFile, Tree, Wanted
+from .torchfile import Tensor
 from .torchtensors import by_storage, places, whole
-from .zero_experts import check_files, is_expert, spread, tensors
+from .zero_experts import is_expert, spread
 from .zero_files import Files, check_ranks, find, is_zero
 from .zero_layout import Flat, Placed, Shape, chained, sliced
+from .zero_opening import Opened, Opening, Whole, optim_tensors
+from .zero_order import check_order, comparable, sampled
 from .zero_parts import Parts, parts, trainable
 from .zero_sample import check_copy, number, read_at
 from .zero_state import ModelState, OptimState, model_state, optim_state
 
 State = TypeVar("State", OptimState, ModelState)
-
-THREADS = 8
-"""Files opened at a time; the wait is for the file system."""
-
 
 def matches(path: str) -> bool:
     """Whether `path` is a ZeRO tag folder or a directory that holds tag folders."""
@@ -50,10 +45,12 @@ def read(path: str, options: Options) -> Checkpoint:
     Raises SourceError for files that are missing, left over or of different runs, for sizes that do not fit,
     and for what is not supported: tensor and pipeline parallel grids."""
     files = find(path, options.tag, options.also)
-    opening = _Opening(files, options)
+    opening = Opening(files, options)
+    if files.universal is not None and options.weights == "master":
+        return _from_universal(path, opening)
     first = _first(opening) if files.optim else None
     if files.model is not None:
-        model, state = opening.model(files.model)
+        model, state = opening.model(files.model, first)
         if state.shapes is None or (first is None and options.weights == "module"):
             return _from_module(path, opening, model, state)
         if first is not None and first.stage != 3:
@@ -68,108 +65,13 @@ def read(path: str, options: Options) -> Checkpoint:
     raise SourceError(f"{files.folder}: optimizer files of stage {first.stage or 1}, but no {kind}")
 
 
-# ---- opening files ----
+# ---- whose files ----
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Opened:
-    """A parsed file, and the number of its first extent in the checkpoint's table."""
-
-    file: TorchFile
-    base: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Whole:
-    """A tensor that lies whole in an opened file."""
-
-    opened: _Opened
-    tensor: Tensor
-
-    def entry(self, extents: Extents, kind: str) -> Entry:
-        """The entry of it."""
-        return whole(self.tensor, self.opened.file, self.opened.base, extents, kind)
-
-
-@dataclass(slots=True)
-class _Opening:
-    """The files of one checkpoint as they are opened, and the one table of their extents."""
-
-    files: Files
-    options: Options
-    extents: list[Extent] = field(default_factory=list)
-    opened: list[TorchFile] = field(default_factory=list)
-    trees: dict[bytes, Tree] = field(default_factory=dict)  # of optimizer files, which are often identical
-
-    def model(self, path: str) -> tuple[_Opened, ModelState]:
-        """A model-states file with the tensors that the options need."""
-        wanted = partial(_model_tensors, options=self.options)
-        opened = self._add(torchfile.load(path, check_crc=self.options.check_crc, wanted=wanted))
-        return opened, model_state(opened.file.root, path)
-
-    def optim(self, paths: Sequence[str]) -> list[_Opened]:
-        """Optimizer files with their masters."""
-        return self._many(paths, _optim_tensors, self.trees)
-
-    def experts(self, state: ModelState) -> dict[str, _Whole]:
-        """The tensors of DeepSpeed's MoE experts by name, each in the file of its own expert."""
-        held = self.files.experts
-        check_files(state, held, self.files.folder)
-        out: dict[str, _Whole] = {}
-        keys = sorted(held)
-        for (_, expert), opened in zip(keys, self._many([held[k] for k in keys], None, {}), strict=True):
-            for name, t in tensors(opened.file.root, expert, opened.file.file.path).items():
-                if name in out:
-                    raise SourceError(f"{opened.file.file.path}: {name} is in another expert's file too")
-                out[name] = _Whole(opened, t)
-        return out
-
-    def fragments(self, paths: Sequence[str]) -> list[_Opened]:
-        """Model-states files with their frozen fragments."""
-        return self._many(paths, _fragments, {})
-
-    def _many(self, paths: Sequence[str], wanted: Wanted | None, trees: dict[bytes, Tree]) -> list[_Opened]:
-        """Files in order, opened by several threads; identical pickles are parsed once."""
-
-        def load(path: str) -> TorchFile:
-            return torchfile.load(path, check_crc=self.options.check_crc, wanted=wanted, known=trees)
-
-        with ThreadPoolExecutor(THREADS) as pool:
-            return [self._add(file) for file in pool.map(load, paths)]
-
-    def _add(self, file: TorchFile) -> _Opened:
-        base = len(self.extents)
-        self.extents.extend(file.extents)
-        self.opened.append(file)
-        return _Opened(file, base)
-
-
-def _model_tensors(root: object, options: Options) -> list[Tensor]:
-    """What is needed of a model-states file: buffers, and weights that no optimizer file holds."""
-    state = model_state(root, "pickle")
-    found = parts(state, "pickle")
-    names: list[str] = list(found.buffers)
-    if not options.exclude_frozen:
-        names += found.kept
-    if options.weights == "module" or state.shapes is None:
-        names = list(state.module)
-    tensors = [t for t in map(state.module.get, names) if isinstance(t, Tensor)]
-    return tensors + ([] if options.exclude_frozen else list((state.fragments or {}).values()))
-
-
-def _fragments(root: object) -> list[Tensor]:
-    return list((model_state(root, "pickle").fragments or {}).values())
-
-
-def _optim_tensors(root: object) -> list[Tensor]:
-    state = optim_state(root, "pickle")
-    return [*state.flats, *([state.step] if isinstance(state.step, Tensor) else [])]
-
-
-def _first(opening: _Opening) -> OptimState:
+def _first(opening: Opening) -> OptimState:
     """The optimizer state of the lowest rank there is, which says stage and world."""
     path = opening.files.optim[min(opening.files.optim)]
-    file = torchfile.load(path, wanted=_optim_tensors, known=opening.trees)
+    file = torchfile.load(path, wanted=optim_tensors, known=opening.trees)
     return optim_state(file.root, path)
 
 
@@ -181,7 +83,7 @@ def _world(first: OptimState, files: Files, experts: bool = False) -> int:
     return max(counts)
 
 
-def _models_of_ranks(opening: _Opening, world: int) -> tuple[list[_Opened], list[ModelState]]:
+def _models_of_ranks(opening: Opening, world: int) -> tuple[list[Opened], list[ModelState]]:
     """Stage 3: rank 0's model states, and the other ranks' where frozen parameters lie in all of them."""
     paths = check_ranks(opening.files.model_of, world, "model states", opening.files.folder)
     model, state = opening.model(paths[0])
@@ -203,7 +105,7 @@ def _models_of_ranks(opening: _Opening, world: int) -> tuple[list[_Opened], list
     return [model, *opened], [state, *states]
 
 
-def _each(opened: Sequence[_Opened], read_state: Callable[[object, str], State]) -> list[State]:
+def _each(opened: Sequence[Opened], read_state: Callable[[object, str], State]) -> list[State]:
     """The state of each file; a tree that several files share is read once."""
     states: dict[int, State] = {}
     for o in opened:
@@ -216,7 +118,7 @@ def _each(opened: Sequence[_Opened], read_state: Callable[[object, str], State])
 
 
 def _from_masters(
-    path: str, opening: _Opening, first: OptimState, models: Sequence[_Opened], states: Sequence[ModelState]
+    path: str, opening: Opening, first: OptimState, models: Sequence[Opened], states: Sequence[ModelState]
 ) -> Checkpoint:
     """Stages 1 to 3: the masters in all ranks' optimizer files. `models`, `states`: rank 0's, or all."""
     files, options, where = opening.files, opening.options, opening.files.folder
@@ -243,19 +145,7 @@ def _from_masters(
 
     extents = Extents(opening.extents)
     found = parts(state, where)
-    entries = _module_entries(found.buffers, state, models[0], extents, "buffer")
-    if not options.exclude_frozen:
-        if found.lost:
-            raise SourceError(
-                f"{where}: the weights of {_short(list(found.lost))} are in no file "
-                "(exclude_frozen=True leaves them out)"
-            )
-        entries |= _module_entries(found.kept, state, models[0], extents, "frozen")
-        entries |= (
-            _frozen_cut(states, models, extents, where)
-            if at_stage_3
-            else _frozen_whole(state, models[0], extents, where)
-        )
+    entries = _beside_masters(found, opening, [state, *states[1:]], models, extents, at_stage_3)
     masters: dict[str, Entry] = {}
     for placed in layout:
         masters |= placed.entries(extents)
@@ -267,6 +157,11 @@ def _from_masters(
         check_copy(_one_axis(copies), _one_axis(masters), where)
         if of_all:
             masters = copies
+    notes: list[str] = []
+    if not at_stage_3 and not experts and options.weights != "module":
+        names = [n for n in sampled(shapes, alignment, world) if comparable(state.module.get(n))]
+        copies = _module_entries(names, state, models[0], extents, "parameter")
+        notes = check_order(layout, extents, _one_axis(copies), paths)
     entries |= masters
     return _assembled(
         path, opening, state, entries, extents, found,
@@ -279,7 +174,9 @@ def _from_masters(
             "weights": options.weights,
             **({"experts": list(state.experts)} if state.experts else {}),
         },
-        unread=[f"optimizer moments of {world} ranks", *_other_copy(options, len(masters), at_stage_3)],
+        unread=[
+            f"optimizer moments of {world} ranks", *_other_copy(options, len(masters), at_stage_3), *notes,
+        ],
         layout=[
             *(a.tobytes() for f in flats for a in (f.extent, f.offset, f.length)),
             *(a.tobytes() for placed in layout for a in (placed.numel, placed.start)),
@@ -289,7 +186,61 @@ def _from_masters(
     )  # fmt: skip
 
 
-def _from_module(path: str, opening: _Opening, model: _Opened, state: ModelState) -> Checkpoint:
+def _from_universal(path: str, opening: Opening) -> Checkpoint:
+    """A universal checkpoint: the masters whole, a file each, beside copies of the run's model states."""
+    files, where = opening.files, opening.files.folder
+    at_stage_3 = files.model is None
+    if files.model is not None:
+        model, state = opening.model(files.model)
+        models, states = [model], [state]
+    else:
+        models, states = _models_of_ranks(opening, len(files.model_of))
+        state = states[0]
+    if state.shapes is None or state.experts:
+        what = "experts of MoE layers" if state.experts else "ZeRO was off: param_shapes is None"
+        raise SourceError(f"{where}: a universal checkpoint that is not read: {what}")
+    held = opening.universal(trainable(state))
+    extents = Extents(opening.extents)
+    found = parts(state, where)
+    entries = _beside_masters(found, opening, states, models, extents, at_stage_3)
+    masters = {name: master.entry(extents, "parameter") for name, master in held.items()}
+    if not at_stage_3:  # its maker takes the order of the parameters from where round robin has another
+        copies = _module_entries(masters, state, models[0], extents, "parameter")
+        check_copy(_one_axis(copies), _one_axis(masters), where)
+    entries |= masters
+    return _assembled(
+        path, opening, state, entries, extents, found,
+        facts={"stage": 3 if at_stage_3 else "1 or 2", "universal": True, "weights": "master"},
+        unread=["optimizer moments", *_other_copy(opening.options, len(masters), at_stage_3)],
+        layout=[*_places_of(states), places(master.tensor for master in held.values())],
+    )  # fmt: skip
+
+
+def _beside_masters(
+    found: Parts,
+    opening: Opening,
+    states: Sequence[ModelState],
+    models: Sequence[Opened],
+    extents: Extents,
+    at_stage_3: bool,
+) -> dict[str, Entry]:
+    """Buffers, and the frozen parameters where they are wanted."""
+    where = opening.files.folder
+    entries = _module_entries(found.buffers, states[0], models[0], extents, "buffer")
+    if opening.options.exclude_frozen:
+        return entries
+    if found.lost:
+        raise SourceError(
+            f"{where}: the weights of {_short(list(found.lost))} are in no file "
+            "(exclude_frozen=True leaves them out)"
+        )
+    entries |= _module_entries(found.kept, states[0], models[0], extents, "frozen")
+    if at_stage_3:
+        return entries | _frozen_cut(states, models, extents, where)
+    return entries | _frozen_whole(states[0], models[0], extents, where)
+
+
+def _from_module(path: str, opening: Opening, model: Opened, state: ModelState) -> Checkpoint:
     """Stage 0, whose masters carry no names, and the 16-bit copy where there are no optimizer files."""
     where = opening.files.folder
     off = state.shapes is None
@@ -330,7 +281,7 @@ def _from_module(path: str, opening: _Opening, model: _Opened, state: ModelState
 
 def _assembled(
     path: str,
-    opening: _Opening,
+    opening: Opening,
     state: ModelState,
     entries: dict[str, Entry],
     extents: Extents,
@@ -367,14 +318,14 @@ def _assembled(
 
 
 def _module_entries(
-    names: Iterable[str], state: ModelState, model: _Opened, extents: Extents, kind: str
+    names: Iterable[str], state: ModelState, model: Opened, extents: Extents, kind: str
 ) -> dict[str, Entry]:
     """Whole tensors of `module`."""
     tensors = ((n, state.module[n]) for n in names)
     return {n: whole(t, model.file, model.base, extents, kind) for n, t in tensors if isinstance(t, Tensor)}
 
 
-def _frozen_whole(state: ModelState, model: _Opened, extents: Extents, where: str) -> dict[str, Entry]:
+def _frozen_whole(state: ModelState, model: Opened, extents: Extents, where: str) -> dict[str, Entry]:
     """Frozen parameters of stages 1 and 2: whole, in one file."""
     fragments = state.fragments or {}
     for name, shape in (state.frozen_shapes or {}).items():
@@ -386,7 +337,7 @@ def _frozen_whole(state: ModelState, model: _Opened, extents: Extents, where: st
 
 
 def _frozen_cut(
-    states: Sequence[ModelState], models: Sequence[_Opened], extents: Extents, where: str
+    states: Sequence[ModelState], models: Sequence[Opened], extents: Extents, where: str
 ) -> dict[str, Entry]:
     """Frozen parameters of stage 3: each cut over all ranks' files."""
     shapes = states[0].frozen_shapes or {}
@@ -402,8 +353,8 @@ def _frozen_cut(
 def _copies(
     layout: Sequence[Placed],
     state: ModelState,
-    model: _Opened,
-    experts: Mapping[str, _Whole],
+    model: Opened,
+    experts: Mapping[str, Whole],
     extents: Extents,
     where: str,
     *,
@@ -422,7 +373,7 @@ def _copies(
                 hint = "; at stage 3 `module` holds placeholders, use the masters" if placed.sliced else ""
                 held = "the experts' files have" if is_expert(name) else "weights='module': `module` has"
                 raise SourceError(f"{where}: {name}: {held} {got}, wanted {shape}{hint}")
-            out[name] = (expert or _Whole(model, t)).entry(extents, "parameter")
+            out[name] = (expert or Whole(model, t)).entry(extents, "parameter")
     return out
 
 
@@ -441,7 +392,7 @@ def _one_axis(entries: Mapping[str, Entry]) -> dict[str, View]:
     return {n: e.build().reshape((math.prod(e.shape),)) for n, e in entries.items()}
 
 
-def _columns(opened: Sequence[_Opened], tensors: Sequence[Sequence[Tensor]], where: str) -> list[Flat]:
+def _columns(opened: Sequence[Opened], tensors: Sequence[Sequence[Tensor]], where: str) -> list[Flat]:
     """The k-th tensor of every rank as one Flat."""
     counts = {len(row) for row in tensors}
     if len(counts) != 1:
@@ -475,7 +426,7 @@ def _columns(opened: Sequence[_Opened], tensors: Sequence[Sequence[Tensor]], whe
 
 
 def _check_one_run(
-    states: Sequence[OptimState], opened: Sequence[_Opened], paths: Sequence[str], model: ModelState
+    states: Sequence[OptimState], opened: Sequence[Opened], paths: Sequence[str], model: ModelState
 ) -> None:
     """All ranks' optimizer files come from one save of one run, as far as they say."""
     steps = [_step(s, o) for s, o in zip(states, opened, strict=True)]
@@ -494,7 +445,7 @@ def _check_one_run(
                 )
 
 
-def _step(state: OptimState, opened: _Opened) -> int | None:
+def _step(state: OptimState, opened: Opened) -> int | None:
     if not isinstance(state.step, Tensor):
         return state.step
     extent = opened.file.extents[state.step.storage.extent]

@@ -31,7 +31,8 @@ class Files:
 
     `root`: the directory with `latest`, or the tag folder's parent. `folder`: the tag folder. `optim`: dp
     rank -> optimizer file. `model`: the one model-states file of stages 0-2, or None. `model_of`: dp rank ->
-    model-states file of stage 3. `experts`: (MoE layer, expert) -> its file."""
+    model-states file of stage 3. `experts`: (MoE layer, expert) -> its file. `universal`: the directory of a
+    universal checkpoint's masters, else None."""
 
     root: str
     folder: str
@@ -40,12 +41,15 @@ class Files:
     model: str | None
     model_of: Mapping[int, str]
     experts: Mapping[tuple[int, int], str]
+    universal: str | None
 
 
 def is_zero(path: str) -> bool:
     """Whether a directory is a ZeRO checkpoint: a tag folder, or the directory that holds tag folders."""
     return os.path.isdir(path) and (
-        _is_tag_folder(path) or os.path.isfile(os.path.join(path, "latest")) or bool(tags(path))
+        _is_tag_folder(path)
+        or any(os.path.isfile(os.path.join(path, name)) for name in ("latest", "latest_universal"))
+        or bool(tags(path))
     )
 
 
@@ -76,8 +80,6 @@ def find(path: str, tag: str | None, also: Iterable[str] = ()) -> Files:
         folder = os.path.join(path, tag)
         if tag not in there and not any(_is_tag_folder(os.path.join(a, tag)) for a in also):
             raise SourceError(f"{path}: no ZeRO checkpoint with tag {tag!r}; {known}")
-    if os.path.isdir(os.path.join(folder, "zero")):
-        raise SourceError(f"{folder}: a universal checkpoint (ds_to_universal), which is not supported yet")
     return _sorted_out(root, folder, tag, [folder, *(_tag_folder_of(a, tag) for a in also)])
 
 
@@ -107,16 +109,14 @@ def _some(ranks: list[int]) -> str:
     return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
 
 
-def _latest(root: str, known: str) -> str:
-    path = os.path.join(root, "latest")
+def _latest(root: str, known: str, path: str | None = None) -> str:
+    path = path or os.path.join(root, "latest")
     try:
         with open(path, encoding="utf-8") as f:
             tag = f.read(4096).strip()
     except FileNotFoundError:
-        if os.path.isfile(path + "_universal"):
-            raise SourceError(
-                f"{root}: latest_universal: a universal checkpoint, which is not supported yet; {known}"
-            ) from None
+        if path != (universal := os.path.join(root, "latest_universal")) and os.path.isfile(universal):
+            return _latest(root, known, universal)
         raise SourceError(f"{root}: no file `latest`; name the tag; {known}") from None
     except OSError as e:
         raise SourceError(f"{path}: {e.strerror}") from None
@@ -188,7 +188,13 @@ def _sorted_out(root: str, folder: str, tag: str, folders: list[str]) -> Files:
             f"{folder}: both {os.path.basename(model[0])} (stages 0-2) and "
             f"{os.path.basename(min(model_of.values(), key=natural))} (stage 3): files of two runs"
         )
-    return Files(root, folder, tag, optim, model.get(0), model_of, experts)
+    zero = os.path.join(folder, "zero")
+    universal = zero if os.path.isdir(zero) else None
+    if universal and optim:
+        raise SourceError(
+            f"{folder}: both {os.path.basename(optim[min(optim)])} and zero/: files of two runs"
+        )
+    return Files(root, folder, tag, optim, model.get(0), model_of, experts, universal)
 
 
 def _refuse_grid(path: str, mp: int) -> None:

@@ -16,7 +16,7 @@ from ..views import View
 POSITIONS = 4
 """Elements compared in each tensor: the first, the last, and evenly between."""
 
-_NUMPY = {
+COMPARED = {
     "float32": "<f4",
     "float64": "<f8",
     "float16": "<f2",
@@ -24,6 +24,7 @@ _NUMPY = {
     "int64": "<i8",
     "int32": "<i4",
 }
+"""The dtypes whose elements are compared, as numpy reads them; bfloat16 by its bits."""
 
 
 def check_copy(copies: Mapping[str, View], masters: Mapping[str, View], where: str) -> None:
@@ -32,8 +33,8 @@ def check_copy(copies: Mapping[str, View], masters: Mapping[str, View], where: s
     Raises SourceError naming the first tensor that differs."""
     names = [n for n in copies if copies[n].numel]
     at = {n: sorted({k * (copies[n].numel - 1) // (POSITIONS - 1) for k in range(POSITIONS)}) for n in names}
-    got = _elements([(copies[n], i) for n in names for i in at[n]])
-    wanted = _elements([(masters[n], i) for n in names for i in at[n]])
+    got = elements([(copies[n], i) for n in names for i in at[n]])
+    wanted = elements([(masters[n], i) for n in names for i in at[n]])
     k = 0
     for n in names:
         have, master = copies[n].dtype, masters[n].dtype
@@ -64,9 +65,9 @@ def same(copy: float, master: float, dtype: DType) -> bool:
 
 def number(data: bytes, dtype: DType) -> float:
     """The one element of `dtype` in `data`. Raises SourceError for a dtype that is not sampled."""
-    kind = _NUMPY.get(dtype.name)
+    kind = COMPARED.get(dtype.name)
     if kind is None:
-        raise SourceError(f"elements of {dtype} are not compared; wanted one of {', '.join(_NUMPY)}")
+        raise SourceError(f"elements of {dtype} are not compared; wanted one of {', '.join(COMPARED)}")
     value: NDArray[np.generic] = np.frombuffer(data, kind)
     if dtype is bfloat16:
         value = (value.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -75,10 +76,10 @@ def number(data: bytes, dtype: DType) -> float:
 
 def read_at(path: str, offset: int, nbytes: int) -> bytes:
     """`nbytes` of a file from `offset`. Raises SourceError when it ends before."""
-    return _read_all(path, [(offset, nbytes)])[0]
+    return read_all(path, [(offset, nbytes)])[0]
 
 
-def _elements(wanted: Sequence[tuple[View, int]]) -> list[bytes]:
+def elements(wanted: Sequence[tuple[View, int]]) -> list[bytes]:
     """The bytes of one element of each one-axis view, each file opened once."""
     by_path: dict[str, list[tuple[int, tuple[int, int]]]] = {}
     for k, (view, i) in enumerate(wanted):
@@ -86,7 +87,7 @@ def _elements(wanted: Sequence[tuple[View, int]]) -> list[bytes]:
         by_path.setdefault(path, []).append((k, run))
     out = [b""] * len(wanted)
     for path, items in by_path.items():
-        for (k, _), data in zip(items, _read_all(path, [run for _, run in items]), strict=True):
+        for (k, _), data in zip(items, read_all(path, [run for _, run in items]), strict=True):
             out[k] = data
     return out
 
@@ -102,7 +103,8 @@ def _locate(view: View, i: int, extents: Extents) -> tuple[str, tuple[int, int]]
     return extent.where.path, (extent.offset + element * size, size)
 
 
-def _read_all(path: str, runs: Sequence[tuple[int, int]]) -> list[bytes]:
+def read_all(path: str, runs: Sequence[tuple[int, int]]) -> list[bytes]:
+    """The runs (offset, nbytes) of a file. Raises SourceError when it ends before one does."""
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         try:

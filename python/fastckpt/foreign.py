@@ -1,0 +1,128 @@
+"""Serving shards that another program wrote, such as vLLM's sharded_state, as the model they are parts of.
+
+They have no record, so the caller says how they were cut, and shows a checkpoint with the model's names and
+shapes: the base model's, an earlier one, any of the same architecture; no tensor of it is read. Law: every
+tensor of every rank has the name and shape that the layout makes, no rank, file or tensor is missing or left
+over, and the shards hold every element. What cannot be seen from shapes (which of two orders of gate and up)
+is the caller's word.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+
+import xxhash
+
+from . import joining, layouts, recipes
+from .checkpoint import JSON, Checkpoint
+from .errors import LayoutError, SourceError
+from .extents import Extent, Extents
+from .layouts import ByRoles, Layout, Naming
+from .model import Model
+from .placement import Placement
+from .sources import safetensors, served
+from .sources.assembly import assemble, tensor
+from .sources.options import Options
+from .sources.shards import find_shards
+from .target import Target
+from .views import dense_strides
+
+
+def open_shards(
+    path: str | os.PathLike[str],
+    layout: str | Layout,
+    like: str | os.PathLike[str] | Checkpoint,
+    *,
+    placement: Placement | None = None,
+    tp: int = 1,
+    recipe: str | None = None,
+) -> Checkpoint:
+    """The model whose shards lie in `path`, cut by `layout` (by roles) for `placement`, or for `tp` ranks.
+
+    `like`: a checkpoint with the names and shapes of the whole model, which gives the config too where `path`
+    has none; `recipe` as in `reshard`. Only headers are read. Raises SourceError where the
+    shards are not what the layout makes of such a model, LayoutError where it cannot cut one, RecipeError."""
+    made = layouts.layout(layout) if isinstance(layout, str) else layout
+    if not made.roles:
+        raise LayoutError(f"shards of layout {layout} are not read: wanted hf, vllm, rtp_llm or megatron")
+    where, grid = os.fspath(path), placement or Placement(tp=tp)
+    shards = _read(where, made, grid)
+    model_like = like if isinstance(like, Checkpoint) else joining.open(like)
+    shards = replace(shards, config=shards.config or model_like.config)
+    kinds: dict[str, JSON] = {n: [e.dtype.name, list(e.shape)] for n, e in model_like.entries.items()}
+    phantom = joining.phantom_of(shards, kinds, dict(model_like.aliases))
+    config = shards.config
+    if config is None:
+        raise SourceError(f"{where}: no config.json, nor beside {model_like.path}")
+    find = recipes.find(config) if recipe is None else recipes.named(recipe)
+    model, name = find(phantom, config), layout if isinstance(layout, str) else type(layout).__name__
+    entries, aliases, unread = joining.united(shards, phantom, name, _targets(made, model, grid))
+    shaped = [shards.structure, layouts.VERSION, repr(made), repr(grid), model.family, kinds]
+    facts: dict[str, JSON] = {"layout": name, "tied": dict(aliases)}
+    if recipe is not None:
+        facts["recipe"] = recipe
+    return replace(
+        shards,
+        format="served",
+        entries=entries,
+        aliases=aliases,
+        unread=(*shards.unread, *unread),
+        facts=facts,
+        structure=xxhash.xxh3_64_hexdigest(json.dumps([*shaped, dict(config)], sort_keys=True).encode()),
+    )
+
+
+def _targets(layout: ByRoles, model: Model, grid: Placement) -> Iterator[tuple[int, Target]]:
+    for p in grid.ranks():
+        yield from ((p.rank, t) for t in layout.targets(model, p))
+
+
+def _read(path: str, layout: ByRoles, grid: Placement) -> Checkpoint:
+    """Every rank's tensors, named "rank/name", from the files the layout would write."""
+    if not os.path.isdir(path):
+        raise SourceError(f"{path}: wanted a directory of shards")
+    if served.matches(path):
+        raise SourceError(f"{path}: has a record of fastckpt, and is opened by that")
+    headers: list[safetensors.Header] = []
+    found: dict[str, tuple[safetensors.Item, safetensors.Header]] = {}
+    for p in grid.ranks():
+        for file in _files(path, layout.naming(p), p):
+            header = safetensors.read_header(file)
+            headers.append(header)
+            for name, item in header.items.items():
+                if found.setdefault(f"{p.rank}/{name}", (item, header))[1] is not header:
+                    raise SourceError(f"{file}: {name} of rank {p.rank} stands in another file too")
+    read = {os.path.realpath(h.file.path) for h in headers}
+    for directory, _, files in os.walk(path):
+        for file in files:
+            extra = os.path.join(directory, file)
+            if file.endswith(safetensors.SUFFIX) and os.path.realpath(extra) not in read:
+                raise SourceError(f"{extra}: is no file of the {grid.world} ranks of {grid}")
+    extents = Extents(Extent(h.file, i.offset, i.nbytes, name) for name, (i, h) in found.items())
+    entries = {
+        name: tensor(extents, k, item.dtype, item.shape, 0, tuple(dense_strides(item.shape)), "parameter")
+        for k, (name, (item, _)) in enumerate(found.items())
+    }
+    return assemble(
+        path, served.SHARDS, entries, extents, Options(), files=[h.file for h in headers], search=[path],
+        headers=[h.digest for h in headers],
+    )  # fmt: skip
+
+
+def _files(path: str, naming: Naming, p: Placement) -> list[str]:
+    """A rank's files, by the layout's names for them. Raises SourceError where there are none."""
+    directory = os.path.join(path, naming.directory)
+    if naming.index is not None:
+        if not os.path.isdir(directory):
+            raise SourceError(f"{directory}: rank {p.rank} of {p.world} is not there")
+        found = list(find_shards(directory, safetensors.SUFFIX, safetensors.SINGLE).paths)
+    else:
+        found = []
+        while os.path.isfile(file := os.path.join(directory, naming.part.format(part=len(found)))):
+            found.append(file)
+    if not found:
+        raise SourceError(f"{directory}: no {naming.single}: rank {p.rank} of {p.world} is not there")
+    return found
