@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import random
 import subprocess
@@ -332,3 +333,17 @@ def test_mutated_metadata_ends_in_an_error_of_ours_or_in_views(tmp_path, tries):
         except SourceError:
             pass
     assert 0 < opened < tries
+
+
+def test_metadata_of_many_boxes_is_large_beside_none_of_the_limits(tmp_path):
+    """It builds more than its own size allows; the save that it is a part of is what counts."""
+    boxes = [((k, 0), (1, 64)) for k in range(16_000)]
+    write(tmp_path, {"w": (torch.ones(16_000, 64), boxes[:1])})
+    info = _StorageInfo("__0_0.distcp", 0, (tmp_path / "__0_0.distcp").stat().st_size)
+    chunks = [ChunkStorageMetadata(torch.Size(at), torch.Size(size)) for at, size in boxes]
+    tensor = TensorStorageMetadata(TensorProperties(dtype=torch.float32), torch.Size((16_000, 64)), chunks)
+    places = {MetadataIndex("w", torch.Size(at), k): info for k, (at, _) in enumerate(boxes)}
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({"w": tensor}, storage_data=places)))
+    refuses(tmp_path, "builds more than")
+    os.truncate(tmp_path / "__1_0.distcp", 32 << 20)
+    assert torch.equal(fastckpt.reshard(tmp_path, layout="same")[0]["w"], torch.ones(16_000, 64))

@@ -58,7 +58,7 @@ def read(path: str, options: Options) -> Checkpoint:
             f"{root}: a torch distributed checkpoint without {NAME}: not finished, or a part of one"
         )
     try:
-        found = metadata(where)
+        found = metadata(where, _nbytes(root))
         prefix, names = _model(found)
     except SourceError as e:
         raise SourceError(f"{where}: {e}") from None
@@ -120,6 +120,11 @@ def _model(found: Metadata) -> tuple[tuple[str, ...], dict[str, str]]:
         raise SourceError(f"no tensors of a model; at the top: {keys or 'nothing'}")
     prefix = nested[0] if nested else ()
     return prefix, inside[prefix]
+
+
+def _nbytes(root: str) -> int:
+    """What a save's files have in all."""
+    return sum(entry.stat().st_size for entry in os.scandir(root) if entry.is_file())
 
 
 # ---- the boxes ----

@@ -57,14 +57,16 @@ class Metadata:
     digest: str
 
 
-def metadata(where: str) -> Metadata:
-    """`.metadata` at `where`. Raises SourceError."""
+def metadata(where: str, save: int) -> Metadata:
+    """`.metadata` at `where`, of a save of so many bytes in all, which limit what may be built of it.
+
+    Raises SourceError."""
     file = File.at(where)
     if file.nbytes > MAX_PICKLE:
         raise SourceError(f"has {file.nbytes} bytes; the limit is {MAX_PICKLE}")
     with Reader(file) as reader:
         data = reader.read_through(0, file.nbytes)
-    tree = torchpickle.parse(data, file=file.nbytes, record_keys=True)
+    tree = torchpickle.parse(data, file=save, record_keys=True)
     body = _state(tree.root, "metadata.Metadata")
     tensors, others = {}, []
     for key, value in _dict(body, "state_dict_metadata").items():

@@ -25,6 +25,7 @@ _CENTRAL = np.dtype(
         ("offset", "<u4"),
     ]
 )  # fmt: skip
+_FEW = 64
 _SIGNATURE = b"PK\x01\x02"
 _LENGTHS = struct.Struct("<3H").unpack_from
 
@@ -45,7 +46,7 @@ class Record(NamedTuple):
 class Entries:
     """The entries of a central directory by name."""
 
-    __slots__ = ("_crc", "_flags", "_limit", "_names", "_offset", "_size", "first")
+    __slots__ = ("_crc", "_few", "_flags", "_limit", "_names", "_offset", "_size", "first")
 
     def __init__(self, raw: bytes, count: int, start: int) -> None:
         """`count` entries are all of `raw`, which begins at byte `start` of the file. Raises SourceError."""
@@ -57,16 +58,21 @@ class Entries:
         self._size, self._offset = table["size"].astype(np.int64), table["offset"].astype(np.int64)
         _check_kinds(raw, at, table)
         self._wide(raw, at, table)
-        self._names = _by_length(raw, at + 46, length)
+        few = count <= _FEW  # one tensor's file, of which a save may hold 10^5
+        self._few = _by_name(raw, at + 46, length) if few else {}
+        self._names = {} if few else _by_length(raw, at + 46, length)
         self._limit = self._limits(raw, at, length, start)
 
     def get(self, name: bytes) -> Record | None:
         """The record of that name; None where there is none."""
-        names, rows = self._names.get(len(name), (np.empty(0, "S1"), np.empty(0, np.int64)))
-        k = int(np.searchsorted(names, np.array(name, names.dtype)))
-        if k == len(names) or names[k] != np.array(name, names.dtype):
+        i = self._few.get(name)
+        if i is None and len(name) in self._names:
+            names, rows = self._names[len(name)]
+            wanted = np.array(name, names.dtype)
+            k = int(np.searchsorted(names, wanted))
+            i = int(rows[k]) if k < len(names) and names[k] == wanted else None
+        if i is None:
             return None
-        i = int(rows[k])
         columns = (self._offset, self._size, self._crc, self._flags, self._limit)
         return Record(*(int(column[i]) for column in columns))
 
@@ -140,6 +146,19 @@ def _check_kinds(raw: bytes, at: Ints, table: NDArray[np.void]) -> None:
         )
 
 
+def _by_name(raw: bytes, at: Ints, length: Ints) -> dict[bytes, int]:
+    """Name -> row; refuses a name that stands twice."""
+    out: dict[bytes, int] = {}
+    for i, (begin, n) in enumerate(zip(at.tolist(), length.tolist(), strict=True)):
+        if out.setdefault(raw[begin : begin + n], i) != i:
+            raise SourceError(_twice(raw[begin : begin + n]))
+    return out
+
+
+def _twice(name: bytes) -> str:
+    return f"record {name.decode(errors='replace')}: the name stands twice in the zip directory"
+
+
 def _by_length(raw: bytes, at: Ints, length: Ints) -> dict[int, tuple[NDArray[np.bytes_], Ints]]:
     """Length -> the names of that length, sorted, and their rows; refuses a name that stands twice."""
     data, out = np.frombuffer(raw, np.uint8), {}
@@ -149,8 +168,7 @@ def _by_length(raw: bytes, at: Ints, length: Ints) -> dict[int, tuple[NDArray[np
         order = np.argsort(names, kind="stable")
         names = names[order]
         for k in np.flatnonzero(names[1:] == names[:-1])[:1]:
-            shown = names[k].decode(errors="replace")
-            raise SourceError(f"record {shown}: the name stands twice in the zip directory")
+            raise SourceError(_twice(names[k]))
         out[n] = names, rows[order]
     return out
 
