@@ -19,8 +19,12 @@ def deepspeed() -> str | None:
 
 def machine() -> dict[str, str | int]:
     """What a reader of the figures must know of the machine."""
-    from fastckpt import _C
+    try:
+        from fastckpt import _C
 
+        instructions, compiler = _C.isas()[-1], _C.compiler
+    except ImportError:
+        instructions = compiler = "none: torch's executor"
     cpu, memory = platform.machine(), 0
     with open("/proc/cpuinfo") as f:
         cpu = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), cpu)
@@ -28,7 +32,7 @@ def machine() -> dict[str, str | int]:
         memory = int(f.readline().split()[1]) >> 20
     return {
         "cpu": cpu, "cpus": len(os.sched_getaffinity(0)), "memory_gib": memory,
-        "best_instructions": _C.isas()[-1], "compiler": _C.compiler,
+        "best_instructions": instructions, "compiler": compiler,
         "system": f"{platform.system()} {platform.release()}", "python": platform.python_version(),
         "torch": metadata.version("torch"), "numpy": metadata.version("numpy"),
         "deepspeed": deepspeed() or "none",

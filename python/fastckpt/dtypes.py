@@ -67,7 +67,6 @@ DTYPES: tuple[DType, ...] = (
 )  # fmt: skip
 BY_NAME: dict[str, DType] = {d.name: d for d in DTYPES}
 BY_SAFETENSORS: dict[str, DType] = {d.safetensors: d for d in DTYPES if d.safetensors}
-BY_STORAGE: dict[str, DType] = {d.storage: d for d in DTYPES if d.storage}
 
 _SHORT = {"fp32": float32, "bf16": bfloat16, "fp16": float16, "half": float16, "fp8": float8_e4m3fn}
 

@@ -66,9 +66,11 @@ def same_file(place: File, fd: int) -> None:
     else:
         changed = (now.st_size, now.st_mtime_ns, now.st_ino) != (place.nbytes, place.mtime_ns, place.inode)
     if changed:
+        how = f"{place.nbytes} bytes then, {now.st_size} now"
+        if now.st_size == place.nbytes:
+            how = "as large as then, but " + ("written to" if now.st_ino == place.inode else "another file")
         raise SourceError(
-            f"{place.path}: changed since its header was read "
-            f"({place.nbytes} bytes then, {now.st_size} now); open the checkpoint again"
+            f"{place.path}: changed since its header was read ({how}); open the checkpoint again"
         )
 
 

@@ -290,7 +290,8 @@ def load_into(
 
     The same road as `reshard` with the module as `out`: no second copy of the model. Parameters on the
     meta device are made where the others are, else on the CPU. `strict`: every persistent tensor of the
-    module must be filled and every tensor of the shard used, else LayoutError names them."""
+    module must be filled and every tensor of the shard used, else LayoutError names them. Raises as `reshard`
+    does; the module may then be half filled."""
     from . import tensors
 
     expect("strict", strict, bool)

@@ -21,7 +21,7 @@ def run_ranks(
     def one(rank: int) -> Any:
         more = {} if nodes is None else {"node": nodes[rank], "shared": False}
         place = root[rank] if isinstance(root, list) else root
-        with CheckpointManager(place, rank=rank, world=world, timeout=20, **more, **options) as manager:
+        with CheckpointManager(place, rank=rank, world=world, timeout=120, **more, **options) as manager:
             return work(manager)
 
     with ThreadPoolExecutor(world) as pool:

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import torch
 from fastckpt.digest import LEAF
 from fastckpt.errors import ManagerError, SourceError, WriteError
-from fastckpt.manager import saving
+from fastckpt.manager import policies, saving
 from fastckpt.manager.manager import CheckpointManager, CheckpointWarning, Timing
 from fastckpt.manager.metadata import JsonMetadata
 from fastckpt.verification import verify
@@ -480,6 +481,24 @@ def test_async_saves_what_was_there_at_the_call(tmp_path: Path, monkeypatch: pyt
         x += 1
         assert manager.restore(0)["x"].unique().tolist() == [0.0]  # type: ignore[index]
         assert manager.restore(1)["x"].unique().tolist() == [1.0]  # type: ignore[index]
+
+
+def test_saves_as_often_as_the_disk_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save that goes on is no reason to wait: the steps meanwhile are not saved."""
+    go, real = threading.Event(), saving.save
+
+    def slow(*args: Any) -> Any:
+        assert go.wait(60)
+        return real(*args)
+
+    monkeypatch.setattr(saving, "save", slow)
+    with CheckpointManager(tmp_path, async_save=True, save_when=policies.idle()) as manager:
+        assert [manager.save(step, {"n": step}) for step in range(3)] == [True, False, False]
+        go.set()
+        while manager._flight is not None and not manager._flight.done():
+            time.sleep(0.01)
+        assert manager.save(3, {"n": 3}) and manager.wait() is None
+        assert manager.steps() == [0, 3]
 
 
 def test_async_errors_come_with_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,13 @@ def test_saving(when: policies.When, steps: list[int]) -> None:
     assert [s for s in range(7) if when(Moment(s, None, float(s)))] == steps
 
 
+def test_the_first_and_while_nothing_goes_on() -> None:
+    assert policies.first()(Moment(7, None, math.inf)) and not policies.first()(Moment(7, 3, math.inf))
+    moments = [Moment(1, 0, s, busy=busy) for s in (0.0, 5.0) for busy in (False, True)]
+    assert [policies.idle()(m) for m in moments] == [True, False, True, False]
+    assert [policies.idle(5)(m) for m in moments] == [False, False, True, False]
+
+
 @pytest.mark.parametrize("make", [policies.every, policies.newest, policies.multiples])
 def test_nonsense(make: object) -> None:
     with pytest.raises(ManagerError, match="at least 1, got 0"):

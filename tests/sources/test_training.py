@@ -26,7 +26,7 @@ def committed(root: Path, state: Callable[[int], dict[str, Any]], world: int = 1
     """One commit of `world` ranks."""
 
     def one(rank: int) -> None:
-        with CheckpointManager(root, rank=rank, world=world, timeout=20) as manager:
+        with CheckpointManager(root, rank=rank, world=world, timeout=120) as manager:
             manager.save(3, state(rank))
 
     with ThreadPoolExecutor(world) as pool:

@@ -220,7 +220,8 @@ class CheckpointManager:
         Raises ManagerError or WriteError on every rank; then the commits that stood still stand."""
 
         def vote() -> JSON:
-            moment = Moment(step, self._newest, time.monotonic() - self._last_save, self._signalled)
+            busy = self._flight is not None and not self._flight.done()
+            moment = Moment(step, self._newest, time.monotonic() - self._last_save, self._signalled, busy)
             want = self._group.rank == 0 and (force or self._when(moment))
             return [want, self._signalled, secrets.token_hex(8)]
 

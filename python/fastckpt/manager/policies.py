@@ -16,12 +16,14 @@ from .commits import Commit
 @dataclass(frozen=True, slots=True)
 class Moment:
     """When a save is asked for: the step, the newest commit's step (None: none yet), seconds since this
-    manager's last save (infinite: none yet), and whether the job was told to end (SIGTERM)."""
+    manager's last save (infinite: none yet), whether the job was told to end (SIGTERM), and whether a save
+    goes on in the background."""
 
     step: int
     last: int | None
     seconds: float
     preempted: bool = False
+    busy: bool = False
 
 
 When = Callable[[Moment], bool]
@@ -49,6 +51,16 @@ def on_steps(steps: Collection[int]) -> When:
 def every_seconds(seconds: float) -> When:
     """When this long has passed since the last save."""
     return lambda m: m.seconds >= seconds
+
+
+def first() -> When:
+    """Where nothing stands yet."""
+    return lambda m: m.last is None
+
+
+def idle(seconds: float = 0.0) -> When:
+    """As often as the disk can follow: when no save goes on and this long has passed since the last."""
+    return lambda m: not m.busy and m.seconds >= seconds
 
 
 def when_any(*policies: When) -> When:
