@@ -68,6 +68,38 @@ def test_rounded_once(tmp_path):
     equal(got, {n: x.bfloat16() for n, x in whole(tensors, pairs, 3, rslora=True).items()})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["qwen3", "qwen2"])  # float32 and bfloat16
+def test_a_module_is_filled_with_the_merged_model(tmp_path, name, dtype):
+    """Rounded once, to the module's dtype, whatever the base's is."""
+    base, _, tensors, pairs = llama_like(tmp_path, name)
+    adapter = write(tmp_path / "adapter", settings(), pairs)
+    wide = whole({n: x.float() for n, x in tensors.items()}, pairs)
+    module = torch.nn.Module()
+    for key, x in tensors.items():
+        *path, leaf = key.split(".")
+        at = module
+        for part in path:
+            at = getattr(at, part, None) or at.register_module(part, torch.nn.Module()) or getattr(at, part)
+        at.register_parameter(leaf, torch.nn.Parameter(torch.empty(x.shape, dtype=dtype), False))
+    fastckpt.load_into(module, base, adapter=adapter)
+    equal(module.state_dict(), {n: x.to(dtype) for n, x in wide.items()})
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_consolidated_is_the_merged_model(tmp_path, safe):
+    base, _, tensors, pairs = llama_like(tmp_path, "qwen2")
+    adapter = write(tmp_path / "adapter", settings(), pairs)
+    want = whole({n: x.float() for n, x in tensors.items()}, pairs)
+    fastckpt.consolidate(base, tmp_path / "out", adapter=adapter, safe_serialization=safe, durable=False)
+    load = load_file if safe else torch.load
+    equal(load(tmp_path / "out" / f"{'model.safetensors' if safe else 'pytorch_model.bin'}"), want)
+    equal(fastckpt.consolidate(base, adapter=adapter), want)
+    said = ["consolidate", str(base), str(tmp_path / "cli"), "--adapter", str(adapter), "-q"]
+    assert main([*said, "--safe-serialization"]) == 0
+    equal(load_file(tmp_path / "cli" / "model.safetensors"), want)
+
+
 def test_files_on_any_number_of_threads(tmp_path):
     base, config, tensors, pairs = llama_like(tmp_path)
     adapter = write(tmp_path / "adapter", settings(), pairs)

@@ -118,3 +118,27 @@ def test_a_name_without_a_version_is_the_newest_known(hub, tmp_path):
 def test_padded_widths_are_the_padded_configs(hub, tmp_path):
     check = written(hub, tmp_path / "out", tp=4, engine="vllm==0.32", pad="true", multiple="16")
     assert check(engine="vllm==0.32").problems == ()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "fp8-channel"])
+def test_shards_quantised_on_the_way(hub, tmp_path, scheme):
+    """For the engine, with what it holds beside a quantised model; without it, what is missing is named."""
+    for engine in ("vllm==0.32", ""):
+        out = tmp_path / f"out{engine}"
+        asked = layout("vllm", {"engine": engine})
+        fastckpt.reshard(hub, tp=2, layout=asked, quant=scheme, out=out, durable=False)
+        found = fastckpt.verify(out, engine="vllm==0.32")
+        assert found.ok == bool(engine), found.problems
+        states = fastckpt.reshard(hub, tp=2, layout=asked, quant=scheme)
+        assert ("model.layers.0.self_attn.attn.k_zero_point" in states[1]) == bool(engine)
+        told = json.loads((out / "config.json").read_text())["quantization_config"]
+        assert told["ignore"] == ["lm_head"]
+
+
+def test_scales_of_a_kv_cache_are_not_known(hub, tmp_path):
+    fastckpt.reshard(hub, quant="int8", out=tmp_path / "int8")
+    config = json.loads((tmp_path / "int8" / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float"}
+    with pytest.raises(LayoutError, match="compressed-tensors with kv_cache_scheme is not known"):
+        asked = layout("vllm", {"engine": "vllm==0.32"})
+        fastckpt.plan(tmp_path / "int8", tp=2, layout=asked, config=config)

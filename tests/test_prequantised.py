@@ -417,7 +417,7 @@ def test_an_engine_has_more_beside(tmp_path, scheme):
 
 def test_what_an_engine_has_of_others_is_refused():
     asked = layout("vllm", {"engine": ENGINE})
-    for scheme in ("int4-group32", "awq-group32", "fp8-block"):
+    for scheme in ("int4-group32", "awq-group32"):
         refused(f"how engine {ENGINE} holds it is not known", to=asked, quant=scheme)
     config, tensors = model()
     source = hub("int8") | {}

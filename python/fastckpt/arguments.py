@@ -94,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
         help="safetensors, not .bin",
     )
     consolidate.add_argument("--dtype", default="float32", help="of the float tensors (default: float32)")
+    serving_options.adapter(consolidate)
     consolidate.add_argument("--weights-key", metavar="KEY", help="one .bin file, {KEY: state dict}")
     consolidate.add_argument(
         "--client-state",

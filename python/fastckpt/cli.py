@@ -215,6 +215,7 @@ def _consolidate(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             weights_key=args.weights_key,
             client_state=args.client_state,
+            adapter=args.adapter,
         )
         _show_plan(args, planned)
         return 0
@@ -227,6 +228,7 @@ def _consolidate(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             weights_key=args.weights_key,
             client_state=args.client_state,
+            adapter=args.adapter,
             durable=args.durable,
             overwrite=args.overwrite,
             memory=args.memory,

@@ -20,7 +20,7 @@ from . import adapters, dequantised, layouts, plancache, planner, prequantised, 
 from .adapters import Adapter
 from .checkpoint import JSON, Cast, Checkpoint
 from .collector import paused
-from .dtypes import DType
+from .dtypes import DType, float32
 from .dtypes import dtype as dtype_of
 from .errors import LayoutError, RecipeError, SourceError, expect
 from .extents import Extents
@@ -356,10 +356,13 @@ class _Road:
             or wanted.quant
         ):
             raise LayoutError(
-                "an adapter is kept apart in layouts hf and rtp_llm alone, as it is: no tp_plan, no quant"
+                "an adapter is kept apart in layouts hf and rtp_llm alone, as it is: no tp_plan, no quant "
+                "(vLLM cuts adapters itself: it takes that of layout hf at tp 1)"
             )
         if adapter is not None:
-            ckpt = (adapters.hollow if wanted.apart else adapters.merged)(adapter, dtype)
+            # What is cast to a module's dtypes at the end is not rounded before.
+            whole = float32 if wanted.held is not None else dtype
+            ckpt = adapters.hollow(adapter, dtype) if wanted.apart else adapters.merged(adapter, whole)
         cast = ckpt if dtype is None else replace(ckpt, entries=Cast(ckpt.entries, dtype))
         options: dict[str, JSON] = {
             "layout": _layout_name(layout),

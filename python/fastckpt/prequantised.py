@@ -205,7 +205,7 @@ def _whole(start: int, stop: int, block: int, end: int) -> tuple[int, int]:
 
 PLACES: Mapping[str, frozenset[str]] = {
     "rtp_llm": frozenset({"int-quantized", "float-quantized", "fp8", "awq", "gptq"}),
-    "vllm": frozenset({"int-quantized", "float-quantized"}),
+    "vllm": frozenset({"int-quantized", "float-quantized", "fp8"}),
 }
 """layout -> the formats it places as those of a quantised source; vLLM's where a scale is a matrix's, and
 where an engine has more tensors beside such a model."""
@@ -214,11 +214,12 @@ where an engine has more tensors beside such a model."""
 def fits(layout: str, engine: str, scheme: Scheme) -> bool:
     """Whether that layout gets the scheme's tensors from a checkpoint made here; `engine`: whose names it
     uses beyond its own. Raises LayoutError for an engine whose form of them is not known."""
-    if engine and scheme.format not in ("int-quantized", "float-quantized"):
-        raise LayoutError(
-            f"quant {scheme.name}: how engine {engine} holds it is not known; wanted int8, fp8 or fp8-channel"
-        )
     found = scheme.format in PLACES.get(layout, ())
+    if engine and not found:
+        raise LayoutError(
+            f"quant {scheme.name}: how engine {engine} holds it is not known; wanted int8, fp8, fp8-channel "
+            "or fp8-block"
+        )
     return found and (layout != "vllm" or bool(engine) or scheme.block == (0, 0))
 
 

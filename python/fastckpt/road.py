@@ -190,6 +190,7 @@ def consolidate(
     dtype: str | DType | None = "float32",
     weights_key: str | None = None,
     client_state: Sequence[str] = (),
+    adapter: str | os.PathLike[str] | None = None,
     allow_nonfinite: bool = True,
     durable: bool = True,
     overwrite: bool = False,
@@ -202,7 +203,8 @@ def consolidate(
     `path`: a path, with the options up to `recipe` as in `open`, or an opened checkpoint; `dtype` of the
     floats (None: as stored), integer buffers are kept; `.bin` files unless `safe_serialization`. Without
     `out` the state dict is returned. `weights_key` wraps the weights into a single-file training checkpoint,
-    with the plain values named in `client_state` beside them. Raises as `reshard` does."""
+    with the plain values named in `client_state` beside them; `adapter` as in `reshard`, merged. Raises as
+    `reshard` does."""
     expect("out", out, str, os.PathLike, type(None))
     expect("allow_nonfinite", allow_nonfinite, bool)
     if not isinstance(path, Checkpoint):
@@ -226,6 +228,7 @@ def consolidate(
             dtype=dtype,
             weights_key=weights_key,
             client_state=client_state,
+            adapter=adapter,
             in_memory=out is None,
         )
     )
@@ -250,6 +253,7 @@ def consolidation(
     dtype: str | DType | None = "float32",
     weights_key: str | None = None,
     client_state: Sequence[str] = (),
+    adapter: str | os.PathLike[str] | None = None,
     in_memory: bool = False,
 ) -> Plan:
     """The plan of `consolidate` for an opened checkpoint."""
@@ -265,6 +269,7 @@ def consolidation(
         sorted=True,
         weights_key=weights_key,
         client_state=_client_state(ckpt, client_state) if client_state else None,
+        adapter=adapter,
     )
     return plans.draft(ckpt, wanted, in_memory=in_memory)
 
@@ -282,6 +287,7 @@ def load_into(
     recipe: str | None = None,
     tp_plan: Mapping[str, str] | None = None,
     vocab_size: int | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     memory: str | int | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -289,7 +295,8 @@ def load_into(
     """Fill a module's parameters and buffers from a checkpoint, cast to the module's dtypes; returns it.
 
     The same road as `reshard` with the module as `out`: no second copy of the model. Parameters on the
-    meta device are made where the others are, else on the CPU. `strict`: every persistent tensor of the
+    meta device are made where the others are, else on the CPU. `adapter`: the directory of a PEFT adapter,
+    merged on the way and rounded once, to the module's dtypes. `strict`: every persistent tensor of the
     module must be filled and every tensor of the shard used, else LayoutError names them. Raises as `reshard`
     does; the module may then be half filled."""
     from . import tensors
@@ -305,8 +312,9 @@ def load_into(
             f"({len(unmade)} such); make it first, or strict=False leaves it"
         )
     wanted = Wanted(
-        grid, rank or 0, layout, config, recipe, tp_plan, vocab_size, held=tensors.dtypes_of(held)
-    )
+        grid, rank or 0, layout, config, recipe, tp_plan, vocab_size, held=tensors.dtypes_of(held),
+        adapter=adapter,
+    )  # fmt: skip
     run = Run(threads, memory, progress)
     planned = run.planned(lambda: plans.draft(open_whole(ckpt, recipe), wanted, in_memory=True))
     made = {t.name for t in planned.tensors}

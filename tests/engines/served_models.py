@@ -11,7 +11,7 @@ import zlib
 
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 _SIZES = dict(
     vocab_size=331, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
@@ -19,6 +19,7 @@ _SIZES = dict(
     pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 _OLD = {k: v for k, v in _SIZES.items() if k not in ("num_key_value_heads", "head_dim")}
+_WIDE = _SIZES | dict(hidden_size=256, num_key_value_heads=4, head_dim=64)
 _MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, norm_topk_prob=True)
 _LATENT = _OLD | dict(
     kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32, n_routed_experts=4,
@@ -102,13 +103,96 @@ MODELS: dict[str, tuple[str, dict]] = {
         _sizes(_FALCON, multi_query=False, parallel_attn=False, alibi=True, bias=True),
     ),
     "chatglm": ("", {}),
+    "llama-wide": ("Llama", _sizes(_WIDE)),
+    "mixtral-wide": ("Mixtral", _sizes(_WIDE, num_local_experts=4)),
+    "deepseek_v2-576": (  # the one size of a latent cache that vLLM's CPU kernel has
+        "DeepseekV2",
+        _sizes(_LATENT, kv_lora_rank=512, qk_rope_head_dim=64, q_lora_rank=None, n_shared_experts=2),
+    ),
+    "deepseek_v3-wide": (
+        "DeepseekV3",
+        _sizes(
+            _LATENT, hidden_size=256, q_lora_rank=128, kv_lora_rank=64, v_head_dim=64, qk_nope_head_dim=64,
+            qk_rope_head_dim=64, moe_intermediate_size=256, n_shared_experts=1, topk_method="noaux_tc",
+            scoring_func="sigmoid",
+        ),
+    ),
 }  # fmt: skip
 """name -> (transformers' class prefix, the config's arguments)."""
 
 
+def _compressed(kind, strategy, inputs):
+    """compressed-tensors' config for matrices of eight bits; `inputs`: the strategy of activations, "static"
+    for one stored scale a matrix."""
+    activations = (
+        {"strategy": "tensor", "dynamic": False} if inputs == "static"
+        else {"strategy": inputs, "dynamic": True}
+    )  # fmt: skip
+    eight = {"num_bits": 8, "type": kind, "symmetric": True}
+    weights = eight | {"strategy": strategy, "dynamic": False}
+    if strategy == "block":
+        weights |= {"block_structure": [128, 128]}
+        activations |= {"group_size": 128}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": eight | activations}
+    return {
+        "quant_method": "compressed-tensors", "format": f"{kind}-quantized",
+        "quantization_status": "compressed", "config_groups": {"group_0": group},
+    }  # fmt: skip
+
+
+SCHEMES: dict[str, dict] = {
+    "int8": _compressed("int", "channel", "token"),
+    "int8-matrix": _compressed("int", "tensor", "token"),
+    "fp8-channel": _compressed("float", "channel", "token"),
+    "fp8-block-scale": _compressed("float", "block", "group"),
+    "fp8-static": _compressed("float", "tensor", "static"),
+    "fp8-matrix": {"quant_method": "fp8", "activation_scheme": "dynamic"},
+    "fp8-block": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+}
+"""scheme -> the quantization_config of its files, without the modules that stay as they are."""
+
+BY_ROW = ("int8", "fp8-channel")
+"""Those with a scale for every output."""
+
+QUANTISED: dict[str, tuple[str, str]] = {
+    f"{model}+{scheme}": (model, scheme)
+    for model, schemes in {
+        "llama": ("int8", "int8-matrix", "fp8-channel", "fp8-static", "fp8-matrix"),
+        "llama-tied": ("int8",),
+        "llama-wide": ("fp8-block", "fp8-block-scale"),
+        "mistral": ("int8", "fp8-matrix"),
+        "qwen2": ("int8", "fp8-matrix"),
+        "qwen3": ("int8", "fp8-matrix"),
+        "mixtral": ("int8", "fp8-channel", "fp8-matrix"),
+        "mixtral-wide": ("fp8-block", "fp8-block-scale"),
+        "qwen3_moe": ("int8", "fp8-channel", "fp8-matrix"),
+        "deepseek_v3": ("int8", "fp8-channel"),
+        "deepseek_v3-wide": ("fp8-block",),
+        "granite": ("int8", "fp8-matrix"),
+        "smollm3": ("int8", "fp8-matrix"),
+        "gemma": ("int8", "fp8-matrix"),
+        "gemma2": ("int8", "fp8-matrix"),
+        "gemma3_text": ("int8", "fp8-matrix"),
+        "phi3": ("int8",),
+        "glm": ("int8",),
+        "glm4": ("int8",),
+        "qwen2_moe": ("int8", "fp8-matrix"),
+        "glm4_moe": ("int8", "fp8-matrix"),
+        "deepseek_v2-lora": ("int8", "fp8-matrix"),
+    }.items()
+    for scheme in schemes
+}
+"""name -> (the model, the scheme its matrices are stored in)."""
+
+
 def write(name: str, folder: str, *, counted: bool = False, dtype: torch.dtype = torch.bfloat16) -> None:
     """The model `name` in `folder`, as save_pretrained writes it: random, or `counted`: every tensor holds a
-    sequence of its own of small numbers that bfloat16 has exactly, the same on every machine."""
+    sequence of its own of small numbers that bfloat16 has exactly, the same on every machine. Quantised ones
+    are always counted."""
+    if name in QUANTISED:
+        model, scheme = QUANTISED[name]
+        write(model, folder, counted=True, dtype=dtype)
+        return _quantise(folder, scheme)
     if name == "chatglm":
         return _write_chatglm(folder, dtype)
     prefix, sizes = MODELS[name]
@@ -127,6 +211,42 @@ def count(name: str, tensor: torch.Tensor) -> None:
     index = torch.arange(tensor.numel(), dtype=torch.int64) + zlib.crc32(name.encode())
     mixed = (index * 2654435761) >> 13
     tensor.copy_(((mixed % 256 - 128) / 64).view(tensor.shape))
+
+
+def _quantise(folder: str, scheme: str) -> None:
+    """Stores the matrices of attention, blocks and experts as `scheme` does: counted values and scales."""
+    path = os.path.join(folder, "model.safetensors")
+    tensors, told, left = load_file(path), SCHEMES[scheme], []
+    hub = told["quant_method"] == "fp8"
+    block = scheme.startswith("fp8-block")
+    values = torch.int8 if scheme.startswith("int8") else torch.float8_e4m3fn
+    for name, tensor in sorted(tensors.items()):
+        module = name.removesuffix(".weight")
+        if module == name or tensor.dim() != 2:
+            continue
+        if module.rpartition(".")[2] in ("embed_tokens", "lm_head", "gate", "shared_expert_gate"):
+            left.append(module)
+            continue
+        rows, columns = tensor.shape
+        counted = torch.empty(rows, columns)
+        count(name, counted)
+        tensors[name] = counted.mul(64).to(values) if values is torch.int8 else counted.to(values)
+        shape = (-(-rows // 128), -(-columns // 128)) if block else () if hub else (1,)
+        shape = (rows, 1) if scheme in BY_ROW else shape
+        scales = {"weight_scale_inv" if block and hub else "weight_scale": shape}
+        if scheme == "fp8-static":
+            scales["input_scale"] = shape
+        for leaf, of in scales.items():
+            tensors[f"{module}.{leaf}"] = torch.empty(of)
+            count(f"{module}.{leaf}", tensors[f"{module}.{leaf}"])
+            tensors[f"{module}.{leaf}"].add_(2.125)
+    save_file(tensors, path, {"format": "pt"})
+    config = os.path.join(folder, "config.json")
+    with open(config) as f:
+        written = json.load(f)
+    written["quantization_config"] = told | {"modules_to_not_convert" if hub else "ignore": left}
+    with open(config, "w") as f:
+        json.dump(written, f, indent=2)
 
 
 def _write_chatglm(folder: str, dtype: torch.dtype) -> None:

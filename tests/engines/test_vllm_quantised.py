@@ -11,11 +11,10 @@ import json
 import fastckpt
 import pytest
 import torch
-from fastckpt.layouts import layout
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 from engines import served_models
-from engines.test_vllm_engine import ENGINE, generated, script
+from engines.test_vllm_engine import ENGINE, bytes_of, generate, script
 from safetensors.torch import load_file
 
 DENSE = (
@@ -35,19 +34,17 @@ def test_shards_are_bit_for_bit_what_vllm_loads(scheme, tmp_path):
     for name in CASES[scheme]:
         served_models.write(name, str(tmp_path / "hub" / name))
         fastckpt.reshard(tmp_path / "hub" / name, quant=scheme, out=models / name)
-    script("vllm_truth.py", str(models), str(truth), "tp2", *CASES[scheme])
-    asked = layout("vllm", {"engine": ENGINE})
+    script(tmp_path / "log", "vllm_truth.py", str(models), str(truth), "tp2", *CASES[scheme])
     for name in CASES[scheme]:
         error = truth / name / "tp2" / "error"
         assert not error.exists(), error.read_text()
-        made = fastckpt.reshard(tmp_path / "hub" / name, 2, layout=asked, quant=scheme)
+        made = fastckpt.reshard(tmp_path / "hub" / name, 2, layout=ENGINE, quant=scheme)
         for rank, got in enumerate(made):
             want = load_file(truth / name / "tp2" / f"model-rank-{rank}-part-0.safetensors")
             assert not want.keys() - got.keys(), f"{name} rank {rank}"
             for key, tensor in want.items():
                 assert (got[key].dtype, got[key].shape) == (tensor.dtype, tensor.shape), f"{name}: {key}"
-                ours, theirs = (x.contiguous().reshape(-1).view(torch.uint8) for x in (got[key], tensor))
-                assert torch.equal(ours, theirs), f"{name}: {key}"
+                assert torch.equal(bytes_of(got[key]), bytes_of(tensor)), f"{name}: {key}"
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8-channel"])
@@ -56,12 +53,13 @@ def test_it_generates(scheme, tmp_path):
     hub, made, shards = tmp_path / "hub", tmp_path / "made", tmp_path / "shards"
     served_models.write("llama", str(hub))
     fastckpt.reshard(hub, quant=scheme, out=made)
-    fastckpt.reshard(hub, 2, layout=layout("vllm", {"engine": ENGINE}), quant=scheme, out=shards)
+    fastckpt.reshard(hub, 2, layout=ENGINE, quant=scheme, out=shards)
     said = json.loads((shards / "config.json").read_text())["quantization_config"]
     assert said["quant_method"] == "compressed-tensors"
-    want = generated(made)
-    assert len({tuple(tokens) for tokens in want["tokens"]}) > 1
-    assert generated(shards, load_format="sharded_state") == want
+    engines = [{"model": str(made)}, {"model": str(shards), "load_format": "sharded_state"}]
+    own, ours = generate(tmp_path / "log", engines)
+    assert len({tuple(tokens) for tokens in own["tokens"]}) > 1
+    assert ours == own
 
 
 @pytest.mark.parametrize("scheme", ["int4-group", "awq-group", "gptq-group"])
@@ -69,10 +67,11 @@ def test_four_bits_load(scheme, tmp_path):
     """Names, shapes and values of what vLLM holds of four bits; its scales have the model's dtype."""
     served_models.write("llama", str(tmp_path / "hub"))
     fastckpt.reshard(tmp_path / "hub", quant=scheme, out=tmp_path / "models" / "llama")
-    script("vllm_truth.py", str(tmp_path / "models"), str(tmp_path / "truth"), "tp2", "llama")
+    models, truth = tmp_path / "models", tmp_path / "truth"
+    script(tmp_path / "log", "vllm_truth.py", str(models), str(truth), "tp2", "llama")
     made = fastckpt.reshard(tmp_path / "hub", 2, layout="vllm", quant=scheme)
     for rank, got in enumerate(made):
-        want = load_file(tmp_path / "truth" / "llama" / "tp2" / f"model-rank-{rank}-part-0.safetensors")
+        want = load_file(truth / "llama" / "tp2" / f"model-rank-{rank}-part-0.safetensors")
         left = {n for n in want.keys() - got.keys() if ".attn." not in n}
         assert not left and {n for n in got.keys() - want.keys() if not n.endswith(".g_idx")} == set()
         for key in (want.keys() & got.keys()) - {n for n in want if n.endswith("weight_shape")}:

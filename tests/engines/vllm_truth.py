@@ -18,6 +18,32 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
+def choose_no_kernels() -> None:
+    """Lets every quantised module be built here: its parameters are made and filled by vLLM's own code, but
+    no kernel is looked for that would run them, which a CPU has not for every scheme."""
+    from vllm.model_executor.layers.quantization import fp8
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_w8a8_fp8,
+        compressed_tensors_moe_w8a8_int8,
+    )
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+        compressed_tensors_w8a8_fp8,
+        compressed_tensors_w8a8_int8,
+    )
+
+    for module, name, kernel in (
+        (fp8, "init_fp8_linear_kernel", object()),
+        (fp8, "select_fp8_moe_backend", (None, None)),
+        (compressed_tensors_w8a8_fp8, "init_fp8_linear_kernel", object()),
+        (compressed_tensors_w8a8_fp8, "expose_input_quant_key", None),
+        (compressed_tensors_w8a8_int8, "init_int8_linear_kernel", object()),
+        (compressed_tensors_moe_w8a8_fp8, "select_fp8_moe_backend", (None, None)),
+        (compressed_tensors_moe_w8a8_int8, "select_int8_moe_backend", (None, None)),
+    ):
+        getattr(module, name)  # a version without it is an error here
+        setattr(module, name, lambda *_, kernel=kernel, **__: kernel)
+
+
 def rank(index: int, grid: str, port: int, models: str, out: str, names: list[str]) -> None:
     """One rank's shards of every model."""
     import torch
@@ -33,6 +59,7 @@ def rank(index: int, grid: str, port: int, models: str, out: str, names: list[st
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     torch.set_num_threads(1)
+    choose_no_kernels()
     tp, pp = size(grid, "tp"), size(grid, "pp")
     init_distributed_environment(tp * pp, index, f"tcp://127.0.0.1:{port}", index, "gloo")
     for name in names:

