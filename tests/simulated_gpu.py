@@ -1,10 +1,10 @@
 """A GPU that is none, for machines without one: what drives the kernels, driven on the host.
 
-`python -m pytest -p simulated_gpu tests/gpu` runs the GPU's tests here. Tensors "on cuda:0" lie in main
-memory and say otherwise; the kernels' bodies run as tiles_host.cpp runs them. Streams are as late as they may
-be: a launch or an asynchronous copy happens only once somebody waits for it, so a wait, an event or a kept
-tensor that is missing shows as wrong bytes. Fresh memory is poisoned; mixing devices, waiting and allocating
-where CUDA forbids it raise.
+`python -m pytest -p simulated_gpu tests/gpu/test_gpu_road.py` runs a file of the GPU's tests here. Tensors
+"on cuda:0" lie in main memory and say otherwise; the kernels' bodies run as tiles_host.cpp runs them. Streams
+are as late as they may be: a launch or an asynchronous copy happens only once somebody waits for it, so a
+wait, an event or a kept tensor that is missing shows as wrong bytes. Fresh memory is poisoned; mixing devices
+and waiting or allocating where CUDA forbids it raise.
 
 What it cannot tell: anything of the hardware (coalescing, cache hints, memory order, driver, speed).
 """

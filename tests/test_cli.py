@@ -504,7 +504,10 @@ def test_a_signal_leaves_nothing_behind(source, tmp_path, number, code, rank):
     out = tmp_path / "out"
     command = ["reshard", source, str(out), "--tp", "2", *rank]
     python = [sys.executable, "-c", SIGNALLED, str(int(number))]
-    done = subprocess.run([*python, *command], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*python, *command], capture_output=True, text=True, check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
+    )  # fmt: skip
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.count("\n") <= 1

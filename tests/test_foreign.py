@@ -112,9 +112,12 @@ def test_on_the_command_line(tmp_path, capsys):
     said = ["--cut-as", "vllm:tp=4,gate_up=up_gate", "--like", str(shown)]
     assert cli.main(["reshard", str(out), str(tmp_path / "2"), "--tp", "2", "--no-fsync", *said]) == 0
     same(fastckpt.open(tmp_path / "2"), hub)
+    assert cli.main(["consolidate", str(out), str(tmp_path / "whole"), "--no-fsync", *said]) == 0
+    assert torch.load(tmp_path / "whole" / "pytorch_model.bin").keys() == hub.keys()
     assert cli.main(["inspect", str(out), *said]) == 0
     assert "model.layers.0.self_attn.q_proj.weight" in capsys.readouterr().out
     for wrong, message in (
+        ([], "open_shards (--cut-as)"),
         (said[:2], "--cut-as and --like go together"),
         ([*said, "--tag", "x"], "leave --tag, --also"),
         ([*said, "--strip-prefix", "model."], "leave --tag, --also"),
@@ -143,7 +146,7 @@ def refused(four, match, tp=4, served="vllm", kind=SourceError):
 
 
 def test_another_grid(four):
-    refused(four, r"rank-[23]-part-0\.safetensors: is no file of the 2 ranks", tp=2)
+    refused(four, r"rank-[23]-part-0\.safetensors: is no file of these 2 ranks", tp=2)
     refused(four, "rank 4 of 8 is not there", tp=8)
     refused(four, r"rank 0 of 4 is not there", served="hf")
 

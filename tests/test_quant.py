@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import fastckpt
 import pytest
 import torch
-from fastckpt.errors import LayoutError
+from fastckpt.errors import DeviceError, LayoutError
 from fastckpt.quant import dynamic_state, load_dynamic
 from fastckpt.schemes import SCHEMES, Quant
 
@@ -95,3 +97,47 @@ def test_what_does_not_fit_is_refused(tmp_path):
     other.rnn = torch.nn.Embedding(3, 3)
     with pytest.raises(LayoutError, match="no quantised Embedding"):
         load_dynamic(other, tmp_path / "out")
+
+
+# ---- torchao: opt-in, where it is installed ----
+
+
+def sequence(seed):
+    torch.manual_seed(seed)
+    first, last = torch.nn.Linear(24, 16), torch.nn.Linear(16, 8, bias=False)
+    return torch.nn.Sequential(torch.nn.Embedding(40, 24), first, torch.nn.ReLU(), last).eval()
+
+
+@pytest.mark.parametrize("scheme", list(CONFIGS))
+def test_equal_to_torchaos_quantize(tmp_path, scheme):
+    q = pytest.importorskip("torchao.quantization", reason="needs torchao")
+    model = sequence(6)
+    quant = Quant(SCHEMES[scheme], include=("1.weight", "3.weight"))
+    fastckpt.reshard(model.state_dict(), layout="same", quant=quant, out=tmp_path / "out")
+    got = load_dynamic(sequence(7), tmp_path / "out", backend="torchao")
+    by = q.PerTensor() if scheme == "int8-dynamic" else q.PerRow()
+    q.quantize_(model, q.Int8DynamicActivationInt8WeightConfig(granularity=by))
+    for a, b in ((got[1].weight, model[1].weight), (got[3].weight, model[3].weight)):
+        assert torch.equal(a.qdata, b.qdata) and torch.equal(a.scale, b.scale)
+        assert torch.equal(a.zero_point, b.zero_point) and a.zero_point.dtype is b.zero_point.dtype
+        assert (a.block_size, a.dtype, a.act_quant_kwargs) == (b.block_size, b.dtype, b.act_quant_kwargs)
+    tokens = torch.randint(40, (5, 3))
+    assert torch.equal(got(tokens), model(tokens))
+    assert list(got.state_dict()) == list(model.state_dict())
+
+
+def test_what_torchao_has_not_is_refused(tmp_path):
+    pytest.importorskip("torchao.quantization", reason="needs torchao")
+    model = Words(torch.nn.LSTM)
+    written(model, tmp_path / "out", "int8-dynamic")
+    with pytest.raises(LayoutError, match="rnn: torchao has no quantised LSTM"):
+        load_dynamic(Words(torch.nn.LSTM), tmp_path / "out", backend="torchao")
+
+
+def test_a_package_that_is_missing_is_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    model = sequence(6)
+    quant = Quant(SCHEMES["int8-dynamic"], include=("1.weight",))
+    fastckpt.reshard(model.state_dict(), layout="same", quant=quant, out=tmp_path / "out")
+    with pytest.raises(DeviceError, match="torchao is not installed"):
+        load_dynamic(model, tmp_path / "out", backend="torchao")

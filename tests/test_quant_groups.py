@@ -12,7 +12,7 @@ import torch
 from fastckpt import dtypes, rounding
 from fastckpt.errors import LayoutError, SourceError
 from fastckpt.executors.cpu import built
-from fastckpt.schemes import SCHEMES
+from fastckpt.schemes import SCHEMES, Quant
 from quant_oracle import GROUPS
 from safetensors.torch import load_file
 from test_quant_road import HIDDEN, WIDTH, linear, model
@@ -197,3 +197,37 @@ def test_sizes_that_do_not_fit_are_refused_by_the_kernel():
 
 
 assert HIDDEN % 128 == 0 and WIDTH % 128 == 0
+
+
+def test_transformers_loads_four_bits_as_they_are(tmp_path):
+    """Opt-in: logits of what transformers makes of our files are those of the dequantised weights."""
+    pytest.importorskip("compressed_tensors", reason="needs compressed-tensors")
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(
+        vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(8)
+    dense = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
+    dense.save_pretrained(tmp_path / "hub")
+    fastckpt.reshard(tmp_path / "hub", quant="int4-group32", out=tmp_path / "q")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
+    dense.load_state_dict(fastckpt.reshard(tmp_path / "q", quant="none", dtype="float32", rank=0))
+    tokens = torch.randint(64, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, dense(tokens).logits)
+
+
+@pytest.mark.parametrize("name", list(SCHEMES))
+def test_a_tied_head_stays_the_embedding(name):
+    config, tensors = model("llama")
+    tied = {n: t for n, t in tensors.items() if n != "lm_head.weight"}
+    (made,) = fastckpt.reshard(tied, config=config | {"tie_word_embeddings": True}, quant=name)
+    embedding = tensors["model.embed_tokens.weight"]
+    assert torch.equal(made["model.embed_tokens.weight"], embedding)
+    assert torch.equal(made["lm_head.weight"], embedding)
+    refused = {"model.embed_tokens.weight": "tied to another", "lm_head.weight": "names no tensor"}
+    for asked, why in refused.items():
+        quant = Quant(SCHEMES[name], include=(asked,))
+        with pytest.raises(LayoutError, match=why):
+            fastckpt.reshard(tied, config=config | {"tie_word_embeddings": True}, quant=quant)

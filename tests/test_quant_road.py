@@ -16,6 +16,7 @@ from fastckpt import plans, quantising, quantplan, rounding, runs
 from fastckpt.cli import main
 from fastckpt.errors import LayoutError, SourceError, WriteError
 from fastckpt.executors import pick
+from fastckpt.executors.cpu import built
 from fastckpt.reader import Mapped, Positioned
 from fastckpt.schemes import SCHEMES, Quant
 from layouts import oracle
@@ -174,7 +175,9 @@ def test_sixteen_bits_are_quantised_as_they_are(dtype, scheme):
     check(shard, "llama", scheme, "hf", 2, 1, dtype)  # the masters cast first, then quantised
 
 
-@pytest.mark.parametrize("reader", [Mapped, Positioned])
+@pytest.mark.parametrize(
+    "reader", [pytest.param(Mapped, marks=pytest.mark.skipif(not built(), reason="not built")), Positioned]
+)
 @pytest.mark.parametrize("executor", ["cpu", "torch"])
 @pytest.mark.parametrize("scheme", ["int8", "fp8", "fp8-block", "int4-group"])
 def test_from_zero_files_to_files(tmp_path, monkeypatch, scheme, reader, executor):

@@ -14,6 +14,8 @@ import pytest
 pytest.importorskip("fastckpt._C", reason="the compiled module is not built")
 
 TESTS = Path(__file__).parent
+FILES = ("tests/gpu/test_gpu_rows.py", "tests/gpu/test_gpu_road.py")
+"""Those that ask no more than the simulation plays: no modules moved there, no saving."""
 LARGE = "four_gib or many_rows or lines or transposes or every_value"
 """Those of rows that test_tiles.py and test_casts.py run on the host in other sizes."""
 
@@ -32,7 +34,7 @@ def simulated(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def run(chosen: str) -> None:
     done = simulated(
-        "-m", "pytest", "-q", "-p", "simulated_gpu", "-p", "no:cacheprovider", "tests/gpu", "-k", chosen
+        "-m", "pytest", "-q", "-p", "simulated_gpu", "-p", "no:cacheprovider", *FILES, "-k", chosen
     )
     assert done.returncode == 0 and " skipped" not in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
 

@@ -221,14 +221,8 @@ def _consolidate(args: argparse.Namespace) -> int:
         return 0
     with progress(as_json=args.json, quiet=args.quiet) as shown:
         report = consolidate(
-            args.path,
+            _opened(args),
             args.out,
-            tag=args.tag,
-            also=args.also,
-            rename=args.rename,
-            weights=args.weights,
-            exclude_frozen=args.exclude_frozen_parameters,
-            check_crc=args.check_crc,
             safe_serialization=args.safe_serialization,
             max_shard_size=args.max_shard_size,
             dtype=args.dtype,

@@ -100,7 +100,8 @@ def _read(path: str, layout: ByRoles, grid: Placement) -> Checkpoint:
         for file in files:
             extra = os.path.join(directory, file)
             if file.endswith(safetensors.SUFFIX) and os.path.realpath(extra) not in read:
-                raise SourceError(f"{extra}: is no file of the {grid.world} ranks of {grid}")
+                sizes = f"tp {grid.tp}, pp {grid.pp}, dp {grid.dp}"
+                raise SourceError(f"{extra}: is no file of these {grid.world} ranks ({sizes})")
     extents = Extents(Extent(h.file, i.offset, i.nbytes, name) for name, (i, h) in found.items())
     entries = {
         name: tensor(extents, k, item.dtype, item.shape, 0, tuple(dense_strides(item.shape)), "parameter")

@@ -1,13 +1,15 @@
-"""The door to quantised outputs: the schemes by name, and torch's dynamically quantised modules from a file.
+"""The door to quantised outputs: the schemes by name, and dynamically quantised modules from a file, in
+torch.ao's form or torchao's.
 
 Law: a loaded module holds the very values, scales and zero points of the output; torch only packs them.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from .errors import DeviceError, LayoutError
 from .road import reshard
@@ -24,29 +26,43 @@ if TYPE_CHECKING:
 __all__ = ["SCHEMES", "Quant", "Scheme", "dynamic_state", "load_dynamic"]
 
 
-def load_dynamic(model: torch.nn.Module, path: str | os.PathLike[str]) -> torch.nn.Module:
-    """Fill a float model from an `int8-dynamic` output and return it, its quantised nn.Linear, nn.LSTM and
-    nn.GRU replaced by torch.ao's dynamically quantised ones; the rest is loaded as it is.
+Backend = Literal["torch.ao", "torchao"]
 
-    `path`: what `reshard(layout="same", quant="int8-dynamic")` wrote, or `-channel`. The output must hold
-    every tensor of the model and no other. Raises LayoutError naming what does not fit, DeviceError where the
-    installed torch has no torch.ao.nn.quantized.dynamic."""
+
+def load_dynamic(
+    model: torch.nn.Module, path: str | os.PathLike[str], *, backend: Backend | None = None
+) -> torch.nn.Module:
+    """Fill a float model from an `int8-dynamic` output and return it, its quantised matrices in the form of
+    a package; the rest is loaded as it is.
+
+    `path`: what `reshard(layout="same", quant="int8-dynamic")` wrote, or `-channel`. `backend` "torch.ao":
+    nn.Linear, nn.LSTM and nn.GRU become its dynamically quantised modules; "torchao": nn.Linear get its
+    Int8Tensor as their weight, with activations quantised by row, or for a scale a matrix by tensor (what its
+    `quantize_` makes with Int8DynamicActivationInt8WeightConfig); None: torch.ao where this torch has it. The
+    output must hold every tensor of the model and no other. Raises LayoutError naming what does not fit,
+    DeviceError where the package is not there."""
     import torch
 
     state = _state(path)
+    make = _torch_ao if backend == "torch.ao" or (backend is None and _has_torch_ao()) else _torchao
+    done: list[str] = []
     for name, module in list(model.named_modules()):
         chosen = [n for n in _own(state, name) if n.endswith("_zero_point")]
         if not chosen:
             continue
-        made = _module(name, module, {n: state.pop(n) for n in _own(state, name)})
+        made = make(name, module, {n: state.pop(n) for n in _own(state, name)})
         owner, _, leaf = name.rpartition(".")
+        done.append(f"{name}." if name else "")
         if not name:
             model = made
         else:
             setattr(model.get_submodule(owner), leaf, made)
-    wanted = {n: t for n, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
-    packed = {n for n in wanted if n.endswith((".scale", ".zero_point")) and n not in state}
-    missing = [n for n in wanted if n not in state and n not in packed]
+    wanted = {
+        n: t
+        for n, t in model.state_dict().items()
+        if isinstance(t, torch.Tensor) and not n.startswith(tuple(done))
+    }
+    missing = [n for n in wanted if n not in state]
     extra = [n for n in state if n not in wanted]
     if missing or extra:
         raise LayoutError(
@@ -72,7 +88,8 @@ def dynamic_state(model: torch.nn.Module, path: str | os.PathLike[str]) -> dict[
     what `load_dynamic` raises."""
     import copy
 
-    return load_dynamic(copy.deepcopy(model), path).state_dict()  # with torch's versions of its modules
+    made = load_dynamic(copy.deepcopy(model), path, backend="torch.ao")
+    return made.state_dict()  # with torch's versions of its modules
 
 
 def _state(path: str | os.PathLike[str]) -> State:
@@ -87,7 +104,49 @@ def _own(state: State, module: str) -> list[str]:
     return [n for n in state if n.startswith(prefix) and "." not in n[len(prefix) :]]
 
 
-def _module(name: str, module: torch.nn.Module, state: State) -> torch.nn.Module:
+def _has_torch_ao() -> bool:
+    return importlib.util.find_spec("torch.ao.nn.quantized") is not None
+
+
+def _torchao(name: str, module: torch.nn.Module, state: State) -> torch.nn.Module:
+    """An nn.Linear whose weight is torchao's Int8Tensor; the module is filled and given back."""
+    import torch
+
+    try:
+        from torchao import quantization as q  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        raise DeviceError(f"torchao is not installed, and makes no {name or 'quantised model'}") from None
+    if type(module) is not torch.nn.Linear:
+        raise LayoutError(
+            f"{name or 'the model'}: torchao has no quantised {type(module).__name__}, only nn.Linear"
+        )
+    own = {n.rpartition(".")[2]: t for n, t in state.items()}
+    floats: State = {"weight": module.weight} | ({} if module.bias is None else {"bias": module.bias})
+    _same_shapes(name, floats, own)
+    values, scale, zero = own["weight"], own.get("weight_scale"), own["weight_zero_point"]
+    if scale is None or values.dtype is not torch.int8:
+        raise LayoutError(f"{name}.weight: wanted int8 values with a scale, got {values.dtype}")
+    one = scale.numel() == 1 and scale.ndim == 0
+    # torchao says itself how activations are quantised: asked of the smallest matrix there is.
+    told = torch.nn.Linear(1, 1, bias=False)
+    config = q.Int8DynamicActivationInt8WeightConfig(granularity=q.PerTensor() if one else q.PerRow())
+    q.quantize_(told, config)
+    weight = q.Int8Tensor(
+        values,
+        scale.reshape(-1, 1),
+        [values.shape[0] if one else 1, values.shape[1]],
+        module.weight.dtype,
+        zero_point=zero.reshape(-1, 1).to(torch.int8),
+        act_quant_kwargs=told.weight.act_quant_kwargs,  # type: ignore[attr-defined]
+    )
+    module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    if module.bias is not None:
+        with torch.no_grad():
+            module.bias.copy_(own["bias"])
+    return module
+
+
+def _torch_ao(name: str, module: torch.nn.Module, state: State) -> torch.nn.Module:
     """The quantised module that takes the place of a float one."""
     import torch
 

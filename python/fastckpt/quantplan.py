@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 from . import dtypes
 from .checkpoint import JSON
@@ -83,6 +84,12 @@ class Expansion:
         """Name -> shape of every uncut target. Raises LayoutError where none is chosen."""
         if not self._shapes:
             self._shapes.update((t.name, t.shape) for t in self.whole())
+            for pattern in (*self.quant.include, *self.quant.exclude):
+                if not any(fnmatchcase(name, pattern) for name in self._shapes):
+                    raise LayoutError(
+                        f"quant {self.quant.scheme.name}: {pattern!r} names no tensor that layout "
+                        f"{self.layout} writes; of tied ones it writes one"
+                    )
             if not any(self.quant.takes(n, s) for n, s in self._shapes.items()):
                 raise LayoutError(
                     f"quant {self.quant.scheme.name}: no tensor is a matrix known by name; say which with "

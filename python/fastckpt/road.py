@@ -175,7 +175,7 @@ def prepare(
 
 
 def consolidate(
-    path: str | os.PathLike[str],
+    path: Opened,
     out: str | os.PathLike[str] | None = None,
     *,
     tag: str | None = None,
@@ -200,23 +200,25 @@ def consolidate(
 ) -> Report | State:
     """The whole model in one directory, as DeepSpeed's zero_to_fp32 writes it: names, order, file names.
 
-    `path` and the options up to `recipe` as in `open`; `dtype` of the floats (None: as stored), integer
-    buffers are kept; `.bin` files unless `safe_serialization`. Without `out` the state dict is returned.
-    `weights_key` wraps the weights into a single-file training checkpoint, with the plain values named in
-    `client_state` beside them; `adapter` as in `reshard`, merged. Raises as `reshard` does."""
+    `path`: a path, with the options up to `recipe` as in `open`, or an opened checkpoint; `dtype` of the
+    floats (None: as stored), integer buffers are kept; `.bin` files unless `safe_serialization`. Without
+    `out` the state dict is returned. `weights_key` wraps the weights into a single-file training checkpoint,
+    with the plain values named in `client_state` beside them; `adapter` as in `reshard`, merged. Raises as
+    `reshard` does."""
     expect("out", out, str, os.PathLike, type(None))
     expect("allow_nonfinite", allow_nonfinite, bool)
-    opened = joining.open(
-        path,
-        tag=tag,
-        also=also,
-        rename=rename,
-        weights=weights,
-        exclude_frozen=exclude_frozen,
-        check_crc=check_crc,
-        recipe=recipe,
-    )
-    opened = joining.whole(opened, recipe)
+    if not isinstance(path, Checkpoint):
+        path = joining.open(
+            path,
+            tag=tag,
+            also=also,
+            rename=rename,
+            weights=weights,
+            exclude_frozen=exclude_frozen,
+            check_crc=check_crc,
+            recipe=recipe,
+        )
+    opened = joining.whole(path, recipe)
     run = Run(threads, memory, progress)
     planned = run.planned(
         lambda: consolidation(

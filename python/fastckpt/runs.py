@@ -159,7 +159,8 @@ class Run:
             self.bytes_read += planned.needed_bytes
             self.phases["copy"] = time.perf_counter() - began  # until it was started
         else:
-            way = crossing.way(planned, device, self.threads)
+            # The GPU's way holds more than `memory` may allow.
+            way = "cpu" if self.spare is not None else crossing.way(planned, device, self.threads)
             worker, close = crossing.ends(way, planned.slots(), list(buffers), device, self.band)
             try:
                 if way == "gpu":

@@ -20,12 +20,12 @@ PLAN = {"*.up": "colwise", "*.down": "rowwise", "*": "replicate"}
 def state(device: str = "cpu") -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     made = {}
-    for i in range(4):
+    for i in range(2):
         made[f"{i}.up"] = torch.randn(1024, 768, generator=generator)
         made[f"{i}.down"] = torch.randn(768, 1024, generator=generator)
         made[f"{i}.turned"] = torch.randn(300, 512, generator=generator).t()
         made[f"{i}.norm"] = torch.randn(769, generator=generator)
-    made["large"] = torch.randn(5_000_001, generator=generator)
+    made["large"] = torch.randn(3_000_001, generator=generator)
     made["count"] = torch.arange(9)
     return {name: t.to(device) for name, t in made.items()}
 

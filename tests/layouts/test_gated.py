@@ -8,6 +8,7 @@ from dataclasses import replace
 import fastckpt
 import pytest
 import torch
+from fastckpt import cli
 from fastckpt.errors import LayoutError, RecipeError, SourceError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
@@ -155,6 +156,9 @@ def test_a_record_runs_no_file(hub, tmp_path):
         again(out, recipe=str(mine))
     with pytest.raises(SourceError, match="not run unless you name it"):
         fastckpt.open(out, recipe="llama")
+    words = ["consolidate", str(out), str(tmp_path / "whole"), "--no-fsync"]
+    assert cli.main(words) == 3
+    assert cli.main([*words, "--recipe", str(mine)]) == 0
     fastckpt.reshard(out, tp=4, layout="vllm", recipe=str(mine), out=tmp_path / "4", durable=False)
     assert fastckpt.reshard(fastckpt.open(out, recipe=str(mine)), tp=4, layout="vllm")
     mine.write_text(mine.read_text() + "\n# changed\n")

@@ -39,7 +39,10 @@ class Shards:
         for path, tensors in zip(self.paths, names, strict=True):
             for name in tensors:
                 if name in held:
-                    raise SourceError(f"{path}: {name} is also in {held[name]}")
+                    raise SourceError(
+                        f"{path}: {name} is also in {held[name]}; shards that another program cut are opened "
+                        "by open_shards (--cut-as)"
+                    )
                 held[name] = path
         for name, file in (self.index or {}).items():
             if os.path.basename(held.get(name, "")) != file:
