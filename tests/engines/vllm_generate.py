@@ -39,20 +39,20 @@ def generated(asked: dict) -> dict:
     return {"tokens": tokens, "scores": [m.outputs[0].cumulative_logprob for m in made]}
 
 
-def rank(index: int, port: int, engines: list[dict]) -> None:
+def rank(index: int, ports: list[int], engines: list[dict]) -> None:
     """One rank of every engine."""
     os.environ |= {
-        "RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1"
     }  # fmt: skip
     from vllm.distributed import destroy_model_parallel
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
     # Ranks that were started from outside have no name of their own for the memory they share.
     name = _CPUSHMDistributed.make_group_name
-    _CPUSHMDistributed.make_group_name = staticmethod(lambda of: f"/{port}{name(of).lstrip('/')}")
+    _CPUSHMDistributed.make_group_name = staticmethod(lambda of: f"/{ports[0]}{name(of).lstrip('/')}")
 
-    for asked in engines:
+    for port, asked in zip(ports, engines, strict=True):
+        os.environ["MASTER_PORT"] = str(port)  # on one port a rank could meet the engine of before
         try:
             told = generated(asked)
         except Exception:  # the next engine is asked all the same; the test reads what this one says
@@ -67,11 +67,14 @@ def main(engines: list[dict]) -> None:
     """Start the ranks and wait for them."""
     import multiprocessing
 
-    with socket.socket() as s:
+    sockets = [socket.socket() for _ in engines]
+    for s in sockets:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
     start = multiprocessing.get_context("spawn").Process
-    ranks = [start(target=rank, args=(r, port, engines)) for r in range(WORLD)]
+    ranks = [start(target=rank, args=(r, ports, engines)) for r in range(WORLD)]
     for process in ranks:
         process.start()
     for process in ranks:
