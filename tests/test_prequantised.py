@@ -346,6 +346,16 @@ def test_what_does_not_fit_is_refused():
             tensors={f"{AT}mlp.experts.gate_up_proj": torch.zeros(2, 8, 8)})  # fmt: skip
 
 
+def test_stacks_of_experts_do_not_stay_dense_in_silence():
+    """As transformers 5 saves them."""
+    config, made = model(EXPERTS)
+    block = f"{AT}mlp.experts."
+    each = [{p: made.pop(f"{block}{e}.{p}_proj.weight") for p in (*PAIR, "down")} for e in range(EXPERTS)]
+    made[f"{block}gate_up_proj"] = torch.stack([torch.cat([x["gate"], x["up"]]) for x in each])
+    made[f"{block}down_proj"] = torch.stack([x["down"] for x in each])
+    refused("experts.gate_up_proj .* would stay dense", count=EXPERTS, tensors=made)
+
+
 def test_what_is_quantised_already_is_refused():
     refused("is int8: wanted float32", tensors=hub("int8"))
 

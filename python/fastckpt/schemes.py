@@ -186,6 +186,11 @@ class Quant:
             raise LayoutError(f"no quantisation scheme {asked!r}; known: {', '.join(SCHEMES)}, none")
         return Quant(found)
 
+    def leaves(self, name: str) -> bool:
+        """Whether `name` is a parameter that is named like a module of matrices, as transformers 5 names stacks
+        of experts, and no pattern excludes it."""
+        return name.rpartition(".")[2] in LINEARS and not any(fnmatchcase(name, p) for p in self.exclude)
+
     def takes(self, name: str, shape: Sequence[int]) -> bool:
         """Whether the tensor of that name is quantised. Raises LayoutError for one that was asked for and is
         no matrix with outputs first."""
