@@ -348,7 +348,7 @@ def test_what_does_not_fit_is_refused():
 
 def test_stacks_of_experts_do_not_stay_dense_in_silence():
     """As transformers 5 saves them."""
-    config, made = model(EXPERTS)
+    _, made = model(EXPERTS)
     block = f"{AT}mlp.experts."
     each = [{p: made.pop(f"{block}{e}.{p}_proj.weight") for p in (*PAIR, "down")} for e in range(EXPERTS)]
     made[f"{block}gate_up_proj"] = torch.stack([torch.cat([x["gate"], x["up"]]) for x in each])

@@ -187,7 +187,7 @@ class Quant:
         return Quant(found)
 
     def leaves(self, name: str) -> bool:
-        """Whether `name` is a parameter that is named like a module of matrices, as transformers 5 names stacks
+        """Whether `name` is a parameter named like a module of matrices, as transformers 5 names stacks
         of experts, and no pattern excludes it."""
         return name.rpartition(".")[2] in LINEARS and not any(fnmatchcase(name, p) for p in self.exclude)
 
