@@ -8,15 +8,16 @@ import fastckpt
 import numpy as np
 import pytest
 import torch
-from fastckpt import plans, tensors
+from fastckpt.planning import plans
+from fastckpt.running import tensors
 from fastckpt.dtypes import bfloat16, float32
 from fastckpt.executors.cpu import Cpu, CpuRunner
 from fastckpt.extents import Buffer, Extent, Extents, fresh
 from fastckpt.placement import Placement
-from fastckpt.planner import LEAF, Batch, Binding, Slots, Table, compile, cut
-from fastckpt.plans import Wanted
+from fastckpt.planning.planner import LEAF, Batch, Binding, Slots, Table, compile, cut
+from fastckpt.planning.plans import Wanted
 from fastckpt.reader import Mapped
-from fastckpt.runs import BAND
+from fastckpt.running.runs import BAND
 from fastckpt.target import Target
 from fastckpt.views import View, stack, strided
 from floors import Memcpy, batches, share, source_runs

@@ -15,13 +15,14 @@ import fastckpt
 import peers
 import pytest
 import torch
-from fastckpt import plans, tensors
+from fastckpt.planning import plans
+from fastckpt.running import tensors
 from fastckpt.checkpoint import Checkpoint
 from fastckpt.layouts import Layout
 from fastckpt.layouts.same import Same
 from fastckpt.placement import Placement
-from fastckpt.planner import Binding
-from fastckpt.plans import Plan, Wanted
+from fastckpt.planning.planner import Binding
+from fastckpt.planning.plans import Plan, Wanted
 from fastckpt.reader import Mapped
 from floors import GatherCast, Memcpy, Write, drop_cache, source_runs, touch
 from inputs import Input

@@ -9,12 +9,12 @@ from pathlib import Path
 import fastckpt
 import inputs
 import pytest
-from fastckpt import plancache, plans
+from fastckpt.planning import plancache, plans
 from fastckpt.checkpoint import Checkpoint
 from fastckpt.placement import Placement
-from fastckpt.planner import Binding
-from fastckpt.plans import Wanted
-from fastckpt.schemes import SCHEMES, Quant
+from fastckpt.planning.planner import Binding
+from fastckpt.planning.plans import Wanted
+from fastckpt.quantisation.schemes import SCHEMES, Quant
 from inputs import Input
 from measure import Bench, Figure, Goal, Step, seconds, times_faster
 

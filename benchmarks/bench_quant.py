@@ -10,11 +10,11 @@ from pathlib import Path
 import fastckpt
 import pytest
 import torch
-from fastckpt import plans
+from fastckpt.planning import plans
 from fastckpt.placement import Placement
-from fastckpt.plans import Wanted
-from fastckpt.runs import Report
-from fastckpt.schemes import SCHEMES, Quant
+from fastckpt.planning.plans import Wanted
+from fastckpt.running.runs import Report
+from fastckpt.quantisation.schemes import SCHEMES, Quant
 from floors import GatherQuantise, Write
 from inputs import Input
 from measure import Bench, Figure, Goal, Step, of_floor, on, times_faster

@@ -9,7 +9,7 @@ from pathlib import Path
 import inputs
 import pytest
 import table
-from fastckpt.files import parse_size
+from fastckpt.output.files import parse_size
 from machine import deepspeed, machine
 from measure import Bench, Row
 

@@ -17,15 +17,15 @@ from functools import partial
 from typing import TypeVar
 
 import numpy as np
-from fastckpt import syscalls
+from fastckpt.output import syscalls
 from fastckpt.digest import crc32, leaf_digests
 from fastckpt.executors.cpu import Cpu
 from fastckpt.extents import Buffer, fresh
-from fastckpt.planner import LEAF, NOTHING, Batch, Binding, cut
-from fastckpt.plans import Plan
-from fastckpt.quantising import Job, Quantising
+from fastckpt.planning.planner import LEAF, NOTHING, Batch, Binding, cut
+from fastckpt.planning.plans import Plan
+from fastckpt.quantisation.quantising import Job, Quantising
 from fastckpt.reader import Lane, Mapped
-from fastckpt.runs import BAND, STAGE
+from fastckpt.running.runs import BAND, STAGE
 
 _memcpy = ctypes.CDLL(None).memcpy
 _memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)

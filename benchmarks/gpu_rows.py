@@ -12,11 +12,11 @@ import fastckpt
 import fastckpt._C as compiled
 import numpy as np
 import torch
-from fastckpt.device import leaves
+from fastckpt.running.device import leaves
 from fastckpt.dtypes import BY_NAME
 from fastckpt.executors.cuda import Cuda
 from fastckpt.extents import Buffer
-from fastckpt.planner import COPY, LEAF
+from fastckpt.planning.planner import COPY, LEAF
 from safetensors.torch import load_file, save_file
 
 State = dict[str, torch.Tensor]

@@ -17,7 +17,7 @@ from pathlib import Path
 import fastckpt
 import torch
 import transformers
-from fastckpt.schemes import SCHEMES
+from fastckpt.quantisation.schemes import SCHEMES
 
 SENTENCES = (
     "A checkpoint is written every thousand steps.",

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from fastckpt.digest import crc32, digest
 from fastckpt.dtypes import BY_NAME
-from fastckpt.files import FileLayout, Spec, safetensors_layout
-from fastckpt.manifest import Manifest, Origin, Record
-from fastckpt.torchzip import torch_layout
-from fastckpt.writer import Output
+from fastckpt.output.files import FileLayout, Spec, safetensors_layout
+from fastckpt.output.manifest import Manifest, Origin, Record
+from fastckpt.output.torchzip import torch_layout
+from fastckpt.output.writer import Output
 
 RECORD = Record(Origin("/ckpt", "zero", "global_step3", 3, "aa"), "0.1.0", "hf", {"tp": 1}, {})
 SPECS: list[Spec] = [

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from fastckpt import dtypes
 from fastckpt.checkpoint import Checkpoint, Single
+from fastckpt.computed.lowrank import computed
+from fastckpt.computed.merging import Merging
 from fastckpt.executors import EXECUTORS
 from fastckpt.extents import Buffer, Extent, Extents
-from fastckpt.lowrank import computed
-from fastckpt.merging import Merging
-from fastckpt.planner import LEAF, Binding, Slots, compile, cut
+from fastckpt.planning.planner import LEAF, Binding, Slots, compile, cut
 from fastckpt.reader import Positioned
 from fastckpt.target import Target
 from fastckpt.views import runs

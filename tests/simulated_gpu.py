@@ -22,7 +22,7 @@ from contextlib import contextmanager
 import fastckpt._C as compiled
 import numpy as np
 import torch
-from fastckpt.planner import COPY, NOTHING
+from fastckpt.planning.planner import COPY, NOTHING
 
 DEVICE = torch.device("cuda", 0)
 CAPACITY = 139 << 30

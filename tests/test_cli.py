@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastckpt import arguments, cli, demo, terminal
+from fastckpt import cli
+from fastckpt.doors import arguments, demo, terminal
 from fastckpt.errors import FastckptError
 from fastckpt.placement import Placement
 from fastckpt.recipes import RECIPES

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fastckpt import dtypes, planner
+from fastckpt import dtypes
 from fastckpt.errors import SourceError
 from fastckpt.executors import pick
 from fastckpt.extents import Buffer, Extent, Extents, File
-from fastckpt.planner import Binding, Slots
+from fastckpt.planning import planner
+from fastckpt.planning.planner import Binding, Slots
 from fastckpt.reader import Mapped, MappedLane
 from fastckpt.target import Target
 from fastckpt.views import View, strided

@@ -6,10 +6,11 @@ import fastckpt
 import numpy as np
 import pytest
 import torch
-from fastckpt import plans, resident, tensors
 from fastckpt.placement import Placement
-from fastckpt.planner import Binding
-from fastckpt.plans import Wanted
+from fastckpt.planning import plans
+from fastckpt.planning.planner import Binding
+from fastckpt.planning.plans import Wanted
+from fastckpt.running import resident, tensors
 from fastckpt.tiles import tile
 
 _C = pytest.importorskip("fastckpt._C", reason="the compiled module is not built")

@@ -10,15 +10,17 @@ import fastckpt
 import numpy as np
 import pytest
 import torch
-from fastckpt import dtypes, plans, road, runs, sources, views
+from fastckpt import dtypes, road, sources, views
 from fastckpt.dtypes import BY_NAME, DTYPES
 from fastckpt.errors import FastckptError, LayoutError, RecipeError, SourceError, WriteError
 from fastckpt.executors import pick
 from fastckpt.executors.cpu import built
 from fastckpt.layouts import Naming
+from fastckpt.output.writer import Output
+from fastckpt.planning import plans
 from fastckpt.reader import Mapped, Positioned
+from fastckpt.running import runs
 from fastckpt.target import Target
-from fastckpt.writer import Output
 from layouts import oracle, tiny
 from safetensors.torch import load_file, save_file
 from zero_writer import write_zero
@@ -382,7 +384,7 @@ def test_a_kept_plan_gives_the_same_bytes(tmp_path, monkeypatch):
         tmp_path / "two", moved, stage=3, world=3, step=99, tag="global_step99", client={"note": "x" * 999}
     )
     (tmp_path / "two/config.json").write_text((tmp_path / "one/config.json").read_text())
-    monkeypatch.setattr("fastckpt.plans._compiled", lambda *_: pytest.fail("planned again"))
+    monkeypatch.setattr("fastckpt.planning.plans._compiled", lambda *_: pytest.fail("planned again"))
     second = fastckpt.plan(tmp_path / "two", 2, layout="vllm", dtype="bfloat16")
     assert second.key != plan.key, "another checkpoint is another set"
     shards = fastckpt.reshard(tmp_path / "two", 2, layout="vllm", dtype="bfloat16")

@@ -15,9 +15,9 @@ import safetensors.torch
 import torch
 from fastckpt.dtypes import BY_NAME, DTYPES
 from fastckpt.errors import SourceError
-from fastckpt.files import safetensors_layout
+from fastckpt.output.files import safetensors_layout
+from fastckpt.output.writer import Output
 from fastckpt.verification import odd_values, verify
-from fastckpt.writer import Output
 from outputs import RECORD, contents, data_of, fill, write_part, write_whole
 
 MANY = [pytest.param(200, id="some"), pytest.param(10_000, id="many", marks=pytest.mark.nightly)]

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint as Checkpoint
-    from .describe import Inspection as Inspection
-    from .describe import inspect as inspect
-    from .difference import Diff as Diff
-    from .difference import diff as diff
+    from .doors.describe import Inspection as Inspection
+    from .doors.describe import inspect as inspect
+    from .doors.difference import Diff as Diff
+    from .doors.difference import diff as diff
     from .dtypes import DType as DType
     from .dtypes import bfloat16 as bfloat16
     from .dtypes import dtype as dtype
@@ -37,15 +37,15 @@ if TYPE_CHECKING:
     from .manager.manager import CheckpointManager as CheckpointManager
     from .manager.runner import JobRunner as JobRunner
     from .placement import Placement as Placement
-    from .plans import Plan as Plan
+    from .planning.plans import Plan as Plan
+    from .quantisation.schemes import SCHEMES as SCHEMES
+    from .quantisation.schemes import Quant as Quant
     from .road import consolidate as consolidate
     from .road import load_into as load_into
     from .road import plan as plan
     from .road import prepare as prepare
     from .road import reshard as reshard
-    from .runs import Report as Report
-    from .schemes import SCHEMES as SCHEMES
-    from .schemes import Quant as Quant
+    from .running.runs import Report as Report
     from .sources.memory import partitioned as partitioned
     from .verification import VerifyReport as VerifyReport
     from .verification import verify as verify
@@ -57,10 +57,10 @@ _HOME = {
     "CheckpointManager": "manager.manager",
     "Job": "manager.job",
     "JobRunner": "manager.runner",
-    "Inspection": "describe",
-    "inspect": "describe",
-    "Diff": "difference",
-    "diff": "difference",
+    "Inspection": "doors.describe",
+    "inspect": "doors.describe",
+    "Diff": "doors.difference",
+    "diff": "doors.difference",
     "DType": "dtypes",
     "bfloat16": "dtypes",
     "dtype": "dtypes",
@@ -78,15 +78,15 @@ _HOME = {
     "ViewError": "errors",
     "WriteError": "errors",
     "Placement": "placement",
-    "Plan": "plans",
-    "Report": "runs",
+    "Plan": "planning.plans",
+    "Report": "running.runs",
     "consolidate": "road",
     "load_into": "road",
     "plan": "road",
     "prepare": "road",
     "reshard": "road",
-    "SCHEMES": "schemes",
-    "Quant": "schemes",
+    "SCHEMES": "quantisation.schemes",
+    "Quant": "quantisation.schemes",
     "open": "joining",
     "open_shards": "foreign",
     "partitioned": "sources.memory",

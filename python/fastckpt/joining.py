@@ -31,8 +31,8 @@ from .extents import Buffer, Extent, Extents
 from .inverse import Piece, Place, joined, pieces_of
 from .layouts import ByRoles
 from .layouts.patterns import Patterns
-from .manifest import Manifest
 from .model import Model
+from .output.manifest import Manifest
 from .placement import Placement
 from .sources.served import SHARDS
 from .target import Target

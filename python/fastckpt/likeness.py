@@ -10,16 +10,17 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from . import plans, tensors
 from .checkpoint import JSON, Checkpoint
 from .digest import digest
 from .errors import LayoutError
 from .layouts import Layout
-from .manifest import NAME, Manifest
+from .output.manifest import NAME, Manifest
 from .placement import Placement
-from .plans import Wanted
+from .planning import plans
+from .planning.plans import Wanted
 from .road import grid_of, open_whole
-from .runs import Progress, Run
+from .running import tensors
+from .running.runs import Progress, Run
 from .verification import VerifyReport
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def digests_of(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     found: dict[str, str] = {}
     for device, mine in on.items():
         if device.type == "cuda":
-            from .device import digests
+            from .running.device import digests
 
             found |= digests(mine)
         else:

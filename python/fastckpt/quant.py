@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from .errors import DeviceError, LayoutError
+from .quantisation.schemes import SCHEMES as SCHEMES
+from .quantisation.schemes import Quant as Quant
+from .quantisation.schemes import Scheme as Scheme
 from .road import reshard
-from .schemes import SCHEMES as SCHEMES
-from .schemes import Quant as Quant
-from .schemes import Scheme as Scheme
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import joining, plans
+from . import joining
 from .checkpoint import JSON, Checkpoint
 from .dtypes import DType
 from .errors import DeviceError, LayoutError, SourceError, expect
@@ -22,15 +22,16 @@ from .extents import Buffer, fresh
 from .layouts import Layout
 from .layouts.same import Same
 from .placement import Placement
-from .planner import LEAF, Binding, cut
-from .plans import Plan, Wanted
-from .runs import Progress, Report, Run, reader_of
-from .schemes import Quant
+from .planning import plans
+from .planning.planner import LEAF, Binding, cut
+from .planning.plans import Plan, Wanted
+from .quantisation.schemes import Quant
+from .running.runs import Progress, Report, Run, reader_of
 
 if TYPE_CHECKING:
     import torch
 
-    from .resident import Ready
+    from .running.resident import Ready
 
     State = dict[str, torch.Tensor]
     Opened = str | os.PathLike[str] | Checkpoint | Mapping[str, torch.Tensor]
@@ -153,9 +154,9 @@ def prepare(
 
     Arguments as there; `run()` of the result plans and uploads nothing. Raises as `reshard` does, and
     DeviceError where the checkpoint's tensors do not lie on the device."""
-    from . import tensors
-    from .resident import Ready, resident
-    from .resident import prepare as on_device
+    from .running import tensors
+    from .running.resident import Ready, resident
+    from .running.resident import prepare as on_device
 
     place = _device(device)
     grid = grid_of(tp, placement)
@@ -299,7 +300,7 @@ def load_into(
     merged on the way and rounded once, to the module's dtypes. `strict`: every persistent tensor of the
     module must be filled and every tensor of the shard used, else LayoutError names them. Raises as `reshard`
     does; the module may then be half filled."""
-    from . import tensors
+    from .running import tensors
 
     expect("strict", strict, bool)
     grid = grid_of(tp, placement)

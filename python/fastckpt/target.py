@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .dtypes import DType
 from .errors import ViewError
-from .schemes import Scheme
+from .quantisation.schemes import Scheme
 from .views import View
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .dtypes import DTYPES
 from .errors import ViewError
-from .planner import GENERAL, NOTHING, ROWS, TRANSPOSE, Ints, Table, classify, item_sizes
+from .planning.planner import GENERAL, NOTHING, ROWS, TRANSPOSE, Ints, Table, classify, item_sizes
 
 THREADS = 256
 FLIGHT = 64

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from .checkpoint import JSON
 from .digest import LEAF, combine, digest, leaf_digests
+from .doors.text import counted
 from .dtypes import DType, float16, float32, float64
 from .errors import FastckptError, SourceError, expect
 from .extents import File
 from .finite import nonfinite
-from .manifest import NAME, Manifest, TensorEntry, rank_of
+from .output.manifest import NAME, Manifest, TensorEntry, rank_of
 from .sources.safetensors import MAX_HEADER, Item, read_header
-from .text import counted
 
 _READS = 16
 """Reads of one task."""

@@ -24,7 +24,7 @@ from . import road
 from .checkpoint import Checkpoint, Entry
 from .dtypes import float32
 from .errors import FastckptError, WriteError
-from .manifest import NAME, Manifest
+from .output.manifest import NAME, Manifest
 from .sources import open as open_checkpoint
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def get_fp32_state_dict_from_zero_checkpoint(
 def _lazy(ckpt: Checkpoint, name: str, entry: Entry) -> LazyTensor:
     import torch
 
-    from .tensors import torch_dtype
+    from .running.tensors import torch_dtype
 
     alone = replace(ckpt, entries={name: entry}, aliases={})
     dtype = float32 if entry.dtype.kind == "float" else entry.dtype

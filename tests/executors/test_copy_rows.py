@@ -217,7 +217,7 @@ def test_several_buffers_and_zero_rows() -> None:
 
 
 def test_the_row_is_the_planners_and_the_compilers() -> None:
-    from fastckpt import planner
+    from fastckpt.planning import planner
 
     wanted = [(name, of[1], of[0].itemsize) for name, of in COPY.fields.items()]
     assert _C.fields() == wanted and _C.copy_bytes == COPY.itemsize == 128

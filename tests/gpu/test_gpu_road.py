@@ -7,11 +7,11 @@ from pathlib import Path
 import fastckpt
 import pytest
 import torch
-from fastckpt import crossing
-from fastckpt.device import digests
 from fastckpt.dtypes import BY_NAME
 from fastckpt.errors import DeviceError
 from fastckpt.layouts.same import Same
+from fastckpt.running import crossing
+from fastckpt.running.device import digests
 from safetensors.torch import load_file, save_file
 
 PLAN = {"*.up": "colwise", "*.down": "rowwise", "*": "replicate"}

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from fastckpt.digest import LEAF, digest
 from fastckpt.errors import WriteError
-from fastckpt.manifest import FileEntry, Manifest
+from fastckpt.output.manifest import FileEntry, Manifest
+from fastckpt.output.writer import Output
 from fastckpt.verification import verify
-from fastckpt.writer import Output
 from outputs import RECORD
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from fastckpt.errors import ManagerError, SourceError
 from fastckpt.manager.manager import CheckpointManager
-from fastckpt.manifest import Manifest
+from fastckpt.output.manifest import Manifest
 from fastckpt.verification import verify
 from safetensors.torch import load_file, save_file
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..errors import DeviceError
-from ..planner import Executor
+from ..planning.planner import Executor
 
 
 def _cpu() -> Executor:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import dtypes
+from ..computed.finishes import largest, multiple, plus_one, reciprocal, requantised
 from ..dtypes import DType
 from ..errors import LayoutError
-from ..finishes import largest, multiple, plus_one, reciprocal, requantised
 from ..views import View, cat, constant, stack
 from ..views import zeros as zero_view
 

@@ -14,8 +14,8 @@ from functools import partial
 from typing import NamedTuple
 
 from .. import dtypes
+from ..computed.finishes import agreed, largest, plus_one, reciprocal
 from ..errors import LayoutError
-from ..finishes import agreed, largest, plus_one, reciprocal
 from ..model import Attention, Beside, Experts, Layer, Linear, Mla, Mlp, Model, Norm
 from ..views import View
 from .cuts import in_form, joined

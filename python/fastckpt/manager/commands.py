@@ -12,9 +12,9 @@ import sys
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
-from .. import serving_options
+from ..doors import serving_options
+from ..doors.text import columns, counted, size
 from ..errors import ManagerError, SourceError
-from ..text import columns, counted, size
 
 if TYPE_CHECKING:
     from ..checkpoint import JSON
@@ -149,7 +149,7 @@ def _gc(manager: CheckpointManager, args: argparse.Namespace) -> int:
 
 def _restore(manager: CheckpointManager, args: argparse.Namespace) -> int:
     from ..road import reshard
-    from ..runs import Report
+    from ..running.runs import Report
 
     step = _step(manager, args)
     opened = manager.open(step, args.rank)

@@ -22,11 +22,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from .. import syscalls
 from ..checkpoint import JSON
-from ..commit import make_directories, sync_directory, telling, write_file
 from ..errors import ManagerError, SourceError, WriteError
-from ..manifest import NAME, Manifest
+from ..output import syscalls
+from ..output.commit import make_directories, sync_directory, telling, write_file
+from ..output.manifest import NAME, Manifest
 
 LATEST = "latest"
 SAVING, TRASH, ASIDE = ".saving-", ".trash-", ".aside-"

@@ -23,8 +23,8 @@ from ..checkpoint import JSON
 from ..errors import FastckptError, ManagerError, SourceError, WriteError
 from ..layouts import Layout
 from ..placement import Placement
-from ..runs import Report
-from ..schemes import Quant
+from ..quantisation.schemes import Quant
+from ..running.runs import Report
 from . import loading, policies, publishing, saving
 from .commits import Commit, Store, ready
 from .coordination import Alone, Group, join, together

@@ -19,10 +19,10 @@ from ..checkpoint import JSON, Checkpoint, Single
 from ..digest import LEAF, combine, digest, digest64
 from ..errors import ManagerError, SourceError
 from ..extents import Extent, Extents, File
-from ..manifest import FileEntry, Manifest, TensorEntry
+from ..output.manifest import FileEntry, Manifest, TensorEntry
 from ..road import reshard
+from ..running.tensors import torch_dtype
 from ..sources.training import names_in
-from ..tensors import torch_dtype
 from ..views import View, dense_strides, zeros
 from .pieces import Shared, raw
 from .saving import SCHEMA, TABLE, rank_directory

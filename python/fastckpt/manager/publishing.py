@@ -16,15 +16,15 @@ from dataclasses import dataclass
 
 from .. import sources
 from ..checkpoint import JSON, Checkpoint
-from ..commit import sync_directory, telling
 from ..errors import ManagerError
 from ..layouts import Layout
-from ..manifest import NAME, Manifest
+from ..output.commit import sync_directory, telling
+from ..output.manifest import NAME, Manifest
 from ..placement import Placement
-from ..plans import Plan
+from ..planning.plans import Plan
+from ..quantisation.schemes import Quant
 from ..road import plan, reshard
-from ..runs import Report
-from ..schemes import Quant
+from ..running.runs import Report
 from ..sources.training import parts_of
 from .opened import Opened, check_files
 from .saving import engine_directory

@@ -13,10 +13,10 @@ import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 
-from ..commit import telling
 from ..digest import digest
 from ..errors import ManagerError, SourceError, WriteError
-from ..manifest import NAME, Manifest
+from ..output.commit import telling
+from ..output.manifest import NAME, Manifest
 from ..verification import verify
 from .commits import ASIDE, LATEST, SAVING, Commit, Store
 from .uploaders import FsspecDirectory, Uploader

@@ -21,9 +21,9 @@ from .. import __version__
 from ..checkpoint import JSON
 from ..digest import LEAF, combine, digest64
 from ..errors import ManagerError
-from ..files import safetensors_layout
-from ..manifest import Origin, Record
-from ..writer import Output
+from ..output.files import safetensors_layout
+from ..output.manifest import Origin, Record
+from ..output.writer import Output
 from .commits import Commit, Store
 from .coordination import Group, ints, together
 from .pieces import Claim, Piece, Shared, Taken, digest_of, raw, shared

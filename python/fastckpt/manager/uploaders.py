@@ -20,10 +20,10 @@ from typing import Protocol
 
 import numpy as np
 
-from ..commit import sync_directory
 from ..digest import LEAF, combine, digest64
 from ..errors import ManagerError, SourceError, WriteError
-from ..manifest import NAME, Manifest
+from ..output.commit import sync_directory
+from ..output.manifest import NAME, Manifest
 from ..verification import verify
 
 

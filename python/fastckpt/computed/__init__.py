@@ -1,0 +1,1 @@
+"""Weights that lie in no file and are made when they are read."""

@@ -1,0 +1,510 @@
+"""PEFT adapters (LoRA): what their config and names mean, merged into a base or cut as its layout cuts it.
+
+An adapter holds for some modules of a base two thin matrices A [rank, inputs] and B [outputs, rank]; the
+module's weight becomes W + scale * B @ A (`lowrank` says exactly how), with scale = lora_alpha / rank, or
+lora_alpha / sqrt(rank) with use_rslora. Other tensors it holds (modules_to_save, biases) take the place of
+the base's. Source: peft 0.21, tuners/lora/{config,layer,model}.py and utils/save_and_load.py.
+
+Law: a field of the config that is not known and says something is refused: it could change a weight.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import xxhash
+
+from .. import dtypes, sources
+from ..checkpoint import JSON, Checkpoint, Entry, Single
+from ..dtypes import DType
+from ..errors import LayoutError, SourceError
+from ..extents import Extents, File
+from ..layouts.naming import Naming
+from ..model import Linear, Thin
+from ..sources import peft
+from ..target import Target
+from ..views import ZERO, View, cat, dense_strides, zeros
+from .finishes import multiple
+from .lowrank import Ints, LowRank, elements, lies_nowhere, nowhere, pitched, runs
+
+PREFIX = "base_model.model."
+"""What PEFT puts before every name of the base."""
+
+STEM = "adapter_model"
+"""What PEFT calls the file of an adapter."""
+
+READ = frozenset(
+    ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+     "init_lora_weights", "bias", "modules_to_save")
+)  # fmt: skip
+"""Fields of the config that are read, or that the tensors themselves tell."""
+
+HARMLESS = frozenset(
+    ("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+     "target_modules", "exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern",
+     "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+     "runtime_config", "ensure_weight_tying")
+)  # fmt: skip
+"""Fields that say how an adapter was trained or is run, and change nothing of what it is."""
+
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+"""Values of init_lora_weights that leave the base as it was; others train against a changed base."""
+
+MERGED = (dtypes.float32, dtypes.bfloat16, dtypes.float16)
+"""The types of weights that are merged: what float32 holds exactly."""
+
+_THIN = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.(?P<name>[^.]+))?\.weight")
+_TABLE = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<half>[AB])(\.(?P<name>[^.]+))?")
+_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<leaf>[^.]+)")
+_OLD = ".original_module."
+_ADDED = (".lora_", ".token_adapter.", ".trainable_tokens_", ".modules_to_save.")
+"""Parts of the names that PEFT adds to a model's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What an adapter's config says. `path`: its file; `ranks`, `alphas`: pattern -> value, for modules that
+    have their own; `flipped`: weights are stored [inputs, outputs]; `start`: init_lora_weights;
+    `biases`: the base's were trained too."""
+
+    path: str
+    rank: int
+    alpha: float
+    rslora: bool
+    ranks: Mapping[str, float]
+    alphas: Mapping[str, float]
+    flipped: bool
+    start: JSON
+    biases: bool
+
+    @staticmethod
+    def read(path: str) -> Settings:
+        """The settings in an adapter_config.json. Raises SourceError for what is not read."""
+        said = peft.read_config(path)
+        if said.get("peft_type") != "LORA":
+            raise SourceError(f"{path}: peft_type {said.get('peft_type')!r} is not read, only LORA is")
+        for key, value in said.items():
+            if key not in READ | HARMLESS and value:
+                raise SourceError(f"{path}: {key} {value!r} is not read")
+        return Settings(
+            path=path,
+            rank=int(_number(path, "r", said.get("r"))),
+            alpha=_number(path, "lora_alpha", said.get("lora_alpha")),
+            rslora=bool(said.get("use_rslora")),
+            ranks=_numbers(path, "rank_pattern", said.get("rank_pattern")),
+            alphas=_numbers(path, "alpha_pattern", said.get("alpha_pattern")),
+            flipped=bool(said.get("fan_in_fan_out")),
+            start=said.get("init_lora_weights"),
+            biases=said.get("bias") not in (None, "none"),
+        )
+
+    def scale(self, module: str, rank: int) -> float:
+        """What a module's product is multiplied by. Raises SourceError where its rank is not the config's."""
+        wanted = self._own(self.ranks, module, self.rank)
+        if rank != wanted:
+            raise SourceError(f"{self.path}: {module} has rank {rank}, the config says {wanted:g}")
+        return self._own(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+    def _own(self, patterns: Mapping[str, float], module: str, default: float) -> float:
+        """The value of the first pattern that a module's name ends with (peft's get_pattern_key)."""
+        try:
+            return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), default)
+        except re.error as e:
+            raise SourceError(f"{self.path}: a pattern is no regular expression: {e}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The thin matrices of one module: `a` [rank, inputs], `b` [outputs, rank], and their names in PEFT's
+    files; `flipped`: the module's weight is [inputs, outputs]."""
+
+    a: Entry
+    b: Entry
+    a_name: str
+    b_name: str
+    flipped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A tensor that takes the place of one of the base's, and its name in PEFT's files."""
+
+    entry: Entry
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter and the `base` it fits: `pairs` by the base's module, `saved`: base name -> the tensor that
+    takes its place. Their views lie in the extents of `tensors`, the checkpoint that holds them."""
+
+    settings: Settings
+    base: Checkpoint
+    tensors: Checkpoint
+    pairs: Mapping[str, Pair]
+    saved: Mapping[str, Saved]
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """The names of the base's tensors that are others with it."""
+        return frozenset((*self.saved, *(f"{m}.weight" for m in self.pairs)))
+
+    def entry(self, name: str) -> Entry:
+        """The tensor of the base, or what takes its place."""
+        saved = self.saved.get(name)
+        return self.base.entries[name] if saved is None else saved.entry
+
+    def scale(self, module: str) -> float:
+        """What a module's product is multiplied by."""
+        return self.settings.scale(module, self.pairs[module].a.shape[0])
+
+    def digests(self) -> tuple[str, str]:
+        """Hex digests of what it does to a base: of what shapes it, and of its headers."""
+        told = [[(m, self.scale(m), p.flipped) for m, p in self.pairs.items()], list(self.saved)]
+        return _digest(json.dumps(told), self.tensors.structure), self.tensors.headers
+
+
+def fit(ckpt: Checkpoint, directory: str) -> Adapter:
+    """The adapter in `directory` and the base that `ckpt` holds, by the base's own names.
+
+    A directory with a config and no weights goes with a checkpoint of the adapted model, which holds both.
+    Raises SourceError."""
+    settings = Settings.read(os.path.join(directory, peft.CONFIG))
+    weights = peft.weights(directory)
+    own = {n: e for n, e in _named(ckpt).items() if _is_adapters(n)}
+    if weights is None and not own:
+        raise SourceError(f"{directory}: no weights of an adapter, and {ckpt.path} holds none either")
+    if weights is not None and own:
+        raise SourceError(f"{ckpt.path} holds an adapter ({next(iter(own))}), and {directory} another")
+    if weights is not None and settings.start not in PLAIN_STARTS:
+        raise SourceError(
+            f"{settings.path}: init_lora_weights {settings.start!r} trains against a changed base; let PEFT "
+            "convert the adapter (path_initial_model_for_weight_conversion)"
+        )
+    tensors = replace(ckpt, entries=own, aliases={}) if weights is None else sources.open(weights)
+    pairs, saved = _parted(settings, tensors)
+    entries: dict[str, Entry] = {}
+    for name, entry in ckpt.entries.items():
+        if name in own:
+            continue
+        new = _base_name(name)
+        if new in entries:
+            raise SourceError(f"{ckpt.path}: {name} is a second {new} of the base model")
+        if _OLD in name and new not in saved:
+            raise SourceError(f"{ckpt.path}: nothing takes the place of {name}")
+        entries[new] = entry
+    aliases = {_base_name(a): _base_name(h) for a, h in ckpt.aliases.items() if a not in own}
+    adapter = Adapter(settings, replace(ckpt, entries=entries, aliases=aliases), tensors, pairs, saved)
+    _check(adapter)
+    return adapter
+
+
+def merged(adapter: Adapter, dtype: DType | None) -> Checkpoint:
+    """The base with the adapter merged; what that changes is rounded once, to `dtype`, or to the base's own
+    for None."""
+    base = adapter.base
+    apart = adapter.tensors.extents is not base.extents
+    shared = Extents((*base.extents, *adapter.tensors.extents)) if apart else base.extents
+    moved = len(base.extents) if apart else 0
+
+    def of_adapter(entry: Entry) -> View:
+        return _in_table(entry.build(), shared, moved)
+
+    def wide(name: str) -> View:
+        saved = adapter.saved.get(name)
+        return of_adapter(saved.entry) if saved else _in_table(base.entries[name].build(), shared, 0)
+
+    matrices: dict[str, LowRank] = {}
+    for module, pair in adapter.pairs.items():
+        a, b = of_adapter(pair.a), of_adapter(pair.b)
+        left, right = (a.T, b.T) if pair.flipped else (b, a)
+        matrices[f"{module}.weight"] = LowRank(wide(f"{module}.weight"), left, right, adapter.scale(module))
+    table = Extents((*shared, *(nowhere(m, m.base.shape, dtypes.float32, n) for n, m in matrices.items())))
+    index = {name: i for i, name in enumerate(matrices, len(shared))}
+
+    def build(name: str, entry: Entry, kind: DType) -> Callable[[], View]:
+        if name in index:
+            return lambda: pitched(table, index[name], dtypes.float32, entry.shape).cast(kind)
+        saved = adapter.saved.get(name)
+        if saved is not None:
+            return lambda: _in_table(saved.entry.build(), table, moved).cast(kind)
+        return lambda: _in_table(entry.build(), table, 0)
+
+    def entry_of(name: str, old: Entry) -> Entry:
+        kind = _kind(old.dtype, dtype) if name in adapter.changed else old.dtype
+        return Single(adapter.entry(name).shape, kind, build(name, old, kind), old.kind)
+
+    notes = base.facts.get("notes")
+    note = f"{adapter.settings.path}: {len(index)} modules merged, {len(adapter.saved)} tensors replaced"
+    structure, headers = adapter.digests()
+    return replace(
+        base,
+        entries={n: entry_of(n, e) for n, e in base.entries.items()},
+        extents=table,
+        files=_files(adapter),
+        facts={**base.facts, "notes": [*(notes if isinstance(notes, list) else []), note]},
+        structure=_digest(base.structure, structure) if base.structure else "",
+        headers=_digest(base.headers, headers),
+    )
+
+
+# ---- kept apart ----
+
+
+def hollow(adapter: Adapter, dtype: DType | None) -> Checkpoint:
+    """The base with names and shapes and no bytes, but for what the adapter replaces: where a layout puts an
+    adapted weight can be read off its extent, whose key is the module.
+
+    Raises SourceError where it is not known which of the base's tensors are the adapter's."""
+    base = adapter.base
+    if adapter.settings.biases and adapter.tensors.extents is base.extents:
+        raise SourceError(f"{base.path}: its biases were trained with the adapter; save that with PEFT first")
+    kinds = {n: _kind(e.dtype, dtype) for n, e in base.entries.items()}
+    weights = {f"{m}.weight": m for m in adapter.pairs}
+    extents = Extents(nowhere(None, base.entries[n].shape, kinds[n], m) for n, m in weights.items())
+    index = {n: i for i, n in enumerate(weights)}
+
+    def build(name: str, entry: Entry) -> Callable[[], View]:
+        if name in index:
+            return lambda: pitched(extents, index[name], kinds[name], entry.shape)
+        saved = adapter.saved.get(name)
+        if saved is not None:
+            return lambda: saved.entry.build().cast(kinds[name])
+        return lambda: zeros(entry.shape, kinds[name])
+
+    structure, headers = adapter.digests()
+    return replace(
+        base,
+        entries={n: Single(adapter.entry(n).shape, kinds[n], build(n, e)) for n, e in base.entries.items()},
+        extents=adapter.tensors.extents,
+        files=_files(adapter),
+        beside=(adapter.settings.path,),
+        structure=_digest(base.structure, structure) if base.structure else "",
+        headers=_digest(base.headers, headers),
+    )
+
+
+def naming(of_base: Naming) -> Naming:
+    """The names of an adapter's files where a base has those."""
+    part = f"{STEM}-{{part:05d}}-of-{{parts:05d}}.safetensors"
+    return replace(of_base, single=f"{STEM}.safetensors", part=part, index=None)
+
+
+def cut(targets: Iterable[Target], adapter: Adapter, dtype: DType | None) -> Iterator[Target]:
+    """What a rank holds of the adapter, under PEFT's names, by what it holds of a `hollow` base.
+
+    Raises LayoutError where a rank's part of a weight is not whole rows and columns of it, and for a tensor
+    of the adapter that has no place."""
+    left = {*adapter.pairs, *adapter.saved}
+    for target in targets:
+        if target.name in adapter.saved and target.name.removesuffix(".weight") not in adapter.pairs:
+            left.discard(target.name)
+            yield Target(f"{PREFIX}{adapter.saved[target.name].name}", target.view)
+        for module, down, across in _parts(target.name, target.view, adapter.base):
+            if module not in left:
+                raise LayoutError(f"adapter: two tensors of the layout hold parts of {module}.weight")
+            left.discard(module)
+            pair = adapter.pairs[module]
+            outputs, inputs = (across, down) if pair.flipped else (down, across)
+            thins = (pair.a_name, pair.a, 1, inputs), (pair.b_name, pair.b, 0, outputs)
+            for name, thin, axis, held in thins:
+                view = thin.build().cast(_kind(thin.dtype, dtype))
+                yield Target(f"{PREFIX}{name}", _picked(view, axis, held))
+            saved = adapter.saved.get(f"{module}.weight")
+            if saved is not None:
+                left.discard(f"{module}.weight")
+                view = saved.entry.build().cast(_kind(saved.entry.dtype, dtype))
+                yield Target(f"{PREFIX}{saved.name}", _picked(_picked(view, 0, down), 1, across))
+    if left:
+        raise LayoutError(f"adapter: the layout has no place for {', '.join(sorted(left)[:3])}")
+
+
+def by_roles(
+    make: Callable[[Callable[[Linear], Thin | None]], Iterable[Target]], adapter: Adapter, dtype: DType | None
+) -> Iterator[Target]:
+    """What a rank holds of the adapter by a layout that has names for it (`layouts.Adapts`), over a `hollow`
+    base: `make` gives its targets by what is added to a matrix, B times the adapter's scale.
+
+    Raises LayoutError where a matrix is not whole rows and columns of a module, and for a tensor of the
+    adapter that has no place."""
+    if adapter.saved:
+        raise LayoutError(f"adapter: the layout has no place for {next(iter(adapter.saved))} beside a base")
+    base = adapter.base
+    left = {m: math.prod(base.entries[f"{m}.weight"].shape) for m in adapter.pairs}  # elements with no place
+
+    def thin(linear: Linear) -> Thin | None:
+        found = [*_parts(linear.name, linear.weight, base)]
+        if not found:
+            return None
+        ((module, down, across),) = found
+        left[module] -= len(down) * len(across)
+        pair = adapter.pairs[module]
+        outputs, inputs = (across, down) if pair.flipped else (down, across)
+        b = multiple(pair.b_name, pair.b.build(), adapter.scale(module)).cast(_kind(pair.b.dtype, dtype))
+        a = pair.a.build().cast(_kind(pair.a.dtype, dtype))
+        return Thin(module, _picked(a, 1, inputs), _picked(b, 0, outputs))
+
+    yield from make(thin)
+    without = sorted(module for module, elements in left.items() if elements)
+    if without:
+        raise LayoutError(f"adapter: the layout has no place for all of {', '.join(without[:3])}")
+
+
+def _picked(view: View, axis: int, held: Ints) -> View:
+    """result[.., i, ..] == view[.., held[i], ..]."""
+    return cat([view.narrow(axis, start, stop - start) for start, stop in runs(held)], axis)
+
+
+def _parts(name: str, view: View, base: Checkpoint) -> Iterator[tuple[str, Ints, Ints]]:
+    """The adapted modules whose weights a view is made of: (module, rows and columns of its weight)."""
+    d = len(view.boxes)
+    steps = dense_strides(view.boxes)
+    found: dict[str, list[tuple[int, Ints, Ints]]] = {}
+    for extent, _, first, *box in view.held.tolist():
+        if extent == ZERO or not lies_nowhere(view.extents[extent]):
+            continue
+        module = view.extents[extent].key
+        columns = base.entries[f"{module}.weight"].shape[1]
+        at = sum(o * s for o, s in zip(box[:d], steps, strict=True))
+        down, across, _ = elements(first, box[d : 2 * d], box[2 * d :], columns)
+        found.setdefault(module, []).append((at, down, across))
+    for module, boxes in found.items():
+        _, downs, acrosses = zip(*sorted(boxes, key=lambda b: b[0]), strict=True)
+        if all(np.array_equal(x, acrosses[0]) for x in acrosses):
+            down, across = np.concatenate(downs), acrosses[0]
+        elif all(np.array_equal(x, downs[0]) for x in downs):
+            down, across = downs[0], np.concatenate(acrosses)
+        else:
+            raise LayoutError(f"adapter: {name} is not cut along rows or columns of {module}.weight")
+        if len(down) * len(across) != view.numel:
+            raise LayoutError(f"adapter: {name} {view.shape} holds more than a part of {module}.weight")
+        yield module, down, across
+
+
+# ---- names and sizes ----
+
+
+def _is_adapters(name: str) -> bool:
+    """Whether a checkpoint of an adapted model holds this tensor for the adapter."""
+    return any(mark in name for mark in _ADDED)
+
+
+def _named(ckpt: Checkpoint) -> dict[str, Entry]:
+    """Every name and its tensor, tied names too."""
+    return {**ckpt.entries, **{a: ckpt.entries[h] for a, h in ckpt.aliases.items()}}
+
+
+def _base_name(name: str) -> str:
+    """The name the base model has for a tensor of the adapted one."""
+    return name.removeprefix(PREFIX).replace(".base_layer.", ".").replace(_OLD, ".")
+
+
+def _parted(settings: Settings, tensors: Checkpoint) -> tuple[dict[str, Pair], dict[str, Saved]]:
+    """The adapter's pairs and what it saved, by the base's names. Raises SourceError for an unread name."""
+    thin: dict[tuple[str, str], Entry] = {}  # module, half
+    tables: set[str] = set()
+    saved: dict[str, Saved] = {}
+    called: set[str] = set()  # the adapter's own name, which its file leaves out
+    for name, entry in _named(tensors).items():
+        inner = name.removeprefix(PREFIX)
+        found = next((m for p in (_THIN, _TABLE, _SAVED) if (m := p.fullmatch(inner))), None)
+        if found is None and _is_adapters(inner):
+            raise SourceError(f"{tensors.path}: {name} is not read: DoRA, biases of B, tokens and the like")
+        called.update({found["name"]} - {None} if found else ())
+        if found is None:
+            saved[_base_name(name)] = Saved(entry, inner)
+        elif found.re is _SAVED:
+            base_name = f"{found['module']}.{found['leaf']}"
+            saved[base_name] = Saved(entry, base_name)
+        else:
+            thin[found["module"], found["half"]] = entry
+            tables.update({found["module"]} if found.re is _TABLE else ())
+    if len(called) > 1:
+        raise SourceError(f"{tensors.path}: several adapters: {', '.join(sorted(called))}; wanted one")
+    pairs = {}
+    for module in dict.fromkeys(module for module, _ in thin):
+        a, b = thin.get((module, "A")), thin.get((module, "B"))
+        if a is None or b is None:
+            raise SourceError(
+                f"{tensors.path}: {module} has {'B' if a is None else 'A'} alone, wanted A and B"
+            )
+        form = "lora_embedding_{}" if module in tables else "lora_{}.weight"
+        a_name, b_name = (f"{module}.{form.format(half)}" for half in "AB")
+        pairs[module] = Pair(a, b, a_name, b_name, module in tables or settings.flipped)
+    return pairs, saved
+
+
+def _check(adapter: Adapter) -> None:
+    """Raises SourceError where the adapter does not fit its base."""
+    base, where = adapter.base, adapter.tensors.path
+    tied = {*base.aliases, *base.aliases.values()}
+    for name in adapter.changed:
+        if name not in base.entries:
+            near = difflib.get_close_matches(name, base.entries, 3)
+            hint = f"; near: {', '.join(near)}" if near else ""
+            raise SourceError(f"{where}: the base {base.path} has no {name}{hint}")
+        if name in tied:
+            raise SourceError(
+                f"{where}: {name} is tied to another tensor, which would have to change with it"
+            )
+    if base.config is not None and base.config.get("tie_word_embeddings") is True:
+        table = next((m for m, p in adapter.pairs.items() if p.a_name.endswith("lora_embedding_A")), None)
+        if table is not None:
+            raise SourceError(
+                f"{where}: {table} is tied to the output matrix, which would have to change with it"
+            )
+    for module, pair in adapter.pairs.items():
+        name = f"{module}.weight"
+        weight, a, b = adapter.entry(name), pair.a, pair.b
+        wanted = weight.shape[::-1] if pair.flipped else weight.shape
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+            raise SourceError(f"{where}: {module}: A {a.shape} and B {b.shape} are no pair")
+        if (b.shape[0], a.shape[1]) != wanted:
+            raise SourceError(
+                f"{where}: {module}: B {b.shape} @ A {a.shape} does not fit {name} {weight.shape}"
+            )
+        for role, entry in ((name, weight), ("A", a), ("B", b)):
+            if entry.dtype not in MERGED:
+                kinds = ", ".join(d.name for d in MERGED)
+                raise SourceError(f"{where}: {module}: {role} is {entry.dtype}, wanted {kinds}")
+        adapter.scale(module)
+
+
+def _kind(old: DType, asked: DType | None) -> DType:
+    return asked if asked is not None and old.kind == "float" else old
+
+
+def _files(adapter: Adapter) -> tuple[File, ...]:
+    return tuple(dict.fromkeys((*adapter.base.files, *adapter.tensors.files)))
+
+
+def _in_table(view: View, table: Extents, by: int) -> View:
+    """The view over a table that holds its own from entry `by` on."""
+    held = view.held
+    if by:
+        held = held.copy()
+        held[held[:, 0] != ZERO, 0] += by
+    return replace(view, extents=table, held=held)
+
+
+def _digest(*told: str) -> str:
+    return xxhash.xxh3_64_hexdigest("\n".join(told).encode())
+
+
+def _number(path: str, key: str, value: JSON) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise SourceError(f"{path}: {key} {value!r}: wanted a positive number")
+    return float(value)
+
+
+def _numbers(path: str, key: str, value: JSON) -> dict[str, float]:
+    if not isinstance(value, dict | None):
+        raise SourceError(f"{path}: {key} {value!r}: wanted patterns and numbers")
+    return {k: _number(path, f"{key}[{k!r}]", v) for k, v in (value or {}).items()}

@@ -1,0 +1,349 @@
+"""Quantised matrices as dense ones: which tensors belong together, and boxes of what they mean.
+
+Law: a value is (q - zero) * scale, both factors in fp32, then rounded once to the dtype that was asked for:
+torch's `((q.float() - zero) * scale.float()).to(dtype)`.
+Sources: compressed-tensors 0.20 (dequantize, unpack_from_int32), DeepSeek-V3's weight_dequant, AutoAWQ's
+dequantize_gemm, AutoGPTQ's QuantLinear (format "gptq": zero points are stored less one).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .. import dtypes
+from ..checkpoint import JSON, Checkpoint, Entry, Single
+from ..dtypes import DType
+from ..errors import SourceError
+from ..extents import Extents
+from ..quantisation.rounding import AWQ_ORDER
+from ..quantisation.schemes import Packed
+from ..views import View
+from .finishes import Read
+from .lowrank import Floats, Ints, moved, nowhere, pitched
+
+PIECE = 1 << 16
+"""Values made at once, so that they stay in cache."""
+
+KNOWN = ("fp8", "compressed-tensors", "awq", "gptq", "fastckpt")
+"""The `quant_method`s that are read."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
+    """What a dense matrix [outputs, inputs] is made of.
+
+    `values`: [outputs, inputs], or packed as `packed` says with `bits` each (`turned`: [inputs, outputs], and
+    scales and zero points [groups, outputs]). `scales` [outputs or blocks of them or 1, inputs or groups or
+    1]; `shared`: outputs and inputs that share one, 0 being all. `zeros` as the scales, or packed along
+    outputs; `zero_offset` was added to them. `group`: the group of every input; `form`: the dense shape as
+    it is stored."""
+
+    name: str
+    shape: tuple[int, int]
+    values: View
+    scales: View
+    shared: tuple[int, int]
+    zeros: View | None = None
+    packed: Packed = ""
+    bits: int = 8
+    turned: bool = False
+    zero_offset: int = 0
+    group: View | None = None
+    form: View | None = None
+
+    def box(self, read: Read, r0: int, r1: int, c0: int, c1: int) -> Floats:
+        """Outputs [r0, r1) of inputs [c0, c1). Raises SourceError where the stored shape is another."""
+        if self.form is not None and read(self.form).tolist() != list(self.shape):
+            raise SourceError(f"{self.name}: stored shape {read(self.form).tolist()}, wanted {self.shape}")
+        out = np.empty((r1 - r0, c1 - c0), np.float32)
+        step = max(1, PIECE // max(1, c1 - c0)) if not self.turned else r1 - r0
+        for a in range(r0, r1, step):
+            b = min(r1, a + step)
+            scale, zero = self._each(read, a, b, c0, c1)
+            values = self._values(read, a, b, c0, c1)
+            np.multiply(values if zero is None else values - zero, scale, out=out[a - r0 : b - r0])
+        return out
+
+    def _values(self, read: Read, r0: int, r1: int, c0: int, c1: int) -> Floats:
+        if not self.packed:
+            view = self.values.narrow(0, r0, r1 - r0).narrow(1, c0, c1 - c0)
+            floats = view.dtype.kind == "float"
+            return np.asarray(read(view.cast(dtypes.float32) if floats else view), np.float32)
+        rows, columns = ((c0, c1), (r0, r1)) if self.turned else ((r0, r1), (c0, c1))
+        whole = self._unpacked(read, self.values, self.packed, rows, columns)
+        if not self.turned:
+            whole -= 1 << (self.bits - 1)
+        return np.asarray(whole.T if self.turned else whole, np.float32)
+
+    def _unpacked(
+        self, read: Read, view: View, how: Packed, rows: tuple[int, int], columns: tuple[int, int]
+    ) -> Ints:
+        """Values [rows, columns) of a packed tensor, unsigned."""
+        many = 32 // self.bits
+        (a, b), axis = (rows, 0) if how == "down" else (columns, 1)
+        other = columns if how == "down" else rows
+        first, last = a // many, -(-b // many)
+        words = read(view.narrow(axis, first, last - first).narrow(1 - axis, other[0], other[1] - other[0]))
+        shifts = np.arange(0, 32, self.bits, dtype=np.uint32)
+        if how == "awq":
+            shifts = shifts[np.argsort(AWQ_ORDER)]
+        lanes = words.view(np.uint32)[..., None] >> shifts & np.uint32((1 << self.bits) - 1)
+        if axis == 0:
+            lanes = lanes.transpose(0, 2, 1)
+        shape = (-1, words.shape[1]) if axis == 0 else (words.shape[0], -1)
+        start = a - first * many
+        whole = lanes.reshape(shape).take(np.arange(start, start + b - a), axis=axis)
+        return np.asarray(whole, np.int64)
+
+    def _each(self, read: Read, r0: int, r1: int, c0: int, c1: int) -> tuple[Floats, Floats | None]:
+        """The scale, and the zero point if there is one, of every value of a box; axes of one broadcast."""
+        down, across = self.shared
+        g0, g1 = (c0 // across, -(-c1 // across)) if across else (0, 1)
+        pick = np.arange(c0, c1) // across - g0 if across else np.zeros(1, np.int64)
+        if self.group is not None:
+            groups = read(self.group.narrow(0, c0, c1 - c0)).astype(np.int64)
+            g0, g1 = int(groups.min()), int(groups.max()) + 1
+            if g0 < 0 or g1 > self.scales.shape[0]:
+                raise SourceError(
+                    f"{self.name}: a group of inputs {g1 - 1} or {g0}, there are {self.scales.shape[0]}"
+                )
+            pick = groups - g0
+        b0, b1 = (r0 // down, -(-r1 // down)) if down else (0, 1)
+        rows = np.arange(r0, r1) // down - b0 if down else np.zeros(1, np.int64)
+        if self.turned:
+            found = read(self.scales.narrow(0, g0, g1 - g0).narrow(1, b0, b1 - b0).cast(dtypes.float32)).T
+        else:
+            found = read(self.scales.narrow(0, b0, b1 - b0).narrow(1, g0, g1 - g0).cast(dtypes.float32))
+        scale = np.asarray(found[rows][:, pick], np.float32)
+        if self.zeros is None:
+            return scale, None
+        if self.packed:
+            how: Packed = "awq" if self.packed == "awq" else "across" if self.turned else "down"
+            axes = ((g0, g1), (b0, b1)) if self.turned else ((b0, b1), (g0, g1))
+            whole = self._unpacked(read, self.zeros, how, *axes)
+            points = (whole.T if self.turned else whole) - self.zero_offset
+            if self.turned:  # GPTQ's zero point 0 is stored as the highest
+                points &= (1 << self.bits) - 1
+        else:
+            points = read(self.zeros.narrow(0, b0, b1 - b0).narrow(1, g0, g1 - g0)).astype(np.int64)
+        return scale, np.asarray(points[rows][:, pick], np.float32)
+
+
+def plain(
+    ckpt: Checkpoint, config: Mapping[str, JSON] | None, dtype: DType | None
+) -> tuple[Checkpoint, dict[str, JSON] | None]:
+    """The checkpoint with every quantised matrix as a dense one, and its config without the word of it.
+
+    `dtype` of the dense matrices: None is what the config names, else bfloat16. Raises SourceError where
+    nothing is quantised, or in a way that is not read."""
+    told = dict(config) if config is not None else None
+    said = told.pop("quantization_config", None) if told is not None else None
+    found = {p.name: p for p in _found(ckpt, said if isinstance(said, dict) else {})}
+    if not found:
+        raise SourceError(f"{ckpt.path}: quant none: no tensor of it is quantised in a way that is read")
+    dense = dtype or _named(told) or dtypes.bfloat16
+    first = len(ckpt.extents)
+    made = (nowhere(p, p.shape, dtypes.float32, p.name) for p in found.values())
+    extents = Extents((*ckpt.extents, *made))
+    index = {name: first + i for i, name in enumerate(found)}
+    parts = {part: p.name for p in found.values() for part in _names(ckpt, p.name)}
+    entries: dict[str, Entry] = {}
+    for name, entry in ckpt.entries.items():
+        owner = parts.get(name)
+        if owner is None:
+            entries[name] = Single(entry.shape, entry.dtype, moved(entry, extents), entry.kind)
+        elif owner not in entries:
+            shape = found[owner].shape
+            entries[owner] = Single(shape, dense, _dense(extents, index[owner], shape, dense), entry.kind)
+    for alias, holder in ckpt.aliases.items():
+        if holder in parts:
+            raise SourceError(f"{ckpt.path}: {alias} is tied to {holder}, which is quantised: not read")
+    return replace(ckpt, entries=entries, extents=extents, config=told), told
+
+
+def _dense(extents: Extents, at: int, shape: tuple[int, int], dtype: DType) -> Callable[[], View]:
+    return lambda: pitched(extents, at, dtypes.float32, shape).cast(dtype)
+
+
+def _named(config: Mapping[str, JSON] | None) -> DType | None:
+    """The float dtype that a config names."""
+    for key in ("dtype", "torch_dtype"):
+        said = (config or {}).get(key)
+        if isinstance(said, str) and said in ("float32", "bfloat16", "float16"):
+            return dtypes.dtype(said)
+    return None
+
+
+BEHIND = ("", "_scale_inv", "_scale", "_zero_point", "_packed", "_shape")
+"""What a quantised matrix's tensors are called behind its name."""
+
+INSTEAD = ("qweight", "qzeros", "scales", "g_idx", "input_scale", "input_zero_point")
+"""What they are called in place of `weight`; those of the input mean nothing to a dense matrix."""
+
+
+def _names(ckpt: Checkpoint, name: str) -> Iterator[str]:
+    """The stored tensors of the matrix of that name."""
+    stem = name.removesuffix("weight")
+    known = [name + part for part in BEHIND]
+    if stem != name:
+        known += [stem + part for part in INSTEAD]
+    return (n for n in known if n in ckpt.entries)
+
+
+def _found(ckpt: Checkpoint, said: Mapping[str, JSON]) -> Iterator[Parts]:
+    """The quantised matrices, by the names of their tensors and what the config says of them."""
+    method = said.get("quant_method")
+    if method is not None and method not in KNOWN:
+        raise SourceError(f"{ckpt.path}: quant_method {method!r} is not read; wanted {', '.join(KNOWN)}")
+    for name, entry in ckpt.entries.items():
+        stem, _, leaf = name.rpartition(".")
+        stem = f"{stem}." if stem else ""
+        if leaf == "weight_g_idx":
+            raise SourceError(f"{name}: compressed-tensors' reordered inputs are not read")
+        if leaf == "weight_packed":
+            yield _pack_quantized(ckpt, stem, said)
+        elif leaf == "qweight":
+            yield _by_groups(ckpt, stem, said)
+        elif entry.dtype.itemsize == 1 and (leaf == "weight" or f"{name}_scale" in ckpt.entries):
+            yield _bytes(ckpt, name, said)
+
+
+def _view(ckpt: Checkpoint, name: str, shape: tuple[int, ...] | None = None) -> View:
+    """A stored tensor, as a matrix. Raises SourceError where it is missing or of another shape."""
+    if name not in ckpt.entries:
+        raise SourceError(f"{ckpt.path}: {name} is not there, and what goes with it cannot be read without")
+    view = ckpt[name]
+    if shape is not None and view.shape != shape:
+        raise SourceError(f"{name}: got shape {view.shape}, wanted {shape}")
+    return view
+
+
+def _grid(
+    name: str, scales: View, shape: tuple[int, int], block: tuple[int, int] | None
+) -> tuple[View, tuple[int, int]]:
+    """Scales as a matrix, and the outputs and inputs that share one. Raises SourceError."""
+    flat = scales.shape
+    if math.prod(flat) == 1:
+        return scales.reshape((1, 1)), (0, 0)
+    if flat in ((shape[0],), (shape[0], 1)):
+        return scales.reshape((shape[0], 1)), (1, 0)
+    tries = [block] if block is not None else []
+    if len(flat) == 2 and flat[0] == shape[0] and shape[1] % flat[1] == 0:
+        tries.append((1, shape[1] // flat[1]))
+    for down, across in tries:
+        if flat == (-(-shape[0] // down), -(-shape[1] // across)):
+            return scales, (down, across)
+    raise SourceError(f"{name}: scales of shape {flat} do not fit the matrix {shape}")
+
+
+def _bytes(ckpt: Checkpoint, name: str, said: Mapping[str, JSON]) -> Parts:
+    """fp8 or int8, with a scale for the tensor, each output, group or block."""
+    values = _view(ckpt, name)
+    if len(values.shape) != 2 or values.dtype.name not in ("int8", "float8_e4m3fn", "float8_e5m2"):
+        raise SourceError(f"{name}: {values.dtype} of shape {values.shape} is not dequantised")
+    shape = (values.shape[0], values.shape[1])
+    inverse = f"{name}_scale_inv" in ckpt.entries
+    factors = _view(ckpt, name + ("_scale_inv" if inverse else "_scale"))
+    scales, shared = _grid(name, factors, shape, _block(said, inverse))
+    zeros = None
+    if f"{name}_zero_point" in ckpt.entries:
+        zeros = _view(ckpt, f"{name}_zero_point").reshape(scales.shape)
+    return Parts(name, shape, values, scales, shared, zeros)
+
+
+def _block(said: Mapping[str, JSON], inverse: bool) -> tuple[int, int] | None:
+    """The block of a config: DeepSeek's, or compressed-tensors'; else DeepSeek's names mean 128 x 128."""
+    match said.get("weight_block_size", _weights(said).get("block_structure")):
+        case [int(down), int(across)] if down > 0 and across > 0:
+            return down, across
+    return (128, 128) if inverse else None
+
+
+def _weights(said: Mapping[str, JSON]) -> dict[str, JSON]:
+    """What compressed-tensors' config says of the weights. Raises SourceError where groups differ."""
+    groups = said.get("config_groups")
+    found: list[dict[str, JSON]] = []
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict) and weights not in found:
+            found.append(weights)
+    if len({(str(w.get("num_bits")), str(w.get("block_structure"))) for w in found}) > 1:
+        raise SourceError("quantization_config: config_groups of different widths are not read")
+    return found[0] if found else {}
+
+
+def _bits(name: str, told: JSON) -> int:
+    if told not in (4, 8) or isinstance(told, bool):
+        raise SourceError(f"{name}: {told!r} bits are not read, only 4 and 8")
+    return 4 if told == 4 else 8
+
+
+def _pack_quantized(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> Parts:
+    """compressed-tensors' pack-quantized."""
+    name = f"{stem}weight"
+    values = _view(ckpt, f"{name}_packed")
+    if values.dtype is not dtypes.int32 or len(values.shape) != 2:
+        raise SourceError(
+            f"{name}_packed: {values.dtype} of shape {values.shape} is not read, only int32 [.., ..]"
+        )
+    bits = _bits(name, _weights(said).get("num_bits", 4))
+    shape = (values.shape[0], values.shape[1] * (32 // bits))
+    scales, shared = _grid(name, _view(ckpt, f"{name}_scale"), shape, None)
+    zeros = None
+    if f"{name}_zero_point" in ckpt.entries:
+        zeros = _view(ckpt, f"{name}_zero_point", (-(-shape[0] * bits // 32), scales.shape[1]))
+    form = _view(ckpt, f"{name}_shape", (2,)) if f"{name}_shape" in ckpt.entries else None
+    offset = 1 << (bits - 1)
+    return Parts(name, shape, values, scales, shared, zeros, "across", bits, zero_offset=offset, form=form)
+
+
+def _by_groups(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> Parts:
+    """AWQ's GEMM form, or GPTQ's."""
+    name = f"{stem}weight"
+    values, scales, zeros = (_view(ckpt, stem + part) for part in ("qweight", "scales", "qzeros"))
+    method = said.get("quant_method", "gptq" if f"{stem}g_idx" in ckpt.entries else None)
+    if method not in ("awq", "gptq"):
+        raise SourceError(f"{name}: {stem}qweight is AWQ's or GPTQ's, and no config says which")
+    if any(len(v.shape) != 2 for v in (values, scales, zeros)):
+        raise SourceError(f"{name}: {values.shape}, {scales.shape}, {zeros.shape} are no matrices: not read")
+    if values.dtype is not dtypes.int32 or zeros.dtype is not dtypes.int32:
+        raise SourceError(f"{name}: wanted int32 values and zero points, got {values.dtype}, {zeros.dtype}")
+    bits = _bits(name, said.get("bits", said.get("w_bit", 4)))
+    many, outputs = 32 // bits, scales.shape[1]
+    packed: Packed = "awq" if method == "awq" else "down"
+    inputs = values.shape[0] if method == "awq" else values.shape[0] * many
+    wanted = (inputs, outputs // many) if method == "awq" else (inputs // many, outputs)
+    groups = scales.shape[0]
+    if values.shape != wanted or zeros.shape != (groups, -(-outputs // many)) or inputs % groups:
+        raise SourceError(f"{name}: {values.shape}, {scales.shape} and {zeros.shape} do not fit each other")
+    group = None
+    if method == "awq":
+        if bits != 4 or str(said.get("version", "gemm")).lower() != "gemm":
+            raise SourceError(
+                f"{name}: AWQ of {bits} bits, version {said.get('version')!r}; only 4, gemm is read"
+            )
+        offset = 0
+    else:
+        form = str(said.get("checkpoint_format", "gptq"))
+        if form not in ("gptq", "gptq_v2"):
+            raise SourceError(f"{name}: checkpoint_format {form!r}; only gptq and gptq_v2 are read")
+        offset = -1 if form == "gptq" else 0
+        if f"{stem}g_idx" in ckpt.entries:
+            group = _view(ckpt, f"{stem}g_idx", (inputs,))
+    return Parts(
+        name,
+        (outputs, inputs),
+        values,
+        scales,
+        (1, inputs // groups),
+        zeros,
+        packed,
+        bits,
+        True,
+        offset,
+        group,
+    )

@@ -1,0 +1,188 @@
+"""What is computed from a few stored values when it is read: one more, a reciprocal, a multiple, the largest,
+a matrix quantised again, one value that several tensors must agree on.
+
+Each lies nowhere, as `lowrank` says, and has `box`: its elements in float32, made of what `read` gives of the
+stored views. A finish is never made of another one: a reader makes one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..dtypes import DTYPES, float32
+from ..errors import SourceError, ViewError
+from ..extents import Extents
+from ..views import ZERO, View, cat
+from .lowrank import Floats, nowhere, pitched
+
+Read = Callable[[View], NDArray[np.generic]]
+"""Gives the dense elements of a view, in its shape and dtype."""
+
+Function = Literal["plus_one", "reciprocal", "multiple"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Each:
+    """`function` of every element of `base` [rows, columns], floats: x + 1, 1 / x or x * `factor`, in
+    float32; `name` for errors."""
+
+    name: str
+    base: View
+    function: Function
+    factor: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[rows, columns]."""
+        return self.base.shape[0], self.base.shape[1]
+
+    def box(self, read: Read, r0: int, r1: int, c0: int, c1: int) -> Floats:
+        """Rows [r0, r1) of columns [c0, c1). Raises SourceError for the reciprocal of 0."""
+        x = _floats(read, self.base, r0, r1, c0, c1)
+        match self.function:
+            case "plus_one":
+                return np.add(x, 1, dtype=np.float32)
+            case "multiple":
+                return np.multiply(x, self.factor, dtype=np.float32)
+            case "reciprocal":
+                return _reciprocal(self.name, x)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Largest:
+    """The largest of every row of `base` [rows, columns], or 1 / that with `inverse`: [rows, 1]."""
+
+    name: str
+    base: View
+    inverse: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[rows, 1]."""
+        return self.base.shape[0], 1
+
+    def box(self, read: Read, r0: int, r1: int, c0: int, c1: int) -> Floats:
+        """Rows [r0, r1). Raises SourceError for the reciprocal of 0."""
+        found = _floats(read, self.base, r0, r1, 0, self.base.shape[1]).max(axis=1, keepdims=True)
+        return _reciprocal(self.name, found) if self.inverse else found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Requantised:
+    """A quantised matrix `base` [rows, columns] of the one `scale` for the largest of `scales` [1, n], itself
+    among them: float32(base * scale) / largest. Source: rtp-llm's merge_qkv_hf_fp8_with_scale."""
+
+    name: str
+    base: View
+    scale: View
+    scales: View
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[rows, columns]."""
+        return self.base.shape[0], self.base.shape[1]
+
+    def box(self, read: Read, r0: int, r1: int, c0: int, c1: int) -> Floats:
+        """Rows [r0, r1) of columns [c0, c1). Raises SourceError for scales that are 0 or below."""
+        x = _floats(read, self.base, r0, r1, c0, c1)
+        own = np.asarray(read(self.scale.cast(float32)), np.float32).reshape(())
+        scales = np.asarray(read(self.scales.cast(float32)), np.float32)
+        if not (scales > 0).all():
+            raise SourceError(f"{self.name}: scales {scales.ravel().tolist()}, wanted all above 0")
+        largest = scales.max()
+        return x if own == largest else np.asarray(x * own / largest, np.float32)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Agreed:
+    """The elements of the first of `views` [rows, columns], which all others must have too."""
+
+    name: str
+    views: tuple[View, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[rows, columns]."""
+        return self.views[0].shape[0], self.views[0].shape[1]
+
+    def box(self, read: Read, r0: int, r1: int, c0: int, c1: int) -> Floats:
+        """Rows [r0, r1) of columns [c0, c1). Raises SourceError where the views differ there."""
+        first, *others = (_floats(read, v, r0, r1, c0, c1) for v in self.views)
+        for other in others:
+            if not np.array_equal(first, other):
+                raise SourceError(f"{self.name}: differs among those that read one input, wanted one for all")
+        return first
+
+
+Finish = Each | Largest | Requantised | Agreed
+
+
+# ---- as views ----
+
+
+def plus_one(view: View) -> View:
+    """result[..] == self[..] + 1, rounded to the view's dtype after the sum in float32; of a view whose
+    elements all lie in one dtype, before it was cast."""
+    codes = set(view.stored[view.extent != ZERO].tolist())
+    if len(codes) != 1:
+        raise ViewError(f"plus_one: wanted elements of one dtype, got {view}")
+    stored = View(view.shape, DTYPES[codes.pop()], view.extents, view.rows)
+    name = f"1 + {view.extents[int(view.extent[0])].key}"
+    return _made(Each(name, _flat(stored), "plus_one")).reshape(view.shape).cast(view.dtype)
+
+
+def reciprocal(name: str, view: View) -> View:
+    """result[..] == 1 / self[..], float32."""
+    return _made(Each(f"1 / {name}", _flat(view), "reciprocal")).reshape(view.shape)
+
+
+def multiple(name: str, view: View, factor: float) -> View:
+    """result[..] == self[..] * factor, float32; the view itself for 1."""
+    if factor == 1:
+        return view
+    return _made(Each(f"{factor} * {name}", _flat(view), "multiple", factor)).reshape(view.shape)
+
+
+def largest(name: str, view: View, *, inverse: bool = False) -> View:
+    """result[i] == the largest of self[i, :], or 1 / that; float32."""
+    return _made(Largest(name, view, inverse)).reshape((view.shape[0],))
+
+
+def requantised(name: str, view: View, scale: View, scales: Sequence[View]) -> View:
+    """A matrix whose values count `scale` each as one whose count the largest of `scales`, in its dtype."""
+    from_all = cat([s.reshape((1, 1)) for s in scales], 1)
+    return _made(Requantised(name, view, scale.reshape((1, 1)), from_all)).cast(view.dtype)
+
+
+def agreed(name: str, views: Sequence[View]) -> View:
+    """The first of the views, float32, if all hold the same elements: looked at when it is read."""
+    made = _made(Agreed(name, tuple(_flat(v) for v in views)))
+    return made.reshape(views[0].shape)
+
+
+def _made(finish: Finish) -> View:
+    """The view of a finish [rows, columns], float32."""
+    extent = nowhere(finish, finish.shape, float32, finish.name)
+    base = finish.views[0] if isinstance(finish, Agreed) else finish.base
+    extents, places = base.extents.union(Extents([extent]))
+    return pitched(extents, places[0], float32, finish.shape)
+
+
+def _flat(view: View) -> View:
+    return view.reshape((1, view.numel))
+
+
+def _floats(read: Read, view: View, r0: int, r1: int, c0: int, c1: int) -> Floats:
+    part = view.narrow(0, r0, r1 - r0).narrow(1, c0, c1 - c0)
+    return np.asarray(read(part.cast(float32)), np.float32)
+
+
+def _reciprocal(name: str, x: Floats) -> Floats:
+    if not x.all():
+        raise SourceError(f"{name}: 0 has no reciprocal")
+    return np.divide(1, x, dtype=np.float32)

@@ -1,0 +1,136 @@
+"""Weights that are made when they are read: a matrix plus a product of two thin ones (LoRA).
+
+Such a matrix lies in no file. It has an extent all the same, in a Buffer of device COMPUTED: whatever does
+not know how to make it refuses that device, and `merging` makes the elements that a copy asks for. Its rows
+lie `pitch` elements apart, more than twice their width, so that no axis of a copy runs along both of them.
+
+Law: an element is the same number however it is asked for. It is made in float64, products in order,
+`float32(base + scale * (left[i, 0] * right[0, j] + left[i, 1] * right[1, j] + ...))`: the products of two
+float32 are exact there, so that no fused multiplication can change a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoint import Entry
+from ..dtypes import DType
+from ..extents import Buffer, Extent, Extents
+from ..views import View, strided
+
+COMPUTED = "computed"
+"""The device of bytes that lie nowhere until a copy asks for them."""
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+_BLOCK = 1 << 15
+"""Elements made at once: what they need stays in cache."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRank:
+    """`base` [rows, columns] + `scale` * `left` [rows, rank] @ `right` [rank, columns], all floats."""
+
+    base: View
+    left: View
+    right: View
+    scale: float
+
+
+def pitch(columns: int) -> int:
+    """Elements from one row to the next."""
+    return 2 * columns + 1
+
+
+def nowhere(owner: object, shape: tuple[int, ...], dtype: DType, key: str) -> Extent:
+    """An extent for a matrix of that shape that lies nowhere, its rows `pitch` apart; `pitched` views it."""
+    nbytes = shape[0] * pitch(shape[1]) * dtype.itemsize
+    return Extent(Buffer(owner, 0, nbytes, COMPUTED), 0, nbytes, key)
+
+
+def lies_nowhere(extent: Extent) -> bool:
+    """Whether an extent was made by `nowhere`."""
+    return isinstance(extent.where, Buffer) and extent.where.device == COMPUTED
+
+
+def pitched(extents: Extents, index: int, dtype: DType, shape: tuple[int, ...]) -> View:
+    """The matrix whose extent (`nowhere`) is number `index` of the table."""
+    return strided(extents, index, dtype, shape, stride=(pitch(shape[1]), 1))
+
+
+def moved(entry: Entry, extents: Extents) -> Callable[[], View]:
+    """Builds the entry's view over a table that begins with its own."""
+
+    def build() -> View:
+        v = entry.build()
+        return View(v.shape, v.dtype, extents, v.held, v.grouping)
+
+    return build
+
+
+def added(base: Floats, left: Floats, right: Floats, scale: float) -> Floats:
+    """`base` + `scale` * `left` @ `right` as the law says; [rows, columns], [rows, rank], [rank, columns]."""
+    out = np.empty_like(base)
+    step = max(1, _BLOCK // max(1, base.shape[1]))
+    wide = right.astype(np.float64)
+    for at in range(0, len(base), step):
+        rows = slice(at, at + step)
+        sums, product = np.zeros(base[rows].shape), np.empty(base[rows].shape)
+        with np.errstate(over="ignore", invalid="ignore"):  # the road refuses what is not finite
+            for column, row in zip(left[rows].astype(np.float64).T, wide, strict=True):
+                sums += np.multiply(column[:, None], row, out=product)
+            sums *= scale
+            sums += base[rows]
+            out[rows] = sums
+    return out
+
+
+def elements(
+    first: int, shape: Sequence[int], strides: Sequence[int], columns: int
+) -> tuple[Ints, Ints, list[int]]:
+    """Which rows and columns of such a matrix with so many columns a box reads, ascending: its `first`
+    element, `shape` and `strides` in elements; and the box's strides once those lie dense.
+
+    Each axis runs along rows or along columns: the pitch is too wide for anything else."""
+    step_down = pitch(columns)
+    of_row, of_column = divmod(first, step_down)
+    down, across = np.array([of_row]), np.array([of_column])
+    axes: list[tuple[int, bool]] = []
+    for axis in sorted((a for a, n in enumerate(shape) if n > 1), key=lambda a: -strides[a]):
+        n, step = shape[axis], strides[axis]
+        if step % step_down == 0:
+            down = (down[:, None] + np.arange(n) * (step // step_down)).ravel()
+        else:
+            across = (across[:, None] + np.arange(n) * step).ravel()
+        axes.append((axis, step % step_down == 0))
+    dense, width, height = [0] * len(shape), 1, len(across)
+    for axis, of_rows in reversed(axes):
+        if of_rows:
+            dense[axis], height = height, height * shape[axis]
+        else:
+            dense[axis], width = width, width * shape[axis]
+    return down, across, dense
+
+
+def runs(numbers: Ints) -> list[tuple[int, int]]:
+    """Ascending numbers as ranges [start, stop)."""
+    ends = np.flatnonzero(np.diff(numbers) != 1)
+    first, last = (
+        numbers[np.concatenate([[0], ends + 1])],
+        numbers[np.concatenate([ends, [len(numbers) - 1]])],
+    )
+    return [(int(a), int(b) + 1) for a, b in zip(first, last, strict=True)]
+
+
+def computed(places: Sequence[object]) -> dict[int, object]:
+    """What those of a binding's places are that are made when they are read, by number."""
+    return {
+        i: p.owner
+        for i, p in enumerate(places)
+        if isinstance(p, Buffer) and p.device == COMPUTED and p.owner is not None
+    }

@@ -1,0 +1,168 @@
+"""A reader over another: what is made when it is read (`lowrank`, `finishes`, `dequantised`, `prequantised`)
+is made for the rows that ask for it.
+
+Law: of a made matrix no more is held than the elements of one row of a batch, and the base they are made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import dtypes
+from ..extents import Buffer, Extents, File
+from ..planning.planner import Binding, Executor, Ints, Table, classify, compile, item_sizes
+from ..quantisation.prequantised import Elements, Matrix, Part
+from ..quantisation.rounding import Error
+from ..reader import Lane, Reader
+from ..target import Target
+from ..views import View
+from .dequantised import Parts
+from .finishes import Agreed, Each, Largest, Requantised
+from .lowrank import Floats, LowRank, added, computed, elements, runs
+
+WASTE = 2
+"""Rows or columns read for one that is used, at most, before they are read run by run."""
+
+
+class Merging:
+    """Makes the places of `extents` that lie nowhere; `inner` makes the reader of all others."""
+
+    def __init__(
+        self, extents: Extents, binding: Binding, inner: Callable[[Sequence[File | Buffer]], Reader]
+    ) -> None:
+        self.extents = extents
+        self.binding = binding
+        self.made = computed(binding.places)
+        nothing = Buffer(None, 0, 0)
+        self.inner = inner([nothing if i in self.made else p for i, p in enumerate(binding.places)])
+
+    def __enter__(self) -> Merging:
+        self.inner.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.inner.__exit__(kind, error, trace)
+
+    def lane(self, executor: Executor) -> MergingLane:
+        """A lane over one of the inner reader's."""
+        return MergingLane(self, self.inner.lane(executor), executor)
+
+
+class MergingLane:
+    """See Merging. `file`: whose batch it runs; `errors`: (file, matrix) -> how far what was quantised lies
+    from the dense values; `bytes_scanned`: dense bytes read for scales alone."""
+
+    def __init__(self, reader: Merging, lane: Lane, executor: Executor) -> None:
+        self.reader = reader
+        self.lane = lane
+        self.executor = executor
+        self.bytes_read = self.bytes_scanned = 0
+        self.file = 0
+        self.errors: dict[tuple[int, Matrix], Error] = {}
+
+    def run(self, rows: Table, destinations: Sequence[Buffer]) -> None:
+        """Run what lies somewhere as the inner lane does, and make the rest row by row."""
+        mine = np.isin(rows["src_buffer"], list(self.reader.made))
+        if not mine.all():
+            self.lane.run(rows[~mine], destinations)
+        for i in np.flatnonzero(mine).tolist():
+            self._make(rows[i : i + 1].copy(), destinations)
+        self.bytes_read = self.lane.bytes_read
+
+    def direct(self, rows: Table, nbytes: int) -> memoryview | None:
+        """What the inner lane has as it is."""
+        if np.isin(rows["src_buffer"], list(self.reader.made)).any():
+            return None
+        found = self.lane.direct(rows, nbytes)
+        self.bytes_read = self.lane.bytes_read
+        return found
+
+    def _make(self, row: Table, destinations: Sequence[Buffer]) -> None:
+        matrix = self.reader.made[int(row["src_buffer"][0])]
+        assert isinstance(matrix, (LowRank, Parts, Part, Each, Largest, Requantised, Agreed))
+        columns = matrix.base.shape[1] if isinstance(matrix, LowRank) else matrix.shape[1]
+        item = int(item_sizes(row["src_dtype"])[0])
+        strides = (row["src_stride"][0] // item).tolist()
+        down, across, strides = elements(
+            int(row["src"][0]) // item, row["shape"][0].tolist(), strides, columns
+        )
+        box: Elements
+        if isinstance(matrix, Part):
+            box = _picked(lambda *at: matrix.box(self, *at), down, across)
+        elif isinstance(matrix, LowRank):
+            box = added(
+                _picked(self._of(matrix.base), down, across),
+                _picked(self._of(matrix.left), down, np.arange(matrix.left.shape[1])),
+                _picked(self._of(matrix.right), np.arange(matrix.right.shape[0]), across),
+                matrix.scale,
+            )
+        else:
+            box = _picked(lambda *at: matrix.box(self.dense, *at), down, across)
+        row["src"], row["src_buffer"], row["src_stride"] = 0, 0, np.array(strides) * item
+        classify(row)
+        held = Buffer(box, box.ctypes.data, box.nbytes)
+        self.executor.bind([held]).run(row, destinations)
+
+    def told(self, matrix: Matrix, error: Error) -> None:
+        """How far made values lie from the dense ones."""
+        key = self.file, matrix
+        self.errors[key] = self.errors.get(key, Error()) + error
+
+    def _of(self, view: View) -> Box[np.float32]:
+        """Boxes of a view, as float32."""
+
+        def box(r0: int, r1: int, c0: int, c1: int) -> Floats:
+            part = view.narrow(0, r0, r1 - r0).narrow(1, c0, c1 - c0)
+            return np.asarray(self.dense(part.cast(dtypes.float32)), np.float32)
+
+        return box
+
+    def dense(self, view: View, *, scan: bool = False) -> Elements:
+        """The dense elements of a view, which may be over what is made itself (an adapter's); `scan`: read
+        for scales alone."""
+        before = self.lane.bytes_read
+        out = np.empty(view.shape, NUMPY[view.dtype.name])
+        # The reader's table begins with the view's own, so that no index changes.
+        chunk, _ = compile([Target("", replace(view, extents=self.reader.extents))], self.reader.extents)
+        rows = self.reader.binding.bind(chunk.rows)
+        classify(rows)
+        self.run(rows, [Buffer(out, out.ctypes.data, out.nbytes)])
+        self.bytes_scanned += self.lane.bytes_read - before if scan else 0
+        return out
+
+
+NUMPY = {
+    "float32": np.float32, "bfloat16": np.uint16, "float16": np.float16, "int8": np.int8, "int32": np.int32,
+    "int64": np.int64,
+}  # fmt: skip
+"""The dtypes that matrices are made of once they are read, in numpy; it has no bfloat16."""
+
+Item = TypeVar("Item", bound=np.generic)
+Box = Callable[[int, int, int, int], NDArray[Item]]
+"""Rows [first, stop) and columns [first, stop) of a matrix."""
+
+
+def _picked(box: Box[Item], down: Ints, across: Ints) -> NDArray[Item]:
+    """The elements at rows `down` and columns `across`, both ascending."""
+    left, right = int(across[0]), int(across[-1]) + 1
+    if len(across) == right - left and len(down) == int(down[-1]) + 1 - int(down[0]):
+        return box(int(down[0]), int(down[-1]) + 1, left, right)
+    parts = []
+    for start, stop in _ranges(down):
+        mine = down[(down >= start) & (down < stop)]
+        parts.append(box(start, stop, left, right)[np.ix_(mine - start, across - left)])
+    return np.concatenate(parts)
+
+
+def _ranges(down: Ints) -> list[tuple[int, int]]:
+    """Ranges that hold every number of `down`: one, where it wastes little, else one for each run."""
+    start, stop = int(down[0]), int(down[-1]) + 1
+    return [(start, stop)] if stop - start <= WASTE * len(down) else runs(down)

@@ -1,0 +1,265 @@
+"""What the command line accepts: the commands and their options.
+
+Law: nothing heavy is imported here; every option's value is plain (strings, numbers, pairs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import NoReturn
+
+from .. import __version__
+from ..errors import FastckptError
+from ..manager.commands import add_parser as commands_of_manager
+from . import serving_options
+
+EPILOG = "exit codes: 0 ok, 1 mismatch, 2 usage, 3 broken or unsafe input, 4 environment, 130 Ctrl-C"
+
+
+class UsageError(FastckptError):
+    """The command line is none; `usage` says what would be one."""
+
+    def __init__(self, message: str, usage: str) -> None:
+        super().__init__(message)
+        self.usage = usage
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError where argparse would print and leave."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, self.format_usage())
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; `command` is the chosen command's name.
+
+    Its parse_args raises UsageError."""
+    top: argparse.ArgumentParser = Parser(
+        prog="fastckpt",
+        description="ZeRO/FSDP training checkpoints in, serving shards out, in one pass.",
+        epilog=EPILOG,
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"fastckpt {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, help: str) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = commands.add_parser(
+            name, help=help, description=help[0].upper() + help[1:] + ".", epilog=EPILOG, allow_abbrev=False
+        )
+        made.add_argument(
+            "--json", action="store_true", help="print JSON; progress and errors as JSON lines on stderr"
+        )
+        made.add_argument("-d", "--debug", action="store_true", help="show the traceback of an error")
+        made.set_defaults(quiet=False)
+        return made
+
+    inspect = command("inspect", "what a checkpoint holds, from its headers")
+    _path(inspect)
+    _source(inspect)
+    inspect.add_argument("--plot", metavar="PNG", help="draw what quantising cost, by layer and role")
+
+    plan = command("plan", "which bytes of which file would go where; nothing is written")
+    _path(plan)
+    _source(plan)
+    _rank(plan)
+    serving_options.add(plan)
+    _files(plan)
+    _threads(plan)
+
+    reshard = command("reshard", "write the shards of the serving ranks")
+    _path(reshard)
+    _out(reshard)
+    _source(reshard)
+    _rank(reshard)
+    serving_options.add(reshard)
+    _files(reshard)
+    _run(reshard)
+    reshard.add_argument("--device", default="cpu", help="where the copies run (default: cpu)")
+    reshard.add_argument("--allow-nonfinite", action="store_true", help="write NaN and infinity as they are")
+
+    command("recipes", "the model families that are read, and the names each leaves out")
+
+    consolidate = command("consolidate", "write one state dict, as DeepSpeed's zero_to_fp32 does")
+    _path(consolidate)
+    _out(consolidate)
+    _source(consolidate)
+    _files(consolidate)
+    _run(consolidate)
+    consolidate.add_argument(
+        "--safe-serialization",
+        "--safe_serialization",
+        action="store_true",
+        help="safetensors, not .bin",
+    )
+    consolidate.add_argument("--dtype", default="float32", help="of the float tensors (default: float32)")
+    serving_options.adapter(consolidate)
+    consolidate.add_argument("--weights-key", metavar="KEY", help="one .bin file, {KEY: state dict}")
+    consolidate.add_argument(
+        "--client-state",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="with --weights-key: put this plain value of the checkpoint beside the weights; repeatable",
+    )
+    consolidate.set_defaults(
+        tp=1, pp=1, dp=1, ep=1, rank=None, config=None, tp_plan=None, vocab_size=None
+    )
+
+    verify = command("verify", "check an output against its manifest: digests, headers, NaN and infinity")
+    verify.add_argument("path", metavar="DIR")
+    verify.add_argument(
+        "--plain", action="store_true", help="a directory of others: headers and values, no digests"
+    )
+    verify.add_argument(
+        "--engine",
+        metavar="NAME[==VERSION]",
+        help="also names, shapes and dtypes as this engine's loader wants them (vllm, vllm==0.32)",
+    )
+    _threads(verify)
+    _quiet(verify)
+
+    diff = command("diff", "compare two checkpoints of any formats; exit 1 where they differ")
+    diff.add_argument("a", metavar="A")
+    diff.add_argument("b", metavar="B")
+    _names(diff)
+    _quiet(diff)
+
+    doctor = command("doctor", "what this build and this machine offer")
+    doctor.add_argument("--path", default=".", metavar="DIR", help="look at the file system that holds DIR")
+
+    commands_of_manager(commands)
+
+    demo = command("demo", "a small ZeRO-3 checkpoint through all of the above, with its figures")
+    demo.add_argument("--size", default="64MB", help="bytes of the checkpoint's weights (default: 64MB)")
+    demo.add_argument("--keep", metavar="DIR", help="work in DIR, new or empty, and leave it")
+    return top
+
+
+def _path(p: argparse.ArgumentParser) -> None:
+    p.add_argument("path", metavar="CHECKPOINT", help="a directory or file of any known format")
+
+
+def _out(p: argparse.ArgumentParser) -> None:
+    p.add_argument("out", metavar="OUT", help="the output directory, new or empty")
+
+
+def _names(p: argparse.ArgumentParser) -> None:
+    p.add_argument("-t", "--tag", help="the ZeRO tag (default: what the file `latest` says)")
+    p.add_argument(
+        "--rename",
+        action="append",
+        type=_rename,
+        default=[],
+        metavar="REGEX=REPL",
+        help="rename tensors, as re.sub does; cut at the last `=`; repeatable, applied in order",
+    )
+    p.add_argument(
+        "--strip-prefix",
+        action="append",
+        type=_strip_prefix,
+        default=[],
+        dest="rename",
+        metavar="PREFIX",
+        help="take PREFIX off the names that begin with it; repeatable",
+    )
+    p.add_argument(
+        "--weights",
+        choices=("master", "module"),
+        default="master",
+        help="ZeRO-1/2: the optimizer's masters, or the module's 16-bit weights (default: master)",
+    )
+
+
+def _source(p: argparse.ArgumentParser) -> None:
+    _names(p)
+    p.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="more of the files; repeatable",
+    )
+    p.add_argument(
+        "--exclude-frozen-parameters",
+        "--exclude_frozen_parameters",
+        action="store_true",
+        help="leave out the parameters that were not trained",
+    )
+    p.add_argument("--check-crc", action="store_true", help="check the CRC32 of every record that is used")
+    serving_options.add_recipe(p)
+    serving_options.add_foreign(p)
+
+
+def _rank(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--rank",
+        type=_rank_or_auto,
+        metavar="R",
+        help="one rank's part only; `auto` takes it from torchrun's or Slurm's environment",
+    )
+
+
+def _files(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--max-shard-size",
+        "--max_shard_size",
+        type=_shard_size,
+        default="5GB",
+        metavar="SIZE",
+        help="bytes of one file at most, `none` for a single file (default: 5GB)",
+    )
+
+
+def _run(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    p.add_argument("--overwrite", action="store_true", help="replace an output that is there, in one step")
+    p.add_argument("--no-fsync", action="store_false", dest="durable", help="do not wait for the disk")
+    p.add_argument("--memory", metavar="SIZE", help="bytes held at once (default: 64 MiB + 4 MiB a thread)")
+    _threads(p)
+    _quiet(p)
+
+
+def _threads(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--threads", type=_positive, metavar="N", help="workers (default: the usable cores)")
+
+
+def _quiet(p: argparse.ArgumentParser) -> None:
+    p.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+
+
+def _rename(text: str) -> tuple[str, str]:
+    pattern, equals, replacement = text.rpartition("=")
+    if not equals or not pattern:
+        raise argparse.ArgumentTypeError(f"wanted REGEX=REPL, got {text!r}")
+    try:
+        re.compile(pattern)
+    except re.error as e:
+        raise argparse.ArgumentTypeError(f"{pattern!r} is no regular expression: {e}") from None
+    return pattern, replacement
+
+
+def _strip_prefix(prefix: str) -> tuple[str, str]:
+    return "^" + re.escape(prefix), ""
+
+
+def _rank_or_auto(text: str) -> int | str:
+    return text if text == "auto" else _natural(text)
+
+
+def _natural(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"wanted a number, got {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if _natural(text) < 1:
+        raise argparse.ArgumentTypeError("wanted at least 1")
+    return int(text)
+
+
+def _shard_size(text: str) -> str | None:
+    return None if text.lower() == "none" else text

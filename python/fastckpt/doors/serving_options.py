@@ -1,0 +1,151 @@
+"""What servers are to get: the options that say it on a command line, and what they mean.
+
+Law: nothing heavy is imported before an option is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+from ..errors import FastckptError
+from ..placement import Placement
+
+if TYPE_CHECKING:
+    from ..layouts import Layout
+    from ..quantisation.schemes import Quant
+
+
+def add(p: argparse.ArgumentParser, *, config: str = "beside CHECKPOINT") -> None:
+    """Add the options; `config`: where the model's config is looked for when none is given."""
+    for name, meaning in (("tp", "tensor"), ("pp", "pipeline"), ("dp", "data"), ("ep", "expert")):
+        p.add_argument(
+            f"--{name}", type=int, default=1, metavar="N", help=f"{meaning} parallelism (default: 1)"
+        )
+    p.add_argument("--layout", default="hf", help="hf, vllm, rtp_llm, megatron or same (default: hf)")
+    p.add_argument(
+        "-L",
+        action="append",
+        type=_option,
+        default=[],
+        dest="layout_option",
+        metavar="KEY=VALUE",
+        help="an option of the layout; repeatable",
+    )
+    p.add_argument("--dtype", help="of the floats: a name, or `auto`, the config's (default: as stored)")
+    p.add_argument("--config", metavar="FILE", help=f"config.json or its directory (default: {config})")
+    p.add_argument("--tp-plan", metavar="FILE", help="JSON of name patterns, for a model no recipe knows")
+    p.add_argument("--vocab-size", type=int, metavar="N", help="the embedding rows that count")
+    adapter(p)
+    p.add_argument("--apart", action="store_true", help="with --adapter: it alone, cut as CHECKPOINT is")
+    p.add_argument("--quant", metavar="SCHEME", help="quantise on the way (int8, ...), or dequantise (none)")
+    for name, meaning in (
+        ("include", "quantise these tensors too"),
+        ("exclude", "do not quantise these tensors"),
+    ):
+        p.add_argument(
+            f"--quant-{name}", action="append", default=[], metavar="PATTERN", help=f"{meaning}; repeatable"
+        )
+
+
+def adapter(p: argparse.ArgumentParser) -> None:
+    """Add the option that names an adapter."""
+    p.add_argument("--adapter", metavar="DIR", help="merge this PEFT adapter (LoRA) on the way")
+
+
+def add_recipe(p: argparse.ArgumentParser) -> None:
+    """Add the option that names the model's family."""
+    p.add_argument(
+        "--recipe",
+        metavar="FAMILY",
+        help="a family that `recipes` lists, or your .py file (default: the config's model_type)",
+    )
+
+
+def add_foreign(p: argparse.ArgumentParser) -> None:
+    """Add the options that say what another program's shards are."""
+    p.add_argument(
+        "--cut-as",
+        type=_cut_as,
+        metavar="LAYOUT[:KEY=VALUE,...]",
+        help="CHECKPOINT is another program's shards: their layout, with its grid and options (vllm:tp=8)",
+    )
+    p.add_argument(
+        "--like", metavar="DIR", help="with --cut-as: a checkpoint with the whole model's names and shapes"
+    )
+
+
+def foreign(args: argparse.Namespace) -> tuple[Layout, Placement] | None:
+    """How the shards that are read were cut, where they have no record. Raises FastckptError."""
+    from ..layouts import layout
+
+    if (args.cut_as is None) != (args.like is None):
+        raise FastckptError("--cut-as and --like go together: how the shards were cut, and of what model")
+    if args.cut_as is None:
+        return None
+    if args.tag or args.also or args.rename or args.exclude_frozen_parameters or args.weights != "master":
+        raise FastckptError(
+            "--cut-as: shards have no tag, no frozen or module weights, lie in one directory, and keep their "
+            "names: leave --tag, --also, --rename, --strip-prefix, --weights and "
+            "--exclude-frozen-parameters out"
+        )
+    name, options = args.cut_as
+    sizes = {axis: options.pop(axis, "1") for axis in ("tp", "pp", "dp", "ep")}
+    for axis, size in sizes.items():
+        if not size.isascii() or not size.isdigit():
+            raise FastckptError(f"--cut-as {name}: {axis}: wanted a number, got {size!r}")
+    return layout(name, options), Placement(**{axis: int(size) for axis, size in sizes.items()})
+
+
+def _cut_as(text: str) -> tuple[str, dict[str, str]]:
+    layout, _, rest = text.partition(":")
+    return layout, dict(_option(pair) for pair in rest.split(",")) if rest else {}
+
+
+def _option(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError(f"wanted KEY=VALUE, got {text!r}")
+    return key, value
+
+
+def placement(args: argparse.Namespace) -> Placement:
+    """The grid. Raises LayoutError."""
+    return Placement(tp=args.tp, pp=args.pp, dp=args.dp, ep=args.ep)
+
+
+def layout_of(args: argparse.Namespace) -> Layout:
+    """The layout with its options. Raises LayoutError."""
+    from ..layouts import layout
+
+    return layout(args.layout, dict(args.layout_option))
+
+
+def quant(args: argparse.Namespace) -> Quant | str | None:
+    """What is quantised, and how. Raises FastckptError."""
+    from ..quantisation.schemes import Quant
+
+    if args.quant == "none" and not (args.quant_include or args.quant_exclude):
+        return "none"
+    if args.quant is not None:
+        scheme = Quant.of(args.quant).scheme
+        return Quant(scheme, tuple(args.quant_include), tuple(args.quant_exclude))
+    if args.quant_include or args.quant_exclude:
+        raise FastckptError("--quant-include and --quant-exclude go with --quant SCHEME")
+    return None
+
+
+def tp_plan(args: argparse.Namespace) -> dict[str, str] | None:
+    """Name patterns and their styles. Raises FastckptError."""
+    path = args.tp_plan
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8") as f:
+            found = json.load(f)
+    except (OSError, ValueError) as e:
+        raise FastckptError(f"--tp-plan {path}: {e}") from None
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise FastckptError(f'--tp-plan {path}: wanted {{"name pattern": "style", ...}}')
+    return found

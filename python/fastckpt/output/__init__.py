@@ -1,0 +1,1 @@
+"""What makes output real: files, records, the commit."""

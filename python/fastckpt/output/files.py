@@ -1,0 +1,280 @@
+"""How tensors lie in output files: safetensors layouts, and which tensor goes into which file.
+
+Law: a layout is fixed before the first byte is written. `fixed`, the slots and what `closing` gives
+tile the file: no hole, no overlap.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..dtypes import DType, counted
+from ..errors import LayoutError, WriteError
+
+Spec = tuple[str, DType, tuple[int, ...]]
+"""A tensor before it has a place: name, dtype, shape."""
+
+Part = tuple[int, bytes]
+"""Bytes of a file that are no tensor's: offset in the file, the bytes."""
+
+
+def _nothing(crcs: Mapping[str, int]) -> list[Part]:
+    return []
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One tensor's bytes in a file: `offset` of the first in the file, `nbytes` of them."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SlotTable(Sequence[Slot]):
+    """The tensors of a file in file order, as columns that read as Slots."""
+
+    names: Sequence[str]
+    dtypes: Sequence[DType]
+    shapes: Sequence[tuple[int, ...]]
+    offset: NDArray[np.int64]
+    nbytes: NDArray[np.int64]
+
+    @staticmethod
+    def of(tensors: Sequence[Spec], offset: Iterable[int], nbytes: Iterable[int]) -> SlotTable:
+        """These tensors at these places."""
+        names, dtypes, shapes = zip(*tensors, strict=True) if tensors else ((), (), ())
+        return SlotTable(names, dtypes, shapes, *(np.fromiter(c, np.int64) for c in (offset, nbytes)))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, i: int) -> Slot: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[Slot]: ...
+
+    def __getitem__(self, i: int | slice) -> Slot | Sequence[Slot]:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        return Slot(self.names[i], *self.kind(i))
+
+    def kind(self, i: int) -> tuple[DType, tuple[int, ...], int, int]:
+        """Dtype, shape, offset and size of one tensor."""
+        return self.dtypes[i], self.shapes[i], int(self.offset[i]), int(self.nbytes[i])
+
+    def __iter__(self) -> Iterator[Slot]:
+        where = self.offset.tolist(), self.nbytes.tolist()
+        return map(Slot, self.names, self.dtypes, self.shapes, *where)
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """A file before it is written.
+
+    `path` is relative to the output directory, `nbytes` the final size, `slots` the tensors in file
+    order, `fixed` the parts known before any tensor is, `aliases` further names: alias -> slot's name.
+    `crc` says that `closing` needs the CRC32 of every slot's bytes."""
+
+    path: str
+    nbytes: int
+    slots: SlotTable
+    fixed: tuple[Part, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    crc: bool = False
+    seal: Callable[[Mapping[str, int]], list[Part]] = _nothing
+
+    def closing(self, crcs: Mapping[str, int]) -> list[Part]:
+        """The parts known only at the end; `crcs`: slot name -> CRC32, needed where `crc` says so."""
+        return self.seal(crcs)
+
+
+# ---- safetensors ----
+
+# safetensors 0.8 sorts by its enum of types, descending, then by name
+_TYPES = (
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
+    "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F4", "BOOL",
+)  # fmt: skip
+_ORDER = {name: k for k, name in enumerate(_TYPES)}
+_MAX_HEADER = 100_000_000
+_LINES = 1 << 10
+"""Tensors whose text is made at once."""
+
+
+def safetensors_layout(
+    path: str,
+    tensors: Sequence[Spec],
+    metadata: Mapping[str, str],
+    aliases: Mapping[str, str] | None = None,
+    *,
+    keep_order: bool = False,
+) -> FileLayout:
+    """The file `safetensors.torch.save_file(tensors, path, metadata)` writes, byte for byte.
+
+    Several metadata keys are sorted (the package leaves their order to chance). `keep_order` leaves
+    tensors of one dtype in the order given instead of sorting them by name; both are valid files whose
+    tensors lie aligned. `aliases` are only recorded: the format has no second name for bytes. Raises
+    WriteError for a type or name the format cannot spell. Format: 8 bytes header length, JSON header
+    padded with spaces to 8, the tensors; https://github.com/huggingface/safetensors."""
+    unique(path, tensors)
+    for name, dtype, shape in tensors:
+        if dtype.safetensors not in _ORDER:
+            raise WriteError(f"{path}: {name} is {dtype}, which safetensors cannot spell")
+        if dtype.packed > 1 and not shape:
+            raise WriteError(f"{path}: {name} is one {dtype} without an axis, which safetensors cannot spell")
+        if name == "__metadata__":
+            raise WriteError(f"{path}: safetensors keeps the name __metadata__ for itself")
+    ordered = sorted(tensors, key=lambda t: (_ORDER[t[1].safetensors], "" if keep_order else t[0]))
+    nbytes = np.fromiter((math.prod(shape) * dtype.itemsize for _, dtype, shape in ordered), np.int64)
+    ends = np.cumsum(nbytes)
+    try:
+        head = _safetensors_header(ordered, ends - nbytes, ends, metadata)
+    except UnicodeEncodeError as e:
+        raise WriteError(f"{path}: a name is not valid Unicode: {e}") from None
+    if len(head) - 8 > _MAX_HEADER:
+        raise WriteError(
+            f"{path}: a header of {len(head) - 8} bytes; safetensors reads at most {_MAX_HEADER}; cut it"
+        )
+    slots = SlotTable.of(ordered, len(head) + ends - nbytes, nbytes)
+    return FileLayout(path, len(head) + int(nbytes.sum()), slots, ((0, head),), dict(aliases or {}))
+
+
+def _safetensors_header(
+    tensors: Sequence[Spec], begins: NDArray[np.int64], ends: NDArray[np.int64], metadata: Mapping[str, str]
+) -> bytes:
+    """The bytes before the first tensor; offsets count from the end of the header."""
+    spell = json.encoder.encode_basestring  # as json.dumps(name, ensure_ascii=False), without its overhead
+    out = bytearray(8) + b"{"
+    if metadata:
+        pairs = ",".join(f"{spell(k)}:{spell(v)}" for k, v in sorted(metadata.items()))
+        out += f'"__metadata__":{{{pairs}}},'.encode()
+    for k in range(0, len(tensors), _LINES):
+        some = slice(k, k + _LINES)
+        places = zip(tensors[some], begins[some].tolist(), ends[some].tolist(), strict=True)
+        out += "".join(
+            [
+                f'{spell(name)}:{{"dtype":"{dtype.safetensors}",'
+                f'"shape":[{",".join(map(str, counted(dtype, shape)))}],'
+                f'"data_offsets":[{begin},{end}]}},'
+                for (name, dtype, shape), begin, end in places
+            ]
+        ).encode()
+    if out.endswith(b","):
+        del out[-1:]
+    out += b"}"
+    out += b" " * (-len(out) % 8)
+    out[:8] = (len(out) - 8).to_bytes(8, "little")
+    return bytes(out)
+
+
+# ---- which tensor goes into which file ----
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The tensors of one file, in order, and the aliases that go with them."""
+
+    path: str
+    tensors: tuple[Spec, ...]
+    aliases: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How tensors fall into files; `total` counts the bytes of all tensors once."""
+
+    groups: tuple[Group, ...]
+    total: int
+
+    @property
+    def index(self) -> bytes | None:
+        """The index JSON as DeepSpeed's converter writes it; None for a single file, which needs none."""
+        if len(self.groups) == 1:
+            return None
+        where = {t: g.path for g in self.groups for t in (*(spec[0] for spec in g.tensors), *g.aliases)}
+        index = {"metadata": {"total_size": self.total}, "weight_map": where}
+        return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+
+
+def split(
+    tensors: Sequence[Spec],
+    max_shard_size: str | int | None,
+    name: Callable[[int, int], str],
+    aliases: Mapping[str, str] | None = None,
+) -> Split:
+    """Tensors into files of at most `max_shard_size`, grouped as huggingface_hub's
+    split_torch_state_dict_into_shards does: in order, a larger tensor alone; None means one file.
+
+    `name(part, parts)` names a file, parts counted from 0; an alias lies in its holder's file."""
+    aliases = aliases or {}
+    unique(name(0, 1), tensors)
+    size = {t: math.prod(shape) * dtype.itemsize for t, dtype, shape in tensors}
+    for alias, holder in aliases.items():
+        if alias in size or holder not in size:
+            raise WriteError(
+                f"{name(0, 1)}: alias {alias} of {holder}: the one must be new, the other a tensor"
+            )
+    total = sum(size.values())
+    if max_shard_size is None:
+        return Split((Group(name(0, 1), tuple(tensors), dict(aliases)),), total)
+    limit = parse_size(max_shard_size)
+    groups: list[list[Spec]] = []
+    current: list[Spec] = []
+    held = 0
+    for tensor in tensors:
+        n = size[tensor[0]]
+        if n > limit:
+            groups.append([tensor])
+            continue
+        if held + n > limit:
+            groups.append(current)
+            current, held = [], 0
+        current.append(tensor)
+        held += n
+    if current or not groups:
+        groups.append(current)
+    also: dict[str, list[str]] = {}
+    for alias, holder in aliases.items():
+        also.setdefault(holder, []).append(alias)
+    out = []
+    for k, group in enumerate(groups):
+        held_by = {a: t[0] for t in group for a in also.get(t[0], ())}
+        out.append(Group(name(k, len(groups)), tuple(group), held_by))
+    return Split(tuple(out), total)
+
+
+_UNITS = {u + s: b**k for k, u in enumerate("KMGT", 1) for s, b in (("B", 1000), ("IB", 1024))}
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes of "5GB" (10^9, as huggingface_hub), "5GiB" (2^30) or a number. Raises LayoutError."""
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*", str(size))
+    unit = _UNITS.get(found[2].upper()) if found and found[2] else 1
+    nbytes = float(found[1]) * unit if found and unit else 0
+    if not 1 <= nbytes < 1 << 62:
+        raise LayoutError(
+            f"size {size!r}: wanted a number of bytes, or one with KB, MB, GB, TB, KiB, MiB, GiB, TiB"
+        )
+    return int(nbytes)
+
+
+def unique(path: str, tensors: Sequence[Spec]) -> None:
+    """Refuse two tensors of one name with a WriteError that names `path`."""
+    if len({name for name, _, _ in tensors}) == len(tensors):
+        return
+    counts = Counter(name for name, _, _ in tensors)
+    raise WriteError(f"{path}: two tensors named {counts.most_common(1)[0][0]}")

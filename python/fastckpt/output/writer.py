@@ -1,0 +1,330 @@
+"""The one place that makes output real: files at their final size, bytes at their final offset, one commit.
+
+Law: nothing of a run counts before `commit`, and nothing of it stays without. A directory with a
+`fastckpt.json` is whole. See `commit.py` for the protocol and docs/formats.md for the manifest.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from datetime import datetime, timezone
+from types import TracebackType
+
+import numpy as np
+
+from ..digest import LEAF, combine, digest, digest64
+from ..errors import SourceError, WriteError, expect
+from . import syscalls
+from .commit import TRACE, Part, Whole, telling
+from .endings import Endings
+from .files import FileLayout
+from .manifest import NAME, FileEntry, Manifest, Record, Shard, TensorTable, inside, rank_of
+
+_EARLY = 1 << 18
+"""Writes of this many bytes are started on their way to disk at once; smaller ones wait for company."""
+
+
+class OutputFile:
+    """A file of the output, at its final size, its fixed parts written."""
+
+    def __init__(self, output: Output, layout: FileLayout, rank: int, fd: int, staged: str) -> None:
+        self.layout, self.rank = layout, rank
+        self._output, self._fd, self._staged = output, fd, staged
+        self._left = int(layout.slots.nbytes.sum())
+        self._lock = threading.Lock()
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write all of `data` at `offset` of the file; any thread, each byte once.
+
+        Raises WriteError when the bytes do not fit the file or the disk."""
+        if data.nbytes == 0:
+            return
+        flat = data.cast("B")
+        if offset < 0 or offset + flat.nbytes > self.layout.nbytes:
+            end = offset + flat.nbytes
+            raise WriteError(f"{self.layout.path}: bytes [{offset}, {end}) of a file of {self.layout.nbytes}")
+        self._put(offset, flat)
+        if self._output.durable and flat.nbytes >= _EARLY:
+            syscalls.start_writeback(self._fd, offset, flat.nbytes)
+        with self._lock:
+            self._left -= flat.nbytes
+
+    def close(self, crcs: Mapping[str, int], digests: Mapping[str, str]) -> None:
+        """Finish the file; slot name -> CRC32 (needed where the layout says so), slot name -> hex digest.
+
+        Raises WriteError where the tensors' bytes did not all come, or a digest is missing."""
+        layout = self.layout
+        if self._left:
+            raise WriteError(f"{layout.path}: {self._left} bytes of its tensors were not written")
+        missing = [name for name in layout.slots.names if name not in digests]
+        if missing:
+            raise WriteError(f"{layout.path}: no digest for {missing[0]} ({len(missing)} in all)")
+        closing = layout.closing(crcs)
+        for offset, data in closing:
+            self._put(offset, memoryview(data))
+        rest = _rest(layout, [*layout.fixed, *closing])
+        self.release(sync=self._output.durable)
+        self._output._finished(self, FileEntry(layout.nbytes, digest(rest)), digests)
+
+    def release(self, *, sync: bool) -> None:
+        """Close the descriptor."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with telling(self.layout.path):
+                try:
+                    if sync:
+                        os.fsync(fd)
+                finally:
+                    os.close(fd)
+
+    def _put(self, offset: int, data: memoryview) -> None:
+        with telling(self.layout.path):
+            _write_all(self._fd, offset, data)
+
+
+class Output:
+    """One output directory being made: `with Output(...) as out:` create, write, close, `out.commit(record)`.
+
+    `rank` None makes all `world` ranks at once and the directory appears in one step; with `rank`, the
+    files of that rank are added to a directory that `world` ranks share, and the last one completes it.
+    `key` is the plan's, the same for every rank of a set. `durable` waits for the disk. `keep`: paths that
+    overwriting must not remove. Leaving without `commit` (an error, Ctrl-C, SIGTERM, SIGHUP) leaves nothing.
+    Raises WriteError before any work where the directory is not empty and `overwrite` is not asked for."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        key: str,
+        rank: int | None = None,
+        world: int = 1,
+        overwrite: bool = False,
+        durable: bool = True,
+        keep: Iterable[str] = (),
+    ) -> None:
+        if rank is not None and not 0 <= rank < world:
+            raise WriteError(f"rank {rank} is outside the {world} ranks of the set")
+        expect("durable", durable, bool)
+        expect("overwrite", overwrite, bool)
+        if not os.fspath(path) or "\0" in os.fspath(path):
+            raise WriteError(f"out: {os.fspath(path)!r} is no name of a directory")
+        self.path, self.key, self.rank, self.world, self.durable = os.fspath(path), key, rank, world, durable
+        self._place: Whole | Part = (
+            Whole(self.path, overwrite=overwrite, durable=durable, keep=keep)
+            if rank is None
+            else Part(self.path, rank, world, key, overwrite=overwrite, durable=durable, keep=keep)
+        )
+        self._open: list[OutputFile] = []
+        self._names: set[str] = set()
+        self._shared: dict[str, FileEntry] = {}
+        self._files: dict[int, dict[str, FileEntry]] = {}
+        self._tensors: dict[int, TensorTable] = {}
+        self._aliases: dict[int, dict[str, str]] = {}
+        self._lock = threading.Lock()
+        self._committed = False
+        self._endings = Endings()
+
+    def __enter__(self) -> Output:
+        try:
+            self._endings.heard()
+            self._place.start()
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leave()
+
+    def reserve(self, nbytes: int) -> None:
+        """Raise WriteError, before anything is written, where the file system has no room for `nbytes`."""
+        with telling(self.path):
+            s = os.statvfs(self._place.parent if isinstance(self._place, Whole) else self._place.path)
+        free = s.f_bavail * s.f_frsize
+        if nbytes > free:
+            raise WriteError(f"{self.path}: needs {nbytes} bytes, the file system has {free} free")
+
+    def done(self, rank: int) -> bool:
+        """Whether a rank of a shared directory is done: its record is of this plan, its files whole."""
+        return isinstance(self._place, Part) and self._place.done(rank)
+
+    def complete(self) -> Manifest:
+        """The manifest of a set whose rank here is `done`: the whole one, written if only that was missing.
+
+        Raises WriteError where this rank is not done."""
+        if self.rank is None or not isinstance(self._place, Part) or not self._place.done(self.rank):
+            raise WriteError(f"{self.path}: rank {self.rank} is not done")
+        own = Manifest.read(os.path.join(self._place.path, f"fastckpt-rank-{self.rank}.json"))
+        return self._place.complete(own)
+
+    def create(self, layout: FileLayout, rank: int | None = None) -> OutputFile:
+        """A file of `rank` (default: this output's, or 0), at its final size, with its fixed parts.
+
+        Raises WriteError where the name is taken or leaves the directory, or the space is not there."""
+        staged = self._stage(layout.path)
+        with telling(layout.path):
+            fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        owner = rank if rank is not None else self.rank or 0
+        file = OutputFile(self, layout, owner, fd, staged)
+        with self._lock:
+            self._open.append(file)
+        with telling(f"{layout.path} ({layout.nbytes} bytes)"):
+            syscalls.allocate(fd, layout.nbytes)
+            for offset, data in layout.fixed:
+                _write_all(fd, offset, memoryview(data))
+        return file
+
+    def copy(self, source: str | os.PathLike[str], name: str | None = None) -> None:
+        """A file copied as it is (config, tokenizer), by default under its own name. Raises SourceError."""
+        source = os.fspath(source)
+        self._small(name or os.path.basename(source), _pieces_of(source), None)
+
+    def text(self, name: str, data: bytes, rank: int | None = None) -> None:
+        """A small file of these bytes; of all ranks together, or of `rank`, such as its index."""
+        self._small(name, (data[k : k + LEAF] for k in range(0, len(data), LEAF)), rank)
+
+    def adopt(self, path: str | os.PathLike[str], name: str) -> None:
+        """A file that somebody else wrote on this file system, moved in as it is; read once for its digest.
+
+        Raises WriteError where it is not there or lies on another file system."""
+        staged = self._stage(name)
+        with telling(f"{os.fspath(path)} as {name}"):
+            os.rename(path, staged)
+            with open(staged, "rb") as f:
+                leaves = [digest64(piece) for piece in iter(lambda: f.read(LEAF), b"")]
+                nbytes = f.tell()
+                if self.durable:
+                    os.fsync(f.fileno())
+        self._place.settle(name, staged)
+        with self._lock:
+            self._shared[name] = FileEntry(nbytes, combine(np.array(leaves, np.uint64)))
+
+    def commit(self, record: Record) -> Manifest:
+        """Make the output real; the manifest of the set, or of this rank where others are still to come.
+
+        Raises WriteError where a file is not closed, and leaves everything as it was before the run."""
+        if self._open:
+            raise WriteError(f"{self._open[0].layout.path}: was not closed")
+        ranks = range(self.world) if self.rank is None else (self.rank,)
+        shards = tuple(
+            Shard(r, self._files.get(r, {}), self._tensors.get(r, TensorTable()), self._aliases.get(r, {}))
+            for r in ranks
+        )
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        manifest = Manifest(self.key, self.world, now, record, self._shared, shards)
+        result = self._place.commit(manifest)
+        self._committed = True
+        return result
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of a commit."""
+        left = self._place.left if isinstance(self._place, Whole) else ""
+        return (f"{left}: the old output, which this user may not remove",) if left else ()
+
+    # ---- internals ----
+
+    def _stage(self, name: str) -> str:
+        """Check a file's name, take it, and say where to write."""
+        if not inside(name):
+            raise WriteError(f"file name {name!r} leaves the directory")
+        if name == NAME or rank_of(name) is not None or name.startswith(TRACE):
+            raise WriteError(f"file name {name!r} is fastckpt's own")
+        with self._lock:
+            if name in self._names:
+                raise WriteError(f"{name}: written twice")
+            self._names.add(name)
+        return self._place.stage(name)
+
+    def _small(self, name: str, pieces: Iterable[bytes], rank: int | None) -> None:
+        staged = self._stage(name)
+        leaves, at = [], 0
+        with telling(name):
+            fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            for piece in pieces:
+                with telling(name):
+                    _write_all(fd, at, memoryview(piece))
+                leaves.append(digest64(piece))
+                at += len(piece)
+            if self.durable:
+                with telling(name):
+                    os.fsync(fd)
+        except BaseException:
+            os.unlink(staged)
+            self._names.discard(name)
+            raise
+        finally:
+            os.close(fd)
+        self._place.settle(name, staged)
+        entry = FileEntry(at, combine(np.array(leaves, np.uint64)))
+        with self._lock:
+            (self._shared if rank is None else self._files.setdefault(rank, {}))[name] = entry
+
+    def _finished(self, file: OutputFile, entry: FileEntry, digests: Mapping[str, str]) -> None:
+        """Enter a closed file into the record."""
+        layout = file.layout
+        with self._lock:
+            tensors = self._tensors.setdefault(file.rank, TensorTable())
+            twice = next((name for name in layout.slots.names if name in tensors), None) if tensors else None
+            if twice is not None:
+                raise WriteError(f"{layout.path}: {twice} is also in {tensors[twice].file}")
+            found = np.fromiter((int(digests[name], 16) for name in layout.slots.names), np.uint64)
+            tensors.add(layout.path, layout.slots, found)
+            self._files.setdefault(file.rank, {})[layout.path] = entry
+            self._aliases.setdefault(file.rank, {}).update(layout.aliases)
+            self._place.settle(layout.path, file._staged)
+            self._open.remove(file)
+
+    def _leave(self) -> None:
+        """Close what is open; without a commit, remove what was made."""
+        self._endings.waiting()
+        try:
+            for file in self._open:
+                with suppress(WriteError):  # what a server says only now does not matter any more
+                    file.release(sync=False)
+            if not self._committed:
+                self._place.abandon()
+            elif isinstance(self._place, Part):
+                self._place.finish()
+        finally:
+            self._endings.as_before()
+
+
+def _write_all(fd: int, offset: int, data: memoryview) -> None:
+    """All of `data` at `offset`; a short write goes on where it stopped."""
+    while data:
+        n = os.pwrite(fd, data, offset)
+        if n == 0:
+            raise OSError(0, "the file takes no more bytes")
+        data, offset = data[n:], offset + n
+
+
+def _pieces_of(path: str) -> Iterator[bytes]:
+    """A file in pieces of a leaf."""
+    if not os.path.isfile(path):
+        raise SourceError(f"{path}: no such file")
+    try:
+        with open(path, "rb") as f:
+            while piece := f.read(LEAF):
+                yield piece
+    except OSError as e:
+        raise SourceError(f"{path}: {e.strerror}") from None
+
+
+def _rest(layout: FileLayout, parts: list[tuple[int, bytes]]) -> bytes:
+    """The bytes that are no tensor's, in file order, having checked that they and the slots tile the file."""
+    runs = [(offset, len(data)) for offset, data in parts] + [(s.offset, s.nbytes) for s in layout.slots]
+    at = 0
+    for offset, nbytes in sorted(runs):
+        if offset != at:
+            raise WriteError(f"{layout.path}: its layout has a hole or overlap at byte {min(at, offset)}")
+        at += nbytes
+    if at != layout.nbytes:
+        raise WriteError(f"{layout.path}: its layout ends at byte {at} of {layout.nbytes}")
+    return b"".join(data for _, data in sorted(parts))

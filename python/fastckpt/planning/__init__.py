@@ -1,0 +1,1 @@
+"""Targets become rows, batches and files: what will be done, before a byte is read."""

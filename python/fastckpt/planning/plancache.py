@@ -1,0 +1,146 @@
+"""Compiled plans kept on disk, so that the next checkpoint of the same run is not planned again.
+
+A kept plan holds rows over symbolic extents: they count from the start of each storage, and storages are
+found again by their place in the checkpoint's table, which its structure digest fixes. Law: a kept plan is
+used only where key, table and its own digest agree, and every row is checked against the extents it reads.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from ..checkpoint import JSON
+from ..dtypes import DTYPES
+from ..quantisation.quantplan import Quantised
+from ..quantisation.schemes import Scheme
+from .planned import Names
+from .planner import WORDS, Kept
+
+MAGIC = b"fastckpt plan 3\n"
+KEPT = 64
+"""Plans kept; the longest unused go first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What is kept: the tensors, the rows that make them, which of the tensors are quantised, and what the
+    config says of those."""
+
+    made: Names
+    chunks: tuple[Kept, ...]
+    quantised: Mapping[int, Quantised]
+    config: Mapping[str, JSON]
+
+
+def folder() -> str | None:
+    """Where plans are kept: $FASTCKPT_CACHE, else the user's cache directory; None ("off") for nowhere."""
+    told = os.environ.get("FASTCKPT_CACHE")
+    if told is not None:
+        return None if told in ("", "0", "off") else told
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(home, "fastckpt", "plans")
+
+
+@functools.cache
+def code() -> str:
+    """Hex digest of this package's own Python source: another version of it makes its own plans."""
+    digest = xxhash.xxh3_64()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return str(digest.hexdigest())
+
+
+def load(key: str, extents: int, scheme: Scheme | None = None) -> Compiled | None:
+    """What is kept under `key` for a table of so many extents, quantised by `scheme`; None for nothing."""
+    where = folder()
+    if where is None:
+        return None
+    path = os.path.join(where, key)
+    try:
+        with open(path, "rb") as f:
+            data = f.read()
+    except OSError:
+        return None
+    head, body = data[: len(MAGIC) + 16], data[len(MAGIC) + 16 :]
+    if head != MAGIC + xxhash.xxh3_64_hexdigest(body).encode():
+        return None  # torn, damaged, or of another version
+    size = int.from_bytes(body[:8], "little")
+    told = json.loads(body[8 : 8 + size])
+    if told["extents"] != extents or told["key"] != key:
+        return None
+    shapes = [tuple(shape) for shape in told["kinds"]]
+    dtypes = [DTYPES[code] for code in told["dtypes"]]
+    made = Names(told["ranks"], told["names"], dtypes, [shapes[i] for i in told["shapes"]])
+    chunks, at = [], 8 + size
+    for count, rows, which in told["chunks"]:
+        first = np.frombuffer(body, np.uint64, WORDS, at)
+        words = np.frombuffer(body, np.uint64, rows * len(which), at + 8 * WORDS).reshape(rows, len(which))
+        at += 8 * WORDS + words.nbytes
+        tensor = np.frombuffer(body, np.uint32, rows, at)
+        chunks.append(Kept(first, np.array(which, np.intp), words, count, tensor))
+        at += 4 * rows
+    with suppress(OSError):
+        os.utime(path)
+    quantised: dict[int, Quantised] = {}
+    for i, name, code, shape, scanned, *parts in told["quantised"]:
+        if scheme is None:
+            return None
+        quantised[i] = Quantised(scheme, name, DTYPES[code], tuple(shape), scanned, *parts)
+    return Compiled(made, tuple(chunks), quantised, told["config"])
+
+
+def store(key: str, extents: int, plan: Compiled) -> None:
+    """Keep a plan; a cache that cannot be written is no error."""
+    where = folder()
+    if where is None:
+        return
+    made = plan.made
+    kinds = {shape: i for i, shape in enumerate(dict.fromkeys(made.shapes))}
+    told = {
+        "key": key,
+        "extents": extents,
+        "ranks": made.ranks,
+        "names": made.names,
+        "dtypes": [dtype.code for dtype in made.dtypes],
+        "kinds": list(kinds),
+        "shapes": [kinds[shape] for shape in made.shapes],
+        "chunks": [(c.count, len(c.tensor), c.which.tolist()) for c in plan.chunks],
+        "quantised": [
+            (i, q.name, q.dtype.code, q.shape, q.scanned, q.scales, q.zeros, q.form)
+            for i, q in plan.quantised.items()
+        ],
+        "config": dict(plan.config),
+    }
+    head = json.dumps(told).encode()
+    parts = [len(head).to_bytes(8, "little"), head]
+    for chunk in plan.chunks:
+        parts += [chunk.first.tobytes(), chunk.words.tobytes(), chunk.tensor.tobytes()]
+    body = b"".join(parts)
+    with suppress(OSError):
+        os.makedirs(where, mode=0o700, exist_ok=True)
+        handle, staged = tempfile.mkstemp(dir=where, prefix=".")
+        try:
+            with open(handle, "wb") as f:
+                f.write(MAGIC + xxhash.xxh3_64_hexdigest(body).encode() + body)
+            os.replace(staged, os.path.join(where, key))
+        except OSError:
+            os.unlink(staged)
+        _forget(where)
+
+
+def _forget(where: str) -> None:
+    plans = [
+        (os.stat(p).st_mtime, p) for n in os.listdir(where) if os.path.isfile(p := os.path.join(where, n))
+    ]
+    for _, path in sorted(plans)[:-KEPT]:
+        os.unlink(path)

@@ -1,0 +1,104 @@
+"""The tensors of a plan, kept as columns that read as records: a model may have 10^5 of them and more.
+
+Law: the columns of one table have one length; record i is row i of each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..dtypes import DType
+from ..output.files import Spec
+from .planner import Slots
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Names:
+    """What is made, in the plan's order, before it has a place: serving rank, name, dtype, shape."""
+
+    ranks: list[int] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    dtypes: list[DType] = field(default_factory=list)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def add(self, rank: int, name: str, dtype: DType, shape: tuple[int, ...]) -> None:
+        """One more at the end."""
+        self.ranks.append(rank)
+        self.names.append(name)
+        self.dtypes.append(dtype)
+        self.shapes.append(shape)
+
+    def of_rank(self, rank: int) -> Ints:
+        """The rows of one serving rank."""
+        return np.flatnonzero(np.array(self.ranks, np.int64) == rank)
+
+    def specs(self, rows: Ints) -> list[Spec]:
+        """These rows as files.py wants them."""
+        return [(self.names[i], self.dtypes[i], self.shapes[i]) for i in rows.tolist()]
+
+    def nbytes(self) -> Ints:
+        """The size of each tensor."""
+        sizes = (math.prod(s) * d.itemsize for s, d in zip(self.shapes, self.dtypes, strict=True))
+        return np.fromiter(sizes, np.int64, len(self))
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One output tensor: the serving rank it belongs to, and where its bytes lie in which file.
+
+    `file` indexes the plan's files (in memory: the plan's ranks); `offset` in bytes from the file's start
+    (in memory: from the rank's first tensor)."""
+
+    rank: int
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    file: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlannedTensors(Sequence[PlannedTensor]):
+    """The tensors of a plan: what is made, and as columns where it lies."""
+
+    made: Names
+    file: Ints
+    offset: Ints
+    nbytes: Ints
+
+    def slots(self) -> Slots:
+        """Where they lie, with their digest leaves numbered."""
+        return Slots.of(self.file, self.offset, self.nbytes)
+
+    def __len__(self) -> int:
+        return len(self.made)
+
+    @overload
+    def __getitem__(self, i: int) -> PlannedTensor: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[PlannedTensor]: ...
+
+    def __getitem__(self, i: int | slice) -> PlannedTensor | Sequence[PlannedTensor]:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        m = self.made
+        where = int(self.file[i]), int(self.offset[i]), int(self.nbytes[i])
+        return PlannedTensor(m.ranks[i], m.names[i], m.dtypes[i], m.shapes[i], *where)
+
+    def __iter__(self) -> Iterator[PlannedTensor]:
+        m = self.made
+        where = (self.file.tolist(), self.offset.tolist(), self.nbytes.tolist())
+        return map(PlannedTensor, m.ranks, m.names, m.dtypes, m.shapes, *where)

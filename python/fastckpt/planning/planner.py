@@ -1,0 +1,547 @@
+"""From targets to Copy rows: compile, coalesce, cut into batches, order, bind.
+
+Rows live in one numpy array whose dtype IS `struct Copy` of `csrc/copy.h`. They hold offsets, never
+addresses: a compiled row counts source bytes from the start of its extent and destination bytes from the
+start of its tensor; `bind` moves the first to files and `cut` the second to batches. So compiled rows
+are data that can be kept, hashed, sent away and bound again to files whose headers moved.
+
+Law: the rows of a tensor write each of its bytes exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..dtypes import DTYPES
+from ..errors import ViewError
+from ..extents import Buffer, Extents, File
+from ..target import Target
+from ..views import ZERO, View, dense_strides
+
+Ints = NDArray[np.int64]
+Table = NDArray[np.void]
+
+AXES = 4
+"""Axes of a Copy row."""
+
+COPY = np.dtype(
+    [
+        ("src", "<u8"),
+        ("dst", "<u8"),
+        ("src_stride", "<i8", (AXES,)),
+        ("dst_stride", "<i8", (AXES,)),
+        ("shape", "<u4", (AXES,)),
+        ("src_buffer", "<u4"),
+        ("dst_buffer", "<u4"),
+        ("first_tile", "<u8"),
+        ("src_dtype", "u1"),
+        ("dst_dtype", "u1"),
+        ("path", "u1"),
+        ("reserved", "u1", (13,)),
+    ]
+)
+"""`struct Copy`, field by field (docs/formats.md)."""
+
+WORDS = COPY.itemsize // 8
+"""Words of eight bytes of a row."""
+
+NOTHING = 0xFFFFFFFF
+"""The source buffer of a row that writes zeros."""
+
+LONGEST = (1 << 32) - 1
+"""Elements of one axis of a Copy row."""
+
+LEAF = 1 << 20
+"""Bytes of a digest's leaf; batches are cut on leaf borders, so that digests are taken on the way out."""
+
+ROWS, TRANSPOSE, GENERAL = 0, 1, 2
+"""Values of a row's `path`."""
+
+WINDOW = 1 << 14
+"""Fragments compiled at once: the planner's working memory."""
+
+_ITEM = np.array([d.itemsize for d in DTYPES], np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The rows of `count` consecutive targets: `tensor` is each row's target, counted from the first.
+
+    `src` counts from the start of extent `src_buffer`, `dst` from the start of the target."""
+
+    count: int
+    rows: Table
+    tensor: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A Chunk put away: of the 8-byte words of its rows only those that differ between rows.
+
+    Rows of many small tensors agree in all but a few words, so they take a quarter of the place and less."""
+
+    first: NDArray[np.uint64]
+    which: NDArray[np.intp]
+    words: NDArray[np.uint64]
+    count: int
+    tensor: NDArray[np.uint32]
+
+    @staticmethod
+    def of(chunk: Chunk) -> Kept:
+        """The chunk put away."""
+        words = np.ascontiguousarray(chunk.rows).view(np.uint64).reshape(-1, WORDS)
+        first = words[0].copy() if len(words) else np.zeros(WORDS, np.uint64)
+        which = np.flatnonzero((words != first).any(axis=0))
+        return Kept(first, which, words[:, which], chunk.count, chunk.tensor.astype(np.uint32))
+
+    def chunk(self) -> Chunk:
+        """The chunk as it was."""
+        words = np.empty((len(self.tensor), WORDS), np.uint64)
+        words[:] = self.first
+        words[:, self.which] = self.words
+        return Chunk(self.count, words.reshape(-1).view(COPY), self.tensor.astype(np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes it takes."""
+        return self.words.nbytes + self.tensor.nbytes
+
+
+# ---- compile ----
+
+
+def compile(targets: Sequence[Target], extents: Extents) -> tuple[Chunk, Extents]:
+    """Copy rows of `targets`, at most four axes each, and the extent table they index.
+
+    `extents` is the checkpoint's table; a target over another (a constant) adds to it. Raises the
+    target's own error with its name put before."""
+    tables: dict[int, Ints | None] = {id(extents): None}
+    parts: list[tuple[Ints, Table]] = []
+    by_ndim: dict[int, list[tuple[int, View]]] = {}
+    for i, target in enumerate(targets):
+        if len(target.view.held):
+            by_ndim.setdefault(len(target.view.boxes), []).append((i, target.view))
+    for ndim, chosen in by_ndim.items():
+        columns = []
+        for _, view in chosen:
+            if len(view.extents) and id(view.extents) not in tables:
+                extents, moved = extents.union(view.extents)
+                tables[id(view.extents)] = np.array([*moved, ZERO], np.int64)
+            moved_to = tables.get(id(view.extents))
+            if moved_to is None:
+                columns.append(view.held)
+            else:
+                rows = view.held.copy()
+                rows[:, 0] = moved_to[rows[:, 0]]
+                columns.append(rows)
+        counts = np.array([len(v.held) for _, v in chosen])
+        tensor = np.repeat(np.array([i for i, _ in chosen], np.int64), counts)
+        codes = np.repeat(np.array([v.dtype.code for _, v in chosen], np.int64), counts)
+        steps = {boxes: dense_strides(boxes) for boxes in {v.boxes for _, v in chosen}}
+        dense = np.array([steps[v.boxes] for _, v in chosen], np.int64).reshape(len(chosen), ndim)
+        strides = np.repeat(dense, counts, axis=0) * _ITEM[codes][:, None]
+        parts.append(_compile(np.concatenate(columns), ndim, strides, codes, tensor))
+    if not parts:
+        return Chunk(len(targets), np.empty(0, COPY), np.empty(0, np.int64)), extents
+    tensor = np.concatenate([t for t, _ in parts])
+    table = np.concatenate([r for _, r in parts])
+    order = np.argsort(tensor, kind="stable")
+    return Chunk(len(targets), table[order], tensor[order]), extents
+
+
+def _compile(fragments: Ints, ndim: int, strides: Ints, codes: Ints, tensor: Ints) -> tuple[Ints, Table]:
+    """The rows of fragments of one number of axes, with the tensor each belongs to."""
+    zero = fragments[:, 0] == ZERO
+    stored = np.where(zero, codes, fragments[:, 1])
+    item = _ITEM[stored]
+    origin, size = fragments[:, 3 : 3 + ndim], fragments[:, 3 + ndim : 3 + 2 * ndim]
+    size, src_stride, dst_stride = coalesce(size, fragments[:, 3 + 2 * ndim :] * item[:, None], strides)
+    if size.size and int(size.max()) > LONGEST:
+        raise ViewError(f"plan: an axis of {int(size.max())} elements; a copy row has at most {LONGEST}")
+    src = fragments[:, 2] * item
+    dst = (origin * strides).sum(axis=1)
+    while size.shape[1] > AXES:  # a fifth axis is unrolled into rows
+        times = size[:, 0]
+        step = np.arange(int(times.sum())) - np.repeat(np.cumsum(times) - times, times)
+        src = np.repeat(src, times) + step * np.repeat(src_stride[:, 0], times)
+        dst = np.repeat(dst, times) + step * np.repeat(dst_stride[:, 0], times)
+        axes = (size, src_stride, dst_stride)
+        size, src_stride, dst_stride = (np.repeat(a[:, 1:], times, axis=0) for a in axes)
+        zero, stored, codes, tensor = (np.repeat(a, times) for a in (zero, stored, codes, tensor))
+        fragments = np.repeat(fragments[:, :1], times, axis=0)
+    table = np.zeros(len(size), COPY)
+    table["src"], table["dst"] = np.where(zero, 0, src), dst
+    table["src_stride"], table["dst_stride"], table["shape"] = src_stride, dst_stride, size
+    table["src_buffer"] = np.where(zero, NOTHING, fragments[:, 0])
+    table["src_dtype"], table["dst_dtype"] = stored, codes
+    return tensor, table
+
+
+def coalesce(size: Ints, src: Ints, dst: Ints) -> tuple[Ints, Ints, Ints]:
+    """Drop unit axes and join neighbours that are one stride on both sides, row by row.
+
+    No axis grows beyond LONGEST. Returns the three arrays right-aligned with at least AXES axes, leading
+    ones (1, 0, 0). Law: visits the same (source, destination) pairs in the same order."""
+    n, ndim = size.shape
+    width = max(AXES, ndim)
+    out = np.zeros((3, n, width), np.int64)
+    out[0] = 1
+    at = np.full(n, width - 1)  # the axis being filled
+    every = np.arange(n)
+    for a in range(ndim - 1, -1, -1):
+        length, s, d = size[:, a], src[:, a], dst[:, a]
+        have, hs, hd = out[0][every, at], out[1][every, at], out[2][every, at]
+        real = length != 1
+        joins = real & (have != 1) & (s == have * hs) & (d == have * hd) & (length <= LONGEST // have)
+        fresh = real & ~joins
+        at = np.where(fresh & (have != 1), at - 1, at)
+        out[0][every, at] = np.where(joins, have * length, np.where(fresh, length, out[0][every, at]))
+        out[1][every, at] = np.where(fresh, s, out[1][every, at])
+        out[2][every, at] = np.where(fresh, d, out[2][every, at])
+    used = max(AXES, int(width - at.min()) if n else AXES)
+    return out[0][:, width - used :], out[1][:, width - used :], out[2][:, width - used :]
+
+
+def compiled(
+    targets: Iterable[tuple[int, Target]], extents: Extents
+) -> Iterator[tuple[list[tuple[int, Target]], Chunk, Extents]]:
+    """Compile a stream of (serving rank, target) in windows of WINDOW fragments.
+
+    Views are let go behind, so that a plan costs its rows, not its fragments."""
+    window: list[tuple[int, Target]] = []
+    held = 0
+    for item in targets:
+        window.append(item)
+        held += 1 + len(item[1].view.held)
+        if held >= WINDOW:
+            chunk, extents = compile([t for _, t in window], extents)
+            yield window, chunk, extents
+            window, held = [], 0
+    if window:
+        chunk, extents = compile([t for _, t in window], extents)
+        yield window, chunk, extents
+
+
+# ---- bind: extents become source buffers ----
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """Where each extent lies: `places` are the distinct files and buffers, in order of first use;
+    extent i is `nbytes[i]` bytes from `offset[i]` of place `place[i]`."""
+
+    places: tuple[File | Buffer, ...]
+    place: Ints
+    offset: Ints
+    nbytes: Ints
+
+    @staticmethod
+    def of(extents: Extents) -> Binding:
+        """The binding of an extent table."""
+        index: dict[int | File, int] = {}
+        places: list[File | Buffer] = []
+        place = np.empty(len(extents), np.int64)
+        offset = np.empty(len(extents), np.int64)
+        size = np.empty(len(extents), np.int64)
+        for i, extent in enumerate(extents):
+            key = extent.where if isinstance(extent.where, File) else id(extent.where)
+            if key not in index:
+                index[key] = len(places)
+                places.append(extent.where)
+            place[i], offset[i], size[i] = index[key], extent.offset, extent.nbytes
+        return Binding(tuple(places), place, offset, size)
+
+    def bind(self, rows: Table) -> Table:
+        """The rows with `src_buffer` a place and `src` counted from that place's start.
+
+        Raises ViewError for a row that would read outside its extent: a plan of other files."""
+        out: Table = rows.copy()
+        real = out["src_buffer"] != NOTHING
+        extent = out["src_buffer"][real].astype(np.int64)
+        if len(extent) and int(extent.max()) >= len(self.place):
+            raise ViewError(f"plan: a row reads extent {int(extent.max())} of {len(self.place)}")
+        low, high = span(out[real], "src")
+        bad = (low < 0) | (high > self.nbytes[extent])
+        if bad.any():
+            i = int(np.argmax(bad))
+            raise ViewError(
+                f"plan: a row reads bytes [{int(low[i])}, {int(high[i])}) of extent {int(extent[i])}, "
+                f"which has {int(self.nbytes[extent[i]])}"
+            )
+        out["src"][real] += self.offset[extent].astype(np.uint64)
+        out["src_buffer"][real] = self.place[extent]
+        return out
+
+
+def span(rows: Table, side: str) -> tuple[Ints, Ints]:
+    """The first and one past the last byte each row touches on `side` ("src" or "dst")."""
+    item = _ITEM[rows[f"{side}_dtype"]]
+    start = rows[side].astype(np.int64)
+    reach = ((rows["shape"].astype(np.int64) - 1) * rows[f"{side}_stride"]).sum(axis=1)
+    return start, start + reach + item
+
+
+def nbytes(rows: Table, side: str) -> Ints:
+    """The bytes each row moves on `side`; zero rows read none."""
+    moved = rows["shape"].astype(np.int64).prod(axis=1) * _ITEM[rows[f"{side}_dtype"]]
+    return np.where(rows["src_buffer"] == NOTHING, 0, moved) if side == "src" else moved
+
+
+# ---- cut: tensors become batches ----
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Consecutive output bytes [start, stop) of one file (or of one run of buffers), and what fills them.
+
+    `rows`: sources bound, destinations counted from `start` (or from each tensor's start where every
+    tensor is its own buffer). `first`, `last`: the tensors touched, as indices of the plan.
+    `leaf_offset`, `leaf_size`, `leaf`: the digest leaves that lie in it, as bytes from `start` and as
+    indices of the plan's leaves."""
+
+    file: int
+    start: int
+    stop: int
+    rows: Table
+    first: int
+    last: int
+    leaf_offset: Ints
+    leaf_size: Ints
+    leaf: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """Where tensors lie in the output, as columns in the plan's order: the file, the bytes from its
+    start, the size in bytes, and the number of the first digest leaf."""
+
+    file: Ints
+    offset: Ints
+    nbytes: Ints
+    leaf: Ints
+
+    @staticmethod
+    def of(file: Sequence[int] | Ints, offset: Sequence[int] | Ints, nbytes: Sequence[int] | Ints) -> Slots:
+        """The columns, with leaves numbered in the same order."""
+        size = np.array(nbytes, np.int64)
+        leaves = -(-size // LEAF)
+        return Slots(np.array(file, np.int64), np.array(offset, np.int64), size, np.cumsum(leaves) - leaves)
+
+    @property
+    def leaves(self) -> int:
+        """The number of leaves of all tensors."""
+        return int(self.leaf[-1] - (-self.nbytes[-1] // LEAF)) if len(self.leaf) else 0
+
+
+def cut(
+    chunk: Chunk,
+    first: int,
+    slots: Slots,
+    binding: Binding,
+    *,
+    stage: int = LEAF,
+    band: int = 8 * LEAF,
+    apart: bool = False,
+    in_order: bool = False,
+) -> Iterator[Batch]:
+    """Batches of the chunk's tensors, the plan's `first` and on, in the order their sources lie: ranks that
+    share pages of a source follow each other. `in_order`: in the order of the output instead.
+
+    A batch holds at most `stage` bytes of output, or `band` bytes of one tensor that is transposed on
+    the way (its source rows are long, so narrow bands would read few bytes of many pages); both are
+    multiples of LEAF. `apart`: every tensor is a buffer of its own, `dst_buffer` its index."""
+    count = chunk.count
+    if count == 0:
+        return
+    tensors = slice(first, first + count)
+    file, offset, size = slots.file[tensors], slots.offset[tensors], slots.nbytes[tensors]
+    order = np.lexsort((offset, file))
+    rows = binding.bind(chunk.rows)
+    across = np.zeros(count, bool)
+    turned = (rows["src_buffer"] != NOTHING) & (rows["shape"][:, -1] > 1)
+    turned &= rows["src_stride"][:, -1] != _ITEM[rows["src_dtype"]]
+    across[chunk.tensor[turned]] = True
+
+    # One address space for the whole chunk: tensors in file order, each at the sum of the sizes before it.
+    base = np.empty(count, np.int64)
+    base[order] = np.cumsum(size[order]) - size[order]
+    starts: list[int] = []
+    heads: list[tuple[int, int, int, int, int]] = []  # file, start, stop, first, last (in `order`)
+    open_at = -1
+    sizes, files, offsets, bands = size.tolist(), file.tolist(), offset.tolist(), across.tolist()
+    bases = base.tolist()
+    for k, t in enumerate(order.tolist()):
+        n = sizes[t]
+        if n == 0:
+            continue
+        limit = band if bands[t] else stage
+        if open_at >= 0:
+            f, a, b, k0, _ = heads[open_at]
+            if n <= LEAF and f == files[t] and b == offsets[t] and b + n - a <= stage:
+                heads[open_at] = (f, a, b + n, k0, k)
+                continue
+        for a in range(0, n, limit):
+            starts.append(bases[t] + a)
+            heads.append((files[t], offsets[t] + a, offsets[t] + min(n, a + limit), k, k))
+        open_at = len(heads) - 1 if n <= LEAF else -1
+    if not heads:
+        return
+
+    edges = np.array([*starts, int(size.sum())], np.int64)
+    rows["dst"] += base[chunk.tensor].astype(np.uint64)
+    low, high = span(rows, "dst")
+    if (low < base[chunk.tensor]).any() or (high > (base + size)[chunk.tensor]).any():
+        raise ViewError("plan: a row writes outside its tensor")
+    one = np.searchsorted(edges, low, "right") - 1
+    two = np.searchsorted(edges, high - 1, "right") - 1
+    tensor, at = chunk.tensor, one
+    cross = one != two
+    if cross.any():
+        times = two - one + 1
+        times[~cross] = 1
+        keep = np.repeat(np.arange(len(rows)), times)
+        at = one[keep] + np.arange(len(keep)) - np.repeat(np.cumsum(times) - times, times)
+        spans = cross[keep]
+        whole = keep[~spans]
+        part = keep[spans]
+        clipped, origin = clip(rows[part], edges[at[spans]], edges[at[spans] + 1])
+        rows = np.concatenate([rows[whole], clipped])
+        tensor = np.concatenate([tensor[whole], tensor[part][origin]])
+        at = np.concatenate([at[~spans], at[spans][origin]])
+    by_source = np.lexsort((rows["src"], rows["src_buffer"], at))
+    rows, tensor, at = rows[by_source], tensor[by_source], at[by_source]
+    if apart:
+        rows["dst"] -= base[tensor].astype(np.uint64)
+        rows["dst_buffer"] = first + tensor
+    else:
+        rows["dst"] -= edges[at].astype(np.uint64)
+    classify(rows)
+    borders = np.searchsorted(at, np.arange(len(heads) + 1))
+    lead = rows[borders[:-1]]
+    turn = np.arange(len(heads)) if in_order else np.lexsort((lead["src"], lead["src_buffer"]))
+    for i in turn.tolist():
+        f, a, b, k0, k1 = heads[i]
+        if k0 == k1:
+            t = int(order[k0])
+            skip = a - offsets[t]
+            leaf0 = int(slots.leaf[first + t]) + skip // LEAF
+            leaf_offset = np.arange(0, b - a, LEAF, dtype=np.int64)
+            leaf = leaf0 + np.arange(len(leaf_offset), dtype=np.int64)
+            leaf_size = np.minimum(LEAF, b - a - leaf_offset)
+        else:  # several whole tensors, none larger than a leaf
+            inside = order[k0 : k1 + 1]
+            inside = inside[size[inside] > 0]
+            leaf_offset, leaf_size, leaf = offset[inside] - a, size[inside], slots.leaf[first + inside]
+        yield Batch(
+            f, a, b, rows[borders[i] : borders[i + 1]],
+            first + int(order[k0]), first + int(order[k1]), leaf_offset, leaf_size, leaf,
+        )  # fmt: skip
+
+
+def clip(rows: Table, low: Ints, high: Ints) -> tuple[Table, Ints]:
+    """The parts of rows whose destination lies in [low, high) (bytes, same origin as `dst`), and which
+    row each part came from.
+
+    Destination strides descend and nest, so a range of the destination is, axis by axis, a partial
+    first index, whole indices and a partial last one: at most seven parts a row."""
+    origin = np.arange(len(rows))
+    low = low - rows["dst"].astype(np.int64)
+    high = high - rows["dst"].astype(np.int64)
+    done: list[Table] = []
+    came: list[Ints] = []
+    for axis in range(AXES):
+        if not len(rows):
+            break
+        shape, strides = rows["shape"].astype(np.int64), rows["dst_stride"]
+        step = np.maximum(strides[:, axis], 1)
+        width = ((shape[:, axis + 1 :] - 1) * strides[:, axis + 1 :]).sum(axis=1) + _ITEM[rows["dst_dtype"]]
+        count = shape[:, axis]
+        touch0 = np.maximum(0, (low - width) // step + 1)
+        touch1 = np.minimum(count - 1, -(-high // step) - 1)
+        full0 = np.maximum(0, -(-low // step))
+        full1 = np.minimum(count, (high - width) // step + 1)
+        some = full1 > full0
+        if some.any():
+            done.append(_at(rows[some], axis, full0[some], (full1 - full0)[some]))
+            came.append(origin[some])
+        first = (touch0 <= touch1) & ((touch0 < full0) | ~some)
+        second = (touch1 >= full1) & (touch1 > touch0)
+        again, lows, highs, origins = [], [], [], []
+        for mask, index in ((first, touch0), (second, touch1)):
+            if mask.any():
+                i = index[mask]
+                again.append(_at(rows[mask], axis, i, np.ones(len(i), np.int64)))
+                lows.append(low[mask] - i * strides[mask, axis])
+                highs.append(high[mask] - i * strides[mask, axis])
+                origins.append(origin[mask])
+        if not again:
+            break
+        rows, origin = np.concatenate(again), np.concatenate(origins)
+        low, high = np.concatenate(lows), np.concatenate(highs)
+    if not done:
+        return np.empty(0, COPY), np.empty(0, np.int64)
+    return np.concatenate(done), np.concatenate(came)
+
+
+def _at(rows: Table, axis: int, start: Ints, count: Ints) -> Table:
+    """The rows narrowed on one axis to [start, start + count)."""
+    out: Table = rows.copy()
+    out["src"] += (start * rows["src_stride"][:, axis]).astype(np.uint64)
+    out["dst"] += (start * rows["dst_stride"][:, axis]).astype(np.uint64)
+    out["shape"][:, axis] = count
+    return out
+
+
+def classify(rows: Table) -> None:
+    """Name each row's path; a transpose has its source-contiguous axis moved to axis 2."""
+    src_item, dst_item = _ITEM[rows["src_dtype"]], _ITEM[rows["dst_dtype"]]
+    shape = rows["shape"]
+    last = shape[:, -1] == 1
+    dst_dense = last | (rows["dst_stride"][:, -1] == dst_item)
+    src_dense = last | (rows["src_stride"][:, -1] == src_item) | (rows["src_buffer"] == NOTHING)
+    rows["path"] = np.where(dst_dense & src_dense, ROWS, GENERAL)
+    for axis in range(AXES - 1):
+        turned = (rows["path"] == GENERAL) & dst_dense & (shape[:, axis] > 1)
+        turned &= rows["src_stride"][:, axis] == src_item
+        if turned.any():
+            rows["path"][turned] = TRANSPOSE
+            if axis != AXES - 2:
+                for name in ("src_stride", "dst_stride", "shape"):
+                    column = rows[name]
+                    moved = column[turned]
+                    order = [a for a in range(AXES - 1) if a != axis] + [axis, AXES - 1]
+                    column[turned] = moved[:, order]
+
+
+# ---- who runs rows ----
+
+
+class Runner(Protocol):
+    """An executor bound to its source buffers."""
+
+    def run(self, rows: Table, destinations: Sequence[Buffer], threads: int = 1) -> None:
+        """Run every row: `src_buffer` indexes the bound sources, `dst_buffer` the destinations."""
+
+    def touched(self, source: int, start: int, stop: int) -> None:
+        """Be told that bytes [start, stop) of a source were read by somebody else."""
+
+
+class Executor(Protocol):
+    """Whatever runs rows: the reference in torch, threads in C++, a GPU."""
+
+    @property
+    def name(self) -> str:
+        """Its name in `executors.EXECUTORS`."""
+
+    def bind(self, sources: Sequence[Buffer]) -> Runner:
+        """Fix the source buffers, so that running a batch converts none of them again."""
+
+
+def item_sizes(codes: Sequence[int] | NDArray[np.uint8]) -> Ints:
+    """Bytes of an element of each dtype code."""
+    return _ITEM[np.array(codes, np.int64)]

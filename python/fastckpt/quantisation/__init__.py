@@ -1,0 +1,1 @@
+"""What a quantised matrix becomes, and its place on the road."""

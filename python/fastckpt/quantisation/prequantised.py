@@ -1,0 +1,315 @@
+"""A dense checkpoint as a quantised one, before any layout sees it: values and scales that lie nowhere and
+are made when they are read.
+
+Where a scale goes with a matrix, a layout that fuses, turns or stacks matrices must place it too, and layouts
+know that from quantised sources. So the checkpoint becomes such a source (`rtp_llm`; vLLM's scale for every
+matrix it fuses). `quantplan` is the faster road, for layouts that keep the hub's matrices.
+
+Law: an element is the same number however it is asked for: scales are those of the hub's uncut matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from threading import Lock
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoint import JSON, Checkpoint, Entry, Single
+from ..computed.lowrank import moved, nowhere, pitched
+from ..dtypes import DType, float16, int32
+from ..errors import LayoutError
+from ..extents import Buffer, Extent, Extents
+from ..views import View, constant
+from .quantplan import quantization_config
+from .rounding import DENSE, Error, Floats, amax, error_of, not_finite, quantise, scale_of, stored_zeros
+from .schemes import Quant, Scheme
+
+PIECE = 1 << 21
+"""Dense bytes made at once, unless one row of blocks is more."""
+
+Elements = NDArray[np.generic]
+
+
+class Asker(Protocol):
+    """Who asks for elements, and takes what is told of them."""
+
+    def dense(self, view: View, *, scan: bool = False) -> Elements:
+        """The elements of a view, in its shape and dtype; `scan`: for scales alone."""
+
+    def told(self, matrix: Matrix, error: Error) -> None:
+        """How far the values that were made lie from the dense ones."""
+
+
+@dataclass(slots=True, eq=False)
+class Matrix:
+    """A dense matrix that is quantised as `scheme` says. `shape`: [outputs, inputs], or [inputs, outputs]
+    where the scheme stores it turned; `build` gives the dense view [outputs, inputs].
+
+    `_found`: the largest magnitude of each row, -1 where it is not known yet."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, int]
+    scheme: Scheme
+    build: Callable[[], View]
+    _view: View | None = None
+    _found: Floats | None = None
+    _lock: Lock = field(default_factory=Lock)
+
+    def dense(
+        self, ask: Asker, r0: int, r1: int, c0: int, c1: int, *, scan: bool = False
+    ) -> NDArray[np.uint8]:
+        """The bytes of a dense box, as the scheme turns it."""
+        view = self._view
+        if view is None:
+            view = self.build()
+            self._view = view = view.T if self.scheme.turned else view
+        box = view.narrow(0, r0, r1 - r0).narrow(1, c0, c1 - c0)
+        return np.ascontiguousarray(ask.dense(box, scan=scan)).reshape(-1).view(np.uint8)
+
+    def largest(self, ask: Asker, r0: int, r1: int) -> Floats:
+        """What the scales of rows [r0, r1) come from: of each row, or for one scale a matrix of all rows."""
+        if self.scheme.block[0] == 0:
+            with self._lock:  # else every worker reads the whole matrix
+                return np.repeat(self._rows(ask, 0, self.shape[0]).max(), r1 - r0)
+        return self._rows(ask, r0, r1)
+
+    def _rows(self, ask: Asker, r0: int, r1: int) -> Floats:
+        rows, columns = self.shape
+        if self._found is None:
+            self._found = np.full(rows, -1, np.float32)
+        found = self._found
+        step = max(1, PIECE // (columns * self.dtype.itemsize))
+        for a in range(r0, r1, step):
+            b = min(r1, a + step)
+            if (found[a:b] < 0).any():
+                dense = self.dense(ask, a, b, 0, columns, scan=True)
+                largest = amax(dense, self.dtype, b - a, columns)
+                if not np.isfinite(largest).all():
+                    raise not_finite(self.name, a, b)
+                found[a:b] = largest
+        return found[r0:r1]
+
+
+Kind = Literal["values", "scales", "zeros"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """A tensor that is stored of a matrix: its values, scales or zero points, of that name and shape."""
+
+    matrix: Matrix
+    kind: Kind
+    name: str
+    dtype: DType
+    stored: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns as they lie: a matrix also where `stored` is a vector of one."""
+        return (self.stored[0], self.stored[1]) if len(self.stored) == 2 else (1, 1)
+
+    def box(self, ask: Asker, r0: int, r1: int, c0: int, c1: int) -> Elements:
+        """The elements of rows [r0, r1) and columns [c0, c1). Raises SourceError for what is not finite."""
+        match self.kind:
+            case "values":
+                return _values(self.matrix, ask, r0, r1, c0, c1)
+            case "scales":
+                scales, _ = _scales(self.matrix, ask, r0, r1, c0, c1)
+                return scales.astype(np.float16) if self.matrix.scheme.scale_dtype is float16 else scales
+            case "zeros":
+                return _zeros(self.matrix, ask, r0, r1, c0, c1)
+
+
+def _values(m: Matrix, ask: Asker, r0: int, r1: int, c0: int, c1: int) -> Elements:
+    scheme, (rows, columns) = m.scheme, m.shape
+    item, kind = (np.int32, "<i4") if scheme.dtype is int32 else (np.int8, "i1")
+    tall, wide = _packing(scheme)
+    down, across = scheme.block
+    # Boxes grow to the blocks they cut, since those share a scale.
+    top, bottom = r0 * tall, r1 * tall
+    left, right = c0 * wide, c1 * wide
+    first, last = (left, right) if across < 2 else _whole(left, right, across, columns)
+    out = np.empty((r1 - r0, c1 - c0), item)
+    unit = max(down, tall)
+    step = unit * max(1, PIECE // ((last - first) * m.dtype.itemsize * unit))
+    for a in range(top // unit * unit, bottom, step):
+        b = min(a + step, -(-bottom // unit) * unit, rows)
+        n, width = b - a, last - first
+        dense = m.dense(ask, a, b, first, last)
+        largest = m.largest(ask, a, b) if across == 0 else None
+        made = np.empty(n * width * scheme.bits // 8, np.uint8)
+        found = quantise(dense, m.dtype, n, width, scheme, largest, made)
+        if found is None:
+            raise not_finite(m.name, a, b)
+        held = slice(max(a, top), min(b, bottom)), slice(left, right)
+        if (a, b, first, last) == (held[0].start, held[0].stop, left, right):
+            ask.told(m, found.error)
+        else:  # of what was asked for alone, so that no value counts twice
+            mine = slice(held[0].start - a, held[0].stop - a), slice(left - first, right - first)
+            ask.told(m, error_of(dense, m.dtype, (n, width), scheme, found, made, mine))
+        box = made.view(kind).reshape(n // tall, width // wide)
+        box = box[(held[0].start - a) // tall : (held[0].stop - a) // tall, (left - first) // wide :]
+        out[held[0].start // tall - r0 : held[0].stop // tall - r0] = box[:, : c1 - c0]
+    return out
+
+
+def _scales(m: Matrix, ask: Asker, r0: int, r1: int, c0: int, c1: int) -> tuple[Floats, NDArray[np.int8]]:
+    """Scales and zero points [r0, r1) x [c0, c1) of a matrix's grid, as fp32 and whole numbers."""
+    scheme, (rows, columns) = m.scheme, m.shape
+    down, across = scheme.block
+    if across == 0:  # of a row, or of all
+        one = scale_of(m.largest(ask, r0, r1 if down else r0 + 1), scheme)
+        if not np.isfinite(one).all():
+            raise not_finite(m.name, r0, r1)
+        return one.reshape(-1, 1), np.zeros((r1 - r0, 1), np.int8)
+    left, right = c0 * across, min(columns, c1 * across)
+    scales, zeros = np.empty((r1 - r0, c1 - c0), np.float32), np.empty((r1 - r0, c1 - c0), np.int8)
+    step = max(1, PIECE // ((right - left) * m.dtype.itemsize * down))
+    for a in range(r0, r1, step):
+        b = min(r1, a + step)
+        top, bottom = a * down, min(rows, b * down)
+        dense = m.dense(ask, top, bottom, left, right, scan=True)
+        n, width = bottom - top, right - left
+        out = np.empty(n * width * scheme.bits // 8, np.uint8)
+        found = quantise(dense, m.dtype, n, width, scheme, None, out)
+        if found is None:
+            raise not_finite(m.name, top, bottom)
+        scales[a - r0 : b - r0], zeros[a - r0 : b - r0] = found.scales, found.zeros
+    return scales, zeros
+
+
+def _zeros(m: Matrix, ask: Asker, r0: int, r1: int, c0: int, c1: int) -> NDArray[np.int32]:
+    """Zero points as the format packs them: eight outputs an int32."""
+    grid = m.scheme.grid(*m.shape)
+    tall, wide = (1, 8) if m.scheme.turned else (8, 1)
+    rows, columns = (r0 * tall, min(grid[0], r1 * tall)), (c0 * wide, min(grid[1], c1 * wide))
+    return stored_zeros(_scales(m, ask, *rows, *columns)[1], m.scheme)
+
+
+def _packing(scheme: Scheme) -> tuple[int, int]:
+    """Rows and columns of the matrix that one stored element holds."""
+    many = 8 * scheme.dtype.itemsize // scheme.bits
+    return (many, 1) if scheme.packed == "down" else (1, many)
+
+
+def _whole(start: int, stop: int, block: int, end: int) -> tuple[int, int]:
+    """[start, stop) grown to whole blocks, the last of which ends at `end`."""
+    return start // block * block, min(end, -(-stop // block) * block)
+
+
+PLACES: Mapping[str, frozenset[str]] = {
+    "rtp_llm": frozenset({"int-quantized", "float-quantized", "fp8", "awq", "gptq"}),
+    "vllm": frozenset({"int-quantized", "float-quantized", "fp8"}),
+}
+"""layout -> the formats it places as those of a quantised source; vLLM's where a scale is a matrix's, and
+where an engine has more tensors beside such a model."""
+
+
+def fits(layout: str, engine: str, scheme: Scheme) -> bool:
+    """Whether that layout gets the scheme's tensors from a checkpoint made here; `engine`: whose names it
+    uses beyond its own. Raises LayoutError for an engine whose form of them is not known."""
+    found = scheme.format in PLACES.get(layout, ())
+    if engine and not found:
+        raise LayoutError(
+            f"quant {scheme.name}: how engine {engine} holds it is not known; wanted int8, fp8, fp8-channel "
+            "or fp8-block"
+        )
+    return found and (layout != "vllm" or bool(engine) or scheme.block == (0, 0))
+
+
+def made(ckpt: Checkpoint, config: Mapping[str, JSON], quant: Quant) -> tuple[Checkpoint, dict[str, JSON]]:
+    """The checkpoint with every chosen matrix as its values and what goes with them, and the config that says
+    so. `quant`'s patterns are of the checkpoint's names.
+
+    Raises LayoutError where a pattern names nothing, nothing is chosen, or a matrix does not fit."""
+    at = f"quant {quant.scheme.name}"
+    for pattern in (*quant.include, *quant.exclude):
+        if not any(fnmatchcase(name, pattern) for name in ckpt.entries):
+            tied = [f"; {a} is tied to {h}" for a, h in ckpt.aliases.items() if fnmatchcase(a, pattern)]
+            raise LayoutError(f"{at}: {pattern!r} names no tensor of {ckpt.path}{''.join(tied[:1])}")
+    shapes = {name: entry.shape for name, entry in ckpt.entries.items()}
+    parts = {n: tuple(_parts(n, e, quant.scheme)) for n, e in ckpt.entries.items() if quant.takes(n, e.shape)}
+    for name, entry in ckpt.entries.items():
+        if name not in parts and len(entry.shape) == 3 and quant.leaves(name):
+            raise LayoutError(
+                f"{at}: {name} {entry.shape} is a stack of experts, which would stay dense; "
+                "write it as hf first, which names each expert, or exclude it by a pattern"
+            )
+    if not parts:
+        raise LayoutError(f"{at}: no tensor is a matrix known by name; say which with include patterns")
+    for alias, holder in ckpt.aliases.items():
+        if holder in parts:
+            raise LayoutError(f"{at}: {alias} is tied to {holder}, and would not find its scales")
+    new = (
+        nowhere(part, part.shape, part.dtype, f"{part.kind} of {name}")
+        for name, some in parts.items()
+        for part in some
+    )
+    extents, index = Extents((*ckpt.extents, *new)), len(ckpt.extents)
+    entries: dict[str, Entry] = {}
+    for name, entry in ckpt.entries.items():
+        if name not in parts:
+            entries[name] = Single(entry.shape, entry.dtype, moved(entry, extents), entry.kind)
+            continue
+        for part in parts[name]:
+            entries[part.name] = Single(part.stored, part.dtype, _view(extents, index, part), entry.kind)
+            index += 1
+        if quant.scheme.form:
+            entries[quant.scheme.named(name, quant.scheme.form)] = _form(parts[name][0].matrix, entry.kind)
+    told = {**config, "quantization_config": quantization_config(quant, shapes)}
+    return replace(ckpt, entries=entries, extents=extents, config=told), told
+
+
+def owner(extent: Extent) -> Part | None:
+    """The part of a matrix that an extent stands for; None for any other."""
+    found = extent.where.owner if isinstance(extent.where, Buffer) else None
+    return found if isinstance(found, Part) else None
+
+
+def dense_bytes(extents: Extents) -> NDArray[np.float64]:
+    """By extent, the dense bytes that a byte of it is made of, for scales 0: the values need the same ones.
+    Empty where nothing is quantised when it is read."""
+    each = np.ones(len(extents))
+    for i, extent in enumerate(extents):
+        if (part := owner(extent)) is not None:
+            m = part.matrix
+            each[i] = 8 * m.dtype.itemsize / m.scheme.bits if part.kind == "values" else 0.0
+    return each if (each != 1).any() else each[:0]
+
+
+def _parts(name: str, entry: Entry, scheme: Scheme) -> Iterator[Part]:
+    """What is stored of a chosen tensor. Raises LayoutError where it does not fit the scheme."""
+    at = f"quant {scheme.name}: {name} {entry.shape}"
+    if entry.dtype not in DENSE:
+        raise LayoutError(f"{at} is {entry.dtype}: wanted {', '.join(d.name for d in DENSE)}")
+    if len(entry.shape) != 2:
+        raise LayoutError(f"{at}: a stack of matrices is not quantised for this layout; write it as hf first")
+    outputs, inputs = entry.shape
+    if scheme.bits == 4 and inputs % scheme.shared[1]:
+        raise LayoutError(f"{at}: wanted a matrix whose columns divide by the group {scheme.shared[1]}")
+    if scheme.turned and (outputs % 8 or not name.endswith("weight")):
+        raise LayoutError(f"{at}: wanted a weight whose rows divide by 8, which share an int32")
+    shape = (inputs, outputs) if scheme.turned else (outputs, inputs)
+    matrix = Matrix(name, entry.dtype, shape, scheme, entry.build)
+    yield Part(matrix, "values", scheme.named(name, scheme.values), scheme.dtype, scheme.stored_shape(shape))
+    scales = scheme.scale_shape(shape)
+    yield Part(matrix, "scales", scheme.named(name, scheme.scale), scheme.scale_dtype, scales)
+    if scheme.zero:
+        yield Part(matrix, "zeros", scheme.named(name, scheme.zero), scheme.dtype, scheme.zero_shape(shape))
+
+
+def _view(extents: Extents, index: int, part: Part) -> Callable[[], View]:
+    return lambda: pitched(extents, index, part.dtype, part.shape).reshape(part.stored)
+
+
+def _form(matrix: Matrix, kind: str) -> Entry:
+    """The dense shape, or the group of every input."""
+    dtype = matrix.scheme.form_dtype
+    values = np.array(matrix.scheme.form_values(matrix.shape), np.int32 if dtype is int32 else np.int64)
+    return Single(values.shape, dtype, lambda: constant(values, dtype), kind)

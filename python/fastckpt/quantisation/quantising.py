@@ -1,0 +1,292 @@
+"""Quantised tensors on the road: dense bands into staging, quantised while they are in cache, values out.
+
+A job is a run of a tensor's rows whose values begin on a digest leaf; one worker does it band by band. Law:
+every value is made from the plan's own rows, its scales go out once, when the tensor's last job is done.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from threading import Lock
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..dtypes import float16, int32
+from ..extents import Buffer, fresh
+from ..planning.planner import LEAF, NOTHING, Binding, Chunk, Slots, Table, cut
+from ..planning.plans import Plan
+from ..reader import Lane, plain
+from ..target import Target
+from .quantplan import DENSE_BYTES, Quantised, flat
+from .rounding import Bytes, Error, Floats, Zeros, amax, not_finite, quantise, scale_of, stored_zeros
+
+JOB_BYTES = 8 * LEAF
+"""Values of one job, about: a large tensor is shared out among the workers."""
+
+
+class End(Protocol):
+    """Where the bytes of a tensor go, from `offset` on, which is that of a digest leaf."""
+
+    def room(self, tensor: int, offset: int, nbytes: int) -> Bytes | None:
+        """The memory they may be made in; None where there is none."""
+
+    def put(self, tensor: int, offset: int, data: memoryview) -> None:
+        """Take them."""
+
+
+@dataclass(slots=True)
+class _Tensor:
+    """A quantised tensor on its way: its scales and zero points, the jobs left, and its error so far."""
+
+    number: int
+    told: Quantised
+    scales: Floats
+    zeros: Zeros
+    largest: Floats | None
+    jobs: int
+    error: Error = field(default_factory=Error)
+    lock: Lock = field(default_factory=Lock)
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Dense rows [row, row + count) of a tensor: where they lie in memory already (`there`), or what fills
+    them (`rows`, as a Batch's)."""
+
+    row: int
+    count: int
+    rows: Table
+    there: Bytes | None = None
+
+    def dense(self, lane: Lane, staging: Bytes, nbytes: int) -> Bytes:
+        """The rows' bytes, in `staging` if they lie nowhere as they are."""
+        if self.there is not None:
+            lane.bytes_read += nbytes
+            return self.there
+        held = lane.direct(self.rows, nbytes)
+        if held is not None:
+            return np.frombuffer(held, np.uint8)
+        lane.run(self.rows, [Buffer(staging, staging.ctypes.data, nbytes)])
+        return staging[:nbytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Bands of one tensor, in order; its output bytes are [start, stop) of the values."""
+
+    tensor: _Tensor
+    start: int
+    stop: int
+    bands: tuple[Band, ...]
+
+
+class Dense:
+    """The dense matrices that a chunk's rows make, to be taken band by band."""
+
+    def __init__(self, chunk: Chunk, binding: Binding) -> None:
+        self.binding = binding
+        self.rows, self.bound = chunk.rows, binding.bind(chunk.rows)
+        self.edges = np.searchsorted(chunk.tensor, np.arange(chunk.count + 1)).tolist()
+
+    def bands(self, target: int, rows: int, width: int, step: int) -> Iterator[Band]:
+        """The chunk's target of that number, a matrix of `rows` x `width` bytes, `step` rows at once."""
+        mine = slice(self.edges[target], self.edges[target + 1])
+        there = _in_memory(self.bound[mine], self.binding, rows * width)
+        if there is not None:
+            for row in range(0, rows, step):
+                count = min(step, rows - row)
+                yield Band(row, count, self.rows[:0], there[row * width : (row + count) * width])
+            return
+        alone = Chunk(1, self.rows[mine], np.zeros(mine.stop - mine.start, np.int64))
+        slots = Slots.of([0], [0], [rows * width])
+        batches = cut(alone, 0, slots, self.binding, stage=step * width, band=step * width, in_order=True)
+        for batch in batches:
+            yield Band(batch.start // width, (batch.stop - batch.start) // width, batch.rows)
+
+
+class Quantising:
+    """The quantised tensors of one run; `largest`: dense name -> what `Scan` found of it."""
+
+    def __init__(self, plan: Plan, slots: Slots, largest: Mapping[str, Floats]) -> None:
+        self.plan = plan
+        self.largest = largest
+        self.errors: dict[int, Error] = {}
+        told = plan.quantised.values()
+        self.dense = max((_step(q) * q.shape[-1] * q.dtype.itemsize for q in told), default=0)
+        self.values = LEAF + max((_step(q) * q.shape[-1] * q.scheme.bits // 8 for q in told), default=0)
+        self.made = np.zeros(len(plan.tensors), bool)
+        for i, q in plan.quantised.items():
+            beside = [at for at in (q.zeros, q.form) if at is not None and not q.scheme.dynamic]
+            self.made[[i, q.scales, *beside]] = True
+        self.rest = replace(slots, nbytes=np.where(self.made, 0, slots.nbytes))
+
+    def others(self, first: int, chunk: Chunk) -> Chunk:
+        """The chunk without the rows of what is made here; cut it by `rest`."""
+        keep = ~self.made[first + chunk.tensor]
+        return chunk if keep.all() else Chunk(chunk.count, chunk.rows[keep], chunk.tensor[keep])
+
+    def jobs(self, first: int, chunk: Chunk, binding: Binding) -> Iterator[Job]:
+        """The jobs of the chunk's quantised tensors."""
+        if not self.plan.quantised:
+            return
+        dense = Dense(chunk, binding)
+        for i in range(chunk.count):
+            told = self.plan.quantised.get(first + i)
+            if told is None:
+                continue
+            rows, columns = flat(told.shape)
+            out = columns * told.scheme.bits // 8
+            step, share = _step(told), _share(told)
+            tensor = self._tensor(first + i, told, -(-rows // share))
+            held: list[Band] = []
+            for band in dense.bands(i, rows, columns * told.dtype.itemsize, step):
+                if held and band.row % share == 0:
+                    yield Job(tensor, held[0].row * out, band.row * out, tuple(held))
+                    held = []
+                held.append(band)
+            yield Job(tensor, held[0].row * out, rows * out, tuple(held))
+
+    def _tensor(self, number: int, told: Quantised, jobs: int) -> _Tensor:
+        rows, _ = flat(told.shape)
+        lead = rows // told.shape[-2]
+        down, across = told.scheme.grid(told.shape[-2], told.shape[-1])
+        scales = np.empty((lead * down, across), np.float32)
+        largest = None
+        if told.scanned:
+            largest = self.largest[told.name]
+            if told.scheme.block[0] == 0:
+                one = largest.reshape(lead, -1).max(axis=1)
+                scales[:] = scale_of(one, told.scheme).reshape(lead, 1)
+                largest = np.repeat(one, told.shape[-2])
+        return _Tensor(number, told, scales, np.zeros(scales.shape, np.int8), largest, jobs)
+
+    def worker(self, lane: Lane, end: End) -> Callable[[Job], None]:
+        """A worker with staging of its own for dense rows and for values."""
+        dense, values = fresh(self.dense), fresh(self.values)
+        whole = memoryview(values.data)
+
+        def run(job: Job) -> None:
+            tensor, at, filled, error = job.tensor, job.start, 0, Error()
+            told = tensor.told
+            _, columns = flat(told.shape)
+            for band in job.bands:
+                n = band.count * columns
+                there = band.dense(lane, dense, n * told.dtype.itemsize)
+                size = n * told.scheme.bits // 8
+                room = end.room(tensor.number, at, size)
+                out = values[filled : filled + size] if room is None else room
+                stop = band.row + band.count
+                given = None if tensor.largest is None else tensor.largest[band.row : stop]
+                found = quantise(there, told.dtype, band.count, columns, told.scheme, given, out)
+                if found is None:
+                    raise not_finite(told.name, band.row, band.row + band.count)
+                if tensor.largest is None or told.scheme.block[0]:
+                    into = band.row // (told.scheme.block[0] or told.shape[-2])
+                    tensor.scales[into : into + len(found.scales)] = found.scales
+                    tensor.zeros[into : into + len(found.zeros)] = found.zeros
+                error += found.error
+                if room is not None:
+                    at += size
+                    continue
+                filled += size
+                if whole_leaves := filled // LEAF * LEAF:
+                    end.put(tensor.number, at, whole[:whole_leaves])
+                    at, filled = at + whole_leaves, filled - whole_leaves
+                    values[:filled] = values[whole_leaves : whole_leaves + filled].copy()
+            if filled:
+                end.put(tensor.number, at, whole[:filled])
+            with tensor.lock:
+                tensor.jobs -= 1
+                tensor.error += error
+                last = tensor.jobs == 0
+            if last:
+                for at, array in _beside(tensor):
+                    end.put(at, 0, memoryview(array.reshape(-1).view(np.uint8).data))
+                self.errors[tensor.number] = tensor.error
+
+        return run
+
+
+def _in_memory(rows: Table, binding: Binding, nbytes: int) -> Bytes | None:
+    """The dense bytes of a tensor where they lie already, as they are, in main memory; else None."""
+    if len(rows) != 1 or rows["src_buffer"][0] == NOTHING or not plain(rows[0], nbytes):
+        return None
+    row = rows[0]
+    place = binding.places[int(row["src_buffer"])]
+    if not isinstance(place, Buffer) or place.device != "cpu":
+        return None
+    return place.part(int(row["src"]), nbytes)
+
+
+def _beside(tensor: _Tensor) -> Iterator[tuple[int, NDArray[np.generic]]]:
+    """What goes out beside the values once all are made: (plan's tensor, array)."""
+    told, scheme = tensor.told, tensor.told.scheme
+    yield told.scales, tensor.scales.astype(np.float16) if scheme.scale_dtype is float16 else tensor.scales
+    if told.zeros is not None and not scheme.dynamic:
+        yield told.zeros, stored_zeros(tensor.zeros, scheme)
+    if told.form is not None:
+        form = np.array(scheme.form_values(told.shape), np.int64)
+        yield told.form, form.astype(np.int32) if scheme.form_dtype is int32 else form
+
+
+class Scan:
+    """The first read: the largest magnitude of every row of some dense matrices, by name."""
+
+    def __init__(self) -> None:
+        self.largest: dict[str, Floats] = {}
+
+    def jobs(self, window: list[tuple[int, Target]], chunk: Chunk, binding: Binding) -> Iterator[ScanJob]:
+        """The jobs of a window of compiled targets."""
+        dense = Dense(chunk, binding)
+        for i, (_, target) in enumerate(window):
+            rows, columns = flat(target.shape)
+            width = columns * target.view.dtype.itemsize
+            found = self.largest[target.name] = np.empty(rows, np.float32)
+            for band in dense.bands(i, rows, width, max(1, DENSE_BYTES // width)):
+                yield ScanJob(target, band, found, 0, band.count * width)
+
+    def worker(self, lane: Lane) -> Callable[[ScanJob], None]:
+        """A worker with staging of its own."""
+        staging = [fresh(DENSE_BYTES)]
+
+        def run(job: ScanJob) -> None:
+            if len(staging[0]) < job.stop:
+                staging[0] = fresh(job.stop)
+            band, (_, columns) = job.band, flat(job.target.shape)
+            dense = band.dense(lane, staging[0], job.stop)
+            largest = amax(dense, job.target.view.dtype, band.count, columns)
+            if not np.isfinite(largest).all():
+                raise not_finite(job.target.name, band.row, band.row + band.count)
+            job.found[band.row : band.row + band.count] = largest
+
+        return run
+
+
+@dataclass(frozen=True, slots=True)
+class ScanJob:
+    """A band of a matrix that is looked through; `stop` - `start` its dense bytes."""
+
+    target: Target
+    band: Band
+    found: Floats
+    start: int
+    stop: int
+
+
+def _step(told: Quantised) -> int:
+    """Rows made dense at once: whole blocks, or a power of two, as leaves are."""
+    if told.scheme.block[0] == 0 and not told.scanned:
+        return told.shape[-2]
+    fit = DENSE_BYTES // (told.shape[-1] * told.dtype.itemsize)
+    return max(told.scheme.block[0], 1 << fit.bit_length() - 1 if fit else 1)
+
+
+def _share(told: Quantised) -> int:
+    """Rows of a job: whole steps that begin on a leaf."""
+    out = told.shape[-1] * told.scheme.bits // 8
+    one = math.lcm(_step(told), LEAF // math.gcd(LEAF, out))
+    return one * max(1, -(-JOB_BYTES // (one * out)))

@@ -1,0 +1,274 @@
+"""Which targets a quantised plan has: a chosen matrix becomes values, scales and what goes with them.
+
+Law: the scales are those of the uncut matrix, whatever the placement. A block or group that a cut would tear
+is refused; a scale that is shared across a cut, or by more than DENSE_BYTES, comes from the uncut matrix,
+which is then read first.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from .. import dtypes
+from ..checkpoint import JSON
+from ..errors import LayoutError
+from ..model import Sizes
+from ..placement import Placement
+from ..target import Target
+from ..views import zeros
+from .rounding import DENSE
+from .schemes import Quant, Scheme
+
+FITS: dict[str, frozenset[str]] = {
+    "hf": frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8", "awq", "gptq", ""}),
+    "same": frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8", "awq", "gptq", ""}),
+    "vllm": frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8", "awq", "gptq"}),
+}
+"""layout -> the formats it can hold when its own tensors are quantised; for others see `prequantised`."""
+
+WHY = {
+    "megatron": ": megatron-core stores no quantised weights, its fp8 is made in memory",
+    "rtp_llm": ": wanted int8, fp8, fp8-channel, fp8-block, or an awq or gptq scheme",
+}
+"""layout -> what else there is to say of it."""
+
+DENSE_BYTES = 1 << 21
+"""Dense bytes made at once, unless one row of blocks is more: they are read back from cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """A quantised tensor of a plan. `name`, `dtype`, `shape`: of the dense matrix as it is stored, which may
+    be turned; `scanned`: its scales come from a first read of the uncut matrix of that name; `scales`,
+    `zeros`, `form`: the plan's tensors that hold those, where the scheme has them."""
+
+    scheme: Scheme
+    name: str
+    dtype: dtypes.DType
+    shape: tuple[int, ...]
+    scanned: bool
+    scales: int = -1
+    zeros: int | None = None
+    form: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Expansion:
+    """How targets are expanded. `whole` starts the targets of an uncut placement.
+
+    `sizes` of the model where the layout knows roles. `dense`: output name -> dense name; `scanned`: the
+    dense names of what needs a first read; both are filled as targets pass."""
+
+    quant: Quant
+    layout: str
+    placement: Placement
+    whole: Callable[[], Iterator[Target]]
+    sizes: Sizes | None
+    dense: dict[str, str] = field(default_factory=dict)
+    scanned: set[str] = field(default_factory=set)
+    _shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        scheme = self.quant.scheme
+        if scheme.format not in FITS.get(self.layout, frozenset()):
+            raise LayoutError(
+                f"layout {self.layout} has no place for quantisation scheme {scheme.name}"
+                f"{WHY.get(self.layout, '')}"
+            )
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Name -> shape of every uncut target. Raises LayoutError where none is chosen."""
+        if not self._shapes:
+            self._shapes.update((t.name, t.shape) for t in self.whole())
+            for pattern in (*self.quant.include, *self.quant.exclude):
+                if not any(fnmatchcase(name, pattern) for name in self._shapes):
+                    raise LayoutError(
+                        f"quant {self.quant.scheme.name}: {pattern!r} names no tensor that layout "
+                        f"{self.layout} writes; of tied ones it writes one"
+                    )
+            if not any(self.quant.takes(n, s) for n, s in self._shapes.items()):
+                raise LayoutError(
+                    f"quant {self.quant.scheme.name}: no tensor is a matrix known by name; say which with "
+                    "include patterns"
+                )
+        return self._shapes
+
+    def targets(self, targets: Iterable[Target]) -> Iterator[Target]:
+        """A rank's targets, chosen ones expanded. Raises LayoutError naming the tensor that does not fit."""
+        for target in targets:
+            if self.quant.takes(target.name, target.shape):
+                yield from self._expanded(target)
+            else:
+                yield target
+
+    def quantised(self, target: Target) -> Quantised:
+        """What the plan keeps of a quantised target; where its scales lie is not known yet."""
+        name = self.dense[target.name]
+        return Quantised(self.quant.scheme, name, target.view.dtype, target.shape, name in self.scanned)
+
+    def uncut(self) -> Iterator[tuple[int, Target]]:
+        """The uncut matrices whose largest magnitudes are read first."""
+        return ((0, t) for t in self.whole() if t.name in self.scanned)
+
+    def _expanded(self, target: Target) -> Iterator[Target]:
+        scheme, name, shape = self.quant.scheme, target.name, target.shape
+        if target.view.dtype not in DENSE:
+            raise LayoutError(
+                f"quant {scheme.name}: {name} is {target.view.dtype}: quantised already, or of a type that "
+                f"is not; wanted {', '.join(d.name for d in DENSE)}"
+            )
+        if self._needs_scan(name, shape, target.view.dtype.itemsize):
+            self.scanned.add(name)
+        view = target.view
+        if scheme.turned:
+            if not name.endswith("weight"):
+                raise LayoutError(f"quant {scheme.name}: {name}: wanted a name that ends with weight")
+            view, shape = view.reshape(shape).T, shape[::-1]
+        values = scheme.named(name, scheme.values)
+        self.dense[values] = name
+        yield Target(values, view, shape, scheme)
+        # Zeros stand in for what goes with the values until the road knows it.
+        yield Target(scheme.named(name, scheme.scale), zeros(scheme.scale_shape(shape), scheme.scale_dtype))
+        if scheme.zero:
+            points = dtypes.int64 if scheme.dynamic else scheme.dtype
+            yield Target(scheme.named(name, scheme.zero), zeros(scheme.zero_shape(shape), points))
+        if scheme.form:
+            n = len(scheme.form_values(shape))
+            yield Target(scheme.named(name, scheme.form), zeros((n,), scheme.form_dtype))
+
+    def _needs_scan(self, name: str, shape: tuple[int, ...], itemsize: int) -> bool:
+        """Whether the scales reach beyond the rank's part, or beyond a band of it."""
+        scheme, whole = self.quant.scheme, self.shapes()[name]
+        (down, across), at = scheme.shared, f"quant {scheme.name}: {name}"
+        rows, columns = shape[-2:]
+        cut_rows, cut_columns = rows != whole[-2], columns != whole[-1]
+        if scheme.bits == 4 and (columns % across or len(shape) > 2):
+            raise LayoutError(f"{at} {shape}: wanted a matrix whose columns divide by the group {across}")
+        if rows % 8 and (scheme.turned or (scheme.asymmetric and cut_rows)):
+            raise LayoutError(f"{at} {shape}: wanted rows that divide by 8, which share an int32")
+        if across > 1 and cut_columns and columns % across:
+            raise LayoutError(f"{at}: {columns} of {whole[-1]} columns a rank cut a block of {across}")
+        if down > 1:
+            self._require_whole_blocks(name, shape, cut_rows)
+        shared = down == 0 or (across == 0 and cut_columns)
+        if shared and (shape[:-2] != whole[:-2] or (down == 1 and cut_rows)):
+            raise LayoutError(
+                f"{at}: a rank holds {shape} of {whole}, cut on more than one axis of its scales"
+            )
+        return shared and (cut_rows or cut_columns or rows * columns * itemsize > DENSE_BYTES)
+
+    def _require_whole_blocks(self, name: str, shape: tuple[int, ...], cut: bool) -> None:
+        down, rows = self.quant.scheme.shared[0], shape[-2]
+        if not cut and self.layout != "vllm" and len(shape) == 2:
+            return  # the hub's own matrix, as the hub would quantise it: the last block may be short
+        parts = self._parts(name, rows)
+        for part in parts if cut or len(shape) > 2 else parts[:-1]:
+            if part % down:
+                raise LayoutError(
+                    f"quant {self.quant.scheme.name}: {name} {shape}: {part} rows that begin and end a part "
+                    f"are no multiple of the block {down}"
+                )
+
+    def _parts(self, name: str, rows: int) -> tuple[int, ...]:
+        """The rows of the matrices that are fused under a name."""
+        module = _module(name)
+        if module in ("gate_up_proj", "w13_weight"):
+            return rows // 2, rows // 2
+        if module in ("qkv_proj", "query_key_value", "fused_qkv_a_proj"):
+            if self.sizes is not None and module != "fused_qkv_a_proj":
+                tp, head = self.placement.tp, self.sizes.head_dim
+                q, kv = self.sizes.heads // tp * head, max(1, self.sizes.kv_heads // tp) * head
+                if q + 2 * kv == rows:
+                    return q, kv, kv
+            raise LayoutError(
+                f"quant {self.quant.scheme.name}: {name}: the rows of its parts are not known, so blocks may "
+                "stand across them"
+            )
+        return (rows,)
+
+
+def _module(name: str) -> str:
+    """The last module of a weight's name, or the last part where it is no `.weight`."""
+    return name.removesuffix(".weight").rpartition(".")[2]
+
+
+# ---- what the config says ----
+
+
+def quantization_config(quant: Quant, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, JSON]:
+    """The `quantization_config` of config.json, of dense matrices by name: compressed-tensors' or DeepSeek's
+    fp8, else one that loaders do not know and so refuse."""
+    scheme = quant.scheme
+    left: list[JSON] = [
+        name.removesuffix(".weight")
+        for name, shape in shapes.items()
+        if name.endswith(".weight")
+        and len(shape) == 2
+        and "embed" not in name
+        and not quant.takes(name, shape)
+    ]
+    match scheme.format:
+        case "":
+            return {"quant_method": "fastckpt", "scheme": scheme.name}
+        case "fp8":
+            return {
+                "quant_method": "fp8",
+                "activation_scheme": "dynamic",
+                "fmt": "e4m3",
+                "weight_block_size": list(scheme.block),
+                "modules_to_not_convert": left,
+            }
+        case "awq":
+            return {
+                "quant_method": "awq",
+                "bits": scheme.bits,
+                "group_size": scheme.block[0],
+                "zero_point": True,
+                "version": "gemm",
+                "modules_to_not_convert": left,
+            }
+        case "gptq":
+            # lm_head has a key of its own; a negative pattern tells loaders of every other one that stays.
+            names = [str(name) for name in left if name != "lm_head"]
+            skipped: dict[str, JSON] = {f"-:^{re.escape(name)}$": {} for name in names}
+            return {
+                "quant_method": "gptq",
+                "checkpoint_format": "gptq",
+                "bits": scheme.bits,
+                "group_size": scheme.block[0],
+                "desc_act": False,
+                "sym": not scheme.asymmetric,
+                "lm_head": "lm_head" not in left and "lm_head.weight" in shapes,
+                "dynamic": skipped,
+            }
+    kind = "float" if scheme.format == "float-quantized" else "int"
+    strategy = {(0, 0): "tensor", (1, 0): "channel"}.get(scheme.block, "group")
+    weights: dict[str, JSON] = {
+        "num_bits": scheme.bits,
+        "type": kind,
+        "symmetric": not scheme.asymmetric,
+        "strategy": strategy,
+        "dynamic": False,
+    }
+    inputs: dict[str, JSON] | None = None
+    if strategy == "group":
+        weights["group_size"] = scheme.block[1]
+    else:
+        inputs = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
+    group: dict[str, JSON] = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": scheme.format,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": left,
+    }
+
+
+def flat(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A matrix, or a stack of them, as one of so many rows and columns."""
+    return math.prod(shape[:-1]), shape[-1]

@@ -1,0 +1,210 @@
+"""Quantisation schemes: what a matrix becomes, which share a scale, how it is spelled in files.
+
+A matrix is [..., rows, columns] = [..., outputs, inputs]. Law: x is stored as round(x / scale) with ties to
+even, clamped; scale = amax / reach in fp32 over the values that share it, and 1 where they are all zero. With
+zero points it is round(x / scale + zero), zero = round(-8 - low / scale), scale = (high - low) / reach.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from ..dtypes import DType, float8_e4m3fn, float16, float32, int8, int32, int64
+from ..errors import LayoutError
+
+Packed = Literal["", "across", "awq", "down"]
+"""How eight 4-bit values make an int32: eight columns, the first in the lowest bits; eight columns in AWQ's
+order (0, 2, 4, 6, 1, 3, 5, 7 from the lowest); eight rows, the first in the lowest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """`dtype` of the stored elements, `bits` of one value; `block`: rows and columns that share a scale, 0 is
+    the whole axis. `reach`: the value amax is mapped to; `floor`: the smallest scale. `turned`: the matrix is
+    stored [inputs, outputs], and `block` and `packed` are of that form.
+
+    `asymmetric`: groups have zero points, and `reach` is what the whole range is mapped to; `zero_offset` is
+    added to a zero point where it is stored, so the lowest is minus that (GPTQ's are stored less one).
+    `reciprocal`: values are multiplied by the fp32 reciprocal of the scale (torch.ao) rather than divided by
+    it (compressed-tensors). `dynamic`: torch.ao's shapes of scales, and zeros beside them.
+
+    `values`, `scale`, `zero`, `form`: what the tensors of a matrix are called, as `named` reads it; `form` is
+    the dense shape or the group of every input. `format`: compressed-tensors' name of the storage, "fp8" for
+    DeepSeek's, "awq", "gptq", "" where only fastckpt reads it."""
+
+    name: str
+    dtype: DType
+    bits: int
+    block: tuple[int, int]
+    reach: float
+    floor: float = 0.0
+    turned: bool = False
+    packed: Packed = ""
+    asymmetric: bool = False
+    zero_offset: int = 8
+    reciprocal: bool = False
+    dynamic: bool = False
+    scale_dtype: DType = float32
+    values: str = ""
+    scale: str = "_scale"
+    zero: str = ""
+    form: str = ""
+    format: str = ""
+
+    @staticmethod
+    def named(name: str, part: str) -> str:
+        """The name of a part of a matrix: put behind the matrix's, or in place of its `weight`."""
+        return name + part if part[:1] in ("", "_") else name.removesuffix("weight") + part
+
+    @property
+    def shared(self) -> tuple[int, int]:
+        """Outputs and inputs that share a scale."""
+        return (self.block[1], self.block[0]) if self.turned else self.block
+
+    def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the values, packed where one is smaller than an element."""
+        if self.packed == "down":
+            return (*shape[:-2], shape[-2] * self.bits // 32, shape[-1])
+        return (*shape[:-1], shape[-1] * self.bits // (8 * self.dtype.itemsize))
+
+    def grid(self, rows: int, columns: int) -> tuple[int, int]:
+        """Scales of one matrix, down and across; a block that the edge cuts has one of its own."""
+        down, across = self.block
+        return -(-rows // down) if down else 1, -(-columns // across) if across else 1
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the scales as the format has it: a tensor's is [1], a channel's [rows, 1]; for
+        torch.ao's schemes a scalar and [rows]."""
+        lead, (down, across) = tuple(shape[:-2]), self.grid(shape[-2], shape[-1])
+        if self.block == (0, 0):
+            return lead or (() if self.dynamic else (1,))
+        if self.dynamic:
+            return (*lead, down)
+        return (*lead, down, across)
+
+    def zero_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the zero points: eight outputs an int32; torch.ao's are as the scales."""
+        if self.dynamic:
+            return self.scale_shape(shape)
+        down, across = self.grid(shape[-2], shape[-1])
+        return (down, -(-across // 8)) if self.turned else (-(-down // 8), across)
+
+    def form_values(self, shape: Sequence[int]) -> list[int]:
+        """What `form` holds: the dense shape, or the group of every input."""
+        return [i // self.block[0] for i in range(shape[-2])] if self.turned else [*shape]
+
+    @property
+    def form_dtype(self) -> DType:
+        """The dtype of `form`."""
+        return int32 if self.turned else int64
+
+
+def _groups() -> Iterator[Scheme]:
+    """The schemes of four bits, each with groups of 128, 64 and 32 inputs."""
+    for end, n in (("", 128), ("64", 64), ("32", 32)):
+        across = Scheme(
+            f"int4-group{end}", int32, 4, (1, n), 7.5, packed="across", values="_packed", form="_shape",
+            format="pack-quantized",
+        )  # fmt: skip
+        yield across
+        yield replace(across, name=f"{across.name}-zero", reach=15.0, asymmetric=True, zero="_zero_point")
+        awq = Scheme(
+            f"awq-group{end}", int32, 4, (n, 1), 15.0, turned=True, packed="awq", asymmetric=True,
+            scale_dtype=float16, values="qweight", scale="scales", zero="qzeros", format="awq",
+        )  # fmt: skip
+        yield awq
+        down = replace(
+            awq, name=f"gptq-group{end}", reach=7.5, packed="down", asymmetric=False, zero_offset=7,
+            form="g_idx", format="gptq",
+        )  # fmt: skip
+        yield down
+        yield replace(down, name=f"{down.name}-zero", reach=15.0, asymmetric=True)
+
+
+_DYNAMIC = Scheme(
+    "int8-dynamic", int8, 8, (0, 0), 127.5, 2.0**-23, reciprocal=True, dynamic=True, zero="_zero_point"
+)
+
+SCHEMES: dict[str, Scheme] = {
+    s.name: s
+    for s in (
+        Scheme("int8", int8, 8, (1, 0), 127.5, format="int-quantized"),
+        Scheme("fp8", float8_e4m3fn, 8, (0, 0), 448.0, format="float-quantized"),
+        Scheme("fp8-channel", float8_e4m3fn, 8, (1, 0), 448.0, format="float-quantized"),
+        Scheme("fp8-block", float8_e4m3fn, 8, (128, 128), 448.0, scale="_scale_inv", format="fp8"),
+        *_groups(),
+        _DYNAMIC,
+        replace(_DYNAMIC, name="int8-dynamic-channel", block=(1, 0)),
+    )
+}
+"""Name -> scheme. Sources: compressed-tensors 0.20 (calculate_qparams: amax / (range / 2), or with zero
+points (max - min) / range; quantize; pack_to_int32), DeepSeek-V3's weight_quant (128 x 128 blocks, amax /
+448), torch.ao's default_dynamic_qconfig and per_channel_dynamic_qconfig (MinMaxObserver, symmetric qint8,
+scale at least fp32's eps), AutoAWQ's WQLinear_GEMM and AutoGPTQ's QuantLinear (format "gptq") for how theirs
+lie."""
+
+
+LINEARS = frozenset({
+    "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query_key_value", "dense", "query",
+    "key", "value", "q", "k", "v", "o", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3",
+    "fc1", "fc2", "wi", "wi_0", "wi_1", "wo", "dense_h_to_4h", "dense_4h_to_h", "q_a_proj", "q_b_proj",
+    "kv_a_proj_with_mqa", "kv_b_proj", "fused_qkv_a_proj",
+})  # fmt: skip
+"""The hub's and the servers' modules of attention, feed-forward blocks and experts: what is quantised unless
+patterns say otherwise. Never embeddings, norms, routers or lm_head."""
+
+STACKS = frozenset({"w13_weight", "w2_weight"})
+"""vLLM's stacks of experts."""
+
+TURNED = frozenset({"c_attn", "c_fc", "c_proj"})
+"""GPT-2's modules, stored [in, out]: their rows are no outputs."""
+
+_RECURRENT = re.compile(r"weight_(ih|hh)_l[0-9]+(_reverse)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Quant:
+    """A scheme and which tensors it is for. `include`, `exclude`: patterns of tensor names (fnmatch) that are
+    added to, and taken from, the matrices the names tell (LINEARS); exclude wins."""
+
+    scheme: Scheme
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(asked: str | Quant) -> Quant:
+        """The wish behind a scheme's name. Raises LayoutError naming the schemes there are."""
+        if isinstance(asked, Quant):
+            return asked
+        found = SCHEMES.get(asked)
+        if found is None:
+            raise LayoutError(f"no quantisation scheme {asked!r}; known: {', '.join(SCHEMES)}, none")
+        return Quant(found)
+
+    def leaves(self, name: str) -> bool:
+        """Whether `name` is a parameter named like a module of matrices, as transformers 5 names stacks
+        of experts, and no pattern excludes it."""
+        return name.rpartition(".")[2] in LINEARS and not any(fnmatchcase(name, p) for p in self.exclude)
+
+    def takes(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether the tensor of that name is quantised. Raises LayoutError for one that was asked for and is
+        no matrix with outputs first."""
+        if any(fnmatchcase(name, p) for p in self.exclude):
+            return False
+        asked = any(fnmatchcase(name, p) for p in self.include)
+        module, _, leaf = name.rpartition(".")
+        last = module.rpartition(".")[2]
+        known = (leaf == "weight" and last in LINEARS) or leaf in STACKS
+        known |= self.scheme.dynamic and _RECURRENT.fullmatch(leaf) is not None
+        if not (asked or known) or math.prod(shape) == 0:
+            return False
+        if len(shape) not in (2, 3) or last in TURNED:
+            if asked:
+                raise LayoutError(f"quant: {name} {tuple(shape)} is no matrix [outputs, inputs]")
+            return False
+        return True

@@ -1,0 +1,1 @@
+"""A plan run: batches over workers, tensors and GPUs as ends, one run with its report."""

@@ -1,0 +1,419 @@
+"""One run of a plan: its clock, threads and memory, and the ends it can have: files, tensors, a GPU.
+
+Law: what a run holds stays within FIXED_MEMORY and its threads' staging, or within what `memory` says.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from .. import __version__, joining
+from ..checkpoint import JSON
+from ..computed.lowrank import COMPUTED, computed
+from ..computed.merging import Merging, MergingLane
+from ..errors import WriteError, expect
+from ..executors import pick
+from ..executors.cpu import built
+from ..extents import Buffer, Extents, File
+from ..output.files import parse_size
+from ..output.manifest import Manifest, Origin, Record
+from ..output.writer import Output
+from ..planning.planner import LEAF, Batch, Binding, compiled, cut
+from ..planning.plans import Plan
+from ..quantisation import figures
+from ..quantisation.prequantised import Matrix
+from ..quantisation.quantising import End, Job, Quantising, Scan
+from ..quantisation.rounding import Error, Floats
+from ..reader import GAP, Lane, Mapped, Positioned, Reader
+from .pipeline import ToDigests, ToFiles, ToMemory, Worker, feed
+
+if TYPE_CHECKING:
+    import torch
+
+    State = dict[str, torch.Tensor]
+
+Progress = Callable[[int, int, str], None]
+"""Called with bytes done, bytes in all and the phase: "plan", "copy" or "sync"."""
+
+STAGE = 2 * LEAF
+"""Output bytes made at once: smaller ones cost steps, larger ones leave the cache."""
+
+BAND = 8 * LEAF
+"""Output bytes made at once of a tensor that is transposed on the way."""
+
+FIXED_MEMORY = 64 << 20
+"""What a run may hold besides its threads' staging: the promise of docs/architecture.md."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a run did: where, what, how many bytes, how long.
+
+    `digests`: "name" (or "rank/name" with several ranks) -> hex digest of the tensor's output bytes, empty
+    where no files were written. `bytes_needed`: source bytes the outputs are made of; `bytes_read`: source
+    bytes that were read or, mapped, copied from. `peak_memory`: the process's highest resident bytes so far
+    (VmHWM). `phases`: seconds of planning, copying and syncing. `notes`: what the user should know.
+    `bytes_scanned`: source bytes read first, for scales that reach across a cut; `errors`: how far each
+    quantised tensor lies from its dense values (docs/formats.md), named as in `digests`."""
+
+    out: str | None
+    key: str
+    ranks: tuple[int, ...]
+    files: tuple[str, ...]
+    tensors: int
+    bytes_needed: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    phases: Mapping[str, float]
+    digests: Mapping[str, str] = field(default_factory=dict)
+    peak_memory: int = 0
+    notes: tuple[str, ...] = ()
+    bytes_scanned: int = 0
+    errors: Mapping[str, Mapping[str, JSON]] = field(default_factory=dict)
+
+
+class Run:
+    """One run's clock, threads and memory, and the three ends a plan can have."""
+
+    def __init__(self, threads: int | None, memory: str | int | None, progress: Progress | None) -> None:
+        expect("threads", threads, int, type(None))
+        expect("memory", memory, str, int, type(None))
+        expect("progress", progress, Callable, type(None))  # type: ignore[arg-type]
+        self.threads = _threads(threads)
+        self.band = band(self.threads)
+        self.spare: int | None = None
+        if memory is not None:
+            budget = parse_size(memory)
+            spare = budget - FIXED_MEMORY
+            if spare < 2 * LEAF:
+                raise WriteError(
+                    f"memory {memory!r}: {budget} bytes are too few, "
+                    f"a run needs at least {FIXED_MEMORY + 2 * LEAF}"
+                )
+            self.threads = max(1, min(self.threads, spare // (2 * LEAF)))
+            self.spare = spare
+            self.band = max(LEAF, min(BAND, spare // self.threads // LEAF // 2 * LEAF))
+        self.progress = progress
+        self.start = time.perf_counter()
+        self.phases: dict[str, float] = {}
+        self.bytes_read = 0
+        self.bytes_scanned = 0
+        self.errors: dict[int, Error] = {}
+        self.made: dict[tuple[int, Matrix], Error] = {}
+
+    def planned(self, make: Callable[[], Plan]) -> Plan:
+        """Make the plan, on the clock."""
+        planned = make()
+        self.phases["plan"] = time.perf_counter() - self.start
+        return planned
+
+    def to_memory(self, planned: Plan, device: str = "cpu") -> tuple[list[State], Report]:
+        """Fresh tensors; a tied name is the same tensor again."""
+        from . import tensors
+
+        states, buffers = tensors.allocate(planned, device)
+        report = self._in_memory(planned, buffers, device)
+        tensors.tie(states, planned.aliases)
+        return states, report
+
+    def to_tensors(self, planned: Plan, out: Sequence[State], device: str = "cpu") -> Report:
+        """The caller's tensors, filled in place."""
+        from . import tensors
+
+        return self._in_memory(planned, tensors.matched(planned, out, device), device)
+
+    def to_digests(self, planned: Plan) -> dict[str, str]:
+        """The digest of every tensor of a plan of one rank; nothing is kept."""
+        end = ToDigests(planned.slots())
+        self._copy(planned, lambda lane: end.worker(lane, self.band))
+        return {t.name: end.digest(i) for i, t in enumerate(planned.tensors)}
+
+    def _in_memory(self, planned: Plan, buffers: Sequence[Buffer], device: str) -> Report:
+        if device == "cpu":
+            end = ToMemory(buffers)
+            self._copy(planned, end.worker, end, apart=True)
+        else:
+            self._on_gpu(planned, buffers, device)
+        return self._report(planned, None, {})
+
+    def _on_gpu(self, planned: Plan, buffers: Sequence[Buffer], device: str) -> None:
+        from . import crossing
+        from .device import ToDevice
+        from .resident import prepare, resident
+
+        binding = Binding.of(planned.extents)
+        if planned.quantised:  # by the CPU, also what lies on a GPU already
+            sink = ToDevice(planned.slots(), buffers, device)
+            sink.open()
+            try:
+                self._copy(planned, lambda lane: sink.worker(lane, self.band), sink)
+            finally:
+                sink.close()
+        elif resident(binding):
+            began = time.perf_counter()
+            prepare(planned, binding, buffers, device).run()
+            self.bytes_read += planned.needed_bytes
+            self.phases["copy"] = time.perf_counter() - began  # until it was started
+        else:
+            # The GPU's way holds more than `memory` may allow.
+            way = "cpu" if self.spare is not None else crossing.way(planned, device, self.threads)
+            worker, close = crossing.ends(way, planned.slots(), list(buffers), device, self.band)
+            try:
+                if way == "gpu":
+                    limits = min(self.threads, crossing.MOST_WORKERS), max(self.band, crossing.BATCH)
+                    self._copy(planned, worker, apart=True, limits=limits)
+                else:
+                    self._copy(planned, worker)
+            finally:  # after an error too: what was sent is on its way into memory that is given up then
+                close()
+
+    def to_files(
+        self,
+        planned: Plan,
+        out: str,
+        rank: int | None,
+        *,
+        durable: bool,
+        overwrite: bool,
+        finite: bool,
+        beside: bool = True,
+    ) -> Report:
+        """Files, real all at once or not at all; a rank that is done already is left as it is."""
+        world = planned.placement.world
+        output = Output(
+            out, key=planned.key, rank=rank, world=world, overwrite=overwrite, durable=durable,
+            keep=_read_from(planned),
+        )  # fmt: skip
+        with output:
+            if rank is not None and output.done(rank):
+                done = _digests(output.complete(), planned.ranks)
+                notes = (*planned.notes, f"rank {rank} was done already")
+                return self._report(replace(planned, notes=notes), out, done)
+            output.reserve(sum(f.nbytes for f in planned.files))
+            files = [output.create(f, r) for f, r in zip(planned.files, planned.file_ranks, strict=True)]
+            sink = ToFiles(planned.slots(), planned.tensors, files, finite=finite)
+            self._copy(planned, lambda lane: sink.worker(lane, self.band), sink)
+            began = time.perf_counter()
+            if self.progress is not None:
+                self.progress(planned.output_bytes, planned.output_bytes, "sync")
+            sink.close(self.threads)
+            for owner, name, data in (*planned.texts, *figures.texts(planned, self.errors, self.made)):
+                output.text(name, data, owner)
+            if beside:
+                for path in planned.checkpoint.beside:
+                    if planned.config is None or os.path.basename(path) != "config.json":
+                        output.copy(path)
+                if planned.config is not None:
+                    output.text("config.json", planned.config)
+            manifest = output.commit(_record(planned, finite))
+            self.phases["sync"] = time.perf_counter() - began
+        planned = replace(planned, notes=(*planned.notes, *output.notes))
+        return self._report(planned, out, _digests(manifest, planned.ranks))
+
+    def _copy(
+        self,
+        planned: Plan,
+        worker: Callable[[Lane], Worker],
+        end: End | None = None,
+        *,
+        apart: bool = False,
+        limits: tuple[int, int] | None = None,
+    ) -> None:
+        """Every batch of the plan through the readers and the executor; `limits`: threads, and bytes of a
+        batch, where they are not the run's."""
+        largest = self._scan(planned)
+        began = time.perf_counter()
+        executor = pick(None)
+        binding, slots = Binding.of(planned.extents), planned.slots()
+        quantising = Quantising(planned, slots, largest)
+        threads, batch = limits or (self._fitting(quantising), 0)
+        total, done = planned.output_bytes, 0
+
+        def count(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            if self.progress is not None:
+                self.progress(done, total, "copy")
+
+        alone = len(planned.ranks) < planned.placement.world
+        with reader_of(planned.extents, binding, alone=alone) as reader:
+            stage, band = (batch, batch) if batch else sizes(reader, self.band)
+
+            def batches() -> Iterator[Batch | Job]:
+                for first, chunk in planned.chunks():
+                    yield from quantising.jobs(first, chunk, binding)
+                    others = quantising.others(first, chunk)
+                    yield from cut(
+                        others, first, quantising.rest, binding, stage=stage, band=band, apart=apart
+                    )
+
+            def both(lane: Lane) -> Callable[[Batch | Job], None]:
+                copy = _named(lane, worker(lane))
+                if end is None:  # the plan quantises nothing
+                    return lambda item: None if isinstance(item, Job) else copy(item)
+                quantise = quantising.worker(lane, end)
+                return lambda item: quantise(item) if isinstance(item, Job) else copy(item)
+
+            lanes = [reader.lane(executor) for _ in range(threads)]
+            files = slots.file.tolist()
+
+            def place(item: Batch | Job) -> int:
+                return files[item.tensor.number] if isinstance(item, Job) else item.file
+
+            feed(batches(), [both(lane) for lane in lanes], count, place)
+            self.bytes_read += sum(lane.bytes_read for lane in lanes)
+            for lane in lanes:
+                if isinstance(lane, MergingLane):
+                    self.bytes_read -= lane.bytes_scanned
+                    self.bytes_scanned += lane.bytes_scanned
+                    for key, error in lane.errors.items():
+                        self.made[key] = self.made.get(key, Error()) + error
+        self.errors = quantising.errors
+        self.phases["copy"] = time.perf_counter() - began
+
+    def _fitting(self, quantising: Quantising) -> int:
+        """As many threads as `memory` holds the staging of. Raises WriteError where it holds none."""
+        need = quantising.dense + quantising.values
+        if self.spare is None or not quantising.dense:
+            return self.threads
+        if self.spare < need:
+            raise WriteError(
+                f"memory: a band of blocks to quantise takes {need} bytes above {FIXED_MEMORY}, "
+                f"got {self.spare}"
+            )
+        return min(self.threads, self.spare // need)
+
+    def _scan(self, planned: Plan) -> dict[str, Floats]:
+        """The first read: the largest magnitudes of uncut matrices whose scales reach across a cut."""
+        scan = Scan()
+        if planned.scans is None:
+            return scan.largest
+        began = time.perf_counter()
+        for window, chunk, extents in compiled(planned.scans(), planned.extents):
+            binding = Binding.of(extents)
+            with reader_of(extents, binding, alone=False) as reader:
+                executor = pick(None)
+                lanes = [reader.lane(executor) for _ in range(self.threads)]
+                feed(scan.jobs(window, chunk, binding), [scan.worker(lane) for lane in lanes], lambda _: None)
+                self.bytes_scanned += sum(lane.bytes_read for lane in lanes)
+        self.phases["scan"] = time.perf_counter() - began
+        return scan.largest
+
+    def _report(self, planned: Plan, out: str | None, digests: Mapping[str, str]) -> Report:
+        folder = "" if out is None else out
+        return Report(
+            out=out,
+            key=planned.key,
+            ranks=planned.ranks,
+            files=tuple(os.path.join(folder, f.path) for f in planned.files),
+            tensors=len(planned.tensors),
+            bytes_needed=planned.needed_bytes,
+            bytes_read=self.bytes_read,
+            bytes_scanned=self.bytes_scanned,
+            bytes_written=planned.output_bytes,
+            seconds=time.perf_counter() - self.start,
+            phases=self.phases,
+            digests=digests,
+            peak_memory=_peak_memory(),
+            notes=planned.notes,
+            errors={
+                f"{rank}/{name}" if planned.placement.world > 1 else name: told
+                for rank, mine in figures.of(planned, self.errors, self.made).items()
+                for name, told in mine.items()
+            },
+        )
+
+
+def _named(lane: Lane, worker: Worker) -> Worker:
+    """The worker of a lane that is told whose batch it runs."""
+    if not isinstance(lane, MergingLane):
+        return worker
+
+    def run(batch: Batch) -> None:
+        lane.file = batch.file
+        worker(batch)
+
+    return run
+
+
+def _read_from(planned: Plan) -> list[str]:
+    """Every path this run reads: overwriting must remove none of them. Tensors in memory have none."""
+    ckpt = planned.checkpoint
+    return [ckpt.path, *(f.path for f in ckpt.files), *ckpt.beside] if ckpt.files else []
+
+
+def _record(planned: Plan, finite: bool) -> Record:
+    """What the manifest says of this run."""
+    ckpt, grid = planned.checkpoint, planned.placement
+    tag, step = ckpt.facts.get("tag"), ckpt.facts.get("step")
+    origin = Origin(
+        os.path.abspath(ckpt.path) if ckpt.files else ckpt.path,
+        ckpt.format,
+        tag if isinstance(tag, str) else "",
+        step if isinstance(step, int) else None,
+        ckpt.headers,
+    )
+    sizes = {"tp": grid.tp, "pp": grid.pp, "dp": grid.dp, "ep": grid.ep}
+    told = joining.told(ckpt, grid.world, planned.layout)
+    options = {**planned.options, **told, "allow_nonfinite": not finite}
+    return Record(origin, __version__, planned.layout, sizes, options)
+
+
+def _digests(manifest: Manifest, ranks: Sequence[int]) -> dict[str, str]:
+    """Tensor digests of some ranks; the rank stands before the name where the set has several."""
+    return {
+        f"{shard.rank}/{name}" if manifest.world > 1 else name: tensor.digest
+        for shard in manifest.shards
+        if shard.rank in ranks
+        for name, tensor in shard.tensors.items()
+    }
+
+
+def band(threads: int) -> int:
+    """The band of each of so many threads: together at most 4 MiB a thread and 16 MiB of the fixed part."""
+    return min(BAND, (16 + 4 * threads) // threads * LEAF)
+
+
+def _threads(asked: int | None) -> int:
+    if asked is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if asked < 1:
+        raise WriteError(f"threads: wanted at least 1, got {asked}")
+    return asked
+
+
+def sizes(reader: Reader, band: int) -> tuple[int, int]:
+    """Output bytes made at once, of a tensor as it lies and of one that is transposed, `band` at most."""
+    if isinstance(reader, Mapped):
+        return min(STAGE, band), band
+    if isinstance(reader, (Positioned, Merging)):
+        return LEAF, LEAF
+    return band, band  # on a GPU few large launches are better than many small ones
+
+
+def reader_of(extents: Extents, binding: Binding, *, alone: bool) -> Reader:
+    """Mapped where it is compiled, else by position; one rank alone may read through small gaps. What is made
+    when it is read is made over that; what lies on a GPU is made there."""
+    if any(isinstance(p, Buffer) and p.device not in ("cpu", COMPUTED) for p in binding.places):
+        from .resident import Resident
+
+        return Resident(binding)
+
+    def plain(places: Sequence[File | Buffer]) -> Reader:
+        return Mapped(places) if built() else Positioned(places, gap=GAP if alone else 0)
+
+    return Merging(extents, binding, plain) if computed(binding.places) else plain(binding.places)
+
+
+def _peak_memory() -> int:
+    """VmHWM in bytes; 0 where the kernel does not tell."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as f:
+            return next((int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM")), 0)
+    except OSError:
+        return 0

@@ -1,0 +1,183 @@
+"""torch tensors at the road's end: fresh ones, the caller's, a module's. The one room here that knows torch.
+
+Law: a tensor is filled where it lies; shape, dtype, device and density are checked before the first byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+import torch
+
+from ..dtypes import BY_NAME, DType
+from ..errors import DeviceError, LayoutError, expect
+from ..extents import Buffer
+from ..planning.plans import Plan
+
+State = dict[str, torch.Tensor]
+
+
+def allocate(planned: Plan, device: str = "cpu") -> tuple[list[State], list[Buffer]]:
+    """A dict of fresh tensors for each of the plan's ranks, and each planned tensor's memory.
+
+    Raises DeviceError where the device has too little memory."""
+    states: list[State] = [{} for _ in planned.ranks]
+    buffers = []
+    for t in planned.tensors:
+        try:
+            made = torch.empty(t.shape, dtype=torch_dtype(t.dtype), device=device)
+        except torch.OutOfMemoryError as e:
+            needed = planned.output_bytes
+            raise DeviceError(f"{device}: out of memory: the outputs need {needed} bytes; {e}") from None
+        states[t.file][t.name] = made
+        buffers.append(buffer(made))
+    return states, buffers
+
+
+def matched(planned: Plan, out: Sequence[Mapping[str, torch.Tensor]], device: str = "cpu") -> list[Buffer]:
+    """The caller's memory for each planned tensor; aliases must be the same memory or absent.
+
+    Raises LayoutError for a name that is missing or too much, a shape or dtype that differs, memory that is
+    not dense; DeviceError for a tensor that is not on `device`."""
+    if len(out) != len(planned.ranks):
+        raise LayoutError(f"out: wanted {len(planned.ranks)} dicts of tensors, got {len(out)}")
+    buffers = []
+    for t in planned.tensors:
+        given = out[t.file].get(t.name)
+        if given is None:
+            raise LayoutError(f"out: rank {t.rank} has no tensor {t.name}")
+        expect(f"out: {t.name} of rank {t.rank}", given, torch.Tensor)
+        want = torch_dtype(t.dtype)
+        if tuple(given.shape) != t.shape or given.dtype != want:
+            raise LayoutError(
+                f"out: {t.name} of rank {t.rank}: got {given.dtype} {tuple(given.shape)}, "
+                f"wanted {want} {t.shape}"
+            )
+        if _name(given.device) != device:
+            raise DeviceError(f"out: {t.name} is on {given.device}, wanted {device}")
+        if not given.is_contiguous():
+            raise LayoutError(f"out: {t.name} is not contiguous, its strides are {given.stride()}")
+        buffers.append(buffer(given))
+    _refuse_overlaps(planned, buffers)
+    for state, rank in zip(out, planned.ranks, strict=True):
+        names = {t.name for t in planned.tensors if t.rank == rank}
+        more = [n for n in state if n not in names and n not in planned.aliases]
+        if more:
+            raise LayoutError(f"out: rank {rank} has {len(more)} tensors nothing fills, such as {more[0]}")
+        for alias, holder in planned.aliases.items():
+            if alias in state and state[alias].data_ptr() != state[holder].data_ptr():
+                raise LayoutError(f"out: {alias} is tied to {holder} but is not the same memory")
+    return buffers
+
+
+def _refuse_overlaps(planned: Plan, buffers: Sequence[Buffer]) -> None:
+    """Memory that is filled twice, or filled before it was read, would hold wrong weights."""
+    spans = [(b.address, b.nbytes, True, t.name) for t, b in zip(planned.tensors, buffers, strict=True)]
+    devices = {b.device for b in buffers}
+    spans += [
+        (x.where.address, x.where.nbytes, False, f"the checkpoint's {x.key}")
+        for x in planned.extents
+        if isinstance(x.where, Buffer) and x.where.device in devices
+    ]
+    ends = {True: (0, ""), False: (0, "")}  # of what is filled, of what is read: how far, by whom
+    for start, nbytes, filled, name in sorted(span for span in spans if span[1]):
+        for other in (True, False) if filled else (True,):
+            end, before = ends[other]
+            if start < end:
+                raise LayoutError(f"out: {before} and {name} lie over the same memory")
+        ends[filled] = max(ends[filled], (start + nbytes, name))
+
+
+def buffer(tensor: torch.Tensor) -> Buffer:
+    """The memory of a dense tensor."""
+    return Buffer(tensor, tensor.data_ptr(), tensor.nbytes, _name(tensor.device))
+
+
+@cache
+def _name(device: torch.device) -> str:
+    """The device by its full name; torch spells it out anew each time."""
+    return str(device)
+
+
+@cache
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """torch's dtype of ours. Raises LayoutError where this torch has none."""
+    found = getattr(torch, dtype.name, None)
+    if not isinstance(found, torch.dtype):
+        raise LayoutError(f"this torch ({torch.__version__}) has no dtype {dtype}")
+    return found
+
+
+# ---- modules ----
+
+
+def held(module: torch.nn.Module) -> State:
+    """A module's persistent tensors by name, tied names included."""
+    expect("module", module, torch.nn.Module)
+    return {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
+
+
+def left_on_meta(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Buffers on the meta device that no checkpoint holds, because they are not persistent."""
+    return [n for n, b in module.named_buffers() if b.is_meta and n not in state]
+
+
+def dtypes_of(state: Mapping[str, torch.Tensor]) -> dict[str, DType]:
+    """Our dtype of each tensor. Raises LayoutError for one we do not know."""
+    out = {}
+    for name, tensor in state.items():
+        known = BY_NAME.get(str(tensor.dtype).removeprefix("torch."))
+        if known is None:
+            raise LayoutError(f"{name}: no dtype {tensor.dtype} here")
+        out[name] = known
+    return out
+
+
+def tied(state: Mapping[str, torch.Tensor], made: set[str]) -> dict[str, str]:
+    """Names that need no filling of their own: tied name -> a made name of the same parameter."""
+    holder = {id(t): n for n, t in state.items() if n in made}
+    return {n: holder[id(t)] for n, t in state.items() if n not in made and id(t) in holder}
+
+
+def made_real(state: Mapping[str, torch.Tensor], device: str = "cpu") -> State:
+    """Dense tensors to fill, one for each: the module's own memory, or on `device` where it is on meta."""
+    return {
+        name: torch.empty(t.shape, dtype=t.dtype, device=device) if t.is_meta else t.detach()
+        for name, t in state.items()
+    }
+
+
+def device_of(state: Mapping[str, torch.Tensor]) -> str:
+    """The one device of tensors that are not on meta; the CPU for none. Raises DeviceError for several."""
+    found = sorted({str(t.device) for t in state.values() if not t.is_meta})
+    if len(found) > 1:
+        raise DeviceError(f"load_into: the module lies on {', '.join(found)}; load its parts one by one")
+    return found[0] if found else "cpu"
+
+
+def tie(states: Sequence[State], aliases: Mapping[str, str]) -> None:
+    """Tied names become the same tensors again."""
+    for state in states:
+        for alias, holder in aliases.items():
+            state[alias] = state[holder]
+
+
+def assign(module: torch.nn.Module, real: State, tied: Mapping[str, str]) -> None:
+    """Put the tensors that replaced meta ones into the module, tied names as one parameter."""
+    was = held(module)
+    fresh = {n: t for n, t in real.items() if was[n].is_meta}
+    for name, holder in tied.items():
+        if holder in fresh:
+            fresh[name] = fresh[holder]
+    made: dict[int, torch.nn.Parameter] = {}
+    for name, tensor in fresh.items():
+        owner_name, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        old = was[name]
+        if isinstance(old, torch.nn.Parameter):
+            if id(old) not in made:
+                made[id(old)] = torch.nn.Parameter(tensor, requires_grad=old.requires_grad)
+            setattr(owner, leaf, made[id(old)])
+        else:
+            setattr(owner, leaf, tensor)

@@ -1,0 +1,204 @@
+"""quant="none": quantised checkpoints as dense ones, bit for bit torch's (q - zero) * scale."""
+
+from __future__ import annotations
+
+import json
+
+import fastckpt
+import pytest
+import quant_oracle
+import torch
+from fastckpt.cli import main
+from fastckpt.computed.merging import Merging
+from fastckpt.errors import SourceError
+from fastckpt.executors import pick
+from fastckpt.reader import Positioned
+from fastckpt.running import runs
+from quant_oracle import GROUPS
+from quantisation.test_quant_road import linear, model
+from safetensors.torch import load_file
+
+PLAIN = ("int8", "fp8", "fp8-channel", "fp8-block", "int4-group32")
+SCHEMES = (*PLAIN, "int8-dynamic", "int4-group-zero", "awq-group32", "gptq-group", "gptq-group64-zero")
+
+
+def by_group(values, scales, zeros, n):
+    each = (t.repeat_interleave(n, 1) for t in (scales, zeros))
+    return next(each) * (values - next(each))
+
+
+def dense(x, scheme):
+    """A matrix quantised and dequantised in plain torch, fp32."""
+    if scheme in GROUPS:
+        return by_group(*quant_oracle.grouped(x, scheme), GROUPS[scheme][1])
+    values, scales = quant_oracle.quantised(x, scheme)
+    down, across = quant_oracle.BLOCKS[scheme]
+    rows, columns = x.shape
+    each = scales.repeat_interleave(down or rows, 0).repeat_interleave(across or columns, 1)[:rows, :columns]
+    if scheme.startswith("int4"):
+        return (quant_oracle.nibbles(values).flatten(1).float() - 8) * each
+    return values.float() * each
+
+
+def source(tmp_path, scheme, family="llama"):
+    """A quantised hub checkpoint, and the dense tensors it means in fp32."""
+    config, tensors = model(family)
+    fastckpt.reshard(tensors, config=config, quant=scheme, out=tmp_path / "in")
+
+    want = {n: dense(t, scheme) if linear(n) else t for n, t in tensors.items()}
+    return dict(config), want
+
+
+def same(got, want):
+    assert got.keys() == want.keys()
+    for name, x in want.items():
+        assert got[name].dtype == x.dtype and torch.equal(got[name], x), name
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_dense_again_at_any_cut(tmp_path, scheme):
+    config, want = source(tmp_path, scheme)
+    for layout, tp in (("hf", 2), ("vllm", 2), ("rtp_llm", 2), ("megatron", 1)):
+        got = fastckpt.reshard(tmp_path / "in", tp, layout=layout, quant="none", dtype="float32")
+        oracle = fastckpt.reshard(want, tp, layout=layout, config=config)
+        for a, b in zip(got, oracle, strict=True):
+            same(a, b)
+
+
+@pytest.mark.parametrize("scheme", ["fp8-block", "awq-group32", "gptq-group64-zero"])
+def test_files_in_sixteen_bits(tmp_path, scheme):
+    config, want = source(tmp_path, scheme, "mixtral")
+    report = fastckpt.reshard(
+        tmp_path / "in", quant="none", dtype="bfloat16", out=tmp_path / "out", threads=2
+    )
+    assert fastckpt.verify(tmp_path / "out").ok
+    same(load_file(tmp_path / "out" / "model.safetensors"), {n: t.bfloat16() for n, t in want.items()})
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
+    assert report.bytes_read < sum(4 * t.numel() for t in want.values())
+    again = fastckpt.open(tmp_path / "out")
+    assert set(again) == set(want)
+
+
+def test_the_dtype_is_the_configs_or_bfloat16(tmp_path):
+    _, want = source(tmp_path, "int8")
+    made = fastckpt.reshard(tmp_path / "in", quant="none", rank=0)
+    same(made, {n: t.bfloat16() if linear(n) else t for n, t in want.items()})
+    told = json.loads((tmp_path / "in" / "config.json").read_text()) | {"dtype": "float16"}
+    made = fastckpt.reshard(tmp_path / "in", quant="none", rank=0, config=told)
+    same(made, {n: t.half() if linear(n) else t for n, t in want.items()})
+
+
+def test_small_bands_and_reading_by_position(tmp_path, monkeypatch):
+    config, want = source(tmp_path, "int4-group32")
+    monkeypatch.setattr(
+        runs, "reader_of", lambda e, b, *, alone: Merging(e, b, lambda places: Positioned(places))
+    )
+    monkeypatch.setattr(runs, "pick", lambda name: pick("torch"))
+    got = fastckpt.reshard(tmp_path / "in", 2, layout="rtp_llm", quant="none", dtype="float32", rank=1)
+    same(got, fastckpt.reshard(want, 2, layout="rtp_llm", config=config, rank=1))
+
+
+def test_blocks_that_the_edge_cuts_and_reordered_inputs():
+    torch.manual_seed(2)
+    weight = torch.randn(300, 200).to(torch.float8_e4m3fn)
+    scale = torch.rand(3, 2)
+    each = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:300, :200]
+    state = {"a.weight": weight, "a.weight_scale_inv": scale, "b.bias": torch.randn(3)}
+    (got,) = fastckpt.reshard(state, layout="same", quant="none", dtype="float32")
+    same(got, {"a.weight": weight.float() * each, "b.bias": state["b.bias"]})
+    q = torch.randint(0, 16, (96, 64))
+    zeros, scales = torch.randint(0, 16, (3, 64)), torch.rand(3, 64).half()
+    group = torch.randperm(96) % 3
+    eight = lambda t: sum(t[:, k::8].int() << (4 * k) for k in range(8)).int()  # noqa: E731
+    state = {
+        "c.qweight": sum(q[k::8].int() << (4 * k) for k in range(8)).int(),
+        "c.qzeros": eight((zeros - 1) & 15),
+        "c.scales": scales,
+        "c.g_idx": group.int(),
+    }
+    want = ((q - zeros[group]).float() * scales.float()[group]).T
+    (got,) = fastckpt.reshard(state, layout="same", quant="none", dtype="float32")
+    same(got, {"c.weight": want})
+
+
+def test_recurrent_weights_and_scales_of_inputs():
+    torch.manual_seed(6)
+    model = torch.nn.LSTM(24, 16)
+    (made,) = fastckpt.reshard(model.state_dict(), layout="same", quant="int8-dynamic-channel")
+    (got,) = fastckpt.reshard(
+        made | {"input_scale": torch.ones(1)}, layout="same", quant="none", dtype="float32"
+    )
+    assert torch.equal(got.pop("input_scale"), torch.ones(1))  # of no quantised matrix
+    want = {n: dense(t, "int8-dynamic-channel") if t.ndim == 2 else t for n, t in model.state_dict().items()}
+    same(got, want)
+    state = {"a.weight": torch.ones(2, 2, dtype=torch.int8), "a.weight_scale": torch.ones(1)}
+    (got,) = fastckpt.reshard(state | {"a.input_scale": torch.ones(1)}, layout="same", quant="none")
+    assert set(got) == {"a.weight"}
+
+
+def test_compressed_tensors_of_other_kinds():
+    """int8 with zero points, groups of int8, eight bits packed, bfloat16 scales."""
+    torch.manual_seed(4)
+    values = torch.randint(-128, 128, (24, 64)).to(torch.int8)
+    scale, zero = torch.rand(24, 1).bfloat16(), torch.randint(-9, 9, (24, 1)).to(torch.int8)
+    state = {"a.weight": values, "a.weight_scale": scale, "a.weight_zero_point": zero}
+    (got,) = fastckpt.reshard(state, layout="same", quant="none")
+    same(got, {"a.weight": ((values.float() - zero.float()) * scale.float()).bfloat16()})
+    groups = torch.rand(24, 2)
+    (got,) = fastckpt.reshard(
+        {"a.weight": values, "a.weight_scale": groups}, layout="same", quant="none", dtype="float16"
+    )
+    same(got, {"a.weight": (values.float() * groups.repeat_interleave(32, 1)).half()})
+    said = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"weights": {"num_bits": 8, "group_size": 32}}},
+    }
+    words = sum((values[:, k::4].int() + 128) << (8 * k) for k in range(4)).int()
+    packed = {"a.weight_packed": words, "a.weight_scale": groups, "a.weight_shape": torch.tensor([24, 64])}
+    config = {"quantization_config": said}
+    (got,) = fastckpt.reshard(packed, layout="same", quant="none", dtype="float32", config=config)
+    same(got, {"a.weight": values.float() * groups.repeat_interleave(32, 1)})
+    with pytest.raises(SourceError, match="stored shape"):
+        fastckpt.reshard(
+            packed | {"a.weight_shape": torch.tensor([24, 60])}, layout="same", quant="none", config=config
+        )
+
+
+REFUSED = {
+    "nothing": ({"a.weight": torch.zeros(2, 2)}, {}, "no tensor of it is quantised"),
+    "method": ({"a.weight": torch.zeros(2, 2)}, {"quant_method": "bitsandbytes"}, "bitsandbytes"),
+    "alone": ({"a.weight": torch.zeros(2, 2, dtype=torch.int8)}, {}, "a.weight_scale is not there"),
+    "scales": (
+        {"a.weight": torch.zeros(4, 8, dtype=torch.int8), "a.weight_scale": torch.ones(3, 3)}, {},
+        "do not fit",
+    ),
+    "which": (
+        {"a.qweight": torch.zeros(8, 1, dtype=torch.int32), "a.qzeros": torch.zeros(1, 1, dtype=torch.int32),
+         "a.scales": torch.ones(1, 8)}, {}, "no config says which",
+    ),
+    "bits": (
+        {"a.qweight": torch.zeros(8, 1, dtype=torch.int32), "a.qzeros": torch.zeros(1, 1, dtype=torch.int32),
+         "a.scales": torch.ones(1, 8)}, {"quant_method": "gptq", "bits": 3}, "3 bits are not read",
+    ),
+    "order": (
+        {"a.weight_packed": torch.zeros(8, 1, dtype=torch.int32), "a.weight_scale": torch.ones(8, 1),
+         "a.weight_g_idx": torch.zeros(8)}, {}, "reordered",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_what_is_not_read_is_refused(case):
+    state, said, match = REFUSED[case]
+    with pytest.raises(SourceError, match=match):
+        fastckpt.reshard(
+            state, layout="same", quant="none", config={"quantization_config": said} if said else None
+        )
+
+
+def test_the_command_line(tmp_path, capsys):
+    _, want = source(tmp_path, "fp8")
+    line = ["reshard", str(tmp_path / "in"), str(tmp_path / "out"), "--quant", "none", "--dtype", "float16"]
+    assert main([*line, "--quant-include", "*"]) == 2
+    assert main(line) == 0
+    same(load_file(tmp_path / "out" / "model.safetensors"), {n: t.half() for n, t in want.items()})

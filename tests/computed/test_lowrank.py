@@ -1,0 +1,133 @@
+"""What is made when it is read: any rearrangement of such a matrix is that of the merged one, bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import peft_writer
+import pytest
+import torch
+from fastckpt import dtypes
+from fastckpt.computed.lowrank import LowRank, added, elements, nowhere, pitch, pitched, runs
+from fastckpt.computed.merging import Merging
+from fastckpt.errors import DeviceError
+from fastckpt.executors import EXECUTORS
+from fastckpt.extents import Buffer, Extent, Extents
+from fastckpt.planning.planner import LEAF, Binding, Slots, compile, cut
+from fastckpt.reader import Mapped, Positioned
+from fastckpt.target import Target
+from fastckpt.views import strided
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ROWS, COLUMNS, RANK = 12, 10, 3
+BASE = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
+LEFT = torch.randn(ROWS, RANK, generator=torch.Generator().manual_seed(2))
+RIGHT = torch.randn(RANK, COLUMNS, generator=torch.Generator().manual_seed(3))
+SCALE = 1.5
+MERGED = peft_writer.merged(BASE, RIGHT, LEFT, SCALE * RANK).numpy()
+
+
+def table():
+    """The three matrices as buffers, and the merged one that lies nowhere: (extents, its view)."""
+    held = [x.numpy() for x in (BASE, LEFT, RIGHT)]
+    extents = Extents(
+        Extent(Buffer(x, x.ctypes.data, x.nbytes), 0, x.nbytes, str(i)) for i, x in enumerate(held)
+    )
+    views = [strided(extents, i, dtypes.float32, x.shape) for i, x in enumerate(held)]
+    matrix = LowRank(*views, SCALE)
+    whole = Extents((*extents, nowhere(matrix, (ROWS, COLUMNS), dtypes.float32, "merged")))
+    return whole, pitched(whole, 3, dtypes.float32, (ROWS, COLUMNS))
+
+
+def made(view, extents, reader=Mapped):
+    """The dense elements of a view, in batches, by the executor that is built."""
+    out = np.full(view.shape, 7, np.float32)
+    chunk, extents = compile([Target("x", view)], extents)
+    binding = Binding.of(extents)
+    with Merging(extents, binding, reader) as merging:
+        lane = merging.lane(EXECUTORS["cpu" if reader is Mapped else "torch"]())
+        for batch in cut(chunk, 0, Slots.of([0], [0], [view.nbytes]), binding, stage=LEAF):
+            lane.run(batch.rows, [Buffer(out, out.ctypes.data, out.nbytes)])
+    return out
+
+
+@st.composite
+def rearranged(draw):
+    """A view of the merged matrix and the same of the numpy array, after a few operations."""
+    extents, view = table()
+    array = MERGED
+    for _ in range(draw(st.integers(1, 5))):
+        axis = draw(st.integers(0, view.ndim - 1))
+        n = view.shape[axis]
+        kind = draw(st.sampled_from(["narrow", "split", "permute", "merge", "pad", "reshape"]))
+        if kind == "narrow":
+            start = draw(st.integers(0, n - 1))
+            length = draw(st.integers(1, n - start))
+            view = view.narrow(axis, start, length)
+            array = array.take(range(start, start + length), axis)
+        elif kind == "split" and view.ndim < 5:
+            inner = draw(st.sampled_from([d for d in range(1, n + 1) if n % d == 0]))
+            view = view.split(axis, inner)
+            array = array.reshape(*array.shape[:axis], n // inner, inner, *array.shape[axis + 1 :])
+        elif kind == "permute":
+            order = draw(st.permutations(range(view.ndim)))
+            view, array = view.permute(order), array.transpose(order)
+        elif kind == "merge" and axis + 1 < view.ndim:
+            view = view.merge(axis)
+            array = array.reshape(*array.shape[:axis], -1, *array.shape[axis + 2 :])
+        elif kind == "pad":
+            view = view.pad(axis, 1, 2)
+            array = np.pad(array, [(1, 2) if a == axis else (0, 0) for a in range(array.ndim)])
+        elif kind == "reshape":
+            view, array = view.reshape((view.numel,)), array.reshape(-1)
+    return extents, view, array
+
+
+@pytest.mark.parametrize("reader", [Mapped, Positioned])
+@settings(max_examples=120, deadline=None)
+@given(rearranged())
+def test_any_rearrangement(reader, case):
+    extents, view, array = case
+    assert (made(view, extents, reader).view(np.uint32) == array.view(np.uint32)).all()
+
+
+def test_a_cast_rounds_once():
+    extents, view = table()
+    chunk, _ = compile([Target("x", view.cast(dtypes.bfloat16))], extents)
+    out = torch.empty(ROWS, COLUMNS, dtype=torch.bfloat16)
+    binding = Binding.of(extents)
+    with Merging(extents, binding, Mapped) as merging:
+        lane = merging.lane(EXECUTORS["cpu"]())
+        for batch in cut(chunk, 0, Slots.of([0], [0], [out.nbytes]), binding):
+            lane.run(batch.rows, [Buffer(out, out.data_ptr(), out.nbytes)])
+    assert torch.equal(out, torch.from_numpy(MERGED).bfloat16())
+
+
+def test_blocks_change_nothing():
+    """Rows at once, or one by one; the sum is in order, so another order gives another number."""
+    base, left, right = BASE.numpy(), LEFT.numpy(), RIGHT.numpy()
+    whole = added(base, left, right, SCALE)
+    assert (whole == MERGED).all()
+    for i in range(ROWS):
+        for j in range(COLUMNS):
+            one = added(base[i : i + 1, j : j + 1], left[i : i + 1], right[:, j : j + 1], SCALE)
+            assert one[0, 0] == whole[i, j]
+
+
+def test_what_does_not_know_it_refuses():
+    extents, view = table()
+    chunk, _ = compile([Target("x", view)], extents)
+    out = np.empty(view.shape, np.float32)
+    rows = Binding.of(extents).bind(chunk.rows)
+    for name in ("cpu", "torch"):
+        with pytest.raises(DeviceError, match="computed"):
+            EXECUTORS[name]().bind([x.where for x in extents]).run(
+                rows, [Buffer(out, out.ctypes.data, out.nbytes)]
+            )
+
+
+def test_elements_and_runs():
+    down, across, strides = elements(2 * pitch(4) + 1, (1, 3, 1, 2), (0, pitch(4), 0, 2), 4)
+    assert (down.tolist(), across.tolist()) == ([2, 3, 4], [1, 3])
+    assert strides[1] == 2 and strides[3] == 1
+    assert runs(np.array([3, 4, 7, 9, 10])) == [(3, 5), (7, 8), (9, 11)]

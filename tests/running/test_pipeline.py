@@ -1,0 +1,143 @@
+"""Workers end before `feed` does, whatever is raised in between."""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from fastckpt.errors import SourceError, WriteError
+from fastckpt.running import pipeline
+from fastckpt.running.pipeline import feed
+
+BATCHES = [SimpleNamespace(start=0, stop=n) for n in range(1, 9)]
+
+
+def workers(state, count=2):
+    """Workers that note when they run, and fail if the caller is gone."""
+
+    def run(batch):
+        state["running"] += 1
+        time.sleep(0.4 if batch.stop == 2 else 0.05)
+        state["late"] += state["over"]
+        state["running"] -= 1
+
+    return [run] * count
+
+
+@pytest.fixture
+def state():
+    return {"running": 0, "late": 0, "over": False}
+
+
+def test_every_batch_is_run_and_told(state):
+    told = []
+    feed(BATCHES, workers(state, 3), told.append)
+    assert sorted(told) == list(range(1, 9))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_while_the_last_batches_run_waits_for_them(state, error):
+    """A worker that outlived `feed` would read closed mappings and write to descriptors of others."""
+    heard = []
+
+    def interrupted(nbytes):
+        heard.append(nbytes)
+        raise error
+
+    with pytest.raises(error):
+        feed(BATCHES[:2], workers(state), interrupted)
+    state["over"] = True
+    assert heard and state["running"] == 0
+    time.sleep(0.5)
+    assert state["late"] == 0
+
+
+def test_an_error_of_a_worker_is_raised_once(state):
+    def broken(batch):
+        raise SourceError(f"batch {batch.stop}")
+
+    with pytest.raises(SourceError, match="batch"):
+        feed(BATCHES, [broken, *workers(state)], lambda n: None)
+    assert state["running"] == 0
+
+
+def test_threads_that_do_not_start(state, monkeypatch):
+    start, left = threading.Thread.start, [1]
+
+    def few(thread):
+        if not left:
+            raise RuntimeError("can't start new thread")
+        left.pop()
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", few)
+    before = threading.active_count()
+    with pytest.raises(WriteError, match="3 wanted"):
+        feed(BATCHES, workers(state, 3), lambda n: None)
+    assert threading.active_count() == before
+
+
+def test_workers_keep_to_files_of_their_own():
+    """Two writers of one file wait for each other; where only one file is left, they share it."""
+    waiting = pipeline._Waiting(8, lambda item: ord(item[0]))
+    for item in ["a1", "a2", "b1", "a3"]:
+        waiting.put(item)
+    waiting.end()
+    (first, a1), (_, b1) = waiting.take(), waiting.take()
+    assert (a1, b1) == ("a1", "b1")
+    waiting.done(first)
+    assert [waiting.take()[1] for _ in range(2)] == ["a2", "a3"]
+    assert waiting.take() is None
+
+
+class Stop(BaseException):
+    """What a handler raises."""
+
+
+@pytest.fixture
+def alarm():
+    """`alarm(seconds)` raises Stop in the main thread, once; seconds are real time."""
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("signals are heard in the main thread")
+
+    def heard(number, frame):
+        raise Stop
+
+    before, interval = signal.signal(signal.SIGALRM, heard), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # heard in a destructor
+def test_a_signal_at_any_moment(alarm):
+    """What its handler raises comes out as it is, no worker runs on, and none waits for ever."""
+    dice, ended = random.Random(5), 0
+    many = [SimpleNamespace(start=0, stop=n) for n in range(1, 3000)]
+    for _ in range(100):
+        running = [0]
+
+        def run(batch, running=running):
+            running[0] += 1
+            running[0] -= 1
+
+        try:
+            alarm(dice.uniform(1e-4, 0.02))
+            feed(many, [run], lambda n: None)
+            time.sleep(0.1)  # a late one is heard here
+        except Stop:
+            ended += 1
+        assert running == [0]
+        for thread in [t for t in threading.enumerate() if t.name.startswith("fastckpt-") and t.is_alive()]:
+            thread.join(60)  # was just being started; it finds nothing to do
+            assert not thread.is_alive()
+    assert ended > 50
