@@ -39,8 +39,8 @@ FLAGS = [
 LINK = ["-Wl,-s", "-pthread"] if sys.platform == "linux" else []
 SOURCES: dict[str, list[str]] = {
     "module.cpp": ["-Os"],
-    "read.cpp": [],
-    "recent.cpp": [],
+    "read.cpp": ["-Os"],
+    "recent.cpp": ["-Os"],
     "digest.cpp": [],
     "copy_cpu.cpp": [],
     "tiles_host.cpp": ["-Os"],
@@ -49,7 +49,7 @@ SOURCES: dict[str, list[str]] = {
 """The translation units; those that are never hot are made small."""
 
 X86 = {
-    "isa_portable.cpp": ["-O2"],  # the last resort there
+    "isa_portable.cpp": ["-Os"],  # the last resort there
     "isa_avx2.cpp": ["-mavx2", "-mfma", "-mbmi2"],
     "isa_avx512.cpp": [
         "-mavx512f",
