@@ -353,6 +353,10 @@ def worker(rank: int, runs: list[Run], out: Path, port: int) -> None:
         if rank == 0:
             partial.rename(final)
     torch.distributed.destroy_process_group()
+    # All is written. Threads of gloo that still run have aborted a process on its way out.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def make(names: list[str], out: Path) -> None:
