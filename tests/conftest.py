@@ -17,7 +17,7 @@ import pytest
 TESTS = Path(__file__).parent
 MAKER = TESTS / "real" / "make_zero.py"
 TRIES = 3
-"""How often it may fail: its processes meet at a port that another program may take, and abort now and then."""
+"""How often it is run: its processes meet at a port that another program may take, or abort as they end."""
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell's background job ignores Ctrl-C, and so would every program that a test starts and interrupts.
