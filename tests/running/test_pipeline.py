@@ -118,6 +118,7 @@ def alarm():
         sys.setswitchinterval(interval)
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # heard in a destructor
 def test_a_signal_at_any_moment(alarm):
     """What its handler raises comes out as it is, no worker runs on, and none waits for ever."""
@@ -141,3 +142,17 @@ def test_a_signal_at_any_moment(alarm):
             thread.join(60)  # was just being started; it finds nothing to do
             assert not thread.is_alive()
     assert ended > 50
+
+
+def test_a_signal_heard_while_a_thread_is_started_comes_out_as_it_is(monkeypatch):
+    """Thread.start waits for the new thread; a handler that raises there leaves its lock released."""
+
+    def interrupted(thread):
+        try:
+            raise Stop
+        finally:
+            raise RuntimeError("release unlocked lock")
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(Stop):
+        feed([SimpleNamespace(start=0, stop=1)], [lambda batch: None], lambda n: None)

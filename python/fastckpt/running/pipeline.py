@@ -173,7 +173,10 @@ def _start(thread: threading.Thread, wanted: int) -> None:
     try:
         thread.start()
     except RuntimeError as e:
-        raise WriteError(f"threads: {wanted} wanted, the system starts no more ({e})") from None
+        if "start new thread" in str(e):
+            raise WriteError(f"threads: {wanted} wanted, the system starts no more ({e})") from None
+        # A signal was heard while the new thread was waited for, and its lock is not held any more.
+        raise (e.__context__ or e) from None
 
 
 class ToDigests:
