@@ -1,34 +1,39 @@
-"""Kept plans: another version of the package, whatever changed in it, finds none of this one's."""
+"""Kept plans are those of one version of the package: any room's source is part of their key."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import fastckpt
-
-SOURCE = Path(str(fastckpt.__file__)).parent
-SHAPING = ("views.py", "inverse.py", "layouts/cuts.py", "recipes/claims.py", "quantisation/schemes.py")
+import pytest
 
 
-def code(package: Path) -> str:
-    """What another process takes for the version of the package that lies there."""
-    asked = "from fastckpt.planning.plancache import code; print(code())"
-    env = {**os.environ, "PYTHONPATH": str(package.parent), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", asked], env=env, check=True, stdout=subprocess.PIPE, text=True)
-    return done.stdout
+def code_of(folder: Path) -> str:
+    """`plancache.code()` of the copy of the package in `folder`."""
+    said = "from fastckpt.planning import plancache; print(plancache.__file__, plancache.code())"
+    made = subprocess.run(
+        [sys.executable, "-c", said],
+        env={"PYTHONPATH": str(folder)},
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    where, code = made.stdout.split()
+    assert Path(where).is_relative_to(folder)
+    return code
 
 
-def test_a_change_in_any_room_plans_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("room", ["layouts/cuts.py", "recipes/llama.py", "views.py", "planning/planner.py"])
+def test_a_change_in_any_room_makes_other_plans(tmp_path: Path, room: str) -> None:
     package = tmp_path / "fastckpt"
-    shutil.copytree(SOURCE, package, ignore=shutil.ignore_patterns("__pycache__", "_C*"))
-    seen = [code(package), code(package)]
-    assert seen[0] == seen[1]
-    for name in SHAPING:
-        with open(package / name, "a") as f:
-            f.write("# changed\n")
-        seen.append(code(package))
-    assert len({*seen}) == 1 + len(SHAPING)
+    shutil.copytree(
+        Path(fastckpt.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "_C*")
+    )
+    before = code_of(tmp_path)
+    assert code_of(tmp_path) == before
+    with open(package / room, "a") as f:
+        f.write("# changed\n")
+    assert code_of(tmp_path) != before
