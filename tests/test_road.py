@@ -229,6 +229,25 @@ def test_load_into_a_module(tmp_path, meta, dtype):
     assert torch.equal(other.up.weight.detach(), truth["up.weight"])
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("meta", [False, True])
+def test_a_name_tied_in_the_checkpoint_alone_is_filled_too(tmp_path, meta, strict):
+    """As torch's load_state_dict would: the file holds both names."""
+    source = Net()
+    torch.save(source.state_dict(), tmp_path / "x.pt")
+    with torch.device("meta" if meta else "cpu"):
+        module = Net()
+        module.head = torch.nn.Linear(6, 13, bias=False)
+    fastckpt.load_into(module, tmp_path / "x.pt", strict=strict)
+    assert module.head.weight is not module.embed.weight
+    assert module.head.weight.data_ptr() != module.embed.weight.data_ptr()
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, source.state_dict()[name]), name
+    module.head.to(torch.bfloat16)
+    with pytest.raises(LayoutError, match=r"head\.weight: got torch\.bfloat16 .* ties it to embed\.weight"):
+        fastckpt.load_into(module, tmp_path / "x.pt", strict=strict)
+
+
 def test_a_buffer_no_checkpoint_holds_is_not_left_on_meta_unsaid(tmp_path):
     truth = write_zero(
         tmp_path, {"up.weight": torch.randn(3, 2), "up.bias": torch.randn(3)}, stage=3, world=2
