@@ -233,7 +233,6 @@ class ToFiles:
         self.digests = ToDigests(slots)
         self.crcs: dict[int, int] = {}  # leaf -> CRC32, of files that need them
         self.codes = np.array([d.code for d in tensors.made.dtypes], np.uint8)
-        self.floats = np.array([d.kind == "float" for d in tensors.made.dtypes], bool)
 
     def worker(self, lane: Lane, size: int) -> Worker:
         """A worker with a staging buffer of `size` bytes of its own."""
@@ -268,15 +267,13 @@ class ToFiles:
         """Refuse a batch that holds a NaN or an infinity, naming the tensor."""
         tensors = np.searchsorted(self.slots.leaf, batch.leaf, "right") - 1
         codes = self.codes[tensors]
-        if not self.floats[tensors].any():
-            return
         if (codes == codes[0]).all() and not nonfinite(filled, DTYPES[int(codes[0])]):
             return
         for tensor, at, length in zip(
             tensors.tolist(), batch.leaf_offset.tolist(), batch.leaf_size.tolist(), strict=True
         ):
             kind = DTYPES[int(self.codes[tensor])]
-            if kind.kind == "float" and (bad := nonfinite(filled[at : at + length], kind)):
+            if bad := nonfinite(filled[at : at + length], kind):
                 raise SourceError(
                     f"{self.tensors[tensor].name}: {bad} values of one MiB of its {kind} output are NaN or "
                     "infinite; allow_nonfinite accepts them"
