@@ -368,6 +368,7 @@ template <class S> bool quantise_from(const Quant& q) {
 }
 
 bool quantise(const Quant& q) {
+    FloatMode mode;
     switch (q.dtype) {
         case FLOAT32: return quantise_from<F32>(q);
         case BFLOAT16: return quantise_from<BF16>(q);
@@ -380,6 +381,7 @@ template <class S> void row_amax_of(float* out, const char* src, size_t rows, si
 }
 
 void row_amax(float* out, const char* src, size_t rows, size_t columns, Dtype dtype) {
+    FloatMode mode;
     switch (dtype) {
         case FLOAT32: return row_amax_of<F32>(out, src, rows, columns);
         case BFLOAT16: return row_amax_of<BF16>(out, src, rows, columns);
