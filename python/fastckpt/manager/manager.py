@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from types import FrameType, TracebackType
 
 from ..checkpoint import JSON
+from ..doors.serving_options import Shape
 from ..errors import FastckptError, ManagerError, SourceError, WriteError
 from ..layouts import Layout
 from ..placement import Placement
 from ..quantisation.schemes import Quant
+from ..road import grid_of
 from ..running.runs import Report
 from . import loading, policies, publishing, saving
 from .commits import Commit, Store, ready
@@ -602,17 +604,20 @@ class CheckpointManager:
         `reshard`. One rank works, the report is its own. Collective. Raises what `reshard` raises; the link
         is as it was then."""
         self.wait()
-        serving = publishing.Serving(
-            tp, layout, placement, config, recipe, tp_plan, vocab_size, dtype, quant, adapter, apart,
-            max_shard_size, allow_nonfinite,
-        )  # fmt: skip
+        shape: Shape = {
+            "placement": grid_of(tp, placement), "layout": layout, "config": config, "recipe": recipe,
+            "tp_plan": tp_plan, "vocab_size": vocab_size, "dtype": dtype, "quant": quant, "adapter": adapter,
+            "apart": apart, "max_shard_size": max_shard_size,
+        }  # fmt: skip
         report: Report | None = None
 
         def work() -> JSON:
             nonlocal report
             if self._group.rank == 0:
                 source = publishing.model_of(self.open(step, 0), part)
-                report = publishing.publish(source, self._store.name(step), to, serving, keep=keep)
+                report = publishing.publish(
+                    source, self._store.name(step), to, shape, allow_nonfinite=allow_nonfinite, keep=keep
+                )
             return None
 
         together(self._group, f"publish of step {step}", work)
