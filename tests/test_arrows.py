@@ -109,13 +109,13 @@ MAY_IMPORT["__main__"] = ("cli",)
 
 WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "sources": (
-        ("options", "inert", "zero_files", "zero_layout", "zero_sample"),
+        ("options", "inert", "zero_layout", "zero_sample"),
         ("assembly", "picklemachine", "zipentries"),
         # torch files: zip and pickle below, tensors above
         ("torchzip", "inertpickle"),
         ("torchpickle",),
         ("torchfile",),
-        ("torchtensors", "zero_state", "dcp_metadata"),
+        ("torchtensors", "zero_state", "zero_files", "dcp_metadata"),
         ("shards", "zero_order", "zero_parts", "zero_experts", "zero_universal"),
         ("zero_opening",),
         # one format each

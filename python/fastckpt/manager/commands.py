@@ -129,12 +129,19 @@ def _verify(manager: CheckpointManager, args: argparse.Namespace) -> int:
     steps = manager.listed() if args.step is None else [args.step]
     lines, shown, bad = [], [], 0
     for step in steps:
-        report = verify(manager.path(step))
-        bad += not report.ok
-        lines += [f"step {step}: {p}" for p in report.problems]
-        lines.append(f"step {step}: {'ok' if report.ok else 'BROKEN'}, {size(report.bytes)} of tensors")
-        problems: list[JSON] = [*report.problems]
-        shown.append({"step": step, "ok": report.ok, "problems": problems})
+        nbytes, problems = 0, []
+        try:
+            report = verify(manager.bring(step, again=True))
+            nbytes, problems = report.bytes, [*report.problems]
+        except SourceError as e:
+            if args.step is not None:
+                raise
+            problems = [str(e)]
+        bad += bool(problems)
+        lines += [f"step {step}: {p}" for p in problems]
+        lines.append(f"step {step}: {'BROKEN' if problems else 'ok'}, {size(nbytes)} of tensors")
+        told: list[JSON] = [*problems]
+        shown.append({"step": step, "ok": not problems, "problems": told})
     lines.append(f"{counted(len(steps), 'commit')}, {bad} broken")
     _show(args, lines, [*shown])
     return 1 if bad else 0
@@ -155,7 +162,8 @@ def _restore(manager: CheckpointManager, args: argparse.Namespace) -> int:
     opened = manager.open(step, args.rank)
     names = args.names or opened.names
     opened.prove(names)
-    report = reshard(opened.checkpoint({n: n for n in names}, own=True), layout="same", out=args.out)
+    state = opened.checkpoint({n: n for n in names}, own=True)
+    report = reshard(state, layout="same", out=args.out, allow_nonfinite=True)  # as it was saved
     if not isinstance(report, Report):
         raise ManagerError(f"{args.out}: nothing was written")
     done: dict[str, JSON] = {

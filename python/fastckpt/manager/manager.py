@@ -457,6 +457,12 @@ class CheckpointManager:
         path = self._store.path(step)
         return path if node is None else os.path.join(path, rank_directory(node))
 
+    def bring(self, step: int, *, again: bool = False) -> str:
+        """Where a step lies on this machine: brought there from an object store, not yet proven; `again`:
+        also where a sound copy is here. Raises SourceError where it does not stand, WriteError."""
+        self._store.bring(step, again=again)
+        return self._store.path(step)
+
     def resume_step(self, user_step: int | None = None) -> int | None:
         """The step to resume from: the user's, else the newest that stands on every node; None: none.
 

@@ -95,14 +95,15 @@ class RemoteStore(Store):
                     continue
         return out
 
-    def bring(self, step: int) -> None:
-        """Have a step whole in the scratch directory; its bytes are checked by whoever reads them.
+    def bring(self, step: int, *, again: bool = False) -> None:
+        """Have a step whole in the scratch directory; its bytes are checked by whoever reads them. `again`:
+        also where a sound copy is there.
 
         Raises SourceError where it does not stand, WriteError where it cannot be brought."""
         wanted = self.manifest(step)
         here = os.path.join(self.path(step), NAME)
         with suppress(SourceError):
-            if Manifest.read(here).key == wanted.key and verify(self.path(step)).ok:
+            if not again and Manifest.read(here).key == wanted.key and verify(self.path(step)).ok:
                 return
         staged = self._away(SAVING, step)
         with telling(staged):

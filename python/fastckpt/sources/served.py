@@ -16,10 +16,9 @@ from ..errors import SourceError
 from ..extents import Extent, Extents, File
 from ..views import dense_strides
 from . import safetensors, statedict
-from .assembly import assemble, read_json, tensor
+from .assembly import RECORD, assemble, read_json, tensor
 from .options import Options
 
-RECORD = "fastckpt.json"
 SHARDS = "shards"
 """The format of an output whose tensors are parts: an entry a rank and tensor, named "rank/name"."""
 SCHEMA = 1

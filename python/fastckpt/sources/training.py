@@ -25,10 +25,10 @@ from ..errors import SourceError
 from ..extents import Extent, Extents, File
 from ..views import View, dense_strides, zeros
 from . import zero
-from .assembly import assemble, parse_json, read_json
+from .assembly import RECORD, assemble, parse_json, read_json
 from .options import Options
 
-RECORD, TABLE = "fastckpt.json", "tensors.json"
+TABLE = "tensors.json"
 SCHEMA = 1
 _TAIL = b'"digest": "%s"\n}\n'
 _MAX_BYTES = 1 << 30
