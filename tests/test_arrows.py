@@ -140,7 +140,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "manager": (
         ("__init__", "coordination", "values", "pieces", "commits", "metadata", "job", "uploaders"),
-        ("policies", "saving", "remote"),
+        ("policies", "saving", "remote", "standing"),
         ("opened",),
         ("loading", "publishing"),
         ("manager",),
@@ -168,6 +168,7 @@ TORCH |= {
         "values",
         "pieces",
         "saving",
+        "standing",
         "opened",
         "loading",
         "publishing",

@@ -8,12 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 from ..doors import serving_options
-from ..doors.text import columns, counted, size
+from ..doors.text import columns, counted, harmless, size
 from ..errors import ManagerError, SourceError
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def add_parser(
     )
     publish.add_argument("--part", metavar="KEY", help="the state's key that is the model")
     publish.add_argument("--keep", type=int, metavar="N", help="versions that stay")
-    serving_options.add(publish, config="the engine's own")
+    serving_options.add(publish, config="none: a commit holds none")
     serving_options.add_recipe(publish)
     publish.add_argument("--allow-nonfinite", action="store_true", help="write NaN and infinity as they are")
     return top
@@ -187,11 +186,8 @@ def _publish(manager: CheckpointManager, args: argparse.Namespace) -> int:
         publishing.point(args.to, args.back)
     else:
         manager.publish(
-            _step(manager, args), to=args.to, part=args.part, placement=serving_options.placement(args),
-            layout=serving_options.layout_of(args), config=args.config, recipe=args.recipe,
-            tp_plan=serving_options.tp_plan(args), vocab_size=args.vocab_size, dtype=args.dtype,
-            quant=serving_options.quant(args), adapter=args.adapter, apart=args.apart,
-            allow_nonfinite=args.allow_nonfinite, keep=args.keep,
+            _step(manager, args), to=args.to, part=args.part, allow_nonfinite=args.allow_nonfinite,
+            keep=args.keep, **serving_options.shape(args),
         )  # fmt: skip
     now, there = publishing.current(args.to), publishing.versions(args.to)
     shown: dict[str, JSON] = {"current": now, "versions": [*there]}
@@ -207,7 +203,7 @@ def _step(manager: CheckpointManager, args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace, lines: list[str], shown: JSON) -> None:
-    sys.stdout.write((json.dumps(shown, indent=1) if args.json else "\n".join(lines)) + "\n")
+    print(json.dumps(shown, indent=2) if args.json else harmless("\n".join(lines)))
 
 
 _ACTIONS = {"ls": _ls, "verify": _verify, "gc": _gc, "restore": _restore, "publish": _publish}

@@ -66,6 +66,7 @@ def read(path: str, options: Options) -> Checkpoint:
 def _shards(path: str, body: Mapping[str, JSON], ranks: list[JSON], options: Options) -> Checkpoint:
     """Every rank's tensors, named "rank/name"."""
     options.refuse_zero_only(path)
+    options.refuse_crc(path)
     if options.rename:
         raise SourceError(f"{path}: the names of shards in layout {body.get('layout')!r} cannot be changed")
     record = os.path.join(path, RECORD)
