@@ -110,13 +110,13 @@ MAY_IMPORT["__main__"] = ("cli",)
 
 WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "sources": (
-        ("options", "inert", "zero_files", "zero_layout", "zero_sample"),
+        ("options", "inert", "zero_layout", "zero_sample"),
         ("assembly", "picklemachine", "zipentries"),
         # torch files: zip and pickle below, tensors above
         ("torchzip", "inertpickle"),
         ("torchpickle",),
         ("torchfile",),
-        ("torchtensors", "zero_state", "dcp_metadata"),
+        ("torchtensors", "zero_state", "zero_files", "dcp_metadata"),
         ("shards", "zero_order", "zero_parts", "zero_experts", "zero_universal"),
         ("zero_opening",),
         # one format each
@@ -141,7 +141,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "manager": (
         ("__init__", "coordination", "values", "pieces", "commits", "metadata", "job", "uploaders"),
-        ("policies", "saving", "remote"),
+        ("policies", "saving", "remote", "standing"),
         ("opened",),
         ("loading", "publishing"),
         ("manager",),
@@ -169,6 +169,7 @@ TORCH |= {
         "values",
         "pieces",
         "saving",
+        "standing",
         "opened",
         "loading",
         "publishing",

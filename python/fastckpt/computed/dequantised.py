@@ -16,8 +16,8 @@ import numpy as np
 
 from .. import dtypes
 from ..checkpoint import JSON, Checkpoint, Entry, Single
-from ..dtypes import DType
-from ..errors import SourceError
+from ..dtypes import DType, exact
+from ..errors import LayoutError, SourceError
 from ..extents import Extents
 from ..quantisation.rounding import DENSE
 from ..quantisation.schemes import Packed
@@ -172,6 +172,33 @@ BEHIND = ("", "_scale_inv", "_scale", "_zero_point", "_packed", "_shape")
 
 INSTEAD = ("qweight", "qzeros", "scales", "g_idx", "input_scale", "input_zero_point")
 """What they are called in place of `weight`; those of the input mean nothing to a dense matrix."""
+
+
+def require_as_stored(ckpt: Checkpoint, dtype: DType, *, scales: bool) -> None:
+    """Raises LayoutError where `dtype` for all floats would cast the values of a quantised matrix, which mean
+    nothing without their scales, or with `scales` round what goes with them."""
+    for matrix, part in of_matrices(ckpt):
+        held = ckpt.entries[part].dtype
+        if held.kind != "float" or held is dtype or (part != matrix and (exact(held, dtype) or not scales)):
+            continue
+        raise LayoutError(
+            f"{part} is quantised, so its bytes cannot become {dtype}; ask for no dtype, or for dense "
+            'weights by reshard(quant="none") (--quant none)'
+        )
+
+
+def of_matrices(ckpt: Checkpoint) -> Iterator[tuple[str, str]]:
+    """(matrix, stored tensor) of all that is quantised, by their names alone."""
+    for name in ckpt.entries:
+        if name.endswith("qweight"):
+            matrix = name.removesuffix("qweight") + "weight"
+        elif name.endswith(("_scale", "_scale_inv")):
+            matrix = name.removesuffix("_inv").removesuffix("_scale")
+            if matrix not in ckpt.entries and f"{matrix}_packed" not in ckpt.entries:
+                continue
+        else:
+            continue
+        yield from ((matrix, part) for part in _names(ckpt, matrix))
 
 
 def _names(ckpt: Checkpoint, name: str) -> Iterator[str]:
