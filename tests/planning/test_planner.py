@@ -105,6 +105,22 @@ def test_cut_targets_equal_numpy(small_leaves):
         check(seed)
 
 
+def test_the_row_of_one_fragment_is_compiles():
+    found = 0
+    for seed in range(300):
+        targets, extents = random_targets(random.Random(seed))
+        for target in targets:
+            row = planner.single(target.view)
+            chunk, _ = planner.compile([target], extents)
+            if row is not None and target.view.extents is extents:
+                found += 1
+                assert row.tobytes() == chunk.rows.tobytes()
+            elif len(chunk.rows) == 1 and target.view.numel and target.name != "constant":
+                assert chunk.rows["src_buffer"][0] == NOTHING or len(target.view.held) > 1
+    assert found > 200
+
+
+
 @pytest.mark.nightly
 def test_cut_targets_equal_numpy_many(small_leaves):
     for seed in range(150, 6000):

@@ -155,6 +155,31 @@ def compile(targets: Sequence[Target], extents: Extents) -> tuple[Chunk, Extents
     return Chunk(len(targets), table[order], tensor[order]), extents
 
 
+def single(view: View) -> Table | None:
+    """The row that `compile` makes of a view of one fragment, made sooner; None for any other view."""
+    if len(view.held) != 1 or view.numel > LONGEST:
+        return None
+    extent, code, offset, *rest = view.held[0].tolist()
+    axes: list[tuple[int, int]] = []  # elements and source stride, innermost first
+    for n, step in zip(view.boxes[::-1], rest[: -len(view.boxes) - 1 : -1], strict=True):
+        if axes and n != 1 and step == axes[-1][0] * axes[-1][1]:
+            axes[-1] = n * axes[-1][0], axes[-1][1]
+        elif n != 1:
+            axes.append((n, step))
+    if extent == ZERO or len(axes) > AXES:
+        return None
+    row = np.zeros(1, COPY)
+    src_item, dst_item = DTYPES[code].itemsize, view.dtype.itemsize
+    row["src"], row["src_buffer"], row["shape"] = offset * src_item, extent, 1
+    row["src_dtype"], row["dst_dtype"] = code, view.dtype.code
+    step_out = dst_item
+    for axis, (n, step) in enumerate(axes, 1):
+        row["shape"][0, -axis], row["src_stride"][0, -axis] = n, step * src_item
+        row["dst_stride"][0, -axis] = step_out
+        step_out *= n
+    return row
+
+
 def _compile(fragments: Ints, ndim: int, strides: Ints, codes: Ints, tensor: Ints) -> tuple[Ints, Table]:
     """The rows of fragments of one number of axes, with the tensor each belongs to."""
     zero = fragments[:, 0] == ZERO
