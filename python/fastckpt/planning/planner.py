@@ -446,7 +446,7 @@ def spread(
     band: int,
     by_file: bool = False,
 ) -> Iterator[Batch]:
-    """Batches of about `stage` bytes of the chunk's tensors, each memory of its own, in the order of the source.
+    """Batches of about `stage` bytes of the chunk's tensors, each memory of its own, as their sources lie.
 
     Rows are cut to at most `stage` bytes, `band` of a tensor that is transposed on the way, and less of one
     that picks a little of many pages: the others that want the rest of those pages are then not far.
