@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from ..checkpoint import Entry
 from ..dtypes import DType
 from ..extents import Buffer, Extent, Extents
-from ..views import View, strided
+from ..stored import strided
+from ..views import View
 
 COMPUTED = "computed"
 """The device of bytes that lie nowhere until a copy asks for them."""
