@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "lowrank": CORE,
     "finishes": (*CORE, "lowrank"),
     "planner": CORE,
-    "rounding": (*CORE, "schemes", "_C"),
+    "unrounding": (*CORE, "_C"),
+    "rounding": (*CORE, "schemes", "unrounding", "_C"),
     "quantplan": (*PLAIN, "schemes", "rounding"),
     "digest": (*CORE, "_C"),
     "finite": (*CORE, "digest", "_C"),
@@ -43,7 +44,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "tiles": (*CORE, "planner"),
     "reader": (*CORE, "planner", "_C"),
     "executors": (*CORE, "planner", "tiles", "_C"),
-    "dequantised": (*CORE, "lowrank", "finishes", "rounding", "schemes"),
+    "dequantised": (*CORE, "lowrank", "finishes", "rounding", "unrounding", "schemes"),
     "prequantised": (*CORE, "lowrank", "quantplan", "rounding", "schemes"),
     "merging": (*CORE, "lowrank", "finishes", "dequantised", "prequantised", "rounding", "planner", "reader"),
     # What makes output real.

@@ -180,6 +180,10 @@ REFUSED = {
         {"a.qweight": torch.zeros(8, 1, dtype=torch.int32), "a.qzeros": torch.zeros(1, 1, dtype=torch.int32),
          "a.scales": torch.ones(1, 8)}, {"quant_method": "gptq", "bits": 3}, "3 bits are not read",
     ),
+    "points": (
+        {"a.weight": torch.zeros(4, 8, dtype=torch.int8), "a.weight_scale": torch.ones(1),
+         "a.weight_zero_point": torch.ones(1, dtype=torch.bfloat16)}, {}, "zero_point: got bfloat16",
+    ),
     "order": (
         {"a.weight_packed": torch.zeros(8, 1, dtype=torch.int32), "a.weight_scale": torch.ones(8, 1),
          "a.weight_g_idx": torch.zeros(8)}, {}, "reordered",
