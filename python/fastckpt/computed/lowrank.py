@@ -19,12 +19,9 @@ from numpy.typing import NDArray
 
 from ..checkpoint import Entry
 from ..dtypes import DType
-from ..extents import Buffer, Extent, Extents
+from ..extents import COMPUTED, Buffer, Extent, Extents
 from ..stored import strided
 from ..views import View
-
-COMPUTED = "computed"
-"""The device of bytes that lie nowhere until a copy asks for them."""
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from .. import __version__, joining
 from ..checkpoint import JSON
-from ..computed.lowrank import COMPUTED, computed
+from ..computed.lowrank import computed
 from ..computed.merging import Merging, MergingLane
 from ..errors import WriteError, expect
 from ..executors import pick
 from ..executors.cpu import built
-from ..extents import Buffer, Extents, File
+from ..extents import COMPUTED, Buffer, Extents, File
 from ..output.files import parse_size
 from ..output.manifest import Manifest, Origin, Record, rows_of
 from ..output.writer import Output
@@ -397,6 +397,8 @@ def sizes(reader: Reader, band: int) -> tuple[int, int]:
     """Output bytes made at once, of a tensor as it lies and of one that is transposed, `band` at most."""
     if isinstance(reader, Mapped):
         return min(STAGE, band), band
+    if isinstance(reader, Merging) and reader.dequantises:
+        return min(STAGE, band), min(STAGE, band)
     if isinstance(reader, (Positioned, Merging)):
         return LEAF, LEAF
     return band, band  # on a GPU few large launches are better than many small ones
