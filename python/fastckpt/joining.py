@@ -35,8 +35,9 @@ from .model import Model
 from .output.manifest import Manifest
 from .placement import Placement
 from .sources.served import SHARDS
+from .stored import strided
 from .target import Target
-from .views import View, strided
+from .views import View
 
 TOLD = "cut_from"
 """The record's option that tells what the shards were cut from."""

@@ -23,7 +23,8 @@ from ..output.manifest import FileEntry, Manifest, TensorEntry
 from ..road import reshard
 from ..running.tensors import torch_dtype
 from ..sources.training import names_in
-from ..views import View, dense_strides, zeros
+from ..stored import boxes
+from ..views import View, dense_strides
 from .pieces import Shared, raw
 from .saving import SCHEMA, TABLE, rank_directory
 from .values import merged
@@ -117,15 +118,13 @@ class Opened:
             shape = self.shape(name)
             parts = [(self.own[name], (0,) * len(shape), shape)]
         dtype = parts[0][0].dtype
-        if 0 in shape:
-            return zeros(shape, dtype)
         files = {e.file: File.at(os.path.join(self.path, e.file)) for e, _, _ in parts}
         extents = Extents(Extent(files[e.file], e.offset, e.nbytes, f"{e.file}/{name}") for e, _, _ in parts)
         rows = [
             [k, dtype.code, 0, *offset, *size, *dense_strides(size)]
             for k, (_, offset, size) in enumerate(parts)
         ]
-        return View(shape, dtype, extents, np.array(rows, np.int64).reshape(len(rows), -1))
+        return boxes(extents, dtype, shape, rows)
 
     def checkpoint(self, names: Mapping[str, str], *, own: bool = False) -> Checkpoint:
         """Tensors of this commit as a checkpoint for the road; `names`: new name -> name here.
