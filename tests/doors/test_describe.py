@@ -105,8 +105,8 @@ def byte_runs(row) -> int:
 def test_ranges_of_a_row(view):
     from fastckpt.dtypes import float32
     from fastckpt.extents import Buffer, Extent, Extents
+    from fastckpt.stored import strided
     from fastckpt.target import Target
-    from fastckpt.views import strided
 
     extents = Extents([Extent(Buffer(None, 0, 192), 0, 192, "x")])
     chunk, _ = planner.compile([Target("x", view(strided(extents, 0, float32, (6, 8))))], extents)
