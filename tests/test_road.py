@@ -10,7 +10,7 @@ import fastckpt
 import numpy as np
 import pytest
 import torch
-from fastckpt import dtypes, road, sources, views
+from fastckpt import dtypes, road, sources, stored
 from fastckpt.dtypes import BY_NAME, DTYPES
 from fastckpt.errors import FastckptError, LayoutError, RecipeError, SourceError, WriteError
 from fastckpt.executors import pick
@@ -326,8 +326,8 @@ class Scaled:
     def targets(self, ckpt, placement):
         for name in ckpt:
             yield Target(name, ckpt[name])
-            yield Target(f"{name}.slopes", views.constant(np.arange(3, dtype=np.float32), dtypes.float32))
-            yield Target(f"{name}.size", views.constant(np.int64(len(name)), dtypes.int64))
+            yield Target(f"{name}.slopes", stored.constant(np.arange(3, dtype=np.float32), dtypes.float32))
+            yield Target(f"{name}.size", stored.constant(np.int64(len(name)), dtypes.int64))
 
     def naming(self, placement):
         return Naming("", "model.safetensors", "model-{part}-of-{parts}.safetensors")

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from ..checkpoint import Entry
 from ..dtypes import DType
 from ..extents import COMPUTED, Buffer, Extent, Extents
-from ..views import View, strided
+from ..stored import strided
+from ..views import View
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
