@@ -17,7 +17,7 @@ import xxhash
 
 from ..checkpoint import JSON, Checkpoint, Single
 from ..digest import LEAF, combine, digest, digest64
-from ..errors import ManagerError, SourceError
+from ..errors import ManagerError, SourceError, near
 from ..extents import Extent, Extents, File
 from ..output.manifest import FileEntry, Manifest, TensorEntry
 from ..road import reshard
@@ -62,11 +62,8 @@ class Opened:
             return self.table[held].shape
         if held in self.own:
             return self.own[held].shape
-        import difflib
-
-        near = difflib.get_close_matches(name, [*self.table, *self.own, *self.aliases], 3)
-        hint = f"; near: {', '.join(near)}" if near else ""
-        raise ManagerError(f"{self.path}: no tensor {name!r}{hint}")
+        known = [*self.table, *self.own, *self.aliases]
+        raise ManagerError(f"{self.path}: no tensor {name!r}{near(name, known)}")
 
     def entry(self, rank: int, name: str) -> TensorEntry:
         """Where the part of a tensor that a rank wrote lies. Raises SourceError where it is not here."""
