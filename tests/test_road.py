@@ -209,6 +209,21 @@ def test_a_tied_module_does_not_choose_between_two_tensors():
         fastckpt.load_into(module, {"0.weight": torch.zeros(3, 3), "1.weight": torch.ones(3, 3)})
 
 
+@pytest.mark.parametrize("quant", [None, "int8"])
+def test_little_is_moved_by_the_callers_thread(monkeypatch, quant):
+    state = {"a.up_proj.weight": torch.randn(64, 128), "b": torch.randn(3)}
+    road = {"layout": "same", "quant": quant, "threads": 2}
+    want = fastckpt.reshard(state, **road)[0]
+    monkeypatch.setattr(runs, "SMALL", 1 << 20)
+    monkeypatch.setattr(runs, "feed", lambda *_: pytest.fail("threads were started"))
+    told = []
+    got = fastckpt.reshard(state, **road, progress=lambda *now: told.append(now))[0]
+    assert got.keys() == want.keys() and all(torch.equal(got[n], x) for n, x in want.items())
+    assert sum(t.nbytes for t in got.values() if t.dim() != 2 or t.shape[1] > 1) == told[-1][0]  # no scales
+    with pytest.raises(SourceError, match=r"up_proj\.weight: NaN"):
+        fastckpt.reshard({"a.up_proj.weight": torch.full((8, 128), torch.nan)}, layout="same", quant="int8")
+
+
 def test_tensors_in_memory_are_a_checkpoint():
     config, files, _ = tiny.made("mixtral")
     shards = fastckpt.reshard(files, 2, layout="vllm", config=config)

@@ -45,6 +45,9 @@ STAGE = 2 * LEAF
 BAND = 8 * LEAF
 """Output bytes made at once of a tensor that is transposed on the way."""
 
+SMALL = 16 << 20
+"""Bytes in and out that the caller's thread moves from memory to memory sooner than others are started."""
+
 FIXED_MEMORY = 64 << 20
 """What a run may hold besides its threads' staging: the promise of docs/architecture.md."""
 
@@ -233,6 +236,8 @@ class Run:
         binding, slots = Binding.of(planned.extents), planned.slots()
         quantising = Quantising(planned, slots, largest)
         threads, batch = limits or (self._fitting(quantising), 0)
+        small = isinstance(end, ToMemory) and planned.needed_bytes + planned.output_bytes <= SMALL
+        threads = 1 if small else threads
         total, done = planned.output_bytes, 0
 
         def count(nbytes: int) -> None:
@@ -256,7 +261,7 @@ class Run:
                             others, first, rest, binding, stage=band, band=band, by_file=merging
                         )
                     else:
-                        yield from cut(others, first, rest, binding, stage=stage, band=band)
+                        yield from cut(others, first, rest, binding, stage=stage, band=band, thin=LEAF)
 
             def both(lane: Lane) -> Callable[[Batch | Job], None]:
                 copy = _named(lane, worker(lane))
@@ -271,7 +276,13 @@ class Run:
             def place(item: Batch | Job) -> int:
                 return files[item.tensor.number] if isinstance(item, Job) else item.file
 
-            feed(batches(), [both(lane) for lane in lanes], count, place)
+            workers = [both(lane) for lane in lanes]
+            if small:
+                for item in batches():
+                    workers[0](item)
+                    count(item.stop - item.start)
+            else:
+                feed(batches(), workers, count, place)
             self.bytes_read += sum(lane.bytes_read for lane in lanes)
             for lane in lanes:
                 if isinstance(lane, MergingLane):
