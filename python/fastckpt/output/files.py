@@ -23,7 +23,7 @@ from ..errors import LayoutError, WriteError
 Spec = tuple[str, DType, tuple[int, ...]]
 """A tensor before it has a place: name, dtype, shape."""
 
-Part = tuple[int, bytes]
+Part = tuple[int, bytes | bytearray]
 """Bytes of a file that are no tensor's: offset in the file, the bytes."""
 
 
@@ -155,7 +155,7 @@ def safetensors_layout(
 
 def _safetensors_header(
     tensors: Sequence[Spec], begins: NDArray[np.int64], ends: NDArray[np.int64], metadata: Mapping[str, str]
-) -> bytes:
+) -> bytearray:
     """The bytes before the first tensor; offsets count from the end of the header."""
     spell = json.encoder.encode_basestring  # as json.dumps(name, ensure_ascii=False), without its overhead
     out = bytearray(8) + b"{"
@@ -178,7 +178,7 @@ def _safetensors_header(
     out += b"}"
     out += b" " * (-len(out) % 8)
     out[:8] = (len(out) - 8).to_bytes(8, "little")
-    return bytes(out)
+    return out
 
 
 # ---- which tensor goes into which file ----

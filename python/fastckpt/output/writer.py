@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from types import TracebackType
@@ -316,7 +316,7 @@ def _pieces_of(path: str) -> Iterator[bytes]:
         raise SourceError(f"{path}: {e.strerror}") from None
 
 
-def _rest(layout: FileLayout, parts: list[tuple[int, bytes]]) -> bytes:
+def _rest(layout: FileLayout, parts: Sequence[tuple[int, bytes | bytearray]]) -> bytes:
     """The bytes that are no tensor's, in file order, having checked that they and the slots tile the file."""
     begin = np.concatenate([layout.slots.offset, np.array([offset for offset, _ in parts], np.int64)])
     nbytes = np.concatenate([layout.slots.nbytes, np.array([len(data) for _, data in parts], np.int64)])

@@ -63,7 +63,7 @@ LEAF = 1 << 20
 ROWS, TRANSPOSE, GENERAL = 0, 1, 2
 """Values of a row's `path`."""
 
-WINDOW = 1 << 14
+WINDOW = 1 << 13
 """Fragments compiled at once: the planner's working memory."""
 
 _ITEM = np.array([d.itemsize for d in DTYPES], np.int64)
@@ -351,9 +351,9 @@ class Slots:
     @staticmethod
     def of(file: Sequence[int] | Ints, offset: Sequence[int] | Ints, nbytes: Sequence[int] | Ints) -> Slots:
         """The columns, with leaves numbered in the same order."""
-        size = np.array(nbytes, np.int64)
-        leaves = -(-size // LEAF)
-        return Slots(np.array(file, np.int64), np.array(offset, np.int64), size, np.cumsum(leaves) - leaves)
+        where = np.asarray(file, np.int64), np.asarray(offset, np.int64), np.asarray(nbytes, np.int64)
+        leaves = -(-where[2] // LEAF)
+        return Slots(*where, np.cumsum(leaves) - leaves)
 
     @property
     def leaves(self) -> int:

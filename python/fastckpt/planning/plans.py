@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -38,7 +38,7 @@ from ..quantisation.schemes import SCHEMES, Quant
 from ..target import Target
 from . import plancache, planner
 from .plancache import Compiled
-from .planned import Names, PlannedTensors
+from .planned import Ints, Names, PlannedTensors
 from .planner import Chunk, Kept, Slots, Table
 
 KEPT_ROWS = 1 << 18
@@ -223,17 +223,16 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
         expansion.scanned.update(q.name for q in quantised.values() if q.scanned)
     rows = {r: made.of_rank(r) for r in ranks}
     for rank, own in rows.items():
-        names = Counter(made.names[i] for i in own.tolist())
-        if len(names) != len(own):
-            raise LayoutError(
-                f"layout {road.name}: two tensors named {names.most_common(1)[0][0]} on rank {rank}"
-            )
+        names = [made.names[i] for i in own.tolist()]
+        if len(set(names)) != len(names):
+            twice = Counter(names).most_common(1)[0][0]
+            raise LayoutError(f"layout {road.name}: two tensors named {twice} on rank {rank}")
     for told in quantised.values():
         if told.name in road.aliases.values():
             raise LayoutError(
                 f"quant: {told.name} is tied to another tensor, which would not find its scales"
             )
-    aliases = _present(road.aliases, [{made.names[i] for i in own.tolist()} for own in rows.values()])
+    aliases = _present(road.aliases, made, rows.values())
     files: list[FileLayout] = []
     file_ranks: list[int] = []
     texts: list[tuple[int, str, bytes]] = []
@@ -275,8 +274,11 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
     )
 
 
-def _present(aliases: Mapping[str, str], named: Sequence[Set[str]]) -> dict[str, str]:
+def _present(aliases: Mapping[str, str], made: Names, ranks: Iterable[Ints]) -> dict[str, str]:
     """The aliases whose holder every rank has, and which no rank has as a tensor of its own."""
+    if not aliases:
+        return {}
+    named = [{made.names[i] for i in own.tolist()} for own in ranks]
     return {a: h for a, h in aliases.items() if all(h in names and a not in names for names in named)}
 
 

@@ -271,10 +271,9 @@ class Run:
                 return lambda item: quantise(item) if isinstance(item, Job) else copy(item)
 
             lanes = [reader.lane(executor) for _ in range(threads)]
-            files = slots.file.tolist()
 
             def place(item: Batch | Job) -> int:
-                return files[item.tensor.number] if isinstance(item, Job) else item.file
+                return int(slots.file[item.tensor.number]) if isinstance(item, Job) else item.file
 
             workers = [both(lane) for lane in lanes]
             if small:

@@ -66,8 +66,10 @@ def matched(planned: Plan, out: Sequence[Mapping[str, torch.Tensor]], device: st
             raise LayoutError(f"out: {t.name} is not contiguous, its strides are {given.stride()}")
         buffers.append(buffer(given))
     _refuse_overlaps(planned, buffers)
-    for state, rank in zip(out, planned.ranks, strict=True):
-        names = {t.name for t in planned.tensors if t.rank == rank}
+    filled: list[set[str]] = [set() for _ in out]
+    for t in planned.tensors:
+        filled[t.file].add(t.name)
+    for state, names, rank in zip(out, filled, planned.ranks, strict=True):
         more = [n for n in state if n not in names and n not in planned.aliases]
         if more:
             raise LayoutError(f"out: rank {rank} has {len(more)} tensors nothing fills, such as {more[0]}")
