@@ -44,24 +44,26 @@ template <class S> FASTCKPT_INLINE uint32_t largest_bits(const char* src, size_t
     return max_of(highest(max_of(max_of(m[0], m[1]), max_of(m[2], m[3]))), rest);
 }
 
-// The least and the largest of n values and 0.
+// The least and the largest of n values and 0; NaN is passed over.
 struct Range {
     float low = 0, high = 0;
 };
 template <class S> FASTCKPT_INLINE Range range_of(const char* p, size_t n) {
-    Floats low{}, high{};
+    Floats low[2] = {{}, {}}, high[2] = {{}, {}};
     Range out;
     size_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        const Floats x = as_float<Words>(load_as<S, Words>(p + i * S::size));
-        low = min_of(x, low), high = max_of(x, high);
-    }
-    for (int lane = 0; lane < LANES; ++lane)
-        out.low = min_of(low[lane], out.low), out.high = max_of(high[lane], out.high);
+    auto take = [&](int k, size_t at) {
+        const Floats x = as_float<Words>(load_as<S, Words>(p + at * S::size));
+        low[k] = min_of(x, low[k]), high[k] = max_of(x, high[k]);
+    };
+    for (; i + 2 * LANES <= n; i += 2 * LANES) take(0, i), take(1, i + LANES);
+    for (; i + LANES <= n; i += LANES) take(0, i);
     for (; i < n; ++i) {
         const float x = as_float(load_as<S, uint32_t>(p + i * S::size));
         out.low = min_of(x, out.low), out.high = max_of(x, out.high);
     }
+    out.low = min_of(out.low, -highest(-min_of(low[0], low[1])));
+    out.high = max_of(out.high, highest(max_of(high[0], high[1])));
     return out;
 }
 
@@ -187,29 +189,32 @@ template <class S, QuantKind KIND> bool quantise_blocks(const Quant& q) {
 
 // ---- groups of a line, four bits each ----
 
-constexpr size_t GROUPS = 64, PIECE = 1024;  // groups whose scales are found at once, values packed at once
+constexpr size_t GROUPS = 128, PIECE = 1024;  // groups whose scales are found at once, values packed at once
 
-// The scales of groups of n values, `step` bytes apart; `at`: the number of the first. False where one is not finite.
+// The scales of groups of n values, `step` bytes apart; `at`: the number of the first. False where one is not finite; with
+// zero points NaN shows in the error alone: `whole`.
 template <class S, bool ZERO>
 bool find_factors(const Quant& q, const char* src, size_t groups, size_t n, size_t step, size_t at, Factor* factors, bool& fast) {
-    float largest[GROUPS];
     Range range[GROUPS];
     uint32_t worst = 0;
     for (size_t g = 0; g < groups; ++g) {
-        const uint32_t bits = largest_bits<S>(src + g * step, 1, n, n);
-        worst = max_of(worst, bits);
-        largest[g] = as_float(bits);
-        if constexpr (ZERO) range[g] = range_of<S>(src + g * step, n);
+        if constexpr (ZERO) {
+            range[g] = range_of<S>(src + g * step, n);
+        } else {
+            const uint32_t bits = largest_bits<S>(src + g * step, 1, n, n);
+            worst = max_of(worst, bits);
+            range[g].high = as_float(bits);
+        }
     }
     if (worst >= INF32) return false;
     fast = true;
     for (size_t g = 0; g < groups; ++g) {
-        const float scale = scale_from(ZERO ? range[g].high - range[g].low : largest[g], q);
+        const float scale = scale_from(range[g].high - range[g].low, q);
         if (!finite(scale)) return false;
         q.scales[at + g] = scale;
         factors[g] = {scale, 1.0f / scale, ZERO ? zero_from(range[g].low, scale, q.lowest) : 0};
         if constexpr (ZERO) q.zeros[at + g] = static_cast<int8_t>(factors[g].zero);
-        fast &= may_fuse(scale, largest[g]);
+        fast &= may_fuse(scale, max_of(range[g].high, -range[g].low));
     }
     return true;
 }
@@ -224,6 +229,11 @@ template <class S, bool ZERO>
 void round_groups(char* codes, const char* src, size_t groups, size_t n, size_t step, ptrdiff_t ahead, const Factor* factors, bool fast, Sums& sums) {
     if (fast) round_groups<S, FUSED, ZERO>(codes, src, groups, n, step, ahead, factors, sums);
     else round_groups<S, DIVIDE, ZERO>(codes, src, groups, n, step, ahead, factors, sums);
+}
+
+bool whole(Sums& sums, const Quant& q) {
+    sums.add_to(q.sums);
+    return q.sums[1] == q.sums[1];
 }
 
 template <class S, bool ZERO> bool quantise_groups(const Quant& q) {
@@ -250,16 +260,23 @@ template <class S, bool ZERO> bool quantise_groups(const Quant& q) {
             sums.counted(groups * n, q.sums);
         }
     }
-    sums.add_to(q.sums);
-    return true;
+    return whole(sums, q);
 }
 
 // ---- groups of a column, where columns lie as lines ----
 
 // The words of n rows of a few columns, a word of a line of each; `stride`: words of a row of the output.
 FASTCKPT_INLINE void put_words(char* out, size_t stride, const uint32_t* words, size_t n, size_t columns) {
+    size_t c = 0;
+    for (; n % LANES == 0 && c + LANES <= columns; c += LANES)
+        for (size_t r = 0; r < n; r += LANES) {
+            Words m[LANES];
+            for (size_t k = 0; k < LANES; ++k) memcpy(&m[k], words + (c + k) * n + r, sizeof m[k]);
+            transpose(m);
+            for (size_t k = 0; k < LANES; ++k) memcpy(out + ((r + k) * stride + c) * 4, &m[k], sizeof m[k]);
+        }
     for (size_t r = 0; r < n; ++r)
-        for (size_t c = 0; c < columns; ++c) memcpy(out + (r * stride + c) * 4, words + c * n + r, 4);
+        for (size_t k = c; k < columns; ++k) memcpy(out + (r * stride + k) * 4, words + k * n + r, 4);
 }
 
 // Codes of eight lines as words: AWQ's order, 0, 2, 4, 6, 1, 3, 5, 7 from the lowest.
@@ -285,15 +302,18 @@ template <class S, bool ZERO> bool quantise_turned(const Quant& q) {
     char *const packed = scratch.bytes, *const codes = packed + GROUPS * most / 2;
     uint32_t* const words = reinterpret_cast<uint32_t*>(packed);
     Sums sums;
-    for (size_t c = 0; c < q.columns; c += GROUPS) {
-        const size_t count = c + GROUPS < q.columns ? GROUPS : q.columns - c;
+    const size_t strip = q.kind == QUANT_INT4_DOWN ? 32 : GROUPS;  // so many make whole lines of the output
+    for (size_t c = 0; c < q.columns; c += strip) {
+        const size_t count = c + strip < q.columns ? strip : q.columns - c;
         for (size_t r = 0; r < q.rows; r += most) {
             const size_t n = r + most < q.rows ? most : q.rows - r;
             const char* src = q.src + c * q.pitch + r * S::size;
             Factor factors[GROUPS];
             bool fast;
             if (!find_factors<S, ZERO>(q, src, count, n, q.pitch, r / most * q.columns + c, factors, fast)) return false;
-            round_groups<S, ZERO>(codes, src, count, n, q.pitch, static_cast<ptrdiff_t>(most * S::size), factors, fast, sums);
+            // the next groups of these columns, or the first of the next ones
+            const size_t ahead = r + n < q.rows ? n * S::size : strip * q.pitch - r * S::size;
+            round_groups<S, ZERO>(codes, src, count, n, q.pitch, static_cast<ptrdiff_t>(ahead), factors, fast, sums);
             if (q.kind == QUANT_INT4_DOWN) {
                 pack_nibbles(packed, codes, count * n);
                 put_words(q.out + (r / 8 * q.columns + c) * 4, q.columns, words, n / 8, count);
@@ -304,8 +324,7 @@ template <class S, bool ZERO> bool quantise_turned(const Quant& q) {
             sums.counted(count * n, q.sums);
         }
     }
-    sums.add_to(q.sums);
-    return true;
+    return whole(sums, q);
 }
 
 template <class S> bool quantise_from(const Quant& q) {
