@@ -415,7 +415,7 @@ class _Road:
         recipe = recipes.find(config) if asked is None else recipes.named(asked)
         quant = wanted.quant
         engine = str(dict(layouts.options_of(layout)).get("engine") or "")
-        if quant is not None and prequantised.fits(_layout_name(layout), engine, quant.scheme):
+        if quant is not None and prequantised.fits(_layout_name(layout), engine, cast, quant):
             _require_dense(quant, wanted, layout.naming(wanted.placement), config)
             cast, config = prequantised.made(cast, config, quant)
             wanted = replace(wanted, config=config, quant=None)
