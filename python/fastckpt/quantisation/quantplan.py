@@ -32,7 +32,7 @@ FITS: dict[str, frozenset[str]] = {
 
 WHY = {
     "megatron": ": megatron-core stores no quantised weights, its fp8 is made in memory",
-    "rtp_llm": ": wanted int8, fp8, fp8-channel, fp8-block, or an awq or gptq scheme",
+    "rtp_llm": ": wanted int8, fp8, fp8-channel, fp8-block, an awq or gptq scheme, or of experts int4-group",
 }
 """layout -> what else there is to say of it."""
 
