@@ -120,9 +120,6 @@ FASTCKPT_INLINE Words max_of(Words a, Words b) {
     return less(a, b) ? b : a;
 #endif
 }
-FASTCKPT_INLINE float max_of(float a, float b) { return a > b ? a : b; }
-FASTCKPT_INLINE float min_of(float a, float b) { return a < b ? a : b; }
-FASTCKPT_INLINE uint32_t max_of(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
 // The largest lane; all are below 2^31.
 FASTCKPT_INLINE uint32_t highest(Words w) {
@@ -135,24 +132,31 @@ FASTCKPT_INLINE uint32_t highest(Words w) {
 #endif
 }
 
+// a * b + c and c - a * b, rounded once; slow where VECTORS_FUSE is false.
 #if defined(__AVX512BW__) || (defined(__AVX2__) && defined(__FMA__))
-#define FASTCKPT_FUSES
-// a * b + c and c - a * b, rounded once.
+constexpr bool VECTORS_FUSE = true;
+#else
+constexpr bool VECTORS_FUSE = false;
+#endif
 FASTCKPT_INLINE Floats fused(Floats a, Floats b, Floats c) {
 #if defined(__AVX512BW__)
     return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#else
+#elif defined(__AVX2__) && defined(__FMA__)
     return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    for (int lane = 0; lane < LANES; ++lane) c[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
+    return c;
 #endif
 }
 FASTCKPT_INLINE Floats fused_less(Floats a, Floats b, Floats c) {
 #if defined(__AVX512BW__)
     return (Floats)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#else
+#elif defined(__AVX2__) && defined(__FMA__)
     return (Floats)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return fused(-a, b, c);
 #endif
 }
-#endif
 
 // A block of bytes below 16 to half as many, the first of two in the low four bits.
 FASTCKPT_INLINE void pair_nibbles(char* out, const char* bytes) {

@@ -1,27 +1,15 @@
 // Quantise rows of a dense matrix: amax, scale, round, pack, block after block while it is in cache.
 //
-// All arithmetic is fp32: scale = max(amax / reach, floor), 1 where that is 0; value = x / scale or
-// x * (1 / scale), clamped, rounded to nearest with ties to even. With zero points: scale = (high - low) / reach,
-// both with 0 in between, zero = round(-8 - low / scale), value = x / scale + zero. The sums of the error are
-// figures only: their last digits depend on the width of a vector.
+// The formulas stand in codes.h. The sums of the error are figures only: their last digits depend on the width of a
+// vector.
 #pragma once
 
-#include "isa.h"
 #include "port.h"
+
+#include "codes.h"
 
 namespace fastckpt {
 namespace {
-
-template <class U> FASTCKPT_INLINE typename FloatOf<U>::type at_most(typename FloatOf<U>::type a, float high) {
-    return min_of(a, typename FloatOf<U>::type{} + high);
-}
-template <class U> FASTCKPT_INLINE typename FloatOf<U>::type at_least(typename FloatOf<U>::type a, float low) {
-    return max_of(a, typename FloatOf<U>::type{} + low);
-}
-
-// Added to a float in [-2^22, 2^22] it rounds that to the nearest integer, ties to even, which then stands in
-// the low bits. The sum cannot fuse with a product: a clamp stands between them.
-constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23
 
 template <class U> struct Lanes { static constexpr size_t count = LANES; };
 template <> struct Lanes<uint32_t> { static constexpr size_t count = 1; };
@@ -111,23 +99,9 @@ struct Sums {
     }
 };
 
-// DIVIDE: by the scale. FUSED: the same, correctly rounded, without a division: x / s by the correctly rounded
-// reciprocal r of s, corrected twice with residuals that a fused multiply-add gives exactly (Markstein). Right
-// where nothing under- or overflows that could still reach a code: `fuses`. RECIPROCAL: times r, rounded.
-enum How { DIVIDE, FUSED, RECIPROCAL };
+// How a box with this scale is divided: see codes.h.
+FASTCKPT_INLINE bool may_fuse(float scale, float amax) { return VECTORS_FUSE && fuses(scale, amax); }
 
-FASTCKPT_INLINE bool fuses(float scale, float amax) {
-#if defined(FASTCKPT_FUSES)
-    return scale > 0x1p-60f && scale < 0x1p60f && amax < scale * 0x1p20f;
-#else
-    (void)scale, (void)amax;
-    return false;
-#endif
-}
-
-template <class U> struct Scale {
-    typename FloatOf<U>::type scale, reciprocal, zero;
-};
 struct Factor {
     float scale, reciprocal, zero;
     template <class U> FASTCKPT_HD Scale<U> lanes() const {
@@ -136,48 +110,14 @@ struct Factor {
     }
 };
 
-template <How HOW, class U>
-FASTCKPT_INLINE typename FloatOf<U>::type divided(typename FloatOf<U>::type x, const Scale<U>& s) {
-#if defined(FASTCKPT_FUSES)
-    if constexpr (HOW == FUSED && Lanes<U>::count > 1) {
-        Floats q = x * s.reciprocal;
-        q = fused(fused_less(q, s.scale, x), s.reciprocal, q);
-        return fused(fused_less(q, s.scale, x), s.reciprocal, q);
-    }
-#endif
-    if constexpr (HOW == RECIPROCAL) return x * s.reciprocal;
-    else return x / s.scale;
-}
-
-// The code of a magnitude in e4m3fn and its value y: E4M3 of cast.h for what is no NaN, decoded on the way. Added to a
-// power of two 2^20 times its own, `a` rounds to three bits of fraction, or to 2^-9 where that is more; the sum's low
-// bits count those steps.
-template <class U> FASTCKPT_INLINE U e4m3(typename FloatOf<U>::type a, typename FloatOf<U>::type& y) {
-    const U power = max_of(as_bits<U>(at_most<U>(a, 448.0f)) & INF32, U{} + (121u << 23)), magic = power + (20u << 23);
-    const auto sum = as_float<U>(magic) + at_most<U>(a, 448.0f);
-    y = sum - as_float<U>(magic);
-    return as_bits<U>(sum) - magic + (power >> 20) - (121u << 3);
-}
-
-// One vector of values, or one, each to a byte in the low bits of its lane (four bits have 8 added); x becomes the
-// value and d what it lost, or both with the value's sign taken off.
+// One vector of values, or one, each to a byte in the low bits of its lane; x becomes the value and d what it lost, or
+// both with the value's sign taken off.
 template <QuantKind KIND, How HOW, bool ZERO, class U>
 FASTCKPT_INLINE U round_one(U bits, const Scale<U>& s, typename FloatOf<U>::type& x, typename FloatOf<U>::type& d) {
-    using F = typename FloatOf<U>::type;
     x = as_float<U>(KIND == QUANT_E4M3 ? bits & 0x7fffffffu : bits);
-    F v = divided<HOW, U>(x, s), y;
-    U code;
-    if constexpr (KIND == QUANT_E4M3) {
-        code = e4m3<U>(v, y) | (bits >> 24 & 0x80u);
-    } else {
-        constexpr float HIGH = KIND == QUANT_INT8 ? 127.0f : 7.0f;
-        if constexpr (ZERO) v += s.zero;
-        const F shifted = at_least<U>(at_most<U>(v, HIGH), -HIGH - 1) + ROUNDER;
-        y = shifted - ROUNDER;
-        if constexpr (ZERO) y -= s.zero;
-        code = as_bits<U>(shifted) & 0xffu;
-        if constexpr (KIND != QUANT_INT8) code = (code ^ 8u) & 0xfu;
-    }
+    typename FloatOf<U>::type y;
+    U code = code_of<KIND, ZERO, U>(divided<HOW, U>(x, s), s.zero, y);
+    if constexpr (KIND == QUANT_E4M3) code |= bits >> 24 & 0x80u;
     d = x - y * s.scale;
     return code;
 }
@@ -226,21 +166,7 @@ FASTCKPT_INLINE void pack_awq(char* out, const char* values, size_t n) {
     }
 }
 
-FASTCKPT_INLINE float to_half(float x) { return as_float(F16::to_f32(F16::from_f32(as_bits<uint32_t>(x)))); }
-
-FASTCKPT_INLINE float scale_from(float span, const Quant& q) {
-    float scale = span / q.reach;
-    if (scale < q.floor) scale = q.floor;
-    if (q.half) scale = to_half(scale);
-    return scale == 0 ? 1.0f : scale;
-}
-
-FASTCKPT_INLINE float zero_from(float low, float scale, const Quant& q) {
-    const float zero = at_least<uint32_t>(at_most<uint32_t>(-8.0f - low / scale, 7.0f), q.lowest) + ROUNDER;
-    return zero - ROUNDER;
-}
-
-FASTCKPT_INLINE bool finite(float x) { return (as_bits<uint32_t>(x) & 0x7fffffffu) < INF32; }
+FASTCKPT_INLINE float scale_from(float span, const Quant& q) { return scale_from(span, q.reach, q.floor, q.half); }
 
 template <class S, QuantKind KIND, How HOW>
 void round_box(const Quant& q, size_t r0, size_t r1, size_t c0, size_t n, ptrdiff_t ahead, float scale, Sums& sums) {
@@ -266,7 +192,7 @@ template <class S, QuantKind KIND> bool quantise_blocks(const Quant& q) {
             const size_t next = c0 + n < q.columns ? c0 + n : (r1 - r0) * q.columns;  // the box to the right, or the first below
             const ptrdiff_t ahead = (static_cast<ptrdiff_t>(next) - static_cast<ptrdiff_t>(c0)) * S::size;
             if (q.reciprocal) round_box<S, KIND, RECIPROCAL>(q, r0, r1, c0, n, ahead, scale, sums);
-            else if (fuses(scale, as_float(bits))) round_box<S, KIND, FUSED>(q, r0, r1, c0, n, ahead, scale, sums);
+            else if (may_fuse(scale, as_float(bits))) round_box<S, KIND, FUSED>(q, r0, r1, c0, n, ahead, scale, sums);
             else round_box<S, KIND, DIVIDE>(q, r0, r1, c0, n, ahead, scale, sums);
             sums.counted((r1 - r0) * n, q.sums);
         }
@@ -324,9 +250,9 @@ template <class S, bool ZERO> bool quantise_groups(const Quant& q) {
                 const float scale = scale_from(ZERO ? range[g].high - range[g].low : largest[g], q);
                 if (!finite(scale)) return false;
                 q.scales[block] = scale;
-                factors[g] = {scale, 1.0f / scale, ZERO ? zero_from(range[g].low, scale, q) : 0};
+                factors[g] = {scale, 1.0f / scale, ZERO ? zero_from(range[g].low, scale, q.lowest) : 0};
                 if constexpr (ZERO) q.zeros[block] = static_cast<int8_t>(factors[g].zero);
-                fast &= fuses(scale, largest[g]);
+                fast &= may_fuse(scale, largest[g]);
             }
             if (fast) round_groups<S, FUSED, ZERO>(q, at, factors, groups, sums);
             else round_groups<S, DIVIDE, ZERO>(q, at, factors, groups, sums);
@@ -415,9 +341,9 @@ template <class S, QuantKind KIND, bool ZERO> bool quantise_columns(const Quant&
                 const size_t at = r0 / q.block_rows * q.columns + c0 + c;
                 s.scale[c] = q.scales[at] = scale;
                 s.reciprocal[c] = 1.0f / scale;
-                s.zero[c] = ZERO ? zero_from(s.low[c], scale, q) : 0;
+                s.zero[c] = ZERO ? zero_from(s.low[c], scale, q.lowest) : 0;
                 if (ZERO) q.zeros[at] = static_cast<int8_t>(s.zero[c]);
-                fast &= fuses(scale, largest);
+                fast &= may_fuse(scale, largest);
             }
             if (fast) round_strip<S, KIND, FUSED, ZERO>(q, s, r0, r1, c0, n, sums);
             else round_strip<S, KIND, DIVIDE, ZERO>(q, s, r0, r1, c0, n, sums);
@@ -442,6 +368,7 @@ template <class S> bool quantise_from(const Quant& q) {
 }
 
 bool quantise(const Quant& q) {
+    FloatMode mode;
     switch (q.dtype) {
         case FLOAT32: return quantise_from<F32>(q);
         case BFLOAT16: return quantise_from<BF16>(q);
@@ -454,6 +381,7 @@ template <class S> void row_amax_of(float* out, const char* src, size_t rows, si
 }
 
 void row_amax(float* out, const char* src, size_t rows, size_t columns, Dtype dtype) {
+    FloatMode mode;
     switch (dtype) {
         case FLOAT32: return row_amax_of<F32>(out, src, rows, columns);
         case BFLOAT16: return row_amax_of<BF16>(out, src, rows, columns);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy as np
 from fastckpt.digest import crc32, digest
 from fastckpt.dtypes import BY_NAME
 from fastckpt.output.files import FileLayout, Spec, safetensors_layout
@@ -43,7 +44,8 @@ def fill(out: Output, layout: FileLayout, data: dict[str, bytes], rank: int | No
         file.write(s.offset + half, memoryview(data[s.name])[half:])
         file.write(s.offset, memoryview(data[s.name])[:half])
     crcs = {name: crc32(data[name]) for name in data} if layout.crc else {}
-    file.close(crcs, {name: digest(raw) for name, raw in data.items()})
+    digests = [int(digest(data[name]), 16) for name in layout.slots.names]
+    file.close(crcs, np.array(digests, np.uint64))
 
 
 def layouts_of(rank: int) -> list[FileLayout]:

@@ -46,6 +46,15 @@ def test_leaf_digests_take_any_runs() -> None:
 
 
 @pytest.mark.usefixtures("_either")
+def test_many_digests_are_those_of_each_alone() -> None:
+    data = [random.Random(n).randbytes(n) for n in (5, 0, 0, (2 << 20) + 1, 1 << 20, 7)]
+    pieces = [raw[k : k + (1 << 20)] for raw in data for k in range(0, len(raw), 1 << 20)]
+    leaves = np.array([xxhash.xxh3_64_intdigest(piece) for piece in pieces], np.uint64)
+    found = d.combined(leaves, np.array([1, 0, 0, 3, 1, 1]))
+    assert [f"{n:016x}" for n in found.tolist()] == [definition(raw) for raw in data]
+
+
+@pytest.mark.usefixtures("_either")
 def test_crc_combines() -> None:
     rng = random.Random(1)
     for _ in range(50):

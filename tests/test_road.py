@@ -16,6 +16,7 @@ from fastckpt.errors import FastckptError, LayoutError, RecipeError, SourceError
 from fastckpt.executors import pick
 from fastckpt.executors.cpu import built
 from fastckpt.layouts import Naming
+from fastckpt.layouts.same import Same
 from fastckpt.output.writer import Output
 from fastckpt.planning import plans
 from fastckpt.reader import Mapped, Positioned
@@ -228,6 +229,25 @@ def test_load_into_a_module(tmp_path, meta, dtype):
     assert torch.equal(other.up.weight.detach(), truth["up.weight"])
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("meta", [False, True])
+def test_a_name_tied_in_the_checkpoint_alone_is_filled_too(tmp_path, meta, strict):
+    """As torch's load_state_dict would: the file holds both names."""
+    source = Net()
+    torch.save(source.state_dict(), tmp_path / "x.pt")
+    with torch.device("meta" if meta else "cpu"):
+        module = Net()
+        module.head = torch.nn.Linear(6, 13, bias=False)
+    fastckpt.load_into(module, tmp_path / "x.pt", strict=strict)
+    assert module.head.weight is not module.embed.weight
+    assert module.head.weight.data_ptr() != module.embed.weight.data_ptr()
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, source.state_dict()[name]), name
+    module.head.to(torch.bfloat16)
+    with pytest.raises(LayoutError, match=r"head\.weight: got torch\.bfloat16 .* ties it to embed\.weight"):
+        fastckpt.load_into(module, tmp_path / "x.pt", strict=strict)
+
+
 def test_a_buffer_no_checkpoint_holds_is_not_left_on_meta_unsaid(tmp_path):
     truth = write_zero(
         tmp_path, {"up.weight": torch.randn(3, 2), "up.bias": torch.randn(3)}, stage=3, world=2
@@ -334,6 +354,20 @@ def test_not_a_number_is_refused_unless_allowed(tmp_path):
         large = {"a": torch.full((3,), 1e5)}
         write_zero(tmp_path / "large", large, stage=3, world=2, model_dtype=torch.float32)
         fastckpt.reshard(tmp_path / "large", layout="same", dtype="float16", out=tmp_path / "other")
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "float8_e8m0fnu", "float8_e4m3fnuz", "float8_e5m2fnuz"])
+def test_what_verify_counts_as_not_finite_is_refused(tmp_path, dtype):
+    kind = getattr(torch, dtype)
+    byte = torch.tensor([255 if dtype == "float8_e8m0fnu" else 128], dtype=torch.uint8)
+    odd = torch.tensor([complex(1, float("nan"))]) if kind.is_complex else byte.view(kind)
+    held = {"a": torch.ones(300), "b": odd, "n": torch.arange(5)}
+    with pytest.raises(SourceError, match=f"b: . values of one MiB of its {dtype}"):
+        fastckpt.reshard(held, layout=Same("bin"), out=tmp_path / "out")
+    with pytest.raises(SourceError, match="b: "):
+        fastckpt.reshard({"b": held["b"]}, layout=Same("bin"), out=tmp_path / "out")
+    fastckpt.reshard(held, layout=Same("bin"), out=tmp_path / "out", allow_nonfinite=True)
+    assert fastckpt.verify(tmp_path / "out").ok
 
 
 def test_memory_and_threads_are_bounded(tmp_path):

@@ -208,7 +208,10 @@ def consolidate(
     `reshard` does."""
     expect("out", out, str, os.PathLike, type(None))
     expect("allow_nonfinite", allow_nonfinite, bool)
-    if not isinstance(path, Checkpoint):
+    if isinstance(path, Checkpoint):
+        if tag or also or rename or weights != "master" or exclude_frozen or check_crc:
+            raise LayoutError("consolidate: options of open go with a path, this checkpoint is open already")
+    else:
         path = joining.open(
             path,
             tag=tag,
@@ -297,9 +300,10 @@ def load_into(
 
     The same road as `reshard` with the module as `out`: no second copy of the model. Parameters on the
     meta device are made where the others are, else on the CPU. `adapter`: the directory of a PEFT adapter,
-    merged on the way and rounded once, to the module's dtypes. `strict`: every persistent tensor of the
-    module must be filled and every tensor of the shard used, else LayoutError names them. Raises as `reshard`
-    does; the module may then be half filled."""
+    merged on the way and rounded once, to the module's dtypes. What is one tensor in the checkpoint and two
+    in the module fills both. `strict`: every persistent tensor of the module must be filled and every tensor
+    of the shard used, else LayoutError names them. Raises as `reshard` does; the module may then be half
+    filled."""
     from .running import tensors
 
     expect("strict", strict, bool)
@@ -319,8 +323,9 @@ def load_into(
     run = Run(threads, memory, progress)
     planned = run.planned(lambda: plans.draft(open_whole(ckpt, recipe), wanted, in_memory=True))
     made = {t.name for t in planned.tensors}
-    tied = tensors.tied(held, made)
-    missing = [n for n in held if n not in made and n not in tied]
+    again = tensors.apart(held, made, planned.aliases)
+    tied = tensors.tied(held, made | again.keys())
+    missing = [n for n in held if n not in made and n not in again and n not in tied]
     if strict and (missing or planned.left_out):
         raise LayoutError(
             f"load_into: {len(missing)} tensors of the module are not in the checkpoint"
@@ -328,8 +333,11 @@ def load_into(
             f" the module ({', '.join(planned.left_out[:3]) or 'none'}); strict=False loads what both have"
         )
     device = tensors.device_of(held)
-    real = tensors.made_real({n: held[n] for n in made}, device)
-    run.to_tensors(planned, [real], device if device == "cpu" else _device(device))
+    real = tensors.made_real({n: held[n] for n in (*made, *again)}, device)
+    filled = {n: real[n] for n in made}
+    run.to_tensors(planned, [filled], device if device == "cpu" else _device(device))
+    for name, holder in again.items():
+        real[name].copy_(real[holder])
     tensors.assign(module, real, tied)
     return module
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from .checkpoint import JSON
 from .digest import LEAF, combine, digest, leaf_digests
 from .doors.text import counted
-from .dtypes import DType, float16, float32, float64
+from .dtypes import DType
 from .errors import FastckptError, SourceError, expect
 from .extents import File
 from .finite import nonfinite
@@ -340,10 +340,10 @@ def _read_all(
         same = [tensors[k].dtype for k in of[low:high]]
         for i, j in _neighbours(same, at, size[low:high]):
             run = data[int(at[i]) - start : int(at[j - 1] + size[low + j - 1]) - start]
-            if odd_values(run, same[i]):
+            if nonfinite(run, same[i]):
                 for k in range(i, j):
                     leaf = data[int(at[k]) - start :][: int(size[low + k])]
-                    bad[low + k] = odd_values(leaf, same[i])
+                    bad[low + k] = nonfinite(leaf, same[i])
 
     def task(reads: list[tuple[int, int]]) -> int:
         """Some reads, one after another: one buffer, one descriptor while the file stays the same."""
@@ -426,14 +426,3 @@ def _exactly(fd: int, data: bytearray | memoryview, offset: int) -> bytearray | 
             raise SourceError(f"the file was cut: no bytes [{offset + at}, {offset + len(view)})")
         at += n
     return data
-
-
-_PARTS: dict[str, DType] = {"complex32": float16, "complex64": float32, "complex128": float64}
-_NAN_BYTE: dict[str, int] = {"float8_e8m0fnu": 0xFF, "float8_e4m3fnuz": 0x80, "float8_e5m2fnuz": 0x80}
-
-
-def odd_values(data: NDArray[np.uint8], dtype: DType) -> int:
-    """How many values are NaN or Inf (a complex number has two); `data` holds whole values."""
-    if dtype.name in _NAN_BYTE:
-        return int(np.count_nonzero(data == _NAN_BYTE[dtype.name]))
-    return nonfinite(data, _PARTS.get(dtype.name, dtype))

@@ -68,6 +68,23 @@ def test_bytes_equal_plain_torch(name, native, isa):
                 assert np.array_equal(out, raw(want)), (rows, columns, dtype)
 
 
+@pytest.mark.parametrize("isa", [isa for native, isa in WAYS if native])
+def test_flushed_denormals_of_the_caller_change_nothing(isa):
+    x = torch.arange(1, 1 << 10, dtype=torch.int16).view(torch.float16).reshape(3, -1)  # denormals all
+    want, scales = quant_oracle.quantised(x, "fp8-channel")
+    largest = x.float().abs().amax(1)
+    torch.set_flush_denormal(True)
+    try:
+        out, found = run(x, "fp8-channel", True, isa)
+        rows = np.empty(3, np.float32)
+        _C.row_amax(raw(x), dtypes.float16.code, 3, x.shape[1], rows, isa)
+    finally:
+        torch.set_flush_denormal(False)
+    assert np.array_equal(out, raw(want))
+    assert np.array_equal(found.scales.view(np.uint32), scales.numpy().view(np.uint32))
+    assert np.array_equal(rows, largest.numpy())
+
+
 @pytest.mark.parametrize("native, isa", WAYS)
 def test_a_given_amax_is_taken(native, isa):
     x = torch.randn(9, 65)

@@ -105,11 +105,12 @@ def _addresses(buffers: Sequence[Buffer]) -> NDArray[np.uint64]:
 
 
 _checked: list[np.dtype[np.void]] = []
+"""The dtype of rows, once it was found right; numpy makes equal ones that are not the same object."""
 
 
 def _check_layout(dtype: np.dtype[np.void]) -> None:
     """Raises DeviceError unless `dtype` is struct Copy field by field."""
-    if any(dtype is known for known in _checked):
+    if _checked and dtype == _checked[0]:
         return
     got = [(name, of[1], of[0].itemsize) for name, of in dtype.fields.items()] if dtype.fields else []
     if got != _C.fields() or dtype.itemsize != _C.copy_bytes:

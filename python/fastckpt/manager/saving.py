@@ -46,6 +46,14 @@ class Disk:
     ranks: tuple[int, ...]
     index: int
 
+    @staticmethod
+    def of(group: Group, node: str | None) -> Disk:
+        """The disk of the ranks that say this node's name too; of all ranks for None. Collective."""
+        if node is None:
+            return Disk(tuple(range(group.world)), group.rank)
+        ranks = tuple(r for r, said in enumerate(group.exchange(node)) if said == node)
+        return Disk(ranks, ranks.index(group.rank))
+
     @property
     def coordinator(self) -> bool:
         """Whether this rank is the one that changes the disk's directories."""
@@ -231,7 +239,7 @@ class _Save:
         specs = [(p.name, p.dtype, p.shape) for p in pieces]
         layout = safetensors_layout(f"{rank_directory(rank)}/{name}", specs, {"format": "pt"})
         file = self.output.create(layout, self.disk.index)
-        digests = {}
+        digests = []
         for slot in layout.slots:
             data, known = raw(held[slot.name].data).data, self.claims[rank][slot.name].digest
             leaves = np.zeros(-(-slot.nbytes // LEAF), np.uint64)
@@ -240,8 +248,8 @@ class _Save:
                 if not known:
                     leaves[k] = digest64(piece)
                 file.write(slot.offset + k * LEAF, piece)
-            digests[slot.name] = known or combine(leaves)
-        file.close({}, digests)
+            digests.append(int(known or combine(leaves), 16))
+        file.close({}, np.array(digests, np.uint64))
 
     def _record(self) -> Record:
         """What the manifest says of this save."""

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice, repeat
 from typing import TypeVar
 
 import numpy as np
@@ -29,6 +29,8 @@ NAME = "fastckpt.json"
 """The commit record: a directory without it is not an output."""
 _MAX_BYTES = 1 << 30
 _MAX_NDIM = 64
+_LINES = 1 << 10
+"""Tensors whose text is made at once."""
 _RANK = re.compile(r"fastckpt-rank-(0|[1-9][0-9]*)\.json")
 
 T = TypeVar("T")
@@ -99,6 +101,10 @@ class TensorEntry:
     digest: str
 
 
+Row = tuple[str, str, DType, tuple[int, ...], int, int, str]
+"""A tensor's name, and what its entry says in that order."""
+
+
 class TensorTable(Mapping[str, TensorEntry]):
     """The tensors of a rank's files, as columns that read as entries; names must differ."""
 
@@ -131,18 +137,19 @@ class TensorTable(Mapping[str, TensorEntry]):
         """Names and entries, in order; made one by one."""
         return _Items(self)
 
-    def entries(self) -> Iterator[tuple[str, TensorEntry]]:
-        """The same, without looking any up by name."""
+    def rows(self) -> Iterator[Row]:
+        """The same as plain values, for those who want nothing else of very many."""
         for file, slots, digests in self._parts:
-            for s, found in zip(slots, digests.tolist(), strict=True):
-                yield s.name, TensorEntry(file, s.dtype, s.shape, s.offset, s.nbytes, f"{found:016x}")
+            where = slots.offset.tolist(), slots.nbytes.tolist()
+            found = map("{:016x}".format, digests.tolist())
+            yield from zip(slots.names, repeat(file), slots.dtypes, slots.shapes, *where, found)
 
 
 class _Items(ItemsView[str, TensorEntry]):
     _mapping: TensorTable
 
     def __iter__(self) -> Iterator[tuple[str, TensorEntry]]:
-        return self._mapping.entries()
+        return ((row[0], TensorEntry(*row[1:])) for row in self._mapping.rows())
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,16 +297,24 @@ def _ranks(shards: Iterable[Shard]) -> Iterator[str]:
     for k, s in enumerate(shards):
         before = ",\n" if k else ""
         yield f'{before}{{"rank": {_json(s.rank)},\n"files": {_files(s.files)},\n"tensors": {{'
-        before = ""
-        for name, t in s.tensors.items():
-            yield (
-                f'{before}{_spell(name)}: {{"file": {_spell(t.file)}, "dtype": "{t.dtype}", '
-                f'"shape": {list(t.shape)}, "offset": {t.offset}, "nbytes": {t.nbytes}, '
-                f'"digest": "{t.digest}"}}'
-            )
+        rows, before = rows_of(s.tensors), ""
+        while some := list(islice(rows, _LINES)):
+            lines = [
+                f'{_spell(name)}: {{"file": {_spell(file)}, "dtype": "{dtype.name}", "shape": {list(shape)}, '
+                f'"offset": {offset}, "nbytes": {nbytes}, "digest": "{found}"}}'
+                for name, file, dtype, shape, offset, nbytes, found in some
+            ]
+            yield before + ",\n".join(lines)
             before = ",\n"
         yield f'}},\n"aliases": {_json(dict(s.aliases))}}}'
     yield "],\n"
+
+
+def rows_of(tensors: Mapping[str, TensorEntry]) -> Iterator[Row]:
+    """The tensors as plain values; those that were read are entries already."""
+    if isinstance(tensors, TensorTable):
+        return tensors.rows()
+    return ((n, t.file, t.dtype, t.shape, t.offset, t.nbytes, t.digest) for n, t in tensors.items())
 
 
 def _files(files: Mapping[str, FileEntry]) -> str:

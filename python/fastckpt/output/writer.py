@@ -14,6 +14,7 @@ from datetime import datetime, timezone
 from types import TracebackType
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..digest import LEAF, combine, digest, digest64
 from ..errors import SourceError, WriteError, expect
@@ -21,7 +22,7 @@ from . import syscalls
 from .commit import TRACE, Part, Whole, telling
 from .endings import Endings
 from .files import FileLayout
-from .manifest import NAME, FileEntry, Manifest, Record, Shard, TensorTable, inside, rank_of
+from .manifest import NAME, FileEntry, Manifest, Record, Shard, TensorTable, inside, rank_name, rank_of
 
 _EARLY = 1 << 18
 """Writes of this many bytes are started on their way to disk at once; smaller ones wait for company."""
@@ -52,16 +53,15 @@ class OutputFile:
         with self._lock:
             self._left -= flat.nbytes
 
-    def close(self, crcs: Mapping[str, int], digests: Mapping[str, str]) -> None:
-        """Finish the file; slot name -> CRC32 (needed where the layout says so), slot name -> hex digest.
+    def close(self, crcs: Mapping[str, int], digests: NDArray[np.uint64]) -> None:
+        """Finish the file; slot name -> CRC32 (needed where the layout says so), the digest of each slot.
 
         Raises WriteError where the tensors' bytes did not all come, or a digest is missing."""
         layout = self.layout
         if self._left:
             raise WriteError(f"{layout.path}: {self._left} bytes of its tensors were not written")
-        missing = [name for name in layout.slots.names if name not in digests]
-        if missing:
-            raise WriteError(f"{layout.path}: no digest for {missing[0]} ({len(missing)} in all)")
+        if len(digests) != len(layout.slots):
+            raise WriteError(f"{layout.path}: {len(digests)} digests for {len(layout.slots)} tensors")
         closing = layout.closing(crcs)
         for offset, data in closing:
             self._put(offset, memoryview(data))
@@ -159,7 +159,7 @@ class Output:
         Raises WriteError where this rank is not done."""
         if self.rank is None or not isinstance(self._place, Part) or not self._place.done(self.rank):
             raise WriteError(f"{self.path}: rank {self.rank} is not done")
-        own = Manifest.read(os.path.join(self._place.path, f"fastckpt-rank-{self.rank}.json"))
+        own = Manifest.read(os.path.join(self._place.path, rank_name(self.rank)))
         return self._place.complete(own)
 
     def create(self, layout: FileLayout, rank: int | None = None) -> OutputFile:
@@ -266,7 +266,7 @@ class Output:
         with self._lock:
             (self._shared if rank is None else self._files.setdefault(rank, {}))[name] = entry
 
-    def _finished(self, file: OutputFile, entry: FileEntry, digests: Mapping[str, str]) -> None:
+    def _finished(self, file: OutputFile, entry: FileEntry, digests: NDArray[np.uint64]) -> None:
         """Enter a closed file into the record."""
         layout = file.layout
         with self._lock:
@@ -274,8 +274,7 @@ class Output:
             twice = next((name for name in layout.slots.names if name in tensors), None) if tensors else None
             if twice is not None:
                 raise WriteError(f"{layout.path}: {twice} is also in {tensors[twice].file}")
-            found = np.fromiter((int(digests[name], 16) for name in layout.slots.names), np.uint64)
-            tensors.add(layout.path, layout.slots, found)
+            tensors.add(layout.path, layout.slots, digests)
             self._files.setdefault(file.rank, {})[layout.path] = entry
             self._aliases.setdefault(file.rank, {}).update(layout.aliases)
             self._place.settle(layout.path, file._staged)
@@ -319,12 +318,14 @@ def _pieces_of(path: str) -> Iterator[bytes]:
 
 def _rest(layout: FileLayout, parts: list[tuple[int, bytes]]) -> bytes:
     """The bytes that are no tensor's, in file order, having checked that they and the slots tile the file."""
-    runs = [(offset, len(data)) for offset, data in parts] + [(s.offset, s.nbytes) for s in layout.slots]
-    at = 0
-    for offset, nbytes in sorted(runs):
-        if offset != at:
-            raise WriteError(f"{layout.path}: its layout has a hole or overlap at byte {min(at, offset)}")
-        at += nbytes
-    if at != layout.nbytes:
-        raise WriteError(f"{layout.path}: its layout ends at byte {at} of {layout.nbytes}")
+    begin = np.concatenate([layout.slots.offset, np.array([offset for offset, _ in parts], np.int64)])
+    nbytes = np.concatenate([layout.slots.nbytes, np.array([len(data) for _, data in parts], np.int64)])
+    order = np.lexsort((nbytes, begin))
+    begin, end = begin[order], np.cumsum(nbytes[order])
+    wrong = np.flatnonzero(begin != end - nbytes[order])
+    if len(wrong):
+        at = min(int(begin[wrong[0]]), int((end - nbytes[order])[wrong[0]]))
+        raise WriteError(f"{layout.path}: its layout has a hole or overlap at byte {at}")
+    if int(nbytes.sum()) != layout.nbytes:
+        raise WriteError(f"{layout.path}: its layout ends at byte {int(nbytes.sum())} of {layout.nbytes}")
     return b"".join(data for _, data in sorted(parts))

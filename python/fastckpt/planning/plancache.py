@@ -54,9 +54,9 @@ def folder() -> str | None:
 @functools.cache
 def code() -> str:
     """Hex digest of this package's own Python source: another version of it makes its own plans."""
-    digest = xxhash.xxh3_64()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.name.encode() + path.read_bytes())
+    digest, package = xxhash.xxh3_64(), Path(__file__).parents[1]
+    for path in sorted(package.rglob("*.py")):
+        digest.update(bytes(path.relative_to(package)) + path.read_bytes())
     return str(digest.hexdigest())
 
 

@@ -15,7 +15,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..digest import combine, crc32, crc32_combine, leaf_digests
+from ..digest import combined, crc32, crc32_combine, leaf_digests
 from ..dtypes import DTYPES
 from ..errors import SourceError, WriteError
 from ..extents import Buffer, fresh
@@ -195,11 +195,9 @@ class ToDigests:
         """Digest the leaves of a batch."""
         self.leaves[batch.leaf] = leaf_digests(filled, batch.leaf_offset, batch.leaf_size)
 
-    def digest(self, tensor: int) -> str:
-        """The digest of a tensor whose leaves are all there."""
-        first = int(self.slots.leaf[tensor])
-        count = -(-int(self.slots.nbytes[tensor]) // LEAF)
-        return combine(self.leaves[first : first + count])
+    def digests(self) -> NDArray[np.uint64]:
+        """The digest of every tensor, when all leaves are there."""
+        return combined(self.leaves, -(-self.slots.nbytes // LEAF))
 
 
 def _maker(lane: Lane, size: int) -> Callable[[Batch], memoryview]:
@@ -235,7 +233,6 @@ class ToFiles:
         self.digests = ToDigests(slots)
         self.crcs: dict[int, int] = {}  # leaf -> CRC32, of files that need them
         self.codes = np.array([d.code for d in tensors.made.dtypes], np.uint8)
-        self.floats = np.array([d.kind == "float" for d in tensors.made.dtypes], bool)
 
     def worker(self, lane: Lane, size: int) -> Worker:
         """A worker with a staging buffer of `size` bytes of its own."""
@@ -270,15 +267,13 @@ class ToFiles:
         """Refuse a batch that holds a NaN or an infinity, naming the tensor."""
         tensors = np.searchsorted(self.slots.leaf, batch.leaf, "right") - 1
         codes = self.codes[tensors]
-        if not self.floats[tensors].any():
-            return
         if (codes == codes[0]).all() and not nonfinite(filled, DTYPES[int(codes[0])]):
             return
         for tensor, at, length in zip(
             tensors.tolist(), batch.leaf_offset.tolist(), batch.leaf_size.tolist(), strict=True
         ):
             kind = DTYPES[int(self.codes[tensor])]
-            if kind.kind == "float" and (bad := nonfinite(filled[at : at + length], kind)):
+            if bad := nonfinite(filled[at : at + length], kind):
                 raise SourceError(
                     f"{self.tensors[tensor].name}: {bad} values of one MiB of its {kind} output are NaN or "
                     "infinite; allow_nonfinite accepts them"
@@ -286,13 +281,15 @@ class ToFiles:
 
     def close(self, threads: int) -> None:
         """Close every file, several at a time: what is known only now, and the wait for the disk."""
-        names = self.tensors.made.names
+        names, slots, digests = self.tensors.made.names, self.slots, self.digests.digests()
+        # Each file's tensors as they lie in it; what is empty lies before what begins at the same byte.
+        order = np.lexsort((slots.nbytes, slots.offset, slots.file))
+        border = np.searchsorted(slots.file[order], np.arange(len(self.files) + 1))
 
         def close(number: int) -> None:
-            file = self.files[number]
-            own = np.flatnonzero(self.tensors.file == number).tolist()
-            crcs = {names[i]: self.tensor_crc(i) for i in own} if file.layout.crc else {}
-            file.close(crcs, {names[i]: self.digests.digest(i) for i in own})
+            file, own = self.files[number], order[border[number] : border[number + 1]]
+            crcs = {names[i]: self.tensor_crc(i) for i in own.tolist()} if file.layout.crc else {}
+            file.close(crcs, digests[own])
 
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(close, range(len(self.files))))

@@ -20,9 +20,9 @@ from ..executors import pick
 from ..executors.cpu import built
 from ..extents import Buffer, Extents, File
 from ..output.files import parse_size
-from ..output.manifest import Manifest, Origin, Record
+from ..output.manifest import Manifest, Origin, Record, rows_of
 from ..output.writer import Output
-from ..planning.planner import LEAF, Batch, Binding, compiled, cut
+from ..planning.planner import LEAF, Batch, Binding, compiled, cut, spread
 from ..planning.plans import Plan
 from ..quantisation import figures
 from ..quantisation.prequantised import Matrix
@@ -131,7 +131,8 @@ class Run:
         """The digest of every tensor of a plan of one rank; nothing is kept."""
         end = ToDigests(planned.slots())
         self._copy(planned, lambda lane: end.worker(lane, self.band))
-        return {t.name: end.digest(i) for i, t in enumerate(planned.tensors)}
+        found = map("{:016x}".format, end.digests().tolist())
+        return dict(zip(planned.tensors.made.names, found, strict=True))
 
     def _in_memory(self, planned: Plan, buffers: Sequence[Buffer], device: str) -> Report:
         if device == "cpu":
@@ -243,14 +244,19 @@ class Run:
         alone = len(planned.ranks) < planned.placement.world
         with reader_of(planned.extents, binding, alone=alone) as reader:
             stage, band = (batch, batch) if batch else sizes(reader, self.band)
+            merging = isinstance(reader, Merging)
 
             def batches() -> Iterator[Batch | Job]:
                 for first, chunk in planned.chunks():
                     yield from quantising.jobs(first, chunk, binding)
                     others = quantising.others(first, chunk)
-                    yield from cut(
-                        others, first, quantising.rest, binding, stage=stage, band=band, apart=apart
-                    )
+                    rest = quantising.rest
+                    if apart:
+                        yield from spread(
+                            others, first, rest, binding, stage=band, band=band, by_file=merging
+                        )
+                    else:
+                        yield from cut(others, first, rest, binding, stage=stage, band=band)
 
             def both(lane: Lane) -> Callable[[Batch | Job], None]:
                 copy = _named(lane, worker(lane))
@@ -367,10 +373,10 @@ def _record(planned: Plan, finite: bool) -> Record:
 def _digests(manifest: Manifest, ranks: Sequence[int]) -> dict[str, str]:
     """Tensor digests of some ranks; the rank stands before the name where the set has several."""
     return {
-        f"{shard.rank}/{name}" if manifest.world > 1 else name: tensor.digest
+        f"{shard.rank}/{name}" if manifest.world > 1 else name: found
         for shard in manifest.shards
         if shard.rank in ranks
-        for name, tensor in shard.tensors.items()
+        for name, *_, found in rows_of(shard.tensors)
     }
 
 

@@ -140,6 +140,19 @@ def tied(state: Mapping[str, torch.Tensor], made: set[str]) -> dict[str, str]:
     return {n: holder[id(t)] for n, t in state.items() if n not in made and id(t) in holder}
 
 
+def apart(state: Mapping[str, torch.Tensor], made: set[str], aliases: Mapping[str, str]) -> dict[str, str]:
+    """Names that are one tensor in the checkpoint and two in the module: name -> the made name it equals.
+
+    Raises LayoutError where the two differ in dtype or shape, so that one cannot be copied from the other."""
+    one = tied(state, made)
+    found = {a: h for a, h in aliases.items() if a in state and a not in one}
+    for name, holder in found.items():
+        wanted, got = ((state[n].dtype, tuple(state[n].shape)) for n in (holder, name))
+        if got != wanted:
+            raise LayoutError(f"{name}: got {got[0]} {got[1]}; the checkpoint ties it to {holder}, {wanted}")
+    return found
+
+
 def made_real(state: Mapping[str, torch.Tensor], device: str = "cpu") -> State:
     """Dense tensors to fill, one for each: the module's own memory, or on `device` where it is on meta."""
     return {
