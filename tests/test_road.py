@@ -10,7 +10,7 @@ import fastckpt
 import numpy as np
 import pytest
 import torch
-from fastckpt import dtypes, road, sources, views
+from fastckpt import dtypes, road, sources, stored
 from fastckpt.dtypes import BY_NAME, DTYPES
 from fastckpt.errors import FastckptError, LayoutError, RecipeError, SourceError, WriteError
 from fastckpt.executors import pick
@@ -180,6 +180,21 @@ def test_a_tied_module_does_not_choose_between_two_tensors():
         fastckpt.load_into(module, {"0.weight": torch.zeros(3, 3), "1.weight": torch.ones(3, 3)})
 
 
+@pytest.mark.parametrize("quant", [None, "int8"])
+def test_little_is_moved_by_the_callers_thread(monkeypatch, quant):
+    state = {"a.up_proj.weight": torch.randn(64, 128), "b": torch.randn(3)}
+    road = {"layout": "same", "quant": quant, "threads": 2}
+    want = fastckpt.reshard(state, **road)[0]
+    monkeypatch.setattr(runs, "SMALL", 1 << 20)
+    monkeypatch.setattr(runs, "feed", lambda *_: pytest.fail("threads were started"))
+    told = []
+    got = fastckpt.reshard(state, **road, progress=lambda *now: told.append(now))[0]
+    assert got.keys() == want.keys() and all(torch.equal(got[n], x) for n, x in want.items())
+    assert sum(t.nbytes for t in got.values() if t.dim() != 2 or t.shape[1] > 1) == told[-1][0]  # no scales
+    with pytest.raises(SourceError, match=r"up_proj\.weight: NaN"):
+        fastckpt.reshard({"a.up_proj.weight": torch.full((8, 128), torch.nan)}, layout="same", quant="int8")
+
+
 def test_tensors_in_memory_are_a_checkpoint():
     config, files, _ = tiny.made("mixtral")
     shards = fastckpt.reshard(files, 2, layout="vllm", config=config)
@@ -311,8 +326,8 @@ class Scaled:
     def targets(self, ckpt, placement):
         for name in ckpt:
             yield Target(name, ckpt[name])
-            yield Target(f"{name}.slopes", views.constant(np.arange(3, dtype=np.float32), dtypes.float32))
-            yield Target(f"{name}.size", views.constant(np.int64(len(name)), dtypes.int64))
+            yield Target(f"{name}.slopes", stored.constant(np.arange(3, dtype=np.float32), dtypes.float32))
+            yield Target(f"{name}.size", stored.constant(np.int64(len(name)), dtypes.int64))
 
     def naming(self, placement):
         return Naming("", "model.safetensors", "model-{part}-of-{parts}.safetensors")

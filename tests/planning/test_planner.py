@@ -9,8 +9,9 @@ from fastckpt.errors import ViewError
 from fastckpt.extents import Buffer, Extent, Extents, File
 from fastckpt.planning import planner
 from fastckpt.planning.planner import COPY, NOTHING, Binding, Slots
+from fastckpt.stored import constant, strided
 from fastckpt.target import Target
-from fastckpt.views import cat, constant, strided
+from fastckpt.views import cat
 from reading import read
 
 UNWRITTEN = 0xEE

@@ -12,9 +12,7 @@ import fcntl
 import itertools
 import os
 import re
-import secrets
 import shutil
-import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -116,7 +114,7 @@ class Whole:
                     "fastckpt; only those are overwritten"
                 )
         with telling(self.parent):
-            mark = f"{os.getpid()}-{secrets.token_hex(4)}"
+            mark = f"{os.getpid()}-{os.urandom(4).hex()}"
             self._staging = os.path.join(self.parent, _staging(self.name) + mark)
             move_in(self.parent, partial(os.mkdir, self._staging), self._made)
             self._sweep()
@@ -141,20 +139,27 @@ class Whole:
             if self._durable:
                 for directory, _, _ in os.walk(self._staging, topdown=False):
                     sync_directory(directory)
-            if self._replaces:
-                syscalls.exchange(self._staging, self.path)
-            else:
-                os.rename(self._staging, self.path)  # onto nothing or an empty directory, else ENOTEMPTY
+            self._swap(self._staging, self.path)
             if self._durable:
-                sync_directory(self.parent)
-                for made in self._made:
-                    sync_directory(os.path.dirname(made))
+                try:
+                    for changed in (self.parent, *(os.path.dirname(made) for made in self._made)):
+                        sync_directory(changed)
+                except OSError:  # a name that the disk may not keep does not count: back to what was
+                    self._swap(self.path, self._staging)
+                    raise
             self._made = []
         if self._replaces:
             shutil.rmtree(self._staging, ignore_errors=True)
             self.left = self._staging if os.path.lexists(self._staging) else ""
         self._unlock()
         return manifest
+
+    def _swap(self, new: str, old: str) -> None:
+        """Let a directory take the name of another, which takes its, or of nothing or an empty one."""
+        if self._replaces:
+            syscalls.exchange(new, old)
+        else:
+            os.rename(new, old)  # else ENOTEMPTY
 
     def abandon(self) -> None:
         """Leave nothing of this run."""
@@ -221,7 +226,7 @@ class Part:
         self.rank, self.world, self.key = rank, world, key
         self._overwrite, self._durable, self._keep = overwrite, durable, tuple(keep)
         self._mine = f"{TRACE}rank-{rank}."
-        self._token = secrets.token_hex(4)
+        self._token = os.urandom(4).hex()
         self._made: list[str] = []
         self._waiting: list[tuple[str, str]] = []
         self._placed: list[str] = []
@@ -363,7 +368,7 @@ class Part:
         for entry in sorted(os.listdir(self.path)):
             rank = rank_of(entry)
             if entry == NAME or rank == self.rank or (rank is not None and rank >= self.world):
-                away = os.path.join(self.path, f"{TRACE}replaced-{secrets.token_hex(8)}.json")
+                away = os.path.join(self.path, f"{TRACE}replaced-{os.urandom(8).hex()}.json")
                 with suppress(FileNotFoundError):  # another rank was faster
                     os.rename(os.path.join(self.path, entry), away)
         self._sync({self.path})
@@ -466,7 +471,7 @@ def _staging(name: str) -> str:
 
 
 def _host() -> str:
-    return re.sub("[^A-Za-z0-9]", "_", socket.gethostname())[:32]
+    return re.sub("[^A-Za-z0-9]", "_", os.uname().nodename)[:32]
 
 
 def _lock(directory: str) -> int:

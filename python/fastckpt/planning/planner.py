@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ..dtypes import DTYPES
 from ..errors import ViewError
-from ..extents import LINE, Buffer, Extents, File
+from ..extents import COMPUTED, LINE, Buffer, Extents, File
 from ..target import Target
 from ..views import ZERO, View, dense_strides
 
@@ -446,10 +446,11 @@ def spread(
     band: int,
     by_file: bool = False,
 ) -> Iterator[Batch]:
-    """Batches of about `stage` bytes of the chunk's tensors, each memory of its own, in the order of the source.
+    """Batches of about `stage` bytes of tensors, each memory of its own, in the order of the source.
 
     Rows are cut to at most `stage` bytes, `band` of a tensor that is transposed on the way, and less of one
-    that picks a little of many pages: the others that want the rest of those pages are then not far.
+    that picks a little of many pages: the others that want the rest of those pages are then not far. What is
+    made when it is read has no pages, and is cut between its lines.
     `dst_buffer` is the plan's number of a tensor and `dst` counts from its start; a batch runs from 0 to its
     bytes and has no leaves. `by_file`: none has tensors of two files; else `file` is 0."""
     tensors = slice(first, first + chunk.count)
@@ -458,10 +459,14 @@ def spread(
     # One address space for the whole chunk: each tensor at the sum of the sizes before it.
     base = np.cumsum(size) - size
     low, high = span(rows, "src")
-    moved = nbytes(rows, "src")
-    thin = np.ones(chunk.count, np.int64)
+    nowhere = _lies_nowhere(rows, binding)
+    moved = np.where(nowhere, 0, nbytes(rows, "src"))
+    unit, thin = np.full(chunk.count, LINE), np.ones(chunk.count, np.int64)
+    np.maximum.at(unit, chunk.tensor[nowhere], rows["dst_stride"][nowhere, -2])
     np.maximum.at(thin, chunk.tensor, np.where(moved == 0, 1, -(-(high - low) // np.maximum(moved, 1))))
-    step = np.maximum(stage // thin, min(stage, THINNEST)) // LINE * LINE
+    step = np.maximum(stage // thin, min(stage, THINNEST))
+    unit = np.where(unit > step, LINE, unit)
+    step = step // unit * unit
     step = np.where(_transposed(rows, chunk), band, step)
     pieces = -(-size // step)
     within = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -487,6 +492,12 @@ THINNEST = 1 << 16
 """Bytes that are cut no further where a tensor picks a little of many pages."""
 
 NO_LEAVES: Ints = np.empty(0, np.int64)
+
+
+def _lies_nowhere(rows: Table, binding: Binding) -> NDArray[np.bool_]:
+    """Which bound rows read what is made for them."""
+    made = [isinstance(p, Buffer) and p.device == COMPUTED for p in binding.places]
+    return np.array([*made, False]).take(rows["src_buffer"], mode="clip")
 
 
 def _transposed(rows: Table, chunk: Chunk) -> NDArray[np.bool_]:

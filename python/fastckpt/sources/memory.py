@@ -20,7 +20,8 @@ from ..checkpoint import JSON, Checkpoint, Entry, Single
 from ..dtypes import BY_NAME, DType
 from ..errors import SourceError, expect
 from ..extents import Buffer, Extent, Extents
-from ..views import View, runs, zeros
+from ..stored import runs
+from ..views import View, zeros
 from .assembly import assemble, tensor
 from .options import Options
 
@@ -79,7 +80,7 @@ def read(tensors: Mapping[str, object], options: Options = _PLAIN) -> Checkpoint
     at = {n: buffers[h.buffer.device, h.buffer.address, h.buffer.nbytes] for n, h in held.items()}
     for name, h in held.items():
         if name not in aliases:
-            entries[name] = tensor(table, at[name], h.dtype, h.shape, h.offset, h.stride, "parameter")
+            entries[name] = tensor(table, at[name], h.dtype, h.shape, h.offset, h.stride)
     devices = sorted({h.buffer.device for h in held.values()})
     return assemble(
         NAME, NAME, entries, table, options, aliases=aliases,
