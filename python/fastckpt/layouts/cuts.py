@@ -15,8 +15,9 @@ from ..dtypes import int64
 from ..errors import LayoutError
 from ..model import Attention, Beside, Linear, Norm, Parameter, Sizes
 from ..placement import Placement
+from ..stored import constant
 from ..target import Target
-from ..views import View, cat, constant
+from ..views import View, cat
 
 
 def require_tensor_parallel(layout: str, placement: Placement) -> None:

@@ -269,6 +269,20 @@ def quantization_config(quant: Quant, shapes: Mapping[str, tuple[int, ...]]) -> 
     }
 
 
+def fused_config(config: Mapping[str, JSON], names: Iterable[str]) -> dict[str, JSON]:
+    """What config.json must say otherwise for vLLM where GPTQ's modules are fused: unless it says which are
+    quantised, by the hub's names, vLLM asks the names in the files, which are then others."""
+    said = config.get("quantization_config")
+    if not isinstance(said, dict) or said.get("quant_method") != "gptq":
+        return {}
+    if said.get("modules_in_block_to_quantize"):
+        return {}
+    modules: list[JSON] = [
+        n.removesuffix(".qweight") for n in names if n.endswith(".qweight") and ".experts." not in n
+    ]
+    return {"quantization_config": {**said, "modules_in_block_to_quantize": modules}}
+
+
 def flat(shape: tuple[int, ...]) -> tuple[int, int]:
     """A matrix, or a stack of them, as one of so many rows and columns."""
     return math.prod(shape[:-1]), shape[-1]
