@@ -460,6 +460,25 @@ def test_vllms_four_bits_are_those_of_a_quantised_source(tmp_path, engine, schem
         same({n: x for n, x in back.items() if not n.endswith(left)}, rounded)
 
 
+@pytest.mark.parametrize("count", [0, EXPERTS])
+def test_gptq_tells_vllm_which_modules_are_quantised(tmp_path, count):
+    """By the hub's names, as vLLM's is_layer_gptq_quantized asks; experts are asked about otherwise."""
+    config, tensors = model(count)
+    out, asked = tmp_path / "out", layout("vllm", {"engine": ENGINE})
+    fastckpt.reshard(tensors, config=config, quant="gptq-group32", out=tmp_path / "hub")
+    dense = [n.removesuffix(".weight") for n in tensors if "_proj" in n and "experts" not in n]
+    for given in (dict(quant="gptq-group32"), {}):
+        source = tensors if given else tmp_path / "hub"
+        told = dict(config=config) if given else {}
+        fastckpt.reshard(source, 2, layout=asked, out=out, overwrite=True, **given, **told)
+        said = json.loads((out / "config.json").read_text())["quantization_config"]
+        assert said.pop("modules_in_block_to_quantize") == dense
+        hub = json.loads((tmp_path / "hub" / "config.json").read_text())
+        assert said == hub["quantization_config"]
+    fastckpt.reshard(out, out=tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == hub
+
+
 def test_rtp_llm_takes_int4_of_experts(tmp_path):
     config, tensors = model(EXPERTS)
     quant = Quant(SCHEMES["int4-group32"], exclude=("*self_attn*",))
