@@ -85,7 +85,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "pipeline": (*CORE, "digest", "finite", "planner", "planned", "plans", "reader", *FILES),
     "quantising": (*CORE, "planner", "plans", "schemes", "quantplan", "rounding", "reader"),
     "figures": (*CORE, "planner", "plans", "schemes", "quantplan", "prequantised", "rounding"),
-    "tensors": (*CORE, "planner", "plans"),
+    "tensors": (*CORE, "sources", "planner", "plans"),
     "device": (*CORE, "digest", "planner", "reader", "pipeline", "executors"),
     "resident": (*CORE, "lowrank", "planner", "plans", "executors"),
     "crossing": (*CORE, "device", "executors", "pipeline", "planner", "plans", "reader"),

@@ -159,6 +159,35 @@ def test_the_callers_tensors_are_filled_in_place(tmp_path):
         fastckpt.reshard(tmp_path, 2, layout="vllm", out=one)
 
 
+class Wrapped(torch.Tensor):
+    """As DTensor: a tensor whose memory is another's."""
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return args[0]
+
+
+def test_values_that_lie_in_no_plain_memory_are_not_filled():
+    negated = torch._neg_view(torch.zeros(3))
+    conjugated = torch.zeros(3, dtype=torch.complex64).conj()
+    for odd in (negated, conjugated, Wrapped(torch.zeros(3))):
+        given = {"w": torch.ones(3, dtype=odd.dtype)}
+        with pytest.raises(LayoutError, match=r"w is a .*plain memory"):
+            fastckpt.reshard(given, rank=0, layout="same", out={"w": odd})
+    module = torch.nn.Linear(3, 1, bias=False)
+    module.weight = torch.nn.Parameter(Wrapped(torch.zeros(1, 3)), requires_grad=False)
+    with pytest.raises(LayoutError, match="plain memory"):
+        fastckpt.load_into(module, {"weight": torch.ones(1, 3)})
+    with pytest.raises(LayoutError, match="plain memory"):
+        fastckpt.verify_tensors(module, {"weight": torch.ones(1, 3)})
+    assert fastckpt.verify_tensors({"w": torch._neg_view(torch.ones(3))}, {"w": -torch.ones(3)}).ok
+    assert not fastckpt.verify_tensors({"w": torch._neg_view(torch.ones(3))}, {"w": torch.ones(3)}).ok
+
+
 def test_memory_that_is_filled_twice_or_read_later_is_refused():
     base = torch.arange(16.0).view(4, 4)
     with pytest.raises(LayoutError, match="same memory"):

@@ -261,7 +261,7 @@ class Run:
                             others, first, rest, binding, stage=band, band=band, by_file=merging
                         )
                     else:
-                        yield from cut(others, first, rest, binding, stage=stage, band=band)
+                        yield from cut(others, first, rest, binding, stage=stage, band=band, thin=LEAF)
 
             def both(lane: Lane) -> Callable[[Batch | Job], None]:
                 copy = _named(lane, worker(lane))
