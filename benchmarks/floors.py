@@ -21,7 +21,7 @@ from fastckpt.output import syscalls
 from fastckpt.digest import crc32, leaf_digests
 from fastckpt.executors.cpu import Cpu
 from fastckpt.extents import Buffer, fresh
-from fastckpt.planning.planner import LEAF, NOTHING, Batch, Binding, cut
+from fastckpt.planning.planner import LEAF, NOTHING, Batch, Binding, cut, spread
 from fastckpt.planning.plans import Plan
 from fastckpt.quantisation.quantising import Job, Quantising
 from fastckpt.reader import Lane, Mapped
@@ -69,11 +69,10 @@ def batches(plan: Plan, binding: Binding, *, band: int = BAND, apart: bool = Fal
     return [
         batch
         for first, chunk in plan.chunks()
-        for batch in cut(
-            quantising.others(first, chunk), first, quantising.rest, binding,
-            stage=STAGE, band=band, apart=apart,
+        for batch in (spread if apart else cut)(
+            quantising.others(first, chunk), first, quantising.rest, binding, stage=STAGE, band=band
         )
-    ]  # fmt: skip
+    ]
 
 
 def source_runs(plan: Plan, binding: Binding, bases: Sequence[int]) -> list[tuple[int, int]]:

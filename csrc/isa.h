@@ -49,6 +49,29 @@ struct Quant {
     double* sums;
 };
 
+// How a value lies: a byte (UINT8 for eight bits packed across), four bits of which eight make a word of a row, the
+// first lowest (INT4) or in AWQ's order (AWQ), or four or eight bits of which a word holds that many rows (DOWN).
+enum DequantKind : uint8_t {
+    DEQUANT_INT8, DEQUANT_E4M3, DEQUANT_E5M2, DEQUANT_UINT8, DEQUANT_INT4, DEQUANT_INT4_AWQ, DEQUANT_INT4_DOWN, DEQUANT_INT8_DOWN,
+    DEQUANT_KINDS
+};
+
+// Quantised values and what they mean (dequant.h): (value - offset - zero) * scale. `values`: rows x columns, as they lie, in
+// whole words; `scales`, `zeros` (or null): `groups` a row, of which value (r, c) has number (first + c) / group, or the
+// first for group 0, of row row[r]. `out`: rows x columns of `dtype` (fp32, bf16 or fp16).
+struct Dequant {
+    const char* values;
+    size_t rows, columns;
+    DequantKind kind;
+    Dtype dtype;
+    const float* scales;
+    const float* zeros;
+    const int32_t* row;
+    size_t groups, group, first;
+    float offset;
+    char* out;
+};
+
 struct Kernels {
     const char* name;
     Pair pairs[DTYPES][DTYPES];  // [source][destination]
@@ -58,6 +81,8 @@ struct Kernels {
     uint64_t (*nonfinite)(const char* data, size_t n, Dtype dtype);
     // Quantises; false, with `out` undefined, where a value or its scale is NaN or infinite.
     bool (*quantise)(const Quant& q);
+    // Dequantises.
+    void (*dequantise)(const Dequant& q);
     // The largest magnitude of each row of fp32, bf16 or fp16; not finite where a value is not.
     void (*row_amax)(float* out, const char* src, size_t rows, size_t columns, Dtype dtype);
 };

@@ -1,6 +1,7 @@
 // Fills the table of kernels for the instruction set this translation unit is compiled for.
 #pragma once
 
+#include "dequant.h"
 #include "digest_long.h"
 #include "isa.h"
 #include "quant.h"
@@ -41,6 +42,7 @@ Kernels make_kernels(const char* name) {
     k.digest_long = digest_long;
     k.nonfinite = count_nonfinite;
     k.quantise = quantise;
+    k.dequantise = dequantise;
     k.row_amax = row_amax;
     return k;
 }

@@ -160,6 +160,34 @@ bool py_quantise(const py::object& dense, int code, size_t rows, size_t columns,
     return kernels(isa).quantise(q);
 }
 
+void py_dequantise(const py::object& values, int kind, size_t rows, size_t columns, const py::object& scales, const py::object& zeros,
+                   const py::object& row, size_t group, size_t first, float offset, int code, const py::object& out, int isa) {
+    Held v(values), s(scales), r(row), o(out, true);
+    if (kind < 0 || kind >= DEQUANT_KINDS) throw std::invalid_argument("dequantise: no kind " + std::to_string(kind));
+    check_dense("dequantise", o.nbytes(), code, rows, columns);
+    const bool four = kind >= DEQUANT_INT4 && kind <= DEQUANT_INT4_DOWN;
+    const size_t tall = kind == DEQUANT_INT4_DOWN ? 8 : kind == DEQUANT_INT8_DOWN ? 4 : 1, wide = kind == DEQUANT_INT4 || kind == DEQUANT_INT4_AWQ ? 8 : 1;
+    if (rows % tall != 0 || columns % wide != 0 || v.nbytes() != rows * columns / (four ? 2 : 1))
+        throw std::invalid_argument("dequantise: " + std::to_string(v.nbytes()) + " bytes are not " + std::to_string(rows) + " x " +
+                                    std::to_string(columns) + " values");
+    const size_t groups = group == 0 ? 1 : (first + columns - 1) / group + 1, held = s.count<float>("scales");
+    if (r.count<int32_t>("row") != rows || first > columns + group || held % groups != 0)
+        throw std::invalid_argument("dequantise: scales or rows of another size");
+    for (size_t i = 0; i < rows; ++i)
+        if (r.items<int32_t>()[i] < 0 || static_cast<size_t>(r.items<int32_t>()[i]) >= held / groups)
+            throw std::invalid_argument("dequantise: a row of no scales");
+    Dequant q{v.data(), rows, columns, static_cast<DequantKind>(kind), static_cast<Dtype>(code), s.items<float>(), nullptr,
+              r.items<int32_t>(), groups, group, first, offset, o.data()};
+    std::optional<Held> z;
+    if (!zeros.is_none()) {
+        z.emplace(zeros);
+        if (z->count<float>("zeros") != held) throw std::invalid_argument("dequantise: zeros are as many as scales");
+        q.zeros = z->items<float>();
+    }
+    py::gil_scoped_release free;
+    kernels(isa).dequantise(q);
+}
+
 void py_row_amax(const py::object& dense, int code, size_t rows, size_t columns, const py::object& out, int isa) {
     Held d(dense), o(out, true);
     check_dense("row_amax", d.nbytes(), code, rows, columns);
@@ -361,6 +389,9 @@ PYBIND11_MODULE(_C, m) {
           py::arg("block_rows"), py::arg("block_columns"), py::arg("reach"), py::arg("floor"), py::arg("lowest"),
           py::arg("reciprocal"), py::arg("half"), py::arg("kind"), py::arg("amax"), py::arg("out"), py::arg("scales"),
           py::arg("zeros"), py::arg("sums"), py::arg("isa") = -1);
+    m.def("dequantise", py_dequantise, py::arg("values"), py::arg("kind"), py::arg("rows"), py::arg("columns"), py::arg("scales"),
+          py::arg("zeros"), py::arg("row"), py::arg("group"), py::arg("first"), py::arg("offset"), py::arg("dtype_code"), py::arg("out"),
+          py::arg("isa") = -1);
     m.def("row_amax", py_row_amax, py::arg("dense"), py::arg("dtype_code"), py::arg("rows"), py::arg("columns"), py::arg("out"),
           py::arg("isa") = -1);
 

@@ -34,7 +34,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "lowrank": CORE,
     "finishes": (*CORE, "lowrank"),
     "planner": CORE,
-    "rounding": (*CORE, "schemes", "_C"),
+    "unrounding": (*CORE, "_C"),
+    "rounding": (*CORE, "schemes", "unrounding", "_C"),
     "quantplan": (*PLAIN, "schemes", "rounding"),
     "digest": (*CORE, "_C"),
     "finite": (*CORE, "digest", "_C"),
@@ -42,7 +43,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "tiles": (*CORE, "planner"),
     "reader": (*CORE, "planner", "_C"),
     "executors": (*CORE, "planner", "tiles", "_C"),
-    "dequantised": (*CORE, "lowrank", "finishes", "rounding", "schemes"),
+    "dequantised": (*CORE, "lowrank", "finishes", "rounding", "unrounding", "schemes"),
     "prequantised": (*CORE, "lowrank", "quantplan", "rounding", "schemes"),
     "merging": (*CORE, "lowrank", "finishes", "dequantised", "prequantised", "rounding", "planner", "reader"),
     # What makes output real.
@@ -109,13 +110,13 @@ MAY_IMPORT["__main__"] = ("cli",)
 
 WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "sources": (
-        ("options", "inert", "zero_files", "zero_layout", "zero_sample"),
+        ("options", "inert", "zero_layout", "zero_sample"),
         ("assembly", "picklemachine", "zipentries"),
         # torch files: zip and pickle below, tensors above
         ("torchzip", "inertpickle"),
         ("torchpickle",),
         ("torchfile",),
-        ("torchtensors", "zero_state", "dcp_metadata"),
+        ("torchtensors", "zero_state", "zero_files", "dcp_metadata"),
         ("shards", "zero_order", "zero_parts", "zero_experts", "zero_universal"),
         ("zero_opening",),
         # one format each
@@ -140,7 +141,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "manager": (
         ("__init__", "coordination", "values", "pieces", "commits", "metadata", "job", "uploaders"),
-        ("policies", "saving", "remote"),
+        ("policies", "saving", "remote", "standing"),
         ("opened",),
         ("loading", "publishing"),
         ("manager",),
@@ -168,6 +169,7 @@ TORCH |= {
         "values",
         "pieces",
         "saving",
+        "standing",
         "opened",
         "loading",
         "publishing",

@@ -139,6 +139,27 @@ def quantise(
     `kind`: `rounding.KINDS`' numbers. `amax` (fp32): one a row. `scales` (fp32), `zeros` (int8): one a block.
     `sums` (fp64): 5, added to. Raises ValueError for sizes that do not fit."""
 
+def dequantise(
+    values: Buffer,
+    kind: int,
+    rows: int,
+    columns: int,
+    scales: Buffer,
+    zeros: Buffer | None,
+    row: Buffer,
+    group: int,
+    first: int,
+    offset: float,
+    dtype_code: int,
+    out: Buffer,
+    isa: int = -1,
+) -> None:
+    """out becomes (value - offset - zero) * scale of rows x columns quantised values, as fp32, bf16 or fp16.
+
+    `kind`: `unrounding.KINDS`' numbers. Value (r, c) goes with the scale and zero (fp32) number
+    (first + c) // group of their row row[r] (int32), for `group` 0 with the only one there. Raises ValueError
+    for sizes that do not fit."""
+
 def row_amax(dense: Buffer, dtype_code: int, rows: int, columns: int, out: Buffer, isa: int = -1) -> None:
     """out[i] (fp32) becomes the largest magnitude of row i, not finite where a value is not."""
 

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING
 from .doors import serving_options
 from .doors.arguments import UsageError, parser
 from .doors.terminal import Progress, progress
+from .doors.text import columns, counted, harmless, size
 from .errors import FastckptError, WriteError
 from .output.endings import Endings
 from .placement import Placement
 
 if TYPE_CHECKING:
     from .checkpoint import JSON, Checkpoint
-    from .layouts import Layout
     from .planning.plans import Plan
     from .quantisation.losses import Loss
     from .running.runs import Report
@@ -126,15 +126,10 @@ def _failed(
         text = json.dumps(told)
     else:
         what = "" if isinstance(error, KeyboardInterrupt) else "error: "
-        text = _harmless(f"{usage}fastckpt: {what}{message}")
+        text = harmless(f"{usage}fastckpt: {what}{message}")
     with suppress(OSError):  # the exit code is still heard
         print(text, file=sys.stderr, flush=True)
     return code
-
-
-def _harmless(text: str) -> str:
-    """The text with control characters spelled out: names come from files, and terminals obey them."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 # ---- the commands ----
@@ -164,41 +159,32 @@ def _plot(path: str, found: Sequence[Loss]) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    _show_plan(args, _planned(args, serving_options.layout_of(args)))
+    from .road import plan
+
+    shape = serving_options.shape(args)
+    rank = _rank(args.rank, shape["placement"])
+    _show_plan(args, plan(_opened(args), rank=rank, **shape))
     return 0
 
 
 def _reshard(args: argparse.Namespace) -> int:
     from .road import reshard
 
-    layout = serving_options.layout_of(args)
     if args.dry_run:
-        _show_plan(args, _planned(args, layout))
-        return 0
-    placement = serving_options.placement(args)
+        return _plan(args)
+    shape = serving_options.shape(args)
     with progress(as_json=args.json, quiet=args.quiet) as shown:
         report = reshard(
             _opened(args),
-            placement=placement,
-            rank=_rank(args.rank, placement),
-            layout=layout,
-            config=args.config,
-            recipe=args.recipe,
-            tp_plan=serving_options.tp_plan(args),
-            vocab_size=args.vocab_size,
-            dtype=args.dtype,
-            quant=serving_options.quant(args),
-            adapter=args.adapter,
-            apart=args.apart,
+            rank=_rank(args.rank, shape["placement"]),
             allow_nonfinite=args.allow_nonfinite,
-            device=args.device,
             out=args.out,
-            max_shard_size=args.max_shard_size,
             durable=args.durable,
             overwrite=args.overwrite,
             memory=args.memory,
             threads=args.threads,
             progress=shown,
+            **shape,
         )
     _show_report(args, report)
     return 0
@@ -240,7 +226,6 @@ def _consolidate(args: argparse.Namespace) -> int:
 
 
 def _recipes(args: argparse.Namespace) -> int:
-    from .doors.text import columns
     from .recipes import table
 
     families = table()
@@ -266,7 +251,6 @@ def _recipes(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from .doors.text import counted, size
     from .verification import verify
 
     with progress(as_json=args.json, quiet=args.quiet) as shown:
@@ -339,29 +323,7 @@ def _show(args: argparse.Namespace, text: Callable[[], str], as_json: Callable[[
     if args.json:
         print(json.dumps(as_json(), indent=2))
     elif not args.quiet:
-        print(_harmless(text()))
-
-
-def _planned(args: argparse.Namespace, layout: Layout) -> Plan:
-    """The plan of what `args` ask `reshard` for."""
-    from .road import plan
-
-    placement = serving_options.placement(args)
-    return plan(
-        _opened(args),
-        placement=placement,
-        rank=_rank(args.rank, placement),
-        layout=layout,
-        config=args.config,
-        recipe=args.recipe,
-        tp_plan=serving_options.tp_plan(args),
-        vocab_size=args.vocab_size,
-        dtype=args.dtype,
-        quant=serving_options.quant(args),
-        adapter=args.adapter,
-        apart=args.apart,
-        max_shard_size=args.max_shard_size,
-    )
+        print(harmless(text()))
 
 
 def _show_plan(args: argparse.Namespace, planned: Plan) -> None:
@@ -373,7 +335,6 @@ def _show_plan(args: argparse.Namespace, planned: Plan) -> None:
 
 
 def _show_report(args: argparse.Namespace, report: object) -> None:
-    from .doors.text import counted, size
     from .running.runs import Report
 
     assert isinstance(report, Report)  # the output was a path

@@ -208,7 +208,10 @@ def consolidate(
     `reshard` does."""
     expect("out", out, str, os.PathLike, type(None))
     expect("allow_nonfinite", allow_nonfinite, bool)
-    if not isinstance(path, Checkpoint):
+    if isinstance(path, Checkpoint):
+        if tag or also or rename or weights != "master" or exclude_frozen or check_crc:
+            raise LayoutError("consolidate: options of open go with a path, this checkpoint is open already")
+    else:
         path = joining.open(
             path,
             tag=tag,

@@ -10,7 +10,7 @@ import quant_oracle
 import torch
 from fastckpt.cli import main
 from fastckpt.computed.merging import Merging
-from fastckpt.errors import SourceError
+from fastckpt.errors import LayoutError, SourceError
 from fastckpt.executors import pick
 from fastckpt.reader import Positioned
 from fastckpt.running import runs
@@ -180,6 +180,10 @@ REFUSED = {
         {"a.qweight": torch.zeros(8, 1, dtype=torch.int32), "a.qzeros": torch.zeros(1, 1, dtype=torch.int32),
          "a.scales": torch.ones(1, 8)}, {"quant_method": "gptq", "bits": 3}, "3 bits are not read",
     ),
+    "points": (
+        {"a.weight": torch.zeros(4, 8, dtype=torch.int8), "a.weight_scale": torch.ones(1),
+         "a.weight_zero_point": torch.ones(1, dtype=torch.bfloat16)}, {}, "zero_point: got bfloat16",
+    ),
     "order": (
         {"a.weight_packed": torch.zeros(8, 1, dtype=torch.int32), "a.weight_scale": torch.ones(8, 1),
          "a.weight_g_idx": torch.zeros(8)}, {}, "reordered",
@@ -202,3 +206,41 @@ def test_the_command_line(tmp_path, capsys):
     assert main([*line, "--quant-include", "*"]) == 2
     assert main(line) == 0
     same(load_file(tmp_path / "out" / "model.safetensors"), {n: t.half() for n, t in want.items()})
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8-channel", "fp8-block"])
+def test_bytes_are_never_cast_without_their_scales(tmp_path, scheme):
+    source(tmp_path, scheme)
+    name, refused = (
+        "model.layers.0.self_attn.o_proj.weight",
+        "o_proj.weight is quantised|q_proj.weight is quantised",
+    )
+    stored = load_file(tmp_path / "in/model.safetensors")
+    for options in ({"layout": "same", "dtype": "float32"}, {"dtype": "float8_e5m2"}, {"dtype": "bfloat16"}):
+        with pytest.raises(LayoutError, match=refused):
+            fastckpt.reshard(tmp_path / "in", **options)
+    with pytest.raises(LayoutError, match=refused):
+        fastckpt.reshard(tmp_path / "in", tp_plan={"*": "replicate"}, dtype="bfloat16")
+    with pytest.raises(LayoutError, match=refused):
+        fastckpt.consolidate(tmp_path / "in")
+    same({name: fastckpt.consolidate(tmp_path / "in", dtype=None)[name]}, {name: stored[name]})
+
+    class Module(torch.nn.Module):
+        def state_dict(self, **_):
+            return {name: self.held}
+
+    module = Module()
+    module.held = torch.full(stored[name].shape, 7.0)
+    with pytest.raises(LayoutError, match=refused):
+        fastckpt.load_into(module, tmp_path / "in", strict=False)
+    assert (module.held == 7).all()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4-group32", "awq-group32", "gptq-group32"])
+def test_scales_are_never_rounded(tmp_path, scheme):
+    source(tmp_path, scheme)
+    with pytest.raises(LayoutError, match=r"scales? is quantised, so its bytes cannot become bfloat16"):
+        fastckpt.reshard(tmp_path / "in", layout="same", dtype="bfloat16")
+    stored = load_file(tmp_path / "in/model.safetensors")
+    got = fastckpt.reshard(tmp_path / "in", layout="same", dtype="float32")[0]
+    same(got, {n: t.float() if t.dtype == torch.float16 else t for n, t in stored.items()})

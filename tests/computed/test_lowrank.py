@@ -127,7 +127,8 @@ def test_what_does_not_know_it_refuses():
 
 
 def test_elements_and_runs():
-    down, across, strides = elements(2 * pitch(4) + 1, (1, 3, 1, 2), (0, pitch(4), 0, 2), 4)
+    down, across, steps = elements(2 * pitch(4) + 1, (1, 3, 1, 2), (0, pitch(4), 0, 2), 4)
     assert (down.tolist(), across.tolist()) == ([2, 3, 4], [1, 3])
-    assert strides[1] == 2 and strides[3] == 1
+    assert steps[1] == (1, 0) and steps[3] == (1, 1)
+    assert elements(0, (2, 2, 3), (2 * pitch(4), pitch(4), 1), 4)[2] == [(2, 0), (1, 0), (1, 1)]
     assert runs(np.array([3, 4, 7, 9, 10])) == [(3, 5), (7, 8), (9, 11)]

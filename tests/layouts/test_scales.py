@@ -85,5 +85,5 @@ def test_bytes_without_a_scale_and_other_dtypes_are_refused():
     name = "model.layers.0.self_attn.q_proj"
     with pytest.raises(RecipeError, match="has no weight_scale beside it"):
         fastckpt.reshard({n: x for n, x in hub.items() if n != f"{name}.weight_scale"}, config=config)
-    with pytest.raises(RecipeError, match="its bytes cannot become bfloat16"):
+    with pytest.raises(LayoutError, match="its bytes cannot become bfloat16"):
         fastckpt.reshard(hub, config=config, dtype="bfloat16")

@@ -6,8 +6,11 @@ import argparse
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import fastckpt
 import pytest
 import torch
 from fastckpt.errors import FastckptError, ManagerError, SourceError, WriteError
@@ -90,6 +93,43 @@ def test_restore(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     with pytest.raises(SourceError, match="digest"):
         call("restore", root, tmp_path / "none", "--step", 2)
     assert not (tmp_path / "none").exists()
+
+
+def test_restore_gives_each_rank_its_own(tmp_path: Path, as_ranks: Callable[..., list[Any]]) -> None:
+    """As it was saved: what differs from rank to rank, NaN and infinity too."""
+
+    def work(manager: CheckpointManager) -> None:
+        mine = torch.tensor([float(manager.rank), torch.nan, -torch.inf])
+        manager.save(1, {"w": torch.ones(4), "mine": mine})
+
+    as_ranks(2, tmp_path / "ck", work)
+    for rank in (0, 1):
+        assert call("restore", tmp_path / "ck", tmp_path / f"{rank}", "--rank", rank) == 0
+        found = load_file(tmp_path / f"{rank}/model.safetensors")
+        assert torch.equal(found["w"], torch.ones(4))
+        assert found["mine"].nan_to_num(9.0).tolist()[:2] == [rank, 9.0] and found["mine"][2] == -torch.inf
+    with pytest.raises(SourceError, match=r"the commits of a training job; open one of them, such as .*0001"):
+        fastckpt.open(tmp_path / "ck")
+
+
+def test_verify_in_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not on this machine is brought first; what cannot be is broken."""
+    fsspec = pytest.importorskip("fsspec")
+    url, store = "memory://commands/ck", fsspec.filesystem("memory").store
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with CheckpointManager(url, scratch=tmp_path / "elsewhere") as manager:
+        for step in range(3):
+            manager.save(step, {"x": torch.full((9,), step)})
+    assert call("verify", url) == 0
+    name = "/commands/ck/step-00000001/rank-00000/state.safetensors"
+    data = bytes(store[name].getbuffer())
+    fsspec.filesystem("memory").pipe_file(name, data[:-1] + b"!")
+    assert call("verify", url) == 1
+    fsspec.filesystem("memory").pipe_file(name, data[:-1])
+    assert call("verify", url) == 1
+    with pytest.raises(SourceError, match="the record says"):
+        call("verify", url, "--step", 1)
+    store.clear()
 
 
 def test_publish_and_back(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -258,6 +258,24 @@ def test_exchanges_stay_in_step(tmp_path: Path, as_ranks: AsRanks) -> None:
     assert len([e for e in os.listdir(tmp_path / ".fastckpt-meeting") if "main" in e]) <= 9
 
 
+@pytest.mark.parametrize("error", [KeyError("lr"), AttributeError("lr"), ZeroDivisionError("lr")])
+def test_what_a_state_dict_fails_with_is_heard_by_all(
+    tmp_path: Path, as_ranks: AsRanks, error: Exception
+) -> None:
+    class Failing:
+        def state_dict(self) -> dict[str, Any]:
+            raise error
+
+        def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def work(manager: CheckpointManager) -> None:
+        with pytest.raises(ManagerError, match=f"rank 1: {type(error).__name__}: .*lr"):
+            manager.save(1, {"x": Failing() if manager.rank else 1})
+        assert manager.save(2, {"x": 1})
+
+    as_ranks(2, tmp_path, work)
+
+
 def test_the_class_of_an_error_is_the_same_everywhere(tmp_path: Path, as_ranks: AsRanks) -> None:
     def work(manager: CheckpointManager) -> None:
         def fail() -> None:

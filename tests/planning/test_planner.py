@@ -71,7 +71,7 @@ def check(seed):
         offset[t] = end[file[t]]
         end[file[t]] += sizes[t] + rng.choice([0, 0, 5])
     slots, binding = Slots.of(file, offset, sizes), Binding.of(extents)
-    stage, band = rng.choice([64, 128]), rng.choice([64, 128, 512])
+    stage, band, by_file = rng.choice([64, 128]), rng.choice([64, 128, 512]), rng.random() < 0.5
     files = [np.full(n + 9, UNWRITTEN, np.uint8) for n in end]
     leaves = {}
     for batch in planner.cut(chunk, 0, slots, binding, stage=stage, band=band):
@@ -84,7 +84,8 @@ def check(seed):
             leaves[int(leaf)] = staging[at : at + size].tobytes()
     assert sorted(leaves) == list(range(slots.leaves))
     buffers = [np.full(n, UNWRITTEN, np.uint8) for n in sizes]
-    for batch in planner.cut(chunk, 0, slots, binding, stage=stage, band=band, apart=True):
+    for batch in planner.spread(chunk, 0, slots, binding, stage=stage, band=band, by_file=by_file):
+        assert not by_file or {file[t] for t in batch.rows["dst_buffer"].tolist()} == {batch.file}
         interpret(batch.rows, binding.places, buffers)
     for t, target in enumerate(targets):
         want = read(target.view).tobytes()
@@ -102,6 +103,22 @@ def small_leaves(monkeypatch):
 def test_cut_targets_equal_numpy(small_leaves):
     for seed in range(150):
         check(seed)
+
+
+def test_the_row_of_one_fragment_is_compiles():
+    found = 0
+    for seed in range(300):
+        targets, extents = random_targets(random.Random(seed))
+        for target in targets:
+            row = planner.single(target.view)
+            chunk, _ = planner.compile([target], extents)
+            if row is not None and target.view.extents is extents:
+                found += 1
+                assert row.tobytes() == chunk.rows.tobytes()
+            elif len(chunk.rows) == 1 and target.view.numel and target.name != "constant":
+                assert chunk.rows["src_buffer"][0] == NOTHING or len(target.view.held) > 1
+    assert found > 200
+
 
 
 @pytest.mark.nightly
@@ -189,3 +206,18 @@ def test_batches_come_in_the_order_of_their_sources(small_leaves):
     assert [(b.file, b.start) for b in batches] == [(f, at) for at in (0, 1024, 2048, 3072) for f in (0, 1)]
     starts = [int(b.rows["src"].min()) for b in batches]
     assert starts == sorted(starts)
+
+
+def test_memory_is_filled_in_the_order_of_the_source(monkeypatch):
+    """Ranks that pick columns of the same rows share a batch, and its pages are read once."""
+    monkeypatch.setattr(planner, "THINNEST", 64)
+    extents = Extents([Extent(File("/r", 1 << 20), 0, 1 << 20, "0")])
+    whole = strided(extents, 0, dtypes.float32, (64, 64))
+    chunk, _ = planner.compile([Target(f"rank {r}", whole.narrow(1, 16 * r, 16)) for r in range(4)], extents)
+    slots = Slots.of(range(4), [0] * 4, [4096] * 4)
+    batches = list(planner.spread(chunk, 0, slots, Binding.of(extents), stage=4096, band=4096))
+    assert [(b.stop, sorted(b.rows["dst_buffer"].tolist())) for b in batches] == [(4096, [0, 1, 2, 3])] * 4
+    starts = np.concatenate([b.rows["src"] for b in batches]).tolist()
+    assert starts == sorted(starts)
+    apart = planner.spread(chunk, 0, slots, Binding.of(extents), stage=4096, band=4096, by_file=True)
+    assert [(b.file, b.stop) for b in apart] == [(r, 4096) for r in range(4)]

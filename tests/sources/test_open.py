@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 
+import fastckpt
 import pytest
 import reading
 import torch
 from fastckpt import sources
-from fastckpt.errors import SourceError
+from fastckpt.errors import LayoutError, SourceError
 from safetensors.torch import save_file
 from zero_writer import write_zero
 
@@ -60,6 +61,30 @@ def test_a_directory_of_checkpoints_names_them(tmp_path):
     for step in (9, 10):
         write_zero(tmp_path / f"checkpoint-{step}", TENSORS, stage=3, world=1)
     refuses(tmp_path, "it holds some: checkpoint-10, checkpoint-9")
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"exclude_frozen": True}, "exclude_frozen was asked for"),
+        ({"check_crc": True}, "check_crc was asked for"),
+        ({"weights": "module"}, "weights='module' was asked for"),
+        ({"tag": "x"}, "tag 'x' was asked for"),
+    ],
+)
+def test_options_that_a_format_cannot_heed_are_refused(tmp_path, option, words):
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    for path in (tmp_path, tmp_path / "model.safetensors", TENSORS):
+        with pytest.raises(SourceError, match=words):
+            sources.open(path, **option)
+    torch.save(TENSORS, tmp_path / "x.pt")
+    if "check_crc" in option:
+        assert len(sources.open(tmp_path / "x.pt", **option)) == 2
+    else:
+        with pytest.raises(SourceError, match=words):
+            sources.open(tmp_path / "x.pt", **option)
+    with pytest.raises(LayoutError, match="this checkpoint is open already"):
+        fastckpt.consolidate(sources.open(tmp_path), **option)
 
 
 @pytest.mark.parametrize("name", ["latest_checkpointed_iteration.txt", "common.pt"])

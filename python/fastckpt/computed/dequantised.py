@@ -1,7 +1,7 @@
 """Quantised matrices as dense ones: which tensors belong together, and boxes of what they mean.
 
-Law: a value is (q - zero) * scale, both factors in fp32, then rounded once to the dtype that was asked for:
-torch's `((q.float() - zero) * scale.float()).to(dtype)`.
+Law: a value is (q - zero) * scale, both factors in fp32, then rounded once to the dtype that was asked for
+(`unrounding`): torch's `((q.float() - zero) * scale.float()).to(dtype)`.
 Sources: compressed-tensors 0.20 (dequantize, unpack_from_int32), DeepSeek-V3's weight_dequant, AutoAWQ's
 dequantize_gemm, AutoGPTQ's QuantLinear (format "gptq": zero points are stored less one).
 """
@@ -16,17 +16,15 @@ import numpy as np
 
 from .. import dtypes
 from ..checkpoint import JSON, Checkpoint, Entry, Single
-from ..dtypes import DType
-from ..errors import SourceError
+from ..dtypes import DType, exact
+from ..errors import LayoutError, SourceError
 from ..extents import Extents
-from ..quantisation.rounding import AWQ_ORDER
+from ..quantisation.rounding import DENSE
 from ..quantisation.schemes import Packed
+from ..quantisation.unrounding import Elements, per_element, unpacked, unrounded
 from ..views import View
 from .finishes import Read
 from .lowrank import Floats, Ints, moved, nowhere, pitched
-
-PIECE = 1 << 16
-"""Values made at once, so that they stay in cache."""
 
 KNOWN = ("fp8", "compressed-tensors", "awq", "gptq", "fastckpt")
 """The `quant_method`s that are read."""
@@ -55,82 +53,73 @@ class Parts:
     group: View | None = None
     form: View | None = None
 
-    def box(self, read: Read, r0: int, r1: int, c0: int, c1: int) -> Floats:
-        """Outputs [r0, r1) of inputs [c0, c1). Raises SourceError where the stored shape is another."""
+    @property
+    def kind(self) -> str:
+        """How the values lie, as `unrounding` names it."""
+        return f"{self.packed}{self.bits}" if self.packed else self.values.dtype.name
+
+    def box(self, read: Read, dtype: DType, r0: int, r1: int, c0: int, c1: int) -> Elements:
+        """Outputs [r0, r1) of inputs [c0, c1), in `dtype` or in fp32.
+
+        Raises SourceError where the stored shape is another, or an input is in no group."""
         if self.form is not None and read(self.form).tolist() != list(self.shape):
             raise SourceError(f"{self.name}: stored shape {read(self.form).tolist()}, wanted {self.shape}")
-        out = np.empty((r1 - r0, c1 - c0), np.float32)
-        step = max(1, PIECE // max(1, c1 - c0)) if not self.turned else r1 - r0
-        for a in range(r0, r1, step):
-            b = min(r1, a + step)
-            scale, zero = self._each(read, a, b, c0, c1)
-            values = self._values(read, a, b, c0, c1)
-            np.multiply(values if zero is None else values - zero, scale, out=out[a - r0 : b - r0])
-        return out
-
-    def _values(self, read: Read, r0: int, r1: int, c0: int, c1: int) -> Floats:
-        if not self.packed:
-            view = self.values.narrow(0, r0, r1 - r0).narrow(1, c0, c1 - c0)
-            floats = view.dtype.kind == "float"
-            return np.asarray(read(view.cast(dtypes.float32) if floats else view), np.float32)
         rows, columns = ((c0, c1), (r0, r1)) if self.turned else ((r0, r1), (c0, c1))
-        whole = self._unpacked(read, self.values, self.packed, rows, columns)
-        if not self.turned:
-            whole -= 1 << (self.bits - 1)
-        return np.asarray(whole.T if self.turned else whole, np.float32)
+        values, (top, left) = _elements(read, self.values, self.kind, rows, columns)
+        tall, wide = per_element(self.kind)
+        bottom, right = top + len(values) * tall, left + values.shape[1] * wide
+        down, across = self.shared[::-1] if self.turned else self.shared
+        row = self._groups(read, top, bottom) if self.group else np.arange(top, bottom) // (down or bottom)
+        g0, g1 = int(row.min()), int(row.max()) + 1
+        k0, k1 = (left // across, -(-right // across)) if across else (0, 1)
+        scales = read(self.scales.narrow(0, g0, g1 - g0).narrow(1, k0, k1 - k0).cast(dtypes.float32))
+        made = unrounded(
+            values,
+            self.kind,
+            np.asarray(scales, np.float32),
+            None if self.zeros is None else self._points(read, self.zeros, (g0, g1), (k0, k1)),
+            (row - g0).astype(np.int32),
+            across,
+            first=left - k0 * across,
+            offset=1 << (self.bits - 1) if self.packed and not self.turned else 0,
+            dtype=dtype if dtype in DENSE else dtypes.float32,
+        )[rows[0] - top : rows[1] - top, columns[0] - left : columns[1] - left]
+        return made.T if self.turned else made
 
-    def _unpacked(
-        self, read: Read, view: View, how: Packed, rows: tuple[int, int], columns: tuple[int, int]
-    ) -> Ints:
-        """Values [rows, columns) of a packed tensor, unsigned."""
-        many = 32 // self.bits
-        (a, b), axis = (rows, 0) if how == "down" else (columns, 1)
-        other = columns if how == "down" else rows
-        first, last = a // many, -(-b // many)
-        words = read(view.narrow(axis, first, last - first).narrow(1 - axis, other[0], other[1] - other[0]))
-        shifts = np.arange(0, 32, self.bits, dtype=np.uint32)
-        if how == "awq":
-            shifts = shifts[np.argsort(AWQ_ORDER)]
-        lanes = words.view(np.uint32)[..., None] >> shifts & np.uint32((1 << self.bits) - 1)
-        if axis == 0:
-            lanes = lanes.transpose(0, 2, 1)
-        shape = (-1, words.shape[1]) if axis == 0 else (words.shape[0], -1)
-        start = a - first * many
-        whole = lanes.reshape(shape).take(np.arange(start, start + b - a), axis=axis)
-        return np.asarray(whole, np.int64)
+    def _groups(self, read: Read, start: int, stop: int) -> Ints:
+        """The groups of some inputs."""
+        assert self.group is not None
+        groups = read(self.group.narrow(0, start, stop - start)).astype(np.int64)
+        if groups.min() < 0 or groups.max() >= self.scales.shape[0]:
+            raise SourceError(
+                f"{self.name}: groups of inputs {groups.min()} to {groups.max()}, "
+                f"there are {self.scales.shape[0]}"
+            )
+        return groups
 
-    def _each(self, read: Read, r0: int, r1: int, c0: int, c1: int) -> tuple[Floats, Floats | None]:
-        """The scale, and the zero point if there is one, of every value of a box; axes of one broadcast."""
-        down, across = self.shared
-        g0, g1 = (c0 // across, -(-c1 // across)) if across else (0, 1)
-        pick = np.arange(c0, c1) // across - g0 if across else np.zeros(1, np.int64)
-        if self.group is not None:
-            groups = read(self.group.narrow(0, c0, c1 - c0)).astype(np.int64)
-            g0, g1 = int(groups.min()), int(groups.max()) + 1
-            if g0 < 0 or g1 > self.scales.shape[0]:
-                raise SourceError(
-                    f"{self.name}: a group of inputs {g1 - 1} or {g0}, there are {self.scales.shape[0]}"
-                )
-            pick = groups - g0
-        b0, b1 = (r0 // down, -(-r1 // down)) if down else (0, 1)
-        rows = np.arange(r0, r1) // down - b0 if down else np.zeros(1, np.int64)
-        if self.turned:
-            found = read(self.scales.narrow(0, g0, g1 - g0).narrow(1, b0, b1 - b0).cast(dtypes.float32)).T
-        else:
-            found = read(self.scales.narrow(0, b0, b1 - b0).narrow(1, g0, g1 - g0).cast(dtypes.float32))
-        scale = np.asarray(found[rows][:, pick], np.float32)
-        if self.zeros is None:
-            return scale, None
-        if self.packed:
-            how: Packed = "awq" if self.packed == "awq" else "across" if self.turned else "down"
-            axes = ((g0, g1), (b0, b1)) if self.turned else ((b0, b1), (g0, g1))
-            whole = self._unpacked(read, self.zeros, how, *axes)
-            points = (whole.T if self.turned else whole) - self.zero_offset
-            if self.turned:  # GPTQ's zero point 0 is stored as the highest
-                points &= (1 << self.bits) - 1
-        else:
-            points = read(self.zeros.narrow(0, b0, b1 - b0).narrow(1, g0, g1 - g0)).astype(np.int64)
-        return scale, np.asarray(points[rows][:, pick], np.float32)
+    def _points(self, read: Read, zeros: View, rows: tuple[int, int], columns: tuple[int, int]) -> Floats:
+        """Zero points, as whole numbers in fp32, that lie as the scales do."""
+        if not self.packed:
+            part = zeros.narrow(0, rows[0], rows[1] - rows[0]).narrow(1, columns[0], columns[1] - columns[0])
+            return read(part).astype(np.float32)
+        how = "awq" if self.packed == "awq" else "across" if self.turned else "down"
+        values, (top, left) = _elements(read, zeros, f"{how}{self.bits}", rows, columns)
+        whole = unpacked(values, f"{how}{self.bits}")[
+            rows[0] - top : rows[1] - top, columns[0] - left : columns[1] - left
+        ]
+        whole -= np.float32(self.zero_offset)
+        if self.turned:  # GPTQ's zero point 0 is stored as the highest
+            whole[whole == 1 << self.bits] = 0
+        return np.ascontiguousarray(whole)
+
+
+def _elements(
+    read: Read, view: View, kind: str, rows: tuple[int, int], columns: tuple[int, int]
+) -> tuple[Elements, tuple[int, int]]:
+    """The stored elements that hold values [rows, columns], and the row and the column of their first."""
+    tall, wide = per_element(kind)
+    a, b, c, d = rows[0] // tall, -(-rows[1] // tall), columns[0] // wide, -(-columns[1] // wide)
+    return read(view.narrow(0, a, b - a).narrow(1, c, d - c)), (a * tall, c * wide)
 
 
 def plain(
@@ -185,6 +174,33 @@ INSTEAD = ("qweight", "qzeros", "scales", "g_idx", "input_scale", "input_zero_po
 """What they are called in place of `weight`; those of the input mean nothing to a dense matrix."""
 
 
+def require_as_stored(ckpt: Checkpoint, dtype: DType, *, scales: bool) -> None:
+    """Raises LayoutError where `dtype` for all floats would cast the values of a quantised matrix, which mean
+    nothing without their scales, or with `scales` round what goes with them."""
+    for matrix, part in of_matrices(ckpt):
+        held = ckpt.entries[part].dtype
+        if held.kind != "float" or held is dtype or (part != matrix and (exact(held, dtype) or not scales)):
+            continue
+        raise LayoutError(
+            f"{part} is quantised, so its bytes cannot become {dtype}; ask for no dtype, or for dense "
+            'weights by reshard(quant="none") (--quant none)'
+        )
+
+
+def of_matrices(ckpt: Checkpoint) -> Iterator[tuple[str, str]]:
+    """(matrix, stored tensor) of all that is quantised, by their names alone."""
+    for name in ckpt.entries:
+        if name.endswith("qweight"):
+            matrix = name.removesuffix("qweight") + "weight"
+        elif name.endswith(("_scale", "_scale_inv")):
+            matrix = name.removesuffix("_inv").removesuffix("_scale")
+            if matrix not in ckpt.entries and f"{matrix}_packed" not in ckpt.entries:
+                continue
+        else:
+            continue
+        yield from ((matrix, part) for part in _names(ckpt, matrix))
+
+
 def _names(ckpt: Checkpoint, name: str) -> Iterator[str]:
     """The stored tensors of the matrix of that name."""
     stem = name.removesuffix("weight")
@@ -222,6 +238,14 @@ def _view(ckpt: Checkpoint, name: str, shape: tuple[int, ...] | None = None) -> 
     return view
 
 
+def _whole(view: View, name: str, *wanted: DType) -> View:
+    """Whole numbers of a tensor that goes with values. Raises SourceError where it holds others."""
+    wanted = wanted or (dtypes.int8, dtypes.int32, dtypes.int64)
+    if view.dtype not in wanted:
+        raise SourceError(f"{name}: got {view.dtype}, wanted {' or '.join(d.name for d in wanted)}")
+    return view
+
+
 def _grid(
     name: str, scales: View, shape: tuple[int, int], block: tuple[int, int] | None
 ) -> tuple[View, tuple[int, int]]:
@@ -251,7 +275,7 @@ def _bytes(ckpt: Checkpoint, name: str, said: Mapping[str, JSON]) -> Parts:
     scales, shared = _grid(name, factors, shape, _block(said, inverse))
     zeros = None
     if f"{name}_zero_point" in ckpt.entries:
-        zeros = _view(ckpt, f"{name}_zero_point").reshape(scales.shape)
+        zeros = _whole(_view(ckpt, f"{name}_zero_point"), f"{name}_zero_point").reshape(scales.shape)
     return Parts(name, shape, values, scales, shared, zeros)
 
 
@@ -295,7 +319,8 @@ def _pack_quantized(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> Pa
     scales, shared = _grid(name, _view(ckpt, f"{name}_scale"), shape, None)
     zeros = None
     if f"{name}_zero_point" in ckpt.entries:
-        zeros = _view(ckpt, f"{name}_zero_point", (-(-shape[0] * bits // 32), scales.shape[1]))
+        wanted = (-(-shape[0] * bits // 32), scales.shape[1])
+        zeros = _whole(_view(ckpt, f"{name}_zero_point", wanted), f"{name}_zero_point", dtypes.int32)
     form = _view(ckpt, f"{name}_shape", (2,)) if f"{name}_shape" in ckpt.entries else None
     offset = 1 << (bits - 1)
     return Parts(name, shape, values, scales, shared, zeros, "across", bits, zero_offset=offset, form=form)
@@ -333,7 +358,7 @@ def _by_groups(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> Parts:
             raise SourceError(f"{name}: checkpoint_format {form!r}; only gptq and gptq_v2 are read")
         offset = -1 if form == "gptq" else 0
         if f"{stem}g_idx" in ckpt.entries:
-            group = _view(ckpt, f"{stem}g_idx", (inputs,))
+            group = _whole(_view(ckpt, f"{stem}g_idx", (inputs,)), f"{stem}g_idx")
     return Parts(
         name,
         (outputs, inputs),

@@ -92,9 +92,10 @@ def added(base: Floats, left: Floats, right: Floats, scale: float) -> Floats:
 
 def elements(
     first: int, shape: Sequence[int], strides: Sequence[int], columns: int
-) -> tuple[Ints, Ints, list[int]]:
+) -> tuple[Ints, Ints, list[tuple[int, int]]]:
     """Which rows and columns of such a matrix with so many columns a box reads, ascending: its `first`
-    element, `shape` and `strides` in elements; and the box's strides once those lie dense.
+    element, `shape` and `strides` in elements; and for each axis its step among those: so many, of rows (0)
+    or columns (1).
 
     Each axis runs along rows or along columns: the pitch is too wide for anything else."""
     step_down = pitch(columns)
@@ -108,13 +109,12 @@ def elements(
         else:
             across = (across[:, None] + np.arange(n) * step).ravel()
         axes.append((axis, step % step_down == 0))
-    dense, width, height = [0] * len(shape), 1, len(across)
+    steps, reach = [(0, 0)] * len(shape), [1, 1]
     for axis, of_rows in reversed(axes):
-        if of_rows:
-            dense[axis], height = height, height * shape[axis]
-        else:
-            dense[axis], width = width, width * shape[axis]
-    return down, across, dense
+        which = 0 if of_rows else 1
+        steps[axis] = reach[which], which
+        reach[which] *= shape[axis]
+    return down, across, steps
 
 
 def runs(numbers: Ints) -> list[tuple[int, int]]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .. import dtypes
 from ..extents import Buffer, Extents, File
-from ..planning.planner import Binding, Executor, Ints, Table, classify, compile, item_sizes
+from ..planning.planner import Binding, Executor, Ints, Table, classify, compile, item_sizes, single
 from ..quantisation.prequantised import Elements, Matrix, Part
 from ..quantisation.rounding import Error
 from ..reader import Lane, Reader
@@ -39,6 +39,7 @@ class Merging:
         self.extents = extents
         self.binding = binding
         self.made = computed(binding.places)
+        self.nowhere = np.isin(np.arange(len(binding.places) + 1), list(self.made))
         nothing = Buffer(None, 0, 0)
         self.inner = inner([nothing if i in self.made else p for i, p in enumerate(binding.places)])
 
@@ -70,7 +71,7 @@ class MergingLane:
 
     def run(self, rows: Table, destinations: Sequence[Buffer]) -> None:
         """Run what lies somewhere as the inner lane does, and make the rest row by row."""
-        mine = np.isin(rows["src_buffer"], list(self.reader.made))
+        mine = self._made(rows)
         if not mine.all():
             self.lane.run(rows[~mine], destinations)
         for i in np.flatnonzero(mine).tolist():
@@ -79,11 +80,15 @@ class MergingLane:
 
     def direct(self, rows: Table, nbytes: int) -> memoryview | None:
         """What the inner lane has as it is."""
-        if np.isin(rows["src_buffer"], list(self.reader.made)).any():
+        if self._made(rows).any():
             return None
         found = self.lane.direct(rows, nbytes)
         self.bytes_read = self.lane.bytes_read
         return found
+
+    def _made(self, rows: Table) -> NDArray[np.bool_]:
+        """Which rows read what lies nowhere; zeros have no place."""
+        return self.reader.nowhere.take(rows["src_buffer"], mode="clip")
 
     def _make(self, row: Table, destinations: Sequence[Buffer]) -> None:
         matrix = self.reader.made[int(row["src_buffer"][0])]
@@ -91,7 +96,7 @@ class MergingLane:
         columns = matrix.base.shape[1] if isinstance(matrix, LowRank) else matrix.shape[1]
         item = int(item_sizes(row["src_dtype"])[0])
         strides = (row["src_stride"][0] // item).tolist()
-        down, across, strides = elements(
+        down, across, steps = elements(
             int(row["src"][0]) // item, row["shape"][0].tolist(), strides, columns
         )
         box: Elements
@@ -104,11 +109,19 @@ class MergingLane:
                 _picked(self._of(matrix.right), np.arange(matrix.right.shape[0]), across),
                 matrix.scale,
             )
+        elif isinstance(matrix, Parts):
+            parts, wanted = matrix, dtypes.DTYPES[int(row["dst_dtype"][0])]
+            box = _picked(lambda *at: parts.box(self.dense, wanted, *at), down, across)
+            if box.dtype != np.float32:
+                row["src_dtype"] = row["dst_dtype"]
         else:
-            box = _picked(lambda *at: matrix.box(self.dense, *at), down, across)
-        row["src"], row["src_buffer"], row["src_stride"] = 0, 0, np.array(strides) * item
+            finish = matrix
+            box = _picked(lambda *at: finish.box(self.dense, *at), down, across)
+        row["src"], row["src_buffer"] = 0, 0
+        row["src_stride"] = [n * box.strides[axis] for n, axis in steps]
         classify(row)
-        held = Buffer(box, box.ctypes.data, box.nbytes)
+        reach = sum((n - 1) * step for n, step in zip(box.shape, box.strides, strict=True))
+        held = Buffer(box, box.ctypes.data, reach + box.itemsize)
         self.executor.bind([held]).run(row, destinations)
 
     def told(self, matrix: Matrix, error: Error) -> None:
@@ -131,8 +144,11 @@ class MergingLane:
         before = self.lane.bytes_read
         out = np.empty(view.shape, NUMPY[view.dtype.name])
         # The reader's table begins with the view's own, so that no index changes.
-        chunk, _ = compile([Target("", replace(view, extents=self.reader.extents))], self.reader.extents)
-        rows = self.reader.binding.bind(chunk.rows)
+        rows = single(view)
+        if rows is None:
+            extents = self.reader.extents
+            rows = compile([Target("", replace(view, extents=extents))], extents)[0].rows
+        rows = self.reader.binding.bind(rows)
         classify(rows)
         self.run(rows, [Buffer(out, out.ctypes.data, out.nbytes)])
         self.bytes_scanned += self.lane.bytes_read - before if scan else 0
@@ -141,7 +157,7 @@ class MergingLane:
 
 NUMPY = {
     "float32": np.float32, "bfloat16": np.uint16, "float16": np.float16, "int8": np.int8, "int32": np.int32,
-    "int64": np.int64,
+    "int64": np.int64, "float8_e4m3fn": np.uint8, "float8_e5m2": np.uint8,
 }  # fmt: skip
 """The dtypes that matrices are made of once they are read, in numpy; it has no bfloat16."""
 

@@ -66,7 +66,6 @@ def parser() -> argparse.ArgumentParser:
     _source(plan)
     _rank(plan)
     serving_options.add(plan)
-    _files(plan)
     _threads(plan)
 
     reshard = command("reshard", "write the shards of the serving ranks")
@@ -75,9 +74,7 @@ def parser() -> argparse.ArgumentParser:
     _source(reshard)
     _rank(reshard)
     serving_options.add(reshard)
-    _files(reshard)
     _run(reshard)
-    reshard.add_argument("--device", default="cpu", help="where the copies run (default: cpu)")
     reshard.add_argument("--allow-nonfinite", action="store_true", help="write NaN and infinity as they are")
 
     command("recipes", "the model families that are read, and the names each leaves out")
@@ -86,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     _path(consolidate)
     _out(consolidate)
     _source(consolidate)
-    _files(consolidate)
+    serving_options.add_files(consolidate)
     _run(consolidate)
     consolidate.add_argument(
         "--safe-serialization",
@@ -95,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
         help="safetensors, not .bin",
     )
     consolidate.add_argument("--dtype", default="float32", help="of the float tensors (default: float32)")
-    serving_options.adapter(consolidate)
+    serving_options.add_adapter(consolidate)
     consolidate.add_argument("--weights-key", metavar="KEY", help="one .bin file, {KEY: state dict}")
     consolidate.add_argument(
         "--client-state",
@@ -103,9 +100,6 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         metavar="NAME",
         help="with --weights-key: put this plain value of the checkpoint beside the weights; repeatable",
-    )
-    consolidate.set_defaults(
-        tp=1, pp=1, dp=1, ep=1, rank=None, config=None, tp_plan=None, vocab_size=None
     )
 
     verify = command("verify", "check an output against its manifest: digests, headers, NaN and infinity")
@@ -202,17 +196,6 @@ def _rank(p: argparse.ArgumentParser) -> None:
     )
 
 
-def _files(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--max-shard-size",
-        "--max_shard_size",
-        type=_shard_size,
-        default="5GB",
-        metavar="SIZE",
-        help="bytes of one file at most, `none` for a single file (default: 5GB)",
-    )
-
-
 def _run(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     p.add_argument("--overwrite", action="store_true", help="replace an output that is there, in one step")
@@ -259,7 +242,3 @@ def _positive(text: str) -> int:
     if _natural(text) < 1:
         raise argparse.ArgumentTypeError("wanted at least 1")
     return int(text)
-
-
-def _shard_size(text: str) -> str | None:
-    return None if text.lower() == "none" else text

@@ -262,8 +262,8 @@ def _distances(a: Bytes, b: Bytes, dtype_a: DType, dtype_b: DType) -> NDArray[np
     if dtype_a is dtype_b and dtype_a.kind != "float" and dtype_a.kind != "complex":
         x, y = a.view(_raw(dtype_a)), b.view(_raw(dtype_b))
         return np.maximum(x, y).astype(np.uint64) - np.minimum(x, y).astype(np.uint64)  # wraps to the truth
-    x, y = _values(a, dtype_a), _values(b, dtype_b)
-    with np.errstate(invalid="ignore", over="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):  # a signalling NaN is told of when it is widened
+        x, y = _values(a, dtype_a), _values(b, dtype_b)
         alike = (x == y) | (np.isnan(x) & np.isnan(y))
         apart = np.where(alike, 0.0, np.abs(x - y))
     return np.where(np.isnan(apart), np.inf, apart)

@@ -7,14 +7,33 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypedDict
 
 from ..errors import FastckptError
 from ..placement import Placement
 
 if TYPE_CHECKING:
+    from ..checkpoint import JSON
     from ..layouts import Layout
     from ..quantisation.schemes import Quant
+
+
+class Shape(TypedDict):
+    """What servers get of a model: the arguments of `plan` and `reshard` that shape an output."""
+
+    placement: Placement
+    layout: str | Layout
+    config: str | os.PathLike[str] | Mapping[str, JSON] | None
+    recipe: str | None
+    tp_plan: Mapping[str, str] | None
+    vocab_size: int | None
+    dtype: str | None
+    quant: str | Quant | None
+    adapter: str | os.PathLike[str] | None
+    apart: bool
+    max_shard_size: str | int | None
 
 
 def add(p: argparse.ArgumentParser, *, config: str = "beside CHECKPOINT") -> None:
@@ -37,7 +56,7 @@ def add(p: argparse.ArgumentParser, *, config: str = "beside CHECKPOINT") -> Non
     p.add_argument("--config", metavar="FILE", help=f"config.json or its directory (default: {config})")
     p.add_argument("--tp-plan", metavar="FILE", help="JSON of name patterns, for a model no recipe knows")
     p.add_argument("--vocab-size", type=int, metavar="N", help="the embedding rows that count")
-    adapter(p)
+    add_adapter(p)
     p.add_argument("--apart", action="store_true", help="with --adapter: it alone, cut as CHECKPOINT is")
     p.add_argument("--quant", metavar="SCHEME", help="quantise on the way (int8, ...), or dequantise (none)")
     for name, meaning in (
@@ -47,9 +66,26 @@ def add(p: argparse.ArgumentParser, *, config: str = "beside CHECKPOINT") -> Non
         p.add_argument(
             f"--quant-{name}", action="append", default=[], metavar="PATTERN", help=f"{meaning}; repeatable"
         )
+    add_files(p)
 
 
-def adapter(p: argparse.ArgumentParser) -> None:
+def add_files(p: argparse.ArgumentParser) -> None:
+    """Add the option that cuts an output into files."""
+    p.add_argument(
+        "--max-shard-size",
+        "--max_shard_size",
+        type=_shard_size,
+        default="5GB",
+        metavar="SIZE",
+        help="bytes of one file at most, `none` for a single file (default: 5GB)",
+    )
+
+
+def _shard_size(text: str) -> str | None:
+    return None if text.lower() == "none" else text
+
+
+def add_adapter(p: argparse.ArgumentParser) -> None:
     """Add the option that names an adapter."""
     p.add_argument("--adapter", metavar="DIR", help="merge this PEFT adapter (LoRA) on the way")
 
@@ -115,14 +151,26 @@ def placement(args: argparse.Namespace) -> Placement:
     return Placement(tp=args.tp, pp=args.pp, dp=args.dp, ep=args.ep)
 
 
-def layout_of(args: argparse.Namespace) -> Layout:
-    """The layout with its options. Raises LayoutError."""
+def shape(args: argparse.Namespace) -> Shape:
+    """All that was asked for. Raises FastckptError."""
     from ..layouts import layout
 
-    return layout(args.layout, dict(args.layout_option))
+    return {
+        "placement": placement(args),
+        "layout": layout(args.layout, dict(args.layout_option)),
+        "config": args.config,
+        "recipe": args.recipe,
+        "tp_plan": _tp_plan(args),
+        "vocab_size": args.vocab_size,
+        "dtype": args.dtype,
+        "quant": _quant(args),
+        "adapter": args.adapter,
+        "apart": args.apart,
+        "max_shard_size": args.max_shard_size,
+    }
 
 
-def quant(args: argparse.Namespace) -> Quant | str | None:
+def _quant(args: argparse.Namespace) -> Quant | str | None:
     """What is quantised, and how. Raises FastckptError."""
     from ..quantisation.schemes import Quant
 
@@ -136,7 +184,7 @@ def quant(args: argparse.Namespace) -> Quant | str | None:
     return None
 
 
-def tp_plan(args: argparse.Namespace) -> dict[str, str] | None:
+def _tp_plan(args: argparse.Namespace) -> dict[str, str] | None:
     """Name patterns and their styles. Raises FastckptError."""
     path = args.tp_plan
     if path is None:

@@ -23,6 +23,11 @@ def size(nbytes: int) -> str:
     return f"{nbytes} B" if unit == "B" else f"{value:.2f} {unit}"
 
 
+def harmless(text: str) -> str:
+    """The text with control characters spelled out: names come from files, and terminals obey them."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def counted(n: int, noun: str) -> str:
     """A number and its noun: "1 file", "2 files"."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

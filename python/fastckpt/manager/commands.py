@@ -8,12 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 from ..doors import serving_options
-from ..doors.text import columns, counted, size
+from ..doors.text import columns, counted, harmless, size
 from ..errors import ManagerError, SourceError
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def add_parser(
     )
     publish.add_argument("--part", metavar="KEY", help="the state's key that is the model")
     publish.add_argument("--keep", type=int, metavar="N", help="versions that stay")
-    serving_options.add(publish, config="the engine's own")
+    serving_options.add(publish, config="none: a commit holds none")
     serving_options.add_recipe(publish)
     publish.add_argument("--allow-nonfinite", action="store_true", help="write NaN and infinity as they are")
     return top
@@ -129,12 +128,19 @@ def _verify(manager: CheckpointManager, args: argparse.Namespace) -> int:
     steps = manager.listed() if args.step is None else [args.step]
     lines, shown, bad = [], [], 0
     for step in steps:
-        report = verify(manager.path(step))
-        bad += not report.ok
-        lines += [f"step {step}: {p}" for p in report.problems]
-        lines.append(f"step {step}: {'ok' if report.ok else 'BROKEN'}, {size(report.bytes)} of tensors")
-        problems: list[JSON] = [*report.problems]
-        shown.append({"step": step, "ok": report.ok, "problems": problems})
+        nbytes, problems = 0, []
+        try:
+            report = verify(manager.bring(step, again=True))
+            nbytes, problems = report.bytes, [*report.problems]
+        except SourceError as e:
+            if args.step is not None:
+                raise
+            problems = [str(e)]
+        bad += bool(problems)
+        lines += [f"step {step}: {p}" for p in problems]
+        lines.append(f"step {step}: {'BROKEN' if problems else 'ok'}, {size(nbytes)} of tensors")
+        told: list[JSON] = [*problems]
+        shown.append({"step": step, "ok": not problems, "problems": told})
     lines.append(f"{counted(len(steps), 'commit')}, {bad} broken")
     _show(args, lines, [*shown])
     return 1 if bad else 0
@@ -155,7 +161,8 @@ def _restore(manager: CheckpointManager, args: argparse.Namespace) -> int:
     opened = manager.open(step, args.rank)
     names = args.names or opened.names
     opened.prove(names)
-    report = reshard(opened.checkpoint({n: n for n in names}, own=True), layout="same", out=args.out)
+    state = opened.checkpoint({n: n for n in names}, own=True)
+    report = reshard(state, layout="same", out=args.out, allow_nonfinite=True)  # as it was saved
     if not isinstance(report, Report):
         raise ManagerError(f"{args.out}: nothing was written")
     done: dict[str, JSON] = {
@@ -179,11 +186,8 @@ def _publish(manager: CheckpointManager, args: argparse.Namespace) -> int:
         publishing.point(args.to, args.back)
     else:
         manager.publish(
-            _step(manager, args), to=args.to, part=args.part, placement=serving_options.placement(args),
-            layout=serving_options.layout_of(args), config=args.config, recipe=args.recipe,
-            tp_plan=serving_options.tp_plan(args), vocab_size=args.vocab_size, dtype=args.dtype,
-            quant=serving_options.quant(args), adapter=args.adapter, apart=args.apart,
-            allow_nonfinite=args.allow_nonfinite, keep=args.keep,
+            _step(manager, args), to=args.to, part=args.part, allow_nonfinite=args.allow_nonfinite,
+            keep=args.keep, **serving_options.shape(args),
         )  # fmt: skip
     now, there = publishing.current(args.to), publishing.versions(args.to)
     shown: dict[str, JSON] = {"current": now, "versions": [*there]}
@@ -199,7 +203,7 @@ def _step(manager: CheckpointManager, args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace, lines: list[str], shown: JSON) -> None:
-    sys.stdout.write((json.dumps(shown, indent=1) if args.json else "\n".join(lines)) + "\n")
+    print(json.dumps(shown, indent=2) if args.json else harmless("\n".join(lines)))
 
 
 _ACTIONS = {"ls": _ls, "verify": _verify, "gc": _gc, "restore": _restore, "publish": _publish}

@@ -144,7 +144,7 @@ class Store:
         """Everything whole, by step."""
         return [c for step in self.steps() if (c := self.commit(step)) is not None]
 
-    def bring(self, step: int) -> None:
+    def bring(self, step: int, *, again: bool = False) -> None:
         """Have a step in `path(step)`; here it is there already."""
 
     # ---- changes: the coordinator of this disk only ----

@@ -208,6 +208,12 @@ def join(root: str, rank: int | None, world: int | None, timeout: float) -> tupl
     return Meeting(root, rank, world, timeout, "main"), Meeting(root, rank, world, timeout, "save")
 
 
+_FAILURES = (
+    FastckptError, OSError, RuntimeError, ValueError, TypeError, MemoryError,
+    LookupError, AttributeError, ArithmeticError, AssertionError, ImportError,
+)  # fmt: skip
+"""What a rank's part may fail with, the job's own state_dict and load_state_dict included."""
+
 _KINDS: tuple[type[FastckptError], ...] = (
     ManagerError, WriteError, LayoutError, RecipeError, ViewError, DeviceError, SourceError,
 )  # fmt: skip
@@ -224,11 +230,13 @@ def together(group: Group, what: str, work: Callable[[], JSON], *, at: str = "")
     error: Exception | None = None
     try:
         value = work()
-    except (FastckptError, OSError, RuntimeError, ValueError, TypeError, MemoryError) as e:
+    except _FAILURES as e:
         error = e
     kind = None if error is None else next((k for k, c in enumerate(_KINDS) if isinstance(error, c)), 0)
     here = f"{what} {at}"
     said = None if error is None else str(error) or type(error).__name__
+    if isinstance(error, (LookupError, AttributeError, ArithmeticError, AssertionError)):
+        said = f"{type(error).__name__}: {error}"  # their texts alone say little
     answers = group.exchange([here, value, kind, said])
     values: list[JSON] = []
     failed: list[tuple[int, int, str]] = []

@@ -20,21 +20,24 @@ from dataclasses import dataclass
 from types import FrameType, TracebackType
 
 from ..checkpoint import JSON
+from ..doors.serving_options import Shape
 from ..errors import FastckptError, ManagerError, SourceError, WriteError
 from ..layouts import Layout
 from ..placement import Placement
 from ..quantisation.schemes import Quant
+from ..road import grid_of
 from ..running.runs import Report
 from . import loading, policies, publishing, saving
-from .commits import Commit, Store, ready
-from .coordination import Alone, Group, join, together
+from .commits import Commit, ready
+from .coordination import Group, join, together
 from .loading import Asked
 from .metadata import LOAD, PARTIAL_LOAD, SAVE, MetadataHandler
 from .opened import Opened, open_step
 from .pieces import Snapshots
 from .policies import Keep, Moment, When
-from .remote import RemoteStore
+from .remote import store_at
 from .saving import Disk, rank_directory
+from .standing import Standing
 from .values import flatten
 
 
@@ -109,15 +112,18 @@ class CheckpointManager:
         durable: bool = True,
         timeout: float = 1800.0,
     ) -> None:
-        place, step_prefix = _place(os.fspath(root), path_prefix, path_type, step_prefix)
-        self._store = _store(place, scratch, shared, prefix=step_prefix, digits=step_digits, durable=durable)
+        self._store = store_at(
+            os.fspath(root) if path_prefix is None else path_prefix,
+            path_type=path_type, named=path_prefix is not None, prefix=step_prefix, digits=step_digits,
+            scratch=scratch, shared=shared, durable=durable,
+        )  # fmt: skip
         self._group, self._behind = join(self._store.root, rank, world, timeout)
-        self._disk = _disk(self._group, None if shared else node or socket.gethostname())
-        self._when = _saving(save_interval, save_on_steps, save_seconds, save_when)
+        self._disk = Disk.of(self._group, None if shared else node or socket.gethostname())
+        self._when = policies.when_asked(save_interval, save_on_steps, save_seconds, save_when)
         self._best = (best_metric, best_mode)
         if keep_best is not None and best_metric is None:
             raise ManagerError("keep_best: best_metric is missing: best by what?")
-        self._keep = _keeping(
+        self._keep = policies.keep_asked(
             max_to_keep,
             keep_period,
             keep_seconds,
@@ -358,12 +364,12 @@ class CheckpointManager:
         In both cases the template is as it was, unless its own load_state_dict refused it halfway."""
         self.wait()
         asked = Asked(None if names is None else tuple(names), allow_missing, template)
-        standing, missing = self._standing()
+        standing = Standing.of(self._store, self._group)
         if step is not None:
-            if step not in standing:
-                raise ManagerError(f"{self.root}: step {step} cannot be restored: {missing(step)}")
+            if step not in standing.steps:
+                raise ManagerError(f"{self.root}: step {step} cannot be restored: {standing.lacking(step)}")
             return self._load(step, asked)
-        for candidate in sorted(standing, reverse=True):
+        for candidate in sorted(standing.steps, reverse=True):
             if candidate in self._broken:
                 continue
             try:
@@ -401,18 +407,6 @@ class CheckpointManager:
                 self._metadata.report(action, self._parts(step, done.seconds))
         return done.value
 
-    def _standing(self) -> tuple[dict[int, str], _Missing]:
-        """Steps that stand whole on every disk, with the key they share there, and why others do not."""
-        said = together(
-            self._group, "list of commits", lambda: [[c.step, c.key] for c in self._store.commits()]
-        )
-        by_rank = [
-            {int(str(p[0])): str(p[1]) for p in s if isinstance(p, list)} for s in said if isinstance(s, list)
-        ]
-        # on a shared disk the ranks may see it at different moments: what all see counts
-        common = {step: key for step, key in by_rank[0].items() if all(r.get(step) == key for r in by_rank)}
-        return common, _Missing(by_rank)
-
     # ---- what there is ----
 
     def steps(self) -> list[int]:
@@ -444,7 +438,7 @@ class CheckpointManager:
         """Whether a step stands whole on every node. Collective where nodes have disks of their own."""
         if len(self._disk.ranks) == self._group.world:
             return self._store.commit(step) is not None
-        return step in self._standing()[0]
+        return step in Standing.of(self._store, self._group).steps
 
     def names(self, step: int) -> list[str]:
         """The names of a step's tensors, as this rank saved them. Raises SourceError, ManagerError."""
@@ -457,16 +451,24 @@ class CheckpointManager:
         path = self._store.path(step)
         return path if node is None else os.path.join(path, rank_directory(node))
 
+    def bring(self, step: int, *, again: bool = False) -> str:
+        """Where a step lies on this machine: brought there from an object store, not yet proven; `again`:
+        also where a sound copy is here. Raises SourceError where it does not stand, WriteError."""
+        self._store.bring(step, again=again)
+        return self._store.path(step)
+
     def resume_step(self, user_step: int | None = None) -> int | None:
         """The step to resume from: the user's, else the newest that stands on every node; None: none.
 
         The metadata handler is asked first; an answer that does not stand is passed over with a warning.
         Raises ManagerError where the user's step does not stand. Collective."""
         self.wait()
-        standing, missing = self._standing()
-        if user_step is not None and user_step not in standing:
-            raise ManagerError(f"{self.root}: step {user_step} cannot be resumed: {missing(user_step)}")
-        good = [s for s in standing if s not in self._broken]
+        standing = Standing.of(self._store, self._group)
+        if user_step is not None and user_step not in standing.steps:
+            raise ManagerError(
+                f"{self.root}: step {user_step} cannot be resumed: {standing.lacking(user_step)}"
+            )
+        good = [s for s in standing.steps if s not in self._broken]
         newest = max(good) if good else None
 
         def ask() -> JSON:
@@ -486,7 +488,7 @@ class CheckpointManager:
                 )
             return newest
         warnings.warn(
-            f"metadata says step {told}: {missing(told) if isinstance(told, int) else 'no step'}; "
+            f"metadata says step {told}: {standing.lacking(told) if isinstance(told, int) else 'no step'}; "
             f"resuming {newest}",
             CheckpointWarning,
             stacklevel=2,
@@ -536,9 +538,9 @@ class CheckpointManager:
 
         They keep their bytes under hidden names until `gc(aside=True)`."""
         self.wait()
-        standing, missing = self._standing()
-        if step not in standing:
-            raise ManagerError(f"{self.root}: cannot go back to step {step}: {missing(step)}")
+        standing = Standing.of(self._store, self._group)
+        if step not in standing.steps:
+            raise ManagerError(f"{self.root}: cannot go back to step {step}: {standing.lacking(step)}")
         newer = [s for s in self._store.steps() if s > step]
 
         def move() -> JSON:
@@ -596,17 +598,20 @@ class CheckpointManager:
         `reshard`. One rank works, the report is its own. Collective. Raises what `reshard` raises; the link
         is as it was then."""
         self.wait()
-        serving = publishing.Serving(
-            tp, layout, placement, config, recipe, tp_plan, vocab_size, dtype, quant, adapter, apart,
-            max_shard_size, allow_nonfinite,
-        )  # fmt: skip
+        shape: Shape = {
+            "placement": grid_of(tp, placement), "layout": layout, "config": config, "recipe": recipe,
+            "tp_plan": tp_plan, "vocab_size": vocab_size, "dtype": dtype, "quant": quant, "adapter": adapter,
+            "apart": apart, "max_shard_size": max_shard_size,
+        }  # fmt: skip
         report: Report | None = None
 
         def work() -> JSON:
             nonlocal report
             if self._group.rank == 0:
                 source = publishing.model_of(self.open(step, 0), part)
-                report = publishing.publish(source, self._store.name(step), to, serving, keep=keep)
+                report = publishing.publish(
+                    source, self._store.name(step), to, shape, allow_nonfinite=allow_nonfinite, keep=keep
+                )
             return None
 
         together(self._group, f"publish of step {step}", work)
@@ -620,89 +625,6 @@ def _only_said(what: str) -> Iterator[None]:
         yield
     except (FastckptError, OSError, RuntimeError, ValueError) as e:
         warnings.warn(f"{what}: {e}", CheckpointWarning, stacklevel=4)
-
-
-class _Missing:
-    """Says why a step does not stand everywhere."""
-
-    def __init__(self, by_rank: Sequence[Mapping[int, str]]) -> None:
-        self._by_rank = by_rank
-
-    def __call__(self, step: int) -> str:
-        lacking = [r for r, steps in enumerate(self._by_rank) if step not in steps]
-        if lacking:
-            whole = sorted(set.intersection(*(set(s) for s in self._by_rank)))
-            return f"ranks {lacking[:8]} have no whole commit of it; what stands: {whole[-8:] or 'nothing'}"
-        return "the ranks have commits of different saves under this step"
-
-
-def _place(root: str, path_prefix: str | None, path_type: str, step_prefix: str) -> tuple[str, str]:
-    """The directory of the commits and what their names begin with."""
-    place = root if path_prefix is None else path_prefix
-    scheme, separator, rest = place.partition("://")
-    far = separator and scheme != "file"
-    if path_type not in ("local", "fsspec") or (far and path_prefix is not None and path_type == "local"):
-        raise ManagerError(f"path type {path_type!r} for {place}: wanted local, or fsspec for a URL")
-    place = rest if separator and not far else place
-    if path_prefix is None:
-        return place, step_prefix
-    directory, start = os.path.split(place)
-    return directory or ".", start + step_prefix
-
-
-def _store(
-    place: str,
-    scratch: str | os.PathLike[str] | None,
-    shared: bool,
-    *,
-    prefix: str,
-    digits: int,
-    durable: bool,
-) -> Store:
-    """Commits on a file system, or in an object store."""
-    if "://" not in place:
-        if scratch is not None:
-            raise ManagerError(f"{place}: a scratch directory goes with a URL")
-        return Store(place, prefix=prefix, digits=digits, durable=durable)
-    if not shared:
-        raise ManagerError(f"{place}: the ranks of an object store share it and a scratch directory")
-    where = None if scratch is None else os.fspath(scratch)
-    return RemoteStore(place, where, prefix=prefix, digits=digits, durable=durable)
-
-
-def _disk(group: Group, node: str | None) -> Disk:
-    """Who shares this rank's disk: all, or the ranks of one node."""
-    if node is None or isinstance(group, Alone):
-        return Disk(tuple(range(group.world)), group.rank)
-    said = group.exchange(node)
-    ranks = tuple(r for r, n in enumerate(said) if n == node)
-    return Disk(ranks, ranks.index(group.rank))
-
-
-def _saving(interval: int, steps: Collection[int], seconds: float | None, when: When | None) -> When:
-    """One policy of the constructor's arguments."""
-    chosen = [] if when is None else [when]
-    if seconds is not None:
-        chosen.append(policies.every_seconds(seconds))
-    if steps:
-        chosen.append(policies.on_steps(steps))
-    if interval != 1 or not chosen:
-        chosen.append(policies.every(interval))
-    return policies.when_any(*chosen)
-
-
-def _keeping(
-    newest: int | None, period: int | None, seconds: float | None, best: Keep | None, keep: Keep | None
-) -> Keep | None:
-    """One policy of the constructor's arguments; None keeps everything."""
-    chosen = [p for p in (best, keep) if p is not None]
-    if newest is not None:
-        chosen.append(policies.newest(newest))
-    if period is not None:
-        chosen.append(policies.multiples(period))
-    if seconds is not None:
-        chosen.append(policies.spaced(seconds))
-    return policies.keep_any(*chosen) if chosen else None
 
 
 def _finite(step: int, metrics: Mapping[str, float]) -> dict[str, float]:

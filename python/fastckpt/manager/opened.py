@@ -140,7 +140,7 @@ class Opened:
         for new, name in names.items():
             held = self.aliases.get(name, name)
             self.shape(held)
-            if held not in self.table:
+            if held not in self.table and not own:
                 raise ManagerError(
                     f"{self.path}: {name} differs from rank to rank; it is no part of one model"
                 )

@@ -68,6 +68,18 @@ def when_any(*policies: When) -> When:
     return lambda m: any(p(m) for p in policies)
 
 
+def when_asked(interval: int, steps: Collection[int], seconds: float | None, when: When | None) -> When:
+    """One policy of a manager's arguments: what one of them says, every step where none does."""
+    chosen = [] if when is None else [when]
+    if seconds is not None:
+        chosen.append(every_seconds(seconds))
+    if steps:
+        chosen.append(on_steps(steps))
+    if interval != 1 or not chosen:
+        chosen.append(every(interval))
+    return when_any(*chosen)
+
+
 # ---- what to keep ----
 
 
@@ -119,6 +131,20 @@ def best(n: int, metric: str, mode: str = "min", *, without: bool = False) -> Ke
 def keep_any(*policies: Keep) -> Keep:
     """What one of them keeps."""
     return lambda commits: {s for p in policies for s in p(commits)}
+
+
+def keep_asked(
+    last: int | None, period: int | None, seconds: float | None, best: Keep | None, keep: Keep | None
+) -> Keep | None:
+    """One policy of a manager's arguments: what one of them keeps; None keeps everything."""
+    chosen = [p for p in (best, keep) if p is not None]
+    if last is not None:
+        chosen.append(newest(last))
+    if period is not None:
+        chosen.append(multiples(period))
+    if seconds is not None:
+        chosen.append(spaced(seconds))
+    return keep_any(*chosen) if chosen else None
 
 
 def ranking(metric: str, mode: str) -> Callable[[Sequence[Commit]], list[Commit]]:

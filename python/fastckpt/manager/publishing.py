@@ -10,19 +10,15 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 
 from .. import sources
-from ..checkpoint import JSON, Checkpoint
+from ..checkpoint import Checkpoint
+from ..doors.serving_options import Shape
 from ..errors import ManagerError
-from ..layouts import Layout
 from ..output.commit import sync_directory, telling
 from ..output.manifest import NAME, Manifest
-from ..placement import Placement
 from ..planning.plans import Plan
-from ..quantisation.schemes import Quant
 from ..road import plan, reshard
 from ..running.runs import Report
 from ..sources.training import parts_of
@@ -59,59 +55,28 @@ def model_of(opened: Opened, part: str | None) -> Checkpoint:
     return opened.checkpoint(names)
 
 
-@dataclass(frozen=True, slots=True)
-class Serving:
-    """What servers get of a model: the arguments of `reshard` that shape an output."""
-
-    tp: int = 1
-    layout: str | Layout = "hf"
-    placement: Placement | None = None
-    config: str | os.PathLike[str] | Mapping[str, JSON] | None = None
-    recipe: str | None = None
-    tp_plan: Mapping[str, str] | None = None
-    vocab_size: int | None = None
-    dtype: str | None = None
-    quant: str | Quant | None = None
-    adapter: str | os.PathLike[str] | None = None
-    apart: bool = False
-    max_shard_size: str | int | None = "5GB"
-    allow_nonfinite: bool = False
-
-    def plan(self, source: Checkpoint) -> Plan:
-        """What `write` would do. Raises what `reshard` raises before its first byte."""
-        return plan(
-            source, self.tp, placement=self.placement, layout=self.layout, config=self.config,
-            recipe=self.recipe, tp_plan=self.tp_plan, vocab_size=self.vocab_size, dtype=self.dtype,
-            quant=self.quant, adapter=self.adapter, apart=self.apart, max_shard_size=self.max_shard_size,
-        )  # fmt: skip
-
-    def write(self, source: Checkpoint, out: str) -> Report | None:
-        """Reshard into a new directory. Raises what `reshard` raises."""
-        made = reshard(
-            source, self.tp, placement=self.placement, layout=self.layout, config=self.config,
-            recipe=self.recipe, tp_plan=self.tp_plan, vocab_size=self.vocab_size, dtype=self.dtype,
-            quant=self.quant, adapter=self.adapter, apart=self.apart, max_shard_size=self.max_shard_size,
-            allow_nonfinite=self.allow_nonfinite, out=out,
-        )  # fmt: skip
-        return made if isinstance(made, Report) else None
-
-
 def publish(
-    source: Checkpoint, version: str, to: str | os.PathLike[str], serving: Serving, *, keep: int | None = None
+    source: Checkpoint,
+    version: str,
+    to: str | os.PathLike[str],
+    shape: Shape,
+    *,
+    allow_nonfinite: bool = False,
+    keep: int | None = None,
 ) -> Report | None:
     """Write `to/VERSION` and make it current; None where it was there already, whole, and only the link
     moved. Raises what `reshard` raises."""
     root = os.path.realpath(to)
     path = os.path.join(root, _checked(version))
-    report = None
+    made = None
     if not os.path.exists(os.path.join(path, NAME)):
-        report = serving.write(source, path)
+        made = reshard(source, allow_nonfinite=allow_nonfinite, out=path, **shape)
     else:
-        _same(path, serving.plan(source), source)
+        _same(path, plan(source, **shape), source)
     point(root, version)
     if keep is not None:
         gc(root, keep)
-    return report
+    return made if isinstance(made, Report) else None
 
 
 def _same(path: str, wanted: Plan, source: Checkpoint) -> None:

@@ -38,6 +38,7 @@ class RemoteStore(Store):
         self._far = FsspecDirectory(url)
         self._uploader = Uploader(self._far, tries=tries)
         self._spelled = re.compile(re.escape(prefix) + r"([0-9]+)/(.+)")
+
     # ---- what stands there ----
 
     def _stored(self) -> dict[int, dict[str, int]]:
@@ -95,14 +96,15 @@ class RemoteStore(Store):
                     continue
         return out
 
-    def bring(self, step: int) -> None:
-        """Have a step whole in the scratch directory; its bytes are checked by whoever reads them.
+    def bring(self, step: int, *, again: bool = False) -> None:
+        """Have a step whole in the scratch directory; its bytes are checked by whoever reads them. `again`:
+        also where a sound copy is there.
 
         Raises SourceError where it does not stand, WriteError where it cannot be brought."""
         wanted = self.manifest(step)
         here = os.path.join(self.path(step), NAME)
         with suppress(SourceError):
-            if Manifest.read(here).key == wanted.key and verify(self.path(step)).ok:
+            if not again and Manifest.read(here).key == wanted.key and verify(self.path(step)).ok:
                 return
         staged = self._away(SAVING, step)
         with telling(staged):
@@ -193,6 +195,37 @@ class RemoteStore(Store):
             self._far.put(os.path.join(self.root, LATEST), LATEST)
         except OSError:
             return
+
+
+def store_at(
+    place: str,
+    *,
+    path_type: str,
+    named: bool,
+    prefix: str,
+    digits: int,
+    scratch: str | os.PathLike[str] | None,
+    shared: bool,
+    durable: bool,
+) -> Store:
+    """The commits at a path, a file:// URL or an object store's; `named`: the last part of `place` is no
+    directory but stands before each step's prefix, as caffe2's. Raises ManagerError."""
+    scheme, separator, rest = place.partition("://")
+    far = bool(separator) and scheme != "file"
+    if path_type not in ("local", "fsspec") or (far and named and path_type == "local"):
+        raise ManagerError(f"path type {path_type!r} for {place}: wanted local, or fsspec for a URL")
+    place = rest if separator and not far else place
+    if named:
+        directory, start = os.path.split(place)
+        place, prefix = directory or ".", start + prefix
+    if not far:
+        if scratch is not None:
+            raise ManagerError(f"{place}: a scratch directory goes with a URL")
+        return Store(place, prefix=prefix, digits=digits, durable=durable)
+    if not shared:
+        raise ManagerError(f"{place}: the ranks of an object store share it and a scratch directory")
+    where = None if scratch is None else os.fspath(scratch)
+    return RemoteStore(place, where, prefix=prefix, digits=digits, durable=durable)
 
 
 def default_scratch(url: str) -> str:

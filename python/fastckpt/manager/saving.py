@@ -46,6 +46,14 @@ class Disk:
     ranks: tuple[int, ...]
     index: int
 
+    @staticmethod
+    def of(group: Group, node: str | None) -> Disk:
+        """The disk of the ranks that say this node's name too; of all ranks for None. Collective."""
+        if node is None:
+            return Disk(tuple(range(group.world)), group.rank)
+        ranks = tuple(r for r, said in enumerate(group.exchange(node)) if said == node)
+        return Disk(ranks, ranks.index(group.rank))
+
     @property
     def coordinator(self) -> bool:
         """Whether this rank is the one that changes the disk's directories."""

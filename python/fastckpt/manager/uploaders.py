@@ -23,7 +23,7 @@ import numpy as np
 from ..digest import LEAF, combine, digest64
 from ..errors import ManagerError, SourceError, WriteError
 from ..output.commit import sync_directory
-from ..output.manifest import NAME, Manifest
+from ..output.manifest import NAME, Manifest, rank_name
 from ..verification import verify
 
 
@@ -172,7 +172,7 @@ class Uploader:
         found = verify(root)
         if not found.ok:
             raise SourceError(f"{root}: not uploaded, it is not sound: {found.problems[0]}")
-        records = [f"fastckpt-rank-{s.rank}.json" for s in Manifest.read(root).shards]
+        records = [rank_name(s.rank) for s in Manifest.read(root).shards]
         files = [
             *sorted(Manifest.read(root).all_files()),
             *(r for r in records if os.path.isfile(os.path.join(root, r))),

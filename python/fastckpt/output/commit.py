@@ -141,20 +141,27 @@ class Whole:
             if self._durable:
                 for directory, _, _ in os.walk(self._staging, topdown=False):
                     sync_directory(directory)
-            if self._replaces:
-                syscalls.exchange(self._staging, self.path)
-            else:
-                os.rename(self._staging, self.path)  # onto nothing or an empty directory, else ENOTEMPTY
+            self._swap(self._staging, self.path)
             if self._durable:
-                sync_directory(self.parent)
-                for made in self._made:
-                    sync_directory(os.path.dirname(made))
+                try:
+                    for changed in (self.parent, *(os.path.dirname(made) for made in self._made)):
+                        sync_directory(changed)
+                except OSError:  # a name that the disk may not keep does not count: back to what was
+                    self._swap(self.path, self._staging)
+                    raise
             self._made = []
         if self._replaces:
             shutil.rmtree(self._staging, ignore_errors=True)
             self.left = self._staging if os.path.lexists(self._staging) else ""
         self._unlock()
         return manifest
+
+    def _swap(self, new: str, old: str) -> None:
+        """Let a directory take the name of another, which takes its, or of nothing or an empty one."""
+        if self._replaces:
+            syscalls.exchange(new, old)
+        else:
+            os.rename(new, old)  # else ENOTEMPTY
 
     def abandon(self) -> None:
         """Leave nothing of this run."""

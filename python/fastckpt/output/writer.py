@@ -22,7 +22,7 @@ from . import syscalls
 from .commit import TRACE, Part, Whole, telling
 from .endings import Endings
 from .files import FileLayout
-from .manifest import NAME, FileEntry, Manifest, Record, Shard, TensorTable, inside, rank_of
+from .manifest import NAME, FileEntry, Manifest, Record, Shard, TensorTable, inside, rank_name, rank_of
 
 _EARLY = 1 << 18
 """Writes of this many bytes are started on their way to disk at once; smaller ones wait for company."""
@@ -159,7 +159,7 @@ class Output:
         Raises WriteError where this rank is not done."""
         if self.rank is None or not isinstance(self._place, Part) or not self._place.done(self.rank):
             raise WriteError(f"{self.path}: rank {self.rank} is not done")
-        own = Manifest.read(os.path.join(self._place.path, f"fastckpt-rank-{self.rank}.json"))
+        own = Manifest.read(os.path.join(self._place.path, rank_name(self.rank)))
         return self._place.complete(own)
 
     def create(self, layout: FileLayout, rank: int | None = None) -> OutputFile:

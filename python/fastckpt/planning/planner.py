@@ -10,6 +10,7 @@ Law: the rows of a tensor write each of its bytes exactly once.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from ..dtypes import DTYPES
 from ..errors import ViewError
-from ..extents import Buffer, Extents, File
+from ..extents import LINE, Buffer, Extents, File
 from ..target import Target
 from ..views import ZERO, View, dense_strides
 
@@ -152,6 +153,31 @@ def compile(targets: Sequence[Target], extents: Extents) -> tuple[Chunk, Extents
     table = np.concatenate([r for _, r in parts])
     order = np.argsort(tensor, kind="stable")
     return Chunk(len(targets), table[order], tensor[order]), extents
+
+
+def single(view: View) -> Table | None:
+    """The row that `compile` makes of a view of one fragment, made sooner; None for any other view."""
+    if len(view.held) != 1 or view.numel > LONGEST:
+        return None
+    extent, code, offset, *rest = view.held[0].tolist()
+    axes: list[tuple[int, int]] = []  # elements and source stride, innermost first
+    for n, step in zip(view.boxes[::-1], rest[: -len(view.boxes) - 1 : -1], strict=True):
+        if axes and n != 1 and step == axes[-1][0] * axes[-1][1]:
+            axes[-1] = n * axes[-1][0], axes[-1][1]
+        elif n != 1:
+            axes.append((n, step))
+    if extent == ZERO or len(axes) > AXES:
+        return None
+    row = np.zeros(1, COPY)
+    src_item, dst_item = DTYPES[code].itemsize, view.dtype.itemsize
+    row["src"], row["src_buffer"], row["shape"] = offset * src_item, extent, 1
+    row["src_dtype"], row["dst_dtype"] = code, view.dtype.code
+    step_out = dst_item
+    for axis, (n, step) in enumerate(axes, 1):
+        row["shape"][0, -axis], row["src_stride"][0, -axis] = n, step * src_item
+        row["dst_stride"][0, -axis] = step_out
+        step_out *= n
+    return row
 
 
 def _compile(fragments: Ints, ndim: int, strides: Ints, codes: Ints, tensor: Ints) -> tuple[Ints, Table]:
@@ -297,19 +323,16 @@ def nbytes(rows: Table, side: str) -> Ints:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Consecutive output bytes [start, stop) of one file (or of one run of buffers), and what fills them.
+    """Consecutive output bytes [start, stop) of one file, and what fills them.
 
-    `rows`: sources bound, destinations counted from `start` (or from each tensor's start where every
-    tensor is its own buffer). `first`, `last`: the tensors touched, as indices of the plan.
-    `leaf_offset`, `leaf_size`, `leaf`: the digest leaves that lie in it, as bytes from `start` and as
-    indices of the plan's leaves."""
+    `rows`: sources bound, destinations counted from `start`. `leaf_offset`, `leaf_size`, `leaf`: the digest
+    leaves that lie in it, as bytes from `start` and as indices of the plan's leaves. See `spread` for what
+    it is where every tensor is memory of its own."""
 
     file: int
     start: int
     stop: int
     rows: Table
-    first: int
-    last: int
     leaf_offset: Ints
     leaf_size: Ints
     leaf: Ints
@@ -346,7 +369,6 @@ def cut(
     *,
     stage: int = LEAF,
     band: int = 8 * LEAF,
-    apart: bool = False,
     in_order: bool = False,
 ) -> Iterator[Batch]:
     """Batches of the chunk's tensors, the plan's `first` and on, in the order their sources lie: ranks that
@@ -354,7 +376,7 @@ def cut(
 
     A batch holds at most `stage` bytes of output, or `band` bytes of one tensor that is transposed on
     the way (its source rows are long, so narrow bands would read few bytes of many pages); both are
-    multiples of LEAF. `apart`: every tensor is a buffer of its own, `dst_buffer` its index."""
+    multiples of LEAF."""
     count = chunk.count
     if count == 0:
         return
@@ -362,10 +384,6 @@ def cut(
     file, offset, size = slots.file[tensors], slots.offset[tensors], slots.nbytes[tensors]
     order = np.lexsort((offset, file))
     rows = binding.bind(chunk.rows)
-    across = np.zeros(count, bool)
-    turned = (rows["src_buffer"] != NOTHING) & (rows["shape"][:, -1] > 1)
-    turned &= rows["src_stride"][:, -1] != _ITEM[rows["src_dtype"]]
-    across[chunk.tensor[turned]] = True
 
     # One address space for the whole chunk: tensors in file order, each at the sum of the sizes before it.
     base = np.empty(count, np.int64)
@@ -373,7 +391,8 @@ def cut(
     starts: list[int] = []
     heads: list[tuple[int, int, int, int, int]] = []  # file, start, stop, first, last (in `order`)
     open_at = -1
-    sizes, files, offsets, bands = size.tolist(), file.tolist(), offset.tolist(), across.tolist()
+    sizes, files, offsets = size.tolist(), file.tolist(), offset.tolist()
+    bands = _transposed(rows, chunk).tolist()
     bases = base.tolist()
     for k, t in enumerate(order.tolist()):
         n = sizes[t]
@@ -393,33 +412,10 @@ def cut(
         return
 
     edges = np.array([*starts, int(size.sum())], np.int64)
-    rows["dst"] += base[chunk.tensor].astype(np.uint64)
-    low, high = span(rows, "dst")
-    if (low < base[chunk.tensor]).any() or (high > (base + size)[chunk.tensor]).any():
-        raise ViewError("plan: a row writes outside its tensor")
-    one = np.searchsorted(edges, low, "right") - 1
-    two = np.searchsorted(edges, high - 1, "right") - 1
-    tensor, at = chunk.tensor, one
-    cross = one != two
-    if cross.any():
-        times = two - one + 1
-        times[~cross] = 1
-        keep = np.repeat(np.arange(len(rows)), times)
-        at = one[keep] + np.arange(len(keep)) - np.repeat(np.cumsum(times) - times, times)
-        spans = cross[keep]
-        whole = keep[~spans]
-        part = keep[spans]
-        clipped, origin = clip(rows[part], edges[at[spans]], edges[at[spans] + 1])
-        rows = np.concatenate([rows[whole], clipped])
-        tensor = np.concatenate([tensor[whole], tensor[part][origin]])
-        at = np.concatenate([at[~spans], at[spans][origin]])
+    rows, _, at = _at_edges(rows, chunk.tensor, base, size, edges)
     by_source = np.lexsort((rows["src"], rows["src_buffer"], at))
-    rows, tensor, at = rows[by_source], tensor[by_source], at[by_source]
-    if apart:
-        rows["dst"] -= base[tensor].astype(np.uint64)
-        rows["dst_buffer"] = first + tensor
-    else:
-        rows["dst"] -= edges[at].astype(np.uint64)
+    rows, at = rows[by_source], at[by_source]
+    rows["dst"] -= edges[at].astype(np.uint64)
     classify(rows)
     borders = np.searchsorted(at, np.arange(len(heads) + 1))
     lead = rows[borders[:-1]]
@@ -437,10 +433,95 @@ def cut(
             inside = order[k0 : k1 + 1]
             inside = inside[size[inside] > 0]
             leaf_offset, leaf_size, leaf = offset[inside] - a, size[inside], slots.leaf[first + inside]
-        yield Batch(
-            f, a, b, rows[borders[i] : borders[i + 1]],
-            first + int(order[k0]), first + int(order[k1]), leaf_offset, leaf_size, leaf,
-        )  # fmt: skip
+        yield Batch(f, a, b, rows[borders[i] : borders[i + 1]], leaf_offset, leaf_size, leaf)
+
+
+def spread(
+    chunk: Chunk,
+    first: int,
+    slots: Slots,
+    binding: Binding,
+    *,
+    stage: int,
+    band: int,
+    by_file: bool = False,
+) -> Iterator[Batch]:
+    """Batches of about `stage` bytes of the chunk's tensors, each memory of its own, in the order of the source.
+
+    Rows are cut to at most `stage` bytes, `band` of a tensor that is transposed on the way, and less of one
+    that picks a little of many pages: the others that want the rest of those pages are then not far.
+    `dst_buffer` is the plan's number of a tensor and `dst` counts from its start; a batch runs from 0 to its
+    bytes and has no leaves. `by_file`: none has tensors of two files; else `file` is 0."""
+    tensors = slice(first, first + chunk.count)
+    size, file = slots.nbytes[tensors], slots.file[tensors]
+    rows = binding.bind(chunk.rows)
+    # One address space for the whole chunk: each tensor at the sum of the sizes before it.
+    base = np.cumsum(size) - size
+    low, high = span(rows, "src")
+    moved = nbytes(rows, "src")
+    thin = np.ones(chunk.count, np.int64)
+    np.maximum.at(thin, chunk.tensor, np.where(moved == 0, 1, -(-(high - low) // np.maximum(moved, 1))))
+    step = np.maximum(stage // thin, min(stage, THINNEST)) // LINE * LINE
+    step = np.where(_transposed(rows, chunk), band, step)
+    pieces = -(-size // step)
+    within = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    edges = np.append(np.repeat(base, pieces) + within * np.repeat(step, pieces), size.sum())
+    rows, tensor, _ = _at_edges(rows, chunk.tensor, base, size, edges)
+    owner = file[tensor] if by_file else np.zeros(len(rows), np.int64)
+    order = np.lexsort((rows["src"], rows["src_buffer"], owner))
+    rows, tensor, owner = rows[order], tensor[order], owner[order]
+    rows["dst"] -= base[tensor].astype(np.uint64)
+    rows["dst_buffer"] = first + tensor
+    classify(rows)
+    written = nbytes(rows, "dst")
+    stop = np.cumsum(written)
+    turn = (stop - written) // stage
+    changes = (turn[1:] != turn[:-1]) | (owner[1:] != owner[:-1])
+    borders = [0, *(np.flatnonzero(changes) + 1).tolist(), len(rows)] if len(rows) else []
+    for a, b in itertools.pairwise(borders):
+        made = int(stop[b - 1] - stop[a] + written[a])
+        yield Batch(int(owner[a]), 0, made, rows[a:b], NO_LEAVES, NO_LEAVES, NO_LEAVES)
+
+
+THINNEST = 1 << 16
+"""Bytes that are cut no further where a tensor picks a little of many pages."""
+
+NO_LEAVES: Ints = np.empty(0, np.int64)
+
+
+def _transposed(rows: Table, chunk: Chunk) -> NDArray[np.bool_]:
+    """Which of the chunk's tensors are transposed on the way."""
+    out = np.zeros(chunk.count, bool)
+    turned = (rows["src_buffer"] != NOTHING) & (rows["shape"][:, -1] > 1)
+    turned &= rows["src_stride"][:, -1] != _ITEM[rows["src_dtype"]]
+    out[chunk.tensor[turned]] = True
+    return out
+
+
+def _at_edges(rows: Table, tensor: Ints, base: Ints, size: Ints, edges: Ints) -> tuple[Table, Ints, Ints]:
+    """The rows with tensor t from `base[t]` on, cut where `edges` are; the tensor of each, and between which
+    edges it lies.
+
+    Raises ViewError for a row that would write outside its tensor."""
+    rows["dst"] += base[tensor].astype(np.uint64)
+    low, high = span(rows, "dst")
+    if (low < base[tensor]).any() or (high > (base + size)[tensor]).any():
+        raise ViewError("plan: a row writes outside its tensor")
+    one = np.searchsorted(edges, low, "right") - 1
+    two = np.searchsorted(edges, high - 1, "right") - 1
+    cross = one != two
+    if not cross.any():
+        return rows, tensor, one
+    times = two - one + 1
+    times[~cross] = 1
+    keep = np.repeat(np.arange(len(rows)), times)
+    at = one[keep] + np.arange(len(keep)) - np.repeat(np.cumsum(times) - times, times)
+    spans = cross[keep]
+    whole, part = keep[~spans], keep[spans]
+    clipped, origin = clip(rows[part], edges[at[spans]], edges[at[spans] + 1])
+    rows = np.concatenate([rows[whole], clipped])
+    tensor = np.concatenate([tensor[whole], tensor[part][origin]])
+    return rows, tensor, np.concatenate([at[~spans], at[spans][origin]])
 
 
 def clip(rows: Table, low: Ints, high: Ints) -> tuple[Table, Ints]:

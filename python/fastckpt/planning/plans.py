@@ -21,7 +21,7 @@ from ..checkpoint import JSON, Cast, Checkpoint
 from ..collector import paused
 from ..computed import adapters, dequantised
 from ..computed.adapters import Adapter
-from ..dtypes import DType, float32
+from ..dtypes import DType, float8_e4m3fn, float8_e5m2, float32
 from ..dtypes import dtype as dtype_of
 from ..errors import LayoutError, RecipeError, SourceError, expect
 from ..extents import Extents
@@ -175,6 +175,8 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
     left_out: dict[str, None] = {}
     expansion = road.expansion
 
+    scaled = wanted.held is not None and any(dequantised.of_matrices(road.checkpoint))
+
     def of_rank(rank: int) -> Iterator[Target]:
         targets = road.targets(placement.at(rank))
         return targets if expansion is None else expansion.targets(targets)
@@ -189,7 +191,13 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
                     if target.name not in wanted.held:
                         left_out[target.name] = None
                         continue
-                    target = Target(target.name, target.view.cast(wanted.held[target.name]), target.shape)
+                    view, kind = target.view, wanted.held[target.name]
+                    if scaled and view.dtype in (float8_e4m3fn, float8_e5m2) and view.dtype is not kind:
+                        raise LayoutError(
+                            f"{target.name} is quantised, so its bytes cannot become {kind}; "
+                            'reshard(quant="none") makes dense weights'
+                        )
+                    target = Target(target.name, view.cast(kind), target.shape)
                 yield rank, target
 
     extents = road.checkpoint.extents
@@ -366,6 +374,8 @@ class _Road:
             # What is cast to a module's dtypes at the end is not rounded before.
             whole = float32 if wanted.held is not None else dtype
             ckpt = adapters.hollow(adapter, dtype) if wanted.apart else adapters.merged(adapter, whole)
+        if dtype is not None:
+            dequantised.require_as_stored(ckpt, dtype, scales=not layout.roles)
         cast = ckpt if dtype is None else replace(ckpt, entries=Cast(ckpt.entries, dtype))
         options: dict[str, JSON] = {
             "layout": _layout_name(layout),

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..dtypes import DType, bfloat16, float16, float32
 from ..errors import LayoutError, SourceError
 from .schemes import Packed, Scheme
+from .unrounding import AWQ_ORDER, per_element, unrounded
 
 if TYPE_CHECKING:
     from .. import _C
@@ -163,7 +164,7 @@ def quantise(
         point = _each(zeros.astype(np.float32), down, across, x)
         whole = np.rint(np.clip(scaled + point, np.float32(-high - 1), np.float32(high))).astype(np.int8)
         out[:] = (packed(whole + 8, scheme.packed) if scheme.packed else whole).reshape(-1).view(np.uint8)
-    return Rounded(scales, zeros, _error(x, _meant(out, scheme, scales, zeros, x)))
+    return Rounded(scales, zeros, _error(x, _meant(out, scheme, scales, zeros, x, native=False)))
 
 
 def error_of(
@@ -177,21 +178,21 @@ def error_of(
 ) -> Error:
     """The error of a part of a dense matrix of which `quantise` made the bytes `out`."""
     x = _values(dense, dtype, *shape)
-    return _error(x[part], _meant(out, scheme, found.scales, found.zeros, x)[part])
+    return _error(x[part], _meant(out, scheme, found.scales, found.zeros, x, native=True)[part])
 
 
-def _meant(out: Bytes, scheme: Scheme, scales: Floats, zeros: Zeros, like: Floats) -> Floats:
-    """What the quantised bytes of a matrix of `like`'s shape mean: (value - zero point) * scale in fp32."""
+def _meant(out: Bytes, scheme: Scheme, scales: Floats, zeros: Zeros, like: Floats, native: bool) -> Floats:
+    """What the quantised bytes of a matrix of `like`'s shape mean."""
     rows, columns = like.shape
-    down, across = scheme.block if scheme.block[1] else (1, columns)
-    if scheme.dtype.name == "float8_e4m3fn":
-        got = _E4M3[out.reshape(rows, columns)]
-    elif scheme.packed:
-        got = _unpacked(out.view(np.int32), scheme.packed, rows, columns) - np.float32(8)
-    else:
-        got = out.view(np.int8).reshape(rows, columns).astype(np.float32)
-    got = got - _each(zeros.astype(np.float32), down, across, like)
-    return np.asarray(got * _each(scales, down, across, like), np.float32)
+    down, across = scheme.block if scheme.block[1] else (rows // len(scales), columns)
+    kind = f"{scheme.packed}{scheme.bits}" if scheme.packed else scheme.dtype.name
+    tall, wide = per_element(kind)
+    values = out.view(np.int32 if scheme.packed else np.int8).reshape(rows // tall, columns // wide)
+    row = (np.arange(rows) // down).astype(np.int32)
+    points = zeros.astype(np.float32) if scheme.asymmetric else None
+    offset = 8 if scheme.packed else 0
+    made = unrounded(values, kind, scales, points, row, across, offset=offset, native=native)
+    return np.asarray(made, np.float32)
 
 
 def _error(x: Floats, y: Floats) -> Error:
@@ -232,10 +233,6 @@ def stored_zeros(zeros: Zeros, scheme: Scheme) -> NDArray[np.int32]:
     return packed(np.pad(whole, ((0, 0), (0, -whole.shape[1] % 8))), how)
 
 
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of eight columns stands in each four bits of an int32, from the lowest (AutoAWQ)."""
-
-
 def packed(whole: NDArray[np.signedinteger], how: Packed) -> NDArray[np.int32]:
     """Values 0 to 15 [rows, columns], eight an int32."""
     rows, columns = whole.shape
@@ -247,16 +244,6 @@ def packed(whole: NDArray[np.signedinteger], how: Packed) -> NDArray[np.int32]:
         eight = eight[..., AWQ_ORDER]
     words = (eight.astype(np.int64) << np.arange(0, 32, 4)).sum(axis=2)
     return np.asarray(words.astype(np.uint32).view(np.int32))
-
-
-def _unpacked(words: NDArray[np.int32], how: Packed, rows: int, columns: int) -> Floats:
-    """The inverse of `packed`."""
-    each = (words.reshape(-1, 1).view(np.uint32) >> np.arange(0, 32, 4, dtype=np.uint32)) & np.uint32(15)
-    if how == "awq":
-        each = each[:, np.argsort(AWQ_ORDER)]
-    if how == "down":
-        each = each.reshape(rows // 8, columns, 8).transpose(0, 2, 1)
-    return np.asarray(each.reshape(rows, columns), np.float32)
 
 
 def _magnitudes(x: Floats) -> Floats:
@@ -281,14 +268,3 @@ def _e4m3(x: Floats) -> Bytes:
     # 16 steps carry into the next binade by themselves: the code is counted in steps.
     code = np.where(step == -9, whole, whole + (step + 9) * 8)
     return np.asarray(code | (np.signbit(x) * np.int64(0x80)), np.uint8)
-
-
-def _decoded() -> Floats:
-    code = np.arange(256)
-    exponent, fraction = (code >> 3) & 15, code & 7
-    size = np.where(exponent == 0, np.ldexp(fraction / 8, -6), np.ldexp(1 + fraction / 8, exponent - 7))
-    size[(code & 0x7F) == 0x7F] = np.nan
-    return np.where(code & 0x80, -size, size).astype(np.float32)
-
-
-_E4M3 = _decoded()

@@ -20,7 +20,7 @@ from ..errors import DeviceError
 from ..executors import pick
 from ..executors.cpu import built
 from ..extents import Buffer, Extent, Extents
-from ..planning.planner import COPY, LEAF, NOTHING, Binding, Chunk, Slots, cut, item_sizes, nbytes
+from ..planning.planner import COPY, LEAF, NOTHING, Binding, Chunk, Slots, cut, item_sizes, nbytes, spread
 from ..planning.plans import Plan
 from ..reader import Lane, Mapped, Positioned
 from .device import CastThere, ToDevice
@@ -105,7 +105,7 @@ def _time(name: str, device: str, src: DType, dst: DType, turned: bool, threads:
     chunk = Chunk(TIMES, rows, np.arange(TIMES))
     slots = Slots.of([0] * TIMES, np.arange(TIMES) * out, [out] * TIMES)
     binding = Binding.of(Extents([Extent(held, 0, held.nbytes)]))
-    stage = BATCH if name == "gpu" else 2 * LEAF
+    batches, stage = (spread, BATCH) if name == "gpu" else (cut, 2 * LEAF)
     best = float("inf")
     with Mapped(binding.places) if built() else Positioned(binding.places) as reader:
         make, close = ends(name, slots, buffers, device, BATCH)
@@ -114,7 +114,7 @@ def _time(name: str, device: str, src: DType, dst: DType, turned: bool, threads:
         for k in range(3):
             began = time.perf_counter()
             feed(
-                cut(chunk, 0, slots, binding, stage=stage, band=BATCH, apart=name == "gpu"),
+                batches(chunk, 0, slots, binding, stage=stage, band=BATCH),
                 workers,
                 lambda _: None,
             )

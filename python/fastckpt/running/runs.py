@@ -22,7 +22,7 @@ from ..extents import Buffer, Extents, File
 from ..output.files import parse_size
 from ..output.manifest import Manifest, Origin, Record, rows_of
 from ..output.writer import Output
-from ..planning.planner import LEAF, Batch, Binding, compiled, cut
+from ..planning.planner import LEAF, Batch, Binding, compiled, cut, spread
 from ..planning.plans import Plan
 from ..quantisation import figures
 from ..quantisation.prequantised import Matrix
@@ -244,14 +244,19 @@ class Run:
         alone = len(planned.ranks) < planned.placement.world
         with reader_of(planned.extents, binding, alone=alone) as reader:
             stage, band = (batch, batch) if batch else sizes(reader, self.band)
+            merging = isinstance(reader, Merging)
 
             def batches() -> Iterator[Batch | Job]:
                 for first, chunk in planned.chunks():
                     yield from quantising.jobs(first, chunk, binding)
                     others = quantising.others(first, chunk)
-                    yield from cut(
-                        others, first, quantising.rest, binding, stage=stage, band=band, apart=apart
-                    )
+                    rest = quantising.rest
+                    if apart:
+                        yield from spread(
+                            others, first, rest, binding, stage=band, band=band, by_file=merging
+                        )
+                    else:
+                        yield from cut(others, first, rest, binding, stage=stage, band=band)
 
             def both(lane: Lane) -> Callable[[Batch | Job], None]:
                 copy = _named(lane, worker(lane))

@@ -58,6 +58,7 @@ class _Held:
 def read(tensors: Mapping[str, object], options: Options = _PLAIN) -> Checkpoint:
     """The checkpoint of a state dict in memory. Raises SourceError naming the tensor that does not fit."""
     options.refuse_zero_only(NAME)
+    options.refuse_crc(NAME)
     for name in tensors:
         expect("a tensor's name", name, str)
     held = {name: _hold(name, value) for name, value in tensors.items()}

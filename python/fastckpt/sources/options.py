@@ -18,7 +18,8 @@ class Options:
     `tag`: the ZeRO tag, None for what `latest` says. `also`: further directories that hold the rest of the
     files. `rename`: (regex, replacement) pairs applied to every name, in order. `weights`: "master" or
     "module" (the 16-bit copy of ZeRO-1/2). `exclude_frozen`: leave parameters out that the optimizer does
-    not own. `check_crc`: compare the CRC32 of every record that is used with the zip directory's.
+    not own. `check_crc`: compare the CRC32 of every record that is used with the zip directory's. A format
+    that has nothing to do it with refuses an option.
     Raises FastckptError for a value that is none of these."""
 
     tag: str | None = None
@@ -51,6 +52,13 @@ class Options:
             raise SourceError(
                 f"{where}: weights={self.weights!r} was asked for, and this is no ZeRO checkpoint"
             )
+        if self.exclude_frozen:
+            raise SourceError(f"{where}: exclude_frozen was asked for, and only ZeRO says what was frozen")
+
+    def refuse_crc(self, where: str) -> None:
+        """Raises SourceError for `check_crc`: this format holds no checksums."""
+        if self.check_crc:
+            raise SourceError(f"{where}: check_crc was asked for, and there are no checksums to compare")
 
     def name(self, old: str) -> str:
         """The name a tensor gets."""

@@ -65,6 +65,7 @@ def whole_model(path: str) -> bool:
 def read(path: str, options: Options) -> Checkpoint:
     """The checkpoint in a file or directory. Raises SourceError."""
     options.refuse_zero_only(path)
+    options.refuse_crc(path)
     shards = find_shards(path, SUFFIX, SINGLE, options.also)
     headers = [read_header(p) for p in shards.paths]
     shards.check([list(h.items) for h in headers])

@@ -16,10 +16,9 @@ from ..errors import SourceError
 from ..extents import Extent, Extents, File
 from ..views import dense_strides
 from . import safetensors, statedict
-from .assembly import assemble, read_json, tensor
+from .assembly import RECORD, assemble, read_json, tensor
 from .options import Options
 
-RECORD = "fastckpt.json"
 SHARDS = "shards"
 """The format of an output whose tensors are parts: an entry a rank and tensor, named "rank/name"."""
 SCHEMA = 1
@@ -67,6 +66,7 @@ def read(path: str, options: Options) -> Checkpoint:
 def _shards(path: str, body: Mapping[str, JSON], ranks: list[JSON], options: Options) -> Checkpoint:
     """Every rank's tensors, named "rank/name"."""
     options.refuse_zero_only(path)
+    options.refuse_crc(path)
     if options.rename:
         raise SourceError(f"{path}: the names of shards in layout {body.get('layout')!r} cannot be changed")
     record = os.path.join(path, RECORD)

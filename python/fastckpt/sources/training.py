@@ -25,10 +25,10 @@ from ..errors import SourceError
 from ..extents import Extent, Extents, File
 from ..views import View, dense_strides, zeros
 from . import zero
-from .assembly import assemble, parse_json, read_json
+from .assembly import RECORD, assemble, parse_json, read_json
 from .options import Options
 
-RECORD, TABLE = "fastckpt.json", "tensors.json"
+TABLE = "tensors.json"
 SCHEMA = 1
 _TAIL = b'"digest": "%s"\n}\n'
 _MAX_BYTES = 1 << 30
@@ -52,6 +52,7 @@ def read(path: str, options: Options) -> Checkpoint:
         found = zero.read(os.path.join(path, f"engine-{engines[0]}" if engines[0] else "engine"), options)
         return replace(found, facts={**found.facts, "commit": path})
     options.refuse_zero_only(path)
+    options.refuse_crc(path)
     return _tensors(path, body, tree, modules, options)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..errors import SourceError
+from .assembly import RECORD
 
 OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 MODEL_OF_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
@@ -78,6 +79,8 @@ def find(path: str, tag: str | None, also: Iterable[str] = ()) -> Files:
         if tag is None:
             tag = _latest(path, known)
         folder = os.path.join(path, tag)
+        if os.path.isfile(os.path.join(folder, RECORD)):
+            raise SourceError(f"{path}: the commits of a training job; open one of them, such as {folder}")
         if tag not in there and not any(_is_tag_folder(os.path.join(a, tag)) for a in also):
             raise SourceError(f"{path}: no ZeRO checkpoint with tag {tag!r}; {known}")
     return _sorted_out(root, folder, tag, [folder, *(_tag_folder_of(a, tag) for a in also)])
