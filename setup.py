@@ -65,9 +65,9 @@ X86 = {
 """The translation units of one instruction set each, with the only flags that name one: the module runs on
 any x86-64. (gcc 12 warns of its own AVX-512 headers.)"""
 
-CUDA_SOURCES = {"copy_cuda.cu": True, "digest_cuda.cu": True, "quant_cuda.cu": False}
-"""The CUDA files, and whether each architecture gets code of its own, or every major version: code of its first
-runs on all of it."""
+CUDA_SOURCES = {"copy_cuda.cu": True, "digest_cuda.cu": False, "quant_cuda.cu": False}
+"""The CUDA files, and whether each architecture gets code of its own, or every major version, on all of which
+the code of its first runs."""
 
 CUDA_ARCHITECTURES = (os.environ.get("FASTCKPT_CUDA_ARCHS") or "80,86,89,90,100,120").split(",")
 """Native code for each of these that the toolkit knows, and PTX of the newest."""
@@ -111,8 +111,9 @@ class Toolkit:
         raise OSError(f"{self.top} has no {name} in lib, lib64 or targets/*/lib")
 
     def compile(self, name: str, every: bool, folder: str) -> str:
-        """The object of a .cu file, with code for every architecture or every major version. Products and sums are
-        never fused: what they give is that of a CPU."""
+        """The object of a .cu file, with code for every architecture or every major version.
+
+        Products and sums are never fused: they give what they give on a CPU."""
         source, made = CSRC / name, Path(folder) / f"{name}.o"
         made.parent.mkdir(parents=True, exist_ok=True)
         newest = self.architectures[-1]
@@ -120,7 +121,15 @@ class Toolkit:
         native = [a for a in self.architectures if every or first[a[:-1]] == a]
         codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in native]
         names = " ".join([*(f"sm_{a}" for a in self.architectures), f"compute_{newest}"])
-        flags = ["-std=c++17", "-O3", "-fmad=false", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden,-g0"]
+        flags = [
+            "-std=c++17",
+            "-O3",
+            "-fmad=false",
+            "--threads",
+            "0",
+            "-Xcompiler",
+            "-fPIC,-fvisibility=hidden,-g0",
+        ]
         modes = any("compress-mode" in x for x in self.ask("--help"))
         small = "--compress-mode=size" if modes else "-Xfatbin=-compress-all"
         self.ask(

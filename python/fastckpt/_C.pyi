@@ -88,8 +88,8 @@ def launch_digests(leaves: int, count: int, out: int, stream: int) -> None:
     device memory. Only with CUDA; raises RuntimeError in CUDA's words."""
 
 def launch_quantise(rows: int, owner: int, first: int, count: int, stream: int) -> None:
-    """Starts `count` tiles from tile `first` on of a table of `quantrows.QUANT_ROWS`, on a stream; the first two
-    are addresses in device memory. Only with CUDA; raises RuntimeError in CUDA's words."""
+    """Starts `count` tiles from tile `first` on of a table of `quantrows.QUANT_ROWS`, on a stream; the first
+    two are addresses in device memory. Only with CUDA; raises RuntimeError in CUDA's words."""
 
 def read_at(
     fd: int, offsets: Buffer, sizes: Buffer, destination: Buffer, positions: Buffer, threads: int = 1

@@ -75,7 +75,9 @@ def test_arithmetic_is_that_of_a_cpu(tmp_path: Path, source: str) -> None:
         ["nvcc", "-std=c++17", "-O3", "-fmad=false", "-arch=compute_90", "-ptx", "-o", ptx, f"csrc/{source}"],
         cwd=ROOT, check=True, capture_output=True,
     )  # fmt: skip
-    found = set(re.findall(r"\b(?:add|sub|mul|fma|mad|div|rcp|sqrt|ex2|lg2)\.[a-z.]*f(?:16|32|64)", ptx.read_text()))
+    found = set(
+        re.findall(r"\b(?:add|sub|mul|fma|mad|div|rcp|sqrt|ex2|lg2)\.[a-z.]*f(?:16|32|64)", ptx.read_text())
+    )
     assert found and all(re.fullmatch(r"[a-z0-9]+\.rn\.f(32|64)", x) for x in found), found
     assert ".ftz" not in ptx.read_text()
 

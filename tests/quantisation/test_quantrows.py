@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,7 @@ GUARD = 64
 
 
 def matrices(rows, columns, dtype):
-    """Normal values; all magnitudes; ties; zeros in part; what divides by a scale that no reciprocal serves."""
+    """Normal values; all magnitudes; ties; zeros in part; scales that no reciprocal serves."""
     torch.manual_seed(rows * 1000 + columns)
     plain = torch.randn(rows, columns)
     yield plain.to(dtype)
@@ -56,7 +58,7 @@ class Held:
 
 
 def on_host(x, scheme, *, tall=0, given=None, pad=0, at=0, shuffle=0, bands=()):
-    """(values, scales, packed zeros, whether bad) as the GPU's body makes them; `pad`: values between rows."""
+    """Values, scales, packed zeros, whether bad, by the GPU's body; `pad`: values between rows."""
     rows, columns = x.shape
     item = x.element_size()
     wide = torch.full((rows, columns + pad), 7.0, dtype=x.dtype)
@@ -69,7 +71,11 @@ def on_host(x, scheme, *, tall=0, given=None, pad=0, at=0, shuffle=0, bands=()):
     blocks = (lead if scheme.block[0] == 0 or (scheme.block == (1, 0)) else 1) * down * across
     out = Held(rows * columns * scheme.bits // 8)
     scales = Held(blocks * scheme.scale_dtype.itemsize)
-    zeros = Held(4 * np.prod(scheme.zero_shape((rows, columns)), dtype=int)) if scheme.packed and scheme.zero else None
+    zeros = (
+        Held(4 * np.prod(scheme.zero_shape((rows, columns)), dtype=int))
+        if scheme.packed and scheme.zero
+        else None
+    )
     bad = Held(4)
     bad.bytes[:] = 0
     found = None
@@ -83,7 +89,7 @@ def on_host(x, scheme, *, tall=0, given=None, pad=0, at=0, shuffle=0, bands=()):
     )  # fmt: skip
     pitch = (columns + pad) * item
     edges = [0, *bands, rows]
-    spans = [(a, b - a, source.address + a * pitch, pitch) for a, b in zip(edges, edges[1:])]
+    spans = [(a, b - a, source.address + a * pitch, pitch) for a, b in pairwise(edges)]
     todo = [[there.part(*span) for span in spans]]
     if scheme.block[0] == 0 and given is None:
         todo.insert(0, [there.part(*span, largest=True) for span in spans])
@@ -105,12 +111,14 @@ def wanted(x, scheme, *, tall=0, given=None):
     if scheme.block[0] == 0 and given is None:
         given = x.float().abs().reshape(rows // (tall or rows), -1).amax(1).numpy()
     largest = given if given is None else np.repeat(given, rows // len(given))
-    found = rounding.quantise(raw, dtypes.dtype(str(x.dtype)), rows, columns, scheme, largest, out, native=False)
+    found = rounding.quantise(
+        raw, dtypes.dtype(str(x.dtype)), rows, columns, scheme, largest, out, native=False
+    )
     if found is None:
         return None
     scales = found.scales
     if scheme.block[0] == 0:
-        scales = scales[:: tall or rows]
+        scales = np.ascontiguousarray(scales[:: tall or rows])
     half = scheme.scale_dtype is dtypes.float16
     scales = scales.astype(np.float16) if half else scales
     zeros = rounding.stored_zeros(found.zeros, scheme) if scheme.packed and scheme.zero else None
@@ -138,6 +146,72 @@ def test_the_table_is_the_kernels() -> None:
 def test_bytes_equal_numpys(name: str) -> None:
     scheme = SCHEMES[name]
     for k, (rows, columns) in enumerate(shapes(scheme)):
+        for j, x in enumerate(matrices(rows, columns, DTYPES[k % 3])):
+            compare(x, scheme, shuffle=k * j)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", list(SCHEMES))
+def test_bytes_equal_numpys_of_every_type(name: str) -> None:
+    scheme = SCHEMES[name]
+    for rows, columns in shapes(scheme):
         for dtype in DTYPES:
             for x in matrices(rows, columns, dtype):
-                compare(x, scheme, shuffle=k)
+                compare(x, scheme)
+
+
+@pytest.mark.parametrize("name", list(SCHEMES))
+def test_rows_where_they_lie(name: str) -> None:
+    """Part of wider rows, at an odd place, and in bands."""
+    scheme = SCHEMES[name]
+    rows, columns = 384, 264 if scheme.bits == 8 else 256
+    unit = max(8, scheme.block[0])
+    x = torch.randn(rows, columns)
+    for dtype, pad, at in ((torch.float32, 3, 4), (torch.bfloat16, 8, 0), (torch.float16, 1, 2)):
+        bands = (unit, 3 * unit) if unit < 128 else (128,)
+        compare(x.to(dtype), scheme, pad=pad, at=at, shuffle=5, bands=bands)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8-dynamic"])
+def test_a_scale_for_each_matrix_of_a_stack(name: str) -> None:
+    x = torch.randn(3 * 40, 72) * torch.tensor([1.0, 8.0, 0.0]).repeat_interleave(40)[:, None]
+    compare(x, SCHEMES[name], tall=40, bands=(8, 64))
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8-channel", "fp8"])
+def test_a_given_largest_is_taken(name: str) -> None:
+    x = torch.randn(64, 200)
+    largest = x.abs().amax(1).numpy() * 2
+    compare(x, SCHEMES[name], given=largest[:1] * 8 if SCHEMES[name].block[0] == 0 else largest)
+
+
+@pytest.mark.parametrize("name", list(SCHEMES))
+@pytest.mark.parametrize("bad", [float("nan"), float("-nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_told(name: str, bad: float) -> None:
+    scheme = SCHEMES[name]
+    for dtype in DTYPES:
+        for row, column in ((0, 0), (127, 31), (128, 255), (255, 130)):
+            x = torch.randn(256, 256).to(dtype)
+            x[row, column] = bad
+            assert on_host(x, scheme)[3], (dtype, row, column)
+
+
+@pytest.mark.parametrize("name", ["int4-group-zero", "awq-group", "gptq-group", "gptq-group-zero"])
+def test_a_range_beyond_its_scale_is_told(name: str) -> None:
+    x = torch.randn(128, 128)
+    x[3, 5], x[4, 5], x[3, 6] = 3e38, -3e38, -3e38
+    compare(x, SCHEMES[name])
+
+
+def test_odd_sizes_at_random() -> None:
+    rng = np.random.default_rng(5)
+    for k in range(60):
+        scheme = list(SCHEMES.values())[k % len(SCHEMES)]
+        down, across = max(1, scheme.block[0]), max(1, scheme.block[1])
+        rows, columns = int(rng.integers(1, 300)), int(rng.integers(1, 700))
+        if scheme.turned:
+            rows, columns = (rows // down + 1) * down, (columns // 8 + 1) * 8
+        elif scheme.packed:
+            columns = (columns // across + 1) * across
+        x = torch.from_numpy(rng.standard_normal((rows, columns), np.float32)).to(DTYPES[k % 3])
+        compare(x, scheme, pad=int(rng.integers(0, 3)), shuffle=k)

@@ -42,6 +42,9 @@ SIDE = 128
 MOST = (1 << 31) - 1
 """Tiles of a table, and rows of a matrix."""
 
+Part = tuple[int | float, ...]
+"""A row of QUANT_ROWS."""
+
 
 @dataclass(frozen=True, slots=True)
 class There:
@@ -66,7 +69,7 @@ class There:
         """Rows that are quantised together: a band of them begins on a multiple of so many."""
         return max(PATCH, self.scheme.block[0])
 
-    def part(self, first: int, count: int, src: int, pitch: int, *, largest: bool = False) -> tuple[object, ...]:
+    def part(self, first: int, count: int, src: int, pitch: int, *, largest: bool = False) -> Part:
         """Rows [first, first + count), which begin at `src`, as a row of QUANT_ROWS; `largest`: they are only
         looked through for `amax`."""
         s, (down, across) = self.scheme, self.scheme.block
@@ -96,7 +99,7 @@ def covered(scheme: Scheme) -> bool:
     return scheme.block in blocks.get(scheme.packed, ((32, 1), (64, 1), (128, 1)))
 
 
-def tiled(parts: Sequence[tuple[object, ...]]) -> tuple[NDArray[np.void], NDArray[np.uint32], NDArray[np.int64]]:
+def tiled(parts: Sequence[Part]) -> tuple[NDArray[np.void], NDArray[np.uint32], NDArray[np.int64]]:
     """The table of some parts, the row of each tile, and where each part's tiles begin, all of them last.
 
     Raises ViewError beyond what a kernel counts."""
@@ -104,7 +107,9 @@ def tiled(parts: Sequence[tuple[object, ...]]) -> tuple[NDArray[np.void], NDArra
     count = counts(table)
     borders = np.concatenate([[0], np.cumsum(count)])
     if borders[-1] > MOST or (table["first"].astype(np.int64) + table["rows"] > MOST).any():
-        raise ViewError(f"quantise: {borders[-1]} tiles, or a matrix of more than {MOST} rows; at most {MOST}")
+        raise ViewError(
+            f"quantise: {borders[-1]} tiles, or a matrix of more than {MOST} rows; at most {MOST}"
+        )
     table["first_tile"] = borders[:-1]
     return table, np.repeat(np.arange(len(table), dtype=np.uint32), count), borders
 
