@@ -19,7 +19,8 @@ from fastckpt.planning.plans import Wanted
 from fastckpt.reader import Mapped
 from fastckpt.running.runs import BAND
 from fastckpt.target import Target
-from fastckpt.views import View, stack, strided
+from fastckpt.stored import strided
+from fastckpt.views import View, stack
 from floors import Memcpy, batches, share, source_runs
 from inputs import Input
 from measure import Bench, Figure, Goal, Step, of_floor, on, times_faster

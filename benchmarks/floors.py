@@ -66,12 +66,11 @@ class Memcpy:
 def batches(plan: Plan, binding: Binding, *, band: int = BAND, apart: bool = False) -> list[Batch]:
     """All batches of a plan, as the road cuts them; not what it quantises."""
     quantising = Quantising(plan, plan.slots(), {})
+    how = partial(spread, stage=band) if apart else partial(cut, stage=STAGE, thin=LEAF)
     return [
         batch
         for first, chunk in plan.chunks()
-        for batch in (spread if apart else cut)(
-            quantising.others(first, chunk), first, quantising.rest, binding, stage=STAGE, band=band
-        )
+        for batch in how(quantising.others(first, chunk), first, quantising.rest, binding, band=band)
     ]
 
 

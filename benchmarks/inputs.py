@@ -22,7 +22,8 @@ import torch
 from fastckpt.checkpoint import Checkpoint, Single
 from fastckpt.dtypes import DType, bfloat16, float8_e4m3fn, float32
 from fastckpt.extents import Extent, Extents, File
-from fastckpt.views import View, runs, strided
+from fastckpt.stored import runs, strided
+from fastckpt.views import View
 from real import make_zero
 from torch import nn
 from zero_writer import write_zero

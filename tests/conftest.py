@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from fastckpt.running import runs
 
 TESTS = Path(__file__).parent
 MAKER = TESTS / "real" / "make_zero.py"
@@ -22,6 +23,8 @@ TRIES = 3
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell's background job ignores Ctrl-C, and so would every program that a test starts and interrupts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+runs.SMALL = 0  # small tensors take the road of large ones
 
 skipped_without_deepspeed: list[str] = []
 

@@ -17,8 +17,8 @@ from fastckpt.executors import EXECUTORS
 from fastckpt.extents import Buffer, Extent, Extents
 from fastckpt.planning.planner import LEAF, Binding, Slots, compile, cut
 from fastckpt.reader import Positioned
+from fastckpt.stored import runs
 from fastckpt.target import Target
-from fastckpt.views import runs
 
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 

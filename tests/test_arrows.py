@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(next(iter(fastckpt.__path__)))
 
-CORE = ("errors", "dtypes", "extents", "views", "checkpoint", "placement", "target")
+CORE = ("errors", "dtypes", "extents", "views", "stored", "checkpoint", "placement", "target")
 PLAIN = (*CORE, "model")
 FILES = ("syscalls", "endings", "files", "torchzip", "manifest", "commit", "writer")
 
@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "dtypes": CORE[:1],
     "extents": CORE[:2],
     "views": CORE[:3],
+    "stored": CORE[:4],
     "checkpoint": CORE[:4],
     "placement": CORE[:4],
     "schemes": CORE[:2],
@@ -84,7 +85,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "pipeline": (*CORE, "digest", "finite", "planner", "planned", "plans", "reader", *FILES),
     "quantising": (*CORE, "planner", "plans", "schemes", "quantplan", "rounding", "reader"),
     "figures": (*CORE, "planner", "plans", "schemes", "quantplan", "prequantised", "rounding"),
-    "tensors": (*CORE, "planner", "plans"),
+    "tensors": (*CORE, "sources", "planner", "plans"),
     "device": (*CORE, "digest", "planner", "reader", "pipeline", "executors"),
     "resident": (*CORE, "lowrank", "planner", "plans", "executors"),
     "quantrows": (*CORE, "schemes", "rounding"),

@@ -12,7 +12,7 @@ from fastckpt import dtypes
 from fastckpt.errors import SourceError
 from fastckpt.extents import Buffer, Extent, Extents
 from fastckpt.inverse import joined, pieces_of
-from fastckpt.views import strided
+from fastckpt.stored import strided
 from reading import read
 
 

@@ -14,8 +14,9 @@ from fastckpt.extents import Buffer, Extent, Extents, File
 from fastckpt.planning import planner
 from fastckpt.planning.planner import Binding, Slots
 from fastckpt.reader import Mapped, MappedLane
+from fastckpt.stored import strided
 from fastckpt.target import Target
-from fastckpt.views import View, strided
+from fastckpt.views import View
 
 pytest.importorskip("fastckpt._C", reason="the compiled module is not built")
 

@@ -10,7 +10,7 @@ import fastckpt
 import numpy as np
 import pytest
 import torch
-from fastckpt import dtypes, road, sources, views
+from fastckpt import dtypes, road, sources, stored
 from fastckpt.dtypes import BY_NAME, DTYPES
 from fastckpt.errors import FastckptError, LayoutError, RecipeError, SourceError, WriteError
 from fastckpt.executors import pick
@@ -159,6 +159,35 @@ def test_the_callers_tensors_are_filled_in_place(tmp_path):
         fastckpt.reshard(tmp_path, 2, layout="vllm", out=one)
 
 
+class Wrapped(torch.Tensor):
+    """As DTensor: a tensor whose memory is another's."""
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return args[0]
+
+
+def test_values_that_lie_in_no_plain_memory_are_not_filled():
+    negated = torch._neg_view(torch.zeros(3))
+    conjugated = torch.zeros(3, dtype=torch.complex64).conj()
+    for odd in (negated, conjugated, Wrapped(torch.zeros(3))):
+        given = {"w": torch.ones(3, dtype=odd.dtype)}
+        with pytest.raises(LayoutError, match=r"w is a .*plain memory"):
+            fastckpt.reshard(given, rank=0, layout="same", out={"w": odd})
+    module = torch.nn.Linear(3, 1, bias=False)
+    module.weight = torch.nn.Parameter(Wrapped(torch.zeros(1, 3)), requires_grad=False)
+    with pytest.raises(LayoutError, match="plain memory"):
+        fastckpt.load_into(module, {"weight": torch.ones(1, 3)})
+    with pytest.raises(LayoutError, match="plain memory"):
+        fastckpt.verify_tensors(module, {"weight": torch.ones(1, 3)})
+    assert fastckpt.verify_tensors({"w": torch._neg_view(torch.ones(3))}, {"w": -torch.ones(3)}).ok
+    assert not fastckpt.verify_tensors({"w": torch._neg_view(torch.ones(3))}, {"w": torch.ones(3)}).ok
+
+
 def test_memory_that_is_filled_twice_or_read_later_is_refused():
     base = torch.arange(16.0).view(4, 4)
     with pytest.raises(LayoutError, match="same memory"):
@@ -178,6 +207,21 @@ def test_a_tied_module_does_not_choose_between_two_tensors():
     module[1].weight = module[0].weight
     with pytest.raises(LayoutError, match="same memory"):
         fastckpt.load_into(module, {"0.weight": torch.zeros(3, 3), "1.weight": torch.ones(3, 3)})
+
+
+@pytest.mark.parametrize("quant", [None, "int8"])
+def test_little_is_moved_by_the_callers_thread(monkeypatch, quant):
+    state = {"a.up_proj.weight": torch.randn(64, 128), "b": torch.randn(3)}
+    road = {"layout": "same", "quant": quant, "threads": 2}
+    want = fastckpt.reshard(state, **road)[0]
+    monkeypatch.setattr(runs, "SMALL", 1 << 20)
+    monkeypatch.setattr(runs, "feed", lambda *_: pytest.fail("threads were started"))
+    told = []
+    got = fastckpt.reshard(state, **road, progress=lambda *now: told.append(now))[0]
+    assert got.keys() == want.keys() and all(torch.equal(got[n], x) for n, x in want.items())
+    assert sum(t.nbytes for t in got.values() if t.dim() != 2 or t.shape[1] > 1) == told[-1][0]  # no scales
+    with pytest.raises(SourceError, match=r"up_proj\.weight: NaN"):
+        fastckpt.reshard({"a.up_proj.weight": torch.full((8, 128), torch.nan)}, layout="same", quant="int8")
 
 
 def test_tensors_in_memory_are_a_checkpoint():
@@ -311,8 +355,8 @@ class Scaled:
     def targets(self, ckpt, placement):
         for name in ckpt:
             yield Target(name, ckpt[name])
-            yield Target(f"{name}.slopes", views.constant(np.arange(3, dtype=np.float32), dtypes.float32))
-            yield Target(f"{name}.size", views.constant(np.int64(len(name)), dtypes.int64))
+            yield Target(f"{name}.slopes", stored.constant(np.arange(3, dtype=np.float32), dtypes.float32))
+            yield Target(f"{name}.size", stored.constant(np.int64(len(name)), dtypes.int64))
 
     def naming(self, placement):
         return Naming("", "model.safetensors", "model-{part}-of-{parts}.safetensors")

@@ -12,7 +12,8 @@ import pytest
 from fastckpt import dtypes, views
 from fastckpt.errors import SourceError, ViewError
 from fastckpt.extents import Buffer, Extent, Extents
-from fastckpt.views import View, cat, constant, runs, stack, strided, zeros
+from fastckpt.stored import constant, runs, strided
+from fastckpt.views import View, cat, stack, zeros
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray

@@ -84,7 +84,8 @@ def test_without_frozen_parameters(source):
     same(zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(path, exclude_frozen_parameters=True), want)
 
 
-def test_lazy_mode(source):
+def test_lazy_mode(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTCKPT_CACHE", str(tmp_path / "plans"))
     path, want = source
     lazy = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(path, lazy_mode=True)
     assert list(lazy) == list(want)
@@ -93,6 +94,7 @@ def test_lazy_mode(source):
         assert (lazy[name].shape, lazy[name].dtype) == (t.shape, t.dtype)
         assert lazy[name].shape.numel() == t.numel()
         assert torch.equal(lazy[name].contiguous(), t)
+    assert not (tmp_path / "plans").exists()  # 64 are kept, and a tensor is no plan
 
 
 @pytest.mark.parametrize("safe", [False, True])

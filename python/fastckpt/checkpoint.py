@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from .dtypes import DType
-from .errors import SourceError
+from .errors import SourceError, near
 from .extents import Extents, File
 from .views import View
 
@@ -125,11 +125,9 @@ class Checkpoint:
         """The view of a tensor; a tied name gives its holder's. Raises SourceError naming near misses."""
         entry = self.entries.get(self.aliases.get(name, name))
         if entry is None:
-            import difflib
-
-            near = difflib.get_close_matches(name, self.entries, 3)
-            hint = f"; near: {', '.join(near)}" if near else ""
-            raise SourceError(f"{self.path}: no tensor {name!r} among {len(self.entries)}{hint}")
+            raise SourceError(
+                f"{self.path}: no tensor {name!r} among {len(self.entries)}{near(name, self.entries)}"
+            )
         return entry.build()
 
     def __contains__(self, name: object) -> bool:

@@ -6,6 +6,8 @@ Messages are raised deep with the local fact; the spine adds target and file onc
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class FastckptError(Exception):
     """The root of every error raised on purpose; `exit_code` is the command line's."""
@@ -25,6 +27,14 @@ def expect(argument: str, value: object, *kinds: type) -> None:
     if not fits:
         wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
         raise FastckptError(f"{argument}: wanted {wanted}, got {type(value).__name__} {value!r:.80}")
+
+
+def near(name: str, among: Iterable[str]) -> str:
+    """What a message adds where `name` is not among those there are: the names that are spelled alike."""
+    import difflib  # for messages alone
+
+    found = difflib.get_close_matches(name, among, 3)
+    return f"; near: {', '.join(found)}" if found else ""
 
 
 class SourceError(FastckptError):

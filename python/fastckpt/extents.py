@@ -54,6 +54,9 @@ class Buffer:
         return np.frombuffer(memoryview(held), np.uint8)
 
 
+COMPUTED = "computed"
+"""The device of bytes that lie nowhere until a copy asks for them (`computed.lowrank`)."""
+
 LINE = 64
 """Bytes of a cache line."""
 

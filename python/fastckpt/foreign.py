@@ -19,16 +19,14 @@ import xxhash
 from . import joining, layouts, recipes
 from .checkpoint import JSON, Checkpoint
 from .errors import LayoutError, SourceError
-from .extents import Extent, Extents
 from .layouts import ByRoles, Layout, Naming
 from .model import Model
 from .placement import Placement
 from .sources import safetensors, served
-from .sources.assembly import assemble, tensor
+from .sources.assembly import assemble
 from .sources.options import Options
 from .sources.shards import find_shards
 from .target import Target
-from .views import dense_strides
 
 
 def open_shards(
@@ -102,11 +100,7 @@ def _read(path: str, layout: ByRoles, grid: Placement) -> Checkpoint:
             if file.endswith(safetensors.SUFFIX) and os.path.realpath(extra) not in read:
                 sizes = f"tp {grid.tp}, pp {grid.pp}, dp {grid.dp}"
                 raise SourceError(f"{extra}: is no file of these {grid.world} ranks ({sizes})")
-    extents = Extents(Extent(h.file, i.offset, i.nbytes, name) for name, (i, h) in found.items())
-    entries = {
-        name: tensor(extents, k, item.dtype, item.shape, 0, tuple(dense_strides(item.shape)), "parameter")
-        for k, (name, (item, _)) in enumerate(found.items())
-    }
+    extents, entries = safetensors.tensors([(name, item, h.file) for name, (item, h) in found.items()])
     return assemble(
         path, served.SHARDS, entries, extents, Options(), files=[h.file for h in headers], search=[path],
         headers=[h.digest for h in headers],

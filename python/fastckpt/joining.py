@@ -11,13 +11,13 @@ from the first, what a layout padded is dropped. Nothing is read but headers and
 
 from __future__ import annotations
 
+import builtins
 import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import xxhash
 
@@ -35,8 +35,9 @@ from .model import Model
 from .output.manifest import Manifest
 from .placement import Placement
 from .sources.served import SHARDS
+from .stored import strided
 from .target import Target
-from .views import View, strided
+from .views import View
 
 TOLD = "cut_from"
 """The record's option that tells what the shards were cut from."""
@@ -237,7 +238,9 @@ def _config(ckpt: Checkpoint, manifest: Manifest) -> Mapping[str, JSON]:
     if ckpt.config is None or path not in ckpt.beside:
         raise SourceError(f"{ckpt.path}: no config.json, which says how the shards were cut")
     held = manifest.files.get("config.json")
-    if held is None or digest(Path(path).read_bytes()) != held.digest:
+    with builtins.open(path, "rb") as f:
+        now = digest(f.read())
+    if held is None or now != held.digest:
         raise SourceError(f"{path}: was changed since the shards were cut; put the one of then back")
     was = _map(manifest.record.options.get("resized", {}), ckpt, "resized")  # before they were padded
     return {k: v for k, v in {**ckpt.config, **was}.items() if v is not None or k not in was}

@@ -21,6 +21,7 @@ from .planning.plans import Wanted
 from .road import grid_of, open_whole
 from .running import tensors
 from .running.runs import Progress, Run
+from .sources.memory import plain
 from .verification import VerifyReport
 
 if TYPE_CHECKING:
@@ -110,7 +111,10 @@ def digests_of(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
     on: dict[torch.device, State] = {}
     for name, t in state.items():
-        on.setdefault(t.device, {})[name] = t.detach().contiguous()
+        dense = t.detach().resolve_conj().resolve_neg().contiguous()
+        if not plain(dense):
+            raise LayoutError(f"{name} is a {type(t).__name__}: its values do not lie in plain memory")
+        on.setdefault(t.device, {})[name] = dense
     found: dict[str, str] = {}
     for device, mine in on.items():
         if device.type == "cuda":

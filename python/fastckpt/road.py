@@ -347,7 +347,8 @@ def stream(ckpt: Opened, names: Sequence[str]) -> Iterator[tuple[str, int, memor
 
     The memory is valid until the next step. Reads in bounded memory; for `diff` and the like."""
     opened = ckpt if isinstance(ckpt, Checkpoint) else joining.open(ckpt)
-    only = replace(opened, entries={n: opened.entries[n] for n in names}, aliases={})
+    # without a structure no plan is kept: this one goes by the names that both sides of a diff have
+    only = replace(opened, entries={n: opened.entries[n] for n in names}, aliases={}, structure="")
     planned = plans.draft(only, Wanted(Placement(), layout=Same()), in_memory=True)
     binding, slots = Binding.of(planned.extents), planned.slots()
     staging = fresh(LEAF)

@@ -73,7 +73,7 @@ def _lazy(ckpt: Checkpoint, name: str, entry: Entry) -> LazyTensor:
 
     from .running.tensors import torch_dtype
 
-    alone = replace(ckpt, entries={name: entry}, aliases={})
+    alone = replace(ckpt, entries={name: entry}, aliases={}, structure="")  # a plan a tensor is not kept
     dtype = float32 if entry.dtype.kind == "float" else entry.dtype
     return LazyTensor(name, torch.Size(entry.shape), torch_dtype(dtype), alone)
 

@@ -14,8 +14,8 @@ from fastckpt.executors import EXECUTORS
 from fastckpt.extents import Buffer, Extent, Extents
 from fastckpt.planning.planner import LEAF, Binding, Slots, compile, cut
 from fastckpt.reader import Mapped, Positioned
+from fastckpt.stored import strided
 from fastckpt.target import Target
-from fastckpt.views import strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

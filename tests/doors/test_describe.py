@@ -105,8 +105,8 @@ def byte_runs(row) -> int:
 def test_ranges_of_a_row(view):
     from fastckpt.dtypes import float32
     from fastckpt.extents import Buffer, Extent, Extents
+    from fastckpt.stored import strided
     from fastckpt.target import Target
-    from fastckpt.views import strided
 
     extents = Extents([Extent(Buffer(None, 0, 192), 0, 192, "x")])
     chunk, _ = planner.compile([Target("x", view(strided(extents, 0, float32, (6, 8))))], extents)
@@ -235,6 +235,20 @@ def test_nan_equals_nan_and_nothing_else(tmp_path):
     b = torch.tensor([nan, 1.0, inf, -inf, -0.0, 1.0])
     assert differences(tmp_path, a, b) == (inf, 2)
     json.loads(json.dumps(fastckpt.diff(tmp_path / "a", tmp_path / "b").json(), allow_nan=False))
+
+
+def test_every_ranks_copy_counts_in_shards_cut_alike(tmp_path):
+    """A model joined of shards has the first rank's copy of what all hold."""
+    plan = {"up": "colwise", "norm": "replicate"}
+    held = {"up": torch.randn(8, 4), "norm": torch.ones(5)}
+    for name in "cd":
+        fastckpt.reshard(held, 2, tp_plan=plan, out=tmp_path / name)
+    assert fastckpt.diff(tmp_path / "c", tmp_path / "d").equal
+    fastckpt.reshard(held, 1, tp_plan=plan, out=tmp_path / "whole")
+    assert fastckpt.diff(tmp_path / "whole", tmp_path / "d").equal
+    shard = tmp_path / "d/rank-01/model.safetensors"
+    save_file({"up": held["up"][4:].contiguous(), "norm": torch.full((5,), 2.0)}, shard)
+    assert [u.name for u in fastckpt.diff(tmp_path / "c", tmp_path / "d").unequal] == ["1/norm"]
 
 
 def test_bits_that_are_no_values(tmp_path):

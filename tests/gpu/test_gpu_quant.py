@@ -60,32 +60,48 @@ def test_every_scheme(quant: str) -> None:
 
 @pytest.mark.parametrize("quant", ["int8", "fp8", "fp8-block", "int8-dynamic"])
 def test_stacks(quant: str) -> None:
-    held = {"m.w13_weight": torch.randn(5, 256, 384), "m.w2_weight": torch.randn(5, 384, 128).to(torch.float16)}
+    held = {"m.w13_weight": torch.randn(5, 256, 384), "m.w2_weight": torch.randn(5, 384, 128).half()}
     held["m.w13_weight"][3] = 0
-    for turned in (False, True):
-        same({n: t.mT.contiguous().mT if turned else t for n, t in held.items()}, 1, layout="same", quant=quant)
+    same(held, 1, layout="same", quant=quant)
+    turned = {n: t.mT.contiguous().mT for n, t in held.items()}
+    same(turned, 1, layout="same", quant=quant)
 
 
 LLAMA = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 256, "intermediate_size": 512,
-    "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96,
-    "head_dim": 64, "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "hidden_act": "silu",
-}  # fmt: skip
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "head_dim": 64,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+}
+LAYER = {
+    "self_attn.q_proj": (256, 256),
+    "self_attn.k_proj": (128, 256),
+    "self_attn.v_proj": (128, 256),
+    "self_attn.o_proj": (256, 256),
+    "mlp.gate_proj": (512, 256),
+    "mlp.up_proj": (512, 256),
+    "mlp.down_proj": (256, 512),
+    "input_layernorm": (256,),
+    "post_attention_layernorm": (256,),
+}
 
 
-@pytest.mark.parametrize("quant, world", [("fp8-block", 1), ("int8", 2), ("fp8-channel", 2), ("awq-group", 2)])
+@pytest.mark.parametrize(
+    "quant, world", [("fp8-block", 1), ("int8", 2), ("fp8-channel", 2), ("awq-group", 2)]
+)
 def test_fused_matrices(quant: str, world: int) -> None:
     """q, k, v and gate, up lie apart and become one."""
-    layer = "model.layers.0."
-    shapes = {
-        "model.embed_tokens.weight": (96, 256), "model.norm.weight": (256,), "lm_head.weight": (96, 256),
-        f"{layer}self_attn.q_proj.weight": (256, 256), f"{layer}self_attn.k_proj.weight": (128, 256),
-        f"{layer}self_attn.v_proj.weight": (128, 256), f"{layer}self_attn.o_proj.weight": (256, 256),
-        f"{layer}mlp.gate_proj.weight": (512, 256), f"{layer}mlp.up_proj.weight": (512, 256),
-        f"{layer}mlp.down_proj.weight": (256, 512), f"{layer}input_layernorm.weight": (256,),
-        f"{layer}post_attention_layernorm.weight": (256,),
-    }  # fmt: skip
-    held = {n: torch.randn(s).to(torch.bfloat16) for n, s in shapes.items()}
+    shapes = {"model.embed_tokens": (96, 256), "model.norm": (256,), "lm_head": (96, 256)}
+    shapes |= {f"model.layers.0.{name}": shape for name, shape in LAYER.items()}
+    held = {f"{n}.weight": torch.randn(s).to(torch.bfloat16) for n, s in shapes.items()}
     same(held, world, layout="vllm", config=LLAMA, quant=quant)
 
 

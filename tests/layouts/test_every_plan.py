@@ -14,7 +14,8 @@ from fastckpt.extents import Buffer, Extent, Extents
 from fastckpt.layouts import LAYOUTS, layout
 from fastckpt.placement import Placement
 from fastckpt.recipes import FAMILIES
-from fastckpt.views import ZERO, strided
+from fastckpt.stored import strided
+from fastckpt.views import ZERO
 from layouts import families, tiny
 from safetensors.torch import save_file
 

@@ -9,8 +9,9 @@ from fastckpt.errors import ViewError
 from fastckpt.extents import Buffer, Extent, Extents, File
 from fastckpt.planning import planner
 from fastckpt.planning.planner import COPY, NOTHING, Binding, Slots
+from fastckpt.stored import constant, strided
 from fastckpt.target import Target
-from fastckpt.views import cat, constant, strided
+from fastckpt.views import cat
 from reading import read
 
 UNWRITTEN = 0xEE
@@ -74,7 +75,7 @@ def check(seed):
     stage, band, by_file = rng.choice([64, 128]), rng.choice([64, 128, 512]), rng.random() < 0.5
     files = [np.full(n + 9, UNWRITTEN, np.uint8) for n in end]
     leaves = {}
-    for batch in planner.cut(chunk, 0, slots, binding, stage=stage, band=band):
+    for batch in planner.cut(chunk, 0, slots, binding, stage=stage, band=band, thin=rng.choice([None, 64])):
         staging = np.full(batch.stop - batch.start, UNWRITTEN, np.uint8)
         assert len(staging) <= max(stage, band)
         interpret(batch.rows, binding.places, [staging])
@@ -118,7 +119,6 @@ def test_the_row_of_one_fragment_is_compiles():
             elif len(chunk.rows) == 1 and target.view.numel and target.name != "constant":
                 assert chunk.rows["src_buffer"][0] == NOTHING or len(target.view.held) > 1
     assert found > 200
-
 
 
 @pytest.mark.nightly
@@ -206,6 +206,8 @@ def test_batches_come_in_the_order_of_their_sources(small_leaves):
     assert [(b.file, b.start) for b in batches] == [(f, at) for at in (0, 1024, 2048, 3072) for f in (0, 1)]
     starts = [int(b.rows["src"].min()) for b in batches]
     assert starts == sorted(starts)
+    thin = planner.cut(chunk, 0, slots, Binding.of(extents), stage=4096, thin=1024)
+    assert [(b.file, b.start, b.stop) for b in thin] == [(b.file, b.start, b.stop) for b in batches]
 
 
 def test_memory_is_filled_in_the_order_of_the_source(monkeypatch):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastckpt import views
+from fastckpt import stored
 from fastckpt.errors import SourceError
 from fastckpt.extents import Extents
 from fastckpt.sources import torchfile, torchzip
@@ -81,7 +81,7 @@ def _same(file: torchfile.TorchFile, ours: object, theirs: object) -> int:
         assert make.raw(make.elements(file, ours)) == make.raw(theirs)
         if ours.storage.extent >= 0:
             at, extents = ours.storage.extent, Extents(file.extents)
-            views.strided(extents, at, ours.dtype, ours.shape, offset=ours.offset, stride=ours.stride)
+            stored.strided(extents, at, ours.dtype, ours.shape, offset=ours.offset, stride=ours.stride)
         return 1
     if isinstance(theirs, dict):
         assert isinstance(ours, dict) and list(ours) == list(theirs)

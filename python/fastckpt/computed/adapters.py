@@ -10,7 +10,6 @@ Law: a field of the config that is not known and says something is refused: it c
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -24,7 +23,7 @@ import xxhash
 from .. import dtypes, sources
 from ..checkpoint import JSON, Checkpoint, Entry, Single
 from ..dtypes import DType
-from ..errors import LayoutError, SourceError
+from ..errors import LayoutError, SourceError, near
 from ..extents import Extents, File
 from ..layouts.naming import Naming
 from ..model import Linear, Thin
@@ -447,9 +446,7 @@ def _check(adapter: Adapter) -> None:
     tied = {*base.aliases, *base.aliases.values()}
     for name in adapter.changed:
         if name not in base.entries:
-            near = difflib.get_close_matches(name, base.entries, 3)
-            hint = f"; near: {', '.join(near)}" if near else ""
-            raise SourceError(f"{where}: the base {base.path} has no {name}{hint}")
+            raise SourceError(f"{where}: the base {base.path} has no {name}{near(name, base.entries)}")
         if name in tied:
             raise SourceError(
                 f"{where}: {name} is tied to another tensor, which would have to change with it"

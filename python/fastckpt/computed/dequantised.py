@@ -80,7 +80,7 @@ class Parts:
             None if self.zeros is None else self._points(read, self.zeros, (g0, g1), (k0, k1)),
             (row - g0).astype(np.int32),
             across,
-            first=left - k0 * across,
+            first=left % across if across else 0,
             offset=1 << (self.bits - 1) if self.packed and not self.turned else 0,
             dtype=dtype if dtype in DENSE else dtypes.float32,
         )[rows[0] - top : rows[1] - top, columns[0] - left : columns[1] - left]

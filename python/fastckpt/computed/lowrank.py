@@ -19,11 +19,9 @@ from numpy.typing import NDArray
 
 from ..checkpoint import Entry
 from ..dtypes import DType
-from ..extents import Buffer, Extent, Extents
-from ..views import View, strided
-
-COMPUTED = "computed"
-"""The device of bytes that lie nowhere until a copy asks for them."""
+from ..extents import COMPUTED, Buffer, Extent, Extents
+from ..stored import strided
+from ..views import View
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]

@@ -31,7 +31,9 @@ WASTE = 2
 
 
 class Merging:
-    """Makes the places of `extents` that lie nowhere; `inner` makes the reader of all others."""
+    """Makes the places of `extents` that lie nowhere; `inner` makes the reader of all others.
+
+    `dequantises`: it does nothing else, which takes no more memory than it makes."""
 
     def __init__(
         self, extents: Extents, binding: Binding, inner: Callable[[Sequence[File | Buffer]], Reader]
@@ -40,6 +42,7 @@ class Merging:
         self.binding = binding
         self.made = computed(binding.places)
         self.nowhere = np.isin(np.arange(len(binding.places) + 1), list(self.made))
+        self.dequantises = all(isinstance(m, Parts) for m in self.made.values())
         nothing = Buffer(None, 0, 0)
         self.inner = inner([nothing if i in self.made else p for i, p in enumerate(binding.places)])
 

@@ -14,11 +14,13 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import sources
 from ..checkpoint import JSON, Checkpoint, Entry
 from ..dtypes import DType, bfloat16, complex32, float8_e4m3fn
 from ..errors import ViewError
 from ..joining import open as open_checkpoint
 from ..road import stream
+from ..sources.served import SHARDS
 from .text import counted, some
 
 Bytes = NDArray[np.uint8]
@@ -141,11 +143,14 @@ def diff(
     """Compare two checkpoints, paths or opened: names, shapes, dtypes, and every value of what both hold.
 
     `tag`, `rename` and `weights` are those of `open` and hold for the sides given as paths. `progress` gets
-    (bytes done, bytes in all, "compare"), bytes of side a. Raises SourceError as `open` does."""
+    (bytes done, bytes in all, "compare"), bytes of side a. Shards that were cut alike are compared as they
+    lie, by "rank/name", others as the models they make. Raises SourceError as `open` does."""
     one, two = (
         c if isinstance(c, Checkpoint) else open_checkpoint(c, tag=tag, rename=rename, weights=weights)
         for c in (a, b)
     )
+    if not isinstance(a, Checkpoint) and not isinstance(b, Checkpoint):
+        one, two = _as_they_lie(one, two)
     names_a, names_b = ({*c.entries, *c.aliases} for c in (one, two))
     ties = {n for n in names_a ^ names_b if _tied(n, one, two)}
     # A name tied to one holder on both sides is compared with its holder.
@@ -179,6 +184,16 @@ def diff(
         len(same),
         total,
     )
+
+
+def _as_they_lie(one: Checkpoint, two: Checkpoint) -> tuple[Checkpoint, Checkpoint]:
+    """Shards that were cut alike, each tensor named "rank/name": a model joined of them has one rank's copy
+    of what several hold, and the others may differ."""
+    if one.format == two.format == "served":
+        a, b = sources.open(one.path), sources.open(two.path)
+        if a.format == b.format == SHARDS and a.entries.keys() == b.entries.keys():
+            return a, b
+    return one, two
 
 
 def _entry(ckpt: Checkpoint, name: str) -> Entry:

@@ -20,8 +20,8 @@ from .. import dtypes
 from ..errors import LayoutError
 from ..model import Layer, Mla, Model
 from ..placement import Placement
+from ..stored import constant
 from ..target import Target
-from ..views import constant
 from .cuts import require_even, require_heads, require_kv_heads
 from .naming import Naming
 from .rtp_lora import Lookup, layer_pairs

@@ -18,7 +18,8 @@ from .. import dtypes
 from ..computed.finishes import largest, multiple, plus_one, reciprocal, requantised
 from ..dtypes import DType
 from ..errors import LayoutError
-from ..views import View, cat, constant, stack
+from ..stored import constant
+from ..views import View, cat, stack
 from ..views import zeros as zero_view
 
 Views = Sequence[View]

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from .. import dtypes
 from ..model import Rope, Yarn
-from ..views import View, constant
+from ..stored import constant
+from ..views import View
 
 Floats = NDArray[np.float64]
 

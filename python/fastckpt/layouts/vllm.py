@@ -19,8 +19,9 @@ from .. import dtypes
 from ..errors import LayoutError
 from ..model import Attention, BlockStacks, Experts, Layer, Linear, Mla, Mlp, Model, Parameter, Sizes, Stacks
 from ..placement import Placement
+from ..stored import constant
 from ..target import Target
-from ..views import View, cat, constant, stack, zeros
+from ..views import View, cat, stack, zeros
 from .cuts import (
     bias,
     in_form,

@@ -112,13 +112,6 @@ class CheckpointManager:
         durable: bool = True,
         timeout: float = 1800.0,
     ) -> None:
-        self._store = store_at(
-            os.fspath(root) if path_prefix is None else path_prefix,
-            path_type=path_type, named=path_prefix is not None, prefix=step_prefix, digits=step_digits,
-            scratch=scratch, shared=shared, durable=durable,
-        )  # fmt: skip
-        self._group, self._behind = join(self._store.root, rank, world, timeout)
-        self._disk = Disk.of(self._group, None if shared else node or socket.gethostname())
         self._when = policies.when_asked(save_interval, save_on_steps, save_seconds, save_when)
         self._best = (best_metric, best_mode)
         if keep_best is not None and best_metric is None:
@@ -132,6 +125,13 @@ class CheckpointManager:
             ),
             keep,
         )  # fmt: skip
+        self._store = store_at(
+            os.fspath(root) if path_prefix is None else path_prefix,
+            path_type=path_type, named=path_prefix is not None, prefix=step_prefix, digits=step_digits,
+            scratch=scratch, shared=shared, durable=durable,
+        )  # fmt: skip
+        self._group, self._behind = join(self._store.root, rank, world, timeout)
+        self._disk = Disk.of(self._group, None if shared else node or socket.gethostname())
         self._metadata = metadata
         if metadata is not None:
             metadata.set_params(
@@ -156,7 +156,10 @@ class CheckpointManager:
         self._preempted = False
         self._old_handler: signal.Handlers | object | None = None
         if save_on_signal:
-            self._old_handler = signal.signal(signal.SIGTERM, self._on_signal)
+            try:
+                self._old_handler = signal.signal(signal.SIGTERM, self._on_signal)
+            except ValueError as e:
+                raise ManagerError(f"save_on_signal: {e}") from None
 
     def __enter__(self) -> CheckpointManager:
         return self

@@ -17,13 +17,14 @@ import xxhash
 
 from ..checkpoint import JSON, Checkpoint, Single
 from ..digest import LEAF, combine, digest, digest64
-from ..errors import ManagerError, SourceError
+from ..errors import ManagerError, SourceError, near
 from ..extents import Extent, Extents, File
 from ..output.manifest import FileEntry, Manifest, TensorEntry
 from ..road import reshard
 from ..running.tensors import torch_dtype
 from ..sources.training import names_in
-from ..views import View, dense_strides, zeros
+from ..stored import boxes
+from ..views import View, dense_strides
 from .pieces import Shared, raw
 from .saving import SCHEMA, TABLE, rank_directory
 from .values import merged
@@ -61,11 +62,8 @@ class Opened:
             return self.table[held].shape
         if held in self.own:
             return self.own[held].shape
-        import difflib
-
-        near = difflib.get_close_matches(name, [*self.table, *self.own, *self.aliases], 3)
-        hint = f"; near: {', '.join(near)}" if near else ""
-        raise ManagerError(f"{self.path}: no tensor {name!r}{hint}")
+        known = [*self.table, *self.own, *self.aliases]
+        raise ManagerError(f"{self.path}: no tensor {name!r}{near(name, known)}")
 
     def entry(self, rank: int, name: str) -> TensorEntry:
         """Where the part of a tensor that a rank wrote lies. Raises SourceError where it is not here."""
@@ -120,15 +118,13 @@ class Opened:
             shape = self.shape(name)
             parts = [(self.own[name], (0,) * len(shape), shape)]
         dtype = parts[0][0].dtype
-        if 0 in shape:
-            return zeros(shape, dtype)
         files = {e.file: File.at(os.path.join(self.path, e.file)) for e, _, _ in parts}
         extents = Extents(Extent(files[e.file], e.offset, e.nbytes, f"{e.file}/{name}") for e, _, _ in parts)
         rows = [
             [k, dtype.code, 0, *offset, *size, *dense_strides(size)]
             for k, (_, offset, size) in enumerate(parts)
         ]
-        return View(shape, dtype, extents, np.array(rows, np.int64).reshape(len(rows), -1))
+        return boxes(extents, dtype, shape, rows)
 
     def checkpoint(self, names: Mapping[str, str], *, own: bool = False) -> Checkpoint:
         """Tensors of this commit as a checkpoint for the road; `names`: new name -> name here.

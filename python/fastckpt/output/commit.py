@@ -12,9 +12,7 @@ import fcntl
 import itertools
 import os
 import re
-import secrets
 import shutil
-import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -116,7 +114,7 @@ class Whole:
                     "fastckpt; only those are overwritten"
                 )
         with telling(self.parent):
-            mark = f"{os.getpid()}-{secrets.token_hex(4)}"
+            mark = f"{os.getpid()}-{os.urandom(4).hex()}"
             self._staging = os.path.join(self.parent, _staging(self.name) + mark)
             move_in(self.parent, partial(os.mkdir, self._staging), self._made)
             self._sweep()
@@ -228,7 +226,7 @@ class Part:
         self.rank, self.world, self.key = rank, world, key
         self._overwrite, self._durable, self._keep = overwrite, durable, tuple(keep)
         self._mine = f"{TRACE}rank-{rank}."
-        self._token = secrets.token_hex(4)
+        self._token = os.urandom(4).hex()
         self._made: list[str] = []
         self._waiting: list[tuple[str, str]] = []
         self._placed: list[str] = []
@@ -370,7 +368,7 @@ class Part:
         for entry in sorted(os.listdir(self.path)):
             rank = rank_of(entry)
             if entry == NAME or rank == self.rank or (rank is not None and rank >= self.world):
-                away = os.path.join(self.path, f"{TRACE}replaced-{secrets.token_hex(8)}.json")
+                away = os.path.join(self.path, f"{TRACE}replaced-{os.urandom(8).hex()}.json")
                 with suppress(FileNotFoundError):  # another rank was faster
                     os.rename(os.path.join(self.path, entry), away)
         self._sync({self.path})
@@ -473,7 +471,7 @@ def _staging(name: str) -> str:
 
 
 def _host() -> str:
-    return re.sub("[^A-Za-z0-9]", "_", socket.gethostname())[:32]
+    return re.sub("[^A-Za-z0-9]", "_", os.uname().nodename)[:32]
 
 
 def _lock(directory: str) -> int:

@@ -7,14 +7,12 @@ used only where key, table and its own digest agree, and every row is checked ag
 
 from __future__ import annotations
 
-import functools
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache, partial
 
 import numpy as np
 import xxhash
@@ -51,12 +49,14 @@ def folder() -> str | None:
     return os.path.join(home, "fastckpt", "plans")
 
 
-@functools.cache
+@cache
 def code() -> str:
     """Hex digest of this package's own Python source: another version of it makes its own plans."""
-    digest, package = xxhash.xxh3_64(), Path(__file__).parents[1]
-    for path in sorted(package.rglob("*.py")):
-        digest.update(bytes(path.relative_to(package)) + path.read_bytes())
+    digest, package = xxhash.xxh3_64(), os.path.dirname(os.path.dirname(__file__))
+    found = [os.path.join(d, name) for d, _, names in os.walk(package) for name in names]
+    for path in sorted(path for path in found if path.endswith(".py")):
+        with open(path, "rb") as f:
+            digest.update(os.fsencode(os.path.relpath(path, package)) + f.read())
     return str(digest.hexdigest())
 
 
@@ -128,9 +128,9 @@ def store(key: str, extents: int, plan: Compiled) -> None:
     body = b"".join(parts)
     with suppress(OSError):
         os.makedirs(where, mode=0o700, exist_ok=True)
-        handle, staged = tempfile.mkstemp(dir=where, prefix=".")
+        staged = os.path.join(where, f".{key}.{os.urandom(8).hex()}")
         try:
-            with open(handle, "wb") as f:
+            with open(staged, "xb", opener=partial(os.open, mode=0o600)) as f:
                 f.write(MAGIC + xxhash.xxh3_64_hexdigest(body).encode() + body)
             os.replace(staged, os.path.join(where, key))
         except OSError:

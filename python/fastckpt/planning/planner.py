@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ..dtypes import DTYPES
 from ..errors import ViewError
-from ..extents import LINE, Buffer, Extents, File
+from ..extents import COMPUTED, LINE, Buffer, Extents, File
 from ..target import Target
 from ..views import ZERO, View, dense_strides
 
@@ -369,14 +369,15 @@ def cut(
     *,
     stage: int = LEAF,
     band: int = 8 * LEAF,
+    thin: int | None = None,
     in_order: bool = False,
 ) -> Iterator[Batch]:
     """Batches of the chunk's tensors, the plan's `first` and on, in the order their sources lie: ranks that
     share pages of a source follow each other. `in_order`: in the order of the output instead.
 
     A batch holds at most `stage` bytes of output, or `band` bytes of one tensor that is transposed on
-    the way (its source rows are long, so narrow bands would read few bytes of many pages); both are
-    multiples of LEAF."""
+    the way (its source rows are long, so narrow bands would read few bytes of many pages), or `thin` bytes
+    (None: `stage`) of one that picks a little of many pages; all are multiples of LEAF."""
     count = chunk.count
     if count == 0:
         return
@@ -392,21 +393,22 @@ def cut(
     heads: list[tuple[int, int, int, int, int]] = []  # file, start, stop, first, last (in `order`)
     open_at = -1
     sizes, files, offsets = size.tolist(), file.tolist(), offset.tolist()
-    bands = _transposed(rows, chunk).tolist()
-    bases = base.tolist()
+    most = np.full(count, stage)
+    if thin is not None:
+        most[_thinness(rows, chunk, nbytes(rows, "src")) > 1] = thin
+    limits, bases = np.where(_transposed(rows, chunk), band, most).tolist(), base.tolist()
     for k, t in enumerate(order.tolist()):
         n = sizes[t]
         if n == 0:
             continue
-        limit = band if bands[t] else stage
         if open_at >= 0:
             f, a, b, k0, _ = heads[open_at]
             if n <= LEAF and f == files[t] and b == offsets[t] and b + n - a <= stage:
                 heads[open_at] = (f, a, b + n, k0, k)
                 continue
-        for a in range(0, n, limit):
+        for a in range(0, n, limits[t]):
             starts.append(bases[t] + a)
-            heads.append((files[t], offsets[t] + a, offsets[t] + min(n, a + limit), k, k))
+            heads.append((files[t], offsets[t] + a, offsets[t] + min(n, a + limits[t]), k, k))
         open_at = len(heads) - 1 if n <= LEAF else -1
     if not heads:
         return
@@ -446,10 +448,11 @@ def spread(
     band: int,
     by_file: bool = False,
 ) -> Iterator[Batch]:
-    """Batches of about `stage` bytes of the chunk's tensors, each memory of its own, in the order of the source.
+    """Batches of about `stage` bytes of tensors, each memory of its own, in the order of the source.
 
     Rows are cut to at most `stage` bytes, `band` of a tensor that is transposed on the way, and less of one
-    that picks a little of many pages: the others that want the rest of those pages are then not far.
+    that picks a little of many pages: the others that want the rest of those pages are then not far. What is
+    made when it is read has no pages, and is cut between its lines.
     `dst_buffer` is the plan's number of a tensor and `dst` counts from its start; a batch runs from 0 to its
     bytes and has no leaves. `by_file`: none has tensors of two files; else `file` is 0."""
     tensors = slice(first, first + chunk.count)
@@ -457,11 +460,13 @@ def spread(
     rows = binding.bind(chunk.rows)
     # One address space for the whole chunk: each tensor at the sum of the sizes before it.
     base = np.cumsum(size) - size
-    low, high = span(rows, "src")
-    moved = nbytes(rows, "src")
-    thin = np.ones(chunk.count, np.int64)
-    np.maximum.at(thin, chunk.tensor, np.where(moved == 0, 1, -(-(high - low) // np.maximum(moved, 1))))
-    step = np.maximum(stage // thin, min(stage, THINNEST)) // LINE * LINE
+    nowhere = _lies_nowhere(rows, binding)
+    thin = _thinness(rows, chunk, np.where(nowhere, 0, nbytes(rows, "src")))
+    unit = np.full(chunk.count, LINE)
+    np.maximum.at(unit, chunk.tensor[nowhere], rows["dst_stride"][nowhere, -2])
+    step = np.maximum(stage // thin, min(stage, THINNEST))
+    unit = np.where(unit > step, LINE, unit)
+    step = step // unit * unit
     step = np.where(_transposed(rows, chunk), band, step)
     pieces = -(-size // step)
     within = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -489,12 +494,26 @@ THINNEST = 1 << 16
 NO_LEAVES: Ints = np.empty(0, np.int64)
 
 
+def _lies_nowhere(rows: Table, binding: Binding) -> NDArray[np.bool_]:
+    """Which bound rows read what is made for them."""
+    made = [isinstance(p, Buffer) and p.device == COMPUTED for p in binding.places]
+    return np.array([*made, False]).take(rows["src_buffer"], mode="clip")
+
+
 def _transposed(rows: Table, chunk: Chunk) -> NDArray[np.bool_]:
     """Which of the chunk's tensors are transposed on the way."""
     out = np.zeros(chunk.count, bool)
     turned = (rows["src_buffer"] != NOTHING) & (rows["shape"][:, -1] > 1)
     turned &= rows["src_stride"][:, -1] != _ITEM[rows["src_dtype"]]
     out[chunk.tensor[turned]] = True
+    return out
+
+
+def _thinness(rows: Table, chunk: Chunk, moved: Ints) -> Ints:
+    """How many times the bytes that it moves each of the chunk's tensors spans in its source, rounded up."""
+    low, high = span(rows, "src")
+    out = np.ones(chunk.count, np.int64)
+    np.maximum.at(out, chunk.tensor, np.where(moved == 0, 1, -(-(high - low) // np.maximum(moved, 1))))
     return out
 
 

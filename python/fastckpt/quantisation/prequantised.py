@@ -24,7 +24,8 @@ from ..computed.lowrank import moved, nowhere, pitched
 from ..dtypes import DType, float16, int32
 from ..errors import LayoutError
 from ..extents import Buffer, Extent, Extents
-from ..views import View, constant
+from ..stored import constant
+from ..views import View
 from .quantplan import quantization_config
 from .rounding import DENSE, Error, Floats, amax, error_of, not_finite, quantise, scale_of, stored_zeros
 from .schemes import Quant, Scheme

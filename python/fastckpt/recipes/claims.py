@@ -6,7 +6,6 @@ function is called. Errors name the tensor, what was got, what was wanted and th
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ import numpy as np
 
 from ..checkpoint import JSON, Checkpoint
 from ..dtypes import DType
-from ..errors import RecipeError
+from ..errors import RecipeError, near
 from ..model import Beside, Embedding, Linear, Norm, Parameter
 from ..views import View
 from .quantised import Form, Kind, Quantised
@@ -91,9 +90,9 @@ class Claims:
         """The stored shape of a tensor that must be there."""
         stored = self._stored(name)
         if stored not in self.ckpt:
-            near = difflib.get_close_matches(stored, self.ckpt, 3)
-            hint = f"; near: {', '.join(near)}" if near else ""
-            raise RecipeError(f"{self.ckpt.path}: the model needs {stored}, which is not there{hint}")
+            raise RecipeError(
+                f"{self.ckpt.path}: the model needs {stored}, which is not there{near(stored, self.ckpt)}"
+            )
         return self.ckpt.entries[self.ckpt.aliases.get(stored, stored)].shape
 
     def tensor(self, name: str, *dims: Dim) -> Callable[[], View]:

@@ -1,8 +1,8 @@
 """Quantised outputs made by the GPU that holds their sources.
 
 Law: the bytes are those of the CPU's road. A matrix is quantised from where its rows lie, else from a band
-into which the plan's rows are copied; what shares a scale beyond a band is looked through first. All of it runs
-on the caller's current stream, which is waited for: a value that is not finite is an error.
+into which the plan's rows are copied; what shares a scale beyond a band is looked through first. All of it
+runs on the caller's current stream, which is waited for: a value that is not finite is an error.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ from types import TracebackType
 import numpy as np
 import torch
 
-from ..computed.lowrank import COMPUTED, computed
+from ..computed.lowrank import computed
 from ..errors import DeviceError, ViewError
 from ..executors.cuda import Cuda, Prepared, short_of_memory
-from ..extents import Buffer
+from ..extents import COMPUTED, Buffer
 from ..planning.planner import COPY, Binding, Chunk, Executor, Table, nbytes, span
 from ..planning.plans import Plan
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from .. import __version__, joining
 from ..checkpoint import JSON
-from ..computed.lowrank import COMPUTED, computed
+from ..computed.lowrank import computed
 from ..computed.merging import Merging, MergingLane
 from ..errors import WriteError, expect
 from ..executors import pick
 from ..executors.cpu import built
-from ..extents import Buffer, Extents, File
+from ..extents import COMPUTED, Buffer, Extents, File
 from ..output.files import parse_size
 from ..output.manifest import Manifest, Origin, Record, rows_of
 from ..output.writer import Output
@@ -44,6 +44,9 @@ STAGE = 2 * LEAF
 
 BAND = 8 * LEAF
 """Output bytes made at once of a tensor that is transposed on the way."""
+
+SMALL = 16 << 20
+"""Bytes in and out that the caller's thread moves from memory to memory sooner than others are started."""
 
 FIXED_MEMORY = 64 << 20
 """What a run may hold besides its threads' staging: the promise of docs/architecture.md."""
@@ -241,6 +244,8 @@ class Run:
         binding, slots = Binding.of(planned.extents), planned.slots()
         quantising = Quantising(planned, slots, largest)
         threads, batch = limits or (self._fitting(quantising), 0)
+        small = isinstance(end, ToMemory) and planned.needed_bytes + planned.output_bytes <= SMALL
+        threads = 1 if small else threads
         total, done = planned.output_bytes, 0
 
         def count(nbytes: int) -> None:
@@ -264,7 +269,7 @@ class Run:
                             others, first, rest, binding, stage=band, band=band, by_file=merging
                         )
                     else:
-                        yield from cut(others, first, rest, binding, stage=stage, band=band)
+                        yield from cut(others, first, rest, binding, stage=stage, band=band, thin=LEAF)
 
             def both(lane: Lane) -> Callable[[Batch | Job], None]:
                 copy = _named(lane, worker(lane))
@@ -279,7 +284,13 @@ class Run:
             def place(item: Batch | Job) -> int:
                 return files[item.tensor.number] if isinstance(item, Job) else item.file
 
-            feed(batches(), [both(lane) for lane in lanes], count, place)
+            workers = [both(lane) for lane in lanes]
+            if small:
+                for item in batches():
+                    workers[0](item)
+                    count(item.stop - item.start)
+            else:
+                feed(batches(), workers, count, place)
             self.bytes_read += sum(lane.bytes_read for lane in lanes)
             for lane in lanes:
                 if isinstance(lane, MergingLane):
@@ -405,6 +416,8 @@ def sizes(reader: Reader, band: int) -> tuple[int, int]:
     """Output bytes made at once, of a tensor as it lies and of one that is transposed, `band` at most."""
     if isinstance(reader, Mapped):
         return min(STAGE, band), band
+    if isinstance(reader, Merging) and reader.dequantises:
+        return min(STAGE, band), min(STAGE, band)
     if isinstance(reader, (Positioned, Merging)):
         return LEAF, LEAF
     return band, band  # on a GPU few large launches are better than many small ones

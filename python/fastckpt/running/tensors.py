@@ -14,6 +14,7 @@ from ..dtypes import BY_NAME, DType
 from ..errors import DeviceError, LayoutError, expect
 from ..extents import Buffer
 from ..planning.plans import Plan
+from ..sources.memory import plain
 
 State = dict[str, torch.Tensor]
 
@@ -39,7 +40,7 @@ def matched(planned: Plan, out: Sequence[Mapping[str, torch.Tensor]], device: st
     """The caller's memory for each planned tensor; aliases must be the same memory or absent.
 
     Raises LayoutError for a name that is missing or too much, a shape or dtype that differs, memory that is
-    not dense; DeviceError for a tensor that is not on `device`."""
+    not dense or not plain (a DTensor's); DeviceError for a tensor that is not on `device`."""
     if len(out) != len(planned.ranks):
         raise LayoutError(f"out: wanted {len(planned.ranks)} dicts of tensors, got {len(out)}")
     buffers = []
@@ -56,6 +57,11 @@ def matched(planned: Plan, out: Sequence[Mapping[str, torch.Tensor]], device: st
             )
         if _name(given.device) != device:
             raise DeviceError(f"out: {t.name} is on {given.device}, wanted {device}")
+        if not plain(given):
+            raise LayoutError(
+                f"out: {t.name} is a {type(given).__name__}, {given.layout}, whose values do not lie in "
+                "plain memory; make it dense and local first"
+            )
         if not given.is_contiguous():
             raise LayoutError(f"out: {t.name} is not contiguous, its strides are {given.stride()}")
         buffers.append(buffer(given))

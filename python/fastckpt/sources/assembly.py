@@ -15,7 +15,8 @@ from ..checkpoint import JSON, Checkpoint, Entry, Single
 from ..dtypes import DType
 from ..errors import SourceError
 from ..extents import Extent, Extents, File
-from ..views import View, strided, zeros
+from ..stored import strided
+from ..views import View, zeros
 from .options import Options
 
 SAMPLES, SAMPLE = 4096, 256
@@ -83,11 +84,12 @@ def tensor(
     extent: int,
     dtype: DType,
     shape: tuple[int, ...],
-    offset: int,
-    stride: tuple[int, ...],
-    kind: str,
+    offset: int = 0,
+    stride: tuple[int, ...] | None = None,
+    kind: str = "parameter",
 ) -> Entry:
-    """An entry that lies strided in one extent; offset and stride in elements. An empty one needs none."""
+    """An entry that lies strided in one extent, by default dense from its start; offset and stride in
+    elements. An empty one needs none."""
     if 0 in shape:
         return Single(shape, dtype, partial(zeros, shape, dtype), kind)
     build: partial[View] = partial(strided, extents, extent, dtype, shape, offset=offset, stride=stride)

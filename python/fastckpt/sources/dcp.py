@@ -21,7 +21,7 @@ from ..checkpoint import Checkpoint, Entry, Single
 from ..dtypes import DType
 from ..errors import SourceError
 from ..extents import Extent, Extents, File
-from ..views import View, zeros
+from ..stored import boxes
 from . import torchfile
 from .assembly import WRAPPERS, assemble, neighbours, read_config
 from .dcp_metadata import Metadata, Sizes, metadata
@@ -71,7 +71,7 @@ def read(path: str, options: Options) -> Checkpoint:
     for name, key in names.items():
         stored = found.tensors[key]
         if name not in tied:
-            view = partial(_view, table, stored.dtype, stored.shape, rows[key])
+            view = partial(boxes, table, stored.dtype, stored.shape, rows[key])
             entries[name] = Single(stored.shape, stored.dtype, view)
     rest = Counter(path[0] for key, path in found.paths.items() if key not in set(names.values()))
     return assemble(
@@ -215,6 +215,3 @@ def _same_bytes(a: Extent, b: Extent) -> bool:
                 return False
     return True
 
-
-def _view(extents: Extents, dtype: DType, shape: Sizes, rows: NDArray[np.int64]) -> View:
-    return View(shape, dtype, extents, rows) if len(rows) else zeros(shape, dtype)

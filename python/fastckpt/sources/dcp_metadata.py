@@ -14,7 +14,7 @@ import xxhash
 from ..dtypes import DType
 from ..errors import SourceError
 from ..extents import File
-from ..views import check_tiles
+from ..stored import check_tiles
 from . import torchpickle
 from .inert import Inert, type_name
 from .torchfile import MAX_PICKLE

@@ -20,7 +20,8 @@ from ..checkpoint import JSON, Checkpoint, Entry, Single
 from ..dtypes import BY_NAME, DType
 from ..errors import SourceError, expect
 from ..extents import Buffer, Extent, Extents
-from ..views import View, runs, zeros
+from ..stored import runs
+from ..views import View, zeros
 from .assembly import assemble, tensor
 from .options import Options
 
@@ -79,7 +80,7 @@ def read(tensors: Mapping[str, object], options: Options = _PLAIN) -> Checkpoint
     at = {n: buffers[h.buffer.device, h.buffer.address, h.buffer.nbytes] for n, h in held.items()}
     for name, h in held.items():
         if name not in aliases:
-            entries[name] = tensor(table, at[name], h.dtype, h.shape, h.offset, h.stride, "parameter")
+            entries[name] = tensor(table, at[name], h.dtype, h.shape, h.offset, h.stride)
     devices = sorted({h.buffer.device for h in held.values()})
     return assemble(
         NAME, NAME, entries, table, options, aliases=aliases,
@@ -165,14 +166,20 @@ def _array(name: str, value: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) 
     return _Held(Buffer(value, value.ctypes.data, span * dtype.itemsize), dtype, value.shape, 0, stride)
 
 
-def _tensor(name: str, value: torch.Tensor) -> _Held:
+def plain(value: torch.Tensor) -> bool:
+    """Whether a tensor's values are what its storage holds: no meta, sparse, quantised, nested or wrapped
+    tensor (DTensor), none that is conjugated or negated when it is read."""
     import torch
 
-    dtype = BY_NAME.get(str(value.dtype).removeprefix("torch."))
     wrapped = type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-    plain = value.layout is torch.strided and not (value.is_meta or value.is_quantized or value.is_nested)
-    plain = plain and not wrapped
-    if dtype is None or not plain or value.is_conj() or value.is_neg():
+    if wrapped or value.layout is not torch.strided:
+        return False
+    return not (value.is_meta or value.is_quantized or value.is_nested or value.is_conj() or value.is_neg())
+
+
+def _tensor(name: str, value: torch.Tensor) -> _Held:
+    dtype = BY_NAME.get(str(value.dtype).removeprefix("torch."))
+    if dtype is None or not plain(value):
         raise SourceError(
             f"{name}: {type(value).__name__} of {value.dtype}, {value.layout} on {value.device} has no plain "
             "strided memory; make it dense and local first"

@@ -70,12 +70,7 @@ def read(path: str, options: Options) -> Checkpoint:
     headers = [read_header(p) for p in shards.paths]
     shards.check([list(h.items) for h in headers])
     shards.check_omitted(lambda p: list(read_header(p).items))
-    places = [(name, item, h) for h in headers for name, item in h.items.items()]
-    extents = Extents(Extent(h.file, i.offset, i.nbytes, name) for name, i, h in places)
-    entries: dict[str, Entry] = {
-        name: tensor(extents, k, item.dtype, item.shape, 0, _dense(item.shape), "parameter")
-        for k, (name, item, _) in enumerate(places)
-    }
+    extents, entries = tensors([(name, item, h.file) for h in headers for name, item in h.items.items()])
     facts: dict[str, JSON] = {"files": len(headers), "tensors": len(entries)}
     metadata = {k: v for h in headers for k, v in h.metadata.items()}
     return assemble(
@@ -83,6 +78,12 @@ def read(path: str, options: Options) -> Checkpoint:
         search=[shards.directory], facts=facts | {"metadata": dict(metadata)}, unread=shards.unread,
         headers=[*(h.digest for h in headers), sampled(list(extents))],
     )  # fmt: skip
+
+
+def tensors(items: Sequence[tuple[str, Item, File]]) -> tuple[Extents, dict[str, Entry]]:
+    """An extent and an entry for each (name, place, file); names differ."""
+    extents = Extents(Extent(file, item.offset, item.nbytes, name) for name, item, file in items)
+    return extents, {n: tensor(extents, k, i.dtype, i.shape) for k, (n, i, _) in enumerate(items)}
 
 
 def read_header(path: str) -> Header:
@@ -152,6 +153,3 @@ def _ints(value: JSON) -> tuple[int, ...] | None:
     out = [n for n in value if isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 62]
     return tuple(out) if len(out) == len(value) else None
 
-
-def _dense(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[a + 1 :]) for a in range(len(shape)))

@@ -13,10 +13,9 @@ from dataclasses import replace
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import SourceError
-from ..extents import Extent, Extents, File
-from ..views import dense_strides
+from ..extents import File
 from . import safetensors, statedict
-from .assembly import RECORD, assemble, read_json, tensor
+from .assembly import RECORD, assemble, read_json
 from .options import Options
 
 SHARDS = "shards"
@@ -90,11 +89,7 @@ def _shards(path: str, body: Mapping[str, JSON], ranks: list[JSON], options: Opt
                 found.append((f"{k}/{name}", item, header.file))
         if names:
             raise SourceError(f"{path}: {min(names)} of rank {k} is in {RECORD} and in no file")
-    extents = Extents(Extent(file, item.offset, item.nbytes, name) for name, item, file in found)
-    entries = {
-        name: tensor(extents, k, item.dtype, item.shape, 0, tuple(dense_strides(item.shape)), "parameter")
-        for k, (name, item, _) in enumerate(found)
-    }
+    extents, entries = safetensors.tensors(found)
     facts = {key: body.get(key) for key in ("layout", "placement", "created")}
     told = body.get("options")
     if isinstance(told, dict) and told.get("quant") is not None:

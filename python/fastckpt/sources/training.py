@@ -16,14 +16,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
-
 from ..checkpoint import JSON, Checkpoint, Single
 from ..digest import digest
-from ..dtypes import BY_NAME
+from ..dtypes import BY_NAME, DType
 from ..errors import SourceError
 from ..extents import Extent, Extents, File
-from ..views import View, dense_strides, zeros
+from ..stored import boxes
+from ..views import dense_strides
 from . import zero
 from .assembly import RECORD, assemble, parse_json, read_json
 from .options import Options
@@ -79,7 +78,7 @@ def _tensors(
     }
     extents: list[Extent] = []
     files: dict[str, File] = {}
-    boxes: dict[str, tuple[str, tuple[int, ...], list[list[int]]]] = {}
+    made: dict[str, tuple[DType, tuple[int, ...], list[list[int]]]] = {}
     first: dict[str, str] = {}
     aliases: dict[str, str] = {}
     for name in chosen:
@@ -108,11 +107,11 @@ def _tensors(
                 place = [*_shape(at, held), *held_shape, *dense_strides(held_shape)]
                 rows.append([len(extents), dtype.code, 0, *place])
                 extents.append(Extent(files[file], offset, wanted, f"{file}/{held}"))
-        boxes[name[cut:]] = (dtype.name, shape, rows)
+        made[name[cut:]] = (dtype, shape, rows)
     shared = Extents(extents)
     entries = {
-        name: Single(shape, BY_NAME[dtype], partial(_view, shape, dtype, shared, rows))
-        for name, (dtype, shape, rows) in boxes.items()
+        name: Single(shape, dtype, partial(boxes, shared, dtype, shape, rows))
+        for name, (dtype, shape, rows) in made.items()
     }
     rest = len(names) - len(chosen)
     unread = [f"{rest} tensors that are not the model's (optimizer and the like)"] if rest else []
@@ -122,15 +121,8 @@ def _tensors(
     return assemble(
         path, "training", entries, shared, options, aliases=aliases, files=tuple(files.values()),
         search=[path], facts=facts, unread=unread, headers=[str(body.get("key"))],
-        layout=(repr(rows).encode() for _, _, rows in boxes.values()),
+        layout=(repr(rows).encode() for _, _, rows in made.values()),
     )  # fmt: skip
-
-
-def _view(shape: tuple[int, ...], dtype: str, extents: Extents, rows: list[list[int]]) -> View:
-    """A tensor of its boxes."""
-    if 0 in shape:
-        return zeros(shape, BY_NAME[dtype])
-    return View(shape, BY_NAME[dtype], extents, np.array(rows, np.int64).reshape(len(rows), -1))
 
 
 # ---- the tree of a state ----

@@ -20,7 +20,8 @@ from ..checkpoint import Entry
 from ..dtypes import DType
 from ..errors import SourceError
 from ..extents import Extents
-from ..views import Rows, View, runs_of_many, zeros
+from ..stored import runs_of_many
+from ..views import Rows, View, zeros
 
 Shape = tuple[int, ...]
 
