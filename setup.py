@@ -39,7 +39,7 @@ FLAGS = [
 LINK = ["-Wl,-s", "-pthread"] if sys.platform == "linux" else []
 SOURCES: dict[str, list[str]] = {
     "module.cpp": ["-Os"],
-    "read.cpp": ["-Os"],
+    "mapping.cpp": ["-Os"],
     "recent.cpp": ["-Os"],
     "digest.cpp": [],
     "copy_cpu.cpp": [],

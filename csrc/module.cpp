@@ -12,7 +12,7 @@
 #include "digest.h"
 #include "error.h"
 #include "isa.h"
-#include "read.h"
+#include "mapping.h"
 #include "tiles_host.h"
 
 namespace py = pybind11;
@@ -74,17 +74,6 @@ void py_copy_rows(const py::object& rows, const py::object& sources, const py::o
         throw std::invalid_argument("recent: " + std::to_string(recent->count()) + " sources, got " + std::to_string(work.source_count));
     py::gil_scoped_release free;
     copy_rows(work, threads, isa);
-}
-
-void py_read_at(int fd, const py::object& offsets, const py::object& sizes, const py::object& destination,
-                const py::object& positions, int threads) {
-    Held o(offsets), s(sizes), p(positions), d(destination, true);
-    const size_t n = o.count<int64_t>("offsets");
-    if (s.count<int64_t>("sizes") != n || p.count<int64_t>("positions") != n)
-        throw std::invalid_argument("read_at: offsets, sizes and positions differ in length");
-    for (size_t i = 0; i < n; ++i) check_inside("read_at", p.items<int64_t>()[i], s.items<int64_t>()[i], d.nbytes());
-    py::gil_scoped_release free;
-    read_at(fd, o.items<int64_t>(), s.items<int64_t>(), p.items<int64_t>(), n, d.data(), threads);
 }
 
 uint64_t py_digest64(const py::object& buffer) {
@@ -309,17 +298,6 @@ py::list py_fields() {
     return fields;
 }
 
-py::dict py_cpu_features() {
-    py::dict found;
-#if defined(__x86_64__)
-    found["avx2"] = static_cast<bool>(__builtin_cpu_supports("avx2"));
-    found["avx512f"] = static_cast<bool>(__builtin_cpu_supports("avx512f"));
-    found["avx512bw"] = static_cast<bool>(__builtin_cpu_supports("avx512bw"));
-    found["pclmul"] = static_cast<bool>(__builtin_cpu_supports("pclmul"));
-#endif
-    return found;
-}
-
 // Names of files are bytes; Python spells what is not in its encoding with surrogates, both ways.
 py::object spelled(const std::string& name) {
     return py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefaultAndSize(name.data(), static_cast<Py_ssize_t>(name.size())));
@@ -370,15 +348,12 @@ PYBIND11_MODULE(_C, m) {
     m.attr("quant_rows_bytes") = sizeof(QuantRows);
     m.def("fields", py_fields, "The fields of struct Copy: (name, offset, size) in bytes.");
     m.def("isas", py_isas, "The instruction sets that can run here; the position is the number `copy_rows` takes.");
-    m.def("cpu_features", py_cpu_features, "What the machine offers of what the kernels ask for.");
 
     m.def("copy_rows", py_copy_rows, py::arg("rows"), py::arg("sources"), py::arg("destinations"), py::arg("threads") = 1,
           py::arg("isa") = -1, py::arg("recent") = py::none());
     py::class_<Recent>(m, "Recent")
         .def(py::init(&make_recent), py::arg("addresses"), py::arg("mapped"), py::arg("limit"))
         .def("touched", py_touched, py::arg("source"), py::arg("start"), py::arg("stop"));
-    m.def("read_at", py_read_at, py::arg("fd"), py::arg("offsets"), py::arg("sizes"), py::arg("destination"),
-          py::arg("positions"), py::arg("threads") = 1);
     m.def("digest64", py_digest64, py::arg("buffer"));
     m.def("leaf_digests", py_leaf_digests, py::arg("buffer"), py::arg("offsets"), py::arg("sizes"), py::arg("out"));
     m.def("crc32", py_crc32, py::arg("buffer"), py::arg("value") = 0);
@@ -403,7 +378,5 @@ PYBIND11_MODULE(_C, m) {
         .def_property_readonly("address", &Mapping::address)
         .def_property_readonly("nbytes", &Mapping::nbytes)
         .def_property_readonly("faulted", &Mapping::faulted)
-        .def("release", &Mapping::release, py::arg("offset"), py::arg("nbytes"), py::call_guard<py::gil_scoped_release>())
-        .def("willneed", &Mapping::willneed, py::arg("offset"), py::arg("nbytes"), py::call_guard<py::gil_scoped_release>())
         .def("close", &Mapping::close, py::call_guard<py::gil_scoped_release>());
 }

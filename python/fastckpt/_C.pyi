@@ -19,9 +19,6 @@ def fields() -> list[tuple[str, int, int]]:
 def isas() -> list[str]:
     """The instruction sets that can run here, portable first; `copy_rows` takes the position."""
 
-def cpu_features() -> dict[str, bool]:
-    """What the machine offers of what the kernels ask for."""
-
 def copy_rows(
     rows: Buffer,
     sources: Buffer,
@@ -90,14 +87,6 @@ def launch_digests(leaves: int, count: int, out: int, stream: int) -> None:
 def launch_quantise(rows: int, owner: int, first: int, count: int, stream: int) -> None:
     """Starts `count` tiles from tile `first` on of a table of `quantrows.QUANT_ROWS`, on a stream; the first
     two are addresses in device memory. Only with CUDA; raises RuntimeError in CUDA's words."""
-
-def read_at(
-    fd: int, offsets: Buffer, sizes: Buffer, destination: Buffer, positions: Buffer, threads: int = 1
-) -> None:
-    """Reads sizes[i] bytes at offsets[i] of the file to destination[positions[i]:]; the three are int64.
-
-    Raises SourceError naming the byte where the file ends or fails, ValueError for a piece outside
-    `destination`."""
 
 def digest64(buffer: Buffer) -> int:
     """XXH3-64, seed 0."""
@@ -182,11 +171,5 @@ class Mapping:
     def nbytes(self) -> int: ...
     @property
     def faulted(self) -> bool: ...
-    def release(self, offset: int, nbytes: int) -> None:
-        """Gives the pages that hold this range back; reading them again maps them again."""
-
-    def willneed(self, offset: int, nbytes: int) -> None:
-        """Starts reading this range into the page cache."""
-
     def close(self) -> None:
         """Unmaps; the address must not be used after."""
