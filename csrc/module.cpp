@@ -12,7 +12,7 @@
 #include "digest.h"
 #include "error.h"
 #include "isa.h"
-#include "read.h"
+#include "mapping.h"
 #include "tiles_host.h"
 
 namespace py = pybind11;
@@ -74,17 +74,6 @@ void py_copy_rows(const py::object& rows, const py::object& sources, const py::o
         throw std::invalid_argument("recent: " + std::to_string(recent->count()) + " sources, got " + std::to_string(work.source_count));
     py::gil_scoped_release free;
     copy_rows(work, threads, isa);
-}
-
-void py_read_at(int fd, const py::object& offsets, const py::object& sizes, const py::object& destination,
-                const py::object& positions, int threads) {
-    Held o(offsets), s(sizes), p(positions), d(destination, true);
-    const size_t n = o.count<int64_t>("offsets");
-    if (s.count<int64_t>("sizes") != n || p.count<int64_t>("positions") != n)
-        throw std::invalid_argument("read_at: offsets, sizes and positions differ in length");
-    for (size_t i = 0; i < n; ++i) check_inside("read_at", p.items<int64_t>()[i], s.items<int64_t>()[i], d.nbytes());
-    py::gil_scoped_release free;
-    read_at(fd, o.items<int64_t>(), s.items<int64_t>(), p.items<int64_t>(), n, d.data(), threads);
 }
 
 uint64_t py_digest64(const py::object& buffer) {
@@ -239,6 +228,22 @@ void py_run_digests_on_host(const py::object& leaves, const py::object& out) {
     run_digests_on_host(reinterpret_cast<uint64_t>(l.data()), n, reinterpret_cast<uint64_t>(result.data()));
 }
 
+void py_run_quantise_on_host(const py::object& rows, const py::object& owner, uint32_t shuffle) {
+    Held r(rows), o(owner);
+    const size_t count = r.count<QuantRows>("rows"), tiles = o.count<uint32_t>("owner");
+    for (size_t i = 0; i < tiles; ++i)
+        if (o.items<uint32_t>()[i] >= count) throw std::invalid_argument("run_quantise_on_host: a tile of no row");
+    py::gil_scoped_release free;
+    run_quantise_on_host(reinterpret_cast<uint64_t>(r.data()), reinterpret_cast<uint64_t>(o.data()), tiles, shuffle);
+}
+
+void py_tiles_of_quant_rows(const py::object& rows, const py::object& out) {
+    Held r(rows), result(out, true);
+    const size_t n = r.count<QuantRows>("rows");
+    if (result.count<uint64_t>("out") != n) throw std::invalid_argument("tiles_of_quant_rows: rows and out differ in length");
+    for (size_t i = 0; i < n; ++i) result.items<uint64_t>()[i] = tiles_of_quant_rows(r.items<QuantRows>()[i]);
+}
+
 py::tuple py_bank_conflicts(int s, int d) {
     const Conflicts worst = bank_conflicts(s, d);
     return py::make_tuple(worst.write, worst.read);
@@ -254,6 +259,11 @@ void py_launch_tiles(uint64_t rows, uint64_t owner, uint64_t sources, uint64_t d
 void py_launch_digests(uint64_t leaves, uint64_t count, uint64_t out, uint64_t stream) {
     py::gil_scoped_release free;
     launch_digests(leaves, count, out, stream);
+}
+
+void py_launch_quantise(uint64_t rows, uint64_t owner, uint64_t first, uint64_t count, uint64_t stream) {
+    py::gil_scoped_release free;
+    launch_quantise(rows, owner, first, count, stream);
 }
 
 py::dict py_device_state() {
@@ -296,17 +306,6 @@ py::list py_fields() {
     return fields;
 }
 
-py::dict py_cpu_features() {
-    py::dict found;
-#if defined(__x86_64__)
-    found["avx2"] = static_cast<bool>(__builtin_cpu_supports("avx2"));
-    found["avx512f"] = static_cast<bool>(__builtin_cpu_supports("avx512f"));
-    found["avx512bw"] = static_cast<bool>(__builtin_cpu_supports("avx512bw"));
-    found["pclmul"] = static_cast<bool>(__builtin_cpu_supports("pclmul"));
-#endif
-    return found;
-}
-
 // Names of files are bytes; Python spells what is not in its encoding with surrogates, both ways.
 py::object spelled(const std::string& name) {
     return py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefaultAndSize(name.data(), static_cast<Py_ssize_t>(name.size())));
@@ -341,26 +340,28 @@ PYBIND11_MODULE(_C, m) {
     m.def("launch_tiles", py_launch_tiles, py::arg("rows"), py::arg("owner"), py::arg("sources"), py::arg("destinations"),
           py::arg("path"), py::arg("first"), py::arg("count"), py::arg("stream"));
     m.def("launch_digests", py_launch_digests, py::arg("leaves"), py::arg("count"), py::arg("out"), py::arg("stream"));
+    m.def("launch_quantise", py_launch_quantise, py::arg("rows"), py::arg("owner"), py::arg("first"), py::arg("count"),
+          py::arg("stream"));
 #else
     m.attr("built_with_cuda") = false;
 #endif
     m.def("run_tiles_on_host", py_run_tiles_on_host, py::arg("rows"), py::arg("owner"), py::arg("sources"),
           py::arg("destinations"), py::arg("shuffle") = 0);
     m.def("run_digests_on_host", py_run_digests_on_host, py::arg("leaves"), py::arg("out"));
+    m.def("run_quantise_on_host", py_run_quantise_on_host, py::arg("rows"), py::arg("owner"), py::arg("shuffle") = 0);
+    m.def("tiles_of_quant_rows", py_tiles_of_quant_rows, py::arg("rows"), py::arg("out"));
     m.def("tiles_of_rows", py_tiles_of_rows, py::arg("rows"), py::arg("out"));
     m.def("bank_conflicts", py_bank_conflicts, py::arg("src_size"), py::arg("dst_size"));
     m.attr("copy_bytes") = sizeof(Copy);
+    m.attr("quant_rows_bytes") = sizeof(QuantRows);
     m.def("fields", py_fields, "The fields of struct Copy: (name, offset, size) in bytes.");
     m.def("isas", py_isas, "The instruction sets that can run here; the position is the number `copy_rows` takes.");
-    m.def("cpu_features", py_cpu_features, "What the machine offers of what the kernels ask for.");
 
     m.def("copy_rows", py_copy_rows, py::arg("rows"), py::arg("sources"), py::arg("destinations"), py::arg("threads") = 1,
           py::arg("isa") = -1, py::arg("recent") = py::none());
     py::class_<Recent>(m, "Recent")
         .def(py::init(&make_recent), py::arg("addresses"), py::arg("mapped"), py::arg("limit"))
         .def("touched", py_touched, py::arg("source"), py::arg("start"), py::arg("stop"));
-    m.def("read_at", py_read_at, py::arg("fd"), py::arg("offsets"), py::arg("sizes"), py::arg("destination"),
-          py::arg("positions"), py::arg("threads") = 1);
     m.def("digest64", py_digest64, py::arg("buffer"));
     m.def("leaf_digests", py_leaf_digests, py::arg("buffer"), py::arg("offsets"), py::arg("sizes"), py::arg("out"));
     m.def("crc32", py_crc32, py::arg("buffer"), py::arg("value") = 0);
@@ -385,7 +386,5 @@ PYBIND11_MODULE(_C, m) {
         .def_property_readonly("address", &Mapping::address)
         .def_property_readonly("nbytes", &Mapping::nbytes)
         .def_property_readonly("faulted", &Mapping::faulted)
-        .def("release", &Mapping::release, py::arg("offset"), py::arg("nbytes"), py::call_guard<py::gil_scoped_release>())
-        .def("willneed", &Mapping::willneed, py::arg("offset"), py::arg("nbytes"), py::call_guard<py::gil_scoped_release>())
         .def("close", &Mapping::close, py::call_guard<py::gil_scoped_release>());
 }

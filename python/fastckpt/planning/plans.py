@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from .. import layouts, recipes
 from ..checkpoint import JSON, Cast, Checkpoint
 from ..collector import paused
-from ..computed import adapters, dequantised
+from ..computed import adapters, apart, dequantised
 from ..computed.adapters import Adapter
 from ..dtypes import DType, float8_e4m3fn, float8_e5m2, float32
 from ..dtypes import dtype as dtype_of
@@ -373,7 +373,7 @@ class _Road:
         if adapter is not None:
             # What is cast to a module's dtypes at the end is not rounded before.
             whole = float32 if wanted.held is not None else dtype
-            ckpt = adapters.hollow(adapter, dtype) if wanted.apart else adapters.merged(adapter, whole)
+            ckpt = apart.hollow(adapter, dtype) if wanted.apart else adapters.merged(adapter, whole)
         if dtype is not None:
             dequantised.require_as_stored(ckpt, dtype, scales=not layout.roles)
         cast = ckpt if dtype is None else replace(ckpt, entries=Cast(ckpt.entries, dtype))
@@ -425,7 +425,7 @@ class _Road:
         recipe = recipes.find(config) if asked is None else recipes.named(asked)
         quant = wanted.quant
         engine = str(dict(layouts.options_of(layout)).get("engine") or "")
-        if quant is not None and prequantised.fits(_layout_name(layout), engine, quant.scheme):
+        if quant is not None and prequantised.fits(_layout_name(layout), engine, cast, quant):
             _require_dense(quant, wanted, layout.naming(wanted.placement), config)
             cast, config = prequantised.made(cast, config, quant)
             wanted = replace(wanted, config=config, quant=None)
@@ -438,8 +438,10 @@ class _Road:
             notes += (f"layout {_layout_name(layout)} leaves out the layers of multi-token prediction",)
         resized = layout.resized(model, wanted.placement) if isinstance(layout, Resizes) else {}
         if resized:
-            options["resized"] = {key: config.get(key) for key in resized}
             notes += (f"padded; config.json says so: {', '.join(f'{k} {n}' for k, n in resized.items())}",)
+        changed = {**resized, **(quantplan.fused_config(config, cast.entries) if engine else {})}
+        if changed:
+            options["resized"] = {key: config.get(key) for key in changed}
         if model.ignored:
             notes += (f"left out, known to {model.family}: {', '.join(model.ignored)}",)
         aliases = {f"{model.lm_head.name}.weight": f"{model.embedding.name}.weight"} if model.tied else {}
@@ -453,7 +455,7 @@ class _Road:
             cast,
             lambda p: by_roles.targets(model, p),
             layout.naming,
-            _config_text(config, wanted, resized),
+            _config_text(config, wanted, changed),
             aliases,
             options,
             notes,
@@ -469,8 +471,8 @@ class _Road:
         """This road with the adapter alone, where each rank holds its part of the base."""
         return replace(
             self,
-            targets=lambda p: adapters.cut(self.targets(p), adapter, dtype),
-            naming=lambda p: adapters.naming(self.naming(p)),
+            targets=lambda p: apart.cut(self.targets(p), adapter, dtype),
+            naming=lambda p: apart.naming(self.naming(p)),
             config=None,
             aliases={},
         )
@@ -480,7 +482,7 @@ class _Road:
         config does not go beside it."""
 
         def targets(p: Placement) -> Iterator[Target]:
-            return adapters.by_roles(lambda thin: layout.adapted(model, p, thin), adapter, dtype)
+            return apart.by_roles(lambda thin: layout.adapted(model, p, thin), adapter, dtype)
 
         return replace(
             self,
@@ -571,14 +573,14 @@ def _config(
 
 
 def _config_text(
-    config: Mapping[str, JSON] | None, wanted: Wanted, resized: Mapping[str, int] | None = None
+    config: Mapping[str, JSON] | None, wanted: Wanted, changed: Mapping[str, JSON] | None = None
 ) -> bytes | None:
     """The config.json to write in place of the one beside the checkpoint, if another was asked for, or if
     sizes were padded."""
-    if config is None or (wanted.config is None and wanted.vocab_size is None and not resized):
+    if config is None or (wanted.config is None and wanted.vocab_size is None and not changed):
         return None
     told = dict(config) if wanted.vocab_size is None else {**config, "vocab_size": wanted.vocab_size}
-    told |= resized or {}
+    told |= changed or {}
     return (json.dumps(told, indent=2) + "\n").encode()
 
 

@@ -209,23 +209,27 @@ def _whole(start: int, stop: int, block: int, end: int) -> tuple[int, int]:
 
 
 PLACES: Mapping[str, frozenset[str]] = {
-    "rtp_llm": frozenset({"int-quantized", "float-quantized", "fp8", "awq", "gptq"}),
-    "vllm": frozenset({"int-quantized", "float-quantized", "fp8"}),
+    "rtp_llm": frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8", "awq", "gptq"}),
+    "vllm": frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8", "awq", "gptq"}),
 }
-"""layout -> the formats it places as those of a quantised source; vLLM's where a scale is a matrix's, and
-where an engine has more tensors beside such a model."""
+"""layout -> the formats it places as those of a quantised source; vLLM's where a scale is a matrix's, where
+experts of four bits become a stack, and where an engine has more tensors beside such a model."""
 
 
-def fits(layout: str, engine: str, scheme: Scheme) -> bool:
+def fits(layout: str, engine: str, ckpt: Checkpoint, quant: Quant) -> bool:
     """Whether that layout gets the scheme's tensors from a checkpoint made here; `engine`: whose names it
     uses beyond its own. Raises LayoutError for an engine whose form of them is not known."""
+    scheme = quant.scheme
     found = scheme.format in PLACES.get(layout, ())
     if engine and not found:
         raise LayoutError(
-            f"quant {scheme.name}: how engine {engine} holds it is not known; wanted int8, fp8, fp8-channel "
-            "or fp8-block"
+            f"quant {scheme.name}: how engine {engine} holds it is not known; wanted int8, fp8 or four bits"
         )
-    return found and (layout != "vllm" or bool(engine) or scheme.block == (0, 0))
+    if not found or layout != "vllm" or engine or scheme.block == (0, 0):
+        return found
+    return scheme.bits == 4 and any(
+        ".experts." in name and quant.takes(name, entry.shape) for name, entry in ckpt.entries.items()
+    )
 
 
 def made(ckpt: Checkpoint, config: Mapping[str, JSON], quant: Quant) -> tuple[Checkpoint, dict[str, JSON]]:

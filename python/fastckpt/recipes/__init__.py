@@ -156,8 +156,18 @@ def model(recipe: Recipe, ckpt: Checkpoint, config: Mapping[str, JSON], vocab_si
     read, said = recipe(ckpt, config, vocab_size=vocab_size), config.get("quantization_config")
     if not isinstance(said, dict):
         return read
-    cache = " with kv_cache_scheme" if said.get("kv_cache_scheme") else ""
-    return replace(read, quant_method=f"{said.get('quant_method')}{cache}")
+    return replace(read, quant_method=_quant_method(said))
+
+
+def _quant_method(said: Mapping[str, JSON]) -> str:
+    """The hub's word, and what else decides whether an engine has a place for it."""
+    method = said.get("quant_method")
+    if said.get("format") == "pack-quantized":
+        method = "pack-quantized"
+    more = [key for key in ("kv_cache_scheme",) if said.get(key)]
+    more += [f"{bits} bits" for bits in (said.get("bits"),) if method == "awq" and bits != 4]
+    more += ["sym false"] if method == "gptq" and said.get("sym", True) is not True else []
+    return f"{method}{' with ' if more else ''}{' and '.join(more)}"
 
 
 def _known(name: str) -> Recipe | None:
