@@ -220,6 +220,22 @@ void py_run_digests_on_host(const py::object& leaves, const py::object& out) {
     run_digests_on_host(reinterpret_cast<uint64_t>(l.data()), n, reinterpret_cast<uint64_t>(result.data()));
 }
 
+void py_run_quantise_on_host(const py::object& rows, const py::object& owner, uint32_t shuffle) {
+    Held r(rows), o(owner);
+    const size_t count = r.count<QuantRows>("rows"), tiles = o.count<uint32_t>("owner");
+    for (size_t i = 0; i < tiles; ++i)
+        if (o.items<uint32_t>()[i] >= count) throw std::invalid_argument("run_quantise_on_host: a tile of no row");
+    py::gil_scoped_release free;
+    run_quantise_on_host(reinterpret_cast<uint64_t>(r.data()), reinterpret_cast<uint64_t>(o.data()), tiles, shuffle);
+}
+
+void py_tiles_of_quant_rows(const py::object& rows, const py::object& out) {
+    Held r(rows), result(out, true);
+    const size_t n = r.count<QuantRows>("rows");
+    if (result.count<uint64_t>("out") != n) throw std::invalid_argument("tiles_of_quant_rows: rows and out differ in length");
+    for (size_t i = 0; i < n; ++i) result.items<uint64_t>()[i] = tiles_of_quant_rows(r.items<QuantRows>()[i]);
+}
+
 py::tuple py_bank_conflicts(int s, int d) {
     const Conflicts worst = bank_conflicts(s, d);
     return py::make_tuple(worst.write, worst.read);
@@ -235,6 +251,11 @@ void py_launch_tiles(uint64_t rows, uint64_t owner, uint64_t sources, uint64_t d
 void py_launch_digests(uint64_t leaves, uint64_t count, uint64_t out, uint64_t stream) {
     py::gil_scoped_release free;
     launch_digests(leaves, count, out, stream);
+}
+
+void py_launch_quantise(uint64_t rows, uint64_t owner, uint64_t first, uint64_t count, uint64_t stream) {
+    py::gil_scoped_release free;
+    launch_quantise(rows, owner, first, count, stream);
 }
 
 py::dict py_device_state() {
@@ -311,15 +332,20 @@ PYBIND11_MODULE(_C, m) {
     m.def("launch_tiles", py_launch_tiles, py::arg("rows"), py::arg("owner"), py::arg("sources"), py::arg("destinations"),
           py::arg("path"), py::arg("first"), py::arg("count"), py::arg("stream"));
     m.def("launch_digests", py_launch_digests, py::arg("leaves"), py::arg("count"), py::arg("out"), py::arg("stream"));
+    m.def("launch_quantise", py_launch_quantise, py::arg("rows"), py::arg("owner"), py::arg("first"), py::arg("count"),
+          py::arg("stream"));
 #else
     m.attr("built_with_cuda") = false;
 #endif
     m.def("run_tiles_on_host", py_run_tiles_on_host, py::arg("rows"), py::arg("owner"), py::arg("sources"),
           py::arg("destinations"), py::arg("shuffle") = 0);
     m.def("run_digests_on_host", py_run_digests_on_host, py::arg("leaves"), py::arg("out"));
+    m.def("run_quantise_on_host", py_run_quantise_on_host, py::arg("rows"), py::arg("owner"), py::arg("shuffle") = 0);
+    m.def("tiles_of_quant_rows", py_tiles_of_quant_rows, py::arg("rows"), py::arg("out"));
     m.def("tiles_of_rows", py_tiles_of_rows, py::arg("rows"), py::arg("out"));
     m.def("bank_conflicts", py_bank_conflicts, py::arg("src_size"), py::arg("dst_size"));
     m.attr("copy_bytes") = sizeof(Copy);
+    m.attr("quant_rows_bytes") = sizeof(QuantRows);
     m.def("fields", py_fields, "The fields of struct Copy: (name, offset, size) in bytes.");
     m.def("isas", py_isas, "The instruction sets that can run here; the position is the number `copy_rows` takes.");
 

@@ -110,14 +110,17 @@ struct Factor {
     }
 };
 
-// One vector of values, or one, each to a byte in the low bits of its lane; x becomes the value and d what it lost, or
-// both with the value's sign taken off.
+// One vector of values, or one, each to a byte in the low bits of its lane (four bits have 8 added); x becomes the
+// value and d what it lost, or both with the value's sign taken off.
 template <QuantKind KIND, How HOW, bool ZERO, class U>
 FASTCKPT_INLINE U round_one(U bits, const Scale<U>& s, typename FloatOf<U>::type& x, typename FloatOf<U>::type& d) {
     x = as_float<U>(KIND == QUANT_E4M3 ? bits & 0x7fffffffu : bits);
+    const auto v = divided<HOW, U>(x, s);
     typename FloatOf<U>::type y;
-    U code = code_of<KIND, ZERO, U>(divided<HOW, U>(x, s), s.zero, y);
-    if constexpr (KIND == QUANT_E4M3) code |= bits >> 24 & 0x80u;
+    U code;
+    if constexpr (KIND == QUANT_E4M3) code = e4m3<U>(v, y) | (bits >> 24 & 0x80u);
+    else if constexpr (KIND == QUANT_INT8) code = whole<ZERO, U>(v, s.zero, 127.0f, y) & 0xffu;
+    else code = (whole<ZERO, U>(v, s.zero, 7.0f, y) ^ 8u) & 0xfu;
     d = x - y * s.scale;
     return code;
 }

@@ -88,6 +88,19 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "tensors": (*CORE, "sources", "planner", "plans"),
     "device": (*CORE, "digest", "planner", "reader", "pipeline", "executors"),
     "resident": (*CORE, "lowrank", "planner", "plans", "executors"),
+    "quantrows": (*CORE, "schemes", "rounding"),
+    "quantised": (
+        *CORE,
+        "executors",
+        "planner",
+        "plans",
+        "quantplan",
+        "quantising",
+        "quantrows",
+        "resident",
+        "rounding",
+        "schemes",
+    ),
     "crossing": (*CORE, "device", "executors", "pipeline", "planner", "plans", "reader"),
 }
 MAY_IMPORT["runs"] = (*MAY_IMPORT, "__init__")
@@ -160,6 +173,7 @@ TORCH = {
     "running/device",
     "running/resident",
     "running/crossing",
+    "running/quantised",
     "likeness",
 }
 TORCH |= {"engines/vllm_loader", "engines/sglang"}

@@ -11,6 +11,7 @@ compiler: str
 built_with_cuda: bool
 cuda_archs: str  # with CUDA only
 copy_bytes: int
+quant_rows_bytes: int
 
 def fields() -> list[tuple[str, int, int]]:
     """The fields of struct Copy: (name, offset, size), in bytes."""
@@ -53,6 +54,13 @@ def run_digests_on_host(leaves: Buffer, out: Buffer) -> None:
     """out[i] (uint64) becomes the XXH3-64 of leaves[i], an (address, nbytes) pair of uint64, by the body that
     runs on GPUs. For tests."""
 
+def run_quantise_on_host(rows: Buffer, owner: Buffer, shuffle: int = 0) -> None:
+    """Quantises matrices in main memory, given as `quantrows.tiled` has them, by the body that runs on GPUs;
+    `shuffle` as in `run_tiles_on_host`. For tests."""
+
+def tiles_of_quant_rows(rows: Buffer, out: Buffer) -> None:
+    """out[i] (uint64) becomes the tiles of row i of `quantrows.QUANT_ROWS`."""
+
 def tiles_of_rows(rows: Buffer, out: Buffer) -> None:
     """out[i] (uint64) becomes the tiles of row i, whose path is chosen."""
 
@@ -75,6 +83,10 @@ def launch_tiles(
 def launch_digests(leaves: int, count: int, out: int, stream: int) -> None:
     """Starts the digests of `count` leaves; (address, nbytes) pairs at `leaves` and results at `out`, all in
     device memory. Only with CUDA; raises RuntimeError in CUDA's words."""
+
+def launch_quantise(rows: int, owner: int, first: int, count: int, stream: int) -> None:
+    """Starts `count` tiles from tile `first` on of a table of `quantrows.QUANT_ROWS`, on a stream; the first
+    two are addresses in device memory. Only with CUDA; raises RuntimeError in CUDA's words."""
 
 def digest64(buffer: Buffer) -> int:
     """XXH3-64, seed 0."""

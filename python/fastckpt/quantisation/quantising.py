@@ -229,8 +229,13 @@ def _beside(tensor: _Tensor) -> Iterator[tuple[int, NDArray[np.generic]]]:
     if told.zeros is not None and not scheme.dynamic:
         yield told.zeros, stored_zeros(tensor.zeros, scheme)
     if told.form is not None:
-        form = np.array(scheme.form_values(told.shape), np.int64)
-        yield told.form, form.astype(np.int32) if scheme.form_dtype is int32 else form
+        yield told.form, form_of(told)
+
+
+def form_of(told: Quantised) -> NDArray[np.generic]:
+    """What the tensor `form` of a matrix holds."""
+    form = np.array(told.scheme.form_values(told.shape), np.int64)
+    return form.astype(np.int32) if told.scheme.form_dtype is int32 else form
 
 
 class Scan:
