@@ -44,7 +44,7 @@ from .planner import Chunk, Kept, Slots, Table
 KEPT_ROWS = 1 << 18
 """A plan keeps at most this many compiled rows (32 MiB); a larger one is compiled again as it runs."""
 
-VERSION = 1
+VERSION = 2
 """Part of every plan key; raised when the same inputs would give other bytes."""
 
 Stream = Callable[[], Iterator[tuple[int, Target]]]
