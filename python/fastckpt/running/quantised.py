@@ -95,7 +95,7 @@ def fits(planned: Plan) -> bool:
 def prepare(planned: Plan, binding: Binding, buffers: Sequence[Buffer], device: str) -> Quantiser:
     """The plan's tables on the GPU that holds its sources and `buffers` (by planned tensor).
 
-    Raises DeviceError for what lies elsewhere, for a scheme without a kernel and where memory is too short."""
+    Raises DeviceError for what lies elsewhere, a scheme without a kernel, and where memory is too short."""
     if not fits(planned):
         names = sorted({q.scheme.name for q in planned.quantised.values() if not covered(q.scheme)})
         raise DeviceError(f"{device}: no kernel there for quantisation scheme {', '.join(names)}")
