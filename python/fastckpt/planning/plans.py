@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from .. import layouts, recipes
 from ..checkpoint import JSON, Cast, Checkpoint
 from ..collector import paused
-from ..computed import adapters, dequantised
+from ..computed import adapters, apart, dequantised
 from ..computed.adapters import Adapter
 from ..dtypes import DType, float8_e4m3fn, float8_e5m2, float32
 from ..dtypes import dtype as dtype_of
@@ -378,7 +378,7 @@ class _Road:
         if adapter is not None:
             # What is cast to a module's dtypes at the end is not rounded before.
             whole = float32 if wanted.held is not None else dtype
-            ckpt = adapters.hollow(adapter, dtype) if wanted.apart else adapters.merged(adapter, whole)
+            ckpt = apart.hollow(adapter, dtype) if wanted.apart else adapters.merged(adapter, whole)
         if dtype is not None:
             dequantised.require_as_stored(ckpt, dtype, scales=not layout.roles)
         cast = ckpt if dtype is None else replace(ckpt, entries=Cast(ckpt.entries, dtype))
@@ -476,8 +476,8 @@ class _Road:
         """This road with the adapter alone, where each rank holds its part of the base."""
         return replace(
             self,
-            targets=lambda p: adapters.cut(self.targets(p), adapter, dtype),
-            naming=lambda p: adapters.naming(self.naming(p)),
+            targets=lambda p: apart.cut(self.targets(p), adapter, dtype),
+            naming=lambda p: apart.naming(self.naming(p)),
             config=None,
             aliases={},
         )
@@ -487,7 +487,7 @@ class _Road:
         config does not go beside it."""
 
         def targets(p: Placement) -> Iterator[Target]:
-            return adapters.by_roles(lambda thin: layout.adapted(model, p, thin), adapter, dtype)
+            return apart.by_roles(lambda thin: layout.adapted(model, p, thin), adapter, dtype)
 
         return replace(
             self,
