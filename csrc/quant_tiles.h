@@ -46,7 +46,7 @@ struct Scales {
 };
 
 struct QuantTile {
-    const QuantRows& q;
+    const QuantRows q;     // by value: nothing is read again after a store
     QuantShape shape;
     uint32_t size;         // bytes of a value
     uint32_t row, column;  // of the tile's first value

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import fastckpt
 import pytest
 import torch
+from fastckpt.errors import DeviceError
 from fastckpt.quantisation.quantising import Quantising
-from fastckpt.quantisation.schemes import SCHEMES
+from fastckpt.quantisation.schemes import SCHEMES, Quant
 from fastckpt.running import quantised
 from safetensors.torch import save_file
 
@@ -126,6 +128,36 @@ def test_the_callers_tensors_and_weights_on_their_way() -> None:
     report = fastckpt.reshard(source, 2, rank=1, device="cuda", out=out, **options)
     assert isinstance(report, fastckpt.Report) and report.errors == {}
     compare([out], [wanted])
+
+
+@pytest.mark.parametrize("quant, dtype", [("fp8-block", None), ("fp8", "bfloat16"), ("awq-group", None)])
+def test_a_hot_reload_quantises_again(quant: str, dtype: str | None) -> None:
+    source = there(weights())
+    options = {"layout": "hf", "tp_plan": PLAN, "quant": quant, "dtype": dtype}
+    ready = fastckpt.prepare(source, 2, rank=0, **options)
+    at = {n: t.data_ptr() for n, t in ready.out[0].items()}
+    for scale in (1.0, 0.01, 30.0):
+        for t in source.values():
+            t.copy_(t * scale)
+        ready.run()
+        now = {n: t.cpu() for n, t in source.items()}
+        compare(list(ready.out), [fastckpt.reshard(now, 2, rank=0, **options)])
+    source["a.q_proj.weight"][5, 7] = float("inf")
+    with pytest.raises(fastckpt.SourceError, match=r"a\.q_proj\.weight"):
+        ready.run()
+    source["a.q_proj.weight"][5, 7] = 1.0
+    ready.run()
+    assert at == {n: t.data_ptr() for n, t in ready.out[0].items()}
+
+
+def test_a_scheme_without_a_kernel() -> None:
+    """It is quantised by the CPU; what was to be made ready for the GPU is refused."""
+    odd = Quant(replace(SCHEMES["fp8-block"], name="mine", block=(64, 64)))
+    held = {"a.q_proj.weight": torch.randn(128, 192)}
+    wanted = fastckpt.reshard(held, layout="hf", tp_plan=PLAN, quant=odd)
+    compare(fastckpt.reshard(there(held), layout="hf", tp_plan=PLAN, quant=odd, device="cuda"), wanted)
+    with pytest.raises(DeviceError, match="no kernel there for quantisation scheme mine"):
+        fastckpt.prepare(there(held), layout="hf", tp_plan=PLAN, quant=odd)
 
 
 @pytest.mark.parametrize("quant", ["int8", "fp8-block", "int4-group"])

@@ -44,7 +44,7 @@ from .planner import Chunk, Kept, Slots, Table
 KEPT_ROWS = 1 << 18
 """A plan keeps at most this many compiled rows (32 MiB); a larger one is compiled again as it runs."""
 
-VERSION = 1
+VERSION = 2
 """Part of every plan key; raised when the same inputs would give other bytes."""
 
 Stream = Callable[[], Iterator[tuple[int, Target]]]
@@ -234,6 +234,11 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
                 f"quant: {told.name} is tied to another tensor, which would not find its scales"
             )
     aliases = _present(road.aliases, [{made.names[i] for i in own.tolist()} for own in rows.values()])
+    notes = road.notes
+    one_name = aliases and not in_memory and road.naming(placement).single.endswith(".safetensors")
+    if one_name and (road.checkpoint.config or {}).get("tie_word_embeddings") is not True:
+        ties = ", ".join(f"{a} is {h}" for a, h in aliases.items())
+        notes += (f"tied, stored under one name, and no config says so: {ties}",)
     files: list[FileLayout] = []
     file_ranks: list[int] = []
     texts: list[tuple[int, str, bytes]] = []
@@ -268,7 +273,7 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
         stream=stream,
         kept=None if kept is None else tuple(kept),
         needed_bytes=needed,
-        notes=road.notes,
+        notes=notes,
         left_out=tuple(left_out),
         quantised=quantised,
         scans=None if expansion is None or not expansion.scanned else expansion.uncut,

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..dtypes import DType, uint8
+from ..errors import DeviceError
 from ..executors.cuda import Cuda, CudaRunner, Prepared, quantise, short_of_memory
 from ..extents import Buffer
 from ..planning.planner import COPY, NOTHING, Binding, Chunk, Table, compiled, nbytes
@@ -94,7 +95,10 @@ def fits(planned: Plan) -> bool:
 def prepare(planned: Plan, binding: Binding, buffers: Sequence[Buffer], device: str) -> Quantiser:
     """The plan's tables on the GPU that holds its sources and `buffers` (by planned tensor).
 
-    Raises DeviceError for what lies elsewhere and where memory is too short."""
+    Raises DeviceError for what lies elsewhere, a scheme without a kernel, and where memory is too short."""
+    if not fits(planned):
+        names = sorted({q.scheme.name for q in planned.quantised.values() if not covered(q.scheme)})
+        raise DeviceError(f"{device}: no kernel there for quantisation scheme {', '.join(names)}")
     making = _Making(device)
     if planned.scans is not None:
         scheme = next(q.scheme for q in planned.quantised.values() if q.scanned)

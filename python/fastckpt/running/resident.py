@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,15 +30,23 @@ ALIGNED = 16
 class Ready:
     """A plan over GPU memory, made ready: `run()` fills the tensors in `out` (by rank) once more.
 
-    It costs launches only, starts on the current stream and does not wait; sources and `out` must stay where
-    they are. Raises DeviceError when a launch fails."""
+    It costs launches only and starts on the current stream; sources and `out` must stay where they are.
+    Copies are not waited for; a quantised plan is, and raises SourceError naming a matrix with NaN or
+    infinity in it. Raises DeviceError when a launch fails."""
 
     out: tuple[Mapping[str, torch.Tensor], ...]
-    prepared: Prepared
+    prepared: Runnable
 
     def run(self) -> None:
-        """Start the copies."""
+        """Fill them."""
         self.prepared.run()
+
+
+class Runnable(Protocol):
+    """What is made ready: copies (`Prepared`), or copies and matrices to quantise (`quantised.Quantiser`)."""
+
+    def run(self) -> None:
+        """Start it on the current stream."""
 
 
 def resident(binding: Binding) -> bool:
