@@ -61,7 +61,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "joining": (*PLAIN, "collector", "digest", "manifest", "inverse", "sources", "recipes", "layouts"),
     "expectation": (*PLAIN, "manifest", "sources", "layouts", "joining"),
     "foreign": (*PLAIN, "sources", "recipes", "layouts", "joining"),
-    "adapters": (*PLAIN, "lowrank", "finishes", "sources", "layouts"),
+    "adapters": (*PLAIN, "lowrank", "sources"),
+    "apart": (*PLAIN, "lowrank", "finishes", "adapters", "layouts"),
     # The spine.
     "planned": (*CORE, "planner", "files"),
     "plancache": (*CORE, "planner", "planned", "schemes", "quantplan"),
@@ -70,6 +71,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "dequantised",
         "collector",
         "adapters",
+        "apart",
         "recipes",
         "layouts",
         "planner",

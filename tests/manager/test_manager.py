@@ -48,6 +48,21 @@ def test_there_and_back(tmp_path: Path, trained: Trained, same: Same) -> None:
     assert (tmp_path / "ck/latest").read_text() == "step-00000007\n"
 
 
+def test_a_save_older_than_what_stands_is_told_and_kept(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, max_to_keep=2) as manager:
+        for step in (10, 20):
+            manager.save(step, {"w": torch.full((2,), step)})
+        manager.restore(10)
+        with pytest.warns(CheckpointWarning, match="step 12 is older than step 20, which"):
+            assert manager.save(12, {"w": torch.full((2,), 12)})
+        assert 12 in manager.steps() and manager.latest() == 20
+        manager.save(14, {"w": torch.full((2,), 14)})  # said once
+        assert 14 in manager.steps()
+        manager.rewind(14)
+        manager.save(16, {"w": torch.full((2,), 16)})
+        assert manager.steps() == [14, 16]
+
+
 def test_a_size_returns_into_a_template(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path) as manager:
         manager.save(0, {"shape": torch.Size([2, 3]), "w": torch.ones(2)})

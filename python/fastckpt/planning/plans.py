@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from .. import layouts, recipes
 from ..checkpoint import JSON, Cast, Checkpoint
 from ..collector import paused
-from ..computed import adapters, dequantised
+from ..computed import adapters, apart, dequantised
 from ..computed.adapters import Adapter
 from ..dtypes import DType, float8_e4m3fn, float8_e5m2, float32
 from ..dtypes import dtype as dtype_of
@@ -44,7 +44,7 @@ from .planner import Chunk, Kept, Slots, Table
 KEPT_ROWS = 1 << 18
 """A plan keeps at most this many compiled rows (32 MiB); a larger one is compiled again as it runs."""
 
-VERSION = 1
+VERSION = 2
 """Part of every plan key; raised when the same inputs would give other bytes."""
 
 Stream = Callable[[], Iterator[tuple[int, Target]]]
@@ -234,6 +234,11 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
                 f"quant: {told.name} is tied to another tensor, which would not find its scales"
             )
     aliases = _present(road.aliases, [{made.names[i] for i in own.tolist()} for own in rows.values()])
+    notes = road.notes
+    one_name = aliases and not in_memory and road.naming(placement).single.endswith(".safetensors")
+    if one_name and (road.checkpoint.config or {}).get("tie_word_embeddings") is not True:
+        ties = ", ".join(f"{a} is {h}" for a, h in aliases.items())
+        notes += (f"tied, stored under one name, and no config says so: {ties}",)
     files: list[FileLayout] = []
     file_ranks: list[int] = []
     texts: list[tuple[int, str, bytes]] = []
@@ -268,7 +273,7 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
         stream=stream,
         kept=None if kept is None else tuple(kept),
         needed_bytes=needed,
-        notes=road.notes,
+        notes=notes,
         left_out=tuple(left_out),
         quantised=quantised,
         scans=None if expansion is None or not expansion.scanned else expansion.uncut,
@@ -373,7 +378,7 @@ class _Road:
         if adapter is not None:
             # What is cast to a module's dtypes at the end is not rounded before.
             whole = float32 if wanted.held is not None else dtype
-            ckpt = adapters.hollow(adapter, dtype) if wanted.apart else adapters.merged(adapter, whole)
+            ckpt = apart.hollow(adapter, dtype) if wanted.apart else adapters.merged(adapter, whole)
         if dtype is not None:
             dequantised.require_as_stored(ckpt, dtype, scales=not layout.roles)
         cast = ckpt if dtype is None else replace(ckpt, entries=Cast(ckpt.entries, dtype))
@@ -471,8 +476,8 @@ class _Road:
         """This road with the adapter alone, where each rank holds its part of the base."""
         return replace(
             self,
-            targets=lambda p: adapters.cut(self.targets(p), adapter, dtype),
-            naming=lambda p: adapters.naming(self.naming(p)),
+            targets=lambda p: apart.cut(self.targets(p), adapter, dtype),
+            naming=lambda p: apart.naming(self.naming(p)),
             config=None,
             aliases={},
         )
@@ -482,7 +487,7 @@ class _Road:
         config does not go beside it."""
 
         def targets(p: Placement) -> Iterator[Target]:
-            return adapters.by_roles(lambda thin: layout.adapted(model, p, thin), adapter, dtype)
+            return apart.by_roles(lambda thin: layout.adapted(model, p, thin), adapter, dtype)
 
         return replace(
             self,

@@ -161,13 +161,15 @@ def model(recipe: Recipe, ckpt: Checkpoint, config: Mapping[str, JSON], vocab_si
 
 def _quant_method(said: Mapping[str, JSON]) -> str:
     """The hub's word, and what else decides whether an engine has a place for it."""
-    method = said.get("quant_method")
-    if said.get("format") == "pack-quantized":
-        method = "pack-quantized"
-    more = [key for key in ("kv_cache_scheme",) if said.get(key)]
-    more += [f"{bits} bits" for bits in (said.get("bits"),) if method == "awq" and bits != 4]
-    more += ["sym false"] if method == "gptq" and said.get("sym", True) is not True else []
-    return f"{method}{' with ' if more else ''}{' and '.join(more)}"
+    packed = said.get("format") == "pack-quantized"
+    method = "pack-quantized" if packed else said.get("quant_method")
+    holds = {
+        "kv_cache_scheme": bool(said.get("kv_cache_scheme")),
+        f"{said.get('bits')} bits": method == "awq" and said.get("bits") != 4,
+        "sym false": method == "gptq" and said.get("sym", True) is not True,
+    }
+    more = " and ".join(what for what, so in holds.items() if so)
+    return f"{method} with {more}" if more else str(method)
 
 
 def _known(name: str) -> Recipe | None:
