@@ -116,20 +116,28 @@ void check_dense(const char* what, size_t nbytes, int code, size_t rows, size_t 
                                     std::to_string(columns) + " values");
 }
 
-bool py_quantise(const py::object& dense, int code, size_t rows, size_t columns, size_t block_rows, size_t block_columns, float reach,
+bool py_quantise(const py::object& dense, int code, size_t rows, size_t columns, size_t pitch, size_t block_rows, size_t block_columns, float reach,
                  float floor, float lowest, bool reciprocal, bool half, int kind, const py::object& amax, const py::object& out,
                  const py::object& scales, const py::object& zeros, const py::object& sums, int isa) {
     Held d(dense), o(out, true), s(scales, true), t(sums, true);
-    check_dense("quantise", d.nbytes(), code, rows, columns);
     if (kind < QUANT_INT8 || kind >= QUANT_KINDS) throw std::invalid_argument("quantise: no kind " + std::to_string(kind));
-    const bool packed = kind >= QUANT_INT4, upright = kind == QUANT_INT4_AWQ || kind == QUANT_INT4_DOWN;
+    const bool packed = kind >= QUANT_INT4, turned = kind == QUANT_INT4_AWQ || kind == QUANT_INT4_DOWN;
+    size_t held = d.nbytes();
+    if (turned) {  // what lies between the columns does not count
+        const size_t line = rows * (code == FLOAT32 ? 4 : 2);
+        if (line == 0 || pitch < line || columns == 0 || held < line || (held - line) / pitch != columns - 1 || (held - line) % pitch != 0)
+            throw std::invalid_argument("quantise: " + std::to_string(held) + " bytes are not " + std::to_string(columns) + " columns, " +
+                                        std::to_string(pitch) + " apart");
+        held = line * columns;
+    }
+    check_dense("quantise", held, code, rows, columns);
     if (block_rows == 0 || block_columns == 0 || (packed && columns % 8 != 0) || (kind == QUANT_INT4 && (block_columns % 8 != 0 || columns % block_columns != 0 || block_rows != 1)) ||
-        (upright && (block_columns != 1 || block_rows % 8 != 0 || rows % 8 != 0)))
+        (turned && (block_columns != 1 || block_rows % 8 != 0 || rows % 8 != 0)))
         throw std::invalid_argument("quantise: blocks of " + std::to_string(block_rows) + " x " + std::to_string(block_columns));
     const size_t blocks = ((rows - 1) / block_rows + 1) * ((columns - 1) / block_columns + 1);
     if (o.nbytes() != rows * columns / (packed ? 2 : 1) || s.count<float>("scales") != blocks || t.count<double>("sums") != 5)
         throw std::invalid_argument("quantise: out, scales or sums have another size");
-    Quant q{d.data(), rows, columns, block_rows, block_columns, static_cast<Dtype>(code), static_cast<QuantKind>(kind),
+    Quant q{d.data(), rows, columns, pitch, block_rows, block_columns, static_cast<Dtype>(code), static_cast<QuantKind>(kind),
             reciprocal, half, reach, floor, lowest, nullptr, o.data(), s.items<float>(), nullptr, t.items<double>()};
     std::optional<Held> a, z;
     if (!amax.is_none() && packed) throw std::invalid_argument("quantise: four bits take no amax");
@@ -361,7 +369,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("nonfinite", py_nonfinite, py::arg("buffer"), py::arg("dtype_code"));
 
     m.def("quantise", py_quantise, py::arg("dense"), py::arg("dtype_code"), py::arg("rows"), py::arg("columns"),
-          py::arg("block_rows"), py::arg("block_columns"), py::arg("reach"), py::arg("floor"), py::arg("lowest"),
+          py::arg("pitch"), py::arg("block_rows"), py::arg("block_columns"), py::arg("reach"), py::arg("floor"), py::arg("lowest"),
           py::arg("reciprocal"), py::arg("half"), py::arg("kind"), py::arg("amax"), py::arg("out"), py::arg("scales"),
           py::arg("zeros"), py::arg("sums"), py::arg("isa") = -1);
     m.def("dequantise", py_dequantise, py::arg("values"), py::arg("kind"), py::arg("rows"), py::arg("columns"), py::arg("scales"),

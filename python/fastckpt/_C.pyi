@@ -108,6 +108,7 @@ def quantise(
     dtype_code: int,
     rows: int,
     columns: int,
+    pitch: int,
     block_rows: int,
     block_columns: int,
     reach: float,
@@ -125,8 +126,9 @@ def quantise(
 ) -> bool:
     """Quantises rows x columns of fp32, bf16 or fp16 as csrc/quant.h says; False where one is not finite.
 
-    `kind`: `rounding.KINDS`' numbers. `amax` (fp32): one a row. `scales` (fp32), `zeros` (int8): one a block.
-    `sums` (fp64): 5, added to. Raises ValueError for sizes that do not fit."""
+    `kind`: `rounding.KINDS`' numbers. `pitch`: of AWQ's and GPTQ's, bytes between columns, which lie as
+    lines. `amax` (fp32): one a row. `scales` (fp32), `zeros` (int8): one a block. `sums` (fp64): 5, added to.
+    Raises ValueError for sizes that do not fit."""
 
 def dequantise(
     values: Buffer,

@@ -65,13 +65,17 @@ class Matrix:
     def dense(
         self, ask: Asker, r0: int, r1: int, c0: int, c1: int, *, scan: bool = False
     ) -> NDArray[np.uint8]:
-        """The bytes of a dense box, as the scheme turns it."""
+        """The bytes of a dense box, as `quantise` takes them."""
         view = self._view
         if view is None:
-            view = self.build()
-            self._view = view = view.T if self.scheme.turned else view
-        box = view.narrow(0, r0, r1 - r0).narrow(1, c0, c1 - c0)
+            self._view = view = self.build()
+        rows, columns = (1, 0) if self.scheme.turned else (0, 1)
+        box = view.narrow(rows, r0, r1 - r0).narrow(columns, c0, c1 - c0)
         return np.ascontiguousarray(ask.dense(box, scan=scan)).reshape(-1).view(np.uint8)
+
+    def pitch(self, rows: int) -> int:
+        """The bytes between the columns of a box of so many rows, where it lies turned."""
+        return rows * self.dtype.itemsize if self.scheme.turned else 0
 
     def largest(self, ask: Asker, r0: int, r1: int) -> Floats:
         """What the scales of rows [r0, r1) come from: of each row, or for one scale a matrix of all rows."""
@@ -145,7 +149,7 @@ def _values(m: Matrix, ask: Asker, r0: int, r1: int, c0: int, c1: int) -> Elemen
         dense = m.dense(ask, a, b, first, last)
         largest = m.largest(ask, a, b) if across == 0 else None
         made = np.empty(n * width * scheme.bits // 8, np.uint8)
-        found = quantise(dense, m.dtype, n, width, scheme, largest, made)
+        found = quantise(dense, m.dtype, n, width, scheme, largest, made, pitch=m.pitch(n))
         if found is None:
             raise not_finite(m.name, a, b)
         held = slice(max(a, top), min(b, bottom)), slice(left, right)
@@ -178,7 +182,7 @@ def _scales(m: Matrix, ask: Asker, r0: int, r1: int, c0: int, c1: int) -> tuple[
         dense = m.dense(ask, top, bottom, left, right, scan=True)
         n, width = bottom - top, right - left
         out = np.empty(n * width * scheme.bits // 8, np.uint8)
-        found = quantise(dense, m.dtype, n, width, scheme, None, out)
+        found = quantise(dense, m.dtype, n, width, scheme, None, out, pitch=m.pitch(n))
         if found is None:
             raise not_finite(m.name, top, bottom)
         scales[a - r0 : b - r0], zeros[a - r0 : b - r0] = found.scales, found.zeros
