@@ -150,6 +150,17 @@ def test_a_hot_reload_quantises_again(quant: str, dtype: str | None) -> None:
     assert at == {n: t.data_ptr() for n, t in ready.out[0].items()}
 
 
+@pytest.mark.parametrize("quant", ["fp8-block", "int4-group-zero"])
+def test_the_record_of_the_files_holds(tmp_path: Path, quant: str) -> None:
+    """What a GPU made has the digests of the files that the CPU made."""
+    options = {"layout": "hf", "tp_plan": PLAN, "quant": quant}
+    fastckpt.reshard(weights(), 2, out=tmp_path / "out", **options)
+    made = fastckpt.reshard(there(weights()), 2, rank=1, device="cuda", **options)
+    assert fastckpt.verify_tensors(made, tmp_path / "out", rank=1).ok
+    made["a.q_proj.weight" if quant == "fp8-block" else "a.q_proj.weight_packed"].view(torch.uint8)[3, 4] ^= 1
+    assert not fastckpt.verify_tensors(made, tmp_path / "out", rank=1).ok
+
+
 def test_a_scheme_without_a_kernel() -> None:
     """It is quantised by the CPU; what was to be made ready for the GPU is refused."""
     odd = Quant(replace(SCHEMES["fp8-block"], name="mine", block=(64, 64)))

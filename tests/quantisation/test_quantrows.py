@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from fastckpt import dtypes
+from fastckpt.errors import ViewError
 from fastckpt.quantisation import rounding
 from fastckpt.quantisation.quantrows import QUANT_ROWS, There, counts, covered, tiled
 from fastckpt.quantisation.schemes import SCHEMES, Scheme
@@ -201,6 +202,16 @@ def test_a_range_beyond_its_scale_is_told(name: str) -> None:
     x = torch.randn(128, 128)
     x[3, 5], x[4, 5], x[3, 6] = 3e38, -3e38, -3e38
     compare(x, SCHEMES[name])
+
+
+def test_refusals() -> None:
+    tall, wide = ((1 << 31, 8), (8, 1 << 31))
+    for rows, columns in (tall, wide):
+        there = There(SCHEMES["int8"], dtypes.float32, rows, columns, rows)
+        with pytest.raises(ViewError, match=f"{rows} rows or {columns} columns"):
+            tiled([there.part(0, rows, 0, 4 * columns)])
+    table, owner, borders = tiled([])
+    assert len(table) == len(owner) == 0 and borders.tolist() == [0]
 
 
 def test_odd_sizes_at_random() -> None:

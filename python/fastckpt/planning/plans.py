@@ -410,6 +410,8 @@ class _Road:
         own_layout = type(layout) in (*layouts.LAYOUTS.values(), Patterns)
         if not layout.roles:
             by_names = layout
+            if wanted.vocab_size is not None:  # the config would say it, and no tensor would be cut
+                raise LayoutError(f"vocab_size goes with layouts that read roles, not {_layout_name(layout)}")
             if wanted.quant is not None and (config is not None or ckpt.config is not None):
                 config = _config(ckpt, wanted.config)
             return _Road(

@@ -40,7 +40,7 @@ SIDE = 128
 """Of a square block."""
 
 MOST = (1 << 31) - 1
-"""Tiles of a table, and rows of a matrix."""
+"""Tiles of a table, rows and columns of a matrix."""
 
 Part = tuple[int | float, ...]
 """A row of QUANT_ROWS."""
@@ -106,10 +106,10 @@ def tiled(parts: Sequence[Part]) -> tuple[NDArray[np.void], NDArray[np.uint32], 
     table = np.array(list(parts), QUANT_ROWS)
     count = counts(table)
     borders = np.concatenate([[0], np.cumsum(count)])
-    if borders[-1] > MOST or (table["first"].astype(np.int64) + table["rows"] > MOST).any():
-        raise ViewError(
-            f"quantise: {borders[-1]} tiles, or a matrix of more than {MOST} rows; at most {MOST}"
-        )
+    rows = int((table["first"].astype(np.int64) + table["rows"]).max(initial=0))
+    columns, tiles = int(table["columns"].max(initial=0)), int(borders[-1])
+    if max(rows, columns, tiles) > MOST:
+        raise ViewError(f"quantise: {rows} rows or {columns} columns, {tiles} tiles; at most {MOST} of each")
     table["first_tile"] = borders[:-1]
     return table, np.repeat(np.arange(len(table), dtype=np.uint32), count), borders
 
