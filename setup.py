@@ -65,9 +65,7 @@ X86 = {
 """The translation units of one instruction set each, with the only flags that name one: the module runs on
 any x86-64. (gcc 12 warns of its own AVX-512 headers.)"""
 
-CUDA_SOURCES = {"copy_cuda.cu": True, "digest_cuda.cu": False, "quant_cuda.cu": False}
-"""The CUDA files, and whether each architecture gets code of its own, or every major version, on all of which
-the code of its first runs."""
+CUDA_SOURCES = ("copy_cuda.cu", "digest_cuda.cu", "quant_cuda.cu")
 
 CUDA_ARCHITECTURES = (os.environ.get("FASTCKPT_CUDA_ARCHS") or "80,86,89,90,100,120").split(",")
 """Native code for each of these that the toolkit knows, and PTX of the newest."""
@@ -110,16 +108,14 @@ class Toolkit:
                 return found
         raise OSError(f"{self.top} has no {name} in lib, lib64 or targets/*/lib")
 
-    def compile(self, name: str, every: bool, folder: str) -> str:
-        """The object of a .cu file, with code for every architecture or every major version.
+    def compile(self, name: str, folder: str) -> str:
+        """The object of a .cu file, with code for every architecture.
 
         Products and sums are never fused: they give what they give on a CPU."""
         source, made = CSRC / name, Path(folder) / f"{name}.o"
         made.parent.mkdir(parents=True, exist_ok=True)
         newest = self.architectures[-1]
-        first = {a[:-1]: a for a in reversed(self.architectures)}
-        native = [a for a in self.architectures if every or first[a[:-1]] == a]
-        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in native]
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.architectures]
         names = " ".join([*(f"sm_{a}" for a in self.architectures), f"compute_{newest}"])
         flags = [
             "-std=c++17",
@@ -212,7 +208,7 @@ class Build(build_ext):
         if cuda is None:
             return [], [], []
         try:
-            made = [cuda.compile(name, every, self.build_temp) for name, every in CUDA_SOURCES.items()]
+            made = [cuda.compile(name, self.build_temp) for name in CUDA_SOURCES]
         except OSError as error:
             if WANTED_CUDA == "1":
                 raise
