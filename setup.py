@@ -39,7 +39,7 @@ FLAGS = [
 LINK = ["-Wl,-s", "-pthread"] if sys.platform == "linux" else []
 SOURCES: dict[str, list[str]] = {
     "module.cpp": ["-Os"],
-    "read.cpp": ["-Os"],
+    "mapping.cpp": ["-Os"],
     "recent.cpp": ["-Os"],
     "digest.cpp": [],
     "copy_cpu.cpp": [],
@@ -64,6 +64,8 @@ X86 = {
 }
 """The translation units of one instruction set each, with the only flags that name one: the module runs on
 any x86-64. (gcc 12 warns of its own AVX-512 headers.)"""
+
+CUDA_SOURCES = ("copy_cuda.cu", "digest_cuda.cu", "quant_cuda.cu")
 
 CUDA_ARCHITECTURES = (os.environ.get("FASTCKPT_CUDA_ARCHS") or "80,86,89,90,100,120").split(",")
 """Native code for each of these that the toolkit knows, and PTX of the newest."""
@@ -106,14 +108,24 @@ class Toolkit:
                 return found
         raise OSError(f"{self.top} has no {name} in lib, lib64 or targets/*/lib")
 
-    def compile(self, source: Path, folder: str) -> str:
-        """The object of a .cu file, with code for every architecture."""
-        made = Path(folder) / f"{source.name}.o"
+    def compile(self, name: str, folder: str) -> str:
+        """The object of a .cu file, with code for every architecture.
+
+        Products and sums are never fused: they give what they give on a CPU."""
+        source, made = CSRC / name, Path(folder) / f"{name}.o"
         made.parent.mkdir(parents=True, exist_ok=True)
         newest = self.architectures[-1]
         codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.architectures]
         names = " ".join([*(f"sm_{a}" for a in self.architectures), f"compute_{newest}"])
-        flags = ["-std=c++17", "-O3", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden,-g0"]
+        flags = [
+            "-std=c++17",
+            "-O3",
+            "-fmad=false",
+            "--threads",
+            "0",
+            "-Xcompiler",
+            "-fPIC,-fvisibility=hidden,-g0",
+        ]
         modes = any("compress-mode" in x for x in self.ask("--help"))
         small = "--compress-mode=size" if modes else "-Xfatbin=-compress-all"
         self.ask(
@@ -196,7 +208,7 @@ class Build(build_ext):
         if cuda is None:
             return [], [], []
         try:
-            made = [cuda.compile(CSRC / name, self.build_temp) for name in ("copy_cuda.cu", "digest_cuda.cu")]
+            made = [cuda.compile(name, self.build_temp) for name in CUDA_SOURCES]
         except OSError as error:
             if WANTED_CUDA == "1":
                 raise

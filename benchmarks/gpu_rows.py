@@ -14,9 +14,12 @@ import numpy as np
 import torch
 from fastckpt.running.device import leaves
 from fastckpt.dtypes import BY_NAME
-from fastckpt.executors.cuda import Cuda
+from fastckpt.executors.cuda import Cuda, quantise
 from fastckpt.extents import Buffer
 from fastckpt.planning.planner import COPY, LEAF
+from fastckpt.quantisation import rounding
+from fastckpt.quantisation.quantrows import There, tiled
+from fastckpt.quantisation.schemes import SCHEMES
 from safetensors.torch import load_file, save_file
 
 State = dict[str, torch.Tensor]
@@ -135,6 +138,51 @@ def digested(nbytes: int) -> Case:
         return all(int(got[k]) == compiled.digest64(data[k]) for k in chosen)
 
     return Case(f"digest xxh3-64, {nbytes >> 20} leaves", f"{nbytes >> 20} MiB", ours, nbytes, None, right)
+
+
+def quantised(name: str, src: torch.dtype, rows: int, columns: int, nbytes: int) -> Case:
+    """Matrices past the cache in one launch, which finds their scales too."""
+    scheme, dtype = SCHEMES[name], BY_NAME[str(src).removeprefix("torch.")]
+    count = max(1, nbytes // (rows * columns * src.itemsize))
+    source = torch.randn((count, rows, columns), device="cuda").to(src)
+    out = torch.full((count, rows, columns), 0x55, dtype=torch.uint8, device="cuda")
+    scales = torch.zeros((count, *scheme.grid(rows, columns)), device="cuda")
+    bad = torch.zeros((1,), dtype=torch.int32, device="cuda")
+    parts = []
+    for k in range(count):
+        to = out[k].data_ptr(), scales[k].data_ptr()
+        there = There(scheme, dtype, rows, columns, rows, *to, bad=bad.data_ptr())
+        parts.append(there.part(0, rows, source[k].data_ptr(), columns * src.itemsize))
+    table, owner, tiles = tiled(parts)
+    held = [torch.from_numpy(column.view(np.uint8)).to("cuda") for column in (table, owner)]
+
+    def eager() -> torch.Tensor:
+        x = source.float()
+        if scheme.block == (1, 0):
+            return (x / (x.abs().amax(2, keepdim=True) / 127.5)).round().clamp(-128, 127).to(torch.int8)
+        blocks = x.view(count, rows // 128, 128, columns // 128, 128)
+        scale = blocks.abs().amax((2, 4), keepdim=True) / 448
+        return (blocks / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+    def right() -> bool:
+        values = np.empty(rows * columns, np.uint8)
+        for k in {0, count - 1}:
+            dense = source[k].cpu().view(torch.uint8).numpy().reshape(-1)
+            found = rounding.quantise(dense, dtype, rows, columns, scheme, None, values)
+            if found is None or not np.array_equal(out[k].cpu().numpy().reshape(-1), values):
+                return False
+            if not np.array_equal(scales[k].cpu().numpy(), found.scales):
+                return False
+        return True
+
+    return Case(
+        f"quantise {name} {short(src)}",
+        f"{count} of {rows}x{columns}",
+        lambda: quantise(held[0], held[1], 0, int(tiles[-1])),
+        source.nbytes + out.nbytes + scales.nbytes,
+        eager,
+        right,
+    )
 
 
 def short(dtype: torch.dtype) -> str:
@@ -271,6 +319,11 @@ def cases(small: bool) -> Makers:
             yield name, lambda s=src, d=dst, r=rows, c=cols: transposed(s, d, r, c, one)
     for nbytes in (4 << 20,) if small else (2 << 30, 8 << 30):
         yield f"digest xxh3-64, {nbytes >> 20} leaves", lambda n=nbytes: digested(n)
+    for scheme in ("fp8-block", "int8"):
+        for src in (bf16, f32):
+            side = 256 if small else 4096
+            name = f"quantise {scheme} {short(src)}"
+            yield name, lambda n=scheme, s=src, k=side: quantised(n, s, k, k, one)
     for size in (1 << 10, 1 << 16, 1 << 22):
         n = 2 * size if small else one
         yield f"peer foreach_copy {size} B", lambda s=size, n=n: foreach_copy(s, n)

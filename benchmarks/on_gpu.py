@@ -26,7 +26,7 @@ BUILD = ROOT / "build"
 SITE = BUILD / "gpu"
 RESULTS = ROOT / "benchmarks" / "results"
 
-ROWS = ("gather_cast", "transpose", "model llama-8b", "model moe", "files_to_gpu", "digest", "peer")
+ROWS = ("gather_cast", "transpose", "model llama-8b", "model moe", "files_to_gpu", "digest", "quantise", "peer")
 """Rows that share a process, what is asked first of a GPU before the others."""
 
 

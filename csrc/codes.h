@@ -11,9 +11,42 @@
 namespace fastckpt {
 namespace {
 
-FASTCKPT_HD float max_of(float a, float b) { return a > b ? a : b; }
-FASTCKPT_HD float min_of(float a, float b) { return a < b ? a : b; }
+// Where one is a NaN, it is a, and b is taken.
+FASTCKPT_HD float max_of(float a, float b) {
+#if defined(__CUDA_ARCH__)
+    return fmaxf(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+FASTCKPT_HD float min_of(float a, float b) {
+#if defined(__CUDA_ARCH__)
+    return fminf(a, b);
+#else
+    return a < b ? a : b;
+#endif
+}
 FASTCKPT_HD uint32_t max_of(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+// The same, but a NaN stays.
+FASTCKPT_HD float higher(float a, float b) {
+#if defined(__CUDA_ARCH__)
+    float c;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+    return c;
+#else
+    return a != a || b != b ? as_float(NAN32) : max_of(a, b);
+#endif
+}
+FASTCKPT_HD float lower(float a, float b) {
+#if defined(__CUDA_ARCH__)
+    float c;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+    return c;
+#else
+    return a != a || b != b ? as_float(NAN32) : min_of(a, b);
+#endif
+}
 
 // a * b + c and c - a * b, rounded once.
 FASTCKPT_HD float fused(float a, float b, float c) {
@@ -40,10 +73,30 @@ constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23
 
 // ---- scales and zero points ----
 
+// fp16, as F16 of cast.h; NaN payloads aside.
+FASTCKPT_HD uint32_t to_half(float x) {
+#if defined(__CUDA_ARCH__)
+    uint16_t bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+#else
+    return F16::from_f32(as_bits<uint32_t>(x));
+#endif
+}
+FASTCKPT_HD float from_half(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(static_cast<uint16_t>(bits)));
+    return x;
+#else
+    return as_float(F16::to_f32(bits));
+#endif
+}
+
 FASTCKPT_HD float scale_from(float span, float reach, float floor, bool half) {
     float scale = span / reach;
     if (scale < floor) scale = floor;
-    if (half) scale = as_float(F16::to_f32(F16::from_f32(as_bits<uint32_t>(scale))));
+    if (half) scale = from_half(to_half(scale));
     return scale == 0 ? 1.0f : scale;
 }
 
@@ -65,12 +118,17 @@ template <class U> struct Scale {
     typename FloatOf<U>::type scale, reciprocal, zero;
 };
 
+// x / s, of q = x * r.
+template <class U>
+FASTCKPT_HD typename FloatOf<U>::type corrected(typename FloatOf<U>::type q, typename FloatOf<U>::type x, const Scale<U>& s) {
+    q = fused(fused_less(q, s.scale, x), s.reciprocal, q);
+    return fused(fused_less(q, s.scale, x), s.reciprocal, q);
+}
+
 template <How HOW, class U>
 FASTCKPT_HD typename FloatOf<U>::type divided(typename FloatOf<U>::type x, const Scale<U>& s) {
     if constexpr (HOW == FUSED) {
-        typename FloatOf<U>::type q = x * s.reciprocal;
-        q = fused(fused_less(q, s.scale, x), s.reciprocal, q);
-        return fused(fused_less(q, s.scale, x), s.reciprocal, q);
+        return corrected<U>(x * s.reciprocal, x, s);
     } else if constexpr (HOW == RECIPROCAL) {
         return x * s.reciprocal;
     } else {
@@ -88,22 +146,15 @@ template <class U> FASTCKPT_HD U e4m3(typename FloatOf<U>::type a, typename Floa
     return as_bits<U>(sum) - magic + (power >> 20) - (121u << 3);
 }
 
-// The code of a scaled value v in the low bits of its lane (four bits have 8 added), and what it means in scales, y;
-// for e4m3 of a magnitude.
-template <QuantKind KIND, bool ZERO, class U>
-FASTCKPT_HD U code_of(typename FloatOf<U>::type v, typename FloatOf<U>::type zero, typename FloatOf<U>::type& y) {
-    if constexpr (KIND == QUANT_E4M3) {
-        return e4m3<U>(v, y);
-    } else {
-        constexpr float HIGH = KIND == QUANT_INT8 ? 127.0f : 7.0f;
-        if constexpr (ZERO) v += zero;
-        const auto shifted = at_least<U>(at_most<U>(v, HIGH), -HIGH - 1) + ROUNDER;
-        y = shifted - ROUNDER;
-        if constexpr (ZERO) y -= zero;
-        const U code = as_bits<U>(shifted) & 0xffu;
-        if constexpr (KIND == QUANT_INT8) return code;
-        else return (code ^ 8u) & 0xfu;
-    }
+// The bits of a float in whose low ones a scaled value stands, rounded to an integer from -high - 1 to high; y: that
+// without the zero point.
+template <bool ZERO, class U>
+FASTCKPT_HD U whole(typename FloatOf<U>::type v, typename FloatOf<U>::type zero, float high, typename FloatOf<U>::type& y) {
+    if constexpr (ZERO) v += zero;
+    const auto shifted = at_least<U>(at_most<U>(v, high), -high - 1) + ROUNDER;
+    y = shifted - ROUNDER;
+    if constexpr (ZERO) y -= zero;
+    return as_bits<U>(shifted);
 }
 
 }  // namespace

@@ -79,6 +79,7 @@ std::vector<KernelFacts> kernel_facts() {
         facts.push_back(f);
     }
     facts.push_back(digest_facts());
+    facts.push_back(quantise_facts());
     return facts;
 }
 

@@ -28,15 +28,15 @@ struct Pair {
 enum QuantKind : uint8_t { QUANT_INT8, QUANT_E4M3, QUANT_INT4, QUANT_INT4_AWQ, QUANT_INT4_DOWN, QUANT_KINDS };
 
 // Rows of a dense matrix and how they are quantised (quant.h). `src`: rows x columns of `dtype` (fp32, bf16 or
-// fp16); `out`: one byte a value, or two values a byte. Blocks are one column wide (AWQ, DOWN; columns and whole
-// blocks are multiples of 8) or any (the others; INT4: groups of one row, whole ones, multiples of 8). `amax`: one a row,
-// taken as the largest magnitude where a scale is shared beyond these values (blocks are then whole rows), or null.
+// fp16), row after row, but for AWQ and DOWN, which lie turned: column after column, `pitch` bytes apart; `out`: one byte
+// a value, or two values a byte. Blocks are one column wide (AWQ, DOWN; columns and whole blocks are multiples of 8) or
+// any (the others; INT4: groups of one row, whole ones, multiples of 8). `amax`: one a row, taken as the largest magnitude where a scale is shared beyond these values (blocks are then whole rows), or null.
 // `scales`: one a block, row after row of blocks; `half`: rounded to fp16. `zeros`: one zero point a block, from
 // `lowest` to 7, or null where there are none. `sums`: the largest error, then the sums of (x - y)^2, x^2, y^2 and
 // x y, added to.
 struct Quant {
     const char* src;
-    size_t rows, columns, block_rows, block_columns;
+    size_t rows, columns, pitch, block_rows, block_columns;
     Dtype dtype;
     QuantKind kind;
     bool reciprocal;  // int8: multiply by the reciprocal of the scale

@@ -12,7 +12,7 @@
 #include "digest.h"
 #include "error.h"
 #include "isa.h"
-#include "read.h"
+#include "mapping.h"
 #include "tiles_host.h"
 
 namespace py = pybind11;
@@ -76,17 +76,6 @@ void py_copy_rows(const py::object& rows, const py::object& sources, const py::o
     copy_rows(work, threads, isa);
 }
 
-void py_read_at(int fd, const py::object& offsets, const py::object& sizes, const py::object& destination,
-                const py::object& positions, int threads) {
-    Held o(offsets), s(sizes), p(positions), d(destination, true);
-    const size_t n = o.count<int64_t>("offsets");
-    if (s.count<int64_t>("sizes") != n || p.count<int64_t>("positions") != n)
-        throw std::invalid_argument("read_at: offsets, sizes and positions differ in length");
-    for (size_t i = 0; i < n; ++i) check_inside("read_at", p.items<int64_t>()[i], s.items<int64_t>()[i], d.nbytes());
-    py::gil_scoped_release free;
-    read_at(fd, o.items<int64_t>(), s.items<int64_t>(), p.items<int64_t>(), n, d.data(), threads);
-}
-
 uint64_t py_digest64(const py::object& buffer) {
     Held b(buffer);
     py::gil_scoped_release free;
@@ -127,20 +116,28 @@ void check_dense(const char* what, size_t nbytes, int code, size_t rows, size_t 
                                     std::to_string(columns) + " values");
 }
 
-bool py_quantise(const py::object& dense, int code, size_t rows, size_t columns, size_t block_rows, size_t block_columns, float reach,
+bool py_quantise(const py::object& dense, int code, size_t rows, size_t columns, size_t pitch, size_t block_rows, size_t block_columns, float reach,
                  float floor, float lowest, bool reciprocal, bool half, int kind, const py::object& amax, const py::object& out,
                  const py::object& scales, const py::object& zeros, const py::object& sums, int isa) {
     Held d(dense), o(out, true), s(scales, true), t(sums, true);
-    check_dense("quantise", d.nbytes(), code, rows, columns);
     if (kind < QUANT_INT8 || kind >= QUANT_KINDS) throw std::invalid_argument("quantise: no kind " + std::to_string(kind));
-    const bool packed = kind >= QUANT_INT4, upright = kind == QUANT_INT4_AWQ || kind == QUANT_INT4_DOWN;
+    const bool packed = kind >= QUANT_INT4, turned = kind == QUANT_INT4_AWQ || kind == QUANT_INT4_DOWN;
+    size_t held = d.nbytes();
+    if (turned) {  // what lies between the columns does not count
+        const size_t line = rows * (code == FLOAT32 ? 4 : 2);
+        if (line == 0 || pitch < line || columns == 0 || held < line || (held - line) / pitch != columns - 1 || (held - line) % pitch != 0)
+            throw std::invalid_argument("quantise: " + std::to_string(held) + " bytes are not " + std::to_string(columns) + " columns, " +
+                                        std::to_string(pitch) + " apart");
+        held = line * columns;
+    }
+    check_dense("quantise", held, code, rows, columns);
     if (block_rows == 0 || block_columns == 0 || (packed && columns % 8 != 0) || (kind == QUANT_INT4 && (block_columns % 8 != 0 || columns % block_columns != 0 || block_rows != 1)) ||
-        (upright && (block_columns != 1 || block_rows % 8 != 0 || rows % 8 != 0)))
+        (turned && (block_columns != 1 || block_rows % 8 != 0 || rows % 8 != 0)))
         throw std::invalid_argument("quantise: blocks of " + std::to_string(block_rows) + " x " + std::to_string(block_columns));
     const size_t blocks = ((rows - 1) / block_rows + 1) * ((columns - 1) / block_columns + 1);
     if (o.nbytes() != rows * columns / (packed ? 2 : 1) || s.count<float>("scales") != blocks || t.count<double>("sums") != 5)
         throw std::invalid_argument("quantise: out, scales or sums have another size");
-    Quant q{d.data(), rows, columns, block_rows, block_columns, static_cast<Dtype>(code), static_cast<QuantKind>(kind),
+    Quant q{d.data(), rows, columns, pitch, block_rows, block_columns, static_cast<Dtype>(code), static_cast<QuantKind>(kind),
             reciprocal, half, reach, floor, lowest, nullptr, o.data(), s.items<float>(), nullptr, t.items<double>()};
     std::optional<Held> a, z;
     if (!amax.is_none() && packed) throw std::invalid_argument("quantise: four bits take no amax");
@@ -231,6 +228,22 @@ void py_run_digests_on_host(const py::object& leaves, const py::object& out) {
     run_digests_on_host(reinterpret_cast<uint64_t>(l.data()), n, reinterpret_cast<uint64_t>(result.data()));
 }
 
+void py_run_quantise_on_host(const py::object& rows, const py::object& owner, uint32_t shuffle) {
+    Held r(rows), o(owner);
+    const size_t count = r.count<QuantRows>("rows"), tiles = o.count<uint32_t>("owner");
+    for (size_t i = 0; i < tiles; ++i)
+        if (o.items<uint32_t>()[i] >= count) throw std::invalid_argument("run_quantise_on_host: a tile of no row");
+    py::gil_scoped_release free;
+    run_quantise_on_host(reinterpret_cast<uint64_t>(r.data()), reinterpret_cast<uint64_t>(o.data()), tiles, shuffle);
+}
+
+void py_tiles_of_quant_rows(const py::object& rows, const py::object& out) {
+    Held r(rows), result(out, true);
+    const size_t n = r.count<QuantRows>("rows");
+    if (result.count<uint64_t>("out") != n) throw std::invalid_argument("tiles_of_quant_rows: rows and out differ in length");
+    for (size_t i = 0; i < n; ++i) result.items<uint64_t>()[i] = tiles_of_quant_rows(r.items<QuantRows>()[i]);
+}
+
 py::tuple py_bank_conflicts(int s, int d) {
     const Conflicts worst = bank_conflicts(s, d);
     return py::make_tuple(worst.write, worst.read);
@@ -246,6 +259,11 @@ void py_launch_tiles(uint64_t rows, uint64_t owner, uint64_t sources, uint64_t d
 void py_launch_digests(uint64_t leaves, uint64_t count, uint64_t out, uint64_t stream) {
     py::gil_scoped_release free;
     launch_digests(leaves, count, out, stream);
+}
+
+void py_launch_quantise(uint64_t rows, uint64_t owner, uint64_t first, uint64_t count, uint64_t stream) {
+    py::gil_scoped_release free;
+    launch_quantise(rows, owner, first, count, stream);
 }
 
 py::dict py_device_state() {
@@ -288,17 +306,6 @@ py::list py_fields() {
     return fields;
 }
 
-py::dict py_cpu_features() {
-    py::dict found;
-#if defined(__x86_64__)
-    found["avx2"] = static_cast<bool>(__builtin_cpu_supports("avx2"));
-    found["avx512f"] = static_cast<bool>(__builtin_cpu_supports("avx512f"));
-    found["avx512bw"] = static_cast<bool>(__builtin_cpu_supports("avx512bw"));
-    found["pclmul"] = static_cast<bool>(__builtin_cpu_supports("pclmul"));
-#endif
-    return found;
-}
-
 // Names of files are bytes; Python spells what is not in its encoding with surrogates, both ways.
 py::object spelled(const std::string& name) {
     return py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefaultAndSize(name.data(), static_cast<Py_ssize_t>(name.size())));
@@ -333,26 +340,28 @@ PYBIND11_MODULE(_C, m) {
     m.def("launch_tiles", py_launch_tiles, py::arg("rows"), py::arg("owner"), py::arg("sources"), py::arg("destinations"),
           py::arg("path"), py::arg("first"), py::arg("count"), py::arg("stream"));
     m.def("launch_digests", py_launch_digests, py::arg("leaves"), py::arg("count"), py::arg("out"), py::arg("stream"));
+    m.def("launch_quantise", py_launch_quantise, py::arg("rows"), py::arg("owner"), py::arg("first"), py::arg("count"),
+          py::arg("stream"));
 #else
     m.attr("built_with_cuda") = false;
 #endif
     m.def("run_tiles_on_host", py_run_tiles_on_host, py::arg("rows"), py::arg("owner"), py::arg("sources"),
           py::arg("destinations"), py::arg("shuffle") = 0);
     m.def("run_digests_on_host", py_run_digests_on_host, py::arg("leaves"), py::arg("out"));
+    m.def("run_quantise_on_host", py_run_quantise_on_host, py::arg("rows"), py::arg("owner"), py::arg("shuffle") = 0);
+    m.def("tiles_of_quant_rows", py_tiles_of_quant_rows, py::arg("rows"), py::arg("out"));
     m.def("tiles_of_rows", py_tiles_of_rows, py::arg("rows"), py::arg("out"));
     m.def("bank_conflicts", py_bank_conflicts, py::arg("src_size"), py::arg("dst_size"));
     m.attr("copy_bytes") = sizeof(Copy);
+    m.attr("quant_rows_bytes") = sizeof(QuantRows);
     m.def("fields", py_fields, "The fields of struct Copy: (name, offset, size) in bytes.");
     m.def("isas", py_isas, "The instruction sets that can run here; the position is the number `copy_rows` takes.");
-    m.def("cpu_features", py_cpu_features, "What the machine offers of what the kernels ask for.");
 
     m.def("copy_rows", py_copy_rows, py::arg("rows"), py::arg("sources"), py::arg("destinations"), py::arg("threads") = 1,
           py::arg("isa") = -1, py::arg("recent") = py::none());
     py::class_<Recent>(m, "Recent")
         .def(py::init(&make_recent), py::arg("addresses"), py::arg("mapped"), py::arg("limit"))
         .def("touched", py_touched, py::arg("source"), py::arg("start"), py::arg("stop"));
-    m.def("read_at", py_read_at, py::arg("fd"), py::arg("offsets"), py::arg("sizes"), py::arg("destination"),
-          py::arg("positions"), py::arg("threads") = 1);
     m.def("digest64", py_digest64, py::arg("buffer"));
     m.def("leaf_digests", py_leaf_digests, py::arg("buffer"), py::arg("offsets"), py::arg("sizes"), py::arg("out"));
     m.def("crc32", py_crc32, py::arg("buffer"), py::arg("value") = 0);
@@ -360,7 +369,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("nonfinite", py_nonfinite, py::arg("buffer"), py::arg("dtype_code"));
 
     m.def("quantise", py_quantise, py::arg("dense"), py::arg("dtype_code"), py::arg("rows"), py::arg("columns"),
-          py::arg("block_rows"), py::arg("block_columns"), py::arg("reach"), py::arg("floor"), py::arg("lowest"),
+          py::arg("pitch"), py::arg("block_rows"), py::arg("block_columns"), py::arg("reach"), py::arg("floor"), py::arg("lowest"),
           py::arg("reciprocal"), py::arg("half"), py::arg("kind"), py::arg("amax"), py::arg("out"), py::arg("scales"),
           py::arg("zeros"), py::arg("sums"), py::arg("isa") = -1);
     m.def("dequantise", py_dequantise, py::arg("values"), py::arg("kind"), py::arg("rows"), py::arg("columns"), py::arg("scales"),
@@ -377,7 +386,5 @@ PYBIND11_MODULE(_C, m) {
         .def_property_readonly("address", &Mapping::address)
         .def_property_readonly("nbytes", &Mapping::nbytes)
         .def_property_readonly("faulted", &Mapping::faulted)
-        .def("release", &Mapping::release, py::arg("offset"), py::arg("nbytes"), py::call_guard<py::gil_scoped_release>())
-        .def("willneed", &Mapping::willneed, py::arg("offset"), py::arg("nbytes"), py::call_guard<py::gil_scoped_release>())
         .def("close", &Mapping::close, py::call_guard<py::gil_scoped_release>());
 }

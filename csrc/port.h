@@ -132,6 +132,16 @@ FASTCKPT_INLINE uint32_t highest(Words w) {
 #endif
 }
 
+FASTCKPT_INLINE float highest(Floats f) {
+#if defined(__AVX512BW__)
+    return _mm512_reduce_max_ps((__m512)f);
+#else
+    float out = f[0];
+    for (int lane = 1; lane < LANES; ++lane) out = f[lane] > out ? f[lane] : out;
+    return out;
+#endif
+}
+
 // a * b + c and c - a * b, rounded once; slow where VECTORS_FUSE is false.
 #if defined(__AVX512BW__) || (defined(__AVX2__) && defined(__FMA__))
 constexpr bool VECTORS_FUSE = true;

@@ -36,6 +36,28 @@ FASTCKPT_HD Vector load_vector(const char* p) {
     return v;
 }
 
+// The same, kept in cache because it is read once more soon.
+FASTCKPT_HD Vector load_kept(const char* p) {
+#if defined(__CUDA_ARCH__)
+    Vector v;
+    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+        : "l"(p));
+    return v;
+#else
+    return load_vector(p);
+#endif
+}
+
+// *p becomes the larger of itself and x, whoever else raises it.
+FASTCKPT_HD void raise_to(uint32_t* p, uint32_t x) {
+#if defined(__CUDA_ARCH__)
+    atomicMax(p, x);
+#else
+    *p = *p < x ? x : *p;
+#endif
+}
+
 FASTCKPT_HD void store_vector(char* p, const Vector& v) {
 #if defined(__CUDA_ARCH__)
     asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};"
@@ -100,10 +122,17 @@ template <int SIZE> FASTCKPT_HD typename Cell<SIZE>::type load_aligned(const cha
     return x;
 #endif
 }
+template <int SIZE> FASTCKPT_HD void store_aligned(char* p, typename Cell<SIZE>::type x) {
+#if defined(__CUDA_ARCH__)
+    *reinterpret_cast<typename Cell<SIZE>::type*>(p) = x;
+#else
+    memcpy(p, &x, SIZE);
+#endif
+}
 template <int SIZE> FASTCKPT_HD void store_cell(char* p, typename Cell<SIZE>::type x) {
 #if defined(__CUDA_ARCH__)
     if (misalignment(p, SIZE) == 0) {
-        *reinterpret_cast<typename Cell<SIZE>::type*>(p) = x;
+        store_aligned<SIZE>(p, x);
         return;
     }
 #endif

@@ -23,11 +23,6 @@ template <class S, class U> FASTCKPT_INLINE U load_as(const char* p) {
         return S::to_f32(load<S::size>(p));
     }
 }
-template <class U> FASTCKPT_INLINE U load_lanes(const void* p) {
-    U x;
-    memcpy(&x, p, sizeof x);
-    return x;
-}
 
 // The bits of the largest magnitude in a box of r x n values, `pitch` apart; above INF32 - 1 where one is not finite.
 template <class S> FASTCKPT_INLINE uint32_t largest_bits(const char* src, size_t r, size_t n, size_t pitch) {
@@ -49,24 +44,26 @@ template <class S> FASTCKPT_INLINE uint32_t largest_bits(const char* src, size_t
     return max_of(highest(max_of(max_of(m[0], m[1]), max_of(m[2], m[3]))), rest);
 }
 
-// The least and the largest of n values and 0.
+// The least and the largest of n values and 0; NaN is passed over.
 struct Range {
     float low = 0, high = 0;
 };
 template <class S> FASTCKPT_INLINE Range range_of(const char* p, size_t n) {
-    Floats low{}, high{};
+    Floats low[2] = {{}, {}}, high[2] = {{}, {}};
     Range out;
     size_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        const Floats x = as_float<Words>(load_as<S, Words>(p + i * S::size));
-        low = min_of(x, low), high = max_of(x, high);
-    }
-    for (int lane = 0; lane < LANES; ++lane)
-        out.low = min_of(low[lane], out.low), out.high = max_of(high[lane], out.high);
+    auto take = [&](int k, size_t at) {
+        const Floats x = as_float<Words>(load_as<S, Words>(p + at * S::size));
+        low[k] = min_of(x, low[k]), high[k] = max_of(x, high[k]);
+    };
+    for (; i + 2 * LANES <= n; i += 2 * LANES) take(0, i), take(1, i + LANES);
+    for (; i + LANES <= n; i += LANES) take(0, i);
     for (; i < n; ++i) {
         const float x = as_float(load_as<S, uint32_t>(p + i * S::size));
         out.low = min_of(x, out.low), out.high = max_of(x, out.high);
     }
+    out.low = min_of(out.low, -highest(-min_of(low[0], low[1])));
+    out.high = max_of(out.high, highest(max_of(high[0], high[1])));
     return out;
 }
 
@@ -110,14 +107,17 @@ struct Factor {
     }
 };
 
-// One vector of values, or one, each to a byte in the low bits of its lane; x becomes the value and d what it lost, or
-// both with the value's sign taken off.
+// One vector of values, or one, each to a byte in the low bits of its lane (four bits have 8 added); x becomes the
+// value and d what it lost, or both with the value's sign taken off.
 template <QuantKind KIND, How HOW, bool ZERO, class U>
 FASTCKPT_INLINE U round_one(U bits, const Scale<U>& s, typename FloatOf<U>::type& x, typename FloatOf<U>::type& d) {
     x = as_float<U>(KIND == QUANT_E4M3 ? bits & 0x7fffffffu : bits);
+    const auto v = divided<HOW, U>(x, s);
     typename FloatOf<U>::type y;
-    U code = code_of<KIND, ZERO, U>(divided<HOW, U>(x, s), s.zero, y);
-    if constexpr (KIND == QUANT_E4M3) code |= bits >> 24 & 0x80u;
+    U code;
+    if constexpr (KIND == QUANT_E4M3) code = e4m3<U>(v, y) | (bits >> 24 & 0x80u);
+    else if constexpr (KIND == QUANT_INT8) code = whole<ZERO, U>(v, s.zero, 127.0f, y) & 0xffu;
+    else code = (whole<ZERO, U>(v, s.zero, 7.0f, y) ^ 8u) & 0xfu;
     d = x - y * s.scale;
     return code;
 }
@@ -155,17 +155,6 @@ FASTCKPT_INLINE void pack_nibbles(char* out, const char* values, size_t n) {
     for (; i < n; i += 2) out[i / 2] = static_cast<char>(values[i] | values[i + 1] << 4);
 }
 
-// The same in AWQ's order: 0, 2, 4, 6, 1, 3, 5, 7 from the lowest.
-FASTCKPT_INLINE void pack_awq(char* out, const char* values, size_t n) {
-    for (size_t i = 0; i < n; i += 8) {
-        uint64_t x;
-        memcpy(&x, values + i, 8);
-        x |= x >> 12;  // 0 and 2 stand in byte 0, 1 and 3 in byte 1, 4 and 6 in byte 4, 5 and 7 in byte 5
-        const uint32_t word = static_cast<uint32_t>((x & 0xff) | (x >> 24 & 0xff00) | (x << 8 & 0xff0000) | (x >> 16 & 0xff000000));
-        memcpy(out + i / 2, &word, 4);
-    }
-}
-
 FASTCKPT_INLINE float scale_from(float span, const Quant& q) { return scale_from(span, q.reach, q.floor, q.half); }
 
 template <class S, QuantKind KIND, How HOW>
@@ -201,157 +190,144 @@ template <class S, QuantKind KIND> bool quantise_blocks(const Quant& q) {
     return true;
 }
 
-// ---- groups of a row, four bits each ----
+// ---- groups of a line, four bits each ----
 
-constexpr size_t GROUPS = 64, PIECE = 1024;  // groups whose scales are found at once, values packed at once
+constexpr size_t GROUPS = 128, PIECE = 1024;  // groups whose scales are found at once, values packed at once
 
-template <class S, How HOW, bool ZERO>
-void round_groups(const Quant& q, size_t at, const Factor* factors, size_t groups, Sums& sums) {
-    const size_t n = q.block_columns, some = n < PIECE ? PIECE / n : 1;
-    const ptrdiff_t ahead = static_cast<ptrdiff_t>(groups * n * S::size);
-    char piece[PIECE];
-    for (size_t g = 0; g < groups; g += some) {
-        const size_t last = g + some < groups ? g + some : groups;
-        if (n > PIECE) {  // one group, piece by piece
-            for (size_t i = 0; i < n; i += PIECE) {
-                const size_t m = i + PIECE < n ? PIECE : n - i;
-                round_line<S, QUANT_INT4, HOW, ZERO>(piece, q.src + (at + g * n + i) * S::size, m, ahead, factors[g], sums);
-                pack_nibbles(q.out + (at + g * n + i) / 2, piece, m);
-            }
-            continue;
+// The scales of groups of n values, `step` bytes apart; `at`: the number of the first. False where one is not finite; with
+// zero points NaN shows in the error alone: `whole`.
+template <class S, bool ZERO>
+bool find_factors(const Quant& q, const char* src, size_t groups, size_t n, size_t step, size_t at, Factor* factors, bool& fast) {
+    Range range[GROUPS];
+    uint32_t worst = 0;
+    for (size_t g = 0; g < groups; ++g) {
+        if constexpr (ZERO) {
+            range[g] = range_of<S>(src + g * step, n);
+        } else {
+            const uint32_t bits = largest_bits<S>(src + g * step, 1, n, n);
+            worst = max_of(worst, bits);
+            range[g].high = as_float(bits);
         }
-        for (size_t k = g; k < last; ++k)
-            round_line<S, QUANT_INT4, HOW, ZERO>(piece + (k - g) * n, q.src + (at + k * n) * S::size, n, ahead, factors[k], sums);
-        pack_nibbles(q.out + (at + g * n) / 2, piece, (last - g) * n);
     }
+    if (worst >= INF32) return false;
+    fast = true;
+    for (size_t g = 0; g < groups; ++g) {
+        const float scale = scale_from(range[g].high - range[g].low, q);
+        if (!finite(scale)) return false;
+        q.scales[at + g] = scale;
+        factors[g] = {scale, 1.0f / scale, ZERO ? zero_from(range[g].low, scale, q.lowest) : 0};
+        if constexpr (ZERO) q.zeros[at + g] = static_cast<int8_t>(factors[g].zero);
+        fast &= may_fuse(scale, max_of(range[g].high, -range[g].low));
+    }
+    return true;
+}
+
+// The codes of those groups, one a byte, group after group.
+template <class S, How HOW, bool ZERO>
+void round_groups(char* codes, const char* src, size_t groups, size_t n, size_t step, ptrdiff_t ahead, const Factor* factors, Sums& sums) {
+    for (size_t g = 0; g < groups; ++g) round_line<S, QUANT_INT4, HOW, ZERO>(codes + g * n, src + g * step, n, ahead, factors[g], sums);
+}
+
+template <class S, bool ZERO>
+void round_groups(char* codes, const char* src, size_t groups, size_t n, size_t step, ptrdiff_t ahead, const Factor* factors, bool fast, Sums& sums) {
+    if (fast) round_groups<S, FUSED, ZERO>(codes, src, groups, n, step, ahead, factors, sums);
+    else round_groups<S, DIVIDE, ZERO>(codes, src, groups, n, step, ahead, factors, sums);
+}
+
+bool whole(Sums& sums, const Quant& q) {
+    sums.add_to(q.sums);
+    return q.sums[1] == q.sums[1];
 }
 
 template <class S, bool ZERO> bool quantise_groups(const Quant& q) {
-    const size_t n = q.block_columns, across = q.columns / n;
+    const size_t n = q.block_columns, across = q.columns / n, some = n < PIECE ? PIECE / n : 1;
     Sums sums;
     for (size_t r = 0; r < q.rows; ++r) {
         for (size_t g0 = 0; g0 < across; g0 += GROUPS) {
-            const size_t groups = g0 + GROUPS < across ? GROUPS : across - g0, at = r * q.columns + g0 * n;
-            float largest[GROUPS];
-            Range range[GROUPS];
-            uint32_t worst = 0;
-            for (size_t g = 0; g < groups; ++g) {
-                const char* src = q.src + (at + g * n) * S::size;
-                const uint32_t bits = largest_bits<S>(src, 1, n, n);
-                worst = max_of(worst, bits);
-                largest[g] = as_float(bits);
-                if constexpr (ZERO) range[g] = range_of<S>(src, n);
-            }
-            if (worst >= INF32) return false;
+            const size_t groups = g0 + GROUPS < across ? GROUPS : across - g0;
+            const char* src = q.src + (r * q.columns + g0 * n) * S::size;
+            char* out = q.out + (r * q.columns + g0 * n) / 2;
             Factor factors[GROUPS];
-            bool fast = true;
-            for (size_t g = 0; g < groups; ++g) {
-                const size_t block = r * across + g0 + g;
-                const float scale = scale_from(ZERO ? range[g].high - range[g].low : largest[g], q);
-                if (!finite(scale)) return false;
-                q.scales[block] = scale;
-                factors[g] = {scale, 1.0f / scale, ZERO ? zero_from(range[g].low, scale, q.lowest) : 0};
-                if constexpr (ZERO) q.zeros[block] = static_cast<int8_t>(factors[g].zero);
-                fast &= may_fuse(scale, largest[g]);
+            bool fast;
+            if (!find_factors<S, ZERO>(q, src, groups, n, n * S::size, r * across + g0, factors, fast)) return false;
+            const ptrdiff_t ahead = static_cast<ptrdiff_t>(groups * n * S::size);
+            char piece[PIECE];
+            for (size_t g = 0; g < groups; g += some) {
+                const size_t count = g + some < groups ? some : groups - g;
+                for (size_t i = 0; i < n; i += PIECE) {  // several groups, or a part of one
+                    const size_t m = i + PIECE < n ? PIECE : n - i;
+                    round_groups<S, ZERO>(piece, src + (g * n + i) * S::size, count, m, n * S::size, ahead, factors + g, fast, sums);
+                    pack_nibbles(out + (g * n + i) / 2, piece, count * m);
+                }
             }
-            if (fast) round_groups<S, FUSED, ZERO>(q, at, factors, groups, sums);
-            else round_groups<S, DIVIDE, ZERO>(q, at, factors, groups, sums);
             sums.counted(groups * n, q.sums);
         }
     }
-    sums.add_to(q.sums);
-    return true;
+    return whole(sums, q);
 }
 
-// ---- blocks of one column: every lane has a scale of its own ----
+// ---- groups of a column, where columns lie as lines ----
 
-constexpr size_t STRIP = 512;  // columns at once: their scales stay in the first cache
+// The words of n rows of a few columns, a word of a line of each; `stride`: words of a row of the output.
+FASTCKPT_INLINE void put_words(char* out, size_t stride, const uint32_t* words, size_t n, size_t columns) {
+    size_t c = 0;
+    for (; n % LANES == 0 && c + LANES <= columns; c += LANES)
+        for (size_t r = 0; r < n; r += LANES) {
+            Words m[LANES];
+            for (size_t k = 0; k < LANES; ++k) memcpy(&m[k], words + (c + k) * n + r, sizeof m[k]);
+            transpose(m);
+            for (size_t k = 0; k < LANES; ++k) memcpy(out + ((r + k) * stride + c) * 4, &m[k], sizeof m[k]);
+        }
+    for (size_t r = 0; r < n; ++r)
+        for (size_t k = c; k < columns; ++k) memcpy(out + (r * stride + k) * 4, words + k * n + r, 4);
+}
 
-struct Strip {
-    float low[STRIP], high[STRIP];
-    float scale[STRIP], reciprocal[STRIP], zero[STRIP];
-    char codes[STRIP];
+// Codes of eight lines as words: AWQ's order, 0, 2, 4, 6, 1, 3, 5, 7 from the lowest.
+FASTCKPT_INLINE void join_awq(uint32_t* words, const char* codes, size_t n) {
+    const auto* c = reinterpret_cast<const uint8_t*>(codes);
+    for (size_t i = 0; i < n; ++i)
+        words[i] = c[i] | c[n + i] << 16 | c[2 * n + i] << 4 | c[3 * n + i] << 20 | c[4 * n + i] << 8 | c[5 * n + i] << 24 |
+                   c[6 * n + i] << 12 | static_cast<uint32_t>(c[7 * n + i]) << 28;
+}
+
+// Not std::vector: its code would be shared by the instruction sets.
+struct Scratch {
+    explicit Scratch(size_t nbytes) : bytes(new char[nbytes]) {}
+    ~Scratch() { delete[] bytes; }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    char* const bytes;
 };
 
-template <class S, class U> FASTCKPT_INLINE void widen(Strip& s, size_t c, const char* src, U& found) {
-    using F = typename FloatOf<U>::type;
-    const U bits = load_as<S, U>(src);
-    found = max_of(found, bits & 0x7fffffffu);
-    const F x = as_float<U>(bits);
-    F low = load_lanes<F>(s.low + c), high = load_lanes<F>(s.high + c);
-    low = min_of(x, low), high = max_of(x, high);
-    memcpy(s.low + c, &low, sizeof low), memcpy(s.high + c, &high, sizeof high);
-}
-
-// Eight rows of a few columns: their codes, as one word a column (DOWN) or as bytes of the strip's row (AWQ).
-template <class S, QuantKind KIND, How HOW, bool ZERO, class U>
-FASTCKPT_INLINE void round_column(const Quant& q, Strip& s, size_t r, size_t c0, size_t c, size_t count, Sums& sums) {
-    using F = typename FloatOf<U>::type;
-    const Scale<U> scale{load_lanes<F>(s.scale + c), load_lanes<F>(s.reciprocal + c), load_lanes<F>(s.zero + c)};
-    U word{};
-    for (size_t k = 0; k < count; ++k) {
-        F x, d;
-        const U bits = load_as<S, U>(q.src + ((r + k) * q.columns + c0 + c) * S::size);
-        const U code = round_one<KIND, HOW, ZERO, U>(bits, scale, x, d);
-        sums.add(x, d);
-        if constexpr (KIND == QUANT_INT4_DOWN) {
-            word |= code << static_cast<uint32_t>(4 * k);
-        } else if constexpr (Lanes<U>::count == 1) {
-            s.codes[c] = static_cast<char>(code);
-        } else {
-            store<1>(s.codes + c, code);
-        }
-    }
-    if constexpr (KIND == QUANT_INT4_DOWN) memcpy(q.out + (r / 8 * q.columns + c0 + c) * 4, &word, sizeof word);
-}
-
-template <class S, QuantKind KIND, How HOW, bool ZERO>
-void round_strip(const Quant& q, Strip& s, size_t r0, size_t r1, size_t c0, size_t n, Sums& sums) {
-    constexpr size_t STEP = KIND == QUANT_INT4_DOWN ? 8 : 1;
-    for (size_t r = r0; r < r1; r += STEP) {
-        size_t c = 0;
-        for (; c + LANES <= n; c += LANES) round_column<S, KIND, HOW, ZERO, Words>(q, s, r, c0, c, STEP, sums);
-        for (; c < n; ++c) round_column<S, KIND, HOW, ZERO, uint32_t>(q, s, r, c0, c, STEP, sums);
-        if constexpr (KIND == QUANT_INT4_AWQ) pack_awq(q.out + (r * q.columns + c0) / 2, s.codes, n);
-    }
-}
-
-template <class S, QuantKind KIND, bool ZERO> bool quantise_columns(const Quant& q) {
-    Strip s;
+template <class S, bool ZERO> bool quantise_turned(const Quant& q) {
+    const size_t most = q.block_rows < q.rows ? q.block_rows : q.rows;
+    const Scratch scratch(GROUPS * most * 3 / 2);
+    char *const packed = scratch.bytes, *const codes = packed + GROUPS * most / 2;
+    uint32_t* const words = reinterpret_cast<uint32_t*>(packed);
     Sums sums;
-    for (size_t r0 = 0; r0 < q.rows; r0 += q.block_rows) {
-        const size_t r1 = r0 + q.block_rows < q.rows ? r0 + q.block_rows : q.rows;
-        for (size_t c0 = 0; c0 < q.columns; c0 += STRIP) {
-            const size_t n = c0 + STRIP < q.columns ? STRIP : q.columns - c0;
-            for (size_t c = 0; c < n; ++c) s.low[c] = s.high[c] = 0;
-            Words found{};
-            uint32_t rest = 0;
-            for (size_t r = r0; r < r1; ++r) {
-                const char* src = q.src + (r * q.columns + c0) * S::size;
-                size_t c = 0;
-                for (; c + LANES <= n; c += LANES) widen<S, Words>(s, c, src + c * S::size, found);
-                for (; c < n; ++c) widen<S, uint32_t>(s, c, src + c * S::size, rest);
+    const size_t strip = q.kind == QUANT_INT4_DOWN ? 32 : GROUPS;  // so many make whole lines of the output
+    for (size_t c = 0; c < q.columns; c += strip) {
+        const size_t count = c + strip < q.columns ? strip : q.columns - c;
+        for (size_t r = 0; r < q.rows; r += most) {
+            const size_t n = r + most < q.rows ? most : q.rows - r;
+            const char* src = q.src + c * q.pitch + r * S::size;
+            Factor factors[GROUPS];
+            bool fast;
+            if (!find_factors<S, ZERO>(q, src, count, n, q.pitch, r / most * q.columns + c, factors, fast)) return false;
+            // the next groups of these columns, or the first of the next ones
+            const size_t ahead = r + n < q.rows ? n * S::size : strip * q.pitch - r * S::size;
+            round_groups<S, ZERO>(codes, src, count, n, q.pitch, static_cast<ptrdiff_t>(ahead), factors, fast, sums);
+            if (q.kind == QUANT_INT4_DOWN) {
+                pack_nibbles(packed, codes, count * n);
+                put_words(q.out + (r / 8 * q.columns + c) * 4, q.columns, words, n / 8, count);
+            } else {
+                for (size_t k = 0; k < count; k += 8) join_awq(words + k / 8 * n, codes + k * n, n);
+                put_words(q.out + (r * q.columns + c) / 2, q.columns / 8, words, n, count / 8);
             }
-            if (highest(found) >= INF32 || rest >= INF32) return false;
-            bool fast = true;
-            for (size_t c = 0; c < n; ++c) {
-                const float largest = max_of(s.high[c], -s.low[c]);
-                const float scale = scale_from(ZERO ? s.high[c] - s.low[c] : largest, q);
-                if (!finite(scale)) return false;
-                const size_t at = r0 / q.block_rows * q.columns + c0 + c;
-                s.scale[c] = q.scales[at] = scale;
-                s.reciprocal[c] = 1.0f / scale;
-                s.zero[c] = ZERO ? zero_from(s.low[c], scale, q.lowest) : 0;
-                if (ZERO) q.zeros[at] = static_cast<int8_t>(s.zero[c]);
-                fast &= may_fuse(scale, largest);
-            }
-            if (fast) round_strip<S, KIND, FUSED, ZERO>(q, s, r0, r1, c0, n, sums);
-            else round_strip<S, KIND, DIVIDE, ZERO>(q, s, r0, r1, c0, n, sums);
-            sums.counted((r1 - r0) * n, q.sums);
+            sums.counted(count * n, q.sums);
         }
     }
-    sums.add_to(q.sums);
-    return true;
+    return whole(sums, q);
 }
 
 template <class S> bool quantise_from(const Quant& q) {
@@ -360,10 +336,7 @@ template <class S> bool quantise_from(const Quant& q) {
         case QUANT_INT8: return quantise_blocks<S, QUANT_INT8>(q);
         case QUANT_E4M3: return quantise_blocks<S, QUANT_E4M3>(q);
         case QUANT_INT4: return zero ? quantise_groups<S, true>(q) : quantise_groups<S, false>(q);
-        case QUANT_INT4_AWQ:
-            return zero ? quantise_columns<S, QUANT_INT4_AWQ, true>(q) : quantise_columns<S, QUANT_INT4_AWQ, false>(q);
-        default:
-            return zero ? quantise_columns<S, QUANT_INT4_DOWN, true>(q) : quantise_columns<S, QUANT_INT4_DOWN, false>(q);
+        default: return zero ? quantise_turned<S, true>(q) : quantise_turned<S, false>(q);
     }
 }
 

@@ -372,9 +372,33 @@ template <class S, class D> struct Transposed {
     }
 };
 
-// ---- general: any strides ----
+// ---- general: any strides, any pair ----
 
 constexpr uint32_t GENERAL_TILE = THREADS * CELLS;
+
+struct Float {};  // any float: which one, the row says
+
+FASTCKPT_HD void cast_element(char* dst, uint8_t to, const char* src, uint8_t from) {
+    uint32_t x = 0;
+    switch (from) {
+        case FLOAT32: x = load_cell<4>(src); break;
+        case BFLOAT16: x = BF16::to_f32<uint32_t>(load_cell<2>(src)); break;
+        case FLOAT16: x = F16::to_f32<uint32_t>(load_cell<2>(src)); break;
+        case FLOAT8_E4M3FN: x = E4M3::to_f32<uint32_t>(load_cell<1>(src)); break;
+        case FLOAT8_E5M2: x = E5M2::to_f32<uint32_t>(load_cell<1>(src)); break;
+        case FLOAT64: x = F64::to_f32(load_cell<8>(src)); break;
+        default: break;
+    }
+    switch (to) {
+        case FLOAT32: store_cell<4>(dst, x); break;
+        case BFLOAT16: store_cell<2>(dst, static_cast<uint16_t>(BF16::from_f32(x))); break;
+        case FLOAT16: store_cell<2>(dst, static_cast<uint16_t>(F16::from_f32(x))); break;
+        case FLOAT8_E4M3FN: store_cell<1>(dst, static_cast<uint8_t>(E4M3::from_f32(x))); break;
+        case FLOAT8_E5M2: store_cell<1>(dst, static_cast<uint8_t>(E5M2::from_f32(x))); break;
+        case FLOAT64: store_cell<8>(dst, F64::from_f32(x)); break;
+        default: break;
+    }
+}
 
 template <class S, class D> struct General {
     static constexpr bool SHARED = false;
@@ -403,35 +427,31 @@ template <class S, class D> struct General {
             if (i0 >= c.shape[0]) return;
             char* to = w.dst + i0 * c.dst_stride[0] + i1 * c.dst_stride[1] + i2 * c.dst_stride[2] + i3 * c.dst_stride[3];
             const char* from = w.src + i0 * c.src_stride[0] + i1 * c.src_stride[1] + i2 * c.src_stride[2] + i3 * c.src_stride[3];
-            element<S, D>(to, from, w.zero);
+            if constexpr (Same<S, Float>::value) cast_element(to, c.dst_dtype, from, c.src_dtype);
+            else element<S, D>(to, from, w.zero);
         }
     }
 };
 
 // ---- the choice of a body: each calls run.template body<Body>(work) ----
 //
-// ALL: every pair of floats. Else the pairs that weights are cast with; tiles.py sends the others the general way.
+// The pairs that weights are cast with; tiles.py sends the others the general way.
 
-template <template <class, class> class Body, class S, bool ALL, class Run> FASTCKPT_HD void cast_to(const Run& run, const Work& w) {
+template <template <class, class> class Body, class S, class Run> FASTCKPT_HD void cast_to(const Run& run, const Work& w) {
     switch (w.c.dst_dtype) {
         case FLOAT32: if constexpr (!Same<S, F32>::value) run.template body<Body<S, F32>>(w); break;
         case BFLOAT16: if constexpr (!Same<S, BF16>::value) run.template body<Body<S, BF16>>(w); break;
         case FLOAT16: if constexpr (!Same<S, F16>::value) run.template body<Body<S, F16>>(w); break;
-        case FLOAT8_E4M3FN: if constexpr (!Same<S, E4M3>::value) run.template body<Body<S, E4M3>>(w); break;
-        case FLOAT8_E5M2: if constexpr (ALL && !Same<S, E5M2>::value) run.template body<Body<S, E5M2>>(w); break;
-        case FLOAT64: if constexpr (ALL && !Same<S, F64>::value) run.template body<Body<S, F64>>(w); break;
+        case FLOAT8_E4M3FN: run.template body<Body<S, E4M3>>(w); break;
         default: break;
     }
 }
 
-template <template <class, class> class Body, bool ALL, class Run> FASTCKPT_HD void cast(const Run& run, const Work& w) {
+template <template <class, class> class Body, class Run> FASTCKPT_HD void cast(const Run& run, const Work& w) {
     switch (w.c.src_dtype) {
-        case FLOAT32: cast_to<Body, F32, ALL>(run, w); break;
-        case BFLOAT16: cast_to<Body, BF16, ALL>(run, w); break;
-        case FLOAT16: cast_to<Body, F16, ALL>(run, w); break;
-        case FLOAT8_E4M3FN: if constexpr (ALL) cast_to<Body, E4M3, ALL>(run, w); break;
-        case FLOAT8_E5M2: if constexpr (ALL) cast_to<Body, E5M2, ALL>(run, w); break;
-        case FLOAT64: if constexpr (ALL) cast_to<Body, F64, ALL>(run, w); break;
+        case FLOAT32: cast_to<Body, F32>(run, w); break;
+        case BFLOAT16: cast_to<Body, BF16>(run, w); break;
+        case FLOAT16: cast_to<Body, F16>(run, w); break;
         default: break;
     }
 }
@@ -449,17 +469,17 @@ template <Path PATH, class Run> FASTCKPT_HD void dispatch(const Run& run, const 
     const bool same = w.zero || w.c.src_dtype == w.c.dst_dtype;
     if constexpr (PATH == ROWS) {
         if (same) run.template body<Rows<Bytes<1>, Bytes<1>>>(w);
-        else cast<Rows, false>(run, w);
+        else cast<Rows>(run, w);
     } else if constexpr (PATH == TRANSPOSE) {
         if (same) move<Transposed>(run, w);
-        else cast<Transposed, false>(run, w);
+        else cast<Transposed>(run, w);
     } else if (same) {
         const uint32_t size = item_size(w.c.dst_dtype);
         if (size == 8) run.template body<General<Bytes<8>, Bytes<8>>>(w);
         else if (size == 16) run.template body<General<Bytes<16>, Bytes<16>>>(w);
         else move<General>(run, w);
     } else {
-        cast<General, true>(run, w);
+        run.template body<General<Float, Float>>(w);
     }
 }
 

@@ -9,6 +9,7 @@
 
 #include "digest_leaves.h"
 #include "port.h"
+#include "quant_tiles.h"
 #include "tiles_cuda.h"
 
 namespace fastckpt {
@@ -103,6 +104,26 @@ void run_digests_on_host(uint64_t leaves, uint64_t count, uint64_t out) {
         for (uint32_t thread = 0; thread < LEAF_THREADS; ++thread) body.store(thread, shared.data());
     }
 }
+
+void run_quantise_on_host(uint64_t rows, uint64_t owner, uint64_t tiles, uint32_t shuffle) {
+    FloatMode mode;
+    std::mt19937 random(shuffle);
+    std::vector<uint32_t> order(THREADS), shared(QUANT_SHARED);
+    std::iota(order.begin(), order.end(), 0u);
+    std::vector<uint64_t> turn(tiles);
+    std::iota(turn.begin(), turn.end(), uint64_t{0});
+    if (shuffle != 0) std::shuffle(turn.begin(), turn.end(), random);
+    for (uint64_t i : turn) {
+        if (shuffle != 0) std::shuffle(order.begin(), order.end(), random);
+        std::fill(shared.begin(), shared.end(), 0xdeadbeefu);
+        const QuantTile tile(reinterpret_cast<const QuantRows*>(rows), reinterpret_cast<const uint32_t*>(owner), i);
+        for (uint32_t thread : order) tile.load(thread, shared.data());
+        for (uint32_t thread : order) tile.fold(thread, shared.data());
+        for (uint32_t thread : order) tile.store(thread, shared.data());
+    }
+}
+
+uint64_t tiles_of_quant_rows(const QuantRows& rows) { return quant_tiles_of(rows); }
 
 uint64_t tiles_of_row(const Copy& row) { return tiles_of(row); }
 

@@ -23,6 +23,7 @@ import fastckpt._C as compiled
 import numpy as np
 import torch
 from fastckpt.planning.planner import COPY, NOTHING
+from fastckpt.quantisation.quantrows import QUANT_ROWS
 
 DEVICE = torch.device("cuda", 0)
 CAPACITY = 139 << 30
@@ -372,10 +373,21 @@ def launch_digests(leaves: int, count: int, out: int, stream: int) -> None:
         streams[stream].push(act)
 
 
+def launch_quantise(rows: int, owner: int, first: int, count: int, stream: int) -> None:
+    def act() -> None:
+        mine = column(owner, first + count, np.uint32)[first:].copy()
+        table = column(rows, int(mine.max()) + 1, QUANT_ROWS).copy()
+        table["first_tile"] -= np.uint64(first)
+        compiled.run_quantise_on_host(table.view(np.uint8), mine, 0)
+
+    if count:
+        streams[stream].push(act)
+
+
 FACTS: list[dict[str, int | str]] = [
     {"name": name, "registers": 64, "local_bytes": 0, "shared_bytes": 0, "threads": 256}
     | {"blocks_per_multiprocessor": 4}
-    for name in ("rows", "transpose", "general", "digest")
+    for name in ("rows", "transpose", "general", "digest", "quantise")
 ]
 FACTORIES = [
     "empty",
@@ -448,6 +460,7 @@ def install() -> None:
     compiled.built_with_cuda, compiled.cuda_archs = True, "none"
     compiled.device_state = lambda: {"devices": 1, "driver": 13000, "runtime": 13000, "error": 0, "why": ""}
     compiled.launch_tiles, compiled.launch_digests = launch_tiles, launch_digests
+    compiled.launch_quantise = launch_quantise
     compiled.kernel_facts = lambda: FACTS
 
 

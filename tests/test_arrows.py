@@ -61,7 +61,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "joining": (*PLAIN, "collector", "digest", "manifest", "inverse", "sources", "recipes", "layouts"),
     "expectation": (*PLAIN, "manifest", "sources", "layouts", "joining"),
     "foreign": (*PLAIN, "sources", "recipes", "layouts", "joining"),
-    "adapters": (*PLAIN, "lowrank", "finishes", "sources", "layouts"),
+    "adapters": (*PLAIN, "lowrank", "sources"),
+    "apart": (*PLAIN, "lowrank", "finishes", "adapters", "layouts"),
     # The spine.
     "planned": (*CORE, "planner", "files"),
     "plancache": (*CORE, "planner", "planned", "schemes", "quantplan"),
@@ -70,6 +71,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "dequantised",
         "collector",
         "adapters",
+        "apart",
         "recipes",
         "layouts",
         "planner",
@@ -88,6 +90,19 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "tensors": (*CORE, "sources", "planner", "plans"),
     "device": (*CORE, "digest", "planner", "reader", "pipeline", "executors"),
     "resident": (*CORE, "lowrank", "planner", "plans", "executors"),
+    "quantrows": (*CORE, "schemes", "rounding"),
+    "quantised": (
+        *CORE,
+        "executors",
+        "planner",
+        "plans",
+        "quantplan",
+        "quantising",
+        "quantrows",
+        "resident",
+        "rounding",
+        "schemes",
+    ),
     "crossing": (*CORE, "device", "executors", "pipeline", "planner", "plans", "reader"),
 }
 MAY_IMPORT["runs"] = (*MAY_IMPORT, "__init__")
@@ -160,6 +175,7 @@ TORCH = {
     "running/device",
     "running/resident",
     "running/crossing",
+    "running/quantised",
     "likeness",
 }
 TORCH |= {"engines/vllm_loader", "engines/sglang"}

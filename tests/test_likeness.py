@@ -45,6 +45,12 @@ def test_what_was_made_is_right_and_a_changed_bit_is_found(tmp_path: Path, dtype
     assert checked(made, tmp_path, 2, 1, **options) == ("down: its bytes differ from the checkpoint's",)
 
 
+def test_one_element_of_any_stride() -> None:
+    base = torch.arange(9.0)
+    held = {"w": base[4:5:3], "none": base[::2][:0]}
+    assert checked(held, {"w": torch.tensor([4.0]), "none": base[:0]}) == ()
+
+
 def test_against_a_record_no_weight_is_read(tmp_path: Path) -> None:
     out = tmp_path / "out"
     fastckpt.reshard(weights(), 2, layout="hf", tp_plan=PLAN, out=out)

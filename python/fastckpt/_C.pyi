@@ -11,15 +11,13 @@ compiler: str
 built_with_cuda: bool
 cuda_archs: str  # with CUDA only
 copy_bytes: int
+quant_rows_bytes: int
 
 def fields() -> list[tuple[str, int, int]]:
     """The fields of struct Copy: (name, offset, size), in bytes."""
 
 def isas() -> list[str]:
     """The instruction sets that can run here, portable first; `copy_rows` takes the position."""
-
-def cpu_features() -> dict[str, bool]:
-    """What the machine offers of what the kernels ask for."""
 
 def copy_rows(
     rows: Buffer,
@@ -56,6 +54,13 @@ def run_digests_on_host(leaves: Buffer, out: Buffer) -> None:
     """out[i] (uint64) becomes the XXH3-64 of leaves[i], an (address, nbytes) pair of uint64, by the body that
     runs on GPUs. For tests."""
 
+def run_quantise_on_host(rows: Buffer, owner: Buffer, shuffle: int = 0) -> None:
+    """Quantises matrices in main memory, given as `quantrows.tiled` has them, by the body that runs on GPUs;
+    `shuffle` as in `run_tiles_on_host`. For tests."""
+
+def tiles_of_quant_rows(rows: Buffer, out: Buffer) -> None:
+    """out[i] (uint64) becomes the tiles of row i of `quantrows.QUANT_ROWS`."""
+
 def tiles_of_rows(rows: Buffer, out: Buffer) -> None:
     """out[i] (uint64) becomes the tiles of row i, whose path is chosen."""
 
@@ -79,13 +84,9 @@ def launch_digests(leaves: int, count: int, out: int, stream: int) -> None:
     """Starts the digests of `count` leaves; (address, nbytes) pairs at `leaves` and results at `out`, all in
     device memory. Only with CUDA; raises RuntimeError in CUDA's words."""
 
-def read_at(
-    fd: int, offsets: Buffer, sizes: Buffer, destination: Buffer, positions: Buffer, threads: int = 1
-) -> None:
-    """Reads sizes[i] bytes at offsets[i] of the file to destination[positions[i]:]; the three are int64.
-
-    Raises SourceError naming the byte where the file ends or fails, ValueError for a piece outside
-    `destination`."""
+def launch_quantise(rows: int, owner: int, first: int, count: int, stream: int) -> None:
+    """Starts `count` tiles from tile `first` on of a table of `quantrows.QUANT_ROWS`, on a stream; the first
+    two are addresses in device memory. Only with CUDA; raises RuntimeError in CUDA's words."""
 
 def digest64(buffer: Buffer) -> int:
     """XXH3-64, seed 0."""
@@ -107,6 +108,7 @@ def quantise(
     dtype_code: int,
     rows: int,
     columns: int,
+    pitch: int,
     block_rows: int,
     block_columns: int,
     reach: float,
@@ -124,8 +126,9 @@ def quantise(
 ) -> bool:
     """Quantises rows x columns of fp32, bf16 or fp16 as csrc/quant.h says; False where one is not finite.
 
-    `kind`: `rounding.KINDS`' numbers. `amax` (fp32): one a row. `scales` (fp32), `zeros` (int8): one a block.
-    `sums` (fp64): 5, added to. Raises ValueError for sizes that do not fit."""
+    `kind`: `rounding.KINDS`' numbers. `pitch`: of AWQ's and GPTQ's, bytes between columns, which lie as
+    lines. `amax` (fp32): one a row. `scales` (fp32), `zeros` (int8): one a block. `sums` (fp64): 5, added to.
+    Raises ValueError for sizes that do not fit."""
 
 def dequantise(
     values: Buffer,
@@ -170,11 +173,5 @@ class Mapping:
     def nbytes(self) -> int: ...
     @property
     def faulted(self) -> bool: ...
-    def release(self, offset: int, nbytes: int) -> None:
-        """Gives the pages that hold this range back; reading them again maps them again."""
-
-    def willneed(self, offset: int, nbytes: int) -> None:
-        """Starts reading this range into the page cache."""
-
     def close(self) -> None:
         """Unmaps; the address must not be used after."""

@@ -122,7 +122,9 @@ def digests_of(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
             found |= digests(mine)
         else:
-            found |= {n: digest(t.reshape(-1).view(torch.uint8).numpy()) for n, t in mine.items()}
+            # A tensor of one element may have any stride.
+            flat = {n: t.as_strided((t.numel(),), (1,)) for n, t in mine.items()}
+            found |= {n: digest(t.view(torch.uint8).numpy()) for n, t in flat.items()}
     return found
 
 

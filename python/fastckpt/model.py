@@ -60,7 +60,8 @@ class Linear:
 
     Of a quantised matrix: `beside` what it is read with; `leaf` the hub's name for the matrix below its
     module; `packed` how many outputs and inputs one element holds, as `weight` [out / packed[0], in /
-    packed[1]] does."""
+    packed[1]] does; `whole`: the outputs and inputs of what the hub stores, where it keeps them beside it
+    (compressed-tensors' weight_shape)."""
 
     name: str
     weight: View
@@ -70,6 +71,7 @@ class Linear:
     beside: tuple[Beside, ...] = ()
     leaf: str = "weight"
     packed: tuple[int, int] = (1, 1)
+    whole: tuple[int, int] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -368,7 +370,7 @@ class Model:
     recipe knows and leaves out. `parallel`: attention and the feed-forward block of a layer read the same
     input, side by side. `alibi`: attention is biased by ALiBi's slopes, which are no tensors of the hub.
     `rope`: the rotary positions of latent attention. `quant_method`: the hub's word for how matrices are
-    quantised, "" where none is."""
+    quantised (compressed-tensors' packed integers are "pack-quantized"), "" where none is."""
 
     family: str
     sizes: Sizes

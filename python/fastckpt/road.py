@@ -147,23 +147,22 @@ def prepare(
     tp_plan: Mapping[str, str] | None = None,
     vocab_size: int | None = None,
     dtype: str | DType | None = None,
+    quant: str | Quant | None = None,
     device: str | torch.device = "cuda",
     out: State | Sequence[State] | None = None,
 ) -> Ready:
     """`reshard` from GPU memory to GPU memory made ready, to be run as often as the weights change.
 
-    Arguments as there; `run()` of the result plans and uploads nothing. Raises as `reshard` does, and
-    DeviceError where the checkpoint's tensors do not lie on the device."""
-    from .running import tensors
-    from .running.resident import Ready, resident
-    from .running.resident import prepare as on_device
+    Arguments as there; `run()` of the result plans and uploads nothing, and with `quant` waits. Raises as
+    `reshard` does, and DeviceError where the checkpoint's tensors do not lie on the device."""
+    from .running import quantised, resident, tensors
 
     place = _device(device)
     grid = grid_of(tp, placement)
-    wanted = Wanted(grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype)
+    wanted = Wanted(grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, quant=_quant(quant))
     planned = plans.draft(open_whole(ckpt, recipe), wanted, in_memory=True)
     binding = Binding.of(planned.extents)
-    if place == "cpu" or not resident(binding):
+    if place == "cpu" or not resident.resident(binding):
         raise DeviceError(f"prepare: wanted tensors on a GPU as source, device {place!r}; else use reshard")
     states: Sequence[Mapping[str, torch.Tensor]]
     if out is None:
@@ -172,7 +171,8 @@ def prepare(
     else:
         states = _by_rank(out, rank)
         buffers = tensors.matched(planned, states, place)
-    return Ready(tuple(states), on_device(planned, binding, buffers, place))
+    made = (quantised if planned.quantised else resident).prepare(planned, binding, buffers, place)
+    return resident.Ready(tuple(states), made)
 
 
 def consolidate(

@@ -151,7 +151,8 @@ def test_a_plan_of_one_rank(mixed):
     plan = fastckpt.plan(mixed, tp=3, tp_plan={"a.weight": "rowwise", "*": "replicate"})
     found = describe_plan(plan, 1)
     assert (found.ranks, {t.rank for t in found.tensors}) == ((1,), {1})
-    assert found.needed_bytes == sum(t.nbytes for t in found.tensors) == 138 - 40
+    # its tied name is cut otherwise, so it is whole
+    assert found.needed_bytes == sum(t.nbytes for t in found.tensors) == 138 - 40 + 60
     with pytest.raises(FastckptError, match="rank 3"):
         describe_plan(plan, 3)
 

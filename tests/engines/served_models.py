@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 
 import torch
@@ -140,7 +141,41 @@ def _compressed(kind, strategy, inputs):
     }  # fmt: skip
 
 
-SCHEMES: dict[str, dict] = {
+GROUP = 32
+"""Inputs that share a scale of four bits."""
+
+
+def _packed(symmetric=True, strategy="group", bits=4):
+    """compressed-tensors' config for packed integers."""
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy}
+    weights |= {"group_size": GROUP} if strategy == "group" else {}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+    return {
+        "quant_method": "compressed-tensors", "format": "pack-quantized",
+        "quantization_status": "compressed", "config_groups": {"group_0": group},
+    }  # fmt: skip
+
+
+def _gptq(group=GROUP, bits=4):
+    return {
+        "quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": False, "sym": True,
+        "checkpoint_format": "gptq", "lm_head": False,
+    }  # fmt: skip
+
+
+PACKED: dict[str, dict] = {
+    "int4": _packed(),
+    "int4-zero": _packed(symmetric=False),
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
+    "gptq": _gptq(),
+    "int4-row": _packed(strategy="channel"),
+    "int8-packed": _packed(bits=8),
+    "gptq-row": _gptq(-1),
+    "gptq-8": _gptq(bits=8),
+}
+"""Of these, matrices of integers that are packed in int32."""
+
+SCHEMES: dict[str, dict] = PACKED | {
     "int8": _compressed("int", "channel", "token"),
     "int8-matrix": _compressed("int", "tensor", "token"),
     "fp8-channel": _compressed("float", "channel", "token"),
@@ -182,6 +217,16 @@ QUANTISED: dict[str, tuple[str, str]] = {
     }.items()
     for scheme in schemes
 }
+QUANTISED |= {
+    f"{model}+{scheme}": (model, scheme)
+    for model in (
+        "llama", "llama-biased", "llama-tied", "mistral", "qwen2", "qwen3", "granite", "smollm3", "gemma",
+        "gemma2", "gemma3_text", "phi3", "glm", "glm4", "mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe",
+        "deepseek_v2-576", "deepseek_v3-wide",
+    )
+    for scheme in (tuple(PACKED) if model in ("llama", "mixtral") else tuple(PACKED)[:4])
+    if (model, scheme) != ("glm4", "gptq")  # which vLLM's own loader does not take
+}  # fmt: skip
 """name -> (the model, the scheme its matrices are stored in)."""
 
 
@@ -217,7 +262,7 @@ def _quantise(folder: str, scheme: str) -> None:
     """Stores the matrices of attention, blocks and experts as `scheme` does: counted values and scales."""
     path = os.path.join(folder, "model.safetensors")
     tensors, told, left = load_file(path), SCHEMES[scheme], []
-    hub = told["quant_method"] == "fp8"
+    hub = told["quant_method"] != "compressed-tensors"
     block = scheme.startswith("fp8-block")
     values = torch.int8 if scheme.startswith("int8") else torch.float8_e4m3fn
     for name, tensor in sorted(tensors.items()):
@@ -228,6 +273,10 @@ def _quantise(folder: str, scheme: str) -> None:
             left.append(module)
             continue
         rows, columns = tensor.shape
+        if scheme in PACKED:
+            del tensors[name]
+            tensors |= {f"{module}.{k}": t for k, t in _stored_packed(name, told, rows, columns).items()}
+            continue
         counted = torch.empty(rows, columns)
         count(name, counted)
         tensors[name] = counted.mul(64).to(values) if values is torch.int8 else counted.to(values)
@@ -244,9 +293,39 @@ def _quantise(folder: str, scheme: str) -> None:
     config = os.path.join(folder, "config.json")
     with open(config) as f:
         written = json.load(f)
-    written["quantization_config"] = told | {"modules_to_not_convert" if hub else "ignore": left}
+    skipped = {"modules_to_not_convert" if hub else "ignore": left}
+    if told["quant_method"] == "gptq":
+        skipped = {"dynamic": {f"-:^{re.escape(n)}$": {} for n in left if n != "lm_head"}}
+    written["quantization_config"] = told | skipped
     with open(config, "w") as f:
         json.dump(written, f, indent=2)
+
+
+def _stored_packed(name: str, told: dict, rows: int, columns: int) -> dict[str, torch.Tensor]:
+    """What is stored of a matrix [rows, columns]: counted values and zero points, scales that bfloat16 has
+    not all exactly, and the sizes or the group of every input."""
+    method = told["quant_method"]
+    weights = told["config_groups"]["group_0"]["weights"] if method == "compressed-tensors" else told
+    each = 32 // weights.get("num_bits", weights.get("bits"))
+    group = weights.get("group_size", -1)
+    group = columns if group == -1 else group
+    scales = torch.empty(rows, columns // group)
+    count(name, scales)
+    scales.add_(2.125)
+    if method == "compressed-tensors":
+        packed = {"weight_packed": (rows, columns // each)}
+        packed |= {} if weights["symmetric"] else {"weight_zero_point": (rows // each, columns // group)}
+        made = {"weight_scale": scales, "weight_shape": torch.tensor([rows, columns])}
+    else:
+        awq = method == "awq"
+        packed = {"qweight": (columns, rows // each) if awq else (columns // each, rows)}
+        packed |= {"qzeros": (columns // group, rows // each)}
+        made = {"scales": scales.T.half().contiguous()}
+        made |= {} if awq else {"g_idx": torch.arange(columns, dtype=torch.int32) // group}
+    for k, (leaf, shape) in enumerate(packed.items()):
+        index = torch.arange(shape[0] * shape[1]) + zlib.crc32(name.encode()) + k
+        made[leaf] = ((index * 2654435761) >> 3).to(torch.int32).view(shape)
+    return made
 
 
 def _write_chatglm(folder: str, dtype: torch.dtype) -> None:

@@ -60,7 +60,8 @@ def rank(index: int, ports: list[int], engines: list[dict]) -> None:
         gc.collect()  # the engine of before and its cache
         destroy_model_parallel()  # only a mixture of experts gets a group of expert parallelism
         if index == 0:
-            print("\nGENERATED " + json.dumps(told), flush=True)
+            # In one go: the other rank logs there too.
+            os.write(1, f"\nGENERATED {json.dumps(told)}\n".encode())
 
 
 def main(engines: list[dict]) -> None:

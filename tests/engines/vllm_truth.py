@@ -21,16 +21,25 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 def choose_no_kernels() -> None:
     """Lets every quantised module be built here: its parameters are made and filled by vLLM's own code, but
     no kernel is looked for that would run them, which a CPU has not for every scheme."""
-    from vllm.model_executor.layers.quantization import fp8
+    from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
+    from vllm.model_executor.layers.quantization import auto_awq, auto_gptq, fp8
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
         compressed_tensors_moe_w8a8_fp8,
         compressed_tensors_moe_w8a8_int8,
+        compressed_tensors_moe_wna16,
     )
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
         compressed_tensors_w8a8_fp8,
         compressed_tensors_w8a8_int8,
+        compressed_tensors_wNa16,
     )
 
+    class Kernel:
+        """None that runs."""
+
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+    four_bits = (WNA16MoEBackend.MARLIN, None)
     for module, name, kernel in (
         (fp8, "init_fp8_linear_kernel", object()),
         (fp8, "select_fp8_moe_backend", (None, None)),
@@ -39,6 +48,12 @@ def choose_no_kernels() -> None:
         (compressed_tensors_w8a8_int8, "init_int8_linear_kernel", object()),
         (compressed_tensors_moe_w8a8_fp8, "select_fp8_moe_backend", (None, None)),
         (compressed_tensors_moe_w8a8_int8, "select_int8_moe_backend", (None, None)),
+        *((m, "choose_mp_linear_kernel", Kernel) for m in (compressed_tensors_wNa16, auto_awq, auto_gptq)),
+        *(
+            (m, "select_wna16_moe_backend", four_bits)
+            for m in (compressed_tensors_moe_wna16, auto_awq, auto_gptq)
+        ),
+        (auto_gptq, "verify_marlin_supported", None),
     ):
         getattr(module, name)  # a version without it is an error here
         setattr(module, name, lambda *_, kernel=kernel, **__: kernel)

@@ -25,7 +25,7 @@ def report(folder: Path, architecture: str, source: str, kernels: int) -> list[d
     """For each function of a .cu file: stack and spills in bytes, registers of the kernels."""
     done = subprocess.run(
         [
-            "nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", f"-arch=sm_{architecture}",
+            "nvcc", "-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v", f"-arch=sm_{architecture}",
             "-cubin", "-o", str(folder / f"{architecture}.cubin"), f"csrc/{source}",
         ],
         cwd=ROOT, capture_output=True, text=True, check=False,
@@ -43,8 +43,11 @@ def report(folder: Path, architecture: str, source: str, kernels: int) -> list[d
 
 
 def check(folder: Path, architecture: str) -> None:
-    """No local memory; four blocks of 256 threads fit a multiprocessor, eight of the 64 of digests."""
-    for source, kernels, registers in (("copy_cuda.cu", 3, 64), ("digest_cuda.cu", 1, 128)):
+    """No local memory; four blocks of 256 threads fit a multiprocessor, eight of the 64 of digests, three of
+    the 256 of quantising."""
+    for source, kernels, registers in (
+        ("copy_cuda.cu", 3, 64), ("digest_cuda.cu", 1, 128), ("quant_cuda.cu", 1, 80)
+    ):  # fmt: skip
         for f in report(folder, architecture, source, kernels):
             assert (f["stack"], f["stores"], f["loads"]) == (0, 0, 0), f"sm_{architecture}: {f}"
             assert f["registers"] <= registers, f"sm_{architecture}: {f}"
@@ -60,6 +63,23 @@ def test_no_local_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_local_memory_anywhere(tmp_path: Path, architecture: str) -> None:
     check(tmp_path, architecture)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", ["copy_cuda.cu", "quant_cuda.cu"])
+def test_arithmetic_is_that_of_a_cpu(tmp_path: Path, source: str) -> None:
+    """Every product, sum and quotient is rounded to nearest by itself, and none flushes denormals."""
+    assert '"-fmad=false"' in (ROOT / "setup.py").read_text()
+    ptx = tmp_path / "out.ptx"
+    subprocess.run(
+        ["nvcc", "-std=c++17", "-O3", "-fmad=false", "-arch=compute_90", "-ptx", "-o", ptx, f"csrc/{source}"],
+        cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    found = set(
+        re.findall(r"\b(?:add|sub|mul|fma|mad|div|rcp|sqrt|ex2|lg2)\.[a-z.]*f(?:16|32|64)", ptx.read_text())
+    )
+    assert found and all(re.fullmatch(r"[a-z0-9]+\.rn\.f(32|64)", x) for x in found), found
+    assert ".ftz" not in ptx.read_text()
 
 
 def test_a_toolkit_that_must_be_there_is_missed(tmp_path: Path) -> None:

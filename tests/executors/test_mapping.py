@@ -103,23 +103,7 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="not a regular file"):
         _C.Mapping(str(tmp_path), 0)
     empty = _C.Mapping(str(tmp_path / "a"), 0)
-    empty.release(0, 10)
     assert empty.address == 0 and not empty.faulted
-
-
-def test_pages_are_given_back(tmp_path: Path) -> None:
-    n = 8 * MIB
-    data = np.random.default_rng(2).integers(0, 256, n, dtype=np.uint8).tobytes()
-    (tmp_path / "a").write_bytes(data)
-    m = _C.Mapping(str(tmp_path / "a"), n)
-    m.willneed(0, n)
-    assert ctypes.string_at(m.address, n) == data
-    assert resident(m.address) == n
-    m.release(MIB, 2 * MIB)
-    assert MIB <= resident(m.address) <= n - 2 * MIB  # a huge page goes as a whole
-    m.release(0, 10 * n)
-    assert resident(m.address) == 0
-    assert ctypes.string_at(m.address, n) == data
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -182,29 +166,3 @@ def test_a_neighbouring_buffer_keeps_its_bytes(tmp_path: Path) -> None:
         _C.Recent(address, np.array([n], np.uint64), 0),
     )
     assert not out.any() and all((a == i).all() for a, i in around)
-
-
-def test_read_at(tmp_path: Path) -> None:
-    data = np.random.default_rng(5).integers(0, 256, 100_000, dtype=np.uint8)
-    data.tofile(tmp_path / "a")
-    fd = os.open(tmp_path / "a", os.O_RDONLY)
-    offsets, sizes, positions = (
-        np.array(x, np.int64) for x in ([5, 70_000, 0, 9], [10, 30_000, 0, 1], [100, 200, 0, 99])
-    )
-    for threads in (1, 3):
-        out = np.zeros(40_000, np.uint8)
-        _C.read_at(fd, offsets, sizes, out, positions, threads)
-        wanted = np.zeros(40_000, np.uint8)
-        for o, s, p in zip(offsets, sizes, positions, strict=True):
-            wanted[p : p + s] = data[o : o + s]
-        assert np.array_equal(out, wanted)
-    one = np.array([1], np.int64)
-    with pytest.raises(SourceError, match="ends at byte 100000, wanted 50 more"):
-        _C.read_at(fd, one * 99_950, one * 100, out, one * 0)
-    with pytest.raises(ValueError, match="outside a buffer of 40000"):
-        _C.read_at(fd, one, one * 100, out, one * 39_950)
-    with pytest.raises(ValueError, match="differ in length"):
-        _C.read_at(fd, offsets, one, out, one)
-    os.close(fd)
-    with pytest.raises(SourceError, match="Bad file descriptor"):
-        _C.read_at(fd, one, one, out, one)

@@ -51,7 +51,11 @@ def test_rows_under_sanitizers(tmp_path: Path) -> None:
         )
 
     assert str(package) in python("-c", "import fastckpt._C as c; print(c.__file__)").stdout
-    files = ("tests/executors/test_copy_rows.py", "tests/executors/test_tiles.py")
-    chosen = "random_rows or transposes or small or lines or table"
+    files = (
+        "tests/executors/test_copy_rows.py",
+        "tests/executors/test_tiles.py",
+        "tests/quantisation/test_quantrows.py",
+    )
+    chosen = "random_rows or transposes or small or lines or table or where_they_lie or odd_sizes"
     done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -195,14 +195,3 @@ def test_the_bytes_on_the_gpu_are_those_of_the_checkpoint(tmp_path: Path) -> Non
         fastckpt.verify_tensors(made, tmp_path / "out", rank=2),
     ):
         assert found.problems == ("1.down: its bytes differ from the checkpoint's",)
-
-
-@pytest.mark.parametrize("quant", ["int8", "fp8", "fp8-block", "int4-group"])
-def test_quantised_tensors_on_the_gpu(tmp_path: Path, quant: str) -> None:
-    """By the CPU, from files and from GPU memory."""
-    held = {"a.q_proj.weight": torch.randn(768, 1280), "norm": torch.randn(5), "wide": torch.randn(900, 800)}
-    save_file(held, tmp_path / "model.safetensors")
-    options = {"layout": "hf", "tp_plan": {"*q_proj.weight": "rowwise", "*": "replicate"}, "quant": quant}
-    wanted = fastckpt.reshard(tmp_path, 2, **options)
-    for source in (tmp_path, {n: t.to("cuda") for n, t in held.items()}):
-        compare(fastckpt.reshard(source, 2, device="cuda", threads=3, **options), wanted)

@@ -33,6 +33,23 @@ CONFIGS = {
 }
 
 
+
+def integers(symmetric=True, **more):
+    said = compressed("int", "group", group_size=GROUP)
+    weights = said["config_groups"]["group_0"]["weights"]
+    weights |= {"num_bits": 4, "symmetric": symmetric} | more
+    return said | {"format": "pack-quantized"}
+
+
+PACKED = {
+    "int4": integers(),
+    "int4-zero": integers(symmetric=False),
+    "int8-packed": integers(num_bits=8),
+    "int4-row": integers(strategy="channel", group_size=None),
+}
+"""compressed-tensors' packed integers."""
+
+
 class Draw:
     def __init__(self, seed):
         self.g = torch.Generator().manual_seed(seed)
@@ -58,6 +75,16 @@ def matrix(d, scheme, out, into, smooth):
         if scheme != "awq":
             made["g_idx"] = torch.arange(into, dtype=torch.int32) // GROUP
         return made
+    if scheme in PACKED:
+        each, group = 4 if scheme == "int8-packed" else 8, into if scheme == "int4-row" else GROUP
+        made = {
+            "weight_packed": d.of(torch.int32, out, into // each),
+            "weight_scale": d.scale(out, into // group),
+            "weight_shape": torch.tensor([out, into]),
+        }
+        if scheme == "int4-zero":
+            made["weight_zero_point"] = d.of(torch.int32, out // each, into // group)
+        return made
     dtype = torch.int8 if scheme.startswith(("int8", "smooth")) else torch.float8_e4m3fn
     made = {"weight": d.of(dtype, out, into)}
     forms = {"fp8-tensor": (), "fp8-tensor-1": (1,), "fp8-static": (), "fp8-static-1": (1,)}
@@ -82,7 +109,7 @@ def made(scheme, experts=0):
     t |= {n + "weight": d.scale(HIDDEN).half() for n in norms}
     shapes = {f"{at}self_attn.{p}_proj.": (n * D, HIDDEN) for p, n in (("q", HEADS), ("k", KV), ("v", KV))}
     shapes[f"{at}self_attn.o_proj."] = (HIDDEN, HEADS * D)
-    config = SIZES | {"model_type": "llama", "quantization_config": CONFIGS[scheme]}
+    config = SIZES | {"model_type": "llama", "quantization_config": (CONFIGS | PACKED)[scheme]}
     blocks = [f"{at}mlp.experts.{e}." for e in range(experts)] or [at + "mlp."]
     for block in blocks:
         shapes |= {f"{block}{p}_proj.": (WIDTH, HIDDEN) for p in ("gate", "up")}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
+import fastckpt
 import pytest
 import torch
 from fastckpt.errors import LayoutError
 from fastckpt.layouts import Patterns
 from fastckpt.placement import Placement
 from reading import memory, same, shard
+from safetensors.torch import load_file
 
 TENSORS = {
     "enc.0.q.weight": torch.randn(12, 8),
@@ -81,3 +85,40 @@ def test_a_packed_vector_is_refused():
 def test_unknown_styles_are_named():
     with pytest.raises(LayoutError, match=r"'x': unknown style 'columns'; known: colwise, "):
         Patterns({"x": "columns"})
+
+
+def test_a_tied_name_that_is_cut_otherwise_is_a_tensor_of_its_own(tmp_path):
+    table = torch.arange(48.0).view(8, 6)
+    held = {"embed.weight": table, "head.weight": table}
+    for plan, mine in (
+        ({"head*": "rowwise", "*": "colwise"}, lambda r: table[:, 3 * r : 3 * r + 3]),
+        ({"head*": "colwise", "*": "replicate"}, lambda r: table[4 * r : 4 * r + 4]),
+        ({"head*": "replicate", "*": "rowwise"}, lambda r: table),
+    ):
+        for rank, got in enumerate(fastckpt.reshard(held, 2, tp_plan=plan)):
+            assert torch.equal(got["head.weight"], mine(rank))
+        out = tmp_path / plan["head*"]
+        fastckpt.reshard(held, 2, tp_plan=plan, out=out)
+        assert torch.equal(load_file(out / "rank-01/model.safetensors")["head.weight"], mine(1))
+        back = fastckpt.reshard(out, layout="same")[0]
+        assert torch.equal(back["embed.weight"], table) and torch.equal(back["head.weight"], table)
+    alike = fastckpt.reshard(held, 2, tp_plan={"*": "colwise"})[1]
+    assert alike["head.weight"] is alike["embed.weight"]
+
+
+def test_a_vocabulary_that_no_names_tell_is_refused(tmp_path):
+    for options in ({"layout": "same"}, {"tp": 2, "tp_plan": {"*": "replicate"}}):
+        with pytest.raises(LayoutError, match="vocab_size goes with layouts that read roles"):
+            fastckpt.reshard({"e.weight": torch.ones(8, 4)}, vocab_size=4, out=tmp_path / "out", **options)
+
+
+def test_a_tied_name_that_no_file_holds_is_told(tmp_path):
+    table = torch.ones(8, 6)
+    held, plan = {"embed.weight": table, "head.weight": table}, {"*": "colwise"}
+    report = fastckpt.reshard(held, 2, tp_plan=plan, out=tmp_path / "one")
+    assert any("head.weight is embed.weight" in note for note in report.notes)
+    config = {"tie_word_embeddings": True}
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/config.json").write_text(json.dumps(config))
+    torch.save(held, tmp_path / "in/pytorch_model.bin")
+    assert fastckpt.reshard(tmp_path / "in", 2, tp_plan=plan, out=tmp_path / "two").notes == ()

@@ -61,7 +61,10 @@ def trained() -> Callable[..., dict[str, Any]]:
 def same(a: object, b: object) -> bool:
     """Whether two values are equal, tensors bit for bit, types too."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        raw_a, raw_b = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+        raw_a, raw_b = (
+            t.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+            for t in (a, b)
+        )
         return a.dtype == b.dtype and a.shape == b.shape and torch.equal(raw_a, raw_b)
     if hasattr(a, "state_dict") and hasattr(b, "state_dict"):
         return same(dict(a.state_dict()), dict(b.state_dict()))

@@ -48,6 +48,29 @@ def test_there_and_back(tmp_path: Path, trained: Trained, same: Same) -> None:
     assert (tmp_path / "ck/latest").read_text() == "step-00000007\n"
 
 
+def test_a_save_older_than_what_stands_is_told_and_kept(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, max_to_keep=2) as manager:
+        for step in (10, 20):
+            manager.save(step, {"w": torch.full((2,), step)})
+        manager.restore(10)
+        with pytest.warns(CheckpointWarning, match="step 12 is older than step 20, which"):
+            assert manager.save(12, {"w": torch.full((2,), 12)})
+        assert 12 in manager.steps() and manager.latest() == 20
+        manager.save(14, {"w": torch.full((2,), 14)})  # said once
+        assert 14 in manager.steps()
+        manager.rewind(14)
+        manager.save(16, {"w": torch.full((2,), 16)})
+        assert manager.steps() == [14, 16]
+
+
+def test_a_size_returns_into_a_template(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(0, {"shape": torch.Size([2, 3]), "w": torch.ones(2)})
+        template = {"shape": torch.Size([1]), "w": torch.zeros(2)}
+        manager.restore(0, template=template)
+    assert template["shape"] == torch.Size([2, 3]) and template["w"].tolist() == [1, 1]
+
+
 def test_the_files_are_plain(tmp_path: Path, trained: Trained, same: Same) -> None:
     """safetensors' own reader finds the tensors, and nothing in the commit is a pickle."""
     saved = trained(1)
@@ -71,6 +94,8 @@ def test_every_kind_of_tensor(tmp_path: Path, same: Same, copy: bool) -> None:
         "bool": torch.tensor([True, False]),
         "turned": base.view(4, 6).t(),
         "every other": base[::2],
+        "one of every third": base[4:5:3],
+        "none of every other": base[::2][:0],
         "expanded": torch.tensor([1.0, 2.0]).expand(3, 2),
         "tied": base,
         "tied too": base,

@@ -1,5 +1,6 @@
 """Rows of random targets, run by a dull interpreter, give what numpy gives: whole, cut and clipped."""
 
+import itertools
 import random
 
 import numpy as np
@@ -223,3 +224,40 @@ def test_memory_is_filled_in_the_order_of_the_source(monkeypatch):
     assert starts == sorted(starts)
     apart = planner.spread(chunk, 0, slots, Binding.of(extents), stage=4096, band=4096, by_file=True)
     assert [(b.file, b.stop) for b in apart] == [(r, 4096) for r in range(4)]
+
+
+def matrices(rng):
+    """Random matrices over one buffer: turned, padded, fused, cast, cut across their lines."""
+    data = np.arange(1, 4000, dtype=np.int64) * 0x0101010101
+    extents = Extents([Extent(Buffer(data, data.ctypes.data, data.nbytes), 0, data.nbytes, "a")])
+    while True:
+        shape = [rng.randrange(1, 6) for _ in range(rng.randrange(1, 6))]
+        view = strided(extents, 0, dtypes.int64, shape, offset=rng.randrange(0, 50))
+        axes = list(range(len(shape)))
+        rng.shuffle(axes)
+        view = view.permute(axes)
+        if rng.random() < 0.4:
+            view = view.pad(rng.randrange(view.ndim), rng.randrange(2), rng.randrange(3))
+        split = rng.randrange(0, view.ndim + 1)
+        view = view.reshape([int(np.prod(view.shape[:split])), int(np.prod(view.shape[split:]))])
+        if rng.random() < 0.4:
+            view = cat([view, view], rng.randrange(2))
+        if rng.random() < 0.5:
+            view = view.T
+        yield view
+
+
+def test_upright_rows_fill_the_transpose():
+    rng = random.Random(5)
+    for view in itertools.islice(matrices(rng), 400):
+        chunk, extents = planner.compile([Target("t", view)], view.extents)
+        (rows, columns), binding = view.shape, Binding.of(extents)
+        want, step, width = read(view), rng.randrange(1, 5), columns * 8
+        slots = Slots.of([0], [0], [rows * width])
+        for batch in planner.cut(
+            chunk, 0, slots, binding, stage=step * width, band=step * width, in_order=True
+        ):
+            top, count = batch.start // width, (batch.stop - batch.start) // width
+            out = np.full(count * width, UNWRITTEN, np.uint8)
+            interpret(planner.upright(batch.rows, width, count), binding.places, [out])
+            assert np.array_equal(out.view(np.int64).reshape(columns, count).T, want[top : top + count])

@@ -12,12 +12,12 @@ import torch
 from fastckpt import dtypes
 from fastckpt.errors import LayoutError, SourceError
 from fastckpt.executors.cpu import built
-from fastckpt.quantisation import rounding
+from fastckpt.quantisation import quantising, rounding
 from fastckpt.quantisation.schemes import SCHEMES, Quant
 from quant_oracle import GROUPS
 from quantisation.test_quant_road import HIDDEN, WIDTH, linear, model
 from quantisation.test_rounding import WAYS, raw
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 ROWS = [8, 40, 520]
 
@@ -25,10 +25,10 @@ ROWS = [8, 40, 520]
 def stored(scheme, x, native, isa):
     """What `rounding.quantise` gives of one matrix, in the parts of a file."""
     shape = x.shape[::-1] if scheme.turned else x.shape
-    dense = x.T.contiguous() if scheme.turned else x
     out = np.full(x.numel() // 2, 0xAA, np.uint8)
     dtype = dtypes.dtype(str(x.dtype))
-    found = rounding.quantise(raw(dense), dtype, *shape, scheme, None, out, isa=isa, native=native)
+    pitch = x.shape[1] * x.itemsize if scheme.turned else 0
+    found = rounding.quantise(raw(x), dtype, *shape, scheme, None, out, pitch=pitch, isa=isa, native=native)
     words = torch.from_numpy(out.view(np.int32)).reshape(scheme.stored_shape(shape))
     scales = torch.from_numpy(found.scales.astype(np.float16 if scheme.turned else np.float32))
     zeros = torch.from_numpy(rounding.stored_zeros(found.zeros, scheme))
@@ -182,15 +182,46 @@ def test_what_does_not_fit_is_refused(tmp_path):
         fastckpt.reshard(broken, layout="same", quant="gptq-group")
 
 
+@pytest.mark.parametrize("name", ["awq-group32", "gptq-group32-zero"])
+@pytest.mark.parametrize("way", ["plain", "pitched", "turned", "cast"])
+def test_wherever_the_dense_values_lie(tmp_path, monkeypatch, name, way):
+    """In memory with or without gaps, turned, cast, or in a file: in several bands and jobs."""
+    monkeypatch.setattr(quantising, "DENSE_BYTES", 1 << 19)
+    monkeypatch.setattr(quantising, "WIDER", 2)
+    monkeypatch.setattr(quantising, "JOB_BYTES", 1)
+    torch.manual_seed(3)
+    x = torch.randn(512, 10240)
+    weight = {
+        "plain": lambda: x,
+        "pitched": lambda: torch.cat([x, torch.ones(512, 3)], 1)[:, :10240],
+        "turned": lambda: x.T.contiguous().T,
+        "cast": lambda: x.double(),
+    }[way]()
+    want, _ = stored(SCHEMES[name], x, built(), -1)
+    state, options = {"a.q_proj.weight": weight}, {"layout": "same", "quant": name, "dtype": "float32"}
+    (got,) = fastckpt.reshard(state, threads=2, **options)
+    save_file({n: t.contiguous() for n, t in state.items()}, tmp_path / "model.safetensors")
+    fastckpt.reshard(tmp_path / "model.safetensors", out=tmp_path / "out", threads=2, **options)
+    for made in (got, load_file(tmp_path / "out/model.safetensors")):
+        for part in ("qweight", "scales", "qzeros"):
+            assert torch.equal(made[f"a.q_proj.{part}"], want[part]), part
+
+
 @pytest.mark.skipif(not built(), reason="not built")
 def test_sizes_that_do_not_fit_are_refused_by_the_kernel():
     from fastckpt import _C
 
     x, out = raw(torch.randn(16, 16)), np.empty(128, np.uint8)
     scales, zeros, sums = np.empty(16, np.float32), np.empty(16, np.int8), np.zeros(5)
-    good = [x, 0, 16, 16, 16, 1, 7.5, 0.0, -8.0, False, True, 4, None, out, scales, zeros, sums]
+    good = [x, 0, 16, 16, 64, 16, 1, 7.5, 0.0, -8.0, False, True, 4, None, out, scales, zeros, sums]
     assert _C.quantise(*good)
-    for at, bad in ((4, 12), (5, 2), (13, out[:100]), (14, scales[:3]), (15, zeros[:3]), (11, 5), (11, 0)):
+    with_gaps = np.zeros(15 * 80 + 64, np.uint8)
+    assert _C.quantise(*(with_gaps, *good[1:4], 80, *good[5:]))
+    for pitch in (0, 56, 60, 65, 96):
+        for dense in (x, with_gaps, x[:0], x[:60]):
+            with pytest.raises(ValueError, match="quantise"):
+                _C.quantise(*(dense, *good[1:4], pitch, *good[5:]))
+    for at, bad in ((5, 12), (6, 2), (14, out[:100]), (15, scales[:3]), (16, zeros[:3]), (12, 5), (12, 0)):
         told = list(good)
         told[at] = bad
         with pytest.raises(ValueError, match="quantise"):

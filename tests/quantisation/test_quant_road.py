@@ -430,7 +430,7 @@ def test_zeros_have_scale_one():
 
 REFUSED = {
     "unknown": (dict(quant="int5"), "known: int8"),
-    "layout": (dict(quant="int4-group", layout="rtp_llm"), "has no place"),
+    "layout": (dict(quant="int4-group", layout="megatron"), "has no place"),
     "group": (dict(quant="int4-group", tp=2), "192.*cut a block|divide by the group"),
     "block": (dict(quant="fp8-block", tp=2), "no multiple of the block|cut a block"),
     "nothing": (dict(quant=Quant(SCHEMES["int8"], exclude=("*",))), "no tensor"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from fastckpt import recipes
 from fastckpt.errors import RecipeError
-from layouts import tiny
+from layouts import families, tiny
 from reading import bits, memory, read
 
 
@@ -207,6 +207,15 @@ def test_bad_configs(change, message):
     config, hub, _ = tiny.made("llama")
     with pytest.raises(RecipeError, match=message):
         recipe(hub, config | change)
+
+
+def test_counts_that_no_checkpoint_has_take_no_time():
+    for family, key in (("qwen2_moe", "num_hidden_layers"), ("llama", "num_hidden_layers")):
+        config, hub, _ = (families if family in families.FAMILIES else tiny).made(family)
+        with pytest.raises(RecipeError, match=r"model\.layers\.2|num_hidden_layers 1099511627776"):
+            recipe(hub, config | {key: 1 << 40})
+    config, hub, _ = families.made("deepseek_v3")
+    assert not len(recipe(hub, config | {"num_nextn_predict_layers": 1 << 40}).predictions)
 
 
 def test_a_role_may_be_an_alias_of_a_name_without_one():

@@ -22,7 +22,7 @@ from fastckpt.tiles import tile
 
 _C = pytest.importorskip("fastckpt._C", reason="the compiled module is not built")
 
-PLAN = {"up": "colwise", "down": "rowwise", "*": "replicate"}
+PLAN = {"up": "colwise", "tied": "colwise", "down": "rowwise", "*": "replicate"}
 
 
 def state() -> dict[str, torch.Tensor]:

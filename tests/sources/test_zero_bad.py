@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+import fastckpt
 import pytest
 import torch
 import zero_writer
@@ -357,7 +358,7 @@ def test_files_under_another_rank_s_name(tmp_path, options):
     torch.manual_seed(3)
     params = {n: torch.ones(s) if n == "ones" else torch.randn(s) for n, s in SHAPES.items()}
     write_zero(tmp_path / "good", params, world=4, stripped=False, **options)
-    assert not [n for n in sources.open(tmp_path / "good").unread if "no copy" in n]
+    assert "notes" not in sources.open(tmp_path / "good").facts
     for a, b, copied in ((0, 1, False), (1, 2, False), (0, 2, True), (3, 0, True)):
         at = tmp_path / f"bad-{a}-{b}-{copied}"
         shutil.copytree(tmp_path / "good", at)
@@ -378,5 +379,15 @@ def test_masters_that_moved_away_from_their_copy_are_a_note(tmp_path):
         content["module"]["w"].add_(1.0)
 
     edit(model(tmp_path / "global_step2"), change)
-    ckpt = sources.open(tmp_path)
-    assert "`module` is no copy of the masters: w differs, 2 of those compared" in ckpt.unread
+    report = fastckpt.consolidate(tmp_path, tmp_path / "out")
+    assert "`module` is no copy of the masters: w differs, 2 of those compared" in report.notes[0]
+
+
+def test_a_partition_of_another_run_is_a_note(tmp_path):
+    torch.manual_seed(3)
+    for name in ("one", "two"):
+        write_zero(tmp_path / name, {n: torch.randn(s) for n, s in SHAPES.items()}, stage=2, world=3)
+    other, mine = (optim(tmp_path / name / "global_step2", 1) for name in ("two", "one"))
+    mine.write_bytes(other.read_bytes())
+    report = fastckpt.consolidate(tmp_path / "one", tmp_path / "out")
+    assert "no copy of the masters" in report.notes[0] and "files of two runs" in report.notes[0]

@@ -1,4 +1,4 @@
-"""PEFT adapters (LoRA): what their config and names mean, merged into a base or cut as its layout cuts it.
+"""PEFT adapters (LoRA): what their config and names mean, and merged into a base; kept apart: `apart`.
 
 An adapter holds for some modules of a base two thin matrices A [rank, inputs] and B [outputs, rank]; the
 module's weight becomes W + scale * B @ A (`lowrank` says exactly how), with scale = lora_alpha / rank, or
@@ -14,30 +14,22 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
 import xxhash
 
 from .. import dtypes, sources
 from ..checkpoint import JSON, Checkpoint, Entry, Single
 from ..dtypes import DType
-from ..errors import LayoutError, SourceError, near
-from ..extents import Extents, File
-from ..layouts.naming import Naming
-from ..model import Linear, Thin
+from ..errors import SourceError, near
+from ..extents import Extents
 from ..sources import peft
-from ..target import Target
-from ..views import ZERO, View, cat, dense_strides, zeros
-from .finishes import multiple
-from .lowrank import Ints, LowRank, elements, lies_nowhere, nowhere, pitched, runs
+from ..views import ZERO, View
+from .lowrank import LowRank, nowhere, pitched
 
 PREFIX = "base_model.model."
 """What PEFT puts before every name of the base."""
-
-STEM = "adapter_model"
-"""What PEFT calls the file of an adapter."""
 
 READ = frozenset(
     ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
@@ -169,6 +161,18 @@ class Adapter:
         told = [[(m, self.scale(m), p.flipped) for m, p in self.pairs.items()], list(self.saved)]
         return _digest(json.dumps(told), self.tensors.structure), self.tensors.headers
 
+    def applied(self, entries: Mapping[str, Entry], extents: Extents) -> Checkpoint:
+        """The base with these entries over this table; files and digests say that the adapter is in it."""
+        base, (structure, headers) = self.base, self.digests()
+        return replace(
+            base,
+            entries=entries,
+            extents=extents,
+            files=tuple(dict.fromkeys((*base.files, *self.tensors.files))),
+            structure=_digest(base.structure, structure) if base.structure else "",
+            headers=_digest(base.headers, headers),
+        )
+
 
 def fit(ckpt: Checkpoint, directory: str) -> Adapter:
     """The adapter in `directory` and the base that `ckpt` holds, by the base's own names.
@@ -237,154 +241,13 @@ def merged(adapter: Adapter, dtype: DType | None) -> Checkpoint:
         return lambda: _in_table(entry.build(), table, 0)
 
     def entry_of(name: str, old: Entry) -> Entry:
-        kind = _kind(old.dtype, dtype) if name in adapter.changed else old.dtype
+        kind = kind_of(old.dtype, dtype) if name in adapter.changed else old.dtype
         return Single(adapter.entry(name).shape, kind, build(name, old, kind), old.kind)
 
     notes = base.facts.get("notes")
     note = f"{adapter.settings.path}: {len(index)} modules merged, {len(adapter.saved)} tensors replaced"
-    structure, headers = adapter.digests()
-    return replace(
-        base,
-        entries={n: entry_of(n, e) for n, e in base.entries.items()},
-        extents=table,
-        files=_files(adapter),
-        facts={**base.facts, "notes": [*(notes if isinstance(notes, list) else []), note]},
-        structure=_digest(base.structure, structure) if base.structure else "",
-        headers=_digest(base.headers, headers),
-    )
-
-
-# ---- kept apart ----
-
-
-def hollow(adapter: Adapter, dtype: DType | None) -> Checkpoint:
-    """The base with names and shapes and no bytes, but for what the adapter replaces: where a layout puts an
-    adapted weight can be read off its extent, whose key is the module.
-
-    Raises SourceError where it is not known which of the base's tensors are the adapter's."""
-    base = adapter.base
-    if adapter.settings.biases and adapter.tensors.extents is base.extents:
-        raise SourceError(f"{base.path}: its biases were trained with the adapter; save that with PEFT first")
-    kinds = {n: _kind(e.dtype, dtype) for n, e in base.entries.items()}
-    weights = {f"{m}.weight": m for m in adapter.pairs}
-    extents = Extents(nowhere(None, base.entries[n].shape, kinds[n], m) for n, m in weights.items())
-    index = {n: i for i, n in enumerate(weights)}
-
-    def build(name: str, entry: Entry) -> Callable[[], View]:
-        if name in index:
-            return lambda: pitched(extents, index[name], kinds[name], entry.shape)
-        saved = adapter.saved.get(name)
-        if saved is not None:
-            return lambda: saved.entry.build().cast(kinds[name])
-        return lambda: zeros(entry.shape, kinds[name])
-
-    structure, headers = adapter.digests()
-    return replace(
-        base,
-        entries={n: Single(adapter.entry(n).shape, kinds[n], build(n, e)) for n, e in base.entries.items()},
-        extents=adapter.tensors.extents,
-        files=_files(adapter),
-        beside=(adapter.settings.path,),
-        structure=_digest(base.structure, structure) if base.structure else "",
-        headers=_digest(base.headers, headers),
-    )
-
-
-def naming(of_base: Naming) -> Naming:
-    """The names of an adapter's files where a base has those."""
-    part = f"{STEM}-{{part:05d}}-of-{{parts:05d}}.safetensors"
-    return replace(of_base, single=f"{STEM}.safetensors", part=part, index=None)
-
-
-def cut(targets: Iterable[Target], adapter: Adapter, dtype: DType | None) -> Iterator[Target]:
-    """What a rank holds of the adapter, under PEFT's names, by what it holds of a `hollow` base.
-
-    Raises LayoutError where a rank's part of a weight is not whole rows and columns of it, and for a tensor
-    of the adapter that has no place."""
-    left = {*adapter.pairs, *adapter.saved}
-    for target in targets:
-        if target.name in adapter.saved and target.name.removesuffix(".weight") not in adapter.pairs:
-            left.discard(target.name)
-            yield Target(f"{PREFIX}{adapter.saved[target.name].name}", target.view)
-        for module, down, across in _parts(target.name, target.view, adapter.base):
-            if module not in left:
-                raise LayoutError(f"adapter: two tensors of the layout hold parts of {module}.weight")
-            left.discard(module)
-            pair = adapter.pairs[module]
-            outputs, inputs = (across, down) if pair.flipped else (down, across)
-            thins = (pair.a_name, pair.a, 1, inputs), (pair.b_name, pair.b, 0, outputs)
-            for name, thin, axis, held in thins:
-                view = thin.build().cast(_kind(thin.dtype, dtype))
-                yield Target(f"{PREFIX}{name}", _picked(view, axis, held))
-            saved = adapter.saved.get(f"{module}.weight")
-            if saved is not None:
-                left.discard(f"{module}.weight")
-                view = saved.entry.build().cast(_kind(saved.entry.dtype, dtype))
-                yield Target(f"{PREFIX}{saved.name}", _picked(_picked(view, 0, down), 1, across))
-    if left:
-        raise LayoutError(f"adapter: the layout has no place for {', '.join(sorted(left)[:3])}")
-
-
-def by_roles(
-    make: Callable[[Callable[[Linear], Thin | None]], Iterable[Target]], adapter: Adapter, dtype: DType | None
-) -> Iterator[Target]:
-    """What a rank holds of the adapter by a layout that has names for it (`layouts.Adapts`), over a `hollow`
-    base: `make` gives its targets by what is added to a matrix, B times the adapter's scale.
-
-    Raises LayoutError where a matrix is not whole rows and columns of a module, and for a tensor of the
-    adapter that has no place."""
-    if adapter.saved:
-        raise LayoutError(f"adapter: the layout has no place for {next(iter(adapter.saved))} beside a base")
-    base = adapter.base
-    left = {m: math.prod(base.entries[f"{m}.weight"].shape) for m in adapter.pairs}  # elements with no place
-
-    def thin(linear: Linear) -> Thin | None:
-        found = [*_parts(linear.name, linear.weight, base)]
-        if not found:
-            return None
-        ((module, down, across),) = found
-        left[module] -= len(down) * len(across)
-        pair = adapter.pairs[module]
-        outputs, inputs = (across, down) if pair.flipped else (down, across)
-        b = multiple(pair.b_name, pair.b.build(), adapter.scale(module)).cast(_kind(pair.b.dtype, dtype))
-        a = pair.a.build().cast(_kind(pair.a.dtype, dtype))
-        return Thin(module, _picked(a, 1, inputs), _picked(b, 0, outputs))
-
-    yield from make(thin)
-    without = sorted(module for module, elements in left.items() if elements)
-    if without:
-        raise LayoutError(f"adapter: the layout has no place for all of {', '.join(without[:3])}")
-
-
-def _picked(view: View, axis: int, held: Ints) -> View:
-    """result[.., i, ..] == view[.., held[i], ..]."""
-    return cat([view.narrow(axis, start, stop - start) for start, stop in runs(held)], axis)
-
-
-def _parts(name: str, view: View, base: Checkpoint) -> Iterator[tuple[str, Ints, Ints]]:
-    """The adapted modules whose weights a view is made of: (module, rows and columns of its weight)."""
-    d = len(view.boxes)
-    steps = dense_strides(view.boxes)
-    found: dict[str, list[tuple[int, Ints, Ints]]] = {}
-    for extent, _, first, *box in view.held.tolist():
-        if extent == ZERO or not lies_nowhere(view.extents[extent]):
-            continue
-        module = view.extents[extent].key
-        columns = base.entries[f"{module}.weight"].shape[1]
-        at = sum(o * s for o, s in zip(box[:d], steps, strict=True))
-        down, across, _ = elements(first, box[d : 2 * d], box[2 * d :], columns)
-        found.setdefault(module, []).append((at, down, across))
-    for module, boxes in found.items():
-        _, downs, acrosses = zip(*sorted(boxes, key=lambda b: b[0]), strict=True)
-        if all(np.array_equal(x, acrosses[0]) for x in acrosses):
-            down, across = np.concatenate(downs), acrosses[0]
-        elif all(np.array_equal(x, downs[0]) for x in downs):
-            down, across = downs[0], np.concatenate(acrosses)
-        else:
-            raise LayoutError(f"adapter: {name} is not cut along rows or columns of {module}.weight")
-        if len(down) * len(across) != view.numel:
-            raise LayoutError(f"adapter: {name} {view.shape} holds more than a part of {module}.weight")
-        yield module, down, across
+    made = adapter.applied({n: entry_of(n, e) for n, e in base.entries.items()}, table)
+    return replace(made, facts={**base.facts, "notes": [*(notes if isinstance(notes, list) else []), note]})
 
 
 # ---- names and sizes ----
@@ -474,12 +337,9 @@ def _check(adapter: Adapter) -> None:
         adapter.scale(module)
 
 
-def _kind(old: DType, asked: DType | None) -> DType:
+def kind_of(old: DType, asked: DType | None) -> DType:
+    """The dtype a tensor gets: what was asked for, where it is a float."""
     return asked if asked is not None and old.kind == "float" else old
-
-
-def _files(adapter: Adapter) -> tuple[File, ...]:
-    return tuple(dict.fromkeys((*adapter.base.files, *adapter.tensors.files)))
 
 
 def _in_table(view: View, table: Extents, by: int) -> View:

@@ -78,7 +78,8 @@ def placement_of(model_config: ModelConfig, parallel: ParallelConfig) -> Placeme
 def refuse(model_config: ModelConfig, parallel: ParallelConfig) -> None:
     """Raises LayoutError for what would make tensors of this module another's than the layout's."""
     stored = getattr(model_config.hf_config, "quantization_config", None) or {}
-    other = None if model_config.quantization == stored.get("quant_method") else model_config.quantization
+    method = stored.get("quant_method")  # vLLM's own word for AWQ and GPTQ begins with auto_
+    other = None if model_config.quantization in (method, f"auto_{method}") else model_config.quantization
     for what, asked in (
         ("quantization of what is stored otherwise", other),
         ("enable_eplb", parallel.enable_eplb),

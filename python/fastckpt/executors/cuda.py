@@ -7,7 +7,7 @@ it. What is prepared can run again, or be captured into a graph, with launches a
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -150,12 +150,7 @@ class Prepared:
                 count = self.borders[path + 1] - first
                 if not count:
                     continue
-                try:
-                    _C.launch_tiles(
-                        rows, owner, sources, destinations, path, first, count, stream.cuda_stream
-                    )
-                except RuntimeError as e:
-                    raise DeviceError(f"executor cuda: {e}") from None
+                _started(_C.launch_tiles, rows, owner, sources, destinations, path, first, count)
             if not captured:
                 self._ran_on(stream)
 
@@ -184,13 +179,25 @@ def taken(leaves: NDArray[np.uint64], device: torch.device) -> NDArray[np.uint64
     with torch.cuda.device(device):
         held = torch.from_numpy(leaves.view(np.int64)).to(device)
         out = torch.zeros(len(leaves), dtype=torch.int64, device=device)
-        stream = torch.cuda.current_stream()
-        try:
-            _C.launch_digests(held.data_ptr(), len(leaves), out.data_ptr(), stream.cuda_stream)
-        except RuntimeError as e:
-            raise DeviceError(f"executor cuda: {e}") from None
+        _started(_C.launch_digests, held.data_ptr(), len(leaves), out.data_ptr())
         back: NDArray[np.uint64] = out.cpu().numpy().view(np.uint64)
     return back
+
+
+def quantise(table: torch.Tensor, owner: torch.Tensor, first: int, count: int) -> None:
+    """Start tiles of `quantrows.tiled`, whose table and owners lie there, on the current stream.
+
+    Raises DeviceError when the launch fails."""
+    if count:
+        _started(_C.launch_quantise, table.data_ptr(), owner.data_ptr(), first, count)
+
+
+def _started(launch: Callable[..., None], *numbers: int) -> None:
+    """Launch on the current stream. Raises DeviceError in CUDA's words."""
+    try:
+        launch(*numbers, torch.cuda.current_stream().cuda_stream)
+    except RuntimeError as e:
+        raise DeviceError(f"executor cuda: {e}") from None
 
 
 def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:

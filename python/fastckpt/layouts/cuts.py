@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
+
+from ..dtypes import int64
 from ..errors import LayoutError
 from ..model import Attention, Beside, Linear, Norm, Parameter, Sizes
 from ..placement import Placement
+from ..stored import constant
 from ..target import Target
 from ..views import View, cat
 
@@ -79,7 +83,8 @@ def _run(linear: Linear, beside: Beside, axis: int, start: int, length: int) -> 
 def joined(name: str, linears: Sequence[Linear]) -> Linear:
     """One matrix whose outputs are those of `linears` in order. All have a bias or none has; likewise what
     stands beside them: of blocks all but the last matrix end with one; a scale of a whole matrix becomes a
-    vector of as many; what goes by inputs alone (an order, a smoother) is that of the input they share."""
+    vector of as many; what goes by inputs alone (an order, a smoother) is that of the input they share; the
+    last one's `whole` stands for all."""
     biases = [x.bias for x in linears if x.bias is not None]
     if biases and len(biases) != len(linears):
         raise LayoutError(f"{name}: {len(biases)} of {len(linears)} parts have a bias, wanted all or none")
@@ -91,6 +96,7 @@ def joined(name: str, linears: Sequence[Linear]) -> Linear:
     return replace(
         first,
         name=name,
+        whole=linears[-1].whole,
         weight=cat([x.weight for x in linears]),
         bias=cat(biases) if biases else None,
         beside=tuple(_joined(name, linears, b) for b in first.beside),
@@ -149,11 +155,17 @@ def padded_part(view: View, multiple: int, index: int, count: int) -> View:
 
 def stored(linear: Linear) -> Iterator[Target]:
     """A matrix as the hub stores it: itself, transposed where the hub has it so, its bias, and what stands
-    beside it."""
+    beside it; its own sizes where the hub keeps those."""
+    return _tensors(replace(linear, whole=linear.whole and linear.shape))
+
+
+def _tensors(linear: Linear) -> Iterator[Target]:
     yield Target(f"{linear.name}.{linear.leaf}", linear.weight.T if linear.transposed else linear.weight)
     yield from bias(linear)
     for b in linear.beside:
         yield Target(f"{linear.name}.{b.leaf}", in_form(b))
+    if linear.whole is not None:
+        yield Target(f"{linear.name}.weight_shape", constant(np.array(linear.whole, np.int64), int64))
 
 
 def in_form(beside: Beside) -> View:
@@ -171,9 +183,9 @@ def in_form(beside: Beside) -> View:
 
 def plain(linear: Linear) -> Iterator[Target]:
     """A matrix as [out, in], whatever the hub stores (a quantised one as it is), with its bias and what
-    stands beside it, of which a scalar is a vector of one."""
+    stands beside it, of which a scalar is a vector of one; the sizes are those the hub keeps."""
     beside = tuple(replace(b, form="vector") if b.form == "scalar" else b for b in linear.beside)
-    return stored(replace(linear, beside=beside) if beside else replace(linear, transposed=False))
+    return _tensors(replace(linear, beside=beside) if beside else replace(linear, transposed=False))
 
 
 def bias(linear: Linear) -> Iterator[Target]:

@@ -35,14 +35,29 @@ def _ones(attention: str) -> tuple[Held, ...]:
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """What an engine holds otherwise of a model that is quantised in one way.
+
+    `held`: what more below each attention; `rounded`: patterns of its names that have the model's own dtype,
+    whatever the hub's have; `absent`: of those it has not; `biased`: stacks of experts have biases, of zeros
+    where the hub has none; `marlin`: experts of other sizes than that kernel takes are held otherwise."""
+
+    held: tuple[Held, ...] = ()
+    rounded: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    biased: bool = False
+    marlin: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Served:
     """A family as one version of an engine has it.
 
     `renamed`: parts of the model format's names; `held`: what it has below each layer's attention beyond the
-    checkpoint; `quantised`: Model.quant_method -> what more of that, for those ways of quantising that were
-    compared; `float32`: patterns of its names that are held in float32 whatever the others are; `hub_rows`:
-    what the hub fuses keeps its order of rows: q, k, v head by head, and [gate; up] cut as one run (vLLM's
-    Transformers backend).
+    checkpoint; `quantised`: Model.quant_method -> what it holds otherwise, for those ways of quantising that
+    were compared; `float32`: patterns of its names that are held in float32 whatever the others are;
+    `hub_rows`: what the hub fuses keeps its order of rows: q, k, v head by head, and [gate; up] cut as one
+    run (vLLM's Transformers backend).
 
     `tied`: whether a tied pair goes by the head's name or, where the engine has no head, the embedding's.
     `stages`: what a stage of a pipeline holds beside its layers: its "own" part of embedding, norm and head,
@@ -50,7 +65,7 @@ class Served:
 
     renamed: Renamed = ()
     held: tuple[Held, ...] = _ones("attn")
-    quantised: Mapping[str, tuple[Held, ...]] = field(default_factory=dict)
+    quantised: Mapping[str, Form] = field(default_factory=dict)
     tied: str = "head"
     float32: tuple[str, ...] = ()
     hub_rows: bool = False
@@ -82,43 +97,54 @@ _LATENT: Renamed = tuple(
     (f".self_attn.{name}.", f".self_attn.mla_attn.{name}.")
     for name in ("q_proj", "q_b_proj", "q_a_layernorm", "o_proj")
 )
-_KV_SCALES = {
-    # vLLM's placeholders for scales of a quantised kv cache, as they are where the checkpoint has none.
-    "compressed-tensors": (
-        *(Held(f"attn.{x}_scale", 1.0, (1,)) for x in "kqv"),
-        *(Held(f"attn.{x}_zero_point", 0.0, (1,), float32=False) for x in "kqv"),
-    ),
-    "fp8": tuple(Held(f"attn.{x}_scale", -1.0, float32=False) for x in ("k", "prob", "q", "v")),
-}
-_PLAIN = Served(quantised=_KV_SCALES)
-_COMPRESSED = {"compressed-tensors": _KV_SCALES["compressed-tensors"]}
-_FUSED = Served(quantised=_COMPRESSED)
+# vLLM's placeholders for scales of a quantised kv cache, as they are where the checkpoint has none.
+_COMPRESSED_CACHE = (
+    *(Held(f"attn.{x}_scale", 1.0, (1,)) for x in "kqv"),
+    *(Held(f"attn.{x}_zero_point", 0.0, (1,), float32=False) for x in "kqv"),
+)
+_FP8_CACHE = tuple(Held(f"attn.{x}_scale", -1.0, float32=False) for x in ("k", "prob", "q", "v"))
+
+
+def _forms(compressed: tuple[Held, ...], fp8: tuple[Held, ...]) -> dict[str, Form]:
+    """The ways of quantising; what is held below an attention by compressed-tensors', and by fp8."""
+    return {
+        "compressed-tensors": Form(compressed),
+        "fp8": Form(fp8),
+        "pack-quantized": Form(compressed, ("*weight_scale", "*_weight_shape")),
+        "awq": Form(rounded=("*scales",), marlin=True),
+        "gptq": Form(
+            rounded=("*scales", "*.w13_bias", "*.w2_bias"), absent=("*g_idx",), biased=True, marlin=True
+        ),
+    }
+
+
+_FORMS = _forms(_COMPRESSED_CACHE, _FP8_CACHE)
+_PLAIN = Served(quantised=_FORMS)
+_FUSED = {k: v for k, v in _FORMS.items() if k != "fp8"}
 _DEEPSEEK = Served(
     (*_STACKS, *_SHARED, *_ROUTER, *_LATENT),
     _ones("mla_attn.mla_attn"),
-    {"compressed-tensors": (), "fp8": ()},
+    _forms((), ()),
     stages="own",
 )
 
 _VLLM_0_32: dict[str, Served] = {
-    "llama": Served(quantised=_KV_SCALES, stages="own"),
+    "llama": Served(quantised=_FORMS, stages="own"),
     "mistral": _PLAIN,
     "qwen2": _PLAIN,
     "qwen3": _PLAIN,
     "granite": _PLAIN,
     "smollm3": _PLAIN,
     "gemma": _PLAIN,
-    "gemma2": Served(quantised=_KV_SCALES, tied="embedding"),
+    "gemma2": Served(quantised=_FORMS, tied="embedding"),
     "gemma3_text": _PLAIN,
-    "phi3": _FUSED,
-    "glm": Served(quantised=_COMPRESSED, hub_rows=True),
-    "glm4": _FUSED,
-    "mixtral": Served(_STACKS, quantised=_KV_SCALES, stages="all"),
-    "qwen2_moe": Served((*_STACKS, *_SHARED), quantised=_KV_SCALES),
-    "qwen3_moe": Served((*_STACKS, *_ROUTER), quantised=_KV_SCALES, stages="all"),
-    "glm4_moe": Served(
-        (*_STACKS, *_SHARED, *_CORRECTION), quantised=_KV_SCALES, float32=("*.mlp.gate.weight",)
-    ),
+    "phi3": Served(quantised=_FUSED),
+    "glm": Served(quantised=_FUSED, hub_rows=True),
+    "glm4": Served(quantised={k: v for k, v in _FUSED.items() if k != "gptq"}),  # vLLM's own loader fails
+    "mixtral": Served(_STACKS, quantised=_FORMS, stages="all"),
+    "qwen2_moe": Served((*_STACKS, *_SHARED), quantised=_FORMS),
+    "qwen3_moe": Served((*_STACKS, *_ROUTER), quantised=_FORMS, stages="all"),
+    "glm4_moe": Served((*_STACKS, *_SHARED, *_CORRECTION), quantised=_FORMS, float32=("*.mlp.gate.weight",)),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
     "gpt_oss": Served(_STACKS),

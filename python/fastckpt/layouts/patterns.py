@@ -65,12 +65,18 @@ class Patterns:
                 raise LayoutError(f"tp_plan: {pattern!r}: unknown style {style!r}; known: {known}")
 
     def targets(self, ckpt: Checkpoint, placement: Placement) -> Iterator[Target]:
-        """Every tensor's part for this rank, in the checkpoint's order.
+        """Every tensor's part for this rank, in the checkpoint's order; then those of tied names that are cut
+        otherwise than the tensor they are.
 
         Raises LayoutError, before the first target, for a name no pattern matches, for an axis that does not
         divide by tp, and for a tensor that does not have the axis."""
         require_tensor_parallel("hf", placement)
         cuts = {name: self._axis(name, ckpt.entries[name].shape, placement.tp) for name in ckpt}
+        for alias, holder in ckpt.aliases.items():
+            if placement.tp > 1 and self._style(alias) is not None:
+                cut = self._axis(alias, ckpt.entries[holder].shape, placement.tp)
+                if cut != cuts[holder]:
+                    cuts[alias] = cut
         return self._targets(ckpt, placement, cuts)
 
     def naming(self, placement: Placement) -> Naming:
@@ -88,16 +94,20 @@ class Patterns:
                 view = cat([part.part(axis, placement.tp_rank, placement.tp) for part in parts], axis)
             yield Target(name, view)
 
-    def _axis(self, name: str, shape: tuple[int, ...], tp: int) -> tuple[int, int] | None:
-        """The axis to cut and the matrices along it; None: the tensor is whole on every rank."""
-        module, _, leaf = name.rpartition(".")
-        style = next(
+    def _style(self, name: str) -> str | None:
+        """The style of the first pattern that matches."""
+        module = name.rpartition(".")[0]
+        return next(
             (s for p, s in self.plan.items() if fnmatchcase(name, p) or fnmatchcase(module, p)), None
         )
+
+    def _axis(self, name: str, shape: tuple[int, ...], tp: int) -> tuple[int, int] | None:
+        """The axis to cut and the matrices along it; None: the tensor is whole on every rank."""
+        style = self._style(name)
         if style is None:
             raise LayoutError(f'tp_plan: no pattern matches {name}; write "*": "replicate" to mean it')
         cut = STYLES[style]
-        if cut.axis is None or (leaf == "bias" and not cut.bias):
+        if cut.axis is None or (name.rpartition(".")[2] == "bias" and not cut.bias):
             return None
         axis = -1 if len(shape) == 1 else cut.axis  # a vector lies along the outputs, or is cut as asked
         if len(shape) < -axis or (len(shape) == 1 and cut.halves > 1):

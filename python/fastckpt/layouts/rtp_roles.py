@@ -148,6 +148,11 @@ def _matrix(
     likewise. `parts`: which axis of [out, in] ranks cut (None: by heads, or not at all) and how many they
     are; blocks and groups must follow. `one_scale`: fp8 with one scale for all of them."""
     linear = joined(linears[0].name, linears) if len(linears) > 1 else linears[0]
+    if linear.leaf == "weight_packed":
+        raise LayoutError(
+            f"layout rtp_llm: {linear.name} is compressed-tensors' packed integers, which the engine reads "
+            "of experts alone: exclude it by a pattern, or quantise as awq-group or gptq-group"
+        )
     table, packed = _table(linear), linear.packed != (1, 1)
     one_scale = one_scale and table == "fp8_tensor" and len(linears) > 1
     axis, count = parts
@@ -394,6 +399,8 @@ def _stacks(end: str, linears: Sequence[Linear], axis: int, cut: Cut, making: Ma
     if len(kinds) != 1:
         raise LayoutError(f"layout rtp_llm: experts like {first.name} are stored unlike one another")
     no_bias(*linears)
+    if first.leaf == "weight_packed":
+        _require_int4(first, cut)
     for linear in linears:
         whole_blocks(linear, axis, cut.moe_tp[1])
     make = stack_moe_w1 if end == "1" else stacked
@@ -409,9 +416,24 @@ def _stacks(end: str, linears: Sequence[Linear], axis: int, cut: Cut, making: Ma
             yield from _expert_scalars(end, linears, b.leaf, one_scale=one_scale)
         elif name := _beside_name("moe_", end, first, b):
             views = [x.beside[k].view for x in linears]
+            if b.leaf == "weight_scale" and table == "default":
+                views = [v.cast(dtypes.bfloat16) for v in views]
             if table == "int8":
                 views = [v.reshape((v.numel,)) for v in views]
             yield Whole(name, make(views), table)
+
+
+def _require_int4(linear: Linear, cut: Cut) -> None:
+    """Raises LayoutError for an expert of compressed-tensors that the engine does not read: it takes four
+    bits by groups, and repacks an expert for its kernel before it would cut it."""
+    scales = linear.part("weight_scale")
+    if linear.packed != (1, 8) or scales is None or not scales.unit[1]:
+        raise LayoutError(f"layout rtp_llm: {linear.name}: wanted four bits by groups, as the engine reads")
+    if cut.moe_tp[1] > 1:
+        raise LayoutError(
+            f"layout rtp_llm: {linear.name}: the engine repacks whole experts of compressed-tensors, so "
+            f"{cut.moe_tp[1]} ranks do not cut one: wanted ep = tp * dp, or use_stack_weight=false"
+        )
 
 
 def _expert_scalars(end: str, linears: Sequence[Linear], leaf: str, *, one_scale: bool) -> Iterator[Whole]:

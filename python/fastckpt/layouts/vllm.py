@@ -9,13 +9,15 @@ vocab_parallel_embedding.py, fused_moe/layer.py and models/.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
 import numpy as np
 
 from .. import dtypes
+from ..dtypes import DType
 from ..errors import LayoutError
 from ..model import Attention, BlockStacks, Experts, Layer, Linear, Mla, Mlp, Model, Parameter, Sizes, Stacks
 from ..placement import Placement
@@ -37,7 +39,7 @@ from .cuts import (
     require_heads,
     require_kv_heads,
 )
-from .engines import Renamed, Served, known, served
+from .engines import Form, Renamed, Served, known, served
 from .naming import Naming
 from .padding import padded, resized
 from .servers import Share, expert_share, layer_range
@@ -111,7 +113,9 @@ class Vllm:
             raise LayoutError(f"layout vllm has no place for {what} of {model.family}, which is no decoder")
         renamed = RENAMED.get(model.family, ())
         targets = self._targets(model, placement, share, stage, engine)
-        return (_named(t, renamed, engine) for t in targets)
+        named = (_named(t, renamed, engine) for t in targets)
+        form = engine.quantised.get(model.quant_method) if engine is not None else None
+        return named if form is None else _in_form(named, form, model.embedding.weight.dtype)
 
     def resized(self, model: Model, placement: Placement) -> Mapping[str, int]:
         """What config.json must say otherwise. Raises LayoutError where it cannot."""
@@ -174,18 +178,21 @@ class Vllm:
             yield from _attention(layer.attention, model.sizes, placement, as_hub)
         if engine is not None:
             module, own = _parent(layer.attention.o.name), model.embedding.weight.dtype
-            for held in (*engine.held, *engine.quantised.get(model.quant_method, ())):
+            for held in (*engine.held, *engine.quantised.get(model.quant_method, Form()).held):
                 one = constant(np.full(1, held.value, np.float32), dtypes.float32)
                 yield Target(f"{module}.{held.name}", one if held.float32 else one.cast(own), held.shape)
         yield from norm(layer.attention_after)
         yield from norm(layer.mlp_norm)
         if isinstance(layer.mlp, Experts):
-            yield from self._experts(layer.mlp, placement, share)
+            form = None if engine is None else engine.quantised.get(model.quant_method)
+            yield from self._experts(layer.mlp, placement, share, form)
         else:
             yield from _mlp(layer.mlp, placement, engine is not None and engine.hub_rows)
         yield from norm(layer.mlp_after)
 
-    def _experts(self, moe: Experts, placement: Placement, share: Share) -> Iterator[Target]:
+    def _experts(
+        self, moe: Experts, placement: Placement, share: Share, form: Form | None
+    ) -> Iterator[Target]:
         yield from plain(moe.router)
         if moe.correction is not None:
             yield Target(moe.correction.name, moe.correction.view.cast(dtypes.float32))
@@ -194,9 +201,18 @@ class Vllm:
             yield from _stacks(moe.name, moe.stacks, held, share)
         else:
             mlps = [moe.experts[e] for e in held]
+            if form is not None and form.marlin:
+                _require_marlin(mlps[0].up)
+            biased = form is not None and form.biased and bool(mlps[0].up.beside)
             downs = [in_part(mlp.down, share.index, share.count) for mlp in mlps]
-            yield from _stacked(f"{moe.name}.w13", [self._pair(mlp, share) for mlp in mlps])
-            yield from _stacked(f"{moe.name}.w2", [_once(x, share) for x in downs])
+            for part, linears in (
+                ("w13", [self._pair(mlp, share) for mlp in mlps]),
+                ("w2", [_once(x, share) for x in downs]),
+            ):
+                yield from _stacked(f"{moe.name}.{part}", linears)
+                if biased and linears[0].bias is None:
+                    none = zeros((len(linears), linears[0].shape[0]), dtypes.float32)
+                    yield Target(f"{moe.name}.{part}_bias", none)
         if moe.shared is not None:
             yield from _mlp(moe.shared, placement)
         if moe.shared_gate is not None:
@@ -218,9 +234,32 @@ def _named(target: Target, renamed: Renamed, engine: Served | None) -> Target:
     return target if name == target.name and view is target.view else Target(name, view, target.shape)
 
 
+def _in_form(targets: Iterable[Target], form: Form, own: DType) -> Iterator[Target]:
+    """A quantised model's tensors that the engine has, each in the dtype it has there."""
+    for target in targets:
+        if any(fnmatchcase(target.name, pattern) for pattern in form.rounded):
+            yield Target(target.name, target.view.as_stored().cast(own), target.shape)
+        elif not any(fnmatchcase(target.name, pattern) for pattern in form.absent):
+            yield target
+
+
+def _require_marlin(linear: Linear) -> None:
+    """Raises LayoutError for an expert's sizes that vLLM holds in another form, for a slower kernel."""
+    scales = linear.part("scales")
+    if scales is not None and (linear.shape[1] % 128 or scales.unit[1] not in (0, 32, 64, 128)):
+        raise LayoutError(
+            f"layout vllm: {linear.name} of {linear.shape[1]} inputs in groups of {scales.unit[1]}: how vLLM "
+            "holds experts that its Marlin kernel does not take is not known: wanted a multiple of 128 "
+            "inputs, and groups of 32, 64, 128 or all"
+        )
+
+
 def _stacked(name: str, linears: Sequence[Linear]) -> Iterator[Target]:
     """The experts' matrices of one kind as a stack, their biases and what stands beside them likewise."""
     first = linears[0]
+    kinds = {(x.leaf, x.packed, tuple((b.leaf, b.unit) for b in x.beside)) for x in linears}
+    if len(kinds) != 1:
+        raise LayoutError(f"layout vllm: {name}: experts are stored unlike one another")
     for b in first.beside:
         if b.leaf == "input_scale" and b.view.numel > 1:
             raise LayoutError(
@@ -234,6 +273,9 @@ def _stacked(name: str, linears: Sequence[Linear]) -> Iterator[Target]:
     ):
         if views:
             yield Target(f"{name}_{suffix}", stack(views))
+    if first.whole is not None:
+        whole = np.array([x.whole for x in linears], np.float32)
+        yield Target(f"{name}_weight_shape", constant(whole, dtypes.float32))
 
 
 def _once(linear: Linear, share: Share) -> Linear:

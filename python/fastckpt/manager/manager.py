@@ -244,6 +244,13 @@ class CheckpointManager:
             return False
 
         stands = self.exists(step) and step not in self._broken
+        if self._newest is not None and step < self._newest and not stands:
+            warnings.warn(
+                f"step {step} is older than step {self._newest}, which a resume would take; "
+                "rewind() sets newer commits aside",
+                CheckpointWarning,
+                stacklevel=2,
+            )
         request: saving.Request | None = None
 
         def prepare() -> JSON:
@@ -534,6 +541,8 @@ class CheckpointManager:
             return []
         commits = [c for c in self._store.commits() if c.step not in self._broken]
         kept = self._keep(commits) | {c.step for c in commits[-1:]}
+        if self._newest is not None:  # saved last, though older than others that stand
+            kept.add(self._newest)
         return [c.step for c in commits if c.step not in kept]
 
     def rewind(self, step: int) -> list[int]:

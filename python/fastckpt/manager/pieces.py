@@ -109,8 +109,8 @@ class Snapshots:
 
 
 def raw(tensor: torch.Tensor) -> NDArray[np.uint8]:
-    """The bytes of a dense CPU tensor, where they lie."""
-    flat: NDArray[np.uint8] = tensor.view(-1).view(torch.uint8).numpy()
+    """The bytes of a dense CPU tensor, where they lie. (One of a single element may have any stride.)"""
+    flat: NDArray[np.uint8] = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
     return flat
 
 

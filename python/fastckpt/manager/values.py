@@ -345,7 +345,7 @@ def check(tree: JSON, template: object, shapes: Mapping[str, tuple[int, ...]], a
                 )
             for k, (value, inner) in enumerate(zip(inside, held, strict=False)):
                 visit(value, inner, _join(path, k))
-        elif isinstance(held, (dict, list, tuple)) and held:
+        elif isinstance(held, (dict, list, tuple)) and held and not isinstance(held, torch.Size):
             raise ManagerError(
                 f"restore at {here}: the template has a {type(held).__name__}, the commit {tag or 'a value'}"
             )

@@ -189,23 +189,49 @@ def _compile(fragments: Ints, ndim: int, strides: Ints, codes: Ints, tensor: Int
     size, src_stride, dst_stride = coalesce(size, fragments[:, 3 + 2 * ndim :] * item[:, None], strides)
     if size.size and int(size.max()) > LONGEST:
         raise ViewError(f"plan: an axis of {int(size.max())} elements; a copy row has at most {LONGEST}")
-    src = fragments[:, 2] * item
-    dst = (origin * strides).sum(axis=1)
-    while size.shape[1] > AXES:  # a fifth axis is unrolled into rows
+    table = np.zeros(len(size), COPY)
+    table["src"], table["dst"] = np.where(zero, 0, fragments[:, 2] * item), (origin * strides).sum(axis=1)
+    table["src_buffer"] = np.where(zero, NOTHING, fragments[:, 0])
+    table["src_dtype"], table["dst_dtype"] = stored, codes
+    table, which = _with_axes(table, size, np.where(zero[:, None], 0, src_stride), dst_stride)
+    return tensor[which], table
+
+
+def _with_axes(table: Table, size: Ints, src_stride: Ints, dst_stride: Ints) -> tuple[Table, Ints]:
+    """The rows with these axes, a fifth one unrolled into rows, and the number of the row that each was."""
+    which = np.arange(len(table))
+    src, dst = table["src"].astype(np.int64), table["dst"].astype(np.int64)
+    while size.shape[1] > AXES:
         times = size[:, 0]
         step = np.arange(int(times.sum())) - np.repeat(np.cumsum(times) - times, times)
         src = np.repeat(src, times) + step * np.repeat(src_stride[:, 0], times)
         dst = np.repeat(dst, times) + step * np.repeat(dst_stride[:, 0], times)
         axes = (size, src_stride, dst_stride)
         size, src_stride, dst_stride = (np.repeat(a[:, 1:], times, axis=0) for a in axes)
-        zero, stored, codes, tensor = (np.repeat(a, times) for a in (zero, stored, codes, tensor))
-        fragments = np.repeat(fragments[:, :1], times, axis=0)
-    table = np.zeros(len(size), COPY)
-    table["src"], table["dst"] = np.where(zero, 0, src), dst
-    table["src_stride"], table["dst_stride"], table["shape"] = src_stride, dst_stride, size
-    table["src_buffer"] = np.where(zero, NOTHING, fragments[:, 0])
-    table["src_dtype"], table["dst_dtype"] = stored, codes
-    return tensor, table
+        which = np.repeat(which, times)
+    out: Table = table[which]
+    out["src"], out["dst"] = src, dst
+    out["src_stride"], out["dst_stride"], out["shape"] = src_stride, dst_stride, size
+    return out, which
+
+
+def upright(rows: Table, width: int, count: int) -> Table:
+    """Rows that fill `count` lines of `width` bytes, as rows that fill the transpose of that matrix."""
+    item = _ITEM[rows["dst_dtype"]]
+    size, src, dst = (rows[name].astype(np.int64) for name in ("shape", "src_stride", "dst_stride"))
+    # An axis that runs on into the next lines becomes two.
+    inner = np.where((dst < width) & ((size - 1) * dst >= width), width // np.maximum(dst, 1), size)
+    pairs = (size // inner, inner), (src * inner, src), (dst * inner, dst)
+    size, src, dst = (np.concatenate(pair, axis=1) for pair in pairs)
+    dst = np.where(dst % width == 0, dst // width * item[:, None], dst * count)
+    order = np.argsort(-dst, axis=1, kind="stable")
+    axes = coalesce(*(np.take_along_axis(a, order, axis=1) for a in (size, src, dst)))
+    out = rows.copy()
+    start = rows["dst"].astype(np.int64)
+    out["dst"] = start // width * item + start % width * count
+    out, _ = _with_axes(out, *axes)
+    classify(out)
+    return out
 
 
 def coalesce(size: Ints, src: Ints, dst: Ints) -> tuple[Ints, Ints, Ints]:

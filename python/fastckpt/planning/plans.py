@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from .. import layouts, recipes
 from ..checkpoint import JSON, Cast, Checkpoint
 from ..collector import paused
-from ..computed import adapters, dequantised
+from ..computed import adapters, apart, dequantised
 from ..computed.adapters import Adapter
 from ..dtypes import DType, float8_e4m3fn, float8_e5m2, float32
 from ..dtypes import dtype as dtype_of
@@ -44,7 +44,7 @@ from .planner import Chunk, Kept, Slots, Table
 KEPT_ROWS = 1 << 18
 """A plan keeps at most this many compiled rows (32 MiB); a larger one is compiled again as it runs."""
 
-VERSION = 1
+VERSION = 2
 """Part of every plan key; raised when the same inputs would give other bytes."""
 
 Stream = Callable[[], Iterator[tuple[int, Target]]]
@@ -233,6 +233,11 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
                 f"quant: {told.name} is tied to another tensor, which would not find its scales"
             )
     aliases = _present(road.aliases, made, rows.values())
+    notes = road.notes
+    one_name = aliases and not in_memory and road.naming(placement).single.endswith(".safetensors")
+    if one_name and (road.checkpoint.config or {}).get("tie_word_embeddings") is not True:
+        ties = ", ".join(f"{a} is {h}" for a, h in aliases.items())
+        notes += (f"tied, stored under one name, and no config says so: {ties}",)
     files: list[FileLayout] = []
     file_ranks: list[int] = []
     texts: list[tuple[int, str, bytes]] = []
@@ -267,7 +272,7 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
         stream=stream,
         kept=None if kept is None else tuple(kept),
         needed_bytes=needed,
-        notes=road.notes,
+        notes=notes,
         left_out=tuple(left_out),
         quantised=quantised,
         scans=None if expansion is None or not expansion.scanned else expansion.uncut,
@@ -375,7 +380,7 @@ class _Road:
         if adapter is not None:
             # What is cast to a module's dtypes at the end is not rounded before.
             whole = float32 if wanted.held is not None else dtype
-            ckpt = adapters.hollow(adapter, dtype) if wanted.apart else adapters.merged(adapter, whole)
+            ckpt = apart.hollow(adapter, dtype) if wanted.apart else adapters.merged(adapter, whole)
         if dtype is not None:
             dequantised.require_as_stored(ckpt, dtype, scales=not layout.roles)
         cast = ckpt if dtype is None else replace(ckpt, entries=Cast(ckpt.entries, dtype))
@@ -407,6 +412,8 @@ class _Road:
         own_layout = type(layout) in (*layouts.LAYOUTS.values(), Patterns)
         if not layout.roles:
             by_names = layout
+            if wanted.vocab_size is not None:  # the config would say it, and no tensor would be cut
+                raise LayoutError(f"vocab_size goes with layouts that read roles, not {_layout_name(layout)}")
             if wanted.quant is not None and (config is not None or ckpt.config is not None):
                 config = _config(ckpt, wanted.config)
             return _Road(
@@ -427,7 +434,7 @@ class _Road:
         recipe = recipes.find(config) if asked is None else recipes.named(asked)
         quant = wanted.quant
         engine = str(dict(layouts.options_of(layout)).get("engine") or "")
-        if quant is not None and prequantised.fits(_layout_name(layout), engine, quant.scheme):
+        if quant is not None and prequantised.fits(_layout_name(layout), engine, cast, quant):
             _require_dense(quant, wanted, layout.naming(wanted.placement), config)
             cast, config = prequantised.made(cast, config, quant)
             wanted = replace(wanted, config=config, quant=None)
@@ -440,8 +447,10 @@ class _Road:
             notes += (f"layout {_layout_name(layout)} leaves out the layers of multi-token prediction",)
         resized = layout.resized(model, wanted.placement) if isinstance(layout, Resizes) else {}
         if resized:
-            options["resized"] = {key: config.get(key) for key in resized}
             notes += (f"padded; config.json says so: {', '.join(f'{k} {n}' for k, n in resized.items())}",)
+        changed = {**resized, **(quantplan.fused_config(config, cast.entries) if engine else {})}
+        if changed:
+            options["resized"] = {key: config.get(key) for key in changed}
         if model.ignored:
             notes += (f"left out, known to {model.family}: {', '.join(model.ignored)}",)
         aliases = {f"{model.lm_head.name}.weight": f"{model.embedding.name}.weight"} if model.tied else {}
@@ -455,7 +464,7 @@ class _Road:
             cast,
             lambda p: by_roles.targets(model, p),
             layout.naming,
-            _config_text(config, wanted, resized),
+            _config_text(config, wanted, changed),
             aliases,
             options,
             notes,
@@ -471,8 +480,8 @@ class _Road:
         """This road with the adapter alone, where each rank holds its part of the base."""
         return replace(
             self,
-            targets=lambda p: adapters.cut(self.targets(p), adapter, dtype),
-            naming=lambda p: adapters.naming(self.naming(p)),
+            targets=lambda p: apart.cut(self.targets(p), adapter, dtype),
+            naming=lambda p: apart.naming(self.naming(p)),
             config=None,
             aliases={},
         )
@@ -482,7 +491,7 @@ class _Road:
         config does not go beside it."""
 
         def targets(p: Placement) -> Iterator[Target]:
-            return adapters.by_roles(lambda thin: layout.adapted(model, p, thin), adapter, dtype)
+            return apart.by_roles(lambda thin: layout.adapted(model, p, thin), adapter, dtype)
 
         return replace(
             self,
@@ -573,14 +582,14 @@ def _config(
 
 
 def _config_text(
-    config: Mapping[str, JSON] | None, wanted: Wanted, resized: Mapping[str, int] | None = None
+    config: Mapping[str, JSON] | None, wanted: Wanted, changed: Mapping[str, JSON] | None = None
 ) -> bytes | None:
     """The config.json to write in place of the one beside the checkpoint, if another was asked for, or if
     sizes were padded."""
-    if config is None or (wanted.config is None and wanted.vocab_size is None and not resized):
+    if config is None or (wanted.config is None and wanted.vocab_size is None and not changed):
         return None
     told = dict(config) if wanted.vocab_size is None else {**config, "vocab_size": wanted.vocab_size}
-    told |= resized or {}
+    told |= changed or {}
     return (json.dumps(told, indent=2) + "\n").encode()
 
 

@@ -51,7 +51,8 @@ class Matrix:
     """A dense matrix that is quantised as `scheme` says. `shape`: [outputs, inputs], or [inputs, outputs]
     where the scheme stores it turned; `build` gives the dense view [outputs, inputs].
 
-    `_found`: the largest magnitude of each row, -1 where it is not known yet."""
+    `_found`: the largest magnitude of each row, -1 where it is not known yet; `_blocks`: the scales of blocks
+    of several rows, which are few, NaN where they are not."""
 
     name: str
     dtype: DType
@@ -60,36 +61,52 @@ class Matrix:
     build: Callable[[], View]
     _view: View | None = None
     _found: Floats | None = None
+    _blocks: Floats | None = None
     _lock: Lock = field(default_factory=Lock)
 
     def dense(
         self, ask: Asker, r0: int, r1: int, c0: int, c1: int, *, scan: bool = False
     ) -> NDArray[np.uint8]:
-        """The bytes of a dense box, as the scheme turns it."""
+        """The bytes of a dense box, as `quantise` takes them."""
         view = self._view
         if view is None:
-            view = self.build()
-            self._view = view = view.T if self.scheme.turned else view
-        box = view.narrow(0, r0, r1 - r0).narrow(1, c0, c1 - c0)
+            self._view = view = self.build()
+        rows, columns = (1, 0) if self.scheme.turned else (0, 1)
+        box = view.narrow(rows, r0, r1 - r0).narrow(columns, c0, c1 - c0)
         return np.ascontiguousarray(ask.dense(box, scan=scan)).reshape(-1).view(np.uint8)
 
-    def largest(self, ask: Asker, r0: int, r1: int) -> Floats:
-        """What the scales of rows [r0, r1) come from: of each row, or for one scale a matrix of all rows."""
+    def pitch(self, rows: int) -> int:
+        """The bytes between the columns of a box of so many rows, where it lies turned."""
+        return rows * self.dtype.itemsize if self.scheme.turned else 0
+
+    def largest(self, ask: Asker, r0: int, r1: int, held: NDArray[np.uint8] | None = None) -> Floats:
+        """What the scales of rows [r0, r1) come from: of each row, or for one scale a matrix of all rows.
+
+        `held`: the bytes of those rows, where they were read whole; else they are read where they are not
+        known yet."""
         if self.scheme.block[0] == 0:
             with self._lock:  # else every worker reads the whole matrix
                 return np.repeat(self._rows(ask, 0, self.shape[0]).max(), r1 - r0)
-        return self._rows(ask, r0, r1)
+        return self._rows(ask, r0, r1, held)
 
-    def _rows(self, ask: Asker, r0: int, r1: int) -> Floats:
+    @property
+    def blocks(self) -> Floats:
+        """The scales of blocks of several rows that were found so far, NaN for the others."""
+        with self._lock:
+            if self._blocks is None:
+                self._blocks = np.full(self.scheme.grid(*self.shape), np.nan, np.float32)
+            return self._blocks
+
+    def _rows(self, ask: Asker, r0: int, r1: int, held: NDArray[np.uint8] | None = None) -> Floats:
         rows, columns = self.shape
         if self._found is None:
             self._found = np.full(rows, -1, np.float32)
         found = self._found
-        step = max(1, PIECE // (columns * self.dtype.itemsize))
+        step = max(1, PIECE // (columns * self.dtype.itemsize)) if held is None else r1 - r0
         for a in range(r0, r1, step):
             b = min(r1, a + step)
             if (found[a:b] < 0).any():
-                dense = self.dense(ask, a, b, 0, columns, scan=True)
+                dense = self.dense(ask, a, b, 0, columns, scan=True) if held is None else held
                 largest = amax(dense, self.dtype, b - a, columns)
                 if not np.isfinite(largest).all():
                     raise not_finite(self.name, a, b)
@@ -143,11 +160,14 @@ def _values(m: Matrix, ask: Asker, r0: int, r1: int, c0: int, c1: int) -> Elemen
         b = min(a + step, -(-bottom // unit) * unit, rows)
         n, width = b - a, last - first
         dense = m.dense(ask, a, b, first, last)
-        largest = m.largest(ask, a, b) if across == 0 else None
+        whole = dense if (first, last) == (0, columns) else None
+        largest = m.largest(ask, a, b, whole) if across == 0 else None
         made = np.empty(n * width * scheme.bits // 8, np.uint8)
-        found = quantise(dense, m.dtype, n, width, scheme, largest, made)
+        found = quantise(dense, m.dtype, n, width, scheme, largest, made, pitch=m.pitch(n))
         if found is None:
             raise not_finite(m.name, a, b)
+        if down > 1 and across > 1:
+            m.blocks[a // down : -(-b // down), first // across : -(-last // across)] = found.scales
         held = slice(max(a, top), min(b, bottom)), slice(left, right)
         if (a, b, first, last) == (held[0].start, held[0].stop, left, right):
             ask.told(m, found.error)
@@ -169,6 +189,8 @@ def _scales(m: Matrix, ask: Asker, r0: int, r1: int, c0: int, c1: int) -> tuple[
         if not np.isfinite(one).all():
             raise not_finite(m.name, r0, r1)
         return one.reshape(-1, 1), np.zeros((r1 - r0, 1), np.int8)
+    if down > 1 and across > 1 and not np.isnan(known := m.blocks[r0:r1, c0:c1]).any():
+        return known.copy(), np.zeros(known.shape, np.int8)
     left, right = c0 * across, min(columns, c1 * across)
     scales, zeros = np.empty((r1 - r0, c1 - c0), np.float32), np.empty((r1 - r0, c1 - c0), np.int8)
     step = max(1, PIECE // ((right - left) * m.dtype.itemsize * down))
@@ -178,7 +200,7 @@ def _scales(m: Matrix, ask: Asker, r0: int, r1: int, c0: int, c1: int) -> tuple[
         dense = m.dense(ask, top, bottom, left, right, scan=True)
         n, width = bottom - top, right - left
         out = np.empty(n * width * scheme.bits // 8, np.uint8)
-        found = quantise(dense, m.dtype, n, width, scheme, None, out)
+        found = quantise(dense, m.dtype, n, width, scheme, None, out, pitch=m.pitch(n))
         if found is None:
             raise not_finite(m.name, top, bottom)
         scales[a - r0 : b - r0], zeros[a - r0 : b - r0] = found.scales, found.zeros
@@ -205,23 +227,27 @@ def _whole(start: int, stop: int, block: int, end: int) -> tuple[int, int]:
 
 
 PLACES: Mapping[str, frozenset[str]] = {
-    "rtp_llm": frozenset({"int-quantized", "float-quantized", "fp8", "awq", "gptq"}),
-    "vllm": frozenset({"int-quantized", "float-quantized", "fp8"}),
+    "rtp_llm": frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8", "awq", "gptq"}),
+    "vllm": frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8", "awq", "gptq"}),
 }
-"""layout -> the formats it places as those of a quantised source; vLLM's where a scale is a matrix's, and
-where an engine has more tensors beside such a model."""
+"""layout -> the formats it places as those of a quantised source; vLLM's where a scale is a matrix's, where
+experts of four bits become a stack, and where an engine has more tensors beside such a model."""
 
 
-def fits(layout: str, engine: str, scheme: Scheme) -> bool:
+def fits(layout: str, engine: str, ckpt: Checkpoint, quant: Quant) -> bool:
     """Whether that layout gets the scheme's tensors from a checkpoint made here; `engine`: whose names it
     uses beyond its own. Raises LayoutError for an engine whose form of them is not known."""
+    scheme = quant.scheme
     found = scheme.format in PLACES.get(layout, ())
     if engine and not found:
         raise LayoutError(
-            f"quant {scheme.name}: how engine {engine} holds it is not known; wanted int8, fp8, fp8-channel "
-            "or fp8-block"
+            f"quant {scheme.name}: how engine {engine} holds it is not known; wanted int8, fp8 or four bits"
         )
-    return found and (layout != "vllm" or bool(engine) or scheme.block == (0, 0))
+    if not found or layout != "vllm" or engine or scheme.block == (0, 0):
+        return found
+    return scheme.bits == 4 and any(
+        ".experts." in name and quant.takes(name, entry.shape) for name, entry in ckpt.entries.items()
+    )
 
 
 def made(ckpt: Checkpoint, config: Mapping[str, JSON], quant: Quant) -> tuple[Checkpoint, dict[str, JSON]]:

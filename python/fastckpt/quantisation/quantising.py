@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..dtypes import float16, int32
 from ..extents import Buffer, fresh
-from ..planning.planner import LEAF, NOTHING, Binding, Chunk, Slots, Table, cut
+from ..planning.planner import LEAF, NOTHING, Binding, Chunk, Slots, Table, cut, item_sizes, upright
 from ..planning.plans import Plan
 from ..reader import Lane, plain
 from ..target import Target
@@ -26,6 +26,9 @@ from .rounding import Bytes, Error, Floats, Zeros, amax, not_finite, quantise, s
 
 JOB_BYTES = 8 * LEAF
 """Values of one job, about: a large tensor is shared out among the workers."""
+
+WIDER = 8
+"""Steps at once of what lies turned in memory, so that more of each of its pages is read."""
 
 
 class End(Protocol):
@@ -54,16 +57,18 @@ class _Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """Dense rows [row, row + count) of a tensor: where they lie in memory already (`there`), or what fills
-    them (`rows`, as a Batch's)."""
+    """Dense rows [row, row + count) of a tensor, as `quantise` takes them: where they lie in memory already
+    (`there`, `pitch` bytes from line to line where they lie turned), or what fills them (`rows`, as a
+    Batch's)."""
 
     row: int
     count: int
     rows: Table
     there: Bytes | None = None
+    pitch: int = 0
 
     def dense(self, lane: Lane, staging: Bytes, nbytes: int) -> Bytes:
-        """The rows' bytes, in `staging` if they lie nowhere as they are."""
+        """The rows' `nbytes`, in `staging` if they lie nowhere as they are."""
         if self.there is not None:
             lane.bytes_read += nbytes
             return self.there
@@ -92,10 +97,18 @@ class Dense:
         self.rows, self.bound = chunk.rows, binding.bind(chunk.rows)
         self.edges = np.searchsorted(chunk.tensor, np.arange(chunk.count + 1)).tolist()
 
-    def bands(self, target: int, rows: int, width: int, step: int) -> Iterator[Band]:
-        """The chunk's target of that number, a matrix of `rows` x `width` bytes, `step` rows at once."""
+    def bands(self, target: int, rows: int, width: int, step: int, *, turned: bool = False) -> Iterator[Band]:
+        """The chunk's target of that number, a matrix of `rows` x `width` bytes, `step` rows at once; column
+        after column where `turned`."""
         mine = slice(self.edges[target], self.edges[target + 1])
-        there = _in_memory(self.bound[mine], self.binding, rows * width)
+        lines = _lines_in_memory(self.bound[mine], self.binding, rows, width) if turned else None
+        if lines is not None:
+            for row in range(0, rows, step * WIDER):
+                count = min(step * WIDER, rows - row)
+                held = lines.held[row * lines.item : len(lines.held) - (rows - row - count) * lines.item]
+                yield Band(row, count, self.rows[:0], held, lines.pitch)
+            return
+        there = None if turned else _in_memory(self.bound[mine], self.binding, rows * width)
         if there is not None:
             for row in range(0, rows, step):
                 count = min(step, rows - row)
@@ -105,7 +118,9 @@ class Dense:
         slots = Slots.of([0], [0], [rows * width])
         batches = cut(alone, 0, slots, self.binding, stage=step * width, band=step * width, in_order=True)
         for batch in batches:
-            yield Band(batch.start // width, (batch.stop - batch.start) // width, batch.rows)
+            count = (batch.stop - batch.start) // width
+            filled = upright(batch.rows, width, count) if turned else batch.rows
+            yield Band(batch.start // width, count, filled)
 
 
 class Quantising:
@@ -117,7 +132,7 @@ class Quantising:
         self.errors: dict[int, Error] = {}
         told = plan.quantised.values()
         self.dense = max((_step(q) * q.shape[-1] * q.dtype.itemsize for q in told), default=0)
-        self.values = LEAF + max((_step(q) * q.shape[-1] * q.scheme.bits // 8 for q in told), default=0)
+        self.values = LEAF + max((_widest(q) * q.shape[-1] * q.scheme.bits // 8 for q in told), default=0)
         self.made = np.zeros(len(plan.tensors), bool)
         for i, q in plan.quantised.items():
             beside = [at for at in (q.zeros, q.form) if at is not None and not q.scheme.dynamic]
@@ -143,7 +158,8 @@ class Quantising:
             step, share = _step(told), _share(told)
             tensor = self._tensor(first + i, told, -(-rows // share))
             held: list[Band] = []
-            for band in dense.bands(i, rows, columns * told.dtype.itemsize, step):
+            width = columns * told.dtype.itemsize
+            for band in dense.bands(i, rows, width, step, turned=told.scheme.turned):
                 if held and band.row % share == 0:
                     yield Job(tensor, held[0].row * out, band.row * out, tuple(held))
                     held = []
@@ -181,7 +197,8 @@ class Quantising:
                 out = values[filled : filled + size] if room is None else room
                 stop = band.row + band.count
                 given = None if tensor.largest is None else tensor.largest[band.row : stop]
-                found = quantise(there, told.dtype, band.count, columns, told.scheme, given, out)
+                pitch = (band.pitch or band.count * told.dtype.itemsize) if told.scheme.turned else 0
+                found = quantise(there, told.dtype, band.count, columns, told.scheme, given, out, pitch=pitch)
                 if found is None:
                     raise not_finite(told.name, band.row, band.row + band.count)
                 if tensor.largest is None or told.scheme.block[0]:
@@ -222,6 +239,27 @@ def _in_memory(rows: Table, binding: Binding, nbytes: int) -> Bytes | None:
     return place.part(int(row["src"]), nbytes)
 
 
+@dataclass(frozen=True, slots=True)
+class _Lines:
+    """A matrix that lies turned: its bytes, from column to column and of an element."""
+
+    held: Bytes
+    pitch: int
+    item: int
+
+
+def _lines_in_memory(rows: Table, binding: Binding, count: int, width: int) -> _Lines | None:
+    """A matrix of `count` x `width` bytes where it lies turned in main memory, as it is; else None."""
+    if len(rows) != 1 or rows["src_buffer"][0] == NOTHING or rows["src_dtype"] != rows["dst_dtype"]:
+        return None
+    row, item = rows[0], int(item_sizes(rows["dst_dtype"])[0])
+    place, pitch = binding.places[int(row["src_buffer"])], int(row["src_stride"][-1])
+    lies = row["shape"].tolist() == [1, 1, count, width // item] and int(row["src_stride"][-2]) == item
+    if not lies or pitch < count * item or not isinstance(place, Buffer) or place.device != "cpu":
+        return None
+    return _Lines(place.part(int(row["src"]), (width // item - 1) * pitch + count * item), pitch, item)
+
+
 def _beside(tensor: _Tensor) -> Iterator[tuple[int, NDArray[np.generic]]]:
     """What goes out beside the values once all are made: (plan's tensor, array)."""
     told, scheme = tensor.told, tensor.told.scheme
@@ -229,8 +267,13 @@ def _beside(tensor: _Tensor) -> Iterator[tuple[int, NDArray[np.generic]]]:
     if told.zeros is not None and not scheme.dynamic:
         yield told.zeros, stored_zeros(tensor.zeros, scheme)
     if told.form is not None:
-        form = np.array(scheme.form_values(told.shape), np.int64)
-        yield told.form, form.astype(np.int32) if scheme.form_dtype is int32 else form
+        yield told.form, form_of(told)
+
+
+def form_of(told: Quantised) -> NDArray[np.generic]:
+    """What the tensor `form` of a matrix holds."""
+    form = np.array(told.scheme.form_values(told.shape), np.int64)
+    return form.astype(np.int32) if told.scheme.form_dtype is int32 else form
 
 
 class Scan:
@@ -285,8 +328,13 @@ def _step(told: Quantised) -> int:
     return max(told.scheme.block[0], 1 << fit.bit_length() - 1 if fit else 1)
 
 
+def _widest(told: Quantised) -> int:
+    """Rows of a band at most."""
+    return _step(told) * (WIDER if told.scheme.turned else 1)
+
+
 def _share(told: Quantised) -> int:
-    """Rows of a job: whole steps that begin on a leaf."""
+    """Rows of a job: whole bands that begin on a leaf."""
     out = told.shape[-1] * told.scheme.bits // 8
-    one = math.lcm(_step(told), LEAF // math.gcd(LEAF, out))
+    one = math.lcm(_widest(told), LEAF // math.gcd(LEAF, out))
     return one * max(1, -(-JOB_BYTES // (one * out)))

@@ -32,7 +32,7 @@ FITS: dict[str, frozenset[str]] = {
 
 WHY = {
     "megatron": ": megatron-core stores no quantised weights, its fp8 is made in memory",
-    "rtp_llm": ": wanted int8, fp8, fp8-channel, fp8-block, or an awq or gptq scheme",
+    "rtp_llm": ": wanted int8, fp8, fp8-channel, fp8-block, an awq or gptq scheme, or of experts int4-group",
 }
 """layout -> what else there is to say of it."""
 
@@ -267,6 +267,20 @@ def quantization_config(quant: Quant, shapes: Mapping[str, tuple[int, ...]]) -> 
         "config_groups": {"group_0": group},
         "ignore": left,
     }
+
+
+def fused_config(config: Mapping[str, JSON], names: Iterable[str]) -> dict[str, JSON]:
+    """What config.json must say otherwise for vLLM where GPTQ's modules are fused: unless it says which are
+    quantised, by the hub's names, vLLM asks the names in the files, which are then others."""
+    said = config.get("quantization_config")
+    if not isinstance(said, dict) or said.get("quant_method") != "gptq":
+        return {}
+    if said.get("modules_in_block_to_quantize"):
+        return {}
+    modules: list[JSON] = [
+        n.removesuffix(".qweight") for n in names if n.endswith(".qweight") and ".experts." not in n
+    ]
+    return {"quantization_config": {**said, "modules_in_block_to_quantize": modules}}
 
 
 def flat(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -110,11 +110,14 @@ def quantise(
     largest: Floats | None,
     out: Bytes,
     *,
+    pitch: int = 0,
     isa: int = -1,
     native: bool = True,
 ) -> Rounded | None:
     """Quantise `rows` x `columns` dense values that begin on a block into the bytes `out`.
 
+    `dense`: row after row; with `pitch`, where the scheme stores them turned, column after column, so many
+    bytes from one to the next.
     `largest`: what amax is for each row, taken as it is where a scale is shared beyond these rows or columns;
     else it is found here. Returns None, with `out` undefined, where a value or a scale is NaN or infinite."""
     if dtype not in DENSE:
@@ -124,17 +127,20 @@ def quantise(
     scales = np.empty((-(-rows // down), -(-columns // across)), np.float32)
     zeros = np.zeros(scales.shape, np.int8)
     if native and _C is not None:
+        if scheme.turned and not pitch:
+            turned = dense.reshape(rows, columns, dtype.itemsize).transpose(1, 0, 2)
+            dense, pitch = np.ascontiguousarray(turned).reshape(-1), rows * dtype.itemsize
         sums = np.zeros(5, np.float64)
         half = scheme.scale_dtype is float16
         told = (scheme.reach, scheme.floor, -scheme.zero_offset, scheme.reciprocal, half)
         points = zeros if scheme.asymmetric else None
         if not _C.quantise(
-            dense, dtype.code, rows, columns, down, across, *told, KINDS[scheme.dtype.name + scheme.packed],
-            largest, out, scales, points, sums, isa,
+            dense, dtype.code, rows, columns, pitch, down, across, *told,
+            KINDS[scheme.dtype.name + scheme.packed], largest, out, scales, points, sums, isa,
         ):  # fmt: skip
             return None
         return Rounded(scales, zeros, Error(rows * columns, *(float(s) for s in sums)))
-    x = _values(dense, dtype, rows, columns)
+    x = _as_stored(dense, dtype, rows, columns, pitch)
 
     def over(ufunc: np.ufunc, values: Floats) -> Floats:
         """What a block's values come to, block by block."""
@@ -177,7 +183,7 @@ def error_of(
     part: tuple[slice, slice],
 ) -> Error:
     """The error of a part of a dense matrix of which `quantise` made the bytes `out`."""
-    x = _values(dense, dtype, *shape)
+    x = _as_stored(dense, dtype, *shape, shape[0] * dtype.itemsize if scheme.turned else 0)
     return _error(x[part], _meant(out, scheme, found.scales, found.zeros, x, native=True)[part])
 
 
@@ -248,6 +254,14 @@ def packed(whole: NDArray[np.signedinteger], how: Packed) -> NDArray[np.int32]:
 
 def _magnitudes(x: Floats) -> Floats:
     return np.asarray(np.abs(x), np.float32)
+
+
+def _as_stored(dense: Bytes, dtype: DType, rows: int, columns: int, pitch: int) -> Floats:
+    """Dense values [rows, columns] that lie as `quantise` says."""
+    if not pitch:
+        return _values(dense, dtype, rows, columns)
+    lines = np.lib.stride_tricks.as_strided(dense, (columns, rows * dtype.itemsize), (pitch, 1))
+    return np.asarray(_values(np.ascontiguousarray(lines).reshape(-1), dtype, columns, rows).T, np.float32)
 
 
 def _values(dense: Bytes, dtype: DType, rows: int, columns: int) -> Floats:

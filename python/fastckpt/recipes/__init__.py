@@ -156,8 +156,20 @@ def model(recipe: Recipe, ckpt: Checkpoint, config: Mapping[str, JSON], vocab_si
     read, said = recipe(ckpt, config, vocab_size=vocab_size), config.get("quantization_config")
     if not isinstance(said, dict):
         return read
-    cache = " with kv_cache_scheme" if said.get("kv_cache_scheme") else ""
-    return replace(read, quant_method=f"{said.get('quant_method')}{cache}")
+    return replace(read, quant_method=_quant_method(said))
+
+
+def _quant_method(said: Mapping[str, JSON]) -> str:
+    """The hub's word, and what else decides whether an engine has a place for it."""
+    packed = said.get("format") == "pack-quantized"
+    method = "pack-quantized" if packed else said.get("quant_method")
+    holds = {
+        "kv_cache_scheme": bool(said.get("kv_cache_scheme")),
+        f"{said.get('bits')} bits": method == "awq" and said.get("bits") != 4,
+        "sym false": method == "gptq" and said.get("sym", True) is not True,
+    }
+    more = " and ".join(what for what, so in holds.items() if so)
+    return f"{method} with {more}" if more else str(method)
 
 
 def _known(name: str) -> Recipe | None:

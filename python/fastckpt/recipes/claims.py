@@ -175,11 +175,22 @@ class Claims:
         rows, columns = (_over(d, u) for d, u in zip((out, into), form.packed, strict=True))
         weight = self.tensor(f"{at}.{form.leaf}", *((columns, rows) if form.transposed else (rows, columns)))
         beside = [self._beside(at, out, into, kind) for kind in form.beside if f"{at}.{kind.leaf}" in self]
+        if form.shape and f"{at}.{form.shape}" in self:
+            self.tensor(f"{at}.{form.shape}", Dim(2, "outputs and inputs"))
+        whole = (out.size, into.size) if form.shape else None
 
         def build() -> Linear:
             view = weight().T if form.transposed else weight()
             made = tuple(b() for b in beside)
-            return Linear(name, view, None, form.transposed, beside=made, leaf=form.leaf, packed=form.packed)
+            return Linear(
+                name,
+                view,
+                transposed=form.transposed,
+                beside=made,
+                leaf=form.leaf,
+                packed=form.packed,
+                whole=whole,
+            )
 
         return build
 

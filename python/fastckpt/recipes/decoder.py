@@ -219,6 +219,7 @@ def decoder(
     )
     count = integer(config, "num_hidden_layers")
     layers = Layers([layer(f"model.layers.{i}") for i in range(count)])
+    predictions = min(predictions, len(claims.ckpt))  # a config may say anything
     further = [f"model.layers.{i}" for i in range(count, count + predictions)]
 
     def prediction(name: str) -> Callable[[], Prediction]:

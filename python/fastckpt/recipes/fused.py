@@ -29,7 +29,7 @@ def q_gate_parts(whole: Linear, heads: int) -> tuple[Linear, Linear]:
 
 def gate_up_parts(whole: Linear) -> tuple[Linear, Linear]:
     """gate and up of a matrix that holds [gate; up], both under its name."""
-    half = whole.weight.shape[0] // 2
+    half = whole.shape[0] // 2
     return _part(whole, 1, 0, half), _part(whole, 1, half, half)
 
 
@@ -42,11 +42,11 @@ def _part(whole: Linear, groups: int, start: int, rows: int) -> Linear:
         run = view.split(0, view.shape[0] // groups)
         return run.narrow(1, start // unit, rows // unit).merge(0)
 
-    if any(b.unit[0] == 0 for b in whole.beside):
+    if any(b.unit == (0, 0) for b in whole.beside):
         raise RecipeError(f"{whole.name}: one scale of a fused matrix is not read")
     return replace(
         whole,
         weight=part(whole.weight, whole.packed[0]),
         bias=None if whole.bias is None else part(whole.bias),
-        beside=tuple(replace(b, view=part(b.view, b.unit[0])) for b in whole.beside),
+        beside=tuple(replace(b, view=part(b.view, b.unit[0])) if b.unit[0] else b for b in whole.beside),
     )

@@ -1,9 +1,9 @@
 """How a quantised checkpoint of the hub stores its matrices, by `quantization_config` in its config.json.
 
 Read are fp8 with one scale a matrix or a block (DeepSeek-V3's form), compressed-tensors' int8 and fp8 with
-one scale a matrix, an output or a block, and AWQ's and GPTQ's packed integers. Source: transformers'
-quantization_config classes, compressed-tensors' QuantizationScheme, AutoAWQ's WQLinear_GEMM and AutoGPTQ's
-QuantLinear. Every other form is refused by name.
+one scale a matrix, an output or a block, and compressed-tensors', AWQ's and GPTQ's packed integers. Source:
+transformers' quantization_config classes, compressed-tensors' QuantizationScheme, AutoAWQ's WQLinear_GEMM and
+AutoGPTQ's QuantLinear. Every other form is refused by name.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ class Kind(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Quantised:
     """`leaf`: the matrix's name below its module; `packed`: how many outputs and inputs one int32 of it holds
-    ((1, 1): it is no int32, but one byte each); `transposed`: it is stored [in, out]."""
+    ((1, 1): it is no int32, but one byte each); `transposed`: it is stored [in, out]; `shape`: below the
+    module, its outputs and inputs."""
 
     beside: tuple[Kind, ...]
     leaf: str = "weight"
     packed: tuple[int, int] = (1, 1)
     transposed: bool = False
+    shape: str = ""
 
 
 _INPUT = Kind("input_scale", (0, 0), ("scalar", "vector"), needed=False)
@@ -66,7 +68,8 @@ def quantised(config: Mapping[str, JSON]) -> Quantised | None:
 def _unread(said: JSON | Mapping[str, JSON]) -> RecipeError:
     return RecipeError(
         f"config: quantization_config {said!r} is not read; read are fp8 by matrix or block, "
-        "compressed-tensors int8 and fp8 by matrix, output or block, awq and gptq without desc_act"
+        "compressed-tensors int8 and fp8 by matrix, output or block and packed integers, awq and gptq, both "
+        "without an order of their inputs"
     )
 
 
@@ -81,12 +84,14 @@ def _fp8(said: Mapping[str, JSON]) -> Quantised:
 
 def _compressed(said: Mapping[str, JSON]) -> Quantised:
     groups = said.get("config_groups")
-    if not isinstance(groups, dict) or said.get("format") == "pack-quantized":
+    if not isinstance(groups, dict):
         raise _unread(said)
     weights = [g.get("weights") if isinstance(g, dict) else None for g in groups.values()]
     first = weights[0] if weights else None
     if not isinstance(first, dict) or any(w != first for w in weights):
         raise _unread(said)
+    if said.get("format") == "pack-quantized":
+        return _packed(said, first)
     if first.get("num_bits") != 8 or first.get("symmetric") is not True:
         raise _unread(said)
     extra = (_INPUT, _SMOOTHER, _SHIFT)
@@ -100,16 +105,31 @@ def _compressed(said: Mapping[str, JSON]) -> Quantised:
     raise _unread(said)
 
 
-def _packing(said: Mapping[str, JSON]) -> tuple[int, int]:
+def _packed(said: Mapping[str, JSON], weights: Mapping[str, JSON]) -> Quantised:
+    """compressed-tensors' integers in int32, by groups or outputs. An order that was undone ("static",
+    "weight") leaves no trace; one that was not has its own tensor (weight_g_idx)."""
+    group = -1 if weights.get("strategy") == "channel" else weights.get("group_size")
+    symmetric, order = weights.get("symmetric"), weights.get("actorder")
+    ordered = order not in (None, False, "static", "weight")
+    if weights.get("type") != "int" or not isinstance(symmetric, bool) or ordered:
+        raise _unread(said)
+    if weights.get("strategy") not in ("group", "channel"):
+        raise _unread(said)
+    each, group = _packing(said, weights.get("num_bits"), group)
+    scale = Kind("weight_scale", (1, group), ("matrix",))
+    zero = () if symmetric else (Kind("weight_zero_point", (each, group), ("matrix",)),)
+    return Quantised((scale, *zero), "weight_packed", (1, each), shape="weight_shape")
+
+
+def _packing(said: Mapping[str, JSON], bits: JSON, group: JSON) -> tuple[int, int]:
     """(values in an int32, inputs that share a scale; 0: all)."""
-    bits, group = said.get("bits"), said.get("group_size")
     if bits not in (4, 8) or not isinstance(bits, int) or not isinstance(group, int) or group == 0:
         raise _unread(said)
     return 32 // bits, max(group, 0)
 
 
 def _awq(said: Mapping[str, JSON]) -> Quantised:
-    each, group = _packing(said)
+    each, group = _packing(said, said.get("bits"), said.get("group_size"))
     if str(said.get("version", "gemm")).lower() != "gemm" or said.get("zero_point", True) is not True:
         raise _unread(said)
     beside = Kind("qzeros", (each, group), ("transposed",)), Kind("scales", (1, group), ("transposed",))
@@ -117,7 +137,7 @@ def _awq(said: Mapping[str, JSON]) -> Quantised:
 
 
 def _gptq(said: Mapping[str, JSON]) -> Quantised:
-    each, group = _packing(said)
+    each, group = _packing(said, said.get("bits"), said.get("group_size"))
     if said.get("desc_act") is True or said.get("checkpoint_format", "gptq") not in ("gptq", "gptq_v2"):
         raise _unread(said)
     beside = (

@@ -32,7 +32,7 @@ def recipe(
     counts = entry(config, "num_experts", "num_local_experts")
     count = Dim(integer(config, counts), counts)
     width = Dim(integer(config, "moe_intermediate_size"), "moe_intermediate_size")
-    sparse = _sparse_layers(config)
+    sparse = _sparse_layers(config, len(ckpt))
     widths = {width.key: width.size} if any(sparse) else {}
     if kind is QWEN2_MOE:
         kind = replace(kind, qkv_bias=flag(config, "qkv_bias", True))
@@ -66,10 +66,13 @@ def recipe(
     )
 
 
-def _sparse_layers(config: Mapping[str, JSON]) -> list[bool]:
+def _sparse_layers(config: Mapping[str, JSON], tensors: int) -> list[bool]:
     """Which layers have experts: every `decoder_sparse_step`-th, but for `mlp_only_layers`."""
+    count = integer(config, "num_hidden_layers")
+    if count > tensors:
+        raise RecipeError(f"config: num_hidden_layers {count}, and the checkpoint has {tensors} tensors")
     step = integer(config, "decoder_sparse_step", 1)
     only = config.get("mlp_only_layers") or []
     if not isinstance(only, list):
         raise RecipeError(f"config: mlp_only_layers must be a list of numbers, got {only!r}")
-    return [i not in only and (i + 1) % step == 0 for i in range(integer(config, "num_hidden_layers"))]
+    return [i not in only and (i + 1) % step == 0 for i in range(count)]

@@ -233,4 +233,4 @@ def _bytes(buffer: Buffer) -> torch.Tensor:
     owner = buffer.owner
     if not isinstance(owner, torch.Tensor):
         raise DeviceError(f"wanted the memory of a torch tensor, got {type(owner).__name__}")
-    return owner.detach().reshape(-1).view(torch.uint8)
+    return owner.detach().as_strided((owner.numel(),), (1,)).view(torch.uint8)

@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from ..computed.lowrank import computed
 from ..errors import DeviceError, ViewError
 from ..executors.cuda import Cuda, Prepared, short_of_memory
 from ..extents import COMPUTED, Buffer
-from ..planning.planner import COPY, Binding, Executor, Table, nbytes, span
+from ..planning.planner import COPY, Binding, Chunk, Executor, Table, nbytes, span
 from ..planning.plans import Plan
 
 ALIGNED = 16
@@ -29,15 +30,23 @@ ALIGNED = 16
 class Ready:
     """A plan over GPU memory, made ready: `run()` fills the tensors in `out` (by rank) once more.
 
-    It costs launches only, starts on the current stream and does not wait; sources and `out` must stay where
-    they are. Raises DeviceError when a launch fails."""
+    It costs launches only and starts on the current stream; sources and `out` must stay where they are.
+    Copies are not waited for; a quantised plan is, and raises SourceError naming a matrix with NaN or
+    infinity in it. Raises DeviceError when a launch fails."""
 
     out: tuple[Mapping[str, torch.Tensor], ...]
-    prepared: Prepared
+    prepared: Runnable
 
     def run(self) -> None:
-        """Start the copies."""
+        """Fill them."""
         self.prepared.run()
+
+
+class Runnable(Protocol):
+    """What is made ready: copies (`Prepared`), or copies and matrices to quantise (`quantised.Quantiser`)."""
+
+    def run(self) -> None:
+        """Start it on the current stream."""
 
 
 def resident(binding: Binding) -> bool:
@@ -59,19 +68,21 @@ def prepare(planned: Plan, binding: Binding, buffers: Sequence[Buffer], device: 
 
 
 def placed(planned: Plan, binding: Binding) -> Table:
-    """All rows of a plan: `src_buffer` a place of the binding, `dst_buffer` the planned tensor.
-
-    Raises ViewError for a row that would read or write outside."""
-    sizes = planned.tensors.nbytes
-    parts = []
-    for first, chunk in planned.chunks():
-        rows = binding.bind(chunk.rows)
-        rows["dst_buffer"] = first + chunk.tensor
-        low, high = span(rows, "dst")
-        if (low < 0).any() or (high > sizes[first + chunk.tensor]).any():
-            raise ViewError("plan: a row writes outside its tensor")
-        parts.append(rows)
+    """All rows of a plan, as `gathered` has them."""
+    parts = [gathered(planned, binding, first, chunk) for first, chunk in planned.chunks()]
     return np.concatenate(parts) if parts else np.empty(0, COPY)
+
+
+def gathered(planned: Plan, binding: Binding, first: int, chunk: Chunk) -> Table:
+    """Rows of the plan's tensors from `first` on: `src_buffer` a place of the binding, `dst_buffer` the
+    planned tensor. Raises ViewError for a row that would read or write outside."""
+    rows = binding.bind(chunk.rows)
+    tensor = first + chunk.tensor
+    rows["dst_buffer"] = tensor
+    low, high = span(rows, "dst")
+    if (low < 0).any() or (high > planned.tensors.nbytes[tensor]).any():
+        raise ViewError("plan: a row writes outside its tensor")
+    return rows
 
 
 class Resident:

@@ -61,7 +61,8 @@ class Report:
     bytes that were read or, mapped, copied from. `peak_memory`: the process's highest resident bytes so far
     (VmHWM). `phases`: seconds of planning, copying and syncing. `notes`: what the user should know.
     `bytes_scanned`: source bytes read first, for scales that reach across a cut; `errors`: how far each
-    quantised tensor lies from its dense values (docs/formats.md), named as in `digests`."""
+    quantised tensor lies from its dense values (docs/formats.md), named as in `digests`; none where a GPU
+    quantised."""
 
     out: str | None
     key: str
@@ -146,12 +147,19 @@ class Run:
         return self._report(planned, None, {})
 
     def _on_gpu(self, planned: Plan, buffers: Sequence[Buffer], device: str) -> None:
-        from . import crossing
+        from . import crossing, quantised
         from .device import ToDevice
         from .resident import prepare, resident
 
         binding = Binding.of(planned.extents)
-        if planned.quantised:  # by the CPU, also what lies on a GPU already
+        if planned.quantised and resident(binding) and quantised.fits(planned):
+            began = time.perf_counter()
+            made = quantised.prepare(planned, binding, buffers, device)
+            made.run()
+            self.bytes_read += planned.needed_bytes
+            self.bytes_scanned += made.bytes_scanned
+            self.phases["copy"] = time.perf_counter() - began
+        elif planned.quantised:  # by the CPU
             sink = ToDevice(planned.slots(), buffers, device)
             sink.open()
             try:

@@ -173,10 +173,9 @@ def _from_masters(
             "master dtype": ", ".join(sorted({f.dtype.name for f in flats})),
             "weights": options.weights,
             **({"experts": list(state.experts)} if state.experts else {}),
+            **({"notes": [*notes]} if notes else {}),
         },
-        unread=[
-            f"optimizer moments of {world} ranks", *_other_copy(options, len(masters), at_stage_3), *notes,
-        ],
+        unread=[f"optimizer moments of {world} ranks", *_other_copy(options, len(masters), at_stage_3)],
         layout=[
             *(a.tobytes() for f in flats for a in (f.extent, f.offset, f.length)),
             *(a.tobytes() for placed in layout for a in (placed.numel, placed.start)),
@@ -263,6 +262,7 @@ def _from_module(path: str, opening: Opening, model: Opened, state: ModelState) 
             raise SourceError(f"{where}: {name} is not in `module`")
     entries |= _module_entries(names, state, model, extents, "parameter")
     entries |= {name: e.entry(extents, "parameter") for name, e in experts.items()}
+    asked = opening.options.weights == "module"
     why = (
         "ZeRO was off: its masters carry no names"
         if off
@@ -272,6 +272,7 @@ def _from_module(path: str, opening: Opening, model: Opened, state: ModelState) 
         path, opening, state, entries, extents, found,
         facts={
             "stage": 0 if off else "1 or 2", "weights": "module", "why module": why,
+            **({} if asked else {"notes": [f"the weights are the copy in `module`: {why}"]}),
             **({"experts": list(state.experts)} if state.experts else {}),
         },
         unread=["optimizer state"] if off else [],

@@ -91,7 +91,10 @@ def check_order(
         differ += [samples[r].name for r in odd]
     if not differ:
         return []
-    return [f"`module` is no copy of the masters: {differ[0]} differs, {len(differ)} of those compared"]
+    return [
+        f"`module` is no copy of the masters: {differ[0]} differs, {len(differ)} of those compared; "
+        "files of two runs, or weights that were changed behind the optimizer"
+    ]
 
 
 def _sample(placed: Placed, rank: int, copies: Mapping[str, View]) -> _Sample | None:

@@ -1,4 +1,4 @@
-#include "read.h"
+#include "mapping.h"
 
 #include <fcntl.h>
 #include <signal.h>
@@ -6,12 +6,10 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <cstring>
 #include <mutex>
-#include <thread>
 #include <vector>
 
 #include "error.h"
@@ -125,8 +123,7 @@ Mapping::Mapping(const std::string& path, uint64_t nbytes) : path_(path), nbytes
     if (at == MAP_FAILED) refuse(path + ": cannot map " + std::to_string(nbytes) + " bytes");
     address_ = reinterpret_cast<uint64_t>(at);
     const uint64_t page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
-    length_ = (nbytes + page - 1) / page * page;
-    slot_ = take_slot(address_, length_);
+    slot_ = take_slot(address_, (nbytes + page - 1) / page * page);
     if (slot_ < 0) {
         munmap(at, nbytes);
         throw NoRoom(path + ": more than " + std::to_string(SLOTS) + " files mapped at once");
@@ -137,16 +134,6 @@ uint64_t faults() { return fault_count.load(); }
 
 bool Mapping::faulted() const { return slot_ >= 0 ? slots[slot_].faulted.load(std::memory_order_acquire) : faulted_; }
 
-void Mapping::advise(uint64_t offset, uint64_t nbytes, int advice) {
-    if (slot_ < 0 || offset >= nbytes_ || nbytes == 0) return;
-    const uint64_t low = offset / page_size * page_size;
-    const uint64_t high = std::min(nbytes > length_ - offset ? length_ : offset + nbytes, length_);
-    madvise(reinterpret_cast<void*>(address_ + low), high - low, advice);
-}
-
-void Mapping::release(uint64_t offset, uint64_t nbytes) { advise(offset, nbytes, MADV_DONTNEED); }
-void Mapping::willneed(uint64_t offset, uint64_t nbytes) { advise(offset, nbytes, MADV_WILLNEED); }
-
 void Mapping::close() {
     if (slot_ < 0) return;
     munmap(reinterpret_cast<void*>(address_), nbytes_);
@@ -154,45 +141,6 @@ void Mapping::close() {
     leave_slot(slot_);
     slot_ = -1;
     address_ = 0;
-}
-
-namespace {
-
-// The bytes of one piece; an empty string, or what went wrong.
-std::string read_piece(int fd, int64_t offset, int64_t size, char* to) {
-    while (size > 0) {
-        const ssize_t got = pread(fd, to, static_cast<size_t>(std::min<int64_t>(size, 1 << 30)), offset);
-        if (got < 0 && errno == EINTR) continue;
-        if (got < 0) return "read at byte " + std::to_string(offset) + ": " + reason();
-        if (got == 0) return "file ends at byte " + std::to_string(offset) + ", wanted " + std::to_string(size) + " more";
-        to += got;
-        offset += got;
-        size -= got;
-    }
-    return {};
-}
-
-}  // namespace
-
-void read_at(int fd, const int64_t* offsets, const int64_t* sizes, const int64_t* positions, size_t count,
-             char* destination, int threads) {
-    std::atomic<size_t> next{0};
-    std::mutex guard;
-    std::string error;
-    auto worker = [&] {
-        for (size_t i; (i = next.fetch_add(1)) < count;) {
-            std::string wrong = read_piece(fd, offsets[i], sizes[i], destination + positions[i]);
-            if (wrong.empty()) continue;
-            std::lock_guard<std::mutex> lock(guard);
-            if (error.empty()) error = wrong;
-            next = count;
-        }
-    };
-    std::vector<std::thread> pool;
-    for (size_t t = 1; t < std::min<size_t>(static_cast<size_t>(std::max(threads, 1)), count); ++t) pool.emplace_back(worker);
-    worker();
-    for (std::thread& t : pool) t.join();
-    if (!error.empty()) throw BrokenFile(error);
 }
 
 }  // namespace fastckpt

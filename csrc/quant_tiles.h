@@ -1,0 +1,372 @@
+// Matrices quantised by a GPU: what one block does of a QuantRows, a tile. It reads its values once for their largest
+// magnitude or their range, and once more, out of cache, to round and pack them.
+//
+// A body like those of tiles_cuda.h with three phases, load, fold and store, and a barrier between each. A thread
+// takes eight values of a row at once, a piece; 2^width threads stand side by side along a row. LINE: they take a whole
+// row, piece after piece. The others: each takes the pieces of eight rows, one below the other, a patch of 8 x 8.
+#pragma once
+
+#include "codes.h"
+#include "copy_cuda.h"
+#include "tiles_cuda.h"
+
+namespace fastckpt {
+namespace {
+
+constexpr uint32_t PATCH = 8, SQUARE_SIDE = 128;
+constexpr uint32_t PATCHES = THREADS * PATCH;   // pieces of a tile
+constexpr uint32_t QUANT_SHARED = 2 * PATCHES;  // words: the low and the high end of each row or column of a patch
+constexpr uint32_t FOLD = 16;                   // words that a thread folds into one
+constexpr uint32_t DEEP = 4;                    // pieces of a thread under way
+
+// What shares a scale: a row or several, a square block, a group of a row, a group of a column.
+enum QuantShape : uint8_t { LINE, SQUARE, GROUP, COLUMN };
+
+FASTCKPT_HD QuantShape shape_of(const QuantRows& q) {
+    if (q.kind == QUANT_INT4) return GROUP;
+    if (q.kind == QUANT_INT4_AWQ || q.kind == QUANT_INT4_DOWN) return COLUMN;
+    return q.flags & QUANT_SQUARE ? SQUARE : LINE;
+}
+
+FASTCKPT_HD uint64_t quant_tiles_of(const QuantRows& q) {
+    if (shape_of(q) == LINE) return ratio_up(q.rows, THREADS >> q.width);
+    return ratio_up(q.rows, PATCHES >> q.width) * ratio_up(q.columns, PATCH << q.width);
+}
+
+// The scales of a piece's values.
+struct Scales {
+    Scale<uint32_t> of[PATCH];
+    bool divide;  // by the scales; else times the reciprocals, corrected or not
+
+    FASTCKPT_HD void all(float scale, float reciprocal, float zero) {
+        FASTCKPT_UNROLL
+        for (int j = 0; j < static_cast<int>(PATCH); ++j) of[j] = {scale, reciprocal, zero};
+        divide = reciprocal == 0;
+    }
+};
+
+struct QuantTile {
+    const QuantRows q;     // by value: nothing is read again after a store
+    QuantShape shape;
+    uint32_t size;         // bytes of a value
+    uint32_t row, column;  // of the tile's first value
+
+    FASTCKPT_HD QuantTile(const QuantRows* rows, const uint32_t* owner, uint64_t i)
+        : q(rows[owner[i]]), shape(shape_of(q)), size(item_size(q.dtype)) {
+        const uint32_t tile = static_cast<uint32_t>(i - q.first_tile);
+        if (shape == LINE) {
+            row = tile * (THREADS >> q.width), column = 0;
+        } else {
+            const uint32_t across = ((q.columns - 1) >> (q.width + 3)) + 1, down = tile / across;
+            row = down * (PATCHES >> q.width), column = (tile - down * across) * (PATCH << q.width);
+        }
+    }
+
+    // ---- where a thread stands ----
+
+    FASTCKPT_HD bool line() const { return shape == LINE; }
+    FASTCKPT_HD uint32_t lane(uint32_t thread) const { return thread & ((1u << q.width) - 1); }
+    FASTCKPT_HD uint32_t row_of(uint32_t thread) const { return row + (thread >> q.width) * (line() ? 1 : PATCH); }
+    FASTCKPT_HD uint32_t column_of(uint32_t thread) const { return column + lane(thread) * PATCH; }
+    FASTCKPT_HD uint32_t right() const { return line() ? PATCH << q.width : 0; }  // from a piece to the thread's next
+    FASTCKPT_HD uint32_t down() const { return line() ? 0 : 1; }
+    FASTCKPT_HD uint32_t parts() const { return 1u << (q.group - 3); }               // threads of a group
+    FASTCKPT_HD uint32_t step() const { return shape == GROUP ? 1 : 1u << q.width; }  // from one of them to the next
+
+    FASTCKPT_HD const char* place(uint32_t r, uint32_t c) const {
+        return reinterpret_cast<const char*>(q.src) + static_cast<int64_t>(r) * q.pitch + static_cast<uint64_t>(c) * size;
+    }
+    FASTCKPT_HD void refuse() const { *reinterpret_cast<uint32_t*>(q.bad) = 1; }
+
+    // ---- pieces: packed words, then the bits of fp32 values ----
+
+    template <bool KEEP> FASTCKPT_HD void fetch(uint32_t (&w)[PATCH], const char* p) const {
+        const Vector a = KEEP ? load_kept(p) : load_vector(p);
+        FASTCKPT_UNROLL
+        for (int j = 0; j < 4; ++j) w[j] = a.word[j], w[4 + j] = 0;
+        if (size != 4) return;
+        const Vector b = KEEP ? load_kept(p + 16) : load_vector(p + 16);
+        FASTCKPT_UNROLL
+        for (int j = 0; j < 4; ++j) w[4 + j] = b.word[j];
+    }
+
+    // A piece at a border, zeros beyond, or not aligned: one value after the other is pushed in.
+    FASTCKPT_HD void push(uint32_t (&w)[PATCH], uint32_t r, uint32_t c) const {
+        const char* p = place(r, c);
+        FASTCKPT_KEEP_LOOP
+        for (uint32_t j = 0; j < PATCH; ++j, p += size) {
+            const bool inside = r < q.rows && c + j < q.columns;
+            const uint32_t x = !inside ? 0 : size == 4 ? load_aligned<4>(p) : load_aligned<2>(p);
+            FASTCKPT_UNROLL
+            for (int i = 0; i < static_cast<int>(PATCH) - 1; ++i)
+                w[i] = size == 4 ? w[i + 1] : i < 3 ? funnel(w[i], w[i + 1], 16) : i == 3 ? w[i] >> 16 | x << 16 : 0;
+            w[PATCH - 1] = size == 4 ? x : 0;
+        }
+    }
+
+    FASTCKPT_HD void widen(uint32_t (&w)[PATCH]) const {
+        if (q.dtype == BFLOAT16) {
+            FASTCKPT_UNROLL
+            for (int j = PATCH - 1; j >= 0; --j) w[j] = j % 2 ? w[j / 2] & 0xffff0000u : w[j / 2] << 16;
+        } else if (q.dtype == FLOAT16) {
+            FASTCKPT_UNROLL
+            for (int j = PATCH - 1; j >= 0; --j) w[j] = as_bits<uint32_t>(from_half(w[j / 2] >> j % 2 * 16 & 0xffffu));
+        }
+    }
+
+    // ---- load: the largest magnitude of a thread's values, or the ends of each row or column of its patch; NaN stays ----
+
+    struct Ends {
+        float low[PATCH], high[PATCH];
+    };
+
+    FASTCKPT_HD void look(const uint32_t (&w)[PATCH], uint32_t k, uint32_t thread, uint32_t* shared, Ends& ends) const {
+        if (shape == COLUMN) {
+            FASTCKPT_UNROLL
+            for (int j = 0; j < static_cast<int>(PATCH); ++j)
+                ends.low[j] = lower(as_float(w[j]), ends.low[j]), ends.high[j] = higher(as_float(w[j]), ends.high[j]);
+        } else if (shape == GROUP) {
+            float low = 0, high = 0;
+            FASTCKPT_UNROLL
+            for (int j = 0; j < static_cast<int>(PATCH); ++j) low = lower(as_float(w[j]), low), high = higher(as_float(w[j]), high);
+            shared[k * THREADS + thread] = as_bits<uint32_t>(low), shared[PATCHES + k * THREADS + thread] = as_bits<uint32_t>(high);
+        } else {
+            FASTCKPT_UNROLL
+            for (int j = 0; j < static_cast<int>(PATCH); ++j) ends.high[0] = higher(as_float(w[j] & 0x7fffffffu), ends.high[0]);
+        }
+    }
+
+    FASTCKPT_HD void load(uint32_t thread, uint32_t* shared) const {
+        if (q.amax != 0 && !(q.flags & QUANT_LARGEST)) return;
+        const uint32_t r0 = row_of(thread), c0 = column_of(thread);
+        const uint32_t pieces = line() ? ((q.columns - 1) >> (q.width + 3)) + 1 : PATCH;
+        const int64_t pitch = line() ? static_cast<int64_t>(right()) * size : q.pitch;
+        Ends ends = {};
+        FASTCKPT_KEEP_LOOP
+        for (uint32_t k = 0; k < pieces; k += DEEP) {
+            const uint32_t r = r0 + k * down(), c = c0 + k * right();
+            const char* p = place(r, c);
+            uint32_t w[DEEP][PATCH];
+            if (r + (DEEP - 1) * down() < q.rows && c + (DEEP - 1) * right() + PATCH <= q.columns && misalignment(p, 16) == 0 && (pitch & 15) == 0) {
+                FASTCKPT_UNROLL
+                for (int i = 0; i < static_cast<int>(DEEP); ++i) fetch<true>(w[i], p + i * pitch);
+                FASTCKPT_UNROLL
+                for (int i = 0; i < static_cast<int>(DEEP); ++i) {
+                    widen(w[i]);
+                    look(w[i], k + i, thread, shared, ends);
+                }
+                continue;
+            }
+            FASTCKPT_KEEP_LOOP
+            for (uint32_t i = 0; i < DEEP && k + i < pieces; ++i) {
+                push(w[0], r + i * down(), c + i * right());
+                widen(w[0]);
+                look(w[0], k + i, thread, shared, ends);
+            }
+        }
+        if (shape == GROUP) return;
+        FASTCKPT_UNROLL
+        for (int j = 0; j < static_cast<int>(PATCH); ++j) {
+            if (j > 0 && shape != COLUMN) return;
+            shared[j * THREADS + thread] = as_bits<uint32_t>(ends.low[j]);
+            shared[PATCHES + j * THREADS + thread] = as_bits<uint32_t>(ends.high[j]);
+        }
+    }
+
+    // ---- fold: sixteen threads' largest to one; the ends of a group to its scale, reciprocal and zero point ----
+
+    FASTCKPT_HD void fold(uint32_t thread, uint32_t* shared) const {
+        if (shape == LINE || shape == SQUARE) {
+            if (thread >= THREADS / FOLD) return;
+            float found = 0;
+            FASTCKPT_KEEP_LOOP
+            for (uint32_t i = 0; i < FOLD; ++i) found = higher(as_float(shared[PATCHES + thread * FOLD + (i + thread) % FOLD]), found);
+            shared[thread] = as_bits<uint32_t>(found);
+            return;
+        }
+        const uint32_t log = 8 + 3 - q.group;  // 2^log groups of the same row or column of each patch
+        FASTCKPT_KEEP_LOOP
+        for (uint32_t g = thread; g < PATCH << log; g += THREADS) {
+            const uint32_t k = g >> log, leader = (g & ((1u << log) - 1)) * (shape == GROUP ? parts() : 1), first = k * THREADS + leader;
+            float low = 0, high = 0;
+            FASTCKPT_KEEP_LOOP
+            for (uint32_t i = 0; i < parts(); ++i) {  // begun in different places: free of most bank conflicts
+                const uint32_t at = first + ((i + g) & (parts() - 1)) * step();
+                low = lower(as_float(shared[at]), low), high = higher(as_float(shared[PATCHES + at]), high);
+            }
+            const bool zero = q.flags & QUANT_ZERO;
+            const float span = zero ? high - low : higher(high, -low), scale = scale_of(span);
+            shared[first] = as_bits<uint32_t>(scale);
+            shared[first + step()] = as_bits<uint32_t>(factor(scale, span));
+            shared[PATCHES + first] = as_bits<uint32_t>(zero ? zero_from(low, scale, q.lowest) : 0.0f);
+            const uint32_t r = row_of(leader) + (shape == GROUP ? k : 0), c = column_of(leader) + (shape == GROUP ? 0 : k);
+            if (r >= q.rows || c >= q.columns) continue;
+            const uint64_t above = uint64_t{q.first} + r;
+            put_scale(shape == GROUP ? (above * q.columns + c) >> q.group : (above >> q.group) * q.columns + c, scale);
+        }
+    }
+
+    FASTCKPT_HD float scale_of(float span) const {
+        const float scale = scale_from(span, q.reach, q.floor, q.flags & QUANT_HALF);
+        if (!finite(span) || !finite(scale)) refuse();
+        return scale;
+    }
+
+    // The reciprocal of a scale; 0 where values up to `span` must be divided by the scale itself.
+    FASTCKPT_HD float factor(float scale, float span) const {
+        return q.flags & QUANT_RECIPROCAL || fuses(scale, span) ? 1.0f / scale : 0.0f;
+    }
+
+    FASTCKPT_HD void put_scale(uint64_t at, float scale) const {
+        char* to = reinterpret_cast<char*>(q.scales);
+        if (q.flags & QUANT_HALF) store_aligned<2>(to + 2 * at, static_cast<uint16_t>(to_half(scale)));
+        else store_aligned<4>(to + 4 * at, as_bits<uint32_t>(scale));
+    }
+
+    // ---- store ----
+
+    // The bits of eight values become their codes.
+    FASTCKPT_HD void code(uint32_t (&w)[PATCH], Scales& scales) const {
+        float v[PATCH], y;
+        FASTCKPT_UNROLL
+        for (int j = 0; j < static_cast<int>(PATCH); ++j) v[j] = as_float(w[j]) * scales.of[j].reciprocal;
+        if (scales.divide) {  // rare: a small body, one value after the other is pushed through
+            FASTCKPT_KEEP_LOOP
+            for (uint32_t k = 0; k < PATCH; ++k) {
+                const float x = as_float(w[0]), s = scales.of[0].scale;
+                FASTCKPT_UNROLL
+                for (int j = 0; j < static_cast<int>(PATCH) - 1; ++j)
+                    v[j] = v[j + 1], w[j] = w[j + 1], scales.of[j].scale = scales.of[j + 1].scale;
+                v[PATCH - 1] = x / s, w[PATCH - 1] = as_bits<uint32_t>(x), scales.of[PATCH - 1].scale = s;
+            }
+        } else if (!(q.flags & QUANT_RECIPROCAL)) {
+            FASTCKPT_UNROLL
+            for (int j = 0; j < static_cast<int>(PATCH); ++j) v[j] = corrected<uint32_t>(v[j], as_float(w[j]), scales.of[j]);
+        }
+        if (q.kind == QUANT_E4M3) {
+            FASTCKPT_UNROLL
+            for (int j = 0; j < static_cast<int>(PATCH); ++j)
+                w[j] = e4m3<uint32_t>(as_float(as_bits<uint32_t>(v[j]) & 0x7fffffffu), y) | (w[j] >> 24 & 0x80u);
+        } else {
+            const bool byte = q.kind == QUANT_INT8;
+            const float high = byte ? 127.0f : 7.0f;
+            const uint32_t flip = byte ? 0 : 8, mask = byte ? 0xff : 0xf;
+            FASTCKPT_UNROLL
+            for (int j = 0; j < static_cast<int>(PATCH); ++j)
+                w[j] = (whole<true, uint32_t>(v[j], scales.of[j].zero, high, y) ^ flip) & mask;
+        }
+    }
+
+    // Eight codes in four bits each of a word, the first lowest, or in AWQ's order: 0, 2, 4, 6, 1, 3, 5, 7.
+    FASTCKPT_HD uint32_t nibbles(const uint32_t (&w)[PATCH]) const {
+        uint32_t word = 0;
+        FASTCKPT_UNROLL
+        for (int j = 0; j < static_cast<int>(PATCH); ++j) word |= w[j] << 4 * j;
+        if (q.kind == QUANT_INT4_AWQ) {
+            word = (word & 0xf00ff00fu) | (word >> 4 & 0x00f000f0u) | (word & 0x00f000f0u) << 4;
+            word = (word & 0xff0000ffu) | (word >> 8 & 0x0000ff00u) | (word & 0x0000ff00u) << 8;
+        }
+        return word;
+    }
+
+    FASTCKPT_HD void put_word(uint64_t address, uint64_t at, uint32_t word) const {
+        store_aligned<4>(reinterpret_cast<char*>(address) + 4 * at, word);
+    }
+    // A zero point as it is stored, in its four bits.
+    FASTCKPT_HD uint32_t stored(float zero) const { return static_cast<uint32_t>(static_cast<int32_t>(zero - q.lowest)) & 0xfu; }
+
+    // The scale of a line or a square, taken from what was found and written by its first thread. False where
+    // nothing more is to be done.
+    FASTCKPT_HD bool one_scale(uint32_t thread, const uint32_t* shared, uint32_t above, Scales& scales) const {
+        const bool leads = line() ? lane(thread) == 0 : thread == 0;
+        const uint32_t share = above / q.share;
+        uint32_t* given = reinterpret_cast<uint32_t*>(q.amax) + share;
+        float amax = 0;
+        if (q.amax != 0 && !(q.flags & QUANT_LARGEST)) {
+            amax = as_float(*given);
+        } else {
+            const uint32_t log = line() ? q.width : 8, from = thread >> log << log;
+            FASTCKPT_KEEP_LOOP
+            for (uint32_t i = 0; i < 1u << log; i += FOLD) amax = higher(as_float(shared[(from + i) / FOLD]), amax);
+        }
+        if (q.flags & QUANT_LARGEST) {
+            if (leads) raise_to(given, as_bits<uint32_t>(amax));
+            return false;
+        }
+        const float scale = scale_of(amax);
+        if (leads && above % q.share == 0)
+            put_scale(line() ? share : static_cast<uint64_t>(share) * ((q.columns - 1) / SQUARE_SIDE + 1) + column / SQUARE_SIDE, scale);
+        scales.all(scale, factor(scale, amax), 0);
+        return true;
+    }
+
+    // The scales of a group of each of eight columns; their zero points packed.
+    FASTCKPT_HD void column_scales(uint32_t thread, const uint32_t* shared, uint64_t at, Scales& scales) const {
+        uint32_t points[PATCH];
+        scales.divide = false;
+        FASTCKPT_UNROLL
+        for (int j = 0; j < static_cast<int>(PATCH); ++j) {
+            const uint32_t* held = shared + j * THREADS + lane(thread);
+            scales.of[j] = {as_float(held[0]), as_float(held[step()]), as_float(held[PATCHES])};
+            scales.divide |= held[step()] == 0;
+            points[j] = stored(scales.of[j].zero);
+        }
+        if (lane(thread) == thread && q.zeros != 0) put_word(q.zeros, at / PATCH, nibbles(points));
+    }
+
+    FASTCKPT_HD void put_bytes(uint64_t at, const uint32_t (&w)[PATCH], uint32_t count) const {
+        char* to = reinterpret_cast<char*>(q.out) + at;
+        const uint32_t a = w[0] | w[1] << 8 | w[2] << 16 | w[3] << 24, b = w[4] | w[5] << 8 | w[6] << 16 | w[7] << 24;
+        uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+        if (count >= PATCH && misalignment(to, 8) == 0) {
+            store_aligned<8>(to, bytes);
+            return;
+        }
+        FASTCKPT_KEEP_LOOP
+        for (uint32_t j = 0; j < PATCH && j < count; ++j, bytes >>= 8) to[j] = static_cast<char>(bytes);
+    }
+
+    FASTCKPT_HD void store(uint32_t thread, const uint32_t* shared) const {
+        uint32_t r = row_of(thread), c = column_of(thread);
+        if (r >= q.rows || (c >= q.columns && !line())) return;
+        const uint32_t above = q.first + r;
+        Scales scales{};
+        if (shape == COLUMN) column_scales(thread, shared, static_cast<uint64_t>(above >> q.group) * q.columns + c, scales);
+        else if (shape != GROUP && !one_scale(thread, shared, above, scales)) return;
+        uint32_t words[PATCH] = {}, points = 0;  // of a patch's columns, of its rows
+        uint64_t at = static_cast<uint64_t>(above) * q.columns + c;
+        FASTCKPT_KEEP_LOOP
+        for (uint32_t k = 0; (line() || k < PATCH) && r < q.rows && c < q.columns; ++k) {
+            if (shape == GROUP) {
+                const uint32_t* held = shared + k * THREADS + (thread & ~(parts() - 1));
+                scales.all(as_float(held[0]), as_float(held[1]), as_float(held[PATCHES]));
+                points |= stored(scales.of[0].zero) << 4 * k;
+            }
+            uint32_t w[PATCH];
+            const char* p = place(r, c);
+            if (c + PATCH <= q.columns && misalignment(p, 16) == 0) fetch<false>(w, p);
+            else push(w, r, c);
+            widen(w);
+            code(w, scales);
+            if (shape == LINE || shape == SQUARE) {
+                put_bytes(at, w, q.columns - c);
+            } else if (q.kind == QUANT_INT4_DOWN) {
+                FASTCKPT_UNROLL
+                for (int j = 0; j < static_cast<int>(PATCH); ++j) words[j] |= w[j] << 4 * k;
+            } else {
+                put_word(q.out, at / PATCH, nibbles(w));
+            }
+            r += down(), c += right(), at += line() ? right() : q.columns;
+        }
+        const uint64_t eight = above / PATCH;
+        if (q.kind == QUANT_INT4_DOWN) {
+            FASTCKPT_UNROLL
+            for (int j = 0; j < static_cast<int>(PATCH); ++j) put_word(q.out, eight * q.columns + c + j, words[j]);
+        }
+        if (shape == GROUP && q.zeros != 0 && (thread & (parts() - 1)) == 0)
+            put_word(q.zeros, eight * (q.columns >> q.group) + (c >> q.group), points);
+    }
+};
+
+}  // namespace
+}  // namespace fastckpt
