@@ -290,6 +290,8 @@ class Run:
                     count(item.stop - item.start)
             else:
                 feed(batches(), workers, count, place)
+            if done < total:  # the scales, which went out with the last values of their tensors
+                count(total - done)
             self.bytes_read += sum(lane.bytes_read for lane in lanes)
             for lane in lanes:
                 if isinstance(lane, MergingLane):
