@@ -16,6 +16,7 @@ import socket
 from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["PYTHONHASHSEED"] = "0"  # the ranks': DeepSpeed orders groups of experts by a set of their names
 
 import torch
 import torch.distributed as dist

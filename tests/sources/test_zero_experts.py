@@ -124,6 +124,13 @@ def test_groups_that_fit_no_ranks(copied):
     refuses(copied, "group 1 is cut over 2 of 4 ranks and is not of experts alone")
 
 
+def test_groups_in_another_order_on_another_rank(copied):
+    """DeepSpeed orders them by a set of names, which differs from process to process."""
+    path = copied / "global_step2/zero_pp_rank_3_mp_rank_00_optim_states.pt"
+    change(path, lambda tree: tree["optimizer_state_dict"]["partition_count"].reverse())
+    refuses(copied, "zero_pp_rank_3", "partition_count is (2, 4), wanted (4, 2)", "another order")
+
+
 def test_frozen_experts_lie_in_their_files_alone(copied):
     """What param_shapes does not name is frozen, as for every other parameter of stages 1 and 2."""
     truth = load_file(copied / "truth.safetensors")

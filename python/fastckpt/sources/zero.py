@@ -441,9 +441,11 @@ def _check_one_run(
             ("optimizer step", steps[k], steps[0]),
         ):
             if got != wanted:
-                raise SourceError(
-                    f"{path}: {what} is {_short(got)}, wanted {_short(wanted)}: files of two saves"
-                )
+                why = "files of two saves"
+                if what == "partition_count" and sorted(s.counts) == sorted(first.counts):
+                    # deepspeed/moe/utils.py, split_params_into_different_moe_groups_for_optimizer
+                    why = "its groups have another order, as of a set of names under another PYTHONHASHSEED"
+                raise SourceError(f"{path}: {what} is {_short(got)}, wanted {_short(wanted)}: {why}")
 
 
 def _step(state: OptimState, opened: Opened) -> int | None:
