@@ -93,3 +93,18 @@ def read_back(state, stem, kind):
     n = values.shape[0] // scales.shape[0]
     assert group.dtype == torch.int32 and group.tolist() == [i // n for i in range(values.shape[0])]
     return values.T, scales.float().T, (nibbles(zeros).flatten(1).T + 1) % 16
+
+
+def matrices(rows, columns, dtype):
+    """Normal values; spread over all magnitudes; ties and saturation; zeros in part and whole."""
+    torch.manual_seed(rows * 1000 + columns)
+    plain = torch.randn(rows, columns)
+    yield plain.to(dtype)
+    yield (plain * torch.exp2(torch.randint(-40, 12, plain.shape).float())).to(dtype)
+    yield (torch.randint(-15, 16, plain.shape) / 2).to(dtype)
+    holes = plain.clone()
+    holes[:, : columns // 2] = 0
+    holes[rows // 2 :] = 0
+    yield (holes * -0.0).to(dtype)
+    yield holes.to(dtype)
+    yield (plain * 2.0**-130).to(dtype)

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import quant_oracle
 import torch
 from fastckpt import dtypes
 from fastckpt.errors import ViewError
@@ -23,20 +24,10 @@ GUARD = 64
 
 
 def matrices(rows, columns, dtype):
-    """Normal values; all magnitudes; ties; zeros in part; scales that no reciprocal serves."""
-    torch.manual_seed(rows * 1000 + columns)
-    plain = torch.randn(rows, columns)
-    yield plain.to(dtype)
-    yield (plain * torch.exp2(torch.randint(-40, 12, plain.shape).float())).to(dtype)
-    yield (torch.randint(-15, 16, plain.shape) / 2).to(dtype)
-    holes = plain.clone()
-    holes[:, : columns // 2] = 0
-    holes[rows // 2 :] = 0
-    yield (holes * -0.0).to(dtype)
-    yield holes.to(dtype)
+    """Those of the oracle, and huge ones."""
+    yield from quant_oracle.matrices(rows, columns, dtype)
     if dtype is not torch.float16:
-        yield (plain * 2.0**-130).to(dtype)
-        yield (plain * 2.0**100).to(dtype)
+        yield (torch.randn(rows, columns) * 2.0**100).to(dtype)
 
 
 def shapes(scheme: Scheme):

@@ -20,21 +20,6 @@ else:
 SHAPES = [(1, 128), (3, 256), (130, 384), (257, 128), (5, 200), (129, 77)]
 
 
-def matrices(rows, columns, dtype):
-    """Normal values; spread over all magnitudes; ties and saturation; zeros in part and whole."""
-    torch.manual_seed(rows * 1000 + columns)
-    plain = torch.randn(rows, columns)
-    yield plain.to(dtype)
-    yield (plain * torch.exp2(torch.randint(-40, 12, plain.shape).float())).to(dtype)
-    yield (torch.randint(-15, 16, plain.shape) / 2).to(dtype)
-    holes = plain.clone()
-    holes[:, : columns // 2] = 0
-    holes[rows // 2 :] = 0
-    yield (holes * -0.0).to(dtype)
-    yield holes.to(dtype)
-    yield (plain * 2.0**-130).to(dtype)
-
-
 def raw(tensor):
     return tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
 
@@ -60,7 +45,7 @@ def test_bytes_equal_plain_torch(name, native, isa):
         if columns % (SCHEMES[name].block[1] or 1) and SCHEMES[name].bits == 4:
             continue
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for x in matrices(rows, columns, dtype):
+            for x in quant_oracle.matrices(rows, columns, dtype):
                 want, scales = quant_oracle.quantised(x, name)
                 out, found = run(x, name, native, isa)
                 got = found.scales[:1] if SCHEMES[name].block[0] == 0 else found.scales
