@@ -91,7 +91,7 @@ class Run:
         expect("threads", threads, int, type(None))
         expect("memory", memory, str, int, type(None))
         expect("progress", progress, Callable, type(None))  # type: ignore[arg-type]
-        self.threads = _threads(threads)
+        self.threads = workers(threads)
         self.band = band(self.threads)
         self.spare: int | None = None
         if memory is not None:
@@ -408,7 +408,8 @@ def band(threads: int) -> int:
     return min(BAND, (16 + 4 * threads) // threads * LEAF)
 
 
-def _threads(asked: int | None) -> int:
+def workers(asked: int | None) -> int:
+    """The threads of a run: those asked for, else one a core that this process may use. Raises WriteError."""
     if asked is None:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not 1 <= asked <= MOST_THREADS:
