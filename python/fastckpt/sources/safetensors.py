@@ -30,8 +30,8 @@ SUFFIX = ".safetensors"
 SINGLE = "model.safetensors"
 
 PIECES = "DCP_SHARDING_INFO"
-"""Metadata that says where in its tensors a file's pieces lie, not how large the tensors or how many the files
-are. Source: torch/distributed/checkpoint/hf_storage.py (save_distributed=True)."""
+"""Metadata that says where in its tensors a file's pieces lie, not how large those tensors are or how many files
+there are. Source: torch/distributed/checkpoint/hf_storage.py (save_distributed=True)."""
 
 
 @dataclass(frozen=True, slots=True)
