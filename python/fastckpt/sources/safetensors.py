@@ -30,8 +30,8 @@ SUFFIX = ".safetensors"
 SINGLE = "model.safetensors"
 
 PIECES = "DCP_SHARDING_INFO"
-"""Metadata that says where in its tensors a file's pieces lie, not how large those tensors are or how many files
-there are. Source: torch/distributed/checkpoint/hf_storage.py (save_distributed=True)."""
+"""Metadata of a file that holds pieces: where each lies in its tensor, but not how large that is, nor how
+many files there are. Source: torch/distributed/checkpoint/hf_storage.py (save_distributed=True)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,4 +161,3 @@ def _ints(value: JSON) -> tuple[int, ...] | None:
         return None
     out = [n for n in value if isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 62]
     return tuple(out) if len(out) == len(value) else None
-
