@@ -176,6 +176,10 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
     expansion = road.expansion
 
     scaled = wanted.held is not None and any(dequantised.of_matrices(road.checkpoint))
+    named_instead: dict[str, str] = {}  # a stored name that is not held -> a name tied to it that is
+    for alias, holder in road.aliases.items():
+        if wanted.held is not None and holder not in wanted.held and alias in wanted.held:
+            named_instead.setdefault(holder, alias)
 
     def of_rank(rank: int) -> Iterator[Target]:
         targets = road.targets(placement.at(rank))
@@ -188,16 +192,18 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
                 if target is None:
                     continue
                 if wanted.held is not None:
-                    if target.name not in wanted.held:
-                        left_out[target.name] = None
-                        continue
-                    view, kind = target.view, wanted.held[target.name]
+                    name = target.name
+                    if name not in wanted.held:
+                        left_out[name] = None
+                        if (name := named_instead.get(name, name)) not in wanted.held:
+                            continue
+                    view, kind = target.view, wanted.held[name]
                     if scaled and view.dtype in (float8_e4m3fn, float8_e5m2) and view.dtype is not kind:
                         raise LayoutError(
                             f"{target.name} is quantised, so its bytes cannot become {kind}; "
                             'reshard(quant="none") makes dense weights'
                         )
-                    target = Target(target.name, view.cast(kind), target.shape)
+                    target = Target(name, view.cast(kind), target.shape)
                 yield rank, target
 
     extents = road.checkpoint.extents
@@ -232,7 +238,7 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
             raise LayoutError(
                 f"quant: {told.name} is tied to another tensor, which would not find its scales"
             )
-    aliases = _present(road.aliases, made, rows.values())
+    aliases = _present({a: named_instead.get(h, h) for a, h in road.aliases.items()}, made, rows.values())
     notes = road.notes
     one_name = aliases and not in_memory and road.naming(placement).single.endswith(".safetensors")
     if one_name and (road.checkpoint.config or {}).get("tie_word_embeddings") is not True:
