@@ -292,6 +292,23 @@ def test_a_name_tied_in_the_checkpoint_alone_is_filled_too(tmp_path, meta, stric
         fastckpt.load_into(module, tmp_path / "x.pt", strict=strict)
 
 
+@pytest.mark.parametrize("meta", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_tied_name_is_filled_where_the_module_lacks_its_holder(tmp_path, meta, tied):
+    """The one tensor of the checkpoint goes by another of its names, and fills all that the module has."""
+    weight = torch.randn(13, 6)
+    torch.save({"embed.weight": weight, "head.weight": weight, "last.weight": weight}, tmp_path / "x.pt")
+    with torch.device("meta" if meta else "cpu"):
+        module = torch.nn.ModuleDict({n: torch.nn.Linear(6, 13, bias=False) for n in ("head", "last")})
+    if tied:
+        module["last"].weight = module["head"].weight
+    with pytest.raises(LayoutError, match=r"0 tensors of the module .* 1 of the checkpoint .*embed\.weight"):
+        fastckpt.load_into(module, tmp_path / "x.pt")
+    fastckpt.load_into(module, tmp_path / "x.pt", strict=False)
+    assert (module["last"].weight is module["head"].weight) is tied
+    assert all(torch.equal(t, weight) for t in module.state_dict().values())
+
+
 def test_a_buffer_no_checkpoint_holds_is_not_left_on_meta_unsaid(tmp_path):
     truth = write_zero(
         tmp_path, {"up.weight": torch.randn(3, 2), "up.bias": torch.randn(3)}, stage=3, world=2
@@ -592,7 +609,7 @@ WRONG = {
     "device": ["nonsense", 5, None],
     "max_shard_size": ["nonsense", 0, -1, [], "9" * 400 + "GB"],
     "memory": ["nonsense", 1, []],
-    "threads": [0, -2, "2", 1.5, True],
+    "threads": [0, -2, 1 << 17, "2", 1.5, True],
     "progress": [5],
     "adapter": [5],
 }

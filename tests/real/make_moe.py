@@ -4,6 +4,9 @@
 
 DIR gets what `engine.save_checkpoint` wrote, and truth.safetensors: the model as it trains, with every expert
 under its global number. In float32 that is also what the masters are.
+
+DeepSpeed orders groups of experts by a set of their names. `--seeds 0,1` gives even ranks PYTHONHASHSEED 0,
+odd ones 1, so that they disagree wherever there are groups of two sizes (world 4, ep 4).
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ import socket
 from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ["PYTHONHASHSEED"] = "0"  # the ranks': DeepSpeed orders groups of experts by a set of their names
 
 import torch
 import torch.distributed as dist
@@ -114,13 +116,21 @@ def main() -> None:
     parser.add_argument("--stage", type=int, choices=(0, 1, 2), default=2)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--data-first", action="store_true")
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
     parser.add_argument("out", type=Path)
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(train, args=(a, port), nprocs=a.world)
+    ranks = [mp.get_context("spawn").Process(target=train, args=(rank, a, port)) for rank in range(a.world)]
+    for rank, process in enumerate(ranks):
+        os.environ["PYTHONHASHSEED"] = str(a.seeds[rank % len(a.seeds)])
+        process.start()
+    for process in ranks:
+        process.join()
+    if any(process.exitcode for process in ranks):
+        raise SystemExit(f"exit codes {[process.exitcode for process in ranks]}")
 
 
 if __name__ == "__main__":

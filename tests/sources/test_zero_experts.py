@@ -16,7 +16,7 @@ from fastckpt.sources import zero_experts, zero_state
 from safetensors.torch import load_file
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-KEPT = ("moe-z2-w4", "moe-z1-w4-data-first", "moe-z0-w2")
+KEPT = ("moe-z2-w4", "moe-z2-w4-seeds", "moe-z1-w4-data-first", "moe-z0-w2")
 EXPERT = "moe.0.deepspeed_moe.experts.deepspeed_experts.{}.0.weight"
 
 
@@ -47,6 +47,17 @@ def test_what_the_installed_deepspeed_writes(tmp_path, stage, world, ep, more, d
     pytest.importorskip("deepspeed")
     made = Path(__file__).parents[1] / "real/make_moe.py"
     sizes = ["--world", str(world), "--ep", str(ep), "--stage", str(stage), "--dtype", dtype]
+    subprocess.run([sys.executable, made, *sizes, *more, tmp_path], check=True, timeout=900)
+    equal(tmp_path)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("more", [(), ("--data-first",)], ids=["", "data-first"])
+def test_what_it_writes_under_several_hash_seeds(tmp_path, stage, more):
+    pytest.importorskip("deepspeed")
+    made = Path(__file__).parents[1] / "real/make_moe.py"
+    sizes = ["--world", "4", "--ep", "4", "--stage", str(stage), "--seeds", "0,1,1,0"]
     subprocess.run([sys.executable, made, *sizes, *more, tmp_path], check=True, timeout=900)
     equal(tmp_path)
 
@@ -124,11 +135,63 @@ def test_groups_that_fit_no_ranks(copied):
     refuses(copied, "group 1 is cut over 2 of 4 ranks and is not of experts alone")
 
 
-def test_groups_in_another_order_on_another_rank(copied):
-    """DeepSpeed orders them by a set of names, which differs from process to process."""
-    path = copied / "global_step2/zero_pp_rank_3_mp_rank_00_optim_states.pt"
-    change(path, lambda tree: tree["optimizer_state_dict"]["partition_count"].reverse())
-    refuses(copied, "zero_pp_rank_3", "partition_count is (2, 4), wanted (4, 2)", "another order")
+MASTERS = "single_partition_of_fp32_groups"
+OF_RANK = ("partition_count", "param_slice_mappings", MASTERS, "param_alignment_paddings")
+"""What lies in a rank's order of groups."""
+
+
+def rank(path: Path, number: int) -> Path:
+    return path / f"global_step2/zero_pp_rank_{number}_mp_rank_00_optim_states.pt"
+
+
+@pytest.fixture
+def seeds(tmp_path):
+    """DeepSpeed orders groups of experts by a set of names: ranks 1 and 3 had another PYTHONHASHSEED."""
+    return Path(shutil.copytree(FIXTURES / "moe-z2-w4-seeds", tmp_path / "seeds"))
+
+
+def test_groups_in_another_order_on_another_rank(seeds):
+    def count(number: int) -> list[int]:
+        return torch.load(rank(seeds, number), weights_only=False)["optimizer_state_dict"]["partition_count"]
+
+    assert [count(k) for k in range(4)] == [[4, 2, 1], [4, 1, 2]] * 2
+    equal(seeds)
+    equal(seeds, weights="module")
+
+    def swap(tree) -> None:
+        for groups in map(tree["optimizer_state_dict"].get, OF_RANK):
+            groups[1], groups[2] = groups[2], groups[1]
+
+    change(rank(seeds, 0), swap)
+    refuses(seeds, "zero_pp_rank_0", "fit no order")  # param_shapes are of that process
+
+
+def test_a_group_that_is_not_what_it_is_counted_as(copied, seeds):
+    """The number of ranks it is cut over fits, the names of what it holds do not."""
+    change(rank(copied, 3), lambda tree: tree["optimizer_state_dict"]["partition_count"].reverse())
+    refuses(copied, "zero_pp_rank_3", "partition_count is (2, 4), wanted (4, 2)", "fit no order")
+    change(rank(seeds, 3), lambda tree: tree["optimizer_state_dict"].update(partition_count=[4, 2, 1]))
+    refuses(seeds, "zero_pp_rank_3", "fit no order of rank 0's")
+
+
+def test_groups_that_fit_two_orders():
+    """Two groups are cut over as many ranks: only the names of what they hold tell them apart."""
+    names = ["dense", *(EXPERT.format(e) for e in range(3))]
+    shapes = [{name: (1,)} for name in names]
+
+    def state(counts, held, flats):
+        return zero_state.OptimState(2, counts, flats, None, held and tuple({n: 0} for n in held), None, "")
+
+    first = state((4, 1, 2, 2), None, (0, 1, 2, 3))
+    told = state((4, 2, 2, 1), [names[0], names[3], names[2], names[1]], (0, 3, 2, 1))
+    (_, found) = zero_experts.in_order([first, told], shapes, "ab")
+    assert found.flats == first.flats and found.counts == first.counts
+    assert zero_experts.in_order([first, first], shapes, "ab") == [first, first]
+    with pytest.raises(SourceError, match="b: its groups of experts fit more than one order"):
+        zero_experts.in_order([first, state(told.counts, None, told.flats)], shapes, "ab")
+    no_piece = state(told.counts, ["dense", names[3], names[2], names[1]], told.flats)
+    no_piece.held[1].clear()  # of a small group some ranks hold nothing: the others leave it one place
+    assert zero_experts.in_order([first, no_piece], shapes, "ab")[1].flats == first.flats
 
 
 def test_frozen_experts_lie_in_their_files_alone(copied):

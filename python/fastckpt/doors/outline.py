@@ -22,7 +22,7 @@ from ..planning.binding import Binding
 from ..planning.compiling import WINDOW
 from ..planning.copies import NOTHING, Ints, Table
 from ..planning.plans import Plan
-from ..running.runs import band
+from ..running.runs import band, workers
 from .text import columns, counted, size, some
 
 
@@ -173,14 +173,15 @@ class PlanDescription:
 def describe_plan(plan: Plan, rank: int | None = None, *, threads: int | None = None) -> PlanDescription:
     """Which bytes of which file go where; with `rank`, of that rank's tensors alone.
 
-    `threads` is what `peak_memory` is told for. Raises FastckptError for a rank the plan does not make."""
+    `threads` is what `peak_memory` is told for. Raises FastckptError for a rank the plan does not make, and
+    for fewer than one thread."""
     if rank is not None and rank not in plan.ranks:
         raise FastckptError(f"plan: rank {rank} is none of those planned, {list(plan.ranks)}")
     runs = _runs(plan)
     wanted = [(i, t) for i, t in enumerate(plan.tensors) if rank is None or t.rank == rank]
     held = Counter((t.rank, t.file) for _, t in wanted)
     paths = [f.path for f in plan.files]
-    lanes = threads or len(os.sched_getaffinity(0))
+    lanes = workers(threads)
     rows = sum(k.nbytes for k in plan.kept or ()) + 4 * WINDOW * copies.COPY.itemsize
     return PlanDescription(
         key=plan.key,

@@ -105,7 +105,8 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
     ckpt, placement, expansion = chosen.checkpoint, wanted.placement, chosen.expansion
     ranks = tuple(range(placement.world)) if wanted.rank is None else (placement.at(wanted.rank).rank,)
     left_out: dict[str, None] = {}
-    stream = _stream(chosen, wanted, ranks, left_out)
+    instead = {} if wanted.held is None else _named_instead(chosen.aliases, wanted.held)
+    stream = _stream(chosen, wanted, ranks, instead, left_out)
     inputs = plancache.inputs(ckpt, placement, chosen.options)
     table, extents, needed = _kept_or_compiled(chosen, wanted, stream, [inputs, list(ranks)])
     made, quantised = table.made, table.quantised
@@ -114,7 +115,7 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
     rows = {r: made.of_rank(r) for r in ranks}
     names = {r: [made.names[i] for i in own.tolist()] for r, own in rows.items()}
     _require_findable(chosen, names, quantised.values())
-    aliases = _present(chosen.aliases, names.values())
+    aliases = _present({a: instead.get(h, h) for a, h in chosen.aliases.items()}, names.values())
     notes = chosen.notes
     namings = {} if in_memory else {r: chosen.naming(placement.at(r)) for r in ranks}
     one_name = aliases and any(n.single.endswith(".safetensors") for n in namings.values())
@@ -149,7 +150,22 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
 # ---- which targets, as rows ----
 
 
-def _stream(chosen: Chosen, wanted: Wanted, ranks: Sequence[int], left_out: dict[str, None]) -> Stream:
+def _named_instead(aliases: Mapping[str, str], held: Mapping[str, DType]) -> dict[str, str]:
+    """A stored name that is not held -> a name tied to it that is."""
+    out: dict[str, str] = {}
+    for alias, holder in aliases.items():
+        if holder not in held and alias in held:
+            out.setdefault(holder, alias)
+    return out
+
+
+def _stream(
+    chosen: Chosen,
+    wanted: Wanted,
+    ranks: Sequence[int],
+    instead: Mapping[str, str],
+    left_out: dict[str, None],
+) -> Stream:
     """The targets of these ranks; names that `held` lacks go to `left_out` as they pass."""
     expansion, held = chosen.expansion, wanted.held
 
@@ -165,28 +181,31 @@ def _stream(chosen: Chosen, wanted: Wanted, ranks: Sequence[int], left_out: dict
     if held is None:
         return in_turn
     scaled = any(dequantised.of_matrices(chosen.checkpoint))
-    return lambda: _as_held(in_turn(), held, scaled, left_out)
+    return lambda: _as_held(in_turn(), held, scaled, instead, left_out)
 
 
 def _as_held(
     targets: Iterable[tuple[int, Target]],
     held: Mapping[str, DType],
     scaled: bool,
+    instead: Mapping[str, str],
     left_out: dict[str, None],
 ) -> Iterator[tuple[int, Target]]:
     """The targets that are held, each as its dtype; `scaled`: some are values of quantised matrices."""
     for rank, target in targets:
-        kind = held.get(target.name)
-        if kind is None:
-            left_out[target.name] = None
-            continue
-        view = target.view
+        name = target.name
+        if name not in held:
+            left_out[name] = None
+            name = instead.get(name, name)
+            if name not in held:
+                continue
+        view, kind = target.view, held[name]
         if scaled and view.dtype in (float8_e4m3fn, float8_e5m2) and view.dtype is not kind:
             raise LayoutError(
                 f"{target.name} is quantised, so its bytes cannot become {kind}; "
                 'reshard(quant="none") makes dense weights'
             )
-        yield rank, Target(target.name, view.cast(kind), target.shape)
+        yield rank, Target(name, view.cast(kind), target.shape)
 
 
 def _kept_or_compiled(

@@ -23,7 +23,7 @@ from .assembly import assemble
 from .options import Options
 from .torchfile import Tensor
 from .torchtensors import by_storage, places, whole
-from .zero_experts import is_expert, spread
+from .zero_experts import in_order, is_expert, spread
 from .zero_files import Files, check_ranks, find, is_zero
 from .zero_layout import Flat, Placed, Shape, chained, sliced
 from .zero_opening import Opened, Opening, Whole, optim_tensors
@@ -131,6 +131,8 @@ def _from_masters(
     paths = check_ranks(files.optim, world, "optimizer files", where)
     optim = opening.optim(paths)
     saved = _each(optim, optim_state)
+    if state.experts:
+        saved = in_order(saved, state.shapes or (), paths)
     _check_one_run(saved, optim, paths, state)
     flats = _columns(optim, [s.flats for s in saved], where)
     at_stage_3, alignment = first.stage == 3, first.alignment
@@ -441,11 +443,9 @@ def _check_one_run(
             ("optimizer step", steps[k], steps[0]),
         ):
             if got != wanted:
-                why = "files of two saves"
-                if what == "partition_count" and sorted(s.counts) == sorted(first.counts):
-                    # deepspeed/moe/utils.py, split_params_into_different_moe_groups_for_optimizer
-                    why = "its groups have another order, as of a set of names under another PYTHONHASHSEED"
-                raise SourceError(f"{path}: {what} is {_short(got)}, wanted {_short(wanted)}: {why}")
+                raise SourceError(
+                    f"{path}: {what} is {_short(got)}, wanted {_short(wanted)}: files of two saves"
+                )
 
 
 def _step(state: OptimState, opened: Opened) -> int | None:

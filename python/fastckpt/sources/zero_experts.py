@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import SourceError
 from .torchfile import Tensor
 from .zero_layout import Flat, Shape
-from .zero_state import ModelState
+from .zero_state import ModelState, OptimState
 
 _LOCAL = re.compile(r"(.*\.deepspeed_moe\.experts\.deepspeed_experts\.)(\d+)(\..*)")
 
@@ -60,6 +60,60 @@ def spread(
             if alignment is not None and g < len(alignment):
                 paddings.append(alignment[g])
     return replace(state, shapes=tuple(groups)), None if alignment is None else tuple(paddings), cut
+
+
+def in_order(
+    saved: Sequence[OptimState], shapes: Sequence[Mapping[str, Shape]], paths: Sequence[str]
+) -> list[OptimState]:
+    """Each rank's optimizer state with its groups in the order of param_shapes, which is rank 0's.
+
+    Groups of experts stand in the order of a set of their names, which is that of the rank's PYTHONHASHSEED
+    (deepspeed/moe/utils.py, `split_params_into_different_moe_groups_for_optimizer`). What a rank says of a
+    group must be true of the one it is taken for: the ranks it is cut over, the paddings, the parameters it
+    holds a piece of. Raises SourceError where that fits no order, or more than one."""
+    known: dict[int, OptimState] = {}  # states of identical files are one
+    for state, path in zip(saved, paths, strict=True):
+        if id(state) not in known:
+            known[id(state)] = _ordered(state, saved[0], shapes, path)
+    return [known[id(state)] for state in saved]
+
+
+def _ordered(
+    state: OptimState, first: OptimState, shapes: Sequence[Mapping[str, Shape]], path: str
+) -> OptimState:
+    told = [x for s in (state, first) for x in (s.counts, s.flats, s.alignment, s.held) if x is not None]
+    if any(len(x) != len(shapes) for x in told):
+        return state  # is refused where numbers of groups are compared
+    experts = [g for g, group in enumerate(shapes) if all(map(is_expert, group))]
+
+    def fits(g: int, own: int) -> bool:
+        same = state.counts[own] == first.counts[g]
+        if state.alignment is not None and first.alignment is not None:
+            same &= state.alignment[own] == first.alignment[g]
+        return same and (state.held is None or state.held[own].keys() <= shapes[g].keys())
+
+    if all(fits(g, g) for g in experts):
+        return state
+    order = list(range(len(shapes)))
+    left = {g: {own for own in experts if fits(g, own)} for g in experts}
+    while left:  # as long as one order alone fits, some group can be but one
+        g = min(left, key=lambda g: len(left[g]))
+        if len(left[g]) != 1:
+            orders = "more than one order" if left[g] else "no order"
+            raise SourceError(
+                f"{path}: its groups of experts fit {orders} of rank 0's: partition_count is "
+                f"{state.counts}, wanted {first.counts}: files of two saves"
+            )
+        (order[g],) = left.pop(g)
+        for others in left.values():
+            others.discard(order[g])
+    return replace(
+        state,
+        counts=tuple(state.counts[own] for own in order),
+        flats=tuple(state.flats[own] for own in order),
+        alignment=state.alignment and tuple(state.alignment[own] for own in order),
+        held=state.held and tuple(state.held[own] for own in order),
+    )
 
 
 def tensors(root: object, expert: int, where: str) -> dict[str, Tensor]:

@@ -32,13 +32,14 @@ class OptimState:
 
     `stage`: None in files of BF16_Optimizer, which is stage 1. `counts`: the ranks each group is cut over.
     `flats`: the masters, one tensor a group (stage 3: a sub-group). `alignment`: elements after each
-    parameter of each group, None in older files. `step`: the optimizer's, a number or where it lies, None
-    if unsaid."""
+    parameter of each group, None in older files. `held`: of each group, the parameters it holds a piece of,
+    by name; None if unsaid. `step`: the optimizer's, a number or where it lies, None if unsaid."""
 
     stage: int | None
     counts: tuple[int, ...]
     flats: tuple[Tensor, ...]
     alignment: tuple[tuple[int, ...], ...] | None
+    held: tuple[Mapping[object, object], ...] | None
     step: Tensor | int | None
     version: str
 
@@ -85,6 +86,7 @@ def optim_state(root: object, where: str) -> OptimState:
         counts=_ints([counts] if isinstance(counts, int) else counts, f"{where}: partition_count"),
         flats=flats,
         alignment=_alignment(state.get("param_alignment_paddings"), f"{where}: param_alignment_paddings"),
+        held=_held(state.get("param_slice_mappings")),
         step=_step(moments),
         version=str(top.get("ds_version", state.get("ds_version", ""))),
     )
@@ -187,6 +189,13 @@ def _step(moments: object) -> Tensor | int | None:
     if isinstance(step, Tensor):
         return step if step.numel == 1 else None
     return _number(step)
+
+
+def _held(value: object) -> tuple[Mapping[object, object], ...] | None:
+    """Nothing but the names is used of `param_slice_mappings`."""
+    if not isinstance(value, list) or not all(isinstance(group, dict) for group in value):
+        return None
+    return tuple(value)
 
 
 def _alignment(value: object, where: str) -> tuple[tuple[int, ...], ...] | None:
