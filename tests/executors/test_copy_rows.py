@@ -174,6 +174,10 @@ def test_large_rows_stream_past_the_cache(names: str) -> None:
     same(row(src, dst, (lines, 1601), (1601 * s, s), (1664 * d, d)), source, out, (1, 3))
     for at in (0, 5 * d):
         same(row(src, dst, (lines, 1600), (s, lines * s), (1664 * d, d), (0, at)), source, out, (1, 3))
+    columns = n // 1600 // 64 * 64  # whole lines of the source, however the first one lies
+    for first, at in ((0, 0), (s, 3 * d), (7 * s, 0), (2, d)):
+        turned = row(src, dst, (columns - 9, 1600), (s, columns * s), (1600 * d, d), (first, at))
+        same(turned, source, out, (1, 3))
 
 
 def test_many_small_rows() -> None:

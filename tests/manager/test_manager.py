@@ -196,6 +196,34 @@ def test_nothing_is_spread_over_a_larger_tensor(tmp_path: Path, names: list[str]
         assert not x.any() and not y.any()
 
 
+@pytest.mark.parametrize(
+    ("into", "said"),
+    [
+        (torch.zeros(3, device="meta"), "on the meta device"),
+        (torch.zeros(3, dtype=torch.int8), r"saved as torch\.float32, the template's torch\.int8"),
+        (torch.zeros(1).expand(3), "elements of the template share memory"),
+    ],
+)
+def test_templates_that_cannot_hold_what_was_saved(tmp_path: Path, into: torch.Tensor, said: str) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(0, {"a": torch.ones(3), "b": torch.ones(3)})
+        for names in (None, ["a", "b"]):
+            other = torch.zeros(3)
+            with pytest.raises(ManagerError, match=said):
+                manager.restore(names=names, template={"a": other, "b": into})
+            assert not other.any()
+
+
+def test_an_optimizer_of_other_groups_changes_nothing(tmp_path: Path, trained: Trained, same: Same) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(0, trained(1))
+        other, untouched = trained(2), trained(2)
+        other["optimizer"] = torch.optim.AdamW([{"params": [p]} for p in other["model"].parameters()])
+        with pytest.raises(ManagerError, match=r"groups of \[6\] parameters were saved"):
+            manager.restore(template=other)
+        assert same(other["model"], untouched["model"])
+
+
 def test_a_handler_that_fails_costs_nothing(tmp_path: Path) -> None:
     class Broken(JsonMetadata):
         def write(self, epoch: int) -> None:
