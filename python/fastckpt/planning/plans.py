@@ -238,10 +238,10 @@ def _compiled(stream: Stream, extents: Extents, expansion: Expansion | None) -> 
     dense = prequantised.dense_bytes(extents)
     for window, chunk, table in compiled(stream(), extents):
         extents = table
-        for rank, t in window:
-            if expansion is not None and t.scheme is not None:
-                quantised[len(made)] = expansion.quantised(t)
-            made.add(rank, t.name, t.dtype, t.stored_shape)
+        if expansion is not None:
+            chosen = ((i, t) for i, (_, t) in enumerate(window, len(made)) if t.scheme is not None)
+            quantised |= {i: expansion.quantised(t) for i, t in chosen}
+        made.extend(window)
         rows += len(chunk.rows)
         needed += _needed(chunk.rows, dense)
         if rows > KEPT_ROWS:
