@@ -27,6 +27,14 @@ template <class S, class D> FASTCKPT_INLINE Words block(const char* src, size_t 
     return pack<D::size>(w);
 }
 
+// The same of 32-bit elements that are read one block after another.
+template <class S, class D> FASTCKPT_INLINE Words block(Realigned& from) {
+    constexpr int COUNT = 4 / D::size;
+    Words w[COUNT];
+    for (int k = 0; k < COUNT; ++k) w[k] = convert<S, D>(from.next());
+    return pack<D::size>(w);
+}
+
 template <class S, class D> void line(char* dst, const char* src, size_t n, bool past) {
     if constexpr (Same<S, D>::value) {
         copy_bytes(dst, src, n * S::size, past);
@@ -38,12 +46,22 @@ template <class S, class D> void line(char* dst, const char* src, size_t n, bool
         if (n >= STEP) {
             // The first and the last block may overlap their neighbours: the same bytes are written twice.
             size_t head = -reinterpret_cast<uintptr_t>(dst) % BLOCK;
+            auto blocks = [&](auto put) {
+                if constexpr (S::size == 4 && D::size == 2) {  // conversions of 8-bit floats are long
+                    if (Realigned::helps(src + i * S::size) && n - i >= 16 * STEP) {
+                        Realigned from(src + i * S::size);
+                        for (; i + 2 * STEP <= n; i += STEP) put(dst + i * D::size, block<S, D>(from));
+                    }
+                }
+                for (; i + STEP <= n; i += STEP) put(dst + i * D::size, block<S, D>(src, i));
+            };
             // A line that is first written through the cache costs more than it saves in a short run.
             if (past && head % D::size == 0 && n >= (head == 0 ? 4 : 64) * STEP) {
                 if (head > 0) store<4>(dst, block<S, D>(src, 0));
-                for (i = head / D::size; i + STEP <= n; i += STEP) stream(dst + i * D::size, block<S, D>(src, i));
+                i = head / D::size;
+                blocks(stream);
             } else {
-                for (; i + STEP <= n; i += STEP) store<4>(dst + i * D::size, block<S, D>(src, i));
+                blocks(store<4>);
             }
             if (i < n) store<4>(dst + (n - STEP) * D::size, block<S, D>(src, n - STEP));
             return;
