@@ -231,12 +231,12 @@ def test_several_buffers_and_zero_rows() -> None:
         assert y.tolist() == [0, -1, 0, -1, 0, -1, 0, -1, -1]
 
 
-def test_the_row_is_the_planners_and_the_compilers() -> None:
-    from fastckpt.planning import planner
+def test_the_row_is_the_plans_and_the_compilers() -> None:
+    from fastckpt.planning import copies
 
     wanted = [(name, of[1], of[0].itemsize) for name, of in COPY.fields.items()]
     assert _C.fields() == wanted and _C.copy_bytes == COPY.itemsize == 128
-    assert planner.COPY == COPY
+    assert copies.COPY == COPY
     other = np.dtype({"names": ["src"], "formats": ["<u8"], "itemsize": 128})
     with pytest.raises(DeviceError, match=r"copy\.h wants"):
         cpu.Cpu().bind([]).run(np.zeros(1, other), [])
