@@ -69,6 +69,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "plans": (
         *PLAIN,
         "dequantised",
+        "lowrank",
         "collector",
         "adapters",
         "apart",

@@ -22,7 +22,7 @@ from .digest import LEAF, combine, digest, leaf_digests
 from .doors.text import counted
 from .dtypes import DType
 from .errors import FastckptError, SourceError, expect
-from .extents import File
+from .extents import File, is_directory
 from .finite import nonfinite
 from .output.manifest import NAME, Manifest, TensorEntry, rank_of
 from .sources.safetensors import MAX_HEADER, Item, read_header
@@ -88,7 +88,7 @@ def verify(
         from .expectation import against, engine_of  # recipes and layouts, which only this needs
 
         engine = engine_of(engine)
-    if not os.path.isdir(root):
+    if not is_directory(root):
         raise SourceError(f"{root}: no such directory")
     problems: list[str] = []
     present = sorted(_walk(root, problems))

@@ -346,7 +346,11 @@ class CheckpointManager:
     def _accessible_here(self, step: int | None) -> bool:
         if self._metadata is not None and not self._metadata.accessible(step):
             return False
-        return ready(self.root) if step is None else self._store.commit(step) is not None
+        if step is None:
+            return ready(self.root)
+        with suppress(WriteError):
+            return self._store.commit(step) is not None
+        return False
 
     def accessible(self, step: int | None = None) -> bool:
         """Whether checkpoints can be written here now, or that step be read. Of this node alone."""

@@ -21,10 +21,11 @@ from ..checkpoint import JSON, Cast, Checkpoint
 from ..collector import paused
 from ..computed import adapters, apart, dequantised
 from ..computed.adapters import Adapter
+from ..computed.lowrank import lies_nowhere
 from ..dtypes import DType, float8_e4m3fn, float8_e5m2, float32
 from ..dtypes import dtype as dtype_of
 from ..errors import LayoutError, RecipeError, SourceError, expect
-from ..extents import Extents
+from ..extents import Extent, Extents, is_directory
 from ..layouts import Adapts, Layout, Resizes
 from ..layouts.naming import Naming
 from ..layouts.patterns import Patterns
@@ -120,7 +121,8 @@ class Plan:
     (rank, path, bytes). `config`: the text of a config.json that differs from the one beside the checkpoint
     (given apart, or another vocab_size), else None. `aliases`: tied name -> the name that is stored.
     `options`: what the manifest repeats. `needed_bytes`: source bytes the outputs are made of; a byte that
-    two ranks need counts for each. `notes`: what the user should know. `left_out`: names the layout made
+    two ranks need counts for each; None where values are computed of others (merged, dequantised, one more),
+    of which some are read for several. `notes`: what the user should know. `left_out`: names the layout made
     and `held` does not have. `quantised`: the tensors that are quantised, by index; `scans`: the uncut
     matrices whose largest magnitudes are read first."""
 
@@ -139,7 +141,7 @@ class Plan:
     extents: Extents
     stream: Stream
     kept: tuple[Kept, ...] | None
-    needed_bytes: int = 0
+    needed_bytes: int | None = None
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     quantised: Mapping[int, Quantised] = field(default_factory=dict)
@@ -277,12 +279,17 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
         extents=extents,
         stream=stream,
         kept=None if kept is None else tuple(kept),
-        needed_bytes=needed,
+        needed_bytes=needed if all(map(_told, extents)) else None,
         notes=notes,
         left_out=tuple(left_out),
         quantised=quantised,
         scans=None if expansion is None or not expansion.scanned else expansion.uncut,
     )
+
+
+def _told(extent: Extent) -> bool:
+    """Whether it is known which source bytes an extent's bytes are made of."""
+    return not lies_nowhere(extent) or prequantised.owner(extent) is not None
 
 
 def _present(aliases: Mapping[str, str], made: Names, ranks: Iterable[Ints]) -> dict[str, str]:
@@ -573,7 +580,7 @@ def _config(
             )
         return ckpt.config
     path = os.fspath(given)
-    if os.path.isdir(path):
+    if is_directory(path):
         path = os.path.join(path, "config.json")
     try:
         with open(path, encoding="utf-8") as f:
