@@ -20,7 +20,6 @@ from fastckpt.planning.planner import COPY, LEAF
 from fastckpt.quantisation import rounding
 from fastckpt.quantisation.quantrows import There, tiled
 from fastckpt.quantisation.schemes import SCHEMES
-from safetensors.torch import load_file, save_file
 
 State = dict[str, torch.Tensor]
 Act = Callable[[], object]
@@ -194,7 +193,7 @@ def short(dtype: torch.dtype) -> str:
 
 def many(size: int, nbytes: int) -> tuple[np.ndarray, list[torch.Tensor], torch.Tensor]:
     """Rows of `size` bytes each, the runs they read, and those as one."""
-    count = min(20_000, nbytes // size)
+    count = min(1 << 16, nbytes // size)
     whole = torch.randint(0, 256, (count * size,), dtype=torch.uint8, device="cuda")
     rows = np.zeros(count, COPY)
     rows["shape"], rows["src_stride"][:, 3], rows["dst_stride"][:, 3] = 1, 1, 1
@@ -271,11 +270,14 @@ def files_to_gpu(small: bool) -> Case:
     """fp32 safetensors in the page cache to bf16 on the GPU, against pinned H2D of the bytes that arrive.
 
     Time by the wall, planning included."""
+    from safetensors.torch import load_file, save_file
+
     count, side = (2, 128) if small else (32, 4096)
-    weights = {f"{k}": torch.randn((side, side)) for k in range(count)}
+    weights = {f"{k}": torch.randn((side, side), device="cuda").cpu() for k in range(count)}
     nbytes = sum(t.numel() * 2 for t in weights.values())
-    pinned = torch.empty((nbytes,), dtype=torch.uint8, pin_memory=True).random_()
-    there = torch.empty((nbytes,), dtype=torch.uint8, device="cuda")
+    there = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, device="cuda")
+    pinned = torch.empty((nbytes,), dtype=torch.uint8, pin_memory=True)
+    pinned.copy_(there)
     out = {n: torch.zeros(tuple(t.shape), dtype=torch.bfloat16, device="cuda") for n, t in weights.items()}
     folder = tempfile.TemporaryDirectory()
     path = Path(folder.name) / "model.safetensors"

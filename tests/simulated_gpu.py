@@ -386,8 +386,8 @@ def launch_quantise(rows: int, owner: int, first: int, count: int, stream: int) 
 
 FACTS: list[dict[str, int | str]] = [
     {"name": name, "registers": 64, "local_bytes": 0, "shared_bytes": 0, "threads": 256}
-    | {"blocks_per_multiprocessor": 4}
-    for name in ("rows", "transpose", "general", "digest", "quantise")
+    | {"blocks_per_multiprocessor": blocks}
+    for name, blocks in (("rows", 4), ("transpose", 4), ("general", 4), ("digest", 8), ("quantise", 3))
 ]
 FACTORIES = [
     "empty",

@@ -108,6 +108,12 @@ def test_usage_errors_exit_2(run, argv):
     assert "usage: fastckpt" in err
 
 
+def test_an_error_is_one_line_whatever_the_path_is(run):
+    code, out, err = run("inspect", "no\nsuch\x1b[31m")
+    assert (code, out, err.count("\n")) == (3, "", 1)
+    assert r"no\nsuch\x1b[31m: No such file" in err
+
+
 def test_deepspeed_s_spelling_is_understood():
     line = "consolidate a b --safe_serialization --max_shard_size 1GB --exclude_frozen_parameters -t here -d"
     args = arguments.parser().parse_args(line.split())

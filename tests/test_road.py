@@ -597,7 +597,7 @@ WRONG = {
     "device": ["nonsense", 5, None],
     "max_shard_size": ["nonsense", 0, -1, [], "9" * 400 + "GB"],
     "memory": ["nonsense", 1, []],
-    "threads": [0, -2, "2", 1.5, True],
+    "threads": [0, -2, 1 << 17, "2", 1.5, True],
     "progress": [5],
     "adapter": [5],
 }

@@ -126,7 +126,8 @@ def _failed(
         text = json.dumps(told)
     else:
         what = "" if isinstance(error, KeyboardInterrupt) else "error: "
-        text = harmless(f"{usage}fastckpt: {what}{message}")
+        one_line = message.replace("\n", "\\n")
+        text = harmless(f"{usage}fastckpt: {what}{one_line}")
     with suppress(OSError):  # the exit code is still heard
         print(text, file=sys.stderr, flush=True)
     return code

@@ -235,5 +235,8 @@ def test_buffers_of_the_host_are_refused_as_destinations() -> None:
 def test_the_kernels_use_no_local_memory() -> None:
     import fastckpt._C as compiled
 
+    least = {"rows": 4, "transpose": 4, "general": 4, "digest": 8, "quantise": 3}  # blocks at once
     for facts in compiled.kernel_facts():
-        assert facts["local_bytes"] == 0 and facts["blocks_per_multiprocessor"] >= 4, facts
+        assert facts["local_bytes"] == 0, facts
+        assert facts["blocks_per_multiprocessor"] >= least.pop(facts["name"]), facts
+    assert not least

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import pathlib
 import shutil
 
 import fastckpt
@@ -61,6 +64,33 @@ def test_a_tag_that_is_not_there(tmp_path):
     refuses(tmp_path, "global_step7", "tags here: global_step2")
     (tmp_path / "latest").write_text("../elsewhere")
     refuses(tmp_path, "names no tag")
+
+
+def test_what_may_not_be_listed_beside_the_tags_is_passed_over(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    folder = written(run)
+    (run / "lost+found").mkdir()
+    closed = {run / "lost+found"}
+    listdir = os.listdir
+
+    def as_another_user(path="."):
+        if pathlib.Path(path) in closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", as_another_user)
+    assert sources.open(run).facts["tag"] == "global_step2"
+    assert sources.open(run, tag="global_step2").facts["world"] == 3
+    refuses(tmp_path, "it holds some: run")
+    closed.add(folder)
+    refuses(run, "global_step2: Permission denied")
+
+
+@pytest.mark.timeout(60)
+def test_latest_that_is_no_file(tmp_path):
+    written(tmp_path, latest=False)
+    os.mkfifo(tmp_path / "latest")
+    refuses(tmp_path, "latest: not a regular file")
 
 
 def test_a_missing_optimizer_file(tmp_path):

@@ -48,6 +48,9 @@ BAND = 8 * LEAF
 SMALL = 16 << 20
 """Bytes in and out that the caller's thread moves from memory to memory sooner than others are started."""
 
+MOST_THREADS = 1 << 10
+"""More are a slip of the pen, and would take minutes to start."""
+
 FIXED_MEMORY = 64 << 20
 """What a run may hold besides its threads' staging: the promise of docs/architecture.md."""
 
@@ -410,8 +413,8 @@ def workers(asked: int | None) -> int:
     """The threads of a run: those asked for, else one a core that this process may use. Raises WriteError."""
     if asked is None:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if asked < 1:
-        raise WriteError(f"threads: wanted at least 1, got {asked}")
+    if not 1 <= asked <= MOST_THREADS:
+        raise WriteError(f"threads: wanted 1 to {MOST_THREADS}, got {asked}")
     return asked
 
 

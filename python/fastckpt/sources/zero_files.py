@@ -56,7 +56,7 @@ def is_zero(path: str) -> bool:
 
 
 def tags(root: str) -> list[str]:
-    """The tag folders in a directory, in natural order."""
+    """The tag folders in a directory, in natural order; none that may not be listed (lost+found)."""
     return sorted((n for n in os.listdir(root) if _is_tag_folder(os.path.join(root, n))), key=natural)
 
 
@@ -83,6 +83,8 @@ def find(path: str, tag: str | None, also: Iterable[str] = ()) -> Files:
         if is_file(os.path.join(folder, RECORD)):
             raise SourceError(f"{path}: the commits of a training job; open one of them, such as {folder}")
         if tag not in there and not any(_is_tag_folder(os.path.join(a, tag)) for a in also):
+            if is_directory(folder):
+                os.listdir(folder)  # one that may not be listed says so
             raise SourceError(f"{path}: no ZeRO checkpoint with tag {tag!r}; {known}")
     return _sorted_out(root, folder, tag, [folder, *(_tag_folder_of(a, tag) for a in also)])
 
@@ -115,6 +117,8 @@ def _some(ranks: list[int]) -> str:
 
 def _latest(root: str, known: str, path: str | None = None) -> str:
     path = path or os.path.join(root, "latest")
+    if os.path.exists(path) and not is_file(path):
+        raise SourceError(f"{path}: not a regular file")
     try:
         with open(path, encoding="utf-8") as f:
             tag = f.read(4096).strip()
@@ -136,7 +140,10 @@ def _is_zero_name(name: str) -> bool:
 
 
 def _is_tag_folder(path: str) -> bool:
-    return is_directory(path) and any(map(_is_zero_name, os.listdir(path)))
+    try:
+        return any(map(_is_zero_name, os.listdir(path)))
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return False
 
 
 def _tag_folder_of(directory: str, tag: str) -> str:
