@@ -158,8 +158,8 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "manager": (
         ("__init__", "coordination", "values", "pieces", "commits", "metadata", "job", "uploaders"),
-        ("policies", "saving", "remote", "standing"),
-        ("opened",),
+        ("policies", "saving", "remote", "standing", "telling"),
+        ("opened", "keeping"),
         ("loading", "publishing"),
         ("manager",),
         ("runner", "commands"),
@@ -189,6 +189,7 @@ TORCH |= {
         "saving",
         "standing",
         "opened",
+        "keeping",
         "loading",
         "publishing",
         "manager",

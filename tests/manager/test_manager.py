@@ -17,8 +17,9 @@ import torch
 from fastckpt.digest import LEAF
 from fastckpt.errors import ManagerError, SourceError, WriteError
 from fastckpt.manager import policies, saving
-from fastckpt.manager.manager import CheckpointManager, CheckpointWarning, Timing
+from fastckpt.manager.manager import CheckpointManager
 from fastckpt.manager.metadata import JsonMetadata
+from fastckpt.manager.telling import CheckpointWarning, Timing
 from fastckpt.verification import verify
 from safetensors.torch import load_file
 
