@@ -35,7 +35,8 @@ def work(tmp_path):
     kept = tmp_path / "out.kept"
     shutil.copytree(tmp_path / "hub", kept / "old")
     with CheckpointManager(kept / "runs", rank=0, world=1) as manager:
-        manager.save(5, faults.state())
+        for step in (4, 5):
+            manager.save(step, faults.state(step))
     shutil.copytree(kept, tmp_path / "out")
     return tmp_path
 
@@ -95,7 +96,7 @@ def test_a_save_stands_or_is_not_there(work, step):
     for told in told_of(work, step, "save")["save"][1:]:
         refused(work, told)
         steps = {n.split("/")[1] for n in told["out"] if n.startswith("runs/step-")}
-        assert steps and steps <= {"step-00000005", "step-00000009"}, told
+        assert steps & {"step-00000005", "step-00000009"}, told
         for name in steps:
             own = {n.removeprefix(f"runs/{name}/") for n in told["out"] if n.startswith(f"runs/{name}/")}
             assert own >= {"fastckpt.json", "tensors.json", "rank-00000/state.safetensors"}, told

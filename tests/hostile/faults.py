@@ -124,14 +124,14 @@ def command(*words: str) -> Callable[[], int]:
     return lambda: fastckpt.cli.main([*words, "--json"])
 
 
-def state() -> dict[str, object]:
-    return {"w": torch.arange(40.0), "deep": {"b": torch.ones(3, 5), "step": 7}}
+def state(step: int) -> dict[str, object]:
+    return {"w": torch.arange(40.0) + step, "deep": {"b": torch.ones(3, 5), "step": step}}
 
 
 def saved(root: Path) -> Callable[[], int]:
     def run() -> int:
         with CheckpointManager(root, rank=0, world=1, max_to_keep=1) as manager:
-            manager.save(9, state())
+            manager.save(9, state(9))
         return 0
 
     return run
