@@ -12,14 +12,15 @@ import fastckpt
 import fastckpt._C as compiled
 import numpy as np
 import torch
-from fastckpt.running.device import leaves
 from fastckpt.dtypes import BY_NAME
 from fastckpt.executors.cuda import Cuda, quantise
 from fastckpt.extents import Buffer
-from fastckpt.planning.planner import COPY, LEAF
+from fastckpt.planning.batches import LEAF
+from fastckpt.planning.copies import COPY
 from fastckpt.quantisation import rounding
 from fastckpt.quantisation.quantrows import There, tiled
 from fastckpt.quantisation.schemes import SCHEMES
+from fastckpt.running.device import leaves
 
 State = dict[str, torch.Tensor]
 Act = Callable[[], object]

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from .dtypes import DTYPES
 from .errors import ViewError
-from .planning.planner import GENERAL, NOTHING, ROWS, TRANSPOSE, Ints, Table, classify, item_sizes
+from .planning.axes import classify
+from .planning.copies import GENERAL, NOTHING, ROWS, TRANSPOSE, Ints, Table, item_sizes
 
 THREADS = 256
 FLIGHT = 64

@@ -13,7 +13,9 @@ from fastckpt.errors import DeviceError
 from fastckpt.executors import EXECUTORS
 from fastckpt.executors.cpu import built
 from fastckpt.extents import Buffer, Extent, Extents
-from fastckpt.planning.planner import LEAF, Binding, Slots, compile, cut
+from fastckpt.planning.batches import LEAF, Slots, cut
+from fastckpt.planning.binding import Binding
+from fastckpt.planning.compiling import compile
 from fastckpt.reader import Mapped, Positioned
 from fastckpt.stored import strided
 from fastckpt.target import Target
