@@ -339,7 +339,7 @@ class CheckpointManager:
         In both cases the template is as it was, unless its own load_state_dict refused it halfway."""
         self.wait()
         asked = Asked(None if names is None else tuple(names), allow_missing, template)
-        standing = Standing.of(self._store, self._group)
+        standing = self._standing()
         if step is not None:
             if step not in standing.steps:
                 raise ManagerError(f"{self.root}: step {step} cannot be restored: {standing.lacking(step)}")
@@ -362,6 +362,19 @@ class CheckpointManager:
         raise ManagerError(
             f"{self.root}: no valid commit to restore; broken: {sorted(self._keeping.broken) or 'none'}"
         )
+
+    def _standing(self) -> Standing:
+        """What stands everywhere; what is newer here and does not is said, not passed over in silence."""
+        here = self._store.steps()
+        standing = Standing.of(self._store, self._group)
+        newest = max(standing.steps, default=-1)
+        for step in (s for s in here if s > newest and s not in self._keeping.broken):
+            warnings.warn(
+                f"COMMIT {step} IS BROKEN and passed over for the one before it: {standing.lacking(step)}",
+                CheckpointWarning,
+                stacklevel=3,
+            )
+        return standing
 
     def _load(self, step: int, asked: Asked) -> object:
         if not self._store.local:
@@ -437,7 +450,7 @@ class CheckpointManager:
         The metadata handler is asked first; an answer that does not stand is passed over with a warning.
         Raises ManagerError where the user's step does not stand. Collective."""
         self.wait()
-        standing = Standing.of(self._store, self._group)
+        standing = self._standing()
         if user_step is not None and user_step not in standing.steps:
             raise ManagerError(
                 f"{self.root}: step {user_step} cannot be resumed: {standing.lacking(user_step)}"
