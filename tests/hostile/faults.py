@@ -108,12 +108,14 @@ class Faults:
 
 
 def contents(path: Path) -> dict[str, str]:
-    """Every file below, by name and what it holds; what differs from run to run is left out."""
+    """Every file and empty directory below, by name, and what tells its bytes."""
     out = {}
     for p in sorted(path.rglob("*")):
         name = str(p.relative_to(path))
         if p.is_symlink():
             out[name] = "-> " + os.readlink(p)
+        elif p.is_dir() and not any(p.iterdir()):
+            out[name + "/"] = ""
         elif p.is_file():
             same = p.suffix in (".safetensors", ".bin", ".pt")
             out[name] = hashlib.sha256(p.read_bytes()).hexdigest()[:16] if same else ""
