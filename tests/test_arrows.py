@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "digest": (*CORE, "_C"),
     "finite": (*CORE, "digest", "_C"),
     # What reads and runs a plan.
-    "tiles": (*CORE, "planner"),
+    "tiles": (*CORE, "planner", "_C"),
     "reader": (*CORE, "planner", "_C"),
     "executors": (*CORE, "planner", "tiles", "_C"),
     "dequantised": (*CORE, "lowrank", "finishes", "rounding", "unrounding", "schemes"),
