@@ -93,7 +93,6 @@ def test_a_part_of_make_gpu_that_fails_loses_no_other(
             on_gpu.Part("rows", 100, (python, "-c", write)),
         ],
     )
-    monkeypatch.setattr(on_gpu.shutil, "rmtree", lambda *a, **k: None)
     monkeypatch.setattr(sys, "argv", ["on_gpu.py"])
     assert on_gpu.main() == 1
     said = capsys.readouterr().out
