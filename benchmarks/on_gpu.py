@@ -165,7 +165,9 @@ def environment(site: Path) -> dict[str, str]:
 
 
 def run(command: tuple[str, ...], seconds: float, site: Path) -> str:
-    """Run it over the build at `site`, its words to ours; "" when it went well, else what did not. No process of it stays."""
+    """Run it over the build at `site`, its words to ours; "" when it went well, else what did not.
+
+    No process of it stays."""
     env = environment(site)
     program = shutil.which(command[0], path=env["PATH"])
     if program is None:

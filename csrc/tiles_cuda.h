@@ -482,7 +482,7 @@ template <template <class, class> class Body, class S, class Run> FASTCKPT_HD vo
         case FLOAT32: if constexpr (!Same<S, F32>::value) run.template body<Body<S, F32>>(w); break;
         case BFLOAT16: if constexpr (!Same<S, BF16>::value) run.template body<Body<S, BF16>>(w); break;
         case FLOAT16: if constexpr (!Same<S, F16>::value) run.template body<Body<S, F16>>(w); break;
-        case FLOAT8_E4M3FN: run.template body<Body<S, E4M3>>(w); break;
+        case FLOAT8_E4M3FN: if constexpr (!Same<S, F16>::value) run.template body<Body<S, E4M3>>(w); break;
         default: break;
     }
 }

@@ -70,7 +70,7 @@ def test_transposes(names: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", ["float32 bfloat16", "bfloat16 float32", "int8 int8", "float16 float8_e4m3fn"]
+    "names", ["float32 bfloat16", "bfloat16 float32", "int8 int8", "bfloat16 float8_e4m3fn"]
 )
 def test_lines(names: str) -> None:
     """Lines around a unit and a tile long, one or many, at every alignment of both sides."""
