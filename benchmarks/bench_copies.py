@@ -8,18 +8,21 @@ import fastckpt
 import numpy as np
 import pytest
 import torch
-from fastckpt.planning import plans
-from fastckpt.running import tensors
 from fastckpt.dtypes import bfloat16, float32
 from fastckpt.executors.cpu import Cpu, CpuRunner
 from fastckpt.extents import Buffer, Extent, Extents, fresh
 from fastckpt.placement import Placement
-from fastckpt.planning.planner import LEAF, Batch, Binding, Slots, Table, compile, cut
-from fastckpt.planning.plans import Wanted
+from fastckpt.planning import plans
+from fastckpt.planning.batches import LEAF, Batch, Slots, cut
+from fastckpt.planning.binding import Binding
+from fastckpt.planning.compiling import compile
+from fastckpt.planning.copies import Table
+from fastckpt.planning.wanted import Wanted
 from fastckpt.reader import Mapped
+from fastckpt.running import tensors
 from fastckpt.running.runs import BAND
-from fastckpt.target import Target
 from fastckpt.stored import strided
+from fastckpt.target import Target
 from fastckpt.views import View, stack
 from floors import Memcpy, batches, share, source_runs
 from inputs import Input

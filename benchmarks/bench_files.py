@@ -15,15 +15,16 @@ import fastckpt
 import peers
 import pytest
 import torch
-from fastckpt.planning import plans
-from fastckpt.running import tensors
 from fastckpt.checkpoint import Checkpoint
 from fastckpt.layouts import Layout
 from fastckpt.layouts.same import Same
 from fastckpt.placement import Placement
-from fastckpt.planning.planner import Binding
-from fastckpt.planning.plans import Plan, Wanted
+from fastckpt.planning import plans
+from fastckpt.planning.binding import Binding
+from fastckpt.planning.plans import Plan
+from fastckpt.planning.wanted import Wanted
 from fastckpt.reader import Mapped
+from fastckpt.running import tensors
 from floors import GatherCast, Memcpy, Write, drop_cache, source_runs, touch
 from inputs import Input
 from measure import Bench, Figure, Goal, Step, of_floor, times_faster

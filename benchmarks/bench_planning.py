@@ -9,11 +9,11 @@ from pathlib import Path
 import fastckpt
 import inputs
 import pytest
-from fastckpt.planning import plancache, plans
 from fastckpt.checkpoint import Checkpoint
 from fastckpt.placement import Placement
-from fastckpt.planning.planner import Binding
-from fastckpt.planning.plans import Wanted
+from fastckpt.planning import plancache, plans
+from fastckpt.planning.binding import Binding
+from fastckpt.planning.wanted import Wanted
 from fastckpt.quantisation.schemes import SCHEMES, Quant
 from inputs import Input
 from measure import Bench, Figure, Goal, Step, seconds, times_faster

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fastckpt.planning import plans
 from fastckpt.placement import Placement
-from fastckpt.planning.plans import Wanted
+from fastckpt.planning.wanted import Wanted
 from fastckpt.running.runs import Report
 from fastckpt.quantisation.schemes import SCHEMES, Quant
 from floors import GatherQuantise, Write

@@ -17,11 +17,13 @@ from functools import partial
 from typing import TypeVar
 
 import numpy as np
-from fastckpt.output import syscalls
 from fastckpt.digest import crc32, leaf_digests
 from fastckpt.executors.cpu import Cpu
 from fastckpt.extents import Buffer, fresh
-from fastckpt.planning.planner import LEAF, NOTHING, Batch, Binding, cut, spread
+from fastckpt.output import syscalls
+from fastckpt.planning.batches import LEAF, Batch, cut, spread
+from fastckpt.planning.binding import Binding
+from fastckpt.planning.copies import NOTHING
 from fastckpt.planning.plans import Plan
 from fastckpt.quantisation.quantising import Job, Quantising
 from fastckpt.reader import Lane, Mapped

@@ -15,7 +15,8 @@ import torch
 from fastckpt.dtypes import BY_NAME
 from fastckpt.executors.cuda import Cuda, quantise
 from fastckpt.extents import Buffer
-from fastckpt.planning.planner import COPY, LEAF
+from fastckpt.planning.batches import LEAF
+from fastckpt.planning.copies import COPY
 from fastckpt.quantisation import rounding
 from fastckpt.quantisation.quantrows import There, tiled
 from fastckpt.quantisation.schemes import SCHEMES

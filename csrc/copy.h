@@ -1,6 +1,6 @@
 // struct Copy: one strided copy, the contract between Python, C++ and CUDA. A plan is a table of these.
 // Offsets and strides are in bytes and all address arithmetic is 64-bit. numpy's dtype of the same name
-// (planner.COPY) is checked against FIELDS at import.
+// (copies.COPY) is checked against FIELDS at import.
 #pragma once
 
 #include <cstddef>
@@ -22,7 +22,7 @@ struct Copy {
     uint64_t first_tile;        // tiles of the rows before this one (cuda); 0 on cpu
     uint8_t src_dtype;          // Dtype (cast.h)
     uint8_t dst_dtype;          // Dtype (cast.h)
-    uint8_t path;               // the planner's classification: 0 rows, 1 transpose, 2 general
+    uint8_t path;               // `axes.classify`: 0 rows, 1 transpose, 2 general
     uint8_t reserved[13];       // zero
 };
 

@@ -12,13 +12,18 @@ namespace {
 
 template <class S, class D> Pair pair() { return {line<S, D>, strided<S, D>, transposed<S, D>}; }
 
+// The conversions from a float to the others.
 template <class S> void fill_floats(Kernels& k, Dtype from) {
-    k.pairs[from][FLOAT32] = pair<S, F32>();
-    k.pairs[from][BFLOAT16] = pair<S, BF16>();
-    k.pairs[from][FLOAT16] = pair<S, F16>();
-    k.pairs[from][FLOAT8_E4M3FN] = pair<S, E4M3>();
-    k.pairs[from][FLOAT8_E5M2] = pair<S, E5M2>();
-    k.pairs[from][FLOAT64] = pair<S, F64>();
+    auto fill = [&](auto to, Dtype code) {
+        using D = decltype(to);
+        if constexpr (!Same<S, D>::value) k.pairs[from][code] = pair<S, D>();
+    };
+    fill(F32{}, FLOAT32);
+    fill(BF16{}, BFLOAT16);
+    fill(F16{}, FLOAT16);
+    fill(E4M3{}, FLOAT8_E4M3FN);
+    fill(E5M2{}, FLOAT8_E5M2);
+    fill(F64{}, FLOAT64);
 }
 
 Kernels make_kernels(const char* name) {

@@ -27,6 +27,14 @@ template <class S, class D> FASTCKPT_INLINE Words block(const char* src, size_t 
     return pack<D::size>(w);
 }
 
+// The same of 32-bit elements that are read one block after another.
+template <class S, class D> FASTCKPT_INLINE Words block(Realigned& from) {
+    constexpr int COUNT = 4 / D::size;
+    Words w[COUNT];
+    for (int k = 0; k < COUNT; ++k) w[k] = convert<S, D>(from.next());
+    return pack<D::size>(w);
+}
+
 template <class S, class D> void line(char* dst, const char* src, size_t n, bool past) {
     if constexpr (Same<S, D>::value) {
         copy_bytes(dst, src, n * S::size, past);
@@ -38,12 +46,22 @@ template <class S, class D> void line(char* dst, const char* src, size_t n, bool
         if (n >= STEP) {
             // The first and the last block may overlap their neighbours: the same bytes are written twice.
             size_t head = -reinterpret_cast<uintptr_t>(dst) % BLOCK;
+            auto blocks = [&](auto put) {
+                if constexpr (S::size == 4 && D::size == 2) {  // conversions of 8-bit floats are long
+                    if (Realigned::helps(src + i * S::size) && n - i >= 16 * STEP) {
+                        Realigned from(src + i * S::size);
+                        for (; i + 2 * STEP <= n; i += STEP) put(dst + i * D::size, block<S, D>(from));
+                    }
+                }
+                for (; i + STEP <= n; i += STEP) put(dst + i * D::size, block<S, D>(src, i));
+            };
             // A line that is first written through the cache costs more than it saves in a short run.
             if (past && head % D::size == 0 && n >= (head == 0 ? 4 : 64) * STEP) {
                 if (head > 0) store<4>(dst, block<S, D>(src, 0));
-                for (i = head / D::size; i + STEP <= n; i += STEP) stream(dst + i * D::size, block<S, D>(src, i));
+                i = head / D::size;
+                blocks(stream);
             } else {
-                for (; i + STEP <= n; i += STEP) store<4>(dst + i * D::size, block<S, D>(src, i));
+                blocks(store<4>);
             }
             if (i < n) store<4>(dst + (n - STEP) * D::size, block<S, D>(src, n - STEP));
             return;
@@ -78,86 +96,111 @@ void transpose_plain(char* dst, const char* src, size_t rows, size_t cols, int64
 // so that one transpose of words makes LANES whole blocks of the destination.
 template <class S, class D> struct Micro {
     static constexpr int GROUP = 4 / D::size, DEPTH = LANES * GROUP;
+    // Eight bits are long to convert, and four rows of them make a word: unrolled, they would be a third of the module.
+    static constexpr bool LONG = S::size == 1 || D::size == 1;
 
-    FASTCKPT_INLINE void run(char* dst, const char* src, int64_t dst_step, int64_t src_step, int64_t ahead, bool past) {
-        Words m[LANES];
-        auto line = [&](int i) __attribute__((always_inline)) {
-            const char* row = src + i * GROUP * src_step;
-            m[i] = convert<S, D>(load<S::size>(row));
-            prefetch(row + ahead);
-            if constexpr (GROUP > 1) {
+    // One of the LANES vectors of words; `row`: the first of its rows.
+    FASTCKPT_INLINE Words words(const char* row, int64_t src_step, int64_t ahead) {
+        Words w = convert<S, D>(load<S::size>(row));
+        prefetch(row + ahead);
 #pragma GCC unroll 4
-                for (int k = 1; k < GROUP; ++k) {
-                    m[i] |= convert<S, D>(load<S::size>(row + k * src_step)) << (8 * D::size * k);
-                    prefetch(row + k * src_step + ahead);
-                }
-            }
-        };
-        // Conversions of 8-bit floats are long: unrolled, they would be a third of the module.
-        if constexpr (!Same<S, D>::value && (S::size == 1 || D::size == 1)) {
+        for (int k = 1; k < GROUP; ++k) {
+            w |= convert<S, D>(load<S::size>(row + k * src_step)) << (8 * D::size * k);
+            prefetch(row + k * src_step + ahead);
+        }
+        return w;
+    }
+
+    // All of them, by little code.
+    static __attribute__((noinline)) void fill(Words* m, const char* src, int64_t src_step, int64_t ahead) {
 #pragma GCC unroll 1
-            for (int i = 0; i < LANES; ++i) line(i);
-        } else {
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; ++i) line(i);
-        }
-        transpose(m);
-        if (past) {
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; ++i) stream(dst + i * dst_step, m[i]);
-        } else {
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; ++i) store<4>(dst + i * dst_step, m[i]);
-        }
+        for (int i = 0; i < LANES; ++i) m[i] = words(src + i * GROUP * src_step, src_step, ahead);
     }
 };
 
 // A tile of ROWS source rows and WIDTH bytes of each is transposed at a time, and the next one to the right (in the
-// next band at the end) prefetched meanwhile. Within a tile the destination's rows are walked first: each gets one
-// line, and its next one while its page is still known.
-constexpr size_t LINE = 64, ROWS = 256, WIDTH = 1024;
+// next band at the end) prefetched meanwhile. Within a tile the destination's rows are walked first, and each gets LINES
+// lines while its page is known. What one block made is stored between the loads of the next: a burst of stores keeps
+// loads waiting.
+constexpr size_t LINE = 64, ROWS = 256, WIDTH = 512, LINES = 2;
+
+// A rectangle of at least DEPTH x LANES elements; with PAST the rows of the destination begin with a line.
+template <class S, class D, bool PAST>
+void turn(char* dst, const char* src, int64_t rows, int64_t cols, int64_t dst_step, int64_t src_step) {
+    using M = Micro<S, D>;
+    constexpr int64_t COLS = WIDTH / S::size, DEEP = LINES * LINE / D::size, READ = LANES * S::size;
+    static_assert(DEEP % M::DEPTH == 0 && ROWS % DEEP == 0, "lines are whole blocks, a tile whole lines");
+    Words m[LANES];
+    char* to = nullptr;  // where they belong
+    auto put = [&](int i) __attribute__((always_inline)) {
+        if constexpr (PAST) stream(to + i * dst_step, m[i]);
+        else store<4>(to + i * dst_step, m[i]);
+    };
+    auto put_all = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) put(i);
+    };
+    auto block = [&](int64_t r, int64_t c, int64_t ahead) __attribute__((always_inline)) {
+        const char* from = src + r * src_step + c * S::size;
+        if (M::LONG || !PAST || to == nullptr) {
+            if (to != nullptr) put_all();
+            Words next[LANES];
+            M::fill(next, from, src_step, ahead);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; ++i) m[i] = next[i];
+        } else {
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; ++i) {
+                put(i);
+                m[i] = M::words(from + i * M::GROUP * src_step, src_step, ahead);
+            }
+        }
+        transpose(m);
+        to = dst + c * dst_step + r * D::size;
+    };
+    // Blocks of a source's row begin where a load of it does not straddle two lines. At both ends blocks may overlap
+    // their neighbours: the same bytes are written twice.
+    const int64_t off = static_cast<int64_t>(reinterpret_cast<uintptr_t>(src) % READ);
+    const int64_t begin = src_step % READ == 0 && off % S::size == 0 && cols >= 2 * COLS ? -off / S::size : 0;
+    for (int64_t r0 = 0; r0 < rows; r0 += ROWS) {
+        const int64_t r1 = r0 + static_cast<int64_t>(ROWS) < rows ? r0 + ROWS : rows;
+        for (int64_t c0 = begin; c0 < cols; c0 += COLS) {
+            const int64_t c1 = c0 + COLS < cols ? c0 + COLS : cols;
+            int64_t ahead = WIDTH;
+            if (c1 == cols) ahead = static_cast<int64_t>(ROWS) * src_step + (begin - c0) * S::size;
+            for (int64_t l = r0; l < r1; l += DEEP)
+                for (int64_t c = c0; c < c1; c += LANES)
+                    for (int64_t r = l; r < l + DEEP && r < r1; r += M::DEPTH)
+                        block(r < rows - M::DEPTH ? r : rows - M::DEPTH, c < 0 ? 0 : c < cols - LANES ? c : cols - LANES, ahead);
+        }
+    }
+    put_all();
+}
 
 template <class S, class D>
 void transposed(char* dst, const char* src, size_t rows, size_t cols, int64_t dst_step, int64_t src_step, bool past) {
     if constexpr (S::size > 4 || D::size > 4) {
         transpose_plain<S, D>(dst, src, rows, cols, dst_step, src_step);
     } else {
-        using M = Micro<S, D>;
-        if (rows < M::DEPTH || cols < LANES) {
+        constexpr size_t DEPTH = Micro<S, D>::DEPTH;
+        if (rows < DEPTH || cols < LANES) {
             transpose_plain<S, D>(dst, src, rows, cols, dst_step, src_step);
             return;
         }
-        auto run = [&](size_t r, size_t c, int64_t ahead, bool stream) {
-            M::run(dst + c * dst_step + r * D::size, src + r * src_step + c * S::size, dst_step, src_step, ahead, stream);
+        // Streaming needs whole aligned cache lines: from the first row whose destination is aligned.
+        const size_t head = -reinterpret_cast<uintptr_t>(dst) % LINE, first = head / D::size;
+        past = past && dst_step % static_cast<int64_t>(LINE) == 0 && head % D::size == 0 && first + DEPTH <= rows;
+        auto part = [&](size_t r, size_t n) {
+            turn<S, D, false>(dst + r * D::size, src + r * src_step, n, cols, dst_step, src_step);
         };
-        // Streaming needs whole aligned cache lines: start at the first row whose destination is aligned.
-        size_t head = -reinterpret_cast<uintptr_t>(dst) % LINE;
-        past = past && dst_step % static_cast<int64_t>(LINE) == 0 && head % D::size == 0;
-        size_t first = past ? head / D::size : 0;
-        if (first + M::DEPTH > rows) first = 0, past = false;
-        size_t last_row = first + (rows - first) / M::DEPTH * M::DEPTH, last_col = cols / LANES * LANES;
-        constexpr size_t COLS = WIDTH / S::size, FULL = LINE / D::size;  // FULL rows make whole lines
-        static_assert(FULL % M::DEPTH == 0 && ROWS % FULL == 0, "a line is whole steps, a tile whole lines");
-        for (size_t r0 = first; r0 < last_row; r0 += ROWS) {
-            const size_t r1 = r0 + ROWS < last_row ? r0 + ROWS : last_row;
-            for (size_t c0 = 0; c0 < last_col; c0 += COLS) {
-                const size_t c1 = c0 + COLS < last_col ? c0 + COLS : last_col;
-                int64_t ahead = static_cast<int64_t>(WIDTH);
-                if (c1 == last_col) ahead += static_cast<int64_t>(ROWS) * src_step - static_cast<int64_t>(last_col * S::size);
-                for (size_t l = r0; l < r1; l += FULL)
-                    for (size_t c = c0; c < c1; c += LANES)
-                        for (size_t r = l; r < l + FULL && r < r1; r += M::DEPTH) run(r, c, ahead, past);
-            }
-            // The last columns again, from LANES before the end: the same bytes are written twice.
-            if (last_col < cols)
-                for (size_t r = r0; r < r1; r += M::DEPTH) run(r, cols - LANES, 0, past);
+        if (!past) {
+            part(0, rows);
+            return;
         }
-        auto edge = [&](size_t r) {
-            for (size_t c = 0; c < last_col; c += LANES) run(r, c, 0, false);
-            if (last_col < cols) run(r, cols - LANES, 0, false);
-        };
-        for (size_t r = 0; r < first; r += M::DEPTH) edge(r);
-        if (last_row < rows) edge(rows - M::DEPTH);
+        const size_t whole = (rows - first) / DEPTH * DEPTH, left = rows - first - whole;
+        if (first > 0) part(0, first < DEPTH ? DEPTH : first);
+        turn<S, D, true>(dst + head, src + first * src_step, whole, cols, dst_step, src_step);
+        if (left > 0) part(rows - DEPTH, DEPTH);
     }
 }
 

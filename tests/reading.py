@@ -15,7 +15,9 @@ from fastckpt.computed.lowrank import computed
 from fastckpt.computed.merging import Merging
 from fastckpt.executors import EXECUTORS
 from fastckpt.extents import Buffer, Extent, Extents
-from fastckpt.planning.planner import LEAF, Binding, Slots, compile, cut
+from fastckpt.planning.batches import LEAF, Slots, cut
+from fastckpt.planning.binding import Binding
+from fastckpt.planning.compiling import compile
 from fastckpt.reader import Positioned
 from fastckpt.stored import runs
 from fastckpt.target import Target

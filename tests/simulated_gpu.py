@@ -22,7 +22,7 @@ from contextlib import contextmanager
 import fastckpt._C as compiled
 import numpy as np
 import torch
-from fastckpt.planning.planner import COPY, NOTHING
+from fastckpt.planning.copies import COPY, NOTHING
 from fastckpt.quantisation.quantrows import QUANT_ROWS
 
 DEVICE = torch.device("cuda", 0)

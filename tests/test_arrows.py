@@ -14,6 +14,7 @@ ROOT = Path(next(iter(fastckpt.__path__)))
 
 CORE = ("errors", "dtypes", "extents", "views", "stored", "checkpoint", "placement", "target")
 PLAIN = (*CORE, "model")
+TABLE = ("copies", "axes", "compiling", "binding", "batches")
 FILES = ("syscalls", "endings", "files", "torchzip", "manifest", "commit", "writer")
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
@@ -34,19 +35,24 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "layouts": (*PLAIN, "finishes"),
     "lowrank": CORE,
     "finishes": (*CORE, "lowrank"),
-    "planner": CORE,
+    # The table: rows of copies, bound and cut.
+    "copies": CORE,
+    "axes": (*CORE, "copies"),
+    "compiling": (*CORE, "copies", "axes"),
+    "binding": (*CORE, "copies"),
+    "batches": (*CORE, "copies", "axes", "binding"),
     "unrounding": (*CORE, "_C"),
     "rounding": (*CORE, "schemes", "unrounding", "_C"),
     "quantplan": (*PLAIN, "schemes", "rounding"),
     "digest": (*CORE, "_C"),
     "finite": (*CORE, "digest", "_C"),
     # What reads and runs a plan.
-    "tiles": (*CORE, "planner", "_C"),
-    "reader": (*CORE, "planner", "_C"),
-    "executors": (*CORE, "planner", "tiles", "_C"),
+    "tiles": (*CORE, *TABLE, "_C"),
+    "reader": (*CORE, *TABLE, "_C"),
+    "executors": (*CORE, *TABLE, "tiles", "_C"),
     "dequantised": (*CORE, "lowrank", "finishes", "rounding", "unrounding", "schemes"),
     "prequantised": (*CORE, "lowrank", "quantplan", "rounding", "schemes"),
-    "merging": (*CORE, "lowrank", "finishes", "dequantised", "prequantised", "rounding", "planner", "reader"),
+    "merging": (*CORE, "lowrank", "finishes", "dequantised", "prequantised", "rounding", *TABLE, "reader"),
     # What makes output real.
     "syscalls": CORE,
     "endings": (),
@@ -64,37 +70,50 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "adapters": (*PLAIN, "lowrank", "sources"),
     "apart": (*PLAIN, "lowrank", "finishes", "adapters", "layouts"),
     # The spine.
-    "planned": (*CORE, "planner", "files"),
-    "plancache": (*CORE, "planner", "planned", "schemes", "quantplan"),
-    "plans": (
+    "planned": (*CORE, "batches", "files"),
+    "plancache": (*CORE, "copies", "planned", "schemes", "quantplan"),
+    "wanted": (*CORE, "layouts", "schemes"),
+    "configs": (*CORE, "wanted"),
+    "chosen": (
         *PLAIN,
-        "dequantised",
-        "collector",
         "adapters",
         "apart",
+        "dequantised",
         "recipes",
         "layouts",
-        "planner",
-        "planned",
-        "plancache",
         "schemes",
         "quantplan",
         "prequantised",
-        "digest",
+        "configs",
+        "wanted",
+    ),
+    "plans": (
+        *PLAIN,
+        *TABLE,
+        "collector",
+        "dequantised",
+        "layouts",
+        "chosen",
+        "configs",
+        "wanted",
+        "planned",
+        "plancache",
+        "quantplan",
+        "prequantised",
         "files",
         "torchzip",
     ),
-    "pipeline": (*CORE, "digest", "finite", "planner", "planned", "plans", "reader", *FILES),
-    "quantising": (*CORE, "planner", "plans", "schemes", "quantplan", "rounding", "reader"),
-    "figures": (*CORE, "planner", "plans", "schemes", "quantplan", "prequantised", "rounding"),
-    "tensors": (*CORE, "sources", "planner", "plans"),
-    "device": (*CORE, "digest", "planner", "reader", "pipeline", "executors"),
-    "resident": (*CORE, "lowrank", "planner", "plans", "executors"),
+    "pipeline": (*CORE, "digest", "finite", *TABLE, "planned", "plans", "reader", *FILES),
+    "quantising": (*CORE, *TABLE, "plans", "schemes", "quantplan", "rounding", "reader"),
+    "figures": (*CORE, *TABLE, "plans", "schemes", "quantplan", "prequantised", "rounding"),
+    "tensors": (*CORE, "sources", *TABLE, "plans"),
+    "device": (*CORE, "digest", *TABLE, "reader", "pipeline", "executors"),
+    "resident": (*CORE, "lowrank", *TABLE, "plans", "executors"),
     "quantrows": (*CORE, "schemes", "rounding"),
     "quantised": (
         *CORE,
         "executors",
-        "planner",
+        *TABLE,
         "plans",
         "quantplan",
         "quantising",
@@ -103,7 +122,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "rounding",
         "schemes",
     ),
-    "crossing": (*CORE, "device", "executors", "pipeline", "planner", "plans", "reader"),
+    "crossing": (*CORE, "device", "executors", "pipeline", *TABLE, "plans", "reader"),
 }
 MAY_IMPORT["runs"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")

@@ -68,6 +68,8 @@ def test_what_it_does_not_want_is_named(hub, tmp_path, options, problems):
     found = written(hub, tmp_path / "out", **options)(engine="vllm==0.32")
     assert not found.ok
     assert set(problems) <= set(found.problems)
+    hint = "these shards were not written for vllm==0.32: --layout vllm -L engine=vllm==0.32 does"
+    assert (found.problems[-1] == hint) == ("engine" not in options)
 
 
 def test_the_exit_code_is_1(hub, tmp_path, capsys):

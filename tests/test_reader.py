@@ -11,8 +11,9 @@ from fastckpt import dtypes
 from fastckpt.errors import SourceError
 from fastckpt.executors import pick
 from fastckpt.extents import Buffer, Extent, Extents, File
-from fastckpt.planning import planner
-from fastckpt.planning.planner import Binding, Slots
+from fastckpt.planning.batches import Slots, cut
+from fastckpt.planning.binding import Binding
+from fastckpt.planning.compiling import compile
 from fastckpt.reader import Mapped, MappedLane
 from fastckpt.stored import strided
 from fastckpt.target import Target
@@ -35,8 +36,8 @@ def file(tmp_path: Path) -> Extents:
 
 def lent(lane: MappedLane, view: View, extents: Extents) -> bytes | None:
     """What `direct` gives of the only batch of a view, after checking that `run` agrees."""
-    chunk, extents = planner.compile([Target("t", view)], extents)
-    (batch,) = planner.cut(
+    chunk, extents = compile([Target("t", view)], extents)
+    (batch,) = cut(
         chunk, 0, Slots.of([0], [0], [view.nbytes]), Binding.of(extents), stage=1 << 20, band=1 << 20
     )
     found = lane.direct(batch.rows, view.nbytes)

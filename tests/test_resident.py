@@ -8,8 +8,8 @@ import pytest
 import torch
 from fastckpt.placement import Placement
 from fastckpt.planning import plans
-from fastckpt.planning.planner import Binding
-from fastckpt.planning.plans import Wanted
+from fastckpt.planning.binding import Binding
+from fastckpt.planning.wanted import Wanted
 from fastckpt.running import resident, tensors
 from fastckpt.tiles import tile
 

@@ -91,6 +91,8 @@ class Deep:
     def __init__(self, model: nn.Module, lr: float, batch: int, told: Mapping[str, object]) -> None:
         import deepspeed
 
+        # gloo does without it; it is compiled first and leaves 64 MiB a rank in /dev/shm.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self._gathered = deepspeed.zero.GatheredParameters

@@ -38,7 +38,8 @@ def against(path: str, manifest: Manifest, engine: str) -> list[str]:
     """How the shards of an output differ from what the engine's sharded_state loader wants, in words.
 
     The dtype is config.json's; float32 there may be served as bfloat16, which is vLLM's default for it."""
-    layout = _layout(manifest, engine)
+    fields = _fields(manifest)
+    layout = _layout(fields, engine)
     try:
         ckpt = sources.open(path)
         said = _dtype(ckpt.config or {})
@@ -64,14 +65,20 @@ def against(path: str, manifest: Manifest, engine: str) -> list[str]:
             problems.append(f"rank {rank}: {target.name} is in {held.file}, {engine} looks into {pattern}")
     for rank, tensors in left.items():
         problems += [f"rank {rank}: {engine} has no tensor {name}" for name in tensors]
+    if problems and fields.get("engine") != engine:
+        problems.append(f"these shards were not written for {engine}: --layout vllm -L engine={engine} does")
     return problems
 
 
-def _layout(manifest: Manifest, engine: str) -> Vllm:
+def _fields(manifest: Manifest) -> Mapping[str, JSON]:
+    """The options of layout vllm the shards were written with, as text; none of other layouts."""
+    told = manifest.record.options.get("layout_fields")
+    return told if manifest.record.layout == "vllm" and isinstance(told, dict) else {}
+
+
+def _layout(fields: Mapping[str, JSON], engine: str) -> Vllm:
     """The layout the engine wants, with those options of the output that it is told of elsewhere: padded
     sizes by config.json, the order of experts by an option of its own."""
-    told = manifest.record.options.get("layout_fields")
-    fields = told if manifest.record.layout == "vllm" and isinstance(told, dict) else {}
     order: Literal["linear", "round_robin"] = (
         "round_robin" if fields.get("experts") == "round_robin" else "linear"
     )

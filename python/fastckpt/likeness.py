@@ -17,7 +17,7 @@ from .layouts import Layout
 from .output.manifest import NAME, Manifest
 from .placement import Placement
 from .planning import plans
-from .planning.plans import Wanted
+from .planning.wanted import Wanted
 from .road import grid_of, open_whole
 from .running import tensors
 from .running.runs import Progress, Run

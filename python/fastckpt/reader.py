@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from .errors import SourceError, WriteError
 from .extents import Buffer, File, fresh
-from .planning.planner import AXES, NOTHING, Executor, Runner, Table, item_sizes, nbytes
+from .planning.copies import AXES, NOTHING, Executor, Runner, Table, item_sizes, nbytes
 
 GAP = 1 << 16
 """The widest gap in bytes that one rank alone reads through."""

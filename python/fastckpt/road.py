@@ -23,8 +23,10 @@ from .layouts import Layout
 from .layouts.same import Same
 from .placement import Placement
 from .planning import plans
-from .planning.planner import LEAF, Binding, cut
-from .planning.plans import Plan, Wanted
+from .planning.batches import LEAF, cut
+from .planning.binding import Binding
+from .planning.plans import Plan
+from .planning.wanted import Wanted
 from .quantisation.schemes import Quant
 from .running.runs import Progress, Report, Run, reader_of
 
@@ -99,7 +101,7 @@ def reshard(
     `placement=Placement(tp=8)`; `rank` makes one rank's part only. Without `out`: a dict of tensors a rank
     (one dict with `rank`); with a path: files and a Report; with the caller's tensors (a dict with `rank`,
     else a list of dicts by rank): they are filled in place, and a shape or dtype that differs is an error.
-    `layout`, `config`, `recipe`, `tp_plan`, `vocab_size`, `dtype`, `max_shard_size`: see `plans.Wanted`.
+    `layout`, `config`, `recipe`, `tp_plan`, `vocab_size`, `dtype`, `max_shard_size`: see `Wanted`.
     `quant`: a scheme of `schemes.SCHEMES`, or a Quant with patterns: matrices are quantised on the way, from
     the values `dtype` gives; NaN and infinity in those are an error always. "none": what is quantised already
     is dequantised, to `dtype`, else to what the config names, else to bfloat16.

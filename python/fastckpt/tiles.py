@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from .dtypes import DTYPES
 from .errors import ViewError
-from .planning.planner import GENERAL, NOTHING, ROWS, TRANSPOSE, Table, classify, item_sizes
+from .planning.axes import classify
+from .planning.copies import GENERAL, NOTHING, ROWS, TRANSPOSE, Table, item_sizes
 
 if TYPE_CHECKING:
     from . import _C

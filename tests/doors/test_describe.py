@@ -16,7 +16,8 @@ from fastckpt.doors.outline import describe_plan, ranges
 from fastckpt.doors.text import counted, said, size
 from fastckpt.dtypes import BY_NAME
 from fastckpt.errors import FastckptError, SourceError
-from fastckpt.planning import planner
+from fastckpt.planning.compiling import compile
+from fastckpt.planning.copies import item_sizes
 from safetensors.torch import save_file
 from zero_writer import write_zero
 
@@ -82,7 +83,7 @@ def test_a_family_that_does_not_fit_says_why(mixed, tmp_path):
 
 def byte_runs(row) -> int:
     """The contiguous byte ranges a row reads, counted byte by byte."""
-    item = planner.item_sizes([int(row["src_dtype"])])[0]
+    item = item_sizes([int(row["src_dtype"])])[0]
     seen: set[int] = set()
     for index in itertools.product(*(range(n) for n in row["shape"].tolist())):
         at = int(row["src"]) + sum(i * s for i, s in zip(index, row["src_stride"].tolist(), strict=True))
@@ -109,7 +110,7 @@ def test_ranges_of_a_row(view):
     from fastckpt.target import Target
 
     extents = Extents([Extent(Buffer(None, 0, 192), 0, 192, "x")])
-    chunk, _ = planner.compile([Target("x", view(strided(extents, 0, float32, (6, 8))))], extents)
+    chunk, _ = compile([Target("x", view(strided(extents, 0, float32, (6, 8))))], extents)
     assert ranges(chunk.rows).tolist() == [byte_runs(row) for row in chunk.rows]
 
 

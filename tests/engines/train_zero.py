@@ -23,7 +23,7 @@ def rank(index: int, world: int, port: int, hub: str, out: str, stage: int) -> N
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does; that one is compiled first
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # leaves 64 MiB in /dev/shm; gloo does
     deepspeed.init_distributed(dist_backend="gloo")
     model = AutoModelForCausalLM.from_pretrained(hub, dtype=torch.float32)
     settings = {

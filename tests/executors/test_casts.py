@@ -10,7 +10,7 @@ from fastckpt.executors import Executor
 from fastckpt.executors.cpu import Cpu
 from fastckpt.executors.torch import Torch
 from fastckpt.extents import Buffer
-from fastckpt.planning.planner import COPY
+from fastckpt.planning.copies import COPY
 
 _C = pytest.importorskip("fastckpt._C", reason="the compiled module is not built")
 

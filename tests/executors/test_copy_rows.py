@@ -157,6 +157,17 @@ def test_transposes(names: str) -> None:
             same(row(src, dst, (cols, rows), *strides, (at, at)), source, out)
 
 
+@pytest.mark.parametrize("names", ["float32 bfloat16", "float32 float16"])
+def test_lines_at_every_place_in_a_cache_line(names: str) -> None:
+    """From a buffer that ends with the line's last element: nothing behind it may be read."""
+    src, dst = (BY_NAME[n] for n in names.split())
+    rng = np.random.default_rng(8)
+    for length in (511, 512, 575, 1601):
+        for at in (*range(0, 64, 4), 3):
+            source, out = noise(rng, at + length * 4), noise(rng, length * 2 + 128)
+            same(row(src, dst, (length,), (4,), (2,), (at, at % 10)), source, out)
+
+
 @pytest.mark.parametrize("names", ["float32 bfloat16", "float32 float32", "bfloat16 float32"])
 def test_large_rows_stream_past_the_cache(names: str) -> None:
     """Outputs past the streaming threshold: a line, padded lines and a transpose, at odd offsets."""
@@ -168,12 +179,16 @@ def test_large_rows_stream_past_the_cache(names: str) -> None:
     out = np.zeros(n * d + 4096 + 64, np.uint8)
     out = out[-out.ctypes.data % 64 :]
     out[:] = 0xA5
-    for at in (0, 2 * d, 1):
-        same(row(src, dst, (n,), (s,), (d,), (3, at)), source, out, (1, 3))
+    for first, at in ((3, 0), (3, 2 * d), (3, 1), (4, 0), (60, 2 * d)):
+        same(row(src, dst, (n,), (s,), (d,), (first, at)), source, out, (1, 3))
     lines = n // 1664
     same(row(src, dst, (lines, 1601), (1601 * s, s), (1664 * d, d)), source, out, (1, 3))
     for at in (0, 5 * d):
         same(row(src, dst, (lines, 1600), (s, lines * s), (1664 * d, d), (0, at)), source, out, (1, 3))
+    columns = n // 1600 // 64 * 64  # whole lines of the source, however the first one lies
+    for first, at in ((0, 0), (s, 3 * d), (7 * s, 0), (2, d)):
+        turned = row(src, dst, (columns - 9, 1600), (s, columns * s), (1600 * d, d), (first, at))
+        same(turned, source, out, (1, 3))
 
 
 def test_many_small_rows() -> None:
@@ -216,12 +231,12 @@ def test_several_buffers_and_zero_rows() -> None:
         assert y.tolist() == [0, -1, 0, -1, 0, -1, 0, -1, -1]
 
 
-def test_the_row_is_the_planners_and_the_compilers() -> None:
-    from fastckpt.planning import planner
+def test_the_row_is_the_plans_and_the_compilers() -> None:
+    from fastckpt.planning import copies
 
     wanted = [(name, of[1], of[0].itemsize) for name, of in COPY.fields.items()]
     assert _C.fields() == wanted and _C.copy_bytes == COPY.itemsize == 128
-    assert planner.COPY == COPY
+    assert copies.COPY == COPY
     other = np.dtype({"names": ["src"], "formats": ["<u8"], "itemsize": 128})
     with pytest.raises(DeviceError, match=r"copy\.h wants"):
         cpu.Cpu().bind([]).run(np.zeros(1, other), [])

@@ -14,7 +14,7 @@ import pytest
 from fastckpt.errors import SourceError
 from fastckpt.executors.cpu import Cpu
 from fastckpt.extents import Buffer
-from fastckpt.planning.planner import COPY
+from fastckpt.planning.copies import COPY
 
 _C = pytest.importorskip("fastckpt._C", reason="the compiled module is not built")
 

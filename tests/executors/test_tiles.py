@@ -9,7 +9,7 @@ from fastckpt import tiles
 from fastckpt.dtypes import BY_NAME, DType
 from fastckpt.errors import ViewError
 from fastckpt.executors.torch import Torch
-from fastckpt.planning.planner import COPY, GENERAL, ROWS, TRANSPOSE
+from fastckpt.planning.copies import COPY, GENERAL, ROWS, TRANSPOSE
 
 _C = pytest.importorskip("fastckpt._C", reason="the compiled module is not built")
 

@@ -196,6 +196,34 @@ def test_nothing_is_spread_over_a_larger_tensor(tmp_path: Path, names: list[str]
         assert not x.any() and not y.any()
 
 
+@pytest.mark.parametrize(
+    ("into", "said"),
+    [
+        (torch.zeros(3, device="meta"), "on the meta device"),
+        (torch.zeros(3, dtype=torch.int8), r"saved as torch\.float32, the template's torch\.int8"),
+        (torch.zeros(1).expand(3), "elements of the template share memory"),
+    ],
+)
+def test_templates_that_cannot_hold_what_was_saved(tmp_path: Path, into: torch.Tensor, said: str) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(0, {"a": torch.ones(3), "b": torch.ones(3)})
+        for names in (None, ["a", "b"]):
+            other = torch.zeros(3)
+            with pytest.raises(ManagerError, match=said):
+                manager.restore(names=names, template={"a": other, "b": into})
+            assert not other.any()
+
+
+def test_an_optimizer_of_other_groups_changes_nothing(tmp_path: Path, trained: Trained, same: Same) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(0, trained(1))
+        other, untouched = trained(2), trained(2)
+        other["optimizer"] = torch.optim.AdamW([{"params": [p]} for p in other["model"].parameters()])
+        with pytest.raises(ManagerError, match=r"groups of \[6\] parameters were saved"):
+            manager.restore(template=other)
+        assert same(other["model"], untouched["model"])
+
+
 def test_a_handler_that_fails_costs_nothing(tmp_path: Path) -> None:
     class Broken(JsonMetadata):
         def write(self, epoch: int) -> None:
@@ -305,9 +333,13 @@ def test_names_of_steps(tmp_path: Path) -> None:
 
 
 def test_one_job_a_root(tmp_path: Path) -> None:
-    """The lock is a record lock: another process, not another manager of this one, is kept out."""
+    """Another process is kept out, and another manager of this one until the first is closed."""
     with CheckpointManager(tmp_path) as manager:
         manager.save(0, {})
+        with CheckpointManager(tmp_path) as other:
+            assert other.restore() == {}
+            with pytest.raises(ManagerError, match="another manager of this process saves here"):
+                other.save(1, {})
         pid = os.fork()
         if not pid:
             code = 1
@@ -321,6 +353,27 @@ def test_one_job_a_root(tmp_path: Path) -> None:
             finally:
                 os._exit(code)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+    with CheckpointManager(tmp_path) as other:
+        assert other.save(1, {})
+
+
+def test_a_reader_beside_a_cleaner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: object) -> None:
+    """What goes while it is read is not called broken: the newer one is read."""
+    with CheckpointManager(tmp_path, max_to_keep=1) as manager, CheckpointManager(tmp_path) as reader:
+        manager.save(0, {"w": torch.zeros(3)})
+        load = reader._load
+
+        def late(step: int, asked: object) -> object:
+            if step < 3:  # what was listed goes before it is read
+                manager.save(step + 1, {"w": torch.full((3,), step + 1.0)})
+            return load(step, asked)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(reader, "_load", late)
+        found = reader.restore()
+        assert isinstance(found, dict) and torch.equal(found["w"], torch.full((3,), 3.0))
+    assert not list(recwarn)  # type: ignore[call-overload]
 
 
 # ---- what is broken ----

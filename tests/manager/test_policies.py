@@ -41,6 +41,11 @@ def test_keeping(keep: policies.Keep, kept: set[int]) -> None:
     assert keep([]) == set()
 
 
+def test_a_clock_that_was_set_back() -> None:
+    commits = [Commit(s, "k", t) for s, t in enumerate((500.0, 505.0, 100.0, 105.0, 111.0))]
+    assert policies.spaced(10)(commits) == {0, 2, 4}
+
+
 @pytest.mark.parametrize(
     ("when", "steps"),
     [

@@ -14,7 +14,7 @@ import pytest
 import torch
 from fastckpt.errors import ManagerError, WriteError
 from fastckpt.manager import saving
-from fastckpt.manager.coordination import Meeting, together
+from fastckpt.manager.coordination import Alone, Group, Meeting, together
 from fastckpt.manager.manager import CheckpointManager, CheckpointWarning
 from fastckpt.manager.pieces import Claim, shared
 from fastckpt.verification import verify
@@ -191,7 +191,9 @@ def test_disks_of_nodes(tmp_path: Path, as_ranks: AsRanks, monkeypatch: pytest.M
     """Four ranks on two nodes: each node has a whole commit of its own; both or none count."""
     meet = tmp_path / "meet"
 
-    def joined(root: str, rank: int, world: int, timeout: float) -> tuple[Meeting, Meeting]:
+    def joined(root: str, rank: int, world: int, timeout: float) -> tuple[Group, Group]:
+        if world == 1:
+            return Alone(), Alone()
         return Meeting(str(meet), rank, world, 20, "main"), Meeting(str(meet), rank, world, 20, "save")
 
     monkeypatch.setattr("fastckpt.manager.manager.join", joined)
@@ -221,6 +223,18 @@ def test_disks_of_nodes(tmp_path: Path, as_ranks: AsRanks, monkeypatch: pytest.M
         check(manager.restore(2), manager.rank, 2)  # type: ignore[arg-type]
 
     as_ranks(4, where["root"], resume, where["nodes"])
+    shutil.rmtree(tmp_path / "b/step-00000002")
+
+    def clean(manager: CheckpointManager) -> None:
+        assert manager.gc() == [] and manager.resume_step() == 1  # 2 stands on a alone
+        manager.save(3, state(manager.rank, 3))
+        check(manager.restore(), manager.rank, 3)  # type: ignore[arg-type]
+
+    with CheckpointManager(tmp_path / "a", rank=0, world=1, max_to_keep=1) as alone:
+        assert alone.gc() == []  # one node's disk does not show what stands on all
+    as_ranks(4, where["root"], clean, where["nodes"], max_to_keep=1)
+    for node in "ab":
+        assert [e for e in os.listdir(tmp_path / node) if e.startswith("step")] == ["step-00000003"]
 
 
 # ---- meeting on the file system ----

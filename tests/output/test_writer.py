@@ -530,6 +530,21 @@ def test_a_finished_rank_is_skipped(tmp_path: Path) -> None:
     assert not any(n.startswith(".") for n in listing(tmp_path / "out"))
 
 
+def test_a_rank_of_a_set_that_one_process_made_is_done(tmp_path: Path) -> None:
+    whole = write_whole(tmp_path / "out", 1)
+    before = contents(tmp_path)
+    assert write_part(tmp_path / "out", 1, 1) == whole
+    assert contents(tmp_path) == before
+    os.truncate(tmp_path / "out/rank-00/rest.bin", 10)
+    write_part(tmp_path / "out", 1, 1)  # the set is not whole: its ranks are made again
+    assert not verify(tmp_path / "out").ok
+    write_part(tmp_path / "out", 0, 1)
+    assert verify(tmp_path / "out").ok
+    assert {n: d for n, d in contents(tmp_path).items() if "fastckpt" not in n} == {
+        n: d for n, d in before.items() if "fastckpt" not in n
+    }
+
+
 def test_a_set_that_lost_a_file_is_not_completed(tmp_path: Path) -> None:
     write_part(tmp_path / "out", 0, 1)
     (tmp_path / "out/rank-00/rest.bin").unlink()

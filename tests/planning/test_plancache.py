@@ -26,7 +26,7 @@ def code_of(folder: Path) -> str:
     return code
 
 
-@pytest.mark.parametrize("room", ["layouts/cuts.py", "recipes/llama.py", "views.py", "planning/planner.py"])
+@pytest.mark.parametrize("room", ["layouts/cuts.py", "recipes/llama.py", "views.py", "planning/compiling.py"])
 def test_a_change_in_any_room_makes_other_plans(tmp_path: Path, room: str) -> None:
     package = tmp_path / "fastckpt"
     shutil.copytree(

@@ -38,6 +38,7 @@ def train(rank: int, a: argparse.Namespace, port: int) -> None:
     from deepspeed.moe.layer import MoE
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # leaves 64 MiB in /dev/shm; gloo does
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     torch.manual_seed(rank)  # experts differ from rank to rank, the rest is broadcast
 

@@ -11,9 +11,10 @@ from fastckpt.errors import DeviceError
 from fastckpt.executors import pick
 from fastckpt.layouts.same import Same
 from fastckpt.placement import Placement
-from fastckpt.planning import planner, plans
-from fastckpt.planning.planner import Binding, cut
-from fastckpt.planning.plans import Wanted
+from fastckpt.planning import plans
+from fastckpt.planning.batches import LEAF, cut
+from fastckpt.planning.binding import Binding
+from fastckpt.planning.wanted import Wanted
 from fastckpt.reader import Positioned
 from fastckpt.running import device, resident, tensors
 from fastckpt.running.pipeline import feed
@@ -79,11 +80,11 @@ def test_batches_are_sent_in_pieces() -> None:
     binding, slots = Binding.of(drafted.extents), drafted.slots()
     sink = device.ToDevice(slots, buffers, "cpu")
     with Positioned(binding.places) as reader:
-        workers = [sink.worker(reader.lane(pick(None)), 2 * planner.LEAF) for _ in range(2)]
+        workers = [sink.worker(reader.lane(pick(None)), 2 * LEAF) for _ in range(2)]
         batches = [
             b
             for first, chunk in drafted.chunks()
-            for b in cut(chunk, first, slots, binding, band=2 * planner.LEAF)
+            for b in cut(chunk, first, slots, binding, band=2 * LEAF)
         ]
         sizes = [len(device.pieces(b, slots)) for b in batches]
         assert max(sizes) > 1 and len(batches) > len(drafted.ranks)

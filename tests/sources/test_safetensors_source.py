@@ -35,6 +35,13 @@ def raw(path, header, data=b""):
     return path
 
 
+def test_pieces_of_a_distributed_save_are_no_tensors(tmp_path):
+    where = {"DCP_SHARDING_INFO": json.dumps({"a": {"saved_offsets": [0, 0]}}), "format": "pt"}
+    save_file({"a": TENSORS["a"]}, tmp_path / "shard-00001-model-00001-of-00001.safetensors", metadata=where)
+    for path in (tmp_path, tmp_path / "shard-00001-model-00001-of-00001.safetensors"):
+        refuses(path, "holds pieces of tensors", "consolidate_safetensors_files")
+
+
 def refuses(path, *words, **options):
     with pytest.raises(SourceError) as e:
         sources.open(path, **options)

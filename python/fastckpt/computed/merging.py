@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 
 from .. import dtypes
 from ..extents import Buffer, Extents, File
-from ..planning.planner import Binding, Executor, Ints, Table, classify, compile, item_sizes, single
+from ..planning.axes import classify
+from ..planning.binding import Binding
+from ..planning.compiling import compile, single
+from ..planning.copies import Executor, Ints, Table, item_sizes
 from ..quantisation.prequantised import Elements, Matrix, Part
 from ..quantisation.rounding import Error
 from ..reader import Lane, Reader

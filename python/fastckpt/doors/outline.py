@@ -17,8 +17,10 @@ from ..checkpoint import JSON
 from ..errors import FastckptError
 from ..extents import File
 from ..placement import Placement
-from ..planning import planner
-from ..planning.planner import NOTHING, Binding, Ints, Table
+from ..planning import copies
+from ..planning.binding import Binding
+from ..planning.compiling import WINDOW
+from ..planning.copies import NOTHING, Ints, Table
 from ..planning.plans import Plan
 from ..running.runs import band, workers
 from .text import columns, counted, size, some
@@ -180,7 +182,7 @@ def describe_plan(plan: Plan, rank: int | None = None, *, threads: int | None = 
     held = Counter((t.rank, t.file) for _, t in wanted)
     paths = [f.path for f in plan.files]
     lanes = workers(threads)
-    rows = sum(k.nbytes for k in plan.kept or ()) + 4 * planner.WINDOW * planner.COPY.itemsize
+    rows = sum(k.nbytes for k in plan.kept or ()) + 4 * WINDOW * copies.COPY.itemsize
     return PlanDescription(
         key=plan.key,
         source=plan.checkpoint.path,
@@ -208,14 +210,14 @@ def _runs(plan: Plan) -> dict[int, tuple[Run, ...]]:
         pairs = np.stack([tensors, rows["src_buffer"].astype(np.int64)], axis=1)
         keys, group = np.unique(pairs, axis=0, return_inverse=True)
         group = group.reshape(-1)
-        low, high = planner.span(rows, "src")
+        low, high = copies.span(rows, "src")
         first = np.full(len(keys), np.iinfo(np.int64).max)
         last, count, moved = (np.zeros(len(keys), np.int64) for _ in range(3))
         np.minimum.at(first, group, low)
         np.maximum.at(last, group, high)
         np.add.at(count, group, ranges(rows))
         np.subtract.at(count, group, meets(rows, group))
-        np.add.at(moved, group, planner.nbytes(rows, "src"))
+        np.add.at(moved, group, copies.nbytes(rows, "src"))
         columns = (keys[:, 0], keys[:, 1], count, moved, first, last)
         for tensor, place, n, nbytes, a, b in zip(*(c.tolist() for c in columns), strict=True):
             where = binding.places[place]
@@ -232,7 +234,7 @@ def _rows(plan: Plan) -> Iterator[tuple[Ints, Table]]:
 
 def meets(rows: Table, group: Ints) -> Ints:
     """1 for each row that is one byte range and begins where another such row of its group ends, else 0."""
-    low, high = planner.span(rows, "src")
+    low, high = copies.span(rows, "src")
     dense = ranges(rows) == 1
     order = np.lexsort((low, ~dense, group))
     before, after = order[:-1], order[1:]
@@ -247,10 +249,10 @@ def ranges(rows: Table) -> Ints:
     shape, stride = rows["shape"].astype(np.int64), rows["src_stride"]
     order = np.argsort(stride, axis=1, kind="stable")
     shape, stride = np.take_along_axis(shape, order, 1), np.take_along_axis(stride, order, 1)
-    run = planner.item_sizes(rows["src_dtype"].tolist())
+    run = copies.item_sizes(rows["src_dtype"].tolist())
     count = np.ones(len(rows), np.int64)
     joined: NDArray[np.bool_] = np.ones(len(rows), bool)
-    for axis in range(planner.AXES):
+    for axis in range(copies.AXES):
         n = shape[:, axis]
         real = (n > 1) & (stride[:, axis] != 0)
         joined &= ~real | (stride[:, axis] == run)

@@ -1,6 +1,6 @@
 """Executors: whatever runs Copy rows between buffers.
 
-Law: every executor gives the same bytes. Rows are trusted; the planner checks bounds when it binds.
+Law: every executor gives the same bytes. Rows are trusted; bounds are checked when they are bound.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..errors import DeviceError
-from ..planning.planner import Executor
+from ..planning.copies import Executor
 
 
 def _cpu() -> Executor:

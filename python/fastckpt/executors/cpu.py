@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import DeviceError, SourceError
 from ..extents import Buffer
-from ..planning.planner import Table
+from ..planning.copies import Table
 
 if TYPE_CHECKING:
     from .. import _C

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..errors import DeviceError
 from ..extents import Buffer
-from ..planning.planner import Table
+from ..planning.copies import Table
 from ..tiles import Tiles, tile
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import torch
 from ..dtypes import DTYPES, DType, castable
 from ..errors import DeviceError
 from ..extents import Buffer
-from ..planning.planner import NOTHING, Table
+from ..planning.copies import NOTHING, Table
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 

@@ -17,10 +17,12 @@ import os
 import re
 import secrets
 import shutil
+import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from weakref import WeakValueDictionary
 
 from ..checkpoint import JSON
 from ..errors import ManagerError, SourceError, WriteError
@@ -32,16 +34,23 @@ LATEST = "latest"
 SAVING, TRASH, ASIDE = ".saving-", ".trash-", ".aside-"
 LOCK = ".fastckpt-lock"
 
+_SAVING_HERE: WeakValueDictionary[tuple[int, str], Store] = WeakValueDictionary()
+"""(process, root) -> who changes it. The lock on the file is the process's: alone it would let two managers
+of one process clean each other's saves away, and the first to close would let go of it for both."""
+_TAKING = threading.Lock()
+
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """A commit that stands: its step, the key all its parts share, when, its metrics, its bytes."""
+    """A commit that stands: its step, the key all its parts share, when, its metrics, its bytes, and
+    whether this disk holds the parts of all ranks."""
 
     step: int
     key: str
     created: float
     metrics: dict[str, float] = field(default_factory=dict)
     nbytes: int = 0
+    everywhere: bool = True
 
     @staticmethod
     def of(step: int, found: Manifest) -> Commit:
@@ -50,6 +59,7 @@ class Commit:
             step, found.key, datetime.fromisoformat(found.created).timestamp(),
             _numbers(found.record.options.get("metrics")),
             sum(f.nbytes for f in found.all_files().values()),
+            found.world == found.record.placement.get("ranks", 1),
         )  # fmt: skip
 
 
@@ -150,11 +160,23 @@ class Store:
     # ---- changes: the coordinator of this disk only ----
 
     def take(self) -> None:
-        """Be the only process that changes this root, and remove what dead ones left half made.
+        """Be the only one that changes this root, and remove what dead ones left half made.
 
-        Raises ManagerError where another process saves here. The lock dies with the process."""
+        Raises ManagerError where another process or manager saves here. The lock dies with the process."""
         if self._lock >= 0:
             return
+        with _TAKING:
+            if _SAVING_HERE.setdefault((os.getpid(), self.root), self) is not self:
+                raise ManagerError(f"{self.root}: another manager of this process saves here; close it first")
+        try:
+            self._lock = self._locked()
+        except BaseException:
+            self.release()
+            raise
+        self.sweep()
+
+    def _locked(self) -> int:
+        """The lock's file, locked."""
         with telling(self.root):
             os.makedirs(self.root, exist_ok=True)
             fd = os.open(os.path.join(self.root, LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -164,14 +186,16 @@ class Store:
         except OSError as e:
             os.close(fd)
             raise ManagerError(f"{self.root}: another process saves here ({e.strerror})") from None
-        self._lock = fd
-        self.sweep()
+        return fd
 
     def release(self) -> None:
         """Let others save here."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+        with _TAKING:
+            if _SAVING_HERE.get((os.getpid(), self.root)) is self:
+                del _SAVING_HERE[os.getpid(), self.root]
 
     def sweep(self, *, aside: bool = False) -> list[str]:
         """Remove torn saves and what was on its way out, with `aside` what was set aside; their names."""

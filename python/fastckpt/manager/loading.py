@@ -15,6 +15,7 @@ import torch
 
 from ..checkpoint import JSON
 from ..errors import ManagerError
+from ..running.tensors import torch_dtype
 from .commits import Store
 from .coordination import Group, together
 from .opened import Opened, check_files, open_step, own_names
@@ -133,11 +134,8 @@ class _Load:
     def _tensors(self, opened: Opened, names: Sequence[str], held: Mapping[str, torch.Tensor]) -> None:
         """Read by name, in parallel, each as the template's is cut; tied names are one tensor."""
         for name in names:
-            if name in held and tuple(held[name].shape) != opened.shape(name):
-                raise ManagerError(
-                    f"{opened.path}: {name}: saved shape {opened.shape(name)}, the template's is "
-                    f"{tuple(held[name].shape)}"
-                )
+            if name in held:
+                _fits(opened, name, held[name])
         boxes = {n: box_of(n, held[n]) for n in names if n in held}
         jobs: dict[tuple[str, object], str] = {}
         for name in names:
@@ -183,6 +181,22 @@ class _Load:
         if path is None:
             raise ManagerError(f"{where}: the engine found nothing to load")
         return client_state if isinstance(client_state, dict) else {}
+
+
+def _fits(opened: Opened, name: str, template: torch.Tensor) -> None:
+    """Refuse a tensor that cannot hold what was saved. Raises ManagerError."""
+    shape, dtype = opened.shape(name), torch_dtype(opened.dtype(name))
+    why = ""
+    if tuple(template.shape) != shape:
+        why = f"saved shape {shape}, the template's is {tuple(template.shape)}"
+    elif template.is_meta:
+        why = "the template is on the meta device, which holds nothing; to_empty() gives it memory"
+    elif not torch.can_cast(dtype, template.dtype):
+        why = f"saved as {dtype}, the template's {template.dtype} cannot hold that"
+    elif any(n > 1 and step == 0 for n, step in zip(template.shape, template.stride(), strict=True)):
+        why = "elements of the template share memory (it was expanded); clone() it"
+    if why:
+        raise ManagerError(f"{opened.path}: {name}: {why}")
 
 
 class _Shapes(dict[str, tuple[int, ...]]):

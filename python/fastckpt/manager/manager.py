@@ -317,7 +317,9 @@ class CheckpointManager:
 
     def _clean(self, group: Group) -> list[int]:
         """Remove what no policy keeps; one rank decides for all disks. The steps that went."""
-        agreed = together(group, "cleaning", lambda: [*self.surplus()] if group.rank == 0 else [])[0]
+        disks = len(self._disk.ranks) < group.world
+        standing = Standing.of(self._store, group) if disks else None
+        agreed = together(group, "cleaning", lambda: [*self._surplus(standing)] if group.rank == 0 else [])[0]
         steps = [s for s in agreed if isinstance(s, int)] if isinstance(agreed, list) else []
         if steps and self._disk.coordinator:
             with _only_said(f"old commits in {self.root} could not be removed"):
@@ -379,12 +381,15 @@ class CheckpointManager:
             if step not in standing.steps:
                 raise ManagerError(f"{self.root}: step {step} cannot be restored: {standing.lacking(step)}")
             return self._load(step, asked)
-        for candidate in sorted(standing.steps, reverse=True):
-            if candidate in self._broken:
-                continue
+        while good := [s for s in standing.steps if s not in self._broken]:
+            candidate = max(good)
+            key = standing.steps[candidate]
             try:
                 return self._load(candidate, asked)
             except SourceError as e:
+                standing = Standing.of(self._store, self._group)
+                if standing.steps.get(candidate) != key:
+                    continue  # it is gone or another: a job that saves here cleaned beside us
                 self._broken.add(candidate)
                 warnings.warn(
                     f"COMMIT {candidate} IS BROKEN and passed over for the one before it: {e}",
@@ -536,14 +541,26 @@ class CheckpointManager:
         return self._clean(self._group)
 
     def surplus(self) -> list[int]:
-        """The steps that no policy keeps, which the next cleaning removes."""
+        """The steps that no policy keeps, which the next cleaning removes. Of this disk alone: where nodes
+        have disks of their own, none, as it does not show what stands on all of them."""
+        return self._surplus(None)
+
+    def _surplus(self, standing: Standing | None) -> list[int]:
+        """`standing`: what all disks hold, where there are several. What only some of them have is no
+        commit: it is not counted as kept, and goes with what is older than the newest commit."""
         if self._keep is None:
             return []
-        commits = [c for c in self._store.commits() if c.step not in self._broken]
-        kept = self._keep(commits) | {c.step for c in commits[-1:]}
+        commits = [
+            c for c in self._store.commits()
+            if c.step not in self._broken and (c.step in standing.steps if standing else c.everywhere)
+        ]  # fmt: skip
+        if not commits:
+            return []
+        kept = self._keep(commits) | {commits[-1].step}
         if self._newest is not None:  # saved last, though older than others that stand
             kept.add(self._newest)
-        return [c.step for c in commits if c.step not in kept]
+        seen = {s for rank in standing.by_rank for s in rank} if standing else {c.step for c in commits}
+        return sorted(s for s in seen - kept - self._broken if s < commits[-1].step)
 
     def rewind(self, step: int) -> list[int]:
         """Set commits newer than `step` aside, so that it is the newest; the steps that went. Collective.

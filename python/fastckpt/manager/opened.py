@@ -17,6 +17,7 @@ import xxhash
 
 from ..checkpoint import JSON, Checkpoint, Single
 from ..digest import LEAF, combine, digest, digest64
+from ..dtypes import BY_NAME, DType
 from ..errors import ManagerError, SourceError, near
 from ..extents import Extent, Extents, File
 from ..output.manifest import FileEntry, Manifest, TensorEntry
@@ -64,6 +65,11 @@ class Opened:
             return self.own[held].shape
         known = [*self.table, *self.own, *self.aliases]
         raise ManagerError(f"{self.path}: no tensor {name!r}{near(name, known)}")
+
+    def dtype(self, name: str) -> DType:
+        """The dtype of a tensor that has a shape here."""
+        held = self.aliases.get(name, name)
+        return BY_NAME[self.table[held].dtype] if held in self.table else self.own[held].dtype
 
     def entry(self, rank: int, name: str) -> TensorEntry:
         """Where the part of a tensor that a rank wrote lies. Raises SourceError where it is not here."""

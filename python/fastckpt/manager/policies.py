@@ -102,13 +102,14 @@ def these(steps: Collection[int]) -> Keep:
 
 
 def spaced(seconds: float) -> Keep:
-    """Commits at least this far apart in time, from the oldest on."""
+    """Commits at least this far apart in time, from the oldest on; forwards or, of a clock that was set,
+    backwards."""
 
     def keep(commits: Sequence[Commit]) -> set[int]:
         out: set[int] = set()
         last = float("-inf")
         for c in commits:
-            if c.created - last >= seconds:
+            if abs(c.created - last) >= seconds:
                 out.add(c.step)
                 last = c.created
         return out

@@ -279,6 +279,15 @@ class Builder:
         return not self.allow_missing or _tag(tree)[0] != "tensor" or set(names_in(tree)) <= set(self.tensors)
 
 
+def _group_sizes(optimizer: JSON) -> list[int] | None:
+    """How many parameters each group of a saved optimizer had; None where it keeps none so."""
+    groups = dict(_pairs(_tag(optimizer)[1])).get("param_groups")
+    if groups is None:
+        return None
+    inside = [dict(_pairs(_tag(g)[1])).get("params") for g in _items(_tag(groups)[1])]
+    return [len(_items(_tag(params)[1])) for params in inside]
+
+
 def fill(template: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     """Put what was read into a tensor of the caller's, cast to its dtype, on its device.
 
@@ -318,8 +327,16 @@ def check(tree: JSON, template: object, shapes: Mapping[str, tuple[int, ...]], a
                 raise ManagerError(
                     f"restore at {here}: the template has a {has}, the commit {tag or 'a value'}"
                 )
+            inner = _items(content)[1]
+            if isinstance(held, torch.optim.Optimizer):
+                saved_sizes, sizes = _group_sizes(inner), [len(g["params"]) for g in held.param_groups]
+                if saved_sizes is not None and saved_sizes != sizes:
+                    raise ManagerError(
+                        f"restore at {here}: groups of {saved_sizes} parameters were saved, the optimizer's "
+                        f"are of {sizes}"
+                    )
             if isinstance(held, torch.nn.Module):
-                inner, own = _items(content)[1], dict_of(held)
+                own = dict_of(held)
                 more = [k for k, _ in _pairs(_tag(inner)[1]) if isinstance(own, dict) and k not in own]
                 if more and not allow_missing:
                     raise ManagerError(

@@ -274,9 +274,11 @@ class Part:
         """The file is finished: it gets its name when the rank commits."""
         self._waiting.append((name, staged))
 
-    def done(self, rank: int) -> bool:
-        """Whether that rank's record is of this plan and its files have their sizes."""
-        return (record := self._record(rank)) is not None and self._missing(record) is None
+    def done(self, rank: int) -> Manifest | None:
+        """The record by which that rank is done: its own, or that of a set that one process made; its files
+        have their sizes."""
+        found = self._record(rank) or self._set()
+        return found if found is not None and self._missing(found) is None else None
 
     def commit(self, manifest: Manifest) -> Manifest:
         """Name this rank's files, write its record, and complete the set if it is the last."""
@@ -350,6 +352,13 @@ class Part:
         if found is None or (found.key, found.world) != (self.key, self.world):
             return None
         return found if [s.rank for s in found.shards] == [rank] else None
+
+    def _set(self) -> Manifest | None:
+        """The commit record, if it is there, sound, and of this plan."""
+        found = self._read(NAME)
+        if found is None or (found.key, found.world) != (self.key, self.world):
+            return None
+        return found if found.complete else None
 
     def _missing(self, manifest: Manifest) -> str | None:
         """The first file that is not there with its size, in words."""

@@ -22,7 +22,7 @@ from . import syscalls
 from .commit import TRACE, Part, Whole, telling
 from .endings import Endings
 from .files import FileLayout
-from .manifest import NAME, FileEntry, Manifest, Record, Shard, TensorTable, inside, rank_name, rank_of
+from .manifest import NAME, FileEntry, Manifest, Record, Shard, TensorTable, inside, rank_of
 
 _EARLY = 1 << 18
 """Writes of this many bytes are started on their way to disk at once; smaller ones wait for company."""
@@ -151,16 +151,15 @@ class Output:
 
     def done(self, rank: int) -> bool:
         """Whether a rank of a shared directory is done: its record is of this plan, its files whole."""
-        return isinstance(self._place, Part) and self._place.done(rank)
+        return isinstance(self._place, Part) and self._place.done(rank) is not None
 
     def complete(self) -> Manifest:
         """The manifest of a set whose rank here is `done`: the whole one, written if only that was missing.
 
         Raises WriteError where this rank is not done."""
-        if self.rank is None or not isinstance(self._place, Part) or not self._place.done(self.rank):
-            raise WriteError(f"{self.path}: rank {self.rank} is not done")
-        own = Manifest.read(os.path.join(self._place.path, rank_name(self.rank)))
-        return self._place.complete(own)
+        if isinstance(self._place, Part) and (done := self._place.done(self._place.rank)) is not None:
+            return self._place.complete(done)
+        raise WriteError(f"{self.path}: rank {self.rank} is not done")
 
     def create(self, layout: FileLayout, rank: int | None = None) -> OutputFile:
         """A file of `rank` (default: this output's, or 0), at its final size, with its fixed parts.

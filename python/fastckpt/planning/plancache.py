@@ -1,4 +1,4 @@
-"""Compiled plans kept on disk, so that the next checkpoint of the same run is not planned again.
+"""The keys of plans, and compiled ones kept on disk: the next checkpoint of a run is not planned again.
 
 A kept plan holds rows over symbolic extents: they count from the start of each storage, and storages are
 found again by their place in the checkpoint's table, which its structure digest fixes. Law: a kept plan is
@@ -17,12 +17,16 @@ from functools import cache, partial
 import numpy as np
 import xxhash
 
-from ..checkpoint import JSON
+from ..checkpoint import JSON, Checkpoint
 from ..dtypes import DTYPES
+from ..placement import Placement
 from ..quantisation.quantplan import Quantised
 from ..quantisation.schemes import Scheme
+from .copies import WORDS, Kept
 from .planned import Names
-from .planner import WORDS, Kept
+
+VERSION = 2
+"""Part of every plan's key; raised when the same inputs would give other bytes."""
 
 MAGIC = b"fastckpt plan 3\n"
 KEPT = 64
@@ -31,11 +35,11 @@ KEPT = 64
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """What is kept: the tensors, the rows that make them, which of the tensors are quantised, and what the
-    config says of those."""
+    """The tensors, the rows that make them (None: too many to keep), which of the tensors are quantised, and
+    what the config says of those."""
 
     made: Names
-    chunks: tuple[Kept, ...]
+    chunks: tuple[Kept, ...] | None
     quantised: Mapping[int, Quantised]
     config: Mapping[str, JSON]
 
@@ -47,6 +51,26 @@ def folder() -> str | None:
         return None if told in ("", "0", "off") else told
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.path.join(home, "fastckpt", "plans")
+
+
+def digest(told: JSON) -> str:
+    """Hex digest of plain values."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(told, sort_keys=True).encode())
+
+
+def inputs(ckpt: Checkpoint, placement: Placement, options: Mapping[str, JSON]) -> str:
+    """The digest of all that shapes an output, for all ranks alike."""
+    grid = placement.tp, placement.pp, placement.dp, placement.ep
+    # What was opened may have been changed since: names, dtypes and shapes count beside the structure.
+    kinds: dict[tuple[int, tuple[int, ...]], int] = {}
+    kind = [kinds.setdefault((e.dtype.code, e.shape), len(kinds)) for e in ckpt.entries.values()]
+    seen = xxhash.xxh3_128("\0".join(ckpt.entries).encode(errors="surrogatepass"))
+    seen.update(np.array(kind, np.int64).tobytes())
+    told: list[JSON] = [VERSION, ckpt.structure, seen.hexdigest(), list(grid)]
+    told += [[code, *shape] for code, shape in kinds]
+    if not ckpt.structure:
+        told += [[e.key, e.nbytes] for e in ckpt.extents]
+    return digest([*told, dict(options)])
 
 
 @cache
@@ -102,7 +126,7 @@ def load(key: str, extents: int, scheme: Scheme | None = None) -> Compiled | Non
 def store(key: str, extents: int, plan: Compiled) -> None:
     """Keep a plan; a cache that cannot be written is no error."""
     where = folder()
-    if where is None:
+    if where is None or plan.chunks is None:
         return
     made = plan.made
     kinds = {shape: i for i, shape in enumerate(dict.fromkeys(made.shapes))}

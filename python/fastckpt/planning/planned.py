@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..dtypes import DType
 from ..output.files import Spec
-from .planner import Slots
+from .batches import Slots
 
 Ints = NDArray[np.int64]
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..checkpoint import JSON
-from ..planning.planner import NOTHING, nbytes
+from ..planning.copies import NOTHING, nbytes
 from ..planning.plans import Plan
 from .prequantised import Matrix, owner
 from .quantplan import flat

@@ -17,7 +17,10 @@ from numpy.typing import NDArray
 
 from ..dtypes import float16, int32
 from ..extents import Buffer, fresh
-from ..planning.planner import LEAF, NOTHING, Binding, Chunk, Slots, Table, cut, item_sizes, upright
+from ..planning.axes import upright
+from ..planning.batches import LEAF, Slots, cut
+from ..planning.binding import Binding
+from ..planning.copies import NOTHING, Chunk, Table, item_sizes
 from ..planning.plans import Plan
 from ..reader import Lane, plain
 from ..target import Target

@@ -20,7 +20,9 @@ from ..errors import DeviceError
 from ..executors import pick
 from ..executors.cpu import built
 from ..extents import Buffer, Extent, Extents
-from ..planning.planner import COPY, LEAF, NOTHING, Binding, Chunk, Slots, cut, item_sizes, nbytes, spread
+from ..planning.batches import LEAF, Slots, cut, spread
+from ..planning.binding import Binding
+from ..planning.copies import COPY, NOTHING, Chunk, item_sizes, nbytes
 from ..planning.plans import Plan
 from ..reader import Lane, Mapped, Positioned
 from .device import CastThere, ToDevice

@@ -17,7 +17,9 @@ from ..digest import combine
 from ..errors import DeviceError
 from ..executors.cuda import Cuda, CudaRunner, Prepared, short_of_memory, taken
 from ..extents import Buffer
-from ..planning.planner import AXES, LEAF, NOTHING, Batch, Slots, Table, classify, item_sizes
+from ..planning.axes import classify
+from ..planning.batches import LEAF, Batch, Slots
+from ..planning.copies import AXES, NOTHING, Table, item_sizes
 from ..reader import Lane
 from .pipeline import Worker
 

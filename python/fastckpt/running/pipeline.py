@@ -21,8 +21,8 @@ from ..errors import SourceError, WriteError
 from ..extents import Buffer, fresh
 from ..finite import nonfinite
 from ..output.writer import OutputFile
+from ..planning.batches import LEAF, Batch, Slots
 from ..planning.planned import PlannedTensors
-from ..planning.planner import LEAF, Batch, Slots
 from ..reader import Lane
 
 Worker = Callable[[Batch], None]

@@ -18,7 +18,9 @@ from ..dtypes import DType, uint8
 from ..errors import DeviceError
 from ..executors.cuda import Cuda, CudaRunner, Prepared, quantise, short_of_memory
 from ..extents import Buffer
-from ..planning.planner import COPY, NOTHING, Binding, Chunk, Table, compiled, nbytes
+from ..planning.binding import Binding
+from ..planning.compiling import compiled
+from ..planning.copies import COPY, NOTHING, Chunk, Table, nbytes
 from ..planning.plans import Plan
 from ..quantisation.quantising import Dense, Quantising, form_of
 from ..quantisation.quantplan import flat

@@ -19,7 +19,8 @@ from ..computed.lowrank import computed
 from ..errors import DeviceError, ViewError
 from ..executors.cuda import Cuda, Prepared, short_of_memory
 from ..extents import COMPUTED, Buffer
-from ..planning.planner import COPY, Binding, Chunk, Executor, Table, nbytes, span
+from ..planning.binding import Binding
+from ..planning.copies import COPY, Chunk, Executor, Table, nbytes, span
 from ..planning.plans import Plan
 
 ALIGNED = 16

@@ -22,7 +22,9 @@ from ..extents import COMPUTED, Buffer, Extents, File
 from ..output.files import parse_size
 from ..output.manifest import Manifest, Origin, Record, rows_of
 from ..output.writer import Output
-from ..planning.planner import LEAF, Batch, Binding, compiled, cut, spread
+from ..planning.batches import LEAF, Batch, cut, spread
+from ..planning.binding import Binding
+from ..planning.compiling import compiled
 from ..planning.plans import Plan
 from ..quantisation import figures
 from ..quantisation.prequantised import Matrix

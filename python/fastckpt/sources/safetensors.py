@@ -29,6 +29,10 @@ MAX_NDIM = 64
 SUFFIX = ".safetensors"
 SINGLE = "model.safetensors"
 
+PIECES = "DCP_SHARDING_INFO"
+"""Metadata of a file that holds pieces: where each lies in its tensor, but not how large that is, nor how
+many files there are. Source: torch/distributed/checkpoint/hf_storage.py (save_distributed=True)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -68,6 +72,11 @@ def read(path: str, options: Options) -> Checkpoint:
     options.refuse_crc(path)
     shards = find_shards(path, SUFFIX, SINGLE, options.also)
     headers = [read_header(p) for p in shards.paths]
+    if piece := next((h for h in headers if PIECES in h.metadata), None):
+        raise SourceError(
+            f"{piece.file.path}: holds pieces of tensors, one rank's of a torch.distributed.checkpoint save; "
+            "torch's consolidate_safetensors_files joins them"
+        )
     shards.check([list(h.items) for h in headers])
     shards.check_omitted(lambda p: list(read_header(p).items))
     extents, entries = tensors([(name, item, h.file) for h in headers for name, item in h.items.items()])
@@ -152,4 +161,3 @@ def _ints(value: JSON) -> tuple[int, ...] | None:
         return None
     out = [n for n in value if isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 62]
     return tuple(out) if len(out) == len(value) else None
-

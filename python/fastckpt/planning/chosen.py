@@ -1,0 +1,291 @@
+"""Recipe and layout, chosen for what was asked and joined: how a placement's targets are made.
+
+Law: what shapes an output byte beside the checkpoint stands in `options`, which the plan's key digests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import xxhash
+
+from .. import layouts, recipes
+from ..checkpoint import JSON, Cast, Checkpoint
+from ..computed import adapters, apart, dequantised
+from ..computed.adapters import Adapter
+from ..dtypes import DType, float32
+from ..errors import LayoutError
+from ..layouts import Adapts, ByNames, ByRoles, Layout, Resizes
+from ..layouts.naming import Naming
+from ..layouts.patterns import Patterns
+from ..model import Model, Sizes
+from ..placement import Placement
+from ..quantisation import prequantised, quantplan
+from ..quantisation.quantplan import Expansion
+from ..quantisation.schemes import SCHEMES, Quant
+from ..target import Target
+from . import configs
+from .wanted import Wanted
+
+OURS = (*layouts.LAYOUTS.values(), Patterns)
+"""The layouts whose code is known to the key of a kept plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """How to make a placement's targets, and name their files.
+
+    `name`: the layout's. `checkpoint`: what they are made of, cast and merged as asked. `config`, `aliases`,
+    `options`, `notes`: see `plans.Plan`. `ours`: recipe and layout are this package's. `expansion`: how
+    targets are quantised."""
+
+    name: str
+    checkpoint: Checkpoint
+    targets: Callable[[Placement], Iterator[Target]]
+    naming: Callable[[Placement], Naming]
+    config: bytes | None
+    aliases: Mapping[str, str]
+    options: Mapping[str, JSON]
+    notes: tuple[str, ...]
+    ours: bool
+    expansion: Expansion | None = None
+
+
+def choose(ckpt: Checkpoint, wanted: Wanted) -> Chosen:
+    """The road that was asked for. Raises RecipeError, LayoutError or ViewError where there is none."""
+    if wanted.dense:
+        ckpt, wanted = _densified(ckpt, wanted)
+    beside = any(os.path.basename(path) == "config.json" for path in ckpt.beside)
+    if wanted.config is None and ckpt.config is not None and ("unpadded" in ckpt.facts or not beside):
+        wanted = replace(wanted, config=ckpt.config)  # there is none beside, or that of padded shards
+    layout = _layout(wanted)
+    config = None
+    if layout.roles or wanted.config is not None or wanted.dtype == "auto":
+        config = configs.found(ckpt, wanted.config)
+    dtype = configs.dtype(config, wanted.dtype)
+    adapter = None if wanted.adapter is None else adapters.fit(ckpt, os.fspath(wanted.adapter))
+    if adapter is not None:
+        ckpt = _adapted(adapter, layout, wanted, dtype)
+    if dtype is not None:
+        dequantised.require_as_stored(ckpt, dtype, scales=not layout.roles)
+        ckpt = replace(ckpt, entries=Cast(ckpt.entries, dtype))
+    options = _options(layout, wanted, dtype, adapter)
+    if not layout.roles:
+        return _by_names(ckpt, layout, wanted, config, options)
+    assert config is not None
+    return _by_roles(ckpt, layout, wanted, config, options, adapter, dtype)
+
+
+def _densified(ckpt: Checkpoint, wanted: Wanted) -> tuple[Checkpoint, Wanted]:
+    """The checkpoint with its quantised matrices as dense ones, and a config that does not speak of them."""
+    if wanted.adapter is not None:
+        raise LayoutError("quant none: an adapter is merged into what is dense already; write that first")
+    config = None if wanted.config is None and ckpt.config is None else configs.found(ckpt, wanted.config)
+    ckpt, told = dequantised.plain(ckpt, config, configs.dtype(config, wanted.dtype))
+    return ckpt, replace(wanted, config=told)
+
+
+def _layout(wanted: Wanted) -> Layout:
+    layout = layouts.layout(wanted.layout) if isinstance(wanted.layout, str) else wanted.layout
+    if wanted.tp_plan is None:
+        return layout
+    if _name(layout) != "hf":
+        raise LayoutError(f"tp_plan goes with layout hf, not {_name(layout)}")
+    return Patterns(wanted.tp_plan)
+
+
+def _name(layout: Layout) -> str:
+    if isinstance(layout, Patterns):
+        return "hf"
+    known = [name for name, kind in layouts.LAYOUTS.items() if type(layout) is kind]
+    return known[0] if known else type(layout).__name__.lower()
+
+
+def _adapted(adapter: Adapter, layout: Layout, wanted: Wanted, dtype: DType | None) -> Checkpoint:
+    """The checkpoint with the adapter merged, or, where it is kept apart, what is cut as its base is."""
+    if not wanted.apart:
+        # What is cast to a module's dtypes at the end is not rounded before.
+        return adapters.merged(adapter, float32 if wanted.held is not None else dtype)
+    fits = _name(layout) == "hf" or isinstance(layout, Adapts)
+    if not fits or wanted.tp_plan or wanted.quant:
+        raise LayoutError(
+            "an adapter is kept apart in layouts hf and rtp_llm alone, as it is: no tp_plan, no quant "
+            "(vLLM cuts adapters itself: it takes that of layout hf at tp 1)"
+        )
+    return apart.hollow(adapter, dtype)
+
+
+def _options(layout: Layout, wanted: Wanted, dtype: DType | None, adapter: Adapter | None) -> dict[str, JSON]:
+    """What shapes the output, as the record repeats it."""
+    quant = wanted.quant
+    out: dict[str, JSON] = {
+        "layout": _name(layout),
+        "layout_options": repr(layout),
+        "layout_fields": dict(layouts.options_of(layout)),
+        "tp_plan": None if wanted.tp_plan is None else dict(wanted.tp_plan),
+        "dtype": None if dtype is None else dtype.name,
+        "max_shard_size": wanted.max_shard_size,
+        "vocab_size": wanted.vocab_size,
+        "sorted": wanted.sorted,
+        "weights_key": wanted.weights_key,
+        "client_state": None if wanted.client_state is None else dict(wanted.client_state),
+    }
+    if quant is not None:
+        include, exclude = quant.include, quant.exclude
+        out["quant"] = {"scheme": quant.scheme.name, "include": [*include], "exclude": [*exclude]}
+        if quant.scheme != SCHEMES.get(quant.scheme.name):
+            out["scheme"] = repr(quant.scheme)  # the caller's own, whatever its name
+    if wanted.dense:
+        out["dense"] = True
+    if adapter is not None:
+        out["adapter"] = ["apart" if wanted.apart else "merged", *adapter.digests()]
+    return out
+
+
+def _notes(ckpt: Checkpoint) -> tuple[str, ...]:
+    told = ckpt.facts.get("notes")
+    return tuple(str(note) for note in told) if isinstance(told, list) else ()
+
+
+# ---- by the checkpoint's names ----
+
+
+def _by_names(
+    ckpt: Checkpoint,
+    layout: ByNames,
+    wanted: Wanted,
+    config: Mapping[str, JSON] | None,
+    options: Mapping[str, JSON],
+) -> Chosen:
+    if wanted.vocab_size is not None:  # the config would say it, and no tensor would be cut
+        raise LayoutError(f"vocab_size goes with layouts that read roles, not {_name(layout)}")
+    if wanted.quant is not None and (config is not None or ckpt.config is not None):
+        config = configs.found(ckpt, wanted.config)
+    chosen = Chosen(
+        _name(layout),
+        ckpt,
+        partial(layout.targets, ckpt),
+        layout.naming,
+        configs.text(config, wanted),
+        ckpt.aliases,
+        options,
+        _notes(ckpt),
+        type(layout) in OURS,
+    )
+    return _quantising(chosen, wanted, config, None)
+
+
+# ---- by roles ----
+
+
+def _by_roles(
+    ckpt: Checkpoint,
+    layout: ByRoles,
+    wanted: Wanted,
+    config: Mapping[str, JSON],
+    options: dict[str, JSON],
+    adapter: Adapter | None,
+    dtype: DType | None,
+) -> Chosen:
+    name, told, quant = _name(layout), ckpt.facts.get("recipe"), wanted.quant
+    asked = told if wanted.recipe is None and isinstance(told, str) else wanted.recipe
+    recipe = recipes.find(config) if asked is None else recipes.named(asked)
+    engine = str(dict(layouts.options_of(layout)).get("engine") or "")
+    if quant is not None and prequantised.fits(name, engine, ckpt, quant):
+        _require_dense(quant, wanted, layout.naming(wanted.placement), config)
+        ckpt, config = prequantised.made(ckpt, config, quant)
+        wanted = replace(wanted, config=config, quant=None)
+        options["prequantised"] = options.pop("quant")  # the shards can be joined, as quantised ones
+    model = recipes.model(recipe, ckpt, config, wanted.vocab_size)
+    options["family"] = model.family
+    options["recipe"] = asked
+    options["config"] = xxhash.xxh3_64_hexdigest(json.dumps(dict(config), sort_keys=True).encode())
+    resized = layout.resized(model, wanted.placement) if isinstance(layout, Resizes) else {}
+    changed = {**resized, **(quantplan.fused_config(config, ckpt.entries) if engine else {})}
+    if changed:
+        options["resized"] = {key: config.get(key) for key in changed}
+    chosen = Chosen(
+        name,
+        ckpt,
+        partial(layout.targets, model),
+        layout.naming,
+        configs.text(config, wanted, changed),
+        _tied(model, adapter, wanted),
+        options,
+        (*_notes(ckpt), *_notes_of(model, name, resized)),
+        type(layout) in OURS and recipe in recipes.RECIPES.values(),
+    )
+    if adapter is not None and wanted.apart:
+        return _thin(chosen, layout, model, adapter, dtype)
+    return _quantising(chosen, wanted, config, model.sizes)
+
+
+def _notes_of(model: Model, layout: str, resized: Mapping[str, int]) -> Iterator[str]:
+    """What the user should know of a model in a layout."""
+    if len(model.predictions) and layout != "hf":
+        yield f"layout {layout} leaves out the layers of multi-token prediction"
+    if resized:
+        yield f"padded; config.json says so: {', '.join(f'{k} {n}' for k, n in resized.items())}"
+    if model.ignored:
+        yield f"left out, known to {model.family}: {', '.join(model.ignored)}"
+
+
+def _tied(model: Model, adapter: Adapter | None, wanted: Wanted) -> dict[str, str]:
+    """The aliases of a model. Raises LayoutError where an adapter unties them."""
+    if not model.tied:
+        return {}
+    head, embedding = f"{model.lm_head.name}.weight", f"{model.embedding.name}.weight"
+    if adapter is not None and not wanted.apart and adapter.changed & {head, embedding}:
+        raise LayoutError(
+            f"adapter: {head} and {embedding} are one tensor, and it changes one of "
+            "them; a base that has both, with tie_word_embeddings false, has a place for it"
+        )
+    return {head: embedding}
+
+
+def _thin(chosen: Chosen, layout: ByRoles, model: Model, adapter: Adapter, dtype: DType | None) -> Chosen:
+    """The adapter alone: where each rank holds its part of the base, or as a layout has names for it."""
+    alone = replace(chosen, config=None, aliases={})
+    if not isinstance(layout, Adapts):
+        return replace(
+            alone,
+            targets=lambda p: apart.cut(chosen.targets(p), adapter, dtype),
+            naming=lambda p: apart.naming(chosen.naming(p)),
+        )
+    # Its scale is in it, so that PEFT's config does not go beside it.
+    return replace(
+        alone,
+        checkpoint=replace(chosen.checkpoint, beside=()),
+        targets=lambda p: apart.by_roles(partial(layout.adapted, model, p), adapter, dtype),
+        naming=layout.adapted_naming,
+    )
+
+
+# ---- quantised on the way ----
+
+
+def _quantising(
+    chosen: Chosen, wanted: Wanted, config: Mapping[str, JSON] | None, sizes: Sizes | None
+) -> Chosen:
+    """With what `wanted.quant` asks for, told in the config too."""
+    quant = wanted.quant
+    if quant is None:
+        return chosen
+    _require_dense(quant, wanted, chosen.naming(wanted.placement), config)
+    text = chosen.config
+    if config is not None and text is None:
+        text = json.dumps(dict(config)).encode()
+    expansion = Expansion(quant, chosen.name, wanted.placement, lambda: chosen.targets(Placement()), sizes)
+    return replace(chosen, config=text, expansion=expansion)
+
+
+def _require_dense(quant: Quant, wanted: Wanted, naming: Naming, config: Mapping[str, JSON] | None) -> None:
+    """Raises LayoutError where the output, or the source as its config has it, cannot be quantised."""
+    if wanted.held is not None or naming.single.endswith(".bin"):
+        raise LayoutError(f"quant {quant.scheme.name}: wanted safetensors or fresh tensors as the output")
+    if config is not None and "quantization_config" in config:
+        raise LayoutError(f"quant {quant.scheme.name}: the config says that the source is quantised already")

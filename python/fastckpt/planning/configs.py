@@ -1,0 +1,72 @@
+"""The model's config.json: where it is found, the dtype it names, and the one that goes beside an output."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+
+from ..checkpoint import JSON, Checkpoint
+from ..dtypes import DType
+from ..dtypes import dtype as dtype_of
+from ..errors import RecipeError, SourceError
+from .wanted import Wanted
+
+
+def found(ckpt: Checkpoint, given: str | os.PathLike[str] | Mapping[str, JSON] | None) -> Mapping[str, JSON]:
+    """The model's config: given as a mapping or a path, or found beside the checkpoint."""
+    if isinstance(given, Mapping):
+        try:
+            json.dumps(dict(given))
+        except (TypeError, ValueError) as e:
+            raise RecipeError(f"config: wanted plain values, as config.json holds them: {e}") from None
+        return given
+    if given is None:
+        if ckpt.config is None:
+            raise RecipeError(
+                f"{ckpt.path}: no config.json beside it; say where it is (config=), "
+                'or use layout "same" or a tp_plan'
+            )
+        return ckpt.config
+    path = os.fspath(given)
+    if os.path.isdir(path):
+        path = os.path.join(path, "config.json")
+    try:
+        with open(path, encoding="utf-8") as f:
+            found = json.load(f)
+    except OSError as e:
+        raise SourceError(f"{path}: {e.strerror}") from None
+    except ValueError as e:
+        raise SourceError(f"{path}: not JSON: {e}") from None
+    if not isinstance(found, dict):
+        raise SourceError(f"{path}: wanted a JSON object, got {type(found).__name__}")
+    return found
+
+
+def text(
+    config: Mapping[str, JSON] | None, wanted: Wanted, changed: Mapping[str, JSON] | None = None
+) -> bytes | None:
+    """The config.json to write in place of the one beside the checkpoint, if another was asked for, or if
+    sizes were padded."""
+    if config is None or (wanted.config is None and wanted.vocab_size is None and not changed):
+        return None
+    told = dict(config) if wanted.vocab_size is None else {**config, "vocab_size": wanted.vocab_size}
+    told |= changed or {}
+    return (json.dumps(told, indent=2) + "\n").encode()
+
+
+def quantised(config: bytes | None, spelled: Mapping[str, JSON]) -> bytes | None:
+    """The config.json with its `quantization_config`, where there is one."""
+    if config is None or not spelled:
+        return config
+    return (json.dumps({**json.loads(config), "quantization_config": spelled}, indent=2) + "\n").encode()
+
+
+def dtype(config: Mapping[str, JSON] | None, asked: str | DType | None) -> DType | None:
+    if asked != "auto" or isinstance(asked, DType):
+        return None if asked is None else dtype_of(asked)
+    for key in ("dtype", "torch_dtype"):
+        named = (config or {}).get(key)
+        if isinstance(named, str):
+            return dtype_of(named)
+    raise RecipeError('dtype "auto": the config names no dtype or torch_dtype')
