@@ -10,8 +10,8 @@
 
 namespace fastckpt {
 
-// The windows of some mapped source buffers in the order of their last reading. Beyond `limit` bytes the oldest
-// are given back to the page cache; whoever reads them again finds them there. Threads share one, so that none
+// The windows of some mapped source buffers in the order of their last reading. Beyond `limit` bytes the older half
+// is given back to the page cache; whoever reads them again finds them there. Threads share one, so that none
 // takes pages from under another.
 class Recent {
   public:

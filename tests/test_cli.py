@@ -114,6 +114,21 @@ def test_an_error_is_one_line_whatever_the_path_is(run):
     assert r"no\nsuch\x1b[31m: No such file" in err
 
 
+def test_ctrl_c_while_modules_are_imported_has_no_traceback():
+    script = (
+        "import runpy, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'fastckpt.cli':\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "runpy.run_module('fastckpt', run_name='__main__', alter_sys=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
 def test_deepspeed_s_spelling_is_understood():
     line = "consolidate a b --safe_serialization --max_shard_size 1GB --exclude_frozen_parameters -t here -d"
     args = arguments.parser().parse_args(line.split())

@@ -107,8 +107,9 @@ def reshard(
     is dequantised, to `dtype`, else to what the config names, else to bfloat16.
     `adapter`: the directory of a PEFT adapter (LoRA), merged on the way; with `apart` it is written alone,
     cut as the ranks' parts of this base are.
-    NaN and infinity in the output are an error unless `allow_nonfinite`. `durable` fsyncs; `overwrite`
-    replaces an output in one step; `memory` bounds the bytes held ("256MB"); `progress` see Progress.
+    NaN and infinity in files are an error unless `allow_nonfinite`; tensors in memory are given as they are.
+    `durable` fsyncs; `overwrite` replaces an output in one step; `memory` bounds the bytes held ("256MB");
+    `progress` see Progress.
     `device` "cuda" or "cuda:N", or torch's own for it: tensors there, made by the GPU where the checkpoint's
     tensors lie there too; they are filled in the order of the current stream.
 
@@ -215,15 +216,9 @@ def consolidate(
             raise LayoutError("consolidate: options of open go with a path, this checkpoint is open already")
     else:
         path = joining.open(
-            path,
-            tag=tag,
-            also=also,
-            rename=rename,
-            weights=weights,
-            exclude_frozen=exclude_frozen,
-            check_crc=check_crc,
-            recipe=recipe,
-        )
+            path, tag=tag, also=also, rename=rename, weights=weights,
+            exclude_frozen=exclude_frozen, check_crc=check_crc, recipe=recipe,
+        )  # fmt: skip
     opened = joining.whole(path, recipe)
     run = Run(threads, memory, progress)
     planned = run.planned(

@@ -96,15 +96,27 @@ LAYER = {
 }
 
 
+def llama() -> dict[str, torch.Tensor]:
+    shapes = {"model.embed_tokens": (96, 256), "model.norm": (256,), "lm_head": (96, 256)}
+    shapes |= {f"model.layers.0.{name}": shape for name, shape in LAYER.items()}
+    return {f"{n}.weight": torch.randn(s).to(torch.bfloat16) for n, s in shapes.items()}
+
+
 @pytest.mark.parametrize(
     "quant, world", [("fp8-block", 1), ("int8", 2), ("fp8-channel", 2), ("awq-group", 2)]
 )
 def test_fused_matrices(quant: str, world: int) -> None:
     """q, k, v and gate, up lie apart and become one."""
-    shapes = {"model.embed_tokens": (96, 256), "model.norm": (256,), "lm_head": (96, 256)}
-    shapes |= {f"model.layers.0.{name}": shape for name, shape in LAYER.items()}
-    held = {f"{n}.weight": torch.randn(s).to(torch.bfloat16) for n, s in shapes.items()}
-    same(held, world, layout="vllm", config=LLAMA, quant=quant)
+    same(llama(), world, layout="vllm", config=LLAMA, quant=quant)
+
+
+@pytest.mark.parametrize("layout, quant", [("vllm", "fp8"), ("rtp_llm", "int8"), ("rtp_llm", "fp8-channel")])
+def test_what_is_quantised_before_the_layout_is_refused(layout: str, quant: str) -> None:
+    held = there(llama())
+    with pytest.raises(DeviceError, match=r"quantising before the layout .* bring them to the CPU first"):
+        fastckpt.reshard(held, 2, layout=layout, config=LLAMA, quant=quant, device="cuda")
+    with pytest.raises(DeviceError, match="quantising before the layout"):
+        fastckpt.prepare(held, 2, layout=layout, config=LLAMA, quant=quant)
 
 
 @pytest.mark.parametrize("quant", ["int8", "fp8", "fp8-block", "int4-group", "gptq-group"])

@@ -25,7 +25,7 @@ else:
         _C = None
 
 RECENT_BYTES = 32 << 20
-"""Bytes of mapped sources that a runner keeps, all its threads together; older pages are given back."""
+"""Bytes of mapped sources that a runner keeps, all its threads together; beyond, the older half goes back."""
 
 
 def built() -> bool:
