@@ -55,8 +55,8 @@ def resident(binding: Binding) -> bool:
     on_gpu = [isinstance(p, Buffer) and p.device not in ("cpu", COMPUTED) for p in binding.places]
     if any(on_gpu) and computed(binding.places):
         raise DeviceError(
-            "merging, dequantising, and quantising before the layout (rtp_llm; fp8 with one scale a matrix in "
-            "vllm) run on the CPU alone, and some sources are in GPU memory; bring them to the CPU first"
+            "merging, dequantising, and quantising before the layout (rtp_llm; fp8 with one scale a matrix "
+            "in vllm) run on the CPU alone, and some sources are in GPU memory; bring them to the CPU first"
         )
     if any(on_gpu) and not all(isinstance(p, Buffer) for p in binding.places):
         raise DeviceError("some sources are in GPU memory, others in files; bring them together first")

@@ -18,7 +18,7 @@ from hashlib import blake2b
 import xxhash
 
 from ..errors import SourceError
-from ..extents import Extent, File
+from ..extents import Extent, File, is_file
 from . import inertpickle, torchpickle
 from .assembly import sampled
 from .inert import Inert
@@ -103,13 +103,13 @@ def embedded(
 
 def is_torch_file(path: str | os.PathLike[str]) -> bool:
     """Whether the file starts as torch files do (a zip record, or the legacy magic number)."""
-    if not os.path.isfile(path):  # a pipe would be waited for
+    if not is_file(path):  # a pipe would be waited for
         return False
     try:
         with open(path, "rb") as f:
             head = f.read(_MAGIC_WITHIN)
-    except OSError:
-        return False
+    except OSError as e:
+        raise SourceError(f"{os.fspath(path)}: {e.strerror}") from None
     return head[:4] == LOCAL or _MAGIC in head
 
 
