@@ -22,6 +22,7 @@ from ..checkpoint import JSON
 from ..digest import LEAF, combine, digest, digest64
 from ..dtypes import BY_NAME, DType
 from ..errors import SourceError, WriteError
+from ..extents import content, is_directory, is_file
 from .files import SlotTable
 
 SCHEMA = 1
@@ -199,15 +200,10 @@ class Manifest:
     def read(path: str | os.PathLike[str]) -> Manifest:
         """The manifest at `path`, or in the directory `path`. Raises SourceError saying what is wrong."""
         name = os.fspath(path)
-        name = os.path.join(name, NAME) if os.path.isdir(name) else name
-        try:
-            if not os.path.isfile(name):
-                raise SourceError(f"{name}: no such file")
-            with open(name, "rb") as f:
-                text = f.read(_MAX_BYTES + 1)
-        except OSError as e:
-            raise SourceError(f"{name}: {e.strerror}") from None
-        return Manifest.parse(text, name)
+        name = os.path.join(name, NAME) if is_directory(name) else name
+        if not is_file(name):
+            raise SourceError(f"{name}: no such file")
+        return Manifest.parse(content(name, _MAX_BYTES + 1), name)
 
     @staticmethod
     def parse(text: bytes, name: str) -> Manifest:
