@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "digest": (*CORE, "_C"),
     "finite": (*CORE, "digest", "_C"),
     # What reads and runs a plan.
-    "tiles": (*CORE, *TABLE),
+    "tiles": (*CORE, *TABLE, "_C"),
     "reader": (*CORE, *TABLE, "_C"),
     "executors": (*CORE, *TABLE, "tiles", "_C"),
     "dequantised": (*CORE, "lowrank", "finishes", "rounding", "unrounding", "schemes"),

@@ -17,6 +17,7 @@ import torch
 from fastckpt.digest import LEAF
 from fastckpt.errors import ManagerError, SourceError, WriteError
 from fastckpt.manager import policies, saving
+from fastckpt.manager.commits import Store
 from fastckpt.manager.manager import CheckpointManager
 from fastckpt.manager.metadata import JsonMetadata
 from fastckpt.manager.telling import CheckpointWarning
@@ -508,6 +509,57 @@ def test_saves_as_often_as_the_disk_follows(tmp_path: Path, monkeypatch: pytest.
             time.sleep(0.01)
         assert manager.save(3, {"n": 3}) and manager.wait() is None
         assert manager.steps() == [0, 3]
+
+
+def test_a_fork_has_neither_the_lock_nor_the_save_in_flight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may read, is refused while its parent saves, and saves once the parent is done."""
+
+    def fork(work: Callable[[], None]) -> int:
+        pid = os.fork()
+        if not pid:
+            signal.alarm(120)  # a child that waits for a thread it does not have
+            code = 1
+            try:
+                work()
+                code = 0
+            finally:
+                os._exit(code)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    manager = CheckpointManager(tmp_path, async_save=True)
+    manager.save(0, {"w": torch.zeros(3)})
+    manager.wait()
+    reached, go = threading.Event(), threading.Event()
+    seal = Store.seal
+
+    def late(*args: Any, **options: Any) -> object:
+        reached.set()
+        assert go.wait(120)
+        return seal(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "seal", late)
+        manager.save(1, {"w": torch.ones(3)})
+        assert reached.wait(120)  # the thread that is forked away holds nothing now
+
+    def refused() -> None:
+        assert manager.restore(0) is not None
+        with pytest.raises(ManagerError, match="another process saves here"):
+            manager.save(2, {})
+            manager.wait()
+        manager.close()
+
+    def alone() -> None:
+        with manager:
+            manager.save(2, {})
+
+    assert fork(refused) == 0
+    go.set()
+    manager.close()
+    assert manager.steps() == [0, 1]
+    assert fork(alone) == 0 and manager.steps() == [0, 1, 2]
 
 
 def test_async_errors_come_with_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,8 +163,9 @@ class Store:
         """Be the only one that changes this root, and remove what dead ones left half made.
 
         Raises ManagerError where another process or manager saves here. The lock dies with the process."""
-        if self._lock >= 0:
+        if self._lock >= 0 and _SAVING_HERE.get((os.getpid(), self.root)) is self:
             return
+        self.release()  # in a fork: the lock is the parent's
         with _TAKING:
             if _SAVING_HERE.setdefault((os.getpid(), self.root), self) is not self:
                 raise ManagerError(f"{self.root}: another manager of this process saves here; close it first")

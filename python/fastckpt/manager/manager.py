@@ -124,6 +124,7 @@ class CheckpointManager:
         self._telling = Telling(self._group.rank, self.path, metadata)
         self._async = async_save
         self._snapshots = Snapshots()
+        self._process = os.getpid()
         self._worker: ThreadPoolExecutor | None = None
         self._flight: Future[None] | None = None
         self._names: set[str] | None = None
@@ -289,7 +290,9 @@ class CheckpointManager:
     def wait(self) -> None:
         """Wait for the save in flight, if any; its error is raised here. Collective in effect."""
         flight, self._flight = self._flight, None
-        if flight is not None:
+        if self._process != os.getpid():  # a fork: the thread and what it saves stayed with the parent
+            self._process, self._worker = os.getpid(), None
+        elif flight is not None:
             flight.result()
 
     def _reachable(self, step: int) -> bool:

@@ -45,13 +45,16 @@ class TorchFile:
     `root`: what was saved: plain values, Tensor, Storage, Inert. `extents`: one for each wanted storage
     that holds bytes; `Storage.extent` is the index, `Extent.key` the storage's key. `inert`: sorted
     names of the globals that stayed inert. `digest`: xxh3-64, hexadecimal, of the pickle and the zip
-    directory, which holds the CRC32 of every storage (of a legacy file: of the pickles and of samples)."""
+    directory, which holds the CRC32 of every storage (of a legacy file: of the pickles and of samples).
+    `saved_as`: what a zip's records stand under: the name, without its ending, of the file that torch saved
+    it as, `archive` where it was saved to a stream (caffe2/serialize/inline_container.cc); else empty."""
 
     root: object
     file: File
     extents: tuple[Extent, ...]
     inert: tuple[str, ...]
     digest: str
+    saved_as: str = ""
 
 
 def load(
@@ -147,7 +150,8 @@ def _load_zip(
         extents.append(Extent(reader.file, reader.begin + offset, s.nbytes, s.key))
     digest = xxhash.xxh3_64(data)
     digest.update(directory.digest.encode())
-    return TorchFile(tree.root, reader.file, tuple(extents), tree.inert, digest.hexdigest())
+    saved_as = top[:-1].decode(errors="replace")
+    return TorchFile(tree.root, reader.file, tuple(extents), tree.inert, digest.hexdigest(), saved_as)
 
 
 def _check_byteorder(reader: Reader, directory: Directory, name: bytes) -> None:

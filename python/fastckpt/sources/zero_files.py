@@ -89,6 +89,21 @@ def find(path: str, tag: str | None, also: Iterable[str] = ()) -> Files:
     return _sorted_out(root, folder, tag, [folder, *(_tag_folder_of(a, tag) for a in also)])
 
 
+def check_name(path: str, saved_as: str) -> None:
+    """Raise SourceError for a file that torch saved as another rank's or another expert's, `saved_as`."""
+    here, there = _whose(os.path.basename(path)), _whose(f"{saved_as}.pt")
+    if there is not None and there != here:
+        raise SourceError(f"{path}: was saved as {saved_as}.pt: swapped with, or copied from, that file")
+
+
+def _whose(name: str) -> tuple[int, ...] | None:
+    """Which kind of file it is and whose, by its name; None of any other."""
+    for kind, pattern in enumerate((OPTIM, MODEL_OF_RANK, MODEL, EXPERT)):
+        if found := pattern.fullmatch(name):
+            return (kind, *map(int, found.groups()))
+    return None
+
+
 def natural(name: str) -> list[tuple[int, str]]:
     """A sort key that puts rank 10 after rank 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
