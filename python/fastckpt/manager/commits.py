@@ -16,7 +16,6 @@ import fcntl
 import os
 import re
 import secrets
-import shutil
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
@@ -28,7 +27,14 @@ from ..checkpoint import JSON
 from ..errors import ManagerError, SourceError, WriteError
 from ..extents import let_go
 from ..output import syscalls
-from ..output.commit import is_there, make_directories, sync_directory, telling, write_file
+from ..output.commit import (
+    is_there,
+    make_directories,
+    remove_tree,
+    sync_directory,
+    telling,
+    write_file,
+)
 from ..output.manifest import NAME, Manifest
 
 LATEST = "latest"
@@ -202,7 +208,7 @@ class Store:
         kinds = (SAVING, TRASH, ASIDE) if aside else (SAVING, TRASH)
         gone = [e for e in sorted(os.listdir(self.root)) if e.startswith(kinds)]
         for entry in gone:
-            shutil.rmtree(os.path.join(self.root, entry), ignore_errors=True)
+            remove_tree(os.path.join(self.root, entry))
         return gone
 
     def begin(self, step: int, token: str) -> None:
@@ -229,7 +235,7 @@ class Store:
                 os.rename(staged, old)
                 self._sync()
                 if not aside:
-                    shutil.rmtree(old, ignore_errors=True)
+                    remove_tree(old)
             else:
                 os.rename(staged, final)
                 self._sync()
@@ -241,7 +247,7 @@ class Store:
 
     def drop(self, step: int, token: str) -> None:
         """Remove a save that came to nothing."""
-        shutil.rmtree(self.saving(step, token), ignore_errors=True)
+        remove_tree(self.saving(step, token))
 
     def remove(self, steps: Iterable[int]) -> list[int]:
         """Remove commits, never the newest whole one: renamed first, so that none is ever half there."""
@@ -255,7 +261,7 @@ class Store:
             with telling(self.path(step)):
                 os.rename(self.path(step), away)
                 self._sync()
-            shutil.rmtree(away, ignore_errors=True)
+            remove_tree(away)
             gone.append(step)
         return gone
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import shutil
 from contextlib import suppress
 
 from .. import sources
@@ -17,7 +16,7 @@ from ..checkpoint import Checkpoint
 from ..doors.serving_options import Shape
 from ..errors import ManagerError
 from ..extents import is_directory, is_file
-from ..output.commit import sync_directory, telling
+from ..output.commit import remove_tree, sync_directory, telling
 from ..output.manifest import NAME, Manifest
 from ..planning.plans import Plan
 from ..road import plan, reshard
@@ -141,7 +140,7 @@ def gc(to: str | os.PathLike[str], keep: int) -> list[str]:
         away = os.path.join(root, f".trash-{name}-{secrets.token_hex(4)}")
         with telling(os.path.join(root, name)):
             os.rename(os.path.join(root, name), away)
-        shutil.rmtree(away, ignore_errors=True)
+        remove_tree(away)
     return gone
 
 

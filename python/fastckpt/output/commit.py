@@ -74,6 +74,12 @@ def write_file(path: str, pieces: Iterable[bytes], durable: bool) -> None:
         raise
 
 
+def remove_tree(path: str) -> None:
+    """Remove a directory and all that is in it, as far as that can be done."""
+    with suppress(OSError):  # rmtree lets some errors through all the same
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def refuse_loss(path: str, keep: Iterable[str]) -> None:
     """Refuse to replace a directory that holds something this run reads, under its own name or by a link."""
     for kept in keep:
@@ -155,7 +161,7 @@ class Whole:
                     raise
             self._made = []
         if self._replaces:
-            shutil.rmtree(self._staging, ignore_errors=True)
+            remove_tree(self._staging)
             self.left = self._staging if os.path.lexists(self._staging) else ""
         self._unlock()
         return manifest
@@ -170,7 +176,7 @@ class Whole:
     def abandon(self) -> None:
         """Leave nothing of this run."""
         if self._staging:
-            shutil.rmtree(self._staging, ignore_errors=True)
+            remove_tree(self._staging)
         self._unlock()
         remove_directories(self._made)
 
@@ -190,7 +196,7 @@ class Whole:
             left = os.path.join(self.parent, entry)
             with suppress(OSError):
                 if (lock := _lock(left)) >= 0:
-                    shutil.rmtree(left, ignore_errors=True)
+                    remove_tree(left)
                     let_go(lock)
 
     def _try_exchange(self) -> None:
