@@ -245,8 +245,8 @@ def _cut_from(ckpt: Checkpoint, manifest: Manifest) -> Checkpoint:
     if quant is not None:
         scheme = quant.get("scheme") if isinstance(quant, dict) else quant
         raise SourceError(
-            f"{ckpt.path}: its shards were quantised to {scheme} as they were cut, which cannot be taken back; "
-            "take the checkpoint they were cut from"
+            f"{ckpt.path}: quantised to {scheme} as it was cut, which cannot be taken back; "
+            "take the checkpoint it was cut from"
         )
     match record.get("adapter"):
         case ["apart", *_]:
