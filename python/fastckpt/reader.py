@@ -1,15 +1,14 @@
 """Bring the bytes a batch needs to where an executor can see them: mapped, or read by position.
 
 Mapped is the road with the compiled module: its mappings survive a file that is truncated under them
-(a SourceError, not a dead process), and pages are given back behind the reader. Positioned is the road
-without it: reads into a scratch buffer, never a memmap.
+(a SourceError, not a dead process), and pages are given back behind the reader; what nothing changes is read
+by position. Positioned is the road without it: reads into a scratch buffer, never a memmap.
 
 Law: a file that is not the one whose header was read (size, time, inode) is an error.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 from collections.abc import Iterable, Sequence
@@ -40,9 +39,9 @@ class Lane(Protocol):
         """Fill `destinations` as bound `rows` say. Raises SourceError when a file gave less than it had."""
 
     def direct(self, rows: Table, nbytes: int) -> memoryview | None:
-        """The `nbytes` that `rows` make, where they lie: one run of a file, element for element; else None.
+        """The `nbytes` that `rows` make, as they lie: one run of a file, element for element; else None.
 
-        Valid until the next call. What the file gave less than it had is found when the reader closes."""
+        Valid until the next call. Raises SourceError when a file gave less than it had."""
 
 
 class Reader(Protocol):
@@ -140,8 +139,17 @@ class PositionedLane:
         self.used: set[int] = set()
 
     def direct(self, rows: Table, nbytes: int) -> memoryview | None:
-        """Nothing lies anywhere before it is read."""
-        return None
+        """The bytes in the scratch buffer. Tensors in memory are copied first: they may change meanwhile."""
+        if len(rows) != 1 or nbytes == 0:
+            return None
+        place, start = int(rows["src_buffer"][0]), int(rows["src"][0])
+        if place == NOTHING or place in self.index or not plain(rows[0], nbytes):
+            return None
+        self._reserve(nbytes)
+        found = memoryview(self.scratch.data)[:nbytes]
+        self._read(place, start, found)
+        self.bytes_read += nbytes
+        return found
 
     def close(self) -> None:
         """Close what is open."""
@@ -167,9 +175,8 @@ class PositionedLane:
             for offset in runs.tolist():
                 reads.append((place, start + offset, length, used))
                 used += length
-        if self.runner is None or used > len(self.scratch):
-            if used > len(self.scratch):
-                self.scratch = fresh(used)
+        self._reserve(used)
+        if self.runner is None:
             held = Buffer(self.scratch, self.scratch.ctypes.data, self.scratch.nbytes)
             self.runner = self.executor.bind([held, *self.buffers])
         view = memoryview(self.scratch.data)
@@ -177,6 +184,10 @@ class PositionedLane:
             self._read(place, offset, view[at : at + length])
         self.bytes_read += used
         self.runner.run(rows, destinations)
+
+    def _reserve(self, nbytes: int) -> None:
+        if nbytes > len(self.scratch):
+            self.scratch, self.runner = fresh(nbytes), None
 
     def _read(self, place: int, offset: int, into: memoryview) -> None:
         fd = self._fd(place)
@@ -245,6 +256,7 @@ class Mapped:
         self.mappings: dict[int, _C.Mapping] = {}
         self.runners: dict[Executor, Runner] = {}
         self.used: set[int] = set()
+        self.by_position = Positioned(places)
         try:
             for i, place in enumerate(self.places):
                 if isinstance(place, File):
@@ -266,6 +278,7 @@ class Mapped:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            self.by_position.__exit__(kind, error, trace)
             if kind is None:  # bytes cut off the last page that is left read as zeros, without a fault
                 check_unchanged(self.places, self.used)
         finally:
@@ -277,43 +290,30 @@ class Mapped:
         """A lane; all lanes of an executor share one runner, so that none gives back what another reads."""
         if executor not in self.runners:
             self.runners[executor] = executor.bind(self.buffers)
-        return MappedLane(self, self.runners[executor])
+        return MappedLane(self, self.runners[executor], self.by_position.lane(executor))
 
 
 class MappedLane:
     """See Mapped."""
 
-    def __init__(self, reader: Mapped, runner: Runner) -> None:
+    def __init__(self, reader: Mapped, runner: Runner, by_position: PositionedLane) -> None:
         self.reader = reader
         self.runner = runner
+        self.by_position = by_position
         self.bytes_read = 0
-        self.lent: tuple[int, int, int] | None = None  # what `direct` gave last: place, start, stop
 
     def run(self, rows: Table, destinations: Sequence[Buffer]) -> None:
         """Run the rows over the mappings; the runner refuses pages that were not there."""
-        self._returned()
         self.runner.run(rows, destinations)
         self.bytes_read += int(nbytes(rows, "src").sum())
         self.reader.used.update(i for i in set(rows["src_buffer"].tolist()) if i != NOTHING)
 
     def direct(self, rows: Table, nbytes: int) -> memoryview | None:
-        """The mapped bytes themselves. Tensors in memory are copied first: they may change meanwhile."""
-        self._returned()
-        if len(rows) != 1 or nbytes == 0:
-            return None
-        place, start = int(rows["src_buffer"][0]), int(rows["src"][0])
-        if place not in self.reader.mappings or not plain(rows[0], nbytes):
-            return None
-        self.lent = place, start, start + nbytes
-        self.bytes_read += nbytes
-        self.reader.used.add(place)
-        held = (ctypes.c_ubyte * nbytes).from_address(self.reader.buffers[place].address + start)
-        return memoryview(held).cast("B")
-
-    def _returned(self) -> None:
-        if self.lent is not None:
-            self.runner.touched(*self.lent)
-            self.lent = None
+        """The bytes, read by position: over the mapping they would be fetched twice, from further away, to be
+        digested and to be written, and every page mapped and given back."""
+        found = self.by_position.direct(rows, nbytes)
+        self.bytes_read += 0 if found is None else nbytes
+        return found
 
 
 def plain(row: np.void, nbytes: int) -> bool:
