@@ -40,7 +40,7 @@ def direct(lane: Lane, view: View, extents: Extents) -> bytes | None:
     (batch,) = cut(
         chunk, 0, Slots.of([0], [0], [view.nbytes]), Binding.of(extents), stage=1 << 20, band=1 << 20
     )
-    found = lane.direct(batch.rows, view.nbytes)
+    found = lane.direct(batch.rows, memoryview(bytearray(view.nbytes)))
     held = None if found is None else bytes(found)
     out = np.empty(view.nbytes, np.uint8)
     lane.run(batch.rows, [Buffer(out, out.ctypes.data, out.nbytes)])

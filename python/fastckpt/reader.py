@@ -38,10 +38,11 @@ class Lane(Protocol):
     def run(self, rows: Table, destinations: Sequence[Buffer]) -> None:
         """Fill `destinations` as bound `rows` say. Raises SourceError when a file gave less than it had."""
 
-    def direct(self, rows: Table, nbytes: int) -> memoryview | None:
-        """The `nbytes` that `rows` make, as they lie: one run of a file, element for element; else None.
+    def direct(self, rows: Table, staging: memoryview) -> memoryview | None:
+        """The bytes that `rows` make, as many as `staging` has, where they are one run of a file, element for
+        element; else None. In `staging`, or elsewhere until the next call.
 
-        Valid until the next call. Raises SourceError when a file gave less than it had."""
+        Raises SourceError when a file gave less than it had."""
 
 
 class Reader(Protocol):
@@ -138,18 +139,16 @@ class PositionedLane:
         self.fds: dict[int, int] = {}
         self.used: set[int] = set()
 
-    def direct(self, rows: Table, nbytes: int) -> memoryview | None:
-        """The bytes in the scratch buffer. Tensors in memory are copied first: they may change meanwhile."""
-        if len(rows) != 1 or nbytes == 0:
+    def direct(self, rows: Table, staging: memoryview) -> memoryview | None:
+        """The bytes in `staging`. Tensors in memory are copied as all else is."""
+        if len(rows) != 1 or len(staging) == 0:
             return None
         place, start = int(rows["src_buffer"][0]), int(rows["src"][0])
-        if place == NOTHING or place in self.index or not plain(rows[0], nbytes):
+        if place == NOTHING or place in self.index or not plain(rows[0], len(staging)):
             return None
-        self._reserve(nbytes)
-        found = memoryview(self.scratch.data)[:nbytes]
-        self._read(place, start, found)
-        self.bytes_read += nbytes
-        return found
+        self._read(place, start, staging)
+        self.bytes_read += len(staging)
+        return staging
 
     def close(self) -> None:
         """Close what is open."""
@@ -175,8 +174,9 @@ class PositionedLane:
             for offset in runs.tolist():
                 reads.append((place, start + offset, length, used))
                 used += length
-        self._reserve(used)
-        if self.runner is None:
+        if self.runner is None or used > len(self.scratch):
+            if used > len(self.scratch):
+                self.scratch = fresh(used)
             held = Buffer(self.scratch, self.scratch.ctypes.data, self.scratch.nbytes)
             self.runner = self.executor.bind([held, *self.buffers])
         view = memoryview(self.scratch.data)
@@ -184,10 +184,6 @@ class PositionedLane:
             self._read(place, offset, view[at : at + length])
         self.bytes_read += used
         self.runner.run(rows, destinations)
-
-    def _reserve(self, nbytes: int) -> None:
-        if nbytes > len(self.scratch):
-            self.scratch, self.runner = fresh(nbytes), None
 
     def _read(self, place: int, offset: int, into: memoryview) -> None:
         fd = self._fd(place)
@@ -308,11 +304,11 @@ class MappedLane:
         self.bytes_read += int(nbytes(rows, "src").sum())
         self.reader.used.update(i for i in set(rows["src_buffer"].tolist()) if i != NOTHING)
 
-    def direct(self, rows: Table, nbytes: int) -> memoryview | None:
-        """The bytes, read by position: over the mapping they would be fetched twice, from further away, to be
-        digested and to be written, and every page mapped and given back."""
-        found = self.by_position.direct(rows, nbytes)
-        self.bytes_read += 0 if found is None else nbytes
+    def direct(self, rows: Table, staging: memoryview) -> memoryview | None:
+        """The bytes in `staging`, read by position: over the mapping they would be fetched twice, from further
+        away, to be digested and to be written, and every page mapped and given back."""
+        found = self.by_position.direct(rows, staging)
+        self.bytes_read += 0 if found is None else len(found)
         return found
 
 
