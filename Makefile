@@ -33,7 +33,7 @@ bench: $(STAMPS)/package $(STAMPS)/tools
 
 # On a machine with a GPU and its own CUDA torch, which needs no network: that Python is used as it is.
 gpu:
-	$(PYTHON) benchmarks/on_gpu.py
+	$(PYTHON) benchmarks/on_gpu.py $(GPU)
 
 # A real vLLM (its CPU build) in an environment of its own, 3.4 GB: what it serves of ours is what it serves.
 VLLM := .venv-vllm

@@ -5,6 +5,7 @@ package stays pure Python; without nvcc one is printed and it runs on the CPU on
 FASTCKPT_BUILD: 0 skips the extension, 1 makes a failure to build it fatal, unset tries.
 FASTCKPT_CUDA: the same for the CUDA part. CUDA_HOME or CUDA_PATH names a toolkit, else nvcc is on PATH or in
 /usr/local/cuda. FASTCKPT_CUDA_ARCHS: "90" or "80,90" builds for these alone.
+FASTCKPT_DEFINES: "STEPS=4 APART=1" defines FASTCKPT_STEPS and FASTCKPT_APART, constants of the kernels.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ X86 = {
 }
 """The translation units of one instruction set each, with the only flags that name one: the module runs on
 any x86-64. (gcc 12 warns of its own AVX-512 headers.)"""
+
+DEFINES = [f"-DFASTCKPT_{x}" for x in os.environ.get("FASTCKPT_DEFINES", "").split()]
 
 CUDA_SOURCES = ("copy_cuda.cu", "digest_cuda.cu", "quant_cuda.cu")
 
@@ -129,7 +132,7 @@ class Toolkit:
         modes = any("compress-mode" in x for x in self.ask("--help"))
         small = "--compress-mode=size" if modes else "-Xfatbin=-compress-all"
         self.ask(
-            *flags, small, *codes, f"-gencode=arch=compute_{newest},code=compute_{newest}",
+            *flags, *DEFINES, small, *codes, f"-gencode=arch=compute_{newest},code=compute_{newest}",
             f'-DFASTCKPT_ARCHITECTURES="{names}"', "-c", str(source), "-o", str(made),
         )  # fmt: skip
         return str(made)
@@ -174,7 +177,8 @@ class Build(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         cuda = toolkit()
         # What was built with other flags, or without CUDA, is not this build.
-        asked = f"{os.environ.get('CFLAGS', '')} cuda {(cuda.nvcc, *cuda.architectures) if cuda else 'no'}"
+        toolkit_of = (cuda.nvcc, *cuda.architectures) if cuda else "no"
+        asked = f"{os.environ.get('CFLAGS', '')} {DEFINES} cuda {toolkit_of}"
         stamp = Path(self.build_temp) / "asked"
         same = stamp.exists() and stamp.read_text() == asked
         changed = max(Path(p).stat().st_mtime for p in ext.depends)
@@ -188,7 +192,7 @@ class Build(build_ext):
                 [str(CSRC / name)],
                 output_dir=self.build_temp,
                 include_dirs=[pybind11.get_include(), *self.compiler.include_dirs],
-                extra_postargs=[*FLAGS, *cuda_flags, *extra],
+                extra_postargs=[*FLAGS, *DEFINES, *cuda_flags, *extra],
                 depends=ext.depends,
             )
             return made
@@ -208,7 +212,8 @@ class Build(build_ext):
         if cuda is None:
             return [], [], []
         try:
-            made = [cuda.compile(name, self.build_temp) for name in CUDA_SOURCES]
+            with ThreadPoolExecutor(len(CUDA_SOURCES)) as pool:
+                made = list(pool.map(lambda name: cuda.compile(name, self.build_temp), CUDA_SOURCES))
         except OSError as error:
             if WANTED_CUDA == "1":
                 raise

@@ -1,14 +1,15 @@
 """The GPU's rows: ours against a copy of the same traffic and against plain torch, on whatever GPU is here.
 
-python benchmarks/gpu.py [--small] [--seconds N] [NAME...]     # rows whose name begins so
+python benchmarks/gpu.py [--small] [--seconds N] [--as WORDS] [NAME...]     # rows whose name begins so
 
-CUDA events around one call, median of at least 20 (of torch where it takes seconds, at least 5), subject,
-floor and peer in turns; random data, working sets past the cache, outputs poisoned first and compared after. The floor is `copy_` of bytes that make the
-same traffic (read + written). The GPU is kept busy for a moment before each call, so that what the host takes
-to start the first kernels is not counted, for none of the three.
+CUDA events around one call, median of at least 20 (of torch, where it takes seconds, at least 5), subject,
+floor and peer in turns; random data, working sets past the cache, outputs poisoned first and compared after.
+The floor is `copy_` of bytes that make the same traffic (read + written). The GPU is kept busy for a moment
+before each call, so that what the host takes to start the first kernels is not counted, for none of them.
 
 Each row is written to benchmarks/results/GPU-DATE.json as soon as it is there, among those that are; a row
-that failed says why. `--small` goes through every row with tiny inputs: no figures, but all that can break.
+that failed says why. `--as`: what kernels these are, where they are not the package's own. `--small` goes
+through every row with tiny inputs: no figures, but all that can break.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from gpu_rows import Act, Case
 
 ROUNDS = 21
 WALL_ROUNDS = 7
-PEER_ROUNDS, PEER_SECONDS = 5, 6.0  # torch's own, where it is slow: so many rounds, then no more after so long
+PEER_ROUNDS, PEER_SECONDS = 5, 6.0  # torch where it is slow: so many rounds, then none after so long
 BUSY = 400_000  # cycles
 HERE = Path(__file__).parent
 
@@ -126,8 +127,10 @@ def results() -> Path:
 
 def keep(row: Row, path: Path, about: dict[str, object]) -> None:
     """Enter a row, in the place of an earlier one of its name."""
-    held = json.loads(path.read_text())["rows"] if path.exists() else []
-    rows = [r for r in held if r["name"] != row.name] + [asdict(row)]
+    held = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    rows = [r for r in held["rows"] if r["name"] != row.name] + [asdict(row)]
+    if row.name.endswith("]"):  # other kernels than the file is about
+        about = {**about, **{name: held[name] for name in about if name in held}}
     path.parent.mkdir(exist_ok=True)
     fresh = path.with_suffix(".tmp")
     fresh.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
@@ -146,6 +149,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The GPU's rows.")
     parser.add_argument("names", nargs="*", help="rows whose name begins so")
     parser.add_argument("--small", action="store_true", help="tiny inputs: every row runs, nothing is kept")
+    parser.add_argument("--as", dest="kernels", default="", help="these kernels, as rows name them")
     parser.add_argument("--seconds", type=float, default=3600.0, help="no row begins after so long")
     asked = parser.parse_args()
     began = time.monotonic()
@@ -175,6 +179,7 @@ def main() -> int:
                 told = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
                 row = Row(name, "", 0.0, 0, 0.0, 0.0, commit(), f"failed: {told}")
                 failed += 1
+        row = replace(row, name=row.name + (f" [{asked.kernels}]" if asked.kernels else ""))
         print(line(row, asked.small), flush=True)
         if not asked.small:
             keep(row, path, about)

@@ -100,6 +100,25 @@ def pitched(nbytes: int) -> Case:
     )
 
 
+def slivers(nbytes: int) -> Case:
+    """What a rank takes of row-parallel expert matrices in partitions: 16 rows of each, 64 columns of 512."""
+    count = nbytes // (16 * 512 * 4)
+    source = torch.randn((count, 16, 512), device="cuda")[:, :, 192:256]
+    out = torch.full((count, 16, 64), math.nan, dtype=torch.bfloat16, device="cuda")
+    table = np.zeros(count, COPY)
+    table["shape"] = [1, 1, 16, 64]
+    table["src_stride"], table["dst_stride"] = [0, 0, 2048, 4], [0, 0, 128, 2]
+    table["src"], table["dst"] = 768 + np.arange(count) * (16 * 2048), np.arange(count) * 2048
+    return Case(
+        "gather_cast fp32->bf16 slivers",
+        f"{count} of 16x512, an eighth",
+        run_of(table, source, out),
+        source.numel() * 6,
+        lambda: source.to(torch.bfloat16),
+        lambda: torch.equal(out, source.to(torch.bfloat16)),
+    )
+
+
 def transposed(src: torch.dtype, dst: torch.dtype, rows: int, cols: int, nbytes: int) -> Case:
     """As many matrices as are well past the cache, one Copy row each, in one launch."""
     s, d = src.itemsize, dst.itemsize
@@ -316,6 +335,7 @@ def cases(small: bool) -> Makers:
         name = f"gather_cast {short(src)}->{short(dst)}{' misaligned' if shift else ''}"
         yield name, lambda s=src, d=dst, k=shift: straight(s, d, k, two)
     yield "gather_cast fp32->bf16 columns", lambda: pitched(two)
+    yield "gather_cast fp32->bf16 slivers", lambda: slivers(two)
     for src, dst in ((f32, f32), (bf16, bf16), (f32, bf16)):
         for rows, cols in ((128, 256),) if small else ((4096, 4096), (16384, 8192), (14336, 4096)):
             name = f"transpose {short(src)}->{short(dst)} {rows}x{cols}"

@@ -1,11 +1,12 @@
 """`make gpu`: build, test, check and measure on a machine with a GPU and its own CUDA torch; no network.
 
-python benchmarks/on_gpu.py [--seconds N] [--only PART...] [--keep-build]
+python benchmarks/on_gpu.py [--seconds N] [--only PART...] [--keep-build]      # make gpu GPU="--seconds 570"
 
 Parts run one after the other, each in processes of its own and within its share of the time; whatever one of
 them meets, the next ones run. Nothing is installed: the package is built into build/gpu, which goes before
-what the environment has. The rows are in benchmarks/results/GPU-DATE.json from the moment each is measured,
-and what became of the parts stands there at the end. Exit status 1 when a part failed.
+what the environment has. At the same time kernels with other constants are built; their rows end in what they
+are, and decide between them. The rows are in benchmarks/results/GPU-DATE.json from the moment each is
+measured, and what became of the parts stands there at the end. Exit status 1 when a part failed.
 """
 
 from __future__ import annotations
@@ -26,8 +27,18 @@ BUILD = ROOT / "build"
 SITE = BUILD / "gpu"
 RESULTS = ROOT / "benchmarks" / "results"
 
-ROWS = ("gather_cast", "transpose", "model llama-8b", "model moe", "files_to_gpu", "digest", "quantise", "peer")
+ROWS = (
+    "gather_cast", "transpose", "model llama-8b", "model moe", "files_to_gpu", "digest", "quantise", "peer"
+)  # fmt: skip
 """Rows that share a process, what is asked first of a GPU before the others."""
+
+OTHERS = {
+    "STEPS=4 AHEAD=0": ("gather_cast", "digest"),
+    "TEAM=256 AHEAD=4": ("gather_cast", "digest"),
+    "BLOCKS=3 APART=4": ("gather_cast",),
+    'HINT=".L1::no_allocate"': ("gather_cast", "quantise"),
+}
+"""Constants of the kernels (csrc) that only a GPU can choose between, and the rows that show it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +48,7 @@ class Part:
     name: str
     seconds: float
     command: tuple[str, ...]
+    site: Path = SITE
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +63,54 @@ class Done:
 def parts(rows_seconds: float) -> list[Part]:
     """All of them, in order."""
     python = sys.executable
-    install = (python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
     test = (python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "tests/gpu")
     # Errors that CUDA returns are no finding: torch asks for what there may not be.
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no")
     bench = (python, "benchmarks/gpu.py")
     made = [
         Part("gpu", 60, (python, "-c", GPU)),
-        Part("build", 300, (*install, "--no-build-isolation", "--no-deps", "--target", str(SITE), ".")),
+        Part("build", 300, (python, "benchmarks/on_gpu.py", "--build")),
         Part("look", 60, (python, "-c", LOOK)),
         Part("tests", 150, test),
     ]
     for row in ROWS:
         made.append(Part(f"rows: {row}", rows_seconds, (*bench, "--seconds", str(int(rows_seconds)), row)))
-    for tool in ("memcheck", "racecheck"):
-        made.append(Part(tool, 90, (*sanitizer, "--tool", tool, *test, "-k", SMALL)))
-    return made
+    checks = [
+        Part(tool, 90, (*sanitizer, "--tool", tool, *test, "-k", SMALL)) for tool in ("memcheck", "racecheck")
+    ]
+    others = [
+        Part(f"rows: {other}", 45, (*bench, "--as", other, *rows), site_of(other))
+        for other, rows in OTHERS.items()
+    ]
+    return [*made, checks[0], *others, checks[1]]
+
+
+def site_of(other: str) -> Path:
+    return BUILD / "others" / "".join(c if c.isalnum() else "-" for c in other)
+
+
+def build() -> int:
+    """The package, and the same with other constants, all at once. 0 where the package is there."""
+    python, install = sys.executable, ("-m", "pip", "--disable-pip-version-check", "install", "--quiet")
+    packages = [(python, *install, "--no-build-isolation", "--no-deps", "--target", str(SITE), ".")]
+    shutil.rmtree(BUILD, ignore_errors=True)
+    for other in OTHERS:
+        to, temp = (str(site_of(other)) + end for end in (".made", ".temp"))
+        packages.append((python, "setup.py", "-q", "build_ext", "--build-lib", to, "--build-temp", temp))
+    running = [
+        subprocess.Popen(command, cwd=ROOT, env={**os.environ, "FASTCKPT_DEFINES": defines})
+        for command, defines in zip(packages, ("", *OTHERS), strict=True)
+    ]
+    status = [process.wait() for process in running]
+    for other, failed in zip(OTHERS, status[1:], strict=True):
+        if not failed:
+            made = Path(f"{site_of(other)}.made") / "fastckpt"
+            shutil.copytree(ROOT / "python" / "fastckpt", site_of(other) / "fastckpt", ignore=COMPILED)
+            shutil.copytree(made, site_of(other) / "fastckpt", dirs_exist_ok=True)
+    return status[0]
+
+
+COMPILED = shutil.ignore_patterns("*.so", "__pycache__")
 
 
 NEEDED = ("gpu", "build")
@@ -104,10 +148,10 @@ def architectures() -> str:
     return ",".join(found) if all(a.isdigit() for a in found) else ""
 
 
-def environment() -> dict[str, str]:
-    """What the parts run with: our build first, plug-ins of pytest only where they are asked for, CUDA's tools
-    where they usually lie if nobody says."""
-    path = [str(SITE), os.environ.get("PYTHONPATH", "")]
+def environment(site: Path) -> dict[str, str]:
+    """What the parts run with: our build first, plug-ins of pytest only where they are asked for, and CUDA's
+    tools where they usually lie if nobody says."""
+    path = [str(site), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
         "PATH": os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]),
@@ -120,9 +164,11 @@ def environment() -> dict[str, str]:
     }
 
 
-def run(command: tuple[str, ...], seconds: float) -> str:
-    """Run it, its words to ours; "" when it went well, else what did not. No process of it stays."""
-    env = environment()
+def run(command: tuple[str, ...], seconds: float, site: Path) -> str:
+    """Run it over the build at `site`, its words to ours; "" when it went well, else what did not.
+
+    No process of it stays."""
+    env = environment(site)
     program = shutil.which(command[0], path=env["PATH"])
     if program is None:
         return f"not run: there is no {command[0]} here"
@@ -171,24 +217,27 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=460.0, help="all parts together")
     parser.add_argument("--only", nargs="*", default=[], help="parts whose name begins so")
     parser.add_argument("--keep-build", action="store_true", help="do not build again")
+    parser.add_argument("--build", action="store_true", help="only build")
     asked = parser.parse_args()
+    if asked.build:
+        return build()
     began, since = time.monotonic(), time.time()
     done: list[Done] = []
     path, missing = None, ""
-    for part in parts(100.0):
+    for part in parts(110.0):
         chosen = not asked.only or part.name.startswith(tuple(asked.only))
         if not chosen or (part.name == "build" and asked.keep_build):
             continue
-        if part.name == "build":
-            shutil.rmtree(BUILD, ignore_errors=True)
         started = time.monotonic()
         left = min(part.seconds, asked.seconds - (started - began))
         if missing:
             said = f"not run: there is no {missing}"
         elif left < 5:
             said = "not run: the time was up"
+        elif part.site is not SITE and not part.site.exists():
+            said = "not run: it was not built"
         else:
-            said = run(part.command, left) or "ok"
+            said = run(part.command, left, part.site) or "ok"
         if part.name in NEEDED and said != "ok" and not missing:
             missing = part.name
         done.append(Done(part.name, round(time.monotonic() - started, 1), said))

@@ -1,4 +1,4 @@
-// One launch for each path over a table of rows cut into tiles: one block a tile.
+// One launch for each path over a table of rows cut into tiles: one block a tile, or one warp.
 #include "copy_cuda.h"
 
 #include <cuda_runtime.h>
@@ -7,6 +7,9 @@
 
 #include "tiles_cuda.h"
 
+#ifndef FASTCKPT_BLOCKS
+#define FASTCKPT_BLOCKS 4
+#endif
 #ifndef FASTCKPT_ARCHITECTURES
 #define FASTCKPT_ARCHITECTURES ""
 #endif
@@ -17,26 +20,31 @@ const char* const CUDA_ARCHITECTURES = FASTCKPT_ARCHITECTURES;
 
 namespace {
 
-// A row is held by reference and a block takes one tile: a copy of the row goes to local memory, a loop over
-// tiles spills.
-struct Block {
+// A row is held by reference and a block or a warp takes one tile: a copy of the row goes to local memory, a loop
+// over tiles spills.
+struct Threads {
+    uint32_t thread;
     uint32_t* shared;
 
     template <class Body> __device__ void body(const Work& w) const {
         const Body body(w);
-        body.load(threadIdx.x, shared);
+        body.load(thread, shared);
         if constexpr (Body::SHARED) __syncthreads();
-        body.store(threadIdx.x, shared);
+        body.store(thread, shared);
     }
 };
 
-template <Path PATH> __global__ void __launch_bounds__(THREADS, 4) copy_tiles(const Table table, const uint64_t first) {
+template <Path PATH> __global__ void __launch_bounds__(THREADS, FASTCKPT_BLOCKS)
+    copy_tiles(const Table table, const uint64_t first, const uint32_t count) {
     __shared__ alignas(16) uint32_t shared[PATH == TRANSPOSE ? SHARED_WORDS : 4];
-    const Work work(table, first + blockIdx.x);
-    dispatch<PATH>(Block{shared}, work);
+    constexpr uint32_t TEAMS = THREADS / threads_of(PATH);
+    const uint32_t tile = blockIdx.x * TEAMS + threadIdx.x / threads_of(PATH);
+    if (tile >= count) return;  // only where a block has several, which meet at no barrier
+    const Work work(table, first + tile);
+    dispatch<PATH>(Threads{threadIdx.x % threads_of(PATH), shared}, work);
 }
 
-using Kernel = void (*)(Table, uint64_t);
+using Kernel = void (*)(Table, uint64_t, uint32_t);
 constexpr Kernel KERNELS[PATHS] = {copy_tiles<ROWS>, copy_tiles<TRANSPOSE>, copy_tiles<GENERAL>};
 const char* const NAMES[PATHS] = {"rows", "transpose", "general"};
 
@@ -51,7 +59,8 @@ void launch_tiles(const TableAt& at, int path, uint64_t first, uint64_t count, u
     if (count == 0) return;
     const Table table{reinterpret_cast<const Copy*>(at.rows), reinterpret_cast<const uint32_t*>(at.owner),
                       reinterpret_cast<const uint64_t*>(at.sources), reinterpret_cast<const uint64_t*>(at.destinations)};
-    KERNELS[path]<<<static_cast<unsigned>(count), THREADS, 0, reinterpret_cast<cudaStream_t>(stream)>>>(table, first);
+    const auto tiles = static_cast<uint32_t>(count), teams = THREADS / threads_of(static_cast<uint8_t>(path));
+    KERNELS[path]<<<(tiles + teams - 1) / teams, THREADS, 0, reinterpret_cast<cudaStream_t>(stream)>>>(table, first, tiles);
     check(cudaGetLastError(), NAMES[path]);
 }
 

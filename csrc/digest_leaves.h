@@ -1,15 +1,20 @@
 // Digests of leaves on a GPU: four threads a leaf, each with two of XXH3's eight accumulators, which need nothing
-// of the others' until the end, and a KiB of the leaf under way. Blocks are small, so that few leaves reach many
-// multiprocessors. A body like those of tiles_cuda.h: load(thread, shared), a barrier, store(thread, shared).
+// of the others' until the end, and a KiB of the leaf under way, the next ones on their way to the second cache.
+// Blocks are small, so that few leaves reach many multiprocessors. A body like those of tiles_cuda.h: load(thread, shared), a barrier, store(thread, shared).
 #pragma once
 
 #include "digest_short.h"
+
+#ifndef FASTCKPT_AHEAD
+#define FASTCKPT_AHEAD 2
+#endif
 
 namespace fastckpt {
 namespace {
 
 constexpr uint32_t LEAF_THREADS = 64, LANES_OF_LEAF = 4, LEAVES_OF_BLOCK = LEAF_THREADS / LANES_OF_LEAF;
 constexpr uint32_t ACCUMULATORS = 2 * LEAF_THREADS;  // of a block, in shared memory
+constexpr uint32_t AHEAD = FASTCKPT_AHEAD;  // periods of a KiB between what is asked for and what is taken
 constexpr uint32_t SHORT_LEAF = 240;  // up to here XXH3 has other formulas
 
 struct LeafAt {
@@ -70,6 +75,11 @@ struct Leaves {
         Pair acc{tables->start[first], tables->start[first + 1]};
         FASTCKPT_KEEP_LOOP
         for (uint64_t p = 0; p < periods; ++p, data += PERIOD) {
+            if (AHEAD != 0 && p + AHEAD < periods) {  // eight lines by four threads
+                const char* next = data + AHEAD * PERIOD + lane * (PERIOD / LANES_OF_LEAF - 16);
+                prefetch_line(next);
+                prefetch_line(next + 128);
+            }
             Vector v[STRIPES];
             if (aligned) {  // asked once, so that all loads go out together
                 FASTCKPT_UNROLL

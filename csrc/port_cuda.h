@@ -13,8 +13,8 @@ namespace {
 
 #if !defined(__CUDA_ARCH__)
 // What a GPU would stop at, the host would let pass.
-inline void require_aligned(const void* p) {
-    if (reinterpret_cast<uintptr_t>(p) % 16 != 0) throw std::logic_error("a vector of a tile is not aligned");
+inline void require_aligned(const void* p, uintptr_t bytes) {
+    if (reinterpret_cast<uintptr_t>(p) % bytes != 0) throw std::logic_error("a vector of a tile is not aligned");
 }
 #endif
 
@@ -30,22 +30,36 @@ FASTCKPT_HD Vector load_vector(const char* p) {
         : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
         : "l"(p));
 #else
-    require_aligned(p);
+    require_aligned(p, 16);
     memcpy(&v, p, 16);
 #endif
     return v;
 }
 
-// The same, kept in cache because it is read once more soon.
-FASTCKPT_HD Vector load_kept(const char* p) {
+#ifndef FASTCKPT_HINT
+#define FASTCKPT_HINT ""  // of the loads that are kept
+#endif
+
+// Two or four aligned words, kept in cache because they are read once more soon, or their neighbours are.
+template <int WORDS> FASTCKPT_HD void load_kept(uint32_t* words, const char* p) {
+    static_assert(WORDS == 2 || WORDS == 4);
 #if defined(__CUDA_ARCH__)
-    Vector v;
-    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
-        : "l"(p));
-    return v;
+    if constexpr (WORDS == 4)
+        asm("ld.global.nc" FASTCKPT_HINT ".v4.u32 {%0, %1, %2, %3}, [%4];"
+            : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+            : "l"(p));
+    else
+        asm("ld.global.nc" FASTCKPT_HINT ".v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(p));
 #else
-    return load_vector(p);
+    require_aligned(p, 4 * WORDS);
+    memcpy(words, p, 4 * WORDS);
+#endif
+}
+
+// Has the line of 128 bytes brought near, where it is not; the address is mapped.
+FASTCKPT_HD void prefetch_line([[maybe_unused]] const char* p) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("prefetch.global.L2 [%0];" : : "l"(p));
 #endif
 }
 
@@ -58,15 +72,22 @@ FASTCKPT_HD void raise_to(uint32_t* p, uint32_t x) {
 #endif
 }
 
-FASTCKPT_HD void store_vector(char* p, const Vector& v) {
+// One, two or four aligned words that nobody reads soon.
+template <int WORDS> FASTCKPT_HD void store_vector(char* p, const uint32_t* words) {
+    static_assert(WORDS == 1 || WORDS == 2 || WORDS == 4);
 #if defined(__CUDA_ARCH__)
-    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};"
-                 :
-                 : "l"(p), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
-                 : "memory");
+    if constexpr (WORDS == 4)
+        asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};"
+                     :
+                     : "l"(p), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+                     : "memory");
+    else if constexpr (WORDS == 2)
+        asm volatile("st.global.cs.v2.u32 [%0], {%1, %2};" : : "l"(p), "r"(words[0]), "r"(words[1]) : "memory");
+    else
+        asm volatile("st.global.cs.u32 [%0], %1;" : : "l"(p), "r"(words[0]) : "memory");
 #else
-    require_aligned(p);
-    memcpy(p, &v, 16);
+    require_aligned(p, 4 * WORDS);
+    memcpy(p, words, 4 * WORDS);
 #endif
 }
 

@@ -80,14 +80,11 @@ struct QuantTile {
 
     // ---- pieces: packed words, then the bits of fp32 values ----
 
-    template <bool KEEP> FASTCKPT_HD void fetch(uint32_t (&w)[PATCH], const char* p) const {
-        const Vector a = KEEP ? load_kept(p) : load_vector(p);
+    FASTCKPT_HD void fetch(uint32_t (&w)[PATCH], const char* p) const {
+        load_kept<4>(w, p);
         FASTCKPT_UNROLL
-        for (int j = 0; j < 4; ++j) w[j] = a.word[j], w[4 + j] = 0;
-        if (size != 4) return;
-        const Vector b = KEEP ? load_kept(p + 16) : load_vector(p + 16);
-        FASTCKPT_UNROLL
-        for (int j = 0; j < 4; ++j) w[4 + j] = b.word[j];
+        for (int j = 4; j < 8; ++j) w[j] = 0;
+        if (size == 4) load_kept<4>(w + 4, p + 16);
     }
 
     // A piece at a border, zeros beyond, or not aligned: one value after the other is pushed in.
@@ -149,7 +146,7 @@ struct QuantTile {
             uint32_t w[DEEP][PATCH];
             if (r + (DEEP - 1) * down() < q.rows && c + (DEEP - 1) * right() + PATCH <= q.columns && misalignment(p, 16) == 0 && (pitch & 15) == 0) {
                 FASTCKPT_UNROLL
-                for (int i = 0; i < static_cast<int>(DEEP); ++i) fetch<true>(w[i], p + i * pitch);
+                for (int i = 0; i < static_cast<int>(DEEP); ++i) fetch(w[i], p + i * pitch);
                 FASTCKPT_UNROLL
                 for (int i = 0; i < static_cast<int>(DEEP); ++i) {
                     widen(w[i]);
@@ -344,7 +341,7 @@ struct QuantTile {
             }
             uint32_t w[PATCH];
             const char* p = place(r, c);
-            if (c + PATCH <= q.columns && misalignment(p, 16) == 0) fetch<false>(w, p);
+            if (c + PATCH <= q.columns && misalignment(p, 16) == 0) fetch(w, p);
             else push(w, r, c);
             widen(w);
             code(w, scales);

@@ -1,7 +1,7 @@
-// What one block of a GPU does of a Copy row: a tile. Tiles of a row move the same number of bytes.
+// What one block of a GPU, or one warp of it, does of a Copy row: a tile. Tiles of a row move the same number of bytes.
 //
 // A body is a small struct with load(thread, shared) and store(thread, shared); the barrier is the gap between
-// them. The GPU runs THREADS of them at once (copy_cuda.cu), tests run them one by one (tiles_host.cpp).
+// them. The GPU runs threads_of(path) of them at once (copy_cuda.cu), tests run them one by one (tiles_host.cpp).
 //
 // Contract: base addresses of buffers are multiples of 16; axes 0 to 2 together have fewer than 2^31 indices;
 // the path of a row is the one that tiles.py chose.
@@ -10,19 +10,39 @@
 #include "copy.h"
 #include "port_cuda.h"
 
+// `make gpu` also measures others (FASTCKPT_DEFINES, setup.py).
+#ifndef FASTCKPT_TEAM
+#define FASTCKPT_TEAM 32
+#endif
+#ifndef FASTCKPT_APART
+#define FASTCKPT_APART 2
+#endif
+#ifndef FASTCKPT_STEPS
+#define FASTCKPT_STEPS 2
+#endif
+
 namespace fastckpt {
 namespace {
 
 enum Path : uint8_t { ROWS, TRANSPOSE, GENERAL, PATHS };
 
 constexpr uint32_t THREADS = 256;
-constexpr uint32_t FLIGHT = 64;  // bytes of the wider side that a thread has under way
-constexpr uint32_t STEPS = 2;    // times a thread does so in a tile of rows
+constexpr uint32_t TEAM = FASTCKPT_TEAM;    // threads of a tile of rows: short ones share a block
+constexpr uint32_t FLIGHT = 4;              // units that a thread has under way
+constexpr uint32_t APART = FASTCKPT_APART;  // the same, where the source is not aligned
+constexpr uint32_t STEPS = FASTCKPT_STEPS;  // times a thread does so in a tile of rows
 constexpr uint32_t CELLS = 8;    // elements of a thread in a general tile
+
+// Threads of a tile; of a block where they meet in shared memory.
+FASTCKPT_HD constexpr uint32_t threads_of(uint8_t path) { return path == ROWS ? TEAM : THREADS; }
 
 FASTCKPT_HD constexpr uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
 FASTCKPT_HD constexpr uint32_t larger(uint32_t a, uint32_t b) { return a < b ? b : a; }
 FASTCKPT_HD uint64_t ratio_up(uint64_t a, uint64_t b) { return (a + b - 1) / b; }
+// a / b, quickly where both are short.
+FASTCKPT_HD uint64_t quotient(uint64_t a, uint64_t b) {
+    return (a | b) >> 32 == 0 ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
+}
 
 constexpr uint64_t pack_sizes() {
     uint64_t packed = 0;
@@ -84,14 +104,13 @@ template <int SIZE> FASTCKPT_HD uint32_t packed(uint32_t bits, int i) {
 
 // ---- rows: axis 3 is contiguous on both sides, a line ----
 //
-// Equal types move as bytes. A unit is as many elements as fill 16 bytes of the narrower type; it begins on a
-// multiple of 16 bytes of the destination, so the first and the last unit of a line may be cut.
+// Equal types move as bytes. A unit is as many elements as fill 16 bytes of the wider type, so that neighbouring
+// threads read and write neighbouring bytes; it begins on a multiple of its own bytes in the destination, so the
+// first and the last unit of a line may be cut.
 
-FASTCKPT_HD constexpr uint32_t unit_elements(uint32_t s, uint32_t d) { return 16 / smaller(s, d); }
-FASTCKPT_HD constexpr uint32_t units_at_once(uint32_t s, uint32_t d) {
-    return larger(1, FLIGHT / (unit_elements(s, d) * larger(s, d)));
-}
-FASTCKPT_HD constexpr uint32_t units_of_tile(uint32_t s, uint32_t d) { return THREADS * STEPS * units_at_once(s, d); }
+constexpr uint32_t ROWS_TILE = TEAM * STEPS * FLIGHT;  // units
+
+FASTCKPT_HD constexpr uint32_t unit_elements(uint32_t s, uint32_t d) { return 16 / larger(s, d); }
 
 struct Lines {
     uint64_t length;  // elements of a line
@@ -100,9 +119,10 @@ struct Lines {
 
 // `scale`: what one element of the row is in elements of size `d`.
 FASTCKPT_HD Lines lines_of(const Copy& c, uint32_t s, uint32_t d, uint32_t scale) {
+    const uint32_t into = unit_elements(s, d) * d;
     const int64_t off = (c.shape[0] > 1 ? c.dst_stride[0] : 0) | (c.shape[1] > 1 ? c.dst_stride[1] : 0) |
                         (c.shape[2] > 1 ? c.dst_stride[2] : 0);
-    const uint32_t head = (off & 15) == 0 ? static_cast<uint32_t>(c.dst & 15) / d : 16 / d - 1;
+    const uint32_t head = (off & (into - 1)) == 0 ? static_cast<uint32_t>(c.dst & (into - 1)) / d : into / d - 1;
     const uint64_t length = uint64_t{c.shape[3]} * scale;
     return {length, ratio_up(length + head, unit_elements(s, d))};
 }
@@ -110,136 +130,154 @@ FASTCKPT_HD Lines lines_of(const Copy& c, uint32_t s, uint32_t d, uint32_t scale
 template <class S, class D> struct Rows {
     static constexpr bool BYTES = Same<S, D>::value;
     static constexpr uint32_t s = BYTES ? 1 : S::size, d = BYTES ? 1 : D::size;
-    static constexpr uint32_t N = unit_elements(s, d), ONCE = units_at_once(s, d);
-    static constexpr uint32_t IN = N * s / 16, OUT = N * d / 16;  // vectors of a unit
+    static constexpr uint32_t N = unit_elements(s, d), FROM = N * s, INTO = N * d;  // elements and bytes of a unit
+    static constexpr uint32_t WORDS_IN = FROM / 4, WORDS_OUT = INTO / 4;
     static constexpr bool SHARED = false;
 
     const Work& w;
-    Lines lines;
-    uint64_t first, skip;  // the tile's first line, and units before it there
+    uint64_t length, skip;        // elements of a line; units of the tile's first line before it
+    uint32_t first, units, stay;  // the tile's first line; units of a line; those of the tile that lie in its first
 
-    FASTCKPT_HD Rows(const Work& work) : w(work), lines(lines_of(work.c, s, d, BYTES ? item_size(work.c.dst_dtype) : 1)) {
-        const uint64_t start = w.tile * units_of_tile(s, d);
-        first = start < lines.units ? 0 : start / lines.units;
-        skip = start - first * lines.units;
+    FASTCKPT_HD Rows(const Work& work) : w(work) {
+        const Lines lines = lines_of(w.c, s, d, BYTES ? item_size(w.c.dst_dtype) : 1);
+        const uint64_t start = w.tile * ROWS_TILE, line = quotient(start, lines.units);
+        length = lines.length, first = static_cast<uint32_t>(line), units = clamped(lines.units);
+        skip = start - line * lines.units, stay = clamped(lines.units - skip);
     }
+
+    static FASTCKPT_HD uint32_t clamped(uint64_t x) { return x < 1u << 28 ? static_cast<uint32_t>(x) : 1u << 28; }
 
     struct Unit {
-        const char* src;    // of its first element, which may lie before the line
+        const char* src;     // of its first element, which may lie before the line
         char* dst;
-        uint32_t low, high;  // the elements of it that lie in the line
-        bool vectors;        // all do, and its destination is aligned
-        uint64_t left;       // source bytes from its first element to the end of the line
+        uint32_t low, left;  // elements of it before the line, and to the end of that
+        bool aligned;        // its destination
     };
 
-    FASTCKPT_HD Unit unit(uint32_t i) const {
+    // Unit `at` of a line; nothing of it beyond the last.
+    FASTCKPT_HD Unit unit_at(uint32_t line, uint64_t at) const {
         const Copy& c = w.c;
-        uint64_t at = skip + i, line = first;
-        if (at >= lines.units) {
-            const uint32_t more = lines.units >= units_of_tile(s, d) ? 1 : static_cast<uint32_t>(at) / static_cast<uint32_t>(lines.units);
-            line += more;
-            at -= more * lines.units;
-        }
         const uint32_t n1 = c.shape[1], n2 = c.shape[2];
-        const uint32_t outer = line < n2 ? 0 : static_cast<uint32_t>(line) / n2;
-        const uint32_t i2 = static_cast<uint32_t>(line) - outer * n2;
-        const uint32_t i0 = outer < n1 ? 0 : outer / n1;
-        const uint32_t i1 = outer - i0 * n1;
-        if (i0 >= c.shape[0]) return Unit{w.src, w.dst, 0, 0, false, 0};
-        char* dst = w.dst + i0 * c.dst_stride[0] + i1 * c.dst_stride[1] + i2 * c.dst_stride[2];
+        const uint32_t outer = line < n2 ? 0 : line / n2, i2 = line - outer * n2;
+        const uint32_t i0 = outer < n1 ? 0 : outer / n1, i1 = outer - i0 * n1;
+        if (i0 >= c.shape[0]) return {w.src, w.dst, 0, 0, true};
         const char* src = w.src + i0 * c.src_stride[0] + i1 * c.src_stride[1] + i2 * c.src_stride[2];
-        const uint32_t off = misalignment(dst, 16);
-        const bool aligned = off % d == 0;
-        const int64_t begin = static_cast<int64_t>(at * N) - (aligned ? off / d : 0);
-        const int64_t rest = static_cast<int64_t>(lines.length) - begin;  // elements to the end of the line
-        const uint32_t low = begin < 0 ? static_cast<uint32_t>(-begin) : 0;
-        const uint32_t high = rest >= static_cast<int64_t>(N) ? N : rest > 0 ? static_cast<uint32_t>(rest) : 0;
-        return {src + begin * static_cast<int64_t>(s), dst + begin * static_cast<int64_t>(d), low, high,
-                aligned && low == 0 && high == N, rest > 0 ? static_cast<uint64_t>(rest) * s : 0};
+        char* dst = w.dst + i0 * c.dst_stride[0] + i1 * c.dst_stride[1] + i2 * c.dst_stride[2];
+        const uint32_t past = misalignment(dst, INTO);
+        const bool aligned = past % d == 0;
+        const int64_t begin = static_cast<int64_t>(at * N) - (aligned ? past / d : 0);
+        const int64_t left = static_cast<int64_t>(length) - begin;
+        return {src + begin * static_cast<int64_t>(s), dst + begin * static_cast<int64_t>(d),
+                begin < 0 ? static_cast<uint32_t>(-begin) : 0, left < 0 ? 0 : clamped(static_cast<uint64_t>(left)), aligned};
     }
 
-    // A unit's elements from IN source vectors to OUT destination vectors.
-    static FASTCKPT_HD void put(char* dst, const uint32_t* words) {
-        if constexpr (BYTES) {
-            store_vector(dst, {{words[0], words[1], words[2], words[3]}});
-        } else {
-            uint32_t out[4 * OUT] = {};
-            FASTCKPT_UNROLL
-            for (int i = 0; i < static_cast<int>(N); ++i)
-                out[i * d / 4] |= packed<d>(D::from_f32(S::to_f32(unpack<s>(words, i))), i);
-            FASTCKPT_UNROLL
-            for (int v = 0; v < static_cast<int>(OUT); ++v)
-                store_vector(dst + 16 * v, {{out[4 * v], out[4 * v + 1], out[4 * v + 2], out[4 * v + 3]}});
+    // Unit i of the tile; `begin` is its first.
+    FASTCKPT_HD Unit unit(uint32_t i, const Unit& begin) const {
+        if (i >= stay) {
+            const uint32_t more = (i - stay) / units;
+            return unit_at(first + 1 + more, i - stay - more * units);
         }
+        const uint32_t n = i * N;
+        return {begin.src + n * s, begin.dst + n * d, i == 0 ? begin.low : 0, begin.left > n ? begin.left - n : 0, begin.aligned};
     }
 
-    template <int VECTORS> static FASTCKPT_HD void get(uint32_t* words, const char* src) {
-        FASTCKPT_UNROLL
-        for (int v = 0; v < VECTORS; ++v) {
-            const Vector x = load_vector(src + 16 * v);
-            FASTCKPT_UNROLL
-            for (int k = 0; k < 4; ++k) words[4 * v + k] = x.word[k];
-        }
+    FASTCKPT_HD uint32_t off(const Unit& u) const { return w.zero ? 0 : misalignment(u.src, FROM); }
+
+    // Whether it is read and written as vectors, also those around it.
+    FASTCKPT_HD bool whole(const Unit& u, uint32_t off) const {
+        return u.aligned && u.low == 0 && u.left >= N && (off == 0 || u.left * s >= 2 * FROM - off);
     }
 
-    // A unit whose source is not aligned: the aligned vectors around it, shifted.
-    static FASTCKPT_HD void realign(const Unit& u) {
-        const uint32_t off = misalignment(u.src, 16), bits = off % 4 * 8;
-        uint32_t x[4 * IN + 4];
-        get<IN + 1>(x, u.src - off);
-        if (off & 8) {
-            FASTCKPT_UNROLL
-            for (int i = 0; i < static_cast<int>(4 * IN + 2); ++i) x[i] = x[i + 2];
+    static FASTCKPT_HD void shift(uint32_t (&x)[2 * WORDS_IN], uint32_t off) {
+        if constexpr (WORDS_IN == 4) {
+            if (off & 8) {
+                FASTCKPT_UNROLL
+                for (int i = 0; i < 6; ++i) x[i] = x[i + 2];
+            }
         }
         if (off & 4) {
             FASTCKPT_UNROLL
-            for (int i = 0; i < static_cast<int>(4 * IN + 1); ++i) x[i] = x[i + 1];
+            for (int i = 0; i <= static_cast<int>(WORDS_IN); ++i) x[i] = x[i + 1];
         }
         FASTCKPT_UNROLL
-        for (int i = 0; i < static_cast<int>(4 * IN); ++i) x[i] = funnel(x[i], x[i + 1], bits);
-        put(u.dst, x);
+        for (int i = 0; i < static_cast<int>(WORDS_IN); ++i) x[i] = funnel(x[i], x[i + 1], off % 4 * 8);
     }
 
-    // A unit at a border.
-    FASTCKPT_HD void elements(const Unit& u) const {
+    static FASTCKPT_HD void put(char* dst, const uint32_t* words) {
+        uint32_t out[WORDS_OUT] = {};
+        FASTCKPT_UNROLL
+        for (int i = 0; i < static_cast<int>(BYTES ? WORDS_OUT : N); ++i) {
+            if constexpr (BYTES) out[i] = words[i];
+            else out[i * d / 4] |= packed<d>(D::from_f32(S::to_f32(unpack<s>(words, i))), i);
+        }
+        store_vector<WORDS_OUT>(dst, out);
+    }
+
+    // Of a thread's units those at a border, element by element.
+    FASTCKPT_HD void borders(uint32_t i, const Unit& begin) const {
         FASTCKPT_KEEP_LOOP
-        for (uint32_t i = u.low; i < u.high; ++i) {
-            if constexpr (BYTES) element<Bytes<1>, Bytes<1>>(u.dst + i, u.src + i, w.zero);
-            else element<S, D>(u.dst + i * d, u.src + i * s, false);
+        for (uint32_t k = 0; k < FLIGHT; ++k) {
+            const Unit u = unit(i + k * TEAM, begin);
+            if (whole(u, off(u))) continue;
+            FASTCKPT_KEEP_LOOP
+            for (uint32_t e = u.low; e < smaller(N, u.left); ++e) {
+                if constexpr (BYTES) element<Bytes<1>, Bytes<1>>(u.dst + e, u.src + e, w.zero);
+                else element<S, D>(u.dst + e * d, u.src + e * s, false);
+            }
         }
     }
-
-    FASTCKPT_HD bool direct(const Unit& u) const { return u.vectors && (w.zero || misalignment(u.src, 16) == 0); }
 
     FASTCKPT_HD void load(uint32_t, uint32_t*) const {}
 
     FASTCKPT_HD void store(uint32_t thread, uint32_t*) const {
+        const Unit begin = unit_at(first, skip);
         FASTCKPT_KEEP_LOOP
-        for (uint32_t step = 0; step < STEPS; ++step) {
-            const uint32_t i = thread + step * ONCE * THREADS;
-            uint32_t words[ONCE][4 * IN] = {};
-            char* to[ONCE];
+        for (uint32_t i = thread; i < ROWS_TILE; i += FLIGHT * TEAM) {
+            uint32_t x[FLIGHT][WORDS_IN] = {};
+            char* to[FLIGHT];
             bool rest = false;
             FASTCKPT_UNROLL
-            for (int k = 0; k < static_cast<int>(ONCE); ++k) {
-                const Unit u = unit(i + k * THREADS);
-                const bool now = direct(u);
+            for (int k = 0; k < static_cast<int>(FLIGHT); ++k) {
+                const Unit u = unit(i + k * TEAM, begin);
+                const bool now = off(u) == 0 && whole(u, 0);
                 to[k] = now ? u.dst : nullptr;
-                rest |= !now && u.high > u.low;
-                if (now && !w.zero) get<IN>(words[k], u.src);
+                rest |= !now && u.left > u.low;
+                if (now && !w.zero) load_kept<WORDS_IN>(x[k], u.src);
             }
             FASTCKPT_UNROLL
-            for (int k = 0; k < static_cast<int>(ONCE); ++k)
-                if (to[k] != nullptr) put(to[k], words[k]);
-            if (!rest) continue;
-            FASTCKPT_KEEP_LOOP
-            for (uint32_t k = 0; k < ONCE; ++k) {
-                const Unit u = unit(i + k * THREADS);
-                if (direct(u)) continue;
-                if (u.vectors && u.left >= 16 * (IN + 1) - misalignment(u.src, 16)) realign(u);
-                else elements(u);
+            for (int k = 0; k < static_cast<int>(FLIGHT); ++k)
+                if (to[k] != nullptr) put(to[k], x[k]);
+            if (rest) realign(i, begin);
+        }
+    }
+
+    // Units whose sources are not aligned: the aligned ones around them, shifted; and units at a border.
+    FASTCKPT_HD void realign(uint32_t i, const Unit& begin) const {
+        bool cut = false;
+        FASTCKPT_KEEP_LOOP
+        for (uint32_t j = 0; j < FLIGHT; j += APART) {
+            uint32_t x[APART][2 * WORDS_IN] = {}, offs = 0;
+            char* to[APART];
+            FASTCKPT_UNROLL
+            for (int k = 0; k < static_cast<int>(APART); ++k) {
+                const Unit u = unit(i + (j + k) * TEAM, begin);
+                const uint32_t past = off(u);
+                const bool in = whole(u, past), now = in && past != 0;
+                to[k] = now ? u.dst : nullptr;
+                offs |= past << 4 * k;
+                cut |= !in && u.left > u.low;
+                if (!now) continue;
+                load_kept<WORDS_IN>(x[k], u.src - past);
+                load_kept<WORDS_IN>(x[k] + WORDS_IN, u.src - past + FROM);
+            }
+            FASTCKPT_UNROLL
+            for (int k = 0; k < static_cast<int>(APART); ++k) {
+                if (to[k] == nullptr) continue;
+                shift(x[k], offs >> 4 * k & 15);
+                put(to[k], x[k]);
             }
         }
+        if (cut) borders(i, begin);
     }
 };
 
@@ -290,8 +328,8 @@ template <class S, class D> struct Transposed {
     FASTCKPT_HD Transposed(const Work& w) {
         const Copy& c = w.c;
         const Sheet sheet = sheet_of(c, s, d);
-        const uint64_t area = sheet.high * sheet.wide, plane = w.tile / area, tile = w.tile - plane * area;
-        const uint64_t across = tile / sheet.wide, along = tile - across * sheet.wide;
+        const uint64_t area = sheet.high * sheet.wide, plane = quotient(w.tile, area), tile = w.tile - plane * area;
+        const uint64_t across = quotient(tile, sheet.wide), along = tile - across * sheet.wide;
         const uint32_t i0 = static_cast<uint32_t>(plane) / c.shape[1], i1 = static_cast<uint32_t>(plane) - i0 * c.shape[1];
         const int64_t row = static_cast<int64_t>(across * HEIGHT) - sheet.row_head;
         const int64_t column = static_cast<int64_t>(along * COLUMNS) - sheet.column_head;
@@ -304,9 +342,8 @@ template <class S, class D> struct Transposed {
         const int64_t rows = c.shape[3] - row, columns = c.shape[2] - column;
         row_high = rows < HEIGHT ? static_cast<uint32_t>(rows) : HEIGHT;
         column_high = columns < COLUMNS ? static_cast<uint32_t>(columns) : COLUMNS;
-        const bool full = row_low == 0 && row_high == HEIGHT && column_low == 0 && column_high == COLUMNS;
-        vectors_in = full && misalignment(src, 16) == 0 && (src_pitch & 15) == 0;
-        vectors_out = row_low == 0 && row_high == HEIGHT && misalignment(dst, 16) == 0 && (dst_pitch & 15) == 0;
+        vectors_in = column_low == 0 && column_high == COLUMNS && misalignment(src, 16) == 0 && (src_pitch & 15) == 0;
+        vectors_out = misalignment(dst, 16) == 0 && (dst_pitch & 15) == 0;
     }
 
     FASTCKPT_HD void load(uint32_t thread, uint32_t* shared) const {
@@ -316,11 +353,13 @@ template <class S, class D> struct Transposed {
         }
         const uint32_t word = thread / 32 * 4 + thread % 32 / 8, vector = thread % 8;
         const char* from = src + static_cast<int64_t>(word * GROUP) * src_pitch + vector * 16;
-        Vector x[LOADS][GROUP];
+        Vector x[LOADS][GROUP] = {};
         FASTCKPT_UNROLL
-        for (int i = 0; i < static_cast<int>(LOADS); ++i) {
+        for (int g = 0; g < static_cast<int>(GROUP); ++g) {
+            const uint32_t row = word * GROUP + g;
+            if (row < row_low || row >= row_high) continue;
             FASTCKPT_UNROLL
-            for (int g = 0; g < static_cast<int>(GROUP); ++g) x[i][g] = load_vector(from + g * src_pitch + i * 128);
+            for (int i = 0; i < static_cast<int>(LOADS); ++i) x[i][g] = load_vector(from + g * src_pitch + i * 128);
         }
         FASTCKPT_UNROLL
         for (int i = 0; i < static_cast<int>(LOADS); ++i) {
@@ -335,7 +374,7 @@ template <class S, class D> struct Transposed {
         }
     }
 
-    // The same, element by element: a tile at a border, or rows that are not aligned.
+    // The same, element by element: a tile whose columns are cut, or rows that are not aligned.
     FASTCKPT_HD void load_words(uint32_t thread, uint32_t* shared) const {
         FASTCKPT_KEEP_LOOP
         for (uint32_t i = thread; i < WORDS * COLUMNS; i += THREADS) {
@@ -359,8 +398,9 @@ template <class S, class D> struct Transposed {
             if (column < column_low || column >= column_high) continue;
             const uint32_t* at = shared + slot<VECTOR>(word, column);
             char* to = dst + column * dst_pitch + word * 4;
-            if (vectors_out) store_vector(to, load_shared(at));
-            else store_elements(to, at, word * GROUP);
+            const uint32_t row = word * GROUP;
+            if (vectors_out && row >= row_low && row + 4 * GROUP <= row_high) store_vector<4>(to, load_shared(at).word);
+            else store_elements(to, at, row);
         }
     }
 
@@ -409,7 +449,7 @@ template <class S, class D> struct General {
 
     FASTCKPT_HD General(const Work& work) : w(work) {
         const uint64_t first = w.tile * GENERAL_TILE;
-        line = first / w.c.shape[3];
+        line = quotient(first, w.c.shape[3]);
         start = static_cast<uint32_t>(first - line * w.c.shape[3]);
     }
 
@@ -442,7 +482,7 @@ template <template <class, class> class Body, class S, class Run> FASTCKPT_HD vo
         case FLOAT32: if constexpr (!Same<S, F32>::value) run.template body<Body<S, F32>>(w); break;
         case BFLOAT16: if constexpr (!Same<S, BF16>::value) run.template body<Body<S, BF16>>(w); break;
         case FLOAT16: if constexpr (!Same<S, F16>::value) run.template body<Body<S, F16>>(w); break;
-        case FLOAT8_E4M3FN: run.template body<Body<S, E4M3>>(w); break;
+        case FLOAT8_E4M3FN: if constexpr (!Same<S, F16>::value) run.template body<Body<S, E4M3>>(w); break;
         default: break;
     }
 }
@@ -494,8 +534,8 @@ FASTCKPT_HD uint64_t tiles_of(const Copy& c) {
         const Sheet sheet = sheet_of(c, s, d);
         return planes * sheet.high * sheet.wide;
     }
-    if (same) return ratio_up(lines * lines_of(c, 1, 1, d).units, units_of_tile(1, 1));
-    return ratio_up(lines * lines_of(c, s, d, 1).units, units_of_tile(s, d));
+    if (same) return ratio_up(lines * lines_of(c, 1, 1, d).units, ROWS_TILE);
+    return ratio_up(lines * lines_of(c, s, d, 1).units, ROWS_TILE);
 }
 
 }  // namespace

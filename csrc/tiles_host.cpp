@@ -22,8 +22,11 @@ struct Host {
 
     template <class Body> void body(const Work& w) const {
         const Body body(w);
-        for (uint32_t thread : order) body.load(thread, shared);
-        for (uint32_t thread : order) body.store(thread, shared);
+        const uint32_t threads = threads_of(w.c.path);
+        for (uint32_t thread : order)
+            if (thread < threads) body.load(thread, shared);
+        for (uint32_t thread : order)
+            if (thread < threads) body.store(thread, shared);
     }
 };
 

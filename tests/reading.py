@@ -6,13 +6,17 @@ Bytes are compared, so a value is a numpy array of the dtype's bit pattern (bflo
 from __future__ import annotations
 
 import ctypes
+import os
 
+import fastckpt
 import numpy as np
+import pytest
 import torch
 from fastckpt import dtypes
 from fastckpt.checkpoint import Checkpoint, Single
 from fastckpt.computed.lowrank import computed
 from fastckpt.computed.merging import Merging
+from fastckpt.errors import SourceError
 from fastckpt.executors import EXECUTORS
 from fastckpt.extents import Buffer, Extent, Extents
 from fastckpt.planning.batches import LEAF, Slots, cut
@@ -132,3 +136,21 @@ def elements(view):
         for batch in cut(chunk, 0, Slots.of([0], [0], [view.nbytes]), binding, stage=LEAF):
             lane.run(batch.rows, [Buffer(out, out.ctypes.data, out.nbytes)])
     return out
+
+
+def refuses_what_is_written_to(file, path, **options):
+    """A file of the checkpoint at `path` that changes once copying has begun is an error, and no output."""
+    late = []
+
+    def rewrite(done, total, phase):
+        if phase == "copy" and not late:
+            late.append((done, total))
+            with file.open("r+b") as f:
+                f.seek(-(1 << 16), os.SEEK_END)
+                f.write(b"\x11")
+
+    out = path.with_name("out")
+    with pytest.raises(SourceError, match="changed since its header was read"):
+        fastckpt.reshard(path, layout="same", out=out, threads=1, progress=rewrite, **options)
+    assert late and late[0][0] < late[0][1]
+    assert not out.exists()

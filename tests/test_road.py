@@ -23,6 +23,7 @@ from fastckpt.reader import Mapped, Positioned
 from fastckpt.running import runs
 from fastckpt.target import Target
 from layouts import oracle, tiny
+from reading import refuses_what_is_written_to
 from safetensors.torch import load_file, save_file
 from zero_writer import write_zero
 
@@ -523,20 +524,7 @@ def test_a_source_written_to_while_it_is_read_is_refused(tmp_path, monkeypatch, 
         monkeypatch.setattr(runs, "built", lambda: False)
     write_zero(tmp_path / "in", {f"w{i}": torch.randn(1 << 18) for i in range(32)}, stage=3, world=2)
     source = next((tmp_path / "in").rglob("*rank_1*optim*"))
-
-    late = []
-
-    def rewrite(done, total, phase):
-        if phase == "copy" and not late:
-            late.append((done, total))
-            with source.open("r+b") as f:
-                f.seek(-(1 << 16), os.SEEK_END)
-                f.write(b"\x11")
-
-    with pytest.raises(SourceError, match="changed since its header was read"):
-        fastckpt.reshard(tmp_path / "in", layout="same", out=tmp_path / "out", threads=1, progress=rewrite)
-    assert late and late[0][0] < late[0][1]
-    assert not (tmp_path / "out").exists()
+    refuses_what_is_written_to(source, tmp_path / "in")
 
 
 def test_a_damaged_kept_plan_is_not_used(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -56,14 +57,27 @@ def test_every_row_of_the_gpus_benchmarks() -> None:
     assert done.returncode == 0 and "every row ran" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-def test_a_part_of_make_gpu_that_fails_loses_no_other(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location("on_gpu", TESTS.parent / "benchmarks" / "on_gpu.py")
     assert spec is not None and spec.loader is not None
-    on_gpu = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "on_gpu", on_gpu)
-    spec.loader.exec_module(on_gpu)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "on_gpu", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_constants_that_make_gpu_tries_are_the_kernels(on_gpu: ModuleType) -> None:
+    source = "".join(p.read_text() for p in (TESTS.parent / "csrc").iterdir())
+    for other in on_gpu.OTHERS:
+        for define in other.split():
+            assert f"#ifndef FASTCKPT_{define.partition('=')[0]}\n" in source, define
+    assert len({on_gpu.site_of(other) for other in on_gpu.OTHERS}) == len(on_gpu.OTHERS)
+
+
+def test_a_part_of_make_gpu_that_fails_loses_no_other(
+    on_gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     results = tmp_path / "results"
     results.mkdir()
     (results / "old.json").write_text('{"kernels": []}')
@@ -93,7 +107,6 @@ def test_a_part_of_make_gpu_that_fails_loses_no_other(
             on_gpu.Part("rows", 100, (python, "-c", write)),
         ],
     )
-    monkeypatch.setattr(on_gpu.shutil, "rmtree", lambda *a, **k: None)
     monkeypatch.setattr(sys, "argv", ["on_gpu.py"])
     assert on_gpu.main() == 1
     said = capsys.readouterr().out

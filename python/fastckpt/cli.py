@@ -343,13 +343,14 @@ def _show_report(args: argparse.Namespace, report: object) -> None:
     def text() -> str:
         rate = report.bytes_written / report.seconds / 1e9 if report.seconds else 0.0
         tensors = counted(report.tensors, "tensor")
+        needed = "" if report.bytes_needed is None else f" for {size(report.bytes_needed)} needed"
         phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in report.phases.items())
         return "\n".join(
             [
                 *report.notes,
                 f"{report.out}: {tensors} in {counted(len(report.files), 'file')}, plan {report.key}",
                 *([f"read {size(report.bytes_scanned)} first, for scales"] if report.bytes_scanned else []),
-                f"read {size(report.bytes_read)} for {size(report.bytes_needed)} needed, "
+                f"read {size(report.bytes_read)}{needed}, "
                 f"wrote {size(report.bytes_written)} in {report.seconds:.2f} s ({rate:.2f} GB/s; {phases}), "
                 f"peak memory {size(report.peak_memory)}",
             ]

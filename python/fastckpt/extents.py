@@ -6,8 +6,12 @@ Law: an extent lies inside its file or buffer; this is checked here, at construc
 from __future__ import annotations
 
 import ctypes
+import errno
+import fnmatch
 import os
+import stat
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,9 +38,59 @@ class File:
             s = os.stat(path)
         except OSError as e:
             raise SourceError(f"{os.fspath(path)}: {e.strerror}") from None
-        if not os.path.isfile(path):
+        if not stat.S_ISREG(s.st_mode):
             raise SourceError(f"{os.fspath(path)}: not a regular file")
         return File(os.fspath(path), s.st_size, s.st_mtime_ns, s.st_ino)
+
+
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+"""What the system says where nothing stands."""
+
+
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a regular file stands there. os.path says no where the disk fails, and something else would be
+    read instead; here that is a SourceError."""
+    return stat.S_ISREG(_mode(path))
+
+
+def is_directory(path: str | os.PathLike[str]) -> bool:
+    """Whether a directory stands there. Raises SourceError where that cannot be known."""
+    return stat.S_ISDIR(_mode(path))
+
+
+def _mode(path: str | os.PathLike[str]) -> int:
+    try:
+        return os.stat(path).st_mode
+    except ValueError:  # no path at all, such as one with a zero byte
+        return 0
+    except OSError as e:
+        if e.errno in ABSENT:
+            return 0
+        raise SourceError(f"{os.fspath(path)}: {e.strerror}") from None
+
+
+def listed(path: str, pattern: str) -> list[str]:
+    """The names in a directory that match a shell's pattern, sorted. Raises SourceError."""
+    try:
+        names = os.listdir(path)
+    except OSError as e:
+        raise SourceError(f"{path}: {e.strerror}") from None
+    return sorted(n for n in fnmatch.filter(names, pattern) if not n.startswith("."))
+
+
+def content(path: str, limit: int = -1) -> bytes:
+    """The bytes of a file, at most `limit`. Raises SourceError where they cannot be read."""
+    try:
+        with open(path, "rb") as f:
+            return f.read(limit)
+    except OSError as e:
+        raise SourceError(f"{path}: {e.strerror}") from None
+
+
+def let_go(fd: int) -> None:
+    """Close what was only read, or held for its lock: nothing is lost where the system complains."""
+    with suppress(OSError):
+        os.close(fd)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

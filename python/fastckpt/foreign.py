@@ -19,6 +19,7 @@ import xxhash
 from . import joining, layouts, recipes
 from .checkpoint import JSON, Checkpoint
 from .errors import LayoutError, SourceError
+from .extents import is_directory, is_file
 from .layouts import ByRoles, Layout, Naming
 from .model import Model
 from .placement import Placement
@@ -80,7 +81,7 @@ def _targets(layout: ByRoles, model: Model, grid: Placement) -> Iterator[tuple[i
 
 def _read(path: str, layout: ByRoles, grid: Placement) -> Checkpoint:
     """Every rank's tensors, named "rank/name", from the files the layout would write."""
-    if not os.path.isdir(path):
+    if not is_directory(path):
         raise SourceError(f"{path}: wanted a directory of shards")
     if served.matches(path):
         raise SourceError(f"{path}: has a record of fastckpt, and is opened by that")
@@ -111,12 +112,12 @@ def _files(path: str, naming: Naming, p: Placement) -> list[str]:
     """A rank's files, by the layout's names for them. Raises SourceError where there are none."""
     directory = os.path.join(path, naming.directory)
     if naming.index is not None:
-        if not os.path.isdir(directory):
+        if not is_directory(directory):
             raise SourceError(f"{directory}: rank {p.rank} of {p.world} is not there")
         found = list(find_shards(directory, safetensors.SUFFIX, safetensors.SINGLE).paths)
     else:
         found = []
-        while os.path.isfile(file := os.path.join(directory, naming.part.format(part=len(found)))):
+        while is_file(file := os.path.join(directory, naming.part.format(part=len(found)))):
             found.append(file)
     if not found:
         raise SourceError(f"{directory}: no {naming.single}: rank {p.rank} of {p.world} is not there")

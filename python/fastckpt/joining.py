@@ -11,7 +11,6 @@ from the first, what a layout padded is dropped. Nothing is read but headers and
 
 from __future__ import annotations
 
-import builtins
 import json
 import math
 import os
@@ -27,7 +26,7 @@ from .collector import paused
 from .digest import digest
 from .dtypes import BY_NAME, DType
 from .errors import SourceError
-from .extents import Buffer, Extent, Extents
+from .extents import Buffer, Extent, Extents, content
 from .inverse import Piece, Place, joined, pieces_of
 from .layouts import ByRoles
 from .layouts.patterns import Patterns
@@ -60,14 +59,9 @@ def open(
     of an adapter alone, cannot be joined and are given as they are, each tensor named "rank/name". Raises
     SourceError for what is broken, missing, unknown or cannot be joined."""
     found = sources.open(
-        path,
-        tag=tag,
-        also=also,
-        rename=rename,
-        weights=weights,
-        exclude_frozen=exclude_frozen,
-        check_crc=check_crc,
-    )
+        path, tag=tag, also=also, rename=rename, weights=weights,
+        exclude_frozen=exclude_frozen, check_crc=check_crc,
+    )  # fmt: skip
     as_it_is = found.facts.get("quant") is not None or found.facts.get("adapter") == "apart"
     return found if as_it_is else whole(found, recipe)
 
@@ -238,9 +232,7 @@ def _config(ckpt: Checkpoint, manifest: Manifest) -> Mapping[str, JSON]:
     if ckpt.config is None or path not in ckpt.beside:
         raise SourceError(f"{ckpt.path}: no config.json, which says how the shards were cut")
     held = manifest.files.get("config.json")
-    with builtins.open(path, "rb") as f:
-        now = digest(f.read())
-    if held is None or now != held.digest:
+    if held is None or digest(content(path)) != held.digest:
         raise SourceError(f"{path}: was changed since the shards were cut; put the one of then back")
     was = _map(manifest.record.options.get("resized", {}), ckpt, "resized")  # before they were padded
     return {k: v for k, v in {**ckpt.config, **was}.items() if v is not None or k not in was}
@@ -249,8 +241,13 @@ def _config(ckpt: Checkpoint, manifest: Manifest) -> Mapping[str, JSON]:
 def _cut_from(ckpt: Checkpoint, manifest: Manifest) -> Checkpoint:
     """The checkpoint the shards were cut from, with an extent a tensor and no byte behind it."""
     record = manifest.record.options
-    if record.get("quant") is not None:
-        raise SourceError(f"{ckpt.path}: quantised to {record['quant']}, which cannot be taken back")
+    quant = record.get("quant")
+    if quant is not None:
+        scheme = quant.get("scheme") if isinstance(quant, dict) else quant
+        raise SourceError(
+            f"{ckpt.path}: quantised to {scheme} as it was cut, which cannot be taken back; "
+            "take the checkpoint it was cut from"
+        )
     match record.get("adapter"):
         case ["apart", *_]:
             raise SourceError(f"{ckpt.path}: an adapter alone, cut for a layout; open the adapter itself")

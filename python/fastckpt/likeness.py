@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from .checkpoint import JSON, Checkpoint
 from .digest import digest
 from .errors import LayoutError
+from .extents import is_file
 from .layouts import Layout
 from .output.manifest import NAME, Manifest
 from .placement import Placement
@@ -131,7 +132,7 @@ def digests_of(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
 def _record(path: str | os.PathLike[str]) -> Manifest | None:
     """The record of what `reshard` wrote there; None where it wrote nothing."""
     at = os.path.join(path, NAME)
-    return Manifest.read(at) if os.path.isfile(at) else None
+    return Manifest.read(at) if is_file(at) else None
 
 
 def _recorded(record: Manifest, rank: int | None) -> Expected:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import SourceError, WriteError
-from .extents import Buffer, File, fresh
+from .extents import Buffer, File, fresh, let_go
 from .planning.copies import AXES, NOTHING, Executor, Runner, Table, item_sizes, nbytes
 
 GAP = 1 << 16
@@ -77,14 +77,14 @@ def same_file(place: File, fd: int) -> None:
 def _open(place: File) -> int:
     try:
         fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            same_file(place, fd)
+        except BaseException:
+            let_go(fd)
+            raise
     except OSError as e:
         kind = WriteError if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM) else SourceError
         raise kind(f"{place.path}: {e.strerror}") from None
-    try:
-        same_file(place, fd)
-    except BaseException:
-        os.close(fd)
-        raise
     return fd
 
 
@@ -94,7 +94,7 @@ def check_unchanged(places: Sequence[File | Buffer], used: Iterable[int]) -> Non
     for i in used:
         place = places[i]
         if isinstance(place, File):
-            os.close(_open(place))
+            let_go(_open(place))
 
 
 class Positioned:
@@ -153,7 +153,7 @@ class PositionedLane:
     def close(self) -> None:
         """Close what is open."""
         for fd in self.fds.values():
-            os.close(fd)
+            let_go(fd)
         self.fds = {}
 
     def run(self, rows: Table, destinations: Sequence[Buffer]) -> None:
@@ -204,7 +204,7 @@ class PositionedLane:
         """The descriptor of a place that is a file; the one opened first gives way beyond OPEN."""
         if place not in self.fds:
             if len(self.fds) >= OPEN:
-                os.close(self.fds.pop(next(iter(self.fds))))
+                let_go(self.fds.pop(next(iter(self.fds))))
             at = self.reader.places[place]
             assert isinstance(at, File)
             self.fds[place] = _open(at)
@@ -256,8 +256,7 @@ class Mapped:
         try:
             for i, place in enumerate(self.places):
                 if isinstance(place, File):
-                    fd = _open(place)
-                    os.close(fd)
+                    let_go(_open(place))
                     self.mappings[i] = _C.Mapping(place.path, place.nbytes)
         except BaseException as e:
             self.__exit__(type(e), e, None)

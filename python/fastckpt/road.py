@@ -216,15 +216,9 @@ def consolidate(
             raise LayoutError("consolidate: options of open go with a path, this checkpoint is open already")
     else:
         path = joining.open(
-            path,
-            tag=tag,
-            also=also,
-            rename=rename,
-            weights=weights,
-            exclude_frozen=exclude_frozen,
-            check_crc=check_crc,
-            recipe=recipe,
-        )
+            path, tag=tag, also=also, rename=rename, weights=weights,
+            exclude_frozen=exclude_frozen, check_crc=check_crc, recipe=recipe,
+        )  # fmt: skip
     opened = joining.whole(path, recipe)
     run = Run(threads, memory, progress)
     planned = run.planned(

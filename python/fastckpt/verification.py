@@ -22,7 +22,7 @@ from .digest import LEAF, combine, digest, leaf_digests
 from .doors.text import counted
 from .dtypes import DType
 from .errors import FastckptError, SourceError, expect
-from .extents import File
+from .extents import File, is_directory, let_go
 from .finite import nonfinite
 from .output.manifest import NAME, Manifest, TensorEntry, rank_of
 from .sources.safetensors import MAX_HEADER, Item, read_header
@@ -88,7 +88,7 @@ def verify(
         from .expectation import against, engine_of  # recipes and layouts, which only this needs
 
         engine = engine_of(engine)
-    if not os.path.isdir(root):
+    if not is_directory(root):
         raise SourceError(f"{root}: no such directory")
     problems: list[str] = []
     present = sorted(_walk(root, problems))
@@ -190,7 +190,7 @@ def _against(
             found = os.stat(path)
             if not stat.S_ISREG(found.st_mode):
                 raise OSError(0, "no regular file")
-            os.close(os.open(path, os.O_RDONLY))
+            let_go(os.open(path, os.O_RDONLY))
         except OSError as e:
             problems.append(f"{name}: {e.strerror}")
             gone.add(name)
@@ -353,8 +353,7 @@ def _read_all(
                 try:
                     path = tensors[of[low]].path
                     if path != opened:
-                        if fd >= 0:
-                            os.close(fd)
+                        let_go(fd)
                         opened, fd = "", -1
                         fd, opened = os.open(os.path.join(root, path), os.O_RDONLY), path
                     check(fd, buffer, low, high)
@@ -363,8 +362,7 @@ def _read_all(
                 except SourceError as e:
                     failed.update(dict.fromkeys(of[low:high].tolist(), str(e)))
         finally:
-            if fd >= 0:
-                os.close(fd)
+            let_go(fd)
         return sum(int(size[low:high].sum()) for low, high in reads)
 
     number = {path: k for k, path in enumerate(dict.fromkeys(t.path for t in tensors))}

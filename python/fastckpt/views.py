@@ -305,18 +305,13 @@ class View:
         if dtype is self.dtype:
             return self
         held = self.held
-        extents, codes = held[:, _EXTENT].tolist(), held[:, _STORED].tolist()
-        for code in {c for e, c in zip(extents, codes, strict=True) if e != ZERO}:
-            stored = DTYPES[code]
-            if not castable(stored, dtype):
-                raise ViewError(f"cast: no conversion from {stored} to {dtype}")
-            if not exact(stored, self.dtype):
-                raise ViewError(
-                    f"cast: {stored} was already rounded to {self.dtype}; cast it once, to {dtype}"
-                )
-        if ZERO in extents:
-            held = held.copy()
-            held[held[:, _EXTENT] == ZERO, _STORED] = dtype.code
+        codes = held[:, _STORED]
+        if ZERO in held[:, _EXTENT].tolist():
+            zero = held[:, _EXTENT] == ZERO
+            codes, held = codes[~zero], held.copy()
+            held[zero, _STORED] = dtype.code
+        for code in set(codes.tolist()):
+            _check_cast(code, self.dtype.code, dtype.code)
         return View(self.shape, dtype, self.extents, held, self.grouping)
 
     def as_stored(self) -> View:
@@ -426,6 +421,16 @@ def dense_strides(shape: Sequence[int]) -> list[int]:
 
 
 _NOWHERE = Extents()
+
+
+@lru_cache(maxsize=4096)
+def _check_cast(*codes: int) -> None:
+    """Raises ViewError where what is stored as the first dtype and is the second cannot become the third."""
+    stored, now, wanted = (DTYPES[code] for code in codes)
+    if not castable(stored, wanted):
+        raise ViewError(f"cast: no conversion from {stored} to {wanted}")
+    if not exact(stored, now):
+        raise ViewError(f"cast: {stored} was already rounded to {now}; cast it once, to {wanted}")
 
 
 def _box(ndim: int, axis: int) -> tuple[int, int, int]:

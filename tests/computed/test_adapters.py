@@ -107,6 +107,7 @@ def test_files_on_any_number_of_threads(tmp_path):
         base, layout="hf", adapter=adapter, out=tmp_path / "out", threads=3, durable=False
     )
     assert any("14 modules merged, 0 tensors replaced" in n for n in report.notes)
+    assert report.bytes_needed is None
     equal(load_file(tmp_path / "out" / "model.safetensors"), whole(tensors, pairs))
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
     again = fastckpt.reshard(base, layout="hf", adapter=adapter, out=tmp_path / "b", threads=1, durable=False)

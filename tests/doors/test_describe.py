@@ -60,13 +60,14 @@ def test_inspection_text_and_json_agree(mixed):
     assert as_json["facts"]["stage"] == 3
 
 
-def test_inspect_takes_open_s_options(mixed):
-    found = fastckpt.inspect(mixed, rename=[("weight", "w")], exclude_frozen=True, biggest=1)
+def test_inspect_takes_what_open_gives(mixed):
+    opened = fastckpt.open(mixed, rename=[("weight", "w")], exclude_frozen=True)
+    found = fastckpt.inspect(opened, biggest=1)
     assert found.parameters == ("a.w", "b.w")
     assert found.frozen == ()
     assert len(found.biggest) == 1
     with pytest.raises(SourceError):
-        fastckpt.inspect(mixed, tag="absent")
+        fastckpt.inspect(mixed / "absent")
 
 
 def test_a_family_that_does_not_fit_says_why(mixed, tmp_path):

@@ -50,7 +50,7 @@ def test_small_random_rows() -> None:
 def test_transposes(names: str) -> None:
     src, dst = (BY_NAME[n] for n in names.split())
     rng = np.random.default_rng(32)
-    for rows, cols in [(16, 300), (63, 65), (128, 128), (129, 160), (1024, 2048), (4097, 4099)]:
+    for rows, cols in [(16, 300), (63, 65), (128, 128), (129, 160), (1024, 2048), (1025, 2051)]:
         for pad, at in [(0, 0), (3, 1), (64, 16)]:
             pitch = (cols + pad) * src.itemsize
             strides = (src.itemsize, pitch), ((rows + pad) * dst.itemsize, dst.itemsize)
@@ -64,7 +64,7 @@ def test_lines(names: str) -> None:
     src, dst = (BY_NAME[n] for n in names.split())
     s, d = src.itemsize, dst.itemsize
     rng = np.random.default_rng(33)
-    for lines, n in [(1, 31), (1, 4_000_001), (2, 8193), (1000, 129), (4096, 512)]:
+    for lines, n in [(1, 31), (1, 1_000_001), (2, 8193), (1000, 129), (4096, 512)]:
         for at in (0, 1, d, 8):
             for pad in (0, 1, 16):
                 strides = ((n + pad) * s, s), ((n + pad) * d, d)

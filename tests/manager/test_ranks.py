@@ -15,8 +15,9 @@ import torch
 from fastckpt.errors import ManagerError, WriteError
 from fastckpt.manager import saving
 from fastckpt.manager.coordination import Alone, Group, Meeting, together
-from fastckpt.manager.manager import CheckpointManager, CheckpointWarning
+from fastckpt.manager.manager import CheckpointManager
 from fastckpt.manager.pieces import Claim, shared
+from fastckpt.manager.telling import CheckpointWarning
 from fastckpt.verification import verify
 from safetensors.torch import load_file
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from fastckpt.errors import ManagerError, WriteError
-from fastckpt.manager.manager import CheckpointManager, CheckpointWarning
+from fastckpt.manager.manager import CheckpointManager
 from fastckpt.manager.remote import default_scratch
+from fastckpt.manager.telling import CheckpointWarning
 from fastckpt.manager.uploaders import FsspecDirectory
 
 fsspec = pytest.importorskip("fsspec")

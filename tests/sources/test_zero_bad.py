@@ -387,7 +387,7 @@ def test_files_under_another_rank_s_name(tmp_path, options):
     """Swapped, or copied: each holds what the 16-bit copy in `module` has elsewhere."""
     torch.manual_seed(3)
     params = {n: torch.ones(s) if n == "ones" else torch.randn(s) for n, s in SHAPES.items()}
-    write_zero(tmp_path / "good", params, world=4, stripped=False, **options)
+    write_zero(tmp_path / "good", params, world=4, stripped=False, legacy=True, **options)
     assert "notes" not in sources.open(tmp_path / "good").facts
     for a, b, copied in ((0, 1, False), (1, 2, False), (0, 2, True), (3, 0, True)):
         at = tmp_path / f"bad-{a}-{b}-{copied}"
@@ -398,6 +398,32 @@ def test_files_under_another_rank_s_name(tmp_path, options):
         if not copied:
             first.write_bytes(held)
         refuses(at, "holds the partition of rank", "swapped with, or copied from")
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["swapped", "copied"])
+@pytest.mark.parametrize(
+    ("stage", "kind"), [(2, "optim_states"), (3, "optim_states"), (3, "model_states")]
+)
+def test_files_that_were_saved_under_another_rank_s_name(tmp_path, stage, kind, copied):
+    folder = written(tmp_path, stage=stage)
+    first, second = (next(folder.glob(f"*zero_pp_rank_{rank}_*{kind}.pt")) for rank in (1, 2))
+    held = second.read_bytes()
+    second.write_bytes(first.read_bytes())
+    if not copied:
+        first.write_bytes(held)
+    refuses(tmp_path, "was saved as ", f"_mp_rank_00_{kind}.pt: swapped with, or copied from")
+
+
+def test_a_file_that_was_saved_to_a_stream_or_renamed_whole_is_read(tmp_path):
+    folder = written(tmp_path)
+    want = sources.open(tmp_path)["a.weight"].shape
+    for rank in range(3):
+        path = optim(folder, rank)
+        with zero_writer.deepspeed_names(), (folder / "elsewhere").open("wb") as f:
+            torch.save(torch.load(path, weights_only=False), f)
+        (folder / "elsewhere").rename(path if rank else path.with_name(path.name.removeprefix("bf16_")))
+    optim(folder, 0).unlink()
+    assert sources.open(tmp_path)["a.weight"].shape == want
 
 
 def test_masters_that_moved_away_from_their_copy_are_a_note(tmp_path):

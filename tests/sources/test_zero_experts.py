@@ -113,6 +113,8 @@ def test_files_of_experts_that_are_missing_or_too_many(copied, tmp_path):
     refuses(copied, "layer_1_expert_2", "expert 2 of MoE layer 1", "left from another run")
     (folder / "layer_1_expert_2_mp_rank_00_model_states.pt").unlink()
     shutil.copy(folder / "layer_0_expert_2_mp_rank_00_model_states.pt", folder / moved.name)
+    refuses(copied, "layer_0_expert_3", "was saved as layer_0_expert_2_mp_rank_00_model_states.pt")
+    change(folder / moved.name, lambda tree: None)  # saved again, by its own name
     refuses(copied, "layer_0_expert_3", "deepspeed_experts.2.0.weight' is no tensor of expert 3")
 
 

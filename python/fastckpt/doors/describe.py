@@ -9,7 +9,7 @@ import heapq
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .. import recipes
@@ -116,33 +116,12 @@ class Inspection:
 
 
 def inspect(
-    path: str | os.PathLike[str] | Checkpoint,
-    *,
-    tag: str | None = None,
-    also: Sequence[str] = (),
-    rename: Sequence[tuple[str, str]] = (),
-    weights: str = "master",
-    exclude_frozen: bool = False,
-    check_crc: bool = False,
-    recipe: str | None = None,
-    biggest: int = 10,
+    path: str | os.PathLike[str] | Checkpoint, *, recipe: str | None = None, biggest: int = 10
 ) -> Inspection:
-    """What a checkpoint holds, from its headers; the options are those of `open`.
+    """What a checkpoint holds, from its headers: a path, or what `open` gave with options of its own.
 
     `biggest`: how many of the largest tensors to name. Raises SourceError as `open` does."""
-    if isinstance(path, Checkpoint):
-        ckpt = path
-    else:
-        ckpt = open_checkpoint(
-            path,
-            tag=tag,
-            also=also,
-            rename=rename,
-            weights=weights,
-            exclude_frozen=exclude_frozen,
-            check_crc=check_crc,
-            recipe=recipe,
-        )
+    ckpt = path if isinstance(path, Checkpoint) else open_checkpoint(path, recipe=recipe)
     count: Counter[str] = Counter()
     held: Counter[str] = Counter()
     for entry in ckpt.entries.values():

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..checkpoint import JSON
 from ..errors import FastckptError
-from ..extents import File
+from ..extents import COMPUTED, Buffer, File
 from ..placement import Placement
 from ..planning import copies
 from ..planning.binding import Binding
@@ -30,7 +30,7 @@ from .text import columns, counted, size, some
 class Run:
     """What one tensor takes from one source file: `ranges` contiguous byte ranges of `nbytes` in all, which
     lie within [first, last) of the file; those of a strided copy may touch. A tensor in memory has the path
-    "memory"."""
+    "memory", what is computed of others as it is read "computed"."""
 
     path: str
     ranges: int
@@ -78,9 +78,11 @@ class PlanDescription:
         return sum(t.nbytes for t in self.tensors)
 
     @property
-    def needed_bytes(self) -> int:
-        """Source bytes they are made of; bytes that two tensors need count for each."""
-        return sum(r.nbytes for t in self.tensors for r in t.runs)
+    def needed_bytes(self) -> int | None:
+        """Source bytes they are made of; bytes that two tensors need count for each. None where some are
+        computed of others."""
+        runs = [r for t in self.tensors for r in t.runs]
+        return None if any(r.path == COMPUTED for r in runs) else sum(r.nbytes for r in runs)
 
     def sources(self) -> dict[str, tuple[int, int]]:
         """Source path -> (ranges, bytes) over all tensors."""
@@ -94,7 +96,8 @@ class PlanDescription:
 
     def text(self) -> str:
         """The plan for people: totals, files, and for each tensor where it comes from."""
-        p = self.placement
+        p, needed = self.placement, self.needed_bytes
+        told = "" if needed is None else f"{size(needed)} of "
         made = ", ".join(str(r) for r in self.ranks)
         lines = [f"{self.source} -> {self.layout}, plan {self.key}"]
         lines += columns(
@@ -102,7 +105,7 @@ class PlanDescription:
                 ("placement", f"tp {p.tp}, pp {p.pp}, dp {p.dp}, ep {p.ep}"),
                 ("ranks", made),
                 ("tensors", f"{len(self.tensors)} ({size(self.output_bytes)})"),
-                ("needed", f"{size(self.needed_bytes)} of {counted(len(self.sources()), 'source file')}"),
+                ("needed", told + counted(len(self.sources()), "source file")),
                 ("peak memory", f"at most {size(self.peak_memory)} beside the program itself"),
             ]
         )
@@ -220,10 +223,14 @@ def _runs(plan: Plan) -> dict[int, tuple[Run, ...]]:
         np.add.at(moved, group, copies.nbytes(rows, "src"))
         columns = (keys[:, 0], keys[:, 1], count, moved, first, last)
         for tensor, place, n, nbytes, a, b in zip(*(c.tolist() for c in columns), strict=True):
-            where = binding.places[place]
-            path = where.path if isinstance(where, File) else "memory"
-            out[tensor] = (*out.get(tensor, ()), Run(path, n, nbytes, a, b))
+            out[tensor] = (*out.get(tensor, ()), Run(_path(binding.places[place]), n, nbytes, a, b))
     return out
+
+
+def _path(place: File | Buffer) -> str:
+    if isinstance(place, File):
+        return place.path
+    return COMPUTED if place.device == COMPUTED else "memory"
 
 
 def _rows(plan: Plan) -> Iterator[tuple[Ints, Table]]:

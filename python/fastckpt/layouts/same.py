@@ -25,7 +25,7 @@ class Same:
         """Every tensor, in the checkpoint's order. Raises LayoutError for more than one rank."""
         if placement.world != 1 or placement.ep != 1:
             raise LayoutError(f"layout same cuts nothing: wanted tp, pp, dp and ep 1, got {placement}")
-        return (Target(name, ckpt[name]) for name in ckpt)
+        return (Target(name, entry.build()) for name, entry in ckpt.entries.items())
 
     def naming(self, placement: Placement) -> Naming:
         """The hub's names, or torch's."""

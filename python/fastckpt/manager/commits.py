@@ -26,8 +26,9 @@ from weakref import WeakValueDictionary
 
 from ..checkpoint import JSON
 from ..errors import ManagerError, SourceError, WriteError
+from ..extents import let_go
 from ..output import syscalls
-from ..output.commit import make_directories, sync_directory, telling, write_file
+from ..output.commit import is_there, make_directories, sync_directory, telling, write_file
 from ..output.manifest import NAME, Manifest
 
 LATEST = "latest"
@@ -107,16 +108,12 @@ class Store:
                 entries = os.listdir(self.root)
             except FileNotFoundError:
                 return []
-        found = []
-        for entry in entries:
-            named = self._named.fullmatch(entry)
-            if (
-                named
-                and entry == self.name(int(named[1]))
-                and os.path.exists(os.path.join(self.root, entry, NAME))
-            ):
-                found.append(int(named[1]))
-        return sorted(found)
+            named = [(e, int(found[1])) for e in entries if (found := self._named.fullmatch(e))]
+            return sorted(
+                step
+                for entry, step in named
+                if entry == self.name(step) and is_there(os.path.join(self.root, entry, NAME))
+            )
 
     def manifest(self, step: int) -> Manifest:
         """The record of a step whose files are all there with their sizes. Raises SourceError."""
@@ -136,11 +133,14 @@ class Store:
         return found
 
     def commit(self, step: int) -> Commit | None:
-        """What stands at a step; None where nothing whole does. Digests are not checked here."""
-        try:
-            record = os.stat(os.path.join(self.path(step), NAME))
-        except OSError:
-            return None
+        """What stands at a step; None where nothing whole does. Digests are not checked here.
+
+        Raises WriteError where that cannot be known."""
+        with telling(self.path(step)):
+            try:
+                record = os.stat(os.path.join(self.path(step), NAME))
+            except (FileNotFoundError, NotADirectoryError):
+                return None
         mark = (record.st_mtime_ns, record.st_ino)
         if step not in self._known or self._known[step][0] != mark:
             try:
@@ -163,8 +163,9 @@ class Store:
         """Be the only one that changes this root, and remove what dead ones left half made.
 
         Raises ManagerError where another process or manager saves here. The lock dies with the process."""
-        if self._lock >= 0:
+        if self._lock >= 0 and _SAVING_HERE.get((os.getpid(), self.root)) is self:
             return
+        self.release()  # in a fork: the lock is the parent's
         with _TAKING:
             if _SAVING_HERE.setdefault((os.getpid(), self.root), self) is not self:
                 raise ManagerError(f"{self.root}: another manager of this process saves here; close it first")
@@ -184,15 +185,14 @@ class Store:
             # A record lock: forked data workers that outlive their parent do not hold it.
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
-            os.close(fd)
+            let_go(fd)
             raise ManagerError(f"{self.root}: another process saves here ({e.strerror})") from None
         return fd
 
     def release(self) -> None:
         """Let others save here."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        fd, self._lock = self._lock, -1
+        let_go(fd)
         with _TAKING:
             if _SAVING_HERE.get((os.getpid(), self.root)) is self:
                 del _SAVING_HERE[os.getpid(), self.root]
@@ -278,7 +278,10 @@ class Store:
         staged = os.path.join(self.root, f".{LATEST}-{secrets.token_hex(4)}")
         with suppress(OSError):
             write_file(staged, [f"{name}\n".encode()], durable=False)
-            os.replace(staged, os.path.join(self.root, LATEST))
+            try:
+                os.replace(staged, os.path.join(self.root, LATEST))
+            except OSError:
+                os.unlink(staged)
 
     def _sync(self) -> None:
         if self.durable:

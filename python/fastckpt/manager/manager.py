@@ -13,15 +13,14 @@ import signal
 import socket
 import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from types import FrameType, TracebackType
 
 from ..checkpoint import JSON
 from ..doors.serving_options import Shape
-from ..errors import FastckptError, ManagerError, SourceError, WriteError
+from ..errors import ManagerError, SourceError, WriteError
 from ..layouts import Layout
 from ..placement import Placement
 from ..quantisation.schemes import Quant
@@ -30,6 +29,7 @@ from ..running.runs import Report
 from . import loading, policies, publishing, saving
 from .commits import Commit, ready
 from .coordination import Group, join, together
+from .keeping import Keeping
 from .loading import Asked
 from .metadata import LOAD, PARTIAL_LOAD, SAVE, MetadataHandler
 from .opened import Opened, open_step
@@ -38,27 +38,8 @@ from .policies import Keep, Moment, When
 from .remote import store_at
 from .saving import Disk, rank_directory
 from .standing import Standing
+from .telling import CheckpointWarning, Telling, Timing
 from .values import flatten
-
-
-class CheckpointWarning(UserWarning):
-    """Something about checkpoints that the user should know and that does not stop the job."""
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """What an action (save, load, partial load) on a step took on one rank: seconds and bytes."""
-
-    action: str
-    step: int
-    rank: int
-    seconds: float
-    nbytes: int
-
-    @property
-    def gb_per_second(self) -> float:
-        """10^9 bytes a second."""
-        return self.nbytes / self.seconds / 1e9 if self.seconds else 0.0
 
 
 class CheckpointManager:
@@ -116,7 +97,7 @@ class CheckpointManager:
         self._best = (best_metric, best_mode)
         if keep_best is not None and best_metric is None:
             raise ManagerError("keep_best: best_metric is missing: best by what?")
-        self._keep = policies.keep_asked(
+        keep_what = policies.keep_asked(
             max_to_keep,
             keep_period,
             keep_seconds,
@@ -132,7 +113,6 @@ class CheckpointManager:
         )  # fmt: skip
         self._group, self._behind = join(self._store.root, rank, world, timeout)
         self._disk = Disk.of(self._group, None if shared else node or socket.gethostname())
-        self._metadata = metadata
         if metadata is not None:
             metadata.set_params(
                 root=self._store.root,
@@ -140,18 +120,18 @@ class CheckpointManager:
                 path_prefix=path_prefix,
                 path_type=path_type,
             )
+        self._keeping = Keeping(self._store, self._disk, keep_what)
+        self._telling = Telling(self._group.rank, self.path, metadata)
         self._async = async_save
         self._snapshots = Snapshots()
+        self._process = os.getpid()
         self._worker: ThreadPoolExecutor | None = None
         self._flight: Future[None] | None = None
         self._names: set[str] | None = None
         self._restored_step: int | None = None
-        self._broken: set[int] = set()
-        self._stats: list[Timing] = []
         self._last_save = -math.inf
-        self._newest: int | None = None
         with suppress(WriteError):  # a root that cannot be reached now may be when something is saved
-            self._newest = self.latest()
+            self._keeping.newest = self.latest()
         self._signalled = False
         self._preempted = False
         self._old_handler: signal.Handlers | object | None = None
@@ -230,7 +210,8 @@ class CheckpointManager:
 
         def vote() -> JSON:
             busy = self._flight is not None and not self._flight.done()
-            moment = Moment(step, self._newest, time.monotonic() - self._last_save, self._signalled, busy)
+            since = time.monotonic() - self._last_save
+            moment = Moment(step, self._keeping.newest, since, self._signalled, busy)
             want = self._group.rank == 0 and (force or self._when(moment))
             return [want, self._signalled, secrets.token_hex(8)]
 
@@ -243,10 +224,10 @@ class CheckpointManager:
         if not self._reachable(step):
             return False
 
-        stands = self.exists(step) and step not in self._broken
-        if self._newest is not None and step < self._newest and not stands:
+        stands = self.exists(step) and step not in self._keeping.broken
+        if self._keeping.newest is not None and step < self._keeping.newest and not stands:
             warnings.warn(
-                f"step {step} is older than step {self._newest}, which a resume would take; "
+                f"step {step} is older than step {self._keeping.newest}, which a resume would take; "
                 "rewind() sets newer commits aside",
                 CheckpointWarning,
                 stacklevel=2,
@@ -301,36 +282,17 @@ class CheckpointManager:
     def _finish(self, group: Group, request: saving.Request) -> None:
         """Commit, tell, and clean: in this order."""
         done = saving.save(self._store, group, self._disk, request)
-        self._broken.discard(request.step)
-        self._newest = request.step
-        for rank, (seconds, nbytes) in enumerate(zip(done.seconds, done.nbytes, strict=True)):
-            self._stats.append(Timing(SAVE, request.step, rank, seconds, nbytes))
-        if self._metadata is not None and group.rank == 0:
-            with _only_said(f"step {request.step} stands, but the metadata handler failed"):
-                self._metadata.write(request.step)
-                self._metadata.report(SAVE, self._parts(request.step, done.seconds))
-        self._clean(group)
-
-    def _parts(self, step: int, seconds: Sequence[float]) -> dict[str, float]:
-        """Where each rank's part of a step lies, and what it took."""
-        return {self.path(step, rank): s for rank, s in enumerate(seconds)}
-
-    def _clean(self, group: Group) -> list[int]:
-        """Remove what no policy keeps; one rank decides for all disks. The steps that went."""
-        disks = len(self._disk.ranks) < group.world
-        standing = Standing.of(self._store, group) if disks else None
-        agreed = together(group, "cleaning", lambda: [*self._surplus(standing)] if group.rank == 0 else [])[0]
-        steps = [s for s in agreed if isinstance(s, int)] if isinstance(agreed, list) else []
-        if steps and self._disk.coordinator:
-            with _only_said(f"old commits in {self.root} could not be removed"):
-                self._store.take()
-                self._store.remove(steps)
-        return steps
+        self._keeping.broken.discard(request.step)
+        self._keeping.newest = request.step
+        self._telling.done(SAVE, request.step, done.seconds, done.nbytes)
+        self._keeping.clean(group)
 
     def wait(self) -> None:
         """Wait for the save in flight, if any; its error is raised here. Collective in effect."""
         flight, self._flight = self._flight, None
-        if flight is not None:
+        if self._process != os.getpid():  # a fork: the thread and what it saves stayed with the parent
+            self._process, self._worker = os.getpid(), None
+        elif flight is not None:
             flight.result()
 
     def _reachable(self, step: int) -> bool:
@@ -346,9 +308,13 @@ class CheckpointManager:
         return not lacking
 
     def _accessible_here(self, step: int | None) -> bool:
-        if self._metadata is not None and not self._metadata.accessible(step):
+        if not self._telling.accessible(step):
             return False
-        return ready(self.root) if step is None else self._store.commit(step) is not None
+        if step is None:
+            return ready(self.root)
+        with suppress(WriteError):
+            return self._store.commit(step) is not None
+        return False
 
     def accessible(self, step: int | None = None) -> bool:
         """Whether checkpoints can be written here now, or that step be read. Of this node alone."""
@@ -376,12 +342,12 @@ class CheckpointManager:
         In both cases the template is as it was, unless its own load_state_dict refused it halfway."""
         self.wait()
         asked = Asked(None if names is None else tuple(names), allow_missing, template)
-        standing = Standing.of(self._store, self._group)
+        standing = self._standing()
         if step is not None:
             if step not in standing.steps:
                 raise ManagerError(f"{self.root}: step {step} cannot be restored: {standing.lacking(step)}")
             return self._load(step, asked)
-        while good := [s for s in standing.steps if s not in self._broken]:
+        while good := [s for s in standing.steps if s not in self._keeping.broken]:
             candidate = max(good)
             key = standing.steps[candidate]
             try:
@@ -390,15 +356,28 @@ class CheckpointManager:
                 standing = Standing.of(self._store, self._group)
                 if standing.steps.get(candidate) != key:
                     continue  # it is gone or another: a job that saves here cleaned beside us
-                self._broken.add(candidate)
+                self._keeping.broken.add(candidate)
                 warnings.warn(
                     f"COMMIT {candidate} IS BROKEN and passed over for the one before it: {e}",
                     CheckpointWarning,
                     stacklevel=2,
                 )
         raise ManagerError(
-            f"{self.root}: no valid commit to restore; broken: {sorted(self._broken) or 'none'}"
+            f"{self.root}: no valid commit to restore; broken: {sorted(self._keeping.broken) or 'none'}"
         )
+
+    def _standing(self) -> Standing:
+        """What stands everywhere; what is newer here and does not is said, not passed over in silence."""
+        here = self._store.steps()
+        standing = Standing.of(self._store, self._group)
+        newest = max(standing.steps, default=-1)
+        for step in (s for s in here if s > newest and s not in self._keeping.broken):
+            warnings.warn(
+                f"COMMIT {step} IS BROKEN and passed over for the one before it: {standing.lacking(step)}",
+                CheckpointWarning,
+                stacklevel=3,
+            )
+        return standing
 
     def _load(self, step: int, asked: Asked) -> object:
         if not self._store.local:
@@ -415,11 +394,7 @@ class CheckpointManager:
             self._names, self._restored_step = set(done.saved_names), step
         for note in done.notes:
             warnings.warn(f"step {step}: {note}", CheckpointWarning, stacklevel=3)
-        for rank, (seconds, nbytes) in enumerate(zip(done.seconds, done.nbytes, strict=True)):
-            self._stats.append(Timing(action, step, rank, seconds, nbytes))
-        if self._metadata is not None and self._group.rank == 0:
-            with _only_said(f"step {step} is restored, but the metadata handler failed"):
-                self._metadata.report(action, self._parts(step, done.seconds))
+        self._telling.done(action, step, done.seconds, done.nbytes)
         return done.value
 
     # ---- what there is ----
@@ -478,20 +453,15 @@ class CheckpointManager:
         The metadata handler is asked first; an answer that does not stand is passed over with a warning.
         Raises ManagerError where the user's step does not stand. Collective."""
         self.wait()
-        standing = Standing.of(self._store, self._group)
+        standing = self._standing()
         if user_step is not None and user_step not in standing.steps:
             raise ManagerError(
                 f"{self.root}: step {user_step} cannot be resumed: {standing.lacking(user_step)}"
             )
-        good = [s for s in standing.steps if s not in self._broken]
+        good = [s for s in standing.steps if s not in self._keeping.broken]
         newest = max(good) if good else None
 
-        def ask() -> JSON:
-            if self._metadata is not None and self._group.rank == 0:
-                return self._metadata.last_epoch(user_step)
-            return user_step
-
-        told = together(self._group, "metadata", ask)[0]
+        told = together(self._group, "metadata", lambda: self._telling.last(user_step))[0]
         if user_step is not None or told is None:
             return user_step if user_step is not None else newest
         if told in good and isinstance(told, int):
@@ -512,7 +482,7 @@ class CheckpointManager:
 
     def stats(self) -> tuple[Timing, ...]:
         """What each save, load and partial load of this process took, on every rank."""
-        return tuple(self._stats)
+        return tuple(self._telling.stats)
 
     def open(self, step: int, rank: int) -> Opened:
         """A step as one of the ranks that saved it sees it. Raises SourceError, ManagerError."""
@@ -530,57 +500,19 @@ class CheckpointManager:
 
         The steps that went. Collective."""
         self.wait()
-
-        def sweep() -> JSON:
-            if self._disk.coordinator:
-                self._store.take()
-                self._store.sweep(aside=aside)
-            return None
-
-        together(self._group, "gc", sweep)
-        return self._clean(self._group)
+        return self._keeping.gc(self._group, aside=aside)
 
     def surplus(self) -> list[int]:
         """The steps that no policy keeps, which the next cleaning removes. Of this disk alone: where nodes
         have disks of their own, none, as it does not show what stands on all of them."""
-        return self._surplus(None)
-
-    def _surplus(self, standing: Standing | None) -> list[int]:
-        """`standing`: what all disks hold, where there are several. What only some of them have is no
-        commit: it is not counted as kept, and goes with what is older than the newest commit."""
-        if self._keep is None:
-            return []
-        commits = [
-            c for c in self._store.commits()
-            if c.step not in self._broken and (c.step in standing.steps if standing else c.everywhere)
-        ]  # fmt: skip
-        if not commits:
-            return []
-        kept = self._keep(commits) | {commits[-1].step}
-        if self._newest is not None:  # saved last, though older than others that stand
-            kept.add(self._newest)
-        seen = {s for rank in standing.by_rank for s in rank} if standing else {c.step for c in commits}
-        return sorted(s for s in seen - kept - self._broken if s < commits[-1].step)
+        return self._keeping.surplus()
 
     def rewind(self, step: int) -> list[int]:
         """Set commits newer than `step` aside, so that it is the newest; the steps that went. Collective.
 
         They keep their bytes under hidden names until `gc(aside=True)`."""
         self.wait()
-        standing = Standing.of(self._store, self._group)
-        if step not in standing.steps:
-            raise ManagerError(f"{self.root}: cannot go back to step {step}: {standing.lacking(step)}")
-        newer = [s for s in self._store.steps() if s > step]
-
-        def move() -> JSON:
-            if self._disk.coordinator and newer:
-                self._store.take()
-                self._store.set_aside(newer)
-            return None
-
-        together(self._group, f"rewind to step {step}", move)
-        self._newest = step
-        return newer
+        return self._keeping.rewind(self._group, step)
 
     def close(self) -> None:
         """Wait for the save in flight and let go of everything; its error is raised here."""
@@ -645,15 +577,6 @@ class CheckpointManager:
 
         together(self._group, f"publish of step {step}", work)
         return report
-
-
-@contextmanager
-def _only_said(what: str) -> Iterator[None]:
-    """Turn a failure that costs no commit into a warning, so that the ranks stay in step."""
-    try:
-        yield
-    except (FastckptError, OSError, RuntimeError, ValueError) as e:
-        warnings.warn(f"{what}: {e}", CheckpointWarning, stacklevel=4)
 
 
 def _finite(step: int, metrics: Mapping[str, float]) -> dict[str, float]:

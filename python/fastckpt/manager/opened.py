@@ -19,7 +19,7 @@ from ..checkpoint import JSON, Checkpoint, Single
 from ..digest import LEAF, combine, digest, digest64
 from ..dtypes import BY_NAME, DType
 from ..errors import ManagerError, SourceError, near
-from ..extents import Extent, Extents, File
+from ..extents import Extent, Extents, File, content
 from ..output.manifest import FileEntry, Manifest, TensorEntry
 from ..road import reshard
 from ..running.tensors import torch_dtype
@@ -279,11 +279,7 @@ def checked(path: str, name: str, files: Mapping[str, FileEntry]) -> bytes:
     entry = files.get(name)
     if entry is None:
         raise SourceError(f"{path}: no {name} in the commit; it holds {len(files)} files")
-    try:
-        with open(os.path.join(path, name), "rb") as f:
-            data = f.read()
-    except OSError as e:
-        raise SourceError(f"{path}: {name}: {e.strerror}") from None
+    data = content(os.path.join(path, name))
     if digest(data) != entry.digest:
         raise SourceError(f"{path}: {name}: its bytes differ from the commit's digest")
     return data

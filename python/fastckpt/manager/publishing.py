@@ -16,6 +16,7 @@ from .. import sources
 from ..checkpoint import Checkpoint
 from ..doors.serving_options import Shape
 from ..errors import ManagerError
+from ..extents import is_directory, is_file
 from ..output.commit import sync_directory, telling
 from ..output.manifest import NAME, Manifest
 from ..planning.plans import Plan
@@ -92,12 +93,12 @@ def _same(path: str, wanted: Plan, source: Checkpoint) -> None:
 def versions(to: str | os.PathLike[str]) -> list[str]:
     """The whole versions below a directory, the oldest first."""
     root = os.path.realpath(to)
-    if not os.path.isdir(root):
+    if not is_directory(root):
         return []
     found = []
     for name in os.listdir(root):
         record = os.path.join(root, name, NAME)
-        if name != CURRENT and _VERSION.fullmatch(name) and os.path.isfile(record):
+        if name != CURRENT and _VERSION.fullmatch(name) and is_file(record):
             found.append((os.stat(record).st_mtime_ns, name))
     return [name for _, name in sorted(found)]
 
@@ -115,7 +116,7 @@ def point(to: str | os.PathLike[str], version: str) -> None:
 
     Raises ManagerError where it is not there, WriteError where the link cannot be moved."""
     root = os.path.realpath(to)
-    if not os.path.isfile(os.path.join(root, _checked(version), NAME)):
+    if not is_file(os.path.join(root, _checked(version), NAME)):
         raise ManagerError(
             f"{root}: no whole version {version!r}; there are {', '.join(versions(root)) or 'none'}"
         )

@@ -15,7 +15,8 @@ from ..checkpoint import JSON
 from ..errors import FastckptError, ManagerError
 from .coordination import together
 from .job import Condition, Job
-from .manager import CheckpointManager, CheckpointWarning
+from .manager import CheckpointManager
+from .telling import CheckpointWarning
 from .uploaders import Uploader
 
 SCRATCH: Literal["scratch"] = "scratch"

@@ -19,6 +19,7 @@ from functools import partial
 
 from ..digest import digest64
 from ..errors import SourceError, WriteError
+from ..extents import let_go
 from . import syscalls
 from .manifest import NAME, Manifest, merged, rank_name, rank_of
 
@@ -51,21 +52,26 @@ def sync_directory(path: str) -> None:
         if e.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
     finally:
-        os.close(fd)
+        let_go(fd)
 
 
 def write_file(path: str, pieces: Iterable[bytes], durable: bool) -> None:
-    """A new file of these pieces, whole."""
+    """A new file of these pieces, whole or not at all."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        for piece in pieces:
-            view = memoryview(piece)
-            while view:
-                view = view[os.write(fd, view) :]
-        if durable:
-            os.fsync(fd)
-    finally:
-        os.close(fd)
+        try:
+            for piece in pieces:
+                view = memoryview(piece)
+                while view:
+                    view = view[os.write(fd, view) :]
+            if durable:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(path)
+        raise
 
 
 def refuse_loss(path: str, keep: Iterable[str]) -> None:
@@ -96,7 +102,7 @@ class Whole:
         with telling(self.path):
             if os.path.ismount(self.path):
                 raise WriteError(f"{self.path}: a mount point cannot be renamed; name a directory below it")
-            if _is_there(self.path):
+            if is_there(self.path):
                 if not os.path.isdir(self.path):
                     raise WriteError(f"{self.path}: exists and is no directory")
                 entries = sorted(os.listdir(self.path))
@@ -169,9 +175,8 @@ class Whole:
         remove_directories(self._made)
 
     def _unlock(self) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        fd, self._lock = self._lock, -1
+        let_go(fd)
 
     def _sweep(self) -> None:
         """Remove staging directories of dead processes of this host; those of other hosts may live.
@@ -186,7 +191,7 @@ class Whole:
             with suppress(OSError):
                 if (lock := _lock(left)) >= 0:
                     shutil.rmtree(left, ignore_errors=True)
-                    os.close(lock)
+                    let_go(lock)
 
     def _try_exchange(self) -> None:
         """Learn before the work whether the file system can exchange two directories."""
@@ -462,11 +467,11 @@ def remove_directories(made: Iterable[str]) -> None:
             os.rmdir(directory)
 
 
-def _is_there(path: str) -> bool:
+def is_there(path: str) -> bool:
     """Whether the path exists; OSError where nothing could, such as a name that is too long."""
     try:
         os.lstat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     return True
 
@@ -490,7 +495,7 @@ def _lock(directory: str) -> int:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(fd)
+        let_go(fd)
         return -1
     except OSError:
         pass

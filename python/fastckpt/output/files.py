@@ -12,12 +12,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dtypes import DType, counted
+from ..dtypes import DTYPES, DType, counted
 from ..errors import LayoutError, WriteError
 
 Spec = tuple[str, DType, tuple[int, ...]]
@@ -167,9 +168,7 @@ def _safetensors_header(
         places = zip(tensors[some], begins[some].tolist(), ends[some].tolist(), strict=True)
         out += "".join(
             [
-                f'{spell(name)}:{{"dtype":"{dtype.safetensors}",'
-                f'"shape":[{",".join(map(str, counted(dtype, shape)))}],'
-                f'"data_offsets":[{begin},{end}]}},'
+                f'{spell(name)}:{{{_kind(dtype.code, shape)},"data_offsets":[{begin},{end}]}},'
                 for (name, dtype, shape), begin, end in places
             ]
         ).encode()
@@ -179,6 +178,13 @@ def _safetensors_header(
     out += b" " * (-len(out) % 8)
     out[:8] = (len(out) - 8).to_bytes(8, "little")
     return out
+
+
+@lru_cache(maxsize=1 << 10)
+def _kind(code: int, shape: tuple[int, ...]) -> str:
+    """The header's words for a dtype and shape: many tensors share one."""
+    dtype = DTYPES[code]
+    return f'"dtype":"{dtype.safetensors}","shape":[{",".join(map(str, counted(dtype, shape)))}]'
 
 
 # ---- which tensor goes into which file ----

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import chain, islice, repeat
 from typing import TypeVar
 
@@ -22,6 +23,7 @@ from ..checkpoint import JSON
 from ..digest import LEAF, combine, digest, digest64
 from ..dtypes import BY_NAME, DType
 from ..errors import SourceError, WriteError
+from ..extents import content, is_directory, is_file
 from .files import SlotTable
 
 SCHEMA = 1
@@ -199,15 +201,10 @@ class Manifest:
     def read(path: str | os.PathLike[str]) -> Manifest:
         """The manifest at `path`, or in the directory `path`. Raises SourceError saying what is wrong."""
         name = os.fspath(path)
-        name = os.path.join(name, NAME) if os.path.isdir(name) else name
-        try:
-            if not os.path.isfile(name):
-                raise SourceError(f"{name}: no such file")
-            with open(name, "rb") as f:
-                text = f.read(_MAX_BYTES + 1)
-        except OSError as e:
-            raise SourceError(f"{name}: {e.strerror}") from None
-        return Manifest.parse(text, name)
+        name = os.path.join(name, NAME) if is_directory(name) else name
+        if not is_file(name):
+            raise SourceError(f"{name}: no such file")
+        return Manifest.parse(content(name, _MAX_BYTES + 1), name)
 
     @staticmethod
     def parse(text: bytes, name: str) -> Manifest:
@@ -300,7 +297,7 @@ def _ranks(shards: Iterable[Shard]) -> Iterator[str]:
         rows, before = rows_of(s.tensors), ""
         while some := list(islice(rows, _LINES)):
             lines = [
-                f'{_spell(name)}: {{"file": {_spell(file)}, "dtype": "{dtype.name}", "shape": {list(shape)}, '
+                f"{_spell(name)}: {{{_kind(file, dtype.name, shape)}, "
                 f'"offset": {offset}, "nbytes": {nbytes}, "digest": "{found}"}}'
                 for name, file, dtype, shape, offset, nbytes, found in some
             ]
@@ -308,6 +305,12 @@ def _ranks(shards: Iterable[Shard]) -> Iterator[str]:
             before = ",\n"
         yield f'}},\n"aliases": {_json(dict(s.aliases))}}}'
     yield "],\n"
+
+
+@lru_cache(maxsize=1 << 10)
+def _kind(file: str, dtype: str, shape: tuple[int, ...]) -> str:
+    """What an entry says of these: many tensors share them."""
+    return f'"file": {_spell(file)}, "dtype": "{dtype}", "shape": {list(shape)}'
 
 
 def rows_of(tensors: Mapping[str, TensorEntry]) -> Iterator[Row]:

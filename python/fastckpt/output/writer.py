@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import datetime, timezone
 from types import TracebackType
 
@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from ..digest import LEAF, combine, digest, digest64
 from ..errors import SourceError, WriteError, expect
+from ..extents import is_file
 from . import syscalls
-from .commit import TRACE, Part, Whole, telling
+from .commit import TRACE, Part, Whole, telling, write_file
 from .endings import Endings
 from .files import FileLayout
 from .manifest import NAME, FileEntry, Manifest, Record, Shard, TensorTable, inside, rank_of
@@ -73,7 +74,7 @@ class OutputFile:
         """Close the descriptor."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            with telling(self.layout.path):
+            with self._output.telling(self.layout.path):
                 try:
                     if sync:
                         os.fsync(fd)
@@ -81,7 +82,7 @@ class OutputFile:
                     os.close(fd)
 
     def _put(self, offset: int, data: memoryview) -> None:
-        with telling(self.layout.path):
+        with self._output.telling(self.layout.path):
             _write_all(self._fd, offset, data)
 
 
@@ -166,13 +167,13 @@ class Output:
 
         Raises WriteError where the name is taken or leaves the directory, or the space is not there."""
         staged = self._stage(layout.path)
-        with telling(layout.path):
+        with self.telling(layout.path):
             fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         owner = rank if rank is not None else self.rank or 0
         file = OutputFile(self, layout, owner, fd, staged)
         with self._lock:
             self._open.append(file)
-        with telling(f"{layout.path} ({layout.nbytes} bytes)"):
+        with self.telling(f"{layout.path} ({layout.nbytes} bytes)"):
             syscalls.allocate(fd, layout.nbytes)
             for offset, data in layout.fixed:
                 _write_all(fd, offset, memoryview(data))
@@ -220,6 +221,10 @@ class Output:
         self._committed = True
         return result
 
+    def telling(self, name: str) -> AbstractContextManager[None]:
+        """Turn an OSError into a WriteError that names a file of this output."""
+        return telling(os.path.join(self.path, name))
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know of a commit."""
@@ -242,26 +247,23 @@ class Output:
 
     def _small(self, name: str, pieces: Iterable[bytes], rank: int | None) -> None:
         staged = self._stage(name)
-        leaves, at = [], 0
-        with telling(name):
-            fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
+        leaves, nbytes = [], 0
+
+        def told() -> Iterator[bytes]:
+            nonlocal nbytes
             for piece in pieces:
-                with telling(name):
-                    _write_all(fd, at, memoryview(piece))
                 leaves.append(digest64(piece))
-                at += len(piece)
-            if self.durable:
-                with telling(name):
-                    os.fsync(fd)
+                nbytes += len(piece)
+                yield piece
+
+        try:
+            with self.telling(name):
+                write_file(staged, told(), self.durable)
         except BaseException:
-            os.unlink(staged)
             self._names.discard(name)
             raise
-        finally:
-            os.close(fd)
         self._place.settle(name, staged)
-        entry = FileEntry(at, combine(np.array(leaves, np.uint64)))
+        entry = FileEntry(nbytes, combine(np.array(leaves, np.uint64)))
         with self._lock:
             (self._shared if rank is None else self._files.setdefault(rank, {}))[name] = entry
 
@@ -305,7 +307,7 @@ def _write_all(fd: int, offset: int, data: memoryview) -> None:
 
 def _pieces_of(path: str) -> Iterator[bytes]:
     """A file in pieces of a leaf."""
-    if not os.path.isfile(path):
+    if not is_file(path):
         raise SourceError(f"{path}: no such file")
     try:
         with open(path, "rb") as f:

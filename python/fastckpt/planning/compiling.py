@@ -26,30 +26,30 @@ def compile(targets: Sequence[Target], extents: Extents) -> tuple[Chunk, Extents
 
     `extents` is the checkpoint's table; a target over another (a constant) adds to it. Raises the
     target's own error with its name put before."""
-    tables: dict[int, Ints | None] = {id(extents): None}
+    own = extents
+    tables: dict[int, Ints] = {}
     parts: list[tuple[Ints, Table]] = []
     by_ndim: dict[int, list[tuple[int, View]]] = {}
     for i, target in enumerate(targets):
-        if len(target.view.held):
-            by_ndim.setdefault(len(target.view.boxes), []).append((i, target.view))
+        view = target.view
+        if len(view.held):
+            by_ndim.setdefault(len(view.boxes), []).append((i, view))
     for ndim, chosen in by_ndim.items():
-        columns = []
-        for _, view in chosen:
-            if len(view.extents) and id(view.extents) not in tables:
+        columns = [view.held for _, view in chosen]
+        for k, (_, view) in enumerate(chosen):
+            if view.extents is own or not len(view.extents):
+                continue
+            if id(view.extents) not in tables:
                 extents, moved = extents.union(view.extents)
                 tables[id(view.extents)] = np.array([*moved, ZERO], np.int64)
-            moved_to = tables.get(id(view.extents))
-            if moved_to is None:
-                columns.append(view.held)
-            else:
-                rows = view.held.copy()
-                rows[:, 0] = moved_to[rows[:, 0]]
-                columns.append(rows)
-        counts = np.array([len(v.held) for _, v in chosen])
+            columns[k] = view.held.copy()
+            columns[k][:, 0] = tables[id(view.extents)][view.held[:, 0]]
+        counts = np.array([len(rows) for rows in columns])
         tensor = np.repeat(np.array([i for i, _ in chosen], np.int64), counts)
         codes = np.repeat(np.array([v.dtype.code for _, v in chosen], np.int64), counts)
-        steps = {boxes: dense_strides(boxes) for boxes in {v.boxes for _, v in chosen}}
-        dense = np.array([steps[v.boxes] for _, v in chosen], np.int64).reshape(len(chosen), ndim)
+        boxes = [v.boxes for _, v in chosen]
+        steps = {shape: dense_strides(shape) for shape in set(boxes)}
+        dense = np.array([steps[shape] for shape in boxes], np.int64).reshape(len(chosen), ndim)
         strides = np.repeat(dense, counts, axis=0) * item_sizes(codes)[:, None]
         parts.append(_compile(np.concatenate(columns), ndim, strides, codes, tensor))
     if not parts:

@@ -10,6 +10,7 @@ from ..checkpoint import JSON, Checkpoint
 from ..dtypes import DType
 from ..dtypes import dtype as dtype_of
 from ..errors import RecipeError, SourceError
+from ..extents import is_directory
 from .wanted import Wanted
 
 
@@ -29,7 +30,7 @@ def found(ckpt: Checkpoint, given: str | os.PathLike[str] | Mapping[str, JSON] |
             )
         return ckpt.config
     path = os.fspath(given)
-    if os.path.isdir(path):
+    if is_directory(path):
         path = os.path.join(path, "config.json")
     try:
         with open(path, encoding="utf-8") as f:

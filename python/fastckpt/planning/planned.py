@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..dtypes import DType
 from ..output.files import Spec
+from ..target import Target
 from .batches import Slots
 
 Ints = NDArray[np.int64]
@@ -32,12 +33,12 @@ class Names:
     def __len__(self) -> int:
         return len(self.names)
 
-    def add(self, rank: int, name: str, dtype: DType, shape: tuple[int, ...]) -> None:
-        """One more at the end."""
-        self.ranks.append(rank)
-        self.names.append(name)
-        self.dtypes.append(dtype)
-        self.shapes.append(shape)
+    def extend(self, targets: Sequence[tuple[int, Target]]) -> None:
+        """More at the end, each with its serving rank."""
+        self.ranks.extend([rank for rank, _ in targets])
+        self.names.extend([t.name for _, t in targets])
+        self.dtypes.extend([t.dtype for _, t in targets])
+        self.shapes.extend([t.stored_shape for _, t in targets])
 
     def of_rank(self, rank: int) -> Ints:
         """The rows of one serving rank."""

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from ..checkpoint import JSON, Checkpoint
 from ..collector import paused
 from ..computed import dequantised
+from ..computed.lowrank import lies_nowhere
 from ..dtypes import DType, float8_e4m3fn, float8_e5m2
 from ..errors import LayoutError
-from ..extents import Extents
+from ..extents import Extent, Extents
 from ..layouts.naming import Naming
 from ..output.files import FileLayout, Spec, safetensors_layout, split
 from ..output.torchzip import Wrap, torch_layout
@@ -52,7 +53,8 @@ class Plan:
     (rank, path, bytes). `config`: the text of a config.json that differs from the one beside the checkpoint
     (given apart, or another vocab_size), else None. `aliases`: tied name -> the name that is stored.
     `options`: what the manifest repeats. `needed_bytes`: source bytes the outputs are made of; a byte that
-    two ranks need counts for each. `notes`: what the user should know. `left_out`: names the layout made
+    two ranks need counts for each; None where values are computed of others (merged, dequantised, one more),
+    of which some are read for several. `notes`: what the user should know. `left_out`: names the layout made
     and `held` does not have. `quantised`: the tensors that are quantised, by index; `scans`: the uncut
     matrices whose largest magnitudes are read first."""
 
@@ -71,7 +73,7 @@ class Plan:
     extents: Extents
     stream: Stream
     kept: tuple[Kept, ...] | None
-    needed_bytes: int = 0
+    needed_bytes: int | None = None
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     quantised: Mapping[int, Quantised] = field(default_factory=dict)
@@ -139,7 +141,7 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
         extents=extents,
         stream=stream,
         kept=table.chunks,
-        needed_bytes=needed,
+        needed_bytes=needed if all(map(_told, extents)) else None,
         notes=notes,
         left_out=tuple(left_out),
         quantised=quantised,
@@ -238,10 +240,10 @@ def _compiled(stream: Stream, extents: Extents, expansion: Expansion | None) -> 
     dense = prequantised.dense_bytes(extents)
     for window, chunk, table in compiled(stream(), extents):
         extents = table
-        for rank, t in window:
-            if expansion is not None and t.scheme is not None:
-                quantised[len(made)] = expansion.quantised(t)
-            made.add(rank, t.name, t.dtype, t.stored_shape)
+        if expansion is not None:
+            chosen = ((i, t) for i, (_, t) in enumerate(window, len(made)) if t.scheme is not None)
+            quantised |= {i: expansion.quantised(t) for i, t in chosen}
+        made.extend(window)
         rows += len(chunk.rows)
         needed += _needed(chunk.rows, dense)
         if rows > KEPT_ROWS:
@@ -267,6 +269,11 @@ def _with_scales(made: Names, quantised: Mapping[int, Quantised]) -> dict[int, Q
         assert scales is not None  # every scheme has scales
         out[i] = replace(told, scales=scales, zeros=zeros, form=form)
     return out
+
+
+def _told(extent: Extent) -> bool:
+    """Whether it is known which source bytes an extent's bytes are made of."""
+    return not lies_nowhere(extent) or prequantised.owner(extent) is not None
 
 
 def _needed(rows: Table, dense: NDArray[np.float64]) -> int:

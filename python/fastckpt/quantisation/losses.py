@@ -5,7 +5,6 @@ Law: nothing here is measured again; `quantisation-rank-R.json` (docs/formats.md
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from ..checkpoint import JSON
 from ..doors.drawing import Canvas
 from ..doors.text import columns, size
 from ..errors import SourceError
+from ..extents import is_directory, listed
 
 SHOWN = 20
 """Tensors that the text names: the worst."""
@@ -50,7 +50,8 @@ class Loss:
 def read(path: str) -> tuple[Loss, ...]:
     """The losses an output directory tells, rank by rank; none for anything else. Raises SourceError."""
     found: list[Loss] = []
-    for file in sorted(glob.glob(os.path.join(glob.escape(path), "quantisation-rank-*.json")), key=_rank):
+    names = listed(path, "quantisation-rank-*.json") if is_directory(path) else []
+    for file in sorted((os.path.join(path, name) for name in names), key=_rank):
         try:
             with open(file, encoding="utf-8") as f:
                 told = json.load(f)

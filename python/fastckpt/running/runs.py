@@ -62,9 +62,10 @@ class Report:
     """What a run did: where, what, how many bytes, how long.
 
     `digests`: "name" (or "rank/name" with several ranks) -> hex digest of the tensor's output bytes, empty
-    where no files were written. `bytes_needed`: source bytes the outputs are made of; `bytes_read`: source
-    bytes that were read or, mapped, copied from. `peak_memory`: the process's highest resident bytes so far
-    (VmHWM). `phases`: seconds of planning, copying and syncing. `notes`: what the user should know.
+    where no files were written. `bytes_needed`: source bytes the outputs are made of, None where values are
+    computed of others (`Plan`); `bytes_read`: source bytes that were read or, mapped, copied from.
+    `peak_memory`: the process's highest resident bytes so far (VmHWM). `phases`: seconds of planning, copying
+    and syncing. `notes`: what the user should know.
     `bytes_scanned`: source bytes read first, for scales that reach across a cut; `errors`: how far each
     quantised tensor lies from its dense values (docs/formats.md), named as in `digests`; none where a GPU
     quantised."""
@@ -74,7 +75,7 @@ class Report:
     ranks: tuple[int, ...]
     files: tuple[str, ...]
     tensors: int
-    bytes_needed: int
+    bytes_needed: int | None
     bytes_read: int
     bytes_written: int
     seconds: float
@@ -161,7 +162,7 @@ class Run:
             began = time.perf_counter()
             made = quantised.prepare(planned, binding, buffers, device)
             made.run()
-            self.bytes_read += planned.needed_bytes
+            self.bytes_read += planned.needed_bytes or 0  # nothing computed lies on a GPU
             self.bytes_scanned += made.bytes_scanned
             self.phases["copy"] = time.perf_counter() - began
         elif planned.quantised:  # by the CPU
@@ -174,7 +175,7 @@ class Run:
         elif resident(binding):
             began = time.perf_counter()
             prepare(planned, binding, buffers, device).run()
-            self.bytes_read += planned.needed_bytes
+            self.bytes_read += planned.needed_bytes or 0  # nothing computed lies on a GPU
             self.phases["copy"] = time.perf_counter() - began  # until it was started
         else:
             # The GPU's way holds more than `memory` may allow.
@@ -249,7 +250,7 @@ class Run:
         binding, slots = Binding.of(planned.extents), planned.slots()
         quantising = Quantising(planned, slots, largest)
         threads, batch = limits or (self._fitting(quantising), 0)
-        small = isinstance(end, ToMemory) and planned.needed_bytes + planned.output_bytes <= SMALL
+        small = isinstance(end, ToMemory) and (planned.needed_bytes or 0) + planned.output_bytes <= SMALL
         threads = 1 if small else threads
         total, done = planned.output_bytes, 0
 

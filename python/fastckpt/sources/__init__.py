@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
@@ -10,6 +9,7 @@ from typing import Protocol
 from ..checkpoint import Checkpoint
 from ..collector import paused
 from ..errors import SourceError, expect
+from ..extents import is_directory, listed
 from . import dcp, memory, peft, safetensors, served, statedict, training, zero
 from .options import Options, strip_prefix
 
@@ -88,10 +88,10 @@ def _refuse_absent(path: str) -> None:
 
 def _what_it_is(path: str) -> str:
     """What was recognised in something no source reads."""
-    if not os.path.isdir(path):
+    if not is_directory(path):
         return "not a checkpoint file"
     for pattern, what in _NOT_YET:
-        if glob.glob(os.path.join(glob.escape(path), pattern)):
+        if listed(path, pattern):
             return f"{what}, which is not supported yet"
     inside: Sequence[str] = sorted(
         n for n in os.listdir(path) if any(s.matches(os.path.join(path, n)) for s in SOURCES)

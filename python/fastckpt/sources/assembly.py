@@ -14,7 +14,7 @@ import xxhash
 from ..checkpoint import JSON, Checkpoint, Entry, Single
 from ..dtypes import DType
 from ..errors import SourceError
-from ..extents import Extent, Extents, File
+from ..extents import Extent, Extents, File, content, is_file, let_go
 from ..stored import strided
 from ..views import View, zeros
 from .options import Options
@@ -101,7 +101,7 @@ def neighbours(directories: Sequence[str]) -> tuple[str, ...]:
     found = {}
     for directory in reversed(directories):
         for name in BESIDE:
-            if os.path.isfile(os.path.join(directory, name)):
+            if is_file(os.path.join(directory, name)):
                 found[name] = os.path.join(directory, name)
     return tuple(found[name] for name in BESIDE if name in found)
 
@@ -116,11 +116,7 @@ def read_config(beside: Sequence[str]) -> dict[str, JSON] | None:
 
 def read_json(path: str, limit: int = 64 << 20) -> dict[str, JSON]:
     """The JSON object in a file of at most `limit` bytes; SourceError otherwise, for a doubled key too."""
-    try:
-        with open(path, "rb") as f:
-            data = f.read(limit + 1)
-    except OSError as e:
-        raise SourceError(f"{path}: {e.strerror}") from None
+    data = content(path, limit + 1)
     if len(data) > limit:
         raise SourceError(f"{path}: more than {limit} bytes of JSON")
     return parse_json(data, path)
@@ -157,16 +153,14 @@ def sampled(extents: Sequence[Extent]) -> str:
             if not isinstance(extent.where, File):
                 continue
             if extent.where.path != opened:
-                if descriptor >= 0:
-                    os.close(descriptor)
+                let_go(descriptor)
                 descriptor, opened = os.open(extent.where.path, os.O_RDONLY), extent.where.path
             for at in {0, extent.nbytes // 2}:
                 seen.update(os.pread(descriptor, min(SAMPLE, extent.nbytes - at), extent.offset + at))
     except OSError as e:
         raise SourceError(f"{opened or extent.where}: {e.strerror}") from None
     finally:
-        if descriptor >= 0:
-            os.close(descriptor)
+        let_go(descriptor)
     return str(seen.hexdigest())
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ..checkpoint import Checkpoint, Entry, Single
 from ..dtypes import DType
 from ..errors import SourceError
-from ..extents import Extent, Extents, File
+from ..extents import Extent, Extents, File, is_directory, is_file
 from ..stored import boxes
 from . import torchfile
 from .assembly import WRAPPERS, assemble, neighbours, read_config
@@ -45,7 +45,7 @@ _CHUNK = 4 << 20
 
 def matches(path: str) -> bool:
     """Whether `path` is a directory of a DCP save, or of a trainer with one in it; Megatron's are others."""
-    return os.path.isdir(path) and _directory(path) is not None
+    return is_directory(path) and _directory(path) is not None
 
 
 def read(path: str, options: Options) -> Checkpoint:
@@ -53,7 +53,7 @@ def read(path: str, options: Options) -> Checkpoint:
     options.refuse_zero_only(path)
     root = _directory(path) or path
     where = os.path.join(root, NAME)
-    if not os.path.isfile(where):
+    if not is_file(where):
         raise SourceError(
             f"{root}: a torch distributed checkpoint without {NAME}: not finished, or a part of one"
         )
@@ -90,7 +90,7 @@ def _directory(path: str) -> str | None:
     for root in (path, os.path.join(path, TRAINER)):
         try:
             inside = os.listdir(root)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         if NAME in inside or any(n.endswith(SUFFIX) for n in inside):
             return None if "common.pt" in inside else root
@@ -169,7 +169,7 @@ def _located(
 
 def _file(name: str, directories: Sequence[str]) -> str:
     for directory in directories:
-        if os.path.isfile(path := os.path.join(directory, name)):
+        if is_file(path := os.path.join(directory, name)):
             return path
     raise SourceError(f"{directories[0]}: {NAME} names {name}, which is missing in {', '.join(directories)}")
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import SourceError
+from ..extents import is_file
 from . import safetensors, statedict
 from .assembly import read_json
 from .options import Options
@@ -24,7 +25,7 @@ TOLD = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "target_modul
 def weights(path: str) -> str | None:
     """The file of an adapter's weights in a directory, None for none."""
     files = (os.path.join(path, name) for name in WEIGHTS)
-    return next((f for f in files if os.path.isfile(f)), None)
+    return next((f for f in files if is_file(f)), None)
 
 
 def read_config(path: str) -> dict[str, JSON]:
@@ -34,7 +35,7 @@ def read_config(path: str) -> dict[str, JSON]:
 
 def matches(path: str) -> bool:
     """Whether `path` is a directory with an adapter's config and weights, and no whole model."""
-    config = os.path.isfile(os.path.join(path, CONFIG))
+    config = is_file(os.path.join(path, CONFIG))
     return config and weights(path) is not None and not safetensors.whole_model(path)
 
 

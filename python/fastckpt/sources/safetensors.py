@@ -7,7 +7,6 @@ Source: https://github.com/huggingface/safetensors#format.
 
 from __future__ import annotations
 
-import glob
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ import xxhash
 from ..checkpoint import JSON, Checkpoint, Entry
 from ..dtypes import BY_SAFETENSORS, DType, in_elements
 from ..errors import SourceError, ViewError
-from ..extents import Extent, Extents, File
+from ..extents import Extent, Extents, File, is_directory, is_file, listed
 from .assembly import assemble, parse_json, sampled, tensor
 from .options import Options
 from .shards import find_shards
@@ -56,14 +55,14 @@ class Header:
 
 def matches(path: str) -> bool:
     """Whether `path` is a safetensors file, its index, or a directory that holds such files."""
-    if os.path.isdir(path):
-        return bool(glob.glob(os.path.join(glob.escape(path), "*" + SUFFIX)))
+    if is_directory(path):
+        return bool(listed(path, "*" + SUFFIX))
     return path.endswith((SUFFIX, SUFFIX + ".index.json"))
 
 
 def whole_model(path: str) -> bool:
     """Whether a directory holds the files save_pretrained gives a model."""
-    return any(os.path.isfile(os.path.join(path, name)) for name in (SINGLE, SINGLE + ".index.json"))
+    return any(is_file(os.path.join(path, name)) for name in (SINGLE, SINGLE + ".index.json"))
 
 
 def read(path: str, options: Options) -> Checkpoint:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import SourceError
-from ..extents import File
+from ..extents import File, is_directory, is_file
 from . import safetensors, statedict
 from .assembly import RECORD, assemble, read_json
 from .options import Options
@@ -26,13 +26,13 @@ _MAX_BYTES = 1 << 30
 
 def matches(path: str) -> bool:
     """Whether `path` is a directory with the commit record, or with the record of a rank alone."""
-    return os.path.isdir(path) and (os.path.isfile(os.path.join(path, RECORD)) or bool(_parts(path)))
+    return is_directory(path) and (is_file(os.path.join(path, RECORD)) or bool(_parts(path)))
 
 
 def read(path: str, options: Options) -> Checkpoint:
     """The checkpoint in an output, or its shards. Raises SourceError for an incomplete one."""
     record = os.path.join(path, RECORD)
-    if not os.path.isfile(record):
+    if not is_file(record):
         raise SourceError(f"{path}: an incomplete output: {', '.join(_parts(path))} without {RECORD}")
     body = read_json(record, _MAX_BYTES)
     if body.get("schema") != SCHEMA:

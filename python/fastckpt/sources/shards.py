@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import SourceError
+from ..extents import is_directory, is_file
 from .assembly import read_json
 from .zero_files import natural
 
@@ -72,7 +73,7 @@ def find_shards(path: str, suffix: str, single: str, also: Sequence[str] = ()) -
     """The shards in `path`: a file, an index file, or a directory. `single`: the name of an unsharded one.
 
     In a directory an index goes before `single`, that before any file that ends in `suffix`."""
-    if not os.path.isdir(path):
+    if not is_directory(path):
         directory = os.path.dirname(os.path.abspath(path))
         if path.endswith(".index.json"):
             return _indexed(path, [directory, *also])
@@ -137,7 +138,7 @@ def _indexed(index: str, directories: Sequence[str]) -> Shards:
         placed[name] = file
     paths = []
     for file in sorted(set(placed.values()), key=natural):
-        there = [os.path.join(d, file) for d in directories if os.path.isfile(os.path.join(d, file))]
+        there = [os.path.join(d, file) for d in directories if is_file(os.path.join(d, file))]
         if not there:
             raise SourceError(f"{index}: {file} is missing in {', '.join(directories)}")
         paths.append(there[0])

@@ -5,14 +5,12 @@ Law: a file is a flat dict of tensors, or one of the usual wrapper keys leads to
 
 from __future__ import annotations
 
-import glob
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..checkpoint import Checkpoint, Entry
 from ..errors import SourceError
-from ..extents import Extents
+from ..extents import Extents, is_directory, listed
 from . import torchfile
 from .assembly import WRAPPERS, assemble
 from .inert import type_name
@@ -35,8 +33,8 @@ class StateDict:
 
 def matches(path: str) -> bool:
     """Whether `path` is a torch file, an index of such, or a directory that holds pytorch_model*.bin."""
-    if os.path.isdir(path):
-        return bool(glob.glob(os.path.join(glob.escape(path), "pytorch_model*.bin*")))
+    if is_directory(path):
+        return bool(listed(path, "pytorch_model*.bin*"))
     return path.endswith(SUFFIX + ".index.json") or torchfile.is_torch_file(path)
 
 

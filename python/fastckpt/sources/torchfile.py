@@ -18,7 +18,7 @@ from hashlib import blake2b
 import xxhash
 
 from ..errors import SourceError
-from ..extents import Extent, File
+from ..extents import Extent, File, is_file
 from . import inertpickle, torchpickle
 from .assembly import sampled
 from .inert import Inert
@@ -45,13 +45,16 @@ class TorchFile:
     `root`: what was saved: plain values, Tensor, Storage, Inert. `extents`: one for each wanted storage
     that holds bytes; `Storage.extent` is the index, `Extent.key` the storage's key. `inert`: sorted
     names of the globals that stayed inert. `digest`: xxh3-64, hexadecimal, of the pickle and the zip
-    directory, which holds the CRC32 of every storage (of a legacy file: of the pickles and of samples)."""
+    directory, which holds the CRC32 of every storage (of a legacy file: of the pickles and of samples).
+    `saved_as`: what a zip's records stand under: the name, without its ending, of the file that torch saved
+    it as, `archive` where it was saved to a stream (caffe2/serialize/inline_container.cc); else empty."""
 
     root: object
     file: File
     extents: tuple[Extent, ...]
     inert: tuple[str, ...]
     digest: str
+    saved_as: str = ""
 
 
 def load(
@@ -100,13 +103,13 @@ def embedded(
 
 def is_torch_file(path: str | os.PathLike[str]) -> bool:
     """Whether the file starts as torch files do (a zip record, or the legacy magic number)."""
-    if not os.path.isfile(path):  # a pipe would be waited for
+    if not is_file(path):  # a pipe would be waited for
         return False
     try:
         with open(path, "rb") as f:
             head = f.read(_MAGIC_WITHIN)
-    except OSError:
-        return False
+    except OSError as e:
+        raise SourceError(f"{os.fspath(path)}: {e.strerror}") from None
     return head[:4] == LOCAL or _MAGIC in head
 
 
@@ -147,7 +150,8 @@ def _load_zip(
         extents.append(Extent(reader.file, reader.begin + offset, s.nbytes, s.key))
     digest = xxhash.xxh3_64(data)
     digest.update(directory.digest.encode())
-    return TorchFile(tree.root, reader.file, tuple(extents), tree.inert, digest.hexdigest())
+    saved_as = top[:-1].decode(errors="replace")
+    return TorchFile(tree.root, reader.file, tuple(extents), tree.inert, digest.hexdigest(), saved_as)
 
 
 def _check_byteorder(reader: Reader, directory: Directory, name: bytes) -> None:

@@ -16,7 +16,7 @@ import zlib
 import xxhash
 
 from ..errors import SourceError
-from ..extents import File
+from ..extents import File, let_go
 from .zipentries import FULL16, FULL32, STREAMED, Entries, Record, zip64
 
 MAX_DIRECTORY = 256 << 20
@@ -44,20 +44,22 @@ class Reader:
         """Opens `file`; close it with `with`. Raises SourceError when the system does or the file changed."""
         self.file, self.begin, self.nbytes = file, 0, file.nbytes
         self._start, self._block = 0, b""
+        self.fd = -1
         try:
             self.fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+            s = os.fstat(self.fd)
         except OSError as e:
+            let_go(self.fd)
             raise SourceError(f"{file.path}: {e.strerror}") from None
-        s = os.fstat(self.fd)
         if (s.st_size, s.st_mtime_ns, s.st_ino) != (file.nbytes, file.mtime_ns, file.inode):
-            os.close(self.fd)
+            let_go(self.fd)
             raise SourceError(f"{file.path}: it changed while it was opened")
 
     def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self.fd)
+        let_go(self.fd)
 
     def window(self, begin: int, nbytes: int) -> Reader:
         """A reader of `nbytes` from `begin`, good as long as this one is open. Raises SourceError where the

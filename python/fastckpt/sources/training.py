@@ -20,7 +20,7 @@ from ..checkpoint import JSON, Checkpoint, Single
 from ..digest import digest
 from ..dtypes import BY_NAME, DType
 from ..errors import SourceError
-from ..extents import Extent, Extents, File
+from ..extents import Extent, Extents, File, content, is_file
 from ..stored import boxes
 from ..views import dense_strides
 from . import zero
@@ -35,7 +35,7 @@ _MAX_BYTES = 1 << 30
 
 def matches(path: str) -> bool:
     """Whether `path` is a directory with a commit record and the table of a training commit."""
-    return all(os.path.isfile(os.path.join(path, name)) for name in (RECORD, TABLE))
+    return all(is_file(os.path.join(path, name)) for name in (RECORD, TABLE))
 
 
 def read(path: str, options: Options) -> Checkpoint:
@@ -172,8 +172,7 @@ def _record(path: str) -> dict[str, JSON]:
     """The commit record, whole and with its own digest."""
     where = os.path.join(path, RECORD)
     body = read_json(where, _MAX_BYTES)
-    with open(where, "rb") as f:
-        text = f.read(_MAX_BYTES)
+    text = content(where, _MAX_BYTES)
     head = text[: -len(_TAIL) - 14]
     if text[len(head) :] != _TAIL % digest(head).encode():
         raise SourceError(f"{where}: does not have its own digest: it was changed or damaged")
@@ -187,11 +186,7 @@ def _document(path: str, body: Mapping[str, JSON], name: str, rank: int | None) 
     """A JSON file of the commit, with the digest of the record."""
     of = body if rank is None else _map(_list(body.get("ranks"), path, "ranks")[rank], path, "rank")
     entry = _map(of.get("files"), path, "files").get(name)
-    try:
-        with open(os.path.join(path, name), "rb") as f:
-            data = f.read(_MAX_BYTES)
-    except OSError as e:
-        raise SourceError(f"{path}: {name}: {e.strerror}") from None
+    data = content(os.path.join(path, name), _MAX_BYTES)
     if not isinstance(entry, dict) or digest(data) != entry.get("digest"):
         raise SourceError(f"{path}: {name}: its bytes differ from the commit's digest")
     return parse_json(data, os.path.join(path, name))

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..checkpoint import JSON, Checkpoint, Entry
 from ..errors import SourceError
-from ..extents import Extents
+from ..extents import Extents, is_directory
 from ..views import View
 from . import torchfile
 from .assembly import assemble
@@ -460,7 +460,7 @@ def _step(state: OptimState, opened: Opened) -> int | None:
 def _check_not_offloaded(shapes: Sequence[Mapping[str, Shape]], flats: Sequence[Flat], where: str) -> None:
     if any(0 not in s for g in shapes for s in g.values()) and not any(f.length.any() for f in flats):
         place = os.path.join(where, "offloaded_tensors")
-        there = "where they lie" if os.path.isdir(place) else "which is not there"
+        there = "where they lie" if is_directory(place) else "which is not there"
         raise SourceError(
             f"{where}: the flat groups are empty: masters offloaded to NVMe are swap files in "
             f"{place} ({there}); "

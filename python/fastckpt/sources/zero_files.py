@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..errors import SourceError
+from ..extents import is_directory, is_file
 from .assembly import RECORD
 
 OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
@@ -47,16 +48,16 @@ class Files:
 
 def is_zero(path: str) -> bool:
     """Whether a directory is a ZeRO checkpoint: a tag folder, or the directory that holds tag folders."""
-    return os.path.isdir(path) and (
+    return is_directory(path) and (
         _is_tag_folder(path)
-        or any(os.path.isfile(os.path.join(path, name)) for name in ("latest", "latest_universal"))
+        or any(is_file(os.path.join(path, name)) for name in ("latest", "latest_universal"))
         or bool(tags(path))
     )
 
 
 def tags(root: str) -> list[str]:
     """The tag folders in a directory, in natural order; none that may not be listed (lost+found)."""
-    return sorted((n for n in _list(root) if _is_tag_folder(os.path.join(root, n))), key=natural)
+    return sorted((n for n in os.listdir(root) if _is_tag_folder(os.path.join(root, n))), key=natural)
 
 
 def find(path: str, tag: str | None, also: Iterable[str] = ()) -> Files:
@@ -79,13 +80,28 @@ def find(path: str, tag: str | None, also: Iterable[str] = ()) -> Files:
         if tag is None:
             tag = _latest(path, known)
         folder = os.path.join(path, tag)
-        if os.path.isfile(os.path.join(folder, RECORD)):
+        if is_file(os.path.join(folder, RECORD)):
             raise SourceError(f"{path}: the commits of a training job; open one of them, such as {folder}")
         if tag not in there and not any(_is_tag_folder(os.path.join(a, tag)) for a in also):
-            if os.path.isdir(folder):
-                _list(folder)  # one that may not be listed says so
+            if is_directory(folder):
+                os.listdir(folder)  # one that may not be listed says so
             raise SourceError(f"{path}: no ZeRO checkpoint with tag {tag!r}; {known}")
     return _sorted_out(root, folder, tag, [folder, *(_tag_folder_of(a, tag) for a in also)])
+
+
+def check_name(path: str, saved_as: str) -> None:
+    """Raise SourceError for a file that torch saved as another rank's or another expert's, `saved_as`."""
+    here, there = _whose(os.path.basename(path)), _whose(f"{saved_as}.pt")
+    if there is not None and there != here:
+        raise SourceError(f"{path}: was saved as {saved_as}.pt: swapped with, or copied from, that file")
+
+
+def _whose(name: str) -> tuple[int, ...] | None:
+    """Which kind of file it is and whose, by its name; None of any other."""
+    for kind, pattern in enumerate((OPTIM, MODEL_OF_RANK, MODEL, EXPERT)):
+        if found := pattern.fullmatch(name):
+            return (kind, *map(int, found.groups()))
+    return None
 
 
 def natural(name: str) -> list[tuple[int, str]]:
@@ -116,13 +132,13 @@ def _some(ranks: list[int]) -> str:
 
 def _latest(root: str, known: str, path: str | None = None) -> str:
     path = path or os.path.join(root, "latest")
-    if os.path.exists(path) and not os.path.isfile(path):
+    if os.path.exists(path) and not is_file(path):
         raise SourceError(f"{path}: not a regular file")
     try:
         with open(path, encoding="utf-8") as f:
             tag = f.read(4096).strip()
     except FileNotFoundError:
-        if path != (universal := os.path.join(root, "latest_universal")) and os.path.isfile(universal):
+        if path != (universal := os.path.join(root, "latest_universal")) and is_file(universal):
             return _latest(root, known, universal)
         raise SourceError(f"{root}: no file `latest`; name the tag; {known}") from None
     except OSError as e:
@@ -134,15 +150,6 @@ def _latest(root: str, known: str, path: str | None = None) -> str:
     return tag
 
 
-def _list(path: str) -> list[str]:
-    try:
-        return os.listdir(path)
-    except NotADirectoryError:
-        return []
-    except OSError as e:
-        raise SourceError(f"{path}: {e.strerror}") from None
-
-
 def _is_zero_name(name: str) -> bool:
     return any(p.fullmatch(name) for p in (OPTIM, MODEL_OF_RANK, MODEL))
 
@@ -150,16 +157,16 @@ def _is_zero_name(name: str) -> bool:
 def _is_tag_folder(path: str) -> bool:
     try:
         return any(map(_is_zero_name, os.listdir(path)))
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return False
 
 
 def _tag_folder_of(directory: str, tag: str) -> str:
     """A further directory is a tag folder, or holds one of the same tag."""
-    if not os.path.isdir(directory):
+    if not is_directory(directory):
         raise SourceError(f"{directory}: no directory (also=)")
     inner = os.path.join(directory, tag)
-    return inner if os.path.isdir(inner) else directory
+    return inner if is_directory(inner) else directory
 
 
 def _sorted_out(root: str, folder: str, tag: str, folders: list[str]) -> Files:
@@ -169,10 +176,10 @@ def _sorted_out(root: str, folder: str, tag: str, folders: list[str]) -> Files:
     experts: dict[tuple[int, int], str] = {}
     seen: set[str] = set()
     for directory in folders:
-        if os.path.realpath(directory) in seen or not os.path.isdir(directory):
+        if os.path.realpath(directory) in seen or not is_directory(directory):
             continue
         seen.add(os.path.realpath(directory))
-        for name in sorted(_list(directory), key=natural):
+        for name in sorted(os.listdir(directory), key=natural):
             path = os.path.join(directory, name)
             for pattern, what in UNSUPPORTED:
                 if pattern.fullmatch(name):
@@ -199,7 +206,7 @@ def _sorted_out(root: str, folder: str, tag: str, folders: list[str]) -> Files:
             f"{os.path.basename(min(model_of.values(), key=natural))} (stage 3): files of two runs"
         )
     zero = os.path.join(folder, "zero")
-    universal = zero if os.path.isdir(zero) else None
+    universal = zero if is_directory(zero) else None
     if universal and optim:
         raise SourceError(
             f"{folder}: both {os.path.basename(optim[min(optim)])} and zero/: files of two runs"

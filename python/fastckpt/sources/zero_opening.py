@@ -18,7 +18,7 @@ from .options import Options
 from .torchfile import Tensor, TorchFile, Tree, Wanted
 from .torchtensors import whole
 from .zero_experts import check_files, tensors
-from .zero_files import Files
+from .zero_files import Files, check_name
 from .zero_layout import Shape
 from .zero_order import sampled
 from .zero_parts import parts
@@ -106,6 +106,7 @@ class Opening:
             return [self._add(file) for file in pool.map(load, paths)]
 
     def _add(self, file: TorchFile) -> Opened:
+        check_name(file.file.path, file.saved_as)
         base = len(self.extents)
         self.extents.extend(file.extents)
         self.opened.append(file)

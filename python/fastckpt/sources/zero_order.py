@@ -1,8 +1,8 @@
 """Whether each rank's file holds that rank's partition, as far as stages 1 and 2 can tell.
 
-No rank's file says whose it is, only its name does. At stages 1 and 2 `module` holds a 16-bit copy of all
-weights: a partition that is not the copy of its own place, but that of another rank's, is in the wrong file.
-Stage 3 has no such copy, and nothing there can tell.
+Only the name that torch saved a file as says whose it is (`zero_files.check_name`); not every file has it.
+At stages 1 and 2 `module` holds a 16-bit copy of all weights: a partition that is not the copy of its own
+place, but that of another rank's, is in the wrong file. Stage 3 has no such copy.
 """
 
 from __future__ import annotations

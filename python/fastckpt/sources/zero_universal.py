@@ -11,6 +11,7 @@ import os
 from dataclasses import replace
 
 from ..errors import SourceError
+from ..extents import is_file
 from ..views import dense_strides
 from .torchfile import Tensor
 from .zero_files import Files
@@ -22,7 +23,7 @@ def master_file(files: Files, name: str) -> str:
     if files.universal is None or "/" in name or "\0" in name or name in ("", ".", ".."):
         raise SourceError(f"{files.folder}: {name!r} is no directory of masters")
     path = os.path.join(files.universal, name, "fp32.pt")
-    if not os.path.isfile(path):
+    if not is_file(path):
         raise SourceError(f"{path}: missing: the conversion was not finished, or is of another run")
     return path
 
