@@ -304,8 +304,8 @@ class MappedLane:
         self.reader.used.update(i for i in set(rows["src_buffer"].tolist()) if i != NOTHING)
 
     def direct(self, rows: Table, staging: memoryview) -> memoryview | None:
-        """The bytes in `staging`, read by position: over the mapping they would be fetched twice, from further
-        away, to be digested and to be written, and every page mapped and given back."""
+        """The bytes in `staging`, read by position: over the mapping they would be fetched twice, from far
+        away, to be digested and to be written, and every page be mapped and given back."""
         found = self.by_position.direct(rows, staging)
         self.bytes_read += 0 if found is None else len(found)
         return found
