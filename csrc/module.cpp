@@ -59,12 +59,6 @@ std::unique_ptr<Recent> make_recent(const py::object& addresses, const py::objec
     return std::make_unique<Recent>(a.items<uint64_t>(), m.items<uint64_t>(), n, limit);
 }
 
-void py_touched(Recent& recent, uint32_t source, uint64_t start, uint64_t stop) {
-    if (source >= recent.count() || start > stop) throw std::invalid_argument("touched: no such bytes of a source");
-    py::gil_scoped_release free;
-    if (recent.mapped(source)) recent.touched(source, start, stop);
-}
-
 void py_copy_rows(const py::object& rows, const py::object& sources, const py::object& destinations, int threads, int isa,
                   Recent* recent) {
     Held r(rows), s(sources), d(destinations);
@@ -360,8 +354,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("copy_rows", py_copy_rows, py::arg("rows"), py::arg("sources"), py::arg("destinations"), py::arg("threads") = 1,
           py::arg("isa") = -1, py::arg("recent") = py::none());
     py::class_<Recent>(m, "Recent")
-        .def(py::init(&make_recent), py::arg("addresses"), py::arg("mapped"), py::arg("limit"))
-        .def("touched", py_touched, py::arg("source"), py::arg("start"), py::arg("stop"));
+        .def(py::init(&make_recent), py::arg("addresses"), py::arg("mapped"), py::arg("limit"));
     m.def("digest64", py_digest64, py::arg("buffer"));
     m.def("leaf_digests", py_leaf_digests, py::arg("buffer"), py::arg("offsets"), py::arg("sizes"), py::arg("out"));
     m.def("crc32", py_crc32, py::arg("buffer"), py::arg("value") = 0);

@@ -1,4 +1,4 @@
-"""What a lane lends of a mapped file is what running the rows makes; whatever differs at all is made."""
+"""What a lane reads of a file as it lies is what running the rows makes; whatever differs at all is made."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastckpt.extents import Buffer, Extent, Extents, File
 from fastckpt.planning.batches import Slots, cut
 from fastckpt.planning.binding import Binding
 from fastckpt.planning.compiling import compile
-from fastckpt.reader import Mapped, MappedLane
+from fastckpt.reader import Lane, Mapped, Positioned
 from fastckpt.stored import strided
 from fastckpt.target import Target
 from fastckpt.views import View
@@ -34,13 +34,13 @@ def file(tmp_path: Path) -> Extents:
     )
 
 
-def lent(lane: MappedLane, view: View, extents: Extents) -> bytes | None:
+def direct(lane: Lane, view: View, extents: Extents) -> bytes | None:
     """What `direct` gives of the only batch of a view, after checking that `run` agrees."""
     chunk, extents = compile([Target("t", view)], extents)
     (batch,) = cut(
         chunk, 0, Slots.of([0], [0], [view.nbytes]), Binding.of(extents), stage=1 << 20, band=1 << 20
     )
-    found = lane.direct(batch.rows, view.nbytes)
+    found = lane.direct(batch.rows, memoryview(bytearray(view.nbytes)))
     held = None if found is None else bytes(found)
     out = np.empty(view.nbytes, np.uint8)
     lane.run(batch.rows, [Buffer(out, out.ctypes.data, out.nbytes)])
@@ -48,29 +48,41 @@ def lent(lane: MappedLane, view: View, extents: Extents) -> bytes | None:
     return held
 
 
-def test_one_run_of_a_file_is_lent(file: Extents) -> None:
+READERS = pytest.mark.parametrize("reader_of", [Mapped, Positioned])
+ReaderOf = type[Mapped] | type[Positioned]
+
+
+@READERS
+def test_one_run_of_a_file_is_read_as_it_lies(file: Extents, reader_of: ReaderOf) -> None:
     view = strided(file, 0, dtypes.float32, (256, 256))
-    with Mapped(Binding.of(file).places) as reader:
+    with reader_of(Binding.of(file).places) as reader:
         lane = reader.lane(pick("cpu"))
-        assert lent(lane, view.narrow(0, 3, 9), file) == DATA[3 * 256 : 12 * 256].tobytes()
+        assert direct(lane, view.narrow(0, 3, 9), file) == DATA[3 * 256 : 12 * 256].tobytes()
         assert lane.bytes_read == 2 * 9 * 1024
-        assert lent(lane, view.cast(dtypes.bfloat16), file) is None
-        assert lent(lane, view.T, file) is None
-        assert lent(lane, view.narrow(1, 0, 9), file) is None
-        assert lent(lane, view.pad(0, 0, 1), file) is None
-        assert lent(lane, strided(file, 0, dtypes.float32, (9,), stride=(2,)), file) is None
-        assert lent(lane, strided(file, 0, dtypes.float32, (9,), stride=(0,)), file) is None
+        assert direct(lane, view.cast(dtypes.bfloat16), file) is None
+        assert direct(lane, view.T, file) is None
+        assert direct(lane, view.narrow(1, 0, 9), file) is None
+        assert direct(lane, view.pad(0, 0, 1), file) is None
+        assert direct(lane, strided(file, 0, dtypes.float32, (9,), stride=(2,)), file) is None
+        assert direct(lane, strided(file, 0, dtypes.float32, (9,), stride=(0,)), file) is None
 
 
-def test_memory_is_not_lent() -> None:
+@READERS
+def test_memory_is_copied(reader_of: ReaderOf) -> None:
     """A tensor may change between its digest and its writing."""
     memory = Extents([Extent(Buffer(DATA, DATA.ctypes.data, DATA.nbytes), 0, DATA.nbytes, "m")])
-    with Mapped(Binding.of(memory).places) as reader:
-        assert lent(reader.lane(pick("cpu")), strided(memory, 0, dtypes.float32, (9,)), memory) is None
+    with reader_of(Binding.of(memory).places) as reader:
+        assert direct(reader.lane(pick("cpu")), strided(memory, 0, dtypes.float32, (9,)), memory) is None
 
 
-def test_a_file_cut_short_while_it_is_lent_is_an_error(file: Extents) -> None:
+@READERS
+def test_a_file_cut_short_while_it_is_read_is_an_error(
+    tmp_path: Path, file: Extents, reader_of: ReaderOf
+) -> None:
     view = strided(file, 0, dtypes.float32, (1 << 16,))
-    with pytest.raises(SourceError, match=r"changed since|shrank"), Mapped(Binding.of(file).places) as reader:
+    with (
+        pytest.raises(SourceError, match=r"changed since|shrank|ends at byte"),
+        reader_of(Binding.of(file).places) as reader,
+    ):
         os.truncate(reader.places[0].path, 4096)
-        lent(reader.lane(pick("cpu")), view, file)
+        direct(reader.lane(pick("cpu")), view, file)

@@ -40,8 +40,6 @@ class Recent:
     0. It must not outlive the mappings in use."""
 
     def __init__(self, addresses: Buffer, mapped: Buffer, limit: int) -> None: ...
-    def touched(self, source: int, start: int, stop: int) -> None:
-        """Bytes [start, stop) of a source were read by somebody else."""
 
 def run_tiles_on_host(
     rows: Buffer, owner: Buffer, sources: Buffer, destinations: Buffer, shuffle: int = 0

@@ -241,8 +241,13 @@ def _config(ckpt: Checkpoint, manifest: Manifest) -> Mapping[str, JSON]:
 def _cut_from(ckpt: Checkpoint, manifest: Manifest) -> Checkpoint:
     """The checkpoint the shards were cut from, with an extent a tensor and no byte behind it."""
     record = manifest.record.options
-    if record.get("quant") is not None:
-        raise SourceError(f"{ckpt.path}: quantised to {record['quant']}, which cannot be taken back")
+    quant = record.get("quant")
+    if quant is not None:
+        scheme = quant.get("scheme") if isinstance(quant, dict) else quant
+        raise SourceError(
+            f"{ckpt.path}: quantised to {scheme} as it was cut, which cannot be taken back; "
+            "take the checkpoint it was cut from"
+        )
     match record.get("adapter"):
         case ["apart", *_]:
             raise SourceError(f"{ckpt.path}: an adapter alone, cut for a layout; open the adapter itself")

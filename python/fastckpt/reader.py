@@ -1,15 +1,14 @@
 """Bring the bytes a batch needs to where an executor can see them: mapped, or read by position.
 
 Mapped is the road with the compiled module: its mappings survive a file that is truncated under them
-(a SourceError, not a dead process), and pages are given back behind the reader. Positioned is the road
-without it: reads into a scratch buffer, never a memmap.
+(a SourceError, not a dead process), and pages are given back behind the reader; what nothing changes is read
+by position. Positioned is the road without it: reads into a scratch buffer, never a memmap.
 
 Law: a file that is not the one whose header was read (size, time, inode) is an error.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 from collections.abc import Iterable, Sequence
@@ -39,10 +38,11 @@ class Lane(Protocol):
     def run(self, rows: Table, destinations: Sequence[Buffer]) -> None:
         """Fill `destinations` as bound `rows` say. Raises SourceError when a file gave less than it had."""
 
-    def direct(self, rows: Table, nbytes: int) -> memoryview | None:
-        """The `nbytes` that `rows` make, where they lie: one run of a file, element for element; else None.
+    def direct(self, rows: Table, staging: memoryview) -> memoryview | None:
+        """The bytes that `rows` make, as many as `staging` has, where they are one run of a file, element for
+        element; else None. In `staging`, or elsewhere until the next call.
 
-        Valid until the next call. What the file gave less than it had is found when the reader closes."""
+        Raises SourceError when a file gave less than it had."""
 
 
 class Reader(Protocol):
@@ -139,9 +139,16 @@ class PositionedLane:
         self.fds: dict[int, int] = {}
         self.used: set[int] = set()
 
-    def direct(self, rows: Table, nbytes: int) -> memoryview | None:
-        """Nothing lies anywhere before it is read."""
-        return None
+    def direct(self, rows: Table, staging: memoryview) -> memoryview | None:
+        """The bytes in `staging`. Tensors in memory are copied as all else is."""
+        if len(rows) != 1 or len(staging) == 0:
+            return None
+        place, start = int(rows["src_buffer"][0]), int(rows["src"][0])
+        if place == NOTHING or place in self.index or not plain(rows[0], len(staging)):
+            return None
+        self._read(place, start, staging)
+        self.bytes_read += len(staging)
+        return staging
 
     def close(self) -> None:
         """Close what is open."""
@@ -245,6 +252,7 @@ class Mapped:
         self.mappings: dict[int, _C.Mapping] = {}
         self.runners: dict[Executor, Runner] = {}
         self.used: set[int] = set()
+        self.by_position = Positioned(places)
         try:
             for i, place in enumerate(self.places):
                 if isinstance(place, File):
@@ -265,6 +273,7 @@ class Mapped:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            self.by_position.__exit__(kind, error, trace)
             if kind is None:  # bytes cut off the last page that is left read as zeros, without a fault
                 check_unchanged(self.places, self.used)
         finally:
@@ -276,43 +285,30 @@ class Mapped:
         """A lane; all lanes of an executor share one runner, so that none gives back what another reads."""
         if executor not in self.runners:
             self.runners[executor] = executor.bind(self.buffers)
-        return MappedLane(self, self.runners[executor])
+        return MappedLane(self, self.runners[executor], self.by_position.lane(executor))
 
 
 class MappedLane:
     """See Mapped."""
 
-    def __init__(self, reader: Mapped, runner: Runner) -> None:
+    def __init__(self, reader: Mapped, runner: Runner, by_position: PositionedLane) -> None:
         self.reader = reader
         self.runner = runner
+        self.by_position = by_position
         self.bytes_read = 0
-        self.lent: tuple[int, int, int] | None = None  # what `direct` gave last: place, start, stop
 
     def run(self, rows: Table, destinations: Sequence[Buffer]) -> None:
         """Run the rows over the mappings; the runner refuses pages that were not there."""
-        self._returned()
         self.runner.run(rows, destinations)
         self.bytes_read += int(nbytes(rows, "src").sum())
         self.reader.used.update(i for i in set(rows["src_buffer"].tolist()) if i != NOTHING)
 
-    def direct(self, rows: Table, nbytes: int) -> memoryview | None:
-        """The mapped bytes themselves. Tensors in memory are copied first: they may change meanwhile."""
-        self._returned()
-        if len(rows) != 1 or nbytes == 0:
-            return None
-        place, start = int(rows["src_buffer"][0]), int(rows["src"][0])
-        if place not in self.reader.mappings or not plain(rows[0], nbytes):
-            return None
-        self.lent = place, start, start + nbytes
-        self.bytes_read += nbytes
-        self.reader.used.add(place)
-        held = (ctypes.c_ubyte * nbytes).from_address(self.reader.buffers[place].address + start)
-        return memoryview(held).cast("B")
-
-    def _returned(self) -> None:
-        if self.lent is not None:
-            self.runner.touched(*self.lent)
-            self.lent = None
+    def direct(self, rows: Table, staging: memoryview) -> memoryview | None:
+        """The bytes in `staging`, read by position: over the mapping they would be fetched twice, from far
+        away, to be digested and to be written, and every page be mapped and given back."""
+        found = self.by_position.direct(rows, staging)
+        self.bytes_read += 0 if found is None else len(found)
+        return found
 
 
 def plain(row: np.void, nbytes: int) -> bool:

@@ -416,7 +416,8 @@ from fastckpt.output.files import FileLayout, SlotTable
 with Output({str(tmp_path / "new" / "out")!r}, key="k", rank={rank}) as out:
     out.create(FileLayout("sub/x", 3, SlotTable.of((), (), ()), ((0, b"abc"),)))
     print("ready", flush=True)
-    time.sleep(60)
+    for _ in range(12000):  # a signal just before a long sleep would be heard after it
+        time.sleep(0.01)
 """
     child = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,

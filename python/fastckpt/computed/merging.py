@@ -84,11 +84,11 @@ class MergingLane:
             self._make(rows[i : i + 1].copy(), destinations)
         self.bytes_read = self.lane.bytes_read
 
-    def direct(self, rows: Table, nbytes: int) -> memoryview | None:
+    def direct(self, rows: Table, staging: memoryview) -> memoryview | None:
         """What the inner lane has as it is."""
         if self._made(rows).any():
             return None
-        found = self.lane.direct(rows, nbytes)
+        found = self.lane.direct(rows, staging)
         self.bytes_read = self.lane.bytes_read
         return found
 

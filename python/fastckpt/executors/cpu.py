@@ -91,11 +91,6 @@ class CpuRunner:
                 if isinstance(b.owner, _C.Mapping) and b.owner.faulted:
                     raise SourceError(f"{b.owner.path}: the file shrank while it was read")
 
-    def touched(self, source: int, start: int, stop: int) -> None:
-        """Count bytes of a source that somebody else read among the recent ones."""
-        if self._recent is not None:
-            self._recent.touched(source, start, stop)
-
 
 def _addresses(buffers: Sequence[Buffer]) -> NDArray[np.uint64]:
     for b in buffers:

@@ -93,9 +93,6 @@ class CudaRunner:
         self.device = device
         self._sources = [_here(b, device) for b in sources]
 
-    def touched(self, source: int, start: int, stop: int) -> None:
-        """Nothing here is given back."""
-
     def run(self, rows: Table, destinations: Sequence[Buffer], threads: int = 1) -> None:
         """Starts `rows` on the current stream; `threads` says nothing here. Raises DeviceError."""
         self.prepare(rows, destinations).run()

@@ -46,9 +46,6 @@ class TorchRunner:
     def __init__(self, sources: Sequence[Buffer]) -> None:
         self._sources = [_bytes(b) for b in sources]
 
-    def touched(self, source: int, start: int, stop: int) -> None:
-        """Nothing here is given back."""
-
     def run(self, rows: Table, destinations: Sequence[Buffer], threads: int = 1) -> None:
         """Runs `rows` in order into `destinations`; torch's own setting decides the threads.
 

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import chain, islice, repeat
 from typing import TypeVar
 
@@ -296,7 +297,7 @@ def _ranks(shards: Iterable[Shard]) -> Iterator[str]:
         rows, before = rows_of(s.tensors), ""
         while some := list(islice(rows, _LINES)):
             lines = [
-                f'{_spell(name)}: {{"file": {_spell(file)}, "dtype": "{dtype.name}", "shape": {list(shape)}, '
+                f"{_spell(name)}: {{{_kind(file, dtype.name, shape)}, "
                 f'"offset": {offset}, "nbytes": {nbytes}, "digest": "{found}"}}'
                 for name, file, dtype, shape, offset, nbytes, found in some
             ]
@@ -304,6 +305,12 @@ def _ranks(shards: Iterable[Shard]) -> Iterator[str]:
             before = ",\n"
         yield f'}},\n"aliases": {_json(dict(s.aliases))}}}'
     yield "],\n"
+
+
+@lru_cache(maxsize=1 << 10)
+def _kind(file: str, dtype: str, shape: tuple[int, ...]) -> str:
+    """What an entry says of these: many tensors share them."""
+    return f'"file": {_spell(file)}, "dtype": "{dtype}", "shape": {list(shape)}'
 
 
 def rows_of(tensors: Mapping[str, TensorEntry]) -> Iterator[Row]:

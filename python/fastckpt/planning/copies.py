@@ -129,9 +129,6 @@ class Runner(Protocol):
     def run(self, rows: Table, destinations: Sequence[Buffer], threads: int = 1) -> None:
         """Run every row: `src_buffer` indexes the bound sources, `dst_buffer` the destinations."""
 
-    def touched(self, source: int, start: int, stop: int) -> None:
-        """Be told that bytes [start, stop) of a source were read by somebody else."""
-
 
 class Executor(Protocol):
     """Whatever runs rows: the reference in torch, threads in C++, a GPU."""

@@ -75,7 +75,7 @@ class Band:
         if self.there is not None:
             lane.bytes_read += nbytes
             return self.there
-        held = lane.direct(self.rows, nbytes)
+        held = lane.direct(self.rows, memoryview(staging.data)[:nbytes])
         if held is not None:
             return np.frombuffer(held, np.uint8)
         lane.run(self.rows, [Buffer(staging, staging.ctypes.data, nbytes)])

@@ -201,18 +201,18 @@ class ToDigests:
 
 
 def _maker(lane: Lane, size: int) -> Callable[[Batch], memoryview]:
-    """What gives a batch's bytes, valid until the next: where they lie, or in a staging of `size` bytes."""
+    """What gives a batch's bytes, valid until the next: in a staging of `size` bytes or the lane's."""
     staging = fresh(size)
     address = staging.ctypes.data
     whole = memoryview(staging.data)
 
     def made(batch: Batch) -> memoryview:
         n = batch.stop - batch.start
-        filled = lane.direct(batch.rows, n)
-        if filled is None:
-            filled = whole[:n]
-            lane.run(batch.rows, [Buffer(staging, address, n)])
-        return filled
+        filled = lane.direct(batch.rows, whole[:n])
+        if filled is not None:
+            return filled
+        lane.run(batch.rows, [Buffer(staging, address, n)])
+        return whole[:n]
 
     return made
 

@@ -143,8 +143,9 @@ class ResidentLane:
         for address, at, size in parts:
             ctypes.memmove(address, self.here.data_ptr() + at, size)
 
-    def direct(self, rows: Table, nbytes: int) -> memoryview | None:
+    def direct(self, rows: Table, staging: memoryview) -> memoryview | None:
         """The bytes in pinned memory, where the batch came."""
+        nbytes = len(staging)
         if nbytes == 0:
             return None
         rows = rows.copy()
