@@ -121,8 +121,8 @@ template <class S, class D> struct Micro {
 // A tile of ROWS source rows and WIDTH bytes of each is transposed at a time, and the next one to the right (in the
 // next band at the end) prefetched meanwhile. Within a tile the destination's rows are walked first, and each gets LINES
 // lines while its page is known. What one block made is stored between the loads of the next: a burst of stores keeps
-// loads waiting.
-constexpr size_t LINE = 64, ROWS = 256, WIDTH = 512, LINES = 2;
+// loads waiting. Vectors shorter than a line want wider tiles, a line at a time (measured).
+constexpr size_t LINE = 64, ROWS = 256, WIDTH = LANES == 16 ? 512 : 1024, LINES = LANES == 16 ? 2 : 1;
 
 // A rectangle of at least DEPTH x LANES elements; with PAST the rows of the destination begin with a line.
 template <class S, class D, bool PAST>
