@@ -69,6 +69,12 @@ def _mode(path: str | os.PathLike[str]) -> int:
         raise SourceError(f"{os.fspath(path)}: {e.strerror}") from None
 
 
+def inside(name: str) -> bool:
+    """Whether a file name that a record gives is relative, plain and stays inside the record's directory."""
+    odd = {"\0", "\\"} & set(name) or {"", ".", ".."} & set(name.split("/"))
+    return not odd and len(name) <= 4096
+
+
 def listed(path: str, pattern: str) -> list[str]:
     """The names in a directory that match a shell's pattern, sorted. Raises SourceError."""
     try:

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from ..digest import LEAF, Digesting, digest
 from ..errors import WriteError, expect
-from ..extents import pieces_of
+from ..extents import inside, pieces_of
 from . import syscalls
 from .commit import TRACE, Part, Whole, telling, write_file
 from .endings import Endings
 from .files import FileLayout
-from .manifest import NAME, FileEntry, Manifest, Record, Shard, TensorTable, inside, rank_of
+from .manifest import NAME, FileEntry, Manifest, Record, Shard, TensorTable, rank_of
 
 _EARLY = 1 << 18
 """Writes of this many bytes are started on their way to disk at once; smaller ones wait for company."""
