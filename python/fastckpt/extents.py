@@ -47,6 +47,11 @@ ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 """What the system says where nothing stands."""
 
 
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether anything stands there. Raises SourceError where that cannot be known."""
+    return _mode(path) != 0
+
+
 def is_file(path: str | os.PathLike[str]) -> bool:
     """Whether a regular file stands there. os.path says no where the disk fails, and something else would be
     read instead; here that is a SourceError."""

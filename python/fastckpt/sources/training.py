@@ -114,8 +114,7 @@ class _Stored:
                         raise SourceError(f"{path}: {name}: {t!r:.80} is no place of a tensor")
 
     def tensor(self, name: str, said: JSON) -> tuple[DType, tuple[int, ...], list[list[int]]]:
-        """Its dtype, shape and fragments (as in `views`). Raises SourceError where its boxes do not tile it or
-        lie in no file."""
+        """Its dtype, shape and fragments (as in `views`). Raises SourceError where boxes do not tile it."""
         match said:
             case {"dtype": str(kind), "shape": list(sizes), "boxes": list(listed)} if kind in BY_NAME:
                 dtype, shape = BY_NAME[kind], _shape(sizes, name)
