@@ -87,6 +87,28 @@ def content(path: str, limit: int = -1) -> bytes:
         raise SourceError(f"{path}: {e.strerror}") from None
 
 
+def pieces_of(path: str, nbytes: int) -> Iterator[bytes]:
+    """The bytes of a file, at most `nbytes` at a time. Raises SourceError where it cannot be read."""
+    if not is_file(path):
+        raise SourceError(f"{path}: no such file")
+    try:
+        with open(path, "rb") as f:
+            while piece := f.read(nbytes):
+                yield piece
+    except OSError as e:
+        raise SourceError(f"{path}: {e.strerror}") from None
+
+
+def fill(into: bytearray | memoryview, fd: int, offset: int) -> None:
+    """Read bytes of a file from `offset` on until `into` is full. Raises OSError, SourceError at its end."""
+    view = memoryview(into)
+    while view:
+        n = os.preadv(fd, [view], offset)
+        if n == 0:
+            raise SourceError(f"the file was cut: no bytes [{offset}, {offset + len(view)})")
+        view, offset = view[n:], offset + n
+
+
 def let_go(fd: int) -> None:
     """Close what was only read, or held for its lock: nothing is lost where the system complains."""
     with suppress(OSError):

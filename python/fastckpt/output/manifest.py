@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint import JSON
-from ..digest import LEAF, combine, digest, digest64
+from ..digest import LEAF, Digesting, digest
 from ..dtypes import BY_NAME, DType
 from ..errors import SourceError, WriteError
 from ..extents import content, is_directory, is_file
@@ -251,17 +251,16 @@ _TAIL = b'"digest": "%s"\n}\n'
 
 
 def _digested(text: Iterable[str]) -> Iterator[bytes]:
-    """The text in pieces of a digest's leaf, and the last line."""
-    held, leaves = bytearray(), []
+    """The text in pieces of about a MiB, and the last line."""
+    held, digesting = bytearray(), Digesting()
     for part in text:
         held += part.encode()
-        while len(held) >= LEAF:
-            leaves.append(digest64(held[:LEAF]))
-            yield bytes(held[:LEAF])
-            del held[:LEAF]
-    if held:
-        leaves.append(digest64(held))
-    yield bytes(held) + _TAIL % combine(np.array(leaves, np.uint64)).encode()
+        if len(held) >= LEAF:
+            digesting.add(held)
+            yield bytes(held)
+            held.clear()
+    digesting.add(held)
+    yield bytes(held) + _TAIL % digesting.digest().encode()
 
 
 def _head(m: Manifest) -> str:
