@@ -15,7 +15,7 @@ ROOT = Path(next(iter(fastckpt.__path__)))
 CORE = ("errors", "dtypes", "extents", "views", "stored", "checkpoint", "placement", "target")
 PLAIN = (*CORE, "model")
 TABLE = ("copies", "axes", "compiling", "binding", "batches")
-FILES = ("syscalls", "endings", "files", "torchzip", "manifest", "commit", "writer")
+FILES = ("syscalls", "endings", "files", "torchzip", "manifest", "filesystem", "whole", "part", "writer")
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
@@ -59,7 +59,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "files": CORE,
     "torchzip": (*CORE, "digest", "files"),
     "manifest": (*CORE, "digest", "files"),
-    "commit": (*CORE, "digest", "syscalls", "manifest"),
+    "filesystem": CORE,
+    "whole": (*CORE, "digest", "syscalls", "manifest", "filesystem"),
+    "part": (*CORE, "manifest", "filesystem"),
     "writer": (*CORE, "digest", *FILES[:-1]),
     "verification": (*CORE, "digest", "finite", *FILES, "expectation", "sources", "text"),
     # The way back, through sources, recipes and layouts.

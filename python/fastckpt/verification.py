@@ -24,7 +24,7 @@ from .dtypes import DType
 from .errors import FastckptError, SourceError, expect
 from .extents import File, fill, is_directory, let_go
 from .finite import nonfinite
-from .output.manifest import NAME, Manifest, TensorEntry, rank_of
+from .output.manifest import NAME, TRACE, Manifest, TensorEntry, rank_of
 from .sources.safetensors import MAX_HEADER, Item, read_header
 
 _READS = 16
@@ -115,7 +115,7 @@ def verify(
                 for name, t in shard.tensors.items()
                 if t.file not in gone
             ]
-    elif records or any(name.startswith(".fastckpt-") for name in present):
+    elif records or any(name.startswith(TRACE) for name in present):
         problems.append(_incomplete(root, records))
         files = len(present)
     else:
@@ -169,7 +169,7 @@ def _against(
     extra: list[str] = []
     gone: set[str] = set()
     for name in present:
-        if name in listed or name == NAME or name.startswith(".fastckpt-"):
+        if name in listed or name == NAME or name.startswith(TRACE):
             continue
         rank = rank_of(name)
         if rank is not None and rank < manifest.world:
