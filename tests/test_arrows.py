@@ -106,11 +106,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "files",
         "torchzip",
     ),
-    "pipeline": (*CORE, "digest", "finite", *TABLE, "planned", "plans", "reader", *FILES),
+    "pipeline": CORE,
+    "ends": (*CORE, "digest", "finite", *TABLE, "planned", "reader", *FILES),
     "quantising": (*CORE, *TABLE, "plans", "schemes", "quantplan", "rounding", "reader"),
     "figures": (*CORE, *TABLE, "plans", "schemes", "quantplan", "prequantised", "rounding"),
     "tensors": (*CORE, "sources", *TABLE, "plans"),
-    "device": (*CORE, "digest", *TABLE, "reader", "pipeline", "executors"),
+    "device": (*CORE, "digest", *TABLE, "reader", "ends", "executors"),
     "resident": (*CORE, "lowrank", *TABLE, "plans", "executors"),
     "quantrows": (*CORE, "schemes", "rounding"),
     "quantised": (
@@ -125,7 +126,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "rounding",
         "schemes",
     ),
-    "crossing": (*CORE, "device", "executors", "pipeline", *TABLE, "plans", "reader"),
+    "crossing": (*CORE, "device", "executors", "ends", "pipeline", *TABLE, "plans", "reader"),
 }
 MAY_IMPORT["runs"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")

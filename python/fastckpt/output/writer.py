@@ -1,7 +1,7 @@
 """The one place that makes output real: files at their final size, bytes at their final offset, one commit.
 
 Law: nothing of a run counts before `commit`, and nothing of it stays without. A directory with a
-`fastckpt.json` is whole. `whole.py` and `part.py` are the two ways there; docs/formats.md describes the manifest.
+`fastckpt.json` is whole. `whole.py` and `part.py` are the two ways there; docs/formats.md has the manifest.
 """
 
 from __future__ import annotations

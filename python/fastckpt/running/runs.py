@@ -31,7 +31,8 @@ from ..quantisation.prequantised import Matrix
 from ..quantisation.quantising import End, Job, Quantising, Scan
 from ..quantisation.rounding import Error, Floats
 from ..reader import GAP, Lane, Mapped, Positioned, Reader
-from .pipeline import ToDigests, ToFiles, ToMemory, Worker, feed
+from .ends import ToDigests, ToFiles, ToMemory, Worker
+from .pipeline import feed
 
 if TYPE_CHECKING:
     import torch
