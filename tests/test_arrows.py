@@ -107,6 +107,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "torchzip",
     ),
     "pipeline": CORE,
+    "limits": (*CORE, "batches", "files"),
     "ends": (*CORE, "digest", "finite", *TABLE, "planned", "reader", *FILES),
     "quantising": (*CORE, *TABLE, "plans", "schemes", "quantplan", "rounding", "reader"),
     "figures": (*CORE, *TABLE, "plans", "schemes", "quantplan", "prequantised", "rounding"),
