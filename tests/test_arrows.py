@@ -63,7 +63,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "whole": (*CORE, "digest", "syscalls", "manifest", "filesystem"),
     "part": (*CORE, "manifest", "filesystem"),
     "writer": (*CORE, "digest", *FILES[:-1]),
-    "verification": (*CORE, "digest", "finite", *FILES, "expectation", "sources", "text"),
+    "rereading": (*CORE, "digest", "finite"),
+    "verification": (*CORE, "digest", "rereading", *FILES, "expectation", "sources", "text"),
     # The way back, through sources, recipes and layouts.
     "inverse": CORE,
     "joining": (*PLAIN, "collector", "digest", "manifest", "inverse", "sources", "recipes", "layouts"),

@@ -27,8 +27,9 @@ FIXED_MEMORY = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The `threads` of a run, the `band` of each in bytes, and `spare`, the bytes that `memory` leaves for all
-    bands (None: no limit was asked for)."""
+    """The `threads` of a run and the `band` of each in bytes.
+
+    `spare`: the bytes that `memory` leaves for all bands, None where it was not given."""
 
     threads: int
     band: int
