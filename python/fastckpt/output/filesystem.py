@@ -6,6 +6,7 @@ Law: other runs make and remove directories beside us at any moment; no step tak
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -115,4 +116,17 @@ def is_there(path: str) -> bool:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return False
+    return True
+
+
+def locked(fd: int) -> bool:
+    """Lock what is open there until it is closed, or its process is gone; False where another run holds it.
+
+    True where the file system has no locks."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
     return True

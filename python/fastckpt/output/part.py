@@ -6,6 +6,7 @@ rank's finished files are renamed, then its record; whoever finds every rank's r
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 from collections.abc import Iterable
@@ -13,7 +14,9 @@ from contextlib import suppress
 from functools import partial
 
 from ..errors import SourceError, WriteError
+from ..extents import let_go
 from .filesystem import (
+    locked,
     move_in,
     refuse_loss,
     remove_directories,
@@ -50,7 +53,7 @@ class Part:
         self._made: list[str] = []
         self._waiting: list[tuple[str, str]] = []
         self._placed: list[str] = []
-        self._started = False
+        self._lock = -1
         self._numbers = itertools.count(1)  # next() is one step: files may be begun by several threads
 
     def start(self) -> None:
@@ -84,7 +87,6 @@ class Part:
             refuse_loss(self.path, self._keep)
         with telling(self.path):
             move_in(self.path, self._claim, self._made)
-            self._started = True
 
     def stage(self, name: str) -> str:
         """The path to write the file `name` at."""
@@ -140,22 +142,33 @@ class Part:
 
     def abandon(self) -> None:
         """Leave nothing of this run."""
-        if self._started and self._placed and self._record(self.rank) is None:
+        if self._placed and self._record(self.rank) is None:
             others = [r for k in range(self.world) if k != self.rank and (r := self._record(k)) is not None]
             for name in set(self._placed).difference(*(other.files for other in others)):
                 with suppress(OSError):
                     os.unlink(os.path.join(self.path, name))
-        if self._started:
-            self.finish()
+        self.finish()
         remove_directories(self._made)
 
     def _claim(self) -> None:
-        """Leave the file that says that a rank is at work here, then remove what this rank left before.
+        """Leave the locked file that says that a rank is at work, then remove what this rank left before.
 
-        The file first: ranks that start now see that the directory is ours. Raises FileNotFoundError where
-        the directory went away between the two, as it can when the same rank is run twice at once."""
-        open(os.path.join(self.path, self._mine + "open"), "wb").close()
-        self._sweep(but=self._mine + "open")
+        The file first: ranks that start now see that the directory is ours. Raises WriteError where another
+        run of this rank is at work, FileNotFoundError where that ended between the file and the lock."""
+        marker = os.path.join(self.path, self._mine + "open")
+        fd = os.open(marker, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            if not locked(fd):
+                raise WriteError(
+                    f"{self.path}: another run is making rank {self.rank}; run this one again when that ended"
+                )
+            if not os.path.samestat(os.fstat(fd), os.stat(marker)):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), marker)
+        except BaseException:
+            let_go(fd)
+            raise
+        self._lock = fd
+        self._sweep()
 
     # ---- records ----
 
@@ -233,14 +246,18 @@ class Part:
             for directory in directories:
                 sync_directory(directory)
 
-    def _sweep(self, but: str = "") -> None:
-        """Remove this rank's temporary files."""
+    def _sweep(self) -> None:
+        """Remove this rank's temporary files; not the marker."""
         for entry in os.listdir(self.path):
-            if entry.startswith(self._mine) and entry != but:
+            if entry.startswith(self._mine) and entry != self._mine + "open":
                 with suppress(FileNotFoundError):
                     os.unlink(os.path.join(self.path, entry))
 
     def finish(self) -> None:
-        """Take the marker away."""
-        with suppress(OSError):
-            self._sweep()
+        """Take what is temporary away, the marker last, and let another run have the rank."""
+        fd, self._lock = self._lock, -1
+        if fd >= 0:
+            with suppress(OSError):
+                self._sweep()
+                os.unlink(os.path.join(self.path, self._mine + "open"))
+            let_go(fd)

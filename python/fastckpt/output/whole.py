@@ -5,7 +5,7 @@ Law: at any moment the output's name stands for the whole old output or the whol
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import os
 import re
 from collections.abc import Iterable
@@ -18,6 +18,7 @@ from ..extents import let_go
 from . import syscalls
 from .filesystem import (
     is_there,
+    locked,
     move_in,
     refuse_loss,
     remove_directories,
@@ -95,7 +96,12 @@ class Whole:
             if self._durable:
                 for directory, _, _ in os.walk(self._staging, topdown=False):
                     sync_directory(directory)
-            self._swap(self._staging, self.path)
+            try:
+                self._swap(self._staging, self.path)
+            except OSError as e:
+                if e.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise WriteError(f"{self.path}: another run put something there meanwhile") from None
+                raise
             if self._durable:
                 try:
                     for changed in (self.parent, *(os.path.dirname(made) for made in self._made)):
@@ -175,14 +181,10 @@ def _lock(directory: str) -> int:
     """A descriptor that holds the directory's lock (none where the file system has no locks); -1 where
     another process holds it."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        let_go(fd)
-        return -1
-    except OSError:
-        pass
-    return fd
+    if locked(fd):
+        return fd
+    let_go(fd)
+    return -1
 
 
 def _alive(pid: int) -> bool:
