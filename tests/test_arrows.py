@@ -162,7 +162,8 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "recipes": (
         ("quantised",),
-        ("claims", "fused"),
+        ("claims",),
+        ("fused",),
         ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper", "jina_bert"),
         ("llama", "gemma", "phi3", "glm", "mixtral", "qwen_moe", "deepseek", "gpt_oss", "cogvlm2"),
         ("__init__",),

@@ -227,23 +227,22 @@ def _consolidate(args: argparse.Namespace) -> int:
 
 
 def _recipes(args: argparse.Namespace) -> int:
-    from .recipes import table
+    from .recipes import FAMILIES
 
-    families = table()
     left_out: dict[str, list[str]] = {}
-    for family in families:
+    for family in FAMILIES:
         for pattern in family.ignored:
             left_out.setdefault(pattern, []).append(family.model_type)
 
     def text() -> str:
-        shown = columns([(f.model_type, f.about) for f in families])
+        shown = columns([(f.model_type, f.about) for f in FAMILIES])
         left = columns([(pattern, "in " + ", ".join(names)) for pattern, names in left_out.items()])
         return "\n".join([*shown, "known to be stale, and left out:", *left])
 
     def as_json() -> dict[str, JSON]:
         return {
             "families": [
-                {"model_type": f.model_type, "about": f.about, "ignored": list(f.ignored)} for f in families
+                {"model_type": f.model_type, "about": f.about, "ignored": list(f.ignored)} for f in FAMILIES
             ]
         }
 

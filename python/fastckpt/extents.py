@@ -47,6 +47,11 @@ ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 """What the system says where nothing stands."""
 
 
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether anything stands there. Raises SourceError where that cannot be known."""
+    return _mode(path) != 0
+
+
 def is_file(path: str | os.PathLike[str]) -> bool:
     """Whether a regular file stands there. os.path says no where the disk fails, and something else would be
     read instead; here that is a SourceError."""
@@ -69,6 +74,12 @@ def _mode(path: str | os.PathLike[str]) -> int:
         raise SourceError(f"{os.fspath(path)}: {e.strerror}") from None
 
 
+def inside(name: str) -> bool:
+    """Whether a file name that a record gives is relative, plain and stays inside the record's directory."""
+    odd = {"\0", "\\"} & set(name) or {"", ".", ".."} & set(name.split("/"))
+    return not odd and len(name) <= 4096
+
+
 def listed(path: str, pattern: str) -> list[str]:
     """The names in a directory that match a shell's pattern, sorted. Raises SourceError."""
     try:
@@ -85,6 +96,28 @@ def content(path: str, limit: int = -1) -> bytes:
             return f.read(limit)
     except OSError as e:
         raise SourceError(f"{path}: {e.strerror}") from None
+
+
+def pieces_of(path: str, nbytes: int) -> Iterator[bytes]:
+    """The bytes of a file, at most `nbytes` at a time. Raises SourceError where it cannot be read."""
+    if not is_file(path):
+        raise SourceError(f"{path}: no such file")
+    try:
+        with open(path, "rb") as f:
+            while piece := f.read(nbytes):
+                yield piece
+    except OSError as e:
+        raise SourceError(f"{path}: {e.strerror}") from None
+
+
+def fill(into: bytearray | memoryview, fd: int, offset: int) -> None:
+    """Read bytes of a file from `offset` on until `into` is full. Raises OSError, SourceError at its end."""
+    view = memoryview(into)
+    while view:
+        n = os.preadv(fd, [view], offset)
+        if n == 0:
+            raise SourceError(f"the file was cut: no bytes [{offset}, {offset + len(view)})")
+        view, offset = view[n:], offset + n
 
 
 def let_go(fd: int) -> None:

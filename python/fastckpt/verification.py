@@ -22,7 +22,7 @@ from .digest import LEAF, combine, digest, leaf_digests
 from .doors.text import counted
 from .dtypes import DType
 from .errors import FastckptError, SourceError, expect
-from .extents import File, is_directory, let_go
+from .extents import File, fill, is_directory, let_go
 from .finite import nonfinite
 from .output.manifest import NAME, Manifest, TensorEntry, rank_of
 from .sources.safetensors import MAX_HEADER, Item, read_header
@@ -238,7 +238,9 @@ def _rest(path: str, nbytes: int, slots: list[tuple[int, int]]) -> bytes:
     with open(path, "rb", buffering=0) as f:
         for offset, size in [*slots, (nbytes, 0)]:
             if offset > at:
-                out += _exactly(f.fileno(), bytearray(offset - at), at)
+                between = bytearray(offset - at)
+                fill(between, f.fileno(), at)
+                out += between
             at = offset + size
     return bytes(out)
 
@@ -335,7 +337,7 @@ def _read_all(
         """Leaves [low, high), which one buffer holds: read them at once, digest, look for NaN and Inf."""
         at, start = offset[low:high], int(offset[low])
         data = buffer[: int(at[-1] + size[high - 1]) - start]
-        _exactly(fd, data.data, start)
+        fill(data.data, fd, start)
         leaves[low:high] = leaf_digests(data, at - start, size[low:high])
         same = [tensors[k].dtype for k in of[low:high]]
         for i, j in _neighbours(same, at, size[low:high]):
@@ -413,14 +415,3 @@ def _neighbours(
         if k == len(dtypes) or not joined[k - 1] or dtypes[k] is not dtypes[k - 1]:
             yield low, k
             low = k
-
-
-def _exactly(fd: int, data: bytearray | memoryview, offset: int) -> bytearray | memoryview:
-    """Fill `data` from `offset`; a file that ends early is a SourceError."""
-    view, at = memoryview(data), 0
-    while at < len(view):
-        n = os.preadv(fd, [view[at:]], offset + at)
-        if n == 0:
-            raise SourceError(f"the file was cut: no bytes [{offset + at}, {offset + len(view)})")
-        at += n
-    return data

@@ -19,14 +19,14 @@ import numpy as np
 
 from .. import __version__
 from ..checkpoint import JSON
-from ..digest import LEAF, combine, digest64
+from ..digest import LEAF, combine, digest, digest64
 from ..errors import ManagerError
 from ..output.files import safetensors_layout
 from ..output.manifest import Origin, Record
 from ..output.writer import Output
 from .commits import Commit, Store
 from .coordination import Group, ints, together
-from .pieces import Claim, Piece, Shared, Taken, digest_of, raw, shared
+from .pieces import Claim, Piece, Shared, Taken, raw, shared
 from .values import Engine
 
 SCHEMA = 1
@@ -162,7 +162,7 @@ class _Save:
         digests = [""] * len(pieces)
         if self.group.world > 1:
             with ThreadPoolExecutor(_THREADS) as pool:
-                digests = list(pool.map(lambda p: digest_of(p.data), pieces))
+                digests = list(pool.map(lambda p: digest(raw(p.data)), pieces))
         return {
             p.name: Claim(p.dtype.name, p.shape, d, *((p.box.whole, p.box.offset) if p.box else ())).json()
             for p, d in zip(pieces, digests, strict=True)

@@ -151,7 +151,12 @@ class Whole:
             if self._durable:
                 for directory, _, _ in os.walk(self._staging, topdown=False):
                     sync_directory(directory)
-            self._swap(self._staging, self.path)
+            try:
+                self._swap(self._staging, self.path)
+            except OSError as e:
+                if e.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise WriteError(f"{self.path}: another run put something there meanwhile") from None
+                raise
             if self._durable:
                 try:
                     for changed in (self.parent, *(os.path.dirname(made) for made in self._made)):
@@ -241,7 +246,7 @@ class Part:
         self._made: list[str] = []
         self._waiting: list[tuple[str, str]] = []
         self._placed: list[str] = []
-        self._started = False
+        self._lock = -1
         self._numbers = itertools.count(1)  # next() is one step: files may be begun by several threads
 
     def start(self) -> None:
@@ -275,7 +280,6 @@ class Part:
             refuse_loss(self.path, self._keep)
         with telling(self.path):
             move_in(self.path, self._claim, self._made)
-            self._started = True
 
     def stage(self, name: str) -> str:
         """The path to write the file `name` at."""
@@ -331,22 +335,33 @@ class Part:
 
     def abandon(self) -> None:
         """Leave nothing of this run."""
-        if self._started and self._placed and self._record(self.rank) is None:
+        if self._placed and self._record(self.rank) is None:
             others = [r for k in range(self.world) if k != self.rank and (r := self._record(k)) is not None]
             for name in set(self._placed).difference(*(other.files for other in others)):
                 with suppress(OSError):
                     os.unlink(os.path.join(self.path, name))
-        if self._started:
-            self.finish()
+        self.finish()
         remove_directories(self._made)
 
     def _claim(self) -> None:
-        """Leave the file that says that a rank is at work here, then remove what this rank left before.
+        """Leave the locked file that says that a rank is at work, then remove what this rank left before.
 
-        The file first: ranks that start now see that the directory is ours. Raises FileNotFoundError where
-        the directory went away between the two, as it can when the same rank is run twice at once."""
-        open(os.path.join(self.path, self._mine + "open"), "wb").close()
-        self._sweep(but=self._mine + "open")
+        The file first: ranks that start now see that the directory is ours. Raises WriteError where another
+        run of this rank is at work, FileNotFoundError where that ended between the file and the lock."""
+        marker = os.path.join(self.path, self._mine + "open")
+        fd = os.open(marker, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            if not _locked(fd):
+                raise WriteError(
+                    f"{self.path}: another run is making rank {self.rank}; run this one again when that ended"
+                )
+            if not os.path.samestat(os.fstat(fd), os.stat(marker)):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), marker)
+        except BaseException:
+            let_go(fd)
+            raise
+        self._lock = fd
+        self._sweep()
 
     # ---- records ----
 
@@ -424,17 +439,21 @@ class Part:
             for directory in directories:
                 sync_directory(directory)
 
-    def _sweep(self, but: str = "") -> None:
-        """Remove this rank's temporary files."""
+    def _sweep(self) -> None:
+        """Remove this rank's temporary files; not the marker."""
         for entry in os.listdir(self.path):
-            if entry.startswith(self._mine) and entry != but:
+            if entry.startswith(self._mine) and entry != self._mine + "open":
                 with suppress(FileNotFoundError):
                     os.unlink(os.path.join(self.path, entry))
 
     def finish(self) -> None:
-        """Take the marker away."""
-        with suppress(OSError):
-            self._sweep()
+        """Take what is temporary away, the marker last, and let another run have the rank."""
+        fd, self._lock = self._lock, -1
+        if fd >= 0:
+            with suppress(OSError):
+                self._sweep()
+                os.unlink(os.path.join(self.path, self._mine + "open"))
+            let_go(fd)
 
 
 def make_directories(path: str) -> list[str]:
@@ -498,14 +517,23 @@ def _lock(directory: str) -> int:
     """A descriptor that holds the directory's lock (none where the file system has no locks); -1 where
     another process holds it."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    if _locked(fd):
+        return fd
+    let_go(fd)
+    return -1
+
+
+def _locked(fd: int) -> bool:
+    """Lock what is open there until it is closed, or its process is gone; False where another run holds it.
+
+    True where the file system has no locks."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        let_go(fd)
-        return -1
+        return False
     except OSError:
         pass
-    return fd
+    return True
 
 
 def _alive(pid: int) -> bool:
