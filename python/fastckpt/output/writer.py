@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from ..digest import LEAF, Digesting, digest
 from ..errors import WriteError, expect
-from ..extents import pieces_of
+from ..extents import inside, pieces_of
 from . import syscalls
 from .endings import Endings
 from .files import FileLayout
 from .filesystem import telling, write_file
-from .manifest import NAME, TRACE, FileEntry, Manifest, Record, Shard, TensorTable, inside, rank_of
+from .manifest import NAME, TRACE, FileEntry, Manifest, Record, Shard, TensorTable, rank_of
 from .part import Part
 from .whole import Whole
 
