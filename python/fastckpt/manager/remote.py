@@ -15,7 +15,7 @@ from contextlib import suppress
 
 from ..digest import digest
 from ..errors import ManagerError, SourceError, WriteError
-from ..output.commit import telling
+from ..output.filesystem import telling
 from ..output.manifest import NAME, Manifest
 from ..verification import verify
 from .commits import ASIDE, LATEST, SAVING, Commit, Store

@@ -29,6 +29,8 @@ from .files import SlotTable
 SCHEMA = 1
 NAME = "fastckpt.json"
 """The commit record: a directory without it is not an output."""
+TRACE = ".fastckpt-"
+"""What names of unfinished business inside an output directory begin with."""
 _MAX_BYTES = 1 << 30
 _MAX_NDIM = 64
 _LINES = 1 << 10
