@@ -183,7 +183,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "manager": (
         ("__init__", "coordination", "values", "pieces", "commits", "metadata", "job", "uploaders"),
-        ("policies", "saving", "remote", "standing", "telling"),
+        ("policies", "saving", "remote", "standing", "telling", "fitting"),
         ("opened", "keeping"),
         ("loading", "publishing"),
         ("manager",),
@@ -209,6 +209,7 @@ TORCH |= {
     f"manager/{m}"
     for m in [
         "coordination",
+        "fitting",
         "values",
         "pieces",
         "saving",
