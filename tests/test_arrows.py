@@ -186,6 +186,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("policies", "saving", "remote", "standing", "telling", "fitting"),
         ("opened", "keeping"),
         ("loading", "publishing"),
+        ("resuming",),
         ("manager",),
         ("runner", "commands"),
     ),
@@ -218,6 +219,7 @@ TORCH |= {
         "keeping",
         "loading",
         "publishing",
+        "resuming",
         "manager",
         "runner",
     ]
