@@ -256,7 +256,7 @@ class CheckpointManager:
         return True
 
     def _voted(self, step: int, force: bool) -> str | None:
-        """The token of this save where rank 0's policy, `force` or a rank's SIGTERM asks for it; else None."""
+        """The token of this save where the policy, `force` or a rank's SIGTERM asks for it; else None."""
 
         def vote() -> JSON:
             busy = self._flight is not None and not self._flight.done()
