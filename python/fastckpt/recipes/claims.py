@@ -294,8 +294,9 @@ def vocabulary(
     the rows. Raises RecipeError where the stored rows are another number, unless `vocab_size` says how many
     of them count.
 
-    The config says whether the pair is tied. Where it does and the checkpoint holds two different tensors,
-    that is a RecipeError: transformers 5 unties such a pair, and names do not tell which one was meant."""
+    The config says whether the pair is tied. Where it does and the checkpoint holds two tensors, that is a
+    RecipeError, whatever their values: transformers 5 unties a pair that differs, and neither names nor a
+    plan, which is kept by headers, say whether it does."""
     want = integer(config, key) if vocab_size is None else vocab_size
 
     def rows(name: str, *more: Dim) -> View:
@@ -323,8 +324,8 @@ def vocabulary(
         return want, table, Linear(head, rows(stored, hidden), bias, bias_name=head_bias), False
     if stored in claims and not _same_bytes(rows(stored, hidden), table.weight):
         raise RecipeError(
-            f"config says tie_word_embeddings, yet {embedding}.weight and {stored} are two "
-            "tensors; set it to false in the config to serve both as they are"
+            f"config says tie_word_embeddings, yet {embedding}.weight and {stored} are two tensors; with "
+            f"false in the config both are served as they are, without {stored} in the checkpoint the one is"
         )
     return want, table, Linear(head, table.weight, bias, bias_name=head_bias), True
 
