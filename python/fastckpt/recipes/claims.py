@@ -324,8 +324,8 @@ def vocabulary(
         return want, table, Linear(head, rows(stored, hidden), bias, bias_name=head_bias), False
     if stored in claims and not _same_bytes(rows(stored, hidden), table.weight):
         raise RecipeError(
-            f"config says tie_word_embeddings, yet {embedding}.weight and {stored} are two tensors; with "
-            f"false in the config both are served as they are, without {stored} in the checkpoint the one is"
+            f"config says tie_word_embeddings, yet {embedding}.weight and {stored} are two tensors; set it to "
+            f"false in the config to serve both as they are, or leave {stored} out of the checkpoint"
         )
     return want, table, Linear(head, table.weight, bias, bias_name=head_bias), True
 
