@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from ..digest import digest
 from ..errors import ManagerError, SourceError, WriteError
-from ..output.commit import remove_tree, telling
+from ..output.filesystem import remove_tree, telling
 from ..output.manifest import NAME, Manifest
 from ..verification import verify
 from .commits import ASIDE, LATEST, SAVING, TRASH, Commit, Store
