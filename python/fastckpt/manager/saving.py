@@ -20,8 +20,8 @@ from .. import __version__
 from ..checkpoint import JSON
 from ..digest import LEAF, combine, digest, digest64
 from ..errors import ManagerError, WriteError
-from ..output.filesystem import telling
 from ..output.files import safetensors_layout
+from ..output.filesystem import telling
 from ..output.manifest import Origin, Record
 from ..output.writer import Output
 from .commits import Commit, Store
