@@ -15,7 +15,7 @@ ROOT = Path(next(iter(fastckpt.__path__)))
 CORE = ("errors", "dtypes", "extents", "views", "stored", "checkpoint", "placement", "target")
 PLAIN = (*CORE, "model")
 TABLE = ("copies", "axes", "compiling", "binding", "batches")
-FILES = ("syscalls", "endings", "files", "torchzip", "manifest", "commit", "writer")
+FILES = ("syscalls", "endings", "files", "torchzip", "manifest", "filesystem", "whole", "part", "writer")
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
@@ -59,9 +59,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "files": CORE,
     "torchzip": (*CORE, "digest", "files"),
     "manifest": (*CORE, "digest", "files"),
-    "commit": (*CORE, "digest", "syscalls", "manifest"),
+    "filesystem": CORE,
+    "whole": (*CORE, "digest", "syscalls", "manifest", "filesystem"),
+    "part": (*CORE, "manifest", "filesystem"),
     "writer": (*CORE, "digest", *FILES[:-1]),
-    "verification": (*CORE, "digest", "finite", *FILES, "expectation", "sources", "text"),
+    "rereading": (*CORE, "digest", "finite"),
+    "verification": (*CORE, "digest", "rereading", *FILES, "expectation", "sources", "text"),
     # The way back, through sources, recipes and layouts.
     "inverse": CORE,
     "joining": (*PLAIN, "collector", "digest", "manifest", "inverse", "sources", "recipes", "layouts"),
@@ -104,11 +107,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "files",
         "torchzip",
     ),
-    "pipeline": (*CORE, "digest", "finite", *TABLE, "planned", "plans", "reader", *FILES),
+    "pipeline": CORE,
+    "limits": (*CORE, "batches", "files"),
+    "ends": (*CORE, "digest", "finite", *TABLE, "planned", "reader", *FILES),
     "quantising": (*CORE, *TABLE, "plans", "schemes", "quantplan", "rounding", "reader"),
     "figures": (*CORE, *TABLE, "plans", "schemes", "quantplan", "prequantised", "rounding"),
     "tensors": (*CORE, "sources", *TABLE, "plans"),
-    "device": (*CORE, "digest", *TABLE, "reader", "pipeline", "executors"),
+    "device": (*CORE, "digest", *TABLE, "reader", "ends", "executors"),
     "resident": (*CORE, "lowrank", *TABLE, "plans", "executors"),
     "quantrows": (*CORE, "schemes", "rounding"),
     "quantised": (
@@ -123,7 +128,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "rounding",
         "schemes",
     ),
-    "crossing": (*CORE, "device", "executors", "pipeline", *TABLE, "plans", "reader"),
+    "crossing": (*CORE, "device", "executors", "ends", "pipeline", *TABLE, "plans", "reader"),
 }
 MAY_IMPORT["runs"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")

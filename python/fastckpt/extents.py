@@ -47,6 +47,11 @@ ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 """What the system says where nothing stands."""
 
 
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether anything stands there. Raises SourceError where that cannot be known."""
+    return _mode(path) != 0
+
+
 def is_file(path: str | os.PathLike[str]) -> bool:
     """Whether a regular file stands there. os.path says no where the disk fails, and something else would be
     read instead; here that is a SourceError."""
@@ -67,6 +72,12 @@ def _mode(path: str | os.PathLike[str]) -> int:
         if e.errno in ABSENT:
             return 0
         raise SourceError(f"{os.fspath(path)}: {e.strerror}") from None
+
+
+def inside(name: str) -> bool:
+    """Whether a file name that a record gives is relative, plain and stays inside the record's directory."""
+    odd = {"\0", "\\"} & set(name) or {"", ".", ".."} & set(name.split("/"))
+    return not odd and len(name) <= 4096
 
 
 def listed(path: str, pattern: str) -> list[str]:

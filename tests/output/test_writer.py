@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 from fastckpt.dtypes import BY_NAME
 from fastckpt.errors import SourceError, WriteError
-from fastckpt.output import commit, syscalls
+from fastckpt.output import part, syscalls
 from fastckpt.output.files import FileLayout, SlotTable, safetensors_layout
 from fastckpt.output.manifest import Manifest
 from fastckpt.output.writer import Output
@@ -385,7 +385,7 @@ def test_a_full_disk_is_found_before_the_old_set_gives_way(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(commit, "write_file", full)
+    monkeypatch.setattr(part, "write_file", full)
     with pytest.raises(WriteError, match="no space left"):
         write_part(tmp_path / "out", 0, 1, overwrite=True)
     assert contents(tmp_path / "out") == before and verify(tmp_path / "out").ok

@@ -27,7 +27,7 @@ from ..checkpoint import JSON
 from ..errors import ManagerError, SourceError, WriteError
 from ..extents import let_go
 from ..output import syscalls
-from ..output.commit import (
+from ..output.filesystem import (
     is_there,
     make_directories,
     remove_tree,

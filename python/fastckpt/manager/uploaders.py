@@ -20,7 +20,7 @@ from typing import Protocol
 
 from ..digest import LEAF, Digesting
 from ..errors import ManagerError, SourceError, WriteError
-from ..output.commit import sync_directory
+from ..output.filesystem import sync_directory
 from ..output.manifest import NAME, Manifest, rank_name
 from ..verification import verify
 

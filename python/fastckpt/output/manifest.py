@@ -23,12 +23,14 @@ from ..checkpoint import JSON
 from ..digest import LEAF, Digesting, digest
 from ..dtypes import BY_NAME, DType
 from ..errors import SourceError, WriteError
-from ..extents import content, is_directory, is_file
+from ..extents import content, inside, is_directory, is_file
 from .files import SlotTable
 
 SCHEMA = 1
 NAME = "fastckpt.json"
 """The commit record: a directory without it is not an output."""
+TRACE = ".fastckpt-"
+"""What names of unfinished business inside an output directory begin with."""
 _MAX_BYTES = 1 << 30
 _MAX_NDIM = 64
 _LINES = 1 << 10
@@ -47,14 +49,6 @@ def rank_of(name: str) -> int | None:
     """The rank whose record has that file name; None where it is no such record."""
     found = _RANK.fullmatch(name)
     return int(found[1]) if found else None
-
-
-def inside(name: str) -> bool:
-    """Whether a file name is relative, plain and stays inside the directory."""
-    parts = name.split("/")
-    return (
-        0 < len(name) <= 4096 and "\0" not in name and "\\" not in name and not {"", ".", ".."} & set(parts)
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """The one place that makes output real: files at their final size, bytes at their final offset, one commit.
 
 Law: nothing of a run counts before `commit`, and nothing of it stays without. A directory with a
-`fastckpt.json` is whole. See `commit.py` for the protocol and docs/formats.md for the manifest.
+`fastckpt.json` is whole. `whole.py` and `part.py` are the two ways there; docs/formats.md has the manifest.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 
 from ..digest import LEAF, Digesting, digest
 from ..errors import WriteError, expect
-from ..extents import pieces_of
+from ..extents import inside, pieces_of
 from . import syscalls
-from .commit import TRACE, Part, Whole, telling, write_file
 from .endings import Endings
 from .files import FileLayout
-from .manifest import NAME, FileEntry, Manifest, Record, Shard, TensorTable, inside, rank_of
+from .filesystem import telling, write_file
+from .manifest import NAME, TRACE, FileEntry, Manifest, Record, Shard, TensorTable, rank_of
+from .part import Part
+from .whole import Whole
 
 _EARLY = 1 << 18
 """Writes of this many bytes are started on their way to disk at once; smaller ones wait for company."""

@@ -26,7 +26,8 @@ from ..planning.copies import COPY, NOTHING, Chunk, item_sizes, nbytes
 from ..planning.plans import Plan
 from ..reader import Lane, Mapped, Positioned
 from .device import CastThere, ToDevice
-from .pipeline import Worker, feed
+from .ends import Worker
+from .pipeline import feed
 
 WAYS = ("cpu", "gpu")
 

@@ -21,7 +21,7 @@ from ..planning.axes import classify
 from ..planning.batches import LEAF, Batch, Slots
 from ..planning.copies import AXES, NOTHING, Table, item_sizes
 from ..reader import Lane
-from .pipeline import Worker
+from .ends import Worker
 
 State = dict[str, torch.Tensor]
 

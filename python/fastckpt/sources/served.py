@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import SourceError
-from ..extents import File, is_directory, is_file
+from ..extents import File, inside, is_directory, is_file
 from . import safetensors, statedict
 from .assembly import RECORD, assemble, read_json
 from .options import Options
@@ -78,7 +78,7 @@ def _shards(path: str, body: Mapping[str, JSON], ranks: list[JSON], options: Opt
         for file in _map(shard, "files", record):
             if not file.endswith(safetensors.SUFFIX):
                 continue
-            if file.startswith("/") or "\\" in file or {"", ".", ".."} & set(file.split("/")):
+            if not inside(file):
                 raise SourceError(f"{record}: file {file!r} leaves the directory")
             header = safetensors.read_header(os.path.join(path, file))
             headers.append(header)
