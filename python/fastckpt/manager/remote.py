@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 
 from ..digest import digest
 from ..errors import ManagerError, SourceError, WriteError
-from ..output.filesystem import telling
+from ..output.filesystem import remove_tree, telling
 from ..output.manifest import NAME, Manifest
 from ..verification import verify
-from .commits import ASIDE, LATEST, SAVING, Commit, Store
+from .commits import ASIDE, LATEST, SAVING, TRASH, Commit, Store
 from .uploaders import FsspecDirectory, Uploader
 
 
@@ -114,8 +113,15 @@ class RemoteStore(Store):
                 with open(path, "xb") as f:
                     for piece in self._far.read(f"{self.name(step)}/{name}"):
                         f.write(piece)
-            shutil.rmtree(self.path(step), ignore_errors=True)
+            self._clear(step)
             os.rename(staged, self.path(step))
+
+    def _clear(self, step: int) -> None:
+        """Give a step's name in the scratch directory free, where a copy has it. Raises OSError."""
+        old = self._away(TRASH, step)
+        with suppress(FileNotFoundError):
+            os.rename(self.path(step), old)
+        remove_tree(old)
 
     # ---- changes: the coordinator only ----
 
@@ -128,7 +134,8 @@ class RemoteStore(Store):
         if self.commit(step) is not None:
             raise ManagerError(f"{self.url}: step {step} stands, and nothing is replaced here in one step")
         self._remove_all(step)  # what a torn upload left
-        shutil.rmtree(self.path(step), ignore_errors=True)  # a copy that was brought
+        with telling(self.path(step)):
+            self._clear(step)
         staged = self.saving(step, token)
         try:
             self._uploader.upload(staged, self.name(step))
@@ -141,7 +148,7 @@ class RemoteStore(Store):
             raise WriteError(f"{self.url}: step {step} is not what was just carried there")
         for entry in os.listdir(self.root):
             if self._named.fullmatch(entry) and entry != self.name(step):
-                shutil.rmtree(os.path.join(self.root, entry), ignore_errors=True)
+                remove_tree(os.path.join(self.root, entry))  # only a copy
         self._hint(self.name(step))
         return found
 

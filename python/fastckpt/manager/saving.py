@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +19,9 @@ import numpy as np
 from .. import __version__
 from ..checkpoint import JSON
 from ..digest import LEAF, combine, digest, digest64
-from ..errors import ManagerError
+from ..errors import ManagerError, WriteError
 from ..output.files import safetensors_layout
+from ..output.filesystem import telling
 from ..output.manifest import Origin, Record
 from ..output.writer import Output
 from .commits import Commit, Store
@@ -265,7 +265,11 @@ class _Save:
 
     def _seal(self) -> JSON:
         if self.disk.coordinator:
-            shutil.rmtree(os.path.join(self.staging, ENGINES), ignore_errors=True)
+            for folder, _, late in os.walk(os.path.join(self.staging, ENGINES), topdown=False):
+                if late:
+                    raise WriteError(f"{folder}: {late[0]} came after save_checkpoint had returned")
+                with telling(folder):
+                    os.rmdir(folder)
             self.store.seal(self.request.step, self.request.token, aside=self.request.aside)
         return None
 

@@ -263,14 +263,15 @@ class Claims:
         names = [*self.ckpt.entries, *self.ckpt.aliases]
         if adapted := next((n for n in names if ".lora_A." in n), None):
             raise RecipeError(
-                f"{self.ckpt.path}: {adapted} is an adapter's; --adapter DIR with its adapter_config.json "
-                "merges it"
+                f"{self.ckpt.path}: {adapted} is an adapter's; adapter= (--adapter DIR) merges it, with its "
+                "adapter_config.json"
             )
         for name in names:
             prefix = name.removesuffix(anchor)
             if prefix != name and prefix.endswith(".") and all(n.startswith(prefix) for n in names):
                 raise RecipeError(
-                    f"{self.ckpt.path}: every name starts with {prefix!r}; --strip-prefix {prefix} removes it"
+                    f"{self.ckpt.path}: every name starts with {prefix!r}; rename= (--strip-prefix {prefix}) "
+                    "removes it"
                 )
 
 
@@ -294,8 +295,9 @@ def vocabulary(
     the rows. Raises RecipeError where the stored rows are another number, unless `vocab_size` says how many
     of them count.
 
-    The config says whether the pair is tied. Where it does and the checkpoint holds two different tensors,
-    that is a RecipeError: transformers 5 unties such a pair, and names do not tell which one was meant."""
+    The config says whether the pair is tied. Where it does and the checkpoint holds two tensors, that is a
+    RecipeError, whatever their values: transformers 5 unties a pair that differs, and neither names nor a
+    plan, which is kept by headers, say whether it does."""
     want = integer(config, key) if vocab_size is None else vocab_size
 
     def rows(name: str, *more: Dim) -> View:
@@ -323,8 +325,8 @@ def vocabulary(
         return want, table, Linear(head, rows(stored, hidden), bias, bias_name=head_bias), False
     if stored in claims and not _same_bytes(rows(stored, hidden), table.weight):
         raise RecipeError(
-            f"config says tie_word_embeddings, yet {embedding}.weight and {stored} are two "
-            "tensors; set it to false in the config to serve both as they are"
+            f"config says tie_word_embeddings, yet {embedding}.weight and {stored} are two tensors; set it "
+            f"to false in the config to serve both as they are, or leave {stored} out of the checkpoint"
         )
     return want, table, Linear(head, table.weight, bias, bias_name=head_bias), True
 
