@@ -113,11 +113,16 @@ def bench_kept_plan(
 
     bench.measure(
         Figure(
-            "kept plan: look-up and rebind, per 10^4 rows", small.shape, "ms",
-            lambda subject, floor: subject * 1e3 * 1e4 / rows, Goal(10),
+            "kept plan: look-up and rebind, per 10^4 rows",
+            small.shape,
+            "ms",
+            lambda subject, floor: subject * 1e3 * 1e4 / rows,
+            Goal(10),
         ),
-        Step("look-up and rebind", run), rounds=9, told={"rows": rows},
-    )  # fmt: skip
+        Step("look-up and rebind", run),
+        rounds=9,
+        told={"rows": rows},
+    )
 
 
 def bench_kept_quantised(bench: Bench, monkeypatch: pytest.MonkeyPatch, work: Path) -> None:
@@ -130,11 +135,16 @@ def bench_kept_quantised(bench: Bench, monkeypatch: pytest.MonkeyPatch, work: Pa
         plans.draft(opened, wanted, in_memory=True)
 
     bench.measure(
-        Figure("planning one TP-8 rank of 70B in int8, kept against anew", _count(opened), "x faster", times_faster),
+        Figure(
+            "planning one TP-8 rank of 70B in int8, kept against anew",
+            _count(opened),
+            "x faster",
+            times_faster,
+        ),
         Step("kept", lambda: draft(str(work))),
         [Step("anew", lambda: draft("off"))],
         rounds=5,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("what", ["fastckpt", "fastckpt.road"])
@@ -146,11 +156,13 @@ def bench_import(bench: Bench, what: str) -> None:
 
     bench.measure(
         Figure(
-            f"import {what}" + (" (all of a file-to-file run)" if "." in what else ""), "a fresh process",
+            f"import {what}" + (" (all of a file-to-file run)" if "." in what else ""),
+            "a fresh process",
             "ms",
-            lambda subject, floor: (subject - floor) * 1e3, Goal(150),
+            lambda subject, floor: (subject - floor) * 1e3,
+            Goal(150),
         ),
         Step("import", lambda: start(f"import {what}, sys; assert 'torch' not in sys.modules")),
         [Step("python", lambda: start("pass"))],
         rounds=9,
-    )  # fmt: skip
+    )
