@@ -183,9 +183,10 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "manager": (
         ("__init__", "coordination", "values", "pieces", "commits", "metadata", "job", "uploaders"),
-        ("policies", "saving", "remote", "standing", "telling"),
+        ("policies", "saving", "remote", "standing", "telling", "fitting"),
         ("opened", "keeping"),
         ("loading", "publishing"),
+        ("resuming",),
         ("manager",),
         ("runner", "commands"),
     ),
@@ -209,6 +210,7 @@ TORCH |= {
     f"manager/{m}"
     for m in [
         "coordination",
+        "fitting",
         "values",
         "pieces",
         "saving",
@@ -217,6 +219,7 @@ TORCH |= {
         "keeping",
         "loading",
         "publishing",
+        "resuming",
         "manager",
         "runner",
     ]

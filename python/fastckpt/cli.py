@@ -114,9 +114,7 @@ def _ending(error: BaseException) -> int | None:
     return None
 
 
-def _failed(
-    error: BaseException, message: str, code: int, usage: str, *, as_json: bool, debug: bool
-) -> int:
+def _failed(error: BaseException, message: str, code: int, usage: str, *, as_json: bool, debug: bool) -> int:
     if debug:
         import traceback
 
@@ -194,28 +192,22 @@ def _reshard(args: argparse.Namespace) -> int:
 def _consolidate(args: argparse.Namespace) -> int:
     from .road import consolidate, consolidation
 
+    shape = dict(
+        safe_serialization=args.safe_serialization,
+        max_shard_size=args.max_shard_size,
+        dtype=args.dtype,
+        weights_key=args.weights_key,
+        client_state=args.client_state,
+        adapter=args.adapter,
+    )
     if args.dry_run:
-        planned = consolidation(
-            _opened(args),
-            safe_serialization=args.safe_serialization,
-            max_shard_size=args.max_shard_size,
-            dtype=args.dtype,
-            weights_key=args.weights_key,
-            client_state=args.client_state,
-            adapter=args.adapter,
-        )
-        _show_plan(args, planned)
+        _show_plan(args, consolidation(_opened(args), **shape))
         return 0
     with progress(as_json=args.json, quiet=args.quiet) as shown:
         report = consolidate(
             _opened(args),
             args.out,
-            safe_serialization=args.safe_serialization,
-            max_shard_size=args.max_shard_size,
-            dtype=args.dtype,
-            weights_key=args.weights_key,
-            client_state=args.client_state,
-            adapter=args.adapter,
+            **shape,
             durable=args.durable,
             overwrite=args.overwrite,
             memory=args.memory,
@@ -255,9 +247,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     with progress(as_json=args.json, quiet=args.quiet) as shown:
         told = None if shown is None else partial(_verifying, shown)
-        report = verify(
-            args.path, plain=args.plain, engine=args.engine, threads=args.threads, progress=told
-        )
+        report = verify(args.path, plain=args.plain, engine=args.engine, threads=args.threads, progress=told)
 
     def text() -> str:
         seen = f"{counted(report.files, 'file')}, {counted(report.tensors, 'tensor')}, {size(report.bytes)}"

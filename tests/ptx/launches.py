@@ -11,6 +11,7 @@ from .memory import Global
 
 PATHS = ("rows", "transpose", "general")
 TEAM = 32  # threads of a tile of rows
+LEAVES_OF_BLOCK = 16
 
 
 def bytes_of(*numbers: int) -> bytes:
@@ -32,3 +33,19 @@ def copies(memory: Global, made: Tiles, target: Target = DEFAULT) -> dict[str, C
             given = table, bytes_of(first), np.uint32(count).tobytes()
             issued[name] = launch(program, kernel, memory, -(-count // teams), given)
     return issued
+
+
+def digests(memory: Global, leaves: np.ndarray, out: int, target: Target = DEFAULT) -> Counted:
+    """Digests of leaves that lie in this memory, [n, (address, nbytes)], to the u64 at `out`."""
+    program = compiled("digest_cuda.cu", target).program
+    given = memory.put("leaves", leaves), len(leaves), out
+    blocks = -(-len(leaves) // LEAVES_OF_BLOCK)
+    return launch(program, program.kernel("digest_leaves"), memory, blocks, [bytes_of(x) for x in given])
+
+
+def quantise(memory: Global, rows: np.ndarray, owner: np.ndarray, target: Target = DEFAULT) -> Counted:
+    """Quantises the tiles of rows (QUANT_ROWS) whose buffers lie in this memory."""
+    program = compiled("quant_cuda.cu", target).program
+    given = memory.put("rows", rows), memory.put("owner", owner), 0
+    kernel = program.kernel("quantise_tiles")
+    return launch(program, kernel, memory, len(owner), [bytes_of(x) for x in given])

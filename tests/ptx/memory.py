@@ -68,7 +68,7 @@ class Global:
 
     def __init__(self, nbytes: int = 1 << 26) -> None:
         self.data = np.zeros(nbytes, np.uint8)
-        self.owner = np.zeros(nbytes, np.uint8)  # which allocation a byte belongs to; 0: none
+        self.owner = np.zeros(nbytes, np.uint16)  # which allocation a byte belongs to; 0: none
         self.names = ["nothing"]
         self.written = [""]
         self.touched = Touched(nbytes)
@@ -145,6 +145,7 @@ class Global:
     def store(self, address: Array, values: Array, who: Array) -> None:
         """[n, count] values, by the threads `who`."""
         size, count = values.itemsize, values.shape[1]
+        values = np.ascontiguousarray(values).view(f"u{size}")
         at = self.places(address, size * count)
         kinds = np.array(self.written)[self.owner[at]]
         self.refuse(kinds == "never", at, "writes what is only read")

@@ -77,6 +77,11 @@ def most(a: Array, b: Array) -> Array:
     return np.where(first, a, b)
 
 
+def or_nan(run: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
+    """The .NaN form of min or max: a NaN beats a number."""
+    return lambda a, b: np.where(np.isnan(a) | np.isnan(b), a.dtype.type(np.nan), run(a, b))
+
+
 def shifted_left(x: Array, by: Array) -> Array:
     width = 8 * x.itemsize
     return np.where(by < width, x << np.minimum(by, width - 1).astype(x.dtype), x.dtype.type(0))
@@ -192,6 +197,8 @@ OPERATIONS: dict[str, Operation] = {
     "setp.nan": Operation(FLOATS, "tt", lambda a, b: np.isnan(a) | np.isnan(b)),
     "min.f32": Operation(("f32",), "tt", float_of(least)),
     "max.f32": Operation(("f32",), "tt", float_of(most)),
+    "min.NaN": Operation(("f32",), "tt", float_of(or_nan(least))),
+    "max.NaN": Operation(("f32",), "tt", float_of(or_nan(most))),
     "neg.f32": Operation(("f32",), "t", lambda x: (x.view(np.uint32) ^ np.uint32(1 << 31)).view(x.dtype)),
 }
 """By all of an opcode but its type, or by all of it."""

@@ -145,10 +145,11 @@ def test_nan_is_the_same_whatever_made_it() -> None:
             assert run(name, "f32", [x], [one]) == run(name, "f32", [one], [x]) == [0x7FFFFFFF]
         assert run("min.f32", "f32", [x], [one]) == run("max.f32", "f32", [one], [x]) == [one]
         assert run("min.f32", "f32", [x], [nan]) == [0x7FFFFFFF]
+        assert run("min.NaN", "f32", [x], [one]) == run("max.NaN", "f32", [one], [x]) == [0x7FFFFFFF]
         assert run("setp.lt", "f32", [x], [one]) == run("setp.ne", "f32", [x], [one]) == [0]
         assert run("setp.leu", "f32", [x], [one]) == run("setp.nan", "f32", [x], [one]) == [1]
     assert run("sub.rn", "f32", [inf], [inf]) == run("div.rn", "f32", [0], [0]) == [0x7FFFFFFF]
-    for name in ("min.f32", "max.f32"):
+    for name in ("min.f32", "max.f32", "min.NaN", "max.NaN"):
         assert (
             run(name, "f32", [0], [1 << 31])
             == run(name, "f32", [1 << 31], [0])

@@ -41,7 +41,7 @@ class _Waiting(Generic[Item]):
     def __init__(self, room: int, place: Callable[[Item], int]) -> None:
         self._room, self._place = room, place
         self._new: SimpleQueue[tuple[int, Item] | None] = SimpleQueue()  # (turn, item); None at the end
-        self._less = threading.Lock()  # held but when there is room again
+        self._less = threading.Lock()  # held, except when there is room again
         self._less.acquire()
         self._workers = threading.Lock()  # of what follows
         self._queues: dict[int, deque[tuple[int, Item]]] = {}  # by place
