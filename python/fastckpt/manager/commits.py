@@ -161,7 +161,7 @@ class Store:
         return [c for step in self.steps() if (c := self.commit(step)) is not None]
 
     def bring(self, step: int, *, again: bool = False) -> None:
-        """Have a step in `path(step)`; here it is there already."""
+        """Bring a step to `path(step)`, where it already is; stores that are elsewhere do something."""
 
     # ---- changes: the coordinator of this disk only ----
 
@@ -266,7 +266,7 @@ class Store:
         return gone
 
     def set_aside(self, steps: Iterable[int]) -> list[int]:
-        """Take commits out of the row without removing them: hidden names of their own."""
+        """Hide commits without removing them, under names that are no step's."""
         gone = []
         for step in steps:
             with telling(self.path(step)):

@@ -96,7 +96,7 @@ class RemoteStore(Store):
         return out
 
     def bring(self, step: int, *, again: bool = False) -> None:
-        """Have a step whole in the scratch directory; its bytes are checked by whoever reads them. `again`:
+        """Bring a step whole to the scratch directory; its bytes are checked by whoever reads them. `again`:
         also where a sound copy is there.
 
         Raises SourceError where it does not stand, WriteError where it cannot be brought."""
@@ -169,7 +169,7 @@ class RemoteStore(Store):
             self._far.remove(sorted(self._far.sizes(self.name(step))))
 
     def set_aside(self, steps: Iterable[int]) -> list[int]:
-        """Take commits out of the row without removing them: under hidden names, the record moved first."""
+        """Hide commits without removing them, under names that are no step's; the record is moved first."""
         gone = []
         for step in steps:
             away = os.path.basename(self._away(ASIDE, step))
