@@ -17,7 +17,7 @@ from ..errors import ManagerError, SourceError, WriteError
 from ..output.filesystem import remove_tree, telling
 from ..output.manifest import NAME, Manifest
 from ..verification import verify
-from .commits import ASIDE, LATEST, SAVING, TRASH, Commit, Store
+from .commits import ASIDE, LATEST, SAVING, TRASH, Commit, Store, whole
 from .uploaders import FsspecDirectory, Uploader
 
 
@@ -66,15 +66,7 @@ class RemoteStore(Store):
             text = b"".join(self._far.read(f"{self.name(step)}/{NAME}"))
         except OSError as e:
             raise SourceError(f"{where}: {NAME}: {e}") from None
-        found = Manifest.parse(text, f"{where}/{NAME}")
-        if not found.complete or found.record.source.step != step:
-            raise SourceError(f"{where}: its record is not of step {step}, or of some of its ranks only")
-        for name, entry in found.all_files().items():
-            if stored.get(name) != entry.nbytes:
-                raise SourceError(
-                    f"{where}: {name} has {stored.get(name)} bytes, the record says {entry.nbytes}"
-                )
-        return found
+        return whole(where, step, Manifest.parse(text, f"{where}/{NAME}"), stored.get)
 
     def commit(self, step: int) -> Commit | None:
         """What stands at a step; None where nothing whole does. Digests are not checked here."""
@@ -154,8 +146,8 @@ class RemoteStore(Store):
 
     def remove(self, steps: Iterable[int]) -> list[int]:
         """Remove commits, never the newest whole one; the record goes first."""
-        whole = self.commits()
-        keep = whole[-1].step if whole else None
+        standing = self.commits()
+        keep = standing[-1].step if standing else None
         gone = []
         for step in steps:
             if step != keep:
