@@ -327,7 +327,7 @@ def _pack_quantized(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> Pa
 
 
 def _by_groups(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> Parts:
-    """AWQ's GEMM form, or GPTQ's."""
+    """AWQ's GEMM form, or GPTQ's. Raises SourceError."""
     name = f"{stem}weight"
     values, scales, zeros = (_view(ckpt, stem + part) for part in ("qweight", "scales", "qzeros"))
     method = said.get("quant_method", "gptq" if f"{stem}g_idx" in ckpt.entries else None)
@@ -338,37 +338,31 @@ def _by_groups(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> Parts:
     if values.dtype is not dtypes.int32 or zeros.dtype is not dtypes.int32:
         raise SourceError(f"{name}: wanted int32 values and zero points, got {values.dtype}, {zeros.dtype}")
     bits = _bits(name, said.get("bits", said.get("w_bit", 4)))
-    many, outputs = 32 // bits, scales.shape[1]
+    many, (groups, outputs) = 32 // bits, scales.shape
     packed: Packed = "awq" if method == "awq" else "down"
-    inputs = values.shape[0] if method == "awq" else values.shape[0] * many
-    wanted = (inputs, outputs // many) if method == "awq" else (inputs // many, outputs)
-    groups = scales.shape[0]
-    if values.shape != wanted or zeros.shape != (groups, -(-outputs // many)) or inputs % groups:
+    tall, wide = per_element(f"{packed}{bits}")
+    inputs = values.shape[0] * tall
+    fits = values.shape[1] == outputs // wide and zeros.shape == (groups, -(-outputs // many))
+    if not fits or inputs % groups:
         raise SourceError(f"{name}: {values.shape}, {scales.shape} and {zeros.shape} do not fit each other")
-    group = None
-    if method == "awq":
-        if bits != 4 or str(said.get("version", "gemm")).lower() != "gemm":
-            raise SourceError(
-                f"{name}: AWQ of {bits} bits, version {said.get('version')!r}; only 4, gemm is read"
-            )
-        offset = 0
-    else:
-        form = str(said.get("checkpoint_format", "gptq"))
-        if form not in ("gptq", "gptq_v2"):
-            raise SourceError(f"{name}: checkpoint_format {form!r}; only gptq and gptq_v2 are read")
-        offset = -1 if form == "gptq" else 0
-        if f"{stem}g_idx" in ckpt.entries:
-            group = _whole(_view(ckpt, f"{stem}g_idx", (inputs,)), f"{stem}g_idx")
-    return Parts(
-        name,
-        (outputs, inputs),
-        values,
-        scales,
-        (1, inputs // groups),
-        zeros,
-        packed,
-        bits,
-        True,
-        offset,
-        group,
+    dense = Parts(
+        name, (outputs, inputs), values, scales, (1, inputs // groups), zeros, packed, bits, turned=True
     )
+    if method == "gptq":
+        return _gptq(ckpt, stem, said, dense)
+    if bits != 4 or str(said.get("version", "gemm")).lower() != "gemm":
+        raise SourceError(
+            f"{name}: AWQ of {bits} bits, version {said.get('version')!r}; only 4, gemm is read"
+        )
+    return dense
+
+
+def _gptq(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON], dense: Parts) -> Parts:
+    """With how GPTQ's format offsets zero points, and the group of each input where the files say it."""
+    form = str(said.get("checkpoint_format", "gptq"))
+    if form not in ("gptq", "gptq_v2"):
+        raise SourceError(f"{dense.name}: checkpoint_format {form!r}; only gptq and gptq_v2 are read")
+    group = None
+    if f"{stem}g_idx" in ckpt.entries:
+        group = _whole(_view(ckpt, f"{stem}g_idx", (dense.shape[1],)), f"{stem}g_idx")
+    return replace(dense, zero_offset=-1 if form == "gptq" else 0, group=group)

@@ -14,10 +14,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dtypes import DTYPES, float32
+from ..dtypes import float32
 from ..errors import SourceError, ViewError
 from ..extents import Extents
-from ..views import ZERO, View, cat
+from ..views import View, cat
 from .lowrank import Floats, nowhere, pitched
 
 Read = Callable[[View], NDArray[np.generic]]
@@ -126,13 +126,12 @@ Finish = Each | Largest | Requantised | Agreed
 
 
 def plus_one(view: View) -> View:
-    """result[..] == self[..] + 1, rounded to the view's dtype after the sum in float32; of a view whose
-    elements all lie in one dtype, before it was cast."""
-    codes = set(view.stored[view.extent != ZERO].tolist())
-    if len(codes) != 1:
-        raise ViewError(f"plus_one: wanted elements of one dtype, got {view}")
-    stored = View(view.shape, DTYPES[codes.pop()], view.extents, view.rows)
-    name = f"1 + {view.extents[int(view.extent[0])].key}"
+    """result[..] == self[..] + 1: the sum of the elements as they are stored, in float32, is rounded to the
+    view's dtype. Raises ViewError where they are stored in several dtypes, or nowhere."""
+    stored = view.as_stored()
+    if not len(view.extents):
+        raise ViewError(f"plus_one: wanted stored elements, got zeros: {view}")
+    name = f"1 + {view.extents[int(view.extent.max())].key}"
     return _made(Each(name, _flat(stored), "plus_one")).reshape(view.shape).cast(view.dtype)
 
 
