@@ -1,8 +1,8 @@
 """Reads what `reshard` itself wrote: a directory whose commit record is fastckpt.json.
 
 Law: only a complete output is read; the tensors come from the files' own headers, the record says which
-files they are and which names are tied (docs/formats.md). Where one rank holds the model by its own names,
-that is a checkpoint; the shards of a serving layout are each told as they are, for `joining` to put together.
+files they are and which names are tied (docs/formats.md). Where one rank holds the model under its own names,
+that is a checkpoint; the shards of a serving layout are given as they are, for `joining` to put together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .assembly import RECORD, assemble, read_json
 from .options import Options
 
 SHARDS = "shards"
-"""The format of an output whose tensors are parts: an entry a rank and tensor, named "rank/name"."""
+"""The format of an output whose tensors are parts: an entry for each rank's tensor, named "rank/name"."""
 SCHEMA = 1
 _MAX_BYTES = 1 << 30
 
