@@ -182,7 +182,8 @@ def test_a_step_that_only_the_group_tells(tmp_path, stage, monkeypatch):
 def test_files_of_another_step_that_no_optimizer_tells(tmp_path, frozen, monkeypatch):
     """An interrupted save over an older one; the model states are written first."""
     monkeypatch.setattr(zero_writer, "_moments", without_steps)
-    old, folder = (written(tmp_path / name, step=k, frozen=frozen) for k, name in enumerate(("old", "new"), 1))
+    old = written(tmp_path / "old", step=1, frozen=frozen)
+    folder = written(tmp_path / "new", frozen=frozen)
     whole = sources.open(tmp_path / "new")
     for rank in (1, 2):
         shutil.copy(optim(old, rank), folder)

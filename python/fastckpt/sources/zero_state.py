@@ -182,12 +182,12 @@ def _stage(value: object, where: str) -> int | None:
 
 
 def _step(moments: object) -> Tensor | int | None:
-    """The first step the optimizer tells of: with the moments of a parameter (torch's optimizers, DeepSpeed's;
-    Muon keeps none for its own), or with a group's options (DeepSpeed's older FusedAdam)."""
+    """The first step the optimizer tells of: with the moments of a parameter (torch's, DeepSpeed's; Muon's own
+    have none), else with a group's options (DeepSpeed's older FusedAdam)."""
     table = moments if isinstance(moments, dict) else {}
     state, groups = table.get("state"), table.get("param_groups")
-    kept = [*(state.values() if isinstance(state, dict) else ()), *(groups if isinstance(groups, list) else ())]
-    for place in kept:
+    kept = list(state.values()) if isinstance(state, dict) else []
+    for place in kept + groups if isinstance(groups, list) else kept:
         step = place.get("step") if isinstance(place, dict) else None
         if isinstance(step, Tensor) and step.numel == 1:
             return step
