@@ -22,7 +22,7 @@ demo: $(STAMPS)/package
 	$(BIN)/fastckpt demo
 
 lint: $(STAMPS)/package $(STAMPS)/tools
-	$(BIN)/ruff check python tests examples setup.py
+	$(BIN)/ruff check python tests examples benchmarks setup.py
 	$(BIN)/mypy
 
 nightly: $(STAMPS)/package $(STAMPS)/tools

@@ -232,4 +232,4 @@ EXTENSION = Extension(
     optional=WANTED != "1",
 )
 
-setup(ext_modules=[] if WANTED == "0" else [EXTENSION], cmdclass={"build_ext": Build})
+setup(license="Apache-2.0", ext_modules=[] if WANTED == "0" else [EXTENSION], cmdclass={"build_ext": Build})

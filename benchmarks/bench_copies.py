@@ -20,7 +20,7 @@ from fastckpt.planning.copies import Table
 from fastckpt.planning.wanted import Wanted
 from fastckpt.reader import Mapped
 from fastckpt.running import tensors
-from fastckpt.running.runs import BAND
+from fastckpt.running.limits import BAND
 from fastckpt.stored import strided
 from fastckpt.target import Target
 from fastckpt.views import View, stack

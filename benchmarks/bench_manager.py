@@ -1,4 +1,4 @@
-"""The manager: what a save costs the loop and the disk, against plain writes and torch.save; what digests cost.
+"""What the manager's saves cost the loop and the disk, against plain writes and torch.save; digests.
 
 The state is 16 tensors of `--size` bytes in all, in host memory. torch.save does not wait for the disk: it is
 compared with a save that does not either, and, followed by an fsync of its file, with one that does.

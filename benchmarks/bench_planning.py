@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -113,11 +114,16 @@ def bench_kept_plan(
 
     bench.measure(
         Figure(
-            "kept plan: look-up and rebind, per 10^4 rows", small.shape, "ms",
-            lambda subject, floor: subject * 1e3 * 1e4 / rows, Goal(10),
+            "kept plan: look-up and rebind, per 10^4 rows",
+            small.shape,
+            "ms",
+            lambda subject, floor: subject * 1e3 * 1e4 / rows,
+            Goal(10),
         ),
-        Step("look-up and rebind", run), rounds=9, told={"rows": rows},
-    )  # fmt: skip
+        Step("look-up and rebind", run),
+        rounds=9,
+        told={"rows": rows},
+    )
 
 
 def bench_kept_quantised(bench: Bench, monkeypatch: pytest.MonkeyPatch, work: Path) -> None:
@@ -130,27 +136,38 @@ def bench_kept_quantised(bench: Bench, monkeypatch: pytest.MonkeyPatch, work: Pa
         plans.draft(opened, wanted, in_memory=True)
 
     bench.measure(
-        Figure("planning one TP-8 rank of 70B in int8, kept against anew", _count(opened), "x faster", times_faster),
+        Figure(
+            "planning one TP-8 rank of 70B in int8, kept against anew",
+            _count(opened),
+            "x faster",
+            times_faster,
+        ),
         Step("kept", lambda: draft(str(work))),
         [Step("anew", lambda: draft("off"))],
         rounds=5,
-    )  # fmt: skip
+    )
 
 
-@pytest.mark.parametrize("what", ["fastckpt", "fastckpt.road"])
+ROAD = "fastckpt.road, fastckpt.sources.zero, fastckpt.layouts.hf, fastckpt.recipes.llama"
+
+
+@pytest.mark.parametrize("what", ["fastckpt", ROAD], ids=["fastckpt", "road"])
 def bench_import(bench: Bench, what: str) -> None:
-    """A fresh process that imports, less one that does not."""
+    """A fresh process that imports, less one that does not; byte code is kept, as installing keeps it."""
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
 
     def start(code: str) -> None:
-        subprocess.run([sys.executable, "-c", code], check=True)
+        subprocess.run([sys.executable, "-c", code], check=True, env=env)
 
     bench.measure(
         Figure(
-            f"import {what}" + (" (all of a file-to-file run)" if "." in what else ""), "a fresh process",
+            "import fastckpt" if what == "fastckpt" else "import all of a run of a llama from ZeRO to hf",
+            "a fresh process",
             "ms",
-            lambda subject, floor: (subject - floor) * 1e3, Goal(150),
+            lambda subject, floor: (subject - floor) * 1e3,
+            Goal(150),
         ),
         Step("import", lambda: start(f"import {what}, sys; assert 'torch' not in sys.modules")),
         [Step("python", lambda: start("pass"))],
         rounds=9,
-    )  # fmt: skip
+    )

@@ -10,11 +10,11 @@ from pathlib import Path
 import fastckpt
 import pytest
 import torch
-from fastckpt.planning import plans
 from fastckpt.placement import Placement
+from fastckpt.planning import plans
 from fastckpt.planning.wanted import Wanted
-from fastckpt.running.runs import Report
 from fastckpt.quantisation.schemes import SCHEMES, Quant
+from fastckpt.running.runs import Report
 from floors import GatherQuantise, Write
 from inputs import Input
 from measure import Bench, Figure, Goal, Step, of_floor, on, times_faster
@@ -71,11 +71,17 @@ def bench_against_eager(bench: Bench, dense: dict[str, torch.Tensor], scheme: st
         assert torch.equal(made[name].view(torch.uint8), values.view(torch.uint8))
         assert torch.equal(made[name + end], scale)
     bench.measure(
-        Figure(f"fp32 -> {scheme} against eager torch, {on(threads)}", SHAPE, "x faster", times_faster, Goal(10, at_most=False)),
+        Figure(
+            f"fp32 -> {scheme} against eager torch, {on(threads)}",
+            SHAPE,
+            "x faster",
+            times_faster,
+            Goal(10, at_most=False),
+        ),
         Step(scheme, lambda: road(out=out)),
         [Step("eager torch", lambda: [eager(x, scheme) for x in dense.values()])],
         rounds=5,
-    )  # fmt: skip
+    )
 
 
 def bench_against_quantize_dynamic(bench: Bench, threads: int) -> None:
@@ -92,11 +98,17 @@ def bench_against_quantize_dynamic(bench: Bench, threads: int) -> None:
         quantization.quantize_dynamic(model, {torch.nn.LSTM}, dtype=torch.qint8)
 
     bench.measure(
-        Figure(f"int8-dynamic against quantize_dynamic, {on(threads)}", "LSTM 512 -> 256, 5 layers", "x faster", times_faster, Goal(5, at_most=False)),
+        Figure(
+            f"int8-dynamic against quantize_dynamic, {on(threads)}",
+            "LSTM 512 -> 256, 5 layers",
+            "x faster",
+            times_faster,
+            Goal(5, at_most=False),
+        ),
         Step("int8-dynamic", lambda: road(out=out)),
         [Step("quantize_dynamic", theirs)],
         rounds=9,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8-block"])
@@ -104,9 +116,16 @@ def bench_to_files(bench: Bench, large: Input, work: Path, threads: int, scheme:
     """ZeRO to quantised files, the rest of the model in bf16; no fsync."""
     out = work / "out"
     road = partial(
-        fastckpt.reshard, fastckpt.open(large.path), dtype="bfloat16", quant=scheme,
-        max_shard_size=large.nbytes // 16, out=out, durable=False, threads=threads, allow_nonfinite=True,
-    )  # fmt: skip
+        fastckpt.reshard,
+        fastckpt.open(large.path),
+        dtype="bfloat16",
+        quant=scheme,
+        max_shard_size=large.nbytes // 16,
+        out=out,
+        durable=False,
+        threads=threads,
+        allow_nonfinite=True,
+    )
     told: dict[str, float | str] = {"input": large.origin}
 
     def run() -> None:
@@ -123,13 +142,17 @@ def bench_to_files(bench: Bench, large: Input, work: Path, threads: int, scheme:
     clear = partial(shutil.rmtree, out, ignore_errors=True)
     bench.measure(
         Figure(
-            f"{scheme} and bf16, {len(plan.files)} files, warm, {on(threads)} / (C + W)", large.shape,
-            "of C + W", of_floor, Goal(1.3),
+            f"{scheme} and bf16, {len(plan.files)} files, warm, {on(threads)} / (C + W)",
+            large.shape,
+            "of C + W",
+            of_floor,
+            Goal(1.3),
         ),
         Step("reshard", run, clear, clear),
         [Step("C", made, made.ready), Step("W", write, write.clear, write.clear)],
-        rounds=7, told=told,
-    )  # fmt: skip
+        rounds=7,
+        told=told,
+    )
 
 
 def bench_dequantise(bench: Bench, dense: dict[str, torch.Tensor], threads: int) -> None:
@@ -145,7 +168,13 @@ def bench_dequantise(bench: Bench, dense: dict[str, torch.Tensor], threads: int)
     for name in dense:
         assert torch.equal(made[name], theirs(name))
     bench.measure(
-        Figure(f"fp8-block -> bf16 against eager torch, {on(threads)}", SHAPE, "x faster", times_faster, Goal(3, at_most=False)),
+        Figure(
+            f"fp8-block -> bf16 against eager torch, {on(threads)}",
+            SHAPE,
+            "x faster",
+            times_faster,
+            Goal(3, at_most=False),
+        ),
         Step("quant none", lambda: road(out=out)),
         [Step("eager torch", lambda: [theirs(name) for name in dense])],
         rounds=5,

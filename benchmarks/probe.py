@@ -28,7 +28,6 @@ def main() -> int:
         import peers
     else:
         import fastckpt
-        import fastckpt.running.pipeline
         import fastckpt.road
         from fastckpt.layouts.same import Same
     before = status("/proc/self/status", "VmHWM") * 1024

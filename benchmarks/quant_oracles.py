@@ -2,8 +2,8 @@
 
     python benchmarks/quant_oracles.py
 
-Packages that are not installed are left out and named. compressed-tensors, torchao and torch.ao quantise the same
-random matrix [256, 512] in fp32, bf16 and fp16; a `0` says that every one is equal, bit for bit.
+Packages that are not installed are left out and named. compressed-tensors, torchao and torch.ao quantise the
+same random matrix [256, 512] in fp32, bf16 and fp16; a `0` says that every one is equal, bit for bit.
 """
 
 from __future__ import annotations

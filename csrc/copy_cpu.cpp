@@ -11,6 +11,7 @@
 #include <deque>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -328,7 +329,11 @@ void copy_rows(const Rows& work, int threads, int isa) {
     };
     std::vector<std::thread> pool;
     const size_t wanted = std::min<size_t>(static_cast<size_t>(std::max(threads, 1)), cut.shares.size());
-    for (size_t t = 1; t < wanted; ++t) pool.emplace_back(worker);
+    pool.reserve(wanted);
+    try {
+        while (pool.size() + 1 < wanted) pool.emplace_back(worker);
+    } catch (const std::system_error&) {  // the system starts no more: those there are do the work
+    }
     worker();
     for (std::thread& t : pool) t.join();
     if (!valid) refuse(work, k);

@@ -19,8 +19,9 @@ struct Rows {
     Recent* recent;  // gives mapped pages of the sources back behind the copies; null keeps them
 };
 
-// Runs every row, in order within a thread. Throws std::invalid_argument for a row that names a buffer or a
-// conversion that does not exist; rows before it have then been written.
+// Runs every row, in order within a thread, on `threads` threads or as many as the system starts. Throws
+// std::invalid_argument for a row that names a buffer or a conversion that does not exist; rows before it have
+// then been written.
 void copy_rows(const Rows& work, int threads, int isa);
 
 }  // namespace fastckpt

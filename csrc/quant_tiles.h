@@ -65,6 +65,7 @@ struct QuantTile {
     // ---- where a thread stands ----
 
     FASTCKPT_HD bool line() const { return shape == LINE; }
+    FASTCKPT_HD bool given() const { return q.amax != 0 && !(q.flags & QUANT_LARGEST); }  // the largest magnitudes
     FASTCKPT_HD uint32_t lane(uint32_t thread) const { return thread & ((1u << q.width) - 1); }
     FASTCKPT_HD uint32_t row_of(uint32_t thread) const { return row + (thread >> q.width) * (line() ? 1 : PATCH); }
     FASTCKPT_HD uint32_t column_of(uint32_t thread) const { return column + lane(thread) * PATCH; }
@@ -134,7 +135,7 @@ struct QuantTile {
     }
 
     FASTCKPT_HD void load(uint32_t thread, uint32_t* shared) const {
-        if (q.amax != 0 && !(q.flags & QUANT_LARGEST)) return;
+        if (given()) return;
         const uint32_t r0 = row_of(thread), c0 = column_of(thread);
         const uint32_t pieces = line() ? ((q.columns - 1) >> (q.width + 3)) + 1 : PATCH;
         const int64_t pitch = line() ? static_cast<int64_t>(right()) * size : q.pitch;
@@ -174,7 +175,7 @@ struct QuantTile {
 
     FASTCKPT_HD void fold(uint32_t thread, uint32_t* shared) const {
         if (shape == LINE || shape == SQUARE) {
-            if (thread >= THREADS / FOLD) return;
+            if (given() || thread >= THREADS / FOLD) return;
             float found = 0;
             FASTCKPT_KEEP_LOOP
             for (uint32_t i = 0; i < FOLD; ++i) found = higher(as_float(shared[PATCHES + thread * FOLD + (i + thread) % FOLD]), found);
@@ -277,17 +278,17 @@ struct QuantTile {
     FASTCKPT_HD bool one_scale(uint32_t thread, const uint32_t* shared, uint32_t above, Scales& scales) const {
         const bool leads = line() ? lane(thread) == 0 : thread == 0;
         const uint32_t share = above / q.share;
-        uint32_t* given = reinterpret_cast<uint32_t*>(q.amax) + share;
+        uint32_t* found = reinterpret_cast<uint32_t*>(q.amax) + share;
         float amax = 0;
-        if (q.amax != 0 && !(q.flags & QUANT_LARGEST)) {
-            amax = as_float(*given);
+        if (given()) {
+            amax = as_float(*found);
         } else {
             const uint32_t log = line() ? q.width : 8, from = thread >> log << log;
             FASTCKPT_KEEP_LOOP
             for (uint32_t i = 0; i < 1u << log; i += FOLD) amax = higher(as_float(shared[(from + i) / FOLD]), amax);
         }
         if (q.flags & QUANT_LARGEST) {
-            if (leads) raise_to(given, as_bits<uint32_t>(amax));
+            if (leads) raise_to(found, as_bits<uint32_t>(amax));
             return false;
         }
         const float scale = scale_of(amax);

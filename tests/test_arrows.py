@@ -15,7 +15,7 @@ ROOT = Path(next(iter(fastckpt.__path__)))
 CORE = ("errors", "dtypes", "extents", "views", "stored", "checkpoint", "placement", "target")
 PLAIN = (*CORE, "model")
 TABLE = ("copies", "axes", "compiling", "binding", "batches")
-FILES = ("syscalls", "endings", "files", "torchzip", "manifest", "commit", "writer")
+FILES = ("syscalls", "endings", "files", "torchzip", "manifest", "filesystem", "whole", "part", "writer")
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
@@ -59,9 +59,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "files": CORE,
     "torchzip": (*CORE, "digest", "files"),
     "manifest": (*CORE, "digest", "files"),
-    "commit": (*CORE, "digest", "syscalls", "manifest"),
+    "filesystem": CORE,
+    "whole": (*CORE, "digest", "syscalls", "manifest", "filesystem"),
+    "part": (*CORE, "manifest", "filesystem"),
     "writer": (*CORE, "digest", *FILES[:-1]),
-    "verification": (*CORE, "digest", "finite", *FILES, "expectation", "sources", "text"),
+    "rereading": (*CORE, "digest", "finite"),
+    "verification": (*CORE, "digest", "rereading", *FILES, "expectation", "sources", "text"),
     # The way back, through sources, recipes and layouts.
     "inverse": CORE,
     "joining": (*PLAIN, "collector", "digest", "manifest", "inverse", "sources", "recipes", "layouts"),
@@ -104,11 +107,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "files",
         "torchzip",
     ),
-    "pipeline": (*CORE, "digest", "finite", *TABLE, "planned", "plans", "reader", *FILES),
+    "pipeline": CORE,
+    "limits": (*CORE, "batches", "files"),
+    "ends": (*CORE, "digest", "finite", *TABLE, "planned", "reader", *FILES),
     "quantising": (*CORE, *TABLE, "plans", "schemes", "quantplan", "rounding", "reader"),
     "figures": (*CORE, *TABLE, "plans", "schemes", "quantplan", "prequantised", "rounding"),
     "tensors": (*CORE, "sources", *TABLE, "plans"),
-    "device": (*CORE, "digest", *TABLE, "reader", "pipeline", "executors"),
+    "device": (*CORE, "digest", *TABLE, "reader", "ends", "executors"),
     "resident": (*CORE, "lowrank", *TABLE, "plans", "executors"),
     "quantrows": (*CORE, "schemes", "rounding"),
     "quantised": (
@@ -123,7 +128,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "rounding",
         "schemes",
     ),
-    "crossing": (*CORE, "device", "executors", "pipeline", *TABLE, "plans", "reader"),
+    "crossing": (*CORE, "device", "executors", "ends", "pipeline", *TABLE, "plans", "reader"),
 }
 MAY_IMPORT["runs"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")
@@ -162,7 +167,8 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "recipes": (
         ("quantised",),
-        ("claims", "fused"),
+        ("claims",),
+        ("fused",),
         ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper", "jina_bert"),
         ("llama", "gemma", "phi3", "glm", "mixtral", "qwen_moe", "deepseek", "gpt_oss", "cogvlm2"),
         ("__init__",),
@@ -177,9 +183,10 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "manager": (
         ("__init__", "coordination", "values", "pieces", "commits", "metadata", "job", "uploaders"),
-        ("policies", "saving", "remote", "standing", "telling"),
+        ("policies", "saving", "remote", "standing", "telling", "fitting"),
         ("opened", "keeping"),
         ("loading", "publishing"),
+        ("resuming",),
         ("manager",),
         ("runner", "commands"),
     ),
@@ -203,6 +210,7 @@ TORCH |= {
     f"manager/{m}"
     for m in [
         "coordination",
+        "fitting",
         "values",
         "pieces",
         "saving",
@@ -211,6 +219,7 @@ TORCH |= {
         "keeping",
         "loading",
         "publishing",
+        "resuming",
         "manager",
         "runner",
     ]

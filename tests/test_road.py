@@ -20,7 +20,7 @@ from fastckpt.layouts.same import Same
 from fastckpt.output.writer import Output
 from fastckpt.planning import plans
 from fastckpt.reader import Mapped, Positioned
-from fastckpt.running import runs
+from fastckpt.running import limits, runs
 from fastckpt.target import Target
 from layouts import oracle, tiny
 from reading import refuses_what_is_written_to
@@ -540,8 +540,8 @@ def test_a_damaged_kept_plan_is_not_used(tmp_path, monkeypatch):
 
 def test_bands_of_any_number_of_threads_stay_within_the_promise():
     for threads in range(1, 257):
-        assert 4 << 20 <= runs.band(threads) <= runs.BAND
-        assert threads * runs.band(threads) <= (16 << 20) + threads * (4 << 20)
+        assert 4 << 20 <= limits.band(threads) <= limits.BAND
+        assert threads * limits.band(threads) <= (16 << 20) + threads * (4 << 20)
 
 
 def test_stream_gives_every_byte_in_order(tmp_path):

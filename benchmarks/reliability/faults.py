@@ -28,7 +28,6 @@ class Mode(IntEnum):
     GONE_FROM_HERE = 8
 
 
-KILLS = (Mode.KILL_BEFORE, Mode.KILL_AFTER, Mode.KILL_HALFWAY)
 _ONLY = {Mode.KILL_HALFWAY: b"w", Mode.SHORT: b"wost", Mode.FULL_FROM_HERE: b"owtmyl"}
 """Modes that do something of their own only at calls of these kinds."""
 

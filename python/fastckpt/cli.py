@@ -102,8 +102,9 @@ def _prepare() -> None:
 
 
 def _ending(error: BaseException) -> int | None:
-    """The exit code of the signal in whose wake an error was raised, if there was one: a second signal takes
-    locks of the standard library out of their owner's hands, and they raise RuntimeError in its place."""
+    """The exit code of the signal that an error goes back to, None where there was none.
+
+    A second signal, while the first is seen to, can make locks of the standard library raise RuntimeError."""
     before = error.__context__
     while before is not None:
         if isinstance(before, KeyboardInterrupt):
@@ -114,9 +115,7 @@ def _ending(error: BaseException) -> int | None:
     return None
 
 
-def _failed(
-    error: BaseException, message: str, code: int, usage: str, *, as_json: bool, debug: bool
-) -> int:
+def _failed(error: BaseException, message: str, code: int, usage: str, *, as_json: bool, debug: bool) -> int:
     if debug:
         import traceback
 
@@ -194,28 +193,22 @@ def _reshard(args: argparse.Namespace) -> int:
 def _consolidate(args: argparse.Namespace) -> int:
     from .road import consolidate, consolidation
 
+    shape = dict(
+        safe_serialization=args.safe_serialization,
+        max_shard_size=args.max_shard_size,
+        dtype=args.dtype,
+        weights_key=args.weights_key,
+        client_state=args.client_state,
+        adapter=args.adapter,
+    )
     if args.dry_run:
-        planned = consolidation(
-            _opened(args),
-            safe_serialization=args.safe_serialization,
-            max_shard_size=args.max_shard_size,
-            dtype=args.dtype,
-            weights_key=args.weights_key,
-            client_state=args.client_state,
-            adapter=args.adapter,
-        )
-        _show_plan(args, planned)
+        _show_plan(args, consolidation(_opened(args), **shape))
         return 0
     with progress(as_json=args.json, quiet=args.quiet) as shown:
         report = consolidate(
             _opened(args),
             args.out,
-            safe_serialization=args.safe_serialization,
-            max_shard_size=args.max_shard_size,
-            dtype=args.dtype,
-            weights_key=args.weights_key,
-            client_state=args.client_state,
-            adapter=args.adapter,
+            **shape,
             durable=args.durable,
             overwrite=args.overwrite,
             memory=args.memory,
@@ -227,23 +220,22 @@ def _consolidate(args: argparse.Namespace) -> int:
 
 
 def _recipes(args: argparse.Namespace) -> int:
-    from .recipes import table
+    from .recipes import FAMILIES
 
-    families = table()
     left_out: dict[str, list[str]] = {}
-    for family in families:
+    for family in FAMILIES:
         for pattern in family.ignored:
             left_out.setdefault(pattern, []).append(family.model_type)
 
     def text() -> str:
-        shown = columns([(f.model_type, f.about) for f in families])
+        shown = columns([(f.model_type, f.about) for f in FAMILIES])
         left = columns([(pattern, "in " + ", ".join(names)) for pattern, names in left_out.items()])
         return "\n".join([*shown, "known to be stale, and left out:", *left])
 
     def as_json() -> dict[str, JSON]:
         return {
             "families": [
-                {"model_type": f.model_type, "about": f.about, "ignored": list(f.ignored)} for f in families
+                {"model_type": f.model_type, "about": f.about, "ignored": list(f.ignored)} for f in FAMILIES
             ]
         }
 
@@ -256,9 +248,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     with progress(as_json=args.json, quiet=args.quiet) as shown:
         told = None if shown is None else partial(_verifying, shown)
-        report = verify(
-            args.path, plain=args.plain, engine=args.engine, threads=args.threads, progress=told
-        )
+        report = verify(args.path, plain=args.plain, engine=args.engine, threads=args.threads, progress=told)
 
     def text() -> str:
         seen = f"{counted(report.files, 'file')}, {counted(report.tensors, 'tensor')}, {size(report.bytes)}"

@@ -58,6 +58,31 @@ def digest(data: Bytes) -> str:
     return combine(leaf_digests(data, offsets, np.minimum(len(data) - offsets, LEAF)))
 
 
+class Digesting:
+    """The digest of bytes that come in pieces of any size: `add` each, in order."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._leaves: list[int] = []
+        self._rest = bytearray()
+
+    def add(self, piece: bytes | bytearray) -> None:
+        """Take the bytes that come next."""
+        self.nbytes += len(piece)
+        if not self._rest and len(piece) == LEAF:
+            self._leaves.append(digest64(piece))
+            return
+        self._rest += piece
+        while len(self._rest) >= LEAF:
+            self._leaves.append(digest64(self._rest[:LEAF]))
+            del self._rest[:LEAF]
+
+    def digest(self) -> str:
+        """The digest of all that was added: 16 hex digits."""
+        rest = [digest64(self._rest)] if self._rest else []
+        return combine(np.array([*self._leaves, *rest], np.uint64))
+
+
 def crc32(data: Bytes, value: int = 0) -> int:
     """CRC32 (zlib's) of `data`, continuing from `value`."""
     return _native.crc32(data, value) if _native is not None else zlib.crc32(data, value)

@@ -47,9 +47,14 @@ ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 """What the system says where nothing stands."""
 
 
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether anything stands there. Raises SourceError where that cannot be known."""
+    return _mode(path) != 0
+
+
 def is_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a regular file stands there. os.path says no where the disk fails, and something else would be
-    read instead; here that is a SourceError."""
+    """Whether a regular file stands there. Raises SourceError where the disk fails; os.path would say no, and
+    something else would be read instead."""
     return stat.S_ISREG(_mode(path))
 
 
@@ -67,6 +72,12 @@ def _mode(path: str | os.PathLike[str]) -> int:
         if e.errno in ABSENT:
             return 0
         raise SourceError(f"{os.fspath(path)}: {e.strerror}") from None
+
+
+def inside(name: str) -> bool:
+    """Whether a file name that a record gives is relative, plain and stays inside the record's directory."""
+    odd = {"\0", "\\"} & set(name) or {"", ".", ".."} & set(name.split("/"))
+    return not odd and len(name) <= 4096
 
 
 def listed(path: str, pattern: str) -> list[str]:
@@ -87,8 +98,30 @@ def content(path: str, limit: int = -1) -> bytes:
         raise SourceError(f"{path}: {e.strerror}") from None
 
 
+def pieces_of(path: str, nbytes: int) -> Iterator[bytes]:
+    """The bytes of a file, at most `nbytes` at a time. Raises SourceError where it cannot be read."""
+    if not is_file(path):
+        raise SourceError(f"{path}: no such file")
+    try:
+        with open(path, "rb") as f:
+            while piece := f.read(nbytes):
+                yield piece
+    except OSError as e:
+        raise SourceError(f"{path}: {e.strerror}") from None
+
+
+def fill(into: bytearray | memoryview, fd: int, offset: int) -> None:
+    """Read bytes of a file from `offset` on until `into` is full. Raises OSError, SourceError at its end."""
+    view = memoryview(into)
+    while view:
+        n = os.preadv(fd, [view], offset)
+        if n == 0:
+            raise SourceError(f"the file was cut: no bytes [{offset}, {offset + len(view)})")
+        view, offset = view[n:], offset + n
+
+
 def let_go(fd: int) -> None:
-    """Close what was only read, or held for its lock: nothing is lost where the system complains."""
+    """Close a descriptor that was only read, or held for its lock: an error loses nothing."""
     with suppress(OSError):
         os.close(fd)
 
@@ -116,8 +149,8 @@ LINE = 64
 
 
 def fresh(nbytes: int) -> NDArray[np.uint8]:
-    """Memory to be filled again and again; it begins with a cache line, as numpy's own need not: a vector
-    that straddles two is slow to store."""
+    """Uninitialised memory that begins on a cache line, as numpy's need not: storing a vector that straddles
+    two lines is slow."""
     held = np.empty(nbytes + LINE, np.uint8)
     start = -held.ctypes.data % LINE
     return held[start : start + nbytes]
@@ -125,7 +158,7 @@ def fresh(nbytes: int) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Constant(Buffer):
-    """A buffer whose bytes a plan brings itself; those of equal bytes are one, as often as they are made."""
+    """A buffer whose bytes the plan itself carries; two with equal bytes are equal."""
 
     content: bytes = b""
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import xxhash
 
@@ -21,13 +21,11 @@ from .checkpoint import JSON, Checkpoint
 from .errors import LayoutError, SourceError
 from .extents import is_directory, is_file
 from .layouts import ByRoles, Layout, Naming
-from .model import Model
 from .placement import Placement
 from .sources import safetensors, served
 from .sources.assembly import assemble
 from .sources.options import Options
 from .sources.shards import find_shards
-from .target import Target
 
 
 def open_shards(
@@ -58,7 +56,9 @@ def open_shards(
         raise SourceError(f"{where}: no config.json, nor beside {model_like.path}")
     find = recipes.find(config) if recipe is None else recipes.named(recipe)
     model, name = find(phantom, config), layout if isinstance(layout, str) else type(layout).__name__
-    entries, aliases, unread = joining.united(shards, phantom, name, _targets(made, model, grid))
+    entries, aliases, unread = joining.united(
+        shards, phantom, name, joining.over_ranks(partial(made.targets, model), grid)
+    )
     shaped = [shards.structure, layouts.VERSION, repr(made), repr(grid), model.family, kinds]
     facts: dict[str, JSON] = {"layout": name, "tied": dict(aliases)}
     if recipe is not None:
@@ -72,11 +72,6 @@ def open_shards(
         facts=facts,
         structure=xxhash.xxh3_64_hexdigest(json.dumps([*shaped, dict(config)], sort_keys=True).encode()),
     )
-
-
-def _targets(layout: ByRoles, model: Model, grid: Placement) -> Iterator[tuple[int, Target]]:
-    for p in grid.ranks():
-        yield from ((p.rank, t) for t in layout.targets(model, p))
 
 
 def _read(path: str, layout: ByRoles, grid: Placement) -> Checkpoint:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -67,8 +67,8 @@ def open(
 
 
 def told(ckpt: Checkpoint, world: int, layout: str) -> dict[str, JSON]:
-    """What a record must tell of the tensors an output was cut from; nothing where they are in it as they
-    were. Raises nothing."""
+    """What a record must keep of the tensors an output was cut from, so that it can be joined again; nothing
+    where the output holds them whole, under their own names."""
     if layout == "same" or (layout == "hf" and world == 1):
         return {}
     tensors: dict[str, JSON] = {n: [e.dtype.name, list(e.shape)] for n, e in ckpt.entries.items()}
@@ -77,13 +77,12 @@ def told(ckpt: Checkpoint, world: int, layout: str) -> dict[str, JSON]:
 
 @paused()
 def whole(ckpt: Checkpoint, recipe: str | None = None) -> Checkpoint:
-    """The model that an opened output's shards were cut from; any other checkpoint as it is. `recipe` as in
-    `open`; a recipe that was asked for by name is told in the facts, and so are sizes that had been padded:
-    the config says those of before again.
+    """The model that an opened output's shards were cut from; any other checkpoint as it is.
 
-    Names, shapes and tied names are those of the checkpoint it was cut from, dtypes those that were served;
-    what the recipe left out is in `unread`. Raises SourceError where the record does not tell enough, or the
-    shards do not hold every element."""
+    `recipe` as in `open`. The facts name a recipe that was asked for, and sizes that had been padded, which
+    the config gives as they were before. Names, shapes and tied names are those of the checkpoint it was cut
+    from, dtypes those that were served; what the recipe left out is in `unread`. Raises SourceError where the
+    record does not tell enough, or the shards do not hold every element."""
     if ckpt.format != SHARDS:
         return ckpt
     manifest = Manifest.read(ckpt.path)
@@ -162,7 +161,7 @@ def would_hold(
     cast = Cast(phantom.entries, dtype)  # but for fp8, whose bytes are a quantised matrix's
     entries = {n: e if e.dtype.itemsize == 1 else cast[n] for n, e in phantom.entries.items()}
     model = _model(ckpt, replace(phantom, entries=entries), manifest)
-    return [(p.rank, t) for p in grid(ckpt.path, manifest).ranks() for t in layout.targets(model, p)]
+    return list(over_ranks(partial(layout.targets, model), grid(ckpt.path, manifest)))
 
 
 def grid(path: str, manifest: Manifest) -> Placement:
@@ -185,16 +184,20 @@ def _targets(
     placed = grid(ckpt.path, manifest)
     if record.get("tp_plan") is not None:
         patterns = Patterns({k: str(v) for k, v in _map(record["tp_plan"], ckpt, "tp_plan").items()})
-        for p in placed.ranks():
-            yield from ((p.rank, t) for t in patterns.targets(phantom, p))
-        return
+        return over_ranks(partial(patterns.targets, phantom), placed)
     texts = _map(record.get("layout_fields"), ckpt, "layout_fields")
     layout = layouts.layout(name, {k: str(v) for k, v in texts.items()})
     if not layout.roles:
         raise SourceError(f"{ckpt.path}: layout {name} of {placed.world} ranks cannot be joined")
     model = _model(ckpt, phantom, manifest, recipe)
-    for p in placed.ranks():
-        yield from ((p.rank, t) for t in layout.targets(model, p))
+    return over_ranks(partial(layout.targets, model), placed)
+
+
+def over_ranks(
+    targets: Callable[[Placement], Iterable[Target]], grid: Placement
+) -> Iterator[tuple[int, Target]]:
+    """The targets of every rank of a grid, as (rank, target)."""
+    return ((p.rank, t) for p in grid.ranks() for t in targets(p))
 
 
 def _model(ckpt: Checkpoint, phantom: Checkpoint, manifest: Manifest, recipe: str | None = None) -> Model:

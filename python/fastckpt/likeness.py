@@ -15,7 +15,7 @@ from .digest import digest
 from .errors import LayoutError
 from .extents import is_file
 from .layouts import Layout
-from .output.manifest import NAME, Manifest
+from .output.manifest import NAME, Manifest, Shard
 from .placement import Placement
 from .planning import plans
 from .planning.wanted import Wanted
@@ -59,7 +59,9 @@ def verify_tensors(
     grid = grid_of(tp, placement)
     record = None if layout is not None or isinstance(ckpt, (Checkpoint, Mapping)) else _record(ckpt)
     if record is not None:
-        expected, aliases = _recorded(record, rank), _aliases(record, rank or 0)
+        shard = _shard(record, rank)
+        expected = {n: (t.dtype.name, t.shape, t.digest) for n, t in shard.tensors.items()}
+        aliases = shard.aliases
     else:
         if rank is None and grid.world > 1:
             raise LayoutError(f"verify_tensors: say which of the {grid.world} ranks these are (rank=)")
@@ -135,15 +137,12 @@ def _record(path: str | os.PathLike[str]) -> Manifest | None:
     return Manifest.read(at) if is_file(at) else None
 
 
-def _recorded(record: Manifest, rank: int | None) -> Expected:
+def _shard(record: Manifest, rank: int | None) -> Shard:
+    """What a record says of a rank; of its only one where none is asked for. Raises LayoutError."""
     if rank is None and record.world > 1:
         raise LayoutError(f"verify_tensors: say which of the {record.world} ranks these are (rank=)")
     for shard in record.shards:
         if shard.rank == (rank or 0):
-            return {n: (t.dtype.name, t.shape, t.digest) for n, t in shard.tensors.items()}
+            return shard
     have = ", ".join(str(s.rank) for s in record.shards)
     raise LayoutError(f"verify_tensors: the record has no rank {rank}; it has {have or 'none'}")
-
-
-def _aliases(record: Manifest, rank: int) -> Mapping[str, str]:
-    return next(s.aliases for s in record.shards if s.rank == rank)

@@ -6,7 +6,8 @@ What differs, on purpose: no byte of the checkpoint is executed and deepspeed ne
 FastckptError; tied weights can be written as safetensors (one name, as the hub does); frozen parameters of
 stage 1 are kept. The output directory is made real in one step, with a manifest beside the weights: it must
 be new, empty, or hold nothing but an earlier output of this package, which is replaced. Where DeepSpeed
-would write among other files, this refuses.
+would write among other files, this refuses. Options that a message names and these functions lack are those
+of `fastckpt.consolidate` and `fastckpt.open`.
 
 Law: nothing is computed here; every function is `consolidate` or `load_into` with DeepSpeed's defaults.
 """
@@ -17,6 +18,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -99,7 +101,7 @@ def convert_zero_checkpoint_to_state_dict(
         safe_serialization=safe_serialization,
         max_shard_size=max_shard_size,
         dtype=str(dtype),
-        overwrite=_only_ours(os.fspath(output_dir)),
+        overwrite=_replaces(os.fspath(output_dir)),
     )
 
 
@@ -132,18 +134,20 @@ def load_state_dict_from_zero_checkpoint(
     return road.load_into(model.cpu(), open_checkpoint(checkpoint_dir, tag=tag), strict=False)
 
 
-def _only_ours(path: str) -> bool:
-    """Whether a directory holds one earlier output of this package and not a file more."""
-    try:
-        ours = {*Manifest.read(os.path.join(path, NAME)).all_files(), NAME}
-    except FastckptError:
-        return False
+def _replaces(path: str) -> bool:
+    """Whether an earlier output of this package is there. Raises WriteError where anything else is."""
     found = {
         os.path.relpath(os.path.join(folder, name), path)
         for folder, _, names in os.walk(path)
         for name in names
     }
-    return found <= ours
+    if not found:
+        return False
+    with suppress(FastckptError):  # then none of it is
+        found -= {*Manifest.read(os.path.join(path, NAME)).all_files(), NAME}
+    if found:
+        raise WriteError(f"{path}: not empty, {min(found)} is of no earlier output; name a new directory")
+    return True
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -173,6 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         print(f"zero_to_fp32: error: {e}", file=sys.stderr)
+        if not isinstance(e, WriteError):
+            print("zero_to_fp32: `fastckpt consolidate` has more options, such as --also", file=sys.stderr)
         return e.exit_code
     except (OSError, MemoryError) as e:
         if args.debug:

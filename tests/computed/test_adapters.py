@@ -204,7 +204,7 @@ def test_a_checkpoint_of_the_adapted_model(tmp_path):
     alone = fastckpt.reshard(state, config=config, adapter=tmp_path / "adapter", apart=True)[0]
     written = load_file(write(tmp_path / "x", settings(), pairs, saved) / "adapter_model.safetensors")
     equal(alone, written)
-    with pytest.raises(FastckptError, match=r"is an adapter's; --adapter DIR"):
+    with pytest.raises(FastckptError, match=r"is an adapter's; adapter= \(--adapter DIR\)"):
         fastckpt.reshard(state, config=config)
     with pytest.raises(SourceError, match="several adapters: default, other"):
         more = {n.replace("default", "other"): x for n, x in state.items() if ".default." in n}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -200,6 +202,34 @@ def test_many_small_rows() -> None:
     rows["shape"][:, 3] = sizes
     rows["src"], rows["dst"] = (ends - sizes) * 4, (ends - sizes) * 2
     same(rows, noise(rng, ends[-1] * 4), noise(rng, ends[-1] * 2 + 64), (1, 2))
+
+
+def test_where_the_system_starts_no_more_threads() -> None:
+    """The threads that there are do the work; RLIMIT_NPROC binds no root, so root becomes another user."""
+    program = """
+import os, resource, threading
+import numpy as np
+from fastckpt.executors import cpu
+from fastckpt.extents import Buffer
+from fastckpt.planning.copies import COPY
+source = np.arange(1 << 23, dtype=np.uint32)
+got = np.zeros_like(source)
+rows = np.zeros(1, COPY)
+rows["shape"], rows["src_stride"], rows["dst_stride"] = (1, 1, 1, 1 << 23), (0, 0, 0, 4), (0, 0, 0, 4)
+rows["src_dtype"] = rows["dst_dtype"] = CODE
+buffers = [Buffer(a, a.ctypes.data, a.nbytes) for a in (source, got)]
+runner = cpu.Cpu(None).bind(buffers[:1])
+resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+if os.getuid() == 0:
+    os.setuid(54321)
+try:
+    threading.Thread(target=int).start()
+except RuntimeError:
+    runner.run(rows, buffers[1:], 4)
+    print(np.array_equal(got, source))
+""".replace("CODE", str(BY_NAME["int32"].code))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
 def test_same_type_rows_are_numpy_copies() -> None:

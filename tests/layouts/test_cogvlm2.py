@@ -108,8 +108,8 @@ def test_padding_would_not_fit_the_tower():
 
 BAD = [
     (dict(num_multi_query_heads=4), "query_key_value.weight: got shape"),
-    (dict(num_multi_query_heads=3), "share kv heads evenly"),
-    (dict(num_attention_heads=7), "heads that divide hidden_size"),
+    (dict(num_multi_query_heads=3), "do not share \\d+ kv heads evenly"),
+    (dict(num_attention_heads=7), "hidden_size 64 is no multiple of num_attention_heads"),
     (dict(hidden_size=32), "model.embed_tokens.weight|wanted"),
     (dict(intermediate_size=48), "gate_proj.weight: got shape"),
     (dict(num_hidden_layers=1), "no place for model.layers.1"),

@@ -175,9 +175,14 @@ def test_options_from_strings():
         ("same", {"container": "zip"}, "wanted safetensors or bin, got 'zip'"),
         ("vllm", {"vocab_padding": "-64"}, "wanted a number, got '-64'"),
         ("vllm", {"vocab_padding": "0"}, "at least 1, got 0"),
+        ("hf", {"multiple": "0"}, "layout hf: multiple must be at least 1, got 0"),
+        ("megatron", {"vocab_padding": "0"}, "vocab_padding must be at least 1, got 0"),
+        ("rtp_llm", {"nodes": "0"}, "layout rtp_llm: nodes must be at least 1, got 0"),
     ]:
         with pytest.raises(LayoutError, match=message):
             layout(name, options)
+    with pytest.raises(LayoutError, match="ffn_tp must be at least 0, got -2"):
+        layout("rtp_llm").__class__(ffn_tp=-2)
 
 
 def test_file_names():

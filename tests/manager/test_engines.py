@@ -16,9 +16,10 @@ from typing import Any
 import fastckpt
 import pytest
 import torch
-from fastckpt.errors import ManagerError, SourceError
+from fastckpt.errors import ManagerError, SourceError, WriteError
 from fastckpt.manager.manager import CheckpointManager
 from fastckpt.output.manifest import Manifest
+from fastckpt.output.writer import Output
 from fastckpt.verification import verify
 from safetensors.torch import load_file, save_file
 
@@ -115,6 +116,29 @@ def test_an_engine_that_fails(tmp_path: Path, as_ranks: AsRanks) -> None:
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_an_engine_that_still_writes(
+    tmp_path: Path, as_ranks: AsRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that comes when the engine has said that it is done would be missing: no commit."""
+    adopt = Output.adopt
+
+    def late(self: Output, path: str, name: str) -> None:
+        adopt(self, path, name)
+        Path(os.path.dirname(path), "late").write_text("more")
+
+    def work(manager: CheckpointManager) -> None:
+        manager.save(1, Engine(manager.rank))
+        with monkeypatch.context() as patch:
+            patch.setattr(Output, "adopt", late)
+            with pytest.raises(WriteError, match="late came after save_checkpoint had returned"):
+                manager.save(2, Engine(manager.rank))
+        assert manager.steps() == [1]
+        manager.save(2, Engine(manager.rank))
+
+    as_ranks(1, tmp_path, work)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["step-00000001", "step-00000002"]
+
+
 def test_deepspeed(tmp_path: Path) -> None:
     """ZeRO-3 on two ranks: saved, trained on, restored, trained on again to the same weights."""
     meet = tmp_path / "meet"

@@ -16,10 +16,13 @@ import pytest
 import torch
 from fastckpt.digest import LEAF
 from fastckpt.errors import ManagerError, SourceError, WriteError
-from fastckpt.manager import policies, saving
+from fastckpt.manager import loading, policies, saving
 from fastckpt.manager.commits import Store
+from fastckpt.manager.coordination import Group
+from fastckpt.manager.loading import Asked, Loaded
 from fastckpt.manager.manager import CheckpointManager
 from fastckpt.manager.metadata import JsonMetadata
+from fastckpt.manager.saving import Disk
 from fastckpt.manager.telling import CheckpointWarning
 from fastckpt.verification import verify
 from safetensors.torch import load_file
@@ -317,14 +320,14 @@ def test_a_reader_beside_a_cleaner(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """What goes while it is read is not called broken: the newer one is read."""
     with CheckpointManager(tmp_path, max_to_keep=1) as manager, CheckpointManager(tmp_path) as reader:
         manager.save(0, {"w": torch.zeros(3)})
-        load = reader._load
+        load = loading.load
 
-        def late(step: int, asked: object) -> object:
+        def late(store: Store, group: Group, disk: Disk, step: int, asked: Asked) -> Loaded:
             if step < 3:  # what was listed goes before it is read
                 manager.save(step + 1, {"w": torch.full((3,), step + 1.0)})
-            return load(step, asked)  # type: ignore[arg-type]
+            return load(store, group, disk, step, asked)
 
-        monkeypatch.setattr(reader, "_load", late)
+        monkeypatch.setattr(loading, "load", late)
         found = reader.restore()
         assert isinstance(found, dict) and torch.equal(found["w"], torch.full((3,), 3.0))
     assert not list(recwarn)  # type: ignore[call-overload]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,6 +92,29 @@ def test_an_upload_that_stops_is_no_commit(
     with CheckpointManager(URL, scratch=tmp_path / "b") as manager:  # another machine goes on
         manager.save(1, state(1))
         assert manager.steps() == [0, 1] and manager.restore()["n"] == 1  # type: ignore[index]
+
+
+def test_a_copy_that_will_not_go_stops_a_save_before_the_upload(
+    tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with CheckpointManager(URL, scratch=tmp_path) as manager:
+        manager.save(0, state(0))
+        (tmp_path / "step-00000001").mkdir()  # half a copy of a save that was lost there
+        before, rename = names(store), os.rename
+
+        def stuck(a: str, b: str) -> None:
+            if a.endswith("step-00000001") and ".trash-" in b:
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+            rename(a, b)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rename", stuck)
+            with pytest.raises(WriteError, match="step-00000001: Device or resource busy"):
+                manager.save(1, state(1))
+        assert names(store) == before
+        manager.save(1, state(1))
+        assert manager.steps() == [0, 1] and manager.restore()["n"] == 1  # type: ignore[index]
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".trash-")]
 
 
 def test_damage_there_is_passed_over(tmp_path: Path, store: Any) -> None:

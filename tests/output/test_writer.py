@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ import safetensors.torch
 import torch
 from fastckpt.dtypes import BY_NAME
 from fastckpt.errors import SourceError, WriteError
-from fastckpt.output import commit, syscalls
+from fastckpt.output import part, syscalls
 from fastckpt.output.files import FileLayout, SlotTable, safetensors_layout
 from fastckpt.output.manifest import Manifest
 from fastckpt.output.writer import Output
@@ -386,7 +385,7 @@ def test_a_full_disk_is_found_before_the_old_set_gives_way(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(commit, "write_file", full)
+    monkeypatch.setattr(part, "write_file", full)
     with pytest.raises(WriteError, match="no space left"):
         write_part(tmp_path / "out", 0, 1, overwrite=True)
     assert contents(tmp_path / "out") == before and verify(tmp_path / "out").ok
@@ -610,6 +609,83 @@ def test_ranks_at_once(tmp_path: Path) -> None:
     assert Manifest.read(tmp_path / "out").shards == Manifest.read(tmp_path / "want").shards
 
 
+def test_a_rank_is_made_by_one_run_at_a_time(tmp_path: Path) -> None:
+    """Who comes while another run makes the rank is told so, before any work, and disturbs nothing."""
+    out = tmp_path / "out"
+    with Output(out, key="key1", rank=0, world=1) as first:
+        write_rank(first, 0, 1)
+        for overwrite in (False, True):
+            before = contents(out)
+            with pytest.raises(WriteError, match=f"{out}: another run is making rank 0; run this one again"):
+                write_part(out, 0, 1, world=1, overwrite=overwrite)
+            assert contents(out) == before
+        with Output(out, key="key1", rank=1, world=2):
+            pass  # other ranks go on
+        assert first.commit(RECORD).complete
+    assert write_part(out, 0, 1, world=1).complete and verify(out).ok
+    assert not any(n.startswith(".") for n in listing(out))
+
+
+def test_a_rank_of_a_killed_run_is_free(tmp_path: Path) -> None:
+    ready, told = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with Output(tmp_path / "out", key="key1", rank=0, world=2) as out:
+                write_rank(out, 0, 1)
+                os.write(told, b"!")
+                time.sleep(600)
+        finally:
+            os._exit(1)
+    assert os.read(ready, 1) == b"!"
+    with pytest.raises(WriteError, match="another run is making rank 0"):
+        write_part(tmp_path / "out", 0, 1)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert any(n.startswith(".fastckpt-rank-0.") for n in listing(tmp_path / "out"))
+    write_part(tmp_path / "out", 0, 1)
+    assert write_part(tmp_path / "out", 1, 1).complete and verify(tmp_path / "out").ok
+    assert not any(n.startswith(".") for n in listing(tmp_path / "out"))
+
+
+def test_runs_of_the_same_rank_at_once(tmp_path: Path) -> None:
+    """Of four processes that make one rank as they come, each made it, found it done, or was told why not."""
+    for round in range(12):
+        out = tmp_path / str(round) / "out"
+        children = []
+        for k in range(4):
+            pid = os.fork()
+            if pid == 0:
+                status = 1
+                try:
+                    time.sleep(0.001 * (k * round % 5))
+                    write_part(out, 0, 1, world=1)
+                    status = 0
+                except WriteError as e:
+                    status = 4 if "another run is making rank 0" in str(e) else 1
+                finally:
+                    os._exit(status)
+            children.append(pid)
+        codes = {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children}
+        assert 0 in codes and codes <= {0, 4}
+        assert verify(out).ok and not any(n.startswith(".") for n in listing(out))
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_of_two_whole_outputs_one_wins(tmp_path: Path, there: bool) -> None:
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+    with Output(out, key="key2", world=2) as late:
+        write_rank(late, 0, 2)
+        write_rank(late, 1, 2)
+        write_whole(out, 1)
+        before = contents(out)
+        with pytest.raises(WriteError, match=f"{out}: another run put something there meanwhile"):
+            late.commit(RECORD)
+    assert contents(out) == before and verify(out).ok and listing(tmp_path) == ["out"]
+
+
 # ---- order on the disk ----
 
 
@@ -647,8 +723,14 @@ def test_ranks_that_give_up_never_disturb_others(tmp_path: Path) -> None:
         def gives_up(path: Path = path, errors: list[BaseException] = errors) -> None:
             try:
                 for _ in range(30):
-                    with suppress(KeyError), Output(path, key="key1", rank=1, world=2):
-                        raise KeyError
+                    try:
+                        with Output(path, key="key1", rank=1, world=2):
+                            raise KeyError
+                    except KeyError:
+                        pass
+                    except WriteError as e:
+                        if "another run is making rank 1" not in str(e):
+                            raise
             except BaseException as e:
                 errors.append(e)
 

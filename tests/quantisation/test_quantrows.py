@@ -49,8 +49,13 @@ class Held:
         return bool((self.whole[self.rest] == 0xA5).all())
 
 
-def on_host(x, scheme, *, tall=0, given=None, pad=0, at=0, shuffle=0, bands=()):
-    """Values, scales, packed zeros, whether bad, by the GPU's body; `pad`: values between rows."""
+def by_the_body(shuffle: int):
+    """Runs a table over buffers in main memory by the GPU's body."""
+    return lambda table, owner, buffers: _C.run_quantise_on_host(table.view(np.uint8), owner, shuffle)
+
+
+def quantised(x, scheme, *, tall=0, given=None, pad=0, at=0, bands=(), run=None):
+    """Values, scales, packed zeros, whether bad, by what `run` runs; `pad`: values between rows."""
     rows, columns = x.shape
     item = x.element_size()
     wide = torch.full((rows, columns + pad), 7.0, dtype=x.dtype)
@@ -72,12 +77,12 @@ def on_host(x, scheme, *, tall=0, given=None, pad=0, at=0, shuffle=0, bands=()):
     bad.bytes[:] = 0
     found = None
     if scheme.block[0] == 0 or given is not None:
-        found = np.zeros(lead if scheme.block[0] == 0 else rows, np.uint32)
-        if given is not None:
-            found[:] = given.view(np.uint32)
+        found = Held(4 * (lead if scheme.block[0] == 0 else rows))
+        found.bytes[:] = 0 if given is None else given.view(np.uint8)
+    buffers = [h for h in (source, out, scales, zeros, found, bad) if h is not None]
     there = There(
         scheme, dtypes.dtype(str(x.dtype)), rows, columns, tall, out.address, scales.address,
-        0 if zeros is None else zeros.address, 0 if found is None else found.ctypes.data, bad.address,
+        0 if zeros is None else zeros.address, 0 if found is None else found.address, bad.address,
     )  # fmt: skip
     pitch = (columns + pad) * item
     edges = [0, *bands, rows]
@@ -90,8 +95,8 @@ def on_host(x, scheme, *, tall=0, given=None, pad=0, at=0, shuffle=0, bands=()):
         counted = np.zeros(len(table), np.uint64)
         _C.tiles_of_quant_rows(table.view(np.uint8), counted)
         assert counted.tolist() == counts(table).tolist() == np.diff(borders).tolist()
-        _C.run_quantise_on_host(table.view(np.uint8), owner, shuffle)
-    assert all(held.untouched() for held in (out, scales, bad, *([] if zeros is None else [zeros])))
+        (run or by_the_body(0))(table, owner, buffers)
+    assert all(held.untouched() for held in buffers)
     return out.bytes, scales.bytes, None if zeros is None else zeros.bytes, bool(bad.bytes[0])
 
 
@@ -119,7 +124,7 @@ def wanted(x, scheme, *, tall=0, given=None):
 
 def compare(x, scheme, **how):
     expected = wanted(x, scheme, **{k: how[k] for k in ("tall", "given") if k in how})
-    values, scales, zeros, bad = on_host(x, scheme, **how)
+    values, scales, zeros, bad = quantised(x, scheme, **how)
     assert bad == (expected is None), (x.shape, x.dtype)
     if expected is None:
         return
@@ -139,7 +144,7 @@ def test_bytes_equal_numpys(name: str) -> None:
     scheme = SCHEMES[name]
     for k, (rows, columns) in enumerate(shapes(scheme)):
         for j, x in enumerate(matrices(rows, columns, DTYPES[k % 3])):
-            compare(x, scheme, shuffle=k * j)
+            compare(x, scheme, run=by_the_body(k * j))
 
 
 @pytest.mark.nightly
@@ -161,7 +166,7 @@ def test_rows_where_they_lie(name: str) -> None:
     x = torch.randn(rows, columns)
     for dtype, pad, at in ((torch.float32, 3, 4), (torch.bfloat16, 8, 0), (torch.float16, 1, 2)):
         bands = (unit, 3 * unit) if unit < 128 else (128,)
-        compare(x.to(dtype), scheme, pad=pad, at=at, shuffle=5, bands=bands)
+        compare(x.to(dtype), scheme, pad=pad, at=at, run=by_the_body(5), bands=bands)
 
 
 @pytest.mark.parametrize("name", ["fp8", "int8-dynamic"])
@@ -185,7 +190,7 @@ def test_values_that_are_not_finite_are_told(name: str, bad: float) -> None:
         for row, column in ((0, 0), (127, 31), (128, 255), (255, 130)):
             x = torch.randn(256, 256).to(dtype)
             x[row, column] = bad
-            assert on_host(x, scheme)[3], (dtype, row, column)
+            assert quantised(x, scheme)[3], (dtype, row, column)
 
 
 @pytest.mark.parametrize("name", ["int4-group-zero", "awq-group", "gptq-group", "gptq-group-zero"])
@@ -216,4 +221,4 @@ def test_odd_sizes_at_random() -> None:
         elif scheme.packed:
             columns = (columns // across + 1) * across
         x = torch.from_numpy(rng.standard_normal((rows, columns), np.float32)).to(DTYPES[k % 3])
-        compare(x, scheme, pad=int(rng.integers(0, 3)), shuffle=k)
+        compare(x, scheme, pad=int(rng.integers(0, 3)), run=by_the_body(k))

@@ -142,10 +142,10 @@ def test_a_name_without_a_role_is_an_error_unless_ignored():
 def test_wrapped_names_say_how_to_unwrap(name, prefix):
     config, hub, _ = tiny.made(name)
     wrapped = {prefix + n: x for n, x in hub.items()}
-    with pytest.raises(RecipeError, match=f"starts with '{prefix}'; --strip-prefix {prefix} removes"):
+    with pytest.raises(RecipeError, match=rf"with '{prefix}'; rename= \(--strip-prefix {prefix}\) removes"):
         recipe(wrapped, config)
     bare = {prefix + n.removeprefix("transformer."): x for n, x in hub.items()}
-    with pytest.raises(RecipeError, match=f"--strip-prefix {prefix} removes it"):
+    with pytest.raises(RecipeError, match=rf"--strip-prefix {prefix}\) removes it"):
         recipe(bare, config)
 
 

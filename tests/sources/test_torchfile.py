@@ -18,7 +18,7 @@ import torch
 from fastckpt import stored
 from fastckpt.errors import SourceError
 from fastckpt.extents import Extents
-from fastckpt.sources import torchfile, torchzip
+from fastckpt.sources import torchfile, torchzip, zipentries
 from fastckpt.sources.torchfile import Inert, Tensor
 from hostile import torch_files as make
 
@@ -316,8 +316,13 @@ CENTRAL = {
 }
 
 
+@pytest.mark.parametrize("few", [0, zipentries._FEW])
 @pytest.mark.parametrize("fault", CENTRAL)
-def test_central_directory(good: Path, tmp_path: Path, fault: str) -> None:
+def test_central_directory(
+    good: Path, tmp_path: Path, fault: str, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names are kept in a dict, or where they are many as columns."""
+    monkeypatch.setattr(zipentries, "_FEW", few)
     shift, new, match = CENTRAL[fault]
     at = make.central_at(good, "f/data/0")
     _refused(make.patched(good, tmp_path / "g.pt", at + shift, new), match)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import fastckpt
 import pytest
 import torch
+from fastckpt.digest import digest
 from fastckpt.errors import SourceError
 from fastckpt.manager.manager import CheckpointManager
 from safetensors.torch import load_file
@@ -91,3 +93,58 @@ def test_what_is_refused(tmp_path: Path) -> None:
         fastckpt.open(own)
     with pytest.raises(SourceError, match="no tensor of a model"):
         fastckpt.open(committed(tmp_path / "none", lambda r: {"n": 1}))
+
+
+def resigned(step: Path, name: str, change: Callable[[Any], None]) -> None:
+    """Changes a file of a commit, and makes its record and digests true of it again."""
+    record = json.loads((step / "fastckpt.json").read_text())
+    if name == "fastckpt.json":
+        change(record)
+    else:
+        body = json.loads((step / name).read_text())
+        change(body)
+        (step / name).write_text(json.dumps(body))
+        record["files"][name]["digest"] = digest((step / name).read_bytes())
+    del record["digest"]
+    text = json.dumps(record, indent=1)[:-2] + ',\n "digest": "'
+    head = text.removesuffix('"digest": "').encode()
+    tail = b'"digest": "%s"\n}\n' % digest(head).encode()
+    (step / "fastckpt.json").write_bytes(head + tail)
+
+
+NAMED = "net.0.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("tensors.json", lambda t: t[NAMED].pop("dtype"), "is no entry of tensors.json"),
+        ("tensors.json", lambda t: t[NAMED].update(dtype="float33"), "is no entry of tensors.json"),
+        ("tensors.json", lambda t: t[NAMED].update(shape=[9, 5]), "its boxes have 35 elements"),
+        ("tensors.json", lambda t: t[NAMED].update(shape=[35]), "a box of other axes"),
+        ("tensors.json", lambda t: t[NAMED].update(boxes=[]), "its boxes have 0 elements"),
+        ("tensors.json", lambda t: t[NAMED]["boxes"].append(t[NAMED]["boxes"][0]), "70 elements"),
+        ("tensors.json", lambda t: t[NAMED]["boxes"][0].__setitem__(0, 5), "is of no rank that is here"),
+        ("fastckpt.json", lambda r: of(r).update(nbytes=8), "rank 0 holds 8 bytes, its box has 140"),
+        ("fastckpt.json", lambda r: of(r).update(offset="0"), "is no place of a tensor"),
+        ("fastckpt.json", lambda r: of(r).update(offset=-8), "needs bytes"),
+        ("fastckpt.json", lambda r: of(r).update(file="rank-0/../../x"), "is no place of a tensor"),
+        ("fastckpt.json", lambda r: of(r).update(file="elsewhere"), "is no place of a tensor"),
+        ("fastckpt.json", lambda r: r.update(world=2), "is no whole training commit"),
+    ],
+)
+def test_records_that_are_signed_and_wrong(
+    tmp_path: Path, name: str, change: Callable[[Any], None], said: str
+) -> None:
+    step = committed(tmp_path, lambda r: {"net": model(1)})
+    resigned(step, name, lambda body: None)
+    assert set(fastckpt.open(step)) == set(model(1).state_dict())
+    resigned(step, name, change)
+    with pytest.raises(SourceError, match=said):
+        fastckpt.open(step)
+
+
+def of(record: dict[str, Any]) -> dict[str, Any]:
+    """Where the record says that a tensor lies."""
+    found: dict[str, Any] = record["ranks"][0]["tensors"][NAMED]
+    return found

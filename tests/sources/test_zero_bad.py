@@ -233,6 +233,18 @@ def test_a_partition_too_short(tmp_path, stage, key):
     refuses(tmp_path, "group 0", "rank 1 holds")
 
 
+@pytest.mark.parametrize(("stage", "key"), [(2, "single_partition_of_fp32_groups"), (3, "fp32_flat_groups")])
+def test_a_partition_that_is_not_flat(tmp_path, stage, key):
+    folder = written(tmp_path, stage=stage, frozen=())
+
+    def every_second(content):
+        groups = content["optimizer_state_dict"][key]
+        groups[0] = groups[0].repeat_interleave(2)[::2]
+
+    edit(optim(folder, 1), every_second)
+    refuses(tmp_path, "rank_1", f"{key}[0]: wanted one dense axis, got", "stride (2,)")
+
+
 def test_param_shapes_that_need_more(tmp_path):
     folder = written(tmp_path)
     edit(model(folder, 0), lambda c: c["param_shapes"][0].update(b=torch.Size([20])))

@@ -22,7 +22,7 @@ from ..planning.binding import Binding
 from ..planning.compiling import WINDOW
 from ..planning.copies import NOTHING, Ints, Table
 from ..planning.plans import Plan
-from ..running.runs import band, workers
+from ..running.limits import band, workers
 from .text import columns, counted, size, some
 
 

@@ -20,6 +20,13 @@ from ..target import Target
 from ..views import View, cat
 
 
+def require_least(layout: str, made: object, least: int, *options: str) -> None:
+    """Raises LayoutError where one of these options of a layout is less than `least`."""
+    for name in options:
+        if getattr(made, name) < least:
+            raise LayoutError(f"layout {layout}: {name} must be at least {least}, got {getattr(made, name)}")
+
+
 def require_tensor_parallel(layout: str, placement: Placement) -> None:
     """Raises LayoutError for a placement that cuts by more than tensor parallelism."""
     for name in ("pp", "dp", "ep"):
@@ -35,12 +42,9 @@ def require_even(layout: str, placement: Placement, what: str, size: int) -> Non
 
 
 def require_heads(layout: str, placement: Placement, sizes: Sizes) -> None:
-    """Raises LayoutError where query heads do not divide by tp."""
+    """Raises LayoutError where tp does not divide the query heads, or neither divides nor is divided by the
+    kv heads: those are dealt out evenly or repeated evenly."""
     require_even(layout, placement, "the number of attention heads", sizes.heads)
-
-
-def require_kv_heads(layout: str, placement: Placement, sizes: Sizes) -> None:
-    """Raises LayoutError where kv heads can neither be dealt out nor repeated evenly over tp ranks."""
     kv, tp = sizes.kv_heads, placement.tp
     if kv % tp and tp % kv:
         raise LayoutError(f"layout {layout}: neither do {kv} kv heads divide by tp {tp} nor tp by kv heads")
@@ -67,8 +71,9 @@ def _part(linear: Linear, axis: int, index: int, count: int) -> Linear:
 def _run(linear: Linear, beside: Beside, axis: int, start: int, length: int) -> View:
     """What stands beside [start, start + length) of an axis of a quantised matrix.
 
-    The run begins on a block and ends with one (or with the matrix), or lies within one, whose factor every
-    such run gets; groups of packed values are never shared."""
+    The run must begin and end with a block (or end with the matrix), or lie within one block, whose scale
+    every such run then gets. Raises LayoutError for any other, and for a group of packed values that would be
+    cut."""
     block, stop = beside.unit[axis], start + length
     if block == 0:
         return beside.view
@@ -81,10 +86,12 @@ def _run(linear: Linear, beside: Beside, axis: int, start: int, length: int) -> 
 
 
 def joined(name: str, linears: Sequence[Linear]) -> Linear:
-    """One matrix whose outputs are those of `linears` in order. All have a bias or none has; likewise what
-    stands beside them: of blocks all but the last matrix end with one; a scale of a whole matrix becomes a
-    vector of as many; what goes by inputs alone (an order, a smoother) is that of the input they share; the
-    last one's `whole` stands for all."""
+    """One matrix whose outputs are those of `linears` in order; `whole` is the last one's.
+
+    Beside a quantised one stand the scales of all: blocks one after another, one scale a matrix as a vector
+    of them; what goes by inputs alone (an order, a smoother) is the same for all, since they read one input.
+    Raises LayoutError where some have a bias and some have none, where they are quantised differently, and
+    where any but the last ends within a block."""
     biases = [x.bias for x in linears if x.bias is not None]
     if biases and len(biases) != len(linears):
         raise LayoutError(f"{name}: {len(biases)} of {len(linears)} parts have a bias, wanted all or none")
@@ -118,8 +125,8 @@ def _joined(name: str, linears: Sequence[Linear], kind: Beside) -> Beside:
 
 
 def qkv_part(attention: Attention, sizes: Sizes, placement: Placement) -> list[Linear]:
-    """The rank's q, k and v; a gate is with q, as the hub stores it. With fewer kv heads than ranks,
-    tp / kv_heads neighbouring ranks share one."""
+    """The rank's q, k and v; a gate stays with q, head by head, as the hub stores it. With fewer kv heads
+    than ranks, tp / kv_heads neighbouring ranks hold the same one."""
     tp, rank = placement.tp, placement.tp_rank
     groups = min(tp, sizes.kv_heads)
     shared = rank // (tp // groups)
@@ -131,8 +138,9 @@ def qkv_part(attention: Attention, sizes: Sizes, placement: Placement) -> list[L
 
 
 def regrouped(name: str, parts: Sequence[Linear], head_dim: int) -> Linear:
-    """Matrices as one, for each head of the last one: its share of the first one's heads, of the second's,
-    ... Of q, k and v these are each kv head's queries, itself and its value head.
+    """Matrices as one, group by group; there are as many groups as the last matrix has heads, and a group has
+    an equal share of every matrix in turn. Of q, k and v it is a kv head's queries, itself and its value
+    head.
 
     Raises LayoutError for quantised matrices."""
     for part in parts:
@@ -154,8 +162,8 @@ def padded_part(view: View, multiple: int, index: int, count: int) -> View:
 
 
 def stored(linear: Linear) -> Iterator[Target]:
-    """A matrix as the hub stores it: itself, transposed where the hub has it so, its bias, and what stands
-    beside it; its own sizes where the hub keeps those."""
+    """A matrix as the hub stores it: transposed where the hub has it so, with its bias and what stands beside
+    it, and with its own (cut) sizes where the hub keeps sizes."""
     return _tensors(replace(linear, whole=linear.whole and linear.shape))
 
 
@@ -182,8 +190,8 @@ def in_form(beside: Beside) -> View:
 
 
 def plain(linear: Linear) -> Iterator[Target]:
-    """A matrix as [out, in], whatever the hub stores (a quantised one as it is), with its bias and what
-    stands beside it, of which a scalar is a vector of one; the sizes are those the hub keeps."""
+    """A matrix as [out, in] whatever the hub stores (but a quantised one as it is), with its bias and what
+    stands beside it, scalars as vectors of one, and with the hub's own sizes."""
     beside = tuple(replace(b, form="vector") if b.form == "scalar" else b for b in linear.beside)
     return _tensors(replace(linear, beside=beside) if beside else replace(linear, transposed=False))
 

@@ -28,12 +28,12 @@ from .cuts import (
     regrouped,
     require_even,
     require_heads,
-    require_kv_heads,
+    require_least,
     require_tensor_parallel,
     stored,
 )
 from .naming import Naming, ranked
-from .padding import padded, resized
+from .padding import padded, resized, round_up
 
 WHOLE = Placement()
 
@@ -41,9 +41,9 @@ WHOLE = Placement()
 @dataclass(frozen=True, slots=True)
 class Hf:
     """`replicate_kv`: with fewer kv heads than ranks, repeat them; transformers itself cannot run that.
-    `pad`, `multiple`: heads and widths that do not divide are padded with zeros (layouts/padding.py), each
-    rank's width to a multiple. `vocab_padding`: the vocabulary is padded with zero rows to a multiple of it;
-    the logits of tokens that are none are then 0."""
+    `pad`: heads and widths that do not divide by tp are padded with zeros (layouts/padding.py), each rank's
+    width to a multiple of `multiple`. `vocab_padding`: the vocabulary is padded with zero rows to a multiple
+    of it; the added tokens' logits are 0."""
 
     replicate_kv: bool = False
     pad: bool = False
@@ -52,9 +52,7 @@ class Hf:
     roles: ClassVar[Literal[True]] = True
 
     def __post_init__(self) -> None:
-        for name in ("multiple", "vocab_padding"):
-            if getattr(self, name) < 1:
-                raise LayoutError(f"layout hf: {name} must be at least 1, got {getattr(self, name)}")
+        require_least("hf", self, 1, "multiple", "vocab_padding")
 
     def targets(self, model: Model, placement: Placement) -> Iterator[Target]:
         """The rank's tensors; a tied lm_head is left out, the config says it is tied.
@@ -84,19 +82,19 @@ class Hf:
             model = padded(model, placement.tp, placement.tp, self.multiple)
         if model.sizes.vocab % self.vocab_padding == 0:
             return model
-        head, vocab = model.lm_head, -(-model.sizes.vocab // self.vocab_padding) * self.vocab_padding
+        if len(model.predictions):
+            raise LayoutError(f"layout hf: the tables of {model.family}'s prediction layers are not padded")
+        head, vocab = model.lm_head, round_up(model.sizes.vocab, self.vocab_padding)
 
         def grown(view: View) -> View:
             return view.pad(0, 0, vocab - view.shape[0])
 
-        bias = None if head.bias is None else grown(head.bias)
-        if len(model.predictions):
-            raise LayoutError(f"layout hf: the tables of {model.family}'s prediction layers are not padded")
+        more_bias = None if head.bias is None else grown(head.bias)
         return replace(
             model,
             sizes=replace(model.sizes, vocab=vocab),
             embedding=replace(model.embedding, weight=grown(model.embedding.weight)),
-            lm_head=replace(head, weight=grown(head.weight), bias=bias),
+            lm_head=replace(head, weight=grown(head.weight), bias=more_bias),
         )
 
     def _require_heads(self, model: Model, placement: Placement) -> None:
@@ -107,7 +105,6 @@ class Hf:
             require_even("hf", placement, "the number of query rows", sizes.heads * sizes.head_dim)
             return
         require_heads("hf", placement, sizes)
-        require_kv_heads("hf", placement, sizes)
         if sizes.kv_heads % placement.tp and not self.replicate_kv:
             raise LayoutError(
                 f"layout hf: {sizes.kv_heads} kv heads do not divide by tp {placement.tp}, and "

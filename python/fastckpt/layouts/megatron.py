@@ -29,7 +29,7 @@ from .cuts import (
     regrouped,
     require_even,
     require_heads,
-    require_kv_heads,
+    require_least,
 )
 from .naming import Naming, hub
 from .servers import Share
@@ -56,11 +56,8 @@ class Megatron:
     roles: ClassVar[Literal[True]] = True
 
     def __post_init__(self) -> None:
-        if self.vocab_padding < 1:
-            raise LayoutError(f"layout megatron: vocab_padding must be at least 1, got {self.vocab_padding}")
-        for name in ("expert_tp", "first_stage", "last_stage"):
-            if getattr(self, name) < 0:
-                raise LayoutError(f"layout megatron: {name} must be at least 0, got {getattr(self, name)}")
+        require_least("megatron", self, 1, "vocab_padding")
+        require_least("megatron", self, 0, "expert_tp", "first_stage", "last_stage")
 
     def targets(self, model: Model, placement: Placement) -> Iterator[Target]:
         """The rank's tensors; a tied output layer is written by the last of several stages alone.
@@ -73,7 +70,23 @@ class Megatron:
         do not divide by tp, layers by pp, experts by ep, an expert's width by expert_tp, kv heads neither
         divide nor are shared evenly, and for a dp that the experts do not need; and for a role this layout
         has no name for."""
-        sizes, grid = model.sizes, self._experts_grid(placement)
+        self._require_even(model.sizes, placement)
+        stage = self._stage(len(model.layers), placement)
+        if model.encoder is not None:
+            raise LayoutError(f"layout megatron has no place for the encoder of {model.family}")
+        if model.parallel or model.alibi:
+            what = "blocks side by side" if model.parallel else "ALiBi"
+            raise LayoutError(f"layout megatron: megatron-core has no {what}, as {model.family} wants")
+        for extra in (model.embedding_norm, *model.carried):
+            if extra is not None:
+                raise LayoutError(f"layout megatron has no place for {extra.name} of {model.family}")
+        if model.lm_head.bias is not None:
+            raise LayoutError(f"layout megatron has no place for the bias of {model.lm_head.name}")
+        return self._targets(model, placement, stage)
+
+    def _require_even(self, sizes: Sizes, placement: Placement) -> None:
+        """Raises LayoutError for sizes that this placement cannot cut."""
+        grid = self._experts_grid(placement)
         if placement.tp * placement.dp != grid.count * grid.ep:
             raise LayoutError(
                 f"layout megatron: groups of tp ranks differ by their experts alone: wanted tp * dp equal to "
@@ -87,21 +100,8 @@ class Megatron:
                 require_even("megatron", placement, key, width)
             elif width % grid.count:
                 raise LayoutError(f"layout megatron: {key} {width} does not divide by expert_tp {grid.count}")
-        require_kv_heads("megatron", placement, sizes)
         rows = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
         require_even("megatron", placement, "the number of query, key and value rows", rows)
-        stage = self._stage(len(model.layers), placement)
-        if model.encoder is not None:
-            raise LayoutError(f"layout megatron has no place for the encoder of {model.family}")
-        if model.parallel or model.alibi:
-            what = "blocks side by side" if model.parallel else "ALiBi"
-            raise LayoutError(f"layout megatron: megatron-core has no {what}, as {model.family} wants")
-        for extra in (model.embedding_norm, *model.carried):
-            if extra is not None:
-                raise LayoutError(f"layout megatron has no place for {extra.name} of {model.family}")
-        if model.lm_head.bias is not None:
-            raise LayoutError(f"layout megatron has no place for the bias of {model.lm_head.name}")
-        return self._targets(model, placement, stage)
 
     def naming(self, placement: Placement) -> Naming:
         """safetensors in Megatron-LM's directories of ranks: `mp_rank_TT[_PPP][_EEE]`.

@@ -83,13 +83,13 @@ def _factor(sizes: Sizes, key: str) -> int:
 def _sizes(sizes: Sizes, tp: int, experts: int, multiple: int) -> Sizes:
     kv, group = sizes.kv_heads, sizes.heads // sizes.kv_heads
     if kv >= tp:
-        kv = _up(kv, tp)
+        kv = round_up(kv, tp)
     else:
         kv = next(n for n in range(kv, tp + 1) if tp % n == 0)
-        group = _up(group, tp // kv)
+        group = round_up(group, tp // kv)
     unit = math.lcm(sizes.block, multiple)
     widths = {
-        key: _up(width, unit * (experts if key == sizes.expert_width else tp))
+        key: round_up(width, unit * (experts if key == sizes.expert_width else tp))
         for key, width in sizes.widths.items()
     }
     for key in widths:
@@ -203,7 +203,8 @@ def _mlp(mlp: Mlp, width: int) -> Mlp:
     return replace(mlp, gate=gate, up=_out_padded(mlp.up, width), down=_in_padded(mlp.down, width))
 
 
-def _up(size: int, multiple: int) -> int:
+def round_up(size: int, multiple: int) -> int:
+    """The least multiple of `multiple` that is not below `size`."""
     return -(-size // multiple) * multiple
 
 

@@ -22,7 +22,7 @@ from ..model import Layer, Mla, Model
 from ..placement import Placement
 from ..stored import constant
 from ..target import Target
-from .cuts import require_even, require_heads, require_kv_heads
+from .cuts import require_even, require_heads, require_least
 from .naming import Naming
 from .rtp_lora import Lookup, layer_pairs
 from .rtp_merge import slopes
@@ -58,6 +58,10 @@ class RtpLlm:
     rope_positions: int = 0
     one_scale: bool = False
     roles: ClassVar[Literal[True]] = True
+
+    def __post_init__(self) -> None:
+        require_least("rtp_llm", self, 0, "ffn_tp", "physical_experts", "rope_positions")
+        require_least("rtp_llm", self, 1, "nodes")
 
     def targets(self, model: Model, placement: Placement) -> Iterator[Target]:
         """The rank's tensors; a tied lm_head is written from the embedding, as the engine wants both.
@@ -142,7 +146,6 @@ class RtpLlm:
                 what, count = "tp * dp / ep" if grid.ep > 1 else "tp", cut.moe_tp[1]
             if width % count:
                 raise LayoutError(f"layout rtp_llm: {key} {width} does not divide by {what} {count}")
-        require_kv_heads("rtp_llm", grid, sizes)
         require_even("rtp_llm", grid, "hidden_size", sizes.hidden)
         if self.rope_positions and model.rope is None:
             raise LayoutError(

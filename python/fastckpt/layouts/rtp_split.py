@@ -184,16 +184,19 @@ def split_slopes_tp(view: View, cut: Cut) -> View:
     return _heads_part(view, 0, cut)
 
 
+def _require_even(what: str, count: int, cut: Cut) -> None:
+    if count % cut.place.tp:
+        raise LayoutError(f"{count} {what} do not divide by tp {cut.place.tp}")
+
+
 def _heads_part(view: View, axis: int, cut: Cut) -> View:
-    if cut.heads % cut.place.tp:
-        raise LayoutError(f"{cut.heads} heads do not divide by tp {cut.place.tp}")
+    _require_even("heads", cut.heads, cut)
     return view.part(axis, *cut.tp)
 
 
 def _qkv(view: View, cut: Cut, unit: int) -> View:
     """Columns (q | k | v) of `unit` a head."""
-    if cut.heads % cut.place.tp:
-        raise LayoutError(f"{cut.heads} heads do not divide by tp {cut.place.tp}")
+    _require_even("heads", cut.heads, cut)
     q, kv = cut.heads * unit, cut.kv_heads * unit
     rows = view.reshape((view.numel // max(q + 2 * kv, 1), q + 2 * kv))
     return _by_kind(rows, [(q, cut.tp), (kv, cut.kv), (kv, cut.kv)])
@@ -287,8 +290,7 @@ def split_values_t(view: View, cut: Cut) -> View:
 
 
 def _values_part(view: View, axis: int, cut: Cut) -> View:
-    if cut.value_heads % cut.place.tp:
-        raise LayoutError(f"{cut.value_heads} value heads do not divide by tp {cut.place.tp}")
+    _require_even("value heads", cut.value_heads, cut)
     return view.part(axis, *cut.tp)
 
 
@@ -296,9 +298,8 @@ def _linear(view: View, cut: Cut, axis: int, *, gated: bool = False) -> View:
     """q, k, v and, where `gated`, z along an axis, each cut by its heads. Raises LayoutError for ranks that
     would share a head or a block of 128."""
     tp = cut.place.tp
-    for what, heads in (("key", cut.kv_heads), ("value", cut.value_heads)):
-        if heads % tp:
-            raise LayoutError(f"{heads} {what} heads do not divide by tp {tp}")
+    _require_even("key heads", cut.kv_heads, cut)
+    _require_even("value heads", cut.value_heads, cut)
     k, v = cut.kv_heads * cut.head_dim, cut.value_heads * cut.value_dim
     widths = [k, k, v, v] if gated else [k, k, v]
     if view.shape[axis] * 128 == sum(widths):

@@ -37,11 +37,11 @@ from .cuts import (
     regrouped,
     require_even,
     require_heads,
-    require_kv_heads,
+    require_least,
 )
 from .engines import Form, Renamed, Served, known, served
 from .naming import Naming
-from .padding import padded, resized
+from .padding import padded, resized, round_up
 from .servers import Share, expert_share, layer_range
 
 RENAMED: dict[str, Renamed] = {
@@ -54,13 +54,12 @@ RENAMED: dict[str, Renamed] = {
 @dataclass(frozen=True, slots=True)
 class Vllm:
     """`vocab_padding`: the vocabulary is padded to a multiple of it (vLLM's DEFAULT_VOCAB_PADDING_SIZE).
-    `pad`, `multiple`: heads and widths that do not divide are padded with zeros (layouts/padding.py), each
-    rank's width to a multiple. `experts`: which of them a rank of expert parallelism holds: a run of
-    them, or every ep-th.
-    `gate_up`: the order within `w13_weight`; "up_gate" is what some kernels and SGLang's loaders want
-    (where the hub stores gate and up in turn, they stay so). `engine`: a version of layouts/engines.py, such
-    as "vllm==0.32": the tensors then carry its names, with those it has beyond the model's, so that its
-    sharded_state loader takes them; "" leaves the hub's names."""
+    `pad`: heads and widths that do not divide by tp are padded with zeros (layouts/padding.py), each rank's
+    width to a multiple of `multiple`. `experts`: which experts a rank holds under expert parallelism, a run
+    of them or every ep-th. `gate_up`: the order within `w13_weight`; "up_gate" is what some kernels and
+    SGLang's loaders want (where the hub stores gate and up in turn, they stay so). `engine`: a version in
+    layouts/engines.py, such as "vllm==0.32": the output then has every tensor that version holds, under its
+    names, so that its sharded_state loader takes it; "" leaves the hub's names."""
 
     vocab_padding: int = 64
     pad: bool = False
@@ -71,9 +70,7 @@ class Vllm:
     roles: ClassVar[Literal[True]] = True
 
     def __post_init__(self) -> None:
-        for name in ("multiple", "vocab_padding"):
-            if getattr(self, name) < 1:
-                raise LayoutError(f"layout vllm: {name} must be at least 1, got {getattr(self, name)}")
+        require_least("vllm", self, 1, "multiple", "vocab_padding")
         if self.engine:
             known(self.engine)
         if self.engine and (self.vocab_padding, self.gate_up) != (64, "gate_up"):
@@ -87,11 +84,12 @@ class Vllm:
 
         With pp a stage holds a range of layers, the first the embedding, the last the final norm and lm_head
         (and the embedding it is tied to). With dp every group of tp ranks holds the same, but for experts:
-        all tp * dp ranks cut their widths, or with ep = tp * dp share them out. Raises LayoutError, before
-        the first target, where heads, a feed-forward width or the padded vocabulary do not divide, where kv
-        heads neither divide nor repeat evenly, for more stages than layers, for another ep, for a model that
-        is no decoder, and for a family or a pipeline
-        that the engine's table lacks."""
+        all tp * dp ranks cut their widths, or with ep = tp * dp share them out.
+
+        Raises LayoutError, before the first target, where heads, a feed-forward width or the padded
+        vocabulary do not divide, where kv heads neither divide nor repeat evenly, for more stages than
+        layers, for another ep, for a model that is no decoder, and for a family or a pipeline that the
+        engine's table lacks."""
         engine = served(self.engine, model.family, model.quant_method) if self.engine else None
         if engine is not None and placement.pp > 1 and not engine.stages:
             raise LayoutError(
@@ -105,8 +103,7 @@ class Vllm:
         for key, width in model.sizes.widths.items():
             if key != model.sizes.expert_width:
                 require_even("vllm", placement, key, width)
-        require_kv_heads("vllm", placement, model.sizes)
-        rows = model.sizes.vocab + -model.sizes.vocab % self.vocab_padding
+        rows = round_up(model.sizes.vocab, self.vocab_padding)
         require_even("vllm", placement, f"vocab_size {model.sizes.vocab}, padded to", rows)
         if model.encoder is not None or model.carried:
             what = model.carried[0].name if model.carried else "the encoder"

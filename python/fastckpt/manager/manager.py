@@ -20,22 +20,23 @@ from types import FrameType, TracebackType
 
 from ..checkpoint import JSON
 from ..doors.serving_options import Shape
-from ..errors import ManagerError, SourceError, WriteError
+from ..errors import ManagerError, WriteError
 from ..layouts import Layout
 from ..placement import Placement
 from ..quantisation.schemes import Quant
 from ..road import grid_of
 from ..running.runs import Report
-from . import loading, policies, publishing, saving
+from . import policies, publishing, saving
 from .commits import Commit, ready
 from .coordination import Group, join, together
 from .keeping import Keeping
 from .loading import Asked
-from .metadata import LOAD, PARTIAL_LOAD, SAVE, MetadataHandler
+from .metadata import SAVE, MetadataHandler
 from .opened import Opened, open_step
 from .pieces import Snapshots
 from .policies import Keep, Moment, When
 from .remote import store_at
+from .resuming import Resuming
 from .saving import Disk, rank_directory
 from .standing import Standing
 from .telling import CheckpointWarning, Telling, Timing
@@ -122,13 +123,12 @@ class CheckpointManager:
             )
         self._keeping = Keeping(self._store, self._disk, keep_what)
         self._telling = Telling(self._group.rank, self.path, metadata)
+        self._resuming = Resuming(self._store, self._group, self._disk, self._keeping, self._telling)
         self._async = async_save
         self._snapshots = Snapshots()
         self._process = os.getpid()
         self._worker: ThreadPoolExecutor | None = None
         self._flight: Future[None] | None = None
-        self._names: set[str] | None = None
-        self._restored_step: int | None = None
         self._last_save = -math.inf
         with suppress(WriteError):  # a root that cannot be reached now may be when something is saved
             self._keeping.newest = self.latest()
@@ -184,7 +184,7 @@ class CheckpointManager:
     @property
     def restored(self) -> int | None:
         """The step that was restored last, whole; None: none was."""
-        return self._restored_step
+        return self._resuming.step
 
     # ---- saving ----
 
@@ -207,18 +207,8 @@ class CheckpointManager:
         warning, where the checkpoints cannot be reached. Collective.
 
         Raises ManagerError or WriteError on every rank; then the commits that stood still stand."""
-
-        def vote() -> JSON:
-            busy = self._flight is not None and not self._flight.done()
-            since = time.monotonic() - self._last_save
-            moment = Moment(step, self._keeping.newest, since, self._signalled, busy)
-            want = self._group.rank == 0 and (force or self._when(moment))
-            return [want, self._signalled, secrets.token_hex(8)]
-
-        said = together(self._group, f"save of step {step}", vote)
-        votes = [v for v in said if isinstance(v, list)]
-        self._preempted = self._preempted or any(v[1] is True for v in votes)
-        if not (votes[0][0] or self._preempted):
+        token = self._voted(step, force)
+        if token is None:
             return False
         self.wait()
         if not self._reachable(step):
@@ -243,17 +233,17 @@ class CheckpointManager:
             if stands and not self._store.local:
                 raise ManagerError(f"step {step} stands, and an object store replaces nothing in one step")
             flat = flatten(state)
-            self._compare(step, set(flat.tensors))
+            self._resuming.compare(step, set(flat.tensors))
             if client_state and not flat.engines:
                 raise ManagerError("client_state goes with a DeepSpeed engine; put the values into the state")
             taken = self._snapshots.take(flat.tensors, copy=self._async)
             request = saving.Request(
-                step, str(votes[0][2]), flat.tree, taken, flat.engines, client_state or {},
+                step, token, flat.tree, taken, flat.engines, client_state or {},
                 _finite(step, metrics or {}), aside=not stands,
             )  # fmt: skip
             return None
 
-        together(self._group, f"save of step {step}", prepare, at=str(votes[0][2]))
+        together(self._group, f"save of step {step}", prepare, at=token)
         if request is None:
             raise ManagerError(f"save of step {step}: nothing was prepared")
         self._last_save = time.monotonic()
@@ -265,19 +255,21 @@ class CheckpointManager:
             self._finish(self._group, request)
         return True
 
-    def _compare(self, step: int, names: set[str]) -> None:
-        """Say what a resumed run saves under other names than it restored."""
-        old = self._names
-        if old is None or names == old:
-            return
-        self._names = names
-        more, less = sorted(names - old), sorted(old - names)
-        warnings.warn(
-            f"step {step}: the names changed: {len(more)} new ({', '.join(more[:5]) or 'none'}), "
-            f"{len(less)} gone ({', '.join(less[:5]) or 'none'})",
-            CheckpointWarning,
-            stacklevel=5,
-        )
+    def _voted(self, step: int, force: bool) -> str | None:
+        """The token of this save where the policy, `force` or a rank's SIGTERM asks for it; else None."""
+
+        def vote() -> JSON:
+            busy = self._flight is not None and not self._flight.done()
+            since = time.monotonic() - self._last_save
+            moment = Moment(step, self._keeping.newest, since, self._signalled, busy)
+            want = self._group.rank == 0 and (force or self._when(moment))
+            return [want, self._signalled, secrets.token_hex(8)]
+
+        said = together(self._group, f"save of step {step}", vote)
+        votes = [v for v in said if isinstance(v, list)]
+        self._preempted = self._preempted or any(v[1] is True for v in votes)
+        wanted, _, token = votes[0]
+        return str(token) if wanted or self._preempted else None
 
     def _finish(self, group: Group, request: saving.Request) -> None:
         """Commit, tell, and clean: in this order."""
@@ -297,7 +289,7 @@ class CheckpointManager:
 
     def _reachable(self, step: int) -> bool:
         """Whether every rank can reach its checkpoints now; says so where not."""
-        said = together(self._group, f"reach for step {step}", lambda: self._accessible_here(None))
+        said = together(self._group, f"reach for step {step}", self.accessible)
         lacking = [r for r, ok in enumerate(said) if ok is not True]
         if lacking:
             warnings.warn(
@@ -307,7 +299,8 @@ class CheckpointManager:
             )
         return not lacking
 
-    def _accessible_here(self, step: int | None) -> bool:
+    def accessible(self, step: int | None = None) -> bool:
+        """Whether checkpoints can be written here now, or that step be read. Of this node alone."""
         if not self._telling.accessible(step):
             return False
         if step is None:
@@ -315,10 +308,6 @@ class CheckpointManager:
         with suppress(WriteError):
             return self._store.commit(step) is not None
         return False
-
-    def accessible(self, step: int | None = None) -> bool:
-        """Whether checkpoints can be written here now, or that step be read. Of this node alone."""
-        return self._accessible_here(step)
 
     # ---- restoring ----
 
@@ -342,60 +331,7 @@ class CheckpointManager:
         In both cases the template is as it was, unless its own load_state_dict refused it halfway."""
         self.wait()
         asked = Asked(None if names is None else tuple(names), allow_missing, template)
-        standing = self._standing()
-        if step is not None:
-            if step not in standing.steps:
-                raise ManagerError(f"{self.root}: step {step} cannot be restored: {standing.lacking(step)}")
-            return self._load(step, asked)
-        while good := [s for s in standing.steps if s not in self._keeping.broken]:
-            candidate = max(good)
-            key = standing.steps[candidate]
-            try:
-                return self._load(candidate, asked)
-            except SourceError as e:
-                standing = Standing.of(self._store, self._group)
-                if standing.steps.get(candidate) != key:
-                    continue  # it is gone or another: a job that saves here cleaned beside us
-                self._keeping.broken.add(candidate)
-                warnings.warn(
-                    f"COMMIT {candidate} IS BROKEN and passed over for the one before it: {e}",
-                    CheckpointWarning,
-                    stacklevel=2,
-                )
-        raise ManagerError(
-            f"{self.root}: no valid commit to restore; broken: {sorted(self._keeping.broken) or 'none'}"
-        )
-
-    def _standing(self) -> Standing:
-        """What stands everywhere; what is newer here and does not is said, not passed over in silence."""
-        here = self._store.steps()
-        standing = Standing.of(self._store, self._group)
-        newest = max(standing.steps, default=-1)
-        for step in (s for s in here if s > newest and s not in self._keeping.broken):
-            warnings.warn(
-                f"COMMIT {step} IS BROKEN and passed over for the one before it: {standing.lacking(step)}",
-                CheckpointWarning,
-                stacklevel=3,
-            )
-        return standing
-
-    def _load(self, step: int, asked: Asked) -> object:
-        if not self._store.local:
-
-            def bring() -> JSON:
-                if self._disk.coordinator:
-                    self._store.bring(step)
-                return None
-
-            together(self._group, f"bringing step {step}", bring)
-        done = loading.load(self._store, self._group, self._disk, step, asked)
-        action = LOAD if asked.names is None else PARTIAL_LOAD
-        if asked.names is None:
-            self._names, self._restored_step = set(done.saved_names), step
-        for note in done.notes:
-            warnings.warn(f"step {step}: {note}", CheckpointWarning, stacklevel=3)
-        self._telling.done(action, step, done.seconds, done.nbytes)
-        return done.value
+        return self._resuming.restore(step, asked)
 
     # ---- what there is ----
 
@@ -453,32 +389,7 @@ class CheckpointManager:
         The metadata handler is asked first; an answer that does not stand is passed over with a warning.
         Raises ManagerError where the user's step does not stand. Collective."""
         self.wait()
-        standing = self._standing()
-        if user_step is not None and user_step not in standing.steps:
-            raise ManagerError(
-                f"{self.root}: step {user_step} cannot be resumed: {standing.lacking(user_step)}"
-            )
-        good = [s for s in standing.steps if s not in self._keeping.broken]
-        newest = max(good) if good else None
-
-        told = together(self._group, "metadata", lambda: self._telling.last(user_step))[0]
-        if user_step is not None or told is None:
-            return user_step if user_step is not None else newest
-        if told in good and isinstance(told, int):
-            if newest is not None and newest > told:
-                warnings.warn(
-                    f"metadata knows of step {told}, step {newest} stands: it is resumed",
-                    CheckpointWarning,
-                    stacklevel=2,
-                )
-            return newest
-        warnings.warn(
-            f"metadata says step {told}: {standing.lacking(told) if isinstance(told, int) else 'no step'}; "
-            f"resuming {newest}",
-            CheckpointWarning,
-            stacklevel=2,
-        )
-        return newest
+        return self._resuming.resume_step(user_step)
 
     def stats(self) -> tuple[Timing, ...]:
         """What each save, load and partial load of this process took, on every rank."""
@@ -584,5 +495,5 @@ def _finite(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
     numbers = {k: float(v) for k, v in metrics.items()}
     for name in [k for k, v in numbers.items() if not math.isfinite(v)]:
         said = f"step {step}: metric {name} is {numbers.pop(name)} and left out"
-        warnings.warn(said, CheckpointWarning, stacklevel=6)
+        warnings.warn(said, CheckpointWarning, stacklevel=5)
     return numbers

@@ -16,10 +16,10 @@ import torch
 import xxhash
 
 from ..checkpoint import JSON, Checkpoint, Single
-from ..digest import LEAF, combine, digest, digest64
+from ..digest import LEAF, Digesting, combine, digest, digest64
 from ..dtypes import BY_NAME, DType
 from ..errors import ManagerError, SourceError, near
-from ..extents import Extent, Extents, File, content
+from ..extents import Extent, Extents, File, content, fill, pieces_of
 from ..output.manifest import FileEntry, Manifest, TensorEntry
 from ..road import reshard
 from ..running.tensors import torch_dtype
@@ -187,21 +187,13 @@ class Opened:
             with open(path, "rb", buffering=0) as f:
                 for k in range(len(leaves)):
                     piece = into[k * LEAF : (k + 1) * LEAF]
-                    _fill(f.fileno(), piece, entry.offset + k * LEAF)
+                    fill(piece, f.fileno(), entry.offset + k * LEAF)
                     leaves[k] = digest64(piece)
         except (OSError, SourceError) as e:
             raise SourceError(f"{path}: {name}: {e}") from None
         if combine(leaves) != entry.digest:
             raise SourceError(f"{path}: {name}: its bytes differ from the commit's digest")
         return out
-
-
-def _fill(fd: int, into: memoryview, offset: int) -> None:
-    while into:
-        n = os.preadv(fd, [into], offset)
-        if n == 0:
-            raise SourceError(f"the file ends at byte {offset}")
-        into, offset = into[n:], offset + n
 
 
 def _meet(a: Place, b: Place) -> bool:
@@ -291,14 +283,10 @@ def check_files(path: str, names: Sequence[str], files: Mapping[str, FileEntry])
     Raises SourceError for the first that differs."""
     total = 0
     for name in names:
-        leaves = []
-        try:
-            with open(os.path.join(path, name), "rb") as f:
-                for piece in iter(lambda f=f: f.read(LEAF), b""):  # type: ignore[misc]
-                    leaves.append(digest64(piece))
-                    total += len(piece)
-        except OSError as e:
-            raise SourceError(f"{path}: {name}: {e.strerror}") from None
-        if combine(np.array(leaves, np.uint64)) != files[name].digest:
+        digesting = Digesting()
+        for piece in pieces_of(os.path.join(path, name), LEAF):
+            digesting.add(piece)
+        if digesting.digest() != files[name].digest:
             raise SourceError(f"{path}: {name}: its bytes differ from the commit's digest")
+        total += digesting.nbytes
     return total

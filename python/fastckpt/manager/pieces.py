@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 
 from ..checkpoint import JSON
-from ..digest import LEAF, combine, leaf_digests
 from ..dtypes import BY_NAME, DType
 from ..errors import ManagerError
 
@@ -112,13 +111,6 @@ def raw(tensor: torch.Tensor) -> NDArray[np.uint8]:
     """The bytes of a dense CPU tensor, where they lie. (One of a single element may have any stride.)"""
     flat: NDArray[np.uint8] = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
     return flat
-
-
-def digest_of(tensor: torch.Tensor) -> str:
-    """The digest of a dense CPU tensor's bytes."""
-    data = raw(tensor)
-    offsets = np.arange(0, len(data), LEAF, dtype=np.int64)
-    return combine(leaf_digests(data, offsets, np.minimum(len(data) - offsets, LEAF)))
 
 
 def box_of(name: str, tensor: torch.Tensor) -> Box | None:

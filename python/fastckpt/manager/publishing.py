@@ -16,7 +16,7 @@ from ..checkpoint import Checkpoint
 from ..doors.serving_options import Shape
 from ..errors import ManagerError
 from ..extents import is_directory, is_file
-from ..output.commit import remove_tree, sync_directory, telling
+from ..output.filesystem import remove_tree, sync_directory, telling
 from ..output.manifest import NAME, Manifest
 from ..planning.plans import Plan
 from ..road import plan, reshard

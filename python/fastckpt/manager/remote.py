@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 
 from ..digest import digest
 from ..errors import ManagerError, SourceError, WriteError
-from ..output.commit import telling
+from ..output.filesystem import remove_tree, telling
 from ..output.manifest import NAME, Manifest
 from ..verification import verify
-from .commits import ASIDE, LATEST, SAVING, Commit, Store
+from .commits import ASIDE, LATEST, SAVING, TRASH, Commit, Store, whole
 from .uploaders import FsspecDirectory, Uploader
 
 
@@ -67,15 +66,7 @@ class RemoteStore(Store):
             text = b"".join(self._far.read(f"{self.name(step)}/{NAME}"))
         except OSError as e:
             raise SourceError(f"{where}: {NAME}: {e}") from None
-        found = Manifest.parse(text, f"{where}/{NAME}")
-        if not found.complete or found.record.source.step != step:
-            raise SourceError(f"{where}: its record is not of step {step}, or of some of its ranks only")
-        for name, entry in found.all_files().items():
-            if stored.get(name) != entry.nbytes:
-                raise SourceError(
-                    f"{where}: {name} has {stored.get(name)} bytes, the record says {entry.nbytes}"
-                )
-        return found
+        return whole(where, step, Manifest.parse(text, f"{where}/{NAME}"), stored.get)
 
     def commit(self, step: int) -> Commit | None:
         """What stands at a step; None where nothing whole does. Digests are not checked here."""
@@ -97,7 +88,7 @@ class RemoteStore(Store):
         return out
 
     def bring(self, step: int, *, again: bool = False) -> None:
-        """Have a step whole in the scratch directory; its bytes are checked by whoever reads them. `again`:
+        """Bring a step whole to the scratch directory; its bytes are checked by whoever reads them. `again`:
         also where a sound copy is there.
 
         Raises SourceError where it does not stand, WriteError where it cannot be brought."""
@@ -114,8 +105,15 @@ class RemoteStore(Store):
                 with open(path, "xb") as f:
                     for piece in self._far.read(f"{self.name(step)}/{name}"):
                         f.write(piece)
-            shutil.rmtree(self.path(step), ignore_errors=True)
+            self._clear(step)
             os.rename(staged, self.path(step))
+
+    def _clear(self, step: int) -> None:
+        """Give a step's name in the scratch directory free, where a copy has it. Raises OSError."""
+        old = self._away(TRASH, step)
+        with suppress(FileNotFoundError):
+            os.rename(self.path(step), old)
+        remove_tree(old)
 
     # ---- changes: the coordinator only ----
 
@@ -128,7 +126,8 @@ class RemoteStore(Store):
         if self.commit(step) is not None:
             raise ManagerError(f"{self.url}: step {step} stands, and nothing is replaced here in one step")
         self._remove_all(step)  # what a torn upload left
-        shutil.rmtree(self.path(step), ignore_errors=True)  # a copy that was brought
+        with telling(self.path(step)):
+            self._clear(step)
         staged = self.saving(step, token)
         try:
             self._uploader.upload(staged, self.name(step))
@@ -141,14 +140,14 @@ class RemoteStore(Store):
             raise WriteError(f"{self.url}: step {step} is not what was just carried there")
         for entry in os.listdir(self.root):
             if self._named.fullmatch(entry) and entry != self.name(step):
-                shutil.rmtree(os.path.join(self.root, entry), ignore_errors=True)
+                remove_tree(os.path.join(self.root, entry))  # only a copy
         self._hint(self.name(step))
         return found
 
     def remove(self, steps: Iterable[int]) -> list[int]:
         """Remove commits, never the newest whole one; the record goes first."""
-        whole = self.commits()
-        keep = whole[-1].step if whole else None
+        standing = self.commits()
+        keep = standing[-1].step if standing else None
         gone = []
         for step in steps:
             if step != keep:
@@ -162,7 +161,7 @@ class RemoteStore(Store):
             self._far.remove(sorted(self._far.sizes(self.name(step))))
 
     def set_aside(self, steps: Iterable[int]) -> list[int]:
-        """Take commits out of the row without removing them: under hidden names, the record moved first."""
+        """Hide commits without removing them, under names that are no step's; the record is moved first."""
         gone = []
         for step in steps:
             away = os.path.basename(self._away(ASIDE, step))

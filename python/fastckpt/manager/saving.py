@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,14 +18,15 @@ import numpy as np
 
 from .. import __version__
 from ..checkpoint import JSON
-from ..digest import LEAF, combine, digest64
-from ..errors import ManagerError
+from ..digest import LEAF, combine, digest, digest64
+from ..errors import ManagerError, WriteError
 from ..output.files import safetensors_layout
+from ..output.filesystem import telling
 from ..output.manifest import Origin, Record
 from ..output.writer import Output
 from .commits import Commit, Store
 from .coordination import Group, ints, together
-from .pieces import Claim, Piece, Shared, Taken, digest_of, raw, shared
+from .pieces import Claim, Piece, Shared, Taken, raw, shared
 from .values import Engine
 
 SCHEMA = 1
@@ -162,7 +162,7 @@ class _Save:
         digests = [""] * len(pieces)
         if self.group.world > 1:
             with ThreadPoolExecutor(_THREADS) as pool:
-                digests = list(pool.map(lambda p: digest_of(p.data), pieces))
+                digests = list(pool.map(lambda p: digest(raw(p.data)), pieces))
         return {
             p.name: Claim(p.dtype.name, p.shape, d, *((p.box.whole, p.box.offset) if p.box else ())).json()
             for p, d in zip(pieces, digests, strict=True)
@@ -265,7 +265,11 @@ class _Save:
 
     def _seal(self) -> JSON:
         if self.disk.coordinator:
-            shutil.rmtree(os.path.join(self.staging, ENGINES), ignore_errors=True)
+            for folder, _, late in os.walk(os.path.join(self.staging, ENGINES), topdown=False):
+                if late:
+                    raise WriteError(f"{folder}: {late[0]} came after save_checkpoint had returned")
+                with telling(folder):
+                    os.rmdir(folder)
             self.store.seal(self.request.step, self.request.token, aside=self.request.aside)
         return None
 

@@ -18,11 +18,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
-from ..digest import LEAF, combine, digest64
+from ..digest import LEAF, Digesting
 from ..errors import ManagerError, SourceError, WriteError
-from ..output.commit import sync_directory
+from ..output.filesystem import sync_directory
 from ..output.manifest import NAME, Manifest, rank_name
 from ..verification import verify
 
@@ -236,12 +234,7 @@ class Uploader:
 
 def _digest(pieces: Iterator[bytes]) -> str:
     """The digest of bytes that come in pieces of any size."""
-    leaves, rest = [], bytearray()
+    digesting = Digesting()
     for piece in pieces:
-        rest += piece
-        while len(rest) >= LEAF:
-            leaves.append(digest64(bytes(rest[:LEAF])))
-            del rest[:LEAF]
-    if rest:
-        leaves.append(digest64(bytes(rest)))
-    return combine(np.array(leaves, np.uint64))
+        digesting.add(piece)
+    return digesting.digest()

@@ -71,9 +71,9 @@ def _tree(value: object, path: str, flat: Flat) -> JSON:
         return {"array": _enter(flat, path, _from_numpy(value, path))}
     if type(value) in _CONTAINERS and isinstance(value, (list, tuple, set, frozenset)):
         held = value if isinstance(value, (list, tuple)) else sorted(value, key=repr)
-        return {type(value).__name__: [_tree(v, _join(path, k), flat) for k, v in enumerate(held)]}
+        return {type(value).__name__: [_tree(v, below(path, k), flat) for k, v in enumerate(held)]}
     if type(value) in (dict, OrderedDict) and isinstance(value, dict):
-        pairs: list[JSON] = [[_key(k, path), _tree(v, _join(path, k), flat)] for k, v in value.items()]
+        pairs: list[JSON] = [[_key(k, path), _tree(v, below(path, k), flat)] for k, v in value.items()]
         if type(value) is dict:
             return {"dict": pairs}
         return {"ordered": pairs, "metadata": _tree(getattr(value, "_metadata", None), path, flat)}
@@ -115,7 +115,7 @@ def _key(key: object, path: str) -> JSON:
     raise ManagerError(f"state at {path or 'its root'}: key {key!r} is no string, int, bool or None")
 
 
-def _join(path: str, key: object) -> str:
+def below(path: str, key: object) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
@@ -146,21 +146,21 @@ _LEAVES: tuple[tuple[type, str, Callable[..., JSON], Callable[..., object]], ...
 # ---- reading a tree ----
 
 
-def _tag(tree: JSON) -> tuple[str, JSON]:
+def tag_of(tree: JSON) -> tuple[str, JSON]:
     """A node's tag and content; ("", value) of a plain value."""
     if isinstance(tree, dict):
         return next(iter(tree.items()))
     return "", tree
 
 
-def _pairs(content: JSON) -> Iterator[tuple[str | int | float | bool | None, JSON]]:
+def pairs_of(content: JSON) -> Iterator[tuple[str | int | float | bool | None, JSON]]:
     for pair in content if isinstance(content, list) else ():
         match pair:
             case [str() | int() | float() | None as key, value]:
                 yield key, value
 
 
-def _items(content: JSON) -> list[JSON]:
+def items_of(content: JSON) -> list[JSON]:
     return content if isinstance(content, list) else []
 
 
@@ -173,25 +173,25 @@ def merged(trees: list[JSON]) -> tuple[JSON, list[str]]:
     def merge(nodes: list[JSON], path: str) -> JSON:
         if all(n == nodes[0] for n in nodes):
             return nodes[0]
-        tags = {_tag(n)[0] for n in nodes}
-        tag = _tag(nodes[0])[0]
+        tags = {tag_of(n)[0] for n in nodes}
+        tag = tag_of(nodes[0])[0]
         if len(tags) == 1 and tag == STATE:
-            kinds = {str(_items(_tag(n)[1])[0]) for n in nodes}
+            kinds = {str(items_of(tag_of(n)[1])[0]) for n in nodes}
             if len(kinds) == 1:
-                inner = merge([_items(_tag(n)[1])[1] for n in nodes], path)
+                inner = merge([items_of(tag_of(n)[1])[1] for n in nodes], path)
                 return {STATE: [kinds.pop(), inner]}
         if len(tags) == 1 and tag in ("dict", "ordered"):
-            dicts = [dict(_pairs(_tag(n)[1])) for n in nodes]
+            dicts = [dict(pairs_of(tag_of(n)[1])) for n in nodes]
             keys = dict.fromkeys(k for d in dicts for k in d)
             out: list[JSON] = []
             for key in keys:
-                here = _join(path, key)
+                here = below(path, key)
                 if not all(key in d for d in dicts):
                     differing.append(here)
                     continue
                 before = len(differing)
                 found = merge([d[key] for d in dicts], here)
-                if len(differing) == before or _tag(found)[0] in ("dict", "ordered", STATE):
+                if len(differing) == before or tag_of(found)[0] in ("dict", "ordered", STATE):
                     out.append([key, found])
             node: dict[str, JSON] = {tag: out}
             if tag == "ordered" and isinstance(nodes[0], dict):
@@ -222,7 +222,7 @@ class Builder:
 
     def build(self, tree: JSON, template: object = MISSING) -> object:
         """The value of a tree: filled into the template's objects and tensors where one is given."""
-        tag, content = _tag(tree)
+        tag, content = tag_of(tree)
         if tag == "":
             return content
         if tag == "tensor":
@@ -237,11 +237,11 @@ class Builder:
             return _BUILD[tag](
                 [
                     self.build(v, inner[k] if k < len(inner) else MISSING)
-                    for k, v in enumerate(_items(content))
+                    for k, v in enumerate(items_of(content))
                 ]
             )
         if tag == STATE:
-            value = self.build(_items(content)[1])
+            value = self.build(items_of(content)[1])
             if isinstance(template, torch.nn.Module) and isinstance(value, dict):
                 template.load_state_dict(value, strict=not self.allow_missing)
                 return template
@@ -252,7 +252,7 @@ class Builder:
         if tag == "float":
             return float(str(content))
         if tag == "number":
-            spelled, data = _items(content)
+            spelled, data = items_of(content)
             return np.frombuffer(bytes.fromhex(str(data)), np.dtype(str(spelled)))[0]
         for _, known, _, read in _LEAVES:
             if tag == known:
@@ -266,7 +266,7 @@ class Builder:
         out: dict[object, object] = {} if tag == "dict" else OrderedDict()
         if held is not None:
             out = held
-        for key, value in _pairs(content):
+        for key, value in pairs_of(content):
             if not self._there(value):
                 continue
             out[key] = self.build(value, MISSING if held is None or key not in held else held[key])
@@ -276,16 +276,9 @@ class Builder:
 
     def _there(self, tree: JSON) -> bool:
         """Whether all tensors of a node were read; else, in a partial restore, it is left alone."""
-        return not self.allow_missing or _tag(tree)[0] != "tensor" or set(names_in(tree)) <= set(self.tensors)
-
-
-def _group_sizes(optimizer: JSON) -> list[int] | None:
-    """How many parameters each group of a saved optimizer had; None where it keeps none so."""
-    groups = dict(_pairs(_tag(optimizer)[1])).get("param_groups")
-    if groups is None:
-        return None
-    inside = [dict(_pairs(_tag(g)[1])).get("params") for g in _items(_tag(groups)[1])]
-    return [len(_items(_tag(params)[1])) for params in inside]
+        return (
+            not self.allow_missing or tag_of(tree)[0] != "tensor" or set(names_in(tree)) <= set(self.tensors)
+        )
 
 
 def fill(template: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
@@ -297,78 +290,3 @@ def fill(template: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         template.copy_(found)
     return template
-
-
-def check(tree: JSON, template: object, shapes: Mapping[str, tuple[int, ...]], allow_missing: bool) -> None:
-    """Refuse, before anything is changed, a template that does not fit. Raises ManagerError naming the place.
-
-    `shapes`: the shape of each saved tensor (of the whole, where it is cut)."""
-
-    def visit(node: JSON, held: object, path: str) -> None:
-        tag, content = _tag(node)
-        here = path or "its root"
-        if isinstance(held, torch.Tensor):
-            if tag not in ("tensor", "array"):
-                raise ManagerError(
-                    f"restore at {here}: the template has a tensor, the commit {tag or 'a value'}"
-                )
-            saved = shapes[str(content)]
-            if tuple(held.shape) != saved:
-                raise ManagerError(
-                    f"restore at {here}: saved shape {saved}, the template's is {tuple(held.shape)}"
-                )
-        elif isinstance(held, Engine) != (tag == ENGINE) and held is not MISSING:
-            raise ManagerError(
-                f"restore at {here}: an engine on one side only ({tag or 'a plain value'} saved)"
-            )
-        elif isinstance(held, Stateful) and tag != ENGINE:
-            if tag != STATE:
-                has = type(held).__name__
-                raise ManagerError(
-                    f"restore at {here}: the template has a {has}, the commit {tag or 'a value'}"
-                )
-            inner = _items(content)[1]
-            if isinstance(held, torch.optim.Optimizer):
-                saved_sizes, sizes = _group_sizes(inner), [len(g["params"]) for g in held.param_groups]
-                if saved_sizes is not None and saved_sizes != sizes:
-                    raise ManagerError(
-                        f"restore at {here}: groups of {saved_sizes} parameters were saved, the optimizer's "
-                        f"are of {sizes}"
-                    )
-            if isinstance(held, torch.nn.Module):
-                own = dict_of(held)
-                more = [k for k, _ in _pairs(_tag(inner)[1]) if isinstance(own, dict) and k not in own]
-                if more and not allow_missing:
-                    raise ManagerError(
-                        f"restore at {here}: the module has no {more[0]!r} ({len(more)} in all)"
-                    )
-                visit(inner, own, path)
-        elif isinstance(held, dict) and tag in ("dict", "ordered"):
-            saved_items = dict(_pairs(content))
-            lacking = [k for k, v in held.items() if k not in saved_items]
-            if lacking and not allow_missing:
-                raise ManagerError(
-                    f"restore at {here}: {lacking[0]!r} is not in the commit ({len(lacking)} in all); "
-                    "allow_missing=True leaves it as it is"
-                )
-            for key, value in saved_items.items():
-                visit(value, held.get(key, MISSING), _join(path, key))
-        elif isinstance(held, (list, tuple)) and tag in ("list", "tuple"):
-            inside = _items(content)
-            filled = any(isinstance(v, (torch.Tensor, Stateful)) for v in held)
-            if filled and len(inside) != len(held) and not allow_missing:
-                raise ManagerError(
-                    f"restore at {here}: {len(inside)} were saved, the template has {len(held)}"
-                )
-            for k, (value, inner) in enumerate(zip(inside, held, strict=False)):
-                visit(value, inner, _join(path, k))
-        elif isinstance(held, (dict, list, tuple)) and held and not isinstance(held, torch.Size):
-            raise ManagerError(
-                f"restore at {here}: the template has a {type(held).__name__}, the commit {tag or 'a value'}"
-            )
-        elif tag == STATE and held is not MISSING:
-            raise ManagerError(
-                f"restore at {here}: wanted an object with load_state_dict, got {type(held).__name__}"
-            )
-
-    visit(tree, template, "")

@@ -20,15 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint import JSON
-from ..digest import LEAF, combine, digest, digest64
+from ..digest import LEAF, Digesting, digest
 from ..dtypes import BY_NAME, DType
 from ..errors import SourceError, WriteError
-from ..extents import content, is_directory, is_file
+from ..extents import content, inside, is_directory, is_file
 from .files import SlotTable
 
 SCHEMA = 1
 NAME = "fastckpt.json"
 """The commit record: a directory without it is not an output."""
+TRACE = ".fastckpt-"
+"""What names of unfinished business inside an output directory begin with."""
 _MAX_BYTES = 1 << 30
 _MAX_NDIM = 64
 _LINES = 1 << 10
@@ -47,14 +49,6 @@ def rank_of(name: str) -> int | None:
     """The rank whose record has that file name; None where it is no such record."""
     found = _RANK.fullmatch(name)
     return int(found[1]) if found else None
-
-
-def inside(name: str) -> bool:
-    """Whether a file name is relative, plain and stays inside the directory."""
-    parts = name.split("/")
-    return (
-        0 < len(name) <= 4096 and "\0" not in name and "\\" not in name and not {"", ".", ".."} & set(parts)
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,17 +245,16 @@ _TAIL = b'"digest": "%s"\n}\n'
 
 
 def _digested(text: Iterable[str]) -> Iterator[bytes]:
-    """The text in pieces of a digest's leaf, and the last line."""
-    held, leaves = bytearray(), []
+    """The text in pieces of about a MiB, and the last line."""
+    held, digesting = bytearray(), Digesting()
     for part in text:
         held += part.encode()
-        while len(held) >= LEAF:
-            leaves.append(digest64(held[:LEAF]))
-            yield bytes(held[:LEAF])
-            del held[:LEAF]
-    if held:
-        leaves.append(digest64(held))
-    yield bytes(held) + _TAIL % combine(np.array(leaves, np.uint64)).encode()
+        if len(held) >= LEAF:
+            digesting.add(held)
+            yield bytes(held)
+            held.clear()
+    digesting.add(held)
+    yield bytes(held) + _TAIL % digesting.digest().encode()
 
 
 def _head(m: Manifest) -> str:

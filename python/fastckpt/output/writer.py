@@ -1,7 +1,7 @@
 """The one place that makes output real: files at their final size, bytes at their final offset, one commit.
 
 Law: nothing of a run counts before `commit`, and nothing of it stays without. A directory with a
-`fastckpt.json` is whole. See `commit.py` for the protocol and docs/formats.md for the manifest.
+`fastckpt.json` is whole. `whole.py` and `part.py` are the two ways there; docs/formats.md has the manifest.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from ..digest import LEAF, combine, digest, digest64
-from ..errors import SourceError, WriteError, expect
-from ..extents import is_file
+from ..digest import LEAF, Digesting, digest
+from ..errors import WriteError, expect
+from ..extents import inside, pieces_of
 from . import syscalls
-from .commit import TRACE, Part, Whole, telling, write_file
 from .endings import Endings
 from .files import FileLayout
-from .manifest import NAME, FileEntry, Manifest, Record, Shard, TensorTable, inside, rank_of
+from .filesystem import telling, write_file
+from .manifest import NAME, TRACE, FileEntry, Manifest, Record, Shard, TensorTable, rank_of
+from .part import Part
+from .whole import Whole
 
 _EARLY = 1 << 18
 """Writes of this many bytes are started on their way to disk at once; smaller ones wait for company."""
@@ -182,7 +184,7 @@ class Output:
     def copy(self, source: str | os.PathLike[str], name: str | None = None) -> None:
         """A file copied as it is (config, tokenizer), by default under its own name. Raises SourceError."""
         source = os.fspath(source)
-        self._small(name or os.path.basename(source), _pieces_of(source), None)
+        self._small(name or os.path.basename(source), pieces_of(source, LEAF), None)
 
     def text(self, name: str, data: bytes, rank: int | None = None) -> None:
         """A small file of these bytes; of all ranks together, or of `rank`, such as its index."""
@@ -195,14 +197,15 @@ class Output:
         staged = self._stage(name)
         with telling(f"{os.fspath(path)} as {name}"):
             os.rename(path, staged)
+            digesting = Digesting()
             with open(staged, "rb") as f:
-                leaves = [digest64(piece) for piece in iter(lambda: f.read(LEAF), b"")]
-                nbytes = f.tell()
+                for piece in iter(lambda: f.read(LEAF), b""):
+                    digesting.add(piece)
                 if self.durable:
                     os.fsync(f.fileno())
         self._place.settle(name, staged)
         with self._lock:
-            self._shared[name] = FileEntry(nbytes, combine(np.array(leaves, np.uint64)))
+            self._shared[name] = FileEntry(digesting.nbytes, digesting.digest())
 
     def commit(self, record: Record) -> Manifest:
         """Make the output real; the manifest of the set, or of this rank where others are still to come.
@@ -247,13 +250,11 @@ class Output:
 
     def _small(self, name: str, pieces: Iterable[bytes], rank: int | None) -> None:
         staged = self._stage(name)
-        leaves, nbytes = [], 0
+        digesting = Digesting()
 
         def told() -> Iterator[bytes]:
-            nonlocal nbytes
             for piece in pieces:
-                leaves.append(digest64(piece))
-                nbytes += len(piece)
+                digesting.add(piece)
                 yield piece
 
         try:
@@ -263,7 +264,7 @@ class Output:
             self._names.discard(name)
             raise
         self._place.settle(name, staged)
-        entry = FileEntry(nbytes, combine(np.array(leaves, np.uint64)))
+        entry = FileEntry(digesting.nbytes, digesting.digest())
         with self._lock:
             (self._shared if rank is None else self._files.setdefault(rank, {}))[name] = entry
 
@@ -303,18 +304,6 @@ def _write_all(fd: int, offset: int, data: memoryview) -> None:
         if n == 0:
             raise OSError(0, "the file takes no more bytes")
         data, offset = data[n:], offset + n
-
-
-def _pieces_of(path: str) -> Iterator[bytes]:
-    """A file in pieces of a leaf."""
-    if not is_file(path):
-        raise SourceError(f"{path}: no such file")
-    try:
-        with open(path, "rb") as f:
-            while piece := f.read(LEAF):
-                yield piece
-    except OSError as e:
-        raise SourceError(f"{path}: {e.strerror}") from None
 
 
 def _rest(layout: FileLayout, parts: Sequence[tuple[int, bytes | bytearray]]) -> bytes:

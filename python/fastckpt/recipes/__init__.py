@@ -120,11 +120,6 @@ GROUP = "fastckpt.recipes"
 """The entry-point group of installed packages that bring recipes: `model_type` = a Recipe."""
 
 
-def table() -> tuple[Family, ...]:
-    """Every family that is read, for people."""
-    return FAMILIES
-
-
 def find(config: Mapping[str, JSON]) -> Recipe:
     """The recipe for a config, by its `model_type`. Raises RecipeError naming those there are."""
     name = config.get("model_type")

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from ..checkpoint import JSON, Checkpoint
-from ..errors import RecipeError
 from ..model import Attention, Layer, Layers, Mlp, Model, Parameter, Sizes
-from .claims import Claims, Dim, integer, vocabulary
+from .claims import Claims, Dim, Heads, dim, integer, vocabulary
 
 IGNORED = ("*embeddings.position_ids", "cls.predictions.decoder.bias", "lm_head.decoder.bias")
 """A buffer of counted positions, and the second name of the head's bias."""
@@ -49,11 +48,9 @@ def recipe(
     table = "embeddings.word_embeddings.weight"
     prefix = "" if table in ckpt else names.prefix
     claims = Claims(ckpt, f"{prefix}{table}")
-    hidden = Dim(integer(config, "hidden_size"), "hidden_size")
-    width = Dim(integer(config, "intermediate_size"), "intermediate_size")
-    heads = integer(config, "num_attention_heads")
-    if hidden.size % heads:
-        raise RecipeError(f"config: hidden_size {hidden.size} is no multiple of num_attention_heads {heads}")
+    hidden = dim(config, "hidden_size")
+    width = dim(config, "intermediate_size")
+    heads = Heads.of(hidden, dim(config, "num_attention_heads"))
 
     def layer(name: str) -> Callable[[], Layer]:
         at = f"{name}.attention"
@@ -81,14 +78,14 @@ def recipe(
         head=names.head if headed else None,
         head_bias=names.head_bias if headed else "",
     )
-    positions = Dim(integer(config, "max_position_embeddings"), "max_position_embeddings")
-    types = Dim(integer(config, "type_vocab_size"), "type_vocab_size")
+    positions = dim(config, "max_position_embeddings")
+    types = dim(config, "type_vocab_size")
     count = integer(config, "num_hidden_layers")
     carried = [claims.parameter(f"{at}.token_type_embeddings.weight", types, hidden)]
     carried += [_whole(claims, name) for name in ckpt if any(fnmatchcase(name, p) for p in CARRIED)]
     return Model(
         family=names.prefix[:-1],
-        sizes=Sizes(hidden.size, vocab, heads, heads, hidden.size // heads, {width.key: width.size}),
+        sizes=Sizes(hidden.size, vocab, heads.q, heads.kv, heads.dim, {width.key: width.size}),
         embedding=embedding,
         layers=Layers([layer(f"{prefix}encoder.layer.{i}") for i in range(count)]),
         norm=None,

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
-from ..model import Attention, Layer, Layers, Mlp, Model, Sizes
-from .claims import Claims, Dim, flag, integer, vocabulary
-from .fused import gate_up_parts, qkv_parts
+from ..model import Layer, Layers, Model, Sizes
+from .claims import Claims, Dim, Heads, dim, flag, integer, vocabulary
+from .fused import fused_attention, fused_mlp
 
 IGNORED = ("*rotary_pos_emb.inv_freq",)
 
@@ -22,17 +22,14 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         if flag(config, key, wanted) is not wanted:
             raise RecipeError(f"config: {key} {not wanted} is not read")
     claims = Claims(ckpt, "transformer.embedding.word_embeddings.weight")
-    hidden = Dim(integer(config, "hidden_size"), "hidden_size")
-    width = Dim(integer(config, "ffn_hidden_size"), "ffn_hidden_size")
-    pair = Dim(2 * width.size, "2 * ffn_hidden_size")
-    heads = integer(config, "num_attention_heads")
+    hidden = dim(config, "hidden_size")
+    width = dim(config, "ffn_hidden_size")
+    count = integer(config, "num_attention_heads")
     shared = flag(config, "multi_query_attention", False)
-    kv_heads = integer(config, "multi_query_group_num") if shared else heads
-    head_dim = integer(config, "kv_channels")
-    if heads % kv_heads:
-        raise RecipeError(f"config: {heads} attention heads do not share {kv_heads} kv heads evenly")
-    q_rows = Dim(heads * head_dim, "num_attention_heads * kv_channels")
-    rows = Dim((heads + 2 * kv_heads) * head_dim, "(heads + 2 * kv heads) * kv_channels")
+    kv_count = integer(config, "multi_query_group_num") if shared else count
+    heads = Heads(count, kv_count, integer(config, "kv_channels"))
+    q_rows = Dim(heads.q * heads.dim, "num_attention_heads * kv_channels")
+    rows = Dim((heads.q + 2 * heads.kv) * heads.dim, "(heads + 2 * kv heads) * kv_channels")
     bias = flag(config, "add_bias_linear", False)
     qkv_bias = bias or flag(config, "add_qkv_bias", False)
 
@@ -41,17 +38,10 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         qkv = claims.linear(f"{name}.self_attention.query_key_value", rows, hidden, bias=qkv_bias)
         o = claims.linear(f"{name}.self_attention.dense", hidden, q_rows, bias=bias)
         after = claims.norm(f"{name}.post_attention_layernorm", hidden)
-        up = claims.linear(f"{name}.mlp.dense_h_to_4h", pair, hidden, bias=bias)
+        gate_up = claims.linear(f"{name}.mlp.dense_h_to_4h", width.times(2), hidden, bias=bias)
         down = claims.linear(f"{name}.mlp.dense_4h_to_h", hidden, width, bias=bias)
-
-        def build() -> Layer:
-            whole, both = qkv(), up()
-            attention = Attention(*qkv_parts(whole, heads, kv_heads, head_dim), o(), fused=whole.name)
-            return Layer(
-                name, before(), attention, after(), Mlp(*gate_up_parts(both), down(), fused=both.name)
-            )
-
-        return build
+        attends, feeds = fused_attention(qkv, o, heads), fused_mlp(gate_up, down)
+        return lambda: Layer(name, before(), attends(), after(), feeds())
 
     vocab, embedding, lm_head, tied = vocabulary(
         claims,
@@ -69,9 +59,9 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         sizes=Sizes(
             hidden.size,
             vocab,
-            heads,
-            kv_heads,
-            head_dim,
+            heads.q,
+            heads.kv,
+            heads.dim,
             {width.key: width.size},
             head_keys=("num_attention_heads", "multi_query_group_num", "") if shared else None,
             vocab_key="padded_vocab_size",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -23,10 +23,14 @@ from .quantised import Form, Kind, Quantised
 
 
 class Dim(NamedTuple):
-    """One axis of a tensor: its size and the config keys that say so."""
+    """One axis of a tensor: its size, and the config keys it comes from (for errors)."""
 
     size: int
     key: str
+
+    def times(self, n: int) -> Dim:
+        """The axis of `n` such parts."""
+        return Dim(n * self.size, f"{n} * {self.key}")
 
 
 def integer(config: Mapping[str, JSON], key: str, default: int | None = None, *, least: int = 1) -> int:
@@ -52,9 +56,38 @@ def flag(config: Mapping[str, JSON], key: str, default: bool) -> bool:
     return value
 
 
-def entry(config: Mapping[str, JSON], key: str, *older: str) -> str:
-    """The first of these keys that the config holds a value for, else `key`: families renamed some."""
-    return next((k for k in (key, *older) if config.get(k) is not None), key)
+def dim(
+    config: Mapping[str, JSON], key: str, *older: str, default: int | None = None, least: int = 1
+) -> Dim:
+    """The size under `key`, or under the first `older` name of it that has a value. Raises as `integer`."""
+    said = next((k for k in (key, *older) if config.get(k) is not None), key)
+    return Dim(integer(config, said, default, least=least), said)
+
+
+def absent() -> None:
+    """Builds an optional role that is not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Attention's `q` query heads and `kv` key and value heads, of `dim` features each.
+
+    Raises RecipeError where the query heads do not share the kv heads evenly."""
+
+    q: int
+    kv: int
+    dim: int
+
+    def __post_init__(self) -> None:
+        if self.q % self.kv:
+            raise RecipeError(f"config: {self.q} attention heads do not share {self.kv} kv heads evenly")
+
+    @staticmethod
+    def of(hidden: Dim, q: Dim, kv: int | None = None) -> Heads:
+        """Heads that divide the hidden size, with as many kv heads unless told. Raises RecipeError."""
+        if hidden.size % q.size:
+            raise RecipeError(f"config: {hidden.key} {hidden.size} is no multiple of {q.key} {q.size}")
+        return Heads(q.size, kv or q.size, hidden.size // q.size)
 
 
 class Claims:
@@ -129,14 +162,14 @@ class Claims:
             build = self._quantised(name, at, out, into, form)
         else:
             build = self._plain(name, at, out, into, transposed)
-        offset = self.tensor(bias_name or f"{at}.bias", out) if bias else None
-        return lambda: replace(build(), bias=offset() if offset else None, bias_name=bias_name)
+        offset = self.tensor(bias_name or f"{at}.bias", out) if bias else absent
+        return lambda: replace(build(), bias=offset(), bias_name=bias_name)
 
     def norm(self, name: str, size: Dim, *, bias: bool = False, plus_one: bool = False) -> Callable[[], Norm]:
         """Claims a norm's weight, and its bias where it has one."""
         weight = self.tensor(f"{name}.weight", size)
-        offset = self.tensor(f"{name}.bias", size) if bias else None
-        return lambda: Norm(name, weight(), offset() if offset else None, plus_one)
+        offset = self.tensor(f"{name}.bias", size) if bias else absent
+        return lambda: Norm(name, weight(), offset(), plus_one)
 
     def rows(self, name: str, count: int, width: Dim) -> Callable[[], Embedding]:
         """Claims a table of vectors, the first `count` of which are tokens'. Raises RecipeError for fewer."""
@@ -230,14 +263,15 @@ class Claims:
         names = [*self.ckpt.entries, *self.ckpt.aliases]
         if adapted := next((n for n in names if ".lora_A." in n), None):
             raise RecipeError(
-                f"{self.ckpt.path}: {adapted} is an adapter's; --adapter DIR with its adapter_config.json "
-                "merges it"
+                f"{self.ckpt.path}: {adapted} is an adapter's; adapter= (--adapter DIR) merges it, with its "
+                "adapter_config.json"
             )
         for name in names:
             prefix = name.removesuffix(anchor)
             if prefix != name and prefix.endswith(".") and all(n.startswith(prefix) for n in names):
                 raise RecipeError(
-                    f"{self.ckpt.path}: every name starts with {prefix!r}; --strip-prefix {prefix} removes it"
+                    f"{self.ckpt.path}: every name starts with {prefix!r}; rename= (--strip-prefix {prefix}) "
+                    "removes it"
                 )
 
 
@@ -258,16 +292,15 @@ def vocabulary(
 
     `head` None: the model has none, and the embedding stands for it. `head_bias`: the name of the head's
     bias, where it has one; `trained_head`: another name the head may be stored under; `key`: config's key for
-    the rows. Stored rows that differ from it are an error naming both,
-    unless `vocab_size` says how many of them count. Whether the pair is tied is config's word. A checkpoint
-    that says tied and yet holds two tensors is refused, unless both are the same bytes: transformers 5 unties
-    such a pair when the values differ, and which one was meant cannot be told from names."""
+    the rows. Raises RecipeError where the stored rows are another number, unless `vocab_size` says how many
+    of them count.
+
+    The config says whether the pair is tied. Where it does and the checkpoint holds two tensors, that is a
+    RecipeError, whatever their values: transformers 5 unties a pair that differs, and neither names nor a
+    plan, which is kept by headers, say whether it does."""
     want = integer(config, key) if vocab_size is None else vocab_size
 
-    def rows(module: str) -> View:
-        return cut(f"{module}.weight", hidden)
-
-    def cut(name: str, *more: Dim) -> View:
+    def rows(name: str, *more: Dim) -> View:
         stored = claims.shape(name)[0]
         if vocab_size is None and stored != want:
             raise RecipeError(
@@ -277,21 +310,23 @@ def vocabulary(
             raise RecipeError(f"{name} has {stored} rows, vocab_size= asks for {want}")
         return claims.tensor(name, Dim(stored, "rows"), *more)().narrow(0, 0, want)
 
-    table = Embedding(embedding, rows(embedding))
+    table = Embedding(embedding, rows(f"{embedding}.weight", hidden))
     if head is None:
         return want, table, Linear(embedding, table.weight), True
-    stored_head = trained_head if trained_head and f"{head}.weight" not in claims else head
-    bias = cut(head_bias) if head_bias else None
+    stored = f"{head}.weight"
+    if trained_head is not None and stored not in claims:
+        stored = f"{trained_head}.weight"
+    bias = rows(head_bias) if head_bias else None
     if not flag(config, "tie_word_embeddings", tied_default):
-        if f"{stored_head}.weight" not in claims:
+        if stored not in claims:
             raise RecipeError(
                 f"{claims.ckpt.path}: {head}.weight is not there and config's tie_word_embeddings is false"
             )
-        return want, table, Linear(head, rows(stored_head), bias, bias_name=head_bias), False
-    if f"{stored_head}.weight" in claims and not _same_bytes(rows(stored_head), table.weight):
+        return want, table, Linear(head, rows(stored, hidden), bias, bias_name=head_bias), False
+    if stored in claims and not _same_bytes(rows(stored, hidden), table.weight):
         raise RecipeError(
-            f"config says tie_word_embeddings, yet {embedding}.weight and {stored_head}.weight are two "
-            "tensors; set it to false in the config to serve both as they are"
+            f"config says tie_word_embeddings, yet {embedding}.weight and {stored} are two tensors; set it "
+            f"to false in the config to serve both as they are, or leave {stored} out of the checkpoint"
         )
     return want, table, Linear(head, table.weight, bias, bias_name=head_bias), True
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import Attention, Layer, Layers, Model, Parameter, Sizes, VisionExpert
-from .claims import Claims, Dim, integer, vocabulary
+from .claims import Claims, Dim, Heads, dim, integer, vocabulary
 from .decoder import ANCHOR, IGNORED, gated
-from .fused import qkv_parts
+from .fused import fused_attention
 
 KV_HEADS = 8
 """configuration_cogvlm.py's num_multi_query_heads, which config.json may leave out."""
@@ -22,27 +22,15 @@ KV_HEADS = 8
 def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
     """The model of a CogVLM2 checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
     claims = Claims(ckpt, ANCHOR)
-    hidden = Dim(integer(config, "hidden_size"), "hidden_size")
-    width = Dim(integer(config, "intermediate_size"), "intermediate_size")
-    heads = integer(config, "num_attention_heads")
-    kv_heads = integer(config, "num_multi_query_heads", KV_HEADS)
-    head_dim = hidden.size // heads
-    if hidden.size % heads or heads % kv_heads:
-        raise RecipeError(
-            f"config: {heads} attention heads of hidden_size {hidden.size} with {kv_heads} kv heads: wanted "
-            "heads that divide hidden_size and share kv heads evenly"
-        )
-    rows = Dim((heads + 2 * kv_heads) * head_dim, "(heads + 2 * num_multi_query_heads) * head size")
+    hidden = dim(config, "hidden_size")
+    width = dim(config, "intermediate_size")
+    kv_count = integer(config, "num_multi_query_heads", KV_HEADS)
+    heads = Heads.of(hidden, dim(config, "num_attention_heads"), kv_count)
+    rows = Dim((heads.q + 2 * heads.kv) * heads.dim, "(heads + 2 * num_multi_query_heads) * head size")
 
     def attention(at: str, *, bias: bool) -> Callable[[], Attention]:
         qkv = claims.linear(f"{at}_expert_query_key_value", rows, hidden, bias=bias)
-        o = claims.linear(f"{at}_expert_dense", hidden, hidden)
-
-        def build() -> Attention:
-            whole = qkv()
-            return Attention(*qkv_parts(whole, heads, kv_heads, head_dim), o(), fused=whole.name)
-
-        return build
+        return fused_attention(qkv, claims.linear(f"{at}_expert_dense", hidden, hidden), heads)
 
     def layer(name: str) -> Callable[[], Layer]:
         before = claims.norm(f"{name}.input_layernorm", hidden)
@@ -60,7 +48,7 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
     )
     return Model(
         family="cogvlm2",
-        sizes=Sizes(hidden.size, vocab, heads, kv_heads, head_dim, {width.key: width.size}),
+        sizes=Sizes(hidden.size, vocab, heads.q, heads.kv, heads.dim, {width.key: width.size}),
         embedding=embedding,
         layers=Layers([layer(f"model.layers.{i}") for i in range(integer(config, "num_hidden_layers"))]),
         norm=claims.norm("model.norm", hidden)(),
@@ -78,25 +66,23 @@ def _tower(claims: Claims, config: Mapping[str, JSON], hidden: Dim, width: Dim) 
         raise RecipeError(f"config: vision_config must be an object, got {said!r}")
     named = {f"vision_config.{key}": value for key, value in said.items()}
 
-    def dim(key: str, times: int = 1) -> Dim:
-        size = integer(named, f"vision_config.{key}")
-        return Dim(size * times, f"vision_config.{key}" if times == 1 else f"{times} * vision_config.{key}")
+    def of_vision(key: str) -> Dim:
+        return dim(named, f"vision_config.{key}")
 
-    inner, mlp, patch, one, two = (
-        dim("hidden_size"), dim("intermediate_size"), dim("patch_size"), Dim(1, "1"), Dim(2, "2")
-    )  # fmt: skip
+    inner, mlp, patch = (of_vision(key) for key in ("hidden_size", "intermediate_size", "patch_size"))
+    one, two = Dim(1, "1"), Dim(2, "2")
     shapes: dict[str, tuple[Dim, ...]] = {
         "patch_embedding.cls_embedding": (one, inner),
-        "patch_embedding.proj.weight": (inner, dim("in_channels"), patch, patch),
+        "patch_embedding.proj.weight": (inner, of_vision("in_channels"), patch, patch),
         "patch_embedding.proj.bias": (inner,),
-        "patch_embedding.position_embedding.weight": (dim("num_positions"), inner),
+        "patch_embedding.position_embedding.weight": (of_vision("num_positions"), inner),
     }
-    for i in range(dim("num_hidden_layers").size):
+    for i in range(of_vision("num_hidden_layers").size):
         at = f"transformer.layers.{i}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
             shapes |= {f"{at}.{norm}.weight": (inner,), f"{at}.{norm}.bias": (inner,)}
         for name, out, into in (
-            ("attention.query_key_value", dim("hidden_size", 3), inner),
+            ("attention.query_key_value", inner.times(3), inner),
             ("attention.dense", inner, inner),
             ("mlp.fc1", mlp, inner),
             ("mlp.fc2", inner, mlp),

@@ -6,12 +6,12 @@ A family is a Kind: which biases, norms and fusions it has. Names as transformer
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..checkpoint import JSON, Checkpoint
-from ..errors import RecipeError
 from ..model import (
     Attention,
+    Embedding,
     Experts,
     HubCuts,
     Layer,
@@ -25,8 +25,8 @@ from ..model import (
     Prediction,
     Sizes,
 )
-from .claims import Claims, Dim, flag, integer, vocabulary
-from .fused import gate_up_parts, qkv_parts
+from .claims import Claims, Dim, Heads, absent, dim, flag, integer, vocabulary
+from .fused import fused_attention, fused_mlp
 from .quantised import quantised
 
 IGNORED = ("*rotary_emb.inv_freq",)
@@ -47,12 +47,13 @@ class Norms:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What a family of this shape has: a bias on q, k, v, on o (None: as config's attention_bias says), norms
-    on each head's q and k, a bias in the feed-forward block where config's mlp_bias says so.
+    """How a family differs from the others of this shape.
 
-    `plus_one`: its norms multiply by 1 + weight. `fused_qkv`, `fused_gate_up`: it stores [q; k; v] or
-    [gate; up] as one. `sinks`: attention has one. `tied`: what a config that does not say means. `cuts`: as
-    in Model."""
+    `qkv_bias`, `o_bias`: whether q, k and v, or o, have a bias (None: as config's attention_bias says).
+    `qk_norm`: each head's q and k are normed. `mlp_bias`: the feed-forward block has biases where config's
+    mlp_bias says so. `plus_one`: norms multiply by 1 + weight. `fused_qkv`, `fused_gate_up`: [q; k; v] or
+    [gate; up] are stored as one matrix. `sinks`: attention has sinks. `tied`: whether embedding and head are
+    one where the config does not say. `cuts`: as in Model."""
 
     family: str
     qkv_bias: bool | None = None
@@ -68,18 +69,9 @@ class Kind:
     cuts: HubCuts = field(default_factory=HubCuts)
 
 
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """The head counts and the size of one head that a config says."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-
 Claim = Callable[[str], Callable[[], Attention | Mla]]
 FeedForward = Callable[[str], Callable[[], Mlp | Experts]]
-"""Claims the block of the layer of that name; what it returns builds the block."""
+"""Both claim the block of a layer by the layer's name, and return what builds it."""
 
 
 def recipe(
@@ -87,14 +79,14 @@ def recipe(
 ) -> Model:
     """The model of a checkpoint of that kind; `vocab_size` overrides config's. Raises RecipeError."""
     claims = Claims(ckpt, ANCHOR, form=quantised(config))
-    width = Dim(integer(config, "intermediate_size"), "intermediate_size")
+    width = dim(config, "intermediate_size")
     mlp = dense(kind, claims, config, width)
     return decoder(kind, claims, config, vocab_size, mlp, {width.key: width.size})
 
 
 def dense(kind: Kind, claims: Claims, config: Mapping[str, JSON], width: Dim) -> FeedForward:
     """The gated block of `mlp`, that wide in every layer."""
-    hidden = Dim(integer(config, "hidden_size"), "hidden_size")
+    hidden = dim(config, "hidden_size")
     bias = kind.mlp_bias and flag(config, "mlp_bias", False)
     return lambda layer: gated(claims, f"{layer}.mlp", width, hidden, bias=bias, fused=kind.fused_gate_up)
 
@@ -104,68 +96,52 @@ def gated(
 ) -> Callable[[], Mlp]:
     """Claims `gate_proj`, `up_proj` (or `gate_up_proj`, which is both) and `down_proj` of the module `at`."""
     if fused:
-        pair = claims.linear(f"{at}.gate_up_proj", Dim(2 * width.size, f"2 * {width.key}"), hidden, bias=bias)
-    else:
-        gate = claims.linear(f"{at}.gate_proj", width, hidden, bias=bias)
-        up = claims.linear(f"{at}.up_proj", width, hidden, bias=bias)
+        pair = claims.linear(f"{at}.gate_up_proj", width.times(2), hidden, bias=bias)
+        return fused_mlp(pair, claims.linear(f"{at}.down_proj", hidden, width, bias=bias))
+    gate = claims.linear(f"{at}.gate_proj", width, hidden, bias=bias)
+    up = claims.linear(f"{at}.up_proj", width, hidden, bias=bias)
     down = claims.linear(f"{at}.down_proj", hidden, width, bias=bias)
-
-    def parted() -> Mlp:
-        both = pair()
-        return Mlp(*gate_up_parts(both), down(), both.name)
-
-    return parted if fused else lambda: Mlp(gate(), up(), down())
+    return lambda: Mlp(gate(), up(), down())
 
 
 def heads_of(config: Mapping[str, JSON]) -> Heads:
-    """The heads a config says. Raises RecipeError where query heads do not share kv heads evenly."""
+    """The heads a config says. Raises RecipeError."""
     heads = integer(config, "num_attention_heads")
     kv_heads = integer(config, "num_key_value_heads", heads)
-    head_dim = integer(config, "head_dim", integer(config, "hidden_size") // heads)
-    if heads % kv_heads:
-        raise RecipeError(f"config: {heads} attention heads do not share {kv_heads} kv heads evenly")
-    return Heads(heads, kv_heads, head_dim)
+    return Heads(heads, kv_heads, integer(config, "head_dim", integer(config, "hidden_size") // heads))
 
 
 def attention(kind: Kind, claims: Claims, config: Mapping[str, JSON]) -> Claim:
     """The attention of `self_attn`: q, k, v apart or as one, o, and what else the kind has."""
-    size = heads_of(config)
-    hidden = Dim(integer(config, "hidden_size"), "hidden_size")
-    q_rows = Dim(size.heads * size.head_dim, "num_attention_heads * head_dim")
-    kv_rows = Dim(size.kv_heads * size.head_dim, "num_key_value_heads * head_dim")
+    heads = heads_of(config)
+    hidden = dim(config, "hidden_size")
+    q_rows = Dim(heads.q * heads.dim, "num_attention_heads * head_dim")
+    kv_rows = Dim(heads.kv * heads.dim, "num_key_value_heads * head_dim")
     all_rows = Dim(q_rows.size + 2 * kv_rows.size, f"{q_rows.key} + 2 * {kv_rows.key}")
-    one_head = Dim(size.head_dim, "head_dim")
+    one_head = Dim(heads.dim, "head_dim")
     said = flag(config, "attention_bias", False)
     qkv_bias = said if kind.qkv_bias is None else kind.qkv_bias
     o_bias = said if kind.o_bias is None else kind.o_bias
 
-    def norms(at: str) -> Callable[[], tuple[Norm | None, Norm | None]]:
-        if not kind.qk_norm:
-            return lambda: (None, None)
-        q = claims.norm(f"{at}.q_norm", one_head, plus_one=kind.plus_one)
-        k = claims.norm(f"{at}.k_norm", one_head, plus_one=kind.plus_one)
-        return lambda: (q(), k())
+    def norm(name: str) -> Callable[[], Norm | None]:
+        return claims.norm(name, one_head, plus_one=kind.plus_one) if kind.qk_norm else absent
 
-    def claim(layer: str) -> Callable[[], Attention]:
-        at = f"{layer}.self_attn"
+    def matrices(at: str) -> Callable[[], Attention]:
         o = claims.linear(f"{at}.o_proj", hidden, q_rows, bias=o_bias)
-        qk_norms = norms(at)
-        sinks = (
-            claims.parameter(f"{at}.sinks", Dim(size.heads, "num_attention_heads")) if kind.sinks else None
-        )
         if kind.fused_qkv:
             whole = claims.linear(f"{at}.qkv_proj", all_rows, hidden, bias=qkv_bias)
-
-            def parted() -> Attention:
-                qkv = whole()
-                q, k, v = qkv_parts(qkv, size.heads, size.kv_heads, size.head_dim)
-                return Attention(q, k, v, o(), *qk_norms(), qkv.name)
-
-            return parted
+            return fused_attention(whole, o, heads)
         q = claims.linear(f"{at}.q_proj", q_rows, hidden, bias=qkv_bias)
         k = claims.linear(f"{at}.k_proj", kv_rows, hidden, bias=qkv_bias)
         v = claims.linear(f"{at}.v_proj", kv_rows, hidden, bias=qkv_bias)
-        return lambda: Attention(q(), k(), v(), o(), *qk_norms(), sinks=sinks() if sinks else None)
+        return lambda: Attention(q(), k(), v(), o())
+
+    def claim(layer: str) -> Callable[[], Attention]:
+        at = f"{layer}.self_attn"
+        build, q_norm, k_norm = matrices(at), norm(f"{at}.q_norm"), norm(f"{at}.k_norm")
+        one_each = Dim(heads.q, "num_attention_heads")
+        sinks = claims.parameter(f"{at}.sinks", one_each) if kind.sinks else absent
+        return lambda: replace(build(), q_norm=q_norm(), k_norm=k_norm(), sinks=sinks())
 
     return claim
 
@@ -185,13 +161,13 @@ def decoder(
     shared_width: str = "",
     predictions: int = 0,
 ) -> Model:
-    """Everything but the feed-forward blocks, which `feed_forward` claims; `widths`, `experts`,
-    `expert_width` and `shared_width` as in Sizes; `predictions`: that many layers after the last predict one
-    more token each, where the checkpoint holds them.
+    """A model of which `feed_forward` claims the feed-forward blocks.
 
-    `attends` and `heads` stand for `attention` and `heads_of` in a family whose attention is another. Raises
-    RecipeError where the checkpoint does not fit the config, or holds a name no role takes."""
-    hidden = Dim(integer(config, "hidden_size"), "hidden_size")
+    `attends` and `heads` stand for `attention` and `heads_of` in a family with other attention. `widths`,
+    `experts`, `expert_width` and `shared_width`: as in Sizes. `predictions`: how many layers after the last
+    predict one more token each, where the checkpoint holds them. Raises RecipeError where the checkpoint does
+    not fit the config, and for a name that has no role."""
+    hidden = dim(config, "hidden_size")
     size = heads or heads_of(config)
     attend = attends or attention(kind, claims, config)
 
@@ -202,17 +178,8 @@ def decoder(
         names = kind.norms
         before, attending = norm(f"{name}.{names.attention}"), attend(name)
         between, feeding = norm(f"{name}.{names.mlp}"), feed_forward(name)
-        after = norm(f"{name}.{names.attention_after}") if names.attention_after else None
-        last = norm(f"{name}.{names.mlp_after}") if names.mlp_after else None
-        return lambda: Layer(
-            name,
-            before(),
-            attending(),
-            between(),
-            feeding(),
-            after() if after else None,
-            last() if last else None,
-        )
+        after, last = (norm(f"{name}.{n}") if n else absent for n in (names.attention_after, names.mlp_after))
+        return lambda: Layer(name, before(), attending(), between(), feeding(), after(), last())
 
     vocab, embedding, lm_head, tied = vocabulary(
         claims, config, vocab_size, embedding="model.embed_tokens", hidden=hidden, tied_default=kind.tied
@@ -221,38 +188,15 @@ def decoder(
     layers = Layers([layer(f"model.layers.{i}") for i in range(count)])
     predictions = min(predictions, len(claims.ckpt))  # a config may say anything
     further = [f"model.layers.{i}" for i in range(count, count + predictions)]
-
-    def prediction(name: str) -> Callable[[], Prediction]:
-        build = layer(name)
-        norms = [norm(f"{name}.{n}") for n in ("enorm", "hnorm", "shared_head.norm")]
-        join = claims.linear(f"{name}.eh_proj", hidden, Dim(2 * hidden.size, f"2 * {hidden.key}"))
-        tables = [
-            claims.rows(f"{name}.{n}", vocab, hidden) if f"{name}.{n}.weight" in claims else None
-            for n in ("embed_tokens", "shared_head.head")
-        ]
-
-        def built() -> Prediction:
-            table, head = (t and t() for t in tables)
-            return Prediction(
-                build(),
-                norms[0](),
-                norms[1](),
-                join(),
-                norms[2](),
-                table,
-                Linear(head.name, head.weight) if head else None,
-            )
-
-        return built
-
+    further = [name for name in further if f"{name}.eh_proj.weight" in claims]
     return Model(
         family=kind.family,
         sizes=Sizes(
             hidden=hidden.size,
             vocab=vocab,
-            heads=size.heads,
-            kv_heads=size.kv_heads,
-            head_dim=size.head_dim,
+            heads=size.q,
+            kv_heads=size.kv,
+            head_dim=size.dim,
             widths=widths,
             experts=experts,
             expert_width=expert_width,
@@ -266,7 +210,42 @@ def decoder(
         norm=norm("model.norm")(),
         lm_head=lm_head,
         tied=tied,
-        predictions=Lazy([prediction(n) for n in further if f"{n}.eh_proj.weight" in claims]),
+        predictions=Lazy([_prediction(claims, n, layer, norm, vocab, hidden) for n in further]),
         ignored=claims.close(IGNORED),
         cuts=kind.cuts,
     )
+
+
+def _prediction(
+    claims: Claims,
+    name: str,
+    layer: Callable[[str], Callable[[], Layer]],
+    norm: Callable[[str], Callable[[], Norm]],
+    vocab: int,
+    hidden: Dim,
+) -> Callable[[], Prediction]:
+    """Claims a layer that predicts one more token, and the embedding and head that it may have."""
+
+    def own(leaf: str) -> Callable[[], Embedding | None]:
+        there = f"{name}.{leaf}.weight" in claims
+        return claims.rows(f"{name}.{leaf}", vocab, hidden) if there else absent
+
+    build = layer(name)
+    embedding_norm, hidden_norm = norm(f"{name}.enorm"), norm(f"{name}.hnorm")
+    last = norm(f"{name}.shared_head.norm")
+    join = claims.linear(f"{name}.eh_proj", hidden, hidden.times(2))
+    embedding, head = own("embed_tokens"), own("shared_head.head")
+
+    def prediction() -> Prediction:
+        rows = head()
+        return Prediction(
+            build(),
+            embedding_norm(),
+            hidden_norm(),
+            join(),
+            last(),
+            embedding(),
+            None if rows is None else Linear(rows.name, rows.weight),
+        )
+
+    return prediction

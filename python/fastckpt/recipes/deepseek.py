@@ -9,20 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ..checkpoint import JSON, Checkpoint
 from ..model import Experts, HubCuts, Mla, Mlp, Model, Rope, Yarn
-from .claims import Claims, Dim, flag, integer
-from .decoder import ANCHOR, Heads, Kind, decoder, dense, gated
-from .moe import Block, experts, with_shared
+from .claims import Claims, Dim, Heads, dim, flag, integer
+from .decoder import ANCHOR, Kind, decoder, dense, gated
+from .moe import BLOCK, experts, with_shared
 from .quantised import quantised
-
-BLOCK = Block()
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """`kind` of decoder; `latent`: its attention is; `corrected`: its router has a correction."""
+    """The `kind` of decoder; `latent`: its attention is latent; `corrected`: its router has a correction."""
 
     kind: Kind
     latent: bool = True
@@ -39,14 +38,14 @@ def recipe(
 ) -> Model:
     """The model of a checkpoint of that family; `vocab_size` overrides config's. Raises RecipeError."""
     claims = Claims(ckpt, ANCHOR, form=quantised(config))
-    hidden = Dim(integer(config, "hidden_size"), "hidden_size")
+    hidden = dim(config, "hidden_size")
     layers = integer(config, "num_hidden_layers")
     first = integer(config, "first_k_dense_replace", least=0)
-    count = Dim(integer(config, "n_routed_experts"), "n_routed_experts")
-    width = Dim(integer(config, "moe_intermediate_size"), "moe_intermediate_size")
+    count = dim(config, "n_routed_experts")
+    width = dim(config, "moe_intermediate_size")
     beside = integer(config, "n_shared_experts", 0, least=0)
     shared = Dim(beside * width.size, f"n_shared_experts * {width.key}")
-    plain = Dim(integer(config, "intermediate_size"), "intermediate_size")
+    plain = dim(config, "intermediate_size")
     extra = integer(config, "num_nextn_predict_layers", 0, least=0)
     kind = replace(family.kind, qk_norm=not family.latent and flag(config, "use_qk_norm", False))
     block = dense(kind, claims, config, plain)
@@ -60,26 +59,15 @@ def recipe(
         build = experts(claims, layer, BLOCK, count, width, hidden)
         if family.corrected:
             build = _corrected(claims, f"{layer}.mlp.gate.e_score_correction_bias", count, build)
-        return (
-            with_shared(build, gated(claims, f"{layer}.mlp.shared_experts", shared, hidden))
-            if beside
-            else build
-        )
+        if not beside:
+            return build
+        return with_shared(build, gated(claims, f"{layer}.mlp.shared_experts", shared, hidden))
 
-    if not family.latent:
-        return decoder(
-            kind,
-            claims,
-            config,
-            vocab_size,
-            feed_forward,
-            widths,
-            experts=count.size,
-            expert_width=width.key,
-            shared_width=shared.key,
-            predictions=extra,
-        )
-    heads = integer(config, "num_attention_heads")
+    attends, heads = None, None
+    if family.latent:
+        each = integer(config, "num_attention_heads")
+        heads = Heads(each, each, integer(config, "v_head_dim"))
+        attends = partial(_latent, claims, config, each, hidden)
     model = decoder(
         kind,
         claims,
@@ -87,18 +75,18 @@ def recipe(
         vocab_size,
         feed_forward,
         widths,
-        attends=lambda layer: _latent(claims, config, f"{layer}.self_attn", heads, hidden),
-        heads=Heads(heads, heads, integer(config, "v_head_dim")),
+        attends=attends,
+        heads=heads,
         experts=count.size,
         expert_width=width.key,
         shared_width=shared.key,
         predictions=extra,
     )
-    return replace(model, rope=_rope(config))
+    return replace(model, rope=_rope(config)) if family.latent else model
 
 
 def _rope(config: Mapping[str, JSON]) -> Rope | None:
-    """The rotary positions the config says, in transformers 5's words or older ones; None for a kind that
+    """The rotary positions in the config, under transformers 5's keys or older ones; None for a kind that
     DeepSeek's own model does not have."""
     said = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(said, dict):
@@ -123,10 +111,11 @@ def _corrected(claims: Claims, name: str, count: Dim, build: Callable[[], Expert
 
 
 def _latent(
-    claims: Claims, config: Mapping[str, JSON], at: str, heads: int, hidden: Dim
+    claims: Claims, config: Mapping[str, JSON], heads: int, hidden: Dim, layer: str
 ) -> Callable[[], Mla]:
+    at = f"{layer}.self_attn"
     nope, rope = integer(config, "qk_nope_head_dim"), integer(config, "qk_rope_head_dim")
-    value, rank = integer(config, "v_head_dim"), Dim(integer(config, "kv_lora_rank"), "kv_lora_rank")
+    value, rank = integer(config, "v_head_dim"), dim(config, "kv_lora_rank")
     bias = flag(config, "attention_bias", False)
     q_rows = Dim(heads * (nope + rope), "num_attention_heads * (qk_nope_head_dim + qk_rope_head_dim)")
     a_rows = Dim(rank.size + rope, "kv_lora_rank + qk_rope_head_dim")
@@ -140,7 +129,7 @@ def _latent(
     if config.get("q_lora_rank") is None:
         q = claims.linear(f"{at}.q_proj", q_rows, hidden)
         return lambda: Mla(q(), kv_a(), kv_norm(), kv_b(), o())
-    low = Dim(integer(config, "q_lora_rank"), "q_lora_rank")
+    low = dim(config, "q_lora_rank")
     q_a = claims.linear(f"{at}.q_a_proj", low, hidden, bias=bias)
     q_norm = claims.norm(f"{at}.q_a_layernorm", low)
     q_b = claims.linear(f"{at}.q_b_proj", q_rows, low)

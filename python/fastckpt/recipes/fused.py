@@ -2,35 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from ..errors import RecipeError
-from ..model import Linear
+from ..model import Attention, Linear, Mlp
 from ..views import View
+from .claims import Heads
 
 
-def qkv_parts(
-    whole: Linear, heads: int, kv_heads: int, head_dim: int, *, grouped: bool = False
-) -> tuple[Linear, Linear, Linear]:
-    """q, k and v of a matrix that holds all three, each under its name.
+def fused_attention(
+    qkv: Callable[[], Linear], o: Callable[[], Linear], heads: Heads, *, grouped: bool = False
+) -> Callable[[], Attention]:
+    """Attention whose q, k and v are rows of one matrix, under whose name they stay.
 
     `grouped`: for each kv head its query heads, then itself, then its value head (BLOOM, GPT-NeoX, Falcon,
     Megatron); else all of q, then all of k, then all of v."""
-    groups = kv_heads if grouped else 1
-    q, kv = heads // groups * head_dim, kv_heads // groups * head_dim
-    return _part(whole, groups, 0, q), _part(whole, groups, q, kv), _part(whole, groups, q + kv, kv)
+    groups = heads.kv if grouped else 1
+    q_rows, kv_rows = heads.q // groups * heads.dim, heads.kv // groups * heads.dim
+
+    def build() -> Attention:
+        whole = qkv()
+        q = _part(whole, groups, 0, q_rows)
+        k = _part(whole, groups, q_rows, kv_rows)
+        v = _part(whole, groups, q_rows + kv_rows, kv_rows)
+        return Attention(q, k, v, o(), fused=whole.name, grouped=grouped)
+
+    return build
 
 
-def q_gate_parts(whole: Linear, heads: int) -> tuple[Linear, Linear]:
-    """q and its output gate of a matrix that holds both head by head, each under its name."""
+def q_and_gate(whole: Linear, heads: int) -> tuple[Linear, Linear]:
+    """q and its output gate, which one matrix holds head by head; both keep its name."""
     rows = whole.shape[0] // heads // 2
     return _part(whole, heads, 0, rows), _part(whole, heads, rows, rows)
 
 
-def gate_up_parts(whole: Linear) -> tuple[Linear, Linear]:
-    """gate and up of a matrix that holds [gate; up], both under its name."""
-    half = whole.shape[0] // 2
-    return _part(whole, 1, 0, half), _part(whole, 1, half, half)
+def fused_mlp(
+    gate_up: Callable[[], Linear], down: Callable[[], Linear], *, up_first: bool = False
+) -> Callable[[], Mlp]:
+    """A feed-forward block whose gate and up are the halves of one matrix, under whose name they stay."""
+
+    def build() -> Mlp:
+        whole = gate_up()
+        rows = whole.shape[0] // 2
+        gate, up = _part(whole, 1, 0, rows), _part(whole, 1, rows, rows)
+        if up_first:
+            gate, up = up, gate
+        return Mlp(gate, up, down(), whole.name, up_first)
+
+    return build
 
 
 def _part(whole: Linear, groups: int, start: int, rows: int) -> Linear:

@@ -14,7 +14,7 @@ from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import BlockStacks, Experts, HubCuts, Lazy, Linear, Mlp, Model, Parameter, Stacks
 from ..views import View
-from .claims import Claims, Dim, integer
+from .claims import Claims, Dim, dim
 from .decoder import ANCHOR, Kind, decoder
 from .quantised import quantised
 
@@ -33,10 +33,10 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
     said = config.get("quantization_config")
     blocks = isinstance(said, dict) and said.get("quant_method") == "mxfp4"
     claims = Claims(ckpt, ANCHOR, form=None if blocks else quantised(config))
-    hidden = Dim(integer(config, "hidden_size"), "hidden_size")
-    width = Dim(integer(config, "intermediate_size"), "intermediate_size")
-    pair = Dim(2 * width.size, "2 * intermediate_size")
-    count = Dim(integer(config, "num_local_experts"), "num_local_experts")
+    hidden = dim(config, "hidden_size")
+    width = dim(config, "intermediate_size")
+    pair = width.times(2)
+    count = dim(config, "num_local_experts")
 
     def experts(layer: str) -> Callable[[], Experts]:
         name = f"{layer}.mlp.experts"

@@ -8,13 +8,11 @@ Its config.json calls itself "bert": ask for the recipe by name. Source: jinaai'
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 from ..checkpoint import JSON, Checkpoint
-from ..errors import RecipeError
-from ..model import Attention, Layer, Layers, Mlp, Model, Sizes
-from .claims import Claims, Dim, integer, vocabulary
-from .fused import gate_up_parts
+from ..model import Attention, Layer, Layers, Model, Sizes
+from .claims import Claims, Heads, dim, integer, vocabulary
+from .fused import fused_mlp
 
 IGNORED = ("*embeddings.position_ids",)
 
@@ -24,12 +22,9 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
     table = "embeddings.word_embeddings.weight"
     prefix = "" if table in ckpt else "bert."
     claims = Claims(ckpt, f"{prefix}{table}")
-    hidden = Dim(integer(config, "hidden_size"), "hidden_size")
-    width = Dim(integer(config, "intermediate_size"), "intermediate_size")
-    pair = Dim(2 * width.size, "2 * intermediate_size")
-    heads = integer(config, "num_attention_heads")
-    if hidden.size % heads:
-        raise RecipeError(f"config: hidden_size {hidden.size} is no multiple of num_attention_heads {heads}")
+    hidden = dim(config, "hidden_size")
+    width = dim(config, "intermediate_size")
+    heads = Heads.of(hidden, dim(config, "num_attention_heads"))
 
     def layer(name: str) -> Callable[[], Layer]:
         at = f"{name}.attention"
@@ -40,16 +35,14 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         o = claims.linear(f"{at}.output.dense", hidden, hidden, bias=True)
         after = claims.norm(f"{at}.output.LayerNorm", hidden, bias=True)
         between = claims.norm(f"{name}.layer_norm_1", hidden, bias=True)
-        both = claims.linear(f"{name}.mlp.up_gated_layer", pair, hidden)
+        up_gate = claims.linear(f"{name}.mlp.up_gated_layer", width.times(2), hidden)
         down = claims.linear(f"{name}.mlp.down_layer", hidden, width, bias=True)
         last = claims.norm(f"{name}.layer_norm_2", hidden, bias=True)
+        feeds = fused_mlp(up_gate, down, up_first=True)
 
         def build() -> Layer:
-            fused = both()
-            up, gate = gate_up_parts(fused)
             attention = Attention(q(), k(), v(), o(), q_norm(), k_norm())
-            mlp = Mlp(gate, up, down(), fused=fused.name, up_first=True)
-            return Layer(name, None, attention, between(), mlp, after(), last())
+            return Layer(name, None, attention, between(), feeds(), after(), last())
 
         return build
 
@@ -63,12 +56,12 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         tied_default=True,
         head=None,
     )
-    types = Dim(integer(config, "type_vocab_size"), "type_vocab_size")
+    types = dim(config, "type_vocab_size")
     carried = claims.parameter(f"{at}.token_type_embeddings.weight", types, hidden)
     layers = [layer(f"{prefix}encoder.layer.{i}") for i in range(integer(config, "num_hidden_layers"))]
-    model = Model(
+    return Model(
         family="jina_bert",
-        sizes=Sizes(hidden.size, vocab, heads, heads, hidden.size // heads, {width.key: width.size}),
+        sizes=Sizes(hidden.size, vocab, heads.q, heads.kv, heads.dim, {width.key: width.size}),
         embedding=embedding,
         layers=Layers(layers),
         norm=None,
@@ -77,5 +70,5 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         embedding_norm=claims.norm(f"{at}.LayerNorm", hidden, bias=True)(),
         carried=(carried(),),
         alibi=True,
+        ignored=claims.close(IGNORED),
     )
-    return replace(model, ignored=claims.close(IGNORED))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from ..checkpoint import JSON, Checkpoint
 from ..model import Model
-from .claims import Claims, Dim, integer
+from .claims import Claims, dim
 from .decoder import ANCHOR, Kind, decoder
 from .moe import Block, experts
 from .quantised import quantised
@@ -21,9 +21,9 @@ BLOCK = Block(hub="block_sparse_moe", gate="w1", up="w3", down="w2")
 def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
     """The model of a Mixtral checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
     claims = Claims(ckpt, ANCHOR, form=quantised(config))
-    hidden = Dim(integer(config, "hidden_size"), "hidden_size")
-    width = Dim(integer(config, "intermediate_size"), "intermediate_size")
-    count = Dim(integer(config, "num_local_experts"), "num_local_experts")
+    hidden = dim(config, "hidden_size")
+    width = dim(config, "intermediate_size")
+    count = dim(config, "num_local_experts")
     return decoder(
         MIXTRAL,
         claims,

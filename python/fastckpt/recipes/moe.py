@@ -13,44 +13,45 @@ from functools import partial
 
 from ..model import Experts, Lazy, Linear, Mlp
 from ..views import View
-from .claims import Claims, Dim
+from .claims import Claims, Dim, absent
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Where a layer's experts lie below its name: `hub`, the saved module, holds `router` and `experts`; each
-    expert has `gate`, `up`, `down`. `trained`: the module that holds them in training, in stacks."""
+    """What the hub calls a layer's mixture: the module `hub` holds the router (`gate`) and `experts`, each of
+    which has the matrices `gate`, `up` and `down`. In training transformers always calls it `mlp`."""
 
     hub: str = "mlp"
-    trained: str = "mlp"
-    router: str = "gate"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+
+
+BLOCK = Block()
+"""As most families have it."""
 
 
 def experts(
     claims: Claims, layer: str, block: Block, count: Dim, width: Dim, hidden: Dim
 ) -> Callable[[], Experts]:
     """Claims the router and the experts of a layer, in either spelling."""
-    hub, trained = f"{layer}.{block.hub}", f"{layer}.{block.trained}"
+    hub, trained = f"{layer}.{block.hub}", f"{layer}.mlp"
     name = f"{hub}.experts"
     if f"{trained}.experts.gate_up_proj" not in claims:
-        router = claims.linear(f"{hub}.{block.router}", count, hidden)
+        router = claims.linear(f"{hub}.gate", count, hidden)
         each = [_one(claims, f"{name}.{e}", block, width, hidden) for e in range(count.size)]
         return lambda: Experts(name, router(), Lazy(each))
-    pair = Dim(2 * width.size, f"2 * {width.key}")
-    router = claims.linear(f"{hub}.{block.router}", count, hidden, stored=f"{trained}.{block.router}")
-    gate_up = claims.tensor(f"{trained}.experts.gate_up_proj", count, pair, hidden)
+    router = claims.linear(f"{hub}.gate", count, hidden, stored=f"{trained}.gate")
+    gate_up = claims.tensor(f"{trained}.experts.gate_up_proj", count, width.times(2), hidden)
     down = claims.tensor(f"{trained}.experts.down_proj", count, hidden, width)
     return lambda: Experts(name, router(), _unstacked(name, block, gate_up(), down()))
 
 
 def with_shared(
-    build: Callable[[], Experts], shared: Callable[[], Mlp], gate: Callable[[], Linear] | None = None
+    build: Callable[[], Experts], shared: Callable[[], Mlp], gate: Callable[[], Linear | None] = absent
 ) -> Callable[[], Experts]:
     """The same experts beside a shared block and its gate."""
-    return lambda: replace(build(), shared=shared(), shared_gate=gate() if gate else None)
+    return lambda: replace(build(), shared=shared(), shared_gate=gate())
 
 
 def _one(claims: Claims, name: str, block: Block, width: Dim, hidden: Dim) -> Callable[[], Mlp]:

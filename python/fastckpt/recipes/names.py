@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import Attention, Experts, Layer, Layers, Lazy, Linear, Mlp, Model, Norm, Sizes
-from .claims import Claims, Dim, integer, vocabulary
-from .fused import gate_up_parts, q_gate_parts, qkv_parts
+from .claims import Claims, Dim, Heads, absent, dim, integer, vocabulary
+from .fused import fused_attention, fused_mlp, q_and_gate
 from .quantised import quantised
 
 Pattern = str | tuple[str, ...]
@@ -53,12 +53,12 @@ class Keys:
 class Names:
     """The names of a decoder's tensors; all end in `.weight`.
 
-    Attention has `q`, `k`, `v`, or `qkv` as one, `grouped` as in Attention; with `gated_q` `q` holds for each
-    head its query and then its output gate; the feed-forward block has `up`
-    with or without a `gate`, or `gate_up` as one; with a `router` these are an expert's and hold `{e}`.
-    `biases` and `transposed`: the roles that have a bias, or are stored [in, out], by their names here (norms
-    too). `lm_head` None: it is the embedding. `tied`, `plus_one`, `ignored`: as in
-    decoder.Kind."""
+    Attention has `q`, `k` and `v`, or `qkv` as one matrix (`grouped` as in Attention). With `gated_q`, `q`
+    holds each head's query rows and then its output gate's. The feed-forward block has `up`, with or without
+    `gate`, or `gate_up` as one matrix; where there is a `router`, these are one expert's and hold `{e}`.
+    `biases` and `transposed`: the roles, by their names here, that have a bias (norms too) or are stored
+    [in, out]. `lm_head` None: the embedding stands for it. `tied`, `plus_one`: as in decoder.Kind. `ignored`:
+    patterns of names that are left out."""
 
     family: str
     embedding: Pattern
@@ -114,15 +114,11 @@ class _Reading:
     def __init__(self, names: Names, ckpt: Checkpoint, config: Mapping[str, JSON]) -> None:
         self.names, self.ckpt, self.config, keys = names, ckpt, config, names.keys
         self.claims = Claims(ckpt, f"{self.module(names.embedding)}.weight", form=quantised(config))
-        self.hidden = Dim(integer(config, keys.hidden), keys.hidden)
-        self.width = Dim(integer(config, keys.width), keys.width)
-        self.heads = integer(config, keys.heads)
-        self.kv_heads = integer(config, keys.kv_heads, self.heads)
-        self.head_dim = integer(config, keys.head_dim, self.hidden.size // self.heads)
-        if self.heads % self.kv_heads:
-            raise RecipeError(
-                f"config: {self.heads} attention heads do not share {self.kv_heads} kv heads evenly"
-            )
+        self.hidden = dim(config, keys.hidden)
+        self.width = dim(config, keys.width)
+        heads = integer(config, keys.heads)
+        kv_heads = integer(config, keys.kv_heads, heads)
+        self.heads = Heads(heads, kv_heads, integer(config, keys.head_dim, self.hidden.size // heads))
 
     def module(self, pattern: Pattern, i: int = 0, e: int = 0) -> str:
         """The module a pattern names, of several the first whose weight is there (the last, if none is)."""
@@ -151,7 +147,7 @@ class _Reading:
         self, role: str, pattern: Pattern | None, i: int = 0, size: Dim | None = None
     ) -> Callable[[], Norm | None]:
         if pattern is None:
-            return lambda: None
+            return absent
         return self.claims.norm(
             self.module(pattern, i),
             size or self.hidden,
@@ -160,56 +156,45 @@ class _Reading:
         )
 
     def attention(self, i: int) -> Callable[[], Attention]:
-        names = self.names
-        q_rows = Dim(self.heads * self.head_dim, f"{names.keys.heads} * {names.keys.head_dim}")
-        kv_rows = Dim(self.kv_heads * self.head_dim, f"{names.keys.kv_heads} * {names.keys.head_dim}")
-        one = Dim(self.head_dim, names.keys.head_dim)
-        q_norm, k_norm = (
-            self.normed(role, pattern, i, one)
-            for role, pattern in (("q_norm", names.q_norm), ("k_norm", names.k_norm))
-        )
-        if names.q is not None and names.k is not None and names.v is not None:
-            wide = Dim(2 * q_rows.size, f"2 * {q_rows.key}") if names.gated_q else q_rows
-            q = self.linear("q", names.q, wide, self.hidden, i)
-            k = self.linear("k", names.k, kv_rows, self.hidden, i)
-            v = self.linear("v", names.v, kv_rows, self.hidden, i)
+        one_head = Dim(self.heads.dim, self.names.keys.head_dim)
+        q_norm = self.normed("q_norm", self.names.q_norm, i, one_head)
+        k_norm = self.normed("k_norm", self.names.k_norm, i, one_head)
+        build = self.matrices(i)
+        return lambda: replace(build(), q_norm=q_norm(), k_norm=k_norm())
+
+    def matrices(self, i: int) -> Callable[[], Attention]:
+        """Attention's matrices, without its norms."""
+        names, keys, heads = self.names, self.names.keys, self.heads
+        q_rows = Dim(heads.q * heads.dim, f"{keys.heads} * {keys.head_dim}")
+        kv_rows = Dim(heads.kv * heads.dim, f"{keys.kv_heads} * {keys.head_dim}")
+        if names.q is None or names.k is None or names.v is None:
+            rows = Dim(q_rows.size + 2 * kv_rows.size, f"{q_rows.key} + 2 * {kv_rows.key}")
+            whole = self.linear("qkv", names.qkv or "", rows, self.hidden, i)
             o = self.linear("o", names.o, self.hidden, q_rows, i)
-
-            def apart() -> Attention:
-                queries, gate = q_gate_parts(q(), self.heads) if names.gated_q else (q(), None)
-                return Attention(queries, k(), v(), o(), q_norm(), k_norm(), gate=gate)
-
-            return apart
-        rows = Dim(q_rows.size + 2 * kv_rows.size, f"{q_rows.key} + 2 * {kv_rows.key}")
-        whole = self.linear("qkv", names.qkv or "", rows, self.hidden, i)
+            return fused_attention(whole, o, heads, grouped=names.grouped)
+        q = self.linear("q", names.q, q_rows.times(2) if names.gated_q else q_rows, self.hidden, i)
+        k = self.linear("k", names.k, kv_rows, self.hidden, i)
+        v = self.linear("v", names.v, kv_rows, self.hidden, i)
         o = self.linear("o", names.o, self.hidden, q_rows, i)
 
         def build() -> Attention:
-            fused = whole()
-            parts = qkv_parts(fused, self.heads, self.kv_heads, self.head_dim, grouped=names.grouped)
-            return Attention(*parts, o(), q_norm(), k_norm(), fused.name, names.grouped)
+            queries, gate = q_and_gate(q(), heads.q) if names.gated_q else (q(), None)
+            return Attention(queries, k(), v(), o(), gate=gate)
 
         return build
 
     def mlp(self, i: int, e: int = 0) -> Callable[[], Mlp]:
         names = self.names
         if names.gate_up is not None:
-            pair = Dim(2 * self.width.size, f"2 * {self.width.key}")
-            whole = self.linear("gate_up", names.gate_up, pair, self.hidden, i, e)
-            down = self.linear("down", names.down, self.hidden, self.width, i, e)
-
-            def build() -> Mlp:
-                both = whole()
-                return Mlp(*gate_up_parts(both), down(), both.name)
-
-            return build
-        gate = self.linear("gate", names.gate, self.width, self.hidden, i, e) if names.gate else None
+            whole = self.linear("gate_up", names.gate_up, self.width.times(2), self.hidden, i, e)
+            return fused_mlp(whole, self.linear("down", names.down, self.hidden, self.width, i, e))
+        gate = self.linear("gate", names.gate, self.width, self.hidden, i, e) if names.gate else absent
         up = self.linear("up", names.up or "", self.width, self.hidden, i, e)
         down = self.linear("down", names.down, self.hidden, self.width, i, e)
-        return lambda: Mlp(gate() if gate else None, up(), down())
+        return lambda: Mlp(gate(), up(), down())
 
     def experts(self, i: int, router: Pattern) -> Callable[[], Experts]:
-        count = Dim(integer(self.config, self.names.keys.experts), self.names.keys.experts)
+        count = dim(self.config, self.names.keys.experts)
         routes = self.linear("router", router, count, self.hidden, i)
         each = [self.mlp(i, e) for e in range(count.size)]
         head = self.names.down if isinstance(self.names.down, str) else self.names.down[0]
@@ -245,16 +230,16 @@ class _Reading:
         layers = Layers([self.layer(i) for i in range(integer(self.config, keys.layers))])
         table = None
         if names.positions is not None:
-            rows = Dim(integer(self.config, keys.positions), keys.positions)
+            rows = dim(self.config, keys.positions)
             table = self.claims.table(self.module(names.positions), rows, self.hidden)()
         return Model(
             family=names.family,
             sizes=Sizes(
                 hidden=self.hidden.size,
                 vocab=vocab,
-                heads=self.heads,
-                kv_heads=self.kv_heads,
-                head_dim=self.head_dim,
+                heads=self.heads.q,
+                kv_heads=self.heads.kv,
+                head_dim=self.heads.dim,
                 widths={self.width.key: self.width.size},
                 experts=0 if names.router is None else integer(self.config, keys.experts),
                 expert_width="" if names.router is None else self.width.key,

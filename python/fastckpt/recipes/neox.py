@@ -11,10 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ..checkpoint import JSON, Checkpoint
-from ..errors import RecipeError
-from ..model import Attention, HubCuts, Layer, Layers, Mlp, Model, Sizes
-from .claims import Claims, Dim, entry, flag, integer, vocabulary
-from .fused import qkv_parts
+from ..model import HubCuts, Layer, Layers, Mlp, Model, Sizes
+from .claims import Claims, Dim, Heads, absent, dim, flag, integer, vocabulary
+from .fused import fused_attention
 
 IGNORED = ("*attention.bias", "*attention.masked_bias", "*rotary_emb.inv_freq", "*rotary.inv_freq")
 """Causal masks and frequencies that old checkpoints carry as buffers."""
@@ -22,7 +21,7 @@ IGNORED = ("*attention.bias", "*attention.masked_bias", "*rotary_emb.inv_freq", 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Where a family keeps its modules; `trained_head`: the name transformers trains the head under."""
+    """Where a family keeps its modules. transformers trains every family's head as `lm_head`."""
 
     prefix: str
     embedding: str
@@ -30,7 +29,6 @@ class Names:
     attention: str
     norm: str
     head: str = "lm_head"
-    trained_head: str = "lm_head"
     embedding_norm: str | None = None
     cuts: HubCuts = field(default_factory=HubCuts)
 
@@ -57,14 +55,13 @@ FALCON = Names("transformer.", "word_embeddings", "h", "self_attention", "ln_f")
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a family's config says: sizes, biases of attention and the feed-forward block, and the names of
-    the norm before each (one norm for both where `mlp_norm` is None); `parallel` and `alibi` as in Model."""
+    """What a config says: sizes, whether attention and the feed-forward block have biases, and the names of
+    the norms before them (where `mlp_norm` is None, both read one); `parallel` and `alibi` as in Model."""
 
     family: str
     hidden: Dim
     layers: int
-    heads: int
-    kv_heads: int
+    heads: Heads
     width: Dim
     attention_bias: bool = True
     mlp_bias: bool = True
@@ -77,14 +74,13 @@ class Shape:
 
 def neox(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
     """The model of a GPT-NeoX checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
-    heads = integer(config, "num_attention_heads")
+    hidden = dim(config, "hidden_size")
     shape = Shape(
         family="gpt_neox",
-        hidden=Dim(integer(config, "hidden_size"), "hidden_size"),
+        hidden=hidden,
         layers=integer(config, "num_hidden_layers"),
-        heads=heads,
-        kv_heads=heads,
-        width=Dim(integer(config, "intermediate_size"), "intermediate_size"),
+        heads=Heads.of(hidden, dim(config, "num_attention_heads")),
+        width=dim(config, "intermediate_size"),
         attention_bias=flag(config, "attention_bias", True),
         tied=False,
         parallel=flag(config, "use_parallel_residual", True),
@@ -94,16 +90,13 @@ def neox(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None
 
 def bloom(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
     """The model of a BLOOM checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
-    size = entry(config, "hidden_size", "n_embed")
-    hidden = Dim(integer(config, size), size)
-    heads = integer(config, entry(config, "n_head", "num_attention_heads"))
+    hidden = dim(config, "hidden_size", "n_embed")
     shape = Shape(
         family="bloom",
         hidden=hidden,
-        layers=integer(config, entry(config, "n_layer", "num_hidden_layers")),
-        heads=heads,
-        kv_heads=heads,
-        width=Dim(4 * hidden.size, f"4 * {size}"),
+        layers=dim(config, "n_layer", "num_hidden_layers").size,
+        heads=Heads.of(hidden, dim(config, "n_head", "num_attention_heads")),
+        width=hidden.times(4),
         alibi=True,
     )
     return _model(ckpt, config, vocab_size, BLOOM, shape)
@@ -111,13 +104,13 @@ def bloom(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | Non
 
 def falcon(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
     """The model of a Falcon checkpoint, old or new; `vocab_size` overrides config's. Raises RecipeError."""
-    hidden = Dim(integer(config, "hidden_size"), "hidden_size")
-    heads = integer(config, entry(config, "num_attention_heads", "n_head"))
+    hidden = dim(config, "hidden_size")
+    heads = dim(config, "num_attention_heads", "n_head")
     grouped = flag(config, "new_decoder_architecture", False)
     if grouped:
-        kv_heads = integer(config, entry(config, "num_kv_heads", "n_head_kv"), heads)
+        kv_heads = dim(config, "num_kv_heads", "n_head_kv", default=heads.size).size
     else:
-        kv_heads = 1 if flag(config, "multi_query", True) else heads
+        kv_heads = 1 if flag(config, "multi_query", True) else heads.size
     if not flag(config, "parallel_attn", True):
         norms: tuple[str, str | None] = "input_layernorm", "post_attention_layernorm"
     elif integer(config, "num_ln_in_parallel_attn", 2 if grouped else 1) == 2:
@@ -128,9 +121,8 @@ def falcon(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
     shape = Shape(
         family="falcon",
         hidden=hidden,
-        layers=integer(config, entry(config, "num_hidden_layers", "n_layer")),
-        heads=heads,
-        kv_heads=kv_heads,
+        layers=dim(config, "num_hidden_layers", "n_layer").size,
+        heads=Heads.of(hidden, heads, kv_heads),
         width=Dim(integer(config, "ffn_hidden_size", 4 * hidden.size), "ffn_hidden_size or 4 * hidden_size"),
         attention_bias=bias,
         mlp_bias=bias,
@@ -145,33 +137,22 @@ def falcon(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
 def _model(
     ckpt: Checkpoint, config: Mapping[str, JSON], vocab_size: int | None, names: Names, shape: Shape
 ) -> Model:
-    hidden, width, prefix = shape.hidden, shape.width, names.prefix
-    if hidden.size % shape.heads or shape.heads % shape.kv_heads:
-        raise RecipeError(
-            f"config: {hidden.key} {hidden.size}, {shape.heads} heads, {shape.kv_heads} kv heads do not fit"
-        )
+    hidden, width, heads, prefix = shape.hidden, shape.width, shape.heads, names.prefix
     anchor = f"{prefix}{names.embedding}.weight"
     spelled = any(name.endswith(anchor) for name in (*ckpt.entries, *ckpt.aliases))
     claims = Claims(ckpt, anchor, omitted="" if spelled else prefix)
-    head_dim = hidden.size // shape.heads
-    rows = Dim((shape.heads + 2 * shape.kv_heads) * head_dim, "(heads + 2 * kv heads) * head size")
+    rows = Dim((heads.q + 2 * heads.kv) * heads.dim, "(heads + 2 * kv heads) * head size")
 
     def layer(name: str) -> Callable[[], Layer]:
         before = claims.norm(f"{name}.{shape.attention_norm}", hidden, bias=True)
-        between = claims.norm(f"{name}.{shape.mlp_norm}", hidden, bias=True) if shape.mlp_norm else None
+        between = claims.norm(f"{name}.{shape.mlp_norm}", hidden, bias=True) if shape.mlp_norm else absent
         at = f"{name}.{names.attention}"
         qkv = claims.linear(f"{at}.query_key_value", rows, hidden, bias=shape.attention_bias)
         o = claims.linear(f"{at}.dense", hidden, hidden, bias=shape.attention_bias)
         up = claims.linear(f"{name}.mlp.dense_h_to_4h", width, hidden, bias=shape.mlp_bias)
         down = claims.linear(f"{name}.mlp.dense_4h_to_h", hidden, width, bias=shape.mlp_bias)
-
-        def build() -> Layer:
-            whole = qkv()
-            parts = qkv_parts(whole, shape.heads, shape.kv_heads, head_dim, grouped=True)
-            attention = Attention(*parts, o(), fused=whole.name, grouped=True)
-            return Layer(name, before(), attention, between() if between else None, Mlp(None, up(), down()))
-
-        return build
+        attends = fused_attention(qkv, o, heads, grouped=True)
+        return lambda: Layer(name, before(), attends(), between(), Mlp(None, up(), down()))
 
     vocab, embedding, lm_head, tied = vocabulary(
         claims,
@@ -181,18 +162,19 @@ def _model(
         hidden=hidden,
         tied_default=shape.tied,
         head=names.head,
-        trained_head=names.trained_head,
+        trained_head="lm_head",
     )
-    norm = names.embedding_norm and claims.norm(f"{prefix}{names.embedding_norm}", hidden, bias=True)
+    leaf = names.embedding_norm
+    embedding_norm = claims.norm(f"{prefix}{leaf}", hidden, bias=True) if leaf else absent
     return Model(
         family=shape.family,
-        sizes=Sizes(hidden.size, vocab, shape.heads, shape.kv_heads, head_dim, {width.key: width.size}),
+        sizes=Sizes(hidden.size, vocab, heads.q, heads.kv, heads.dim, {width.key: width.size}),
         embedding=embedding,
         layers=Layers([layer(f"{prefix}{names.layers}.{i}") for i in range(shape.layers)]),
         norm=claims.norm(f"{prefix}{names.norm}", hidden, bias=True)(),
         lm_head=lm_head,
         tied=tied,
-        embedding_norm=norm() if norm else None,
+        embedding_norm=embedding_norm(),
         ignored=claims.close(IGNORED),
         cuts=names.cuts,
         parallel=shape.parallel,

@@ -8,9 +8,9 @@ from dataclasses import replace
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import Experts, HubCuts, Mlp, Model
-from .claims import Claims, Dim, entry, flag, integer
+from .claims import Claims, Dim, dim, flag, integer
 from .decoder import ANCHOR, Kind, decoder, dense, gated
-from .moe import Block, experts, with_shared
+from .moe import BLOCK, experts, with_shared
 from .quantised import quantised
 
 QWEN2_MOE = Kind(
@@ -20,7 +20,6 @@ QWEN2_MOE = Kind(
     cuts=HubCuts(whole=frozenset({"shared", "shared_expert_intermediate_size"})),
 )
 QWEN3_MOE = Kind("qwen3_moe", qk_norm=True)
-BLOCK = Block()
 
 
 def recipe(
@@ -28,18 +27,18 @@ def recipe(
 ) -> Model:
     """The model of a Qwen MoE checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
     claims = Claims(ckpt, ANCHOR, form=quantised(config))
-    hidden = Dim(integer(config, "hidden_size"), "hidden_size")
-    counts = entry(config, "num_experts", "num_local_experts")
-    count = Dim(integer(config, counts), counts)
-    width = Dim(integer(config, "moe_intermediate_size"), "moe_intermediate_size")
+    hidden = dim(config, "hidden_size")
+    count = dim(config, "num_experts", "num_local_experts")
+    width = dim(config, "moe_intermediate_size")
     sparse = _sparse_layers(config, len(ckpt))
     widths = {width.key: width.size} if any(sparse) else {}
-    if kind is QWEN2_MOE:
+    gated_shared = kind is QWEN2_MOE
+    if gated_shared:
         kind = replace(kind, qkv_bias=flag(config, "qkv_bias", True))
-        shared = Dim(integer(config, "shared_expert_intermediate_size"), "shared_expert_intermediate_size")
+        shared = dim(config, "shared_expert_intermediate_size")
         widths |= {shared.key: shared.size}
     if not all(sparse):
-        plain = Dim(integer(config, "intermediate_size"), "intermediate_size")
+        plain = dim(config, "intermediate_size")
         widths |= {plain.key: plain.size}
         block = dense(kind, claims, config, plain)
 
@@ -47,7 +46,7 @@ def recipe(
         if not sparse[int(layer.rpartition(".")[2])]:
             return block(layer)
         routed = experts(claims, layer, BLOCK, count, width, hidden)
-        if kind.family != QWEN2_MOE.family:
+        if not gated_shared:
             return routed
         beside = gated(claims, f"{layer}.mlp.shared_expert", shared, hidden)
         gate = claims.linear(f"{layer}.mlp.shared_expert_gate", Dim(1, "1"), hidden)
@@ -62,7 +61,7 @@ def recipe(
         widths,
         experts=count.size,
         expert_width=width.key,
-        shared_width="shared_expert_intermediate_size" if kind.family == QWEN2_MOE.family else "",
+        shared_width=shared.key if gated_shared else "",
     )
 
 

@@ -7,32 +7,30 @@ from dataclasses import replace
 
 from ..checkpoint import JSON, Checkpoint
 from ..model import Attention, Encoder, Layer, Layers, Mlp, Model, Norm, Sizes
-from .claims import Claims, Dim, flag, integer, vocabulary
+from .claims import Claims, Dim, absent, dim, flag, integer, vocabulary
 
 
 def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
     """The model of a T5 checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
     claims = Claims(ckpt, "shared.weight")
-    hidden, width = (Dim(integer(config, key), key) for key in ("d_model", "d_ff"))
+    hidden, width = (dim(config, key) for key in ("d_model", "d_ff"))
     heads, head_dim = integer(config, "num_heads"), integer(config, "d_kv")
     rows = Dim(heads * head_dim, "num_heads * d_kv")
-    buckets = Dim(integer(config, "relative_attention_num_buckets"), "relative_attention_num_buckets")
+    buckets = dim(config, "relative_attention_num_buckets")
     gated = flag(config, "is_gated_act", str(config.get("feed_forward_proj", "relu")).startswith("gated-"))
 
     def attention(at: str, *, relative: bool = False) -> Callable[[], Attention]:
         q, k, v = (claims.linear(f"{at}.{n}", rows, hidden) for n in "qkv")
         o = claims.linear(f"{at}.o", hidden, rows)
-        if not relative:
-            return lambda: Attention(q(), k(), v(), o())
         name = f"{at}.relative_attention_bias.weight"
-        logits = claims.parameter(name, buckets, Dim(heads, "num_heads"))
+        logits = claims.parameter(name, buckets, Dim(heads, "num_heads")) if relative else absent
         return lambda: Attention(q(), k(), v(), o(), relative=logits())
 
     def mlp(at: str) -> Callable[[], Mlp]:
-        gate = claims.linear(f"{at}.wi_0", width, hidden) if gated else None
+        gate = claims.linear(f"{at}.wi_0", width, hidden) if gated else absent
         up = claims.linear(f"{at}.wi_1" if gated else f"{at}.wi", width, hidden)
         down = claims.linear(f"{at}.wo", hidden, width)
-        return lambda: Mlp(gate() if gate else None, up(), down())
+        return lambda: Mlp(gate(), up(), down())
 
     def norm(at: str) -> Callable[[], Norm]:
         return claims.norm(f"{at}.layer_norm", hidden)

@@ -8,22 +8,18 @@ from dataclasses import replace
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import Attention, Embedding, Encoder, Layer, Layers, Mlp, Model, Norm, Sizes
-from .claims import Claims, Dim, integer, vocabulary
+from .claims import Claims, Dim, Heads, dim, integer, vocabulary
 
 
 def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
     """The model of a Whisper checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
     claims = Claims(ckpt, "model.decoder.embed_tokens.weight")
-    hidden = Dim(integer(config, "d_model"), "d_model")
-    heads, others = (integer(config, f"{side}_attention_heads") for side in ("decoder", "encoder"))
-    if heads != others or hidden.size % heads:
-        raise RecipeError(
-            f"config: {heads} decoder and {others} encoder heads of d_model {hidden.size}: wanted one count, "
-            "which divides it"
-        )
-    widths = {
-        side: Dim(integer(config, f"{side}_ffn_dim"), f"{side}_ffn_dim") for side in ("encoder", "decoder")
-    }
+    hidden = dim(config, "d_model")
+    heads = Heads.of(hidden, dim(config, "decoder_attention_heads"))
+    others = integer(config, "encoder_attention_heads")
+    if heads.q != others:
+        raise RecipeError(f"config: {heads.q} decoder and {others} encoder heads: wanted one count")
+    widths = {side: dim(config, f"{side}_ffn_dim") for side in ("encoder", "decoder")}
 
     def attention(at: str) -> Callable[[], Attention]:
         q = claims.linear(f"{at}.q_proj", hidden, hidden, bias=True)
@@ -54,9 +50,9 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         return Layers([layer(side, i) for i in range(integer(config, f"{side}_layers"))])
 
     def positions(side: str, key: str) -> Callable[[], Embedding]:
-        return claims.table(f"model.{side}.embed_positions", Dim(integer(config, key), key), hidden)
+        return claims.table(f"model.{side}.embed_positions", dim(config, key), hidden)
 
-    taps, mels = Dim(3, "3"), Dim(integer(config, "num_mel_bins"), "num_mel_bins")
+    taps, mels = Dim(3, "3"), dim(config, "num_mel_bins")
     front = [
         claims.parameter("model.encoder.conv1.weight", hidden, mels, taps),
         claims.parameter("model.encoder.conv1.bias", hidden),
@@ -78,7 +74,7 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
     return Model(
         family="whisper",
         sizes=Sizes(
-            hidden.size, vocab, heads, heads, hidden.size // heads, {d.key: d.size for d in widths.values()}
+            hidden.size, vocab, heads.q, heads.kv, heads.dim, {d.key: d.size for d in widths.values()}
         ),
         embedding=embedding,
         layers=layers("decoder"),

@@ -1,6 +1,6 @@
-"""One run of a plan: its clock, threads and memory, and the ends it can have: files, tensors, a GPU.
+"""One run of a plan, to any of its ends: files, tensors in memory or on a GPU, digests.
 
-Law: what a run holds stays within FIXED_MEMORY and its threads' staging, or within what `memory` says.
+Law: what a run holds stays within its `Limits`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from .. import __version__, joining
 from ..checkpoint import JSON
 from ..computed.lowrank import computed
 from ..computed.merging import Merging, MergingLane
-from ..errors import WriteError, expect
+from ..errors import expect
 from ..executors import pick
 from ..executors.cpu import built
 from ..extents import COMPUTED, Buffer, Extents, File
-from ..output.files import parse_size
 from ..output.manifest import Manifest, Origin, Record, rows_of
 from ..output.writer import Output
 from ..planning.batches import LEAF, Batch, cut, spread
@@ -31,7 +30,9 @@ from ..quantisation.prequantised import Matrix
 from ..quantisation.quantising import End, Job, Quantising, Scan
 from ..quantisation.rounding import Error, Floats
 from ..reader import GAP, Lane, Mapped, Positioned, Reader
-from .pipeline import ToDigests, ToFiles, ToMemory, Worker, feed
+from .ends import ToDigests, ToFiles, ToMemory, Worker
+from .limits import STAGE, Limits
+from .pipeline import feed
 
 if TYPE_CHECKING:
     import torch
@@ -41,20 +42,8 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all and the phase: "plan", "copy" or "sync"."""
 
-STAGE = 2 * LEAF
-"""Output bytes made at once: smaller ones cost steps, larger ones leave the cache."""
-
-BAND = 8 * LEAF
-"""Output bytes made at once of a tensor that is transposed on the way."""
-
 SMALL = 16 << 20
 """Bytes in and out that the caller's thread moves from memory to memory sooner than others are started."""
-
-MOST_THREADS = 1 << 10
-"""More are a slip of the pen, and would take minutes to start."""
-
-FIXED_MEMORY = 64 << 20
-"""What a run may hold besides its threads' staging: the promise of docs/architecture.md."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,26 +77,13 @@ class Report:
 
 
 class Run:
-    """One run's clock, threads and memory, and the three ends a plan can have."""
+    """One run's clock, limits and counts; a method for each end a plan can have."""
 
     def __init__(self, threads: int | None, memory: str | int | None, progress: Progress | None) -> None:
         expect("threads", threads, int, type(None))
         expect("memory", memory, str, int, type(None))
         expect("progress", progress, Callable, type(None))  # type: ignore[arg-type]
-        self.threads = workers(threads)
-        self.band = band(self.threads)
-        self.spare: int | None = None
-        if memory is not None:
-            budget = parse_size(memory)
-            spare = budget - FIXED_MEMORY
-            if spare < 2 * LEAF:
-                raise WriteError(
-                    f"memory {memory!r}: {budget} bytes are too few, "
-                    f"a run needs at least {FIXED_MEMORY + 2 * LEAF}"
-                )
-            self.threads = max(1, min(self.threads, spare // (2 * LEAF)))
-            self.spare = spare
-            self.band = max(LEAF, min(BAND, spare // self.threads // LEAF // 2 * LEAF))
+        self.limits = Limits.of(threads, memory)
         self.progress = progress
         self.start = time.perf_counter()
         self.phases: dict[str, float] = {}
@@ -140,7 +116,7 @@ class Run:
     def to_digests(self, planned: Plan) -> dict[str, str]:
         """The digest of every tensor of a plan of one rank; nothing is kept."""
         end = ToDigests(planned.slots())
-        self._copy(planned, lambda lane: end.worker(lane, self.band))
+        self._copy(planned, lambda lane: end.worker(lane, self.limits.band))
         found = map("{:016x}".format, end.digests().tolist())
         return dict(zip(planned.tensors.made.names, found, strict=True))
 
@@ -169,7 +145,7 @@ class Run:
             sink = ToDevice(planned.slots(), buffers, device)
             sink.open()
             try:
-                self._copy(planned, lambda lane: sink.worker(lane, self.band), sink)
+                self._copy(planned, lambda lane: sink.worker(lane, self.limits.band), sink)
             finally:
                 sink.close()
         elif resident(binding):
@@ -179,11 +155,12 @@ class Run:
             self.phases["copy"] = time.perf_counter() - began  # until it was started
         else:
             # The GPU's way holds more than `memory` may allow.
-            way = "cpu" if self.spare is not None else crossing.way(planned, device, self.threads)
-            worker, close = crossing.ends(way, planned.slots(), list(buffers), device, self.band)
+            threads, band = self.limits.threads, self.limits.band
+            way = "cpu" if self.limits.spare is not None else crossing.way(planned, device, threads)
+            worker, close = crossing.ends(way, planned.slots(), list(buffers), device, band)
             try:
                 if way == "gpu":
-                    limits = min(self.threads, crossing.MOST_WORKERS), max(self.band, crossing.BATCH)
+                    limits = Limits(min(threads, crossing.MOST_WORKERS), max(band, crossing.BATCH))
                     self._copy(planned, worker, apart=True, limits=limits)
                 else:
                     self._copy(planned, worker)
@@ -215,11 +192,11 @@ class Run:
             output.reserve(sum(f.nbytes for f in planned.files))
             files = [output.create(f, r) for f, r in zip(planned.files, planned.file_ranks, strict=True)]
             sink = ToFiles(planned.slots(), planned.tensors, files, finite=finite)
-            self._copy(planned, lambda lane: sink.worker(lane, self.band), sink)
+            self._copy(planned, lambda lane: sink.worker(lane, self.limits.band), sink)
             began = time.perf_counter()
             if self.progress is not None:
                 self.progress(planned.output_bytes, planned.output_bytes, "sync")
-            sink.close(self.threads)
+            sink.close(self.limits.threads)
             for owner, name, data in (*planned.texts, *figures.texts(planned, self.errors, self.made)):
                 output.text(name, data, owner)
             if beside:
@@ -240,17 +217,20 @@ class Run:
         end: End | None = None,
         *,
         apart: bool = False,
-        limits: tuple[int, int] | None = None,
+        limits: Limits | None = None,
     ) -> None:
-        """Every batch of the plan through the readers and the executor; `limits`: threads, and bytes of a
-        batch, where they are not the run's."""
+        """Every batch of the plan through the readers and the executor.
+
+        `end`: where quantised values go, None where the plan has none; `apart`: batches are cut for memory;
+        `limits`: the threads, and the bytes of every batch, where they are not the run's."""
         largest = self._scan(planned)
         began = time.perf_counter()
         executor = pick(None)
         binding, slots = Binding.of(planned.extents), planned.slots()
         quantising = Quantising(planned, slots, largest)
-        threads, batch = limits or (self._fitting(quantising), 0)
+        need = quantising.dense + quantising.values if quantising.dense else 0
         small = isinstance(end, ToMemory) and (planned.needed_bytes or 0) + planned.output_bytes <= SMALL
+        threads = self.limits.fitting(need) if limits is None else limits.threads
         threads = 1 if small else threads
         total, done = planned.output_bytes, 0
 
@@ -260,65 +240,48 @@ class Run:
             if self.progress is not None:
                 self.progress(done, total, "copy")
 
+        def file_of(item: Batch | Job) -> int:
+            return int(slots.file[item.tensor.number]) if isinstance(item, Job) else item.file
+
         alone = len(planned.ranks) < planned.placement.world
         with reader_of(planned.extents, binding, alone=alone) as reader:
-            stage, band = (batch, batch) if batch else sizes(reader, self.band)
-            merging = isinstance(reader, Merging)
+            stage, band = (limits.band, limits.band) if limits else sizes(reader, self.limits.band)
+            by_file = isinstance(reader, Merging)
 
-            def batches() -> Iterator[Batch | Job]:
+            def items() -> Iterator[Batch | Job]:
                 for first, chunk in planned.chunks():
                     yield from quantising.jobs(first, chunk, binding)
-                    others = quantising.others(first, chunk)
-                    rest = quantising.rest
+                    others, rest = quantising.others(first, chunk), quantising.rest
                     if apart:
                         yield from spread(
-                            others, first, rest, binding, stage=band, band=band, by_file=merging
+                            others, first, rest, binding, stage=band, band=band, by_file=by_file
                         )
                     else:
                         yield from cut(others, first, rest, binding, stage=stage, band=band, thin=LEAF)
 
-            def both(lane: Lane) -> Callable[[Batch | Job], None]:
-                copy = _named(lane, worker(lane))
-                if end is None:  # the plan quantises nothing
-                    return lambda item: None if isinstance(item, Job) else copy(item)
-                quantise = quantising.worker(lane, end)
-                return lambda item: quantise(item) if isinstance(item, Job) else copy(item)
-
             lanes = [reader.lane(executor) for _ in range(threads)]
-
-            def place(item: Batch | Job) -> int:
-                return int(slots.file[item.tensor.number]) if isinstance(item, Job) else item.file
-
-            workers = [both(lane) for lane in lanes]
+            runs = [_either(_named(lane, worker(lane)), quantising, lane, end) for lane in lanes]
             if small:
-                for item in batches():
-                    workers[0](item)
+                for item in items():
+                    runs[0](item)
                     count(item.stop - item.start)
             else:
-                feed(batches(), workers, count, place)
+                feed(items(), runs, count, file_of)
             if done < total:  # the scales, which went out with the last values of their tensors
                 count(total - done)
-            self.bytes_read += sum(lane.bytes_read for lane in lanes)
-            for lane in lanes:
-                if isinstance(lane, MergingLane):
-                    self.bytes_read -= lane.bytes_scanned
-                    self.bytes_scanned += lane.bytes_scanned
-                    for key, error in lane.errors.items():
-                        self.made[key] = self.made.get(key, Error()) + error
+            self._count_read(lanes)
         self.errors = quantising.errors
         self.phases["copy"] = time.perf_counter() - began
 
-    def _fitting(self, quantising: Quantising) -> int:
-        """As many threads as `memory` holds the staging of. Raises WriteError where it holds none."""
-        need = quantising.dense + quantising.values
-        if self.spare is None or not quantising.dense:
-            return self.threads
-        if self.spare < need:
-            raise WriteError(
-                f"memory: a band of blocks to quantise takes {need} bytes above {FIXED_MEMORY}, "
-                f"got {self.spare}"
-            )
-        return min(self.threads, self.spare // need)
+    def _count_read(self, lanes: Sequence[Lane]) -> None:
+        """Enter what the lanes read, and how far what they made lies from its dense values."""
+        for lane in lanes:
+            self.bytes_read += lane.bytes_read
+            if isinstance(lane, MergingLane):
+                self.bytes_read -= lane.bytes_scanned
+                self.bytes_scanned += lane.bytes_scanned
+                for key, error in lane.errors.items():
+                    self.made[key] = self.made.get(key, Error()) + error
 
     def _scan(self, planned: Plan) -> dict[str, Floats]:
         """The first read: the largest magnitudes of uncut matrices whose scales reach across a cut."""
@@ -330,7 +293,7 @@ class Run:
             binding = Binding.of(extents)
             with reader_of(extents, binding, alone=False) as reader:
                 executor = pick(None)
-                lanes = [reader.lane(executor) for _ in range(self.threads)]
+                lanes = [reader.lane(executor) for _ in range(self.limits.threads)]
                 feed(scan.jobs(window, chunk, binding), [scan.worker(lane) for lane in lanes], lambda _: None)
                 self.bytes_scanned += sum(lane.bytes_read for lane in lanes)
         self.phases["scan"] = time.perf_counter() - began
@@ -362,13 +325,28 @@ class Run:
 
 
 def _named(lane: Lane, worker: Worker) -> Worker:
-    """The worker of a lane that is told whose batch it runs."""
+    """The worker, whose lane is told which file each batch goes to, if it merges."""
     if not isinstance(lane, MergingLane):
         return worker
 
     def run(batch: Batch) -> None:
         lane.file = batch.file
         worker(batch)
+
+    return run
+
+
+def _either(
+    copy: Worker, quantising: Quantising, lane: Lane, end: End | None
+) -> Callable[[Batch | Job], None]:
+    """One thread's work on what comes: a batch to copy, or a job to quantise."""
+    quantise = None if end is None else quantising.worker(lane, end)
+
+    def run(item: Batch | Job) -> None:
+        if not isinstance(item, Job):
+            copy(item)
+        elif quantise is not None:
+            quantise(item)
 
     return run
 
@@ -406,20 +384,6 @@ def _digests(manifest: Manifest, ranks: Sequence[int]) -> dict[str, str]:
     }
 
 
-def band(threads: int) -> int:
-    """The band of each of so many threads: together at most 4 MiB a thread and 16 MiB of the fixed part."""
-    return min(BAND, (16 + 4 * threads) // threads * LEAF)
-
-
-def workers(asked: int | None) -> int:
-    """The threads of a run: those asked for, else one a core that this process may use. Raises WriteError."""
-    if asked is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not 1 <= asked <= MOST_THREADS:
-        raise WriteError(f"threads: wanted 1 to {MOST_THREADS}, got {asked}")
-    return asked
-
-
 def sizes(reader: Reader, band: int) -> tuple[int, int]:
     """Output bytes made at once, of a tensor as it lies and of one that is transposed, `band` at most."""
     if isinstance(reader, Mapped):
@@ -432,8 +396,9 @@ def sizes(reader: Reader, band: int) -> tuple[int, int]:
 
 
 def reader_of(extents: Extents, binding: Binding, *, alone: bool) -> Reader:
-    """Mapped where it is compiled, else by position; one rank alone may read through small gaps. What is made
-    when it is read is made over that; what lies on a GPU is made there."""
+    """The reader for these extents: mapped with the compiled module, else by position, where one rank `alone`
+    may read through small gaps. Computed extents are made by a reader over that one; extents on a GPU have
+    a reader of their own."""
     if any(isinstance(p, Buffer) and p.device not in ("cpu", COMPUTED) for p in binding.places):
         from .resident import Resident
 

@@ -6,14 +6,14 @@ directory. Source of the format: torch/distributed/checkpoint/metadata.py and fi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import xxhash
 
 from ..dtypes import DType
 from ..errors import SourceError
-from ..extents import File
+from ..extents import File, inside
 from ..stored import check_tiles
 from . import torchpickle
 from .inert import Inert, type_name
@@ -47,11 +47,10 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """`.metadata`, read: its tensors by key, the keys of other values, the place of each box, the path of
-    each key in the state that was saved, and the digest of the pickle."""
+    """`.metadata`, read: its tensors by key, the place of each box, the path of each key (of other values
+    too) in the state that was saved, and the digest of the pickle."""
 
     tensors: Mapping[str, Stored]
-    others: Sequence[str]
     places: Mapping[tuple[str, Sizes], Place]
     paths: Mapping[str, tuple[str, ...]]
     digest: str
@@ -68,19 +67,16 @@ def metadata(where: str, save: int) -> Metadata:
         data = reader.read_through(0, file.nbytes)
     tree = torchpickle.parse(data, file=save, record_keys=True)
     body = _state(tree.root, "metadata.Metadata")
-    tensors, others = {}, []
+    tensors, paths = {}, {}
+    planned = body.get("planner_data")
     for key, value in _dict(body, "state_dict_metadata").items():
         if not isinstance(key, str):
             raise SourceError(f"a name is {key!r}; wanted a string")
         if isinstance(value, Inert) and value.name == _MODULE + "metadata.TensorStorageMetadata":
             tensors[key] = _stored(key, _state(value, "metadata.TensorStorageMetadata"))
-        else:
-            others.append(key)
-    paths = body.get("planner_data")
-    return Metadata(
-        tensors, others, dict(_places(_dict(body, "storage_data"))),
-        {key: _path(key, paths) for key in (*tensors, *others)}, xxhash.xxh3_64_hexdigest(data),
-    )  # fmt: skip
+        paths[key] = _path(key, planned)
+    places = dict(_places(_dict(body, "storage_data")))
+    return Metadata(tensors, places, paths, xxhash.xxh3_64_hexdigest(data))
 
 
 def _state(value: object, name: str) -> dict[object, object]:
@@ -146,7 +142,7 @@ def _places(table: Mapping[object, object]) -> Iterator[tuple[tuple[str, Sizes],
             raise SourceError(f"{key}: its place is ({offset!r}, {nbytes!r}); wanted bytes")
         if lies.get("transform_descriptors"):
             raise SourceError(f"{key}: stored as {lies['transform_descriptors']}, which is not read")
-        if file.startswith("/") or "\\" in file or {"", ".", ".."} & set(file.split("/")):
+        if not inside(file):
             raise SourceError(f"{key}: is in {file!r}, which leaves the directory")
         yield (key, _sizes(at, f"{key}: its offset")), Place(file, offset, nbytes)
 

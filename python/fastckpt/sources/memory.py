@@ -46,14 +46,23 @@ class _Held:
     @property
     def place(self) -> tuple[object, ...]:
         """Equal for arrays over the same elements."""
-        b = self.buffer
-        return (
-            b.device,
-            b.address + self.offset * self.dtype.itemsize,
-            self.dtype.name,
-            self.shape,
-            self.stride,
-        )
+        first = self.buffer.address + self.offset * self.dtype.itemsize
+        return self.buffer.device, first, self.dtype.name, self.shape, self.stride
+
+
+class _Buffers:
+    """The buffers that arrays lie in, as extents; one for the same memory, by its first key."""
+
+    def __init__(self) -> None:
+        self.extents: list[Extent] = []
+        self._known: dict[tuple[str, int, int], int] = {}
+
+    def number(self, buffer: Buffer, key: str) -> int:
+        """The number of its extent."""
+        at = self._known.setdefault((buffer.device, buffer.address, buffer.nbytes), len(self.extents))
+        if at == len(self.extents):
+            self.extents.append(Extent(buffer, 0, buffer.nbytes, key))
+        return at
 
 
 def read(tensors: Mapping[str, object], options: Options = _PLAIN) -> Checkpoint:
@@ -63,24 +72,20 @@ def read(tensors: Mapping[str, object], options: Options = _PLAIN) -> Checkpoint
     for name in tensors:
         expect("a tensor's name", name, str)
     held = {name: _hold(name, value) for name, value in tensors.items()}
-    buffers: dict[tuple[str, int, int], int] = {}
-    extents: list[Extent] = []
+    buffers = _Buffers()
+    at = {name: buffers.number(h.buffer, name) for name, h in held.items()}
     first: dict[object, str] = {}
     aliases: dict[str, str] = {}
     for name, h in held.items():
         holder = first.setdefault(h.place, name) if 0 not in h.shape else name
         if holder != name:
             aliases[name] = holder
-        b = h.buffer
-        if (b.device, b.address, b.nbytes) not in buffers:
-            buffers[b.device, b.address, b.nbytes] = len(extents)
-            extents.append(Extent(b, 0, b.nbytes, name))
-    table = Extents(extents)
-    entries: dict[str, Entry] = {}
-    at = {n: buffers[h.buffer.device, h.buffer.address, h.buffer.nbytes] for n, h in held.items()}
-    for name, h in held.items():
-        if name not in aliases:
-            entries[name] = tensor(table, at[name], h.dtype, h.shape, h.offset, h.stride)
+    table = Extents(buffers.extents)
+    entries: dict[str, Entry] = {
+        name: tensor(table, at[name], h.dtype, h.shape, h.offset, h.stride)
+        for name, h in held.items()
+        if name not in aliases
+    }
     devices = sorted({h.buffer.device for h in held.values()})
     return assemble(
         NAME, NAME, entries, table, options, aliases=aliases,
@@ -94,8 +99,7 @@ def partitioned(parts: Sequence[Mapping[str, object]], shapes: Mapping[str, Sequ
 
     `parts[r][name]`: rank r's 1-D slice of the parameter, a tensor or an array; one after the other they
     begin with it, and what follows (the padding) is not read. Raises SourceError naming what does not fit."""
-    extents: list[Extent] = []
-    seen: dict[tuple[str, int, int], int] = {}
+    buffers = _Buffers()
     slices: dict[str, list[tuple[int, _Held]]] = {name: [] for name in shapes}
     for rank, part in enumerate(parts):
         for name in shapes:
@@ -106,12 +110,8 @@ def partitioned(parts: Sequence[Mapping[str, object]], shapes: Mapping[str, Sequ
                 raise SourceError(
                     f"{name}: partition {rank} is {h.shape} with strides {h.stride}, wanted flat"
                 )
-            b = h.buffer
-            at = seen.setdefault((b.device, b.address, b.nbytes), len(extents))
-            if at == len(extents):
-                extents.append(Extent(b, 0, b.nbytes, f"{rank}/{name}"))
-            slices[name].append((at, h))
-    table = Extents(extents)
+            slices[name].append((buffers.number(h.buffer, f"{rank}/{name}"), h))
+    table = Extents(buffers.extents)
     entries: dict[str, Entry] = {}
     for name, given in shapes.items():
         shape, held = tuple(given), slices[name]

@@ -63,6 +63,11 @@ class Tensor:
         """The number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def flat(self) -> bool:
+        """Whether it is one dense axis."""
+        return len(self.shape) == 1 and (self.numel <= 1 or self.stride == (1,))
+
 
 Wanted = Callable[[object], Iterable[Tensor]]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -20,8 +21,8 @@ from ..checkpoint import JSON, Checkpoint, Single
 from ..digest import digest
 from ..dtypes import BY_NAME, DType
 from ..errors import SourceError
-from ..extents import Extent, Extents, File, content, is_file
-from ..stored import boxes
+from ..extents import Extent, Extents, File, content, inside, is_file
+from ..stored import boxes, check_tiles
 from ..views import dense_strides
 from . import zero
 from .assembly import RECORD, assemble, parse_json, read_json
@@ -30,6 +31,7 @@ from .options import Options
 TABLE = "tensors.json"
 SCHEMA = 1
 _TAIL = b'"digest": "%s"\n}\n'
+_OF_RANK = re.compile(r"rank-(\d+)/.+")
 _MAX_BYTES = 1 << 30
 
 
@@ -63,66 +65,90 @@ def _tensors(
     tied = _map(tree.get("aliases"), path, "aliases")
     names = names_in(tree.get("tree"))
     chosen = [n for n in names if not modules or any(not m or n.startswith(f"{m}.") for m in modules)]
-    cut = len(modules[0]) + 1 if len(modules) == 1 and modules[0] else 0
     holders = {n: str(tied.get(n, n)) for n in chosen}
     own = [n for n in chosen if holders[n] not in table]
     if not chosen or len(own) == len(chosen):
         raise SourceError(f"{path}: no tensor of a model, or each rank has its own of all {len(chosen)}")
     if own and modules:
         raise SourceError(f"{path}: {own[0]} differs from rank to rank ({len(own)} such in all)")
-    placed = {
-        (int(os.path.dirname(str(t["file"])).rpartition("-")[2]), name): t
-        for shard in _list(body.get("ranks"), path, "ranks")
-        for name, t in _map(_map(shard, path, "a rank").get("tensors"), path, "tensors").items()
-        if isinstance(t, dict)
-    }
-    extents: list[Extent] = []
-    files: dict[str, File] = {}
-    made: dict[str, tuple[DType, tuple[int, ...], list[list[int]]]] = {}
-    first: dict[str, str] = {}
+    cut = len(modules[0]) + 1 if len(modules) == 1 and modules[0] else 0
+    first: dict[str, str] = {}  # stored tensor -> the name it gets
     aliases: dict[str, str] = {}
-    for name in chosen:
-        held = holders[name]
-        if held not in table:
-            continue
-        if held in first:
+    for name, held in holders.items():
+        if held in table and first.setdefault(held, name[cut:]) != name[cut:]:
             aliases[name[cut:]] = first[held]
-            continue
-        first[held] = name[cut:]
-        said = _map(table[held], path, held)
-        shape, dtype, rows = _shape(said.get("shape"), held), BY_NAME[str(said.get("dtype"))], []
-        for box in _list(said.get("boxes"), path, held):
-            match box:
-                case [int(rank), list(at), list(size)] if (rank, held) in placed:
-                    t = placed[rank, held]
-                case _:
-                    raise SourceError(f"{path}: {held}: box {box!r:.80} is of no rank that is here")
-            file, offset, nbytes = str(t["file"]), t["offset"], t["nbytes"]
-            held_shape = _shape(size, held)
-            wanted = math.prod(held_shape) * dtype.itemsize
-            if not isinstance(offset, int) or nbytes != wanted:
-                raise SourceError(f"{path}: {held}: {nbytes!r} bytes at {offset!r} are no {held_shape}")
-            files.setdefault(file, File.at(os.path.join(path, file)))
-            if wanted:
-                place = [*_shape(at, held), *held_shape, *dense_strides(held_shape)]
-                rows.append([len(extents), dtype.code, 0, *place])
-                extents.append(Extent(files[file], offset, wanted, f"{file}/{held}"))
-        made[name[cut:]] = (dtype, shape, rows)
-    shared = Extents(extents)
-    entries = {
-        name: Single(shape, dtype, partial(boxes, shared, dtype, shape, rows))
-        for name, (dtype, shape, rows) in made.items()
-    }
+    stored = _Stored(path, body)
+    made = {new: stored.tensor(held, table[held]) for held, new in first.items()}
+    extents = Extents(stored.extents)
     rest = len(names) - len(chosen)
     unread = [f"{rest} tensors that are not the model's (optimizer and the like)"] if rest else []
     unread += [f"{n}: each rank has its own" for n in own]
     source = _map(body.get("source"), path, "source")
-    facts = {"step": source.get("step"), "tag": source.get("tag"), "ranks": tree.get("world")}
     return assemble(
-        path, "training", entries, shared, options, aliases=aliases, files=tuple(files.values()),
-        search=[path], facts=facts, unread=unread, headers=[str(body.get("key"))],
+        path, "training",
+        {n: Single(shape, dtype, partial(boxes, extents, dtype, shape, rows))
+         for n, (dtype, shape, rows) in made.items()},
+        extents, options, aliases=aliases, files=tuple(stored.files.values()), search=[path],
+        facts={"step": source.get("step"), "tag": source.get("tag"), "ranks": tree.get("world")},
+        unread=unread, headers=[str(body.get("key"))],
         layout=(repr(rows).encode() for _, _, rows in made.values()),
     )  # fmt: skip
+
+
+class _Stored:
+    """Where a commit's tensors lie. `extents`, `files`: of those that `tensor` was asked for."""
+
+    def __init__(self, path: str, body: Mapping[str, JSON]) -> None:
+        self.path = path
+        self.extents: list[Extent] = []
+        self.files: dict[str, File] = {}
+        self._places: dict[tuple[int, str], tuple[str, int, int]] = {}
+        for shard in _list(body.get("ranks"), path, "ranks"):
+            for name, t in _map(_map(shard, path, "a rank").get("tensors"), path, "tensors").items():
+                match t:
+                    case {"file": str(file), "offset": int(offset), "nbytes": int(nbytes)} if (
+                        rank := _OF_RANK.fullmatch(file)
+                    ) and inside(file):
+                        self._places[int(rank[1]), name] = file, offset, nbytes
+                    case _:
+                        raise SourceError(f"{path}: {name}: {t!r:.80} is no place of a tensor")
+
+    def tensor(self, name: str, said: JSON) -> tuple[DType, tuple[int, ...], list[list[int]]]:
+        """Its dtype, shape and fragments (as in `views`). Raises SourceError where boxes do not tile it."""
+        match said:
+            case {"dtype": str(kind), "shape": list(sizes), "boxes": list(listed)} if kind in BY_NAME:
+                dtype, shape = BY_NAME[kind], _shape(sizes, name)
+            case _:
+                raise SourceError(f"{self.path}: {name}: {said!r:.80} is no entry of {TABLE}")
+        rows, held = [], []
+        for box in listed:
+            match box:
+                case [int(rank), list(at), list(size)] if (rank, name) in self._places:
+                    origin, part = _shape(at, name), _shape(size, name)
+                    extent = self._extent(name, rank, math.prod(part) * dtype.itemsize)
+                case _:
+                    raise SourceError(f"{self.path}: {name}: box {box!r:.80} is of no rank that is here")
+            if 0 not in part:
+                rows.append([len(self.extents), dtype.code, 0, *origin, *part, *dense_strides(part)])
+                self.extents.append(extent)
+                held.append((origin, part))
+        if any(len(x) != len(shape) for box in held for x in box):
+            raise SourceError(f"{self.path}: {name}: a box of other axes than {list(shape)}")
+        if 0 not in shape:
+            try:
+                check_tiles(shape, held)
+            except SourceError as e:
+                raise SourceError(f"{self.path}: {name}: {e}") from None
+        return dtype, shape, rows
+
+    def _extent(self, name: str, rank: int, wanted: int) -> Extent:
+        """A rank's part of a tensor, of `wanted` bytes."""
+        file, offset, nbytes = self._places[rank, name]
+        if nbytes != wanted:
+            raise SourceError(f"{self.path}: {name}: rank {rank} holds {nbytes} bytes, its box has {wanted}")
+        if file not in self.files:
+            self.files[file] = File.at(os.path.join(self.path, file))
+        return Extent(self.files[file], offset, wanted, f"{file}/{name}")
 
 
 # ---- the tree of a state ----

@@ -34,6 +34,7 @@ from .zero_state import ModelState, OptimState, model_state, optim_state
 
 State = TypeVar("State", OptimState, ModelState)
 
+
 def matches(path: str) -> bool:
     """Whether `path` is a ZeRO tag folder or a directory that holds tag folders."""
     return is_zero(path)
@@ -259,7 +260,7 @@ def _from_module(path: str, opening: Opening, model: Opened, state: ModelState) 
         tensors = {n: t for n, t in state.module.items() if isinstance(t, Tensor)}
         tied = by_storage(tensors)
         names = [n for n in tensors if n not in tied and n not in found.buffers]
-        found = Parts(found.buffers, (), (), tied, found.other, ())
+        found = Parts(found.buffers, (), tied, found.other, ())
     else:
         names = [name for name in trainable(state) if not is_expert(name)]
     entries = _module_entries(found.buffers, state, model, extents, "buffer")
@@ -414,7 +415,7 @@ def _columns(opened: Sequence[Opened], tensors: Sequence[Sequence[Tensor]], wher
                 raise SourceError(
                     f"{where}: group {k}: rank {r} holds {t.dtype}, rank 0 {tensors[0][k].dtype}"
                 )
-            if len(t.shape) != 1 or (t.numel > 1 and t.stride != (1,)):
+            if not t.flat:
                 raise SourceError(
                     f"{where}: group {k}: rank {r}: wanted one dense axis, got {t.shape}, stride {t.stride}"
                 )

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..errors import SourceError
-from ..extents import is_directory, is_file
+from ..extents import content, exists, is_directory, is_file
 from .assembly import RECORD
 
 OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
@@ -130,19 +130,16 @@ def _some(ranks: list[int]) -> str:
     return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
 
 
-def _latest(root: str, known: str, path: str | None = None) -> str:
-    path = path or os.path.join(root, "latest")
-    if os.path.exists(path) and not is_file(path):
+def _latest(root: str, known: str) -> str:
+    """The tag in `latest`, or where there is none in `latest_universal`."""
+    paths = [os.path.join(root, name) for name in ("latest", "latest_universal")]
+    path = next((p for p in paths if exists(p)), None)
+    if path is None:
+        raise SourceError(f"{root}: no file `latest`; name the tag; {known}")
+    if not is_file(path):
         raise SourceError(f"{path}: not a regular file")
     try:
-        with open(path, encoding="utf-8") as f:
-            tag = f.read(4096).strip()
-    except FileNotFoundError:
-        if path != (universal := os.path.join(root, "latest_universal")) and is_file(universal):
-            return _latest(root, known, universal)
-        raise SourceError(f"{root}: no file `latest`; name the tag; {known}") from None
-    except OSError as e:
-        raise SourceError(f"{path}: {e.strerror}") from None
+        tag = content(path, 4096).decode().strip()
     except UnicodeDecodeError as e:
         raise SourceError(f"{path}: {e}") from None
     if not tag or tag != os.path.basename(tag) or tag in (".", ".."):

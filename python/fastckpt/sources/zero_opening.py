@@ -134,5 +134,6 @@ def _fragments(root: object) -> list[Tensor]:
 
 
 def optim_tensors(root: object) -> list[Tensor]:
+    """What is needed of an optimizer file: the masters, and the step where it is a tensor."""
     state = optim_state(root, "pickle")
     return [*state.flats, *([state.step] if isinstance(state.step, Tensor) else [])]

@@ -6,7 +6,7 @@ Law: every tensor that `module` names is accounted for, so that no weight is dro
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import SourceError
@@ -20,12 +20,11 @@ from .zero_state import ModelState
 class Parts:
     """Names by what they are, each in file order.
 
-    `buffers`: in `module`. `frozen`: in frozen_param_fragments. `kept`: other parameters that only `module`
-    holds (all frozen ones at stage 1). `tied`: name -> holder. `other`: entries of `module` that are no
-    tensors. `lost`: stage-3 placeholders whose weights are in no file."""
+    `buffers`: in `module`. `kept`: parameters that only `module` holds (all frozen ones at stage 1). `tied`:
+    name -> holder. `other`: entries of `module` that are no tensors. `lost`: stage-3 placeholders whose
+    weights are in no file."""
 
     buffers: tuple[str, ...]
-    frozen: tuple[str, ...]
     kept: tuple[str, ...]
     tied: dict[str, str]
     other: tuple[str, ...]
@@ -63,6 +62,7 @@ def parts(state: ModelState, where: str) -> Parts:
         if copy is not None and copy.numel and copy.shape != shape:
             raise SourceError(f"{where}: {name}: `module` has shape {copy.shape}, its shape is {shape}")
     holders = {place(t): n for n, t in module.items() if t.numel and n in every}
+    at_stage_3 = all(t.numel == 0 for n, t in module.items() if n in owned)  # `module` holds placeholders
     kept, lost = [], []
     for name, t in module.items():
         if name in every or name in tied or name in named:
@@ -70,11 +70,11 @@ def parts(state: ModelState, where: str) -> Parts:
         holder = holders.setdefault(place(t), name) if t.numel else name
         if holder != name:
             tied[name] = holder
-        elif t.numel == 0 and _placeholders(module, owned):
+        elif t.numel == 0 and at_stage_3:
             lost.append(name)
         else:
             kept.append(name)
-    return Parts(buffers, tuple(frozen), tuple(kept), tied, other, tuple(lost))
+    return Parts(buffers, tuple(kept), tied, other, tuple(lost))
 
 
 def _tied(state: ModelState, own: Mapping[str, Shape], where: str) -> dict[str, str]:
@@ -93,12 +93,3 @@ def _tied(state: ModelState, own: Mapping[str, Shape], where: str) -> dict[str, 
             raise SourceError(f"{where}: {name} {shapes[0]} is tied to {holder} {shapes[1]}")
         out[name] = holder
     return out
-
-
-def _placeholders(module: dict[str, Tensor], owned: Collection[str]) -> bool:
-    """Whether `module` holds placeholders: stage 3, where every owned parameter has no elements."""
-    return all(t.numel == 0 for t in _owned(module, owned))
-
-
-def _owned(module: dict[str, Tensor], owned: Collection[str]) -> Iterator[Tensor]:
-    return (module[n] for n in owned if n in module)

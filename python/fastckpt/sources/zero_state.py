@@ -182,8 +182,8 @@ def _stage(value: object, where: str) -> int | None:
 
 
 def _step(moments: object) -> Tensor | int | None:
-    """The first step the optimizer tells of: with the moments of a parameter (torch's, DeepSpeed's; Muon's own
-    have none), else with a group's options (DeepSpeed's older FusedAdam)."""
+    """The first step the optimizer tells of: with a parameter's moments (torch's, DeepSpeed's; not all have
+    one under Muon), else with a group's options (DeepSpeed's older FusedAdam)."""
     table = moments if isinstance(moments, dict) else {}
     state, groups = table.get("state"), table.get("param_groups")
     kept = list(state.values()) if isinstance(state, dict) else []
@@ -267,20 +267,21 @@ def _shapes(value: object, where: str) -> dict[str, Shape]:
 
 
 def _tensors(value: object, where: str) -> dict[str, Tensor]:
-    out = {}
-    for name, t in _names(_dict(value, where), where).items():
-        if not isinstance(t, Tensor):
-            raise SourceError(f"{where}: {name}: wanted a tensor, got {type_name(t)}")
-        out[name] = t
-    return out
+    named = _names(_dict(value, where), where)
+    return {name: _tensor(t, f"{where}: {name}") for name, t in named.items()}
+
+
+def _tensor(value: object, where: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise SourceError(f"{where}: wanted a tensor, got {type_name(value)}")
+    return value
 
 
 def _flat(value: object, where: str) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise SourceError(f"{where}: wanted a tensor, got {type_name(value)}")
-    if len(value.shape) != 1 or (value.numel > 1 and value.stride != (1,)):
-        raise SourceError(f"{where}: wanted one dense axis, got shape {value.shape}, stride {value.stride}")
-    return value
+    t = _tensor(value, where)
+    if not t.flat:
+        raise SourceError(f"{where}: wanted one dense axis, got shape {t.shape}, stride {t.stride}")
+    return t
 
 
 def _no_doubles(groups: Sequence[Mapping[str, Shape]], where: str) -> None:

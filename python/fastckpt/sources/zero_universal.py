@@ -43,6 +43,6 @@ def master(root: object, shape: Shape, where: str) -> Tensor:
     (t,) = found
     if t.shape == shape:
         return t
-    if t.shape != (math.prod(shape),) or (t.numel > 1 and t.stride != (1,)):
+    if not t.flat:
         raise SourceError(f"{where}: has {list(t.shape)} of stride {t.stride}, wanted {list(shape)}")
     return replace(t, shape=shape, stride=tuple(dense_strides(shape)))

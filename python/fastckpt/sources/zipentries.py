@@ -25,7 +25,7 @@ _CENTRAL = np.dtype(
         ("offset", "<u4"),
     ]
 )  # fmt: skip
-_FEW = 64
+_FEW = 1 << 10
 _SIGNATURE = b"PK\x01\x02"
 _LENGTHS = struct.Struct("<3H").unpack_from
 
@@ -58,7 +58,7 @@ class Entries:
         self._size, self._offset = table["size"].astype(np.int64), table["offset"].astype(np.int64)
         _check_kinds(raw, at, table)
         self._wide(raw, at, table)
-        few = count <= _FEW  # one tensor's file, of which a save may hold 10^5
+        few = count <= _FEW  # a dict of very many names would take more than the columns
         self._few = _by_name(raw, at + 46, length) if few else {}
         self._names = {} if few else _by_length(raw, at + 46, length)
         self._limit = self._limits(raw, at, length, start)

@@ -1,0 +1,51 @@
+"""Starts the kernels as csrc/*_cuda.cu do: over tables in a memory, as many blocks as they ask for."""
+
+from __future__ import annotations
+
+import numpy as np
+from fastckpt.tiles import Tiles
+
+from .compiled import DEFAULT, Target, compiled
+from .machine import Counted, launch
+from .memory import Global
+
+PATHS = ("rows", "transpose", "general")
+TEAM = 32  # threads of a tile of rows
+LEAVES_OF_BLOCK = 16
+
+
+def bytes_of(*numbers: int) -> bytes:
+    return np.array(numbers, np.uint64).tobytes()
+
+
+def copies(memory: Global, made: Tiles, target: Target = DEFAULT) -> dict[str, Counted]:
+    """Runs tiles whose buffers lie in this memory; what each path counted that has some."""
+    program = compiled("copy_cuda.cu", target).program
+    columns = ("rows", "owner", "sources", "destinations")
+    table = bytes_of(*(memory.put(name, getattr(made, name)) for name in columns))
+    team = next((int(d.removeprefix("TEAM=")) for d in target.defines if d.startswith("TEAM=")), TEAM)
+    issued = {}
+    for path, name in enumerate(PATHS):
+        first, count = made.borders[path], made.borders[path + 1] - made.borders[path]
+        if count:
+            kernel = program.kernel("copy_tiles", f"PathE{path}")
+            teams = kernel.threads // team if name == "rows" else 1
+            given = table, bytes_of(first), np.uint32(count).tobytes()
+            issued[name] = launch(program, kernel, memory, -(-count // teams), given)
+    return issued
+
+
+def digests(memory: Global, leaves: np.ndarray, out: int, target: Target = DEFAULT) -> Counted:
+    """Digests of leaves that lie in this memory, [n, (address, nbytes)], to the u64 at `out`."""
+    program = compiled("digest_cuda.cu", target).program
+    given = memory.put("leaves", leaves), len(leaves), out
+    blocks = -(-len(leaves) // LEAVES_OF_BLOCK)
+    return launch(program, program.kernel("digest_leaves"), memory, blocks, [bytes_of(x) for x in given])
+
+
+def quantise(memory: Global, rows: np.ndarray, owner: np.ndarray, target: Target = DEFAULT) -> Counted:
+    """Quantises the tiles of rows (QUANT_ROWS) whose buffers lie in this memory."""
+    program = compiled("quant_cuda.cu", target).program
+    given = memory.put("rows", rows), memory.put("owner", owner), 0
+    kernel = program.kernel("quantise_tiles")
+    return launch(program, kernel, memory, len(owner), [bytes_of(x) for x in given])

@@ -1,0 +1,137 @@
+"""The PTX of the copies, run on the CPU, writes the bytes of the torch executor and no others.
+
+Accesses that are outside of an allocation or not aligned, races, and barriers that not all come to are faults
+of the machine that runs it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+from executors.test_copy_rows import PAIRS, TRANSPOSED, buffer, noise, random_row, row
+from fastckpt import tiles
+from fastckpt.dtypes import BY_NAME, DType
+from fastckpt.executors.torch import Torch
+from ptx.compiled import DEFAULT, Target
+from ptx.launches import copies
+from ptx.memory import Global
+
+pytest.importorskip("fastckpt._C", reason="the compiled module is not built")
+pytestmark = pytest.mark.skipif(
+    shutil.which("nvcc") is None, reason="no nvcc: the kernels are not compiled here"
+)
+
+Case = tuple[np.ndarray, np.ndarray, int]  # a row, its source, bytes of its destination
+
+
+def same(cases: Iterable[Case], target: Target = DEFAULT) -> Global:
+    """Runs rows as one table, each with its own part of two buffers; every byte of them must be torch's."""
+    rng = np.random.default_rng(1)
+    rows, sources, ends, at = [], [], [0], 0
+    for r, source, nbytes in cases:
+        r["src"] += at
+        r["dst"] += ends[-1]
+        rows.append(r)
+        sources.append(source)
+        at += len(source)
+        ends.append(ends[-1] + nbytes)
+    table, source, out = np.concatenate(rows), np.concatenate(sources), noise(rng, ends[-1])
+    wanted = out.copy()
+    Torch().bind([buffer(source)]).run(table, [buffer(wanted)])
+    memory = Global()
+    a, b = memory.put("source", source), memory.put("destination", out, written="once")
+    made = tiles.tile(table.copy(), np.array([a], np.uint64), np.array([b], np.uint64))
+    copies(memory, made, target)
+    got = memory.get(b, len(out))
+    if not np.array_equal(got, wanted):
+        byte = int(np.flatnonzero(got != wanted)[0])
+        bad = table[np.searchsorted(ends, byte, "right") - 1]
+        pytest.fail(f"byte {byte}: got {got[byte]:#x}, wanted {wanted[byte]:#x}, row {bad}")
+    return memory
+
+
+def test_random_rows() -> None:
+    rng = np.random.default_rng(21)
+    cases = []
+    for src, dst in PAIRS:
+        for budget in (1, 40, 700, 6000):
+            r, n, m = random_row(rng, src, dst, budget)
+            cases.append((r, noise(rng, n), m + 64))
+    same(cases)
+
+
+@pytest.mark.parametrize("names", TRANSPOSED)
+def test_transposes(names: str) -> None:
+    """Sides around those of a tile, cut along either axis; sources and destinations aligned and not."""
+    src, dst = (BY_NAME[n] for n in names.split())
+    rng = np.random.default_rng(22)
+    cases = []
+    for k, (rows, cols) in enumerate([(16, 300), (16, 16), (63, 65), (128, 128), (129, 160), (300, 17)]):
+        for pad, at in [(0, 0), (3, 1), (64, 16), (16, src.itemsize * 5)][k % 2 :: 2]:
+            pitch = (cols + pad) * src.itemsize
+            strides = (src.itemsize, pitch), ((rows + pad) * dst.itemsize, dst.itemsize)
+            r = row(src, dst, (cols, rows), *strides, (at, at))
+            cases.append((r, noise(rng, at + rows * pitch), at + cols * (rows + pad) * dst.itemsize + 64))
+    same(cases)
+
+
+@pytest.mark.parametrize(
+    "names", ["float32 bfloat16", "bfloat16 float32", "int8 int8", "bfloat16 float8_e4m3fn"]
+)
+def test_lines(names: str) -> None:
+    """Lines around a unit and a tile long, one or many, at every alignment of both sides."""
+    src, dst = (BY_NAME[n] for n in names.split())
+    s, d = src.itemsize, dst.itemsize
+    rng = np.random.default_rng(23)
+    cases = []
+    for lines, n in [(1, 1), (1, 31), (1, 4001), (3, 1024), (2, 1025), (70, 129)]:
+        for at in {0, 1, d, s, 8, 15, 24}:
+            for pad in (0, 1, 16)[: 1 if lines == 1 else 3]:
+                strides = ((n + pad) * s, s), ((n + pad) * d, d)
+                r = row(src, dst, (lines, n), *strides, (24 - at, at))
+                cases.append((r, noise(rng, 24 + lines * (n + pad) * s), 88 + lines * (n + pad) * d))
+    same(cases)
+
+
+POSITIVE = (
+    0, 1, 0x7FFFFF, 0x800000, 0x3F800000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FBFFFFF, 0x7FC00000,
+    0x7FFFFFFF,
+    0x33000000, 0x33000001, 0x33800000, 0x387FE000, 0x387FF000, 0x38800000,  # fp16
+    0x3F801000, 0x3F803000, 0x477FE000, 0x477FEFFF, 0x477FF000,
+    0x3A800000, 0x3A800001, 0x3B000000, 0x3C7FFFFF, 0x43E00000, 0x43E7FFFF, 0x43E80000, 0x43F00000,  # e4m3fn
+    0x00008000, 0x00018000, 0x3F808000, 0x3F818000, 0x7F7F7FFF, 0x7F7F8000,  # bf16
+)  # fmt: skip
+EDGES = np.array([sign | x for sign in (0, 1 << 31) for x in POSITIVE], np.uint32)
+"""fp32 where a narrower type rounds up or down, has a tie, a denormal, its largest value or none."""
+
+
+def values(rng: np.random.Generator, dtype: DType) -> np.ndarray:
+    """All values there are of up to 16 bits; of wider types 4,096, the edges among them."""
+    if dtype.itemsize < 4:
+        every = np.arange(1 << 8 * dtype.itemsize, dtype=f"u{dtype.itemsize}")
+        return every.repeat(max(1, 4096 // len(every)))
+    some = rng.integers(0, 1 << 32, 4096, dtype=np.uint32)
+    some[: len(EDGES)] = EDGES
+    if dtype.itemsize == 4:
+        return some
+    with np.errstate(all="ignore"):
+        wide = some.view(np.float32).astype(np.float64).view(np.uint64)
+    wide[1::2] ^= rng.integers(0, 1 << 30, len(wide) // 2, dtype=np.uint64)  # between two values of fp32
+    return wide
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["straight", "turned"])
+def test_every_value(turned: bool) -> None:
+    """Every pair of floats: each value of up to 16 bits, each edge of wider ones."""
+    rng = np.random.default_rng(24)
+    cases = []
+    for src, dst in PAIRS:
+        if src.code == dst.code:
+            continue
+        source = values(rng, src)
+        s, d, n = src.itemsize, dst.itemsize, len(source) // 256
+        strides = ((s, n * s) if turned else (256 * s, s)), (256 * d, d)
+        cases.append((row(src, dst, (n, 256), *strides), source.view(np.uint8), n * 256 * d))
+    same(cases)

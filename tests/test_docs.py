@@ -1,0 +1,43 @@
+"""What the documents say of the tree: their links and paths exist, and the journey they print can be made."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+from fastckpt.doors.demo import Llama
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("benchmarks/**/*.md")]
+PATH = re.compile(r"`((?:python|csrc|tests|docs|benchmarks|examples)/[\w./-]+\.\w+)`")
+NEW = ("x", "test_x", "isa_x")
+"""The files that adding.md tells to make."""
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)\)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_and_paths_exist(page: Path) -> None:
+    text = page.read_text()
+    missing = [link for link in LINK.findall(text) if not (page.parent / link).exists()]
+    missing += [
+        path for path in PATH.findall(text) if not (ROOT / path).exists() and Path(path).stem not in NEW
+    ]
+    assert not missing
+
+
+def test_the_journey_of_one_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = (ROOT / "docs/architecture.md").read_text().split("```python\n")[1].split("```")[0]
+    (tmp_path / "demo").mkdir()
+    Llama.of(1_000_000).write(str(tmp_path / "demo/checkpoint"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "journey.py").write_text(code)
+    runpy.run_path("journey.py")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "(128, 128)"  # hop 1
+    assert sum(line.startswith((" [", "[[")) for line in lines) == 7  # hop 2: fragments
+    assert "model.layers.0.self_attn.qkv_proj.weight (64, 128)" in lines  # hop 4
+    assert "offset=" in lines[-1]  # hop 5
