@@ -283,7 +283,8 @@ def test_a_module_of_one_rank_is_filled(tmp_path):
     told = []
     fastckpt.load_into(
         module, tmp_path / "x.pt", tp=2, rank=1, layout="hf",
-        tp_plan={"a.weight": "colwise", "*": "replicate"}, threads=2, memory="80MiB", progress=lambda *step: told.append(step),
+        tp_plan={"a.weight": "colwise", "*": "replicate"}, threads=2,
+        memory="80MiB", progress=lambda *step: told.append(step),
     )  # fmt: skip
     assert torch.equal(module["a"].weight, weight[3:]) and torch.equal(module["b"].bias, bias)
     assert told[-1] == (60, 60, "copy")
