@@ -18,8 +18,7 @@ class Target:
     `shape` may group the view's elements differently (the output is dense, so that costs nothing); by default
     it is the view's own. The output has `view.dtype`, unless a `scheme` quantises the dense tensor on the
     way: then `dtype` and `stored_shape` are the scheme's. `also`: where `view` is computed when it is read,
-    views of the stored elements it is computed from, for the way
-    back (`joining`)."""
+    views of the stored elements it is computed from, by which `joining` finds its way back."""
 
     name: str
     view: View

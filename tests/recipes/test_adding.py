@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
+import sys
 from pathlib import Path
 
 import fastckpt
@@ -66,11 +66,11 @@ def test_the_family_refuses(toy):
 
 @pytest.mark.parametrize("transposed", [True, False])
 def test_the_layout(toy, tmp_path, monkeypatch, transposed):
-    (tmp_path / "toy_layout.py").write_text(LAYOUT)
-    monkeypatch.syspath_prepend(tmp_path)
-    made = importlib.import_module("toy_layout").Toy
-    monkeypatch.setitem(layouts.LAYOUTS, "toy", made)
-    there_and_back(toy, tmp_path, made(transposed))
+    (tmp_path / "toy.py").write_text(LAYOUT)
+    monkeypatch.setattr(layouts, "__path__", [*layouts.__path__, str(tmp_path)])  # as layouts/toy.py
+    monkeypatch.setitem(layouts.LAYOUTS, "toy", "toy.Toy")
+    there_and_back(toy, tmp_path, layouts.layout("toy", {"transposed": str(transposed).lower()}))
+    sys.modules.pop("fastckpt.layouts.toy")
     _, tensors, _ = toy
     for rank in range(2):
         got = load_file(tmp_path / "out" / f"rank-{rank:02d}" / "model.safetensors")
