@@ -29,13 +29,11 @@ class RemoteStore(Store):
 
     local = False
 
-    def __init__(
-        self, url: str, scratch: str | None, *, prefix: str, digits: int, durable: bool, tries: int = 5
-    ) -> None:
+    def __init__(self, url: str, scratch: str | None, *, prefix: str, digits: int, durable: bool) -> None:
         self.url = url
         super().__init__(scratch or default_scratch(url), prefix=prefix, digits=digits, durable=durable)
         self._far = FsspecDirectory(url)
-        self._uploader = Uploader(self._far, tries=tries)
+        self._uploader = Uploader(self._far)
         self._spelled = re.compile(re.escape(prefix) + r"([0-9]+)/(.+)")
 
     # ---- what stands there ----
