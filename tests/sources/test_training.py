@@ -132,7 +132,7 @@ NAMED = "net.0.weight"
         ("fastckpt.json", lambda r: of(r).update(file="elsewhere"), "is no place of a tensor"),
         ("fastckpt.json", lambda r: r.update(world=2), "is no whole training commit"),
         ("fastckpt.json", lambda r: r.update(world=0, ranks=[]), "is no whole training commit"),
-        ("fastckpt.json", lambda r: r.update(ranks=[3]), "a rank: wanted a JSON object|rank 0: wanted a JSON"),
+        ("fastckpt.json", lambda r: r.update(ranks=[3]), "rank 0: wanted a JSON object"),
         ("fastckpt.json", lambda r: r.update(source=None), "source: wanted a JSON object, got NoneType"),
     ],
 )
