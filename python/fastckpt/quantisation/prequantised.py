@@ -43,7 +43,7 @@ class Asker(Protocol):
     def dense(self, view: View, *, scan: bool = False) -> Elements:
         """The elements of a view, in its shape and dtype; `scan`: for scales alone."""
 
-    def told(self, matrix: Matrix, error: Error) -> None:
+    def add_error(self, matrix: Matrix, error: Error) -> None:
         """How far the values that were made lie from the dense ones."""
 
 
@@ -173,10 +173,10 @@ def _values(m: Matrix, ask: Asker, r0: int, r1: int, c0: int, c1: int) -> Elemen
             m.blocks[a // down : -(-b // down), first // across : -(-last // across)] = found.scales
         held = slice(max(a, top), min(b, bottom)), slice(left, right)
         if (a, b, first, last) == (held[0].start, held[0].stop, left, right):
-            ask.told(m, found.error)
+            ask.add_error(m, found.error)
         else:  # of what was asked for alone, so that no value counts twice
             mine = slice(held[0].start - a, held[0].stop - a), slice(left - first, right - first)
-            ask.told(m, error_of(dense, m.dtype, (n, width), scheme, found, made, mine))
+            ask.add_error(m, error_of(dense, m.dtype, (n, width), scheme, found, made, mine))
         box = made.view(kind).reshape(n // tall, width // wide)
         box = box[(held[0].start - a) // tall : (held[0].stop - a) // tall, (left - first) // wide :]
         out[held[0].start // tall - r0 : held[0].stop // tall - r0] = box[:, : c1 - c0]
