@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -147,16 +148,20 @@ def bench_kept_quantised(bench: Bench, monkeypatch: pytest.MonkeyPatch, work: Pa
     )
 
 
-@pytest.mark.parametrize("what", ["fastckpt", "fastckpt.road"])
+ROAD = "fastckpt.road, fastckpt.sources.zero, fastckpt.layouts.hf, fastckpt.recipes.llama"
+
+
+@pytest.mark.parametrize("what", ["fastckpt", ROAD], ids=["fastckpt", "road"])
 def bench_import(bench: Bench, what: str) -> None:
-    """A fresh process that imports, less one that does not."""
+    """A fresh process that imports, less one that does not; byte code is kept, as installing keeps it."""
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
 
     def start(code: str) -> None:
-        subprocess.run([sys.executable, "-c", code], check=True)
+        subprocess.run([sys.executable, "-c", code], check=True, env=env)
 
     bench.measure(
         Figure(
-            f"import {what}" + (" (all of a file-to-file run)" if "." in what else ""),
+            "import fastckpt" if what == "fastckpt" else "import all of a run of a llama from ZeRO to hf",
             "a fresh process",
             "ms",
             lambda subject, floor: (subject - floor) * 1e3,

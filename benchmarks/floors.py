@@ -27,7 +27,7 @@ from fastckpt.planning.copies import NOTHING
 from fastckpt.planning.plans import Plan
 from fastckpt.quantisation.quantising import Job, Quantising
 from fastckpt.reader import Lane, Mapped
-from fastckpt.running.runs import BAND, STAGE
+from fastckpt.running.limits import BAND, STAGE
 
 _memcpy = ctypes.CDLL(None).memcpy
 _memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)

@@ -94,6 +94,17 @@ def test_a_run_over_files_does_not_import_torch(tmp_path):
     assert in_a_process(RUN, json.dumps(commands)).splitlines()[-1] == "0 False"
 
 
+def test_a_run_imports_the_formats_and_layouts_that_it_asks_for(tmp_path):
+    source, out = str(tmp_path / "source"), str(tmp_path / "out")
+    write_zero(source, {"a.weight": torch.randn(7, 5)}, stage=3, world=2)
+    code = "import sys, fastckpt; fastckpt.reshard(sys.argv[1], layout='same', out=sys.argv[2])"
+    code += "; print(*sys.modules)"
+    loaded = in_a_process(code, source, out).split()
+    assert {"fastckpt.sources.zero", "fastckpt.layouts.same"} <= {*loaded}
+    for other in ("sources.dcp", "sources.safetensors", "layouts.rtp_llm", "computed.adapters"):
+        assert f"fastckpt.{other}" not in loaded
+
+
 def test_asking_for_the_version_imports_no_numpy():
     code = "import sys; from fastckpt.cli import main; main(['--version']); print('numpy' in sys.modules)"
     assert in_a_process(code).splitlines()[-1] == "False"

@@ -1,7 +1,8 @@
 """Serving conventions: each layout turns a Model (or a Checkpoint) and a placement into targets.
 
 A layout is a file here and a line in LAYOUTS: a frozen dataclass whose fields are its options. `roles` says
-what `targets` takes: a Model where it is True, the Checkpoint itself where it is False.
+what `targets` takes: a Model where it is True, the Checkpoint itself where it is False. A run imports the
+layout it asks for.
 """
 
 from __future__ import annotations
@@ -9,23 +10,40 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from typing import ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints, runtime_checkable
+from importlib import import_module
+from typing import (
+    TYPE_CHECKING,
+    ClassVar,
+    Literal,
+    Protocol,
+    TypeAlias,
+    TypeGuard,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
 
 from ..checkpoint import Checkpoint
 from ..errors import LayoutError
 from ..model import Linear, Model, Thin
 from ..placement import Placement
 from ..target import Target
-from .hf import Hf
-from .megatron import Megatron
 from .naming import Naming
 from .patterns import Patterns
-from .rtp_llm import RtpLlm
-from .same import Same
-from .vllm import Vllm
+
+if TYPE_CHECKING:
+    from .hf import Hf
+    from .megatron import Megatron
+    from .rtp_llm import RtpLlm
+    from .same import Same
+    from .vllm import Vllm
+
+    Ours: TypeAlias = Same | Hf | Vllm | RtpLlm | Megatron
 
 __all__ = [
     "LAYOUTS", "VERSION", "Adapts", "ByNames", "ByRoles", "Layout", "Naming", "Patterns", "Resizes", "layout",
+    "name_of", "options_of",
 ]  # fmt: skip
 
 
@@ -76,14 +94,14 @@ class Adapts(Protocol):
 
 Layout = ByRoles | ByNames
 
-LAYOUTS: dict[str, type[Same] | type[Hf] | type[Vllm] | type[RtpLlm] | type[Megatron]] = {
-    "same": Same,
-    "hf": Hf,
-    "vllm": Vllm,
-    "rtp_llm": RtpLlm,
-    "megatron": Megatron,
+LAYOUTS: dict[str, str] = {
+    "same": "same.Same",
+    "hf": "hf.Hf",
+    "vllm": "vllm.Vllm",
+    "rtp_llm": "rtp_llm.RtpLlm",
+    "megatron": "megatron.Megatron",
 }
-"""Name -> layout."""
+"""Name -> module and class of the layout."""
 
 
 VERSION = 1
@@ -95,10 +113,9 @@ def layout(name: str, options: Mapping[str, str] | None = None) -> Layout:
     """The layout of that name, its options read from strings (`-L key=value`).
 
     Booleans are "true" or "false". Raises LayoutError naming the layouts, options or values there are."""
-    kind = LAYOUTS.get(name)
-    if kind is None:
+    if name not in LAYOUTS:
         raise LayoutError(f"no layout {name!r}; known: {', '.join(LAYOUTS)}")
-    fields = _fields(name)
+    kind, fields = _kind(name), _fields(name)
     values: dict[str, bool | int | str] = {}
     for key, text in (options or {}).items():
         if key not in fields:
@@ -108,25 +125,40 @@ def layout(name: str, options: Mapping[str, str] | None = None) -> Layout:
     return make(**values)
 
 
+def _kind(name: str) -> type[Ours]:
+    """The class of a layout."""
+    module, _, kind = LAYOUTS[name].partition(".")
+    found: type[Ours] = getattr(import_module(f".{module}", __name__), kind)
+    return found
+
+
 @cache
 def _fields(name: str) -> dict[str, object]:
     """The options of a layout and their types."""
-    kind = LAYOUTS[name]
+    kind = _kind(name)
     hints = get_type_hints(kind)
     return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
 
 
+def name_of(kind: type) -> str | None:
+    """The name of a class of LAYOUTS; None for any other."""
+    where = f"{kind.__module__}.{kind.__qualname__}"
+    return next((name for name, home in LAYOUTS.items() if where == f"{__name__}.{home}"), None)
+
+
 def options_of(made: Layout) -> dict[str, str]:
     """The options that differ from the defaults, as `layout` reads them; of LAYOUTS only."""
-    for kind in LAYOUTS.values():
-        if isinstance(made, kind):
-            fields = {
-                f.name: getattr(made, f.name)
-                for f in dataclasses.fields(made)
-                if f.default != getattr(made, f.name)
-            }
-            return {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in fields.items()}
-    return {}
+    if not _ours(made):
+        return {}
+    fields = {
+        f.name: getattr(made, f.name) for f in dataclasses.fields(made) if f.default != getattr(made, f.name)
+    }
+    return {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in fields.items()}
+
+
+def _ours(made: Layout) -> TypeGuard[Ours]:
+    """Whether it is of a class of LAYOUTS, or of one that a user derived from it."""
+    return any(name_of(kind) is not None for kind in type(made).__mro__)
 
 
 def _parsed(where: str, text: str, kind: object) -> bool | int | str:

@@ -10,13 +10,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import xxhash
 
 from .. import layouts, recipes
 from ..checkpoint import JSON, Cast, Checkpoint
-from ..computed import adapters, apart, dequantised
-from ..computed.adapters import Adapter
+from ..computed import dequantised
 from ..dtypes import DType, float32
 from ..errors import LayoutError
 from ..layouts import Adapts, ByNames, ByRoles, Layout, Resizes
@@ -31,8 +31,8 @@ from ..target import Target
 from . import configs
 from .wanted import Wanted
 
-OURS = (*layouts.LAYOUTS.values(), Patterns)
-"""The layouts whose code is known to the key of a kept plan."""
+if TYPE_CHECKING:
+    from ..computed.adapters import Adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,11 @@ def choose(ckpt: Checkpoint, wanted: Wanted) -> Chosen:
     if layout.roles or wanted.config is not None or wanted.dtype == "auto":
         config = configs.found(ckpt, wanted.config)
     dtype = configs.dtype(config, wanted.dtype)
-    adapter = None if wanted.adapter is None else adapters.fit(ckpt, os.fspath(wanted.adapter))
-    if adapter is not None:
+    adapter = None
+    if wanted.adapter is not None:
+        from ..computed import adapters
+
+        adapter = adapters.fit(ckpt, os.fspath(wanted.adapter))
         ckpt = _adapted(adapter, layout, wanted, dtype)
     if dtype is not None:
         dequantised.require_as_stored(ckpt, dtype, scales=not layout.roles)
@@ -101,12 +104,18 @@ def _layout(wanted: Wanted) -> Layout:
 def _name(layout: Layout) -> str:
     if isinstance(layout, Patterns):
         return "hf"
-    known = [name for name, kind in layouts.LAYOUTS.items() if type(layout) is kind]
-    return known[0] if known else type(layout).__name__.lower()
+    return layouts.name_of(type(layout)) or type(layout).__name__.lower()
+
+
+def _ours(layout: Layout) -> bool:
+    """Whether the key of a kept plan knows the layout's code."""
+    return type(layout) is Patterns or layouts.name_of(type(layout)) is not None
 
 
 def _adapted(adapter: Adapter, layout: Layout, wanted: Wanted, dtype: DType | None) -> Checkpoint:
     """The checkpoint with the adapter merged, or, where it is kept apart, what is cut as its base is."""
+    from ..computed import adapters, apart
+
     if not wanted.apart:
         # What is cast to a module's dtypes at the end is not rounded before.
         return adapters.merged(adapter, float32 if wanted.held is not None else dtype)
@@ -174,7 +183,7 @@ def _by_names(
         ckpt.aliases,
         options,
         _notes(ckpt),
-        type(layout) in OURS,
+        _ours(layout),
     )
     return _quantising(chosen, wanted, config, None)
 
@@ -217,7 +226,7 @@ def _by_roles(
         _tied(model, adapter, wanted),
         options,
         (*_notes(ckpt), *_notes_of(model, name, resized)),
-        type(layout) in OURS and recipe in recipes.RECIPES.values(),
+        _ours(layout) and recipe in recipes.RECIPES.values(),
     )
     if adapter is not None and wanted.apart:
         return _thin(chosen, layout, model, adapter, dtype)
@@ -249,6 +258,8 @@ def _tied(model: Model, adapter: Adapter | None, wanted: Wanted) -> dict[str, st
 
 def _thin(chosen: Chosen, layout: ByRoles, model: Model, adapter: Adapter, dtype: DType | None) -> Chosen:
     """The adapter alone: where each rank holds its part of the base, or as a layout has names for it."""
+    from ..computed import apart
+
     alone = replace(chosen, config=None, aliases={})
     if not isinstance(layout, Adapts):
         return replace(

@@ -1,7 +1,7 @@
-"""Quantised tensors on the road: dense bands into staging, quantised while they are in cache, values out.
+"""Quantised tensors on the road: bands of dense rows are filled, quantised while in cache, and written out.
 
 A job is a run of a tensor's rows whose values begin on a digest leaf; one worker does it band by band. Law:
-every value is made from the plan's own rows, its scales go out once, when the tensor's last job is done.
+every value is made from the plan's own rows; a tensor's scales go out once, when its last job is done.
 """
 
 from __future__ import annotations
@@ -60,9 +60,8 @@ class _Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """Dense rows [row, row + count) of a tensor, as `quantise` takes them: where they lie in memory already
-    (`there`, `pitch` bytes from line to line where they lie turned), or what fills them (`rows`, as a
-    Batch's)."""
+    """Dense rows [row, row + count) of a tensor, as `quantise` takes them: either in memory already (`there`,
+    `pitch` bytes from line to line where they lie turned), or to be filled by the copies `rows`."""
 
     row: int
     count: int
@@ -127,7 +126,7 @@ class Dense:
 
 
 class Quantising:
-    """The quantised tensors of one run; `largest`: dense name -> what `Scan` found of it."""
+    """The quantised tensors of one run; `largest`: dense name -> the amax of its rows, as `Scan` found it."""
 
     def __init__(self, plan: Plan, slots: Slots, largest: Mapping[str, Floats]) -> None:
         self.plan = plan
@@ -143,7 +142,7 @@ class Quantising:
         self.rest = replace(slots, nbytes=np.where(self.made, 0, slots.nbytes))
 
     def others(self, first: int, chunk: Chunk) -> Chunk:
-        """The chunk without the rows of what is made here; cut it by `rest`."""
+        """The chunk without the rows of quantised tensors; to be cut by the slots `rest`."""
         keep = ~self.made[first + chunk.tensor]
         return chunk if keep.all() else Chunk(chunk.count, chunk.rows[keep], chunk.tensor[keep])
 
@@ -297,13 +296,14 @@ class Scan:
 
     def worker(self, lane: Lane) -> Callable[[ScanJob], None]:
         """A worker with staging of its own."""
-        staging = [fresh(DENSE_BYTES)]
+        staging = fresh(DENSE_BYTES)
 
         def run(job: ScanJob) -> None:
-            if len(staging[0]) < job.stop:
-                staging[0] = fresh(job.stop)
+            nonlocal staging
+            if len(staging) < job.stop:
+                staging = fresh(job.stop)
             band, (_, columns) = job.band, flat(job.target.shape)
-            dense = band.dense(lane, staging[0], job.stop)
+            dense = band.dense(lane, staging, job.stop)
             largest = amax(dense, job.target.view.dtype, band.count, columns)
             if not np.isfinite(largest).all():
                 raise not_finite(job.target.name, band.row, band.row + band.count)
@@ -314,7 +314,7 @@ class Scan:
 
 @dataclass(frozen=True, slots=True)
 class ScanJob:
-    """A band of a matrix that is looked through; `stop` - `start` its dense bytes."""
+    """A band of a matrix to look through; it has `stop` - `start` dense bytes."""
 
     target: Target
     band: Band

@@ -325,7 +325,7 @@ class Run:
 
 
 def _named(lane: Lane, worker: Worker) -> Worker:
-    """The worker of a lane that is told whose batch it runs."""
+    """The worker, whose lane is told which file each batch goes to, if it merges."""
     if not isinstance(lane, MergingLane):
         return worker
 
@@ -396,8 +396,9 @@ def sizes(reader: Reader, band: int) -> tuple[int, int]:
 
 
 def reader_of(extents: Extents, binding: Binding, *, alone: bool) -> Reader:
-    """Mapped where it is compiled, else by position; one rank alone may read through small gaps. What is made
-    when it is read is made over that; what lies on a GPU is made there."""
+    """The reader for these extents: mapped with the compiled module, else by position, where one rank `alone`
+    may read through small gaps. Computed extents are made by a reader over that one; extents on a GPU have
+    a reader of their own."""
     if any(isinstance(p, Buffer) and p.device not in ("cpu", COMPUTED) for p in binding.places):
         from .resident import Resident
 

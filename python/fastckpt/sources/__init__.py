@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
+from typing import Protocol, cast
 
 from ..checkpoint import Checkpoint
 from ..collector import paused
 from ..errors import SourceError, expect
 from ..extents import is_directory, listed
-from . import dcp, memory, peft, safetensors, served, statedict, training, zero
 from .options import Options, strip_prefix
 
 __all__ = ["SOURCES", "Options", "Source", "open", "strip_prefix"]
@@ -24,8 +24,9 @@ class Source(Protocol):
     def read(self, path: str, options: Options) -> Checkpoint: ...
 
 
-SOURCES: tuple[Source, ...] = (training, served, zero, dcp, peft, safetensors, statedict)
-"""Tried in this order: a trainer's directory may hold a ZeRO folder and an exported copy; the masters win."""
+SOURCES = ("training", "served", "zero", "dcp", "peft", "safetensors", "statedict")
+"""The modules tried, in this order: a trainer's directory may hold a ZeRO folder and an exported copy; the
+masters win. Those behind the one that matches are not imported."""
 
 _LOOKED_FOR = (
     "an output of fastckpt (fastckpt.json), a ZeRO checkpoint (latest, *_model_states.pt), "
@@ -65,16 +66,22 @@ def open(
         exclude_frozen=exclude_frozen, check_crc=check_crc,
     )  # fmt: skip
     if isinstance(path, Mapping):
+        from . import memory
+
         return memory.read(path, options)
     where = os.fspath(path)
     _refuse_absent(where)
     try:
-        for source in SOURCES:
+        for source in _sources():
             if source.matches(where):
                 return source.read(where, options)
         raise SourceError(f"{where}: {_what_it_is(where)}; looked for {_LOOKED_FOR}")
     except OSError as e:  # a directory that may not be listed, a file that goes away meanwhile
         raise SourceError(f"{e.filename or where}: {e.strerror}") from None
+
+
+def _sources() -> Iterator[Source]:
+    return (cast(Source, import_module(f".{name}", __name__)) for name in SOURCES)
 
 
 def _refuse_absent(path: str) -> None:
@@ -94,7 +101,7 @@ def _what_it_is(path: str) -> str:
         if listed(path, pattern):
             return f"{what}, which is not supported yet"
     inside: Sequence[str] = sorted(
-        n for n in os.listdir(path) if any(s.matches(os.path.join(path, n)) for s in SOURCES)
+        n for n in os.listdir(path) if any(s.matches(os.path.join(path, n)) for s in _sources())
     )
     if inside:
         return f"no checkpoint, but it holds some: {', '.join(inside[:8])}"

@@ -14,7 +14,6 @@ from dataclasses import replace
 from ..checkpoint import JSON, Checkpoint
 from ..errors import SourceError
 from ..extents import File, inside, is_directory, is_file
-from . import safetensors, statedict
 from .assembly import RECORD, assemble, read_json
 from .options import Options
 
@@ -31,6 +30,8 @@ def matches(path: str) -> bool:
 
 def read(path: str, options: Options) -> Checkpoint:
     """The checkpoint in an output, or its shards. Raises SourceError for an incomplete one."""
+    from . import safetensors, statedict  # `matches`, which every run asks, needs neither
+
     record = os.path.join(path, RECORD)
     if not is_file(record):
         raise SourceError(f"{path}: an incomplete output: {', '.join(_parts(path))} without {RECORD}")
@@ -64,6 +65,8 @@ def read(path: str, options: Options) -> Checkpoint:
 
 def _shards(path: str, body: Mapping[str, JSON], ranks: list[JSON], options: Options) -> Checkpoint:
     """Every rank's tensors, named "rank/name"."""
+    from . import safetensors
+
     options.refuse_zero_only(path)
     options.refuse_crc(path)
     if options.rename:

@@ -57,7 +57,8 @@ def read(path: str, options: Options) -> Checkpoint:
         if first is not None and first.stage != 3:
             return _from_masters(path, opening, first, [model], [state])
     elif first is not None and first.stage == 3:
-        return _from_masters(path, opening, first, *_models_of_ranks(opening, _world(first, files)))
+        models = _models_of_ranks(opening, _world(first, files), told=first.step is not None)
+        return _from_masters(path, opening, first, *models)
     if first is None:
         raise SourceError(f"{files.folder}: no *_optim_states.pt, which hold the masters" + (
             "; weights='module' reads the 16-bit copy in mp_rank_00_model_states.pt" if files.model else ""
@@ -84,11 +85,17 @@ def _world(first: OptimState, files: Files, experts: bool = False) -> int:
     return max(counts)
 
 
-def _models_of_ranks(opening: Opening, world: int) -> tuple[list[Opened], list[ModelState]]:
-    """Stage 3: rank 0's model states, and the other ranks' where frozen parameters lie in all of them."""
+def _models_of_ranks(
+    opening: Opening, world: int, *, told: bool = True
+) -> tuple[list[Opened], list[ModelState]]:
+    """Stage 3: rank 0's model states, and the other ranks' where frozen parameters lie in all of them.
+
+    `told`: the optimizer files say of which step they are. Where they do not (SGD), the model states of all
+    ranks are looked at, which lie beside them."""
     paths = check_ranks(opening.files.model_of, world, "model states", opening.files.folder)
     model, state = opening.model(paths[0])
-    if world == 1 or not state.frozen_shapes or opening.options.exclude_frozen:
+    frozen = bool(state.frozen_shapes) and not opening.options.exclude_frozen
+    if told and not frozen:
         return [model], [state]
     opened = opening.fragments(paths[1:])
     states = _each(opened, model_state)
@@ -103,7 +110,7 @@ def _models_of_ranks(opening: Opening, world: int) -> tuple[list[Opened], list[M
                 raise SourceError(
                     f"{path}: {what} is {_short(got)}, rank 0 has {_short(wanted)}: files of two saves"
                 )
-    return [model, *opened], [state, *states]
+    return ([model, *opened], [state, *states]) if frozen else ([model], [state])
 
 
 def _each(opened: Sequence[Opened], read_state: Callable[[object, str], State]) -> list[State]:

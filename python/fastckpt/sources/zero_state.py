@@ -182,13 +182,18 @@ def _stage(value: object, where: str) -> int | None:
 
 
 def _step(moments: object) -> Tensor | int | None:
-    """The step of the first parameter group, where torch's optimizers and DeepSpeedCPUAdam keep it."""
-    state = moments.get("state") if isinstance(moments, dict) else None
-    first = next(iter(state.values()), None) if isinstance(state, dict) else None
-    step = first.get("step") if isinstance(first, dict) else None
-    if isinstance(step, Tensor):
-        return step if step.numel == 1 else None
-    return _number(step)
+    """The first step the optimizer tells of: with a parameter's moments (torch's, DeepSpeed's; not all have
+    one under Muon), else with a group's options (DeepSpeed's older FusedAdam)."""
+    table = moments if isinstance(moments, dict) else {}
+    state, groups = table.get("state"), table.get("param_groups")
+    kept = list(state.values()) if isinstance(state, dict) else []
+    for place in kept + groups if isinstance(groups, list) else kept:
+        step = place.get("step") if isinstance(place, dict) else None
+        if isinstance(step, Tensor) and step.numel == 1:
+            return step
+        if (number := _number(step)) is not None:
+            return number
+    return None
 
 
 def _held(value: object) -> tuple[Mapping[object, object], ...] | None:
