@@ -86,9 +86,8 @@ def _short(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         if row.short:
             took = f"{row.subject_s[0]:.3g} s | {row.floor_s[0]:.3g} s" if row.floor else " | "
-            out.append(
-                f"| {row.what} | {row.shape} | {_number(row.best)} | {_number(row.median)} | {row.unit} | {took} |"
-            )
+            figure = f"{_number(row.best)} | {_number(row.median)} | {row.unit}"
+            out.append(f"| {row.what} | {row.shape} | {figure} | {took} |")
     return out
 
 
