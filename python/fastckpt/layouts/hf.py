@@ -1,10 +1,9 @@
 """`hf`: the hub's names and forms; at tp > 1 each rank its slice, as transformers' tensor parallelism cuts.
 
-transformers' base_model_tp_plan cuts q, k, v, gate and up by outputs, o and down by inputs, the embedding
-(embedding_rowwise) and lm_head (colwise_gather_output) by vocabulary rows; the rest is whole on every rank.
-Where a family's plan cuts less, its recipe says so (HubCuts). Families without a plan are cut likewise; what
-their hub fuses is then cut part by part, as packed_colwise does, or group by group.
-"""
+transformers' base_model_tp_plan cuts q, k, v, gate and up by outputs, o and down by inputs, and the embedding
+(embedding_rowwise) and lm_head (colwise_gather_output) by vocabulary rows; every rank holds the rest whole.
+Where a family's plan cuts less, its recipe says so (HubCuts). Families without a plan are cut in the same
+way; their fused matrices are cut part by part, as packed_colwise does, or group by group. """
 
 from __future__ import annotations
 
@@ -70,7 +69,7 @@ class Hf:
         return _targets(model, placement)
 
     def resized(self, model: Model, placement: Placement) -> Mapping[str, int]:
-        """What config.json must say otherwise. Raises LayoutError where it cannot."""
+        """config.json's keys whose numbers change. Raises LayoutError where no key can say a new size."""
         return resized(model.family, model.sizes, self._padded(model, placement).sizes)
 
     def naming(self, placement: Placement) -> Naming:
@@ -238,7 +237,7 @@ def _experts(moe: Experts, model: Model, placement: Placement) -> Iterator[Targe
 
 
 def _stacks(stacks: Stacks | BlockStacks, placement: Placement) -> Iterator[Target]:
-    """A part of every expert's width: gate and up lie in turn, so that their part is one run."""
+    """The rank's part of every expert's width; gate and up alternate, so that their part is one run."""
     tp, rank = placement.tp, placement.tp_rank
     if isinstance(stacks, BlockStacks):
         for role, axis in (

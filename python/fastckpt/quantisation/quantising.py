@@ -57,6 +57,22 @@ class _Tensor:
     error: Error = field(default_factory=Error)
     lock: Lock = field(default_factory=Lock)
 
+    def quantise(self, band: Band, dense: Bytes, out: Bytes) -> Error:
+        """Quantise a band's dense rows into `out`; keeps their scales and zero points. Raises SourceError."""
+        told, scheme = self.told, self.told.scheme
+        _, columns = flat(told.shape)
+        stop = band.row + band.count
+        largest = None if self.largest is None else self.largest[band.row : stop]
+        pitch = (band.pitch or band.count * told.dtype.itemsize) if scheme.turned else 0
+        found = quantise(dense, told.dtype, band.count, columns, scheme, largest, out, pitch=pitch)
+        if found is None:
+            raise not_finite(told.name, band.row, stop)
+        if self.largest is None or scheme.block[0]:
+            into = band.row // (scheme.block[0] or told.shape[-2])
+            self.scales[into : into + len(found.scales)] = found.scales
+            self.zeros[into : into + len(found.zeros)] = found.zeros
+        return found.error
+
 
 @dataclass(frozen=True, slots=True)
 class Band:
@@ -89,6 +105,41 @@ class Job:
     start: int
     stop: int
     bands: tuple[Band, ...]
+
+
+class _Out:
+    """A job's values on their way to `end`, from offset `at` of a tensor on: made in its memory where it has
+    room, else in `staging`, from which whole leaves are put."""
+
+    def __init__(self, end: End, tensor: int, at: int, staging: Bytes) -> None:
+        self.end, self.tensor, self.at, self.staging = end, tensor, at, staging
+        self.staged = True  # whether what is made next lies in staging
+        self.filled = 0  # bytes of staging that were made and not put yet
+
+    def room(self, nbytes: int) -> Bytes:
+        """Where the next `nbytes` are to be made; then `take` them."""
+        there = self.end.room(self.tensor, self.at, nbytes)
+        self.staged = there is None
+        return self.staging[self.filled : self.filled + nbytes] if there is None else there
+
+    def take(self, nbytes: int) -> None:
+        """They are made."""
+        if not self.staged:
+            self.at += nbytes
+            return
+        self.filled += nbytes
+        if leaves := self.filled // LEAF * LEAF:
+            self._put(leaves)
+
+    def close(self) -> None:
+        """Put what is left."""
+        if self.filled:
+            self._put(self.filled)
+
+    def _put(self, nbytes: int) -> None:
+        self.end.put(self.tensor, self.at, memoryview(self.staging.data)[:nbytes])
+        self.at, self.filled = self.at + nbytes, self.filled - nbytes
+        self.staging[: self.filled] = self.staging[nbytes : nbytes + self.filled].copy()
 
 
 class Dense:
@@ -185,39 +236,18 @@ class Quantising:
     def worker(self, lane: Lane, end: End) -> Callable[[Job], None]:
         """A worker with staging of its own for dense rows and for values."""
         dense, values = fresh(self.dense), fresh(self.values)
-        whole = memoryview(values.data)
 
         def run(job: Job) -> None:
-            tensor, at, filled, error = job.tensor, job.start, 0, Error()
-            told = tensor.told
-            _, columns = flat(told.shape)
+            tensor, error = job.tensor, Error()
+            _, columns = flat(tensor.told.shape)
+            out = _Out(end, tensor.number, job.start, values)
             for band in job.bands:
                 n = band.count * columns
-                there = band.dense(lane, dense, n * told.dtype.itemsize)
-                size = n * told.scheme.bits // 8
-                room = end.room(tensor.number, at, size)
-                out = values[filled : filled + size] if room is None else room
-                stop = band.row + band.count
-                given = None if tensor.largest is None else tensor.largest[band.row : stop]
-                pitch = (band.pitch or band.count * told.dtype.itemsize) if told.scheme.turned else 0
-                found = quantise(there, told.dtype, band.count, columns, told.scheme, given, out, pitch=pitch)
-                if found is None:
-                    raise not_finite(told.name, band.row, band.row + band.count)
-                if tensor.largest is None or told.scheme.block[0]:
-                    into = band.row // (told.scheme.block[0] or told.shape[-2])
-                    tensor.scales[into : into + len(found.scales)] = found.scales
-                    tensor.zeros[into : into + len(found.zeros)] = found.zeros
-                error += found.error
-                if room is not None:
-                    at += size
-                    continue
-                filled += size
-                if whole_leaves := filled // LEAF * LEAF:
-                    end.put(tensor.number, at, whole[:whole_leaves])
-                    at, filled = at + whole_leaves, filled - whole_leaves
-                    values[:filled] = values[whole_leaves : whole_leaves + filled].copy()
-            if filled:
-                end.put(tensor.number, at, whole[:filled])
+                size = n * tensor.told.scheme.bits // 8
+                rows = band.dense(lane, dense, n * tensor.told.dtype.itemsize)
+                error += tensor.quantise(band, rows, out.room(size))
+                out.take(size)
+            out.close()
             with tensor.lock:
                 tensor.jobs -= 1
                 tensor.error += error

@@ -156,23 +156,20 @@ def _from_masters(
     extents = Extents(opening.extents)
     found = parts(state, where)
     entries = _beside_masters(found, opening, [state, *states[1:]], models, extents, at_stage_3)
-    masters: dict[str, Entry] = {}
-    for placed in layout:
-        masters |= placed.entries(extents)
+    masters = {n: e for placed in layout for n, e in placed.entries(extents).items()}
     if not options.exclude_frozen:
         entries |= {n: e.entry(extents, "frozen") for n, e in experts.items() if n not in masters}
+    weights, notes = masters, []
     if options.weights == "module" or experts:  # which expert is whose is worked out: its copy must agree
         of_all = options.weights == "module"
         copies = _copies(layout, state, models[0], experts, extents, where, of_all=of_all)
         check_copy(_one_axis(copies), _one_axis(masters), where)
-        if of_all:
-            masters = copies
-    notes: list[str] = []
-    if not at_stage_3 and not experts and options.weights != "module":
+        weights = copies if of_all else masters
+    elif not at_stage_3:
         names = [n for n in sampled(shapes, alignment, world) if comparable(state.module.get(n))]
         copies = _module_entries(names, state, models[0], extents, "parameter")
         notes = check_order(layout, extents, _one_axis(copies), paths)
-    entries |= masters
+    entries |= weights
     return _assembled(
         path, opening, state, entries, extents, found,
         facts={
@@ -185,7 +182,7 @@ def _from_masters(
             **({"experts": list(state.experts)} if state.experts else {}),
             **({"notes": [*notes]} if notes else {}),
         },
-        unread=[f"optimizer moments of {world} ranks", *_other_copy(options, len(masters), at_stage_3)],
+        unread=[f"optimizer moments of {world} ranks", *_other_copy(options, len(weights), at_stage_3)],
         layout=[
             *(a.tobytes() for f in flats for a in (f.extent, f.offset, f.length)),
             *(a.tobytes() for placed in layout for a in (placed.numel, placed.start)),
@@ -273,11 +270,9 @@ def _from_module(path: str, opening: Opening, model: Opened, state: ModelState) 
     entries |= _module_entries(names, state, model, extents, "parameter")
     entries |= {name: e.entry(extents, "parameter") for name, e in experts.items()}
     asked = opening.options.weights == "module"
-    why = (
-        "ZeRO was off: its masters carry no names"
-        if off
-        else "there are no optimizer files to compare it with"
-    )
+    why = "ZeRO was off: its masters carry no names"
+    if not off:
+        why = "there are no optimizer files to compare it with"
     return _assembled(
         path, opening, state, entries, extents, found,
         facts={

@@ -1,6 +1,7 @@
-"""What a ZeRO rank's pickled trees say, taken out of them once and checked.
+"""What a ZeRO rank's pickled trees say, taken out of them and checked once.
 
-Law: nothing here knows files or views; a key that is missing or of another kind is a SourceError naming it.
+Law: nothing here knows files or views; a key that is missing or has a value of another kind is a SourceError
+that names it.
 Keys as DeepSpeed's `engine._save_checkpoint`, `stage_1_and_2.state_dict`, `stage3._rigid_state_dict` and
 `bf16_optimizer.state_dict` write them.
 """
@@ -197,7 +198,7 @@ def _step(moments: object) -> Tensor | int | None:
 
 
 def _held(value: object) -> tuple[Mapping[object, object], ...] | None:
-    """Nothing but the names is used of `param_slice_mappings`."""
+    """`param_slice_mappings`, of which only the names are used."""
     if not isinstance(value, list) or not all(isinstance(group, dict) for group in value):
         return None
     return tuple(value)
