@@ -148,7 +148,8 @@ if __name__ == "__main__":
     )
     {"save": ranks_save, "other": ranks_other}[sys.argv[1]](sys.argv[2])
     torch.distributed.destroy_process_group()
-    # destroy_process_group leaves a group alive that torch's own caches hold (DTensor's). A thread of it frees
-    # the last collective's tensors, which takes the GIL: Python that ends meanwhile aborts it. All is written.
+    # destroy_process_group leaves a group alive that torch's own caches hold (DTensor's). A thread of it
+    # frees the last collective's tensors, which takes the GIL: Python that ends meanwhile aborts it. All is
+    # written.
     sys.stdout.flush()
     os._exit(0)

@@ -29,7 +29,7 @@ class Share:
         return range(first, first + each + (self.ep_rank < more))
 
 
-def expert_share(layout: str, placement: Placement, sizes: Sizes, instead: str) -> Share:
+def expert_share(layout: str, placement: Placement, sizes: Sizes, instead: str = "") -> Share:
     """The rank's share: all tp * dp ranks cut every expert's width, or, with ep = tp * dp, hold some whole.
 
     Raises LayoutError for another ep, fewer experts than parts, or a width that does not divide; `instead`:
