@@ -25,10 +25,10 @@ struct Tables {
     uint32_t byte[8][256] = {};  // slicing by 8
     uint32_t power[32] = {};     // x^(2^n) mod P
 
-    // x^n mod P
-    constexpr uint32_t at(uint64_t n) const {
+    // x^(n 2^k) mod P
+    constexpr uint32_t at(uint64_t n, int k = 0) const {
         uint32_t out = 1u << 31;
-        for (int k = 0; n != 0; n >>= 1, ++k)
+        for (; n != 0; n >>= 1, ++k)
             if (n & 1) out = multiply(power[k & 31], out);
         return out;
     }
@@ -166,10 +166,7 @@ uint32_t crc32(const void* data, size_t n, uint32_t value) {
 }
 
 uint32_t crc32_combine(uint32_t a, uint32_t b, uint64_t nbytes_b) {
-    uint32_t shift = 1u << 31;  // x^0
-    for (int k = 3; nbytes_b != 0; nbytes_b >>= 1, ++k)
-        if (nbytes_b & 1) shift = Tables::multiply(TABLES.power[k & 31], shift);
-    return Tables::multiply(shift, a) ^ b;
+    return Tables::multiply(TABLES.at(nbytes_b, 3), a) ^ b;  // 8 bits a byte
 }
 
 }  // namespace fastckpt

@@ -15,7 +15,18 @@ ROOT = Path(next(iter(fastckpt.__path__)))
 CORE = ("errors", "dtypes", "extents", "views", "stored", "checkpoint", "placement", "target")
 PLAIN = (*CORE, "model")
 TABLE = ("copies", "axes", "compiling", "binding", "batches")
-FILES = ("syscalls", "endings", "files", "torchzip", "manifest", "filesystem", "whole", "part", "writer")
+FILES = (
+    "syscalls",
+    "endings",
+    "files",
+    "pickling",
+    "torchzip",
+    "manifest",
+    "filesystem",
+    "whole",
+    "part",
+    "writer",
+)
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
@@ -57,7 +68,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "syscalls": CORE,
     "endings": (),
     "files": CORE,
-    "torchzip": (*CORE, "digest", "files"),
+    "pickling": (*CORE, "files"),
+    "torchzip": (*CORE, "digest", "files", "pickling"),
     "manifest": (*CORE, "digest", "files"),
     "filesystem": CORE,
     "whole": (*CORE, "digest", "syscalls", "manifest", "filesystem"),
@@ -105,6 +117,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "quantplan",
         "prequantised",
         "files",
+        "pickling",
         "torchzip",
     ),
     "pipeline": CORE,

@@ -274,6 +274,24 @@ def test_load_into_a_module(tmp_path, meta, dtype):
     assert torch.equal(other.up.weight.detach(), truth["up.weight"])
 
 
+def test_a_module_of_one_rank_is_filled(tmp_path):
+    """Cut by patterns, over two threads in bounded memory, told as it goes."""
+    weight, bias = torch.randn(6, 4), torch.randn(3)
+    torch.save({"a.weight": weight, "b.bias": bias}, tmp_path / "x.pt")
+    module = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 3, bias=False), "b": torch.nn.Linear(1, 3)})
+    del module["b"].weight
+    told = []
+    fastckpt.load_into(
+        module, tmp_path / "x.pt", tp=2, rank=1, layout="hf",
+        tp_plan={"a.weight": "colwise", "*": "replicate"}, threads=2,
+        memory="80MiB", progress=lambda *step: told.append(step),
+    )  # fmt: skip
+    assert torch.equal(module["a"].weight, weight[3:]) and torch.equal(module["b"].bias, bias)
+    assert told[-1] == (60, 60, "copy")
+    with pytest.raises(LayoutError, match=r"which of the 2 ranks"):
+        fastckpt.load_into(module, tmp_path / "x.pt", tp=2)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("meta", [False, True])
 def test_a_name_tied_in_the_checkpoint_alone_is_filled_too(tmp_path, meta, strict):

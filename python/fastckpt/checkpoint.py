@@ -1,7 +1,7 @@
-"""What a source returns: names and the views behind them, and what else the directory says.
+"""What a source returns: names, the views behind them, and what else the directory says.
 
-Law: opening reads headers only. A view is built when its name is asked for and can be dropped again,
-so that a checkpoint of a thousand ranks costs its headers, not its fragments.
+Law: opening reads headers only. A view is built when its name is asked for, and can be dropped again, so that
+a checkpoint of a thousand ranks costs its headers, not its fragments.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class _Cast:
 
 
 class Cast(Mapping[str, Entry]):
-    """Entries of which every float is cast to `dtype` on the way; integers and bools stay."""
+    """Entries whose floats are cast to `dtype` when their views are built; integers and bools stay."""
 
     __slots__ = ("_dtype", "_stored")
 
@@ -97,15 +97,14 @@ class Cast(Mapping[str, Entry]):
 class Checkpoint:
     """A checkpoint of any format, opened.
 
-    `path`: what was opened. `format`: the source's name. `entries`: name -> Entry, in the format's own
-    order, tied names left out. `aliases`: tied name -> the name that holds its bytes. `extents`: the
-    table every view indexes. `files`: what was opened for headers or is needed for data. `config`: the
-    model's config.json where one lies beside, else None. `beside`: config and tokenizer files that go
-    with the weights. `facts`: tag, step, stage, world and the like, for people. `unread`: what was left
-    unread and why. `inert`: pickle globals that were kept as inert records. `structure`: hex digest of
-    everything that shapes the views (names, shapes, dtypes, partition and storage sizes, tensor offsets
-    and strides) but not of where in its file a storage lies. `headers`: hex digest of the headers and
-    pickles themselves."""
+    `path`: what was opened. `format`: the source's name. `entries`: name -> Entry, in the format's own order,
+    without tied names. `aliases`: tied name -> the name that holds its bytes. `extents`: the table that every
+    view refers to. `files`: those opened for their headers or needed for data. `config`: the model's
+    config.json where there is one beside, else None. `beside`: config and tokenizer files that go with the
+    weights. `facts`: tag, step, stage, world and the like, for people. `unread`: what was not read, and why.
+    `inert`: pickle globals that were kept as inert records. `structure`: hex digest of everything that shapes
+    the views (names, shapes, dtypes, partition and storage sizes, tensor offsets and strides), but not of
+    where a storage lies in its file. `headers`: hex digest of the headers and pickles themselves."""
 
     path: str
     format: str

@@ -30,8 +30,8 @@ from .placement import Placement
 
 if TYPE_CHECKING:
     from .checkpoint import JSON, Checkpoint
+    from .doors.losses import Loss
     from .planning.plans import Plan
-    from .quantisation.losses import Loss
     from .running.runs import Report
     from .verification import VerifyReport
 
@@ -102,8 +102,9 @@ def _prepare() -> None:
 
 
 def _ending(error: BaseException) -> int | None:
-    """The exit code of the signal in whose wake an error was raised, if there was one: a second signal takes
-    locks of the standard library out of their owner's hands, and they raise RuntimeError in its place."""
+    """The exit code of the signal that an error goes back to, None where there was none.
+
+    A second signal, while the first is seen to, can make locks of the standard library raise RuntimeError."""
     before = error.__context__
     while before is not None:
         if isinstance(before, KeyboardInterrupt):
@@ -145,7 +146,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _plot(path: str, found: Sequence[Loss]) -> None:
-    from .quantisation.losses import picture
+    from .doors.losses import picture
 
     if not path.endswith(".png"):
         raise FastckptError(f"--plot {path}: wanted a name that ends with .png")

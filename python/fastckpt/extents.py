@@ -53,8 +53,8 @@ def exists(path: str | os.PathLike[str]) -> bool:
 
 
 def is_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a regular file stands there. os.path says no where the disk fails, and something else would be
-    read instead; here that is a SourceError."""
+    """Whether a regular file stands there. Raises SourceError where the disk fails; os.path would say no, and
+    something else would be read instead."""
     return stat.S_ISREG(_mode(path))
 
 
@@ -121,7 +121,7 @@ def fill(into: bytearray | memoryview, fd: int, offset: int) -> None:
 
 
 def let_go(fd: int) -> None:
-    """Close what was only read, or held for its lock: nothing is lost where the system complains."""
+    """Close a descriptor that was only read, or held for its lock: an error loses nothing."""
     with suppress(OSError):
         os.close(fd)
 
@@ -149,8 +149,8 @@ LINE = 64
 
 
 def fresh(nbytes: int) -> NDArray[np.uint8]:
-    """Memory to be filled again and again; it begins with a cache line, as numpy's own need not: a vector
-    that straddles two is slow to store."""
+    """Uninitialised memory that begins on a cache line, as numpy's need not: storing a vector that straddles
+    two lines is slow."""
     held = np.empty(nbytes + LINE, np.uint8)
     start = -held.ctypes.data % LINE
     return held[start : start + nbytes]
@@ -158,7 +158,7 @@ def fresh(nbytes: int) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Constant(Buffer):
-    """A buffer whose bytes a plan brings itself; those of equal bytes are one, as often as they are made."""
+    """A buffer whose bytes the plan itself carries; two with equal bytes are equal."""
 
     content: bytes = b""
 

@@ -156,8 +156,8 @@ def _in_axes(
 ) -> Iterator[tuple[int, int, list[Axis]]]:
     """The piece as boxes of `grouping`: (start, offset, axes), where each axis runs along one of its axes.
 
-    A run that goes past the end of an axis is cut into the rest of the first row, whole rows, and the begin
-    of the last; an axis that steps otherwise into its elements."""
+    A run that goes past the end of an axis is cut in three: the rest of the first row, whole rows, and the
+    beginning of the last. An axis whose step is none of `grouping`'s is cut into single elements."""
     steps = dense_strides(grouping)
     for i, (n, s, t) in enumerate(axes):
         others = [*axes[:i], *axes[i + 1 :]]

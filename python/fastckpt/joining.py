@@ -67,8 +67,8 @@ def open(
 
 
 def told(ckpt: Checkpoint, world: int, layout: str) -> dict[str, JSON]:
-    """What a record must tell of the tensors an output was cut from; nothing where they are in it as they
-    were. Raises nothing."""
+    """What a record must keep of the tensors an output was cut from, so that it can be joined again; nothing
+    where the output holds them whole, under their own names."""
     if layout == "same" or (layout == "hf" and world == 1):
         return {}
     tensors: dict[str, JSON] = {n: [e.dtype.name, list(e.shape)] for n, e in ckpt.entries.items()}
@@ -77,13 +77,12 @@ def told(ckpt: Checkpoint, world: int, layout: str) -> dict[str, JSON]:
 
 @paused()
 def whole(ckpt: Checkpoint, recipe: str | None = None) -> Checkpoint:
-    """The model that an opened output's shards were cut from; any other checkpoint as it is. `recipe` as in
-    `open`; a recipe that was asked for by name is told in the facts, and so are sizes that had been padded:
-    the config says those of before again.
+    """The model that an opened output's shards were cut from; any other checkpoint as it is.
 
-    Names, shapes and tied names are those of the checkpoint it was cut from, dtypes those that were served;
-    what the recipe left out is in `unread`. Raises SourceError where the record does not tell enough, or the
-    shards do not hold every element."""
+    `recipe` as in `open`. The facts name a recipe that was asked for, and sizes that had been padded, which
+    the config gives as they were before. Names, shapes and tied names are those of the checkpoint it was cut
+    from, dtypes those that were served; what the recipe left out is in `unread`. Raises SourceError where the
+    record does not tell enough, or the shards do not hold every element."""
     if ckpt.format != SHARDS:
         return ckpt
     manifest = Manifest.read(ckpt.path)

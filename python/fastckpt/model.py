@@ -1,10 +1,11 @@
-"""The typed tree of roles between recipes and layouts: what a tensor is for, whatever it was called.
+"""The typed tree of roles between recipes and layouts: what each tensor is for, whatever it was called.
 
-A recipe makes a Model out of a checkpoint, a layout makes targets out of a Model; neither knows the other.
+A recipe makes a Model from a checkpoint, a layout makes targets from a Model; neither knows the other. "The
+hub" is the form in which transformers saves a model.
 
-Law: a view of a role is in the mathematics' own form (a Linear's weight is [out, in], q, k and v are apart,
-gate and up are apart, experts are apart). How the hub stores it is kept beside it (`name`, `transposed`,
-`fused`, ...), so that the `hf` layout can write it back. Layers are built when asked for and can be dropped.
+Law: the view of a role has the form of the mathematics: a Linear's weight is [out, in], and q, k and v, gate
+and up, and experts are apart. How the hub stores them is kept beside (`name`, `transposed`, `fused`, ...), so
+that layout `hf` can write it back. Layers are built when they are asked for, and can be dropped.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Role = TypeVar("Role")
 
 
 class Lazy(Generic[Role]):
-    """Roles in order, each built when it is first asked for, then kept."""
+    """Roles in order; each is built when it is first asked for, then kept."""
 
     __slots__ = ("_builds", "_built")
 
@@ -41,11 +42,12 @@ class Lazy(Generic[Role]):
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """A tensor that a quantised matrix cannot be read without: scales, zeros, the scale of its input, ...
+    """A tensor without which a quantised matrix cannot be read: its scales, zero points, the scale of its
+    inputs, ...
 
-    `leaf`: the hub's name for it below the matrix's module; `view` [ceil(outputs / unit[0]), ceil(inputs /
-    unit[1])]: one element for so many outputs and inputs, 0 standing for all of them; `form`: how the hub has
-    it, as here, [in, out], a vector or a scalar."""
+    `leaf`: the hub's name for it below the matrix's module. `unit`: how many outputs and inputs share one of
+    its elements (0: all of them). `view`: [ceil(outputs / unit[0]), ceil(inputs / unit[1])]. `form`: how the
+    hub stores it: like the view, [in, out], as a vector or as a scalar."""
 
     leaf: str
     view: View
@@ -58,9 +60,9 @@ class Linear:
     """One matrix and its bias. `name`: the hub's module; `weight` [out, in]; `bias` [out] or None;
     `transposed`: the hub stores [in, out] (GPT-2's Conv1D); `bias_name`: the hub's, where not `name`.bias.
 
-    Of a quantised matrix: `beside` what it is read with; `leaf` the hub's name for the matrix below its
-    module; `packed` how many outputs and inputs one element holds, as `weight` [out / packed[0], in /
-    packed[1]] does; `whole`: the outputs and inputs of what the hub stores, where it keeps them beside it
+    Of a quantised matrix: `beside`, the tensors it is read with; `leaf`, the hub's name for the matrix below
+    its module; `packed`, how many outputs and inputs one element holds, so that `weight` is [out / packed[0],
+    in / packed[1]]; `whole`, (outputs, inputs) of the uncut matrix, where the hub keeps a tensor of them
     (compressed-tensors' weight_shape)."""
 
     name: str
@@ -75,19 +77,19 @@ class Linear:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(outputs, inputs), whatever one element holds."""
+        """(outputs, inputs) in values, however many an element holds."""
         rows, columns = self.weight.shape
         return rows * self.packed[0], columns * self.packed[1]
 
     def part(self, leaf: str) -> Beside | None:
-        """What stands beside the matrix under that name."""
+        """The tensor of that name beside the matrix, None where there is none."""
         return next((b for b in self.beside if b.leaf == leaf), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Thin:
-    """What an adapter adds to a matrix, kept apart: `b` @ `a`, of `a` [rank, in] and `b` [out, rank], the
-    latter times the adapter's scale already. `module`: the hub's that was adapted."""
+    """What an adapter that is kept apart adds to a matrix: `b` @ `a`, of `a` [rank, in] and `b` [out, rank],
+    which is multiplied by the adapter's scale already. `module`: the hub's module that was adapted."""
 
     module: str
     a: View
@@ -115,7 +117,7 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One tensor that is no matrix, norm or table, by its full name in the hub."""
+    """A tensor that is no matrix, norm or table, under its full name in the hub."""
 
     name: str
     view: View
@@ -126,13 +128,13 @@ class Attention:
     """Multi-head attention: `q` [heads * head_dim, hidden], `k` and `v` [kv_heads * head_dim, hidden],
     `o` [hidden, heads * head_dim]; query head h reads kv head h // (heads // kv_heads).
 
-    `gate` [heads * head_dim, hidden]: what a head gives to `o` is multiplied by the sigmoid of this
-    (Qwen3-Next); the hub stores it with `q`, under whose name it is, head by head [q; gate].
-    `q_norm`, `k_norm`: per-head norms [head_dim]. `sinks`: one logit a query head [heads]; `relative`: the
-    logits of relative positions [buckets, heads] (T5). `fused`: the hub's
-    module that stores q, k and v as one (they then carry its name), None where the hub stores them apart;
-    `grouped`: it holds for each kv head its query heads, itself and its value head (with as many kv heads as
-    query heads that is q, k, v head by head), else all of q, then all of k, then all of v."""
+    `gate` [heads * head_dim, hidden]: a head's output is multiplied by the sigmoid of this before `o`
+    (Qwen3-Next); the hub stores it under q's name, head by head [q; gate]. `q_norm`, `k_norm`: per-head norms
+    [head_dim]. `sinks`: one logit for each query head [heads]. `relative`: the logits of relative positions
+    [buckets, heads] (T5). `fused`: the hub's module that stores q, k and v as one matrix (they then carry its
+    name), None where the hub stores them apart. `grouped`: that matrix holds, for each kv head, its query
+    heads, itself and its value head (with as many kv heads as query heads that is q, k, v head by head);
+    else all of q, then all of k, then all of v."""
 
     q: Linear
     k: Linear
@@ -168,8 +170,8 @@ class Mla:
 class Mlp:
     """A feed-forward block: `gate` (or None) and `up` [width, hidden], `down` [hidden, width].
 
-    `fused`: the hub's module that stores [gate; up] as one (both then carry its name); `up_first`: it stores
-    [up; gate]."""
+    `fused`: the hub's module that stores [gate; up] as one matrix (both then carry its name); `up_first`: it
+    stores [up; gate]."""
 
     gate: Linear | None
     up: Linear
@@ -180,9 +182,9 @@ class Mlp:
 
 @dataclass(frozen=True, slots=True)
 class Stacks:
-    """All experts of a layer as the hub stores them where it stores none on its own (gpt-oss): `gate_up`
-    [experts, hidden, 2 * width] with gate and up in turn, `down` [experts, width, hidden], and their biases
-    [experts, 2 * width] and [experts, hidden]."""
+    """All experts of a layer in one tensor each, where the hub stores no expert on its own (gpt-oss):
+    `gate_up` [experts, hidden, 2 * width] with gate and up in turn, `down` [experts, width, hidden], and
+    their biases [experts, 2 * width] and [experts, hidden]."""
 
     gate_up: Parameter
     gate_up_bias: Parameter
@@ -192,7 +194,7 @@ class Stacks:
 
 @dataclass(frozen=True, slots=True)
 class BlockStacks:
-    """Stacks in mxfp4: 16 bytes for 32 values of neighbouring inputs, and a byte of exponent for them.
+    """Stacks in mxfp4: 32 values of neighbouring inputs are 16 bytes, and share a byte of exponent.
 
     `gate_up` [experts, 2 * width, hidden / 32, 16] with gate and up in turn, `down` [experts, hidden,
     width / 32, 16]; `gate_up_scales` and `down_scales` without the last axis; biases as in Stacks."""
@@ -207,11 +209,12 @@ class BlockStacks:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """A mixture of experts: `router` [experts, hidden] and one gated Mlp an expert, all of one shape.
+    """A mixture of experts: `router` [experts, hidden] and one gated Mlp for each expert, all of one shape.
 
-    `name`: the hub's module that holds the experts. `correction`: what the router adds to an expert's score
-    when it selects [experts], never rounded. `shared`: a block every token passes, weighed by `shared_gate`
-    [1, hidden] where there is one. `stacks`: the same experts as one, where the hub has them so."""
+    `name`: the hub's module that holds the experts. `correction`: what is added to the experts' scores when
+    the router selects [experts]; never rounded. `shared`: a block that every token passes, weighed by
+    `shared_gate` [1, hidden] where there is one. `stacks`: the same experts as stacks, where the hub stores
+    them so."""
 
     name: str
     router: Linear
@@ -224,8 +227,8 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class VisionExpert:
-    """The matrices that image tokens pass in place of a layer's own, shaped alike; all tokens attend to one
-    another (CogVLM)."""
+    """The matrices that image tokens pass in place of a layer's own, of the same shapes; all tokens attend to
+    one another (CogVLM)."""
 
     attention: Attention
     mlp: Mlp
@@ -235,10 +238,10 @@ class VisionExpert:
 class Layer:
     """One layer. `name`: the hub's module.
 
-    The norms stand before attention and the feed-forward block; `attention_after` and `mlp_after` after them,
-    before the sum (Gemma 2, GLM-4) or after it (BERT). Where both read one norm (Falcon), `mlp_norm` is None.
-    `cross`, `cross_norm`: attention to an encoder's output, between the two. `vision`: what image tokens
-    pass."""
+    `attention_norm` and `mlp_norm` come before attention and the feed-forward block (`mlp_norm` is None where
+    both read one norm, as in Falcon); `attention_after` and `mlp_after` after them, before the sum (Gemma 2,
+    GLM-4) or after it (BERT). `cross`, `cross_norm`: attention to an encoder's output, between the two.
+    `vision`: what image tokens pass."""
 
     name: str
     attention_norm: Norm | None
@@ -253,9 +256,9 @@ class Layer:
 
 
 class Layers:
-    """The decoder layers, first to last, each built when it is asked for.
+    """Layers, first to last, each built when it is asked for.
 
-    The last one built is kept, since all ranks of a run ask for the same layer in turn."""
+    Only the last one built is kept: all ranks of a run ask for the same layer before the next."""
 
     __slots__ = ("_builds", "_last")
 
@@ -277,14 +280,14 @@ class Layers:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What a layout cuts, known before any view is built.
+    """The sizes that layouts cut, known before any view is built.
 
-    `widths`: config key -> feed-forward width, one for each kind of block the model has; `experts`: how many
-    a layer has at most, and `expert_width` the key of their width, `shared_width` that of shared ones;
-    `fused_qkv`: the hub stores q, k and v as one. With latent attention `kv_heads` is `heads` and `head_dim`
-    a value head's. `block`: so many neighbouring outputs or inputs of a quantised matrix share a scale.
-    `head_keys`: config's keys for `heads`, `kv_heads` and `head_dim` ("": said otherwise), None where those
-    three cannot be said apart; `vocab_key`: that for `vocab`."""
+    `widths`: config key -> feed-forward width, for each kind of block in the model. `experts`: how many a
+    layer has at most; `expert_width`, `shared_width`: the keys in `widths` of their width and of shared
+    experts'. `fused_qkv`: the hub stores q, k and v as one matrix. With latent attention, `kv_heads` is
+    `heads` and `head_dim` is a value head's. `block`: how many neighbouring outputs or inputs of a quantised
+    matrix share a scale. `head_keys`: config's keys for `heads`, `kv_heads` and `head_dim` ("": it has none),
+    None where the config cannot give the three separately. `vocab_key`: its key for `vocab`."""
 
     hidden: int
     vocab: int
@@ -303,11 +306,11 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class HubCuts:
-    """Where transformers' own tensor-parallel plan of a family cuts less than heads, widths and vocabulary.
+    """Where transformers' own tensor-parallel plan for a family cuts less than heads, widths and vocabulary.
 
     `whole`: what every rank holds whole: "embedding", "attention", "experts", "shared" (experts), and the
-    keys of Sizes.widths that go with them; `rows`: what the hub fuses is cut as one run of rows, whatever
-    they are, and gathered in use."""
+    keys of Sizes.widths that go with them. `rows`: a fused matrix is cut as one run of rows, regardless of
+    what they are, and its output is gathered."""
 
     whole: frozenset[str] = frozenset()
     rows: bool = False
@@ -324,9 +327,9 @@ class Encoder:
 
 @dataclass(frozen=True, slots=True)
 class Yarn:
-    """How YaRN stretches rotary positions: the context is `factor` times the `original` one. `beta_fast`,
-    `beta_slow`: turns within it beyond and below which nothing and everything is stretched; `mscale`,
-    `mscale_all_dim`: how attention is scaled."""
+    """How YaRN stretches rotary positions: the context is `factor` times the `original` one. Frequencies that
+    turn more than `beta_fast` times within the original context are not stretched, those that turn less than
+    `beta_slow` times are stretched fully. `mscale`, `mscale_all_dim`: how attention is scaled."""
 
     factor: float
     original: int
@@ -364,13 +367,13 @@ class Prediction:
 class Model:
     """A model by roles; a decoder unless its family says otherwise.
 
-    `lm_head` is there also when it is `tied` to the embedding, with the embedding's view; a model without one
-    names the embedding itself. `positions`: a learned position table. `embedding_norm`: a norm of the
-    embedded tokens. `carried`: tensors that no server cuts. `ignored`: the names of the checkpoint that the
+    `lm_head`: where it is `tied` to the embedding it has the embedding's view; of a model without one it is
+    the embedding itself, name and all. `positions`: a learned position table. `embedding_norm`: a norm of the
+    embedded tokens. `carried`: tensors that no server cuts. `ignored`: names in the checkpoint that the
     recipe knows and leaves out. `parallel`: attention and the feed-forward block of a layer read the same
-    input, side by side. `alibi`: attention is biased by ALiBi's slopes, which are no tensors of the hub.
-    `rope`: the rotary positions of latent attention. `quant_method`: the hub's word for how matrices are
-    quantised (compressed-tensors' packed integers are "pack-quantized"), "" where none is."""
+    input. `alibi`: attention is biased by ALiBi's slopes, which the hub does not store. `rope`: the rotary
+    positions of latent attention. `quant_method`: the hub's word for how matrices are quantised
+    ("pack-quantized" for compressed-tensors' packed integers), "" where none is."""
 
     family: str
     sizes: Sizes

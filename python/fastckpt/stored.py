@@ -1,4 +1,4 @@
-"""Views of what is stored: one strided run, many runs one after another, boxes, a constant of a plan's own.
+"""Views of what is stored: one strided run, many runs one after another, boxes, or a plan's own constant.
 
 Law: a view that is made here lies inside its extents.
 """
@@ -59,9 +59,10 @@ def runs(extents: Extents, dtype: DType, extent: Rows, offset: Rows, length: Row
 def runs_of_many(
     extents: Extents, dtype: DType, extent: Rows, offset: Rows, length: Rows, counts: Rows
 ) -> tuple[Rows, list[int]]:
-    """The fragments of many one-axis views, each the concatenation of the next `counts[i]` runs (see `runs`).
+    """The fragments of many one-axis views at once; view i is the concatenation of the next `counts[i]` runs
+    (see `runs`).
 
-    Returns the rows of all and their borders: view i has the rows [borders[i], borders[i + 1])."""
+    Returns the rows of all views and their borders: view i has the rows [borders[i], borders[i + 1])."""
     view = np.repeat(np.arange(len(counts)), counts)
     keep = length > 0
     if not keep.all():
@@ -86,7 +87,7 @@ def runs_of_many(
 def boxes(
     extents: Extents, dtype: DType, shape: tuple[int, ...], rows: Rows | Sequence[Sequence[int]]
 ) -> View:
-    """The view whose fragments are `rows` (see `views`), which tile it; of no elements it has none."""
+    """The view whose fragments are `rows` (see `views`), which must tile it."""
     if 0 in shape:
         return zeros(shape, dtype)
     return View(shape, dtype, extents, np.asarray(rows, np.int64).reshape(len(rows), -1))
@@ -118,7 +119,7 @@ def check_tiles(shape: Sequence[int], boxes: Sequence[tuple[Sequence[int], Seque
 
 
 def constant(values: NDArray[np.generic], dtype: DType) -> View:
-    """A view over a buffer of its own whose bytes travel in the plan: slopes, ones, scalar scales.
+    """A view of bytes that the plan itself carries: slopes, ones, scalar scales.
 
     `values`' bytes must be those of `dtype` (a bfloat16 constant is given as uint16)."""
     data = np.asarray(values)

@@ -15,10 +15,10 @@ from .views import View
 class Target:
     """One output tensor: its name in the shard, the view it is made from, and its final shape.
 
-    `shape` may group the view's elements otherwise (same numel: the output is dense, so regrouping is
-    free); the default is the view's own. `view.dtype` is the output dtype, unless a `scheme` quantises the
-    dense tensor on the way: then `dtype` and `stored_shape` are the scheme's. `also`: views of the same
-    elements where `view` is made when it is read; the way back goes through them."""
+    `shape` may group the view's elements differently (the output is dense, so that costs nothing); by default
+    it is the view's own. The output has `view.dtype`, unless a `scheme` quantises the dense tensor on the
+    way: then `dtype` and `stored_shape` are the scheme's. `also`: where `view` is computed when it is read,
+    views of the stored elements it is computed from, by which `joining` finds its way back."""
 
     name: str
     view: View

@@ -42,9 +42,8 @@ _NEW = -1  # among the axes to pick: one that the result adds
 class View:
     """A tensor of `shape` and `dtype` whose elements lie in `extents` as `rows` say (module docstring).
 
-    `held` are the fragments as they were last cut, in boxes of `grouping`, a shape of as many elements
-    (None: of `shape`): a reshape waits until an op needs the new axes, since what is only copied dense
-    needs none."""
+    `held`: the fragments as they were last cut, in boxes of `grouping`, a shape of as many elements (None: in
+    boxes of `shape`). So a reshape cuts nothing until an op needs the new axes; a dense copy never does."""
 
     shape: tuple[int, ...]
     dtype: DType
@@ -300,8 +299,8 @@ class View:
     def cast(self, dtype: DType) -> View:
         """The same values as `dtype`, rounded to nearest even.
 
-        A ViewError for pairs that no kernel converts (integers, bools) and for a second rounding:
-        a cast that followed a narrowing one could differ from the direct cast."""
+        A ViewError for pairs that no kernel converts (integers, bools), and for a second rounding, which
+        could give another value than the direct cast."""
         if dtype is self.dtype:
             return self
         held = self.held

@@ -81,5 +81,5 @@ def test_bad_values():
         view = finishes.requantised("fp8", ckpt["fp8"], ckpt["s"], [ckpt["s"], ckpt["none"]])
         with pytest.raises(SourceError, match=r"fp8: scales .* wanted all above 0"):
             elements(view)
-    with pytest.raises(ViewError, match="wanted elements of one dtype"):
+    with pytest.raises(ViewError, match="wanted stored elements, got zeros"):
         finishes.plus_one(zeros((2,), dtypes.float32))

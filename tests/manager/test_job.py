@@ -30,6 +30,21 @@ def test_groups_are_contexts() -> None:
     assert said == ["init", "epoch 3", "download", "exit", "inner"]
 
 
+def test_groups_are_given_at_once() -> None:
+    said: list[str] = []
+    job = Job(
+        init=[lambda c: said.append("init")],
+        epoch=[lambda c: said.append("epoch"), lambda c: said.append("more")],
+        download=[lambda c: said.append("download")],
+        exit=[lambda c: said.append("exit")],
+        stop_conditions=[lambda c: c.epoch >= 2],
+    )
+    for group in (job.init_group, job.epoch_group, job.download_group, job.exit_group):
+        group.run(job.context)
+    assert said == ["init", "epoch", "more", "download", "exit"]
+    assert [condition(Context(epoch=2)) for condition in job.stop_conditions] == [True]
+
+
 def test_outside_of_a_job() -> None:
     with pytest.raises(ManagerError, match="no job is entered"):
         Job.current()

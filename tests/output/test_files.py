@@ -15,7 +15,8 @@ import torch
 from fastckpt.dtypes import BY_NAME, DTYPES
 from fastckpt.errors import LayoutError, WriteError
 from fastckpt.output.files import FileLayout, Slot, Spec, parse_size, safetensors_layout, split
-from fastckpt.output.torchzip import Wrap, torch_layout
+from fastckpt.output.pickling import Wrap
+from fastckpt.output.torchzip import torch_layout
 from huggingface_hub import split_torch_state_dict_into_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st

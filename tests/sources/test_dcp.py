@@ -110,6 +110,15 @@ def test_where_the_model_is(tmp_path, key):
     assert sources.open(tmp_path / "b").structure != found.structure
 
 
+def test_the_first_of_accelerates_models(tmp_path):
+    for k in (0, 1):
+        folder = tmp_path / f"pytorch_model_fsdp_{k}"
+        dcp.save({"model": {"w": torch.full((2,), k)}}, checkpoint_id=folder, no_dist=True)
+    found = sources.open(tmp_path)
+    equal(found, {"w": torch.zeros(2, dtype=torch.int64)})
+    assert "pytorch_model_fsdp_1: another model" in found.unread
+
+
 def test_a_nested_state_dict_is_joined_with_dots(tmp_path):
     nested = {"model": {"enc": {"w": torch.ones(2)}, "w": torch.zeros(2)}}
     dcp.save(nested, checkpoint_id=tmp_path, no_dist=True)

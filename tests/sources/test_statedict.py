@@ -50,6 +50,16 @@ def test_a_directory(tmp_path):
     assert any(note.startswith("training_args.bin") for note in ckpt.unread)
 
 
+def test_what_accelerate_puts_beside_a_gathered_model(tmp_path):
+    torch.save(TENSORS, tmp_path / "pytorch_model_fsdp.bin")
+    beside = "training_args", "optimizer", "optimizer_1", "scheduler", "sampler_1", "dl_state_dict"
+    for name in beside:
+        torch.save({"state": {0: {"exp_avg": torch.ones(3)}}, "w": torch.ones(2)}, tmp_path / f"{name}.bin")
+    ckpt = sources.open(tmp_path)
+    same(ckpt, TENSORS)
+    assert sorted(ckpt.unread) == sorted(f"{name}.bin: not a part of the weights" for name in beside)
+
+
 def test_shards_with_an_index(tmp_path):
     placed = {}
     for k, (name, t) in enumerate(TENSORS.items()):
@@ -125,6 +135,12 @@ def test_no_tensors_at_all(tmp_path):
 def test_a_file_of_two_shards_missing(tmp_path):
     (tmp_path / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "pytorch_model-1.bin"}}')
     refuses(tmp_path, "pytorch_model-1.bin is missing")
+
+
+def test_an_index_of_nothing(tmp_path):
+    torch.save(TENSORS, tmp_path / "pytorch_model-00001-of-00001.bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text('{"weight_map": {}}')
+    refuses(tmp_path, "no weight_map, or an empty one")
 
 
 def test_an_index_that_leaves_out_a_file_of_its_set(tmp_path):

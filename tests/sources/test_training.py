@@ -131,6 +131,9 @@ NAMED = "net.0.weight"
         ("fastckpt.json", lambda r: of(r).update(file="rank-0/../../x"), "is no place of a tensor"),
         ("fastckpt.json", lambda r: of(r).update(file="elsewhere"), "is no place of a tensor"),
         ("fastckpt.json", lambda r: r.update(world=2), "is no whole training commit"),
+        ("fastckpt.json", lambda r: r.update(world=0, ranks=[]), "is no whole training commit"),
+        ("fastckpt.json", lambda r: r.update(ranks=[3]), "rank 0: wanted a JSON object"),
+        ("fastckpt.json", lambda r: r.update(source=None), "source: wanted a JSON object, got NoneType"),
     ],
 )
 def test_records_that_are_signed_and_wrong(

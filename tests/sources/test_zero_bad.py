@@ -159,6 +159,39 @@ def test_a_file_of_another_step(tmp_path):
     refuses(tmp_path / "new", "rank_1", "global_steps is 1, rank 0 has 2")
 
 
+def without_steps(lengths, step):
+    """What SGD keeps: no moments."""
+    return {"state": {}, "param_groups": [{"lr": 1e-3, "params": [g]} for g in range(len(lengths))]}
+
+
+def with_steps_of_groups(lengths, step):
+    """What Muon and older FusedAdam keep: the first parameter has no step, its group has."""
+    groups = [{"step": step, "params": [0]}]
+    return {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": groups}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_that_only_the_group_tells(tmp_path, stage, monkeypatch):
+    monkeypatch.setattr(zero_writer, "_moments", with_steps_of_groups)
+    old, folder = written(tmp_path / "old", stage=stage, step=1), written(tmp_path / "new", stage=stage)
+    shutil.copy(optim(old, 1), folder)
+    refuses(tmp_path / "new", "rank_1", "optimizer step is 1, wanted 2")
+
+
+@pytest.mark.parametrize("frozen", [[], ["still"]])
+def test_files_of_another_step_that_no_optimizer_tells(tmp_path, frozen, monkeypatch):
+    """An interrupted save over an older one; the model states are written first."""
+    monkeypatch.setattr(zero_writer, "_moments", without_steps)
+    old = written(tmp_path / "old", step=1, frozen=frozen)
+    folder = written(tmp_path / "new", frozen=frozen)
+    whole = sources.open(tmp_path / "new")
+    for rank in (1, 2):
+        shutil.copy(optim(old, rank), folder)
+        shutil.copy(model(old, rank), folder)
+    refuses(tmp_path / "new", "rank_1", "global_steps is 1, rank 0 has 2: files of two saves")
+    assert sorted(whole.entries) == sorted(PARAMS)
+
+
 def test_a_file_of_another_version(tmp_path):
     folder = written(tmp_path)
     edit(optim(folder, 1), lambda c: c.update(ds_version="0.9.0"))

@@ -1,1 +1,1 @@
-"""Weights that lie in no file and are made when they are read."""
+"""Weights that lie in no file and are computed when they are read."""

@@ -1,11 +1,12 @@
-"""PEFT adapters (LoRA): what their config and names mean, and merged into a base; kept apart: `apart`.
+"""PEFT adapters (LoRA): what their config and names mean, and how they are merged into a base. `apart` keeps
+them apart instead.
 
-An adapter holds for some modules of a base two thin matrices A [rank, inputs] and B [outputs, rank]; the
+An adapter holds two thin matrices for some modules of a base, A [rank, inputs] and B [outputs, rank]. The
 module's weight becomes W + scale * B @ A (`lowrank` says exactly how), with scale = lora_alpha / rank, or
-lora_alpha / sqrt(rank) with use_rslora. Other tensors it holds (modules_to_save, biases) take the place of
-the base's. Source: peft 0.21, tuners/lora/{config,layer,model}.py and utils/save_and_load.py.
+lora_alpha / sqrt(rank) with use_rslora. Its other tensors (modules_to_save, biases) replace the base's.
+Source: peft 0.21, tuners/lora/{config,layer,model}.py and utils/save_and_load.py.
 
-Law: a field of the config that is not known and says something is refused: it could change a weight.
+Law: a field of the config that is not known and is set is refused, since it could change a weight.
 """
 
 from __future__ import annotations
@@ -61,9 +62,9 @@ _ADDED = (".lora_", ".token_adapter.", ".trainable_tokens_", ".modules_to_save."
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What an adapter's config says. `path`: its file; `ranks`, `alphas`: pattern -> value, for modules that
-    have their own; `flipped`: weights are stored [inputs, outputs]; `start`: init_lora_weights;
-    `biases`: the base's were trained too."""
+    """What an adapter's config says. `path`: its file; `ranks`, `alphas`: pattern -> value, for modules with
+    values of their own; `flipped`: weights are stored [inputs, outputs]; `start`: init_lora_weights;
+    `biases`: the base's biases were trained too."""
 
     path: str
     rank: int
@@ -133,8 +134,9 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """An adapter and the `base` it fits: `pairs` by the base's module, `saved`: base name -> the tensor that
-    takes its place. Their views lie in the extents of `tensors`, the checkpoint that holds them."""
+    """An adapter and the `base` it fits. `pairs`: the base's module -> its thin matrices; `saved`: the base's
+    name -> the tensor that replaces it. Their views refer to the extents of `tensors`, the checkpoint that
+    holds them."""
 
     settings: Settings
     base: Checkpoint
@@ -144,11 +146,11 @@ class Adapter:
 
     @property
     def changed(self) -> frozenset[str]:
-        """The names of the base's tensors that are others with it."""
+        """The names of the base's tensors that it changes."""
         return frozenset((*self.saved, *(f"{m}.weight" for m in self.pairs)))
 
     def entry(self, name: str) -> Entry:
-        """The tensor of the base, or what takes its place."""
+        """The base's tensor, or the one that replaces it."""
         saved = self.saved.get(name)
         return self.base.entries[name] if saved is None else saved.entry
 
@@ -157,12 +159,12 @@ class Adapter:
         return self.settings.scale(module, self.pairs[module].a.shape[0])
 
     def digests(self) -> tuple[str, str]:
-        """Hex digests of what it does to a base: of what shapes it, and of its headers."""
+        """Hex digests of what it does to a base: of what shapes the result, and of its own headers."""
         told = [[(m, self.scale(m), p.flipped) for m, p in self.pairs.items()], list(self.saved)]
         return _digest(json.dumps(told), self.tensors.structure), self.tensors.headers
 
     def applied(self, entries: Mapping[str, Entry], extents: Extents) -> Checkpoint:
-        """The base with these entries over this table; files and digests say that the adapter is in it."""
+        """The base with these entries over this table, and with the adapter in its files and digests."""
         base, (structure, headers) = self.base, self.digests()
         return replace(
             base,
@@ -175,10 +177,10 @@ class Adapter:
 
 
 def fit(ckpt: Checkpoint, directory: str) -> Adapter:
-    """The adapter in `directory` and the base that `ckpt` holds, by the base's own names.
+    """The adapter in `directory` and the base in `ckpt`, under the base's own names.
 
-    A directory with a config and no weights goes with a checkpoint of the adapted model, which holds both.
-    Raises SourceError."""
+    Where the directory holds a config and no weights, `ckpt` is a checkpoint of the adapted model, which
+    holds both. Raises SourceError."""
     settings = Settings.read(os.path.join(directory, peft.CONFIG))
     weights = peft.weights(directory)
     own = {n: e for n, e in _named(ckpt).items() if _is_adapters(n)}
@@ -210,8 +212,8 @@ def fit(ckpt: Checkpoint, directory: str) -> Adapter:
 
 
 def merged(adapter: Adapter, dtype: DType | None) -> Checkpoint:
-    """The base with the adapter merged; what that changes is rounded once, to `dtype`, or to the base's own
-    for None."""
+    """The base with the adapter merged; what that changes is rounded once, to `dtype` (None: to the base's
+    own)."""
     base = adapter.base
     apart = adapter.tensors.extents is not base.extents
     shared = Extents((*base.extents, *adapter.tensors.extents)) if apart else base.extents
@@ -254,7 +256,7 @@ def merged(adapter: Adapter, dtype: DType | None) -> Checkpoint:
 
 
 def _is_adapters(name: str) -> bool:
-    """Whether a checkpoint of an adapted model holds this tensor for the adapter."""
+    """Whether a tensor in a checkpoint of an adapted model is the adapter's."""
     return any(mark in name for mark in _ADDED)
 
 
@@ -343,7 +345,7 @@ def kind_of(old: DType, asked: DType | None) -> DType:
 
 
 def _in_table(view: View, table: Extents, by: int) -> View:
-    """The view over a table that holds its own from entry `by` on."""
+    """The view over a table that holds the view's own from number `by` on."""
     held = view.held
     if by:
         held = held.copy()

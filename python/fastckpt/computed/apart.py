@@ -1,6 +1,7 @@
-"""Adapters kept apart: what of one a rank needs, by where the layout puts the base's weights.
+"""Adapters kept apart: the part of one that each rank needs, read off where the layout puts the base's
+weights.
 
-Law: of an adapted weight a rank holds whole rows and columns, and so those of B and A; else it is an error.
+Law: a rank must hold whole rows and columns of an adapted weight, and so holds the same of B and A.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ STEM = "adapter_model"
 
 
 def hollow(adapter: Adapter, dtype: DType | None) -> Checkpoint:
-    """The base with names and shapes and no bytes, but for what the adapter replaces: where a layout puts an
-    adapted weight can be read off its extent, whose key is the module.
+    """The base with names and shapes but no bytes, except for what the adapter replaces. Each adapted weight
+    has an extent of its own, with the module as its key, which shows where a layout puts it.
 
     Raises SourceError where it is not known which of the base's tensors are the adapter's."""
     base = adapter.base
@@ -59,7 +60,7 @@ def naming(of_base: Naming) -> Naming:
 
 
 def cut(targets: Iterable[Target], adapter: Adapter, dtype: DType | None) -> Iterator[Target]:
-    """What a rank holds of the adapter, under PEFT's names, by what it holds of a `hollow` base.
+    """What a rank holds of the adapter, under PEFT's names; `targets`: what it holds of a `hollow` base.
 
     Raises LayoutError where a rank's part of a weight is not whole rows and columns of it, and for a tensor
     of the adapter that has no place."""
@@ -90,8 +91,8 @@ def cut(targets: Iterable[Target], adapter: Adapter, dtype: DType | None) -> Ite
 def by_roles(
     make: Callable[[Callable[[Linear], Thin | None]], Iterable[Target]], adapter: Adapter, dtype: DType | None
 ) -> Iterator[Target]:
-    """What a rank holds of the adapter by a layout that has names for it (`layouts.Adapts`), over a `hollow`
-    base: `make` gives its targets by what is added to a matrix, B times the adapter's scale.
+    """What a rank holds of the adapter under the names of a layout that has some (`layouts.Adapts`), over a
+    `hollow` base. `make` gives the targets; it is given a function that says what is added to a matrix.
 
     Raises LayoutError where a matrix is not whole rows and columns of a module, and for a tensor of the
     adapter that has no place."""

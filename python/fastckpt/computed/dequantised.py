@@ -1,4 +1,4 @@
-"""Quantised matrices as dense ones: which tensors belong together, and boxes of what they mean.
+"""Quantised matrices as dense ones: which stored tensors belong together, and the values they stand for.
 
 Law: a value is (q - zero) * scale, both factors in fp32, then rounded once to the dtype that was asked for
 (`unrounding`): torch's `((q.float() - zero) * scale.float()).to(dtype)`.
@@ -32,13 +32,13 @@ KNOWN = ("fp8", "compressed-tensors", "awq", "gptq", "fastckpt")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Parts:
-    """What a dense matrix [outputs, inputs] is made of.
+    """The stored tensors of a dense matrix [outputs, inputs].
 
-    `values`: [outputs, inputs], or packed as `packed` says with `bits` each (`turned`: [inputs, outputs], and
-    scales and zero points [groups, outputs]). `scales` [outputs or blocks of them or 1, inputs or groups or
-    1]; `shared`: outputs and inputs that share one, 0 being all. `zeros` as the scales, or packed along
-    outputs; `zero_offset` was added to them. `group`: the group of every input; `form`: the dense shape as
-    it is stored."""
+    `values`: [outputs, inputs], or packed as `packed` says with `bits` each. `scales`: [outputs or blocks of
+    them or 1, inputs or groups of them or 1]; `shared`: how many outputs and inputs share one (0: all).
+    `turned`: values are [inputs, outputs], scales and zero points [groups, outputs]. `zeros`: zero points,
+    like the scales or packed along outputs, to which `zero_offset` was added. `group`: the group of every
+    input. `form`: the dense shape, where it is stored."""
 
     name: str
     shape: tuple[int, int]
@@ -125,10 +125,10 @@ def _elements(
 def plain(
     ckpt: Checkpoint, config: Mapping[str, JSON] | None, dtype: DType | None
 ) -> tuple[Checkpoint, dict[str, JSON] | None]:
-    """The checkpoint with every quantised matrix as a dense one, and its config without the word of it.
+    """The checkpoint with every quantised matrix as a dense one, and its config without quantization_config.
 
-    `dtype` of the dense matrices: None is what the config names, else bfloat16. Raises SourceError where
-    nothing is quantised, or in a way that is not read."""
+    `dtype`: of the dense matrices; None: the one the config names, else bfloat16. Raises SourceError where
+    nothing is quantised, or something is in a way that is not read."""
     told = dict(config) if config is not None else None
     said = told.pop("quantization_config", None) if told is not None else None
     found = {p.name: p for p in _found(ckpt, said if isinstance(said, dict) else {})}
@@ -211,7 +211,7 @@ def _names(ckpt: Checkpoint, name: str) -> Iterator[str]:
 
 
 def _found(ckpt: Checkpoint, said: Mapping[str, JSON]) -> Iterator[Parts]:
-    """The quantised matrices, by the names of their tensors and what the config says of them."""
+    """The quantised matrices, found by the names of their tensors; `said`: config's quantization_config."""
     method = said.get("quant_method")
     if method is not None and method not in KNOWN:
         raise SourceError(f"{ckpt.path}: quant_method {method!r} is not read; wanted {', '.join(KNOWN)}")
@@ -239,7 +239,7 @@ def _view(ckpt: Checkpoint, name: str, shape: tuple[int, ...] | None = None) -> 
 
 
 def _whole(view: View, name: str, *wanted: DType) -> View:
-    """Whole numbers of a tensor that goes with values. Raises SourceError where it holds others."""
+    """The view, if it is of one of these integer dtypes. Raises SourceError otherwise."""
     wanted = wanted or (dtypes.int8, dtypes.int32, dtypes.int64)
     if view.dtype not in wanted:
         raise SourceError(f"{name}: got {view.dtype}, wanted {' or '.join(d.name for d in wanted)}")
@@ -249,7 +249,7 @@ def _whole(view: View, name: str, *wanted: DType) -> View:
 def _grid(
     name: str, scales: View, shape: tuple[int, int], block: tuple[int, int] | None
 ) -> tuple[View, tuple[int, int]]:
-    """Scales as a matrix, and the outputs and inputs that share one. Raises SourceError."""
+    """Scales as a matrix, and how many outputs and inputs share one. Raises SourceError."""
     flat = scales.shape
     if math.prod(flat) == 1:
         return scales.reshape((1, 1)), (0, 0)
@@ -327,7 +327,7 @@ def _pack_quantized(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> Pa
 
 
 def _by_groups(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> Parts:
-    """AWQ's GEMM form, or GPTQ's."""
+    """AWQ's GEMM form, or GPTQ's. Raises SourceError."""
     name = f"{stem}weight"
     values, scales, zeros = (_view(ckpt, stem + part) for part in ("qweight", "scales", "qzeros"))
     method = said.get("quant_method", "gptq" if f"{stem}g_idx" in ckpt.entries else None)
@@ -338,37 +338,31 @@ def _by_groups(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> Parts:
     if values.dtype is not dtypes.int32 or zeros.dtype is not dtypes.int32:
         raise SourceError(f"{name}: wanted int32 values and zero points, got {values.dtype}, {zeros.dtype}")
     bits = _bits(name, said.get("bits", said.get("w_bit", 4)))
-    many, outputs = 32 // bits, scales.shape[1]
+    many, (groups, outputs) = 32 // bits, scales.shape
     packed: Packed = "awq" if method == "awq" else "down"
-    inputs = values.shape[0] if method == "awq" else values.shape[0] * many
-    wanted = (inputs, outputs // many) if method == "awq" else (inputs // many, outputs)
-    groups = scales.shape[0]
-    if values.shape != wanted or zeros.shape != (groups, -(-outputs // many)) or inputs % groups:
+    tall, wide = per_element(f"{packed}{bits}")
+    inputs = values.shape[0] * tall
+    fits = values.shape[1] == outputs // wide and zeros.shape == (groups, -(-outputs // many))
+    if not fits or inputs % groups:
         raise SourceError(f"{name}: {values.shape}, {scales.shape} and {zeros.shape} do not fit each other")
-    group = None
-    if method == "awq":
-        if bits != 4 or str(said.get("version", "gemm")).lower() != "gemm":
-            raise SourceError(
-                f"{name}: AWQ of {bits} bits, version {said.get('version')!r}; only 4, gemm is read"
-            )
-        offset = 0
-    else:
-        form = str(said.get("checkpoint_format", "gptq"))
-        if form not in ("gptq", "gptq_v2"):
-            raise SourceError(f"{name}: checkpoint_format {form!r}; only gptq and gptq_v2 are read")
-        offset = -1 if form == "gptq" else 0
-        if f"{stem}g_idx" in ckpt.entries:
-            group = _whole(_view(ckpt, f"{stem}g_idx", (inputs,)), f"{stem}g_idx")
-    return Parts(
-        name,
-        (outputs, inputs),
-        values,
-        scales,
-        (1, inputs // groups),
-        zeros,
-        packed,
-        bits,
-        True,
-        offset,
-        group,
+    dense = Parts(
+        name, (outputs, inputs), values, scales, (1, inputs // groups), zeros, packed, bits, turned=True
     )
+    if method == "gptq":
+        return _gptq(ckpt, stem, said, dense)
+    if bits != 4 or str(said.get("version", "gemm")).lower() != "gemm":
+        raise SourceError(
+            f"{name}: AWQ of {bits} bits, version {said.get('version')!r}; only 4, gemm is read"
+        )
+    return dense
+
+
+def _gptq(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON], dense: Parts) -> Parts:
+    """With how GPTQ's format offsets zero points, and the group of each input where the files say it."""
+    form = str(said.get("checkpoint_format", "gptq"))
+    if form not in ("gptq", "gptq_v2"):
+        raise SourceError(f"{dense.name}: checkpoint_format {form!r}; only gptq and gptq_v2 are read")
+    group = None
+    if f"{stem}g_idx" in ckpt.entries:
+        group = _whole(_view(ckpt, f"{stem}g_idx", (dense.shape[1],)), f"{stem}g_idx")
+    return replace(dense, zero_offset=-1 if form == "gptq" else 0, group=group)

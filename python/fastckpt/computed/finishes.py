@@ -1,8 +1,8 @@
-"""What is computed from a few stored values when it is read: one more, a reciprocal, a multiple, the largest,
-a matrix quantised again, one value that several tensors must agree on.
+"""Small computations on stored values, done when they are read: one more, a reciprocal, a multiple, the
+largest, a matrix requantised, a value that several tensors must agree on.
 
-Each lies nowhere, as `lowrank` says, and has `box`: its elements in float32, made of what `read` gives of the
-stored views. A finish is never made of another one: a reader makes one step.
+The result lies nowhere, as in `lowrank`. `box` makes elements of it in float32, from what `read` gives of the
+stored views. A finish is never made from another finish: a reader takes one step.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dtypes import DTYPES, float32
+from ..dtypes import float32
 from ..errors import SourceError, ViewError
 from ..extents import Extents
-from ..views import ZERO, View, cat
+from ..views import View, cat
 from .lowrank import Floats, nowhere, pitched
 
 Read = Callable[[View], NDArray[np.generic]]
@@ -74,8 +74,9 @@ class Largest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Requantised:
-    """A quantised matrix `base` [rows, columns] of the one `scale` for the largest of `scales` [1, n], itself
-    among them: float32(base * scale) / largest. Source: rtp-llm's merge_qkv_hf_fp8_with_scale."""
+    """A quantised matrix `base` [rows, columns], whose scale is `scale`, as values for the largest of
+    `scales` [1, n], of which `scale` is one: float32(base * scale) / largest. Source: rtp-llm's
+    merge_qkv_hf_fp8_with_scale."""
 
     name: str
     base: View
@@ -126,13 +127,12 @@ Finish = Each | Largest | Requantised | Agreed
 
 
 def plus_one(view: View) -> View:
-    """result[..] == self[..] + 1, rounded to the view's dtype after the sum in float32; of a view whose
-    elements all lie in one dtype, before it was cast."""
-    codes = set(view.stored[view.extent != ZERO].tolist())
-    if len(codes) != 1:
-        raise ViewError(f"plus_one: wanted elements of one dtype, got {view}")
-    stored = View(view.shape, DTYPES[codes.pop()], view.extents, view.rows)
-    name = f"1 + {view.extents[int(view.extent[0])].key}"
+    """result[..] == self[..] + 1: the sum of the elements as they are stored, in float32, is rounded to the
+    view's dtype. Raises ViewError where they are stored in several dtypes, or nowhere."""
+    stored = view.as_stored()
+    if not len(view.extents):
+        raise ViewError(f"plus_one: wanted stored elements, got zeros: {view}")
+    name = f"1 + {view.extents[int(view.extent.max())].key}"
     return _made(Each(name, _flat(stored), "plus_one")).reshape(view.shape).cast(view.dtype)
 
 
@@ -154,13 +154,13 @@ def largest(name: str, view: View, *, inverse: bool = False) -> View:
 
 
 def requantised(name: str, view: View, scale: View, scales: Sequence[View]) -> View:
-    """A matrix whose values count `scale` each as one whose count the largest of `scales`, in its dtype."""
+    """A matrix of scale `scale` as one whose scale is the largest of `scales`, in the same dtype."""
     from_all = cat([s.reshape((1, 1)) for s in scales], 1)
     return _made(Requantised(name, view, scale.reshape((1, 1)), from_all)).cast(view.dtype)
 
 
 def agreed(name: str, views: Sequence[View]) -> View:
-    """The first of the views, float32, if all hold the same elements: looked at when it is read."""
+    """The first of the views, in float32; a read raises SourceError unless all hold the same elements."""
     made = _made(Agreed(name, tuple(_flat(v) for v in views)))
     return made.reshape(views[0].shape)
 

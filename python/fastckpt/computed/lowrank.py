@@ -1,18 +1,18 @@
-"""Weights that are made when they are read: a matrix plus a product of two thin ones (LoRA).
+"""Weights that are computed when they are read: a matrix plus a product of two thin ones (LoRA).
 
-Such a matrix lies in no file. It has an extent all the same, in a Buffer of device COMPUTED: whatever does
-not know how to make it refuses that device, and `merging` makes the elements that a copy asks for. Its rows
-lie `pitch` elements apart, more than twice their width, so that no axis of a copy runs along both of them.
+Such a matrix lies in no file. It has an extent all the same, in a Buffer of device COMPUTED: `merging` makes
+the elements that a copy asks for, and whatever does not know how to refuses that device. Its rows lie `pitch`
+elements apart, more than twice their width, so that no axis of a copy can run along both rows and columns.
 
-Law: an element is the same number however it is asked for. It is made in float64, products in order,
-`float32(base + scale * (left[i, 0] * right[0, j] + left[i, 1] * right[1, j] + ...))`: the products of two
-float32 are exact there, so that no fused multiplication can change a sum.
+Law: an element is the same number however it is asked for: `float32(base + scale * (left[i, 0] * right[0, j]
++ left[i, 1] * right[1, j] + ...))` in float64, summed in that order. The product of two float32 is exact in
+float64, so that fused multiplications cannot change a sum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +46,7 @@ def pitch(columns: int) -> int:
 
 
 def nowhere(owner: object, shape: tuple[int, ...], dtype: DType, key: str) -> Extent:
-    """An extent for a matrix of that shape that lies nowhere, its rows `pitch` apart; `pitched` views it."""
+    """An extent for a matrix of that shape that lies nowhere, its rows `pitch` apart; see `pitched`."""
     nbytes = shape[0] * pitch(shape[1]) * dtype.itemsize
     return Extent(Buffer(owner, 0, nbytes, COMPUTED), 0, nbytes, key)
 
@@ -57,18 +57,13 @@ def lies_nowhere(extent: Extent) -> bool:
 
 
 def pitched(extents: Extents, index: int, dtype: DType, shape: tuple[int, ...]) -> View:
-    """The matrix whose extent (`nowhere`) is number `index` of the table."""
+    """The view of the matrix whose extent (made by `nowhere`) is number `index` of the table."""
     return strided(extents, index, dtype, shape, stride=(pitch(shape[1]), 1))
 
 
 def moved(entry: Entry, extents: Extents) -> Callable[[], View]:
     """Builds the entry's view over a table that begins with its own."""
-
-    def build() -> View:
-        v = entry.build()
-        return View(v.shape, v.dtype, extents, v.held, v.grouping)
-
-    return build
+    return lambda: replace(entry.build(), extents=extents)
 
 
 def added(base: Floats, left: Floats, right: Floats, scale: float) -> Floats:
@@ -91,11 +86,11 @@ def added(base: Floats, left: Floats, right: Floats, scale: float) -> Floats:
 def elements(
     first: int, shape: Sequence[int], strides: Sequence[int], columns: int
 ) -> tuple[Ints, Ints, list[tuple[int, int]]]:
-    """Which rows and columns of such a matrix with so many columns a box reads, ascending: its `first`
-    element, `shape` and `strides` in elements; and for each axis its step among those: so many, of rows (0)
-    or columns (1).
+    """Which rows and columns a box reads of a matrix that lies nowhere and has so many `columns`; `first`,
+    `shape` and `strides` of the box are in elements.
 
-    Each axis runs along rows or along columns: the pitch is too wide for anything else."""
+    Returns the rows and the columns, both ascending, and for each axis of the box (step, 0 or 1): it steps so
+    many of those rows (0) or columns (1). An axis cannot run along both, since the pitch is too wide."""
     step_down = pitch(columns)
     of_row, of_column = divmod(first, step_down)
     down, across = np.array([of_row]), np.array([of_column])
@@ -126,7 +121,7 @@ def runs(numbers: Ints) -> list[tuple[int, int]]:
 
 
 def computed(places: Sequence[object]) -> dict[int, object]:
-    """What those of a binding's places are that are made when they are read, by number."""
+    """Number -> what makes it, for those of a binding's places that are computed when they are read."""
     return {
         i: p.owner
         for i, p in enumerate(places)

@@ -1,8 +1,8 @@
-"""A reader over another: what is made when it is read (`lowrank`, `finishes`, `dequantised`, `prequantised`)
-is made for the rows that ask for it.
+"""A reader over another reader, which computes what lies nowhere (`lowrank`, `finishes`, `dequantised`,
+`prequantised`) for the rows that ask for it.
 
-Law: of a made matrix no more is held than the elements of one row of a batch, and the base they are made of.
-"""
+Law: of a computed matrix, no more is held than the elements of one row of a batch and what they are made
+from. """
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from .finishes import Agreed, Each, Largest, Requantised
 from .lowrank import Floats, LowRank, added, computed, elements, runs
 
 WASTE = 2
-"""Rows or columns read for one that is used, at most, before they are read run by run."""
+"""How many rows may be read for each one that is used; above that, each run of rows is read by itself."""
 
 
 class Merging:
-    """Makes the places of `extents` that lie nowhere; `inner` makes the reader of all others.
+    """Reads the places of a binding of which some lie nowhere; `inner` makes the reader of all others.
 
-    `dequantises`: it does nothing else, which takes no more memory than it makes."""
+    `dequantises`: everything it computes is dequantised, which needs no more memory than the result."""
 
     def __init__(
         self, extents: Extents, binding: Binding, inner: Callable[[Sequence[File | Buffer]], Reader]
@@ -64,8 +64,8 @@ class Merging:
 
 
 class MergingLane:
-    """See Merging. `file`: whose batch it runs; `errors`: (file, matrix) -> how far what was quantised lies
-    from the dense values; `bytes_scanned`: dense bytes read for scales alone."""
+    """See Merging. `file`: the output file whose batch is run; `errors`: (file, matrix) -> how far quantised
+    values lie from the dense ones; `bytes_scanned`: dense bytes that were read for scales alone."""
 
     def __init__(self, reader: Merging, lane: Lane, executor: Executor) -> None:
         self.reader = reader
@@ -76,7 +76,7 @@ class MergingLane:
         self.errors: dict[tuple[int, Matrix], Error] = {}
 
     def run(self, rows: Table, destinations: Sequence[Buffer]) -> None:
-        """Run what lies somewhere as the inner lane does, and make the rest row by row."""
+        """Run the rows that the inner lane can read, and compute the others one by one."""
         mine = self._made(rows)
         if not mine.all():
             self.lane.run(rows[~mine], destinations)
@@ -85,7 +85,7 @@ class MergingLane:
         self.bytes_read = self.lane.bytes_read
 
     def direct(self, rows: Table, staging: memoryview) -> memoryview | None:
-        """What the inner lane has as it is."""
+        """As the inner lane does; None where a row must be computed."""
         if self._made(rows).any():
             return None
         found = self.lane.direct(rows, staging)
@@ -130,8 +130,8 @@ class MergingLane:
         held = Buffer(box, box.ctypes.data, reach + box.itemsize)
         self.executor.bind([held]).run(row, destinations)
 
-    def told(self, matrix: Matrix, error: Error) -> None:
-        """How far made values lie from the dense ones."""
+    def add_error(self, matrix: Matrix, error: Error) -> None:
+        """Adds how far some quantised values lie from the dense ones."""
         key = self.file, matrix
         self.errors[key] = self.errors.get(key, Error()) + error
 
@@ -145,7 +145,7 @@ class MergingLane:
         return box
 
     def dense(self, view: View, *, scan: bool = False) -> Elements:
-        """The dense elements of a view, which may be over what is made itself (an adapter's); `scan`: read
+        """The dense elements of a view, which may itself be computed (an adapter's); `scan`: they are read
         for scales alone."""
         before = self.lane.bytes_read
         out = np.empty(view.shape, NUMPY[view.dtype.name])
@@ -165,7 +165,7 @@ NUMPY = {
     "float32": np.float32, "bfloat16": np.uint16, "float16": np.float16, "int8": np.int8, "int32": np.int32,
     "int64": np.int64, "float8_e4m3fn": np.uint8, "float8_e5m2": np.uint8,
 }  # fmt: skip
-"""The dtypes that matrices are made of once they are read, in numpy; it has no bfloat16."""
+"""The dtypes of what matrices are computed from, in numpy, which has no bfloat16 and no fp8."""
 
 Item = TypeVar("Item", bound=np.generic)
 Box = Callable[[int, int, int, int], NDArray[Item]]

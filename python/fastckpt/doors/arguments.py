@@ -56,12 +56,12 @@ def parser() -> argparse.ArgumentParser:
         made.set_defaults(quiet=False)
         return made
 
-    inspect = command("inspect", "what a checkpoint holds, from its headers")
+    inspect = command("inspect", "show what a checkpoint holds, from its headers")
     _path(inspect)
     _source(inspect)
     inspect.add_argument("--plot", metavar="PNG", help="draw what quantising cost, by layer and role")
 
-    plan = command("plan", "which bytes of which file would go where; nothing is written")
+    plan = command("plan", "show which bytes of which file would go where; nothing is written")
     _path(plan)
     _source(plan)
     _rank(plan)
@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     _run(reshard)
     reshard.add_argument("--allow-nonfinite", action="store_true", help="write NaN and infinity as they are")
 
-    command("recipes", "the model families that are read, and the names each leaves out")
+    command("recipes", "list the model families that can be read, and the names each leaves out")
 
     consolidate = command("consolidate", "write one state dict, as DeepSpeed's zero_to_fp32 does")
     _path(consolidate)
@@ -91,7 +91,9 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="safetensors, not .bin",
     )
-    consolidate.add_argument("--dtype", default="float32", help="of the float tensors (default: float32)")
+    consolidate.add_argument(
+        "--dtype", default="float32", help="dtype of the float tensors (default: float32)"
+    )
     serving_options.add_adapter(consolidate)
     consolidate.add_argument("--weights-key", metavar="KEY", help="one .bin file, {KEY: state dict}")
     consolidate.add_argument(
@@ -105,12 +107,12 @@ def parser() -> argparse.ArgumentParser:
     verify = command("verify", "check an output against its manifest: digests, headers, NaN and infinity")
     verify.add_argument("path", metavar="DIR")
     verify.add_argument(
-        "--plain", action="store_true", help="a directory of others: headers and values, no digests"
+        "--plain", action="store_true", help="a directory without a manifest: check headers and values alone"
     )
     verify.add_argument(
         "--engine",
         metavar="NAME[==VERSION]",
-        help="also names, shapes and dtypes as this engine's loader wants them (vllm, vllm==0.32)",
+        help="also check names, shapes and dtypes against this engine's loader (vllm, vllm==0.32)",
     )
     _threads(verify)
     _quiet(verify)
@@ -121,12 +123,12 @@ def parser() -> argparse.ArgumentParser:
     _names(diff)
     _quiet(diff)
 
-    doctor = command("doctor", "what this build and this machine offer")
+    doctor = command("doctor", "show what this build and this machine offer")
     doctor.add_argument("--path", default=".", metavar="DIR", help="look at the file system that holds DIR")
 
     commands_of_manager(commands)
 
-    demo = command("demo", "a small ZeRO-3 checkpoint through all of the above, with its figures")
+    demo = command("demo", "take a small ZeRO-3 checkpoint through all of the above, and time it")
     demo.add_argument("--size", default="64MB", help="bytes of the checkpoint's weights (default: 64MB)")
     demo.add_argument("--keep", metavar="DIR", help="work in DIR, new or empty, and leave it")
     return top
@@ -174,7 +176,7 @@ def _source(p: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="DIR",
-        help="more of the files; repeatable",
+        help="another directory with files of this checkpoint; repeatable",
     )
     p.add_argument(
         "--exclude-frozen-parameters",
@@ -198,7 +200,7 @@ def _rank(p: argparse.ArgumentParser) -> None:
 
 def _run(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
-    p.add_argument("--overwrite", action="store_true", help="replace an output that is there, in one step")
+    p.add_argument("--overwrite", action="store_true", help="replace an existing output, in one step")
     p.add_argument("--no-fsync", action="store_false", dest="durable", help="do not wait for the disk")
     p.add_argument("--memory", metavar="SIZE", help="bytes held at once (default: 64 MiB + 4 MiB a thread)")
     _threads(p)

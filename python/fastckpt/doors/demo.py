@@ -149,6 +149,21 @@ class Llama:
         """Bytes of the fp32 weights."""
         return sum(4 * int(np.prod(s)) for s in self.shapes().values())
 
+    def config(self) -> dict[str, JSON]:
+        """The config.json that goes with it."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "vocab_size": self.vocab,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+        }
+
     def weights(self) -> Iterator[tuple[str, Floats]]:
         """Every parameter with its values, the same at each call."""
         for seed, (name, shape) in enumerate(self.shapes().items()):
@@ -192,19 +207,7 @@ class Llama:
                     "ds_version": "0.19.8",
                 },
             )
-        config = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": self.hidden,
-            "intermediate_size": self.intermediate,
-            "vocab_size": self.vocab,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "tie_word_embeddings": False,
-            "torch_dtype": "bfloat16",
-        }
-        for name, text in (("config.json", json.dumps(config, indent=2)), ("latest", TAG)):
+        for name, text in (("config.json", json.dumps(self.config(), indent=2)), ("latest", TAG)):
             with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
                 f.write(text)
 

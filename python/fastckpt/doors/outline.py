@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint import JSON
-from ..errors import FastckptError
 from ..extents import COMPUTED, Buffer, File
 from ..placement import Placement
 from ..planning import copies
@@ -173,16 +172,12 @@ class PlanDescription:
         }
 
 
-def describe_plan(plan: Plan, rank: int | None = None, *, threads: int | None = None) -> PlanDescription:
-    """Which bytes of which file go where; with `rank`, of that rank's tensors alone.
+def describe_plan(plan: Plan, *, threads: int | None = None) -> PlanDescription:
+    """Which bytes of which file go where; `threads` is the number that `peak_memory` is told for.
 
-    `threads` is what `peak_memory` is told for. Raises FastckptError for a rank the plan does not make, and
-    for fewer than one thread."""
-    if rank is not None and rank not in plan.ranks:
-        raise FastckptError(f"plan: rank {rank} is none of those planned, {list(plan.ranks)}")
+    Raises WriteError for fewer than one thread."""
     runs = _runs(plan)
-    wanted = [(i, t) for i, t in enumerate(plan.tensors) if rank is None or t.rank == rank]
-    held = Counter((t.rank, t.file) for _, t in wanted)
+    held = Counter((t.rank, t.file) for t in plan.tensors)
     paths = [f.path for f in plan.files]
     lanes = workers(threads)
     rows = sum(k.nbytes for k in plan.kept or ()) + 4 * WINDOW * copies.COPY.itemsize
@@ -191,10 +186,10 @@ def describe_plan(plan: Plan, rank: int | None = None, *, threads: int | None = 
         source=plan.checkpoint.path,
         layout=plan.layout,
         placement=plan.placement,
-        ranks=plan.ranks if rank is None else (rank,),
+        ranks=plan.ranks,
         tensors=tuple(
             Placed(t.rank, t.name, t.dtype.name, t.shape, paths[t.file], t.offset, t.nbytes, runs.get(i, ()))
-            for i, t in wanted
+            for i, t in enumerate(plan.tensors)
         ),
         files=tuple((r, paths[i], n, plan.files[i].nbytes) for (r, i), n in held.items()),
         aliases=plan.aliases,

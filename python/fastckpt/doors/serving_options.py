@@ -50,14 +50,20 @@ def add(p: argparse.ArgumentParser, *, config: str = "beside CHECKPOINT") -> Non
         default=[],
         dest="layout_option",
         metavar="KEY=VALUE",
-        help="an option of the layout; repeatable",
+        help="an option of the layout (docs/layouts.md); repeatable",
     )
-    p.add_argument("--dtype", help="of the floats: a name, or `auto`, the config's (default: as stored)")
+    p.add_argument(
+        "--dtype", help="dtype of the floats: a name, or `auto` for the config's (default: as stored)"
+    )
     p.add_argument("--config", metavar="FILE", help=f"config.json or its directory (default: {config})")
-    p.add_argument("--tp-plan", metavar="FILE", help="JSON of name patterns, for a model no recipe knows")
-    p.add_argument("--vocab-size", type=int, metavar="N", help="the embedding rows that count")
+    p.add_argument("--tp-plan", metavar="FILE", help="JSON of name patterns, for a model without a recipe")
+    p.add_argument(
+        "--vocab-size", type=int, metavar="N", help="rows of the embedding that are tokens; more are padding"
+    )
     add_adapter(p)
-    p.add_argument("--apart", action="store_true", help="with --adapter: it alone, cut as CHECKPOINT is")
+    p.add_argument(
+        "--apart", action="store_true", help="with --adapter: write it alone, cut as CHECKPOINT would be"
+    )
     p.add_argument("--quant", metavar="SCHEME", help="quantise on the way (int8, ...), or dequantise (none)")
     for name, meaning in (
         ("include", "quantise these tensors too"),

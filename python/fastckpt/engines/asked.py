@@ -38,3 +38,10 @@ class Asked:
     def opened(self, model: str) -> Checkpoint:
         """The checkpoint, where `model` is the engine's model path. Raises SourceError."""
         return open_checkpoint(self.checkpoint or model, tag=self.tag or None, weights=self.weights)
+
+
+def refuse(unknown: Mapping[str, object]) -> None:
+    """Refuse, with a LayoutError, what was asked of an engine that these loaders do not do: name -> value."""
+    for what, asked in unknown.items():
+        if asked:
+            raise LayoutError(f"load format fastckpt: {what} is not loaded this way, got {asked!r}")

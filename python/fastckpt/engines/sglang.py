@@ -18,11 +18,10 @@ from sglang.srt.model_loader.loader import (  # type: ignore[import-not-found]
 )
 from sglang.srt.runtime_context import get_parallel  # type: ignore[import-not-found]
 
-from ..errors import LayoutError
 from ..layouts.vllm import Vllm
 from ..placement import Placement
 from ..road import load_into
-from .asked import Asked
+from .asked import Asked, refuse
 
 if TYPE_CHECKING:
     import torch
@@ -51,14 +50,14 @@ class FastckptLoader(DefaultModelLoader):  # type: ignore[misc]
         import torch
 
         parallel = get_parallel()
-        for what, asked in (
-            ("quantization", model_config.quantization),
-            ("pp_size > 1", parallel.pp_size > 1),
-            ("moe_ep_size > 1", parallel.moe_ep_size > 1),
-            ("attention of another tp", parallel.attn_tp_size != parallel.tp_size),
-        ):
-            if asked:
-                raise LayoutError(f"load format fastckpt: {what} is not loaded this way, got {asked!r}")
+        refuse(
+            {
+                "quantization": model_config.quantization,
+                "pp_size > 1": parallel.pp_size > 1,
+                "moe_ep_size > 1": parallel.moe_ep_size > 1,
+                "attention of another tp": parallel.attn_tp_size != parallel.tp_size,
+            }
+        )
         placement = Placement(tp=parallel.tp_size, rank=parallel.tp_rank)
         layout = Vllm(engine=self.asked.engine or f"sglang=={sglang.__version__}")
         model = self.initialize_model_for_startup(model_config=model_config, device_config=device_config)

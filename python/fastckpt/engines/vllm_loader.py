@@ -15,11 +15,10 @@ from vllm.config import get_current_vllm_config  # type: ignore[import-not-found
 from vllm.distributed import get_pp_group, get_tp_group  # type: ignore[import-not-found]
 from vllm.model_executor.model_loader import BaseModelLoader  # type: ignore[import-not-found]
 
-from ..errors import LayoutError
 from ..layouts.vllm import Vllm
 from ..placement import Placement
 from ..road import load_into
-from .asked import Asked
+from .asked import Asked, refuse
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +45,7 @@ class FastckptLoader(BaseModelLoader):  # type: ignore[misc]
         fit this model, this placement or this version of vLLM."""
         start = time.perf_counter()
         parallel = get_current_vllm_config().parallel_config
-        refuse(model_config, parallel)
+        refuse(unknown(model_config, parallel))
         placement = placement_of(model_config, parallel)
         ckpt = self.asked.opened(model_config.model)
         layout = Vllm(
@@ -75,15 +74,13 @@ def placement_of(model_config: ModelConfig, parallel: ParallelConfig) -> Placeme
     return Placement(tp=tp.world_size, pp=pp.world_size, dp=dp, ep=ranks if shared else 1, rank=rank)
 
 
-def refuse(model_config: ModelConfig, parallel: ParallelConfig) -> None:
-    """Raises LayoutError for what would make tensors of this module another's than the layout's."""
+def unknown(model_config: ModelConfig, parallel: ParallelConfig) -> dict[str, object]:
+    """What would make tensors of this module another's than the layout's: name -> what was asked."""
     stored = getattr(model_config.hf_config, "quantization_config", None) or {}
     method = stored.get("quant_method")  # vLLM's own word for AWQ and GPTQ begins with auto_
     other = None if model_config.quantization in (method, f"auto_{method}") else model_config.quantization
-    for what, asked in (
-        ("quantization of what is stored otherwise", other),
-        ("enable_eplb", parallel.enable_eplb),
-        ("prefill_context_parallel_size > 1", parallel.prefill_context_parallel_size > 1),
-    ):
-        if asked:
-            raise LayoutError(f"load format fastckpt: {what} is not loaded this way, got {asked!r}")
+    return {
+        "quantization of what is stored otherwise": other,
+        "enable_eplb": parallel.enable_eplb,
+        "prefill_context_parallel_size > 1": parallel.prefill_context_parallel_size > 1,
+    }

@@ -1,8 +1,8 @@
 """Serving conventions: each layout turns a Model (or a Checkpoint) and a placement into targets.
 
-A layout is a file here and a line in LAYOUTS: a frozen dataclass whose fields are its options. `roles` says
-what `targets` takes: a Model where it is True, the Checkpoint itself where it is False. A run imports the
-layout it asks for.
+A layout is a file here and a line in LAYOUTS: a frozen dataclass whose fields are its options. Where `roles`
+is True, `targets` takes a Model; where it is False, the Checkpoint itself. A run imports only the layout it
+asks for.
 """
 
 from __future__ import annotations
@@ -76,17 +76,18 @@ class Resizes(Protocol):
     """A layout that may pad sizes which the server reads from config.json."""
 
     def resized(self, model: Model, placement: Placement) -> Mapping[str, int]:
-        """The keys that must say another number, and the number. Raises LayoutError where none can."""
+        """config.json's keys whose numbers change, with the new numbers. Raises LayoutError where no key can
+        say a new size."""
 
 
 @runtime_checkable
 class Adapts(Protocol):
-    """A layout by roles that has names of its own for an adapter kept apart."""
+    """A layout by roles that has its own names for an adapter that is kept apart."""
 
     def adapted(
         self, model: Model, placement: Placement, thin: Callable[[Linear], Thin | None]
     ) -> Iterator[Target]:
-        """One rank's part of what `thin` says is added to the model's matrices. Raises LayoutError."""
+        """One rank's part of the adapter; `thin` says what it adds to a matrix. Raises LayoutError."""
 
     def adapted_naming(self, placement: Placement) -> Naming:
         """The names of that rank's files of an adapter."""
@@ -105,8 +106,8 @@ LAYOUTS: dict[str, str] = {
 
 
 VERSION = 1
-"""Of all layouts together: raised when one of them makes other tensors of the same model and options. It
-stands in the record, because shards are taken apart by asking the layout again."""
+"""One for all layouts; it goes up when any of them makes other tensors from the same model and options.
+Records hold it, because reading shards back asks the layout again."""
 
 
 def layout(name: str, options: Mapping[str, str] | None = None) -> Layout:
@@ -147,7 +148,7 @@ def name_of(kind: type) -> str | None:
 
 
 def options_of(made: Layout) -> dict[str, str]:
-    """The options that differ from the defaults, as `layout` reads them; of LAYOUTS only."""
+    """The options that differ from the defaults, as `layout` reads them; {} for a layout not in LAYOUTS."""
     if not _ours(made):
         return {}
     fields = {

@@ -1,9 +1,9 @@
-"""What versions of serving engines call the tensors of a rank's state dict, and which more they have.
+"""What versions of serving engines call the tensors in a rank's state dict, and which more they hold.
 
-Engines load a rank's state dict by name (`sharded_state`): every key of the version must be there, and no
-other. Names move between versions while the tensors stay, so they are data here. vLLM's lines were compared,
-name by name and bit by bit, with what it holds after its own load_weights (`tests/engines`); SGLang's were
-read from its source. A family without a line is refused.
+Engines load a rank's state dict by name (`sharded_state`): every key that the version has must be there, and
+no other. Names change between versions while tensors stay the same, so names are data here. vLLM's lines were
+compared, name by name and bit by bit, with what it holds after its own load_weights (`tests/engines`);
+SGLang's were read from its source. A family without a line is refused.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import NamedTuple
 from ..errors import LayoutError
 
 Renamed = tuple[tuple[str, str], ...]
-"""(a part of a name, what stands for it), one after another."""
+"""(part of a name, its replacement), applied in order."""
 
 
 class Held(NamedTuple):
-    """What an engine holds below a layer's attention and no checkpoint does: `name`, and its one element, of
-    shape () or (1,), in float32 or in the model's own dtype."""
+    """A tensor of one element that an engine holds below a layer's attention, and no checkpoint: its `name`,
+    `value`, `shape` () or (1,), and whether it is float32 or of the model's own dtype."""
 
     name: str
     value: float
@@ -30,17 +30,18 @@ class Held(NamedTuple):
 
 
 def _ones(attention: str) -> tuple[Held, ...]:
-    """The factors of an unquantised kv cache."""
+    """The scales of an unquantised kv cache."""
     return tuple(Held(f"{attention}.{x}", 1.0) for x in ("_k_scale", "_prob_scale", "_q_scale", "_v_scale"))
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What an engine holds otherwise of a model that is quantised in one way.
+    """How what an engine holds differs for a model that is quantised in one way.
 
-    `held`: what more below each attention; `rounded`: patterns of its names that have the model's own dtype,
-    whatever the hub's have; `absent`: of those it has not; `biased`: stacks of experts have biases, of zeros
-    where the hub has none; `marlin`: experts of other sizes than that kernel takes are held otherwise."""
+    `held`: further tensors below each attention. `rounded`: patterns of its names whose tensors have the
+    model's own dtype, whatever the hub's dtype. `absent`: patterns of names that it does not hold. `biased`:
+    stacks of experts have biases, of zeros where the hub has none. `marlin`: experts of sizes that the Marlin
+    kernel does not take are held in another form."""
 
     held: tuple[Held, ...] = ()
     rounded: tuple[str, ...] = ()
@@ -51,17 +52,17 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A family as one version of an engine has it.
+    """A family in one version of an engine.
 
-    `renamed`: parts of the model format's names; `held`: what it has below each layer's attention beyond the
-    checkpoint; `quantised`: Model.quant_method -> what it holds otherwise, for those ways of quantising that
-    were compared; `float32`: patterns of its names that are held in float32 whatever the others are;
-    `hub_rows`: what the hub fuses keeps its order of rows: q, k, v head by head, and [gate; up] cut as one
-    run (vLLM's Transformers backend).
+    `renamed`: how its names differ from layout vllm's. `held`: what it holds below each layer's attention
+    that is not in the checkpoint. `quantised`: Model.quant_method -> what differs then, for the ways of
+    quantising that were compared. `float32`: patterns of its names that are held in float32. `hub_rows`:
+    fused matrices keep the hub's order of rows: q, k, v head by head, and [gate; up] cut as one run (vLLM's
+    Transformers backend).
 
-    `tied`: whether a tied pair goes by the head's name or, where the engine has no head, the embedding's.
-    `stages`: what a stage of a pipeline holds beside its layers: its "own" part of embedding, norm and head,
-    or "all" of them; "": not compared, so that pipelines are refused."""
+    `tied`: a tied pair goes by the name of the "head", or of the "embedding" where the engine has no head.
+    `stages`: what a pipeline stage holds beside its layers: its "own" part of embedding, norm and head, or
+    "all" of them; "" where that was not compared, so that pipelines are refused."""
 
     renamed: Renamed = ()
     held: tuple[Held, ...] = _ones("attn")
@@ -72,13 +73,13 @@ class Served:
     stages: str = ""
 
     def name(self, name: str) -> str:
-        """The engine's name for one of the model format."""
+        """The engine's name for a tensor of layout vllm."""
         for old, new in self.renamed:
             name = name.replace(old, new)
         return name
 
     def whole(self, name: str) -> bool:
-        """Whether the engine holds the tensor of that name of its own in float32."""
+        """Whether the engine holds the tensor with that name (its own) in float32."""
         return any(fnmatchcase(name, pattern) for pattern in self.float32)
 
 
@@ -106,7 +107,7 @@ _FP8_CACHE = tuple(Held(f"attn.{x}_scale", -1.0, float32=False) for x in ("k", "
 
 
 def _forms(compressed: tuple[Held, ...], fp8: tuple[Held, ...]) -> dict[str, Form]:
-    """The ways of quantising; what is held below an attention by compressed-tensors', and by fp8."""
+    """The ways of quantising; `compressed`, `fp8`: what is held below an attention with them."""
     return {
         "compressed-tensors": Form(compressed),
         "fp8": Form(fp8),
@@ -181,8 +182,8 @@ def known(engine: str) -> Mapping[str, Served]:
 
 
 def served(engine: str, family: str, quant_method: str = "") -> Served:
-    """A family as an engine has it. Raises LayoutError for one without a line in its table, and for a way to
-    quantise that was not compared."""
+    """A family in a version of an engine. Raises LayoutError for a family without a line in its table, and
+    for a way of quantising that was not compared."""
     families = known(engine)
     if family not in families:
         raise LayoutError(

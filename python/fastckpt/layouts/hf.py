@@ -1,10 +1,9 @@
 """`hf`: the hub's names and forms; at tp > 1 each rank its slice, as transformers' tensor parallelism cuts.
 
-transformers' base_model_tp_plan cuts q, k, v, gate and up by outputs, o and down by inputs, the embedding
-(embedding_rowwise) and lm_head (colwise_gather_output) by vocabulary rows; the rest is whole on every rank.
-Where a family's plan cuts less, its recipe says so (HubCuts). Families without a plan are cut likewise; what
-their hub fuses is then cut part by part, as packed_colwise does, or group by group.
-"""
+transformers' base_model_tp_plan cuts q, k, v, gate and up by outputs, o and down by inputs, and the embedding
+(embedding_rowwise) and lm_head (colwise_gather_output) by vocabulary rows; every rank holds the rest whole.
+Where a family's plan cuts less, its recipe says so (HubCuts). Families without a plan are cut in the same
+way; their fused matrices are cut part by part, as packed_colwise does, or group by group. """
 
 from __future__ import annotations
 
@@ -18,6 +17,7 @@ from ..placement import Placement
 from ..target import Target
 from ..views import View
 from .cuts import (
+    PAD,
     bias,
     in_part,
     joined,
@@ -61,16 +61,18 @@ class Hf:
         vocabulary do not divide by tp, and for pp, dp or ep."""
         require_tensor_parallel("hf", placement)
         model = self._padded(model, placement)
+        instead = "" if self.pad or model.encoder is not None else PAD
         if "attention" not in model.cuts.whole:
-            self._require_heads(model, placement)
+            self._require_heads(model, placement, instead)
         for key, width in model.sizes.widths.items():
             if key not in model.cuts.whole:
-                require_even("hf", placement, key, width)
-        require_even("hf", placement, "vocab_size", model.sizes.vocab)
+                require_even("hf", placement, key, width, instead)
+        rows = f"; vocab_padding={placement.tp} pads it with zero rows"
+        require_even("hf", placement, "vocab_size", model.sizes.vocab, rows)
         return _targets(model, placement)
 
     def resized(self, model: Model, placement: Placement) -> Mapping[str, int]:
-        """What config.json must say otherwise. Raises LayoutError where it cannot."""
+        """config.json's keys whose numbers change. Raises LayoutError where no key can say a new size."""
         return resized(model.family, model.sizes, self._padded(model, placement).sizes)
 
     def naming(self, placement: Placement) -> Naming:
@@ -97,14 +99,14 @@ class Hf:
             lm_head=replace(head, weight=grown(head.weight), bias=more_bias),
         )
 
-    def _require_heads(self, model: Model, placement: Placement) -> None:
+    def _require_heads(self, model: Model, placement: Placement, instead: str) -> None:
         sizes = model.sizes
         if model.cuts.rows and sizes.fused_qkv:
             rows = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
             require_even("hf", placement, "the number of query, key and value rows", rows)
             require_even("hf", placement, "the number of query rows", sizes.heads * sizes.head_dim)
             return
-        require_heads("hf", placement, sizes)
+        require_heads("hf", placement, sizes, instead)
         if sizes.kv_heads % placement.tp and not self.replicate_kv:
             raise LayoutError(
                 f"layout hf: {sizes.kv_heads} kv heads do not divide by tp {placement.tp}, and "
@@ -238,7 +240,7 @@ def _experts(moe: Experts, model: Model, placement: Placement) -> Iterator[Targe
 
 
 def _stacks(stacks: Stacks | BlockStacks, placement: Placement) -> Iterator[Target]:
-    """A part of every expert's width: gate and up lie in turn, so that their part is one run."""
+    """The rank's part of every expert's width; gate and up alternate, so that their part is one run."""
     tp, rank = placement.tp, placement.tp_rank
     if isinstance(stacks, BlockStacks):
         for role, axis in (

@@ -1,13 +1,12 @@
 """`megatron`: one rank's part of megatron-core's GPTModel, under its parameters' names.
 
-q, k and v are one `linear_qkv`, for each kv head its query heads, their output gates where there are any
-(attention_output_gate), itself and its value head; its rows are cut evenly, also where a kv head's rows then
-fall to several ranks. Latent attention cuts what follows the low ranks. gate and up are one `linear_fc1`
-[gate_r; up_r]; the vocabulary is padded with zero rows, then cut.
-Layers are numbered within their stage. Source: megatron-core 0.16.1 and 0.19.2, core/transformer/{attention,
+q, k and v are one `linear_qkv`: for each kv head its query heads, their output gates where there are any
+(attention_output_gate), itself and its value head. Its rows are cut evenly, even where that gives several
+ranks parts of one kv head. Of latent attention, the matrices behind the low ranks are cut. gate and up are
+one `linear_fc1` [gate_r; up_r]; the vocabulary is padded with zero rows, then cut. Layers are numbered within
+their stage. Source: megatron-core 0.16.1 and 0.19.2, core/transformer/{attention,
 multi_latent_attention,mlp}.py, core/transformer/moe/, core/models/gpt/gpt_layer_specs.py; the padding is
-Megatron-LM's vocab_size_with_padding.
-"""
+Megatron-LM's vocab_size_with_padding. """
 
 from __future__ import annotations
 
@@ -60,11 +59,11 @@ class Megatron:
         require_least("megatron", self, 0, "expert_tp", "first_stage", "last_stage")
 
     def targets(self, model: Model, placement: Placement) -> Iterator[Target]:
-        """The rank's tensors; a tied output layer is written by the last of several stages alone.
+        """The rank's tensors; a tied output layer is written only by the last of several stages.
 
-        The tp * dp ranks of a stage are the expert_tp * ep ranks of its experts: each run of expert_tp ranks
-        holds a run of the experts and cuts their widths, megatron-core's default order of ranks. Everything
-        else the dp groups hold alike.
+        The tp * dp ranks of a stage are also the expert_tp * ep ranks of its experts: each run of expert_tp
+        ranks holds a run of the experts and cuts their widths, which is megatron-core's default order of
+        ranks. All else is the same in every dp group.
 
         Raises LayoutError, before the first target, where heads, rows of q, k and v or a feed-forward width
         do not divide by tp, layers by pp, experts by ep, an expert's width by expert_tp, kv heads neither
@@ -89,7 +88,7 @@ class Megatron:
         grid = self._experts_grid(placement)
         if placement.tp * placement.dp != grid.count * grid.ep:
             raise LayoutError(
-                f"layout megatron: groups of tp ranks differ by their experts alone: wanted tp * dp equal to "
+                f"layout megatron: dp groups differ only in their experts: wanted tp * dp equal to "
                 f"expert_tp * ep {grid.count * grid.ep}, got {placement.tp * placement.dp}"
             )
         if placement.ep > 1 and (not sizes.experts or sizes.experts % placement.ep):
@@ -106,8 +105,8 @@ class Megatron:
     def naming(self, placement: Placement) -> Naming:
         """safetensors in Megatron-LM's directories of ranks: `mp_rank_TT[_PPP][_EEE]`.
 
-        Those tell ranks apart that are cut by tp, pp and ep; where expert_tp is more than tp, several of a
-        name cut an expert, and `_expert_tp_NN` stands behind it."""
+        These names distinguish ranks by tp, pp and ep. Where expert_tp is more than tp, several ranks of one
+        name cut an expert, and `_expert_tp_NN` is added."""
         grid = self._experts_grid(placement)
         stage = f"_{placement.pp_rank:03d}" if placement.pp > 1 else ""
         part = f"_{grid.ep_rank:03d}" if placement.ep > 1 else ""
@@ -208,8 +207,8 @@ class Megatron:
                 yield from self._norm(f"{at}.{name}.", norm)
 
     def _latent(self, at: str, attention: Mla, placement: Placement) -> Iterator[Target]:
-        """Transformer Engine's modules hold the low ranks whole and their norms with what follows; megatron's
-        own cut the low ranks too."""
+        """Transformer Engine's modules hold the low-rank matrices whole, and their norms with the matrix that
+        follows; megatron's own modules cut the low-rank matrices too."""
         rank, tp = placement.tp_rank, placement.tp
         fused = self.spec == "transformer_engine"
 
@@ -236,9 +235,10 @@ class Megatron:
         if norm is None:
             raise LayoutError(f"layout megatron: the model has no norm to write as {at}weight")
         if norm.plus_one != self.zero_centered_gamma:
-            stored, wanted = ("1 less", "true") if norm.plus_one else ("the factor itself", "false")
+            stored, wanted = ("less 1", "true") if norm.plus_one else ("itself", "false")
             raise LayoutError(
-                f"layout megatron: {norm.name}.weight is {stored}: wanted zero_centered_gamma={wanted}"
+                f"layout megatron: {norm.name}.weight is the factor {stored}: wanted "
+                f"zero_centered_gamma={wanted}"
             )
         yield Target(f"{at}weight", norm.weight)
         if norm.bias is not None:

@@ -1,7 +1,7 @@
-"""Zero heads and zero widths, so that sizes which tp does not divide can be cut evenly.
+"""Adds heads and widths of zeros, so that sizes which tp does not divide can be cut evenly.
 
-A zero query head's output is multiplied by zero columns of o, a zero unit of a feed-forward block by zero
-columns of down: the sums are the same numbers. `resized` says what the server's config must say then.
+The output of an added query head meets zero columns of o, that of an added unit of a feed-forward block zero
+columns of down, so that the sums are the same numbers. `resized` says what the server's config must then say.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ from ..views import View
 
 
 def padded(model: Model, tp: int, experts: int, multiple: int = 1) -> Model:
-    """The model with heads that `tp` can cut or repeat, and with widths of which each rank gets a multiple of
-    `multiple`, and whole blocks where the source has scales of blocks; an expert's width is cut by `experts`.
+    """The model with heads that `tp` ranks can cut or repeat, and with widths of which each rank gets a
+    multiple of `multiple`, and whole blocks where the source's scales are of blocks; `experts` ranks cut an
+    expert's width.
 
-    Query heads stay with the kv head they read: kv heads are added with all their queries, or, where there
-    are fewer kv heads than ranks, queries to every kv head. Raises LayoutError for a model that is no decoder
-    and for sizes that go with another that is padded otherwise; a layer, where heads of a quantised matrix
-    would have to move."""
+    Query heads stay with the kv head they read: kv heads are added with all their query heads, or, where
+    there are fewer kv heads than ranks, query heads are added to every kv head. Raises LayoutError for a
+    model that is no decoder, and for a size that follows from another and would not divide; when a layer is
+    built, for heads of a quantised matrix."""
     if model.encoder is not None:
         raise LayoutError(f"pad: {model.family} has an encoder, which is not padded")
     sizes = _sizes(model.sizes, tp, experts, multiple)
@@ -53,13 +54,15 @@ def padded(model: Model, tp: int, experts: int, multiple: int = 1) -> Model:
 
 
 def resized(family: str, old: Sizes, new: Sizes) -> dict[str, int]:
-    """The config keys that must say another number, and the number, so that a server builds the padded model.
+    """The config keys whose numbers change, with the new numbers, so that a server builds the padded model.
 
-    Raises LayoutError where no key says it."""
+    Raises LayoutError where no key says a size that changed."""
     out: dict[str, int] = {}
     if (old.heads, old.kv_heads) != (new.heads, new.kv_heads):
         if new.head_keys is None:
-            raise LayoutError(f"pad: the config of {family} cannot say {new.heads} heads of {new.head_dim}")
+            raise LayoutError(
+                f"pad: the config of {family} has no keys to say {new.heads} heads of {new.head_dim}"
+            )
         numbers = new.heads, new.kv_heads, new.head_dim
         out |= {key: n for key, n in zip(new.head_keys, numbers, strict=True) if key}
     for key, width in new.widths.items():
@@ -67,7 +70,7 @@ def resized(family: str, old: Sizes, new: Sizes) -> dict[str, int]:
             continue
         said = key.partition(" or ")[0]
         if not said.isidentifier():
-            raise LayoutError(f"pad: the config of {family} cannot say that {key} is {width}")
+            raise LayoutError(f"pad: the config of {family} has no key to say that {key} is {width}")
         out[said] = width
     if new.vocab != old.vocab:
         out[new.vocab_key] = new.vocab
@@ -75,7 +78,8 @@ def resized(family: str, old: Sizes, new: Sizes) -> dict[str, int]:
 
 
 def _factor(sizes: Sizes, key: str) -> int:
-    """How many expert widths a width is by the config's own rule ("n_shared_experts * ..."); 0 for others."""
+    """How many times an expert's width a width is, where the config has only that ("n_shared_experts * ...");
+    0 for other widths."""
     follows = key != sizes.expert_width and key.endswith(f"* {sizes.expert_width}")
     return sizes.widths[key] // sizes.widths[sizes.expert_width] if follows else 0
 

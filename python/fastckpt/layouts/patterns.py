@@ -1,7 +1,7 @@
 """Name patterns -> how each tensor is cut, for models no recipe knows.
 
-The styles carry transformers' names (its tensor_parallel.py): column-wise cuts a matrix's outputs, the last
-axis but one, row-wise its inputs, the last axis. A bias goes with the outputs: the first cuts it, the second
+The styles have transformers' names (its tensor_parallel.py): column-wise cuts a matrix's outputs, the last
+axis but one, row-wise its inputs, the last axis. A bias belongs to the outputs: column-wise cuts it, row-wise
 leaves it whole.
 """
 
@@ -23,8 +23,8 @@ from .naming import Naming, ranked
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """One style: `axis` that is cut, counted from the end (None: none); `bias`: whether a bias is cut with
-    it; `halves`: the axis holds so many matrices one after another, each of which is cut."""
+    """One style. `axis`: the axis that is cut, counted from the end (None: none); `bias`: whether a bias is
+    cut too; `halves`: how many matrices the axis holds one after another, each of which is cut."""
 
     axis: int | None
     bias: bool = True
@@ -51,7 +51,7 @@ STYLES: dict[str, Cut] = {
 
 @dataclass(frozen=True, slots=True)
 class Patterns:
-    """A plan of glob patterns -> style; a pattern stands for a tensor's name or its module's.
+    """`plan`: glob pattern -> style; a pattern matches a tensor's name or its module's.
 
     The first pattern that matches decides. `*` also matches dots. Raises LayoutError for an unknown style."""
 
@@ -65,8 +65,8 @@ class Patterns:
                 raise LayoutError(f"tp_plan: {pattern!r}: unknown style {style!r}; known: {known}")
 
     def targets(self, ckpt: Checkpoint, placement: Placement) -> Iterator[Target]:
-        """Every tensor's part for this rank, in the checkpoint's order; then those of tied names that are cut
-        otherwise than the tensor they are.
+        """Every tensor's part for this rank, in the checkpoint's order; then the tied names that are cut
+        differently from the tensor they are tied to.
 
         Raises LayoutError, before the first target, for a name no pattern matches, for an axis that does not
         divide by tp, and for a tensor that does not have the axis."""

@@ -1,12 +1,11 @@
-"""`rtp_llm`: rtp-llm's weights of one rank after its loader, the form its own dump has.
+"""`rtp_llm`: the weights of one rank as rtp-llm's loader makes them, in the form of the engine's own dump.
 
 Each weight is made whole by its process function (`rtp_merge`, `rtp_roles`), then cut by the strategy that
-the engine's table has for it (`rtp_weights`, `rtp_split`). Matrices are [in, out]: q, k and v one kernel
-[hidden, (q | k | v)], gate and up one [hidden, (gate | up)]; experts are [experts, (up; gate), hidden], up
-before gate, and [experts, hidden, width]. The embedding is cut along hidden, lm_head padded to 8 * tp rows,
-then cut. int8 and fp8 matrices stay [out, in], as the engine's kernels for them want. Source: rtp-llm's
-utils/model_weight.py (class W) and models/.
-"""
+the engine's table has for it (`rtp_weights`, `rtp_split`). Matrices are [in, out]: q, k and v are one kernel
+[hidden, (q | k | v)], gate and up one [hidden, (gate | up)]; experts are [experts, (up; gate), hidden] and
+[experts, hidden, width]. The embedding is cut along hidden; lm_head is padded to a multiple of 8 * tp rows,
+then cut. int8 and fp8 matrices stay [out, in], as the engine's kernels want. Source: rtp-llm's
+utils/model_weight.py (class W) and models/. """
 
 from __future__ import annotations
 
@@ -32,21 +31,22 @@ from .rtp_split import SPLITS, Cut, phy2log
 from .rtp_weights import FP32, NAMES, TABLES
 
 TOWERS = {"cogvlm2": "model.vision."}
-"""family -> what the hub calls its image tower, which the first tp rank holds whole by names below that.
-Every rank holds embedding and head whole, since the tower's vectors are put among the embedded tokens.
+"""family -> the hub's prefix of its image tower, which the first tp rank holds whole, by the names behind the
+prefix. Every rank holds embedding and head whole, since the tower's vectors go among the embedded tokens.
 Source: rtp-llm's models/cogvlm2.py and multimodal_mixin.py of 2025."""
 
 
 @dataclass(frozen=True, slots=True)
 class RtpLlm:
-    """`absorb`: latent attention gets the matrices kc and vc that absorb a key or a value, beside kv_b.
-    `w13`: gate and up are one weight. `split_rope`: the rope rows of latent attention apart, even ones first,
-    as 2025's engine wants them. `use_stack_weight`: the ranks that share experts cut their widths (today's
-    moe_pure_tp_mode, 2025's use_stack_weight); else each has its experts whole. `ffn_tp`: how many ranks cut
-    the feed-forward block (0: as tp). `physical_experts`: places for experts, redundant ones included, on
-    `nodes` nodes (0: as many as experts). `rope_positions`: latent attention's table of cosines and sines
-    for so many positions, the engine's max_seq_len (0: none). `one_scale`: of fp8 with a scale a matrix, q, k
-    and v get the largest of theirs, and so do an expert's up and gate, as the engine has them once loaded."""
+    """`absorb`: latent attention also gets kc and vc, the matrices that absorb keys and values, beside kv_b.
+    `w13`: gate and up are one weight. `split_rope`: the rope rows of latent attention are reordered, even
+    ones first, as 2025's engine wants them. `use_stack_weight`: the ranks that share experts cut their widths
+    (today's moe_pure_tp_mode, 2025's use_stack_weight); else each holds its experts whole. `ffn_tp`: how many
+    ranks cut the feed-forward block (0: tp). `physical_experts`: how many places there are for experts,
+    redundant ones included (0: as many as experts), on `nodes` nodes. `rope_positions`: for how many
+    positions latent attention gets its table of cosines and sines, the engine's max_seq_len (0: no table).
+    `one_scale`: of fp8 with one scale a matrix, q, k and v are requantised with the largest of their scales,
+    and so are an expert's up and gate, as the engine does once they are loaded."""
 
     absorb: bool = True
     w13: bool = True
@@ -66,9 +66,9 @@ class RtpLlm:
     def targets(self, model: Model, placement: Placement) -> Iterator[Target]:
         """The rank's tensors; a tied lm_head is written from the embedding, as the engine wants both.
 
-        Every group of tp ranks cuts attention and dense blocks; experts are shared out to ep parts, each of
-        whose tp * dp / ep ranks cut their widths. Raises LayoutError, before the first target, where heads, a
-        feed-forward width or hidden do not divide, where kv heads neither divide nor repeat evenly, for pp,
+        Every group of tp ranks cuts attention and dense blocks. Experts are distributed over ep parts; the tp
+        * dp / ep ranks of a part cut their widths. Raises LayoutError, before the first target, where heads,
+        a feed-forward width or hidden do not divide, where kv heads neither divide nor repeat evenly, for pp,
         and for an ep that the ranks or the experts do not divide by; and for a role this layout has no name
         for."""
         cut = self._cut(model, placement)
@@ -196,8 +196,8 @@ def _naming(stem: str, placement: Placement) -> Naming:
 
 
 def _target(at: str, whole: Whole, cut: Cut) -> Target:
-    """One rank's part. At one rank the engine's loader cuts nothing, and so pads nothing; its lm_head knows
-    tp alone."""
+    """One rank's part. With a single rank the engine's loader cuts nothing, and so pads nothing; for lm_head
+    only tp counts."""
     grid, views = cut.place, [whole.view, *whole.also]
     if grid.tp > 1 or (whole.name != "lm_head" and (grid.dp, grid.ep) != (1, 1)):
         split, own = SPLITS[TABLES[whole.table][whole.name]].view, replace(cut, bits=whole.bits)
@@ -231,7 +231,7 @@ def _after(model: Model) -> Iterator[Whole]:
 
 
 def _places(order: list[int], experts: int) -> Iterator[Whole]:
-    """Where each expert lies [experts, redundant + 1], -1 for no further place, and how often [experts].
+    """The places of each expert [experts, redundant + 1], filled up with -1, and how many it has [experts].
 
     Source: rtp-llm's model_loader/loader.py, _init_eplb_weight."""
     places = np.full((experts, len(order) - experts + 1), -1, np.int32)

@@ -1,9 +1,9 @@
-"""An adapter kept apart, as rtp-llm's loader has it for every layer: A and B of fused matrices as one pair.
+"""An adapter kept apart, as rtp-llm's loader has it for every layer: A and B of a fused matrix are one pair.
 
-A is [in, rank], B [rank, out]. What is joined of matrices that were adapted one by one has their A side by
-side and their B along a diagonal of blocks; one that was not adapted has zeros of the others' rank. B is
-multiplied already (`model.Thin`). Source: rtp-llm's merge_qkv_lora_A and merge_qkv_lora_B, which the engine
-has for q, k and v; gate and up go the same way here, since its own w13_lora functions do not run.
+A is [in, rank], B [rank, out]. Where the fused matrices were adapted one by one, their A stand side by side
+and their B along a diagonal of blocks; one that was not adapted has zeros of the others' rank. B is
+multiplied by the scale already (`model.Thin`). Source: rtp-llm's merge_qkv_lora_A and merge_qkv_lora_B, which
+the engine has for q, k and v; gate and up go the same way here, since its own w13_lora functions do not run.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """rtp-llm's process functions as views: what its loader makes of a weight's sources before it is cut.
 
-Each function takes the sources in the reference's order and gives the tensor its namesake gives, without
-moving an element; what takes arithmetic is made when it is read (`finishes`). MERGES lists all of them by
-the reference's name, and says where we differ and why. Sources are a Linear's [out, in]; H hidden, D head
-dim, N (Nq, Nk) heads, I width, E experts, R low rank.
+Each function takes the sources in the reference's order and gives the tensor that its namesake gives, without
+moving an element; what takes arithmetic is computed when it is read (`finishes`). MERGES lists all of them by
+the reference's names, and says where we differ and why; the layout uses those that some family needs. Sources
+are [out, in]; H hidden, D head dim, N (Nq, Nk) heads, I width, E experts, R low rank.
 Source: rtp-llm's utils/model_weight.py and model_loader/ (2025's and 2026's).
 """
 
@@ -418,8 +418,8 @@ def slopes(heads: int) -> View:
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """A row of the catalogue: the view a process function makes; `differs`: where ours is not the
-    reference's, and why (with no view: why there is none)."""
+    """A row of the catalogue: `view` makes what a process function makes; `differs`: where ours differs from
+    the reference, and why (or why there is no view)."""
 
     view: Callable[..., View] | None
     differs: str = ""

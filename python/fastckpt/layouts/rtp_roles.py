@@ -1,10 +1,9 @@
-"""What the roles of a layer become for rtp-llm: whole weights by the names of class W, not yet cut.
+"""What the roles of a layer become for rtp-llm: whole weights under the names of class W, not yet cut.
 
-How a matrix is stored decides its form and its table: [in, out] by default and for packed int4, [out, in]
-with the scales the checkpoint has for int8 and fp8. What takes arithmetic on values (1 + gamma, reciprocals
-of the scales of inputs, one scale for what had several) is made when it is read. Source: rtp-llm's models/
-and model_loader/'s weights by scheme.
-"""
+How a matrix is stored decides its form and its table: [in, out] by default and for packed int4; [out, in]
+with the checkpoint's scales for int8 and fp8. What takes arithmetic on values (1 + gamma, reciprocals of
+input scales, one scale in place of several) is computed when it is read. Source: rtp-llm's models/ and
+model_loader/'s weights by scheme. """
 
 from __future__ import annotations
 
@@ -36,8 +35,8 @@ from .rtp_weights import STATIC
 
 
 class Whole(NamedTuple):
-    """A whole weight: W's name, the tensor, how weights are stored (TABLES), bits of packed values. `finish`:
-    what becomes of a rank's part; `also`: views of the same elements, where it is made when it is read."""
+    """A whole weight: W's name, the tensor, how it is stored (a key of TABLES), bits of packed values.
+    `finish`: applied to a rank's part; `also`: as in Target."""
 
     name: str
     view: View
@@ -144,9 +143,9 @@ def _matrix(
     *,
     one_scale: bool = False,
 ) -> Iterator[Whole]:
-    """The outputs of `linears`, one or several that read one input, as `{stem}w{end}`; scale, zero and bias
-    likewise. `parts`: which axis of [out, in] ranks cut (None: by heads, or not at all) and how many they
-    are; blocks and groups must follow. `one_scale`: fp8 with one scale for all of them."""
+    """The outputs of `linears` (several that read one input are joined) as `{stem}w{end}`, with scales, zeros
+    and bias. `parts`: which axis of [out, in] is cut (None: by heads, or not at all) and by how many ranks;
+    blocks and groups must divide too. `one_scale`: of fp8 with one scale a matrix, one for all of them."""
     linear = joined(linears[0].name, linears) if len(linears) > 1 else linears[0]
     if linear.leaf == "weight_packed":
         raise LayoutError(
@@ -204,10 +203,10 @@ def _vectors(linears: Sequence[Linear], leaf: str) -> list[View]:
 def _inputs(
     matrix: str, scales: Sequence[View], view: View, table: str, name: str, *, one_scale: bool
 ) -> Iterator[Whole]:
-    """The scale `view` of what a matrix reads, and its reciprocal. `scales`: those of gate and up, which must
-    agree; of q, k and v, and of experts, each has its own.
+    """`view`, the scale of a matrix's inputs, and its reciprocal. `scales`: that of each fused matrix; those
+    of gate and up must agree, while q, k and v, and experts, each keep their own.
 
-    Raises LayoutError where the engine quantises what such a matrix reads as it comes."""
+    Raises LayoutError where the engine has no such scale, since it quantises those inputs dynamically."""
     found = STATIC.get(table, {}).get(matrix)
     if found is None:
         raise LayoutError(f"layout rtp_llm has no name for {name}, beside {matrix}w stored as {table}")
@@ -230,7 +229,7 @@ def _of_one_scale(linears: Sequence[Linear]) -> View:
 
 
 def _one_of(name: str, *, inverse: bool = False) -> Callable[[View], View]:
-    """The largest of all a rank holds, or 1 / that, as a scalar."""
+    """Makes the largest of a rank's scales, or 1 / that, as a scalar."""
     return lambda view: largest(name, view.reshape((1, view.numel)), inverse=inverse).reshape(())
 
 
@@ -308,7 +307,7 @@ def _latent(attention: Mla, heads: int, cut: Cut, making: Making) -> Iterator[Wh
         q, kv_a = _rope_apart(q, heads, nope, rope), _rope_apart(kv_a, 1, rank, rope)
     if attention.q_a is None:
         if q.beside or kv_a.beside:
-            raise LayoutError(f"layout rtp_llm has no place for the factors of {q.name}")
+            raise LayoutError(f"layout rtp_llm has no place for the scales of {q.name}")
         yield Whole("mla_fusedqkrope_no_lora_w", concat_t([q.weight, kv_a.weight]))
     else:
         yield from _matrix("mla_fusedqkrope_", [attention.q_a, kv_a], (None, 1))

@@ -1,9 +1,8 @@
 """rtp-llm's tensor- and expert-parallel strategies as views: a whole processed tensor -> one rank's part.
 
-Every strategy takes the tensor and a Cut, which says where the rank stands and how attention is sized.
-SPLITS lists all of them by the reference's name, and says where we differ and why. A remainder is refused
-everywhere; the reference drops it in most. Source: rtp-llm's utils/model_weight.py (2025's and 2026's).
-"""
+Every strategy takes the tensor and a Cut, which says which rank it is and what sizes attention has. SPLITS
+lists all of them by the reference's names, and says where we differ and why. A remainder is always refused;
+the reference drops it in most strategies. Source: rtp-llm's utils/model_weight.py (2025's and 2026's). """
 
 from __future__ import annotations
 
@@ -20,10 +19,11 @@ from .cuts import padded_part
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """One rank's place, the ranks that cut the feed-forward block (None: as tp), and attention's sizes.
+    """One rank's place, and attention's sizes. `ffn`: (index, count) among the ranks that cut the
+    feed-forward block (None: as tp).
 
-    `bits`: of packed int4 or int8 values; `value_heads`, `value_dim`: linear attention's values, whose
-    keys are `kv_heads` of `head_dim`; `stack`: experts' widths are cut (use_stack_weight)."""
+    `bits`: of packed int4 or int8 values; `value_heads`, `value_dim`: linear attention's values (its keys are
+    `kv_heads` of `head_dim`); `stack`: experts' widths are cut (use_stack_weight)."""
 
     place: Placement
     heads: int = 1
@@ -48,9 +48,8 @@ class Cut:
 
     @property
     def kv(self) -> tuple[int, int]:
-        """(index, count) of the part of the kv heads this rank reads: gcd(Nk, tp) parts, each shared by
-        neighbouring ranks. Where neither divides the other a rank's ratio of heads no longer says which
-        query reads which: layouts refuse that before they come here."""
+        """(index, count) of the part of the kv heads that this rank reads: gcd(Nk, tp) parts, each shared by
+        neighbouring ranks. Layouts refuse heads where neither of Nk and tp divides the other."""
         count = math.gcd(self.kv_heads, self.place.tp)
         return self.place.tp_rank // (self.place.tp // count), count
 
@@ -334,7 +333,7 @@ def phy2log(experts: int, physical: int, ep: int, nodes: int = 1) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A row of the catalogue: a strategy; `differs`: where ours is not the reference's, and why."""
+    """A row of the catalogue: a strategy; `differs`: where ours differs from the reference, and why."""
 
     view: Strategy
     differs: str = ""

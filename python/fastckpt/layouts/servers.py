@@ -1,4 +1,4 @@
-"""How servers share out what tensor parallelism does not cut: experts and layers."""
+"""How servers distribute what tensor parallelism does not cut: experts and layers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ..placement import Placement
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """One rank's share of a layer's experts: of those that part `ep_rank` of `ep` holds, part `index` of
-    `count` of each one's width."""
+    """One rank's share of a layer's experts: it holds those of part `ep_rank` of `ep`, and of each one's
+    width part `index` of `count`."""
 
     index: int
     count: int
@@ -20,8 +20,8 @@ class Share:
     ep: int
 
     def of(self, experts: int, order: str) -> range:
-        """The experts it holds. "linear": a run, the first experts % ep parts one more; "round_robin": every
-        ep-th. Source: vLLM's determine_expert_map."""
+        """The experts it holds. "linear": a run, one longer in the first experts % ep parts; "round_robin":
+        every ep-th. Source: vLLM's determine_expert_map."""
         if order == "round_robin":
             return range(self.ep_rank, experts, self.ep)
         each, more = divmod(experts, self.ep)
@@ -29,10 +29,11 @@ class Share:
         return range(first, first + each + (self.ep_rank < more))
 
 
-def expert_share(layout: str, placement: Placement, sizes: Sizes) -> Share:
+def expert_share(layout: str, placement: Placement, sizes: Sizes, instead: str = "") -> Share:
     """The rank's share: all tp * dp ranks cut every expert's width, or, with ep = tp * dp, hold some whole.
 
-    Raises LayoutError for another ep, fewer experts than parts, or a width that does not divide."""
+    Raises LayoutError for another ep, fewer experts than parts, or a width that does not divide; `instead`:
+    the way out of the last, for the message."""
     ranks = placement.tp * placement.dp
     flat = placement.dp_rank * placement.tp + placement.tp_rank
     if placement.ep not in (1, ranks):
@@ -46,13 +47,15 @@ def expert_share(layout: str, placement: Placement, sizes: Sizes) -> Share:
         return Share(0, 1, flat, ranks)
     width = sizes.widths.get(sizes.expert_width, 0)
     if width % ranks:
-        raise LayoutError(f"layout {layout}: {sizes.expert_width} {width} does not divide by tp * dp {ranks}")
+        raise LayoutError(
+            f"layout {layout}: {sizes.expert_width} {width} does not divide by tp * dp {ranks}{instead}"
+        )
     return Share(flat, ranks, 0, 1)
 
 
 def layer_range(layout: str, placement: Placement, layers: int) -> range:
-    """The layers of the rank's stage: as even as can be; what is left over goes one each to the stages before
-    the last, from the back. Source: vLLM's get_pp_indices.
+    """The layers of the rank's stage, as even as can be; each layer left over goes to another stage,
+    beginning with the last but one and going back. Source: vLLM's get_pp_indices.
 
     Raises LayoutError for more stages than layers."""
     pp = placement.pp

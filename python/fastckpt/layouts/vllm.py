@@ -25,6 +25,7 @@ from ..stored import constant
 from ..target import Target
 from ..views import View, cat, stack, zeros
 from .cuts import (
+    PAD,
     bias,
     in_form,
     in_part,
@@ -97,12 +98,13 @@ class Vllm:
                 f"pp 1, got {placement.pp}"
             )
         model = self._padded(model, placement)
-        share = expert_share("vllm", placement, model.sizes)
+        instead = "" if self.pad or model.encoder is not None else PAD
+        share = expert_share("vllm", placement, model.sizes, instead)
         stage = layer_range("vllm", placement, len(model.layers))
-        require_heads("vllm", placement, model.sizes)
+        require_heads("vllm", placement, model.sizes, instead)
         for key, width in model.sizes.widths.items():
             if key != model.sizes.expert_width:
-                require_even("vllm", placement, key, width)
+                require_even("vllm", placement, key, width, instead)
         rows = round_up(model.sizes.vocab, self.vocab_padding)
         require_even("vllm", placement, f"vocab_size {model.sizes.vocab}, padded to", rows)
         if model.encoder is not None or model.carried:
@@ -115,7 +117,7 @@ class Vllm:
         return named if form is None else _in_form(named, form, model.embedding.weight.dtype)
 
     def resized(self, model: Model, placement: Placement) -> Mapping[str, int]:
-        """What config.json must say otherwise. Raises LayoutError where it cannot."""
+        """config.json's keys whose numbers change. Raises LayoutError where no key can say a new size."""
         return resized(model.family, model.sizes, self._padded(model, placement).sizes)
 
     def _padded(self, model: Model, placement: Placement) -> Model:
@@ -125,8 +127,8 @@ class Vllm:
         return padded(model, placement.tp, ranks, self.multiple)
 
     def naming(self, placement: Placement) -> Naming:
-        """The pattern of vLLM's sharded_state loader, parts counted from 0; it tells tp ranks apart only, so
-        stages and data-parallel groups stand before them where there are several."""
+        """The file names that vLLM's sharded_state loader looks for, parts counted from 0. They tell only tp
+        ranks apart; where there are several stages or data-parallel groups, those are named before."""
         stem = "model-rank"
         if placement.pp > 1 or placement.dp > 1:
             pp = f"-pp-{placement.pp_rank}" if placement.pp > 1 else ""
@@ -232,7 +234,7 @@ def _named(target: Target, renamed: Renamed, engine: Served | None) -> Target:
 
 
 def _in_form(targets: Iterable[Target], form: Form, own: DType) -> Iterator[Target]:
-    """A quantised model's tensors that the engine has, each in the dtype it has there."""
+    """Those tensors of a quantised model that the engine holds, each in the dtype it has there."""
     for target in targets:
         if any(fnmatchcase(target.name, pattern) for pattern in form.rounded):
             yield Target(target.name, target.view.as_stored().cast(own), target.shape)
@@ -241,7 +243,7 @@ def _in_form(targets: Iterable[Target], form: Form, own: DType) -> Iterator[Targ
 
 
 def _require_marlin(linear: Linear) -> None:
-    """Raises LayoutError for an expert's sizes that vLLM holds in another form, for a slower kernel."""
+    """Raises LayoutError for an expert whose sizes make vLLM hold it in another form, for a slower kernel."""
     scales = linear.part("scales")
     if scales is not None and (linear.shape[1] % 128 or scales.unit[1] not in (0, 32, 64, 128)):
         raise LayoutError(
@@ -252,7 +254,7 @@ def _require_marlin(linear: Linear) -> None:
 
 
 def _stacked(name: str, linears: Sequence[Linear]) -> Iterator[Target]:
-    """The experts' matrices of one kind as a stack, their biases and what stands beside them likewise."""
+    """The experts' matrices of one kind as a stack, and stacks of their biases and of what is beside them."""
     first = linears[0]
     kinds = {(x.leaf, x.packed, tuple((b.leaf, b.unit) for b in x.beside)) for x in linears}
     if len(kinds) != 1:
@@ -276,14 +278,14 @@ def _stacked(name: str, linears: Sequence[Linear]) -> Iterator[Target]:
 
 
 def _once(linear: Linear, share: Share) -> Linear:
-    """What the ranks make of an expert is summed, so one of them adds its bias and the others zeros."""
+    """The ranks' results of an expert are summed, so one rank holds its bias and the others zeros."""
     bias = linear.bias
     return replace(linear, bias=zeros(bias.shape, bias.dtype)) if bias is not None and share.index else linear
 
 
 def _stacks(name: str, stacks: Stacks | BlockStacks, held: range, share: Share) -> Iterator[Target]:
-    """Experts with gate and up in turn, as gpt-oss's kernels want what its hub has; matrices [out, in], of
-    mxfp4 two values a byte, and their exponents beside them."""
+    """gpt-oss's experts, gate and up alternating, as its kernels want them; matrices are [out, in], in mxfp4
+    two values a byte with their exponents beside."""
 
     def of(role: Parameter, axis: int) -> View:
         view = cat([role.view.narrow(0, e, 1) for e in held])

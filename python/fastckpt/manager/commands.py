@@ -25,7 +25,7 @@ def add_parser(
     commands: argparse._SubParsersAction[argparse.ArgumentParser],
 ) -> argparse.ArgumentParser:
     """Add `manager` with its own commands; `args.action` is the chosen one's name."""
-    what = "the commits of a training job: list, verify, clean, restore, publish"
+    what = "list, verify, clean, restore and publish the commits of a training job"
     top: argparse.ArgumentParser = commands.add_parser(
         "manager", help=what, description=what[0].upper() + what[1:] + ".", allow_abbrev=False
     )
@@ -37,16 +37,18 @@ def add_parser(
         )
         made.add_argument("root", metavar="ROOT", help="the manager's directory")
         made.add_argument("--step-prefix", default="step-", help="how steps are named (default: step-)")
-        made.add_argument("--step-digits", type=int, default=8, metavar="N", help="(default: 8)")
+        made.add_argument(
+            "--step-digits", type=int, default=8, metavar="N", help="digits of a step's number (default: 8)"
+        )
         made.add_argument("--json", action="store_true", help="print JSON")
         made.add_argument("-d", "--debug", action="store_true", help="show the traceback of an error")
         made.set_defaults(quiet=False)
         return made
 
     def of_step(p: argparse.ArgumentParser, default: str) -> None:
-        p.add_argument("--step", type=int, metavar="N", help=f"(default: {default})")
+        p.add_argument("--step", type=int, metavar="N", help=f"the step (default: {default})")
 
-    action("ls", "the commits that stand, with sizes and metrics")
+    action("ls", "list the commits that stand, with sizes and metrics")
 
     of_step(action("verify", "check commits against their digests; exit 1 where one is broken"), "all")
 
@@ -54,10 +56,10 @@ def add_parser(
     gc.add_argument("--max-to-keep", type=int, metavar="N", help="keep the newest N")
     gc.add_argument("--keep-period", type=int, metavar="N", help="keep steps that N divides")
     gc.add_argument("--keep-best", type=int, metavar="N", help="keep the N best by --metric")
-    gc.add_argument("--metric", metavar="NAME")
+    gc.add_argument("--metric", metavar="NAME", help="what --keep-best compares")
     gc.add_argument("--mode", choices=("min", "max"), default="min", help="which is best (default: min)")
     gc.add_argument("--aside", action="store_true", help="also remove what was set aside")
-    gc.add_argument("--dry-run", action="store_true", help="say which commits would go")
+    gc.add_argument("--dry-run", action="store_true", help="only say which commits would go")
 
     restore = action("restore", "write the tensors of a commit as safetensors")
     restore.add_argument("out", metavar="OUT", help="the output directory, new or empty")
@@ -71,8 +73,10 @@ def add_parser(
     publish.add_argument(
         "--back", metavar="VERSION", help="make this version current again; nothing is written"
     )
-    publish.add_argument("--part", metavar="KEY", help="the state's key that is the model")
-    publish.add_argument("--keep", type=int, metavar="N", help="versions that stay")
+    publish.add_argument(
+        "--part", metavar="KEY", help="the state's key that is the model (default: its only module)"
+    )
+    publish.add_argument("--keep", type=int, metavar="N", help="how many versions to keep")
     serving_options.add(publish, config="none: a commit holds none")
     serving_options.add_recipe(publish)
     publish.add_argument("--allow-nonfinite", action="store_true", help="write NaN and infinity as they are")

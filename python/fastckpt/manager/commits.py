@@ -17,7 +17,7 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -124,19 +124,14 @@ class Store:
     def manifest(self, step: int) -> Manifest:
         """The record of a step whose files are all there with their sizes. Raises SourceError."""
         path = self.path(step)
-        found = Manifest.read(os.path.join(path, NAME))
-        if not found.complete:
-            raise SourceError(f"{path}: {len(found.shards)} of {found.world} ranks are in its record")
-        if found.record.source.step != step:
-            raise SourceError(f"{path}: its record is of step {found.record.source.step}")
-        for name, entry in found.all_files().items():
+
+        def size(name: str) -> int:
             try:
-                nbytes = os.stat(os.path.join(path, name)).st_size
+                return os.stat(os.path.join(path, name)).st_size
             except OSError as e:
                 raise SourceError(f"{path}: {name}: {e.strerror}") from None
-            if nbytes != entry.nbytes:
-                raise SourceError(f"{path}: {name} has {nbytes} bytes, the record says {entry.nbytes}")
-        return found
+
+        return whole(path, step, Manifest.read(os.path.join(path, NAME)), size)
 
     def commit(self, step: int) -> Commit | None:
         """What stands at a step; None where nothing whole does. Digests are not checked here.
@@ -161,7 +156,7 @@ class Store:
         return [c for step in self.steps() if (c := self.commit(step)) is not None]
 
     def bring(self, step: int, *, again: bool = False) -> None:
-        """Have a step in `path(step)`; here it is there already."""
+        """Bring a step to `path(step)`, where it already is; stores that are elsewhere do something."""
 
     # ---- changes: the coordinator of this disk only ----
 
@@ -251,8 +246,8 @@ class Store:
 
     def remove(self, steps: Iterable[int]) -> list[int]:
         """Remove commits, never the newest whole one: renamed first, so that none is ever half there."""
-        whole = self.commits()
-        keep = whole[-1].step if whole else None
+        standing = self.commits()
+        keep = standing[-1].step if standing else None
         gone = []
         for step in steps:
             if step == keep or not os.path.isdir(self.path(step)):
@@ -266,7 +261,7 @@ class Store:
         return gone
 
     def set_aside(self, steps: Iterable[int]) -> list[int]:
-        """Take commits out of the row without removing them: hidden names of their own."""
+        """Hide commits without removing them, under names that are no step's."""
         gone = []
         for step in steps:
             with telling(self.path(step)):
@@ -292,6 +287,20 @@ class Store:
     def _sync(self) -> None:
         if self.durable:
             sync_directory(self.root)
+
+
+def whole(where: str, step: int, found: Manifest, size: Callable[[str], int | None]) -> Manifest:
+    """The record of a step, found to be of that step, of all its ranks, and of files that have their sizes.
+
+    `size`: the bytes of a file by its name, None where it is not there. Raises SourceError."""
+    if not found.complete:
+        raise SourceError(f"{where}: {len(found.shards)} of {found.world} ranks are in its record")
+    if found.record.source.step != step:
+        raise SourceError(f"{where}: its record is of step {found.record.source.step}")
+    for name, entry in found.all_files().items():
+        if (nbytes := size(name)) != entry.nbytes:
+            raise SourceError(f"{where}: {name} has {nbytes} bytes, the record says {entry.nbytes}")
+    return found
 
 
 def ready(root: str) -> bool:

@@ -223,9 +223,9 @@ _KINDS: tuple[type[FastckptError], ...] = (
 def together(group: Group, what: str, work: Callable[[], JSON], *, at: str = "") -> list[JSON]:
     """Do `work` on every rank; its results by rank, or the same class of error on all of them.
 
-    `what` is for people, `what` and `at` for the ranks: one that is elsewhere has lost the others, and what
-    it says is not taken for an answer. Raises the first class of _KINDS that a rank failed with; an error of
-    another kind is a ManagerError."""
+    `what` names the work in messages. With `at` it also says where a rank is: the answer of a rank that is
+    elsewhere is not taken, and is an error. Raises the first class of _KINDS that a rank failed with; an
+    error of another kind is a ManagerError."""
     value: JSON = None
     error: Exception | None = None
     try:

@@ -19,8 +19,8 @@ from .telling import only_said
 
 @dataclass(slots=True, eq=False)
 class Keeping:
-    """`policy`: what is kept, None for all. `newest`: the step saved last, or gone back to; `broken`: steps
-    that were found broken."""
+    """`policy`: what is kept, None for all. `newest`: the step that was saved last, or rewound to; `broken`:
+    steps that were found broken."""
 
     store: Store
     disk: Disk
@@ -31,8 +31,8 @@ class Keeping:
     def surplus(self, standing: Standing | None = None) -> list[int]:
         """The steps that no policy keeps. `standing`: what all disks hold, where there are several.
 
-        What only some of them have is no commit: it is not counted as kept, and goes with what is older than
-        the newest commit. Without it nothing goes that nodes have on disks of their own."""
+        A step that only some disks hold is no commit: the policy does not see it, and it goes once it is
+        older than the newest commit. Without `standing`, no step goes of which other nodes hold a part."""
         if self.policy is None:
             return []
         commits = [

@@ -102,8 +102,8 @@ def these(steps: Collection[int]) -> Keep:
 
 
 def spaced(seconds: float) -> Keep:
-    """Commits at least this far apart in time, from the oldest on; forwards or, of a clock that was set,
-    backwards."""
+    """Commits at least this far apart in time, from the oldest step on; a clock that was set back does not
+    make them all too close."""
 
     def keep(commits: Sequence[Commit]) -> set[int]:
         out: set[int] = set()

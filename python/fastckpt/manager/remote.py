@@ -17,7 +17,7 @@ from ..errors import ManagerError, SourceError, WriteError
 from ..output.filesystem import remove_tree, telling
 from ..output.manifest import NAME, Manifest
 from ..verification import verify
-from .commits import ASIDE, LATEST, SAVING, TRASH, Commit, Store
+from .commits import ASIDE, LATEST, SAVING, TRASH, Commit, Store, whole
 from .uploaders import FsspecDirectory, Uploader
 
 
@@ -29,13 +29,11 @@ class RemoteStore(Store):
 
     local = False
 
-    def __init__(
-        self, url: str, scratch: str | None, *, prefix: str, digits: int, durable: bool, tries: int = 5
-    ) -> None:
+    def __init__(self, url: str, scratch: str | None, *, prefix: str, digits: int, durable: bool) -> None:
         self.url = url
         super().__init__(scratch or default_scratch(url), prefix=prefix, digits=digits, durable=durable)
         self._far = FsspecDirectory(url)
-        self._uploader = Uploader(self._far, tries=tries)
+        self._uploader = Uploader(self._far)
         self._spelled = re.compile(re.escape(prefix) + r"([0-9]+)/(.+)")
 
     # ---- what stands there ----
@@ -66,15 +64,7 @@ class RemoteStore(Store):
             text = b"".join(self._far.read(f"{self.name(step)}/{NAME}"))
         except OSError as e:
             raise SourceError(f"{where}: {NAME}: {e}") from None
-        found = Manifest.parse(text, f"{where}/{NAME}")
-        if not found.complete or found.record.source.step != step:
-            raise SourceError(f"{where}: its record is not of step {step}, or of some of its ranks only")
-        for name, entry in found.all_files().items():
-            if stored.get(name) != entry.nbytes:
-                raise SourceError(
-                    f"{where}: {name} has {stored.get(name)} bytes, the record says {entry.nbytes}"
-                )
-        return found
+        return whole(where, step, Manifest.parse(text, f"{where}/{NAME}"), stored.get)
 
     def commit(self, step: int) -> Commit | None:
         """What stands at a step; None where nothing whole does. Digests are not checked here."""
@@ -96,7 +86,7 @@ class RemoteStore(Store):
         return out
 
     def bring(self, step: int, *, again: bool = False) -> None:
-        """Have a step whole in the scratch directory; its bytes are checked by whoever reads them. `again`:
+        """Bring a step whole to the scratch directory; its bytes are checked by whoever reads them. `again`:
         also where a sound copy is there.
 
         Raises SourceError where it does not stand, WriteError where it cannot be brought."""
@@ -154,8 +144,8 @@ class RemoteStore(Store):
 
     def remove(self, steps: Iterable[int]) -> list[int]:
         """Remove commits, never the newest whole one; the record goes first."""
-        whole = self.commits()
-        keep = whole[-1].step if whole else None
+        standing = self.commits()
+        keep = standing[-1].step if standing else None
         gone = []
         for step in steps:
             if step != keep:
@@ -169,7 +159,7 @@ class RemoteStore(Store):
             self._far.remove(sorted(self._far.sizes(self.name(step))))
 
     def set_aside(self, steps: Iterable[int]) -> list[int]:
-        """Take commits out of the row without removing them: under hidden names, the record moved first."""
+        """Hide commits without removing them, under names that are no step's; the record is moved first."""
         gone = []
         for step in steps:
             away = os.path.basename(self._away(ASIDE, step))

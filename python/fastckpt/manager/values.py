@@ -1,6 +1,6 @@
 """State as a tree of plain values and tensors by name, and back. Nothing is pickled.
 
-Law: what `flatten` takes apart, `rebuild` gives back with equal values and types; what cannot be written
+Law: what `flatten` takes apart, `Builder` gives back with equal values and types; what cannot be written
 so is refused with its place. A container is a JSON object of one key, its tag, so that nothing is guessed.
 """
 

@@ -29,7 +29,7 @@ class Endings:
                     self._before[number] = signal.signal(number, unwind)
 
     def waiting(self) -> None:
-        """From here on they wait, and Ctrl-C with them: what they interrupted must be put in order."""
+        """From here on these signals and Ctrl-C wait: a run that they ended must be able to clean up."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, *ENDINGS):
                 if (found := signal.getsignal(number)) in (unwind, signal.default_int_handler):

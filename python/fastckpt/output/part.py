@@ -97,8 +97,9 @@ class Part:
         self._waiting.append((name, staged))
 
     def done(self, rank: int) -> Manifest | None:
-        """The record by which that rank is done: its own, or that of a set that one process made; its files
-        have their sizes."""
+        """The record that says that a rank is done: its own, or the whole set's where one process made all.
+
+        None where there is none, or where a file it lists is not there with its size."""
         found = self._record(rank) or self._set()
         return found if found is not None and self._missing(found) is None else None
 

@@ -23,7 +23,8 @@ from ..errors import LayoutError
 from ..extents import Extent, Extents
 from ..layouts.naming import Naming
 from ..output.files import FileLayout, Spec, safetensors_layout, split
-from ..output.torchzip import Wrap, torch_layout
+from ..output.pickling import Wrap
+from ..output.torchzip import torch_layout
 from ..placement import Placement
 from ..quantisation import prequantised, quantplan
 from ..quantisation.quantplan import Expansion, Quantised

@@ -21,14 +21,12 @@ class Wanted:
     `placement` and `rank` (None: all ranks); `layout` by name or as an object; `config` as a path or a
     mapping (None: the checkpoint's own); `recipe` by name (None: what served shards were cut with, else by
     the config); `tp_plan` name pattern -> style; `vocab_size`: the embedding rows that count; `dtype` (None:
-    as stored, "auto": the config's); `max_shard_size` of a file; `container`: "safetensors" or "bin";
-    `sorted`: files ordered as safetensors' save_file orders them, not as the source lies; `weights_key`,
-    `client_state`: a training
-    checkpoint around a single `.bin`; `held`: only these names are
-    made, each as its dtype (a module to fill); `quant`: what is quantised on the way, and how;
-    `dense`: what is quantised already is dequantised (dtype None: to what the config names, else bfloat16);
-    `adapter`: a PEFT adapter's directory, merged into the checkpoint, or with `apart` cut as the layout cuts
-    it (hf, rtp_llm)."""
+    as stored, "auto": the config's); `max_shard_size` of a file; `sorted`: files ordered as safetensors'
+    save_file orders them, not as the source lies; `weights_key`, `client_state`: a training checkpoint around
+    a single `.bin`; `held`: only these names are made, each as its dtype (a module to fill); `quant`: what is
+    quantised on the way, and how; `dense`: what is quantised already is dequantised (dtype None: to what the
+    config names, else bfloat16); `adapter`: a PEFT adapter's directory, merged into the checkpoint, or with
+    `apart` cut as the layout cuts it (hf, rtp_llm)."""
 
     placement: Placement
     rank: int | None = None

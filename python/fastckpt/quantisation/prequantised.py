@@ -1,11 +1,12 @@
-"""A dense checkpoint as a quantised one, before any layout sees it: values and scales that lie nowhere and
+"""A dense checkpoint as a quantised one, before any layout sees it: its values and scales lie in no file and
 are made when they are read.
 
-Where a scale goes with a matrix, a layout that fuses, turns or stacks matrices must place it too, and layouts
-know that from quantised sources. So the checkpoint becomes such a source (`rtp_llm`; vLLM's scale for every
-matrix it fuses). `quantplan` is the faster road, for layouts that keep the hub's matrices.
+A layout that fuses, turns or stacks matrices must place their scales too, and it knows how to from sources
+that are quantised already. So the dense checkpoint is made to look like one (for `rtp_llm`, and for vLLM
+where each fused matrix keeps its own scale). `quantplan` is the faster way, for layouts that keep the hub's
+matrices.
 
-Law: an element is the same number however it is asked for: scales are those of the hub's uncut matrix.
+Law: an element is the same number however it is asked for; scales are those of the hub's uncut matrix.
 """
 
 from __future__ import annotations
@@ -37,22 +38,22 @@ Elements = NDArray[np.generic]
 
 
 class Asker(Protocol):
-    """Who asks for elements, and takes what is told of them."""
+    """Gives dense elements, and takes how far the quantised values lie from them."""
 
     def dense(self, view: View, *, scan: bool = False) -> Elements:
         """The elements of a view, in its shape and dtype; `scan`: for scales alone."""
 
-    def told(self, matrix: Matrix, error: Error) -> None:
-        """How far the values that were made lie from the dense ones."""
+    def add_error(self, matrix: Matrix, error: Error) -> None:
+        """Adds the error of some quantised values of a matrix."""
 
 
 @dataclass(slots=True, eq=False)
 class Matrix:
-    """A dense matrix that is quantised as `scheme` says. `shape`: [outputs, inputs], or [inputs, outputs]
-    where the scheme stores it turned; `build` gives the dense view [outputs, inputs].
+    """A dense matrix to be quantised by `scheme`. `shape`: [outputs, inputs], or [inputs, outputs] where the
+    scheme stores it turned; `build` gives the dense view [outputs, inputs].
 
-    `_found`: the largest magnitude of each row, -1 where it is not known yet; `_blocks`: the scales of blocks
-    of several rows, which are few, NaN where they are not."""
+    Remembered between calls: `_found`, the largest magnitude of each row (-1: not known yet), and `_blocks`,
+    the scales of blocks of several rows (NaN: not known yet)."""
 
     name: str
     dtype: DType
@@ -80,10 +81,11 @@ class Matrix:
         return rows * self.dtype.itemsize if self.scheme.turned else 0
 
     def largest(self, ask: Asker, r0: int, r1: int, held: NDArray[np.uint8] | None = None) -> Floats:
-        """What the scales of rows [r0, r1) come from: of each row, or for one scale a matrix of all rows.
+        """The largest magnitudes that the scales of rows [r0, r1) come from: each row's, or for one scale a
+        matrix that of all rows.
 
-        `held`: the bytes of those rows, where they were read whole; else they are read where they are not
-        known yet."""
+        `held`: the bytes of those rows where they were read whole; without it, rows that are not known yet
+        are read."""
         if self.scheme.block[0] == 0:
             with self._lock:  # else every worker reads the whole matrix
                 return np.repeat(self._rows(ask, 0, self.shape[0]).max(), r1 - r0)
@@ -119,7 +121,8 @@ Kind = Literal["values", "scales", "zeros"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """A tensor that is stored of a matrix: its values, scales or zero points, of that name and shape."""
+    """One of the tensors that a quantised matrix is stored as: values, scales or zero points. `stored`: its
+    shape in the file."""
 
     matrix: Matrix
     kind: Kind
@@ -129,7 +132,7 @@ class Part:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns as they lie: a matrix also where `stored` is a vector of one."""
+        """`stored` as rows and columns: [1, 1] for a vector of one."""
         return (self.stored[0], self.stored[1]) if len(self.stored) == 2 else (1, 1)
 
     def box(self, ask: Asker, r0: int, r1: int, c0: int, c1: int) -> Elements:
@@ -145,6 +148,7 @@ class Part:
 
 
 def _values(m: Matrix, ask: Asker, r0: int, r1: int, c0: int, c1: int) -> Elements:
+    """Rows [r0, r1) and columns [c0, c1) of the values as they are stored: bytes, or int32 of packed ones."""
     scheme, (rows, columns) = m.scheme, m.shape
     item, kind = (np.int32, "<i4") if scheme.dtype is int32 else (np.int8, "i1")
     tall, wide = _packing(scheme)
@@ -170,10 +174,10 @@ def _values(m: Matrix, ask: Asker, r0: int, r1: int, c0: int, c1: int) -> Elemen
             m.blocks[a // down : -(-b // down), first // across : -(-last // across)] = found.scales
         held = slice(max(a, top), min(b, bottom)), slice(left, right)
         if (a, b, first, last) == (held[0].start, held[0].stop, left, right):
-            ask.told(m, found.error)
+            ask.add_error(m, found.error)
         else:  # of what was asked for alone, so that no value counts twice
             mine = slice(held[0].start - a, held[0].stop - a), slice(left - first, right - first)
-            ask.told(m, error_of(dense, m.dtype, (n, width), scheme, found, made, mine))
+            ask.add_error(m, error_of(dense, m.dtype, (n, width), scheme, found, made, mine))
         box = made.view(kind).reshape(n // tall, width // wide)
         box = box[(held[0].start - a) // tall : (held[0].stop - a) // tall, (left - first) // wide :]
         out[held[0].start // tall - r0 : held[0].stop // tall - r0] = box[:, : c1 - c0]
@@ -230,13 +234,15 @@ PLACES: Mapping[str, frozenset[str]] = {
     "rtp_llm": frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8", "awq", "gptq"}),
     "vllm": frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8", "awq", "gptq"}),
 }
-"""layout -> the formats it places as those of a quantised source; vLLM's where a scale is a matrix's, where
-experts of four bits become a stack, and where an engine has more tensors beside such a model."""
+"""layout -> the formats whose tensors it places when the source has them. vLLM needs that where a scale is
+one for a whole matrix, where experts of four bits become a stack, and where an engine holds more tensors of
+such a model."""
 
 
 def fits(layout: str, engine: str, ckpt: Checkpoint, quant: Quant) -> bool:
-    """Whether that layout gets the scheme's tensors from a checkpoint made here; `engine`: whose names it
-    uses beyond its own. Raises LayoutError for an engine whose form of them is not known."""
+    """Whether `made` makes the quantised tensors for that layout (else `quantplan` does); `engine`: the
+    version whose names it uses, "" for none. Raises LayoutError where that engine's form of them is not
+    known."""
     scheme = quant.scheme
     found = scheme.format in PLACES.get(layout, ())
     if engine and not found:
@@ -300,8 +306,8 @@ def owner(extent: Extent) -> Part | None:
 
 
 def dense_bytes(extents: Extents) -> NDArray[np.float64]:
-    """By extent, the dense bytes that a byte of it is made of, for scales 0: the values need the same ones.
-    Empty where nothing is quantised when it is read."""
+    """By extent, how many dense bytes must be read for one byte of it; 0 for scales, since the values read
+    the same ones. Empty where nothing is quantised as it is read."""
     each = np.ones(len(extents))
     for i, extent in enumerate(extents):
         if (part := owner(extent)) is not None:
@@ -336,7 +342,7 @@ def _view(extents: Extents, index: int, part: Part) -> Callable[[], View]:
 
 
 def _form(matrix: Matrix, kind: str) -> Entry:
-    """The dense shape, or the group of every input."""
+    """The tensor that says the dense shape, or the group of every input."""
     dtype = matrix.scheme.form_dtype
     values = np.array(matrix.scheme.form_values(matrix.shape), np.int32 if dtype is int32 else np.int64)
     return Single(values.shape, dtype, lambda: constant(values, dtype), kind)

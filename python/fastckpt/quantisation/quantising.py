@@ -1,7 +1,7 @@
-"""Quantised tensors on the road: dense bands into staging, quantised while they are in cache, values out.
+"""Quantised tensors on the road: bands of dense rows are filled, quantised while in cache, and written out.
 
 A job is a run of a tensor's rows whose values begin on a digest leaf; one worker does it band by band. Law:
-every value is made from the plan's own rows, its scales go out once, when the tensor's last job is done.
+every value is made from the plan's own rows; a tensor's scales go out once, when its last job is done.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class _Tensor:
     """A quantised tensor on its way: its scales and zero points, the jobs left, and its error so far."""
 
     number: int
-    told: Quantised
+    matrix: Quantised
     scales: Floats
     zeros: Zeros
     largest: Floats | None
@@ -57,12 +57,27 @@ class _Tensor:
     error: Error = field(default_factory=Error)
     lock: Lock = field(default_factory=Lock)
 
+    def quantise(self, band: Band, dense: Bytes, out: Bytes) -> Error:
+        """Quantise a band's dense rows into `out`; keeps their scales and zero points. Raises SourceError."""
+        matrix, scheme = self.matrix, self.matrix.scheme
+        _, columns = flat(matrix.shape)
+        stop = band.row + band.count
+        largest = None if self.largest is None else self.largest[band.row : stop]
+        pitch = (band.pitch or band.count * matrix.dtype.itemsize) if scheme.turned else 0
+        found = quantise(dense, matrix.dtype, band.count, columns, scheme, largest, out, pitch=pitch)
+        if found is None:
+            raise not_finite(matrix.name, band.row, stop)
+        if self.largest is None or scheme.block[0]:
+            into = band.row // (scheme.block[0] or matrix.shape[-2])
+            self.scales[into : into + len(found.scales)] = found.scales
+            self.zeros[into : into + len(found.zeros)] = found.zeros
+        return found.error
+
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """Dense rows [row, row + count) of a tensor, as `quantise` takes them: where they lie in memory already
-    (`there`, `pitch` bytes from line to line where they lie turned), or what fills them (`rows`, as a
-    Batch's)."""
+    """Dense rows [row, row + count) of a tensor, as `quantise` takes them: either in memory already (`there`,
+    `pitch` bytes from line to line where they lie turned), or to be filled by the copies `rows`."""
 
     row: int
     count: int
@@ -90,6 +105,41 @@ class Job:
     start: int
     stop: int
     bands: tuple[Band, ...]
+
+
+class _Out:
+    """A job's values on their way to `end`, from offset `at` of a tensor on: made in its memory where it has
+    room, else in `staging`, from which whole leaves are put."""
+
+    def __init__(self, end: End, tensor: int, at: int, staging: Bytes) -> None:
+        self.end, self.tensor, self.at, self.staging = end, tensor, at, staging
+        self.staged = True  # whether what is made next lies in staging
+        self.filled = 0  # bytes of staging that were made and not put yet
+
+    def room(self, nbytes: int) -> Bytes:
+        """Where the next `nbytes` are to be made; then `take` them."""
+        there = self.end.room(self.tensor, self.at, nbytes)
+        self.staged = there is None
+        return self.staging[self.filled : self.filled + nbytes] if there is None else there
+
+    def take(self, nbytes: int) -> None:
+        """They are made."""
+        if not self.staged:
+            self.at += nbytes
+            return
+        self.filled += nbytes
+        if leaves := self.filled // LEAF * LEAF:
+            self._put(leaves)
+
+    def close(self) -> None:
+        """Put what is left."""
+        if self.filled:
+            self._put(self.filled)
+
+    def _put(self, nbytes: int) -> None:
+        self.end.put(self.tensor, self.at, memoryview(self.staging.data)[:nbytes])
+        self.at, self.filled = self.at + nbytes, self.filled - nbytes
+        self.staging[: self.filled] = self.staging[nbytes : nbytes + self.filled].copy()
 
 
 class Dense:
@@ -127,15 +177,15 @@ class Dense:
 
 
 class Quantising:
-    """The quantised tensors of one run; `largest`: dense name -> what `Scan` found of it."""
+    """The quantised tensors of one run; `largest`: dense name -> the amax of its rows, as `Scan` found it."""
 
     def __init__(self, plan: Plan, slots: Slots, largest: Mapping[str, Floats]) -> None:
         self.plan = plan
         self.largest = largest
         self.errors: dict[int, Error] = {}
-        told = plan.quantised.values()
-        self.dense = max((_step(q) * q.shape[-1] * q.dtype.itemsize for q in told), default=0)
-        self.values = LEAF + max((_widest(q) * q.shape[-1] * q.scheme.bits // 8 for q in told), default=0)
+        matrices = plan.quantised.values()
+        self.dense = max((_step(q) * q.shape[-1] * q.dtype.itemsize for q in matrices), default=0)
+        self.values = LEAF + max((_widest(q) * q.shape[-1] * q.scheme.bits // 8 for q in matrices), default=0)
         self.made = np.zeros(len(plan.tensors), bool)
         for i, q in plan.quantised.items():
             beside = [at for at in (q.zeros, q.form) if at is not None and not q.scheme.dynamic]
@@ -143,7 +193,7 @@ class Quantising:
         self.rest = replace(slots, nbytes=np.where(self.made, 0, slots.nbytes))
 
     def others(self, first: int, chunk: Chunk) -> Chunk:
-        """The chunk without the rows of what is made here; cut it by `rest`."""
+        """The chunk without the rows of quantised tensors; to be cut by the slots `rest`."""
         keep = ~self.made[first + chunk.tensor]
         return chunk if keep.all() else Chunk(chunk.count, chunk.rows[keep], chunk.tensor[keep])
 
@@ -153,72 +203,51 @@ class Quantising:
             return
         dense = Dense(chunk, binding)
         for i in range(chunk.count):
-            told = self.plan.quantised.get(first + i)
-            if told is None:
+            matrix = self.plan.quantised.get(first + i)
+            if matrix is None:
                 continue
-            rows, columns = flat(told.shape)
-            out = columns * told.scheme.bits // 8
-            step, share = _step(told), _share(told)
-            tensor = self._tensor(first + i, told, -(-rows // share))
+            rows, columns = flat(matrix.shape)
+            out = columns * matrix.scheme.bits // 8
+            step, share = _step(matrix), _share(matrix)
+            tensor = self._tensor(first + i, matrix, -(-rows // share))
             held: list[Band] = []
-            width = columns * told.dtype.itemsize
-            for band in dense.bands(i, rows, width, step, turned=told.scheme.turned):
+            width = columns * matrix.dtype.itemsize
+            for band in dense.bands(i, rows, width, step, turned=matrix.scheme.turned):
                 if held and band.row % share == 0:
                     yield Job(tensor, held[0].row * out, band.row * out, tuple(held))
                     held = []
                 held.append(band)
             yield Job(tensor, held[0].row * out, rows * out, tuple(held))
 
-    def _tensor(self, number: int, told: Quantised, jobs: int) -> _Tensor:
-        rows, _ = flat(told.shape)
-        lead = rows // told.shape[-2]
-        down, across = told.scheme.grid(told.shape[-2], told.shape[-1])
+    def _tensor(self, number: int, matrix: Quantised, jobs: int) -> _Tensor:
+        rows, _ = flat(matrix.shape)
+        lead = rows // matrix.shape[-2]
+        down, across = matrix.scheme.grid(matrix.shape[-2], matrix.shape[-1])
         scales = np.empty((lead * down, across), np.float32)
         largest = None
-        if told.scanned:
-            largest = self.largest[told.name]
-            if told.scheme.block[0] == 0:
+        if matrix.scanned:
+            largest = self.largest[matrix.name]
+            if matrix.scheme.block[0] == 0:
                 one = largest.reshape(lead, -1).max(axis=1)
-                scales[:] = scale_of(one, told.scheme).reshape(lead, 1)
-                largest = np.repeat(one, told.shape[-2])
-        return _Tensor(number, told, scales, np.zeros(scales.shape, np.int8), largest, jobs)
+                scales[:] = scale_of(one, matrix.scheme).reshape(lead, 1)
+                largest = np.repeat(one, matrix.shape[-2])
+        return _Tensor(number, matrix, scales, np.zeros(scales.shape, np.int8), largest, jobs)
 
     def worker(self, lane: Lane, end: End) -> Callable[[Job], None]:
         """A worker with staging of its own for dense rows and for values."""
         dense, values = fresh(self.dense), fresh(self.values)
-        whole = memoryview(values.data)
 
         def run(job: Job) -> None:
-            tensor, at, filled, error = job.tensor, job.start, 0, Error()
-            told = tensor.told
-            _, columns = flat(told.shape)
+            tensor, error = job.tensor, Error()
+            _, columns = flat(tensor.matrix.shape)
+            out = _Out(end, tensor.number, job.start, values)
             for band in job.bands:
                 n = band.count * columns
-                there = band.dense(lane, dense, n * told.dtype.itemsize)
-                size = n * told.scheme.bits // 8
-                room = end.room(tensor.number, at, size)
-                out = values[filled : filled + size] if room is None else room
-                stop = band.row + band.count
-                given = None if tensor.largest is None else tensor.largest[band.row : stop]
-                pitch = (band.pitch or band.count * told.dtype.itemsize) if told.scheme.turned else 0
-                found = quantise(there, told.dtype, band.count, columns, told.scheme, given, out, pitch=pitch)
-                if found is None:
-                    raise not_finite(told.name, band.row, band.row + band.count)
-                if tensor.largest is None or told.scheme.block[0]:
-                    into = band.row // (told.scheme.block[0] or told.shape[-2])
-                    tensor.scales[into : into + len(found.scales)] = found.scales
-                    tensor.zeros[into : into + len(found.zeros)] = found.zeros
-                error += found.error
-                if room is not None:
-                    at += size
-                    continue
-                filled += size
-                if whole_leaves := filled // LEAF * LEAF:
-                    end.put(tensor.number, at, whole[:whole_leaves])
-                    at, filled = at + whole_leaves, filled - whole_leaves
-                    values[:filled] = values[whole_leaves : whole_leaves + filled].copy()
-            if filled:
-                end.put(tensor.number, at, whole[:filled])
+                size = n * tensor.matrix.scheme.bits // 8
+                rows = band.dense(lane, dense, n * tensor.matrix.dtype.itemsize)
+                error += tensor.quantise(band, rows, out.room(size))
+                out.take(size)
+            out.close()
             with tensor.lock:
                 tensor.jobs -= 1
                 tensor.error += error
@@ -265,18 +294,18 @@ def _lines_in_memory(rows: Table, binding: Binding, count: int, width: int) -> _
 
 def _beside(tensor: _Tensor) -> Iterator[tuple[int, NDArray[np.generic]]]:
     """What goes out beside the values once all are made: (plan's tensor, array)."""
-    told, scheme = tensor.told, tensor.told.scheme
-    yield told.scales, tensor.scales.astype(np.float16) if scheme.scale_dtype is float16 else tensor.scales
-    if told.zeros is not None and not scheme.dynamic:
-        yield told.zeros, stored_zeros(tensor.zeros, scheme)
-    if told.form is not None:
-        yield told.form, form_of(told)
+    matrix, scheme = tensor.matrix, tensor.matrix.scheme
+    yield matrix.scales, tensor.scales.astype(np.float16) if scheme.scale_dtype is float16 else tensor.scales
+    if matrix.zeros is not None and not scheme.dynamic:
+        yield matrix.zeros, stored_zeros(tensor.zeros, scheme)
+    if matrix.form is not None:
+        yield matrix.form, form_of(matrix)
 
 
-def form_of(told: Quantised) -> NDArray[np.generic]:
+def form_of(matrix: Quantised) -> NDArray[np.generic]:
     """What the tensor `form` of a matrix holds."""
-    form = np.array(told.scheme.form_values(told.shape), np.int64)
-    return form.astype(np.int32) if told.scheme.form_dtype is int32 else form
+    form = np.array(matrix.scheme.form_values(matrix.shape), np.int64)
+    return form.astype(np.int32) if matrix.scheme.form_dtype is int32 else form
 
 
 class Scan:
@@ -297,13 +326,14 @@ class Scan:
 
     def worker(self, lane: Lane) -> Callable[[ScanJob], None]:
         """A worker with staging of its own."""
-        staging = [fresh(DENSE_BYTES)]
+        staging = fresh(DENSE_BYTES)
 
         def run(job: ScanJob) -> None:
-            if len(staging[0]) < job.stop:
-                staging[0] = fresh(job.stop)
+            nonlocal staging
+            if len(staging) < job.stop:
+                staging = fresh(job.stop)
             band, (_, columns) = job.band, flat(job.target.shape)
-            dense = band.dense(lane, staging[0], job.stop)
+            dense = band.dense(lane, staging, job.stop)
             largest = amax(dense, job.target.view.dtype, band.count, columns)
             if not np.isfinite(largest).all():
                 raise not_finite(job.target.name, band.row, band.row + band.count)
@@ -314,7 +344,7 @@ class Scan:
 
 @dataclass(frozen=True, slots=True)
 class ScanJob:
-    """A band of a matrix that is looked through; `stop` - `start` its dense bytes."""
+    """A band of a matrix to look through; it has `stop` - `start` dense bytes."""
 
     target: Target
     band: Band
@@ -323,21 +353,21 @@ class ScanJob:
     stop: int
 
 
-def _step(told: Quantised) -> int:
+def _step(matrix: Quantised) -> int:
     """Rows made dense at once: whole blocks, or a power of two, as leaves are."""
-    if told.scheme.block[0] == 0 and not told.scanned:
-        return told.shape[-2]
-    fit = DENSE_BYTES // (told.shape[-1] * told.dtype.itemsize)
-    return max(told.scheme.block[0], 1 << fit.bit_length() - 1 if fit else 1)
+    if matrix.scheme.block[0] == 0 and not matrix.scanned:
+        return matrix.shape[-2]
+    fit = DENSE_BYTES // (matrix.shape[-1] * matrix.dtype.itemsize)
+    return max(matrix.scheme.block[0], 1 << fit.bit_length() - 1 if fit else 1)
 
 
-def _widest(told: Quantised) -> int:
+def _widest(matrix: Quantised) -> int:
     """Rows of a band at most."""
-    return _step(told) * (WIDER if told.scheme.turned else 1)
+    return _step(matrix) * (WIDER if matrix.scheme.turned else 1)
 
 
-def _share(told: Quantised) -> int:
+def _share(matrix: Quantised) -> int:
     """Rows of a job: whole bands that begin on a leaf."""
-    out = told.shape[-1] * told.scheme.bits // 8
-    one = math.lcm(_widest(told), LEAF // math.gcd(LEAF, out))
+    out = matrix.shape[-1] * matrix.scheme.bits // 8
+    one = math.lcm(_widest(matrix), LEAF // math.gcd(LEAF, out))
     return one * max(1, -(-JOB_BYTES // (one * out)))

@@ -1,8 +1,7 @@
 """Which targets a quantised plan has: a chosen matrix becomes values, scales and what goes with them.
 
-Law: the scales are those of the uncut matrix, whatever the placement. A block or group that a cut would tear
-is refused; a scale that is shared across a cut, or by more than DENSE_BYTES, comes from the uncut matrix,
-which is then read first.
+Law: the scales are those of the uncut matrix, whatever the placement. A cut through a block or group is
+refused. Where a scale is shared across a cut, or by more than DENSE_BYTES, the uncut matrix is read first.
 """
 
 from __future__ import annotations
@@ -42,9 +41,9 @@ DENSE_BYTES = 1 << 21
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
-    """A quantised tensor of a plan. `name`, `dtype`, `shape`: of the dense matrix as it is stored, which may
-    be turned; `scanned`: its scales come from a first read of the uncut matrix of that name; `scales`,
-    `zeros`, `form`: the plan's tensors that hold those, where the scheme has them."""
+    """A quantised tensor of a plan. `name`, `dtype`, `shape`: the dense matrix's, the shape turned where the
+    scheme stores it turned. `scanned`: the uncut matrix of that name is read first, for its scales. `scales`,
+    `zeros`, `form`: the numbers of the plan's tensors that hold those, where the scheme has them."""
 
     scheme: Scheme
     name: str
@@ -58,10 +57,11 @@ class Quantised:
 
 @dataclass(frozen=True, slots=True)
 class Expansion:
-    """How targets are expanded. `whole` starts the targets of an uncut placement.
+    """Turns targets into quantised ones. `whole` gives the targets of an uncut placement; `sizes`: the
+    model's, where the layout knows roles.
 
-    `sizes` of the model where the layout knows roles. `dense`: output name -> dense name; `scanned`: the
-    dense names of what needs a first read; both are filled as targets pass."""
+    Filled as targets pass: `dense`, output name -> dense name, and `scanned`, the dense names of the matrices
+    that must be read first."""
 
     quant: Quant
     layout: str
@@ -174,7 +174,7 @@ class Expansion:
                 )
 
     def _parts(self, name: str, rows: int) -> tuple[int, ...]:
-        """The rows of the matrices that are fused under a name."""
+        """The rows of each matrix that is fused under a name. Raises LayoutError where they are not known."""
         module = _module(name)
         if module in ("gate_up_proj", "w13_weight"):
             return rows // 2, rows // 2
@@ -200,8 +200,9 @@ def _module(name: str) -> str:
 
 
 def quantization_config(quant: Quant, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, JSON]:
-    """The `quantization_config` of config.json, of dense matrices by name: compressed-tensors' or DeepSeek's
-    fp8, else one that loaders do not know and so refuse."""
+    """The `quantization_config` of config.json for dense matrices of these names and shapes, in the words of
+    the scheme's format; one that only fastckpt reads gets a `quant_method` that loaders do not know and so
+    refuse."""
     scheme = quant.scheme
     left: list[JSON] = [
         name.removesuffix(".weight")
@@ -245,6 +246,11 @@ def quantization_config(quant: Quant, shapes: Mapping[str, tuple[int, ...]]) -> 
                 "lm_head": "lm_head" not in left and "lm_head.weight" in shapes,
                 "dynamic": skipped,
             }
+    return _compressed_config(scheme, left)
+
+
+def _compressed_config(scheme: Scheme, left: list[JSON]) -> dict[str, JSON]:
+    """compressed-tensors' `quantization_config`; `left`: the modules that stay dense."""
     kind = "float" if scheme.format == "float-quantized" else "int"
     strategy = {(0, 0): "tensor", (1, 0): "channel"}.get(scheme.block, "group")
     weights: dict[str, JSON] = {
@@ -270,8 +276,9 @@ def quantization_config(quant: Quant, shapes: Mapping[str, tuple[int, ...]]) -> 
 
 
 def fused_config(config: Mapping[str, JSON], names: Iterable[str]) -> dict[str, JSON]:
-    """What config.json must say otherwise for vLLM where GPTQ's modules are fused: unless it says which are
-    quantised, by the hub's names, vLLM asks the names in the files, which are then others."""
+    """What config.json must also say for vLLM where GPTQ's modules are fused: which of the hub's modules are
+    quantised. Else vLLM looks for them among the names in the files, which are then those of fused
+    modules."""
     said = config.get("quantization_config")
     if not isinstance(said, dict) or said.get("quant_method") != "gptq":
         return {}

@@ -116,31 +116,45 @@ def quantise(
 ) -> Rounded | None:
     """Quantise `rows` x `columns` dense values that begin on a block into the bytes `out`.
 
-    `dense`: row after row; with `pitch`, where the scheme stores them turned, column after column, so many
-    bytes from one to the next.
-    `largest`: what amax is for each row, taken as it is where a scale is shared beyond these rows or columns;
-    else it is found here. Returns None, with `out` undefined, where a value or a scale is NaN or infinite."""
+    `dense`: row after row; with `pitch`, for a scheme that stores the matrix turned, column after column,
+    `pitch` bytes from one to the next. `largest`: the amax of each row, where a scale is shared beyond these
+    rows or columns; else it is found here. `isa`, `native`: for tests, a kernel's instruction set, and
+    whether kernels are used. Returns None, with `out` undefined, where a value or a scale is NaN or
+    infinite."""
     if dtype not in DENSE:
         raise LayoutError(f"quant: wanted values of {', '.join(d.name for d in DENSE)}, got {dtype}")
     down, across = scheme.block if largest is None else (1, 0)
     down, across = down or rows, across or columns
+    if not native or _C is None:
+        return _in_numpy(_as_stored(dense, dtype, rows, columns, pitch), scheme, down, across, largest, out)
+    if scheme.turned and not pitch:
+        turned = dense.reshape(rows, columns, dtype.itemsize).transpose(1, 0, 2)
+        dense, pitch = np.ascontiguousarray(turned).reshape(-1), rows * dtype.itemsize
+    scales, zeros = _blocks(rows, columns, down, across)
+    sums = np.zeros(5, np.float64)
+    half = scheme.scale_dtype is float16
+    if not _C.quantise(
+        dense, dtype.code, rows, columns, pitch, down, across,
+        scheme.reach, scheme.floor, -scheme.zero_offset, scheme.reciprocal, half,
+        KINDS[scheme.dtype.name + scheme.packed], largest, out,
+        scales, zeros if scheme.asymmetric else None, sums, isa,
+    ):  # fmt: skip
+        return None
+    return Rounded(scales, zeros, Error(rows * columns, *(float(s) for s in sums)))
+
+
+def _blocks(rows: int, columns: int, down: int, across: int) -> tuple[Floats, Zeros]:
+    """Room for the scales and zero points of blocks of `down` x `across` values; zero points are 0."""
     scales = np.empty((-(-rows // down), -(-columns // across)), np.float32)
-    zeros = np.zeros(scales.shape, np.int8)
-    if native and _C is not None:
-        if scheme.turned and not pitch:
-            turned = dense.reshape(rows, columns, dtype.itemsize).transpose(1, 0, 2)
-            dense, pitch = np.ascontiguousarray(turned).reshape(-1), rows * dtype.itemsize
-        sums = np.zeros(5, np.float64)
-        half = scheme.scale_dtype is float16
-        told = (scheme.reach, scheme.floor, -scheme.zero_offset, scheme.reciprocal, half)
-        points = zeros if scheme.asymmetric else None
-        if not _C.quantise(
-            dense, dtype.code, rows, columns, pitch, down, across, *told,
-            KINDS[scheme.dtype.name + scheme.packed], largest, out, scales, points, sums, isa,
-        ):  # fmt: skip
-            return None
-        return Rounded(scales, zeros, Error(rows * columns, *(float(s) for s in sums)))
-    x = _as_stored(dense, dtype, rows, columns, pitch)
+    return scales, np.zeros(scales.shape, np.int8)
+
+
+def _in_numpy(
+    x: Floats, scheme: Scheme, down: int, across: int, largest: Floats | None, out: Bytes
+) -> Rounded | None:
+    """`quantise` of the values x [rows, columns], in numpy."""
+    rows, columns = x.shape
+    scales, zeros = _blocks(rows, columns, down, across)
 
     def over(ufunc: np.ufunc, values: Floats) -> Floats:
         """What a block's values come to, block by block."""

@@ -1,4 +1,4 @@
-"""Quantisation schemes: what a matrix becomes, which share a scale, how it is spelled in files.
+"""Quantisation schemes: what a matrix becomes, which values share a scale, and how files spell it.
 
 A matrix is [..., rows, columns] = [..., outputs, inputs]. Law: x is stored as round(x / scale) with ties to
 even, clamped; scale = amax / reach in fp32 over the values that share it, and 1 where they are all zero. With
@@ -24,18 +24,20 @@ order (0, 2, 4, 6, 1, 3, 5, 7 from the lowest); eight rows, the first in the low
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """`dtype` of the stored elements, `bits` of one value; `block`: rows and columns that share a scale, 0 is
-    the whole axis. `reach`: the value amax is mapped to; `floor`: the smallest scale. `turned`: the matrix is
-    stored [inputs, outputs], and `block` and `packed` are of that form.
+    """One way to quantise a matrix.
 
-    `asymmetric`: groups have zero points, and `reach` is what the whole range is mapped to; `zero_offset` is
-    added to a zero point where it is stored, so the lowest is minus that (GPTQ's are stored less one).
-    `reciprocal`: values are multiplied by the fp32 reciprocal of the scale (torch.ao) rather than divided by
-    it (compressed-tensors). `dynamic`: torch.ao's shapes of scales, and zeros beside them.
+    `dtype` of the stored elements, `bits` of one value. `block`: how many rows and columns share a scale (0:
+    the whole axis). `reach`: the value that amax is mapped to; `floor`: the smallest scale. `turned`: the
+    matrix is stored [inputs, outputs], and `block` and `packed` refer to that form.
 
-    `values`, `scale`, `zero`, `form`: what the tensors of a matrix are called, as `named` reads it; `form` is
-    the dense shape or the group of every input. `format`: compressed-tensors' name of the storage, "fp8" for
-    DeepSeek's, "awq", "gptq", "" where only fastckpt reads it."""
+    `asymmetric`: groups have zero points, and `reach` is what their whole range is mapped to. `zero_offset`:
+    added to a zero point when it is stored, so that the lowest is minus it (GPTQ stores them less one).
+    `reciprocal`: values are multiplied by the fp32 reciprocal of the scale (torch.ao), not divided by it
+    (compressed-tensors). `dynamic`: scales have torch.ao's shapes, and zero points of 0 beside them.
+
+    `values`, `scale`, `zero`, `form`: what the tensors of a matrix are called, as `named` reads it; `form`
+    holds the dense shape, or the group of every input. `format`: compressed-tensors' name of the storage,
+    "fp8" for DeepSeek's, "awq", "gptq", or "" where only fastckpt reads it."""
 
     name: str
     dtype: DType
@@ -169,8 +171,8 @@ _RECURRENT = re.compile(r"weight_(ih|hh)_l[0-9]+(_reverse)?")
 
 @dataclass(frozen=True, slots=True)
 class Quant:
-    """A scheme and which tensors it is for. `include`, `exclude`: patterns of tensor names (fnmatch) that are
-    added to, and taken from, the matrices the names tell (LINEARS); exclude wins."""
+    """A scheme and the tensors it is for: the matrices known by name (LINEARS), and those that a pattern of
+    `include` matches, but none that a pattern of `exclude` matches (fnmatch)."""
 
     scheme: Scheme
     include: tuple[str, ...] = ()
@@ -178,7 +180,7 @@ class Quant:
 
     @staticmethod
     def of(asked: str | Quant) -> Quant:
-        """The wish behind a scheme's name. Raises LayoutError naming the schemes there are."""
+        """What a scheme's name asks for. Raises LayoutError naming the schemes there are."""
         if isinstance(asked, Quant):
             return asked
         found = SCHEMES.get(asked)
@@ -187,8 +189,8 @@ class Quant:
         return Quant(found)
 
     def leaves(self, name: str) -> bool:
-        """Whether `name` is a parameter named like a module of matrices, as transformers 5 names stacks
-        of experts, and no pattern excludes it."""
+        """Whether a parameter is itself named like a module of LINEARS, as transformers 5 names stacks of
+        experts, and no pattern excludes it."""
         return name.rpartition(".")[2] in LINEARS and not any(fnmatchcase(name, p) for p in self.exclude)
 
     def takes(self, name: str, shape: Sequence[int]) -> bool:

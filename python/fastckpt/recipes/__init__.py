@@ -37,10 +37,10 @@ from . import (
 
 
 class Recipe(Protocol):
-    """Checks every name and shape against the config at once, then builds roles on demand.
+    """Checks every name and shape against the config at once; roles are built when they are asked for.
 
-    `vocab_size` says how many embedding rows count where the checkpoint's and config's differ. Raises
-    RecipeError for a name that is missing, does not fit, or has no role."""
+    `vocab_size`: how many embedding rows count, where checkpoint and config differ. Raises RecipeError for a
+    name that is missing, does not fit, or has no role."""
 
     def __call__(
         self, ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None
@@ -146,8 +146,7 @@ def named(name: str) -> Recipe:
 
 
 def model(recipe: Recipe, ckpt: Checkpoint, config: Mapping[str, JSON], vocab_size: int | None) -> Model:
-    """The model as the recipe reads it, and the config's word for how its matrices are quantised, and its kv
-    cache."""
+    """The model as the recipe reads it, with its `quant_method` from the config."""
     read, said = recipe(ckpt, config, vocab_size=vocab_size), config.get("quantization_config")
     if not isinstance(said, dict):
         return read
@@ -155,7 +154,7 @@ def model(recipe: Recipe, ckpt: Checkpoint, config: Mapping[str, JSON], vocab_si
 
 
 def _quant_method(said: Mapping[str, JSON]) -> str:
-    """The hub's word, and what else decides whether an engine has a place for it."""
+    """The hub's word for the quantisation, with whatever else decides whether an engine can hold it."""
     packed = said.get("format") == "pack-quantized"
     method = "pack-quantized" if packed else said.get("quant_method")
     holds = {

@@ -1,7 +1,8 @@
-"""A checkpoint as a recipe claims it: every name exists, fits its size, and none is left over.
+"""How a recipe claims the names of a checkpoint: every name exists, has the right size, and none is left
+over.
 
-Law: a claim looks at shapes only and is checked at once; the view behind it is built when the returned
-function is called. Errors name the tensor, what was got, what was wanted and the config key it comes from.
+Law: a claim looks only at shapes, and is checked at once; it returns a function that builds the view. Errors
+name the tensor, what was got, what was wanted, and the config key that says so.
 """
 
 from __future__ import annotations
@@ -93,10 +94,9 @@ class Heads:
 class Claims:
     """The names of one checkpoint, claimed one by one.
 
-    `anchor` is a name every checkpoint of the family has: where it is missing and all names carry one
-    prefix before it, the error says how to strip that. `omitted`: a prefix of the hub's names that this
-    checkpoint leaves out (GPT-2's base model has no `transformer.`). `form`: of its quantised matrices.
-    Raises RecipeError."""
+    `anchor`: a name that every checkpoint of the family has; where all names have one prefix more, the error
+    says how to strip it. `omitted`: a prefix of the hub's names that this checkpoint leaves out (GPT-2's base
+    model has no `transformer.`). `form`: how its quantised matrices are stored. Raises RecipeError."""
 
     def __init__(
         self, ckpt: Checkpoint, anchor: str, omitted: str = "", *, form: Quantised | None = None
@@ -110,7 +110,7 @@ class Claims:
 
     @property
     def block(self) -> int:
-        """So many neighbouring outputs, and inputs, of a quantised matrix share a scale."""
+        """How many neighbouring outputs, or inputs, of a quantised matrix share a scale."""
         return math.lcm(*(max(u, 1) for kind in self.form.beside for u in kind.unit)) if self.form else 1
 
     def _stored(self, name: str) -> str:
@@ -139,7 +139,7 @@ class Claims:
         return lambda: self.ckpt[stored]
 
     def parameter(self, name: str, *dims: Dim, kept: bool = False) -> Callable[[], Parameter]:
-        """Claims one tensor of that shape; `kept`: it is never rounded, whatever dtype the others get."""
+        """Claims one tensor of that shape; `kept`: it keeps its dtype, whatever the others are cast to."""
         view = self.tensor(name, *dims)
         return lambda: Parameter(name, view().as_stored() if kept else view())
 
@@ -154,8 +154,8 @@ class Claims:
         stored: str | None = None,
         bias_name: str = "",
     ) -> Callable[[], Linear]:
-        """Claims the matrix [out, into] of the hub's module `name`, stored under the module `stored`, its
-        bias (stored as `bias_name`, where that is another name), and what stands beside a quantised one."""
+        """Claims the matrix [out, into] of the hub's module `name` (which is stored as the module `stored`,
+        if given), its bias (under `bias_name`, if given), and the tensors beside a quantised one."""
         at = stored or name
         form = self.form
         if form is not None and self._is_quantised(at, form):
@@ -172,7 +172,7 @@ class Claims:
         return lambda: Norm(name, weight(), offset(), plus_one)
 
     def rows(self, name: str, count: int, width: Dim) -> Callable[[], Embedding]:
-        """Claims a table of vectors, the first `count` of which are tokens'. Raises RecipeError for fewer."""
+        """Claims the first `count` vectors of a table. Raises RecipeError where it has fewer."""
         stored = Dim(self.shape(f"{name}.weight")[0], "rows")
         if stored.size < count:
             raise RecipeError(f"{name}.weight has {stored.size} rows, the vocabulary {count}")
@@ -246,9 +246,9 @@ class Claims:
         return build
 
     def close(self, ignored: Sequence[str] = ()) -> tuple[str, ...]:
-        """Ends the claims: the unclaimed names that match a pattern of `ignored`.
+        """Ends the claims. Returns the unclaimed names, which must all match a pattern of `ignored`.
 
-        Raises RecipeError naming those that match none."""
+        Raises RecipeError naming those that do not."""
         left = [name for name in self.ckpt.entries if name not in self._claimed]
         unused = [name for name in left if not any(fnmatchcase(name, pattern) for pattern in ignored)]
         if unused:
@@ -332,7 +332,8 @@ def vocabulary(
 
 
 def _over(dim: Dim, unit: int, *, up: bool = False) -> Dim:
-    """How many units of `unit` (0: one of all) an axis has; `up`: the last may be short."""
+    """How many units of size `unit` an axis has (0: one unit); `up`: the last may be short. Raises
+    RecipeError."""
     if unit == 1:
         return dim
     if not up and dim.size % unit:

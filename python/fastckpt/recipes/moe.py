@@ -1,8 +1,8 @@
 """Mixtures of experts: how the hub stores the experts of a layer, one by one or in stacks.
 
 transformers 5 trains with stacks (`experts.gate_up_proj` [experts, gate; up, hidden], `experts.down_proj`
-[experts, hidden, width]) and saves most families expert by expert. Both are read; roles carry the saved
-names.
+[experts, hidden, width]) and saves most families expert by expert. Both are read; roles have the names that
+are saved.
 """
 
 from __future__ import annotations

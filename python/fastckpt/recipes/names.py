@@ -11,10 +11,8 @@
         ...
     )
 
-`{i}` is the layer, counted from 0, `{i+1}` from 1; `{e}` the expert. A tuple of patterns lists alternatives,
-of which the first that the checkpoint has is taken. A role that is None is not there; one that is named must
-be.
-"""
+`{i}` is the layer, counted from 0 (`{i+1}`: from 1), `{e}` the expert. In a tuple of patterns the first that
+the checkpoint has is taken. A role that is None must not be there; one that is named must be. """
 
 from __future__ import annotations
 
@@ -109,7 +107,7 @@ class Names:
 
 
 class _Reading:
-    """One checkpoint read by one set of names."""
+    """One checkpoint, read by one set of names."""
 
     def __init__(self, names: Names, ckpt: Checkpoint, config: Mapping[str, JSON]) -> None:
         self.names, self.ckpt, self.config, keys = names, ckpt, config, names.keys

@@ -1,9 +1,8 @@
 """GPT-NeoX, BLOOM and Falcon: `query_key_value` and `dense`, `dense_h_to_4h` and `dense_4h_to_h`.
 
-The fused matrix holds for each kv head its query heads, then itself, then its value head: q, k, v head by
-head where every head has its own (NeoX, BLOOM, Falcon-RW), all queries before one k and v in old Falcons.
-Alibi slopes are no tensors of the hub: servers compute them from the number of heads.
-"""
+The fused matrix holds, for each kv head, its query heads, itself and its value head: that is q, k, v head by
+head where every query head has its own kv head (NeoX, BLOOM, Falcon-RW), and all queries before one k and one
+v in old Falcons. The hub does not store ALiBi's slopes: servers compute them from the number of heads. """
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """How a quantised checkpoint of the hub stores its matrices, by `quantization_config` in its config.json.
 
-Read are fp8 with one scale a matrix or a block (DeepSeek-V3's form), compressed-tensors' int8 and fp8 with
-one scale a matrix, an output or a block, and compressed-tensors', AWQ's and GPTQ's packed integers. Source:
-transformers' quantization_config classes, compressed-tensors' QuantizationScheme, AutoAWQ's WQLinear_GEMM and
-AutoGPTQ's QuantLinear. Every other form is refused by name.
+These forms are read: fp8 with a scale for each matrix or block (DeepSeek-V3's form); compressed-tensors' int8
+and fp8 with a scale for each matrix, output or block; packed integers of compressed-tensors, AWQ and GPTQ.
+Every other is refused by name. Source: transformers' quantization_config classes, compressed-tensors'
+QuantizationScheme, AutoAWQ's WQLinear_GEMM and AutoGPTQ's QuantLinear.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Form = Literal["matrix", "transposed", "vector", "scalar"]
 
 
 class Kind(NamedTuple):
-    """A tensor beside a matrix: its name below the module, how many outputs and inputs share one of its
-    elements (0: all), and the forms the hub may have it in; `needed`: it must be there."""
+    """A tensor beside a quantised matrix: its name below the module, how many outputs and inputs share one of
+    its elements (0: all), and the forms in which the hub may store it; `needed`: it must be there."""
 
     leaf: str
     unit: tuple[int, int]
@@ -30,9 +30,10 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
-    """`leaf`: the matrix's name below its module; `packed`: how many outputs and inputs one int32 of it holds
-    ((1, 1): it is no int32, but one byte each); `transposed`: it is stored [in, out]; `shape`: below the
-    module, its outputs and inputs."""
+    """`beside`: the tensors beside a matrix. `leaf`: the matrix's name below its module. `packed`: how many
+    outputs and inputs one int32 of it holds ((1, 1): a value is a byte, not packed). `transposed`: it is
+    stored [in, out]. `shape`: the name below the module of a tensor of its outputs and inputs, "" for
+    none."""
 
     beside: tuple[Kind, ...]
     leaf: str = "weight"
@@ -47,7 +48,7 @@ _SHIFT = Kind("shift", (0, 1), ("vector",), needed=False)
 
 
 def quantised(config: Mapping[str, JSON]) -> Quantised | None:
-    """What the config says of its matrices' form, None where they are not quantised. Raises RecipeError."""
+    """How a config says that matrices are quantised, None where it does not. Raises RecipeError."""
     said = config.get("quantization_config")
     if said is None:
         return None
@@ -106,8 +107,8 @@ def _compressed(said: Mapping[str, JSON]) -> Quantised:
 
 
 def _packed(said: Mapping[str, JSON], weights: Mapping[str, JSON]) -> Quantised:
-    """compressed-tensors' integers in int32, by groups or outputs. An order that was undone ("static",
-    "weight") leaves no trace; one that was not has its own tensor (weight_g_idx)."""
+    """compressed-tensors' integers in int32, by groups or outputs. An order of the inputs that was undone
+    ("static", "weight") leaves no trace; one that was not has a tensor of its own (weight_g_idx)."""
     group = -1 if weights.get("strategy") == "channel" else weights.get("group_size")
     symmetric, order = weights.get("symmetric"), weights.get("actorder")
     ordered = order not in (None, False, "static", "weight")

@@ -84,7 +84,7 @@ def faster(device: str, src: DType, dst: DType, turned: bool, threads: int) -> s
 def ends(
     name: str, slots: Slots, buffers: list[Buffer], device: str, size: int
 ) -> tuple[Callable[[Lane], Worker], Callable[[], None]]:
-    """How a way makes its workers, and what ends them; `size`: the staging of one before the bus."""
+    """What makes the workers of a way, and what closes them; `size`: bytes of a staging if the CPU casts."""
     if name == "cpu":
         sink = ToDevice(slots, buffers, device)
         return lambda lane: sink.worker(lane, size), sink.close

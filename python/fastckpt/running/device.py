@@ -72,20 +72,20 @@ class ToDevice:
         """No memory there is filled from here."""
 
     def put(self, tensor: int, offset: int, data: memoryview) -> None:
-        """Send bytes that the CPU quantised; they are there, or on no one's way from `data`, on return."""
+        """Send bytes that the CPU quantised; on return `data` may be reused."""
         source = torch.frombuffer(data, dtype=torch.uint8)
         with torch.cuda.stream(self.made):
             self.bytes[tensor][offset : offset + len(data)].copy_(source)
 
     def open(self) -> None:
-        """Before `put`, on the thread whose stream counts: what is put waits for what that stream does."""
+        """Before `put`, on the caller's thread: what is put waits for that thread's current stream."""
         if self.device.type == "cuda":
             self.made = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             self.made.wait_stream(torch.cuda.current_stream(self.device))
             self.streams.append(self.made)
 
     def worker(self, lane: Lane, size: int) -> Worker:
-        """A worker that makes at most `size` bytes at a time. Call it on the thread whose stream counts."""
+        """A worker that makes at most `size` bytes at a time. To be called on the caller's thread."""
         on_gpu = self.device.type == "cuda"
         stagings = [torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
         stream = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
@@ -133,7 +133,7 @@ class CastThere:
         self.streams: list[torch.cuda.Stream] = []
 
     def worker(self, lane: Lane) -> Worker:
-        """A worker. Call it on the thread whose stream counts."""
+        """A worker. To be called on the caller's thread, whose current stream it waits for."""
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))  # its tensors may still be in use
         self.streams.append(stream)

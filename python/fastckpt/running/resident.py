@@ -110,7 +110,7 @@ class Resident:
         """Every lane has waited for what it began."""
 
     def lane(self, executor: Executor) -> ResidentLane:
-        """A lane for one worker, whose rows the GPU runs. Call it on the thread whose stream counts."""
+        """A lane for one worker, whose rows the GPU runs. To be called on the caller's thread."""
         return ResidentLane(self)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -129,43 +130,45 @@ class Run:
         return self._report(planned, None, {})
 
     def _on_gpu(self, planned: Plan, buffers: Sequence[Buffer], device: str) -> None:
-        from . import crossing, quantised
+        """Tensors on a GPU: made there where the sources lie there, else sent."""
+        from . import quantised, resident
         from .device import ToDevice
-        from .resident import prepare, resident
 
         binding = Binding.of(planned.extents)
-        if planned.quantised and resident(binding) and quantised.fits(planned):
+        if resident.resident(binding) and (not planned.quantised or quantised.fits(planned)):
             began = time.perf_counter()
-            made = quantised.prepare(planned, binding, buffers, device)
-            made.run()
+            if planned.quantised:
+                made = quantised.prepare(planned, binding, buffers, device)
+                self.bytes_scanned += made.bytes_scanned
+                made.run()
+            else:
+                resident.prepare(planned, binding, buffers, device).run()
             self.bytes_read += planned.needed_bytes or 0  # nothing computed lies on a GPU
-            self.bytes_scanned += made.bytes_scanned
-            self.phases["copy"] = time.perf_counter() - began
+            self.phases["copy"] = time.perf_counter() - began  # of copies alone: until they were started
         elif planned.quantised:  # by the CPU
             sink = ToDevice(planned.slots(), buffers, device)
             sink.open()
-            try:
+            with closing(sink):
                 self._copy(planned, lambda lane: sink.worker(lane, self.limits.band), sink)
-            finally:
-                sink.close()
-        elif resident(binding):
-            began = time.perf_counter()
-            prepare(planned, binding, buffers, device).run()
-            self.bytes_read += planned.needed_bytes or 0  # nothing computed lies on a GPU
-            self.phases["copy"] = time.perf_counter() - began  # until it was started
         else:
-            # The GPU's way holds more than `memory` may allow.
-            threads, band = self.limits.threads, self.limits.band
-            way = "cpu" if self.limits.spare is not None else crossing.way(planned, device, threads)
-            worker, close = crossing.ends(way, planned.slots(), list(buffers), device, band)
-            try:
-                if way == "gpu":
-                    limits = Limits(min(threads, crossing.MOST_WORKERS), max(band, crossing.BATCH))
-                    self._copy(planned, worker, apart=True, limits=limits)
-                else:
-                    self._copy(planned, worker)
-            finally:  # after an error too: what was sent is on its way into memory that is given up then
-                close()
+            self._over_the_bus(planned, buffers, device)
+
+    def _over_the_bus(self, planned: Plan, buffers: Sequence[Buffer], device: str) -> None:
+        """From files and main memory to a GPU, by the faster way."""
+        from . import crossing
+
+        threads, band = self.limits.threads, self.limits.band
+        # The GPU's way holds more than `memory` may allow.
+        way = "cpu" if self.limits.spare is not None else crossing.way(planned, device, threads)
+        worker, close = crossing.ends(way, planned.slots(), list(buffers), device, band)
+        try:
+            if way == "gpu":
+                limits = Limits(min(threads, crossing.MOST_WORKERS), max(band, crossing.BATCH))
+                self._copy(planned, worker, apart=True, limits=limits)
+            else:
+                self._copy(planned, worker)
+        finally:  # after an error too: what was sent is on its way into memory that is given up then
+            close()
 
     def to_files(
         self,
@@ -325,7 +328,7 @@ class Run:
 
 
 def _named(lane: Lane, worker: Worker) -> Worker:
-    """The worker of a lane that is told whose batch it runs."""
+    """The worker, whose lane is told which file each batch goes to, if it merges."""
     if not isinstance(lane, MergingLane):
         return worker
 
@@ -396,8 +399,9 @@ def sizes(reader: Reader, band: int) -> tuple[int, int]:
 
 
 def reader_of(extents: Extents, binding: Binding, *, alone: bool) -> Reader:
-    """Mapped where it is compiled, else by position; one rank alone may read through small gaps. What is made
-    when it is read is made over that; what lies on a GPU is made there."""
+    """The reader for these extents: mapped with the compiled module, else by position, where one rank `alone`
+    may read through small gaps. Computed extents are made by a reader over that one; extents on a GPU have
+    a reader of their own."""
     if any(isinstance(p, Buffer) and p.device not in ("cpu", COMPUTED) for p in binding.places):
         from .resident import Resident
 

@@ -136,9 +136,21 @@ def parse_json(data: bytes, where: str) -> dict[str, JSON]:
         out = json.loads(data, object_pairs_hook=unique)
     except (ValueError, RecursionError) as e:
         raise SourceError(f"{where}: no JSON: {e}") from None
-    if not isinstance(out, dict):
-        raise SourceError(f"{where}: wanted a JSON object, got {type(out).__name__}")
-    return out
+    return json_object(out, where)
+
+
+def json_object(value: JSON, where: str) -> dict[str, JSON]:
+    """The value, which must be a JSON object. Raises SourceError."""
+    if not isinstance(value, dict):
+        raise SourceError(f"{where}: wanted a JSON object, got {type(value).__name__}")
+    return value
+
+
+def json_list(value: JSON, where: str) -> list[JSON]:
+    """The value, which must be a JSON list. Raises SourceError."""
+    if not isinstance(value, list):
+        raise SourceError(f"{where}: wanted a JSON list, got {type(value).__name__}")
+    return value
 
 
 def sampled(extents: Sequence[Extent]) -> str:

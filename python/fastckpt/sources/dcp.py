@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ..checkpoint import Checkpoint, Entry, Single
 from ..dtypes import DType
 from ..errors import SourceError
-from ..extents import Extent, Extents, File, is_directory, is_file
+from ..extents import Extent, Extents, File, is_directory, is_file, listed
 from ..stored import boxes
 from . import torchfile
 from .assembly import WRAPPERS, assemble, neighbours, read_config
@@ -80,7 +80,8 @@ def read(path: str, options: Options) -> Checkpoint:
             "state dict": ".".join(prefix) or "at the top", "files": len(files), "tensors": len(entries),
             "boxes": len(extents), "tied": dict(tied),
         },
-        unread=[f"{key}: {count} values beside the state dict" for key, count in sorted(rest.items())],
+        unread=[f"{key}: {count} values beside the state dict" for key, count in sorted(rest.items())]
+        + [f"{name}: another model" for name in _others(path, root)],
         layout=[row.tobytes() for row in rows.values()], headers=[found.digest, *digests],
     )  # fmt: skip
 
@@ -95,6 +96,12 @@ def _directory(path: str) -> str | None:
         if NAME in inside or any(n.endswith(SUFFIX) for n in inside):
             return None if "common.pt" in inside else root
     return None
+
+
+def _others(path: str, root: str) -> list[str]:
+    """The further models that accelerate saved beside the first."""
+    stem = TRAINER.rstrip("0")
+    return [n for n in listed(path, f"{stem}*") if n != os.path.basename(root)] if root != path else []
 
 
 def _model(found: Metadata) -> tuple[tuple[str, ...], dict[str, str]]:

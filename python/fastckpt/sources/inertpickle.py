@@ -52,12 +52,12 @@ def parse(
 ) -> Parsed:
     """The pickle that starts at `data[start]`, read without importing or calling anything it names.
 
-    `values`: global name -> the value it stands for. `calls`: global name -> a function of ours that
-    takes the arguments of a REDUCE or NEWOBJ of that name. `persistent`: makes the value of a
-    persistent id. `file`: bytes of the file that the pickle is a part of, which limit what it may build
-    (`picklemachine.allowance`); by default those of the pickle. `record_keys`: an Inert may be a key,
-    each one another. Raises Short where the bytes end early, SourceError for whatever else is wrong and for
-    what passes the limits (here, in picklemachine and in inert)."""
+    `values`: global name -> the value it stands for. `calls`: global name -> a function of ours that takes
+    the arguments of a REDUCE or NEWOBJ of that name. `persistent`: makes the value of a persistent id.
+    `file`: the size of the file that the pickle is a part of, which limits what it may build
+    (`picklemachine.allowance`); by default that of the pickle. `record_keys`: an Inert may be a key, and each
+    is a key of its own. Raises Short where the bytes end early, and SourceError for anything else that is
+    wrong or exceeds the limits (here, in picklemachine and in inert)."""
     machine = Machine(data, start, values or {}, calls or {}, persistent, file or len(data) - start)
     machine.record_keys = record_keys
     root = _run(machine)

@@ -1,4 +1,4 @@
-"""What a caller may ask of a source, and the one thing every source does with it: new names."""
+"""What a caller may ask of a source, and what every source does with it: rename tensors."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ WEIGHTS = ("master", "module")
 class Options:
     """How to open a checkpoint.
 
-    `tag`: the ZeRO tag, None for what `latest` says. `also`: further directories that hold the rest of the
-    files. `rename`: (regex, replacement) pairs applied to every name, in order. `weights`: "master" or
-    "module" (the 16-bit copy of ZeRO-1/2). `exclude_frozen`: leave parameters out that the optimizer does
-    not own. `check_crc`: compare the CRC32 of every record that is used with the zip directory's. A format
-    that has nothing to do it with refuses an option.
-    Raises FastckptError for a value that is none of these."""
+    `tag`: the ZeRO tag, None for the one that `latest` names. `also`: further directories that hold the rest
+    of the files. `rename`: (regex, replacement) pairs applied to every name, in order. `weights`: "master" or
+    "module" (the 16-bit copy of ZeRO-1/2). `exclude_frozen`: leave out parameters that the optimizer does not
+    own. `check_crc`: compare the CRC32 of every record that is used with the zip directory's. A format to
+    which an option means nothing refuses it. Raises FastckptError for a value that is none of these."""
 
     tag: str | None = None
     also: tuple[str, ...] = ()
@@ -45,7 +44,7 @@ class Options:
                 raise FastckptError(f"rename: {pattern!r} -> {replacement!r}: {e}") from None
 
     def refuse_zero_only(self, where: str) -> None:
-        """Raises SourceError for options that mean something in ZeRO checkpoints alone."""
+        """Raises SourceError for options that mean something only in ZeRO checkpoints."""
         if self.tag is not None:
             raise SourceError(f"{where}: tag {self.tag!r} was asked for, and this is no ZeRO checkpoint")
         if self.weights != "master":

@@ -1,6 +1,6 @@
 """Reads the directory of a PEFT adapter: adapter_config.json beside adapter_model.safetensors or .bin.
 
-Names are PEFT's own (`base_model.model.NAME.lora_A.weight`). What an adapter means is `adapters`' to say.
+Names are PEFT's own (`base_model.model.NAME.lora_A.weight`). `computed/adapters.py` knows what they mean.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 TOLD = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules")
-"""What of the adapter's config is told to people."""
+"""Keys of the adapter's config that `facts` repeats, for people."""
 
 
 def weights(path: str) -> str | None:

@@ -1,7 +1,7 @@
-"""The machine a pickle runs on: stack, memo, arguments, keys, and what a call or a state becomes.
+"""The machine that runs a pickle: stack, memo, arguments, keys, and what a call or a state becomes.
 
-Law: nothing is imported or called but the functions of the tables below and the caller's own; whatever
-else a pickle calls becomes an Inert. What is built is counted before it is built.
+Law: nothing is imported, and nothing called but the functions in the tables below and the caller's own;
+whatever else a pickle calls becomes an Inert. What is built is counted before it is built.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from ..errors import SourceError
 from .inert import Inert
 
 FLOOR = 14 << 20
-"""Bytes of objects that any pickle may build; without such a floor no small file could be read at all. With
-what is not counted to the byte (a stretch of the stack, tables of this package) it is 16 MiB."""
+"""Bytes of objects that any pickle may build, however small its file. With what is not counted to the byte (a
+stretch of the stack, tables of this package) that is 16 MiB."""
 
 
 def allowance(pickle: int, file: int) -> int:

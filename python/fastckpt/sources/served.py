@@ -1,8 +1,8 @@
 """Reads what `reshard` itself wrote: a directory whose commit record is fastckpt.json.
 
 Law: only a complete output is read; the tensors come from the files' own headers, the record says which
-files they are and which names are tied (docs/formats.md). Where one rank holds the model by its own names,
-that is a checkpoint; the shards of a serving layout are each told as they are, for `joining` to put together.
+files they are and which names are tied (docs/formats.md). Where one rank holds the model under its own names,
+that is a checkpoint; the shards of a serving layout are given as they are, for `joining` to put together.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import replace
 from ..checkpoint import JSON, Checkpoint
 from ..errors import SourceError
 from ..extents import File, inside, is_directory, is_file
-from .assembly import RECORD, assemble, read_json
+from .assembly import RECORD, assemble, json_object, read_json
 from .options import Options
 
 SHARDS = "shards"
-"""The format of an output whose tensors are parts: an entry a rank and tensor, named "rank/name"."""
+"""The format of an output whose tensors are parts: an entry for each rank's tensor, named "rank/name"."""
 SCHEMA = 1
 _MAX_BYTES = 1 << 30
 
@@ -43,17 +43,18 @@ def read(path: str, options: Options) -> Checkpoint:
         raise SourceError(f"{record}: says {world} ranks and does not list as many")
     if world != 1 or body.get("layout") not in ("same", "hf"):
         return _shards(path, body, ranks, options)
-    shard = ranks[0]
-    if not isinstance(shard, dict):
-        raise SourceError(f"{record}: a rank is no JSON object")
-    of_safetensors = any(n.endswith(safetensors.SUFFIX) for n in _map(shard, "files", record))
+    shard = json_object(ranks[0], f"{record}: a rank")
+    files, tensors, tied = (
+        json_object(shard.get(key), f"{record}: {key}") for key in ("files", "tensors", "aliases")
+    )
+    of_safetensors = any(n.endswith(safetensors.SUFFIX) for n in files)
     found = safetensors.read(path, options) if of_safetensors else statedict.read(path, options)
-    names = options.names([*_map(shard, "tensors", record), *_map(shard, "aliases", record)], record)
-    for old in _map(shard, "tensors", record):
+    names = options.names([*tensors, *tied], record)
+    for old in tensors:
         if names[old] not in found:
             raise SourceError(f"{path}: {old} is in {RECORD} and in no file")
     aliases = dict(found.aliases)
-    for alias, holder in _map(shard, "aliases", record).items():
+    for alias, holder in tied.items():
         if not isinstance(holder, str) or names.get(holder) not in found.entries:
             raise SourceError(f"{record}: alias {alias} of {holder}, which is no tensor")
         aliases[names[alias]] = names[holder]
@@ -77,8 +78,8 @@ def _shards(path: str, body: Mapping[str, JSON], ranks: list[JSON], options: Opt
     for k, shard in enumerate(ranks):
         if not isinstance(shard, dict) or shard.get("rank") != k:
             raise SourceError(f"{record}: its ranks are not 0, 1, .. in order")
-        names = set(_map(shard, "tensors", record))
-        for file in _map(shard, "files", record):
+        names = set(json_object(shard.get("tensors"), f"{record}: tensors"))
+        for file in json_object(shard.get("files"), f"{record}: files"):
             if not file.endswith(safetensors.SUFFIX):
                 continue
             if not inside(file):
@@ -116,10 +117,3 @@ def _shards(path: str, body: Mapping[str, JSON], ranks: list[JSON], options: Opt
 def _parts(path: str) -> list[str]:
     """The records of single ranks."""
     return sorted(n for n in os.listdir(path) if n.startswith("fastckpt-rank-") and n.endswith(".json"))
-
-
-def _map(shard: Mapping[str, JSON], key: str, record: str) -> Mapping[str, JSON]:
-    value = shard.get(key)
-    if not isinstance(value, dict):
-        raise SourceError(f"{record}: {key} is no JSON object")
-    return value

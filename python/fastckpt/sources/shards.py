@@ -20,6 +20,9 @@ from .zero_files import natural
 _NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)(\D*)")
 """A file of a numbered set, as save_pretrained names them: stem, number, count, ending."""
 
+_BESIDE_WEIGHTS = re.compile(r"(training_args|(optimizer|scheduler|sampler|dl_state_dict)(_\d+)?)\.bin")
+"""What transformers' Trainer (trainer.py) and accelerate (utils/constants.py) put beside the weights."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shards:
@@ -72,7 +75,8 @@ class Shards:
 def find_shards(path: str, suffix: str, single: str, also: Sequence[str] = ()) -> Shards:
     """The shards in `path`: a file, an index file, or a directory. `single`: the name of an unsharded one.
 
-    In a directory an index goes before `single`, that before any file that ends in `suffix`."""
+    In a directory an index goes before `single`, that before all files that end in `suffix` but those that
+    trainers put beside the weights."""
     if not is_directory(path):
         directory = os.path.dirname(os.path.abspath(path))
         if path.endswith(".index.json"):
@@ -94,7 +98,8 @@ def find_shards(path: str, suffix: str, single: str, also: Sequence[str] = ()) -
     used = {os.path.basename(p) for p in found.paths}
     if not indexes:
         _check_whole(path, used)
-    rest = tuple(f"{n}: not a part of {indexes[0] if indexes else single}" for n in files if n not in used)
+    meant = indexes[0] if indexes else single if single in used else "the weights"
+    rest = tuple(f"{n}: not a part of {meant}" for n in files if n not in used)
     return Shards(found.paths, found.index, path, rest, found.omitted)
 
 
@@ -119,13 +124,15 @@ def _check_whole(path: str, used: set[str]) -> None:
 
 
 def _of(directory: str, suffix: str) -> list[str]:
-    return sorted((n for n in os.listdir(directory) if n.endswith(suffix)), key=natural)
+    """The files of a directory that may hold weights."""
+    there = (n for n in os.listdir(directory) if n.endswith(suffix))
+    return sorted((n for n in there if not _BESIDE_WEIGHTS.fullmatch(n)), key=natural)
 
 
 def _indexed(index: str, directories: Sequence[str]) -> Shards:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise SourceError(f"{index}: no weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"{index}: no weight_map, or an empty one")
     placed: dict[str, str] = {}
     for name, file in weight_map.items():
         if (

@@ -25,7 +25,7 @@ SINGLE = "pytorch_model.bin"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StateDict:
-    """The tensors of one file by name, and what else it holds."""
+    """The tensors of one file by name, and in `rest` a note on everything else in it."""
 
     tensors: dict[str, Tensor]
     rest: tuple[str, ...]

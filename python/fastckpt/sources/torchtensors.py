@@ -1,4 +1,4 @@
-"""Tensors of a torch file as entries, and which of them are one."""
+"""Tensors of a torch file as entries, and which of them are the same tensor."""
 
 from __future__ import annotations
 
@@ -32,15 +32,14 @@ def by_storage(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def places(tensors: Iterable[object]) -> bytes:
-    """Where the located ones of one file's tensors lie, for a digest: extent, offset, strides."""
+    """Where the tensors of one file lie, those that were located, for a digest: extent, offset, strides."""
     found = (t for t in tensors if isinstance(t, Tensor) and t.storage.extent >= 0)
     return repr([(t.storage.extent, t.offset, t.stride) for t in found]).encode()
 
 
 def refuse_unread(name: str, value: object) -> None:
-    """Raises SourceError for a tensor of a kind that stays inert: sparse, quantised, distributed, a subclass.
-
-    Such a one is no plain value that may be left out."""
+    """Raises SourceError for a tensor that stays inert (sparse, quantised, distributed, of a subclass):
+    unlike a plain value, it must not be left out."""
     if isinstance(value, Inert) and value.name.startswith("torch."):
         kinds = [a.name for a in value.args if isinstance(a, Inert) and a.name.startswith("torch.")]
         kinds = [kind for kind in kinds if not kind.endswith("Storage")] or kinds
@@ -49,5 +48,5 @@ def refuse_unread(name: str, value: object) -> None:
 
 
 def place(t: Tensor) -> tuple[object, ...]:
-    """Equal for tensors of one file that are the same elements."""
+    """Equal for tensors of one file over the same elements."""
     return t.storage.key, t.dtype.name, t.offset, t.shape, t.stride

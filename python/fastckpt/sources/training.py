@@ -25,7 +25,7 @@ from ..extents import Extent, Extents, File, content, inside, is_file
 from ..stored import boxes, check_tiles
 from ..views import dense_strides
 from . import zero
-from .assembly import RECORD, assemble, parse_json, read_json
+from .assembly import RECORD, assemble, json_list, json_object, parse_json, read_json
 from .options import Options
 
 TABLE = "tensors.json"
@@ -62,7 +62,7 @@ def _tensors(
 ) -> Checkpoint:
     """The shared tensors of the modules, or of the whole state where there is none."""
     table = _document(path, body, TABLE, None)
-    tied = _map(tree.get("aliases"), path, "aliases")
+    tied = json_object(tree.get("aliases"), f"{path}: aliases")
     names = names_in(tree.get("tree"))
     chosen = [n for n in names if not modules or any(not m or n.startswith(f"{m}.") for m in modules)]
     holders = {n: str(tied.get(n, n)) for n in chosen}
@@ -83,7 +83,7 @@ def _tensors(
     rest = len(names) - len(chosen)
     unread = [f"{rest} tensors that are not the model's (optimizer and the like)"] if rest else []
     unread += [f"{n}: each rank has its own" for n in own]
-    source = _map(body.get("source"), path, "source")
+    source = json_object(body.get("source"), f"{path}: source")
     return assemble(
         path, "training",
         {n: Single(shape, dtype, partial(boxes, extents, dtype, shape, rows))
@@ -103,8 +103,9 @@ class _Stored:
         self.extents: list[Extent] = []
         self.files: dict[str, File] = {}
         self._places: dict[tuple[int, str], tuple[str, int, int]] = {}
-        for shard in _list(body.get("ranks"), path, "ranks"):
-            for name, t in _map(_map(shard, path, "a rank").get("tensors"), path, "tensors").items():
+        for shard in json_list(body.get("ranks"), f"{path}: ranks"):
+            tensors = json_object(shard, f"{path}: a rank").get("tensors")
+            for name, t in json_object(tensors, f"{path}: tensors").items():
                 match t:
                     case {"file": str(file), "offset": int(offset), "nbytes": int(nbytes)} if (
                         rank := _OF_RANK.fullmatch(file)
@@ -202,32 +203,23 @@ def _record(path: str) -> dict[str, JSON]:
     head = text[: -len(_TAIL) - 14]
     if text[len(head) :] != _TAIL % digest(head).encode():
         raise SourceError(f"{where}: does not have its own digest: it was changed or damaged")
-    ranks = _list(body.get("ranks"), path, "ranks")
-    if body.get("schema") != SCHEMA or body.get("layout") != "training" or len(ranks) != body.get("world"):
+    ranks = json_list(body.get("ranks"), f"{where}: ranks")
+    whole = ranks and len(ranks) == body.get("world")
+    if body.get("schema") != SCHEMA or body.get("layout") != "training" or not whole:
         raise SourceError(f"{where}: is no whole training commit of schema {SCHEMA}")
     return body
 
 
 def _document(path: str, body: Mapping[str, JSON], name: str, rank: int | None) -> dict[str, JSON]:
     """A JSON file of the commit, with the digest of the record."""
-    of = body if rank is None else _map(_list(body.get("ranks"), path, "ranks")[rank], path, "rank")
-    entry = _map(of.get("files"), path, "files").get(name)
+    of = body
+    if rank is not None:
+        of = json_object(json_list(body.get("ranks"), f"{path}: ranks")[rank], f"{path}: rank {rank}")
+    entry = json_object(of.get("files"), f"{path}: files").get(name)
     data = content(os.path.join(path, name), _MAX_BYTES)
     if not isinstance(entry, dict) or digest(data) != entry.get("digest"):
         raise SourceError(f"{path}: {name}: its bytes differ from the commit's digest")
     return parse_json(data, os.path.join(path, name))
-
-
-def _map(value: JSON, path: str, what: str) -> Mapping[str, JSON]:
-    if not isinstance(value, dict):
-        raise SourceError(f"{path}: {what} is no JSON object")
-    return value
-
-
-def _list(value: JSON, path: str, what: str) -> list[JSON]:
-    if not isinstance(value, list):
-        raise SourceError(f"{path}: {what} is no JSON list")
-    return value
 
 
 def _shape(value: JSON, what: str) -> tuple[int, ...]:

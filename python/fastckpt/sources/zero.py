@@ -57,7 +57,8 @@ def read(path: str, options: Options) -> Checkpoint:
         if first is not None and first.stage != 3:
             return _from_masters(path, opening, first, [model], [state])
     elif first is not None and first.stage == 3:
-        return _from_masters(path, opening, first, *_models_of_ranks(opening, _world(first, files)))
+        models = _models_of_ranks(opening, _world(first, files), told=first.step is not None)
+        return _from_masters(path, opening, first, *models)
     if first is None:
         raise SourceError(f"{files.folder}: no *_optim_states.pt, which hold the masters" + (
             "; weights='module' reads the 16-bit copy in mp_rank_00_model_states.pt" if files.model else ""
@@ -84,11 +85,17 @@ def _world(first: OptimState, files: Files, experts: bool = False) -> int:
     return max(counts)
 
 
-def _models_of_ranks(opening: Opening, world: int) -> tuple[list[Opened], list[ModelState]]:
-    """Stage 3: rank 0's model states, and the other ranks' where frozen parameters lie in all of them."""
+def _models_of_ranks(
+    opening: Opening, world: int, *, told: bool = True
+) -> tuple[list[Opened], list[ModelState]]:
+    """Stage 3: rank 0's model states, and the other ranks' where frozen parameters lie in all of them.
+
+    `told`: the optimizer files say of which step they are. Where they do not (SGD), the model states of all
+    ranks are looked at, which lie beside them."""
     paths = check_ranks(opening.files.model_of, world, "model states", opening.files.folder)
     model, state = opening.model(paths[0])
-    if world == 1 or not state.frozen_shapes or opening.options.exclude_frozen:
+    frozen = bool(state.frozen_shapes) and not opening.options.exclude_frozen
+    if told and not frozen:
         return [model], [state]
     opened = opening.fragments(paths[1:])
     states = _each(opened, model_state)
@@ -103,7 +110,7 @@ def _models_of_ranks(opening: Opening, world: int) -> tuple[list[Opened], list[M
                 raise SourceError(
                     f"{path}: {what} is {_short(got)}, rank 0 has {_short(wanted)}: files of two saves"
                 )
-    return [model, *opened], [state, *states]
+    return ([model, *opened], [state, *states]) if frozen else ([model], [state])
 
 
 def _each(opened: Sequence[Opened], read_state: Callable[[object, str], State]) -> list[State]:
@@ -149,23 +156,20 @@ def _from_masters(
     extents = Extents(opening.extents)
     found = parts(state, where)
     entries = _beside_masters(found, opening, [state, *states[1:]], models, extents, at_stage_3)
-    masters: dict[str, Entry] = {}
-    for placed in layout:
-        masters |= placed.entries(extents)
+    masters = {n: e for placed in layout for n, e in placed.entries(extents).items()}
     if not options.exclude_frozen:
         entries |= {n: e.entry(extents, "frozen") for n, e in experts.items() if n not in masters}
+    weights, notes = masters, []
     if options.weights == "module" or experts:  # which expert is whose is worked out: its copy must agree
         of_all = options.weights == "module"
         copies = _copies(layout, state, models[0], experts, extents, where, of_all=of_all)
         check_copy(_one_axis(copies), _one_axis(masters), where)
-        if of_all:
-            masters = copies
-    notes: list[str] = []
-    if not at_stage_3 and not experts and options.weights != "module":
+        weights = copies if of_all else masters
+    elif not at_stage_3:
         names = [n for n in sampled(shapes, alignment, world) if comparable(state.module.get(n))]
         copies = _module_entries(names, state, models[0], extents, "parameter")
         notes = check_order(layout, extents, _one_axis(copies), paths)
-    entries |= masters
+    entries |= weights
     return _assembled(
         path, opening, state, entries, extents, found,
         facts={
@@ -178,7 +182,7 @@ def _from_masters(
             **({"experts": list(state.experts)} if state.experts else {}),
             **({"notes": [*notes]} if notes else {}),
         },
-        unread=[f"optimizer moments of {world} ranks", *_other_copy(options, len(masters), at_stage_3)],
+        unread=[f"optimizer moments of {world} ranks", *_other_copy(options, len(weights), at_stage_3)],
         layout=[
             *(a.tobytes() for f in flats for a in (f.extent, f.offset, f.length)),
             *(a.tobytes() for placed in layout for a in (placed.numel, placed.start)),
@@ -266,11 +270,9 @@ def _from_module(path: str, opening: Opening, model: Opened, state: ModelState) 
     entries |= _module_entries(names, state, model, extents, "parameter")
     entries |= {name: e.entry(extents, "parameter") for name, e in experts.items()}
     asked = opening.options.weights == "module"
-    why = (
-        "ZeRO was off: its masters carry no names"
-        if off
-        else "there are no optimizer files to compare it with"
-    )
+    why = "ZeRO was off: its masters carry no names"
+    if not off:
+        why = "there are no optimizer files to compare it with"
     return _assembled(
         path, opening, state, entries, extents, found,
         facts={

@@ -1,10 +1,10 @@
-"""Experts of DeepSpeed's MoE layers under ZeRO 1 and 2: on which ranks their masters lie, and as what.
+"""Experts of DeepSpeed's MoE layers under ZeRO 1 and 2: on which ranks their masters lie, and under what
+names.
 
-Law: a group of experts is cut over the ranks that hold the same experts, dp / ep of them; every such set of
-ranks counts its experts 0, 1, .. as if it were alone; expert e of set s is number s * (experts a set) + e.
-Source: deepspeed/utils/groups.py (the order of ranks), runtime/engine.py (`_save_moe_checkpoint`: global
-numbers in the files of experts), runtime/zero/stage_1_and_2.py (`partition_count`) of DeepSpeed 0.19.8.
-"""
+Law: a group of experts is cut over the dp / ep ranks that hold the same experts. Every such set of ranks
+counts its experts 0, 1, .. as if it were alone; expert e of set s is number s * (experts in a set) + e of
+all. Source: deepspeed/utils/groups.py (the order of ranks), runtime/engine.py (`_save_moe_checkpoint`: global
+numbers in the files of experts), runtime/zero/stage_1_and_2.py (`partition_count`) of DeepSpeed 0.19.8. """
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def is_expert(name: str) -> bool:
 def spread(
     state: ModelState, alignment: Alignment, flats: Sequence[Flat], counts: Sequence[int], where: str
 ) -> tuple[ModelState, Alignment, list[Flat]]:
-    """Groups, alignment paddings and flats with each expert group once for each set of ranks that holds other
-    experts, under global names; `flats`: each over all ranks. Raises SourceError."""
+    """Groups, alignment paddings and flats in which each group of experts stands once for each set of ranks,
+    under global names; `flats`, as given, are each over all ranks. Raises SourceError."""
     shapes = state.shapes or ()
     world = max(counts, default=1)
     if len(counts) != len(shapes) or len(flats) != len(shapes):

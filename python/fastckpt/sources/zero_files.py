@@ -97,7 +97,7 @@ def check_name(path: str, saved_as: str) -> None:
 
 
 def _whose(name: str) -> tuple[int, ...] | None:
-    """Which kind of file it is and whose, by its name; None of any other."""
+    """Which kind of file it is, and of which rank or expert, by its name; None for any other file."""
     for kind, pattern in enumerate((OPTIM, MODEL_OF_RANK, MODEL, EXPERT)):
         if found := pattern.fullmatch(name):
             return (kind, *map(int, found.groups()))

@@ -1,8 +1,8 @@
 """Whether each rank's file holds that rank's partition, as far as stages 1 and 2 can tell.
 
-Only the name that torch saved a file as says whose it is (`zero_files.check_name`); not every file has it.
-At stages 1 and 2 `module` holds a 16-bit copy of all weights: a partition that is not the copy of its own
-place, but that of another rank's, is in the wrong file. Stage 3 has no such copy.
+A file says whose it is only in the name under which torch saved it (`zero_files.check_name`), which not every
+file has. At stages 1 and 2 `module` holds a 16-bit copy of all weights: a partition that does not match the
+copy in its own place, but matches it in another rank's, is in the wrong file. Stage 3 has no such copy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ PAIRS = 1 << 12
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """Elements of one rank's place: where they lie in its partition, and what the copy in `module` holds."""
+    """Some elements of one rank's partition: the parameter, their places `at` in the partition, and the copy
+    of the parameter in `module`."""
 
     name: str
     at: tuple[int, ...]
@@ -73,8 +74,8 @@ def check_order(
 ) -> list[str]:
     """Compare elements of each partition with the copies, views of one axis; `paths`: each rank's file.
 
-    Raises SourceError for a file that holds another rank's partition. Returns notes on copies that differ
-    otherwise."""
+    Raises SourceError for a file that holds another rank's partition. Returns a note where copies differ in
+    another way."""
     differ: list[str] = []
     for placed in layout:
         flat = placed.flat
@@ -98,7 +99,7 @@ def check_order(
 
 
 def _sample(placed: Placed, rank: int, copies: Mapping[str, View]) -> _Sample | None:
-    """Elements of a rank's partition that lie in a parameter whose copy is there."""
+    """Elements of a rank's partition, of the parameter that has most of it among those with a copy."""
     low = int(placed.flat.length[:rank].sum())
     high = low + int(placed.flat.length[rank])
     best: _Sample | None = None
@@ -119,7 +120,7 @@ def _sample(placed: Placed, rank: int, copies: Mapping[str, View]) -> _Sample | 
 
 
 def _agrees(flat: Flat, rank: int, sample: _Sample, wanted: Sequence[float], extents: Extents) -> bool:
-    """Whether the elements of a rank's file are those of a place, cast."""
+    """Whether the sampled elements of a rank's file, cast, are those of the copy."""
     if sample.at[-1] >= flat.length[rank]:
         return False
     extent = extents[int(flat.extent[rank])]

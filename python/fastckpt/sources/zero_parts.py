@@ -1,6 +1,6 @@
-"""Which name of a ZeRO checkpoint is what: trainable, frozen, buffer, or tied to another.
+"""What each name of a ZeRO checkpoint is: trainable, frozen, a buffer, or tied to another.
 
-Law: every tensor that `module` names is accounted for, so that no weight is dropped in silence.
+Law: every tensor that `module` names is accounted for, so that no weight is dropped silently.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def parts(state: ModelState, where: str) -> Parts:
 
 
 def _tied(state: ModelState, own: Mapping[str, Shape], where: str) -> dict[str, str]:
-    """`shared_params`, without the empty parameters that DeepSpeed takes for one (all at address 0)."""
+    """`shared_params`, without the empty parameters, which DeepSpeed takes for one another (all have address
+    0)."""
     out = {}
     for name, holder in state.shared.items():
         if name in own:

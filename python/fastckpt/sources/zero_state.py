@@ -1,6 +1,7 @@
-"""What a ZeRO rank's pickled trees say, taken out of them once and checked.
+"""What a ZeRO rank's pickled trees say, taken out of them and checked once.
 
-Law: nothing here knows files or views; a key that is missing or of another kind is a SourceError naming it.
+Law: nothing here knows files or views; a key that is missing or has a value of another kind is a SourceError
+that names it.
 Keys as DeepSpeed's `engine._save_checkpoint`, `stage_1_and_2.state_dict`, `stage3._rigid_state_dict` and
 `bf16_optimizer.state_dict` write them.
 """
@@ -182,17 +183,22 @@ def _stage(value: object, where: str) -> int | None:
 
 
 def _step(moments: object) -> Tensor | int | None:
-    """The step of the first parameter group, where torch's optimizers and DeepSpeedCPUAdam keep it."""
-    state = moments.get("state") if isinstance(moments, dict) else None
-    first = next(iter(state.values()), None) if isinstance(state, dict) else None
-    step = first.get("step") if isinstance(first, dict) else None
-    if isinstance(step, Tensor):
-        return step if step.numel == 1 else None
-    return _number(step)
+    """The first step the optimizer tells of: with a parameter's moments (torch's, DeepSpeed's; not all have
+    one under Muon), else with a group's options (DeepSpeed's older FusedAdam)."""
+    table = moments if isinstance(moments, dict) else {}
+    state, groups = table.get("state"), table.get("param_groups")
+    kept = list(state.values()) if isinstance(state, dict) else []
+    for place in kept + groups if isinstance(groups, list) else kept:
+        step = place.get("step") if isinstance(place, dict) else None
+        if isinstance(step, Tensor) and step.numel == 1:
+            return step
+        if (number := _number(step)) is not None:
+            return number
+    return None
 
 
 def _held(value: object) -> tuple[Mapping[object, object], ...] | None:
-    """Nothing but the names is used of `param_slice_mappings`."""
+    """`param_slice_mappings`, of which only the names are used."""
     if not isinstance(value, list) or not all(isinstance(group, dict) for group in value):
         return None
     return tuple(value)

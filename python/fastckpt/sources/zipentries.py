@@ -10,6 +10,7 @@ import struct
 from typing import NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from ..errors import SourceError
@@ -51,7 +52,7 @@ class Entries:
     def __init__(self, raw: bytes, count: int, start: int) -> None:
         """`count` entries are all of `raw`, which begins at byte `start` of the file. Raises SourceError."""
         at = _walk(raw, count)
-        table = np.frombuffer(raw, np.uint8)[at[:, None] + np.arange(46)].view(_CENTRAL).reshape(-1)
+        table = _bytes_at(raw, at, 46).view(_CENTRAL).reshape(-1)
         length = table["name"].astype(np.int64)
         self.first = raw[at[0] + 46 : at[0] + 46 + length[0]] if count else b""
         self._crc, self._flags = table["crc"].copy(), table["flags"].copy()
@@ -131,6 +132,13 @@ def _walk(raw: bytes, count: int) -> Ints:
     return out
 
 
+def _bytes_at(raw: bytes, at: Ints, n: int) -> NDArray[np.uint8]:
+    """The `n` bytes at each place: [places, n]."""
+    if not len(at):
+        return np.empty((0, n), np.uint8)
+    return sliding_window_view(np.frombuffer(raw, np.uint8), n)[at]
+
+
 def _check_kinds(raw: bytes, at: Ints, table: NDArray[np.void]) -> None:
     """Stored, not encrypted, on this disk, named."""
     for i in np.flatnonzero(table["method"])[:1]:
@@ -161,10 +169,10 @@ def _twice(name: bytes) -> str:
 
 def _by_length(raw: bytes, at: Ints, length: Ints) -> dict[int, tuple[NDArray[np.bytes_], Ints]]:
     """Length -> the names of that length, sorted, and their rows; refuses a name that stands twice."""
-    data, out = np.frombuffer(raw, np.uint8), {}
+    out = {}
     for n in np.unique(length).tolist():
         rows = np.flatnonzero(length == n)
-        names = data[at[rows][:, None] + np.arange(n)].view(f"S{n}").reshape(-1)
+        names = _bytes_at(raw, at[rows], n).view(f"S{n}").reshape(-1)
         order = np.argsort(names, kind="stable")
         names = names[order]
         for k in np.flatnonzero(names[1:] == names[:-1])[:1]:
