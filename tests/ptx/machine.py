@@ -174,7 +174,7 @@ def decoded(ins: Instruction) -> Run:
         return _access(ins, op, kind)
     if ins.opcode in ("atom.max.u32", "atom.global.max.u32"):
         return _atomic(ins)
-    if ins.opcode == "cvta.to.global.u64":
+    if ins.opcode in ("cvta.to.global.u64", "cvta.global.u64"):
         return lambda t: t.write(ins.operands[0], t.read(ins.operands[1], TYPES["u64"]))
     if ins.opcode == "prefetch.global.L2":
         return lambda t: t.machine.memory.prefetch(t.address(ins.operands[0]))

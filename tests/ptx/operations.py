@@ -141,6 +141,18 @@ def funnelled(low: Array, high: Array, by: Array) -> Array:
     return (both >> (by & 31).astype(np.uint64)).astype(np.uint32)
 
 
+def funnelled_left(low: Array, high: Array, by: Array) -> Array:
+    """shf.l.wrap: the high word of high:low << by % 32."""
+    both = high.astype(np.uint64) << np.uint64(32) | low
+    return (both << (by & 31).astype(np.uint64) >> np.uint64(32)).astype(np.uint32)
+
+
+def extracted(x: Array, at: Array, count: Array) -> Array:
+    """bfe: `count` bits from bit `at` on."""
+    ones = np.full(x.shape, -1, f"i{x.itemsize}").view(x.dtype)
+    return shifted_right(x, at & 0xFF) & ~shifted_left(ones, count & 0xFF)
+
+
 def compared(run: Callable[[Array, Array], Array], unordered: bool) -> Callable[[Array, Array], Array]:
     """A comparison; of floats also what it says where one is a NaN."""
 
@@ -219,6 +231,8 @@ OPERATIONS: dict[str, Operation] = {
     "shl": Operation(BITS, "tu", shifted_left),
     "shr": Operation((*BITS, *WHOLE), "tu", shifted_right),
     "shf.r.wrap": Operation(("b32",), "ttu", funnelled),
+    "shf.l.wrap": Operation(("b32",), "ttu", funnelled_left),
+    "bfe": Operation(("u32", "u64"), "tuu", extracted),
     "bfi": Operation(("b32", "b64"), "ttuu", inserted),
     "prmt": Operation(("b32",), "ttu", permuted),
     "selp": Operation(ANY, "ttp", lambda a, b, p: np.where(p, a, b)),
@@ -240,6 +254,7 @@ OPERATIONS: dict[str, Operation] = {
     "cvt.rn.bf16x2": Operation(("f32",), "tt", paired(bf16, 16)),
     "cvt.rn.f16x2": Operation(("f32",), "tt", paired(f16, 16)),
     "cvt.rn.satfinite.e4m3x2": Operation(("f32",), "tt", paired(e4m3, 8)),
+    "abs.f32": Operation(("f32",), "t", lambda x: (x.view(np.uint32) & np.uint32(0x7FFFFFFF)).view(x.dtype)),
     "neg.f32": Operation(("f32",), "t", lambda x: (x.view(np.uint32) ^ np.uint32(1 << 31)).view(x.dtype)),
 }
 """By all of an opcode but its type, or by all of it."""

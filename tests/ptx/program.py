@@ -111,6 +111,7 @@ def _kernel(found: re.Match[str], line: int) -> Kernel:
         raise ValueError(f"{name}: no .maxntid in {directives!r}")
     given: dict[str, int] = {}
     for words in parameters.split(","):
+        words = words.replace(".ptr .align 1 ", "")
         m = re.fullmatch(r"\s*\.param (?:\.align \d+ )?\.(\w+) (\w+)(?:\[(\d+)\])?\s*", words)
         if m is None:
             raise ValueError(f"{name}: parameter {words!r}")

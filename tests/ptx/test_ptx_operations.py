@@ -65,6 +65,8 @@ BITS = {
     "xor": (2, lambda a, b, n: a ^ b),
     "not": (1, lambda a, n: ~a),
     "shf.r.wrap": (3, lambda a, b, c, n: (b << 32 | a) >> (c & 31)),
+    "shf.l.wrap": (3, lambda a, b, c, n: (b << 32 | a) << (c & 31) >> 32),
+    "bfe": (3, lambda a, b, c, n: a >> (b & 255) & (1 << (c & 255)) - 1),
     "prmt": (3, permute),
 }
 
