@@ -44,6 +44,7 @@ SOURCES: dict[str, list[str]] = {
     "recent.cpp": ["-Os"],
     "digest.cpp": [],
     "copy_cpu.cpp": [],
+    "isa.cpp": ["-Os"],
     "tiles_host.cpp": ["-Os"],
     "isa_portable.cpp": [],
 }

@@ -19,6 +19,10 @@ PATIENCE = 60.0
 """Seconds after which a row takes the rounds it has."""
 
 
+FLOORS = {"M", "C", "W", "W durable"}
+"""What the machine can do at best; whatever else a row is compared with is other software."""
+
+
 def _nothing() -> None:
     pass
 
@@ -87,6 +91,11 @@ class Row:
     dropped: int
     load: float
     told: dict[str, float | str] = field(default_factory=dict)
+
+    @property
+    def short(self) -> bool:
+        """Whether it says something to who knows no floors: compared with other software, or no time."""
+        return FLOORS.isdisjoint(self.floor.split(" + "))
 
 
 def of_floor(subject: float, floor: float) -> float:

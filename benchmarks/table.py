@@ -1,12 +1,15 @@
 """The markdown table of a run's JSON, on standard output or into files between their marks.
 
-python benchmarks/table.py benchmarks/results/RUN.json [FILE.md ...]
+python benchmarks/table.py [--short] benchmarks/results/RUN.json [FILE.md ...]
+
+--short: only rows that are compared with other software, or are no time, without how they were measured.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -68,15 +71,28 @@ def reliability(run: dict[str, object]) -> str:
     return "\n".join(out)
 
 
-def table(run: dict[str, object]) -> str:
+def table(run: dict[str, object], *, short: bool = False) -> str:
     """The run as markdown: the machine in a sentence, then a row a figure."""
     if "rows" not in run:
         return reliability(run)
     options = run["options"]
     rows = [Row(**{f.name: r[f.name] for f in fields(Row)}) for r in run["rows"] if r]
+    out = [f"{made_on(run)}--size={options['size']}, {options['threads']} threads.", ""]
+    return "\n".join(out + (_short(rows) if short else _whole(rows)))
+
+
+def _short(rows: Sequence[Row]) -> list[str]:
+    out = ["| what | input | best | median | unit | fastckpt | the other |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        if row.short:
+            took = f"{row.subject_s[0]:.3g} s | {row.floor_s[0]:.3g} s" if row.floor else " | "
+            figure = f"{_number(row.best)} | {_number(row.median)} | {row.unit}"
+            out.append(f"| {row.what} | {row.shape} | {figure} | {took} |")
+    return out
+
+
+def _whole(rows: Sequence[Row]) -> list[str]:
     out = [
-        f"{made_on(run)}--size={options['size']}, {options['threads']} threads.",
-        "",
         "| what | input | best | median | unit | goal | met | seconds (floor) | rounds (dropped) | load |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -88,7 +104,7 @@ def table(run: dict[str, object]) -> str:
             f"| {row.what} | {row.shape} | {_number(row.best)} | {_number(row.median)} | {row.unit} "
             f"| {row.goal} | {row.met} | {took} | {row.rounds} ({row.dropped}) | {row.load:.1f} |"
         )
-    return "\n".join(out)
+    return out
 
 
 def _number(value: float) -> str:
@@ -100,9 +116,11 @@ def _pair(pair: tuple[float, float]) -> str:
 
 
 def main() -> int:
-    runs = [name for name in sys.argv[1:] if name.endswith(".json")]
-    made = "\n\n".join(table(json.loads(Path(name).read_text())) for name in runs)
-    pages = [name for name in sys.argv[1:] if name not in runs]
+    names = [name for name in sys.argv[1:] if name != "--short"]
+    runs = [name for name in names if name.endswith(".json")]
+    short = len(names) < len(sys.argv) - 1
+    made = "\n\n".join(table(json.loads(Path(name).read_text()), short=short) for name in runs)
+    pages = [name for name in names if name not in runs]
     if not pages:
         print(made)
     for name in pages:

@@ -90,6 +90,8 @@ template <int E, int M, bool FINITE, uint32_t NAN_CODE> struct Small {
         r = is_nan(x) ? U{} + NAN_CODE : r;
         return r | ((x >> (31 - E - M)) & SIGN);
     }
+    // The NaN of the sign of an fp32.
+    static FASTCKPT_HD uint32_t nan(uint32_t x) { return (x >> (31 - E - M) & SIGN) | NAN_CODE; }
 };
 
 using F16 = Small<5, 10, false, 0x7e00>;
@@ -104,14 +106,16 @@ struct BF16 {
     }
     template <class U> static FASTCKPT_HD U from_f32(U x) {
         U r = (x + 0x7fffu + ((x >> 16) & 1u)) >> 16;
-        return is_nan(x) ? ((x >> 16) & 0x8000u) | 0x7fc0u : r;
+        return is_nan(x) ? nan(x) : r;
     }
+    template <class U> static FASTCKPT_HD U nan(U x) { return ((x >> 16) & 0x8000u) | 0x7fc0u; }
 };
 
 struct F32 {
     static constexpr int size = 4;
     template <class U> static FASTCKPT_HD U to_f32(U x) { return x; }
     template <class U> static FASTCKPT_HD U from_f32(U x) { return x; }
+    static FASTCKPT_HD uint32_t nan(uint32_t x) { return (x & 0x80000000u) | NAN32; }
 };
 
 struct F64 {

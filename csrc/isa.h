@@ -27,13 +27,17 @@ struct Pair {
 // in AWQ's order (AWQ), or eight rows, the first lowest (DOWN).
 enum QuantKind : uint8_t { QUANT_INT8, QUANT_E4M3, QUANT_INT4, QUANT_INT4_AWQ, QUANT_INT4_DOWN, QUANT_KINDS };
 
-// Rows of a dense matrix and how they are quantised (quant.h). `src`: rows x columns of `dtype` (fp32, bf16 or
-// fp16), row after row, but for AWQ and DOWN, which lie turned: column after column, `pitch` bytes apart; `out`: one byte
-// a value, or two values a byte. Blocks are one column wide (AWQ, DOWN; columns and whole blocks are multiples of 8) or
-// any (the others; INT4: groups of one row, whole ones, multiples of 8). `amax`: one a row, taken as the largest magnitude where a scale is shared beyond these values (blocks are then whole rows), or null.
-// `scales`: one a block, row after row of blocks; `half`: rounded to fp16. `zeros`: one zero point a block, from
-// `lowest` to 7, or null where there are none. `sums`: the largest error, then the sums of (x - y)^2, x^2, y^2 and
-// x y, added to.
+// Rows of a dense matrix and how they are quantised (quant.h).
+// `src`: rows x columns of `dtype` (fp32, bf16 or fp16), row after row; for AWQ and DOWN turned: column after column,
+//     `pitch` bytes apart.
+// `out`: one byte a value, or two values a byte.
+// Blocks: for AWQ and DOWN one column wide (columns and block_rows are multiples of 8); for INT4 whole groups of one
+//     row (multiples of 8); for the others any.
+// `amax`: one a row, taken as the largest magnitude where a scale is shared beyond these values (blocks are then whole
+//     rows), or null.
+// `scales`: one a block, row after row of blocks; `half`: rounded to fp16.
+// `zeros`: one zero point a block, from `lowest` to 7, or null where there are none.
+// `sums`: the largest error, then the sums of (x - y)^2, x^2, y^2 and x y, added to.
 struct Quant {
     const char* src;
     size_t rows, columns, pitch, block_rows, block_columns;
@@ -52,13 +56,22 @@ struct Quant {
 // How a value lies: a byte (UINT8 for eight bits packed across), four bits of which eight make a word of a row, the
 // first lowest (INT4) or in AWQ's order (AWQ), or four or eight bits of which a word holds that many rows (DOWN).
 enum DequantKind : uint8_t {
-    DEQUANT_INT8, DEQUANT_E4M3, DEQUANT_E5M2, DEQUANT_UINT8, DEQUANT_INT4, DEQUANT_INT4_AWQ, DEQUANT_INT4_DOWN, DEQUANT_INT8_DOWN,
+    DEQUANT_INT8,
+    DEQUANT_E4M3,
+    DEQUANT_E5M2,
+    DEQUANT_UINT8,
+    DEQUANT_INT4,
+    DEQUANT_INT4_AWQ,
+    DEQUANT_INT4_DOWN,
+    DEQUANT_INT8_DOWN,
     DEQUANT_KINDS
 };
 
-// Quantised values and what they mean (dequant.h): (value - offset - zero) * scale. `values`: rows x columns, as they lie, in
-// whole words; `scales`, `zeros` (or null): `groups` a row, of which value (r, c) has number (first + c) / group, or the
-// first for group 0, of row row[r]. `out`: rows x columns of `dtype` (fp32, bf16 or fp16).
+// Quantised values and what they mean (dequant.h): (value - offset - zero) * scale.
+// `values`: rows x columns, as they lie, in whole words.
+// `scales`, `zeros` (or null): `groups` a row. Value (r, c) has number (first + c) / group of row row[r], or with group
+//     0 that row's first.
+// `out`: rows x columns of `dtype` (fp32, bf16 or fp16).
 struct Dequant {
     const char* values;
     size_t rows, columns;

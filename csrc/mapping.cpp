@@ -104,7 +104,9 @@ std::string reason() { return std::strerror(errno); }
 }  // namespace
 
 Mapping::Mapping(const std::string& path, uint64_t nbytes) : path_(path), nbytes_(nbytes) {
-    const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    int fd;
+    do fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    while (fd < 0 && errno == EINTR);
     if (fd < 0) refuse(path);
     struct stat s;
     if (fstat(fd, &s) != 0 || !S_ISREG(s.st_mode)) {
@@ -136,9 +138,9 @@ bool Mapping::faulted() const { return slot_ >= 0 ? slots[slot_].faulted.load(st
 
 void Mapping::close() {
     if (slot_ < 0) return;
-    munmap(reinterpret_cast<void*>(address_), nbytes_);
     faulted_ = slots[slot_].faulted.load(std::memory_order_acquire);
-    leave_slot(slot_);
+    leave_slot(slot_);  // first: once the addresses are free, a fault there is somebody else's
+    munmap(reinterpret_cast<void*>(address_), nbytes_);
     slot_ = -1;
     address_ = 0;
 }

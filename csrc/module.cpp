@@ -105,29 +105,35 @@ uint64_t py_nonfinite(const py::object& buffer, int code) {
 void check_dense(const char* what, size_t nbytes, int code, size_t rows, size_t columns) {
     if (code != FLOAT32 && code != BFLOAT16 && code != FLOAT16)
         throw std::invalid_argument(std::string(what) + ": the dtype " + std::to_string(code) + " is not fp32, bf16 or fp16");
-    if (rows == 0 || columns == 0 || nbytes / ITEMSIZE[code] / columns != rows || nbytes != rows * columns * ITEMSIZE[code])
-        throw std::invalid_argument(std::string(what) + ": " + std::to_string(nbytes) + " bytes are not " + std::to_string(rows) + " x " +
-                                    std::to_string(columns) + " values");
+    const size_t size = ITEMSIZE[code];
+    if (rows == 0 || columns == 0 || nbytes / size / columns != rows || nbytes != rows * columns * size)
+        throw std::invalid_argument(std::string(what) + ": " + std::to_string(nbytes) + " bytes are not " +
+                                    std::to_string(rows) + " x " + std::to_string(columns) + " values");
 }
 
-bool py_quantise(const py::object& dense, int code, size_t rows, size_t columns, size_t pitch, size_t block_rows, size_t block_columns, float reach,
-                 float floor, float lowest, bool reciprocal, bool half, int kind, const py::object& amax, const py::object& out,
-                 const py::object& scales, const py::object& zeros, const py::object& sums, int isa) {
+bool py_quantise(const py::object& dense, int code, size_t rows, size_t columns, size_t pitch, size_t block_rows,
+                 size_t block_columns, float reach, float floor, float lowest, bool reciprocal, bool half, int kind,
+                 const py::object& amax, const py::object& out, const py::object& scales, const py::object& zeros,
+                 const py::object& sums, int isa) {
     Held d(dense), o(out, true), s(scales, true), t(sums, true);
     if (kind < QUANT_INT8 || kind >= QUANT_KINDS) throw std::invalid_argument("quantise: no kind " + std::to_string(kind));
     const bool packed = kind >= QUANT_INT4, turned = kind == QUANT_INT4_AWQ || kind == QUANT_INT4_DOWN;
     size_t held = d.nbytes();
     if (turned) {  // what lies between the columns does not count
         const size_t line = rows * (code == FLOAT32 ? 4 : 2);
-        if (line == 0 || pitch < line || columns == 0 || held < line || (held - line) / pitch != columns - 1 || (held - line) % pitch != 0)
-            throw std::invalid_argument("quantise: " + std::to_string(held) + " bytes are not " + std::to_string(columns) + " columns, " +
-                                        std::to_string(pitch) + " apart");
+        if (line == 0 || pitch < line || columns == 0 || held < line || (held - line) / pitch != columns - 1 ||
+            (held - line) % pitch != 0)
+            throw std::invalid_argument("quantise: " + std::to_string(held) + " bytes are not " +
+                                        std::to_string(columns) + " columns, " + std::to_string(pitch) + " apart");
         held = line * columns;
     }
     check_dense("quantise", held, code, rows, columns);
-    if (block_rows == 0 || block_columns == 0 || (packed && columns % 8 != 0) || (kind == QUANT_INT4 && (block_columns % 8 != 0 || columns % block_columns != 0 || block_rows != 1)) ||
-        (turned && (block_columns != 1 || block_rows % 8 != 0 || rows % 8 != 0)))
-        throw std::invalid_argument("quantise: blocks of " + std::to_string(block_rows) + " x " + std::to_string(block_columns));
+    bool fits = block_rows != 0 && block_columns != 0 && !(packed && columns % 8 != 0);
+    if (fits && kind == QUANT_INT4) fits = block_rows == 1 && block_columns % 8 == 0 && columns % block_columns == 0;
+    if (fits && turned) fits = block_columns == 1 && block_rows % 8 == 0 && rows % 8 == 0;
+    if (!fits)
+        throw std::invalid_argument("quantise: blocks of " + std::to_string(block_rows) + " x " +
+                                    std::to_string(block_columns));
     const size_t blocks = ((rows - 1) / block_rows + 1) * ((columns - 1) / block_columns + 1);
     if (o.nbytes() != rows * columns / (packed ? 2 : 1) || s.count<float>("scales") != blocks || t.count<double>("sums") != 5)
         throw std::invalid_argument("quantise: out, scales or sums have another size");
@@ -157,7 +163,8 @@ void py_dequantise(const py::object& values, int kind, size_t rows, size_t colum
     if (kind < 0 || kind >= DEQUANT_KINDS) throw std::invalid_argument("dequantise: no kind " + std::to_string(kind));
     check_dense("dequantise", o.nbytes(), code, rows, columns);
     const bool four = kind >= DEQUANT_INT4 && kind <= DEQUANT_INT4_DOWN;
-    const size_t tall = kind == DEQUANT_INT4_DOWN ? 8 : kind == DEQUANT_INT8_DOWN ? 4 : 1, wide = kind == DEQUANT_INT4 || kind == DEQUANT_INT4_AWQ ? 8 : 1;
+    const size_t tall = kind == DEQUANT_INT4_DOWN ? 8 : kind == DEQUANT_INT8_DOWN ? 4 : 1;
+    const size_t wide = kind == DEQUANT_INT4 || kind == DEQUANT_INT4_AWQ ? 8 : 1;
     if (rows % tall != 0 || columns % wide != 0 || v.nbytes() != rows * columns / (four ? 2 : 1))
         throw std::invalid_argument("dequantise: " + std::to_string(v.nbytes()) + " bytes are not " + std::to_string(rows) + " x " +
                                     std::to_string(columns) + " values");

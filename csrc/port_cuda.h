@@ -111,6 +111,63 @@ FASTCKPT_HD uint32_t funnel(uint32_t low, uint32_t high, uint32_t bits) {
 #endif
 }
 
+// Four bytes of high:low, by the nibbles of `how`, the lowest first.
+FASTCKPT_HD uint32_t bytes_of(uint32_t low, uint32_t high, uint32_t how) {
+#if defined(__CUDA_ARCH__)
+    return __byte_perm(low, high, how);
+#else
+    const uint64_t both = static_cast<uint64_t>(high) << 32 | low;
+    uint32_t out = 0;
+    for (int i = 0; i < 4; ++i) out |= static_cast<uint32_t>(both >> (how >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return out;
+#endif
+}
+
+// ---- two elements at once, by an instruction where a GPU has one; its NaN is any ----
+
+// Two elements side by side, as fp32.
+template <class S> FASTCKPT_HD void widen_pair(uint32_t* x, uint32_t pair) {
+    static_assert(S::size == 2);
+#if defined(__CUDA_ARCH__)
+    if constexpr (Same<S, F16>::value) {
+        float low, high;
+        asm("cvt.f32.f16 %0, %1;" : "=f"(low) : "h"(static_cast<uint16_t>(pair)));
+        asm("cvt.f32.f16 %0, %1;" : "=f"(high) : "h"(static_cast<uint16_t>(pair >> 16)));
+        x[0] = as_bits<uint32_t>(low), x[1] = as_bits<uint32_t>(high);
+        return;
+    }
+    if constexpr (Same<S, BF16>::value) {
+        x[0] = pair << 16, x[1] = pair & 0xffff0000u;
+        return;
+    }
+#endif
+    x[0] = S::to_f32(pair & 0xffffu), x[1] = S::to_f32(pair >> 16);
+}
+
+// Two fp32 as elements side by side.
+template <class D> FASTCKPT_HD uint32_t narrow_pair(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+    [[maybe_unused]] const float low = as_float(a), high = as_float(b);
+    [[maybe_unused]] uint32_t pair;
+    if constexpr (Same<D, BF16>::value) {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+        return pair;
+    }
+    if constexpr (Same<D, F16>::value) {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+        return pair;
+    }
+#if __CUDA_ARCH__ >= 890
+    if constexpr (Same<D, E4M3>::value) {
+        uint16_t bytes;
+        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bytes) : "f"(high), "f"(low));
+        return bytes;
+    }
+#endif
+#endif
+    return D::from_f32(a) | D::from_f32(b) << 8 * D::size;
+}
+
 template <int SIZE> struct Cell;
 template <> struct Cell<1> { using type = uint8_t; };
 template <> struct Cell<2> { using type = uint16_t; };

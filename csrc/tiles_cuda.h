@@ -41,7 +41,7 @@ FASTCKPT_HD constexpr uint32_t larger(uint32_t a, uint32_t b) { return a < b ? b
 FASTCKPT_HD uint64_t ratio_up(uint64_t a, uint64_t b) { return (a + b - 1) / b; }
 // a / b, quickly where both are short.
 FASTCKPT_HD uint64_t quotient(uint64_t a, uint64_t b) {
-    return (a | b) >> 32 == 0 ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
+    return a < b ? 0 : (a | b) >> 32 == 0 ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
 }
 
 constexpr uint64_t pack_sizes() {
@@ -92,14 +92,31 @@ template <class S, class D> FASTCKPT_HD void element(char* dst, const char* src,
     }
 }
 
-// Element i of packed words, and its place in them.
-template <int SIZE> FASTCKPT_HD uint32_t unpack(const uint32_t* words, int i) {
-    if constexpr (SIZE == 4) return words[i];
-    else return words[i * SIZE / 4] >> (i * SIZE % 4 * 8) & ((1u << (8 * SIZE)) - 1);
-}
-template <int SIZE> FASTCKPT_HD uint32_t packed(uint32_t bits, int i) {
-    if constexpr (SIZE == 4) return bits;
-    else return bits << (i * SIZE % 4 * 8);
+// N elements of S, packed, to as many of D: what the formulas of cast.h give. NaN, of which a GPU's instructions make
+// another, is asked for once and put right.
+template <class S, class D, int N> FASTCKPT_HD void convert_packed(uint32_t* out, const uint32_t* in) {
+    constexpr int s = S::size, d = D::size;
+    uint32_t x[N];
+    bool nan = false;
+    FASTCKPT_UNROLL
+    for (int i = 0; i < N * d / 4; ++i) out[i] = 0;
+    FASTCKPT_UNROLL
+    for (int i = 0; i < N; i += 2) {
+        if constexpr (s == 4) x[i] = in[i], x[i + 1] = in[i + 1];
+        else widen_pair<S>(x + i, in[i / 2]);
+        if constexpr (d == 4) out[i] = x[i], out[i + 1] = x[i + 1];
+        else out[i * d / 4] |= narrow_pair<D>(x[i], x[i + 1]) << i * d % 4 * 8;
+        nan |= is_nan(x[i]) || is_nan(x[i + 1]);
+    }
+    if (!nan) return;
+    FASTCKPT_UNROLL
+    for (int i = 0; i < N; ++i) {
+        if (!is_nan(x[i])) continue;
+        const uint32_t y = D::nan(s == 4 || i % 2 ? in[i * s / 4] : in[i * s / 4] << 16);
+        const int at = i * d % 4 * 8;
+        if constexpr (d == 4) out[i] = y;
+        else out[i * d / 4] = (out[i * d / 4] & ~(((1u << 8 * d) - 1) << at)) | y << at;
+    }
 }
 
 // ---- rows: axis 3 is contiguous on both sides, a line ----
@@ -204,13 +221,13 @@ template <class S, class D> struct Rows {
     }
 
     static FASTCKPT_HD void put(char* dst, const uint32_t* words) {
-        uint32_t out[WORDS_OUT] = {};
-        FASTCKPT_UNROLL
-        for (int i = 0; i < static_cast<int>(BYTES ? WORDS_OUT : N); ++i) {
-            if constexpr (BYTES) out[i] = words[i];
-            else out[i * d / 4] |= packed<d>(D::from_f32(S::to_f32(unpack<s>(words, i))), i);
+        if constexpr (BYTES) {
+            store_vector<WORDS_OUT>(dst, words);
+        } else {
+            uint32_t out[WORDS_OUT];
+            convert_packed<S, D, N>(out, words);
+            store_vector<WORDS_OUT>(dst, out);
         }
-        store_vector<WORDS_OUT>(dst, out);
     }
 
     // Of a thread's units those at a border, element by element.
@@ -227,10 +244,52 @@ template <class S, class D> struct Rows {
         }
     }
 
+    // A tile of whole units of one line, as most are of long ones: nothing is asked of each unit.
+    FASTCKPT_HD void straight(uint32_t thread, const Unit& begin) const {
+        const char* from = begin.src + thread * FROM;
+        char* to = begin.dst + thread * INTO;
+        FASTCKPT_KEEP_LOOP
+        for (uint32_t i = 0; i < STEPS; ++i, from += FLIGHT * TEAM * FROM, to += FLIGHT * TEAM * INTO) {
+            uint32_t x[FLIGHT][WORDS_IN] = {};
+            if (!w.zero) {
+                FASTCKPT_UNROLL
+                for (int k = 0; k < static_cast<int>(FLIGHT); ++k) load_kept<WORDS_IN>(x[k], from + k * TEAM * FROM);
+            }
+            FASTCKPT_UNROLL
+            for (int k = 0; k < static_cast<int>(FLIGHT); ++k) put(to + k * TEAM * INTO, x[k]);
+        }
+    }
+
+    // The same where the source is not aligned.
+    FASTCKPT_HD void shifted(uint32_t thread, const Unit& begin, uint32_t past) const {
+        const char* from = begin.src - past + thread * FROM;
+        char* to = begin.dst + thread * INTO;
+        FASTCKPT_KEEP_LOOP
+        for (uint32_t i = 0; i < STEPS * FLIGHT; i += APART, from += APART * TEAM * FROM, to += APART * TEAM * INTO) {
+            uint32_t x[APART][2 * WORDS_IN];
+            FASTCKPT_UNROLL
+            for (int k = 0; k < static_cast<int>(APART); ++k) {
+                load_kept<WORDS_IN>(x[k], from + k * TEAM * FROM);
+                load_kept<WORDS_IN>(x[k] + WORDS_IN, from + k * TEAM * FROM + FROM);
+            }
+            FASTCKPT_UNROLL
+            for (int k = 0; k < static_cast<int>(APART); ++k) {
+                shift(x[k], past);
+                put(to + k * TEAM * INTO, x[k]);
+            }
+        }
+    }
+
     FASTCKPT_HD void load(uint32_t, uint32_t*) const {}
 
     FASTCKPT_HD void store(uint32_t thread, uint32_t*) const {
         const Unit begin = unit_at(first, skip);
+        const uint32_t past = off(begin);
+        if (stay >= ROWS_TILE && whole(begin, past) && begin.left >= (ROWS_TILE + (past != 0)) * N) {
+            if (past == 0) straight(thread, begin);
+            else shifted(thread, begin, past);
+            return;
+        }
         FASTCKPT_KEEP_LOOP
         for (uint32_t i = thread; i < ROWS_TILE; i += FLIGHT * TEAM) {
             uint32_t x[FLIGHT][WORDS_IN] = {};
@@ -363,13 +422,39 @@ template <class S, class D> struct Transposed {
         }
         FASTCKPT_UNROLL
         for (int i = 0; i < static_cast<int>(LOADS); ++i) {
-            FASTCKPT_UNROLL
-            for (int v = 0; v < static_cast<int>(VECTOR); ++v) {
-                uint32_t bits = 0;
+            uint32_t* to = shared + slot<VECTOR>(word, vector * VECTOR) + i * 8 * VECTOR * WORDS;  // the slot of its column
+            uint32_t in[4 * GROUP], out[VECTOR];
+            by_columns(in, x[i]);
+            if constexpr (!Same<S, D>::value) {
                 FASTCKPT_UNROLL
-                for (int g = 0; g < static_cast<int>(GROUP); ++g)
-                    bits |= packed<d>(convert<S, D>(unpack<s>(x[i][g].word, v)), g);
-                shared[slot<VECTOR>(word, (vector + 8 * i) * VECTOR + v)] = bits;
+                for (int k = 0; k < static_cast<int>(VECTOR * GROUP); k += 8)
+                    convert_packed<S, D, 8>(out + k * d / 4, in + k * s / 4);
+            }
+            FASTCKPT_UNROLL
+            for (int v = 0; v < static_cast<int>(VECTOR); ++v) to[v * WORDS] = Same<S, D>::value ? in[v] : out[v];
+        }
+    }
+
+    // GROUP rows of VECTOR elements, packed: the elements of each column side by side.
+    static FASTCKPT_HD void by_columns(uint32_t (&in)[4 * GROUP], const Vector (&x)[GROUP]) {
+        FASTCKPT_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            if constexpr (s == 4 || GROUP == 1) {
+                FASTCKPT_UNROLL
+                for (int g = 0; g < static_cast<int>(GROUP); ++g) in[i * GROUP + g] = x[g].word[i];
+            } else if constexpr (s == 2) {
+                FASTCKPT_UNROLL
+                for (int g = 0; g < static_cast<int>(GROUP); g += 2) {
+                    in[i * GROUP + g / 2] = bytes_of(x[g].word[i], x[g + 1].word[i], 0x5410);
+                    in[i * GROUP + (GROUP + g) / 2] = bytes_of(x[g].word[i], x[g + 1].word[i], 0x7632);
+                }
+            } else {
+                FASTCKPT_UNROLL
+                for (int k = 0; k < 2; ++k) {  // two columns
+                    const uint32_t how = k == 0 ? 0x5140 : 0x7362;
+                    const uint32_t a = bytes_of(x[0].word[i], x[1].word[i], how), b = bytes_of(x[2].word[i], x[3].word[i], how);
+                    in[i * 4 + 2 * k] = bytes_of(a, b, 0x5410), in[i * 4 + 2 * k + 1] = bytes_of(a, b, 0x7632);
+                }
             }
         }
     }
@@ -385,7 +470,7 @@ template <class S, class D> struct Transposed {
             for (int g = 0; g < static_cast<int>(GROUP); ++g) {
                 const uint32_t row = word * GROUP + g;
                 if (inside && row >= row_low && row < row_high)
-                    bits |= packed<d>(convert<S, D>(static_cast<uint32_t>(load_cell<s>(src + row * src_pitch + column * s))), g);
+                    bits |= convert<S, D>(static_cast<uint32_t>(load_cell<s>(src + row * src_pitch + column * s))) << g * d % 4 * 8;
             }
             shared[slot<VECTOR>(word, column)] = bits;
         }

@@ -97,9 +97,6 @@ def train(root: Path, meet: Path, epochs: int, batches: int, kill_in: int) -> No
         last = JobRunner(job, manager).train()
         print(f"rank {rank}: resumed from {manager.restored}, trained to epoch {last}", flush=True)
     dist.destroy_process_group()
-    # All is written. Threads of gloo that still run have aborted a process on its way out.
-    sys.stdout.flush()
-    os._exit(0)
 
 
 def die_while_writing() -> None:

@@ -30,8 +30,8 @@ from .placement import Placement
 
 if TYPE_CHECKING:
     from .checkpoint import JSON, Checkpoint
+    from .doors.losses import Loss
     from .planning.plans import Plan
-    from .quantisation.losses import Loss
     from .running.runs import Report
     from .verification import VerifyReport
 
@@ -146,7 +146,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _plot(path: str, found: Sequence[Loss]) -> None:
-    from .quantisation.losses import picture
+    from .doors.losses import picture
 
     if not path.endswith(".png"):
         raise FastckptError(f"--plot {path}: wanted a name that ends with .png")

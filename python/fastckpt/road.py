@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     Opened = str | os.PathLike[str] | Checkpoint | Mapping[str, torch.Tensor]
     Out = str | os.PathLike[str] | State | Sequence[State] | None
 
+DENSE = "none"
+"""The `quant` that takes quantisation back."""
+
+
 # ---- the verbs ----
 
 
@@ -342,7 +346,7 @@ def load_into(
 def stream(ckpt: Opened, names: Sequence[str]) -> Iterator[tuple[str, int, memoryview]]:
     """The dense bytes of tensors as stored, in order: (name, offset in bytes, at most a MiB of them).
 
-    The memory is valid until the next step. Reads in bounded memory; for `diff` and the like."""
+    The memory is valid until the next step. What `diff` reads with, in bounded memory."""
     opened = ckpt if isinstance(ckpt, Checkpoint) else joining.open(ckpt)
     # without a structure no plan is kept: this one goes by the names that both sides of a diff have
     only = replace(opened, entries={n: opened.entries[n] for n in names}, aliases={}, structure="")
@@ -361,10 +365,6 @@ def stream(ckpt: Opened, names: Sequence[str]) -> Iterator[tuple[str, int, memor
                 ):
                     t = int(np.searchsorted(slots.leaf, leaf, "right")) - 1
                     yield planned.tensors[t].name, (leaf - int(slots.leaf[t])) * LEAF, whole[at : at + size]
-
-
-DENSE = "none"
-"""The `quant` that takes quantisation back."""
 
 
 def _quant(asked: str | Quant | None) -> Quant | None:

@@ -239,7 +239,7 @@ REFUSED = [
     ("qwen3", dict(pp=3), "2 layers do not divide by pp 3"),
     ("deepseek_v2-lora", dict(tp=2), "no place for model.layers.0.self_attn.q_a_proj.bias"),
     ("gemma2", dict(tp=2), "no place for model.layers.0.post_attention_layernorm"),
-    ("gemma", dict(tp=2), "layernorm.weight is 1 less: wanted zero_centered_gamma=true"),
+    ("gemma", dict(tp=2), "layernorm.weight is the factor less 1: wanted zero_centered_gamma=true"),
     ("falcon-new", dict(tp=2), "no blocks side by side, as falcon wants"),
     ("falcon-rw", dict(tp=2), "no ALiBi, as falcon wants"),
 ]

@@ -23,13 +23,12 @@ def copies(memory: Global, made: Tiles, target: Target = DEFAULT) -> dict[str, C
     program = compiled("copy_cuda.cu", target).program
     columns = ("rows", "owner", "sources", "destinations")
     table = bytes_of(*(memory.put(name, getattr(made, name)) for name in columns))
-    team = next((int(d.removeprefix("TEAM=")) for d in target.defines if d.startswith("TEAM=")), TEAM)
     issued = {}
     for path, name in enumerate(PATHS):
         first, count = made.borders[path], made.borders[path + 1] - made.borders[path]
         if count:
             kernel = program.kernel("copy_tiles", f"PathE{path}")
-            teams = kernel.threads // team if name == "rows" else 1
+            teams = kernel.threads // TEAM if name == "rows" else 1
             given = table, bytes_of(first), np.uint32(count).tobytes()
             issued[name] = launch(program, kernel, memory, -(-count // teams), given)
     return issued

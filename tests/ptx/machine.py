@@ -48,7 +48,7 @@ class Machine:
     def register(self, name: str) -> Array:
         """What each thread holds there; rubbish before it is written."""
         if name not in self.registers:
-            width = self.kernel.widths[name[1:].rstrip("0123456789")]
+            width = self.kernel.widths[name.lstrip("%").rstrip("0123456789")]
             rubbish = np.frombuffer(bytes.fromhex("efbeaddeefbeadde")[:width], f"u{width}")
             self.registers[name] = np.full(self.lanes, rubbish[0], bool if width == 1 else rubbish.dtype)
         return self.registers[name]
@@ -178,7 +178,7 @@ def decoded(ins: Instruction) -> Run:
         return lambda t: t.write(ins.operands[0], t.read(ins.operands[1], TYPES["u64"]))
     if ins.opcode == "prefetch.global.L2":
         return lambda t: t.machine.memory.prefetch(t.address(ins.operands[0]))
-    if ins.opcode == "mov.b64" and any(isinstance(x, Several) for x in ins.operands):
+    if ins.opcode in ("mov.b32", "mov.b64") and any(isinstance(x, Several) for x in ins.operands):
         return _packing(ins)
     operation = OPERATIONS.get(ins.opcode) or OPERATIONS.get(".".join(op[:-1]))
     if operation is None or op[-1] not in operation.types or len(ins.operands) != 1 + len(operation.takes):
@@ -199,17 +199,19 @@ def _conversion(ins: Instruction, to: np.dtype, source: np.dtype) -> Run:
 
 
 def _packing(ins: Instruction) -> Run:
-    """mov.b64 between a register and two of half the width, the low one first."""
+    """mov between a register and two of half its width, the low one first."""
     to, source = ins.operands
+    whole = TYPES[ins.opcode.removeprefix("mov.")]
+    half, bits = np.dtype(f"u{whole.itemsize // 2}"), whole.type(whole.itemsize * 4)
 
     def unpack(t: Lanes) -> None:
-        both = t.read(source, TYPES["u64"])
+        both = t.read(source, whole)
         for i, x in enumerate(to.parts):
-            t.write(x, (both >> np.uint64(32 * i)).astype(np.uint32))
+            t.write(x, (both >> whole.type(i) * bits).astype(half))
 
     def pack(t: Lanes) -> None:
-        low, high = (t.read(x, TYPES["u32"]).astype(np.uint64) for x in source.parts)
-        t.write(to, high << np.uint64(32) | low)
+        low, high = (t.read(x, half).astype(whole) for x in source.parts)
+        t.write(to, high << bits | low)
 
     return unpack if isinstance(to, Several) else pack
 

@@ -153,6 +153,44 @@ def compared(run: Callable[[Array, Array], Array], unordered: bool) -> Callable[
     return once
 
 
+def narrowed(x: Array, fraction: int, least: int, most: float, top: float) -> Array:
+    """f32 to nearest even of a type with so many bits of fraction, as f64: 2**least is its smallest normal,
+    `most` its largest number, `top` what is beyond. NaN stays."""
+    wide = np.abs(x.astype(np.float64))
+    exponent = np.maximum(np.frexp(wide)[1] - 1, least)
+    unit = np.ldexp(1.0, exponent - fraction)
+    y = np.rint(wide / unit) * unit
+    return np.copysign(np.where(y > most, top, y), x)
+
+
+def bf16(x: Array) -> Array:
+    y = narrowed(x, 7, -126, 2.0**128 - 2.0**120, np.inf).astype(np.float32)
+    return np.where(np.isnan(x), np.uint32(0x7FFF), y.view(np.uint32) >> 16)
+
+
+def f16(x: Array) -> Array:
+    return canonical(x.astype(np.float16)).view(np.uint16).astype(np.uint32)
+
+
+def e4m3(x: Array) -> Array:
+    """With .satfinite: what is beyond becomes 448."""
+    y = np.abs(narrowed(x, 3, -6, 448.0, 448.0))
+    exponent = np.frexp(np.maximum(y, 2.0**-6))[1] - 1
+    code = np.nan_to_num((exponent + 6) * 8 + np.ldexp(y, 3 - exponent)).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7F), np.signbit(x).astype(np.uint16) << 7 | code)
+
+
+def paired(narrow: Callable[[Array], Array], bits: int) -> Callable[[Array, Array], Array]:
+    """Two in one register, the first operand high."""
+
+    def once(high: Array, low: Array) -> Array:
+        with np.errstate(all="ignore"):
+            a, b = narrow(high), narrow(low)
+        return a << a.dtype.type(bits) | b
+
+    return once
+
+
 COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
     "eq": np.equal,
     "ne": np.not_equal,
@@ -199,6 +237,9 @@ OPERATIONS: dict[str, Operation] = {
     "max.f32": Operation(("f32",), "tt", float_of(most)),
     "min.NaN": Operation(("f32",), "tt", float_of(or_nan(least))),
     "max.NaN": Operation(("f32",), "tt", float_of(or_nan(most))),
+    "cvt.rn.bf16x2": Operation(("f32",), "tt", paired(bf16, 16)),
+    "cvt.rn.f16x2": Operation(("f32",), "tt", paired(f16, 16)),
+    "cvt.rn.satfinite.e4m3x2": Operation(("f32",), "tt", paired(e4m3, 8)),
     "neg.f32": Operation(("f32",), "t", lambda x: (x.view(np.uint32) ^ np.uint32(1 << 31)).view(x.dtype)),
 }
 """By all of an opcode but its type, or by all of it."""

@@ -7,6 +7,8 @@ import struct
 from dataclasses import dataclass
 
 WIDTHS = {"pred": 1, "b16": 2, "b32": 4, "f32": 4, "b64": 8, "f64": 8}
+SCOPE = re.compile(r"^\{ | \}$|; (?!\})")
+"""What parts the statements of a line that has several: a scope of its own."""
 PARAMETERS = {"u8": 1, "u16": 2, "u32": 4, "f32": 4, "u64": 8, "f64": 8}
 
 
@@ -90,7 +92,7 @@ class Program:
 
 
 def parse(text: str) -> Program:
-    """The program of a PTX text as nvcc writes it, a statement a line. Raises ValueError for any other."""
+    """The program of a PTX text as nvcc writes it. Raises ValueError for any other."""
     text = re.sub(r"//[^\n]*", "", text)
     array = re.compile(r"^\.global \.align \d+ \.b8 (\w+)\[(\d+)\] = \{([\d, ]*)\};", re.M)
     constants = {
@@ -118,13 +120,14 @@ def _kernel(found: re.Match[str], line: int) -> Kernel:
     labels: dict[str, int] = {}
     code: list[Instruction] = []
     end = 0
-    for number, words in enumerate(body.splitlines(), line):
+    lines = ((n, x) for n, words in enumerate(body.splitlines(), line) for x in SCOPE.split(words.strip()))
+    for number, words in lines:
         words = " ".join(words.split()).removesuffix(";").strip()
         if words in ("", "{", "}") or words.startswith(".pragma"):
             continue
         if m := re.fullmatch(r"(\$\w+):", words):
             labels[m[1]] = len(code)
-        elif m := re.fullmatch(r"\.reg \.(\w+) %([a-z]+)(?:<\d+>)?", words):
+        elif m := re.fullmatch(r"\.reg \.(\w+) %?([a-z]+)(?:<\d+>)?", words):
             if widths.setdefault(m[2], WIDTHS[m[1]]) != WIDTHS[m[1]]:
                 raise ValueError(f"{name}: line {number}: {words}: registers %{m[2]} of two widths")
         elif m := re.fullmatch(r"\.shared \.align (\d+) \.b8 (\w+)\[(\d+)\]", words):

@@ -52,14 +52,18 @@ def same(cases: Iterable[Case], target: Target = DEFAULT) -> Global:
     return memory
 
 
-def test_random_rows() -> None:
+def random_rows(target: Target = DEFAULT) -> None:
     rng = np.random.default_rng(21)
     cases = []
     for src, dst in PAIRS:
         for budget in (1, 40, 700, 6000):
             r, n, m = random_row(rng, src, dst, budget)
             cases.append((r, noise(rng, n), m + 64))
-    same(cases)
+    same(cases, target)
+
+
+def test_random_rows() -> None:
+    random_rows()
 
 
 @pytest.mark.parametrize("names", TRANSPOSED)
@@ -122,8 +126,7 @@ def values(rng: np.random.Generator, dtype: DType) -> np.ndarray:
     return wide
 
 
-@pytest.mark.parametrize("turned", [False, True], ids=["straight", "turned"])
-def test_every_value(turned: bool) -> None:
+def every_value(turned: bool, target: Target = DEFAULT) -> None:
     """Every pair of floats: each value of up to 16 bits, each edge of wider ones."""
     rng = np.random.default_rng(24)
     cases = []
@@ -134,4 +137,53 @@ def test_every_value(turned: bool) -> None:
         s, d, n = src.itemsize, dst.itemsize, len(source) // 256
         strides = ((s, n * s) if turned else (256 * s, s)), (256 * d, d)
         cases.append((row(src, dst, (n, 256), *strides), source.view(np.uint8), n * 256 * d))
+    same(cases, target)
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["straight", "turned"])
+def test_every_value(turned: bool) -> None:
+    every_value(turned)
+
+
+def test_long_lines() -> None:
+    """Tiles of whole units of one line, at every alignment of either side; some hold a NaN, most do not."""
+    rng = np.random.default_rng(25)
+    cases = []
+    for names in (
+        "float32 bfloat16",
+        "bfloat16 float16",
+        "float16 float32",
+        "bfloat16 float8_e4m3fn",
+        "int8 int8",
+    ):
+        src, dst = (BY_NAME[n] for n in names.split())
+        s, d = src.itemsize, dst.itemsize
+        n = 3 * (4096 // max(s, d)) + 5
+        for at in range(16):
+            raw = noise(rng, at + n * s)
+            if at % 2 == 0:
+                raw[at + s - 1 :: s] &= 0x3F  # no exponent of ones
+            cases.append((row(src, dst, (n,), (s,), (d,), (at, 3 * at % 16)), raw, 16 + n * d))
     same(cases)
+
+
+def test_a_line_of_zeros() -> None:
+    src = BY_NAME["bfloat16"]
+    same([(row(src, src, (9000,), (0,), (2,), (0, 6), zero=True), np.zeros(16, np.uint8), 18_100)])
+
+
+OTHERS = {
+    "sm_80": Target("80"),
+    "sm_120": Target("120"),
+    "apart": Target(defines=("APART=4", "BLOCKS=3")),
+    "hint": Target(defines=('HINT=".L1::no_allocate"',)),
+}
+"""Other branches of the device's code, and the constants of `make gpu` that leave tiles as they are."""
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_targets(name: str) -> None:
+    random_rows(OTHERS[name])
+    for turned in (False, True):
+        every_value(turned, OTHERS[name])

@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from ptx.operations import CONVERSIONS, OPERATIONS, TYPES
 
 WORDS = [0, 1, 2, 7, 31, 32, 33, 63, 64, 255, 0x7FFFFFFF, 0x80000000, 0xDEADBEEF, 0xFFFFFFFF]
@@ -174,3 +175,34 @@ def test_conversions() -> None:
     assert convert("cvt.rn.f16.f32", 65519.0, 65520.0, 2**-25, 2**-25 * 1.5) == [65504.0, inf, 0.0, 2**-24]
     assert convert("cvt.rn.f32.f64", 1 + 2**-24, 1 + 3 * 2**-24, 1e300) == [1.0, 1 + 2**-22, inf]
     assert convert("cvt.u64.u32", 0xFFFFFFFF) == [0xFFFFFFFF] and convert("cvt.s64.s32", -1) == [-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("cvt.rn.bf16x2", torch.bfloat16),
+        ("cvt.rn.f16x2", torch.float16),
+        ("cvt.rn.satfinite.e4m3x2", torch.float8_e4m3fn),
+    ],
+)
+def test_pairs(name: str, dtype: torch.dtype) -> None:
+    """Every value of the type, what lies between two, what a little beside: as torch rounds it."""
+    bits = 8 * dtype.itemsize
+    codes = torch.arange(1 << bits, dtype=torch.int32).to(torch.uint8 if bits == 8 else torch.uint16)
+    every = codes.view(dtype).float()
+    x = torch.cat(
+        [
+            every,
+            *(
+                (every.view(torch.int32) + d).view(torch.float32)
+                for d in (1, -1, 0x7FFF, 0x8000, 0x8001, 1 << 19, 1 << 12)
+            ),
+        ]
+    )
+    wanted = x.to(dtype).view(torch.uint8 if bits == 8 else torch.uint16).numpy().astype(np.uint32)
+    beyond = x.abs() > 448.0 if bits == 8 else torch.zeros(len(x), dtype=torch.bool)
+    wanted[beyond.numpy()] = (x[beyond].view(torch.int32).numpy() >> 31 & 0x80) | 0x7E
+    wanted[x.isnan().numpy()] = (1 << bits - 1) - 1
+    held = x.numpy().view(np.uint32)
+    got = np.array(run(name, "f32", held[::-1], held))
+    assert np.array_equal(got & (1 << bits) - 1, wanted) and np.array_equal(got >> bits, wanted[::-1])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from fastckpt.quantisation.schemes import SCHEMES
+from ptx.compiled import DEFAULT, Target
 from ptx.launches import quantise
 from ptx.memory import Global
 from quantisation.test_quantrows import DTYPES, Held, compare, matrices, quantised, shapes
@@ -18,10 +20,11 @@ pytestmark = pytest.mark.skipif(
     shutil.which("nvcc") is None, reason="no nvcc: the kernels are not compiled here"
 )
 
+Run = Callable[[np.ndarray, np.ndarray, Sequence[Held]], None]
 ADDRESSES = ("src", "out", "scales", "zeros", "amax", "bad")
 
 
-def by_ptx(table: np.ndarray, owner: np.ndarray, buffers: Sequence[Held]) -> None:
+def by_ptx(table: np.ndarray, owner: np.ndarray, buffers: Sequence[Held], target: Target = DEFAULT) -> None:
     """Runs a table over copies of these buffers, which lie as they do past a multiple of 16."""
     memory, moved, there = Global(), table.copy(), []
     for held in buffers:
@@ -31,7 +34,7 @@ def by_ptx(table: np.ndarray, owner: np.ndarray, buffers: Sequence[Held]) -> Non
         there.append(memory.put(names[0], held.bytes, held.address % 16, written))
         for name in names:
             moved[name] = table[name] - np.uint64(held.address) + np.uint64(there[-1])
-    quantise(memory, moved, owner)
+    quantise(memory, moved, owner, target)
     for held, at in zip(buffers, there, strict=True):
         held.bytes[:] = memory.get(at, len(held.bytes))
 
@@ -40,7 +43,7 @@ HOW = ((torch.float32, 3, 4), (torch.bfloat16, 8, 0), (torch.float16, 1, 2))
 """Type, values between rows, bytes past a multiple of 16."""
 
 
-def parts_of_wider_rows(name: str, *how: tuple[torch.dtype, int, int]) -> None:
+def parts_of_wider_rows(name: str, *how: tuple[torch.dtype, int, int], run: Run = by_ptx) -> None:
     """A matrix and the same in bands, where there are values beside it, at an odd place."""
     scheme = SCHEMES[name]
     rows, columns = 384, 264 if scheme.bits == 8 else 256
@@ -48,7 +51,7 @@ def parts_of_wider_rows(name: str, *how: tuple[torch.dtype, int, int]) -> None:
     bands = (unit, 3 * unit) if unit < 128 else (128,)
     x = torch.randn(rows, columns)
     for dtype, pad, at in how:
-        compare(x.to(dtype), scheme, pad=pad, at=at, bands=bands, run=by_ptx)
+        compare(x.to(dtype), scheme, pad=pad, at=at, bands=bands, run=run)
 
 
 @pytest.mark.parametrize(("k", "name"), list(enumerate(SCHEMES)))
@@ -82,3 +85,10 @@ def test_a_scale_for_each_matrix_of_a_stack_and_one_that_is_given() -> None:
     largest = x.abs().amax(1).numpy() * 2
     compare(x, SCHEMES["int8"], given=largest, run=by_ptx)
     compare(x, SCHEMES["fp8"], given=largest[40:41], run=by_ptx)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", list(SCHEMES))
+@pytest.mark.parametrize("architecture", ["80", "120"])
+def test_other_targets(architecture: str, name: str) -> None:
+    parts_of_wider_rows(name, *HOW, run=partial(by_ptx, target=Target(architecture)))

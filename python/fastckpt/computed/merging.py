@@ -130,7 +130,7 @@ class MergingLane:
         held = Buffer(box, box.ctypes.data, reach + box.itemsize)
         self.executor.bind([held]).run(row, destinations)
 
-    def told(self, matrix: Matrix, error: Error) -> None:
+    def add_error(self, matrix: Matrix, error: Error) -> None:
         """Adds how far some quantised values lie from the dense ones."""
         key = self.file, matrix
         self.errors[key] = self.errors.get(key, Error()) + error

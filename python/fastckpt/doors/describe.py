@@ -16,9 +16,9 @@ from .. import recipes
 from ..checkpoint import JSON, Checkpoint, Entry
 from ..errors import RecipeError
 from ..joining import open as open_checkpoint
-from ..quantisation.losses import Loss
-from ..quantisation.losses import read as losses_of
-from ..quantisation.losses import text as losses_text
+from .losses import Loss
+from .losses import read as losses_of
+from .losses import text as losses_text
 from .text import columns, said, size, some
 
 

@@ -73,7 +73,8 @@ class CpuRunner:
         """Runs `rows` in order (in any order with `threads` > 1) into `destinations`.
 
         Raises DeviceError for rows of another layout, buffers of another device, and rows that name a
-        buffer or a conversion that does not exist; SourceError when a mapped source file shrank."""
+        buffer or a conversion that does not exist; SourceError when a page of a mapped source was not there,
+        or could not be read."""
         _check_layout(rows.dtype)
         try:
             _C.copy_rows(
@@ -89,7 +90,7 @@ class CpuRunner:
         if _C.faults() != self._faults:
             for b in self._sources:
                 if isinstance(b.owner, _C.Mapping) and b.owner.faulted:
-                    raise SourceError(f"{b.owner.path}: the file shrank while it was read")
+                    raise SourceError(f"{b.owner.path}: shrank, or failed, while it was read")
 
 
 def _addresses(buffers: Sequence[Buffer]) -> NDArray[np.uint64]:

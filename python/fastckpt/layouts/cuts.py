@@ -35,19 +35,25 @@ def require_tensor_parallel(layout: str, placement: Placement) -> None:
             raise LayoutError(f"layout {layout} does not cut by {name} yet: wanted {name} 1, got {size}")
 
 
-def require_even(layout: str, placement: Placement, what: str, size: int) -> None:
-    """Raises LayoutError where `size` does not divide by tp."""
+PAD = "; pad=true pads with zeros"
+"""What a message adds for layouts that have `pad`."""
+
+
+def require_even(layout: str, placement: Placement, what: str, size: int, instead: str = "") -> None:
+    """Raises LayoutError where `size` does not divide by tp; `instead`: the way out, for the message."""
     if size % placement.tp:
-        raise LayoutError(f"layout {layout}: {what} {size} does not divide by tp {placement.tp}")
+        raise LayoutError(f"layout {layout}: {what} {size} does not divide by tp {placement.tp}{instead}")
 
 
-def require_heads(layout: str, placement: Placement, sizes: Sizes) -> None:
+def require_heads(layout: str, placement: Placement, sizes: Sizes, instead: str = "") -> None:
     """Raises LayoutError where tp does not divide the query heads, or neither divides nor is divided by the
     kv heads: those are dealt out evenly or repeated evenly."""
-    require_even(layout, placement, "the number of attention heads", sizes.heads)
+    require_even(layout, placement, "the number of attention heads", sizes.heads, instead)
     kv, tp = sizes.kv_heads, placement.tp
     if kv % tp and tp % kv:
-        raise LayoutError(f"layout {layout}: neither do {kv} kv heads divide by tp {tp} nor tp by kv heads")
+        raise LayoutError(
+            f"layout {layout}: neither do {kv} kv heads divide by tp {tp} nor tp by kv heads{instead}"
+        )
 
 
 def out_part(linear: Linear, index: int, count: int) -> Linear:
@@ -80,7 +86,7 @@ def _run(linear: Linear, beside: Beside, axis: int, start: int, length: int) -> 
     aligned = start % block == 0 and (stop % block == 0 or stop == linear.shape[axis])
     if not aligned and (start // block != (stop - 1) // block or linear.packed != (1, 1)):
         raise LayoutError(
-            f"{linear.name}: [{start}, {stop}) of axis {axis} cuts a block of {block} that shares a factor"
+            f"{linear.name}: [{start}, {stop}) of axis {axis} cuts a block of {block} that shares a scale"
         )
     return beside.view.narrow(axis, start // block, -(-stop // block) - start // block)
 
@@ -118,7 +124,7 @@ def _joined(name: str, linears: Sequence[Linear], kind: Beside) -> Beside:
         if linear.shape[0] % block:
             raise LayoutError(
                 f"{name}: {linear.shape[0]} rows of {linear.name} are no multiple of their block {block}, so "
-                "the next part's factors would not fit"
+                "the next part's scales would not fit"
             )
     view = cat([b.view for x in linears for b in x.beside if b.leaf == kind.leaf])
     return replace(kind, view=view, form="vector" if kind.form == "scalar" else kind.form)

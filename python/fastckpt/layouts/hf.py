@@ -17,6 +17,7 @@ from ..placement import Placement
 from ..target import Target
 from ..views import View
 from .cuts import (
+    PAD,
     bias,
     in_part,
     joined,
@@ -60,12 +61,14 @@ class Hf:
         vocabulary do not divide by tp, and for pp, dp or ep."""
         require_tensor_parallel("hf", placement)
         model = self._padded(model, placement)
+        instead = "" if self.pad or model.encoder is not None else PAD
         if "attention" not in model.cuts.whole:
-            self._require_heads(model, placement)
+            self._require_heads(model, placement, instead)
         for key, width in model.sizes.widths.items():
             if key not in model.cuts.whole:
-                require_even("hf", placement, key, width)
-        require_even("hf", placement, "vocab_size", model.sizes.vocab)
+                require_even("hf", placement, key, width, instead)
+        rows = f"; vocab_padding={placement.tp} pads it with zero rows"
+        require_even("hf", placement, "vocab_size", model.sizes.vocab, rows)
         return _targets(model, placement)
 
     def resized(self, model: Model, placement: Placement) -> Mapping[str, int]:
@@ -96,14 +99,14 @@ class Hf:
             lm_head=replace(head, weight=grown(head.weight), bias=more_bias),
         )
 
-    def _require_heads(self, model: Model, placement: Placement) -> None:
+    def _require_heads(self, model: Model, placement: Placement, instead: str) -> None:
         sizes = model.sizes
         if model.cuts.rows and sizes.fused_qkv:
             rows = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
             require_even("hf", placement, "the number of query, key and value rows", rows)
             require_even("hf", placement, "the number of query rows", sizes.heads * sizes.head_dim)
             return
-        require_heads("hf", placement, sizes)
+        require_heads("hf", placement, sizes, instead)
         if sizes.kv_heads % placement.tp and not self.replicate_kv:
             raise LayoutError(
                 f"layout hf: {sizes.kv_heads} kv heads do not divide by tp {placement.tp}, and "

@@ -88,7 +88,7 @@ class Megatron:
         grid = self._experts_grid(placement)
         if placement.tp * placement.dp != grid.count * grid.ep:
             raise LayoutError(
-                f"layout megatron: groups of tp ranks differ by their experts alone: wanted tp * dp equal to "
+                f"layout megatron: dp groups differ only in their experts: wanted tp * dp equal to "
                 f"expert_tp * ep {grid.count * grid.ep}, got {placement.tp * placement.dp}"
             )
         if placement.ep > 1 and (not sizes.experts or sizes.experts % placement.ep):
@@ -235,9 +235,10 @@ class Megatron:
         if norm is None:
             raise LayoutError(f"layout megatron: the model has no norm to write as {at}weight")
         if norm.plus_one != self.zero_centered_gamma:
-            stored, wanted = ("1 less", "true") if norm.plus_one else ("the factor itself", "false")
+            stored, wanted = ("less 1", "true") if norm.plus_one else ("itself", "false")
             raise LayoutError(
-                f"layout megatron: {norm.name}.weight is {stored}: wanted zero_centered_gamma={wanted}"
+                f"layout megatron: {norm.name}.weight is the factor {stored}: wanted "
+                f"zero_centered_gamma={wanted}"
             )
         yield Target(f"{at}weight", norm.weight)
         if norm.bias is not None:

@@ -60,7 +60,9 @@ def resized(family: str, old: Sizes, new: Sizes) -> dict[str, int]:
     out: dict[str, int] = {}
     if (old.heads, old.kv_heads) != (new.heads, new.kv_heads):
         if new.head_keys is None:
-            raise LayoutError(f"pad: the config of {family} cannot say {new.heads} heads of {new.head_dim}")
+            raise LayoutError(
+                f"pad: the config of {family} has no keys to say {new.heads} heads of {new.head_dim}"
+            )
         numbers = new.heads, new.kv_heads, new.head_dim
         out |= {key: n for key, n in zip(new.head_keys, numbers, strict=True) if key}
     for key, width in new.widths.items():
@@ -68,7 +70,7 @@ def resized(family: str, old: Sizes, new: Sizes) -> dict[str, int]:
             continue
         said = key.partition(" or ")[0]
         if not said.isidentifier():
-            raise LayoutError(f"pad: the config of {family} cannot say that {key} is {width}")
+            raise LayoutError(f"pad: the config of {family} has no key to say that {key} is {width}")
         out[said] = width
     if new.vocab != old.vocab:
         out[new.vocab_key] = new.vocab

@@ -307,7 +307,7 @@ def _latent(attention: Mla, heads: int, cut: Cut, making: Making) -> Iterator[Wh
         q, kv_a = _rope_apart(q, heads, nope, rope), _rope_apart(kv_a, 1, rank, rope)
     if attention.q_a is None:
         if q.beside or kv_a.beside:
-            raise LayoutError(f"layout rtp_llm has no place for the factors of {q.name}")
+            raise LayoutError(f"layout rtp_llm has no place for the scales of {q.name}")
         yield Whole("mla_fusedqkrope_no_lora_w", concat_t([q.weight, kv_a.weight]))
     else:
         yield from _matrix("mla_fusedqkrope_", [attention.q_a, kv_a], (None, 1))

@@ -29,10 +29,11 @@ class Share:
         return range(first, first + each + (self.ep_rank < more))
 
 
-def expert_share(layout: str, placement: Placement, sizes: Sizes) -> Share:
+def expert_share(layout: str, placement: Placement, sizes: Sizes, instead: str = "") -> Share:
     """The rank's share: all tp * dp ranks cut every expert's width, or, with ep = tp * dp, hold some whole.
 
-    Raises LayoutError for another ep, fewer experts than parts, or a width that does not divide."""
+    Raises LayoutError for another ep, fewer experts than parts, or a width that does not divide; `instead`:
+    the way out of the last, for the message."""
     ranks = placement.tp * placement.dp
     flat = placement.dp_rank * placement.tp + placement.tp_rank
     if placement.ep not in (1, ranks):
@@ -46,7 +47,9 @@ def expert_share(layout: str, placement: Placement, sizes: Sizes) -> Share:
         return Share(0, 1, flat, ranks)
     width = sizes.widths.get(sizes.expert_width, 0)
     if width % ranks:
-        raise LayoutError(f"layout {layout}: {sizes.expert_width} {width} does not divide by tp * dp {ranks}")
+        raise LayoutError(
+            f"layout {layout}: {sizes.expert_width} {width} does not divide by tp * dp {ranks}{instead}"
+        )
     return Share(flat, ranks, 0, 1)
 
 

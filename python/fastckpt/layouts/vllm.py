@@ -25,6 +25,7 @@ from ..stored import constant
 from ..target import Target
 from ..views import View, cat, stack, zeros
 from .cuts import (
+    PAD,
     bias,
     in_form,
     in_part,
@@ -97,12 +98,13 @@ class Vllm:
                 f"pp 1, got {placement.pp}"
             )
         model = self._padded(model, placement)
-        share = expert_share("vllm", placement, model.sizes)
+        instead = "" if self.pad or model.encoder is not None else PAD
+        share = expert_share("vllm", placement, model.sizes, instead)
         stage = layer_range("vllm", placement, len(model.layers))
-        require_heads("vllm", placement, model.sizes)
+        require_heads("vllm", placement, model.sizes, instead)
         for key, width in model.sizes.widths.items():
             if key != model.sizes.expert_width:
-                require_even("vllm", placement, key, width)
+                require_even("vllm", placement, key, width, instead)
         rows = round_up(model.sizes.vocab, self.vocab_padding)
         require_even("vllm", placement, f"vocab_size {model.sizes.vocab}, padded to", rows)
         if model.encoder is not None or model.carried:

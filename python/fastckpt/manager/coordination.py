@@ -46,11 +46,17 @@ class Group(Protocol):
 
     def exchange(self, value: JSON) -> list[JSON]: ...
 
+    def close(self) -> None:
+        """Let go of the others; there is no exchange after it."""
+
 
 class Alone:
     """A job of one rank."""
 
     rank, world = 0, 1
+
+    def close(self) -> None:
+        """There is nobody."""
 
     def exchange(self, value: JSON) -> list[JSON]:
         """What the one rank said."""
@@ -62,7 +68,9 @@ class Distributed:
 
     def __init__(self, timeout: float) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        self._group: dist.ProcessGroup | None = dist.new_group(
+            backend="gloo", timeout=timedelta(seconds=timeout)
+        )
 
     def exchange(self, value: JSON) -> list[JSON]:
         """What every rank said, by rank. Raises ManagerError where a rank is lost."""
@@ -77,6 +85,12 @@ class Distributed:
         except RuntimeError as e:
             raise ManagerError(f"rank {self.rank} of {self.world}: another rank is lost: {e}") from e
         return [json.loads(bytes(t[: int(n)].numpy().tobytes())) for t, n in zip(found, sizes, strict=True)]
+
+    def close(self) -> None:
+        """End the group's threads: one that still frees a tensor when Python ends aborts the process."""
+        group, self._group = self._group, None
+        if group is not None and dist.is_initialized():
+            dist.destroy_process_group(group)
 
 
 class Meeting:
@@ -124,6 +138,9 @@ class Meeting:
         with suppress(OSError):  # all have answered this round, so all have read the one before
             os.unlink(self._path(f"{self._session}-{n - 1}", self.rank))
         return answers
+
+    def close(self) -> None:
+        """What is left in the directory is the next run's to remove."""
 
     def _meet(self) -> str:
         nonce, said = secrets.token_hex(8), ""

@@ -434,6 +434,8 @@ class CheckpointManager:
                 self._worker.shutdown()
                 self._worker = None
             self._store.release()
+            self._group.close()
+            self._behind.close()
             if self._old_handler is not None:
                 signal.signal(signal.SIGTERM, self._old_handler)  # type: ignore[arg-type]
                 self._old_handler = None

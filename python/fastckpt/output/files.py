@@ -227,22 +227,21 @@ def split(
 
     `name(part, parts)` names a file, parts counted from 0; an alias lies in its holder's file."""
     aliases = aliases or {}
-    unique(name(0, 1), tensors)
-    size = {t: math.prod(shape) * dtype.itemsize for t, dtype, shape in tensors}
+    names = unique(name(0, 1), tensors)
     for alias, holder in aliases.items():
-        if alias in size or holder not in size:
+        if alias in names or holder not in names:
             raise WriteError(
                 f"{name(0, 1)}: alias {alias} of {holder}: the one must be new, the other a tensor"
             )
-    total = sum(size.values())
+    sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape in tensors]
+    total = sum(sizes)
     if max_shard_size is None:
         return Split((Group(name(0, 1), tuple(tensors), dict(aliases)),), total)
     limit = parse_size(max_shard_size)
     groups: list[list[Spec]] = []
     current: list[Spec] = []
     held = 0
-    for tensor in tensors:
-        n = size[tensor[0]]
+    for tensor, n in zip(tensors, sizes, strict=True):
         if n > limit:
             groups.append([tensor])
             continue
@@ -278,9 +277,10 @@ def parse_size(size: str | int) -> int:
     return int(nbytes)
 
 
-def unique(path: str, tensors: Sequence[Spec]) -> None:
-    """Refuse two tensors of one name with a WriteError that names `path`."""
-    if len({name for name, _, _ in tensors}) == len(tensors):
-        return
-    counts = Counter(name for name, _, _ in tensors)
-    raise WriteError(f"{path}: two tensors named {counts.most_common(1)[0][0]}")
+def unique(path: str, tensors: Sequence[Spec]) -> set[str]:
+    """The names. Refuses two tensors of one name with a WriteError that names `path`."""
+    names = {name for name, _, _ in tensors}
+    if len(names) != len(tensors):
+        counts = Counter(name for name, _, _ in tensors)
+        raise WriteError(f"{path}: two tensors named {counts.most_common(1)[0][0]}")
+    return names

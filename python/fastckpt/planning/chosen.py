@@ -299,4 +299,7 @@ def _require_dense(quant: Quant, wanted: Wanted, naming: Naming, config: Mapping
     if wanted.held is not None or naming.single.endswith(".bin"):
         raise LayoutError(f"quant {quant.scheme.name}: wanted safetensors or fresh tensors as the output")
     if config is not None and "quantization_config" in config:
-        raise LayoutError(f"quant {quant.scheme.name}: the config says that the source is quantised already")
+        raise LayoutError(
+            f"quant {quant.scheme.name}: the config says that the source is quantised already; "
+            'reshard(quant="none") (--quant none) makes it dense'
+        )

@@ -38,13 +38,13 @@ Elements = NDArray[np.generic]
 
 
 class Asker(Protocol):
-    """Who asks for elements, and takes what is told of them."""
+    """Gives dense elements, and takes how far the quantised values lie from them."""
 
     def dense(self, view: View, *, scan: bool = False) -> Elements:
         """The elements of a view, in its shape and dtype; `scan`: for scales alone."""
 
-    def told(self, matrix: Matrix, error: Error) -> None:
-        """How far the values that were made lie from the dense ones."""
+    def add_error(self, matrix: Matrix, error: Error) -> None:
+        """Adds the error of some quantised values of a matrix."""
 
 
 @dataclass(slots=True, eq=False)
@@ -148,6 +148,7 @@ class Part:
 
 
 def _values(m: Matrix, ask: Asker, r0: int, r1: int, c0: int, c1: int) -> Elements:
+    """Rows [r0, r1) and columns [c0, c1) of the values as they are stored: bytes, or int32 of packed ones."""
     scheme, (rows, columns) = m.scheme, m.shape
     item, kind = (np.int32, "<i4") if scheme.dtype is int32 else (np.int8, "i1")
     tall, wide = _packing(scheme)
@@ -173,10 +174,10 @@ def _values(m: Matrix, ask: Asker, r0: int, r1: int, c0: int, c1: int) -> Elemen
             m.blocks[a // down : -(-b // down), first // across : -(-last // across)] = found.scales
         held = slice(max(a, top), min(b, bottom)), slice(left, right)
         if (a, b, first, last) == (held[0].start, held[0].stop, left, right):
-            ask.told(m, found.error)
+            ask.add_error(m, found.error)
         else:  # of what was asked for alone, so that no value counts twice
             mine = slice(held[0].start - a, held[0].stop - a), slice(left - first, right - first)
-            ask.told(m, error_of(dense, m.dtype, (n, width), scheme, found, made, mine))
+            ask.add_error(m, error_of(dense, m.dtype, (n, width), scheme, found, made, mine))
         box = made.view(kind).reshape(n // tall, width // wide)
         box = box[(held[0].start - a) // tall : (held[0].stop - a) // tall, (left - first) // wide :]
         out[held[0].start // tall - r0 : held[0].stop // tall - r0] = box[:, : c1 - c0]

@@ -49,7 +49,7 @@ class _Tensor:
     """A quantised tensor on its way: its scales and zero points, the jobs left, and its error so far."""
 
     number: int
-    told: Quantised
+    matrix: Quantised
     scales: Floats
     zeros: Zeros
     largest: Floats | None
@@ -59,16 +59,16 @@ class _Tensor:
 
     def quantise(self, band: Band, dense: Bytes, out: Bytes) -> Error:
         """Quantise a band's dense rows into `out`; keeps their scales and zero points. Raises SourceError."""
-        told, scheme = self.told, self.told.scheme
-        _, columns = flat(told.shape)
+        matrix, scheme = self.matrix, self.matrix.scheme
+        _, columns = flat(matrix.shape)
         stop = band.row + band.count
         largest = None if self.largest is None else self.largest[band.row : stop]
-        pitch = (band.pitch or band.count * told.dtype.itemsize) if scheme.turned else 0
-        found = quantise(dense, told.dtype, band.count, columns, scheme, largest, out, pitch=pitch)
+        pitch = (band.pitch or band.count * matrix.dtype.itemsize) if scheme.turned else 0
+        found = quantise(dense, matrix.dtype, band.count, columns, scheme, largest, out, pitch=pitch)
         if found is None:
-            raise not_finite(told.name, band.row, stop)
+            raise not_finite(matrix.name, band.row, stop)
         if self.largest is None or scheme.block[0]:
-            into = band.row // (scheme.block[0] or told.shape[-2])
+            into = band.row // (scheme.block[0] or matrix.shape[-2])
             self.scales[into : into + len(found.scales)] = found.scales
             self.zeros[into : into + len(found.zeros)] = found.zeros
         return found.error
@@ -183,9 +183,9 @@ class Quantising:
         self.plan = plan
         self.largest = largest
         self.errors: dict[int, Error] = {}
-        told = plan.quantised.values()
-        self.dense = max((_step(q) * q.shape[-1] * q.dtype.itemsize for q in told), default=0)
-        self.values = LEAF + max((_widest(q) * q.shape[-1] * q.scheme.bits // 8 for q in told), default=0)
+        matrices = plan.quantised.values()
+        self.dense = max((_step(q) * q.shape[-1] * q.dtype.itemsize for q in matrices), default=0)
+        self.values = LEAF + max((_widest(q) * q.shape[-1] * q.scheme.bits // 8 for q in matrices), default=0)
         self.made = np.zeros(len(plan.tensors), bool)
         for i, q in plan.quantised.items():
             beside = [at for at in (q.zeros, q.form) if at is not None and not q.scheme.dynamic]
@@ -203,35 +203,35 @@ class Quantising:
             return
         dense = Dense(chunk, binding)
         for i in range(chunk.count):
-            told = self.plan.quantised.get(first + i)
-            if told is None:
+            matrix = self.plan.quantised.get(first + i)
+            if matrix is None:
                 continue
-            rows, columns = flat(told.shape)
-            out = columns * told.scheme.bits // 8
-            step, share = _step(told), _share(told)
-            tensor = self._tensor(first + i, told, -(-rows // share))
+            rows, columns = flat(matrix.shape)
+            out = columns * matrix.scheme.bits // 8
+            step, share = _step(matrix), _share(matrix)
+            tensor = self._tensor(first + i, matrix, -(-rows // share))
             held: list[Band] = []
-            width = columns * told.dtype.itemsize
-            for band in dense.bands(i, rows, width, step, turned=told.scheme.turned):
+            width = columns * matrix.dtype.itemsize
+            for band in dense.bands(i, rows, width, step, turned=matrix.scheme.turned):
                 if held and band.row % share == 0:
                     yield Job(tensor, held[0].row * out, band.row * out, tuple(held))
                     held = []
                 held.append(band)
             yield Job(tensor, held[0].row * out, rows * out, tuple(held))
 
-    def _tensor(self, number: int, told: Quantised, jobs: int) -> _Tensor:
-        rows, _ = flat(told.shape)
-        lead = rows // told.shape[-2]
-        down, across = told.scheme.grid(told.shape[-2], told.shape[-1])
+    def _tensor(self, number: int, matrix: Quantised, jobs: int) -> _Tensor:
+        rows, _ = flat(matrix.shape)
+        lead = rows // matrix.shape[-2]
+        down, across = matrix.scheme.grid(matrix.shape[-2], matrix.shape[-1])
         scales = np.empty((lead * down, across), np.float32)
         largest = None
-        if told.scanned:
-            largest = self.largest[told.name]
-            if told.scheme.block[0] == 0:
+        if matrix.scanned:
+            largest = self.largest[matrix.name]
+            if matrix.scheme.block[0] == 0:
                 one = largest.reshape(lead, -1).max(axis=1)
-                scales[:] = scale_of(one, told.scheme).reshape(lead, 1)
-                largest = np.repeat(one, told.shape[-2])
-        return _Tensor(number, told, scales, np.zeros(scales.shape, np.int8), largest, jobs)
+                scales[:] = scale_of(one, matrix.scheme).reshape(lead, 1)
+                largest = np.repeat(one, matrix.shape[-2])
+        return _Tensor(number, matrix, scales, np.zeros(scales.shape, np.int8), largest, jobs)
 
     def worker(self, lane: Lane, end: End) -> Callable[[Job], None]:
         """A worker with staging of its own for dense rows and for values."""
@@ -239,12 +239,12 @@ class Quantising:
 
         def run(job: Job) -> None:
             tensor, error = job.tensor, Error()
-            _, columns = flat(tensor.told.shape)
+            _, columns = flat(tensor.matrix.shape)
             out = _Out(end, tensor.number, job.start, values)
             for band in job.bands:
                 n = band.count * columns
-                size = n * tensor.told.scheme.bits // 8
-                rows = band.dense(lane, dense, n * tensor.told.dtype.itemsize)
+                size = n * tensor.matrix.scheme.bits // 8
+                rows = band.dense(lane, dense, n * tensor.matrix.dtype.itemsize)
                 error += tensor.quantise(band, rows, out.room(size))
                 out.take(size)
             out.close()
@@ -294,18 +294,18 @@ def _lines_in_memory(rows: Table, binding: Binding, count: int, width: int) -> _
 
 def _beside(tensor: _Tensor) -> Iterator[tuple[int, NDArray[np.generic]]]:
     """What goes out beside the values once all are made: (plan's tensor, array)."""
-    told, scheme = tensor.told, tensor.told.scheme
-    yield told.scales, tensor.scales.astype(np.float16) if scheme.scale_dtype is float16 else tensor.scales
-    if told.zeros is not None and not scheme.dynamic:
-        yield told.zeros, stored_zeros(tensor.zeros, scheme)
-    if told.form is not None:
-        yield told.form, form_of(told)
+    matrix, scheme = tensor.matrix, tensor.matrix.scheme
+    yield matrix.scales, tensor.scales.astype(np.float16) if scheme.scale_dtype is float16 else tensor.scales
+    if matrix.zeros is not None and not scheme.dynamic:
+        yield matrix.zeros, stored_zeros(tensor.zeros, scheme)
+    if matrix.form is not None:
+        yield matrix.form, form_of(matrix)
 
 
-def form_of(told: Quantised) -> NDArray[np.generic]:
+def form_of(matrix: Quantised) -> NDArray[np.generic]:
     """What the tensor `form` of a matrix holds."""
-    form = np.array(told.scheme.form_values(told.shape), np.int64)
-    return form.astype(np.int32) if told.scheme.form_dtype is int32 else form
+    form = np.array(matrix.scheme.form_values(matrix.shape), np.int64)
+    return form.astype(np.int32) if matrix.scheme.form_dtype is int32 else form
 
 
 class Scan:
@@ -353,21 +353,21 @@ class ScanJob:
     stop: int
 
 
-def _step(told: Quantised) -> int:
+def _step(matrix: Quantised) -> int:
     """Rows made dense at once: whole blocks, or a power of two, as leaves are."""
-    if told.scheme.block[0] == 0 and not told.scanned:
-        return told.shape[-2]
-    fit = DENSE_BYTES // (told.shape[-1] * told.dtype.itemsize)
-    return max(told.scheme.block[0], 1 << fit.bit_length() - 1 if fit else 1)
+    if matrix.scheme.block[0] == 0 and not matrix.scanned:
+        return matrix.shape[-2]
+    fit = DENSE_BYTES // (matrix.shape[-1] * matrix.dtype.itemsize)
+    return max(matrix.scheme.block[0], 1 << fit.bit_length() - 1 if fit else 1)
 
 
-def _widest(told: Quantised) -> int:
+def _widest(matrix: Quantised) -> int:
     """Rows of a band at most."""
-    return _step(told) * (WIDER if told.scheme.turned else 1)
+    return _step(matrix) * (WIDER if matrix.scheme.turned else 1)
 
 
-def _share(told: Quantised) -> int:
+def _share(matrix: Quantised) -> int:
     """Rows of a job: whole bands that begin on a leaf."""
-    out = told.shape[-1] * told.scheme.bits // 8
-    one = math.lcm(_widest(told), LEAF // math.gcd(LEAF, out))
+    out = matrix.shape[-1] * matrix.scheme.bits // 8
+    one = math.lcm(_widest(matrix), LEAF // math.gcd(LEAF, out))
     return one * max(1, -(-JOB_BYTES // (one * out)))

@@ -57,12 +57,10 @@ def flag(config: Mapping[str, JSON], key: str, default: bool) -> bool:
     return value
 
 
-def dim(
-    config: Mapping[str, JSON], key: str, *older: str, default: int | None = None, least: int = 1
-) -> Dim:
+def dim(config: Mapping[str, JSON], key: str, *older: str, default: int | None = None) -> Dim:
     """The size under `key`, or under the first `older` name of it that has a value. Raises as `integer`."""
     said = next((k for k in (key, *older) if config.get(k) is not None), key)
-    return Dim(integer(config, said, default, least=least), said)
+    return Dim(integer(config, said, default), said)
 
 
 def absent() -> None:

@@ -58,12 +58,14 @@ def _part(whole: Linear, groups: int, start: int, rows: int) -> Linear:
 
     def part(view: View, unit: int = 1) -> View:
         if start % unit or rows % unit:
-            raise RecipeError(f"{whole.name}: {start} and {rows} rows do not end with blocks of {unit}")
+            raise RecipeError(
+                f"{whole.name}: a part of {rows} rows from {start} on does not end with blocks of {unit}"
+            )
         run = view.split(0, view.shape[0] // groups)
         return run.narrow(1, start // unit, rows // unit).merge(0)
 
     if any(b.unit == (0, 0) for b in whole.beside):
-        raise RecipeError(f"{whole.name}: one scale of a fused matrix is not read")
+        raise RecipeError(f"{whole.name}: a fused matrix with one scale for all of it is not read")
     return replace(
         whole,
         weight=part(whole.weight, whole.packed[0]),

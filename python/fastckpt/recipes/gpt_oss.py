@@ -90,7 +90,7 @@ def _groups(size: Dim) -> Dim:
 
 def _in_blocks(name: str) -> Mlp:
     raise RecipeError(
-        f"{name}: experts in mxfp4 lie in stacks alone, which layouts hf and vllm have a place for"
+        f"{name}: experts in mxfp4 are read as stacks alone, which only layouts hf and vllm have a place for"
     )
 
 

@@ -232,33 +232,39 @@ def sliced(shapes: Sequence[Mapping[str, Shape]], flats: Sequence[Flat], where: 
     if len(shapes) == len(flats):
         misfit |= flat != np.repeat(np.arange(len(shapes)), [len(group) for group in shapes])
     misfit &= part > 0
-    total = int(part.sum())
+    total, have = int(part.sum()), int(begins[-1])
     if names and not flats:
         raise SourceError(f"{where}: {len(names)} parameters in param_shapes, no flat groups")
     if misfit.any():
         k = int(np.argmax(misfit))
         g = next(g for g, group in enumerate(shapes) if names[k] in group)
         number, at = int(flat[k]), int(begin[k] - begins[flat[k]])
-        have = int(flats[number].length[0]) if number < len(flats) else 0
+        length = int(flats[number].length[0]) if number < len(flats) else 0
         raise SourceError(
             f"{where}: group {g}: {names[k]} {list(every[k])} needs elements [{at}, {at + int(part[k])}) of "
-            f"each rank's flat group {number}, which has {have}; "
-            f"all parameters need {total} a rank, the flat groups have {int(begins[-1])}"
+            f"each rank's flat group {number}, which has {length}; "
+            f"all parameters need {total} a rank, the flat groups have {have}"
         )
-    if total != begins[-1]:
+    if total != have:
         raise SourceError(
             f"{where}: group {int(np.searchsorted(ends, total, 'right'))}: parameters need {total} elements "
-            f"a rank, the flat groups have {int(begins[-1])}"
+            f"a rank, the flat groups have {have}"
         )
-    for g, f in enumerate(flats):
-        odd = np.flatnonzero(f.length != f.length[0])
-        if len(odd):
-            raise SourceError(
-                f"{where}: group {g}: rank {odd[0]} holds {f.length[odd[0]]} elements, rank 0 {f.length[0]}"
-            )
+    _check_equal_lengths(flats, where)
     edges = np.searchsorted(flat, np.arange(len(flats)))  # what has no elements may stand past the last flat
     out = []
     for g, f in enumerate(flats):
         own = slice(int(edges[g]), int(edges[g + 1]) if g + 1 < len(flats) else len(names))
         out.append(Placed(f, names[own], every[own], numel[own], (begin - begins[flat])[own], sliced=True))
     return out
+
+
+def _check_equal_lengths(flats: Sequence[Flat], where: str) -> None:
+    """At stage 3 every rank holds as much of a flat group as rank 0."""
+    for g, flat in enumerate(flats):
+        odd = np.flatnonzero(flat.length != flat.length[0])
+        if len(odd):
+            r = int(odd[0])
+            raise SourceError(
+                f"{where}: group {g}: rank {r} holds {flat.length[r]} elements, rank 0 {flat.length[0]}"
+            )

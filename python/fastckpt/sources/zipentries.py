@@ -75,7 +75,7 @@ class Entries:
         if i is None:
             return None
         columns = (self._offset, self._size, self._crc, self._flags, self._limit)
-        return Record(*(int(column[i]) for column in columns))
+        return Record(*[column.item(i) for column in columns])
 
     def _wide(self, raw: bytes, at: Ints, table: NDArray[np.void]) -> None:
         """Sizes and offsets beyond 32 bits, and that what is stored has one size."""
@@ -116,20 +116,16 @@ def _walk(raw: bytes, count: int) -> Ints:
     """Where each entry begins: 46 bytes, name, extra field, comment."""
     if 46 * count > len(raw):
         raise SourceError(f"the zip directory of {count} records has {len(raw)} bytes")
-    out = np.empty(count, np.int64)
-    at = 0
-    for i in range(count):
-        if len(raw) - at < 46 or raw[at : at + 4] != _SIGNATURE:
+    out, at, last = [], 0, len(raw) - 46
+    for _ in range(count):
+        if at > last:
             raise SourceError(f"the zip directory is broken at its byte {at}")
-        out[i] = at
+        out.append(at)
         name, extra, comment = _LENGTHS(raw, at + 28)
-        end = at + 46 + name + extra + comment
-        if end > len(raw):
-            raise SourceError(f"the zip directory is broken at its byte {at}")
-        at = end
+        at += 46 + name + extra + comment
     if at != len(raw):
-        raise SourceError(f"the zip directory has {len(raw) - at} bytes after its last entry")
-    return out
+        raise SourceError(f"the zip directory of {len(raw)} bytes has entries of {at}")
+    return np.array(out, np.int64)
 
 
 def _bytes_at(raw: bytes, at: Ints, n: int) -> NDArray[np.uint8]:
@@ -140,7 +136,9 @@ def _bytes_at(raw: bytes, at: Ints, n: int) -> NDArray[np.uint8]:
 
 
 def _check_kinds(raw: bytes, at: Ints, table: NDArray[np.void]) -> None:
-    """Stored, not encrypted, on this disk, named."""
+    """Entries, stored, not encrypted, on this disk, named."""
+    for i in np.flatnonzero(table["signature"] != _SIGNATURE)[:1]:
+        raise SourceError(f"the zip directory is broken at its byte {at[i]}")
     for i in np.flatnonzero(table["method"])[:1]:
         raise SourceError(
             f"record {_shown(raw, at, table, i)}: compressed (method {table['method'][i]}); torch.save "

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 from ..checkpoint import JSON
-from ..doors.drawing import Canvas
-from ..doors.text import columns, size
 from ..errors import SourceError
 from ..extents import is_directory, listed
+from .drawing import Canvas
+from .text import columns, size
 
 SHOWN = 20
 """Tensors that the text names: the worst."""

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from fastckpt.cli import main
+from fastckpt.doors import losses
 from fastckpt.doors.drawing import GLYPHS, Canvas
 from fastckpt.errors import SourceError
-from fastckpt.quantisation import losses
 from quantisation.test_quant_road import linear, model
 
 
