@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -118,6 +119,29 @@ def alarm():
         sys.setswitchinterval(interval)
 
 
+@pytest.fixture
+def several(alarm, monkeypatch):
+    """`several(seconds, between)` raises Stop three times at most, and in `feed` alone."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)  # also in destructors
+    left = [0]
+
+    def heard(number, frame):
+        while frame is not None and frame.f_code is not feed.__code__:
+            frame = frame.f_back
+        if frame is not None and left[0]:
+            left[0] -= 1
+            if left[0] == 0:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            raise Stop
+
+    def ring(seconds, between):
+        left[0] = 3
+        signal.setitimer(signal.ITIMER_REAL, seconds, between)
+
+    signal.signal(signal.SIGALRM, heard)
+    return ring
+
+
 @pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # heard in a destructor
 def test_a_signal_at_any_moment(alarm):
@@ -141,6 +165,29 @@ def test_a_signal_at_any_moment(alarm):
         for thread in [t for t in threading.enumerate() if t.name.startswith("fastckpt-") and t.is_alive()]:
             thread.join(60)  # was just being started; it finds nothing to do
             assert not thread.is_alive()
+    assert ended > 50
+
+
+@pytest.mark.nightly
+def test_three_signals_on_each_others_heels(several):
+    """A terminal that closes sends several: the next handler may raise between the lines of an `except`."""
+    dice, ended = random.Random(7), 0
+    many = [SimpleNamespace(start=0, stop=n) for n in range(1, 3000)]
+    for _ in range(100):
+        running = [False, False]
+
+        def run(batch, k, running=running):
+            running[k] = True
+            time.sleep(1e-4)
+            running[k] = False
+
+        several(dice.uniform(1e-4, 0.02), dice.uniform(2e-4, 1e-3))
+        try:
+            feed(many, [partial(run, k=0), partial(run, k=1)], lambda n: None)
+        except Stop:
+            ended += 1
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        assert running == [False, False]
     assert ended > 50
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
 from ..errors import WriteError
@@ -102,19 +103,29 @@ def feed(
     waiting = _Waiting(AHEAD * len(workers), place)
     finished: SimpleQueue[int] = SimpleQueue()
     errors: list[BaseException] = []
-    stop = threading.Event()
+    # What a signal may interrupt is told by lists: an Event would keep its lock, and a thread whose join was
+    # interrupted is taken for one that is over (CPython 3.10 to 3.12).
+    stop: list[None] = []  # not empty: no batch is run any more
+    begun: list[None] = []  # one for each worker
+    ended: list[None] = []
+    over: SimpleQueue[None] = SimpleQueue()
 
     def work(worker: Callable[[Item], None]) -> None:
-        while (taken := waiting.take()) is not None:
-            place, batch = taken
-            try:
-                if not stop.is_set():
-                    worker(batch)
-                    finished.put(batch.stop - batch.start)
-            except BaseException as error:  # carried to the caller's thread, which raises it
-                errors.append(error)
-                stop.set()
-            waiting.done(place)
+        begun.append(None)
+        try:
+            while (taken := waiting.take()) is not None:
+                place, batch = taken
+                try:
+                    if not stop:
+                        worker(batch)
+                        finished.put(batch.stop - batch.start)
+                except BaseException as error:  # carried to the caller's thread, which raises it
+                    errors.append(error)
+                    stop.append(None)
+                waiting.done(place)
+        finally:
+            ended.append(None)
+            over.put(None)
 
     def report() -> None:
         while not finished.empty():
@@ -124,34 +135,45 @@ def feed(
         threading.Thread(target=work, args=(w,), name=f"fastckpt-{i}", daemon=True)
         for i, w in enumerate(workers)
     ]
-    heard: BaseException | None = None
+    heard: list[BaseException] = []
+    made = False
+
+    def settled() -> None:
+        """Return when no worker runs any more, whatever is raised meanwhile."""
+        while True:
+            try:
+                if heard or not made:
+                    stop.append(None)  # from here on one that begins late runs nothing
+                waiting.end()
+                if len(ended) == (len(threads) if made else len(begun)):
+                    return
+                with suppress(Empty):
+                    over.get(timeout=0.1)
+                report()
+            except BaseException as error:
+                heard.append(error)
+
+    # No worker may outlive the files and mappings it uses, whatever signals come: one that is raised between
+    # the lines of a handler leaves it, so there is a further one for each of Ctrl-C, SIGTERM and SIGHUP.
     try:
-        for thread in threads:
-            _start(thread, len(threads))
-        for batch in batches:
-            if stop.is_set():
-                break
-            waiting.put(batch)
-            report()
-    except BaseException as error:
-        stop.set()
-        heard = error
-    # Whatever is raised here, a second Ctrl-C too: no worker may outlive the files and mappings it uses.
-    while True:
         try:
-            waiting.end()
-            alive = [t for t in threads if t.is_alive()]
-            if not alive:
-                break
-            alive[0].join(0.1)
-            report()
-        except BaseException as error:
-            stop.set()
-            heard = heard or error
-    if heard is not None:
-        raise heard
-    if errors:
-        raise errors[0]
+            try:
+                for thread in threads:
+                    _start(thread, len(threads))
+                for batch in batches:
+                    if stop:
+                        break
+                    waiting.put(batch)
+                    report()
+                made = True
+            finally:
+                settled()
+        finally:
+            settled()
+    finally:
+        settled()
+    for error in (*heard, *errors):
+        raise error
     report()
 
 
