@@ -174,8 +174,8 @@ def bench_small_copies(bench: Bench) -> None:
     source = np.random.default_rng(7).standard_normal(count * length, np.float32)
     held = Buffer(source, source.ctypes.data, source.nbytes)
     extents = Extents([Extent(held, 0, held.nbytes)])
-    made = np.ones(count * length * 2, np.uint8)
-    into = [Buffer(made, made.ctypes.data, made.nbytes)]
+    made = torch.ones(count * length, dtype=torch.bfloat16)
+    into = [Buffer(made, made.data_ptr(), made.nbytes)]
 
     def rows(pieces: int) -> Table:
         n = count * length // pieces
@@ -207,8 +207,8 @@ def bench_experts(bench: Bench, turned: bool) -> None:
     source = np.ones((experts, rows, columns), np.uint16)
     held = Buffer(source, source.ctypes.data, source.nbytes)
     extents = Extents([Extent(held, 0, held.nbytes)])
-    made = np.ones(source.nbytes, np.uint8)
-    into = [Buffer(made, made.ctypes.data, made.nbytes)]
+    made = torch.ones(source.size, dtype=torch.bfloat16)  # on a cache line, as stagings and tensors are
+    into = [Buffer(made, made.data_ptr(), made.nbytes)]
 
     def rows_of(view: View) -> Table:
         chunk, table = compile([Target("x", view)], extents)
