@@ -48,6 +48,14 @@ FASTCKPT_HD float lower(float a, float b) {
 #endif
 }
 
+FASTCKPT_HD float magnitude(float a) {
+#if defined(__CUDA_ARCH__)
+    return fabsf(a);
+#else
+    return as_float(as_bits<uint32_t>(a) & 0x7fffffffu);
+#endif
+}
+
 // a * b + c and c - a * b, rounded once.
 FASTCKPT_HD float fused(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)

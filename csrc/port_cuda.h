@@ -123,6 +123,16 @@ FASTCKPT_HD uint32_t bytes_of(uint32_t low, uint32_t high, uint32_t how) {
 #endif
 }
 
+// The larger of each half of two words, as integers.
+FASTCKPT_HD uint32_t max_halves(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    return __vmaxu2(a, b);
+#else
+    const uint32_t low = a << 16 > b << 16 ? a : b, high = a > b ? a : b;
+    return bytes_of(low, high, 0x7610);
+#endif
+}
+
 // ---- two elements at once, by an instruction where a GPU has one; its NaN is any ----
 
 // Two elements side by side, as fp32.

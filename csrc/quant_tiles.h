@@ -74,6 +74,18 @@ struct QuantTile {
     FASTCKPT_HD uint32_t parts() const { return 1u << (q.group - 3); }               // threads of a group
     FASTCKPT_HD uint32_t step() const { return shape == GROUP ? 1 : 1u << q.width; }  // from one of them to the next
 
+    // Matrices of whole, aligned pieces, as most are, when they become bytes: nothing is asked of each piece.
+    FASTCKPT_HD bool plain() const {
+        return (shape == LINE || shape == SQUARE) && q.columns % PATCH == 0 && ((q.src | static_cast<uint64_t>(q.pitch)) & 15) == 0 &&
+               (q.out & 7) == 0;
+    }
+    // Pieces of a thread of such a tile that are of its matrix, and from one to the next in the source.
+    FASTCKPT_HD uint32_t pieces_of(uint32_t r, uint32_t c) const {
+        if (r >= q.rows || c >= q.columns) return 0;
+        return line() ? ((q.columns - 1 - c) >> (q.width + 3)) + 1 : q.rows - r < PATCH ? q.rows - r : PATCH;
+    }
+    FASTCKPT_HD int64_t stride() const { return line() ? static_cast<int64_t>(right()) * size : q.pitch; }
+
     FASTCKPT_HD const char* place(uint32_t r, uint32_t c) const {
         return reinterpret_cast<const char*>(q.src) + static_cast<int64_t>(r) * q.pitch + static_cast<uint64_t>(c) * size;
     }
@@ -81,10 +93,12 @@ struct QuantTile {
 
     // ---- pieces: packed words, then the bits of fp32 values ----
 
+    template <uint32_t SIZE> FASTCKPT_HD void fetch(uint32_t* w, const char* p) const {
+        load_kept<4>(w, p);
+        if constexpr (SIZE == 4) load_kept<4>(w + 4, p + 16);
+    }
     FASTCKPT_HD void fetch(uint32_t (&w)[PATCH], const char* p) const {
         load_kept<4>(w, p);
-        FASTCKPT_UNROLL
-        for (int j = 4; j < 8; ++j) w[j] = 0;
         if (size == 4) load_kept<4>(w + 4, p + 16);
     }
 
@@ -118,40 +132,75 @@ struct QuantTile {
         float low[PATCH], high[PATCH];
     };
 
-    FASTCKPT_HD void look(const uint32_t (&w)[PATCH], uint32_t k, uint32_t thread, uint32_t* shared, Ends& ends) const {
-        if (shape == COLUMN) {
+    template <bool BYTES> FASTCKPT_HD void look(const uint32_t (&w)[PATCH], uint32_t k, uint32_t thread, uint32_t* shared, Ends& ends) const {
+        if (BYTES && (shape == LINE || shape == SQUARE)) {
+            FASTCKPT_UNROLL
+            for (int j = 0; j < static_cast<int>(PATCH); ++j) ends.high[0] = higher(magnitude(as_float(w[j])), ends.high[0]);
+        } else if (shape == COLUMN) {
             FASTCKPT_UNROLL
             for (int j = 0; j < static_cast<int>(PATCH); ++j)
                 ends.low[j] = lower(as_float(w[j]), ends.low[j]), ends.high[j] = higher(as_float(w[j]), ends.high[j]);
-        } else if (shape == GROUP) {
+        } else {
             float low = 0, high = 0;
             FASTCKPT_UNROLL
             for (int j = 0; j < static_cast<int>(PATCH); ++j) low = lower(as_float(w[j]), low), high = higher(as_float(w[j]), high);
             shared[k * THREADS + thread] = as_bits<uint32_t>(low), shared[PATCHES + k * THREADS + thread] = as_bits<uint32_t>(high);
-        } else {
-            FASTCKPT_UNROLL
-            for (int j = 0; j < static_cast<int>(PATCH); ++j) ends.high[0] = higher(as_float(w[j] & 0x7fffffffu), ends.high[0]);
         }
+    }
+
+    // The largest magnitude of a piece: of 16 bits two at once, as integers, which compare as they do, NaN the largest.
+    template <uint32_t SIZE> FASTCKPT_HD void raise(uint32_t& most, const uint32_t* w) const {
+        FASTCKPT_UNROLL
+        for (int j = 0; j < static_cast<int>(2 * SIZE); ++j)
+            most = SIZE == 2 ? max_halves(most, w[j] & 0x7fff7fffu) : as_bits<uint32_t>(higher(magnitude(as_float(w[j])), as_float(most)));
+    }
+
+    template <uint32_t SIZE> FASTCKPT_HD float largest(const char* p, uint32_t count) const {
+        const int64_t step = stride();
+        uint32_t most = 0;
+        FASTCKPT_KEEP_LOOP
+        for (; count >= DEEP; count -= DEEP) {
+            uint32_t w[DEEP][2 * SIZE];
+            FASTCKPT_UNROLL
+            for (int i = 0; i < static_cast<int>(DEEP); ++i, p += step) fetch<SIZE>(w[i], p);
+            FASTCKPT_UNROLL
+            for (int i = 0; i < static_cast<int>(DEEP); ++i) raise<SIZE>(most, w[i]);
+        }
+        FASTCKPT_KEEP_LOOP
+        for (; count > 0; --count, p += step) {
+            uint32_t w[2 * SIZE];
+            fetch<SIZE>(w, p);
+            raise<SIZE>(most, w);
+        }
+        if (SIZE == 4) return as_float(most);
+        const uint32_t half = max_of(most & 0xffffu, most >> 16);
+        return q.dtype == BFLOAT16 ? as_float(half << 16) : from_half(half);
     }
 
     FASTCKPT_HD void load(uint32_t thread, uint32_t* shared) const {
         if (given()) return;
         const uint32_t r0 = row_of(thread), c0 = column_of(thread);
+        if (plain()) {
+            const uint32_t count = pieces_of(r0, c0);
+            const float most = size == 2 ? largest<2>(place(r0, c0), count) : largest<4>(place(r0, c0), count);
+            shared[PATCHES + thread] = as_bits<uint32_t>(most);
+            return;
+        }
         const uint32_t pieces = line() ? ((q.columns - 1) >> (q.width + 3)) + 1 : PATCH;
-        const int64_t pitch = line() ? static_cast<int64_t>(right()) * size : q.pitch;
+        const int64_t pitch = stride();
         Ends ends = {};
         FASTCKPT_KEEP_LOOP
         for (uint32_t k = 0; k < pieces; k += DEEP) {
             const uint32_t r = r0 + k * down(), c = c0 + k * right();
             const char* p = place(r, c);
             uint32_t w[DEEP][PATCH];
-            if (r + (DEEP - 1) * down() < q.rows && c + (DEEP - 1) * right() + PATCH <= q.columns && misalignment(p, 16) == 0 && (pitch & 15) == 0) {
+            if ((shape == GROUP || shape == COLUMN) && r + DEEP <= q.rows && c + PATCH <= q.columns && misalignment(p, 16) == 0 && (pitch & 15) == 0) {
                 FASTCKPT_UNROLL
                 for (int i = 0; i < static_cast<int>(DEEP); ++i) fetch(w[i], p + i * pitch);
                 FASTCKPT_UNROLL
                 for (int i = 0; i < static_cast<int>(DEEP); ++i) {
                     widen(w[i]);
-                    look(w[i], k + i, thread, shared, ends);
+                    look<false>(w[i], k + i, thread, shared, ends);
                 }
                 continue;
             }
@@ -159,7 +208,7 @@ struct QuantTile {
             for (uint32_t i = 0; i < DEEP && k + i < pieces; ++i) {
                 push(w[0], r + i * down(), c + i * right());
                 widen(w[0]);
-                look(w[0], k + i, thread, shared, ends);
+                look<true>(w[0], k + i, thread, shared, ends);
             }
         }
         if (shape == GROUP) return;
@@ -210,9 +259,9 @@ struct QuantTile {
         return scale;
     }
 
-    // The reciprocal of a scale; 0 where values up to `span` must be divided by the scale itself.
-    FASTCKPT_HD float factor(float scale, float span) const {
-        return q.flags & QUANT_RECIPROCAL || fuses(scale, span) ? 1.0f / scale : 0.0f;
+    // The reciprocal of a scale, or with -1 its negative; 0 where values up to `span` must be divided by the scale itself.
+    FASTCKPT_HD float factor(float scale, float span, float one = 1.0f) const {
+        return q.flags & QUANT_RECIPROCAL || fuses(scale, span) ? one / scale : 0.0f;
     }
 
     FASTCKPT_HD void put_scale(uint64_t at, float scale) const {
@@ -223,7 +272,7 @@ struct QuantTile {
 
     // ---- store ----
 
-    // The bits of eight values become their codes.
+    // The bits of eight values become their codes of four bits.
     FASTCKPT_HD void code(uint32_t (&w)[PATCH], Scales& scales) const {
         float v[PATCH], y;
         FASTCKPT_UNROLL
@@ -237,21 +286,45 @@ struct QuantTile {
                     v[j] = v[j + 1], w[j] = w[j + 1], scales.of[j].scale = scales.of[j + 1].scale;
                 v[PATCH - 1] = x / s, w[PATCH - 1] = as_bits<uint32_t>(x), scales.of[PATCH - 1].scale = s;
             }
-        } else if (!(q.flags & QUANT_RECIPROCAL)) {
+        } else {
             FASTCKPT_UNROLL
             for (int j = 0; j < static_cast<int>(PATCH); ++j) v[j] = corrected<uint32_t>(v[j], as_float(w[j]), scales.of[j]);
         }
+        FASTCKPT_UNROLL
+        for (int j = 0; j < static_cast<int>(PATCH); ++j) w[j] = (whole<true, uint32_t>(v[j], scales.of[j].zero, 7.0f, y) ^ 8) & 0xf;
+    }
+
+    // The bits of eight values become their codes of a byte, in two words. Of x / s only the side of each value halfway
+    // between two codes is asked, which has eight bits at most: one correction tells it for every x and s (all were
+    // tried). What is corrected is -x / s, by the reciprocal's negative: so a zero keeps its sign.
+    FASTCKPT_HD void code_bytes(uint32_t (&w)[PATCH], const Scale<uint32_t>& s) const {
+        float v[PATCH];
+        if (s.reciprocal == 0) {  // rare, as above
+            FASTCKPT_KEEP_LOOP
+            for (uint32_t k = 0; k < PATCH; ++k) {
+                const float x = as_float(w[0]);
+                FASTCKPT_UNROLL
+                for (int j = 0; j < static_cast<int>(PATCH) - 1; ++j) v[j] = v[j + 1], w[j] = w[j + 1];
+                v[PATCH - 1] = -(x / s.scale);
+            }
+        } else {
+            FASTCKPT_UNROLL
+            for (int j = 0; j < static_cast<int>(PATCH); ++j) v[j] = as_float(w[j]) * s.reciprocal;
+            if (!(q.flags & QUANT_RECIPROCAL)) {
+                FASTCKPT_UNROLL
+                for (int j = 0; j < static_cast<int>(PATCH); ++j) v[j] = fused(fused(v[j], s.scale, as_float(w[j])), s.reciprocal, v[j]);
+            }
+        }
         if (q.kind == QUANT_E4M3) {
             FASTCKPT_UNROLL
-            for (int j = 0; j < static_cast<int>(PATCH); ++j)
-                w[j] = e4m3<uint32_t>(as_float(as_bits<uint32_t>(v[j]) & 0x7fffffffu), y) | (w[j] >> 24 & 0x80u);
+            for (int j = 0; j < static_cast<int>(PATCH); j += 2) w[j] = narrow_pair<E4M3>(as_bits<uint32_t>(v[j]), as_bits<uint32_t>(v[j + 1]));
+            w[0] = bytes_of(w[0], w[2], 0x5410) ^ 0x80808080u, w[1] = bytes_of(w[4], w[6], 0x5410) ^ 0x80808080u;
         } else {
-            const bool byte = q.kind == QUANT_INT8;
-            const float high = byte ? 127.0f : 7.0f;
-            const uint32_t flip = byte ? 0 : 8, mask = byte ? 0xff : 0xf;
             FASTCKPT_UNROLL
             for (int j = 0; j < static_cast<int>(PATCH); ++j)
-                w[j] = (whole<true, uint32_t>(v[j], scales.of[j].zero, high, y) ^ flip) & mask;
+                w[j] = as_bits<uint32_t>(ROUNDER - at_least<uint32_t>(at_most<uint32_t>(v[j], 128.0f), -127.0f));
+            FASTCKPT_UNROLL
+            for (int j = 0; j < 2; ++j) w[j] = bytes_of(bytes_of(w[4 * j], w[4 * j + 1], 0x40), bytes_of(w[4 * j + 2], w[4 * j + 3], 0x40), 0x5410);
         }
     }
 
@@ -275,7 +348,7 @@ struct QuantTile {
 
     // The scale of a line or a square, taken from what was found and written by its first thread. False where
     // nothing more is to be done.
-    FASTCKPT_HD bool one_scale(uint32_t thread, const uint32_t* shared, uint32_t above, Scales& scales) const {
+    FASTCKPT_HD bool one_scale(uint32_t thread, const uint32_t* shared, uint32_t above, Scale<uint32_t>& s) const {
         const bool leads = line() ? lane(thread) == 0 : thread == 0;
         const uint32_t share = above / q.share;
         uint32_t* found = reinterpret_cast<uint32_t*>(q.amax) + share;
@@ -283,9 +356,18 @@ struct QuantTile {
         if (given()) {
             amax = as_float(*found);
         } else {
-            const uint32_t log = line() ? q.width : 8, from = thread >> log << log;
-            FASTCKPT_KEEP_LOOP
-            for (uint32_t i = 0; i < 1u << log; i += FOLD) amax = higher(as_float(shared[(from + i) / FOLD]), amax);
+            const uint32_t log = line() ? q.width : 8, count = (1u << log) / FOLD;
+            const uint32_t* from = shared + (thread >> log << log) / FOLD;
+            if (count % 4 == 0) {
+                FASTCKPT_KEEP_LOOP
+                for (uint32_t i = 0; i < count; i += 4) {
+                    const Vector v = load_shared(from + i);
+                    FASTCKPT_UNROLL
+                    for (int j = 0; j < 4; ++j) amax = higher(as_float(v.word[j]), amax);
+                }
+            } else {
+                amax = higher(as_float(from[0]), as_float(from[count - 1]));
+            }
         }
         if (q.flags & QUANT_LARGEST) {
             if (leads) raise_to(found, as_bits<uint32_t>(amax));
@@ -294,7 +376,7 @@ struct QuantTile {
         const float scale = scale_of(amax);
         if (leads && above % q.share == 0)
             put_scale(line() ? share : static_cast<uint64_t>(share) * ((q.columns - 1) / SQUARE_SIDE + 1) + column / SQUARE_SIDE, scale);
-        scales.all(scale, factor(scale, amax), 0);
+        s = {scale, factor(scale, amax, -1.0f), 0};
         return true;
     }
 
@@ -312,29 +394,49 @@ struct QuantTile {
         if (lane(thread) == thread && q.zeros != 0) put_word(q.zeros, at / PATCH, nibbles(points));
     }
 
-    FASTCKPT_HD void put_bytes(uint64_t at, const uint32_t (&w)[PATCH], uint32_t count) const {
-        char* to = reinterpret_cast<char*>(q.out) + at;
-        const uint32_t a = w[0] | w[1] << 8 | w[2] << 16 | w[3] << 24, b = w[4] | w[5] << 8 | w[6] << 16 | w[7] << 24;
-        uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
-        if (count >= PATCH && misalignment(to, 8) == 0) {
-            store_aligned<8>(to, bytes);
-            return;
-        }
+    FASTCKPT_HD void put_bytes(char* to, const uint32_t (&w)[PATCH], uint32_t count) const {
+        uint64_t bytes = static_cast<uint64_t>(w[1]) << 32 | w[0];
         FASTCKPT_KEEP_LOOP
         for (uint32_t j = 0; j < PATCH && j < count; ++j, bytes >>= 8) to[j] = static_cast<char>(bytes);
     }
 
+    FASTCKPT_HD void store_bytes(uint32_t thread, const uint32_t* shared, uint32_t r, uint32_t c) const {
+        const uint32_t above = q.first + r;
+        Scale<uint32_t> s;
+        if (!one_scale(thread, shared, above, s)) return;
+        const bool plain = this->plain();
+        const char* p = place(r, c);
+        char* to = reinterpret_cast<char*>(q.out) + static_cast<uint64_t>(above) * q.columns + c;
+        const int64_t step = stride();
+        const uint32_t further = line() ? right() : q.columns;
+        FASTCKPT_KEEP_LOOP
+        for (uint32_t count = pieces_of(r, c); count > 0; --count, p += step, to += further) {
+            uint32_t w[PATCH];
+            if (plain || (c + PATCH <= q.columns && misalignment(p, 16) == 0)) fetch(w, p);
+            else push(w, r, c);
+            widen(w);
+            code_bytes(w, s);
+            if (plain || (c + PATCH <= q.columns && misalignment(to, 8) == 0)) store_vector<2>(to, w);
+            else put_bytes(to, w, q.columns - c);
+            r += down(), c += right();
+        }
+    }
+
     FASTCKPT_HD void store(uint32_t thread, const uint32_t* shared) const {
-        uint32_t r = row_of(thread), c = column_of(thread);
-        if (r >= q.rows || (c >= q.columns && !line())) return;
+        uint32_t r = row_of(thread);
+        const uint32_t c = column_of(thread);
+        if (r >= q.rows || c >= q.columns) return;
+        if (shape == LINE || shape == SQUARE) {
+            store_bytes(thread, shared, r, c);
+            return;
+        }
         const uint32_t above = q.first + r;
         Scales scales{};
         if (shape == COLUMN) column_scales(thread, shared, static_cast<uint64_t>(above >> q.group) * q.columns + c, scales);
-        else if (shape != GROUP && !one_scale(thread, shared, above, scales)) return;
         uint32_t words[PATCH] = {}, points = 0;  // of a patch's columns, of its rows
         uint64_t at = static_cast<uint64_t>(above) * q.columns + c;
         FASTCKPT_KEEP_LOOP
-        for (uint32_t k = 0; (line() || k < PATCH) && r < q.rows && c < q.columns; ++k) {
+        for (uint32_t k = 0; k < PATCH && r < q.rows; ++k) {
             if (shape == GROUP) {
                 const uint32_t* held = shared + k * THREADS + (thread & ~(parts() - 1));
                 scales.all(as_float(held[0]), as_float(held[1]), as_float(held[PATCHES]));
@@ -346,15 +448,13 @@ struct QuantTile {
             else push(w, r, c);
             widen(w);
             code(w, scales);
-            if (shape == LINE || shape == SQUARE) {
-                put_bytes(at, w, q.columns - c);
-            } else if (q.kind == QUANT_INT4_DOWN) {
+            if (q.kind == QUANT_INT4_DOWN) {
                 FASTCKPT_UNROLL
                 for (int j = 0; j < static_cast<int>(PATCH); ++j) words[j] |= w[j] << 4 * k;
             } else {
                 put_word(q.out, at / PATCH, nibbles(w));
             }
-            r += down(), c += right(), at += line() ? right() : q.columns;
+            ++r, at += q.columns;
         }
         const uint64_t eight = above / PATCH;
         if (q.kind == QUANT_INT4_DOWN) {

@@ -12,9 +12,11 @@ import torch
 from fastckpt import tiles
 from fastckpt.dtypes import BY_NAME
 from fastckpt.planning.copies import COPY
+from fastckpt.quantisation.quantrows import There, tiled
+from fastckpt.quantisation.schemes import SCHEMES
 
 from .compiled import DEFAULT, Target
-from .launches import copies
+from .launches import copies, quantise
 from .memory import SECTOR, Global, Traffic
 
 
@@ -69,6 +71,34 @@ def count(case: Case, target: Target = DEFAULT) -> Count:
     return Count(path, lines * n * (s + d), issued, read, written, waves, counted.waves["least"])
 
 
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """A matrix [rows, columns] of a type quantised by a scheme."""
+
+    scheme: str
+    dtype: str
+    shape: tuple[int, int]
+
+
+def count_quantised(case: Quantised, target: Target = DEFAULT) -> Count:
+    """As `count`; bytes are those of the values, before and after, each once."""
+    scheme, dtype = SCHEMES[case.scheme], BY_NAME[case.dtype]
+    rows, columns = case.shape
+    n = rows * columns
+    values = torch.randn(n, generator=torch.Generator().manual_seed(1)).to(getattr(torch, dtype.name))
+    memory = Global()
+    source = memory.put("source", values.view(torch.uint8).numpy())
+    out = memory.put("out", np.zeros(n, np.uint8), written="once")
+    blocks = int(np.prod(scheme.grid(rows, columns)))
+    scales = memory.put("scales", np.zeros(blocks, np.float32), written="once")
+    bad = memory.put("bad", np.zeros(1, np.uint32), written="same")
+    there = There(scheme, dtype, rows, columns, rows, out, scales, bad=bad)
+    table, owner, _ = tiled([there.part(0, rows, source, columns * dtype.itemsize)])
+    counted = quantise(memory, table, owner, target)
+    read, written = memory.traffic["source", "read"], memory.traffic["out", "write"]
+    return Count("quantise", n * (dtype.itemsize + 1), int(counted.issued.sum()), read, written, 0, 0)
+
+
 PAIRS = ("float32 bfloat16", "bfloat16 bfloat16", "bfloat16 float32", "float32 float8_e4m3fn")
 LONG, SHORT, SQUARE = (1, 1 << 17), (256, 512), (512, 512)
 CASES = {
@@ -77,10 +107,15 @@ CASES = {
     **{f"rows of 512 {p}": Case(p, SHORT) for p in PAIRS[:2]},
     **{f"transpose {p}": Case(p, SQUARE, turned=True) for p in PAIRS},
 }
+QUANTISED = {
+    f"{scheme} {dtype}": Quantised(scheme, dtype, (256, 1024))
+    for scheme in ("fp8-block", "int8")
+    for dtype in ("bfloat16", "float32")
+}
 
 
 def main() -> None:
-    print("| copy | bytes an instruction | sectors read, of the fewest | written | waves of shared memory |")
+    print("| path | bytes an instruction | sectors read, of the fewest | written | waves of shared memory |")
     print("|---|---|---|---|---|")
     for name, case in CASES.items():
         c = count(case)
@@ -89,6 +124,11 @@ def main() -> None:
         read, written = c.read.sectors / (each * src), c.written.sectors / (each * dst)
         waves = f"{c.waves / c.least:.2f}" if c.least else ""
         print(f"| {name} | {c.per_instruction:.1f} | {read:.2f} | {written:.2f} | {waves} |")
+    for name, quantised in QUANTISED.items():
+        c = count_quantised(quantised)
+        n, item = quantised.shape[0] * quantised.shape[1], BY_NAME[quantised.dtype].itemsize
+        read, written = c.read.sectors * SECTOR / (n * item), c.written.sectors * SECTOR / n
+        print(f"| quantise {name} | {c.per_instruction:.1f} | {read:.2f} | {written:.2f} |  |")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ TYPES = {
     "pred": np.dtype(bool),
     **{f"{k}{8 * n}": np.dtype(f"{c}{n}") for k, c in zip("ubs", "uui", strict=True) for n in (1, 2, 4, 8)},
     **{f"f{8 * n}": np.dtype(f"f{n}") for n in (2, 4, 8)},
+    "u16x2": np.dtype("u4"),
 }
 BITS = ("b16", "b32", "b64")
 UNSIGNED = ("u16", "u32", "u64")
@@ -203,6 +204,12 @@ def paired(narrow: Callable[[Array], Array], bits: int) -> Callable[[Array, Arra
     return once
 
 
+def larger_halves(a: Array, b: Array) -> Array:
+    """max.u16x2: of each half."""
+    low, top = np.uint32(0xFFFF), np.uint32(0xFFFF0000)
+    return np.maximum(a & low, b & low) | np.maximum(a & top, b & top)
+
+
 COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
     "eq": np.equal,
     "ne": np.not_equal,
@@ -251,6 +258,7 @@ OPERATIONS: dict[str, Operation] = {
     "max.f32": Operation(("f32",), "tt", float_of(most)),
     "min.NaN": Operation(("f32",), "tt", float_of(or_nan(least))),
     "max.NaN": Operation(("f32",), "tt", float_of(or_nan(most))),
+    "max.u16x2": Operation(("u16x2",), "tt", larger_halves),
     "cvt.rn.bf16x2": Operation(("f32",), "tt", paired(bf16, 16)),
     "cvt.rn.f16x2": Operation(("f32",), "tt", paired(f16, 16)),
     "cvt.rn.satfinite.e4m3x2": Operation(("f32",), "tt", paired(e4m3, 8)),

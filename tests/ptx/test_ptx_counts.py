@@ -1,4 +1,4 @@
-"""What benchmarks/kernels.md promises of the copies: whole sectors, free banks, few instructions."""
+"""What benchmarks/kernels.md promises of the paths: whole sectors, free banks, few instructions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fastckpt.dtypes import BY_NAME
-from ptx.counts import CASES, SECTOR, count, main
+from ptx.counts import CASES, QUANTISED, SECTOR, count, count_quantised, main
 
 pytest.importorskip("fastckpt._C", reason="the compiled module is not built")
 pytestmark = pytest.mark.skipif(
@@ -32,6 +32,15 @@ def test_whole_sectors_free_banks_few_instructions(name: str) -> None:
         assert read < 2.1 and written < 1.01
     # An H200's 132 multiprocessors issue 4 instructions a cycle of 1.98 GHz: 4.6 bytes each are its 4.8 TB/s.
     assert got.per_instruction > 7
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantising_takes_few_instructions(name: str) -> None:
+    """Fewer than an H200 issues while its memory moves the bytes."""
+    case = QUANTISED[name]
+    got = count_quantised(case)
+    assert got.written.sectors * SECTOR == case.shape[0] * case.shape[1]
+    assert got.per_instruction > 4.6
 
 
 @pytest.mark.nightly

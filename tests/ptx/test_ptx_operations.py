@@ -97,6 +97,13 @@ def test_shifts_to_the_right() -> None:
             assert run("shr", "s32", [x], [by]) == [signed(x, 32) >> min(by, 31) & 0xFFFFFFFF]
 
 
+def test_halves() -> None:
+    for a in WORDS:
+        for b in WORDS:
+            wanted = max(a >> 16, b >> 16) << 16 | max(a & 0xFFFF, b & 0xFFFF)
+            assert run("max.u16x2", "u16x2", [a], [b]) == [wanted]
+
+
 def test_wide_products_and_quotients() -> None:
     for a in WORDS:
         for b in WORDS[1:]:

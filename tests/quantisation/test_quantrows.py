@@ -134,6 +134,25 @@ def compare(x, scheme, **how):
     assert np.array_equal(values, expected[0]), (x.shape, x.dtype, how)
 
 
+@pytest.mark.parametrize("name", ["int8", "fp8-channel"])
+def test_values_beside_those_halfway_between_two_codes(name: str) -> None:
+    """The sides that one correction of a quotient must tell apart; and zeros of both signs, denormals."""
+    scheme = SCHEMES[name]
+    largest = np.random.default_rng(3).uniform(1, 2, 200).astype(np.float32)
+    scales = largest / np.float32(scheme.reach)
+    last = 127.5 if name == "int8" else 15.5  # fp8's beyond are these times powers of two
+    halfway = np.arange(0.5, last + 1, dtype=np.float32)[None] * scales[:, None]
+    beside = (halfway.view(np.int32)[:, :, None] + np.arange(-3, 4, dtype=np.int32)).view(np.float32)
+    beside = np.minimum(beside.reshape(len(largest), -1), largest[:, None])
+    if name == "fp8-channel":
+        beside = np.concatenate([beside * np.float32(2.0**e) for e in (-10, -9, -8, -4, 0, 4)], 1)
+        beside = np.minimum(beside, largest[:, None])
+    small = np.tile(np.array([0.0, -0.0, 1e-45, -1e-45, 3e-39], np.float32), (len(largest), 1))
+    values = np.concatenate([largest[:, None], -beside, beside, small], 1)
+    compare(torch.from_numpy(values[:, : values.shape[1] // 8 * 8].copy()), scheme)
+    compare(torch.from_numpy(values), scheme)
+
+
 def test_the_table_is_the_kernels() -> None:
     assert QUANT_ROWS.itemsize == _C.quant_rows_bytes
     assert all(covered(s) for s in SCHEMES.values())
