@@ -30,7 +30,9 @@ constexpr uint32_t THREADS = 256;
 constexpr uint32_t TEAM = FASTCKPT_TEAM;    // threads of a tile of rows: short ones share a block
 constexpr uint32_t FLIGHT = 4;              // units that a thread has under way
 constexpr uint32_t APART = FASTCKPT_APART;  // the same, where the source is not aligned
-constexpr uint32_t STEPS = FASTCKPT_STEPS;  // times a thread does so in a tile of rows
+constexpr uint32_t STRAIGHT = 8;            // the same in a tile of whole units of one line,
+constexpr uint32_t SHIFTED = 4;             // and there where the source is not aligned
+constexpr uint32_t STEPS = FASTCKPT_STEPS;  // times a thread takes FLIGHT units of a tile of rows
 constexpr uint32_t CELLS = 8;    // elements of a thread in a general tile
 
 // Threads of a tile; of a block where they meet in shared memory.
@@ -99,14 +101,16 @@ template <class S, class D, int N> FASTCKPT_HD void convert_packed(uint32_t* out
     uint32_t x[N];
     bool nan = false;
     FASTCKPT_UNROLL
-    for (int i = 0; i < N * d / 4; ++i) out[i] = 0;
-    FASTCKPT_UNROLL
     for (int i = 0; i < N; i += 2) {
         if constexpr (s == 4) x[i] = in[i], x[i + 1] = in[i + 1];
         else widen_pair<S>(x + i, in[i / 2]);
         if constexpr (d == 4) out[i] = x[i], out[i + 1] = x[i + 1];
-        else out[i * d / 4] |= narrow_pair<D>(x[i], x[i + 1]) << i * d % 4 * 8;
+        if constexpr (d == 2) out[i / 2] = narrow_pair<D>(x[i], x[i + 1]);
         nan |= is_nan(x[i]) || is_nan(x[i + 1]);
+    }
+    if constexpr (d == 1) {
+        FASTCKPT_UNROLL
+        for (int i = 0; i < N; i += 4) out[i / 4] = narrow_four<D>(x + i);
     }
     if (!nan) return;
     FASTCKPT_UNROLL
@@ -249,14 +253,14 @@ template <class S, class D> struct Rows {
         const char* from = begin.src + thread * FROM;
         char* to = begin.dst + thread * INTO;
         FASTCKPT_KEEP_LOOP
-        for (uint32_t i = 0; i < STEPS; ++i, from += FLIGHT * TEAM * FROM, to += FLIGHT * TEAM * INTO) {
-            uint32_t x[FLIGHT][WORDS_IN] = {};
+        for (uint32_t i = 0; i < STEPS * FLIGHT; i += STRAIGHT, from += STRAIGHT * TEAM * FROM, to += STRAIGHT * TEAM * INTO) {
+            uint32_t x[STRAIGHT][WORDS_IN] = {};
             if (!w.zero) {
                 FASTCKPT_UNROLL
-                for (int k = 0; k < static_cast<int>(FLIGHT); ++k) load_kept<WORDS_IN>(x[k], from + k * TEAM * FROM);
+                for (int k = 0; k < static_cast<int>(STRAIGHT); ++k) load_kept<WORDS_IN>(x[k], from + k * TEAM * FROM);
             }
             FASTCKPT_UNROLL
-            for (int k = 0; k < static_cast<int>(FLIGHT); ++k) put(to + k * TEAM * INTO, x[k]);
+            for (int k = 0; k < static_cast<int>(STRAIGHT); ++k) put(to + k * TEAM * INTO, x[k]);
         }
     }
 
@@ -265,15 +269,15 @@ template <class S, class D> struct Rows {
         const char* from = begin.src - past + thread * FROM;
         char* to = begin.dst + thread * INTO;
         FASTCKPT_KEEP_LOOP
-        for (uint32_t i = 0; i < STEPS * FLIGHT; i += APART, from += APART * TEAM * FROM, to += APART * TEAM * INTO) {
-            uint32_t x[APART][2 * WORDS_IN];
+        for (uint32_t i = 0; i < STEPS * FLIGHT; i += SHIFTED, from += SHIFTED * TEAM * FROM, to += SHIFTED * TEAM * INTO) {
+            uint32_t x[SHIFTED][2 * WORDS_IN];
             FASTCKPT_UNROLL
-            for (int k = 0; k < static_cast<int>(APART); ++k) {
+            for (int k = 0; k < static_cast<int>(SHIFTED); ++k) {
                 load_kept<WORDS_IN>(x[k], from + k * TEAM * FROM);
                 load_kept<WORDS_IN>(x[k] + WORDS_IN, from + k * TEAM * FROM + FROM);
             }
             FASTCKPT_UNROLL
-            for (int k = 0; k < static_cast<int>(APART); ++k) {
+            for (int k = 0; k < static_cast<int>(SHIFTED); ++k) {
                 shift(x[k], past);
                 put(to + k * TEAM * INTO, x[k]);
             }
