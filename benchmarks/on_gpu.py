@@ -33,9 +33,8 @@ ROWS = (
 """Rows that share a process, what is asked first of a GPU before the others."""
 
 OTHERS = {
-    "STEPS=4 AHEAD=0": ("gather_cast", "digest"),
+    "FLIGHT=4 AHEAD=0": ("gather_cast", "digest"),
     "TEAM=256 AHEAD=4": ("gather_cast", "digest"),
-    "BLOCKS=3 APART=4": ("gather_cast",),
     'HINT=".L1::no_allocate"': ("gather_cast", "quantise"),
 }
 """Constants of the kernels (csrc) that only a GPU can choose between, and the rows that show it."""

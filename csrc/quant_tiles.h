@@ -411,7 +411,7 @@ struct QuantTile {
             return false;
         }
         const float scale = scale_of(amax);
-        if (leads && above % q.share == 0)
+        if (leads && above == share * q.share)
             put_scale(line() ? share : static_cast<uint64_t>(share) * ((q.columns - 1) / SQUARE_SIDE + 1) + column / SQUARE_SIDE, scale);
         s = {scale, factor(scale, amax, -1.0f), 0};
         usual = s.reciprocal != 0 && (q.kind == QUANT_E4M3 || amax <= 128.25f * scale);
