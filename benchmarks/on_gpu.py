@@ -62,7 +62,9 @@ class Done:
 def parts(rows_seconds: float) -> list[Part]:
     """All of them, in order."""
     python = sys.executable
-    test = (python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "tests/gpu")
+    # A test that hangs is shown where it stands before its part is stopped.
+    hung = ("-o", "faulthandler_timeout=60")
+    test = (python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *hung, "tests/gpu")
     # Errors that CUDA returns are no finding: torch asks for what there may not be.
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no")
     bench = (python, "benchmarks/gpu.py")
