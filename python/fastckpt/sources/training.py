@@ -53,6 +53,7 @@ def read(path: str, options: Options) -> Checkpoint:
         found = zero.read(os.path.join(path, f"engine-{engines[0]}" if engines[0] else "engine"), options)
         return replace(found, facts={**found.facts, "commit": path})
     options.refuse_zero_only(path)
+    options.refuse_also(path)
     options.refuse_crc(path)
     return _tensors(path, body, tree, modules, options)
 
