@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "target": (*CORE[:4], "schemes"),
     "model": CORE,
     # Sources never see models; recipes and layouts never see files; none of them sees a plan.
-    "sources": (*CORE, "collector", "digest"),
+    "sources": (*CORE, "collector", "digest", "manifest"),
     "recipes": PLAIN,
     "layouts": (*PLAIN, "finishes"),
     "lowrank": CORE,
