@@ -18,6 +18,7 @@ import reading
 import torch
 from fastckpt import sources
 from fastckpt.errors import SourceError
+from reading import refuses
 from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -213,13 +214,6 @@ def test_empty_boxes_of_small_tensors(tmp_path):
     """FSDP over more ranks than rows leaves some with none."""
     write(tmp_path, {"w": (MATRIX[:2], [((0, 0), (1, 9)), ((1, 0), (1, 9)), ((2, 0), (0, 9))])})
     equal(sources.open(tmp_path), {"w": MATRIX[:2]})
-
-
-def refuses(path: Path, *words: str) -> None:
-    with pytest.raises(SourceError) as e:
-        sources.open(path)
-    for word in words:
-        assert word in str(e.value), str(e.value)
 
 
 def test_files_that_are_missing_cut_or_of_another_save(tmp_path):
