@@ -318,3 +318,7 @@ def test_fp8_blocks_that_ranks_would_share():
     model = recipes.find(config)(memory(hub), config)
     with pytest.raises(LayoutError, match="up_proj has 384 on axis 0, which tp 2"):
         list(layout("rtp_llm").targets(model, Placement(tp=4, ep=2)))
+    config, hub = blocked(320, 4)
+    model = recipes.find(config)(memory(hub), config)
+    with pytest.raises(LayoutError, match="up_proj has 320 on axis 0, which tp 1"):
+        list(layout("rtp_llm").targets(model, Placement()))  # gate's factors would begin within up's block
