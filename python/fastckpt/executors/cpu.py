@@ -24,7 +24,7 @@ else:
     except ImportError:
         _C = None
 
-RECENT_BYTES = 32 << 20
+RECENT_BYTES = 24 << 20
 """Bytes of mapped sources that a runner keeps, all its threads together; beyond, the older half goes back."""
 
 

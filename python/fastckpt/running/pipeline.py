@@ -30,7 +30,7 @@ class Work(Protocol):
 Item = TypeVar("Item", bound=Work)
 
 
-AHEAD = 32
+AHEAD = 8
 """Batches made ahead of each worker."""
 
 
