@@ -30,6 +30,7 @@ FILES = (
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
+    "native": ("_C",),  # the compiled module, where there is one
     "collector": (),
     "dtypes": CORE[:1],
     "extents": CORE[:2],
@@ -41,7 +42,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "target": (*CORE[:4], "schemes"),
     "model": CORE,
     # Sources never see models; recipes and layouts never see files; none of them sees a plan.
-    "sources": (*CORE, "collector", "digest"),
+    "sources": (*CORE, "collector", "digest", "manifest"),
     "recipes": PLAIN,
     "layouts": (*PLAIN, "finishes"),
     "lowrank": CORE,
@@ -52,15 +53,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "compiling": (*CORE, "copies", "axes"),
     "binding": (*CORE, "copies"),
     "batches": (*CORE, "copies", "axes", "binding"),
-    "unrounding": (*CORE, "_C"),
-    "rounding": (*CORE, "schemes", "unrounding", "_C"),
+    "unrounding": (*CORE, "native"),
+    "rounding": (*CORE, "schemes", "unrounding", "native"),
     "quantplan": (*PLAIN, "schemes", "rounding"),
-    "digest": (*CORE, "_C"),
-    "finite": (*CORE, "digest", "_C"),
+    "digest": (*CORE, "native"),
+    "finite": (*CORE, "digest", "native"),
     # What reads and runs a plan.
-    "tiles": (*CORE, *TABLE, "_C"),
+    "tiles": (*CORE, *TABLE, "native"),
     "reader": (*CORE, *TABLE, "_C"),
-    "executors": (*CORE, *TABLE, "tiles", "_C"),
+    "executors": (*CORE, *TABLE, "tiles", "native"),
     "dequantised": (*CORE, "lowrank", "finishes", "rounding", "unrounding", "schemes"),
     "prequantised": (*CORE, "lowrank", "quantplan", "rounding", "schemes"),
     "merging": (*CORE, "lowrank", "finishes", "dequantised", "prequantised", "rounding", *TABLE, "reader"),
@@ -150,7 +151,7 @@ MAY_IMPORT["text"] = CORE
 MAY_IMPORT["drawing"] = ()
 MAY_IMPORT["losses"] = (*CORE, "text", "drawing")
 MAY_IMPORT["serving_options"] = (*CORE, "layouts", "schemes")
-MAY_IMPORT["manager"] = (*MAY_IMPORT, "__init__")
+MAY_IMPORT["manager"] = (*MAY_IMPORT, "outline", "__init__")
 MAY_IMPORT["terminal"] = (*CORE, "text")
 MAY_IMPORT["arguments"] = (*CORE, "text", "serving_options", "manager", "__init__")
 SPINE = (*MAY_IMPORT, "__init__", "_C")

@@ -109,7 +109,7 @@ def _files(path: str, naming: Naming, p: Placement) -> list[str]:
     if naming.index is not None:
         if not is_directory(directory):
             raise SourceError(f"{directory}: rank {p.rank} of {p.world} is not there")
-        found = list(find_shards(directory, safetensors.SUFFIX, safetensors.SINGLE).paths)
+        found = list(find_shards(directory, safetensors.SUFFIX, safetensors.SINGLE, Options()).paths)
     else:
         found = []
         while is_file(file := os.path.join(directory, naming.part.format(part=len(found)))):

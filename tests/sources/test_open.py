@@ -131,3 +131,21 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.pt")
     with pytest.raises(SourceError, match="not a checkpoint file"):
         sources.open(tmp_path / "pipe.pt")
+
+
+def test_a_further_directory_is_one_and_can_hold_something(tmp_path):
+    """`also` for what is whole without it, or of a directory that is not there, was not heard once."""
+    (tmp_path / "more").mkdir()
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    torch.save(TENSORS, tmp_path / "x.pt")
+    fastckpt.reshard(TENSORS, layout="same", out=tmp_path / "served")
+    with fastckpt.CheckpointManager(tmp_path / "root") as manager:
+        manager.save(1, TENSORS)
+        commit = manager.path(1)
+    files = tmp_path / "model.safetensors", tmp_path / "x.pt"
+    for path in (tmp_path, *files, tmp_path / "served", commit, TENSORS):
+        with pytest.raises(SourceError, match="was asked for, nothing of it lies elsewhere"):
+            sources.open(path, also=[tmp_path / "more"])
+        if path is not TENSORS:
+            with pytest.raises(SourceError, match="absent: no directory"):
+                sources.open(path, also=[tmp_path / "absent"])

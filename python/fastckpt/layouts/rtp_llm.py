@@ -200,7 +200,7 @@ def _target(at: str, whole: Whole, cut: Cut) -> Target:
     only tp counts."""
     grid, views = cut.place, [whole.view, *whole.also]
     if grid.tp > 1 or (whole.name != "lm_head" and (grid.dp, grid.ep) != (1, 1)):
-        split, own = SPLITS[TABLES[whole.table][whole.name]].view, replace(cut, bits=whole.bits)
+        split, own = SPLITS[TABLES[whole.table][whole.name]], replace(cut, bits=whole.bits)
         views = [split(view, own) for view in views]
     view, *also = views
     if whole.name in FP32:

@@ -16,12 +16,13 @@ import torch
 from ..checkpoint import JSON
 from ..errors import ManagerError
 from ..running.tensors import torch_dtype
+from ..sources.training import engine_directory
 from .commits import Store
 from .coordination import Group, together
 from .fitting import check
 from .opened import Opened, check_files, open_step, own_names
 from .pieces import box_of
-from .saving import Disk, engine_directory, engine_tag
+from .saving import Disk, engine_tag
 from .values import MISSING, Builder, Engine, fill, flatten
 
 

@@ -26,6 +26,7 @@ from ..placement import Placement
 from ..quantisation.schemes import Quant
 from ..road import grid_of
 from ..running.runs import Report
+from ..sources.training import rank_directory
 from . import policies, publishing, saving
 from .commits import Commit, ready
 from .coordination import Group, join, together
@@ -37,7 +38,7 @@ from .pieces import Snapshots
 from .policies import Keep, Moment, When
 from .remote import store_at
 from .resuming import Resuming
-from .saving import Disk, rank_directory
+from .saving import Disk
 from .standing import Standing
 from .telling import CheckpointWarning, Telling, Timing
 from .values import flatten

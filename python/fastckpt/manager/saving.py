@@ -24,14 +24,12 @@ from ..output.files import safetensors_layout
 from ..output.filesystem import telling
 from ..output.manifest import Origin, Record
 from ..output.writer import Output
+from ..sources.training import SCHEMA, TABLE, Shared, engine_directory, rank_directory
 from .commits import Commit, Store
 from .coordination import Group, ints, together
-from .pieces import Claim, Piece, Shared, Taken, raw, shared
+from .pieces import Claim, Piece, Taken, raw, shared
 from .values import Engine
 
-SCHEMA = 1
-TABLE = "tensors.json"
-"""The file that says which tensors are shared by ranks, and who holds which box."""
 ENGINES = ".engine"
 """Where engines write before their files become part of the commit."""
 _THREADS = min(4, os.cpu_count() or 1)
@@ -84,11 +82,6 @@ class Saved:
     commit: Commit
     seconds: tuple[float, ...]
     nbytes: tuple[int, ...]
-
-
-def rank_directory(rank: int) -> str:
-    """Where a rank's part lies in a commit."""
-    return f"rank-{rank:05d}"
 
 
 def engine_tag(step: int) -> str:
@@ -284,8 +277,3 @@ def _groups(pieces: Sequence[Piece]) -> list[list[Piece]]:
         groups[smallest].append(piece)
         sizes[smallest] += piece.nbytes
     return [g for g in groups if g]
-
-
-def engine_directory(name: str) -> str:
-    """Where an engine's files lie in a commit."""
-    return "engine" if not name else f"engine-{name}"

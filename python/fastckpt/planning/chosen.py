@@ -172,6 +172,8 @@ def _by_names(
 ) -> Chosen:
     if wanted.vocab_size is not None:  # the config would say it, and no tensor would be cut
         raise LayoutError(f"vocab_size goes with layouts that read roles, not {_name(layout)}")
+    if wanted.recipe is not None and ckpt.facts.get("recipe") != wanted.recipe:  # nor did it join the shards
+        raise LayoutError(f"recipe goes with layouts that read roles, not {_name(layout)}")
     if wanted.quant is not None and (config is not None or ckpt.config is not None):
         config = configs.found(ckpt, wanted.config)
     chosen = Chosen(

@@ -68,6 +68,7 @@ class _Buffers:
 def read(tensors: Mapping[str, object], options: Options = _PLAIN) -> Checkpoint:
     """The checkpoint of a state dict in memory. Raises SourceError naming the tensor that does not fit."""
     options.refuse_zero_only(NAME)
+    options.refuse_also(NAME)
     options.refuse_crc(NAME)
     for name in tensors:
         expect("a tensor's name", name, str)

@@ -32,6 +32,7 @@ def read(path: str, options: Options) -> Checkpoint:
     """The checkpoint in an output, or its shards. Raises SourceError for an incomplete one."""
     from . import safetensors, statedict  # `matches`, which every run asks, needs neither
 
+    options.refuse_also(path)
     record = os.path.join(path, RECORD)
     if not is_file(record):
         raise SourceError(f"{path}: an incomplete output: {', '.join(_parts(path))} without {RECORD}")
