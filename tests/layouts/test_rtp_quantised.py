@@ -10,16 +10,11 @@ from fastckpt.errors import LayoutError, RecipeError, SourceError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
 from layouts import quantised
+from layouts.family_oracle import cut
 from layouts.quantised import HEADS, KV, D
 from reading import memory, same, shard
 
 INT4 = ("awq", "gptq", "gptq-8")
-
-
-def cut(x, dim, count, index):
-    n = x.shape[dim] // count
-    assert n * count == x.shape[dim]
-    return x.narrow(dim, index * n, n)
 
 
 def heads(t, at, leaf, tp, r, dim, size):
