@@ -11,15 +11,10 @@ from fastckpt.layouts.rtp_split import SPLITS
 from fastckpt.layouts.rtp_weights import NAMES, TABLES
 from fastckpt.placement import Placement
 from layouts import families
+from layouts.family_oracle import cut
 from reading import memory, same, shard
 
 NOPE, ROPE, VALUE, RANK = 8, 4, 6, 16
-
-
-def cut(x, dim, count, index):
-    n = x.shape[dim] // count
-    assert n * count == x.shape[dim]
-    return x.narrow(dim, index * n, n)
 
 
 def halves(gate, up, dim, count, index):

@@ -13,6 +13,7 @@ import signal
 import socket
 import time
 import warnings
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -58,7 +59,8 @@ class CheckpointManager:
     the `keep_best` best by `best_metric` ("min" or "max" is best), what `keep` names; all where none is
     given; the newest always. `metadata`: who else is told. `path_prefix` stands before each step's name and
     replaces `root`, as caffe2's; `step_prefix` and `step_digits` spell steps. `async_save`: `save` returns
-    when the state is in host memory; one save in flight, its error comes with the next call.
+    when the state is in host memory; one save in flight, its error comes with the next call, or as a warning
+    where none comes.
     `save_on_signal`: SIGTERM makes the next `save` happen whatever the policy, then `preempted` is true.
     `durable` waits for the disk; `timeout` is how long a rank waits for the others, in seconds.
 
@@ -146,6 +148,7 @@ class CheckpointManager:
         self._process = os.getpid()
         self._worker: ThreadPoolExecutor | None = None
         self._flight: Future[None] | None = None
+        self._unheard: weakref.finalize[..., CheckpointManager] | None = None
         self._last_save = -math.inf
         with suppress(WriteError):  # a root that cannot be reached now may be when something is saved
             self._keeping.newest = self.latest()
@@ -270,6 +273,7 @@ class CheckpointManager:
             if self._worker is None:
                 self._worker = ThreadPoolExecutor(1, "fastckpt-save")
             self._flight = self._worker.submit(self._finish, self._behind, request)
+            self._unheard = weakref.finalize(self, _warn_of_failure, self._flight)
         else:
             self._finish(self._group, request)
         return True
@@ -301,6 +305,8 @@ class CheckpointManager:
     def wait(self) -> None:
         """Wait for the save in flight, if any; its error is raised here. Collective in effect."""
         flight, self._flight = self._flight, None
+        if self._unheard is not None:
+            self._unheard.detach()
         if self._process != os.getpid():  # a fork: the thread and what it saves stayed with the parent
             self._process, self._worker = os.getpid(), None
         elif flight is not None:
@@ -511,6 +517,12 @@ class CheckpointManager:
 
         together(self._group, f"publish of step {step}", work)
         return report
+
+
+def _warn_of_failure(flight: Future[None]) -> None:
+    """Say what went wrong in the background where the manager goes, or Python ends, and nobody asked."""
+    if flight.done() and (error := flight.exception()) is not None:
+        warnings.warn(f"in the background: {error}", CheckpointWarning, stacklevel=1)
 
 
 def _finite(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
