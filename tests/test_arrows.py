@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "target": (*CORE[:4], "schemes"),
     "model": CORE,
     # Sources never see models; recipes and layouts never see files; none of them sees a plan.
-    "sources": (*CORE, "collector", "digest", "manifest"),
+    "sources": (*CORE, "collector", "digest", "manifest", "pipeline"),
     "recipes": PLAIN,
     "layouts": (*PLAIN, "finishes"),
     "lowrank": CORE,
@@ -76,7 +76,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "whole": (*CORE, "digest", "syscalls", "manifest", "filesystem"),
     "part": (*CORE, "manifest", "filesystem"),
     "writer": (*CORE, "digest", *FILES[:-1]),
-    "rereading": (*CORE, "digest", "finite"),
+    "rereading": (*CORE, "digest", "finite", "pipeline"),
     "verification": (*CORE, "digest", "rereading", *FILES, "expectation", "sources", "text"),
     # The way back, through sources, recipes and layouts.
     "inverse": CORE,
@@ -123,7 +123,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "pipeline": CORE,
     "limits": (*CORE, "batches", "files"),
-    "ends": (*CORE, "digest", "finite", *TABLE, "planned", "reader", *FILES),
+    "ends": (*CORE, "digest", "finite", *TABLE, "pipeline", "planned", "reader", *FILES),
     "quantising": (*CORE, *TABLE, "plans", "schemes", "quantplan", "rounding", "reader"),
     "figures": (*CORE, *TABLE, "plans", "schemes", "quantplan", "prequantised", "rounding"),
     "tensors": (*CORE, "sources", *TABLE, "plans"),

@@ -11,17 +11,11 @@ import reading
 import torch
 from fastckpt import sources
 from fastckpt.errors import LayoutError, SourceError
+from reading import refuses
 from safetensors.torch import save_file
 from zero_writer import write_zero
 
 TENSORS = {"a": torch.arange(6.0), "b": torch.ones(2, 3)}
-
-
-def refuses(path, *words):
-    with pytest.raises(SourceError) as e:
-        sources.open(path)
-    for word in words:
-        assert word in str(e.value), str(e.value)
 
 
 def test_the_masters_go_before_an_exported_copy(tmp_path):

@@ -231,11 +231,12 @@ def _beside(beside: Beside, table: str) -> View:
     return in_form(beside) if table == "fp8_tensor" else beside.view
 
 
-def whole_blocks(linear: Linear, axis: int, count: int) -> None:
-    """Raises LayoutError where `count` ranks cut what shares a scale, or packed values."""
+def whole_blocks(linear: Linear, axis: int, count: int, *, followed: bool = False) -> None:
+    """Raises LayoutError where `count` ranks cut what shares a scale, or packed values; `followed`: another
+    matrix begins where a part ends, so that one rank's must end with a block too."""
     size = linear.shape[axis]
     for unit in (linear.packed[axis], *(b.unit[axis] for b in linear.beside)):
-        if unit > 1 and count > 1 and size % (unit * count):
+        if unit > 1 and (count > 1 or followed) and size % (unit * count):
             raise LayoutError(
                 f"layout rtp_llm: {linear.name} has {size} on axis {axis}, which tp {count} does not cut "
                 f"into whole blocks of {unit}"
@@ -387,7 +388,7 @@ def _stacks(end: str, linears: Sequence[Linear], axis: int, cut: Cut, making: Ma
     if first.leaf == "weight_packed":
         _require_int4(first, cut)
     for linear in linears:
-        whole_blocks(linear, axis, cut.moe_tp[1])
+        whole_blocks(linear, axis, cut.moe_tp[1], followed=end == "1")
     make = stack_moe_w1 if end == "1" else stack
     one_scale = making.one_scale and table == "fp8_tensor"
     if one_scale and end == "1":
