@@ -112,7 +112,7 @@ FP32 = frozenset({"e_score_correction_b"})
 """W's names that are float32 whatever the others are (fp32_weights_list)."""
 
 FACTORS = frozenset(n for n, dump in NAMES.items() if dump.endswith(("quant_scale", "smoother", "shift")))
-"""W's names that are float32 beside values of eight bits (data_type in the loader's tables of int8 and fp8)."""
+"""W's names that are float32 beside values of eight bits (data_type in the loader's int8 and fp8 tables)."""
 
 _WHOLE = (
     *(name for name in NAMES if name.endswith(("_gamma", "_beta"))),
