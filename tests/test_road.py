@@ -673,6 +673,8 @@ def test_more_wrong_arguments_are_named(tmp_path):
             fastckpt.verify(tmp_path, **wrong)
     with pytest.raises(FastckptError, match="weights_key: wanted str or None"):
         fastckpt.consolidate(tmp_path, tmp_path / "out", weights_key=5)
+    with pytest.raises(FastckptError, match="weights_key goes with out="):
+        fastckpt.consolidate(tmp_path, weights_key="m")
     with pytest.raises(FastckptError, match="weights_key: wanted a key"):
         fastckpt.consolidate(tmp_path, tmp_path / "out", weights_key="")
     with pytest.raises(FastckptError, match="client_state: wanted Sequence"):
