@@ -12,7 +12,7 @@ import fastckpt
 import numpy as np
 import pytest
 import torch
-from fastckpt import dtypes
+from fastckpt import dtypes, sources
 from fastckpt.checkpoint import Checkpoint, Single
 from fastckpt.computed.lowrank import computed
 from fastckpt.computed.merging import Merging
@@ -136,6 +136,22 @@ def elements(view):
         for batch in cut(chunk, 0, Slots.of([0], [0], [view.nbytes]), binding, stage=LEAF):
             lane.run(batch.rows, [Buffer(out, out.ctypes.data, out.nbytes)])
     return out
+
+
+def holds(ckpt, tensors):
+    """Asserts that a checkpoint holds exactly these torch tensors, tied names too: shapes, dtypes, bits."""
+    assert sorted([*ckpt, *ckpt.aliases]) == sorted(tensors)
+    for name, want in tensors.items():
+        assert (ckpt[name].dtype.name, ckpt[name].shape) == (str(want.dtype)[6:], tuple(want.shape)), name
+        assert (read(ckpt[name]) == bits(want)).all(), name
+
+
+def refuses(path, *words, **options):
+    """The checkpoint at `path` cannot be opened, and the error says these words."""
+    with pytest.raises(SourceError) as e:
+        sources.open(path, **options)
+    for word in words:
+        assert word in str(e.value), str(e.value)
 
 
 def refuses_what_is_written_to(file, path, **options):

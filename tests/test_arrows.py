@@ -30,6 +30,7 @@ FILES = (
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
+    "native": ("_C",),  # the compiled module, where there is one
     "collector": (),
     "dtypes": CORE[:1],
     "extents": CORE[:2],
@@ -41,7 +42,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "target": (*CORE[:4], "schemes"),
     "model": CORE,
     # Sources never see models; recipes and layouts never see files; none of them sees a plan.
-    "sources": (*CORE, "collector", "digest"),
+    "sources": (*CORE, "collector", "digest", "manifest", "pipeline"),
     "recipes": PLAIN,
     "layouts": (*PLAIN, "finishes"),
     "lowrank": CORE,
@@ -52,15 +53,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "compiling": (*CORE, "copies", "axes"),
     "binding": (*CORE, "copies"),
     "batches": (*CORE, "copies", "axes", "binding"),
-    "unrounding": (*CORE, "_C"),
-    "rounding": (*CORE, "schemes", "unrounding", "_C"),
+    "unrounding": (*CORE, "native"),
+    "rounding": (*CORE, "schemes", "unrounding", "native"),
     "quantplan": (*PLAIN, "schemes", "rounding"),
-    "digest": (*CORE, "_C"),
-    "finite": (*CORE, "digest", "_C"),
+    "digest": (*CORE, "native"),
+    "finite": (*CORE, "digest", "native"),
     # What reads and runs a plan.
-    "tiles": (*CORE, *TABLE, "_C"),
+    "tiles": (*CORE, *TABLE, "native"),
     "reader": (*CORE, *TABLE, "_C"),
-    "executors": (*CORE, *TABLE, "tiles", "_C"),
+    "executors": (*CORE, *TABLE, "tiles", "native"),
     "dequantised": (*CORE, "lowrank", "finishes", "rounding", "unrounding", "schemes"),
     "prequantised": (*CORE, "lowrank", "quantplan", "rounding", "schemes"),
     "merging": (*CORE, "lowrank", "finishes", "dequantised", "prequantised", "rounding", *TABLE, "reader"),
@@ -75,7 +76,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "whole": (*CORE, "digest", "syscalls", "manifest", "filesystem"),
     "part": (*CORE, "manifest", "filesystem"),
     "writer": (*CORE, "digest", *FILES[:-1]),
-    "rereading": (*CORE, "digest", "finite"),
+    "rereading": (*CORE, "digest", "finite", "pipeline"),
     "verification": (*CORE, "digest", "rereading", *FILES, "expectation", "sources", "text"),
     # The way back, through sources, recipes and layouts.
     "inverse": CORE,
@@ -122,7 +123,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "pipeline": CORE,
     "limits": (*CORE, "batches", "files"),
-    "ends": (*CORE, "digest", "finite", *TABLE, "planned", "reader", *FILES),
+    "ends": (*CORE, "digest", "finite", *TABLE, "pipeline", "planned", "reader", *FILES),
     "quantising": (*CORE, *TABLE, "plans", "schemes", "quantplan", "rounding", "reader"),
     "figures": (*CORE, *TABLE, "plans", "schemes", "quantplan", "prequantised", "rounding"),
     "tensors": (*CORE, "sources", *TABLE, "plans"),
@@ -150,7 +151,7 @@ MAY_IMPORT["text"] = CORE
 MAY_IMPORT["drawing"] = ()
 MAY_IMPORT["losses"] = (*CORE, "text", "drawing")
 MAY_IMPORT["serving_options"] = (*CORE, "layouts", "schemes")
-MAY_IMPORT["manager"] = (*MAY_IMPORT, "__init__")
+MAY_IMPORT["manager"] = (*MAY_IMPORT, "outline", "__init__")
 MAY_IMPORT["terminal"] = (*CORE, "text")
 MAY_IMPORT["arguments"] = (*CORE, "text", "serving_options", "manager", "__init__")
 SPINE = (*MAY_IMPORT, "__init__", "_C")

@@ -143,8 +143,9 @@ def test_renames_keep_their_order():
     assert args.rename == [("a(?=b)", "c"), (r"^module\.", ""), (r"x\.", "y")]
 
 
-def test_a_shard_size_of_none_is_one_file():
+def test_none_is_what_python_spells_none():
     assert arguments.parser().parse_args(["plan", "a", "--max-shard-size", "none"]).max_shard_size is None
+    assert arguments.parser().parse_args(["consolidate", "a", "b", "--dtype", "none"]).dtype is None
 
 
 # ---- commands ----
@@ -223,6 +224,19 @@ def test_a_dry_run_writes_nothing(run, source, tmp_path, argv):
     assert "peak memory" in out
     assert ("pytorch_model.bin" in out) == (argv == ["consolidate"])
     assert left(tmp_path) == []
+
+
+def test_a_dry_run_goes_by_the_memory_given(run, source, tmp_path):
+    """It told what a run with other limits would hold, and nothing of a memory that no run can do with."""
+
+    def held(*options):
+        code, out, said = run("reshard", source, tmp_path / "out", "--dry-run", "--json", *options)
+        return json.loads(out)["peak_memory"] if code == 0 else (code, said)
+
+    assert held("--threads", "1", "--memory", "70MiB") < held("--threads", "1")
+    code, said = held("--memory", "1MB")
+    assert code == 4 and "too few" in said
+    assert run("plan", source, "--memory", "1MB")[0] == 4
 
 
 def test_names_are_renamed_and_stripped(run, tmp_path):

@@ -20,7 +20,7 @@ def definition(data: bytes) -> str:
 @pytest.fixture(params=["as built", "pure Python"])
 def _either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "pure Python":
-        monkeypatch.setattr(d, "_native", None)
+        monkeypatch.setattr(d, "_C", None)
 
 
 @pytest.mark.usefixtures("_either")

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
+from fastckpt import layouts
+from fastckpt.cli import main
 from fastckpt.doors.demo import Llama
 
 ROOT = Path(__file__).parent.parent
@@ -41,3 +46,37 @@ def test_the_journey_of_one_tensor(
     assert sum(line.startswith((" [", "[[")) for line in lines) == 7  # hop 2: fragments
     assert "model.layers.0.self_attn.qkv_proj.weight (64, 128)" in lines  # hop 4
     assert "offset=" in lines[-1]  # hop 5
+
+
+def test_the_readme_s_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = Llama.of(1_000_000)
+    demo.write(str(tmp_path / "checkpoint-12"))
+    monkeypatch.chdir(tmp_path)
+    python, commands = (ROOT / "README.md").read_text().split("```")[1:4:2]
+    model = torch.nn.Module()
+    for name, shape in demo.shapes().items():
+        *path, leaf = name.split(".")
+        place = model
+        for step in path:
+            if not hasattr(place, step):
+                place.add_module(step, torch.nn.Module())
+            place = place.get_submodule(step)
+        place.register_parameter(leaf, torch.nn.Parameter(torch.full(shape, torch.nan)))
+    exec(python.removeprefix("python"), {"model": model})
+    assert not any(p.isnan().any() for p in model.parameters())
+    for made in ("served", "whole"):
+        (tmp_path / made).rename(tmp_path / f"{made}-by-python")
+    for line in commands.strip().splitlines():
+        assert main(shlex.split(line, comments=True)[1:]) == 0, line
+
+
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+def test_every_option_of_a_layout_is_in_the_table(layout: str) -> None:
+    """As `-L`'s help says. A row names the layout, or stands in the section that does."""
+    section, told = "", set()
+    for line in (ROOT / "docs/layouts.md").read_text().splitlines():
+        if line.startswith("## "):
+            section = line
+        elif line.startswith("| ") and f"`{layout}`" in section + line:
+            told |= {word for cell in line.split("|")[1:3] for word in cell.replace(",", " ").split()}
+    assert {f.name for f in fields(layouts.layout(layout))} <= told

@@ -321,7 +321,7 @@ def _show_plan(args: argparse.Namespace, planned: Plan) -> None:
     """What a plan will do; nothing is written."""
     from .doors.outline import describe_plan
 
-    found = describe_plan(planned, threads=args.threads)
+    found = describe_plan(planned, threads=args.threads, memory=args.memory)
     _show(args, found.text, found.json)
 
 

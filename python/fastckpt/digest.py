@@ -13,10 +13,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-try:
-    from . import _C as _native
-except ImportError:  # not built: xxhash and zlib do the same
-    _native = None  # type: ignore[assignment]
+from .native import _C
 
 LEAF = 1 << 20
 """Bytes of a leaf; the last leaf of a tensor may be shorter."""
@@ -26,14 +23,14 @@ Bytes = bytes | bytearray | memoryview | NDArray[np.uint8]
 
 def digest64(data: Bytes) -> int:
     """xxh3-64 with seed 0 of `data`."""
-    return _native.digest64(data) if _native is not None else xxhash.xxh3_64_intdigest(data)
+    return _C.digest64(data) if _C is not None else xxhash.xxh3_64_intdigest(data)
 
 
 def leaf_digests(data: Bytes, offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.uint64]:
     """xxh3-64 of each run [offset, offset + size) of `data`, in bytes: one u64 a run."""
     out = np.empty(len(offsets), np.uint64)
-    if _native is not None:
-        _native.leaf_digests(data, offsets, sizes, out)
+    if _C is not None:
+        _C.leaf_digests(data, offsets, sizes, out)
         return out
     view = memoryview(data)
     for k, (offset, size) in enumerate(zip(offsets.tolist(), sizes.tolist(), strict=True)):
@@ -85,15 +82,15 @@ class Digesting:
 
 def crc32(data: Bytes, value: int = 0) -> int:
     """CRC32 (zlib's) of `data`, continuing from `value`."""
-    return _native.crc32(data, value) if _native is not None else zlib.crc32(data, value)
+    return _C.crc32(data, value) if _C is not None else zlib.crc32(data, value)
 
 
 def crc32_combine(a: int, b: int, nbytes_b: int) -> int:
     """The CRC32 of two runs one after another from their CRC32s; `nbytes_b`: the bytes of the second.
 
     a * x^(8 n) mod P, added to b: multiplication of bit-reversed polynomials, as zlib's crc32_combine."""
-    if _native is not None:
-        return _native.crc32_combine(a, b, nbytes_b)
+    if _C is not None:
+        return _C.crc32_combine(a, b, nbytes_b)
     return _multiply(_power(nbytes_b), a) ^ b
 
 

@@ -6,12 +6,7 @@ import numpy as np
 
 from .digest import Bytes
 from .dtypes import DType, float16, float32, float64
-
-try:
-    from . import _C as _native
-except ImportError:  # not built: numpy does the same
-    _native = None  # type: ignore[assignment]
-
+from .native import _C
 
 _PARTS: dict[str, DType] = {"complex32": float16, "complex64": float32, "complex128": float64}
 _NAN_BYTE: dict[str, int] = {"float8_e8m0fnu": 0xFF, "float8_e4m3fnuz": 0x80, "float8_e5m2fnuz": 0x80}
@@ -28,8 +23,8 @@ def nonfinite(data: Bytes, dtype: DType) -> int:
     dtype = _PARTS.get(dtype.name, dtype)
     if dtype.kind != "float":
         return 0
-    if _native is not None:
-        return _native.nonfinite(data, dtype.code)
+    if _C is not None:
+        return _C.nonfinite(data, dtype.code)
     bits = np.frombuffer(data, f"<u{dtype.itemsize}")
     if dtype.name == "float8_e4m3fn":
         return int(((bits & 0x7F) == 0x7F).sum())

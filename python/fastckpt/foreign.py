@@ -23,7 +23,7 @@ from .extents import is_directory, is_file
 from .layouts import ByRoles, Layout, Naming
 from .placement import Placement
 from .sources import safetensors, served
-from .sources.assembly import assemble
+from .sources.assembly import assemble, sampled
 from .sources.options import Options
 from .sources.shards import find_shards
 
@@ -99,7 +99,7 @@ def _read(path: str, layout: ByRoles, grid: Placement) -> Checkpoint:
     extents, entries = safetensors.tensors([(name, item, h.file) for name, (item, h) in found.items()])
     return assemble(
         path, served.SHARDS, entries, extents, Options(), files=[h.file for h in headers], search=[path],
-        headers=[h.digest for h in headers],
+        headers=[*(h.digest for h in headers), sampled(list(extents))],
     )  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def _files(path: str, naming: Naming, p: Placement) -> list[str]:
     if naming.index is not None:
         if not is_directory(directory):
             raise SourceError(f"{directory}: rank {p.rank} of {p.world} is not there")
-        found = list(find_shards(directory, safetensors.SUFFIX, safetensors.SINGLE).paths)
+        found = list(find_shards(directory, safetensors.SUFFIX, safetensors.SINGLE, Options()).paths)
     else:
         found = []
         while is_file(file := os.path.join(directory, naming.part.format(part=len(found)))):

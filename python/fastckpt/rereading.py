@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +17,7 @@ from .dtypes import DType
 from .errors import SourceError
 from .extents import fill, let_go
 from .finite import nonfinite
+from .running.pipeline import feed
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
@@ -50,14 +50,28 @@ def reread(
     tensors = sorted(tensors, key=lambda t: (t.path, t.offset))
     leaves = _Leaves(root, tensors)
     reads = leaves.reads()
-    tasks = [reads[k : k + _READS] for k in range(0, len(reads), _READS)]
-    done, total = 0, sum(t.nbytes for t in tensors)
-    with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
-        for read in pool.map(leaves.run, tasks):
-            done += read
-            if progress is not None:
-                progress(done, total)
+    before = np.concatenate([[0], np.cumsum(leaves.size)]).tolist()  # bytes before each leaf
+    groups = [reads[k : k + _READS] for k in range(0, len(reads), _READS)]
+    tasks = [_Task(group, before[group[0][0]], before[group[-1][1]]) for group in groups]
+    done = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, before[-1])
+
+    feed(tasks, [leaves.run] * min(threads or min(8, os.cpu_count() or 1), len(tasks)), count)
     return list(leaves.problems(allow_nonfinite))
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """Reads that one thread does one after another, and which bytes of all they are."""
+
+    reads: list[tuple[int, int]]
+    start: int
+    stop: int
 
 
 class _Leaves:
@@ -93,13 +107,11 @@ class _Leaves:
                     break
         return out
 
-    def run(self, reads: list[tuple[int, int]]) -> int:
-        """Some reads, one after another: one buffer, one descriptor while the file stays the same.
-
-        Returns the bytes of their leaves."""
+    def run(self, task: _Task) -> None:
+        """Some reads, one after another: one buffer, one descriptor while the file stays the same."""
         buffer, opened, fd = np.empty(LEAF, np.uint8), "", -1
         try:
-            for low, high in reads:
+            for low, high in task.reads:
                 mine = self.tensor[low:high].tolist()
                 try:
                     path = self.tensors[mine[0]].path
@@ -114,7 +126,6 @@ class _Leaves:
                     self.failed.update(dict.fromkeys(mine, str(e)))
         finally:
             let_go(fd)
-        return sum(int(self.size[low:high].sum()) for low, high in reads)
 
     def check(self, fd: int, buffer: NDArray[np.uint8], low: int, high: int) -> None:
         """Leaves [low, high), which one buffer holds: read them at once, digest, look for NaN and Inf."""

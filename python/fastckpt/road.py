@@ -29,6 +29,7 @@ from .planning.plans import Plan
 from .planning.wanted import Wanted
 from .quantisation.schemes import Quant
 from .running.runs import Progress, Report, Run, reader_of
+from .sources.memory import stamped
 
 if TYPE_CHECKING:
     import torch
@@ -131,7 +132,12 @@ def reshard(
     in_memory = not isinstance(out, (str, os.PathLike))
     if place != "cpu" and not in_memory:
         raise DeviceError(f"device {place!r}: files lie on no GPU; leave device= out, for tensors there too")
-    planned = run.planned(lambda: plans.draft(open_whole(ckpt, recipe), wanted, in_memory=in_memory))
+
+    def drafted() -> Plan:
+        opened = open_whole(ckpt, recipe)
+        return plans.draft(opened if in_memory else stamped(opened), wanted, in_memory=in_memory)
+
+    planned = run.planned(drafted)
     if out is None:
         states, _ = run.to_memory(planned, place)
         return states if rank is None else states[0]
@@ -215,6 +221,8 @@ def consolidate(
     `reshard` does."""
     expect("out", out, str, os.PathLike, type(None))
     expect("allow_nonfinite", allow_nonfinite, bool)
+    if out is None and weights_key is not None:
+        raise LayoutError("weights_key goes with out=: it is a key in the file of a training checkpoint")
     if isinstance(path, Checkpoint):
         if tag or also or rename or weights != "master" or exclude_frozen or check_crc:
             raise LayoutError("consolidate: options of open go with a path, this checkpoint is open already")

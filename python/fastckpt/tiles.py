@@ -6,23 +6,15 @@ Law: the tiles of a row cover it exactly; how many there are, csrc/tiles_cuda.h 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .dtypes import DTYPES
 from .errors import ViewError
+from .native import _C
 from .planning.axes import classify
 from .planning.copies import GENERAL, NOTHING, ROWS, TRANSPOSE, Table, item_sizes
-
-if TYPE_CHECKING:
-    from . import _C
-else:
-    try:
-        from . import _C
-    except ImportError:
-        _C = None
 
 LEAST = 16
 """A transpose with a shorter side goes the general way."""

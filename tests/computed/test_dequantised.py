@@ -122,6 +122,28 @@ def test_blocks_that_the_edge_cuts_and_reordered_inputs():
     same(got, {"c.weight": want})
 
 
+@pytest.mark.parametrize("inputs", [96, 80, 72])
+def test_a_last_group_may_be_short(inputs):
+    """GPTQ without g_idx: the group size is the config's, also where equal groups would come to as many."""
+    torch.manual_seed(8)
+    q, zeros = torch.randint(0, 16, (inputs, 24)), torch.randint(1, 16, (2, 24))
+    scales = torch.rand(2, 24).half()
+    state = {
+        "c.qweight": sum(q[k::8].int() << (4 * k) for k in range(8)).int(),
+        "c.qzeros": sum((zeros - 1)[:, k::8].int() << (4 * k) for k in range(8)).int(),
+        "c.scales": scales,
+    }
+    group = torch.arange(inputs) // 64
+    want = ((q - zeros[group]).float() * scales.float()[group]).T
+    config = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 64}}
+    (got,) = fastckpt.reshard(state, layout="same", quant="none", dtype="float32", config=config)
+    same(got, {"c.weight": want})
+    (got,) = fastckpt.reshard(
+        state | {"c.g_idx": group.int()}, layout="same", quant="none", dtype="float32", config=config
+    )
+    same(got, {"c.weight": want})
+
+
 def test_recurrent_weights_and_scales_of_inputs():
     torch.manual_seed(6)
     model = torch.nn.LSTM(24, 16)
@@ -172,6 +194,10 @@ REFUSED = {
     "scales": (
         {"a.weight": torch.zeros(4, 8, dtype=torch.int8), "a.weight_scale": torch.ones(3, 3)}, {},
         "do not fit",
+    ),
+    "powers": (
+        {"a.weight": torch.zeros(4, 8, dtype=torch.int8),
+         "a.weight_scale": torch.ones(4, 1).to(torch.float8_e8m0fnu)}, {}, "scales of float8_e8m0fnu",
     ),
     "which": (
         {"a.qweight": torch.zeros(8, 1, dtype=torch.int32), "a.qzeros": torch.zeros(1, 1, dtype=torch.int32),

@@ -8,13 +8,10 @@ import struct
 import tracemalloc
 
 import fastckpt
-import numpy as np
 import pytest
 import torch
-from fastckpt.doors.difference import _float8
 from fastckpt.doors.outline import describe_plan, ranges
 from fastckpt.doors.text import counted, said, size
-from fastckpt.dtypes import BY_NAME
 from fastckpt.errors import SourceError
 from fastckpt.planning.compiling import compile
 from fastckpt.planning.copies import item_sizes
@@ -269,14 +266,6 @@ def test_bools(tmp_path):
 def test_empty_tensors_and_scalars(tmp_path):
     tensors = {"empty": torch.zeros(0, 4), "scalar": torch.tensor(3.0), "x": torch.ones(2)}
     assert fastckpt.diff(saved(tmp_path / "a", tensors), saved(tmp_path / "b", tensors)).equal
-
-
-@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
-def test_every_8_bit_float(name):
-    want = torch.arange(256, dtype=torch.uint8).view(getattr(torch, name)).double().numpy()
-    got = _float8(BY_NAME[name])
-    assert np.array_equal(got, want, equal_nan=True)
-    assert np.array_equal(np.signbit(got), np.signbit(want))
 
 
 def test_a_tied_name_that_one_side_leaves_out(tmp_path):

@@ -12,6 +12,7 @@ from fastckpt.errors import LayoutError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
 from layouts import families, family_oracle, oracle, tiny
+from layouts.family_oracle import cut
 from reading import memory, same, shard
 from safetensors.torch import load_file, save_file
 
@@ -42,12 +43,6 @@ NAMES["gpt_neox"] = NAMES["bloom"] | dict(
     o="attention.dense", table="embed_in",
 )  # fmt: skip
 HEADS = {"gpt2": (8, 8, 8)}
-
-
-def cut(x, dim, tp, r):
-    n = x.shape[dim] // tp
-    assert n * tp == x.shape[dim]
-    return x.narrow(dim, r * n, n)
 
 
 def of_heads(x, heads, tp, r, grouped):

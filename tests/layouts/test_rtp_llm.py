@@ -11,15 +11,10 @@ from fastckpt.layouts.rtp_split import SPLITS
 from fastckpt.layouts.rtp_weights import NAMES, TABLES
 from fastckpt.placement import Placement
 from layouts import families
+from layouts.family_oracle import cut
 from reading import memory, same, shard
 
 NOPE, ROPE, VALUE, RANK = 8, 4, 6, 16
-
-
-def cut(x, dim, count, index):
-    n = x.shape[dim] // count
-    assert n * count == x.shape[dim]
-    return x.narrow(dim, index * n, n)
 
 
 def halves(gate, up, dim, count, index):
@@ -318,3 +313,7 @@ def test_fp8_blocks_that_ranks_would_share():
     model = recipes.find(config)(memory(hub), config)
     with pytest.raises(LayoutError, match="up_proj has 384 on axis 0, which tp 2"):
         list(layout("rtp_llm").targets(model, Placement(tp=4, ep=2)))
+    config, hub = blocked(320, 4)
+    model = recipes.find(config)(memory(hub), config)
+    with pytest.raises(LayoutError, match="up_proj has 320 on axis 0, which tp 1"):
+        list(layout("rtp_llm").targets(model, Placement()))  # gate's factors would begin within up's block

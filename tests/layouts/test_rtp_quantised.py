@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fastckpt
 import pytest
 import torch
 from fastckpt import recipes
@@ -9,16 +10,11 @@ from fastckpt.errors import LayoutError, RecipeError, SourceError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
 from layouts import quantised
+from layouts.family_oracle import cut
 from layouts.quantised import HEADS, KV, D
 from reading import memory, same, shard
 
 INT4 = ("awq", "gptq", "gptq-8")
-
-
-def cut(x, dim, count, index):
-    n = x.shape[dim] // count
-    assert n * count == x.shape[dim]
-    return x.narrow(dim, index * n, n)
 
 
 def heads(t, at, leaf, tp, r, dim, size):
@@ -362,3 +358,18 @@ def test_scales_of_another_size_are_refused():
     name = "model.layers.0.mlp.up_proj.weight_scale"
     with pytest.raises(RecipeError, match=r"up_proj.weight_scale: got shape \(64, 1\), wanted \(128, 1\)"):
         recipes.find(config)(memory(t | {name: t[name][:64]}), config)
+
+
+@pytest.mark.parametrize("scheme", ["smooth", "fp8-channel", "fp8-tensor", "fp8-tensor-1"])
+@pytest.mark.parametrize("experts", [0, 4])
+def test_factors_of_bytes_are_float32(scheme, experts):
+    """Whatever the hub stores (llm-compressor writes bfloat16): the engine's loader makes them so."""
+    if experts and scheme == "smooth":
+        pytest.skip("experts have no smoothers")
+    config, hub = quantised.made(scheme, experts)
+    narrow = {n: t.bfloat16() if t.dtype == torch.float32 else t for n, t in hub.items()}
+    wide = {n: t.float() if t.dtype == torch.bfloat16 else t for n, t in narrow.items()}
+    ranks = (fastckpt.reshard(t, 2, layout="rtp_llm", config=config) for t in (narrow, wide))
+    for got, want in zip(*ranks, strict=True):
+        assert got.keys() == want.keys()
+        assert all(got[n].dtype == t.dtype and torch.equal(got[n], t) for n, t in want.items())

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from fastckpt.digest import LEAF
-from fastckpt.errors import ManagerError, SourceError, WriteError
+from fastckpt.errors import FastckptError, ManagerError, SourceError, WriteError
 from fastckpt.manager import loading, policies, saving
 from fastckpt.manager.commits import Store
 from fastckpt.manager.coordination import Group
@@ -478,7 +480,7 @@ def test_async_saves_what_was_there_at_the_call(tmp_path: Path, monkeypatch: pyt
     real = saving._Save._claim
 
     def held(self: saving._Save) -> Any:
-        assert go.wait(20)
+        assert go.wait(60)
         return real(self)
 
     monkeypatch.setattr(saving._Save, "_claim", held)
@@ -494,6 +496,39 @@ def test_async_saves_what_was_there_at_the_call(tmp_path: Path, monkeypatch: pyt
         x += 1
         assert manager.restore(0)["x"].unique().tolist() == [0.0]  # type: ignore[index]
         assert manager.restore(1)["x"].unique().tolist() == [1.0]  # type: ignore[index]
+
+
+FORGETFUL = """
+import sys, time, torch
+from concurrent.futures import thread
+from fastckpt import CheckpointManager
+from fastckpt.manager import saving
+
+def late(pieces):
+    while not thread._shutdown:  # Python waits for us from here on
+        time.sleep(0.01)
+    if sys.argv[2] == "fail":
+        raise OSError("the disk is gone")
+    return [[piece] for piece in pieces]  # files of their own, written by several threads
+
+saving._groups = late
+CheckpointManager(sys.argv[1], async_save=True).save(3, {"a": torch.arange(9), "b": torch.ones(3)})
+"""
+
+
+@pytest.mark.parametrize("how", ["whole", "fail"])
+def test_a_save_that_nobody_waited_for_is_finished_or_told(tmp_path: Path, how: str) -> None:
+    """The program ends right after `save`; the standard library's pools take no more work by then."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORGETFUL, tmp_path, how], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0
+    with CheckpointManager(tmp_path) as manager:
+        if how == "fail":
+            assert "CheckpointWarning: in the background: save of step 3: the disk is gone" in done.stderr
+            assert manager.steps() == []
+        else:
+            assert done.stderr == "" and manager.restore()["a"].tolist() == list(range(9))  # type: ignore[index]
 
 
 def test_saves_as_often_as_the_disk_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -604,3 +639,23 @@ def test_options_that_lack_their_other_half(tmp_path: Path) -> None:
             manager.save(0, {"x": 1}, client_state={"epoch": 1})
         with pytest.raises(ManagerError, match="no valid commit to restore"):
             manager.restore()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_to_keep": "3"}, {"async_save": "no"}, {"timeout": None}, {"save_interval": "x"}, {"shared": 1},
+     {"rank": True, "world": 1}, {"keep_best": 1.5, "best_metric": "loss"}, {"save_on_steps": 5}],
+)  # fmt: skip
+def test_an_argument_of_another_type_is_named(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(FastckptError, match=f"^{next(iter(wrong))}: wanted "):
+        CheckpointManager(tmp_path / "ck", **wrong)
+
+
+def test_a_step_is_a_number_and_names_are_several(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path / "ck") as manager:
+        for step in (True, "1", 1.0):
+            with pytest.raises(FastckptError, match=r"^step: wanted int"):
+                manager.save(step, {"ab": torch.ones(1)})  # type: ignore[arg-type]
+        manager.save(1, {"ab": torch.ones(1)})
+        with pytest.raises(FastckptError, match=r"^names: wanted Sequence"):
+            manager.restore(names="ab")

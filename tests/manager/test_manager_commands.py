@@ -132,6 +132,19 @@ def test_verify_in_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     store.clear()
 
 
+def test_dry_runs_write_nothing(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("restore", root, tmp_path / "out", "--names", "model.bias", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "model.bias" in said and "model.weight" not in said
+    to = ("publish", root, "--to", tmp_path / "served", "--layout", "same")
+    assert call(*to, "--dry-run", "--json") == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert sorted(t["name"] for t in planned["tensors"]) == ["bias", "weight"]
+    with pytest.raises(FastckptError, match="--back moves a link alone"):
+        call(*to, "--back", "step-00000001", "--dry-run")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "served").exists()
+
+
 def test_publish_and_back(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     to = tmp_path / "served"
     for step in (1, 3):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import fastckpt
 import numpy as np
@@ -131,20 +132,20 @@ def test_files_and_their_config(tmp_path, name):
     told = json.loads((tmp_path / "out" / "quantisation-rank-0.json").read_text())
     assert all(t["cosine"] > 0.98 and t["scheme"] == name for t in told.values())
     said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    gate = "model.layers.0.block_sparse_moe.gate"
+    embedding, gate = "model.embed_tokens", "model.layers.0.block_sparse_moe.gate"
     if kind == "int4":
         weights = said["config_groups"]["group_0"]["weights"]
         assert (weights["symmetric"], weights["group_size"], weights["num_bits"]) == (False, n, 4)
     elif kind == "awq":
         assert said == {
             "quant_method": "awq", "bits": 4, "group_size": n, "zero_point": True, "version": "gemm",
-            "modules_to_not_convert": [gate, "lm_head"],
+            "modules_to_not_convert": [embedding, gate, "lm_head"],
         }  # fmt: skip
     else:
-        pattern = "-:^model\\.layers\\.0\\.block_sparse_moe\\.gate$"
+        patterns = {f"-:^{re.escape(name)}$": {} for name in (embedding, gate)}
         assert said == {
             "quant_method": "gptq", "checkpoint_format": "gptq", "bits": 4, "group_size": n,
-            "desc_act": False, "sym": True, "lm_head": False, "dynamic": {pattern: {}},
+            "desc_act": False, "sym": True, "lm_head": False, "dynamic": patterns,
         }  # fmt: skip
 
 

@@ -462,14 +462,14 @@ def test_the_config_tells(tmp_path, scheme):
     told = json.loads((tmp_path / "out" / "config.json").read_text())
     assert {k: told[k] for k in config} == config
     said = told["quantization_config"]
-    gate = "model.layers.0.block_sparse_moe.gate"
+    left = ["model.embed_tokens", "model.layers.0.block_sparse_moe.gate", "lm_head"]
     if scheme == "fp8-block":
         assert said["quant_method"] == "fp8" and said["weight_block_size"] == [128, 128]
-        assert said["modules_to_not_convert"] == [gate, "lm_head"]
+        assert said["modules_to_not_convert"] == left
     elif "dynamic" in scheme:
         assert said == {"quant_method": "fastckpt", "scheme": scheme}
     else:
-        assert said["quant_method"] == "compressed-tensors" and said["ignore"] == [gate, "lm_head"]
+        assert said["quant_method"] == "compressed-tensors" and said["ignore"] == left
         assert said["config_groups"]["group_0"]["weights"]["num_bits"] == (4 if "int4" in scheme else 8)
 
 

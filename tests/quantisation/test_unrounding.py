@@ -7,7 +7,7 @@ import pytest
 import torch
 from fastckpt import dtypes
 from fastckpt.executors.cpu import built
-from fastckpt.quantisation.unrounding import KINDS, unrounded
+from fastckpt.quantisation.unrounding import KINDS, unpacked, unrounded
 
 if built():
     from fastckpt import _C
@@ -120,3 +120,11 @@ def test_sizes_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match=match):
             call(**wrong)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+def test_every_8_bit_float(name):
+    want = torch.arange(256, dtype=torch.uint8).view(getattr(torch, name)).float().numpy()
+    got = unpacked(np.arange(256, dtype=np.uint8), name)
+    assert np.array_equal(got, want, equal_nan=True)
+    assert np.array_equal(np.signbit(got), np.signbit(want))

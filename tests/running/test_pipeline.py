@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from fastckpt.errors import SourceError, WriteError
 from fastckpt.running import pipeline
-from fastckpt.running.pipeline import feed
+from fastckpt.running.pipeline import each, feed
 
 BATCHES = [SimpleNamespace(start=0, stop=n) for n in range(1, 9)]
 
@@ -65,6 +67,45 @@ def test_an_error_of_a_worker_is_raised_once(state):
     with pytest.raises(SourceError, match="batch"):
         feed(BATCHES, [broken, *workers(state)], lambda n: None)
     assert state["running"] == 0
+
+
+def test_each_keeps_the_order_and_raises_the_first_items_error():
+    ran = []
+
+    def work(n):
+        time.sleep(0.05 if n == 3 else 0)
+        ran.append(n)
+        if n in (3, 4):
+            raise SourceError(f"item {n}")
+        return -n
+
+    assert each(work, range(3), 7) == [0, -1, -2]
+    assert each(work, [], 2) == []
+    ran.clear()
+    with pytest.raises(SourceError, match="item 3"):  # 4 fails before it, in time
+        each(work, range(200), 4)
+    assert {0, 1, 2, 3} <= {*ran}
+
+
+AFTER = """
+import sys, threading, time
+import fastckpt
+
+def late(source, out):
+    while threading.main_thread().is_alive():
+        time.sleep(0.01)
+    fastckpt.reshard(source, out=out, tp=2, threads=2)
+    print(fastckpt.verify(out).ok)
+
+threading.Thread(target=late, args=sys.argv[1:]).start()
+"""
+
+
+def test_a_run_may_end_after_the_main_thread(tmp_path):
+    source = Path(__file__).parents[1] / "fixtures" / "z3-llama-w2-even"
+    command = [sys.executable, "-c", AFTER, source, tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.stdout, done.stderr) == ("True\n", "")
 
 
 def test_threads_that_do_not_start(state, monkeypatch):

@@ -8,6 +8,7 @@ import reading
 import torch
 from fastckpt import sources
 from fastckpt.errors import SourceError
+from reading import holds
 
 BASE = torch.arange(60.0)
 TENSORS = {
@@ -18,16 +19,9 @@ TENSORS = {
 }  # fmt: skip
 
 
-def same(ckpt, tensors):
-    assert sorted([*ckpt, *ckpt.aliases]) == sorted(tensors)
-    for name, want in tensors.items():
-        assert (ckpt[name].dtype.name, ckpt[name].shape) == (str(want.dtype)[6:], tuple(want.shape))
-        assert (reading.read(ckpt[name]) == reading.bits(want)).all(), name
-
-
 def test_torch_tensors():
     ckpt = sources.open(TENSORS)
-    same(ckpt, TENSORS)
+    holds(ckpt, TENSORS)
     assert ckpt.format == "memory"
 
 

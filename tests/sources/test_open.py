@@ -11,17 +11,11 @@ import reading
 import torch
 from fastckpt import sources
 from fastckpt.errors import LayoutError, SourceError
+from reading import refuses
 from safetensors.torch import save_file
 from zero_writer import write_zero
 
 TENSORS = {"a": torch.arange(6.0), "b": torch.ones(2, 3)}
-
-
-def refuses(path, *words):
-    with pytest.raises(SourceError) as e:
-        sources.open(path)
-    for word in words:
-        assert word in str(e.value), str(e.value)
 
 
 def test_the_masters_go_before_an_exported_copy(tmp_path):
@@ -131,3 +125,21 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.pt")
     with pytest.raises(SourceError, match="not a checkpoint file"):
         sources.open(tmp_path / "pipe.pt")
+
+
+def test_a_further_directory_is_one_and_can_hold_something(tmp_path):
+    """`also` for what is whole without it, or of a directory that is not there, was not heard once."""
+    (tmp_path / "more").mkdir()
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    torch.save(TENSORS, tmp_path / "x.pt")
+    fastckpt.reshard(TENSORS, layout="same", out=tmp_path / "served")
+    with fastckpt.CheckpointManager(tmp_path / "root") as manager:
+        manager.save(1, TENSORS)
+        commit = manager.path(1)
+    files = tmp_path / "model.safetensors", tmp_path / "x.pt"
+    for path in (tmp_path, *files, tmp_path / "served", commit, TENSORS):
+        with pytest.raises(SourceError, match="was asked for, nothing of it lies elsewhere"):
+            sources.open(path, also=[tmp_path / "more"])
+        if path is not TENSORS:
+            with pytest.raises(SourceError, match="absent: no directory"):
+                sources.open(path, also=[tmp_path / "absent"])

@@ -124,16 +124,18 @@ NAMED = "net.0.weight"
         ("tensors.json", lambda t: t[NAMED].update(shape=[35]), "a box of other axes"),
         ("tensors.json", lambda t: t[NAMED].update(boxes=[]), "its boxes have 0 elements"),
         ("tensors.json", lambda t: t[NAMED]["boxes"].append(t[NAMED]["boxes"][0]), "70 elements"),
-        ("tensors.json", lambda t: t[NAMED]["boxes"][0].__setitem__(0, 5), "is of no rank that is here"),
-        ("fastckpt.json", lambda r: of(r).update(nbytes=8), "rank 0 holds 8 bytes, its box has 140"),
-        ("fastckpt.json", lambda r: of(r).update(offset="0"), "is no place of a tensor"),
-        ("fastckpt.json", lambda r: of(r).update(offset=-8), "needs bytes"),
-        ("fastckpt.json", lambda r: of(r).update(file="rank-0/../../x"), "is no place of a tensor"),
-        ("fastckpt.json", lambda r: of(r).update(file="elsewhere"), "is no place of a tensor"),
+        ("tensors.json", lambda t: t[NAMED]["boxes"][0].__setitem__(0, 5), "of rank 5 is not on this disk"),
+        ("fastckpt.json", lambda r: of(r).update(nbytes=8), r"shape \(7, 5\) of float32 is not 8 bytes"),
+        ("fastckpt.json", lambda r: of(r).update(shape=[5, 7]), r"holds float32\[5, 7\], tensors.json says"),
+        ("fastckpt.json", lambda r: of(r).update(offset="0"), "offset: wanted int, got str"),
+        ("fastckpt.json", lambda r: of(r).update(offset=-8), "-8 is no size"),
+        ("fastckpt.json", lambda r: of(r).update(file="rank-0/../../x"), "do not lie in a file of the rank"),
+        ("fastckpt.json", lambda r: of(r).update(file="elsewhere"), "do not lie in a file of the rank"),
+        ("fastckpt.json", lambda r: elsewhere(r), "lies in elsewhere, which is no rank's file"),
         ("fastckpt.json", lambda r: r.update(world=2), "is no whole training commit"),
         ("fastckpt.json", lambda r: r.update(world=0, ranks=[]), "is no whole training commit"),
-        ("fastckpt.json", lambda r: r.update(ranks=[3]), "rank 0: wanted a JSON object"),
-        ("fastckpt.json", lambda r: r.update(source=None), "source: wanted a JSON object, got NoneType"),
+        ("fastckpt.json", lambda r: r.update(ranks=[3]), "a rank is a JSON object"),
+        ("fastckpt.json", lambda r: r.update(source=None), "source: wanted dict, got NoneType"),
     ],
 )
 def test_records_that_are_signed_and_wrong(
@@ -145,6 +147,14 @@ def test_records_that_are_signed_and_wrong(
     resigned(step, name, change)
     with pytest.raises(SourceError, match=said):
         fastckpt.open(step)
+
+
+def elsewhere(record: dict[str, Any]) -> None:
+    """A rank's file under a name that tells of no rank."""
+    rank = record["ranks"][0]
+    rank["files"]["elsewhere"] = rank["files"].pop(of(record)["file"])
+    for tensor in rank["tensors"].values():
+        tensor["file"] = "elsewhere"
 
 
 def of(record: dict[str, Any]) -> dict[str, Any]:

@@ -229,12 +229,14 @@ def test_hf_trainer_directory_brings_its_config(tmp_path):
     root = tmp_path / "checkpoint-2"
     write_zero(root, PARAMS, stage=3, world=2)
     (root / "config.json").write_text('{"model_type": "llama"}')
-    (root / "tokenizer.json").write_text("{}")
+    for name in ("tokenizer.json", "tiktoken.model"):
+        (root / name).write_text("{}")
     (root / "training_args.bin").write_bytes(b"not read")
     for path in (root, root / "global_step2"):
         ckpt = sources.open(path)
         assert ckpt.config == {"model_type": "llama"}
-        assert [p.rsplit("/", 1)[1] for p in ckpt.beside] == ["config.json", "tokenizer.json"]
+        beside = {p.rsplit("/", 1)[1] for p in ckpt.beside}
+        assert beside == {"config.json", "tokenizer.json", "tiktoken.model"}
 
 
 def test_plain_client_state_is_a_fact_and_moments_are_unread(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import zero_writer
 from fastckpt import sources
-from fastckpt.errors import SourceError
+from reading import refuses
 from zero_writer import write_zero
 
 PARAMS = {"a.weight": torch.arange(35.0).reshape(7, 5), "b": torch.ones(13), "still": torch.ones(4)}
@@ -21,13 +21,6 @@ PARAMS = {"a.weight": torch.arange(35.0).reshape(7, 5), "b": torch.ones(13), "st
 def written(path, **options):
     write_zero(path, PARAMS, **{"stage": 3, "world": 3, "frozen": ["still"]} | options)
     return path / options.get("tag", "global_step2")
-
-
-def refuses(path, *words, **options):
-    with pytest.raises(SourceError) as e:
-        sources.open(path, **options)
-    for word in words:
-        assert word in str(e.value), str(e.value)
 
 
 def edit(path, change):

@@ -13,6 +13,7 @@ import torch
 from fastckpt import sources
 from fastckpt.errors import SourceError
 from fastckpt.sources import zero_experts, zero_state
+from reading import refuses
 from safetensors.torch import load_file
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -92,13 +93,6 @@ def change(path: Path, edit) -> None:
     tree = torch.load(path, weights_only=False)
     edit(tree)
     torch.save(tree, path)
-
-
-def refuses(path: Path, *words: str, **options: str) -> None:
-    with pytest.raises(SourceError) as e:
-        sources.open(path, **options)
-    for word in words:
-        assert word in str(e.value), str(e.value)
 
 
 def test_files_of_experts_that_are_missing_or_too_many(copied, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from fastckpt import sources
 from fastckpt.errors import SourceError
+from reading import refuses
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -69,13 +70,6 @@ def test_round_robin_which_the_converter_gets_wrong(tmp_path):
     path = converted("z2-llama-w2-robin", tmp_path)
     with pytest.raises(SourceError, match="not of the same step"):
         sources.open(path)
-
-
-def refuses(path: Path, *words: str) -> None:
-    with pytest.raises(SourceError) as e:
-        sources.open(path)
-    for word in words:
-        assert word in str(e.value), str(e.value)
 
 
 def test_masters_that_are_missing_or_others(stage_2, tmp_path):

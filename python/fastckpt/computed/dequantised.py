@@ -134,6 +134,10 @@ def plain(
     found = {p.name: p for p in _found(ckpt, said if isinstance(said, dict) else {})}
     if not found:
         raise SourceError(f"{ckpt.path}: quant none: no tensor of it is quantised in a way that is read")
+    for p in found.values():
+        if p.scales.dtype not in DENSE:
+            read = ", ".join(d.name for d in DENSE)
+            raise SourceError(f"{p.name}: scales of {p.scales.dtype} are not read, only of {read}")
     dense = dtype or _named(told) or dtypes.bfloat16
     first = len(ckpt.extents)
     made = (nowhere(p, p.shape, dtypes.float32, p.name) for p in found.values())
@@ -247,7 +251,11 @@ def _whole(view: View, name: str, *wanted: DType) -> View:
 
 
 def _grid(
-    name: str, scales: View, shape: tuple[int, int], block: tuple[int, int] | None
+    name: str,
+    scales: View,
+    shape: tuple[int, int],
+    block: tuple[int, int] | None,
+    said: Mapping[str, JSON],
 ) -> tuple[View, tuple[int, int]]:
     """Scales as a matrix, and how many outputs and inputs share one. Raises SourceError."""
     flat = scales.shape
@@ -255,13 +263,21 @@ def _grid(
         return scales.reshape((1, 1)), (0, 0)
     if flat in ((shape[0],), (shape[0], 1)):
         return scales.reshape((shape[0], 1)), (1, 0)
-    tries = [block] if block is not None else []
-    if len(flat) == 2 and flat[0] == shape[0] and shape[1] % flat[1] == 0:
-        tries.append((1, shape[1] // flat[1]))
-    for down, across in tries:
-        if flat == (-(-shape[0] // down), -(-shape[1] // across)):
-            return scales, (down, across)
+    if block is not None and flat == (-(-shape[0] // block[0]), -(-shape[1] // block[1])):
+        return scales, block
+    if len(flat) == 2 and flat[0] == shape[0] and (each := _group(shape[1], flat[1], said)):
+        return scales, (1, each)
     raise SourceError(f"{name}: scales of shape {flat} do not fit the matrix {shape}")
+
+
+def _group(inputs: int, groups: int, said: Mapping[str, JSON]) -> int:
+    """How many inputs share one of so many scales: what the config says, where the last group may be short,
+    or else equal parts; 0 where neither gives so many."""
+    for told in (said, *_groups(said)):
+        size = told.get("group_size", told.get("q_group_size"))
+        if isinstance(size, int) and size > 0 and -(-inputs // size) == groups:
+            return size
+    return 0 if inputs % groups else inputs // groups
 
 
 def _bytes(ckpt: Checkpoint, name: str, said: Mapping[str, JSON]) -> Parts:
@@ -272,7 +288,7 @@ def _bytes(ckpt: Checkpoint, name: str, said: Mapping[str, JSON]) -> Parts:
     shape = (values.shape[0], values.shape[1])
     inverse = f"{name}_scale_inv" in ckpt.entries
     factors = _view(ckpt, name + ("_scale_inv" if inverse else "_scale"))
-    scales, shared = _grid(name, factors, shape, _block(said, inverse))
+    scales, shared = _grid(name, factors, shape, _block(said, inverse), said)
     zeros = None
     if f"{name}_zero_point" in ckpt.entries:
         zeros = _whole(_view(ckpt, f"{name}_zero_point"), f"{name}_zero_point").reshape(scales.shape)
@@ -289,15 +305,21 @@ def _block(said: Mapping[str, JSON], inverse: bool) -> tuple[int, int] | None:
 
 def _weights(said: Mapping[str, JSON]) -> dict[str, JSON]:
     """What compressed-tensors' config says of the weights. Raises SourceError where groups differ."""
+    found = _groups(said)
+    if len({(str(w.get("num_bits")), str(w.get("block_structure"))) for w in found}) > 1:
+        raise SourceError("quantization_config: config_groups of different widths are not read")
+    return found[0] if found else {}
+
+
+def _groups(said: Mapping[str, JSON]) -> list[dict[str, JSON]]:
+    """What each of compressed-tensors' config_groups says of the weights, each once."""
     groups = said.get("config_groups")
     found: list[dict[str, JSON]] = []
     for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
         if isinstance(weights, dict) and weights not in found:
             found.append(weights)
-    if len({(str(w.get("num_bits")), str(w.get("block_structure"))) for w in found}) > 1:
-        raise SourceError("quantization_config: config_groups of different widths are not read")
-    return found[0] if found else {}
+    return found
 
 
 def _bits(name: str, told: JSON) -> int:
@@ -316,7 +338,7 @@ def _pack_quantized(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> Pa
         )
     bits = _bits(name, _weights(said).get("num_bits", 4))
     shape = (values.shape[0], values.shape[1] * (32 // bits))
-    scales, shared = _grid(name, _view(ckpt, f"{name}_scale"), shape, None)
+    scales, shared = _grid(name, _view(ckpt, f"{name}_scale"), shape, None, said)
     zeros = None
     if f"{name}_zero_point" in ckpt.entries:
         wanted = (-(-shape[0] * bits // 32), scales.shape[1])
@@ -343,10 +365,10 @@ def _by_groups(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> Parts:
     tall, wide = per_element(f"{packed}{bits}")
     inputs = values.shape[0] * tall
     fits = values.shape[1] == outputs // wide and zeros.shape == (groups, -(-outputs // many))
-    if not fits or inputs % groups:
+    if not fits or not (each := _group(inputs, groups, said)):
         raise SourceError(f"{name}: {values.shape}, {scales.shape} and {zeros.shape} do not fit each other")
     dense = Parts(
-        name, (outputs, inputs), values, scales, (1, inputs // groups), zeros, packed, bits, turned=True
+        name, (outputs, inputs), values, scales, (1, each), zeros, packed, bits, turned=True
     )
     if method == "gptq":
         return _gptq(ckpt, stem, said, dense)

@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     _source(plan)
     _rank(plan)
     serving_options.add(plan)
+    _memory(plan)
     _threads(plan)
 
     reshard = command("reshard", "write the shards of the serving ranks")
@@ -92,7 +93,10 @@ def parser() -> argparse.ArgumentParser:
         help="safetensors, not .bin",
     )
     consolidate.add_argument(
-        "--dtype", default="float32", help="dtype of the float tensors (default: float32)"
+        "--dtype",
+        type=serving_options.or_none,
+        default="float32",
+        help="dtype of the float tensors, `none` for each one's own (default: float32)",
     )
     serving_options.add_adapter(consolidate)
     consolidate.add_argument("--weights-key", metavar="KEY", help="one .bin file, {KEY: state dict}")
@@ -202,9 +206,13 @@ def _run(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     p.add_argument("--overwrite", action="store_true", help="replace an existing output, in one step")
     p.add_argument("--no-fsync", action="store_false", dest="durable", help="do not wait for the disk")
-    p.add_argument("--memory", metavar="SIZE", help="bytes held at once (default: 64 MiB + 4 MiB a thread)")
+    _memory(p)
     _threads(p)
     _quiet(p)
+
+
+def _memory(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--memory", metavar="SIZE", help="bytes held at once (default: 64 MiB + 4 MiB a thread)")
 
 
 def _threads(p: argparse.ArgumentParser) -> None:

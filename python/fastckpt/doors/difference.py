@@ -9,22 +9,21 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import sources
 from ..checkpoint import JSON, Checkpoint, Entry
-from ..dtypes import DType, bfloat16, complex32, float8_e4m3fn
+from ..dtypes import DType, bfloat16, complex32
 from ..errors import ViewError
 from ..joining import open as open_checkpoint
+from ..quantisation.unrounding import unpacked
 from ..road import stream
 from ..sources.served import SHARDS
 from .text import counted, some
 
 Bytes = NDArray[np.uint8]
-Floats = NDArray[np.float64]
 Numbers = NDArray[np.float64] | NDArray[np.complex128]
 Progress = Callable[[int, int, str], None]
 
@@ -291,7 +290,7 @@ def _values(data: Bytes, dtype: DType) -> Numbers:
     if dtype is complex32:
         return data.view(np.float16).astype(np.float32).view(np.complex64).astype(np.complex128)
     if dtype.kind == "float" and dtype.itemsize == 1:
-        return _float8(dtype)[data]
+        return unpacked(data, dtype.name).astype(np.float64)
     return data.view(_raw(dtype)).astype(np.complex128 if dtype.kind == "complex" else np.float64)
 
 
@@ -303,20 +302,3 @@ def _raw(dtype: DType) -> np.dtype[np.generic]:
         return np.dtype(dtype.name)
     except TypeError:
         return np.dtype(f"u{dtype.itemsize}")
-
-
-@cache
-def _float8(dtype: DType) -> Floats:
-    """The 256 values of an 8-bit float (OCP 8-bit floating point, revision 1.0: E4M3 has no infinity)."""
-    code = np.arange(256)
-    mantissa_bits = dtype.digits - 1
-    top = (1 << dtype.exponent) - 1
-    exponent, mantissa = code >> mantissa_bits & top, code & ((1 << mantissa_bits) - 1)
-    bias = top >> 1
-    normal = (1 + mantissa / (1 << mantissa_bits)) * 2.0 ** (exponent - bias)
-    value = np.where(exponent == 0, mantissa / (1 << mantissa_bits) * 2.0 ** (1 - bias), normal)
-    if dtype is float8_e4m3fn:
-        value[code & 127 == 127] = np.nan
-    else:
-        value[exponent == top] = np.where(mantissa[exponent == top] == 0, np.inf, np.nan)
-    return np.where(code >= 128, -value, value)

@@ -21,7 +21,7 @@ from ..planning.binding import Binding
 from ..planning.compiling import WINDOW
 from ..planning.copies import NOTHING, Ints, Table
 from ..planning.plans import Plan
-from ..running.limits import band, workers
+from ..running.limits import Limits
 from .text import columns, counted, size, some
 
 
@@ -172,14 +172,16 @@ class PlanDescription:
         }
 
 
-def describe_plan(plan: Plan, *, threads: int | None = None) -> PlanDescription:
-    """Which bytes of which file go where; `threads` is the number that `peak_memory` is told for.
+def describe_plan(
+    plan: Plan, *, threads: int | None = None, memory: str | int | None = None
+) -> PlanDescription:
+    """Which bytes of which file go where; `threads` and `memory` are what `peak_memory` is told for.
 
-    Raises WriteError for fewer than one thread."""
+    Raises WriteError where `reshard` does: fewer than one thread, too little memory."""
     runs = _runs(plan)
     held = Counter((t.rank, t.file) for t in plan.tensors)
     paths = [f.path for f in plan.files]
-    lanes = workers(threads)
+    limits = Limits.of(threads, memory)
     rows = sum(k.nbytes for k in plan.kept or ()) + 4 * WINDOW * copies.COPY.itemsize
     return PlanDescription(
         key=plan.key,
@@ -193,7 +195,7 @@ def describe_plan(plan: Plan, *, threads: int | None = None) -> PlanDescription:
         ),
         files=tuple((r, paths[i], n, plan.files[i].nbytes) for (r, i), n in held.items()),
         aliases=plan.aliases,
-        peak_memory=lanes * band(lanes) + rows,
+        peak_memory=limits.threads * limits.band + rows,
         notes=plan.notes,
     )
 

@@ -80,14 +80,15 @@ def add_files(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--max-shard-size",
         "--max_shard_size",
-        type=_shard_size,
+        type=or_none,
         default="5GB",
         metavar="SIZE",
         help="bytes of one file at most, `none` for a single file (default: 5GB)",
     )
 
 
-def _shard_size(text: str) -> str | None:
+def or_none(text: str) -> str | None:
+    """An option's text, None for `none`."""
     return None if text.lower() == "none" else text
 
 

@@ -7,24 +7,16 @@ mapped file that shrank while it was read is an error.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DeviceError, SourceError
 from ..extents import Buffer
+from ..native import _C
 from ..planning.copies import Table
 
-if TYPE_CHECKING:
-    from .. import _C
-else:
-    try:
-        from .. import _C
-    except ImportError:
-        _C = None
-
-RECENT_BYTES = 32 << 20
+RECENT_BYTES = 24 << 20
 """Bytes of mapped sources that a runner keeps, all its threads together; beyond, the older half goes back."""
 
 

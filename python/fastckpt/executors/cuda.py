@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,16 +16,9 @@ from numpy.typing import NDArray
 
 from ..errors import DeviceError
 from ..extents import Buffer
+from ..native import _C
 from ..planning.copies import Table
 from ..tiles import Tiles, tile
-
-if TYPE_CHECKING:
-    from .. import _C
-else:
-    try:
-        from .. import _C
-    except ImportError:
-        _C = None
 
 
 def refusal(built: bool, state: Mapping[str, int | str], torch_cuda: str | None) -> str | None:

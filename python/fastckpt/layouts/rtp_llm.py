@@ -28,7 +28,7 @@ from .rtp_merge import slopes
 from .rtp_roles import Making, Whole, layer_weights, norm
 from .rtp_rope import cos_sin_cache
 from .rtp_split import SPLITS, Cut, phy2log
-from .rtp_weights import FP32, NAMES, TABLES
+from .rtp_weights import FACTORS, FP32, NAMES, TABLES
 
 TOWERS = {"cogvlm2": "model.vision."}
 """family -> the hub's prefix of its image tower, which the first tp rank holds whole, by the names behind the
@@ -200,10 +200,10 @@ def _target(at: str, whole: Whole, cut: Cut) -> Target:
     only tp counts."""
     grid, views = cut.place, [whole.view, *whole.also]
     if grid.tp > 1 or (whole.name != "lm_head" and (grid.dp, grid.ep) != (1, 1)):
-        split, own = SPLITS[TABLES[whole.table][whole.name]].view, replace(cut, bits=whole.bits)
+        split, own = SPLITS[TABLES[whole.table][whole.name]], replace(cut, bits=whole.bits)
         views = [split(view, own) for view in views]
     view, *also = views
-    if whole.name in FP32:
+    if whole.name in FP32 or (whole.table != "default" and whole.name in FACTORS):
         view = view.cast(dtypes.float32)
     if whole.finish is not None:
         view = whole.finish(view)

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from ..model import Attention, Experts, Layer, Linear, Thin
-from ..views import View, zeros
-from .rtp_merge import concat_t, merge_qkv_lora_a, merge_qkv_lora_b, transpose
+from ..views import View, cat, zeros
+from .rtp_merge import merge_qkv_lora_b
 from .rtp_roles import Making, Whole, mlp_matrices
 
 Lookup = Callable[[Linear], Thin | None]
@@ -38,10 +38,10 @@ def _pair(name: str, linears: Sequence[Linear], thin: Lookup) -> Iterator[Whole]
     if not there:
         return
     if len({f.module for f in there}) == 1 and len(there) == len(found):  # the hub has them as one
-        a, b = transpose([there[0].a]), concat_t([f.b for f in there])
+        a, b = there[0].a.T, cat([f.b for f in there]).T
     else:
         first = there[0]
-        a = merge_qkv_lora_a([f.a if f else None for f in found])
+        a = cat([f.a if f else zeros(first.a.shape, first.a.dtype) for f in found]).T
         b = merge_qkv_lora_b([f.b if f else _nothing(x, first) for f, x in zip(found, linears, strict=True)])
     yield Whole(f"{name}_lora_a", a)
     yield Whole(f"{name}_lora_b", b)

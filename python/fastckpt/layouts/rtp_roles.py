@@ -16,20 +16,9 @@ from .. import dtypes
 from ..computed.finishes import agreed, largest, plus_one, reciprocal
 from ..errors import LayoutError
 from ..model import Attention, Beside, Experts, Layer, Linear, Mla, Mlp, Model, Norm
-from ..views import View
+from ..views import View, cat, stack
 from .cuts import in_form, joined
-from .rtp_merge import (
-    concat_t,
-    flat,
-    kv_rope,
-    merge_fp8,
-    q_rope,
-    stack_moe_w1,
-    stacked,
-    transpose,
-    transpose_slice_k,
-    transpose_slice_v,
-)
+from .rtp_merge import flat, merge_fp8, rope_apart, stack_moe_w1, transpose_slice_k, transpose_slice_v
 from .rtp_split import Cut
 from .rtp_weights import STATIC
 
@@ -159,7 +148,7 @@ def _matrix(
         whole_blocks(linear, axis, count)
     bits = 32 // max(linear.packed) if packed else 4
     kernel = _of_one_scale(linears) if one_scale else linear.weight
-    yield Whole(f"{stem}w{end}", transpose([kernel]) if table == "default" else kernel, table, bits)
+    yield Whole(f"{stem}w{end}", kernel.T if table == "default" else kernel, table, bits)
     for b in linear.beside:
         if b.leaf == "input_scale":
             each = _vectors(linears, b.leaf)
@@ -242,11 +231,12 @@ def _beside(beside: Beside, table: str) -> View:
     return in_form(beside) if table == "fp8_tensor" else beside.view
 
 
-def whole_blocks(linear: Linear, axis: int, count: int) -> None:
-    """Raises LayoutError where `count` ranks cut what shares a scale, or packed values."""
+def whole_blocks(linear: Linear, axis: int, count: int, *, followed: bool = False) -> None:
+    """Raises LayoutError where `count` ranks cut what shares a scale, or packed values; `followed`: another
+    matrix begins where a part ends, so that one rank's must end with a block too."""
     size = linear.shape[axis]
     for unit in (linear.packed[axis], *(b.unit[axis] for b in linear.beside)):
-        if unit > 1 and count > 1 and size % (unit * count):
+        if unit > 1 and (count > 1 or followed) and size % (unit * count):
             raise LayoutError(
                 f"layout rtp_llm: {linear.name} has {size} on axis {axis}, which tp {count} does not cut "
                 f"into whole blocks of {unit}"
@@ -277,7 +267,7 @@ def _attention(attention: Attention, model: Model, cut: Cut, making: Making, of:
         no_bias(attention.gate)
         if attention.gate.beside:
             raise LayoutError(f"layout rtp_llm has no place for the quantised gate of {attention.gate.name}")
-        yield Whole("attn_gate_w", transpose([attention.gate.weight]))
+        yield Whole("attn_gate_w", attention.gate.weight.T)
     yield from norm("q_ln", attention.q_norm)
     yield from norm("k_ln", attention.k_norm)
 
@@ -308,7 +298,7 @@ def _latent(attention: Mla, heads: int, cut: Cut, making: Making) -> Iterator[Wh
     if attention.q_a is None:
         if q.beside or kv_a.beside:
             raise LayoutError(f"layout rtp_llm has no place for the scales of {q.name}")
-        yield Whole("mla_fusedqkrope_no_lora_w", concat_t([q.weight, kv_a.weight]))
+        yield Whole("mla_fusedqkrope_no_lora_w", cat([q.weight, kv_a.weight]).T)
     else:
         yield from _matrix("mla_fusedqkrope_", [attention.q_a, kv_a], (None, 1))
         yield from norm("mla_q_a_ln", attention.q_norm)
@@ -322,8 +312,8 @@ def _latent(attention: Mla, heads: int, cut: Cut, making: Making) -> Iterator[Wh
 
 def _absorbing(kv_b: Linear, nope: int, value: int) -> Iterator[Whole]:
     """kc and vc; of an fp8 matrix with the factors of their blocks, where heads end with blocks."""
-    yield Whole("mla_kc", transpose_slice_k([kv_b.weight], nope, value))
-    yield Whole("mla_vc", transpose_slice_v([kv_b.weight], nope, value))
+    yield Whole("mla_kc", transpose_slice_k(kv_b.weight, nope, value))
+    yield Whole("mla_vc", transpose_slice_v(kv_b.weight, nope, value))
     for b in kv_b.beside:
         if nope % b.unit[0] or value % b.unit[0]:
             raise LayoutError(
@@ -331,17 +321,14 @@ def _absorbing(kv_b: Linear, nope: int, value: int) -> Iterator[Whole]:
                 f"blocks of {b.unit[0]}; absorb=false writes kv_b alone"
             )
         units = nope // b.unit[0], value // b.unit[0]
-        yield Whole("mla_kc_s", transpose_slice_k([b.view], *units))
-        yield Whole("mla_vc_s", transpose_slice_v([b.view], *units))
+        yield Whole("mla_kc_s", transpose_slice_k(b.view, *units))
+        yield Whole("mla_vc_s", transpose_slice_v(b.view, *units))
 
 
 def _rope_apart(linear: Linear, heads: int, before: int, rope: int) -> Linear:
     if linear.beside:
         raise LayoutError(f"layout rtp_llm: split_rope would tear the blocks of {linear.name}")
-    part = (
-        q_rope([linear.weight], heads, before, rope) if heads > 1 else kv_rope([linear.weight], before, rope)
-    )
-    return Linear(linear.name, part)
+    return Linear(linear.name, rope_apart(linear.weight, heads, before, rope))
 
 
 # ---- feed-forward blocks ----
@@ -374,7 +361,7 @@ def _experts(moe: Experts, cut: Cut, making: Making, order: Sequence[int]) -> It
     if moe.stacks is not None:
         raise LayoutError(f"layout rtp_llm has no place for what {moe.name} has beside experts' matrices")
     no_bias(moe.router)
-    yield Whole("moe_gate", transpose([moe.router.weight]))
+    yield Whole("moe_gate", moe.router.weight.T)
     if moe.correction is not None:
         yield Whole("e_score_correction_b", moe.correction.view)
     mlps = [moe.experts[e] for e in range(len(moe.experts))]
@@ -388,7 +375,7 @@ def _experts(moe: Experts, cut: Cut, making: Making, order: Sequence[int]) -> It
         yield from _mlp(moe.shared, cut, making)
     if moe.shared_gate is not None:
         no_bias(moe.shared_gate)
-        yield Whole("shared_expert_gate", transpose([moe.shared_gate.weight]))
+        yield Whole("shared_expert_gate", moe.shared_gate.weight.T)
 
 
 def _stacks(end: str, linears: Sequence[Linear], axis: int, cut: Cut, making: Making) -> Iterator[Whole]:
@@ -401,13 +388,13 @@ def _stacks(end: str, linears: Sequence[Linear], axis: int, cut: Cut, making: Ma
     if first.leaf == "weight_packed":
         _require_int4(first, cut)
     for linear in linears:
-        whole_blocks(linear, axis, cut.moe_tp[1])
-    make = stack_moe_w1 if end == "1" else stacked
+        whole_blocks(linear, axis, cut.moe_tp[1], followed=end == "1")
+    make = stack_moe_w1 if end == "1" else stack
     one_scale = making.one_scale and table == "fp8_tensor"
     if one_scale and end == "1":
         half = len(linears) // 2
         pairs = zip(linears[:half], linears[half:], strict=True)
-        yield Whole("moe_w1", stacked([_of_one_scale(pair) for pair in pairs]), table)
+        yield Whole("moe_w1", stack([_of_one_scale(pair) for pair in pairs]), table)
     else:
         yield Whole(f"moe_w{end}", make([x.weight for x in linears]), table)
     for k, b in enumerate(first.beside):

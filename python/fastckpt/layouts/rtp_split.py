@@ -1,8 +1,10 @@
 """rtp-llm's tensor- and expert-parallel strategies as views: a whole processed tensor -> one rank's part.
 
 Every strategy takes the tensor and a Cut, which says which rank it is and what sizes attention has. SPLITS
-lists all of them by the reference's names, and says where we differ and why. A remainder is always refused;
-the reference drops it in most strategies. Source: rtp-llm's utils/model_weight.py (2025's and 2026's). """
+has those of TABLES by the reference's names; tests/layouts/catalogue.py has all, and says where ours differ,
+and why. A remainder is always refused, and so are heads that tp does not divide and blocks that ranks would
+share; the reference mostly drops, or cuts. Experts and their widths are cut as 2025's use_stack_weight did,
+which with tp alone is today's moe_pure_tp_mode. Source: rtp-llm's utils/model_weight.py (2025's, 2026's)."""
 
 from __future__ import annotations
 
@@ -22,8 +24,7 @@ class Cut:
     """One rank's place, and attention's sizes. `ffn`: (index, count) among the ranks that cut the
     feed-forward block (None: as tp).
 
-    `bits`: of packed int4 or int8 values; `value_heads`, `value_dim`: linear attention's values (its keys are
-    `kv_heads` of `head_dim`); `stack`: experts' widths are cut (use_stack_weight)."""
+    `bits`: of packed int4 or int8 values; `stack`: experts' widths are cut (use_stack_weight)."""
 
     place: Placement
     heads: int = 1
@@ -32,8 +33,6 @@ class Cut:
     hidden: int = 0
     bits: int = 4
     ffn: tuple[int, int] | None = None
-    value_heads: int = 1
-    value_dim: int = 1
     stack: bool = True
 
     @property
@@ -93,11 +92,6 @@ def sp_0(view: View, cut: Cut) -> View:
     return view.part(0, *cut.tp)
 
 
-def sp_1(view: View, cut: Cut) -> View:
-    """A part of axis 1."""
-    return view.part(1, *cut.tp)
-
-
 def sp_neg1(view: View, cut: Cut) -> View:
     """A part of the last axis."""
     return view.part(-1, *cut.tp)
@@ -114,7 +108,7 @@ def ffn_sp_neg1(view: View, cut: Cut) -> View:
 
 
 def sp_0_pad8(view: View, cut: Cut) -> View:
-    """Zero rows up to a multiple of 8 * tp, then a part of the rows."""
+    """Zero rows up to a multiple of 8 * tp, then a part of the rows (2025's: the last rank's)."""
     return padded_part(view, 8 * cut.place.tp, *cut.tp)
 
 
@@ -145,32 +139,21 @@ def sp_head_z(view: View, cut: Cut) -> View:
     return _qkv(view, cut, cut.head_dim * cut.bits // 32)
 
 
-def sp_head_qk_norm(view: View, cut: Cut) -> View:
-    """The norms of all q heads, then of all k heads -> [1, this rank's]."""
-    row = view.reshape((1, view.numel))
-    return _by_kind(row, [(cut.heads * cut.head_dim, cut.tp), (cut.kv_heads * cut.head_dim, cut.kv)])
-
-
 def sp_head_gemm_a8(view: View, cut: Cut) -> View:
     """As get_sp_tensor on [out, in] (a vector [out] counts as [out, 1])."""
     table = view.reshape((view.shape[0], view.numel // view.shape[0]))
     return get_sp_tensor(table.T, cut).T
 
 
-def get_sp_tensor_blocked(view: View, cut: Cut) -> View:
-    """Factors [in / 128, (Nq + 2Nk)D / 128] of 128 x 128 blocks, by heads.
-
-    Raises LayoutError where a rank's q or kv columns do not end with a block."""
-    q, kv = cut.heads * cut.head_dim, cut.kv_heads * cut.head_dim
-    for what, columns, count in (("query", q, cut.place.tp), ("kv", kv, cut.kv[1])):
-        if columns % (128 * count):
-            raise LayoutError(f"{columns} {what} features in {count} parts are not whole blocks of 128")
-    return _by_kind(view, [(q // 128, cut.tp), (kv // 128, cut.kv), (kv // 128, cut.kv)])
-
-
 def sp_head_s_gemm_a8_block(view: View, cut: Cut) -> View:
-    """As get_sp_tensor_blocked, on the transpose."""
-    return get_sp_tensor_blocked(view.T, cut).T
+    """Factors [(Nq + 2Nk)D / 128, in / 128] of 128 x 128 blocks, by heads.
+
+    Raises LayoutError where a rank's q or kv rows do not end with a block."""
+    q, kv = cut.heads * cut.head_dim, cut.kv_heads * cut.head_dim
+    for what, rows, count in (("query", q, cut.place.tp), ("kv", kv, cut.kv[1])):
+        if rows % (128 * count):
+            raise LayoutError(f"{rows} {what} features in {count} parts are not whole blocks of 128")
+    return by_kind(view, [(q // 128, cut.tp), (kv // 128, cut.kv), (kv // 128, cut.kv)], 0)
 
 
 def sp_attn_gate(view: View, cut: Cut) -> View:
@@ -183,25 +166,25 @@ def split_slopes_tp(view: View, cut: Cut) -> View:
     return _heads_part(view, 0, cut)
 
 
-def _require_even(what: str, count: int, cut: Cut) -> None:
-    if count % cut.place.tp:
-        raise LayoutError(f"{count} {what} do not divide by tp {cut.place.tp}")
-
-
 def _heads_part(view: View, axis: int, cut: Cut) -> View:
-    _require_even("heads", cut.heads, cut)
+    _require_even(cut)
     return view.part(axis, *cut.tp)
+
+
+def _require_even(cut: Cut) -> None:
+    if cut.heads % cut.place.tp:
+        raise LayoutError(f"{cut.heads} heads do not divide by tp {cut.place.tp}")
 
 
 def _qkv(view: View, cut: Cut, unit: int) -> View:
     """Columns (q | k | v) of `unit` a head."""
-    _require_even("heads", cut.heads, cut)
+    _require_even(cut)
     q, kv = cut.heads * unit, cut.kv_heads * unit
     rows = view.reshape((view.numel // max(q + 2 * kv, 1), q + 2 * kv))
-    return _by_kind(rows, [(q, cut.tp), (kv, cut.kv), (kv, cut.kv)])
+    return by_kind(rows, [(q, cut.tp), (kv, cut.kv), (kv, cut.kv)])
 
 
-def _by_kind(view: View, kinds: Sequence[tuple[int, tuple[int, int]]], axis: int = 1) -> View:
+def by_kind(view: View, kinds: Sequence[tuple[int, tuple[int, int]]], axis: int = 1) -> View:
     """Runs of an axis one after another, each (length, (index, count)) cut on its own."""
     out, at = [], 0
     if sum(n for n, _ in kinds) != view.shape[axis]:
@@ -218,11 +201,6 @@ def _by_kind(view: View, kinds: Sequence[tuple[int, tuple[int, int]]], axis: int
 def ffn_sp_neg1_w13(view: View, cut: Cut) -> View:
     """Both halves of the last axis, each cut."""
     return cat([ffn_sp_neg1(view.part(-1, k, 2), cut) for k in range(2)], -1)
-
-
-def ffn_sp_0_w13(view: View, cut: Cut) -> View:
-    """Both halves of the last axis, the rows of each cut: `ffn_sp_0`."""
-    return ffn_sp_0(view, cut)
 
 
 def sp_0_w13(view: View, cut: Cut) -> View:
@@ -250,64 +228,6 @@ def sp_ep(view: View, cut: Cut) -> View:
     return view.part(0, *cut.experts)
 
 
-# ---- linear attention (Qwen3-Next, KDA): keys are kv_heads of head_dim, values value_heads of value_dim ----
-
-
-def split_qkvz(view: View, cut: Cut) -> View:
-    """[H, q | k | v | z], or factors of its blocks of 128 columns: each cut."""
-    return _linear(view, cut, 1, gated=True)
-
-
-def split_qkvz_t(view: View, cut: Cut) -> View:
-    """[q; k; v; z, ..], or factors of its blocks of 128 rows: each cut."""
-    return _linear(view, cut, 0, gated=True)
-
-
-def split_conv1d(view: View, cut: Cut) -> View:
-    """[q; k; v, ..]: the rows of each cut."""
-    return _linear(view, cut, 0)
-
-
-def split_kda_qkv(view: View, cut: Cut) -> View:
-    """[H, q | k | v]: each cut."""
-    return _linear(view, cut, 1)
-
-
-def split_ba(view: View, cut: Cut) -> View:
-    """[H, b | a]: each half cut, a column a value head."""
-    return cat([_values_part(view.part(1, k, 2), 1, cut) for k in range(2)], 1)
-
-
-def split_values(view: View, cut: Cut) -> View:
-    """[value heads * .., ..]: the rows of this rank's value heads."""
-    return _values_part(view, 0, cut)
-
-
-def split_values_t(view: View, cut: Cut) -> View:
-    """[.., value heads * ..]: the columns of this rank's value heads."""
-    return _values_part(view, 1, cut)
-
-
-def _values_part(view: View, axis: int, cut: Cut) -> View:
-    _require_even("value heads", cut.value_heads, cut)
-    return view.part(axis, *cut.tp)
-
-
-def _linear(view: View, cut: Cut, axis: int, *, gated: bool = False) -> View:
-    """q, k, v and, where `gated`, z along an axis, each cut by its heads. Raises LayoutError for ranks that
-    would share a head or a block of 128."""
-    tp = cut.place.tp
-    _require_even("key heads", cut.kv_heads, cut)
-    _require_even("value heads", cut.value_heads, cut)
-    k, v = cut.kv_heads * cut.head_dim, cut.value_heads * cut.value_dim
-    widths = [k, k, v, v] if gated else [k, k, v]
-    if view.shape[axis] * 128 == sum(widths):
-        if k % (128 * tp) or v % (128 * tp):
-            raise LayoutError(f"{k} keys and {v} values on {tp} ranks are not whole blocks of 128")
-        widths = [n // 128 for n in widths]
-    return _by_kind(view, [(n, cut.tp) for n in widths], axis)
-
-
 def phy2log(experts: int, physical: int, ep: int, nodes: int = 1) -> list[int]:
     """Which expert each of `physical` places holds; the first `experts` are shared out to `ep` parts.
 
@@ -331,60 +251,29 @@ def phy2log(experts: int, physical: int, ep: int, nodes: int = 1) -> list[int]:
     return out
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
-    """A row of the catalogue: a strategy; `differs`: where ours differs from the reference, and why."""
-
-    view: Strategy
-    differs: str = ""
-
-
-_REMAINDER = "a remainder is refused, the reference drops it"
-_HEADS = "heads that tp does not divide are refused, the reference cuts inside a head"
-_BLOCKS = "ranks that would share a block of 128 are refused"
-_STACK = "experts and widths cut as use_stack_weight did; with tp alone that is today's moe_pure_tp_mode"
-
-SPLITS: Mapping[str, Split] = {
-    "sp_id": Split(sp_id),
-    "sp_0": Split(sp_0, _REMAINDER),
-    "sp_1": Split(sp_1, _REMAINDER),
-    "sp_neg1": Split(sp_neg1),
-    "ffn_sp_0": Split(ffn_sp_0, _REMAINDER),
-    "ffn_sp_neg1": Split(ffn_sp_neg1, _REMAINDER),
-    "sp_0_pad8": Split(sp_0_pad8, "as today's: 2025's put all padding on the last rank"),
-    "sp_neg1_part_by_head": Split(sp_neg1_part_by_head, _REMAINDER),
-    "get_sp_tensor": Split(get_sp_tensor, _HEADS),
-    "sp_head": Split(sp_head, _HEADS),
-    "sp_head_z": Split(sp_head_z, _HEADS),
-    "sp_head_s": Split(get_sp_tensor, _HEADS),
-    "sp_head_b": Split(get_sp_tensor, _HEADS),
-    "sp_head_lora": Split(get_sp_tensor, _HEADS),
-    "sp_head_qk_norm": Split(sp_head_qk_norm),
-    "sp_head_gemm_a8": Split(sp_head_gemm_a8, _HEADS),
-    "sp_head_s_gemm_a8": Split(get_sp_tensor, _HEADS),
-    "sp_head_s_gemm_a8_channel": Split(sp_head_gemm_a8, _HEADS),
-    "sp_head_s_gemm_a4": Split(sp_head_gemm_a8, _HEADS),
-    "sp_head_s_gemm_a4_group": Split(sp_head_gemm_a8, _HEADS),
-    "get_sp_tensor_blocked": Split(get_sp_tensor_blocked, _BLOCKS),
-    "sp_head_s_gemm_a8_block": Split(sp_head_s_gemm_a8_block, _BLOCKS),
-    "sp_attn_gate": Split(sp_attn_gate, _REMAINDER),
-    "ffn_sp_neg1_w13": Split(ffn_sp_neg1_w13, _REMAINDER),
-    "ffn_sp_0_w13": Split(ffn_sp_0_w13, _REMAINDER),
-    "sp_0_w13": Split(sp_0_w13, _REMAINDER),
-    "sp_moe_w1": Split(sp_moe_w1, _STACK),
-    "sp_moe_neg1": Split(sp_moe_neg1, _STACK),
-    "split_slopes_tp": Split(split_slopes_tp, _REMAINDER),
-    "ep": Split(sp_ep, "a remainder of experts is refused, the reference drops it"),
-    "split_qkvz": Split(split_qkvz, _HEADS),
-    "split_qkvz_t": Split(split_qkvz_t, _HEADS),
-    "split_qkvz_channel_scale": Split(split_qkvz_t, _HEADS),
-    "split_ba": Split(split_ba, _REMAINDER),
-    "split_head_linear": Split(split_values, _REMAINDER),
-    "split_conv1d": Split(split_conv1d, _REMAINDER),
-    "split_out_linear": Split(split_values, _REMAINDER),
-    "split_out_linear_t": Split(split_values_t, _REMAINDER),
-    "split_kda_qkv": Split(split_kda_qkv, _HEADS),
-    "split_kda_tp_dim1": Split(sp_1, _REMAINDER),
-    "split_kda_dt_bias": Split(split_values, _REMAINDER),
+SPLITS: Mapping[str, Strategy] = {
+    "sp_id": sp_id,
+    "sp_0": sp_0,
+    "sp_neg1": sp_neg1,
+    "ffn_sp_0": ffn_sp_0,
+    "ffn_sp_neg1": ffn_sp_neg1,
+    "sp_0_pad8": sp_0_pad8,
+    "sp_neg1_part_by_head": sp_neg1_part_by_head,
+    "sp_head": sp_head,
+    "sp_head_z": sp_head_z,
+    "sp_head_s": get_sp_tensor,
+    "sp_head_b": get_sp_tensor,
+    "sp_head_lora": get_sp_tensor,
+    "sp_head_gemm_a8": sp_head_gemm_a8,
+    "sp_head_s_gemm_a8": get_sp_tensor,
+    "sp_head_s_gemm_a8_channel": sp_head_gemm_a8,
+    "sp_head_s_gemm_a8_block": sp_head_s_gemm_a8_block,
+    "sp_attn_gate": sp_attn_gate,
+    "ffn_sp_neg1_w13": ffn_sp_neg1_w13,
+    "sp_0_w13": sp_0_w13,
+    "sp_moe_w1": sp_moe_w1,
+    "sp_moe_neg1": sp_moe_neg1,
+    "split_slopes_tp": split_slopes_tp,
+    "ep": sp_ep,
 }
-"""rtp-llm's name -> its row; `ep` is ours, for what its loader selects."""
+"""rtp-llm's name -> the strategy; `ep` is ours, for what its loader selects."""

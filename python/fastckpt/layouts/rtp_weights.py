@@ -2,6 +2,7 @@
 
 TABLES: the tensor-parallel strategies by how the weights are stored; "default" is for [in, out] and for
 packed int4, the others say what differs. Names and tables are data; `rtp_split.SPLITS` has the strategies.
+tests/layouts/catalogue.py says which of W's names are never written, which cuts differ, and why.
 Source: rtp-llm's utils/model_weight.py (class W, gpt_style_tp_strategy) and model_loader/'s tables by scheme
 (2025's and 2026's).
 """
@@ -57,7 +58,6 @@ NAMES: Mapping[str, str] = {
     **_norm("post_ffn_ln", "post_ffn_layernorm_weights"),
     **_norm("q_ln", f"{_ATTENTION}.q_layernorm"),
     **_norm("k_ln", f"{_ATTENTION}.k_layernorm"),
-    "qk_ln_gamma": f"{_ATTENTION}.qk_layernorm.gamma",
     **_matrix("attn_qkv_", f"{_ATTENTION}.query_weight"),
     **_matrix("attn_o_", f"{_ATTENTION}.attention_output_weight"),
     "attn_gate_w": f"{_ATTENTION}.gate.weight",
@@ -108,31 +108,14 @@ NAMES: Mapping[str, str] = {
 }
 """W's name -> the name in a dump, of what is written."""
 
-ABSENT: Mapping[str, str] = {
-    "attn_gate_s": "quantised output gates are refused",
-    "attn_ln_*": "norms within blocks: no recipe has any",
-    "ffn_ln_*": "norms within blocks: no recipe has any",
-    "cross_attn_*": "an encoder beside a decoder is refused",
-    "eagle3_*": "a model that drafts: no recipe",
-    "ffn_act_s": "divides activations, in a form of AWQ that is not read",
-    "linear_attn_*": "linear attention: no recipe; SPLITS has its strategies",
-    "mla_fusedqkrope_no_lora_s": "quantised queries without a low rank are refused",
-    "mla_indexer_*": "sparse latent attention: no recipe",
-    "mla_k_nope_[ws]": "2025's half of kv_b",
-    "mla_v_[ws]": "2025's half of kv_b",
-    "multi_tokens_predict_*": "layers of multi-token prediction are left out",
-    "prefix_w": "trained prefixes: no recipe",
-    "v4_*": "DeepSeek V4: no recipe",
-    "vision_*_s*": "quantised vision experts are refused",
-    **dict.fromkeys(("attn_*_s2", "ffn_w*_s2", "moe_w?_s2", "*_i_s"), "fp4 by groups: no source is read"),
-}
-"""Patterns of W's names that are never written -> why."""
-
 FP32 = frozenset({"e_score_correction_b"})
 """W's names that are float32 whatever the others are (fp32_weights_list)."""
 
+FACTORS = frozenset(n for n, dump in NAMES.items() if dump.endswith(("quant_scale", "smoother", "shift")))
+"""W's names that are float32 beside values of eight bits (data_type in the loader's int8 and fp8 tables)."""
+
 _WHOLE = (
-    *(name for name in NAMES if name.endswith(("_gamma", "_beta")) and name != "qk_ln_gamma"),
+    *(name for name in NAMES if name.endswith(("_gamma", "_beta"))),
     *("rope_cos_sin_cache", "attn_o_b", "ffn_b2", "mla_fusedqkrope_w", "mla_fusedqkrope_s"),
     *("shared_expert_gate", "moe_gate", "e_score_correction_b", "log2phy", "logic_expert_cnt"),
     *(name for name in NAMES if "_static_quant" in name),
@@ -144,7 +127,6 @@ _DEFAULT: dict[str, str] = {
     **dict.fromkeys(("embedding", "positional_embedding", "token_type_embedding"), "sp_neg1"),
     **dict.fromkeys(("lm_head", "lm_head_b"), "sp_0_pad8"),
     "linear_bias_slopes": "split_slopes_tp",
-    "qk_ln_gamma": "sp_head_qk_norm",
     "attn_qkv_w": "sp_head",
     "attn_qkv_b": "sp_head_b",
     "attn_qkv_s": "sp_head_s",
@@ -201,11 +183,6 @@ TABLES: Mapping[str, Mapping[str, str]] = {
     | {"attn_qkv_s": "sp_head_s_gemm_a8_channel", "attn_gate_w": "sp_0"}
     | dict.fromkeys(("attn_o_s", "ffn_s2"), "sp_id")
     | {"moe_s2": "ep"},
-    "fp4_group": _DEFAULT
-    | _OUT_IN
-    | _SCALES
-    | {"attn_qkv_w": "sp_head_s_gemm_a4", "attn_qkv_s": "sp_head_s_gemm_a4_group"}
-    | {"attn_o_s": "sp_neg1", "ffn_s2": "ffn_sp_neg1"},
 }
 """How weights are stored -> W's name -> the strategy's name."""
 
@@ -235,23 +212,3 @@ STATIC: Mapping[str, Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
 """How weights are stored -> matrix -> (the names that hold the scale of its inputs, those that hold its
 reciprocal), as the reference has them, whatever the names say. Source: INT8_ACT_SCALE_MAP in model_loader/
 per_tensor_int8_quant_weight.py, FP8_ACT_SCALE_MAP in static_fp8_quant_weight.py."""
-
-_HALVES = "[gate; up] lie on axis 0, of which ffn_sp_0_w13 gives gate to the first ranks and up to the last"
-_FFN_RANKS = "cut among the feed-forward ranks, as what it goes with; the reference's are attention's"
-_SELECTED = "this rank's experts; the reference selected them when it loaded"
-_WHOLE_SCALE = "a scale for every output is whole; the reference's default cuts it as the weight's inputs"
-
-DIFFERS: Mapping[tuple[str, str], str] = {
-    **dict.fromkeys((("int8", "ffn_w13"), ("int8", "ffn_s13")), _HALVES),
-    ("int8", "moe_s2"): _WHOLE_SCALE,
-    **{
-        (table, name): _FFN_RANKS
-        for table in ("fp8_block", "fp8_channel", "fp4_group")
-        for name in ("ffn_w1", "ffn_s1", "ffn_w3", "ffn_s3", "ffn_w2", "ffn_s2")
-        if (table, name) != ("fp8_channel", "ffn_s2")
-    },
-    **{(t, n): _FFN_RANKS for t in TABLES for n in ("ffn_w1_lora_b", "ffn_w3_lora_b", "ffn_w2_lora_a")},
-    **dict.fromkeys((("fp8_tensor", "moe_s1"), ("fp8_tensor", "moe_s2")), _SELECTED),
-    ("fp8_channel", "moe_s2"): _SELECTED,
-}
-"""(table, W's name) -> why its strategy is not the reference's."""

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 from ..doors import serving_options
 from ..doors.text import columns, counted, harmless, size
-from ..errors import ManagerError, SourceError
+from ..errors import FastckptError, ManagerError, SourceError
 
 if TYPE_CHECKING:
     from ..checkpoint import JSON
+    from ..planning.plans import Plan
     from .commits import Commit
     from .manager import CheckpointManager
 
@@ -66,6 +67,7 @@ def add_parser(
     of_step(restore, "the newest")
     restore.add_argument("--rank", type=int, default=0, metavar="R", help="whose state (default: 0)")
     restore.add_argument("--names", nargs="+", metavar="NAME", help="only these tensors")
+    restore.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
 
     publish = action("publish", "reshard a commit for servers and make it current, or go back to a version")
     publish.add_argument("--to", required=True, metavar="DIR", help="the directory of the versions")
@@ -79,6 +81,7 @@ def add_parser(
     publish.add_argument("--keep", type=int, metavar="N", help="how many versions to keep")
     serving_options.add(publish, config="none: a commit holds none")
     serving_options.add_recipe(publish)
+    publish.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     publish.add_argument("--allow-nonfinite", action="store_true", help="write NaN and infinity as they are")
     return top
 
@@ -158,7 +161,7 @@ def _gc(manager: CheckpointManager, args: argparse.Namespace) -> int:
 
 
 def _restore(manager: CheckpointManager, args: argparse.Namespace) -> int:
-    from ..road import reshard
+    from ..road import plan, reshard
     from ..running.runs import Report
 
     step = _step(manager, args)
@@ -166,6 +169,8 @@ def _restore(manager: CheckpointManager, args: argparse.Namespace) -> int:
     names = args.names or opened.names
     opened.prove(names)
     state = opened.checkpoint({n: n for n in names}, own=True)
+    if args.dry_run:
+        return _show_plan(args, plan(state, layout="same"))
     report = reshard(state, layout="same", out=args.out, allow_nonfinite=True)  # as it was saved
     if not isinstance(report, Report):
         raise ManagerError(f"{args.out}: nothing was written")
@@ -184,8 +189,14 @@ def _restore(manager: CheckpointManager, args: argparse.Namespace) -> int:
 
 
 def _publish(manager: CheckpointManager, args: argparse.Namespace) -> int:
+    from ..road import plan
     from . import publishing
 
+    if args.dry_run:
+        if args.back is not None:
+            raise FastckptError("--dry-run: --back moves a link alone, there is no plan to print")
+        source = publishing.model_of(manager.open(_step(manager, args), 0), args.part)
+        return _show_plan(args, plan(source, **serving_options.shape(args)))
     if args.back is not None:
         publishing.point(args.to, args.back)
     else:
@@ -196,6 +207,14 @@ def _publish(manager: CheckpointManager, args: argparse.Namespace) -> int:
     now, there = publishing.current(args.to), publishing.versions(args.to)
     shown: dict[str, JSON] = {"current": now, "versions": [*there]}
     _show(args, [f"current: {now} of {', '.join(there)}"], shown)
+    return 0
+
+
+def _show_plan(args: argparse.Namespace, planned: Plan) -> int:
+    from ..doors.outline import describe_plan
+
+    found = describe_plan(planned)
+    _show(args, [found.text()], found.json())
     return 0
 
 

@@ -8,20 +8,21 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
 from ..checkpoint import JSON
 from ..errors import ManagerError
+from ..running.pipeline import each
 from ..running.tensors import torch_dtype
+from ..sources.training import engine_directory
 from .commits import Store
 from .coordination import Group, together
 from .fitting import check
 from .opened import Opened, check_files, open_step, own_names
 from .pieces import box_of
-from .saving import Disk, engine_directory, engine_tag
+from .saving import Disk, engine_tag
 from .values import MISSING, Builder, Engine, fill, flatten
 
 
@@ -152,8 +153,7 @@ class _Load:
                 return _like(template, torch.empty(local, dtype=template.dtype))
             return _like(template, opened.read(name, (box.offset, local)))
 
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            found = dict(zip(jobs, pool.map(read, jobs.values()), strict=True))
+        found = dict(zip(jobs, each(read, list(jobs.values()), min(4, os.cpu_count() or 1)), strict=True))
         for name in names:
             self.tensors[name] = found[opened.aliases.get(name, name), boxes.get(name)]
         unique = {id(t): t for t in found.values()}

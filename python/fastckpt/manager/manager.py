@@ -13,6 +13,7 @@ import signal
 import socket
 import time
 import warnings
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -20,12 +21,13 @@ from types import FrameType, TracebackType
 
 from ..checkpoint import JSON
 from ..doors.serving_options import Shape
-from ..errors import ManagerError, WriteError
+from ..errors import ManagerError, WriteError, expect
 from ..layouts import Layout
 from ..placement import Placement
 from ..quantisation.schemes import Quant
 from ..road import grid_of
 from ..running.runs import Report
+from ..sources.training import rank_directory
 from . import policies, publishing, saving
 from .commits import Commit, ready
 from .coordination import Group, join, together
@@ -37,7 +39,7 @@ from .pieces import Snapshots
 from .policies import Keep, Moment, When
 from .remote import store_at
 from .resuming import Resuming
-from .saving import Disk, rank_directory
+from .saving import Disk
 from .standing import Standing
 from .telling import CheckpointWarning, Telling, Timing
 from .values import flatten
@@ -57,7 +59,8 @@ class CheckpointManager:
     the `keep_best` best by `best_metric` ("min" or "max" is best), what `keep` names; all where none is
     given; the newest always. `metadata`: who else is told. `path_prefix` stands before each step's name and
     replaces `root`, as caffe2's; `step_prefix` and `step_digits` spell steps. `async_save`: `save` returns
-    when the state is in host memory; one save in flight, its error comes with the next call.
+    when the state is in host memory; one save in flight, its error comes with the next call, or as a warning
+    where none comes.
     `save_on_signal`: SIGTERM makes the next `save` happen whatever the policy, then `preempted` is true.
     `durable` waits for the disk; `timeout` is how long a rank waits for the others, in seconds.
 
@@ -94,6 +97,22 @@ class CheckpointManager:
         durable: bool = True,
         timeout: float = 1800.0,
     ) -> None:
+        nothing = type(None)
+        asked: tuple[tuple[tuple[type, ...], dict[str, object]], ...] = (
+            ((bool,), {"shared": shared, "keep_without_metric": keep_without_metric, "async_save": async_save,
+                       "save_on_signal": save_on_signal}),
+            ((int,), {"save_interval": save_interval, "step_digits": step_digits}),
+            ((int, nothing), {"rank": rank, "world": world, "max_to_keep": max_to_keep,
+                              "keep_period": keep_period, "keep_best": keep_best}),
+            ((int, float), {"timeout": timeout}),
+            ((int, float, nothing), {"save_seconds": save_seconds, "keep_seconds": keep_seconds}),
+            ((str,), {"best_mode": best_mode, "path_type": path_type, "step_prefix": step_prefix}),
+            ((str, nothing), {"node": node, "best_metric": best_metric, "path_prefix": path_prefix}),
+            ((Collection,), {"save_on_steps": save_on_steps}),
+        )  # fmt: skip
+        for kinds, values in asked:
+            for name, value in values.items():
+                expect(name, value, *kinds)
         self._when = policies.when_asked(save_interval, save_on_steps, save_seconds, save_when)
         self._best = (best_metric, best_mode)
         if keep_best is not None and best_metric is None:
@@ -129,6 +148,7 @@ class CheckpointManager:
         self._process = os.getpid()
         self._worker: ThreadPoolExecutor | None = None
         self._flight: Future[None] | None = None
+        self._unheard: weakref.finalize[..., CheckpointManager] | None = None
         self._last_save = -math.inf
         with suppress(WriteError):  # a root that cannot be reached now may be when something is saved
             self._keeping.newest = self.latest()
@@ -207,6 +227,8 @@ class CheckpointManager:
         warning, where the checkpoints cannot be reached. Collective.
 
         Raises ManagerError or WriteError on every rank; then the commits that stood still stand."""
+        expect("step", step, int)
+        expect("metrics", metrics, Mapping, type(None))
         token = self._voted(step, force)
         if token is None:
             return False
@@ -251,6 +273,7 @@ class CheckpointManager:
             if self._worker is None:
                 self._worker = ThreadPoolExecutor(1, "fastckpt-save")
             self._flight = self._worker.submit(self._finish, self._behind, request)
+            self._unheard = weakref.finalize(self, _warn_of_failure, self._flight)
         else:
             self._finish(self._group, request)
         return True
@@ -282,6 +305,8 @@ class CheckpointManager:
     def wait(self) -> None:
         """Wait for the save in flight, if any; its error is raised here. Collective in effect."""
         flight, self._flight = self._flight, None
+        if self._unheard is not None:
+            self._unheard.detach()
         if self._process != os.getpid():  # a fork: the thread and what it saves stayed with the parent
             self._process, self._worker = os.getpid(), None
         elif flight is not None:
@@ -329,6 +354,8 @@ class CheckpointManager:
 
         Raises ManagerError where there is nothing, or nothing that fits; SourceError where `step` is broken.
         In both cases the template is as it was, unless its own load_state_dict refused it halfway."""
+        expect("step", step, int, type(None))
+        expect("names", names, Sequence, type(None))
         self.wait()
         asked = Asked(None if names is None else tuple(names), allow_missing, template)
         return self._resuming.restore(step, asked)
@@ -490,6 +517,12 @@ class CheckpointManager:
 
         together(self._group, f"publish of step {step}", work)
         return report
+
+
+def _warn_of_failure(flight: Future[None]) -> None:
+    """Say what went wrong in the background where the manager goes, or Python ends, and nobody asked."""
+    if flight.done() and (error := flight.exception()) is not None:
+        warnings.warn(f"in the background: {error}", CheckpointWarning, stacklevel=1)
 
 
 def _finite(step: int, metrics: Mapping[str, float]) -> dict[str, float]:

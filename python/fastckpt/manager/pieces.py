@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ..checkpoint import JSON
 from ..dtypes import BY_NAME, DType
 from ..errors import ManagerError
+from ..sources.training import Shared
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 """Types that are no DTensor for sure; importing DTensor takes half a second."""
@@ -192,41 +193,6 @@ class Claim:
         return math.prod(self.shape) * BY_NAME[self.dtype].itemsize
 
 
-@dataclass(frozen=True, slots=True)
-class Shared:
-    """A tensor that is not one rank's own: `boxes` (owner, offset, shape); one box is the whole tensor where
-    every rank holds it. There is one owner a box on each disk."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    boxes: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]
-    everywhere: bool
-
-    def json(self) -> JSON:
-        """For `tensors.json`."""
-        boxes: list[JSON] = [[r, list(o), list(s)] for r, o, s in self.boxes]
-        return {"dtype": self.dtype, "shape": list(self.shape), "everywhere": self.everywhere, "boxes": boxes}
-
-    @staticmethod
-    def of(name: str, said: JSON) -> Shared:
-        """From `tensors.json`. Raises ManagerError for anything else."""
-        match said:
-            case {
-                "dtype": str(dtype),
-                "shape": list(shape),
-                "everywhere": bool(everywhere),
-                "boxes": list(boxes),
-            }:
-                out = []
-                for box in boxes:
-                    match box:
-                        case [int(rank), list(offset), list(size)]:
-                            out.append((rank, sizes(offset), sizes(size)))
-                return Shared(dtype, sizes(shape), tuple(out), everywhere)
-            case _:
-                raise ManagerError(f"tensors.json: {name}: {said!r} is no tensor")
-
-
 def shared(claims: Sequence[Mapping[str, Claim]], disk: Sequence[int]) -> dict[str, Shared]:
     """The tensors that are written once on the disk that the ranks `disk` share; the same on each of them.
 
@@ -245,7 +211,8 @@ def shared(claims: Sequence[Mapping[str, Claim]], disk: Sequence[int]) -> dict[s
         claim = claims[0][name]
         owner = min(disk, key=lambda r: (load[r], r))
         load[owner] += claim.nbytes
-        out[name] = Shared(claim.dtype, claim.shape, ((owner, (0,) * len(claim.shape), claim.shape),), True)
+        whole = (owner, (0,) * len(claim.shape), claim.shape)
+        out[name] = Shared(BY_NAME[claim.dtype], claim.shape, (whole,), True)
     for name in names:
         held = [(r, c[name]) for r, c in enumerate(claims) if name in c]
         if held[0][1].whole is None:
@@ -269,12 +236,12 @@ def shared(claims: Sequence[Mapping[str, Claim]], disk: Sequence[int]) -> dict[s
             if near:
                 load[owner] += claims[owner][name].nbytes
             placed.append((owner, offset, shape))
-        whole = first.whole or ()
-        if sum(math.prod(s) for _, _, s in placed) != math.prod(whole):
+        shape = first.whole or ()
+        if sum(math.prod(s) for _, _, s in placed) != math.prod(shape):
             raise ManagerError(
-                f"state: the ranks hold {len(placed)} boxes of {name}, which do not tile {whole}"
+                f"state: the ranks hold {len(placed)} boxes of {name}, which do not tile {shape}"
             )
-        out[name] = Shared(first.dtype, whole, tuple(placed), False)
+        out[name] = Shared(BY_NAME[first.dtype], shape, tuple(placed), False)
     return out
 
 

@@ -21,10 +21,8 @@ from ..output.manifest import NAME, Manifest
 from ..planning.plans import Plan
 from ..road import plan, reshard
 from ..running.runs import Report
-from ..sources.training import parts_of
+from ..sources.training import ENGINE, engine_directory, parts_of
 from .opened import Opened, check_files
-from .saving import engine_directory
-from .values import ENGINE
 
 CURRENT = "current"
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -44,7 +42,7 @@ def model_of(opened: Opened, part: str | None) -> Checkpoint:
         raise ManagerError(f"{opened.path}: no part {part!r}; it has {', '.join(sorted(parts))}")
     if parts.get(part) == ENGINE:
         where = engine_directory(part)
-        files = opened.manifest.files
+        files = opened.commit.manifest.files
         check_files(opened.path, [n for n in files if n.startswith(f"{where}/")], files)
         return sources.open(os.path.join(opened.path, where))
     prefix = f"{part}." if part else ""

@@ -10,7 +10,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -24,14 +23,13 @@ from ..output.files import safetensors_layout
 from ..output.filesystem import telling
 from ..output.manifest import Origin, Record
 from ..output.writer import Output
+from ..running.pipeline import each
+from ..sources.training import SCHEMA, TABLE, Shared, engine_directory, rank_directory
 from .commits import Commit, Store
 from .coordination import Group, ints, together
-from .pieces import Claim, Piece, Shared, Taken, raw, shared
+from .pieces import Claim, Piece, Taken, raw, shared
 from .values import Engine
 
-SCHEMA = 1
-TABLE = "tensors.json"
-"""The file that says which tensors are shared by ranks, and who holds which box."""
 ENGINES = ".engine"
 """Where engines write before their files become part of the commit."""
 _THREADS = min(4, os.cpu_count() or 1)
@@ -84,11 +82,6 @@ class Saved:
     commit: Commit
     seconds: tuple[float, ...]
     nbytes: tuple[int, ...]
-
-
-def rank_directory(rank: int) -> str:
-    """Where a rank's part lies in a commit."""
-    return f"rank-{rank:05d}"
 
 
 def engine_tag(step: int) -> str:
@@ -161,8 +154,7 @@ class _Save:
         pieces = list(self.request.taken.pieces.values())
         digests = [""] * len(pieces)
         if self.group.world > 1:
-            with ThreadPoolExecutor(_THREADS) as pool:
-                digests = list(pool.map(lambda p: digest(raw(p.data)), pieces))
+            digests = each(lambda p: digest(raw(p.data)), pieces, _THREADS)
         return {
             p.name: Claim(p.dtype.name, p.shape, d, *((p.box.whole, p.box.offset) if p.box else ())).json()
             for p, d in zip(pieces, digests, strict=True)
@@ -207,12 +199,10 @@ class _Save:
         """This rank's files and its record; the rank that comes last writes the commit record."""
         rank, request, output = self.group.rank, self.request, self.output
         groups = _groups(self.mine)
-        if len(groups) == 1:
-            self._write_tensors("state.safetensors", groups[0])
-        elif groups:
-            with ThreadPoolExecutor(len(groups)) as pool:
-                names = [f"state-{k:05d}-of-{len(groups):05d}.safetensors" for k in range(1, len(groups) + 1)]
-                list(pool.map(self._write_tensors, names, groups))
+        count = len(groups)
+        names = [f"state-{k:05d}-of-{count:05d}.safetensors" for k in range(1, count + 1)]
+        files = list(zip(["state.safetensors"] if count == 1 else names, groups, strict=True))
+        each(lambda file: self._write_tensors(*file), files, count)
         state: dict[str, JSON] = {
             "schema": SCHEMA,
             "rank": rank,
@@ -284,8 +274,3 @@ def _groups(pieces: Sequence[Piece]) -> list[list[Piece]]:
         groups[smallest].append(piece)
         sizes[smallest] += piece.nbytes
     return [g for g in groups if g]
-
-
-def engine_directory(name: str) -> str:
-    """Where an engine's files lie in a commit."""
-    return "engine" if not name else f"engine-{name}"

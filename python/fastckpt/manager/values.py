@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -18,9 +18,7 @@ import torch
 
 from ..checkpoint import JSON
 from ..errors import ManagerError
-from ..sources.training import names_in
-
-ENGINE, STATE = "engine", "state"
+from ..sources.training import ENGINE, STATE, items_of, names_in, pairs_of, tag_of
 
 
 @runtime_checkable
@@ -144,24 +142,6 @@ _LEAVES: tuple[tuple[type, str, Callable[..., JSON], Callable[..., object]], ...
 
 
 # ---- reading a tree ----
-
-
-def tag_of(tree: JSON) -> tuple[str, JSON]:
-    """A node's tag and content; ("", value) of a plain value."""
-    if isinstance(tree, dict):
-        return next(iter(tree.items()))
-    return "", tree
-
-
-def pairs_of(content: JSON) -> Iterator[tuple[str | int | float | bool | None, JSON]]:
-    for pair in content if isinstance(content, list) else ():
-        match pair:
-            case [str() | int() | float() | None as key, value]:
-                yield key, value
-
-
-def items_of(content: JSON) -> list[JSON]:
-    return content if isinstance(content, list) else []
 
 
 def merged(trees: list[JSON]) -> tuple[JSON, list[str]]:

@@ -207,10 +207,7 @@ def quantization_config(quant: Quant, shapes: Mapping[str, tuple[int, ...]]) -> 
     left: list[JSON] = [
         name.removesuffix(".weight")
         for name, shape in shapes.items()
-        if name.endswith(".weight")
-        and len(shape) == 2
-        and "embed" not in name
-        and not quant.takes(name, shape)
+        if name.endswith(".weight") and len(shape) == 2 and not quant.takes(name, shape)
     ]
     match scheme.format:
         case "":
@@ -246,7 +243,23 @@ def quantization_config(quant: Quant, shapes: Mapping[str, tuple[int, ...]]) -> 
                 "lm_head": "lm_head" not in left and "lm_head.weight" in shapes,
                 "dynamic": skipped,
             }
+    left += [
+        head
+        for head, of in HEADS.items()
+        if f"{head}.weight" not in shapes and any(name.startswith(of) for name in shapes)
+    ]
     return _compressed_config(scheme, left)
+
+
+HEADS = {
+    "lm_head": "",
+    "lm_head.decoder": "lm_head.dense.",
+    "cls.predictions.decoder": "cls.predictions.",
+    "proj_out": "model.decoder.",
+}
+"""transformers' output layers -> how a name in models that have them begins. Files may not name them (tied
+ones lie in none, GPT-NeoX's is called embed_out there), but compressed-tensors takes every Linear of a model
+for quantised that is not ignored."""
 
 
 def _compressed_config(scheme: Scheme, left: list[JSON]) -> dict[str, JSON]:

@@ -8,23 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import DType, bfloat16, float16, float32
 from ..errors import LayoutError, SourceError
+from ..native import _C
 from .schemes import Packed, Scheme
 from .unrounding import AWQ_ORDER, per_element, unrounded
-
-if TYPE_CHECKING:
-    from .. import _C
-else:
-    try:
-        from .. import _C
-    except ImportError:  # not built: numpy does the same
-        _C = None
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

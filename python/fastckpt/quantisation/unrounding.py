@@ -6,20 +6,11 @@ to the dtype that was asked for.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import DType, float32
-
-if TYPE_CHECKING:
-    from .. import _C
-else:
-    try:
-        from .. import _C
-    except ImportError:  # not built: numpy does the same
-        _C = None
+from ..native import _C
 
 Floats = NDArray[np.float32]
 Elements = NDArray[np.generic]

@@ -6,7 +6,6 @@ Law: an end is filled by several workers at once, each output byte by one of the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +19,7 @@ from ..output.writer import OutputFile
 from ..planning.batches import LEAF, Batch, Slots
 from ..planning.planned import PlannedTensors
 from ..reader import Lane
+from .pipeline import each
 
 Worker = Callable[[Batch], None]
 """What one thread does with each batch it gets."""
@@ -137,8 +137,7 @@ class ToFiles:
             crcs = {names[i]: self.tensor_crc(i) for i in own.tolist()} if file.layout.crc else {}
             file.close(crcs, digests[own])
 
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(close, range(len(self.files))))
+        each(close, range(len(self.files)), threads)
 
     def tensor_crc(self, tensor: int) -> int:
         """The CRC32 of a tensor whose leaves are all written."""

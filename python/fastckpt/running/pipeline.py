@@ -1,6 +1,8 @@
 """Batches run by several workers at once.
 
-Law: a worker's error stops all workers and is raised once, in the caller's thread; so does Ctrl-C.
+Law: a worker's error stops all workers and is raised once, in the caller's thread; so does Ctrl-C. The
+threads are our own: the standard library's pools refuse work once the main thread has ended, and a run in
+another thread, or a save behind the training, is to be finished all the same.
 """
 
 from __future__ import annotations
@@ -28,9 +30,11 @@ class Work(Protocol):
 
 
 Item = TypeVar("Item", bound=Work)
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
-AHEAD = 32
+AHEAD = 8
 """Batches made ahead of each worker."""
 
 
@@ -175,6 +179,27 @@ def feed(
     for error in (*heard, *errors):
         raise error
     report()
+
+
+def each(function: Callable[[Given], Made], items: Sequence[Given], threads: int) -> list[Made]:
+    """What `function` makes of every item, in order, several at a time.
+
+    Raises the error of the first item that has one, after all have stopped, and else as `feed` does."""
+    made: dict[int, Made] = {}
+    failed: dict[int, BaseException] = {}
+
+    def work(at: range) -> None:
+        if at.start > min(list(failed), default=at.start):
+            return
+        try:
+            made[at.start] = function(items[at.start])
+        except BaseException as error:  # carried to the caller's thread, which raises it
+            failed[at.start] = error
+
+    feed([range(k, k + 1) for k in range(len(items))], [work] * min(threads, len(items)), lambda _: None)
+    if failed:
+        raise failed[min(failed)]
+    return [made[k] for k in range(len(items))]
 
 
 def _start(thread: threading.Thread, wanted: int) -> None:

@@ -21,6 +21,7 @@ from ..executors import pick
 from ..executors.cpu import built
 from ..extents import COMPUTED, Buffer, Extents, File
 from ..output.manifest import Manifest, Origin, Record, rows_of
+from ..output.syscalls import give_back
 from ..output.writer import Output
 from ..planning.batches import LEAF, Batch, cut, spread
 from ..planning.binding import Binding
@@ -31,6 +32,7 @@ from ..quantisation.prequantised import Matrix
 from ..quantisation.quantising import End, Job, Quantising, Scan
 from ..quantisation.rounding import Error, Floats
 from ..reader import GAP, Lane, Mapped, Positioned, Reader
+from ..sources import memory
 from .ends import ToDigests, ToFiles, ToMemory, Worker
 from .limits import STAGE, Limits
 from .pipeline import feed
@@ -188,13 +190,15 @@ class Run:
             keep=_read_from(planned),
         )  # fmt: skip
         with output:
-            if rank is not None and output.done(rank):
+            # What lies in memory is made again: that the sampled bytes are the same does not prove the rest.
+            if rank is not None and planned.checkpoint.format != memory.NAME and output.done(rank):
                 done = _digests(output.complete(), planned.ranks)
                 notes = (*planned.notes, f"rank {rank} was done already")
                 return self._report(replace(planned, notes=notes), out, done)
             output.reserve(sum(f.nbytes for f in planned.files))
             files = [output.create(f, r) for f, r in zip(planned.files, planned.file_ranks, strict=True)]
             sink = ToFiles(planned.slots(), planned.tensors, files, finite=finite)
+            give_back()  # what opening and planning freed
             self._copy(planned, lambda lane: sink.worker(lane, self.limits.band), sink)
             began = time.perf_counter()
             if self.progress is not None:

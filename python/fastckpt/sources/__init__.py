@@ -72,6 +72,9 @@ def open(
     where = os.fspath(path)
     _refuse_absent(where)
     try:
+        for directory in options.also:
+            if not is_directory(directory):
+                raise SourceError(f"{directory}: no directory (also=)")
         for source in _sources():
             if source.matches(where):
                 return source.read(where, options)

@@ -29,7 +29,8 @@ WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
 """Keys under which trainers put a model's state dict."""
 
 BESIDE = (
-    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "config.json", "generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
+    "processor_config.json", "normalizer.json", "tiktoken.model",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt",
     "chat_template.jinja", "chat_template.json",
@@ -143,13 +144,6 @@ def json_object(value: JSON, where: str) -> dict[str, JSON]:
     """The value, which must be a JSON object. Raises SourceError."""
     if not isinstance(value, dict):
         raise SourceError(f"{where}: wanted a JSON object, got {type(value).__name__}")
-    return value
-
-
-def json_list(value: JSON, where: str) -> list[JSON]:
-    """The value, which must be a JSON list. Raises SourceError."""
-    if not isinstance(value, list):
-        raise SourceError(f"{where}: wanted a JSON list, got {type(value).__name__}")
     return value
 
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from ..checkpoint import JSON, Checkpoint, Entry, Single
-from ..dtypes import BY_NAME, DType
+from ..dtypes import BY_NAME, DTYPES, DType
 from ..errors import SourceError, expect
 from ..extents import Buffer, Extent, Extents
 from ..stored import runs
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     import torch
 
 NAME = "memory"
+
+SAMPLES, SAMPLE = 4096, 64
+"""The most tensors that `stamped` looks into, and how many elements of each, twice."""
 
 _PLAIN = Options()
 
@@ -68,6 +72,7 @@ class _Buffers:
 def read(tensors: Mapping[str, object], options: Options = _PLAIN) -> Checkpoint:
     """The checkpoint of a state dict in memory. Raises SourceError naming the tensor that does not fit."""
     options.refuse_zero_only(NAME)
+    options.refuse_also(NAME)
     options.refuse_crc(NAME)
     for name in tensors:
         expect("a tensor's name", name, str)
@@ -130,6 +135,44 @@ def partitioned(parts: Sequence[Mapping[str, object]], shapes: Mapping[str, Sequ
     layout = [repr([(n, [(at, h.offset, h.shape) for at, h in held]) for n, held in slices.items()]).encode()]
     facts: dict[str, JSON] = {"tensors": len(entries), "partitions": len(parts)}
     return assemble(NAME, NAME, entries, table, _PLAIN, facts=facts, layout=layout)
+
+
+def stamped(ckpt: Checkpoint) -> Checkpoint:
+    """A checkpoint in memory with a few elements of its tensors for headers, any other as it is.
+
+    Files tell by their headers which step they are of; the ranks of a set that are made one by one must come
+    from one. What a tensor does not use of its storage is not looked at: it may differ from rank to rank."""
+    if ckpt.format != NAME:
+        return ckpt
+    seen, names = xxhash.xxh3_64(), list(ckpt.entries)
+    for name in names[:: -(-len(names) // SAMPLES) or 1]:
+        for where, at, nbytes in _sample(ckpt[name]):
+            there = where.part(at, nbytes) if where.device == "cpu" else _on_device(where, at, nbytes)
+            seen.update(there.tobytes())
+    return replace(ckpt, headers=seen.hexdigest())
+
+
+def _sample(view: View) -> Iterator[tuple[Buffer, int, int]]:
+    """Where the elements looked at lie, at the start and in the middle: buffer, offset and size in bytes."""
+    flat = view.reshape((view.numel,))
+    for at in sorted({0, view.numel // 2}):
+        part = flat.narrow(0, at, min(SAMPLE, view.numel - at))
+        columns = part.extent, part.stored, part.offset, part.size[:, 0], part.stride[:, 0]
+        for extent, stored, offset, count, stride in zip(*(c.tolist() for c in columns), strict=True):
+            where, itemsize = view.extents[extent].where, DTYPES[stored].itemsize
+            if isinstance(where, Buffer):  # the first alone of those that lie apart
+                yield where, offset * itemsize, (count if stride == 1 else 1) * itemsize
+
+
+def _on_device(where: Buffer, at: int, nbytes: int) -> NDArray[np.uint8]:
+    """Some bytes of the storage of a tensor on a GPU."""
+    import torch
+
+    assert isinstance(where.owner, torch.Tensor)  # nothing else lies there
+    storage = where.owner.untyped_storage()
+    held = torch.empty(0, dtype=torch.uint8, device=where.owner.device).set_(storage)
+    found: NDArray[np.uint8] = held[at : at + nbytes].cpu().numpy()
+    return found
 
 
 def _joined(table: Extents, dtype: DType, columns: NDArray[np.int64], shape: tuple[int, ...]) -> View:

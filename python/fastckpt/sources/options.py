@@ -54,6 +54,11 @@ class Options:
         if self.exclude_frozen:
             raise SourceError(f"{where}: exclude_frozen was asked for, and only ZeRO says what was frozen")
 
+    def refuse_also(self, where: str) -> None:
+        """Raises SourceError for `also`: this holds all there is of it."""
+        if self.also:
+            raise SourceError(f"{where}: also={self.also[0]!r} was asked for, nothing of it lies elsewhere")
+
     def refuse_crc(self, where: str) -> None:
         """Raises SourceError for `check_crc`: this format holds no checksums."""
         if self.check_crc:

@@ -42,8 +42,8 @@ def matches(path: str) -> bool:
 def read(path: str, options: Options) -> Checkpoint:
     """The adapter's tensors, and in `facts` what its config says. Raises SourceError."""
     config, file = os.path.join(path, CONFIG), weights(path)
-    if file is None or options.also:
-        raise SourceError(f"{path}: an adapter is one file of {', '.join(WEIGHTS)}, and no more (also=)")
+    if file is None:
+        raise SourceError(f"{path}: an adapter is one file of {', '.join(WEIGHTS)}")
     said = read_config(config)
     of_file = safetensors.read if file.endswith(safetensors.SUFFIX) else statedict.read
     found = of_file(file, options)

@@ -69,7 +69,7 @@ def read(path: str, options: Options) -> Checkpoint:
     """The checkpoint in a file or directory. Raises SourceError."""
     options.refuse_zero_only(path)
     options.refuse_crc(path)
-    shards = find_shards(path, SUFFIX, SINGLE, options.also)
+    shards = find_shards(path, SUFFIX, SINGLE, options)
     headers = [read_header(p) for p in shards.paths]
     if piece := next((h for h in headers if PIECES in h.metadata), None):
         raise SourceError(

@@ -7,9 +7,12 @@ that is a checkpoint; the shards of a serving layout are given as they are, for 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+
+import xxhash
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import SourceError
@@ -32,6 +35,7 @@ def read(path: str, options: Options) -> Checkpoint:
     """The checkpoint in an output, or its shards. Raises SourceError for an incomplete one."""
     from . import safetensors, statedict  # `matches`, which every run asks, needs neither
 
+    options.refuse_also(path)
     record = os.path.join(path, RECORD)
     if not is_file(record):
         raise SourceError(f"{path}: an incomplete output: {', '.join(_parts(path))} without {RECORD}")
@@ -74,18 +78,22 @@ def _shards(path: str, body: Mapping[str, JSON], ranks: list[JSON], options: Opt
         raise SourceError(f"{path}: the names of shards in layout {body.get('layout')!r} cannot be changed")
     record = os.path.join(path, RECORD)
     found: list[tuple[str, safetensors.Item, File]] = []
-    headers: list[safetensors.Header] = []
+    headers: list[str] = []
+    files: list[File] = []
     for k, shard in enumerate(ranks):
         if not isinstance(shard, dict) or shard.get("rank") != k:
             raise SourceError(f"{record}: its ranks are not 0, 1, .. in order")
-        names = set(json_object(shard.get("tensors"), f"{record}: tensors"))
+        tensors = json_object(shard.get("tensors"), f"{record}: tensors")
+        names = set(tensors)
+        headers.append(xxhash.xxh3_64_hexdigest(json.dumps(tensors).encode()))  # digests of values in it
         for file in json_object(shard.get("files"), f"{record}: files"):
             if not file.endswith(safetensors.SUFFIX):
                 continue
             if not inside(file):
                 raise SourceError(f"{record}: file {file!r} leaves the directory")
             header = safetensors.read_header(os.path.join(path, file))
-            headers.append(header)
+            headers.append(header.digest)
+            files.append(header.file)
             for name, item in header.items.items():
                 if name not in names:
                     raise SourceError(f"{path}: {file} holds {name}, which {RECORD} does not name there")
@@ -107,10 +115,10 @@ def _shards(path: str, body: Mapping[str, JSON], ranks: list[JSON], options: Opt
         entries,
         extents,
         options,
-        files=[h.file for h in headers],
+        files=files,
         search=[path],
         facts=facts | {"made from": body.get("source")},
-        headers=[h.digest for h in headers],
+        headers=headers,
     )
 
 

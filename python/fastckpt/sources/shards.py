@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from ..errors import SourceError
 from ..extents import is_directory, is_file
 from .assembly import read_json
+from .options import Options
 from .zero_files import natural
 
 _NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)(\D*)")
@@ -72,7 +73,7 @@ class Shards:
                 )
 
 
-def find_shards(path: str, suffix: str, single: str, also: Sequence[str] = ()) -> Shards:
+def find_shards(path: str, suffix: str, single: str, options: Options) -> Shards:
     """The shards in `path`: a file, an index file, or a directory. `single`: the name of an unsharded one.
 
     In a directory an index goes before `single`, that before all files that end in `suffix` but those that
@@ -80,7 +81,8 @@ def find_shards(path: str, suffix: str, single: str, also: Sequence[str] = ()) -
     if not is_directory(path):
         directory = os.path.dirname(os.path.abspath(path))
         if path.endswith(".index.json"):
-            return _indexed(path, [directory, *also])
+            return _indexed(path, [directory, *options.also])
+        options.refuse_also(path)
         return Shards((path,), None, directory)
     names = sorted(os.listdir(path), key=natural)
     files = [n for n in names if n.endswith(suffix)]
@@ -90,11 +92,13 @@ def find_shards(path: str, suffix: str, single: str, also: Sequence[str] = ()) -
     if len(indexes) > 1:
         raise SourceError(f"{path}: several indexes: {', '.join(indexes)}; open the one that is meant")
     if indexes:
-        found = _indexed(os.path.join(path, indexes[0]), [path, *also])
+        found = _indexed(os.path.join(path, indexes[0]), [path, *options.also])
     elif single in files:
+        options.refuse_also(os.path.join(path, single))
         found = Shards((os.path.join(path, single),), None, path)
     else:
-        found = Shards(tuple(os.path.join(d, n) for d in (path, *also) for n in _of(d, suffix)), None, path)
+        there = (path, *options.also)
+        found = Shards(tuple(os.path.join(d, n) for d in there for n in _of(d, suffix)), None, path)
     used = {os.path.basename(p) for p in found.paths}
     if not indexes:
         _check_whole(path, used)

@@ -41,7 +41,7 @@ def matches(path: str) -> bool:
 def read(path: str, options: Options) -> Checkpoint:
     """The checkpoint in a file or directory. Raises SourceError."""
     options.refuse_zero_only(path)
-    shards = find_shards(path, SUFFIX, SINGLE, options.also)
+    shards = find_shards(path, SUFFIX, SINGLE, options)
     files = [torchfile.load(p, check_crc=options.check_crc, wanted=_wanted) for p in shards.paths]
     dicts = [state_dict(f.root) for f in files]
     shards.check([list(d.tensors) for d in dicts])

@@ -136,7 +136,7 @@ def _load_zip(
     if check_crc:
         directory.check_crc(pickle, record, at)
     tree = _parsed(data, wanted, known, reader.nbytes)
-    extents = []
+    extents, summed = [], True
     for s in tree.storages:
         name = top + b"data/" + s.key.encode(errors="surrogatepass")
         record = records.get(name)
@@ -148,8 +148,11 @@ def _load_zip(
         if check_crc:
             directory.check_crc(name, record, offset)
         extents.append(Extent(reader.file, reader.begin + offset, s.nbytes, s.key))
+        summed &= record.crc != 0 or record.size == 0
     digest = xxhash.xxh3_64(data)
     digest.update(directory.digest.encode())
+    if not summed:
+        digest.update(sampled(extents).encode())
     saved_as = top[:-1].decode(errors="replace")
     return TorchFile(tree.root, reader.file, tuple(extents), tree.inert, digest.hexdigest(), saved_as)
 

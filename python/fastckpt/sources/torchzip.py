@@ -163,6 +163,11 @@ class Directory:
 
     def check_crc(self, name: bytes, record: Record, data: int) -> None:
         """Reads a record, whose bytes begin at `data`; raises SourceError when its CRC32 is another."""
+        if record.crc == 0 and record.size:
+            raise SourceError(
+                f"record {name.decode(errors='replace')}: holds no checksum to compare: saved after "
+                "torch.serialization.set_crc32_options(False)"
+            )
         crc = self._reader.crc32(data, record.size)
         if crc != record.crc:
             raise SourceError(

@@ -10,29 +10,43 @@ digest under which it was committed. Tensors are not read here; `verify` proves 
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 from ..checkpoint import JSON, Checkpoint, Single
 from ..digest import digest
 from ..dtypes import BY_NAME, DType
 from ..errors import SourceError
-from ..extents import Extent, Extents, File, content, inside, is_file
+from ..extents import Extent, Extents, File, content, is_file
+from ..output.manifest import Manifest, TensorEntry
 from ..stored import boxes, check_tiles
 from ..views import dense_strides
 from . import zero
-from .assembly import RECORD, assemble, json_list, json_object, parse_json, read_json
+from .assembly import RECORD, assemble, parse_json
 from .options import Options
 
-TABLE = "tensors.json"
 SCHEMA = 1
-_TAIL = b'"digest": "%s"\n}\n'
+TABLE = "tensors.json"
+"""The file that says which tensors are shared by ranks, and who holds which box."""
+ENGINE, STATE = "engine", "state"
+"""Tags of a tree: a DeepSpeed engine, and any other object with a state dict."""
 _OF_RANK = re.compile(r"rank-(\d+)/.+")
 _MAX_BYTES = 1 << 30
+
+Sizes = tuple[int, ...]
+
+
+def rank_directory(rank: int) -> str:
+    """Where a rank's part lies in a commit."""
+    return f"rank-{rank:05d}"
+
+
+def engine_directory(name: str) -> str:
+    """Where an engine's files lie in a commit."""
+    return f"engine-{name}" if name else "engine"
 
 
 def matches(path: str) -> bool:
@@ -42,189 +56,251 @@ def matches(path: str) -> bool:
 
 def read(path: str, options: Options) -> Checkpoint:
     """The model in a commit. Raises SourceError where the commit is not whole or holds no model."""
-    body = _record(path)
-    tree = _document(path, body, "rank-00000/state.json", 0)
-    parts = parts_of(tree.get("tree"))
-    engines = [key for key, kind in parts.items() if kind == "engine"]
+    manifest = Manifest.read(path)
+    if manifest.record.layout != "training" or not manifest.shards or not manifest.complete:
+        raise SourceError(f"{os.path.join(path, RECORD)}: is no whole training commit")
+    commit = Commit(path, manifest)
+    state = commit.state(0)
+    parts = parts_of(state.get("tree"))
+    engines = [key for key, kind in parts.items() if kind == ENGINE]
     modules = [key for key, kind in parts.items() if kind == "module"]
     if engines and not modules:
         if len(engines) > 1:
             raise SourceError(f"{path}: {len(engines)} engines; open the directory of one of them")
-        found = zero.read(os.path.join(path, f"engine-{engines[0]}" if engines[0] else "engine"), options)
+        found = zero.read(os.path.join(path, engine_directory(engines[0])), options)
         return replace(found, facts={**found.facts, "commit": path})
     options.refuse_zero_only(path)
+    options.refuse_also(path)
     options.refuse_crc(path)
-    return _tensors(path, body, tree, modules, options)
-
-
-def _tensors(
-    path: str, body: Mapping[str, JSON], tree: Mapping[str, JSON], modules: list[str], options: Options
-) -> Checkpoint:
-    """The shared tensors of the modules, or of the whole state where there is none."""
-    table = _document(path, body, TABLE, None)
-    tied = json_object(tree.get("aliases"), f"{path}: aliases")
-    names = names_in(tree.get("tree"))
+    tied = aliases_of(state)
+    names = names_in(state.get("tree"))
     chosen = [n for n in names if not modules or any(not m or n.startswith(f"{m}.") for m in modules)]
-    holders = {n: str(tied.get(n, n)) for n in chosen}
-    own = [n for n in chosen if holders[n] not in table]
+    own = [n for n in chosen if tied.get(n, n) not in commit.table]
     if not chosen or len(own) == len(chosen):
         raise SourceError(f"{path}: no tensor of a model, or each rank has its own of all {len(chosen)}")
     if own and modules:
         raise SourceError(f"{path}: {own[0]} differs from rank to rank ({len(own)} such in all)")
     cut = len(modules[0]) + 1 if len(modules) == 1 and modules[0] else 0
-    first: dict[str, str] = {}  # stored tensor -> the name it gets
-    aliases: dict[str, str] = {}
-    for name, held in holders.items():
-        if held in table and first.setdefault(held, name[cut:]) != name[cut:]:
-            aliases[name[cut:]] = first[held]
-    stored = _Stored(path, body)
-    made = {new: stored.tensor(held, table[held]) for held, new in first.items()}
-    extents = Extents(stored.extents)
     rest = len(names) - len(chosen)
     unread = [f"{rest} tensors that are not the model's (optimizer and the like)"] if rest else []
     unread += [f"{n}: each rank has its own" for n in own]
-    source = json_object(body.get("source"), f"{path}: source")
-    return assemble(
-        path, "training",
-        {n: Single(shape, dtype, partial(boxes, extents, dtype, shape, rows))
-         for n, (dtype, shape, rows) in made.items()},
-        extents, options, aliases=aliases, files=tuple(stored.files.values()), search=[path],
-        facts={"step": source.get("step"), "tag": source.get("tag"), "ranks": tree.get("world")},
-        unread=unread, headers=[str(body.get("key"))],
-        layout=(repr(rows).encode() for _, _, rows in made.values()),
-    )  # fmt: skip
+    held = {n[cut:]: tied.get(n, n) for n in chosen if n not in set(own)}
+    return commit.checkpoint(held, options, unread=unread)
 
 
-class _Stored:
-    """Where a commit's tensors lie. `extents`, `files`: of those that `tensor` was asked for."""
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """A tensor that is not one rank's own: `boxes` (owner, offset, shape); one box is the whole tensor where
+    every rank holds it. There is one owner a box on each disk."""
 
-    def __init__(self, path: str, body: Mapping[str, JSON]) -> None:
-        self.path = path
-        self.extents: list[Extent] = []
-        self.files: dict[str, File] = {}
-        self._places: dict[tuple[int, str], tuple[str, int, int]] = {}
-        for shard in json_list(body.get("ranks"), f"{path}: ranks"):
-            tensors = json_object(shard, f"{path}: a rank").get("tensors")
-            for name, t in json_object(tensors, f"{path}: tensors").items():
-                match t:
-                    case {"file": str(file), "offset": int(offset), "nbytes": int(nbytes)} if (
-                        rank := _OF_RANK.fullmatch(file)
-                    ) and inside(file):
-                        self._places[int(rank[1]), name] = file, offset, nbytes
-                    case _:
-                        raise SourceError(f"{path}: {name}: {t!r:.80} is no place of a tensor")
+    dtype: DType
+    shape: Sizes
+    boxes: tuple[tuple[int, Sizes, Sizes], ...]
+    everywhere: bool
 
-    def tensor(self, name: str, said: JSON) -> tuple[DType, tuple[int, ...], list[list[int]]]:
-        """Its dtype, shape and fragments (as in `views`). Raises SourceError where boxes do not tile it."""
+    def json(self) -> JSON:
+        """For the table."""
+        boxes: list[JSON] = [[r, list(o), list(s)] for r, o, s in self.boxes]
+        kind: dict[str, JSON] = {"dtype": self.dtype.name, "shape": list(self.shape)}
+        return {**kind, "everywhere": self.everywhere, "boxes": boxes}
+
+    @staticmethod
+    def of(where: str, said: JSON) -> Shared:
+        """From the table. Raises SourceError for anything else."""
         match said:
-            case {"dtype": str(kind), "shape": list(sizes), "boxes": list(listed)} if kind in BY_NAME:
-                dtype, shape = BY_NAME[kind], _shape(sizes, name)
+            case {
+                "dtype": str(dtype),
+                "shape": list(shape),
+                "everywhere": bool(everywhere),
+                "boxes": list(listed),
+            } if dtype in BY_NAME:
+                found = tuple(_box(where, box) for box in listed)
             case _:
-                raise SourceError(f"{self.path}: {name}: {said!r:.80} is no entry of {TABLE}")
-        rows, held = [], []
-        for box in listed:
-            match box:
-                case [int(rank), list(at), list(size)] if (rank, name) in self._places:
-                    origin, part = _shape(at, name), _shape(size, name)
-                    extent = self._extent(name, rank, math.prod(part) * dtype.itemsize)
-                case _:
-                    raise SourceError(f"{self.path}: {name}: box {box!r:.80} is of no rank that is here")
-            if 0 not in part:
-                rows.append([len(self.extents), dtype.code, 0, *origin, *part, *dense_strides(part)])
-                self.extents.append(extent)
-                held.append((origin, part))
-        if any(len(x) != len(shape) for box in held for x in box):
-            raise SourceError(f"{self.path}: {name}: a box of other axes than {list(shape)}")
-        if 0 not in shape:
+                raise SourceError(f"{where}: {said!r:.80} is no entry of {TABLE}")
+        if any(len(sizes) != len(shape) for _, *box in found for sizes in box):
+            raise SourceError(f"{where}: a box of other axes than {shape}")
+        return Shared(BY_NAME[dtype], _sizes(where, shape), found, everywhere)
+
+
+class Commit:
+    """A commit's own files, each as it was committed. `manifest`: its record."""
+
+    def __init__(self, path: str, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+        self._files = manifest.all_files()
+
+    def document(self, name: str) -> dict[str, JSON]:
+        """A JSON file of it. Raises SourceError where it is not the one committed."""
+        entry = self._files.get(name)
+        if entry is None:
+            raise SourceError(f"{self.path}: no {name} in the commit; it holds {len(self._files)} files")
+        where = os.path.join(self.path, name)
+        data = content(where, _MAX_BYTES)
+        if digest(data) != entry.digest:
+            raise SourceError(f"{self.path}: {name}: its bytes differ from the commit's digest")
+        return parse_json(data, where)
+
+    def state(self, rank: int) -> dict[str, JSON]:
+        """What a rank saved but for its tensors: their tree, and their tied names."""
+        state = self.document(f"{rank_directory(rank)}/state.json")
+        if state.get("schema") != SCHEMA or state.get("rank") != rank or "tree" not in state:
+            raise SourceError(
+                f"{self.path}: state of rank {rank}: schema {state.get('schema')}, rank {state.get('rank')}; "
+                f"wanted schema {SCHEMA}"
+            )
+        return state
+
+    @cached_property
+    def table(self) -> dict[str, Shared]:
+        """The tensors that ranks share, by name."""
+        return {n: Shared.of(f"{self.path}: {n}", said) for n, said in self.document(TABLE).items()}
+
+    @cached_property
+    def places(self) -> dict[tuple[int, str], TensorEntry]:
+        """(rank, name) -> where what the rank wrote of a tensor lies, on this disk."""
+        out = {}
+        for shard in self.manifest.shards:
+            for name, entry in shard.tensors.items():
+                found = _OF_RANK.fullmatch(entry.file)
+                if found is None:
+                    raise SourceError(f"{self.path}: {name} lies in {entry.file}, which is no rank's file")
+                out[int(found[1]), name] = entry
+        return out
+
+    def entry(self, rank: int, name: str) -> TensorEntry:
+        """Where the part of a tensor that a rank wrote lies. Raises SourceError where it is not here."""
+        found = self.places.get((rank, name))
+        if found is None:
+            raise SourceError(
+                f"{self.path}: {name}: the part of rank {rank} is not on this disk; bring the ranks' "
+                "directories together"
+            )
+        return found
+
+    def checkpoint(
+        self,
+        names: Mapping[str, str],
+        options: Options | None = None,
+        *,
+        own: Mapping[str, TensorEntry] | None = None,
+        unread: Sequence[str] = (),
+    ) -> Checkpoint:
+        """Tensors as a checkpoint. `names`: new name -> the stored tensor's; those of one tensor are tied.
+        `own`: tensors of one rank that are asked for too. Raises SourceError where boxes do not tile one."""
+        first: dict[str, str] = {}  # stored tensor -> the name it gets
+        aliases = {new: first[held] for new, held in names.items() if first.setdefault(held, new) != new}
+        extents: list[Extent] = []
+        files: dict[str, File] = {}
+        made = {}
+        for held, new in first.items():
+            dtype, shape, parts = self._parts(held, own or {})
+            rows = []
+            for entry, origin, size in parts:
+                if entry.file not in files:
+                    files[entry.file] = File.at(os.path.join(self.path, entry.file))
+                if 0 not in size:
+                    rows.append([len(extents), dtype.code, 0, *origin, *size, *dense_strides(size)])
+                    extents.append(
+                        Extent(files[entry.file], entry.offset, entry.nbytes, f"{entry.file}/{held}")
+                    )
+            made[new] = dtype, shape, rows
+        every, record = Extents(extents), self.manifest.record
+        facts: dict[str, JSON] = {"step": record.source.step, "tag": record.source.tag}
+        facts["ranks"] = record.placement.get("ranks")
+        return assemble(
+            self.path, "training",
+            {n: Single(shape, dtype, partial(boxes, every, dtype, shape, rows))
+             for n, (dtype, shape, rows) in made.items()},
+            every, options or Options(), aliases=aliases, files=tuple(files.values()), search=[self.path],
+            facts=facts, unread=unread, headers=[self.manifest.key],
+            layout=(repr(rows).encode() for _, _, rows in made.values()),
+        )  # fmt: skip
+
+    def _parts(
+        self, name: str, own: Mapping[str, TensorEntry]
+    ) -> tuple[DType, Sizes, list[tuple[TensorEntry, Sizes, Sizes]]]:
+        """A stored tensor's dtype, shape and boxes: what is stored, offset, size."""
+        shared = self.table.get(name)
+        if shared is None:
+            e = own[name]
+            return e.dtype, e.shape, [(e, (0,) * len(e.shape), e.shape)]
+        parts = [(self.entry(rank, name), origin, size) for rank, origin, size in shared.boxes]
+        for entry, _, size in parts:
+            if entry.shape != size or entry.dtype is not shared.dtype:
+                raise SourceError(
+                    f"{self.path}: {name}: {entry.file} holds {entry.dtype}{list(entry.shape)}, "
+                    f"{TABLE} says {shared.dtype}{list(size)}"
+                )
+        if 0 not in shared.shape:
             try:
-                check_tiles(shape, held)
+                check_tiles(shared.shape, [(origin, size) for _, origin, size in parts if 0 not in size])
             except SourceError as e:
                 raise SourceError(f"{self.path}: {name}: {e}") from None
-        return dtype, shape, rows
-
-    def _extent(self, name: str, rank: int, wanted: int) -> Extent:
-        """A rank's part of a tensor, of `wanted` bytes."""
-        file, offset, nbytes = self._places[rank, name]
-        if nbytes != wanted:
-            raise SourceError(f"{self.path}: {name}: rank {rank} holds {nbytes} bytes, its box has {wanted}")
-        if file not in self.files:
-            self.files[file] = File.at(os.path.join(self.path, file))
-        return Extent(self.files[file], offset, wanted, f"{file}/{name}")
+        return shared.dtype, shared.shape, parts
 
 
 # ---- the tree of a state ----
 
 
-def _node(tree: JSON) -> tuple[str, JSON]:
+def tag_of(tree: JSON) -> tuple[str, JSON]:
     """A node's tag and content; ("", value) of a plain value."""
     return next(iter(tree.items())) if isinstance(tree, dict) and tree else ("", tree)
 
 
-def _pairs(content: JSON) -> Iterator[tuple[str, JSON]]:
+def pairs_of(content: JSON) -> Iterator[tuple[str | int | float | bool | None, JSON]]:
+    """The keys and values of a dict's node."""
     for pair in content if isinstance(content, list) else ():
-        if isinstance(pair, list) and len(pair) == 2:
-            yield str(pair[0]), pair[1]
+        match pair:
+            case [str() | int() | float() | None as key, value]:
+                yield key, value
+
+
+def items_of(content: JSON) -> list[JSON]:
+    """The values of a list's node."""
+    return content if isinstance(content, list) else []
 
 
 def parts_of(tree: JSON) -> dict[str, str]:
     """What a state is made of: key ("" for a whole that is no dict) -> "module", "object", "engine" or
     "value"."""
-    tag, content = _node(tree)
+    tag, content = tag_of(tree)
     out = {}
-    for key, node in _pairs(content) if tag == "dict" else [("", tree)]:
-        match _node(node):
-            case "state", [str(kind), *_]:
-                out[key] = kind
+    for key, node in pairs_of(content) if tag == "dict" else [("", tree)]:
+        match tag_of(node):
+            case inner, [str(kind), *_] if inner == STATE:
+                out[str(key)] = kind
             case inner, _:
-                out[key] = "engine" if inner == "engine" else "value"
+                out[str(key)] = ENGINE if inner == ENGINE else "value"
     return out
 
 
 def names_in(tree: JSON) -> list[str]:
     """The names of a tree's tensors, in order."""
-    tag, content = _node(tree)
+    tag, content = tag_of(tree)
     if tag in ("tensor", "array"):
         return [str(content)]
     if tag in ("dict", "ordered"):
-        return [n for _, value in _pairs(content) for n in names_in(value)]
-    if tag in ("list", "tuple", "set", "frozenset", "state") and isinstance(content, list):
-        return [n for value in content for n in names_in(value)]
+        return [n for _, value in pairs_of(content) for n in names_in(value)]
+    if tag in ("list", "tuple", "set", "frozenset", STATE):
+        return [n for value in items_of(content) for n in names_in(value)]
     return []
 
 
-# ---- the commit's own files ----
+def aliases_of(state: Mapping[str, JSON]) -> dict[str, str]:
+    """Tied names of a rank's state -> the tensor that each is."""
+    held = state.get("aliases")
+    return {a: str(h) for a, h in held.items()} if isinstance(held, dict) else {}
 
 
-def _record(path: str) -> dict[str, JSON]:
-    """The commit record, whole and with its own digest."""
-    where = os.path.join(path, RECORD)
-    body = read_json(where, _MAX_BYTES)
-    text = content(where, _MAX_BYTES)
-    head = text[: -len(_TAIL) - 14]
-    if text[len(head) :] != _TAIL % digest(head).encode():
-        raise SourceError(f"{where}: does not have its own digest: it was changed or damaged")
-    ranks = json_list(body.get("ranks"), f"{where}: ranks")
-    whole = ranks and len(ranks) == body.get("world")
-    if body.get("schema") != SCHEMA or body.get("layout") != "training" or not whole:
-        raise SourceError(f"{where}: is no whole training commit of schema {SCHEMA}")
-    return body
+def _box(where: str, said: JSON) -> tuple[int, Sizes, Sizes]:
+    match said:
+        case [int(rank), list(offset), list(size)]:
+            return rank, _sizes(where, offset), _sizes(where, size)
+    raise SourceError(f"{where}: {said!r:.80} is no box of {TABLE}")
 
 
-def _document(path: str, body: Mapping[str, JSON], name: str, rank: int | None) -> dict[str, JSON]:
-    """A JSON file of the commit, with the digest of the record."""
-    of = body
-    if rank is not None:
-        of = json_object(json_list(body.get("ranks"), f"{path}: ranks")[rank], f"{path}: rank {rank}")
-    entry = json_object(of.get("files"), f"{path}: files").get(name)
-    data = content(os.path.join(path, name), _MAX_BYTES)
-    if not isinstance(entry, dict) or digest(data) != entry.get("digest"):
-        raise SourceError(f"{path}: {name}: its bytes differ from the commit's digest")
-    return parse_json(data, os.path.join(path, name))
-
-
-def _shape(value: JSON, what: str) -> tuple[int, ...]:
-    sizes = value if isinstance(value, list) else [None]
-    out = tuple(n for n in sizes if type(n) is int and n >= 0)
-    if len(out) != len(sizes):
-        raise SourceError(f"{what}: {value!r:.80} is no shape")
+def _sizes(where: str, values: Sequence[JSON]) -> Sizes:
+    out = tuple(n for n in values if type(n) is int and n >= 0)
+    if len(out) != len(values):
+        raise SourceError(f"{where}: {values!r:.80} is no shape")
     return out

@@ -160,8 +160,6 @@ def _is_tag_folder(path: str) -> bool:
 
 def _tag_folder_of(directory: str, tag: str) -> str:
     """A further directory is a tag folder, or holds one of the same tag."""
-    if not is_directory(directory):
-        raise SourceError(f"{directory}: no directory (also=)")
     inner = os.path.join(directory, tag)
     return inner if is_directory(inner) else directory
 

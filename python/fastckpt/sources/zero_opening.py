@@ -6,13 +6,13 @@ Law: of each file only the pickle and headers are read, and of a checkpoint only
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
 from ..checkpoint import Entry
 from ..errors import SourceError
 from ..extents import Extent, Extents
+from ..running.pipeline import each
 from . import torchfile
 from .options import Options
 from .torchfile import Tensor, TorchFile, Tree, Wanted
@@ -102,8 +102,7 @@ class Opening:
         def load(path: str) -> TorchFile:
             return torchfile.load(path, check_crc=self.options.check_crc, wanted=wanted, known=trees)
 
-        with ThreadPoolExecutor(THREADS) as pool:
-            return [self._add(file) for file in pool.map(load, paths)]
+        return [self._add(file) for file in each(load, paths, THREADS)]
 
     def _add(self, file: TorchFile) -> Opened:
         check_name(file.file.path, file.saved_as)

@@ -1,0 +1,33 @@
+"""What `quantization_config` says of a model, against the modules that transformers builds of its config."""
+
+from __future__ import annotations
+
+import json
+
+import fastckpt
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+from layouts.families import ENCODERS, FAMILIES, made  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *ENCODERS])
+def test_every_linear_is_quantised_or_said_to_be_dense(name, tmp_path):
+    """compressed-tensors takes every other one for quantised, and finds no scales of it: a tied output layer
+    lies in no file, and a module may be called otherwise than its tensors."""
+    family = (FAMILIES | ENCODERS)[name]
+    kind = family.name + "Text" * (family.name == "Gemma3")
+    config = getattr(transformers, f"{kind}Config")(**family.sizes)
+    with torch.device("meta"):
+        model = getattr(transformers, family.name + family.architecture)(config)
+    linear = {n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    written, tensors, _ = made(name)
+    out = tmp_path / "out"
+    fastckpt.reshard(tensors, config=written, quant="int8", out=out, durable=False)
+    names = load_file(out / "model.safetensors")
+    quantised = {n.removesuffix(".weight_scale") for n in names if n.endswith(".weight_scale")}
+    ignored = set(json.loads((out / "config.json").read_text())["quantization_config"]["ignore"])
+    assert quantised and not ignored & quantised
+    assert linear <= ignored | quantised

@@ -1,0 +1,83 @@
+"""The ranks of a set that are made one by one come from one step, whatever the source is."""
+
+from __future__ import annotations
+
+import shutil
+
+import fastckpt
+import pytest
+import torch
+from fastckpt.errors import SourceError, WriteError
+
+PLAN = {"*": "colwise"}
+
+
+def state(step):
+    return {"a.weight": torch.full((40, 40), float(step)), "b.weight": torch.full((2, 8), step + 0.5).t()}
+
+
+def in_memory(step, path):
+    return state(step)
+
+
+def partitions(step, path):
+    flat = {n: t.reshape(-1) for n, t in state(step).items()}
+    garbage = torch.rand(3)  # padding differs from rank to rank
+    parts = [{n: t[:10] for n, t in flat.items()}, {n: torch.cat([t[10:], garbage]) for n, t in flat.items()}]
+    return fastckpt.partitioned(parts, {n: tuple(t.shape) for n, t in state(step).items()})
+
+
+def views_of_storages(step, path):
+    """As a flat parameter's: what lies beside differs from rank to rank."""
+    held = {n: torch.rand(3, *t.shape) for n, t in state(step).items()}
+    for n, t in state(step).items():
+        held[n][1] = t
+    return {n: t[1] for n, t in held.items()}
+
+
+def without_checksums(step, path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state(step), path / "pytorch_model.bin")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    return path
+
+
+def shards(step, path):
+    shutil.rmtree(path)
+    fastckpt.reshard(state(step), 4, tp_plan=PLAN, out=path, durable=False)
+    return path
+
+
+@pytest.mark.parametrize("source", [in_memory, partitions, views_of_storages, without_checksums, shards])
+def test_ranks_of_two_steps_are_no_set(tmp_path, source):
+    """Names and shapes are the same: once the later step's ranks were taken for done, and left out."""
+    (tmp_path / "in").mkdir()
+    out = tmp_path / "out"
+    for rank in (0, 1):
+        fastckpt.reshard(source(1, tmp_path / "in"), 2, rank=rank, tp_plan=PLAN, out=out, durable=False)
+    assert fastckpt.verify(out).ok
+    later = source(2, tmp_path / "in")
+    with pytest.raises(WriteError, match="is of another plan"):
+        fastckpt.reshard(later, 2, rank=1, tp_plan=PLAN, out=out, durable=False)
+    for rank in (0, 1):
+        fastckpt.reshard(later, 2, rank=rank, tp_plan=PLAN, out=out, durable=False, overwrite=True)
+    held = fastckpt.reshard(out, layout="same")[0]
+    assert all(torch.equal(held[n], t) for n, t in state(2).items())
+
+
+def test_memory_is_never_done(tmp_path):
+    """A change that no sample shows is written all the same."""
+    held = {"w": torch.zeros(1000, 8)}
+    for value in (0.0, 1.0):
+        held["w"][333] = value
+        for rank in (0, 1):
+            report = fastckpt.reshard(held, 2, rank=rank, tp_plan=PLAN, out=tmp_path / "out", durable=False)
+            assert report.notes == () and report.bytes_written == 16000
+    assert torch.equal(fastckpt.reshard(tmp_path / "out", layout="same")[0]["w"], held["w"])
+
+
+def test_no_checksum_is_no_wrong_checksum(tmp_path):
+    with pytest.raises(SourceError, match=r"data.pkl: holds no checksum.*set_crc32_options"):
+        fastckpt.open(without_checksums(1, tmp_path), check_crc=True)
