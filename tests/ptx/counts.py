@@ -24,7 +24,7 @@ from .memory import SECTOR, Global, Traffic
 class Case:
     """A copy of [lines, elements] of one type to another; `turned`: the source has them as [elements, lines].
 
-    `at`: bytes past a multiple of 256 at which the source begins. `pitch`: elements from a line to the next."""
+    `at`: bytes past a multiple of 256 at which the source begins. `pitch`: elements between its lines."""
 
     types: str
     shape: tuple[int, int]
