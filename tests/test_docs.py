@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from fastckpt import layouts
 from fastckpt.cli import main
 from fastckpt.doors.demo import Llama
 
@@ -66,3 +68,15 @@ def test_the_readme_s_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (tmp_path / made).rename(tmp_path / f"{made}-by-python")
     for line in commands.strip().splitlines():
         assert main(shlex.split(line, comments=True)[1:]) == 0, line
+
+
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+def test_every_option_of_a_layout_is_in_the_table(layout: str) -> None:
+    """As `-L`'s help says. A row names the layout, or stands in the section that does."""
+    section, told = "", set()
+    for line in (ROOT / "docs/layouts.md").read_text().splitlines():
+        if line.startswith("## "):
+            section = line
+        elif line.startswith("| ") and f"`{layout}`" in section + line:
+            told |= {word for cell in line.split("|")[1:3] for word in cell.replace(",", " ").split()}
+    assert {f.name for f in fields(layouts.layout(layout))} <= told

@@ -183,6 +183,9 @@ def test_an_incomplete_set(tmp_path: Path) -> None:
     assert report.problems == (
         "no fastckpt.json: the set is incomplete; there are records of 1 of 3 ranks: [1]",
     )
+    write_part(tmp_path / "other", 0, 2, world=3)
+    shutil.copy(tmp_path / "other/fastckpt-rank-0.json", tmp_path / "out")
+    assert "records of 2 of 3 ranks, of different plans: [0, 1]" in verify(tmp_path / "out").problems[0]
     shutil.copy(tmp_path / "out/fastckpt-rank-1.json", tmp_path / "out/fastckpt.json")
     assert "lists 1 of 3 ranks: the set is incomplete" in verify(tmp_path / "out").problems[0]
 
@@ -212,7 +215,7 @@ def test_the_header_must_say_what_the_manifest_says(tmp_path: Path) -> None:
     """A manifest whose digests are right, of a file whose header names its tensors otherwise."""
     specs = [("a", BY_NAME["float32"], (2, 3)), ("b", BY_NAME["float32"], (6,))]
     layout = safetensors_layout("x.safetensors", specs, {})
-    ((_, header),) = layout.fixed
+    header = b"".join(layout.head())
     other = header.replace(b'"a":{"dtype":"F32","shape":[2,3]', b'"a":{"dtype":"I32","shape":[3,2]').replace(
         b'"b"', b'"c"'
     )

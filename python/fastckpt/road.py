@@ -221,6 +221,8 @@ def consolidate(
     `reshard` does."""
     expect("out", out, str, os.PathLike, type(None))
     expect("allow_nonfinite", allow_nonfinite, bool)
+    if out is None and weights_key is not None:
+        raise LayoutError("weights_key goes with out=: it is a key in the file of a training checkpoint")
     if isinstance(path, Checkpoint):
         if tag or also or rename or weights != "master" or exclude_frozen or check_crc:
             raise LayoutError("consolidate: options of open go with a path, this checkpoint is open already")

@@ -11,6 +11,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from .checkpoint import JSON
@@ -138,13 +139,14 @@ def _walk(seen: _Seen) -> Iterator[str]:
 
 def _incomplete(root: str, records: list[str]) -> str:
     ranks = sorted(r for name in records if (r := rank_of(name)) is not None)
-    of = ""
-    for name in records[:1]:
-        try:
-            of = f" of {Manifest.read(os.path.join(root, name)).world}"
-        except SourceError:
-            of = ""
-    return f"no {NAME}: the set is incomplete; there are records of {len(ranks)}{of} ranks: {ranks[:16]}"
+    found: list[Manifest] = []
+    for name in records:
+        with suppress(SourceError):
+            found.append(Manifest.read(os.path.join(root, name)))
+    of = f" of {found[0].world}" if found else ""
+    mixed = ", of different plans" if len({m.key for m in found}) > 1 else ""
+    some = f"{len(ranks)}{of} ranks{mixed}: {ranks[:16]}"
+    return f"no {NAME}: the set is incomplete; there are records of {some}"
 
 
 def _together(names: Sequence[str], what: str) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from fastckpt.digest import LEAF
-from fastckpt.errors import ManagerError, SourceError, WriteError
+from fastckpt.errors import FastckptError, ManagerError, SourceError, WriteError
 from fastckpt.manager import loading, policies, saving
 from fastckpt.manager.commits import Store
 from fastckpt.manager.coordination import Group
@@ -639,3 +639,23 @@ def test_options_that_lack_their_other_half(tmp_path: Path) -> None:
             manager.save(0, {"x": 1}, client_state={"epoch": 1})
         with pytest.raises(ManagerError, match="no valid commit to restore"):
             manager.restore()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_to_keep": "3"}, {"async_save": "no"}, {"timeout": None}, {"save_interval": "x"}, {"shared": 1},
+     {"rank": True, "world": 1}, {"keep_best": 1.5, "best_metric": "loss"}, {"save_on_steps": 5}],
+)  # fmt: skip
+def test_an_argument_of_another_type_is_named(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(FastckptError, match=f"^{next(iter(wrong))}: wanted "):
+        CheckpointManager(tmp_path / "ck", **wrong)
+
+
+def test_a_step_is_a_number_and_names_are_several(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path / "ck") as manager:
+        for step in (True, "1", 1.0):
+            with pytest.raises(FastckptError, match=r"^step: wanted int"):
+                manager.save(step, {"ab": torch.ones(1)})  # type: ignore[arg-type]
+        manager.save(1, {"ab": torch.ones(1)})
+        with pytest.raises(FastckptError, match=r"^names: wanted Sequence"):
+            manager.restore(names="ab")

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from fastckpt.dtypes import BY_NAME, DTYPES
 from fastckpt.errors import LayoutError, WriteError
+from fastckpt.output import files
 from fastckpt.output.files import FileLayout, Slot, Spec, parse_size, safetensors_layout, split
 from fastckpt.output.pickling import Wrap
 from fastckpt.output.torchzip import torch_layout
@@ -35,7 +36,7 @@ def spec(name: str, t: torch.Tensor) -> Spec:
 
 def assembled(layout: FileLayout, data: dict[str, bytes]) -> bytes:
     """The file, having seen that parts and slots tile it."""
-    parts = [*layout.fixed, *((s.offset, data[s.name]) for s in layout.slots)]
+    parts = [(0, b"".join(layout.head())), *layout.fixed, *((s.offset, data[s.name]) for s in layout.slots)]
     parts += layout.closing({name: crc32(d) for name, d in data.items()})
     out = bytearray()
     for offset, part in sorted(parts, key=lambda p: (p[0], len(p[1]))):
@@ -82,6 +83,15 @@ def test_safetensors_of_nothing_and_odd_names(tmp_path: Path) -> None:
     tensors = {n: torch.tensor([1.0]) for n in ["", " ", "\x00", "\n", '"', "\\", "é", "😀", "a" * 300, "/"]}
     layout = safetensors_layout("x", [spec(*t) for t in tensors.items()], {})
     assert assembled(layout, {n: raw(t) for n, t in tensors.items()}) == saved(tensors, tmp_path, None)
+
+
+def test_safetensors_header_of_very_many_tensors(tmp_path: Path) -> None:
+    """It is made in pieces, which must join."""
+    tensors = {f"é{k}": torch.tensor([k], dtype=torch.int16) for k in range(3 * files._LINES)}
+    layout = safetensors_layout("x", [spec(*t) for t in tensors.items()], {"format": "pt"})
+    assert max(map(len, layout.head())) < len(b"".join(layout.head())) // 2
+    whole = assembled(layout, {n: raw(t) for n, t in tensors.items()})
+    assert whole == saved(tensors, tmp_path, {"format": "pt"})
 
 
 def test_safetensors_keep_order(tmp_path: Path) -> None:

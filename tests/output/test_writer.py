@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -204,7 +205,7 @@ def test_refuses_half_a_file(tmp_path: Path) -> None:
             file.close({}, digests[1:])
         file.close({}, digests)
         with pytest.raises(WriteError, match="also in"):
-            fill(out, FileLayout("again", layout.nbytes, layout.slots, layout.fixed), data)
+            fill(out, replace(layout, path="again"), data)
     assert listing(tmp_path) == []
 
 
@@ -334,8 +335,9 @@ def test_a_file_too_large_for_the_process(tmp_path: Path) -> None:
 
 
 def test_without_fallocate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_fallocate", "_sync_file_range"):
+    for name in ("_fallocate", "_sync_file_range", "_malloc_trim"):
         monkeypatch.setattr(syscalls, name, None)
+    syscalls.give_back()
     write_whole(tmp_path / "out", 1)
     assert verify(tmp_path / "out").ok
     monkeypatch.setattr(syscalls, "_renameat2", None)

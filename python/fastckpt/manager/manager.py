@@ -21,7 +21,7 @@ from types import FrameType, TracebackType
 
 from ..checkpoint import JSON
 from ..doors.serving_options import Shape
-from ..errors import ManagerError, WriteError
+from ..errors import ManagerError, WriteError, expect
 from ..layouts import Layout
 from ..placement import Placement
 from ..quantisation.schemes import Quant
@@ -97,6 +97,22 @@ class CheckpointManager:
         durable: bool = True,
         timeout: float = 1800.0,
     ) -> None:
+        nothing = type(None)
+        asked: tuple[tuple[tuple[type, ...], dict[str, object]], ...] = (
+            ((bool,), {"shared": shared, "keep_without_metric": keep_without_metric, "async_save": async_save,
+                       "save_on_signal": save_on_signal}),
+            ((int,), {"save_interval": save_interval, "step_digits": step_digits}),
+            ((int, nothing), {"rank": rank, "world": world, "max_to_keep": max_to_keep,
+                              "keep_period": keep_period, "keep_best": keep_best}),
+            ((int, float), {"timeout": timeout}),
+            ((int, float, nothing), {"save_seconds": save_seconds, "keep_seconds": keep_seconds}),
+            ((str,), {"best_mode": best_mode, "path_type": path_type, "step_prefix": step_prefix}),
+            ((str, nothing), {"node": node, "best_metric": best_metric, "path_prefix": path_prefix}),
+            ((Collection,), {"save_on_steps": save_on_steps}),
+        )  # fmt: skip
+        for kinds, values in asked:
+            for name, value in values.items():
+                expect(name, value, *kinds)
         self._when = policies.when_asked(save_interval, save_on_steps, save_seconds, save_when)
         self._best = (best_metric, best_mode)
         if keep_best is not None and best_metric is None:
@@ -211,6 +227,8 @@ class CheckpointManager:
         warning, where the checkpoints cannot be reached. Collective.
 
         Raises ManagerError or WriteError on every rank; then the commits that stood still stand."""
+        expect("step", step, int)
+        expect("metrics", metrics, Mapping, type(None))
         token = self._voted(step, force)
         if token is None:
             return False
@@ -336,6 +354,8 @@ class CheckpointManager:
 
         Raises ManagerError where there is nothing, or nothing that fits; SourceError where `step` is broken.
         In both cases the template is as it was, unless its own load_state_dict refused it halfway."""
+        expect("step", step, int, type(None))
+        expect("names", names, Sequence, type(None))
         self.wait()
         asked = Asked(None if names is None else tuple(names), allow_missing, template)
         return self._resuming.restore(step, asked)

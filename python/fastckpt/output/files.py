@@ -11,8 +11,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import overload
 
 import numpy as np
@@ -26,6 +26,10 @@ Spec = tuple[str, DType, tuple[int, ...]]
 
 Part = tuple[int, bytes | bytearray]
 """Bytes of a file that are no tensor's: offset in the file, the bytes."""
+
+
+def _no_head() -> Iterable[bytes]:
+    return ()
 
 
 def _nothing(crcs: Mapping[str, int]) -> list[Part]:
@@ -88,7 +92,8 @@ class FileLayout:
 
     `path` is relative to the output directory, `nbytes` the final size, `slots` the tensors in file
     order, `fixed` the parts known before any tensor is, `aliases` further names: alias -> slot's name.
-    `crc` says that `closing` needs the CRC32 of every slot's bytes."""
+    `crc` says that `closing` needs the CRC32 of every slot's bytes. `head` makes the bytes before all of
+    these, in pieces: the header of very many tensors is not kept."""
 
     path: str
     nbytes: int
@@ -97,6 +102,7 @@ class FileLayout:
     aliases: Mapping[str, str] = field(default_factory=dict)
     crc: bool = False
     seal: Callable[[Mapping[str, int]], list[Part]] = _nothing
+    head: Callable[[], Iterable[bytes]] = _no_head
 
     def closing(self, crcs: Mapping[str, int]) -> list[Part]:
         """The parts known only at the end; `crcs`: slot name -> CRC32, needed where `crc` says so."""
@@ -142,42 +148,51 @@ def safetensors_layout(
     ordered = sorted(tensors, key=lambda t: (_ORDER[t[1].safetensors], "" if keep_order else t[0]))
     nbytes = np.fromiter((math.prod(shape) * dtype.itemsize for _, dtype, shape in ordered), np.int64)
     ends = np.cumsum(nbytes)
+    slots = SlotTable.of(ordered, ends - nbytes, nbytes)
     try:
-        head = _safetensors_header(ordered, ends - nbytes, ends, metadata)
+        size = sum(len(piece) for piece in _header(slots, 0, metadata))
     except UnicodeEncodeError as e:
         raise WriteError(f"{path}: a name is not valid Unicode: {e}") from None
-    if len(head) - 8 > _MAX_HEADER:
-        raise WriteError(
-            f"{path}: a header of {len(head) - 8} bytes; safetensors reads at most {_MAX_HEADER}; cut it"
-        )
-    slots = SlotTable.of(ordered, len(head) + ends - nbytes, nbytes)
-    return FileLayout(path, len(head) + int(nbytes.sum()), slots, ((0, head),), dict(aliases or {}))
+    size += -size % 8
+    if size > _MAX_HEADER:
+        raise WriteError(f"{path}: a header of {size} bytes; safetensors reads at most {_MAX_HEADER}; cut it")
+    first = 8 + size
+    slots = replace(slots, offset=slots.offset + first)
+    head = partial(_head, slots, first, metadata)
+    return FileLayout(path, first + int(nbytes.sum()), slots, (), dict(aliases or {}), head=head)
 
 
-def _safetensors_header(
-    tensors: Sequence[Spec], begins: NDArray[np.int64], ends: NDArray[np.int64], metadata: Mapping[str, str]
-) -> bytearray:
-    """The bytes before the first tensor; offsets count from the end of the header."""
+def _head(slots: SlotTable, first: int, metadata: Mapping[str, str]) -> Iterator[bytes]:
+    """The bytes before `first`, where the first tensor lies: the header, and its length before it."""
+    left = first - 8
+    yield left.to_bytes(8, "little")
+    for piece in _header(slots, first, metadata):
+        left -= len(piece)
+        yield piece
+    yield b" " * left
+
+
+def _header(slots: SlotTable, first: int, metadata: Mapping[str, str]) -> Iterator[bytes]:
+    """The JSON header in pieces; its offsets count from `first`."""
     spell = json.encoder.encode_basestring  # as json.dumps(name, ensure_ascii=False), without its overhead
-    out = bytearray(8) + b"{"
+    before = "{"
     if metadata:
         pairs = ",".join(f"{spell(k)}:{spell(v)}" for k, v in sorted(metadata.items()))
-        out += f'"__metadata__":{{{pairs}}},'.encode()
-    for k in range(0, len(tensors), _LINES):
+        yield f'{{"__metadata__":{{{pairs}}}'.encode()
+        before = ","
+    for k in range(0, len(slots), _LINES):
         some = slice(k, k + _LINES)
-        places = zip(tensors[some], begins[some].tolist(), ends[some].tolist(), strict=True)
-        out += "".join(
-            [
-                f'{spell(name)}:{{{_kind(dtype.code, shape)},"data_offsets":[{begin},{end}]}},'
-                for (name, dtype, shape), begin, end in places
-            ]
-        ).encode()
-    if out.endswith(b","):
-        del out[-1:]
-    out += b"}"
-    out += b" " * (-len(out) % 8)
-    out[:8] = (len(out) - 8).to_bytes(8, "little")
-    return out
+        begin = slots.offset[some] - first
+        places = begin.tolist(), (begin + slots.nbytes[some]).tolist()
+        lines = [
+            f'{spell(name)}:{{{_kind(dtype.code, shape)},"data_offsets":[{start},{stop}]}}'
+            for name, dtype, shape, start, stop in zip(
+                slots.names[some], slots.dtypes[some], slots.shapes[some], *places, strict=True
+            )
+        ]
+        yield (before + ",".join(lines)).encode()
+        before = ","
+    yield b"}" if before == "," else b"{}"
 
 
 @lru_cache(maxsize=1 << 10)

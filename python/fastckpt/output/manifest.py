@@ -34,7 +34,7 @@ TRACE = ".fastckpt-"
 _MAX_BYTES = 1 << 30
 _MAX_NDIM = 64
 _LINES = 1 << 10
-"""Tensors whose text is made at once."""
+"""Tensors whose values, and text, are made at once."""
 _RANK = re.compile(r"fastckpt-rank-(0|[1-9][0-9]*)\.json")
 
 T = TypeVar("T")
@@ -136,9 +136,12 @@ class TensorTable(Mapping[str, TensorEntry]):
     def rows(self) -> Iterator[Row]:
         """The same as plain values, for those who want nothing else of very many."""
         for file, slots, digests in self._parts:
-            where = slots.offset.tolist(), slots.nbytes.tolist()
-            found = map("{:016x}".format, digests.tolist())
-            yield from zip(slots.names, repeat(file), slots.dtypes, slots.shapes, *where, found)
+            for k in range(0, len(slots), _LINES):
+                some = slice(k, k + _LINES)
+                kinds = slots.dtypes[some], slots.shapes[some]
+                where = slots.offset[some].tolist(), slots.nbytes[some].tolist()
+                found = map("{:016x}".format, digests[some].tolist())
+                yield from zip(slots.names[some], repeat(file), *kinds, *where, found)
 
 
 class _Items(ItemsView[str, TensorEntry]):

@@ -1,7 +1,8 @@
-"""Three Linux calls Python does not offer, by ctypes: fallocate, sync_file_range, renameat2.
+"""Four calls Python does not offer, by ctypes: Linux' fallocate, sync_file_range, renameat2; malloc_trim.
 
 Law: where the platform lacks a call, `allocate` and `start_writeback` do the nearest thing that is
-correct and slower; `exchange` raises, because nothing else swaps two directories in one step.
+correct and slower, and `give_back` nothing; `exchange` raises, because nothing else swaps two directories
+in one step.
 """
 
 from __future__ import annotations
@@ -37,6 +38,13 @@ _sync_file_range = _function("sync_file_range", ctypes.c_int, ctypes.c_int64, ct
 _renameat2 = _function(
     "renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint
 )
+_malloc_trim = _function("malloc_trim", ctypes.c_size_t)
+
+
+def give_back() -> None:
+    """Give the system back what was freed. Once it freed a large block, glibc keeps others of that size."""
+    if _malloc_trim is not None:
+        _malloc_trim(0)
 
 
 def allocate(fd: int, nbytes: int) -> None:

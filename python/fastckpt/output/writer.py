@@ -16,7 +16,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from ..digest import LEAF, Digesting, digest
+from ..digest import LEAF, Digesting
 from ..errors import WriteError, expect
 from ..extents import inside, pieces_of
 from . import syscalls
@@ -32,12 +32,13 @@ _EARLY = 1 << 18
 
 
 class OutputFile:
-    """A file of the output, at its final size, its fixed parts written."""
+    """A file of the output, at its final size, its head and fixed parts written."""
 
     def __init__(self, output: Output, layout: FileLayout, rank: int, fd: int, staged: str) -> None:
         self.layout, self.rank = layout, rank
         self._output, self._fd, self._staged = output, fd, staged
         self._left = int(layout.slots.nbytes.sum())
+        self._rest = Digesting()  # of the bytes that are no tensor's: the head, in `close` the parts
         self._lock = threading.Lock()
 
     def write(self, offset: int, data: memoryview) -> None:
@@ -68,9 +69,19 @@ class OutputFile:
         closing = layout.closing(crcs)
         for offset, data in closing:
             self._put(offset, memoryview(data))
-        rest = _rest(layout, [*layout.fixed, *closing])
+        parts = sorted([*layout.fixed, *closing])
+        _check_tiles(layout, [(0, self._rest.nbytes), *((offset, len(data)) for offset, data in parts)])
+        self._rest.add(b"".join([data for _, data in parts]))
         self.release(sync=self._output.durable)
-        self._output._finished(self, FileEntry(layout.nbytes, digest(rest)), digests)
+        self._output._finished(self, FileEntry(layout.nbytes, self._rest.digest()), digests)
+
+    def begin(self) -> None:
+        """Write what is known before any tensor is. Raises OSError."""
+        for piece in self.layout.head():
+            _write_all(self._fd, self._rest.nbytes, memoryview(piece))
+            self._rest.add(piece)
+        for offset, data in self.layout.fixed:
+            _write_all(self._fd, offset, memoryview(data))
 
     def release(self, *, sync: bool) -> None:
         """Close the descriptor."""
@@ -177,8 +188,7 @@ class Output:
             self._open.append(file)
         with self.telling(f"{layout.path} ({layout.nbytes} bytes)"):
             syscalls.allocate(fd, layout.nbytes)
-            for offset, data in layout.fixed:
-                _write_all(fd, offset, memoryview(data))
+            file.begin()
         return file
 
     def copy(self, source: str | os.PathLike[str], name: str | None = None) -> None:
@@ -306,10 +316,10 @@ def _write_all(fd: int, offset: int, data: memoryview) -> None:
         data, offset = data[n:], offset + n
 
 
-def _rest(layout: FileLayout, parts: Sequence[tuple[int, bytes | bytearray]]) -> bytes:
-    """The bytes that are no tensor's, in file order, having checked that they and the slots tile the file."""
+def _check_tiles(layout: FileLayout, parts: Sequence[tuple[int, int]]) -> None:
+    """Raise WriteError unless the slots and what is no tensor's, as (offset, bytes), tile the file."""
     begin = np.concatenate([layout.slots.offset, np.array([offset for offset, _ in parts], np.int64)])
-    nbytes = np.concatenate([layout.slots.nbytes, np.array([len(data) for _, data in parts], np.int64)])
+    nbytes = np.concatenate([layout.slots.nbytes, np.array([size for _, size in parts], np.int64)])
     order = np.lexsort((nbytes, begin))
     begin, end = begin[order], np.cumsum(nbytes[order])
     wrong = np.flatnonzero(begin != end - nbytes[order])
@@ -318,4 +328,3 @@ def _rest(layout: FileLayout, parts: Sequence[tuple[int, bytes | bytearray]]) ->
         raise WriteError(f"{layout.path}: its layout has a hole or overlap at byte {at}")
     if int(nbytes.sum()) != layout.nbytes:
         raise WriteError(f"{layout.path}: its layout ends at byte {int(nbytes.sum())} of {layout.nbytes}")
-    return b"".join(data for _, data in sorted(parts))

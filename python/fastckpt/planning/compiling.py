@@ -17,7 +17,7 @@ from ..views import ZERO, View, dense_strides
 from .axes import coalesce, with_axes
 from .copies import AXES, COPY, LONGEST, NOTHING, Chunk, Ints, Table, item_sizes
 
-WINDOW = 1 << 13
+WINDOW = 1 << 12
 """Fragments compiled at once: the planner's working memory."""
 
 

@@ -34,7 +34,7 @@ Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
-AHEAD = 32
+AHEAD = 8
 """Batches made ahead of each worker."""
 
 

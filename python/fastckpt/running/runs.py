@@ -21,6 +21,7 @@ from ..executors import pick
 from ..executors.cpu import built
 from ..extents import COMPUTED, Buffer, Extents, File
 from ..output.manifest import Manifest, Origin, Record, rows_of
+from ..output.syscalls import give_back
 from ..output.writer import Output
 from ..planning.batches import LEAF, Batch, cut, spread
 from ..planning.binding import Binding
@@ -197,6 +198,7 @@ class Run:
             output.reserve(sum(f.nbytes for f in planned.files))
             files = [output.create(f, r) for f, r in zip(planned.files, planned.file_ranks, strict=True)]
             sink = ToFiles(planned.slots(), planned.tensors, files, finite=finite)
+            give_back()  # what opening and planning freed
             self._copy(planned, lambda lane: sink.worker(lane, self.limits.band), sink)
             began = time.perf_counter()
             if self.progress is not None:

@@ -22,7 +22,7 @@ from . import torchfile
 from .assembly import assemble
 from .options import Options
 from .torchfile import Tensor
-from .torchtensors import by_storage, places, whole
+from .torchtensors import by_storage, places
 from .zero_experts import in_order, is_expert, spread
 from .zero_files import Files, check_ranks, find, is_zero
 from .zero_layout import Flat, Placed, Shape, chained, sliced
@@ -129,8 +129,8 @@ def _from_masters(
     path: str, opening: Opening, first: OptimState, models: Sequence[Opened], states: Sequence[ModelState]
 ) -> Checkpoint:
     """Stages 1 to 3: the masters in all ranks' optimizer files. `models`, `states`: rank 0's, or all."""
-    files, options, where = opening.files, opening.options, opening.files.folder
-    state = states[0]
+    files, where = opening.files, opening.files.folder
+    state, of_all = states[0], opening.options.weights == "module"
     world = _world(first, files, bool(state.experts))
     if state.dp_world is not None and state.dp_world % world:
         raise SourceError(
@@ -153,36 +153,35 @@ def _from_masters(
     _check_not_offloaded(shapes, flats, where)
     layout = sliced(shapes, flats, where) if at_stage_3 else chained(shapes, alignment, flats, where)
 
-    extents = Extents(opening.extents)
-    found = parts(state, where)
-    entries = _beside_masters(found, opening, [state, *states[1:]], models, extents, at_stage_3)
+    reading = _Reading(path, opening, models, [state, *states[1:]])
+    extents, entries = reading.extents, reading.beside_masters(at_stage_3)
     masters = {n: e for placed in layout for n, e in placed.entries(extents).items()}
-    if not options.exclude_frozen:
+    if not opening.options.exclude_frozen:
         entries |= {n: e.entry(extents, "frozen") for n, e in experts.items() if n not in masters}
     weights, notes = masters, []
-    if options.weights == "module" or experts:  # which expert is whose is worked out: its copy must agree
-        of_all = options.weights == "module"
-        copies = _copies(layout, state, models[0], experts, extents, where, of_all=of_all)
+    if of_all or experts:  # which expert is whose is worked out: its copy must agree
+        copies = reading.copies(layout, experts, of_all=of_all)
         check_copy(_one_axis(copies), _one_axis(masters), where)
         weights = copies if of_all else masters
     elif not at_stage_3:
         names = [n for n in sampled(shapes, alignment, world) if comparable(state.module.get(n))]
-        copies = _module_entries(names, state, models[0], extents, "parameter")
-        notes = check_order(layout, extents, _one_axis(copies), paths)
+        notes = check_order(layout, extents, _one_axis(reading.module(names, "parameter")), paths)
     entries |= weights
-    return _assembled(
-        path, opening, state, entries, extents, found,
+    return reading.checkpoint(
+        entries,
         facts={
             "stage": 1 if first.stage is None else first.stage,
             "optimizer": "ZeRO" if first.stage is not None else "BF16_Optimizer",
             "world": world,
             "groups": [_group_facts(placed) for placed in layout],
             "master dtype": ", ".join(sorted({f.dtype.name for f in flats})),
-            "weights": options.weights,
+            "weights": opening.options.weights,
             **({"experts": list(state.experts)} if state.experts else {}),
             **({"notes": [*notes]} if notes else {}),
         },
-        unread=[f"optimizer moments of {world} ranks", *_other_copy(options, len(weights), at_stage_3)],
+        unread=[
+            f"optimizer moments of {world} ranks", *_other_copy(opening.options, len(weights), at_stage_3)
+        ],
         layout=[
             *(a.tobytes() for f in flats for a in (f.extent, f.offset, f.length)),
             *(a.tobytes() for placed in layout for a in (placed.numel, placed.start)),
@@ -206,44 +205,18 @@ def _from_universal(path: str, opening: Opening) -> Checkpoint:
         what = "experts of MoE layers" if state.experts else "ZeRO was off: param_shapes is None"
         raise SourceError(f"{where}: a universal checkpoint that is not read: {what}")
     held = opening.universal(trainable(state))
-    extents = Extents(opening.extents)
-    found = parts(state, where)
-    entries = _beside_masters(found, opening, states, models, extents, at_stage_3)
-    masters = {name: master.entry(extents, "parameter") for name, master in held.items()}
+    reading = _Reading(path, opening, models, states)
+    entries = reading.beside_masters(at_stage_3)
+    masters = {name: master.entry(reading.extents, "parameter") for name, master in held.items()}
     if not at_stage_3:  # its maker takes the order of the parameters from where round robin has another
-        copies = _module_entries(masters, state, models[0], extents, "parameter")
-        check_copy(_one_axis(copies), _one_axis(masters), where)
+        check_copy(_one_axis(reading.module(masters, "parameter")), _one_axis(masters), where)
     entries |= masters
-    return _assembled(
-        path, opening, state, entries, extents, found,
+    return reading.checkpoint(
+        entries,
         facts={"stage": 3 if at_stage_3 else "1 or 2", "universal": True, "weights": "master"},
         unread=["optimizer moments", *_other_copy(opening.options, len(masters), at_stage_3)],
         layout=[*_places_of(states), places(master.tensor for master in held.values())],
-    )  # fmt: skip
-
-
-def _beside_masters(
-    found: Parts,
-    opening: Opening,
-    states: Sequence[ModelState],
-    models: Sequence[Opened],
-    extents: Extents,
-    at_stage_3: bool,
-) -> dict[str, Entry]:
-    """Buffers, and the frozen parameters where they are wanted."""
-    where = opening.files.folder
-    entries = _module_entries(found.buffers, states[0], models[0], extents, "buffer")
-    if opening.options.exclude_frozen:
-        return entries
-    if found.lost:
-        raise SourceError(
-            f"{where}: the weights of {_short(list(found.lost))} are in no file "
-            "(exclude_frozen=True leaves them out)"
-        )
-    entries |= _module_entries(found.kept, states[0], models[0], extents, "frozen")
-    if at_stage_3:
-        return entries | _frozen_cut(states, models, extents, where)
-    return entries | _frozen_whole(states[0], models[0], extents, where)
+    )
 
 
 def _from_module(path: str, opening: Opening, model: Opened, state: ModelState) -> Checkpoint:
@@ -251,30 +224,29 @@ def _from_module(path: str, opening: Opening, model: Opened, state: ModelState) 
     where = opening.files.folder
     off = state.shapes is None
     experts = opening.experts(state)
-    extents = Extents(opening.extents)
-    found = parts(state, where)
+    reading = _Reading(path, opening, [model], [state])
+    found = reading.found
     if off:
         tensors = {n: t for n, t in state.module.items() if isinstance(t, Tensor)}
         tied = by_storage(tensors)
         names = [n for n in tensors if n not in tied and n not in found.buffers]
-        found = Parts(found.buffers, (), tied, found.other, ())
+        reading.found = found = Parts(found.buffers, (), tied, found.other, ())
     else:
         names = [name for name in trainable(state) if not is_expert(name)]
-    entries = _module_entries(found.buffers, state, model, extents, "buffer")
+    entries = reading.module(found.buffers, "buffer")
     if not opening.options.exclude_frozen:
-        entries |= _module_entries(found.kept, state, model, extents, "frozen")
-        entries |= _frozen_whole(state, model, extents, where)
+        entries |= reading.module(found.kept, "frozen") | reading.frozen_whole()
     for name in names:
         if name not in state.module:
             raise SourceError(f"{where}: {name} is not in `module`")
-    entries |= _module_entries(names, state, model, extents, "parameter")
-    entries |= {name: e.entry(extents, "parameter") for name, e in experts.items()}
+    entries |= reading.module(names, "parameter")
+    entries |= {name: e.entry(reading.extents, "parameter") for name, e in experts.items()}
     asked = opening.options.weights == "module"
     why = "ZeRO was off: its masters carry no names"
     if not off:
         why = "there are no optimizer files to compare it with"
-    return _assembled(
-        path, opening, state, entries, extents, found,
+    return reading.checkpoint(
+        entries,
         facts={
             "stage": 0 if off else "1 or 2", "weights": "module", "why module": why,
             **({} if asked else {"notes": [f"the weights are the copy in `module`: {why}"]}),
@@ -285,102 +257,113 @@ def _from_module(path: str, opening: Opening, model: Opened, state: ModelState) 
     )  # fmt: skip
 
 
-def _assembled(
-    path: str,
-    opening: Opening,
-    state: ModelState,
-    entries: dict[str, Entry],
-    extents: Extents,
-    found: Parts,
-    *,
-    facts: Mapping[str, JSON],
-    unread: Sequence[str],
-    layout: Sequence[bytes],
-) -> Checkpoint:
-    files = opening.files
-    kinds = [e.kind for e in entries.values()]
-    tied = {n: h for n, h in found.tied.items() if h in entries}
-    homeless = [n for n in found.tied if n not in tied]
-    notes = list(unread)
-    notes += [f"`module` entry {n}: no tensor" for n in found.other]
-    notes += [f"{n}: tied to {found.tied[n]}, which is left out" for n in homeless]
-    notes += [f"client state that is not plain: {', '.join(state.opaque)}"] if state.opaque else []
-    return assemble(
-        path, "zero", entries, extents, opening.options,
-        aliases=tied, files=[f.file for f in opening.opened],
-        search=[os.path.abspath(path), os.path.abspath(files.root)],
-        facts={
-            "tag": files.tag, "step": state.global_steps, **facts,
-            "deepspeed": state.version, "parameters": kinds.count("parameter"),
-            "frozen": kinds.count("frozen"), "buffers": kinds.count("buffer"), "tied": dict(tied),
-            "client_state": dict(state.client),
-        },
-        unread=notes, inert=[n for f in opening.opened for n in f.inert], layout=layout,
-        headers=[f.digest for f in opening.opened],
-    )  # fmt: skip
-
-
 # ---- entries ----
 
 
-def _module_entries(
-    names: Iterable[str], state: ModelState, model: Opened, extents: Extents, kind: str
-) -> dict[str, Entry]:
-    """Whole tensors of `module`."""
-    tensors = ((n, state.module[n]) for n in names)
-    return {n: whole(t, model.file, model.base, extents, kind) for n, t in tensors if isinstance(t, Tensor)}
+class _Reading:
+    """A checkpoint whose files are all open. `models`, `states`: rank 0's, or all ranks'; `state`: rank 0's;
+    `found`: what its names are; `extents`: the one table of all views."""
 
+    def __init__(
+        self, path: str, opening: Opening, models: Sequence[Opened], states: Sequence[ModelState]
+    ) -> None:
+        self.path, self.opening, self.where = path, opening, opening.files.folder
+        self.models, self.states, self.state = models, states, states[0]
+        self.extents = Extents(opening.extents)
+        self.found = parts(self.state, self.where)
 
-def _frozen_whole(state: ModelState, model: Opened, extents: Extents, where: str) -> dict[str, Entry]:
-    """Frozen parameters of stages 1 and 2: whole, in one file."""
-    fragments = state.fragments or {}
-    for name, shape in (state.frozen_shapes or {}).items():
-        if fragments[name].shape != shape:
-            raise SourceError(f"{where}: frozen {name} has shape {fragments[name].shape}, wanted {shape}")
-    return {
-        n: whole(fragments[n], model.file, model.base, extents, "frozen") for n in state.frozen_shapes or {}
-    }
+    def module(self, names: Iterable[str], kind: str) -> dict[str, Entry]:
+        """Whole tensors of `module`."""
+        tensors = ((n, self.state.module[n]) for n in names)
+        return {n: self._whole(t, kind) for n, t in tensors if isinstance(t, Tensor)}
 
+    def beside_masters(self, at_stage_3: bool) -> dict[str, Entry]:
+        """Buffers, and the frozen parameters where they are wanted."""
+        entries = self.module(self.found.buffers, "buffer")
+        if self.opening.options.exclude_frozen:
+            return entries
+        if self.found.lost:
+            raise SourceError(
+                f"{self.where}: the weights of {_short(list(self.found.lost))} are in no file "
+                "(exclude_frozen=True leaves them out)"
+            )
+        entries |= self.module(self.found.kept, "frozen")
+        return entries | (self._frozen_cut() if at_stage_3 else self.frozen_whole())
 
-def _frozen_cut(
-    states: Sequence[ModelState], models: Sequence[Opened], extents: Extents, where: str
-) -> dict[str, Entry]:
-    """Frozen parameters of stage 3: each cut over all ranks' files."""
-    shapes = states[0].frozen_shapes or {}
-    flats = _columns(models, [[(s.fragments or {})[n] for n in shapes] for s in states], f"{where}: frozen")
-    out: dict[str, Entry] = {}
-    for flat, (name, shape) in zip(flats, shapes.items(), strict=True):
-        # A frozen parameter is a group of its own: the same formula, the same check.
-        (placed,) = sliced([{name: shape}], [flat], f"{where}: frozen {name}")
-        out |= placed.entries(extents, "frozen")
-    return out
+    def frozen_whole(self) -> dict[str, Entry]:
+        """Frozen parameters of stages 1 and 2: whole, in one file."""
+        shapes, fragments = self.state.frozen_shapes or {}, self.state.fragments or {}
+        for name, shape in shapes.items():
+            if fragments[name].shape != shape:
+                raise SourceError(
+                    f"{self.where}: frozen {name} has shape {fragments[name].shape}, wanted {shape}"
+                )
+        return {name: self._whole(fragments[name], "frozen") for name in shapes}
 
+    def _frozen_cut(self) -> dict[str, Entry]:
+        """Frozen parameters of stage 3: each cut over all ranks' files."""
+        shapes, where = self.state.frozen_shapes or {}, f"{self.where}: frozen"
+        flats = _columns(self.models, [[(s.fragments or {})[n] for n in shapes] for s in self.states], where)
+        out: dict[str, Entry] = {}
+        for flat, (name, shape) in zip(flats, shapes.items(), strict=True):
+            # A frozen parameter is a group of its own: the same formula, the same check.
+            (placed,) = sliced([{name: shape}], [flat], f"{where} {name}")
+            out |= placed.entries(self.extents, "frozen")
+        return out
 
-def _copies(
-    layout: Sequence[Placed],
-    state: ModelState,
-    model: Opened,
-    experts: Mapping[str, Whole],
-    extents: Extents,
-    where: str,
-    *,
-    of_all: bool,
-) -> dict[str, Entry]:
-    """The 16-bit copies of all parameters, or of the experts' alone."""
-    out: dict[str, Entry] = {}
-    for placed in layout:
-        for name, shape in zip(placed.names, placed.shapes, strict=True):
-            if not of_all and not is_expert(name):
-                continue
-            expert = experts.get(name)
-            t = expert.tensor if expert else state.module.get(name)
-            if not isinstance(t, Tensor) or t.shape != shape:
-                got = t.shape if isinstance(t, Tensor) else "nothing"
-                hint = "; at stage 3 `module` holds placeholders, use the masters" if placed.sliced else ""
-                held = "the experts' files have" if is_expert(name) else "weights='module': `module` has"
-                raise SourceError(f"{where}: {name}: {held} {got}, wanted {shape}{hint}")
-            out[name] = (expert or Whole(model, t)).entry(extents, "parameter")
-    return out
+    def _whole(self, t: Tensor, kind: str) -> Entry:
+        return Whole(self.models[0], t).entry(self.extents, kind)
+
+    def copies(
+        self, layout: Sequence[Placed], experts: Mapping[str, Whole], *, of_all: bool
+    ) -> dict[str, Entry]:
+        """The 16-bit copies of all parameters, or of the experts' alone."""
+        out: dict[str, Entry] = {}
+        for placed in layout:
+            for name, shape in zip(placed.names, placed.shapes, strict=True):
+                if not of_all and not is_expert(name):
+                    continue
+                expert = experts.get(name)
+                t = expert.tensor if expert else self.state.module.get(name)
+                if not isinstance(t, Tensor) or t.shape != shape:
+                    got = t.shape if isinstance(t, Tensor) else "nothing"
+                    held = "the experts' files have" if is_expert(name) else "weights='module': `module` has"
+                    more = "; at stage 3 `module` holds placeholders, use the masters"
+                    raise SourceError(
+                        f"{self.where}: {name}: {held} {got}, wanted {shape}{more if placed.sliced else ''}"
+                    )
+                out[name] = (expert or Whole(self.models[0], t)).entry(self.extents, "parameter")
+        return out
+
+    def checkpoint(
+        self,
+        entries: dict[str, Entry],
+        *,
+        facts: Mapping[str, JSON],
+        unread: Sequence[str],
+        layout: Sequence[bytes],
+    ) -> Checkpoint:
+        """All of it, with what these entries leave unread."""
+        files, opened, state = self.opening.files, self.opening.opened, self.state
+        kinds = [e.kind for e in entries.values()]
+        tied = {n: h for n, h in self.found.tied.items() if h in entries}
+        notes = list(unread)
+        notes += [f"`module` entry {n}: no tensor" for n in self.found.other]
+        notes += [f"{n}: tied to {h}, which is left out" for n, h in self.found.tied.items() if n not in tied]
+        notes += [f"client state that is not plain: {', '.join(state.opaque)}"] if state.opaque else []
+        return assemble(
+            self.path, "zero", entries, self.extents, self.opening.options,
+            aliases=tied, files=[f.file for f in opened],
+            search=[os.path.abspath(self.path), os.path.abspath(files.root)],
+            facts={
+                "tag": files.tag, "step": state.global_steps, **facts,
+                "deepspeed": state.version, "parameters": kinds.count("parameter"),
+                "frozen": kinds.count("frozen"), "buffers": kinds.count("buffer"), "tied": dict(tied),
+                "client_state": dict(state.client),
+            },
+            unread=notes, inert=[n for f in opened for n in f.inert], layout=layout,
+            headers=[f.digest for f in opened],
+        )  # fmt: skip
 
 
 def _places(state: ModelState) -> bytes:
