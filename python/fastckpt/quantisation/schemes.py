@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from ..dtypes import DType, float8_e4m3fn, float16, float32, int8, int32, int64
-from ..errors import LayoutError
+from ..errors import LayoutError, expect
 
 Packed = Literal["", "across", "awq", "down"]
 """How eight 4-bit values make an int32: eight columns, the first in the lowest bits; eight columns in AWQ's
@@ -178,9 +178,17 @@ class Quant:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        expect("quant: a scheme of SCHEMES", self.scheme, Scheme)
+        for name, patterns in (("include", self.include), ("exclude", self.exclude)):
+            expect(f"quant: {name}", patterns, tuple)
+            for pattern in patterns:
+                expect(f"quant: a pattern of {name}", pattern, str)
+
     @staticmethod
     def of(asked: str | Quant) -> Quant:
         """What a scheme's name asks for. Raises LayoutError naming the schemes there are."""
+        expect("quant", asked, str, Quant)
         if isinstance(asked, Quant):
             return asked
         found = SCHEMES.get(asked)
