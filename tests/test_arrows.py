@@ -30,7 +30,7 @@ FILES = (
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
-    "native": ("_C",),  # the compiled module, where there is one
+    "native": ("errors", "__init__", "_C"),  # the compiled module, where there is one
     "collector": (),
     "dtypes": CORE[:1],
     "extents": CORE[:2],

@@ -669,3 +669,18 @@ def test_lines_are_thinned_but_never_the_last(capsys, monkeypatch):
         show(1, 1, "sync")
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert [(x["phase"], x["done"]) for x in lines] == [*(("copy", n) for n in (1, 5, 9, 10)), ("sync", 1)]
+
+
+def test_a_stream_that_was_closed_is_nobody_s_file(tmp_path):
+    """A daemon's 0, 1 and 2 may be closed: an output that got such a number would be printed into."""
+    code = (
+        "import os, sys\n"
+        "os.closerange(0, 3)\n"
+        "sys.stdin = sys.stdout = sys.stderr = None\n"
+        "from fastckpt import cli\n"
+        "code = cli.main(['recipes'])\n"
+        "fd = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY)\n"
+        "os.write(fd, b'%d %d' % (code, fd > 2))"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "told"], check=True, timeout=300)
+    assert (tmp_path / "told").read_text() == "0 1"
