@@ -179,7 +179,8 @@ class Build(build_ext):
         cuda = toolkit()
         # What was built with other flags, or without CUDA, is not this build.
         toolkit_of = (cuda.nvcc, *cuda.architectures) if cuda else "no"
-        asked = f"{os.environ.get('CFLAGS', '')} {DEFINES} cuda {toolkit_of}"
+        defines = [*DEFINES, f'-DFASTCKPT_VERSION="{self.distribution.get_version()}"']
+        asked = f"{os.environ.get('CFLAGS', '')} {defines} cuda {toolkit_of}"
         stamp = Path(self.build_temp) / "asked"
         same = stamp.exists() and stamp.read_text() == asked
         changed = max(Path(p).stat().st_mtime for p in ext.depends)
@@ -193,7 +194,7 @@ class Build(build_ext):
                 [str(CSRC / name)],
                 output_dir=self.build_temp,
                 include_dirs=[pybind11.get_include(), *self.compiler.include_dirs],
-                extra_postargs=[*FLAGS, *DEFINES, *cuda_flags, *extra],
+                extra_postargs=[*FLAGS, *defines, *cuda_flags, *extra],
                 depends=ext.depends,
             )
             return made
