@@ -5,7 +5,7 @@ package stays pure Python; without nvcc one is printed and it runs on the CPU on
 FASTCKPT_BUILD: 0 skips the extension, 1 makes a failure to build it fatal, unset tries.
 FASTCKPT_CUDA: the same for the CUDA part. CUDA_HOME or CUDA_PATH names a toolkit, else nvcc is on PATH or in
 /usr/local/cuda. FASTCKPT_CUDA_ARCHS: "90" or "80,90" builds for these alone.
-FASTCKPT_DEFINES: "STEPS=4 APART=1" defines FASTCKPT_STEPS and FASTCKPT_APART, constants of the kernels.
+FASTCKPT_DEFINES: "FLIGHT=4 TEAM=256" defines FASTCKPT_FLIGHT and FASTCKPT_TEAM, constants of the kernels.
 """
 
 from __future__ import annotations
