@@ -33,7 +33,7 @@ CASES = [
 ]
 NAMES = {name: name.encode() for name in ("none", *(name for name, _ in CASES))}
 
-executors.EXECUTORS["cpu"] = lambda: cpu.Cpu(recent_bytes=1 << 20)  # so that pages are given back
+executors.EXECUTORS["cpu"] = lambda _: cpu.Cpu(recent_bytes=1 << 20)  # so that pages are given back
 
 
 def run(work: Path, source: Path, dtype: str | None, name: str, code: int, point: int) -> dict[str, object]:
