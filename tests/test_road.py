@@ -660,6 +660,19 @@ def test_more_wrong_arguments_are_named(tmp_path):
     save_file(files, tmp_path / "model.safetensors")
     with pytest.raises(FastckptError, match="a tensor's name: wanted str, got int 5"):
         fastckpt.reshard({5: torch.ones(2)}, layout="same")
+    one = fastckpt.Placement(tp=2, rank=1)  # all ranks were made once, or another one
+    for rank in (None, 0):
+        with pytest.raises(LayoutError, match="placement is of rank 1, and rank="):
+            fastckpt.plan(files, placement=one, rank=rank, tp_plan={"*": "colwise"})
+    assert fastckpt.plan(files, placement=one, rank=1, tp_plan={"*": "colwise"}).ranks == (1,)
+    for quant, said in (
+        (lambda: fastckpt.Quant("int8"), "a scheme of SCHEMES: wanted Scheme"),
+        (lambda: fastckpt.Quant(fastckpt.SCHEMES["int8"], include="a"), "include: wanted tuple"),
+        (lambda: fastckpt.Quant(fastckpt.SCHEMES["int8"], exclude=(5,)), "a pattern of exclude: wanted str"),
+        (lambda: fastckpt.reshard(files, layout="same", quant=["int8"]), "quant: wanted str or Quant"),
+    ):
+        with pytest.raises(FastckptError, match=said):
+            quant()
     with pytest.raises(FastckptError, match="module: wanted Module"):
         fastckpt.load_into(5, tmp_path)
     with pytest.raises(FastckptError, match="strict: wanted bool"):

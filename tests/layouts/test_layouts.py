@@ -176,6 +176,8 @@ def test_options_from_strings():
         ("vllm", {"vocab_padding": "-64"}, "wanted a number, got '-64'"),
         ("vllm", {"vocab_padding": "0"}, "at least 1, got 0"),
         ("hf", {"multiple": "0"}, "layout hf: multiple must be at least 1, got 0"),
+        ("hf", {"multiple": "32"}, "layout hf: multiple goes with pad=true"),
+        ("vllm", {"multiple": "32"}, "layout vllm: multiple goes with pad=true"),
         ("megatron", {"vocab_padding": "0"}, "vocab_padding must be at least 1, got 0"),
         ("rtp_llm", {"nodes": "0"}, "layout rtp_llm: nodes must be at least 1, got 0"),
     ]:

@@ -112,6 +112,15 @@ def test_a_vocabulary_that_no_names_tell_is_refused(tmp_path):
             fastckpt.reshard({"e.weight": torch.ones(8, 4)}, vocab_size=4, out=tmp_path / "out", **options)
 
 
+def test_a_pattern_that_matches_nothing_is_told(tmp_path):
+    plan = {"e": "colwise", "*.q_prj.weight": "colwise", "head.*": "replicate", "*": "replicate"}
+    state = {"e.weight": torch.ones(8, 4)}
+    assert fastckpt.plan(state | {"head.weight": state["e.weight"]}, 2, tp_plan=plan).notes[-1] == (
+        "tp_plan: no tensor matches *.q_prj.weight"
+    )
+    assert fastckpt.plan(state, 2, tp_plan={"e": "colwise"}).notes == ()
+
+
 def test_a_recipe_that_no_names_need_is_refused(tmp_path):
     for options in ({"layout": "same"}, {"tp": 2, "tp_plan": {"*": "replicate"}}):
         with pytest.raises(LayoutError, match="recipe goes with layouts that read roles"):

@@ -386,6 +386,11 @@ def test_patterns_add_and_take_away():
     assert int8 == {n for n in tensors if linear(n) and "v_proj" not in n} | {"lm_head.weight"}
     with pytest.raises(LayoutError, match="no matrix"):
         fastckpt.reshard(tensors, config=config, quant=Quant(SCHEMES["int8"], include=("model.norm.weight",)))
+    with pytest.raises(LayoutError, match="is an embedding"):
+        fastckpt.reshard(tensors, config=config, quant=Quant(SCHEMES["int8"], include=("*.embed_tokens.*",)))
+    told = json.loads(fastckpt.plan(tensors, config=config, quant=quant).config)["quantization_config"]
+    assert told["config_groups"]["group_0"]["targets"] == ["Linear", "lm_head"]
+    assert told["ignore"] == ["model.embed_tokens", "model.layers.0.self_attn.v_proj"]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

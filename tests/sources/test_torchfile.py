@@ -157,7 +157,6 @@ def test_cuda_locations_are_tags_only(tmp_path: Path) -> None:
     )  # fmt: skip
     ours = torchfile.load(path, check_crc=True)
     tensor = ours.root["w"]  # type: ignore[index]
-    assert tensor.storage.location == "cuda:3"
     assert make.raw(make.elements(ours, tensor)) == make.raw(torch.arange(6.0))
 
 

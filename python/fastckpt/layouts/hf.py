@@ -53,6 +53,8 @@ class Hf:
 
     def __post_init__(self) -> None:
         require_least("hf", self, 1, "multiple", "vocab_padding")
+        if self.multiple > 1 and not self.pad:
+            raise LayoutError("layout hf: multiple goes with pad=true: to it widths are padded")
 
     def targets(self, model: Model, placement: Placement) -> Iterator[Target]:
         """The rank's tensors; a tied lm_head is left out, the config says it is tied.

@@ -79,6 +79,12 @@ class Patterns:
                     cuts[alias] = cut
         return self._targets(ckpt, placement, cuts)
 
+    def unused(self, ckpt: Checkpoint) -> list[str]:
+        """The patterns that match no tensor: another version's, or misspelt."""
+        names = [*ckpt.entries, *ckpt.aliases]
+        either = [*names, *{name.rpartition(".")[0] for name in names}]
+        return [p for p in self.plan if not any(fnmatchcase(name, p) for name in either)]
+
     def naming(self, placement: Placement) -> Naming:
         """The hub's names, a directory a rank."""
         return ranked(placement.tp, placement.tp_rank)

@@ -72,6 +72,8 @@ class Vllm:
 
     def __post_init__(self) -> None:
         require_least("vllm", self, 1, "multiple", "vocab_padding")
+        if self.multiple > 1 and not self.pad:
+            raise LayoutError("layout vllm: multiple goes with pad=true: to it widths are padded")
         if self.engine:
             known(self.engine)
         if self.engine and (self.vocab_padding, self.gate_up) != (64, "gate_up"):

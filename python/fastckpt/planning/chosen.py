@@ -176,6 +176,8 @@ def _by_names(
         raise LayoutError(f"recipe goes with layouts that read roles, not {_name(layout)}")
     if wanted.quant is not None and (config is not None or ckpt.config is not None):
         config = configs.found(ckpt, wanted.config)
+    unused = layout.unused(ckpt) if isinstance(layout, Patterns) else []
+    missed = [f"tp_plan: no tensor matches {', '.join(unused)}"] if unused else []
     chosen = Chosen(
         _name(layout),
         ckpt,
@@ -184,7 +186,7 @@ def _by_names(
         configs.text(config, wanted),
         ckpt.aliases,
         options,
-        _notes(ckpt),
+        (*_notes(ckpt), *missed),
         _ours(layout),
     )
     return _quantising(chosen, wanted, config, None)

@@ -50,6 +50,11 @@ class Wanted:
         nothing = type(None)
         expect("placement", self.placement, Placement)
         expect("rank", self.rank, int, nothing)
+        if self.placement.rank not in (0, self.rank):
+            raise LayoutError(
+                f"placement is of rank {self.placement.rank}, and rank={self.rank} was asked for: "
+                "rank= says whose part is made, None that of all"
+            )
         if not isinstance(self.layout, str) and not all(
             hasattr(self.layout, part) and not isinstance(self.layout, type)
             for part in ("roles", "targets", "naming")

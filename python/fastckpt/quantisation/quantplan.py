@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -248,7 +248,12 @@ def quantization_config(quant: Quant, shapes: Mapping[str, tuple[int, ...]]) -> 
         for head, of in HEADS.items()
         if f"{head}.weight" not in shapes and any(name.startswith(of) for name in shapes)
     ]
-    return _compressed_config(scheme, left)
+    asked = [
+        name.removesuffix(".weight")
+        for name, shape in shapes.items()
+        if quant.takes(name, shape) and not quant.knows(name)
+    ]
+    return _compressed_config(scheme, asked, left)
 
 
 HEADS = {
@@ -262,8 +267,9 @@ ones lie in none, GPT-NeoX's is called embed_out there), but compressed-tensors 
 for quantised that is not ignored."""
 
 
-def _compressed_config(scheme: Scheme, left: list[JSON]) -> dict[str, JSON]:
-    """compressed-tensors' `quantization_config`; `left`: the modules that stay dense."""
+def _compressed_config(scheme: Scheme, asked: Sequence[JSON], left: list[JSON]) -> dict[str, JSON]:
+    """compressed-tensors' `quantization_config`; `asked`: modules that were asked for, of which a loader may
+    have some that are called otherwise than Linear (vLLM's ParallelLMHead); `left`: those that stay dense."""
     kind = "float" if scheme.format == "float-quantized" else "int"
     strategy = {(0, 0): "tensor", (1, 0): "channel"}.get(scheme.block, "group")
     weights: dict[str, JSON] = {
@@ -278,7 +284,7 @@ def _compressed_config(scheme: Scheme, left: list[JSON]) -> dict[str, JSON]:
         weights["group_size"] = scheme.block[1]
     else:
         inputs = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
-    group: dict[str, JSON] = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    group: dict[str, JSON] = {"targets": ["Linear", *asked], "weights": weights, "input_activations": inputs}
     return {
         "quant_method": "compressed-tensors",
         "format": scheme.format,

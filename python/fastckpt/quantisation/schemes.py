@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from ..dtypes import DType, float8_e4m3fn, float16, float32, int8, int32, int64
-from ..errors import LayoutError
+from ..errors import LayoutError, expect
 
 Packed = Literal["", "across", "awq", "down"]
 """How eight 4-bit values make an int32: eight columns, the first in the lowest bits; eight columns in AWQ's
@@ -166,6 +166,7 @@ STACKS = frozenset({"w13_weight", "w2_weight"})
 TURNED = frozenset({"c_attn", "c_fc", "c_proj"})
 """GPT-2's modules, stored [in, out]: their rows are no outputs."""
 
+_EMBEDDING = re.compile(r".*embed(dings?|_tokens|_positions|_in)?|wte|wpe|shared")
 _RECURRENT = re.compile(r"weight_(ih|hh)_l[0-9]+(_reverse)?")
 
 
@@ -178,9 +179,17 @@ class Quant:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        expect("quant: a scheme of SCHEMES", self.scheme, Scheme)
+        for name, patterns in (("include", self.include), ("exclude", self.exclude)):
+            expect(f"quant: {name}", patterns, tuple)
+            for pattern in patterns:
+                expect(f"quant: a pattern of {name}", pattern, str)
+
     @staticmethod
     def of(asked: str | Quant) -> Quant:
         """What a scheme's name asks for. Raises LayoutError naming the schemes there are."""
+        expect("quant", asked, str, Quant)
         if isinstance(asked, Quant):
             return asked
         found = SCHEMES.get(asked)
@@ -193,20 +202,25 @@ class Quant:
         experts, and no pattern excludes it."""
         return name.rpartition(".")[2] in LINEARS and not any(fnmatchcase(name, p) for p in self.exclude)
 
+    def knows(self, name: str) -> bool:
+        """Whether a matrix of that name is quantised unasked."""
+        module, _, leaf = name.rpartition(".")
+        known = (leaf == "weight" and module.rpartition(".")[2] in LINEARS) or leaf in STACKS
+        return known or (self.scheme.dynamic and _RECURRENT.fullmatch(leaf) is not None)
+
     def takes(self, name: str, shape: Sequence[int]) -> bool:
         """Whether the tensor of that name is quantised. Raises LayoutError for one that was asked for and is
-        no matrix with outputs first."""
+        no matrix with outputs first, or an embedding, which loaders of the scheme's format take for dense."""
         if any(fnmatchcase(name, p) for p in self.exclude):
             return False
         asked = any(fnmatchcase(name, p) for p in self.include)
-        module, _, leaf = name.rpartition(".")
-        last = module.rpartition(".")[2]
-        known = (leaf == "weight" and last in LINEARS) or leaf in STACKS
-        known |= self.scheme.dynamic and _RECURRENT.fullmatch(leaf) is not None
-        if not (asked or known) or math.prod(shape) == 0:
+        if not (asked or self.knows(name)) or math.prod(shape) == 0:
             return False
+        last = name.rpartition(".")[0].rpartition(".")[2]
         if len(shape) not in (2, 3) or last in TURNED:
             if asked:
                 raise LayoutError(f"quant: {name} {tuple(shape)} is no matrix [outputs, inputs]")
             return False
+        if asked and self.scheme.format not in ("", "fp8") and _EMBEDDING.fullmatch(last):
+            raise LayoutError(f"quant {self.scheme.name}: {name} is an embedding, dense to loaders of this")
         return True

@@ -147,13 +147,6 @@ def json_object(value: JSON, where: str) -> dict[str, JSON]:
     return value
 
 
-def json_list(value: JSON, where: str) -> list[JSON]:
-    """The value, which must be a JSON list. Raises SourceError."""
-    if not isinstance(value, list):
-        raise SourceError(f"{where}: wanted a JSON list, got {type(value).__name__}")
-    return value
-
-
 def sampled(extents: Sequence[Extent]) -> str:
     """Hex digest of a few bytes of the values, for formats whose headers carry no checksum of them.
 

@@ -35,14 +35,13 @@ class Storage:
     """One storage of a torch file.
 
     `key`: its name in the file ("" for all empty ones of a zip, which lie nowhere). `dtype`: of a typed
-    storage, None of an untyped one. `nbytes`: its size. `location`: the device tag it was saved from.
-    `extent`: its index in `TorchFile.extents`, -1 when it is empty or was not wanted; set once, while the
-    file is loaded. `blank`: a tensor of it without elements, shared by all that are equal."""
+    storage, None of an untyped one. `nbytes`: its size. `extent`: its index in `TorchFile.extents`, -1
+    when it is empty or was not wanted; set once, while the file is loaded. `blank`: a tensor of it without
+    elements, shared by all that are equal."""
 
     key: str
     dtype: DType | None
     nbytes: int
-    location: str
     extent: int = -1
     blank: Tensor | None = None
 
@@ -166,20 +165,18 @@ class _Storages:
             raise SourceError(f"storage {key} has {nbytes} bytes")
         if not self.legacy:
             if nbytes == 0:  # a stage-3 model file has one for each of its parameters
-                return self._other("", dtype, 0, location, m)
-            return self._record(key, dtype, nbytes, location, m)
+                return self._other("", dtype, 0, m)
+            return self._record(key, dtype, nbytes, m)
         if self.held.setdefault(key, nbytes) != nbytes:
             raise SourceError(f"storage {key} has {nbytes} bytes here and {self.held[key]} before")
         if key in self.slices:
             raise SourceError(f"storage {key} is held and is a slice of {self.slices[key].key}")
         m.spend(DICT_NAME)
         if pid[5] is not None:
-            return self._slice(key, dtype, location, numel, pid[5], m)
-        return self._record(key, dtype, nbytes, location, m)
+            return self._slice(key, dtype, numel, pid[5], m)
+        return self._record(key, dtype, nbytes, m)
 
-    def _slice(
-        self, key: str, dtype: DType | None, location: str, numel: int, view: object, m: Machine
-    ) -> Storage:
+    def _slice(self, key: str, dtype: DType | None, numel: int, view: object, m: Machine) -> Storage:
         if not isinstance(view, tuple) or len(view) != 3 or not isinstance(view[0], str):
             raise SourceError(f"the view of storage {key} is not (key, offset, numel)")
         itemsize = dtype.itemsize if dtype else 1
@@ -190,15 +187,13 @@ class _Storages:
         found = Slice(key, offset * itemsize, size * itemsize)
         if name in self.held or self.slices.setdefault(name, found) != found:
             raise SourceError(f"storage {name} is a slice of {key} here and something else before")
-        return self._record(name, dtype, found.nbytes, location, m)
+        return self._record(name, dtype, found.nbytes, m)
 
-    def _record(
-        self, key: str, dtype: DType | None, nbytes: int, location: str, m: Machine
-    ) -> Storage:
+    def _record(self, key: str, dtype: DType | None, nbytes: int, m: Machine) -> Storage:
         first = self._known.get(key)
         if first is None:
             m.spend(DICT_NAME + STORAGE)
-            first = self._known[key] = Storage(key, dtype, nbytes, location)
+            first = self._known[key] = Storage(key, dtype, nbytes)
         if first.nbytes != nbytes:
             raise SourceError(f"storage {key} has {nbytes} bytes here and {first.nbytes} before")
         if first.dtype is dtype:
@@ -206,15 +201,13 @@ class _Storages:
         byte, before = (d or dtypes.uint8 for d in (dtype, first.dtype))  # an untyped storage holds bytes
         if nbytes and byte is not before:
             raise SourceError(f"storage {key} holds {byte} here and {before} before")
-        return self._other(key, dtype, nbytes, location, m)
+        return self._other(key, dtype, nbytes, m)
 
-    def _other(
-        self, key: str, dtype: DType | None, nbytes: int, location: str, m: Machine
-    ) -> Storage:
+    def _other(self, key: str, dtype: DType | None, nbytes: int, m: Machine) -> Storage:
         found = self._others.get((key, dtype))
         if found is None:
             m.spend(DICT_ITEM + STORAGE + 72)
-            found = self._others[key, dtype] = Storage(key, dtype, nbytes, location)
+            found = self._others[key, dtype] = Storage(key, dtype, nbytes)
         return found
 
 
