@@ -5,7 +5,7 @@ package stays pure Python; without nvcc one is printed and it runs on the CPU on
 FASTCKPT_BUILD: 0 skips the extension, 1 makes a failure to build it fatal, unset tries.
 FASTCKPT_CUDA: the same for the CUDA part. CUDA_HOME or CUDA_PATH names a toolkit, else nvcc is on PATH or in
 /usr/local/cuda. FASTCKPT_CUDA_ARCHS: "90" or "80,90" builds for these alone.
-FASTCKPT_DEFINES: "STEPS=4 APART=1" defines FASTCKPT_STEPS and FASTCKPT_APART, constants of the kernels.
+FASTCKPT_DEFINES: "FLIGHT=4 TEAM=256" defines FASTCKPT_FLIGHT and FASTCKPT_TEAM, constants of the kernels.
 """
 
 from __future__ import annotations
@@ -179,7 +179,8 @@ class Build(build_ext):
         cuda = toolkit()
         # What was built with other flags, or without CUDA, is not this build.
         toolkit_of = (cuda.nvcc, *cuda.architectures) if cuda else "no"
-        asked = f"{os.environ.get('CFLAGS', '')} {DEFINES} cuda {toolkit_of}"
+        defines = [*DEFINES, f'-DFASTCKPT_VERSION="{self.distribution.get_version()}"']
+        asked = f"{os.environ.get('CFLAGS', '')} {defines} cuda {toolkit_of}"
         stamp = Path(self.build_temp) / "asked"
         same = stamp.exists() and stamp.read_text() == asked
         changed = max(Path(p).stat().st_mtime for p in ext.depends)
@@ -193,7 +194,7 @@ class Build(build_ext):
                 [str(CSRC / name)],
                 output_dir=self.build_temp,
                 include_dirs=[pybind11.get_include(), *self.compiler.include_dirs],
-                extra_postargs=[*FLAGS, *DEFINES, *cuda_flags, *extra],
+                extra_postargs=[*FLAGS, *defines, *cuda_flags, *extra],
                 depends=ext.depends,
             )
             return made

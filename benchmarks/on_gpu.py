@@ -33,9 +33,8 @@ ROWS = (
 """Rows that share a process, what is asked first of a GPU before the others."""
 
 OTHERS = {
-    "STEPS=4 AHEAD=0": ("gather_cast", "digest"),
+    "FLIGHT=4 AHEAD=0": ("gather_cast", "digest"),
     "TEAM=256 AHEAD=4": ("gather_cast", "digest"),
-    "BLOCKS=3 APART=4": ("gather_cast",),
     'HINT=".L1::no_allocate"': ("gather_cast", "quantise"),
 }
 """Constants of the kernels (csrc) that only a GPU can choose between, and the rows that show it."""
@@ -63,7 +62,9 @@ class Done:
 def parts(rows_seconds: float) -> list[Part]:
     """All of them, in order."""
     python = sys.executable
-    test = (python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "tests/gpu")
+    # A test that hangs is shown where it stands before its part is stopped.
+    hung = ("-o", "faulthandler_timeout=60")
+    test = (python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *hung, "tests/gpu")
     # Errors that CUDA returns are no finding: torch asks for what there may not be.
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no")
     bench = (python, "benchmarks/gpu.py")

@@ -7,9 +7,6 @@
 
 #include "tiles_cuda.h"
 
-#ifndef FASTCKPT_BLOCKS
-#define FASTCKPT_BLOCKS 4
-#endif
 #ifndef FASTCKPT_ARCHITECTURES
 #define FASTCKPT_ARCHITECTURES ""
 #endif
@@ -34,7 +31,7 @@ struct Threads {
     }
 };
 
-template <Path PATH> __global__ void __launch_bounds__(THREADS, FASTCKPT_BLOCKS)
+template <Path PATH> __global__ void __launch_bounds__(THREADS, 4)
     copy_tiles(const Table table, const uint64_t first, const uint32_t count) {
     __shared__ alignas(16) uint32_t shared[PATH == TRANSPOSE ? SHARED_WORDS : 4];
     constexpr uint32_t TEAMS = THREADS / threads_of(PATH);

@@ -1,6 +1,7 @@
 #include "mapping.h"
 
 #include <fcntl.h>
+#include <pthread.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -65,6 +66,8 @@ void install_handler() {
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
     sigemptyset(&action.sa_mask);
     sigaction(SIGBUS, &action, &previous);
+    // A child that is forked while another thread holds the lock would wait for it for ever.
+    pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); }, [] { mutex.unlock(); });
 }
 
 int take_slot(uintptr_t begin, uintptr_t length) {

@@ -332,6 +332,7 @@ PYBIND11_MODULE(_C, m) {
         }
     });
 
+    m.attr("version") = FASTCKPT_VERSION;
     m.attr("compiler") = __VERSION__;
 #if defined(FASTCKPT_CUDA)
     m.attr("built_with_cuda") = true;

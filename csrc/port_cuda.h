@@ -167,15 +167,24 @@ template <class D> FASTCKPT_HD uint32_t narrow_pair(uint32_t a, uint32_t b) {
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
         return pair;
     }
-#if __CUDA_ARCH__ >= 890
-    if constexpr (Same<D, E4M3>::value) {
-        uint16_t bytes;
-        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bytes) : "f"(high), "f"(low));
-        return bytes;
-    }
-#endif
 #endif
     return D::from_f32(a) | D::from_f32(b) << 8 * D::size;
+}
+
+// Four fp32 as bytes of a word.
+template <class D> FASTCKPT_HD uint32_t narrow_four(const uint32_t* x) {
+    static_assert(D::size == 1);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    if constexpr (Same<D, E4M3>::value) {
+        uint16_t low, high;
+        uint32_t word;
+        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(as_float(x[1])), "f"(as_float(x[0])));
+        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(as_float(x[3])), "f"(as_float(x[2])));
+        asm("mov.b32 %0, {%1, %2};" : "=r"(word) : "h"(low), "h"(high));
+        return word;
+    }
+#endif
+    return narrow_pair<D>(x[0], x[1]) | narrow_pair<D>(x[2], x[3]) << 16;
 }
 
 template <int SIZE> struct Cell;

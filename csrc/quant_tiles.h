@@ -18,6 +18,7 @@ constexpr uint32_t PATCHES = THREADS * PATCH;   // pieces of a tile
 constexpr uint32_t QUANT_SHARED = 2 * PATCHES;  // words: the low and the high end of each row or column of a patch
 constexpr uint32_t FOLD = 16;                   // words that a thread folds into one
 constexpr uint32_t DEEP = 4;                    // pieces of a thread under way
+constexpr uint32_t AHEAD_UNITS = 8;             // units of a thread under way
 
 // What shares a scale: a row or several, a square block, a group of a row, a group of a column.
 enum QuantShape : uint8_t { LINE, SQUARE, GROUP, COLUMN };
@@ -74,12 +75,12 @@ struct QuantTile {
     FASTCKPT_HD uint32_t parts() const { return 1u << (q.group - 3); }               // threads of a group
     FASTCKPT_HD uint32_t step() const { return shape == GROUP ? 1 : 1u << q.width; }  // from one of them to the next
 
-    // Matrices of whole, aligned pieces, as most are, when they become bytes: nothing is asked of each piece.
+    // Matrices of whole, aligned pieces, as most are, when they become bytes: their units are taken, below.
     FASTCKPT_HD bool plain() const {
         return (shape == LINE || shape == SQUARE) && q.columns % PATCH == 0 && ((q.src | static_cast<uint64_t>(q.pitch)) & 15) == 0 &&
                (q.out & 7) == 0;
     }
-    // Pieces of a thread of such a tile that are of its matrix, and from one to the next in the source.
+    // Pieces of a thread of a line or a square that are of its matrix, and from one to the next in the source.
     FASTCKPT_HD uint32_t pieces_of(uint32_t r, uint32_t c) const {
         if (r >= q.rows || c >= q.columns) return 0;
         return line() ? ((q.columns - 1 - c) >> (q.width + 3)) + 1 : q.rows - r < PATCH ? q.rows - r : PATCH;
@@ -93,10 +94,6 @@ struct QuantTile {
 
     // ---- pieces: packed words, then the bits of fp32 values ----
 
-    template <uint32_t SIZE> FASTCKPT_HD void fetch(uint32_t* w, const char* p) const {
-        load_kept<4>(w, p);
-        if constexpr (SIZE == 4) load_kept<4>(w + 4, p + 16);
-    }
     FASTCKPT_HD void fetch(uint32_t (&w)[PATCH], const char* p) const {
         load_kept<4>(w, p);
         if (size == 4) load_kept<4>(w + 4, p + 16);
@@ -116,13 +113,13 @@ struct QuantTile {
         }
     }
 
-    FASTCKPT_HD void widen(uint32_t (&w)[PATCH]) const {
+    template <uint32_t N> FASTCKPT_HD void widen(uint32_t (&w)[N]) const {
         if (q.dtype == BFLOAT16) {
             FASTCKPT_UNROLL
-            for (int j = PATCH - 1; j >= 0; --j) w[j] = j % 2 ? w[j / 2] & 0xffff0000u : w[j / 2] << 16;
+            for (int j = N - 1; j >= 0; --j) w[j] = j % 2 ? w[j / 2] & 0xffff0000u : w[j / 2] << 16;
         } else if (q.dtype == FLOAT16) {
             FASTCKPT_UNROLL
-            for (int j = PATCH - 1; j >= 0; --j) w[j] = as_bits<uint32_t>(from_half(w[j / 2] >> j % 2 * 16 & 0xffffu));
+            for (int j = N - 1; j >= 0; --j) w[j] = as_bits<uint32_t>(from_half(w[j / 2] >> j % 2 * 16 & 0xffffu));
         }
     }
 
@@ -148,42 +145,73 @@ struct QuantTile {
         }
     }
 
-    // The largest magnitude of a piece: of 16 bits two at once, as integers, which compare as they do, NaN the largest.
-    template <uint32_t SIZE> FASTCKPT_HD void raise(uint32_t& most, const uint32_t* w) const {
-        FASTCKPT_UNROLL
-        for (int j = 0; j < static_cast<int>(2 * SIZE); ++j)
-            most = SIZE == 2 ? max_halves(most, w[j] & 0x7fff7fffu) : as_bits<uint32_t>(higher(magnitude(as_float(w[j])), as_float(most)));
+    // ---- plain matrices: units of 16 bytes of the source, and nothing is asked of each ----
+
+    // Threads side by side take units side by side, so that a warp reads whole lines. A thread's units lie one beside the
+    // other in a line, one below the other in a square.
+    template <uint32_t SIZE> struct Units {
+        static constexpr uint32_t VALUES = 16 / SIZE;
+        const char* from;
+        char* to;
+        int64_t step, further;  // from one to the next, where it is read and where it is written
+        uint32_t count;
+    };
+
+    template <uint32_t SIZE> FASTCKPT_HD Units<SIZE> units(uint32_t thread) const {
+        constexpr uint32_t VALUES = Units<SIZE>::VALUES;
+        const uint32_t log = q.width + (!line() && SIZE == 4), tall = PATCH << (log - q.width);
+        const uint32_t r = row + (thread >> log) * (line() ? 1 : tall), c = column + (thread & ((1u << log) - 1)) * VALUES;
+        if (r >= q.rows || c >= q.columns) return {};
+        char* to = reinterpret_cast<char*>(q.out) + (uint64_t{q.first} + r) * q.columns + c;
+        if (line()) return {place(r, c), to, 16ll << log, VALUES << log, (q.columns - 1 - c) / VALUES / (1u << log) + 1};
+        return {place(r, c), to, q.pitch, q.columns, smaller(tall, q.rows - r)};
     }
 
-    template <uint32_t SIZE> FASTCKPT_HD float largest(const char* p, uint32_t count) const {
-        const int64_t step = stride();
+    // Some units from number k on; the last one again where there are no more.
+    template <uint32_t SIZE, uint32_t N> static FASTCKPT_HD void fetch_units(uint32_t (&w)[4 * N], Units<SIZE>& u, uint32_t k) {
+        FASTCKPT_UNROLL
+        for (uint32_t i = 0; i < N; ++i) {
+            load_kept<4>(w + 4 * i, u.from);
+            if (k + i + 1 < u.count) u.from += u.step;
+        }
+    }
+
+    // The largest magnitude of them: of 16 bits two at once, as integers, which compare as they do, NaN the largest.
+    template <uint32_t SIZE> FASTCKPT_HD float largest(Units<SIZE> u) const {
         uint32_t most = 0;
         FASTCKPT_KEEP_LOOP
-        for (; count >= DEEP; count -= DEEP) {
-            uint32_t w[DEEP][2 * SIZE];
+        for (uint32_t k = 0; k < u.count; k += AHEAD_UNITS) {
+            uint32_t w[4 * AHEAD_UNITS];
+            fetch_units<SIZE, AHEAD_UNITS>(w, u, k);
             FASTCKPT_UNROLL
-            for (int i = 0; i < static_cast<int>(DEEP); ++i, p += step) fetch<SIZE>(w[i], p);
-            FASTCKPT_UNROLL
-            for (int i = 0; i < static_cast<int>(DEEP); ++i) raise<SIZE>(most, w[i]);
-        }
-        FASTCKPT_KEEP_LOOP
-        for (; count > 0; --count, p += step) {
-            uint32_t w[2 * SIZE];
-            fetch<SIZE>(w, p);
-            raise<SIZE>(most, w);
+            for (int j = 0; j < static_cast<int>(4 * AHEAD_UNITS); ++j)
+                most = SIZE == 2 ? max_halves(most, w[j] & 0x7fff7fffu) : as_bits<uint32_t>(higher(magnitude(as_float(w[j])), as_float(most)));
         }
         if (SIZE == 4) return as_float(most);
         const uint32_t half = max_of(most & 0xffffu, most >> 16);
         return q.dtype == BFLOAT16 ? as_float(half << 16) : from_half(half);
     }
 
+    // Sixteen values at once become bytes.
+    template <uint32_t SIZE> FASTCKPT_HD void store_units(Units<SIZE> u, const Scale<uint32_t>& s) const {
+        FASTCKPT_KEEP_LOOP
+        for (uint32_t k = 0; k < u.count; k += SIZE) {
+            uint32_t w[16];
+            uint32_t (&packed)[4 * SIZE] = reinterpret_cast<uint32_t (&)[4 * SIZE]>(w);
+            fetch_units<SIZE, SIZE>(packed, u, k);
+            widen(w);
+            code_bytes(w, s);
+            FASTCKPT_UNROLL
+            for (uint32_t i = 0; i < SIZE; ++i, u.to += u.further)
+                if (i == 0 || k + i < u.count) store_vector<4 / SIZE>(u.to, w + 4 / SIZE * i);
+        }
+    }
+
     FASTCKPT_HD void load(uint32_t thread, uint32_t* shared) const {
         if (given()) return;
         const uint32_t r0 = row_of(thread), c0 = column_of(thread);
         if (plain()) {
-            const uint32_t count = pieces_of(r0, c0);
-            const float most = size == 2 ? largest<2>(place(r0, c0), count) : largest<4>(place(r0, c0), count);
-            shared[PATCHES + thread] = as_bits<uint32_t>(most);
+            shared[PATCHES + thread] = as_bits<uint32_t>(size == 2 ? largest(units<2>(thread)) : largest(units<4>(thread)));
             return;
         }
         const uint32_t pieces = line() ? ((q.columns - 1) >> (q.width + 3)) + 1 : PATCH;
@@ -294,37 +322,46 @@ struct QuantTile {
         for (int j = 0; j < static_cast<int>(PATCH); ++j) w[j] = (whole<true, uint32_t>(v[j], scales.of[j].zero, 7.0f, y) ^ 8) & 0xf;
     }
 
-    // The bits of eight values become their codes of a byte, in two words. Of x / s only the side of each value halfway
+    // The bits of some values become their codes of a byte, packed. Of x / s only the side of each value halfway
     // between two codes is asked, which has eight bits at most: one correction tells it for every x and s (all were
-    // tried). What is corrected is -x / s, by the reciprocal's negative: so a zero keeps its sign.
-    FASTCKPT_HD void code_bytes(uint32_t (&w)[PATCH], const Scale<uint32_t>& s) const {
-        float v[PATCH];
-        if (s.reciprocal == 0) {  // rare, as above
-            FASTCKPT_KEEP_LOOP
-            for (uint32_t k = 0; k < PATCH; ++k) {
-                const float x = as_float(w[0]);
-                FASTCKPT_UNROLL
-                for (int j = 0; j < static_cast<int>(PATCH) - 1; ++j) v[j] = v[j + 1], w[j] = w[j + 1];
-                v[PATCH - 1] = -(x / s.scale);
-            }
-        } else {
+    // tried). What is corrected is -x / s, by the reciprocal's negative: so a zero keeps its sign. None lies so far below
+    // that it must be cut.
+    template <uint32_t N> FASTCKPT_HD void code_bytes(uint32_t (&w)[N], const Scale<uint32_t>& s) const {
+        float v[N];
+        FASTCKPT_UNROLL
+        for (int j = 0; j < static_cast<int>(N); ++j) v[j] = as_float(w[j]) * s.reciprocal;
+        if (!(q.flags & QUANT_RECIPROCAL)) {
             FASTCKPT_UNROLL
-            for (int j = 0; j < static_cast<int>(PATCH); ++j) v[j] = as_float(w[j]) * s.reciprocal;
-            if (!(q.flags & QUANT_RECIPROCAL)) {
-                FASTCKPT_UNROLL
-                for (int j = 0; j < static_cast<int>(PATCH); ++j) v[j] = fused(fused(v[j], s.scale, as_float(w[j])), s.reciprocal, v[j]);
-            }
+            for (int j = 0; j < static_cast<int>(N); ++j) v[j] = fused(fused(v[j], s.scale, as_float(w[j])), s.reciprocal, v[j]);
         }
-        if (q.kind == QUANT_E4M3) {
+        pack_bytes(w, v);
+    }
+
+    // The same of any values and scales, one after the other: rare, a small body.
+    FASTCKPT_HD void divide_bytes(uint32_t (&w)[PATCH], const Scale<uint32_t>& s) const {
+        const float bound = q.kind == QUANT_E4M3 ? INFINITY : 128.0f;
+        float v[PATCH];
+        FASTCKPT_KEEP_LOOP
+        for (uint32_t k = 0; k < PATCH; ++k) {
+            const float x = as_float(w[0]);
             FASTCKPT_UNROLL
-            for (int j = 0; j < static_cast<int>(PATCH); j += 2) w[j] = narrow_pair<E4M3>(as_bits<uint32_t>(v[j]), as_bits<uint32_t>(v[j + 1]));
-            w[0] = bytes_of(w[0], w[2], 0x5410) ^ 0x80808080u, w[1] = bytes_of(w[4], w[6], 0x5410) ^ 0x80808080u;
+            for (int j = 0; j < static_cast<int>(PATCH) - 1; ++j) v[j] = v[j + 1], w[j] = w[j + 1];
+            v[PATCH - 1] = at_most<uint32_t>(q.flags & QUANT_RECIPROCAL ? x * s.reciprocal : -(x / s.scale), bound);
+        }
+        pack_bytes(w, v);
+    }
+
+    template <uint32_t N> FASTCKPT_HD void pack_bytes(uint32_t (&w)[N], const float (&v)[N]) const {
+        const bool floats = q.kind == QUANT_E4M3;
+        FASTCKPT_UNROLL
+        for (int j = 0; j < static_cast<int>(N); ++j) w[j] = as_bits<uint32_t>(floats ? v[j] : ROUNDER - at_least<uint32_t>(v[j], -127.0f));
+        if (floats) {
+            FASTCKPT_UNROLL
+            for (int j = 0; j < static_cast<int>(N / 4); ++j) w[j] = narrow_four<E4M3>(w + 4 * j) ^ 0x80808080u;
         } else {
             FASTCKPT_UNROLL
-            for (int j = 0; j < static_cast<int>(PATCH); ++j)
-                w[j] = as_bits<uint32_t>(ROUNDER - at_least<uint32_t>(at_most<uint32_t>(v[j], 128.0f), -127.0f));
-            FASTCKPT_UNROLL
-            for (int j = 0; j < 2; ++j) w[j] = bytes_of(bytes_of(w[4 * j], w[4 * j + 1], 0x40), bytes_of(w[4 * j + 2], w[4 * j + 3], 0x40), 0x5410);
+            for (int j = 0; j < static_cast<int>(N / 4); ++j)
+                w[j] = bytes_of(bytes_of(w[4 * j], w[4 * j + 1], 0x40), bytes_of(w[4 * j + 2], w[4 * j + 3], 0x40), 0x5410);
         }
     }
 
@@ -346,9 +383,9 @@ struct QuantTile {
     // A zero point as it is stored, in its four bits.
     FASTCKPT_HD uint32_t stored(float zero) const { return static_cast<uint32_t>(static_cast<int32_t>(zero - q.lowest)) & 0xfu; }
 
-    // The scale of a line or a square, taken from what was found and written by its first thread. False where
-    // nothing more is to be done.
-    FASTCKPT_HD bool one_scale(uint32_t thread, const uint32_t* shared, uint32_t above, Scale<uint32_t>& s) const {
+    // The scale of a line or a square, taken from what was found and written by its first thread; whether `code_bytes`
+    // can be used with it. False where nothing more is to be done.
+    FASTCKPT_HD bool one_scale(uint32_t thread, const uint32_t* shared, uint32_t above, Scale<uint32_t>& s, bool& usual) const {
         const bool leads = line() ? lane(thread) == 0 : thread == 0;
         const uint32_t share = above / q.share;
         uint32_t* found = reinterpret_cast<uint32_t*>(q.amax) + share;
@@ -374,9 +411,10 @@ struct QuantTile {
             return false;
         }
         const float scale = scale_of(amax);
-        if (leads && above % q.share == 0)
+        if (leads && above == share * q.share)
             put_scale(line() ? share : static_cast<uint64_t>(share) * ((q.columns - 1) / SQUARE_SIDE + 1) + column / SQUARE_SIDE, scale);
         s = {scale, factor(scale, amax, -1.0f), 0};
+        usual = s.reciprocal != 0 && (q.kind == QUANT_E4M3 || amax <= 128.25f * scale);
         return true;
     }
 
@@ -400,36 +438,43 @@ struct QuantTile {
         for (uint32_t j = 0; j < PATCH && j < count; ++j, bytes >>= 8) to[j] = static_cast<char>(bytes);
     }
 
-    FASTCKPT_HD void store_bytes(uint32_t thread, const uint32_t* shared, uint32_t r, uint32_t c) const {
-        const uint32_t above = q.first + r;
+    FASTCKPT_HD void store_bytes(uint32_t thread, const uint32_t* shared) const {
+        const uint32_t above = q.first + (line() ? row_of(thread) : row);  // a row that shares the thread's scale
         Scale<uint32_t> s;
-        if (!one_scale(thread, shared, above, s)) return;
-        const bool plain = this->plain();
+        bool usual;
+        if (above - q.first >= q.rows || !one_scale(thread, shared, above, s, usual)) return;
+        if (usual && plain()) {
+            if (size == 2) store_units(units<2>(thread), s);
+            else store_units(units<4>(thread), s);
+            return;
+        }
+        uint32_t r = row_of(thread), c = column_of(thread);
         const char* p = place(r, c);
-        char* to = reinterpret_cast<char*>(q.out) + static_cast<uint64_t>(above) * q.columns + c;
+        char* to = reinterpret_cast<char*>(q.out) + (uint64_t{q.first} + r) * q.columns + c;
         const int64_t step = stride();
         const uint32_t further = line() ? right() : q.columns;
         FASTCKPT_KEEP_LOOP
         for (uint32_t count = pieces_of(r, c); count > 0; --count, p += step, to += further) {
             uint32_t w[PATCH];
-            if (plain || (c + PATCH <= q.columns && misalignment(p, 16) == 0)) fetch(w, p);
+            if (c + PATCH <= q.columns && misalignment(p, 16) == 0) fetch(w, p);
             else push(w, r, c);
             widen(w);
-            code_bytes(w, s);
-            if (plain || (c + PATCH <= q.columns && misalignment(to, 8) == 0)) store_vector<2>(to, w);
+            if (usual) code_bytes(w, s);
+            else divide_bytes(w, s);
+            if (c + PATCH <= q.columns && misalignment(to, 8) == 0) store_vector<2>(to, w);
             else put_bytes(to, w, q.columns - c);
             r += down(), c += right();
         }
     }
 
     FASTCKPT_HD void store(uint32_t thread, const uint32_t* shared) const {
+        if (shape == LINE || shape == SQUARE) {
+            store_bytes(thread, shared);
+            return;
+        }
         uint32_t r = row_of(thread);
         const uint32_t c = column_of(thread);
         if (r >= q.rows || c >= q.columns) return;
-        if (shape == LINE || shape == SQUARE) {
-            store_bytes(thread, shared, r, c);
-            return;
-        }
         const uint32_t above = q.first + r;
         Scales scales{};
         if (shape == COLUMN) column_scales(thread, shared, static_cast<uint64_t>(above >> q.group) * q.columns + c, scales);

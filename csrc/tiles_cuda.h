@@ -14,11 +14,8 @@
 #ifndef FASTCKPT_TEAM
 #define FASTCKPT_TEAM 32
 #endif
-#ifndef FASTCKPT_APART
-#define FASTCKPT_APART 2
-#endif
-#ifndef FASTCKPT_STEPS
-#define FASTCKPT_STEPS 2
+#ifndef FASTCKPT_FLIGHT
+#define FASTCKPT_FLIGHT 8
 #endif
 
 namespace fastckpt {
@@ -27,11 +24,11 @@ namespace {
 enum Path : uint8_t { ROWS, TRANSPOSE, GENERAL, PATHS };
 
 constexpr uint32_t THREADS = 256;
-constexpr uint32_t TEAM = FASTCKPT_TEAM;    // threads of a tile of rows: short ones share a block
-constexpr uint32_t FLIGHT = 4;              // units that a thread has under way
-constexpr uint32_t APART = FASTCKPT_APART;  // the same, where the source is not aligned
-constexpr uint32_t STEPS = FASTCKPT_STEPS;  // times a thread does so in a tile of rows
-constexpr uint32_t CELLS = 8;    // elements of a thread in a general tile
+constexpr uint32_t TEAM = FASTCKPT_TEAM;      // threads of a tile of rows: short ones share a block
+constexpr uint32_t FLIGHT = FASTCKPT_FLIGHT;  // units of a thread: all under way at once
+constexpr uint32_t SOME = 4;                  // of these at once in several lines, or where the source is not aligned,
+constexpr uint32_t APART = 2;                 // and where each has a place of its own
+constexpr uint32_t CELLS = 8;                 // elements of a thread in a general tile
 
 // Threads of a tile; of a block where they meet in shared memory.
 FASTCKPT_HD constexpr uint32_t threads_of(uint8_t path) { return path == ROWS ? TEAM : THREADS; }
@@ -92,23 +89,31 @@ template <class S, class D> FASTCKPT_HD void element(char* dst, const char* src,
     }
 }
 
-// N elements of S, packed, to as many of D: what the formulas of cast.h give. NaN, of which a GPU's instructions make
-// another, is asked for once and put right.
-template <class S, class D, int N> FASTCKPT_HD void convert_packed(uint32_t* out, const uint32_t* in) {
+// N elements of S, packed, to as many of D: what the formulas of cast.h give, but for NaN, of which a GPU's instructions
+// make another. Whether there is one; x: the elements as fp32.
+template <class S, class D, int N> FASTCKPT_HD bool convert_numbers(uint32_t* out, const uint32_t* in, uint32_t (&x)[N]) {
     constexpr int s = S::size, d = D::size;
-    uint32_t x[N];
     bool nan = false;
-    FASTCKPT_UNROLL
-    for (int i = 0; i < N * d / 4; ++i) out[i] = 0;
     FASTCKPT_UNROLL
     for (int i = 0; i < N; i += 2) {
         if constexpr (s == 4) x[i] = in[i], x[i + 1] = in[i + 1];
         else widen_pair<S>(x + i, in[i / 2]);
         if constexpr (d == 4) out[i] = x[i], out[i + 1] = x[i + 1];
-        else out[i * d / 4] |= narrow_pair<D>(x[i], x[i + 1]) << i * d % 4 * 8;
+        if constexpr (d == 2) out[i / 2] = narrow_pair<D>(x[i], x[i + 1]);
         nan |= is_nan(x[i]) || is_nan(x[i + 1]);
     }
-    if (!nan) return;
+    if constexpr (d == 1) {
+        FASTCKPT_UNROLL
+        for (int i = 0; i < N; i += 4) out[i / 4] = narrow_four<D>(x + i);
+    }
+    return nan;
+}
+
+// The same with every NaN put right.
+template <class S, class D, int N> FASTCKPT_HD void convert_packed(uint32_t* out, const uint32_t* in) {
+    constexpr int s = S::size, d = D::size;
+    uint32_t x[N];
+    if (!convert_numbers<S, D, N>(out, in, x)) return;
     FASTCKPT_UNROLL
     for (int i = 0; i < N; ++i) {
         if (!is_nan(x[i])) continue;
@@ -125,7 +130,7 @@ template <class S, class D, int N> FASTCKPT_HD void convert_packed(uint32_t* out
 // threads read and write neighbouring bytes; it begins on a multiple of its own bytes in the destination, so the
 // first and the last unit of a line may be cut.
 
-constexpr uint32_t ROWS_TILE = TEAM * STEPS * FLIGHT;  // units
+constexpr uint32_t ROWS_TILE = TEAM * FLIGHT;  // units
 
 FASTCKPT_HD constexpr uint32_t unit_elements(uint32_t s, uint32_t d) { return 16 / larger(s, d); }
 
@@ -220,22 +225,28 @@ template <class S, class D> struct Rows {
         for (int i = 0; i < static_cast<int>(WORDS_IN); ++i) x[i] = funnel(x[i], x[i + 1], off % 4 * 8);
     }
 
-    static FASTCKPT_HD void put(char* dst, const uint32_t* words) {
+    // Stores a unit; whether it holds a NaN, which `each` puts right.
+    static FASTCKPT_HD bool put(char* dst, const uint32_t* words) {
         if constexpr (BYTES) {
             store_vector<WORDS_OUT>(dst, words);
+            return false;
         } else {
-            uint32_t out[WORDS_OUT];
-            convert_packed<S, D, N>(out, words);
+            uint32_t out[WORDS_OUT], x[N];
+            const bool nan = convert_numbers<S, D, static_cast<int>(N)>(out, words, x);
             store_vector<WORDS_OUT>(dst, out);
+            return nan;
         }
     }
 
-    // Of a thread's units those at a border, element by element.
-    FASTCKPT_HD void borders(uint32_t i, const Unit& begin) const {
+    // Units i, i + TEAM, ... of the tile that `which` has a bit of, element by element.
+    // Rare: where the tile lies is found once more, so that it takes no registers until then.
+    static FASTCKPT_HD void each(const Work& w, uint32_t i, uint32_t which) {
+        const Rows tile(w);
+        const Unit begin = tile.unit_at(tile.first, tile.skip);
         FASTCKPT_KEEP_LOOP
-        for (uint32_t k = 0; k < FLIGHT; ++k) {
-            const Unit u = unit(i + k * TEAM, begin);
-            if (whole(u, off(u))) continue;
+        for (; which != 0; i += TEAM, which >>= 1) {
+            if ((which & 1) == 0) continue;
+            const Unit u = tile.unit(i, begin);
             FASTCKPT_KEEP_LOOP
             for (uint32_t e = u.low; e < smaller(N, u.left); ++e) {
                 if constexpr (BYTES) element<Bytes<1>, Bytes<1>>(u.dst + e, u.src + e, w.zero);
@@ -244,75 +255,88 @@ template <class S, class D> struct Rows {
         }
     }
 
-    // A tile of whole units of one line, as most are of long ones: nothing is asked of each unit.
-    FASTCKPT_HD void straight(uint32_t thread, const Unit& begin) const {
-        const char* from = begin.src + thread * FROM;
-        char* to = begin.dst + thread * INTO;
-        FASTCKPT_KEEP_LOOP
-        for (uint32_t i = 0; i < STEPS; ++i, from += FLIGHT * TEAM * FROM, to += FLIGHT * TEAM * INTO) {
-            uint32_t x[FLIGHT][WORDS_IN] = {};
-            if (!w.zero) {
-                FASTCKPT_UNROLL
-                for (int k = 0; k < static_cast<int>(FLIGHT); ++k) load_kept<WORDS_IN>(x[k], from + k * TEAM * FROM);
-            }
+    // Each of the following moves a thread's units, TEAM apart, from number i on, and leaves some to `each`.
+
+    // Whole aligned units of one line: nothing is asked of each.
+    FASTCKPT_HD uint32_t straight(const char* from, char* to) const {
+        uint32_t x[FLIGHT][WORDS_IN] = {}, left = 0;
+        if (!w.zero) {
             FASTCKPT_UNROLL
-            for (int k = 0; k < static_cast<int>(FLIGHT); ++k) put(to + k * TEAM * INTO, x[k]);
+            for (int k = 0; k < static_cast<int>(FLIGHT); ++k) load_kept<WORDS_IN>(x[k], from + k * TEAM * FROM);
         }
+        FASTCKPT_UNROLL
+        for (int k = 0; k < static_cast<int>(FLIGHT); ++k)
+            if (put(to + k * TEAM * INTO, x[k])) left |= 1u << k;
+        return left;
     }
 
-    // The same where the source is not aligned.
-    FASTCKPT_HD void shifted(uint32_t thread, const Unit& begin, uint32_t past) const {
-        const char* from = begin.src - past + thread * FROM;
-        char* to = begin.dst + thread * INTO;
+    // The same where the source is not aligned: the aligned vectors around each, shifted.
+    FASTCKPT_HD uint32_t shifted(const char* from, char* to, uint32_t past) const {
+        uint32_t left = 0;
         FASTCKPT_KEEP_LOOP
-        for (uint32_t i = 0; i < STEPS * FLIGHT; i += APART, from += APART * TEAM * FROM, to += APART * TEAM * INTO) {
-            uint32_t x[APART][2 * WORDS_IN];
+        for (uint32_t j = 0; j < FLIGHT; j += SOME, from += SOME * TEAM * FROM, to += SOME * TEAM * INTO) {
+            uint32_t x[SOME][2 * WORDS_IN];
             FASTCKPT_UNROLL
-            for (int k = 0; k < static_cast<int>(APART); ++k) {
-                load_kept<WORDS_IN>(x[k], from + k * TEAM * FROM);
-                load_kept<WORDS_IN>(x[k] + WORDS_IN, from + k * TEAM * FROM + FROM);
+            for (int k = 0; k < static_cast<int>(SOME); ++k) {
+                load_kept<WORDS_IN>(x[k], from - past + k * TEAM * FROM);
+                load_kept<WORDS_IN>(x[k] + WORDS_IN, from - past + k * TEAM * FROM + FROM);
             }
             FASTCKPT_UNROLL
-            for (int k = 0; k < static_cast<int>(APART); ++k) {
+            for (int k = 0; k < static_cast<int>(SOME); ++k) {
                 shift(x[k], past);
-                put(to + k * TEAM * INTO, x[k]);
+                if (put(to + k * TEAM * INTO, x[k])) left |= 1u << k << j;
             }
         }
+        return left;
     }
 
-    FASTCKPT_HD void load(uint32_t, uint32_t*) const {}
+    // Whether all the tile's units are whole and aligned and its lines lie along axis 2 alone.
+    FASTCKPT_HD bool even(const Unit& begin) const {
+        const Copy& c = w.c;
+        const bool aligned = begin.aligned && begin.low == 0 && off(begin) == 0 && (c.dst_stride[2] & (INTO - 1)) == 0 &&
+                             (w.zero || (c.src_stride[2] & (FROM - 1)) == 0);
+        const bool whole = length < 1u << 28 && length == units * N && begin.left == length - skip * N;
+        const bool last = first + lines_left() == c.shape[0] * c.shape[1] * c.shape[2];
+        return aligned && whole && (last || lines_left() >= ROWS_TILE / units + 2);
+    }
+    // Lines of axis 2 from the tile's first on.
+    FASTCKPT_HD uint32_t lines_left() const { return w.c.shape[2] - (first < w.c.shape[2] ? first : first % w.c.shape[2]); }
 
-    FASTCKPT_HD void store(uint32_t thread, uint32_t*) const {
-        const Unit begin = unit_at(first, skip);
-        const uint32_t past = off(begin);
-        if (stay >= ROWS_TILE && whole(begin, past) && begin.left >= (ROWS_TILE + (past != 0)) * N) {
-            if (past == 0) straight(thread, begin);
-            else shifted(thread, begin, past);
-            return;
+    // A unit of such a tile, and the step to the one that is TEAM further.
+    struct Walk {
+        uint32_t line, at, down, right;
+
+        FASTCKPT_HD void step(uint32_t units) {
+            line += down, at += right;
+            if (at >= units) ++line, at -= units;
         }
+    };
+
+    // Whole aligned units of lines that are as far apart.
+    FASTCKPT_HD uint32_t gridded(uint32_t i, const Unit& begin) const {
+        const uint32_t start = static_cast<uint32_t>(skip), end = lines_left(), down = TEAM / units;
+        const char* from = begin.src - start * FROM;
+        char* to = begin.dst - start * INTO;
+        const int64_t from_line = w.c.src_stride[2], to_line = w.c.dst_stride[2];
+        Walk walk{(start + i) / units, (start + i) % units, down, TEAM - down * units};
+        uint32_t left = 0;
         FASTCKPT_KEEP_LOOP
-        for (uint32_t i = thread; i < ROWS_TILE; i += FLIGHT * TEAM) {
-            uint32_t x[FLIGHT][WORDS_IN] = {};
-            char* to[FLIGHT];
-            bool rest = false;
+        for (uint32_t j = 0; j < FLIGHT && walk.line < end; j += SOME) {
+            uint32_t x[SOME][WORDS_IN] = {};
+            Walk ahead = walk;
             FASTCKPT_UNROLL
-            for (int k = 0; k < static_cast<int>(FLIGHT); ++k) {
-                const Unit u = unit(i + k * TEAM, begin);
-                const bool now = off(u) == 0 && whole(u, 0);
-                to[k] = now ? u.dst : nullptr;
-                rest |= !now && u.left > u.low;
-                if (now && !w.zero) load_kept<WORDS_IN>(x[k], u.src);
-            }
+            for (int k = 0; k < static_cast<int>(SOME); ++k, ahead.step(units))
+                if (ahead.line < end && !w.zero) load_kept<WORDS_IN>(x[k], from + ahead.line * from_line + ahead.at * FROM);
             FASTCKPT_UNROLL
-            for (int k = 0; k < static_cast<int>(FLIGHT); ++k)
-                if (to[k] != nullptr) put(to[k], x[k]);
-            if (rest) realign(i, begin);
+            for (int k = 0; k < static_cast<int>(SOME); ++k, walk.step(units))
+                if (walk.line < end && put(to + walk.line * to_line + walk.at * INTO, x[k])) left |= 1u << k << j;
         }
+        return left;
     }
 
-    // Units whose sources are not aligned: the aligned ones around them, shifted; and units at a border.
-    FASTCKPT_HD void realign(uint32_t i, const Unit& begin) const {
-        bool cut = false;
+    // Any units: those that are not aligned as above, those at a border are left.
+    FASTCKPT_HD uint32_t mixed(uint32_t i, const Unit& begin) const {
+        uint32_t left = 0;
         FASTCKPT_KEEP_LOOP
         for (uint32_t j = 0; j < FLIGHT; j += APART) {
             uint32_t x[APART][2 * WORDS_IN] = {}, offs = 0;
@@ -321,22 +345,37 @@ template <class S, class D> struct Rows {
             for (int k = 0; k < static_cast<int>(APART); ++k) {
                 const Unit u = unit(i + (j + k) * TEAM, begin);
                 const uint32_t past = off(u);
-                const bool in = whole(u, past), now = in && past != 0;
+                const bool now = whole(u, past);
                 to[k] = now ? u.dst : nullptr;
                 offs |= past << 4 * k;
-                cut |= !in && u.left > u.low;
-                if (!now) continue;
+                if (!now && u.left > u.low) left |= 1u << k << j;
+                if (!now || w.zero) continue;
                 load_kept<WORDS_IN>(x[k], u.src - past);
-                load_kept<WORDS_IN>(x[k] + WORDS_IN, u.src - past + FROM);
+                if (past != 0) load_kept<WORDS_IN>(x[k] + WORDS_IN, u.src - past + FROM);
             }
             FASTCKPT_UNROLL
             for (int k = 0; k < static_cast<int>(APART); ++k) {
                 if (to[k] == nullptr) continue;
                 shift(x[k], offs >> 4 * k & 15);
-                put(to[k], x[k]);
+                if (put(to[k], x[k])) left |= 1u << k << j;
             }
         }
-        if (cut) borders(i, begin);
+        return left;
+    }
+
+    FASTCKPT_HD void load(uint32_t, uint32_t*) const {}
+
+    FASTCKPT_HD void store(uint32_t thread, uint32_t*) const {
+        const Unit begin = unit_at(first, skip);
+        const uint32_t past = off(begin);
+        const bool one = stay >= ROWS_TILE && whole(begin, past) && begin.left >= (ROWS_TILE + (past != 0)) * N;
+        const char* from = begin.src + thread * FROM;
+        char* to = begin.dst + thread * INTO;
+        const uint32_t left = one && past == 0 ? straight(from, to)
+                              : one            ? shifted(from, to, past)
+                              : even(begin)    ? gridded(thread, begin)
+                                               : mixed(thread, begin);
+        if (left != 0) each(w, thread, left);
     }
 };
 

@@ -30,7 +30,7 @@ FILES = (
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
-    "native": ("_C",),  # the compiled module, where there is one
+    "native": ("errors", "__init__", "_C"),  # the compiled module, where there is one
     "collector": (),
     "dtypes": CORE[:1],
     "extents": CORE[:2],
@@ -151,7 +151,7 @@ MAY_IMPORT["text"] = CORE
 MAY_IMPORT["drawing"] = ()
 MAY_IMPORT["losses"] = (*CORE, "text", "drawing")
 MAY_IMPORT["serving_options"] = (*CORE, "layouts", "schemes")
-MAY_IMPORT["manager"] = (*MAY_IMPORT, "outline", "__init__")
+MAY_IMPORT["manager"] = (*MAY_IMPORT, "outline", "terminal", "__init__")
 MAY_IMPORT["terminal"] = (*CORE, "text")
 MAY_IMPORT["arguments"] = (*CORE, "text", "serving_options", "manager", "__init__")
 SPINE = (*MAY_IMPORT, "__init__", "_C")

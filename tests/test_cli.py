@@ -275,6 +275,20 @@ def test_diff_exits_1(run, source, tmp_path):
     assert [(u["name"], u["differing"]) for u in found["unequal"]] == [("model.norm.weight", 1)]
 
 
+def test_a_tag_is_the_zero_side_s(run, tmp_path):
+    """It was put to both sides, so that no tag could be compared with what was exported of it."""
+    source, whole = tmp_path / "in", tmp_path / "whole"
+    write_zero(source, llama(), stage=2, world=2)
+    assert run("consolidate", source, whole, "--no-fsync")[0] == 0
+    (source / "latest").unlink()
+    for sides in ((source, whole), (whole, source), (source, source)):
+        assert run("diff", *sides, "--tag", "global_step2")[0] == 0
+        assert run("diff", *sides)[0] == 3
+    assert run("diff", source, whole, "--tag", "global_step2", "--weights", "module")[0] == 1  # 16 bits
+    assert run("diff", whole, whole, "--tag", "global_step2")[0] == 3
+    assert run("plan", source, "--tag", "global_step2", "--quant", "none", "--quant-include", "x")[0] == 2
+
+
 def test_verify_finds_a_flipped_bit(run, source, tmp_path):
     out = tmp_path / "out"
     assert run("consolidate", source, out, "--no-fsync", "--safe-serialization")[0] == 0
@@ -669,3 +683,18 @@ def test_lines_are_thinned_but_never_the_last(capsys, monkeypatch):
         show(1, 1, "sync")
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert [(x["phase"], x["done"]) for x in lines] == [*(("copy", n) for n in (1, 5, 9, 10)), ("sync", 1)]
+
+
+def test_a_stream_that_was_closed_is_nobody_s_file(tmp_path):
+    """A daemon's 0, 1 and 2 may be closed: an output that got such a number would be printed into."""
+    code = (
+        "import os, sys\n"
+        "os.closerange(0, 3)\n"
+        "sys.stdin = sys.stdout = sys.stderr = None\n"
+        "from fastckpt import cli\n"
+        "code = cli.main(['recipes'])\n"
+        "fd = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY)\n"
+        "os.write(fd, b'%d %d' % (code, fd > 2))"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "told"], check=True, timeout=300)
+    assert (tmp_path / "told").read_text() == "0 1"

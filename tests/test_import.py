@@ -70,6 +70,22 @@ def test_version_is_the_project_s():
     assert re.search(r'^version = "(.*)"', project.read_text(), re.M)[1] == fastckpt.__version__
 
 
+OLD = """
+import sys, types
+import fastckpt
+old = fastckpt._C = sys.modules["fastckpt._C"] = types.ModuleType("fastckpt._C")
+old.version, old.__file__ = "0.0.9", "there/_C.so"
+from fastckpt.cli import main
+sys.exit(main(["inspect", "nowhere"]))
+"""
+
+
+def test_a_compiled_module_of_another_version_is_refused():
+    done = subprocess.run([sys.executable, "-c", OLD], capture_output=True, text=True, timeout=300)
+    line = f"there/_C.so: was built with fastckpt 0.0.9, this is {fastckpt.__version__}; install it again"
+    assert (done.returncode, done.stderr) == (4, f"fastckpt: error: {line}\n")
+
+
 RUN = """
 import json, sys
 from fastckpt.cli import main

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import fastckpt
 import numpy as np
 import pytest
 import torch
+from fastckpt.extents import Buffer
 from fastckpt.placement import Placement
 from fastckpt.planning import plans
 from fastckpt.planning.binding import Binding
 from fastckpt.planning.wanted import Wanted
 from fastckpt.running import resident, tensors
-from fastckpt.tiles import tile
+from fastckpt.tiles import Tiles, tile
 
 _C = pytest.importorskip("fastckpt._C", reason="the compiled module is not built")
 
@@ -62,8 +65,24 @@ def partitions(weights: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]
     return parts
 
 
-def launched(layers: int, layout: str) -> None:
-    """At most three launches, counted; what they write on the host is what the CPU writes."""
+Run = Callable[[np.ndarray, Sequence[Buffer], Sequence[Buffer]], None]
+"""Runs rows from some buffers into others."""
+
+
+def cut(rows: np.ndarray, sources: Sequence[int], destinations: Sequence[int]) -> Tiles:
+    """The tiles of rows over buffers at these addresses, for three launches at most."""
+    made = tile(rows, np.array(sources, np.uint64), np.array(destinations, np.uint64))
+    assert 1 <= np.count_nonzero(np.diff(made.borders)) <= 3
+    return made
+
+
+def on_the_host(rows: np.ndarray, sources: Sequence[Buffer], destinations: Sequence[Buffer]) -> None:
+    made = cut(rows, [b.address for b in sources], [b.address for b in destinations])
+    _C.run_tiles_on_host(made.rows.view(np.uint8), made.owner, made.sources, made.destinations, 1)
+
+
+def launched(layers: int, layout: str, run: Run = on_the_host) -> None:
+    """What at most three launches write is what the CPU writes."""
     torch.manual_seed(0)
     shapes, config = shapes_of(layers), config_of(layers)
     weights = {n: torch.randn(s) for n, s in shapes.items()}
@@ -74,16 +93,10 @@ def launched(layers: int, layout: str) -> None:
     binding = Binding.of(drafted.extents)
     (out,), buffers = tensors.allocate(drafted)
     rows = resident.placed(drafted, binding)
-    made = tile(
-        rows,
-        np.array([p.address for p in binding.places], np.uint64),
-        np.array([b.address for b in buffers], np.uint64),
-    )
     assert sum(t.numel() for t in out.values()) > 0 and len(rows) > layers * EXPERTS
-    assert 1 <= np.count_nonzero(np.diff(made.borders)) <= 3
     for t in out.values():
         t.view(torch.uint8).fill_(0xA5)
-    _C.run_tiles_on_host(made.rows.view(np.uint8), made.owner, made.sources, made.destinations, 1)
+    run(rows, [p for p in binding.places if isinstance(p, Buffer)], buffers)
     expected = fastckpt.reshard(weights, TP, rank=RANK, layout=layout, config=config, dtype="bfloat16")
     assert set(expected) == set(out)
     for n, t in expected.items():

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap | NDArray[np.generic]
 
+version: str  # of the package it was built with
 compiler: str
 built_with_cuda: bool
 cuda_archs: str  # with CUDA only

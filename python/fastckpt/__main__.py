@@ -14,11 +14,14 @@ def main() -> int:
     heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if heard:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from .cli import main
+    from .cli import INTERRUPTED, main
 
     if heard:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    return main()
+    try:
+        return main()
+    except KeyboardInterrupt:  # a second signal, heard when all was put in order already
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

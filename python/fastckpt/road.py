@@ -103,7 +103,8 @@ def reshard(
     """Carry a checkpoint to the serving ranks of a grid, each tensor cut and cast on the way.
 
     `ckpt`: a path, an opened checkpoint, or tensors by name; `tp=8` is short for
-    `placement=Placement(tp=8)`; `rank` makes one rank's part only. Without `out`: a dict of tensors a rank
+    `placement=Placement(tp=8)`; `rank` makes one rank's part only (files of tensors in memory: all ranks must
+    have been given the same values). Without `out`: a dict of tensors a rank
     (one dict with `rank`); with a path: files and a Report; with the caller's tensors (a dict with `rank`,
     else a list of dicts by rank): they are filled in place, and a shape or dtype that differs is an error.
     `layout`, `config`, `recipe`, `tp_plan`, `vocab_size`, `dtype`, `max_shard_size`: see `Wanted`.

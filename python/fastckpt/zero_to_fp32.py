@@ -4,10 +4,11 @@
 
 What differs, on purpose: no byte of the checkpoint is executed and deepspeed need not be there; errors are
 FastckptError; tied weights can be written as safetensors (one name, as the hub does); frozen parameters of
-stage 1 are kept. The output directory is made real in one step, with a manifest beside the weights: it must
-be new, empty, or hold nothing but an earlier output of this package, which is replaced. Where DeepSpeed
-would write among other files, this refuses. Options that a message names and these functions lack are those
-of `fastckpt.consolidate` and `fastckpt.open`.
+stage 1 are kept, and all of them are fp32 in memory too, as in DeepSpeed's files. The output directory is
+made real in one step, with a manifest beside the weights: it must be new, empty, or hold nothing but an
+earlier output of this package, which is replaced. Where DeepSpeed would write among other files, this
+refuses. Options that a message names and these functions lack are those of `fastckpt.consolidate` and
+`fastckpt.open`.
 
 Law: nothing is computed here; every function is `consolidate` or `load_into` with DeepSpeed's defaults.
 """

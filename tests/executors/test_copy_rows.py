@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -46,6 +46,14 @@ TRANSPOSED = [
     "float64 float16",
 ]
 
+EVEN = [
+    "float32 bfloat16",
+    "bfloat16 float32",
+    "bfloat16 float16",
+    "float32 float8_e4m3fn",
+    "int8 int8",
+]
+
 
 def buffer(array: np.ndarray) -> Buffer:
     return Buffer(array, array.ctypes.data, array.nbytes)
@@ -70,6 +78,25 @@ def row(
     r["src_dtype"], r["dst_dtype"] = src.code, dst.code
     r["src_buffer"] = 0xFFFFFFFF if zero else 0
     return r
+
+
+def even_lines(
+    rng: np.random.Generator, src: DType, dst: DType
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Rows, their sources and the bytes they fill: planes of lines whose ends and distances are multiples
+    of 16 bytes, shorter and longer than a tile of a GPU's; zeros; NaN here and there."""
+    s, d = src.itemsize, dst.itemsize
+    shapes = ((1, 1, 16, 64), (1, 1, 70, 32), (2, 3, 5, 48), (1, 2, 300, 32), (3, 1, 2, 640), (1, 1, 9, 1040))
+    for k, (*planes, lines, n) in enumerate(shapes):
+        wide, tall = n + 16 * (k % 3), lines + k % 2
+        size = wide * tall * planes[1]
+        stride = [(size * x, wide * tall * x, wide * x, x) for x in (s, d)]
+        at = 0 if k % 4 < 3 else 4
+        source = noise(rng, 16 + planes[0] * size * s)
+        if k % 2:
+            source[s - 1 :: s] &= 0x3F  # no exponent of ones
+        zero = src is dst and k % 4 == 1
+        yield row(src, dst, (*planes, lines, n), *stride, (at, 0), zero), source, planes[0] * size * d + 64
 
 
 def laid_out(

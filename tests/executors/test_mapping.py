@@ -166,3 +166,39 @@ def test_a_neighbouring_buffer_keeps_its_bytes(tmp_path: Path) -> None:
         _C.Recent(address, np.array([n], np.uint64), 0),
     )
     assert not out.any() and all((a == i).all() for a, i in around)
+
+
+FORKING = """
+import os, signal, sys, threading, time
+from fastckpt import _C
+
+sys.setswitchinterval(1e-5)
+path, over = sys.argv[1], []
+
+def busy():
+    while not over:
+        for mapping in [_C.Mapping(path, 4096) for _ in range(8)]:
+            mapping.close()
+
+threads = [threading.Thread(target=busy) for _ in range(3)]
+for thread in threads:
+    thread.start()
+end = time.monotonic() + 20
+codes = set()
+while time.monotonic() < end:
+    if not (child := os.fork()):
+        signal.alarm(60)
+        _C.Mapping(path, 4096).close()
+        os._exit(0)
+    codes.add(os.waitpid(child, 0)[1])
+over.append(None)
+print(codes)
+"""
+
+
+@pytest.mark.nightly
+def test_a_fork_while_another_thread_maps(tmp_path: Path) -> None:
+    """A child has no thread that would release what was locked at that moment."""
+    (tmp_path / "a").write_bytes(bytes(4096))
+    command = [sys.executable, "-c", FORKING, tmp_path / "a"]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=300).stdout == "{0}\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from executors.test_copy_rows import PAIRS, TRANSPOSED, buffer, noise, random_row, row
+from executors.test_copy_rows import EVEN, PAIRS, TRANSPOSED, buffer, even_lines, noise, random_row, row
 from fastckpt import tiles
 from fastckpt.dtypes import BY_NAME, DType
 from fastckpt.errors import ViewError
@@ -85,6 +85,14 @@ def test_lines(names: str) -> None:
                 source, out = noise(rng, 24 + lines * (n + pad) * s), noise(rng, 88 + lines * (n + pad) * d)
                 taken |= same(row(src, dst, (lines, n), *strides, (24 - at, at)), source, out, at)
     assert ROWS in taken
+
+
+@pytest.mark.parametrize("names", EVEN)
+def test_even_lines(names: str) -> None:
+    src, dst = (BY_NAME[n] for n in names.split())
+    rng = np.random.default_rng(17)
+    for r, source, nbytes in even_lines(rng, src, dst):
+        assert same(r, source, noise(rng, nbytes), 0) == {ROWS}
 
 
 def test_a_table_of_many_rows_and_buffers() -> None:

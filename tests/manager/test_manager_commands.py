@@ -132,6 +132,17 @@ def test_verify_in_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     store.clear()
 
 
+def test_progress_is_told_as_lines(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, phase in (
+        (("verify", root), "verify 3"),
+        (("restore", root, tmp_path / "out"), "sync"),
+        (("publish", root, "--to", tmp_path / "to", "--layout", "same"), "sync"),
+    ):
+        assert call(*words, "--json") == 0
+        last = json.loads(capsys.readouterr().err.splitlines()[-1])
+        assert last["phase"] == phase and last["done"] == last["total"]
+
+
 def test_dry_runs_write_nothing(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("restore", root, tmp_path / "out", "--names", "model.bias", "--dry-run") == 0
     said = capsys.readouterr().out

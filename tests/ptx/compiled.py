@@ -25,7 +25,7 @@ class Compiled:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a file is compiled for; "STEPS=4" of `defines` defines FASTCKPT_STEPS."""
+    """What a file is compiled for; "FLIGHT=4" of `defines` defines FASTCKPT_FLIGHT."""
 
     architecture: str = "90"
     defines: tuple[str, ...] = ()

@@ -24,12 +24,13 @@ from .memory import SECTOR, Global, Traffic
 class Case:
     """A copy of [lines, elements] of one type to another; `turned`: the source has them as [elements, lines].
 
-    `at`: bytes past a multiple of 256 at which the source begins."""
+    `at`: bytes past a multiple of 256 at which the source begins. `pitch`: elements between its lines."""
 
     types: str
     shape: tuple[int, int]
     turned: bool = False
     at: int = 0
+    pitch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +56,15 @@ def count(case: Case, target: Target = DEFAULT) -> Count:
     src, dst = (BY_NAME[n] for n in case.types.split())
     lines, n = case.shape
     s, d = src.itemsize, dst.itemsize
-    values = torch.randn(lines * n, generator=torch.Generator().manual_seed(1)).to(getattr(torch, src.name))
+    pitch = case.pitch or n
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(lines * pitch, generator=generator).to(getattr(torch, src.name))
     memory = Global()
     source = memory.put("source", values.view(torch.uint8).numpy(), case.at)
     out = memory.put("out", np.zeros(lines * n * d, np.uint8), written="once")
     row = np.zeros(1, COPY)
     row["shape"], row["dst_stride"] = (1, 1, lines, n), (0, 0, n * d, d)
-    row["src_stride"] = (0, 0, s, lines * s) if case.turned else (0, 0, n * s, s)
+    row["src_stride"] = (0, 0, s, lines * s) if case.turned else (0, 0, pitch * s, s)
     row["src_dtype"], row["dst_dtype"] = src.code, dst.code
     made = tiles.tile(row, np.array([source], np.uint64), np.array([out], np.uint64))
     ((path, counted),) = copies(memory, made, target).items()
@@ -105,6 +108,7 @@ CASES = {
     **{f"rows {p}": Case(p, LONG) for p in PAIRS},
     **{f"rows {p}, source 2 past": Case(p, LONG, at=2) for p in PAIRS[:2]},
     **{f"rows of 512 {p}": Case(p, SHORT) for p in PAIRS[:2]},
+    **{f"rows of 64 in 512 {p}": Case(p, (1024, 64), pitch=512) for p in PAIRS[:2]},
     **{f"transpose {p}": Case(p, SQUARE, turned=True) for p in PAIRS},
 }
 QUANTISED = {

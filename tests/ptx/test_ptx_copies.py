@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
-from executors.test_copy_rows import PAIRS, TRANSPOSED, buffer, noise, random_row, row
+from executors.test_copy_rows import EVEN, PAIRS, TRANSPOSED, buffer, even_lines, noise, random_row, row
 from fastckpt import tiles
 from fastckpt.dtypes import BY_NAME, DType
 from fastckpt.executors.torch import Torch
@@ -99,6 +99,12 @@ def test_lines(names: str) -> None:
     same(cases)
 
 
+@pytest.mark.parametrize("names", EVEN)
+def test_even_lines(names: str) -> None:
+    src, dst = (BY_NAME[n] for n in names.split())
+    same(even_lines(np.random.default_rng(26), src, dst))
+
+
 POSITIVE = (
     0, 1, 0x7FFFFF, 0x800000, 0x3F800000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FBFFFFF, 0x7FC00000,
     0x7FFFFFFF,
@@ -175,10 +181,11 @@ def test_a_line_of_zeros() -> None:
 OTHERS = {
     "sm_80": Target("80"),
     "sm_120": Target("120"),
-    "apart": Target(defines=("APART=4", "BLOCKS=3")),
+    "flight": Target(defines=("FLIGHT=4",)),
+    "team": Target(defines=("TEAM=256",)),
     "hint": Target(defines=('HINT=".L1::no_allocate"',)),
 }
-"""Other branches of the device's code, and the constants of `make gpu` that leave tiles as they are."""
+"""Other branches of the device's code, and the constants that `make gpu` tries."""
 
 
 @pytest.mark.nightly

@@ -15,7 +15,7 @@ import pytest
 import quant_oracle
 import torch
 from fastckpt.cli import main
-from fastckpt.errors import LayoutError, SourceError
+from fastckpt.errors import LayoutError, RecipeError, SourceError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
 from fastckpt.quantisation import prequantised, rounding
@@ -364,7 +364,18 @@ def test_stacks_of_experts_do_not_stay_dense_in_silence():
     each = [{p: made.pop(f"{block}{e}.{p}_proj.weight") for p in (*PAIR, "down")} for e in range(EXPERTS)]
     made[f"{block}gate_up_proj"] = torch.stack([torch.cat([x["gate"], x["up"]]) for x in each])
     made[f"{block}down_proj"] = torch.stack([x["down"] for x in each])
-    refused("experts.gate_up_proj .* would stay dense", count=EXPERTS, tensors=made)
+    for to in ("rtp_llm", "same"):
+        refused("experts.gate_up_proj .* would stay dense", count=EXPERTS, tensors=made, to=to)
+    asked = Quant(SCHEMES["int8"], exclude=("*.experts.*",))
+    state = fastckpt.reshard(made, layout="same", quant=asked, rank=0)
+    assert state[f"{block}down_proj"].dtype == torch.float32
+
+
+def test_a_recipe_without_a_place_for_scales_is_refused_by_the_layout_s_name():
+    told, made = model()
+    asked = Quant(SCHEMES["int8"], include=("lm_head.weight",))
+    with pytest.raises(RecipeError, match=r"layout rtp_llm, which places what is quantised.*lm_head"):
+        fastckpt.reshard(made, layout="rtp_llm", config=told, quant=asked)
 
 
 def test_what_is_quantised_already_is_refused():

@@ -8,7 +8,7 @@ import pytest
 import reading
 import torch
 from fastckpt import sources
-from fastckpt.errors import FastckptError
+from fastckpt.errors import FastckptError, SourceError
 from fastckpt.sources import Options, strip_prefix
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -71,6 +71,8 @@ def test_stage_0_uses_module_and_says_so(tmp_path):
     assert ckpt.facts["weights"] == "module"
     assert "no names" in ckpt.facts["why module"] and "no names" in ckpt.facts["notes"][0]
     assert dict(ckpt.aliases) == TIED
+    with pytest.raises(SourceError, match="at stage 0 nothing says what was frozen"):
+        sources.open(tmp_path, exclude_frozen=True)
 
 
 VARIANTS = {

@@ -141,13 +141,17 @@ def diff(
 ) -> Diff:
     """Compare two checkpoints, paths or opened: names, shapes, dtypes, and every value of what both hold.
 
-    `tag`, `rename` and `weights` are those of `open` and hold for the sides given as paths. `progress` gets
-    (bytes done, bytes in all, "compare"), bytes of side a. Shards that were cut alike are compared as they
-    lie, by "rank/name", others as the models they make. Raises SourceError as `open` does."""
+    `tag`, `rename` and `weights` are those of `open` and hold for the sides given as paths, the first and the
+    last for a ZeRO side alone where the other is none. `progress` gets (bytes done, bytes in all, "compare"),
+    bytes of side a. Shards that were cut alike are compared as they lie, by "rank/name", others as the models
+    they make. Raises SourceError as `open` does."""
+    zero = [c for c in (a, b) if isinstance(c, (str, os.PathLike)) and sources.format_of(c) == "zero"]
     one, two = (
-        c if isinstance(c, Checkpoint) else open_checkpoint(c, tag=tag, rename=rename, weights=weights)
+        c if isinstance(c, Checkpoint)
+        else open_checkpoint(c, tag=tag, rename=rename, weights=weights) if c in zero or not zero
+        else open_checkpoint(c, rename=rename)
         for c in (a, b)
-    )
+    )  # fmt: skip
     if not isinstance(a, Checkpoint) and not isinstance(b, Checkpoint):
         one, two = _as_they_lie(one, two)
     names_a, names_b = ({*c.entries, *c.aliases} for c in (one, two))

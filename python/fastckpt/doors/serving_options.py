@@ -181,7 +181,9 @@ def _quant(args: argparse.Namespace) -> Quant | str | None:
     """What is quantised, and how. Raises FastckptError."""
     from ..quantisation.schemes import Quant
 
-    if args.quant == "none" and not (args.quant_include or args.quant_exclude):
+    if args.quant == "none":
+        if args.quant_include or args.quant_exclude:
+            raise FastckptError("--quant-include and --quant-exclude go with a scheme, not with none")
         return "none"
     if args.quant is not None:
         scheme = Quant.of(args.quant).scheme

@@ -9,9 +9,11 @@ import argparse
 import json
 import os
 from datetime import datetime, timezone
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..doors import serving_options
+from ..doors.terminal import Progress, progress
 from ..doors.text import columns, counted, harmless, size
 from ..errors import FastckptError, ManagerError, SourceError
 
@@ -41,7 +43,7 @@ def add_parser(
         made.add_argument(
             "--step-digits", type=int, default=8, metavar="N", help="digits of a step's number (default: 8)"
         )
-        made.add_argument("--json", action="store_true", help="print JSON")
+        made.add_argument("--json", action="store_true", help="print JSON; progress as JSON lines on stderr")
         made.add_argument("-d", "--debug", action="store_true", help="show the traceback of an error")
         made.set_defaults(quiet=False)
         return made
@@ -137,7 +139,9 @@ def _verify(manager: CheckpointManager, args: argparse.Namespace) -> int:
     for step in steps:
         nbytes, problems = 0, []
         try:
-            report = verify(manager.bring(step, again=True))
+            with progress(as_json=args.json, quiet=args.quiet) as bar:
+                each = None if bar is None else partial(_verifying, bar, step)
+                report = verify(manager.bring(step, again=True), progress=each)
             nbytes, problems = report.bytes, [*report.problems]
         except SourceError as e:
             if args.step is not None:
@@ -151,6 +155,10 @@ def _verify(manager: CheckpointManager, args: argparse.Namespace) -> int:
     lines.append(f"{counted(len(steps), 'commit')}, {bad} broken")
     _show(args, lines, [*shown])
     return 1 if bad else 0
+
+
+def _verifying(show: Progress, step: int, done: int, total: int) -> None:
+    show(done, total, f"verify {step}")
 
 
 def _gc(manager: CheckpointManager, args: argparse.Namespace) -> int:
@@ -171,7 +179,8 @@ def _restore(manager: CheckpointManager, args: argparse.Namespace) -> int:
     state = opened.checkpoint({n: n for n in names}, own=True)
     if args.dry_run:
         return _show_plan(args, plan(state, layout="same"))
-    report = reshard(state, layout="same", out=args.out, allow_nonfinite=True)  # as it was saved
+    with progress(as_json=args.json, quiet=args.quiet) as bar:  # NaN and all: as it was saved
+        report = reshard(state, layout="same", out=args.out, allow_nonfinite=True, progress=bar)
     if not isinstance(report, Report):
         raise ManagerError(f"{args.out}: nothing was written")
     done: dict[str, JSON] = {
@@ -200,10 +209,11 @@ def _publish(manager: CheckpointManager, args: argparse.Namespace) -> int:
     if args.back is not None:
         publishing.point(args.to, args.back)
     else:
-        manager.publish(
-            _step(manager, args), to=args.to, part=args.part, allow_nonfinite=args.allow_nonfinite,
-            keep=args.keep, **serving_options.shape(args),
-        )  # fmt: skip
+        with progress(as_json=args.json, quiet=args.quiet) as bar:
+            manager.publish(
+                _step(manager, args), to=args.to, part=args.part, allow_nonfinite=args.allow_nonfinite,
+                keep=args.keep, progress=bar, **serving_options.shape(args),
+            )  # fmt: skip
     now, there = publishing.current(args.to), publishing.versions(args.to)
     shown: dict[str, JSON] = {"current": now, "versions": [*there]}
     _show(args, [f"current: {now} of {', '.join(there)}"], shown)

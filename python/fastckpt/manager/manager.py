@@ -26,7 +26,7 @@ from ..layouts import Layout
 from ..placement import Placement
 from ..quantisation.schemes import Quant
 from ..road import grid_of
-from ..running.runs import Report
+from ..running.runs import Progress, Report
 from ..sources.training import rank_directory
 from . import policies, publishing, saving
 from .commits import Commit, ready
@@ -492,6 +492,7 @@ class CheckpointManager:
         max_shard_size: str | int | None = "5GB",
         allow_nonfinite: bool = False,
         keep: int | None = None,
+        progress: Progress | None = None,
     ) -> Report | None:
         """Reshard the model of a committed step into a directory of its own below `to`, and move the link
         `to/current` there in one step. `part`: the state's key that is the model (default: its only module
@@ -511,8 +512,9 @@ class CheckpointManager:
             if self._group.rank == 0:
                 source = publishing.model_of(self.open(step, 0), part)
                 report = publishing.publish(
-                    source, self._store.name(step), to, shape, allow_nonfinite=allow_nonfinite, keep=keep
-                )
+                    source, self._store.name(step), to, shape, allow_nonfinite=allow_nonfinite, keep=keep,
+                    progress=progress,
+                )  # fmt: skip
             return None
 
         together(self._group, f"publish of step {step}", work)

@@ -20,7 +20,7 @@ from ..output.filesystem import remove_tree, sync_directory, telling
 from ..output.manifest import NAME, Manifest
 from ..planning.plans import Plan
 from ..road import plan, reshard
-from ..running.runs import Report
+from ..running.runs import Progress, Report
 from ..sources.training import ENGINE, engine_directory, parts_of
 from .opened import Opened, check_files
 
@@ -61,6 +61,7 @@ def publish(
     *,
     allow_nonfinite: bool = False,
     keep: int | None = None,
+    progress: Progress | None = None,
 ) -> Report | None:
     """Write `to/VERSION` and make it current; None where it was there already, whole, and only the link
     moved. Raises what `reshard` raises."""
@@ -68,7 +69,7 @@ def publish(
     path = os.path.join(root, _checked(version))
     made = None
     if not os.path.exists(os.path.join(path, NAME)):
-        made = reshard(source, allow_nonfinite=allow_nonfinite, out=path, **shape)
+        made = reshard(source, allow_nonfinite=allow_nonfinite, out=path, progress=progress, **shape)
     else:
         _same(path, plan(source, **shape), source)
     point(root, version)

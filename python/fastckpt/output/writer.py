@@ -160,7 +160,7 @@ class Output:
         with telling(self.path):
             s = os.statvfs(self._place.parent if isinstance(self._place, Whole) else self._place.path)
         free = s.f_bavail * s.f_frsize
-        if nbytes > free:
+        if s.f_blocks and nbytes > free:  # one without blocks does not tell
             raise WriteError(f"{self.path}: needs {nbytes} bytes, the file system has {free} free")
 
     def done(self, rank: int) -> bool:

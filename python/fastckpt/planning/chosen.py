@@ -18,7 +18,7 @@ from .. import layouts, recipes
 from ..checkpoint import JSON, Cast, Checkpoint
 from ..computed import dequantised
 from ..dtypes import DType, float32
-from ..errors import LayoutError
+from ..errors import LayoutError, RecipeError
 from ..layouts import Adapts, ByNames, ByRoles, Layout, Resizes
 from ..layouts.naming import Naming
 from ..layouts.patterns import Patterns
@@ -213,7 +213,12 @@ def _by_roles(
         ckpt, config = prequantised.made(ckpt, config, quant)
         wanted = replace(wanted, config=config, quant=None)
         options["prequantised"] = options.pop("quant")  # the shards can be joined, as quantised ones
-    model = recipes.model(recipe, ckpt, config, wanted.vocab_size)
+    try:
+        model = recipes.model(recipe, ckpt, config, wanted.vocab_size)
+    except RecipeError as error:
+        if "prequantised" not in options:
+            raise
+        raise RecipeError(f"layout {name}, which places what is quantised: {error}") from error
     options["family"] = model.family
     options["recipe"] = asked
     options["config"] = xxhash.xxh3_64_hexdigest(json.dumps(dict(config), sort_keys=True).encode())

@@ -269,11 +269,7 @@ def made(ckpt: Checkpoint, config: Mapping[str, JSON], quant: Quant) -> tuple[Ch
     shapes = {name: entry.shape for name, entry in ckpt.entries.items()}
     parts = {n: tuple(_parts(n, e, quant.scheme)) for n, e in ckpt.entries.items() if quant.takes(n, e.shape)}
     for name, entry in ckpt.entries.items():
-        if name not in parts and len(entry.shape) == 3 and quant.leaves(name):
-            raise LayoutError(
-                f"{at}: {name} {entry.shape} is a stack of experts, which would stay dense; "
-                "write it as hf first, which names each expert, or exclude it by a pattern"
-            )
+        quant.require_named(name, entry.shape)
     if not parts:
         raise LayoutError(f"{at}: no tensor is a matrix known by name; say which with include patterns")
     for alias, holder in ckpt.aliases.items():

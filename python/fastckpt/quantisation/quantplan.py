@@ -84,6 +84,8 @@ class Expansion:
         """Name -> shape of every uncut target. Raises LayoutError where none is chosen."""
         if not self._shapes:
             self._shapes.update((t.name, t.shape) for t in self.whole())
+            for name, shape in self._shapes.items():
+                self.quant.require_named(name, shape)
             for pattern in (*self.quant.include, *self.quant.exclude):
                 if not any(fnmatchcase(name, pattern) for name in self._shapes):
                     raise LayoutError(

@@ -197,10 +197,16 @@ class Quant:
             raise LayoutError(f"no quantisation scheme {asked!r}; known: {', '.join(SCHEMES)}, none")
         return Quant(found)
 
-    def leaves(self, name: str) -> bool:
-        """Whether a parameter is itself named like a module of LINEARS, as transformers 5 names stacks of
-        experts, and no pattern excludes it."""
-        return name.rpartition(".")[2] in LINEARS and not any(fnmatchcase(name, p) for p in self.exclude)
+    def require_named(self, name: str, shape: Sequence[int]) -> None:
+        """Raises LayoutError for a stack that is itself named like a module of LINEARS, as transformers 5
+        names experts: it would stay dense, and no pattern says so."""
+        stack = len(shape) == 3 and name.rpartition(".")[2] in LINEARS
+        if stack and not any(fnmatchcase(name, p) for p in (*self.include, *self.exclude)):
+            raise LayoutError(
+                f"quant {self.scheme.name}: {name} {tuple(shape)} is a stack of experts, which would stay "
+                "dense; write it as hf first, which names each expert where the family does, or exclude it "
+                "by a pattern"
+            )
 
     def knows(self, name: str) -> bool:
         """Whether a matrix of that name is quantised unasked."""

@@ -13,7 +13,7 @@ from ..errors import SourceError, expect
 from ..extents import is_directory, listed
 from .options import Options, strip_prefix
 
-__all__ = ["SOURCES", "Options", "Source", "open", "strip_prefix"]
+__all__ = ["SOURCES", "Options", "Source", "format_of", "open", "strip_prefix"]
 
 
 class Source(Protocol):
@@ -81,6 +81,12 @@ def open(
         raise SourceError(f"{where}: {_what_it_is(where)}; looked for {_LOOKED_FOR}")
     except OSError as e:  # a directory that may not be listed, a file that goes away meanwhile
         raise SourceError(f"{e.filename or where}: {e.strerror}") from None
+
+
+def format_of(path: str | os.PathLike[str]) -> str | None:
+    """The module of SOURCES that reads what is at `path`, by names only; None: none of them does."""
+    where = os.fspath(path)
+    return next((n for n, s in zip(SOURCES, _sources(), strict=True) if s.matches(where)), None)
 
 
 def _sources() -> Iterator[Source]:

@@ -223,6 +223,8 @@ def _from_module(path: str, opening: Opening, model: Opened, state: ModelState) 
     """Stage 0, whose masters carry no names, and the 16-bit copy where there are no optimizer files."""
     where = opening.files.folder
     off = state.shapes is None
+    if off and opening.options.exclude_frozen:
+        raise SourceError(f"{where}: exclude_frozen was asked for; at stage 0 nothing says what was frozen")
     experts = opening.experts(state)
     reading = _Reading(path, opening, [model], [state])
     found = reading.found
