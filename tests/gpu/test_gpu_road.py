@@ -8,7 +8,7 @@ import fastckpt
 import pytest
 import torch
 from fastckpt.dtypes import BY_NAME
-from fastckpt.errors import DeviceError
+from fastckpt.errors import DeviceError, WriteError
 from fastckpt.layouts.same import Same
 from fastckpt.running import crossing
 from fastckpt.running.device import digests
@@ -195,3 +195,15 @@ def test_the_bytes_on_the_gpu_are_those_of_the_checkpoint(tmp_path: Path) -> Non
         fastckpt.verify_tensors(made, tmp_path / "out", rank=2),
     ):
         assert found.problems == ("1.down: its bytes differ from the checkpoint's",)
+
+
+def test_ranks_of_files_are_of_one_step(tmp_path: Path) -> None:
+    """What lies on the GPU has the key of what lies in main memory, and another step's has another."""
+    held, out = state("cuda"), tmp_path / "out"
+    for rank in (0, 1):
+        fastckpt.reshard(held, 2, rank=rank, tp_plan=PLAN, out=out, durable=False)
+    host = fastckpt.reshard(state(), 2, rank=1, tp_plan=PLAN, out=out, durable=False)
+    assert fastckpt.verify(out).ok and host.ranks == (1,)
+    held["0.up"].add_(1)
+    with pytest.raises(WriteError, match="is of another plan"):
+        fastckpt.reshard(held, 2, rank=1, tp_plan=PLAN, out=out, durable=False)
