@@ -3,8 +3,8 @@
 // A body is a small struct with load(thread, shared) and store(thread, shared); the barrier is the gap between
 // them. The GPU runs threads_of(path) of them at once (copy_cuda.cu), tests run them one by one (tiles_host.cpp).
 //
-// Contract: base addresses of buffers are multiples of 16; axes 0 to 2 together have fewer than 2^31 indices;
-// the path of a row is the one that tiles.py chose.
+// Contract: base addresses of buffers are multiples of 16; axes 0 to 2 together have fewer than 2^31 indices, and a path
+// fewer than 2^31 tiles; the path of a row is the one that tiles.py chose.
 #pragma once
 
 #include "copy.h"
@@ -36,10 +36,8 @@ FASTCKPT_HD constexpr uint32_t threads_of(uint8_t path) { return path == ROWS ? 
 FASTCKPT_HD constexpr uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
 FASTCKPT_HD constexpr uint32_t larger(uint32_t a, uint32_t b) { return a < b ? b : a; }
 FASTCKPT_HD uint64_t ratio_up(uint64_t a, uint64_t b) { return (a + b - 1) / b; }
-// a / b, quickly where both are short.
-FASTCKPT_HD uint64_t quotient(uint64_t a, uint64_t b) {
-    return a < b ? 0 : (a | b) >> 32 == 0 ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
-}
+// a / b, at once where that is 0; nvcc itself divides by 32 bits where they suffice.
+template <class T> FASTCKPT_HD T quotient(T a, T b) { return a < b ? 0 : a / b; }
 
 constexpr uint64_t pack_sizes() {
     uint64_t packed = 0;
@@ -398,14 +396,14 @@ template <uint32_t VECTOR> FASTCKPT_HD uint32_t slot(uint32_t word, uint32_t col
 
 struct Sheet {  // a row as tiles
     uint32_t row_head, column_head;  // elements before the row in its first tiles
-    uint64_t high, wide;             // tiles along axis 3 and axis 2
+    uint32_t high, wide;             // tiles along axis 3 and axis 2
 };
 FASTCKPT_HD Sheet sheet_of(const Copy& c, uint32_t s, uint32_t d) {
     const int64_t dst = c.dst_stride[0] | c.dst_stride[1] | c.dst_stride[2], src = c.src_stride[0] | c.src_stride[1] | c.src_stride[3];
     const uint32_t row_head = (dst & 15) == 0 && c.dst % d == 0 ? static_cast<uint32_t>(c.dst & 15) / d : 0;
     const uint32_t column_head = (src & 15) == 0 && c.src % s == 0 ? static_cast<uint32_t>(c.src & 15) / s : 0;
-    return {row_head, column_head, ratio_up(uint64_t{c.shape[3]} + row_head, rows_of_tile(d)),
-            ratio_up(uint64_t{c.shape[2]} + column_head, columns_of_tile(s, d))};
+    return {row_head, column_head, static_cast<uint32_t>(ratio_up(uint64_t{c.shape[3]} + row_head, rows_of_tile(d))),
+            static_cast<uint32_t>(ratio_up(uint64_t{c.shape[2]} + column_head, columns_of_tile(s, d)))};
 }
 
 template <class S, class D> struct Transposed {
@@ -426,11 +424,11 @@ template <class S, class D> struct Transposed {
     FASTCKPT_HD Transposed(const Work& w) {
         const Copy& c = w.c;
         const Sheet sheet = sheet_of(c, s, d);
-        const uint64_t area = sheet.high * sheet.wide, plane = quotient(w.tile, area), tile = w.tile - plane * area;
-        const uint64_t across = quotient(tile, sheet.wide), along = tile - across * sheet.wide;
-        const uint32_t i0 = static_cast<uint32_t>(plane) / c.shape[1], i1 = static_cast<uint32_t>(plane) - i0 * c.shape[1];
-        const int64_t row = static_cast<int64_t>(across * HEIGHT) - sheet.row_head;
-        const int64_t column = static_cast<int64_t>(along * COLUMNS) - sheet.column_head;
+        const uint32_t at = static_cast<uint32_t>(w.tile);  // a path has fewer than 2^31 tiles
+        const uint32_t area = sheet.high * sheet.wide, plane = quotient(at, area), tile = at - plane * area;
+        const uint32_t across = quotient(tile, sheet.wide), along = tile - across * sheet.wide;
+        const uint32_t i0 = quotient(plane, c.shape[1]), i1 = plane - i0 * c.shape[1];
+        const int64_t row = int64_t{across} * HEIGHT - sheet.row_head, column = int64_t{along} * COLUMNS - sheet.column_head;
         src_pitch = c.src_stride[3];
         dst_pitch = c.dst_stride[2];
         src = w.src + i0 * c.src_stride[0] + i1 * c.src_stride[1] + row * src_pitch + column * static_cast<int64_t>(s);
@@ -573,7 +571,7 @@ template <class S, class D> struct General {
 
     FASTCKPT_HD General(const Work& work) : w(work) {
         const uint64_t first = w.tile * GENERAL_TILE;
-        line = quotient(first, w.c.shape[3]);
+        line = quotient(first, uint64_t{w.c.shape[3]});
         start = static_cast<uint32_t>(first - line * w.c.shape[3]);
     }
 
@@ -656,7 +654,7 @@ FASTCKPT_HD uint64_t tiles_of(const Copy& c) {
     if (c.path == GENERAL) return ratio_up(lines * c.shape[3], GENERAL_TILE);
     if (c.path == TRANSPOSE) {
         const Sheet sheet = sheet_of(c, s, d);
-        return planes * sheet.high * sheet.wide;
+        return planes * sheet.high * sheet.wide;  // in 64 bits
     }
     if (same) return ratio_up(lines * lines_of(c, 1, 1, d).units, ROWS_TILE);
     return ratio_up(lines * lines_of(c, s, d, 1).units, ROWS_TILE);

@@ -92,7 +92,7 @@ def shard_files(out):
 def test_every_reader_and_executor_writes_the_same_files(tmp_path, monkeypatch, reader, executor):
     config, truth = zero(tmp_path / "in", "mixtral", world=4)
     chosen = pick(executor)
-    monkeypatch.setattr(runs, "pick", lambda name: chosen)
+    monkeypatch.setattr(runs, "pick", lambda *_: chosen)
     monkeypatch.setattr(runs, "reader_of", lambda extents, binding, alone: reader(binding.places))
     out = tmp_path / "out"
     report = fastckpt.reshard(tmp_path / "in", 2, layout="vllm", dtype="bfloat16", out=out, threads=3)

@@ -94,7 +94,7 @@ def test_small_bands_and_reading_by_position(tmp_path, monkeypatch):
     monkeypatch.setattr(
         runs, "reader_of", lambda e, b, *, alone: Merging(e, b, lambda places: Positioned(places))
     )
-    monkeypatch.setattr(runs, "pick", lambda name: pick("torch"))
+    monkeypatch.setattr(runs, "pick", lambda *_: pick("torch"))
     got = fastckpt.reshard(tmp_path / "in", 2, layout="rtp_llm", quant="none", dtype="float32", rank=1)
     same(got, fastckpt.reshard(want, 2, layout="rtp_llm", config=config, rank=1))
 

@@ -90,6 +90,7 @@ def test_each_keeps_the_order_and_raises_the_first_items_error():
 AFTER = """
 import sys, threading, time
 import fastckpt
+import torch  # needed without the compiled module, and cannot be imported so late
 
 def late(source, out):
     while threading.main_thread().is_alive():

@@ -9,39 +9,37 @@ from collections.abc import Callable
 
 from ..errors import DeviceError
 from ..planning.copies import Executor
+from .cpu import RECENT_BYTES, Cpu, built
 
 
-def _cpu() -> Executor:
-    from .cpu import Cpu
-
-    return Cpu()
+def _cpu(recent_bytes: int = RECENT_BYTES) -> Executor:
+    return Cpu(recent_bytes=recent_bytes)
 
 
-def _torch() -> Executor:
+def _torch(recent_bytes: int = 0) -> Executor:
     from .torch import Torch
 
     return Torch()
 
 
-def _cuda() -> Executor:
+def _cuda(recent_bytes: int = 0) -> Executor:
     from .cuda import Cuda
 
     return Cuda()
 
 
-EXECUTORS: dict[str, Callable[[], Executor]] = {"cpu": _cpu, "torch": _torch, "cuda": _cuda}
+EXECUTORS: dict[str, Callable[..., Executor]] = {"cpu": _cpu, "torch": _torch, "cuda": _cuda}
 """Name -> maker; a maker raises DeviceError where its executor cannot run. `cuda` wants its buffers there."""
 
 
-def pick(name: str | None = None) -> Executor:
+def pick(name: str | None = None, recent_bytes: int = RECENT_BYTES) -> Executor:
     """The executor of that name, or `cpu` where the compiled module is built and `torch` where it is not.
 
+    `recent_bytes`: how much of mapped sources `cpu` keeps before it gives pages back; the others keep none.
     Raises DeviceError for an unknown name and for an executor that cannot run here."""
     if name is None:
-        from .cpu import built
-
         name = "cpu" if built() else "torch"
     make = EXECUTORS.get(name)
     if make is None:
         raise DeviceError(f"no executor {name!r}; known: {', '.join(EXECUTORS)}")
-    return make()
+    return make(recent_bytes)

@@ -16,7 +16,7 @@ from ..extents import Buffer
 from ..native import _C
 from ..planning.copies import Table
 
-RECENT_BYTES = 24 << 20
+RECENT_BYTES = 32 << 20
 """Bytes of mapped sources that a runner keeps, all its threads together; beyond, the older half goes back."""
 
 

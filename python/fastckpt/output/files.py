@@ -36,6 +36,49 @@ def _nothing(crcs: Mapping[str, int]) -> list[Part]:
     return []
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Specs(Sequence[Spec]):
+    """Tensors before they have a place, as columns that read as Specs."""
+
+    names: Sequence[str]
+    dtypes: Sequence[DType]
+    shapes: Sequence[tuple[int, ...]]
+
+    @staticmethod
+    def of(tensors: Sequence[Spec]) -> Specs:
+        """These tensors; the same columns where they are columns."""
+        if isinstance(tensors, Specs):
+            return tensors
+        return Specs(*zip(*tensors, strict=True)) if tensors else Specs((), (), ())
+
+    def at(self, rows: Sequence[int]) -> Specs:
+        """The tensors of these numbers, in that order."""
+        names, dtypes, shapes = self.names, self.dtypes, self.shapes
+        return Specs([names[i] for i in rows], [dtypes[i] for i in rows], [shapes[i] for i in rows])
+
+    def nbytes(self) -> NDArray[np.int64]:
+        """The size of each tensor."""
+        sizes = (math.prod(s) * d.itemsize for s, d in zip(self.shapes, self.dtypes, strict=True))
+        return np.fromiter(sizes, np.int64, len(self))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, i: int) -> Spec: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[Spec]: ...
+
+    def __getitem__(self, i: int | slice) -> Spec | Sequence[Spec]:
+        if isinstance(i, slice):
+            return Specs(self.names[i], self.dtypes[i], self.shapes[i])
+        return self.names[i], self.dtypes[i], self.shapes[i]
+
+    def __iter__(self) -> Iterator[Spec]:
+        return zip(self.names, self.dtypes, self.shapes, strict=True)
+
+
 @dataclass(frozen=True, slots=True)
 class Slot:
     """One tensor's bytes in a file: `offset` of the first in the file, `nbytes` of them."""
@@ -60,8 +103,9 @@ class SlotTable(Sequence[Slot]):
     @staticmethod
     def of(tensors: Sequence[Spec], offset: Iterable[int], nbytes: Iterable[int]) -> SlotTable:
         """These tensors at these places."""
-        names, dtypes, shapes = zip(*tensors, strict=True) if tensors else ((), (), ())
-        return SlotTable(names, dtypes, shapes, *(np.fromiter(c, np.int64) for c in (offset, nbytes)))
+        specs = Specs.of(tensors)
+        where = (np.fromiter(column, np.int64) for column in (offset, nbytes))
+        return SlotTable(specs.names, specs.dtypes, specs.shapes, *where)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -137,18 +181,23 @@ def safetensors_layout(
     tensors lie aligned. `aliases` are only recorded: the format has no second name for bytes. Raises
     WriteError for a type or name the format cannot spell. Format: 8 bytes header length, JSON header
     padded with spaces to 8, the tensors; https://github.com/huggingface/safetensors."""
-    unique(path, tensors)
-    for name, dtype, shape in tensors:
+    specs = Specs.of(tensors)
+    unique(path, specs)
+    for name, dtype, shape in specs:
         if dtype.safetensors not in _ORDER:
             raise WriteError(f"{path}: {name} is {dtype}, which safetensors cannot spell")
         if dtype.packed > 1 and not shape:
             raise WriteError(f"{path}: {name} is one {dtype} without an axis, which safetensors cannot spell")
         if name == "__metadata__":
             raise WriteError(f"{path}: safetensors keeps the name __metadata__ for itself")
-    ordered = sorted(tensors, key=lambda t: (_ORDER[t[1].safetensors], "" if keep_order else t[0]))
-    nbytes = np.fromiter((math.prod(shape) * dtype.itemsize for _, dtype, shape in ordered), np.int64)
+    rows = range(len(specs)) if keep_order else sorted(range(len(specs)), key=specs.names.__getitem__)
+    types = [_ORDER[dtype.safetensors] for dtype in specs.dtypes]
+    rows = sorted(rows, key=types.__getitem__)
+    if rows != list(range(len(specs))):
+        specs = specs.at(rows)
+    nbytes = specs.nbytes()
     ends = np.cumsum(nbytes)
-    slots = SlotTable.of(ordered, ends - nbytes, nbytes)
+    slots = SlotTable.of(specs, ends - nbytes, nbytes)
     try:
         size = sum(len(piece) for piece in _header(slots, 0, metadata))
     except UnicodeEncodeError as e:
@@ -210,7 +259,7 @@ class Group:
     """The tensors of one file, in order, and the aliases that go with them."""
 
     path: str
-    tensors: tuple[Spec, ...]
+    tensors: Specs
     aliases: Mapping[str, str]
 
 
@@ -226,7 +275,7 @@ class Split:
         """The index JSON as DeepSpeed's converter writes it; None for a single file, which needs none."""
         if len(self.groups) == 1:
             return None
-        where = {t: g.path for g in self.groups for t in (*(spec[0] for spec in g.tensors), *g.aliases)}
+        where = {t: g.path for g in self.groups for t in (*g.tensors.names, *g.aliases)}
         index = {"metadata": {"total_size": self.total}, "weight_map": where}
         return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
 
@@ -242,28 +291,29 @@ def split(
 
     `name(part, parts)` names a file, parts counted from 0; an alias lies in its holder's file."""
     aliases = aliases or {}
-    names = unique(name(0, 1), tensors)
+    specs = Specs.of(tensors)
+    names = unique(name(0, 1), specs)
     for alias, holder in aliases.items():
         if alias in names or holder not in names:
             raise WriteError(
                 f"{name(0, 1)}: alias {alias} of {holder}: the one must be new, the other a tensor"
             )
-    sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape in tensors]
+    sizes = specs.nbytes().tolist()
     total = sum(sizes)
     if max_shard_size is None:
-        return Split((Group(name(0, 1), tuple(tensors), dict(aliases)),), total)
+        return Split((Group(name(0, 1), specs, dict(aliases)),), total)
     limit = parse_size(max_shard_size)
-    groups: list[list[Spec]] = []
-    current: list[Spec] = []
+    groups: list[list[int]] = []
+    current: list[int] = []
     held = 0
-    for tensor, n in zip(tensors, sizes, strict=True):
+    for i, n in enumerate(sizes):
         if n > limit:
-            groups.append([tensor])
+            groups.append([i])
             continue
         if held + n > limit:
             groups.append(current)
             current, held = [], 0
-        current.append(tensor)
+        current.append(i)
         held += n
     if current or not groups:
         groups.append(current)
@@ -272,8 +322,9 @@ def split(
         also.setdefault(holder, []).append(alias)
     out = []
     for k, group in enumerate(groups):
-        held_by = {a: t[0] for t in group for a in also.get(t[0], ())}
-        out.append(Group(name(k, len(groups)), tuple(group), held_by))
+        own = specs if len(groups) == 1 else specs.at(group)
+        held_by = {a: t for t in own.names for a in also.get(t, ())} if also else {}
+        out.append(Group(name(k, len(groups)), own, held_by))
     return Split(tuple(out), total)
 
 
@@ -292,10 +343,9 @@ def parse_size(size: str | int) -> int:
     return int(nbytes)
 
 
-def unique(path: str, tensors: Sequence[Spec]) -> set[str]:
+def unique(path: str, tensors: Specs) -> set[str]:
     """The names. Refuses two tensors of one name with a WriteError that names `path`."""
-    names = {name for name, _, _ in tensors}
+    names = set(tensors.names)
     if len(names) != len(tensors):
-        counts = Counter(name for name, _, _ in tensors)
-        raise WriteError(f"{path}: two tensors named {counts.most_common(1)[0][0]}")
+        raise WriteError(f"{path}: two tensors named {Counter(tensors.names).most_common(1)[0][0]}")
     return names

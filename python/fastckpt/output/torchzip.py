@@ -7,7 +7,6 @@ Format: https://github.com/pytorch/pytorch/blob/v2.13.0/caffe2/serialize/inline_
 
 from __future__ import annotations
 
-import math
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from ..digest import crc32, digest64
 from ..errors import WriteError
-from .files import FileLayout, Part, SlotTable, Spec, unique
+from .files import FileLayout, Part, SlotTable, Spec, Specs, unique
 from .pickling import Wrap, pickled
 
 _ALIGN = 64
@@ -30,10 +29,11 @@ def torch_layout(
 
     Every slot's CRC32 is needed to close it. Raises WriteError for names or values that do not fit."""
     aliases = dict(aliases or {})
-    unique(path, tensors)
+    specs = Specs.of(tensors)
+    unique(path, specs)
     root = os.path.splitext(os.path.basename(path))[0]
     root = root if root.isascii() else "archive"
-    pickle = pickled(path, tensors, aliases, wrap)
+    pickle = pickled(path, specs, aliases, wrap)
     known = [
         ("data.pkl", pickle),
         (".format_version", b"1"),
@@ -56,10 +56,10 @@ def torch_layout(
 
     for name, data in known:
         add(name, data, len(data))
-    sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape in tensors]
-    named = zip(tensors, sizes, strict=True)
-    places = [add(f"data/{k}", None, nbytes, t[0]).data for k, (t, nbytes) in enumerate(named)]
-    slots = SlotTable.of(tensors, places, sizes)
+    sizes = specs.nbytes().tolist()
+    named = zip(specs.names, sizes, strict=True)
+    places = [add(f"data/{k}", None, nbytes, slot).data for k, (slot, nbytes) in enumerate(named)]
+    slots = SlotTable.of(specs, places, sizes)
     add("version", b"3\n", 2)
     add(".data/serialization_id", None, 40)
     zipped = _Zip(path, tuple(members))

@@ -95,22 +95,23 @@ def load(key: str, extents: int, scheme: Scheme | None = None) -> Compiled | Non
             data = f.read()
     except OSError:
         return None
-    head, body = data[: len(MAGIC) + 16], data[len(MAGIC) + 16 :]
+    head, body = data[: len(MAGIC) + 16], memoryview(data)[len(MAGIC) + 16 :]
     if head != MAGIC + xxhash.xxh3_64_hexdigest(body).encode():
         return None  # torn, damaged, or of another version
     size = int.from_bytes(body[:8], "little")
-    told = json.loads(body[8 : 8 + size])
+    told = json.loads(bytes(body[8 : 8 + size]))
     if told["extents"] != extents or told["key"] != key:
         return None
     shapes = [tuple(shape) for shape in told["kinds"]]
     dtypes = [DTYPES[code] for code in told["dtypes"]]
     made = Names(told["ranks"], told["names"], dtypes, [shapes[i] for i in told["shapes"]])
-    chunks, at = [], 8 + size
+    table = bytes(body[8 + size :])  # apart: what is kept of it should not keep the text
+    chunks, at = [], 0
     for count, rows, which in told["chunks"]:
-        first = np.frombuffer(body, np.uint64, WORDS, at)
-        words = np.frombuffer(body, np.uint64, rows * len(which), at + 8 * WORDS).reshape(rows, len(which))
+        first = np.frombuffer(table, np.uint64, WORDS, at)
+        words = np.frombuffer(table, np.uint64, rows * len(which), at + 8 * WORDS).reshape(rows, len(which))
         at += 8 * WORDS + words.nbytes
-        tensor = np.frombuffer(body, np.uint32, rows, at)
+        tensor = np.frombuffer(table, np.uint32, rows, at)
         chunks.append(Kept(first, np.array(which, np.intp), words, count, tensor))
         at += 4 * rows
     with suppress(OSError):
@@ -149,13 +150,16 @@ def store(key: str, extents: int, plan: Compiled) -> None:
     parts = [len(head).to_bytes(8, "little"), head]
     for chunk in plan.chunks:
         parts += [chunk.first.tobytes(), chunk.words.tobytes(), chunk.tensor.tobytes()]
-    body = b"".join(parts)
+    digest = xxhash.xxh3_64()
+    for part in parts:
+        digest.update(part)
     with suppress(OSError):
         os.makedirs(where, mode=0o700, exist_ok=True)
         staged = os.path.join(where, f".{key}.{os.urandom(8).hex()}")
         try:
             with open(staged, "xb", opener=partial(os.open, mode=0o600)) as f:
-                f.write(MAGIC + xxhash.xxh3_64_hexdigest(body).encode() + body)
+                f.write(MAGIC + digest.hexdigest().encode())
+                f.writelines(parts)
             os.replace(staged, os.path.join(where, key))
         except OSError:
             os.unlink(staged)

@@ -5,7 +5,6 @@ Law: the columns of one table have one length; record i is row i of each.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import overload
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import DType
-from ..output.files import Spec
+from ..output.files import Specs
 from ..target import Target
 from .batches import Slots
 
@@ -44,14 +43,14 @@ class Names:
         """The rows of one serving rank."""
         return np.flatnonzero(np.array(self.ranks, np.int64) == rank)
 
-    def specs(self, rows: Ints) -> list[Spec]:
+    def specs(self, rows: Ints) -> Specs:
         """These rows as files.py wants them."""
-        return [(self.names[i], self.dtypes[i], self.shapes[i]) for i in rows.tolist()]
+        every = Specs(self.names, self.dtypes, self.shapes)
+        return every if len(rows) == len(self) else every.at(rows.tolist())
 
     def nbytes(self) -> Ints:
         """The size of each tensor."""
-        sizes = (math.prod(s) * d.itemsize for s, d in zip(self.shapes, self.dtypes, strict=True))
-        return np.fromiter(sizes, np.int64, len(self))
+        return Specs(self.names, self.dtypes, self.shapes).nbytes()
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from ..dtypes import DType, float8_e4m3fn, float8_e5m2
 from ..errors import LayoutError
 from ..extents import Extent, Extents, pieces_of
 from ..layouts.naming import Naming
-from ..output.files import FileLayout, Spec, safetensors_layout, split
+from ..output.files import FileLayout, Specs, safetensors_layout, split
 from ..output.pickling import Wrap
 from ..output.torchzip import torch_layout
 from ..placement import Placement
@@ -234,6 +234,8 @@ def _kept_or_compiled(
     key = plancache.digest([*inputs, plancache.code()])
     kept = plancache.load(key, len(extents), None if expansion is None else expansion.quant.scheme)
     if kept is not None:
+        own = {name: name for name in chosen.checkpoint.entries}  # one string for both
+        kept.made.names[:] = [own.get(name, name) for name in kept.made.names]
         dense = prequantised.dense_bytes(extents)
         return kept, extents, sum(_needed(k.chunk().rows, dense) for k in kept.chunks or ())
     made, table, needed = _compiled(stream, extents, expansion)
@@ -351,7 +353,7 @@ def _laid_out(
 
 
 def _files(
-    specs: list[Spec], naming: Naming, aliases: Mapping[str, str], wanted: Wanted
+    specs: Specs, naming: Naming, aliases: Mapping[str, str], wanted: Wanted
 ) -> tuple[list[FileLayout], list[tuple[str, bytes]]]:
     """One rank's files and their index."""
     container = os.path.splitext(naming.single)[1]
@@ -371,7 +373,7 @@ def _files(
                     folder + group.path,
                     group.tensors,
                     naming.metadata,
-                    {a: h for a, h in aliases.items() if any(h == name for name, _, _ in group.tensors)},
+                    {a: h for a, h in aliases.items() if h in group.tensors.names},
                     keep_order=not wanted.sorted,
                 )
             )

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 
 from ..errors import WriteError
+from ..executors.cpu import RECENT_BYTES
 from ..output.files import parse_size
 from ..planning.batches import LEAF
 
@@ -23,6 +24,9 @@ MOST_THREADS = 1 << 10
 
 FIXED_MEMORY = 64 << 20
 """What a run may hold besides its threads' staging: the promise of docs/architecture.md."""
+
+ENTRY = 200
+"""Bytes of mapped sources that give way to the names, places and rows of one tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,11 @@ class Limits:
 def band(threads: int) -> int:
     """The band of each of so many threads: together at most 4 MiB a thread and 16 MiB of the fixed part."""
     return min(BAND, (16 + 4 * threads) // threads * LEAF)
+
+
+def recent(tensors: int) -> int:
+    """Bytes of mapped sources to keep: less where the names of very many tensors take their place."""
+    return max(RECENT_BYTES // 4, RECENT_BYTES - ENTRY * tensors)
 
 
 def workers(asked: int | None) -> int:

@@ -34,7 +34,7 @@ Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
-AHEAD = 8
+AHEAD = 4
 """Batches made ahead of each worker."""
 
 

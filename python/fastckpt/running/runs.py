@@ -34,7 +34,7 @@ from ..quantisation.rounding import Error, Floats
 from ..reader import GAP, Lane, Mapped, Positioned, Reader
 from ..sources import memory
 from .ends import ToDigests, ToFiles, ToMemory, Worker
-from .limits import STAGE, Limits
+from .limits import STAGE, Limits, recent
 from .pipeline import feed
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ class Run:
         `limits`: the threads, and the bytes of every batch, where they are not the run's."""
         largest = self._scan(planned)
         began = time.perf_counter()
-        executor = pick(None)
+        executor = pick(None, recent(len(planned.tensors)))
         binding, slots = Binding.of(planned.extents), planned.slots()
         quantising = Quantising(planned, slots, largest)
         need = quantising.dense + quantising.values if quantising.dense else 0

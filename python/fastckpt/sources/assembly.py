@@ -6,12 +6,12 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 from itertools import islice
 
 import xxhash
 
-from ..checkpoint import JSON, Checkpoint, Entry, Single
+from ..checkpoint import JSON, Checkpoint, Entry
 from ..dtypes import DType
 from ..errors import SourceError
 from ..extents import Extent, Extents, File, content, is_file, let_go
@@ -91,10 +91,28 @@ def tensor(
 ) -> Entry:
     """An entry that lies strided in one extent, by default dense from its start; offset and stride in
     elements. An empty one needs none."""
-    if 0 in shape:
-        return Single(shape, dtype, partial(zeros, shape, dtype), kind)
-    build: partial[View] = partial(strided, extents, extent, dtype, shape, offset=offset, stride=stride)
-    return Single(shape, dtype, build, kind)
+    return Strided(shape, dtype, kind, extents, extent, offset, stride)
+
+
+@dataclass(frozen=True, slots=True)
+class Strided:
+    """See `tensor`."""
+
+    shape: tuple[int, ...]
+    dtype: DType
+    kind: str
+    extents: Extents
+    extent: int
+    offset: int
+    stride: tuple[int, ...] | None
+
+    def build(self) -> View:
+        """Its view. Raises SourceError where it leaves its extent."""
+        if 0 in self.shape:
+            return zeros(self.shape, self.dtype)
+        return strided(
+            self.extents, self.extent, self.dtype, self.shape, offset=self.offset, stride=self.stride
+        )
 
 
 def neighbours(directories: Sequence[str]) -> tuple[str, ...]:

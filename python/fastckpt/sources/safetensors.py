@@ -119,7 +119,8 @@ def read_header(path: str) -> Header:
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise SourceError(f"{path}: __metadata__ is no map of strings")
-    items = {name: _item(name, spec, 8 + size, path) for name, spec in table.items()}
+    # What was parsed of a tensor is let go at once: of 10^5 it takes more than all that is kept.
+    items = {name: _item(name, table.pop(name), 8 + size, path) for name in list(table)}
     ordered = dict(sorted(items.items(), key=lambda kv: (kv[1].offset, kv[1].nbytes)))
     at = 8 + size
     for name, item in ordered.items():
