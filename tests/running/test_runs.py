@@ -81,3 +81,18 @@ def test_memory_is_never_done(tmp_path):
 def test_no_checksum_is_no_wrong_checksum(tmp_path):
     with pytest.raises(SourceError, match=r"data.pkl: holds no checksum.*set_crc32_options"):
         fastckpt.open(without_checksums(1, tmp_path), check_crc=True)
+
+
+def test_a_rank_with_another_tokenizer_is_not_done(tmp_path):
+    """Its files are copied beside the weights, and the old ones stayed there."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    torch.save(state(1), source / "pytorch_model.bin")
+    for text in ("{}", '{"a": 1}'):
+        (source / "tokenizer.json").write_text(text)
+        for rank in (0, 1):
+            fastckpt.reshard(source, 2, rank=rank, tp_plan=PLAN, out=out, durable=False, overwrite=True)
+        assert (out / "tokenizer.json").read_text() == text and fastckpt.verify(out).ok
+    (source / "tokenizer.json").write_text("[]")
+    with pytest.raises(WriteError, match="is of another plan"):
+        fastckpt.reshard(source, 2, rank=1, tp_plan=PLAN, out=out, durable=False)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from ..checkpoint import JSON, Checkpoint
@@ -20,7 +21,7 @@ from ..computed import dequantised
 from ..computed.lowrank import lies_nowhere
 from ..dtypes import DType, float8_e4m3fn, float8_e5m2
 from ..errors import LayoutError
-from ..extents import Extent, Extents
+from ..extents import Extent, Extents, pieces_of
 from ..layouts.naming import Naming
 from ..output.files import FileLayout, Specs, safetensors_layout, split
 from ..output.pickling import Wrap
@@ -30,7 +31,7 @@ from ..quantisation import prequantised, quantplan
 from ..quantisation.quantplan import Expansion, Quantised
 from ..target import Target
 from . import configs, copies, plancache
-from .batches import Slots
+from .batches import LEAF, Slots
 from .chosen import Chosen, choose
 from .compiling import compiled
 from .copies import Chunk, Kept, Table
@@ -127,7 +128,7 @@ def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
         notes += (f"tied, stored under one name, and no config says so: {ties}",)
     tensors, files, texts = _laid_out(made, rows, namings, aliases, wanted)
     return Plan(
-        key=plancache.digest([inputs, [], ckpt.headers]),
+        key=plancache.digest([inputs, [], ckpt.headers, *([] if in_memory else _beside(ckpt))]),
         checkpoint=ckpt,
         layout=chosen.name,
         placement=placement,
@@ -209,6 +210,18 @@ def _as_held(
                 'reshard(quant="none") makes dense weights'
             )
         yield rank, Target(name, view.cast(kind), target.shape)
+
+
+def _beside(ckpt: Checkpoint) -> list[JSON]:
+    """The digests of config and tokenizer files, which go with the weights: a rank whose output has others is
+    not done."""
+    out: list[JSON] = []
+    for path in ckpt.beside:
+        seen = xxhash.xxh3_64()
+        for piece in pieces_of(path, LEAF):
+            seen.update(piece)
+        out.append(seen.hexdigest())
+    return out
 
 
 def _kept_or_compiled(
