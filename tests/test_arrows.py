@@ -77,7 +77,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "part": (*CORE, "manifest", "filesystem"),
     "writer": (*CORE, "digest", *FILES[:-1]),
     "rereading": (*CORE, "digest", "finite", "pipeline"),
-    "verification": (*CORE, "digest", "rereading", *FILES, "expectation", "sources", "text"),
+    "outputs": (*CORE, "digest", "rereading", *FILES, "expectation", "sources", "text"),
     # The way back, through sources, recipes and layouts.
     "inverse": CORE,
     "joining": (*PLAIN, "collector", "digest", "manifest", "inverse", "sources", "recipes", "layouts"),
@@ -158,7 +158,7 @@ SPINE = (*MAY_IMPORT, "__init__", "_C")
 # An engine's plug-in mechanism opens these; nothing here imports them.
 MAY_IMPORT["engines"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT |= {door: SPINE for door in ("describe", "outline", "difference", "doctor", "zero_to_fp32")}
-for last in ("quant", "likeness", "demo", "cli", "__init__"):
+for last in ("quant", "loaded", "demo", "cli", "__init__"):
     MAY_IMPORT[last] = (*MAY_IMPORT, "__init__", "_C")
 MAY_IMPORT["__main__"] = ("cli",)
 """Each room (a module, or a package with all its modules) and the other rooms it may import."""
@@ -217,7 +217,7 @@ TORCH = {
     "running/resident",
     "running/crossing",
     "running/quantised",
-    "likeness",
+    "verification/loaded",
 }
 TORCH |= {"engines/vllm_loader", "engines/sglang"}
 TORCH |= {
@@ -241,7 +241,7 @@ TORCH |= {
 TORCH_IN_FUNCTIONS = {"sources/memory", "running/runs", "road", "quant", "zero_to_fp32", "doors/demo"}
 """Where torch may be imported. The first are themselves imported inside functions only."""
 
-FLOORS = ("planning", "computed", "quantisation", "output", "running", "doors")
+FLOORS = ("planning", "computed", "quantisation", "output", "running", "verification", "doors")
 """Packages that only hold together rooms of one kind; each module there is a room with arrows of its own."""
 
 VAGUE = {"utils", "util", "common", "helpers", "base", "misc"}

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from fastckpt.errors import FastckptError
 from fastckpt.manager.manager import CheckpointManager
-from fastckpt.verification import verify
+from fastckpt.verification.outputs import verify
 from tally import Outcome
 
 PAGE = 4096

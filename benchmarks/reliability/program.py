@@ -20,7 +20,7 @@ import torch
 from fastckpt.errors import FastckptError
 from fastckpt.manager.manager import CheckpointManager
 from fastckpt.manager.metadata import JsonMetadata
-from fastckpt.verification import verify
+from fastckpt.verification.outputs import verify
 
 Save = tuple[int, int]
 """Step and version; a second version of a step overwrites the first."""

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from .errors import WriteError as WriteError
     from .foreign import open_shards as open_shards
     from .joining import open as open
-    from .likeness import verify_tensors as verify_tensors
     from .manager.job import Job as Job
     from .manager.manager import CheckpointManager as CheckpointManager
     from .manager.runner import JobRunner as JobRunner
@@ -47,8 +46,9 @@ if TYPE_CHECKING:
     from .road import reshard as reshard
     from .running.runs import Report as Report
     from .sources.memory import partitioned as partitioned
-    from .verification import VerifyReport as VerifyReport
-    from .verification import verify as verify
+    from .verification.loaded import verify_tensors as verify_tensors
+    from .verification.outputs import VerifyReport as VerifyReport
+    from .verification.outputs import verify as verify
 
 __version__ = "0.1.0"
 
@@ -90,9 +90,9 @@ _HOME = {
     "open": "joining",
     "open_shards": "foreign",
     "partitioned": "sources.memory",
-    "VerifyReport": "verification",
-    "verify": "verification",
-    "verify_tensors": "likeness",
+    "VerifyReport": "verification.outputs",
+    "verify": "verification.outputs",
+    "verify_tensors": "verification.loaded",
 }
 """Every public name and the module it lives in."""
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .doors.losses import Loss
     from .planning.plans import Plan
     from .running.runs import Report
-    from .verification import VerifyReport
+    from .verification.outputs import VerifyReport
 
 INTERRUPTED, UNHEARD = 130, 141
 
@@ -250,7 +250,7 @@ def _recipes(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from .verification import verify
+    from .verification.outputs import verify
 
     with progress(as_json=args.json, quiet=args.quiet) as shown:
         told = None if shown is None else partial(_verifying, shown)

@@ -9,7 +9,7 @@ from fastckpt.digest import LEAF, digest
 from fastckpt.errors import WriteError
 from fastckpt.output.manifest import FileEntry, Manifest
 from fastckpt.output.writer import Output
-from fastckpt.verification import verify
+from fastckpt.verification.outputs import verify
 from outputs import RECORD
 
 

@@ -20,7 +20,7 @@ from fastckpt.errors import ManagerError, SourceError, WriteError
 from fastckpt.manager.manager import CheckpointManager
 from fastckpt.output.manifest import Manifest
 from fastckpt.output.writer import Output
-from fastckpt.verification import verify
+from fastckpt.verification.outputs import verify
 from safetensors.torch import load_file, save_file
 
 AsRanks = Callable[..., list[Any]]

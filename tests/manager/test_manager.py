@@ -26,7 +26,7 @@ from fastckpt.manager.manager import CheckpointManager
 from fastckpt.manager.metadata import JsonMetadata
 from fastckpt.manager.saving import Disk
 from fastckpt.manager.telling import CheckpointWarning
-from fastckpt.verification import verify
+from fastckpt.verification.outputs import verify
 from safetensors.torch import load_file
 
 Trained = Callable[..., dict[str, Any]]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fastckpt.errors import FastckptError
 from fastckpt.manager.manager import CheckpointManager
-from fastckpt.verification import verify
+from fastckpt.verification.outputs import verify
 
 
 def state() -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from fastckpt.errors import LayoutError, ManagerError, SourceError
 from fastckpt.manager import publishing
 from fastckpt.manager.manager import CheckpointManager
-from fastckpt.verification import verify
+from fastckpt.verification.outputs import verify
 from safetensors.torch import load_file
 
 CONFIG = {

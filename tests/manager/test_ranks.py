@@ -18,7 +18,7 @@ from fastckpt.manager.coordination import Alone, Group, Meeting, together
 from fastckpt.manager.manager import CheckpointManager
 from fastckpt.manager.pieces import Claim, shared
 from fastckpt.manager.telling import CheckpointWarning
-from fastckpt.verification import verify
+from fastckpt.verification.outputs import verify
 from safetensors.torch import load_file
 
 AsRanks = Callable[..., list[Any]]

@@ -12,7 +12,7 @@ import torch
 from fastckpt.errors import WriteError
 from fastckpt.manager.manager import CheckpointManager, CheckpointWarning
 from fastckpt.manager.uploaders import FsspecDirectory, Uploader
-from fastckpt.verification import verify
+from fastckpt.verification.outputs import verify
 
 s3fs = pytest.importorskip("s3fs")
 moto_server = pytest.importorskip("moto.server")

@@ -17,7 +17,7 @@ from fastckpt.manager.manager import CheckpointManager
 from fastckpt.manager.runner import JobRunner
 from fastckpt.manager.telling import CheckpointWarning
 from fastckpt.manager.uploaders import LocalDirectory, Uploader
-from fastckpt.verification import verify
+from fastckpt.verification.outputs import verify
 
 AsRanks = Callable[..., list[Any]]
 

@@ -11,7 +11,7 @@ from fastckpt.digest import LEAF
 from fastckpt.errors import SourceError, WriteError
 from fastckpt.manager.manager import CheckpointManager
 from fastckpt.manager.uploaders import FsspecDirectory, LocalDirectory, Uploader
-from fastckpt.verification import verify
+from fastckpt.verification.outputs import verify
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from fastckpt.output import syscalls
 from fastckpt.output.manifest import Manifest
-from fastckpt.verification import verify
+from fastckpt.verification.outputs import verify
 from outputs import contents, write_part, write_whole
 
 CALLS = {

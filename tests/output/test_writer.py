@@ -30,7 +30,7 @@ from fastckpt.output import part, syscalls
 from fastckpt.output.files import FileLayout, SlotTable, safetensors_layout
 from fastckpt.output.manifest import Manifest
 from fastckpt.output.writer import Output
-from fastckpt.verification import verify
+from fastckpt.verification.outputs import verify
 from outputs import RECORD, SPECS, contents, data_of, fill, layouts_of, write_part, write_rank, write_whole
 
 NO_TENSORS = SlotTable.of((), (), ())

@@ -132,7 +132,7 @@ def _row(c: Commit) -> list[str]:
 
 
 def _verify(manager: CheckpointManager, args: argparse.Namespace) -> int:
-    from ..verification import verify
+    from ..verification.outputs import verify
 
     steps = manager.listed() if args.step is None else [args.step]
     lines, shown, bad = [], [], 0

@@ -16,7 +16,7 @@ from ..digest import digest
 from ..errors import ManagerError, SourceError, WriteError
 from ..output.filesystem import remove_tree, telling
 from ..output.manifest import NAME, Manifest
-from ..verification import verify
+from ..verification.outputs import verify
 from .commits import ASIDE, LATEST, SAVING, TRASH, Commit, Store, whole
 from .uploaders import FsspecDirectory, Uploader
 

@@ -22,7 +22,7 @@ from ..digest import LEAF, Digesting
 from ..errors import ManagerError, SourceError, WriteError
 from ..output.filesystem import sync_directory
 from ..output.manifest import NAME, Manifest, rank_name
-from ..verification import verify
+from ..verification.outputs import verify
 
 
 class Destination(Protocol):

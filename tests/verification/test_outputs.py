@@ -18,7 +18,7 @@ from fastckpt.errors import SourceError
 from fastckpt.finite import nonfinite
 from fastckpt.output.files import safetensors_layout
 from fastckpt.output.writer import Output
-from fastckpt.verification import verify
+from fastckpt.verification.outputs import verify
 from outputs import RECORD, contents, data_of, fill, write_part, write_whole
 
 MANY = [pytest.param(200, id="some"), pytest.param(10_000, id="many", marks=pytest.mark.nightly)]

@@ -14,14 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from .checkpoint import JSON
-from .digest import digest
-from .doors.text import counted
-from .errors import FastckptError, SourceError, expect
-from .extents import File, fill, is_directory, let_go
-from .output.manifest import NAME, TRACE, FileEntry, Manifest, TensorEntry, rank_of
+from ..checkpoint import JSON
+from ..digest import digest
+from ..doors.text import counted
+from ..errors import FastckptError, SourceError, expect
+from ..extents import File, fill, is_directory, let_go
+from ..output.manifest import NAME, TRACE, FileEntry, Manifest, TensorEntry, rank_of
+from ..sources.safetensors import MAX_HEADER, Item, read_header
 from .rereading import Progress, Stored, reread
-from .sources.safetensors import MAX_HEADER, Item, read_header
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 _SHOWN = 1000

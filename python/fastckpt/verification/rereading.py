@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .digest import LEAF, combine, leaf_digests
-from .dtypes import DType
-from .errors import SourceError
-from .extents import fill, let_go
-from .finite import nonfinite
-from .running.pipeline import feed
+from ..digest import LEAF, combine, leaf_digests
+from ..dtypes import DType
+from ..errors import SourceError
+from ..extents import fill, let_go
+from ..finite import nonfinite
+from ..running.pipeline import feed
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
