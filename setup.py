@@ -180,7 +180,7 @@ class Build(build_ext):
         # What was built with other flags, or without CUDA, is not this build.
         toolkit_of = (cuda.nvcc, *cuda.architectures) if cuda else "no"
         defines = [*DEFINES, f'-DFASTCKPT_VERSION="{self.distribution.get_version()}"']
-        asked = f"{os.environ.get('CFLAGS', '')} {defines} cuda {toolkit_of}"
+        asked = f"{os.environ.get('CFLAGS', '')} {os.environ.get('CXXFLAGS', '')} {defines} cuda {toolkit_of}"
         stamp = Path(self.build_temp) / "asked"
         same = stamp.exists() and stamp.read_text() == asked
         changed = max(Path(p).stat().st_mtime for p in ext.depends)
