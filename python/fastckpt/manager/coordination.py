@@ -64,13 +64,18 @@ class Alone:
 
 
 class Distributed:
-    """Ranks of torch.distributed, over a gloo group of our own: training's collectives are not disturbed."""
+    """Ranks of torch.distributed, over a gloo group of our own: training's collectives are not disturbed.
+
+    Making one is collective. Raises ManagerError where the ranks do not meet."""
 
     def __init__(self, timeout: float) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self._group: dist.ProcessGroup | None = dist.new_group(
-            backend="gloo", timeout=timedelta(seconds=timeout)
-        )
+        try:
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        except RuntimeError as e:
+            raise ManagerError(f"rank {self.rank} of {self.world}: the ranks did not meet: {e}") from e
+        self._group: dist.ProcessGroup | None = group
+        self._backend: object = group._get_backend(torch.device("cpu"))
 
     def exchange(self, value: JSON) -> list[JSON]:
         """What every rank said, by rank. Raises ManagerError where a rank is lost."""
@@ -87,10 +92,15 @@ class Distributed:
         return [json.loads(bytes(t[: int(n)].numpy().tobytes())) for t, n in zip(found, sizes, strict=True)]
 
     def close(self) -> None:
-        """End the group's threads: one that still frees a tensor when Python ends aborts the process."""
+        """End the group's threads: one that still frees a tensor when Python ends aborts the process.
+
+        The backend is let go last, since that waits for the threads without the GIL, which freeing a tensor
+        takes. A group that takes its backend with it holds the GIL until torch 2.7, and waits for ever."""
         group, self._group = self._group, None
         if group is not None and dist.is_initialized():
             dist.destroy_process_group(group)
+        del group
+        self._backend = None
 
 
 class Meeting:
