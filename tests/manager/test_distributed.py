@@ -75,7 +75,7 @@ def test_into_a_larger_world(tmp_path: Path) -> None:
 
 
 def test_groups_end(tmp_path: Path) -> None:
-    """Up to torch 2.7 the end of a gloo group could wait for ever: about one in fifty did, loaded or not."""
+    """With torch 2.6 the end of a gloo group could wait for ever."""
     start(2, "groups", tmp_path / "none")
 
 
@@ -87,7 +87,7 @@ def test_a_rank_does_not_come(tmp_path: Path) -> None:
 
 
 def ranks_groups(root: str) -> None:
-    for k in range(60):
+    for k in range(20):
         group = Distributed(60)
         assert group.exchange([group.rank, k]) == [[0, k], [1, k]]
         group.close()

@@ -95,7 +95,7 @@ class Distributed:
         """End the group's threads: one that still frees a tensor when Python ends aborts the process.
 
         The backend is let go last, since that waits for the threads without the GIL, which freeing a tensor
-        takes. A group that takes its backend with it holds the GIL until torch 2.7, and waits for ever."""
+        takes. With torch 2.6 a group that takes its backend with it holds the GIL, and may wait for ever."""
         group, self._group = self._group, None
         if group is not None and dist.is_initialized():
             dist.destroy_process_group(group)
