@@ -412,7 +412,7 @@ def test_a_failed_save_leaves_what_stood(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_no_room_is_seen_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Small:
-        f_bavail, f_frsize = 1, 512
+        f_blocks, f_bavail, f_frsize = 8, 1, 512
 
     written = []
     with CheckpointManager(tmp_path) as manager:
