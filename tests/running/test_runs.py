@@ -96,3 +96,10 @@ def test_a_rank_with_another_tokenizer_is_not_done(tmp_path):
     (source / "tokenizer.json").write_text("[]")
     with pytest.raises(WriteError, match="is of another plan"):
         fastckpt.reshard(source, 2, rank=1, tp_plan=PLAN, out=out, durable=False)
+
+
+def test_a_turned_tensor_of_very_many_lines_is_written(tmp_path):
+    """It is looked into without being cut into its lines, of which a view holds 2^22 at most."""
+    turned = torch.arange(10_000_000).to(torch.uint8).reshape(2, -1).t()
+    fastckpt.reshard({"w": turned}, layout="same", out=tmp_path / "out", durable=False)
+    assert torch.equal(fastckpt.consolidate(tmp_path / "out")["w"], turned)

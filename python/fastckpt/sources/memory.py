@@ -153,11 +153,14 @@ def stamped(ckpt: Checkpoint) -> Checkpoint:
 
 
 def _sample(view: View) -> Iterator[tuple[Buffer, int, int]]:
-    """Where the elements looked at lie, at the start and in the middle: buffer, offset and size in bytes."""
-    flat = view.reshape((view.numel,))
-    for at in sorted({0, view.numel // 2}):
-        part = flat.narrow(0, at, min(SAMPLE, view.numel - at))
-        columns = part.extent, part.stored, part.offset, part.size[:, 0], part.stride[:, 0]
+    """Where the elements looked at lie, of the first line and of a middle one: buffer, offset, bytes."""
+    line = view if view.shape else view.reshape((1,))
+    for middle in (False, True) if view.numel else ():
+        part, last = line, len(line.shape) - 1
+        for axis, size in enumerate(line.shape):
+            at = size // 2 if middle else 0
+            part = part.narrow(axis, at, 1 if axis < last else min(SAMPLE, size - at))
+        columns = part.extent, part.stored, part.offset, part.size[:, -1], part.stride[:, -1]
         for extent, stored, offset, count, stride in zip(*(c.tolist() for c in columns), strict=True):
             where, itemsize = view.extents[extent].where, DTYPES[stored].itemsize
             if isinstance(where, Buffer):  # the first alone of those that lie apart
