@@ -44,7 +44,7 @@ _CHUNK = 4 << 20
 
 
 def matches(path: str) -> bool:
-    """Whether `path` is a directory of a DCP save, or of a trainer with one in it; Megatron's are others."""
+    """Whether `path` is a directory of a DCP save, or of a trainer with one in it."""
     return is_directory(path) and _directory(path) is not None
 
 
@@ -58,11 +58,11 @@ def read(path: str, options: Options) -> Checkpoint:
             f"{root}: a torch distributed checkpoint without {NAME}: not finished, or a part of one"
         )
     try:
-        found = metadata(where, _nbytes(root))
+        found = metadata(where, nbytes(root))
         prefix, names = _model(found)
     except SourceError as e:
         raise SourceError(f"{where}: {e}") from None
-    extents, rows, digests, files = _located(found, names.values(), (root, *options.also), options.check_crc)
+    extents, rows, digests, files = located(found, names.values(), (root, *options.also), options.check_crc)
     table = Extents(extents)
     search = [root, os.path.dirname(os.path.abspath(root))]
     words = [n for n in names if found.tensors[names[n]].shape[:1] == _vocabulary(search)]
@@ -94,7 +94,7 @@ def _directory(path: str) -> str | None:
         except (FileNotFoundError, NotADirectoryError):
             continue
         if NAME in inside or any(n.endswith(SUFFIX) for n in inside):
-            return None if "common.pt" in inside else root
+            return root
     return None
 
 
@@ -129,7 +129,7 @@ def _model(found: Metadata) -> tuple[tuple[str, ...], dict[str, str]]:
     return prefix, inside[prefix]
 
 
-def _nbytes(root: str) -> int:
+def nbytes(root: str) -> int:
     """What a save's files have in all."""
     return sum(entry.stat().st_size for entry in os.scandir(root) if entry.is_file())
 
@@ -137,7 +137,7 @@ def _nbytes(root: str) -> int:
 # ---- the boxes ----
 
 
-def _located(
+def located(
     found: Metadata, keys: Iterable[str], directories: Sequence[str], check_crc: bool
 ) -> tuple[list[Extent], dict[str, NDArray[np.int64]], list[str], list[File]]:
     """The extent of each box, in file order; the fragments of each tensor, [extent, stored, offset, origin,
