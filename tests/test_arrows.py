@@ -172,8 +172,10 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("torchpickle",),
         ("torchfile",),
         ("torchtensors", "zero_state", "zero_files", "dcp_metadata"),
-        ("shards", "zero_order", "zero_parts", "zero_experts", "zero_universal"),
+        ("shards", "zero_order", "zero_parts", "zero_experts", "zero_universal", "zero_cuts"),
         ("zero_opening",),
+        ("zero_pipeline",),
+        ("zero_grid",),
         # one format each
         ("zero", "safetensors", "statedict", "dcp", "memory"),
         ("served", "peft", "training"),  # what fastckpt or PEFT wrote, in the two formats before them
