@@ -123,11 +123,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "pipeline": CORE,
     "limits": (*CORE, "batches", "executors", "files"),
-    "ends": (*CORE, "digest", "finite", *TABLE, "pipeline", "planned", "reader", *FILES),
+    "sinks": (*CORE, "digest", "finite", *TABLE, "pipeline", "planned", "reader", *FILES),
     "quantising": (*CORE, *TABLE, "plans", "schemes", "quantplan", "rounding", "reader"),
     "figures": (*CORE, *TABLE, "plans", "schemes", "quantplan", "prequantised", "rounding"),
     "tensors": (*CORE, "sources", *TABLE, "plans"),
-    "device": (*CORE, "digest", *TABLE, "reader", "ends", "executors"),
+    "device": (*CORE, "digest", *TABLE, "reader", "sinks", "executors"),
     "resident": (*CORE, "lowrank", *TABLE, "plans", "executors"),
     "quantrows": (*CORE, "schemes", "rounding"),
     "quantised": (
@@ -142,7 +142,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "rounding",
         "schemes",
     ),
-    "crossing": (*CORE, "device", "executors", "ends", "pipeline", *TABLE, "plans", "reader"),
+    "crossing": (*CORE, "device", "executors", "sinks", "pipeline", *TABLE, "plans", "reader"),
 }
 MAY_IMPORT["runs"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")
