@@ -127,10 +127,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "quantising": (*CORE, *TABLE, "plans", "schemes", "quantplan", "rounding", "reader"),
     "figures": (*CORE, *TABLE, "plans", "schemes", "quantplan", "prequantised", "rounding"),
     "tensors": (*CORE, "sources", *TABLE, "plans"),
-    "device": (*CORE, "digest", *TABLE, "reader", "sinks", "executors"),
-    "resident": (*CORE, "lowrank", *TABLE, "plans", "executors"),
+    "gpu_sinks": (*CORE, "digest", *TABLE, "reader", "sinks", "executors"),
+    "gpu_sources": (*CORE, "lowrank", *TABLE, "plans", "executors"),
     "quantrows": (*CORE, "schemes", "rounding"),
-    "quantised": (
+    "gpu_quantising": (
         *CORE,
         "executors",
         *TABLE,
@@ -138,11 +138,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "quantplan",
         "quantising",
         "quantrows",
-        "resident",
+        "gpu_sources",
         "rounding",
         "schemes",
     ),
-    "crossing": (*CORE, "device", "executors", "sinks", "pipeline", *TABLE, "plans", "reader"),
+    "gpu_transfer": (*CORE, "gpu_sinks", "executors", "sinks", "pipeline", *TABLE, "plans", "reader"),
 }
 MAY_IMPORT["runs"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")
@@ -213,10 +213,10 @@ TORCH = {
     "executors/torch",
     "executors/cuda",
     "running/tensors",
-    "running/device",
-    "running/resident",
-    "running/crossing",
-    "running/quantised",
+    "running/gpu_sinks",
+    "running/gpu_sources",
+    "running/gpu_transfer",
+    "running/gpu_quantising",
     "verification/loaded",
 }
 TORCH |= {"engines/vllm_loader", "engines/sglang"}

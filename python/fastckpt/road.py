@@ -34,7 +34,7 @@ from .sources.memory import stamped
 if TYPE_CHECKING:
     import torch
 
-    from .running.resident import Ready
+    from .running.gpu_sources import Ready
 
     State = dict[str, torch.Tensor]
     Opened = str | os.PathLike[str] | Checkpoint | Mapping[str, torch.Tensor]
@@ -169,14 +169,14 @@ def prepare(
 
     Arguments as there; `run()` of the result plans and uploads nothing, and with `quant` waits. Raises as
     `reshard` does, and DeviceError where the checkpoint's tensors do not lie on the device."""
-    from .running import quantised, resident, tensors
+    from .running import gpu_quantising, gpu_sources, tensors
 
     place = _device(device)
     grid = grid_of(tp, placement)
     wanted = Wanted(grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, quant=_quant(quant))
     planned = plans.draft(open_whole(ckpt, recipe), wanted, in_memory=True)
     binding = Binding.of(planned.extents)
-    if place == "cpu" or not resident.resident(binding):
+    if place == "cpu" or not gpu_sources.resident(binding):
         raise DeviceError(f"prepare: wanted tensors on a GPU as source, device {place!r}; else use reshard")
     states: Sequence[Mapping[str, torch.Tensor]]
     if out is None:
@@ -185,8 +185,8 @@ def prepare(
     else:
         states = _by_rank(out, rank)
         buffers = tensors.matched(planned, states, place)
-    made = (quantised if planned.quantised else resident).prepare(planned, binding, buffers, place)
-    return resident.Ready(tuple(states), made)
+    made = (gpu_quantising if planned.quantised else gpu_sources).prepare(planned, binding, buffers, place)
+    return gpu_sources.Ready(tuple(states), made)
 
 
 def consolidate(

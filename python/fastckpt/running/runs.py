@@ -133,18 +133,18 @@ class Run:
 
     def _on_gpu(self, planned: Plan, buffers: Sequence[Buffer], device: str) -> None:
         """Tensors on a GPU: made there where the sources lie there, else sent."""
-        from . import quantised, resident
-        from .device import ToDevice
+        from . import gpu_quantising, gpu_sources
+        from .gpu_sinks import ToDevice
 
         binding = Binding.of(planned.extents)
-        if resident.resident(binding) and (not planned.quantised or quantised.fits(planned)):
+        if gpu_sources.resident(binding) and (not planned.quantised or gpu_quantising.fits(planned)):
             began = time.perf_counter()
             if planned.quantised:
-                made = quantised.prepare(planned, binding, buffers, device)
+                made = gpu_quantising.prepare(planned, binding, buffers, device)
                 self.bytes_scanned += made.bytes_scanned
                 made.run()
             else:
-                resident.prepare(planned, binding, buffers, device).run()
+                gpu_sources.prepare(planned, binding, buffers, device).run()
             self.bytes_read += planned.needed_bytes or 0  # nothing computed lies on a GPU
             self.phases["copy"] = time.perf_counter() - began  # of copies alone: until they were started
         elif planned.quantised:  # by the CPU
@@ -157,15 +157,15 @@ class Run:
 
     def _over_the_bus(self, planned: Plan, buffers: Sequence[Buffer], device: str) -> None:
         """From files and main memory to a GPU, by the faster way."""
-        from . import crossing
+        from . import gpu_transfer
 
         threads, band = self.limits.threads, self.limits.band
         # The GPU's way holds more than `memory` may allow.
-        way = "cpu" if self.limits.spare is not None else crossing.way(planned, device, threads)
-        worker, close = crossing.sinks(way, planned.slots(), list(buffers), device, band)
+        way = "cpu" if self.limits.spare is not None else gpu_transfer.way(planned, device, threads)
+        worker, close = gpu_transfer.sinks(way, planned.slots(), list(buffers), device, band)
         try:
             if way == "gpu":
-                limits = Limits(min(threads, crossing.MOST_WORKERS), max(band, crossing.BATCH))
+                limits = Limits(min(threads, gpu_transfer.MOST_WORKERS), max(band, gpu_transfer.BATCH))
                 self._copy(planned, worker, apart=True, limits=limits)
             else:
                 self._copy(planned, worker)
@@ -407,7 +407,7 @@ def reader_of(extents: Extents, binding: Binding, *, alone: bool) -> Reader:
     may read through small gaps. Computed extents are made by a reader over that one; extents on a GPU have
     a reader of their own."""
     if any(isinstance(p, Buffer) and p.device not in ("cpu", COMPUTED) for p in binding.places):
-        from .resident import Resident
+        from .gpu_sources import Resident
 
         return Resident(binding)
 

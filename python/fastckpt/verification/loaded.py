@@ -121,7 +121,7 @@ def digests_of(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     found: dict[str, str] = {}
     for device, mine in on.items():
         if device.type == "cuda":
-            from ..running.device import digests
+            from ..running.gpu_sinks import digests
 
             found |= digests(mine)
         else:

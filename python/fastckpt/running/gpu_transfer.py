@@ -1,5 +1,5 @@
-"""Which way bytes cross to a GPU: cast by the CPU before the bus (`device.ToDevice`), or by the GPU behind it
-(`device.CastThere`).
+"""Which way bytes cross to a GPU: cast by the CPU before the bus, or by the GPU behind it (`ToDevice` and
+`CastThere` of `gpu_sinks`).
 
 Law: both fill the same bytes; only time decides. It is measured, once a process for each kind of copy, on the
 very workers that do the work; FASTCKPT_CAST=cpu or =gpu decides instead.
@@ -25,7 +25,7 @@ from ..planning.binding import Binding
 from ..planning.copies import COPY, NOTHING, Chunk, item_sizes, nbytes
 from ..planning.plans import Plan
 from ..reader import Lane, Mapped, Positioned
-from .device import CastThere, ToDevice
+from .gpu_sinks import CastThere, ToDevice
 from .pipeline import feed
 from .sinks import Worker
 
