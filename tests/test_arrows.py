@@ -80,9 +80,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "outputs": (*CORE, "digest", "rereading", *FILES, "expectation", "sources", "text"),
     # The way back, through sources, recipes and layouts.
     "inverse": CORE,
-    "joining": (*PLAIN, "collector", "digest", "manifest", "inverse", "sources", "recipes", "layouts"),
+    "uniting": (*PLAIN, "inverse", "layouts"),
+    "joining": (*PLAIN, "collector", "digest", "manifest", "uniting", "sources", "recipes", "layouts"),
     "expectation": (*PLAIN, "manifest", "sources", "layouts", "joining"),
-    "foreign": (*PLAIN, "sources", "recipes", "layouts", "joining"),
+    "foreign": (*PLAIN, "sources", "recipes", "layouts", "uniting", "joining"),
     "adapters": (*PLAIN, "lowrank", "sources"),
     "apart": (*PLAIN, "lowrank", "finishes", "adapters", "layouts"),
     # The spine.
@@ -180,7 +181,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__",),
     ),
     "recipes": (
-        ("quantised",),
+        ("quantised", "imagining"),
         ("claims",),
         ("fused",),
         ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper", "jina_bert"),
