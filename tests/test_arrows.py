@@ -17,7 +17,7 @@ PLAIN = (*CORE, "model")
 TABLE = ("copies", "axes", "compiling", "binding", "batches")
 FILES = (
     "syscalls",
-    "endings",
+    "signals",
     "files",
     "pickling",
     "torchzip",
@@ -67,7 +67,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "merging": (*CORE, "lowrank", "finishes", "dequantised", "prequantised", "rounding", *TABLE, "reader"),
     # What makes output real.
     "syscalls": CORE,
-    "endings": (),
+    "signals": (),
     "files": CORE,
     "pickling": (*CORE, "files"),
     "torchzip": (*CORE, "digest", "files", "pickling"),
@@ -152,13 +152,13 @@ MAY_IMPORT["text"] = CORE
 MAY_IMPORT["drawing"] = ()
 MAY_IMPORT["losses"] = (*CORE, "text", "drawing")
 MAY_IMPORT["serving_options"] = (*CORE, "layouts", "schemes")
-MAY_IMPORT["manager"] = (*MAY_IMPORT, "outline", "terminal", "__init__")
+MAY_IMPORT["manager"] = (*MAY_IMPORT, "plan_description", "terminal", "__init__")
 MAY_IMPORT["terminal"] = (*CORE, "text")
 MAY_IMPORT["arguments"] = (*CORE, "text", "serving_options", "manager", "__init__")
 SPINE = (*MAY_IMPORT, "__init__", "_C")
 # An engine's plug-in mechanism opens these; nothing here imports them.
 MAY_IMPORT["engines"] = (*MAY_IMPORT, "__init__")
-MAY_IMPORT |= {door: SPINE for door in ("describe", "outline", "difference", "doctor", "zero_to_fp32")}
+MAY_IMPORT |= {door: SPINE for door in ("inspection", "plan_description", "difference", "doctor", "zero_to_fp32")}
 for last in ("quant", "loaded", "demo", "cli", "__init__"):
     MAY_IMPORT[last] = (*MAY_IMPORT, "__init__", "_C")
 MAY_IMPORT["__main__"] = ("cli",)
