@@ -89,9 +89,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # The spine.
     "planned": (*CORE, "batches", "files"),
     "plancache": (*CORE, "copies", "planned", "schemes", "quantplan"),
-    "wanted": (*CORE, "layouts", "schemes"),
-    "configs": (*CORE, "wanted"),
-    "chosen": (
+    "request": (*CORE, "layouts", "schemes"),
+    "configs": (*CORE, "request"),
+    "resolving": (
         *PLAIN,
         "adapters",
         "apart",
@@ -102,7 +102,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "quantplan",
         "prequantised",
         "configs",
-        "wanted",
+        "request",
     ),
     "plans": (
         *PLAIN,
@@ -111,9 +111,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "dequantised",
         "lowrank",
         "layouts",
-        "chosen",
+        "resolving",
         "configs",
-        "wanted",
+        "request",
         "planned",
         "plancache",
         "quantplan",
@@ -158,7 +158,8 @@ MAY_IMPORT["arguments"] = (*CORE, "text", "serving_options", "manager", "__init_
 SPINE = (*MAY_IMPORT, "__init__", "_C")
 # An engine's plug-in mechanism opens these; nothing here imports them.
 MAY_IMPORT["engines"] = (*MAY_IMPORT, "__init__")
-MAY_IMPORT |= {door: SPINE for door in ("inspection", "plan_description", "difference", "doctor", "zero_to_fp32")}
+DOORS = ("inspection", "plan_description", "difference", "doctor", "zero_to_fp32")
+MAY_IMPORT |= {door: SPINE for door in DOORS}
 for last in ("quant", "loaded", "demo", "cli", "__init__"):
     MAY_IMPORT[last] = (*MAY_IMPORT, "__init__", "_C")
 MAY_IMPORT["__main__"] = ("cli",)

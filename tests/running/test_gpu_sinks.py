@@ -14,7 +14,7 @@ from fastckpt.placement import Placement
 from fastckpt.planning import plans
 from fastckpt.planning.batches import LEAF, cut
 from fastckpt.planning.binding import Binding
-from fastckpt.planning.wanted import Wanted
+from fastckpt.planning.request import Request
 from fastckpt.reader import Positioned
 from fastckpt.running import gpu_sinks, gpu_sources, tensors
 from fastckpt.running.pipeline import feed
@@ -42,7 +42,7 @@ def state() -> dict[str, torch.Tensor]:
 
 
 def planned(tp: int, dtype: str | None) -> plans.Plan:
-    wanted = Wanted(Placement(tp=tp), layout="hf", tp_plan=PLAN, dtype=dtype)
+    wanted = Request(Placement(tp=tp), layout="hf", tp_plan=PLAN, dtype=dtype)
     return plans.draft(open_checkpoint(state()), wanted, in_memory=True)
 
 

@@ -12,7 +12,7 @@ from fastckpt.extents import Buffer
 from fastckpt.placement import Placement
 from fastckpt.planning import plans
 from fastckpt.planning.binding import Binding
-from fastckpt.planning.wanted import Wanted
+from fastckpt.planning.request import Request
 from fastckpt.running import gpu_sources, tensors
 from fastckpt.tiles import Tiles, tile
 
@@ -88,7 +88,7 @@ def launched(layers: int, layout: str, run: Run = on_the_host) -> None:
     weights = {n: torch.randn(s) for n, s in shapes.items()}
     parts = partitions(weights)
     ckpt = fastckpt.partitioned(parts, shapes)
-    wanted = Wanted(Placement(tp=TP), RANK, layout, config, dtype="bfloat16")
+    wanted = Request(Placement(tp=TP), RANK, layout, config, dtype="bfloat16")
     drafted = plans.draft(ckpt, wanted, in_memory=True)
     binding = Binding.of(drafted.extents)
     (out,), buffers = tensors.allocate(drafted)
