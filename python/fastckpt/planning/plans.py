@@ -27,8 +27,8 @@ from ..output.files import FileLayout, Specs, safetensors_layout, split
 from ..output.pickling import Wrap
 from ..output.torchzip import torch_layout
 from ..placement import Placement
-from ..quantisation import prequantised, quantplan
-from ..quantisation.quantplan import Expansion, Quantised
+from ..quantisation import prequantised, quantised_targets
+from ..quantisation.quantised_targets import Expansion, Quantised
 from ..target import Target
 from . import configs, copies, plancache
 from .batches import LEAF, Slots
@@ -248,7 +248,7 @@ def _compiled(stream: Stream, extents: Extents, expansion: Expansion | None) -> 
     """Every tensor in order and the rows of all, the table of those, and the source bytes they need."""
     spelled: dict[str, JSON] = {}
     if expansion is not None:
-        spelled = quantplan.quantization_config(expansion.quant, expansion.shapes())
+        spelled = quantised_targets.quantization_config(expansion.quant, expansion.shapes())
     made = Names()
     quantised: dict[int, Quantised] = {}
     kept: list[Kept] | None = []

@@ -24,8 +24,8 @@ from ..layouts.naming import Naming
 from ..layouts.patterns import Patterns
 from ..model import Model, Sizes
 from ..placement import Placement
-from ..quantisation import prequantised, quantplan
-from ..quantisation.quantplan import Expansion
+from ..quantisation import prequantised, quantised_targets
+from ..quantisation.quantised_targets import Expansion
 from ..quantisation.schemes import SCHEMES, Quant
 from ..target import Target
 from . import configs
@@ -114,7 +114,7 @@ def _ours(layout: Layout) -> bool:
 
 def _adapted(adapter: Adapter, layout: Layout, request: Request, dtype: DType | None) -> Checkpoint:
     """The checkpoint with the adapter merged, or, where it is kept apart, what is cut as its base is."""
-    from ..computed import adapters, apart
+    from ..computed import adapter_shards, adapters
 
     if not request.apart:
         # What is cast to a module's dtypes at the end is not rounded before.
@@ -125,7 +125,7 @@ def _adapted(adapter: Adapter, layout: Layout, request: Request, dtype: DType | 
             "an adapter is kept apart in layouts hf and rtp_llm alone, as it is: no tp_plan, no quant "
             "(vLLM cuts adapters itself: it takes that of layout hf at tp 1)"
         )
-    return apart.hollow(adapter, dtype)
+    return adapter_shards.hollow(adapter, dtype)
 
 
 def _options(
@@ -225,7 +225,7 @@ def _by_roles(
     options["recipe"] = asked
     options["config"] = xxhash.xxh3_64_hexdigest(json.dumps(dict(config), sort_keys=True).encode())
     resized = layout.resized(model, request.placement) if isinstance(layout, Resizes) else {}
-    changed = {**resized, **(quantplan.fused_config(config, ckpt.entries) if engine else {})}
+    changed = {**resized, **(quantised_targets.fused_config(config, ckpt.entries) if engine else {})}
     if changed:
         options["resized"] = {key: config.get(key) for key in changed}
     resolved = Resolved(
@@ -271,20 +271,20 @@ def _thin(
     resolved: Resolved, layout: ByRoles, model: Model, adapter: Adapter, dtype: DType | None
 ) -> Resolved:
     """The adapter alone: where each rank holds its part of the base, or as a layout has names for it."""
-    from ..computed import apart
+    from ..computed import adapter_shards
 
     alone = replace(resolved, config=None, aliases={})
     if not isinstance(layout, Adapts):
         return replace(
             alone,
-            targets=lambda p: apart.cut(resolved.targets(p), adapter, dtype),
-            naming=lambda p: apart.naming(resolved.naming(p)),
+            targets=lambda p: adapter_shards.cut(resolved.targets(p), adapter, dtype),
+            naming=lambda p: adapter_shards.naming(resolved.naming(p)),
         )
     # Its scale is in it, so that PEFT's config does not go beside it.
     return replace(
         alone,
         checkpoint=replace(resolved.checkpoint, beside=()),
-        targets=lambda p: apart.by_roles(partial(layout.adapted, model, p), adapter, dtype),
+        targets=lambda p: adapter_shards.by_roles(partial(layout.adapted, model, p), adapter, dtype),
         naming=layout.adapted_naming,
     )
 

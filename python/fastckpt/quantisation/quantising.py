@@ -24,7 +24,7 @@ from ..planning.copies import NOTHING, Chunk, Table, item_sizes
 from ..planning.plans import Plan
 from ..reader import Lane, plain
 from ..target import Target
-from .quantplan import DENSE_BYTES, Quantised, flat
+from .quantised_targets import DENSE_BYTES, Quantised, flat
 from .rounding import Bytes, Error, Floats, Zeros, amax, not_finite, quantise, scale_of, stored_zeros
 
 JOB_BYTES = 8 * LEAF

@@ -22,8 +22,8 @@ from ..planning.binding import Binding
 from ..planning.compiling import compiled
 from ..planning.copies import COPY, NOTHING, Chunk, Table, nbytes
 from ..planning.plans import Plan
+from ..quantisation.quantised_targets import flat
 from ..quantisation.quantising import Dense, Quantising, form_of
-from ..quantisation.quantplan import flat
 from ..quantisation.quantrows import Part, There, covered, tiled
 from ..quantisation.rounding import not_finite
 from ..quantisation.schemes import Scheme
