@@ -24,8 +24,8 @@ from fastckpt.manager.coordination import Group
 from fastckpt.manager.loading import Asked, Loaded
 from fastckpt.manager.manager import CheckpointManager
 from fastckpt.manager.metadata import JsonMetadata
+from fastckpt.manager.reporting import CheckpointWarning
 from fastckpt.manager.saving import Disk
-from fastckpt.manager.telling import CheckpointWarning
 from fastckpt.verification.outputs import verify
 from safetensors.torch import load_file
 

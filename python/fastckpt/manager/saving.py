@@ -28,7 +28,7 @@ from ..sources.training import SCHEMA, TABLE, Shared, engine_directory, rank_dir
 from .commits import Commit, Store
 from .coordination import Group, ints, together
 from .pieces import Claim, Piece, Taken, raw, shared
-from .values import Engine
+from .state_tree import Engine
 
 ENGINES = ".engine"
 """Where engines write before their files become part of the commit."""
