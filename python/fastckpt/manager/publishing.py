@@ -16,7 +16,7 @@ from ..checkpoint import Checkpoint
 from ..doors.serving_options import Shape
 from ..errors import ManagerError
 from ..extents import is_directory, is_file
-from ..output.filesystem import remove_tree, sync_directory, telling
+from ..output.filesystem import as_write_errors, remove_tree, sync_directory
 from ..output.manifest import NAME, Manifest
 from ..planning.plans import Plan
 from ..road import plan, reshard
@@ -119,7 +119,7 @@ def point(to: str | os.PathLike[str], version: str) -> None:
             f"{root}: no whole version {version!r}; there are {', '.join(versions(root)) or 'none'}"
         )
     staged = os.path.join(root, f".{CURRENT}-{secrets.token_hex(4)}")
-    with telling(os.path.join(root, CURRENT)):
+    with as_write_errors(os.path.join(root, CURRENT)):
         os.symlink(version, staged)
         try:
             os.replace(staged, os.path.join(root, CURRENT))
@@ -137,7 +137,7 @@ def gc(to: str | os.PathLike[str], keep: int) -> list[str]:
     gone = [v for v in versions(root)[:-keep] if v != live]
     for name in gone:
         away = os.path.join(root, f".trash-{name}-{secrets.token_hex(4)}")
-        with telling(os.path.join(root, name)):
+        with as_write_errors(os.path.join(root, name)):
             os.rename(os.path.join(root, name), away)
         remove_tree(away)
     return gone

@@ -20,7 +20,7 @@ _TRIES = 100
 
 
 @contextmanager
-def telling(what: str) -> Iterator[None]:
+def as_write_errors(what: str) -> Iterator[None]:
     """Turn an OSError of the file system into a WriteError that says where."""
     try:
         yield

@@ -21,7 +21,7 @@ from ..errors import WriteError, expect
 from ..extents import inside, pieces_of
 from . import syscalls
 from .files import FileLayout
-from .filesystem import telling, write_file
+from .filesystem import as_write_errors, write_file
 from .manifest import NAME, TRACE, FileEntry, Manifest, Record, Shard, TensorTable, rank_of
 from .part import Part
 from .signals import Endings
@@ -87,7 +87,7 @@ class OutputFile:
         """Close the descriptor."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            with self._output.telling(self.layout.path):
+            with self._output.as_write_errors(self.layout.path):
                 try:
                     if sync:
                         os.fsync(fd)
@@ -95,7 +95,7 @@ class OutputFile:
                     os.close(fd)
 
     def _put(self, offset: int, data: memoryview) -> None:
-        with self._output.telling(self.layout.path):
+        with self._output.as_write_errors(self.layout.path):
             _write_all(self._fd, offset, data)
 
 
@@ -157,7 +157,7 @@ class Output:
 
     def reserve(self, nbytes: int) -> None:
         """Raise WriteError, before anything is written, where the file system has no room for `nbytes`."""
-        with telling(self.path):
+        with as_write_errors(self.path):
             s = os.statvfs(self._place.parent if isinstance(self._place, Whole) else self._place.path)
         free = s.f_bavail * s.f_frsize
         if s.f_blocks and nbytes > free:  # one without blocks does not tell
@@ -180,13 +180,13 @@ class Output:
 
         Raises WriteError where the name is taken or leaves the directory, or the space is not there."""
         staged = self._stage(layout.path)
-        with self.telling(layout.path):
+        with self.as_write_errors(layout.path):
             fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         owner = rank if rank is not None else self.rank or 0
         file = OutputFile(self, layout, owner, fd, staged)
         with self._lock:
             self._open.append(file)
-        with self.telling(f"{layout.path} ({layout.nbytes} bytes)"):
+        with self.as_write_errors(f"{layout.path} ({layout.nbytes} bytes)"):
             syscalls.allocate(fd, layout.nbytes)
             file.begin()
         return file
@@ -205,7 +205,7 @@ class Output:
 
         Raises WriteError where it is not there or lies on another file system."""
         staged = self._stage(name)
-        with telling(f"{os.fspath(path)} as {name}"):
+        with as_write_errors(f"{os.fspath(path)} as {name}"):
             os.rename(path, staged)
             digesting = Digesting()
             with open(staged, "rb") as f:
@@ -234,9 +234,9 @@ class Output:
         self._committed = True
         return result
 
-    def telling(self, name: str) -> AbstractContextManager[None]:
+    def as_write_errors(self, name: str) -> AbstractContextManager[None]:
         """Turn an OSError into a WriteError that names a file of this output."""
-        return telling(os.path.join(self.path, name))
+        return as_write_errors(os.path.join(self.path, name))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -268,7 +268,7 @@ class Output:
                 yield piece
 
         try:
-            with self.telling(name):
+            with self.as_write_errors(name):
                 write_file(staged, told(), self.durable)
         except BaseException:
             self._names.discard(name)
