@@ -17,7 +17,7 @@ PLAIN = (*CORE, "model")
 TABLE = ("copies", "axes", "compiling", "binding", "batches")
 FILES = (
     "syscalls",
-    "endings",
+    "signals",
     "files",
     "pickling",
     "torchzip",
@@ -67,7 +67,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "merging": (*CORE, "lowrank", "finishes", "dequantised", "prequantised", "rounding", *TABLE, "reader"),
     # What makes output real.
     "syscalls": CORE,
-    "endings": (),
+    "signals": (),
     "files": CORE,
     "pickling": (*CORE, "files"),
     "torchzip": (*CORE, "digest", "files", "pickling"),
@@ -80,17 +80,18 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "outputs": (*CORE, "digest", "rereading", *FILES, "expectation", "sources", "text"),
     # The way back, through sources, recipes and layouts.
     "inverse": CORE,
-    "joining": (*PLAIN, "collector", "digest", "manifest", "inverse", "sources", "recipes", "layouts"),
+    "uniting": (*PLAIN, "inverse", "layouts"),
+    "joining": (*PLAIN, "collector", "digest", "manifest", "uniting", "sources", "recipes", "layouts"),
     "expectation": (*PLAIN, "manifest", "sources", "layouts", "joining"),
-    "foreign": (*PLAIN, "sources", "recipes", "layouts", "joining"),
+    "foreign": (*PLAIN, "sources", "recipes", "layouts", "uniting", "joining"),
     "adapters": (*PLAIN, "lowrank", "sources"),
     "apart": (*PLAIN, "lowrank", "finishes", "adapters", "layouts"),
     # The spine.
     "planned": (*CORE, "batches", "files"),
     "plancache": (*CORE, "copies", "planned", "schemes", "quantplan"),
-    "wanted": (*CORE, "layouts", "schemes"),
-    "configs": (*CORE, "wanted"),
-    "chosen": (
+    "request": (*CORE, "layouts", "schemes"),
+    "configs": (*CORE, "request"),
+    "resolving": (
         *PLAIN,
         "adapters",
         "apart",
@@ -101,7 +102,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "quantplan",
         "prequantised",
         "configs",
-        "wanted",
+        "request",
     ),
     "plans": (
         *PLAIN,
@@ -110,9 +111,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "dequantised",
         "lowrank",
         "layouts",
-        "chosen",
+        "resolving",
         "configs",
-        "wanted",
+        "request",
         "planned",
         "plancache",
         "quantplan",
@@ -123,14 +124,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "pipeline": CORE,
     "limits": (*CORE, "batches", "executors", "files"),
-    "ends": (*CORE, "digest", "finite", *TABLE, "pipeline", "planned", "reader", *FILES),
+    "sinks": (*CORE, "digest", "finite", *TABLE, "pipeline", "planned", "reader", *FILES),
     "quantising": (*CORE, *TABLE, "plans", "schemes", "quantplan", "rounding", "reader"),
     "figures": (*CORE, *TABLE, "plans", "schemes", "quantplan", "prequantised", "rounding"),
     "tensors": (*CORE, "sources", *TABLE, "plans"),
-    "device": (*CORE, "digest", *TABLE, "reader", "ends", "executors"),
-    "resident": (*CORE, "lowrank", *TABLE, "plans", "executors"),
+    "gpu_sinks": (*CORE, "digest", *TABLE, "reader", "sinks", "executors"),
+    "gpu_sources": (*CORE, "lowrank", *TABLE, "plans", "executors"),
     "quantrows": (*CORE, "schemes", "rounding"),
-    "quantised": (
+    "gpu_quantising": (
         *CORE,
         "executors",
         *TABLE,
@@ -138,11 +139,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "quantplan",
         "quantising",
         "quantrows",
-        "resident",
+        "gpu_sources",
         "rounding",
         "schemes",
     ),
-    "crossing": (*CORE, "device", "executors", "ends", "pipeline", *TABLE, "plans", "reader"),
+    "gpu_transfer": (*CORE, "gpu_sinks", "executors", "sinks", "pipeline", *TABLE, "plans", "reader"),
 }
 MAY_IMPORT["runs"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")
@@ -151,13 +152,14 @@ MAY_IMPORT["text"] = CORE
 MAY_IMPORT["drawing"] = ()
 MAY_IMPORT["losses"] = (*CORE, "text", "drawing")
 MAY_IMPORT["serving_options"] = (*CORE, "layouts", "schemes")
-MAY_IMPORT["manager"] = (*MAY_IMPORT, "outline", "terminal", "__init__")
+MAY_IMPORT["manager"] = (*MAY_IMPORT, "plan_description", "terminal", "__init__")
 MAY_IMPORT["terminal"] = (*CORE, "text")
 MAY_IMPORT["arguments"] = (*CORE, "text", "serving_options", "manager", "__init__")
 SPINE = (*MAY_IMPORT, "__init__", "_C")
 # An engine's plug-in mechanism opens these; nothing here imports them.
 MAY_IMPORT["engines"] = (*MAY_IMPORT, "__init__")
-MAY_IMPORT |= {door: SPINE for door in ("describe", "outline", "difference", "doctor", "zero_to_fp32")}
+DOORS = ("inspection", "plan_description", "difference", "doctor", "zero_to_fp32")
+MAY_IMPORT |= {door: SPINE for door in DOORS}
 for last in ("quant", "loaded", "demo", "cli", "__init__"):
     MAY_IMPORT[last] = (*MAY_IMPORT, "__init__", "_C")
 MAY_IMPORT["__main__"] = ("cli",)
@@ -180,7 +182,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__",),
     ),
     "recipes": (
-        ("quantised",),
+        ("quantised", "imagining"),
         ("claims",),
         ("fused",),
         ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper", "jina_bert"),
@@ -213,10 +215,10 @@ TORCH = {
     "executors/torch",
     "executors/cuda",
     "running/tensors",
-    "running/device",
-    "running/resident",
-    "running/crossing",
-    "running/quantised",
+    "running/gpu_sinks",
+    "running/gpu_sources",
+    "running/gpu_transfer",
+    "running/gpu_quantising",
     "verification/loaded",
 }
 TORCH |= {"engines/vllm_loader", "engines/sglang"}

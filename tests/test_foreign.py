@@ -77,6 +77,17 @@ def test_whole_again(tmp_path, name, served, options, sizes):
     same(fastckpt.open(tmp_path / "4"), hub)
 
 
+@pytest.mark.parametrize(("name", "served", "options", "sizes"), CASES)
+def test_a_config_is_enough(tmp_path, name, served, options, sizes):
+    """Names and shapes are those the recipe gives a model of that config."""
+    made = (tiny if name in tiny.MODELS else families).made(name)
+    out, hub, _ = foreign(tmp_path, made, served, options, sizes)
+    (out / "config.json").unlink()
+    same(fastckpt.open_shards(out, layout(served, options), made[0], placement=Placement(**sizes)), hub)
+    said = tmp_path / "hub" / "config.json"
+    same(fastckpt.open_shards(out, layout(served, options), said, placement=Placement(**sizes)), hub)
+
+
 def test_files_in_parts_and_a_config_of_the_like(tmp_path):
     """vLLM splits a rank's tensors into parts; without config.json the other's is used, and written."""
     out, hub, shown = foreign(tmp_path, tiny.made("qwen3"), "vllm", {}, dict(tp=2))

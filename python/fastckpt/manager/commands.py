@@ -226,7 +226,7 @@ def _publish(manager: CheckpointManager, args: argparse.Namespace) -> int:
 
 
 def _show_plan(args: argparse.Namespace, planned: Plan) -> int:
-    from ..doors.outline import describe_plan
+    from ..doors.plan_description import describe_plan
 
     found = describe_plan(planned)
     _show(args, [found.text()], found.json())

@@ -20,11 +20,11 @@ from ..digest import LEAF, Digesting
 from ..errors import WriteError, expect
 from ..extents import inside, pieces_of
 from . import syscalls
-from .endings import Endings
 from .files import FileLayout
 from .filesystem import standing, telling, write_file
 from .manifest import NAME, TRACE, FileEntry, Manifest, Record, Shard, TensorTable, rank_of
 from .part import Part
+from .signals import Endings
 from .whole import Whole
 
 _EARLY = 1 << 18

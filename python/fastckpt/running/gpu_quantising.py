@@ -27,7 +27,7 @@ from ..quantisation.quantplan import flat
 from ..quantisation.quantrows import Part, There, covered, tiled
 from ..quantisation.rounding import not_finite
 from ..quantisation.schemes import Scheme
-from .resident import gathered
+from .gpu_sources import gathered
 
 BAND = 64 << 20
 """Dense bytes that are copied at once, unless one row of blocks is more."""
