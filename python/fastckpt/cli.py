@@ -169,7 +169,7 @@ def _plan(args: argparse.Namespace) -> int:
 
     shape = serving_options.shape(args)
     rank = _rank(args.rank, shape["placement"])
-    _show_plan(args, plan(_opened(args), rank=rank, **shape))
+    _show_plan(args, plan(_opened(args), rank=rank, **shape), rank)
     return 0
 
 
@@ -323,10 +323,13 @@ def _show(args: argparse.Namespace, text: Callable[[], str], as_json: Callable[[
         print(harmless(text()))
 
 
-def _show_plan(args: argparse.Namespace, planned: Plan) -> None:
-    """What a plan will do; nothing is written."""
+def _show_plan(args: argparse.Namespace, planned: Plan, rank: int | None = None) -> None:
+    """What a plan will do; nothing is written. Raises WriteError where it could not be."""
     from .doors.plan_description import describe_plan
+    from .running.runs import require_place
 
+    if args.command != "plan":  # a dry run of what writes
+        require_place(planned, args.out, rank, overwrite=args.overwrite)
     found = describe_plan(planned, threads=args.threads, memory=args.memory)
     _show(args, found.text, found.json)
 

@@ -152,6 +152,7 @@ class CheckpointManager:
         self._last_save = -math.inf
         with suppress(WriteError):  # a root that cannot be reached now may be when something is saved
             self._retention.newest = self.latest()
+        self._closed = False
         self._signalled = False
         self._preempted = False
         self._old_handler: signal.Handlers | object | None = None
@@ -229,6 +230,7 @@ class CheckpointManager:
         Raises ManagerError or WriteError on every rank; then the commits that stood still stand."""
         expect("step", step, int)
         expect("metrics", metrics, Mapping, type(None))
+        self._require_open()
         token = self._voted(step, force)
         if token is None:
             return False
@@ -356,6 +358,7 @@ class CheckpointManager:
         In both cases the template is as it was, unless its own load_state_dict refused it halfway."""
         expect("step", step, int, type(None))
         expect("names", names, Sequence, type(None))
+        self._require_open()
         self.wait()
         asked = Asked(None if names is None else tuple(names), allow_missing, template)
         return self._resuming.restore(step, asked)
@@ -415,6 +418,7 @@ class CheckpointManager:
 
         The metadata handler is asked first; an answer that does not stand is passed over with a warning.
         Raises ManagerError where the user's step does not stand. Collective."""
+        self._require_open()
         self.wait()
         return self._resuming.resume_step(user_step)
 
@@ -437,6 +441,7 @@ class CheckpointManager:
         """Remove what no policy keeps and what dead saves left; `aside`: also what was set aside.
 
         The steps that went. Collective."""
+        self._require_open()
         self.wait()
         return self._retention.gc(self._group, aside=aside)
 
@@ -449,11 +454,15 @@ class CheckpointManager:
         """Set commits newer than `step` aside, so that it is the newest; the steps that went. Collective.
 
         They keep their bytes under hidden names until `gc(aside=True)`."""
+        self._require_open()
         self.wait()
         return self._retention.rewind(self._group, step)
 
     def close(self) -> None:
-        """Wait for the save in flight and let go of everything; its error is raised here."""
+        """Wait for the save in flight and let go of everything; its error is raised here.
+
+        What is collective or writes raises ManagerError from here on; what only looks at commits goes on."""
+        self._closed = True
         try:
             self.wait()
         finally:
@@ -466,6 +475,11 @@ class CheckpointManager:
             if self._old_handler is not None:
                 signal.signal(signal.SIGTERM, self._old_handler)  # type: ignore[arg-type]
                 self._old_handler = None
+
+    def _require_open(self) -> None:
+        """Raises ManagerError after `close`."""
+        if self._closed:
+            raise ManagerError(f"{self.root}: this manager is closed; make another one")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
@@ -499,6 +513,7 @@ class CheckpointManager:
         or engine). `keep`: versions that stay, the one that is current always; the others are arguments of
         `reshard`. One rank works, the report is its own. Collective. Raises what `reshard` raises; the link
         is as it was then."""
+        self._require_open()
         self.wait()
         shape: Shape = {
             "placement": grid_of(tp, placement), "layout": layout, "config": config, "recipe": recipe,

@@ -20,7 +20,7 @@ from ..output.filesystem import as_write_errors, remove_tree, sync_directory
 from ..output.manifest import NAME, Manifest
 from ..planning.plans import Plan
 from ..road import plan, reshard
-from ..running.runs import Progress, Report
+from ..running.runs import Progress, Report, require_place
 from ..sources.training import ENGINE, engine_directory, parts_of
 from .opened import Opened, check_files
 
@@ -76,6 +76,17 @@ def publish(
     if keep is not None:
         gc(root, keep)
     return made if isinstance(made, Report) else None
+
+
+def rehearsed(source: Checkpoint, version: str, to: str | os.PathLike[str], shape: Shape) -> Plan:
+    """The plan of `publish`, which writes nothing. Raises what `publish` raises before its first byte."""
+    path = os.path.join(os.path.realpath(to), _checked(version))
+    planned = plan(source, **shape)
+    if os.path.exists(os.path.join(path, NAME)):
+        _same(path, planned, source)
+    else:
+        require_place(planned, path, None)
+    return planned
 
 
 def _same(path: str, wanted: Plan, source: Checkpoint) -> None:

@@ -74,6 +74,13 @@ def refuse_loss(path: str, keep: Iterable[str]) -> None:
             raise WriteError(f"{path}: overwriting it would remove {kept}, which this run reads")
 
 
+def standing(path: str) -> str:
+    """The path, or the nearest directory above it that is there. Raises OSError."""
+    while not is_there(path):
+        path = os.path.dirname(path)
+    return path
+
+
 def make_directories(path: str) -> list[str]:
     """Make a directory and its parents; those that were made, outermost first."""
     missing = []

@@ -56,8 +56,8 @@ class Part:
         self._lock = -1
         self._numbers = itertools.count(1)  # next() is one step: files may be begun by several threads
 
-    def start(self) -> None:
-        """Refuse a directory that is another plan's, remove what this rank left when it was killed."""
+    def refuse(self) -> None:
+        """Raise WriteError for a place that is no directory or another plan's."""
         with as_write_errors(self.path):
             try:  # one call: another rank that gives up may take the directory away at any moment
                 entries = sorted(os.listdir(self.path))
@@ -85,6 +85,10 @@ class Part:
                 )
         elif entries:
             refuse_loss(self.path, self._keep)
+
+    def start(self) -> None:
+        """Refuse a directory that is another plan's, remove what this rank left when it was killed."""
+        self.refuse()
         with as_write_errors(self.path):
             move_in(self.path, self._claim, self._made)
 

@@ -47,8 +47,8 @@ class Whole:
         self.left = ""
         """The old output, where this user may replace and not remove it."""
 
-    def start(self) -> None:
-        """Refuse what must not be overwritten, remove what dead runs left, make the staging directory."""
+    def refuse(self) -> None:
+        """Raise WriteError for a place that cannot become an output, or must not be overwritten."""
         entries: list[str] = []
         with as_write_errors(self.path):
             if os.path.ismount(self.path):
@@ -70,6 +70,10 @@ class Whole:
                     f"{self.path}: not empty ({len(entries)} entries, {entries[0]} first) and no output of "
                     "fastckpt; only those are overwritten"
                 )
+
+    def start(self) -> None:
+        """Refuse what must not be overwritten, remove what dead runs left, make the staging directory."""
+        self.refuse()
         with as_write_errors(self.parent):
             mark = f"{os.getpid()}-{os.urandom(4).hex()}"
             self._staging = os.path.join(self.parent, _staging(self.name) + mark)

@@ -21,7 +21,7 @@ from ..errors import WriteError, expect
 from ..extents import inside, pieces_of
 from . import syscalls
 from .files import FileLayout
-from .filesystem import as_write_errors, write_file
+from .filesystem import as_write_errors, standing, write_file
 from .manifest import NAME, TRACE, FileEntry, Manifest, Record, Shard, TensorTable, rank_of
 from .part import Part
 from .signals import Endings
@@ -155,10 +155,24 @@ class Output:
     ) -> None:
         self._leave()
 
+    def refuse(self, nbytes: int) -> None:
+        """Raise WriteError where entering or `reserve` would, as far as that shows while nothing is made: not
+        where another run makes this rank, nor where the file system cannot exchange two directories."""
+        self._place.refuse()
+        if self.rank is not None and self.done(self.rank):
+            return
+        with as_write_errors(self.path):
+            directory = self._standing()
+            if not os.path.isdir(directory):
+                raise WriteError(f"{self.path}: {directory} is no directory")
+            if not os.access(directory, os.W_OK | os.X_OK):
+                raise WriteError(f"{self.path}: {directory} cannot be written to")
+        self.reserve(nbytes)
+
     def reserve(self, nbytes: int) -> None:
         """Raise WriteError, before anything is written, where the file system has no room for `nbytes`."""
         with as_write_errors(self.path):
-            s = os.statvfs(self._place.parent if isinstance(self._place, Whole) else self._place.path)
+            s = os.statvfs(self._standing())
         free = s.f_bavail * s.f_frsize
         if s.f_blocks and nbytes > free:  # one without blocks does not tell
             raise WriteError(f"{self.path}: needs {nbytes} bytes, the file system has {free} free")
@@ -245,6 +259,10 @@ class Output:
         return (f"{left}: the old output, which this user may not remove",) if left else ()
 
     # ---- internals ----
+
+    def _standing(self) -> str:
+        """Where the first thing of this output is made: the nearest directory that is there."""
+        return standing(self._place.parent if isinstance(self._place, Whole) else self._place.path)
 
     def _stage(self, name: str) -> str:
         """Check a file's name, take it, and say where to write."""

@@ -184,18 +184,14 @@ class Run:
         beside: bool = True,
     ) -> Report:
         """Files, real all at once or not at all; a rank that is done already is left as it is."""
-        world = planned.placement.world
-        output = Output(
-            out, key=planned.key, rank=rank, world=world, overwrite=overwrite, durable=durable,
-            keep=_read_from(planned),
-        )  # fmt: skip
+        output = _output(planned, out, rank, durable=durable, overwrite=overwrite)
         with output:
             # What lies in memory is made again: that the sampled bytes are the same does not prove the rest.
             if rank is not None and planned.checkpoint.format != memory.NAME and output.done(rank):
                 done = _digests(output.complete(), planned.ranks)
                 notes = (*planned.notes, f"rank {rank} was done already")
                 return self._report(replace(planned, notes=notes), out, done)
-            output.reserve(sum(f.nbytes for f in planned.files))
+            output.reserve(_nbytes(planned))
             files = [output.create(f, r) for f, r in zip(planned.files, planned.file_ranks, strict=True)]
             sink = ToFiles(planned.slots(), planned.tensors, files, finite=finite)
             give_back()  # what opening and planning freed
@@ -356,6 +352,22 @@ def _either(
             quantise(item)
 
     return run
+
+
+def require_place(planned: Plan, out: str, rank: int | None, *, overwrite: bool = False) -> None:
+    """Raises WriteError where `Run.to_files` would before its first byte, as `Output.refuse` does."""
+    _output(planned, out, rank, durable=False, overwrite=overwrite).refuse(_nbytes(planned))
+
+
+def _output(planned: Plan, out: str, rank: int | None, *, durable: bool, overwrite: bool) -> Output:
+    return Output(
+        out, key=planned.key, rank=rank, world=planned.placement.world, overwrite=overwrite, durable=durable,
+        keep=_read_from(planned),
+    )  # fmt: skip
+
+
+def _nbytes(planned: Plan) -> int:
+    return sum(f.nbytes for f in planned.files)
 
 
 def _read_from(planned: Plan) -> list[str]:
