@@ -20,17 +20,17 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 
 from ..checkpoint import JSON
-from ..doors.serving_options import Shape
 from ..errors import ManagerError, WriteError, expect
 from ..layouts import Layout
 from ..placement import Placement
+from ..planning.request import Serving
 from ..quantisation.schemes import Quant
 from ..road import grid_of
 from ..running.runs import Progress, Report
 from ..sources.training import rank_directory
 from . import policies, publishing, saving
 from .commits import Commit, ready
-from .coordination import Group, join, together
+from .coordination import Group, by_some, join, together
 from .loading import Asked
 from .metadata import SAVE, MetadataHandler
 from .opened import Opened, open_step
@@ -515,25 +515,20 @@ class CheckpointManager:
         is as it was then."""
         self._require_open()
         self.wait()
-        shape: Shape = {
+        serving: Serving = {
             "placement": grid_of(tp, placement), "layout": layout, "config": config, "recipe": recipe,
             "tp_plan": tp_plan, "vocab_size": vocab_size, "dtype": dtype, "quant": quant, "adapter": adapter,
             "apart": apart, "max_shard_size": max_shard_size,
         }  # fmt: skip
-        report: Report | None = None
 
-        def work() -> JSON:
-            nonlocal report
-            if self._group.rank == 0:
-                source = publishing.model_of(self.open(step, 0), part)
-                report = publishing.publish(
-                    source, self._store.name(step), to, shape, allow_nonfinite=allow_nonfinite, keep=keep,
-                    progress=progress,
-                )  # fmt: skip
-            return None
+        def work() -> Report | None:
+            source = publishing.model_of(self.open(step, 0), part)
+            return publishing.publish(
+                source, self._store.name(step), to, serving, allow_nonfinite=allow_nonfinite, keep=keep,
+                progress=progress,
+            )  # fmt: skip
 
-        together(self._group, f"publish of step {step}", work)
-        return report
+        return by_some(self._group, f"publish of step {step}", self._group.rank == 0, work)
 
 
 def _warn_of_failure(flight: Future[None]) -> None:
