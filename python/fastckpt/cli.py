@@ -25,7 +25,7 @@ from .doors.arguments import UsageError, parser
 from .doors.terminal import Progress, progress
 from .doors.text import columns, counted, harmless, size
 from .errors import FastckptError, WriteError
-from .output.endings import Endings
+from .output.signals import Endings
 from .placement import Placement
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _failed(error: BaseException, message: str, code: int, usage: str, *, as_jso
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from .doors.describe import inspect
+    from .doors.inspection import inspect
 
     found = inspect(_opened(args), recipe=args.recipe)
     if args.plot is not None:
@@ -169,7 +169,7 @@ def _plan(args: argparse.Namespace) -> int:
 
     shape = serving_options.shape(args)
     rank = _rank(args.rank, shape["placement"])
-    _show_plan(args, plan(_opened(args), rank=rank, **shape))
+    _show_plan(args, plan(_opened(args), rank=rank, **shape), rank)
     return 0
 
 
@@ -323,10 +323,13 @@ def _show(args: argparse.Namespace, text: Callable[[], str], as_json: Callable[[
         print(harmless(text()))
 
 
-def _show_plan(args: argparse.Namespace, planned: Plan) -> None:
-    """What a plan will do; nothing is written."""
-    from .doors.outline import describe_plan
+def _show_plan(args: argparse.Namespace, planned: Plan, rank: int | None = None) -> None:
+    """What a plan will do; nothing is written. Raises WriteError where it could not be."""
+    from .doors.plan_description import describe_plan
+    from .running.runs import require_place
 
+    if args.command != "plan":  # a dry run of what writes
+        require_place(planned, args.out, rank, overwrite=args.overwrite)
     found = describe_plan(planned, threads=args.threads, memory=args.memory)
     _show(args, found.text, found.json)
 

@@ -115,7 +115,9 @@ def add_foreign(p: argparse.ArgumentParser) -> None:
         help="CHECKPOINT is another program's shards: their layout, with its grid and options (vllm:tp=8)",
     )
     p.add_argument(
-        "--like", metavar="DIR", help="with --cut-as: a checkpoint with the whole model's names and shapes"
+        "--like",
+        metavar="PATH",
+        help="with --cut-as: the model's config.json, or a checkpoint with its names and shapes",
     )
 
 

@@ -32,18 +32,18 @@ from ..sources.training import rank_directory
 from . import policies, publishing, saving
 from .commits import Commit, ready
 from .coordination import Group, join, together
-from .keeping import Keeping
 from .loading import Asked
 from .metadata import SAVE, MetadataHandler
 from .opened import Opened, open_step
 from .pieces import Snapshots
 from .policies import Keep, Moment, When
 from .remote import store_at
+from .reporting import CheckpointWarning, Reporter, Timing
 from .resuming import Resuming
+from .retention import Retention
 from .saving import Disk
 from .standing import Standing
-from .telling import CheckpointWarning, Telling, Timing
-from .values import flatten
+from .state_tree import flatten
 
 
 class CheckpointManager:
@@ -141,16 +141,17 @@ class CheckpointManager:
                 path_prefix=path_prefix,
                 path_type=path_type,
             )
-        self._keeping = Keeping(self._store, self._disk, keep_what)
-        self._telling = Telling(self._group.rank, self.path, metadata)
-        self._resuming = Resuming(self._store, self._group, self._disk, self._keeping, self._telling)
+        self._retention = Retention(self._store, self._disk, keep_what)
+        self._reporter = Reporter(self._group.rank, self.path, metadata)
+        self._resuming = Resuming(self._store, self._group, self._disk, self._retention, self._reporter)
         self._async = async_save
         self._snapshots = Snapshots()
         self._anew()
         self._unheard: weakref.finalize[..., CheckpointManager] | None = None
         self._last_save = -math.inf
         with suppress(WriteError):  # a root that cannot be reached now may be when something is saved
-            self._keeping.newest = self.latest()
+            self._retention.newest = self.latest()
+        self._closed = False
         self._signalled = False
         self._preempted = False
         self._old_handler: signal.Handlers | object | None = None
@@ -242,6 +243,7 @@ class CheckpointManager:
         expect("step", step, int)
         expect("metrics", metrics, Mapping, type(None))
         with self._turn:
+            self._require_open()
             token = self._voted(step, force)
             if token is None:
                 return False
@@ -249,10 +251,10 @@ class CheckpointManager:
             if not self._reachable(step):
                 return False
 
-            stands = self.exists(step) and step not in self._keeping.broken
-            if self._keeping.newest is not None and step < self._keeping.newest and not stands:
+            stands = self.exists(step) and step not in self._retention.broken
+            if self._retention.newest is not None and step < self._retention.newest and not stands:
                 warnings.warn(
-                    f"step {step} is older than step {self._keeping.newest}, which a resume would take; "
+                    f"step {step} is older than step {self._retention.newest}, which a resume would take; "
                     "rewind() sets newer commits aside",
                     CheckpointWarning,
                     stacklevel=2,
@@ -298,7 +300,7 @@ class CheckpointManager:
         def vote() -> JSON:
             busy = self._flight is not None and not self._flight.done()
             since = time.monotonic() - self._last_save
-            moment = Moment(step, self._keeping.newest, since, self._signalled, busy)
+            moment = Moment(step, self._retention.newest, since, self._signalled, busy)
             want = self._group.rank == 0 and (force or self._when(moment))
             return [want, self._signalled, secrets.token_hex(8)]
 
@@ -314,10 +316,10 @@ class CheckpointManager:
             done = saving.save(self._store, group, self._disk, request)
         finally:
             self._snapshots.give_back(request.taken)
-        self._keeping.broken.discard(request.step)
-        self._keeping.newest = request.step
-        self._telling.done(SAVE, request.step, done.seconds, done.nbytes)
-        self._keeping.clean(group)
+        self._retention.broken.discard(request.step)
+        self._retention.newest = request.step
+        self._reporter.done(SAVE, request.step, done.seconds, done.nbytes)
+        self._retention.clean(group)
 
     def wait(self) -> None:
         """Wait for the save in flight, if any; its error is raised here. Collective in effect."""
@@ -345,7 +347,7 @@ class CheckpointManager:
 
     def accessible(self, step: int | None = None) -> bool:
         """Whether checkpoints can be written here now, or that step be read. Of this node alone."""
-        if not self._telling.accessible(step):
+        if not self._reporter.accessible(step):
             return False
         if step is None:
             return ready(self.root)
@@ -377,6 +379,7 @@ class CheckpointManager:
         expect("names", names, Sequence, type(None))
         asked = Asked(None if names is None else tuple(names), allow_missing, template)
         with self._turn:
+            self._require_open()
             self.wait()
             return self._resuming.restore(step, asked)
 
@@ -436,12 +439,13 @@ class CheckpointManager:
         The metadata handler is asked first; an answer that does not stand is passed over with a warning.
         Raises ManagerError where the user's step does not stand. Collective."""
         with self._turn:
+            self._require_open()
             self.wait()
             return self._resuming.resume_step(user_step)
 
     def stats(self) -> tuple[Timing, ...]:
         """What each save, load and partial load of this process took, on every rank."""
-        return tuple(self._telling.stats)
+        return tuple(self._reporter.stats)
 
     def open(self, step: int, rank: int) -> Opened:
         """A step as one of the ranks that saved it sees it. Raises SourceError, ManagerError."""
@@ -459,25 +463,30 @@ class CheckpointManager:
 
         The steps that went. Collective."""
         with self._turn:
+            self._require_open()
             self.wait()
-            return self._keeping.gc(self._group, aside=aside)
+            return self._retention.gc(self._group, aside=aside)
 
     def surplus(self) -> list[int]:
         """The steps that no policy keeps, which the next cleaning removes. Of this disk alone: where nodes
         have disks of their own, none, as it does not show what stands on all of them."""
-        return self._keeping.surplus()
+        return self._retention.surplus()
 
     def rewind(self, step: int) -> list[int]:
         """Set commits newer than `step` aside, so that it is the newest; the steps that went. Collective.
 
         They keep their bytes under hidden names until `gc(aside=True)`."""
         with self._turn:
+            self._require_open()
             self.wait()
-            return self._keeping.rewind(self._group, step)
+            return self._retention.rewind(self._group, step)
 
     def close(self) -> None:
-        """Wait for the save in flight and let go of everything; its error is raised here."""
+        """Wait for the save in flight and let go of everything; its error is raised here.
+
+        What is collective or writes raises ManagerError from here on; what only looks at commits goes on."""
         with self._turn:
+            self._closed = True
             try:
                 self.wait()
             finally:
@@ -490,6 +499,11 @@ class CheckpointManager:
                 if self._old_handler is not None:
                     signal.signal(signal.SIGTERM, self._old_handler)  # type: ignore[arg-type]
                     self._old_handler = None
+
+    def _require_open(self) -> None:
+        """Raises ManagerError after `close`."""
+        if self._closed:
+            raise ManagerError(f"{self.root}: this manager is closed; make another one")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
@@ -523,6 +537,7 @@ class CheckpointManager:
         or engine). `keep`: versions that stay, the one that is current always; the others are arguments of
         `reshard`. One rank works, the report is its own. Collective. Raises what `reshard` raises; the link
         is as it was then."""
+        self._require_open()
         self.wait()
         shape: Shape = {
             "placement": grid_of(tp, placement), "layout": layout, "config": config, "recipe": recipe,

@@ -22,7 +22,7 @@ from ..road import reshard
 from ..running.tensors import torch_dtype
 from ..sources.training import Commit, Shared, aliases_of, names_in
 from .pieces import raw
-from .values import merged
+from .state_tree import merged
 
 Place = tuple[tuple[int, ...], tuple[int, ...]]
 """A box: offset and shape."""

@@ -16,7 +16,7 @@ from ..errors import FastckptError, ManagerError
 from .coordination import together
 from .job import Condition, Job
 from .manager import CheckpointManager
-from .telling import CheckpointWarning
+from .reporting import CheckpointWarning
 from .uploaders import Uploader
 
 SCRATCH: Literal["scratch"] = "scratch"

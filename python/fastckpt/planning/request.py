@@ -15,7 +15,7 @@ from ..quantisation.schemes import Quant
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class Request:
     """What a caller asked for, apart from the checkpoint and the place to put it.
 
     `placement` and `rank` (None: all ranks); `layout` by name or as an object; `config` as a path or a

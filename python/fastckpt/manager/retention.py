@@ -12,13 +12,13 @@ from ..errors import ManagerError
 from .commits import Store
 from .coordination import Group, together
 from .policies import Keep
+from .reporting import only_said
 from .saving import Disk
 from .standing import Standing
-from .telling import only_said
 
 
 @dataclass(slots=True, eq=False)
-class Keeping:
+class Retention:
     """`policy`: what is kept, None for all. `newest`: the step that was saved last, or rewound to; `broken`:
     steps that were found broken."""
 
