@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from fastckpt.errors import ManagerError
-from fastckpt.manager.fitting import check
-from fastckpt.manager.values import Builder, flatten, merged
+from fastckpt.manager.state_tree import Builder, flatten, merged
+from fastckpt.manager.template_check import check
 from fastckpt.sources.training import names_in, parts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st

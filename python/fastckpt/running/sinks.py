@@ -1,6 +1,6 @@
 """Where the bytes of batches go: into files, into tensors in main memory, or only under a digest.
 
-Law: an end is filled by several workers at once, each output byte by one of them.
+Law: a sink is filled by several workers at once, each output byte by one of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Worker = Callable[[Batch], None]
 
 
 class ToDigests:
-    """The end of a run that only wants to know what the bytes would be: the digest of every tensor."""
+    """The sink of a run that only wants to know what the bytes would be: the digest of every tensor."""
 
     def __init__(self, slots: Slots) -> None:
         self.slots = slots
@@ -64,7 +64,7 @@ def _maker(lane: Lane, size: int) -> Callable[[Batch], memoryview]:
 
 
 class ToFiles:
-    """The end of a run over files: open files, leaf digests, checksums, the finite check.
+    """The sink of a run over files: open files, leaf digests, checksums, the finite check.
 
     `tensors`: the plan's, each with its file's number; `files`: the open files by number. With `finite` a
     NaN or an infinity in the output is a SourceError."""
@@ -149,7 +149,7 @@ class ToFiles:
 
 
 class ToMemory:
-    """The end of a run over tensors that are filled where they lie; `buffers` by the plan's tensor index."""
+    """The sink of a run over tensors that are filled where they lie; `buffers` by the plan's tensor index."""
 
     def __init__(self, buffers: Sequence[Buffer]) -> None:
         self.buffers = buffers

@@ -35,7 +35,7 @@ class Timing:
 
 
 @dataclass(slots=True, eq=False)
-class Telling:
+class Reporter:
     """Who is told on one rank: `stats`, and on rank 0 the handler, if there is one.
 
     `path`: where the part of a rank in a step lies."""

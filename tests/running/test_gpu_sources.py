@@ -12,8 +12,8 @@ from fastckpt.extents import Buffer
 from fastckpt.placement import Placement
 from fastckpt.planning import plans
 from fastckpt.planning.binding import Binding
-from fastckpt.planning.wanted import Wanted
-from fastckpt.running import resident, tensors
+from fastckpt.planning.request import Request
+from fastckpt.running import gpu_sources, tensors
 from fastckpt.tiles import Tiles, tile
 
 _C = pytest.importorskip("fastckpt._C", reason="the compiled module is not built")
@@ -88,11 +88,11 @@ def launched(layers: int, layout: str, run: Run = on_the_host) -> None:
     weights = {n: torch.randn(s) for n, s in shapes.items()}
     parts = partitions(weights)
     ckpt = fastckpt.partitioned(parts, shapes)
-    wanted = Wanted(Placement(tp=TP), RANK, layout, config, dtype="bfloat16")
+    wanted = Request(Placement(tp=TP), RANK, layout, config, dtype="bfloat16")
     drafted = plans.draft(ckpt, wanted, in_memory=True)
     binding = Binding.of(drafted.extents)
     (out,), buffers = tensors.allocate(drafted)
-    rows = resident.placed(drafted, binding)
+    rows = gpu_sources.placed(drafted, binding)
     assert sum(t.numel() for t in out.values()) > 0 and len(rows) > layers * EXPERTS
     for t in out.values():
         t.view(torch.uint8).fill_(0xA5)

@@ -14,9 +14,9 @@ from fastckpt.placement import Placement
 from fastckpt.planning import plans
 from fastckpt.planning.batches import LEAF, cut
 from fastckpt.planning.binding import Binding
-from fastckpt.planning.wanted import Wanted
+from fastckpt.planning.request import Request
 from fastckpt.reader import Positioned
-from fastckpt.running import device, resident, tensors
+from fastckpt.running import gpu_sinks, gpu_sources, tensors
 from fastckpt.running.pipeline import feed
 from fastckpt.sources import open as open_checkpoint
 from fastckpt.tiles import tile
@@ -42,7 +42,7 @@ def state() -> dict[str, torch.Tensor]:
 
 
 def planned(tp: int, dtype: str | None) -> plans.Plan:
-    wanted = Wanted(Placement(tp=tp), layout="hf", tp_plan=PLAN, dtype=dtype)
+    wanted = Request(Placement(tp=tp), layout="hf", tp_plan=PLAN, dtype=dtype)
     return plans.draft(open_checkpoint(state()), wanted, in_memory=True)
 
 
@@ -52,7 +52,7 @@ def test_a_whole_plan_in_one_table(tp: int, dtype: str | None) -> None:
     drafted = planned(tp, dtype)
     binding = Binding.of(drafted.extents)
     states, buffers = tensors.allocate(drafted)
-    rows = resident.placed(drafted, binding)
+    rows = gpu_sources.placed(drafted, binding)
     sources = np.array([p.address for p in binding.places], np.uint64)
     made = tile(rows, sources, np.array([b.address for b in buffers], np.uint64))
     for t in states[0].values():
@@ -78,7 +78,7 @@ def test_batches_are_sent_in_pieces() -> None:
     drafted = planned(2, "bfloat16")
     states, buffers = tensors.allocate(drafted)
     binding, slots = Binding.of(drafted.extents), drafted.slots()
-    sink = device.ToDevice(slots, buffers, "cpu")
+    sink = gpu_sinks.ToDevice(slots, buffers, "cpu")
     with Positioned(binding.places) as reader:
         workers = [sink.worker(reader.lane(pick(None)), 2 * LEAF) for _ in range(2)]
         batches = [
@@ -86,7 +86,7 @@ def test_batches_are_sent_in_pieces() -> None:
             for first, chunk in drafted.chunks()
             for b in cut(chunk, first, slots, binding, band=2 * LEAF)
         ]
-        sizes = [len(device.pieces(b, slots)) for b in batches]
+        sizes = [len(gpu_sinks.pieces(b, slots)) for b in batches]
         assert max(sizes) > 1 and len(batches) > len(drafted.ranks)
         feed(batches, workers, lambda _: None)
     sink.close()
@@ -134,7 +134,7 @@ def test_digests_of_leaves_by_the_body_of_the_gpu() -> None:
 def test_tensors_are_digested_by_leaves() -> None:
     data = np.random.default_rng(42).integers(0, 256, 3 << 20, dtype=np.uint8)
     spans = [(0, 5), (16, 0), (64, (2 << 20) + 1), (7, 1 << 20)]
-    table, counts = device.leaves([(data.ctypes.data + at, n) for at, n in spans])
+    table, counts = gpu_sinks.leaves([(data.ctypes.data + at, n) for at, n in spans])
     out = np.zeros(len(table), np.uint64)
     _C.run_digests_on_host(table, out)
     assert counts.tolist() == [1, 0, 3, 1]
@@ -142,4 +142,4 @@ def test_tensors_are_digested_by_leaves() -> None:
     for (at, n), end, count in zip(spans, ends.tolist(), counts.tolist(), strict=True):
         assert combine(out[end - count : end]) == digest(data[at : at + n])
     with pytest.raises(DeviceError, match="digests: a is on cpu"):
-        device.digests({"a": torch.zeros(3)})
+        gpu_sinks.digests({"a": torch.zeros(3)})

@@ -22,12 +22,12 @@ from ..planning.binding import Binding
 from ..planning.compiling import compiled
 from ..planning.copies import COPY, NOTHING, Chunk, Table, nbytes
 from ..planning.plans import Plan
+from ..quantisation.quantised_targets import flat
 from ..quantisation.quantising import Dense, Quantising, form_of
-from ..quantisation.quantplan import flat
 from ..quantisation.quantrows import Part, There, covered, tiled
 from ..quantisation.rounding import not_finite
 from ..quantisation.schemes import Scheme
-from .resident import gathered
+from .gpu_sources import gathered
 
 BAND = 64 << 20
 """Dense bytes that are copied at once, unless one row of blocks is more."""

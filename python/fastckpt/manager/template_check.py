@@ -13,7 +13,7 @@ import torch
 from ..checkpoint import JSON
 from ..errors import ManagerError
 from ..sources.training import ENGINE, STATE, items_of, pairs_of, tag_of
-from .values import MISSING, Engine, Stateful, below, dict_of
+from .state_tree import MISSING, Engine, Stateful, below, dict_of
 
 
 def check(tree: JSON, template: object, shapes: Mapping[str, tuple[int, ...]], allow_missing: bool) -> None:

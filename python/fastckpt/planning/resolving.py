@@ -1,4 +1,4 @@
-"""Recipe and layout, chosen for what was asked and joined: how a placement's targets are made.
+"""Recipe and layout, found for what was asked and joined: how a placement's targets are made.
 
 Law: what shapes an output byte beside the checkpoint stands in `options`, which the plan's key digests.
 """
@@ -24,19 +24,19 @@ from ..layouts.naming import Naming
 from ..layouts.patterns import Patterns
 from ..model import Model, Sizes
 from ..placement import Placement
-from ..quantisation import prequantised, quantplan
-from ..quantisation.quantplan import Expansion
+from ..quantisation import prequantised, quantised_targets
+from ..quantisation.quantised_targets import Expansion
 from ..quantisation.schemes import SCHEMES, Quant
 from ..target import Target
 from . import configs
-from .wanted import Wanted
+from .request import Request
 
 if TYPE_CHECKING:
     from ..computed.adapters import Adapter
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class Resolved:
     """How to make a placement's targets, and name their files.
 
     `name`: the layout's. `checkpoint`: what they are made of, cast and merged as asked. `config`, `aliases`,
@@ -55,50 +55,50 @@ class Chosen:
     expansion: Expansion | None = None
 
 
-def choose(ckpt: Checkpoint, wanted: Wanted) -> Chosen:
+def resolve(ckpt: Checkpoint, request: Request) -> Resolved:
     """The road that was asked for. Raises RecipeError, LayoutError or ViewError where there is none."""
-    if wanted.dense:
-        ckpt, wanted = _densified(ckpt, wanted)
+    if request.dense:
+        ckpt, request = _densified(ckpt, request)
     beside = any(os.path.basename(path) == "config.json" for path in ckpt.beside)
-    if wanted.config is None and ckpt.config is not None and ("unpadded" in ckpt.facts or not beside):
-        wanted = replace(wanted, config=ckpt.config)  # there is none beside, or that of padded shards
-    layout = _layout(wanted)
+    if request.config is None and ckpt.config is not None and ("unpadded" in ckpt.facts or not beside):
+        request = replace(request, config=ckpt.config)  # there is none beside, or that of padded shards
+    layout = _layout(request)
     config = None
-    if layout.roles or wanted.config is not None or wanted.dtype == "auto":
-        config = configs.found(ckpt, wanted.config)
-    dtype = configs.dtype(config, wanted.dtype)
+    if layout.roles or request.config is not None or request.dtype == "auto":
+        config = configs.found(ckpt, request.config)
+    dtype = configs.dtype(config, request.dtype)
     adapter = None
-    if wanted.adapter is not None:
+    if request.adapter is not None:
         from ..computed import adapters
 
-        adapter = adapters.fit(ckpt, os.fspath(wanted.adapter))
-        ckpt = _adapted(adapter, layout, wanted, dtype)
+        adapter = adapters.fit(ckpt, os.fspath(request.adapter))
+        ckpt = _adapted(adapter, layout, request, dtype)
     if dtype is not None:
         dequantised.require_as_stored(ckpt, dtype, scales=not layout.roles)
         ckpt = replace(ckpt, entries=Cast(ckpt.entries, dtype))
-    options = _options(layout, wanted, dtype, adapter)
+    options = _options(layout, request, dtype, adapter)
     if not layout.roles:
-        return _by_names(ckpt, layout, wanted, config, options)
+        return _by_names(ckpt, layout, request, config, options)
     assert config is not None
-    return _by_roles(ckpt, layout, wanted, config, options, adapter, dtype)
+    return _by_roles(ckpt, layout, request, config, options, adapter, dtype)
 
 
-def _densified(ckpt: Checkpoint, wanted: Wanted) -> tuple[Checkpoint, Wanted]:
+def _densified(ckpt: Checkpoint, request: Request) -> tuple[Checkpoint, Request]:
     """The checkpoint with its quantised matrices as dense ones, and a config that does not speak of them."""
-    if wanted.adapter is not None:
+    if request.adapter is not None:
         raise LayoutError("quant none: an adapter is merged into what is dense already; write that first")
-    config = None if wanted.config is None and ckpt.config is None else configs.found(ckpt, wanted.config)
-    ckpt, told = dequantised.plain(ckpt, config, configs.dtype(config, wanted.dtype))
-    return ckpt, replace(wanted, config=told)
+    config = None if request.config is None and ckpt.config is None else configs.found(ckpt, request.config)
+    ckpt, told = dequantised.plain(ckpt, config, configs.dtype(config, request.dtype))
+    return ckpt, replace(request, config=told)
 
 
-def _layout(wanted: Wanted) -> Layout:
-    layout = layouts.layout(wanted.layout) if isinstance(wanted.layout, str) else wanted.layout
-    if wanted.tp_plan is None:
+def _layout(request: Request) -> Layout:
+    layout = layouts.layout(request.layout) if isinstance(request.layout, str) else request.layout
+    if request.tp_plan is None:
         return layout
     if _name(layout) != "hf":
         raise LayoutError(f"tp_plan goes with layout hf, not {_name(layout)}")
-    return Patterns(wanted.tp_plan)
+    return Patterns(request.tp_plan)
 
 
 def _name(layout: Layout) -> str:
@@ -112,46 +112,48 @@ def _ours(layout: Layout) -> bool:
     return type(layout) is Patterns or layouts.name_of(type(layout)) is not None
 
 
-def _adapted(adapter: Adapter, layout: Layout, wanted: Wanted, dtype: DType | None) -> Checkpoint:
+def _adapted(adapter: Adapter, layout: Layout, request: Request, dtype: DType | None) -> Checkpoint:
     """The checkpoint with the adapter merged, or, where it is kept apart, what is cut as its base is."""
-    from ..computed import adapters, apart
+    from ..computed import adapter_shards, adapters
 
-    if not wanted.apart:
+    if not request.apart:
         # What is cast to a module's dtypes at the end is not rounded before.
-        return adapters.merged(adapter, float32 if wanted.held is not None else dtype)
+        return adapters.merged(adapter, float32 if request.held is not None else dtype)
     fits = _name(layout) == "hf" or isinstance(layout, Adapts)
-    if not fits or wanted.tp_plan or wanted.quant:
+    if not fits or request.tp_plan or request.quant:
         raise LayoutError(
             "an adapter is kept apart in layouts hf and rtp_llm alone, as it is: no tp_plan, no quant "
             "(vLLM cuts adapters itself: it takes that of layout hf at tp 1)"
         )
-    return apart.hollow(adapter, dtype)
+    return adapter_shards.hollow(adapter, dtype)
 
 
-def _options(layout: Layout, wanted: Wanted, dtype: DType | None, adapter: Adapter | None) -> dict[str, JSON]:
+def _options(
+    layout: Layout, request: Request, dtype: DType | None, adapter: Adapter | None
+) -> dict[str, JSON]:
     """What shapes the output, as the record repeats it."""
-    quant = wanted.quant
+    quant = request.quant
     out: dict[str, JSON] = {
         "layout": _name(layout),
         "layout_options": repr(layout),
         "layout_fields": dict(layouts.options_of(layout)),
-        "tp_plan": None if wanted.tp_plan is None else dict(wanted.tp_plan),
+        "tp_plan": None if request.tp_plan is None else dict(request.tp_plan),
         "dtype": None if dtype is None else dtype.name,
-        "max_shard_size": wanted.max_shard_size,
-        "vocab_size": wanted.vocab_size,
-        "sorted": wanted.sorted,
-        "weights_key": wanted.weights_key,
-        "client_state": None if wanted.client_state is None else dict(wanted.client_state),
+        "max_shard_size": request.max_shard_size,
+        "vocab_size": request.vocab_size,
+        "sorted": request.sorted,
+        "weights_key": request.weights_key,
+        "client_state": None if request.client_state is None else dict(request.client_state),
     }
     if quant is not None:
         include, exclude = quant.include, quant.exclude
         out["quant"] = {"scheme": quant.scheme.name, "include": [*include], "exclude": [*exclude]}
         if quant.scheme != SCHEMES.get(quant.scheme.name):
             out["scheme"] = repr(quant.scheme)  # the caller's own, whatever its name
-    if wanted.dense:
+    if request.dense:
         out["dense"] = True
     if adapter is not None:
-        out["adapter"] = ["apart" if wanted.apart else "merged", *adapter.digests()]
+        out["adapter"] = ["apart" if request.apart else "merged", *adapter.digests()]
     return out
 
 
@@ -166,30 +168,30 @@ def _notes(ckpt: Checkpoint) -> tuple[str, ...]:
 def _by_names(
     ckpt: Checkpoint,
     layout: ByNames,
-    wanted: Wanted,
+    request: Request,
     config: Mapping[str, JSON] | None,
     options: Mapping[str, JSON],
-) -> Chosen:
-    if wanted.vocab_size is not None:  # the config would say it, and no tensor would be cut
+) -> Resolved:
+    if request.vocab_size is not None:  # the config would say it, and no tensor would be cut
         raise LayoutError(f"vocab_size goes with layouts that read roles, not {_name(layout)}")
-    if wanted.recipe is not None and ckpt.facts.get("recipe") != wanted.recipe:  # nor did it join the shards
+    if request.recipe not in (None, ckpt.facts.get("recipe")):  # nor did it join the shards
         raise LayoutError(f"recipe goes with layouts that read roles, not {_name(layout)}")
-    if wanted.quant is not None and (config is not None or ckpt.config is not None):
-        config = configs.found(ckpt, wanted.config)
+    if request.quant is not None and (config is not None or ckpt.config is not None):
+        config = configs.found(ckpt, request.config)
     unused = layout.unused(ckpt) if isinstance(layout, Patterns) else []
     missed = [f"tp_plan: no tensor matches {', '.join(unused)}"] if unused else []
-    chosen = Chosen(
+    resolved = Resolved(
         _name(layout),
         ckpt,
         partial(layout.targets, ckpt),
         layout.naming,
-        configs.text(config, wanted),
+        configs.text(config, request),
         ckpt.aliases,
         options,
         (*_notes(ckpt), *missed),
         _ours(layout),
     )
-    return _quantising(chosen, wanted, config, None)
+    return _quantising(resolved, request, config, None)
 
 
 # ---- by roles ----
@@ -198,23 +200,23 @@ def _by_names(
 def _by_roles(
     ckpt: Checkpoint,
     layout: ByRoles,
-    wanted: Wanted,
+    request: Request,
     config: Mapping[str, JSON],
     options: dict[str, JSON],
     adapter: Adapter | None,
     dtype: DType | None,
-) -> Chosen:
-    name, told, quant = _name(layout), ckpt.facts.get("recipe"), wanted.quant
-    asked = told if wanted.recipe is None and isinstance(told, str) else wanted.recipe
+) -> Resolved:
+    name, told, quant = _name(layout), ckpt.facts.get("recipe"), request.quant
+    asked = told if request.recipe is None and isinstance(told, str) else request.recipe
     recipe = recipes.find(config) if asked is None else recipes.named(asked)
     engine = str(dict(layouts.options_of(layout)).get("engine") or "")
     if quant is not None and prequantised.fits(name, engine, ckpt, quant):
-        _require_dense(quant, wanted, layout.naming(wanted.placement), config)
+        _require_dense(quant, request, layout.naming(request.placement), config)
         ckpt, config = prequantised.made(ckpt, config, quant)
-        wanted = replace(wanted, config=config, quant=None)
+        request = replace(request, config=config, quant=None)
         options["prequantised"] = options.pop("quant")  # the shards can be joined, as quantised ones
     try:
-        model = recipes.model(recipe, ckpt, config, wanted.vocab_size)
+        model = recipes.model(recipe, ckpt, config, request.vocab_size)
     except RecipeError as error:
         if "prequantised" not in options:
             raise
@@ -222,24 +224,24 @@ def _by_roles(
     options["family"] = model.family
     options["recipe"] = asked
     options["config"] = xxhash.xxh3_64_hexdigest(json.dumps(dict(config), sort_keys=True).encode())
-    resized = layout.resized(model, wanted.placement) if isinstance(layout, Resizes) else {}
-    changed = {**resized, **(quantplan.fused_config(config, ckpt.entries) if engine else {})}
+    resized = layout.resized(model, request.placement) if isinstance(layout, Resizes) else {}
+    changed = {**resized, **(quantised_targets.fused_config(config, ckpt.entries) if engine else {})}
     if changed:
         options["resized"] = {key: config.get(key) for key in changed}
-    chosen = Chosen(
+    resolved = Resolved(
         name,
         ckpt,
         partial(layout.targets, model),
         layout.naming,
-        configs.text(config, wanted, changed),
-        _tied(model, adapter, wanted),
+        configs.text(config, request, changed),
+        _tied(model, adapter, request),
         options,
         (*_notes(ckpt), *_notes_of(model, name, resized)),
         _ours(layout) and recipe in recipes.RECIPES.values(),
     )
-    if adapter is not None and wanted.apart:
-        return _thin(chosen, layout, model, adapter, dtype)
-    return _quantising(chosen, wanted, config, model.sizes)
+    if adapter is not None and request.apart:
+        return _thin(resolved, layout, model, adapter, dtype)
+    return _quantising(resolved, request, config, model.sizes)
 
 
 def _notes_of(model: Model, layout: str, resized: Mapping[str, int]) -> Iterator[str]:
@@ -252,12 +254,12 @@ def _notes_of(model: Model, layout: str, resized: Mapping[str, int]) -> Iterator
         yield f"left out, known to {model.family}: {', '.join(model.ignored)}"
 
 
-def _tied(model: Model, adapter: Adapter | None, wanted: Wanted) -> dict[str, str]:
+def _tied(model: Model, adapter: Adapter | None, request: Request) -> dict[str, str]:
     """The aliases of a model. Raises LayoutError where an adapter unties them."""
     if not model.tied:
         return {}
     head, embedding = f"{model.lm_head.name}.weight", f"{model.embedding.name}.weight"
-    if adapter is not None and not wanted.apart and adapter.changed & {head, embedding}:
+    if adapter is not None and not request.apart and adapter.changed & {head, embedding}:
         raise LayoutError(
             f"adapter: {head} and {embedding} are one tensor, and it changes one of "
             "them; a base that has both, with tie_word_embeddings false, has a place for it"
@@ -265,22 +267,24 @@ def _tied(model: Model, adapter: Adapter | None, wanted: Wanted) -> dict[str, st
     return {head: embedding}
 
 
-def _thin(chosen: Chosen, layout: ByRoles, model: Model, adapter: Adapter, dtype: DType | None) -> Chosen:
+def _thin(
+    resolved: Resolved, layout: ByRoles, model: Model, adapter: Adapter, dtype: DType | None
+) -> Resolved:
     """The adapter alone: where each rank holds its part of the base, or as a layout has names for it."""
-    from ..computed import apart
+    from ..computed import adapter_shards
 
-    alone = replace(chosen, config=None, aliases={})
+    alone = replace(resolved, config=None, aliases={})
     if not isinstance(layout, Adapts):
         return replace(
             alone,
-            targets=lambda p: apart.cut(chosen.targets(p), adapter, dtype),
-            naming=lambda p: apart.naming(chosen.naming(p)),
+            targets=lambda p: adapter_shards.cut(resolved.targets(p), adapter, dtype),
+            naming=lambda p: adapter_shards.naming(resolved.naming(p)),
         )
     # Its scale is in it, so that PEFT's config does not go beside it.
     return replace(
         alone,
-        checkpoint=replace(chosen.checkpoint, beside=()),
-        targets=lambda p: apart.by_roles(partial(layout.adapted, model, p), adapter, dtype),
+        checkpoint=replace(resolved.checkpoint, beside=()),
+        targets=lambda p: adapter_shards.by_roles(partial(layout.adapted, model, p), adapter, dtype),
         naming=layout.adapted_naming,
     )
 
@@ -289,23 +293,24 @@ def _thin(chosen: Chosen, layout: ByRoles, model: Model, adapter: Adapter, dtype
 
 
 def _quantising(
-    chosen: Chosen, wanted: Wanted, config: Mapping[str, JSON] | None, sizes: Sizes | None
-) -> Chosen:
-    """With what `wanted.quant` asks for, told in the config too."""
-    quant = wanted.quant
+    resolved: Resolved, request: Request, config: Mapping[str, JSON] | None, sizes: Sizes | None
+) -> Resolved:
+    """With what `request.quant` asks for, told in the config too."""
+    quant = request.quant
     if quant is None:
-        return chosen
-    _require_dense(quant, wanted, chosen.naming(wanted.placement), config)
-    text = chosen.config
+        return resolved
+    _require_dense(quant, request, resolved.naming(request.placement), config)
+    text = resolved.config
     if config is not None and text is None:
         text = json.dumps(dict(config)).encode()
-    expansion = Expansion(quant, chosen.name, wanted.placement, lambda: chosen.targets(Placement()), sizes)
-    return replace(chosen, config=text, expansion=expansion)
+    whole = partial(resolved.targets, Placement())
+    expansion = Expansion(quant, resolved.name, request.placement, whole, sizes)
+    return replace(resolved, config=text, expansion=expansion)
 
 
-def _require_dense(quant: Quant, wanted: Wanted, naming: Naming, config: Mapping[str, JSON] | None) -> None:
+def _require_dense(quant: Quant, request: Request, naming: Naming, config: Mapping[str, JSON] | None) -> None:
     """Raises LayoutError where the output, or the source as its config has it, cannot be quantised."""
-    if wanted.held is not None or naming.single.endswith(".bin"):
+    if request.held is not None or naming.single.endswith(".bin"):
         raise LayoutError(f"quant {quant.scheme.name}: wanted safetensors or fresh tensors as the output")
     if config is not None and "quantization_config" in config:
         raise LayoutError(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from fastckpt.manager.manager import CheckpointManager
 from fastckpt.manager.metadata import JsonMetadata
-from fastckpt.manager.telling import CheckpointWarning, Timing
+from fastckpt.manager.reporting import CheckpointWarning, Timing
 
 
 def test_a_handler_that_fails_costs_nothing(tmp_path: Path) -> None:

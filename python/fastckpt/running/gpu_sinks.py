@@ -21,7 +21,7 @@ from ..planning.axes import classify
 from ..planning.batches import LEAF, Batch, Slots
 from ..planning.copies import AXES, NOTHING, Table, item_sizes
 from ..reader import Lane
-from .ends import Worker
+from .sinks import Worker
 
 State = dict[str, torch.Tensor]
 
@@ -56,7 +56,7 @@ def leaves(spans: Sequence[tuple[int, int]]) -> tuple[NDArray[np.uint64], NDArra
 
 
 class ToDevice:
-    """The end of a run over tensors on one device: batches are made in pinned memory and sent from there.
+    """The sink of a run over tensors on one device: batches are made in pinned memory and sent from there.
 
     `buffers`: each planned tensor's memory. Every worker has two stagings and a stream of its own, so that
     one batch is made while another travels."""
@@ -122,7 +122,7 @@ class ToDevice:
 
 
 class CastThere:
-    """The other end: source bytes go over the bus as they are, dense, and the GPU does the rest.
+    """The other sink: source bytes go over the bus as they are, dense, and the GPU does the rest.
 
     `buffers`: each planned tensor's memory. Every worker has a stream and two slots of its own, each a run of
     pinned memory and one there: they are the most that is held beside the outputs. Batches are `apart`."""

@@ -1,5 +1,5 @@
-"""Which way bytes cross to a GPU: cast by the CPU before the bus (`device.ToDevice`), or by the GPU behind it
-(`device.CastThere`).
+"""Which way bytes cross to a GPU: cast by the CPU before the bus, or by the GPU behind it (`ToDevice` and
+`CastThere` of `gpu_sinks`).
 
 Law: both fill the same bytes; only time decides. It is measured, once a process for each kind of copy, on the
 very workers that do the work; FASTCKPT_CAST=cpu or =gpu decides instead.
@@ -25,9 +25,9 @@ from ..planning.binding import Binding
 from ..planning.copies import COPY, NOTHING, Chunk, item_sizes, nbytes
 from ..planning.plans import Plan
 from ..reader import Lane, Mapped, Positioned
-from .device import CastThere, ToDevice
-from .ends import Worker
+from .gpu_sinks import CastThere, ToDevice
 from .pipeline import feed
+from .sinks import Worker
 
 WAYS = ("cpu", "gpu")
 
@@ -81,7 +81,7 @@ def faster(device: str, src: DType, dst: DType, turned: bool, threads: int) -> s
     return min(times, key=lambda name: times[name])
 
 
-def ends(
+def sinks(
     name: str, slots: Slots, buffers: list[Buffer], device: str, size: int
 ) -> tuple[Callable[[Lane], Worker], Callable[[], None]]:
     """What makes the workers of a way, and what closes them; `size`: bytes of a staging if the CPU casts."""
@@ -111,7 +111,7 @@ def _time(name: str, device: str, src: DType, dst: DType, turned: bool, threads:
     batches, stage = (spread, BATCH) if name == "gpu" else (cut, 2 * LEAF)
     best = float("inf")
     with Mapped(binding.places) if built() else Positioned(binding.places) as reader:
-        make, close = ends(name, slots, buffers, device, BATCH)
+        make, close = sinks(name, slots, buffers, device, BATCH)
         count = min(threads, MOST_WORKERS) if name == "gpu" else threads
         workers = [make(reader.lane(pick(None))) for _ in range(count)]
         for k in range(3):
