@@ -119,8 +119,8 @@ def test_a_recipe_of_a_file(tmp_path):
 
 
 def test_on_the_command_line(tmp_path, capsys):
-    out, hub, shown = foreign(tmp_path, tiny.made("qwen3"), "vllm", {"gate_up": "up_gate"}, dict(tp=4))
-    said = ["--cut-as", "vllm:tp=4,gate_up=up_gate", "--like", str(shown)]
+    out, hub, shown = foreign(tmp_path, tiny.made("qwen3"), "vllm", {"vocab_padding": "128"}, dict(tp=4))
+    said = ["--cut-as", "vllm:tp=4,vocab_padding=128", "--like", str(shown)]
     assert cli.main(["reshard", str(out), str(tmp_path / "2"), "--tp", "2", "--no-fsync", *said]) == 0
     same(fastckpt.open(tmp_path / "2"), hub)
     assert cli.main(["consolidate", str(out), str(tmp_path / "whole"), "--no-fsync", *said]) == 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from ..joining import open as open_checkpoint
 from ..joining import whole
 from ..quantisation.unrounding import unpacked
 from ..road import stream
+from ..running.runs import Progress
 from ..sources.megatron import FORMAT as MEGATRON
 from ..sources.served import SHARDS
 from .text import counted, some
@@ -29,7 +30,6 @@ Bytes = NDArray[np.uint8]
 Numbers = NDArray[np.float64] | NDArray[np.complex128]
 TRAINED = ("zero", MEGATRON)
 """What a trainer left, with tags and masters."""
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -195,8 +195,10 @@ def _ranks(path: str, root: str, options: Options) -> Checkpoint:
 def _check_writers(
     root: str, grid: _Grid, placed: Sequence[tuple[int, list[str]]], ranks: Mapping[str, _Rank]
 ) -> None:
-    """Raises SourceError for a file under another rank's name. Tools that convert checkpoints write all of them
-    as one process. Source: megatron-core, parallel_state.py (RankGenerator); tp is the fastest axis always."""
+    """Raises SourceError for a file under another rank's name.
+
+    Tools that convert checkpoints write every file as one process. Source: megatron-core, parallel_state.py
+    (RankGenerator): tp is the fastest axis."""
     if len({rank.writer for rank in ranks.values()}) == 1:
         return
     for number, stages in placed:
