@@ -13,9 +13,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fastckpt import pipeline
 from fastckpt.errors import SourceError, WriteError
-from fastckpt.running import pipeline
-from fastckpt.running.pipeline import each, feed
+from fastckpt.pipeline import each, feed
 
 BATCHES = [SimpleNamespace(start=0, stop=n) for n in range(1, 9)]
 
