@@ -103,7 +103,7 @@ threading.Thread(target=late, args=sys.argv[1:]).start()
 
 
 def test_a_run_may_end_after_the_main_thread(tmp_path):
-    source = Path(__file__).parents[1] / "fixtures" / "z3-llama-w2-even"
+    source = Path(__file__).parent / "fixtures" / "z3-llama-w2-even"
     command = [sys.executable, "-c", AFTER, source, tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.stdout, done.stderr) == ("True\n", "")
