@@ -71,7 +71,7 @@ def _layout(shards: Checkpoint, args: Mapping[str, JSON], grid: Placement) -> Me
         vocab_padding=max(words.shape[0] if words else 1, 1),
         spec="transformer_engine" if any(".layer_norm_" in n for n in shards.entries) else "local",
         experts="sequential" if any(".local_experts." in n for n in shards.entries) else "grouped",
-        expert_tp=grid.tp * grid.dp // grid.ep,
+        expert_tp=grid.tp * grid.dp // grid.ep if "num_experts" in args else 0,
         zero_centered_gamma=args.get("apply_layernorm_1p") is True,
     )
 
