@@ -208,21 +208,6 @@ template <class S, class D> struct Rows {
         return u.aligned && u.low == 0 && u.left >= N && (off == 0 || u.left * s >= 2 * FROM - off);
     }
 
-    static FASTCKPT_HD void shift(uint32_t (&x)[2 * WORDS_IN], uint32_t off) {
-        if constexpr (WORDS_IN == 4) {
-            if (off & 8) {
-                FASTCKPT_UNROLL
-                for (int i = 0; i < 6; ++i) x[i] = x[i + 2];
-            }
-        }
-        if (off & 4) {
-            FASTCKPT_UNROLL
-            for (int i = 0; i <= static_cast<int>(WORDS_IN); ++i) x[i] = x[i + 1];
-        }
-        FASTCKPT_UNROLL
-        for (int i = 0; i < static_cast<int>(WORDS_IN); ++i) x[i] = funnel(x[i], x[i + 1], off % 4 * 8);
-    }
-
     // Stores a unit; whether it holds a NaN, which `each` puts right.
     static FASTCKPT_HD bool put(char* dst, const uint32_t* words) {
         if constexpr (BYTES) {
@@ -281,7 +266,7 @@ template <class S, class D> struct Rows {
             }
             FASTCKPT_UNROLL
             for (int k = 0; k < static_cast<int>(SOME); ++k) {
-                shift(x[k], past);
+                shift_words<WORDS_IN>(x[k], past);
                 if (put(to + k * TEAM * INTO, x[k])) left |= 1u << k << j;
             }
         }
@@ -354,7 +339,7 @@ template <class S, class D> struct Rows {
             FASTCKPT_UNROLL
             for (int k = 0; k < static_cast<int>(APART); ++k) {
                 if (to[k] == nullptr) continue;
-                shift(x[k], offs >> 4 * k & 15);
+                shift_words<WORDS_IN>(x[k], offs >> 4 * k & 15);
                 if (put(to[k], x[k])) left |= 1u << k << j;
             }
         }
