@@ -17,7 +17,7 @@ from fastckpt.planning.batches import LEAF, Batch, Slots, cut
 from fastckpt.planning.binding import Binding
 from fastckpt.planning.compiling import compile
 from fastckpt.planning.copies import Table
-from fastckpt.planning.wanted import Wanted
+from fastckpt.planning.request import Request
 from fastckpt.reader import Mapped
 from fastckpt.running import tensors
 from fastckpt.running.limits import BAND
@@ -33,7 +33,7 @@ from measure import Bench, Figure, Goal, Step, of_floor, on, times_faster
 def bench_gather_cast(bench: Bench, either: Input, fresh: bool) -> None:
     """Gather, unpad and cast fp32 to bf16 into reused tensors, one thread, over memcpy of the source."""
     plan = plans.draft(
-        fastckpt.open(either.path), Wanted(Placement(), layout="same", dtype="bfloat16"), in_memory=True
+        fastckpt.open(either.path), Request(Placement(), layout="same", dtype="bfloat16"), in_memory=True
     )
     binding = Binding.of(plan.extents)
     states, made = tensors.allocate(plan)

@@ -22,7 +22,7 @@ from fastckpt.placement import Placement
 from fastckpt.planning import plans
 from fastckpt.planning.binding import Binding
 from fastckpt.planning.plans import Plan
-from fastckpt.planning.wanted import Wanted
+from fastckpt.planning.request import Request
 from fastckpt.reader import Mapped
 from fastckpt.running import tensors
 from floors import GatherCast, Memcpy, Write, drop_cache, source_runs, touch
@@ -49,7 +49,7 @@ class Job:
         return Job(1, Same("safetensors"), peers.WHOLE, "one file")
 
     def plan(self, ckpt: Checkpoint) -> Plan:
-        return plans.draft(ckpt, Wanted(Placement(tp=self.tp), layout=self.layout, dtype="bfloat16"))
+        return plans.draft(ckpt, Request(Placement(tp=self.tp), layout=self.layout, dtype="bfloat16"))
 
     def run(
         self, ckpt: Checkpoint | str, threads: int, out: list[peers.Shard] | None = None

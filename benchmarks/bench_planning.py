@@ -14,7 +14,7 @@ from fastckpt.checkpoint import Checkpoint
 from fastckpt.placement import Placement
 from fastckpt.planning import plancache, plans
 from fastckpt.planning.binding import Binding
-from fastckpt.planning.wanted import Wanted
+from fastckpt.planning.request import Request
 from fastckpt.quantisation.schemes import SCHEMES, Quant
 from inputs import Input
 from measure import Bench, Figure, Goal, Step, seconds, times_faster
@@ -39,7 +39,7 @@ def bench_open(bench: Bench, folder: Path, frozen: int) -> None:
 def bench_plan_small(bench: Bench, small: Input, files: bool) -> None:
     """Names, views, rows and file layouts of many small tensors of an opened checkpoint."""
     opened = fastckpt.open(small.path)
-    wanted = Wanted(Placement(), layout="same", dtype="bfloat16")
+    request = Request(Placement(), layout="same", dtype="bfloat16")
     goal = Goal(1.0) if len(opened) == 100_000 else None
     bench.measure(
         Figure(
@@ -49,7 +49,7 @@ def bench_plan_small(bench: Bench, small: Input, files: bool) -> None:
             seconds,
             goal,
         ),
-        Step("plan", lambda: plans.draft(opened, wanted, in_memory=not files)),
+        Step("plan", lambda: plans.draft(opened, request, in_memory=not files)),
         rounds=5,
     )
 
@@ -57,12 +57,12 @@ def bench_plan_small(bench: Bench, small: Input, files: bool) -> None:
 def bench_plan_seventy(bench: Bench) -> None:
     """One TP-8 rank of a llama of 70B shape over 1,024 ZeRO-3 ranks, to vLLM's files."""
     opened = inputs.seventy(RANKS)
-    wanted = Wanted(Placement(tp=8), rank=3, layout="vllm", dtype="bfloat16")
+    request = Request(Placement(tp=8), rank=3, layout="vllm", dtype="bfloat16")
     rows = 0
 
     def run() -> None:
         nonlocal rows
-        plan = plans.draft(opened, wanted)
+        plan = plans.draft(opened, request)
         rows = sum(len(chunk.tensor) for chunk in plan.kept or ()) or rows
 
     bench.measure(
@@ -75,11 +75,11 @@ def bench_plan_seventy(bench: Bench) -> None:
 def bench_plan_deepseek(bench: Bench) -> None:
     """One of 16 expert-parallel ranks of DeepSeek-V3 with its scales, to vLLM's files."""
     opened = inputs.deepseek_v3()
-    wanted = Wanted(Placement(dp=16, ep=16), rank=5, layout="vllm")
+    request = Request(Placement(dp=16, ep=16), rank=5, layout="vllm")
     told: dict[str, float | str] = {}
 
     def run() -> None:
-        plan = plans.draft(opened, wanted)
+        plan = plans.draft(opened, request)
         told["tensors"], told["GiB"] = len(plan.tensors), plan.output_bytes / 2**30
 
     bench.measure(
@@ -100,8 +100,8 @@ def bench_kept_plan(
     """Look-up of a kept plan and its binding to the files as they are now."""
     monkeypatch.setenv("FASTCKPT_CACHE", str(work))
     opened = fastckpt.open(small.path)
-    wanted = Wanted(Placement(), layout="same", dtype="bfloat16")
-    plan = plans.draft(opened, wanted, in_memory=True)
+    request = Request(Placement(), layout="same", dtype="bfloat16")
+    plan = plans.draft(opened, request, in_memory=True)
     (key,) = [p.name for p in work.iterdir() if not p.name.startswith(".")]
     rows = sum(len(chunk.rows) for _, chunk in plan.chunks())
 
@@ -129,11 +129,11 @@ def bench_kept_plan(
 def bench_kept_quantised(bench: Bench, monkeypatch: pytest.MonkeyPatch, work: Path) -> None:
     """The whole draft of a rank that is quantised, its plan kept, against making it anew."""
     opened = inputs.seventy(RANKS // 4)
-    wanted = Wanted(Placement(tp=8), rank=3, layout="vllm", quant=Quant(SCHEMES["int8"]))
+    request = Request(Placement(tp=8), rank=3, layout="vllm", quant=Quant(SCHEMES["int8"]))
 
     def draft(folder: str) -> None:
         monkeypatch.setenv("FASTCKPT_CACHE", folder)
-        plans.draft(opened, wanted, in_memory=True)
+        plans.draft(opened, request, in_memory=True)
 
     bench.measure(
         Figure(

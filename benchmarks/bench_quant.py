@@ -12,7 +12,7 @@ import pytest
 import torch
 from fastckpt.placement import Placement
 from fastckpt.planning import plans
-from fastckpt.planning.wanted import Wanted
+from fastckpt.planning.request import Request
 from fastckpt.quantisation.schemes import SCHEMES, Quant
 from fastckpt.running.runs import Report
 from floors import GatherQuantise, Write
@@ -133,10 +133,10 @@ def bench_to_files(bench: Bench, large: Input, work: Path, threads: int, scheme:
         assert isinstance(report, Report)
         told.update({f"{n}_s": min(s, float(told.get(f"{n}_s", s))) for n, s in report.phases.items()})
 
-    wanted = Wanted(
+    request = Request(
         Placement(), dtype="bfloat16", quant=Quant(SCHEMES[scheme]), max_shard_size=large.nbytes // 16
     )
-    plan = plans.draft(fastckpt.open(large.path), wanted)
+    plan = plans.draft(fastckpt.open(large.path), request)
     made = GatherQuantise(plan, threads)
     write = Write([f.nbytes for f in plan.files], str(work / "floor"), threads, durable=False)
     clear = partial(shutil.rmtree, out, ignore_errors=True)

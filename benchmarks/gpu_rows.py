@@ -20,7 +20,7 @@ from fastckpt.planning.copies import COPY
 from fastckpt.quantisation import rounding
 from fastckpt.quantisation.quantrows import There, tiled
 from fastckpt.quantisation.schemes import SCHEMES
-from fastckpt.running.device import leaves
+from fastckpt.running.gpu_sinks import leaves
 
 State = dict[str, torch.Tensor]
 Act = Callable[[], object]

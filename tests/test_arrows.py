@@ -17,7 +17,7 @@ PLAIN = (*CORE, "model")
 TABLE = ("copies", "axes", "compiling", "binding", "batches")
 FILES = (
     "syscalls",
-    "endings",
+    "signals",
     "files",
     "pickling",
     "torchzip",
@@ -45,8 +45,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "sources": (*CORE, "collector", "digest", "manifest", "pipeline"),
     "recipes": PLAIN,
     "layouts": (*PLAIN, "finishes"),
-    "lowrank": CORE,
-    "finishes": (*CORE, "lowrank"),
+    "nowhere": CORE,
+    "lowrank": (*CORE, "nowhere"),
+    "finishes": (*CORE, "nowhere"),
     # The table: rows of copies, bound and cut.
     "copies": CORE,
     "axes": (*CORE, "copies"),
@@ -55,19 +56,29 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "batches": (*CORE, "copies", "axes", "binding"),
     "unrounding": (*CORE, "native"),
     "rounding": (*CORE, "schemes", "unrounding", "native"),
-    "quantplan": (*PLAIN, "schemes", "rounding"),
+    "quantised_targets": (*PLAIN, "schemes", "rounding"),
     "digest": (*CORE, "native"),
     "finite": (*CORE, "digest", "native"),
     # What reads and runs a plan.
     "tiles": (*CORE, *TABLE, "native"),
     "reader": (*CORE, *TABLE, "_C"),
     "executors": (*CORE, *TABLE, "tiles", "native"),
-    "dequantised": (*CORE, "lowrank", "finishes", "rounding", "unrounding", "schemes"),
-    "prequantised": (*CORE, "lowrank", "quantplan", "rounding", "schemes"),
-    "merging": (*CORE, "lowrank", "finishes", "dequantised", "prequantised", "rounding", *TABLE, "reader"),
+    "dequantised": (*CORE, "nowhere", "finishes", "rounding", "unrounding", "schemes"),
+    "prequantised": (*CORE, "nowhere", "quantised_targets", "rounding", "schemes"),
+    "computing": (
+        *CORE,
+        *TABLE,
+        "nowhere",
+        "lowrank",
+        "finishes",
+        "dequantised",
+        "prequantised",
+        "rounding",
+        "reader",
+    ),
     # What makes output real.
     "syscalls": CORE,
-    "endings": (),
+    "signals": (),
     "files": CORE,
     "pickling": (*CORE, "files"),
     "torchzip": (*CORE, "digest", "files", "pickling"),
@@ -80,42 +91,43 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "outputs": (*CORE, "digest", "rereading", *FILES, "expectation", "sources", "text"),
     # The way back, through sources, recipes and layouts.
     "inverse": CORE,
-    "joining": (*PLAIN, "collector", "digest", "manifest", "inverse", "sources", "recipes", "layouts"),
+    "uniting": (*PLAIN, "inverse", "layouts"),
+    "joining": (*PLAIN, "collector", "digest", "manifest", "uniting", "sources", "recipes", "layouts"),
     "expectation": (*PLAIN, "manifest", "sources", "layouts", "joining"),
-    "foreign": (*PLAIN, "sources", "recipes", "layouts", "joining"),
-    "adapters": (*PLAIN, "lowrank", "sources"),
-    "apart": (*PLAIN, "lowrank", "finishes", "adapters", "layouts"),
+    "foreign": (*PLAIN, "sources", "recipes", "layouts", "uniting", "joining"),
+    "adapters": (*PLAIN, "nowhere", "lowrank", "sources"),
+    "adapter_shards": (*PLAIN, "nowhere", "finishes", "adapters", "layouts"),
     # The spine.
     "planned": (*CORE, "batches", "files"),
-    "plancache": (*CORE, "copies", "planned", "schemes", "quantplan"),
-    "wanted": (*CORE, "layouts", "schemes"),
-    "configs": (*CORE, "wanted"),
-    "chosen": (
+    "plancache": (*CORE, "copies", "planned", "schemes", "quantised_targets"),
+    "request": (*CORE, "layouts", "schemes"),
+    "configs": (*CORE, "request"),
+    "resolving": (
         *PLAIN,
         "adapters",
-        "apart",
+        "adapter_shards",
         "dequantised",
         "recipes",
         "layouts",
         "schemes",
-        "quantplan",
+        "quantised_targets",
         "prequantised",
         "configs",
-        "wanted",
+        "request",
     ),
     "plans": (
         *PLAIN,
         *TABLE,
         "collector",
         "dequantised",
-        "lowrank",
+        "nowhere",
         "layouts",
-        "chosen",
+        "resolving",
         "configs",
-        "wanted",
+        "request",
         "planned",
         "plancache",
-        "quantplan",
+        "quantised_targets",
         "prequantised",
         "files",
         "pickling",
@@ -123,26 +135,26 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "pipeline": CORE,
     "limits": (*CORE, "batches", "executors", "files"),
-    "ends": (*CORE, "digest", "finite", *TABLE, "pipeline", "planned", "reader", *FILES),
-    "quantising": (*CORE, *TABLE, "plans", "schemes", "quantplan", "rounding", "reader"),
-    "figures": (*CORE, *TABLE, "plans", "schemes", "quantplan", "prequantised", "rounding"),
+    "sinks": (*CORE, "digest", "finite", *TABLE, "pipeline", "planned", "reader", *FILES),
+    "quantising": (*CORE, *TABLE, "plans", "schemes", "quantised_targets", "rounding", "reader"),
+    "figures": (*CORE, *TABLE, "plans", "schemes", "quantised_targets", "prequantised", "rounding"),
     "tensors": (*CORE, "sources", *TABLE, "plans"),
-    "device": (*CORE, "digest", *TABLE, "reader", "ends", "executors"),
-    "resident": (*CORE, "lowrank", *TABLE, "plans", "executors"),
+    "gpu_sinks": (*CORE, "digest", *TABLE, "reader", "sinks", "executors"),
+    "gpu_sources": (*CORE, "nowhere", *TABLE, "plans", "executors"),
     "quantrows": (*CORE, "schemes", "rounding"),
-    "quantised": (
+    "gpu_quantising": (
         *CORE,
         "executors",
         *TABLE,
         "plans",
-        "quantplan",
+        "quantised_targets",
         "quantising",
         "quantrows",
-        "resident",
+        "gpu_sources",
         "rounding",
         "schemes",
     ),
-    "crossing": (*CORE, "device", "executors", "ends", "pipeline", *TABLE, "plans", "reader"),
+    "gpu_transfer": (*CORE, "gpu_sinks", "executors", "sinks", "pipeline", *TABLE, "plans", "reader"),
 }
 MAY_IMPORT["runs"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")
@@ -150,14 +162,15 @@ MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["text"] = CORE
 MAY_IMPORT["drawing"] = ()
 MAY_IMPORT["losses"] = (*CORE, "text", "drawing")
-MAY_IMPORT["serving_options"] = (*CORE, "layouts", "schemes")
-MAY_IMPORT["manager"] = (*MAY_IMPORT, "outline", "terminal", "__init__")
-MAY_IMPORT["terminal"] = (*CORE, "text")
+MAY_IMPORT["serving_options"] = (*CORE, "layouts", "schemes", "request")
+MAY_IMPORT["manager"] = (*MAY_IMPORT, "plan_description", "terminal", "__init__")
+MAY_IMPORT["terminal"] = (*CORE, "text", "runs")
 MAY_IMPORT["arguments"] = (*CORE, "text", "serving_options", "manager", "__init__")
 SPINE = (*MAY_IMPORT, "__init__", "_C")
 # An engine's plug-in mechanism opens these; nothing here imports them.
 MAY_IMPORT["engines"] = (*MAY_IMPORT, "__init__")
-MAY_IMPORT |= {door: SPINE for door in ("describe", "outline", "difference", "doctor", "zero_to_fp32")}
+DOORS = ("inspection", "plan_description", "difference", "doctor", "zero_to_fp32")
+MAY_IMPORT |= {door: SPINE for door in DOORS}
 for last in ("quant", "loaded", "demo", "cli", "__init__"):
     MAY_IMPORT[last] = (*MAY_IMPORT, "__init__", "_C")
 MAY_IMPORT["__main__"] = ("cli",)
@@ -172,15 +185,17 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("torchpickle",),
         ("torchfile",),
         ("torchtensors", "zero_state", "zero_files", "dcp_metadata"),
-        ("shards", "zero_order", "zero_parts", "zero_experts", "zero_universal"),
+        ("shards", "zero_order", "zero_parts", "zero_experts", "zero_universal", "zero_cuts"),
         ("zero_opening",),
+        ("zero_pipeline",),
+        ("zero_grid",),
         # one format each
         ("zero", "safetensors", "statedict", "dcp", "memory"),
         ("served", "peft", "training"),  # what fastckpt or PEFT wrote, in the two formats before them
         ("__init__",),
     ),
     "recipes": (
-        ("quantised",),
+        ("quantised", "imagining"),
         ("claims",),
         ("fused",),
         ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper", "jina_bert"),
@@ -196,9 +211,9 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__",),
     ),
     "manager": (
-        ("__init__", "coordination", "values", "pieces", "commits", "metadata", "job", "uploaders"),
-        ("policies", "saving", "remote", "standing", "telling", "fitting"),
-        ("opened", "keeping"),
+        ("__init__", "coordination", "state_tree", "pieces", "commits", "metadata", "job", "uploaders"),
+        ("policies", "saving", "remote", "standing", "reporting", "template_check"),
+        ("opened", "retention"),
         ("loading", "publishing"),
         ("resuming",),
         ("manager",),
@@ -213,10 +228,10 @@ TORCH = {
     "executors/torch",
     "executors/cuda",
     "running/tensors",
-    "running/device",
-    "running/resident",
-    "running/crossing",
-    "running/quantised",
+    "running/gpu_sinks",
+    "running/gpu_sources",
+    "running/gpu_transfer",
+    "running/gpu_quantising",
     "verification/loaded",
 }
 TORCH |= {"engines/vllm_loader", "engines/sglang"}
@@ -224,13 +239,13 @@ TORCH |= {
     f"manager/{m}"
     for m in [
         "coordination",
-        "fitting",
-        "values",
+        "template_check",
+        "state_tree",
         "pieces",
         "saving",
         "standing",
         "opened",
-        "keeping",
+        "retention",
         "loading",
         "publishing",
         "resuming",

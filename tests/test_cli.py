@@ -13,6 +13,7 @@ import sys
 import threading
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -224,6 +225,48 @@ def test_a_dry_run_writes_nothing(run, source, tmp_path, argv):
     assert "peak memory" in out
     assert ("pytorch_model.bin" in out) == (argv == ["consolidate"])
     assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("command", ["reshard", "consolidate"])
+def test_a_dry_run_refuses_what_the_run_would(run, source, tmp_path, command, monkeypatch):
+    """The same words and the same exit code, and nothing made."""
+
+    def refused(out, *options):
+        real = run(command, source, out, "--no-fsync", *options)
+        dry = run(command, source, out, "--dry-run", *options)
+        assert dry == real and dry[0] == 4
+        return dry[2]
+
+    full, file = tmp_path / "full", tmp_path / "file"
+    full.mkdir()
+    for path in (file, full / "kept"):
+        path.write_text("mine")
+    assert "not empty (1 entries, kept first)" in refused(full)
+    assert "no output of fastckpt" in refused(full, "--overwrite")
+    assert "exists and is no directory" in refused(file)
+    assert "overwriting it would remove" in refused(source, "--overwrite")
+    assert "is no name of a directory" in refused("")
+    assert "File name too long" in refused(tmp_path / ("x" * 300))
+    for beneath in (file / "below", file / "far" / "below"):
+        assert run(command, source, beneath, "--no-fsync")[0] == 4
+        code, _, said = run(command, source, beneath, "--dry-run")
+        assert code == 4 and f"{beneath}: {file} is no directory" in said
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=512, f_blocks=9))
+    assert "the file system has 512 free" in refused(tmp_path / "new" / "below")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    code, _, said = run(command, source, tmp_path / "new", "--dry-run")
+    assert code == 4 and f"{tmp_path} cannot be written to" in said
+    assert sorted(left(tmp_path)) == ["file", "full"]
+
+
+def test_a_dry_run_of_a_rank_that_is_done(run, source, tmp_path):
+    argv = ("reshard", source, tmp_path / "out", "--tp", "2", "--rank", "0")
+    assert run(*argv, "--no-fsync")[0] == 0
+    before = sorted(os.listdir(tmp_path / "out"))
+    assert run(*argv, "--dry-run")[0] == 0
+    code, _, said = run(*argv, "--dtype", "bfloat16", "--dry-run")
+    assert code == 4 and "of another plan" in said
+    assert sorted(os.listdir(tmp_path / "out")) == before
 
 
 def test_a_dry_run_goes_by_the_memory_given(run, source, tmp_path):

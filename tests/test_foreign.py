@@ -77,6 +77,17 @@ def test_whole_again(tmp_path, name, served, options, sizes):
     same(fastckpt.open(tmp_path / "4"), hub)
 
 
+@pytest.mark.parametrize(("name", "served", "options", "sizes"), CASES)
+def test_a_config_is_enough(tmp_path, name, served, options, sizes):
+    """Names and shapes are those the recipe gives a model of that config."""
+    made = (tiny if name in tiny.MODELS else families).made(name)
+    out, hub, _ = foreign(tmp_path, made, served, options, sizes)
+    (out / "config.json").unlink()
+    same(fastckpt.open_shards(out, layout(served, options), made[0], placement=Placement(**sizes)), hub)
+    said = tmp_path / "hub" / "config.json"
+    same(fastckpt.open_shards(out, layout(served, options), said, placement=Placement(**sizes)), hub)
+
+
 def test_files_in_parts_and_a_config_of_the_like(tmp_path):
     """vLLM splits a rank's tensors into parts; without config.json the other's is used, and written."""
     out, hub, shown = foreign(tmp_path, tiny.made("qwen3"), "vllm", {}, dict(tp=2))
@@ -108,8 +119,8 @@ def test_a_recipe_of_a_file(tmp_path):
 
 
 def test_on_the_command_line(tmp_path, capsys):
-    out, hub, shown = foreign(tmp_path, tiny.made("qwen3"), "vllm", {"gate_up": "up_gate"}, dict(tp=4))
-    said = ["--cut-as", "vllm:tp=4,gate_up=up_gate", "--like", str(shown)]
+    out, hub, shown = foreign(tmp_path, tiny.made("qwen3"), "vllm", {"vocab_padding": "128"}, dict(tp=4))
+    said = ["--cut-as", "vllm:tp=4,vocab_padding=128", "--like", str(shown)]
     assert cli.main(["reshard", str(out), str(tmp_path / "2"), "--tp", "2", "--no-fsync", *said]) == 0
     same(fastckpt.open(tmp_path / "2"), hub)
     assert cli.main(["consolidate", str(out), str(tmp_path / "whole"), "--no-fsync", *said]) == 0

@@ -74,15 +74,22 @@ OLD = """
 import sys, types
 import fastckpt
 old = fastckpt._C = sys.modules["fastckpt._C"] = types.ModuleType("fastckpt._C")
-old.version, old.__file__ = "0.0.9", "there/_C.so"
+old.__file__ = "there/_C.so"
+if sys.argv[1]:
+    old.version = sys.argv[1]
 from fastckpt.cli import main
 sys.exit(main(["inspect", "nowhere"]))
 """
 
 
-def test_a_compiled_module_of_another_version_is_refused():
-    done = subprocess.run([sys.executable, "-c", OLD], capture_output=True, text=True, timeout=300)
-    line = f"there/_C.so: was built with fastckpt 0.0.9, this is {fastckpt.__version__}; install it again"
+@pytest.mark.parametrize(("version", "told"), [("0.0.9", "0.0.9"), ("", "of a version it does not tell")])
+def test_a_compiled_module_of_another_version_is_refused(version, told):
+    command = [sys.executable, "-c", OLD, version]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    line = (
+        f"there/_C.so: was built with fastckpt {told}, this is {fastckpt.__version__}; build it again "
+        "(python setup.py build_ext --inplace), or install the package again"
+    )
     assert (done.returncode, done.stderr) == (4, f"fastckpt: error: {line}\n")
 
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint as Checkpoint
-    from .doors.describe import Inspection as Inspection
-    from .doors.describe import inspect as inspect
     from .doors.difference import Diff as Diff
     from .doors.difference import diff as diff
+    from .doors.inspection import Inspection as Inspection
+    from .doors.inspection import inspect as inspect
     from .dtypes import DType as DType
     from .dtypes import bfloat16 as bfloat16
     from .dtypes import dtype as dtype
@@ -57,8 +57,8 @@ _HOME = {
     "CheckpointManager": "manager.manager",
     "Job": "manager.job",
     "JobRunner": "manager.runner",
-    "Inspection": "doors.describe",
-    "inspect": "doors.describe",
+    "Inspection": "doors.inspection",
+    "inspect": "doors.inspection",
     "Diff": "doors.difference",
     "diff": "doors.difference",
     "DType": "dtypes",

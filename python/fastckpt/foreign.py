@@ -1,37 +1,36 @@
 """Serving shards that another program wrote, such as vLLM's sharded_state, as the model they are parts of.
 
-They have no record, so the caller says how they were cut, and shows a checkpoint with the model's names and
-shapes: the base model's, an earlier one, any of the same architecture; no tensor of it is read. Law: every
-tensor of every rank has the name and shape that the layout makes, no rank, file or tensor is missing or left
-over, and the shards hold every element. What cannot be seen from shapes (which of two orders of gate and up)
-is the caller's word.
+They have no record, so the caller says how they were cut, and shows the model's config, or a checkpoint with
+its names and shapes: the base model's, an earlier one, any of the same architecture; no tensor of it is read.
+Law: every tensor of every rank has the name and shape that the layout makes, no rank, file or tensor is
+missing or left over, and the shards hold every element. What cannot be seen from shapes (which of two orders
+of gate and up) is the caller's word.
 """
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
-
-import xxhash
 
 from . import joining, layouts, recipes
 from .checkpoint import JSON, Checkpoint
+from .dtypes import float32
 from .errors import LayoutError, SourceError
 from .extents import is_directory, is_file
 from .layouts import ByRoles, Layout, Naming
 from .placement import Placement
 from .sources import safetensors, served
-from .sources.assembly import assemble, sampled
+from .sources.assembly import assemble, read_json, sampled
 from .sources.options import Options
 from .sources.shards import find_shards
+from .uniting import phantom_of, whole_of
 
 
 def open_shards(
     path: str | os.PathLike[str],
     layout: str | Layout,
-    like: str | os.PathLike[str] | Checkpoint,
+    like: str | os.PathLike[str] | Checkpoint | Mapping[str, JSON],
     *,
     placement: Placement | None = None,
     tp: int = 1,
@@ -40,38 +39,28 @@ def open_shards(
     """The model whose shards lie in `path`, cut by `layout` (by roles) for `placement`, or for `tp` ranks.
 
     `like`: a checkpoint with the names and shapes of the whole model, which gives the config too where `path`
-    has none; `recipe` as in `reshard`. Only headers are read. Raises SourceError where the
-    shards are not what the layout makes of such a model, LayoutError where it cannot cut one, RecipeError."""
+    has none, or a config (a mapping, or the path of a config.json), whose model has the names that the hub
+    gives it; `recipe` as in `reshard`. Only headers are read. Raises SourceError where the shards are not
+    what the layout makes of such a model, LayoutError where it cannot cut one, RecipeError."""
     made = layouts.layout(layout) if isinstance(layout, str) else layout
     if not made.roles:
         raise LayoutError(f"shards of layout {layout} are not read: wanted hf, vllm, rtp_llm or megatron")
     where, grid = os.fspath(path), placement or Placement(tp=tp)
     shards = _read(where, made, grid)
-    model_like = like if isinstance(like, Checkpoint) else joining.open(like)
-    shards = replace(shards, config=shards.config or model_like.config)
-    kinds: dict[str, JSON] = {n: [e.dtype.name, list(e.shape)] for n, e in model_like.entries.items()}
-    phantom = joining.phantom_of(shards, kinds, dict(model_like.aliases))
-    config = shards.config
+    if not isinstance(like, Checkpoint | Mapping):
+        like = read_json(os.fspath(like)) if os.fspath(like).endswith("config.json") else joining.open(like)
+    config = shards.config or like.config if isinstance(like, Checkpoint) else like
     if config is None:
-        raise SourceError(f"{where}: no config.json, nor beside {model_like.path}")
+        raise SourceError(f"{where}: no config.json, nor beside the checkpoint that it is like")
     find = recipes.find(config) if recipe is None else recipes.named(recipe)
-    model, name = find(phantom, config), layout if isinstance(layout, str) else type(layout).__name__
-    entries, aliases, unread = joining.united(
-        shards, phantom, name, joining.over_ranks(partial(made.targets, model), grid)
-    )
-    shaped = [shards.structure, layouts.VERSION, repr(made), repr(grid), model.family, kinds]
-    facts: dict[str, JSON] = {"layout": name, "tied": dict(aliases)}
-    if recipe is not None:
-        facts["recipe"] = recipe
-    return replace(
-        shards,
-        format="served",
-        entries=entries,
-        aliases=aliases,
-        unread=(*shards.unread, *unread),
-        facts=facts,
-        structure=xxhash.xxh3_64_hexdigest(json.dumps([*shaped, dict(config)], sort_keys=True).encode()),
-    )
+    shards = replace(shards, config=config)
+    if isinstance(like, Checkpoint):
+        phantom = phantom_of(shards, {n: (e.dtype, e.shape) for n, e in like.entries.items()}, like.aliases)
+    else:
+        imagined = recipes.imagined(find, config)
+        phantom = phantom_of(shards, {n: (float32, shape) for n, shape in imagined.items()}, {})
+    facts: dict[str, JSON] = {} if recipe is None else {"recipe": recipe}
+    return whole_of(shards, phantom, find(phantom, config), made, grid, facts)
 
 
 def _read(path: str, layout: ByRoles, grid: Placement) -> Checkpoint:

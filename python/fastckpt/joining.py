@@ -1,12 +1,7 @@
 """The way back: the shards of a serving layout as the whole model they were cut from.
 
-A layout is asked again for the targets of every rank, over tensors that have names and shapes and no bytes.
-Each fragment of such a target says which elements of a tensor lie where in the target; read the other way
-round (`inverse`), the tensor is made of the shards. So whatever a layout can write can be read, and no layout
-says how.
-
-Law: a tensor is given back only where the shards hold every element of it; what several ranks hold is taken
-from the first, what a layout padded is dropped. Nothing is read but headers and the record.
+Its record names the layout, its options and the grid; `uniting` reads that layout backwards. Nothing is read
+but headers and the record.
 """
 
 from __future__ import annotations
@@ -14,29 +9,27 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
 import xxhash
 
 from . import layouts, recipes, sources
-from .checkpoint import JSON, Cast, Checkpoint, Entry, Single
+from .checkpoint import JSON, Cast, Checkpoint
 from .collector import paused
 from .digest import digest
 from .dtypes import BY_NAME, DType
 from .errors import SourceError
-from .extents import Buffer, Extent, Extents, content
-from .inverse import Piece, Place, joined, pieces_of
+from .extents import content
 from .layouts import ByRoles
 from .layouts.patterns import Patterns
 from .model import Model
 from .output.manifest import Manifest
 from .placement import Placement
 from .sources.served import SHARDS
-from .stored import strided
 from .target import Target
-from .views import View
+from .uniting import over_ranks, phantom_of, united
 
 TOLD = "cut_from"
 """The record's option that tells what the shards were cut from."""
@@ -108,47 +101,6 @@ def whole(ckpt: Checkpoint, recipe: str | None = None) -> Checkpoint:
     )
 
 
-def united(
-    ckpt: Checkpoint, phantom: Checkpoint, layout: str, targets: Iterable[tuple[int, Target]]
-) -> tuple[dict[str, Entry], dict[str, str], list[str]]:
-    """The tensors of `phantom` made of the shards in `ckpt`, tied names, and what no shard holds.
-
-    `phantom`: names and shapes, an extent a tensor and no bytes; `targets`: what `layout` makes of it, as
-    (rank, target); `ckpt`: the shards' entries, named "rank/name". Raises SourceError where those are others,
-    or do not hold every element of a tensor."""
-    known = dict(zip(phantom.extents, phantom.entries, strict=True))
-    pieces: dict[str, dict[Place, Piece]] = {name: {} for name in phantom.entries}
-    seen: set[str] = set()
-    for rank, target in targets:
-        name = f"{rank}/{target.name}"
-        held = ckpt.entries.get(name)
-        if held is None or held.shape != target.shape:
-            got = "none" if held is None else str(held.shape)
-            raise SourceError(f"{ckpt.path}: {name}: the layout makes {target.shape}, the shard holds {got}")
-        seen.add(name)
-        for view in (target.view, *target.also):
-            for tensor, place, piece in pieces_of(view, ckpt[name], known):
-                pieces[tensor].setdefault(place, piece)
-    unseen = next((name for name in ckpt.entries if name not in seen), None)
-    if unseen is not None:
-        raise SourceError(f"{ckpt.path}: {unseen} is no tensor of layout {layout}")
-    entries: dict[str, Entry] = {}
-    unread: list[str] = []
-    for name, entry in phantom.entries.items():
-        if pieces[name]:
-            view = joined(f"{ckpt.path}: {name}", entry.shape, pieces[name], ckpt.extents)
-            entries[name] = Single(view.shape, view.dtype, partial(_same, view))
-        elif math.prod(entry.shape) == 0:
-            entries[name] = entry
-        else:
-            unread.append(f"{name}: not in the output")
-    return entries, {a: h for a, h in phantom.aliases.items() if h in entries}, unread
-
-
-def _same(view: View) -> View:
-    return view
-
-
 @paused()
 def would_hold(
     ckpt: Checkpoint, manifest: Manifest, layout: ByRoles, dtype: DType
@@ -191,13 +143,6 @@ def _targets(
         raise SourceError(f"{ckpt.path}: layout {name} of {placed.world} ranks cannot be joined")
     model = _model(ckpt, phantom, manifest, recipe)
     return over_ranks(partial(layout.targets, model), placed)
-
-
-def over_ranks(
-    targets: Callable[[Placement], Iterable[Target]], grid: Placement
-) -> Iterator[tuple[int, Target]]:
-    """The targets of every rank of a grid, as (rank, target)."""
-    return ((p.rank, t) for p in grid.ranks() for t in targets(p))
 
 
 def _model(ckpt: Checkpoint, phantom: Checkpoint, manifest: Manifest, recipe: str | None = None) -> Model:
@@ -265,30 +210,22 @@ def _cut_from(ckpt: Checkpoint, manifest: Manifest) -> Checkpoint:
             f"{ckpt.path}: cut by version {version} of the layouts (fastckpt {manifest.record.version}); "
             f"this one knows version {layouts.VERSION}, which may cut elsewhere"
         )
-    return phantom_of(ckpt, _map(source.get("tensors"), ckpt, "tensors"), source.get("aliases"))
+    tensors = _map(source.get("tensors"), ckpt, "tensors")
+    kinds = {name: _kind(f"{ckpt.path}: {name}", said) for name, said in tensors.items()}
+    aliases = _map(source.get("aliases"), ckpt, "aliases")
+    return phantom_of(ckpt, kinds, {a: str(h) for a, h in aliases.items()})
 
 
-def phantom_of(ckpt: Checkpoint, tensors: Mapping[str, JSON], aliases: JSON) -> Checkpoint:
-    """A checkpoint of those tensors (name -> [dtype, shape]) and tied names, with an extent a tensor and no
-    byte behind it. Raises SourceError for what is no dtype or shape."""
-    kinds: dict[str, tuple[DType, tuple[int, ...]]] = {}
-    for name, kind in tensors.items():
-        match kind:
-            case [str(dtype), list(shape)] if dtype in BY_NAME:
-                dims = tuple(n for n in shape if isinstance(n, int) and n >= 0)
-            case _:
-                raise SourceError(f"{ckpt.path}: {name}: {kind!r} is no dtype and shape")
-        if len(dims) != len(shape) or math.prod(dims) > 1 << 62:
-            raise SourceError(f"{ckpt.path}: {name}: {shape} is no shape")
-        kinds[name] = BY_NAME[dtype], dims
-    nowhere = [Buffer(None, 0, math.prod(s) * d.itemsize) for d, s in kinds.values()]
-    extents = Extents(Extent(b, 0, b.nbytes, n) for b, n in zip(nowhere, kinds, strict=True))
-    entries = {
-        name: Single(shape, dtype, partial(strided, extents, k, dtype, shape))
-        for k, (name, (dtype, shape)) in enumerate(kinds.items())
-    }
-    tied = {a: str(h) for a, h in _map(aliases, ckpt, "aliases").items()}
-    return Checkpoint(ckpt.path, "phantom", entries, extents, tied, config=ckpt.config)
+def _kind(where: str, said: JSON) -> tuple[DType, tuple[int, ...]]:
+    """The dtype and shape that a record says. Raises SourceError for what is none."""
+    match said:
+        case [str(dtype), list(shape)] if dtype in BY_NAME:
+            dims = tuple(n for n in shape if isinstance(n, int) and n >= 0)
+        case _:
+            raise SourceError(f"{where}: {said!r} is no dtype and shape")
+    if len(dims) != len(shape) or math.prod(dims) > 1 << 62:
+        raise SourceError(f"{where}: {shape} is no shape")
+    return BY_NAME[dtype], dims
 
 
 def _map(value: JSON, ckpt: Checkpoint, what: str) -> Mapping[str, JSON]:

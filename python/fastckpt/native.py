@@ -18,9 +18,10 @@ else:
     except ImportError:
         _C = None
     else:
-        if (built := getattr(_C, "version", __version__)) != __version__:
+        if (built := getattr(_C, "version", "of a version it does not tell")) != __version__:
             raise DeviceError(
-                f"{_C.__file__}: was built with fastckpt {built}, this is {__version__}; install it again"
+                f"{_C.__file__}: was built with fastckpt {built}, this is {__version__}; build it again "
+                "(python setup.py build_ext --inplace), or install the package again"
             )
 
 __all__ = ["_C"]

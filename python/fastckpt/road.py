@@ -26,7 +26,7 @@ from .planning import plans
 from .planning.batches import LEAF, cut
 from .planning.binding import Binding
 from .planning.plans import Plan
-from .planning.wanted import Wanted
+from .planning.request import Request
 from .quantisation.schemes import Quant
 from .running.runs import Progress, Report, Run, reader_of
 from .sources.memory import stamped
@@ -34,7 +34,7 @@ from .sources.memory import stamped
 if TYPE_CHECKING:
     import torch
 
-    from .running.resident import Ready
+    from .running.gpu_sources import Ready
 
     State = dict[str, torch.Tensor]
     Opened = str | os.PathLike[str] | Checkpoint | Mapping[str, torch.Tensor]
@@ -68,11 +68,11 @@ def plan(
 
     Raises what `reshard` would raise before its first byte."""
     grid = grid_of(tp, placement)
-    wanted = Wanted(
+    request = Request(
         grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size,
         quant=_quant(quant), dense=quant == DENSE, adapter=adapter, apart=apart,
     )  # fmt: skip
-    return plans.draft(open_whole(ckpt, recipe), wanted)
+    return plans.draft(open_whole(ckpt, recipe), request)
 
 
 def reshard(
@@ -107,7 +107,7 @@ def reshard(
     have been given the same values). Without `out`: a dict of tensors a rank
     (one dict with `rank`); with a path: files and a Report; with the caller's tensors (a dict with `rank`,
     else a list of dicts by rank): they are filled in place, and a shape or dtype that differs is an error.
-    `layout`, `config`, `recipe`, `tp_plan`, `vocab_size`, `dtype`, `max_shard_size`: see `Wanted`.
+    `layout`, `config`, `recipe`, `tp_plan`, `vocab_size`, `dtype`, `max_shard_size`: see `Request`.
     `quant`: a scheme of `schemes.SCHEMES`, or a Quant with patterns: matrices are quantised on the way, from
     the values `dtype` gives; NaN and infinity in those are an error always. "none": what is quantised already
     is dequantised, to `dtype`, else to what the config names, else to bfloat16.
@@ -124,7 +124,7 @@ def reshard(
     place = _device(device)
     expect("allow_nonfinite", allow_nonfinite, bool)
     grid = grid_of(tp, placement)
-    wanted = Wanted(
+    request = Request(
         grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size,
         quant=_quant(quant), dense=quant == DENSE, adapter=adapter, apart=apart,
     )  # fmt: skip
@@ -136,7 +136,7 @@ def reshard(
 
     def drafted() -> Plan:
         opened = open_whole(ckpt, recipe)
-        return plans.draft(opened if in_memory else stamped(opened), wanted, in_memory=in_memory)
+        return plans.draft(opened if in_memory else stamped(opened), request, in_memory=in_memory)
 
     planned = run.planned(drafted)
     if out is None:
@@ -169,14 +169,14 @@ def prepare(
 
     Arguments as there; `run()` of the result plans and uploads nothing, and with `quant` waits. Raises as
     `reshard` does, and DeviceError where the checkpoint's tensors do not lie on the device."""
-    from .running import quantised, resident, tensors
+    from .running import gpu_quantising, gpu_sources, tensors
 
     place = _device(device)
     grid = grid_of(tp, placement)
-    wanted = Wanted(grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, quant=_quant(quant))
-    planned = plans.draft(open_whole(ckpt, recipe), wanted, in_memory=True)
+    request = Request(grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, quant=_quant(quant))
+    planned = plans.draft(open_whole(ckpt, recipe), request, in_memory=True)
     binding = Binding.of(planned.extents)
-    if place == "cpu" or not resident.resident(binding):
+    if place == "cpu" or not gpu_sources.resident(binding):
         raise DeviceError(f"prepare: wanted tensors on a GPU as source, device {place!r}; else use reshard")
     states: Sequence[Mapping[str, torch.Tensor]]
     if out is None:
@@ -185,8 +185,8 @@ def prepare(
     else:
         states = _by_rank(out, rank)
         buffers = tensors.matched(planned, states, place)
-    made = (quantised if planned.quantised else resident).prepare(planned, binding, buffers, place)
-    return resident.Ready(tuple(states), made)
+    made = (gpu_quantising if planned.quantised else gpu_sources).prepare(planned, binding, buffers, place)
+    return gpu_sources.Ready(tuple(states), made)
 
 
 def consolidate(
@@ -275,7 +275,7 @@ def consolidation(
     expect("client_state", client_state, Sequence)
     if client_state and weights_key is None:
         raise LayoutError("client_state goes with weights_key: it stands beside the weights in one file")
-    wanted = Wanted(
+    request = Request(
         Placement(),
         layout=Same("safetensors" if safe_serialization else "bin"),
         dtype=dtype,
@@ -285,7 +285,7 @@ def consolidation(
         client_state=_client_state(ckpt, client_state) if client_state else None,
         adapter=adapter,
     )
-    return plans.draft(ckpt, wanted, in_memory=in_memory)
+    return plans.draft(ckpt, request, in_memory=in_memory)
 
 
 def load_into(
@@ -326,12 +326,12 @@ def load_into(
             f"load_into: {unmade[0]} is a buffer on the meta device that checkpoints do not hold "
             f"({len(unmade)} such); make it first, or strict=False leaves it"
         )
-    wanted = Wanted(
+    request = Request(
         grid, rank or 0, layout, config, recipe, tp_plan, vocab_size, held=tensors.dtypes_of(held),
         adapter=adapter,
     )  # fmt: skip
     run = Run(threads, memory, progress)
-    planned = run.planned(lambda: plans.draft(open_whole(ckpt, recipe), wanted, in_memory=True))
+    planned = run.planned(lambda: plans.draft(open_whole(ckpt, recipe), request, in_memory=True))
     made = {t.name for t in planned.tensors}
     again = tensors.apart(held, made, planned.aliases)
     tied = tensors.tied(held, made | again.keys())
@@ -359,7 +359,7 @@ def stream(ckpt: Opened, names: Sequence[str]) -> Iterator[tuple[str, int, memor
     opened = ckpt if isinstance(ckpt, Checkpoint) else joining.open(ckpt)
     # without a structure no plan is kept: this one goes by the names that both sides of a diff have
     only = replace(opened, entries={n: opened.entries[n] for n in names}, aliases={}, structure="")
-    planned = plans.draft(only, Wanted(Placement(), layout=Same()), in_memory=True)
+    planned = plans.draft(only, Request(Placement(), layout=Same()), in_memory=True)
     binding, slots = Binding.of(planned.extents), planned.slots()
     staging = fresh(LEAF)
     target = Buffer(staging, staging.ctypes.data, LEAF)

@@ -10,7 +10,7 @@ import tracemalloc
 import fastckpt
 import pytest
 import torch
-from fastckpt.doors.outline import describe_plan, ranges
+from fastckpt.doors.plan_description import describe_plan, ranges
 from fastckpt.doors.text import counted, said, size
 from fastckpt.errors import SourceError
 from fastckpt.planning.compiling import compile

@@ -11,7 +11,7 @@ import torch
 from fastckpt.errors import DeviceError
 from fastckpt.quantisation.quantising import Quantising
 from fastckpt.quantisation.schemes import SCHEMES, Quant
-from fastckpt.running import quantised
+from fastckpt.running import gpu_quantising
 from safetensors.torch import save_file
 
 PLAN = {"*q_proj.weight": "colwise", "*down_proj.weight": "rowwise", "*": "replicate"}
@@ -48,7 +48,7 @@ def same(held: dict[str, torch.Tensor], world: int, **options: object) -> None:
     """What the GPU makes of weights that lie there, the CPU not asked, is what the CPU makes."""
     wanted = fastckpt.reshard(held, world, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantised, "BAND", 1 << 20)
+        patch.setattr(gpu_quantising, "BAND", 1 << 20)
         patch.setattr(Quantising, "worker", None)
         compare(fastckpt.reshard(there(held), world, device="cuda", **options), wanted)
 

@@ -10,8 +10,8 @@ import torch
 from fastckpt.dtypes import BY_NAME
 from fastckpt.errors import DeviceError, WriteError
 from fastckpt.layouts.same import Same
-from fastckpt.running import crossing
-from fastckpt.running.device import digests
+from fastckpt.running import gpu_transfer
+from fastckpt.running.gpu_sinks import digests
 from safetensors.torch import load_file, save_file
 
 PLAN = {"*.up": "colwise", "*.down": "rowwise", "*": "replicate"}
@@ -126,17 +126,18 @@ def test_from_files_either_way(tmp_path: Path, way: str, monkeypatch: pytest.Mon
 
 
 def test_the_faster_way_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crossing, "LEAST", 1)
-    monkeypatch.setattr(crossing, "SIDE", 512)
-    crossing.faster.cache_clear()
+    monkeypatch.setattr(gpu_transfer, "LEAST", 1)
+    monkeypatch.setattr(gpu_transfer, "SIDE", 512)
+    gpu_transfer.faster.cache_clear()
     held = {"w": torch.randn(1024, 768), "norm": torch.randn(5)}
     for _ in range(2):
         got = fastckpt.reshard(held, rank=0, layout="same", dtype="bfloat16", device="cuda", threads=2)
         compare([got], [fastckpt.reshard(held, rank=0, layout="same", dtype="bfloat16")])
-    assert crossing.faster.cache_info().misses == 1
+    assert gpu_transfer.faster.cache_info().misses == 1
     for turned in (False, True):
-        assert crossing.faster("cuda:0", BY_NAME["float16"], BY_NAME["float32"], turned, 2) in crossing.WAYS
-    crossing.faster.cache_clear()
+        way = gpu_transfer.faster("cuda:0", BY_NAME["float16"], BY_NAME["float32"], turned, 2)
+        assert way in gpu_transfer.WAYS
+    gpu_transfer.faster.cache_clear()
 
 
 def test_an_error_on_the_way_is_raised_and_nothing_travels_on(tmp_path: Path) -> None:

@@ -195,11 +195,11 @@ def logits(name):
     kept = {n: x for n, x in source.state_dict().items() if not n.endswith((".attn.bias", "masked_bias"))}
     if config.get("tie_word_embeddings"):
         kept.pop("lm_head.weight")
-    options = {"spec": "local", "experts": "sequential"}
-    if name in CENTRED:
-        options["zero_centered_gamma"] = "true"
     recipe = gated.RECIPE if name == "gated" else recipes.find(config)
     model = recipe(memory(kept), config)
+    options = {"spec": "local"} | ({"experts": "sequential"} if model.sizes.experts else {})
+    if name in CENTRED:
+        options["zero_centered_gamma"] = "true"
     ours = {
         t.name: torch.from_numpy(read(t.view).view("f4")).reshape(t.shape)
         for t in layout("megatron", options).targets(model, Placement())

@@ -171,7 +171,6 @@ STAGES = [
     ((3, 3, 0, 0), [1, 1, 1]),
     ((3, 3, 2, 0), None),
     ((3, 2, 3, 0), None),
-    ((3, 1, 2, 1), [3]),
 ]
 """(layers, pp, first_stage, last_stage) -> each stage's layers, by get_num_layers_to_build's rule."""
 

@@ -41,9 +41,11 @@ def held(case, **options):
     name, *grid, rank = case.split()
     tp, dp, ep, expert_tp = map(int, grid)
     place = Placement(tp=tp, dp=dp, ep=ep, rank=int(rank))
-    fields = {"experts": "sequential", "expert_tp": str(expert_tp)} | options
+    model, fields = model_of(name), dict(options)
+    if model.sizes.experts:
+        fields = {"experts": "sequential", "expert_tp": str(expert_tp)} | fields
     fields["zero_centered_gamma"] = "true" if name in ("gemma", "gated") else "false"
-    return {t.name: list(t.shape) for t in layout("megatron", fields).targets(model_of(name), place)}
+    return {t.name: list(t.shape) for t in layout("megatron", fields).targets(model, place)}
 
 
 @pytest.mark.parametrize("case", list(GOLDEN["ranks"]))

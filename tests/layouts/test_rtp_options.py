@@ -221,7 +221,7 @@ def test_redundant_experts(grid, places, nodes, held):
     [
         ("deepseek_v3", 13, "6 experts do not fill 13 places of 1 parts on 1 nodes"),
         ("deepseek_v3", 5, "6 experts do not fill 5 places"),
-        ("granite", 8, "granite has no experts for 8 places"),
+        ("granite", 8, "physical_experts=8 wants experts, which granite has not"),
     ],
 )
 def test_places_that_do_not_fit(name, places, message):
@@ -345,5 +345,5 @@ def test_rotary_tables_of_other_kinds_are_refused():
     config, hub, _ = families.made("deepseek_v3")
     config = config | {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}
     for model in (recipes.find(config)(memory(hub), config), model_of("granite")[0]):
-        with pytest.raises(LayoutError, match="rope_positions wants latent attention with plain or YaRN"):
+        with pytest.raises(LayoutError, match="rope_positions=50 wants latent attention with plain or YaRN"):
             shards(model, {"rope_positions": "50"})

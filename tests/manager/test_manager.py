@@ -24,8 +24,8 @@ from fastckpt.manager.coordination import Group
 from fastckpt.manager.loading import Asked, Loaded
 from fastckpt.manager.manager import CheckpointManager
 from fastckpt.manager.metadata import JsonMetadata
+from fastckpt.manager.reporting import CheckpointWarning
 from fastckpt.manager.saving import Disk
-from fastckpt.manager.telling import CheckpointWarning
 from fastckpt.verification.outputs import verify
 from safetensors.torch import load_file
 
@@ -590,14 +590,35 @@ def test_a_fork_has_neither_the_lock_nor_the_save_in_flight(
         manager.close()
 
     def alone() -> None:
-        with manager:
-            manager.save(2, {})
+        with CheckpointManager(tmp_path) as another:
+            another.save(2, {})
 
     assert fork(refused) == 0
     go.set()
     manager.close()
     assert manager.steps() == [0, 1]
     assert fork(alone) == 0 and manager.steps() == [0, 1, 2]
+
+
+def test_a_closed_manager_saves_nothing(tmp_path: Path) -> None:
+    """What is left to it is to look at what there is."""
+    with CheckpointManager(tmp_path, async_save=True) as manager:
+        manager.save(1, {"w": torch.ones(3)})
+    uses: list[Callable[[], object]] = [
+        lambda: manager.save(2, {"w": torch.ones(3)}),
+        lambda: manager.restore(1),
+        manager.resume_step,
+        manager.gc,
+        lambda: manager.rewind(0),
+        lambda: manager.publish(1, layout="same", to=tmp_path / "served"),
+    ]
+    for use in uses:
+        with pytest.raises(ManagerError, match="this manager is closed; make another one"):
+            use()
+    manager.close()
+    assert manager.steps() == [1] and manager.latest() == 1 and manager.names(1) == ["w"]
+    with CheckpointManager(tmp_path) as another:
+        assert another.save(2, {})
 
 
 def test_async_errors_come_with_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

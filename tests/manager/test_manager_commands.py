@@ -156,6 +156,25 @@ def test_dry_runs_write_nothing(root: Path, tmp_path: Path, capsys: pytest.Captu
     assert not (tmp_path / "out").exists() and not (tmp_path / "served").exists()
 
 
+def test_dry_runs_refuse_what_the_runs_would(root: Path, tmp_path: Path) -> None:
+    for taken in ("out", "served/step-00000001"):
+        (tmp_path / taken).mkdir(parents=True)
+        (tmp_path / taken / "mine").touch()
+    for words in (
+        ("restore", root, tmp_path / "out"),
+        ("publish", root, "--to", tmp_path / "served", "--step", 1, "--layout", "same"),
+    ):
+        for more in ([], ["--dry-run"]):
+            with pytest.raises(WriteError, match="not empty \\(1 entries, mine first\\)"):
+                call(*words, *more)
+    again = ("publish", root, "--to", tmp_path / "again", "--step", 1, "--layout", "same")
+    assert call(*again) == 0
+    assert call(*again, "--dry-run") == 0
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(ManagerError, match="is there already, of another save or made otherwise"):
+            call(*again, "--dtype", "float64", *more)
+
+
 def test_publish_and_back(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     to = tmp_path / "served"
     for step in (1, 3):

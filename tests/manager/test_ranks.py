@@ -17,7 +17,7 @@ from fastckpt.manager import saving
 from fastckpt.manager.coordination import Alone, Group, Meeting, together
 from fastckpt.manager.manager import CheckpointManager
 from fastckpt.manager.pieces import Claim, shared
-from fastckpt.manager.telling import CheckpointWarning
+from fastckpt.manager.reporting import CheckpointWarning
 from fastckpt.verification.outputs import verify
 from safetensors.torch import load_file
 

@@ -13,7 +13,7 @@ import torch
 from fastckpt.errors import ManagerError, WriteError
 from fastckpt.manager.manager import CheckpointManager
 from fastckpt.manager.remote import default_scratch
-from fastckpt.manager.telling import CheckpointWarning
+from fastckpt.manager.reporting import CheckpointWarning
 from fastckpt.manager.uploaders import FsspecDirectory
 
 fsspec = pytest.importorskip("fsspec")

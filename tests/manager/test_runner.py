@@ -14,8 +14,8 @@ import torch
 from fastckpt.errors import ManagerError, SourceError, WriteError
 from fastckpt.manager.job import Context, Job, epoch_limiter, task
 from fastckpt.manager.manager import CheckpointManager
+from fastckpt.manager.reporting import CheckpointWarning
 from fastckpt.manager.runner import JobRunner
-from fastckpt.manager.telling import CheckpointWarning
 from fastckpt.manager.uploaders import LocalDirectory, Uploader
 from fastckpt.verification.outputs import verify
 

@@ -11,7 +11,7 @@ import pytest
 from fastckpt.extents import Buffer
 from ptx.launches import copies
 from ptx.memory import Global
-from test_resident import cut, launched
+from running.test_gpu_sources import cut, launched
 
 pytest.importorskip("fastckpt._C", reason="the compiled module is not built")
 pytestmark = pytest.mark.skipif(

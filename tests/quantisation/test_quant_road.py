@@ -16,7 +16,7 @@ from fastckpt.errors import LayoutError, SourceError, WriteError
 from fastckpt.executors import pick
 from fastckpt.executors.cpu import built
 from fastckpt.planning import plans
-from fastckpt.quantisation import quantising, quantplan, rounding
+from fastckpt.quantisation import quantised_targets, quantising, rounding
 from fastckpt.quantisation.schemes import SCHEMES, Quant
 from fastckpt.reader import Mapped, Positioned
 from fastckpt.running import runs
@@ -256,7 +256,7 @@ def test_what_fits_the_cache_is_read_once(tmp_path, monkeypatch, scheme):
     fastckpt.reshard(tensors, layout="same", out=tmp_path / "in")
     digests = []
     for size, scanned in ((2**21, 0), (1, 2 * 7200 + 4 * stack.numel())):
-        monkeypatch.setattr(quantplan, "DENSE_BYTES", size)
+        monkeypatch.setattr(quantised_targets, "DENSE_BYTES", size)
         out = tmp_path / f"{size}"
         report = fastckpt.reshard(tmp_path / "in", layout="same", quant=scheme, out=out, threads=2)
         assert report.bytes_scanned == scanned

@@ -1,5 +1,5 @@
-"""PEFT adapters (LoRA): what their config and names mean, and how they are merged into a base. `apart` keeps
-them apart instead.
+"""PEFT adapters (LoRA): what their config and names mean, and how they are merged into a base.
+`adapter_shards` keeps them apart instead.
 
 An adapter holds two thin matrices for some modules of a base, A [rank, inputs] and B [outputs, rank]. The
 module's weight becomes W + scale * B @ A (`lowrank` says exactly how), with scale = lora_alpha / rank, or
@@ -27,7 +27,8 @@ from ..errors import SourceError, near
 from ..extents import Extents
 from ..sources import peft
 from ..views import ZERO, View
-from .lowrank import LowRank, nowhere, pitched
+from .lowrank import LowRank
+from .nowhere import nowhere, pitched
 
 PREFIX = "base_model.model."
 """What PEFT puts before every name of the base."""

@@ -203,7 +203,9 @@ def _rank(p: argparse.ArgumentParser) -> None:
 
 
 def _run(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    p.add_argument(
+        "--dry-run", action="store_true", help="print the plan, or why OUT is refused; write nothing"
+    )
     p.add_argument("--overwrite", action="store_true", help="replace an existing output, in one step")
     p.add_argument("--no-fsync", action="store_false", dest="durable", help="do not wait for the disk")
     _memory(p)

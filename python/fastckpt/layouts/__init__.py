@@ -11,18 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
-from typing import (
-    TYPE_CHECKING,
-    ClassVar,
-    Literal,
-    Protocol,
-    TypeAlias,
-    TypeGuard,
-    get_args,
-    get_origin,
-    get_type_hints,
-    runtime_checkable,
-)
+from typing import ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints, runtime_checkable
 
 from ..checkpoint import Checkpoint
 from ..errors import LayoutError
@@ -31,15 +20,6 @@ from ..placement import Placement
 from ..target import Target
 from .naming import Naming
 from .patterns import Patterns
-
-if TYPE_CHECKING:
-    from .hf import Hf
-    from .megatron import Megatron
-    from .rtp_llm import RtpLlm
-    from .same import Same
-    from .vllm import Vllm
-
-    Ours: TypeAlias = Same | Hf | Vllm | RtpLlm | Megatron
 
 __all__ = [
     "LAYOUTS", "VERSION", "Adapts", "ByNames", "ByRoles", "Layout", "Naming", "Patterns", "Resizes", "layout",
@@ -116,20 +96,20 @@ def layout(name: str, options: Mapping[str, str] | None = None) -> Layout:
     Booleans are "true" or "false". Raises LayoutError naming the layouts, options or values there are."""
     if name not in LAYOUTS:
         raise LayoutError(f"no layout {name!r}; known: {', '.join(LAYOUTS)}")
-    kind, fields = _kind(name), _fields(name)
+    fields = _fields(name)
     values: dict[str, bool | int | str] = {}
     for key, text in (options or {}).items():
         if key not in fields:
             raise LayoutError(f"layout {name} has no option {key!r}; known: {', '.join(fields) or 'none'}")
         values[key] = _parsed(f"layout {name}: {key}", text, fields[key])
-    make: Callable[..., Layout] = kind
+    make: Callable[..., Layout] = _kind(name)
     return make(**values)
 
 
-def _kind(name: str) -> type[Ours]:
+def _kind(name: str) -> type:
     """The class of a layout."""
     module, _, kind = LAYOUTS[name].partition(".")
-    found: type[Ours] = getattr(import_module(f".{module}", __name__), kind)
+    found: type = getattr(import_module(f".{module}", __name__), kind)
     return found
 
 
@@ -149,17 +129,12 @@ def name_of(kind: type) -> str | None:
 
 def options_of(made: Layout) -> dict[str, str]:
     """The options that differ from the defaults, as `layout` reads them; {} for a layout not in LAYOUTS."""
-    if not _ours(made):
+    kind: type = type(made)
+    if all(name_of(base) is None for base in kind.__mro__):  # a user's own may be derived from one of ours
         return {}
-    fields = {
-        f.name: getattr(made, f.name) for f in dataclasses.fields(made) if f.default != getattr(made, f.name)
-    }
-    return {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in fields.items()}
-
-
-def _ours(made: Layout) -> TypeGuard[Ours]:
-    """Whether it is of a class of LAYOUTS, or of one that a user derived from it."""
-    return any(name_of(kind) is not None for kind in type(made).__mro__)
+    found = [(f.name, getattr(made, f.name), f.default) for f in dataclasses.fields(kind)]
+    changed = {name: value for name, value, default in found if value != default}
+    return {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in changed.items()}
 
 
 def _parsed(where: str, text: str, kind: object) -> bool | int | str:

@@ -6,8 +6,9 @@ Everything is in the model's own form: a Linear is [out, in]. Sizes that do not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,12 +20,33 @@ from ..stored import constant
 from ..target import Target
 from ..views import View, cat
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 
 def require_least(layout: str, made: object, least: int, *options: str) -> None:
     """Raises LayoutError where one of these options of a layout is less than `least`."""
     for name in options:
         if getattr(made, name) < least:
             raise LayoutError(f"layout {layout}: {name} must be at least {least}, got {getattr(made, name)}")
+
+
+Subjects = Mapping[str, tuple[Callable[[], bool], str]]
+"""Option -> whether the model and the placement have what it speaks of; what that is, for the message."""
+
+
+def require_subjects(layout: str, made: DataclassInstance, subjects: Subjects) -> None:
+    """Raises LayoutError for an option that is not as by default where it could not change anything.
+
+    Options that allow something (`pad`, `replicate_kv`), or ask for a size that may hold already, are not
+    among `subjects`."""
+    for option in fields(made):
+        value = getattr(made, option.name)
+        if value != option.default and option.name in subjects:
+            there, wanted = subjects[option.name]
+            if not there():
+                said = str(value).lower() if isinstance(value, bool) else value
+                raise LayoutError(f"layout {layout}: {option.name}={said} wants {wanted}")
 
 
 def require_tensor_parallel(layout: str, placement: Placement) -> None:

@@ -29,6 +29,7 @@ from .cuts import (
     require_even,
     require_heads,
     require_least,
+    require_subjects,
 )
 from .naming import Naming, hub
 from .servers import Share
@@ -69,6 +70,10 @@ class Megatron:
         do not divide by tp, layers by pp, experts by ep, an expert's width by expert_tp, kv heads neither
         divide nor are shared evenly, and for a dp that the experts do not need; and for a role this layout
         has no name for."""
+        experts = lambda: model.sizes.experts > 0, f"experts, which {model.family} has not"
+        stages = lambda: placement.pp > 1, f"pp above 1, got {placement.pp}"
+        subjects = {"experts": experts, "expert_tp": experts, "first_stage": stages, "last_stage": stages}
+        require_subjects("megatron", self, subjects)
         self._require_even(model.sizes, placement)
         stage = self._stage(len(model.layers), placement)
         if model.encoder is not None:

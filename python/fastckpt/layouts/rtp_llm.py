@@ -21,11 +21,11 @@ from ..model import Layer, Mla, Model
 from ..placement import Placement
 from ..stored import constant
 from ..target import Target
-from .cuts import require_even, require_heads, require_least
+from .cuts import require_even, require_heads, require_least, require_subjects
 from .naming import Naming
 from .rtp_lora import Lookup, layer_pairs
 from .rtp_merge import slopes
-from .rtp_roles import Making, Whole, layer_weights, norm
+from .rtp_roles import Making, Whole, layer_weights, norm, of_one_scale, of_w13
 from .rtp_rope import cos_sin_cache
 from .rtp_split import SPLITS, Cut, phy2log
 from .rtp_weights import FACTORS, FP32, NAMES, TABLES
@@ -99,6 +99,7 @@ class RtpLlm:
         return Making(self.absorb, self.w13, self.split_rope, self.one_scale)
 
     def _cut(self, model: Model, placement: Placement) -> Cut:
+        self._require_subjects(model)
         ffn = self.ffn_tp or placement.tp
         if placement.tp % ffn:
             raise LayoutError(f"layout rtp_llm: tp {placement.tp} does not divide by ffn_tp {ffn}")
@@ -113,14 +114,31 @@ class RtpLlm:
             stack=self.use_stack_weight,
         )
 
+    def _require_subjects(self, model: Model) -> None:
+        """Raises LayoutError for options that speak of what the model does not have."""
+        sizes, layers, no = model.sizes, model.layers, f", which {model.family} has not"
+        latent = lambda: any(isinstance(x.attention, Mla) for x in layers), f"latent attention{no}"
+        experts = lambda: sizes.experts > 0, f"experts{no}"
+        rope = f"latent attention with plain or YaRN positions{no}"
+        subjects = {
+            "absorb": latent,
+            "split_rope": latent,
+            "rope_positions": (lambda: model.rope is not None, rope),
+            "w13": (lambda: any(map(of_w13, layers)), f"dense blocks of gate and up, in this order{no}"),
+            "ffn_tp": (lambda: bool(sizes.widths.keys() - {sizes.expert_width}), f"dense blocks{no}"),
+            "use_stack_weight": experts,
+            "physical_experts": experts,
+            "nodes": (lambda: self.physical_experts > sizes.experts, "more physical_experts than experts"),
+            "one_scale": (lambda: any(map(of_one_scale, layers)), f"fp8 with one scale a matrix{no}"),
+        }
+        require_subjects("rtp_llm", self, subjects)
+
     def _order(self, model: Model, placement: Placement) -> list[int]:
         """Which expert each place holds."""
         experts = model.sizes.experts
         places = self.physical_experts or experts
         if places == experts:
             return list(range(experts))
-        if not experts:
-            raise LayoutError(f"layout rtp_llm: {model.family} has no experts for {places} places")
         return phy2log(experts, places, placement.ep, self.nodes)
 
     def _require(self, model: Model, cut: Cut, places: int) -> None:
@@ -147,11 +165,6 @@ class RtpLlm:
             if width % count:
                 raise LayoutError(f"layout rtp_llm: {key} {width} does not divide by {what} {count}")
         require_even("rtp_llm", grid, "hidden_size", sizes.hidden)
-        if self.rope_positions and model.rope is None:
-            raise LayoutError(
-                f"layout rtp_llm: rope_positions wants latent attention with plain or YaRN positions, which "
-                f"{model.family} has not"
-            )
         if model.encoder is not None:
             raise LayoutError(f"layout rtp_llm has no place for the encoder of {model.family}")
         for extra in model.carried:

@@ -75,6 +75,19 @@ def layer_weights(
         yield from _mlp(layer.vision.mlp, cut, replace(making, w13=False), "vision_")
 
 
+def of_w13(layer: Layer) -> bool:
+    """Whether `w13` decides how a block of it is stored."""
+    mlp = layer.mlp.shared if isinstance(layer.mlp, Experts) else layer.mlp
+    return mlp is not None and len(mlp_matrices(mlp, Making())) == 2 and mlp.gate is not None
+
+
+def of_one_scale(layer: Layer) -> bool:
+    """Whether `one_scale` requantises any of it: q, k and v, or its experts."""
+    qkv = [layer.attention.q] if isinstance(layer.attention, Attention) else []
+    experts = [layer.mlp.experts[0].up] if isinstance(layer.mlp, Experts) else []
+    return any(_table(x) == "fp8_tensor" for x in (*qkv, *experts))
+
+
 def norm(name: str, role: Norm | None) -> Iterator[Whole]:
     """A norm's factor and, where it has one, its bias; nothing for None."""
     if role is None:

@@ -39,6 +39,7 @@ from .cuts import (
     require_even,
     require_heads,
     require_least,
+    require_subjects,
 )
 from .engines import Form, Renamed, Served, known, served
 from .naming import Naming
@@ -99,6 +100,15 @@ class Vllm:
                 f"engine {self.engine}: what its pipeline stages hold of {model.family} is not known: wanted "
                 f"pp 1, got {placement.pp}"
             )
+        own = (isinstance(x.mlp, Experts) and x.mlp.stacks is None for x in model.layers)
+        require_subjects(
+            "vllm",
+            self,
+            {
+                "experts": (lambda: placement.ep > 1, f"ep above 1, got {placement.ep}"),
+                "gate_up": (lambda: any(own), f"experts of gate and up, which {model.family} has not"),
+            },
+        )
         model = self._padded(model, placement)
         instead = "" if self.pad or model.encoder is not None else PAD
         share = expert_share("vllm", placement, model.sizes, instead)

@@ -13,13 +13,14 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..doors import serving_options
-from ..doors.terminal import Progress, progress
+from ..doors.terminal import progress
 from ..doors.text import columns, counted, harmless, size
 from ..errors import FastckptError, ManagerError, SourceError
 
 if TYPE_CHECKING:
     from ..checkpoint import JSON
     from ..planning.plans import Plan
+    from ..running.runs import Progress
     from .commits import Commit
     from .manager import CheckpointManager
 
@@ -170,7 +171,7 @@ def _gc(manager: CheckpointManager, args: argparse.Namespace) -> int:
 
 def _restore(manager: CheckpointManager, args: argparse.Namespace) -> int:
     from ..road import plan, reshard
-    from ..running.runs import Report
+    from ..running.runs import Report, require_place
 
     step = _step(manager, args)
     opened = manager.open(step, args.rank)
@@ -178,7 +179,9 @@ def _restore(manager: CheckpointManager, args: argparse.Namespace) -> int:
     opened.prove(names)
     state = opened.checkpoint({n: n for n in names}, own=True)
     if args.dry_run:
-        return _show_plan(args, plan(state, layout="same"))
+        planned = plan(state, layout="same")
+        require_place(planned, args.out, None)
+        return _show_plan(args, planned)
     with progress(as_json=args.json, quiet=args.quiet) as bar:  # NaN and all: as it was saved
         report = reshard(state, layout="same", out=args.out, allow_nonfinite=True, progress=bar)
     if not isinstance(report, Report):
@@ -198,21 +201,24 @@ def _restore(manager: CheckpointManager, args: argparse.Namespace) -> int:
 
 
 def _publish(manager: CheckpointManager, args: argparse.Namespace) -> int:
-    from ..road import plan
     from . import publishing
 
     if args.dry_run:
         if args.back is not None:
             raise FastckptError("--dry-run: --back moves a link alone, there is no plan to print")
-        source = publishing.model_of(manager.open(_step(manager, args), 0), args.part)
-        return _show_plan(args, plan(source, **serving_options.shape(args)))
+        step = _step(manager, args)
+        source = publishing.model_of(manager.open(step, 0), args.part)
+        version = os.path.basename(manager.path(step))
+        return _show_plan(
+            args, publishing.rehearsed(source, version, args.to, serving_options.serving(args))
+        )
     if args.back is not None:
         publishing.point(args.to, args.back)
     else:
         with progress(as_json=args.json, quiet=args.quiet) as bar:
             manager.publish(
                 _step(manager, args), to=args.to, part=args.part, allow_nonfinite=args.allow_nonfinite,
-                keep=args.keep, progress=bar, **serving_options.shape(args),
+                keep=args.keep, progress=bar, **serving_options.serving(args),
             )  # fmt: skip
     now, there = publishing.current(args.to), publishing.versions(args.to)
     shown: dict[str, JSON] = {"current": now, "versions": [*there]}
@@ -221,7 +227,7 @@ def _publish(manager: CheckpointManager, args: argparse.Namespace) -> int:
 
 
 def _show_plan(args: argparse.Namespace, planned: Plan) -> int:
-    from ..doors.outline import describe_plan
+    from ..doors.plan_description import describe_plan
 
     found = describe_plan(planned)
     _show(args, [found.text()], found.json())

@@ -28,11 +28,11 @@ from ..errors import ManagerError, SourceError, WriteError
 from ..extents import let_go
 from ..output import syscalls
 from ..output.filesystem import (
+    as_write_errors,
     is_there,
     make_directories,
     remove_tree,
     sync_directory,
-    telling,
     write_file,
 )
 from ..output.manifest import NAME, Manifest
@@ -109,7 +109,7 @@ class Store:
         """Steps with a commit record, ascending; their files are not looked at.
 
         Raises WriteError for a root that is there and cannot be listed: that is not the same as none."""
-        with telling(self.root):
+        with as_write_errors(self.root):
             try:
                 entries = os.listdir(self.root)
             except FileNotFoundError:
@@ -137,7 +137,7 @@ class Store:
         """What stands at a step; None where nothing whole does. Digests are not checked here.
 
         Raises WriteError where that cannot be known."""
-        with telling(self.path(step)):
+        with as_write_errors(self.path(step)):
             try:
                 record = os.stat(os.path.join(self.path(step), NAME))
             except (FileNotFoundError, NotADirectoryError):
@@ -179,7 +179,7 @@ class Store:
 
     def _locked(self) -> int:
         """The lock's file, locked."""
-        with telling(self.root):
+        with as_write_errors(self.root):
             os.makedirs(self.root, exist_ok=True)
             fd = os.open(os.path.join(self.root, LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -208,7 +208,7 @@ class Store:
 
     def begin(self, step: int, token: str) -> None:
         """Make the directory in which a step is made."""
-        with telling(self.saving(step, token)):
+        with as_write_errors(self.saving(step, token)):
             os.mkdir(self.saving(step, token))
 
     def seal(self, step: int, token: str, *, aside: bool) -> Commit:
@@ -223,7 +223,7 @@ class Store:
             raise WriteError(str(e)) from None
         if not made.complete or made.key != token:
             raise WriteError(f"{staged}: is not whole: {len(made.shards)} of {made.world} ranks")
-        with telling(final):
+        with as_write_errors(final):
             if os.path.lexists(final):
                 syscalls.exchange(staged, final)
                 old = self._away(ASIDE if aside else TRASH, step)
@@ -253,7 +253,7 @@ class Store:
             if step == keep or not os.path.isdir(self.path(step)):
                 continue
             away = self._away(TRASH, step)
-            with telling(self.path(step)):
+            with as_write_errors(self.path(step)):
                 os.rename(self.path(step), away)
                 self._sync()
             remove_tree(away)
@@ -264,7 +264,7 @@ class Store:
         """Hide commits without removing them, under names that are no step's."""
         gone = []
         for step in steps:
-            with telling(self.path(step)):
+            with as_write_errors(self.path(step)):
                 os.rename(self.path(step), self._away(ASIDE, step))
             gone.append(step)
         if gone:

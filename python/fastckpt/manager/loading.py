@@ -19,11 +19,11 @@ from ..running.tensors import torch_dtype
 from ..sources.training import engine_directory
 from .commits import Store
 from .coordination import Group, together
-from .fitting import check
 from .opened import Opened, check_files, open_step, own_names
 from .pieces import box_of
 from .saving import Disk, engine_tag
-from .values import MISSING, Builder, Engine, fill, flatten
+from .state_tree import MISSING, Builder, Engine, fill, flatten
+from .template_check import check
 
 
 @dataclass(frozen=True, slots=True)

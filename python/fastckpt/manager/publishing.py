@@ -13,14 +13,14 @@ from contextlib import suppress
 
 from .. import sources
 from ..checkpoint import Checkpoint
-from ..doors.serving_options import Shape
 from ..errors import ManagerError
 from ..extents import is_directory, is_file
-from ..output.filesystem import remove_tree, sync_directory, telling
+from ..output.filesystem import as_write_errors, remove_tree, sync_directory
 from ..output.manifest import NAME, Manifest
 from ..planning.plans import Plan
+from ..planning.request import Serving
 from ..road import plan, reshard
-from ..running.runs import Progress, Report
+from ..running.runs import Progress, Report, require_place
 from ..sources.training import ENGINE, engine_directory, parts_of
 from .opened import Opened, check_files
 
@@ -57,7 +57,7 @@ def publish(
     source: Checkpoint,
     version: str,
     to: str | os.PathLike[str],
-    shape: Shape,
+    serving: Serving,
     *,
     allow_nonfinite: bool = False,
     keep: int | None = None,
@@ -69,13 +69,24 @@ def publish(
     path = os.path.join(root, _checked(version))
     made = None
     if not os.path.exists(os.path.join(path, NAME)):
-        made = reshard(source, allow_nonfinite=allow_nonfinite, out=path, progress=progress, **shape)
+        made = reshard(source, allow_nonfinite=allow_nonfinite, out=path, progress=progress, **serving)
     else:
-        _same(path, plan(source, **shape), source)
+        _same(path, plan(source, **serving), source)
     point(root, version)
     if keep is not None:
         gc(root, keep)
     return made if isinstance(made, Report) else None
+
+
+def rehearsed(source: Checkpoint, version: str, to: str | os.PathLike[str], serving: Serving) -> Plan:
+    """The plan of `publish`, which writes nothing. Raises what `publish` raises before its first byte."""
+    path = os.path.join(os.path.realpath(to), _checked(version))
+    planned = plan(source, **serving)
+    if os.path.exists(os.path.join(path, NAME)):
+        _same(path, planned, source)
+    else:
+        require_place(planned, path, None)
+    return planned
 
 
 def _same(path: str, wanted: Plan, source: Checkpoint) -> None:
@@ -119,7 +130,7 @@ def point(to: str | os.PathLike[str], version: str) -> None:
             f"{root}: no whole version {version!r}; there are {', '.join(versions(root)) or 'none'}"
         )
     staged = os.path.join(root, f".{CURRENT}-{secrets.token_hex(4)}")
-    with telling(os.path.join(root, CURRENT)):
+    with as_write_errors(os.path.join(root, CURRENT)):
         os.symlink(version, staged)
         try:
             os.replace(staged, os.path.join(root, CURRENT))
@@ -137,7 +148,7 @@ def gc(to: str | os.PathLike[str], keep: int) -> list[str]:
     gone = [v for v in versions(root)[:-keep] if v != live]
     for name in gone:
         away = os.path.join(root, f".trash-{name}-{secrets.token_hex(4)}")
-        with telling(os.path.join(root, name)):
+        with as_write_errors(os.path.join(root, name)):
             os.rename(os.path.join(root, name), away)
         remove_tree(away)
     return gone

@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from ..digest import digest
 from ..errors import ManagerError, SourceError, WriteError
-from ..output.filesystem import remove_tree, telling
+from ..output.filesystem import as_write_errors, remove_tree
 from ..output.manifest import NAME, Manifest
 from ..verification.outputs import verify
 from .commits import ASIDE, LATEST, SAVING, TRASH, Commit, Store, whole
@@ -41,7 +41,7 @@ class RemoteStore(Store):
     def _stored(self) -> dict[int, dict[str, int]]:
         """step -> what is stored of it: name -> bytes. Raises WriteError where that cannot be asked."""
         found: dict[int, dict[str, int]] = {}
-        with telling(self.url):
+        with as_write_errors(self.url):
             for path, nbytes in self._far.sizes().items():
                 named = self._spelled.fullmatch(path)
                 if named and path.startswith(f"{self.name(int(named[1]))}/"):
@@ -54,7 +54,7 @@ class RemoteStore(Store):
 
     def manifest(self, step: int) -> Manifest:
         """The record of a step whose files are all there with their sizes. Raises SourceError."""
-        with telling(self.url):
+        with as_write_errors(self.url):
             stored = self._far.sizes(self.name(step))
         return self._checked(step, {n.split("/", 1)[1]: k for n, k in stored.items()})
 
@@ -96,7 +96,7 @@ class RemoteStore(Store):
             if not again and Manifest.read(here).key == wanted.key and verify(self.path(step)).ok:
                 return
         staged = self._away(SAVING, step)
-        with telling(staged):
+        with as_write_errors(staged):
             for name in [*wanted.all_files(), NAME]:
                 path = os.path.join(staged, name)
                 os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -124,14 +124,14 @@ class RemoteStore(Store):
         if self.commit(step) is not None:
             raise ManagerError(f"{self.url}: step {step} stands, and nothing is replaced here in one step")
         self._remove_all(step)  # what a torn upload left
-        with telling(self.path(step)):
+        with as_write_errors(self.path(step)):
             self._clear(step)
         staged = self.saving(step, token)
         try:
             self._uploader.upload(staged, self.name(step))
         except SourceError as e:
             raise WriteError(str(e)) from None
-        with telling(self.path(step)):
+        with as_write_errors(self.path(step)):
             os.rename(staged, self.path(step))
         found = self.commit(step)
         if found is None or found.key != token:
@@ -154,7 +154,7 @@ class RemoteStore(Store):
         return gone
 
     def _remove_all(self, step: int) -> None:
-        with telling(self.url):
+        with as_write_errors(self.url):
             self._far.remove([f"{self.name(step)}/{NAME}"])
             self._far.remove(sorted(self._far.sizes(self.name(step))))
 
@@ -164,7 +164,7 @@ class RemoteStore(Store):
         for step in steps:
             away = os.path.basename(self._away(ASIDE, step))
             name = self.name(step)
-            with telling(self.url):
+            with as_write_errors(self.url):
                 stored = [n.split("/", 1)[1] for n in self._far.sizes(name)]
                 for file in sorted(stored, key=lambda n: n != NAME):
                     self._far.move(f"{name}/{file}", f"{away}/{file}")
@@ -181,7 +181,7 @@ class RemoteStore(Store):
                 self._remove_all(step)
                 gone.append(self.name(step))
         if aside:
-            with telling(self.url):
+            with as_write_errors(self.url):
                 self._far.remove([n for n in self._far.sizes() if n.startswith(ASIDE)])
         return gone
 

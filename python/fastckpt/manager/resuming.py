@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
-from ..checkpoint import JSON
 from ..errors import ManagerError, SourceError
 from . import loading
 from .commits import Store
-from .coordination import Group, together
-from .keeping import Keeping
+from .coordination import Group, by_some, together
 from .loading import Asked
 from .metadata import LOAD, PARTIAL_LOAD
+from .reporting import CheckpointWarning, Reporter
+from .retention import Retention
 from .saving import Disk
 from .standing import Standing
-from .telling import CheckpointWarning, Telling
 
 
 @dataclass(slots=True, eq=False)
@@ -29,14 +29,14 @@ class Resuming:
     store: Store
     group: Group
     disk: Disk
-    keeping: Keeping
-    telling: Telling
+    retention: Retention
+    reporter: Reporter
     step: int | None = None
     names: set[str] | None = None
 
     def restore(self, step: int | None, asked: Asked) -> object:
         """The state of a step, or of the newest valid one. Collective. Raises ManagerError, SourceError."""
-        root, broken, standing = self.store.root, self.keeping.broken, self._standing()
+        root, broken, standing = self.store.root, self.retention.broken, self._standing()
         if step is not None:
             if step not in standing.steps:
                 raise ManagerError(f"{root}: step {step} cannot be restored: {standing.lacking(step)}")
@@ -63,9 +63,9 @@ class Resuming:
             raise ManagerError(
                 f"{self.store.root}: step {user_step} cannot be resumed: {standing.lacking(user_step)}"
             )
-        good = [s for s in standing.steps if s not in self.keeping.broken]
+        good = [s for s in standing.steps if s not in self.retention.broken]
         newest = max(good, default=None)
-        told = together(self.group, "metadata", lambda: self.telling.last(user_step))[0]
+        told = together(self.group, "metadata", lambda: self.reporter.last(user_step))[0]
         if user_step is not None or told is None:
             return newest if user_step is None else user_step
         if not isinstance(told, int) or told not in good:
@@ -93,26 +93,21 @@ class Resuming:
         here = self.store.steps()
         standing = Standing.of(self.store, self.group)
         newest = max(standing.steps, default=-1)
-        for step in (s for s in here if s > newest and s not in self.keeping.broken):
+        for step in (s for s in here if s > newest and s not in self.retention.broken):
             why = standing.lacking(step)
             _warn(f"COMMIT {step} IS BROKEN and passed over for the one before it: {why}", level=5)
         return standing
 
     def _load(self, step: int, asked: Asked) -> object:
         if not self.store.local:
-
-            def bring() -> JSON:
-                if self.disk.coordinator:
-                    self.store.bring(step)
-                return None
-
-            together(self.group, f"bringing step {step}", bring)
+            bring = partial(self.store.bring, step)
+            by_some(self.group, f"bringing step {step}", self.disk.coordinator, bring)
         done = loading.load(self.store, self.group, self.disk, step, asked)
         if asked.names is None:
             self.names, self.step = set(done.saved_names), step
         for note in done.notes:
             _warn(f"step {step}: {note}", level=5)
-        self.telling.done(LOAD if asked.names is None else PARTIAL_LOAD, step, done.seconds, done.nbytes)
+        self.reporter.done(LOAD if asked.names is None else PARTIAL_LOAD, step, done.seconds, done.nbytes)
         return done.value
 
 

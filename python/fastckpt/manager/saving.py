@@ -20,7 +20,7 @@ from ..checkpoint import JSON
 from ..digest import LEAF, combine, digest, digest64
 from ..errors import ManagerError, WriteError
 from ..output.files import safetensors_layout
-from ..output.filesystem import telling
+from ..output.filesystem import as_write_errors
 from ..output.manifest import Origin, Record
 from ..output.writer import Output
 from ..running.pipeline import each
@@ -28,7 +28,7 @@ from ..sources.training import SCHEMA, TABLE, Shared, engine_directory, rank_dir
 from .commits import Commit, Store
 from .coordination import Group, ints, together
 from .pieces import Claim, Piece, Taken, raw, shared
-from .values import Engine
+from .state_tree import Engine
 
 ENGINES = ".engine"
 """Where engines write before their files become part of the commit."""
@@ -258,7 +258,7 @@ class _Save:
             for folder, _, late in os.walk(os.path.join(self.staging, ENGINES), topdown=False):
                 if late:
                     raise WriteError(f"{folder}: {late[0]} came after save_checkpoint had returned")
-                with telling(folder):
+                with as_write_errors(folder):
                     os.rmdir(folder)
             self.store.seal(self.request.step, self.request.token, aside=self.request.aside)
         return None

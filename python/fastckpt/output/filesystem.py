@@ -20,7 +20,7 @@ _TRIES = 100
 
 
 @contextmanager
-def telling(what: str) -> Iterator[None]:
+def as_write_errors(what: str) -> Iterator[None]:
     """Turn an OSError of the file system into a WriteError that says where."""
     try:
         yield
@@ -72,6 +72,13 @@ def refuse_loss(path: str, keep: Iterable[str]) -> None:
         spelled = os.path.realpath(kept), os.path.abspath(kept)
         if any(os.path.commonpath([path, p]) == path for p in spelled):
             raise WriteError(f"{path}: overwriting it would remove {kept}, which this run reads")
+
+
+def standing(path: str) -> str:
+    """The path, or the nearest directory above it that is there. Raises OSError."""
+    while not is_there(path):
+        path = os.path.dirname(path)
+    return path
 
 
 def make_directories(path: str) -> list[str]:

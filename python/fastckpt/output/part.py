@@ -16,12 +16,12 @@ from functools import partial
 from ..errors import SourceError, WriteError
 from ..extents import let_go
 from .filesystem import (
+    as_write_errors,
     locked,
     move_in,
     refuse_loss,
     remove_directories,
     sync_directory,
-    telling,
     write_file,
 )
 from .manifest import NAME, TRACE, Manifest, merged, rank_name, rank_of
@@ -56,9 +56,9 @@ class Part:
         self._lock = -1
         self._numbers = itertools.count(1)  # next() is one step: files may be begun by several threads
 
-    def start(self) -> None:
-        """Refuse a directory that is another plan's, remove what this rank left when it was killed."""
-        with telling(self.path):
+    def refuse(self) -> None:
+        """Raise WriteError for a place that is no directory or another plan's."""
+        with as_write_errors(self.path):
             try:  # one call: another rank that gives up may take the directory away at any moment
                 entries = sorted(os.listdir(self.path))
             except FileNotFoundError:
@@ -85,7 +85,11 @@ class Part:
                 )
         elif entries:
             refuse_loss(self.path, self._keep)
-        with telling(self.path):
+
+    def start(self) -> None:
+        """Refuse a directory that is another plan's, remove what this rank left when it was killed."""
+        self.refuse()
+        with as_write_errors(self.path):
             move_in(self.path, self._claim, self._made)
 
     def stage(self, name: str) -> str:
@@ -105,7 +109,7 @@ class Part:
 
     def commit(self, manifest: Manifest) -> Manifest:
         """Name this rank's files, write its record, and complete the set if it is the last."""
-        with telling(self.path):
+        with as_write_errors(self.path):
             # written now, so that a full disk is found before the old set gives way
             record = self._staged(rank_name(self.rank), manifest)
             self._displace()
@@ -131,7 +135,7 @@ class Part:
             raise WriteError(
                 f"{self.path}: every rank is done, but {missing}; run the rank it belongs to again"
             )
-        with telling(self.path):
+        with as_write_errors(self.path):
             replaced = [e for e in os.listdir(self.path) if e.startswith(f"{TRACE}replaced-")]
             self._remove_old(replaced, whole)
             if self._read(NAME) != whole:

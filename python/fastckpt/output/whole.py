@@ -17,6 +17,7 @@ from ..errors import WriteError
 from ..extents import let_go
 from . import syscalls
 from .filesystem import (
+    as_write_errors,
     is_there,
     locked,
     move_in,
@@ -24,7 +25,6 @@ from .filesystem import (
     remove_directories,
     remove_tree,
     sync_directory,
-    telling,
     write_file,
 )
 from .manifest import NAME, TRACE, Manifest, rank_of
@@ -47,10 +47,10 @@ class Whole:
         self.left = ""
         """The old output, where this user may replace and not remove it."""
 
-    def start(self) -> None:
-        """Refuse what must not be overwritten, remove what dead runs left, make the staging directory."""
+    def refuse(self) -> None:
+        """Raise WriteError for a place that cannot become an output, or must not be overwritten."""
         entries: list[str] = []
-        with telling(self.path):
+        with as_write_errors(self.path):
             if os.path.ismount(self.path):
                 raise WriteError(f"{self.path}: a mount point cannot be renamed; name a directory below it")
             if is_there(self.path):
@@ -70,7 +70,11 @@ class Whole:
                     f"{self.path}: not empty ({len(entries)} entries, {entries[0]} first) and no output of "
                     "fastckpt; only those are overwritten"
                 )
-        with telling(self.parent):
+
+    def start(self) -> None:
+        """Refuse what must not be overwritten, remove what dead runs left, make the staging directory."""
+        self.refuse()
+        with as_write_errors(self.parent):
             mark = f"{os.getpid()}-{os.urandom(4).hex()}"
             self._staging = os.path.join(self.parent, _staging(self.name) + mark)
             move_in(self.parent, partial(os.mkdir, self._staging), self._made)
@@ -82,7 +86,7 @@ class Whole:
     def stage(self, name: str) -> str:
         """The path to write the file `name` at."""
         staged = os.path.join(self._staging, name)
-        with telling(staged):
+        with as_write_errors(staged):
             os.makedirs(os.path.dirname(staged), exist_ok=True)
         return staged
 
@@ -91,7 +95,7 @@ class Whole:
 
     def commit(self, manifest: Manifest) -> Manifest:
         """Make the directory real, in one step, and remove the one it replaces."""
-        with telling(self.path):
+        with as_write_errors(self.path):
             write_file(os.path.join(self._staging, NAME), manifest.text(), self._durable)
             if self._durable:
                 for directory, _, _ in os.walk(self._staging, topdown=False):

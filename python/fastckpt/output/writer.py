@@ -20,11 +20,11 @@ from ..digest import LEAF, Digesting
 from ..errors import WriteError, expect
 from ..extents import inside, pieces_of
 from . import syscalls
-from .endings import Endings
 from .files import FileLayout
-from .filesystem import telling, write_file
+from .filesystem import as_write_errors, standing, write_file
 from .manifest import NAME, TRACE, FileEntry, Manifest, Record, Shard, TensorTable, rank_of
 from .part import Part
+from .signals import Endings
 from .whole import Whole
 
 _EARLY = 1 << 18
@@ -87,7 +87,7 @@ class OutputFile:
         """Close the descriptor."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            with self._output.telling(self.layout.path):
+            with self._output.as_write_errors(self.layout.path):
                 try:
                     if sync:
                         os.fsync(fd)
@@ -95,7 +95,7 @@ class OutputFile:
                     os.close(fd)
 
     def _put(self, offset: int, data: memoryview) -> None:
-        with self._output.telling(self.layout.path):
+        with self._output.as_write_errors(self.layout.path):
             _write_all(self._fd, offset, data)
 
 
@@ -155,10 +155,24 @@ class Output:
     ) -> None:
         self._leave()
 
+    def refuse(self, nbytes: int) -> None:
+        """Raise WriteError where entering or `reserve` would, as far as that shows while nothing is made: not
+        where another run makes this rank, nor where the file system cannot exchange two directories."""
+        self._place.refuse()
+        if self.rank is not None and self.done(self.rank):
+            return
+        with as_write_errors(self.path):
+            directory = self._standing()
+            if not os.path.isdir(directory):
+                raise WriteError(f"{self.path}: {directory} is no directory")
+            if not os.access(directory, os.W_OK | os.X_OK):
+                raise WriteError(f"{self.path}: {directory} cannot be written to")
+        self.reserve(nbytes)
+
     def reserve(self, nbytes: int) -> None:
         """Raise WriteError, before anything is written, where the file system has no room for `nbytes`."""
-        with telling(self.path):
-            s = os.statvfs(self._place.parent if isinstance(self._place, Whole) else self._place.path)
+        with as_write_errors(self.path):
+            s = os.statvfs(self._standing())
         free = s.f_bavail * s.f_frsize
         if s.f_blocks and nbytes > free:  # one without blocks does not tell
             raise WriteError(f"{self.path}: needs {nbytes} bytes, the file system has {free} free")
@@ -180,13 +194,13 @@ class Output:
 
         Raises WriteError where the name is taken or leaves the directory, or the space is not there."""
         staged = self._stage(layout.path)
-        with self.telling(layout.path):
+        with self.as_write_errors(layout.path):
             fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         owner = rank if rank is not None else self.rank or 0
         file = OutputFile(self, layout, owner, fd, staged)
         with self._lock:
             self._open.append(file)
-        with self.telling(f"{layout.path} ({layout.nbytes} bytes)"):
+        with self.as_write_errors(f"{layout.path} ({layout.nbytes} bytes)"):
             syscalls.allocate(fd, layout.nbytes)
             file.begin()
         return file
@@ -205,12 +219,10 @@ class Output:
 
         Raises WriteError where it is not there or lies on another file system."""
         staged = self._stage(name)
-        with telling(f"{os.fspath(path)} as {name}"):
+        with as_write_errors(f"{os.fspath(path)} as {name}"):
             os.rename(path, staged)
-            digesting = Digesting()
             with open(staged, "rb") as f:
-                for piece in iter(lambda: f.read(LEAF), b""):
-                    digesting.add(piece)
+                digesting = Digesting.of(iter(lambda: f.read(LEAF), b""))
                 if self.durable:
                     os.fsync(f.fileno())
         self._place.settle(name, staged)
@@ -234,9 +246,9 @@ class Output:
         self._committed = True
         return result
 
-    def telling(self, name: str) -> AbstractContextManager[None]:
+    def as_write_errors(self, name: str) -> AbstractContextManager[None]:
         """Turn an OSError into a WriteError that names a file of this output."""
-        return telling(os.path.join(self.path, name))
+        return as_write_errors(os.path.join(self.path, name))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -245,6 +257,10 @@ class Output:
         return (f"{left}: the old output, which this user may not remove",) if left else ()
 
     # ---- internals ----
+
+    def _standing(self) -> str:
+        """Where the first thing of this output is made: the nearest directory that is there."""
+        return standing(self._place.parent if isinstance(self._place, Whole) else self._place.path)
 
     def _stage(self, name: str) -> str:
         """Check a file's name, take it, and say where to write."""
@@ -268,7 +284,7 @@ class Output:
                 yield piece
 
         try:
-            with self.telling(name):
+            with self.as_write_errors(name):
                 write_file(staged, told(), self.durable)
         except BaseException:
             self._names.discard(name)

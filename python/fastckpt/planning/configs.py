@@ -11,7 +11,7 @@ from ..dtypes import DType
 from ..dtypes import dtype as dtype_of
 from ..errors import RecipeError, SourceError
 from ..extents import is_directory
-from .wanted import Wanted
+from .request import Request
 
 
 def found(ckpt: Checkpoint, given: str | os.PathLike[str] | Mapping[str, JSON] | None) -> Mapping[str, JSON]:
@@ -45,13 +45,13 @@ def found(ckpt: Checkpoint, given: str | os.PathLike[str] | Mapping[str, JSON] |
 
 
 def text(
-    config: Mapping[str, JSON] | None, wanted: Wanted, changed: Mapping[str, JSON] | None = None
+    config: Mapping[str, JSON] | None, request: Request, changed: Mapping[str, JSON] | None = None
 ) -> bytes | None:
     """The config.json to write in place of the one beside the checkpoint, if another was asked for, or if
     sizes were padded."""
-    if config is None or (wanted.config is None and wanted.vocab_size is None and not changed):
+    if config is None or (request.config is None and request.vocab_size is None and not changed):
         return None
-    told = dict(config) if wanted.vocab_size is None else {**config, "vocab_size": wanted.vocab_size}
+    told = dict(config) if request.vocab_size is None else {**config, "vocab_size": request.vocab_size}
     told |= changed or {}
     return (json.dumps(told, indent=2) + "\n").encode()
 

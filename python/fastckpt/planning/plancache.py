@@ -20,7 +20,7 @@ import xxhash
 from ..checkpoint import JSON, Checkpoint
 from ..dtypes import DTYPES
 from ..placement import Placement
-from ..quantisation.quantplan import Quantised
+from ..quantisation.quantised_targets import Quantised
 from ..quantisation.schemes import Scheme
 from .copies import WORDS, Kept
 from .planned import Names

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..checkpoint import JSON, Checkpoint
 from ..collector import paused
 from ..computed import dequantised
-from ..computed.lowrank import lies_nowhere
+from ..computed.nowhere import lies_nowhere
 from ..dtypes import DType, float8_e4m3fn, float8_e5m2
 from ..errors import LayoutError
 from ..extents import Extent, Extents, pieces_of
@@ -27,17 +27,17 @@ from ..output.files import FileLayout, Specs, safetensors_layout, split
 from ..output.pickling import Wrap
 from ..output.torchzip import torch_layout
 from ..placement import Placement
-from ..quantisation import prequantised, quantplan
-from ..quantisation.quantplan import Expansion, Quantised
+from ..quantisation import prequantised, quantised_targets
+from ..quantisation.quantised_targets import Expansion, Quantised
 from ..target import Target
 from . import configs, copies, plancache
 from .batches import LEAF, Slots
-from .chosen import Chosen, choose
 from .compiling import compiled
 from .copies import Chunk, Kept, Table
 from .plancache import Compiled
 from .planned import Ints, Names, PlannedTensors
-from .wanted import Wanted
+from .request import Request
+from .resolving import Resolved, resolve
 
 KEPT_ROWS = 1 << 18
 """A plan keeps at most this many compiled rows (32 MiB); a larger one is compiled again as it runs."""
@@ -100,46 +100,46 @@ class Plan:
 
 
 @paused()
-def draft(ckpt: Checkpoint, wanted: Wanted, *, in_memory: bool = False) -> Plan:
+def draft(ckpt: Checkpoint, request: Request, *, in_memory: bool = False) -> Plan:
     """The plan for what was asked; `in_memory`: no files are laid out.
 
     Raises RecipeError, LayoutError, ViewError or, for what a file cannot spell, WriteError, before any byte
     of a tensor is read."""
-    chosen = choose(ckpt, wanted)
-    ckpt, placement, expansion = chosen.checkpoint, wanted.placement, chosen.expansion
-    ranks = tuple(range(placement.world)) if wanted.rank is None else (placement.at(wanted.rank).rank,)
+    resolved = resolve(ckpt, request)
+    ckpt, placement, expansion = resolved.checkpoint, request.placement, resolved.expansion
+    ranks = tuple(range(placement.world)) if request.rank is None else (placement.at(request.rank).rank,)
     left_out: dict[str, None] = {}
-    instead = {} if wanted.held is None else _named_instead(chosen.aliases, wanted.held)
-    stream = _stream(chosen, wanted, ranks, instead, left_out)
-    inputs = plancache.inputs(ckpt, placement, chosen.options)
-    table, extents, needed = _kept_or_compiled(chosen, wanted, stream, [inputs, list(ranks)])
+    instead = {} if request.held is None else _named_instead(resolved.aliases, request.held)
+    stream = _stream(resolved, request, ranks, instead, left_out)
+    inputs = plancache.inputs(ckpt, placement, resolved.options)
+    table, extents, needed = _kept_or_compiled(resolved, request, stream, [inputs, list(ranks)])
     made, quantised = table.made, table.quantised
     if expansion is not None:
         expansion.scanned.update(q.name for q in quantised.values() if q.scanned)
     rows = {r: made.of_rank(r) for r in ranks}
     names = {r: [made.names[i] for i in own.tolist()] for r, own in rows.items()}
-    _require_findable(chosen, names, quantised.values())
-    aliases = _present({a: instead.get(h, h) for a, h in chosen.aliases.items()}, names.values())
-    notes = chosen.notes
-    namings = {} if in_memory else {r: chosen.naming(placement.at(r)) for r in ranks}
+    _require_findable(resolved, names, quantised.values())
+    aliases = _present({a: instead.get(h, h) for a, h in resolved.aliases.items()}, names.values())
+    notes = resolved.notes
+    namings = {} if in_memory else {r: resolved.naming(placement.at(r)) for r in ranks}
     one_name = aliases and any(n.single.endswith(".safetensors") for n in namings.values())
     if one_name and (ckpt.config or {}).get("tie_word_embeddings") is not True:
         ties = ", ".join(f"{a} is {h}" for a, h in aliases.items())
         notes += (f"tied, stored under one name, and no config says so: {ties}",)
-    tensors, files, texts = _laid_out(made, rows, namings, aliases, wanted)
+    tensors, files, texts = _laid_out(made, rows, namings, aliases, request)
     return Plan(
         key=plancache.digest([inputs, [], ckpt.headers, *([] if in_memory else _beside(ckpt))]),
         checkpoint=ckpt,
-        layout=chosen.name,
+        layout=resolved.name,
         placement=placement,
         ranks=ranks,
         tensors=tensors,
         files=tuple(file for _, file in files),
         file_ranks=tuple(rank for rank, _ in files),
         texts=tuple(texts),
-        config=configs.quantised(chosen.config, table.config),
+        config=configs.quantised(resolved.config, table.config),
         aliases=aliases,
-        options=chosen.options,
+        options=resolved.options,
         extents=extents,
         stream=stream,
         kept=table.chunks,
@@ -164,17 +164,17 @@ def _named_instead(aliases: Mapping[str, str], held: Mapping[str, DType]) -> dic
 
 
 def _stream(
-    chosen: Chosen,
-    wanted: Wanted,
+    resolved: Resolved,
+    request: Request,
     ranks: Sequence[int],
     instead: Mapping[str, str],
     left_out: dict[str, None],
 ) -> Stream:
     """The targets of these ranks; names that `held` lacks go to `left_out` as they pass."""
-    expansion, held = chosen.expansion, wanted.held
+    expansion, held = resolved.expansion, request.held
 
     def of_rank(rank: int) -> Iterator[tuple[int, Target]]:
-        targets = chosen.targets(wanted.placement.at(rank))
+        targets = resolved.targets(request.placement.at(rank))
         return zip(itertools.repeat(rank), targets if expansion is None else expansion.targets(targets))
 
     def in_turn() -> Iterator[tuple[int, Target]]:
@@ -184,7 +184,7 @@ def _stream(
 
     if held is None:
         return in_turn
-    scaled = any(dequantised.of_matrices(chosen.checkpoint))
+    scaled = any(dequantised.of_matrices(resolved.checkpoint))
     return lambda: _as_held(in_turn(), held, scaled, instead, left_out)
 
 
@@ -225,16 +225,16 @@ def _beside(ckpt: Checkpoint) -> list[JSON]:
 
 
 def _kept_or_compiled(
-    chosen: Chosen, wanted: Wanted, stream: Stream, inputs: list[JSON]
+    resolved: Resolved, request: Request, stream: Stream, inputs: list[JSON]
 ) -> tuple[Compiled, Extents, int]:
     """The tensors and their rows, kept or made now; the table those index; the source bytes they need."""
-    extents, expansion = chosen.checkpoint.extents, chosen.expansion
-    if wanted.held is not None or not chosen.ours or not chosen.checkpoint.structure:
+    extents, expansion = resolved.checkpoint.extents, resolved.expansion
+    if request.held is not None or not resolved.ours or not resolved.checkpoint.structure:
         return _compiled(stream, extents, expansion)
     key = plancache.digest([*inputs, plancache.code()])
     kept = plancache.load(key, len(extents), None if expansion is None else expansion.quant.scheme)
     if kept is not None:
-        own = {name: name for name in chosen.checkpoint.entries}  # one string for both
+        own = {name: name for name in resolved.checkpoint.entries}  # one string for both
         kept.made.names[:] = [own.get(name, name) for name in kept.made.names]
         dense = prequantised.dense_bytes(extents)
         return kept, extents, sum(_needed(k.chunk().rows, dense) for k in kept.chunks or ())
@@ -248,7 +248,7 @@ def _compiled(stream: Stream, extents: Extents, expansion: Expansion | None) -> 
     """Every tensor in order and the rows of all, the table of those, and the source bytes they need."""
     spelled: dict[str, JSON] = {}
     if expansion is not None:
-        spelled = quantplan.quantization_config(expansion.quant, expansion.shapes())
+        spelled = quantised_targets.quantization_config(expansion.quant, expansion.shapes())
     made = Names()
     quantised: dict[int, Quantised] = {}
     kept: list[Kept] | None = []
@@ -304,15 +304,15 @@ def _needed(rows: Table, dense: NDArray[np.float64]) -> int:
 
 
 def _require_findable(
-    chosen: Chosen, names: Mapping[int, Sequence[str]], quantised: Iterable[Quantised]
+    resolved: Resolved, names: Mapping[int, Sequence[str]], quantised: Iterable[Quantised]
 ) -> None:
     """Raises LayoutError for two tensors of one name, and for a quantised one that another shares."""
     for rank, own in names.items():
         if len(set(own)) != len(own):
             twice = Counter(own).most_common(1)[0][0]
-            raise LayoutError(f"layout {chosen.name}: two tensors named {twice} on rank {rank}")
+            raise LayoutError(f"layout {resolved.name}: two tensors named {twice} on rank {rank}")
     for told in quantised:
-        if told.name in chosen.aliases.values():
+        if told.name in resolved.aliases.values():
             raise LayoutError(
                 f"quant: {told.name} is tied to another tensor, which would not find its scales"
             )
@@ -331,7 +331,7 @@ def _laid_out(
     rows: Mapping[int, Ints],
     namings: Mapping[int, Naming],
     aliases: Mapping[str, str],
-    wanted: Wanted,
+    request: Request,
 ) -> tuple[PlannedTensors, list[tuple[int, FileLayout]], list[tuple[int, str, bytes]]]:
     """Where the tensors lie: files and indices of each rank, or in memory, where it has no naming."""
     nbytes, file, offset = made.nbytes(), np.zeros(len(made), np.int64), np.zeros(len(made), np.int64)
@@ -342,7 +342,7 @@ def _laid_out(
         if naming is None:
             file[own], offset[own] = k, np.cumsum(nbytes[own]) - nbytes[own]
             continue
-        laid, index = _files(made.specs(own), naming, aliases, wanted)
+        laid, index = _files(made.specs(own), naming, aliases, request)
         at = {made.names[i]: i for i in own.tolist()}
         for layout in laid:
             placed = np.fromiter((at[name] for name in layout.slots.names), np.int64)
@@ -353,19 +353,19 @@ def _laid_out(
 
 
 def _files(
-    specs: Specs, naming: Naming, aliases: Mapping[str, str], wanted: Wanted
+    specs: Specs, naming: Naming, aliases: Mapping[str, str], request: Request
 ) -> tuple[list[FileLayout], list[tuple[str, bytes]]]:
     """One rank's files and their index."""
     container = os.path.splitext(naming.single)[1]
-    if container == ".safetensors" and (wanted.weights_key or wanted.client_state):
+    if container == ".safetensors" and (request.weights_key or request.client_state):
         raise LayoutError("weights_key and client_state make a training checkpoint: one .bin, no safetensors")
     # A .bin holds both names of a tied pair; safetensors, and so its index, hold one.
-    parts = split(specs, wanted.max_shard_size, naming.file, aliases if container == ".bin" else {})
+    parts = split(specs, request.max_shard_size, naming.file, aliases if container == ".bin" else {})
     folder = f"{naming.directory}/" if naming.directory else ""
     files = []
     for group in parts.groups:
         if container == ".bin":
-            wrap = Wrap(wanted.weights_key, wanted.client_state or {}) if wanted.weights_key else None
+            wrap = Wrap(request.weights_key, request.client_state or {}) if request.weights_key else None
             files.append(torch_layout(folder + group.path, group.tensors, group.aliases, wrap))
         else:
             files.append(
@@ -374,7 +374,7 @@ def _files(
                     group.tensors,
                     naming.metadata,
                     {a: h for a, h in aliases.items() if h in group.tensors.names},
-                    keep_order=not wanted.sorted,
+                    keep_order=not request.sorted,
                 )
             )
     index = [] if naming.index is None or parts.index is None else [(folder + naming.index, parts.index)]

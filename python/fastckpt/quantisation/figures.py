@@ -14,7 +14,7 @@ from ..checkpoint import JSON
 from ..planning.copies import NOTHING, nbytes
 from ..planning.plans import Plan
 from .prequantised import Matrix, owner
-from .quantplan import flat
+from .quantised_targets import flat
 from .rounding import Error
 from .schemes import Scheme
 

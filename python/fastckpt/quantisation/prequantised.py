@@ -3,8 +3,8 @@ are made when they are read.
 
 A layout that fuses, turns or stacks matrices must place their scales too, and it knows how to from sources
 that are quantised already. So the dense checkpoint is made to look like one (for `rtp_llm`, and for vLLM
-where each fused matrix keeps its own scale). `quantplan` is the faster way, for layouts that keep the hub's
-matrices.
+where each fused matrix keeps its own scale). `quantised_targets` is the faster way, for layouts that keep
+the hub's matrices.
 
 Law: an element is the same number however it is asked for; scales are those of the hub's uncut matrix.
 """
@@ -21,13 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint import JSON, Checkpoint, Entry, Single
-from ..computed.lowrank import moved, nowhere, pitched
+from ..computed.nowhere import moved, nowhere, pitched
 from ..dtypes import DType, float16, int32
 from ..errors import LayoutError
 from ..extents import Buffer, Extent, Extents
 from ..stored import constant
 from ..views import View
-from .quantplan import quantization_config
+from .quantised_targets import quantization_config
 from .rounding import DENSE, Error, Floats, amax, error_of, not_finite, quantise, scale_of, stored_zeros
 from .schemes import Quant, Scheme
 
@@ -240,9 +240,10 @@ such a model."""
 
 
 def fits(layout: str, engine: str, ckpt: Checkpoint, quant: Quant) -> bool:
-    """Whether `made` makes the quantised tensors for that layout (else `quantplan` does); `engine`: the
-    version whose names it uses, "" for none. Raises LayoutError where that engine's form of them is not
-    known."""
+    """Whether `made` makes the quantised tensors for that layout (else `quantised_targets` does).
+
+    `engine`: the version whose names it uses, "" for none. Raises LayoutError where that engine's form of
+    them is not known."""
     scheme = quant.scheme
     found = scheme.format in PLACES.get(layout, ())
     if engine and not found:

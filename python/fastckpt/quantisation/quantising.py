@@ -24,7 +24,7 @@ from ..planning.copies import NOTHING, Chunk, Table, item_sizes
 from ..planning.plans import Plan
 from ..reader import Lane, plain
 from ..target import Target
-from .quantplan import DENSE_BYTES, Quantised, flat
+from .quantised_targets import DENSE_BYTES, Quantised, flat
 from .rounding import Bytes, Error, Floats, Zeros, amax, not_finite, quantise, scale_of, stored_zeros
 
 JOB_BYTES = 8 * LEAF
@@ -34,7 +34,7 @@ WIDER = 8
 """Steps at once of what lies turned in memory, so that more of each of its pages is read."""
 
 
-class End(Protocol):
+class Sink(Protocol):
     """Where the bytes of a tensor go, from `offset` on, which is that of a digest leaf."""
 
     def room(self, tensor: int, offset: int, nbytes: int) -> Bytes | None:
@@ -108,17 +108,17 @@ class Job:
 
 
 class _Out:
-    """A job's values on their way to `end`, from offset `at` of a tensor on: made in its memory where it has
+    """A job's values on their way to `sink`, from offset `at` of a tensor on: made in its memory where it has
     room, else in `staging`, from which whole leaves are put."""
 
-    def __init__(self, end: End, tensor: int, at: int, staging: Bytes) -> None:
-        self.end, self.tensor, self.at, self.staging = end, tensor, at, staging
+    def __init__(self, sink: Sink, tensor: int, at: int, staging: Bytes) -> None:
+        self.sink, self.tensor, self.at, self.staging = sink, tensor, at, staging
         self.staged = True  # whether what is made next lies in staging
         self.filled = 0  # bytes of staging that were made and not put yet
 
     def room(self, nbytes: int) -> Bytes:
         """Where the next `nbytes` are to be made; then `take` them."""
-        there = self.end.room(self.tensor, self.at, nbytes)
+        there = self.sink.room(self.tensor, self.at, nbytes)
         self.staged = there is None
         return self.staging[self.filled : self.filled + nbytes] if there is None else there
 
@@ -137,7 +137,7 @@ class _Out:
             self._put(self.filled)
 
     def _put(self, nbytes: int) -> None:
-        self.end.put(self.tensor, self.at, memoryview(self.staging.data)[:nbytes])
+        self.sink.put(self.tensor, self.at, memoryview(self.staging.data)[:nbytes])
         self.at, self.filled = self.at + nbytes, self.filled - nbytes
         self.staging[: self.filled] = self.staging[nbytes : nbytes + self.filled].copy()
 
@@ -233,14 +233,14 @@ class Quantising:
                 largest = np.repeat(one, matrix.shape[-2])
         return _Tensor(number, matrix, scales, np.zeros(scales.shape, np.int8), largest, jobs)
 
-    def worker(self, lane: Lane, end: End) -> Callable[[Job], None]:
+    def worker(self, lane: Lane, sink: Sink) -> Callable[[Job], None]:
         """A worker with staging of its own for dense rows and for values."""
         dense, values = fresh(self.dense), fresh(self.values)
 
         def run(job: Job) -> None:
             tensor, error = job.tensor, Error()
             _, columns = flat(tensor.matrix.shape)
-            out = _Out(end, tensor.number, job.start, values)
+            out = _Out(sink, tensor.number, job.start, values)
             for band in job.bands:
                 n = band.count * columns
                 size = n * tensor.matrix.scheme.bits // 8
@@ -254,7 +254,7 @@ class Quantising:
                 last = tensor.jobs == 0
             if last:
                 for at, array in _beside(tensor):
-                    end.put(at, 0, memoryview(array.reshape(-1).view(np.uint8).data))
+                    sink.put(at, 0, memoryview(array.reshape(-1).view(np.uint8).data))
                 self.errors[tensor.number] = tensor.error
 
         return run

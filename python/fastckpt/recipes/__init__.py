@@ -25,6 +25,7 @@ from . import (
     glm,
     gpt2,
     gpt_oss,
+    imagining,
     jina_bert,
     llama,
     mixtral,
@@ -151,6 +152,15 @@ def model(recipe: Recipe, ckpt: Checkpoint, config: Mapping[str, JSON], vocab_si
     if not isinstance(said, dict):
         return read
     return replace(read, quant_method=_quant_method(said))
+
+
+def imagined(recipe: Recipe, config: Mapping[str, JSON]) -> dict[str, tuple[int, ...]]:
+    """The names and shapes that the hub gives a model of this config, which no file need hold.
+
+    Of names that a checkpoint may have or not there are none. Raises RecipeError."""
+    nothing = imagining.checkpoint()
+    recipe(nothing, config)
+    return {name: entry.shape for name, entry in nothing.entries.items()}
 
 
 def _quant_method(said: Mapping[str, JSON]) -> str:

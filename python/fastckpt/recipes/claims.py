@@ -20,6 +20,7 @@ from ..dtypes import DType
 from ..errors import RecipeError, near
 from ..model import Beside, Embedding, Linear, Norm, Parameter
 from ..views import View
+from .imagining import MOST, Imagined
 from .quantised import Form, Kind, Quantised
 
 
@@ -93,15 +94,16 @@ class Claims:
     """The names of one checkpoint, claimed one by one.
 
     `anchor`: a name that every checkpoint of the family has; where all names have one prefix more, the error
-    says how to strip it. `omitted`: a prefix of the hub's names that this checkpoint leaves out (GPT-2's base
-    model has no `transformer.`). `form`: how its quantised matrices are stored. Raises RecipeError."""
+    says how to strip it. `optional`: a prefix that a checkpoint's names may lack (GPT-2's base model has no
+    `transformer.`). `form`: how its quantised matrices are stored. Raises RecipeError."""
 
     def __init__(
-        self, ckpt: Checkpoint, anchor: str, omitted: str = "", *, form: Quantised | None = None
+        self, ckpt: Checkpoint, anchor: str, optional: str = "", *, form: Quantised | None = None
     ) -> None:
         self.ckpt = ckpt
         self.form = form
-        self._omitted = omitted
+        spelled = any(name.endswith(anchor) for name in (*ckpt.entries, *ckpt.aliases))
+        self._omitted = "" if spelled or self.imagined is not None else optional
         self._claimed: set[str] = set()
         if self._stored(anchor) not in ckpt:
             self._refuse_wrapped(self._stored(anchor))
@@ -117,9 +119,25 @@ class Claims:
     def __contains__(self, name: str) -> bool:
         return self._stored(name) in self.ckpt
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The stored shape of a tensor that must be there."""
+    @property
+    def imagined(self) -> Imagined | None:
+        """The entries of a checkpoint that has whatever it is asked for, None for a real one's."""
+        return self.ckpt.entries if isinstance(self.ckpt.entries, Imagined) else None
+
+    @property
+    def most(self) -> int:
+        """How many tensors there can be at most: a config may say anything."""
+        return len(self.ckpt) if self.imagined is None else MOST
+
+    def missing(self, name: str) -> bool:
+        """Whether a tensor that must be there is not."""
+        return name not in self and self.imagined is None
+
+    def shape(self, name: str, *dims: Dim) -> tuple[int, ...]:
+        """The stored shape of a tensor that must be there; `dims`: its shape where it is imagined."""
         stored = self._stored(name)
+        if self.imagined is not None:
+            self.imagined.want(stored, tuple(d.size for d in dims))
         if stored not in self.ckpt:
             raise RecipeError(
                 f"{self.ckpt.path}: the model needs {stored}, which is not there{near(stored, self.ckpt)}"
@@ -128,7 +146,7 @@ class Claims:
 
     def tensor(self, name: str, *dims: Dim) -> Callable[[], View]:
         """Claims a tensor of that shape; the result builds its view."""
-        got, want = self.shape(name), tuple(d.size for d in dims)
+        got, want = self.shape(name, *dims), tuple(d.size for d in dims)
         stored = self._stored(name)
         if got != want:
             keys = ", ".join(d.key for d in dims)
@@ -171,7 +189,7 @@ class Claims:
 
     def rows(self, name: str, count: int, width: Dim) -> Callable[[], Embedding]:
         """Claims the first `count` vectors of a table. Raises RecipeError where it has fewer."""
-        stored = Dim(self.shape(f"{name}.weight")[0], "rows")
+        stored = Dim(self.shape(f"{name}.weight", Dim(count, "rows"), width)[0], "rows")
         if stored.size < count:
             raise RecipeError(f"{name}.weight has {stored.size} rows, the vocabulary {count}")
         weight = self.tensor(f"{name}.weight", stored, width)
@@ -299,7 +317,7 @@ def vocabulary(
     want = integer(config, key) if vocab_size is None else vocab_size
 
     def rows(name: str, *more: Dim) -> View:
-        stored = claims.shape(name)[0]
+        stored = claims.shape(name, Dim(want, key), *more)[0]
         if vocab_size is None and stored != want:
             raise RecipeError(
                 f"{name} has {stored} rows, config's {key} is {want}; vocab_size= says which to serve"
@@ -312,11 +330,11 @@ def vocabulary(
     if head is None:
         return want, table, Linear(embedding, table.weight), True
     stored = f"{head}.weight"
-    if trained_head is not None and stored not in claims:
+    if trained_head is not None and claims.missing(stored):
         stored = f"{trained_head}.weight"
     bias = rows(head_bias) if head_bias else None
     if not flag(config, "tie_word_embeddings", tied_default):
-        if stored not in claims:
+        if claims.missing(stored):
             raise RecipeError(
                 f"{claims.ckpt.path}: {head}.weight is not there and config's tie_word_embeddings is false"
             )

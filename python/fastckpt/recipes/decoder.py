@@ -186,7 +186,7 @@ def decoder(
     )
     count = integer(config, "num_hidden_layers")
     layers = Layers([layer(f"model.layers.{i}") for i in range(count)])
-    predictions = min(predictions, len(claims.ckpt))  # a config may say anything
+    predictions = min(predictions, claims.most)  # a config may say anything
     further = [f"model.layers.{i}" for i in range(count, count + predictions)]
     further = [name for name in further if f"{name}.eh_proj.weight" in claims]
     return Model(

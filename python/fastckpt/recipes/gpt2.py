@@ -21,9 +21,7 @@ PREFIX = "transformer."
 
 def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
     """The model of a GPT-2 checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
-    anchor = f"{PREFIX}wte.weight"
-    spelled = any(name.endswith(anchor) for name in (*ckpt.entries, *ckpt.aliases))
-    claims = Claims(ckpt, anchor, omitted="" if spelled else PREFIX)
+    claims = Claims(ckpt, f"{PREFIX}wte.weight", PREFIX)
     hidden = dim(config, "n_embd")
     width = Dim(integer(config, "n_inner", 4 * hidden.size), "n_inner or 4 * n_embd")
     heads = Heads.of(hidden, dim(config, "n_head"))

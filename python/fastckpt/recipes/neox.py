@@ -137,9 +137,7 @@ def _model(
     ckpt: Checkpoint, config: Mapping[str, JSON], vocab_size: int | None, names: Names, shape: Shape
 ) -> Model:
     hidden, width, heads, prefix = shape.hidden, shape.width, shape.heads, names.prefix
-    anchor = f"{prefix}{names.embedding}.weight"
-    spelled = any(name.endswith(anchor) for name in (*ckpt.entries, *ckpt.aliases))
-    claims = Claims(ckpt, anchor, omitted="" if spelled else prefix)
+    claims = Claims(ckpt, f"{prefix}{names.embedding}.weight", prefix)
     rows = Dim((heads.q + 2 * heads.kv) * heads.dim, "(heads + 2 * kv heads) * head size")
 
     def layer(name: str) -> Callable[[], Layer]:

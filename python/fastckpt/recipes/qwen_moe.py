@@ -30,7 +30,7 @@ def recipe(
     hidden = dim(config, "hidden_size")
     count = dim(config, "num_experts", "num_local_experts")
     width = dim(config, "moe_intermediate_size")
-    sparse = _sparse_layers(config, len(ckpt))
+    sparse = _sparse_layers(config, claims.most)
     widths = {width.key: width.size} if any(sparse) else {}
     gated_shared = kind is QWEN2_MOE
     if gated_shared:

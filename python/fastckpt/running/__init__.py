@@ -1,1 +1,1 @@
-"""A plan run: batches over workers, tensors and GPUs as ends, one run with its report."""
+"""A plan run: batches over workers, tensors and GPUs as sinks, one run with its report."""

@@ -1,4 +1,4 @@
-"""One run of a plan, to any of its ends: files, tensors in memory or on a GPU, digests.
+"""One run of a plan, into any of its sinks: files, tensors in memory or on a GPU, digests.
 
 Law: what a run holds stays within its `Limits`.
 """
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from .. import __version__, joining
 from ..checkpoint import JSON
-from ..computed.lowrank import computed
-from ..computed.merging import Merging, MergingLane
+from ..computed.computing import Computing, ComputingLane
+from ..computed.nowhere import computed
 from ..errors import expect
 from ..executors import pick
 from ..executors.cpu import built
@@ -29,13 +29,13 @@ from ..planning.compiling import compiled
 from ..planning.plans import Plan
 from ..quantisation import figures
 from ..quantisation.prequantised import Matrix
-from ..quantisation.quantising import End, Job, Quantising, Scan
+from ..quantisation.quantising import Job, Quantising, Scan, Sink
 from ..quantisation.rounding import Error, Floats
 from ..reader import GAP, Lane, Mapped, Positioned, Reader
 from ..sources import memory
-from .ends import ToDigests, ToFiles, ToMemory, Worker
 from .limits import STAGE, Limits, recent
 from .pipeline import feed
+from .sinks import ToDigests, ToFiles, ToMemory, Worker
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ class Report:
 
 
 class Run:
-    """One run's clock, limits and counts; a method for each end a plan can have."""
+    """One run's clock, limits and counts; a method for each sink a plan can have."""
 
     def __init__(self, threads: int | None, memory: str | int | None, progress: Progress | None) -> None:
         expect("threads", threads, int, type(None))
@@ -118,33 +118,33 @@ class Run:
 
     def to_digests(self, planned: Plan) -> dict[str, str]:
         """The digest of every tensor of a plan of one rank; nothing is kept."""
-        end = ToDigests(planned.slots())
-        self._copy(planned, lambda lane: end.worker(lane, self.limits.band))
-        found = map("{:016x}".format, end.digests().tolist())
+        sink = ToDigests(planned.slots())
+        self._copy(planned, lambda lane: sink.worker(lane, self.limits.band))
+        found = map("{:016x}".format, sink.digests().tolist())
         return dict(zip(planned.tensors.made.names, found, strict=True))
 
     def _in_memory(self, planned: Plan, buffers: Sequence[Buffer], device: str) -> Report:
         if device == "cpu":
-            end = ToMemory(buffers)
-            self._copy(planned, end.worker, end, apart=True)
+            sink = ToMemory(buffers)
+            self._copy(planned, sink.worker, sink, apart=True)
         else:
             self._on_gpu(planned, buffers, device)
         return self._report(planned, None, {})
 
     def _on_gpu(self, planned: Plan, buffers: Sequence[Buffer], device: str) -> None:
         """Tensors on a GPU: made there where the sources lie there, else sent."""
-        from . import quantised, resident
-        from .device import ToDevice
+        from . import gpu_quantising, gpu_sources
+        from .gpu_sinks import ToDevice
 
         binding = Binding.of(planned.extents)
-        if resident.resident(binding) and (not planned.quantised or quantised.fits(planned)):
+        if gpu_sources.resident(binding) and (not planned.quantised or gpu_quantising.fits(planned)):
             began = time.perf_counter()
             if planned.quantised:
-                made = quantised.prepare(planned, binding, buffers, device)
+                made = gpu_quantising.prepare(planned, binding, buffers, device)
                 self.bytes_scanned += made.bytes_scanned
                 made.run()
             else:
-                resident.prepare(planned, binding, buffers, device).run()
+                gpu_sources.prepare(planned, binding, buffers, device).run()
             self.bytes_read += planned.needed_bytes or 0  # nothing computed lies on a GPU
             self.phases["copy"] = time.perf_counter() - began  # of copies alone: until they were started
         elif planned.quantised:  # by the CPU
@@ -157,18 +157,18 @@ class Run:
 
     def _over_the_bus(self, planned: Plan, buffers: Sequence[Buffer], device: str) -> None:
         """From files and main memory to a GPU, by the faster way."""
-        from . import crossing
+        from . import gpu_transfer
 
         threads, band = self.limits.threads, self.limits.band
         # The GPU's way holds more than `memory` may allow.
-        way = "cpu" if self.limits.spare is not None else crossing.way(planned, device, threads)
-        worker, close = crossing.ends(way, planned.slots(), list(buffers), device, band)
+        way = "cpu" if self.limits.spare is not None else gpu_transfer.way(planned, device, threads)
+        worker, close = gpu_transfer.sinks(way, planned.slots(), list(buffers), device, band)
         try:
             if way == "gpu":
-                limits = Limits(min(threads, crossing.MOST_WORKERS), max(band, crossing.BATCH))
+                limits = Limits(min(threads, gpu_transfer.MOST_WORKERS), max(band, gpu_transfer.BATCH))
                 self._copy(planned, worker, apart=True, limits=limits)
             else:
-                self._copy(planned, worker, stage=crossing.SENT)
+                self._copy(planned, worker, stage=gpu_transfer.SENT)
         finally:  # after an error too: what was sent is on its way into memory that is given up then
             close()
 
@@ -184,18 +184,14 @@ class Run:
         beside: bool = True,
     ) -> Report:
         """Files, real all at once or not at all; a rank that is done already is left as it is."""
-        world = planned.placement.world
-        output = Output(
-            out, key=planned.key, rank=rank, world=world, overwrite=overwrite, durable=durable,
-            keep=_read_from(planned),
-        )  # fmt: skip
+        output = _output(planned, out, rank, durable=durable, overwrite=overwrite)
         with output:
             # What lies in memory is made again: that the sampled bytes are the same does not prove the rest.
             if rank is not None and planned.checkpoint.format != memory.NAME and output.done(rank):
                 done = _digests(output.complete(), planned.ranks)
                 notes = (*planned.notes, f"rank {rank} was done already")
                 return self._report(replace(planned, notes=notes), out, done)
-            output.reserve(sum(f.nbytes for f in planned.files))
+            output.reserve(_nbytes(planned))
             files = [output.create(f, r) for f, r in zip(planned.files, planned.file_ranks, strict=True)]
             sink = ToFiles(planned.slots(), planned.tensors, files, finite=finite)
             give_back()  # what opening and planning freed
@@ -221,7 +217,7 @@ class Run:
         self,
         planned: Plan,
         worker: Callable[[Lane], Worker],
-        end: End | None = None,
+        sink: Sink | None = None,
         *,
         apart: bool = False,
         stage: int = STAGE,
@@ -229,7 +225,7 @@ class Run:
     ) -> None:
         """Every batch of the plan through the readers and the executor.
 
-        `end`: where quantised values go, None where the plan has none; `apart`: batches are cut for memory;
+        `sink`: where quantised values go, None where the plan has none; `apart`: batches are cut for memory;
         `stage`: bytes of a batch from mapped sources, where the band of the run has them; `limits`: the
         threads, and the bytes of every batch, where they are not the run's."""
         largest = self._scan(planned)
@@ -238,7 +234,7 @@ class Run:
         binding, slots = Binding.of(planned.extents), planned.slots()
         quantising = Quantising(planned, slots, largest)
         need = quantising.dense + quantising.values if quantising.dense else 0
-        small = isinstance(end, ToMemory) and (planned.needed_bytes or 0) + planned.output_bytes <= SMALL
+        small = isinstance(sink, ToMemory) and (planned.needed_bytes or 0) + planned.output_bytes <= SMALL
         threads = self.limits.fitting(need) if limits is None else limits.threads
         threads = 1 if small else threads
         total, done = planned.output_bytes, 0
@@ -255,7 +251,7 @@ class Run:
         alone = len(planned.ranks) < planned.placement.world
         with reader_of(planned.extents, binding, alone=alone) as reader:
             step, band = (limits.band, limits.band) if limits else sizes(reader, self.limits.band, stage)
-            by_file = isinstance(reader, Merging)
+            by_file = isinstance(reader, Computing)
 
             def items() -> Iterator[Batch | Job]:
                 for first, chunk in planned.chunks():
@@ -269,7 +265,7 @@ class Run:
                         yield from cut(others, first, rest, binding, stage=step, band=band, thin=LEAF)
 
             lanes = [reader.lane(executor) for _ in range(threads)]
-            runs = [_either(_named(lane, worker(lane)), quantising, lane, end) for lane in lanes]
+            runs = [_either(_named(lane, worker(lane)), quantising, lane, sink) for lane in lanes]
             if small:
                 for item in items():
                     runs[0](item)
@@ -286,7 +282,7 @@ class Run:
         """Enter what the lanes read, and how far what they made lies from its dense values."""
         for lane in lanes:
             self.bytes_read += lane.bytes_read
-            if isinstance(lane, MergingLane):
+            if isinstance(lane, ComputingLane):
                 self.bytes_read -= lane.bytes_scanned
                 self.bytes_scanned += lane.bytes_scanned
                 for key, error in lane.errors.items():
@@ -335,7 +331,7 @@ class Run:
 
 def _named(lane: Lane, worker: Worker) -> Worker:
     """The worker, whose lane is told which file each batch goes to, if it merges."""
-    if not isinstance(lane, MergingLane):
+    if not isinstance(lane, ComputingLane):
         return worker
 
     def run(batch: Batch) -> None:
@@ -346,10 +342,10 @@ def _named(lane: Lane, worker: Worker) -> Worker:
 
 
 def _either(
-    copy: Worker, quantising: Quantising, lane: Lane, end: End | None
+    copy: Worker, quantising: Quantising, lane: Lane, sink: Sink | None
 ) -> Callable[[Batch | Job], None]:
     """One thread's work on what comes: a batch to copy, or a job to quantise."""
-    quantise = None if end is None else quantising.worker(lane, end)
+    quantise = None if sink is None else quantising.worker(lane, sink)
 
     def run(item: Batch | Job) -> None:
         if not isinstance(item, Job):
@@ -358,6 +354,22 @@ def _either(
             quantise(item)
 
     return run
+
+
+def require_place(planned: Plan, out: str, rank: int | None, *, overwrite: bool = False) -> None:
+    """Raises WriteError where `Run.to_files` would before its first byte, as `Output.refuse` does."""
+    _output(planned, out, rank, durable=False, overwrite=overwrite).refuse(_nbytes(planned))
+
+
+def _output(planned: Plan, out: str, rank: int | None, *, durable: bool, overwrite: bool) -> Output:
+    return Output(
+        out, key=planned.key, rank=rank, world=planned.placement.world, overwrite=overwrite, durable=durable,
+        keep=_read_from(planned),
+    )  # fmt: skip
+
+
+def _nbytes(planned: Plan) -> int:
+    return sum(f.nbytes for f in planned.files)
 
 
 def _read_from(planned: Plan) -> list[str]:
@@ -398,9 +410,9 @@ def sizes(reader: Reader, band: int, stage: int) -> tuple[int, int]:
     transposed, `band` at most."""
     if isinstance(reader, Mapped):
         return min(stage, band), band
-    if isinstance(reader, Merging) and reader.dequantises:
+    if isinstance(reader, Computing) and reader.dequantises:
         return min(STAGE, band), min(STAGE, band)
-    if isinstance(reader, (Positioned, Merging)):
+    if isinstance(reader, (Positioned, Computing)):
         return LEAF, LEAF
     return band, band  # on a GPU few large launches are better than many small ones
 
@@ -410,14 +422,14 @@ def reader_of(extents: Extents, binding: Binding, *, alone: bool) -> Reader:
     may read through small gaps. Computed extents are made by a reader over that one; extents on a GPU have
     a reader of their own."""
     if any(isinstance(p, Buffer) and p.device not in ("cpu", COMPUTED) for p in binding.places):
-        from .resident import Resident
+        from .gpu_sources import Resident
 
         return Resident(binding)
 
     def plain(places: Sequence[File | Buffer]) -> Reader:
         return Mapped(places) if built() else Positioned(places, gap=GAP if alone else 0)
 
-    return Merging(extents, binding, plain) if computed(binding.places) else plain(binding.places)
+    return Computing(extents, binding, plain) if computed(binding.places) else plain(binding.places)
 
 
 def _peak_memory() -> int:

@@ -24,16 +24,17 @@ class Source(Protocol):
     def read(self, path: str, options: Options) -> Checkpoint: ...
 
 
-SOURCES = ("training", "served", "zero", "dcp", "peft", "safetensors", "statedict")
-"""The modules tried, in this order: a trainer's directory may hold a ZeRO folder and an exported copy; the
-masters win. Those behind the one that matches are not imported."""
-
-_LOOKED_FOR = (
-    "an output of fastckpt (fastckpt.json), a ZeRO checkpoint (latest, *_model_states.pt), "
-    "a torch distributed checkpoint (.metadata, *.distcp), "
-    "a PEFT adapter (adapter_config.json, adapter_model.*), safetensors (*.safetensors, index), "
-    "a PyTorch state dict (pytorch_model*.bin, index, or one .bin/.pt file)"
-)
+SOURCES = {
+    "training": "",  # a commit of our manager is an output too
+    "served": "an output of fastckpt (fastckpt.json)",
+    "zero": "a ZeRO checkpoint (latest, *_model_states.pt)",
+    "dcp": "a torch distributed checkpoint (.metadata, *.distcp)",
+    "peft": "a PEFT adapter (adapter_config.json, adapter_model.*)",
+    "safetensors": "safetensors (*.safetensors, index)",
+    "statedict": "a PyTorch state dict (pytorch_model*.bin, index, or one .bin/.pt file)",
+}
+"""The modules tried, in this order, and what each looks for: a trainer's directory may hold a ZeRO folder and
+an exported copy; the masters win. Those behind the one that matches are not imported."""
 
 _NOT_YET = (
     ("latest_checkpointed_iteration.txt", "a Megatron checkpoint"),
@@ -78,7 +79,8 @@ def open(
         for source in _sources():
             if source.matches(where):
                 return source.read(where, options)
-        raise SourceError(f"{where}: {_what_it_is(where)}; looked for {_LOOKED_FOR}")
+        looked_for = ", ".join(filter(None, SOURCES.values()))
+        raise SourceError(f"{where}: {_what_it_is(where)}; looked for {looked_for}")
     except OSError as e:  # a directory that may not be listed, a file that goes away meanwhile
         raise SourceError(f"{e.filename or where}: {e.strerror}") from None
 

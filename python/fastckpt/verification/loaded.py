@@ -18,7 +18,7 @@ from ..layouts import Layout
 from ..output.manifest import NAME, Manifest, Shard
 from ..placement import Placement
 from ..planning import plans
-from ..planning.wanted import Wanted
+from ..planning.request import Request
 from ..road import grid_of, open_whole
 from ..running import tensors
 from ..running.runs import Progress, Run
@@ -65,12 +65,12 @@ def verify_tensors(
     else:
         if rank is None and grid.world > 1:
             raise LayoutError(f"verify_tensors: say which of the {grid.world} ranks these are (rank=)")
-        wanted = Wanted(
+        request = Request(
             grid, rank or 0, layout or "same", config, recipe, tp_plan, vocab_size,
             held=tensors.dtypes_of(state),
         )  # fmt: skip
         run = Run(threads, None, progress)
-        planned = run.planned(lambda: plans.draft(open_whole(ckpt, recipe), wanted, in_memory=True))
+        planned = run.planned(lambda: plans.draft(open_whole(ckpt, recipe), request, in_memory=True))
         found = run.to_digests(planned)
         expected = {t.name: (t.dtype.name, t.shape, found[t.name]) for t in planned.tensors}
         expected |= {name: ("", (), "") for name in planned.left_out}
@@ -121,7 +121,7 @@ def digests_of(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     found: dict[str, str] = {}
     for device, mine in on.items():
         if device.type == "cuda":
-            from ..running.device import digests
+            from ..running.gpu_sinks import digests
 
             found |= digests(mine)
         else:
