@@ -400,7 +400,7 @@ def _no_layer(rank, state):
 )  # fmt: skip
 def test_one_thing_wrong(tmp_path, change, told, args):
     run, config, _ = written(tmp_path, tiny.made("llama"), options=OF_TE, change=change, **args)
-    with pytest.raises(SourceError, match=told):
+    with pytest.raises(FastckptError, match=told):
         fastckpt.open(run, config=config)
 
 
