@@ -17,7 +17,7 @@ from fastckpt.checkpoint import Checkpoint, Single
 from fastckpt.computed.lowrank import computed
 from fastckpt.computed.merging import Merging
 from fastckpt.errors import SourceError
-from fastckpt.executors import EXECUTORS
+from fastckpt.executors import pick
 from fastckpt.extents import Buffer, Extent, Extents
 from fastckpt.planning.batches import LEAF, Slots, cut
 from fastckpt.planning.binding import Binding
@@ -132,7 +132,7 @@ def elements(view):
     chunk, extents = compile([Target("x", view)], view.extents)
     binding = Binding.of(extents)
     with Merging(extents, binding, Positioned) as merging:
-        lane = merging.lane(EXECUTORS["torch"]())
+        lane = merging.lane(pick("torch"))
         for batch in cut(chunk, 0, Slots.of([0], [0], [view.nbytes]), binding, stage=LEAF):
             lane.run(batch.rows, [Buffer(out, out.ctypes.data, out.nbytes)])
     return out
