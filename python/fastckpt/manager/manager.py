@@ -250,12 +250,12 @@ class CheckpointManager:
 
         def prepare() -> JSON:
             nonlocal request
+            if stands and not self._store.local:
+                raise ManagerError(f"step {step} stands, and an object store replaces nothing in one step")
             if stands and not overwrite:
                 raise ManagerError(
                     f"{self._store.path(step)}: step {step} is committed already; overwrite=True replaces it"
                 )
-            if stands and not self._store.local:
-                raise ManagerError(f"step {step} stands, and an object store replaces nothing in one step")
             flat = flatten(state)
             self._resuming.compare(step, set(flat.tensors))
             if client_state and not flat.engines:

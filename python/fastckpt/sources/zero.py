@@ -61,7 +61,9 @@ def read(path: str, options: Options) -> Checkpoint:
         return _from_masters(path, opening, first, *models)
     if first is None:
         raise SourceError(f"{files.folder}: no *_optim_states.pt, which hold the masters" + (
-            "; weights='module' reads the 16-bit copy in mp_rank_00_model_states.pt" if files.model else ""
+            "; weights='module' (--weights module) reads the 16-bit copy in mp_rank_00_model_states.pt"
+            if files.model
+            else ""
         ))  # fmt: skip
     kind = "mp_rank_00_model_states.pt" if first.stage != 3 else "zero_pp_rank_0_mp_rank_00_model_states.pt"
     raise SourceError(f"{files.folder}: optimizer files of stage {first.stage or 1}, but no {kind}")
@@ -287,7 +289,7 @@ class _Reading:
         if self.found.lost:
             raise SourceError(
                 f"{self.where}: the weights of {_short(list(self.found.lost))} are in no file "
-                "(exclude_frozen=True leaves them out)"
+                "(exclude_frozen=True, --exclude-frozen-parameters, leaves them out)"
             )
         entries |= self.module(self.found.kept, "frozen")
         return entries | (self._frozen_cut() if at_stage_3 else self.frozen_whole())
