@@ -23,6 +23,10 @@ SPECS: list[Spec] = [
 ]
 
 
+def listing(path: Path) -> list[str]:
+    return sorted(p.name for p in path.iterdir())
+
+
 def data_of(specs: list[Spec], seed: int) -> dict[str, bytes]:
     """Finite values, other ones for every seed."""
     rng = random.Random(seed)

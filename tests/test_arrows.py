@@ -151,9 +151,9 @@ MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["text"] = CORE
 MAY_IMPORT["drawing"] = ()
 MAY_IMPORT["losses"] = (*CORE, "text", "drawing")
-MAY_IMPORT["serving_options"] = (*CORE, "layouts", "schemes")
+MAY_IMPORT["serving_options"] = (*CORE, "layouts", "schemes", "request")
 MAY_IMPORT["manager"] = (*MAY_IMPORT, "plan_description", "terminal", "__init__")
-MAY_IMPORT["terminal"] = (*CORE, "text")
+MAY_IMPORT["terminal"] = (*CORE, "text", "runs")
 MAY_IMPORT["arguments"] = (*CORE, "text", "serving_options", "manager", "__init__")
 SPINE = (*MAY_IMPORT, "__init__", "_C")
 # An engine's plug-in mechanism opens these; nothing here imports them.

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from .doors import serving_options
 from .doors.arguments import UsageError, parser
-from .doors.terminal import Progress, progress
+from .doors.terminal import progress
 from .doors.text import columns, counted, harmless, size
 from .errors import FastckptError, WriteError
 from .output.signals import Endings
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .checkpoint import JSON, Checkpoint
     from .doors.losses import Loss
     from .planning.plans import Plan
-    from .running.runs import Report
+    from .running.runs import Progress, Report
     from .verification.outputs import VerifyReport
 
 INTERRUPTED, UNHEARD = 130, 141
@@ -167,9 +167,9 @@ def _plot(path: str, found: Sequence[Loss]) -> None:
 def _plan(args: argparse.Namespace) -> int:
     from .road import plan
 
-    shape = serving_options.shape(args)
-    rank = _rank(args.rank, shape["placement"])
-    _show_plan(args, plan(_opened(args), rank=rank, **shape), rank)
+    serving = serving_options.serving(args)
+    rank = _rank(args.rank, serving["placement"])
+    _show_plan(args, plan(_opened(args), rank=rank, **serving), rank)
     return 0
 
 
@@ -178,11 +178,11 @@ def _reshard(args: argparse.Namespace) -> int:
 
     if args.dry_run:
         return _plan(args)
-    shape = serving_options.shape(args)
+    serving = serving_options.serving(args)
     with progress(as_json=args.json, quiet=args.quiet) as shown:
         report = reshard(
             _opened(args),
-            rank=_rank(args.rank, shape["placement"]),
+            rank=_rank(args.rank, serving["placement"]),
             allow_nonfinite=args.allow_nonfinite,
             out=args.out,
             durable=args.durable,
@@ -190,7 +190,7 @@ def _reshard(args: argparse.Namespace) -> int:
             memory=args.memory,
             threads=args.threads,
             progress=shown,
-            **shape,
+            **serving,
         )
     _show_report(args, report)
     return 0
@@ -199,7 +199,7 @@ def _reshard(args: argparse.Namespace) -> int:
 def _consolidate(args: argparse.Namespace) -> int:
     from .road import consolidate, consolidation
 
-    shape = dict(
+    shaping = dict(
         safe_serialization=args.safe_serialization,
         max_shard_size=args.max_shard_size,
         dtype=args.dtype,
@@ -208,13 +208,13 @@ def _consolidate(args: argparse.Namespace) -> int:
         adapter=args.adapter,
     )
     if args.dry_run:
-        _show_plan(args, consolidation(_opened(args), **shape))
+        _show_plan(args, consolidation(_opened(args), **shaping))
         return 0
     with progress(as_json=args.json, quiet=args.quiet) as shown:
         report = consolidate(
             _opened(args),
             args.out,
-            **shape,
+            **shaping,
             durable=args.durable,
             overwrite=args.overwrite,
             memory=args.memory,

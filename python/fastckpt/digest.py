@@ -7,6 +7,7 @@ leaves, so that threads and devices can take leaves apart and the result is the 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 from functools import lru_cache
 
 import numpy as np
@@ -62,6 +63,14 @@ class Digesting:
         self.nbytes = 0
         self._leaves: list[int] = []
         self._rest = bytearray()
+
+    @staticmethod
+    def of(pieces: Iterable[bytes]) -> Digesting:
+        """All of these, one after another."""
+        made = Digesting()
+        for piece in pieces:
+            made.add(piece)
+        return made
 
     def add(self, piece: bytes | bytearray) -> None:
         """Take the bytes that come next."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,12 +20,12 @@ from ..errors import ViewError
 from ..joining import open as open_checkpoint
 from ..quantisation.unrounding import unpacked
 from ..road import stream
+from ..running.runs import Progress
 from ..sources.served import SHARDS
 from .text import counted, some
 
 Bytes = NDArray[np.uint8]
 Numbers = NDArray[np.float64] | NDArray[np.complex128]
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)

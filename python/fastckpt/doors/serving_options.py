@@ -7,33 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from ..errors import FastckptError
 from ..placement import Placement
 
 if TYPE_CHECKING:
-    from ..checkpoint import JSON
     from ..layouts import Layout
+    from ..planning.request import Serving
     from ..quantisation.schemes import Quant
-
-
-class Shape(TypedDict):
-    """What servers get of a model: the arguments of `plan` and `reshard` that shape an output."""
-
-    placement: Placement
-    layout: str | Layout
-    config: str | os.PathLike[str] | Mapping[str, JSON] | None
-    recipe: str | None
-    tp_plan: Mapping[str, str] | None
-    vocab_size: int | None
-    dtype: str | None
-    quant: str | Quant | None
-    adapter: str | os.PathLike[str] | None
-    apart: bool
-    max_shard_size: str | int | None
 
 
 def add(p: argparse.ArgumentParser, *, config: str = "beside CHECKPOINT") -> None:
@@ -160,7 +142,7 @@ def placement(args: argparse.Namespace) -> Placement:
     return Placement(tp=args.tp, pp=args.pp, dp=args.dp, ep=args.ep)
 
 
-def shape(args: argparse.Namespace) -> Shape:
+def serving(args: argparse.Namespace) -> Serving:
     """All that was asked for. Raises FastckptError."""
     from ..layouts import layout
 

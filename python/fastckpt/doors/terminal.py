@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-Progress = Callable[[int, int, str], None]
+if TYPE_CHECKING:
+    from ..running.runs import Progress
 
 INTERVAL = 0.2
 """Seconds between two JSON lines of one phase."""

@@ -13,13 +13,14 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..doors import serving_options
-from ..doors.terminal import Progress, progress
+from ..doors.terminal import progress
 from ..doors.text import columns, counted, harmless, size
 from ..errors import FastckptError, ManagerError, SourceError
 
 if TYPE_CHECKING:
     from ..checkpoint import JSON
     from ..planning.plans import Plan
+    from ..running.runs import Progress
     from .commits import Commit
     from .manager import CheckpointManager
 
@@ -212,7 +213,7 @@ def _publish(manager: CheckpointManager, args: argparse.Namespace) -> int:
         source = publishing.model_of(manager.open(step, 0), args.part)
         version = os.path.basename(manager.path(step))
         return _show_plan(
-            args, publishing.rehearsed(source, version, args.to, serving_options.shape(args))
+            args, publishing.rehearsed(source, version, args.to, serving_options.serving(args))
         )
     if args.back is not None:
         publishing.point(args.to, args.back)
@@ -220,7 +221,7 @@ def _publish(manager: CheckpointManager, args: argparse.Namespace) -> int:
         with progress(as_json=args.json, quiet=args.quiet) as bar:
             manager.publish(
                 _step(manager, args), to=args.to, part=args.part, allow_nonfinite=args.allow_nonfinite,
-                keep=args.keep, progress=bar, **serving_options.shape(args),
+                keep=args.keep, progress=bar, **serving_options.serving(args),
             )  # fmt: skip
     now, there = publishing.current(args.to), publishing.versions(args.to)
     shown: dict[str, JSON] = {"current": now, "versions": [*there]}

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,8 @@ from ..errors import (
     ViewError,
     WriteError,
 )
+
+Result = TypeVar("Result")
 
 MEETING = ".fastckpt-meeting"
 """The directory below a root in which ranks without torch.distributed meet."""
@@ -282,6 +284,21 @@ def together(group: Group, what: str, work: Callable[[], JSON], *, at: str = "")
         where = f"rank {rank}: " if group.world > 1 else ""
         raise _KINDS[k](f"{what}: {where}{message}") from error
     return values
+
+
+def by_some(group: Group, what: str, mine: bool, work: Callable[[], Result]) -> Result | None:
+    """Do `work` on the ranks whose `mine` is true; the others wait for it, and share its error as in
+    `together`. This rank's result, None where it did nothing."""
+    result: Result | None = None
+
+    def part() -> JSON:
+        nonlocal result
+        if mine:
+            result = work()
+        return None
+
+    together(group, what, part)
+    return result
 
 
 def ints(values: Sequence[JSON]) -> list[int]:

@@ -11,6 +11,7 @@ import os
 import secrets
 import signal
 import socket
+import threading
 import time
 import warnings
 import weakref
@@ -20,17 +21,17 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 
 from ..checkpoint import JSON
-from ..doors.serving_options import Shape
 from ..errors import ManagerError, WriteError, expect
 from ..layouts import Layout
 from ..placement import Placement
+from ..planning.request import Serving
 from ..quantisation.schemes import Quant
 from ..road import grid_of
 from ..running.runs import Progress, Report
 from ..sources.training import rank_directory
 from . import policies, publishing, saving
 from .commits import Commit, ready
-from .coordination import Group, join, together
+from .coordination import Group, by_some, join, together
 from .loading import Asked
 from .metadata import SAVE, MetadataHandler
 from .opened import Opened, open_step
@@ -145,9 +146,7 @@ class CheckpointManager:
         self._resuming = Resuming(self._store, self._group, self._disk, self._retention, self._reporter)
         self._async = async_save
         self._snapshots = Snapshots()
-        self._process = os.getpid()
-        self._worker: ThreadPoolExecutor | None = None
-        self._flight: Future[None] | None = None
+        self._anew()
         self._unheard: weakref.finalize[..., CheckpointManager] | None = None
         self._last_save = -math.inf
         with suppress(WriteError):  # a root that cannot be reached now may be when something is saved
@@ -169,6 +168,19 @@ class CheckpointManager:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _anew(self) -> None:
+        """Nothing under way in this process."""
+        self._process, self._lock = os.getpid(), threading.RLock()
+        self._worker: ThreadPoolExecutor | None = None
+        self._flight: Future[None] | None = None
+
+    @property
+    def _turn(self) -> threading.RLock:
+        """Whose turn it is: one thread at a time saves, restores or cleans up."""
+        if self._process != os.getpid():  # a fork: the threads and what they do stayed with the parent
+            self._anew()
+        return self._lock
 
     # ---- who ----
 
@@ -230,55 +242,57 @@ class CheckpointManager:
         Raises ManagerError or WriteError on every rank; then the commits that stood still stand."""
         expect("step", step, int)
         expect("metrics", metrics, Mapping, type(None))
-        self._require_open()
-        token = self._voted(step, force)
-        if token is None:
-            return False
-        self.wait()
-        if not self._reachable(step):
-            return False
+        with self._turn:
+            self._require_open()
+            token = self._voted(step, force)
+            if token is None:
+                return False
+            self.wait()
+            if not self._reachable(step):
+                return False
 
-        stands = self.exists(step) and step not in self._retention.broken
-        if self._retention.newest is not None and step < self._retention.newest and not stands:
-            warnings.warn(
-                f"step {step} is older than step {self._retention.newest}, which a resume would take; "
-                "rewind() sets newer commits aside",
-                CheckpointWarning,
-                stacklevel=2,
-            )
-        request: saving.Request | None = None
-
-        def prepare() -> JSON:
-            nonlocal request
-            if stands and not self._store.local:
-                raise ManagerError(f"step {step} stands, and an object store replaces nothing in one step")
-            if stands and not overwrite:
-                raise ManagerError(
-                    f"{self._store.path(step)}: step {step} is committed already; overwrite=True replaces it"
+            stands = self.exists(step) and step not in self._retention.broken
+            if self._retention.newest is not None and step < self._retention.newest and not stands:
+                warnings.warn(
+                    f"step {step} is older than step {self._retention.newest}, which a resume would take; "
+                    "rewind() sets newer commits aside",
+                    CheckpointWarning,
+                    stacklevel=2,
                 )
-            flat = flatten(state)
-            self._resuming.compare(step, set(flat.tensors))
-            if client_state and not flat.engines:
-                raise ManagerError("client_state goes with a DeepSpeed engine; put the values into the state")
-            taken = self._snapshots.take(flat.tensors, copy=self._async)
-            request = saving.Request(
-                step, token, flat.tree, taken, flat.engines, client_state or {},
-                _finite(step, metrics or {}), aside=not stands,
-            )  # fmt: skip
-            return None
+            request: saving.Request | None = None
 
-        together(self._group, f"save of step {step}", prepare, at=token)
-        if request is None:
-            raise ManagerError(f"save of step {step}: nothing was prepared")
-        self._last_save = time.monotonic()
-        if self._async and not request.engines and not self._preempted:
-            if self._worker is None:
-                self._worker = ThreadPoolExecutor(1, "fastckpt-save")
-            self._flight = self._worker.submit(self._finish, self._behind, request)
-            self._unheard = weakref.finalize(self, _warn_of_failure, self._flight)
-        else:
-            self._finish(self._group, request)
-        return True
+            def prepare() -> JSON:
+                nonlocal request
+                if stands and not self._store.local:
+                    said = f"step {step} stands, and an object store replaces nothing in one step"
+                    raise ManagerError(said)
+                if stands and not overwrite:
+                    said = f"step {step} is committed already; overwrite=True replaces it"
+                    raise ManagerError(f"{self._store.path(step)}: {said}")
+                flat = flatten(state)
+                self._resuming.compare(step, set(flat.tensors))
+                if client_state and not flat.engines:
+                    said = "client_state goes with a DeepSpeed engine; put the values into the state"
+                    raise ManagerError(said)
+                taken = self._snapshots.take(flat.tensors, copy=self._async)
+                request = saving.Request(
+                    step, token, flat.tree, taken, flat.engines, client_state or {},
+                    _finite(step, metrics or {}), aside=not stands,
+                )  # fmt: skip
+                return None
+
+            together(self._group, f"save of step {step}", prepare, at=token)
+            if request is None:
+                raise ManagerError(f"save of step {step}: nothing was prepared")
+            self._last_save = time.monotonic()
+            if self._async and not request.engines and not self._preempted:
+                if self._worker is None:
+                    self._worker = ThreadPoolExecutor(1, "fastckpt-save")
+                self._flight = self._worker.submit(self._finish, self._behind, request)
+                self._unheard = weakref.finalize(self, _warn_of_failure, self._flight)
+            else:
+                self._finish(self._group, request)
+            return True
 
     def _voted(self, step: int, force: bool) -> str | None:
         """The token of this save where the policy, `force` or a rank's SIGTERM asks for it; else None."""
@@ -298,7 +312,10 @@ class CheckpointManager:
 
     def _finish(self, group: Group, request: saving.Request) -> None:
         """Commit, tell, and clean: in this order."""
-        done = saving.save(self._store, group, self._disk, request)
+        try:
+            done = saving.save(self._store, group, self._disk, request)
+        finally:
+            self._snapshots.give_back(request.taken)
         self._retention.broken.discard(request.step)
         self._retention.newest = request.step
         self._reporter.done(SAVE, request.step, done.seconds, done.nbytes)
@@ -306,13 +323,15 @@ class CheckpointManager:
 
     def wait(self) -> None:
         """Wait for the save in flight, if any; its error is raised here. Collective in effect."""
-        flight, self._flight = self._flight, None
-        if self._unheard is not None:
-            self._unheard.detach()
-        if self._process != os.getpid():  # a fork: the thread and what it saves stayed with the parent
-            self._process, self._worker = os.getpid(), None
-        elif flight is not None:
-            flight.result()
+        with self._turn:
+            if self._flight is None:
+                return
+            error = self._flight.exception()  # an interrupt ends the waiting, not the save
+            self._flight = None
+            if self._unheard is not None:
+                self._unheard.detach()
+            if error is not None:
+                raise error
 
     def _reachable(self, step: int) -> bool:
         """Whether every rank can reach its checkpoints now; says so where not."""
@@ -358,10 +377,11 @@ class CheckpointManager:
         In both cases the template is as it was, unless its own load_state_dict refused it halfway."""
         expect("step", step, int, type(None))
         expect("names", names, Sequence, type(None))
-        self._require_open()
-        self.wait()
         asked = Asked(None if names is None else tuple(names), allow_missing, template)
-        return self._resuming.restore(step, asked)
+        with self._turn:
+            self._require_open()
+            self.wait()
+            return self._resuming.restore(step, asked)
 
     # ---- what there is ----
 
@@ -418,9 +438,10 @@ class CheckpointManager:
 
         The metadata handler is asked first; an answer that does not stand is passed over with a warning.
         Raises ManagerError where the user's step does not stand. Collective."""
-        self._require_open()
-        self.wait()
-        return self._resuming.resume_step(user_step)
+        with self._turn:
+            self._require_open()
+            self.wait()
+            return self._resuming.resume_step(user_step)
 
     def stats(self) -> tuple[Timing, ...]:
         """What each save, load and partial load of this process took, on every rank."""
@@ -441,9 +462,10 @@ class CheckpointManager:
         """Remove what no policy keeps and what dead saves left; `aside`: also what was set aside.
 
         The steps that went. Collective."""
-        self._require_open()
-        self.wait()
-        return self._retention.gc(self._group, aside=aside)
+        with self._turn:
+            self._require_open()
+            self.wait()
+            return self._retention.gc(self._group, aside=aside)
 
     def surplus(self) -> list[int]:
         """The steps that no policy keeps, which the next cleaning removes. Of this disk alone: where nodes
@@ -454,27 +476,29 @@ class CheckpointManager:
         """Set commits newer than `step` aside, so that it is the newest; the steps that went. Collective.
 
         They keep their bytes under hidden names until `gc(aside=True)`."""
-        self._require_open()
-        self.wait()
-        return self._retention.rewind(self._group, step)
+        with self._turn:
+            self._require_open()
+            self.wait()
+            return self._retention.rewind(self._group, step)
 
     def close(self) -> None:
         """Wait for the save in flight and let go of everything; its error is raised here.
 
         What is collective or writes raises ManagerError from here on; what only looks at commits goes on."""
-        self._closed = True
-        try:
-            self.wait()
-        finally:
-            if self._worker is not None:
-                self._worker.shutdown()
-                self._worker = None
-            self._store.release()
-            self._group.close()
-            self._behind.close()
-            if self._old_handler is not None:
-                signal.signal(signal.SIGTERM, self._old_handler)  # type: ignore[arg-type]
-                self._old_handler = None
+        with self._turn:
+            self._closed = True
+            try:
+                self.wait()
+            finally:
+                if self._worker is not None:
+                    self._worker.shutdown()
+                    self._worker = None
+                self._store.release()
+                self._group.close()
+                self._behind.close()
+                if self._old_handler is not None:
+                    signal.signal(signal.SIGTERM, self._old_handler)  # type: ignore[arg-type]
+                    self._old_handler = None
 
     def _require_open(self) -> None:
         """Raises ManagerError after `close`."""
@@ -515,25 +539,20 @@ class CheckpointManager:
         is as it was then."""
         self._require_open()
         self.wait()
-        shape: Shape = {
+        serving: Serving = {
             "placement": grid_of(tp, placement), "layout": layout, "config": config, "recipe": recipe,
             "tp_plan": tp_plan, "vocab_size": vocab_size, "dtype": dtype, "quant": quant, "adapter": adapter,
             "apart": apart, "max_shard_size": max_shard_size,
         }  # fmt: skip
-        report: Report | None = None
 
-        def work() -> JSON:
-            nonlocal report
-            if self._group.rank == 0:
-                source = publishing.model_of(self.open(step, 0), part)
-                report = publishing.publish(
-                    source, self._store.name(step), to, shape, allow_nonfinite=allow_nonfinite, keep=keep,
-                    progress=progress,
-                )  # fmt: skip
-            return None
+        def work() -> Report | None:
+            source = publishing.model_of(self.open(step, 0), part)
+            return publishing.publish(
+                source, self._store.name(step), to, serving, allow_nonfinite=allow_nonfinite, keep=keep,
+                progress=progress,
+            )  # fmt: skip
 
-        together(self._group, f"publish of step {step}", work)
-        return report
+        return by_some(self._group, f"publish of step {step}", self._group.rank == 0, work)
 
 
 def _warn_of_failure(flight: Future[None]) -> None:

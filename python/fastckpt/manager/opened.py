@@ -178,9 +178,7 @@ def check_files(path: str, names: Sequence[str], files: Mapping[str, FileEntry])
     Raises SourceError for the first that differs."""
     total = 0
     for name in names:
-        digesting = Digesting()
-        for piece in pieces_of(os.path.join(path, name), LEAF):
-            digesting.add(piece)
+        digesting = Digesting.of(pieces_of(os.path.join(path, name), LEAF))
         if digesting.digest() != files[name].digest:
             raise SourceError(f"{path}: {name}: its bytes differ from the commit's digest")
         total += digesting.nbytes

@@ -53,10 +53,12 @@ class Piece:
 
 @dataclass(slots=True)
 class Taken:
-    """A snapshot: the pieces by name, and names that are the same memory as another's."""
+    """A snapshot: the pieces by name, names that are the same memory as another's, and the host buffers that
+    it holds, by name."""
 
     pieces: dict[str, Piece] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +67,8 @@ class Taken:
 
 
 class Snapshots:
-    """Takes tensors to host memory; the host buffers are kept and used again by the next snapshot."""
+    """Takes tensors to host memory. A snapshot has its host buffers to itself until `give_back`: the next one
+    uses them again only then, however the two saves overlap."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
@@ -89,7 +92,7 @@ class Snapshots:
                 continue
             host = local
             if copy or local.device.type != "cpu":
-                host = self._buffer(name, local)
+                host = taken.buffers[name] = self._buffer(name, local)
                 host.copy_(local, non_blocking=True)
                 moved = moved or local.device.type != "cpu"
             dtype = BY_NAME.get(str(local.dtype).removeprefix("torch."))
@@ -100,11 +103,14 @@ class Snapshots:
             torch.accelerator.synchronize()
         return taken
 
+    def give_back(self, taken: Taken) -> None:
+        """The snapshot is no longer needed."""
+        self._buffers, taken.buffers = taken.buffers, {}
+
     def _buffer(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        kept = self._buffers.get(name)
+        kept = self._buffers.pop(name, None)
         if kept is None or kept.shape != like.shape or kept.dtype != like.dtype:
             kept = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.device.type == "cuda")
-            self._buffers[name] = kept
         return kept
 
 

@@ -13,12 +13,12 @@ from contextlib import suppress
 
 from .. import sources
 from ..checkpoint import Checkpoint
-from ..doors.serving_options import Shape
 from ..errors import ManagerError
 from ..extents import is_directory, is_file
 from ..output.filesystem import as_write_errors, remove_tree, sync_directory
 from ..output.manifest import NAME, Manifest
 from ..planning.plans import Plan
+from ..planning.request import Serving
 from ..road import plan, reshard
 from ..running.runs import Progress, Report, require_place
 from ..sources.training import ENGINE, engine_directory, parts_of
@@ -57,7 +57,7 @@ def publish(
     source: Checkpoint,
     version: str,
     to: str | os.PathLike[str],
-    shape: Shape,
+    serving: Serving,
     *,
     allow_nonfinite: bool = False,
     keep: int | None = None,
@@ -69,19 +69,19 @@ def publish(
     path = os.path.join(root, _checked(version))
     made = None
     if not os.path.exists(os.path.join(path, NAME)):
-        made = reshard(source, allow_nonfinite=allow_nonfinite, out=path, progress=progress, **shape)
+        made = reshard(source, allow_nonfinite=allow_nonfinite, out=path, progress=progress, **serving)
     else:
-        _same(path, plan(source, **shape), source)
+        _same(path, plan(source, **serving), source)
     point(root, version)
     if keep is not None:
         gc(root, keep)
     return made if isinstance(made, Report) else None
 
 
-def rehearsed(source: Checkpoint, version: str, to: str | os.PathLike[str], shape: Shape) -> Plan:
+def rehearsed(source: Checkpoint, version: str, to: str | os.PathLike[str], serving: Serving) -> Plan:
     """The plan of `publish`, which writes nothing. Raises what `publish` raises before its first byte."""
     path = os.path.join(os.path.realpath(to), _checked(version))
-    planned = plan(source, **shape)
+    planned = plan(source, **serving)
     if os.path.exists(os.path.join(path, NAME)):
         _same(path, planned, source)
     else:

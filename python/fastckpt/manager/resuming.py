@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
-from ..checkpoint import JSON
 from ..errors import ManagerError, SourceError
 from . import loading
 from .commits import Store
-from .coordination import Group, together
+from .coordination import Group, by_some, together
 from .loading import Asked
 from .metadata import LOAD, PARTIAL_LOAD
 from .reporting import CheckpointWarning, Reporter
@@ -100,13 +100,8 @@ class Resuming:
 
     def _load(self, step: int, asked: Asked) -> object:
         if not self.store.local:
-
-            def bring() -> JSON:
-                if self.disk.coordinator:
-                    self.store.bring(step)
-                return None
-
-            together(self.group, f"bringing step {step}", bring)
+            bring = partial(self.store.bring, step)
+            by_some(self.group, f"bringing step {step}", self.disk.coordinator, bring)
         done = loading.load(self.store, self.group, self.disk, step, asked)
         if asked.names is None:
             self.names, self.step = set(done.saved_names), step

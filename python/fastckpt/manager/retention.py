@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..checkpoint import JSON
 from ..errors import ManagerError
 from .commits import Store
-from .coordination import Group, together
+from .coordination import Group, by_some, together
 from .policies import Keep
 from .reporting import only_said
 from .saving import Disk
@@ -62,13 +61,11 @@ class Retention:
     def gc(self, group: Group, *, aside: bool) -> list[int]:
         """`clean`, and what dead saves left, with `aside` what was set aside. Collective."""
 
-        def sweep() -> JSON:
-            if self.disk.coordinator:
-                self.store.take()
-                self.store.sweep(aside=aside)
-            return None
+        def sweep() -> None:
+            self.store.take()
+            self.store.sweep(aside=aside)
 
-        together(group, "gc", sweep)
+        by_some(group, "gc", self.disk.coordinator, sweep)
         return self.clean(group)
 
     def rewind(self, group: Group, step: int) -> list[int]:
@@ -78,12 +75,10 @@ class Retention:
             raise ManagerError(f"{self.store.root}: cannot go back to step {step}: {standing.lacking(step)}")
         newer = [s for s in self.store.steps() if s > step]
 
-        def move() -> JSON:
-            if self.disk.coordinator and newer:
-                self.store.take()
-                self.store.set_aside(newer)
-            return None
+        def move() -> None:
+            self.store.take()
+            self.store.set_aside(newer)
 
-        together(group, f"rewind to step {step}", move)
+        by_some(group, f"rewind to step {step}", self.disk.coordinator and bool(newer), move)
         self.newest = step
         return newer

@@ -11,9 +11,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from ..checkpoint import JSON
 from ..errors import FastckptError, ManagerError
-from .coordination import together
+from .coordination import by_some
 from .job import Condition, Job
 from .manager import CheckpointManager
 from .reporting import CheckpointWarning
@@ -69,7 +68,7 @@ class JobRunner:
                 raise SystemExit(128 + signal.SIGTERM)
         self._settle()
         if self._uploader is not None and manager.exists(context.epoch):
-            self._upload(context.epoch)
+            self._upload(self._uploader, context.epoch)
         job.download_group.run(context)
         job.exit_group.run(context)
         return context.epoch
@@ -161,13 +160,9 @@ class JobRunner:
         mine = [condition(context) for condition in conditions]
         return any(said is True for said in self._manager.group.exchange(any(mine)))
 
-    def _upload(self, epoch: int) -> None:
-        uploader = self._uploader
+    def _upload(self, uploader: Uploader, epoch: int) -> None:
+        def carry() -> None:
+            uploader.start(self._manager.path(epoch))
+            uploader.wait()
 
-        def work() -> JSON:
-            if uploader is not None and self._manager.rank == 0:
-                uploader.start(self._manager.path(epoch))
-                uploader.wait()
-            return None
-
-        together(self._manager.group, f"upload of epoch {epoch}", work)
+        by_some(self._manager.group, f"upload of epoch {epoch}", self._manager.rank == 0, carry)

@@ -180,7 +180,7 @@ class Uploader:
         sent = nbytes = there = failures = 0
         for file in files:
             local = os.path.join(root, file)
-            wanted = _digest(LocalDirectory(root).read(file))
+            wanted = Digesting.of(LocalDirectory(root).read(file)).digest()
             if self._arrived(f"{name}/{file}", wanted):
                 there += 1
                 continue
@@ -218,7 +218,7 @@ class Uploader:
                 time.sleep(self._pause * 2 ** (attempt - 1))
             try:
                 self._destination.put(local, name)
-                if _digest(self._destination.read(name)) == wanted:
+                if Digesting.of(self._destination.read(name)).digest() == wanted:
                     return attempt
                 last = "what was read back has another digest"
             except OSError as e:
@@ -227,14 +227,6 @@ class Uploader:
 
     def _arrived(self, name: str, wanted: str) -> bool:
         try:
-            return _digest(self._destination.read(name)) == wanted
+            return Digesting.of(self._destination.read(name)).digest() == wanted
         except OSError:  # not there, or not to be reached now: it is sent
             return False
-
-
-def _digest(pieces: Iterator[bytes]) -> str:
-    """The digest of bytes that come in pieces of any size."""
-    digesting = Digesting()
-    for piece in pieces:
-        digesting.add(piece)
-    return digesting.digest()

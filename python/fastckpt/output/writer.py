@@ -221,10 +221,8 @@ class Output:
         staged = self._stage(name)
         with as_write_errors(f"{os.fspath(path)} as {name}"):
             os.rename(path, staged)
-            digesting = Digesting()
             with open(staged, "rb") as f:
-                for piece in iter(lambda: f.read(LEAF), b""):
-                    digesting.add(piece)
+                digesting = Digesting.of(iter(lambda: f.read(LEAF), b""))
                 if self.durable:
                     os.fsync(f.fileno())
         self._place.settle(name, staged)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypedDict
 
 from ..checkpoint import JSON
 from ..dtypes import DType
@@ -75,3 +76,19 @@ class Request:
         expect("weights_key", self.weights_key, str, nothing)
         if self.weights_key == "":
             raise LayoutError("weights_key: wanted a key, got the empty string")
+
+
+class Serving(TypedDict):
+    """What servers get of a model: the arguments of `plan` and `reshard` that shape an output."""
+
+    placement: Placement
+    layout: str | Layout
+    config: str | os.PathLike[str] | Mapping[str, JSON] | None
+    recipe: str | None
+    tp_plan: Mapping[str, str] | None
+    vocab_size: int | None
+    dtype: str | None
+    quant: str | Quant | None
+    adapter: str | os.PathLike[str] | None
+    apart: bool
+    max_shard_size: str | int | None
