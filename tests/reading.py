@@ -14,8 +14,8 @@ import pytest
 import torch
 from fastckpt import dtypes, sources
 from fastckpt.checkpoint import Checkpoint, Single
-from fastckpt.computed.lowrank import computed
-from fastckpt.computed.merging import Merging
+from fastckpt.computed.computing import Computing
+from fastckpt.computed.nowhere import computed
 from fastckpt.errors import SourceError
 from fastckpt.executors import pick
 from fastckpt.extents import Buffer, Extent, Extents
@@ -131,8 +131,8 @@ def elements(view):
     out = np.zeros(view.shape, _BITS[view.dtype.itemsize])
     chunk, extents = compile([Target("x", view)], view.extents)
     binding = Binding.of(extents)
-    with Merging(extents, binding, Positioned) as merging:
-        lane = merging.lane(pick("torch"))
+    with Computing(extents, binding, Positioned) as reader:
+        lane = reader.lane(pick("torch"))
         for batch in cut(chunk, 0, Slots.of([0], [0], [view.nbytes]), binding, stage=LEAF):
             lane.run(batch.rows, [Buffer(out, out.ctypes.data, out.nbytes)])
     return out

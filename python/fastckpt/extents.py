@@ -142,7 +142,7 @@ class Buffer:
 
 
 COMPUTED = "computed"
-"""The device of bytes that lie nowhere until a copy asks for them (`computed.lowrank`)."""
+"""The device of bytes that lie nowhere until a copy asks for them (`computed.nowhere`)."""
 
 LINE = 64
 """Bytes of a cache line."""

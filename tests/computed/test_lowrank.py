@@ -7,8 +7,9 @@ import peft_writer
 import pytest
 import torch
 from fastckpt import dtypes
-from fastckpt.computed.lowrank import LowRank, added, elements, nowhere, pitch, pitched, runs
-from fastckpt.computed.merging import Merging
+from fastckpt.computed.computing import Computing
+from fastckpt.computed.lowrank import LowRank, added
+from fastckpt.computed.nowhere import elements, nowhere, pitch, pitched, runs
 from fastckpt.errors import DeviceError
 from fastckpt.executors import pick
 from fastckpt.executors.cpu import built
@@ -48,8 +49,8 @@ def made(view, extents, road):
     out = np.full(view.shape, 7, np.float32)
     chunk, extents = compile([Target("x", view)], extents)
     binding = Binding.of(extents)
-    with Merging(extents, binding, ROADS[road]) as merging:
-        lane = merging.lane(pick(road))
+    with Computing(extents, binding, ROADS[road]) as reader:
+        lane = reader.lane(pick(road))
         for batch in cut(chunk, 0, Slots.of([0], [0], [view.nbytes]), binding, stage=LEAF):
             lane.run(batch.rows, [Buffer(out, out.ctypes.data, out.nbytes)])
     return out
@@ -101,8 +102,8 @@ def test_a_cast_rounds_once(road):
     chunk, _ = compile([Target("x", view.cast(dtypes.bfloat16))], extents)
     out = torch.empty(ROWS, COLUMNS, dtype=torch.bfloat16)
     binding = Binding.of(extents)
-    with Merging(extents, binding, ROADS[road]) as merging:
-        lane = merging.lane(pick(road))
+    with Computing(extents, binding, ROADS[road]) as reader:
+        lane = reader.lane(pick(road))
         for batch in cut(chunk, 0, Slots.of([0], [0], [out.nbytes]), binding):
             lane.run(batch.rows, [Buffer(out, out.data_ptr(), out.nbytes)])
     assert torch.equal(out, torch.from_numpy(MERGED).bfloat16())

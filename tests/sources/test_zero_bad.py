@@ -113,7 +113,7 @@ def test_a_missing_model_file(tmp_path):
 def test_a_rank_twice(tmp_path):
     folder = written(tmp_path)
     shutil.copy(optim(folder, 1), folder / optim(folder, 1).name.removeprefix("bf16_"))
-    refuses(tmp_path, "rank 1 is there twice")
+    refuses(tmp_path, "pp_rank_1_mp_rank_00", "is there twice, also as")
 
 
 def test_a_rank_twice_over_directories(tmp_path):
@@ -121,7 +121,7 @@ def test_a_rank_twice_over_directories(tmp_path):
     other = tmp_path / "b"
     other.mkdir()
     shutil.copy(optim(folder, 1), other)
-    refuses(tmp_path / "a", "rank 1 is there twice", also=[other])
+    refuses(tmp_path / "a", "pp_rank_1_mp_rank_00", "is there twice, also as", also=[other])
     refuses(tmp_path / "a", "no directory", also=[tmp_path / "c"])
 
 
@@ -311,17 +311,19 @@ def test_weights_in_no_file(tmp_path):
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("mp_rank_01_model_states.pt", "parallel grid is not supported yet"),
-        ("zero_pp_rank_0_mp_rank_01_model_states.pt", "parallel grid is not supported yet"),
-        ("layer_00-model_states.pt", "pipeline layer files are not supported yet"),
-        ("layer_03-model_01-model_states.pt", "pipeline layer files are not supported yet"),
+        ("mp_rank_01_model_states.pt", "files of two runs"),
+        ("zero_pp_rank_0_mp_rank_01_model_states.pt", "files of rank 1, but the run had 1 ranks"),
+        ("zero_pp_rank_0_mp_rank_02_model_states.pt", "no files of model-parallel rank 1, "),
+        ("layer_00-model_states.pt", "a pipeline's layer beside whole model states"),
+        ("layer_03-model_01-model_states.pt", "a pipeline's layer beside whole model states"),
+        ("layer_03-depth_00-model_01-model_states.pt", "layer files of a grid with further axes"),
         ("layer_0_expert_3_mp_rank_00_model_states.pt", "but the run had []: left from another run"),
         ("expert_3_mp_rank_00_model_states.pt", "expert files of old DeepSpeed versions are not supported"),
     ],
 )
 def test_grids_and_experts(tmp_path, name, what):
     (written(tmp_path) / name).write_bytes(b"")
-    refuses(tmp_path, name, what)
+    refuses(tmp_path, what)
 
 
 def test_expert_groups(tmp_path):
@@ -334,9 +336,11 @@ def test_expert_groups(tmp_path):
 def test_pipelines_and_tensor_parallel_runs(tmp_path):
     folder = written(tmp_path, stage=1)
     edit(model(folder), lambda c: c.update(checkpoint_parallel_dimensions={"pp_degree": 1, "tp_degree": 2}))
-    refuses(tmp_path, "tp_degree 2")
-    edit(model(folder), lambda c: c.update(checkpoint_parallel_dimensions=None, module=None))
-    refuses(tmp_path, "`module` is None")
+    refuses(tmp_path, "1 model-parallel ranks, no 1 stages of 2 each")
+    edit(model(folder), lambda c: c.update(checkpoint_parallel_dimensions=None, mp_world_size=2))
+    refuses(tmp_path, "model-parallel files of 1 of 2 ranks missing: rank 1")
+    edit(model(folder), lambda c: c.update(mp_world_size=1, module=None))
+    refuses(tmp_path, "no 1 stages of 0 each")
 
 
 def test_a_universal_checkpoint_that_is_not_one(tmp_path):

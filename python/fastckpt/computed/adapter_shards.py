@@ -22,7 +22,7 @@ from ..target import Target
 from ..views import ZERO, View, cat, dense_strides, zeros
 from .adapters import PREFIX, Adapter, kind_of
 from .finishes import multiple
-from .lowrank import Ints, elements, lies_nowhere, nowhere, pitched, runs
+from .nowhere import Ints, elements, lies_nowhere, nowhere, pitched, runs
 
 STEM = "adapter_model"
 """What PEFT calls the file of an adapter."""

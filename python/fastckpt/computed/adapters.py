@@ -27,7 +27,8 @@ from ..errors import SourceError, near
 from ..extents import Extents
 from ..sources import peft
 from ..views import ZERO, View
-from .lowrank import LowRank, nowhere, pitched
+from .lowrank import LowRank
+from .nowhere import nowhere, pitched
 
 PREFIX = "base_model.model."
 """What PEFT puts before every name of the base."""

@@ -24,7 +24,7 @@ from ..quantisation.schemes import Packed
 from ..quantisation.unrounding import Elements, per_element, unpacked, unrounded
 from ..views import View
 from .finishes import Read
-from .lowrank import Floats, Ints, moved, nowhere, pitched
+from .nowhere import Floats, Ints, moved, nowhere, pitched
 
 KNOWN = ("fp8", "compressed-tensors", "awq", "gptq", "fastckpt")
 """The `quant_method`s that are read."""

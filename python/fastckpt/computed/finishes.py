@@ -1,7 +1,7 @@
 """Small computations on stored values, done when they are read: one more, a reciprocal, a multiple, the
 largest, a matrix requantised, a value that several tensors must agree on.
 
-The result lies nowhere, as in `lowrank`. `box` makes elements of it in float32, from what `read` gives of the
+The result lies nowhere, as in `nowhere`. `box` makes elements of it in float32, from what `read` gives of the
 stored views. A finish is never made from another finish: a reader takes one step.
 """
 
@@ -18,7 +18,7 @@ from ..dtypes import float32
 from ..errors import SourceError, ViewError
 from ..extents import Extents
 from ..views import View, cat
-from .lowrank import Floats, nowhere, pitched
+from .nowhere import Floats, nowhere, pitched
 
 Read = Callable[[View], NDArray[np.generic]]
 """Gives the dense elements of a view, in its shape and dtype."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..checkpoint import JSON, Checkpoint
 from ..collector import paused
 from ..computed import dequantised
-from ..computed.lowrank import lies_nowhere
+from ..computed.nowhere import lies_nowhere
 from ..dtypes import DType, float8_e4m3fn, float8_e5m2
 from ..errors import LayoutError
 from ..extents import Extent, Extents, pieces_of

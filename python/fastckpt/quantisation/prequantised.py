@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint import JSON, Checkpoint, Entry, Single
-from ..computed.lowrank import moved, nowhere, pitched
+from ..computed.nowhere import moved, nowhere, pitched
 from ..dtypes import DType, float16, int32
 from ..errors import LayoutError
 from ..extents import Buffer, Extent, Extents

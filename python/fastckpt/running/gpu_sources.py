@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ..computed.lowrank import computed
+from ..computed.nowhere import computed
 from ..errors import DeviceError, ViewError
 from ..executors.cuda import Cuda, Prepared, short_of_memory
 from ..extents import COMPUTED, Buffer

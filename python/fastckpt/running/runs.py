@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from .. import __version__, joining
 from ..checkpoint import JSON
-from ..computed.lowrank import computed
-from ..computed.merging import Merging, MergingLane
+from ..computed.computing import Computing, ComputingLane
+from ..computed.nowhere import computed
 from ..errors import expect
 from ..executors import pick
 from ..executors.cpu import built
@@ -249,7 +249,7 @@ class Run:
         alone = len(planned.ranks) < planned.placement.world
         with reader_of(planned.extents, binding, alone=alone) as reader:
             stage, band = (limits.band, limits.band) if limits else sizes(reader, self.limits.band)
-            by_file = isinstance(reader, Merging)
+            by_file = isinstance(reader, Computing)
 
             def items() -> Iterator[Batch | Job]:
                 for first, chunk in planned.chunks():
@@ -280,7 +280,7 @@ class Run:
         """Enter what the lanes read, and how far what they made lies from its dense values."""
         for lane in lanes:
             self.bytes_read += lane.bytes_read
-            if isinstance(lane, MergingLane):
+            if isinstance(lane, ComputingLane):
                 self.bytes_read -= lane.bytes_scanned
                 self.bytes_scanned += lane.bytes_scanned
                 for key, error in lane.errors.items():
@@ -329,7 +329,7 @@ class Run:
 
 def _named(lane: Lane, worker: Worker) -> Worker:
     """The worker, whose lane is told which file each batch goes to, if it merges."""
-    if not isinstance(lane, MergingLane):
+    if not isinstance(lane, ComputingLane):
         return worker
 
     def run(batch: Batch) -> None:
@@ -407,9 +407,9 @@ def sizes(reader: Reader, band: int) -> tuple[int, int]:
     """Output bytes made at once, of a tensor as it lies and of one that is transposed, `band` at most."""
     if isinstance(reader, Mapped):
         return min(STAGE, band), band
-    if isinstance(reader, Merging) and reader.dequantises:
+    if isinstance(reader, Computing) and reader.dequantises:
         return min(STAGE, band), min(STAGE, band)
-    if isinstance(reader, (Positioned, Merging)):
+    if isinstance(reader, (Positioned, Computing)):
         return LEAF, LEAF
     return band, band  # on a GPU few large launches are better than many small ones
 
@@ -426,7 +426,7 @@ def reader_of(extents: Extents, binding: Binding, *, alone: bool) -> Reader:
     def plain(places: Sequence[File | Buffer]) -> Reader:
         return Mapped(places) if built() else Positioned(places, gap=GAP if alone else 0)
 
-    return Merging(extents, binding, plain) if computed(binding.places) else plain(binding.places)
+    return Computing(extents, binding, plain) if computed(binding.places) else plain(binding.places)
 
 
 def _peak_memory() -> int:

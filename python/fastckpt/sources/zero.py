@@ -7,9 +7,9 @@ The result's order is that of DeepSpeed's converter: buffers, frozen, trainable,
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -17,19 +17,19 @@ import numpy as np
 from ..checkpoint import JSON, Checkpoint, Entry
 from ..errors import SourceError
 from ..extents import Extents, is_directory
-from ..views import View
 from . import torchfile
 from .assembly import assemble
 from .options import Options
-from .torchfile import Tensor
+from .torchfile import Tensor, TorchFile
 from .torchtensors import by_storage, places
 from .zero_experts import in_order, is_expert, spread
 from .zero_files import Files, check_ranks, find, is_zero
+from .zero_grid import Rank, degrees, joined
 from .zero_layout import Flat, Placed, Shape, chained, sliced
 from .zero_opening import Opened, Opening, Whole, optim_tensors
 from .zero_order import check_order, comparable, sampled
 from .zero_parts import Parts, parts, trainable
-from .zero_sample import check_copy, number, read_at
+from .zero_sample import check_copy, number, one_axis, read_at
 from .zero_state import ModelState, OptimState, model_state, optim_state
 
 State = TypeVar("State", OptimState, ModelState)
@@ -44,39 +44,62 @@ def read(path: str, options: Options) -> Checkpoint:
     """The ZeRO checkpoint in `path`: a directory with `latest`, a HF Trainer's checkpoint-N, or a tag folder.
 
     Raises SourceError for files that are missing, left over or of different runs, for sizes that do not fit,
-    and for what is not supported: tensor and pipeline parallel grids."""
-    files = find(path, options.tag, options.also)
+    and for grids of which nothing says how they are joined."""
+    grid = find(path, options.tag, options.also)
+    first, *others = grid.ranks
+    if not others and not grid.layers:
+        rank = _rank(path, first, options)
+        degrees(grid, rank.state)  # refuses one rank of several
+        return rank.checkpoint
+    if first.universal is not None:
+        raise SourceError(
+            f"{first.folder}: a universal checkpoint of a grid is not read; open what it was made of"
+        )
+    asked = replace(options, rename=())
+    if grid.layers and first.optim:  # a pipeline's copies lie in files of layers
+        asked = replace(asked, weights="master")
+    ranks = [_rank(path, first, asked)]
+    _, tp = degrees(grid, ranks[0].state)
+    ranks += [_rank(path, files, asked) for files in others]
+    return joined(path, grid, ranks, options, tp)
+
+
+def _rank(path: str, files: Files, options: Options) -> Rank:
+    """The checkpoint of one model-parallel rank."""
     opening = Opening(files, options)
     if files.universal is not None and options.weights == "master":
         return _from_universal(path, opening)
-    first = _first(opening) if files.optim else None
+    first, step = _first(opening) if files.optim else (None, None)
     if files.model is not None:
         model, state = opening.model(files.model, first)
         if state.shapes is None or (first is None and options.weights == "module"):
-            return _from_module(path, opening, model, state)
+            return Rank(_from_module(path, opening, model, state), state, step)
         if first is not None and first.stage != 3:
-            return _from_masters(path, opening, first, [model], [state])
+            return Rank(_from_masters(path, opening, first, [model], [state]), state, step)
     elif first is not None and first.stage == 3:
-        models = _models_of_ranks(opening, _world(first, files), told=first.step is not None)
-        return _from_masters(path, opening, first, *models)
+        models, states = _models_of_ranks(opening, _world(first, files), told=first.step is not None)
+        return Rank(_from_masters(path, opening, first, models, states), states[0], step)
+    model_file = f"mp_rank_{files.mp:02}_model_states.pt"
     if first is None:
-        raise SourceError(f"{files.folder}: no *_optim_states.pt, which hold the masters" + (
-            "; weights='module' (--weights module) reads the 16-bit copy in mp_rank_00_model_states.pt"
+        what = files.what("*_optim_states.pt")
+        raise SourceError(f"{files.folder}: no {what} which hold the masters" + (
+            f"; weights='module' (--weights module) reads the 16-bit copy in {model_file}"
             if files.model
             else ""
         ))  # fmt: skip
-    kind = "mp_rank_00_model_states.pt" if first.stage != 3 else "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    kind = model_file if first.stage != 3 else f"zero_pp_rank_0_{model_file}"
     raise SourceError(f"{files.folder}: optimizer files of stage {first.stage or 1}, but no {kind}")
 
 
 # ---- whose files ----
 
 
-def _first(opening: Opening) -> OptimState:
-    """The optimizer state of the lowest rank there is, which says stage and world."""
+def _first(opening: Opening) -> tuple[OptimState, int | None]:
+    """The optimizer state of the lowest rank there is, which says stage and world, and its step."""
     path = opening.files.optim[min(opening.files.optim)]
     file = torchfile.load(path, wanted=optim_tensors, known=opening.trees)
-    return optim_state(file.root, path)
+    state = optim_state(file.root, path)
+    return state, _step(state, file)
 
 
 def _world(first: OptimState, files: Files, experts: bool = False) -> int:
@@ -94,7 +117,8 @@ def _models_of_ranks(
 
     `told`: the optimizer files say of which step they are. Where they do not (SGD), the model states of all
     ranks are looked at, which lie beside them."""
-    paths = check_ranks(opening.files.model_of, world, "model states", opening.files.folder)
+    files = opening.files
+    paths = check_ranks(files.model_of, world, files.what("model states"), files.folder)
     model, state = opening.model(paths[0])
     frozen = bool(state.frozen_shapes) and not opening.options.exclude_frozen
     if told and not frozen:
@@ -138,7 +162,7 @@ def _from_masters(
         raise SourceError(
             f"{where}: model states of {state.dp_world} data-parallel ranks, optimizer files of {world}"
         )
-    paths = check_ranks(files.optim, world, "optimizer files", where)
+    paths = check_ranks(files.optim, world, files.what("optimizer files"), where)
     optim = opening.optim(paths)
     saved = _each(optim, optim_state)
     if state.experts:
@@ -163,11 +187,11 @@ def _from_masters(
     weights, notes = masters, []
     if of_all or experts:  # which expert is whose is worked out: its copy must agree
         copies = reading.copies(layout, experts, of_all=of_all)
-        check_copy(_one_axis(copies), _one_axis(masters), where)
+        check_copy(one_axis(copies), one_axis(masters), where)
         weights = copies if of_all else masters
     elif not at_stage_3:
         names = [n for n in sampled(shapes, alignment, world) if comparable(state.module.get(n))]
-        notes = check_order(layout, extents, _one_axis(reading.module(names, "parameter")), paths)
+        notes = check_order(layout, extents, one_axis(reading.module(names, "parameter")), paths)
     entries |= weights
     return reading.checkpoint(
         entries,
@@ -193,7 +217,7 @@ def _from_masters(
     )  # fmt: skip
 
 
-def _from_universal(path: str, opening: Opening) -> Checkpoint:
+def _from_universal(path: str, opening: Opening) -> Rank:
     """A universal checkpoint: the masters whole, a file each, beside copies of the run's model states."""
     files, where = opening.files, opening.files.folder
     at_stage_3 = files.model is None
@@ -211,14 +235,15 @@ def _from_universal(path: str, opening: Opening) -> Checkpoint:
     entries = reading.beside_masters(at_stage_3)
     masters = {name: master.entry(reading.extents, "parameter") for name, master in held.items()}
     if not at_stage_3:  # its maker takes the order of the parameters from where round robin has another
-        check_copy(_one_axis(reading.module(masters, "parameter")), _one_axis(masters), where)
+        check_copy(one_axis(reading.module(masters, "parameter")), one_axis(masters), where)
     entries |= masters
-    return reading.checkpoint(
+    checkpoint = reading.checkpoint(
         entries,
         facts={"stage": 3 if at_stage_3 else "1 or 2", "universal": True, "weights": "master"},
         unread=["optimizer moments", *_other_copy(opening.options, len(masters), at_stage_3)],
         layout=[*_places_of(states), places(master.tensor for master in held.values())],
     )
+    return Rank(checkpoint, state, None)
 
 
 def _from_module(path: str, opening: Opening, model: Opened, state: ModelState) -> Checkpoint:
@@ -240,6 +265,7 @@ def _from_module(path: str, opening: Opening, model: Opened, state: ModelState) 
     entries = reading.module(found.buffers, "buffer")
     if not opening.options.exclude_frozen:
         entries |= reading.module(found.kept, "frozen") | reading.frozen_whole()
+    names = [] if state.pipeline else names  # files of layers have them
     for name in names:
         if name not in state.module:
             raise SourceError(f"{where}: {name} is not in `module`")
@@ -381,10 +407,6 @@ def _places_of(states: Sequence[ModelState]) -> list[bytes]:
     return [known[id(state)] for state in states]
 
 
-def _one_axis(entries: Mapping[str, Entry]) -> dict[str, View]:
-    return {n: e.build().reshape((math.prod(e.shape),)) for n, e in entries.items()}
-
-
 def _columns(opened: Sequence[Opened], tensors: Sequence[Sequence[Tensor]], where: str) -> list[Flat]:
     """The k-th tensor of every rank as one Flat."""
     counts = {len(row) for row in tensors}
@@ -422,7 +444,7 @@ def _check_one_run(
     states: Sequence[OptimState], opened: Sequence[Opened], paths: Sequence[str], model: ModelState
 ) -> None:
     """All ranks' optimizer files come from one save of one run, as far as they say."""
-    steps = [_step(s, o) for s, o in zip(states, opened, strict=True)]
+    steps = [_step(s, o.file) for s, o in zip(states, opened, strict=True)]
     first = states[0]
     for k, (s, path) in enumerate(zip(states, paths, strict=True)):
         for what, got, wanted in (
@@ -438,12 +460,12 @@ def _check_one_run(
                 )
 
 
-def _step(state: OptimState, opened: Opened) -> int | None:
+def _step(state: OptimState, file: TorchFile) -> int | None:
     if not isinstance(state.step, Tensor):
         return state.step
-    extent = opened.file.extents[state.step.storage.extent]
+    extent = file.extents[state.step.storage.extent]
     size = state.step.dtype.itemsize
-    data = read_at(opened.file.file.path, extent.offset + state.step.offset * size, size)
+    data = read_at(file.file.path, extent.offset + state.step.offset * size, size)
     return int(number(data, state.step.dtype))
 
 

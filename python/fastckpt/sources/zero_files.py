@@ -20,30 +20,47 @@ MODEL_OF_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
 MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 
 EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
+LAYER = re.compile(r"layer_(\d+)-(?:model_(\d+)-)?model_states\.pt")
 
 UNSUPPORTED = (
     (re.compile(r"expert_\d+_mp_rank_\d+_model_states\.pt"), "expert files of old DeepSpeed versions"),
-    (re.compile(r"layer_\d+(?:-model_\d+)?-model_states\.pt"), "pipeline layer files"),
+    (re.compile(r"layer_\d+-.*-model_states\.pt"), "layer files of a grid with further axes"),
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """The files of one tag.
+    """The files of one model-parallel rank of one tag.
 
-    `root`: the directory with `latest`, or the tag folder's parent. `folder`: the tag folder. `optim`: dp
-    rank -> optimizer file. `model`: the one model-states file of stages 0-2, or None. `model_of`: dp rank ->
-    model-states file of stage 3. `experts`: (MoE layer, expert) -> its file. `universal`: the directory of a
-    universal checkpoint's masters, else None."""
+    `root`: the directory with `latest`, or the tag folder's parent. `folder`: the tag folder. `mp`: the
+    model-parallel rank, 0 where there is one. `optim`: dp rank -> optimizer file. `model`: the one
+    model-states file of stages 0-2, or None. `model_of`: dp rank -> model-states file of stage 3. `experts`:
+    (MoE layer, expert) -> its file. `universal`: the directory of a universal checkpoint's masters, else
+    None."""
 
     root: str
     folder: str
     tag: str
+    mp: int
     optim: Mapping[int, str]
     model: str | None
     model_of: Mapping[int, str]
     experts: Mapping[tuple[int, int], str]
     universal: str | None
+
+    def what(self, kind: str) -> str:
+        """Files of that kind, in words."""
+        return f"{kind} of model-parallel rank {self.mp}," if self.mp else kind
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The files of one tag: those of model-parallel ranks 0, 1, .., and of a pipeline's layers.
+
+    `layers`: (layer, tensor-parallel rank) -> the file of its 16-bit weights."""
+
+    ranks: tuple[Files, ...]
+    layers: Mapping[tuple[int, int], str]
 
 
 def is_zero(path: str) -> bool:
@@ -60,11 +77,11 @@ def tags(root: str) -> list[str]:
     return sorted((n for n in os.listdir(root) if _is_tag_folder(os.path.join(root, n))), key=natural)
 
 
-def find(path: str, tag: str | None, also: Iterable[str] = ()) -> Files:
+def find(path: str, tag: str | None, also: Iterable[str] = ()) -> Grid:
     """The files of `tag`, or of the tag that `latest` names, in `path` and the directories `also`.
 
     `path` may be the tag folder itself. Raises SourceError for a missing `latest`, a tag that is not there,
-    a file that is there twice, and for grids that are not supported."""
+    a file that is there twice, and a model-parallel rank without files below one with."""
     if _is_tag_folder(path):
         folder = os.path.abspath(path)
         root = os.path.dirname(folder)
@@ -98,9 +115,9 @@ def check_name(path: str, saved_as: str) -> None:
 
 def _whose(name: str) -> tuple[int, ...] | None:
     """Which kind of file it is, and of which rank or expert, by its name; None for any other file."""
-    for kind, pattern in enumerate((OPTIM, MODEL_OF_RANK, MODEL, EXPERT)):
+    for kind, pattern in enumerate((OPTIM, MODEL_OF_RANK, MODEL, EXPERT, LAYER)):
         if found := pattern.fullmatch(name):
-            return (kind, *map(int, found.groups()))
+            return (kind, *(int(n or 0) for n in found.groups()))
     return None
 
 
@@ -164,11 +181,10 @@ def _tag_folder_of(directory: str, tag: str) -> str:
     return inner if is_directory(inner) else directory
 
 
-def _sorted_out(root: str, folder: str, tag: str, folders: list[str]) -> Files:
-    optim: dict[int, str] = {}
-    model_of: dict[int, str] = {}
-    model: dict[int, str] = {}
-    experts: dict[tuple[int, int], str] = {}
+def _sorted_out(root: str, folder: str, tag: str, folders: list[str]) -> Grid:
+    found: dict[re.Pattern[str], dict[tuple[int, ...], str]] = {
+        pattern: {} for pattern in (OPTIM, MODEL_OF_RANK, MODEL, EXPERT, LAYER)
+    }
     seen: set[str] = set()
     for directory in folders:
         if os.path.realpath(directory) in seen or not is_directory(directory):
@@ -176,41 +192,43 @@ def _sorted_out(root: str, folder: str, tag: str, folders: list[str]) -> Files:
         seen.add(os.path.realpath(directory))
         for name in sorted(os.listdir(directory), key=natural):
             path = os.path.join(directory, name)
-            for pattern, what in UNSUPPORTED:
-                if pattern.fullmatch(name):
-                    raise SourceError(f"{path}: {what} are not supported yet")
-            if found := EXPERT.fullmatch(name):
-                layer, expert, mp = map(int, found.groups())
-                _refuse_grid(path, mp)
-                if (layer, expert) in experts:
-                    raise SourceError(f"{path}: is there twice, also as {experts[layer, expert]}")
-                experts[layer, expert] = path
-            for pattern, table in ((OPTIM, optim), (MODEL_OF_RANK, model_of), (MODEL, model)):
-                found = pattern.fullmatch(name)
-                if found is None:
-                    continue
-                *dp, mp = map(int, found.groups())
-                _refuse_grid(path, mp)
-                rank = dp[0] if dp else 0
-                if rank in table:
-                    raise SourceError(f"{path}: rank {rank} is there twice, also as {table[rank]}")
-                table[rank] = path
-    if model and model_of:
+            for pattern, table in found.items():
+                if match := pattern.fullmatch(name):
+                    numbers = tuple(int(n or 0) for n in match.groups())
+                    if numbers in table:
+                        raise SourceError(f"{path}: is there twice, also as {table[numbers]}")
+                    table[numbers] = path
+                    break
+            else:
+                for pattern, what in UNSUPPORTED:
+                    if pattern.fullmatch(name):
+                        raise SourceError(f"{path}: {what} are not supported yet")
+    models, models_of, optims, experts = (found[p] for p in (MODEL, MODEL_OF_RANK, OPTIM, EXPERT))
+    if models and models_of:
         raise SourceError(
-            f"{folder}: both {os.path.basename(model[0])} (stages 0-2) and "
-            f"{os.path.basename(min(model_of.values(), key=natural))} (stage 3): files of two runs"
+            f"{folder}: both {os.path.basename(models[min(models)])} (stages 0-2) and "
+            f"{os.path.basename(models_of[min(models_of)])} (stage 3): files of two runs"
         )
     zero = os.path.join(folder, "zero")
     universal = zero if is_directory(zero) else None
-    if universal and optim:
+    if universal and optims:
         raise SourceError(
-            f"{folder}: both {os.path.basename(optim[min(optim)])} and zero/: files of two runs"
+            f"{folder}: both {os.path.basename(optims[min(optims)])} and zero/: files of two runs"
         )
-    return Files(root, folder, tag, optim, model.get(0), model_of, experts, universal)
+    there = {numbers[-1] for table in (models, models_of, optims, experts) for numbers in table}
+    gap = next((mp for mp in range(max(there, default=0)) if mp not in there), None)
+    if gap is not None:
+        raise SourceError(f"{folder}: no files of model-parallel rank {gap}, and some of rank {max(there)}")
 
+    def of(table: Mapping[tuple[int, ...], str], mp: int) -> dict[int, str]:
+        """The files of one model-parallel rank by the data-parallel one."""
+        return {dp: path for (dp, rank), path in table.items() if rank == mp}
 
-def _refuse_grid(path: str, mp: int) -> None:
-    if mp:
-        raise SourceError(
-            f"{path}: model-parallel rank {mp}: a tensor or pipeline parallel grid is not supported yet"
+    ranks = (
+        Files(
+            root, folder, tag, mp, of(optims, mp), models.get((mp,)), of(models_of, mp),
+            {(layer, e): path for (layer, e, rank), path in experts.items() if rank == mp}, universal,
         )
+        for mp in range(max(there, default=0) + 1)
+    )  # fmt: skip
+    return Grid(tuple(ranks), {(n, model): path for (n, model), path in found[LAYER].items()})

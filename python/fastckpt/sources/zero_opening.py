@@ -92,6 +92,10 @@ class Opening:
             for (name, shape), o in zip(shapes.items(), opened, strict=True)
         }
 
+    def layers(self, paths: Sequence[str]) -> list[Opened]:
+        """Files of a pipeline's layers."""
+        return self._many(paths, None, {})
+
     def fragments(self, paths: Sequence[str]) -> list[Opened]:
         """Model-states files with their frozen fragments."""
         return self._many(paths, _fragments, {})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checkpoint import Entry
 from ..dtypes import DTYPES, DType, bfloat16, float16, float32
 from ..errors import SourceError
 from ..extents import Extents, File
@@ -31,21 +33,38 @@ def check_copy(copies: Mapping[str, View], masters: Mapping[str, View], where: s
     """Compare sampled elements of each copy with its master, cast; both views have one axis.
 
     Raises SourceError naming the first tensor that differs."""
-    names = [n for n in copies if copies[n].numel]
-    at = {n: sorted({k * (copies[n].numel - 1) // (POSITIONS - 1) for k in range(POSITIONS)}) for n in names}
-    got = elements([(copies[n], i) for n in names for i in at[n]])
-    wanted = elements([(masters[n], i) for n in names for i in at[n]])
-    k = 0
-    for n in names:
-        have, master = copies[n].dtype, masters[n].dtype
-        for i in at[n]:
-            a, b = number(got[k], have), number(wanted[k], master)
-            if not same(a, b, have):
-                raise SourceError(
-                    f"{where}: {n}: element {i} of `module` is {a} ({have}), its master is {b} ({master}): "
-                    "not of the same step"
-                )
-            k += 1
+    if found := difference(copies, masters):
+        raise SourceError(f"{where}: {found}: not of the same step")
+
+
+def difference(copies: Mapping[str, View], masters: Mapping[str, View]) -> str | None:
+    """The first of the sampled elements in which a copy is not its master, in words."""
+    got = sampled_bytes([*copies.values()])
+    wanted = sampled_bytes([masters[n] for n in copies])
+    for n, have, master in zip(copies, got, wanted, strict=True):
+        kinds = copies[n].dtype, masters[n].dtype
+        for i, a, b in zip(_positions(copies[n]), have, master, strict=True):
+            x, y = number(a, kinds[0]), number(b, kinds[1])
+            if not same(x, y, kinds[0]):
+                return f"{n}: element {i} of `module` is {x} ({kinds[0]}), its master is {y} ({kinds[1]})"
+    return None
+
+
+def one_axis(entries: Mapping[str, Entry]) -> dict[str, View]:
+    """The views of entries, each of one axis."""
+    return {n: e.build().reshape((math.prod(e.shape),)) for n, e in entries.items()}
+
+
+def _positions(view: View) -> list[int]:
+    """The elements that are compared of a view of one axis."""
+    return sorted({k * (view.numel - 1) // (POSITIONS - 1) for k in range(POSITIONS)}) if view.numel else []
+
+
+def sampled_bytes(views: Sequence[View]) -> list[tuple[bytes, ...]]:
+    """Some elements of each view of one axis."""
+    at = [_positions(view) for view in views]
+    found = iter(elements([(view, i) for view, own in zip(views, at, strict=True) for i in own]))
+    return [tuple(next(found) for _ in own) for own in at]
 
 
 def same(copy: float, master: float, dtype: DType) -> bool:

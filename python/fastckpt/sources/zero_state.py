@@ -51,8 +51,11 @@ class ModelState:
 
     `shapes`: name -> shape a group, None when ZeRO was off. `frozen_shapes`, `fragments`: None where frozen
     parameters are kept in `module` alone. `shared`: tied name -> holder. `experts`: how many each of
-    DeepSpeed's MoE layers has; `data_before_experts`: how the ranks that hold them are numbered. `client`:
-    the caller's own plain values; `opaque`: the caller's keys whose values are not plain."""
+    DeepSpeed's MoE layers has; `data_before_experts`: how the ranks that hold them are numbered. `pipeline`:
+    `module` lies in files of layers, and is empty here. `mp_world`: the model-parallel ranks. `degrees`: how
+    many of them are pipeline stages, and tensor-parallel ranks of a stage; None if unsaid. `universal`: what
+    universal_checkpoint_info says of cuts, as it stands. `client`: the caller's own plain values; `opaque`:
+    the caller's keys whose values are not plain."""
 
     module: Mapping[str, object]
     buffers: tuple[str, ...]
@@ -65,26 +68,30 @@ class ModelState:
     version: str
     experts: tuple[int, ...]
     data_before_experts: bool
+    pipeline: bool
+    mp_world: int
+    degrees: tuple[int, int] | None
+    universal: object
     client: Mapping[str, JSON]
     opaque: tuple[str, ...]
 
 
 def optim_state(root: object, where: str) -> OptimState:
     """The OptimState of a parsed optimizer file. Raises SourceError."""
-    top = _dict(root, where)
-    state = _dict(top.get("optimizer_state_dict"), f"{where}: optimizer_state_dict")
+    top = mapping(root, where)
+    state = mapping(top.get("optimizer_state_dict"), f"{where}: optimizer_state_dict")
     stage = _stage(state.get("zero_stage"), where)
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
     if key not in state:
         raise SourceError(f"{where}: no {key}, so no ZeRO masters; keys: {', '.join(map(str, state))}")
     saved = state[key]
-    listed = [saved] if isinstance(saved, Tensor) else _list(saved, f"{where}: {key}")
+    listed = [saved] if isinstance(saved, Tensor) else listing(saved, f"{where}: {key}")
     flats = tuple(_flat(t, f"{where}: {key}[{k}]") for k, t in enumerate(listed))
     counts = state.get("partition_count")
     moments = state.get("optimizer_state_dict" if stage == 3 else "base_optimizer_state")
     return OptimState(
         stage=stage,
-        counts=_ints([counts] if isinstance(counts, int) else counts, f"{where}: partition_count"),
+        counts=integers([counts] if isinstance(counts, int) else counts, f"{where}: partition_count"),
         flats=flats,
         alignment=_alignment(state.get("param_alignment_paddings"), f"{where}: param_alignment_paddings"),
         held=_held(state.get("param_slice_mappings")),
@@ -94,15 +101,15 @@ def optim_state(root: object, where: str) -> OptimState:
 
 
 def model_state(root: object, where: str) -> ModelState:
-    """The ModelState of a parsed model-states file. Raises SourceError, also for grids not supported."""
-    top = _dict(root, where)
-    _refuse_grids(top, where)
-    if top.get("module") is None:
-        raise SourceError(f"{where}: `module` is None: a pipeline, which is not supported yet")
+    """The ModelState of a parsed model-states file. Raises SourceError."""
+    top = mapping(root, where)
+    if top.get("ds_autoep_layers") or top.get("autoep_layers"):
+        raise SourceError(f"{where}: AutoEP layers are not supported yet")
+    pipeline = "module" in top and top["module"] is None
     shapes = top.get("param_shapes")
     groups = None
     if shapes is not None:
-        listed = [shapes] if isinstance(shapes, dict) else _list(shapes, f"{where}: param_shapes")
+        listed = [shapes] if isinstance(shapes, dict) else listing(shapes, f"{where}: param_shapes")
         groups = tuple(_shapes(g, f"{where}: param_shapes[{k}]") for k, g in enumerate(listed))
         _no_doubles(groups, where)
     frozen, fragments = top.get("frozen_param_shapes"), top.get("frozen_param_fragments")
@@ -112,7 +119,7 @@ def model_state(root: object, where: str) -> ModelState:
         )
     client, opaque = _client(top)
     return ModelState(
-        module=_names(_dict(top["module"], f"{where}: module"), f"{where}: module"),
+        module={} if pipeline else _names(mapping(top.get("module"), f"{where}: module"), f"{where}: module"),
         buffers=tuple(_strings(top.get("buffer_names", ()), f"{where}: buffer_names")),
         shapes=groups,
         frozen_shapes=None if frozen is None else _shapes(frozen, f"{where}: frozen_param_shapes"),
@@ -121,8 +128,12 @@ def model_state(root: object, where: str) -> ModelState:
         global_steps=_number(top.get("global_steps")),
         dp_world=_number(top.get("dp_world_size")),
         version=str(top.get("ds_version", "")),
-        experts=_ints(top.get("num_experts") or (), f"{where}: num_experts"),
+        experts=integers(top.get("num_experts") or (), f"{where}: num_experts"),
         data_before_experts=_data_before_experts(top.get("ds_config")),
+        pipeline=pipeline,
+        mp_world=_number(top.get("mp_world_size")) or 1,
+        degrees=_degrees(top.get("checkpoint_parallel_dimensions")),
+        universal=top.get("universal_checkpoint_info"),
         client=client,
         opaque=opaque,
     )
@@ -157,21 +168,12 @@ def _plain(value: object) -> JSON:
     raise TypeError
 
 
-def _refuse_grids(top: Mapping[object, object], where: str) -> None:
-    degrees = top.get("checkpoint_parallel_dimensions")
-    if isinstance(degrees, dict):
-        for key in ("pp_degree", "tp_degree"):
-            if degrees.get(key) not in (None, 1):
-                raise SourceError(
-                    f"{where}: {key} {degrees[key]}: a tensor or pipeline parallel grid is not supported yet"
-                )
-    mp = top.get("mp_world_size")
-    if isinstance(mp, int) and mp > 1:
-        raise SourceError(
-            f"{where}: mp_world_size {mp}: a tensor or pipeline parallel grid is not supported yet"
-        )
-    if top.get("ds_autoep_layers") or top.get("autoep_layers"):
-        raise SourceError(f"{where}: AutoEP layers are not supported yet")
+def _degrees(value: object) -> tuple[int, int] | None:
+    """Pipeline stages and tensor-parallel ranks of `checkpoint_parallel_dimensions`; older files lack it."""
+    if not isinstance(value, dict):
+        return None
+    pp, tp = (_number(value.get(key)) for key in ("pp_degree", "tp_degree"))
+    return None if pp is None or tp is None else (pp, tp)
 
 
 def _stage(value: object, where: str) -> int | None:
@@ -207,23 +209,23 @@ def _held(value: object) -> tuple[Mapping[object, object], ...] | None:
 def _alignment(value: object, where: str) -> tuple[tuple[int, ...], ...] | None:
     if value is None:
         return None
-    return tuple(_ints(group, where) for group in _list(value, where))
+    return tuple(integers(group, where) for group in listing(value, where))
 
 
-def _dict(value: object, where: str) -> dict[object, object]:
+def mapping(value: object, where: str) -> dict[object, object]:
     if not isinstance(value, dict):
         raise SourceError(f"{where}: wanted a dict, got {type_name(value)}")
     return value
 
 
-def _list(value: object, where: str) -> Sequence[object]:
+def listing(value: object, where: str) -> Sequence[object]:
     if not isinstance(value, (list, tuple)):
         raise SourceError(f"{where}: wanted a list, got {type_name(value)}")
     return value
 
 
-def _ints(value: object, where: str) -> tuple[int, ...]:
-    for n in (listed := _list(value, where)):
+def integers(value: object, where: str) -> tuple[int, ...]:
+    for n in (listed := listing(value, where)):
         if not isinstance(n, int) or isinstance(n, bool) or n < 0:
             raise SourceError(
                 f"{where}: wanted whole numbers, got {type_name(n)} {n if isinstance(n, int) else ''}"
@@ -233,7 +235,7 @@ def _ints(value: object, where: str) -> tuple[int, ...]:
 
 def _strings(value: object, where: str) -> list[str]:
     out = []
-    for name in _list(value, where):
+    for name in listing(value, where):
         if not isinstance(name, str):
             raise SourceError(f"{where}: wanted names, got {type_name(name)}")
         out.append(name)
@@ -253,7 +255,7 @@ def _all_named(value: dict[object, object]) -> TypeGuard[dict[str, object]]:
 
 
 def _pairs(value: object, where: str) -> dict[str, str]:
-    named = _names(_dict(value, where), where)
+    named = _names(mapping(value, where), where)
     return dict(zip(named, _strings(list(named.values()), where), strict=True))
 
 
@@ -261,14 +263,14 @@ def _shapes(value: object, where: str) -> dict[str, Shape]:
     """Name -> shape; equal shapes are one tuple."""
     known: dict[Shape, Shape] = {}
     out = {}
-    for name, shape in _names(_dict(value, where), where).items():
-        checked = _ints(shape, f"{where}: {name}")
+    for name, shape in _names(mapping(value, where), where).items():
+        checked = integers(shape, f"{where}: {name}")
         out[name] = known.setdefault(checked, checked)
     return out
 
 
 def _tensors(value: object, where: str) -> dict[str, Tensor]:
-    named = _names(_dict(value, where), where)
+    named = _names(mapping(value, where), where)
     return {name: _tensor(t, f"{where}: {name}") for name, t in named.items()}
 
 

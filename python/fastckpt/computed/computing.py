@@ -27,13 +27,14 @@ from ..target import Target
 from ..views import View
 from .dequantised import Parts
 from .finishes import Agreed, Each, Largest, Requantised
-from .lowrank import Floats, LowRank, added, computed, elements, runs
+from .lowrank import LowRank, added
+from .nowhere import Floats, computed, elements, runs
 
 WASTE = 2
 """How many rows may be read for each one that is used; above that, each run of rows is read by itself."""
 
 
-class Merging:
+class Computing:
     """Reads the places of a binding of which some lie nowhere; `inner` makes the reader of all others.
 
     `dequantises`: everything it computes is dequantised, which needs no more memory than the result."""
@@ -49,7 +50,7 @@ class Merging:
         nothing = Buffer(None, 0, 0)
         self.inner = inner([nothing if i in self.made else p for i, p in enumerate(binding.places)])
 
-    def __enter__(self) -> Merging:
+    def __enter__(self) -> Computing:
         self.inner.__enter__()
         return self
 
@@ -58,16 +59,16 @@ class Merging:
     ) -> None:
         self.inner.__exit__(kind, error, trace)
 
-    def lane(self, executor: Executor) -> MergingLane:
+    def lane(self, executor: Executor) -> ComputingLane:
         """A lane over one of the inner reader's."""
-        return MergingLane(self, self.inner.lane(executor), executor)
+        return ComputingLane(self, self.inner.lane(executor), executor)
 
 
-class MergingLane:
-    """See Merging. `file`: the output file whose batch is run; `errors`: (file, matrix) -> how far quantised
-    values lie from the dense ones; `bytes_scanned`: dense bytes that were read for scales alone."""
+class ComputingLane:
+    """See Computing. `file`: the output file whose batch is run; `errors`: (file, matrix) -> how far
+    quantised values lie from the dense ones; `bytes_scanned`: dense bytes that were read for scales alone."""
 
-    def __init__(self, reader: Merging, lane: Lane, executor: Executor) -> None:
+    def __init__(self, reader: Computing, lane: Lane, executor: Executor) -> None:
         self.reader = reader
         self.lane = lane
         self.executor = executor

@@ -1,0 +1,310 @@
+"""ZeRO checkpoints of one model-parallel rank each, joined: DeepSpeed's tensor and pipeline parallel grids.
+
+Model-parallel rank p * tp + t is tensor-parallel rank t of pipeline stage p. Tensors are cut over the ranks
+of a stage as `zero_cuts` says. A pipeline's 16-bit weights lie in a file a layer (`Layers`), its masters with
+the stage that trains them; a tied module stands in several stages, once in the result.
+
+Law: what two ranks hold of one tensor must agree where it is compared, or nothing is read.
+Source: deepspeed/runtime/pipe/{topology,module}.py (ranks; layer files; tied_modules) of DeepSpeed 0.19.8.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Protocol
+
+import numpy as np
+
+from ..checkpoint import JSON, Checkpoint, Entry
+from ..dtypes import DType
+from ..errors import SourceError
+from ..extents import Extents
+from ..views import ZERO, View, cat, zeros
+from .assembly import assemble
+from .options import Options
+from .torchtensors import places
+from .zero_cuts import Cut, Cuts, Piece
+from .zero_files import Grid, check_ranks
+from .zero_opening import Opening
+from .zero_pipeline import TIED, layers
+from .zero_sample import sampled_bytes
+from .zero_state import ModelState, mapping
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rank:
+    """One model-parallel rank's checkpoint, its model states and its optimizer's step (None if unsaid)."""
+
+    checkpoint: Checkpoint
+    state: ModelState
+    step: int | None
+
+
+def degrees(grid: Grid, state: ModelState) -> tuple[int, int]:
+    """Pipeline stages and tensor-parallel ranks, as rank 0's model states say and the files there are.
+
+    Raises SourceError for files that are missing or left over."""
+    where, models = grid.ranks[0].folder, {model for _, model in grid.layers}
+    check_ranks(
+        {files.mp: files.folder for files in grid.ranks}, state.mp_world, "model-parallel files", where
+    )
+    if grid.layers and not state.pipeline:
+        path = grid.layers[min(grid.layers)]
+        raise SourceError(f"{path}: a pipeline's layer beside whole model states: of two runs")
+    tp = len(models) if state.pipeline else len(grid.ranks)
+    pp, tp = state.degrees or (len(grid.ranks) // max(tp, 1), tp)
+    if pp * tp != len(grid.ranks) or (pp > 1 and not state.pipeline):
+        raise SourceError(f"{where}: {len(grid.ranks)} model-parallel ranks, no {pp} stages of {tp} each")
+    if state.pipeline and models != {*range(tp)}:
+        raise SourceError(
+            f"{where}: files of layers of tensor-parallel ranks {sorted(models)}, wanted {tp}: not saved, or "
+            "left on another node's disk (open with also=)"
+        )
+    return pp, tp
+
+
+def joined(path: str, grid: Grid, ranks: Sequence[Rank], options: Options, tp: int) -> Checkpoint:
+    """The checkpoint of the whole model, of `tp` tensor-parallel ranks. `ranks` were read with their names as
+    they stand, those of a pipeline for their masters.
+
+    Raises SourceError for ranks that are missing or of another save, parts that do not fit, and cuts of
+    which nothing is said."""
+    files, state = grid.ranks[0], ranks[0].state
+    where, pp = files.folder, len(ranks) // tp
+    _check_one_save(ranks, where)
+    cuts = Cuts(state.universal, tp, where)
+    opening = Opening(files, options, extents=[e for r in ranks for e in r.checkpoint.extents])
+    layer_files = sorted(grid.layers)
+    opened = dict(zip(layer_files, opening.layers([grid.layers[k] for k in layer_files]), strict=True))
+    extents = Extents(opening.extents)
+    bases = accumulate((len(r.checkpoint.extents) for r in ranks), initial=0)
+    held: list[dict[str, Entry]] = [
+        {n: _Moved(e, extents, base) for n, e in r.checkpoint.entries.items()}
+        for r, base in zip(ranks, bases, strict=False)
+    ]
+    stages = [held[p * tp : (p + 1) * tp] for p in range(pp)]
+    same = _Same(where)
+    if state.pipeline:
+        copies = []
+        for t in range(tp):
+            masters = {n: e for column in stages for n, e in column[t].items()}
+            files_of_t = {layer: file for (layer, model), file in opened.items() if model == t}
+            copies.append(layers(files_of_t, [r.state for r in ranks[t::tp]], masters, extents, where))
+        stages.insert(0, [c.beside(options.exclude_frozen) for c in copies])
+        if options.weights == "module" or state.shapes is None:
+            stages = [stages[0], [c.copies for c in copies]]
+    entries: dict[str, Entry] = {}
+    for columns in stages:
+        for name, entry in _stage(columns, cuts, same, where).items():
+            earlier = entries.setdefault(name, entry)
+            if earlier is not entry:
+                if not (name.startswith(TIED) or cuts.over_stages(name)):
+                    raise SourceError(f"{where}: {name} is in two stages, and is no tied module")
+                same.add(f"{name} in two stages of the pipeline", earlier, entry)
+    same.check()
+    return _assembled(path, grid, ranks, options, opening, extents, entries, (pp, tp))
+
+
+def _check_one_save(ranks: Sequence[Rank], where: str) -> None:
+    first = ranks[0]
+    for mp, rank in enumerate(ranks):
+        a, b = rank.state, first.state
+        for what, got, wanted in (
+            ("global_steps", a.global_steps, b.global_steps),
+            ("optimizer step", rank.step, first.step),
+            ("ds_version", a.version, b.version),
+            ("dp_world_size", a.dp_world, b.dp_world),
+            ("mp_world_size", a.mp_world, b.mp_world),
+            ("checkpoint_parallel_dimensions", a.degrees, b.degrees),
+            ("universal_checkpoint_info", a.universal, b.universal),
+            ("`module`", a.pipeline, b.pipeline),
+            ("ZeRO stage", rank.checkpoint.facts.get("stage"), first.checkpoint.facts.get("stage")),
+        ):
+            if got != wanted:
+                raise SourceError(
+                    f"{where}: model-parallel rank {mp}: {what} is {got!r:.80}, rank 0 has {wanted!r:.80}: "
+                    "files of two saves"
+                )
+        if a.experts:
+            raise SourceError(f"{where}: DeepSpeed's MoE layers in a grid are not supported yet")
+
+
+# ---- the ranks of a stage ----
+
+
+def _stage(columns: Sequence[Mapping[str, Entry]], cuts: Cuts, same: _Same, where: str) -> dict[str, Entry]:
+    """The whole tensors of a stage; `columns`: what each of its tensor-parallel ranks holds."""
+    first = columns[0]
+    for rank, own in enumerate(columns):
+        if odd := sorted({*own} ^ {*first}):
+            raise SourceError(f"{where}: only one of tensor-parallel ranks 0 and {rank} holds {odd[0]}")
+    out: dict[str, Entry] = {}
+    for name, entry in first.items():
+        parts = [own[name] for own in columns]
+        shapes = [part.shape for part in parts]
+        # A rank that has no head holds an empty part, which no optimizer owns.
+        full = [part for part in parts if 0 not in part.shape] or parts
+        for what, got in (("dtype", {p.dtype.name for p in full}), ("kind", {p.kind for p in full})):
+            if len(got) > 1:
+                raise SourceError(f"{where}: {name}: tensor-parallel ranks hold it as {what}s {sorted(got)}")
+        if full[0].kind == "buffer":
+            if len({*shapes}) > 1:
+                raise SourceError(f"{where}: buffer {name} has {shapes}: nothing says how it is cut")
+            for part in parts[1:]:
+                same.add(f"buffer {name} on two tensor-parallel ranks", entry, part)
+            out[name] = entry
+            continue
+        cut = cuts.of(name, shapes)
+        for a, b in cut.same:
+            what = f"{name}, which tensor-parallel ranks {a.rank} and {b.rank} both hold,"
+            same.add(what, _Piece(parts[a.rank], cut.axis, a), _Piece(parts[b.rank], cut.axis, b))
+        if not cut.told:
+            same.refuse_equal(name, parts)
+        out[name] = _Joined(tuple(parts), cut, full[0].dtype, full[0].kind)
+    return out
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Moved:
+    """An entry of one rank's checkpoint, its extents counted from `base` of the table of all."""
+
+    of: Entry
+    extents: Extents
+    base: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.of.shape
+
+    @property
+    def dtype(self) -> DType:
+        return self.of.dtype
+
+    @property
+    def kind(self) -> str:
+        return self.of.kind
+
+    def build(self) -> View:
+        view = self.of.build()
+        held = view.held.copy()
+        held[:, 0] += np.where(held[:, 0] == ZERO, 0, self.base)
+        return replace(view, extents=self.extents, held=held)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Piece:
+    """A piece of an entry."""
+
+    of: Entry
+    axis: int
+    piece: Piece
+
+    def build(self) -> View:
+        view = self.of.build()
+        return view.narrow(self.axis, self.piece.start, self.piece.length) if view.shape else view
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Joined:
+    """The entry of a whole tensor."""
+
+    parts: tuple[Entry, ...]
+    cut: Cut
+    dtype: DType
+    kind: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.cut.shape
+
+    def build(self) -> View:
+        if 0 in self.shape:
+            return zeros(self.shape, self.dtype)
+        pieces = [_Piece(self.parts[p.rank], self.cut.axis, p).build() for p in self.cut.pieces]
+        return cat(pieces, self.cut.axis) if len(pieces) > 1 else pieces[0]
+
+
+class _Built(Protocol):
+    """What has a view."""
+
+    def build(self) -> View: ...
+
+
+class _Same:
+    """Pairs of entries that must hold the same elements, of which some are compared at once."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._equal: list[tuple[str, _Built, _Built]] = []
+        self._apart: list[tuple[str, Sequence[Entry]]] = []
+
+    def add(self, what: str, a: _Built, b: _Built) -> None:
+        """`what` holds in `a` what it holds in `b`."""
+        self._equal.append((what, a, b))
+
+    def refuse_equal(self, name: str, parts: Sequence[Entry]) -> None:
+        """Parts of a parameter of which nothing is said, so that it is cut by default; were they all one,
+        it would rather stand whole on every rank."""
+        self._apart.append((name, parts))
+
+    def check(self) -> None:
+        """Raises SourceError for those that differ, or are one."""
+        seen = _samples(x for _, *pair in self._equal for x in pair)
+        for what, *_ in self._equal:
+            if next(seen) != next(seen):
+                raise SourceError(f"{self._where}: {what} has two values: which one is meant is in doubt")
+        seen = _samples(part for _, parts in self._apart for part in parts)
+        for name, parts in self._apart:
+            held = [next(seen) for _ in parts]
+            if len({*held}) == 1 and len({*held[0]}) > 1 and len({p.shape for p in parts}) == 1:
+                raise SourceError(
+                    f"{self._where}: {name} is the same on all {len(parts)} tensor-parallel ranks, and "
+                    "universal_checkpoint_info does not say that it is replicated: in doubt"
+                )
+
+
+def _samples(built: Iterable[_Built]) -> Iterator[tuple[bytes, ...]]:
+    views = (b.build() for b in built)
+    return iter(sampled_bytes([view.reshape((view.numel,)) for view in views]))
+
+
+def _assembled(
+    path: str,
+    grid: Grid,
+    ranks: Sequence[Rank],
+    options: Options,
+    opening: Opening,
+    extents: Extents,
+    entries: Mapping[str, Entry],
+    degrees: tuple[int, int],
+) -> Checkpoint:
+    files, first = grid.ranks[0], ranks[0].checkpoint
+    of_all = [r.checkpoint for r in ranks]
+    aliases: dict[str, str] = {}
+    for checkpoint in of_all:
+        for name, holder in checkpoint.aliases.items():
+            if aliases.setdefault(name, holder) != holder:
+                raise SourceError(f"{files.folder}: {name} is tied to {aliases[name]} and to {holder}")
+    kinds = [e.kind for e in entries.values()]
+    facts: dict[str, JSON] = {
+        **first.facts,
+        "grid": {"tensor parallel": degrees[1], "pipeline stages": degrees[0]},
+        "parameters": kinds.count("parameter"), "frozen": kinds.count("frozen"),
+        "buffers": kinds.count("buffer"), "tied": dict(aliases),
+    }  # fmt: skip
+    return assemble(
+        path, "zero", entries, extents, options,
+        aliases=aliases, files=[*(f for c in of_all for f in c.files), *(f.file for f in opening.opened)],
+        search=[os.path.abspath(path), os.path.abspath(files.root)], facts=facts,
+        unread=[*dict.fromkeys(note for c in of_all for note in c.unread)],
+        inert=[n for c in of_all for n in c.inert] + [n for f in opening.opened for n in f.inert],
+        layout=[
+            *(c.structure.encode() for c in of_all),
+            repr([(n, e.cut) for n, e in entries.items() if isinstance(e, _Joined)]).encode(),
+            *(places(mapping(f.root, f.file.path).values()) for f in opening.opened),
+        ],
+        headers=[*(c.headers for c in of_all), *(f.digest for f in opening.opened)],
+    )  # fmt: skip
