@@ -17,7 +17,7 @@ from ..dtypes import DType
 from ..errors import SourceError
 from ..extents import fill, let_go
 from ..finite import nonfinite
-from ..running.pipeline import feed
+from ..pipeline import feed
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
