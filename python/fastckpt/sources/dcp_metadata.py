@@ -47,12 +47,14 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """`.metadata`, read: its tensors by key, the place of each box and of every other value, the path of each
-    key (of other values too) in the state that was saved, and the digest of the pickle."""
+    """`.metadata`, read: its tensors by key, the place of each box and of every other value, how many bytes
+    each file has, the path of each key (of other values too) in the state that was saved, and the digest of
+    the pickle."""
 
     tensors: Mapping[str, Stored]
     places: Mapping[tuple[str, Sizes], Place]
     others: Mapping[str, Place]
+    files: Mapping[str, int]
     paths: Mapping[str, tuple[str, ...]]
     digest: str
 
@@ -78,12 +80,14 @@ def metadata(where: str, save: int) -> Metadata:
         paths[key] = _path(key, planned)
     places: dict[tuple[str, Sizes], Place] = {}
     others: dict[str, Place] = {}
-    for key, at, place in _places(_dict(body, "storage_data")):
+    files: dict[str, int] = {}
+    for name, at, place in _places(_dict(body, "storage_data")):
         if at is None:
-            others[key] = place
+            others[name] = place
         else:
-            places[key, at] = place
-    return Metadata(tensors, places, others, paths, xxhash.xxh3_64_hexdigest(data))
+            places[name, at] = place
+        files[place.file] = max(files.get(place.file, 0), place.offset + place.nbytes)
+    return Metadata(tensors, places, others, files, paths, xxhash.xxh3_64_hexdigest(data))
 
 
 def _state(value: object, name: str) -> dict[object, object]:
@@ -136,7 +140,7 @@ def _sizes(value: object, what: str) -> Sizes:
 
 
 def _places(table: Mapping[object, object]) -> Iterator[tuple[str, Sizes | None, Place]]:
-    """The key of each box, its offsets (None: a value that is no tensor), and its place."""
+    """The key and the offsets of each box, and its place; other values have no offsets."""
     for index, info in table.items():
         told, lies = _state(index, "metadata.MetadataIndex"), _state(info, "filesystem._StorageInfo")
         key, at = told.get("fqn"), told.get("offset")

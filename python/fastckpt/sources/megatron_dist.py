@@ -26,7 +26,7 @@ from ..extents import Extents, File, is_file
 from ..stored import boxes
 from . import torchfile
 from .assembly import assemble, read_json
-from .dcp import NAME, located, nbytes
+from .dcp import NAME, later, located, nbytes
 from .dcp_metadata import Metadata, metadata
 from .megatron_args import args_of
 from .options import Options
@@ -120,8 +120,8 @@ def read(path: str, root: str, options: Options, format: str) -> Checkpoint:
     except SourceError as e:
         raise SourceError(f"{where}: {e}") from None
     facts: dict[str, JSON] = {"step": step, "ranks": 1, "args": args}
-    if notes:
-        facts["notes"] = [*notes]
+    if told := [*notes, *later(where, files).get("notes", [])]:
+        facts["notes"] = told
     return assemble(
         path, format, entries, table, options, files=files, search=[root, os.path.dirname(root)],
         facts=facts, unread=unread, layout=[row.tobytes() for row in rows.values()],
