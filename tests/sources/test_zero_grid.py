@@ -49,14 +49,10 @@ def test_what_deepspeed_wrote_is_what_it_trained(name):
 RUNS = (
     "--model qwen2 --stage 2 --tp 4 --world 4",  # two heads of keys: two ranks hold none
     "--model phi3 --stage 1 --tp 2 --world 4",
-    "--model phi3 --stage 3 --tp 2 --world 4",
     "--model llama --stage 3 --tp 2 --world 4 --freeze --layers 2",
-    "--model llama --stage 1 --tp 2 --world 2 --freeze --layers 2",
     "--model llama --stage 0 --tp 2 --world 4",
     "--model qwen2 --stage 1 --tp 2 --world 4 --wide-gradients",
-    "--model pipe --stage 1 --pp 2 --tp 2 --world 4",
     "--model pipe --stage 1 --pp 2 --tp 1 --world 4",
-    "--model pipe --stage 1 --pp 1 --tp 2 --world 4",
     "--model pipe --stage 1 --pp 1 --tp 1 --world 2",
     "--model pipe --stage 1 --pp 2 --tp 1 --world 4 --wide-gradients --layers 3",
     "--model pipe --stage 1 --pp 2 --tp 2 --world 4 --dtype float32",

@@ -37,7 +37,7 @@ REPEATS = 2
 """The most repeats of a pattern, since one that fails is tried at every place of each."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Elements [start, start + length) along the axis of what tensor-parallel rank `rank` holds."""
 
@@ -129,7 +129,8 @@ class Cuts:
         elif self._none:
             raise SourceError(
                 f"{self._where} is not there: nothing says along which axis the {self._tp} tensor-parallel "
-                "ranks cut each tensor; DeepSpeed's AutoTP and Megatron-DeepSpeed write it in newer versions"
+                "ranks cut each tensor; load and save it once with a DeepSpeed whose AutoTP writes it, or a "
+                "Megatron-DeepSpeed that does"
             )
         else:
             cut = self._by_lists(name, shapes, where)
