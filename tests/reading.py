@@ -14,7 +14,6 @@ import pytest
 import torch
 from fastckpt import dtypes, sources
 from fastckpt.checkpoint import Checkpoint, Single
-from fastckpt.computed.computing import Computing
 from fastckpt.computed.nowhere import computed
 from fastckpt.errors import SourceError
 from fastckpt.executors import EXECUTORS
@@ -23,6 +22,7 @@ from fastckpt.planning.batches import LEAF, Slots, cut
 from fastckpt.planning.binding import Binding
 from fastckpt.planning.compiling import compile
 from fastckpt.reader import Positioned
+from fastckpt.running.computing import Computing
 from fastckpt.stored import runs
 from fastckpt.target import Target
 

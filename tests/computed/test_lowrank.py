@@ -7,7 +7,6 @@ import peft_writer
 import pytest
 import torch
 from fastckpt import dtypes
-from fastckpt.computed.computing import Computing
 from fastckpt.computed.lowrank import LowRank, added
 from fastckpt.computed.nowhere import elements, nowhere, pitch, pitched, runs
 from fastckpt.errors import DeviceError
@@ -18,6 +17,7 @@ from fastckpt.planning.batches import LEAF, Slots, cut
 from fastckpt.planning.binding import Binding
 from fastckpt.planning.compiling import compile
 from fastckpt.reader import Mapped, Positioned
+from fastckpt.running.computing import Computing
 from fastckpt.stored import strided
 from fastckpt.target import Target
 from hypothesis import given, settings

@@ -10,6 +10,7 @@ from fastckpt.digest import combine, digest
 from fastckpt.errors import DeviceError
 from fastckpt.executors import pick
 from fastckpt.layouts.same import Same
+from fastckpt.pipeline import feed
 from fastckpt.placement import Placement
 from fastckpt.planning import plans
 from fastckpt.planning.batches import LEAF, cut
@@ -17,7 +18,6 @@ from fastckpt.planning.binding import Binding
 from fastckpt.planning.request import Request
 from fastckpt.reader import Positioned
 from fastckpt.running import gpu_sinks, gpu_sources, tensors
-from fastckpt.running.pipeline import feed
 from fastckpt.sources import open as open_checkpoint
 from fastckpt.tiles import tile
 

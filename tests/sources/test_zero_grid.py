@@ -109,13 +109,14 @@ def said(path: Path, edit) -> None:
 def test_names_aliases_and_facts():
     ckpt = sources.open(FIXTURES / AUTOTP, rename=[(r"^model\.", "")])
     assert ckpt.aliases == {"lm_head.weight": "embed_tokens.weight"}
-    assert ckpt.facts["grid"] == {"tensor parallel": 2, "pipeline stages": 1}
-    assert ckpt.facts["world"] == 2 and ckpt.facts["stage"] == 2 and ckpt.facts["step"] == 2
+    assert ckpt.facts["grid"] == {"data parallel": 2, "tensor parallel": 2, "pipeline stages": 1}
+    assert ckpt.facts["stage"] == 2 and ckpt.facts["step"] == 2
     assert ckpt.config["model_type"] == "qwen2"
     pipe = sources.open(FIXTURES / PIPELINE, rename=[(r"^tied_modules\.", ""), (r"^(\d+)\.", r"layers.\1.")])
+    assert "rows of tied_modules.embed.weight from 21 on: padding of the vocabulary" in pipe.unread
     assert {"embed.weight", "layers.1.scale", "layers.3.bias"} < {*pipe}
     assert pipe.entries["layers.1.scale"].kind == "buffer"
-    assert pipe.facts["grid"] == {"tensor parallel": 2, "pipeline stages": 2}
+    assert pipe.facts["grid"] == {"data parallel": 1, "tensor parallel": 2, "pipeline stages": 2}
     with pytest.raises(SourceError, match="rename makes"):
         sources.open(FIXTURES / PIPELINE, rename=[(r"weight|bias", "x")])
 
@@ -227,10 +228,14 @@ def test_buffers_that_differ(pipeline):
 
 
 def test_tied_modules_that_differ(pipeline):
+    """Of what is said to stand in several stages the first one's counts: perhaps one weight of the module is
+    tied, and the last stage does not train the others."""
     for rank in (2, 3):
         file = pipeline / TAG / f"bf16_zero_pp_rank_0_mp_rank_{rank:02}_optim_states.pt"
         change(file, lambda tree: tree["optimizer_state_dict"][MASTERS][0].data.mul_(2))
-    refuses(pipeline, "tied_modules.embed.weight")
+    equal(pipeline)
+    said(pipeline, lambda info: info["pipeline_replicated_parameter_patterns"].clear())
+    refuses(pipeline, "tied_modules.embed.weight in two stages of the pipeline has two values")
 
 
 # ---- what is said of cuts ----
@@ -253,6 +258,36 @@ def test_cuts_that_cannot_be_undone(tp):
 def test_a_replicated_tensor_of_which_nothing_is_said(pipeline):
     said(pipeline, lambda info: info["tp_replicated_parameter_patterns"].remove(r"\d+.norm.weight"))
     refuses(pipeline, "1.norm.weight is the same on all 2 tensor-parallel ranks", "in doubt")
+
+
+def test_lists_that_were_made_for_another_model(pipeline):
+    """Megatron-DeepSpeed writes its pipeline's names for a model without one, too."""
+    said(pipeline, lambda info: info.update(tp_replicated_parameter_patterns=[r"layers.\d+.norm.weight"]))
+    refuses(pipeline, "tp_replicated_parameter_patterns matches no parameter: it is of another model")
+
+
+def test_a_gate_of_which_nothing_is_said(pipeline):
+    """Older Megatron-DeepSpeed does not say that its swiglu is two matrices in one."""
+    names = {"gate_up.weight": "mlp.dense_h_to_4h.weight", "down.weight": "mlp.dense_4h_to_h.weight"}
+    new = {f"1.{old}": f"1.{name}" for old, name in names.items()}
+
+    def renamed(tree, of=new):
+        for name in list(tree):
+            tree[of.get(name, name)] = tree.pop(name)
+
+    for rank in (0, 1):
+        change(pipeline / TAG / f"layer_01-model_{rank:02}-model_states.pt", lambda t: renamed(t, names))
+        change(model_states(pipeline)[rank], lambda t: [renamed(group) for group in t["param_shapes"]])
+    gated, rows = "parameter_with_2_sub_params_cat_dim_0", "parameter_with_row_parallelism_patterns"
+    said(
+        pipeline,
+        lambda info: info.update(
+            {gated: [r"\d+.mlp.dense_h_to_4h.weight"], rows: [r"\d+.mlp.*4h_to_h.weight"]}
+        ),
+    )
+    assert sources.open(pipeline).entries["1.mlp.dense_h_to_4h.weight"].shape == (24, 8)
+    said(pipeline, lambda info: info.pop(gated))
+    refuses(pipeline, "1.mlp.dense_h_to_4h.weight is gate and up in one")
 
 
 # ---- layers of a pipeline ----

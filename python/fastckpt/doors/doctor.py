@@ -16,7 +16,7 @@ from importlib import import_module, metadata
 
 from .. import __version__
 from ..checkpoint import JSON
-from ..running.pipeline import cores
+from ..pipeline import cores
 from .text import said, size
 
 PACKAGES = ("numpy", "torch", "safetensors", "huggingface_hub", "xxhash", "rich")

@@ -14,7 +14,7 @@ import torch
 
 from ..checkpoint import JSON
 from ..errors import ManagerError
-from ..running.pipeline import cores, each
+from ..pipeline import cores, each
 from ..running.tensors import torch_dtype
 from ..sources.training import engine_directory
 from .commits import Store

@@ -23,7 +23,7 @@ from ..output.files import safetensors_layout
 from ..output.filesystem import as_write_errors
 from ..output.manifest import Origin, Record
 from ..output.writer import Output
-from ..running.pipeline import cores, each
+from ..pipeline import cores, each
 from ..sources.training import SCHEMA, TABLE, Shared, engine_directory, rank_directory
 from .commits import Commit, Store
 from .coordination import Group, ints, together

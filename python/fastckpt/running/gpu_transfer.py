@@ -20,13 +20,13 @@ from ..errors import DeviceError
 from ..executors import pick
 from ..executors.cpu import built
 from ..extents import Buffer, Extent, Extents
+from ..pipeline import feed
 from ..planning.batches import LEAF, Slots, cut, spread
 from ..planning.binding import Binding
 from ..planning.copies import COPY, NOTHING, Chunk, item_sizes, nbytes
 from ..planning.plans import Plan
 from ..reader import Lane, Mapped, Positioned
 from .gpu_sinks import CastThere, ToDevice
-from .pipeline import feed
 from .sinks import Worker
 
 WAYS = ("cpu", "gpu")

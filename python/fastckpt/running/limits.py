@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from ..errors import WriteError
 from ..executors.cpu import RECENT_BYTES
 from ..output.files import parse_size
+from ..pipeline import cores
 from ..planning.batches import LEAF
-from .pipeline import cores
 
 STAGE = 2 * LEAF
 """Output bytes made at once: smaller ones cost steps, larger ones leave the cache."""

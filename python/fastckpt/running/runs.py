@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from .. import __version__, joining
 from ..checkpoint import JSON
-from ..computed.computing import Computing, ComputingLane
 from ..computed.nowhere import computed
+from ..computed.prequantised import Matrix
 from ..errors import expect
 from ..executors import pick
 from ..executors.cpu import built
@@ -23,18 +23,18 @@ from ..extents import COMPUTED, Buffer, Extents, File
 from ..output.manifest import Manifest, Origin, Record, rows_of
 from ..output.syscalls import give_back
 from ..output.writer import Output
+from ..pipeline import feed
 from ..planning.batches import LEAF, Batch, cut, spread
 from ..planning.binding import Binding
 from ..planning.compiling import compiled
 from ..planning.plans import Plan
-from ..quantisation import figures
-from ..quantisation.prequantised import Matrix
-from ..quantisation.quantising import Job, Quantising, Scan, Sink
 from ..quantisation.rounding import Error, Floats
 from ..reader import GAP, Lane, Mapped, Positioned, Reader
 from ..sources import memory
+from . import figures
+from .computing import Computing, ComputingLane
 from .limits import STAGE, Limits, recent
-from .pipeline import feed
+from .quantising import Job, Quantising, Scan, Sink
 from .sinks import ToDigests, ToFiles, ToMemory, Worker
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from ..errors import SourceError
 from ..extents import Buffer, fresh
 from ..finite import nonfinite
 from ..output.writer import OutputFile
+from ..pipeline import each
 from ..planning.batches import LEAF, Batch, Slots
 from ..planning.planned import PlannedTensors
 from ..reader import Lane
-from .pipeline import each
 
 Worker = Callable[[Batch], None]
 """What one thread does with each batch it gets."""

@@ -8,7 +8,7 @@ goes before which), affine.py (`affine_map`) and constants.py of DeepSpeed 0.19.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -51,13 +51,15 @@ class Cut:
     """The whole of a parameter, of `shape`: `pieces` along `axis`, in order.
 
     `same`: pieces that several ranks hold, of which the first is taken. `told`: whether anything was said of
-    this parameter; the default is a cut along the first axis."""
+    this parameter; the default is a cut along the first axis. `padded`: the parts have more, which is left
+    out."""
 
     shape: Shape
     axis: int
     pieces: tuple[Piece, ...]
     same: tuple[tuple[Piece, Piece], ...] = ()
     told: bool = True
+    padded: bool = False
 
     def clipped(self, length: int) -> Cut:
         """The first `length` elements along the axis."""
@@ -66,7 +68,7 @@ class Cut:
             pieces.append(replace(piece, length=min(left, piece.length)))
             left -= pieces[-1].length
         held = tuple(p for p in pieces if p.length)
-        return replace(self, shape=_with(self.shape, self.axis, length), pieces=held)
+        return replace(self, shape=_with(self.shape, self.axis, length), pieces=held, padded=True)
 
 
 class Cuts:
@@ -95,8 +97,21 @@ class Cuts:
         self._maps = self._table(affine, "params")
         self._mapped = self._patterns(AFFINE, tuple(self._maps))
 
+    def check_used(self, names: Iterable[str]) -> None:
+        """Raises SourceError where a list of cuts, not of names spelt out, matches none of these, which are
+        all parameters: it was made for another model, and they would be joined by default."""
+        lists = {key: self._lists[key] for key in (REPLICATED, AVERAGED, HALVES, ROWS)}
+        lists |= {f"{SUBS}[{k}]": patterns for k, (patterns, _) in enumerate(self._subs)}
+        unused = {key: p for key, p in lists.items() if self._tp > 1 and p.others and not p.exact}
+        for name in names:
+            unused = {key: p for key, p in unused.items() if not p.matching(name)}
+            if not unused:
+                return
+        for key in unused:
+            raise SourceError(f"{self._where}: {key} matches no parameter: it is of another model")
+
     def over_stages(self, name: str) -> bool:
-        """Whether a parameter is said to stand in several stages of a pipeline."""
+        """Whether a parameter is said to stand in several stages of a pipeline, of which the first counts."""
         return self._match(STAGES, name) is not None
 
     def of(self, name: str, shapes: Sequence[Shape]) -> Cut:
@@ -114,8 +129,7 @@ class Cuts:
         elif self._none:
             raise SourceError(
                 f"{self._where} is not there: nothing says along which axis the {self._tp} tensor-parallel "
-                "ranks cut each tensor; DeepSpeed's AutoTP writes it since 0.19, Megatron-DeepSpeed with "
-                "--universal-checkpoint"
+                "ranks cut each tensor; DeepSpeed's AutoTP and Megatron-DeepSpeed write it in newer versions"
             )
         else:
             cut = self._by_lists(name, shapes, where)

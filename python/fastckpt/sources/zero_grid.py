@@ -10,6 +10,7 @@ Source: deepspeed/runtime/pipe/{topology,module}.py (ranks; layer files; tied_mo
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -90,7 +91,7 @@ def joined(path: str, grid: Grid, ranks: Sequence[Rank], options: Options, tp: i
     if state.pipeline:
         copies = []
         for t in range(tp):
-            masters = {n: e for column in stages for n, e in column[t].items()}
+            masters = {n: e for column in reversed(stages) for n, e in column[t].items()}
             files_of_t = {layer: file for (layer, model), file in opened.items() if model == t}
             copies.append(layers(files_of_t, [r.state for r in ranks[t::tp]], masters, extents, where))
         stages.insert(0, [c.beside(options.exclude_frozen) for c in copies])
@@ -100,11 +101,13 @@ def joined(path: str, grid: Grid, ranks: Sequence[Rank], options: Options, tp: i
     for columns in stages:
         for name, entry in _stage(columns, cuts, same, where).items():
             earlier = entries.setdefault(name, entry)
-            if earlier is not entry:
-                if not (name.startswith(TIED) or cuts.over_stages(name)):
+            if earlier is not entry and not cuts.over_stages(name):
+                if not name.startswith(TIED):
                     raise SourceError(f"{where}: {name} is in two stages, and is no tied module")
                 same.add(f"{name} in two stages of the pipeline", earlier, entry)
+    cuts.check_used(n for n, e in entries.items() if isinstance(e, _Joined))
     same.check()
+    _check_gated(entries, where)
     return _assembled(path, grid, ranks, options, opening, extents, entries, (pp, tp))
 
 
@@ -165,6 +168,19 @@ def _stage(columns: Sequence[Mapping[str, Entry]], cuts: Cuts, same: _Same, wher
             same.refuse_equal(name, parts)
         out[name] = _Joined(tuple(parts), cut, full[0].dtype, full[0].kind)
     return out
+
+
+def _check_gated(entries: Mapping[str, Entry], where: str) -> None:
+    """Raises SourceError for Megatron's gate and up in one matrix, of which every rank's part has some of
+    both: older versions of Megatron-DeepSpeed do not say so."""
+    for name, entry in entries.items():
+        down = entries.get(name.replace("dense_h_to_4h", "dense_4h_to_h"))
+        if down is None or down is entry or not isinstance(entry, _Joined) or len(entry.parts) == 1:
+            continue
+        if not entry.cut.told and entry.shape[0] == 2 * math.prod(down.shape[1:]):
+            raise SourceError(
+                f"{where}: {name} is gate and up in one, and universal_checkpoint_info does not say so"
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -288,10 +304,19 @@ def _assembled(
         for name, holder in checkpoint.aliases.items():
             if aliases.setdefault(name, holder) != holder:
                 raise SourceError(f"{files.folder}: {name} is tied to {aliases[name]} and to {holder}")
+    unpadded = [
+        f"rows of {n} from {e.shape[0]} on: padding of the vocabulary"
+        for n, e in entries.items()
+        if isinstance(e, _Joined) and e.cut.padded
+    ]
     kinds = [e.kind for e in entries.values()]
+    world = first.facts.get("world")  # the data-parallel ranks of each
     facts: dict[str, JSON] = {
-        **first.facts,
-        "grid": {"tensor parallel": degrees[1], "pipeline stages": degrees[0]},
+        **{key: value for key, value in first.facts.items() if key not in ("groups", "world")},
+        "grid": {
+            **({"data parallel": world} if world else {}),
+            "tensor parallel": degrees[1], "pipeline stages": degrees[0],
+        },
         "parameters": kinds.count("parameter"), "frozen": kinds.count("frozen"),
         "buffers": kinds.count("buffer"), "tied": dict(aliases),
     }  # fmt: skip
@@ -299,7 +324,7 @@ def _assembled(
         path, "zero", entries, extents, options,
         aliases=aliases, files=[*(f for c in of_all for f in c.files), *(f.file for f in opening.opened)],
         search=[os.path.abspath(path), os.path.abspath(files.root)], facts=facts,
-        unread=[*dict.fromkeys(note for c in of_all for note in c.unread)],
+        unread=[*dict.fromkeys(note for c in of_all for note in c.unread), *unpadded],
         inert=[n for c in of_all for n in c.inert] + [n for f in opening.opened for n in f.inert],
         layout=[
             *(c.structure.encode() for c in of_all),

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 
 from ..checkpoint import JSON
 from ..digest import digest
-from ..doors.text import counted
 from ..errors import FastckptError, SourceError, expect
 from ..extents import File, fill, is_directory, let_go
 from ..output.manifest import NAME, TRACE, FileEntry, Manifest, TensorEntry, rank_of
@@ -156,7 +155,7 @@ def _together(names: Sequence[str], what: str) -> list[str]:
     if len(names) < 2:
         return [f"{name}: {what}" for name in names]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return [f"{counted(len(names), 'file')} {what}: {', '.join(names[:_NAMED])}{more}"]
+    return [f"{len(names)} files {what}: {', '.join(names[:_NAMED])}{more}"]
 
 
 # ---- with a manifest ----

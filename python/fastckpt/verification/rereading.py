@@ -17,7 +17,7 @@ from ..dtypes import DType
 from ..errors import SourceError
 from ..extents import fill, let_go
 from ..finite import nonfinite
-from ..running.pipeline import cores, feed
+from ..pipeline import cores, feed
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""

@@ -12,17 +12,17 @@ from datetime import datetime, timezone
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..doors import serving_options
-from ..doors.terminal import progress
-from ..doors.text import columns, counted, harmless, size
 from ..errors import FastckptError, ManagerError, SourceError
+from . import serving_options
+from .terminal import progress
+from .text import columns, counted, harmless, size
 
 if TYPE_CHECKING:
     from ..checkpoint import JSON
+    from ..manager.commits import Commit
+    from ..manager.manager import CheckpointManager
     from ..planning.plans import Plan
     from ..running.runs import Progress
-    from .commits import Commit
-    from .manager import CheckpointManager
 
 
 def add_parser(
@@ -91,7 +91,7 @@ def add_parser(
 
 def run(args: argparse.Namespace) -> int:
     """Run the chosen action; its exit code. Raises FastckptError."""
-    from .manager import CheckpointManager
+    from ..manager.manager import CheckpointManager
 
     if "://" not in args.root and not os.path.exists(args.root):  # a manager would make it
         raise SourceError(f"{args.root}: no such directory")
@@ -201,7 +201,7 @@ def _restore(manager: CheckpointManager, args: argparse.Namespace) -> int:
 
 
 def _publish(manager: CheckpointManager, args: argparse.Namespace) -> int:
-    from . import publishing
+    from ..manager import publishing
 
     if args.dry_run:
         if args.back is not None:
@@ -227,7 +227,7 @@ def _publish(manager: CheckpointManager, args: argparse.Namespace) -> int:
 
 
 def _show_plan(args: argparse.Namespace, planned: Plan) -> int:
-    from ..doors.plan_description import describe_plan
+    from .plan_description import describe_plan
 
     found = describe_plan(planned)
     _show(args, [found.text()], found.json())

@@ -14,9 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fastckpt import pipeline
 from fastckpt.errors import SourceError, WriteError
-from fastckpt.running import pipeline
-from fastckpt.running.pipeline import each, feed
+from fastckpt.pipeline import each, feed
 
 BATCHES = [SimpleNamespace(start=0, stop=n) for n in range(1, 9)]
 
@@ -104,7 +104,7 @@ threading.Thread(target=late, args=sys.argv[1:]).start()
 
 
 def test_a_run_may_end_after_the_main_thread(tmp_path):
-    source = Path(__file__).parents[1] / "fixtures" / "z3-llama-w2-even"
+    source = Path(__file__).parent / "fixtures" / "z3-llama-w2-even"
     command = [sys.executable, "-c", AFTER, source, tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.stdout, done.stderr) == ("True\n", "")

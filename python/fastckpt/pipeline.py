@@ -15,7 +15,7 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
-from ..errors import WriteError
+from .errors import WriteError
 
 
 class Work(Protocol):
