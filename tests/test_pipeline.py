@@ -126,6 +126,35 @@ def test_threads_that_do_not_start(state, monkeypatch):
     assert threading.active_count() == before
 
 
+def test_a_place_that_is_not_told_ends_the_run(state):
+    def place(batch):
+        if batch.stop > 4:
+            raise SourceError(f"no place for {batch.stop}")
+        return 0
+
+    with pytest.raises(SourceError, match="no place for 5"):
+        feed(BATCHES, workers(state), lambda n: None, place)
+    assert state["running"] == 0
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_workers_that_end_by_themselves_end_the_run(state, monkeypatch, left):
+    """Whoever makes more batches than there is room for waited for ever, with nobody to make room."""
+    take, going = pipeline._Waiting.take, [None] * (2 - left)
+
+    def ending(waiting):
+        if going:
+            going.pop()
+            raise MemoryError("a worker's own")
+        return take(waiting)
+
+    monkeypatch.setattr(pipeline._Waiting, "take", ending)
+    many = [SimpleNamespace(start=0, stop=n) for n in range(1, 40)]
+    with pytest.raises(MemoryError, match="a worker's own"):
+        feed(many, workers(state), lambda n: None)
+    assert state["running"] == 0
+
+
 def test_workers_keep_to_files_of_their_own():
     """Two writers of one file wait for each other; where only one file is left, they share it."""
     waiting = pipeline._Waiting(8, lambda item: ord(item[0]))

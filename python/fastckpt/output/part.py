@@ -77,12 +77,13 @@ class Part:
                 if found is None or found.key != self.key:
                     raise WriteError(
                         f"{self.path}: {record} is of another plan ({found.key if found else 'unreadable'}, "
-                        f"this one is {self.key}); name a new directory, or ask to overwrite"
+                        f"this one is {self.key}); name a new directory; overwrite=True "
+                        "(--overwrite) replaces it"
                     )
             if entries and not records and not any(e.startswith(TRACE) for e in entries):
                 raise WriteError(
                     f"{self.path}: not empty ({len(entries)} entries, {entries[0]} first) and no output of "
-                    "fastckpt; name a new directory, or ask to overwrite"
+                    "fastckpt; name a new directory; overwrite=True (--overwrite) writes into it"
                 )
         elif entries:
             refuse_loss(self.path, self._keep)

@@ -58,18 +58,16 @@ class Whole:
                 if not os.path.isdir(self.path):
                     raise WriteError(f"{self.path}: exists and is no directory")
                 entries = sorted(os.listdir(self.path))
-                if entries and not self._overwrite:
-                    raise WriteError(
-                        f"{self.path}: not empty ({len(entries)} entries, {entries[0]} first); "
-                        "name a new directory, or ask to overwrite"
-                    )
                 self._replaces = bool(entries)
         if self._replaces:
-            refuse_loss(self.path, self._keep)
-            if not any(e == NAME or rank_of(e) is not None for e in entries):
+            if self._overwrite:
+                refuse_loss(self.path, self._keep)
+            ours = any(e == NAME or rank_of(e) is not None for e in entries)
+            if not ours or not self._overwrite:
+                way = "overwrite=True (--overwrite) replaces it" if ours else "it is no output of fastckpt"
                 raise WriteError(
-                    f"{self.path}: not empty ({len(entries)} entries, {entries[0]} first) and no output of "
-                    "fastckpt; only those are overwritten"
+                    f"{self.path}: not empty ({len(entries)} entries, {entries[0]} first); name a new "
+                    f"directory; {way}"
                 )
 
     def start(self) -> None:
