@@ -25,9 +25,9 @@ from fastckpt.planning.batches import LEAF, Batch, cut, spread
 from fastckpt.planning.binding import Binding
 from fastckpt.planning.copies import NOTHING
 from fastckpt.planning.plans import Plan
-from fastckpt.quantisation.quantising import Job, Quantising
 from fastckpt.reader import Lane, Mapped
 from fastckpt.running.limits import BAND, STAGE
+from fastckpt.running.quantising import Job, Quantising
 
 _memcpy = ctypes.CDLL(None).memcpy
 _memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)

@@ -279,7 +279,7 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def _manager(args: argparse.Namespace) -> int:
-    from .manager.commands import run
+    from .doors.manager_commands import run
 
     return run(args)
 

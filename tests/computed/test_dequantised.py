@@ -9,11 +9,11 @@ import pytest
 import quant_oracle
 import torch
 from fastckpt.cli import main
-from fastckpt.computed.computing import Computing
 from fastckpt.errors import LayoutError, SourceError
 from fastckpt.executors import pick
 from fastckpt.reader import Positioned
 from fastckpt.running import runs
+from fastckpt.running.computing import Computing
 from quant_oracle import GROUPS
 from quantisation.test_quant_road import linear, model
 from safetensors.torch import load_file

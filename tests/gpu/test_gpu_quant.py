@@ -9,9 +9,9 @@ import fastckpt
 import pytest
 import torch
 from fastckpt.errors import DeviceError
-from fastckpt.quantisation.quantising import Quantising
 from fastckpt.quantisation.schemes import SCHEMES, Quant
 from fastckpt.running import gpu_quantising
+from fastckpt.running.quantising import Quantising
 from safetensors.torch import save_file
 
 PLAN = {"*q_proj.weight": "colwise", "*down_proj.weight": "rowwise", "*": "replicate"}

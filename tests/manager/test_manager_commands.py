@@ -13,8 +13,8 @@ from typing import Any
 import fastckpt
 import pytest
 import torch
+from fastckpt.doors.manager_commands import add_parser, run
 from fastckpt.errors import FastckptError, ManagerError, SourceError, WriteError
-from fastckpt.manager.commands import add_parser, run
 from fastckpt.manager.manager import CheckpointManager
 from safetensors.torch import load_file
 

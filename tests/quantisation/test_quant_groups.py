@@ -13,8 +13,9 @@ import torch
 from fastckpt import dtypes
 from fastckpt.errors import LayoutError, SourceError
 from fastckpt.executors.cpu import built
-from fastckpt.quantisation import quantising, rounding
+from fastckpt.quantisation import rounding
 from fastckpt.quantisation.schemes import SCHEMES, Quant
+from fastckpt.running import quantising
 from quant_oracle import GROUPS
 from quantisation.test_quant_road import HIDDEN, WIDTH, linear, model
 from quantisation.test_rounding import WAYS, raw

@@ -16,10 +16,10 @@ from fastckpt.errors import LayoutError, SourceError, WriteError
 from fastckpt.executors import pick
 from fastckpt.executors.cpu import built
 from fastckpt.planning import plans
-from fastckpt.quantisation import quantised_targets, quantising, rounding
+from fastckpt.quantisation import quantised_targets, rounding
 from fastckpt.quantisation.schemes import SCHEMES, Quant
 from fastckpt.reader import Mapped, Positioned
-from fastckpt.running import runs
+from fastckpt.running import quantising, runs
 from layouts import oracle
 from reading import refuses_what_is_written_to
 from safetensors.torch import load_file

@@ -16,16 +16,12 @@ from ..checkpoint import Checkpoint, Entry, Single
 from ..dtypes import DType
 from ..errors import LayoutError, SourceError
 from ..extents import Extents
-from ..layouts.naming import Naming
 from ..model import Linear, Thin
 from ..target import Target
 from ..views import ZERO, View, cat, dense_strides, zeros
 from .adapters import PREFIX, Adapter, kind_of
 from .finishes import multiple
 from .nowhere import Ints, elements, lies_nowhere, nowhere, pitched, runs
-
-STEM = "adapter_model"
-"""What PEFT calls the file of an adapter."""
 
 
 def hollow(adapter: Adapter, dtype: DType | None) -> Checkpoint:
@@ -51,12 +47,6 @@ def hollow(adapter: Adapter, dtype: DType | None) -> Checkpoint:
 
     entries = {n: Single(adapter.entry(n).shape, kinds[n], build(n, e)) for n, e in base.entries.items()}
     return replace(adapter.applied(entries, adapter.tensors.extents), beside=(adapter.settings.path,))
-
-
-def naming(of_base: Naming) -> Naming:
-    """The names of an adapter's files where a base has those."""
-    part = f"{STEM}-{{part:05d}}-of-{{parts:05d}}.safetensors"
-    return replace(of_base, single=f"{STEM}.safetensors", part=part, index=None)
 
 
 def cut(targets: Iterable[Target], adapter: Adapter, dtype: DType | None) -> Iterator[Target]:

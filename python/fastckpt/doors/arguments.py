@@ -11,8 +11,8 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import FastckptError
-from ..manager.commands import add_parser as commands_of_manager
 from . import serving_options
+from .manager_commands import add_parser as commands_of_manager
 
 EPILOG = "exit codes: 0 ok, 1 mismatch, 2 usage, 3 broken or unsafe input, 4 environment, 130 Ctrl-C"
 

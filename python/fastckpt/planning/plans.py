@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..checkpoint import JSON, Checkpoint
 from ..collector import paused
-from ..computed import dequantised
+from ..computed import dequantised, prequantised
 from ..computed.nowhere import lies_nowhere
 from ..dtypes import DType, float8_e4m3fn, float8_e5m2
 from ..errors import LayoutError
@@ -27,7 +27,7 @@ from ..output.files import FileLayout, Specs, safetensors_layout, split
 from ..output.pickling import Wrap
 from ..output.torchzip import torch_layout
 from ..placement import Placement
-from ..quantisation import prequantised, quantised_targets
+from ..quantisation import quantised_targets
 from ..quantisation.quantised_targets import Expansion, Quantised
 from ..target import Target
 from . import configs, copies, plancache

@@ -16,7 +16,7 @@ import xxhash
 
 from .. import layouts, recipes
 from ..checkpoint import JSON, Cast, Checkpoint
-from ..computed import dequantised
+from ..computed import dequantised, prequantised
 from ..dtypes import DType, float32
 from ..errors import LayoutError, RecipeError
 from ..layouts import Adapts, ByNames, ByRoles, Layout, Resizes
@@ -24,7 +24,7 @@ from ..layouts.naming import Naming
 from ..layouts.patterns import Patterns
 from ..model import Model, Sizes
 from ..placement import Placement
-from ..quantisation import prequantised, quantised_targets
+from ..quantisation import quantised_targets
 from ..quantisation.quantised_targets import Expansion
 from ..quantisation.schemes import SCHEMES, Quant
 from ..target import Target
@@ -278,7 +278,7 @@ def _thin(
         return replace(
             alone,
             targets=lambda p: adapter_shards.cut(resolved.targets(p), adapter, dtype),
-            naming=lambda p: adapter_shards.naming(resolved.naming(p)),
+            naming=lambda p: _adapter_naming(resolved.naming(p)),
         )
     # Its scale is in it, so that PEFT's config does not go beside it.
     return replace(
@@ -287,6 +287,12 @@ def _thin(
         targets=lambda p: adapter_shards.by_roles(partial(layout.adapted, model, p), adapter, dtype),
         naming=layout.adapted_naming,
     )
+
+
+def _adapter_naming(of_base: Naming) -> Naming:
+    """The names of an adapter's files, as PEFT calls them, where a base has those."""
+    part = "adapter_model-{part:05d}-of-{parts:05d}.safetensors"
+    return replace(of_base, single="adapter_model.safetensors", part=part, index=None)
 
 
 # ---- quantised on the way ----
@@ -314,6 +320,6 @@ def _require_dense(quant: Quant, request: Request, naming: Naming, config: Mappi
         raise LayoutError(f"quant {quant.scheme.name}: wanted safetensors or fresh tensors as the output")
     if config is not None and "quantization_config" in config:
         raise LayoutError(
-            f"quant {quant.scheme.name}: the config says that the source is quantised already; "
-            'reshard(quant="none") (--quant none) makes it dense'
+            f"quant {quant.scheme.name}: the config says that the source is quantised already"
+            f"{dequantised.instead(config)}"
         )

@@ -1,1 +1,1 @@
-"""What a quantised matrix becomes, and its place on the road."""
+"""What a quantised matrix becomes: schemes, which targets, the arithmetic and its way back."""

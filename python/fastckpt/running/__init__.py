@@ -1,1 +1,1 @@
-"""A plan run: batches over workers, tensors and GPUs as sinks, one run with its report."""
+"""A plan run: where bytes go, what is computed or quantised on the way, one run with its report."""

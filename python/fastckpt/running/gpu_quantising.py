@@ -23,11 +23,11 @@ from ..planning.compiling import compiled
 from ..planning.copies import COPY, NOTHING, Chunk, Table, nbytes
 from ..planning.plans import Plan
 from ..quantisation.quantised_targets import flat
-from ..quantisation.quantising import Dense, Quantising, form_of
 from ..quantisation.quantrows import Part, There, covered, tiled
 from ..quantisation.rounding import not_finite
 from ..quantisation.schemes import Scheme
 from .gpu_sources import gathered
+from .quantising import Dense, Quantising, form_of
 
 BAND = 64 << 20
 """Dense bytes that are copied at once, unless one row of blocks is more."""

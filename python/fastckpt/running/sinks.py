@@ -16,10 +16,10 @@ from ..errors import SourceError
 from ..extents import Buffer, fresh
 from ..finite import nonfinite
 from ..output.writer import OutputFile
+from ..pipeline import each
 from ..planning.batches import LEAF, Batch, Slots
 from ..planning.planned import PlannedTensors
 from ..reader import Lane
-from .pipeline import each
 
 Worker = Callable[[Batch], None]
 """What one thread does with each batch it gets."""
@@ -122,7 +122,7 @@ class ToFiles:
             if bad := nonfinite(filled[at : at + length], kind):
                 raise SourceError(
                     f"{self.tensors[tensor].name}: {bad} values of one MiB of its {kind} output are NaN or "
-                    "infinite; allow_nonfinite accepts them"
+                    "infinite; allow_nonfinite=True (--allow-nonfinite) accepts them"
                 )
 
     def close(self, threads: int) -> None:

@@ -12,7 +12,7 @@ from functools import partial
 from ..checkpoint import Entry
 from ..errors import SourceError
 from ..extents import Extent, Extents
-from ..running.pipeline import each
+from ..pipeline import each
 from . import torchfile
 from .options import Options
 from .torchfile import Tensor, TorchFile, Tree, Wanted

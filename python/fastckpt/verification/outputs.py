@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 
 from ..checkpoint import JSON
 from ..digest import digest
-from ..doors.text import counted
 from ..errors import FastckptError, SourceError, expect
 from ..extents import File, fill, is_directory, let_go
 from ..output.manifest import NAME, TRACE, FileEntry, Manifest, TensorEntry, rank_of
@@ -127,9 +126,11 @@ def verify(
 
 
 def _walk(seen: _Seen) -> Iterator[str]:
-    """Every file, relative to the root; directories that may not be listed are problems."""
+    """Every file, relative to the root; directories below it that may not be listed are problems."""
 
     def unlisted(error: OSError) -> None:
+        if error.filename == seen.root:
+            raise SourceError(f"{seen.root}: {error.strerror}")
         seen.problems.append(f"{os.path.relpath(error.filename, seen.root)}: {error.strerror}")
 
     for directory, _, names in os.walk(seen.root, onerror=unlisted):
@@ -154,7 +155,7 @@ def _together(names: Sequence[str], what: str) -> list[str]:
     if len(names) < 2:
         return [f"{name}: {what}" for name in names]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return [f"{counted(len(names), 'file')} {what}: {', '.join(names[:_NAMED])}{more}"]
+    return [f"{len(names)} files {what}: {', '.join(names[:_NAMED])}{more}"]
 
 
 # ---- with a manifest ----

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..checkpoint import JSON
+from ..computed.prequantised import Matrix, owner
 from ..planning.copies import NOTHING, nbytes
 from ..planning.plans import Plan
-from .prequantised import Matrix, owner
-from .quantised_targets import flat
-from .rounding import Error
-from .schemes import Scheme
+from ..quantisation.quantised_targets import flat
+from ..quantisation.rounding import Error
+from ..quantisation.schemes import Scheme
 
 Made = Mapping[tuple[int, Matrix], Error]
 """(output file, matrix) -> the error of what that file holds of it."""

@@ -22,10 +22,20 @@ from ..planning.batches import LEAF, Slots, cut
 from ..planning.binding import Binding
 from ..planning.copies import NOTHING, Chunk, Table, item_sizes
 from ..planning.plans import Plan
+from ..quantisation.quantised_targets import DENSE_BYTES, Quantised, flat
+from ..quantisation.rounding import (
+    Bytes,
+    Error,
+    Floats,
+    Zeros,
+    amax,
+    not_finite,
+    quantise,
+    scale_of,
+    stored_zeros,
+)
 from ..reader import Lane, plain
 from ..target import Target
-from .quantised_targets import DENSE_BYTES, Quantised, flat
-from .rounding import Bytes, Error, Floats, Zeros, amax, not_finite, quantise, scale_of, stored_zeros
 
 JOB_BYTES = 8 * LEAF
 """Values of one job, about: a large tensor is shared out among the workers."""

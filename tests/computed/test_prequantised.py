@@ -15,10 +15,11 @@ import pytest
 import quant_oracle
 import torch
 from fastckpt.cli import main
+from fastckpt.computed import prequantised
 from fastckpt.errors import LayoutError, RecipeError, SourceError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
-from fastckpt.quantisation import prequantised, rounding
+from fastckpt.quantisation import rounding
 from fastckpt.quantisation.schemes import SCHEMES, Quant
 from layouts.quantised import HEADS, KV, D
 from layouts.test_rtp_quantised import experts, heads, once, packed, rowwise

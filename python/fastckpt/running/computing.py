@@ -15,20 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import dtypes
+from ..computed.dequantised import Parts
+from ..computed.finishes import Agreed, Each, Largest, Requantised
+from ..computed.lowrank import LowRank, added
+from ..computed.nowhere import Floats, computed, elements, runs
+from ..computed.prequantised import Elements, Matrix, Part
 from ..extents import Buffer, Extents, File
 from ..planning.axes import classify
 from ..planning.binding import Binding
 from ..planning.compiling import compile, single
 from ..planning.copies import Executor, Ints, Table, item_sizes
-from ..quantisation.prequantised import Elements, Matrix, Part
 from ..quantisation.rounding import Error
 from ..reader import Lane, Reader
 from ..target import Target
 from ..views import View
-from .dequantised import Parts
-from .finishes import Agreed, Each, Largest, Requantised
-from .lowrank import LowRank, added
-from .nowhere import Floats, computed, elements, runs
 
 WASTE = 2
 """How many rows may be read for each one that is used; above that, each run of rows is read by itself."""

@@ -12,17 +12,17 @@ from datetime import datetime, timezone
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..doors import serving_options
-from ..doors.terminal import progress
-from ..doors.text import columns, counted, harmless, size
 from ..errors import FastckptError, ManagerError, SourceError
+from . import serving_options
+from .terminal import progress
+from .text import columns, counted, harmless, size
 
 if TYPE_CHECKING:
     from ..checkpoint import JSON
+    from ..manager.commits import Commit
+    from ..manager.manager import CheckpointManager
     from ..planning.plans import Plan
     from ..running.runs import Progress
-    from .commits import Commit
-    from .manager import CheckpointManager
 
 
 def add_parser(
@@ -70,6 +70,7 @@ def add_parser(
     of_step(restore, "the newest")
     restore.add_argument("--rank", type=int, default=0, metavar="R", help="whose state (default: 0)")
     restore.add_argument("--names", nargs="+", metavar="NAME", help="only these tensors")
+    restore.add_argument("--overwrite", action="store_true", help="replace an existing output, in one step")
     restore.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
 
     publish = action("publish", "reshard a commit for servers and make it current, or go back to a version")
@@ -91,7 +92,7 @@ def add_parser(
 
 def run(args: argparse.Namespace) -> int:
     """Run the chosen action; its exit code. Raises FastckptError."""
-    from .manager import CheckpointManager
+    from ..manager.manager import CheckpointManager
 
     if "://" not in args.root and not os.path.exists(args.root):  # a manager would make it
         raise SourceError(f"{args.root}: no such directory")
@@ -180,10 +181,12 @@ def _restore(manager: CheckpointManager, args: argparse.Namespace) -> int:
     state = opened.checkpoint({n: n for n in names}, own=True)
     if args.dry_run:
         planned = plan(state, layout="same")
-        require_place(planned, args.out, None)
+        require_place(planned, args.out, None, overwrite=args.overwrite)
         return _show_plan(args, planned)
     with progress(as_json=args.json, quiet=args.quiet) as bar:  # NaN and all: as it was saved
-        report = reshard(state, layout="same", out=args.out, allow_nonfinite=True, progress=bar)
+        report = reshard(
+            state, layout="same", out=args.out, overwrite=args.overwrite, allow_nonfinite=True, progress=bar
+        )
     if not isinstance(report, Report):
         raise ManagerError(f"{args.out}: nothing was written")
     done: dict[str, JSON] = {
@@ -201,7 +204,7 @@ def _restore(manager: CheckpointManager, args: argparse.Namespace) -> int:
 
 
 def _publish(manager: CheckpointManager, args: argparse.Namespace) -> int:
-    from . import publishing
+    from ..manager import publishing
 
     if args.dry_run:
         if args.back is not None:
@@ -227,7 +230,7 @@ def _publish(manager: CheckpointManager, args: argparse.Namespace) -> int:
 
 
 def _show_plan(args: argparse.Namespace, planned: Plan) -> int:
-    from ..doors.plan_description import describe_plan
+    from .plan_description import describe_plan
 
     found = describe_plan(planned)
     _show(args, [found.text()], found.json())

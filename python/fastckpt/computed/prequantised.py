@@ -21,15 +21,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint import JSON, Checkpoint, Entry, Single
-from ..computed.nowhere import moved, nowhere, pitched
 from ..dtypes import DType, float16, int32
 from ..errors import LayoutError
 from ..extents import Buffer, Extent, Extents
+from ..quantisation.quantised_targets import quantization_config
+from ..quantisation.rounding import (
+    DENSE,
+    Error,
+    Floats,
+    amax,
+    error_of,
+    not_finite,
+    quantise,
+    scale_of,
+    stored_zeros,
+)
+from ..quantisation.schemes import Quant, Scheme
 from ..stored import constant
 from ..views import View
-from .quantised_targets import quantization_config
-from .rounding import DENSE, Error, Floats, amax, error_of, not_finite, quantise, scale_of, stored_zeros
-from .schemes import Quant, Scheme
+from .nowhere import moved, nowhere, pitched
 
 PIECE = 1 << 21
 """Dense bytes made at once, unless one row of blocks is more."""
