@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import Checkpoint, Entry, Single
+from ..checkpoint import JSON, Checkpoint, Entry, Single
 from ..dtypes import DType
 from ..errors import SourceError
 from ..extents import Extent, Extents, File, is_directory, is_file, listed
@@ -57,6 +57,8 @@ def read(path: str, options: Options) -> Checkpoint:
         raise SourceError(
             f"{root}: a torch distributed checkpoint without {NAME}: not finished, or a part of one"
         )
+    if is_file(f"{where}.tmp"):
+        raise SourceError(f"{where}.tmp: a save over this one was interrupted: {NAME} is of the one before")
     try:
         found = metadata(where, _nbytes(root))
         prefix, names = _model(found)
@@ -78,12 +80,26 @@ def read(path: str, options: Options) -> Checkpoint:
         path, "dcp", entries, table, options, aliases=tied, files=files, search=search,
         facts={
             "state dict": ".".join(prefix) or "at the top", "files": len(files), "tensors": len(entries),
-            "boxes": len(extents), "tied": dict(tied),
+            "boxes": len(extents), "tied": dict(tied), **_later(where, files),
         },
         unread=[f"{key}: {count} values beside the state dict" for key, count in sorted(rest.items())]
         + [f"{name}: another model" for name in _others(path, root)],
         layout=[row.tobytes() for row in rows.values()], headers=[found.digest, *digests],
     )  # fmt: skip
+
+
+def _later(where: str, files: Sequence[File]) -> dict[str, JSON]:
+    """What to know of files that were written after `.metadata`, which a save writes last."""
+    written = os.stat(where).st_mtime_ns
+    later = [file.path for file in files if os.stat(file.path).st_mtime_ns > written]
+    if not later:
+        return {}
+    note = (
+        f"{len(later)} of {len(files)} files were written after {NAME}, such as "
+        f"{os.path.basename(later[0])}: unless the save was copied, one over it was interrupted, and "
+        "tensors are of two steps"
+    )
+    return {"notes": [note]}
 
 
 def _directory(path: str) -> str | None:
@@ -169,6 +185,10 @@ def _located(
                 rows[key].append([len(extents), dtype.code, t.offset, *at, *size, *t.stride])
                 extents.append(Extent(file, where.offset, where.nbytes, f"{key}@{','.join(map(str, at))}"))
                 digests.append(blob.digest)
+        if file.nbytes != found.files[name]:
+            raise SourceError(
+                f"{file.path}: has {file.nbytes} bytes, {NAME} says {found.files[name]}: files of two saves"
+            )
     width = {key: 3 + 3 * len(found.tensors[key].shape) for key in rows}
     tables = {key: np.array(r, np.int64).reshape(len(r), width[key]) for key, r in rows.items()}
     return extents, tables, digests, files
