@@ -145,7 +145,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "torchzip",
     ),
     "pipeline": CORE,
-    "limits": (*CORE, "batches", "executors", "files"),
+    "limits": (*CORE, "batches", "executors", "files", "pipeline"),
     "sinks": (*CORE, "digest", "finite", *TABLE, "pipeline", "planned", "reader", *FILES),
     "quantising": (*CORE, *TABLE, "plans", "schemes", "quantised_targets", "rounding", "reader"),
     "figures": (*CORE, *TABLE, "plans", "schemes", "quantised_targets", "prequantised", "rounding"),

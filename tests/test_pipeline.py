@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -274,3 +275,14 @@ def test_a_signal_heard_while_a_thread_is_started_comes_out_as_it_is(monkeypatch
     monkeypatch.setattr(threading.Thread, "start", interrupted)
     with pytest.raises(Stop):
         feed([SimpleNamespace(start=0, stop=1)], [lambda batch: None], lambda n: None)
+
+
+def test_a_system_that_tells_no_cores(monkeypatch):
+    def refused(pid):
+        raise PermissionError
+
+    assert pipeline.cores() == len(os.sched_getaffinity(0))
+    monkeypatch.setattr(os, "sched_getaffinity", refused)
+    assert pipeline.cores() == os.cpu_count()
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert pipeline.cores() == os.cpu_count()

@@ -7,6 +7,7 @@ another thread, or a save behind the training, is to be finished all the same.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections import deque
@@ -37,6 +38,14 @@ Made = TypeVar("Made")
 
 AHEAD = 4
 """Batches made ahead of each worker."""
+
+
+def cores() -> int:
+    """How many cores this process may use; those of the machine where the system does not say."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # not Linux; a sandbox
+        return os.cpu_count() or 1
 
 
 class _Waiting(Generic[Item]):

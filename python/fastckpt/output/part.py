@@ -19,6 +19,7 @@ from .filesystem import (
     as_write_errors,
     locked,
     move_in,
+    real,
     refuse_loss,
     remove_directories,
     sync_directory,
@@ -45,7 +46,7 @@ class Part:
         durable: bool,
         keep: Iterable[str],
     ) -> None:
-        self.path = os.path.realpath(path)
+        self.path = real(path)
         self.rank, self.world, self.key = rank, world, key
         self._overwrite, self._durable, self._keep = overwrite, durable, tuple(keep)
         self._mine = f"{TRACE}rank-{rank}."

@@ -21,6 +21,7 @@ from .filesystem import (
     is_there,
     locked,
     move_in,
+    real,
     refuse_loss,
     remove_directories,
     remove_tree,
@@ -37,7 +38,7 @@ class Whole:
     """All ranks at once: a temporary sibling directory that takes the output's name when it is finished."""
 
     def __init__(self, path: str, *, overwrite: bool, durable: bool, keep: Iterable[str]) -> None:
-        self.path = os.path.realpath(path)
+        self.path = real(path)
         self.parent, self.name = os.path.split(self.path)
         self._overwrite, self._durable, self._keep = overwrite, durable, tuple(keep)
         self._replaces = False
