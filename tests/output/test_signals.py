@@ -31,7 +31,7 @@ def handlers():
 @pytest.mark.parametrize("second", ALL)
 @pytest.mark.parametrize("call", range(7))
 def test_three_signals(tmp_path, monkeypatch, handlers, second, third, call):
-    """The first ends the run; the others come as it leaves, right after a change of a handler and the next."""
+    """The first ends the run; the others come as it leaves, right after changes of handlers."""
     coming = [s for s in (second, third) if s is not None]
     done, change = [], signal.signal
 
