@@ -137,7 +137,7 @@ def joined(where: str, shape: tuple[int, ...], pieces: Mapping[Place, Piece], ex
     Raises SourceError where an element is missing, or dtypes differ."""
     dtypes = {p.dtype for p in pieces.values()}
     if len(dtypes) != 1:
-        raise SourceError(f"{where}: its parts are {', '.join(sorted(d.name for d in dtypes))}")
+        raise SourceError(f"{where}: its parts are {', '.join(sorted(d.name for d in dtypes))}, wanted one")
     dtype, numel = dtypes.pop(), math.prod(shape)
     grouping = _grouping(shape, {s for p in pieces.values() for _, s, _ in p.axes})
     boxes = _Boxes(len(grouping))

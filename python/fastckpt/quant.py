@@ -115,7 +115,8 @@ def _torchao(name: str, module: torch.nn.Module, state: State) -> torch.nn.Modul
     try:
         from torchao import quantization as q  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
-        raise DeviceError(f"torchao is not installed, and makes no {name or 'quantised model'}") from None
+        what = name or "the model"
+        raise DeviceError(f"{what}: torchao is not installed, which makes it quantised") from None
     if type(module) is not torch.nn.Linear:
         raise LayoutError(
             f"{name or 'the model'}: torchao has no quantised {type(module).__name__}, only nn.Linear"

@@ -44,7 +44,8 @@ def merge_qkv_lora_b(views: Sequence[View]) -> View:
     rank, width, at, out = views[0].shape[1], sum(v.shape[0] for v in views), 0, []
     for view in views:
         if view.shape[1] != rank:
-            raise LayoutError(f"merge_qkv_lora_B: ranks {[v.shape[1] for v in views]} differ")
+            ranks = [v.shape[1] for v in views]
+            raise LayoutError(f"layout rtp_llm: adapters of ranks {ranks} are joined, wanted one rank")
         out.append(view.T.pad(1, at, width - at - view.shape[0]))
         at += view.shape[0]
     return cat(out)

@@ -237,13 +237,17 @@ def phy2log(experts: int, physical: int, ep: int, nodes: int = 1) -> list[int]:
     extra = physical - experts
     if not 0 <= extra <= experts or physical % ep or ep % nodes:
         raise LayoutError(
-            f"phy2log: {experts} experts do not fill {physical} places of {ep} parts on {nodes} nodes"
+            f"layout rtp_llm: physical_experts: {experts} experts do not fill {physical} places of {ep} "
+            f"parts on {nodes} nodes"
         )
     if extra % ep or experts % ep:
         return [*range(experts), *range(extra)]
     own, more, a_node = experts // ep, extra // ep, ep // nodes
     if more > own:
-        raise LayoutError(f"phy2log: {more} redundant experts a part are more than the {own} of the next")
+        raise LayoutError(
+            f"layout rtp_llm: physical_experts: {more} redundant experts a part are more than the {own} of "
+            "the next"
+        )
     out = []
     for r in range(ep):
         after = r // a_node * a_node + (r + 1) % a_node

@@ -96,7 +96,8 @@ class _Pickle:
             if n < 0 and raw[-1] == 0xFF and raw[-2] & 0x80:
                 raw = raw[:-1]
             if len(raw) > 255:
-                raise WriteError(f"{self.path}: an integer of {len(raw)} bytes")
+                said = f"client state holds an integer of {len(raw)} bytes, wanted at most 255"
+                raise WriteError(f"{self.path}: {said}")
             self.out += b"\x8a" + bytes((len(raw),)) + raw
 
     def integers(self, values: Sequence[int]) -> None:

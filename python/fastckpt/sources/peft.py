@@ -43,7 +43,7 @@ def read(path: str, options: Options) -> Checkpoint:
     """The adapter's tensors, and in `facts` what its config says. Raises SourceError."""
     config, file = os.path.join(path, CONFIG), weights(path)
     if file is None:
-        raise SourceError(f"{path}: an adapter is one file of {', '.join(WEIGHTS)}")
+        raise SourceError(f"{path}: wanted an adapter's one file of weights, {' or '.join(WEIGHTS)}")
     said = read_config(config)
     of_file = safetensors.read if file.endswith(safetensors.SUFFIX) else statedict.read
     found = of_file(file, options)

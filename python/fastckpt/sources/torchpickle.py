@@ -234,7 +234,7 @@ def _tensor(
     name: str, args: tuple[object, ...], m: Machine, dtype: object, grad: object, metadata: object
 ) -> object:
     if len(args) < 4:
-        raise SourceError(f"{len(args)} arguments")
+        raise SourceError(f"{len(args)} arguments; wanted at least 4")
     storage = args[0]
     if isinstance(storage, Inert) or isinstance(dtype, Inert) or metadata:
         m.spend(INERT)
