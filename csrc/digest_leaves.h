@@ -66,38 +66,73 @@ struct Leaves {
 
     FASTCKPT_HD uint64_t key(uint32_t word) const { return load_aligned<8>(reinterpret_cast<const char*>(tables->secret + word * 8)); }
 
+    static constexpr uint32_t STRIPE_BYTES = 64, STRIPES = 16, PERIOD = STRIPES * STRIPE_BYTES;
+
+    // How 16 bytes of a stripe are read: as an aligned vector; as two around them, shifted; byte by byte.
+    enum Reading { ALIGNED, SHIFTED, BYTES };
+
+    template <Reading HOW> static FASTCKPT_HD Vector read(const char* p) {
+        if constexpr (HOW == ALIGNED) return load_vector(p);
+        if constexpr (HOW == BYTES) return load_cell<16>(p);
+        const uint32_t past = misalignment(p, 16);
+        uint32_t x[8];
+        load_kept<4>(x, p - past);
+        load_kept<4>(x + 4, p - past + 16);
+        shift_words<4>(x, past);
+        return {{x[0], x[1], x[2], x[3]}};
+    }
+
+    // The first `count` stripes from `data` on, `SOME` of them under way.
+    template <Reading HOW, uint32_t SOME> FASTCKPT_HD void take(Pair& acc, const char* data, uint32_t count, uint32_t first) const {
+        FASTCKPT_KEEP_LOOP
+        for (uint32_t i = 0; i < count; i += SOME) {
+            Vector v[SOME] = {};
+            FASTCKPT_UNROLL
+            for (uint32_t k = 0; k < SOME; ++k)
+                if (i + k < count) v[k] = read<HOW>(data + (i + k) * STRIPE_BYTES);
+            FASTCKPT_UNROLL
+            for (uint32_t k = 0; k < SOME; ++k)
+                if (i + k < count) add(acc, v[k], key(i + k + first), key(i + k + first + 1));
+        }
+    }
+
     FASTCKPT_HD void accumulate(const LeafAt& leaf, uint32_t lane, uint64_t* out) const {
-        constexpr uint32_t STRIPES = 16, PERIOD = STRIPES * 64, PRIME = 0x9E3779B1u;
+        constexpr uint32_t PRIME = 0x9E3779B1u;
         const uint32_t first = 2 * lane;
         const char* data = reinterpret_cast<const char*>(leaf.address) + lane * 16;
         const bool aligned = leaf.address % 16 == 0;
-        const uint64_t n = leaf.nbytes, periods = (n - 1) / PERIOD;
+        const uint64_t n = leaf.nbytes, periods = (n - 1) / PERIOD, whole = n / PERIOD;
+        const uint32_t rest = static_cast<uint32_t>(n - periods * PERIOD);
         Pair acc{tables->start[first], tables->start[first + 1]};
+        const uint64_t low_key = key(STRIPES + first), high_key = key(STRIPES + first + 1);
         FASTCKPT_KEEP_LOOP
-        for (uint64_t p = 0; p < periods; ++p, data += PERIOD) {
-            if (AHEAD != 0 && p + AHEAD < periods) {  // eight lines by four threads
+        for (uint64_t p = 0;; ++p, data += PERIOD) {
+            if (AHEAD != 0 && p + AHEAD < whole) {  // eight lines by four threads
                 const char* next = data + AHEAD * PERIOD + lane * (PERIOD / LANES_OF_LEAF - 16);
                 prefetch_line(next);
                 prefetch_line(next + 128);
             }
-            Vector v[STRIPES];
-            if (aligned) {  // asked once, so that all loads go out together
+            const bool full = p < periods;
+            const uint32_t count = full ? STRIPES : (rest - 1) / STRIPE_BYTES;
+            if (aligned && full) {  // all loads go out together
+                Vector v[STRIPES];
                 FASTCKPT_UNROLL
-                for (uint32_t i = 0; i < STRIPES; ++i) v[i] = load_vector(data + i * 64);
+                for (uint32_t i = 0; i < STRIPES; ++i) v[i] = load_vector(data + i * STRIPE_BYTES);
+                FASTCKPT_UNROLL
+                for (uint32_t i = 0; i < STRIPES; ++i) add(acc, v[i], key(i + first), key(i + first + 1));
+            } else if (full && (p + 1 < periods || rest >= 16)) {  // the vectors around lie in the leaf
+                take<SHIFTED, 4>(acc, data, STRIPES, first);
+            } else if (aligned) {
+                take<ALIGNED, 4>(acc, data, count, first);
             } else {
-                FASTCKPT_UNROLL
-                for (uint32_t i = 0; i < STRIPES; ++i) v[i] = load_cell<16>(data + i * 64);
+                take<BYTES, 1>(acc, data, count, first);
             }
-            FASTCKPT_UNROLL
-            for (uint32_t i = 0; i < STRIPES; ++i) add(acc, v[i], key(i + first), key(i + first + 1));
-            acc.low = (acc.low ^ acc.low >> 47 ^ key(16 + first)) * PRIME;
-            acc.high = (acc.high ^ acc.high >> 47 ^ key(17 + first)) * PRIME;
+            if (!full) break;
+            acc.low = (acc.low ^ acc.low >> 47 ^ low_key) * PRIME;
+            acc.high = (acc.high ^ acc.high >> 47 ^ high_key) * PRIME;
         }
-        const uint64_t rest = n - periods * PERIOD;
-        FASTCKPT_KEEP_LOOP
-        for (uint32_t i = 0; i < (rest - 1) / 64; ++i) add(acc, load_cell<16>(data + i * 64), key(i + first), key(i + first + 1));
         const uint8_t* last = tables->secret + 121 + first * 8;
-        add(acc, load_cell<16>(data + rest - 64), read64(last), read64(last + 8));
+        add(acc, load_cell<16>(data + rest - STRIPE_BYTES), read64(last), read64(last + 8));
         out[0] = acc.low;
         out[1] = acc.high;
     }

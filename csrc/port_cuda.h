@@ -8,6 +8,14 @@
 
 #include "cast.h"
 
+#if defined(__CUDACC__)
+#define FASTCKPT_UNROLL _Pragma("unroll")
+#define FASTCKPT_KEEP_LOOP _Pragma("unroll 1")
+#else
+#define FASTCKPT_UNROLL
+#define FASTCKPT_KEEP_LOOP
+#endif
+
 namespace fastckpt {
 namespace {
 
@@ -109,6 +117,23 @@ FASTCKPT_HD uint32_t funnel(uint32_t low, uint32_t high, uint32_t bits) {
 #else
     return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> bits);
 #endif
+}
+
+// Moves the words of two vectors down by fewer bytes than one has.
+template <uint32_t WORDS> FASTCKPT_HD void shift_words(uint32_t (&x)[2 * WORDS], uint32_t bytes) {
+    static_assert(WORDS == 2 || WORDS == 4);
+    if constexpr (WORDS == 4) {
+        if (bytes & 8) {
+            FASTCKPT_UNROLL
+            for (int i = 0; i < 6; ++i) x[i] = x[i + 2];
+        }
+    }
+    if (bytes & 4) {
+        FASTCKPT_UNROLL
+        for (int i = 0; i <= static_cast<int>(WORDS); ++i) x[i] = x[i + 1];
+    }
+    FASTCKPT_UNROLL
+    for (int i = 0; i < static_cast<int>(WORDS); ++i) x[i] = funnel(x[i], x[i + 1], bytes % 4 * 8);
 }
 
 // Four bytes of high:low, by the nibbles of `how`, the lowest first.
@@ -238,11 +263,3 @@ template <int SIZE> FASTCKPT_HD void store_cell(char* p, typename Cell<SIZE>::ty
 
 }  // namespace
 }  // namespace fastckpt
-
-#if defined(__CUDACC__)
-#define FASTCKPT_UNROLL _Pragma("unroll")
-#define FASTCKPT_KEEP_LOOP _Pragma("unroll 1")
-#else
-#define FASTCKPT_UNROLL
-#define FASTCKPT_KEEP_LOOP
-#endif

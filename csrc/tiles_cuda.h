@@ -208,21 +208,6 @@ template <class S, class D> struct Rows {
         return u.aligned && u.low == 0 && u.left >= N && (off == 0 || u.left * s >= 2 * FROM - off);
     }
 
-    static FASTCKPT_HD void shift(uint32_t (&x)[2 * WORDS_IN], uint32_t off) {
-        if constexpr (WORDS_IN == 4) {
-            if (off & 8) {
-                FASTCKPT_UNROLL
-                for (int i = 0; i < 6; ++i) x[i] = x[i + 2];
-            }
-        }
-        if (off & 4) {
-            FASTCKPT_UNROLL
-            for (int i = 0; i <= static_cast<int>(WORDS_IN); ++i) x[i] = x[i + 1];
-        }
-        FASTCKPT_UNROLL
-        for (int i = 0; i < static_cast<int>(WORDS_IN); ++i) x[i] = funnel(x[i], x[i + 1], off % 4 * 8);
-    }
-
     // Stores a unit; whether it holds a NaN, which `each` puts right.
     static FASTCKPT_HD bool put(char* dst, const uint32_t* words) {
         if constexpr (BYTES) {
@@ -281,53 +266,68 @@ template <class S, class D> struct Rows {
             }
             FASTCKPT_UNROLL
             for (int k = 0; k < static_cast<int>(SOME); ++k) {
-                shift(x[k], past);
+                shift_words<WORDS_IN>(x[k], past);
                 if (put(to + k * TEAM * INTO, x[k])) left |= 1u << k << j;
             }
         }
         return left;
     }
 
-    // Whether all the tile's units are whole and aligned and its lines lie along axis 2 alone.
+    // Whether all the tile's units are whole and aligned and its lines lie along axis 2 alone, within a GiB.
     FASTCKPT_HD bool even(const Unit& begin) const {
         const Copy& c = w.c;
+        const uint32_t most = ROWS_TILE / units + 2;  // lines of a tile
         const bool aligned = begin.aligned && begin.low == 0 && off(begin) == 0 && (c.dst_stride[2] & (INTO - 1)) == 0 &&
                              (w.zero || (c.src_stride[2] & (FROM - 1)) == 0);
         const bool whole = length < 1u << 28 && length == units * N && begin.left == length - skip * N;
         const bool last = first + lines_left() == c.shape[0] * c.shape[1] * c.shape[2];
-        return aligned && whole && (last || lines_left() >= ROWS_TILE / units + 2);
+        return aligned && whole && (last || lines_left() >= most) && near(c.src_stride[2], most) && near(c.dst_stride[2], most);
     }
     // Lines of axis 2 from the tile's first on.
     FASTCKPT_HD uint32_t lines_left() const { return w.c.shape[2] - (first < w.c.shape[2] ? first : first % w.c.shape[2]); }
+    // Whether so many lines lie within a GiB: offsets from the first, and one step further, are of 32 bits.
+    static FASTCKPT_HD bool near(int64_t pitch, uint32_t lines) {
+        const int64_t most = (1u << 30) / lines;
+        return pitch < most && -most < pitch;
+    }
 
-    // A unit of such a tile, and the step to the one that is TEAM further.
-    struct Walk {
-        uint32_t line, at, down, right;
+    // A thread's units on one side of such a tile: each lies `step` bytes from the one before, and `turn` more where that
+    // is beyond the end of its line.
+    template <class Byte> struct Walk {
+        Byte* at;
+        int32_t step, turn;
 
-        FASTCKPT_HD void step(uint32_t units) {
-            line += down, at += right;
-            if (at >= units) ++line, at -= units;
-        }
+        // From unit `column` of `line` on, `down` lines and `right` units further each time.
+        FASTCKPT_HD Walk(Byte* from, uint32_t line, uint32_t column, uint32_t down, uint32_t right, uint32_t units, int64_t pitch, uint32_t bytes)
+            : at(from + line * pitch + column * bytes),
+              step(static_cast<int32_t>(down * pitch + right * bytes)),
+              turn(static_cast<int32_t>(pitch - units * bytes)) {}
+        FASTCKPT_HD void next(bool turns) { at += turns ? step + turn : step; }
     };
 
     // Whole aligned units of lines that are as far apart.
     FASTCKPT_HD uint32_t gridded(uint32_t i, const Unit& begin) const {
-        const uint32_t start = static_cast<uint32_t>(skip), end = lines_left(), down = TEAM / units;
-        const char* from = begin.src - start * FROM;
-        char* to = begin.dst - start * INTO;
-        const int64_t from_line = w.c.src_stride[2], to_line = w.c.dst_stride[2];
-        Walk walk{(start + i) / units, (start + i) % units, down, TEAM - down * units};
-        uint32_t left = 0;
-        FASTCKPT_KEEP_LOOP
-        for (uint32_t j = 0; j < FLIGHT && walk.line < end; j += SOME) {
-            uint32_t x[SOME][WORDS_IN] = {};
-            Walk ahead = walk;
-            FASTCKPT_UNROLL
-            for (int k = 0; k < static_cast<int>(SOME); ++k, ahead.step(units))
-                if (ahead.line < end && !w.zero) load_kept<WORDS_IN>(x[k], from + ahead.line * from_line + ahead.at * FROM);
-            FASTCKPT_UNROLL
-            for (int k = 0; k < static_cast<int>(SOME); ++k, walk.step(units))
-                if (walk.line < end && put(to + walk.line * to_line + walk.at * INTO, x[k])) left |= 1u << k << j;
+        const uint32_t start = static_cast<uint32_t>(skip), down = TEAM / units, right = TEAM - down * units;
+        const uint64_t end = uint64_t{lines_left()} * units - start;
+        const uint32_t count = ((end < ROWS_TILE ? static_cast<uint32_t>(end) : ROWS_TILE) + TEAM - 1 - i) / TEAM;  // of the thread's
+        const uint32_t line = (start + i) / units;
+        uint32_t column = start + i - line * units, left = 0;
+        uint32_t flags = (1u << count) - 1;  // which units there are, and from FLIGHT on, after which a line ends
+        uint32_t x[FLIGHT][WORDS_IN] = {};
+        Walk<const char> in(begin.src - start * FROM, line, column, down, right, units, w.c.src_stride[2], FROM);
+        Walk<char> out(begin.dst - start * INTO, line, column, down, right, units, w.c.dst_stride[2], INTO);
+        FASTCKPT_UNROLL
+        for (uint32_t k = 0; k < FLIGHT; ++k) {
+            if (k < count && !w.zero) load_kept<WORDS_IN>(x[k], in.at);
+            column += right;
+            const bool turns = column >= units;
+            if (turns) column -= units, flags |= 1u << (FLIGHT + k);
+            in.next(turns);
+        }
+        FASTCKPT_UNROLL
+        for (uint32_t k = 0; k < FLIGHT; ++k) {
+            if ((flags >> k & 1) != 0 && put(out.at, x[k])) left |= 1u << k;
+            out.next((flags >> (FLIGHT + k) & 1) != 0);
         }
         return left;
     }
@@ -354,7 +354,7 @@ template <class S, class D> struct Rows {
             FASTCKPT_UNROLL
             for (int k = 0; k < static_cast<int>(APART); ++k) {
                 if (to[k] == nullptr) continue;
-                shift(x[k], offs >> 4 * k & 15);
+                shift_words<WORDS_IN>(x[k], offs >> 4 * k & 15);
                 if (put(to[k], x[k])) left |= 1u << k << j;
             }
         }

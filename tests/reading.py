@@ -16,7 +16,7 @@ from fastckpt import dtypes, sources
 from fastckpt.checkpoint import Checkpoint, Single
 from fastckpt.computed.nowhere import computed
 from fastckpt.errors import SourceError
-from fastckpt.executors import EXECUTORS
+from fastckpt.executors import pick
 from fastckpt.extents import Buffer, Extent, Extents
 from fastckpt.planning.batches import LEAF, Slots, cut
 from fastckpt.planning.binding import Binding
@@ -132,7 +132,7 @@ def elements(view):
     chunk, extents = compile([Target("x", view)], view.extents)
     binding = Binding.of(extents)
     with Computing(extents, binding, Positioned) as reader:
-        lane = reader.lane(EXECUTORS["torch"]())
+        lane = reader.lane(pick("torch"))
         for batch in cut(chunk, 0, Slots.of([0], [0], [view.nbytes]), binding, stage=LEAF):
             lane.run(batch.rows, [Buffer(out, out.ctypes.data, out.nbytes)])
     return out

@@ -91,7 +91,18 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # The way back, through sources, recipes and layouts.
     "inverse": CORE,
     "uniting": (*PLAIN, "inverse", "layouts"),
-    "joining": (*PLAIN, "collector", "digest", "manifest", "uniting", "sources", "recipes", "layouts"),
+    "megatron": (*PLAIN, "uniting", "sources", "recipes", "layouts", "configs"),
+    "joining": (
+        *PLAIN,
+        "collector",
+        "digest",
+        "manifest",
+        "uniting",
+        "megatron",
+        "sources",
+        "recipes",
+        "layouts",
+    ),
     "expectation": (*PLAIN, "manifest", "sources", "layouts", "joining"),
     "foreign": (*PLAIN, "sources", "recipes", "layouts", "uniting", "joining"),
     "adapters": (*PLAIN, "nowhere", "lowrank", "sources"),
@@ -133,7 +144,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "torchzip",
     ),
     "pipeline": CORE,
-    "limits": (*CORE, "batches", "executors", "files"),
+    "limits": (*CORE, "batches", "executors", "files", "pipeline"),
     "sinks": (*CORE, "digest", "finite", *TABLE, "pipeline", "planned", "reader", *FILES),
     "quantising": (*CORE, *TABLE, "plans", "schemes", "quantised_targets", "rounding", "reader"),
     "figures": (*CORE, *TABLE, "plans", "schemes", "quantised_targets", "prequantised", "rounding"),
@@ -191,6 +202,9 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("zero_grid",),
         # one format each
         ("zero", "safetensors", "statedict", "dcp", "memory"),
+        ("megatron_args",),
+        ("megatron_dist",),
+        ("megatron",),
         ("served", "peft", "training"),  # what fastckpt or PEFT wrote, in the two formats before them
         ("__init__",),
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -125,6 +126,35 @@ def test_threads_that_do_not_start(state, monkeypatch):
     assert threading.active_count() == before
 
 
+def test_a_place_that_is_not_told_ends_the_run(state):
+    def place(batch):
+        if batch.stop > 4:
+            raise SourceError(f"no place for {batch.stop}")
+        return 0
+
+    with pytest.raises(SourceError, match="no place for 5"):
+        feed(BATCHES, workers(state), lambda n: None, place)
+    assert state["running"] == 0
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_workers_that_end_by_themselves_end_the_run(state, monkeypatch, left):
+    """Whoever makes more batches than there is room for waited for ever, with nobody to make room."""
+    take, going = pipeline._Waiting.take, [None] * (2 - left)
+
+    def ending(waiting):
+        if going:
+            going.pop()
+            raise MemoryError("a worker's own")
+        return take(waiting)
+
+    monkeypatch.setattr(pipeline._Waiting, "take", ending)
+    many = [SimpleNamespace(start=0, stop=n) for n in range(1, 40)]
+    with pytest.raises(MemoryError, match="a worker's own"):
+        feed(many, workers(state), lambda n: None)
+    assert state["running"] == 0
+
+
 def test_workers_keep_to_files_of_their_own():
     """Two writers of one file wait for each other; where only one file is left, they share it."""
     waiting = pipeline._Waiting(8, lambda item: ord(item[0]))
@@ -245,3 +275,14 @@ def test_a_signal_heard_while_a_thread_is_started_comes_out_as_it_is(monkeypatch
     monkeypatch.setattr(threading.Thread, "start", interrupted)
     with pytest.raises(Stop):
         feed([SimpleNamespace(start=0, stop=1)], [lambda batch: None], lambda n: None)
+
+
+def test_a_system_that_tells_no_cores(monkeypatch):
+    def refused(pid):
+        raise PermissionError
+
+    assert pipeline.cores() == len(os.sched_getaffinity(0))
+    monkeypatch.setattr(os, "sched_getaffinity", refused)
+    assert pipeline.cores() == os.cpu_count()
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert pipeline.cores() == os.cpu_count()

@@ -7,6 +7,8 @@ another thread, or a save behind the training, is to be finished all the same.
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -38,6 +40,14 @@ AHEAD = 4
 """Batches made ahead of each worker."""
 
 
+def cores() -> int:
+    """How many cores this process may use; those of the machine where the system does not say."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # not Linux; a sandbox
+        return os.cpu_count() or 1
+
+
 class _Waiting(Generic[Item]):
     """Batches between the caller that makes them and the workers that run them, by the place they go to.
 
@@ -45,7 +55,8 @@ class _Waiting(Generic[Item]):
 
     def __init__(self, room: int, place: Callable[[Item], int]) -> None:
         self._room, self._place = room, place
-        self._new: SimpleQueue[tuple[int, Item] | None] = SimpleQueue()  # (turn, item); None at the end
+        # (turn, place, item); None at the end
+        self._new: SimpleQueue[tuple[int, int, Item] | None] = SimpleQueue()
         self._less = threading.Lock()  # held, except when there is room again
         self._less.acquire()
         self._workers = threading.Lock()  # of what follows
@@ -54,10 +65,11 @@ class _Waiting(Generic[Item]):
         self._made = self._taken = 0
 
     def put(self, item: Item) -> None:
-        """Add one; waits while there is no room."""
+        """Add one; waits while there is no room. Raises what `place` raises."""
+        place = self._place(item)
         while self._made - self._taken >= self._room:
             self._less.acquire()
-        self._new.put((self._made, item))
+        self._new.put((self._made, place, item))
         self._made += 1
 
     def end(self) -> None:
@@ -74,7 +86,8 @@ class _Waiting(Generic[Item]):
                     if not self._queues:
                         return None
                     break
-                self._queues.setdefault(self._place(new[1]), deque()).append(new)
+                turn, place, item = new
+                self._queues.setdefault(place, deque()).append((turn, item))
             free = [p for p in self._queues if p not in self._busy]
             place = min(free or self._queues, key=lambda p: self._queues[p][0][0])
             _, item = self._queues[place].popleft()
@@ -90,6 +103,13 @@ class _Waiting(Generic[Item]):
         """An item of that place has run."""
         with self._workers:
             self._busy.remove(place)
+
+    def leave(self) -> None:
+        """A worker takes no more: from here on there is room for all, since nobody may be left to make it."""
+        with self._workers:
+            self._room = sys.maxsize
+            if self._less.locked():
+                self._less.release()
 
 
 def feed(
@@ -127,7 +147,11 @@ def feed(
                     errors.append(error)
                     stop.append(None)
                 waiting.done(place)
+        except BaseException as error:  # of the queue itself
+            errors.append(error)
+            stop.append(None)
         finally:
+            waiting.leave()
             ended.append(None)
             over.put(None)
 

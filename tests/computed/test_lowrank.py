@@ -10,7 +10,7 @@ from fastckpt import dtypes
 from fastckpt.computed.lowrank import LowRank, added
 from fastckpt.computed.nowhere import elements, nowhere, pitch, pitched, runs
 from fastckpt.errors import DeviceError
-from fastckpt.executors import EXECUTORS
+from fastckpt.executors import pick
 from fastckpt.executors.cpu import built
 from fastckpt.extents import Buffer, Extent, Extents
 from fastckpt.planning.batches import LEAF, Slots, cut
@@ -50,7 +50,7 @@ def made(view, extents, road):
     chunk, extents = compile([Target("x", view)], extents)
     binding = Binding.of(extents)
     with Computing(extents, binding, ROADS[road]) as reader:
-        lane = reader.lane(EXECUTORS[road]())
+        lane = reader.lane(pick(road))
         for batch in cut(chunk, 0, Slots.of([0], [0], [view.nbytes]), binding, stage=LEAF):
             lane.run(batch.rows, [Buffer(out, out.ctypes.data, out.nbytes)])
     return out
@@ -103,7 +103,7 @@ def test_a_cast_rounds_once(road):
     out = torch.empty(ROWS, COLUMNS, dtype=torch.bfloat16)
     binding = Binding.of(extents)
     with Computing(extents, binding, ROADS[road]) as reader:
-        lane = reader.lane(EXECUTORS[road]())
+        lane = reader.lane(pick(road))
         for batch in cut(chunk, 0, Slots.of([0], [0], [out.nbytes]), binding):
             lane.run(batch.rows, [Buffer(out, out.data_ptr(), out.nbytes)])
     assert torch.equal(out, torch.from_numpy(MERGED).bfloat16())
@@ -127,7 +127,7 @@ def test_what_does_not_know_it_refuses(road):
     out = np.empty(view.shape, np.float32)
     rows = Binding.of(extents).bind(chunk.rows)
     with pytest.raises(DeviceError, match="computed"):
-        EXECUTORS[road]().bind([x.where for x in extents]).run(
+        pick(road).bind([x.where for x in extents]).run(
             rows, [Buffer(out, out.ctypes.data, out.nbytes)]
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from executors.test_copy_rows import EVEN, PAIRS, TRANSPOSED, buffer, even_lines, noise, random_row, row
@@ -93,6 +95,17 @@ def test_even_lines(names: str) -> None:
     rng = np.random.default_rng(17)
     for r, source, nbytes in even_lines(rng, src, dst):
         assert same(r, source, noise(rng, nbytes), 0) == {ROWS}
+
+
+@pytest.mark.parametrize("pitch", [1 << 16, 1 << 23, 1 << 28, (1 << 28) + 8])
+def test_lines_far_apart(pitch: int, tmp_path: Path) -> None:
+    """Lines of a tile that lie in a GiB, and beyond what 32 bits count; the file is sparse."""
+    rng = np.random.default_rng(18)
+    source = np.memmap(tmp_path / "sparse", np.uint8, "w+", shape=(20 * pitch,))
+    for k in range(20):
+        source[k * pitch : k * pitch + 32] = noise(rng, 32)
+    u8 = BY_NAME["uint8"]
+    assert same(row(u8, u8, (20, 32), (pitch, 1), (32, 1)), source, noise(rng, 704)) == {ROWS}
 
 
 def test_a_table_of_many_rows_and_buffers() -> None:

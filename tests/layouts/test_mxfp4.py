@@ -109,3 +109,10 @@ def test_sizes_that_are_none():
             families.made("qwen3_moe")[1],
             config=families.made("qwen3_moe")[0] | {"quantization_config": other},
         )
+
+
+@pytest.mark.parametrize("scheme", ["int8", "none"])
+def test_no_way_to_dense_weights_is_advised_that_there_is_not(scheme):
+    config, tensors = hub()
+    with pytest.raises(FastckptError, match="quant_method 'mxfp4' cannot be made dense here, only fp8"):
+        fastckpt.reshard(tensors, config=config, quant=scheme)

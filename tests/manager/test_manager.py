@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import pytest
 import torch
 from fastckpt.digest import LEAF
 from fastckpt.errors import FastckptError, ManagerError, SourceError, WriteError
-from fastckpt.manager import loading, policies, saving
+from fastckpt.manager import commits, loading, policies, saving
 from fastckpt.manager.commits import Store
 from fastckpt.manager.coordination import Group
 from fastckpt.manager.loading import Asked, Loaded
@@ -680,3 +681,49 @@ def test_a_step_is_a_number_and_names_are_several(tmp_path: Path) -> None:
         manager.save(1, {"ab": torch.ones(1)})
         with pytest.raises(FastckptError, match=r"^names: wanted Sequence"):
             manager.restore(names="ab")
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS whose lock daemon is away, Lustre mounted without locks: saved all the same, by one here."""
+
+    def none(*args: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(commits.fcntl, "lockf", none)
+    with CheckpointManager(tmp_path) as manager, CheckpointManager(tmp_path) as second:
+        assert manager.save(1, {"w": torch.ones(2)})
+        with pytest.raises(ManagerError, match="another manager of this process"):
+            second.save(2, {})
+        assert manager.restore()["w"].tolist() == [1.0, 1.0]  # type: ignore[index]
+
+
+NOWHERE = """
+import os, sys, fastckpt
+from fastckpt import CheckpointManager
+
+source, directory = sys.argv[1:]
+os.mkdir(directory)
+os.chdir(directory)
+os.rmdir(directory)
+for verb in (
+    lambda: fastckpt.reshard(source, out="out"),
+    lambda: fastckpt.reshard(source, out="out", placement=fastckpt.Placement(pp=2), rank=0, layout="vllm"),
+    lambda: fastckpt.consolidate(source, "out"),
+    lambda: fastckpt.open("out"),
+    lambda: fastckpt.verify("out"),
+    lambda: CheckpointManager("out"),
+):
+    try:
+        verb()
+    except fastckpt.FastckptError as e:
+        assert str(e).startswith("out: "), e
+    else:
+        raise SystemExit("no error")
+"""
+
+
+def test_a_working_directory_that_is_gone(tmp_path: Path) -> None:
+    source = Path(__file__).parents[1] / "fixtures/z2-llama-w2-robin"
+    here = [sys.executable, "-c", "import torch\n" + NOWHERE, source, tmp_path / "gone"]
+    done = subprocess.run(here, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr

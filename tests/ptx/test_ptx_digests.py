@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
     shutil.which("nvcc") is None, reason="no nvcc: the kernels are not compiled here"
 )
 
-SIZES = (*range(1, 260), 511, 1023, 1024, 1025, 1088, 2049, 4096, 5000)
+SIZES = (*range(1, 260), 511, 1023, 1024, 1025, 1039, 1040, 1088, 2049, 2064, 4096, 5000)
 """Around every size at which XXH3 changes its formula."""
 
 
@@ -25,7 +25,7 @@ def check(sizes: tuple[int, ...], target: Target = DEFAULT) -> None:
     memory = Global()
     leaves, wanted = [], []
     for n in sizes:
-        for at in (0, int(rng.integers(1, 64))) if n > 240 else (int(rng.integers(0, 64)),):
+        for at in (0, 4, 8, int(rng.integers(1, 64))) if n > 240 else (int(rng.integers(0, 64)),):
             data = rng.integers(0, 256, n, dtype=np.uint8)
             leaves.append((memory.put("leaf", data, at), n))
             wanted.append(xxhash.xxh3_64_intdigest(data.tobytes()))

@@ -122,8 +122,8 @@ def test_digests_of_leaves_by_the_body_of_the_gpu() -> None:
     """Around every size at which XXH3 changes its formula, aligned and not: the digest of the CPU."""
     rng = np.random.default_rng(41)
     data = rng.integers(0, 256, (1 << 20) + 4096, dtype=np.uint8)
-    sizes = [*range(1, 260), 511, 1023, 1024, 1025, 1088, 4096, 65_537, (1 << 20) - 1, 1 << 20]
-    spans = [(int(at), n) for n in sizes for at in ((0, 1) if n > 300 else rng.integers(0, 64, 2))]
+    sizes = [*range(1, 260), 511, 1023, 1024, 1025, 1039, 1040, 1088, 4096, 65_537, (1 << 20) - 1, 1 << 20]
+    spans = [(int(at), n) for n in sizes for at in ((0, 1, 4, 8, 11) if n > 300 else rng.integers(0, 64, 2))]
     table = np.array([(data.ctypes.data + at, n) for at, n in spans], np.uint64)
     out = np.zeros(len(table), np.uint64)
     _C.run_digests_on_host(table, out)

@@ -245,6 +245,30 @@ def test_files_that_are_missing_cut_or_of_another_save(tmp_path):
     refuses(other, "__0_0.distcp: w at")
 
 
+def test_a_save_over_another_that_was_interrupted(tmp_path):
+    """Files of a new save beside the old .metadata, in all that shows it."""
+
+    def save(name: str, *others: str) -> Path:
+        more = {other: (MATRIX[0].clone(), [((0,), (9,))]) for other in others}
+        write(tmp_path / name, {"w": (MATRIX, GRID)} | more)
+        return tmp_path / name
+
+    tmp = save("tmp")
+    (tmp / ".metadata.tmp").write_bytes(b"")
+    refuses(tmp, ".metadata.tmp: a save over this one was interrupted")
+    old, new = save("old"), save("new", "x")  # w lies where it was, and x behind it
+    (old / "__0_0.distcp").write_bytes((new / "__0_0.distcp").read_bytes())
+    refuses(old, "__0_0.distcp: has")
+    newer = save("newer")
+    written = (newer / ".metadata").stat().st_mtime_ns
+    os.utime(newer / "__0_0.distcp", ns=(written, written))
+    os.utime(newer / "__1_0.distcp", ns=(written, written))
+    assert "notes" not in sources.open(newer).facts
+    os.utime(newer / "__1_0.distcp", ns=(written + 1, written + 1))
+    (note,) = fastckpt.plan(newer, layout="same").notes
+    assert note.startswith("1 of 2 files were written after .metadata, such as __1_0.distcp")
+
+
 def test_a_flipped_byte_is_found_when_asked_for(tmp_path):
     write(tmp_path, {"w": (MATRIX, [((0, 0), (7, 9))])})
     body = bytearray((tmp_path / "__0_0.distcp").read_bytes())
@@ -299,12 +323,6 @@ def test_nothing_in_metadata_is_called(tmp_path):
     (tmp_path / "w").mkdir()
     (tmp_path / "w/.metadata").write_bytes(pickle.dumps(Evil()))
     refuses(tmp_path / "w", "wanted a Metadata, got posix.system")
-
-
-def test_a_megatron_save_is_another_format(tmp_path):
-    write(tmp_path, {"w": (MATRIX, [((0, 0), (7, 9))])})
-    (tmp_path / "common.pt").write_bytes(b"")
-    refuses(tmp_path, "a Megatron distributed checkpoint, which is not supported yet")
 
 
 def test_zero_options_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -312,6 +313,17 @@ def test_a_plain_directory(tmp_path: Path) -> None:
     assert verify(tmp_path, plain=True).problems == (
         "model-1.safetensors: a: 1 of its values are NaN or Inf",
     )
+
+
+def test_a_directory_that_may_not_be_listed_is_not_an_empty_one(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(SourceError, match=f"{out}: Permission denied"):
+        verify(out)
 
 
 def st(header: object, data: bytes = b"") -> bytes:

@@ -186,9 +186,17 @@ def require_as_stored(ckpt: Checkpoint, dtype: DType, *, scales: bool) -> None:
         if held.kind != "float" or held is dtype or (part != matrix and (exact(held, dtype) or not scales)):
             continue
         raise LayoutError(
-            f"{part} is quantised, so its bytes cannot become {dtype}; ask for no dtype, or for dense "
-            'weights by reshard(quant="none") (--quant none)'
+            f"{part} is quantised, so its bytes cannot become {dtype}; ask for no dtype{instead(ckpt.config)}"
         )
+
+
+def instead(config: Mapping[str, JSON] | None) -> str:
+    """What a message adds where a quantised source is in the way: how it is made dense, if it can be."""
+    said = (config or {}).get("quantization_config")
+    method = said.get("quant_method") if isinstance(said, dict) else None
+    if method is None or method in KNOWN:
+        return '; reshard(quant="none") (--quant none) makes dense weights'
+    return f"; quant_method {method!r} cannot be made dense here, only {', '.join(KNOWN)} can"
 
 
 def of_matrices(ckpt: Checkpoint) -> Iterator[tuple[str, str]]:
@@ -218,7 +226,7 @@ def _found(ckpt: Checkpoint, said: Mapping[str, JSON]) -> Iterator[Parts]:
     """The quantised matrices, found by the names of their tensors; `said`: config's quantization_config."""
     method = said.get("quant_method")
     if method is not None and method not in KNOWN:
-        raise SourceError(f"{ckpt.path}: quant_method {method!r} is not read; wanted {', '.join(KNOWN)}")
+        raise SourceError(f"{ckpt.path}: quant none: {instead({'quantization_config': {**said}})[2:]}")
     for name, entry in ckpt.entries.items():
         stem, _, leaf = name.rpartition(".")
         stem = f"{stem}." if stem else ""

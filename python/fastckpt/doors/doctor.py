@@ -16,6 +16,7 @@ from importlib import import_module, metadata
 
 from .. import __version__
 from ..checkpoint import JSON
+from ..pipeline import cores
 from .text import said, size
 
 PACKAGES = ("numpy", "torch", "safetensors", "huggingface_hub", "xxhash", "rich")
@@ -101,7 +102,7 @@ def _cpu() -> dict[str, JSON]:
     facts: dict[str, JSON] = {
         "model": info.get("model name") or platform.processor() or platform.machine(),
         "machine": platform.machine(),
-        "usable cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "usable cores": cores(),
         "features": [f for f in FLAGS if f in flags],
     }
     total = _key_values("/proc/meminfo").get("MemTotal", "").split()

@@ -70,6 +70,7 @@ def add_parser(
     of_step(restore, "the newest")
     restore.add_argument("--rank", type=int, default=0, metavar="R", help="whose state (default: 0)")
     restore.add_argument("--names", nargs="+", metavar="NAME", help="only these tensors")
+    restore.add_argument("--overwrite", action="store_true", help="replace an existing output, in one step")
     restore.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
 
     publish = action("publish", "reshard a commit for servers and make it current, or go back to a version")
@@ -180,10 +181,12 @@ def _restore(manager: CheckpointManager, args: argparse.Namespace) -> int:
     state = opened.checkpoint({n: n for n in names}, own=True)
     if args.dry_run:
         planned = plan(state, layout="same")
-        require_place(planned, args.out, None)
+        require_place(planned, args.out, None, overwrite=args.overwrite)
         return _show_plan(args, planned)
     with progress(as_json=args.json, quiet=args.quiet) as bar:  # NaN and all: as it was saved
-        report = reshard(state, layout="same", out=args.out, allow_nonfinite=True, progress=bar)
+        report = reshard(
+            state, layout="same", out=args.out, overwrite=args.overwrite, allow_nonfinite=True, progress=bar
+        )
     if not isinstance(report, Report):
         raise ManagerError(f"{args.out}: nothing was written")
     done: dict[str, JSON] = {

@@ -12,24 +12,25 @@ from ..planning.copies import Executor
 from .cpu import RECENT_BYTES, Cpu, built
 
 
-def _cpu(recent_bytes: int = RECENT_BYTES) -> Executor:
+def _cpu(recent_bytes: int) -> Executor:
     return Cpu(recent_bytes=recent_bytes)
 
 
-def _torch(recent_bytes: int = 0) -> Executor:
+def _torch(recent_bytes: int) -> Executor:
     from .torch import Torch
 
     return Torch()
 
 
-def _cuda(recent_bytes: int = 0) -> Executor:
+def _cuda(recent_bytes: int) -> Executor:
     from .cuda import Cuda
 
     return Cuda()
 
 
-EXECUTORS: dict[str, Callable[..., Executor]] = {"cpu": _cpu, "torch": _torch, "cuda": _cuda}
-"""Name -> maker; a maker raises DeviceError where its executor cannot run. `cuda` wants its buffers there."""
+EXECUTORS: dict[str, Callable[[int], Executor]] = {"cpu": _cpu, "torch": _torch, "cuda": _cuda}
+"""Name -> maker, given `recent_bytes` as `pick` is; it raises DeviceError where its executor cannot run.
+`cuda` wants its buffers there."""
 
 
 def pick(name: str | None = None, recent_bytes: int = RECENT_BYTES) -> Executor:

@@ -57,10 +57,6 @@ def require_tensor_parallel(layout: str, placement: Placement) -> None:
             raise LayoutError(f"layout {layout} does not cut by {name} yet: wanted {name} 1, got {size}")
 
 
-PAD = "; pad=true pads with zeros"
-"""What a message adds for layouts that have `pad`."""
-
-
 def require_even(layout: str, placement: Placement, what: str, size: int, instead: str = "") -> None:
     """Raises LayoutError where `size` does not divide by tp; `instead`: the way out, for the message."""
     if size % placement.tp:

@@ -17,7 +17,6 @@ from ..placement import Placement
 from ..target import Target
 from ..views import View
 from .cuts import (
-    PAD,
     bias,
     in_part,
     joined,
@@ -33,7 +32,7 @@ from .cuts import (
     stored,
 )
 from .naming import Naming, ranked
-from .padding import padded, resized, round_up
+from .padding import advice, padded, resized, round_up
 
 WHOLE = Placement()
 
@@ -63,13 +62,13 @@ class Hf:
         vocabulary do not divide by tp, and for pp, dp or ep."""
         require_tensor_parallel("hf", placement)
         model = self._padded(model, placement)
-        instead = "" if self.pad or model.encoder is not None else PAD
+        instead = "" if self.pad else advice(model)
         if "attention" not in model.cuts.whole:
             self._require_heads(model, placement, instead)
         for key, width in model.sizes.widths.items():
             if key not in model.cuts.whole:
                 require_even("hf", placement, key, width, instead)
-        rows = f"; vocab_padding={placement.tp} pads it with zero rows"
+        rows = "" if len(model.predictions) else f"; vocab_padding={placement.tp} pads it with zero rows"
         require_even("hf", placement, "vocab_size", model.sizes.vocab, rows)
         return _targets(model, placement)
 

@@ -53,6 +53,13 @@ def padded(model: Model, tp: int, experts: int, multiple: int = 1) -> Model:
     )
 
 
+def advice(model: Model) -> str:
+    """What a message adds where a size does not divide: the option `pad`, for a model that it can pad."""
+    if model.encoder is not None or model.quant_method or model.carried:  # an image tower
+        return ""
+    return "; pad=true pads with zeros"
+
+
 def resized(family: str, old: Sizes, new: Sizes) -> dict[str, int]:
     """The config keys whose numbers change, with the new numbers, so that a server builds the padded model.
 

@@ -152,7 +152,7 @@ def _matrix(
     if linear.leaf == "weight_packed":
         raise LayoutError(
             f"layout rtp_llm: {linear.name} is compressed-tensors' packed integers, which the engine reads "
-            "of experts alone: exclude it by a pattern, or quantise as awq-group or gptq-group"
+            "of experts alone; quantised here, exclude it by a pattern, or take awq-group or gptq-group"
         )
     table, packed = _table(linear), linear.packed != (1, 1)
     one_scale = one_scale and table == "fp8_tensor" and len(linears) > 1

@@ -25,7 +25,6 @@ from ..stored import constant
 from ..target import Target
 from ..views import View, cat, stack, zeros
 from .cuts import (
-    PAD,
     bias,
     in_form,
     in_part,
@@ -43,7 +42,7 @@ from .cuts import (
 )
 from .engines import Form, Renamed, Served, known, served
 from .naming import Naming
-from .padding import padded, resized, round_up
+from .padding import advice, padded, resized, round_up
 from .servers import Share, expert_share, layer_range
 
 RENAMED: dict[str, Renamed] = {
@@ -110,7 +109,7 @@ class Vllm:
             },
         )
         model = self._padded(model, placement)
-        instead = "" if self.pad or model.encoder is not None else PAD
+        instead = "" if self.pad else advice(model)
         share = expert_share("vllm", placement, model.sizes, instead)
         stage = layer_range("vllm", placement, len(model.layers))
         require_heads("vllm", placement, model.sizes, instead)

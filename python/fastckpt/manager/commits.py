@@ -31,6 +31,7 @@ from ..output.filesystem import (
     as_write_errors,
     is_there,
     make_directories,
+    real,
     remove_tree,
     sync_directory,
     write_file,
@@ -81,7 +82,7 @@ class Store:
     def __init__(self, root: str, *, prefix: str, digits: int, durable: bool) -> None:
         if not prefix or "/" in prefix or prefix.startswith(".") or digits < 1:
             raise ManagerError(f"step names: prefix {prefix!r} with {digits} digits gives no plain file name")
-        self.root, self.durable = os.path.realpath(root), durable
+        self.root, self.durable = real(root), durable
         self._prefix, self._digits = prefix, digits
         self._named = re.compile(re.escape(prefix) + r"([0-9]+)")
         self._known: dict[int, tuple[tuple[int, int], Commit]] = {}
@@ -185,9 +186,11 @@ class Store:
         try:
             # A record lock: forked data workers that outlive their parent do not hold it.
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
+        except (BlockingIOError, PermissionError):
             let_go(fd)
-            raise ManagerError(f"{self.root}: another process saves here ({e.strerror})") from None
+            raise ManagerError(f"{self.root}: another process saves here") from None
+        except OSError:  # a file system without locks: the user's to keep to one
+            pass
         return fd
 
     def release(self) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from ..checkpoint import JSON
 from ..errors import ManagerError
-from ..pipeline import each
+from ..pipeline import cores, each
 from ..running.tensors import torch_dtype
 from ..sources.training import engine_directory
 from .commits import Store
@@ -153,7 +153,7 @@ class _Load:
                 return _like(template, torch.empty(local, dtype=template.dtype))
             return _like(template, opened.read(name, (box.offset, local)))
 
-        found = dict(zip(jobs, each(read, list(jobs.values()), min(4, os.cpu_count() or 1)), strict=True))
+        found = dict(zip(jobs, each(read, list(jobs.values()), min(4, cores())), strict=True))
         for name in names:
             self.tensors[name] = found[opened.aliases.get(name, name), boxes.get(name)]
         unique = {id(t): t for t in found.values()}

@@ -263,12 +263,12 @@ class CheckpointManager:
 
             def prepare() -> JSON:
                 nonlocal request
-                if stands and not overwrite:
-                    said = f"step {step} is committed already; overwrite=True replaces it"
-                    raise ManagerError(f"{self._store.path(step)}: {said}")
                 if stands and not self._store.local:
                     said = f"step {step} stands, and an object store replaces nothing in one step"
                     raise ManagerError(said)
+                if stands and not overwrite:
+                    said = f"step {step} is committed already; overwrite=True replaces it"
+                    raise ManagerError(f"{self._store.path(step)}: {said}")
                 flat = flatten(state)
                 self._resuming.compare(step, set(flat.tensors))
                 if client_state and not flat.engines:

@@ -15,7 +15,7 @@ from .. import sources
 from ..checkpoint import Checkpoint
 from ..errors import ManagerError
 from ..extents import is_directory, is_file
-from ..output.filesystem import as_write_errors, remove_tree, sync_directory
+from ..output.filesystem import as_write_errors, real, remove_tree, sync_directory
 from ..output.manifest import NAME, Manifest
 from ..planning.plans import Plan
 from ..planning.request import Serving
@@ -65,7 +65,7 @@ def publish(
 ) -> Report | None:
     """Write `to/VERSION` and make it current; None where it was there already, whole, and only the link
     moved. Raises what `reshard` raises."""
-    root = os.path.realpath(to)
+    root = real(to)
     path = os.path.join(root, _checked(version))
     made = None
     if not os.path.exists(os.path.join(path, NAME)):
@@ -80,7 +80,7 @@ def publish(
 
 def rehearsed(source: Checkpoint, version: str, to: str | os.PathLike[str], serving: Serving) -> Plan:
     """The plan of `publish`, which writes nothing. Raises what `publish` raises before its first byte."""
-    path = os.path.join(os.path.realpath(to), _checked(version))
+    path = os.path.join(real(to), _checked(version))
     planned = plan(source, **serving)
     if os.path.exists(os.path.join(path, NAME)):
         _same(path, planned, source)
@@ -101,7 +101,7 @@ def _same(path: str, wanted: Plan, source: Checkpoint) -> None:
 
 def versions(to: str | os.PathLike[str]) -> list[str]:
     """The whole versions below a directory, the oldest first."""
-    root = os.path.realpath(to)
+    root = real(to)
     if not is_directory(root):
         return []
     found = []
@@ -115,7 +115,7 @@ def versions(to: str | os.PathLike[str]) -> list[str]:
 def current(to: str | os.PathLike[str]) -> str | None:
     """The version that is current; None where none is."""
     try:
-        return os.path.basename(os.readlink(os.path.join(os.path.realpath(to), CURRENT)))
+        return os.path.basename(os.readlink(os.path.join(real(to), CURRENT)))
     except OSError:
         return None
 
@@ -124,7 +124,7 @@ def point(to: str | os.PathLike[str], version: str) -> None:
     """Make a version current, in one step: forward, or back to an older one.
 
     Raises ManagerError where it is not there, WriteError where the link cannot be moved."""
-    root = os.path.realpath(to)
+    root = real(to)
     if not is_file(os.path.join(root, _checked(version), NAME)):
         raise ManagerError(
             f"{root}: no whole version {version!r}; there are {', '.join(versions(root)) or 'none'}"
@@ -144,7 +144,7 @@ def gc(to: str | os.PathLike[str], keep: int) -> list[str]:
     """Remove all but the newest `keep` versions, never the current one; the names that went."""
     if keep < 1:
         raise ManagerError(f"keep: wanted at least 1, got {keep}")
-    root, live = os.path.realpath(to), current(to)
+    root, live = real(to), current(to)
     gone = [v for v in versions(root)[:-keep] if v != live]
     for name in gone:
         away = os.path.join(root, f".trash-{name}-{secrets.token_hex(4)}")

@@ -23,7 +23,7 @@ from ..output.files import safetensors_layout
 from ..output.filesystem import as_write_errors
 from ..output.manifest import Origin, Record
 from ..output.writer import Output
-from ..pipeline import each
+from ..pipeline import cores, each
 from ..sources.training import SCHEMA, TABLE, Shared, engine_directory, rank_directory
 from .commits import Commit, Store
 from .coordination import Group, ints, together
@@ -32,7 +32,7 @@ from .state_tree import Engine
 
 ENGINES = ".engine"
 """Where engines write before their files become part of the commit."""
-_THREADS = min(4, os.cpu_count() or 1)
+_THREADS = min(4, cores())
 _FILE = 64 << 20
 """Bytes of tensors from which on a rank writes a further file, by a thread of its own: up to _THREADS."""
 

@@ -29,6 +29,12 @@ def as_write_errors(what: str) -> Iterator[None]:
         raise WriteError(f"{what}: {e.strerror or e}{hint}") from None
 
 
+def real(path: str | os.PathLike[str]) -> str:
+    """The path without links, from the root. Raises WriteError where the working directory is gone."""
+    with as_write_errors(os.fspath(path)):
+        return os.path.realpath(path)
+
+
 def sync_directory(path: str) -> None:
     """Make the entries of a directory durable, where the file system can sync one at all."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

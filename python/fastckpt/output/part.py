@@ -19,6 +19,7 @@ from .filesystem import (
     as_write_errors,
     locked,
     move_in,
+    real,
     refuse_loss,
     remove_directories,
     sync_directory,
@@ -45,7 +46,7 @@ class Part:
         durable: bool,
         keep: Iterable[str],
     ) -> None:
-        self.path = os.path.realpath(path)
+        self.path = real(path)
         self.rank, self.world, self.key = rank, world, key
         self._overwrite, self._durable, self._keep = overwrite, durable, tuple(keep)
         self._mine = f"{TRACE}rank-{rank}."
@@ -76,12 +77,13 @@ class Part:
                 if found is None or found.key != self.key:
                     raise WriteError(
                         f"{self.path}: {record} is of another plan ({found.key if found else 'unreadable'}, "
-                        f"this one is {self.key}); name a new directory, or ask to overwrite"
+                        f"this one is {self.key}); name a new directory; overwrite=True "
+                        "(--overwrite) replaces it"
                     )
             if entries and not records and not any(e.startswith(TRACE) for e in entries):
                 raise WriteError(
                     f"{self.path}: not empty ({len(entries)} entries, {entries[0]} first) and no output of "
-                    "fastckpt; name a new directory, or ask to overwrite"
+                    "fastckpt; name a new directory; overwrite=True (--overwrite) writes into it"
                 )
         elif entries:
             refuse_loss(self.path, self._keep)

@@ -21,6 +21,7 @@ from .filesystem import (
     is_there,
     locked,
     move_in,
+    real,
     refuse_loss,
     remove_directories,
     remove_tree,
@@ -37,7 +38,7 @@ class Whole:
     """All ranks at once: a temporary sibling directory that takes the output's name when it is finished."""
 
     def __init__(self, path: str, *, overwrite: bool, durable: bool, keep: Iterable[str]) -> None:
-        self.path = os.path.realpath(path)
+        self.path = real(path)
         self.parent, self.name = os.path.split(self.path)
         self._overwrite, self._durable, self._keep = overwrite, durable, tuple(keep)
         self._replaces = False
@@ -57,18 +58,16 @@ class Whole:
                 if not os.path.isdir(self.path):
                     raise WriteError(f"{self.path}: exists and is no directory")
                 entries = sorted(os.listdir(self.path))
-                if entries and not self._overwrite:
-                    raise WriteError(
-                        f"{self.path}: not empty ({len(entries)} entries, {entries[0]} first); "
-                        "name a new directory, or ask to overwrite"
-                    )
                 self._replaces = bool(entries)
         if self._replaces:
-            refuse_loss(self.path, self._keep)
-            if not any(e == NAME or rank_of(e) is not None for e in entries):
+            if self._overwrite:
+                refuse_loss(self.path, self._keep)
+            ours = any(e == NAME or rank_of(e) is not None for e in entries)
+            if not ours or not self._overwrite:
+                way = "overwrite=True (--overwrite) replaces it" if ours else "it is no output of fastckpt"
                 raise WriteError(
-                    f"{self.path}: not empty ({len(entries)} entries, {entries[0]} first) and no output of "
-                    "fastckpt; only those are overwritten"
+                    f"{self.path}: not empty ({len(entries)} entries, {entries[0]} first); name a new "
+                    f"directory; {way}"
                 )
 
     def start(self) -> None:

@@ -320,6 +320,6 @@ def _require_dense(quant: Quant, request: Request, naming: Naming, config: Mappi
         raise LayoutError(f"quant {quant.scheme.name}: wanted safetensors or fresh tensors as the output")
     if config is not None and "quantization_config" in config:
         raise LayoutError(
-            f"quant {quant.scheme.name}: the config says that the source is quantised already; "
-            'reshard(quant="none") (--quant none) makes it dense'
+            f"quant {quant.scheme.name}: the config says that the source is quantised already"
+            f"{dequantised.instead(config)}"
         )

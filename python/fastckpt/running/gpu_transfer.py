@@ -34,6 +34,10 @@ WAYS = ("cpu", "gpu")
 LEAST = 1 << 30
 """Output bytes of a plan under which the CPU casts, unmeasured: asking would cost more than it gives."""
 
+SENT = 4 * LEAF
+"""Output bytes that the CPU casts and sends at once: more than for files, since the bus is fast and Python
+starts one batch at a time."""
+
 BATCH = 8 * LEAF
 """Output bytes sent at once for the GPU to cast: it takes Python's time for each."""
 
@@ -108,7 +112,7 @@ def _time(name: str, device: str, src: DType, dst: DType, turned: bool, threads:
     chunk = Chunk(TIMES, rows, np.arange(TIMES))
     slots = Slots.of([0] * TIMES, np.arange(TIMES) * out, [out] * TIMES)
     binding = Binding.of(Extents([Extent(held, 0, held.nbytes)]))
-    batches, stage = (spread, BATCH) if name == "gpu" else (cut, 2 * LEAF)
+    batches, stage = (spread, BATCH) if name == "gpu" else (cut, SENT)
     best = float("inf")
     with Mapped(binding.places) if built() else Positioned(binding.places) as reader:
         make, close = sinks(name, slots, buffers, device, BATCH)

@@ -5,12 +5,12 @@ Law: a run holds at most FIXED_MEMORY and its threads' staging, or what `memory`
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from ..errors import WriteError
 from ..executors.cpu import RECENT_BYTES
 from ..output.files import parse_size
+from ..pipeline import cores
 from ..planning.batches import LEAF
 
 STAGE = 2 * LEAF
@@ -80,7 +80,7 @@ def recent(tensors: int) -> int:
 def workers(asked: int | None) -> int:
     """The threads of a run: those asked for, else one a core that this process may use. Raises WriteError."""
     if asked is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return cores()
     if not 1 <= asked <= MOST_THREADS:
         raise WriteError(f"threads: wanted 1 to {MOST_THREADS}, got {asked}")
     return asked

@@ -168,7 +168,7 @@ class Run:
                 limits = Limits(min(threads, gpu_transfer.MOST_WORKERS), max(band, gpu_transfer.BATCH))
                 self._copy(planned, worker, apart=True, limits=limits)
             else:
-                self._copy(planned, worker)
+                self._copy(planned, worker, stage=gpu_transfer.SENT)
         finally:  # after an error too: what was sent is on its way into memory that is given up then
             close()
 
@@ -220,12 +220,14 @@ class Run:
         sink: Sink | None = None,
         *,
         apart: bool = False,
+        stage: int = STAGE,
         limits: Limits | None = None,
     ) -> None:
         """Every batch of the plan through the readers and the executor.
 
         `sink`: where quantised values go, None where the plan has none; `apart`: batches are cut for memory;
-        `limits`: the threads, and the bytes of every batch, where they are not the run's."""
+        `stage`: bytes of a batch from mapped sources, where the band of the run has them; `limits`: the
+        threads, and the bytes of every batch, where they are not the run's."""
         largest = self._scan(planned)
         began = time.perf_counter()
         executor = pick(None, recent(len(planned.tensors)))
@@ -248,7 +250,7 @@ class Run:
 
         alone = len(planned.ranks) < planned.placement.world
         with reader_of(planned.extents, binding, alone=alone) as reader:
-            stage, band = (limits.band, limits.band) if limits else sizes(reader, self.limits.band)
+            step, band = (limits.band, limits.band) if limits else sizes(reader, self.limits.band, stage)
             by_file = isinstance(reader, Computing)
 
             def items() -> Iterator[Batch | Job]:
@@ -260,7 +262,7 @@ class Run:
                             others, first, rest, binding, stage=band, band=band, by_file=by_file
                         )
                     else:
-                        yield from cut(others, first, rest, binding, stage=stage, band=band, thin=LEAF)
+                        yield from cut(others, first, rest, binding, stage=step, band=band, thin=LEAF)
 
             lanes = [reader.lane(executor) for _ in range(threads)]
             runs = [_either(_named(lane, worker(lane)), quantising, lane, sink) for lane in lanes]
@@ -403,10 +405,11 @@ def _digests(manifest: Manifest, ranks: Sequence[int]) -> dict[str, str]:
     }
 
 
-def sizes(reader: Reader, band: int) -> tuple[int, int]:
-    """Output bytes made at once, of a tensor as it lies and of one that is transposed, `band` at most."""
+def sizes(reader: Reader, band: int, stage: int) -> tuple[int, int]:
+    """Output bytes made at once, of a tensor as it lies (from mapped sources `stage`) and of one that is
+    transposed, `band` at most."""
     if isinstance(reader, Mapped):
-        return min(STAGE, band), band
+        return min(stage, band), band
     if isinstance(reader, Computing) and reader.dequantises:
         return min(STAGE, band), min(STAGE, band)
     if isinstance(reader, (Positioned, Computing)):

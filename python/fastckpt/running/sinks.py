@@ -122,7 +122,7 @@ class ToFiles:
             if bad := nonfinite(filled[at : at + length], kind):
                 raise SourceError(
                     f"{self.tensors[tensor].name}: {bad} values of one MiB of its {kind} output are NaN or "
-                    "infinite; allow_nonfinite accepts them"
+                    "infinite; allow_nonfinite=True (--allow-nonfinite) accepts them"
                 )
 
     def close(self, threads: int) -> None:

@@ -47,11 +47,14 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """`.metadata`, read: its tensors by key, the place of each box, the path of each key (of other values
-    too) in the state that was saved, and the digest of the pickle."""
+    """`.metadata`, read: its tensors by key, the place of each box and of every other value, how many bytes
+    each file has, the path of each key (of other values too) in the state that was saved, and the digest of
+    the pickle."""
 
     tensors: Mapping[str, Stored]
     places: Mapping[tuple[str, Sizes], Place]
+    others: Mapping[str, Place]
+    files: Mapping[str, int]
     paths: Mapping[str, tuple[str, ...]]
     digest: str
 
@@ -75,8 +78,16 @@ def metadata(where: str, save: int) -> Metadata:
         if isinstance(value, Inert) and value.name == _MODULE + "metadata.TensorStorageMetadata":
             tensors[key] = _stored(key, _state(value, "metadata.TensorStorageMetadata"))
         paths[key] = _path(key, planned)
-    places = dict(_places(_dict(body, "storage_data")))
-    return Metadata(tensors, places, paths, xxhash.xxh3_64_hexdigest(data))
+    places: dict[tuple[str, Sizes], Place] = {}
+    others: dict[str, Place] = {}
+    files: dict[str, int] = {}
+    for name, at, place in _places(_dict(body, "storage_data")):
+        if at is None:
+            others[name] = place
+        else:
+            places[name, at] = place
+        files[place.file] = max(files.get(place.file, 0), place.offset + place.nbytes)
+    return Metadata(tensors, places, others, files, paths, xxhash.xxh3_64_hexdigest(data))
 
 
 def _state(value: object, name: str) -> dict[object, object]:
@@ -128,13 +139,11 @@ def _sizes(value: object, what: str) -> Sizes:
     return value
 
 
-def _places(table: Mapping[object, object]) -> Iterator[tuple[tuple[str, Sizes], Place]]:
-    """(key, offsets) of each box and its place; other values are left out."""
+def _places(table: Mapping[object, object]) -> Iterator[tuple[str, Sizes | None, Place]]:
+    """The key and the offsets of each box, and its place; other values have no offsets."""
     for index, info in table.items():
         told, lies = _state(index, "metadata.MetadataIndex"), _state(info, "filesystem._StorageInfo")
         key, at = told.get("fqn"), told.get("offset")
-        if at is None:
-            continue
         file, offset, nbytes = (lies.get(k) for k in ("relative_path", "offset", "length"))
         if not isinstance(key, str) or not isinstance(file, str):
             raise SourceError(f"the place of {key!r} is in {file!r}")
@@ -144,7 +153,7 @@ def _places(table: Mapping[object, object]) -> Iterator[tuple[tuple[str, Sizes],
             raise SourceError(f"{key}: stored as {lies['transform_descriptors']}, which is not read")
         if not inside(file):
             raise SourceError(f"{key}: is in {file!r}, which leaves the directory")
-        yield (key, _sizes(at, f"{key}: its offset")), Place(file, offset, nbytes)
+        yield key, None if at is None else _sizes(at, f"{key}: its offset"), Place(file, offset, nbytes)
 
 
 def _path(key: str, paths: object) -> tuple[str, ...]:

@@ -83,7 +83,9 @@ def _rank(path: str, files: Files, options: Options) -> Rank:
     if first is None:
         what = files.what("*_optim_states.pt")
         raise SourceError(f"{files.folder}: no {what} which hold the masters" + (
-            f"; weights='module' reads the 16-bit copy in {model_file}" if files.model else ""
+            f"; weights='module' (--weights module) reads the 16-bit copy in {model_file}"
+            if files.model
+            else ""
         ))  # fmt: skip
     kind = model_file if first.stage != 3 else f"zero_pp_rank_0_{model_file}"
     raise SourceError(f"{files.folder}: optimizer files of stage {first.stage or 1}, but no {kind}")
@@ -313,7 +315,7 @@ class _Reading:
         if self.found.lost:
             raise SourceError(
                 f"{self.where}: the weights of {_short(list(self.found.lost))} are in no file "
-                "(exclude_frozen=True leaves them out)"
+                "(exclude_frozen=True, --exclude-frozen-parameters, leaves them out)"
             )
         entries |= self.module(self.found.kept, "frozen")
         return entries | (self._frozen_cut() if at_stage_3 else self.frozen_whole())

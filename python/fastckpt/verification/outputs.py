@@ -126,9 +126,11 @@ def verify(
 
 
 def _walk(seen: _Seen) -> Iterator[str]:
-    """Every file, relative to the root; directories that may not be listed are problems."""
+    """Every file, relative to the root; directories below it that may not be listed are problems."""
 
     def unlisted(error: OSError) -> None:
+        if error.filename == seen.root:
+            raise SourceError(f"{seen.root}: {error.strerror}")
         seen.problems.append(f"{os.path.relpath(error.filename, seen.root)}: {error.strerror}")
 
     for directory, _, names in os.walk(seen.root, onerror=unlisted):

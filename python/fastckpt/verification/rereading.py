@@ -17,7 +17,7 @@ from ..dtypes import DType
 from ..errors import SourceError
 from ..extents import fill, let_go
 from ..finite import nonfinite
-from ..pipeline import feed
+from ..pipeline import cores, feed
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
@@ -61,7 +61,7 @@ def reread(
         if progress is not None:
             progress(done, before[-1])
 
-    feed(tasks, [leaves.run] * min(threads or min(8, os.cpu_count() or 1), len(tasks)), count)
+    feed(tasks, [leaves.run] * min(threads or min(8, cores()), len(tasks)), count)
     return list(leaves.problems(allow_nonfinite))
 
 
