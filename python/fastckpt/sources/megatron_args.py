@@ -12,6 +12,9 @@ from ..checkpoint import JSON
 from ..errors import SourceError
 from .inert import Inert, type_name
 
+FORMAT = "megatron"
+"""The source's name."""
+
 Args = Mapping[str, JSON]
 
 OLDEST = 3.0
