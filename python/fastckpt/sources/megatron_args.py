@@ -50,7 +50,7 @@ def args_of(state: object) -> dict[str, JSON]:
         raise SourceError(f"args: wanted an argparse.Namespace, got {type_name(args)}")
     for key in TURNED:
         if args.state.get(key) is not None:
-            raise SourceError(f"args: {key} {args.state[key]!r}: gate and up in turn, in blocks, are not read")
+            raise SourceError(f"args: {key} {args.state[key]!r}: gate and up in turn are not read")
     said: dict[str, JSON] = {}
     for key in KEPT:
         value = args.state.get(key)
