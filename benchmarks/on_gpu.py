@@ -228,6 +228,7 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.build:
         return build()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that no process stays
     began, since = time.monotonic(), time.time()
     done: list[Done] = []
     path, missing = None, ""

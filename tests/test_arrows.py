@@ -92,7 +92,18 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # The way back, through sources, recipes and layouts.
     "inverse": CORE,
     "uniting": (*PLAIN, "inverse", "layouts"),
-    "joining": (*PLAIN, "collector", "digest", "manifest", "uniting", "sources", "recipes", "layouts"),
+    "megatron": (*PLAIN, "uniting", "sources", "recipes", "layouts", "configs"),
+    "joining": (
+        *PLAIN,
+        "collector",
+        "digest",
+        "manifest",
+        "uniting",
+        "megatron",
+        "sources",
+        "recipes",
+        "layouts",
+    ),
     "expectation": (*PLAIN, "manifest", "sources", "layouts", "joining"),
     "foreign": (*PLAIN, "sources", "recipes", "layouts", "uniting", "joining"),
     "adapters": (*PLAIN, "nowhere", "lowrank", "sources"),
@@ -192,6 +203,9 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("zero_grid",),
         # one format each
         ("zero", "safetensors", "statedict", "dcp", "memory"),
+        ("megatron_args",),
+        ("megatron_dist",),
+        ("megatron",),
         ("served", "peft", "training"),  # what fastckpt or PEFT wrote, in the two formats before them
         ("__init__",),
     ),

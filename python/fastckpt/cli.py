@@ -273,7 +273,10 @@ def _diff(args: argparse.Namespace) -> int:
     from .doors.difference import diff
 
     with progress(as_json=args.json, quiet=args.quiet) as shown:
-        found = diff(args.a, args.b, tag=args.tag, rename=args.rename, weights=args.weights, progress=shown)
+        found = diff(
+            args.a, args.b, tag=args.tag, rename=args.rename, weights=args.weights, config=args.config,
+            progress=shown,
+        )  # fmt: skip
     _show(args, found.text, found.json)
     return 0 if found.equal else 1
 
@@ -384,6 +387,7 @@ def _opened(args: argparse.Namespace) -> Checkpoint:
         exclude_frozen=args.exclude_frozen_parameters,
         check_crc=args.check_crc,
         recipe=args.recipe,
+        config=args.config,
     )
 
 

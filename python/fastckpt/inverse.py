@@ -40,10 +40,26 @@ class Piece:
 
 
 def pieces_of(made: View, held: View, known: Mapping[Extent, str]) -> Iterator[tuple[str, Place, Piece]]:
-    """What a shard's tensor `held` holds, by the target `made` it was written from."""
-    row = held.rows[0] if len(held.rows) else None
-    if row is None:
-        return
+    """What a shard's tensor `held` holds, by the target `made` it was written from.
+
+    Raises SourceError for a shard that does not lie as dense boxes."""
+    d = held.ndim
+    for row in held.rows.tolist():
+        extent, _, offset, *box = row
+        origin, size, stride = box[:d], box[d : 2 * d], box[2 * d :]
+        if any(n > 1 and s != t for n, s, t in zip(size, stride, dense_strides(size), strict=True)):
+            raise SourceError(f"a tensor of {held.shape} that lies with strides {stride} cannot be joined")
+        part = made
+        for axis, (start, n) in enumerate(zip(origin, size, strict=True)):
+            if n != held.shape[axis]:
+                part = part.narrow(axis, start, n)
+        yield from _in_run(part, extent, offset, held.dtype, known)
+
+
+def _in_run(
+    made: View, run: int, begin: int, dtype: DType, known: Mapping[Extent, str]
+) -> Iterator[tuple[str, Place, Piece]]:
+    """What a dense run of extent `run` from element `begin` on holds, by the target it was written from."""
     boxes, d = made.boxes, len(made.boxes)
     steps = dense_strides(boxes)
     for line in made.held.tolist():
@@ -56,8 +72,8 @@ def pieces_of(made: View, held: View, known: Mapping[Extent, str]) -> Iterator[t
             ((n, s, t) for n, s, t in zip(size, stride, steps, strict=True) if n > 1 and s),
             key=lambda axis: -axis[1],
         )
-        offset = int(row[2]) + sum(o * t for o, t in zip(origin, steps, strict=True))
-        piece = Piece(start, tuple(_coalesced(axes)), int(row[0]), offset, held.dtype)
+        offset = begin + sum(o * t for o, t in zip(origin, steps, strict=True))
+        piece = Piece(start, tuple(_coalesced(axes)), run, offset, dtype)
         yield tensor, (start, tuple((n, s) for n, s, _ in piece.axes)), piece
 
 

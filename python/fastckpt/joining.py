@@ -27,6 +27,7 @@ from .layouts.patterns import Patterns
 from .model import Model
 from .output.manifest import Manifest
 from .placement import Placement
+from .sources.megatron import FORMAT as MEGATRON
 from .sources.served import SHARDS
 from .target import Target
 from .uniting import over_ranks, phantom_of, united
@@ -45,18 +46,21 @@ def open(
     exclude_frozen: bool = False,
     check_crc: bool = False,
     recipe: str | None = None,
+    config: str | os.PathLike[str] | Mapping[str, JSON] | None = None,
 ) -> Checkpoint:
     """The checkpoint at `path`, as `sources.open` has it; the shards of a serving layout as a whole model.
 
-    `recipe`: the file of a user's own recipe, where the shards were cut with one. Quantised shards, and those
-    of an adapter alone, cannot be joined and are given as they are, each tensor named "rank/name". Raises
-    SourceError for what is broken, missing, unknown or cannot be joined."""
+    `recipe`: the file of a user's own recipe, where the shards were cut with one. `config`: which model a
+    Megatron checkpoint is of, where no config.json beside it says so; without either it is given as it is.
+    So are quantised shards, and those of an adapter alone, which cannot be joined: each tensor is named
+    "rank/name". Raises SourceError for what is broken, missing, unknown or cannot be joined."""
     found = sources.open(
         path, tag=tag, also=also, rename=rename, weights=weights,
         exclude_frozen=exclude_frozen, check_crc=check_crc,
     )  # fmt: skip
     as_it_is = found.facts.get("quant") is not None or found.facts.get("adapter") == "apart"
-    return found if as_it_is else whole(found, recipe)
+    unsaid = found.format == MEGATRON and config is None and found.config is None
+    return found if as_it_is or unsaid else whole(found, recipe, config)
 
 
 def told(ckpt: Checkpoint, world: int, layout: str) -> dict[str, JSON]:
@@ -69,13 +73,21 @@ def told(ckpt: Checkpoint, world: int, layout: str) -> dict[str, JSON]:
 
 
 @paused()
-def whole(ckpt: Checkpoint, recipe: str | None = None) -> Checkpoint:
-    """The model that an opened output's shards were cut from; any other checkpoint as it is.
+def whole(
+    ckpt: Checkpoint,
+    recipe: str | None = None,
+    config: str | os.PathLike[str] | Mapping[str, JSON] | None = None,
+) -> Checkpoint:
+    """The model that an opened output's shards, or a Megatron run's, are of; any other checkpoint as it is.
 
-    `recipe` as in `open`. The facts name a recipe that was asked for, and sizes that had been padded, which
-    the config gives as they were before. Names, shapes and tied names are those of the checkpoint it was cut
-    from, dtypes those that were served; what the recipe left out is in `unread`. Raises SourceError where the
-    record does not tell enough, or the shards do not hold every element."""
+    `recipe`, `config` as in `open`. The facts name a recipe that was asked for, and sizes that had been
+    padded, which the config gives as they were before. Names, shapes and tied names are those of the
+    checkpoint it was cut from, dtypes those that were served; what the recipe left out is in `unread`.
+    Raises SourceError where the record does not tell enough, or the shards do not hold every element."""
+    if ckpt.format == MEGATRON:
+        from . import megatron
+
+        return megatron.whole(ckpt, recipe, config)
     if ckpt.format != SHARDS:
         return ckpt
     manifest = Manifest.read(ckpt.path)

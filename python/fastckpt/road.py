@@ -72,7 +72,7 @@ def plan(
         grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size,
         quant=_quant(quant), dense=quant == DENSE, adapter=adapter, apart=apart,
     )  # fmt: skip
-    return plans.draft(open_whole(ckpt, recipe), request)
+    return plans.draft(open_whole(ckpt, recipe, config), request)
 
 
 def reshard(
@@ -135,7 +135,7 @@ def reshard(
         raise DeviceError(f"device {place!r}: files lie on no GPU; leave device= out, for tensors there too")
 
     def drafted() -> Plan:
-        opened = open_whole(ckpt, recipe)
+        opened = open_whole(ckpt, recipe, config)
         return plans.draft(opened if in_memory else stamped(opened), request, in_memory=in_memory)
 
     planned = run.planned(drafted)
@@ -174,7 +174,7 @@ def prepare(
     place = _device(device)
     grid = grid_of(tp, placement)
     request = Request(grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, quant=_quant(quant))
-    planned = plans.draft(open_whole(ckpt, recipe), request, in_memory=True)
+    planned = plans.draft(open_whole(ckpt, recipe, config), request, in_memory=True)
     binding = Binding.of(planned.extents)
     if place == "cpu" or not gpu_sources.resident(binding):
         raise DeviceError(f"prepare: wanted tensors on a GPU as source, device {place!r}; else use reshard")
@@ -200,6 +200,7 @@ def consolidate(
     exclude_frozen: bool = False,
     check_crc: bool = False,
     recipe: str | None = None,
+    config: str | os.PathLike[str] | Mapping[str, JSON] | None = None,
     safe_serialization: bool = False,
     max_shard_size: str | int | None = "5GB",
     dtype: str | DType | None = "float32",
@@ -215,7 +216,7 @@ def consolidate(
 ) -> Report | State:
     """The whole model in one directory, as DeepSpeed's zero_to_fp32 writes it: names, order, file names.
 
-    `path`: a path, with the options up to `recipe` as in `open`, or an opened checkpoint; `dtype` of the
+    `path`: a path, with the options up to `config` as in `open`, or an opened checkpoint; `dtype` of the
     floats (None: as stored), integer buffers are kept; `.bin` files unless `safe_serialization`. Without
     `out` the state dict is returned. `weights_key` wraps the weights into a single-file training checkpoint,
     with the plain values named in `client_state` beside them; `adapter` as in `reshard`, merged. Raises as
@@ -230,9 +231,9 @@ def consolidate(
     else:
         path = joining.open(
             path, tag=tag, also=also, rename=rename, weights=weights,
-            exclude_frozen=exclude_frozen, check_crc=check_crc, recipe=recipe,
+            exclude_frozen=exclude_frozen, check_crc=check_crc, recipe=recipe, config=config,
         )  # fmt: skip
-    opened = joining.whole(path, recipe)
+    opened = joining.whole(path, recipe, config)
     run = Run(threads, memory, progress)
     planned = run.planned(
         lambda: consolidation(
@@ -331,7 +332,7 @@ def load_into(
         adapter=adapter,
     )  # fmt: skip
     run = Run(threads, memory, progress)
-    planned = run.planned(lambda: plans.draft(open_whole(ckpt, recipe), request, in_memory=True))
+    planned = run.planned(lambda: plans.draft(open_whole(ckpt, recipe, config), request, in_memory=True))
     made = {t.name for t in planned.tensors}
     again = tensors.apart(held, made, planned.aliases)
     tied = tensors.tied(held, made | again.keys())
@@ -419,7 +420,9 @@ def _by_rank(out: State | Sequence[State], rank: int | None) -> list[State]:
     return [out] if isinstance(out, Mapping) else list(out)
 
 
-def open_whole(ckpt: Opened, recipe: str | None) -> Checkpoint:
+def open_whole(
+    ckpt: Opened, recipe: str | None, config: str | os.PathLike[str] | Mapping[str, JSON] | None
+) -> Checkpoint:
     """What a verb was given, as one whole model. Raises SourceError for what cannot be opened or joined."""
-    opened = ckpt if isinstance(ckpt, Checkpoint) else joining.open(ckpt, recipe=recipe)
-    return joining.whole(opened, recipe)
+    opened = ckpt if isinstance(ckpt, Checkpoint) else joining.open(ckpt, recipe=recipe, config=config)
+    return joining.whole(opened, recipe, config)

@@ -325,12 +325,6 @@ def test_nothing_in_metadata_is_called(tmp_path):
     refuses(tmp_path / "w", "wanted a Metadata, got posix.system")
 
 
-def test_a_megatron_save_is_another_format(tmp_path):
-    write(tmp_path, {"w": (MATRIX, [((0, 0), (7, 9))])})
-    (tmp_path / "common.pt").write_bytes(b"")
-    refuses(tmp_path, "a Megatron distributed checkpoint, which is not supported yet")
-
-
 def test_zero_options_are_refused(tmp_path):
     write(tmp_path, {"w": (MATRIX, [((0, 0), (7, 9))])})
     with pytest.raises(SourceError, match="no ZeRO checkpoint"):

@@ -81,12 +81,6 @@ def test_options_that_a_format_cannot_heed_are_refused(tmp_path, option, words):
         fastckpt.consolidate(sources.open(tmp_path), **option)
 
 
-@pytest.mark.parametrize("name", ["latest_checkpointed_iteration.txt", "common.pt"])
-def test_formats_that_are_only_recognised(tmp_path, name):
-    (tmp_path / name).write_bytes(b"")
-    refuses(tmp_path, "Megatron", "not supported yet")
-
-
 def served(path, world=1, aliases=None):
     path.mkdir()
     save_file(TENSORS, path / "model.safetensors")

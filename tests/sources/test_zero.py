@@ -69,7 +69,7 @@ def test_stage_0_uses_module_and_says_so(tmp_path):
         assert (reading.read(ckpt[name]) == reading.bits(want)).all(), name
     assert ckpt.facts["stage"] == 0
     assert ckpt.facts["weights"] == "module"
-    assert "no names" in ckpt.facts["why module"] and "no names" in ckpt.facts["notes"][0]
+    assert "no param_shapes" in ckpt.facts["why module"] and "no param_shapes" in ckpt.facts["notes"][0]
     assert dict(ckpt.aliases) == TIED
     with pytest.raises(SourceError, match="at stage 0 nothing says what was frozen"):
         sources.open(tmp_path, exclude_frozen=True)

@@ -167,8 +167,13 @@ def test_maps_of_other_ranks_shapes_and_versions():
         ({"tp_replicated_parameter_patterns": ["(a+)+b"]}, "is not read"),
         ({"tp_replicated_parameter_patterns": [".*.*.*x"]}, "is not read"),
         ({"tp_replicated_parameter_patterns": ["model.*", r".*\.w\..*"]}, "speak of it"),
-        ({"vocabulary_parameter_patterns": [EXACT]}, "original_vocab_size None of [4, 4]"),
+        ({"vocabulary_parameter_patterns": [EXACT]}, "original_vocab_size None, padded None of [4, 4]"),
         ({"vocabulary_parameter_patterns": [EXACT], "original_vocab_size": 5}, "original_vocab_size 5"),
+        ({"vocabulary_parameter_patterns": [EXACT], "original_vocab_size": True}, "original_vocab_size True"),
+        ({"vocabulary_parameter_patterns": [EXACT], "original_vocab_size": 3, "padded_vocab_size": 8},
+         "original_vocab_size 3, padded 8 of [4, 4]"),
+        ({"affine_map": {"params": {"^other$": {}}}}, "neither affine_map nor a list speaks of it"),
+        ({"parameter_with_sub_params": [SUB | {"shape": (10**15, -1)}]}, "equal parts of 4"),
         ({"parameter_with_sub_params": [SUB | {"shape": (3, -1)}]}, "3 equal parts of 4"),
         ({"parameter_with_sub_params": [SUB | {"shape": [(1, 3), -1]}]}, "nothing says how"),
         ({"parameter_with_sub_params": [SUB | {"shape": [(2, 2), 7]}]}, "axis 1 is said to be 7"),
@@ -195,3 +200,56 @@ def test_shapes_that_do_not_fit_what_is_said():
 def test_one_rank_holds_the_whole():
     cut = Cuts(None, 1, "FILE").of(NAME, [(3, 4)])
     assert cut.shape == (3, 4) and not cut.same
+
+
+MEGATRON = {  # what Megatron-DeepSpeed's GPTModelPipe says of itself
+    "universal_checkpoint_version": 0.2,
+    "original_vocab_size": 7,
+    "padded_vocab_size": 8,
+    "vocabulary_parameter_patterns": [r"tied_modules.embed.word_embeddings.weight"],
+    "pipeline_replicated_parameter_patterns": [
+        r"tied_modules.embed.word_embeddings.weight",
+        r"tied_modules.embed.position_embeddings.weight",
+    ],
+    "tp_replicated_parameter_patterns": [
+        r"tied_modules.embed.position_embeddings.weight",
+        r"\d+.input_layernorm.weight",
+        r"\d+.self_attention.dense.bias",
+        r"\d+.weight",
+        r"\d+.bias",
+    ],
+    "parameter_with_row_parallelism_patterns": [
+        r"\d+.mlp.dense_4h_to_h.weight",
+        r"\d+.self_attention.dense.weight",
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "whole"),
+    [
+        ("tied_modules.embed.word_embeddings.weight", (4, 3), (7, 3)),
+        ("tied_modules.embed.position_embeddings.weight", (4, 3), (4, 3)),
+        ("3.input_layernorm.weight", (4,), (4,)),
+        ("31.self_attention.query_key_value.weight", (6, 4), (12, 4)),
+        ("31.self_attention.query_key_value.bias", (6,), (12,)),
+        ("31.self_attention.dense.weight", (4, 2), (4, 4)),
+        ("31.self_attention.dense.bias", (4,), (4,)),
+        ("3.mlp.dense_h_to_4h.weight", (8, 4), (16, 4)),
+        ("3.mlp.dense_4h_to_h.weight", (4, 8), (4, 16)),
+        ("32.weight", (4,), (4,)),
+    ],
+)
+def test_the_lists_of_megatron_deepspeed(name, shape, whole):
+    cuts = Cuts(MEGATRON, 2, "FILE")
+    assert cuts.of(name, [shape, shape]).shape == whole
+    assert cuts.over_stages(name) == name.startswith("tied_modules")
+
+
+def test_lists_that_match_nothing():
+    """Megatron-DeepSpeed says the same of a model without a pipeline, whose names are others."""
+    names = ["language_model.encoder.layers.0.input_layernorm.weight", "language_model.output_layer.weight"]
+    with pytest.raises(SourceError, match=r"tp_replicated_parameter_patterns matches no parameter"):
+        Cuts(MEGATRON, 2, "FILE").check_used(names)
+    Cuts(MEGATRON, 2, "FILE").check_used(["3.input_layernorm.weight", "3.mlp.dense_4h_to_h.weight"])
+    Cuts(MEGATRON, 1, "FILE").check_used(names)  # what is cut over one rank is whole

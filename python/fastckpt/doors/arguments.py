@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     inspect = command("inspect", "show what a checkpoint holds, from its headers")
     _path(inspect)
     _source(inspect)
+    serving_options.add_config(inspect)
     inspect.add_argument("--plot", metavar="PNG", help="draw what quantising cost, by layer and role")
 
     plan = command("plan", "show which bytes of which file would go where; nothing is written")
@@ -98,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
         default="float32",
         help="dtype of the float tensors, `none` for each one's own (default: float32)",
     )
+    serving_options.add_config(consolidate)
     serving_options.add_adapter(consolidate)
     consolidate.add_argument("--weights-key", metavar="KEY", help="one .bin file, {KEY: state dict}")
     consolidate.add_argument(
@@ -125,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
     diff.add_argument("a", metavar="A")
     diff.add_argument("b", metavar="B")
     _names(diff)
+    serving_options.add_config(diff, config="beside A, beside B")
     _quiet(diff)
 
     doctor = command("doctor", "show what this build and this machine offer")
@@ -147,7 +150,7 @@ def _out(p: argparse.ArgumentParser) -> None:
 
 
 def _names(p: argparse.ArgumentParser) -> None:
-    p.add_argument("-t", "--tag", help="the ZeRO tag (default: what the file `latest` says)")
+    p.add_argument("-t", "--tag", help="the ZeRO tag, or Megatron's iteration (default: the latest)")
     p.add_argument(
         "--rename",
         action="append",
@@ -169,7 +172,7 @@ def _names(p: argparse.ArgumentParser) -> None:
         "--weights",
         choices=("master", "module"),
         default="master",
-        help="ZeRO-1/2: the optimizer's masters, or the module's 16-bit weights (default: master)",
+        help="the optimizer's masters, or the module's 16-bit weights (default: master)",
     )
 
 

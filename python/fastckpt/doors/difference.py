@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,14 +18,18 @@ from ..checkpoint import JSON, Checkpoint, Entry
 from ..dtypes import DType, bfloat16, complex32
 from ..errors import ViewError
 from ..joining import open as open_checkpoint
+from ..joining import whole
 from ..quantisation.unrounding import unpacked
 from ..road import stream
 from ..running.runs import Progress
+from ..sources.megatron import FORMAT as MEGATRON
 from ..sources.served import SHARDS
 from .text import counted, some
 
 Bytes = NDArray[np.uint8]
 Numbers = NDArray[np.float64] | NDArray[np.complex128]
+TRAINED = ("zero", MEGATRON)
+"""What a trainer left, with tags and masters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,21 +141,28 @@ def diff(
     tag: str | None = None,
     rename: Sequence[tuple[str, str]] = (),
     weights: str = "master",
+    config: str | os.PathLike[str] | Mapping[str, JSON] | None = None,
     progress: Progress | None = None,
 ) -> Diff:
     """Compare two checkpoints, paths or opened: names, shapes, dtypes, and every value of what both hold.
 
-    `tag`, `rename` and `weights` are those of `open` and hold for the sides given as paths, the first and the
-    last for a ZeRO side alone where the other is none. `progress` gets (bytes done, bytes in all, "compare"),
-    bytes of side a. Shards that were cut alike are compared as they lie, by "rank/name", others as the models
-    they make. Raises SourceError as `open` does."""
-    zero = [c for c in (a, b) if isinstance(c, (str, os.PathLike)) and sources.format_of(c) == "zero"]
+    `tag`, `rename`, `weights` and `config` are those of `open` and hold for the sides given as paths; all but
+    `rename` for a trainer's side (ZeRO, Megatron) alone where the other is none. `progress` gets (bytes done,
+    bytes in all, "compare"), bytes of side a. Shards that were cut alike are compared as they lie, by
+    "rank/name", others as the models they make. Raises SourceError as `open` does."""
+    trained = [c for c in (a, b) if isinstance(c, (str, os.PathLike)) and sources.format_of(c) in TRAINED]
     one, two = (
         c if isinstance(c, Checkpoint)
-        else open_checkpoint(c, tag=tag, rename=rename, weights=weights) if c in zero or not zero
+        else open_checkpoint(c, tag=tag, rename=rename, weights=weights, config=config)
+        if c in trained or not trained
         else open_checkpoint(c, rename=rename)
         for c in (a, b)
     )  # fmt: skip
+    # A Megatron checkpoint that no config speaks of is what the other side's config says.
+    one, two = (
+        whole(c, None, other.config) if c.format == MEGATRON and other.config else c
+        for c, other in ((one, two), (two, one))
+    )
     if not isinstance(a, Checkpoint) and not isinstance(b, Checkpoint):
         one, two = _as_they_lie(one, two)
     names_a, names_b = ({*c.entries, *c.aliases} for c in (one, two))

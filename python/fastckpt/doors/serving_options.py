@@ -37,7 +37,7 @@ def add(p: argparse.ArgumentParser, *, config: str = "beside CHECKPOINT") -> Non
     p.add_argument(
         "--dtype", help="dtype of the floats: a name, or `auto` for the config's (default: as stored)"
     )
-    p.add_argument("--config", metavar="FILE", help=f"config.json or its directory (default: {config})")
+    add_config(p, config=config)
     p.add_argument("--tp-plan", metavar="FILE", help="JSON of name patterns, for a model without a recipe")
     p.add_argument(
         "--vocab-size", type=int, metavar="N", help="rows of the embedding that are tokens; more are padding"
@@ -77,6 +77,11 @@ def or_none(text: str) -> str | None:
 def add_adapter(p: argparse.ArgumentParser) -> None:
     """Add the option that names an adapter."""
     p.add_argument("--adapter", metavar="DIR", help="merge this PEFT adapter (LoRA) on the way")
+
+
+def add_config(p: argparse.ArgumentParser, *, config: str = "beside CHECKPOINT") -> None:
+    """Add the option that names the model's config; `config`: where it is looked for when none is given."""
+    p.add_argument("--config", metavar="FILE", help=f"config.json or its directory (default: {config})")
 
 
 def add_recipe(p: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from ..checkpoint import Checkpoint
 from ..errors import LayoutError
+from ..extents import is_directory
 from ..joining import open as open_checkpoint
 
 
@@ -37,7 +38,12 @@ class Asked:
 
     def opened(self, model: str) -> Checkpoint:
         """The checkpoint, where `model` is the engine's model path. Raises SourceError."""
-        return open_checkpoint(self.checkpoint or model, tag=self.tag or None, weights=self.weights)
+        return open_checkpoint(
+            self.checkpoint or model,
+            tag=self.tag or None,
+            weights=self.weights,
+            config=model if is_directory(model) else None,
+        )
 
 
 def refuse(unknown: Mapping[str, object]) -> None:

@@ -10,7 +10,7 @@ from typing import Protocol, cast
 from ..checkpoint import Checkpoint
 from ..collector import paused
 from ..errors import SourceError, expect
-from ..extents import is_directory, listed
+from ..extents import is_directory
 from .options import Options, strip_prefix
 
 __all__ = ["SOURCES", "Options", "Source", "format_of", "open", "strip_prefix"]
@@ -28,6 +28,7 @@ SOURCES = {
     "training": "",  # a commit of our manager is an output too
     "served": "an output of fastckpt (fastckpt.json)",
     "zero": "a ZeRO checkpoint (latest, *_model_states.pt)",
+    "megatron": "a Megatron checkpoint (latest_checkpointed_iteration.txt, iter_*)",
     "dcp": "a torch distributed checkpoint (.metadata, *.distcp)",
     "peft": "a PEFT adapter (adapter_config.json, adapter_model.*)",
     "safetensors": "safetensors (*.safetensors, index)",
@@ -35,11 +36,6 @@ SOURCES = {
 }
 """The modules tried, in this order, and what each looks for: a trainer's directory may hold a ZeRO folder and
 an exported copy; the masters win. Those behind the one that matches are not imported."""
-
-_NOT_YET = (
-    ("latest_checkpointed_iteration.txt", "a Megatron checkpoint"),
-    ("common.pt", "a Megatron distributed checkpoint"),
-)
 
 
 @paused()
@@ -55,7 +51,7 @@ def open(
 ) -> Checkpoint:
     """The checkpoint at `path`, a file or directory of any format of SOURCES, or a dict of tensors.
 
-    Options as in `Options`. Raises SourceError for what is broken, missing, unknown or not supported yet."""
+    Options as in `Options`. Raises SourceError for what is broken, missing or unknown."""
     expect("path", path, str, os.PathLike, Mapping)
     expect("also", also, Iterable)
     for directory in (also := tuple(also)):
@@ -108,9 +104,6 @@ def _what_it_is(path: str) -> str:
     """What was recognised in something no source reads."""
     if not is_directory(path):
         return "not a checkpoint file"
-    for pattern, what in _NOT_YET:
-        if listed(path, pattern):
-            return f"{what}, which is not supported yet"
     inside: Sequence[str] = sorted(
         n for n in os.listdir(path) if any(s.matches(os.path.join(path, n)) for s in _sources())
     )

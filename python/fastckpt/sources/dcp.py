@@ -44,7 +44,7 @@ _CHUNK = 4 << 20
 
 
 def matches(path: str) -> bool:
-    """Whether `path` is a directory of a DCP save, or of a trainer with one in it; Megatron's are others."""
+    """Whether `path` is a directory of a DCP save, or of a trainer with one in it."""
     return is_directory(path) and _directory(path) is not None
 
 
@@ -60,11 +60,11 @@ def read(path: str, options: Options) -> Checkpoint:
     if is_file(f"{where}.tmp"):
         raise SourceError(f"{where}.tmp: a save over this one was interrupted: {NAME} is of the one before")
     try:
-        found = metadata(where, _nbytes(root))
+        found = metadata(where, nbytes(root))
         prefix, names = _model(found)
     except SourceError as e:
         raise SourceError(f"{where}: {e}") from None
-    extents, rows, digests, files = _located(found, names.values(), (root, *options.also), options.check_crc)
+    extents, rows, digests, files = located(found, names.values(), (root, *options.also), options.check_crc)
     table = Extents(extents)
     search = [root, os.path.dirname(os.path.abspath(root))]
     words = [n for n in names if found.tensors[names[n]].shape[:1] == _vocabulary(search)]
@@ -80,7 +80,7 @@ def read(path: str, options: Options) -> Checkpoint:
         path, "dcp", entries, table, options, aliases=tied, files=files, search=search,
         facts={
             "state dict": ".".join(prefix) or "at the top", "files": len(files), "tensors": len(entries),
-            "boxes": len(extents), "tied": dict(tied), **_later(where, files),
+            "boxes": len(extents), "tied": dict(tied), **later(where, files),
         },
         unread=[f"{key}: {count} values beside the state dict" for key, count in sorted(rest.items())]
         + [f"{name}: another model" for name in _others(path, root)],
@@ -88,15 +88,15 @@ def read(path: str, options: Options) -> Checkpoint:
     )  # fmt: skip
 
 
-def _later(where: str, files: Sequence[File]) -> dict[str, JSON]:
+def later(where: str, files: Sequence[File]) -> dict[str, list[JSON]]:
     """What to know of files that were written after `.metadata`, which a save writes last."""
     written = os.stat(where).st_mtime_ns
-    later = [file.path for file in files if os.stat(file.path).st_mtime_ns > written]
-    if not later:
+    after = [file.path for file in files if os.stat(file.path).st_mtime_ns > written]
+    if not after:
         return {}
     note = (
-        f"{len(later)} of {len(files)} files were written after {NAME}, such as "
-        f"{os.path.basename(later[0])}: unless the save was copied, one over it was interrupted, and "
+        f"{len(after)} of {len(files)} files were written after {NAME}, such as "
+        f"{os.path.basename(after[0])}: unless the save was copied, one over it was interrupted, and "
         "tensors are of two steps"
     )
     return {"notes": [note]}
@@ -110,7 +110,7 @@ def _directory(path: str) -> str | None:
         except (FileNotFoundError, NotADirectoryError):
             continue
         if NAME in inside or any(n.endswith(SUFFIX) for n in inside):
-            return None if "common.pt" in inside else root
+            return root
     return None
 
 
@@ -145,7 +145,7 @@ def _model(found: Metadata) -> tuple[tuple[str, ...], dict[str, str]]:
     return prefix, inside[prefix]
 
 
-def _nbytes(root: str) -> int:
+def nbytes(root: str) -> int:
     """What a save's files have in all."""
     return sum(entry.stat().st_size for entry in os.scandir(root) if entry.is_file())
 
@@ -153,7 +153,7 @@ def _nbytes(root: str) -> int:
 # ---- the boxes ----
 
 
-def _located(
+def located(
     found: Metadata, keys: Iterable[str], directories: Sequence[str], check_crc: bool
 ) -> tuple[list[Extent], dict[str, NDArray[np.int64]], list[str], list[File]]:
     """The extent of each box, in file order; the fragments of each tensor, [extent, stored, offset, origin,

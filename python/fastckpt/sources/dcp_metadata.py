@@ -47,11 +47,13 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """`.metadata`, read: its tensors by key, the place of each box, how many bytes each file has, the path of
-    each key (of other values too) in the state that was saved, and the digest of the pickle."""
+    """`.metadata`, read: its tensors by key, the place of each box and of every other value, how many bytes
+    each file has, the path of each key (of other values too) in the state that was saved, and the digest of
+    the pickle."""
 
     tensors: Mapping[str, Stored]
     places: Mapping[tuple[str, Sizes], Place]
+    others: Mapping[str, Place]
     files: Mapping[str, int]
     paths: Mapping[str, tuple[str, ...]]
     digest: str
@@ -77,12 +79,15 @@ def metadata(where: str, save: int) -> Metadata:
             tensors[key] = _stored(key, _state(value, "metadata.TensorStorageMetadata"))
         paths[key] = _path(key, planned)
     places: dict[tuple[str, Sizes], Place] = {}
+    others: dict[str, Place] = {}
     files: dict[str, int] = {}
     for name, at, place in _places(_dict(body, "storage_data")):
-        if at is not None:
+        if at is None:
+            others[name] = place
+        else:
             places[name, at] = place
         files[place.file] = max(files.get(place.file, 0), place.offset + place.nbytes)
-    return Metadata(tensors, places, files, paths, xxhash.xxh3_64_hexdigest(data))
+    return Metadata(tensors, places, others, files, paths, xxhash.xxh3_64_hexdigest(data))
 
 
 def _state(value: object, name: str) -> dict[object, object]:

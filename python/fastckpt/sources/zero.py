@@ -247,7 +247,7 @@ def _from_universal(path: str, opening: Opening) -> Rank:
 
 
 def _from_module(path: str, opening: Opening, model: Opened, state: ModelState) -> Checkpoint:
-    """Stage 0, whose masters carry no names, and the 16-bit copy where there are no optimizer files."""
+    """Stage 0, whose masters have no param_shapes, and the 16-bit copy where there are no optimizer files."""
     where = opening.files.folder
     off = state.shapes is None
     if off and opening.options.exclude_frozen:
@@ -272,7 +272,7 @@ def _from_module(path: str, opening: Opening, model: Opened, state: ModelState) 
     entries |= reading.module(names, "parameter")
     entries |= {name: e.entry(reading.extents, "parameter") for name, e in experts.items()}
     asked = opening.options.weights == "module"
-    why = "ZeRO was off: its masters carry no names"
+    why = "ZeRO was off: its masters have no param_shapes"
     if not off:
         why = "there are no optimizer files to compare it with"
     return reading.checkpoint(

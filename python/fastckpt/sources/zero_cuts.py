@@ -37,7 +37,7 @@ REPEATS = 2
 """The most repeats of a pattern, since one that fails is tried at every place of each."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Elements [start, start + length) along the axis of what tensor-parallel rank `rank` holds."""
 
@@ -129,7 +129,8 @@ class Cuts:
         elif self._none:
             raise SourceError(
                 f"{self._where} is not there: nothing says along which axis the {self._tp} tensor-parallel "
-                "ranks cut each tensor; DeepSpeed's AutoTP and Megatron-DeepSpeed write it in newer versions"
+                "ranks cut each tensor; load and save it once with a DeepSpeed whose AutoTP writes it, or a "
+                "Megatron-DeepSpeed that does"
             )
         else:
             cut = self._by_lists(name, shapes, where)
@@ -150,8 +151,13 @@ class Cuts:
         if axis >= len(shapes[0]):
             raise SourceError(f"{where}: is said to be cut along axis {axis}, its parts have {list(shapes)}")
         cut = _joined(shapes, axis, [[shape[axis] for shape in shapes]], where)
-        told = bool(axis or self._match(VOCABULARY, name))
-        return replace(cut, told=told)
+        if axis or self._match(VOCABULARY, name):
+            return cut
+        if self._maps:
+            raise SourceError(
+                f"{where}: neither {AFFINE} nor a list speaks of it: it may be whole on every rank"
+            )
+        return replace(cut, told=False)
 
     def _sub(self, said: Mapping[object, object], pattern: str, shapes: Sequence[Shape], where: str) -> Cut:
         """Sub-parameters one after another along an axis, each cut over the ranks."""
@@ -164,7 +170,7 @@ class Cuts:
             if a != axis and n not in (-1, None) and n != shapes[0][a]:
                 raise SourceError(f"{where}: axis {a} is said to be {n}, its parts have {list(shapes)}")
         if isinstance(sizes, int) and self._version < 0.4:
-            if sizes < 1 or total % sizes:
+            if not 0 < sizes <= total or total % sizes:
                 raise SourceError(f"{where}: {sizes} equal parts of {total}")
             sizes = (total // sizes,) * sizes
         widths = self._table(self._info, WIDTHS).get(pattern)
@@ -182,25 +188,28 @@ class Cuts:
         """A vocabulary without the rows that were added so that it divides."""
         if not self._match(VOCABULARY, name):
             return cut
-        size = self._info.get("original_vocab_size")
-        if not isinstance(size, int) or cut.axis != 0 or not cut.shape or not 0 < size <= cut.shape[0]:
-            raise SourceError(f"{where}: original_vocab_size {size!r} of {list(cut.shape)}")
+        size, padded = (self._info.get(f"{of}_vocab_size") for of in ("original", "padded"))
+        rows = cut.shape[0] if cut.shape and cut.axis == 0 else 0
+        if type(size) is not int or not 0 < size <= rows or padded not in (None, rows):
+            raise SourceError(
+                f"{where}: original_vocab_size {size!r}, padded {padded!r} of {list(cut.shape)}"
+            )
         return cut.clipped(size) if size < cut.shape[0] else cut
 
     # ---- what is said, checked ----
 
     def _table(self, of: Mapping[object, object], key: str) -> dict[object, object]:
-        return mapping(of.get(key) or {}, f"{self._where}: {key}")
+        return mapping(of.get(key, {}), f"{self._where}: {key}")
 
     def _list(self, key: str) -> Sequence[object]:
-        return listing(self._info.get(key) or (), f"{self._where}: {key}")
+        return listing(self._info.get(key, ()), f"{self._where}: {key}")
 
     def _match(self, key: str, name: str) -> str | None:
         return self._found(self._lists[key], name)
 
     def _patterns(self, key: str, said: object) -> _Patterns:
         where = f"{self._where}: {key}"
-        return _Patterns.of(listing(said or (), where), where)
+        return _Patterns.of(listing(said, where), where)
 
     def _found(self, patterns: _Patterns, name: str) -> str | None:
         found = patterns.matching(name)

@@ -34,6 +34,9 @@ from .zero_pipeline import TIED, layers
 from .zero_sample import sampled_bytes
 from .zero_state import ModelState, mapping
 
+SAMPLES = 16
+"""Elements compared of what two ranks hold."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rank:
@@ -284,7 +287,7 @@ class _Same:
 
 def _samples(built: Iterable[_Built]) -> Iterator[tuple[bytes, ...]]:
     views = (b.build() for b in built)
-    return iter(sampled_bytes([view.reshape((view.numel,)) for view in views]))
+    return iter(sampled_bytes([view.reshape((view.numel,)) for view in views], SAMPLES))
 
 
 def _assembled(

@@ -55,14 +55,14 @@ def one_axis(entries: Mapping[str, Entry]) -> dict[str, View]:
     return {n: e.build().reshape((math.prod(e.shape),)) for n, e in entries.items()}
 
 
-def _positions(view: View) -> list[int]:
+def _positions(view: View, count: int = POSITIONS) -> list[int]:
     """The elements that are compared of a view of one axis."""
-    return sorted({k * (view.numel - 1) // (POSITIONS - 1) for k in range(POSITIONS)}) if view.numel else []
+    return sorted({k * (view.numel - 1) // (count - 1) for k in range(count)}) if view.numel else []
 
 
-def sampled_bytes(views: Sequence[View]) -> list[tuple[bytes, ...]]:
-    """Some elements of each view of one axis."""
-    at = [_positions(view) for view in views]
+def sampled_bytes(views: Sequence[View], count: int = POSITIONS) -> list[tuple[bytes, ...]]:
+    """`count` elements of each view of one axis, evenly from the first to the last."""
+    at = [_positions(view, count) for view in views]
     found = iter(elements([(view, i) for view, own in zip(views, at, strict=True) for i in own]))
     return [tuple(next(found) for _ in own) for own in at]
 

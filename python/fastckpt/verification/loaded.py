@@ -70,7 +70,7 @@ def verify_tensors(
             held=tensors.dtypes_of(state),
         )  # fmt: skip
         run = Run(threads, None, progress)
-        planned = run.planned(lambda: plans.draft(open_whole(ckpt, recipe), request, in_memory=True))
+        planned = run.planned(lambda: plans.draft(open_whole(ckpt, recipe, config), request, in_memory=True))
         found = run.to_digests(planned)
         expected = {t.name: (t.dtype.name, t.shape, found[t.name]) for t in planned.tensors}
         expected |= {name: ("", (), "") for name in planned.left_out}

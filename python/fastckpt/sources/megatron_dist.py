@@ -1,0 +1,218 @@
+"""The tensors of megatron-core's torch_dist checkpoints: a DCP save of whole tensors.
+
+Keys are a GPTModel's names, with the layers of a homogeneous model as a first axis in place of their number,
+and a layer's experts as the next one. Gate and up of a gated block are the halves of one tensor, or `_w` and
+`_v`. Law: every name that comes out is one that a model of one process, made of megatron's own modules, has.
+Source: megatron-core 0.16.1 and 0.19.2, core/dist_checkpointing/{serialization,mapping,optimizer}.py and
+strategies/torch.py, core/transformer/{transformer_block,mlp}.py, core/transformer/moe/experts.py,
+core/models/gpt/gpt_layer_specs.py, core/optimizer/.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoint import JSON, Checkpoint, Entry, Single
+from ..dtypes import DType
+from ..errors import SourceError
+from ..extents import Extents, File, is_file
+from ..stored import boxes
+from . import torchfile
+from .assembly import assemble, read_json
+from .dcp import NAME, later, located, nbytes
+from .dcp_metadata import Metadata, metadata
+from .megatron_args import args_of
+from .options import Options
+from .torchzip import Reader
+
+RECORD = "metadata.json"
+"""Written last."""
+COMMON = "common.pt"
+"""What is no tensor; 0.19 saves it as a value beside the tensors, under the key below."""
+_COMMON_STATE = "common_state/shard_0_1"
+
+_MASTER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.fp32_param\.(.+)")
+_NOT_THE_MODEL = re.compile(r"(?:chained_\d+\.)?optimizer\.|rng_state|rerun_state")
+_LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
+_EXPERT = re.compile(r"mlp\.experts\.experts\.(?:(\d+)\.)?(linear_fc[12]\.(?:weight|bias).*)")
+_HALF = re.compile(r"(.+\.linear_fc1\.(?:weight|bias))_([wv])")
+
+_NORMS = tuple(
+    (re.compile(rf"{module}\.layer_norm_(weight|bias)"), rf"{norm}.\1")
+    for module, norm in (
+        (r"self_attention\.linear_(?:qkv|q_down_proj|kv_down_proj|qkv_down_proj)", "input_layernorm"),
+        (r"self_attention\.linear_q_up_proj", "self_attention.q_layernorm"),
+        (r"self_attention\.linear_kv_up_proj", "self_attention.kv_layernorm"),
+        (r"mlp\.linear_fc1", "pre_mlp_layernorm"),
+    )
+)
+"""Norms under the name of the matrix that follows, as Transformer Engine's modules hold them and as
+megatron's own are saved, -> the names they have in megatron's own modules."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A tensor, or a stack of such: its shape and the rows of its boxes (`views`)."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    rows: NDArray[np.int64]
+
+    def apart(self) -> Iterator[Stack]:
+        """Element after element of the first axis."""
+        ndim = len(self.shape)
+        axis = [3, 3 + ndim, 3 + 2 * ndim]
+        order = np.argsort(self.rows[:, 3], kind="stable")
+        rows = self.rows[order]
+        deep = int(rows[:, 3 + ndim].max(initial=1))
+        for i in range(self.shape[0]):
+            low, high = np.searchsorted(rows[:, 3], [i - deep + 1, i + 1])
+            own = rows[low:high]
+            own = own[own[:, 3] + own[:, 3 + ndim] > i]
+            picked = np.delete(own, axis, axis=1)
+            picked[:, 2] += (i - own[:, 3]) * own[:, 3 + 2 * ndim]
+            yield Stack(self.dtype, self.shape[1:], picked)
+
+    def below(self, other: Stack) -> Stack:
+        """The rows of `other` after these."""
+        if self.shape[1:] != other.shape[1:] or self.dtype is not other.dtype:
+            raise SourceError(f"halves of {self.dtype}{[*self.shape]} and {other.dtype}{[*other.shape]}")
+        moved = other.rows.copy()
+        moved[:, 3] += self.shape[0]
+        shape = (self.shape[0] + other.shape[0], *self.shape[1:])
+        return Stack(self.dtype, shape, np.concatenate([self.rows, moved]))
+
+    def entry(self, extents: Extents) -> Entry:
+        """As an entry of a checkpoint."""
+        return Single(self.shape, self.dtype, partial(boxes, extents, self.dtype, self.shape, self.rows))
+
+
+def read(path: str, root: str, options: Options, format: str) -> Checkpoint:
+    """The model in the torch_dist save at `root`. Raises SourceError."""
+    where = os.path.join(root, NAME)
+    for name in (RECORD, NAME):
+        if not is_file(os.path.join(root, name)):
+            raise SourceError(f"{root}: a Megatron checkpoint without {name}: not finished, or a part of one")
+    backend = read_json(os.path.join(root, RECORD)).get("sharded_backend")
+    if backend != "torch_dist":
+        raise SourceError(f"{root}: its sharded_backend is {backend!r}; wanted 'torch_dist'")
+    try:
+        found = metadata(where, nbytes(root))
+        step, args = _common(root, found, options)
+        keys, notes, unread = _chosen(found, options)
+    except SourceError as e:
+        raise SourceError(f"{where}: {e}") from None
+    extents, rows, digests, files = located(found, keys.values(), (root, *options.also), options.check_crc)
+    table = Extents(extents)
+    stacks = {
+        name: Stack(found.tensors[key].dtype, found.tensors[key].shape, rows[key])
+        for name, key in keys.items()
+    }
+    try:
+        entries = {name: stack.entry(table) for name, stack in _named(stacks).items()}
+    except SourceError as e:
+        raise SourceError(f"{where}: {e}") from None
+    facts: dict[str, JSON] = {"step": step, "ranks": 1, "args": args}
+    if told := [*notes, *later(where, files).get("notes", [])]:
+        facts["notes"] = told
+    return assemble(
+        path, format, entries, table, options, files=files, search=[root, os.path.dirname(root)],
+        facts=facts, unread=unread, layout=[row.tobytes() for row in rows.values()],
+        headers=[found.digest, *digests],
+    )  # fmt: skip
+
+
+def _common(root: str, found: Metadata, options: Options) -> tuple[JSON, dict[str, JSON]]:
+    """(iteration, args) of what is no tensor."""
+    state: object = {}
+    if is_file(path := os.path.join(root, COMMON)):
+        state = torchfile.load(path, wanted=lambda root: ()).root
+    elif (place := found.others.get(_COMMON_STATE)) is not None:
+        file = File.at(os.path.join(root, place.file))
+        with Reader(file) as reader:
+            held = torchfile.embedded(
+                reader, place.offset, place.nbytes, check_crc=options.check_crc, known={}
+            ).root
+        state = held[0] if isinstance(held, list) and len(held) == 1 else held
+    args = args_of(state)
+    step = state.get("iteration") if isinstance(state, dict) else None
+    return step if isinstance(step, int) else None, args
+
+
+def _chosen(found: Metadata, options: Options) -> tuple[dict[str, str], list[str], list[str]]:
+    """(name -> key of its tensor, notes, what is not read): a master where there is one and it is wanted.
+
+    Masters have their tensor's name where the optimizer is saved in the model's form, and none where it is
+    saved as buckets (dp_reshardable, dp_zero_gather_scatter)."""
+    model = [key for key in found.tensors if not _NOT_THE_MODEL.match(key)]
+    prefix = "module." if model and all(key.startswith("module.") for key in model) else ""  # NeMo's
+    keys = {key.removeprefix(prefix): key for key in model}
+    left = [name for name in keys if name.startswith("mtp.")]
+    unread = [f"{name}: multi-token prediction" for name in left]
+    keys = {name: key for name, key in keys.items() if name not in set(left)}
+    if not keys:
+        raise SourceError(f"no tensors of a model; keys: {', '.join([*found.paths][:8]) or 'none'}")
+    masters = {m[1].removeprefix(prefix): key for key in found.tensors if (m := _MASTER.fullmatch(key))}
+    rest = len(found.paths) - len(keys) - len(left)
+    unread += [f"{rest} values beside the model's tensors (optimizer, extra states and the like)"]
+    narrow = [name for name, key in keys.items() if found.tensors[key].dtype.itemsize == 2]
+    if options.weights == "module":
+        return keys, [], unread
+    notes = []
+    if bare := [name for name in narrow if name not in masters]:
+        why = "its optimizer's copies have no names" if len(bare) == len(narrow) else f"such as {bare[0]}"
+        notes = [f"no fp32 copy of {len(bare)} tensors, which are taken in 16 bits: {why}"]
+    for name in keys.keys() & masters.keys():
+        own, master = found.tensors[keys[name]], found.tensors[masters[name]]
+        if own.shape != master.shape:
+            raise SourceError(
+                f"{master.key} is {[*master.shape]}, its tensor {[*own.shape]}: flattened masters are not "
+                "read; weights=module takes the 16-bit copy"
+            )
+        keys[name] = masters[name]
+    return keys, notes, unread
+
+
+def _named(stacks: Mapping[str, Stack]) -> dict[str, Stack]:
+    """Each tensor of a model of one process, by its name there."""
+    out: dict[str, Stack] = {}
+    halves: dict[str, dict[str, Stack]] = {}
+    for key, stack in stacks.items():
+        for name, tensor in _unstacked(key, stack):
+            half = _HALF.fullmatch(name)
+            into, at = (out, name) if half is None else (halves.setdefault(half[1], {}), half[2])
+            if at in into:
+                raise SourceError(f"two tensors would be {name}")
+            into[at] = tensor
+    for name, both in halves.items():
+        if name in out or both.keys() != {"w", "v"}:
+            raise SourceError(f"{name}: wanted it whole, or its halves _w and _v")
+        out[name] = both["w"].below(both["v"])
+    return out
+
+
+def _unstacked(key: str, stack: Stack) -> Iterator[tuple[str, Stack]]:
+    """The layers and experts of a key, under names of their own."""
+    layer = _LAYER.fullmatch(key)
+    if layer is None:
+        yield key, stack
+        return
+    inside = next((p.sub(to, layer[2]) for p, to in _NORMS if p.fullmatch(layer[2])), layer[2])
+    expert = _EXPERT.fullmatch(inside)
+    stacked = (layer[1] is None) + (expert is not None and expert[1] is None)
+    if len(stack.shape) <= stacked:
+        raise SourceError(f"{key}: {[*stack.shape]} has no axis of layers or experts")
+    for i, one in enumerate(stack.apart()) if layer[1] is None else [(int(layer[1]), stack)]:
+        at = f"decoder.layers.{i}"
+        if expert is None:
+            yield f"{at}.{inside}", one
+            continue
+        for e, part in enumerate(one.apart()) if expert[1] is None else [(int(expert[1]), one)]:
+            yield f"{at}.mlp.experts.local_experts.{e}.{expert[2]}", part
