@@ -16,8 +16,8 @@ from fastckpt.layouts import LAYOUTS, layout
 PACKAGE = Path(next(iter(fastckpt.__path__)))
 CALLS = ("consolidate", "load_into", "open", "open_shards", "partitioned", "plan", "prepare", "reshard",
          "verify", "verify_tensors", "CheckpointManager", "Placement", "Quant")  # fmt: skip
-OTHERS = {"--inplace", "--universal-checkpoint"}
-"""Flags of other programs: setup.py's, Megatron-DeepSpeed's."""
+OTHERS = {"--inplace", "--universal-checkpoint", "--ckpt-format"}
+"""Flags of other programs: setup.py's, Megatron-DeepSpeed's, Megatron-LM's."""
 
 
 def raised():

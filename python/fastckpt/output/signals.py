@@ -26,10 +26,13 @@ class Endings:
         if threading.current_thread() is threading.main_thread():
             for number in ENDINGS:
                 if signal.getsignal(number) is signal.SIG_DFL:
-                    self._before[number] = signal.signal(number, unwind)
+                    self._before[number] = signal.SIG_DFL
+                    signal.signal(number, unwind)
 
     def waiting(self) -> None:
-        """From here on these signals and Ctrl-C wait: a run that they ended must be able to clean up."""
+        """From here on these signals and Ctrl-C wait: a run that they ended must be able to clean up.
+
+        One that is heard meanwhile is raised; called again, the rest wait too."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, *ENDINGS):
                 if (found := signal.getsignal(number)) in (unwind, signal.default_int_handler):
@@ -39,9 +42,13 @@ class Endings:
     def as_before(self) -> None:
         """Everything as it was; a signal that waited is heard now."""
         if threading.current_thread() is threading.main_thread():
-            for number, handler in self._before.items():
-                signal.signal(number, handler)  # type: ignore[arg-type]
-            self._before = {}
+            try:
+                for number in [*self._before]:
+                    signal.signal(number, self._before[number])  # type: ignore[arg-type]
+                    del self._before[number]
+            finally:
+                if self._before:  # one was heard as soon as it was as before
+                    self.as_before()
             if self._waited:
                 signal.raise_signal(self._waited.pop())
 

@@ -310,7 +310,16 @@ class Output:
 
     def _leave(self) -> None:
         """Close what is open; without a commit, remove what was made."""
-        self._endings.waiting()
+        try:
+            try:
+                self._endings.waiting()
+            finally:
+                self._endings.waiting()  # one signal ended the run, a second one the line above
+        finally:
+            self._clear()
+
+    def _clear(self) -> None:
+        """While signals wait."""
         try:
             for file in self._open:
                 with suppress(WriteError):  # what a server says only now does not matter any more
