@@ -60,9 +60,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "digest": (*CORE, "native"),
     "finite": (*CORE, "digest", "native"),
     # What reads and runs a plan.
-    "tiles": (*CORE, *TABLE, "native"),
     "reader": (*CORE, *TABLE, "_C"),
-    "executors": (*CORE, *TABLE, "tiles", "native"),
+    "executors": (*CORE, *TABLE, "native"),
     "dequantised": (*CORE, "nowhere", "finishes", "rounding", "unrounding", "schemes"),
     "prequantised": (*CORE, "nowhere", "quantised_targets", "rounding", "schemes"),
     "computing": (
@@ -235,7 +234,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("runner",),
     ),
     "engines": (("__init__", "asked"), ("vllm_loader", "sglang"), ("vllm",)),
-    "executors": (("torch", "cpu", "cuda"), ("__init__",)),
+    "executors": (("torch", "cpu", "tiles"), ("cuda",), ("__init__",)),
 }
 """Cells within a package: a module imports siblings from cells before its own only."""
 

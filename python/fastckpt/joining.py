@@ -27,7 +27,7 @@ from .layouts.patterns import Patterns
 from .model import Model
 from .output.manifest import Manifest
 from .placement import Placement
-from .sources.megatron import FORMAT as MEGATRON
+from .sources.megatron_args import FORMAT as MEGATRON
 from .sources.served import SHARDS
 from .target import Target
 from .uniting import over_ranks, phantom_of, united

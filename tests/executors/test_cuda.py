@@ -9,8 +9,8 @@ from executors.test_copy_rows import buffer, noise, random_row
 from fastckpt.dtypes import BY_NAME
 from fastckpt.errors import DeviceError
 from fastckpt.executors import cuda
+from fastckpt.executors.tiles import tile
 from fastckpt.executors.torch import Torch
-from fastckpt.tiles import tile
 
 _C = pytest.importorskip("fastckpt._C", reason="the compiled module is not built")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from executors.test_copy_rows import EVEN, PAIRS, TRANSPOSED, buffer, even_lines, noise, random_row, row
-from fastckpt import tiles
 from fastckpt.dtypes import BY_NAME, DType
 from fastckpt.errors import ViewError
+from fastckpt.executors import tiles
 from fastckpt.executors.torch import Torch
 from fastckpt.planning.copies import COPY, GENERAL, ROWS, TRANSPOSE
 

@@ -27,6 +27,7 @@ from fastckpt.manager.manager import CheckpointManager
 from fastckpt.manager.metadata import JsonMetadata
 from fastckpt.manager.reporting import CheckpointWarning
 from fastckpt.manager.saving import Disk
+from fastckpt.output import syscalls
 from fastckpt.verification.outputs import verify
 from safetensors.torch import load_file
 
@@ -727,3 +728,44 @@ def test_a_working_directory_that_is_gone(tmp_path: Path) -> None:
     here = [sys.executable, "-c", "import torch\n" + NOWHERE, source, tmp_path / "gone"]
     done = subprocess.run(here, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+def test_a_root_by_another_name_is_the_same_root(tmp_path: Path) -> None:
+    """Mounted twice, or in another case where case says nothing: links are followed, so here one is moved."""
+    with CheckpointManager(tmp_path / "a") as manager, CheckpointManager(tmp_path / "b") as second:
+        assert manager.save(1, {})
+        (tmp_path / "a").rename(tmp_path / "b")
+        with pytest.raises(ManagerError, match="another manager of this process"):
+            second.save(2, {})
+
+
+def test_a_commit_that_cannot_be_exchanged_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(syscalls, "_renameat2", None)
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"w": torch.ones(2)})
+        with pytest.raises(WriteError, match="step-00000001: this file system cannot exchange two"):
+            manager.save(1, {"w": torch.zeros(2)}, overwrite=True)
+        assert manager.restore()["w"].tolist() == [1.0, 1.0]  # type: ignore[index]
+        assert not list(tmp_path.glob(".saving-*"))
+
+
+def test_without_a_thread_a_save_is_not_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, refusals = threading.Thread.start, [9]
+
+    def few(thread: threading.Thread) -> None:
+        refusals[0] -= 1
+        if refusals[0] >= 0:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", few)
+    with CheckpointManager(tmp_path, async_save=True) as manager:
+        with pytest.raises(WriteError, match="the system starts no more"):
+            manager.save(1, {"w": torch.ones(2)})
+        assert manager.steps() == []
+        refusals[0] = 1
+        assert manager.save(1, {"w": torch.ones(2)}) and not manager.in_flight
+        assert manager.steps() == [1]
+        assert manager.save(2, {"w": torch.zeros(2)}) and manager.in_flight
+        assert manager.restore()["w"].tolist() == [0.0, 0.0]  # type: ignore[index]
+        assert manager.restore(1)["w"].tolist() == [1.0, 1.0]  # type: ignore[index]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from fastckpt import tiles
 from fastckpt.dtypes import BY_NAME
+from fastckpt.executors import tiles
 from fastckpt.planning.copies import COPY
 from fastckpt.quantisation.quantrows import There, tiled
 from fastckpt.quantisation.schemes import SCHEMES

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+from fastckpt.executors.tiles import Tiles
 from fastckpt.planning.copies import ROWS
-from fastckpt.tiles import Tiles
 
 from .compiled import DEFAULT, Target, compiled
 from .machine import Counted, launch

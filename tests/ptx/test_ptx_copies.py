@@ -11,8 +11,8 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 from executors.test_copy_rows import EVEN, PAIRS, TRANSPOSED, buffer, even_lines, noise, random_row, row
-from fastckpt import tiles
 from fastckpt.dtypes import BY_NAME, DType
+from fastckpt.executors import tiles
 from fastckpt.executors.torch import Torch
 from ptx.compiled import DEFAULT, Target
 from ptx.launches import copies

@@ -9,6 +9,7 @@ from fastckpt import load_into, prepare, reshard
 from fastckpt.digest import combine, digest
 from fastckpt.errors import DeviceError
 from fastckpt.executors import pick
+from fastckpt.executors.tiles import tile
 from fastckpt.layouts.same import Same
 from fastckpt.pipeline import feed
 from fastckpt.placement import Placement
@@ -19,7 +20,6 @@ from fastckpt.planning.request import Request
 from fastckpt.reader import Positioned
 from fastckpt.running import gpu_sinks, gpu_sources, tensors
 from fastckpt.sources import open as open_checkpoint
-from fastckpt.tiles import tile
 
 _C = pytest.importorskip("fastckpt._C", reason="the compiled module is not built")
 

@@ -8,13 +8,13 @@ import fastckpt
 import numpy as np
 import pytest
 import torch
+from fastckpt.executors.tiles import Tiles, tile
 from fastckpt.extents import Buffer
 from fastckpt.placement import Placement
 from fastckpt.planning import plans
 from fastckpt.planning.binding import Binding
 from fastckpt.planning.request import Request
 from fastckpt.running import gpu_sources, tensors
-from fastckpt.tiles import Tiles, tile
 
 _C = pytest.importorskip("fastckpt._C", reason="the compiled module is not built")
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import argparse
 import functools
+import io
 import json
 import os
+import random
 import shutil
 import tarfile
 from pathlib import Path
 
 import fastckpt
+import numpy as np
 import pytest
 import torch
 from fastckpt import cli, joining
@@ -113,7 +116,8 @@ def test_servers_get_what_they_get_of_the_hub(unpacked, tmp_path, name, kind):
     at = unpacked(name)
     shutil.copy(at / "config.json", tmp_path)
     shutil.copy(at / "truth.safetensors", tmp_path / "model.safetensors")
-    for served in ("hf", "megatron") if name.startswith("gpt2") else ("hf", "vllm", "megatron"):
+    absent = ("vllm", "rtp_llm") if name.startswith("gpt2") else ()
+    for served in (s for s in ("hf", "vllm", "rtp_llm", "megatron") if s not in absent):
         placed = layout(served, {"replicate_kv": "true", "vocab_padding": "8"} if served == "hf" else {})
         want = fastckpt.reshard(tmp_path, 2, layout=placed, dtype="bfloat16")
         ckpt = fastckpt.open(at / kind, config=at, weights="module")
@@ -275,6 +279,14 @@ def written(tmp_path, made, tp=2, options=None, change=None, ep=1, **args):
         said = ARGS | dict(tensor_model_parallel_size=tp, expert_model_parallel_size=ep)
         said |= dict(rank=p.rank, world_size=grid.world) | args
         state = {"args": argparse.Namespace(**said), "checkpoint_version": 3.0, "iteration": 7, "model": held}
+        state["optimizer"] = {"fp32_from_fp16_params": [[x.float() for x in held.values()]]}
+        state["rng_state"] = [
+            {
+                "random_rng_state": random.getstate(),
+                "np_rng_state": np.random.get_state(),
+                "torch_rng_state": torch.get_rng_state(),
+            }
+        ]
         if change is not None:
             change(p.rank, state)
         at = root / f"mp_rank_{p.tp_rank:02d}{f'_{p.rank // tp:03d}' if ep > 1 else ''}"
@@ -308,6 +320,7 @@ def test_names_of_transformer_engine(tmp_path, name, tp, options, args):
     def extra(rank, state):
         state["model"]["decoder.layers.0.mlp.linear_fc1._extra_state"] = torch.zeros(3, dtype=torch.uint8)
         state["model"]["decoder.layers.0.mlp.linear_fc2._extra_state"] = None
+        state["model"]["decoder.layers.0.self_attention.linear_qkv._extra_state"] = io.BytesIO(b"fp8")
 
     run, config, hub = written(tmp_path, made, tp, options, extra, **args)
     ckpt = fastckpt.open(run, config=config)
@@ -395,6 +408,7 @@ def _no_layer(rank, state):
         broken(None, "more than 1048576 ranks", tensor_model_parallel_size=10**12),
         broken(None, "1 virtual stages, wanted 2", virtual_pipeline_model_parallel_size=2),
         broken(None, "rotary_interleaved True", rotary_interleaved=True),
+        broken(None, "moe_mlp_glu_interleave_size 32: gate and up", moe_mlp_glu_interleave_size=32),
         broken(None, "num_experts 4, the config has experts 0", num_experts=4),
         broken(None, "vocab_size 212, the config has 211", vocab_size=212),
     ],

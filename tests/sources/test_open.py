@@ -35,7 +35,7 @@ def test_safetensors_go_before_bin(tmp_path):
 def test_nothing_known(tmp_path):
     refuses(tmp_path / "missing", "No such file or directory")
     refuses("", "'': No such file or directory")
-    refuses("a\0b", "embedded null byte")
+    refuses("a\0b", "embedded null")  # "byte" until Python 3.12
     (tmp_path / "loop").symlink_to("loop")
     refuses(tmp_path / "loop" / "x", "loop/x: Too many levels of symbolic links")
     (tmp_path / "loop").unlink()

@@ -22,7 +22,7 @@ from ..joining import whole
 from ..quantisation.unrounding import unpacked
 from ..road import stream
 from ..running.runs import Progress
-from ..sources.megatron import FORMAT as MEGATRON
+from ..sources.megatron_args import FORMAT as MEGATRON
 from ..sources.served import SHARDS
 from .text import counted, some
 

@@ -18,7 +18,7 @@ from ..errors import DeviceError
 from ..extents import Buffer
 from ..native import _C
 from ..planning.copies import Table
-from ..tiles import Tiles, tile
+from .tiles import Tiles, tile
 
 
 def refusal(built: bool, state: Mapping[str, int | str], torch_cuda: str | None) -> str | None:

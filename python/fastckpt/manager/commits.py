@@ -42,9 +42,10 @@ LATEST = "latest"
 SAVING, TRASH, ASIDE = ".saving-", ".trash-", ".aside-"
 LOCK = ".fastckpt-lock"
 
-_SAVING_HERE: WeakValueDictionary[tuple[int, str], Store] = WeakValueDictionary()
-"""(process, root) -> who changes it. The lock on the file is the process's: alone it would let two managers
-of one process clean each other's saves away, and the first to close would let go of it for both."""
+_SAVING_HERE: WeakValueDictionary[tuple[int, int, int], Store] = WeakValueDictionary()
+"""(process, device and inode of the root) -> who changes it. The lock on the file is the process's: alone it
+would let two managers of one process clean each other's saves away, and the first to close would let go of it
+for both. Names do not tell: a root may be mounted twice, or on a file system that does not mind case."""
 _TAKING = threading.Lock()
 
 
@@ -87,6 +88,7 @@ class Store:
         self._named = re.compile(re.escape(prefix) + r"([0-9]+)")
         self._known: dict[int, tuple[tuple[int, int], Commit]] = {}
         self._lock = -1
+        self._taken = (0, 0, 0)
 
     # ---- names ----
 
@@ -165,12 +167,17 @@ class Store:
         """Be the only one that changes this root, and remove what dead ones left half made.
 
         Raises ManagerError where another process or manager saves here. The lock dies with the process."""
-        if self._lock >= 0 and _SAVING_HERE.get((os.getpid(), self.root)) is self:
+        if self._lock >= 0 and self._taken[0] == os.getpid():
             return
         self.release()  # in a fork: the lock is the parent's
+        with as_write_errors(self.root):
+            os.makedirs(self.root, exist_ok=True)
+            found = os.stat(self.root)
+        taken = os.getpid(), found.st_dev, found.st_ino
         with _TAKING:
-            if _SAVING_HERE.setdefault((os.getpid(), self.root), self) is not self:
+            if _SAVING_HERE.setdefault(taken, self) is not self:
                 raise ManagerError(f"{self.root}: another manager of this process saves here; close it first")
+            self._taken = taken
         try:
             self._lock = self._locked()
         except BaseException:
@@ -181,7 +188,6 @@ class Store:
     def _locked(self) -> int:
         """The lock's file, locked."""
         with as_write_errors(self.root):
-            os.makedirs(self.root, exist_ok=True)
             fd = os.open(os.path.join(self.root, LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             # A record lock: forked data workers that outlive their parent do not hold it.
@@ -198,8 +204,8 @@ class Store:
         fd, self._lock = self._lock, -1
         let_go(fd)
         with _TAKING:
-            if _SAVING_HERE.get((os.getpid(), self.root)) is self:
-                del _SAVING_HERE[os.getpid(), self.root]
+            if _SAVING_HERE.get(self._taken) is self:
+                del _SAVING_HERE[self._taken]
 
     def sweep(self, *, aside: bool = False) -> list[str]:
         """Remove torn saves and what was on its way out, with `aside` what was set aside; their names."""

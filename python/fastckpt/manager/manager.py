@@ -288,8 +288,13 @@ class CheckpointManager:
             if self._async and not request.engines and not self._preempted:
                 if self._worker is None:
                     self._worker = ThreadPoolExecutor(1, "fastckpt-save")
-                self._flight = self._worker.submit(self._finish, self._behind, request)
-                self._unheard = weakref.finalize(self, _warn_of_failure, self._flight)
+                try:
+                    self._flight = self._worker.submit(self._finish, self._behind, request)
+                except RuntimeError:  # the system gives no thread, or Python ends: not behind, then
+                    self._worker = None  # which would take it up once it had a thread
+                    self._finish(self._behind, request)
+                else:
+                    self._unheard = weakref.finalize(self, _warn_of_failure, self._flight)
             else:
                 self._finish(self._group, request)
             return True

@@ -70,9 +70,13 @@ def start_writeback(fd: int, offset: int, nbytes: int) -> None:
 
 
 def exchange(a: str, b: str) -> None:
-    """Swap two directory entries in one step. Raises OSError; ENOSYS or EINVAL where that cannot be done."""
-    if _renameat2 is None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    if _renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE):
+    """Swap two directory entries in one step. Raises OSError."""
+    code = errno.ENOSYS
+    if _renameat2 is not None:
+        if not _renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE):
+            return
         code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+    said = os.strerror(code)
+    if code in _UNSUPPORTED:
+        said = f"this file system cannot exchange two directories in one step ({said})"
+    raise OSError(code, said)

@@ -163,8 +163,8 @@ class Whole:
             os.rmdir(b)
         except OSError as e:
             raise WriteError(
-                f"{self.path}: this file system cannot exchange two directories in one step ({e.strerror}), "
-                "so the old output cannot be replaced safely; it was left as it is: name a new directory"
+                f"{self.path}: {e.strerror}, so the old output cannot be replaced safely; "
+                "it was left as it is: name a new directory"
             ) from None
 
 

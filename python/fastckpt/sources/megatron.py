@@ -23,12 +23,11 @@ from . import megatron_dist, torchfile
 from .assembly import assemble
 from .dcp import NAME, SUFFIX
 from .inert import type_name
-from .megatron_args import Args, args_of, size, writer_of
+from .megatron_args import FORMAT, Args, args_of, size, writer_of
 from .options import Options
 from .torchfile import Tensor, TorchFile
 from .torchtensors import places, refuse_unread, whole
 
-FORMAT = "megatron"
 TRACKER = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"iter_\d{7,}|release")
 _FILE = "model_optim_rng.pt"

@@ -12,6 +12,9 @@ from ..checkpoint import JSON
 from ..errors import SourceError
 from .inert import Inert, type_name
 
+FORMAT = "megatron"
+"""The source's name."""
+
 Args = Mapping[str, JSON]
 
 OLDEST = 3.0
@@ -27,11 +30,15 @@ KEPT = (
 )  # fmt: skip
 
 
+TURNED = ("moe_mlp_glu_interleave_size", "moe_shared_expert_glu_interleave_size")
+"""Args under which rows of gate and up are stored block by block, in turn (transformer_config.py of 0.19)."""
+
+
 def args_of(state: object) -> dict[str, JSON]:
     """Those of KEPT that a saved state's `args` say; none where it has no args (NeMo's).
 
-    Raises SourceError for args that are no argparse.Namespace of plain values, and for a state of Megatron
-    before its checkpoint_version 3."""
+    Raises SourceError for args that are no argparse.Namespace of plain values, for a state of Megatron before
+    its checkpoint_version 3, and for an order of rows that no layout writes."""
     if not isinstance(state, dict):
         raise SourceError(f"wanted a dict, got {type_name(state)}")
     version = state.get("checkpoint_version", OLDEST)
@@ -44,6 +51,9 @@ def args_of(state: object) -> dict[str, JSON]:
         return {}
     if not isinstance(args, Inert) or not isinstance(args.state, dict):
         raise SourceError(f"args: wanted an argparse.Namespace, got {type_name(args)}")
+    for key in TURNED:
+        if args.state.get(key) is not None:
+            raise SourceError(f"args: {key} {args.state[key]!r}: gate and up in turn are not read")
     said: dict[str, JSON] = {}
     for key in KEPT:
         value = args.state.get(key)

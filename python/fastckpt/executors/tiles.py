@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .dtypes import DTYPES
-from .errors import ViewError
-from .native import _C
-from .planning.axes import classify
-from .planning.copies import GENERAL, NOTHING, ROWS, TRANSPOSE, Table, item_sizes
+from ..dtypes import DTYPES
+from ..errors import ViewError
+from ..native import _C
+from ..planning.axes import classify
+from ..planning.copies import GENERAL, NOTHING, ROWS, TRANSPOSE, Table, item_sizes
 
 LEAST = 16
 """A transpose with a shorter side goes the general way."""
