@@ -342,7 +342,7 @@ def refused(match, *, to="rtp_llm", quant="int8", tp=1, count=0, config=None, te
 
 
 def test_what_does_not_fit_is_refused():
-    refused("q_proj is compressed-tensors' packed .* as awq-group or gptq-group", quant="int4-group")
+    refused("q_proj is compressed-tensors' packed .* take awq-group or gptq-group", quant="int4-group")
     experts_alone = Quant(SCHEMES["int4-group32-zero"], exclude=("*self_attn*",))
     refused(r"no place for .*up_proj\.weight_zero_point", quant=experts_alone, count=EXPERTS)
     refused("has no place for quantisation scheme int8-dynamic", quant="int8-dynamic")
