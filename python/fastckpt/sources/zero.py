@@ -23,14 +23,13 @@ from .options import Options
 from .torchfile import Tensor, TorchFile
 from .torchtensors import by_storage, places
 from .zero_experts import in_order, is_expert, spread
-from .zero_files import Files, check_ranks, find, is_zero
-from .zero_grid import Rank, degrees, joined
+from .zero_files import Files, Grid, check_ranks, find, is_zero
 from .zero_layout import Flat, Placed, Shape, chained, sliced
 from .zero_opening import Opened, Opening, Whole, optim_tensors
 from .zero_order import check_order, comparable, sampled
 from .zero_parts import Parts, parts, trainable
 from .zero_sample import check_copy, number, one_axis, read_at
-from .zero_state import ModelState, OptimState, model_state, optim_state
+from .zero_state import ModelState, OptimState, Rank, model_state, optim_state
 
 State = TypeVar("State", OptimState, ModelState)
 
@@ -49,7 +48,7 @@ def read(path: str, options: Options) -> Checkpoint:
     first, *others = grid.ranks
     if not others and not grid.layers:
         rank = _rank(path, first, options)
-        degrees(grid, rank.state)  # refuses one rank of several
+        _degrees(grid, rank.state)  # refuses one rank of several
         return rank.checkpoint
     if first.universal is not None:
         raise SourceError(
@@ -59,9 +58,15 @@ def read(path: str, options: Options) -> Checkpoint:
     if grid.layers and first.optim:  # a pipeline's copies lie in files of layers
         asked = replace(asked, weights="master")
     ranks = [_rank(path, first, asked)]
-    _, tp = degrees(grid, ranks[0].state)
+    _, tp = _degrees(grid, ranks[0].state)
     ranks += [_rank(path, files, asked) for files in others]
+    from .zero_grid import joined  # most checkpoints have one rank, and are opened without it
+
     return joined(path, grid, ranks, options, tp)
+
+
+def _degrees(grid: Grid, state: ModelState) -> tuple[int, int]:
+    return grid.degrees(state.mp_world, state.degrees, state.pipeline)
 
 
 def _rank(path: str, files: Files, options: Options) -> Rank:

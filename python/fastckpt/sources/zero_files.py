@@ -62,6 +62,27 @@ class Grid:
     ranks: tuple[Files, ...]
     layers: Mapping[tuple[int, int], str]
 
+    def degrees(self, world: int, told: tuple[int, int] | None, pipeline: bool) -> tuple[int, int]:
+        """Pipeline stages and tensor-parallel ranks, as these files and rank 0's model states tell: how many
+        model-parallel ranks, the degrees if said, and whether there is a pipeline.
+
+        Raises SourceError for files that are missing or left over."""
+        where, models = self.ranks[0].folder, {model for _, model in self.layers}
+        check_ranks({files.mp: files.folder for files in self.ranks}, world, "model-parallel files", where)
+        if self.layers and not pipeline:
+            path = self.layers[min(self.layers)]
+            raise SourceError(f"{path}: a pipeline's layer beside whole model states: of two runs")
+        tp = len(models) if pipeline else len(self.ranks)
+        pp, tp = told or (len(self.ranks) // max(tp, 1), tp)
+        if pp * tp != len(self.ranks) or (pp > 1 and not pipeline):
+            raise SourceError(f"{where}: {len(self.ranks)} model-parallel ranks, no {pp} stages of {tp} each")
+        if pipeline and models != {*range(tp)}:
+            raise SourceError(
+                f"{where}: files of layers of tensor-parallel ranks {sorted(models)}, wanted {tp}: not "
+                "saved, or left on another node's disk (open with also=)"
+            )
+        return pp, tp
+
 
 def is_zero(path: str) -> bool:
     """Whether a directory is a ZeRO checkpoint: a tag folder, or the directory that holds tag folders."""

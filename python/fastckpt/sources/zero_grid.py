@@ -28,46 +28,14 @@ from .assembly import assemble
 from .options import Options
 from .torchtensors import places
 from .zero_cuts import Cut, Cuts, Piece
-from .zero_files import Grid, check_ranks
+from .zero_files import Grid
 from .zero_opening import Opening
 from .zero_pipeline import TIED, layers
 from .zero_sample import sampled_bytes
-from .zero_state import ModelState, mapping
+from .zero_state import Rank, mapping
 
 SAMPLES = 16
 """Elements compared of what two ranks hold."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Rank:
-    """One model-parallel rank's checkpoint, its model states and its optimizer's step (None if unsaid)."""
-
-    checkpoint: Checkpoint
-    state: ModelState
-    step: int | None
-
-
-def degrees(grid: Grid, state: ModelState) -> tuple[int, int]:
-    """Pipeline stages and tensor-parallel ranks, as rank 0's model states say and the files there are.
-
-    Raises SourceError for files that are missing or left over."""
-    where, models = grid.ranks[0].folder, {model for _, model in grid.layers}
-    check_ranks(
-        {files.mp: files.folder for files in grid.ranks}, state.mp_world, "model-parallel files", where
-    )
-    if grid.layers and not state.pipeline:
-        path = grid.layers[min(grid.layers)]
-        raise SourceError(f"{path}: a pipeline's layer beside whole model states: of two runs")
-    tp = len(models) if state.pipeline else len(grid.ranks)
-    pp, tp = state.degrees or (len(grid.ranks) // max(tp, 1), tp)
-    if pp * tp != len(grid.ranks) or (pp > 1 and not state.pipeline):
-        raise SourceError(f"{where}: {len(grid.ranks)} model-parallel ranks, no {pp} stages of {tp} each")
-    if state.pipeline and models != {*range(tp)}:
-        raise SourceError(
-            f"{where}: files of layers of tensor-parallel ranks {sorted(models)}, wanted {tp}: not saved, or "
-            "left on another node's disk (open with also=)"
-        )
-    return pp, tp
 
 
 def joined(path: str, grid: Grid, ranks: Sequence[Rank], options: Options, tp: int) -> Checkpoint:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from ..checkpoint import JSON
+from ..checkpoint import JSON, Checkpoint
 from ..errors import SourceError
 from .inert import Inert, type_name
 from .torchfile import Tensor
@@ -74,6 +74,15 @@ class ModelState:
     universal: object
     client: Mapping[str, JSON]
     opaque: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rank:
+    """One model-parallel rank's checkpoint, its model states and its optimizer's step (None if unsaid)."""
+
+    checkpoint: Checkpoint
+    state: ModelState
+    step: int | None
 
 
 def optim_state(root: object, where: str) -> OptimState:
