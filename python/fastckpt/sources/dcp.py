@@ -187,7 +187,8 @@ def located(
                 digests.append(blob.digest)
         if file.nbytes != found.files[name]:
             raise SourceError(
-                f"{file.path}: has {file.nbytes} bytes, {NAME} says {found.files[name]}: files of two saves"
+                f"{file.path}: has {file.nbytes} bytes, {NAME} says {found.files[name]}: cut short, or of "
+                "another save"
             )
     width = {key: 3 + 3 * len(found.tensors[key].shape) for key in rows}
     tables = {key: np.array(r, np.int64).reshape(len(r), width[key]) for key, r in rows.items()}
