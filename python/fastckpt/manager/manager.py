@@ -244,60 +244,70 @@ class CheckpointManager:
         expect("metrics", metrics, Mapping, type(None))
         with self._turn:
             self._require_open()
-            token = self._voted(step, force)
-            if token is None:
-                return False
-            self.wait()
-            if not self._reachable(step):
-                return False
+            return self._save(step, state, metrics or {}, client_state or {}, force, overwrite)
 
-            stands = self.exists(step) and step not in self._retention.broken
-            if self._retention.newest is not None and step < self._retention.newest and not stands:
-                warnings.warn(
-                    f"step {step} is older than step {self._retention.newest}, which a resume would take; "
-                    "rewind() sets newer commits aside",
-                    CheckpointWarning,
-                    stacklevel=2,
+    def _save(
+        self,
+        step: int,
+        state: object,
+        metrics: Mapping[str, float],
+        client_state: Mapping[str, object],
+        force: bool,
+        overwrite: bool,
+    ) -> bool:
+        token = self._voted(step, force)
+        if token is None:
+            return False
+        self.wait()
+        if not self._reachable(step):
+            return False
+
+        stands = self.exists(step) and step not in self._retention.broken
+        if self._retention.newest is not None and step < self._retention.newest and not stands:
+            warnings.warn(
+                f"step {step} is older than step {self._retention.newest}, which a resume would take; "
+                "rewind() sets newer commits aside",
+                CheckpointWarning,
+                stacklevel=3,
+            )
+        request: saving.Request | None = None
+
+        def prepare() -> JSON:
+            nonlocal request
+            if stands and not self._store.local:
+                raise ManagerError(f"step {step} stands, and an object store replaces nothing in one step")
+            if stands and not overwrite:
+                raise ManagerError(
+                    f"{self._store.path(step)}: step {step} is committed already; overwrite=True replaces it"
                 )
-            request: saving.Request | None = None
+            flat = flatten(state)
+            self._resuming.compare(step, set(flat.tensors))
+            if client_state and not flat.engines:
+                raise ManagerError("client_state goes with a DeepSpeed engine; put the values into the state")
+            taken = self._snapshots.take(flat.tensors, copy=self._async)
+            request = saving.Request(
+                step, token, flat.tree, taken, flat.engines, client_state,
+                _finite(step, metrics), aside=not stands,
+            )  # fmt: skip
+            return None
 
-            def prepare() -> JSON:
-                nonlocal request
-                if stands and not self._store.local:
-                    said = f"step {step} stands, and an object store replaces nothing in one step"
-                    raise ManagerError(said)
-                if stands and not overwrite:
-                    said = f"step {step} is committed already; overwrite=True replaces it"
-                    raise ManagerError(f"{self._store.path(step)}: {said}")
-                flat = flatten(state)
-                self._resuming.compare(step, set(flat.tensors))
-                if client_state and not flat.engines:
-                    said = "client_state goes with a DeepSpeed engine; put the values into the state"
-                    raise ManagerError(said)
-                taken = self._snapshots.take(flat.tensors, copy=self._async)
-                request = saving.Request(
-                    step, token, flat.tree, taken, flat.engines, client_state or {},
-                    _finite(step, metrics or {}), aside=not stands,
-                )  # fmt: skip
-                return None
-
-            together(self._group, f"save of step {step}", prepare, at=token)
-            if request is None:
-                raise ManagerError(f"save of step {step}: nothing was prepared")
-            self._last_save = time.monotonic()
-            if self._async and not request.engines and not self._preempted:
-                if self._worker is None:
-                    self._worker = ThreadPoolExecutor(1, "fastckpt-save")
-                try:
-                    self._flight = self._worker.submit(self._finish, self._behind, request)
-                except RuntimeError:  # the system gives no thread, or Python ends: not behind, then
-                    self._worker = None  # which would take it up once it had a thread
-                    self._finish(self._behind, request)
-                else:
-                    self._unheard = weakref.finalize(self, _warn_of_failure, self._flight)
+        together(self._group, f"save of step {step}", prepare, at=token)
+        if request is None:
+            raise ManagerError(f"save of step {step}: nothing was prepared")
+        self._last_save = time.monotonic()
+        if self._async and not request.engines and not self._preempted:
+            if self._worker is None:
+                self._worker = ThreadPoolExecutor(1, "fastckpt-save")
+            try:
+                self._flight = self._worker.submit(self._finish, self._behind, request)
+            except RuntimeError:  # the system gives no thread, or Python ends: not behind, then
+                self._worker = None  # which would take it up once it had a thread
+                self._finish(self._behind, request)
             else:
-                self._finish(self._group, request)
-            return True
+                self._unheard = weakref.finalize(self, _warn_of_failure, self._flight)
+        else:
+            self._finish(self._group, request)
+        return True
 
     def _voted(self, step: int, force: bool) -> str | None:
         """The token of this save where the policy, `force` or a rank's SIGTERM asks for it; else None."""
