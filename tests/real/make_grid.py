@@ -21,6 +21,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from gloo_rank import begin
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import cross_entropy, linear, pad
@@ -256,13 +257,9 @@ def joined(every: list[tuple], grid: object, a: argparse.Namespace, kind: int) -
 
 
 def train(rank: int, a: argparse.Namespace, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(a.world)}
-    os.environ |= {"LOCAL_SIZE": str(a.world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+    begin(rank, a.world, port)
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # leaves 64 MiB in /dev/shm; gloo does
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     torch.manual_seed(3)
     master, module = (pipe if a.model == "pipe" else autotp)(rank, a)
     if rank == 0:

@@ -23,6 +23,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from gloo_rank import begin
 from safetensors.torch import save_file
 from torch import nn
 
@@ -31,15 +32,11 @@ EXPERTS = (4, 2)
 
 
 def train(rank: int, a: argparse.Namespace, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(a.world)}
-    os.environ |= {"LOCAL_SIZE": str(a.world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+    begin(rank, a.world, port)
     import deepspeed
     from deepspeed.moe.layer import MoE
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # leaves 64 MiB in /dev/shm; gloo does
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     torch.manual_seed(rank)  # experts differ from rank to rank, the rest is broadcast
 
     class Net(nn.Module):
