@@ -11,6 +11,7 @@ import contextlib
 import json
 from pathlib import Path
 
+import megatron_on_cpu
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -23,26 +24,11 @@ from megatron.core import package_info, tensor_parallel
 from megatron.core import parallel_state as ps
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.transformer import MLATransformerConfig, TransformerConfig, multi_latent_attention
-from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from reading import memory, read
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-torch.cuda.current_device = lambda: torch.device("cpu")  # latent attention's tables ask for it
-_init = DotProductAttention.__init__
-
-
-def _plain(self, *args, k_channels=None, v_channels=None, **kwargs):
-    """megatron's own attention without weights, which latent attention is built with and cannot run on."""
-    _init(self, *args, **kwargs)
-
-
-DotProductAttention.__init__ = _plain
-for absent in ("TELinear", "TEColumnParallelLinear"):
-    if not isinstance(getattr(multi_latent_attention, absent), type):
-        setattr(multi_latent_attention, absent, type(absent, (), {}))
-moe_utils.te_general_gemm = None  # the router's own product
+megatron_on_cpu.enable()
 
 HERE = Path(__file__).resolve().parent
 SIZES = dict(

@@ -1,6 +1,7 @@
 """Writes checkpoints of megatron-core's GPTModel, as Megatron-LM leaves them, and what they hold.
 
-Run by hand where megatron-core is installed: `python make_megatron_fixtures.py OUT CASE..` (default all).
+Run by hand where megatron-core is installed, in `tests/` with PYTHONPATH=.:
+`python sources/make_megatron_fixtures.py OUT CASE..` (default all).
 Each case is a model of transformers with random weights. Its tensors are put into a GPTModel of one
 process, name by name as written below, and its logits compared; from there megatron-core itself carries them
 to the processes of the grid (dist_checkpointing), which write what the trainer writes: `dist`, by
@@ -18,6 +19,7 @@ import os
 import sys
 from pathlib import Path
 
+import megatron_on_cpu
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
@@ -29,28 +31,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.transformer import MLATransformerConfig, TransformerConfig, multi_latent_attention
-from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
-from megatron.core.transformer.moe import moe_utils
 from safetensors.torch import save_file
 
-torch.cuda.current_device = lambda: torch.device("cpu")  # latent attention's tables ask for it
+megatron_on_cpu.enable()
 torch.cuda.synchronize = lambda *a: None
 torch.Tensor.cuda = lambda self, *a, **k: self
-_init = DotProductAttention.__init__
-
-
-def _plain(self, *args, k_channels=None, v_channels=None, **kwargs):
-    """megatron's own attention without weights, which latent attention is built with and cannot run on."""
-    _init(self, *args, **kwargs)
-
-
-DotProductAttention.__init__ = _plain
-for absent in ("TELinear", "TEColumnParallelLinear"):
-    if not isinstance(getattr(multi_latent_attention, absent), type):
-        setattr(multi_latent_attention, absent, type(absent, (), {}))
-moe_utils.te_general_gemm = None  # the router's own product
 
 VERSION = package_info.__version__
 H, HEADS, KV, WIDTH, EXPERT, VOCAB, PAD = 16, 4, 2, 24, 8, 19, 4
