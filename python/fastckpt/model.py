@@ -130,11 +130,12 @@ class Attention:
 
     `gate` [heads * head_dim, hidden]: a head's output is multiplied by the sigmoid of this before `o`
     (Qwen3-Next); the hub stores it under q's name, head by head [q; gate]. `q_norm`, `k_norm`: per-head norms
-    [head_dim]. `sinks`: one logit for each query head [heads]. `relative`: the logits of relative positions
-    [buckets, heads] (T5). `fused`: the hub's module that stores q, k and v as one matrix (they then carry its
-    name), None where the hub stores them apart. `grouped`: that matrix holds, for each kv head, its query
-    heads, itself and its value head (with as many kv heads as query heads that is q, k, v head by head);
-    else all of q, then all of k, then all of v."""
+    [head_dim], or, with `whole_norms`, norms over all of q [heads * head_dim] and all of k (OLMoE). `sinks`:
+    one logit for each query head [heads]. `relative`: the logits of relative positions [buckets, heads] (T5).
+    `fused`: the hub's module that stores q, k and v as one matrix (they then carry its name), None where the
+    hub stores them apart. `grouped`: that matrix holds, for each kv head, its query heads, itself and its
+    value head (with as many kv heads as query heads that is q, k, v head by head); else all of q, then all of
+    k, then all of v."""
 
     q: Linear
     k: Linear
@@ -147,6 +148,7 @@ class Attention:
     sinks: Parameter | None = None
     relative: Parameter | None = None
     gate: Linear | None = None
+    whole_norms: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -200,6 +200,9 @@ class Megatron:
     ) -> Iterator[Target]:
         if attention.relative is not None:
             raise LayoutError(f"layout megatron has no place for {attention.relative.name}")
+        if attention.whole_norms and attention.q_norm is not None:
+            name = attention.q_norm.name
+            raise LayoutError(f"layout megatron has no place for {name}, a norm of all heads")
         rank, tp = placement.tp_rank, placement.tp
         queries = [attention.q] if attention.gate is None else [attention.q, attention.gate]
         qkv = regrouped("", [*queries, attention.k, attention.v], sizes.head_dim)

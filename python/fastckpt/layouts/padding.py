@@ -141,6 +141,8 @@ def _layer(layer: Layer, old: Sizes, new: Sizes) -> Layer:
 def _attention(attention: Attention, old: Sizes, new: Sizes) -> Attention:
     if attention.q.beside or attention.o.beside:
         raise LayoutError(f"{attention.q.name}: heads of a quantised matrix cannot be padded")
+    if attention.whole_norms and attention.q_norm is not None:
+        raise LayoutError(f"pad: {attention.q_norm.name} norms all heads at once: heads of zeros change it")
     kv, d, sinks = new.kv_heads - old.kv_heads, old.head_dim, attention.sinks
 
     def queries(view: View, axis: int, each: int) -> View:

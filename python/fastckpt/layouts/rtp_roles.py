@@ -271,6 +271,8 @@ def _attention(attention: Attention, model: Model, cut: Cut, making: Making, of:
         raise LayoutError(
             f"layout rtp_llm has no place for the attention of {attention.o.name} ({model.family})"
         )
+    if attention.whole_norms and attention.q_norm is not None and not model.alibi:  # Jina's BERT has both
+        raise LayoutError(f"layout rtp_llm has no place for {attention.q_norm.name}, a norm of all heads")
     qkv = [attention.q, attention.k, attention.v]
     for one in qkv:
         _whole_heads(one, cut)

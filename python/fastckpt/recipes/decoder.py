@@ -37,12 +37,15 @@ ANCHOR = "model.embed_tokens.weight"
 
 @dataclass(frozen=True, slots=True)
 class Norms:
-    """The names of a layer's norms: before attention and the feed-forward block, and after each, if any."""
+    """The names of a layer's norms: before attention and the feed-forward block, and after each, if any; of
+    those on q and k, within attention."""
 
     attention: str = "input_layernorm"
     mlp: str = "post_attention_layernorm"
     attention_after: str | None = None
     mlp_after: str | None = None
+    q: str = "q_norm"
+    k: str = "k_norm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +53,16 @@ class Kind:
     """How a family differs from the others of this shape.
 
     `qkv_bias`, `o_bias`: whether q, k and v, or o, have a bias (None: as config's attention_bias says).
-    `qk_norm`: each head's q and k are normed. `mlp_bias`: the feed-forward block has biases where config's
-    mlp_bias says so. `plus_one`: norms multiply by 1 + weight. `fused_qkv`, `fused_gate_up`: [q; k; v] or
-    [gate; up] are stored as one matrix. `sinks`: attention has sinks. `tied`: whether embedding and head are
-    one where the config does not say. `cuts`: as in Model."""
+    `qk_norm`: each head's q and k are normed, or, with `whole_norms`, all of q and all of k. `mlp_bias`: the
+    feed-forward block has biases where config's mlp_bias says so. `plus_one`: norms multiply by 1 + weight.
+    `fused_qkv`, `fused_gate_up`: [q; k; v] or [gate; up] are stored as one matrix. `sinks`: attention has
+    sinks. `tied`: whether embedding and head are one where the config does not say. `cuts`: as in Model."""
 
     family: str
     qkv_bias: bool | None = None
     o_bias: bool | None = None
     qk_norm: bool = False
+    whole_norms: bool = False
     mlp_bias: bool = False
     norms: Norms = field(default_factory=Norms)
     plus_one: bool = False
@@ -119,12 +123,13 @@ def attention(kind: Kind, claims: Claims, config: Mapping[str, JSON]) -> Claim:
     kv_rows = Dim(heads.kv * heads.dim, "num_key_value_heads * head_dim")
     all_rows = Dim(q_rows.size + 2 * kv_rows.size, f"{q_rows.key} + 2 * {kv_rows.key}")
     one_head = Dim(heads.dim, "head_dim")
+    normed = (q_rows, kv_rows) if kind.whole_norms else (one_head, one_head)
     said = flag(config, "attention_bias", False)
     qkv_bias = said if kind.qkv_bias is None else kind.qkv_bias
     o_bias = said if kind.o_bias is None else kind.o_bias
 
-    def norm(name: str) -> Callable[[], Norm | None]:
-        return claims.norm(name, one_head, plus_one=kind.plus_one) if kind.qk_norm else absent
+    def norm(name: str, size: Dim) -> Callable[[], Norm | None]:
+        return claims.norm(name, size, plus_one=kind.plus_one) if kind.qk_norm else absent
 
     def matrices(at: str) -> Callable[[], Attention]:
         o = claims.linear(f"{at}.o_proj", hidden, q_rows, bias=o_bias)
@@ -138,10 +143,13 @@ def attention(kind: Kind, claims: Claims, config: Mapping[str, JSON]) -> Claim:
 
     def claim(layer: str) -> Callable[[], Attention]:
         at = f"{layer}.self_attn"
-        build, q_norm, k_norm = matrices(at), norm(f"{at}.q_norm"), norm(f"{at}.k_norm")
+        build = matrices(at)
+        q_norm, k_norm = norm(f"{at}.{kind.norms.q}", normed[0]), norm(f"{at}.{kind.norms.k}", normed[1])
         one_each = Dim(heads.q, "num_attention_heads")
         sinks = claims.parameter(f"{at}.sinks", one_each) if kind.sinks else absent
-        return lambda: replace(build(), q_norm=q_norm(), k_norm=k_norm(), sinks=sinks())
+        return lambda: replace(
+            build(), q_norm=q_norm(), k_norm=k_norm(), sinks=sinks(), whole_norms=kind.whole_norms
+        )
 
     return claim
 
