@@ -14,7 +14,7 @@ from functools import partial
 from ..checkpoint import JSON, Checkpoint
 from ..model import Experts, HubCuts, Mla, Mlp, Model, Rope, Yarn
 from .claims import Claims, Dim, Heads, dim, flag, integer
-from .decoder import ANCHOR, Kind, decoder, dense, gated
+from .decoder import ANCHOR, MLP_BIAS, Kind, decoder, dense, gated
 from .moe import BLOCK, experts, with_shared
 from .quantised import quantised
 
@@ -28,7 +28,7 @@ class Family:
     corrected: bool = True
 
 
-V2 = Family(Kind("deepseek_v2", mlp_bias=True), corrected=False)
+V2 = Family(Kind("deepseek_v2", mlp_bias=MLP_BIAS), corrected=False)
 V3 = Family(Kind("deepseek_v3", cuts=HubCuts(whole=frozenset({"attention"}))))
 GLM4_MOE = Family(Kind("glm4_moe", o_bias=False), latent=False)
 
