@@ -14,7 +14,7 @@ import numpy as np
 
 from ..dtypes import int64
 from ..errors import LayoutError
-from ..model import Attention, Beside, Linear, Norm, Parameter, Sizes
+from ..model import Attention, Beside, Linear, Mlp, Norm, Parameter, Sizes
 from ..placement import Placement
 from ..stored import constant
 from ..target import Target
@@ -232,6 +232,25 @@ def norm(role: Norm | None) -> Iterator[Target]:
         yield Target(f"{role.name}.weight", role.weight)
         if role.bias is not None:
             yield Target(f"{role.name}.bias", role.bias)
+
+
+def require_heads_alike(layout: str, attention: Attention) -> None:
+    """Raises LayoutError unless q and k are normed head by head, by the same weights, before the rotary
+    positions."""
+    norm = attention.q_norm
+    for other, what in (
+        (attention.whole_norms, "a norm of all heads"),
+        (attention.own_norms, "a norm with weights for each head"),
+        (attention.rotated, "a norm after the rotary positions"),
+    ):
+        if other and norm is not None:
+            raise LayoutError(f"layout {layout} has no place for {norm.name}, {what}")
+
+
+def require_no_scalars(layout: str, mlp: Mlp) -> None:
+    """Raises LayoutError for a block whose activation has learned numbers."""
+    for role in mlp.scalars:
+        raise LayoutError(f"layout {layout} has no place for {role.name}")
 
 
 def parameter(role: Parameter | None) -> Iterator[Target]:

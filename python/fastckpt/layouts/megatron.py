@@ -28,7 +28,9 @@ from .cuts import (
     regrouped,
     require_even,
     require_heads,
+    require_heads_alike,
     require_least,
+    require_no_scalars,
     require_subjects,
 )
 from .naming import Naming, hub
@@ -200,9 +202,7 @@ class Megatron:
     ) -> Iterator[Target]:
         if attention.relative is not None:
             raise LayoutError(f"layout megatron has no place for {attention.relative.name}")
-        if attention.whole_norms and attention.q_norm is not None:
-            name = attention.q_norm.name
-            raise LayoutError(f"layout megatron has no place for {name}, a norm of all heads")
+        require_heads_alike("megatron", attention)
         rank, tp = placement.tp_rank, placement.tp
         queries = [attention.q] if attention.gate is None else [attention.q, attention.gate]
         qkv = regrouped("", [*queries, attention.k, attention.v], sizes.head_dim)
@@ -254,6 +254,7 @@ class Megatron:
 
 
 def _mlp(at: str, mlp: Mlp, rank: int, tp: int) -> Iterator[Target]:
+    require_no_scalars("megatron", mlp)
     up = out_part(mlp.up, rank, tp)
     if mlp.gate is not None:
         up = joined(mlp.up.name, [out_part(mlp.gate, rank, tp), up])

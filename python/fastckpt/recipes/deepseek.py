@@ -7,29 +7,20 @@ leaves those out, so a checkpoint it trained has none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
-from ..checkpoint import JSON, Checkpoint
-from ..model import HubCuts, Model
-from .claims import flag
-from .decoder import Kind
-from .mixture import Mixture, Shared, after_dense, recipe
+from ..model import HubCuts
+from .decoder import MLP_BIAS, Kind, Said
+from .mixture import Mixture, Shared, after_dense
 from .moe import Block
 
 CORRECTED = Block(correction="gate.e_score_correction_bias")
 V2 = Mixture(
-    Kind("deepseek_v2", mlp_bias=True),
+    Kind("deepseek_v2", mlp_bias=MLP_BIAS),
     count=("n_routed_experts",),
     sparse=after_dense,
     shared=Shared(),
     latent=True,
 )
 V3 = replace(V2, kind=Kind("deepseek_v3", cuts=HubCuts(whole=frozenset({"attention"}))), block=CORRECTED)
-GLM4_MOE = replace(V3, kind=Kind("glm4_moe", o_bias=False), latent=False)
-
-
-def glm4_moe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
-    """The model of a GLM-4 MoE checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
-    kind = replace(GLM4_MOE.kind, qk_norm=flag(config, "use_qk_norm", False))
-    return recipe(ckpt, config, vocab_size=vocab_size, mixture=replace(GLM4_MOE, kind=kind))
+GLM4_MOE = replace(V3, kind=Kind("glm4_moe", o_bias=False, qk_norm=Said("use_qk_norm")), latent=False)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-
-from ..checkpoint import JSON, Checkpoint
-from ..model import HubCuts, Model
-from .claims import flag
-from .decoder import Kind
-from .mixture import Mixture, Shared, recipe, stepped
+from ..model import HubCuts
+from .decoder import Kind, Said
+from .mixture import Mixture, Shared, stepped
 
 SHARED = Shared("mlp.shared_expert", width="shared_expert_intermediate_size", gate="mlp.shared_expert_gate")
 QWEN2_MOE = Mixture(
     Kind(
         "qwen2_moe",
+        qkv_bias=Said("qkv_bias", True),
         o_bias=False,
         cuts=HubCuts(whole=frozenset({"shared", "shared_expert_intermediate_size"})),
     ),
@@ -22,9 +18,3 @@ QWEN2_MOE = Mixture(
     shared=SHARED,
 )
 QWEN3_MOE = Mixture(Kind("qwen3_moe", qk_norm=True), sparse=stepped)
-
-
-def qwen2_moe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
-    """The model of a Qwen2-MoE checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
-    kind = replace(QWEN2_MOE.kind, qkv_bias=flag(config, "qkv_bias", True))
-    return recipe(ckpt, config, vocab_size=vocab_size, mixture=replace(QWEN2_MOE, kind=kind))
