@@ -214,7 +214,8 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("fused", "latent"),
         ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper", "jina_bert"),
         ("mixture",),
-        ("llama", "gemma", "phi3", "glm", "mixtral", "qwen_moe", "deepseek", "gpt_oss", "cogvlm2"),
+        ("llama", "gemma", "phi3", "glm", "gpt_oss", "cogvlm2"),
+        ("mixtral", "qwen_moe", "deepseek", "ernie", "granite_moe", "llama4"),
         ("__init__",),
     ),
     "layouts": (

@@ -44,9 +44,31 @@ def test_hf_of_one_rank_is_what_save_pretrained_writes(name, trained):
     same(shards_of(name, "hf", Placement(), trained)[0], families.made(name)[1])
 
 
+TRAINED = (
+    ("embed_out.", "lm_head."),
+    (".block_sparse_moe.gate.", ".mlp.router."),
+    (".block_sparse_moe.", ".mlp."),
+    (".mlp.e_score_", ".mlp.gate.e_score_"),
+    (".mlp.moe_statics.", ".mlp.gate.moe_statics."),
+    (".router.layer.", ".router."),
+    (".input_linear.weight", ".experts.gate_up_proj"),
+    (".output_linear.weight", ".experts.down_proj"),
+)
+"""Parts of the hub's names, and what transformers calls them in memory, in some families."""
+
+
+def named_as_trained(name, state):
+    if ".block_sparse_moe.experts." in name:
+        name = name.replace(".block_sparse_moe.", ".mlp.")
+        for hub, trained in (("w1", "gate"), ("w3", "up"), ("w2", "down")):
+            name = name.replace(f".{hub}.", f".{trained}_proj.")
+    others = (name.replace(hub, trained) for hub, trained in TRAINED)
+    return next((other for other in others if other in state), name)
+
+
 def as_trained(tensors, state):
-    """A shard by the names transformers holds in memory: experts in stacks, NeoX's head as lm_head."""
-    out = {n.replace("embed_out.", "lm_head."): torch.from_numpy(v) for n, (_, v) in tensors.items()}
+    """A shard by the names transformers holds in memory, experts in stacks."""
+    out = {named_as_trained(n, state): torch.from_numpy(v) for n, (_, v) in tensors.items()}
     for name in [n for n in state if n.endswith("experts.gate_up_proj") and n not in out]:
         at = name.removesuffix("gate_up_proj")
         count = state[name].shape[0]
@@ -61,9 +83,8 @@ def as_trained(tensors, state):
 def check_plan(name, tp):
     config, _, state = families.made(name)
     got = shards_of(name, "hf", Placement(tp=tp))
-    kind = families.transformers.AutoConfig.for_model(**config)
     for rank in range(tp):
-        whole = families.transformers.AutoModelForCausalLM.from_config(kind)
+        whole = families.transformers.AutoModelForCausalLM.from_config(families.config_of(name))
         whole.load_state_dict(state)
         want = local_parts(whole, tp, rank)
         if config["tie_word_embeddings"]:

@@ -106,6 +106,8 @@ DERIVED = {("deepseek", "head_dim"), ("deepseek", "num_key_value_heads"), ("falc
 DERIVED |= {("falcon-rw", "num_kv_heads"), ("qwen3_moe", "intermediate_size"), ("bloom", "n_head")}
 DERIVED |= {("gpt_neox", "num_attention_heads"), ("falcon-rw", "num_attention_heads")}
 DERIVED |= {(n, "num_attention_heads") for n in ("bert", "roberta")}
+DERIVED |= {("kimi_k2", "head_dim"), ("exaone_moe", "first_k_dense_replace")}
+DERIVED |= {(n, "num_key_value_heads") for n in ("kimi_k2", "glm4_moe_lite")}
 """Keys that no shape depends on, or that another derives: (how the model's name begins, key)."""
 
 

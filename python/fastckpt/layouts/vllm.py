@@ -19,7 +19,20 @@ import numpy as np
 from .. import dtypes
 from ..dtypes import DType
 from ..errors import LayoutError
-from ..model import Attention, BlockStacks, Experts, Layer, Linear, Mla, Mlp, Model, Parameter, Sizes, Stacks
+from ..model import (
+    Attention,
+    BlockStacks,
+    Experts,
+    Layer,
+    Linear,
+    Mla,
+    Mlp,
+    Model,
+    Norm,
+    Parameter,
+    Sizes,
+    Stacks,
+)
 from ..placement import Placement
 from ..stored import constant
 from ..target import Target
@@ -50,6 +63,9 @@ RENAMED: dict[str, Renamed] = {
     "chatglm": ((".word_embeddings.", "."),),
 }
 """family -> (a part of the hub's name, what vLLM's module is called), where the two differ."""
+
+CUT_NORMS = frozenset({"minimax_m2"})
+"""Families whose norms over all of q and of k vLLM cuts by heads, rather than hold them whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +201,10 @@ class Vllm:
             yield from _latent(layer.attention, placement)
         else:
             as_hub = engine is not None and engine.hub_rows
-            yield from _attention(layer.attention, model.sizes, placement, as_hub)
+            attention = layer.attention
+            if model.family in CUT_NORMS:
+                attention = _norms_cut(attention, model.sizes, placement)
+            yield from _attention(attention, model.sizes, placement, as_hub)
         if engine is not None:
             module, own = _parent(layer.attention.o.name), model.embedding.weight.dtype
             for held in (*engine.held, *engine.quantised.get(model.quant_method, Form()).held):
@@ -333,6 +352,21 @@ def _attention(
     if attention.sinks is not None:
         sinks = attention.sinks.view.part(0, placement.tp_rank, placement.tp)
         yield Target(attention.sinks.name, sinks)
+
+
+def _norms_cut(attention: Attention, sizes: Sizes, placement: Placement) -> Attention:
+    """The rank's part of norms over all of q and of k: its heads'."""
+    tp, rank = placement.tp, placement.tp_rank
+    groups = min(tp, sizes.kv_heads)
+
+    def part(role: Norm | None, index: int, count: int) -> Norm | None:
+        return role and replace(role, weight=role.weight.part(0, index, count))
+
+    return replace(
+        attention,
+        q_norm=part(attention.q_norm, rank, tp),
+        k_norm=part(attention.k_norm, rank // (tp // groups), groups),
+    )
 
 
 def _latent(attention: Mla, placement: Placement) -> Iterator[Target]:
