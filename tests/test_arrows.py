@@ -211,8 +211,9 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "recipes": (
         ("quantised", "imagining"),
         ("claims",),
-        ("fused",),
+        ("fused", "latent"),
         ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper", "jina_bert"),
+        ("mixture",),
         ("llama", "gemma", "phi3", "glm", "mixtral", "qwen_moe", "deepseek", "gpt_oss", "cogvlm2"),
         ("__init__",),
     ),

@@ -31,6 +31,7 @@ from . import (
     jina_bert,
     llama,
     mixtral,
+    mixture,
     mpt,
     neox,
     olmo,
@@ -69,6 +70,10 @@ def _decoder(kind: decoder.Kind, about: str) -> Family:
     return Family(kind.family, partial(decoder.recipe, kind=kind), about)
 
 
+def _mixture(family: mixture.Mixture, about: str) -> Family:
+    return Family(family.kind.family, partial(mixture.recipe, mixture=family), about)
+
+
 FAMILIES: tuple[Family, ...] = (
     _decoder(llama.LLAMA, "Llama: q, k, v and gate, up apart"),
     _decoder(llama.MISTRAL, "Mistral: as Llama, no biases"),
@@ -104,24 +109,12 @@ FAMILIES: tuple[Family, ...] = (
     _decoder(phi3.PHI3, "Phi-3: [q; k; v] and [gate; up] as one"),
     _decoder(glm.GLM, "GLM: [gate; up] as one"),
     _decoder(glm.GLM4, "GLM-4: GLM with norms after each block"),
-    Family("mixtral", mixtral.recipe, "Mixtral: experts, saved one by one or trained in stacks"),
-    Family(
-        "qwen2_moe",
-        partial(qwen_moe.recipe, kind=qwen_moe.QWEN2_MOE),
-        "Qwen2-MoE: experts and a gated shared one",
-    ),
-    Family("qwen3_moe", qwen_moe.recipe, "Qwen3-MoE: experts, norms on each head's q and k"),
-    Family(
-        "glm4_moe",
-        partial(deepseek.recipe, family=deepseek.GLM4_MOE),
-        "GLM-4 MoE: corrected routing, shared experts",
-    ),
-    Family(
-        "deepseek_v2",
-        partial(deepseek.recipe, family=deepseek.V2),
-        "DeepSeek-V2: latent attention, shared experts",
-    ),
-    Family("deepseek_v3", deepseek.recipe, "DeepSeek-V3: V2 with corrected routing, fp8 by blocks"),
+    _mixture(mixtral.MIXTRAL, "Mixtral: experts, saved one by one or trained in stacks"),
+    _mixture(qwen_moe.QWEN2_MOE, "Qwen2-MoE: experts and a gated shared one"),
+    _mixture(qwen_moe.QWEN3_MOE, "Qwen3-MoE: experts, norms on each head's q and k"),
+    _mixture(deepseek.GLM4_MOE, "GLM-4 MoE: corrected routing, shared experts"),
+    _mixture(deepseek.V2, "DeepSeek-V2: latent attention, shared experts"),
+    _mixture(deepseek.V3, "DeepSeek-V3: V2 with corrected routing, fp8 by blocks"),
     Family("gpt_oss", gpt_oss.recipe, "gpt-oss: sinks, experts in interleaved stacks"),
     Family("gpt2", gpt2.recipe, "GPT-2: matrices stored [in, out], learned positions", gpt2.IGNORED),
     Family(
