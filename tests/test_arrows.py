@@ -214,7 +214,10 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("fused", "latent"),
         ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper", "jina_bert"),
         ("mixture",),
-        ("llama", "gemma", "phi3", "glm", "mixtral", "qwen_moe", "deepseek", "gpt_oss", "cogvlm2"),
+        (
+            *("llama", "gemma", "phi3", "glm", "olmo", "cohere", "ungated", "gptj", "mpt", "opt"),
+            *("mixtral", "qwen_moe", "deepseek", "gpt_oss", "cogvlm2"),
+        ),
         ("__init__",),
     ),
     "layouts": (
