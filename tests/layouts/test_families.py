@@ -14,7 +14,8 @@ from reading import bits, memory, same, shard
 
 NAMES = [*families.FAMILIES, "chatglm"]
 ENCODERS = list(families.ENCODERS)
-PLANNED = [n for n in families.FAMILIES if not n.startswith(("bloom", "falcon"))]
+WITHOUT_PLAN = ("bloom", "falcon", "stablelm", "hunyuan_v1_dense", "gpt_bigcode", "gptj", "opt", "mpt")
+PLANNED = [n for n in families.FAMILIES if not n.startswith(WITHOUT_PLAN)]
 UNPLANNED = [n for n in NAMES if n not in PLANNED]
 
 
@@ -145,8 +146,12 @@ def apart(hub, heads):
     return out
 
 
+LIKE_LLAMA = ("ministral3", "seed_oss", "ernie4_5-biased", "internlm3", "cwm", "helium", "stablelm")
+UNGATED = ("starcoder2", "starcoder2-plain", "arcee", "jais2")
+
+
 @pytest.mark.parametrize("tp", [1, 2, 8])
-@pytest.mark.parametrize("name", ["granite", "ministral", "smollm3", "phi3", "glm"])
+@pytest.mark.parametrize("name", ["granite", "ministral", "smollm3", "phi3", "glm", *LIKE_LLAMA, *UNGATED])
 def test_rtp_llm(name, tp):
     config, hub, _ = families.made(name)
     plain = apart(hub, families.FAMILIES[name].heads)
@@ -156,6 +161,12 @@ def test_rtp_llm(name, tp):
 
 def test_refusals_name_what_has_no_place():
     for name, what in [
+        ("olmo", "lm_head"),
+        ("olmo2", "post_attention_layernorm"),
+        ("exaone4", "post_attention_layernorm"),
+        ("cohere-normed", "q_norm, a norm with weights for each head"),
+        ("hunyuan_v1_dense", "query_layernorm, a norm after the rotary positions"),
+        ("apertus", "act_fn.alpha_p"),
         ("gemma2", "post_attention_layernorm"),
         ("deepseek_v2-lora", "kv_a_proj_with_mqa.bias"),
         ("gpt_oss", "attention of model"),
@@ -163,3 +174,19 @@ def test_refusals_name_what_has_no_place():
     ]:
         with pytest.raises(LayoutError, match=what):
             list(layout("rtp_llm").targets(model_of(name), Placement(tp=2)))
+
+
+@pytest.mark.parametrize("name", ["olmoe", "minimax_m2"])
+def test_heads_that_are_normed_together_are_not_padded(name):
+    with pytest.raises(LayoutError, match="q_norm"):
+        shards_of(name, "vllm", Placement(tp=3), pad="true", vocab_padding="3")
+
+
+def test_rows_in_pairs_want_plain_matrices():
+    config, hub, _ = families.made("llama4_text")
+    biases = {
+        n.replace("weight", "bias"): x[:, 0].clone() for n, x in hub.items() if ".self_attn." in n
+    }
+    model = recipes.find(config)(memory(hub | biases), config | {"attention_bias": True})
+    with pytest.raises(LayoutError, match=r"how vLLM orders .*q_proj\.bias is not known"):
+        list(layout("vllm").targets(model, Placement(tp=2)))

@@ -83,6 +83,11 @@ class Megatron:
         if model.parallel or model.alibi:
             what = "blocks side by side" if model.parallel else "ALiBi"
             raise LayoutError(f"layout megatron: megatron-core has no {what}, as {model.family} wants")
+        if model.positions is not None and model.first_position:
+            raise LayoutError(
+                f"layout megatron has no place for {model.positions.name}, whose positions begin with row "
+                f"{model.first_position}"
+            )
         for extra in (model.embedding_norm, *model.carried):
             if extra is not None:
                 raise LayoutError(f"layout megatron has no place for {extra.name} of {model.family}")

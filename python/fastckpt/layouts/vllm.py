@@ -44,7 +44,9 @@ from .cuts import (
     joined,
     norm,
     out_part,
+    own_norms_part,
     padded_part,
+    parameter,
     plain,
     qkv_part,
     regrouped,
@@ -66,6 +68,10 @@ RENAMED: dict[str, Renamed] = {
 
 CUT_NORMS = frozenset({"minimax_m2"})
 """Families whose norms over all of q and of k vLLM cuts by heads, rather than hold them whole."""
+
+PAIRED = frozenset({"llama4_text"})
+"""Families whose rotary positions turn neighbouring rows of a head of q and k; vLLM puts all the even rows
+before the odd ones (Llama4ForCausalLM.permute_qk_weight_for_rotary)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +210,8 @@ class Vllm:
             attention = layer.attention
             if model.family in CUT_NORMS:
                 attention = _norms_cut(attention, model.sizes, placement)
+            if model.family in PAIRED:
+                attention = _in_halves(attention, model.sizes.head_dim)
             yield from _attention(attention, model.sizes, placement, as_hub)
         if engine is not None:
             module, own = _parent(layer.attention.o.name), model.embedding.weight.dtype
@@ -347,8 +355,9 @@ def _attention(
     grouped = as_hub and attention.grouped
     yield from plain(regrouped(name, parts, sizes.head_dim) if grouped else joined(name, parts))
     yield from plain(in_part(attention.o, placement.tp_rank, placement.tp))
-    yield from norm(attention.q_norm)
-    yield from norm(attention.k_norm)
+    norms = [attention.q_norm, attention.k_norm]
+    for role in own_norms_part(attention, sizes, placement) if attention.own_norms else norms:
+        yield from norm(role)
     if attention.sinks is not None:
         sinks = attention.sinks.view.part(0, placement.tp_rank, placement.tp)
         yield Target(attention.sinks.name, sinks)
@@ -367,6 +376,21 @@ def _norms_cut(attention: Attention, sizes: Sizes, placement: Placement) -> Atte
         q_norm=part(attention.q_norm, rank, tp),
         k_norm=part(attention.k_norm, rank // (tp // groups), groups),
     )
+
+
+def _in_halves(attention: Attention, head_dim: int) -> Attention:
+    """q and k with each head's even rows before its odd ones.
+
+    Raises LayoutError for what is quantised or has biases, whose form in vLLM is not known."""
+
+    def halves(linear: Linear) -> Linear:
+        if linear.beside or linear.bias is not None:
+            what = linear.beside[0].leaf if linear.beside else "bias"
+            raise LayoutError(f"layout vllm: how vLLM orders {linear.name}.{what} is not known")
+        pairs = linear.weight.split(0, head_dim).split(1, 2)
+        return replace(linear, weight=pairs.permute((0, 2, 1, 3)).merge(1).merge(0))
+
+    return replace(attention, q=halves(attention.q), k=halves(attention.k))
 
 
 def _latent(attention: Mla, placement: Placement) -> Iterator[Target]:
@@ -393,6 +417,8 @@ def _mlp(mlp: Mlp, placement: Placement, as_hub: bool = False) -> Iterator[Targe
         name = mlp.fused or f"{_parent(mlp.up.name)}.gate_up_proj"
         yield from plain(joined(name, [out_part(x, rank, tp) for x in (mlp.gate, mlp.up)]))
     yield from plain(in_part(mlp.down, rank, tp))
+    for role in mlp.scalars:
+        yield from parameter(role)
 
 
 def _parent(name: str) -> str:

@@ -26,6 +26,7 @@ HUNYUAN_V1_MOE = Mixture(
     Kind(
         "hunyuan_v1_moe",
         qk_norm=True,
+        rotated=True,
         norms=Norms(q="query_layernorm", k="key_layernorm"),
         cuts=HubCuts(whole=frozenset({"attention", "shared", "num_shared_expert * intermediate_size"})),
     ),
