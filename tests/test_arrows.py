@@ -189,20 +189,20 @@ MAY_IMPORT["__main__"] = ("cli",)
 
 WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "sources": (
-        ("options", "inert", "zero_layout", "zero_sample"),
+        ("options", "inert", "zero_layout", "samples"),
         ("assembly", "picklemachine", "zipentries"),
         # torch files: zip and pickle below, tensors above
         ("torchzip", "inertpickle"),
         ("torchpickle",),
         ("torchfile",),
-        ("torchtensors", "zero_state", "zero_files", "dcp_metadata"),
+        ("torchtensors", "distributed", "zero_state", "zero_files", "dcp_metadata"),
         ("shards", "zero_order", "zero_parts", "zero_experts", "zero_universal", "zero_cuts"),
         ("zero_opening",),
         ("zero_pipeline",),
         ("zero_grid",),
         # one format each
         ("zero", "safetensors", "statedict", "dcp", "memory"),
-        ("megatron_args",),
+        ("fsdp", "megatron_args"),
         ("megatron_dist",),
         ("megatron",),
         ("served", "peft", "training"),  # what fastckpt or PEFT wrote, in the two formats before them
@@ -211,9 +211,13 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "recipes": (
         ("quantised", "imagining"),
         ("claims",),
-        ("fused",),
+        ("fused", "latent"),
         ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper", "jina_bert"),
-        ("llama", "gemma", "phi3", "glm", "mixtral", "qwen_moe", "deepseek", "gpt_oss", "cogvlm2"),
+        ("mixture",),
+        (
+            *("llama", "gemma", "phi3", "glm", "olmo", "cohere", "ungated", "gptj", "mpt", "opt"),
+            *("mixtral", "qwen_moe", "deepseek", "gpt_oss", "cogvlm2"),
+        ),
         ("__init__",),
     ),
     "layouts": (

@@ -98,8 +98,8 @@ class Thin:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A normalisation over the last axis. `name`: the hub's module; `weight` and `bias` [features];
-    `plus_one`: the factor is 1 + weight (Gemma)."""
+    """A normalisation over the last axis. `name`: the hub's module; `weight` and `bias` [features], or
+    [heads, features] where each head has weights of its own; `plus_one`: the factor is 1 + weight (Gemma)."""
 
     name: str
     weight: View
@@ -130,11 +130,13 @@ class Attention:
 
     `gate` [heads * head_dim, hidden]: a head's output is multiplied by the sigmoid of this before `o`
     (Qwen3-Next); the hub stores it under q's name, head by head [q; gate]. `q_norm`, `k_norm`: per-head norms
-    [head_dim]. `sinks`: one logit for each query head [heads]. `relative`: the logits of relative positions
+    [head_dim], with `own_norms` of each head by weights of its own [heads, head_dim] (Command R+), with
+    `whole_norms` over all of q [heads * head_dim] and all of k (OLMoE); `rotated`: they come after the rotary
+    positions. `sinks`: one logit for each query head [heads]. `relative`: the logits of relative positions
     [buckets, heads] (T5). `fused`: the hub's module that stores q, k and v as one matrix (they then carry its
     name), None where the hub stores them apart. `grouped`: that matrix holds, for each kv head, its query
-    heads, itself and its value head (with as many kv heads as query heads that is q, k, v head by head);
-    else all of q, then all of k, then all of v."""
+    heads, itself and its value head (with as many kv heads as query heads that is q, k, v head by head); else
+    all of q, then all of k, then all of v."""
 
     q: Linear
     k: Linear
@@ -147,6 +149,9 @@ class Attention:
     sinks: Parameter | None = None
     relative: Parameter | None = None
     gate: Linear | None = None
+    whole_norms: bool = False
+    own_norms: bool = False
+    rotated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,13 +176,14 @@ class Mlp:
     """A feed-forward block: `gate` (or None) and `up` [width, hidden], `down` [hidden, width].
 
     `fused`: the hub's module that stores [gate; up] as one matrix (both then carry its name); `up_first`: it
-    stores [up; gate]."""
+    stores [up; gate]. `scalars`: the learned numbers of its activation (xIELU), whole on every rank."""
 
     gate: Linear | None
     up: Linear
     down: Linear
     fused: str | None = None
     up_first: bool = False
+    scalars: tuple[Parameter, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,9 +245,10 @@ class Layer:
     """One layer. `name`: the hub's module.
 
     `attention_norm` and `mlp_norm` come before attention and the feed-forward block (`mlp_norm` is None where
-    both read one norm, as in Falcon); `attention_after` and `mlp_after` after them, before the sum (Gemma 2,
-    GLM-4) or after it (BERT). `cross`, `cross_norm`: attention to an encoder's output, between the two.
-    `vision`: what image tokens pass."""
+    both read one norm, as in Falcon; both are where norms have no weights, as in OLMo); `attention_after` and
+    `mlp_after` after them, before the sum (Gemma 2, GLM-4), or after it in a model that has no last norm
+    (BERT). `cross`, `cross_norm`: attention to an encoder's output, between the two. `vision`: what image
+    tokens pass."""
 
     name: str
     attention_norm: Norm | None
@@ -368,12 +375,13 @@ class Model:
     """A model by roles; a decoder unless its family says otherwise.
 
     `lm_head`: where it is `tied` to the embedding it has the embedding's view; of a model without one it is
-    the embedding itself, name and all. `positions`: a learned position table. `embedding_norm`: a norm of the
-    embedded tokens. `carried`: tensors that no server cuts. `ignored`: names in the checkpoint that the
-    recipe knows and leaves out. `parallel`: attention and the feed-forward block of a layer read the same
-    input. `alibi`: attention is biased by ALiBi's slopes, which the hub does not store. `rope`: the rotary
-    positions of latent attention. `quant_method`: the hub's word for how matrices are quantised
-    ("pack-quantized" for compressed-tensors' packed integers), "" where none is."""
+    the embedding itself, name and all. `positions`: a learned position table, in which the first token's is
+    row `first_position`. `embedding_norm`: a norm of the embedded tokens. `carried`: tensors that no server
+    cuts. `ignored`: names in the checkpoint that the recipe knows and leaves out. `parallel`: attention and
+    the feed-forward block of a layer read the same input. `alibi`: attention is biased by ALiBi's slopes,
+    which the hub does not store. `rope`: the rotary positions of latent attention. `quant_method`: the hub's
+    word for how matrices are quantised ("pack-quantized" for compressed-tensors' packed integers), "" where
+    none is."""
 
     family: str
     sizes: Sizes
@@ -393,3 +401,4 @@ class Model:
     alibi: bool = False
     rope: Rope | None = None
     quant_method: str = ""
+    first_position: int = 0

@@ -31,6 +31,11 @@ _FALCON = dict(
     vocab_size=331, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1,
     eos_token_id=2, max_position_embeddings=128,
 )  # fmt: skip
+_GPT = dict(
+    vocab_size=331, n_embd=128, n_layer=2, n_head=4, n_positions=128, n_inner=256, bos_token_id=1,
+    eos_token_id=2,
+)  # fmt: skip
+_PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 
 
 def _sizes(base=_SIZES, drop=(), **changes):
@@ -78,13 +83,7 @@ MODELS: dict[str, tuple[str, dict]] = {
         "GptOss",
         _sizes(num_local_experts=4, num_experts_per_tok=2, head_dim=64, layer_types=None),
     ),
-    "gpt2": (
-        "GPT2",
-        dict(
-            vocab_size=331, n_embd=128, n_layer=2, n_head=4, n_positions=128, n_inner=256, bos_token_id=1,
-            eos_token_id=2,
-        ),
-    ),
+    "gpt2": ("GPT2", _GPT),
     "gpt_neox": ("GPTNeoX", _OLD),
     "bloom": (
         "Bloom",
@@ -104,6 +103,30 @@ MODELS: dict[str, tuple[str, dict]] = {
         _sizes(_FALCON, multi_query=False, parallel_attn=False, alibi=True, bias=True),
     ),
     "chatglm": ("", {}),
+    "seed_oss": ("SeedOss", _sizes(attention_bias=True)),
+    "ernie4_5": ("Ernie4_5", _sizes(tie_word_embeddings=True)),
+    "hunyuan_v1_dense": ("HunYuanDenseV1", _sizes()),
+    "ministral3": ("Ministral3", _sizes(rope_parameters=_PLAIN)),
+    "ministral": ("Ministral", _sizes()),
+    "cwm": ("Cwm", _sizes(rope_parameters=_PLAIN, sliding_window=64)),
+    "helium": ("Helium", _sizes()),
+    "olmo": ("Olmo", _sizes(drop=("head_dim",))),
+    "olmo2": ("Olmo2", _sizes(drop=("head_dim",))),
+    "olmo3": ("Olmo3", _sizes(drop=("head_dim",))),
+    "exaone4": ("Exaone4", _sizes()),
+    "cohere": ("Cohere", _sizes(drop=("head_dim",), tie_word_embeddings=True)),
+    "cohere-normed": ("Cohere", _sizes(drop=("head_dim",), tie_word_embeddings=True, use_qk_norm=True)),
+    "cohere2": ("Cohere2", _sizes(drop=("head_dim",), tie_word_embeddings=True)),
+    "starcoder2": ("Starcoder2", _sizes(drop=("head_dim",), tie_word_embeddings=True)),
+    "stablelm": ("StableLm", _sizes(drop=("head_dim",), use_qkv_bias=True)),
+    "phi": ("Phi", _sizes(drop=("head_dim",))),
+    "arcee": ("Arcee", _sizes()),
+    "apertus": ("Apertus", _sizes(drop=("head_dim",), rope_parameters=_PLAIN)),
+    "nemotron": ("Nemotron", _sizes()),
+    "jais2": ("Jais2", _sizes()),
+    "vaultgemma": ("VaultGemma", _sizes(tie_word_embeddings=True)),
+    "gptj": ("GPTJ", _sizes(_GPT, rotary_dim=16)),
+    "opt": ("OPT", _sizes(_OLD, drop=("intermediate_size",), ffn_dim=256, tie_word_embeddings=True)),
     "llama-wide": ("Llama", _sizes(_WIDE)),
     "mixtral-wide": ("Mixtral", _sizes(_WIDE, num_local_experts=4)),
     "deepseek_v2-576": (  # the one size of a latent cache that vLLM's CPU kernel has

@@ -27,17 +27,22 @@ _MLA = dict(
     n_group=1, topk_group=1,
 )  # fmt: skip
 _OLD = {k: v for k, v in _SIZES.items() if k != "num_key_value_heads"}
+_GPT = dict(vocab_size=208, n_embd=64, n_layer=2, n_head=8, n_positions=19, n_inner=88)
 _FALCON = dict(vocab_size=208, hidden_size=64, num_hidden_layers=2, num_attention_heads=8)
+_BIASED = {"attention_bias": True, "mlp_bias": True}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
 @dataclass(frozen=True)
 class Family:
-    """The config class and its arguments; `heads`: query heads, kv heads, the size of one."""
+    """The config class and its arguments; `heads`: query heads, kv heads, the size of one; `model`: the
+    model's class, where it is another family's."""
 
     name: str
     sizes: dict
     heads: tuple[int, int, int]
     architecture: str = "ForCausalLM"
+    model: str | None = None
 
 
 def _family(name, heads, sizes=_SIZES, drop=(), **changes):
@@ -48,6 +53,34 @@ FAMILIES = {
     "ministral": _family("Ministral", (8, 4, 8), head_dim=8),
     "granite": _family("Granite", (8, 4, 8), attention_bias=True, mlp_bias=True),
     "smollm3": _family("SmolLM3", (8, 4, 8), tie_word_embeddings=True, eos_token_id=1, bos_token_id=2),
+    "ministral3": _family("Ministral3", (8, 4, 12), head_dim=12, rope_parameters=_ROPE),
+    "seed_oss": _family("SeedOss", (8, 4, 12), head_dim=12, mlp_bias=True),
+    "seed_oss-biased": _family(
+        "SeedOss", (8, 2, 8), num_key_value_heads=2, head_dim=8, attention_out_bias=True
+    ),
+    "ernie4_5": _family("Ernie4_5", (8, 4, 8), head_dim=8, tie_word_embeddings=True),
+    "ernie4_5-biased": _family("Ernie4_5", (8, 4, 8), head_dim=8, use_bias=True),
+    "hunyuan_v1_dense": _family("HunYuanDenseV1", (8, 4, 12), head_dim=12),
+    "internlm3": Family("InternLM3", _SIZES | {"head_dim": 8} | _BIASED, (8, 4, 8), model="Llama"),
+    "cwm": _family("Cwm", (8, 4, 12), head_dim=12, rope_parameters=_ROPE),
+    "helium": _family("Helium", (8, 4, 8), head_dim=8, attention_bias=True, mlp_bias=True),
+    "stablelm": _family("StableLm", (8, 4, 8), use_qkv_bias=True),
+    "stablelm-parallel": _family("StableLm", (8, 4, 8), use_parallel_residual=True),
+    "olmo": _family("Olmo", (8, 4, 8)),
+    "olmo2": _family("Olmo2", (8, 4, 8), attention_bias=True),
+    "olmo3": _family("Olmo3", (8, 4, 8)),
+    "exaone4": _family("Exaone4", (8, 4, 8)),
+    "cohere": _family("Cohere", (8, 4, 8), tie_word_embeddings=True, attention_bias=True),
+    "cohere-normed": _family("Cohere", (8, 4, 8), tie_word_embeddings=True, use_qk_norm=True),
+    "cohere2": _family("Cohere2", (8, 2, 8), tie_word_embeddings=True, num_key_value_heads=2),
+    "starcoder2": _family("Starcoder2", (8, 2, 8), tie_word_embeddings=True, num_key_value_heads=2),
+    "starcoder2-plain": _family("Starcoder2", (8, 4, 8), use_bias=False),
+    "phi": _family("Phi", (8, 4, 8)),
+    "nemotron": _family("Nemotron", (8, 4, 12), head_dim=12),
+    "arcee": _family("Arcee", (8, 4, 12), head_dim=12, mlp_bias=True),
+    "jais2": _family("Jais2", (8, 4, 8), head_dim=8),
+    "apertus": _family("Apertus", (8, 4, 8), rope_parameters=_ROPE, attention_bias=True),
+    "vaultgemma": _family("VaultGemma", (8, 4, 8), head_dim=8, tie_word_embeddings=True),
     "gemma": _family("Gemma", (8, 4, 10), head_dim=10, tie_word_embeddings=True, attention_bias=True),
     "gemma2": _family("Gemma2", (8, 4, 8), head_dim=8, tie_word_embeddings=True),
     "gemma3": _family("Gemma3", (8, 2, 12), head_dim=12, num_key_value_heads=2, tie_word_embeddings=True),
@@ -75,6 +108,11 @@ FAMILIES = {
     "gpt_oss": _family(
         "GptOss", (8, 4, 8), head_dim=8, num_local_experts=3, num_experts_per_tok=2, layer_types=None
     ),
+    "gpt_bigcode": _family("GPTBigCode", (8, 1, 8), _GPT),
+    "gpt_bigcode-heads": _family("GPTBigCode", (8, 8, 8), _GPT, multi_query=False),
+    "gptj": _family("GPTJ", (8, 8, 8), _GPT, rotary_dim=4),
+    "opt": _family("OPT", (8, 8, 8), _OLD, drop=("intermediate_size",), ffn_dim=96, tie_word_embeddings=True),
+    "mpt": Family("Mpt", dict(vocab_size=208, d_model=64, n_heads=8, n_layers=2), (8, 8, 8)),
     "gpt_neox": _family("GPTNeoX", (8, 8, 8), _OLD),
     "bloom": Family("Bloom", dict(vocab_size=208, hidden_size=64, n_layer=2, n_head=8), (8, 8, 8)),
     "falcon-mqa": _family("Falcon", (8, 1, 8), _FALCON, multi_query=True, parallel_attn=True, bias=False),
@@ -105,6 +143,8 @@ ENCODERS = {
     "bert-alone": Family("Bert", _ENCODER, (8, 8, 8), "Model"),
     "bert-classes": Family("Bert", _ENCODER | {"num_labels": 3}, (8, 8, 8), "ForSequenceClassification"),
     "roberta": Family("Roberta", _ENCODER, (8, 8, 8), "ForMaskedLM"),
+    "xlm_roberta": Family("XLMRoberta", _ENCODER, (8, 8, 8), "ForMaskedLM"),
+    "xlm_roberta-alone": Family("XLMRoberta", _ENCODER, (8, 8, 8), "Model"),
     "t5": Family("T5", _T5, (8, 8, 6), "ForConditionalGeneration"),
     "t5-gated": Family(
         "T5", _T5 | {"feed_forward_proj": "gated-gelu"}, (8, 8, 6), "ForConditionalGeneration"
@@ -121,7 +161,7 @@ def made(name):
     family = (FAMILIES | ENCODERS)[name]
     text = "Text" if family.name == "Gemma3" else ""
     config = getattr(transformers, f"{family.name}{text}Config")(**family.sizes)
-    model = getattr(transformers, family.name + family.architecture)(config)
+    model = getattr(transformers, (family.model or family.name) + family.architecture)(config)
     number(model.state_dict())
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)

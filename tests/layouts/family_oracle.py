@@ -6,14 +6,15 @@ import re
 
 import torch
 
-TABLES = ("embed_tokens", "word_embeddings", "embed_in", "lm_head", "embed_out", "output_layer")
-OUT = ("q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "dense_h_to_4h")
+TABLES = ("embed_tokens", "word_embeddings", "embed_in", "wte", "lm_head", "embed_out", "output_layer")
+OUT = ("q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "dense_h_to_4h", "c_fc", "fc1", "fc_in")
 ENCODER_OUT = (
     "shared", "query", "key", "value", "q", "k", "v", "wi", "wi_0", "wi_1", "q_proj", "k_proj", "v_proj",
     "fc1",
 )  # fmt: skip
 ENCODER_IN = ("dense", "o", "wo", "out_proj", "fc2")
-IN = ("o_proj", "down_proj", "dense", "dense_4h_to_h")
+FUSED = ("query_key_value", "c_attn", "Wqkv")
+IN = ("o_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj", "fc2", "fc_out", "out_proj")
 
 
 def cut(x, dim, tp, r):
@@ -55,8 +56,8 @@ def hf(t, heads, tp, r):
         module, kind = name.split(".")[-2:]
         if module in TABLES:
             out[name] = cut(x, 0, tp, r)
-        elif module == "query_key_value":
-            concat = "encoder.layers" in name
+        elif module in FUSED:
+            concat = "encoder.layers" in name or module == "Wqkv"
             q, k, v = parts(x, heads, not concat)
             if concat:
                 out[name] = torch.cat([pick(q, mine, d), pick(k, its, d), pick(v, its, d)])
@@ -69,7 +70,7 @@ def hf(t, heads, tp, r):
                         pick(v, [g], d),
                     ]
                 out[name] = torch.cat(rows)
-        elif "position_embeddings" in name or "embed_positions" in name or module.startswith("token_type"):
+        elif module in ("wpe", "position_embeddings", "embed_positions", "token_type_embeddings"):
             out[name] = x
         elif (
             name.startswith(("cls.predictions.tr", "lm_head.", "classifier"))
@@ -77,16 +78,14 @@ def hf(t, heads, tp, r):
             or "conv" in name
         ):
             out[name] = cut(x, 0, tp, r) if name == "lm_head.bias" else x
-        elif name == "cls.predictions.bias" or module in ENCODER_OUT or "intermediate" in name:
-            out[name] = cut(x, 0, tp, r)
-        elif module == "relative_attention_bias":
-            out[name] = cut(x, 1, tp, r)
-        elif module in ENCODER_IN and "LayerNorm" not in name:
-            out[name] = cut(x, 1, tp, r) if kind == "weight" else x
         elif module == "dense_h_to_4h":
             halves = x.chunk(2) if "encoder.layers" in name else [x]
             out[name] = torch.cat([cut(y, 0, tp, r) for y in halves])
-        elif module in IN:
+        elif name == "cls.predictions.bias" or module in (*OUT, *ENCODER_OUT) or "intermediate" in name:
+            out[name] = cut(x, 0, tp, r)
+        elif module == "relative_attention_bias":
+            out[name] = cut(x, 1, tp, r)
+        elif (module in ENCODER_IN and "LayerNorm" not in name) or module in IN:
             out[name] = cut(x, 1, tp, r) if kind == "weight" else x
         else:
             assert "norm" in name.lower() or ".ln_" in name, name
@@ -137,6 +136,10 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
                 downs.append(down)
             put(f"{at}.w13_weight", torch.stack(pairs))
             put(f"{at}.w2_weight", torch.stack(downs))
+        elif name == "lm_head.bias":
+            put(name, padded(x[:, None], tp, r)[:, 0])
+        elif module in ("q_norm", "k_norm") and x.dim() == 2:  # weights for each head
+            put(name, x[mine if module == "q_norm" else its])
         elif module in TABLES:
             name = name.replace("embedding.word_embeddings.", "embedding.")
             put(name.replace("embed_tokens", "embedding") if gpt_oss else name, padded(x, tp, r))
@@ -161,8 +164,8 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
             pass
         elif module == "qkv_proj":
             qkv(name, *parts(x, heads, False))
-        elif module == "query_key_value":
-            qkv(name, *parts(x, heads, order == "grouped"))
+        elif module in FUSED:
+            qkv(name, *parts(x, heads, order == "grouped" and module != "Wqkv"))
         elif module == "q_a_proj":
             both = [x, t[f"{stem}.kv_a_proj_with_mqa.{kind}"]]
             put(f"{stem}.fused_qkv_a_proj.{kind}", torch.cat(both))
@@ -175,7 +178,7 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
                 f"{stem}.gate_up_proj.{kind}",
                 torch.cat([cut(y, 0, tp, r) for y in (x, t[f"{stem}.up_proj.{kind}"])]),
             )
-        elif module == "up_proj":
+        elif module == "up_proj" and f"{stem}.gate_proj.{kind}" in t:
             pass
         elif module == "dense_h_to_4h" and order == "concat":
             put(name, torch.cat([cut(y, 0, tp, r) for y in x.chunk(2)]))
@@ -187,6 +190,7 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
             put(name.replace(".self_attn.", ".attn."), cut(x, 0, tp, r))
         else:
             whole = ("norm", ".ln_", "mlp.gate.", "mlp.router.", "shared_expert_gate", "kv_a_proj_with_mqa")
+            whole += (".act_fn.", ".wpe.", ".embed_positions.")
             assert any(part in name for part in whole), name
             put(name, x)
     return out

@@ -208,13 +208,13 @@ def rtp_llm(t, config, tp, r):
     out = {
         key + "global.embedding": _cut(t["model.embed_tokens.weight"], 1, tp, r),
         key + "global.lm_head": head if tp == 1 else _cut(_pad(head, 8 * tp), 0, tp, r),
-        key + "global.final_layernorm.gamma": t["model.norm.weight"],
     }
+    norms = {"model.norm": key + "global.final_layernorm"}
     for i in _layers(t, config):
         at, to = f"model.layers.{i}.", f"{key}layers.{i}."
         a, sa = at + "self_attn.", to + "self_attention_weights."
-        out[to + "pre_layernorm_weights.gamma"] = t[at + "input_layernorm.weight"]
-        out[to + "post_layernorm_weights.gamma"] = t[at + "post_attention_layernorm.weight"]
+        norms[at + "input_layernorm"] = to + "pre_layernorm_weights"
+        norms[at + "post_attention_layernorm"] = to + "post_layernorm_weights"
         qkv = [heads.q(t[a + "q_proj.weight"], tp, r)]
         qkv += [heads.k(t[a + p + "_proj.weight"], tp, r) for p in "kv"]
         out[sa + "query_weight.kernel"] = torch.cat([x.t() for x in qkv], 1)
@@ -239,6 +239,14 @@ def rtp_llm(t, config, tp, r):
             out[moe + "intermediate_weight2.kernel"] = _cut(down, 2, tp, r)
             continue
         m, ffn = at + "mlp.", to + "ffn_weights."
+        if m + "gate_proj.weight" not in t:
+            up, down = ("up_proj", "down_proj") if m + "up_proj.weight" in t else ("c_fc", "c_proj")
+            out[ffn + "intermediate_weight3.kernel"] = _cut(t[f"{m}{up}.weight"].t(), 1, tp, r)
+            out[ffn + "intermediate_weight2.kernel"] = _cut(t[f"{m}{down}.weight"].t(), 0, tp, r)
+            if f"{m}{up}.bias" in t:
+                out[ffn + "intermediate_weight3.bias"] = _cut(t[f"{m}{up}.bias"], 0, tp, r)
+                out[ffn + "intermediate_weight2.bias"] = t[f"{m}{down}.bias"]
+            continue
         pair = [_cut(t[m + p + "_proj.weight"].t(), 1, tp, r) for p in ("gate", "up")]
         out[ffn + "intermediate_weight13.kernel"] = torch.cat(pair, 1)
         out[ffn + "intermediate_weight2.kernel"] = _cut(t[m + "down_proj.weight"].t(), 0, tp, r)
@@ -246,6 +254,10 @@ def rtp_llm(t, config, tp, r):
             pair = [_cut(t[m + p + "_proj.bias"], 0, tp, r) for p in ("gate", "up")]
             out[ffn + "intermediate_weight13.bias"] = torch.cat(pair)
             out[ffn + "intermediate_weight2.bias"] = t[m + "down_proj.bias"]
+    for name, to in norms.items():
+        for leaf, own in (("weight", "gamma"), ("bias", "beta")):
+            if f"{name}.{leaf}" in t:
+                out[f"{to}.{own}"] = t[f"{name}.{leaf}"]
     return out
 
 

@@ -18,7 +18,12 @@ from reading import bits, read
 from safetensors.torch import save_file
 
 SERVED = ("hf", "vllm", "rtp_llm", "megatron")
-ROWS = {"deepseek_v2-lora": "deepseek_v2 with attention_bias", "gated": "names with gated_q"}
+ROWS = {
+    "deepseek_v2-lora": "deepseek_v2 with attention_bias",
+    "gated": "names with gated_q",
+    "stablelm-parallel": "stablelm with use_parallel_residual",
+    "cohere-normed": "cohere with use_qk_norm",
+}
 """Models that have a row other than their model_type's."""
 
 
@@ -66,18 +71,21 @@ def directory(path, config, hub):
     (path / "config.json").write_text(json.dumps(config))
     return path
 
+PLUS_ONE = ("gemma", "vaultgemma", "nemotron", "gated")
+"""Models whose norms multiply by 1 + weight."""
+
 
 def options(name, served, tp):
     if served == "hf" and tp > 1:
         return {"replicate_kv": "true", "vocab_padding": "8"}
-    if served == "megatron" and name in ("gemma", "gated"):
+    if served == "megatron" and name in PLUS_ONE:
         return {"zero_centered_gamma": "true"}
     return {}
 
 
 def lost(name, served, tensor):
     """Norms that rtp-llm has as 1 + weight cannot be taken back."""
-    return served == "rtp_llm" and name in ("gemma", "gated") and "norm" in tensor
+    return served == "rtp_llm" and name in PLUS_ONE and "norm" in tensor and not tensor.endswith("bias")
 
 
 def way_back(tmp_path, name, served, tp, recipe_file):

@@ -14,7 +14,8 @@ from reading import bits, memory, same, shard
 
 NAMES = [*families.FAMILIES, "chatglm"]
 ENCODERS = list(families.ENCODERS)
-PLANNED = [n for n in families.FAMILIES if not n.startswith(("bloom", "falcon"))]
+WITHOUT_PLAN = ("bloom", "falcon", "stablelm", "hunyuan", "gpt_bigcode", "gptj", "opt", "mpt")
+PLANNED = [n for n in families.FAMILIES if not n.startswith(WITHOUT_PLAN)]
 UNPLANNED = [n for n in NAMES if n not in PLANNED]
 
 
@@ -124,8 +125,12 @@ def apart(hub, heads):
     return out
 
 
+LIKE_LLAMA = ("ministral3", "seed_oss", "ernie4_5-biased", "internlm3", "cwm", "helium", "stablelm")
+UNGATED = ("starcoder2", "starcoder2-plain", "arcee", "jais2")
+
+
 @pytest.mark.parametrize("tp", [1, 2, 8])
-@pytest.mark.parametrize("name", ["granite", "ministral", "smollm3", "phi3", "glm"])
+@pytest.mark.parametrize("name", ["granite", "ministral", "smollm3", "phi3", "glm", *LIKE_LLAMA, *UNGATED])
 def test_rtp_llm(name, tp):
     config, hub, _ = families.made(name)
     plain = apart(hub, families.FAMILIES[name].heads)
@@ -135,6 +140,12 @@ def test_rtp_llm(name, tp):
 
 def test_refusals_name_what_has_no_place():
     for name, what in [
+        ("olmo", "lm_head"),
+        ("olmo2", "post_attention_layernorm"),
+        ("exaone4", "post_attention_layernorm"),
+        ("cohere-normed", "q_norm, a norm with weights for each head"),
+        ("hunyuan_v1_dense", "query_layernorm, a norm after the rotary positions"),
+        ("apertus", "act_fn.alpha_p"),
         ("gemma2", "post_attention_layernorm"),
         ("deepseek_v2-lora", "kv_a_proj_with_mqa.bias"),
         ("gpt_oss", "attention of model"),

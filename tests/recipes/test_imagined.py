@@ -13,6 +13,8 @@ OTHERS = {"gated": gated.made, "cogvlm2": cogvlm2.made, "jina_bert": jina}
 DECODERS = [*tiny.MODELS, *families.FAMILIES, "chatglm", *OTHERS]
 HEADS = ("cls.", "lm_head.", "classifier.")
 """What an encoder may have or not."""
+PREFIX = {"bert-alone": "bert.", "jina_bert": "bert.", "xlm_roberta-alone": "roberta."}
+"""What the names of an encoder that was saved alone lack."""
 
 
 def shapes(name):
@@ -23,7 +25,7 @@ def shapes(name):
     else:
         config, files, _ = (tiny if name in tiny.MODELS else families).made(name)
         recipe = recipes.find(config)
-    prefix = "bert." if name in ("bert-alone", "jina_bert") else ""  # which the file of an encoder lacks
+    prefix = PREFIX.get(name, "")
     return config, recipe, {prefix + n: tuple(x.shape) for n, x in files.items()}
 
 

@@ -100,12 +100,15 @@ KEYS = (
     "q_lora_rank", "num_kv_heads", "num_key_value_heads", "head_dim", "ffn_hidden_size", "d_model",
     "d_ff", "d_kv", "num_heads", "num_layers", "num_decoder_layers", "num_mel_bins", "encoder_layers",
     "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim", "max_source_positions", "type_vocab_size",
-    "shared_expert_intermediate_size", "n_shared_experts", "first_k_dense_replace",
+    "shared_expert_intermediate_size", "n_shared_experts", "first_k_dense_replace", "n_embd", "n_inner",
+    "n_positions", "n_layers", "n_heads", "ffn_dim",
 )  # fmt: skip
 DERIVED = {("deepseek", "head_dim"), ("deepseek", "num_key_value_heads"), ("falcon-mqa", "num_kv_heads")}
 DERIVED |= {("falcon-rw", "num_kv_heads"), ("qwen3_moe", "intermediate_size"), ("bloom", "n_head")}
 DERIVED |= {("gpt_neox", "num_attention_heads"), ("falcon-rw", "num_attention_heads")}
-DERIVED |= {(n, "num_attention_heads") for n in ("bert", "roberta")}
+DERIVED |= {(n, "num_attention_heads") for n in ("bert", "roberta", "xlm_roberta", "opt")}
+DERIVED |= {("gptj", "n_head"), ("gpt_bigcode-heads", "n_head"), ("mpt", "n_heads"), ("gptj", "n_positions")}
+DERIVED |= {("gpt_bigcode", "num_key_value_heads")}
 """Keys that no shape depends on, or that another derives: (how the model's name begins, key)."""
 
 

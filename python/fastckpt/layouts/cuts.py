@@ -14,7 +14,7 @@ import numpy as np
 
 from ..dtypes import int64
 from ..errors import LayoutError
-from ..model import Attention, Beside, Linear, Norm, Parameter, Sizes
+from ..model import Attention, Beside, Linear, Mlp, Norm, Parameter, Sizes
 from ..placement import Placement
 from ..stored import constant
 from ..target import Target
@@ -151,14 +151,27 @@ def _joined(name: str, linears: Sequence[Linear], kind: Beside) -> Beside:
 def qkv_part(attention: Attention, sizes: Sizes, placement: Placement) -> list[Linear]:
     """The rank's q, k and v; a gate stays with q, head by head, as the hub stores it. With fewer kv heads
     than ranks, tp / kv_heads neighbouring ranks hold the same one."""
-    tp, rank = placement.tp, placement.tp_rank
-    groups = min(tp, sizes.kv_heads)
-    shared = rank // (tp // groups)
     q = attention.q
     if attention.gate is not None:
         q = regrouped(q.name, [q, attention.gate], sizes.head_dim)
-    kv = (out_part(x, shared, groups) for x in (attention.k, attention.v))
-    return [out_part(q, rank, tp), *kv]
+    kv = (out_part(x, *_share(sizes.kv_heads, placement)) for x in (attention.k, attention.v))
+    return [out_part(q, placement.tp_rank, placement.tp), *kv]
+
+
+def own_norms_part(attention: Attention, sizes: Sizes, placement: Placement) -> list[Norm]:
+    """The rank's part of norms that have weights for each head of q and of k, cut as those are."""
+    norms = (attention.q_norm, sizes.heads), (attention.k_norm, sizes.kv_heads)
+    return [
+        replace(role, weight=role.weight.part(0, *_share(heads, placement)))
+        for role, heads in norms
+        if role is not None
+    ]
+
+
+def _share(heads: int, placement: Placement) -> tuple[int, int]:
+    """Which part of how many the rank holds of so many heads."""
+    count = min(placement.tp, heads)
+    return placement.tp_rank // (placement.tp // count), count
 
 
 def regrouped(name: str, parts: Sequence[Linear], head_dim: int) -> Linear:
@@ -232,6 +245,25 @@ def norm(role: Norm | None) -> Iterator[Target]:
         yield Target(f"{role.name}.weight", role.weight)
         if role.bias is not None:
             yield Target(f"{role.name}.bias", role.bias)
+
+
+def require_heads_alike(layout: str, attention: Attention) -> None:
+    """Raises LayoutError unless q and k are normed head by head, by the same weights, before the rotary
+    positions."""
+    norm = attention.q_norm
+    for other, what in (
+        (attention.whole_norms, "a norm of all heads"),
+        (attention.own_norms, "a norm with weights for each head"),
+        (attention.rotated, "a norm after the rotary positions"),
+    ):
+        if other and norm is not None:
+            raise LayoutError(f"layout {layout} has no place for {norm.name}, {what}")
+
+
+def require_no_scalars(layout: str, mlp: Mlp) -> None:
+    """Raises LayoutError for a block whose activation has learned numbers."""
+    for role in mlp.scalars:
+        raise LayoutError(f"layout {layout} has no place for {role.name}")
 
 
 def parameter(role: Parameter | None) -> Iterator[Target]:

@@ -219,6 +219,8 @@ def _mlp(mlp: Mlp, model: Model, placement: Placement) -> Iterator[Target]:
     else:
         yield from stored(joined(mlp.fused, [out_part(x, rank, tp) for x in _pair(mlp, mlp.gate)]))
     yield from stored(in_part(mlp.down, rank, tp))
+    for role in mlp.scalars:
+        yield from parameter(role)
 
 
 def _pair(mlp: Mlp, gate: Linear) -> list[Linear]:

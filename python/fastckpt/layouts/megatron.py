@@ -28,7 +28,9 @@ from .cuts import (
     regrouped,
     require_even,
     require_heads,
+    require_heads_alike,
     require_least,
+    require_no_scalars,
     require_subjects,
 )
 from .naming import Naming, hub
@@ -81,6 +83,11 @@ class Megatron:
         if model.parallel or model.alibi:
             what = "blocks side by side" if model.parallel else "ALiBi"
             raise LayoutError(f"layout megatron: megatron-core has no {what}, as {model.family} wants")
+        if model.positions is not None and model.first_position:
+            raise LayoutError(
+                f"layout megatron has no place for {model.positions.name}, whose positions begin with row "
+                f"{model.first_position}"
+            )
         for extra in (model.embedding_norm, *model.carried):
             if extra is not None:
                 raise LayoutError(f"layout megatron has no place for {extra.name} of {model.family}")
@@ -200,6 +207,7 @@ class Megatron:
     ) -> Iterator[Target]:
         if attention.relative is not None:
             raise LayoutError(f"layout megatron has no place for {attention.relative.name}")
+        require_heads_alike("megatron", attention)
         rank, tp = placement.tp_rank, placement.tp
         queries = [attention.q] if attention.gate is None else [attention.q, attention.gate]
         qkv = regrouped("", [*queries, attention.k, attention.v], sizes.head_dim)
@@ -251,6 +259,7 @@ class Megatron:
 
 
 def _mlp(at: str, mlp: Mlp, rank: int, tp: int) -> Iterator[Target]:
+    require_no_scalars("megatron", mlp)
     up = out_part(mlp.up, rank, tp)
     if mlp.gate is not None:
         up = joined(mlp.up.name, [out_part(mlp.gate, rank, tp), up])

@@ -141,6 +141,9 @@ def _layer(layer: Layer, old: Sizes, new: Sizes) -> Layer:
 def _attention(attention: Attention, old: Sizes, new: Sizes) -> Attention:
     if attention.q.beside or attention.o.beside:
         raise LayoutError(f"{attention.q.name}: heads of a quantised matrix cannot be padded")
+    norm = attention.q_norm
+    if norm is not None and (attention.whole_norms or attention.own_norms):
+        raise LayoutError(f"pad: {norm.name} tells heads apart or norms them all at once: none are added")
     kv, d, sinks = new.kv_heads - old.kv_heads, old.head_dim, attention.sinks
 
     def queries(view: View, axis: int, each: int) -> View:

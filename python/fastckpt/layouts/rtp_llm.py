@@ -167,6 +167,11 @@ class RtpLlm:
         require_even("rtp_llm", grid, "hidden_size", sizes.hidden)
         if model.encoder is not None:
             raise LayoutError(f"layout rtp_llm has no place for the encoder of {model.family}")
+        if model.positions is not None and model.first_position:
+            raise LayoutError(
+                f"layout rtp_llm has no place for {model.positions.name}, whose positions begin with row "
+                f"{model.first_position}"
+            )
         for extra in model.carried:
             if model.family not in TOWERS and not extra.name.endswith("token_type_embeddings.weight"):
                 raise LayoutError(f"layout rtp_llm has no place for {extra.name} of {model.family}")

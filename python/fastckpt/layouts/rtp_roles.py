@@ -17,7 +17,7 @@ from ..computed.finishes import agreed, largest, plus_one, reciprocal
 from ..errors import LayoutError
 from ..model import Attention, Beside, Experts, Layer, Linear, Mla, Mlp, Model, Norm
 from ..views import View, cat, stack
-from .cuts import in_form, joined
+from .cuts import in_form, joined, require_heads_alike, require_no_scalars
 from .rtp_merge import flat, merge_fp8, rope_apart, stack_moe_w1, transpose_slice_k, transpose_slice_v
 from .rtp_split import Cut
 from .rtp_weights import STATIC
@@ -100,7 +100,7 @@ def norm(name: str, role: Norm | None) -> Iterator[Whole]:
 def _norms(layer: Layer, model: Model) -> Iterator[Whole]:
     """Norms before the blocks (side by side in a parallel layer), or after their sums as BERT has them."""
     before, after = layer.attention_norm, layer.attention_after
-    if before is None:
+    if before is None and model.norm is None:
         yield from norm("post_ln", after)
         yield from norm("post_ln_2", layer.mlp_norm)
         yield from norm("post_ffn_ln", layer.mlp_after)
@@ -108,6 +108,8 @@ def _norms(layer: Layer, model: Model) -> Iterator[Whole]:
     for extra in (after, layer.mlp_after):
         if extra is not None:
             raise LayoutError(f"layout rtp_llm has no place for {extra.name}")
+    if before is None:
+        raise LayoutError(f"layout rtp_llm wants a norm before the attention of {layer.name}")
     both = model.parallel and layer.mlp_norm is not None
     yield from norm("pre_attn_ln" if both else "pre_ln", before)
     yield from norm("pre_ln" if both else "post_ln", layer.mlp_norm)
@@ -271,6 +273,8 @@ def _attention(attention: Attention, model: Model, cut: Cut, making: Making, of:
         raise LayoutError(
             f"layout rtp_llm has no place for the attention of {attention.o.name} ({model.family})"
         )
+    if not model.alibi:  # Jina's BERT, whose norms of all heads the engine has
+        require_heads_alike("rtp_llm", attention)
     qkv = [attention.q, attention.k, attention.v]
     for one in qkv:
         _whole_heads(one, cut)
@@ -362,6 +366,7 @@ def mlp_matrices(mlp: Mlp, making: Making) -> list[tuple[str, list[Linear]]]:
 
 def _mlp(mlp: Mlp, cut: Cut, making: Making, of: str = "") -> Iterator[Whole]:
     """`of`: what stands before W's names."""
+    require_no_scalars("rtp_llm", mlp)
     ranks = cut.ffn_tp[1]
     for end, linears in mlp_matrices(mlp, making):
         if len(linears) > 1:

@@ -31,7 +31,9 @@ from .cuts import (
     joined,
     norm,
     out_part,
+    own_norms_part,
     padded_part,
+    parameter,
     plain,
     qkv_part,
     regrouped,
@@ -328,8 +330,9 @@ def _attention(
     grouped = as_hub and attention.grouped
     yield from plain(regrouped(name, parts, sizes.head_dim) if grouped else joined(name, parts))
     yield from plain(in_part(attention.o, placement.tp_rank, placement.tp))
-    yield from norm(attention.q_norm)
-    yield from norm(attention.k_norm)
+    norms = [attention.q_norm, attention.k_norm]
+    for role in own_norms_part(attention, sizes, placement) if attention.own_norms else norms:
+        yield from norm(role)
     if attention.sinks is not None:
         sinks = attention.sinks.view.part(0, placement.tp_rank, placement.tp)
         yield Target(attention.sinks.name, sinks)
@@ -359,6 +362,8 @@ def _mlp(mlp: Mlp, placement: Placement, as_hub: bool = False) -> Iterator[Targe
         name = mlp.fused or f"{_parent(mlp.up.name)}.gate_up_proj"
         yield from plain(joined(name, [out_part(x, rank, tp) for x in (mlp.gate, mlp.up)]))
     yield from plain(in_part(mlp.down, rank, tp))
+    for role in mlp.scalars:
+        yield from parameter(role)
 
 
 def _parent(name: str) -> str:

@@ -181,10 +181,12 @@ class Claims:
         offset = self.tensor(bias_name or f"{at}.bias", out) if bias else absent
         return lambda: replace(build(), bias=offset(), bias_name=bias_name)
 
-    def norm(self, name: str, size: Dim, *, bias: bool = False, plus_one: bool = False) -> Callable[[], Norm]:
-        """Claims a norm's weight, and its bias where it has one."""
-        weight = self.tensor(f"{name}.weight", size)
-        offset = self.tensor(f"{name}.bias", size) if bias else absent
+    def norm(
+        self, name: str, *dims: Dim, bias: bool = False, plus_one: bool = False
+    ) -> Callable[[], Norm]:
+        """Claims a norm's weight of that shape, and its bias where it has one."""
+        weight = self.tensor(f"{name}.weight", *dims)
+        offset = self.tensor(f"{name}.bias", *dims) if bias else absent
         return lambda: Norm(name, weight(), offset(), plus_one)
 
     def rows(self, name: str, count: int, width: Dim) -> Callable[[], Embedding]:

@@ -36,30 +36,63 @@ ANCHOR = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True)
-class Norms:
-    """The names of a layer's norms: before attention and the feed-forward block, and after each, if any."""
+class Said:
+    """Whether a family has something, where its configs say so: under `key`, or under its `older` name;
+    `default` where they are silent."""
 
-    attention: str = "input_layernorm"
-    mlp: str = "post_attention_layernorm"
+    key: str
+    default: bool = False
+    older: str = ""
+
+
+def has(config: Mapping[str, JSON], it: bool | Said) -> bool:
+    """Whether a model of this config has `it`. Raises RecipeError where the config's word is no boolean."""
+    if isinstance(it, bool):
+        return it
+    return flag(config, it.key, flag(config, it.older, it.default))
+
+
+@dataclass(frozen=True, slots=True)
+class Norms:
+    """The names of a layer's norms: before attention and the feed-forward block, and after each, if any
+    (None: none, or none that the hub stores); of those of q and k, below attention; of the model's last one.
+    `bias`: all but those of q and k have biases."""
+
+    attention: str | None = "input_layernorm"
+    mlp: str | None = "post_attention_layernorm"
     attention_after: str | None = None
     mlp_after: str | None = None
+    q: str = "q_norm"
+    k: str = "k_norm"
+    last: str | None = "model.norm"
+    bias: bool = False
+
+
+ATTENTION_BIAS, MLP_BIAS = Said("attention_bias"), Said("mlp_bias")
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
     """How a family differs from the others of this shape.
 
-    `qkv_bias`, `o_bias`: whether q, k and v, or o, have a bias (None: as config's attention_bias says).
-    `qk_norm`: each head's q and k are normed. `mlp_bias`: the feed-forward block has biases where config's
-    mlp_bias says so. `plus_one`: norms multiply by 1 + weight. `fused_qkv`, `fused_gate_up`: [q; k; v] or
-    [gate; up] are stored as one matrix. `sinks`: attention has sinks. `tied`: whether embedding and head are
-    one where the config does not say. `cuts`: as in Model."""
+    `qkv_bias`, `o_bias`, `mlp_bias`: whether q, k and v, o, or the feed-forward block have biases.
+    `head_bias`: the head has one. `qk_norm`: q and k are normed: each head by the same weights, with
+    `own_norms` by weights of its own, or, with `whole_norms`, all of q and all of k; `rotated`: after the
+    rotary positions. `plus_one`: norms multiply by 1 + weight. `fused_qkv`, `fused_gate_up`: [q; k; v] or
+    [gate; up] are stored as one matrix. `ungated`: the names of the two matrices of a feed-forward block
+    without a gate; None: it has a gate. `scalars`: the learned numbers of its activation, below the block,
+    with their shapes. `o`: the name of o. `sinks`: attention has sinks. `parallel`: attention and the
+    feed-forward block read one norm, side by side. `tied`: whether embedding and head are one where the
+    config does not say. `cuts`: as in Model."""
 
     family: str
-    qkv_bias: bool | None = None
-    o_bias: bool | None = None
-    qk_norm: bool = False
-    mlp_bias: bool = False
+    qkv_bias: bool | Said = ATTENTION_BIAS
+    o_bias: bool | Said = ATTENTION_BIAS
+    qk_norm: bool | Said = False
+    whole_norms: bool = False
+    own_norms: bool = False
+    rotated: bool = False
+    mlp_bias: bool | Said = False
     norms: Norms = field(default_factory=Norms)
     plus_one: bool = False
     fused_qkv: bool = False
@@ -67,6 +100,11 @@ class Kind:
     sinks: bool = False
     tied: bool = False
     cuts: HubCuts = field(default_factory=HubCuts)
+    head_bias: bool = False
+    ungated: tuple[str, str] | None = None
+    scalars: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    o: str = "o_proj"
+    parallel: bool | Said = False
 
 
 Claim = Callable[[str], Callable[[], Attention | Mla]]
@@ -85,10 +123,23 @@ def recipe(
 
 
 def dense(kind: Kind, claims: Claims, config: Mapping[str, JSON], width: Dim) -> FeedForward:
-    """The gated block of `mlp`, that wide in every layer."""
+    """The block of `mlp`, that wide in every layer."""
     hidden = dim(config, "hidden_size")
-    bias = kind.mlp_bias and flag(config, "mlp_bias", False)
-    return lambda layer: gated(claims, f"{layer}.mlp", width, hidden, bias=bias, fused=kind.fused_gate_up)
+    bias = has(config, kind.mlp_bias)
+    if kind.ungated is None:
+        return lambda layer: gated(claims, f"{layer}.mlp", width, hidden, bias=bias, fused=kind.fused_gate_up)
+    first, second = kind.ungated
+
+    def claim(layer: str) -> Callable[[], Mlp]:
+        up = claims.linear(f"{layer}.mlp.{first}", width, hidden, bias=bias)
+        down = claims.linear(f"{layer}.mlp.{second}", hidden, width, bias=bias)
+        scalars = [
+            claims.parameter(f"{layer}.mlp.{name}", *(Dim(n, "1") for n in shape))
+            for name, shape in kind.scalars
+        ]
+        return lambda: Mlp(None, up(), down(), scalars=tuple(build() for build in scalars))
+
+    return claim
 
 
 def gated(
@@ -119,15 +170,16 @@ def attention(kind: Kind, claims: Claims, config: Mapping[str, JSON]) -> Claim:
     kv_rows = Dim(heads.kv * heads.dim, "num_key_value_heads * head_dim")
     all_rows = Dim(q_rows.size + 2 * kv_rows.size, f"{q_rows.key} + 2 * {kv_rows.key}")
     one_head = Dim(heads.dim, "head_dim")
-    said = flag(config, "attention_bias", False)
-    qkv_bias = said if kind.qkv_bias is None else kind.qkv_bias
-    o_bias = said if kind.o_bias is None else kind.o_bias
+    qkv_bias, qk_norm = has(config, kind.qkv_bias), has(config, kind.qk_norm)
 
-    def norm(name: str) -> Callable[[], Norm | None]:
-        return claims.norm(name, one_head, plus_one=kind.plus_one) if kind.qk_norm else absent
+    def norm(name: str, count: int, rows: Dim) -> Callable[[], Norm | None]:
+        """The norm of `count` heads, which have that many rows."""
+        own = (Dim(count, "heads"),) if kind.own_norms else ()
+        over = (rows,) if kind.whole_norms else (*own, one_head)
+        return claims.norm(name, *over, plus_one=kind.plus_one) if qk_norm else absent
 
     def matrices(at: str) -> Callable[[], Attention]:
-        o = claims.linear(f"{at}.o_proj", hidden, q_rows, bias=o_bias)
+        o = claims.linear(f"{at}.{kind.o}", hidden, q_rows, bias=has(config, kind.o_bias))
         if kind.fused_qkv:
             whole = claims.linear(f"{at}.qkv_proj", all_rows, hidden, bias=qkv_bias)
             return fused_attention(whole, o, heads)
@@ -138,10 +190,20 @@ def attention(kind: Kind, claims: Claims, config: Mapping[str, JSON]) -> Claim:
 
     def claim(layer: str) -> Callable[[], Attention]:
         at = f"{layer}.self_attn"
-        build, q_norm, k_norm = matrices(at), norm(f"{at}.q_norm"), norm(f"{at}.k_norm")
+        build = matrices(at)
+        q_norm = norm(f"{at}.{kind.norms.q}", heads.q, q_rows)
+        k_norm = norm(f"{at}.{kind.norms.k}", heads.kv, kv_rows)
         one_each = Dim(heads.q, "num_attention_heads")
         sinks = claims.parameter(f"{at}.sinks", one_each) if kind.sinks else absent
-        return lambda: replace(build(), q_norm=q_norm(), k_norm=k_norm(), sinks=sinks())
+        return lambda: replace(
+            build(),
+            q_norm=q_norm(),
+            k_norm=k_norm(),
+            sinks=sinks(),
+            whole_norms=kind.whole_norms,
+            own_norms=kind.own_norms,
+            rotated=kind.rotated,
+        )
 
     return claim
 
@@ -170,19 +232,28 @@ def decoder(
     hidden = dim(config, "hidden_size")
     size = heads or heads_of(config)
     attend = attends or attention(kind, claims, config)
+    names, parallel = kind.norms, has(config, kind.parallel)
 
     def norm(name: str) -> Callable[[], Norm]:
-        return claims.norm(name, hidden, plus_one=kind.plus_one)
+        return claims.norm(name, hidden, bias=names.bias, plus_one=kind.plus_one)
 
     def layer(name: str) -> Callable[[], Layer]:
-        names = kind.norms
-        before, attending = norm(f"{name}.{names.attention}"), attend(name)
-        between, feeding = norm(f"{name}.{names.mlp}"), feed_forward(name)
-        after, last = (norm(f"{name}.{n}") if n else absent for n in (names.attention_after, names.mlp_after))
+        def named(leaf: str | None) -> Callable[[], Norm | None]:
+            return norm(f"{name}.{leaf}") if leaf else absent
+
+        before, attending = named(names.attention), attend(name)
+        between, feeding = named(None if parallel else names.mlp), feed_forward(name)
+        after, last = named(names.attention_after), named(names.mlp_after)
         return lambda: Layer(name, before(), attending(), between(), feeding(), after(), last())
 
     vocab, embedding, lm_head, tied = vocabulary(
-        claims, config, vocab_size, embedding="model.embed_tokens", hidden=hidden, tied_default=kind.tied
+        claims,
+        config,
+        vocab_size,
+        embedding="model.embed_tokens",
+        hidden=hidden,
+        tied_default=kind.tied,
+        head_bias="lm_head.bias" if kind.head_bias else "",
     )
     count = integer(config, "num_hidden_layers")
     layers = Layers([layer(f"model.layers.{i}") for i in range(count)])
@@ -207,12 +278,13 @@ def decoder(
         ),
         embedding=embedding,
         layers=layers,
-        norm=norm("model.norm")(),
+        norm=norm(names.last)() if names.last else None,
         lm_head=lm_head,
         tied=tied,
         predictions=Lazy([_prediction(claims, n, layer, norm, vocab, hidden) for n in further]),
         ignored=claims.close(IGNORED),
         cuts=kind.cuts,
+        parallel=parallel,
     )
 
 

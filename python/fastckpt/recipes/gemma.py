@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3 (text): norms that multiply by 1 + weight, since Gemma 2 also after each block."""
+"""Gemma 1, 2, 3 (text) and VaultGemma: norms that multiply by 1 + weight, in 2 and 3 after each block too."""
 
 from __future__ import annotations
 
@@ -12,3 +12,4 @@ _AROUND = Norms(
 GEMMA = Kind("gemma", plus_one=True, tied=True)
 GEMMA2 = Kind("gemma2", norms=_AROUND, plus_one=True, tied=True)
 GEMMA3 = Kind("gemma3_text", norms=_AROUND, plus_one=True, tied=True, qk_norm=True)
+VAULTGEMMA = Kind("vaultgemma", norms=Norms(mlp="pre_feedforward_layernorm"), plus_one=True, tied=True)

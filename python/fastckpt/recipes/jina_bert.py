@@ -41,7 +41,7 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         feeds = fused_mlp(up_gate, down, up_first=True)
 
         def build() -> Layer:
-            attention = Attention(q(), k(), v(), o(), q_norm(), k_norm())
+            attention = Attention(q(), k(), v(), o(), q_norm(), k_norm(), whole_norms=True)
             return Layer(name, None, attention, between(), feeds(), after(), last())
 
         return build

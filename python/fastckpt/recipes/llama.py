@@ -1,13 +1,41 @@
-"""Llama and those that differ from it in biases and per-head norms: the decoder as it is."""
+"""Llama and those that differ from it in biases and norms: the decoder as it is."""
 
 from __future__ import annotations
 
-from .decoder import Kind
+from .decoder import MLP_BIAS, Kind, Norms, Said
 
-LLAMA = Kind("llama", mlp_bias=True)
+LLAMA = Kind("llama", mlp_bias=MLP_BIAS)
 MISTRAL = Kind("mistral", qkv_bias=False, o_bias=False)
 MINISTRAL = Kind("ministral", qkv_bias=False, o_bias=False)
-GRANITE = Kind("granite", mlp_bias=True)
-SMOLLM3 = Kind("smollm3", mlp_bias=True, tied=True)
+GRANITE = Kind("granite", mlp_bias=MLP_BIAS)
+SMOLLM3 = Kind("smollm3", mlp_bias=MLP_BIAS, tied=True)
 QWEN2 = Kind("qwen2", qkv_bias=True, o_bias=False)
 QWEN3 = Kind("qwen3", qk_norm=True)
+MINISTRAL3 = Kind("ministral3", qkv_bias=False, o_bias=False)
+CWM = Kind("cwm", qkv_bias=False, o_bias=False, mlp_bias=MLP_BIAS)
+HELIUM = Kind("helium", o_bias=False, mlp_bias=MLP_BIAS)
+SEED_OSS = Kind(
+    "seed_oss",
+    qkv_bias=Said("attention_bias", default=True),
+    o_bias=Said("attention_out_bias"),
+    mlp_bias=MLP_BIAS,
+)
+ERNIE4_5 = Kind(
+    "ernie4_5", qkv_bias=Said("use_bias"), o_bias=Said("use_bias"), mlp_bias=Said("use_bias"), tied=True
+)
+HUNYUAN = Kind(
+    "hunyuan_v1_dense", qk_norm=True, rotated=True, norms=Norms(q="query_layernorm", k="key_layernorm")
+)
+INTERNLM3 = Kind(
+    "internlm3",
+    qkv_bias=Said("attention_bias", older="qkv_bias"),
+    o_bias=Said("mlp_bias", older="bias"),
+    mlp_bias=Said("mlp_bias", older="bias"),
+)
+STABLELM = Kind(
+    "stablelm",
+    qkv_bias=Said("use_qkv_bias"),
+    o_bias=False,
+    norms=Norms(bias=True),
+    parallel=Said("use_parallel_residual"),
+)

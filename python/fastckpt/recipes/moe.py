@@ -19,12 +19,14 @@ from .claims import Claims, Dim, absent
 @dataclass(frozen=True, slots=True)
 class Block:
     """What the hub calls a layer's mixture: the module `hub` holds the router (`gate`) and `experts`, each of
-    which has the matrices `gate`, `up` and `down`. In training transformers always calls it `mlp`."""
+    which has the matrices `gate`, `up` and `down`. `correction`: the name within the module of what is added
+    to the experts' scores when the router selects, "" for none. In training transformers calls it `mlp`."""
 
     hub: str = "mlp"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    correction: str = ""
 
 
 BLOCK = Block()
@@ -34,17 +36,18 @@ BLOCK = Block()
 def experts(
     claims: Claims, layer: str, block: Block, count: Dim, width: Dim, hidden: Dim
 ) -> Callable[[], Experts]:
-    """Claims the router and the experts of a layer, in either spelling."""
+    """Claims the router of a layer, its correction and the experts, in either spelling."""
     hub, trained = f"{layer}.{block.hub}", f"{layer}.mlp"
+    added = claims.parameter(f"{hub}.{block.correction}", count, kept=True) if block.correction else absent
     name = f"{hub}.experts"
     if f"{trained}.experts.gate_up_proj" not in claims:
         router = claims.linear(f"{hub}.gate", count, hidden)
         each = [_one(claims, f"{name}.{e}", block, width, hidden) for e in range(count.size)]
-        return lambda: Experts(name, router(), Lazy(each))
+        return lambda: Experts(name, router(), Lazy(each), added())
     router = claims.linear(f"{hub}.gate", count, hidden, stored=f"{trained}.gate")
     gate_up = claims.tensor(f"{trained}.experts.gate_up_proj", count, width.times(2), hidden)
     down = claims.tensor(f"{trained}.experts.down_proj", count, hidden, width)
-    return lambda: Experts(name, router(), _unstacked(name, block, gate_up(), down()))
+    return lambda: Experts(name, router(), _unstacked(name, block, gate_up(), down()), added())
 
 
 def with_shared(

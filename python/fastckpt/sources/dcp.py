@@ -67,20 +67,20 @@ def read(path: str, options: Options) -> Checkpoint:
     extents, rows, digests, files = located(found, names.values(), (root, *options.also), options.check_crc)
     table = Extents(extents)
     search = [root, os.path.dirname(os.path.abspath(root))]
-    words = [n for n in names if found.tensors[names[n]].shape[:1] == _vocabulary(search)]
-    tied = _tied({n: rows[names[n]] for n in words}, extents)
+    words = [n for n in names if found.tensors[names[n]].shape[:1] == vocabulary(search)]
+    aliases = tied({n: rows[names[n]] for n in words}, extents)
     entries: dict[str, Entry] = {}
     for name, key in names.items():
         stored = found.tensors[key]
-        if name not in tied:
+        if name not in aliases:
             view = partial(boxes, table, stored.dtype, stored.shape, rows[key])
             entries[name] = Single(stored.shape, stored.dtype, view)
     rest = Counter(path[0] for key, path in found.paths.items() if key not in set(names.values()))
     return assemble(
-        path, "dcp", entries, table, options, aliases=tied, files=files, search=search,
+        path, "dcp", entries, table, options, aliases=aliases, files=files, search=search,
         facts={
             "state dict": ".".join(prefix) or "at the top", "files": len(files), "tensors": len(entries),
-            "boxes": len(extents), "tied": dict(tied), **later(where, files),
+            "boxes": len(extents), "tied": dict(aliases), **later(where, files),
         },
         unread=[f"{key}: {count} values beside the state dict" for key, count in sorted(rest.items())]
         + [f"{name}: another model" for name in _others(path, root)],
@@ -210,14 +210,14 @@ def _tensor(root: object, dtype: DType, size: Sizes) -> Tensor:
     return root
 
 
-def _vocabulary(search: Sequence[str]) -> Sizes | None:
+def vocabulary(search: Sequence[str]) -> Sizes | None:
     """(rows of the word embedding,) where config.json says that the output shares it."""
     config = read_config(neighbours(search)) or {}
     size = config.get("vocab_size") if config.get("tie_word_embeddings") is True else None
     return (size,) if isinstance(size, int) else None
 
 
-def _tied(rows: Mapping[str, NDArray[np.int64]], extents: Sequence[Extent]) -> dict[str, str]:
+def tied(rows: Mapping[str, NDArray[np.int64]], extents: Sequence[Extent]) -> dict[str, str]:
     """Tied name -> the first name with the same bytes: a save does not say which names are one tensor."""
     out: dict[str, str] = {}
     names = list(rows)

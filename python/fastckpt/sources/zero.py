@@ -20,6 +20,7 @@ from ..extents import Extents, is_directory
 from . import torchfile
 from .assembly import assemble
 from .options import Options
+from .samples import check_copy, number, one_axis, read_at
 from .torchfile import Tensor, TorchFile
 from .torchtensors import by_storage, places
 from .zero_experts import in_order, is_expert, spread
@@ -28,7 +29,6 @@ from .zero_layout import Flat, Placed, Shape, chained, sliced
 from .zero_opening import Opened, Opening, Whole, optim_tensors
 from .zero_order import check_order, comparable, sampled
 from .zero_parts import Parts, parts, trainable
-from .zero_sample import check_copy, number, one_axis, read_at
 from .zero_state import ModelState, OptimState, Rank, model_state, optim_state
 
 State = TypeVar("State", OptimState, ModelState)

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Protocol
 
 import numpy as np
 
@@ -26,16 +25,13 @@ from ..extents import Extents
 from ..views import ZERO, View, cat, zeros
 from .assembly import assemble
 from .options import Options
+from .samples import Agreement, samples
 from .torchtensors import places
 from .zero_cuts import Cut, Cuts, Piece
 from .zero_files import Grid
 from .zero_opening import Opening
 from .zero_pipeline import TIED, layers
-from .zero_sample import sampled_bytes
 from .zero_state import Rank, mapping
-
-SAMPLES = 16
-"""Elements compared of what two ranks hold."""
 
 
 def joined(path: str, grid: Grid, ranks: Sequence[Rank], options: Options, tp: int) -> Checkpoint:
@@ -58,7 +54,7 @@ def joined(path: str, grid: Grid, ranks: Sequence[Rank], options: Options, tp: i
         for r, base in zip(ranks, bases, strict=False)
     ]
     stages = [held[p * tp : (p + 1) * tp] for p in range(pp)]
-    same = _Same(where)
+    same = Agreement(where)
     if state.pipeline:
         copies = []
         for t in range(tp):
@@ -78,6 +74,7 @@ def joined(path: str, grid: Grid, ranks: Sequence[Rank], options: Options, tp: i
                 same.add(f"{name} in two stages of the pipeline", earlier, entry)
     cuts.check_used(n for n, e in entries.items() if isinstance(e, _Joined))
     same.check()
+    _check_apart(entries, where)
     _check_gated(entries, where)
     return _assembled(path, grid, ranks, options, opening, extents, entries, (pp, tp))
 
@@ -109,7 +106,9 @@ def _check_one_save(ranks: Sequence[Rank], where: str) -> None:
 # ---- the ranks of a stage ----
 
 
-def _stage(columns: Sequence[Mapping[str, Entry]], cuts: Cuts, same: _Same, where: str) -> dict[str, Entry]:
+def _stage(
+    columns: Sequence[Mapping[str, Entry]], cuts: Cuts, same: Agreement, where: str
+) -> dict[str, Entry]:
     """The whole tensors of a stage; `columns`: what each of its tensor-parallel ranks holds."""
     first = columns[0]
     for rank, own in enumerate(columns):
@@ -135,10 +134,22 @@ def _stage(columns: Sequence[Mapping[str, Entry]], cuts: Cuts, same: _Same, wher
         for a, b in cut.same:
             what = f"{name}, which tensor-parallel ranks {a.rank} and {b.rank} both hold,"
             same.add(what, _Piece(parts[a.rank], cut.axis, a), _Piece(parts[b.rank], cut.axis, b))
-        if not cut.told:
-            same.refuse_equal(name, parts)
         out[name] = _Joined(tuple(parts), cut, full[0].dtype, full[0].kind)
     return out
+
+
+def _check_apart(entries: Mapping[str, Entry], where: str) -> None:
+    """Raises SourceError for a parameter of which nothing is said, so that it is cut by default, and of which
+    every rank has the same: it would rather stand whole on each."""
+    default = {n: e.parts for n, e in entries.items() if isinstance(e, _Joined) and not e.cut.told}
+    seen = samples(part for parts in default.values() for part in parts)
+    for name, parts in default.items():
+        held = [next(seen) for _ in parts]
+        if len({*held}) == 1 and len({*held[0]}) > 1 and len({p.shape for p in parts}) == 1:
+            raise SourceError(
+                f"{where}: {name} is the same on all {len(parts)} tensor-parallel ranks, and "
+                "universal_checkpoint_info does not say that it is replicated: in doubt"
+            )
 
 
 def _check_gated(entries: Mapping[str, Entry], where: str) -> None:
@@ -212,50 +223,6 @@ class _Joined:
             return zeros(self.shape, self.dtype)
         pieces = [_Piece(self.parts[p.rank], self.cut.axis, p).build() for p in self.cut.pieces]
         return cat(pieces, self.cut.axis) if len(pieces) > 1 else pieces[0]
-
-
-class _Built(Protocol):
-    """What has a view."""
-
-    def build(self) -> View: ...
-
-
-class _Same:
-    """Pairs of entries that must hold the same elements, of which some are compared at once."""
-
-    def __init__(self, where: str) -> None:
-        self._where = where
-        self._equal: list[tuple[str, _Built, _Built]] = []
-        self._apart: list[tuple[str, Sequence[Entry]]] = []
-
-    def add(self, what: str, a: _Built, b: _Built) -> None:
-        """`what` holds in `a` what it holds in `b`."""
-        self._equal.append((what, a, b))
-
-    def refuse_equal(self, name: str, parts: Sequence[Entry]) -> None:
-        """Parts of a parameter of which nothing is said, so that it is cut by default; were they all one,
-        it would rather stand whole on every rank."""
-        self._apart.append((name, parts))
-
-    def check(self) -> None:
-        """Raises SourceError for those that differ, or are one."""
-        seen = _samples(x for _, *pair in self._equal for x in pair)
-        for what, *_ in self._equal:
-            if next(seen) != next(seen):
-                raise SourceError(f"{self._where}: {what} has two values: which one is meant is in doubt")
-        seen = _samples(part for _, parts in self._apart for part in parts)
-        for name, parts in self._apart:
-            held = [next(seen) for _ in parts]
-            if len({*held}) == 1 and len({*held[0]}) > 1 and len({p.shape for p in parts}) == 1:
-                raise SourceError(
-                    f"{self._where}: {name} is the same on all {len(parts)} tensor-parallel ranks, and "
-                    "universal_checkpoint_info does not say that it is replicated: in doubt"
-                )
-
-
-def _samples(built: Iterable[_Built]) -> Iterator[tuple[bytes, ...]]:
-    views = (b.build() for b in built)
-    return iter(sampled_bytes([view.reshape((view.numel,)) for view in views], SAMPLES))
 
 
 def _assembled(

@@ -16,9 +16,9 @@ import numpy as np
 from ..errors import SourceError
 from ..extents import Extents, File
 from ..views import View
+from .samples import COMPARED, elements, number, read_all, same
 from .torchpickle import Tensor
 from .zero_layout import Flat, Placed, Shape
-from .zero_sample import COMPARED, elements, number, read_all, same
 
 SAMPLES = 8
 """Elements of a partition that are compared."""

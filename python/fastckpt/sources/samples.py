@@ -1,10 +1,11 @@
-"""Reads single elements by position: an optimizer's step, and samples of the 16-bit copy and its masters."""
+"""Reads single elements by position: an optimizer's step, and samples of what is stored twice."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,9 @@ from ..views import View
 
 POSITIONS = 4
 """Elements compared in each tensor: the first, the last, and evenly between."""
+
+OF_ONE = 16
+"""Elements compared of what must be the same element by element."""
 
 COMPARED = {
     "float32": "<f4",
@@ -65,6 +69,37 @@ def sampled_bytes(views: Sequence[View], count: int = POSITIONS) -> list[tuple[b
     at = [_positions(view, count) for view in views]
     found = iter(elements([(view, i) for view, own in zip(views, at, strict=True) for i in own]))
     return [tuple(next(found) for _ in own) for own in at]
+
+
+class Built(Protocol):
+    """What has a view."""
+
+    def build(self) -> View: ...
+
+
+class Agreement:
+    """Pairs of what must hold the same elements, of which some are compared at once."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._pairs: list[tuple[str, Built, Built]] = []
+
+    def add(self, what: str, a: Built, b: Built) -> None:
+        """`what` holds in `a` what it holds in `b`."""
+        self._pairs.append((what, a, b))
+
+    def check(self) -> None:
+        """Raises SourceError for the first pair that differs."""
+        seen = samples(x for _, *pair in self._pairs for x in pair)
+        for what, *_ in self._pairs:
+            if next(seen) != next(seen):
+                raise SourceError(f"{self._where}: {what} has two values: which one is meant is in doubt")
+
+
+def samples(built: Iterable[Built]) -> Iterator[tuple[bytes, ...]]:
+    """OF_ONE elements of each."""
+    views = (b.build() for b in built)
+    return iter(sampled_bytes([view.reshape((view.numel,)) for view in views], OF_ONE))
 
 
 def same(copy: float, master: float, dtype: DType) -> bool:

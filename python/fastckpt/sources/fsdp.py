@@ -1,0 +1,268 @@
+"""Reads the files that FSDP's ranks save by themselves: `model_world_size_N_rank_R.pt`, as verl writes them.
+
+Each is a state dict, pickled with the rank's parts of the tensors that were cut (`distributed`) and with
+tensors that every rank has whole. A run's directory has `latest_checkpointed_iteration.txt` and a
+`global_step_N` for each save; in that lies the model, or models by their part in reinforcement learning.
+Source: verl 0.9.1, verl/utils/checkpoint/fsdp_checkpoint_manager.py and verl/trainer/ppo/ray_trainer.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoint import JSON, Checkpoint, Entry, Single
+from ..dtypes import DType
+from ..errors import SourceError
+from ..extents import Extents, content, is_directory, is_file, listed
+from ..stored import boxes as tiled
+from ..stored import check_tiles, strided
+from ..views import View
+from . import torchfile
+from .assembly import assemble, read_json
+from .dcp import tied, vocabulary
+from .distributed import Box, Part, boxes_of, part_of
+from .inert import type_name
+from .options import Options
+from .samples import Agreement
+from .torchfile import Tensor, TorchFile
+from .torchtensors import refuse_unread
+
+TRACKER = "latest_checkpointed_iteration.txt"
+MODELS = ("", "actor", "policy")
+"""Where in a save the model lies that is trained to be served."""
+HUB = "huggingface"
+"""The directory beside the files in which config.json and the tokenizer lie."""
+RECORD = "fsdp_config.json"
+
+_FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
+_STEP = re.compile(r"global_step_\d+")
+
+
+def matches(path: str) -> bool:
+    """Whether `path` is a directory with such files, a save, or a run's directory with saves."""
+    return is_directory(path) and (_model(path) is not None or (_tracked(path) and bool(_saves(path))))
+
+
+def read(path: str, options: Options) -> Checkpoint:
+    """The model in a save: the last one, or `tag`'s. Raises SourceError."""
+    save = _chosen(path, options.tag)
+    replace(options, tag=None).refuse_zero_only(path)
+    root = _model(save)
+    if root is None:
+        raise SourceError(f"{save}: no model_world_size_N_rank_R.pt here, nor in {' or '.join(MODELS[1:])}")
+    files = [
+        torchfile.load(name, check_crc=options.check_crc, wanted=lambda root: _wanted(root))
+        for name in _files(root, options.also)
+    ]
+    base = [*accumulate((len(f.extents) for f in files), initial=0)]
+    stored = [e for f in files for e in f.extents]
+    extents = Extents(stored)
+    states = [_state(f) for f in files]
+    for rank, state in enumerate(states):
+        if odd := sorted({*state} ^ {*states[0]}):
+            raise SourceError(f"{root}: only one of ranks 0 and {rank} holds {odd[0]}: of two runs")
+    same = Agreement(root)
+    kinds: dict[str, tuple[DType, tuple[int, ...]]] = {}
+    rows: dict[str, NDArray[np.int64]] = {}
+    for name in states[0]:
+        try:
+            kinds[name], found = _placed({rank: state[name] for rank, state in enumerate(states)})
+            held = (_Held(b, extents, base[b.rank] + b.tensor.storage.extent) for b in found)
+            boxes = _first(name, held, same)
+            shape = kinds[name][1]
+            if 0 not in shape:
+                check_tiles(shape, [(h.box.origin, h.box.size) for h in boxes])
+        except SourceError as e:
+            raise SourceError(f"{root}: {name}: {e}") from None
+        table = np.array([h.row() for h in boxes], np.int64)
+        rows[name] = table.reshape(len(boxes), 3 + 3 * len(shape))
+    same.check()
+    search = [root, os.path.join(root, HUB), save, os.path.join(save, HUB)]
+    words = vocabulary(search)
+    aliases = _one(kinds, rows)
+    aliases |= tied({n: t for n, t in rows.items() if kinds[n][1][:1] == words and n not in aliases}, stored)
+    entries: dict[str, Entry] = {
+        name: Single(shape, dtype, partial(tiled, extents, dtype, shape, rows[name]))
+        for name, (dtype, shape) in kinds.items()
+        if name not in aliases
+    }
+    facts: dict[str, JSON] = {
+        "ranks": len(files), "tensors": len(entries), "boxes": sum(map(len, rows.values())),
+        "tied": dict(aliases),
+    }  # fmt: skip
+    return assemble(
+        path, "fsdp", entries, extents, options, aliases=aliases, files=[f.file for f in files],
+        search=search, facts=facts, unread=[*_beside(save, root)],
+        inert=[name for f in files for name in f.inert],
+        layout=[table.tobytes() for table in rows.values()], headers=[f.digest for f in files],
+    )  # fmt: skip
+
+
+# ---- where the files are ----
+
+
+def _tracked(path: str) -> bool:
+    return is_file(os.path.join(path, TRACKER))
+
+
+def _saves(path: str) -> list[str]:
+    return [n for n in listed(path, "global_step_*") if _STEP.fullmatch(n)]
+
+
+def _model(save: str) -> str | None:
+    """The directory of the model in a save; None where there is none."""
+    for name in MODELS:
+        root = os.path.join(save, name) if name else save
+        if is_directory(root) and any(_FILE.fullmatch(n) for n in listed(root, "model_world_size_*")):
+            return root
+    return None
+
+
+def _chosen(path: str, tag: str | None) -> str:
+    """The directory of a save: of `tag`, or of the one that the tracker names."""
+    if _model(path) is not None:
+        if tag is not None:
+            raise SourceError(f"{path}: tag {tag!r} was asked for, and this is one save")
+        return path
+    if tag is None:
+        tag = content(os.path.join(path, TRACKER), 64).decode(errors="replace").strip()
+    name = f"global_step_{int(tag)}" if tag.isascii() and tag.isdigit() else tag
+    if name not in _saves(path):
+        raise SourceError(f"{path}: no save {name!r}; there is {', '.join(_saves(path))}")
+    return os.path.join(path, name)
+
+
+def _files(root: str, also: Sequence[str]) -> list[str]:
+    """The files of all ranks, in order, here and in further directories. Raises SourceError."""
+    found: dict[int, dict[int, str]] = {}
+    for directory in (root, *also):
+        for name in listed(directory, "model_world_size_*"):
+            if (m := _FILE.fullmatch(name)) is None:
+                continue
+            path = os.path.join(directory, name)
+            earlier = found.setdefault(int(m[1]), {}).setdefault(int(m[2]), path)
+            if earlier != path:
+                raise SourceError(f"{path}: rank {m[2]} is in {os.path.dirname(earlier)} too")
+    if len(found) != 1:
+        raise SourceError(f"{root}: files of world sizes {sorted(found)}: of several runs")
+    ((world, ranks),) = found.items()
+    if is_file(record := os.path.join(root, RECORD)):
+        said = read_json(record).get("world_size", world)
+        if said != world:
+            raise SourceError(f"{record}: world_size {said!r}, the files are of {world}")
+    missing = [r for r in range(world) if r not in ranks]
+    if missing or len(ranks) != world:
+        odd = f"rank {missing[0]} is missing" if missing else f"rank {max(ranks)} is none of {world}"
+        raise SourceError(f"{root}: {odd} (open files that lie on other nodes with also=)")
+    return [ranks[r] for r in range(world)]
+
+
+def _beside(save: str, root: str) -> Iterator[str]:
+    """What is not read of a save."""
+    for what in ("optim", "extra_state"):
+        if count := len(listed(root, f"{what}_world_size_*")):
+            yield f"{what}: {count} files of ranks"
+    if root != save:
+        others = [n for n in listed(save, "*") if _model(os.path.join(save, n)) not in (None, root)]
+        yield from (f"{name}: another model" for name in others)
+
+
+# ---- what a rank holds ----
+
+
+def _state(file: TorchFile) -> dict[str, Tensor | Part]:
+    """The tensors and parts of tensors in a file."""
+    where = file.file.path
+    if not isinstance(file.root, dict):
+        raise SourceError(f"{where}: wanted a state dict, got {type_name(file.root)}")
+    out: dict[str, Tensor | Part] = {}
+    for name, value in file.root.items():
+        try:
+            held = value if isinstance(value, Tensor) else part_of(value)
+        except SourceError as e:
+            raise SourceError(f"{where}: {name}: {e}") from None
+        if held is None:
+            refuse_unread(f"{where}: {name}", value)
+        elif not isinstance(name, str):
+            raise SourceError(f"{where}: a tensor's name is {name!r}")
+        else:
+            out[name] = held
+    return out
+
+
+def _wanted(root: object) -> Iterator[Tensor]:
+    for value in root.values() if isinstance(root, dict) else ():
+        if isinstance(value, Tensor):
+            yield value
+        elif (part := part_of(value)) is not None:
+            yield from part.tensors
+
+
+def _one(
+    kinds: Mapping[str, tuple[DType, tuple[int, ...]]], rows: Mapping[str, NDArray[np.int64]]
+) -> dict[str, str]:
+    """Tied name -> the first name of the same elements of the same storages, on every rank."""
+    first: dict[object, str] = {}
+    holders = {n: first.setdefault((kinds[n], t.tobytes()), n) if len(t) else n for n, t in rows.items()}
+    return {name: holder for name, holder in holders.items() if holder != name}
+
+
+def _placed(held: Mapping[int, Tensor | Part]) -> tuple[tuple[DType, tuple[int, ...]], list[Box]]:
+    """(dtype and shape, boxes) of a tensor of which that is what each rank holds."""
+    whole = {rank: x for rank, x in held.items() if isinstance(x, Tensor)}
+    parts = {rank: x for rank, x in held.items() if not isinstance(x, Tensor)}
+    if whole and parts:
+        raise SourceError(f"whole on rank {min(whole)}, a part of it on rank {min(parts)}")
+    tensors = [t for x in held.values() for t in ([x] if isinstance(x, Tensor) else x.tensors)]
+    if len({t.dtype for t in tensors}) != 1:
+        raise SourceError(f"its ranks hold it in dtypes {sorted({t.dtype.name for t in tensors})}")
+    if parts:
+        return (tensors[0].dtype, parts[0].shape), [*boxes_of(parts)]
+    if len({t.shape for t in tensors}) != 1:
+        raise SourceError(f"its ranks hold it whole, in shapes {sorted({t.shape for t in tensors})}")
+    none = (0,) * len(tensors[0].shape)
+    found = [Box(none, t.shape, rank, t, none) for rank, t in whole.items() if 0 not in t.shape]
+    return (tensors[0].dtype, tensors[0].shape), found
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A box, in the extents of all files; `extent` is its storage's."""
+
+    box: Box
+    extents: Extents
+    extent: int
+
+    def row(self) -> list[int]:
+        """Its row in the table of a view (`views`)."""
+        box, t = self.box, self.box.tensor
+        return [self.extent, t.dtype.code, self._offset, *box.origin, *box.size, *t.stride]
+
+    def build(self) -> View:
+        """Its elements alone."""
+        box, t = self.box, self.box.tensor
+        return strided(self.extents, self.extent, t.dtype, box.size, offset=self._offset, stride=t.stride)
+
+    @property
+    def _offset(self) -> int:
+        t = self.box.tensor
+        return t.offset + sum(i * s for i, s in zip(self.box.start, t.stride, strict=True))
+
+
+def _first(name: str, found: Iterable[_Held], same: Agreement) -> list[_Held]:
+    """The boxes that no earlier rank holds."""
+    out: dict[tuple[tuple[int, ...], tuple[int, ...]], _Held] = {}
+    for held in found:
+        box = held.box
+        earlier = out.setdefault((box.origin, box.size), held)
+        if earlier is not held:
+            same.add(f"{name}, which ranks {earlier.box.rank} and {box.rank} both hold,", earlier, held)
+    return [*out.values()]

@@ -1,0 +1,359 @@
+"""Files that FSDP's ranks save by themselves: what torch wrote, every way to cut a tensor, and broken ones.
+
+tests/fixtures/fsdp holds what real/make_fsdp.py wrote with torch 2.6.0 and 2.13.0, and the tensors as torch
+gathered them.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import fastckpt
+import pytest
+import torch
+from fastckpt import cli, sources
+from fastckpt.dtypes import float32
+from fastckpt.errors import SourceError
+from fastckpt.sources.distributed import Boxed, Cut, Meshed, boxes_of, part_of
+from fastckpt.sources.inert import Inert
+from fastckpt.sources.torchpickle import Storage, Tensor
+from layouts import tiny
+from safetensors.torch import load_file
+from torch.distributed.tensor import placement_types
+
+pytest.importorskip("lzma")  # of the fixtures; a Python may be built without it
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "fsdp"
+VERSIONS = sorted(p.name.removesuffix(".tar.xz") for p in FIXTURES.glob("*.tar.xz"))
+CASES = ["fsdp2", "hsdp", "tp", "columns", "fsdp1", "fsdp1_mesh"]
+
+
+@pytest.fixture(scope="session")
+def unpacked(tmp_path_factory):
+    """Where the cases of a version lie."""
+    root = tmp_path_factory.mktemp("fsdp")
+
+    @functools.cache
+    def at(version):
+        with tarfile.open(FIXTURES / f"{version}.tar.xz") as tar:
+            tar.extractall(root)
+        return root / version
+
+    return at
+
+
+@pytest.fixture
+def case(unpacked, tmp_path):
+    """A copy of a case that may be broken."""
+    return lambda name: Path(shutil.copytree(unpacked("torch-2.13.0") / name, tmp_path / name))
+
+
+def rank_file(root, rank, world=4):
+    return root / f"model_world_size_{world}_rank_{rank}.pt"
+
+
+def check(root):
+    want = load_file(root / "truth.safetensors")
+    found = fastckpt.open(root)
+    got = fastckpt.reshard(found, layout="same")[0]
+    assert sorted(got) == sorted(want)
+    assert all(got[n].dtype == want[n].dtype and torch.equal(got[n], want[n]) for n in want)
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_torch_gathers(unpacked, version, name):
+    found = check(unpacked(version) / name)
+    assert found.format == "fsdp" and found.facts["ranks"] == 4
+    if name in ("fsdp2", "hsdp", "tp"):
+        assert dict(found.aliases) == {"head.weight": "words.weight"}
+
+
+@pytest.mark.nightly
+def test_what_the_installed_torch_writes(tmp_path):
+    made = Path(__file__).parents[1] / "real/make_fsdp.py"
+    subprocess.run([sys.executable, made, tmp_path], check=True, timeout=900)
+    for name in CASES:
+        check(tmp_path / name)
+
+
+# ---- where a run puts them ----
+
+
+def llama(root, world=2):
+    """A save as verl has it: rows of a Llama's matrices over `world` ranks."""
+    config, tensors, _ = tiny.made("llama")
+    (root / "huggingface").mkdir(parents=True)
+    (root / "huggingface/config.json").write_text(json.dumps(config))
+    (root / "huggingface/tokenizer.json").write_text("{}")
+    (root / "fsdp_config.json").write_text(json.dumps({"FSDP_version": 2, "world_size": world}))
+    for rank in range(world):
+        torch.save({n: dtensor(t, rank, world) for n, t in tensors.items()}, rank_file(root, rank, world))
+        torch.save({}, root / f"optim_world_size_{world}_rank_{rank}.pt")
+    return tensors, config
+
+
+def dtensor(tensor, rank, world):
+    """A DTensor of rows, as the rank that has them would make it, without a group of processes."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    mesh = object.__new__(DeviceMesh)
+    mesh.__dict__.update({"_coordinate_on_dim": (rank,), "_mesh_dim_names": ("fsdp",)})
+    spec = object.__new__(DTensorSpec)
+    meta = TensorMeta(tensor.shape, tensor.stride(), tensor.dtype)
+    spec.__dict__.update({"mesh": mesh, "placements": (Shard(0),), "tensor_meta": meta})
+    local = tensor.chunk(world)[rank].clone()
+    out = torch.Tensor._make_wrapper_subclass(DTensor, tensor.size(), dtype=tensor.dtype)
+    out._local_tensor, out._spec = local, spec
+    return out
+
+
+def test_the_directories_of_a_run(tmp_path, capsys):
+    tensors, _ = llama(tmp_path / "global_step_20/actor")
+    shutil.copytree(tmp_path / "global_step_20/actor", tmp_path / "global_step_20/critic")
+    shutil.copytree(tmp_path / "global_step_20", tmp_path / "global_step_10")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("20")
+    for path in (tmp_path, tmp_path / "global_step_20", tmp_path / "global_step_20/actor"):
+        found = fastckpt.open(path)
+        assert found.files[0].path.startswith(str(tmp_path / "global_step_20/actor"))
+        got = fastckpt.reshard(found, layout="same")[0]
+        assert all(torch.equal(got[n], t) for n, t in tensors.items())
+    assert "critic: another model" in fastckpt.open(tmp_path).unread
+    assert "optim: 2 files of ranks" in fastckpt.open(tmp_path).unread
+    for tag in ("10", "global_step_10"):
+        assert "global_step_10/actor" in fastckpt.open(tmp_path, tag=tag).files[0].path
+    for tag in ("30", "../x", "actor"):
+        with pytest.raises(SourceError, match=r"no save .* there is global_step_10, global_step_20"):
+            fastckpt.open(tmp_path, tag=tag)
+    with pytest.raises(SourceError, match="tag '10' was asked for, and this is one save"):
+        fastckpt.open(tmp_path / "global_step_20", tag="10")
+    assert cli.main(["inspect", str(tmp_path)]) == 0
+    assert "fsdp" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("layout", "tp"), [("hf", 1), ("vllm", 2), ("rtp_llm", 2)])
+def test_shards_are_those_of_the_whole_model(tmp_path, layout, tp):
+    tensors, config = llama(tmp_path / "actor", world=3)
+    want = fastckpt.reshard(tensors, tp=tp, layout=layout, config=config)
+    got = fastckpt.reshard(tmp_path / "actor", tp=tp, layout=layout)
+    for a, b in zip(got, want, strict=True):
+        assert list(a) == list(b) and all(torch.equal(a[n], b[n]) for n in b)
+    fastckpt.reshard(tmp_path, out=tmp_path / "out")
+    assert (tmp_path / "out/tokenizer.json").exists()
+
+
+def test_files_of_several_nodes(case, tmp_path):
+    root = case("tp")
+    (tmp_path / "node1").mkdir()
+    for rank in (2, 3):
+        shutil.move(rank_file(root, rank), tmp_path / "node1")
+    with pytest.raises(SourceError, match=r"rank 2 is missing .open files that lie on other nodes with"):
+        fastckpt.open(root)
+    want = load_file(root / "truth.safetensors")
+    got = fastckpt.reshard(fastckpt.open(root, also=[tmp_path / "node1"]), layout="same")[0]
+    assert all(torch.equal(got[n], want[n]) for n in want)
+    shutil.copy(rank_file(root, 1), tmp_path / "node1")
+    with pytest.raises(SourceError, match=r"rank 1 is in .* too"):
+        fastckpt.open(root, also=[tmp_path / "node1"])
+
+
+# ---- every way to cut ----
+
+
+def held(shape, at=0):
+    stride, n = [], 1
+    for size in reversed(shape):
+        stride.insert(0, n)
+        n *= size
+    return Tensor(Storage(str(at), float32, n, 0), float32, 0, tuple(shape), tuple(stride))
+
+
+def cut_by_torch(tensor, mesh, placements, coordinate):
+    """The part at a coordinate, cut by torch's own placements from the mesh's first axis to its last."""
+    for placement, count, at in zip(placements, mesh, coordinate, strict=True):
+        if placement is not None:
+            parts, _ = placement._split_tensor(tensor, count, with_padding=False, contiguous=False)
+            tensor = parts[at] if at < len(parts) else tensor.narrow(placement.dim, 0, 0)
+    return tensor
+
+
+def region(begin, size):
+    return tuple(slice(b, b + n) for b, n in zip(begin, size, strict=True))
+
+
+def test_every_cut_is_torch_s():
+    chosen = random.Random(5)
+    strided = refused = 0
+    for _ in range(600):
+        shape = [chosen.choice([1, 2, 3, 4, 6, 7, 8, 12, 24]) for _ in range(chosen.randint(1, 3))]
+        mesh = [chosen.choice([1, 2, 3, 4]) for _ in range(chosen.randint(1, 3))]
+        placements = []
+        for _ in mesh:
+            axis, factor = chosen.randrange(len(shape)), chosen.choice([1, 1, 2, 3])
+            kinds = [
+                None, placement_types.Shard(axis), placement_types._StridedShard(axis, split_factor=factor)
+            ]  # fmt: skip
+            placements.append(chosen.choice(kinds))
+        whole = torch.arange(float(torch.tensor(shape).prod())).reshape(shape)
+        coordinates = [*itertools.product(*map(range, mesh))]
+        cuts = tuple(None if p is None else Cut(p.dim, getattr(p, "split_factor", 1)) for p in placements)
+        try:
+            locals_ = [cut_by_torch(whole, mesh, placements, c) for c in coordinates]
+        except (AssertionError, RuntimeError):
+            continue  # torch refuses it
+        parts = {
+            r: Meshed(tuple(shape), held(t.shape, r), c, cuts)
+            for r, (t, c) in enumerate(zip(locals_, coordinates, strict=True))
+        }
+        out = torch.full(shape, -1.0)
+        try:
+            boxes = list(boxes_of(parts))
+        except SourceError as e:
+            assert "in doubt" in str(e) and any(c and c.factor > 1 for c in cuts)
+            refused += 1
+            continue
+        for box in boxes:
+            out[region(box.origin, box.size)] = locals_[box.rank][region(box.start, box.size)]
+        assert torch.equal(out, whole), (shape, mesh, placements)
+        strided += any(c and c.factor > 1 for c in cuts)
+    assert strided > 20 and refused > 20
+
+
+# ---- what is wrong ----
+
+
+def test_parts_that_do_not_fit():
+    cuts = (Cut(0),)
+    good = {r: Meshed((4, 2), held((2, 2)), (r,), cuts) for r in range(2)}
+    assert len(list(boxes_of(good))) == 2
+    for parts, why in (
+        ({0: good[0], 1: Meshed((4, 2), held((1, 2)), (1,), cuts)}, r"rank 1 holds \[1, 2\]; .* is \[2, 2\]"),
+        ({0: good[0], 1: Meshed((4, 3), held((2, 3)), (1,), cuts)}, "several forms or shapes"),
+        ({0: good[0], 1: Boxed((4, 2), ())}, "several forms or shapes"),
+        ({0: good[0], 1: Meshed((4, 2), held((4, 1)), (1,), (Cut(1),))}, "several placements"),
+        ({1: Meshed((4, 2), held((2, 2)), (1,), cuts)}, "are missing"),
+    ):
+        with pytest.raises(SourceError, match=why):
+            list(boxes_of(parts))
+
+
+def dtensor_tree(**changes):
+    mesh = Inert("torch.distributed.device_mesh.DeviceMesh", state={"_coordinate_on_dim": [0]})
+    shard = Inert("torch.distributed.tensor.placement_types.Shard", state={"dim": 0})
+    spec = {"mesh": mesh, "placements": (shard,)} | changes
+    name = "torch.distributed.tensor._dtensor_spec.DTensorSpec"
+    state = {"_local_tensor": held((2, 2)), "_spec": Inert(name, state=spec)}
+    kind = Inert("torch.distributed.tensor.DTensor")
+    func = Inert("torch._utils._rebuild_wrapper_subclass")
+    return Inert("torch._tensor._rebuild_from_type_v2", (func, kind, (kind, float32, (2, 2)), (None, state)))
+
+
+def test_records_that_are_not_read():
+    part = part_of(dtensor_tree())
+    assert isinstance(part, Meshed)
+    assert (part.shape, part.local.shape, part.coordinate, part.cuts) == ((2, 2), (2, 2), (0,), (Cut(0),))
+    partial = Inert("torch.distributed.tensor.placement_types.Partial", state={"reduce_op": "sum"})
+    for changes, why in (
+        ({"placements": (partial,)}, "Partial is not"),
+        ({"placements": (Inert("x.Shard"),)}, "wanted fields"),
+        ({"placements": (Inert("x.Shard", state={"dim": 2}),)}, "2 axes cut along axis 2"),
+        ({"placements": (Inert("x._StridedShard", state={"dim": 0, "split_factor": 1 << 40}),)}, "runs"),
+        ({"placements": ()}, "0 placements"),
+        ({"placements": None}, "placements are NoneType"),
+        ({"mesh": Inert("m", state={"_coordinate_on_dim": None})}, "coordinate in its mesh"),
+        ({"mesh": Inert("m", state={"_coordinate_on_dim": [-1]})}, "coordinate in its mesh"),
+        ({"mesh": None}, "wanted an object of torch.distributed"),
+        ({"shard_order": (Inert("x.ShardOrderEntry", (0, (1, 0))),)}, "another order"),
+        ({"shard_order": (Inert("x.ShardOrderEntry"),)}, "another order"),
+    ):
+        with pytest.raises(SourceError, match=why):
+            part_of(dtensor_tree(**changes))
+    assert part_of(Inert("torch._tensor._rebuild_from_type_v2", ())) is None
+    assert part_of(3) is None
+
+
+def test_files_that_do_not_fit(case, tmp_path):
+    for name, breaks, why in (
+        ("fsdp2", lambda d: rank_file(d, 3).unlink(), "rank 3 is missing"),
+        ("hsdp", lambda d: shutil.copy(rank_file(d, 0), rank_file(d, 0, 2)), r"world sizes \[2, 4\]"),
+        ("tp", lambda d: shutil.copy(rank_file(d, 0), rank_file(d, 4)), "rank 4 is none of 4"),
+        ("columns", lambda d: shutil.copy(rank_file(d, 0), rank_file(d, 1)), "missing"),
+        ("fsdp1", lambda d: shutil.copy(rank_file(d, 0), rank_file(d, 1)), "its boxes have"),
+        (
+            "fsdp1_mesh",
+            lambda d: (d / "fsdp_config.json").write_text('{"world_size": 8}'),
+            "world_size 8, the files are of 4",
+        ),
+    ):
+        root = case(name)
+        breaks(root)
+        with pytest.raises(SourceError, match=why):
+            fastckpt.open(root)
+
+
+def resaved(root, rank, change):
+    state = torch.load(rank_file(root, rank), weights_only=False)
+    change(state)
+    torch.save(state, rank_file(root, rank))
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_ranks_of_two_saves(case, rank):
+    """What two ranks hold must be one: a buffer, and the copies of pairs of ranks."""
+    root = case("hsdp")
+    resaved(root, rank, lambda state: state["places"].add_(1))
+    with pytest.raises(SourceError, match=f"places, which ranks 0 and {rank} both hold, has two values"):
+        fastckpt.open(root)
+
+
+def plain(root, states):
+    root.mkdir()
+    for rank, state in enumerate(states):
+        torch.save(state, rank_file(root, rank, len(states)))
+    return root
+
+
+def test_tensors_that_every_rank_has_whole(tmp_path):
+    w = torch.arange(6.0).reshape(2, 3)
+    root = plain(tmp_path / "a", [{"w": w, "none": torch.empty(0, 3)}] * 2)
+    got = fastckpt.reshard(fastckpt.open(root), layout="same")[0]
+    assert torch.equal(got["w"], w) and got["none"].shape == (0, 3)
+    for k, (second, why) in enumerate((
+        ({"w": w + 1}, "two values"),
+        ({"w": w.reshape(3, 2)}, "whole, in shapes"),
+        ({"w": w.double()}, "dtypes .'float32', 'float64'."),
+        ({"v": w}, "only one of ranks 0 and 1 holds v"),
+        ({3: w}, "a tensor's name is 3"),
+        ([w], "wanted a state dict, got list"),
+        ({"w": dtensor(w, 1, 2)}, "whole on rank 0, a part of it on rank 1"),
+        ({"w": w.to_sparse()}, "is not read"),
+    )):  # fmt: skip
+        with pytest.raises(SourceError, match=why):
+            fastckpt.open(plain(tmp_path / f"b{k}", [{"w": w}, second]))
+
+
+def test_names_of_ranks_may_be_swapped(case):
+    """Where a part lies is in the file, not in its name."""
+    root = case("tp")
+    rank_file(root, 1).rename(root / "x")
+    rank_file(root, 2).rename(rank_file(root, 1))
+    (root / "x").rename(rank_file(root, 2))
+    check(root)
+
+
+def test_options_that_mean_nothing(case):
+    root = case("fsdp2")
+    for options in ({"weights": "module"}, {"exclude_frozen": True}, {"tag": "3"}):
+        with pytest.raises(SourceError, match="asked for"):
+            sources.open(root, **options)
+    sources.open(root, check_crc=True)
