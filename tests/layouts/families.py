@@ -112,6 +112,15 @@ FAMILIES = {
     "kimi_k2": _family(
         "DeepseekV3", (8, 8, 6), _SIZES | _MLA, q_lora_rank=24, n_shared_experts=1, hub_type="kimi_k2"
     ),
+    "deepseek_v32": _family(
+        "DeepseekV32", (8, 8, 6), _SIZES | _MLA, q_lora_rank=24, n_shared_experts=1, index_topk=16,
+        index_head_dim=10, index_n_heads=3,
+    ),
+    "glm_moe_dsa": _family(
+        "GlmMoeDsa", (8, 8, 6), _SIZES | _MLA, q_lora_rank=24, n_shared_experts=1, index_topk=16,
+        index_head_dim=10, index_n_heads=3, mlp_layer_types=["sparse", "dense"],
+        indexer_types=["full", "shared"],
+    ),
     "glm4_moe_lite": _family(
         "Glm4MoeLite", (8, 8, 6), _SIZES | _MLA, drop=("first_k_dense_replace",), q_lora_rank=24,
         n_shared_experts=1, mlp_layer_types=["sparse", "dense"],

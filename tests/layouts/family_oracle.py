@@ -170,6 +170,11 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
                 put(f"{stem}.w2_bias", x if r == 0 else torch.zeros_like(x))
         elif minimax and module in ("q_norm", "k_norm"):
             put(name, pick(x, mine if module == "q_norm" else its, d))
+        elif stem.endswith(".indexer") and module != "wk":
+            if module != "weights_proj":
+                put(name, x)
+        elif module == "wk":
+            put(f"{stem}.wk_weights_proj.weight", torch.cat([x, t[f"{stem}.weights_proj.weight"]]))
         elif module == "q_proj":
             if f"{stem}.k_proj.{kind}" in t:
                 q, k, v = (t[f"{stem}.{p}_proj.{kind}"] for p in "qkv")

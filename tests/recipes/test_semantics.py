@@ -100,6 +100,7 @@ KEYS = (
     "q_lora_rank", "num_kv_heads", "num_key_value_heads", "head_dim", "ffn_hidden_size", "d_model",
     "d_ff", "d_kv", "num_heads", "num_layers", "num_decoder_layers", "num_mel_bins", "encoder_layers",
     "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim", "max_source_positions", "type_vocab_size",
+    "index_n_heads", "index_head_dim",
     "shared_expert_intermediate_size", "n_shared_experts", "first_k_dense_replace", "n_embd", "n_inner",
     "n_positions", "n_layers", "n_heads", "ffn_dim",
 )  # fmt: skip
@@ -109,8 +110,9 @@ DERIVED |= {("gpt_neox", "num_attention_heads"), ("falcon-rw", "num_attention_he
 DERIVED |= {(n, "num_attention_heads") for n in ("bert", "roberta", "xlm_roberta", "opt")}
 DERIVED |= {("gptj", "n_head"), ("gpt_bigcode-heads", "n_head"), ("mpt", "n_heads"), ("gptj", "n_positions")}
 DERIVED |= {("gpt_bigcode", "num_key_value_heads")}
-DERIVED |= {("kimi_k2", "head_dim"), ("exaone_moe", "first_k_dense_replace")}
-DERIVED |= {(n, "num_key_value_heads") for n in ("kimi_k2", "glm4_moe_lite")}
+DERIVED |= {("kimi_k2", "head_dim"), ("glm_moe_dsa", "head_dim"), ("exaone_moe", "first_k_dense_replace")}
+DERIVED |= {(n, "first_k_dense_replace") for n in ("deepseek_v32", "glm_moe_dsa")}
+DERIVED |= {(n, "num_key_value_heads") for n in ("kimi_k2", "glm4_moe_lite", "glm_moe_dsa")}
 """Keys that no shape depends on, or that another derives: (how the model's name begins, key)."""
 
 

@@ -141,3 +141,17 @@ def test_layers_with_experts_by_every_key():
     for changed in ({"moe_layer_end_index": -1}, {"moe_layer_start_index": 1}, {"moe_layer_interval": 2}):
         with pytest.raises(RecipeError, match=r"layers\.[01]\.mlp"):
             hf(hub, config | changed)
+
+
+def test_layers_with_an_indexer_by_every_key():
+    config, hub, _ = families.made("glm_moe_dsa")
+    assert config["indexer_types"] == ["full", "shared"]
+    silent = {k: v for k, v in config.items() if k != "indexer_types"}
+    said = ({"index_topk_pattern": "FS"}, {"index_topk_freq": 2, "index_skip_topk_offset": 1})
+    for one in said:
+        same(hf(hub, silent | one)[1], hub)
+    for other in ({}, {"index_topk_pattern": "FF"}, {"index_topk_freq": 2}):
+        with pytest.raises(RecipeError, match=r"layers\.1\.self_attn\.indexer\.wq_b"):
+            hf(hub, silent | other)
+    with pytest.raises(RecipeError, match="index_topk_pattern must say something of 2 layers, got 'F'"):
+        hf(hub, silent | {"index_topk_pattern": "F"})
