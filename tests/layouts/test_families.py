@@ -19,7 +19,7 @@ PLANNED = [n for n in families.FAMILIES if not n.startswith(WITHOUT_PLAN)]
 UNPLANNED = [n for n in NAMES if n not in PLANNED]
 
 
-TIED = ("lm_head.weight", ".decoder.weight", ".decoder.bias", "coder.embed_tokens.weight", "proj_out.weight")
+TIED = ("lm_head.weight", "decoder.weight", ".decoder.bias", "coder.embed_tokens.weight", "proj_out.weight")
 
 
 def model_of(name, trained=False, pieces=2):

@@ -106,7 +106,7 @@ KEYS = (
 DERIVED = {("deepseek", "head_dim"), ("deepseek", "num_key_value_heads"), ("falcon-mqa", "num_kv_heads")}
 DERIVED |= {("falcon-rw", "num_kv_heads"), ("qwen3_moe", "intermediate_size"), ("bloom", "n_head")}
 DERIVED |= {("gpt_neox", "num_attention_heads"), ("falcon-rw", "num_attention_heads")}
-DERIVED |= {(n, "num_attention_heads") for n in ("bert", "roberta", "xlm_roberta", "opt")}
+DERIVED |= {(n, "num_attention_heads") for n in ("bert", "roberta", "xlm_roberta", "modernbert", "opt")}
 DERIVED |= {("gptj", "n_head"), ("gpt_bigcode-heads", "n_head"), ("mpt", "n_heads"), ("gptj", "n_positions")}
 DERIVED |= {("gpt_bigcode", "num_key_value_heads")}
 """Keys that no shape depends on, or that another derives: (how the model's name begins, key)."""

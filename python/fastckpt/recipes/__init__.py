@@ -32,6 +32,7 @@ from . import (
     llama,
     mixtral,
     mixture,
+    modernbert,
     mpt,
     neox,
     olmo,
@@ -136,6 +137,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "xlm-roberta", partial(bert.recipe, names=bert.ROBERTA), "XLM-RoBERTa, as RoBERTa", bert.IGNORED
     ),
+    Family("modernbert", modernbert.recipe, "ModernBERT, alone or with a head", ()),
     Family(
         "jina_bert",
         jina_bert.recipe,
