@@ -71,6 +71,36 @@ def test_gpt_neox(monkeypatch):
     assert torch.equal(weight[left], ours[2])
 
 
+@pytest.mark.parametrize("name", ["gpt_bigcode", "gpt_bigcode-heads", "mpt"])
+def test_what_goes_into_the_cache(name):
+    """k and v are caught there; what is left is q."""
+    module, weight, ours, (_, kv_heads, size) = parts(name)
+    caught = []
+
+    class Seen(Exception):
+        pass
+
+    class Cache:
+        is_updated = {}  # noqa: RUF012
+
+        def update(self, k, v, *_):
+            caught.extend((k, v))
+            raise Seen
+
+    fused = module.Wqkv if name == "mpt" else module.c_attn
+    fused.register_forward_hook(lambda *_: rows_of(weight))
+    with pytest.raises(Seen):
+        if name == "mpt":
+            module(torch.zeros(1, 1, 64), None, Cache())
+        else:
+            module(torch.zeros(1, 1, 64), Cache())
+    for rows, mine in zip(caught, ours[1:], strict=True):  # [1, kv heads, 1, size]
+        assert rows.shape == (1, kv_heads, 1, size)
+        assert torch.equal(weight[rows.flatten()], mine)
+    taken = set(torch.cat([x.flatten() for x in caught]).tolist())
+    assert torch.equal(weight[[r for r in range(weight.shape[0]) if r not in taken]], ours[0])
+
+
 def test_gpt_oss_gate_and_up():
     """down(up + 1) * glu(gate): with up = 0 a unit shows its gate, and which columns those are."""
     config, hub, _ = families.made("gpt_oss")
