@@ -189,7 +189,7 @@ MAY_IMPORT["__main__"] = ("cli",)
 
 WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "sources": (
-        ("options", "inert", "zero_layout", "samples"),
+        ("options", "inert", "zero_layout", "samples", "steps"),
         ("assembly", "picklemachine", "zipentries"),
         # torch files: zip and pickle below, tensors above
         ("torchzip", "inertpickle"),
@@ -216,7 +216,8 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("mixture",),
         (
             *("llama", "gemma", "phi3", "glm", "olmo", "cohere", "ungated", "gptj", "mpt", "opt"),
-            *("mixtral", "qwen_moe", "deepseek", "gpt_oss", "cogvlm2", "modernbert"),
+            *("mixtral", "qwen_moe", "deepseek", "ernie", "granite_moe", "llama4", "gpt_oss", "cogvlm2"),
+            *("modernbert",),
         ),
         ("__init__",),
     ),

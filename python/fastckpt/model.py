@@ -117,10 +117,12 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A tensor that is no matrix, norm or table, under its full name in the hub."""
+    """A tensor that is no matrix, norm or table, under its full name in the hub. `shape`: the hub's shape,
+    where it is another."""
 
     name: str
     view: View
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +189,16 @@ class Mlp:
 
 
 @dataclass(frozen=True, slots=True)
+class Stacked:
+    """Where the hub stores all experts of a layer in two tensors, their names: `gate_up` [experts, gate; up,
+    hidden] and `down` [experts, hidden, width]; `transposed`: [experts, in, out] (Llama 4)."""
+
+    gate_up: str
+    down: str
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Stacks:
     """All experts of a layer in one tensor each, where the hub stores no expert on its own (gpt-oss):
     `gate_up` [experts, hidden, 2 * width] with gate and up in turn, `down` [experts, width, hidden], and
@@ -219,8 +231,8 @@ class Experts:
 
     `name`: the hub's module that holds the experts. `correction`: what is added to the experts' scores when
     the router selects [experts]; never rounded. `shared`: a block that every token passes, weighed by
-    `shared_gate` [1, hidden] where there is one. `stacks`: the same experts as stacks, where the hub stores
-    them so."""
+    `shared_gate` [1, hidden] where there is one. `stacked`: how the hub stores them in two tensors, None
+    where it stores each on its own. `stacks`: the same experts as stacks that a server wants as they are."""
 
     name: str
     router: Linear
@@ -229,6 +241,7 @@ class Experts:
     shared: Mlp | None = None
     shared_gate: Linear | None = None
     stacks: Stacks | BlockStacks | None = None
+    stacked: Stacked | None = None
 
 
 @dataclass(frozen=True, slots=True)

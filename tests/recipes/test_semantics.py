@@ -139,6 +139,8 @@ DERIVED |= {("gpt_neox", "num_attention_heads"), ("falcon-rw", "num_attention_he
 DERIVED |= {(n, "num_attention_heads") for n in ("bert", "roberta", "xlm_roberta", "modernbert", "opt")}
 DERIVED |= {("gptj", "n_head"), ("gpt_bigcode-heads", "n_head"), ("mpt", "n_heads"), ("gptj", "n_positions")}
 DERIVED |= {("gpt_bigcode", "num_key_value_heads")}
+DERIVED |= {("kimi_k2", "head_dim"), ("exaone_moe", "first_k_dense_replace")}
+DERIVED |= {(n, "num_key_value_heads") for n in ("kimi_k2", "glm4_moe_lite")}
 """Keys that no shape depends on, or that another derives: (how the model's name begins, key)."""
 
 

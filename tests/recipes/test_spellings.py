@@ -119,3 +119,47 @@ def test_forms_that_are_not_read():
     config, hub, _ = families.made("qwen3_moe")
     with pytest.raises(RecipeError, match="mlp_only_layers must be a list"):
         hf(hub, config | {"mlp_only_layers": "0"})
+
+
+def test_layers_for_more_tokens_that_transformers_leaves_out():
+    """Of ERNIE and K-EXAONE; their servers are other models."""
+    leaves = {"ernie4_5_moe": "model.mtp_linear_proj.0.weight", "exaone_moe": "mtp.fc.weight"}
+    for name, further in leaves.items():
+        config, hub, _ = families.made(name)
+        model, got = hf(hub | {further: torch.ones(4)}, config)
+        assert model.ignored == (further,)
+        same(got, hub)
+
+
+def test_numbers_said_of_each_layer():
+    config, hub, _ = families.made("hunyuan_v1_moe")
+    same(hf(hub, config | {"num_shared_expert": [1, 1]})[1], hub)
+    with pytest.raises(RecipeError, match="num_shared_expert"):
+        hf(hub, config | {"num_shared_expert": [1, 2]})
+
+
+def test_layers_with_experts_by_every_key():
+    """Kinds of layers, or how many are dense, or how far apart those with experts are."""
+    config, hub, _ = families.made("exaone_moe")
+    assert config["mlp_layer_types"] == ["sparse", "dense"] and config["first_k_dense_replace"] == 1
+    for types, message in (
+        (["sparse"], "1 mlp_layer_types for 2 layers"),
+        (["sparse", "other"], "must be a list of dense and sparse"),
+        (["dense", "sparse"], "layers.0.mlp.gate_proj"),
+        (None, "layers.0.mlp.gate_proj"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            hf(hub, config | {"mlp_layer_types": types})
+    config, hub, _ = families.made("llama4_text")
+    assert config["moe_layers"] == [1] and config["interleave_moe_layer_step"] == 2
+    same(hf(hub, config | {"moe_layers": None})[1], hub)
+    for changed in ({"moe_layers": [0]}, {"moe_layers": None, "interleave_moe_layer_step": 1}):
+        with pytest.raises(RecipeError, match=r"layers\.[01]\.feed_forward"):
+            hf(hub, config | changed)
+    with pytest.raises(RecipeError, match="moe_layers must be a list of numbers"):
+        hf(hub, config | {"moe_layers": "1"})
+    config, hub, _ = families.made("ernie4_5_moe")
+    assert (config["moe_layer_start_index"], config["moe_layer_end_index"]) == (0, 0)
+    for changed in ({"moe_layer_end_index": -1}, {"moe_layer_start_index": 1}, {"moe_layer_interval": 2}):
+        with pytest.raises(RecipeError, match=r"layers\.[01]\.mlp"):
+            hf(hub, config | changed)

@@ -132,11 +132,14 @@ def test_the_directories_of_a_run(tmp_path, capsys):
     assert "optim: 2 files of ranks" in fastckpt.open(tmp_path).unread
     for tag in ("10", "global_step_10"):
         assert "global_step_10/actor" in fastckpt.open(tmp_path, tag=tag).files[0].path
-    for tag in ("30", "../x", "actor"):
-        with pytest.raises(SourceError, match=r"no save .* there is global_step_10, global_step_20"):
-            fastckpt.open(tmp_path, tag=tag)
-    with pytest.raises(SourceError, match="tag '10' was asked for, and this is one save"):
-        fastckpt.open(tmp_path / "global_step_20", tag="10")
+    for path, tag, why in (
+        (tmp_path, "30", "no save '30'; there is global_step_10, global_step_20"),
+        (tmp_path, "../x", "'../x' is no save"),
+        (tmp_path, "actor", "'actor' is no save"),
+        (tmp_path / "global_step_20", "10", "no save '10'; there is none"),
+    ):
+        with pytest.raises(SourceError, match=why):
+            fastckpt.open(path, tag=tag)
     assert cli.main(["inspect", str(tmp_path)]) == 0
     assert "fsdp" in capsys.readouterr().out
 
@@ -354,6 +357,6 @@ def test_names_of_ranks_may_be_swapped(case):
 def test_options_that_mean_nothing(case):
     root = case("fsdp2")
     for options in ({"weights": "module"}, {"exclude_frozen": True}, {"tag": "3"}):
-        with pytest.raises(SourceError, match="asked for"):
+        with pytest.raises(SourceError, match=r"asked for|no save '3'"):
             sources.open(root, **options)
     sources.open(root, check_crc=True)

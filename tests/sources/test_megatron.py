@@ -201,13 +201,13 @@ def test_which_save(case):
         same(fastckpt.open(run, tag=tag, config=at), truth)
     same(fastckpt.open(run / "iter_0000200", config=at), truth)
     (run / "latest_checkpointed_iteration.txt").write_text("300\n")
-    with pytest.raises(SourceError, match="no iter_0000300; there is iter_0000100, iter_0000200"):
+    with pytest.raises(SourceError, match="no save '300'; there is iter_0000100, iter_0000200"):
         fastckpt.open(run, config=at)
     (run / "iter_0000200").rename(run / "release")
     (run / "latest_checkpointed_iteration.txt").write_text("release")
     same(fastckpt.open(run, config=at), truth)
     for odd in ("../x", "-1", "", "iter_1/.."):
-        with pytest.raises(SourceError, match="is no iteration"):
+        with pytest.raises(SourceError, match="is no save"):
             fastckpt.open(run, tag=odd, config=at)
     with pytest.raises(SourceError, match="exclude_frozen"):
         fastckpt.open(run, exclude_frozen=True)
@@ -535,6 +535,19 @@ def test_nemos_prefix_and_no_args(tmp_path):
     ckpt = fastckpt.open(tmp_path / "nemo", config=made[0])
     same(ckpt, {n: x.float() for n, x in made[1].items()})
     assert "the checkpoint has no args" in ckpt.facts["notes"][0]
+
+
+@pytest.mark.parametrize("inside", ["model", "."])
+def test_verls_directories(tmp_path, inside):
+    made = tiny.made("llama")
+    root = dist(tmp_path, keys_of(tmp_path, made), args=None)
+    save = tmp_path / "run/global_step_7"
+    (save / "actor" / inside / "huggingface").mkdir(parents=True)
+    root.rename(save / "actor" / inside / "dist_ckpt")
+    (save / "actor" / inside / "huggingface/config.json").write_text(json.dumps(made[0]))
+    (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("7")
+    for path in (tmp_path / "run", save, save / "actor"):
+        same(fastckpt.open(path), made[1])
 
 
 def test_what_torch_dist_must_have(tmp_path):

@@ -150,7 +150,7 @@ def _out(p: argparse.ArgumentParser) -> None:
 
 
 def _names(p: argparse.ArgumentParser) -> None:
-    p.add_argument("-t", "--tag", help="the ZeRO tag, or Megatron's iteration (default: the latest)")
+    p.add_argument("-t", "--tag", help="the ZeRO tag, or the step of a run (default: the latest)")
     p.add_argument(
         "--rename",
         action="append",

@@ -19,7 +19,20 @@ import numpy as np
 from .. import dtypes
 from ..dtypes import DType
 from ..errors import LayoutError
-from ..model import Attention, BlockStacks, Experts, Layer, Linear, Mla, Mlp, Model, Parameter, Sizes, Stacks
+from ..model import (
+    Attention,
+    BlockStacks,
+    Experts,
+    Layer,
+    Linear,
+    Mla,
+    Mlp,
+    Model,
+    Norm,
+    Parameter,
+    Sizes,
+    Stacks,
+)
 from ..placement import Placement
 from ..stored import constant
 from ..target import Target
@@ -52,6 +65,13 @@ RENAMED: dict[str, Renamed] = {
     "chatglm": ((".word_embeddings.", "."),),
 }
 """family -> (a part of the hub's name, what vLLM's module is called), where the two differ."""
+
+CUT_NORMS = frozenset({"minimax_m2"})
+"""Families whose norms over all of q and of k vLLM cuts by heads, rather than hold them whole."""
+
+PAIRED = frozenset({"llama4_text"})
+"""Families whose rotary positions turn neighbouring rows of a head of q and k; vLLM puts all the even rows
+before the odd ones (Llama4ForCausalLM.permute_qk_weight_for_rotary)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +207,12 @@ class Vllm:
             yield from _latent(layer.attention, placement)
         else:
             as_hub = engine is not None and engine.hub_rows
-            yield from _attention(layer.attention, model.sizes, placement, as_hub)
+            attention = layer.attention
+            if model.family in CUT_NORMS:
+                attention = _norms_cut(attention, model.sizes, placement)
+            if model.family in PAIRED:
+                attention = _in_halves(attention, model.sizes.head_dim)
+            yield from _attention(attention, model.sizes, placement, as_hub)
         if engine is not None:
             module, own = _parent(layer.attention.o.name), model.embedding.weight.dtype
             for held in (*engine.held, *engine.quantised.get(model.quant_method, Form()).held):
@@ -336,6 +361,36 @@ def _attention(
     if attention.sinks is not None:
         sinks = attention.sinks.view.part(0, placement.tp_rank, placement.tp)
         yield Target(attention.sinks.name, sinks)
+
+
+def _norms_cut(attention: Attention, sizes: Sizes, placement: Placement) -> Attention:
+    """The rank's part of norms over all of q and of k: its heads'."""
+    tp, rank = placement.tp, placement.tp_rank
+    groups = min(tp, sizes.kv_heads)
+
+    def part(role: Norm | None, index: int, count: int) -> Norm | None:
+        return role and replace(role, weight=role.weight.part(0, index, count))
+
+    return replace(
+        attention,
+        q_norm=part(attention.q_norm, rank, tp),
+        k_norm=part(attention.k_norm, rank // (tp // groups), groups),
+    )
+
+
+def _in_halves(attention: Attention, head_dim: int) -> Attention:
+    """q and k with each head's even rows before its odd ones.
+
+    Raises LayoutError for what is quantised or has biases, whose form in vLLM is not known."""
+
+    def halves(linear: Linear) -> Linear:
+        if linear.beside or linear.bias is not None:
+            what = linear.beside[0].leaf if linear.beside else "bias"
+            raise LayoutError(f"layout vllm: how vLLM orders {linear.name}.{what} is not known")
+        pairs = linear.weight.split(0, head_dim).split(1, 2)
+        return replace(linear, weight=pairs.permute((0, 2, 1, 3)).merge(1).merge(0))
+
+    return replace(attention, q=halves(attention.q), k=halves(attention.k))
 
 
 def _latent(attention: Mla, placement: Placement) -> Iterator[Target]:

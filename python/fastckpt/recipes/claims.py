@@ -154,9 +154,12 @@ class Claims:
         self._claimed.add(self.ckpt.aliases.get(stored, stored))
         return lambda: self.ckpt[stored]
 
-    def parameter(self, name: str, *dims: Dim, kept: bool = False) -> Callable[[], Parameter]:
-        """Claims one tensor of that shape; `kept`: it keeps its dtype, whatever the others are cast to."""
-        view = self.tensor(name, *dims)
+    def parameter(
+        self, name: str, *dims: Dim, kept: bool = False, stored: str | None = None
+    ) -> Callable[[], Parameter]:
+        """Claims one tensor of that shape, which is stored as `stored`, if given; `kept`: it keeps its dtype,
+        whatever the others are cast to."""
+        view = self.tensor(stored or name, *dims)
         return lambda: Parameter(name, view().as_stored() if kept else view())
 
     def carried(self, patterns: Sequence[str]) -> list[Callable[[], Parameter]]:

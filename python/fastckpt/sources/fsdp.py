@@ -1,9 +1,8 @@
 """Reads the files that FSDP's ranks save by themselves: `model_world_size_N_rank_R.pt`, as verl writes them.
 
 Each is a state dict, pickled with the rank's parts of the tensors that were cut (`distributed`) and with
-tensors that every rank has whole. A run's directory has `latest_checkpointed_iteration.txt` and a
-`global_step_N` for each save; in that lies the model, or models by their part in reinforcement learning.
-Source: verl 0.9.1, verl/utils/checkpoint/fsdp_checkpoint_manager.py and verl/trainer/ppo/ray_trainer.py.
+tensors that every rank has whole. Where a run puts them, `steps` says.
+Source: verl 0.9.1, verl/utils/checkpoint/fsdp_checkpoint_manager.py.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from numpy.typing import NDArray
 from ..checkpoint import JSON, Checkpoint, Entry, Single
 from ..dtypes import DType
 from ..errors import SourceError
-from ..extents import Extents, content, is_directory, is_file, listed
+from ..extents import Extents, is_directory, is_file, listed
 from ..stored import boxes as tiled
 from ..stored import check_tiles, strided
 from ..views import View
-from . import torchfile
+from . import steps, torchfile
 from .assembly import assemble, read_json
 from .dcp import tied, vocabulary
 from .distributed import Box, Part, boxes_of, part_of
@@ -35,29 +34,22 @@ from .samples import Agreement
 from .torchfile import Tensor, TorchFile
 from .torchtensors import refuse_unread
 
-TRACKER = "latest_checkpointed_iteration.txt"
-MODELS = ("", "actor", "policy")
-"""Where in a save the model lies that is trained to be served."""
-HUB = "huggingface"
-"""The directory beside the files in which config.json and the tokenizer lie."""
 RECORD = "fsdp_config.json"
 
 _FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
-_STEP = re.compile(r"global_step_\d+")
 
 
 def matches(path: str) -> bool:
     """Whether `path` is a directory with such files, a save, or a run's directory with saves."""
-    return is_directory(path) and (_model(path) is not None or (_tracked(path) and bool(_saves(path))))
+    return is_directory(path) and any(map(_model, _saves(path)))
 
 
 def read(path: str, options: Options) -> Checkpoint:
     """The model in a save: the last one, or `tag`'s. Raises SourceError."""
-    save = _chosen(path, options.tag)
+    save = steps.chosen(path, options.tag)
     replace(options, tag=None).refuse_zero_only(path)
-    root = _model(save)
-    if root is None:
-        raise SourceError(f"{save}: no model_world_size_N_rank_R.pt here, nor in {' or '.join(MODELS[1:])}")
+    if (root := _model(save)) is None:
+        raise SourceError(f"{save}: no model_world_size_N_rank_R.pt of a model that is served")
     files = [
         torchfile.load(name, check_crc=options.check_crc, wanted=lambda root: _wanted(root))
         for name in _files(root, options.also)
@@ -85,7 +77,7 @@ def read(path: str, options: Options) -> Checkpoint:
         table = np.array([h.row() for h in boxes], np.int64)
         rows[name] = table.reshape(len(boxes), 3 + 3 * len(shape))
     same.check()
-    search = [root, os.path.join(root, HUB), save, os.path.join(save, HUB)]
+    search = [root, os.path.join(root, steps.HUB), save, os.path.join(save, steps.HUB)]
     words = vocabulary(search)
     aliases = _one(kinds, rows)
     aliases |= tied({n: t for n, t in rows.items() if kinds[n][1][:1] == words and n not in aliases}, stored)
@@ -109,35 +101,15 @@ def read(path: str, options: Options) -> Checkpoint:
 # ---- where the files are ----
 
 
-def _tracked(path: str) -> bool:
-    return is_file(os.path.join(path, TRACKER))
-
-
 def _saves(path: str) -> list[str]:
-    return [n for n in listed(path, "global_step_*") if _STEP.fullmatch(n)]
+    """The directories of saves: this one, and those of a run."""
+    return [path, *(os.path.join(path, n) for n in steps.saves(path))] if steps.is_run(path) else [path]
 
 
 def _model(save: str) -> str | None:
     """The directory of the model in a save; None where there is none."""
-    for name in MODELS:
-        root = os.path.join(save, name) if name else save
-        if is_directory(root) and any(_FILE.fullmatch(n) for n in listed(root, "model_world_size_*")):
-            return root
-    return None
-
-
-def _chosen(path: str, tag: str | None) -> str:
-    """The directory of a save: of `tag`, or of the one that the tracker names."""
-    if _model(path) is not None:
-        if tag is not None:
-            raise SourceError(f"{path}: tag {tag!r} was asked for, and this is one save")
-        return path
-    if tag is None:
-        tag = content(os.path.join(path, TRACKER), 64).decode(errors="replace").strip()
-    name = f"global_step_{int(tag)}" if tag.isascii() and tag.isdigit() else tag
-    if name not in _saves(path):
-        raise SourceError(f"{path}: no save {name!r}; there is {', '.join(_saves(path))}")
-    return os.path.join(path, name)
+    held = (d for d in steps.models(save) if any(map(_FILE.fullmatch, listed(d, "model_world_size_*"))))
+    return next(held, None)
 
 
 def _files(root: str, also: Sequence[str]) -> list[str]:

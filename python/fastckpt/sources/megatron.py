@@ -1,10 +1,10 @@
 """Reads what Megatron-LM's training leaves: torch_dist checkpoints, and those of `--ckpt-format torch`.
 
-A run's directory has `latest_checkpointed_iteration.txt` and an `iter_NNNNNNN` for each save. Names are those
-of megatron-core's GPTModel: of a model of one process, or "rank/name" where ranks hold parts of it. The
-pipeline is undone here: layers have the numbers they have in the whole model. Which elements of a tensor of
-the hub each part is, `fastckpt.megatron` says. Source: Megatron-LM, megatron/training/checkpointing.py
-(get_checkpoint_name, read_metadata, generate_state_dict); megatron-core 0.16.1 and 0.19.2.
+Names are those of megatron-core's GPTModel: of a model of one process, or "rank/name" where ranks hold parts
+of it. The pipeline is undone here: layers have the numbers they have in the whole model. Which elements of a
+tensor of the hub each part is, `fastckpt.megatron` says; where a run puts its saves, `steps`. Source:
+Megatron-LM, megatron/training/checkpointing.py (get_checkpoint_name, generate_state_dict); megatron-core
+0.16.1 and 0.19.2; verl 0.9.1, verl/utils/megatron_utils.py.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 from ..checkpoint import JSON, Checkpoint, Entry
 from ..errors import SourceError
-from ..extents import Extents, content, is_directory, is_file, listed
+from ..extents import Extents, is_directory, is_file, listed
 from ..placement import Placement
-from . import megatron_dist, torchfile
+from . import megatron_dist, steps, torchfile
 from .assembly import assemble
 from .dcp import NAME, SUFFIX
 from .inert import type_name
@@ -28,9 +28,8 @@ from .options import Options
 from .torchfile import Tensor, TorchFile
 from .torchtensors import places, refuse_unread, whole
 
-TRACKER = "latest_checkpointed_iteration.txt"
-_ITERATION = re.compile(r"iter_\d{7,}|release")
 _FILE = "model_optim_rng.pt"
+_INSIDE = ((), ("weights",), ("dist_ckpt",), ("model", "dist_ckpt"))
 _CHUNK = re.compile(r"model(\d*)")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXTRA = "_extra_state"
@@ -41,14 +40,14 @@ def matches(path: str) -> bool:
     """Whether `path` is a run's directory, one save of it, or one of NeMo's with its `weights`."""
     if not is_directory(path):
         return False
-    return is_file(os.path.join(path, TRACKER)) or any(_is_dist(d) or _is_ranks(d) for d in _places(path))
+    return steps.is_run(path) or any(_is_dist(d) or _is_ranks(d) for d in _places(path))
 
 
 def read(path: str, options: Options) -> Checkpoint:
     """The model in a save: the last one, or `tag`'s. Raises SourceError."""
     if options.exclude_frozen:
         raise SourceError(f"{path}: exclude_frozen was asked for, and only ZeRO says what was frozen")
-    root = _chosen(path, options.tag)
+    root = steps.chosen(path, options.tag)
     for directory in _places(root):
         if _is_dist(directory):
             return megatron_dist.read(path, directory, options, FORMAT)
@@ -62,8 +61,9 @@ def read(path: str, options: Options) -> Checkpoint:
 
 
 def _places(root: str) -> Iterator[str]:
-    """Where a save may lie: here, or in NeMo's `weights`."""
-    return filter(is_directory, (root, os.path.join(root, "weights")))
+    """Where a save may lie: here, in NeMo's `weights`, or where verl puts its model's."""
+    inside = [os.path.join(d, *names) for d in steps.models(root) for names in _INSIDE]
+    return filter(is_directory, inside)
 
 
 def _is_dist(directory: str) -> bool:
@@ -74,22 +74,6 @@ def _is_dist(directory: str) -> bool:
 
 def _is_ranks(directory: str) -> bool:
     return any(is_file(os.path.join(directory, n, _FILE)) for n in listed(directory, "mp_rank_*"))
-
-
-def _chosen(path: str, tag: str | None) -> str:
-    """The directory of a save: of `tag`, or of the one that the tracker names."""
-    tracker = os.path.join(path, TRACKER)
-    if tag is None:
-        if not is_file(tracker):
-            return path
-        tag = content(tracker, 64).decode(errors="replace").strip()
-    name = f"iter_{int(tag):07d}" if tag.isascii() and tag.isdigit() else tag
-    if _ITERATION.fullmatch(name) is None:
-        raise SourceError(f"{path}: {tag!r} is no iteration; wanted a number, iter_NNNNNNN or release")
-    if not is_directory(root := os.path.join(path, name)):
-        saved = ", ".join(n for n in listed(path, "*") if _ITERATION.fullmatch(n))
-        raise SourceError(f"{path}: no {name}; there is {saved or 'no save'}")
-    return root
 
 
 # ---- a file a rank ----

@@ -30,6 +30,7 @@ from .dcp import NAME, later, located, nbytes
 from .dcp_metadata import Metadata, metadata
 from .megatron_args import args_of
 from .options import Options
+from .steps import HUB
 from .torchzip import Reader
 
 RECORD = "metadata.json"
@@ -122,8 +123,9 @@ def read(path: str, root: str, options: Options, format: str) -> Checkpoint:
     facts: dict[str, JSON] = {"step": step, "ranks": 1, "args": args}
     if told := [*notes, *later(where, files).get("notes", [])]:
         facts["notes"] = told
+    search = [os.path.join(at, name) for at in (root, os.path.dirname(root)) for name in ("", HUB)]
     return assemble(
-        path, format, entries, table, options, files=files, search=[root, os.path.dirname(root)],
+        path, format, entries, table, options, files=files, search=search,
         facts=facts, unread=unread, layout=[row.tobytes() for row in rows.values()],
         headers=[found.digest, *digests],
     )  # fmt: skip

@@ -15,11 +15,12 @@ WEIGHTS = ("master", "module")
 class Options:
     """How to open a checkpoint.
 
-    `tag`: the ZeRO tag, None for the one that `latest` names. `also`: further directories that hold the rest
-    of the files. `rename`: (regex, replacement) pairs applied to every name, in order. `weights`: "master" or
-    "module" (the 16-bit copy of ZeRO-1/2). `exclude_frozen`: leave out parameters that the optimizer does not
-    own. `check_crc`: compare the CRC32 of every record that is used with the zip directory's. A format to
-    which an option means nothing refuses it. Raises FastckptError for a value that is none of these."""
+    `tag`: the ZeRO tag or the step of a run, None for the latest. `also`: further directories that hold the
+    rest of the files. `rename`: (regex, replacement) pairs applied to every name, in order. `weights`:
+    "master" or "module" (the 16-bit copy of ZeRO-1/2). `exclude_frozen`: leave out parameters that the
+    optimizer does not own. `check_crc`: compare the CRC32 of every record that is used with the zip
+    directory's. A format to which an option means nothing refuses it. Raises FastckptError for a value that
+    is none of these."""
 
     tag: str | None = None
     also: tuple[str, ...] = ()
