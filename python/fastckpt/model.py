@@ -408,7 +408,7 @@ class Model:
     the feed-forward block of a layer read the same input. `alibi`: attention is biased by ALiBi's slopes,
     which the hub does not store. `rope`: the rotary positions of latent attention. `quant_method`: the hub's
     word for how matrices are quantised ("pack-quantized" for compressed-tensors' packed integers), "" where
-    none is."""
+    none is. `causal`: tokens see only those before them (no encoder alone does)."""
 
     family: str
     sizes: Sizes
@@ -429,3 +429,4 @@ class Model:
     rope: Rope | None = None
     quant_method: str = ""
     first_position: int = 0
+    causal: bool = True

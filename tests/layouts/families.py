@@ -194,6 +194,11 @@ ENCODERS = {
     "roberta": Family("Roberta", _ENCODER, (8, 8, 8), "ForMaskedLM"),
     "xlm_roberta": Family("XLMRoberta", _ENCODER, (8, 8, 8), "ForMaskedLM"),
     "xlm_roberta-alone": Family("XLMRoberta", _ENCODER, (8, 8, 8), "Model"),
+    "modernbert": Family("ModernBert", _ENCODER, (8, 8, 8), "ForMaskedLM"),
+    "modernbert-alone": Family("ModernBert", _ENCODER | _BIASED | {"norm_bias": True}, (8, 8, 8), "Model"),
+    "modernbert-classes": Family(
+        "ModernBert", _ENCODER | {"num_labels": 3}, (8, 8, 8), "ForSequenceClassification"
+    ),
     "t5": Family("T5", _T5, (8, 8, 6), "ForConditionalGeneration"),
     "t5-gated": Family(
         "T5", _T5 | {"feed_forward_proj": "gated-gelu"}, (8, 8, 6), "ForConditionalGeneration"

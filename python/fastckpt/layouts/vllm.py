@@ -141,7 +141,7 @@ class Vllm:
                 require_even("vllm", placement, key, width, instead)
         rows = round_up(model.sizes.vocab, self.vocab_padding)
         require_even("vllm", placement, f"vocab_size {model.sizes.vocab}, padded to", rows)
-        if model.encoder is not None or model.carried:
+        if model.encoder is not None or model.carried or not model.causal:
             what = model.carried[0].name if model.carried else "the encoder"
             raise LayoutError(f"layout vllm has no place for {what} of {model.family}, which is no decoder")
         renamed = RENAMED.get(model.family, ())

@@ -35,6 +35,7 @@ from . import (
     llama4,
     mixtral,
     mixture,
+    modernbert,
     mpt,
     neox,
     olmo,
@@ -155,6 +156,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "xlm-roberta", partial(bert.recipe, names=bert.ROBERTA), "XLM-RoBERTa, as RoBERTa", bert.IGNORED
     ),
+    Family("modernbert", modernbert.recipe, "ModernBERT, alone or with a head", ()),
     Family(
         "jina_bert",
         jina_bert.recipe,
