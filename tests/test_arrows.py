@@ -209,16 +209,17 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__",),
     ),
     "recipes": (
-        ("quantised", "imagining"),
+        ("quantised", "imagining", "renaming"),
         ("claims",),
         ("fused", "latent"),
         ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper", "jina_bert"),
-        ("mixture",),
+        ("mixture", "towers"),
         (
             *("llama", "gemma", "phi3", "glm", "olmo", "cohere", "ungated", "gptj", "mpt", "opt"),
             *("mixtral", "qwen_moe", "deepseek", "ernie", "granite_moe", "llama4", "gpt_oss", "cogvlm2"),
             *("modernbert",),
         ),
+        ("vision_language",),
         ("__init__",),
     ),
     "layouts": (
