@@ -216,7 +216,8 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("mixture",),
         (
             *("llama", "gemma", "phi3", "glm", "olmo", "cohere", "ungated", "gptj", "mpt", "opt"),
-            *("mixtral", "qwen_moe", "deepseek", "gpt_oss", "cogvlm2"),
+            *("mixtral", "qwen_moe", "deepseek", "ernie", "granite_moe", "llama4", "gpt_oss", "cogvlm2"),
+            *("modernbert",),
         ),
         ("__init__",),
     ),

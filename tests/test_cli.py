@@ -406,7 +406,7 @@ def test_doctor(run, tmp_path):
     found = json.loads(out)
     assert code == 0
     assert found["python"]["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert found["python"]["torch"] == torch.__version__
+    assert found["python"]["torch"].split("+")[0] == torch.__version__.split("+")[0]  # not "+cu130"
     assert found["output"]["path"] == str(tmp_path)
     assert found["output"]["free"] > 0
     code, out, _ = run("doctor")

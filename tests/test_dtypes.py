@@ -8,14 +8,9 @@ import torch
 from fastckpt import dtypes
 from fastckpt.dtypes import DTYPES, DType, castable, dtype, exact
 from fastckpt.errors import ViewError
+from torch_types import KNOWN, of_torch
 
 FLOATS = [d for d in DTYPES if d.kind == "float"]
-
-
-def of_torch(d: DType) -> torch.dtype:
-    found = getattr(torch, d.name)
-    assert isinstance(found, torch.dtype)
-    return found
 
 
 def test_a_code_is_the_place_in_the_table() -> None:
@@ -44,10 +39,11 @@ def test_storage_names_are_torchs(d: DType) -> None:
 
 
 def test_safetensors_names_are_safetensors() -> None:
-    ours = {d.safetensors: of_torch(d) for d in DTYPES if d.safetensors}
+    ours = {d.safetensors: of_torch(d) for d in KNOWN if d.safetensors}
     theirs = dict(safetensors.torch._TYPES)
     # in the format; the package's torch part writes them and does not read them
-    theirs |= {"F8_E8M0": torch.float8_e8m0fnu, "F4": torch.float4_e2m1fn_x2}
+    late = {"F8_E8M0": dtypes.float8_e8m0fnu, "F4": dtypes.float4_e2m1fn_x2}
+    theirs |= {n: of_torch(d) for n, d in late.items() if d in KNOWN}
     assert {k: v for k, v in theirs.items() if k in ours} == ours
     assert {v for k, v in theirs.items() if k not in ours}.isdisjoint(ours.values())
 
@@ -72,13 +68,11 @@ def test_an_unknown_name_says_what_is_known() -> None:
 def every_value(d: DType) -> torch.Tensor:
     """Every finite value of a type of one or two bytes; for wider ones, values near their limits."""
     if d.itemsize <= 2:
-        bits = torch.arange(1 << 8 * d.itemsize, dtype=torch.int32)
-        raw = bits.to(torch.uint8) if d.itemsize == 1 else bits.to(torch.uint16)
-        values = raw.view(of_torch(d))
-    else:
-        info = torch.finfo(of_torch(d))
-        values = torch.tensor([1 + info.eps, info.max, info.smallest_normal], dtype=of_torch(d))
-    return values[values.double().isfinite()]
+        top = 1 << 8 * d.itemsize
+        bits = torch.arange(-top // 2, top // 2, dtype=torch.int8 if d.itemsize == 1 else torch.int16)
+        return bits[bits.view(of_torch(d)).double().isfinite()].view(of_torch(d))
+    info = torch.finfo(of_torch(d))
+    return torch.tensor([1 + info.eps, info.max, info.smallest_normal], dtype=of_torch(d))
 
 
 @pytest.mark.parametrize("dst", FLOATS, ids=str)

@@ -25,6 +25,7 @@ from fastckpt.target import Target
 from layouts import oracle, tiny
 from reading import refuses_what_is_written_to
 from safetensors.torch import load_file, save_file
+from torch_types import of_torch
 from zero_writer import write_zero
 
 COMPILED = pytest.mark.skipif(not built(), reason="the compiled module is not built")
@@ -365,7 +366,7 @@ def test_every_type_is_carried_as_bytes(tmp_path, dtype):
     """What torch.save can write comes out of both containers and of memory, bit for bit, even when a cast of
     the floats is asked for."""
     raw = torch.arange(64, dtype=torch.uint8) % (2 if dtype == "bool" else 0x37)
-    given = {"w": raw.view(getattr(torch, dtype)).reshape(2, -1), "f": torch.ones(3)}
+    given = {"w": raw.view(of_torch(BY_NAME[dtype])).reshape(2, -1), "f": torch.ones(3)}
     torch.save(given, tmp_path / "x.pt")
     asked = None if BY_NAME[dtype].kind == "float" else "bfloat16"
     (state,) = fastckpt.reshard(tmp_path / "x.pt", layout="same", dtype=asked)
@@ -438,7 +439,7 @@ def test_not_a_number_is_refused_unless_allowed(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["complex64", "float8_e8m0fnu", "float8_e4m3fnuz", "float8_e5m2fnuz"])
 def test_what_verify_counts_as_not_finite_is_refused(tmp_path, dtype):
-    kind = getattr(torch, dtype)
+    kind = of_torch(BY_NAME[dtype])
     byte = torch.tensor([255 if dtype == "float8_e8m0fnu" else 128], dtype=torch.uint8)
     odd = torch.tensor([complex(1, float("nan"))]) if kind.is_complex else byte.view(kind)
     held = {"a": torch.ones(300), "b": odd, "n": torch.arange(5)}

@@ -117,10 +117,12 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A tensor that is no matrix, norm or table, under its full name in the hub."""
+    """A tensor that is no matrix, norm or table, under its full name in the hub. `shape`: the hub's shape,
+    where it is another."""
 
     name: str
     view: View
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,12 +157,25 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
+class Indexer:
+    """What chooses the tokens that sparse attention reads (DeepSeek-V3.2): queries `q` [index heads * index
+    dim, q_rank] of what Mla's `q_norm` gives, one key for all its heads, `k` [index dim, hidden] -> `k_norm`,
+    and how much each of its heads counts, `weights` [index heads, hidden]."""
+
+    q: Linear
+    k: Linear
+    k_norm: Norm
+    weights: Linear
+
+
+@dataclass(frozen=True, slots=True)
 class Mla:
     """Multi-head latent attention (DeepSeek): `kv_a` [kv_rank + rope_dim, hidden] -> `kv_norm` ->
     `kv_b` [heads * (nope_dim + v_dim), kv_rank]; `o` [hidden, heads * v_dim].
 
     `q` [heads * (nope_dim + rope_dim), q_rank or hidden] reads what `q_a` [q_rank, hidden] and `q_norm` make
-    of the hidden state, or the hidden state itself where both are None."""
+    of the hidden state, or the hidden state itself where both are None. `indexer`: what chooses the tokens
+    that are read, None where all are, or those that the layer before chose."""
 
     q: Linear
     kv_a: Linear
@@ -169,6 +184,7 @@ class Mla:
     o: Linear
     q_a: Linear | None = None
     q_norm: Norm | None = None
+    indexer: Indexer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +200,16 @@ class Mlp:
     fused: str | None = None
     up_first: bool = False
     scalars: tuple[Parameter, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """Where the hub stores all experts of a layer in two tensors, their names: `gate_up` [experts, gate; up,
+    hidden] and `down` [experts, hidden, width]; `transposed`: [experts, in, out] (Llama 4)."""
+
+    gate_up: str
+    down: str
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,8 +245,8 @@ class Experts:
 
     `name`: the hub's module that holds the experts. `correction`: what is added to the experts' scores when
     the router selects [experts]; never rounded. `shared`: a block that every token passes, weighed by
-    `shared_gate` [1, hidden] where there is one. `stacks`: the same experts as stacks, where the hub stores
-    them so."""
+    `shared_gate` [1, hidden] where there is one. `stacked`: how the hub stores them in two tensors, None
+    where it stores each on its own. `stacks`: the same experts as stacks that a server wants as they are."""
 
     name: str
     router: Linear
@@ -229,6 +255,7 @@ class Experts:
     shared: Mlp | None = None
     shared_gate: Linear | None = None
     stacks: Stacks | BlockStacks | None = None
+    stacked: Stacked | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,7 +408,7 @@ class Model:
     the feed-forward block of a layer read the same input. `alibi`: attention is biased by ALiBi's slopes,
     which the hub does not store. `rope`: the rotary positions of latent attention. `quant_method`: the hub's
     word for how matrices are quantised ("pack-quantized" for compressed-tensors' packed integers), "" where
-    none is."""
+    none is. `causal`: tokens see only those before them (no encoder alone does)."""
 
     family: str
     sizes: Sizes
@@ -402,3 +429,4 @@ class Model:
     rope: Rope | None = None
     quant_method: str = ""
     first_position: int = 0
+    causal: bool = True

@@ -195,9 +195,9 @@ REFUSED = {
         {"a.weight": torch.zeros(4, 8, dtype=torch.int8), "a.weight_scale": torch.ones(3, 3)}, {},
         "do not fit",
     ),
-    "powers": (
+    "scales of a byte": (
         {"a.weight": torch.zeros(4, 8, dtype=torch.int8),
-         "a.weight_scale": torch.ones(4, 1).to(torch.float8_e8m0fnu)}, {}, "scales of float8_e8m0fnu",
+         "a.weight_scale": torch.ones(4, 1).to(torch.float8_e5m2)}, {}, "scales of float8_e5m2",
     ),
     "which": (
         {"a.qweight": torch.zeros(8, 1, dtype=torch.int32), "a.qzeros": torch.zeros(1, 1, dtype=torch.int32),

@@ -41,6 +41,15 @@ _PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 def _sizes(base=_SIZES, drop=(), **changes):
     return {k: v for k, v in (base | changes).items() if k not in drop}
 
+_WIDE_LATENT = _sizes(
+    _LATENT, hidden_size=256, q_lora_rank=128, kv_lora_rank=64, v_head_dim=64, qk_nope_head_dim=64,
+    qk_rope_head_dim=64, moe_intermediate_size=256, n_shared_experts=1, topk_method="noaux_tc",
+    scoring_func="sigmoid",
+)  # fmt: skip
+_ROUTED = _SIZES | dict(
+    n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, n_shared_experts=1,
+    first_k_dense_replace=1, n_group=1, topk_group=1,
+)  # fmt: skip
 
 MODELS: dict[str, tuple[str, dict]] = {
     "llama": ("Llama", _sizes()),
@@ -77,6 +86,64 @@ MODELS: dict[str, tuple[str, dict]] = {
         "DeepseekV3",
         _sizes(
             _LATENT, q_lora_rank=48, n_shared_experts=1, topk_method="noaux_tc", scoring_func="sigmoid"
+        ),
+    ),
+    "kimi_k2": ("DeepseekV3", _WIDE_LATENT),
+    "glm4_moe_lite": (
+        "Glm4MoeLite",
+        _sizes(
+            _LATENT, q_lora_rank=48, n_shared_experts=1, mlp_layer_types=["dense", "sparse"],
+        ),
+    ),
+    "dots1": ("Dots1", _sizes(_ROUTED)),
+    "solar_open": (
+        "SolarOpen",
+        _sizes(_ROUTED, drop=("intermediate_size", "first_k_dense_replace")),
+    ),
+    "exaone_moe": (
+        "ExaoneMoe",
+        _sizes(
+            num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, num_shared_experts=1,
+            mlp_layer_types=["dense", "sparse"], sliding_window=16,
+        ),
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        _sizes(
+            moe_num_experts=4, moe_k=2, moe_intermediate_size=128, moe_num_shared_experts=1,
+            moe_layer_start_index=1,
+        ),
+    ),
+    "olmoe": ("Olmoe", _sizes(num_experts=4, num_experts_per_tok=2, drop=("head_dim",))),
+    "hunyuan_v1_moe": ("HunYuanMoEV1", _sizes(num_experts=4, moe_topk=2)),
+    "phimoe": (
+        "Phimoe",
+        _sizes(
+            num_local_experts=4, num_experts_per_tok=2, attention_bias=True, lm_head_bias=True,
+            drop=("head_dim",),
+        ),
+    ),
+    "minimax_m2": (
+        "MiniMaxM2",
+        _sizes(
+            _WIDE, num_attention_heads=8, num_local_experts=4, num_experts_per_tok=2, rotary_dim=32,
+            use_routing_bias=True, scoring_func="sigmoid",
+        ),
+    ),
+    "granitemoe": (
+        "GraniteMoe", _sizes(num_local_experts=4, num_experts_per_tok=2, drop=("head_dim",))
+    ),
+    "granitemoeshared": (
+        "GraniteMoeShared",
+        _sizes(
+            num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=192, drop=("head_dim",)
+        ),
+    ),
+    "llama4_text": (
+        "Llama4Text",
+        _sizes(
+            num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=192,
+            interleave_moe_layer_step=2,
         ),
     ),
     "gpt_oss": (
@@ -133,16 +200,15 @@ MODELS: dict[str, tuple[str, dict]] = {
         "DeepseekV2",
         _sizes(_LATENT, kv_lora_rank=512, qk_rope_head_dim=64, q_lora_rank=None, n_shared_experts=2),
     ),
-    "deepseek_v3-wide": (
-        "DeepseekV3",
-        _sizes(
-            _LATENT, hidden_size=256, q_lora_rank=128, kv_lora_rank=64, v_head_dim=64, qk_nope_head_dim=64,
-            qk_rope_head_dim=64, moe_intermediate_size=256, n_shared_experts=1, topk_method="noaux_tc",
-            scoring_func="sigmoid",
-        ),
-    ),
+    "deepseek_v3-wide": ("DeepseekV3", _WIDE_LATENT),
 }  # fmt: skip
 """name -> (transformers' class prefix, the config's arguments)."""
+
+SAID: dict[str, dict] = {
+    "kimi_k2": {"model_type": "kimi_k2"},
+    "glm4_moe_lite": {"first_k_dense_replace": 1},
+}
+"""name -> what the hub's config.json says besides, or otherwise than transformers' class."""
 
 
 def _compressed(kind, strategy, inputs):
@@ -212,6 +278,11 @@ SCHEMES: dict[str, dict] = PACKED | {
 BY_ROW = ("int8", "fp8-channel")
 """Those with a scale for every output."""
 
+_DENSE = (  # of which the hub has quantised ones
+    "seed_oss", "ernie4_5", "hunyuan_v1_dense", "ministral3", "olmo2", "olmo3", "exaone4", "cohere",
+    "cohere2", "apertus",
+)  # fmt: skip
+
 QUANTISED: dict[str, tuple[str, str]] = {
     f"{model}+{scheme}": (model, scheme)
     for model, schemes in {
@@ -237,6 +308,9 @@ QUANTISED: dict[str, tuple[str, str]] = {
         "qwen2_moe": ("int8", "fp8-matrix"),
         "glm4_moe": ("int8", "fp8-matrix"),
         "deepseek_v2-lora": ("int8", "fp8-matrix"),
+        "kimi_k2": ("fp8-block", "int4"),
+        "minimax_m2": ("fp8-block",),
+        **dict.fromkeys(_DENSE, ("int8", "fp8-matrix")),
     }.items()
     for scheme in schemes
 }
@@ -245,7 +319,7 @@ QUANTISED |= {
     for model in (
         "llama", "llama-biased", "llama-tied", "mistral", "qwen2", "qwen3", "granite", "smollm3", "gemma",
         "gemma2", "gemma3_text", "phi3", "glm", "glm4", "mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe",
-        "deepseek_v2-576", "deepseek_v3-wide",
+        "deepseek_v2-576", "deepseek_v3-wide", *_DENSE,
     )
     for scheme in (tuple(PACKED) if model in ("llama", "mixtral") else tuple(PACKED)[:4])
     if (model, scheme) != ("glm4", "gptq")  # which vLLM's own loader does not take
@@ -272,6 +346,17 @@ def write(name: str, folder: str, *, counted: bool = False, dtype: torch.dtype =
         for key, tensor in model.state_dict().items():
             count(key, tensor)
     model.save_pretrained(folder)
+    if name in SAID:
+        _say(folder, SAID[name])
+
+
+def _say(folder: str, said: dict) -> None:
+    """Writes these keys into the config.json of a folder."""
+    path = os.path.join(folder, "config.json")
+    with open(path) as f:
+        written = json.load(f)
+    with open(path, "w") as f:
+        json.dump(written | said, f, indent=2)
 
 
 def count(name: str, tensor: torch.Tensor) -> None:
@@ -313,15 +398,10 @@ def _quantise(folder: str, scheme: str) -> None:
             count(f"{module}.{leaf}", tensors[f"{module}.{leaf}"])
             tensors[f"{module}.{leaf}"].add_(2.125)
     save_file(tensors, path, {"format": "pt"})
-    config = os.path.join(folder, "config.json")
-    with open(config) as f:
-        written = json.load(f)
     skipped = {"modules_to_not_convert" if hub else "ignore": left}
     if told["quant_method"] == "gptq":
         skipped = {"dynamic": {f"-:^{re.escape(n)}$": {} for n in left if n != "lm_head"}}
-    written["quantization_config"] = told | skipped
-    with open(config, "w") as f:
-        json.dump(written, f, indent=2)
+    _say(folder, {"quantization_config": told | skipped})
 
 
 def _stored_packed(name: str, told: dict, rows: int, columns: int) -> dict[str, torch.Tensor]:

@@ -26,6 +26,7 @@ _MLA = dict(
     moe_intermediate_size=24, first_k_dense_replace=1, num_key_value_heads=8, num_experts_per_tok=2,
     n_group=1, topk_group=1,
 )  # fmt: skip
+_ROUTED = dict(n_routed_experts=6, moe_intermediate_size=24, first_k_dense_replace=1, num_experts_per_tok=2)
 _OLD = {k: v for k, v in _SIZES.items() if k != "num_key_value_heads"}
 _GPT = dict(vocab_size=208, n_embd=64, n_layer=2, n_head=8, n_positions=19, n_inner=88)
 _FALCON = dict(vocab_size=208, hidden_size=64, num_hidden_layers=2, num_attention_heads=8)
@@ -36,17 +37,20 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 @dataclass(frozen=True)
 class Family:
     """The config class and its arguments; `heads`: query heads, kv heads, the size of one; `model`: the
-    model's class, where it is another family's."""
+    model's class, where it is another family's; `hub_type`: what the hub's config says as model_type, where
+    transformers has no class of it."""
 
     name: str
     sizes: dict
     heads: tuple[int, int, int]
     architecture: str = "ForCausalLM"
     model: str | None = None
+    hub_type: str = ""
 
 
-def _family(name, heads, sizes=_SIZES, drop=(), **changes):
-    return Family(name, {k: v for k, v in (sizes | changes).items() if k not in drop}, heads)
+def _family(name, heads, sizes=_SIZES, drop=(), hub_type="", **changes):
+    sizes = {k: v for k, v in (sizes | changes).items() if k not in drop}
+    return Family(name, sizes, heads, hub_type=hub_type)
 
 
 FAMILIES = {
@@ -105,6 +109,51 @@ FAMILIES = {
         "DeepseekV2", (8, 8, 6), _SIZES | _MLA, q_lora_rank=24, n_shared_experts=2, attention_bias=True
     ),
     "deepseek_v3": _family("DeepseekV3", (8, 8, 6), _SIZES | _MLA, q_lora_rank=24, n_shared_experts=1),
+    "kimi_k2": _family(
+        "DeepseekV3", (8, 8, 6), _SIZES | _MLA, q_lora_rank=24, n_shared_experts=1, hub_type="kimi_k2"
+    ),
+    "deepseek_v32": _family(
+        "DeepseekV32", (8, 8, 6), _SIZES | _MLA, q_lora_rank=24, n_shared_experts=1, index_topk=16,
+        index_head_dim=10, index_n_heads=3,
+    ),
+    "glm_moe_dsa": _family(
+        "GlmMoeDsa", (8, 8, 6), _SIZES | _MLA, q_lora_rank=24, n_shared_experts=1, index_topk=16,
+        index_head_dim=10, index_n_heads=3, mlp_layer_types=["sparse", "dense"],
+        indexer_types=["full", "shared"],
+    ),
+    "glm4_moe_lite": _family(
+        "Glm4MoeLite", (8, 8, 6), _SIZES | _MLA, drop=("first_k_dense_replace",), q_lora_rank=24,
+        n_shared_experts=1, mlp_layer_types=["sparse", "dense"],
+    ),
+    "dots1": _family("Dots1", (8, 4, 8), _SIZES | _ROUTED, head_dim=8, n_shared_experts=2, n_group=1),
+    "solar_open": _family(
+        "SolarOpen", (8, 4, 12), _SIZES | _ROUTED, drop=("intermediate_size", "first_k_dense_replace"),
+        head_dim=12, n_shared_experts=1, n_group=1, topk_group=1,
+    ),
+    "exaone_moe": _family(
+        "ExaoneMoe", (8, 4, 8), head_dim=8, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24,
+        num_shared_experts=2, mlp_layer_types=["sparse", "dense"], sliding_window=16,
+    ),
+    "ernie4_5_moe": _family(
+        "Ernie4_5_Moe", (8, 4, 8), moe_num_experts=5, moe_k=2, moe_intermediate_size=24,
+        moe_num_shared_experts=2, moe_layer_start_index=0, moe_layer_end_index=0, head_dim=8,
+    ),
+    "olmoe": _family("Olmoe", (8, 4, 8), num_experts=5, num_experts_per_tok=2),
+    "hunyuan_v1_moe": _family("HunYuanMoEV1", (8, 4, 8), head_dim=8, num_experts=5, moe_topk=2),
+    "phimoe": _family(
+        "Phimoe", (8, 4, 8), num_local_experts=5, num_experts_per_tok=2, attention_bias=True,
+        lm_head_bias=True,
+    ),
+    "minimax_m2": _family("MiniMaxM2", (8, 4, 12), head_dim=12, num_local_experts=5, num_experts_per_tok=2),
+    "granitemoe": _family("GraniteMoe", (8, 4, 8), num_local_experts=5, num_experts_per_tok=2),
+    "granitemoeshared": _family(
+        "GraniteMoeShared", (8, 4, 8), num_local_experts=5, num_experts_per_tok=2,
+        shared_intermediate_size=40,
+    ),
+    "llama4_text": _family(
+        "Llama4Text", (8, 4, 8), head_dim=8, num_local_experts=5, num_experts_per_tok=1,
+        intermediate_size_mlp=80, interleave_moe_layer_step=2,
+    ),
     "gpt_oss": _family(
         "GptOss", (8, 4, 8), head_dim=8, num_local_experts=3, num_experts_per_tok=2, layer_types=None
     ),
@@ -145,6 +194,11 @@ ENCODERS = {
     "roberta": Family("Roberta", _ENCODER, (8, 8, 8), "ForMaskedLM"),
     "xlm_roberta": Family("XLMRoberta", _ENCODER, (8, 8, 8), "ForMaskedLM"),
     "xlm_roberta-alone": Family("XLMRoberta", _ENCODER, (8, 8, 8), "Model"),
+    "modernbert": Family("ModernBert", _ENCODER, (8, 8, 8), "ForMaskedLM"),
+    "modernbert-alone": Family("ModernBert", _ENCODER | _BIASED | {"norm_bias": True}, (8, 8, 8), "Model"),
+    "modernbert-classes": Family(
+        "ModernBert", _ENCODER | {"num_labels": 3}, (8, 8, 8), "ForSequenceClassification"
+    ),
     "t5": Family("T5", _T5, (8, 8, 6), "ForConditionalGeneration"),
     "t5-gated": Family(
         "T5", _T5 | {"feed_forward_proj": "gated-gelu"}, (8, 8, 6), "ForConditionalGeneration"
@@ -158,17 +212,24 @@ def made(name):
     """(config as a dict, tensors of the files save_pretrained writes, the model's own state dict)."""
     if name == "chatglm":
         return chatglm()
-    family = (FAMILIES | ENCODERS)[name]
-    text = "Text" if family.name == "Gemma3" else ""
-    config = getattr(transformers, f"{family.name}{text}Config")(**family.sizes)
-    model = getattr(transformers, (family.model or family.name) + family.architecture)(config)
+    family, config = (FAMILIES | ENCODERS)[name], config_of(name)
+    model = (family.model or family.name).removesuffix("Text")
+    model = getattr(transformers, model + family.architecture)(config)
     number(model.state_dict())
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         with open(os.path.join(folder, "config.json")) as f:
             written = json.load(f)
+        written["model_type"] = family.hub_type or written["model_type"]
         files = {k: v.clone() for k, v in load_file(os.path.join(folder, "model.safetensors")).items()}
     return written, files, {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+def config_of(name):
+    """A family's config as transformers has it."""
+    family = (FAMILIES | ENCODERS)[name]
+    text = "Text" if family.name == "Gemma3" else ""
+    return getattr(transformers, f"{family.name}{text}Config")(**family.sizes)
 
 
 def number(tensors):

@@ -6,15 +6,22 @@ import re
 
 import torch
 
-TABLES = ("embed_tokens", "word_embeddings", "embed_in", "wte", "lm_head", "embed_out", "output_layer")
+TABLES = (
+    "embed_tokens", "word_embeddings", "embed_in", "tok_embeddings", "wte", "lm_head", "embed_out",
+    "output_layer",
+)  # fmt: skip
 OUT = ("q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "dense_h_to_4h", "c_fc", "fc1", "fc_in")
 ENCODER_OUT = (
     "shared", "query", "key", "value", "q", "k", "v", "wi", "wi_0", "wi_1", "q_proj", "k_proj", "v_proj",
     "fc1",
 )  # fmt: skip
 ENCODER_IN = ("dense", "o", "wo", "out_proj", "fc2")
+HEAD_BIASES = ("cls.predictions.bias", "decoder.bias")
 FUSED = ("query_key_value", "c_attn", "Wqkv")
-IN = ("o_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj", "fc2", "fc_out", "out_proj")
+IN = (
+    "output_linear", "o_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj", "fc2", "fc_out", "out_proj",
+    "Wo",
+)  # fmt: skip
 
 
 def cut(x, dim, tp, r):
@@ -57,7 +64,7 @@ def hf(t, heads, tp, r):
         if module in TABLES:
             out[name] = cut(x, 0, tp, r)
         elif module in FUSED:
-            concat = "encoder.layers" in name or module == "Wqkv"
+            concat = "encoder.layers" in name or module == "Wqkv"  # all of q, all of k, all of v
             q, k, v = parts(x, heads, not concat)
             if concat:
                 out[name] = torch.cat([pick(q, mine, d), pick(k, its, d), pick(v, its, d)])
@@ -73,15 +80,15 @@ def hf(t, heads, tp, r):
         elif module in ("wpe", "position_embeddings", "embed_positions", "token_type_embeddings"):
             out[name] = x
         elif (
-            name.startswith(("cls.predictions.tr", "lm_head.", "classifier"))
+            name.startswith(("cls.predictions.tr", "lm_head.", "classifier", "head."))
             or "pooler" in name
             or "conv" in name
         ):
             out[name] = cut(x, 0, tp, r) if name == "lm_head.bias" else x
-        elif module == "dense_h_to_4h":
-            halves = x.chunk(2) if "encoder.layers" in name else [x]
+        elif module in ("dense_h_to_4h", "Wi"):
+            halves = x.chunk(2) if "encoder.layers" in name or module == "Wi" else [x]
             out[name] = torch.cat([cut(y, 0, tp, r) for y in halves])
-        elif name == "cls.predictions.bias" or module in (*OUT, *ENCODER_OUT) or "intermediate" in name:
+        elif name in HEAD_BIASES or module in (*OUT, *ENCODER_OUT) or "intermediate" in name:
             out[name] = cut(x, 0, tp, r)
         elif module == "relative_attention_bias":
             out[name] = cut(x, 1, tp, r)
@@ -104,6 +111,8 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
     d, (mine, its), out = heads[2], heads_of(heads, tp, r), {}
     flat = flat or (r, tp)
     gpt_oss = any(n.endswith(".sinks") for n in t)
+    llama4 = any(".feed_forward.router." in n for n in t)
+    minimax = any(n.endswith("block_sparse_moe.e_score_correction_bias") for n in t)
 
     def put(name, x):
         assert name not in out
@@ -121,14 +130,26 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
         if module == "experts":
             stem, module, kind = f"{stem}.experts", kind, "stack"
         where = stem.replace(".self_attn", ".attn") if gpt_oss else stem
-        if re.search(r"experts\.\d+", name):
-            if module != "gate_proj" or not re.search(r"experts\.0\.", name):
+        if x.ndim == 3 and not gpt_oss:
+            stem = stem.removesuffix(".experts")
+            transposed = module.endswith("_proj")
+            y = x.transpose(1, 2) if transposed else x
+            y = y if experts is None else y[list(experts)]
+            index, of = flat if experts is None else (0, 1)
+            if module in ("gate_up_proj", "input_linear"):
+                y = torch.cat([cut(z, 1, of, index) for z in (y.chunk(2, 1)[:: -1 if up_first else 1])], 1)
+                put(f"{stem}.experts.w13_weight", y)
+            else:
+                put(f"{stem}.experts.w2_weight", cut(y, 2, of, index))
+        elif re.search(r"experts\.\d+", name):
+            if module not in ("gate_proj", "w1") or not re.search(r"experts\.0\.", name):
                 continue
             at = stem.rpartition(".")[0]
-            count = len([n for n in t if n.startswith(f"{at}.") and n.endswith(".gate_proj.weight")])
+            three = ("w1", "w3", "w2") if module == "w1" else ("gate_proj", "up_proj", "down_proj")
+            count = len([n for n in t if n.startswith(f"{at}.") and n.endswith(f".{module}.weight")])
             pairs, downs = [], []
             for e in range(count) if experts is None else experts:
-                gate, up, down = (t[f"{at}.{e}.{p}_proj.weight"] for p in ("gate", "up", "down"))
+                gate, up, down = (t[f"{at}.{e}.{p}.weight"] for p in three)
                 if experts is None:
                     index, of = flat
                     gate, up, down = cut(gate, 0, of, index), cut(up, 0, of, index), cut(down, 1, of, index)
@@ -154,9 +175,18 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
             else:
                 assert module == "down_proj_bias"
                 put(f"{stem}.w2_bias", x if r == 0 else torch.zeros_like(x))
+        elif minimax and module in ("q_norm", "k_norm"):
+            put(name, pick(x, mine if module == "q_norm" else its, d))
+        elif stem.endswith(".indexer") and module != "wk":
+            if module != "weights_proj":
+                put(name, x)
+        elif module == "wk":
+            put(f"{stem}.wk_weights_proj.weight", torch.cat([x, t[f"{stem}.weights_proj.weight"]]))
         elif module == "q_proj":
             if f"{stem}.k_proj.{kind}" in t:
                 q, k, v = (t[f"{stem}.{p}_proj.{kind}"] for p in "qkv")
+                if llama4:
+                    q, k = (torch.cat([torch.cat([h[::2], h[1::2]]) for h in y.split(d)]) for y in (q, k))
                 qkv(f"{where}.qkv_proj.{kind}", q, k, v)
             else:
                 put(name, cut(x, 0, tp, r))
@@ -171,7 +201,7 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
             put(f"{stem}.fused_qkv_a_proj.{kind}", torch.cat(both))
         elif module == "kv_a_proj_with_mqa" and f"{stem}.q_a_proj.{kind}" in t:
             pass
-        elif module == "gate_up_proj":
+        elif module in ("gate_up_proj", "input_linear"):
             put(name, torch.cat([cut(y, 0, tp, r) for y in x.chunk(2)]))
         elif module == "gate_proj":
             put(
@@ -190,7 +220,8 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
             put(name.replace(".self_attn.", ".attn."), cut(x, 0, tp, r))
         else:
             whole = ("norm", ".ln_", "mlp.gate.", "mlp.router.", "shared_expert_gate", "kv_a_proj_with_mqa")
+            whole += ("block_sparse_moe.gate.", "e_score_correction_bias", ".router.")
             whole += (".act_fn.", ".wpe.", ".embed_positions.")
             assert any(part in name for part in whole), name
-            put(name, x)
+            put(name, x.flatten() if "moe_statics" in name else x)
     return out

@@ -17,11 +17,14 @@ def hf(tensors, config, aliases=None):
     return model, shard(layout("hf").targets(model, Placement()))
 
 
-@pytest.mark.parametrize("name", ["bloom", "falcon-rw"])
-def test_names_without_their_prefix(name):
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [("bloom", "transformer."), ("falcon-rw", "transformer."), ("gptj", "transformer."), ("opt", "model.")],
+)
+def test_names_without_their_prefix(name, prefix):
     """As bigscience's own files have them; roles carry the prefix, which transformers loads as well."""
     config, hub, _ = families.made(name)
-    same(hf({n.removeprefix("transformer."): x for n, x in hub.items()}, config)[1], hub)
+    same(hf({n.removeprefix(prefix): x for n, x in hub.items()}, config)[1], hub)
 
 
 def test_a_bert_saved_alone_keeps_its_names():
@@ -41,6 +44,9 @@ def test_config_keys_of_old_files():
         k: v for k, v in old.items() if k not in ("num_attention_heads", "num_kv_heads", "num_hidden_layers")
     }
     same(hf(hub, old)[1], hub)
+    config, hub, _ = families.made("internlm3")
+    old = config | {"qkv_bias": config["attention_bias"], "bias": config["mlp_bias"]}
+    same(hf(hub, {k: v for k, v in old.items() if k not in ("attention_bias", "mlp_bias")})[1], hub)
     config, hub, _ = families.made("qwen3_moe")
     counted = {k: v for k, v in config.items() if k != "num_local_experts"} | {"num_experts": 5}
     same(hf(hub, counted)[1], hub)
@@ -53,6 +59,10 @@ STALE = [
     ("chatglm", "transformer.rotary_pos_emb.inv_freq"),
     ("deepseek_v3", "model.layers.0.self_attn.rotary_emb.inv_freq"),
     ("bert", "bert.embeddings.position_ids"),
+    ("xlm_roberta", "roberta.embeddings.position_ids"),
+    ("gptj", "transformer.h.0.attn.masked_bias"),
+    ("gpt_bigcode", "transformer.h.1.attn.bias"),
+    ("cohere", "model.layers.0.self_attn.rotary_emb.inv_freq"),
     ("bert", "cls.predictions.decoder.bias"),
 ]
 
@@ -91,9 +101,79 @@ def test_forms_that_are_not_read():
     for key in ("rmsnorm", "post_layer_norm"):
         with pytest.raises(RecipeError, match=f"{key} False is not read"):
             hf(hub, config | {key: False})
+    config, hub, _ = families.made("opt")
+    for key, value in (
+        ("do_layer_norm_before", False),
+        ("_remove_final_layer_norm", True),
+        ("word_embed_proj_dim", 32),
+    ):
+        with pytest.raises(RecipeError, match=f"{key}.* is not read"):
+            hf(hub, config | {key: value})
+    config, hub, _ = families.made("mpt")
+    for attends in ({"alibi": False}, {"attn_type": "multiquery_attention"}, {"alibi_bias_max": 16}):
+        with pytest.raises(RecipeError, match="wanted"):
+            hf(hub, config | {"attn_config": attends})
     config, hub, _ = families.made("whisper")
     with pytest.raises(RecipeError, match="8 decoder and 4 encoder heads"):
         hf(hub, config | {"encoder_attention_heads": 4})
     config, hub, _ = families.made("qwen3_moe")
     with pytest.raises(RecipeError, match="mlp_only_layers must be a list"):
         hf(hub, config | {"mlp_only_layers": "0"})
+
+
+def test_layers_for_more_tokens_that_transformers_leaves_out():
+    """Of ERNIE and K-EXAONE; their servers are other models."""
+    leaves = {"ernie4_5_moe": "model.mtp_linear_proj.0.weight", "exaone_moe": "mtp.fc.weight"}
+    for name, further in leaves.items():
+        config, hub, _ = families.made(name)
+        model, got = hf(hub | {further: torch.ones(4)}, config)
+        assert model.ignored == (further,)
+        same(got, hub)
+
+
+def test_numbers_said_of_each_layer():
+    config, hub, _ = families.made("hunyuan_v1_moe")
+    same(hf(hub, config | {"num_shared_expert": [1, 1]})[1], hub)
+    with pytest.raises(RecipeError, match="num_shared_expert"):
+        hf(hub, config | {"num_shared_expert": [1, 2]})
+
+
+def test_layers_with_experts_by_every_key():
+    """Kinds of layers, or how many are dense, or how far apart those with experts are."""
+    config, hub, _ = families.made("exaone_moe")
+    assert config["mlp_layer_types"] == ["sparse", "dense"] and config["first_k_dense_replace"] == 1
+    for types, message in (
+        (["sparse"], "1 mlp_layer_types for 2 layers"),
+        (["sparse", "other"], "must be a list of dense and sparse"),
+        (["dense", "sparse"], "layers.0.mlp.gate_proj"),
+        (None, "layers.0.mlp.gate_proj"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            hf(hub, config | {"mlp_layer_types": types})
+    config, hub, _ = families.made("llama4_text")
+    assert config["moe_layers"] == [1] and config["interleave_moe_layer_step"] == 2
+    same(hf(hub, config | {"moe_layers": None})[1], hub)
+    for changed in ({"moe_layers": [0]}, {"moe_layers": None, "interleave_moe_layer_step": 1}):
+        with pytest.raises(RecipeError, match=r"layers\.[01]\.feed_forward"):
+            hf(hub, config | changed)
+    with pytest.raises(RecipeError, match="moe_layers must be a list of numbers"):
+        hf(hub, config | {"moe_layers": "1"})
+    config, hub, _ = families.made("ernie4_5_moe")
+    assert (config["moe_layer_start_index"], config["moe_layer_end_index"]) == (0, 0)
+    for changed in ({"moe_layer_end_index": -1}, {"moe_layer_start_index": 1}, {"moe_layer_interval": 2}):
+        with pytest.raises(RecipeError, match=r"layers\.[01]\.mlp"):
+            hf(hub, config | changed)
+
+
+def test_layers_with_an_indexer_by_every_key():
+    config, hub, _ = families.made("glm_moe_dsa")
+    assert config["indexer_types"] == ["full", "shared"]
+    silent = {k: v for k, v in config.items() if k != "indexer_types"}
+    said = ({"index_topk_pattern": "FS"}, {"index_topk_freq": 2, "index_skip_topk_offset": 1})
+    for one in said:
+        same(hf(hub, silent | one)[1], hub)
+    for other in ({}, {"index_topk_pattern": "FF"}, {"index_topk_freq": 2}):
+        with pytest.raises(RecipeError, match=r"layers\.1\.self_attn\.indexer\.wq_b"):
+            hf(hub, silent | other)
+    with pytest.raises(RecipeError, match="index_topk_pattern must say something of 2 layers, got 'F'"):
+        hf(hub, silent | {"index_topk_pattern": "F"})

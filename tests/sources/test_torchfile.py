@@ -21,10 +21,7 @@ from fastckpt.extents import Extents
 from fastckpt.sources import torchfile, torchzip, zipentries
 from fastckpt.sources.torchfile import Inert, Tensor
 from hostile import torch_files as make
-
-FLOATS = ("float32", "float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
-INTS = ("uint8", "int8", "int16", "int32", "int64", "bool", "uint16", "uint32", "uint64")
-ODD = ("complex64", "complex128", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+from torch_types import KNOWN
 
 
 def _random(dtype: str, *shape: int) -> torch.Tensor:
@@ -35,7 +32,7 @@ def _random(dtype: str, *shape: int) -> torch.Tensor:
 
 
 def _every_dtype() -> object:
-    return {name: _random(name, 3, 5) for name in (*FLOATS, *INTS, *ODD)}
+    return {d.name: _random(d.name, 3, 5) for d in KNOWN}
 
 
 def _views() -> object:
@@ -99,7 +96,7 @@ def _same(file: torchfile.TorchFile, ours: object, theirs: object) -> int:
 
 
 CASES = {
-    "dtypes": (_every_dtype, 20),
+    "dtypes": (_every_dtype, len(KNOWN)),
     "views": (_views, 11),
     "state dict": (_state_dict, 11),
     "attributes": (_attributes, 3),

@@ -21,6 +21,7 @@ from fastckpt.output.files import safetensors_layout
 from fastckpt.output.writer import Output
 from fastckpt.verification.outputs import verify
 from outputs import RECORD, contents, data_of, fill, write_part, write_whole
+from torch_types import of_torch
 
 MANY = [pytest.param(200, id="some"), pytest.param(10_000, id="many", marks=pytest.mark.nightly)]
 
@@ -243,7 +244,7 @@ def reference_nonfinite(raw: bytes, name: str) -> int:
         return raw.count(0xFF)
     if name == "float4_e2m1fn_x2":
         return 0  # its sixteen values are all finite (OCP Microscaling Formats 1.0, table 5)
-    t = torch.frombuffer(bytearray(raw), dtype=getattr(torch, name))
+    t = torch.frombuffer(bytearray(raw), dtype=of_torch(BY_NAME[name]))
     if t.is_complex():
         t = torch.view_as_real(t)
     return int((~torch.isfinite(t.double())).sum()) if t.is_floating_point() else 0

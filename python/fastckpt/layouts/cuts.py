@@ -269,4 +269,4 @@ def require_no_scalars(layout: str, mlp: Mlp) -> None:
 def parameter(role: Parameter | None) -> Iterator[Target]:
     """A lone tensor under its hub name, whole; nothing for None."""
     if role is not None:
-        yield Target(role.name, role.view)
+        yield Target(role.name, role.view if role.shape is None else role.view.reshape(role.shape))

@@ -9,7 +9,7 @@ SGLang's were read from its source. A family without a line is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -128,6 +128,11 @@ _DEEPSEEK = Served(
     _forms((), ()),
     stages="own",
 )
+# Through vLLM's Transformers backend, which keeps the shared block's module.
+_ROUTED = Served(
+    (*_STACKS, (".mlp.shared_experts.", ".mlp.experts._shared_experts._layer.shared_experts."), *_ROUTER)
+)
+_GRANITE_MOE = Served(((".router.layer.", ".gate."), *_STACKS))
 
 _VLLM_0_32: dict[str, Served] = {
     "llama": Served(quantised=_FORMS, stages="own"),
@@ -148,6 +153,30 @@ _VLLM_0_32: dict[str, Served] = {
     "glm4_moe": Served((*_STACKS, *_SHARED, *_CORRECTION), quantised=_FORMS, float32=("*.mlp.gate.weight",)),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
+    "kimi_k2": replace(_DEEPSEEK, quantised={k: _forms((), ())[k] for k in ("fp8", "pack-quantized")}),
+    "glm4_moe_lite": Served(
+        (*_STACKS, *_SHARED, *_CORRECTION, *_LATENT),
+        _ones("mla_attn.mla_attn"),
+        float32=("*.mlp.gate.weight",),
+    ),
+    "dots1": _ROUTED,
+    "solar_open": _ROUTED,
+    "exaone_moe": Served((*_STACKS, *_SHARED, *_ROUTER)),
+    "ernie4_5_moe": Served(
+        (*_STACKS, *_SHARED, (".mlp.moe_statics.", ".mlp.experts.routed_experts.")),
+        float32=("*.mlp.gate.weight",),
+    ),
+    "olmoe": Served(_STACKS),
+    "hunyuan_v1_moe": Served(_STACKS),
+    "phimoe": Served(
+        ((".block_sparse_moe.gate.", ".mlp.router."), (".block_sparse_moe.", ".mlp."), *_STACKS)
+    ),
+    "minimax_m2": Served(
+        _STACKS, quantised={"fp8": _FORMS["fp8"]}, float32=("*.block_sparse_moe.gate.weight",)
+    ),
+    "granitemoe": _GRANITE_MOE,
+    "granitemoeshared": _GRANITE_MOE,
+    "llama4_text": Served((*_STACKS, *_SHARED)),
     "gpt_oss": Served(_STACKS),
     "gpt2": Served(),
     "gpt_neox": Served((("gpt_neox.", "model."), ("embed_out.", "lm_head.")), hub_rows=True),
@@ -155,25 +184,25 @@ _VLLM_0_32: dict[str, Served] = {
     "falcon": Served(),
     "chatglm": Served((("transformer.output_layer.", "lm_head."),)),
     "ministral": Served(),
-    "ministral3": Served(),
-    "seed_oss": Served(),
-    "ernie4_5": Served(),
-    "hunyuan_v1_dense": Served(),
+    "ministral3": _PLAIN,
+    "seed_oss": _PLAIN,
+    "ernie4_5": _PLAIN,
+    "hunyuan_v1_dense": _PLAIN,
     "cwm": Served(),
     "helium": Served(),
     "stablelm": Served(),
     "olmo": Served(),
-    "olmo2": Served(),
-    "olmo3": Served(),
-    "exaone4": Served(),
-    "cohere": Served(tied="embedding"),
-    "cohere2": Served(tied="embedding"),
+    "olmo2": _PLAIN,
+    "olmo3": _PLAIN,
+    "exaone4": _PLAIN,
+    "cohere": Served(quantised=_FORMS, tied="embedding"),
+    "cohere2": Served(quantised=_FORMS, tied="embedding"),
     "starcoder2": Served(),
     "phi": Served(),
     "nemotron": Served(),
     "arcee": Served(),
     "jais2": Served(),
-    "apertus": Served(),
+    "apertus": _PLAIN,
     "vaultgemma": Served(),
     "gptj": Served(),
     "opt": Served(),

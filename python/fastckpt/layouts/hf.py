@@ -12,10 +12,22 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from ..errors import LayoutError
-from ..model import Attention, BlockStacks, Experts, Layer, Linear, Mla, Mlp, Model, Prediction, Stacks
+from ..model import (
+    Attention,
+    BlockStacks,
+    Experts,
+    Layer,
+    Linear,
+    Mla,
+    Mlp,
+    Model,
+    Prediction,
+    Stacked,
+    Stacks,
+)
 from ..placement import Placement
 from ..target import Target
-from ..views import View
+from ..views import View, cat, stack
 from .cuts import (
     bias,
     in_part,
@@ -185,6 +197,10 @@ def _attention(attention: Attention | Mla, model: Model, placement: Placement) -
         yield from norm(attention.kv_norm)
         yield from stored(out_part(attention.kv_b, rank, tp))
         yield from stored(in_part(attention.o, rank, tp))
+        if attention.indexer is not None:
+            for linear in (attention.indexer.q, attention.indexer.k, attention.indexer.weights):
+                yield from stored(linear)
+            yield from norm(attention.indexer.k_norm)
         return
     if attention.fused is None:
         for linear in qkv_part(attention, model.sizes, placement):
@@ -231,15 +247,29 @@ def _experts(moe: Experts, model: Model, placement: Placement) -> Iterator[Targe
     yield from stored(moe.router)
     yield from parameter(moe.correction)
     routed = WHOLE if "experts" in model.cuts.whole else placement
-    if moe.stacks is None:
+    if moe.stacks is not None:
+        yield from _stacks(moe.stacks, routed)
+    elif moe.stacked is not None:
+        yield from _stacked(moe.experts, moe.stacked, routed)
+    else:
         for mlp in moe.experts:
             yield from _mlp(mlp, model, routed)
-    else:
-        yield from _stacks(moe.stacks, routed)
     if moe.shared is not None:
         yield from _mlp(moe.shared, model, WHOLE if "shared" in model.cuts.whole else placement)
     if moe.shared_gate is not None:
         yield from stored(moe.shared_gate)
+
+
+def _stacked(experts: Iterable[Mlp], names: Stacked, placement: Placement) -> Iterator[Target]:
+    """The rank's part of the width of every expert's gate, up and down, in the hub's two tensors."""
+    tp, rank = placement.tp, placement.tp_rank
+    pairs, downs = [], []
+    for mlp in experts:
+        parts = [out_part(x, rank, tp).weight for x in (mlp.gate, mlp.up) if x is not None]
+        pairs.append(cat(parts))
+        downs.append(in_part(mlp.down, rank, tp).weight)
+    for name, view in ((names.gate_up, stack(pairs)), (names.down, stack(downs))):
+        yield Target(name, view.permute((0, 2, 1)) if names.transposed else view)
 
 
 def _stacks(stacks: Stacks | BlockStacks, placement: Placement) -> Iterator[Target]:

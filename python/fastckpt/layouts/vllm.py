@@ -1,10 +1,11 @@
 """`vllm`: vLLM's model format, the state dict of one rank after its load_weights.
 
-Matrices are [out, in]. q, k and v are one `qkv_proj` [q_r; k_r; v_r], gate and up one `gate_up_proj`
-[gate_r; up_r], experts `w13_weight` [experts, gate_r; up_r, hidden] and `w2_weight` [experts, hidden,
-width / tp]; latent attention cuts what follows the low ranks, whose matrices are one `fused_qkv_a_proj`,
-whole on every rank; the vocabulary is padded with zero rows, then cut. Source: vLLM's layers/linear.py,
-vocab_parallel_embedding.py, fused_moe/layer.py and models/.
+Matrices are [out, in]. q, k and v are one `qkv_proj` [q_r; k_r; v_r], gate and up one `gate_up_proj` [gate_r;
+up_r], experts `w13_weight` [experts, gate_r; up_r, hidden] and `w2_weight` [experts, hidden, width / tp];
+latent attention cuts what follows the low ranks, whose matrices are one `fused_qkv_a_proj`, whole on every
+rank, as is an indexer, of which k and the heads' weights are one `wk_weights_proj`; the vocabulary is padded
+with zero rows, then cut. Source: vLLM's layers/linear.py, vocab_parallel_embedding.py, fused_moe/layer.py and
+models/.
 """
 
 from __future__ import annotations
@@ -19,7 +20,20 @@ import numpy as np
 from .. import dtypes
 from ..dtypes import DType
 from ..errors import LayoutError
-from ..model import Attention, BlockStacks, Experts, Layer, Linear, Mla, Mlp, Model, Parameter, Sizes, Stacks
+from ..model import (
+    Attention,
+    BlockStacks,
+    Experts,
+    Layer,
+    Linear,
+    Mla,
+    Mlp,
+    Model,
+    Norm,
+    Parameter,
+    Sizes,
+    Stacks,
+)
 from ..placement import Placement
 from ..stored import constant
 from ..target import Target
@@ -52,6 +66,13 @@ RENAMED: dict[str, Renamed] = {
     "chatglm": ((".word_embeddings.", "."),),
 }
 """family -> (a part of the hub's name, what vLLM's module is called), where the two differ."""
+
+CUT_NORMS = frozenset({"minimax_m2"})
+"""Families whose norms over all of q and of k vLLM cuts by heads, rather than hold them whole."""
+
+PAIRED = frozenset({"llama4_text"})
+"""Families whose rotary positions turn neighbouring rows of a head of q and k; vLLM puts all the even rows
+before the odd ones (Llama4ForCausalLM.permute_qk_weight_for_rotary)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +141,7 @@ class Vllm:
                 require_even("vllm", placement, key, width, instead)
         rows = round_up(model.sizes.vocab, self.vocab_padding)
         require_even("vllm", placement, f"vocab_size {model.sizes.vocab}, padded to", rows)
-        if model.encoder is not None or model.carried:
+        if model.encoder is not None or model.carried or not model.causal:
             what = model.carried[0].name if model.carried else "the encoder"
             raise LayoutError(f"layout vllm has no place for {what} of {model.family}, which is no decoder")
         renamed = RENAMED.get(model.family, ())
@@ -187,7 +208,12 @@ class Vllm:
             yield from _latent(layer.attention, placement)
         else:
             as_hub = engine is not None and engine.hub_rows
-            yield from _attention(layer.attention, model.sizes, placement, as_hub)
+            attention = layer.attention
+            if model.family in CUT_NORMS:
+                attention = _norms_cut(attention, model.sizes, placement)
+            if model.family in PAIRED:
+                attention = _in_halves(attention, model.sizes.head_dim)
+            yield from _attention(attention, model.sizes, placement, as_hub)
         if engine is not None:
             module, own = _parent(layer.attention.o.name), model.embedding.weight.dtype
             for held in (*engine.held, *engine.quantised.get(model.quant_method, Form()).held):
@@ -338,6 +364,36 @@ def _attention(
         yield Target(attention.sinks.name, sinks)
 
 
+def _norms_cut(attention: Attention, sizes: Sizes, placement: Placement) -> Attention:
+    """The rank's part of norms over all of q and of k: its heads'."""
+    tp, rank = placement.tp, placement.tp_rank
+    groups = min(tp, sizes.kv_heads)
+
+    def part(role: Norm | None, index: int, count: int) -> Norm | None:
+        return role and replace(role, weight=role.weight.part(0, index, count))
+
+    return replace(
+        attention,
+        q_norm=part(attention.q_norm, rank, tp),
+        k_norm=part(attention.k_norm, rank // (tp // groups), groups),
+    )
+
+
+def _in_halves(attention: Attention, head_dim: int) -> Attention:
+    """q and k with each head's even rows before its odd ones.
+
+    Raises LayoutError for what is quantised or has biases, whose form in vLLM is not known."""
+
+    def halves(linear: Linear) -> Linear:
+        if linear.beside or linear.bias is not None:
+            what = linear.beside[0].leaf if linear.beside else "bias"
+            raise LayoutError(f"layout vllm: how vLLM orders {linear.name}.{what} is not known")
+        pairs = linear.weight.split(0, head_dim).split(1, 2)
+        return replace(linear, weight=pairs.permute((0, 2, 1, 3)).merge(1).merge(0))
+
+    return replace(attention, q=halves(attention.q), k=halves(attention.k))
+
+
 def _latent(attention: Mla, placement: Placement) -> Iterator[Target]:
     tp, rank = placement.tp, placement.tp_rank
     if attention.q_a is None:
@@ -350,6 +406,11 @@ def _latent(attention: Mla, placement: Placement) -> Iterator[Target]:
     yield from norm(attention.kv_norm)
     yield from plain(out_part(attention.kv_b, rank, tp))
     yield from plain(in_part(attention.o, rank, tp))
+    if attention.indexer is not None:
+        k, weights = attention.indexer.k, attention.indexer.weights
+        yield from plain(attention.indexer.q)
+        yield from plain(joined(f"{_parent(k.name)}.wk_weights_proj", [k, weights]))
+        yield from norm(attention.indexer.k_norm)
 
 
 def _mlp(mlp: Mlp, placement: Placement, as_hub: bool = False) -> Iterator[Target]:

@@ -22,16 +22,20 @@ from . import (
     cohere,
     decoder,
     deepseek,
+    ernie,
     gemma,
     glm,
     gpt2,
     gpt_oss,
     gptj,
+    granite_moe,
     imagining,
     jina_bert,
     llama,
+    llama4,
     mixtral,
     mixture,
+    modernbert,
     mpt,
     neox,
     olmo,
@@ -67,11 +71,12 @@ class Family:
 
 
 def _decoder(kind: decoder.Kind, about: str) -> Family:
-    return Family(kind.family, partial(decoder.recipe, kind=kind), about)
+    return Family(kind.family, partial(decoder.recipe, kind=kind), about, kind.ignored)
 
 
 def _mixture(family: mixture.Mixture, about: str) -> Family:
-    return Family(family.kind.family, partial(mixture.recipe, mixture=family), about)
+    kind = family.kind
+    return Family(kind.family, partial(mixture.recipe, mixture=family), about, kind.ignored)
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -110,11 +115,26 @@ FAMILIES: tuple[Family, ...] = (
     _decoder(glm.GLM, "GLM: [gate; up] as one"),
     _decoder(glm.GLM4, "GLM-4: GLM with norms after each block"),
     _mixture(mixtral.MIXTRAL, "Mixtral: experts, saved one by one or trained in stacks"),
+    _mixture(mixtral.PHIMOE, "Phi-3.5-MoE: Mixtral with biases"),
+    _mixture(mixtral.MINIMAX_M2, "MiniMax-M2: Mixtral with corrected routing, norms over all of q and k"),
+    _mixture(granite_moe.GRANITEMOE, "GraniteMoE: experts in two tensors"),
+    _mixture(granite_moe.GRANITEMOESHARED, "GraniteMoE with a shared block"),
+    _mixture(llama4.LLAMA4_TEXT, "Llama 4, text: experts in two tensors [in, out], a shared one"),
     _mixture(qwen_moe.QWEN2_MOE, "Qwen2-MoE: experts and a gated shared one"),
     _mixture(qwen_moe.QWEN3_MOE, "Qwen3-MoE: experts, norms on each head's q and k"),
+    _mixture(qwen_moe.OLMOE, "OLMoE: experts, norms over all of q and all of k"),
+    _mixture(qwen_moe.HUNYUAN_V1_MOE, "Hunyuan-A13B: experts and a shared one"),
+    _mixture(ernie.ERNIE4_5_MOE, "ERNIE 4.5 MoE: corrected routing, shared experts, in a range of layers"),
     _mixture(deepseek.GLM4_MOE, "GLM-4 MoE: corrected routing, shared experts"),
     _mixture(deepseek.V2, "DeepSeek-V2: latent attention, shared experts"),
     _mixture(deepseek.V3, "DeepSeek-V3: V2 with corrected routing, fp8 by blocks"),
+    _mixture(deepseek.KIMI_K2, "Kimi K2: as DeepSeek-V3"),
+    _mixture(deepseek.DEEPSEEK_V32, "DeepSeek-V3.2: V3 whose attention is sparse, by an indexer"),
+    _mixture(deepseek.GLM_MOE_DSA, "GLM-5: as DeepSeek-V3.2, layers may share an indexer"),
+    _mixture(deepseek.GLM4_MOE_LITE, "GLM-4.7-Flash: as DeepSeek-V3"),
+    _mixture(deepseek.DOTS1, "dots.llm1: corrected routing, shared experts, norms on each head's q and k"),
+    _mixture(deepseek.SOLAR_OPEN, "Solar Open: GLM-4 MoE with experts in every layer"),
+    _mixture(deepseek.EXAONE_MOE, "K-EXAONE: corrected routing, shared experts"),
     Family("gpt_oss", gpt_oss.recipe, "gpt-oss: sinks, experts in interleaved stacks"),
     Family("gpt2", gpt2.recipe, "GPT-2: matrices stored [in, out], learned positions", gpt2.IGNORED),
     Family(
@@ -136,6 +156,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "xlm-roberta", partial(bert.recipe, names=bert.ROBERTA), "XLM-RoBERTa, as RoBERTa", bert.IGNORED
     ),
+    Family("modernbert", modernbert.recipe, "ModernBERT, alone or with a head", ()),
     Family(
         "jina_bert",
         jina_bert.recipe,

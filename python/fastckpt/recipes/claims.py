@@ -154,10 +154,18 @@ class Claims:
         self._claimed.add(self.ckpt.aliases.get(stored, stored))
         return lambda: self.ckpt[stored]
 
-    def parameter(self, name: str, *dims: Dim, kept: bool = False) -> Callable[[], Parameter]:
-        """Claims one tensor of that shape; `kept`: it keeps its dtype, whatever the others are cast to."""
-        view = self.tensor(name, *dims)
+    def parameter(
+        self, name: str, *dims: Dim, kept: bool = False, stored: str | None = None
+    ) -> Callable[[], Parameter]:
+        """Claims one tensor of that shape, which is stored as `stored`, if given; `kept`: it keeps its dtype,
+        whatever the others are cast to."""
+        view = self.tensor(stored or name, *dims)
         return lambda: Parameter(name, view().as_stored() if kept else view())
+
+    def carried(self, patterns: Sequence[str]) -> list[Callable[[], Parameter]]:
+        """Claims every tensor whose name matches one of `patterns`, whatever its shape."""
+        names = [name for name in self.ckpt if any(fnmatchcase(name, p) for p in patterns)]
+        return [self.parameter(n, *(Dim(size, "any") for size in self.shape(n))) for n in names]
 
     def linear(
         self,

@@ -83,7 +83,7 @@ class Kind:
     without a gate; None: it has a gate. `scalars`: the learned numbers of its activation, below the block,
     with their shapes. `o`: the name of o. `sinks`: attention has sinks. `parallel`: attention and the
     feed-forward block read one norm, side by side. `tied`: whether embedding and head are one where the
-    config does not say. `cuts`: as in Model."""
+    config does not say. `cuts`: as in Model. `ignored`: patterns of names that are left out."""
 
     family: str
     qkv_bias: bool | Said = ATTENTION_BIAS
@@ -100,11 +100,12 @@ class Kind:
     sinks: bool = False
     tied: bool = False
     cuts: HubCuts = field(default_factory=HubCuts)
-    head_bias: bool = False
+    head_bias: bool | Said = False
     ungated: tuple[str, str] | None = None
     scalars: tuple[tuple[str, tuple[int, ...]], ...] = ()
     o: str = "o_proj"
     parallel: bool | Said = False
+    ignored: tuple[str, ...] = IGNORED
 
 
 Claim = Callable[[str], Callable[[], Attention | Mla]]
@@ -122,19 +123,21 @@ def recipe(
     return decoder(kind, claims, config, vocab_size, mlp, {width.key: width.size})
 
 
-def dense(kind: Kind, claims: Claims, config: Mapping[str, JSON], width: Dim) -> FeedForward:
-    """The block of `mlp`, that wide in every layer."""
+def dense(kind: Kind, claims: Claims, config: Mapping[str, JSON], width: Dim, at: str = "mlp") -> FeedForward:
+    """The block of the module `at`, that wide in every layer."""
     hidden = dim(config, "hidden_size")
     bias = has(config, kind.mlp_bias)
     if kind.ungated is None:
-        return lambda layer: gated(claims, f"{layer}.mlp", width, hidden, bias=bias, fused=kind.fused_gate_up)
+        return lambda layer: gated(
+            claims, f"{layer}.{at}", width, hidden, bias=bias, fused=kind.fused_gate_up
+        )
     first, second = kind.ungated
 
     def claim(layer: str) -> Callable[[], Mlp]:
-        up = claims.linear(f"{layer}.mlp.{first}", width, hidden, bias=bias)
-        down = claims.linear(f"{layer}.mlp.{second}", hidden, width, bias=bias)
+        up = claims.linear(f"{layer}.{at}.{first}", width, hidden, bias=bias)
+        down = claims.linear(f"{layer}.{at}.{second}", hidden, width, bias=bias)
         scalars = [
-            claims.parameter(f"{layer}.mlp.{name}", *(Dim(n, "1") for n in shape))
+            claims.parameter(f"{layer}.{at}.{name}", *(Dim(n, "1") for n in shape))
             for name, shape in kind.scalars
         ]
         return lambda: Mlp(None, up(), down(), scalars=tuple(build() for build in scalars))
@@ -253,7 +256,7 @@ def decoder(
         embedding="model.embed_tokens",
         hidden=hidden,
         tied_default=kind.tied,
-        head_bias="lm_head.bias" if kind.head_bias else "",
+        head_bias="lm_head.bias" if has(config, kind.head_bias) else "",
     )
     count = integer(config, "num_hidden_layers")
     layers = Layers([layer(f"model.layers.{i}") for i in range(count)])
@@ -282,7 +285,7 @@ def decoder(
         lm_head=lm_head,
         tied=tied,
         predictions=Lazy([_prediction(claims, n, layer, norm, vocab, hidden) for n in further]),
-        ignored=claims.close(IGNORED),
+        ignored=claims.close(kind.ignored),
         cuts=kind.cuts,
         parallel=parallel,
     )

@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V3, and GLM-4 MoE: routed experts beside shared ones, after some dense layers.
+"""DeepSeek V2 and V3 and those like them: routed experts beside shared ones, after some dense layers.
 
 The DeepSeeks have latent attention. V3 adds a correction to each expert's score when it selects, which is
 never rounded, and may carry layers for multi-token prediction after the last, as GLM-4 MoE may; transformers
@@ -10,9 +10,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..model import HubCuts
-from .decoder import MLP_BIAS, Kind, Said
-from .mixture import Mixture, Shared, after_dense
+from .decoder import IGNORED, MLP_BIAS, Kind, Said
+from .latent import latent, sparse
+from .mixture import Mixture, Shared, after_dense, every, typed
 from .moe import Block
+
+_ROUTED_ONLY = HubCuts(whole=frozenset({"shared", "n_shared_experts * moe_intermediate_size"}))
 
 CORRECTED = Block(correction="gate.e_score_correction_bias")
 V2 = Mixture(
@@ -20,7 +23,30 @@ V2 = Mixture(
     count=("n_routed_experts",),
     sparse=after_dense,
     shared=Shared(),
-    latent=True,
+    latent=latent,
 )
 V3 = replace(V2, kind=Kind("deepseek_v3", cuts=HubCuts(whole=frozenset({"attention"}))), block=CORRECTED)
-GLM4_MOE = replace(V3, kind=Kind("glm4_moe", o_bias=False, qk_norm=Said("use_qk_norm")), latent=False)
+GLM4_MOE = replace(V3, kind=Kind("glm4_moe", o_bias=False, qk_norm=Said("use_qk_norm")), latent=None)
+GLM4_MOE_LITE = replace(V3, kind=Kind("glm4_moe_lite", cuts=_ROUTED_ONLY), sparse=typed)
+KIMI_K2 = replace(V3, kind=replace(V3.kind, family="kimi_k2"))
+DOTS1 = replace(GLM4_MOE, kind=Kind("dots1", qk_norm=True))
+SOLAR_OPEN = replace(GLM4_MOE, kind=Kind("solar_open", o_bias=False, cuts=_ROUTED_ONLY), sparse=every)
+EXAONE_MOE = replace(
+    GLM4_MOE,
+    kind=Kind(
+        "exaone_moe",
+        qkv_bias=False,
+        o_bias=False,
+        qk_norm=True,
+        cuts=HubCuts(whole=frozenset({"shared", "num_shared_experts * moe_intermediate_size"})),
+        ignored=(*IGNORED, "mtp.*"),
+    ),
+    block=replace(
+        CORRECTED, correction="e_score_correction_bias", trained_correction="gate.e_score_correction_bias"
+    ),
+    count=("num_experts",),
+    sparse=typed,
+    shared=Shared(count="num_shared_experts"),
+)
+DEEPSEEK_V32 = replace(V3, kind=Kind("deepseek_v32"), sparse=typed, latent=sparse)
+GLM_MOE_DSA = replace(DEEPSEEK_V32, kind=Kind("glm_moe_dsa"))

@@ -1,11 +1,14 @@
-"""Mixtral: a mixture of experts in each layer.
+"""Mixtral, Phi-3.5-MoE and MiniMax-M2: a mixture of experts in each layer.
 
 The hub stores each expert as `block_sparse_moe.experts.{e}.w1` (gate), `w3` (up) and `w2` (down).
 """
 
 from __future__ import annotations
 
-from .decoder import Kind
+from dataclasses import replace
+
+from ..model import HubCuts
+from .decoder import Kind, Norms, Said
 from .mixture import Mixture
 from .moe import Block
 
@@ -15,4 +18,19 @@ MIXTRAL = Mixture(
     BLOCK,
     count=("num_local_experts",),
     width="intermediate_size",
+)
+PHIMOE = replace(
+    MIXTRAL,
+    kind=Kind(
+        "phimoe",
+        norms=Norms(bias=True),
+        head_bias=Said("lm_head_bias"),
+        cuts=HubCuts(whole=frozenset({"attention"})),
+    ),
+    block=replace(BLOCK, trained_router="router"),
+)
+MINIMAX_M2 = replace(
+    MIXTRAL,
+    kind=Kind("minimax_m2", qkv_bias=False, o_bias=False, qk_norm=True, whole_norms=True),
+    block=replace(BLOCK, correction="e_score_correction_bias"),
 )

@@ -11,15 +11,19 @@ from functools import partial
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
-from ..model import Experts, Mlp, Model
+from ..model import Experts, Mla, Mlp, Model
 from .claims import Claims, Dim, absent, dim, integer
-from .decoder import ANCHOR, Kind, decoder, dense, gated
-from .latent import heads_of, latent, rope
+from .decoder import ANCHOR, Kind, decoder, dense, gated, has
+from .fused import fused_mlp
+from .latent import heads_of, rope
 from .moe import BLOCK, Block, experts, with_shared
 from .quantised import quantised
 
 Rule = Callable[[Mapping[str, JSON]], Callable[[int], bool]]
 """Of a config, which layers have experts. Raises RecipeError."""
+
+Latent = Callable[[Claims, Mapping[str, JSON], str], Callable[[], Mla]]
+"""Claims the latent attention of a layer by the layer's name."""
 
 
 def every(config: Mapping[str, JSON]) -> Callable[[int], bool]:
@@ -29,8 +33,20 @@ def every(config: Mapping[str, JSON]) -> Callable[[int], bool]:
 
 def after_dense(config: Mapping[str, JSON]) -> Callable[[int], bool]:
     """Layers have experts after the first `first_k_dense_replace`."""
-    first = integer(config, "first_k_dense_replace", 0, least=0)
+    first = integer(config, "first_k_dense_replace", least=0)
     return lambda layer: layer >= first
+
+
+def typed(config: Mapping[str, JSON]) -> Callable[[int], bool]:
+    """Layers have experts that `mlp_layer_types` calls sparse; without it, as `after_dense`."""
+    types = config.get("mlp_layer_types")
+    if types is None:
+        return after_dense(config)
+    if not isinstance(types, list) or not set(types) <= {"dense", "sparse"}:
+        raise RecipeError(f"config: mlp_layer_types must be a list of dense and sparse, got {types!r}")
+    if len(types) != integer(config, "num_hidden_layers"):
+        raise RecipeError(f"config: {len(types)} mlp_layer_types for {config['num_hidden_layers']} layers")
+    return lambda layer: types[layer] == "sparse"
 
 
 def stepped(config: Mapping[str, JSON]) -> Callable[[int], bool]:
@@ -44,19 +60,23 @@ def stepped(config: Mapping[str, JSON]) -> Callable[[int], bool]:
 @dataclass(frozen=True, slots=True)
 class Shared:
     """The block of a layer that every token passes. `name`: the hub's module within the layer; `width`:
-    config's key of how wide it is, or `count`, of how many experts that is; `gate`: the module of its
-    gate."""
+    config's key of how wide it is, or `count`, of how many experts that is, which may be said of each layer;
+    `default`: how many where the config does not say; `gate`: the module of its gate; `fused`: its matrices'
+    names, where gate and up are one."""
 
     name: str = "mlp.shared_experts"
     count: str = "n_shared_experts"
+    default: int = 0
     width: str = ""
     gate: str = ""
+    fused: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
     """How a family's mixtures differ. `count`: config's keys of how many experts there are, `width`, of how
-    wide one is; `sparse`: which layers have them; `latent`: attention is latent."""
+    wide one is; `sparse`: which layers have them; `dense`: config's key of how wide the block of the others
+    is; `latent`: what claims its latent attention, None where it has none."""
 
     kind: Kind
     block: Block = BLOCK
@@ -64,7 +84,8 @@ class Mixture:
     width: str = "moe_intermediate_size"
     sparse: Rule = every
     shared: Shared | None = None
-    latent: bool = False
+    dense: str = "intermediate_size"
+    latent: Latent | None = None
 
 
 def recipe(
@@ -80,8 +101,8 @@ def recipe(
     widths = {d.key: d.size for d in (width, shared) if d.size and any(sparse)}
     block = None
     if not all(sparse):
-        plain = dim(config, "intermediate_size")
-        block = dense(kind, claims, config, plain)
+        plain = dim(config, mixture.dense)
+        block = dense(kind, claims, config, plain, mixture.block.hub)
         widths = {plain.key: plain.size} | widths
 
     def feed_forward(layer: str) -> Callable[[], Mlp | Experts]:
@@ -94,7 +115,7 @@ def recipe(
         gate = mixture.shared.gate
         return with_shared(
             build,
-            gated(claims, f"{layer}.{mixture.shared.name}", shared, hidden),
+            _beside(claims, layer, mixture.shared, shared, hidden, has(config, kind.mlp_bias)),
             claims.linear(f"{layer}.{gate}", Dim(1, "1"), hidden) if gate else absent,
         )
 
@@ -105,7 +126,7 @@ def recipe(
         vocab_size,
         feed_forward,
         widths,
-        attends=partial(latent, claims, config) if mixture.latent else None,
+        attends=partial(mixture.latent, claims, config) if mixture.latent else None,
         heads=heads_of(config) if mixture.latent else None,
         experts=count.size,
         expert_width=width.key,
@@ -120,8 +141,8 @@ def _layers(config: Mapping[str, JSON], rule: Rule, tensors: int) -> list[bool]:
     count = integer(config, "num_hidden_layers")
     if count > tensors:
         raise RecipeError(f"config: num_hidden_layers {count}, and the checkpoint has {tensors} tensors")
-    has = rule(config)
-    return [has(i) for i in range(count)]
+    sparse = rule(config)
+    return [sparse(i) for i in range(count)]
 
 
 def _shared(config: Mapping[str, JSON], shared: Shared | None, width: Dim) -> Dim:
@@ -129,6 +150,21 @@ def _shared(config: Mapping[str, JSON], shared: Shared | None, width: Dim) -> Di
     if shared is None:
         return Dim(0, "")
     if shared.width:
-        return dim(config, shared.width)
-    beside = integer(config, shared.count, 0, least=0)
-    return Dim(beside * width.size, f"{shared.count} * {width.key}")
+        return Dim(integer(config, shared.width, 0, least=0), shared.width)
+    said = config.get(shared.count)
+    if isinstance(said, list) and said and all(n == said[0] for n in said):
+        said = said[0]
+    beside = integer({shared.count: said}, shared.count, shared.default, least=0)
+    return Dim(beside * width.size, f"{shared.count or beside} * {width.key}")
+
+
+def _beside(
+    claims: Claims, layer: str, shared: Shared, width: Dim, hidden: Dim, bias: bool
+) -> Callable[[], Mlp]:
+    """Claims the shared block of a layer."""
+    at = f"{layer}.{shared.name}"
+    if shared.fused is None:
+        return gated(claims, at, width, hidden, bias=bias)
+    pair, down = shared.fused
+    both = claims.linear(f"{at}.{pair}", width.times(2), hidden, bias=bias)
+    return fused_mlp(both, claims.linear(f"{at}.{down}", hidden, width, bias=bias))

@@ -11,22 +11,32 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from ..model import Experts, Lazy, Linear, Mlp
+from ..model import Experts, Lazy, Linear, Mlp, Parameter, Stacked
 from ..views import View
 from .claims import Claims, Dim, absent
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What the hub calls a layer's mixture: the module `hub` holds the router (`gate`) and `experts`, each of
-    which has the matrices `gate`, `up` and `down`. `correction`: the name within the module of what is added
-    to the experts' scores when the router selects, "" for none. In training transformers calls it `mlp`."""
+    """What the hub calls a layer's mixture: the module `hub` holds the `router` and `experts`, each of which
+    has the matrices `gate`, `up` and `down`. `correction`: what is added to the experts' scores when the
+    router selects, "" for nothing; `row`: it is stored [1, experts]. `stacked`: the names within the module
+    of two stacks, where the hub stores no expert on its own.
+
+    `trained`, `trained_router`, `trained_correction`: what transformers calls them in training ("": as the
+    hub does)."""
 
     hub: str = "mlp"
+    router: str = "gate"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
     correction: str = ""
+    row: bool = False
+    stacked: Stacked | None = None
+    trained: str = "mlp"
+    trained_router: str = ""
+    trained_correction: str = ""
 
 
 BLOCK = Block()
@@ -37,17 +47,40 @@ def experts(
     claims: Claims, layer: str, block: Block, count: Dim, width: Dim, hidden: Dim
 ) -> Callable[[], Experts]:
     """Claims the router of a layer, its correction and the experts, in either spelling."""
-    hub, trained = f"{layer}.{block.hub}", f"{layer}.mlp"
-    added = claims.parameter(f"{hub}.{block.correction}", count, kept=True) if block.correction else absent
-    name = f"{hub}.experts"
-    if f"{trained}.experts.gate_up_proj" not in claims:
-        router = claims.linear(f"{hub}.gate", count, hidden)
+    hub, trained = f"{layer}.{block.hub}", f"{layer}.{block.trained}"
+    name, written = f"{hub}.experts", None
+    if block.stacked is not None:
+        within = block.stacked
+        written = replace(within, gate_up=f"{hub}.{within.gate_up}", down=f"{hub}.{within.down}")
+    at, stored, adds, found = hub, block.router, block.correction, written
+    in_training = Stacked(f"{trained}.experts.gate_up_proj", f"{trained}.experts.down_proj")
+    if in_training.gate_up in claims:
+        at, found = trained, replace(in_training, transposed=written is not None and written.transposed)
+        stored, adds = block.trained_router or stored, block.trained_correction or adds
+    router = claims.linear(f"{hub}.{block.router}", count, hidden, stored=f"{at}.{stored}")
+    added = _correction(claims, block, hub, f"{at}.{adds}", count)
+    if found is None:
         each = [_one(claims, f"{name}.{e}", block, width, hidden) for e in range(count.size)]
         return lambda: Experts(name, router(), Lazy(each), added())
-    router = claims.linear(f"{hub}.gate", count, hidden, stored=f"{trained}.gate")
-    gate_up = claims.tensor(f"{trained}.experts.gate_up_proj", count, width.times(2), hidden)
-    down = claims.tensor(f"{trained}.experts.down_proj", count, hidden, width)
-    return lambda: Experts(name, router(), _unstacked(name, block, gate_up(), down()), added())
+    each_of = _unstacked(claims, name, block, found, (count, width, hidden))
+    return lambda: Experts(name, router(), each_of(), added(), stacked=written)
+
+
+def _correction(
+    claims: Claims, block: Block, hub: str, stored: str, count: Dim
+) -> Callable[[], Parameter | None]:
+    if not block.correction:
+        return absent
+    name, shape = f"{hub}.{block.correction}", (Dim(1, "1"), count) if block.row else (count,)
+    build = claims.parameter(name, *shape, kept=True, stored=stored)
+    if not block.row:
+        return build
+
+    def vector() -> Parameter:
+        view = build().view
+        return Parameter(name, view.reshape((count.size,)), view.shape)
+
+    return vector
 
 
 def with_shared(
@@ -64,15 +97,29 @@ def _one(claims: Claims, name: str, block: Block, width: Dim, hidden: Dim) -> Ca
     return lambda: Mlp(gate(), up(), down())
 
 
-def _unstacked(name: str, block: Block, gate_up: View, down: View) -> Lazy[Mlp]:
-    """The experts of stacks `gate_up` [experts, gate; up, hidden] and `down` [experts, hidden, width]."""
+def _unstacked(
+    claims: Claims, name: str, block: Block, stored: Stacked, sizes: tuple[Dim, Dim, Dim]
+) -> Callable[[], Lazy[Mlp]]:
+    """Claims the stacks of that many experts, of that width, that read so many features."""
+    count, width, hidden = sizes
+    wide, narrow = (width.times(2), hidden), (hidden, width)
+    gate_up = claims.tensor(stored.gate_up, count, *(wide[::-1] if stored.transposed else wide))
+    down = claims.tensor(stored.down, count, *(narrow[::-1] if stored.transposed else narrow))
 
-    def expert(e: int) -> Mlp:
-        both = gate_up.narrow(0, e, 1).reshape(gate_up.shape[1:])
+    def of(stack: View, e: int) -> View:
+        matrix = stack.narrow(0, e, 1).reshape(stack.shape[1:])
+        return matrix.T if stored.transposed else matrix
+
+    def expert(first: View, second: View, e: int) -> Mlp:
+        both = of(first, e)
         return Mlp(
             Linear(f"{name}.{e}.{block.gate}", both.part(0, 0, 2)),
             Linear(f"{name}.{e}.{block.up}", both.part(0, 1, 2)),
-            Linear(f"{name}.{e}.{block.down}", down.narrow(0, e, 1).reshape(down.shape[1:])),
+            Linear(f"{name}.{e}.{block.down}", of(second, e)),
         )
 
-    return Lazy([partial(expert, e) for e in range(gate_up.shape[0])])
+    def build() -> Lazy[Mlp]:
+        first, second = gate_up(), down()
+        return Lazy([partial(expert, first, second, e) for e in range(count.size)])
+
+    return build

@@ -1,10 +1,11 @@
-"""Qwen2-MoE and Qwen3-MoE: experts in the layers config says, in Qwen2 beside a shared one with a gate."""
+"""Qwen2-MoE, Qwen3-MoE and those like them: experts in the layers config says, some beside a shared one."""
 
 from __future__ import annotations
 
 from ..model import HubCuts
-from .decoder import Kind, Said
+from .decoder import Kind, Norms, Said
 from .mixture import Mixture, Shared, stepped
+from .moe import Block
 
 SHARED = Shared("mlp.shared_expert", width="shared_expert_intermediate_size", gate="mlp.shared_expert_gate")
 QWEN2_MOE = Mixture(
@@ -18,3 +19,19 @@ QWEN2_MOE = Mixture(
     shared=SHARED,
 )
 QWEN3_MOE = Mixture(Kind("qwen3_moe", qk_norm=True), sparse=stepped)
+OLMOE = Mixture(
+    Kind("olmoe", qk_norm=True, whole_norms=True), count=("num_experts",), width="intermediate_size"
+)
+HUNYUAN_V1_MOE = Mixture(
+    Kind(
+        "hunyuan_v1_moe",
+        qk_norm=True,
+        rotated=True,
+        norms=Norms(q="query_layernorm", k="key_layernorm"),
+        cuts=HubCuts(whole=frozenset({"attention", "shared", "num_shared_expert * intermediate_size"})),
+    ),
+    Block(router="gate.wg"),
+    count=("num_experts",),
+    width="intermediate_size",
+    shared=Shared("mlp.shared_mlp", count="num_shared_expert", default=1),
+)

@@ -1,0 +1,41 @@
+"""ERNIE 4.5 MoE: routed experts beside shared ones, in a range of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from ..checkpoint import JSON
+from .claims import integer
+from .decoder import IGNORED, Kind, Said
+from .mixture import Mixture, Shared
+from .moe import Block
+
+
+def ranged(config: Mapping[str, JSON]) -> Callable[[int], bool]:
+    """Every `moe_layer_interval`-th layer from `moe_layer_start_index` to `moe_layer_end_index` has experts
+    (-1: to the last)."""
+    start = integer(config, "moe_layer_start_index", 1, least=0)
+    end, step = integer(config, "moe_layer_end_index", -1, least=-1), integer(config, "moe_layer_interval", 1)
+    return lambda layer: (layer + 1) % step == 0 and layer >= start and (end == -1 or layer <= end)
+
+
+_BIAS = Said("use_bias")
+ERNIE4_5_MOE = Mixture(
+    Kind(
+        "ernie4_5_moe",
+        qkv_bias=_BIAS,
+        o_bias=_BIAS,
+        mlp_bias=_BIAS,
+        head_bias=_BIAS,
+        tied=True,
+        ignored=(*IGNORED, "model.mtp_*"),
+    ),
+    Block(
+        correction="moe_statics.e_score_correction_bias",
+        row=True,
+        trained_correction="gate.moe_statics.e_score_correction_bias",
+    ),
+    count=("moe_num_experts",),
+    sparse=ranged,
+    shared=Shared(count="moe_num_shared_experts"),
+)
