@@ -218,6 +218,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         (
             *("llama", "gemma", "phi3", "glm", "olmo", "cohere", "ungated", "gptj", "mpt", "opt"),
             *("mixtral", "qwen_moe", "deepseek", "ernie", "granite_moe", "llama4", "gpt_oss", "cogvlm2"),
+            *("modernbert",),
         ),
         ("qwen_next",),
         ("__init__",),

@@ -157,12 +157,25 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
+class Indexer:
+    """What chooses the tokens that sparse attention reads (DeepSeek-V3.2): queries `q` [index heads * index
+    dim, q_rank] of what Mla's `q_norm` gives, one key for all its heads, `k` [index dim, hidden] -> `k_norm`,
+    and how much each of its heads counts, `weights` [index heads, hidden]."""
+
+    q: Linear
+    k: Linear
+    k_norm: Norm
+    weights: Linear
+
+
+@dataclass(frozen=True, slots=True)
 class Mla:
     """Multi-head latent attention (DeepSeek): `kv_a` [kv_rank + rope_dim, hidden] -> `kv_norm` ->
     `kv_b` [heads * (nope_dim + v_dim), kv_rank]; `o` [hidden, heads * v_dim].
 
     `q` [heads * (nope_dim + rope_dim), q_rank or hidden] reads what `q_a` [q_rank, hidden] and `q_norm` make
-    of the hidden state, or the hidden state itself where both are None."""
+    of the hidden state, or the hidden state itself where both are None. `indexer`: what chooses the tokens
+    that are read, None where all are, or those that the layer before chose."""
 
     q: Linear
     kv_a: Linear
@@ -171,6 +184,7 @@ class Mla:
     o: Linear
     q_a: Linear | None = None
     q_norm: Norm | None = None
+    indexer: Indexer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -432,7 +446,7 @@ class Model:
     the feed-forward block of a layer read the same input. `alibi`: attention is biased by ALiBi's slopes,
     which the hub does not store. `rope`: the rotary positions of latent attention. `quant_method`: the hub's
     word for how matrices are quantised ("pack-quantized" for compressed-tensors' packed integers), "" where
-    none is."""
+    none is. `causal`: tokens see only those before them (no encoder alone does)."""
 
     family: str
     sizes: Sizes
@@ -453,3 +467,4 @@ class Model:
     rope: Rope | None = None
     quant_method: str = ""
     first_position: int = 0
+    causal: bool = True

@@ -289,6 +289,11 @@ SCHEMES: dict[str, dict] = PACKED | {
 BY_ROW = ("int8", "fp8-channel")
 """Those with a scale for every output."""
 
+_DENSE = (  # of which the hub has quantised ones
+    "seed_oss", "ernie4_5", "hunyuan_v1_dense", "ministral3", "olmo2", "olmo3", "exaone4", "cohere",
+    "cohere2", "apertus",
+)  # fmt: skip
+
 QUANTISED: dict[str, tuple[str, str]] = {
     f"{model}+{scheme}": (model, scheme)
     for model, schemes in {
@@ -316,6 +321,7 @@ QUANTISED: dict[str, tuple[str, str]] = {
         "deepseek_v2-lora": ("int8", "fp8-matrix"),
         "kimi_k2": ("fp8-block", "int4"),
         "minimax_m2": ("fp8-block",),
+        **dict.fromkeys(_DENSE, ("int8", "fp8-matrix")),
     }.items()
     for scheme in schemes
 }
@@ -324,7 +330,7 @@ QUANTISED |= {
     for model in (
         "llama", "llama-biased", "llama-tied", "mistral", "qwen2", "qwen3", "granite", "smollm3", "gemma",
         "gemma2", "gemma3_text", "phi3", "glm", "glm4", "mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe",
-        "deepseek_v2-576", "deepseek_v3-wide",
+        "deepseek_v2-576", "deepseek_v3-wide", *_DENSE,
     )
     for scheme in (tuple(PACKED) if model in ("llama", "mixtral") else tuple(PACKED)[:4])
     if (model, scheme) != ("glm4", "gptq")  # which vLLM's own loader does not take

@@ -126,6 +126,15 @@ FAMILIES = {
     "kimi_k2": _family(
         "DeepseekV3", (8, 8, 6), _SIZES | _MLA, q_lora_rank=24, n_shared_experts=1, hub_type="kimi_k2"
     ),
+    "deepseek_v32": _family(
+        "DeepseekV32", (8, 8, 6), _SIZES | _MLA, q_lora_rank=24, n_shared_experts=1, index_topk=16,
+        index_head_dim=10, index_n_heads=3,
+    ),
+    "glm_moe_dsa": _family(
+        "GlmMoeDsa", (8, 8, 6), _SIZES | _MLA, q_lora_rank=24, n_shared_experts=1, index_topk=16,
+        index_head_dim=10, index_n_heads=3, mlp_layer_types=["sparse", "dense"],
+        indexer_types=["full", "shared"],
+    ),
     "glm4_moe_lite": _family(
         "Glm4MoeLite", (8, 8, 6), _SIZES | _MLA, drop=("first_k_dense_replace",), q_lora_rank=24,
         n_shared_experts=1, mlp_layer_types=["sparse", "dense"],
@@ -199,6 +208,11 @@ ENCODERS = {
     "roberta": Family("Roberta", _ENCODER, (8, 8, 8), "ForMaskedLM"),
     "xlm_roberta": Family("XLMRoberta", _ENCODER, (8, 8, 8), "ForMaskedLM"),
     "xlm_roberta-alone": Family("XLMRoberta", _ENCODER, (8, 8, 8), "Model"),
+    "modernbert": Family("ModernBert", _ENCODER, (8, 8, 8), "ForMaskedLM"),
+    "modernbert-alone": Family("ModernBert", _ENCODER | _BIASED | {"norm_bias": True}, (8, 8, 8), "Model"),
+    "modernbert-classes": Family(
+        "ModernBert", _ENCODER | {"num_labels": 3}, (8, 8, 8), "ForSequenceClassification"
+    ),
     "t5": Family("T5", _T5, (8, 8, 6), "ForConditionalGeneration"),
     "t5-gated": Family(
         "T5", _T5 | {"feed_forward_proj": "gated-gelu"}, (8, 8, 6), "ForConditionalGeneration"

@@ -207,6 +207,10 @@ def _attention(attention: Attention | Mla, model: Model, placement: Placement) -
         yield from norm(attention.kv_norm)
         yield from stored(out_part(attention.kv_b, rank, tp))
         yield from stored(in_part(attention.o, rank, tp))
+        if attention.indexer is not None:
+            for linear in (attention.indexer.q, attention.indexer.k, attention.indexer.weights):
+                yield from stored(linear)
+            yield from norm(attention.indexer.k_norm)
         return
     if attention.fused is None:
         for linear in qkv_part(attention, model.sizes, placement):

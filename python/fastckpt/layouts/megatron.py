@@ -224,6 +224,8 @@ class Megatron:
     def _latent(self, at: str, attention: Mla, placement: Placement) -> Iterator[Target]:
         """Transformer Engine's modules hold the low-rank matrices whole, and their norms with the matrix that
         follows; megatron's own modules cut the low-rank matrices too."""
+        if attention.indexer is not None:
+            raise LayoutError(f"layout megatron has no place for {attention.indexer.q.name}, an indexer")
         rank, tp = placement.tp_rank, placement.tp
         fused = self.spec == "transformer_engine"
 

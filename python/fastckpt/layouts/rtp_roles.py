@@ -300,6 +300,8 @@ def _whole_heads(linear: Linear, cut: Cut) -> None:
 
 
 def _latent(attention: Mla, heads: int, cut: Cut, making: Making) -> Iterator[Whole]:
+    if attention.indexer is not None:
+        raise LayoutError(f"layout rtp_llm has no place for {attention.indexer.q.name}, an indexer")
     no_bias(attention.q, attention.kv_a, attention.kv_b, attention.q_a)
     q, kv_a, kv_b, o = attention.q, attention.kv_a, attention.kv_b, attention.o
     for linear in (q, kv_a, kv_b, o, attention.q_a):

@@ -1,10 +1,11 @@
 """`vllm`: vLLM's model format, the state dict of one rank after its load_weights.
 
-Matrices are [out, in]. q, k and v are one `qkv_proj` [q_r; k_r; v_r], gate and up one `gate_up_proj`
-[gate_r; up_r], experts `w13_weight` [experts, gate_r; up_r, hidden] and `w2_weight` [experts, hidden,
-width / tp]; latent attention cuts what follows the low ranks, whose matrices are one `fused_qkv_a_proj`,
-whole on every rank; the vocabulary is padded with zero rows, then cut. Source: vLLM's layers/linear.py,
-vocab_parallel_embedding.py, fused_moe/layer.py and models/.
+Matrices are [out, in]. q, k and v are one `qkv_proj` [q_r; k_r; v_r], gate and up one `gate_up_proj` [gate_r;
+up_r], experts `w13_weight` [experts, gate_r; up_r, hidden] and `w2_weight` [experts, hidden, width / tp];
+latent attention cuts what follows the low ranks, whose matrices are one `fused_qkv_a_proj`, whole on every
+rank, as is an indexer, of which k and the heads' weights are one `wk_weights_proj`; the vocabulary is padded
+with zero rows, then cut. Source: vLLM's layers/linear.py, vocab_parallel_embedding.py, fused_moe/layer.py and
+models/.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ class Vllm:
                 require_even("vllm", placement, key, width, instead)
         rows = round_up(model.sizes.vocab, self.vocab_padding)
         require_even("vllm", placement, f"vocab_size {model.sizes.vocab}, padded to", rows)
-        if model.encoder is not None or model.carried:
+        if model.encoder is not None or model.carried or not model.causal:
             what = model.carried[0].name if model.carried else "the encoder"
             raise LayoutError(f"layout vllm has no place for {what} of {model.family}, which is no decoder")
         renamed = RENAMED.get(model.family, ())
@@ -415,6 +416,11 @@ def _latent(attention: Mla, placement: Placement) -> Iterator[Target]:
     yield from norm(attention.kv_norm)
     yield from plain(out_part(attention.kv_b, rank, tp))
     yield from plain(in_part(attention.o, rank, tp))
+    if attention.indexer is not None:
+        k, weights = attention.indexer.k, attention.indexer.weights
+        yield from plain(attention.indexer.q)
+        yield from plain(joined(f"{_parent(k.name)}.wk_weights_proj", [k, weights]))
+        yield from norm(attention.indexer.k_norm)
 
 
 def _delta(net: DeltaNet, placement: Placement) -> Iterator[Target]:

@@ -35,6 +35,7 @@ from . import (
     llama4,
     mixtral,
     mixture,
+    modernbert,
     mpt,
     neox,
     olmo,
@@ -132,6 +133,8 @@ FAMILIES: tuple[Family, ...] = (
     _mixture(deepseek.V2, "DeepSeek-V2: latent attention, shared experts"),
     _mixture(deepseek.V3, "DeepSeek-V3: V2 with corrected routing, fp8 by blocks"),
     _mixture(deepseek.KIMI_K2, "Kimi K2: as DeepSeek-V3"),
+    _mixture(deepseek.DEEPSEEK_V32, "DeepSeek-V3.2: V3 whose attention is sparse, by an indexer"),
+    _mixture(deepseek.GLM_MOE_DSA, "GLM-5: as DeepSeek-V3.2, layers may share an indexer"),
     _mixture(deepseek.GLM4_MOE_LITE, "GLM-4.7-Flash: as DeepSeek-V3"),
     _mixture(deepseek.DOTS1, "dots.llm1: corrected routing, shared experts, norms on each head's q and k"),
     _mixture(deepseek.SOLAR_OPEN, "Solar Open: GLM-4 MoE with experts in every layer"),
@@ -157,6 +160,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "xlm-roberta", partial(bert.recipe, names=bert.ROBERTA), "XLM-RoBERTa, as RoBERTa", bert.IGNORED
     ),
+    Family("modernbert", modernbert.recipe, "ModernBERT, alone or with a head", ()),
     Family(
         "jina_bert",
         jina_bert.recipe,
