@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fastckpt
 import pytest
 import torch
 from fastckpt import recipes
@@ -230,3 +231,15 @@ def test_rows_in_pairs_want_plain_matrices():
     model = recipes.find(config)(memory(hub | biases), config | {"attention_bias": True})
     with pytest.raises(LayoutError, match=r"how vLLM orders .*q_proj\.bias is not known"):
         list(layout("vllm").targets(model, Placement(tp=2)))
+
+
+@pytest.mark.parametrize("name", ["granitemoeshared", "llama4_text"])
+def test_stacks_are_not_quantised_as_the_hub_has_them(name):
+    """Nor left dense unsaid; as vLLM has them they are quantised, and a shared block always is."""
+    config, hub, _ = families.made(name)
+    with pytest.raises(LayoutError, match=r"stack of experts, which would stay dense"):
+        fastckpt.reshard(hub, 1, layout="hf", quant="int8", config=config)
+    (got,) = fastckpt.reshard(hub, 1, layout="vllm", quant="int8", config=config)
+    wanted = ("shared_mlp.input_linear.weight", "shared_expert.gate_up_proj.weight", "experts.w13_weight")
+    found = [x for n, x in got.items() if "layers.1." in n and n.endswith(wanted)]
+    assert [x.dtype for x in found] == [torch.int8] * 2
