@@ -248,6 +248,10 @@ MODELS: dict[str, tuple[str, dict]] = {
         ),
     ),
     "qwen3_vl": ("Qwen3VL", _seeing(_QWEN3_VL, drop=(), text=_SECTIONS, **_IMAGES)),
+    "qwen3_vl_moe": (
+        "Qwen3VLMoe",
+        _seeing(_QWEN3_VL, drop=(), text=_SECTIONS | dict(_MOE, moe_intermediate_size=192), **_IMAGES),
+    ),
     "glm4v": (
         "Glm4v",
         _seeing(_TOWER | dict(image_size=16), text=dict(attention_bias=True, rope_parameters=_HALF)),
@@ -442,6 +446,8 @@ def write(name: str, folder: str, *, counted: bool = False, dtype: torch.dtype =
     model.save_pretrained(folder)
     if name in SAID:
         _say(folder, SAID[name])
+    if name == "qwen3_vl_moe":
+        _as_qwen3_vl_moe(folder)
     if name in INSIDE:
         path = os.path.join(folder, "model.safetensors")
         tensors = load_file(path).items()
@@ -449,6 +455,17 @@ def write(name: str, folder: str, *, counted: bool = False, dtype: torch.dtype =
         save_file(older, path, {"format": "pt"})
     if name.endswith("-mixed"):  # as Qwen3.5's own files
         _keep_float32(folder, (".linear_attn.A_log", ".linear_attn.norm.weight"))
+
+
+def _as_qwen3_vl_moe(folder: str) -> None:
+    """Qwen3-VL's mixtures as the hub has them: stacks [experts, in, out], and what vLLM wants to be told."""
+    path = os.path.join(folder, "model.safetensors")
+    tensors = load_file(path)
+    turned = {n: x.transpose(1, 2).contiguous() if ".experts." in n else x for n, x in tensors.items()}
+    save_file(turned, path, {"format": "pt"})
+    with open(os.path.join(folder, "config.json")) as f:
+        text = json.load(f)["text_config"]
+    _say(folder, {"text_config": text | {"norm_topk_prob": True}})
 
 
 def _say(folder: str, said: dict) -> None:

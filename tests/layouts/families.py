@@ -243,6 +243,10 @@ WRAPPERS = {
     ),
     "qwen2_5_vl": _seeing("Qwen2_5_VL", _TOWER, tie_word_embeddings=True),
     "qwen3_vl": _seeing("Qwen3VL", _DEEP, dict(head_dim=8)),
+    "qwen3_vl_moe": _seeing(
+        "Qwen3VLMoe", _DEEP,
+        dict(head_dim=8, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24),
+    ),
     "glm4v": _seeing("Glm4v", _TOWER | dict(image_size=16)),
     "gemma3-images": _seeing("Gemma3", _SIGLIP, dict(head_dim=8), tie_word_embeddings=True),
     "mistral3": _seeing("Mistral3", _PIXTRAL, dict(model_type="mistral", head_dim=8)),

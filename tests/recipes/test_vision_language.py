@@ -77,6 +77,23 @@ def test_a_tied_head_beside_one_of_its_own_is_refused():
         written(hub, config | {"tie_word_embeddings": True})
 
 
+def test_stacks_of_experts_lie_either_way():
+    """The hub's [experts, in, out], and transformers 5's [experts, out, in]: the same to vLLM."""
+    config, hub, _ = families.made("qwen3_vl_moe")
+    turned = {n: x.transpose(1, 2).contiguous() if ".experts." in n else x for n, x in hub.items()}
+    same(written(turned, config), turned)
+    one, other = written(turned, config, "vllm", 2), written(hub, config, "vllm", 2)
+    assert sorted(one) == sorted(other)
+    assert all((one[n][1] == other[n][1]).all() for n in one)
+
+
+def test_stacks_of_square_experts_are_refused():
+    config, hub, _ = families.made("qwen3_vl_moe")
+    square = config | {"text_config": config["text_config"] | {"moe_intermediate_size": 64}}
+    with pytest.raises(RecipeError, match="experts of 64 by 64 may be stored either way"):
+        written(hub, square)
+
+
 def test_two_spellings_of_one_tensor_are_refused():
     config, hub, _ = families.made("llava")
     with pytest.raises(RecipeError, match="are both what is saved as"):

@@ -221,6 +221,7 @@ _VLLM_0_32: dict[str, Served] = {
     "qwen2_vl": Served(),
     "qwen2_5_vl": Served(),
     "qwen3_vl": Served(),
+    "qwen3_vl_moe": Served((*_STACKS, *_ROUTER)),
     "glm4v": Served(),
     "gemma3": Served(),
     "mistral3": Served(),

@@ -177,6 +177,7 @@ FAMILIES: tuple[Family, ...] = (
     _wrapper(vision_language.QWEN2_VL, "Qwen2-VL: Qwen2 beside an image tower"),
     _wrapper(vision_language.QWEN2_5_VL, "Qwen2.5-VL: likewise, a tower with gated blocks"),
     _wrapper(vision_language.QWEN3_VL, "Qwen3-VL: Qwen3, whose first layers read the tower's too"),
+    _wrapper(vision_language.QWEN3_VL_MOE, "Qwen3-VL with experts, in stacks that lie either way"),
     _wrapper(vision_language.GLM4V, "GLM-4.1V: GLM-4 beside an image tower"),
     _wrapper(vision_language.GEMMA3, "Gemma 3: its text model beside SigLIP"),
     _wrapper(vision_language.MISTRAL3, "Mistral Small 3.1: Mistral beside Pixtral's tower"),

@@ -16,8 +16,8 @@ from ..views import View
 
 Role = TypeVar("Role")
 
-NAMES = frozenset({"name", "bias_name", "fused"})
-"""The fields of roles that hold a name of the hub."""
+NAMES = frozenset({"name", "bias_name", "fused", "gate_up", "down"})
+"""The fields of roles that hold a name of the hub, where they are strings."""
 
 
 def respelled(ckpt: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
@@ -46,7 +46,10 @@ def _renamed(role: Role, spell: Callable[[str], str]) -> Role:
         made = tuple([_renamed(each, spell) for each in role])
     elif is_dataclass(role) and not isinstance(role, type | View):
         held = {f.name: getattr(role, f.name) for f in fields(role)}
-        new = {k: spell(v) if k in NAMES and v else _renamed(v, spell) for k, v in held.items()}
+        new = {
+            k: spell(v) if k in NAMES and isinstance(v, str) and v else _renamed(v, spell)
+            for k, v in held.items()
+        }
         made = replace(role, **new)
     return cast(Role, made)
 

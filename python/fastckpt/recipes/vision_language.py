@@ -14,14 +14,16 @@ from typing import Protocol
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
-from ..model import Mlp, Model
-from . import decoder, imagining, towers
+from ..model import Mlp, Model, Stacked
+from . import decoder, imagining, mixture, towers
 from .claims import Claims, Dim, dim, flag, integer
 from .decoder import IGNORED
 from .gemma import GEMMA3 as GEMMA3_TEXT
 from .glm import GLM4
 from .imagining import Imagined
 from .llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from .moe import Block
+from .qwen_moe import QWEN3_MOE
 from .renaming import renamed, respelled
 from .towers import Built, Said, Shapes, carried, norms, of, vision
 
@@ -32,7 +34,21 @@ class TextRecipe(Protocol):
     def __call__(self, ckpt: Checkpoint, config: Said, *, vocab_size: int | None = None) -> Model: ...
 
 
+def _qwen3_moe(ckpt: Checkpoint, config: Said, *, vocab_size: int | None = None) -> Model:
+    """Qwen3-VL's mixture: stacks [experts, out, in], as transformers 5 has them, or [experts, in, out],
+    as the hub does. Raises RecipeError where shapes do not tell."""
+    hidden, width = (integer(config, key) for key in ("hidden_size", "moe_intermediate_size"))
+    found = next((e.shape[1:] for n, e in ckpt.entries.items() if n.endswith(".mlp.experts.down_proj")), ())
+    if found and hidden == width:
+        raise RecipeError(f"config: experts of {hidden} by {width} may be stored either way: not read")
+    stacked = Stacked("experts.gate_up_proj", "experts.down_proj", transposed=found == (width, hidden))
+    kind = replace(QWEN3_MOE, block=Block(stacked=stacked))
+    return mixture.recipe(ckpt, config, vocab_size=vocab_size, mixture=kind)
+
+
 TEXTS: Mapping[str, TextRecipe] = {
+    "qwen3_vl_moe_text": _qwen3_moe,
+} | {
     name: partial(decoder.recipe, kind=kind)
     for name, kind in {
         "llama": LLAMA,
@@ -304,6 +320,7 @@ QWEN2_5_VL = Wrapper(
 QWEN3_VL = Wrapper(
     "qwen3_vl", ("qwen3_vl_text",), _within(towers.qwen3, "model.visual"), "model.language_model.", "lm_head."
 )
+QWEN3_VL_MOE = replace(QWEN3_VL, family="qwen3_vl_moe", texts=("qwen3_vl_moe_text",))
 GLM4V = Wrapper(
     "glm4v", ("glm4v_text",), _within(towers.glm4v, "model.visual"), "model.language_model.", "lm_head."
 )
