@@ -212,12 +212,15 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("quantised", "imagining"),
         ("claims",),
         ("fused", "latent"),
+        ("delta",),
         ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper", "jina_bert"),
         ("mixture",),
         (
             *("llama", "gemma", "phi3", "glm", "olmo", "cohere", "ungated", "gptj", "mpt", "opt"),
             *("mixtral", "qwen_moe", "deepseek", "ernie", "granite_moe", "llama4", "gpt_oss", "cogvlm2"),
+            *("modernbert",),
         ),
+        ("qwen_next",),
         ("__init__",),
     ),
     "layouts": (

@@ -6,15 +6,22 @@ import re
 
 import torch
 
-TABLES = ("embed_tokens", "word_embeddings", "embed_in", "wte", "lm_head", "embed_out", "output_layer")
+TABLES = (
+    "embed_tokens", "word_embeddings", "embed_in", "tok_embeddings", "wte", "lm_head", "embed_out",
+    "output_layer",
+)  # fmt: skip
 OUT = ("q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "dense_h_to_4h", "c_fc", "fc1", "fc_in")
 ENCODER_OUT = (
     "shared", "query", "key", "value", "q", "k", "v", "wi", "wi_0", "wi_1", "q_proj", "k_proj", "v_proj",
     "fc1",
 )  # fmt: skip
 ENCODER_IN = ("dense", "o", "wo", "out_proj", "fc2")
+HEAD_BIASES = ("cls.predictions.bias", "decoder.bias")
 FUSED = ("query_key_value", "c_attn", "Wqkv")
-IN = ("output_linear", "o_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj", "fc2", "fc_out", "out_proj")
+IN = (
+    "output_linear", "o_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj", "fc2", "fc_out", "out_proj",
+    "Wo",
+)  # fmt: skip
 
 
 def cut(x, dim, tp, r):
@@ -57,7 +64,7 @@ def hf(t, heads, tp, r):
         if module in TABLES:
             out[name] = cut(x, 0, tp, r)
         elif module in FUSED:
-            concat = "encoder.layers" in name or module == "Wqkv"
+            concat = "encoder.layers" in name or module == "Wqkv"  # all of q, all of k, all of v
             q, k, v = parts(x, heads, not concat)
             if concat:
                 out[name] = torch.cat([pick(q, mine, d), pick(k, its, d), pick(v, its, d)])
@@ -73,15 +80,15 @@ def hf(t, heads, tp, r):
         elif module in ("wpe", "position_embeddings", "embed_positions", "token_type_embeddings"):
             out[name] = x
         elif (
-            name.startswith(("cls.predictions.tr", "lm_head.", "classifier"))
+            name.startswith(("cls.predictions.tr", "lm_head.", "classifier", "head."))
             or "pooler" in name
             or "conv" in name
         ):
             out[name] = cut(x, 0, tp, r) if name == "lm_head.bias" else x
-        elif module == "dense_h_to_4h":
-            halves = x.chunk(2) if "encoder.layers" in name else [x]
+        elif module in ("dense_h_to_4h", "Wi"):
+            halves = x.chunk(2) if "encoder.layers" in name or module == "Wi" else [x]
             out[name] = torch.cat([cut(y, 0, tp, r) for y in halves])
-        elif name == "cls.predictions.bias" or module in (*OUT, *ENCODER_OUT) or "intermediate" in name:
+        elif name in HEAD_BIASES or module in (*OUT, *ENCODER_OUT) or "intermediate" in name:
             out[name] = cut(x, 0, tp, r)
         elif module == "relative_attention_bias":
             out[name] = cut(x, 1, tp, r)
@@ -91,6 +98,13 @@ def hf(t, heads, tp, r):
             assert "norm" in name.lower() or ".ln_" in name, name
             out[name] = x
     return out
+
+
+def qkv_rows(t, at, x):
+    """Rows of q, k and v of linear attention; it has as many values as its output projection has inputs."""
+    values = t[f"{at}.out_proj.weight"].shape[1]
+    keys = (x.shape[0] - values) // 2
+    return x.split([keys, keys, values])
 
 
 def padded(x, tp, r):
@@ -112,7 +126,8 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
         out[name] = x.contiguous()
 
     def qkv(name, q, k, v):
-        put(name, torch.cat([pick(q, mine, d), pick(k, its, d), pick(v, its, d)]))
+        each = q.shape[0] // heads[0]  # with output gates, twice as many
+        put(name, torch.cat([pick(q, mine, each), pick(k, its, d), pick(v, its, d)]))
 
     for name, x in t.items():
         at = re.search(r"\.(?:layers|h)\.(\d+)\.", name)
@@ -123,7 +138,7 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
         if module == "experts":
             stem, module, kind = f"{stem}.experts", kind, "stack"
         where = stem.replace(".self_attn", ".attn") if gpt_oss else stem
-        if x.ndim == 3 and not gpt_oss:
+        if x.ndim == 3 and module != "conv1d" and not gpt_oss:
             stem = stem.removesuffix(".experts")
             transposed = module.endswith("_proj")
             y = x.transpose(1, 2) if transposed else x
@@ -170,6 +185,11 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
                 put(f"{stem}.w2_bias", x if r == 0 else torch.zeros_like(x))
         elif minimax and module in ("q_norm", "k_norm"):
             put(name, pick(x, mine if module == "q_norm" else its, d))
+        elif stem.endswith(".indexer") and module != "wk":
+            if module != "weights_proj":
+                put(name, x)
+        elif module == "wk":
+            put(f"{stem}.wk_weights_proj.weight", torch.cat([x, t[f"{stem}.weights_proj.weight"]]))
         elif module == "q_proj":
             if f"{stem}.k_proj.{kind}" in t:
                 q, k, v = (t[f"{stem}.{p}_proj.{kind}"] for p in "qkv")
@@ -200,6 +220,18 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
             pass
         elif module == "dense_h_to_4h" and order == "concat":
             put(name, torch.cat([cut(y, 0, tp, r) for y in x.chunk(2)]))
+        elif module in ("in_proj_qkvz", "in_proj_ba", "linear_attn"):  # key head by key head; A_log, dt_bias
+            put(name, cut(x, 0, tp, r))
+        elif module == "conv1d":
+            put(name, torch.cat([cut(y, 0, tp, r) for y in qkv_rows(t, stem, x)]))
+        elif module == "in_proj_qkv":
+            both = [*qkv_rows(t, stem, x), t[f"{stem}.in_proj_z.weight"]]
+            put(f"{stem}.in_proj_qkvz.weight", torch.cat([cut(y, 0, tp, r) for y in both]))
+        elif module == "in_proj_b":
+            both = [x, t[f"{stem}.in_proj_a.weight"]]
+            put(f"{stem}.in_proj_ba.weight", torch.cat([cut(y, 0, tp, r) for y in both]))
+        elif module in ("in_proj_z", "in_proj_a"):
+            pass
         elif module in OUT:
             put(name, cut(x, 0, tp, r))
         elif module in IN:

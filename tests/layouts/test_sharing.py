@@ -169,7 +169,7 @@ def predicting(name):
     return config | {"num_nextn_predict_layers": 1}, hub, extra
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe", "kimi_k2"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe", "kimi_k2", "deepseek_v32"])
 def test_layers_that_predict_more_tokens(name):
     """The hub's layout keeps them, cut like the others; servers' do not, and say so."""
     config, hub, extra = predicting(name)

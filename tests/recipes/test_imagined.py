@@ -11,9 +11,10 @@ from layouts.test_rtp_families import jina
 
 OTHERS = {"gated": gated.made, "cogvlm2": cogvlm2.made, "jina_bert": jina}
 DECODERS = [*tiny.MODELS, *families.FAMILIES, "chatglm", *OTHERS]
-HEADS = ("cls.", "lm_head.", "classifier.")
+HEADS = ("cls.", "lm_head.", "classifier.", "head.", "decoder.bias")
 """What an encoder may have or not."""
 PREFIX = {"bert-alone": "bert.", "jina_bert": "bert.", "xlm_roberta-alone": "roberta."}
+PREFIX |= {"modernbert-alone": "model."}
 """What the names of an encoder that was saved alone lack."""
 
 

@@ -71,6 +71,36 @@ def test_gpt_neox(monkeypatch):
     assert torch.equal(weight[left], ours[2])
 
 
+@pytest.mark.parametrize("name", ["gpt_bigcode", "gpt_bigcode-heads", "mpt"])
+def test_what_goes_into_the_cache(name):
+    """k and v are caught there; what is left is q."""
+    module, weight, ours, (_, kv_heads, size) = parts(name)
+    caught = []
+
+    class Seen(Exception):
+        pass
+
+    class Cache:
+        is_updated = {}  # noqa: RUF012
+
+        def update(self, k, v, *_):
+            caught.extend((k, v))
+            raise Seen
+
+    fused = module.Wqkv if name == "mpt" else module.c_attn
+    fused.register_forward_hook(lambda *_: rows_of(weight))
+    with pytest.raises(Seen):
+        if name == "mpt":
+            module(torch.zeros(1, 1, 64), None, Cache())
+        else:
+            module(torch.zeros(1, 1, 64), Cache())
+    for rows, mine in zip(caught, ours[1:], strict=True):  # [1, kv heads, 1, size]
+        assert rows.shape == (1, kv_heads, 1, size)
+        assert torch.equal(weight[rows.flatten()], mine)
+    taken = set(torch.cat([x.flatten() for x in caught]).tolist())
+    assert torch.equal(weight[[r for r in range(weight.shape[0]) if r not in taken]], ours[0])
+
+
 def test_gpt_oss_gate_and_up():
     """down(up + 1) * glu(gate): with up = 0 a unit shows its gate, and which columns those are."""
     config, hub, _ = families.made("gpt_oss")
@@ -100,17 +130,20 @@ KEYS = (
     "q_lora_rank", "num_kv_heads", "num_key_value_heads", "head_dim", "ffn_hidden_size", "d_model",
     "d_ff", "d_kv", "num_heads", "num_layers", "num_decoder_layers", "num_mel_bins", "encoder_layers",
     "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim", "max_source_positions", "type_vocab_size",
+    "index_n_heads", "index_head_dim",
     "shared_expert_intermediate_size", "n_shared_experts", "first_k_dense_replace", "n_embd", "n_inner",
-    "n_positions", "n_layers", "n_heads", "ffn_dim",
+    "n_positions", "n_layers", "n_heads", "ffn_dim", "linear_num_key_heads",
+    "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim",
 )  # fmt: skip
 DERIVED = {("deepseek", "head_dim"), ("deepseek", "num_key_value_heads"), ("falcon-mqa", "num_kv_heads")}
 DERIVED |= {("falcon-rw", "num_kv_heads"), ("qwen3_moe", "intermediate_size"), ("bloom", "n_head")}
 DERIVED |= {("gpt_neox", "num_attention_heads"), ("falcon-rw", "num_attention_heads")}
-DERIVED |= {(n, "num_attention_heads") for n in ("bert", "roberta", "xlm_roberta", "opt")}
+DERIVED |= {(n, "num_attention_heads") for n in ("bert", "roberta", "xlm_roberta", "modernbert", "opt")}
 DERIVED |= {("gptj", "n_head"), ("gpt_bigcode-heads", "n_head"), ("mpt", "n_heads"), ("gptj", "n_positions")}
 DERIVED |= {("gpt_bigcode", "num_key_value_heads")}
-DERIVED |= {("kimi_k2", "head_dim"), ("exaone_moe", "first_k_dense_replace")}
-DERIVED |= {(n, "num_key_value_heads") for n in ("kimi_k2", "glm4_moe_lite")}
+DERIVED |= {("kimi_k2", "head_dim"), ("glm_moe_dsa", "head_dim"), ("exaone_moe", "first_k_dense_replace")}
+DERIVED |= {(n, "first_k_dense_replace") for n in ("deepseek_v32", "glm_moe_dsa")}
+DERIVED |= {(n, "num_key_value_heads") for n in ("kimi_k2", "glm4_moe_lite", "glm_moe_dsa")}
 """Keys that no shape depends on, or that another derives: (how the model's name begins, key)."""
 
 

@@ -17,11 +17,14 @@ def hf(tensors, config, aliases=None):
     return model, shard(layout("hf").targets(model, Placement()))
 
 
-@pytest.mark.parametrize("name", ["bloom", "falcon-rw"])
-def test_names_without_their_prefix(name):
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [("bloom", "transformer."), ("falcon-rw", "transformer."), ("gptj", "transformer."), ("opt", "model.")],
+)
+def test_names_without_their_prefix(name, prefix):
     """As bigscience's own files have them; roles carry the prefix, which transformers loads as well."""
     config, hub, _ = families.made(name)
-    same(hf({n.removeprefix("transformer."): x for n, x in hub.items()}, config)[1], hub)
+    same(hf({n.removeprefix(prefix): x for n, x in hub.items()}, config)[1], hub)
 
 
 def test_a_bert_saved_alone_keeps_its_names():
@@ -41,6 +44,9 @@ def test_config_keys_of_old_files():
         k: v for k, v in old.items() if k not in ("num_attention_heads", "num_kv_heads", "num_hidden_layers")
     }
     same(hf(hub, old)[1], hub)
+    config, hub, _ = families.made("internlm3")
+    old = config | {"qkv_bias": config["attention_bias"], "bias": config["mlp_bias"]}
+    same(hf(hub, {k: v for k, v in old.items() if k not in ("attention_bias", "mlp_bias")})[1], hub)
     config, hub, _ = families.made("qwen3_moe")
     counted = {k: v for k, v in config.items() if k != "num_local_experts"} | {"num_experts": 5}
     same(hf(hub, counted)[1], hub)
@@ -53,6 +59,10 @@ STALE = [
     ("chatglm", "transformer.rotary_pos_emb.inv_freq"),
     ("deepseek_v3", "model.layers.0.self_attn.rotary_emb.inv_freq"),
     ("bert", "bert.embeddings.position_ids"),
+    ("xlm_roberta", "roberta.embeddings.position_ids"),
+    ("gptj", "transformer.h.0.attn.masked_bias"),
+    ("gpt_bigcode", "transformer.h.1.attn.bias"),
+    ("cohere", "model.layers.0.self_attn.rotary_emb.inv_freq"),
     ("bert", "cls.predictions.decoder.bias"),
 ]
 
@@ -91,6 +101,18 @@ def test_forms_that_are_not_read():
     for key in ("rmsnorm", "post_layer_norm"):
         with pytest.raises(RecipeError, match=f"{key} False is not read"):
             hf(hub, config | {key: False})
+    config, hub, _ = families.made("opt")
+    for key, value in (
+        ("do_layer_norm_before", False),
+        ("_remove_final_layer_norm", True),
+        ("word_embed_proj_dim", 32),
+    ):
+        with pytest.raises(RecipeError, match=f"{key}.* is not read"):
+            hf(hub, config | {key: value})
+    config, hub, _ = families.made("mpt")
+    for attends in ({"alibi": False}, {"attn_type": "multiquery_attention"}, {"alibi_bias_max": 16}):
+        with pytest.raises(RecipeError, match="wanted"):
+            hf(hub, config | {"attn_config": attends})
     config, hub, _ = families.made("whisper")
     with pytest.raises(RecipeError, match="8 decoder and 4 encoder heads"):
         hf(hub, config | {"encoder_attention_heads": 4})
@@ -141,3 +163,17 @@ def test_layers_with_experts_by_every_key():
     for changed in ({"moe_layer_end_index": -1}, {"moe_layer_start_index": 1}, {"moe_layer_interval": 2}):
         with pytest.raises(RecipeError, match=r"layers\.[01]\.mlp"):
             hf(hub, config | changed)
+
+
+def test_layers_with_an_indexer_by_every_key():
+    config, hub, _ = families.made("glm_moe_dsa")
+    assert config["indexer_types"] == ["full", "shared"]
+    silent = {k: v for k, v in config.items() if k != "indexer_types"}
+    said = ({"index_topk_pattern": "FS"}, {"index_topk_freq": 2, "index_skip_topk_offset": 1})
+    for one in said:
+        same(hf(hub, silent | one)[1], hub)
+    for other in ({}, {"index_topk_pattern": "FF"}, {"index_topk_freq": 2}):
+        with pytest.raises(RecipeError, match=r"layers\.1\.self_attn\.indexer\.wq_b"):
+            hf(hub, silent | other)
+    with pytest.raises(RecipeError, match="index_topk_pattern must say something of 2 layers, got 'F'"):
+        hf(hub, silent | {"index_topk_pattern": "F"})

@@ -263,6 +263,7 @@ HEADS = {
     "lm_head.decoder": "lm_head.dense.",
     "cls.predictions.decoder": "cls.predictions.",
     "proj_out": "model.decoder.",
+    "decoder": "head.norm.",
 }
 """transformers' output layers -> how a name in models that have them begins. Files may not name them (tied
 ones lie in none, GPT-NeoX's is called embed_out there), but compressed-tensors takes every Linear of a model

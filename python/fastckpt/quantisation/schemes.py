@@ -155,7 +155,7 @@ LINEARS = frozenset({
     "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query_key_value", "dense", "query",
     "key", "value", "q", "k", "v", "o", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3",
     "fc1", "fc2", "wi", "wi_0", "wi_1", "wo", "dense_h_to_4h", "dense_4h_to_h", "q_a_proj", "q_b_proj",
-    "kv_a_proj_with_mqa", "kv_b_proj", "fused_qkv_a_proj",
+    "kv_a_proj_with_mqa", "kv_b_proj", "fused_qkv_a_proj", "fc_in", "fc_out", "Wqkv", "Wi", "Wo",
 })  # fmt: skip
 """The hub's and the servers' modules of attention, feed-forward blocks and experts: what is quantised unless
 patterns say otherwise. Never embeddings, norms, routers or lm_head."""
@@ -164,7 +164,8 @@ STACKS = frozenset({"w13_weight", "w2_weight"})
 """vLLM's stacks of experts."""
 
 TURNED = frozenset({"c_attn", "c_fc", "c_proj"})
-"""GPT-2's modules, stored [in, out]: their rows are no outputs."""
+"""GPT-2's modules, stored [in, out]: their rows are no outputs. StarCoder's, which lie the other way round,
+go by the same names, and stay dense too."""
 
 _EMBEDDING = re.compile(r".*embed(dings?|_tokens|_positions|_in)?|wte|wpe|shared")
 _RECURRENT = re.compile(r"weight_(ih|hh)_l[0-9]+(_reverse)?")

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from ..checkpoint import JSON, Checkpoint
-from ..model import Attention, Layer, Layers, Mlp, Model, Parameter, Sizes
-from .claims import Claims, Dim, Heads, dim, integer, vocabulary
+from ..model import Attention, Layer, Layers, Mlp, Model, Sizes
+from .claims import Claims, Heads, dim, integer, vocabulary
 
 IGNORED = ("*embeddings.position_ids", "cls.predictions.decoder.bias", "lm_head.decoder.bias")
 """A buffer of counted positions, and the second name of the head's bias."""
@@ -82,7 +81,7 @@ def recipe(
     types = dim(config, "type_vocab_size")
     count = integer(config, "num_hidden_layers")
     carried = [claims.parameter(f"{at}.token_type_embeddings.weight", types, hidden)]
-    carried += [_whole(claims, name) for name in ckpt if any(fnmatchcase(name, p) for p in CARRIED)]
+    carried += claims.carried(CARRIED)
     return Model(
         family=names.prefix[:-1],
         sizes=Sizes(hidden.size, vocab, heads.q, heads.kv, heads.dim, {width.key: width.size}),
@@ -95,8 +94,5 @@ def recipe(
         embedding_norm=claims.norm(f"{at}.LayerNorm", hidden, bias=True)(),
         carried=tuple(build() for build in carried),
         ignored=claims.close(IGNORED),
+        causal=False,
     )
-
-
-def _whole(claims: Claims, name: str) -> Callable[[], Parameter]:
-    return claims.parameter(name, *(Dim(n, "any") for n in claims.shape(name)))

@@ -162,6 +162,11 @@ class Claims:
         view = self.tensor(stored or name, *dims)
         return lambda: Parameter(name, view().as_stored() if kept else view())
 
+    def carried(self, patterns: Sequence[str]) -> list[Callable[[], Parameter]]:
+        """Claims every tensor whose name matches one of `patterns`, whatever its shape."""
+        names = [name for name in self.ckpt if any(fnmatchcase(name, p) for p in patterns)]
+        return [self.parameter(n, *(Dim(size, "any") for size in self.shape(n))) for n in names]
+
     def linear(
         self,
         name: str,

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from ..model import HubCuts
 from .decoder import IGNORED, MLP_BIAS, Kind, Said
+from .latent import latent, sparse
 from .mixture import Mixture, Shared, after_dense, every, typed
 from .moe import Block
 
@@ -22,10 +23,10 @@ V2 = Mixture(
     count=("n_routed_experts",),
     sparse=after_dense,
     shared=Shared(),
-    latent=True,
+    latent=latent,
 )
 V3 = replace(V2, kind=Kind("deepseek_v3", cuts=HubCuts(whole=frozenset({"attention"}))), block=CORRECTED)
-GLM4_MOE = replace(V3, kind=Kind("glm4_moe", o_bias=False, qk_norm=Said("use_qk_norm")), latent=False)
+GLM4_MOE = replace(V3, kind=Kind("glm4_moe", o_bias=False, qk_norm=Said("use_qk_norm")), latent=None)
 GLM4_MOE_LITE = replace(V3, kind=Kind("glm4_moe_lite", cuts=_ROUTED_ONLY), sparse=typed)
 KIMI_K2 = replace(V3, kind=replace(V3.kind, family="kimi_k2"))
 DOTS1 = replace(GLM4_MOE, kind=Kind("dots1", qk_norm=True))
@@ -47,3 +48,5 @@ EXAONE_MOE = replace(
     sparse=typed,
     shared=Shared(count="num_shared_experts"),
 )
+DEEPSEEK_V32 = replace(V3, kind=Kind("deepseek_v32"), sparse=typed, latent=sparse)
+GLM_MOE_DSA = replace(DEEPSEEK_V32, kind=Kind("glm_moe_dsa"))

@@ -71,4 +71,5 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         carried=(carried(),),
         alibi=True,
         ignored=claims.close(IGNORED),
+        causal=False,
     )

@@ -1,11 +1,14 @@
-"""Latent attention (DeepSeek's), with or without a low-rank query, and its rotary positions."""
+"""Latent attention (DeepSeek's), with or without a low-rank query, its rotary positions, and what makes it
+sparse: an indexer in some layers, which chooses the tokens that they and those after them read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from ..checkpoint import JSON
-from ..model import Mla, Rope, Yarn
+from ..errors import RecipeError
+from ..model import Indexer, Mla, Rope, Yarn
 from .claims import Claims, Dim, Heads, dim, flag, integer
 
 
@@ -39,6 +42,37 @@ def latent(claims: Claims, config: Mapping[str, JSON], layer: str) -> Callable[[
     q_norm = claims.norm(f"{at}.q_a_layernorm", low)
     q_b = claims.linear(f"{at}.q_b_proj", q_rows, low)
     return lambda: Mla(q_b(), kv_a(), kv_norm(), kv_b(), o(), q_a(), q_norm())
+
+
+def sparse(claims: Claims, config: Mapping[str, JSON], layer: str) -> Callable[[], Mla]:
+    """Claims the latent attention of a layer, and its indexer where it has one."""
+    build = latent(claims, config, layer)
+    if not _indexes(config, int(layer.rpartition(".")[2])):
+        return build
+    at, hidden = f"{layer}.self_attn.indexer", dim(config, "hidden_size")
+    heads, features = dim(config, "index_n_heads"), dim(config, "index_head_dim")
+    rows = Dim(heads.size * features.size, f"{heads.key} * {features.key}")
+    q = claims.linear(f"{at}.wq_b", rows, dim(config, "q_lora_rank"))
+    k, k_norm = claims.linear(f"{at}.wk", features, hidden), claims.norm(f"{at}.k_norm", features, bias=True)
+    weights = claims.linear(f"{at}.weights_proj", heads, hidden)
+    return lambda: replace(build(), indexer=Indexer(q(), k(), k_norm(), weights()))
+
+
+def _indexes(config: Mapping[str, JSON], layer: int) -> bool:
+    """Whether a layer has an indexer of its own; one that predicts more tokens always has. Raises
+    RecipeError."""
+    count = integer(config, "num_hidden_layers")
+    if layer >= count:
+        return True
+    key = next((k for k in ("indexer_types", "index_topk_pattern") if config.get(k) is not None), None)
+    if key is not None:
+        said = config[key]
+        if not isinstance(said, list | str) or len(said) != count:
+            raise RecipeError(f"config: {key} must say something of {count} layers, got {said!r}")
+        return said[layer] in ("full", "F")
+    step = integer(config, "index_topk_freq", 1)
+    offset = integer(config, "index_skip_topk_offset", 2, least=0)
+    return max(layer - offset + 1, 0) % step == 0
 
 
 def rope(config: Mapping[str, JSON]) -> Rope | None:

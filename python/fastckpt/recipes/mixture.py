@@ -11,16 +11,19 @@ from functools import partial
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
-from ..model import Experts, Mlp, Model
+from ..model import Experts, Mla, Mlp, Model
 from .claims import Claims, Dim, absent, dim, integer
 from .decoder import ANCHOR, Kind, decoder, dense, gated, has
 from .fused import fused_mlp
-from .latent import heads_of, latent, rope
+from .latent import heads_of, rope
 from .moe import BLOCK, Block, experts, with_shared
 from .quantised import quantised
 
 Rule = Callable[[Mapping[str, JSON]], Callable[[int], bool]]
 """Of a config, which layers have experts. Raises RecipeError."""
+
+Latent = Callable[[Claims, Mapping[str, JSON], str], Callable[[], Mla]]
+"""Claims the latent attention of a layer by the layer's name."""
 
 
 def every(config: Mapping[str, JSON]) -> Callable[[int], bool]:
@@ -73,7 +76,7 @@ class Shared:
 class Mixture:
     """How a family's mixtures differ. `count`: config's keys of how many experts there are, `width`, of how
     wide one is; `sparse`: which layers have them; `dense`: config's key of how wide the block of the others
-    is; `latent`: attention is latent."""
+    is; `latent`: what claims its latent attention, None where it has none."""
 
     kind: Kind
     block: Block = BLOCK
@@ -82,7 +85,7 @@ class Mixture:
     sparse: Rule = every
     shared: Shared | None = None
     dense: str = "intermediate_size"
-    latent: bool = False
+    latent: Latent | None = None
 
 
 def recipe(
@@ -123,7 +126,7 @@ def recipe(
         vocab_size,
         feed_forward,
         widths,
-        attends=partial(latent, claims, config) if mixture.latent else None,
+        attends=partial(mixture.latent, claims, config) if mixture.latent else None,
         heads=heads_of(config) if mixture.latent else None,
         experts=count.size,
         expert_width=width.key,
