@@ -152,6 +152,7 @@ template <class S, class D> struct Rows {
     static constexpr uint32_t s = BYTES ? 1 : S::size, d = BYTES ? 1 : D::size;
     static constexpr uint32_t N = unit_elements(s, d), FROM = N * s, INTO = N * d;  // elements and bytes of a unit
     static constexpr uint32_t WORDS_IN = FROM / 4, WORDS_OUT = INTO / 4;
+    static constexpr bool STEPS = BYTES || d > 1;  // casts to fp8 are seldom and much code
     static constexpr bool SHARED = false;
 
     const Work& w;
@@ -369,10 +370,10 @@ template <class S, class D> struct Rows {
         const bool one = stay >= ROWS_TILE && whole(begin, past) && begin.left >= (ROWS_TILE + (past != 0)) * N;
         const char* from = begin.src + thread * FROM;
         char* to = begin.dst + thread * INTO;
-        const uint32_t left = one && past == 0 ? straight(from, to)
-                              : one            ? shifted(from, to, past)
-                              : even(begin)    ? gridded(thread, begin)
-                                               : mixed(thread, begin);
+        const uint32_t left = one && past == 0       ? straight(from, to)
+                              : one                  ? shifted(from, to, past)
+                              : STEPS && even(begin) ? gridded(thread, begin)
+                                                     : mixed(thread, begin);
         if (left != 0) each(w, thread, left);
     }
 };

@@ -212,6 +212,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("quantised", "imagining"),
         ("claims",),
         ("fused", "latent"),
+        ("delta",),
         ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper", "jina_bert"),
         ("mixture",),
         (
@@ -219,6 +220,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
             *("mixtral", "qwen_moe", "deepseek", "ernie", "granite_moe", "llama4", "gpt_oss", "cogvlm2"),
             *("modernbert",),
         ),
+        ("qwen_next",),
         ("__init__",),
     ),
     "layouts": (

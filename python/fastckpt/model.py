@@ -188,6 +188,31 @@ class Mla:
 
 
 @dataclass(frozen=True, slots=True)
+class DeltaNet:
+    """Linear attention by the gated delta rule (Qwen3-Next), of sizes that DeltaHeads has: `q` and `k`
+    [keys * key_dim, hidden], `v` and the output's gate `z` [values * value_dim, hidden], and what decides how
+    much a value head writes, `b`, and forgets, `a` [values, hidden].
+
+    `conv`: the kernels of the causal convolution of q, k and v, channel by channel [rows, 1, kernel]. `a_log`
+    and `dt_bias` [values] make a rate of what `a` gives. `norm` [value_dim] comes after the heads, `o`
+    [hidden, values * value_dim] last. Matrices of one name, and kernels of one name, are one tensor of the
+    hub, which in each of `groups` equal runs of rows has each matrix's share in turn."""
+
+    q: Linear
+    k: Linear
+    v: Linear
+    z: Linear
+    b: Linear
+    a: Linear
+    conv: tuple[Parameter, Parameter, Parameter]
+    a_log: Parameter
+    dt_bias: Parameter
+    norm: Norm
+    o: Linear
+    groups: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Mlp:
     """A feed-forward block: `gate` (or None) and `up` [width, hidden], `down` [hidden, width].
 
@@ -279,7 +304,7 @@ class Layer:
 
     name: str
     attention_norm: Norm | None
-    attention: Attention | Mla
+    attention: Attention | Mla | DeltaNet
     mlp_norm: Norm | None
     mlp: Mlp | Experts
     attention_after: Norm | None = None
@@ -313,6 +338,17 @@ class Layers:
 
 
 @dataclass(frozen=True, slots=True)
+class DeltaHeads:
+    """The heads of every DeltaNet: `keys` of `key_dim` features, `values` of `value_dim`; value head h reads
+    key head h // (values // keys)."""
+
+    keys: int
+    values: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, slots=True)
 class Sizes:
     """The sizes that layouts cut, known before any view is built.
 
@@ -321,7 +357,8 @@ class Sizes:
     experts'. `fused_qkv`: the hub stores q, k and v as one matrix. With latent attention, `kv_heads` is
     `heads` and `head_dim` is a value head's. `block`: how many neighbouring outputs or inputs of a quantised
     matrix share a scale. `head_keys`: config's keys for `heads`, `kv_heads` and `head_dim` ("": it has none),
-    None where the config cannot give the three separately. `vocab_key`: its key for `vocab`."""
+    None where the config cannot give the three separately. `vocab_key`: its key for `vocab`. `delta`: the
+    heads of linear attention."""
 
     hidden: int
     vocab: int
@@ -336,6 +373,7 @@ class Sizes:
     block: int = 1
     head_keys: tuple[str, str, str] | None = None
     vocab_key: str = "vocab_size"
+    delta: DeltaHeads | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,7 +382,7 @@ class HubCuts:
 
     `whole`: what every rank holds whole: "embedding", "attention", "experts", "shared" (experts), and the
     keys of Sizes.widths that go with them. `rows`: a fused matrix is cut as one run of rows, regardless of
-    what they are, and its output is gathered."""
+    what they are, and its output is gathered; so are a DeltaNet's, which without it is whole."""
 
     whole: frozenset[str] = frozenset()
     rows: bool = False

@@ -27,6 +27,10 @@ _LATENT = _OLD | dict(
     moe_intermediate_size=128, first_k_dense_replace=1, num_key_value_heads=4, num_experts_per_tok=2,
     n_group=1, topk_group=1, norm_topk_prob=True,
 )  # fmt: skip
+_DELTA = _SIZES | dict(
+    num_hidden_layers=3, layer_types=["linear_attention", "full_attention", "linear_attention"],
+    linear_num_key_heads=4, linear_num_value_heads=8, linear_key_head_dim=32, linear_value_head_dim=64,
+)  # fmt: skip
 _FALCON = dict(
     vocab_size=331, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1,
     eos_token_id=2, max_position_embeddings=128,
@@ -72,6 +76,13 @@ MODELS: dict[str, tuple[str, dict]] = {
         _sizes(**_MOE, drop=("head_dim",), shared_expert_intermediate_size=192, mlp_only_layers=[0]),
     ),
     "qwen3_moe": ("Qwen3Moe", _sizes(**_MOE)),
+    "qwen3_next": (
+        "Qwen3Next",
+        _sizes(_DELTA, **_MOE, shared_expert_intermediate_size=192, mlp_only_layers=[0]),
+    ),
+    "qwen3_5_text": ("Qwen3_5Text", _sizes(_DELTA)),
+    "qwen3_5_text-mixed": ("Qwen3_5Text", _sizes(_DELTA, tie_word_embeddings=True)),
+    "qwen3_5_moe_text": ("Qwen3_5MoeText", _sizes(_DELTA, **_MOE, shared_expert_intermediate_size=192)),
     "glm4_moe": (
         "Glm4Moe",
         _sizes(
@@ -348,6 +359,8 @@ def write(name: str, folder: str, *, counted: bool = False, dtype: torch.dtype =
     model.save_pretrained(folder)
     if name in SAID:
         _say(folder, SAID[name])
+    if name.endswith("-mixed"):  # as Qwen3.5's own files
+        _keep_float32(folder, (".linear_attn.A_log", ".linear_attn.norm.weight"))
 
 
 def _say(folder: str, said: dict) -> None:
@@ -357,6 +370,13 @@ def _say(folder: str, said: dict) -> None:
         written = json.load(f)
     with open(path, "w") as f:
         json.dump(written | said, f, indent=2)
+
+
+def _keep_float32(folder: str, names: tuple[str, ...]) -> None:
+    """Stores the tensors whose names end so in float32."""
+    path = os.path.join(folder, "model.safetensors")
+    tensors = {n: t.float() if n.endswith(names) else t for n, t in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
 
 
 def count(name: str, tensor: torch.Tensor) -> None:

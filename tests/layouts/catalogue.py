@@ -17,7 +17,7 @@ from fastckpt.computed.finishes import largest, multiple, plus_one, reciprocal
 from fastckpt.layouts import rtp_merge as m
 from fastckpt.layouts import rtp_split as s
 from fastckpt.layouts.rtp_merge import flat, slopes, stack_moe_w1
-from fastckpt.layouts.rtp_split import Cut, by_kind
+from fastckpt.layouts.rtp_split import by_kind
 from fastckpt.layouts.rtp_weights import TABLES
 from fastckpt.stored import constant
 from fastckpt.views import View, cat, stack, zeros
@@ -250,33 +250,12 @@ MERGES = {
 # ---- strategies ----
 
 
-@dataclass(frozen=True)
-class LinearCut(Cut):
-    """Linear attention (Qwen3-Next, KDA): keys are `kv_heads` of `head_dim`, values `value_heads` of
-    `value_dim`."""
-
-    value_heads: int = 1
-    value_dim: int = 1
-
-
-def linear(kinds, axis):
-    """Keys and values, or factors of their blocks of 128, one after another along an axis, each cut."""
-
-    def cut_each(view, cut):
-        k, v = cut.kv_heads * cut.head_dim, cut.value_heads * cut.value_dim
-        widths = [k if kind in "qk" else v for kind in kinds]
-        unit = 128 if view.shape[axis] * 128 == sum(widths) else 1
-        return by_kind(view, [(n // unit, cut.tp) for n in widths], axis)
-
-    return cut_each
-
-
-def halves_cut(view, cut):
-    return cat([view.part(1, k, 2).part(1, *cut.tp) for k in range(2)], 1)
-
-
 def sp_1(view, cut):
     return view.part(1, *cut.tp)
+
+
+def linear_qkv(view, cut):
+    return s.split_conv1d(view.T, cut).T
 
 
 def sp_head_qk_norm(view, cut):
@@ -320,15 +299,15 @@ SPLITS = {
     "sp_moe_neg1": Row(s.sp_moe_neg1, STACK),
     "split_slopes_tp": Row(s.split_slopes_tp, REMAINDER),
     "ep": Row(s.sp_ep, "a remainder of experts is refused, the reference drops it"),
-    "split_qkvz": Row(linear("qkvz", 1), REMAINDER),
-    "split_qkvz_t": Row(linear("qkvz", 0), REMAINDER),
-    "split_qkvz_channel_scale": Row(linear("qkvz", 0), REMAINDER),
-    "split_ba": Row(halves_cut, REMAINDER),
+    "split_qkvz": Row(s.split_qkvz, REMAINDER),
+    "split_qkvz_t": Row(s.split_qkvz_t, REMAINDER),
+    "split_qkvz_channel_scale": Row(s.split_qkvz_t, REMAINDER),
+    "split_ba": Row(s.split_ba, REMAINDER),
     "split_head_linear": Row(s.sp_0, REMAINDER),
-    "split_conv1d": Row(linear("qkv", 0), REMAINDER),
+    "split_conv1d": Row(s.split_conv1d, REMAINDER),
     "split_out_linear": Row(s.sp_0, REMAINDER),
-    "split_out_linear_t": Row(sp_1, REMAINDER),
-    "split_kda_qkv": Row(linear("qkv", 1), REMAINDER),
+    "split_out_linear_t": Row(s.sp_neg1, REMAINDER),
+    "split_kda_qkv": Row(linear_qkv, REMAINDER),
     "split_kda_tp_dim1": Row(sp_1, REMAINDER),
     "split_kda_dt_bias": Row(s.sp_0, REMAINDER),
 }
@@ -336,14 +315,17 @@ SPLITS = {
 
 # ---- weights ----
 
+KDA = "Kimi's linear attention: no recipe"
 ABSENT = {
-    "attn_gate_s": "quantised output gates are refused",
     "attn_ln_*": "norms within blocks: no recipe has any",
     "ffn_ln_*": "norms within blocks: no recipe has any",
     "cross_attn_*": "an encoder beside a decoder is refused",
     "eagle3_*": "a model that drafts: no recipe",
     "ffn_act_s": "divides activations, in a form of AWQ that is not read",
-    "linear_attn_*": "linear attention: no recipe",
+    "linear_attn_qkv_w": KDA,
+    "linear_attn_?_w": KDA,
+    "linear_attn_?_?_w": KDA,
+    "linear_attn_dt_b_kda": KDA,
     "mla_fusedqkrope_no_lora_s": "quantised queries without a low rank are refused",
     "mla_indexer_*": "sparse latent attention: no recipe",
     "mla_k_nope_[ws]": "2025's half of kv_b",

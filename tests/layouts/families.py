@@ -26,6 +26,11 @@ _MLA = dict(
     moe_intermediate_size=24, first_k_dense_replace=1, num_key_value_heads=8, num_experts_per_tok=2,
     n_group=1, topk_group=1,
 )  # fmt: skip
+_DELTA = dict(
+    head_dim=12, num_hidden_layers=3, layer_types=["linear_attention", "full_attention", "linear_attention"],
+    linear_num_key_heads=8, linear_num_value_heads=16, linear_key_head_dim=6, linear_value_head_dim=10,
+    linear_conv_kernel_dim=3,
+)  # fmt: skip
 _ROUTED = dict(n_routed_experts=6, moe_intermediate_size=24, first_k_dense_replace=1, num_experts_per_tok=2)
 _OLD = {k: v for k, v in _SIZES.items() if k != "num_key_value_heads"}
 _GPT = dict(vocab_size=208, n_embd=64, n_layer=2, n_head=8, n_positions=19, n_inner=88)
@@ -99,6 +104,15 @@ FAMILIES = {
         "Qwen3Moe", (8, 4, 12), num_experts=5, moe_intermediate_size=24, head_dim=12, num_experts_per_tok=2,
         num_hidden_layers=3, decoder_sparse_step=2,
     ),
+    "qwen3_next": _family(
+        "Qwen3Next", (8, 4, 12), _SIZES | _DELTA, num_experts=5, moe_intermediate_size=24,
+        shared_expert_intermediate_size=40, num_experts_per_tok=2, mlp_only_layers=[0],
+    ),
+    "qwen3_5_moe": _family(
+        "Qwen3_5MoeText", (8, 4, 12), _SIZES | _DELTA, ("intermediate_size",), num_experts=5,
+        moe_intermediate_size=24, shared_expert_intermediate_size=40, num_experts_per_tok=2,
+    ),
+    "qwen3_5": _family("Qwen3_5Text", (8, 4, 12), _SIZES | _DELTA),
     "glm4_moe": _family(
         "Glm4Moe", (8, 4, 8), head_dim=8, attention_bias=True, use_qk_norm=True, n_shared_experts=1,
         n_routed_experts=6, moe_intermediate_size=24, first_k_dense_replace=1, n_group=1, topk_group=1,

@@ -100,6 +100,13 @@ def hf(t, heads, tp, r):
     return out
 
 
+def qkv_rows(t, at, x):
+    """Rows of q, k and v of linear attention; it has as many values as its output projection has inputs."""
+    values = t[f"{at}.out_proj.weight"].shape[1]
+    keys = (x.shape[0] - values) // 2
+    return x.split([keys, keys, values])
+
+
 def padded(x, tp, r):
     rows = -(-x.shape[0] // 64) * 64
     return cut(torch.cat([x, torch.zeros(rows - x.shape[0], *x.shape[1:])]), 0, tp, r)
@@ -119,7 +126,8 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
         out[name] = x.contiguous()
 
     def qkv(name, q, k, v):
-        put(name, torch.cat([pick(q, mine, d), pick(k, its, d), pick(v, its, d)]))
+        each = q.shape[0] // heads[0]  # with output gates, twice as many
+        put(name, torch.cat([pick(q, mine, each), pick(k, its, d), pick(v, its, d)]))
 
     for name, x in t.items():
         at = re.search(r"\.(?:layers|h)\.(\d+)\.", name)
@@ -130,7 +138,7 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
         if module == "experts":
             stem, module, kind = f"{stem}.experts", kind, "stack"
         where = stem.replace(".self_attn", ".attn") if gpt_oss else stem
-        if x.ndim == 3 and not gpt_oss:
+        if x.ndim == 3 and module != "conv1d" and not gpt_oss:
             stem = stem.removesuffix(".experts")
             transposed = module.endswith("_proj")
             y = x.transpose(1, 2) if transposed else x
@@ -212,6 +220,18 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
             pass
         elif module == "dense_h_to_4h" and order == "concat":
             put(name, torch.cat([cut(y, 0, tp, r) for y in x.chunk(2)]))
+        elif module in ("in_proj_qkvz", "in_proj_ba", "linear_attn"):  # key head by key head; A_log, dt_bias
+            put(name, cut(x, 0, tp, r))
+        elif module == "conv1d":
+            put(name, torch.cat([cut(y, 0, tp, r) for y in qkv_rows(t, stem, x)]))
+        elif module == "in_proj_qkv":
+            both = [*qkv_rows(t, stem, x), t[f"{stem}.in_proj_z.weight"]]
+            put(f"{stem}.in_proj_qkvz.weight", torch.cat([cut(y, 0, tp, r) for y in both]))
+        elif module == "in_proj_b":
+            both = [x, t[f"{stem}.in_proj_a.weight"]]
+            put(f"{stem}.in_proj_ba.weight", torch.cat([cut(y, 0, tp, r) for y in both]))
+        elif module in ("in_proj_z", "in_proj_a"):
+            pass
         elif module in OUT:
             put(name, cut(x, 0, tp, r))
         elif module in IN:

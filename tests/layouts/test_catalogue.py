@@ -16,7 +16,7 @@ from fastckpt.layouts.rtp_split import Cut, phy2log
 from fastckpt.layouts.rtp_weights import NAMES, TABLES
 from fastckpt.placement import Placement
 from layouts import catalogue_oracle as oracle
-from layouts.catalogue import ABSENT, DIFFERS, MERGES, SPLITS, LinearCut
+from layouts.catalogue import ABSENT, DIFFERS, MERGES, SPLITS
 from reading import bits, elements, memory, read
 
 
@@ -31,7 +31,7 @@ def merged(name, tensors, *args):
 
 
 def split(name, tensor, grid, **sizes):
-    cut = LinearCut(Placement(tp=grid.tp, dp=grid.dp, ep=grid.ep, rank=grid.rank), **sizes)
+    cut = Cut(Placement(tp=grid.tp, dp=grid.dp, ep=grid.ep, rank=grid.rank), **sizes)
     return read(SPLITS[name].view(views_of([tensor])[0], cut))
 
 

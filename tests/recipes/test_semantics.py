@@ -132,7 +132,8 @@ KEYS = (
     "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim", "max_source_positions", "type_vocab_size",
     "index_n_heads", "index_head_dim",
     "shared_expert_intermediate_size", "n_shared_experts", "first_k_dense_replace", "n_embd", "n_inner",
-    "n_positions", "n_layers", "n_heads", "ffn_dim",
+    "n_positions", "n_layers", "n_heads", "ffn_dim", "linear_num_key_heads",
+    "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim",
 )  # fmt: skip
 DERIVED = {("deepseek", "head_dim"), ("deepseek", "num_key_value_heads"), ("falcon-mqa", "num_kv_heads")}
 DERIVED |= {("falcon-rw", "num_kv_heads"), ("qwen3_moe", "intermediate_size"), ("bloom", "n_head")}

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..dtypes import int64
 from ..errors import LayoutError
-from ..model import Attention, Beside, Linear, Mlp, Norm, Parameter, Sizes
+from ..model import Attention, Beside, DeltaHeads, DeltaNet, Linear, Mlp, Norm, Parameter, Sizes
 from ..placement import Placement
 from ..stored import constant
 from ..target import Target
@@ -119,18 +120,14 @@ def joined(name: str, linears: Sequence[Linear]) -> Linear:
     biases = [x.bias for x in linears if x.bias is not None]
     if biases and len(biases) != len(linears):
         raise LayoutError(f"{name}: {len(biases)} of {len(linears)} parts have a bias, wanted all or none")
-    first = linears[0]
-    kinds = [(x.leaf, x.packed, [(b.leaf, b.unit) for b in x.beside]) for x in linears]
-    for kind, linear in zip(kinds, linears, strict=True):
-        if kind != kinds[0]:
-            raise LayoutError(f"{name}: {linear.name} is not quantised as {first.name} is")
+    _require_alike(name, linears)
     return replace(
-        first,
+        linears[0],
         name=name,
         whole=linears[-1].whole,
         weight=cat([x.weight for x in linears]),
         bias=cat(biases) if biases else None,
-        beside=tuple(_joined(name, linears, b) for b in first.beside),
+        beside=tuple(_joined(name, linears, b) for b in linears[0].beside),
     )
 
 
@@ -174,23 +171,96 @@ def _share(heads: int, placement: Placement) -> tuple[int, int]:
     return placement.tp_rank // (placement.tp // count), count
 
 
-def regrouped(name: str, parts: Sequence[Linear], head_dim: int) -> Linear:
-    """Matrices as one, group by group; there are as many groups as the last matrix has heads, and a group has
-    an equal share of every matrix in turn. Of q, k and v it is a kv head's queries, itself and its value
-    head.
+def regrouped(name: str, parts: Sequence[Linear], rows: int) -> Linear:
+    """Matrices as one, group by group; a group has `rows` of the last matrix, and an equal share of every
+    matrix in turn. Of q, k and v, with a head's rows, it is a kv head's queries, itself and its value head.
 
-    Raises LayoutError for quantised matrices."""
-    for part in parts:
-        if part.beside:
-            raise LayoutError(f"{name or part.name}: quantised q, k and v are not written head by head")
-    groups = parts[-1].weight.shape[0] // head_dim
+    Raises LayoutError for matrices that are quantised differently, with one scale a matrix, or with blocks
+    that a share does not end with."""
+    first, groups = parts[0], parts[-1].shape[0] // rows
+    _require_alike(name, parts)
 
-    def by_group(views: Sequence[View]) -> View:
+    def by_group(views: Sequence[View], unit: int = 1) -> View:
+        for part in parts if unit > 1 else ():
+            if part.shape[0] % (unit * groups):
+                raise LayoutError(
+                    f"{name or part.name}: {groups} shares of {part.shape[0]} rows of {part.name} do not end "
+                    f"with blocks of {unit}"
+                )
         return cat([x.split(0, x.shape[0] // groups) for x in views], 1).merge(0)
 
+    def beside(k: int) -> Beside:
+        kind = first.beside[k]
+        if kind.unit == (0, 0) and len(parts) > 1:
+            raise LayoutError(f"{name or first.name}: matrices with one scale each are not written as one")
+        if kind.unit[0] == 0:
+            return kind
+        return replace(kind, view=by_group([x.beside[k].view for x in parts], kind.unit[0]))
+
     biases = [x.bias for x in parts if x.bias is not None]
-    weight = by_group([x.weight for x in parts])
-    return replace(parts[0], name=name, weight=weight, bias=by_group(biases) if biases else None)
+    return replace(
+        first,
+        name=name,
+        weight=by_group([x.weight for x in parts], first.packed[0]),
+        bias=by_group(biases) if biases else None,
+        beside=tuple(beside(k) for k in range(len(first.beside))),
+    )
+
+
+def _require_alike(name: str, linears: Sequence[Linear]) -> None:
+    """Raises LayoutError where matrices that become one are quantised differently."""
+    first = linears[0]
+    kinds = [(x.leaf, x.packed, [(b.leaf, b.unit) for b in x.beside]) for x in linears]
+    for kind, linear in zip(kinds, linears, strict=True):
+        if kind != kinds[0]:
+            raise LayoutError(f"{name}: {linear.name} is not quantised as {first.name} is")
+
+
+def require_delta(layout: str, placement: Placement, heads: DeltaHeads | None) -> None:
+    """Raises LayoutError where tp does not divide the key heads of linear attention; value heads follow."""
+    if heads is not None:
+        require_even(layout, placement, "the number of linear attention's key heads", heads.keys)
+
+
+def delta_part(net: DeltaNet, placement: Placement) -> DeltaNet:
+    """The rank's key heads and the value heads that read them; the norm, of one head, is whole."""
+    tp, rank = placement.tp, placement.tp_rank
+
+    def rows(role: Parameter) -> Parameter:
+        return replace(role, view=role.view.part(0, rank, tp))
+
+    q, k, v, z, b, a = (out_part(x, rank, tp) for x in (net.q, net.k, net.v, net.z, net.b, net.a))
+    conv_q, conv_k, conv_v = (rows(x) for x in net.conv)
+    return replace(
+        net,
+        q=q,
+        k=k,
+        v=v,
+        z=z,
+        b=b,
+        a=a,
+        conv=(conv_q, conv_k, conv_v),
+        a_log=rows(net.a_log),
+        dt_bias=rows(net.dt_bias),
+        o=in_part(net.o, rank, tp),
+        groups=max(1, net.groups // tp),
+    )
+
+
+def delta_stored(net: DeltaNet) -> list[Linear]:
+    """The matrices that read the hidden state, as the hub stores them."""
+    apart = (net.q, net.k, net.v, net.z, net.b, net.a)
+    together = [list(same) for _, same in groupby(apart, lambda x: x.name)]
+    return [regrouped(x[-1].name, x, x[-1].shape[0] // net.groups) for x in together]
+
+
+def delta_rest(net: DeltaNet) -> Iterator[Target]:
+    """The kernels, as the hub stores them, and what is no matrix."""
+    for name, same in groupby(net.conv, lambda x: x.name):
+        yield Target(name, cat([x.view for x in same]))
+    yield from parameter(net.a_log)
+    yield from parameter(net.dt_bias)
+    yield from norm(net.norm)
 
 
 def padded_part(view: View, multiple: int, index: int, count: int) -> View:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+from .. import dtypes
+from ..dtypes import DType
 from ..errors import LayoutError
 
 Renamed = tuple[tuple[str, str], ...]
@@ -56,7 +58,8 @@ class Served:
 
     `renamed`: how its names differ from layout vllm's. `held`: what it holds below each layer's attention
     that is not in the checkpoint. `quantised`: Model.quant_method -> what differs then, for the ways of
-    quantising that were compared. `float32`: patterns of its names that are held in float32. `hub_rows`:
+    quantising that were compared. `float32`: patterns of its names that are held in float32, `rounded`, in
+    the model's own dtype, whatever the hub's dtype. `hub_rows`:
     fused matrices keep the hub's order of rows: q, k, v head by head, and [gate; up] cut as one run (vLLM's
     Transformers backend).
 
@@ -69,6 +72,7 @@ class Served:
     quantised: Mapping[str, Form] = field(default_factory=dict)
     tied: str = "head"
     float32: tuple[str, ...] = ()
+    rounded: tuple[str, ...] = ()
     hub_rows: bool = False
     stages: str = ""
 
@@ -78,9 +82,13 @@ class Served:
             name = name.replace(old, new)
         return name
 
-    def whole(self, name: str) -> bool:
-        """Whether the engine holds the tensor with that name (its own) in float32."""
-        return any(fnmatchcase(name, pattern) for pattern in self.float32)
+    def dtype(self, name: str, own: DType) -> DType | None:
+        """The dtype in which the engine holds the tensor with that name (its own), whatever the hub's; None:
+        as it comes. `own`: the model's."""
+        for patterns, dtype in ((self.float32, dtypes.float32), (self.rounded, own)):
+            if any(fnmatchcase(name, pattern) for pattern in patterns):
+                return dtype
+        return None
 
 
 _STACKS: Renamed = (
@@ -128,6 +136,9 @@ _DEEPSEEK = Served(
     _forms((), ()),
     stages="own",
 )
+_QWEN_DELTA = Served(
+    (*_STACKS, *_SHARED, *_ROUTER), rounded=("*.linear_attn.norm.weight", "*.linear_attn.dt_bias")
+)
 # Through vLLM's Transformers backend, which keeps the shared block's module.
 _ROUTED = Served(
     (*_STACKS, (".mlp.shared_experts.", ".mlp.experts._shared_experts._layer.shared_experts."), *_ROUTER)
@@ -150,6 +161,7 @@ _VLLM_0_32: dict[str, Served] = {
     "mixtral": Served(_STACKS, quantised=_FORMS, stages="all"),
     "qwen2_moe": Served((*_STACKS, *_SHARED), quantised=_FORMS),
     "qwen3_moe": Served((*_STACKS, *_ROUTER), quantised=_FORMS, stages="all"),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text"), _QWEN_DELTA),
     "glm4_moe": Served((*_STACKS, *_SHARED, *_CORRECTION), quantised=_FORMS, float32=("*.mlp.gate.weight",)),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,

@@ -15,6 +15,7 @@ from ..errors import LayoutError
 from ..model import (
     Attention,
     BlockStacks,
+    DeltaNet,
     Experts,
     Layer,
     Linear,
@@ -30,6 +31,8 @@ from ..target import Target
 from ..views import View, cat, stack
 from .cuts import (
     bias,
+    delta_rest,
+    delta_stored,
     in_part,
     joined,
     norm,
@@ -80,6 +83,10 @@ class Hf:
         for key, width in model.sizes.widths.items():
             if key not in model.cuts.whole:
                 require_even("hf", placement, key, width, instead)
+        net = next((x.attention for x in model.layers if isinstance(x.attention, DeltaNet)), None)
+        if net is not None and model.cuts.rows:
+            for linear in (*delta_stored(net), net.o):
+                require_even("hf", placement, f"the rows of {linear.name}", linear.shape[0])
         rows = "" if len(model.predictions) else f"; vocab_padding={placement.tp} pads it with zero rows"
         require_even("hf", placement, "vocab_size", model.sizes.vocab, rows)
         return _targets(model, placement)
@@ -167,7 +174,10 @@ def _prediction(role: Prediction, model: Model, placement: Placement) -> Iterato
 def _layers(layers: Iterable[Layer], model: Model, placement: Placement) -> Iterator[Target]:
     for layer in layers:
         yield from norm(layer.attention_norm)
-        yield from _attention(layer.attention, model, placement)
+        if isinstance(layer.attention, DeltaNet):
+            yield from _delta(layer.attention, model, placement)
+        else:
+            yield from _attention(layer.attention, model, placement)
         if layer.vision is not None:
             yield from _attention(layer.vision.attention, model, placement)
         yield from norm(layer.attention_after)
@@ -221,6 +231,13 @@ def _attention(attention: Attention | Mla, model: Model, placement: Placement) -
         yield Target(attention.sinks.name, attention.sinks.view.part(0, rank, tp))
     if attention.relative is not None:
         yield Target(attention.relative.name, attention.relative.view.part(1, rank, tp))
+
+
+def _delta(net: DeltaNet, model: Model, placement: Placement) -> Iterator[Target]:
+    at = placement if model.cuts.rows else WHOLE
+    for linear in (*delta_stored(net), net.o):
+        yield from stored(out_part(linear, at.tp_rank, at.tp))
+    yield from delta_rest(net)
 
 
 def _mlp(mlp: Mlp, model: Model, placement: Placement) -> Iterator[Target]:

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 
 from .. import dtypes
 from ..errors import LayoutError
-from ..model import Attention, Experts, Layer, Linear, Mla, Mlp, Model, Norm, Sizes
+from ..model import Attention, DeltaNet, Experts, Layer, Linear, Mla, Mlp, Model, Norm, Sizes
 from ..placement import Placement
 from ..target import Target
 from ..views import View
@@ -169,6 +169,8 @@ class Megatron:
             raise LayoutError(f"layout megatron has no place for {layer.vision.attention.o.name}")
         if layer.attention_norm is None or layer.mlp_norm is None:
             raise LayoutError(f"layout megatron wants two norms in {layer.name}")
+        if isinstance(layer.attention, DeltaNet):
+            raise LayoutError(f"layout megatron has no place for the linear attention of {layer.name}")
         fused, latent = self.spec == "transformer_engine", isinstance(layer.attention, Mla)
         before = "self_attention.linear_qkv.layer_norm_" if fused and not latent else "input_layernorm."
         yield from self._norm(f"{at}.{before}", layer.attention_norm)
@@ -210,7 +212,7 @@ class Megatron:
         require_heads_alike("megatron", attention)
         rank, tp = placement.tp_rank, placement.tp
         queries = [attention.q] if attention.gate is None else [attention.q, attention.gate]
-        qkv = regrouped("", [*queries, attention.k, attention.v], sizes.head_dim)
+        qkv = regrouped(attention.q.name, [*queries, attention.k, attention.v], sizes.head_dim)
         yield from _linear(f"{at}.linear_qkv", out_part(qkv, rank, tp))
         yield from _linear(f"{at}.linear_proj", in_part(attention.o, rank, tp))
         if attention.sinks is not None:

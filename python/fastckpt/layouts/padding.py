@@ -128,7 +128,7 @@ def _layer(layer: Layer, old: Sizes, new: Sizes) -> Layer:
     if (old.heads, old.kv_heads) != (new.heads, new.kv_heads):
         if isinstance(attention, Mla):
             attention = _latent(attention, old, new)
-        else:
+        elif isinstance(attention, Attention):  # linear attention has heads of its own
             attention = _attention(attention, old, new)
     if isinstance(mlp, Experts):
         return replace(layer, attention=attention, mlp=_experts(mlp, new))

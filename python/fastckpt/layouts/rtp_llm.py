@@ -21,7 +21,7 @@ from ..model import Layer, Mla, Model
 from ..placement import Placement
 from ..stored import constant
 from ..target import Target
-from .cuts import require_even, require_heads, require_least, require_subjects
+from .cuts import require_delta, require_even, require_heads, require_least, require_subjects
 from .naming import Naming
 from .rtp_lora import Lookup, layer_pairs
 from .rtp_merge import slopes
@@ -158,6 +158,7 @@ class RtpLlm:
                 "versions differ in who holds what; use_stack_weight=false gives every rank all of them"
             )
         require_heads("rtp_llm", grid, sizes)
+        require_delta("rtp_llm", grid, sizes.delta)
         for key, width in sizes.widths.items():
             what, count = "ffn_tp" if self.ffn_tp else "tp", cut.ffn_tp[1]
             if key == sizes.expert_width:
@@ -192,10 +193,10 @@ class RtpLlm:
             yield _target(f"{key}.global", Whole("rope_cos_sin_cache", table), cut)
         making = self._making()
         for i, layer in enumerate(model.layers):
-            by_head = _latent_cut(layer, cut)
+            own = _own_cut(layer, model, cut)
             for whole in layer_weights(layer, model, cut, making, order):
-                wide = whole.name == "mla_fusedqkrope_no_lora_w"
-                yield _target(f"{key}.layers.{i}", whole, by_head if wide else cut)
+                by_head = whole.name.startswith(("mla_fusedqkrope_no_lora_w", "linear_attn_"))
+                yield _target(f"{key}.layers.{i}", whole, own if by_head else cut)
             if len(order) > model.sizes.experts:
                 for whole in _places(order, model.sizes.experts):
                     yield _target(f"{key}.layers.{i}", whole, cut)
@@ -261,8 +262,18 @@ def _places(order: list[int], experts: int) -> Iterator[Whole]:
     yield Whole("log2phy", constant(places, dtypes.int32))
 
 
-def _latent_cut(layer: Layer, cut: Cut) -> Cut:
-    """The cut of latent attention's queries, whose heads are wider than its values'."""
-    if not isinstance(layer.attention, Mla):
+def _own_cut(layer: Layer, model: Model, cut: Cut) -> Cut:
+    """The cut of latent attention's queries, whose heads are wider than its values', and of linear
+    attention, which has heads of its own."""
+    if isinstance(layer.attention, Mla):
+        return replace(cut, head_dim=layer.attention.q.shape[0] // cut.heads)
+    delta = model.sizes.delta
+    if delta is None:
         return cut
-    return replace(cut, head_dim=layer.attention.q.shape[0] // cut.heads)
+    return replace(
+        cut,
+        kv_heads=delta.keys,
+        head_dim=delta.key_dim,
+        value_heads=delta.values,
+        value_dim=delta.value_dim,
+    )

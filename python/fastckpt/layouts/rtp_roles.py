@@ -15,7 +15,7 @@ from typing import NamedTuple
 from .. import dtypes
 from ..computed.finishes import agreed, largest, plus_one, reciprocal
 from ..errors import LayoutError
-from ..model import Attention, Beside, Experts, Layer, Linear, Mla, Mlp, Model, Norm
+from ..model import Attention, Beside, DeltaNet, Experts, Layer, Linear, Mla, Mlp, Model, Norm
 from ..views import View, cat, stack
 from .cuts import in_form, joined, require_heads_alike, require_no_scalars
 from .rtp_merge import flat, merge_fp8, rope_apart, stack_moe_w1, transpose_slice_k, transpose_slice_v
@@ -64,6 +64,8 @@ def layer_weights(
     yield from _norms(layer, model)
     if isinstance(layer.attention, Mla):
         yield from _latent(layer.attention, model.sizes.heads, cut, making)
+    elif isinstance(layer.attention, DeltaNet):
+        yield from _delta(layer.attention, model, cut)
     else:
         yield from _attention(layer.attention, model, cut, making)
     if isinstance(layer.mlp, Experts):
@@ -281,10 +283,8 @@ def _attention(attention: Attention, model: Model, cut: Cut, making: Making, of:
     yield from _matrix(f"{of}attn_qkv_", qkv, (None, 1), one_scale=making.one_scale)
     yield from _matrix(f"{of}attn_o_", [attention.o], (1, cut.place.tp))
     if attention.gate is not None:
-        no_bias(attention.gate)
-        if attention.gate.beside:
-            raise LayoutError(f"layout rtp_llm has no place for the quantised gate of {attention.gate.name}")
-        yield Whole("attn_gate_w", attention.gate.weight.T)
+        _require_plain_or_fp8("an output gate", attention.gate)
+        yield from _matrix("attn_gate_", [attention.gate], (0, cut.place.tp))
     yield from norm("q_ln", attention.q_norm)
     yield from norm("k_ln", attention.k_norm)
 
@@ -327,6 +327,36 @@ def _latent(attention: Mla, heads: int, cut: Cut, making: Making) -> Iterator[Wh
     if making.absorb:
         yield from _absorbing(kv_b, nope, value)
     yield from _matrix("attn_o_", [o], (1, tp))
+
+
+def _delta(net: DeltaNet, model: Model, cut: Cut) -> Iterator[Whole]:
+    """(q | k | v | z) and (b | a), of all heads; the kernels stay [rows, 1, kernel]."""
+    qkvz = [net.q, net.k, net.v, net.z]
+    _require_plain_or_fp8("linear attention", *qkvz, net.o)
+    no_bias(net.b, net.a)
+    for linear in (net.b, net.a):
+        if linear.beside:
+            raise LayoutError(f"layout rtp_llm has no place for {linear.name}.{linear.beside[0].leaf}")
+    for linear in qkvz:
+        whole_blocks(linear, 0, cut.place.tp, followed=True)
+    yield from _matrix("linear_attn_qkvz_", qkvz, (None, 1))
+    yield from _matrix("linear_attn_ba_", [net.b, net.a], (None, 1))
+    yield Whole("linear_attn_conv1d_w", cat([x.view for x in net.conv]))
+    yield Whole("linear_attn_alog", net.a_log.view.cast(model.embedding.weight.dtype))
+    yield Whole("linear_attn_dt_b", net.dt_bias.view)
+    yield Whole("linear_attn_norm_w", net.norm.weight)
+    yield from _matrix("linear_attn_out_", [net.o], (1, cut.place.tp))
+
+
+def _require_plain_or_fp8(of: str, *linears: Linear) -> None:
+    """Raises LayoutError for a form in which the engine does not have these matrices."""
+    no_bias(*linears)
+    for linear in linears:
+        if _table(linear) not in ("default", "fp8_block", "fp8_channel") or linear.packed != (1, 1):
+            raise LayoutError(
+                f"layout rtp_llm has no place for {of} like {linear.name}: wanted plain matrices, or fp8 by "
+                "blocks or by output"
+            )
 
 
 def _absorbing(kv_b: Linear, nope: int, value: int) -> Iterator[Whole]:

@@ -24,7 +24,8 @@ class Cut:
     """One rank's place, and attention's sizes. `ffn`: (index, count) among the ranks that cut the
     feed-forward block (None: as tp).
 
-    `bits`: of packed int4 or int8 values; `stack`: experts' widths are cut (use_stack_weight)."""
+    `bits`: of packed int4 or int8 values; `stack`: experts' widths are cut (use_stack_weight). Of linear
+    attention there are `value_heads` of `value_dim`, and its keys are `kv_heads` of `head_dim`."""
 
     place: Placement
     heads: int = 1
@@ -34,6 +35,8 @@ class Cut:
     bits: int = 4
     ffn: tuple[int, int] | None = None
     stack: bool = True
+    value_heads: int = 1
+    value_dim: int = 1
 
     @property
     def tp(self) -> tuple[int, int]:
@@ -195,6 +198,31 @@ def by_kind(view: View, kinds: Sequence[tuple[int, tuple[int, int]]], axis: int 
     return cat(out, axis)
 
 
+# ---- linear attention ----
+
+
+def _linear(kinds: str, axis: int) -> Strategy:
+    """Keys and values, or factors of their blocks of 128, one after another along an axis, each cut."""
+
+    def cut_each(view: View, cut: Cut) -> View:
+        k, v = cut.kv_heads * cut.head_dim, cut.value_heads * cut.value_dim
+        widths = [k if kind in "qk" else v for kind in kinds]
+        unit = 128 if view.shape[axis] * 128 == sum(widths) else 1
+        return by_kind(view, [(n // unit, cut.tp) for n in widths], axis)
+
+    return cut_each
+
+
+split_qkvz = _linear("qkvz", 1)
+split_qkvz_t = _linear("qkvz", 0)
+split_conv1d = _linear("qkv", 0)
+
+
+def split_ba(view: View, cut: Cut) -> View:
+    """Both halves of the columns, each cut."""
+    return cat([view.part(1, k, 2).part(1, *cut.tp) for k in range(2)], 1)
+
+
 # ---- gate and up as one ----
 
 
@@ -278,6 +306,14 @@ SPLITS: Mapping[str, Strategy] = {
     "sp_moe_w1": sp_moe_w1,
     "sp_moe_neg1": sp_moe_neg1,
     "split_slopes_tp": split_slopes_tp,
+    "split_qkvz": split_qkvz,
+    "split_qkvz_t": split_qkvz_t,
+    "split_qkvz_channel_scale": split_qkvz_t,
+    "split_ba": split_ba,
+    "split_head_linear": sp_0,
+    "split_conv1d": split_conv1d,
+    "split_out_linear": sp_0,
+    "split_out_linear_t": sp_neg1,
     "ep": sp_ep,
 }
 """rtp-llm's name -> the strategy; `ep` is ours, for what its loader selects."""

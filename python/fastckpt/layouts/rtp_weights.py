@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 _ATTENTION = "self_attention_weights"
 _MLA = f"{_ATTENTION}.mla"
+_LINEAR = "linear_attn"
 _FFN = "ffn_weights"
 _MOE = "partial_moe_weights"
 
@@ -61,6 +62,7 @@ NAMES: Mapping[str, str] = {
     **_matrix("attn_qkv_", f"{_ATTENTION}.query_weight"),
     **_matrix("attn_o_", f"{_ATTENTION}.attention_output_weight"),
     "attn_gate_w": f"{_ATTENTION}.gate.weight",
+    "attn_gate_s": f"{_ATTENTION}.gate.scale",
     "attn_i_smoother": f"{_ATTENTION}.query_weight.smoother",
     "attn_o_smoother": f"{_ATTENTION}.attention_output_weight.smoother",
     "attn_o_shift": f"{_ATTENTION}.attention_output_weight.shift",
@@ -74,6 +76,15 @@ NAMES: Mapping[str, str] = {
     "mla_kc_s": f"{_MLA}.kc.weight_only_quant_scale",
     "mla_vc": f"{_MLA}.vc.kernel",
     "mla_vc_s": f"{_MLA}.vc.weight_only_quant_scale",
+    "linear_attn_qkvz_w": f"{_LINEAR}.in_proj_qkvz.weight",
+    "linear_attn_qkvz_s": f"{_LINEAR}.in_proj_qkvz.scale",
+    "linear_attn_ba_w": f"{_LINEAR}.in_proj_ba.weight",
+    "linear_attn_conv1d_w": f"{_LINEAR}.conv1d.weight",
+    "linear_attn_alog": f"{_LINEAR}.A_log",
+    "linear_attn_dt_b": f"{_LINEAR}.dt_bias",
+    "linear_attn_norm_w": f"{_LINEAR}.norm.weight",
+    "linear_attn_out_w": f"{_LINEAR}.out_proj.weight",
+    "linear_attn_out_s": f"{_LINEAR}.out_proj.scale",
     **_matrix("ffn_", f"{_FFN}.intermediate_weight", "1"),
     **_matrix("ffn_", f"{_FFN}.intermediate_weight3", "3"),
     **_matrix("ffn_", f"{_FFN}.intermediate_weight13", "13"),
@@ -111,7 +122,7 @@ NAMES: Mapping[str, str] = {
 FP32 = frozenset({"e_score_correction_b"})
 """W's names that are float32 whatever the others are (fp32_weights_list)."""
 
-FACTORS = frozenset(n for n, dump in NAMES.items() if dump.endswith(("quant_scale", "smoother", "shift")))
+FACTORS = frozenset(n for n, d in NAMES.items() if d.endswith(("quant_scale", ".scale", "smoother", "shift")))
 """W's names that are float32 beside values of eight bits (data_type in the loader's int8 and fp8 tables)."""
 
 _WHOLE = (
@@ -139,7 +150,13 @@ _DEFAULT: dict[str, str] = {
     **{f"ffn_{kind}{end}": "ffn_sp_neg1" for kind in "wbsz" for end in "13"},
     **{f"ffn_{kind}13": "ffn_sp_neg1_w13" for kind in "wbsz"},
     **dict.fromkeys(("ffn_w2", "ffn_s2", "ffn_z2", "ffn_smoother", "vision_ffn_w2"), "ffn_sp_0"),
-    "attn_gate_w": "sp_attn_gate",
+    **dict.fromkeys(("attn_gate_w", "attn_gate_s"), "sp_attn_gate"),
+    **dict.fromkeys(("linear_attn_qkvz_w", "linear_attn_qkvz_s"), "split_qkvz"),
+    "linear_attn_ba_w": "split_ba",
+    "linear_attn_conv1d_w": "split_conv1d",
+    **dict.fromkeys(("linear_attn_alog", "linear_attn_dt_b"), "split_head_linear"),
+    "linear_attn_norm_w": "sp_id",
+    **dict.fromkeys(("linear_attn_out_w", "linear_attn_out_s"), "split_out_linear"),
     "vision_attn_qkv_w": "sp_head",
     "vision_attn_qkv_b": "sp_head_b",
     "vision_attn_o_w": "sp_0",
@@ -155,6 +172,7 @@ _OUT_IN = {"attn_qkv_w": "sp_head_gemm_a8", "attn_o_w": "sp_neg1", "ffn_w2": "ff
 _OUT_IN |= dict.fromkeys(("ffn_w1", "ffn_w3"), "ffn_sp_0") | {"ffn_w13": "sp_0_w13"}
 _SCALES = dict.fromkeys(("ffn_s1", "ffn_s3"), "ffn_sp_0") | {"ffn_s13": "sp_0_w13"}
 _LATENT = dict.fromkeys(("mla_q_b_w", "mla_q_b_s", "mla_kv_b_w", "mla_kv_b_s"), "sp_0")
+_LINEAR_T = {"linear_attn_qkvz_w": "split_qkvz_t", "linear_attn_out_w": "split_out_linear_t"}
 _ONE_A_MATRIX = (
     *("attn_qkv_s", "attn_o_s", "ffn_s1", "ffn_s3", "ffn_s13", "ffn_s2"),
     *("attn_o_smoother", "attn_o_shift"),
@@ -175,12 +193,16 @@ TABLES: Mapping[str, Mapping[str, str]] = {
     | _OUT_IN
     | _SCALES
     | _LATENT
-    | {"attn_qkv_s": "sp_head_s_gemm_a8_block", "attn_gate_w": "sp_0"}
+    | _LINEAR_T
+    | {"linear_attn_qkvz_s": "split_qkvz_t", "linear_attn_out_s": "split_out_linear_t"}
+    | {"attn_qkv_s": "sp_head_s_gemm_a8_block", "attn_gate_w": "sp_0", "attn_gate_s": "sp_0"}
     | {"attn_o_s": "sp_neg1", "ffn_s2": "ffn_sp_neg1"},
     "fp8_channel": _DEFAULT
     | _OUT_IN
     | _SCALES
-    | {"attn_qkv_s": "sp_head_s_gemm_a8_channel", "attn_gate_w": "sp_0"}
+    | {"attn_qkv_s": "sp_head_s_gemm_a8_channel", "attn_gate_w": "sp_0", "attn_gate_s": "sp_0"}
+    | _LINEAR_T
+    | {"linear_attn_qkvz_s": "split_qkvz_channel_scale", "linear_attn_out_s": "sp_id"}
     | dict.fromkeys(("attn_o_s", "ffn_s2"), "sp_id")
     | {"moe_s2": "ep"},
 }

@@ -23,6 +23,7 @@ from ..errors import LayoutError
 from ..model import (
     Attention,
     BlockStacks,
+    DeltaNet,
     Experts,
     Layer,
     Linear,
@@ -40,6 +41,9 @@ from ..target import Target
 from ..views import View, cat, stack, zeros
 from .cuts import (
     bias,
+    delta_part,
+    delta_rest,
+    delta_stored,
     in_form,
     in_part,
     joined,
@@ -51,6 +55,7 @@ from .cuts import (
     plain,
     qkv_part,
     regrouped,
+    require_delta,
     require_even,
     require_heads,
     require_least,
@@ -136,6 +141,7 @@ class Vllm:
         share = expert_share("vllm", placement, model.sizes, instead)
         stage = layer_range("vllm", placement, len(model.layers))
         require_heads("vllm", placement, model.sizes, instead)
+        require_delta("vllm", placement, model.sizes.delta)
         for key, width in model.sizes.widths.items():
             if key != model.sizes.expert_width:
                 require_even("vllm", placement, key, width, instead)
@@ -146,9 +152,10 @@ class Vllm:
             raise LayoutError(f"layout vllm has no place for {what} of {model.family}, which is no decoder")
         renamed = RENAMED.get(model.family, ())
         targets = self._targets(model, placement, share, stage, engine)
-        named = (_named(t, renamed, engine) for t in targets)
+        dtype = model.embedding.weight.dtype
+        named = (_named(t, renamed, engine, dtype) for t in targets)
         form = engine.quantised.get(model.quant_method) if engine is not None else None
-        return named if form is None else _in_form(named, form, model.embedding.weight.dtype)
+        return named if form is None else _in_form(named, form, dtype)
 
     def resized(self, model: Model, placement: Placement) -> Mapping[str, int]:
         """config.json's keys whose numbers change. Raises LayoutError where no key can say a new size."""
@@ -206,6 +213,8 @@ class Vllm:
             raise LayoutError(f"layout vllm has no place for {layer.vision.attention.o.name}")
         if isinstance(layer.attention, Mla):
             yield from _latent(layer.attention, placement)
+        elif isinstance(layer.attention, DeltaNet):
+            yield from _delta(layer.attention, placement)
         else:
             as_hub = engine is not None and engine.hub_rows
             attention = layer.attention
@@ -214,7 +223,7 @@ class Vllm:
             if model.family in PAIRED:
                 attention = _in_halves(attention, model.sizes.head_dim)
             yield from _attention(attention, model.sizes, placement, as_hub)
-        if engine is not None:
+        if engine is not None and not isinstance(layer.attention, DeltaNet):
             module, own = _parent(layer.attention.o.name), model.embedding.weight.dtype
             for held in (*engine.held, *engine.quantised.get(model.quant_method, Form()).held):
                 one = constant(np.full(1, held.value, np.float32), dtypes.float32)
@@ -261,14 +270,15 @@ class Vllm:
         return joined(mlp.up.name, both if self.gate_up == "gate_up" else both[::-1])
 
 
-def _named(target: Target, renamed: Renamed, engine: Served | None) -> Target:
+def _named(target: Target, renamed: Renamed, engine: Served | None, own: DType) -> Target:
     """The target under vLLM's name for its module, then under the engine's for the tensor."""
     name, view = target.name, target.view
     for old, new in renamed:
         name = name.replace(old, new)
     if engine is not None:
         name = engine.name(name)
-        view = view.as_stored().cast(dtypes.float32) if engine.whole(name) else view
+        held = engine.dtype(name, own)
+        view = view if held is None else view.as_stored().cast(held)
     return target if name == target.name and view is target.view else Target(name, view, target.shape)
 
 
@@ -411,6 +421,17 @@ def _latent(attention: Mla, placement: Placement) -> Iterator[Target]:
         yield from plain(attention.indexer.q)
         yield from plain(joined(f"{_parent(k.name)}.wk_weights_proj", [k, weights]))
         yield from norm(attention.indexer.k_norm)
+
+
+def _delta(net: DeltaNet, placement: Placement) -> Iterator[Target]:
+    part, at = delta_part(net, placement), _parent(net.q.name)
+    matrices = delta_stored(part)
+    if net.q.name != net.z.name:
+        both = ("qkvz", [part.q, part.k, part.v, part.z]), ("ba", [part.b, part.a])
+        matrices = [joined(f"{at}.in_proj_{name}", linears) for name, linears in both]
+    for linear in (*matrices, part.o):
+        yield from plain(linear)
+    yield from delta_rest(replace(part, a_log=replace(part.a_log, view=part.a_log.view.cast(dtypes.float32))))
 
 
 def _mlp(mlp: Mlp, placement: Placement, as_hub: bool = False) -> Iterator[Target]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from ..checkpoint import JSON, Checkpoint
 from ..model import (
     Attention,
+    DeltaNet,
     Embedding,
     Experts,
     HubCuts,
@@ -26,7 +27,9 @@ from ..model import (
     Sizes,
 )
 from .claims import Claims, Dim, Heads, absent, dim, flag, integer, vocabulary
-from .fused import fused_attention, fused_mlp
+from .delta import Stored, hybrid
+from .delta import heads_of as delta_heads
+from .fused import attention_of, fused_attention, fused_mlp
 from .quantised import quantised
 
 IGNORED = ("*rotary_emb.inv_freq",)
@@ -72,6 +75,18 @@ ATTENTION_BIAS, MLP_BIAS = Said("attention_bias"), Said("mlp_bias")
 
 
 @dataclass(frozen=True, slots=True)
+class Further:
+    """What the parts of a Prediction are called: its `layer`, and below the module `at` the rest."""
+
+    layer: str
+    at: str
+    join: str
+    embedding_norm: str
+    hidden_norm: str
+    norm: str
+
+
+@dataclass(frozen=True, slots=True)
 class Kind:
     """How a family differs from the others of this shape.
 
@@ -81,9 +96,12 @@ class Kind:
     rotary positions. `plus_one`: norms multiply by 1 + weight. `fused_qkv`, `fused_gate_up`: [q; k; v] or
     [gate; up] are stored as one matrix. `ungated`: the names of the two matrices of a feed-forward block
     without a gate; None: it has a gate. `scalars`: the learned numbers of its activation, below the block,
-    with their shapes. `o`: the name of o. `sinks`: attention has sinks. `parallel`: attention and the
-    feed-forward block read one norm, side by side. `tied`: whether embedding and head are one where the
-    config does not say. `cuts`: as in Model. `ignored`: patterns of names that are left out."""
+    with their shapes. `o`: the name of o. `gated`: q_proj holds each head's q and then its output gate.
+    `sinks`: attention has sinks. `delta`: how linear attention is stored, which some layers have in its
+    place. `parallel`: attention and the feed-forward block read one norm, side by side. `further`: the one
+    layer that may predict a further token, where it is not counted after the last (None: it is, as in
+    DeepSeek). `tied`: whether embedding and head are one where the config does not say. `cuts`: as in
+    Model. `ignored`: patterns of names that are left out."""
 
     family: str
     qkv_bias: bool | Said = ATTENTION_BIAS
@@ -97,7 +115,10 @@ class Kind:
     plus_one: bool = False
     fused_qkv: bool = False
     fused_gate_up: bool = False
+    gated: bool = False
     sinks: bool = False
+    delta: Stored | None = None
+    further: Further | None = None
     tied: bool = False
     cuts: HubCuts = field(default_factory=HubCuts)
     head_bias: bool | Said = False
@@ -108,7 +129,7 @@ class Kind:
     ignored: tuple[str, ...] = IGNORED
 
 
-Claim = Callable[[str], Callable[[], Attention | Mla]]
+Claim = Callable[[str], Callable[[], Attention | Mla | DeltaNet]]
 FeedForward = Callable[[str], Callable[[], Mlp | Experts]]
 """Both claim the block of a layer by the layer's name, and return what builds it."""
 
@@ -186,10 +207,10 @@ def attention(kind: Kind, claims: Claims, config: Mapping[str, JSON]) -> Claim:
         if kind.fused_qkv:
             whole = claims.linear(f"{at}.qkv_proj", all_rows, hidden, bias=qkv_bias)
             return fused_attention(whole, o, heads)
-        q = claims.linear(f"{at}.q_proj", q_rows, hidden, bias=qkv_bias)
+        q = claims.linear(f"{at}.q_proj", q_rows.times(2) if kind.gated else q_rows, hidden, bias=qkv_bias)
         k = claims.linear(f"{at}.k_proj", kv_rows, hidden, bias=qkv_bias)
         v = claims.linear(f"{at}.v_proj", kv_rows, hidden, bias=qkv_bias)
-        return lambda: Attention(q(), k(), v(), o())
+        return attention_of(q, k, v, o, gated=heads.q if kind.gated else 0)
 
     def claim(layer: str) -> Callable[[], Attention]:
         at = f"{layer}.self_attn"
@@ -235,6 +256,8 @@ def decoder(
     hidden = dim(config, "hidden_size")
     size = heads or heads_of(config)
     attend = attends or attention(kind, claims, config)
+    if kind.delta is not None:
+        attend = hybrid(kind.delta, claims, config, attend)
     names, parallel = kind.norms, has(config, kind.parallel)
 
     def norm(name: str) -> Callable[[], Norm]:
@@ -261,8 +284,9 @@ def decoder(
     count = integer(config, "num_hidden_layers")
     layers = Layers([layer(f"model.layers.{i}") for i in range(count)])
     predictions = min(predictions, claims.most)  # a config may say anything
-    further = [f"model.layers.{i}" for i in range(count, count + predictions)]
-    further = [name for name in further if f"{name}.eh_proj.weight" in claims]
+    further = [_after_the_last(i) for i in range(count, count + predictions)]
+    further = [kind.further] if kind.further is not None else further
+    further = [names for names in further if f"{names.at}.{names.join}.weight" in claims]
     return Model(
         family=kind.family,
         sizes=Sizes(
@@ -278,6 +302,7 @@ def decoder(
             block=claims.block,
             head_keys=("num_attention_heads", "num_key_value_heads", "" if heads else "head_dim"),
             fused_qkv=kind.fused_qkv,
+            delta=delta_heads(config) if kind.delta is not None else None,
         ),
         embedding=embedding,
         layers=layers,
@@ -291,9 +316,14 @@ def decoder(
     )
 
 
+def _after_the_last(i: int) -> Further:
+    at = f"model.layers.{i}"
+    return Further(at, at, "eh_proj", "enorm", "hnorm", "shared_head.norm")
+
+
 def _prediction(
     claims: Claims,
-    name: str,
+    names: Further,
     layer: Callable[[str], Callable[[], Layer]],
     norm: Callable[[str], Callable[[], Norm]],
     vocab: int,
@@ -301,14 +331,16 @@ def _prediction(
 ) -> Callable[[], Prediction]:
     """Claims a layer that predicts one more token, and the embedding and head that it may have."""
 
-    def own(leaf: str) -> Callable[[], Embedding | None]:
-        there = f"{name}.{leaf}.weight" in claims
-        return claims.rows(f"{name}.{leaf}", vocab, hidden) if there else absent
+    at = names.at
 
-    build = layer(name)
-    embedding_norm, hidden_norm = norm(f"{name}.enorm"), norm(f"{name}.hnorm")
-    last = norm(f"{name}.shared_head.norm")
-    join = claims.linear(f"{name}.eh_proj", hidden, hidden.times(2))
+    def own(leaf: str) -> Callable[[], Embedding | None]:
+        there = f"{at}.{leaf}.weight" in claims
+        return claims.rows(f"{at}.{leaf}", vocab, hidden) if there else absent
+
+    build = layer(names.layer)
+    embedding_norm, hidden_norm = norm(f"{at}.{names.embedding_norm}"), norm(f"{at}.{names.hidden_norm}")
+    last = norm(f"{at}.{names.norm}")
+    join = claims.linear(f"{at}.{names.join}", hidden, hidden.times(2))
     embedding, head = own("embed_tokens"), own("shared_head.head")
 
     def prediction() -> Prediction:

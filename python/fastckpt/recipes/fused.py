@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ..errors import RecipeError
@@ -19,22 +19,35 @@ def fused_attention(
     `grouped`: for each kv head its query heads, then itself, then its value head (BLOOM, GPT-NeoX, Falcon,
     Megatron); else all of q, then all of k, then all of v."""
     groups = heads.kv if grouped else 1
-    q_rows, kv_rows = heads.q // groups * heads.dim, heads.kv // groups * heads.dim
+    q_rows, kv_rows = heads.q * heads.dim, heads.kv * heads.dim
 
     def build() -> Attention:
         whole = qkv()
-        q = _part(whole, groups, 0, q_rows)
-        k = _part(whole, groups, q_rows, kv_rows)
-        v = _part(whole, groups, q_rows + kv_rows, kv_rows)
+        q, k, v = parts(whole, groups, (q_rows, kv_rows, kv_rows))
         return Attention(q, k, v, o(), fused=whole.name, grouped=grouped)
 
     return build
 
 
-def q_and_gate(whole: Linear, heads: int) -> tuple[Linear, Linear]:
-    """q and its output gate, which one matrix holds head by head; both keep its name."""
-    rows = whole.shape[0] // heads // 2
-    return _part(whole, heads, 0, rows), _part(whole, heads, rows, rows)
+def attention_of(
+    q: Callable[[], Linear],
+    k: Callable[[], Linear],
+    v: Callable[[], Linear],
+    o: Callable[[], Linear],
+    *,
+    gated: int,
+) -> Callable[[], Attention]:
+    """Attention whose q, k and v are matrices of their own. `gated`: of how many heads q's holds the output
+    gate too, head by head [q; gate], both under its name; 0: it has none."""
+
+    def build() -> Attention:
+        if not gated:
+            return Attention(q(), k(), v(), o())
+        whole = q()
+        queries, gate = parts(whole, gated, [whole.shape[0] // 2] * 2)
+        return Attention(queries, k(), v(), o(), gate=gate)
+
+    return build
 
 
 def fused_mlp(
@@ -44,13 +57,19 @@ def fused_mlp(
 
     def build() -> Mlp:
         whole = gate_up()
-        rows = whole.shape[0] // 2
-        gate, up = _part(whole, 1, 0, rows), _part(whole, 1, rows, rows)
+        gate, up = parts(whole, 1, [whole.shape[0] // 2] * 2)
         if up_first:
             gate, up = up, gate
         return Mlp(gate, up, down(), whole.name, up_first)
 
     return build
+
+
+def parts(whole: Linear, groups: int, rows: Sequence[int]) -> list[Linear]:
+    """The matrices that one holds, under its name: `rows` of each, an equal share of them in each of `groups`
+    equal runs of outputs, in turn. Raises RecipeError where a share does not end with a block of scales."""
+    shares = [n // groups for n in rows]
+    return [_part(whole, groups, sum(shares[:k]), n) for k, n in enumerate(shares)]
 
 
 def _part(whole: Linear, groups: int, start: int, rows: int) -> Linear:

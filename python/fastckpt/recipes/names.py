@@ -24,7 +24,7 @@ from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import Attention, Experts, Layer, Layers, Lazy, Linear, Mlp, Model, Norm, Sizes
 from .claims import Claims, Dim, Heads, absent, dim, integer, vocabulary
-from .fused import fused_attention, fused_mlp, q_and_gate
+from .fused import attention_of, fused_attention, fused_mlp
 from .quantised import quantised
 
 Pattern = str | tuple[str, ...]
@@ -174,12 +174,7 @@ class _Reading:
         k = self.linear("k", names.k, kv_rows, self.hidden, i)
         v = self.linear("v", names.v, kv_rows, self.hidden, i)
         o = self.linear("o", names.o, self.hidden, q_rows, i)
-
-        def build() -> Attention:
-            queries, gate = q_and_gate(q(), heads.q) if names.gated_q else (q(), None)
-            return Attention(queries, k(), v(), o(), gate=gate)
-
-        return build
+        return attention_of(q, k, v, o, gated=heads.q if names.gated_q else 0)
 
     def mlp(self, i: int, e: int = 0) -> Callable[[], Mlp]:
         names = self.names
