@@ -137,7 +137,9 @@ _DEEPSEEK = Served(
     stages="own",
 )
 _QWEN_DELTA = Served(
-    (*_STACKS, *_SHARED, *_ROUTER), rounded=("*.linear_attn.norm.weight", "*.linear_attn.dt_bias")
+    (*_STACKS, *_SHARED, *_ROUTER),
+    quantised={"fp8": Form(_FP8_CACHE)},
+    rounded=("*.linear_attn.norm.weight", "*.linear_attn.dt_bias"),
 )
 # Through vLLM's Transformers backend, which keeps the shared block's module.
 _ROUTED = Served(
