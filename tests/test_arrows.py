@@ -209,18 +209,18 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__",),
     ),
     "recipes": (
-        ("quantised", "imagining"),
+        ("quantised", "imagining", "renaming"),
         ("claims",),
         ("fused", "latent"),
         ("delta",),
         ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper", "jina_bert"),
-        ("mixture",),
+        ("mixture", "towers"),
         (
             *("llama", "gemma", "phi3", "glm", "olmo", "cohere", "ungated", "gptj", "mpt", "opt"),
             *("mixtral", "qwen_moe", "deepseek", "ernie", "granite_moe", "llama4", "gpt_oss", "cogvlm2"),
             *("modernbert",),
         ),
-        ("qwen_next",),
+        ("qwen_next", "vision_language"),
         ("__init__",),
     ),
     "layouts": (

@@ -398,6 +398,21 @@ class Encoder:
 
 
 @dataclass(frozen=True, slots=True)
+class Tower:
+    """What makes hidden vectors of images for a decoder beside it: `layers` of its own, of these `sizes`
+    (their vocabulary is 0), and `mergers`, blocks that bring their output to the decoder's hidden size.
+
+    The output of layer `read`, counted from 1, is the last that a merger reads; `beyond`: tensors that stand
+    after it and are in no layer."""
+
+    layers: Layers
+    sizes: Sizes
+    read: int
+    mergers: tuple[Mlp, ...] = ()
+    beyond: tuple[Parameter, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Yarn:
     """How YaRN stretches rotary positions: the context is `factor` times the `original` one. Frequencies that
     turn more than `beta_fast` times within the original context are not stretched, those that turn less than
@@ -441,12 +456,12 @@ class Model:
 
     `lm_head`: where it is `tied` to the embedding it has the embedding's view; of a model without one it is
     the embedding itself, name and all. `positions`: a learned position table, in which the first token's is
-    row `first_position`. `embedding_norm`: a norm of the embedded tokens. `carried`: tensors that no server
-    cuts. `ignored`: names in the checkpoint that the recipe knows and leaves out. `parallel`: attention and
-    the feed-forward block of a layer read the same input. `alibi`: attention is biased by ALiBi's slopes,
-    which the hub does not store. `rope`: the rotary positions of latent attention. `quant_method`: the hub's
-    word for how matrices are quantised ("pack-quantized" for compressed-tensors' packed integers), "" where
-    none is. `causal`: tokens see only those before them (no encoder alone does)."""
+    row `first_position`. `embedding_norm`: a norm of the embedded tokens. `carried`: other tensors, which
+    servers hold whole. `ignored`: names in the checkpoint that the recipe knows and leaves out. `parallel`:
+    attention and the feed-forward block of a layer read the same input. `alibi`: attention is biased by
+    ALiBi's slopes, which the hub does not store. `rope`: the rotary positions of latent attention.
+    `quant_method`: the hub's word for how matrices are quantised ("pack-quantized" for compressed-tensors'
+    packed integers), "" where none is. `causal`: tokens see only those before them (an encoder's do not)."""
 
     family: str
     sizes: Sizes
@@ -459,6 +474,7 @@ class Model:
     ignored: tuple[str, ...] = ()
     embedding_norm: Norm | None = None
     encoder: Encoder | None = None
+    tower: Tower | None = None
     carried: tuple[Parameter, ...] = ()
     cuts: HubCuts = field(default_factory=HubCuts)
     predictions: Lazy[Prediction] = field(default_factory=lambda: Lazy(()))

@@ -55,6 +55,26 @@ _ROUTED = _SIZES | dict(
     first_k_dense_replace=1, n_group=1, topk_group=1,
 )  # fmt: skip
 
+_IMAGES = dict(image_token_id=300, video_token_id=301, vision_start_token_id=302, vision_end_token_id=303)
+_TOWER = dict(depth=2, hidden_size=128, intermediate_size=192, num_heads=4, out_hidden_size=128, patch_size=4)
+_CLIP = dict(
+    hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, image_size=16,
+    patch_size=4,
+)  # fmt: skip
+_SIGLIP = _CLIP | dict(model_type="siglip_vision_model", vision_use_head=False)
+_PIXTRAL = _CLIP | dict(model_type="pixtral", head_dim=32)
+
+
+def _seeing(tower, *, drop=("head_dim",), text=(), **changes):
+    """The arguments of a wrapper's config: a text model that may have rotary sections, and a tower."""
+    return dict(text_config=_sizes(drop=drop, **dict(text)), vision_config=dict(tower)) | changes
+
+
+_SECTIONS = dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]))
+_QWEN2_5_VL = _TOWER | dict(fullatt_block_indexes=[1], window_size=16)
+_QWEN3_VL = _TOWER | dict(depth=3, num_position_embeddings=16, deepstack_visual_indexes=[0, 2])
+_HALF = dict(_SECTIONS["rope_parameters"], mrope_section=[2, 3, 3], partial_rotary_factor=0.5)
+
 MODELS: dict[str, tuple[str, dict]] = {
     "llama": ("Llama", _sizes()),
     "llama-biased": ("Llama", _sizes(attention_bias=True, mlp_bias=True)),
@@ -226,6 +246,65 @@ MODELS: dict[str, tuple[str, dict]] = {
         _sizes(_LATENT, kv_lora_rank=512, qk_rope_head_dim=64, q_lora_rank=None, n_shared_experts=2),
     ),
     "deepseek_v3-wide": ("DeepseekV3", _WIDE_LATENT),
+    "qwen2_vl": (
+        "Qwen2VL",
+        _seeing(
+            dict(depth=2, embed_dim=128, hidden_size=128, num_heads=4, mlp_ratio=2, patch_size=4),
+            text=_SECTIONS, **_IMAGES,
+        ),
+    ),
+    "qwen2_5_vl": ("Qwen2_5_VL", _seeing(_QWEN2_5_VL, text=_SECTIONS, **_IMAGES)),
+    "qwen2_5_vl-tied": (
+        "Qwen2_5_VL",
+        _seeing(
+            _QWEN2_5_VL, text=_SECTIONS | dict(tie_word_embeddings=True), **_IMAGES,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "qwen3_vl": ("Qwen3VL", _seeing(_QWEN3_VL, drop=(), text=_SECTIONS, **_IMAGES)),
+    "glm4v": (
+        "Glm4v",
+        _seeing(_TOWER | dict(image_size=16), text=dict(attention_bias=True, rope_parameters=_HALF)),
+    ),
+    "gemma3": (
+        "Gemma3",
+        _seeing(
+            _SIGLIP, drop=(), text=dict(tie_word_embeddings=True), mm_tokens_per_image=4,
+            image_token_index=300,
+        ),
+    ),
+    "mistral3": (
+        "Mistral3",
+        _seeing(
+            _PIXTRAL, drop=(), text=dict(model_type="mistral"), image_token_index=300,
+            tie_word_embeddings=False,
+        ),
+    ),
+    "llava": (
+        "Llava",
+        _seeing(
+            _CLIP | dict(model_type="clip_vision_model"), text=dict(model_type="llama"),
+            image_token_index=300,
+        ),
+    ),
+    "llava-pixtral": (
+        "Llava",
+        _seeing(
+            _PIXTRAL, drop=(), text=dict(model_type="mistral"), image_token_index=300,
+            vision_feature_layer=-1, vision_feature_select_strategy="full",
+        ),
+    ),
+    "llava_onevision": (
+        "LlavaOnevision",
+        _seeing(_SIGLIP, text=dict(model_type="qwen2"), image_token_index=300, video_token_index=301),
+    ),
+    "internvl": (
+        "InternVL",
+        _seeing(
+            _CLIP | dict(image_size=[16, 16], patch_size=[4, 4]), text=dict(model_type="qwen2"),
+            image_token_id=300, tie_word_embeddings=False,
+        ),
+    ),
 }  # fmt: skip
 """name -> (transformers' class prefix, the config's arguments)."""
 
@@ -234,6 +313,9 @@ SAID: dict[str, dict] = {
     "glm4_moe_lite": {"first_k_dense_replace": 1},
 }
 """name -> what the hub's config.json says besides, or otherwise than transformers' class."""
+
+INSIDE = ("gemma3", "llava", "llava_onevision")
+"""Models whose tower vLLM reads by the hub's older names alone, below `vision_model`."""
 
 
 def _compressed(kind, strategy, inputs):
@@ -372,6 +454,7 @@ def write(name: str, folder: str, *, counted: bool = False, dtype: torch.dtype =
     prefix, sizes = MODELS[name]
     config = getattr(transformers, f"{prefix}Config")(**sizes)
     head = "LMHeadModel" if prefix == "GPT2" else "ForCausalLM"
+    head = "ForConditionalGeneration" if "vision_config" in sizes else head
     torch.manual_seed(zlib.crc32(name.encode()))
     model = getattr(transformers, prefix.removesuffix("Text") + head)(config).to(dtype)
     if counted:
@@ -380,6 +463,11 @@ def write(name: str, folder: str, *, counted: bool = False, dtype: torch.dtype =
     model.save_pretrained(folder)
     if name in SAID:
         _say(folder, SAID[name])
+    if name in INSIDE:
+        path = os.path.join(folder, "model.safetensors")
+        tensors = load_file(path).items()
+        older = {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in tensors}
+        save_file(older, path, {"format": "pt"})
     if name.endswith("-mixed"):  # as Qwen3.5's own files
         _keep_float32(folder, (".linear_attn.A_log", ".linear_attn.norm.weight"))
 

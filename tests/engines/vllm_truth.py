@@ -13,9 +13,14 @@ import os
 import socket
 import sys
 import traceback
+from importlib.util import find_spec
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+if find_spec("torchvision") is None:
+    stubs = os.path.join(os.path.dirname(os.path.abspath(__file__)), "stubs")
+    sys.path.insert(0, stubs)
+    os.environ["PYTHONPATH"] = os.pathsep.join([stubs, os.environ.get("PYTHONPATH", "")])
 
 
 def choose_no_kernels() -> None:

@@ -221,12 +221,54 @@ ENCODERS = {
 }
 
 
+_CLIP = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=8, image_size=16,
+    patch_size=4,
+)  # fmt: skip
+_SIGLIP = _CLIP | dict(model_type="siglip_vision_model", vision_use_head=False)
+_PIXTRAL = _CLIP | dict(model_type="pixtral", head_dim=4)
+_TOWER = dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=8, out_hidden_size=64, patch_size=4)
+_DEEP = _TOWER | dict(depth=3, num_position_embeddings=16, deepstack_visual_indexes=[0, 2])
+
+
+def _seeing(name, tower, text=(), **changes):
+    """A text model beside a tower; `changes`: of the config around both."""
+    sizes = dict(text_config=_SIZES | dict(text), vision_config=tower, tie_word_embeddings=False)
+    return Family(name, sizes | changes, (8, 4, 8), "ForConditionalGeneration")
+
+
+WRAPPERS = {
+    "qwen2_vl": _seeing(
+        "Qwen2VL", dict(depth=2, embed_dim=32, hidden_size=64, num_heads=8, mlp_ratio=2, patch_size=4)
+    ),
+    "qwen2_5_vl": _seeing("Qwen2_5_VL", _TOWER, tie_word_embeddings=True),
+    "qwen3_vl": _seeing("Qwen3VL", _DEEP, dict(head_dim=8)),
+    "glm4v": _seeing("Glm4v", _TOWER | dict(image_size=16)),
+    "gemma3-images": _seeing("Gemma3", _SIGLIP, dict(head_dim=8), tie_word_embeddings=True),
+    "mistral3": _seeing("Mistral3", _PIXTRAL, dict(model_type="mistral", head_dim=8)),
+    "llava": _seeing("Llava", _CLIP | dict(model_type="clip_vision_model"), dict(model_type="llama")),
+    "llava-pixtral": _seeing(
+        "Llava", _PIXTRAL, dict(model_type="mistral", head_dim=8), vision_feature_layer=-1,
+        multimodal_projector_bias=False,
+    ),
+    "llava-layers": _seeing(
+        "Llava", _SIGLIP, dict(model_type="qwen3", head_dim=8), vision_feature_layer=[0, -2]
+    ),
+    "llava_onevision": _seeing("LlavaOnevision", _SIGLIP, dict(model_type="qwen2")),
+    "internvl": _seeing(
+        "InternVL", _CLIP | dict(image_size=[16, 16], patch_size=[4, 4], attention_bias=True),
+        dict(model_type="qwen2"),
+    ),
+}  # fmt: skip
+"""Text models beside a tower."""
+
+
 @functools.cache
 def made(name):
     """(config as a dict, tensors of the files save_pretrained writes, the model's own state dict)."""
     if name == "chatglm":
         return chatglm()
-    family, config = (FAMILIES | ENCODERS)[name], config_of(name)
+    family, config = (FAMILIES | ENCODERS | WRAPPERS)[name], config_of(name)
     model = (family.model or family.name).removesuffix("Text")
     model = getattr(transformers, model + family.architecture)(config)
     number(model.state_dict())
@@ -241,8 +283,8 @@ def made(name):
 
 def config_of(name):
     """A family's config as transformers has it."""
-    family = (FAMILIES | ENCODERS)[name]
-    text = "Text" if family.name == "Gemma3" else ""
+    family = (FAMILIES | ENCODERS | WRAPPERS)[name]
+    text = "Text" if name == "gemma3" else ""
     return getattr(transformers, f"{family.name}{text}Config")(**family.sizes)
 
 

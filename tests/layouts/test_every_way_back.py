@@ -53,7 +53,7 @@ def recipe_file(tmp_path_factory):
 
 
 OTHERS = {"gated": gated.made, "cogvlm2": cogvlm2.made, "jina_bert": jina}
-MODELS = [*tiny.MODELS, *families.FAMILIES, *families.ENCODERS, "chatglm", *OTHERS]
+MODELS = [*tiny.MODELS, *families.FAMILIES, *families.ENCODERS, *families.WRAPPERS, "chatglm", *OTHERS]
 
 
 def made(name):
@@ -83,8 +83,18 @@ def options(name, served, tp):
     return {}
 
 
+UNREAD = {
+    "llava": (".layers.2.", ".post_layernorm."),
+    "llava-layers": (".layers.2.", ".post_layernorm."),
+    "llava_onevision": (".post_layernorm.",),
+}
+"""What lies behind the last layer of a tower that is read, which vLLM does not hold."""
+
+
 def lost(name, served, tensor):
-    """Norms that rtp-llm has as 1 + weight cannot be taken back."""
+    """Norms that rtp-llm has as 1 + weight cannot be taken back, nor what a server does not hold."""
+    if served == "vllm" and "vision_tower" in tensor:
+        return any(part in tensor for part in UNREAD.get(name, ()))
     if served != "rtp_llm" or name not in PLUS_ONE or "linear_attn" in tensor:
         return False
     return "norm" in tensor and not tensor.endswith("bias")

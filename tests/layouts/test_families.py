@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fastckpt
 import pytest
 import torch
 from fastckpt import recipes
@@ -14,6 +15,7 @@ from reading import bits, memory, same, shard
 
 NAMES = [*families.FAMILIES, "chatglm"]
 ENCODERS = list(families.ENCODERS)
+WRAPPERS = list(families.WRAPPERS)
 WITHOUT_PLAN = ("bloom", "falcon", "stablelm", "hunyuan_v1_dense", "gpt_bigcode", "gptj", "opt", "mpt")
 PLANNED = [n for n in families.FAMILIES if not n.startswith(WITHOUT_PLAN)]
 UNPLANNED = [n for n in NAMES if n not in PLANNED]
@@ -40,7 +42,7 @@ def all_numbers(tensors):
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["saved", "trained"])
-@pytest.mark.parametrize("name", NAMES + ENCODERS)
+@pytest.mark.parametrize("name", NAMES + ENCODERS + WRAPPERS)
 def test_hf_of_one_rank_is_what_save_pretrained_writes(name, trained):
     same(shards_of(name, "hf", Placement(), trained)[0], families.made(name)[1])
 
@@ -81,24 +83,49 @@ def as_trained(tensors, state):
     return out
 
 
+def as_saved(hub, state):
+    """Name in memory -> name in the files, by the tensors' values, each of which is another."""
+    names = {float(x.flatten()[0]): n for n, x in hub.items()}
+    return {n: names[float(x.flatten()[0])] for n, x in state.items() if float(x.flatten()[0]) in names}
+
+
 def check_plan(name, tp):
-    config, _, state = families.made(name)
+    config, hub, state = families.made(name)
+    saved = as_saved(hub, state)
     got = shards_of(name, "hf", Placement(tp=tp))
     for rank in range(tp):
-        whole = families.transformers.AutoModelForCausalLM.from_config(families.config_of(name))
+        auto = "AutoModelForImageTextToText" if name in WRAPPERS else "AutoModelForCausalLM"
+        whole = getattr(families.transformers, auto).from_config(families.config_of(name))
         whole.load_state_dict(state)
         want = local_parts(whole, tp, rank)
         if config["tie_word_embeddings"]:
             del want["lm_head.weight"]
-        mine = as_trained(got[rank], state)
+        if name in WRAPPERS:
+            want = {saved[n]: x for n, x in want.items()}
+        mine = as_trained(got[rank], state if name not in WRAPPERS else {})
         assert sorted(mine) == sorted(want)
         for parameter, part in want.items():
             assert torch.equal(mine[parameter], torch.from_numpy(bits(part))), parameter
 
 
-@pytest.mark.parametrize("name", PLANNED)
+@pytest.mark.parametrize("name", PLANNED + [n for n in WRAPPERS if not n.startswith("qwen3_vl")])
 def test_hf_cuts_what_transformers_cuts(name):
     check_plan(name, 2)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_qwen3_vl_which_has_no_plan_is_cut_as_qwen3(tp):
+    """transformers 5.23 cuts its head alone."""
+    _, hub, _ = families.made("qwen3_vl")
+    rows = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
+    for rank, got in enumerate(shards_of("qwen3_vl", "hf", Placement(tp=tp))):
+        want = {}
+        for name, x in hub.items():
+            module = "" if ".visual." in name else name.split(".")[-2]
+            axis = 0 if module in rows else 1
+            cut = module in (*rows, "o_proj", "down_proj")
+            want[name] = x.chunk(tp, axis)[rank] if cut else x
+        same(got, want)
 
 
 @pytest.mark.nightly
@@ -204,3 +231,15 @@ def test_rows_in_pairs_want_plain_matrices():
     model = recipes.find(config)(memory(hub | biases), config | {"attention_bias": True})
     with pytest.raises(LayoutError, match=r"how vLLM orders .*q_proj\.bias is not known"):
         list(layout("vllm").targets(model, Placement(tp=2)))
+
+
+@pytest.mark.parametrize("name", ["granitemoeshared", "llama4_text"])
+def test_stacks_are_not_quantised_as_the_hub_has_them(name):
+    """Nor left dense unsaid; as vLLM has them they are quantised, and a shared block always is."""
+    config, hub, _ = families.made(name)
+    with pytest.raises(LayoutError, match=r"stack of experts, which would stay dense"):
+        fastckpt.reshard(hub, 1, layout="hf", quant="int8", config=config)
+    (got,) = fastckpt.reshard(hub, 1, layout="vllm", quant="int8", config=config)
+    wanted = ("shared_mlp.input_linear.weight", "shared_expert.gate_up_proj.weight", "experts.w13_weight")
+    found = [x for n, x in got.items() if "layers.1." in n and n.endswith(wanted)]
+    assert [x.dtype for x in found] == [torch.int8] * 2

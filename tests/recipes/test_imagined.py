@@ -10,7 +10,7 @@ from layouts import cogvlm2, families, gated, tiny
 from layouts.test_rtp_families import jina
 
 OTHERS = {"gated": gated.made, "cogvlm2": cogvlm2.made, "jina_bert": jina}
-DECODERS = [*tiny.MODELS, *families.FAMILIES, "chatglm", *OTHERS]
+DECODERS = [*tiny.MODELS, *families.FAMILIES, *families.WRAPPERS, "chatglm", *OTHERS]
 HEADS = ("cls.", "lm_head.", "classifier.", "head.", "decoder.bias")
 """What an encoder may have or not."""
 PREFIX = {"bert-alone": "bert.", "jina_bert": "bert.", "xlm_roberta-alone": "roberta."}

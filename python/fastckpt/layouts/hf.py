@@ -3,7 +3,8 @@
 transformers' base_model_tp_plan cuts q, k, v, gate and up by outputs, o and down by inputs, and the embedding
 (embedding_rowwise) and lm_head (colwise_gather_output) by vocabulary rows; every rank holds the rest whole.
 Where a family's plan cuts less, its recipe says so (HubCuts). Families without a plan are cut in the same
-way; their fused matrices are cut part by part, as packed_colwise does, or group by group. """
+way; their fused matrices are cut part by part, as packed_colwise does, or group by group. Every rank holds an
+image tower whole. """
 
 from __future__ import annotations
 
@@ -154,6 +155,12 @@ def _targets(model: Model, placement: Placement) -> Iterator[Target]:
     yield from bias(head) if model.tied else stored(head)
     for prediction in model.predictions:
         yield from _prediction(prediction, model, placement)
+    if model.tower is not None:
+        yield from _layers(model.tower.layers, model, WHOLE)
+        for merger in model.tower.mergers:
+            yield from _mlp(merger, model, WHOLE)
+        for role in model.tower.beyond:
+            yield from parameter(role)
     for role in model.carried:
         yield from parameter(role)
 

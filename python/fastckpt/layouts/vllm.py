@@ -34,6 +34,7 @@ from ..model import (
     Parameter,
     Sizes,
     Stacks,
+    Tower,
 )
 from ..placement import Placement
 from ..stored import constant
@@ -66,9 +67,25 @@ from .naming import Naming
 from .padding import advice, padded, resized, round_up
 from .servers import Share, expert_share, layer_range
 
+_HEAD = ("lm_head.", "language_model.lm_head.")
+_INSIDE = (
+    ("vision_tower.vision_model.", "vision_tower."),
+    ("vision_tower.embeddings.", "vision_tower.vision_model.embeddings."),
+    ("vision_tower.encoder.", "vision_tower.vision_model.encoder."),
+    ("vision_tower.pre_layrnorm.", "vision_tower.vision_model.pre_layrnorm."),
+    ("vision_tower.post_layernorm.", "vision_tower.vision_model.post_layernorm."),
+)
+"""Older files have a tower of CLIP's kin below vision_model, as vLLM does."""
+
 RENAMED: dict[str, Renamed] = {
     "gpt_oss": ((".self_attn.", ".attn."), (".embed_tokens.", ".embedding.")),
     "chatglm": ((".word_embeddings.", "."),),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), (("model.", "language_model.model."), _HEAD)),
+    **dict.fromkeys(
+        ("qwen3_vl", "glm4v"),
+        (("model.language_model.", "language_model.model."), ("model.visual.", "visual."), _HEAD),
+    ),
+    **dict.fromkeys(("gemma3", "llava", "llava_onevision"), _INSIDE),
 }
 """family -> (a part of the hub's name, what vLLM's module is called), where the two differ."""
 
@@ -78,6 +95,17 @@ CUT_NORMS = frozenset({"minimax_m2"})
 PAIRED = frozenset({"llama4_text"})
 """Families whose rotary positions turn neighbouring rows of a head of q and k; vLLM puts all the even rows
 before the odd ones (Llama4ForCausalLM.permute_qk_weight_for_rotary)."""
+
+TOWERS: dict[str, frozenset[str]] = {
+    "internvl": frozenset({"attention", "mergers"}),
+    "llava_onevision": frozenset({"mergers"}),
+    "qwen2_vl": frozenset({"rows"}),
+}
+"""family -> how vLLM cuts its tower otherwise than a decoder: "attention" or "mergers" are whole on every
+rank, [q; k; v] is cut as one run of "rows", whatever they are."""
+
+ROWS: dict[str, str] = {"glm4v": "model.visual.merger.proj.weight"}
+"""family -> a matrix beside its tower's layers of which each rank holds a run of rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +175,12 @@ class Vllm:
                 require_even("vllm", placement, key, width, instead)
         rows = round_up(model.sizes.vocab, self.vocab_padding)
         require_even("vllm", placement, f"vocab_size {model.sizes.vocab}, padded to", rows)
-        if model.encoder is not None or model.carried or not model.causal:
+        alone = model.carried and model.tower is None
+        if model.encoder is not None or alone or not model.causal:
             what = model.carried[0].name if model.carried else "the encoder"
             raise LayoutError(f"layout vllm has no place for {what} of {model.family}, which is no decoder")
+        if model.tower is not None:
+            _require_tower(model, model.tower, placement)
         renamed = RENAMED.get(model.family, ())
         targets = self._targets(model, placement, share, stage, engine)
         dtype = model.embedding.weight.dtype
@@ -188,6 +219,8 @@ class Vllm:
         if first or tied:
             module = model.lm_head if tied and engine and engine.tied == "head" else model.embedding
             yield Target(f"{module.name}.weight", self._rows(model.embedding.weight, placement))
+        if model.tower is not None:
+            yield from _tower(model, model.tower, placement)
         if first:
             if model.positions is not None:
                 yield Target(f"{model.positions.name}.weight", model.positions.weight)
@@ -268,6 +301,62 @@ class Vllm:
     def _pair(self, mlp: Mlp, share: Share) -> Linear:
         both = [out_part(x, share.index, share.count) for x in (mlp.gate, mlp.up) if x is not None]
         return joined(mlp.up.name, both if self.gate_up == "gate_up" else both[::-1])
+
+
+def _require_tower(model: Model, tower: Tower, placement: Placement) -> None:
+    """Raises LayoutError for a pipeline, a pooling head, and for what tp cuts and does not divide."""
+    if placement.pp > 1:
+        raise LayoutError(f"layout vllm: the stages of {model.family} are not known: wanted pp 1")
+    for role in model.carried:
+        if ".head." in role.name:
+            raise LayoutError(f"layout vllm has no place for {role.name}")
+    unlike = TOWERS.get(model.family, frozenset())
+    if "attention" not in unlike:
+        require_heads("vllm", placement, tower.sizes)
+    for key, width in tower.sizes.widths.items():
+        require_even("vllm", placement, key, width)
+    for merger in () if "mergers" in unlike else tower.mergers:
+        require_even("vllm", placement, f"{merger.up.name}'s width", merger.up.shape[0])
+    for role in model.carried:
+        if role.name == ROWS.get(model.family):
+            require_even("vllm", placement, f"{role.name}'s rows", role.view.shape[0])
+
+
+def _tower(model: Model, tower: Tower, placement: Placement) -> Iterator[Target]:
+    """The tower up to the last layer whose output is read, its mergers, and what lies around them."""
+    unlike = TOWERS.get(model.family, frozenset())
+    for i in range(tower.read):
+        layer = tower.layers[i]
+        if not isinstance(layer.attention, Attention) or isinstance(layer.mlp, Experts):
+            raise LayoutError(f"layout vllm has no place for {layer.name}")
+        yield from norm(layer.attention_norm)
+        yield from _tower_attention(layer.attention, tower.sizes, placement, unlike)
+        yield from norm(layer.mlp_norm)
+        yield from _mlp(layer.mlp, placement)
+    for merger in tower.mergers:
+        if "mergers" in unlike:
+            yield from plain(merger.up)
+            yield from plain(merger.down)
+        else:
+            yield from _mlp(merger, placement)
+    for role in model.carried:
+        cut = role.name == ROWS.get(model.family)
+        yield Target(role.name, role.view.part(0, placement.tp_rank, placement.tp) if cut else role.view)
+
+
+def _tower_attention(
+    attention: Attention, sizes: Sizes, placement: Placement, unlike: frozenset[str]
+) -> Iterator[Target]:
+    rank, tp = placement.tp_rank, placement.tp
+    apart = (attention.q, attention.k, attention.v)
+    if "attention" in unlike:
+        for linear in (*apart, attention.o):
+            yield from plain(linear)
+    elif "rows" in unlike:
+        yield from plain(out_part(joined(attention.fused or "", apart), rank, tp))
+        yield from plain(in_part(attention.o, rank, tp))
+    else:
+        yield from _attention(attention, sizes, placement)
 
 
 def _named(target: Target, renamed: Renamed, engine: Served | None, own: DType) -> Target:

@@ -44,14 +44,29 @@ def found(ckpt: Checkpoint, given: str | os.PathLike[str] | Mapping[str, JSON] |
     return found
 
 
+def sized(config: Mapping[str, JSON], sizes: Mapping[str, JSON]) -> dict[str, JSON]:
+    """The keys of a config that change with these sizes of its decoder, and what they become: the sizes stand
+    in `text_config` where it has one."""
+    within = config.get("text_config")
+    if not sizes or not isinstance(within, dict):
+        return dict(sizes)
+    return {"text_config": {**within, **sizes}}
+
+
 def text(
-    config: Mapping[str, JSON] | None, request: Request, changed: Mapping[str, JSON] | None = None
+    config: Mapping[str, JSON] | None,
+    request: Request,
+    resized: Mapping[str, JSON] | None = None,
+    changed: Mapping[str, JSON] | None = None,
 ) -> bytes | None:
-    """The config.json to write in place of the one beside the checkpoint, if another was asked for, or if
-    sizes were padded."""
-    if config is None or (request.config is None and request.vocab_size is None and not changed):
+    """The config.json to write in place of the one beside the checkpoint, if another was asked for, if its
+    decoder is `resized`, or if other keys are `changed`."""
+    if config is None or not (request.config is not None or request.vocab_size or resized or changed):
         return None
-    told = dict(config) if request.vocab_size is None else {**config, "vocab_size": request.vocab_size}
+    told = dict(config)
+    if request.vocab_size is not None:
+        told |= sized(told, {"vocab_size": request.vocab_size})
+    told |= sized(told, resized or {})
     told |= changed or {}
     return (json.dumps(told, indent=2) + "\n").encode()
 

@@ -156,12 +156,16 @@ LINEARS = frozenset({
     "key", "value", "q", "k", "v", "o", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3",
     "fc1", "fc2", "wi", "wi_0", "wi_1", "wo", "dense_h_to_4h", "dense_4h_to_h", "q_a_proj", "q_b_proj",
     "kv_a_proj_with_mqa", "kv_b_proj", "fused_qkv_a_proj", "fc_in", "fc_out", "Wqkv", "Wi", "Wo",
+    "input_linear", "output_linear",
 })  # fmt: skip
 """The hub's and the servers' modules of attention, feed-forward blocks and experts: what is quantised unless
 patterns say otherwise. Never embeddings, norms, routers or lm_head."""
 
 STACKS = frozenset({"w13_weight", "w2_weight"})
 """vLLM's stacks of experts."""
+
+GRANITE = ("input_linear.weight", "output_linear.weight")
+"""How the names end of GraniteMoE's stacks of experts, and of the matrices of its shared block."""
 
 TURNED = frozenset({"c_attn", "c_fc", "c_proj"})
 """GPT-2's modules, stored [in, out]: their rows are no outputs. StarCoder's, which lie the other way round,
@@ -200,8 +204,10 @@ class Quant:
 
     def require_named(self, name: str, shape: Sequence[int]) -> None:
         """Raises LayoutError for a stack that is itself named like a module of LINEARS, as transformers 5
-        names experts: it would stay dense, and no pattern says so."""
-        stack = len(shape) == 3 and name.rpartition(".")[2] in LINEARS
+        names experts, or is the weight of one, as GraniteMoE's are: it would stay dense, or no loader would
+        know it, and no pattern says so."""
+        stored = name.removesuffix(".weight") if name.endswith(GRANITE) else name
+        stack = len(shape) == 3 and stored.rpartition(".")[2] in LINEARS
         if stack and not any(fnmatchcase(name, p) for p in (*self.include, *self.exclude)):
             raise LayoutError(
                 f"quant {self.scheme.name}: {name} {tuple(shape)} is a stack of experts, which would stay "

@@ -45,6 +45,7 @@ from . import (
     qwen_next,
     t5,
     ungated,
+    vision_language,
     whisper,
 )
 
@@ -73,6 +74,10 @@ class Family:
 
 def _decoder(kind: decoder.Kind, about: str) -> Family:
     return Family(kind.family, partial(decoder.recipe, kind=kind), about, kind.ignored)
+
+
+def _wrapper(wrapper: vision_language.Wrapper, about: str) -> Family:
+    return Family(wrapper.family, partial(vision_language.recipe, wrapper=wrapper), about)
 
 
 def _mixture(family: mixture.Mixture, about: str) -> Family:
@@ -169,6 +174,15 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("t5", t5.recipe, "T5: encoder and decoder, relative positions", ()),
     Family("whisper", whisper.recipe, "Whisper: audio encoder and decoder", ()),
+    _wrapper(vision_language.QWEN2_VL, "Qwen2-VL: Qwen2 beside an image tower"),
+    _wrapper(vision_language.QWEN2_5_VL, "Qwen2.5-VL: likewise, a tower with gated blocks"),
+    _wrapper(vision_language.QWEN3_VL, "Qwen3-VL: Qwen3, whose first layers read the tower's too"),
+    _wrapper(vision_language.GLM4V, "GLM-4.1V: GLM-4 beside an image tower"),
+    _wrapper(vision_language.GEMMA3, "Gemma 3: its text model beside SigLIP"),
+    _wrapper(vision_language.MISTRAL3, "Mistral Small 3.1: Mistral beside Pixtral's tower"),
+    _wrapper(vision_language.LLAVA, "LLaVA, Pixtral: a text model beside CLIP, SigLIP or Pixtral's tower"),
+    _wrapper(vision_language.LLAVA_ONEVISION, "LLaVA-OneVision: likewise"),
+    _wrapper(vision_language.INTERNVL, "InternVL in transformers' names: likewise, a tower of its own"),
 )
 
 RECIPES: dict[str, Recipe] = {family.model_type: family.recipe for family in FAMILIES}

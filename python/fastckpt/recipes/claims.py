@@ -93,9 +93,10 @@ class Heads:
 class Claims:
     """The names of one checkpoint, claimed one by one.
 
-    `anchor`: a name that every checkpoint of the family has; where all names have one prefix more, the error
-    says how to strip it. `optional`: a prefix that a checkpoint's names may lack (GPT-2's base model has no
-    `transformer.`). `form`: how its quantised matrices are stored. Raises RecipeError."""
+    `anchor`: a name that every checkpoint of the family has ("": there is none); where all names have one
+    prefix more, the error says how to strip it. `optional`: a prefix that a checkpoint's names may lack
+    (GPT-2's base model has no `transformer.`). `form`: how its quantised matrices are stored. Raises
+    RecipeError."""
 
     def __init__(
         self, ckpt: Checkpoint, anchor: str, optional: str = "", *, form: Quantised | None = None
@@ -105,7 +106,7 @@ class Claims:
         spelled = any(name.endswith(anchor) for name in (*ckpt.entries, *ckpt.aliases))
         self._omitted = "" if spelled or self.imagined is not None else optional
         self._claimed: set[str] = set()
-        if self._stored(anchor) not in ckpt:
+        if anchor and self._stored(anchor) not in ckpt:
             self._refuse_wrapped(self._stored(anchor))
 
     @property

@@ -1,0 +1,59 @@
+"""Other names for the same thing: of a checkpoint's tensors, and of the roles that a recipe has made of them.
+
+So a recipe reads the decoder within a larger model, which knows nothing of what is around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from typing import TypeVar, cast
+
+from ..checkpoint import Checkpoint
+from ..model import Layer, Layers, Lazy, Model
+from ..views import View
+
+Role = TypeVar("Role")
+
+NAMES = frozenset({"name", "bias_name", "fused"})
+"""The fields of roles that hold a name of the hub."""
+
+
+def respelled(ckpt: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
+    """The tensors and tied names of `names` alone, which says what each new name is called in `ckpt`."""
+    old = {stored: name for name, stored in names.items()}
+    return replace(
+        ckpt,
+        entries={name: ckpt.entries[stored] for name, stored in names.items() if stored in ckpt.entries},
+        aliases={old[a]: old[h] for a, h in ckpt.aliases.items() if a in old and h in old},
+    )
+
+
+def renamed(model: Model, spell: Callable[[str], str]) -> Model:
+    """The model with `spell` of every name in its roles."""
+    return replace(_renamed(model, spell), ignored=tuple(map(spell, model.ignored)))
+
+
+def _renamed(role: Role, spell: Callable[[str], str]) -> Role:
+    """A role, or what a field of one holds, with other names; layers and experts when they are asked for."""
+    made: object = role
+    if isinstance(role, Layers):
+        made = Layers([partial(_layer, role, i, spell) for i in range(len(role))])
+    elif isinstance(role, Lazy):
+        made = Lazy([partial(_nth, role, i, spell) for i in range(len(role))])
+    elif isinstance(role, tuple):
+        made = tuple([_renamed(each, spell) for each in role])
+    elif is_dataclass(role) and not isinstance(role, type | View):
+        held = {f.name: getattr(role, f.name) for f in fields(role)}
+        new = {k: spell(v) if k in NAMES and v else _renamed(v, spell) for k, v in held.items()}
+        made = replace(role, **new)
+    return cast(Role, made)
+
+
+def _layer(layers: Layers, index: int, spell: Callable[[str], str]) -> Layer:
+    return _renamed(layers[index], spell)
+
+
+def _nth(roles: Lazy[Role], index: int, spell: Callable[[str], str]) -> Role:
+    return _renamed(roles[index], spell)

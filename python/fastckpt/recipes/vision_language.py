@@ -1,0 +1,314 @@
+"""Vision-language models: a decoder of another family under a prefix, beside an image tower and a projector.
+
+The decoder is read by its own family's recipe, from config's `text_config`. Names as save_pretrained writes
+them; names as transformers trains, where those differ, are read as well. Source: transformers' modeling files
+and conversion_mapping.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
+
+from ..checkpoint import JSON, Checkpoint
+from ..errors import RecipeError
+from ..model import Mlp, Model
+from . import decoder, imagining, towers
+from .claims import Claims, Dim, dim, flag, integer
+from .decoder import IGNORED
+from .gemma import GEMMA3 as GEMMA3_TEXT
+from .glm import GLM4
+from .imagining import Imagined
+from .llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from .renaming import renamed, respelled
+from .towers import Built, Said, Shapes, carried, norms, of, vision
+
+
+class TextRecipe(Protocol):
+    """A recipe of a decoder alone."""
+
+    def __call__(self, ckpt: Checkpoint, config: Said, *, vocab_size: int | None = None) -> Model: ...
+
+
+TEXTS: Mapping[str, TextRecipe] = {
+    name: partial(decoder.recipe, kind=kind)
+    for name, kind in {
+        "llama": LLAMA,
+        "mistral": MISTRAL,
+        "qwen2": QWEN2,
+        "qwen3": QWEN3,
+        "gemma3_text": GEMMA3_TEXT,
+        "qwen2_vl_text": QWEN2,
+        "qwen2_5_vl_text": QWEN2,
+        "qwen3_vl_text": QWEN3,
+        "glm4v_text": replace(GLM4, qkv_bias=True),
+    }.items()
+}
+"""`model_type` of a text_config -> the recipe of the decoder it is of."""
+
+
+class Beside(Protocol):
+    """Claims the tower and the projector; `hidden`: the decoder's hidden size. Raises RecipeError."""
+
+    def __call__(self, claims: Claims, config: Said, hidden: Dim) -> Built: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapper:
+    """A family of vision-language models.
+
+    `texts`: the `model_type`s its decoder may have. `beside` claims what is not the decoder; the hub has the
+    decoder below `text`, and its head as `head`. `trained`: prefixes of names as transformers trains, and
+    what save_pretrained writes in their place. `tied`: whether embedding and head are one where nothing
+    tells. `flat`: older configs have no `text_config`, and give the decoder's sizes as their own."""
+
+    family: str
+    texts: tuple[str, ...]
+    beside: Beside
+    text: str = "language_model.model."
+    head: str = "language_model.lm_head."
+    trained: tuple[tuple[str, str], ...] = ()
+    tied: bool = False
+    flat: bool = False
+
+    def saved(self, name: str) -> str:
+        """What save_pretrained calls a tensor."""
+        found = next(((old, new) for old, new in self.trained if name.startswith(old)), ("", ""))
+        return found[1] + name[len(found[0]) :]
+
+    def inner(self, name: str) -> str | None:
+        """What the decoder's own recipe calls a tensor that is saved as `name`; None for one beside it."""
+        for outer, own in ((self.text, "model."), (self.head, "lm_head.")):
+            if name.startswith(outer):
+                return own + name[len(outer) :]
+        return None
+
+    def outer(self, name: str) -> str:
+        """How the hub calls a module or tensor that the decoder's own recipe calls `name`."""
+        for own, outer in (("model.", self.text), ("lm_head.", self.head)):
+            if f"{name}.".startswith(own):
+                return outer.rstrip(".") if f"{name}." == own else outer + name[len(own) :]
+        return name
+
+
+def recipe(
+    ckpt: Checkpoint,
+    config: Said,
+    *,
+    vocab_size: int | None = None,
+    wrapper: Wrapper,
+) -> Model:
+    """The model of a vision-language checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
+    ckpt = _saved(ckpt, wrapper)
+    told = _text_config(config, wrapper)
+    kind = told.get("model_type")
+    if not isinstance(kind, str) or kind not in wrapper.texts:
+        raise RecipeError(
+            f"config: no recipe for a {wrapper.family} whose text_config has model_type {kind!r}, known: "
+            f"{', '.join(wrapper.texts)}"
+        )
+    imagined = isinstance(ckpt.entries, Imagined)
+    within = {inner: name for name in (*ckpt.entries, *ckpt.aliases) if (inner := wrapper.inner(name))}
+    text = imagining.checkpoint() if imagined else respelled(ckpt, within)
+    told["tie_word_embeddings"] = _tied(config, told, wrapper, None if imagined else text)
+    try:
+        model = renamed(TEXTS[kind](text, told, vocab_size=vocab_size), wrapper.outer)
+    except RecipeError as error:
+        raise RecipeError(f"{wrapper.family}'s decoder, by the names of {kind}: {error}") from None
+    decoder = set(within.values())
+    others = {n: n for n in (*ckpt.entries, *ckpt.aliases) if n not in decoder}
+    beside = imagining.checkpoint() if imagined else respelled(ckpt, others)
+    claims = Claims(beside, "")
+    tower, loose = wrapper.beside(claims, config, dim(told, "hidden_size"))
+    if isinstance(ckpt.entries, Imagined):
+        made = {wrapper.outer(name): entry for name, entry in text.entries.items()}
+        for name, entry in (made | dict(beside.entries)).items():
+            ckpt.entries.want(name, entry.shape)
+    return replace(
+        model,
+        family=wrapper.family,
+        tower=tower,
+        carried=(*model.carried, *loose),
+        ignored=(*model.ignored, *claims.close(IGNORED)),
+    )
+
+
+def _saved(ckpt: Checkpoint, wrapper: Wrapper) -> Checkpoint:
+    """The checkpoint by the names that save_pretrained writes. Raises RecipeError where two become one."""
+    if isinstance(ckpt.entries, Imagined):
+        return ckpt
+    names: dict[str, str] = {}
+    for stored in (*ckpt.entries, *ckpt.aliases):
+        name = wrapper.saved(stored)
+        if names.setdefault(name, stored) != stored:
+            raise RecipeError(f"{ckpt.path}: {names[name]} and {stored} are both what is saved as {name}")
+    return respelled(ckpt, names)
+
+
+def _text_config(config: Said, wrapper: Wrapper) -> dict[str, JSON]:
+    """The decoder's config. Raises RecipeError where there is none."""
+    said = config.get("text_config")
+    if said is None and wrapper.flat:
+        return {**config, "model_type": wrapper.texts[0]}
+    if not isinstance(said, dict):
+        raise RecipeError(f"config: text_config must be an object, got {said!r}")
+    usual = DEFAULTS.get(str(said.get("model_type")), {})
+    quantised = {k: v for k, v in config.items() if k == "quantization_config"}
+    return {**usual, **said, **quantised}
+
+
+def _tied(config: Said, told: Said, wrapper: Wrapper, text: Checkpoint | None) -> bool:
+    """Whether embedding and head are one: as the whole config says, else as the checkpoint has them. Of one
+    that is only imagined, as text_config says, else as config's class."""
+    default = flag(told, "tie_word_embeddings", wrapper.tied)
+    if text is not None:
+        default = "lm_head.weight" not in text.entries
+    return flag(config, "tie_word_embeddings", default)
+
+
+DEFAULTS: Mapping[str, Mapping[str, JSON]] = {
+    "llama": {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "mistral": {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8,
+    },
+    "gemma3_text": {
+        "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+    },
+}  # fmt: skip
+"""What a text_config leaves out where it is as in transformers' config class: the hub's of LLaVA 1.5 and
+Gemma 3 say little more than what differs."""
+
+
+# ---- towers and projectors ----
+
+TOWERS = {
+    "clip_vision_model": towers.clip,
+    "siglip_vision_model": towers.siglip,
+    "pixtral": towers.pixtral,
+    "internvl_vision": towers.internvl,
+}
+"""`model_type` of a vision_config -> its tower."""
+
+AT = "multi_modal_projector"
+
+
+def _before(
+    config: Said, usual: str, claims: Claims, mergers: tuple[Mlp, ...] = (), features: JSON = None
+) -> Built:
+    """The tower of `vision_tower`, of the kind that the config says, or the `usual` one."""
+    kind = vision(config).get("vision_config.model_type", usual)
+    if not isinstance(kind, str) or kind not in TOWERS:
+        raise RecipeError(
+            f"config: no tower for vision_config's model_type {kind!r}, known: {', '.join(TOWERS)}"
+        )
+    return TOWERS[kind](claims, "vision_tower", config, mergers, features)
+
+
+def _inner(config: Said, default: int) -> Dim:
+    return of(vision(config), "hidden_size", default)
+
+
+def _projector(claims: Claims, hidden: Dim, features: Dim, *, bias: bool) -> tuple[Mlp]:
+    up = claims.linear(f"{AT}.linear_1", hidden, features, bias=bias)
+    down = claims.linear(f"{AT}.linear_2", hidden, hidden, bias=bias)
+    return (Mlp(None, up(), down()),)
+
+
+def _features(config: Said, usual: int) -> tuple[JSON, int]:
+    """Which layers' output the projector reads, and of how many."""
+    said = config.get("vision_feature_layer")
+    return (usual if said is None else said), len(said) if isinstance(said, list) else 1
+
+
+def _llava(claims: Claims, config: Said, hidden: Dim, usual: int = -2) -> Built:
+    """`usual`: the layer whose output is read, where config does not say."""
+    pixtral = vision(config).get("vision_config.model_type") == "pixtral"
+    features, count = _features(config, usual)
+    bias = flag(config, "multimodal_projector_bias", True)
+    read = _inner(config, 1024 if pixtral else 768).times(count)
+    projector = _projector(claims, hidden, read, bias=bias)
+    return _before(config, "clip_vision_model", claims, projector, features)
+
+
+def _onevision(claims: Claims, config: Said, hidden: Dim) -> Built:
+    tower, loose = _llava(claims, config, hidden, usual=-1)
+    return tower, (*loose, claims.parameter("image_newline", hidden)())
+
+
+def _mistral3(claims: Claims, config: Said, hidden: Dim) -> Built:
+    inner, (features, count) = _inner(config, 1024), _features(config, -1)
+    merged = inner.times(integer(config, "spatial_merge_size", 2) ** 2)
+    bias = flag(config, "multimodal_projector_bias", False)
+    projector = _projector(claims, hidden, inner.times(count), bias=bias)
+    tower, loose = _before(config, "pixtral", claims, projector, features)
+    shapes: Shapes = {"patch_merger.merging_layer.weight": (inner, merged)}
+    shapes |= norms(("norm",), inner, bias=False)
+    return tower, (*loose, *carried(claims, AT, shapes))
+
+
+def _internvl(claims: Claims, config: Said, hidden: Dim) -> Built:
+    ratio = config.get("downsample_ratio", 0.5)
+    if not isinstance(ratio, float) or not 0 < ratio <= 1:
+        raise RecipeError(f"config: downsample_ratio must be a number up to 1, got {ratio!r}")
+    features = _inner(config, 1024).times(int(1 / ratio) ** 2)
+    tower, loose = _before(config, "internvl_vision", claims, _projector(claims, hidden, features, bias=True))
+    return tower, (*loose, *carried(claims, AT, norms(("layer_norm",), features)))
+
+
+def _gemma3(claims: Claims, config: Said, hidden: Dim) -> Built:
+    inner = _inner(config, 768)
+    tower, loose = _before(config, "siglip_vision_model", claims)
+    shapes: Shapes = {"mm_input_projection_weight": (inner, hidden), "mm_soft_emb_norm.weight": (inner,)}
+    return tower, (*loose, *carried(claims, AT, shapes))
+
+
+def _within(build: Callable[[Claims, str, Said, Dim], Built], at: str) -> Beside:
+    """A tower below the module `at` that has its projector within."""
+
+    def beside(claims: Claims, config: Said, hidden: Dim) -> Built:
+        return build(claims, at, config, hidden)
+
+    return beside
+
+
+_QWEN2 = (("model.language_model.", "model."), ("model.visual.", "visual."))
+_LLAVA = (
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.vision_tower.", "vision_tower."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.image_newline", "image_newline"),
+)
+
+_APART = ("llama", "mistral", "qwen2", "qwen3")
+
+QWEN2_VL = Wrapper(
+    "qwen2_vl", ("qwen2_vl_text",), _within(towers.qwen2, "visual"), "model.", "lm_head.", _QWEN2, flat=True
+)
+QWEN2_5_VL = Wrapper(
+    "qwen2_5_vl",
+    ("qwen2_5_vl_text",),
+    _within(towers.qwen2_5, "visual"),
+    "model.",
+    "lm_head.",
+    _QWEN2,
+    flat=True,
+)
+QWEN3_VL = Wrapper(
+    "qwen3_vl", ("qwen3_vl_text",), _within(towers.qwen3, "model.visual"), "model.language_model.", "lm_head."
+)
+GLM4V = Wrapper(
+    "glm4v", ("glm4v_text",), _within(towers.glm4v, "model.visual"), "model.language_model.", "lm_head."
+)
+GEMMA3 = Wrapper("gemma3", ("gemma3_text",), _gemma3, trained=_LLAVA, tied=True)
+MISTRAL3 = Wrapper("mistral3", _APART, _mistral3, trained=_LLAVA, tied=True)
+LLAVA = Wrapper("llava", _APART, _llava, trained=_LLAVA)
+LLAVA_ONEVISION = Wrapper("llava_onevision", _APART, _onevision, trained=_LLAVA)
+INTERNVL = Wrapper("internvl", _APART, _internvl, trained=_LLAVA, tied=True)

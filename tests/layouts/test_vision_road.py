@@ -1,0 +1,112 @@
+"""Qwen2.5-VL as DeepSpeed leaves it, to a directory that transformers loads and to vLLM's shards."""
+
+from __future__ import annotations
+
+import json
+
+import fastckpt
+import pytest
+import torch
+from layouts import families
+from zero_writer import write_zero
+
+transformers = families.transformers
+BESIDE = ("preprocessor_config.json", "chat_template.json", "tokenizer_config.json", "processor_config.json")
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """(the model, its ZeRO-3 directory, with what a processor needs beside it)."""
+    sizes = families.WRAPPERS["qwen2_5_vl"].sizes | {"image_token_id": 200, "vision_start_token_id": 201}
+    text = sizes["text_config"] | {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    }
+    config = transformers.Qwen2_5_VLConfig(**sizes | {"text_config": text, "tie_word_embeddings": False})
+    torch.manual_seed(7)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
+    path = tmp_path / "checkpoint"
+    write_zero(path, dict(model.named_parameters()), stage=3, world=3)
+    config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
+    config.save_pretrained(path)
+    for name in BESIDE:
+        (path / name).write_text(json.dumps({"file": name}))
+    return model, path
+
+
+def logits(model):
+    """Of a picture of 4 x 4 patches between words."""
+    ids = torch.tensor([[5, 201, 200, 200, 200, 200, 7, 9]])
+    torch.manual_seed(3)
+    with torch.no_grad():
+        return model(
+            input_ids=ids,
+            mm_token_type_ids=(ids == 200).int(),
+            pixel_values=torch.randn(16, 3 * 2 * 4 * 4),
+            image_grid_thw=torch.tensor([[1, 4, 4]]),
+        ).logits
+
+
+def test_transformers_sees_the_same(trained, tmp_path):
+    model, path = trained
+    fastckpt.reshard(path, layout="hf", out=tmp_path / "hf", durable=False)
+    kind = type(model)
+    again, info = kind.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(logits(again.eval()), logits(model))
+    assert not torch.equal(logits(model), logits(kind(model.config).eval()))
+    for name in BESIDE:
+        assert (tmp_path / "hf" / name).read_text() == (path / name).read_text()
+
+
+def test_load_into_and_consolidate(trained, tmp_path):
+    model, path = trained
+    again = fastckpt.load_into(type(model)(model.config), path).eval()
+    assert torch.equal(logits(again), logits(model))
+    state = fastckpt.consolidate(path)
+    assert all(torch.equal(state[n], x) for n, x in model.state_dict().items())
+
+
+def test_vllms_shards_hold_the_same_numbers(trained):
+    model, path = trained
+    state, tp = model.state_dict(), 2
+    shards = fastckpt.reshard(path, tp, layout="vllm")
+    at = "model.visual.blocks.1"
+    for rank, got in enumerate(shards):
+
+        def rows(name, rank=rank):
+            return state[name].chunk(tp)[rank]
+
+        qkv = [x.chunk(tp)[rank] for x in state[f"{at}.attn.qkv.weight"].chunk(3)]
+        assert torch.equal(got["visual.blocks.1.attn.qkv.weight"], torch.cat(qkv))
+        both = [rows(f"{at}.mlp.{n}_proj.bias") for n in ("gate", "up")]
+        assert torch.equal(got["visual.blocks.1.mlp.gate_up_proj.bias"], torch.cat(both))
+        down = state["model.visual.merger.mlp.2.weight"].chunk(tp, 1)[rank]
+        assert torch.equal(got["visual.merger.mlp.2.weight"], down)
+        text = "layers.0.self_attn"
+        q, k, v = (rows(f"model.language_model.{text}.{n}_proj.weight") for n in "qkv")
+        assert torch.equal(got[f"language_model.model.{text}.qkv_proj.weight"], torch.cat([q, k, v]))
+
+
+def test_a_smaller_vocabulary_is_told_where_the_config_has_it(trained, tmp_path):
+    _, path = trained
+    fastckpt.reshard(path, layout="hf", vocab_size=204, out=tmp_path / "less", durable=False)
+    config = json.loads((tmp_path / "less" / "config.json").read_text())
+    assert config["text_config"]["vocab_size"] == 204
+    assert "vocab_size" not in config
+
+
+def test_padded_heads_are_told_there_too_and_taken_back(trained, tmp_path):
+    _, path = trained
+    padded = fastckpt.layouts.layout("hf", {"pad": "true"})
+    fastckpt.reshard(path, 3, layout=padded, vocab_size=207, out=tmp_path / "out", durable=False)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["text_config"]["num_attention_heads"] == 12
+    opened = fastckpt.open(tmp_path / "out")
+    assert opened["model.language_model.layers.0.self_attn.q_proj.weight"].shape == (64, 64)
+    assert opened.config["text_config"]["num_attention_heads"] == 8
+
+
+def test_quantising_one_is_refused(trained, tmp_path):
+    _, path = trained
+    with pytest.raises(fastckpt.LayoutError, match="of qwen2_5_vl's tower stay dense is not known"):
+        fastckpt.reshard(path, layout="hf", quant="int8", out=tmp_path / "q", durable=False)

@@ -1,0 +1,121 @@
+"""Vision-language models: the spellings the hub and transformers have of one are read, doubts refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fastckpt import recipes
+from fastckpt.errors import LayoutError, RecipeError
+from fastckpt.layouts import layout
+from fastckpt.placement import Placement
+from layouts import families
+from reading import memory, same, shard
+
+
+def written(tensors, config, served="hf", tp=1):
+    model = recipes.find(config)(memory(tensors), config)
+    return shard(layout(served).targets(model, Placement(tp=tp)))
+
+
+def test_a_config_without_a_text_config():
+    """As the hub has Qwen2-VL's and Qwen2.5-VL's: the decoder's sizes beside the tower's config."""
+    for name in ("qwen2_vl", "qwen2_5_vl"):
+        config, hub, _ = families.made(name)
+        own = {k: v for k, v in config["text_config"].items() if k != "model_type"}
+        flat = own | {k: v for k, v in config.items() if k != "text_config"}
+        same(written(hub, flat), hub)
+
+
+@pytest.mark.parametrize("name", ["gemma3-images", "llava", "llava-layers", "llava_onevision"])
+def test_a_tower_within_vision_model_stays_there_and_is_the_same_to_vllm(name):
+    config, hub, _ = families.made(name)
+    older = {n.replace("vision_tower.", "vision_tower.vision_model."): x for n, x in hub.items()}
+    same(written(older, config), older)
+    one, other = written(older, config, "vllm"), written(hub, config, "vllm")
+    assert sorted(one) == sorted(other)
+    assert all((one[n][1] == other[n][1]).all() for n in one)
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "sizes"),
+    [
+        ("gemma3-images", ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers"), {}),
+        ("llava", ("model_type", "vocab_size"), {"hidden_size": 4096, "num_attention_heads": 32}),
+    ],
+)
+def test_what_the_hubs_text_config_leaves_out(name, kept, sizes):
+    """Gemma 3 4B's and LLaVA 1.5's say only what differs from transformers' classes."""
+    config, _, _ = families.made(name)
+    text = {k: v for k, v in config["text_config"].items() if k in kept}
+    text |= {"num_hidden_layers": 1}
+    names = recipes.imagined(recipes.find(config), config | {"text_config": text})
+    plain = families.transformers.AutoConfig.for_model(**text)
+    at = "language_model.model.layers.0.self_attn"
+    head_dim = plain.head_dim
+    assert names[f"{at}.q_proj.weight"] == (plain.num_attention_heads * head_dim, plain.hidden_size)
+    assert names[f"{at}.k_proj.weight"] == (plain.num_key_value_heads * head_dim, plain.hidden_size)
+    assert names["language_model.model.embed_tokens.weight"] == (plain.vocab_size, plain.hidden_size)
+    assert sizes.items() <= plain.to_dict().items()
+
+
+def silent(config):
+    """The config, where nothing says whether embedding and head are one."""
+    text = {k: v for k, v in config["text_config"].items() if k != "tie_word_embeddings"}
+    return {k: v for k, v in config.items() if k != "tie_word_embeddings"} | {"text_config": text}
+
+
+@pytest.mark.parametrize("name", ["mistral3", "llava", "gemma3-images", "qwen2_5_vl"])
+def test_a_config_that_does_not_say_whether_the_head_is_tied(name):
+    """Mistral Small 3.1's of the hub has a head of its own, though transformers' class ties it by default."""
+    config, hub, _ = families.made(name)
+    same(written(hub, silent(config)), hub)
+
+
+def test_a_tied_head_beside_one_of_its_own_is_refused():
+    config, hub, _ = families.made("mistral3")
+    with pytest.raises(RecipeError, match=r"mistral3's decoder.*config says tie_word_embeddings, yet"):
+        written(hub, config | {"tie_word_embeddings": True})
+
+
+def test_two_spellings_of_one_tensor_are_refused():
+    config, hub, _ = families.made("llava")
+    with pytest.raises(RecipeError, match="are both what is saved as"):
+        written(hub | {"lm_head.weight": hub["language_model.lm_head.weight"]}, config)
+
+
+def test_a_tensor_that_is_nowhere_in_the_model_is_refused():
+    config, hub, _ = families.made("qwen3_vl")
+    for name in ("model.visual.blocks.7.norm1.weight", "model.language_model.layers.0.extra"):
+        with pytest.raises(RecipeError, match="has no place for"):
+            written(hub | {name: torch.zeros(3)}, config)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"text_config": {"model_type": "mamba"}}, "whose text_config has model_type 'mamba', known: llama"),
+        (
+            {"vision_config": {"model_type": "dinov2", "hidden_size": 32}},
+            "no tower for vision_config's model_type 'dinov2'",
+        ),
+        ({"vision_config": None}, "vision_config must be an object, got None"),
+        ({"text_config": None}, "text_config must be an object, got None"),
+        ({"vision_feature_layer": -9}, "vision_feature_layer -9 of 3 layers"),
+    ],
+)
+def test_configs_that_are_not_read(changed, message):
+    config, hub, _ = families.made("llava")
+    with pytest.raises(RecipeError, match=message):
+        written(hub, config | changed)
+
+
+def test_what_vllm_refuses():
+    config, hub, _ = families.made("llava")
+    model = recipes.find(config)(memory(hub), config)
+    with pytest.raises(LayoutError, match="the stages of llava are not known: wanted pp 1"):
+        list(layout("vllm").targets(model, Placement(pp=2)))
+    config, hub, _ = families.made("qwen2_5_vl")
+    odd = config | {"vision_config": config["vision_config"] | {"num_heads": 4}}
+    model = recipes.find(odd)(memory(hub), odd)
+    with pytest.raises(LayoutError, match="number of attention heads 4 does not divide by tp 8"):
+        list(layout("vllm").targets(model, Placement(tp=8)))
