@@ -89,13 +89,20 @@ def listed(path: str, pattern: str) -> list[str]:
     return sorted(n for n in fnmatch.filter(names, pattern) if not n.startswith("."))
 
 
-def content(path: str, limit: int = -1) -> bytes:
+_PIECE = 1 << 20
+
+
+def content(path: str, limit: int = 1 << 62) -> bytes:
     """The bytes of a file, at most `limit`. Raises SourceError where they cannot be read."""
+    made = bytearray()
     try:
         with open(path, "rb") as f:
-            return f.read(limit)
+            # read(limit) makes room for all of it first, in a small file too
+            while piece := f.read(min(limit - len(made), _PIECE)):
+                made += piece
     except OSError as e:
         raise SourceError(f"{path}: {e.strerror}") from None
+    return bytes(made)
 
 
 def pieces_of(path: str, nbytes: int) -> Iterator[bytes]:

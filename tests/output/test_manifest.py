@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +53,18 @@ def test_comes_back(tmp_path: Path) -> None:
         (tmp_path / "fastckpt.json").write_bytes(b"".join(m.text()))
         assert Manifest.read(tmp_path) == Manifest.read(tmp_path / "fastckpt.json") == m
         assert json.loads(b"".join(m.text()))["schema"] == 1
+
+
+def test_a_small_record_takes_little_memory(tmp_path: Path) -> None:
+    """Not as much as the largest that is read."""
+    (tmp_path / "x").write_bytes(b"".join(example().text()))
+    Manifest.read(tmp_path / "x")
+    tracemalloc.start()
+    try:
+        Manifest.read(tmp_path / "x")
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("flips", [300, pytest.param(10**6, marks=pytest.mark.nightly)])

@@ -489,7 +489,7 @@ def test_nothing_is_executed(tmp_path):
 def dist(tmp_path, tensors, *, record="torch_dist", args=ARGS, common=True):
     """A save of whole tensors under Megatron's keys."""
     root = tmp_path / "dist"
-    dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(root), no_dist=True)
+    dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(root))
     if record is not None:
         (root / "metadata.json").write_text(json.dumps({"sharded_backend": record}))
     if common:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from ..checkpoint import JSON
 from ..digest import digest
 from ..errors import FastckptError, SourceError, expect
-from ..extents import File, fill, is_directory, let_go
+from ..extents import File, content, fill, is_directory, let_go
 from ..output.manifest import NAME, TRACE, FileEntry, Manifest, TensorEntry, rank_of
 from ..sources.safetensors import MAX_HEADER, Item, read_header
 from .rereading import Progress, Stored, reread
@@ -296,8 +296,7 @@ def _same_index(seen: _Seen, name: str, where: Mapping[str, str]) -> None:
     """An index names each tensor's file as it is."""
     folder = os.path.dirname(name)
     try:
-        with open(File.at(os.path.join(seen.root, name)).path, "rb") as f:
-            index: JSON = json.loads(f.read(MAX_HEADER))
+        index: JSON = json.loads(content(File.at(os.path.join(seen.root, name)).path, MAX_HEADER))
         weights = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weights, dict):
             raise ValueError("no weight_map")
