@@ -10,6 +10,7 @@ import torch
 from fastckpt.placement import Placement
 from layouts import families, family_oracle
 from safetensors.torch import load_file, save_file
+from zero_writer import write_zero
 
 KEPT = "e_score_correction_bias"
 
@@ -33,7 +34,10 @@ def equal(got, want):
         assert got[name].dtype == x.dtype and torch.equal(got[name], x), name
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "falcon-new", "bloom", "phi3", "chatglm"])
+FILES = ["deepseek_v3", "gpt_oss", "falcon-new", "bloom", "phi3", "chatglm", "cohere-normed", "opt", "phi"]
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_vllm_files_of_two_ranks(name, tmp_path):
     path, hub = directory(name, tmp_path / "hub")
     heads = (8, 2, 8) if name == "chatglm" else families.FAMILIES[name].heads
@@ -42,6 +46,21 @@ def test_vllm_files_of_two_ranks(name, tmp_path):
     for r in range(2):
         got = load_file(tmp_path / "served" / f"model-rank-{r}-part-0.safetensors")
         equal(got, rounded(family_oracle.vllm(hub, heads, 2, r, order)))
+
+
+def test_numbers_that_a_trainer_keeps_as_buffers(tmp_path):
+    """Of Apertus' activation two numbers are parameters, two are buffers, which ZeRO does not cut."""
+    config, hub, _ = families.made("apertus")
+    fixed = {n: x for n, x in hub.items() if n.endswith((".beta", ".eps"))}
+    assert len(fixed) == 4 and all(x.shape == () for x in fixed.values())
+    trained = {n: x for n, x in hub.items() if n not in fixed}
+    write_zero(tmp_path / "zero", trained, stage=3, world=3, buffers=fixed)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shards = fastckpt.reshard(
+        tmp_path / "zero", tp=2, layout="vllm", dtype="bfloat16", config=tmp_path / "config.json"
+    )
+    for r, got in enumerate(shards):
+        equal(got, rounded(family_oracle.vllm(hub, families.FAMILIES["apertus"].heads, 2, r)))
 
 
 @pytest.mark.parametrize("name", ["bert", "t5", "whisper", "falcon-mqa"])
@@ -55,17 +74,22 @@ def test_hf_files_of_two_ranks(name, tmp_path):
         equal(got, family_oracle.hf(hub, heads, 2, r))
 
 
+TIED = ("t5", "opt", "mpt")
+
+
 @pytest.mark.parametrize(
-    "name", ["qwen3_moe", "deepseek_v2", "gpt_oss", "glm4", "gpt_neox", "bert-alone", "t5"]
+    "name",
+    [
+        *("qwen3_moe", "deepseek_v2", "gpt_oss", "glm4", "gpt_neox", "bert-alone", "t5"),
+        *("olmo2", "apertus", "nemotron", "gptj", "opt", "mpt", "modernbert-alone"),
+    ],
 )
 def test_transformers_loads_what_one_rank_wrote(name, tmp_path):
     """Written from the trainer's spelling, loaded by transformers: the same model again."""
     config, _, state = families.made(name)
-    tied = {
-        n
-        for n in state
-        if n.endswith("coder.embed_tokens.weight") or (n == "lm_head.weight" and name == "t5")
-    }
+    tied = {"lm_head.weight"} if name in TIED else set()
+    if name == "t5":
+        tied |= {f"{side}coder.embed_tokens.weight" for side in ("en", "de")}
     tensors = {n: x for n, x in state.items() if n not in tied}
     fastckpt.reshard(tensors, config=config, layout="hf", out=tmp_path / "hub", durable=False)
     (tmp_path / "hub" / "config.json").write_text(json.dumps(config))

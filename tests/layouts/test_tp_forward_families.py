@@ -13,6 +13,7 @@ from tp_forward import IDS, run_ranks, same_logits
 
 NAMES = [
     "qwen3", "gpt2", "gemma2", "phi3", "glm4", "gpt_neox", "qwen2_moe", "qwen3_moe", "deepseek_v2",
+    "olmo2", "exaone4", "cohere2", "starcoder2", "phi", "nemotron", "apertus",
     "deepseek_v3", "qwen3_next", "qwen3_5", "bloom", "falcon-new", "falcon-mqa", "falcon-rw",
 ]  # fmt: skip
 PLAIN = ("gpt2", "bloom", "falcon-new", "falcon-mqa", "falcon-rw")

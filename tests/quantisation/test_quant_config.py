@@ -11,7 +11,7 @@ from fastckpt.errors import LayoutError
 from fastckpt.quantisation.schemes import SCHEMES, Quant
 
 transformers = pytest.importorskip("transformers")
-from layouts.families import ENCODERS, FAMILIES, made  # noqa: E402
+from layouts.families import ENCODERS, FAMILIES, config_of, made  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 GPT2_NAMES = ("gpt_bigcode", "gpt_bigcode-heads")
@@ -25,19 +25,24 @@ def test_names_that_do_not_say_which_way_a_matrix_lies_are_refused(name, tmp_pat
         fastckpt.reshard(tensors, config=config, quant="int8", out=tmp_path / "out", durable=False)
 
 
+STACKED = dict.fromkeys(("gpt_oss", "llama4_text"), ("*.experts.*",))
+STACKED |= dict.fromkeys(("granitemoe", "granitemoeshared"), ("*.block_sparse_moe.*put_linear.weight",))
+"""Models whose hub has stacks of experts -> patterns of them."""
+
+
 @pytest.mark.parametrize("name", [n for n in (*FAMILIES, *ENCODERS) if n not in GPT2_NAMES])
 def test_every_linear_is_quantised_or_said_to_be_dense(name, tmp_path):
     """compressed-tensors takes every other one for quantised, and finds no scales of it: a tied output layer
     lies in no file, and a module may be called otherwise than its tensors."""
     family = (FAMILIES | ENCODERS)[name]
-    kind = family.name + "Text" * (family.name == "Gemma3")
-    config = getattr(transformers, f"{kind}Config")(**family.sizes)
+    config = config_of(name)
     with torch.device("meta"):
-        model = getattr(transformers, (family.model or family.name) + family.architecture)(config)
+        kind = (family.model or family.name).removesuffix("Text")
+        model = getattr(transformers, kind + family.architecture)(config)
     linear = {n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     written, tensors, _ = made(name)
     out = tmp_path / "out"
-    quant = Quant(SCHEMES["int8"], exclude=("*.experts.*",) if name == "gpt_oss" else ())  # stacks stay dense
+    quant = Quant(SCHEMES["int8"], exclude=STACKED.get(name, ()))  # stacks stay dense
     fastckpt.reshard(tensors, config=written, quant=quant, out=out, durable=False)
     names = load_file(out / "model.safetensors")
     quantised = {n.removesuffix(".weight_scale") for n in names if n.endswith(".weight_scale")}

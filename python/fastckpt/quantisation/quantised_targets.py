@@ -250,6 +250,9 @@ def quantization_config(quant: Quant, shapes: Mapping[str, tuple[int, ...]]) -> 
         for head, of in HEADS.items()
         if f"{head}.weight" not in shapes and any(name.startswith(of) for name in shapes)
     ]
+    if "model.norm.bias" in shapes:  # Phi-3.5-MoE: transformers calls its routers so; Mixtral's are no Linear
+        gates = [str(name) for name in left if str(name).endswith(".block_sparse_moe.gate")]
+        left += [name.replace(".block_sparse_moe.gate", ".mlp.router") for name in gates]
     asked = [
         name.removesuffix(".weight")
         for name, shape in shapes.items()
