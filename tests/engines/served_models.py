@@ -100,7 +100,21 @@ MODELS: dict[str, tuple[str, dict]] = {
         "Qwen3Next",
         _sizes(_DELTA, **_MOE, shared_expert_intermediate_size=192, mlp_only_layers=[0]),
     ),
+    "qwen3_next-wide": (
+        "Qwen3Next",
+        _sizes(
+            _DELTA, **_MOE | {"moe_intermediate_size": 256}, shared_expert_intermediate_size=256,
+            hidden_size=256, num_key_value_heads=2, head_dim=128, linear_key_head_dim=128,
+        ),
+    ),
     "qwen3_5_text": ("Qwen3_5Text", _sizes(_DELTA)),
+    "qwen3_5_text-wide": (
+        "Qwen3_5Text",
+        _sizes(
+            _DELTA, hidden_size=256, num_key_value_heads=2, head_dim=128, linear_key_head_dim=128,
+            linear_value_head_dim=128,
+        ),
+    ),
     "qwen3_5_text-mixed": ("Qwen3_5Text", _sizes(_DELTA, tie_word_embeddings=True)),
     "qwen3_5_moe_text": ("Qwen3_5MoeText", _sizes(_DELTA, **_MOE, shared_expert_intermediate_size=192)),
     "glm4_moe": (
@@ -372,6 +386,11 @@ SCHEMES: dict[str, dict] = PACKED | {
 }
 """scheme -> the quantization_config of its files, without the modules that stay as they are."""
 
+DENSE = (
+    "embed_tokens", "lm_head", "gate", "shared_expert_gate", "in_proj_ba", "in_proj_b", "in_proj_a",
+)  # fmt: skip
+"""Modules that stay as they are."""
+
 BY_ROW = ("int8", "fp8-channel")
 """Those with a scale for every output."""
 
@@ -386,6 +405,8 @@ QUANTISED: dict[str, tuple[str, str]] = {
         "llama": ("int8", "int8-matrix", "fp8-channel", "fp8-static", "fp8-matrix"),
         "llama-tied": ("int8",),
         "llama-wide": ("fp8-block", "fp8-block-scale"),
+        "qwen3_next-wide": ("fp8-block",),
+        "qwen3_5_text-wide": ("fp8-block",),
         "mistral": ("int8", "fp8-matrix"),
         "qwen2": ("int8", "fp8-matrix"),
         "qwen3": ("int8", "fp8-matrix"),
@@ -502,7 +523,7 @@ def _quantise(folder: str, scheme: str) -> None:
         module = name.removesuffix(".weight")
         if module == name or tensor.dim() != 2:
             continue
-        if module.rpartition(".")[2] in ("embed_tokens", "lm_head", "gate", "shared_expert_gate"):
+        if module.rpartition(".")[2] in DENSE:
             left.append(module)
             continue
         rows, columns = tensor.shape

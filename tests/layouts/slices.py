@@ -13,6 +13,8 @@ def local_parts(model, tp, rank):
     """Parameter or buffer name -> what that rank holds.
 
     The model is cut in place, in a fake process group: cutting needs no messages."""
+    if not hasattr(model, "_expand_parallel_plan"):
+        pytest.skip("this transformers is too old to cut by _expand_parallel_plan")
     dist.init_process_group("fake", store=fake.FakeStore(), rank=rank, world_size=tp)
     try:
         mesh = dist.init_device_mesh("cpu", (tp,), mesh_dim_names=("tp",))

@@ -46,6 +46,12 @@ def start(world: int, what: str, root: Path) -> None:
     assert [r.returncode for r in ranks] == [0] * world, "\n".join(said)
 
 
+TRAINS = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch's FSDP2 does not train on a CPU"
+)
+
+
+@TRAINS
 def test_cut_tensors(tmp_path: Path) -> None:
     root = tmp_path / "ck"
     start(2, "save", root)
@@ -68,6 +74,7 @@ def test_cut_tensors(tmp_path: Path) -> None:
         manager.restore(1)
 
 
+@TRAINS
 @pytest.mark.nightly
 def test_into_a_larger_world(tmp_path: Path) -> None:
     start(2, "save", tmp_path / "ck")

@@ -137,7 +137,9 @@ _DEEPSEEK = Served(
     stages="own",
 )
 _QWEN_DELTA = Served(
-    (*_STACKS, *_SHARED, *_ROUTER), rounded=("*.linear_attn.norm.weight", "*.linear_attn.dt_bias")
+    (*_STACKS, *_SHARED, *_ROUTER),
+    quantised={"fp8": Form(_FP8_CACHE)},
+    rounded=("*.linear_attn.norm.weight", "*.linear_attn.dt_bias"),
 )
 # Through vLLM's Transformers backend, which keeps the shared block's module.
 _ROUTED = Served(
@@ -161,7 +163,9 @@ _VLLM_0_32: dict[str, Served] = {
     "mixtral": Served(_STACKS, quantised=_FORMS, stages="all"),
     "qwen2_moe": Served((*_STACKS, *_SHARED), quantised=_FORMS),
     "qwen3_moe": Served((*_STACKS, *_ROUTER), quantised=_FORMS, stages="all"),
-    **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text"), _QWEN_DELTA),
+    "qwen3_next": _QWEN_DELTA,
+    "qwen3_5_text": _QWEN_DELTA,
+    "qwen3_5_moe_text": replace(_QWEN_DELTA, quantised={}),
     "glm4_moe": Served((*_STACKS, *_SHARED, *_CORRECTION), quantised=_FORMS, float32=("*.mlp.gate.weight",)),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
