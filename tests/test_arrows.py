@@ -209,7 +209,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__",),
     ),
     "recipes": (
-        ("quantised", "imagining", "renaming"),
+        ("quantised", "imagining", "renaming", "known"),
         ("claims",),
         ("fused", "latent"),
         ("delta",),

@@ -21,7 +21,7 @@ from fastckpt import cli
 from fastckpt.doors import arguments, demo, terminal
 from fastckpt.errors import FastckptError
 from fastckpt.placement import Placement
-from fastckpt.recipes import RECIPES
+from fastckpt.recipes import TYPES
 from safetensors.torch import load_file, save_file
 from zero_writer import write_zero
 
@@ -386,7 +386,7 @@ def test_recipes(run):
     code, out, _ = run("recipes")
     assert code == 0 and "mixtral" in out and "rotary_emb.inv_freq" in out
     families = json.loads(run("recipes", "--json")[1])["families"]
-    assert [f["model_type"] for f in families] == list(RECIPES)
+    assert [f["model_type"] for f in families] == list(TYPES)
 
 
 def test_a_recipe_of_ones_own(run, tmp_path):
@@ -394,7 +394,7 @@ def test_a_recipe_of_ones_own(run, tmp_path):
     write_zero(source, llama(), stage=3, world=2)
     (source / "config.json").write_text(json.dumps({**CONFIG, "model_type": "mine"}))
     assert run("reshard", source, tmp_path / "out")[0] == 2
-    recipe.write_text("from fastckpt.recipes import RECIPES\nRECIPE = RECIPES['llama']\n")
+    recipe.write_text("from fastckpt.recipes import named\nRECIPE = named('llama')\n")
     assert run("reshard", source, tmp_path / "out", "--recipe", recipe, "--no-fsync")[0] == 0
     assert run("verify", tmp_path / "out")[0] == 0
     code, _, said = run("reshard", source, tmp_path / "no", "--recipe", tmp_path / "none.py")

@@ -230,7 +230,7 @@ def _recipes(args: argparse.Namespace) -> int:
 
     left_out: dict[str, list[str]] = {}
     for family in FAMILIES:
-        for pattern in family.ignored:
+        for pattern in family.known.ignored:
             left_out.setdefault(pattern, []).append(family.model_type)
 
     def text() -> str:
@@ -241,7 +241,8 @@ def _recipes(args: argparse.Namespace) -> int:
     def as_json() -> dict[str, JSON]:
         return {
             "families": [
-                {"model_type": f.model_type, "about": f.about, "ignored": list(f.ignored)} for f in FAMILIES
+                {"model_type": f.model_type, "about": f.about, "ignored": list(f.known.ignored)}
+                for f in FAMILIES
             ]
         }
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 MODELS = {
     **{n: tiny for n in ("llama", "mistral-mqa", "qwen2", "qwen3", "mixtral", "gpt2")},
-    **{n: families for n in (*families.FAMILIES, *families.ENCODERS, "chatglm")},
+    **{n: families for n in (*families.FAMILIES, *families.ENCODERS, *families.WRAPPERS, "chatglm")},
 }
 OPTIONS = {"hf": {"replicate_kv": "true", "vocab_padding": "8"}}
 
@@ -76,7 +76,10 @@ def test_every_layout_uses_every_name(name):
                 refused.setdefault(served, []).append(tp)
                 continue
             names.discard("constant")  # ALiBi's slopes, which no file holds
-            assert names == set(tensors), (served, tp, set(tensors) - names)
+            left = set(tensors) - names
+            if served == "vllm" and name in families.WRAPPERS:  # behind what a projector reads
+                left = {n for n in left if not n.startswith("vision_tower.")}
+            assert names <= set(tensors) and not left, (served, tp, left)
     assert "hf" not in refused
     if name not in families.ENCODERS:
         assert "vllm" not in refused

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from importlib import import_module
+
 import pytest
 import torch
 from fastckpt import recipes
@@ -247,6 +251,18 @@ def test_an_installed_recipe(tmp_path, monkeypatch):
 
 
 def test_the_table():
-    assert [row.model_type for row in FAMILIES] == list(recipes.RECIPES)
-    assert all(row.about and recipes.named(row.model_type) is row.recipe for row in FAMILIES)
-    assert next(row for row in FAMILIES if row.model_type == "llama").ignored == ("*rotary_emb.inv_freq",)
+    assert [row.model_type for row in FAMILIES] == list(recipes.TYPES)
+    assert all(row.about and recipes.named(row.model_type) is row.known.recipe for row in FAMILIES)
+    assert recipes.TYPES["llama"].known.ignored == ("*rotary_emb.inv_freq",)
+    for module in {row.module for row in FAMILIES}:
+        read = import_module(f"fastckpt.recipes.{module}").FAMILIES
+        assert {*read} == {row.model_type for row in FAMILIES if row.module == module}
+
+
+def test_only_the_module_that_reads_it_is_imported():
+    code = (
+        "import sys; from fastckpt import recipes; recipes.named('llama'); "
+        "print(*sorted(m for m in sys.modules if m.startswith('fastckpt.recipes.')))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "fastckpt.recipes.llama" in found.split() and "fastckpt.recipes.gpt2" not in found.split()

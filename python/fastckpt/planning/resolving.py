@@ -241,7 +241,7 @@ def _by_roles(
         _tied(model, adapter, request),
         options,
         (*_notes(ckpt), *_notes_of(model, name, resized)),
-        _ours(layout) and recipe in recipes.RECIPES.values(),
+        _ours(layout) and (config.get("model_type") if asked is None else asked) in recipes.TYPES,
     )
     if adapter is not None and request.apart:
         return _thin(resolved, layout, model, adapter, dtype)

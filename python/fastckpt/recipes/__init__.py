@@ -1,6 +1,6 @@
 """Model families: each recipe turns a checkpoint and its config into a Model.
 
-A family is a file here and a line in FAMILIES; a user's own is a file of theirs, or an entry point.
+A family is a line in FAMILIES, here and in its module; a user's own is a file of theirs, or an entry point.
 """
 
 from __future__ import annotations
@@ -8,186 +8,124 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
-from typing import Protocol, cast
+from typing import cast
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import Model
-from . import (
-    bert,
-    chatglm,
-    cogvlm2,
-    cohere,
-    decoder,
-    deepseek,
-    ernie,
-    gemma,
-    glm,
-    gpt2,
-    gpt_oss,
-    gptj,
-    granite_moe,
-    imagining,
-    jina_bert,
-    llama,
-    llama4,
-    mixtral,
-    mixture,
-    modernbert,
-    mpt,
-    neox,
-    olmo,
-    opt,
-    phi3,
-    qwen_moe,
-    qwen_next,
-    t5,
-    ungated,
-    vision_language,
-    whisper,
-)
-
-
-class Recipe(Protocol):
-    """Checks every name and shape against the config at once; roles are built when they are asked for.
-
-    `vocab_size`: how many embedding rows count, where checkpoint and config differ. Raises RecipeError for a
-    name that is missing, does not fit, or has no role."""
-
-    def __call__(
-        self, ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None
-    ) -> Model: ...
+from . import imagining
+from .known import Known, Recipe
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One line of the table: `model_type` as transformers spells it, its recipe, what it reads in a few
-    words, and the patterns of names it knows and leaves out."""
+    """One line of the table: `model_type` as transformers spells it, the module that reads it, which is
+    imported when it is asked for, and what it reads in a few words."""
 
     model_type: str
-    recipe: Recipe
+    module: str
     about: str
-    ignored: tuple[str, ...] = decoder.IGNORED
 
-
-def _decoder(kind: decoder.Kind, about: str) -> Family:
-    return Family(kind.family, partial(decoder.recipe, kind=kind), about, kind.ignored)
-
-
-def _wrapper(wrapper: vision_language.Wrapper, about: str) -> Family:
-    return Family(wrapper.family, partial(vision_language.recipe, wrapper=wrapper), about)
-
-
-def _mixture(family: mixture.Mixture, about: str) -> Family:
-    kind = family.kind
-    return Family(kind.family, partial(mixture.recipe, mixture=family), about, kind.ignored)
+    @property
+    def known(self) -> Known:
+        """Its recipe, and the names that it leaves out."""
+        table = import_module(f".{self.module}", __name__).FAMILIES
+        return cast(Mapping[str, Known], table)[self.model_type]
 
 
 FAMILIES: tuple[Family, ...] = (
-    _decoder(llama.LLAMA, "Llama: q, k, v and gate, up apart"),
-    _decoder(llama.MISTRAL, "Mistral: as Llama, no biases"),
-    _decoder(llama.MINISTRAL, "Ministral: as Mistral"),
-    _decoder(llama.GRANITE, "Granite: as Llama"),
-    _decoder(llama.SMOLLM3, "SmolLM3: as Llama, tied unless it says otherwise"),
-    _decoder(llama.QWEN2, "Qwen2: as Llama, biases on q, k, v"),
-    _decoder(llama.QWEN3, "Qwen3: as Llama, norms on each head's q and k"),
-    _decoder(llama.MINISTRAL3, "Ministral 3, text: as Mistral"),
-    _decoder(llama.SEED_OSS, "Seed-OSS: as Llama, biases on q, k, v"),
-    _decoder(llama.ERNIE4_5, "ERNIE 4.5, dense: as Llama, tied unless it says otherwise"),
-    _decoder(llama.HUNYUAN, "Hunyuan, dense: as Llama, norms on each head's rotated q and k"),
-    _decoder(llama.INTERNLM3, "InternLM 3: as Llama"),
-    _decoder(llama.CWM, "CWM: as Llama"),
-    _decoder(llama.HELIUM, "Helium: as Llama"),
-    _decoder(llama.STABLELM, "StableLM: as Llama, layer norms"),
-    _decoder(olmo.OLMO, "OLMo: as Llama, norms without weights"),
-    _decoder(olmo.OLMO2, "OLMo 2: norms after each block, and on all of q and of k"),
-    _decoder(olmo.OLMO3, "OLMo 3: as OLMo 2"),
-    _decoder(olmo.EXAONE4, "EXAONE 4: norms after each block, and on each head's q and k"),
-    _decoder(cohere.COHERE, "Command R: blocks side by side, tied; norms for each head of q and k"),
-    _decoder(cohere.COHERE2, "Command R7B, Command A: as Command R"),
-    _decoder(ungated.STARCODER2, "StarCoder2: no gate, biases, layer norms"),
-    _decoder(ungated.PHI, "Phi 1, 1.5 and 2: no gate, biases, blocks side by side"),
-    _decoder(ungated.NEMOTRON, "Nemotron: no gate, layer norms by 1 + weight"),
-    _decoder(ungated.ARCEE, "Arcee: as Llama, no gate"),
-    _decoder(ungated.JAIS2, "Jais 2: no gate, biases, layer norms"),
-    _decoder(ungated.APERTUS, "Apertus: no gate, a learned activation, norms on each head's q and k"),
-    _decoder(gemma.GEMMA, "Gemma: norms by 1 + weight"),
-    _decoder(gemma.GEMMA2, "Gemma 2: norms before and after each block"),
-    _decoder(gemma.GEMMA3, "Gemma 3, text: Gemma 2 with norms on q and k"),
-    _decoder(gemma.VAULTGEMMA, "VaultGemma: as Gemma"),
-    _decoder(phi3.PHI3, "Phi-3: [q; k; v] and [gate; up] as one"),
-    _decoder(glm.GLM, "GLM: [gate; up] as one"),
-    _decoder(glm.GLM4, "GLM-4: GLM with norms after each block"),
-    _mixture(mixtral.MIXTRAL, "Mixtral: experts, saved one by one or trained in stacks"),
-    _mixture(mixtral.PHIMOE, "Phi-3.5-MoE: Mixtral with biases"),
-    _mixture(mixtral.MINIMAX_M2, "MiniMax-M2: Mixtral with corrected routing, norms over all of q and k"),
-    _mixture(granite_moe.GRANITEMOE, "GraniteMoE: experts in two tensors"),
-    _mixture(granite_moe.GRANITEMOESHARED, "GraniteMoE with a shared block"),
-    _mixture(llama4.LLAMA4_TEXT, "Llama 4, text: experts in two tensors [in, out], a shared one"),
-    _mixture(qwen_moe.QWEN2_MOE, "Qwen2-MoE: experts and a gated shared one"),
-    _mixture(qwen_moe.QWEN3_MOE, "Qwen3-MoE: experts, norms on each head's q and k"),
-    _mixture(qwen_moe.OLMOE, "OLMoE: experts, norms over all of q and all of k"),
-    _mixture(qwen_moe.HUNYUAN_V1_MOE, "Hunyuan-A13B: experts and a shared one"),
-    _mixture(ernie.ERNIE4_5_MOE, "ERNIE 4.5 MoE: corrected routing, shared experts, in a range of layers"),
-    _mixture(qwen_next.QWEN3_NEXT, "Qwen3-Next: linear attention, output gates, experts"),
-    _mixture(qwen_next.QWEN3_5_MOE, "Qwen3.5-MoE, text: as Qwen3-Next"),
-    _decoder(qwen_next.QWEN3_5, "Qwen3.5, text: as Qwen3-Next, without experts"),
-    _mixture(deepseek.GLM4_MOE, "GLM-4 MoE: corrected routing, shared experts"),
-    _mixture(deepseek.V2, "DeepSeek-V2: latent attention, shared experts"),
-    _mixture(deepseek.V3, "DeepSeek-V3: V2 with corrected routing, fp8 by blocks"),
-    _mixture(deepseek.KIMI_K2, "Kimi K2: as DeepSeek-V3"),
-    _mixture(deepseek.DEEPSEEK_V32, "DeepSeek-V3.2: V3 whose attention is sparse, by an indexer"),
-    _mixture(deepseek.GLM_MOE_DSA, "GLM-5: as DeepSeek-V3.2, layers may share an indexer"),
-    _mixture(deepseek.GLM4_MOE_LITE, "GLM-4.7-Flash: as DeepSeek-V3"),
-    _mixture(deepseek.DOTS1, "dots.llm1: corrected routing, shared experts, norms on each head's q and k"),
-    _mixture(deepseek.SOLAR_OPEN, "Solar Open: GLM-4 MoE with experts in every layer"),
-    _mixture(deepseek.EXAONE_MOE, "K-EXAONE: corrected routing, shared experts"),
-    Family("gpt_oss", gpt_oss.recipe, "gpt-oss: sinks, experts in interleaved stacks"),
-    Family("gpt2", gpt2.recipe, "GPT-2: matrices stored [in, out], learned positions", gpt2.IGNORED),
-    Family(
-        "gpt_bigcode",
-        partial(gpt2.recipe, bigcode=True),
-        "StarCoder, SantaCoder: as GPT-2, one kv head, matrices [out, in]",
-        gpt2.IGNORED,
-    ),
-    Family("gptj", gptj.recipe, "GPT-J: blocks side by side, no gate", gptj.IGNORED),
-    Family("opt", opt.recipe, "OPT: learned positions, no gate, layer norms", ()),
-    Family("mpt", mpt.recipe, "MPT: ALiBi, [q; k; v] as one, no gate", ()),
-    Family("gpt_neox", neox.neox, "GPT-NeoX, Pythia: q, k, v head by head", neox.IGNORED),
-    Family("bloom", neox.bloom, "BLOOM: q, k, v head by head, alibi", neox.IGNORED),
-    Family("falcon", neox.falcon, "Falcon: one kv head, kv groups, or head by head", neox.IGNORED),
-    Family("chatglm", chatglm.recipe, "ChatGLM 2, 3 and GLM-4 in THUDM's own names", chatglm.IGNORED),
-    Family("cogvlm2", cogvlm2.recipe, "CogVLM2: matrices for image tokens, a tower: ask by name"),
-    Family("bert", bert.recipe, "BERT, alone or with a head", bert.IGNORED),
-    Family("roberta", partial(bert.recipe, names=bert.ROBERTA), "RoBERTa, likewise", bert.IGNORED),
-    Family(
-        "xlm-roberta", partial(bert.recipe, names=bert.ROBERTA), "XLM-RoBERTa, as RoBERTa", bert.IGNORED
-    ),
-    Family("modernbert", modernbert.recipe, "ModernBERT, alone or with a head", ()),
-    Family(
-        "jina_bert",
-        jina_bert.recipe,
-        "Jina's BERT, norms on q and k: ask by name",
-        jina_bert.IGNORED,
-    ),
-    Family("t5", t5.recipe, "T5: encoder and decoder, relative positions", ()),
-    Family("whisper", whisper.recipe, "Whisper: audio encoder and decoder", ()),
-    _wrapper(vision_language.QWEN2_VL, "Qwen2-VL: Qwen2 beside an image tower"),
-    _wrapper(vision_language.QWEN2_5_VL, "Qwen2.5-VL: likewise, a tower with gated blocks"),
-    _wrapper(vision_language.QWEN3_VL, "Qwen3-VL: Qwen3, whose first layers read the tower's too"),
-    _wrapper(vision_language.QWEN3_VL_MOE, "Qwen3-VL with experts, in stacks that lie either way"),
-    _wrapper(vision_language.GLM4V, "GLM-4.1V: GLM-4 beside an image tower"),
-    _wrapper(vision_language.GEMMA3, "Gemma 3: its text model beside SigLIP"),
-    _wrapper(vision_language.MISTRAL3, "Mistral Small 3.1: Mistral beside Pixtral's tower"),
-    _wrapper(vision_language.LLAVA, "LLaVA, Pixtral: a text model beside CLIP, SigLIP or Pixtral's tower"),
-    _wrapper(vision_language.LLAVA_ONEVISION, "LLaVA-OneVision: likewise"),
-    _wrapper(vision_language.INTERNVL, "InternVL in transformers' names: likewise, a tower of its own"),
+    Family("llama", "llama", "Llama: q, k, v and gate, up apart"),
+    Family("mistral", "llama", "Mistral: as Llama, no biases"),
+    Family("ministral", "llama", "Ministral: as Mistral"),
+    Family("granite", "llama", "Granite: as Llama"),
+    Family("smollm3", "llama", "SmolLM3: as Llama, tied unless it says otherwise"),
+    Family("qwen2", "llama", "Qwen2: as Llama, biases on q, k, v"),
+    Family("qwen3", "llama", "Qwen3: as Llama, norms on each head's q and k"),
+    Family("ministral3", "llama", "Ministral 3, text: as Mistral"),
+    Family("seed_oss", "llama", "Seed-OSS: as Llama, biases on q, k, v"),
+    Family("ernie4_5", "llama", "ERNIE 4.5, dense: as Llama, tied unless it says otherwise"),
+    Family("hunyuan_v1_dense", "llama", "Hunyuan, dense: as Llama, norms on each head's rotated q and k"),
+    Family("internlm3", "llama", "InternLM 3: as Llama"),
+    Family("cwm", "llama", "CWM: as Llama"),
+    Family("helium", "llama", "Helium: as Llama"),
+    Family("stablelm", "llama", "StableLM: as Llama, layer norms"),
+    Family("olmo", "olmo", "OLMo: as Llama, norms without weights"),
+    Family("olmo2", "olmo", "OLMo 2: norms after each block, and on all of q and of k"),
+    Family("olmo3", "olmo", "OLMo 3: as OLMo 2"),
+    Family("exaone4", "olmo", "EXAONE 4: norms after each block, and on each head's q and k"),
+    Family("cohere", "cohere", "Command R: blocks side by side, tied; norms for each head of q and k"),
+    Family("cohere2", "cohere", "Command R7B, Command A: as Command R"),
+    Family("starcoder2", "ungated", "StarCoder2: no gate, biases, layer norms"),
+    Family("phi", "ungated", "Phi 1, 1.5 and 2: no gate, biases, blocks side by side"),
+    Family("nemotron", "ungated", "Nemotron: no gate, layer norms by 1 + weight"),
+    Family("arcee", "ungated", "Arcee: as Llama, no gate"),
+    Family("jais2", "ungated", "Jais 2: no gate, biases, layer norms"),
+    Family("apertus", "ungated", "Apertus: no gate, a learned activation, norms on each head's q and k"),
+    Family("gemma", "gemma", "Gemma: norms by 1 + weight"),
+    Family("gemma2", "gemma", "Gemma 2: norms before and after each block"),
+    Family("gemma3_text", "gemma", "Gemma 3, text: Gemma 2 with norms on q and k"),
+    Family("vaultgemma", "gemma", "VaultGemma: as Gemma"),
+    Family("phi3", "phi3", "Phi-3: [q; k; v] and [gate; up] as one"),
+    Family("glm", "glm", "GLM: [gate; up] as one"),
+    Family("glm4", "glm", "GLM-4: GLM with norms after each block"),
+    Family("mixtral", "mixtral", "Mixtral: experts, saved one by one or trained in stacks"),
+    Family("phimoe", "mixtral", "Phi-3.5-MoE: Mixtral with biases"),
+    Family("minimax_m2", "mixtral", "MiniMax-M2: Mixtral with corrected routing, norms over all of q and k"),
+    Family("granitemoe", "granite_moe", "GraniteMoE: experts in two tensors"),
+    Family("granitemoeshared", "granite_moe", "GraniteMoE with a shared block"),
+    Family("llama4_text", "llama4", "Llama 4, text: experts in two tensors [in, out], a shared one"),
+    Family("qwen2_moe", "qwen_moe", "Qwen2-MoE: experts and a gated shared one"),
+    Family("qwen3_moe", "qwen_moe", "Qwen3-MoE: experts, norms on each head's q and k"),
+    Family("olmoe", "qwen_moe", "OLMoE: experts, norms over all of q and all of k"),
+    Family("hunyuan_v1_moe", "qwen_moe", "Hunyuan-A13B: experts and a shared one"),
+    Family("ernie4_5_moe", "ernie", "ERNIE 4.5 MoE: corrected routing, shared experts, in a range of layers"),
+    Family("qwen3_next", "qwen_next", "Qwen3-Next: linear attention, output gates, experts"),
+    Family("qwen3_5_moe_text", "qwen_next", "Qwen3.5-MoE, text: as Qwen3-Next"),
+    Family("qwen3_5_text", "qwen_next", "Qwen3.5, text: as Qwen3-Next, without experts"),
+    Family("glm4_moe", "deepseek", "GLM-4 MoE: corrected routing, shared experts"),
+    Family("deepseek_v2", "deepseek", "DeepSeek-V2: latent attention, shared experts"),
+    Family("deepseek_v3", "deepseek", "DeepSeek-V3: V2 with corrected routing, fp8 by blocks"),
+    Family("kimi_k2", "deepseek", "Kimi K2: as DeepSeek-V3"),
+    Family("deepseek_v32", "deepseek", "DeepSeek-V3.2: V3 whose attention is sparse, by an indexer"),
+    Family("glm_moe_dsa", "deepseek", "GLM-5: as DeepSeek-V3.2, layers may share an indexer"),
+    Family("glm4_moe_lite", "deepseek", "GLM-4.7-Flash: as DeepSeek-V3"),
+    Family("dots1", "deepseek", "dots.llm1: corrected routing, shared experts, norms on each head's q and k"),
+    Family("solar_open", "deepseek", "Solar Open: GLM-4 MoE with experts in every layer"),
+    Family("exaone_moe", "deepseek", "K-EXAONE: corrected routing, shared experts"),
+    Family("gpt_oss", "gpt_oss", "gpt-oss: sinks, experts in interleaved stacks"),
+    Family("gpt2", "gpt2", "GPT-2: matrices stored [in, out], learned positions"),
+    Family("gpt_bigcode", "gpt2", "StarCoder, SantaCoder: as GPT-2, one kv head, matrices [out, in]"),
+    Family("gptj", "gptj", "GPT-J: blocks side by side, no gate"),
+    Family("opt", "opt", "OPT: learned positions, no gate, layer norms"),
+    Family("mpt", "mpt", "MPT: ALiBi, [q; k; v] as one, no gate"),
+    Family("gpt_neox", "neox", "GPT-NeoX, Pythia: q, k, v head by head"),
+    Family("bloom", "neox", "BLOOM: q, k, v head by head, alibi"),
+    Family("falcon", "neox", "Falcon: one kv head, kv groups, or head by head"),
+    Family("chatglm", "chatglm", "ChatGLM 2, 3 and GLM-4 in THUDM's own names"),
+    Family("cogvlm2", "cogvlm2", "CogVLM2: matrices for image tokens, a tower: ask by name"),
+    Family("bert", "bert", "BERT, alone or with a head"),
+    Family("roberta", "bert", "RoBERTa, likewise"),
+    Family("xlm-roberta", "bert", "XLM-RoBERTa, as RoBERTa"),
+    Family("modernbert", "modernbert", "ModernBERT, alone or with a head"),
+    Family("jina_bert", "jina_bert", "Jina's BERT, norms on q and k: ask by name"),
+    Family("t5", "t5", "T5: encoder and decoder, relative positions"),
+    Family("whisper", "whisper", "Whisper: audio encoder and decoder"),
+    Family("qwen2_vl", "vision_language", "Qwen2-VL: Qwen2 beside an image tower"),
+    Family("qwen2_5_vl", "vision_language", "Qwen2.5-VL: likewise, a tower with gated blocks"),
+    Family("qwen3_vl", "vision_language", "Qwen3-VL: Qwen3, whose first layers read the tower's too"),
+    Family("qwen3_vl_moe", "vision_language", "Qwen3-VL with experts, in stacks that lie either way"),
+    Family("glm4v", "vision_language", "GLM-4.1V: GLM-4 beside an image tower"),
+    Family("gemma3", "vision_language", "Gemma 3: its text model beside SigLIP"),
+    Family("mistral3", "vision_language", "Mistral Small 3.1: Mistral beside Pixtral's tower"),
+    Family("llava", "vision_language", "LLaVA, Pixtral: a text model beside CLIP, SigLIP or Pixtral's tower"),
+    Family("llava_onevision", "vision_language", "LLaVA-OneVision: likewise"),
+    Family("internvl", "vision_language", "InternVL in transformers' names: likewise, a tower of its own"),
 )
 
-RECIPES: dict[str, Recipe] = {family.model_type: family.recipe for family in FAMILIES}
-"""transformers' `model_type` -> recipe."""
+TYPES: dict[str, Family] = {family.model_type: family for family in FAMILIES}
+"""transformers' `model_type` -> family."""
 
 GROUP = "fastckpt.recipes"
 """The entry-point group of installed packages that bring recipes: `model_type` = a Recipe."""
@@ -199,7 +137,7 @@ def find(config: Mapping[str, JSON]) -> Recipe:
     recipe = _known(name) if isinstance(name, str) else None
     if recipe is None:
         raise RecipeError(
-            f"config: no recipe for model_type {name!r}, known: {', '.join(RECIPES)}; recipe= (--recipe) "
+            f"config: no recipe for model_type {name!r}, known: {', '.join(TYPES)}; recipe= (--recipe) "
             "takes one by name, a tp_plan of name patterns works without one"
         )
     return recipe
@@ -214,7 +152,7 @@ def named(name: str) -> Recipe:
         return _from_file(name)
     recipe = _known(name)
     if recipe is None:
-        raise RecipeError(f"no recipe {name!r}; known: {', '.join(RECIPES)}, or the path of a .py file")
+        raise RecipeError(f"no recipe {name!r}; known: {', '.join(TYPES)}, or the path of a .py file")
     return recipe
 
 
@@ -249,8 +187,8 @@ def _quant_method(said: Mapping[str, JSON]) -> str:
 
 
 def _known(name: str) -> Recipe | None:
-    if name in RECIPES:
-        return RECIPES[name]
+    if name in TYPES:
+        return TYPES[name].known.recipe
     from importlib.metadata import entry_points  # takes longer than all recipes; only strangers need it
 
     for point in entry_points(group=GROUP, name=name):

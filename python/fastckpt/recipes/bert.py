@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from ..checkpoint import JSON, Checkpoint
 from ..model import Attention, Layer, Layers, Mlp, Model, Sizes
 from .claims import Claims, Heads, dim, integer, vocabulary
+from .known import Known
 
 IGNORED = ("*embeddings.position_ids", "cls.predictions.decoder.bias", "lm_head.decoder.bias")
 """A buffer of counted positions, and the second name of the head's bias."""
@@ -96,3 +98,10 @@ def recipe(
         ignored=claims.close(IGNORED),
         causal=False,
     )
+
+
+FAMILIES = {
+    "bert": Known(recipe, IGNORED),
+    "roberta": Known(partial(recipe, names=ROBERTA), IGNORED),
+    "xlm-roberta": Known(partial(recipe, names=ROBERTA), IGNORED),
+}

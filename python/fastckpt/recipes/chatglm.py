@@ -12,6 +12,7 @@ from ..errors import RecipeError
 from ..model import Layer, Layers, Model, Sizes
 from .claims import Claims, Dim, Heads, dim, flag, integer, vocabulary
 from .fused import fused_attention, fused_mlp
+from .known import Known
 
 IGNORED = ("*rotary_pos_emb.inv_freq",)
 
@@ -73,3 +74,8 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         tied=tied,
         ignored=claims.close(IGNORED),
     )
+
+
+FAMILIES = {
+    "chatglm": Known(recipe, IGNORED),
+}

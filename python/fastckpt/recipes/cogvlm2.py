@@ -14,6 +14,7 @@ from ..model import Attention, Layer, Layers, Model, Parameter, Sizes, VisionExp
 from .claims import Claims, Dim, Heads, dim, integer, vocabulary
 from .decoder import ANCHOR, IGNORED, gated
 from .fused import fused_attention
+from .known import Known
 
 KV_HEADS = 8
 """configuration_cogvlm.py's num_multi_query_heads, which config.json may leave out."""
@@ -101,3 +102,8 @@ def _tower(claims: Claims, config: Mapping[str, JSON], hidden: Dim, width: Dim) 
         "eoi": (one, one, hidden),
     }
     return tuple(claims.parameter(f"model.vision.{name}", *dims)() for name, dims in shapes.items())
+
+
+FAMILIES = {
+    "cogvlm2": Known(recipe, IGNORED),
+}

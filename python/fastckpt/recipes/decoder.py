@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from ..checkpoint import JSON, Checkpoint
 from ..model import (
@@ -30,6 +31,7 @@ from .claims import Claims, Dim, Heads, absent, dim, flag, integer, vocabulary
 from .delta import Stored, hybrid
 from .delta import heads_of as delta_heads
 from .fused import attention_of, fused_attention, fused_mlp
+from .known import Known
 from .quantised import quantised
 
 IGNORED = ("*rotary_emb.inv_freq",)
@@ -142,6 +144,11 @@ def recipe(
     width = dim(config, "intermediate_size")
     mlp = dense(kind, claims, config, width)
     return decoder(kind, claims, config, vocab_size, mlp, {width.key: width.size})
+
+
+def families(*kinds: Kind) -> dict[str, Known]:
+    """What reads each of these kinds, by its family."""
+    return {kind.family: Known(partial(recipe, kind=kind), kind.ignored) for kind in kinds}
 
 
 def dense(kind: Kind, claims: Claims, config: Mapping[str, JSON], width: Dim, at: str = "mlp") -> FeedForward:

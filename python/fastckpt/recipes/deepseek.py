@@ -13,6 +13,7 @@ from ..model import HubCuts
 from .decoder import IGNORED, MLP_BIAS, Kind, Said
 from .latent import latent, sparse
 from .mixture import Mixture, Shared, after_dense, every, typed
+from .mixture import families as mixtures
 from .moe import Block
 
 _ROUTED_ONLY = HubCuts(whole=frozenset({"shared", "n_shared_experts * moe_intermediate_size"}))
@@ -50,3 +51,7 @@ EXAONE_MOE = replace(
 )
 DEEPSEEK_V32 = replace(V3, kind=Kind("deepseek_v32"), sparse=typed, latent=sparse)
 GLM_MOE_DSA = replace(DEEPSEEK_V32, kind=Kind("glm_moe_dsa"))
+
+FAMILIES = mixtures(
+    GLM4_MOE, V2, V3, KIMI_K2, DEEPSEEK_V32, GLM_MOE_DSA, GLM4_MOE_LITE, DOTS1, SOLAR_OPEN, EXAONE_MOE
+)

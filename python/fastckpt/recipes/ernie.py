@@ -8,6 +8,7 @@ from ..checkpoint import JSON
 from .claims import integer
 from .decoder import IGNORED, Kind, Said
 from .mixture import Mixture, Shared
+from .mixture import families as mixtures
 from .moe import Block
 
 
@@ -39,3 +40,5 @@ ERNIE4_5_MOE = Mixture(
     sparse=ranged,
     shared=Shared(count="moe_num_shared_experts"),
 )
+
+FAMILIES = mixtures(ERNIE4_5_MOE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .decoder import Kind, Norms
+from .decoder import families as kinds
 
 _AROUND = Norms(
     mlp="pre_feedforward_layernorm",
@@ -13,3 +14,5 @@ GEMMA = Kind("gemma", plus_one=True, tied=True)
 GEMMA2 = Kind("gemma2", norms=_AROUND, plus_one=True, tied=True)
 GEMMA3 = Kind("gemma3_text", norms=_AROUND, plus_one=True, tied=True, qk_norm=True)
 VAULTGEMMA = Kind("vaultgemma", norms=Norms(mlp="pre_feedforward_layernorm"), plus_one=True, tied=True)
+
+FAMILIES = kinds(GEMMA, GEMMA2, GEMMA3, VAULTGEMMA)

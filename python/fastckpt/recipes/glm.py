@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..model import HubCuts
 from .decoder import Kind, Norms
+from .decoder import families as kinds
 
 GLM = Kind("glm", o_bias=False, fused_gate_up=True, cuts=HubCuts(rows=True))
 GLM4 = Kind(
@@ -13,3 +14,5 @@ GLM4 = Kind(
     norms=Norms(attention_after="post_self_attn_layernorm", mlp_after="post_mlp_layernorm"),
     cuts=HubCuts(rows=True),
 )
+
+FAMILIES = kinds(GLM, GLM4)

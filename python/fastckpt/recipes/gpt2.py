@@ -8,11 +8,13 @@ carry them with it, which both classes load.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from ..checkpoint import JSON, Checkpoint
 from ..model import Layer, Layers, Linear, Mlp, Model, Sizes
 from .claims import Claims, Dim, Heads, dim, flag, integer, vocabulary
 from .fused import fused_attention
+from .known import Known
 
 IGNORED = ("*h.*.attn.bias", "*h.*.attn.masked_bias")
 """The causal mask that old checkpoints carry as buffers."""
@@ -59,3 +61,9 @@ def recipe(
         positions=claims.table(f"{PREFIX}wpe", dim(config, "n_positions"), hidden)(),
         ignored=claims.close(IGNORED),
     )
+
+
+FAMILIES = {
+    "gpt2": Known(recipe, IGNORED),
+    "gpt_bigcode": Known(partial(recipe, bigcode=True), IGNORED),
+}

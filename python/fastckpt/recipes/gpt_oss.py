@@ -15,7 +15,8 @@ from ..errors import RecipeError
 from ..model import BlockStacks, Experts, HubCuts, Lazy, Linear, Mlp, Model, Parameter, Stacks
 from ..views import View
 from .claims import Claims, Dim, dim
-from .decoder import ANCHOR, Kind, decoder
+from .decoder import ANCHOR, IGNORED, Kind, decoder
+from .known import Known
 from .quantised import quantised
 
 GPT_OSS = Kind(
@@ -110,3 +111,8 @@ def _every_second(view: View, which: int) -> View:
     """result[.., i] == view[.., 2 * i + which]."""
     last = view.ndim - 1
     return view.split(last, 2).narrow(last + 1, which, 1).merge(last)
+
+
+FAMILIES = {
+    "gpt_oss": Known(recipe, IGNORED),
+}

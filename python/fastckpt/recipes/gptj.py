@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from ..checkpoint import JSON, Checkpoint
 from ..model import Attention, Layer, Layers, Mlp, Model, Sizes
 from .claims import Claims, Dim, Heads, dim, integer, vocabulary
+from .known import Known
 
 IGNORED = ("*h.*.attn.bias", "*h.*.attn.masked_bias")
 """The causal mask that old checkpoints carry as buffers."""
@@ -55,3 +56,8 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         ignored=claims.close(IGNORED),
         parallel=True,
     )
+
+
+FAMILIES = {
+    "gptj": Known(recipe, IGNORED),
+}

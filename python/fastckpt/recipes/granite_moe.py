@@ -7,6 +7,7 @@ from dataclasses import replace
 from ..model import HubCuts, Stacked
 from .decoder import Kind
 from .mixture import Mixture, Shared
+from .mixture import families as mixtures
 from .moe import Block
 
 GRANITEMOE = Mixture(
@@ -29,3 +30,5 @@ GRANITEMOESHARED = replace(
     ),
     shared=Shared("shared_mlp", width="shared_intermediate_size", fused=("input_linear", "output_linear")),
 )
+
+FAMILIES = mixtures(GRANITEMOE, GRANITEMOESHARED)

@@ -13,6 +13,7 @@ from ..checkpoint import JSON, Checkpoint
 from ..model import Attention, Layer, Layers, Model, Sizes
 from .claims import Claims, Heads, dim, integer, vocabulary
 from .fused import fused_mlp
+from .known import Known
 
 IGNORED = ("*embeddings.position_ids",)
 
@@ -73,3 +74,8 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         ignored=claims.close(IGNORED),
         causal=False,
     )
+
+
+FAMILIES = {
+    "jina_bert": Known(recipe, IGNORED),
+}

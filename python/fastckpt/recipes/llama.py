@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .decoder import MLP_BIAS, Kind, Norms, Said
+from .decoder import families as kinds
 
 LLAMA = Kind("llama", mlp_bias=MLP_BIAS)
 MISTRAL = Kind("mistral", qkv_bias=False, o_bias=False)
@@ -38,4 +39,22 @@ STABLELM = Kind(
     o_bias=False,
     norms=Norms(bias=True),
     parallel=Said("use_parallel_residual"),
+)
+
+FAMILIES = kinds(
+    LLAMA,
+    MISTRAL,
+    MINISTRAL,
+    GRANITE,
+    SMOLLM3,
+    QWEN2,
+    QWEN3,
+    MINISTRAL3,
+    SEED_OSS,
+    ERNIE4_5,
+    HUNYUAN,
+    INTERNLM3,
+    CWM,
+    HELIUM,
+    STABLELM,
 )

@@ -10,6 +10,7 @@ from ..model import Stacked
 from .claims import integer
 from .decoder import Kind
 from .mixture import Mixture, Shared
+from .mixture import families as mixtures
 from .moe import Block
 
 
@@ -38,3 +39,5 @@ LLAMA4_TEXT = Mixture(
     shared=Shared("feed_forward.shared_expert", count="", default=1),
     dense="intermediate_size_mlp",
 )
+
+FAMILIES = mixtures(LLAMA4_TEXT)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from ..model import HubCuts
 from .decoder import Kind, Norms, Said
 from .mixture import Mixture
+from .mixture import families as mixtures
 from .moe import Block
 
 BLOCK = Block(hub="block_sparse_moe", gate="w1", up="w3", down="w2")
@@ -34,3 +35,5 @@ MINIMAX_M2 = replace(
     kind=Kind("minimax_m2", qkv_bias=False, o_bias=False, qk_norm=True, whole_norms=True),
     block=replace(BLOCK, correction="e_score_correction_bias"),
 )
+
+FAMILIES = mixtures(MIXTRAL, PHIMOE, MINIMAX_M2)

@@ -15,6 +15,7 @@ from ..model import Experts, Mla, Mlp, Model
 from .claims import Claims, Dim, absent, dim, integer
 from .decoder import ANCHOR, Kind, decoder, dense, gated, has
 from .fused import fused_mlp
+from .known import Known
 from .latent import heads_of, rope
 from .moe import BLOCK, Block, experts, with_shared
 from .quantised import quantised
@@ -168,3 +169,10 @@ def _beside(
     pair, down = shared.fused
     both = claims.linear(f"{at}.{pair}", width.times(2), hidden, bias=bias)
     return fused_mlp(both, claims.linear(f"{at}.{down}", hidden, width, bias=bias))
+
+
+def families(*mixtures: Mixture) -> dict[str, Known]:
+    """What reads each of these, by its family."""
+    return {
+        m.kind.family: Known(partial(recipe, mixture=m), m.kind.ignored) for m in mixtures
+    }

@@ -13,6 +13,7 @@ from ..checkpoint import JSON, Checkpoint
 from ..model import Layer, Layers, Model, Sizes
 from .claims import Claims, Heads, absent, dim, flag, integer, vocabulary
 from .fused import fused_attention, fused_mlp
+from .known import Known
 
 CARRIED = ("head.dense.*", "head.norm.*", "classifier.*")
 
@@ -62,3 +63,8 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         ignored=claims.close(),
         causal=False,
     )
+
+
+FAMILIES = {
+    "modernbert": Known(recipe),
+}

@@ -12,6 +12,7 @@ from ..errors import RecipeError
 from ..model import Layer, Layers, Mlp, Model, Sizes
 from .claims import Claims, Heads, dim, flag, integer, vocabulary
 from .fused import fused_attention
+from .known import Known
 
 PREFIX = "transformer."
 
@@ -58,3 +59,8 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         ignored=claims.close(),
         alibi=True,
     )
+
+
+FAMILIES = {
+    "mpt": Known(recipe),
+}

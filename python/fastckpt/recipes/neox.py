@@ -13,6 +13,7 @@ from ..checkpoint import JSON, Checkpoint
 from ..model import HubCuts, Layer, Layers, Mlp, Model, Sizes
 from .claims import Claims, Dim, Heads, absent, dim, flag, integer, vocabulary
 from .fused import fused_attention
+from .known import Known
 
 IGNORED = ("*attention.bias", "*attention.masked_bias", "*rotary_emb.inv_freq", "*rotary.inv_freq")
 """Causal masks and frequencies that old checkpoints carry as buffers."""
@@ -177,3 +178,10 @@ def _model(
         parallel=shape.parallel,
         alibi=shape.alibi,
     )
+
+
+FAMILIES = {
+    "gpt_neox": Known(neox, IGNORED),
+    "bloom": Known(bloom, IGNORED),
+    "falcon": Known(falcon, IGNORED),
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .decoder import Kind, Norms
+from .decoder import families as kinds
 
 _AFTER = Norms(
     attention=None,
@@ -14,3 +15,5 @@ OLMO = Kind("olmo", norms=Norms(attention=None, mlp=None, last=None))
 OLMO2 = Kind("olmo2", norms=_AFTER, qk_norm=True, whole_norms=True)
 OLMO3 = Kind("olmo3", norms=_AFTER, qk_norm=True, whole_norms=True)
 EXAONE4 = Kind("exaone4", qkv_bias=False, o_bias=False, norms=_AFTER, qk_norm=True)
+
+FAMILIES = kinds(OLMO, OLMO2, OLMO3, EXAONE4)

@@ -12,6 +12,7 @@ from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import Attention, Layer, Layers, Mlp, Model, Sizes
 from .claims import Claims, Dim, Heads, dim, flag, integer, vocabulary
+from .known import Known
 
 PREFIX = "model."
 
@@ -67,3 +68,8 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         first_position=OFFSET,
         ignored=claims.close(),
     )
+
+
+FAMILIES = {
+    "opt": Known(recipe),
+}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..model import HubCuts
 from .decoder import Kind, Norms, Said
 from .mixture import Mixture, Shared, stepped
+from .mixture import families as mixtures
 from .moe import Block
 
 SHARED = Shared("mlp.shared_expert", width="shared_expert_intermediate_size", gate="mlp.shared_expert_gate")
@@ -35,3 +36,5 @@ HUNYUAN_V1_MOE = Mixture(
     width="intermediate_size",
     shared=Shared("mlp.shared_mlp", count="num_shared_expert", default=1),
 )
+
+FAMILIES = mixtures(QWEN2_MOE, QWEN3_MOE, OLMOE, HUNYUAN_V1_MOE)

@@ -10,8 +10,10 @@ from dataclasses import replace
 
 from ..model import HubCuts
 from .decoder import Further, Kind
+from .decoder import families as kinds
 from .delta import Stored
 from .mixture import Mixture, every, stepped
+from .mixture import families as mixtures
 from .qwen_moe import SHARED
 
 _NEXT = Kind(
@@ -37,3 +39,5 @@ QWEN3_5 = replace(
     delta=Stored({"in_proj_qkv": "qkv", "in_proj_z": "z", "in_proj_b": "b", "in_proj_a": "a"}),
 )
 QWEN3_5_MOE = Mixture(replace(QWEN3_5, family="qwen3_5_moe_text"), sparse=every, shared=SHARED)
+
+FAMILIES = mixtures(QWEN3_NEXT, QWEN3_5_MOE) | kinds(QWEN3_5)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from ..checkpoint import JSON, Checkpoint
 from ..model import Attention, Encoder, Layer, Layers, Mlp, Model, Norm, Sizes
 from .claims import Claims, Dim, absent, dim, flag, integer, vocabulary
+from .known import Known
 
 
 def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
@@ -70,3 +71,8 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         encoder=Encoder(encoder, claims.norm("encoder.final_layer_norm", hidden)()),
         ignored=claims.close(),
     )
+
+
+FAMILIES = {
+    "t5": Known(recipe),
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .decoder import MLP_BIAS, Kind, Norms, Said
+from .decoder import families as kinds
 
 _LAYER_NORMS = Norms(bias=True)
 _BIAS = Said("use_bias", default=True)
@@ -45,3 +46,5 @@ APERTUS = Kind(
     ungated=_UP_DOWN,
     scalars=(("act_fn.alpha_p", (1,)), ("act_fn.alpha_n", (1,)), ("act_fn.beta", ()), ("act_fn.eps", ())),
 )
+
+FAMILIES = kinds(STARCODER2, PHI, NEMOTRON, ARCEE, JAIS2, APERTUS)

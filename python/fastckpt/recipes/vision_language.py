@@ -21,17 +21,12 @@ from .decoder import IGNORED
 from .gemma import GEMMA3 as GEMMA3_TEXT
 from .glm import GLM4
 from .imagining import Imagined
+from .known import Known, Recipe
 from .llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from .moe import Block
 from .qwen_moe import QWEN3_MOE
 from .renaming import renamed, respelled
 from .towers import Built, Said, Shapes, carried, norms, of, vision
-
-
-class TextRecipe(Protocol):
-    """A recipe of a decoder alone."""
-
-    def __call__(self, ckpt: Checkpoint, config: Said, *, vocab_size: int | None = None) -> Model: ...
 
 
 def _qwen3_moe(ckpt: Checkpoint, config: Said, *, vocab_size: int | None = None) -> Model:
@@ -46,7 +41,7 @@ def _qwen3_moe(ckpt: Checkpoint, config: Said, *, vocab_size: int | None = None)
     return mixture.recipe(ckpt, config, vocab_size=vocab_size, mixture=kind)
 
 
-TEXTS: Mapping[str, TextRecipe] = {
+TEXTS: Mapping[str, Recipe] = {
     "qwen3_vl_moe_text": _qwen3_moe,
 } | {
     name: partial(decoder.recipe, kind=kind)
@@ -329,3 +324,8 @@ MISTRAL3 = Wrapper("mistral3", _APART, _mistral3, trained=_LLAVA, tied=True)
 LLAVA = Wrapper("llava", _APART, _llava, trained=_LLAVA)
 LLAVA_ONEVISION = Wrapper("llava_onevision", _APART, _onevision, trained=_LLAVA)
 INTERNVL = Wrapper("internvl", _APART, _internvl, trained=_LLAVA, tied=True)
+
+_WRAPPERS = (
+    QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, GLM4V, GEMMA3, MISTRAL3, LLAVA, LLAVA_ONEVISION, INTERNVL,
+)  # fmt: skip
+FAMILIES = {w.family: Known(partial(recipe, wrapper=w), IGNORED) for w in _WRAPPERS}

@@ -9,6 +9,7 @@ from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import Attention, Embedding, Encoder, Layer, Layers, Mlp, Model, Norm, Sizes
 from .claims import Claims, Dim, Heads, dim, integer, vocabulary
+from .known import Known
 
 
 def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
@@ -86,3 +87,8 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         carried=tuple(build() for build in front),
         ignored=claims.close(),
     )
+
+
+FAMILIES = {
+    "whisper": Known(recipe),
+}
