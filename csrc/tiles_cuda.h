@@ -152,7 +152,7 @@ template <class S, class D> struct Rows {
     static constexpr uint32_t s = BYTES ? 1 : S::size, d = BYTES ? 1 : D::size;
     static constexpr uint32_t N = unit_elements(s, d), FROM = N * s, INTO = N * d;  // elements and bytes of a unit
     static constexpr uint32_t WORDS_IN = FROM / 4, WORDS_OUT = INTO / 4;
-    static constexpr bool STEPS = BYTES || d > 1;  // casts to fp8 are seldom and much code
+    static constexpr bool OFTEN = BYTES || d > 1;  // casts to fp8 are seldom, and much code each way
     static constexpr bool SHARED = false;
 
     const Work& w;
@@ -371,8 +371,8 @@ template <class S, class D> struct Rows {
         const char* from = begin.src + thread * FROM;
         char* to = begin.dst + thread * INTO;
         const uint32_t left = one && past == 0       ? straight(from, to)
-                              : one                  ? shifted(from, to, past)
-                              : STEPS && even(begin) ? gridded(thread, begin)
+                              : one && OFTEN         ? shifted(from, to, past)
+                              : OFTEN && even(begin) ? gridded(thread, begin)
                                                      : mixed(thread, begin);
         if (left != 0) each(w, thread, left);
     }
