@@ -155,14 +155,16 @@ def qkv_part(attention: Attention, sizes: Sizes, placement: Placement) -> list[L
     return [out_part(q, placement.tp_rank, placement.tp), *kv]
 
 
-def own_norms_part(attention: Attention, sizes: Sizes, placement: Placement) -> list[Norm]:
-    """The rank's part of norms that have weights for each head of q and of k, cut as those are."""
-    norms = (attention.q_norm, sizes.heads), (attention.k_norm, sizes.kv_heads)
-    return [
-        replace(role, weight=role.weight.part(0, *_share(heads, placement)))
-        for role, heads in norms
-        if role is not None
-    ]
+def norms_part(attention: Attention, sizes: Sizes, placement: Placement) -> Attention:
+    """The rank's part of norms that tell the heads of q and of k apart, or norm them all at once, cut as
+    those are."""
+
+    def part(role: Norm | None, heads: int) -> Norm | None:
+        return role and replace(role, weight=role.weight.part(0, *_share(heads, placement)))
+
+    return replace(
+        attention, q_norm=part(attention.q_norm, sizes.heads), k_norm=part(attention.k_norm, sizes.kv_heads)
+    )
 
 
 def _share(heads: int, placement: Placement) -> tuple[int, int]:

@@ -59,9 +59,8 @@ class Served:
     `renamed`: how its names differ from layout vllm's. `held`: what it holds below each layer's attention
     that is not in the checkpoint. `quantised`: Model.quant_method -> what differs then, for the ways of
     quantising that were compared. `float32`: patterns of its names that are held in float32, `rounded`, in
-    the model's own dtype, whatever the hub's dtype. `hub_rows`:
-    fused matrices keep the hub's order of rows: q, k, v head by head, and [gate; up] cut as one run (vLLM's
-    Transformers backend).
+    the model's own dtype, whatever the hub's dtype. `hub_rows`: fused matrices keep the hub's order of rows:
+    q, k, v head by head, and [gate; up] cut as one run (vLLM's Transformers backend).
 
     `tied`: a tied pair goes by the name of the "head", or of the "embedding" where the engine has no head.
     `stages`: what a pipeline stage holds beside its layers: its "own" part of embedding, norm and head, or

@@ -30,7 +30,6 @@ from ..model import (
     Mla,
     Mlp,
     Model,
-    Norm,
     Parameter,
     Sizes,
     Stacks,
@@ -49,8 +48,8 @@ from .cuts import (
     in_part,
     joined,
     norm,
+    norms_part,
     out_part,
-    own_norms_part,
     padded_part,
     parameter,
     plain,
@@ -251,8 +250,8 @@ class Vllm:
         else:
             as_hub = engine is not None and engine.hub_rows
             attention = layer.attention
-            if model.family in CUT_NORMS:
-                attention = _norms_cut(attention, model.sizes, placement)
+            if attention.own_norms or model.family in CUT_NORMS:
+                attention = norms_part(attention, model.sizes, placement)
             if model.family in PAIRED:
                 attention = _in_halves(attention, model.sizes.head_dim)
             yield from _attention(attention, model.sizes, placement, as_hub)
@@ -455,27 +454,11 @@ def _attention(
     grouped = as_hub and attention.grouped
     yield from plain(regrouped(name, parts, sizes.head_dim) if grouped else joined(name, parts))
     yield from plain(in_part(attention.o, placement.tp_rank, placement.tp))
-    norms = [attention.q_norm, attention.k_norm]
-    for role in own_norms_part(attention, sizes, placement) if attention.own_norms else norms:
-        yield from norm(role)
+    yield from norm(attention.q_norm)
+    yield from norm(attention.k_norm)
     if attention.sinks is not None:
         sinks = attention.sinks.view.part(0, placement.tp_rank, placement.tp)
         yield Target(attention.sinks.name, sinks)
-
-
-def _norms_cut(attention: Attention, sizes: Sizes, placement: Placement) -> Attention:
-    """The rank's part of norms over all of q and of k: its heads'."""
-    tp, rank = placement.tp, placement.tp_rank
-    groups = min(tp, sizes.kv_heads)
-
-    def part(role: Norm | None, index: int, count: int) -> Norm | None:
-        return role and replace(role, weight=role.weight.part(0, index, count))
-
-    return replace(
-        attention,
-        q_norm=part(attention.q_norm, rank, tp),
-        k_norm=part(attention.k_norm, rank // (tp // groups), groups),
-    )
 
 
 def _in_halves(attention: Attention, head_dim: int) -> Attention:
