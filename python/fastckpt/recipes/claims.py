@@ -130,6 +130,15 @@ class Claims:
         """How many tensors there can be at most: a config may say anything."""
         return len(self.ckpt) if self.imagined is None else MOST
 
+    def layers(self, config: Mapping[str, JSON]) -> int:
+        """`num_hidden_layers`. Raises RecipeError where the checkpoint cannot have so many."""
+        count = integer(config, "num_hidden_layers")
+        if count > self.most:
+            raise RecipeError(
+                f"config: num_hidden_layers {count}, and the checkpoint has {self.most} tensors"
+            )
+        return count
+
     def missing(self, name: str) -> bool:
         """Whether a tensor that must be there is not."""
         return name not in self and self.imagined is None

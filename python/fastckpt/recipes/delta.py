@@ -46,16 +46,14 @@ def heads_of(config: Mapping[str, JSON]) -> DeltaHeads:
 def hybrid(stored: Stored, claims: Claims, config: Mapping[str, JSON], attends: Claim) -> Claim:
     """Linear attention in the layers that config says, `attends` in all others."""
     linear = _delta_net(stored, claims, config)
-    which = _linear_layers(config, claims.most)
+    which = _linear_layers(config, claims.layers(config))
     return lambda layer: (linear if layer in which else attends)(layer)
 
 
-def _linear_layers(config: Mapping[str, JSON], tensors: int) -> frozenset[str]:
-    """The names of the layers with linear attention: as `layer_types` says, or without it all but every
-    `full_attention_interval`-th."""
-    count, types = integer(config, "num_hidden_layers"), config.get("layer_types")
-    if count > tensors:
-        raise RecipeError(f"config: num_hidden_layers {count}, and the checkpoint has {tensors} tensors")
+def _linear_layers(config: Mapping[str, JSON], count: int) -> frozenset[str]:
+    """The names of those of `count` layers that have linear attention: as `layer_types` says, or without it
+    all but every `full_attention_interval`-th."""
+    types = config.get("layer_types")
     if types is None:
         every = integer(config, "full_attention_interval", 4)
         types = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(count)]

@@ -11,10 +11,8 @@ from collections.abc import Callable, Mapping
 from ..checkpoint import JSON, Checkpoint
 from ..model import Attention, Layer, Layers, Mlp, Model, Sizes
 from .claims import Claims, Dim, Heads, dim, integer, vocabulary
+from .gpt2 import IGNORED
 from .known import Known
-
-IGNORED = ("*h.*.attn.bias", "*h.*.attn.masked_bias")
-"""The causal mask that old checkpoints carry as buffers."""
 
 PREFIX = "transformer."
 

@@ -97,7 +97,8 @@ def recipe(
     kind = mixture.kind
     hidden, width = dim(config, "hidden_size"), dim(config, mixture.width)
     count = dim(config, *mixture.count)
-    sparse = _layers(config, mixture.sparse, claims.most)
+    chosen = mixture.sparse(config)
+    sparse = [chosen(i) for i in range(claims.layers(config))]
     shared = _shared(config, mixture.shared, width)
     widths = {d.key: d.size for d in (width, shared) if d.size and any(sparse)}
     block = None
@@ -137,15 +138,6 @@ def recipe(
     return replace(model, rope=rope(config)) if mixture.latent else model
 
 
-def _layers(config: Mapping[str, JSON], rule: Rule, tensors: int) -> list[bool]:
-    """Which layers have experts."""
-    count = integer(config, "num_hidden_layers")
-    if count > tensors:
-        raise RecipeError(f"config: num_hidden_layers {count}, and the checkpoint has {tensors} tensors")
-    sparse = rule(config)
-    return [sparse(i) for i in range(count)]
-
-
 def _shared(config: Mapping[str, JSON], shared: Shared | None, width: Dim) -> Dim:
     """How wide the shared block is; 0 where there is none."""
     if shared is None:
@@ -173,6 +165,4 @@ def _beside(
 
 def families(*mixtures: Mixture) -> dict[str, Known]:
     """What reads each of these, by its family."""
-    return {
-        m.kind.family: Known(partial(recipe, mixture=m), m.kind.ignored) for m in mixtures
-    }
+    return {m.kind.family: Known(partial(recipe, mixture=m), m.kind.ignored) for m in mixtures}
