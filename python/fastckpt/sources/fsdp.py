@@ -21,8 +21,7 @@ from ..checkpoint import JSON, Checkpoint, Entry, Single
 from ..dtypes import DType
 from ..errors import SourceError
 from ..extents import Extents, is_directory, is_file, listed
-from ..stored import boxes as tiled
-from ..stored import check_tiles, strided
+from ..stored import boxes, check_tiles, strided
 from ..views import View
 from . import steps, torchfile
 from .assembly import assemble, read_json
@@ -50,10 +49,8 @@ def read(path: str, options: Options) -> Checkpoint:
     replace(options, tag=None).refuse_zero_only(path)
     if (root := _model(save)) is None:
         raise SourceError(f"{save}: no model_world_size_N_rank_R.pt of a model that is served")
-    files = [
-        torchfile.load(name, check_crc=options.check_crc, wanted=lambda root: _wanted(root))
-        for name in _files(root, options.also)
-    ]
+    names = _files(root, options.also)
+    files = [torchfile.load(name, check_crc=options.check_crc, wanted=_wanted) for name in names]
     base = [*accumulate((len(f.extents) for f in files), initial=0)]
     stored = [e for f in files for e in f.extents]
     extents = Extents(stored)
@@ -68,21 +65,21 @@ def read(path: str, options: Options) -> Checkpoint:
         try:
             kinds[name], found = _placed({rank: state[name] for rank, state in enumerate(states)})
             held = (_Held(b, extents, base[b.rank] + b.tensor.storage.extent) for b in found)
-            boxes = _first(name, held, same)
+            own = _first(name, held, same)
             shape = kinds[name][1]
             if 0 not in shape:
-                check_tiles(shape, [(h.box.origin, h.box.size) for h in boxes])
+                check_tiles(shape, [(h.box.origin, h.box.size) for h in own])
         except SourceError as e:
             raise SourceError(f"{root}: {name}: {e}") from None
-        table = np.array([h.row() for h in boxes], np.int64)
-        rows[name] = table.reshape(len(boxes), 3 + 3 * len(shape))
+        table = np.array([h.row() for h in own], np.int64)
+        rows[name] = table.reshape(len(own), 3 + 3 * len(shape))
     same.check()
     search = [root, os.path.join(root, steps.HUB), save, os.path.join(save, steps.HUB)]
     words = vocabulary(search)
-    aliases = _one(kinds, rows)
+    aliases = _stored_once(kinds, rows)
     aliases |= tied({n: t for n, t in rows.items() if kinds[n][1][:1] == words and n not in aliases}, stored)
     entries: dict[str, Entry] = {
-        name: Single(shape, dtype, partial(tiled, extents, dtype, shape, rows[name]))
+        name: Single(shape, dtype, partial(boxes, extents, dtype, shape, rows[name]))
         for name, (dtype, shape) in kinds.items()
         if name not in aliases
     }
@@ -178,7 +175,7 @@ def _wanted(root: object) -> Iterator[Tensor]:
             yield from part.tensors
 
 
-def _one(
+def _stored_once(
     kinds: Mapping[str, tuple[DType, tuple[int, ...]]], rows: Mapping[str, NDArray[np.int64]]
 ) -> dict[str, str]:
     """Tied name -> the first name of the same elements of the same storages, on every rank."""
