@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +37,20 @@ def version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory):
+    """(folder, name) -> where what tests/fixtures/FOLDER/NAME.tar.xz holds lies."""
+    root = tmp_path_factory.mktemp("packed")
+
+    @functools.cache
+    def at(folder, name):
+        with tarfile.open(TESTS / "fixtures" / folder / f"{name}.tar.xz") as tar:
+            tar.extractall(root / folder)
+        return root / folder / name
+
+    return at
 
 
 @pytest.fixture(scope="session")

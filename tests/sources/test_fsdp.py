@@ -6,14 +6,13 @@ gathered them.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import random
 import shutil
 import subprocess
 import sys
-import tarfile
+from functools import partial
 from pathlib import Path
 
 import fastckpt
@@ -36,17 +35,9 @@ CASES = ["fsdp2", "hsdp", "tp", "columns", "fsdp1", "fsdp1_mesh"]
 
 
 @pytest.fixture(scope="session")
-def unpacked(tmp_path_factory):
+def unpacked(packed):
     """Where the cases of a version lie."""
-    root = tmp_path_factory.mktemp("fsdp")
-
-    @functools.cache
-    def at(version):
-        with tarfile.open(FIXTURES / f"{version}.tar.xz") as tar:
-            tar.extractall(root)
-        return root / version
-
-    return at
+    return partial(packed, "fsdp")
 
 
 @pytest.fixture

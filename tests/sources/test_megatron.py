@@ -7,13 +7,12 @@ the truth: the transformers model whose weights megatron-core carried to its ran
 from __future__ import annotations
 
 import argparse
-import functools
 import io
 import json
 import os
 import random
 import shutil
-import tarfile
+from functools import partial
 from pathlib import Path
 
 import fastckpt
@@ -41,17 +40,9 @@ def no_plans(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def unpacked(tmp_path_factory):
+def unpacked(packed):
     """Where a case lies."""
-    root = tmp_path_factory.mktemp("megatron")
-
-    @functools.cache
-    def at(case):
-        with tarfile.open(FIXTURES / f"{case}.tar.xz") as tar:
-            tar.extractall(root)
-        return root / case
-
-    return at
+    return partial(packed, "megatron")
 
 
 @pytest.fixture
