@@ -21,10 +21,11 @@ from ..checkpoint import JSON, Checkpoint, Entry, Single
 from ..dtypes import DType
 from ..errors import SourceError
 from ..extents import Extents, is_directory, is_file, listed
+from ..plainjson import read_json
 from ..stored import boxes, check_tiles, strided
 from ..views import View
 from . import steps, torchfile
-from .assembly import assemble, read_json
+from .assembly import assemble
 from .dcp import tied, vocabulary
 from .distributed import Box, Part, boxes_of, part_of
 from .inert import type_name

@@ -23,9 +23,10 @@ from ..checkpoint import JSON, Checkpoint, Entry, Single
 from ..dtypes import DType
 from ..errors import SourceError
 from ..extents import Extents, File, is_file
+from ..plainjson import read_json
 from ..stored import boxes
 from . import torchfile
-from .assembly import assemble, read_json
+from .assembly import assemble
 from .dcp import NAME, later, located, nbytes
 from .dcp_metadata import Metadata, metadata
 from .megatron_args import args_of
