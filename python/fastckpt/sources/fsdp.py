@@ -33,6 +33,7 @@ from .options import Options
 from .samples import Agreement
 from .torchfile import Tensor, TorchFile
 from .torchtensors import refuse_unread
+from .zero_files import check_ranks
 
 RECORD = "fsdp_config.json"
 
@@ -59,6 +60,8 @@ def read(path: str, options: Options) -> Checkpoint:
     for rank, state in enumerate(states):
         if odd := sorted({*state} ^ {*states[0]}):
             raise SourceError(f"{root}: only one of ranks 0 and {rank} holds {odd[0]}: of two runs")
+    if not states[0]:
+        raise SourceError(f"{root}: its ranks hold no tensor")
     same = Agreement(root)
     kinds: dict[str, tuple[DType, tuple[int, ...]]] = {}
     rows: dict[str, NDArray[np.int64]] = {}
@@ -128,11 +131,7 @@ def _files(root: str, also: Sequence[str]) -> list[str]:
         said = read_json(record).get("world_size", world)
         if said != world:
             raise SourceError(f"{record}: world_size {said!r}, the files are of {world}")
-    missing = [r for r in range(world) if r not in ranks]
-    if missing or len(ranks) != world:
-        odd = f"rank {missing[0]} is missing" if missing else f"rank {max(ranks)} is none of {world}"
-        raise SourceError(f"{root}: {odd} (open files that lie on other nodes with also=)")
-    return [ranks[r] for r in range(world)]
+    return check_ranks(ranks, world, "files", root)
 
 
 def _beside(save: str, root: str) -> Iterator[str]:

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from ..errors import SourceError
 from ..extents import content, exists, is_directory, is_file
@@ -149,13 +150,13 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 def check_ranks(files: Mapping[int, str], world: int, what: str, where: str) -> list[str]:
     """The files of ranks 0..world-1 in order; SourceError names what is missing or left over."""
-    missing = [r for r in range(world) if r not in files]
-    if missing:
+    extra = sorted(r for r in files if r >= world)
+    if missing := world - len(files) + len(extra):
+        first = islice((r for r in range(world) if r not in files), SOME + 1)
         raise SourceError(
-            f"{where}: {what} of {len(missing)} of {world} ranks missing: rank {_some(missing)}; "
+            f"{where}: {what} of {missing} of {world} ranks missing: rank {_some([*first])}; "
             "not saved by that process, or left on another node's disk (open with also=)"
         )
-    extra = sorted(r for r in files if r >= world)
     if extra:
         raise SourceError(
             f"{where}: {what} of rank {_some(extra)}, but the run had {world} ranks: "
@@ -164,8 +165,12 @@ def check_ranks(files: Mapping[int, str], world: int, what: str, where: str) -> 
     return [files[r] for r in range(world)]
 
 
+SOME = 8
+"""How many ranks an error names."""
+
+
 def _some(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return ", ".join(map(str, ranks[:SOME])) + (", ..." if len(ranks) > SOME else "")
 
 
 def _latest(root: str, known: str) -> str:
