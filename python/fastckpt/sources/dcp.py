@@ -79,8 +79,7 @@ def read(path: str, options: Options) -> Checkpoint:
     return assemble(
         path, "dcp", entries, table, options, aliases=aliases, files=files, search=search,
         facts={
-            "state dict": ".".join(prefix) or "at the top", "files": len(files), "tensors": len(entries),
-            "boxes": len(extents), "tied": dict(aliases), **later(where, files),
+            "state dict": ".".join(prefix) or "at the top", "boxes": len(extents), **later(where, files),
         },
         unread=[f"{key}: {count} values beside the state dict" for key, count in sorted(rest.items())]
         + [f"{name}: another model" for name in _others(path, root)],

@@ -83,10 +83,7 @@ def read(path: str, options: Options) -> Checkpoint:
         for name, (dtype, shape) in kinds.items()
         if name not in aliases
     }
-    facts: dict[str, JSON] = {
-        "ranks": len(files), "tensors": len(entries), "boxes": sum(map(len, rows.values())),
-        "tied": dict(aliases),
-    }  # fmt: skip
+    facts: dict[str, JSON] = {"ranks": len(files), "boxes": sum(map(len, rows.values()))}
     return assemble(
         path, "fsdp", entries, extents, options, aliases=aliases, files=[f.file for f in files],
         search=search, facts=facts, unread=[*_beside(save, root)],

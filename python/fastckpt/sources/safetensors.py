@@ -79,11 +79,10 @@ def read(path: str, options: Options) -> Checkpoint:
     shards.check([list(h.items) for h in headers])
     shards.check_omitted(lambda p: list(read_header(p).items))
     extents, entries = tensors([(name, item, h.file) for h in headers for name, item in h.items.items()])
-    facts: dict[str, JSON] = {"files": len(headers), "tensors": len(entries)}
-    metadata = {k: v for h in headers for k, v in h.metadata.items()}
+    metadata: dict[str, JSON] = {k: v for h in headers for k, v in h.metadata.items()}
     return assemble(
         path, "safetensors", entries, extents, options, files=[h.file for h in headers],
-        search=[shards.directory], facts=facts | {"metadata": dict(metadata)}, unread=shards.unread,
+        search=[shards.directory], facts={"metadata": metadata}, unread=shards.unread,
         headers=[*(h.digest for h in headers), sampled(list(extents))],
     )  # fmt: skip
 

@@ -63,9 +63,7 @@ def read(path: str, options: Options) -> Checkpoint:
             raise SourceError(f"{record}: alias {alias} of {holder}, which is no tensor")
         aliases[names[alias]] = names[holder]
     facts = {"layout": body.get("layout"), "made from": body.get("source"), "created": body.get("created")}
-    return replace(
-        found, format="served", aliases=aliases, facts={**found.facts, **facts, "tied": dict(aliases)}
-    )
+    return replace(found, format="served", aliases=aliases, facts={**found.facts, **facts})
 
 
 def _shards(path: str, body: Mapping[str, JSON], ranks: list[JSON], options: Options) -> Checkpoint:

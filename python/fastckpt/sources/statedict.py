@@ -60,7 +60,6 @@ def read(path: str, options: Options) -> Checkpoint:
     return assemble(
         path, "statedict", entries, extents, options, aliases=aliases, files=[f.file for f in files],
         search=[shards.directory],
-        facts={"files": len(files), "tensors": len(entries), "tied": dict(aliases)},
         unread=[*shards.unread, *(note for d in dicts for note in d.rest)],
         inert=[n for f in files for n in f.inert], layout=[places(d.tensors.values()) for d in dicts],
         headers=[f.digest for f in files],

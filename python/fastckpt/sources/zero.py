@@ -380,7 +380,6 @@ class _Reading:
     ) -> Checkpoint:
         """All of it, with what these entries leave unread."""
         files, opened, state = self.opening.files, self.opening.opened, self.state
-        kinds = [e.kind for e in entries.values()]
         tied = {n: h for n, h in self.found.tied.items() if h in entries}
         notes = list(unread)
         notes += [f"`module` entry {n}: no tensor" for n in self.found.other]
@@ -392,9 +391,7 @@ class _Reading:
             search=[os.path.abspath(self.path), os.path.abspath(files.root)],
             facts={
                 "tag": files.tag, "step": state.global_steps, **facts,
-                "deepspeed": state.version, "parameters": kinds.count("parameter"),
-                "frozen": kinds.count("frozen"), "buffers": kinds.count("buffer"), "tied": dict(tied),
-                "client_state": dict(state.client),
+                "deepspeed": state.version, "client_state": dict(state.client),
             },
             unread=notes, inert=[n for f in opened for n in f.inert], layout=layout,
             headers=[f.digest for f in opened],

@@ -247,7 +247,6 @@ def _assembled(
         for n, e in entries.items()
         if isinstance(e, _Joined) and e.cut.padded
     ]
-    kinds = [e.kind for e in entries.values()]
     world = first.facts.get("world")  # the data-parallel ranks of each
     facts: dict[str, JSON] = {
         **{key: value for key, value in first.facts.items() if key not in ("groups", "world")},
@@ -255,8 +254,6 @@ def _assembled(
             **({"data parallel": world} if world else {}),
             "tensor parallel": degrees[1], "pipeline stages": degrees[0],
         },
-        "parameters": kinds.count("parameter"), "frozen": kinds.count("frozen"),
-        "buffers": kinds.count("buffer"), "tied": dict(aliases),
     }  # fmt: skip
     return assemble(
         path, "zero", entries, extents, options,
