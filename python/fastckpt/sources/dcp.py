@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..checkpoint import JSON, Checkpoint, Entry, Single
 from ..dtypes import DType
-from ..errors import SourceError
+from ..errors import SourceError, naming
 from ..extents import Extent, Extents, File, is_directory, is_file, listed
 from ..stored import boxes
 from . import torchfile
@@ -59,11 +59,9 @@ def read(path: str, options: Options) -> Checkpoint:
         )
     if is_file(f"{where}.tmp"):
         raise SourceError(f"{where}.tmp: a save over this one was interrupted: {NAME} is of the one before")
-    try:
+    with naming(where):
         found = metadata(where, nbytes(root))
         prefix, names = _model(found)
-    except SourceError as e:
-        raise SourceError(f"{where}: {e}") from None
     extents, rows, digests, files = located(found, names.values(), (root, *options.also), options.check_crc)
     table = Extents(extents)
     search = [root, os.path.dirname(os.path.abspath(root))]
@@ -175,11 +173,9 @@ def located(
         with Reader(file) as reader:
             for offset, nbytes, key, at, size in sorted(wanted[name]):
                 dtype = found.tensors[key].dtype
-                try:
+                with naming(f"{file.path}: {key} at {at}"):
                     blob = torchfile.embedded(reader, offset, nbytes, check_crc=check_crc, known=known)
                     t = _tensor(blob.root, dtype, size)
-                except SourceError as e:
-                    raise SourceError(f"{file.path}: {key} at {at}: {e}") from None
                 where = blob.extents[t.storage.extent]
                 rows[key].append([len(extents), dtype.code, t.offset, *at, *size, *t.stride])
                 extents.append(Extent(file, where.offset, where.nbytes, f"{key}@{','.join(map(str, at))}"))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import xxhash
 
 from ..dtypes import DType
-from ..errors import SourceError
+from ..errors import SourceError, naming
 from ..extents import File, inside
 from ..stored import check_tiles
 from . import torchpickle
@@ -126,10 +126,8 @@ def _stored(key: str, state: Mapping[object, object]) -> Stored:
             raise SourceError(f"{key}: chunks of {boxes[at]} and {size} at {at}")
     whole = tuple((at, size) for at, size in boxes.items() if 0 not in size)
     if 0 not in shape:
-        try:
+        with naming(key):
             check_tiles(shape, whole)
-        except SourceError as e:
-            raise SourceError(f"{key}: {e}") from None
     return Stored(key, dtype, shape, whole if 0 not in shape else ())
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..checkpoint import JSON, Checkpoint, Entry, Single
 from ..dtypes import DType
-from ..errors import SourceError
+from ..errors import SourceError, naming
 from ..extents import Extents, is_directory, is_file, listed
 from ..stored import boxes, check_tiles, strided
 from ..views import View
@@ -62,15 +62,13 @@ def read(path: str, options: Options) -> Checkpoint:
     kinds: dict[str, tuple[DType, tuple[int, ...]]] = {}
     rows: dict[str, NDArray[np.int64]] = {}
     for name in states[0]:
-        try:
+        with naming(f"{root}: {name}"):
             kinds[name], found = _placed({rank: state[name] for rank, state in enumerate(states)})
             held = (_Held(b, extents, base[b.rank] + b.tensor.storage.extent) for b in found)
             own = _first(name, held, same)
             shape = kinds[name][1]
             if 0 not in shape:
                 check_tiles(shape, [(h.box.origin, h.box.size) for h in own])
-        except SourceError as e:
-            raise SourceError(f"{root}: {name}: {e}") from None
         table = np.array([h.row() for h in own], np.int64)
         rows[name] = table.reshape(len(own), 3 + 3 * len(shape))
     same.check()
@@ -151,10 +149,8 @@ def _state(file: TorchFile) -> dict[str, Tensor | Part]:
         raise SourceError(f"{where}: wanted a state dict, got {type_name(file.root)}")
     out: dict[str, Tensor | Part] = {}
     for name, value in file.root.items():
-        try:
+        with naming(f"{where}: {name}"):
             held = value if isinstance(value, Tensor) else part_of(value)
-        except SourceError as e:
-            raise SourceError(f"{where}: {name}: {e}") from None
         if held is None:
             refuse_unread(f"{where}: {name}", value)
         elif not isinstance(name, str):

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..checkpoint import JSON, Checkpoint, Entry
-from ..errors import SourceError
+from ..errors import SourceError, naming
 from ..extents import Extents, is_directory, is_file, listed
 from ..placement import Placement
 from . import megatron_dist, steps, torchfile
@@ -225,11 +225,9 @@ def _load(root: str, name: str, options: Options) -> _Rank:
         check_crc=options.check_crc,
         wanted=lambda root: (t for chunk in _chunks(root)[0] for t in chunk.values()),
     )
-    try:
+    with naming(where):
         args = args_of(file.root)
         chunks, rest = _chunks(file.root)
-    except SourceError as e:
-        raise SourceError(f"{where}: {e}") from None
     step = file.root.get("iteration") if isinstance(file.root, dict) else None
     return _Rank(file, tuple(chunks), tuple(rest), args, step, writer_of(file.root))
 

@@ -19,7 +19,7 @@ from functools import cached_property, partial
 from ..checkpoint import JSON, Checkpoint, Single
 from ..digest import digest
 from ..dtypes import BY_NAME, DType
-from ..errors import SourceError
+from ..errors import SourceError, naming
 from ..extents import Extent, Extents, File, content, is_file
 from ..output.manifest import Manifest, TensorEntry
 from ..stored import boxes, check_tiles
@@ -232,10 +232,8 @@ class Commit:
                     f"{TABLE} says {shared.dtype}{list(size)}"
                 )
         if 0 not in shared.shape:
-            try:
+            with naming(f"{self.path}: {name}"):
                 check_tiles(shared.shape, [(origin, size) for _, origin, size in parts if 0 not in size])
-            except SourceError as e:
-                raise SourceError(f"{self.path}: {name}: {e}") from None
         return shared.dtype, shared.shape, parts
 
 
