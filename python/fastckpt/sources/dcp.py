@@ -12,18 +12,16 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import JSON, Checkpoint, Entry, Single
+from ..checkpoint import JSON, Checkpoint
 from ..dtypes import DType
 from ..errors import SourceError, naming
 from ..extents import Extent, Extents, File, is_directory, is_file, listed
-from ..stored import boxes
 from . import torchfile
-from .assembly import WRAPPERS, assemble, neighbours, read_config
+from .assembly import WRAPPERS, Boxed, assemble, neighbours, read_config
 from .dcp_metadata import Metadata, Sizes, metadata
 from .inert import type_name
 from .options import Options
@@ -67,12 +65,11 @@ def read(path: str, options: Options) -> Checkpoint:
     search = [root, os.path.dirname(os.path.abspath(root))]
     words = [n for n in names if found.tensors[names[n]].shape[:1] == vocabulary(search)]
     aliases = tied({n: rows[names[n]] for n in words}, extents)
-    entries: dict[str, Entry] = {}
-    for name, key in names.items():
-        stored = found.tensors[key]
-        if name not in aliases:
-            view = partial(boxes, table, stored.dtype, stored.shape, rows[key])
-            entries[name] = Single(stored.shape, stored.dtype, view)
+    entries = {
+        name: Boxed(found.tensors[key].shape, found.tensors[key].dtype, table, rows[key])
+        for name, key in names.items()
+        if name not in aliases
+    }
     rest = Counter(path[0] for key, path in found.paths.items() if key not in set(names.values()))
     return assemble(
         path, "dcp", entries, table, options, aliases=aliases, files=files, search=search,

@@ -11,20 +11,19 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import JSON, Checkpoint, Entry, Single
+from ..checkpoint import JSON, Checkpoint
 from ..dtypes import DType
 from ..errors import SourceError, naming
 from ..extents import Extents, is_directory, is_file, listed
-from ..stored import boxes, check_tiles, strided
+from ..stored import check_tiles, strided
 from ..views import View
 from . import steps, torchfile
-from .assembly import assemble, read_json
+from .assembly import Boxed, assemble, read_json
 from .dcp import tied, vocabulary
 from .distributed import Box, Part, boxes_of, part_of
 from .inert import type_name
@@ -76,8 +75,8 @@ def read(path: str, options: Options) -> Checkpoint:
     words = vocabulary(search)
     aliases = _stored_once(kinds, rows)
     aliases |= tied({n: t for n, t in rows.items() if kinds[n][1][:1] == words and n not in aliases}, stored)
-    entries: dict[str, Entry] = {
-        name: Single(shape, dtype, partial(boxes, extents, dtype, shape, rows[name]))
+    entries = {
+        name: Boxed(shape, dtype, extents, rows[name])
         for name, (dtype, shape) in kinds.items()
         if name not in aliases
     }

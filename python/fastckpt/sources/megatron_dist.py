@@ -14,18 +14,16 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import JSON, Checkpoint, Entry, Single
+from ..checkpoint import JSON, Checkpoint, Entry
 from ..dtypes import DType
 from ..errors import SourceError, naming
 from ..extents import Extents, File, is_file
-from ..stored import boxes
 from . import torchfile
-from .assembly import assemble, read_json
+from .assembly import Boxed, assemble, read_json
 from .dcp import NAME, later, located, nbytes
 from .dcp_metadata import Metadata, metadata
 from .megatron_args import args_of
@@ -92,7 +90,7 @@ class Stack:
 
     def entry(self, extents: Extents) -> Entry:
         """As an entry of a checkpoint."""
-        return Single(self.shape, self.dtype, partial(boxes, extents, self.dtype, self.shape, self.rows))
+        return Boxed(self.shape, self.dtype, extents, self.rows)
 
 
 def read(path: str, root: str, options: Options, format: str) -> Checkpoint:

@@ -23,7 +23,7 @@ from ..errors import SourceError, expect
 from ..extents import Buffer, Extent, Extents
 from ..stored import runs
 from ..views import View, zeros
-from .assembly import assemble, tensor
+from .assembly import Strided, assemble
 from .options import Options
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def read(tensors: Mapping[str, object], options: Options = _PLAIN) -> Checkpoint
             aliases[name] = holder
     table = Extents(buffers.extents)
     entries: dict[str, Entry] = {
-        name: tensor(table, at[name], h.dtype, h.shape, h.offset, h.stride)
+        name: Strided(h.shape, h.dtype, table, at[name], h.offset, h.stride)
         for name, h in held.items()
         if name not in aliases
     }

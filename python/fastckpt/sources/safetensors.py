@@ -18,7 +18,7 @@ from ..checkpoint import JSON, Checkpoint, Entry
 from ..dtypes import BY_SAFETENSORS, DType, in_elements
 from ..errors import SourceError, ViewError
 from ..extents import Extent, Extents, File, is_directory, is_file, listed
-from .assembly import assemble, parse_json, sampled, tensor
+from .assembly import Strided, assemble, parse_json, sampled
 from .options import Options
 from .shards import find_shards
 
@@ -90,7 +90,7 @@ def read(path: str, options: Options) -> Checkpoint:
 def tensors(items: Sequence[tuple[str, Item, File]]) -> tuple[Extents, dict[str, Entry]]:
     """An extent and an entry for each (name, place, file); names differ."""
     extents = Extents(Extent(file, item.offset, item.nbytes, name) for name, item, file in items)
-    return extents, {n: tensor(extents, k, i.dtype, i.shape) for k, (n, i, _) in enumerate(items)}
+    return extents, {n: Strided(i.shape, i.dtype, extents, k) for k, (n, i, _) in enumerate(items)}
 
 
 def read_header(path: str) -> Header:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from ..checkpoint import Entry
 from ..errors import SourceError
 from ..extents import Extents
-from .assembly import tensor
+from .assembly import Strided
 from .torchfile import Inert, Tensor, TorchFile
 
 
@@ -17,7 +17,7 @@ def whole(t: Tensor, file: TorchFile, base: int, extents: Extents, kind: str) ->
     Raises SourceError when the storage was not among the wanted ones."""
     if t.numel and t.storage.extent < 0:
         raise SourceError(f"{file.file.path}: storage {t.storage.key} was not located")
-    return tensor(extents, base + t.storage.extent, t.dtype, t.shape, t.offset, t.stride, kind)
+    return Strided(t.shape, t.dtype, extents, base + t.storage.extent, t.offset, t.stride, kind)
 
 
 def by_storage(tensors: Mapping[str, Tensor]) -> dict[str, str]:
