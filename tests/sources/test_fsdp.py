@@ -263,7 +263,7 @@ def test_records_that_are_not_read():
         ({"placements": (Inert("x.Shard", state={"dim": 2}),)}, "2 axes cut along axis 2"),
         ({"placements": (Inert("x._StridedShard", state={"dim": 0, "split_factor": 1 << 40}),)}, "runs"),
         ({"placements": ()}, "0 placements"),
-        ({"placements": None}, "placements are NoneType"),
+        ({"placements": None}, "placements: wanted a list"),
         ({"mesh": Inert("m", state={"_coordinate_on_dim": None})}, "coordinate in its mesh"),
         ({"mesh": Inert("m", state={"_coordinate_on_dim": [-1]})}, "coordinate in its mesh"),
         ({"mesh": None}, "wanted an object of torch.distributed"),

@@ -22,9 +22,9 @@ from ..placement import Placement
 from . import megatron_dist, steps, torchfile
 from .assembly import assemble
 from .dcp import NAME, SUFFIX
-from .inert import type_name
 from .megatron_args import FORMAT, Args, args_of, size, writer_of
 from .options import Options
+from .plain import mapping
 from .torchfile import Tensor, TorchFile
 from .torchtensors import places, refuse_unread, whole
 
@@ -247,11 +247,9 @@ def _chunks(root: object) -> tuple[list[dict[str, Tensor]], list[str]]:
 def _tensors(
     key: str, model: object, state: Mapping[object, object], rest: list[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    if not isinstance(model, dict):
-        raise SourceError(f"{key}: wanted a dict, got {type_name(model)}")
     args = args_of(state)
     stages = size(args, "pipeline_model_parallel_size") * size(args, "virtual_pipeline_model_parallel_size")
-    for name, value in model.items():
+    for name, value in mapping(model, key).items():
         if not isinstance(name, str) or isinstance(value, dict):
             raise SourceError(f"{key}: {name!r}: the form of Megatron before its core, which is not read")
         if name.endswith(_EXTRA):

@@ -15,6 +15,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..errors import SourceError
+from .plain import mapping
 from .torchfile import Tensor
 from .zero_layout import Flat, Shape
 from .zero_state import ModelState, OptimState
@@ -118,10 +119,8 @@ def _ordered(
 
 def tensors(root: object, expert: int, where: str) -> dict[str, Tensor]:
     """The tensors of an expert's file. Raises SourceError for names that are not that expert's."""
-    if not isinstance(root, dict):
-        raise SourceError(f"{where}: wanted a dict of tensors, got {type(root).__name__}")
     out = {}
-    for name, t in root.items():
+    for name, t in mapping(root, where).items():
         found = _LOCAL.fullmatch(name) if isinstance(name, str) else None
         if found is None or int(found[2]) != expert or not isinstance(t, Tensor):
             raise SourceError(f"{where}: {name!r} is no tensor of expert {expert}")

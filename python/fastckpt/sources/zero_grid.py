@@ -25,13 +25,14 @@ from ..extents import Extents
 from ..views import ZERO, View, cat, zeros
 from .assembly import assemble
 from .options import Options
+from .plain import mapping
 from .samples import Agreement, samples
 from .torchtensors import places
 from .zero_cuts import Cut, Cuts, Piece
 from .zero_files import Grid
 from .zero_opening import Opening
 from .zero_pipeline import TIED, layers
-from .zero_state import Rank, mapping
+from .zero_state import Rank
 
 
 def joined(path: str, grid: Grid, ranks: Sequence[Rank], options: Options, tp: int) -> Checkpoint:

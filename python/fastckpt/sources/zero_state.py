@@ -15,6 +15,7 @@ from typing import TypeGuard
 from ..checkpoint import JSON, Checkpoint
 from ..errors import SourceError
 from .inert import Inert, type_name
+from .plain import integers, listing, mapping
 from .torchfile import Tensor
 from .zero_layout import Shape
 
@@ -219,27 +220,6 @@ def _alignment(value: object, where: str) -> tuple[tuple[int, ...], ...] | None:
     if value is None:
         return None
     return tuple(integers(group, where) for group in listing(value, where))
-
-
-def mapping(value: object, where: str) -> dict[object, object]:
-    if not isinstance(value, dict):
-        raise SourceError(f"{where}: wanted a dict, got {type_name(value)}")
-    return value
-
-
-def listing(value: object, where: str) -> Sequence[object]:
-    if not isinstance(value, (list, tuple)):
-        raise SourceError(f"{where}: wanted a list, got {type_name(value)}")
-    return value
-
-
-def integers(value: object, where: str) -> tuple[int, ...]:
-    for n in (listed := listing(value, where)):
-        if not isinstance(n, int) or isinstance(n, bool) or n < 0:
-            raise SourceError(
-                f"{where}: wanted whole numbers, got {type_name(n)} {n if isinstance(n, int) else ''}"
-            )
-    return tuple(listed)  # type: ignore[arg-type]  # as was just seen
 
 
 def _strings(value: object, where: str) -> list[str]:
