@@ -28,6 +28,7 @@ from .dcp import tied, vocabulary
 from .distributed import Box, Part, boxes_of, part_of
 from .inert import type_name
 from .options import Options
+from .ranks import check_ranks
 from .samples import Agreement
 from .torchfile import Tensor, TorchFile
 from .torchtensors import refuse_unread
@@ -121,11 +122,7 @@ def _files(root: str, also: Sequence[str]) -> list[str]:
         said = read_json(record).get("world_size", world)
         if said != world:
             raise SourceError(f"{record}: world_size {said!r}, the files are of {world}")
-    missing = [r for r in range(world) if r not in ranks]
-    if missing or len(ranks) != world:
-        odd = f"rank {missing[0]} is missing" if missing else f"rank {max(ranks)} is none of {world}"
-        raise SourceError(f"{root}: {odd} (open files that lie on other nodes with also=)")
-    return [ranks[r] for r in range(world)]
+    return check_ranks(ranks, world, "files", root)
 
 
 def _beside(save: str, root: str) -> Iterator[str]:

@@ -22,9 +22,10 @@ from ..placement import Placement
 from . import megatron_dist, steps, torchfile
 from .assembly import assemble
 from .dcp import NAME, SUFFIX
-from .megatron_args import FORMAT, Args, args_of, size, writer_of
+from .megatron_args import FORMAT, KEPT, Args, args_of, size, writer_of
 from .options import Options
 from .plain import mapping
+from .ranks import check_one_save
 from .torchfile import Tensor, TorchFile
 from .torchtensors import places, refuse_unread, whole
 
@@ -143,9 +144,8 @@ def _ranks(path: str, root: str, options: Options) -> Checkpoint:
         raise SourceError(f"{root}: {odd[0]} {what}: {told}")
     ranks = {n: first if n == found[0] else _load(root, n, options) for n in names}
     for name, rank in ranks.items():
-        for what, one, other in (("args", first.args, rank.args), ("iteration", first.step, rank.step)):
-            if one != other:
-                raise SourceError(f"{root}: {found[0]} and {name} are of two saves: their {what} differ")
+        of_args = ((f"args: {key}", rank.args.get(key), first.args.get(key)) for key in KEPT)
+        check_one_save(f"{root}: {name}", (*of_args, ("iteration", rank.step, first.step)))
         if len(rank.chunks) != grid.chunks:
             raise SourceError(f"{root}: {name} holds {len(rank.chunks)} virtual stages, wanted {grid.chunks}")
     _check_writers(root, grid, placed, ranks)

@@ -20,11 +20,12 @@ from ..extents import Extents, is_directory
 from . import torchfile
 from .assembly import assemble
 from .options import Options
+from .ranks import check_one_save, check_ranks
 from .samples import check_copy, number, one_axis, read_at
 from .torchfile import Tensor, TorchFile
 from .torchtensors import by_storage, places
 from .zero_experts import in_order, is_expert, spread
-from .zero_files import Files, Grid, check_ranks, find, is_zero
+from .zero_files import Files, Grid, find, is_zero
 from .zero_layout import Flat, Placed, Shape, chained, sliced
 from .zero_opening import Opened, Opening, Whole, optim_tensors
 from .zero_order import check_order, comparable, sampled
@@ -131,16 +132,12 @@ def _models_of_ranks(
     opened = opening.fragments(paths[1:])
     states = _each(opened, model_state)
     for other, path in zip(states, paths[1:], strict=True):
-        for what, got, wanted in (
+        check_one_save(path, (
             ("global_steps", other.global_steps, state.global_steps),
             ("ds_version", other.version, state.version),
             ("frozen_param_shapes", other.frozen_shapes, state.frozen_shapes),
             ("fragments", list(other.fragments or {}), list(state.fragments or {})),
-        ):
-            if got != wanted:
-                raise SourceError(
-                    f"{path}: {what} is {_short(got)}, rank 0 has {_short(wanted)}: files of two saves"
-                )
+        ))  # fmt: skip
     return ([model, *opened], [state, *states]) if frozen else ([model], [state])
 
 
@@ -319,7 +316,7 @@ class _Reading:
             return entries
         if self.found.lost:
             raise SourceError(
-                f"{self.where}: the weights of {_short(list(self.found.lost))} are in no file "
+                f"{self.where}: the weights of {[*self.found.lost]!r:.120} are in no file "
                 "(exclude_frozen=True, --exclude-frozen-parameters, leaves them out)"
             )
         entries |= self.module(self.found.kept, "frozen")
@@ -448,18 +445,14 @@ def _check_one_run(
     """All ranks' optimizer files come from one save of one run, as far as they say."""
     steps = [_step(s, o.file) for s, o in zip(states, opened, strict=True)]
     first = states[0]
-    for k, (s, path) in enumerate(zip(states, paths, strict=True)):
-        for what, got, wanted in (
+    for s, step, path in zip(states, steps, paths, strict=True):
+        check_one_save(path, (
             ("zero_stage", s.stage, first.stage),
             ("partition_count", s.counts, first.counts),
             ("param_alignment_paddings", s.alignment, first.alignment),
             ("ds_version", s.version, model.version or first.version),
-            ("optimizer step", steps[k], steps[0]),
-        ):
-            if got != wanted:
-                raise SourceError(
-                    f"{path}: {what} is {_short(got)}, wanted {_short(wanted)}: files of two saves"
-                )
+            ("optimizer step", step, steps[0]),
+        ))  # fmt: skip
 
 
 def _step(state: OptimState, file: TorchFile) -> int | None:
@@ -496,8 +489,3 @@ def _other_copy(options: Options, parameters: int, at_stage_3: bool) -> list[str
         return []
     other = "masters" if options.weights == "module" else "16-bit copy in `module`"
     return [f"{other} of {parameters} parameters"]
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from ..errors import SourceError
 from ..extents import content, exists, is_directory, is_file
 from .assembly import RECORD
+from .ranks import check_ranks, natural
 
 OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 MODEL_OF_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
@@ -140,32 +141,6 @@ def _whose(name: str) -> tuple[int, ...] | None:
         if found := pattern.fullmatch(name):
             return (kind, *(int(n or 0) for n in found.groups()))
     return None
-
-
-def natural(name: str) -> list[tuple[int, str]]:
-    """A sort key that puts rank 10 after rank 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def check_ranks(files: Mapping[int, str], world: int, what: str, where: str) -> list[str]:
-    """The files of ranks 0..world-1 in order; SourceError names what is missing or left over."""
-    missing = [r for r in range(world) if r not in files]
-    if missing:
-        raise SourceError(
-            f"{where}: {what} of {len(missing)} of {world} ranks missing: rank {_some(missing)}; "
-            "not saved by that process, or left on another node's disk (open with also=)"
-        )
-    extra = sorted(r for r in files if r >= world)
-    if extra:
-        raise SourceError(
-            f"{where}: {what} of rank {_some(extra)}, but the run had {world} ranks: "
-            "left from a larger world, remove them"
-        )
-    return [files[r] for r in range(world)]
-
-
-def _some(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
 
 
 def _latest(root: str, known: str) -> str:

@@ -26,6 +26,7 @@ from ..views import ZERO, View, cat, zeros
 from .assembly import assemble
 from .options import Options
 from .plain import mapping
+from .ranks import check_one_save
 from .samples import Agreement, samples
 from .torchtensors import places
 from .zero_cuts import Cut, Cuts, Piece
@@ -84,7 +85,7 @@ def _check_one_save(ranks: Sequence[Rank], where: str) -> None:
     first = ranks[0]
     for mp, rank in enumerate(ranks):
         a, b = rank.state, first.state
-        for what, got, wanted in (
+        check_one_save(f"{where}: model-parallel rank {mp}", (
             ("global_steps", a.global_steps, b.global_steps),
             ("optimizer step", rank.step, first.step),
             ("ds_version", a.version, b.version),
@@ -94,12 +95,7 @@ def _check_one_save(ranks: Sequence[Rank], where: str) -> None:
             ("universal_checkpoint_info", a.universal, b.universal),
             ("`module`", a.pipeline, b.pipeline),
             ("ZeRO stage", rank.checkpoint.facts.get("stage"), first.checkpoint.facts.get("stage")),
-        ):
-            if got != wanted:
-                raise SourceError(
-                    f"{where}: model-parallel rank {mp}: {what} is {got!r:.80}, rank 0 has {wanted!r:.80}: "
-                    "files of two saves"
-                )
+        ))  # fmt: skip
         if a.experts:
             raise SourceError(f"{where}: DeepSpeed's MoE layers in a grid are not supported yet")
 
