@@ -22,10 +22,10 @@ def listing(value: object, where: str) -> Sequence[object]:
     return value
 
 
-def integers(value: object, where: str) -> tuple[int, ...]:
-    """The value, which must be a list or a tuple of numbers in [0, 2^62)."""
+def integers(value: object, where: str, bits: int = 62) -> tuple[int, ...]:
+    """The value, which must be a list or a tuple of numbers in [0, 2^bits)."""
     for n in (listed := listing(value, where)):
-        if type(n) is not int or not 0 <= n < 1 << 62:
+        if type(n) is not int or not 0 <= n < 1 << bits:
             shown = n if isinstance(n, int) and n.bit_length() < 128 else ""
-            raise SourceError(f"{where}: wanted whole numbers below 2^62, got {type_name(n)} {shown}")
+            raise SourceError(f"{where}: wanted whole numbers below 2^{bits}, got {type_name(n)} {shown}")
     return tuple(listed)  # type: ignore[arg-type]  # as was just seen

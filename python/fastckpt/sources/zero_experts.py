@@ -130,13 +130,15 @@ def tensors(root: object, expert: int, where: str) -> dict[str, Tensor]:
 
 def check_files(state: ModelState, held: Mapping[tuple[int, int], str], where: str) -> None:
     """Raises SourceError unless each expert that `num_experts` counts has its file, and no other has."""
-    wanted = {(layer, e) for layer, count in enumerate(state.experts) for e in range(count)}
-    missing, extra = sorted(wanted - held.keys()), sorted(held.keys() - wanted)
-    if missing:
-        layer, e = missing[0]
+    counts = dict(enumerate(state.experts))
+    wanted = ((layer, e) for layer, count in counts.items() for e in range(count))
+    extra = sorted((layer, e) for layer, e in held if e >= counts.get(layer, 0))
+    if (missing := next((x for x in wanted if x not in held), None)) is not None:
+        layer, e = missing
+        total = sum(state.experts)
         raise SourceError(
-            f"{where}: {len(missing)} of {len(wanted)} expert files missing: expert {e} of MoE layer {layer}"
-            "; not saved by that process, or left on another node's disk (open with also=)"
+            f"{where}: {total - len(held) + len(extra)} of {total} expert files missing: expert {e} of MoE "
+            f"layer {layer}; not saved by that process, or left on another node's disk (open with also=)"
         )
     if extra:
         layer, e = extra[0]

@@ -101,7 +101,7 @@ def optim_state(root: object, where: str) -> OptimState:
     moments = state.get("optimizer_state_dict" if stage == 3 else "base_optimizer_state")
     return OptimState(
         stage=stage,
-        counts=integers([counts] if isinstance(counts, int) else counts, f"{where}: partition_count"),
+        counts=integers([counts] if isinstance(counts, int) else counts, f"{where}: partition_count", bits=20),
         flats=flats,
         alignment=_alignment(state.get("param_alignment_paddings"), f"{where}: param_alignment_paddings"),
         held=_held(state.get("param_slice_mappings")),
@@ -138,7 +138,7 @@ def model_state(root: object, where: str) -> ModelState:
         global_steps=_number(top.get("global_steps")),
         dp_world=_number(top.get("dp_world_size")),
         version=str(top.get("ds_version", "")),
-        experts=integers(top.get("num_experts") or (), f"{where}: num_experts"),
+        experts=integers(top.get("num_experts") or (), f"{where}: num_experts", bits=20),
         data_before_experts=_data_before_experts(top.get("ds_config")),
         pipeline=pipeline,
         mp_world=_number(top.get("mp_world_size")) or 1,
