@@ -405,7 +405,7 @@ def test_numbers_beyond_any_run(tmp_path, stage):
     """Nothing is made as large as a file says before it is known that it can be."""
     folder = written(tmp_path, stage=stage)
     file = model(folder, 0 if stage == 3 else None)
-    edit(file, lambda c: c["param_shapes"][0].update(huge=(1 << 61, 4)))
+    edit(file, lambda c: (c["module"].pop("b"), c["param_shapes"][0].update(b=(1 << 61, 4))))
     refuses(tmp_path, "the limit is 2^61")
     edit(file, lambda c: c.update(num_experts=[10**12]))
     refuses(tmp_path, "num_experts: wanted whole numbers below 2^20")

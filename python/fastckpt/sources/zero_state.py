@@ -98,10 +98,11 @@ def optim_state(root: object, where: str) -> OptimState:
     listed = [saved] if isinstance(saved, Tensor) else listing(saved, f"{where}: {key}")
     flats = tuple(_flat(t, f"{where}: {key}[{k}]") for k, t in enumerate(listed))
     counts = state.get("partition_count")
+    counts = [counts] if isinstance(counts, int) else counts
     moments = state.get("optimizer_state_dict" if stage == 3 else "base_optimizer_state")
     return OptimState(
         stage=stage,
-        counts=integers([counts] if isinstance(counts, int) else counts, f"{where}: partition_count", bits=20),
+        counts=integers(counts, f"{where}: partition_count", bits=20),
         flats=flats,
         alignment=_alignment(state.get("param_alignment_paddings"), f"{where}: param_alignment_paddings"),
         held=_held(state.get("param_slice_mappings")),
