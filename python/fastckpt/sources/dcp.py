@@ -64,7 +64,7 @@ def read(path: str, options: Options) -> Checkpoint:
     table = Extents(extents)
     search = [root, os.path.dirname(os.path.abspath(root))]
     words = [n for n in names if found.tensors[names[n]].shape[:1] == vocabulary(search)]
-    aliases = tied({n: rows[names[n]] for n in words}, extents)
+    aliases = tied({n: rows[names[n]] for n in words}, table)
     entries = {
         name: Boxed(found.tensors[key].shape, found.tensors[key].dtype, table, rows[key])
         for name, key in names.items()
@@ -209,7 +209,7 @@ def vocabulary(search: Sequence[str]) -> Sizes | None:
     return (size,) if isinstance(size, int) else None
 
 
-def tied(rows: Mapping[str, NDArray[np.int64]], extents: Sequence[Extent]) -> dict[str, str]:
+def tied(rows: Mapping[str, NDArray[np.int64]], extents: Extents) -> dict[str, str]:
     """Tied name -> the first name with the same bytes: a save does not say which names are one tensor."""
     out: dict[str, str] = {}
     names = list(rows)

@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +30,7 @@ from .options import Options
 from .ranks import check_ranks
 from .samples import Agreement
 from .torchfile import Tensor, TorchFile
-from .torchtensors import refuse_unread
+from .torchtensors import in_one_table, refuse_unread
 
 RECORD = "fsdp_config.json"
 
@@ -51,9 +50,7 @@ def read(path: str, options: Options) -> Checkpoint:
         raise SourceError(f"{save}: no model_world_size_N_rank_R.pt of a model that is served")
     names = _files(root, options.also)
     files = [torchfile.load(name, check_crc=options.check_crc, wanted=_wanted) for name in names]
-    base = [*accumulate((len(f.extents) for f in files), initial=0)]
-    stored = [e for f in files for e in f.extents]
-    extents = Extents(stored)
+    extents, opened = in_one_table(files)
     states = [_state(f) for f in files]
     for rank, state in enumerate(states):
         if odd := sorted({*state} ^ {*states[0]}):
@@ -64,7 +61,7 @@ def read(path: str, options: Options) -> Checkpoint:
     for name in states[0]:
         with naming(f"{root}: {name}"):
             kinds[name], found = _placed({rank: state[name] for rank, state in enumerate(states)})
-            held = (_Held(b, extents, base[b.rank] + b.tensor.storage.extent) for b in found)
+            held = (_Held(b, extents, opened[b.rank].base + b.tensor.storage.extent) for b in found)
             own = _first(name, held, same)
             shape = kinds[name][1]
             if 0 not in shape:
@@ -75,7 +72,7 @@ def read(path: str, options: Options) -> Checkpoint:
     search = [root, os.path.join(root, steps.HUB), save, os.path.join(save, steps.HUB)]
     words = vocabulary(search)
     aliases = _stored_once(kinds, rows)
-    aliases |= tied({n: t for n, t in rows.items() if kinds[n][1][:1] == words and n not in aliases}, stored)
+    aliases |= tied({n: t for n, t in rows.items() if kinds[n][1][:1] == words and n not in aliases}, extents)
     entries = {
         name: Boxed(shape, dtype, extents, rows[name])
         for name, (dtype, shape) in kinds.items()

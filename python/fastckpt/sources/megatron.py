@@ -9,7 +9,6 @@ Megatron-LM, megatron/training/checkpointing.py (get_checkpoint_name, generate_s
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 
 from ..checkpoint import JSON, Checkpoint, Entry
 from ..errors import SourceError, naming
-from ..extents import Extents, is_directory, is_file, listed
+from ..extents import is_directory, is_file, listed
 from ..placement import Placement
 from . import megatron_dist, steps, torchfile
 from .assembly import assemble
@@ -27,7 +26,7 @@ from .options import Options
 from .plain import mapping
 from .ranks import check_one_save
 from .torchfile import Tensor, TorchFile
-from .torchtensors import places, refuse_unread, whole
+from .torchtensors import in_one_table, places, refuse_unread
 
 _FILE = "model_optim_rng.pt"
 _INSIDE = ((), ("weights",), ("dist_ckpt",), ("model", "dist_ckpt"))
@@ -149,16 +148,15 @@ def _ranks(path: str, root: str, options: Options) -> Checkpoint:
         if len(rank.chunks) != grid.chunks:
             raise SourceError(f"{root}: {name} holds {len(rank.chunks)} virtual stages, wanted {grid.chunks}")
     _check_writers(root, grid, placed, ranks)
-    extents = Extents(e for rank in ranks.values() for e in rank.file.extents)
-    sizes = itertools.accumulate((len(rank.file.extents) for rank in ranks.values()), initial=0)
-    base = dict(zip(ranks, sizes, strict=False))
+    extents, opened = in_one_table([rank.file for rank in ranks.values()])
+    of = dict(zip(ranks, opened, strict=True))
     entries: dict[str, Entry] = {}
     for number, stages in placed:
         before = f"{number}/" if len(placed) > 1 else ""
         for name, stage, tensor in _in_one([(n, ranks[n]) for n in stages], grid.chunks):
             if before + name in entries:
                 raise SourceError(f"{root}: two stages hold {name}, one of them {stage}")
-            entries[before + name] = whole(tensor, ranks[stage].file, base[stage], extents, "parameter")
+            entries[before + name] = of[stage].entry(tensor, extents)
     facts: dict[str, JSON] = {
         "step": first.step if isinstance(first.step, int) else None, "ranks": len(placed), "stages": grid.pp,
         "grid": {"tp": grid.tp, "dp": grid.placement.dp, "ep": grid.ep}, "args": first.args,

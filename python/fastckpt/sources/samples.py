@@ -128,11 +128,6 @@ def number(data: bytes, dtype: DType) -> float:
     return float(value[0])
 
 
-def read_at(path: str, offset: int, nbytes: int) -> bytes:
-    """`nbytes` of a file from `offset`. Raises SourceError when it ends before."""
-    return read_all(path, [(offset, nbytes)])[0]
-
-
 def stored_at(wanted: Sequence[tuple[View, int]]) -> list[bytes]:
     """The bytes of one element of each one-axis view, each file opened once."""
     by_path: dict[str, list[tuple[int, tuple[int, int]]]] = {}

@@ -21,13 +21,13 @@ from . import torchfile
 from .assembly import assemble
 from .options import Options
 from .ranks import check_one_save, check_ranks
-from .samples import check_copy, number, one_axis, read_at
+from .samples import check_copy, number, one_axis, read_all
 from .torchfile import Tensor, TorchFile
-from .torchtensors import by_storage, places
+from .torchtensors import Opened, by_storage, places
 from .zero_experts import in_order, is_expert, spread
 from .zero_files import Files, Grid, find, is_zero
 from .zero_layout import Flat, Placed, Shape, chained, sliced
-from .zero_opening import Opened, Opening, Whole, optim_tensors
+from .zero_opening import Opening, Whole, optim_tensors
 from .zero_order import check_order, comparable, sampled
 from .zero_parts import Parts, parts, trainable
 from .zero_state import ModelState, OptimState, Rank, model_state, optim_state
@@ -460,7 +460,7 @@ def _step(state: OptimState, file: TorchFile) -> int | None:
         return state.step
     extent = file.extents[state.step.storage.extent]
     size = state.step.dtype.itemsize
-    data = read_at(file.file.path, extent.offset + state.step.offset * size, size)
+    (data,) = read_all(file.file.path, [(extent.offset + state.step.offset * size, size)])
     return int(number(data, state.step.dtype))
 
 

@@ -14,11 +14,12 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 
 import numpy as np
 
-from ..checkpoint import JSON, Checkpoint, Entry
+from ..checkpoint import JSON, Checkpoint, Entry, Single
 from ..dtypes import DType
 from ..errors import SourceError
 from ..extents import Extents
@@ -52,7 +53,10 @@ def joined(path: str, grid: Grid, ranks: Sequence[Rank], options: Options, tp: i
     extents = Extents(opening.extents)
     bases = accumulate((len(r.checkpoint.extents) for r in ranks), initial=0)
     held: list[dict[str, Entry]] = [
-        {n: _Moved(e, extents, base) for n, e in r.checkpoint.entries.items()}
+        {
+            n: Single(e.shape, e.dtype, partial(_moved, e, extents, base), e.kind)
+            for n, e in r.checkpoint.entries.items()
+        }
         for r, base in zip(ranks, bases, strict=False)
     ]
     stages = [held[p * tp : (p + 1) * tp] for p in range(pp)]
@@ -162,31 +166,12 @@ def _check_gated(entries: Mapping[str, Entry], where: str) -> None:
             )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Moved:
-    """An entry of one rank's checkpoint, its extents counted from `base` of the table of all."""
-
-    of: Entry
-    extents: Extents
-    base: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.of.shape
-
-    @property
-    def dtype(self) -> DType:
-        return self.of.dtype
-
-    @property
-    def kind(self) -> str:
-        return self.of.kind
-
-    def build(self) -> View:
-        view = self.of.build()
-        held = view.held.copy()
-        held[:, 0] += np.where(held[:, 0] == ZERO, 0, self.base)
-        return replace(view, extents=self.extents, held=held)
+def _moved(entry: Entry, extents: Extents, base: int) -> View:
+    """The view of an entry of one rank's checkpoint, its extents counted from `base` of the table of all."""
+    view = entry.build()
+    held = view.held.copy()
+    held[:, 0] += np.where(held[:, 0] == ZERO, 0, base)
+    return replace(view, extents=extents, held=held)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
