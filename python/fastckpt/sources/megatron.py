@@ -45,8 +45,7 @@ def matches(path: str) -> bool:
 
 def read(path: str, options: Options) -> Checkpoint:
     """The model in a save: the last one, or `tag`'s. Raises SourceError."""
-    if options.exclude_frozen:
-        raise SourceError(f"{path}: exclude_frozen was asked for, and only ZeRO says what was frozen")
+    options.refuse_frozen(path)
     root = steps.chosen(path, options.tag)
     for directory in _places(root):
         if _is_dist(directory):

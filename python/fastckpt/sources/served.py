@@ -108,16 +108,9 @@ def _shards(path: str, body: Mapping[str, JSON], ranks: list[JSON], options: Opt
         case {"adapter": ["apart", *_]}:
             facts["adapter"] = "apart"
     return assemble(
-        path,
-        SHARDS,
-        entries,
-        extents,
-        options,
-        files=files,
-        search=[path],
-        facts=facts | {"made from": body.get("source")},
-        headers=headers,
-    )
+        path, SHARDS, entries, extents, options, files=files, search=[path],
+        facts=facts | {"made from": body.get("source")}, headers=headers,
+    )  # fmt: skip
 
 
 def _parts(path: str) -> list[str]:
