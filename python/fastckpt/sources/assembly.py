@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -14,7 +12,8 @@ import xxhash
 from ..checkpoint import JSON, Checkpoint, Entry
 from ..dtypes import DType
 from ..errors import SourceError
-from ..extents import Extent, Extents, File, content, is_file, let_go
+from ..extents import Extent, Extents, File, is_file, let_go
+from ..plainjson import read_json
 from ..stored import boxes, strided
 from ..views import Rows, View, zeros
 from .options import Options
@@ -133,38 +132,6 @@ def read_config(beside: Sequence[str]) -> dict[str, JSON] | None:
         if os.path.basename(path) == "config.json":
             return read_json(path)
     return None
-
-
-def read_json(path: str, limit: int = 64 << 20) -> dict[str, JSON]:
-    """The JSON object in a file of at most `limit` bytes; SourceError otherwise, for a doubled key too."""
-    data = content(path, limit + 1)
-    if len(data) > limit:
-        raise SourceError(f"{path}: more than {limit} bytes of JSON")
-    return parse_json(data, path)
-
-
-def parse_json(data: bytes, where: str) -> dict[str, JSON]:
-    """The JSON object in `data`. Raises SourceError for anything else and for a doubled key."""
-
-    def unique(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
-        out = dict(pairs)
-        if len(out) != len(pairs):
-            counts = Counter(k for k, _ in pairs)
-            raise SourceError(f"{where}: JSON key {counts.most_common(1)[0][0]!r} stands twice")
-        return out
-
-    try:
-        out = json.loads(data, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as e:
-        raise SourceError(f"{where}: no JSON: {e}") from None
-    return json_object(out, where)
-
-
-def json_object(value: JSON, where: str) -> dict[str, JSON]:
-    """The value, which must be a JSON object. Raises SourceError."""
-    if not isinstance(value, dict):
-        raise SourceError(f"{where}: wanted a JSON object, got {type(value).__name__}")
-    return value
 
 
 def sampled(extents: Sequence[Extent]) -> str:

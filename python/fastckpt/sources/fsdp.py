@@ -19,10 +19,11 @@ from ..checkpoint import JSON, Checkpoint
 from ..dtypes import DType
 from ..errors import SourceError, naming
 from ..extents import Extents, is_directory, is_file, listed
+from ..plainjson import read_json
 from ..stored import check_tiles, strided
 from ..views import View
 from . import steps, torchfile
-from .assembly import Boxed, assemble, read_json
+from .assembly import Boxed, assemble
 from .dcp import tied, vocabulary
 from .distributed import Box, Part, boxes_of, part_of
 from .inert import type_name

@@ -22,8 +22,9 @@ from ..checkpoint import JSON, Checkpoint, Entry
 from ..dtypes import DType
 from ..errors import SourceError, naming
 from ..extents import Extents, File, is_file
+from ..plainjson import read_json
 from . import torchfile
-from .assembly import Boxed, assemble, read_json
+from .assembly import Boxed, assemble
 from .dcp import NAME, later, located, nbytes
 from .dcp_metadata import Metadata, metadata
 from .megatron_args import args_of

@@ -18,7 +18,8 @@ from ..checkpoint import JSON, Checkpoint, Entry
 from ..dtypes import BY_SAFETENSORS, DType, in_elements
 from ..errors import SourceError, ViewError
 from ..extents import Extent, Extents, File, is_directory, is_file, listed
-from .assembly import Strided, assemble, parse_json, sampled
+from ..plainjson import parse_json
+from .assembly import Strided, assemble, sampled
 from .options import Options
 from .shards import find_shards
 

@@ -17,7 +17,8 @@ import xxhash
 from ..checkpoint import JSON, Checkpoint
 from ..errors import SourceError
 from ..extents import File, inside, is_directory, is_file
-from .assembly import RECORD, assemble, json_object, read_json
+from ..plainjson import json_object, read_json
+from .assembly import RECORD, assemble
 from .options import Options
 
 SHARDS = "shards"

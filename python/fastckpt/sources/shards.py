@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ..errors import SourceError
 from ..extents import is_directory, is_file
-from .assembly import read_json
+from ..plainjson import read_json
 from .options import Options
 from .ranks import natural
 

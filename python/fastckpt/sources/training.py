@@ -22,10 +22,11 @@ from ..dtypes import BY_NAME, DType
 from ..errors import SourceError, naming
 from ..extents import Extent, Extents, File, content, is_file
 from ..output.manifest import Manifest, TensorEntry
+from ..plainjson import parse_json
 from ..stored import check_tiles
 from ..views import dense_strides
 from . import zero
-from .assembly import RECORD, Boxed, assemble, parse_json
+from .assembly import RECORD, Boxed, assemble
 from .options import Options
 
 SCHEMA = 1
