@@ -190,8 +190,8 @@ MAY_IMPORT["__main__"] = ("cli",)
 
 WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "sources": (
-        ("options", "inert", "zero_layout", "samples", "steps"),
-        ("assembly", "picklemachine", "zipentries"),
+        ("options", "inert", "zero_layout", "samples", "steps", "ranks"),
+        ("assembly", "picklemachine", "plain", "zipentries"),
         # torch files: zip and pickle below, tensors above
         ("torchzip", "inertpickle"),
         ("torchpickle",),

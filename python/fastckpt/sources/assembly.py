@@ -14,8 +14,8 @@ from ..dtypes import DType
 from ..errors import SourceError
 from ..extents import Extent, Extents, File, is_file, let_go
 from ..plainjson import read_json
-from ..stored import strided
-from ..views import View, zeros
+from ..stored import boxes, strided
+from ..views import Rows, View, zeros
 from .options import Options
 
 SAMPLES, SAMPLE = 4096, 256
@@ -79,31 +79,18 @@ def assemble(
     )  # fmt: skip
 
 
-def tensor(
-    extents: Extents,
-    extent: int,
-    dtype: DType,
-    shape: tuple[int, ...],
-    offset: int = 0,
-    stride: tuple[int, ...] | None = None,
-    kind: str = "parameter",
-) -> Entry:
-    """An entry that lies strided in one extent, by default dense from its start; offset and stride in
-    elements. An empty one needs none."""
-    return Strided(shape, dtype, kind, extents, extent, offset, stride)
-
-
 @dataclass(frozen=True, slots=True)
 class Strided:
-    """See `tensor`."""
+    """An entry that lies strided in one extent, by default dense from its start; offset and stride in
+    elements. An empty one needs none."""
 
     shape: tuple[int, ...]
     dtype: DType
-    kind: str
     extents: Extents
     extent: int
-    offset: int
-    stride: tuple[int, ...] | None
+    offset: int = 0
+    stride: tuple[int, ...] | None = None
+    kind: str = "parameter"
 
     def build(self) -> View:
         """Its view. Raises SourceError where it leaves its extent."""
@@ -112,6 +99,21 @@ class Strided:
         return strided(
             self.extents, self.extent, self.dtype, self.shape, offset=self.offset, stride=self.stride
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Boxed:
+    """An entry that lies in boxes, which tile it: `rows` of a view (`views`)."""
+
+    shape: tuple[int, ...]
+    dtype: DType
+    extents: Extents
+    rows: Rows | Sequence[Sequence[int]]
+    kind: str = "parameter"
+
+    def build(self) -> View:
+        """Its view."""
+        return boxes(self.extents, self.dtype, self.shape, self.rows)
 
 
 def neighbours(directories: Sequence[str]) -> tuple[str, ...]:
