@@ -110,13 +110,14 @@ def test_what_does_not_fit_stops_vllm(generated):
 
 
 SOME = ("llama-tied", "mixtral", "qwen3_moe", "glm4_moe", "deepseek_v3")
+STAGED = ("llama+int8", "mixtral+fp8-matrix", "deepseek_v3-wide+fp8-block", "qwen3_moe+gptq")
 EVERY = (*served_models.MODELS, *served_models.QUANTISED)
 GRIDS = {
     "tp1": (Placement(), EVERY, ()),
     "tp2": (Placement(tp=2), EVERY, ()),
     "tp4": (Placement(tp=4), tuple(served_models.MODELS), ("gpt_oss", "cohere-normed")),
     "tp2-ep2": (Placement(tp=2, ep=2), SOME[1:], ()),
-    "pp2": (Placement(pp=2), ("llama-tied", "mixtral", "qwen3_moe", "deepseek_v3"), ()),
+    "pp2": (Placement(pp=2), (*served_models.MODELS, *STAGED), ()),
 }
 """Grid -> the placement, the models, and those vLLM itself refuses there."""
 

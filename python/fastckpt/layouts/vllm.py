@@ -149,11 +149,8 @@ class Vllm:
         layers, for another ep, for a model that is no decoder, and for a family or a pipeline that the
         engine's table lacks."""
         engine = served(self.engine, model.family, model.quant_method) if self.engine else None
-        if engine is not None and placement.pp > 1 and not engine.stages:
-            raise LayoutError(
-                f"engine {self.engine}: what its pipeline stages hold of {model.family} is not known: wanted "
-                f"pp 1, got {placement.pp}"
-            )
+        if engine is not None:
+            self._require_engine(engine, model, placement)
         own = (isinstance(x.mlp, Experts) and x.mlp.stacks is None for x in model.layers)
         require_subjects(
             "vllm",
@@ -208,13 +205,27 @@ class Vllm:
         stem = f"{stem}-{placement.tp_rank}"
         return Naming("", f"{stem}-part-0.safetensors", stem + "-part-{part}.safetensors")
 
+    def _require_engine(self, engine: Served, model: Model, placement: Placement) -> None:
+        """Raises LayoutError for a pipeline that was not compared, and where the engine ties embedding and
+        head otherwise than the model."""
+        if placement.pp > 1 and engine.everywhere is None:
+            raise LayoutError(
+                f"engine {self.engine}: what its pipeline stages hold of {model.family} is not known: wanted "
+                f"pp 1, got {placement.pp}"
+            )
+        if engine.tied != "head" and model.tied is not bool(engine.tied):
+            apart, one = "a head of its own", "its embedding as its head"
+            got, wanted = (one, apart) if model.tied else (apart, one)
+            raise LayoutError(f"engine {self.engine}: {model.family}: wanted {wanted}, got {got}")
+
     def _targets(
         self, model: Model, placement: Placement, share: Share, stage: range, engine: Served | None
     ) -> Iterator[Target]:
-        whole = engine is not None and engine.stages == "all"
-        first = whole or placement.pp_rank == 0
-        last = whole or placement.pp_rank == placement.pp - 1
-        tied = last and model.tied
+        everywhere = engine.everywhere or () if engine is not None else ()
+        first, last = placement.pp_rank == 0, placement.pp_rank == placement.pp - 1
+        first = first or "embedding" in everywhere
+        head = last or "head" in everywhere
+        tied = head and model.tied
         if first or tied:
             module = model.lm_head if tied and engine and engine.tied == "head" else model.embedding
             yield Target(f"{module.name}.weight", self._rows(model.embedding.weight, placement))
@@ -226,13 +237,14 @@ class Vllm:
             yield from norm(model.embedding_norm)
         for i in stage:
             yield from self._layer(model.layers[i], model, placement, share, engine)
-        if last:
+        if last or "norm" in everywhere:
             yield from norm(model.norm)
-            head = model.lm_head
+        if head:
+            lm = model.lm_head
             if not model.tied:
-                yield Target(f"{head.name}.weight", self._rows(head.weight, placement))
-            if head.bias is not None:
-                yield from bias(Linear(head.name, head.weight, self._rows(head.bias, placement)))
+                yield Target(f"{lm.name}.weight", self._rows(lm.weight, placement))
+            if lm.bias is not None:
+                yield from bias(Linear(lm.name, lm.weight, self._rows(lm.bias, placement)))
 
     def _rows(self, view: View, placement: Placement) -> View:
         return padded_part(view, self.vocab_padding, placement.tp_rank, placement.tp)
@@ -303,9 +315,7 @@ class Vllm:
 
 
 def _require_tower(model: Model, tower: Tower, placement: Placement) -> None:
-    """Raises LayoutError for a pipeline, a pooling head, and for what tp cuts and does not divide."""
-    if placement.pp > 1:
-        raise LayoutError(f"layout vllm: the stages of {model.family} are not known: wanted pp 1")
+    """Raises LayoutError for a pooling head, and for what tp cuts and does not divide."""
     for role in model.carried:
         if ".head." in role.name:
             raise LayoutError(f"layout vllm has no place for {role.name}")
