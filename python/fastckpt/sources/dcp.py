@@ -70,7 +70,8 @@ def read(path: str, options: Options) -> Checkpoint:
         for name, key in names.items()
         if name not in aliases
     }
-    rest = Counter(path[0] for key, path in found.paths.items() if key not in set(names.values()))
+    model = {*names.values()}
+    rest = Counter(path[0] for key, path in found.paths.items() if key not in model)
     return assemble(
         path, "dcp", entries, table, options, aliases=aliases, files=files, search=search,
         facts={

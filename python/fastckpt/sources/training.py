@@ -85,7 +85,7 @@ def read(path: str, options: Options) -> Checkpoint:
     rest = len(names) - len(chosen)
     unread = [f"{rest} tensors that are not the model's (optimizer and the like)"] if rest else []
     unread += [f"{n}: each rank has its own" for n in own]
-    held = {n[cut:]: tied.get(n, n) for n in chosen if n not in set(own)}
+    held = {n[cut:]: tied.get(n, n) for n in chosen if tied.get(n, n) in commit.table}
     return commit.checkpoint(held, options, unread=unread)
 
 
