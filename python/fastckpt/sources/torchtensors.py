@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 from ..checkpoint import Entry
 from ..errors import SourceError
 from ..extents import Extents
-from .assembly import tensor
+from .assembly import Strided
 from .torchfile import Inert, Tensor, TorchFile
 
 
-def whole(t: Tensor, file: TorchFile, base: int, extents: Extents, kind: str) -> Entry:
-    """The entry of a tensor that lies in one storage of `file`, whose first extent is number `base`.
+@dataclass(frozen=True, slots=True, eq=False)
+class Opened:
+    """A file, whose first extent is number `base` of its checkpoint's table."""
 
-    Raises SourceError when the storage was not among the wanted ones."""
-    if t.numel and t.storage.extent < 0:
-        raise SourceError(f"{file.file.path}: storage {t.storage.key} was not located")
-    return tensor(extents, base + t.storage.extent, t.dtype, t.shape, t.offset, t.stride, kind)
+    file: TorchFile
+    base: int
+
+    def entry(self, t: Tensor, extents: Extents, kind: str = "parameter") -> Entry:
+        """The entry of a tensor in it. Raises SourceError when its storage was not among the wanted ones."""
+        if t.numel and t.storage.extent < 0:
+            raise SourceError(f"{self.file.file.path}: storage {t.storage.key} was not located")
+        return Strided(t.shape, t.dtype, extents, self.base + t.storage.extent, t.offset, t.stride, kind)
+
+
+def in_one_table(files: Sequence[TorchFile]) -> tuple[Extents, list[Opened]]:
+    """The extents of all files as one table, and the files in it."""
+    bases = accumulate((len(f.extents) for f in files), initial=0)
+    opened = [Opened(f, base) for f, base in zip(files, bases, strict=False)]
+    return Extents(e for f in files for e in f.extents), opened
 
 
 def by_storage(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -38,8 +52,16 @@ def places(tensors: Iterable[object]) -> bytes:
 
 
 def refuse_unread(name: str, value: object) -> None:
-    """Raises SourceError for a tensor that stays inert (sparse, quantised, distributed, of a subclass):
-    unlike a plain value, it must not be left out."""
+    """Raises SourceError for a tensor that stays inert (sparse, quantised, distributed, of a subclass), and
+    for values that hold a tensor: unlike a plain value, it must not be left out. What a module keeps as
+    torch's extra state is no weight."""
+    if name.endswith("_extra_state"):
+        return
+    within = tuple(value.values()) if isinstance(value, dict) else value
+    for held in within if isinstance(within, list | tuple) else ():
+        if isinstance(held, Tensor):
+            raise SourceError(f"{name}: holds a tensor, where a state dict has each under a name of its own")
+        refuse_unread(name, held)
     if isinstance(value, Inert) and value.name.startswith("torch."):
         kinds = [a.name for a in value.args if isinstance(a, Inert) and a.name.startswith("torch.")]
         kinds = [kind for kind in kinds if not kind.endswith("Storage")] or kinds
