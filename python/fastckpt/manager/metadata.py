@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from ..checkpoint import JSON
-from ..errors import WriteError
+from ..output.filesystem import as_write_errors, replace_file
 
 SAVE, LOAD, PARTIAL_LOAD = "checkpoint_save", "checkpoint_load", "checkpoint_partial_load"
 """The three actions that are reported."""
@@ -86,10 +85,5 @@ class JsonMetadata:
         return os.path.isdir(os.path.dirname(os.path.abspath(self._path)))
 
     def _store(self) -> None:
-        staged = f"{self._path}.{secrets.token_hex(4)}"
-        try:
-            with open(staged, "w", encoding="utf-8") as f:
-                json.dump(self._held, f, indent=1)
-            os.replace(staged, self._path)
-        except OSError as e:
-            raise WriteError(f"{self._path}: {e.strerror}") from None
+        with as_write_errors(self._path):
+            replace_file(self._path, json.dumps(self._held, indent=1).encode())
