@@ -60,7 +60,7 @@ def read(path: str, options: Options) -> Checkpoint:
     manifest = Manifest.read(path)
     if manifest.record.layout != "training" or not manifest.shards or not manifest.complete:
         raise SourceError(f"{os.path.join(path, RECORD)}: is no whole training commit")
-    commit = Commit(path, manifest)
+    commit = CommitFiles(path, manifest)
     state = commit.state(0)
     parts = parts_of(state.get("tree"))
     engines = [key for key, kind in parts.items() if kind == ENGINE]
@@ -123,7 +123,7 @@ class Shared:
         return Shared(BY_NAME[dtype], _sizes(where, shape), found, everywhere)
 
 
-class Commit:
+class CommitFiles:
     """A commit's own files, each as it was committed. `manifest`: its record."""
 
     def __init__(self, path: str, manifest: Manifest) -> None:
