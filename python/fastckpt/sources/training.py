@@ -28,6 +28,7 @@ from ..views import dense_strides
 from . import zero
 from .assembly import RECORD, Boxed, assemble
 from .options import Options
+from .plain import integers
 
 SCHEMA = 1
 TABLE = "tensors.json"
@@ -120,7 +121,7 @@ class Shared:
                 raise SourceError(f"{where}: {said!r:.80} is no entry of {TABLE}")
         if any(len(sizes) != len(shape) for _, *box in found for sizes in box):
             raise SourceError(f"{where}: a box of other axes than {shape}")
-        return Shared(BY_NAME[dtype], _sizes(where, shape), found, everywhere)
+        return Shared(BY_NAME[dtype], integers(shape, where), found, everywhere)
 
 
 class CommitFiles:
@@ -293,12 +294,5 @@ def aliases_of(state: Mapping[str, JSON]) -> dict[str, str]:
 def _box(where: str, said: JSON) -> tuple[int, Sizes, Sizes]:
     match said:
         case [int(rank), list(offset), list(size)]:
-            return rank, _sizes(where, offset), _sizes(where, size)
+            return rank, integers(offset, where), integers(size, where)
     raise SourceError(f"{where}: {said!r:.80} is no box of {TABLE}")
-
-
-def _sizes(where: str, values: Sequence[JSON]) -> Sizes:
-    out = tuple(n for n in values if type(n) is int and n >= 0)
-    if len(out) != len(values):
-        raise SourceError(f"{where}: {values!r:.80} is no shape")
-    return out
