@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 HELD = json.loads(Path(__file__).with_name("vllm_names.json").read_text())["models"]
 ENGINE = "vllm==0.32"
 GRIDS = {f"tp{tp}": Placement(tp=tp) for tp in (1, 2, 4)}
-GRIDS |= {"tp2-ep2": Placement(tp=2, ep=2), "pp2": Placement(pp=2)}
+GRIDS |= {"tp2-ep2": Placement(tp=2, ep=2), "pp2": Placement(pp=2), "tp2-data": Placement(tp=2)}
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,8 @@ def often(name):
     "name", [n if often(n) else pytest.param(n, marks=pytest.mark.nightly) for n in HELD]
 )
 def test_names_shapes_and_bytes_are_vllms(hub, name):
-    asked = layout("vllm", {"engine": ENGINE})
     for grid, digests in HELD[name]["ranks"].items():
+        asked = layout("vllm", {"engine": ENGINE, "tower": "whole" if "data" in grid else "cut"})
         states = fastckpt.reshard(hub(name), placement=GRIDS[grid], layout=asked)
         for state in states:
             for alias in ("lm_head.weight",) if name.startswith(WITHOUT_HEAD) else ():
@@ -119,6 +119,11 @@ def test_a_head_that_the_engine_ties_otherwise_is_refused(name, tied, message, t
     models.write(name, str(tmp_path))
     with pytest.raises(LayoutError, match=message):
         fastckpt.plan(tmp_path, layout=layout("vllm", {"engine": ENGINE}))
+
+
+def test_a_tower_that_vllm_cannot_hold_whole_is_refused(hub):
+    with pytest.raises(LayoutError, match="tower=whole wants one of glm4v, qwen2_5_vl, qwen2_vl, "):
+        fastckpt.plan(hub("internvl"), tp=2, layout=layout("vllm", {"tower": "whole"}))
 
 
 def test_a_patch_release_goes_by_its_minor_version():

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -61,6 +62,15 @@ def test_a_tied_pair_is_one_tensor():
     tied = sources.open(FIXTURES / "fsdp-w3")
     assert dict(tied.aliases) == {"lm_head.weight": "model.embed_tokens.weight"}
     assert not sources.open(FIXTURES / "fsdp-tp-w4").aliases
+
+
+def test_a_tied_pair_of_a_vision_language_model(tmp_path):
+    root = Path(shutil.copytree(FIXTURES / "fsdp-w3", tmp_path / "in"))
+    text = json.loads((root / "config.json").read_text())
+    (root / "config.json").write_text(json.dumps({"text_config": text, "tie_word_embeddings": True}))
+    assert dict(sources.open(root).aliases) == {"lm_head.weight": "model.embed_tokens.weight"}
+    (root / "config.json").write_text(json.dumps({"text_config": text, "tie_word_embeddings": False}))
+    assert not sources.open(root).aliases
 
 
 @pytest.mark.parametrize("name", KEPT)

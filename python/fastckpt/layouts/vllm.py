@@ -103,6 +103,9 @@ TOWERS: dict[str, frozenset[str]] = {
 """family -> how vLLM cuts its tower otherwise than a decoder: "attention" or "mergers" are whole on every
 rank, [q; k; v] is cut as one run of "rows", whatever they are."""
 
+WHOLE = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v"})
+"""Families whose tower vLLM can hold whole on every rank (supports_encoder_tp_data)."""
+
 ROWS: dict[str, str] = {"glm4v": "model.visual.merger.proj.weight"}
 """family -> a matrix beside its tower's layers of which each rank holds a run of rows."""
 
@@ -113,7 +116,8 @@ class Vllm:
     `pad`: heads and widths that do not divide by tp are padded with zeros (layouts/padding.py), each rank's
     width to a multiple of `multiple`. `experts`: which experts a rank holds under expert parallelism, a run
     of them or every ep-th. `gate_up`: the order within `w13_weight`; "up_gate" is what some kernels and
-    SGLang's loaders want (where the hub stores gate and up in turn, they stay so). `engine`: a version in
+    SGLang's loaders want (where the hub stores gate and up in turn, they stay so). `tower`: an image tower is
+    cut by tp, or whole on every rank (vLLM's mm_encoder_tp_mode "data"). `engine`: a version in
     layouts/engines.py, such as "vllm==0.32": the output then has every tensor that version holds, under its
     names, so that its sharded_state loader takes it; "" leaves the hub's names."""
 
@@ -122,6 +126,7 @@ class Vllm:
     multiple: int = 1
     experts: Literal["linear", "round_robin"] = "linear"
     gate_up: Literal["gate_up", "up_gate"] = "gate_up"
+    tower: Literal["cut", "whole"] = "cut"
     engine: str = ""
     roles: ClassVar[Literal[True]] = True
 
@@ -158,6 +163,7 @@ class Vllm:
             {
                 "experts": (lambda: placement.ep > 1, f"ep above 1, got {placement.ep}"),
                 "gate_up": (lambda: any(own), f"experts of gate and up, which {model.family} has not"),
+                "tower": (lambda: model.family in WHOLE, f"one of {', '.join(sorted(WHOLE))}"),
             },
         )
         model = self._padded(model, placement)
@@ -176,7 +182,7 @@ class Vllm:
             what = model.carried[0].name if model.carried else "the encoder"
             raise LayoutError(f"layout vllm has no place for {what} of {model.family}, which is no decoder")
         if model.tower is not None:
-            _require_tower(model, model.tower, placement)
+            _require_tower(model, model.tower, self._around(placement))
         renamed = RENAMED.get(model.family, ())
         targets = self._targets(model, placement, share, stage, engine)
         dtype = model.embedding.weight.dtype
@@ -230,7 +236,7 @@ class Vllm:
             module = model.lm_head if tied and engine and engine.tied == "head" else model.embedding
             yield Target(f"{module.name}.weight", self._rows(model.embedding.weight, placement))
         if model.tower is not None:
-            yield from _tower(model, model.tower, placement)
+            yield from _tower(model, model.tower, self._around(placement))
         if first:
             if model.positions is not None:
                 yield Target(f"{model.positions.name}.weight", model.positions.weight)
@@ -245,6 +251,10 @@ class Vllm:
                 yield Target(f"{lm.name}.weight", self._rows(lm.weight, placement))
             if lm.bias is not None:
                 yield from bias(Linear(lm.name, lm.weight, self._rows(lm.bias, placement)))
+
+    def _around(self, placement: Placement) -> Placement:
+        """Where the rank stands among those that cut an image tower."""
+        return Placement() if self.tower == "whole" else placement
 
     def _rows(self, view: View, placement: Placement) -> View:
         return padded_part(view, self.vocab_padding, placement.tp_rank, placement.tp)

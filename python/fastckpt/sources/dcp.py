@@ -206,6 +206,8 @@ def _tensor(root: object, dtype: DType, size: Sizes) -> Tensor:
 def vocabulary(search: Sequence[str]) -> Sizes | None:
     """(rows of the word embedding,) where config.json says that the output shares it."""
     config = read_config(neighbours(search)) or {}
+    decoder = config.get("text_config")  # of a vision-language model, which says itself whether it is tied
+    config = {**decoder, **config} if isinstance(decoder, dict) else config
     size = config.get("vocab_size") if config.get("tie_word_embeddings") is True else None
     return (size,) if isinstance(size, int) else None
 
