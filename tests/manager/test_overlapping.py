@@ -12,8 +12,8 @@ from types import FrameType
 import pytest
 import torch
 from fastckpt.manager import saving
-from fastckpt.manager.coordination import Took
 from fastckpt.manager.manager import CheckpointManager
+from fastckpt.manager.metadata import Took
 from fastckpt.manager.pieces import Snapshots, raw
 
 

@@ -12,7 +12,6 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol, TypeVar
 
@@ -292,17 +291,3 @@ def by_some(group: Group, what: str, mine: bool, work: Callable[[], Result]) -> 
 
     together(group, what, part)
     return result
-
-
-@dataclass(frozen=True, slots=True)
-class Took:
-    """What something took on each rank."""
-
-    seconds: tuple[float, ...]
-    nbytes: tuple[int, ...]
-
-    @staticmethod
-    def of(said: Sequence[JSON]) -> Took:
-        """From what the ranks said: (seconds, bytes) each."""
-        pairs = [s if isinstance(s, list) else [0.0, 0] for s in said]
-        return Took(tuple(float(str(s)) for s, _ in pairs), tuple(int(str(n)) for _, n in pairs))

@@ -18,7 +18,8 @@ from ..pipeline import cores, each
 from ..running.tensors import torch_dtype
 from ..sources.training import engine_directory
 from .commits import Store
-from .coordination import Group, Took, together
+from .coordination import Group, together
+from .metadata import Took
 from .opened import Opened, check_files, open_step
 from .pieces import box_of
 from .saving import Disk, engine_tag

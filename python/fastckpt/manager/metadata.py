@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from ..checkpoint import JSON
@@ -15,6 +16,20 @@ from ..output.filesystem import as_write_errors, replace_file
 
 SAVE, LOAD, PARTIAL_LOAD = "checkpoint_save", "checkpoint_load", "checkpoint_partial_load"
 """The three actions that are reported."""
+
+
+@dataclass(frozen=True, slots=True)
+class Took:
+    """What an action took on each rank."""
+
+    seconds: tuple[float, ...]
+    nbytes: tuple[int, ...]
+
+    @staticmethod
+    def of(said: Sequence[JSON]) -> Took:
+        """From what the ranks said: (seconds, bytes) each."""
+        pairs = [s if isinstance(s, list) else [0.0, 0] for s in said]
+        return Took(tuple(float(str(s)) for s, _ in pairs), tuple(int(str(n)) for _, n in pairs))
 
 
 class MetadataHandler(Protocol):

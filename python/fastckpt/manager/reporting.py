@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from ..errors import FastckptError
-from .coordination import Took
-from .metadata import SAVE, MetadataHandler
+from .metadata import SAVE, MetadataHandler, Took
 
 
 class CheckpointWarning(UserWarning):

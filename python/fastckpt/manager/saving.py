@@ -26,7 +26,8 @@ from ..output.writer import Output
 from ..pipeline import cores, each
 from ..sources.training import SCHEMA, TABLE, Shared, engine_directory, rank_directory
 from .commits import Store
-from .coordination import Group, Took, together
+from .coordination import Group, together
+from .metadata import Took
 from .pieces import Claim, Piece, Taken, raw, shared
 from .state_tree import Engine
 
