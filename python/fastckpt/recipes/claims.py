@@ -27,6 +27,9 @@ LARGEST = 1 << 53
 """No size or factor that a config says is larger."""
 
 
+LEAVES = (".weight", ".bias")
+"""What the tensors of a plain module are called below it."""
+
 BYTES = ("int8", "float8_e4m3fn", "float8_e5m2")
 """The dtypes of a quantised matrix whose values are bytes."""
 
@@ -207,10 +210,17 @@ class Claims:
         view = self.tensor(stored or name, *dims)
         return lambda: Parameter(name, view().as_stored() if kept else view())
 
-    def carried(self, patterns: Sequence[str]) -> list[Callable[[], Parameter]]:
-        """Claims every tensor whose name matches one of `patterns`, whatever its shape."""
-        names = [name for name in self.ckpt if any(fnmatchcase(name, p) for p in patterns)]
-        return [self.parameter(n, *(Dim(size, "any") for size in self.shape(n))) for n in names]
+    def carried(self, patterns: Sequence[str], *, bias: bool) -> list[Callable[[], Parameter]]:
+        """Claims the weight, of any shape, and the bias of every module that matches one of `patterns`;
+        `bias`: all of them have one."""
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in self.ckpt if name.endswith(LEAVES))
+        out = []
+        for module in (m for m in modules if any(fnmatchcase(m, p) for p in patterns)):
+            weight = [Dim(size, f"{module}.weight's") for size in self.shape(f"{module}.weight")]
+            out.append(self.parameter(f"{module}.weight", *weight))
+            if bias or f"{module}.bias" in self:
+                out.append(self.parameter(f"{module}.bias", *weight[:1]))
+        return out
 
     def linear(
         self,
