@@ -19,6 +19,7 @@ import reading
 import torch
 from fastckpt import sources
 from fastckpt.errors import SourceError
+from fastckpt.sources import dcp as source
 from reading import refuses
 from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
@@ -71,6 +72,13 @@ def test_a_tied_pair_of_a_vision_language_model(tmp_path):
     assert dict(sources.open(root).aliases) == {"lm_head.weight": "model.embed_tokens.weight"}
     (root / "config.json").write_text(json.dumps({"text_config": text, "tie_word_embeddings": False}))
     assert not sources.open(root).aliases
+
+
+def test_the_config_is_not_read_for_each_tensor(monkeypatch):
+    read, real = [], source.read_config
+    monkeypatch.setattr(source, "read_config", lambda beside: read.append(beside) or real(beside))
+    sources.open(FIXTURES / "fsdp-w3")
+    assert len(read) == 1
 
 
 @pytest.mark.parametrize("name", KEPT)

@@ -19,6 +19,7 @@ from ..running.tensors import torch_dtype
 from ..sources.training import engine_directory
 from .commits import Store
 from .coordination import Group, together
+from .metadata import Took
 from .opened import Opened, check_files, open_step
 from .pieces import box_of
 from .saving import Disk, engine_tag
@@ -37,20 +38,18 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What a restore gave, the names the commit has, and what each rank took: seconds and bytes."""
+    """What a restore gave, the names the commit has, and what it took."""
 
     value: object
     saved_names: tuple[str, ...]
-    seconds: tuple[float, ...]
-    nbytes: tuple[int, ...]
-    notes: tuple[str, ...] = ()
+    took: Took
+    notes: tuple[str, ...]
 
 
 def load(store: Store, group: Group, disk: Disk, step: int, asked: Asked) -> Loaded:
     """Restore a step. Collective. Raises SourceError, on every rank, where a byte of it is wrong, and
     ManagerError where it does not fit what was asked."""
-    run = _Load(store, group, disk, step, asked)
-    return run.run()
+    return _Load(store, group, disk, step, asked).run()
 
 
 class _Load:
@@ -80,10 +79,8 @@ class _Load:
             return [time.perf_counter() - self.began, self.nbytes]
 
         done = together(self.group, what, apply)
-        seconds = tuple(float(str(d[0])) for d in done if isinstance(d, list))
-        nbytes = tuple(int(str(d[1])) for d in done if isinstance(d, list))
         saved = () if self.opened is None else tuple(self.opened.names)
-        return Loaded(value, saved, seconds, nbytes, tuple(self.notes))
+        return Loaded(value, saved, Took.of(done), tuple(self.notes))
 
     def _read(self) -> JSON:
         manifest = self.store.manifest(self.step)

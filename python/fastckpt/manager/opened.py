@@ -20,7 +20,7 @@ from ..extents import fill, pieces_of
 from ..output.manifest import FileEntry, Manifest, TensorEntry
 from ..road import reshard
 from ..running.tensors import torch_dtype
-from ..sources.training import Commit, Shared, aliases_of, names_in
+from ..sources.training import CommitFiles, Shared, aliases_of, names_in
 from .pieces import raw
 from .state_tree import merged
 
@@ -35,7 +35,7 @@ class Opened:
     `own`: name -> this rank's own tensor; `differing`: places of the tree where the saved ranks differ, left
     out of it."""
 
-    commit: Commit
+    commit: CommitFiles
     world: int
     tree: JSON
     aliases: Mapping[str, str]
@@ -157,7 +157,7 @@ def open_step(path: str, manifest: Manifest, rank: int, world: int) -> Opened:
     """A committed step as `rank` of `world` sees it; in a world of another size, what all saved ranks share.
 
     Raises SourceError for records that are not what was committed, ManagerError for what cannot be given."""
-    commit, saved = Commit(path, manifest), manifest.record.placement.get("ranks", 1)
+    commit, saved = CommitFiles(path, manifest), manifest.record.placement.get("ranks", 1)
     if saved == world:
         state = commit.state(rank)
         own = {n: e for (r, n), e in commit.places.items() if r == rank and n not in commit.table}

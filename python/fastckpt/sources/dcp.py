@@ -63,8 +63,8 @@ def read(path: str, options: Options) -> Checkpoint:
     extents, rows, digests, files = located(found, names.values(), (root, *options.also), options.check_crc)
     table = Extents(extents)
     search = [root, os.path.dirname(os.path.abspath(root))]
-    words = [n for n in names if found.tensors[names[n]].shape[:1] == vocabulary(search)]
-    aliases = tied({n: rows[names[n]] for n in words}, table)
+    words = vocabulary(search)
+    aliases = tied({n: rows[k] for n, k in names.items() if found.tensors[k].shape[:1] == words}, table)
     entries = {
         name: Boxed(found.tensors[key].shape, found.tensors[key].dtype, table, rows[key])
         for name, key in names.items()
