@@ -14,6 +14,9 @@ import torch
 import vllm  # type: ignore[import-not-found]
 from vllm.config import get_current_vllm_config  # type: ignore[import-not-found]
 from vllm.distributed import get_pp_group, get_tp_group  # type: ignore[import-not-found]
+from vllm.model_executor.layers.fusion.mm_input_norm import (  # type: ignore[import-not-found]
+    FusedMMInputNorm,
+)
 from vllm.model_executor.model_loader import BaseModelLoader  # type: ignore[import-not-found]
 
 from ..checkpoint import Checkpoint
@@ -50,6 +53,7 @@ class FastckptLoader(BaseModelLoader):  # type: ignore[misc]
         placement = placement_of(model_config, parallel)
         ckpt = self.asked.opened(model_config.model)
         give_bias(model, ckpt, self.load_config.device)
+        leave_norms_of_pixels(model)
         seeing = model_config.multimodal_config
         layout = Vllm(
             engine=self.asked.engine or f"vllm=={vllm.__version__}",
@@ -76,6 +80,14 @@ def give_bias(model: torch.nn.Module, ckpt: Checkpoint, device: str | None) -> N
     if head is not None and "lm_head.bias" in ckpt.entries and getattr(head, "bias", head) is None:
         with torch.device(device or get_current_vllm_config().device_config.device):
             head._register_bias()
+
+
+def leave_norms_of_pixels(model: torch.nn.Module) -> None:
+    """What vLLM makes of the image processor's config, and no checkpoint holds, is no longer persistent."""
+    for module in model.modules():
+        if isinstance(module, FusedMMInputNorm):
+            for name, buffer in tuple(module.named_buffers(recurse=False)):
+                module.register_buffer(name, buffer, persistent=False)
 
 
 def placement_of(model_config: ModelConfig, parallel: ParallelConfig) -> Placement:
