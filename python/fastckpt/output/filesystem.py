@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -68,6 +67,8 @@ def write_file(path: str, pieces: Iterable[bytes], durable: bool) -> None:
 
 def remove_tree(path: str) -> None:
     """Remove a directory and all that is in it, as far as that can be done."""
+    import shutil  # brings every archive format, and most runs remove nothing
+
     with suppress(OSError):  # rmtree lets some errors through all the same
         shutil.rmtree(path, ignore_errors=True)
 
