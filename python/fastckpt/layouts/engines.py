@@ -32,8 +32,8 @@ class Held(NamedTuple):
 
 
 def _ones(attention: str) -> tuple[Held, ...]:
-    """The scales of an unquantised kv cache."""
-    return tuple(Held(f"{attention}.{x}", 1.0) for x in ("_k_scale", "_prob_scale", "_q_scale", "_v_scale"))
+    """The scales of an unquantised kv cache; `attention`: where below the layer's attention, with its dot."""
+    return tuple(Held(f"{attention}{x}", 1.0) for x in ("_k_scale", "_prob_scale", "_q_scale", "_v_scale"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +65,19 @@ class Served:
     `tied`: a tied pair goes by the name of the "head", or of the "embedding" where the engine has no head, so
     that only tied models fit; "" where it ties none, so that only others do. `everywhere`: which of
     "embedding", "norm" and "head" every pipeline stage holds, rather than the first or the last alone; None
-    where that was not compared, so that pipelines are refused."""
+    where that was not compared, so that pipelines are refused. `classes`: the first of config.json's
+    `architectures` -> the family by that class, where the engine has a class of its own for another name
+    than transformers'."""
 
     renamed: Renamed = ()
-    held: tuple[Held, ...] = _ones("attn")
+    held: tuple[Held, ...] = _ones("attn.")
     quantised: Mapping[str, Form] = field(default_factory=dict)
     tied: Literal["head", "embedding", ""] = "head"
     float32: tuple[str, ...] = ()
     rounded: tuple[str, ...] = ()
     hub_rows: bool = False
     everywhere: frozenset[str] | None = frozenset()
+    classes: Mapping[str, Served] = field(default_factory=dict)
 
     def name(self, name: str) -> str:
         """The engine's name for a tensor of layout vllm."""
@@ -133,9 +136,16 @@ _FUSED = {k: v for k, v in _FORMS.items() if k != "fp8"}
 _GLM4 = Served(quantised={k: v for k, v in _FUSED.items() if k != "gptq"})  # whose own loader fails
 _DEEPSEEK = Served(
     (*_STACKS, *_SHARED, *_ROUTER, *_LATENT),
-    _ones("mla_attn.mla_attn"),
+    _ones("mla_attn.mla_attn."),
     _forms((), ()),
     tied="",
+)
+# vLLM's class for CUDA; elsewhere it has other names.
+_SPARSE = Served(
+    (*_STACKS, *_SHARED, *_ROUTER),
+    _ones(""),
+    tied="",
+    float32=("*.indexer.k_norm.weight", "*.indexer.k_norm.bias"),
 )
 _QWEN_DELTA = Served(
     (*_STACKS, *_SHARED, *_ROUTER),
@@ -175,9 +185,11 @@ _VLLM_0_32: dict[str, Served] = {
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
     "kimi_k2": replace(_DEEPSEEK, quantised={k: _forms((), ())[k] for k in ("fp8", "pack-quantized")}),
+    "deepseek_v32": _SPARSE,
+    "glm_moe_dsa": _SPARSE,
     "glm4_moe_lite": Served(
         (*_STACKS, *_SHARED, *_CORRECTION, *_LATENT),
-        _ones("mla_attn.mla_attn"),
+        _ones("mla_attn.mla_attn."),
         tied="",
         float32=("*.mlp.gate.weight",),
     ),
@@ -191,7 +203,8 @@ _VLLM_0_32: dict[str, Served] = {
     "olmoe": Served(_STACKS, tied="", everywhere=_ALL),
     "hunyuan_v1_moe": Served(_STACKS),
     "phimoe": Served(
-        ((".block_sparse_moe.gate.", ".mlp.router."), (".block_sparse_moe.", ".mlp."), *_STACKS)
+        ((".block_sparse_moe.gate.", ".mlp.router."), (".block_sparse_moe.", ".mlp."), *_STACKS),
+        classes={"PhiMoEForCausalLM": Served(_STACKS, everywhere=_ALL)},
     ),
     "minimax_m2": Served(
         _STACKS,
@@ -213,6 +226,7 @@ _VLLM_0_32: dict[str, Served] = {
     "seed_oss": _PLAIN,
     "ernie4_5": _PLAIN,
     "hunyuan_v1_dense": _PLAIN,
+    "internlm3": Served(),
     "cwm": Served(),
     "helium": Served(),
     "stablelm": Served(everywhere=_ALL),
@@ -268,15 +282,15 @@ def known(engine: str) -> Mapping[str, Served]:
     return found
 
 
-def served(engine: str, family: str, quant_method: str = "") -> Served:
-    """A family in a version of an engine. Raises LayoutError for a family without a line in its table, and
-    for a way of quantising that was not compared."""
+def served(engine: str, family: str, quant_method: str, architecture: str) -> Served:
+    """A family, by the class that config.json names, in a version of an engine. Raises LayoutError for a
+    family without a line in its table, and for a way of quantising that was not compared."""
     families = known(engine)
     if family not in families:
         raise LayoutError(
             f"engine {engine}: its names for family {family} are not known; known are {', '.join(families)}"
         )
-    found = families[family]
+    found = families[family].classes.get(architecture, families[family])
     if quant_method and quant_method not in found.quantised:
         raise LayoutError(
             f"engine {engine}: what it holds of {family} quantised by {quant_method} is not known; known are "
