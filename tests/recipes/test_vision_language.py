@@ -146,6 +146,7 @@ def test_a_tensor_that_is_nowhere_in_the_model_is_refused():
         ({"vision_config": None}, "vision_config must be an object, got None"),
         ({"text_config": None}, "text_config must be an object, got None"),
         ({"vision_feature_layer": -9}, "vision_feature_layer -9 of 3 layers"),
+        ({"vision_feature_layer": True}, "vision_feature_layer True of 3 layers"),
     ],
 )
 def test_configs_that_are_not_read(changed, message):
