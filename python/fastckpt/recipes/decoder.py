@@ -95,10 +95,10 @@ class Kind:
     `qkv_bias`, `o_bias`, `mlp_bias`: whether q, k and v, o, or the feed-forward block have biases.
     `head_bias`: the head has one. `qk_norm`: q and k are normed: each head by the same weights, with
     `own_norms` by weights of its own, or, with `whole_norms`, all of q and all of k; `rotated`: after the
-    rotary positions. `plus_one`: norms multiply by 1 + weight. `fused_qkv`, `fused_gate_up`: [q; k; v] or
-    [gate; up] are stored as one matrix. `ungated`: the names of the two matrices of a feed-forward block
-    without a gate; None: it has a gate. `scalars`: the learned numbers of its activation, below the block,
-    with their shapes. `o`: the name of o. `gated`: q_proj holds each head's q and then its output gate.
+    rotary positions. `plus_one`: norms multiply by 1 + weight. `fused_qkv`: [q; k; v] are stored as one
+    matrix. `paired`: the names of the two matrices of a feed-forward block whose [gate; up] are stored as
+    one; `ungated`: of one without a gate; None of both: it has three. `scalars`: the learned numbers of its
+    activation, below the block, with their shapes. `o`: the name of o. `gated`: q_proj holds each head's q and then its output gate.
     `sinks`: attention has sinks. `delta`: how linear attention is stored, which some layers have in its
     place. `parallel`: attention and the feed-forward block read one norm, side by side. `further`: the one
     layer that may predict a further token, where it is not counted after the last (None: it is, as in
@@ -116,7 +116,7 @@ class Kind:
     norms: Norms = field(default_factory=Norms)
     plus_one: bool = False
     fused_qkv: bool = False
-    fused_gate_up: bool = False
+    paired: tuple[str, str] | None = None
     gated: bool = False
     sinks: bool = False
     delta: Stored | None = None
@@ -151,14 +151,20 @@ def families(*kinds: Kind) -> dict[str, Known]:
     return {kind.family: Known(partial(recipe, kind=kind), kind.ignored) for kind in kinds}
 
 
-def dense(kind: Kind, claims: Claims, config: Mapping[str, JSON], width: Dim, at: str = "mlp") -> FeedForward:
+def dense(
+    kind: Kind, claims: Claims, config: Mapping[str, JSON], width: Dim, at: str = "mlp"
+) -> Callable[[str], Callable[[], Mlp]]:
     """The block of the module `at`, that wide in every layer."""
     hidden = dim(config, "hidden_size")
     bias = has(config, kind.mlp_bias)
-    if kind.ungated is None:
-        return lambda layer: gated(
-            claims, f"{layer}.{at}", width, hidden, bias=bias, fused=kind.fused_gate_up
+    if kind.paired is not None:
+        both, last = kind.paired
+        return lambda layer: fused_mlp(
+            claims.linear(f"{layer}.{at}.{both}", width.times(2), hidden, bias=bias),
+            claims.linear(f"{layer}.{at}.{last}", hidden, width, bias=bias),
         )
+    if kind.ungated is None:
+        return lambda layer: gated(claims, f"{layer}.{at}", width, hidden, bias=bias)
     first, second = kind.ungated
 
     def claim(layer: str) -> Callable[[], Mlp]:
@@ -173,13 +179,8 @@ def dense(kind: Kind, claims: Claims, config: Mapping[str, JSON], width: Dim, at
     return claim
 
 
-def gated(
-    claims: Claims, at: str, width: Dim, hidden: Dim, *, bias: bool = False, fused: bool = False
-) -> Callable[[], Mlp]:
-    """Claims `gate_proj`, `up_proj` (or `gate_up_proj`, which is both) and `down_proj` of the module `at`."""
-    if fused:
-        pair = claims.linear(f"{at}.gate_up_proj", width.times(2), hidden, bias=bias)
-        return fused_mlp(pair, claims.linear(f"{at}.down_proj", hidden, width, bias=bias))
+def gated(claims: Claims, at: str, width: Dim, hidden: Dim, *, bias: bool = False) -> Callable[[], Mlp]:
+    """Claims `gate_proj`, `up_proj` and `down_proj` of the module `at`."""
     gate = claims.linear(f"{at}.gate_proj", width, hidden, bias=bias)
     up = claims.linear(f"{at}.up_proj", width, hidden, bias=bias)
     down = claims.linear(f"{at}.down_proj", hidden, width, bias=bias)

@@ -13,8 +13,7 @@ from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import Experts, Mla, Mlp, Model
 from .claims import Claims, Dim, absent, dim, integer
-from .decoder import ANCHOR, Kind, decoder, dense, gated, has
-from .fused import fused_mlp
+from .decoder import ANCHOR, Kind, decoder, dense
 from .known import Known
 from .latent import heads_of, rope
 from .moe import BLOCK, Block, experts, with_shared
@@ -62,15 +61,14 @@ def stepped(config: Mapping[str, JSON]) -> Callable[[int], bool]:
 class Shared:
     """The block of a layer that every token passes. `name`: the hub's module within the layer; `width`:
     config's key of how wide it is, or `count`, of how many experts that is, which may be said of each layer;
-    `default`: how many where the config does not say; `gate`: the module of its gate; `fused`: its matrices'
-    names, where gate and up are one."""
+    `default`: how many where the config does not say; `gate`: the module of its gate. Its matrices have the
+    names of a block without experts."""
 
     name: str = "mlp.shared_experts"
     count: str = "n_shared_experts"
     default: int = 0
     width: str = ""
     gate: str = ""
-    fused: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +115,7 @@ def recipe(
         gate = mixture.shared.gate
         return with_shared(
             build,
-            _beside(claims, layer, mixture.shared, shared, hidden, has(config, kind.mlp_bias)),
+            dense(kind, claims, config, shared, mixture.shared.name)(layer),
             claims.linear(f"{layer}.{gate}", Dim(1, "1"), hidden) if gate else absent,
         )
 
@@ -149,18 +147,6 @@ def _shared(config: Mapping[str, JSON], shared: Shared | None, width: Dim) -> Di
         said = said[0]
     beside = integer({shared.count: said}, shared.count, shared.default, least=0)
     return Dim(beside * width.size, f"{shared.count or beside} * {width.key}")
-
-
-def _beside(
-    claims: Claims, layer: str, shared: Shared, width: Dim, hidden: Dim, bias: bool
-) -> Callable[[], Mlp]:
-    """Claims the shared block of a layer."""
-    at = f"{layer}.{shared.name}"
-    if shared.fused is None:
-        return gated(claims, at, width, hidden, bias=bias)
-    pair, down = shared.fused
-    both = claims.linear(f"{at}.{pair}", width.times(2), hidden, bias=bias)
-    return fused_mlp(both, claims.linear(f"{at}.{down}", hidden, width, bias=bias))
 
 
 def families(*mixtures: Mixture) -> dict[str, Known]:
