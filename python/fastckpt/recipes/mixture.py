@@ -13,11 +13,10 @@ from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import Experts, Mla, Mlp, Model
 from .claims import Claims, Dim, absent, dim, integer
-from .decoder import ANCHOR, Kind, decoder, dense
+from .decoder import Kind, blocks_of, claimed, decoder, dense
 from .known import Known
 from .latent import heads_of, rope
 from .moe import BLOCK, Block, experts, with_shared
-from .quantised import quantised
 
 Rule = Callable[[Mapping[str, JSON]], Callable[[int], bool]]
 """Of a config, which layers have experts. Raises RecipeError."""
@@ -74,8 +73,8 @@ class Shared:
 @dataclass(frozen=True, slots=True)
 class Mixture:
     """How a family's mixtures differ. `count`: config's keys of how many experts there are, `width`, of how
-    wide one is; `sparse`: which layers have them; `dense`: config's key of how wide the block of the others
-    is; `latent`: what claims its latent attention, None where it has none."""
+    wide one is; `sparse`: which layers have them, where the others have the kind's own block; `latent`: what
+    claims its latent attention, None where it has none."""
 
     kind: Kind
     block: Block = BLOCK
@@ -83,7 +82,6 @@ class Mixture:
     width: str = "moe_intermediate_size"
     sparse: Rule = every
     shared: Shared | None = None
-    dense: str = "intermediate_size"
     latent: Latent | None = None
 
 
@@ -91,25 +89,27 @@ def recipe(
     ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None, mixture: Mixture
 ) -> Model:
     """The model of a checkpoint of that family; `vocab_size` overrides config's. Raises RecipeError."""
-    claims = Claims(ckpt, ANCHOR, form=quantised(config))
     kind = mixture.kind
-    hidden, width = dim(config, "hidden_size"), dim(config, mixture.width)
-    count = dim(config, *mixture.count)
-    chosen = mixture.sparse(config)
-    sparse = [chosen(i) for i in range(claims.layers(config))]
-    shared = _shared(config, mixture.shared, width)
-    widths = {d.key: d.size for d in (width, shared) if d.size and any(sparse)}
+    claims = claimed(kind, ckpt, config)
+    hidden, chosen = dim(config, "hidden_size"), mixture.sparse(config)
+    held = blocks_of(kind, config, claims.layers(config))
+    sparse = {i: chosen(i) for i, blocks in enumerate(held) if "mlp" in blocks}
+    count = width = shared = Dim(0, "")
+    if any(sparse.values()):
+        count, width = dim(config, *mixture.count), dim(config, mixture.width)
+        shared = _shared(config, mixture.shared, width)
+    widths = {d.key: d.size for d in (width, shared) if d.size}
     block = None
-    if not all(sparse):
-        plain = dim(config, mixture.dense)
-        block = dense(kind, claims, config, plain, mixture.block.hub)
+    if not all(sparse.values()):
+        plain = dim(config, kind.width)
+        block = dense(kind, claims, config, plain, kind.mlp)
         widths = {plain.key: plain.size} | widths
 
     def feed_forward(layer: str) -> Callable[[], Mlp | Experts]:
         number = int(layer.rpartition(".")[2])
-        if block is not None and number < len(sparse) and not sparse[number]:
+        if block is not None and not sparse.get(number, True):
             return block(layer)
-        build = experts(claims, layer, mixture.block, count, width, hidden)
+        build = experts(claims, config, layer, mixture.block, (count, width, hidden))
         if mixture.shared is None or not shared.size:
             return build
         gate = mixture.shared.gate
