@@ -115,7 +115,7 @@ GRIDS = {
     "tp1": (Placement(), EVERY, ()),
     "tp2": (Placement(tp=2), EVERY, ()),
     "tp4": (Placement(tp=4), tuple(served_models.MODELS), ("gpt_oss", "cohere-normed")),
-    "tp2-ep2": (Placement(tp=2, ep=2), SOME[1:], ()),
+    "tp2-ep2": (Placement(tp=2, ep=2), (*SOME[1:], "nemotron_h"), ()),
     "pp2": (Placement(pp=2), ("llama-tied", "mixtral", "qwen3_moe", "deepseek_v3"), ()),
 }
 """Grid -> the placement, the models, and those vLLM itself refuses there."""

@@ -191,6 +191,18 @@ _VLLM_0_32: dict[str, Served] = {
     ),
     "granitemoe": _GRANITE_MOE,
     "granitemoeshared": _GRANITE_MOE,
+    "granitemoehybrid": _GRANITE_MOE,
+    "nemotron_h": Served(
+        (
+            *_STACKS,
+            *_SHARED,
+            (".gate.e_score", ".experts.routed_experts.e_score"),
+            (".fc1_latent_proj.", ".experts.routed_input_transform."),
+            (".fc2_latent_proj.", ".experts.routed_output_transform."),
+        ),
+        float32=("*.mixer.gate.weight",),
+    ),
+    "falcon_h1": Served(),
     "llama4_text": Served((*_STACKS, *_SHARED)),
     "gpt_oss": Served(_STACKS),
     "gpt2": Served(),
