@@ -6,7 +6,7 @@ import fastckpt
 import numpy as np
 import pytest
 import torch
-from fastckpt.errors import FastckptError, LayoutError
+from fastckpt.errors import FastckptError, LayoutError, SourceError
 from layouts import tiny
 from safetensors.torch import save_file
 
@@ -46,6 +46,23 @@ def test_a_wrong_argument_is_named(tmp_path, argument):
         word = {"max_shard_size": "size", "quant": "quantisation", "memory": "size"}.get(argument)
         assert argument in str(e.value) or (word and word in str(e.value)), (value, str(e.value))
         assert not (tmp_path / "out").exists()
+
+
+def test_a_config_may_be_any_file(tmp_path):
+    """What anyone may have written ends in an error, as it does beside a checkpoint."""
+    _, files, _ = tiny.made("biased")
+    for name, text, why in (
+        ("twice", '{"model_type": "llama", "model_type": "gpt2"}', "'model_type' stands twice"),
+        ("deep", '{"a":' * 100_000, "no JSON"),
+        ("list", "[]", "wanted a JSON object"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(SourceError, match=rf"{name}: .*{why}"):
+            fastckpt.plan(files, config=tmp_path / name)
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
+    for path, why in (("pipe", "not a regular file"), ("none", "No such file")):
+        with pytest.raises(SourceError, match=why):
+            fastckpt.plan(files, config=tmp_path / path)
 
 
 @pytest.mark.parametrize("path", [None, 5, [], b"x"])

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(next(iter(fastckpt.__path__)))
 
-CORE = ("errors", "dtypes", "extents", "views", "stored", "checkpoint", "placement", "target")
+CORE = ("errors", "dtypes", "extents", "views", "stored", "checkpoint", "plainjson", "placement", "target")
 PLAIN = (*CORE, "model")
 TABLE = ("copies", "axes", "compiling", "binding", "batches")
 FILES = (
@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "views": CORE[:3],
     "stored": CORE[:4],
     "checkpoint": CORE[:4],
+    "plainjson": (*CORE[:4], "checkpoint"),
     "placement": CORE[:4],
     "schemes": CORE[:2],
     "target": (*CORE[:4], "schemes"),
@@ -189,8 +190,8 @@ MAY_IMPORT["__main__"] = ("cli",)
 
 WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "sources": (
-        ("options", "inert", "zero_layout", "samples", "steps"),
-        ("assembly", "picklemachine", "zipentries"),
+        ("options", "inert", "zero_layout", "samples", "steps", "ranks"),
+        ("assembly", "picklemachine", "plain", "zipentries"),
         # torch files: zip and pickle below, tensors above
         ("torchzip", "inertpickle"),
         ("torchpickle",),

@@ -300,7 +300,7 @@ def test_layout_options_and_pattern_plans(run, source, tmp_path):
     assert code == 0
     assert shapes["model.layers.0.self_attn.q_proj.weight"] == [8, 16]
     assert shapes["model.layers.0.self_attn.k_proj.weight"] == [8, 16]
-    for text in ("[1]", '{"a": 1}', "{"):
+    for text in ("[1]", '{"a": 1}', "{", '{"*": "colwise", "*": "replicate"}'):
         patterns.write_text(text)
         code, _, err = run("plan", source, "--tp", "2", "--tp-plan", patterns)
         assert code == 2

@@ -6,7 +6,8 @@ Messages are raised deep with the local fact; the spine adds target and file onc
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class FastckptError(Exception):
@@ -41,6 +42,15 @@ class SourceError(FastckptError):
     """A file of the checkpoint is broken, unsafe, missing or contradicts another."""
 
     exit_code = 3
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Puts `where` before the message of a SourceError that is raised within."""
+    try:
+        yield
+    except SourceError as e:
+        raise SourceError(f"{where}: {e}") from None
 
 
 class ViewError(FastckptError):

@@ -20,8 +20,9 @@ from .errors import LayoutError, SourceError
 from .extents import is_directory, is_file
 from .layouts import ByRoles, Layout, Naming
 from .placement import Placement
+from .plainjson import read_json
 from .sources import safetensors, served
-from .sources.assembly import assemble, read_json, sampled
+from .sources.assembly import assemble, sampled
 from .sources.options import Options
 from .sources.shards import find_shards
 from .uniting import phantom_of, whole_of

@@ -98,9 +98,7 @@ def whole(
     )
     shaped = json.dumps([ckpt.structure, record, dict(ckpt.config or {})], sort_keys=True)
     was = _map(record.get("resized", {}), ckpt, "resized")
-    more: dict[str, JSON] = {"tied": dict(aliases), **_recipe(ckpt, manifest, recipe)}
-    if was:
-        more["unpadded"] = dict(was)
+    facts = {**ckpt.facts, **_recipe(ckpt, manifest, recipe), **({"unpadded": dict(was)} if was else {})}
     return replace(
         ckpt,
         format="served",
@@ -108,7 +106,7 @@ def whole(
         aliases=aliases,
         unread=(*ckpt.unread, *unread),
         config=_config(ckpt, manifest) if was else ckpt.config,
-        facts={k: v for k, v in ckpt.facts.items() if k not in ("options", "files")} | more,
+        facts=facts,
         structure=xxhash.xxh3_64_hexdigest(shaped.encode()),
     )
 

@@ -72,7 +72,7 @@ def whole_of(
         entries=entries,
         aliases=aliases,
         unread=(*shards.unread, *unread),
-        facts={"layout": name, "tied": dict(aliases), **facts},
+        facts={"layout": name, **facts},
         structure=xxhash.xxh3_64_hexdigest(json.dumps(shaped, sort_keys=True).encode()),
     )
 

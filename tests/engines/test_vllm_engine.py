@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import fastckpt
@@ -110,13 +111,19 @@ def test_what_does_not_fit_stops_vllm(generated):
 
 
 SOME = ("llama-tied", "mixtral", "qwen3_moe", "glm4_moe", "deepseek_v3")
+STAGED = ("llama+int8", "mixtral+fp8-matrix", "deepseek_v3-wide+fp8-block", "qwen3_moe+gptq")
 EVERY = (*served_models.MODELS, *served_models.QUANTISED)
 GRIDS = {
     "tp1": (Placement(), EVERY, ()),
     "tp2": (Placement(tp=2), EVERY, ()),
     "tp4": (Placement(tp=4), tuple(served_models.MODELS), ("gpt_oss", "cohere-normed")),
     "tp2-ep2": (Placement(tp=2, ep=2), (*SOME[1:], "nemotron_h"), ()),
-    "pp2": (Placement(pp=2), ("llama-tied", "mixtral", "qwen3_moe", "deepseek_v3"), ()),
+    "pp2": (
+        Placement(pp=2),
+        (*served_models.MODELS, *STAGED),
+        ("granitemoehybrid", "granitemoehybrid-dense", "granitemoehybrid-mixed"),
+    ),
+    "tp2-data": (Placement(tp=2), ("qwen2_vl", "qwen2_5_vl-tied", "qwen3_vl", "qwen3_vl_moe", "glm4v"), ()),
 }
 """Grid -> the placement, the models, and those vLLM itself refuses there."""
 
@@ -131,7 +138,8 @@ def test_shards_are_bit_for_bit_what_vllm_loads(grid, tmp_path):
     script(tmp_path / "log", "vllm_truth.py", str(models), str(truth), grid, *names)
     assert {name for name in names if (truth / name / grid / "error").exists()} == set(refused)
     for name in set(names) - set(refused):
-        for rank, got in enumerate(fastckpt.reshard(models / name, placement=placement, layout=ENGINE)):
+        asked = replace(ENGINE, tower="whole" if "data" in grid else "cut")
+        for rank, got in enumerate(fastckpt.reshard(models / name, placement=placement, layout=asked)):
             want = load_file(truth / name / grid / f"model-rank-{rank}-part-0.safetensors")
             missing = want.keys() - got.keys()
             assert not missing, f"{name} rank {rank}"

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 HELD = json.loads(Path(__file__).with_name("vllm_names.json").read_text())["models"]
 ENGINE = "vllm==0.32"
 GRIDS = {f"tp{tp}": Placement(tp=tp) for tp in (1, 2, 4)}
-GRIDS |= {"tp2-ep2": Placement(tp=2, ep=2), "pp2": Placement(pp=2)}
+GRIDS |= {"tp2-ep2": Placement(tp=2, ep=2), "pp2": Placement(pp=2), "tp2-data": Placement(tp=2)}
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,8 @@ def often(name):
     "name", [n if often(n) else pytest.param(n, marks=pytest.mark.nightly) for n in HELD]
 )
 def test_names_shapes_and_bytes_are_vllms(hub, name):
-    asked = layout("vllm", {"engine": ENGINE})
     for grid, digests in HELD[name]["ranks"].items():
+        asked = layout("vllm", {"engine": ENGINE, "tower": "whole" if "data" in grid else "cut"})
         states = fastckpt.reshard(hub(name), placement=GRIDS[grid], layout=asked)
         for state in states:
             for alias in ("lm_head.weight",) if name.startswith(WITHOUT_HEAD) else ():
@@ -70,6 +70,7 @@ def test_names_shapes_and_bytes_are_vllms(hub, name):
 
 def test_every_family_of_the_table_was_compared(hub):
     assert set(HELD) == {*models.MODELS, *models.QUANTISED}
+    assert [name for name in models.MODELS if "pp2" not in HELD[name]["ranks"]] == []
     compared = {json.loads((hub(name) / "config.json").read_text())["model_type"] for name in HELD}
     assert set(ENGINES[ENGINE]) == compared
     methods = set()
@@ -99,8 +100,30 @@ def test_what_an_engine_refuses(options, message):
 
 
 def test_a_pipeline_that_was_not_compared_is_refused(hub):
+    asked = layout("vllm", {"engine": "sglang==0.5"})
     with pytest.raises(LayoutError, match="pipeline stages hold of qwen2 is not known: wanted pp 1, got 2"):
-        fastckpt.plan(hub("qwen2"), placement=Placement(pp=2), layout=layout("vllm", {"engine": ENGINE}))
+        fastckpt.plan(hub("qwen2"), placement=Placement(pp=2), layout=asked)
+
+
+@pytest.mark.parametrize(
+    ("name", "tied", "message"),
+    [
+        ("olmoe", True, "olmoe: wanted a head of its own, got its embedding as its head"),
+        ("cohere2", False, "cohere2: wanted its embedding as its head, got a head of its own"),
+    ],
+)
+def test_a_head_that_the_engine_ties_otherwise_is_refused(name, tied, message, tmp_path, monkeypatch):
+    """vLLM's own loader leaves the one unfilled and does not read the other."""
+    prefix, sizes = models.MODELS[name]
+    monkeypatch.setitem(models.MODELS, name, (prefix, sizes | {"tie_word_embeddings": tied}))
+    models.write(name, str(tmp_path))
+    with pytest.raises(LayoutError, match=message):
+        fastckpt.plan(tmp_path, layout=layout("vllm", {"engine": ENGINE}))
+
+
+def test_a_tower_that_vllm_cannot_hold_whole_is_refused(hub):
+    with pytest.raises(LayoutError, match="tower=whole wants one of glm4v, qwen2_5_vl, qwen2_vl, "):
+        fastckpt.plan(hub("internvl"), tp=2, layout=layout("vllm", {"tower": "whole"}))
 
 
 def test_a_patch_release_goes_by_its_minor_version():

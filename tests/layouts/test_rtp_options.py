@@ -9,7 +9,7 @@ import fastckpt
 import pytest
 import torch
 from fastckpt import recipes
-from fastckpt.errors import LayoutError
+from fastckpt.errors import LayoutError, RecipeError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
 from layouts import families, tiny
@@ -343,7 +343,26 @@ def test_rotary_table(said, base, yarn):
 
 def test_rotary_tables_of_other_kinds_are_refused():
     config, hub, _ = families.made("deepseek_v3")
-    config = config | {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}
-    for model in (recipes.find(config)(memory(hub), config), model_of("granite")[0]):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    changes = ({"rope_type": "linear"}, {"attention_factor": 1.5}, {"truncate": False})
+    configs = [config | {"rope_parameters": yarn | change} for change in changes]
+    for model in (*(recipes.find(c)(memory(hub), c) for c in configs), model_of("granite")[0]):
         with pytest.raises(LayoutError, match="rope_positions=50 wants latent attention with plain or YaRN"):
             shards(model, {"rope_positions": "50"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_theta", 0), ("rope_theta", 1), ("rope_theta", math.nan), ("rope_theta", 10**400),
+        ("rope_theta", "10000"), ("factor", 0), ("factor", math.inf), ("beta_fast", "32"), ("beta_slow", 0),
+        ("mscale", -1), ("mscale_all_dim", True), ("original_max_position_embeddings", 0),
+        ("original_max_position_embeddings", 10**400),
+    ],
+)  # fmt: skip
+def test_numbers_of_rotary_tables_that_a_config_cannot_mean(key, value):
+    config, hub, _ = families.made("deepseek_v3")
+    said = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, key: value}
+    config = config | {"rope_parameters": said}
+    with pytest.raises(RecipeError, match=f"config: {key} must be"):
+        recipes.find(config)(memory(hub), config)

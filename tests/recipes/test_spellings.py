@@ -143,8 +143,9 @@ def test_layers_with_experts_by_every_key():
     config, hub, _ = families.made("exaone_moe")
     assert config["mlp_layer_types"] == ["sparse", "dense"] and config["first_k_dense_replace"] == 1
     for types, message in (
-        (["sparse"], "1 mlp_layer_types for 2 layers"),
-        (["sparse", "other"], "must be a list of dense and sparse"),
+        (["sparse"], "mlp_layer_types must be 2 of dense and sparse"),
+        (["sparse", "other"], "mlp_layer_types must be 2 of dense and sparse"),
+        (["sparse", ["sparse"]], "mlp_layer_types must be 2 of dense and sparse"),
         (["dense", "sparse"], "layers.0.mlp.gate_proj"),
         (None, "layers.0.mlp.gate_proj"),
     ):
@@ -175,5 +176,5 @@ def test_layers_with_an_indexer_by_every_key():
     for other in ({}, {"index_topk_pattern": "FF"}, {"index_topk_freq": 2}):
         with pytest.raises(RecipeError, match=r"layers\.1\.self_attn\.indexer\.wq_b"):
             hf(hub, silent | other)
-    with pytest.raises(RecipeError, match="index_topk_pattern must say something of 2 layers, got 'F'"):
+    with pytest.raises(RecipeError, match="index_topk_pattern must be 2 of full and shared and F"):
         hf(hub, silent | {"index_topk_pattern": "F"})

@@ -294,7 +294,7 @@ def compressed() -> _StorageInfo:
     ("change", "words"),
     [
         ({"storage_data": {}}, "does not say where w at (0, 0) is"),
-        ({"storage_data": None}, "storage_data is a NoneType; wanted a dict"),
+        ({"storage_data": None}, "storage_data: wanted a dict, got NoneType"),
         ({"state_dict_metadata": {"w": 3}}, "no tensors of a model"),
         ({"storage_data": {index("w", (0, 0)): _StorageInfo("../x", 0, 1)}}, "leaves the directory"),
         ({"storage_data": {index("w", (0, 0)): _StorageInfo("/etc/passwd", 0, 1)}}, "leaves the directory"),

@@ -151,7 +151,7 @@ def test_files_of_several_nodes(case, tmp_path):
     (tmp_path / "node1").mkdir()
     for rank in (2, 3):
         shutil.move(rank_file(root, rank), tmp_path / "node1")
-    with pytest.raises(SourceError, match=r"rank 2 is missing .open files that lie on other nodes with"):
+    with pytest.raises(SourceError, match=r"files of 2 of 4 ranks missing: rank 2, 3; .* with also="):
         fastckpt.open(root)
     want = load_file(root / "truth.safetensors")
     got = fastckpt.reshard(fastckpt.open(root, also=[tmp_path / "node1"]), layout="same")[0]
@@ -263,7 +263,7 @@ def test_records_that_are_not_read():
         ({"placements": (Inert("x.Shard", state={"dim": 2}),)}, "2 axes cut along axis 2"),
         ({"placements": (Inert("x._StridedShard", state={"dim": 0, "split_factor": 1 << 40}),)}, "runs"),
         ({"placements": ()}, "0 placements"),
-        ({"placements": None}, "placements are NoneType"),
+        ({"placements": None}, "placements: wanted a list"),
         ({"mesh": Inert("m", state={"_coordinate_on_dim": None})}, "coordinate in its mesh"),
         ({"mesh": Inert("m", state={"_coordinate_on_dim": [-1]})}, "coordinate in its mesh"),
         ({"mesh": None}, "wanted an object of torch.distributed"),
@@ -278,9 +278,9 @@ def test_records_that_are_not_read():
 
 def test_files_that_do_not_fit(case, tmp_path):
     for name, breaks, why in (
-        ("fsdp2", lambda d: rank_file(d, 3).unlink(), "rank 3 is missing"),
+        ("fsdp2", lambda d: rank_file(d, 3).unlink(), "files of 1 of 4 ranks missing: rank 3"),
         ("hsdp", lambda d: shutil.copy(rank_file(d, 0), rank_file(d, 0, 2)), r"world sizes \[2, 4\]"),
-        ("tp", lambda d: shutil.copy(rank_file(d, 0), rank_file(d, 4)), "rank 4 is none of 4"),
+        ("tp", lambda d: shutil.copy(rank_file(d, 0), rank_file(d, 4)), "of rank 4, but the run had 4 ranks"),
         ("columns", lambda d: shutil.copy(rank_file(d, 0), rank_file(d, 1)), "missing"),
         ("fsdp1", lambda d: shutil.copy(rank_file(d, 0), rank_file(d, 1)), "its boxes have"),
         (
@@ -315,6 +315,13 @@ def plain(root, states):
     for rank, state in enumerate(states):
         torch.save(state, rank_file(root, rank, len(states)))
     return root
+
+
+def test_a_world_beyond_any_run(tmp_path):
+    root = plain(tmp_path / "a", [{"w": torch.ones(2)}])
+    rank_file(root, 0, 1).rename(rank_file(root, 0, 10**12))
+    with pytest.raises(SourceError, match="999999999999 of 1000000000000 ranks missing: rank 1, 2"):
+        fastckpt.open(root)
 
 
 def test_tensors_that_every_rank_has_whole(tmp_path):

@@ -386,7 +386,7 @@ def _no_layer(rank, state):
         broken(_old, "checkpoint_version 2.0: wanted 3.0"),
         broken(_nested, "the form of Megatron before its core"),
         broken(_no_model, "no model; keys: args"),
-        broken(_later, "their iteration differ"),
+        broken(_later, "iteration is .*: files of two saves"),
         broken(_transposed, "lies with strides"),
         broken(_no_args, "wanted an argparse.Namespace, got dict"),
         broken(_no_layer, "decoder.layers.1.*the shard holds none"),

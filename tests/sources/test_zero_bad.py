@@ -149,7 +149,7 @@ def test_a_file_of_another_step(tmp_path):
     refuses(tmp_path / "new", "rank_2", "optimizer step is 1, wanted 2")
     shutil.copy(model(old, 1), folder)
     shutil.copy(optim(written(tmp_path / "again"), 2), folder)
-    refuses(tmp_path / "new", "rank_1", "global_steps is 1, rank 0 has 2")
+    refuses(tmp_path / "new", "rank_1", "global_steps is 1, wanted 2")
 
 
 def without_steps(lengths, step):
@@ -181,7 +181,7 @@ def test_files_of_another_step_that_no_optimizer_tells(tmp_path, frozen, monkeyp
     for rank in (1, 2):
         shutil.copy(optim(old, rank), folder)
         shutil.copy(model(old, rank), folder)
-    refuses(tmp_path / "new", "rank_1", "global_steps is 1, rank 0 has 2: files of two saves")
+    refuses(tmp_path / "new", "rank_1", "global_steps is 1, wanted 2: files of two saves")
     assert sorted(whole.entries) == sorted(PARAMS)
 
 
@@ -365,6 +365,7 @@ def test_a_truncated_rank_file(tmp_path):
     [
         ("partition_count", "three"),
         ("partition_count", None),
+        ("partition_count", 10**12),
         ("zero_stage", 7),
         ("zero_stage", "three"),
         ("fp32_flat_groups", None),
@@ -397,6 +398,17 @@ def test_model_keys_of_another_kind(tmp_path, key, value):
     folder = written(tmp_path)
     edit(model(folder, 0), lambda c: c.update({key: value}))
     refuses(tmp_path, "rank_0" if value != {} else "still", key)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_numbers_beyond_any_run(tmp_path, stage):
+    """Nothing is made as large as a file says before it is known that it can be."""
+    folder = written(tmp_path, stage=stage)
+    file = model(folder, 0 if stage == 3 else None)
+    edit(file, lambda c: (c["module"].pop("b"), c["param_shapes"][0].update(b=(1 << 61, 4))))
+    refuses(tmp_path, "the limit is 2^61")
+    edit(file, lambda c: c.update(num_experts=[10**12]))
+    refuses(tmp_path, "num_experts: wanted whole numbers below 2^20")
 
 
 def test_rename_into_one(tmp_path):

@@ -138,7 +138,8 @@ def affine_info(**changes):
         ({"shape": [2, 3, 1]}, "a piece"),
         ({"shape": [2, 2]}, "axes [0, 1]"),
         ({"dest": [3, [3, 1]]}, "leaves [2, 3]"),
-        ({"shape": [10**30, 3]}, "leaves"),
+        ({"shape": [10**18, 3]}, "leaves"),
+        ({"shape": [10**30, 3]}, "below 2^62"),
     ],
 )
 def test_maps_that_do_not_fit(changes, words):

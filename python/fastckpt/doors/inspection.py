@@ -63,8 +63,7 @@ class Inspection:
         """The inspection for people; long lists are cut, JSON has them whole."""
         lines = [f"{self.path}: {self.format}"]
         tables = {k: v for k, v in self.facts.items() if _is_table(v)}
-        named = {"parameters", "frozen", "buffers", "tied", "tensors", "files"}  # said below, with more
-        scalars = [(k, said(v)) for k, v in self.facts.items() if k not in tables and k not in named]
+        scalars = [(k, said(v)) for k, v in self.facts.items() if k not in tables]
         scalars += [
             ("tensors", f"{self.tensors} ({self.elements:,} elements, {size(self.nbytes)})"),
             ("files", f"{len(self.files)} ({size(self.file_bytes)})"),

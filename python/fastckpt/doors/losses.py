@@ -5,7 +5,6 @@ Law: nothing here is measured again; `quantisation-rank-R.json` (docs/formats.md
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from itertools import pairwise
 from ..checkpoint import JSON
 from ..errors import SourceError
 from ..extents import is_directory, listed
+from ..plainjson import json_object, read_json
 from .drawing import Canvas
 from .text import columns, size
 
@@ -53,12 +53,8 @@ def read(path: str) -> tuple[Loss, ...]:
     names = listed(path, "quantisation-rank-*.json") if is_directory(path) else []
     for file in sorted((os.path.join(path, name) for name in names), key=_rank):
         try:
-            with open(file, encoding="utf-8") as f:
-                told = json.load(f)
-            found += [_loss(_rank(file), t) for t in told.values()]
-        except OSError as e:
-            raise SourceError(f"{file}: {e.strerror}") from None
-        except (ValueError, KeyError, AttributeError, TypeError) as e:
+            found += [_loss(_rank(file), json_object(t, file)) for t in read_json(file).values()]
+        except (ValueError, KeyError, OverflowError) as e:
             raise SourceError(f"{file}: not the figures of an output: {e!r}") from None
     return tuple(found)
 

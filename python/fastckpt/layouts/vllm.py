@@ -110,6 +110,9 @@ TOWERS: dict[str, frozenset[str]] = {
 """family -> how vLLM cuts its tower otherwise than a decoder: "attention" or "mergers" are whole on every
 rank, [q; k; v] is cut as one run of "rows", whatever they are."""
 
+WHOLE = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v"})
+"""Families whose tower vLLM can hold whole on every rank (supports_encoder_tp_data)."""
+
 ROWS: dict[str, str] = {"glm4v": "model.visual.merger.proj.weight"}
 """family -> a matrix beside its tower's layers of which each rank holds a run of rows."""
 
@@ -120,7 +123,8 @@ class Vllm:
     `pad`: heads and widths that do not divide by tp are padded with zeros (layouts/padding.py), each rank's
     width to a multiple of `multiple`. `experts`: which experts a rank holds under expert parallelism, a run
     of them or every ep-th. `gate_up`: the order within `w13_weight`; "up_gate" is what some kernels and
-    SGLang's loaders want (where the hub stores gate and up in turn, they stay so). `engine`: a version in
+    SGLang's loaders want (where the hub stores gate and up in turn, they stay so). `tower`: an image tower is
+    cut by tp, or whole on every rank (vLLM's mm_encoder_tp_mode "data"). `engine`: a version in
     layouts/engines.py, such as "vllm==0.32": the output then has every tensor that version holds, under its
     names, so that its sharded_state loader takes it; "" leaves the hub's names."""
 
@@ -129,6 +133,7 @@ class Vllm:
     multiple: int = 1
     experts: Literal["linear", "round_robin"] = "linear"
     gate_up: Literal["gate_up", "up_gate"] = "gate_up"
+    tower: Literal["cut", "whole"] = "cut"
     engine: str = ""
     roles: ClassVar[Literal[True]] = True
 
@@ -156,11 +161,8 @@ class Vllm:
         layers, for another ep, for a model that is no decoder, and for a family or a pipeline that the
         engine's table lacks."""
         engine = served(self.engine, model.family, model.quant_method) if self.engine else None
-        if engine is not None and placement.pp > 1 and not engine.stages:
-            raise LayoutError(
-                f"engine {self.engine}: what its pipeline stages hold of {model.family} is not known: wanted "
-                f"pp 1, got {placement.pp}"
-            )
+        if engine is not None:
+            self._require_engine(engine, model, placement)
         own = (isinstance(x.mlp, Experts) and x.mlp.stacks is None for x in model.layers)
         require_subjects(
             "vllm",
@@ -168,6 +170,7 @@ class Vllm:
             {
                 "experts": (lambda: placement.ep > 1, f"ep above 1, got {placement.ep}"),
                 "gate_up": (lambda: any(own), f"experts of gate and up, which {model.family} has not"),
+                "tower": (lambda: model.family in WHOLE, f"one of {', '.join(sorted(WHOLE))}"),
             },
         )
         model = self._padded(model, placement)
@@ -187,7 +190,7 @@ class Vllm:
             what = model.carried[0].name if model.carried else "the encoder"
             raise LayoutError(f"layout vllm has no place for {what} of {model.family}, which is no decoder")
         if model.tower is not None:
-            _require_tower(model, model.tower, placement)
+            _require_tower(model, model.tower, self._around(placement))
         renamed = RENAMED.get(model.family, ())
         targets = self._targets(model, placement, share, stage, engine)
         dtype = model.embedding.weight.dtype
@@ -216,31 +219,50 @@ class Vllm:
         stem = f"{stem}-{placement.tp_rank}"
         return Naming("", f"{stem}-part-0.safetensors", stem + "-part-{part}.safetensors")
 
+    def _require_engine(self, engine: Served, model: Model, placement: Placement) -> None:
+        """Raises LayoutError for a pipeline that was not compared, and where the engine ties embedding and
+        head otherwise than the model."""
+        if placement.pp > 1 and engine.everywhere is None:
+            raise LayoutError(
+                f"engine {self.engine}: what its pipeline stages hold of {model.family} is not known: wanted "
+                f"pp 1, got {placement.pp}"
+            )
+        if engine.tied != "head" and model.tied is not bool(engine.tied):
+            apart, one = "a head of its own", "its embedding as its head"
+            got, wanted = (one, apart) if model.tied else (apart, one)
+            raise LayoutError(f"engine {self.engine}: {model.family}: wanted {wanted}, got {got}")
+
     def _targets(
         self, model: Model, placement: Placement, share: Share, stage: range, engine: Served | None
     ) -> Iterator[Target]:
-        whole = engine is not None and engine.stages == "all"
-        first = whole or placement.pp_rank == 0
-        last = whole or placement.pp_rank == placement.pp - 1
-        tied = last and model.tied
+        everywhere = engine.everywhere or () if engine is not None else ()
+        first, last = placement.pp_rank == 0, placement.pp_rank == placement.pp - 1
+        first = first or "embedding" in everywhere
+        head = last or "head" in everywhere
+        tied = head and model.tied
         if first or tied:
             module = model.lm_head if tied and engine and engine.tied == "head" else model.embedding
             yield Target(f"{module.name}.weight", self._rows(model.embedding.weight, placement))
         if model.tower is not None:
-            yield from _tower(model, model.tower, placement)
+            yield from _tower(model, model.tower, self._around(placement))
         if first:
             if model.positions is not None:
                 yield Target(f"{model.positions.name}.weight", model.positions.weight)
             yield from norm(model.embedding_norm)
         for i in stage:
             yield from self._layer(model.layers[i], model, placement, share, engine)
-        if last:
+        if last or "norm" in everywhere:
             yield from norm(model.norm)
-            head = model.lm_head
+        if head:
+            lm = model.lm_head
             if not model.tied:
-                yield Target(f"{head.name}.weight", self._rows(head.weight, placement))
-            if head.bias is not None:
-                yield from bias(Linear(head.name, head.weight, self._rows(head.bias, placement)))
+                yield Target(f"{lm.name}.weight", self._rows(lm.weight, placement))
+            if lm.bias is not None:
+                yield from bias(Linear(lm.name, lm.weight, self._rows(lm.bias, placement)))
+
+    def _around(self, placement: Placement) -> Placement:
+        """Where the rank stands among those that cut an image tower."""
+        return Placement() if self.tower == "whole" else placement
 
     def _rows(self, view: View, placement: Placement) -> View:
         return padded_part(view, self.vocab_padding, placement.tp_rank, placement.tp)
@@ -315,9 +337,7 @@ class Vllm:
 
 
 def _require_tower(model: Model, tower: Tower, placement: Placement) -> None:
-    """Raises LayoutError for a pipeline, a pooling head, and for what tp cuts and does not divide."""
-    if placement.pp > 1:
-        raise LayoutError(f"layout vllm: the stages of {model.family} are not known: wanted pp 1")
+    """Raises LayoutError for a pooling head, and for what tp cuts and does not divide."""
     for role in model.carried:
         if ".head." in role.name:
             raise LayoutError(f"layout vllm has no place for {role.name}")

@@ -24,6 +24,7 @@ from ..digest import LEAF, Digesting, digest
 from ..dtypes import BY_NAME, DType
 from ..errors import SourceError, WriteError
 from ..extents import content, inside, is_directory, is_file
+from ..plainjson import unique
 from .files import SlotTable
 
 SCHEMA = 1
@@ -212,7 +213,7 @@ class Manifest:
         if tail != _TAIL % digest(head).encode():
             raise SourceError(f"{name}: does not have its own digest: it was changed or damaged")
         try:
-            return _parsed(json.loads(text, object_pairs_hook=_pairs, parse_constant=_refused))
+            return _parsed(json.loads(text, object_pairs_hook=unique, parse_constant=_refused))
         except RecursionError:
             raise SourceError(f"{name}: nested too deep") from None
         except (SourceError, ValueError) as e:
@@ -330,13 +331,6 @@ def _json(value: JSON) -> str:
 
 
 # ---- reading ----
-
-
-def _pairs(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        raise SourceError("a key stands twice in one object")
-    return out
 
 
 def _refused(constant: str) -> JSON:

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from ..checkpoint import JSON, Checkpoint
 from ..dtypes import DType
 from ..dtypes import dtype as dtype_of
-from ..errors import RecipeError, SourceError
+from ..errors import RecipeError
 from ..extents import is_directory
+from ..plainjson import read_json
 from .request import Request
 
 
@@ -32,16 +33,7 @@ def found(ckpt: Checkpoint, given: str | os.PathLike[str] | Mapping[str, JSON] |
     path = os.fspath(given)
     if is_directory(path):
         path = os.path.join(path, "config.json")
-    try:
-        with open(path, encoding="utf-8") as f:
-            found = json.load(f)
-    except OSError as e:
-        raise SourceError(f"{path}: {e.strerror}") from None
-    except ValueError as e:
-        raise SourceError(f"{path}: not JSON: {e}") from None
-    if not isinstance(found, dict):
-        raise SourceError(f"{path}: wanted a JSON object, got {type(found).__name__}")
-    return found
+    return read_json(path)
 
 
 def sized(config: Mapping[str, JSON], sizes: Mapping[str, JSON]) -> dict[str, JSON]:

@@ -23,6 +23,9 @@ from ..views import View
 from .imagining import MOST, Imagined
 from .quantised import Form, Kind, Quantised
 
+LARGEST = 1 << 53
+"""No size or factor that a config says is larger."""
+
 
 class Dim(NamedTuple):
     """One axis of a tensor: its size, and the config keys it comes from (for errors)."""
@@ -42,10 +45,28 @@ def integer(config: Mapping[str, JSON], key: str, default: int | None = None, *,
         value = default
     if value is None:
         raise RecipeError(f"config: {key} is missing")
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
         wanted = "a positive integer" if least == 1 else f"an integer from {least} on"
         raise RecipeError(f"config: {key} must be {wanted}, got {value!r}")
     return value
+
+
+def number(config: Mapping[str, JSON], key: str, default: float, *, least: float) -> float:
+    """The number `config[key]`, `least` or more; `default` where missing or null. Raises RecipeError."""
+    value = config.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= LARGEST:
+        raise RecipeError(f"config: {key} must be a number from {least:g} on, got {value!r}")
+    return float(value)
+
+
+def each_layer(config: Mapping[str, JSON], key: str, count: int, known: Sequence[str]) -> Sequence[str]:
+    """What `config[key]` calls each of `count` layers, all among `known`. Raises RecipeError."""
+    said = config.get(key)
+    if not isinstance(said, list | str) or len(said) != count or any(kind not in known for kind in said):
+        raise RecipeError(f"config: {key} must be {count} of {' and '.join(known)}, got {said!r}")
+    return [str(kind) for kind in said]
 
 
 def flag(config: Mapping[str, JSON], key: str, default: bool) -> bool:

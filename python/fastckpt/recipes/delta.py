@@ -5,13 +5,13 @@ What q, k, v, z, b and a are is in `model.DeltaNet`. Source: the modeling files 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..checkpoint import JSON
 from ..errors import RecipeError
 from ..model import Attention, DeltaHeads, DeltaNet, Linear, Mla, Parameter
-from .claims import Claims, Dim, dim, integer
+from .claims import Claims, Dim, dim, each_layer, integer
 from .fused import parts
 
 Claim = Callable[[str], Callable[[], Attention | Mla | DeltaNet]]
@@ -53,13 +53,12 @@ def hybrid(stored: Stored, claims: Claims, config: Mapping[str, JSON], attends: 
 def _linear_layers(config: Mapping[str, JSON], count: int) -> frozenset[str]:
     """The names of those of `count` layers that have linear attention: as `layer_types` says, or without it
     all but every `full_attention_interval`-th."""
-    types = config.get("layer_types")
-    if types is None:
+    types: Sequence[str]
+    if config.get("layer_types") is None:
         every = integer(config, "full_attention_interval", 4)
         types = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(count)]
-    known = ("linear_attention", "full_attention")
-    if not isinstance(types, list) or len(types) != count or any(t not in known for t in types):
-        raise RecipeError(f"config: layer_types must be {count} of {' and '.join(known)}, got {types!r}")
+    else:
+        types = each_layer(config, "layer_types", count, ("linear_attention", "full_attention"))
     return frozenset(f"model.layers.{i}" for i, kind in enumerate(types) if kind == "linear_attention")
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from ..checkpoint import JSON, Checkpoint
-from ..errors import RecipeError
 from ..model import HubCuts, Model
+from .claims import each_layer, integer
 from .decoder import IGNORED, MLP_BIAS, Kind, Norms
 from .decoder import families as kinds
 from .granite_moe import GRANITEMOESHARED
@@ -63,15 +63,13 @@ _ALONE = KINDS | {"mlp": "mlp", "moe": "moe"}
 
 def _kinds(config: Mapping[str, JSON]) -> list[str]:
     """What each layer of Nemotron-H is, by `layers_block_type` or its older `hybrid_override_pattern`."""
-    types, pattern = config.get("layers_block_type"), config.get("hybrid_override_pattern")
-    if types is None and isinstance(pattern, str):
-        types = [_LETTERS.get(letter, letter) for letter in pattern]
-    if not isinstance(types, list) or not types or any(t not in _ALONE for t in types):
-        raise RecipeError(f"config: layers_block_type must be a list of {', '.join(_ALONE)}, got {types!r}")
-    said = config.get("num_hidden_layers")
-    if said is not None and said != len(types):
-        raise RecipeError(f"config: num_hidden_layers {said!r}, and the kinds of {len(types)} layers")
-    return [_ALONE[str(kind)] for kind in types]
+    by_name = config.get("layers_block_type") is not None
+    key, known = ("layers_block_type", _ALONE) if by_name else ("hybrid_override_pattern", _LETTERS)
+    said = config.get(key)
+    there = len(said) if isinstance(said, list | str) else 0
+    return [
+        known[kind] for kind in each_layer(config, key, integer(config, "num_hidden_layers", there), [*known])
+    ]
 
 
 def _alone(config: Mapping[str, JSON], count: int) -> list[Blocks]:

@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from ..checkpoint import JSON
-from ..errors import RecipeError
 from ..model import Indexer, Mla, Rope, Yarn
-from .claims import Claims, Dim, Heads, dim, flag, integer
+from .claims import Claims, Dim, Heads, dim, each_layer, flag, integer, number
 
 
 def heads_of(config: Mapping[str, JSON]) -> Heads:
@@ -66,10 +65,8 @@ def _indexes(config: Mapping[str, JSON], layer: int) -> bool:
         return True
     key = next((k for k in ("indexer_types", "index_topk_pattern") if config.get(k) is not None), None)
     if key is not None:
-        said = config[key]
-        if not isinstance(said, list | str) or len(said) != count:
-            raise RecipeError(f"config: {key} must say something of {count} layers, got {said!r}")
-        return said[layer] in ("full", "F")
+        kinds = each_layer(config, key, count, ("full", "shared", "F", "S"))
+        return kinds[layer] in ("full", "F")
     step = integer(config, "index_topk_freq", 1)
     offset = integer(config, "index_skip_topk_offset", 2, least=0)
     return max(layer - offset + 1, 0) % step == 0
@@ -77,19 +74,25 @@ def _indexes(config: Mapping[str, JSON], layer: int) -> bool:
 
 def rope(config: Mapping[str, JSON]) -> Rope | None:
     """The rotary positions in the config, under transformers 5's keys or older ones; None for a kind that
-    DeepSeek's own model does not have."""
+    DeepSeek's own model does not have. Raises RecipeError."""
     said = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(said, dict):
         return None
-    dim, base = integer(config, "qk_rope_head_dim"), said.get("rope_theta", config.get("rope_theta", 10000.0))
     kind = said.get("rope_type") or said.get("type") or "default"
-    if not isinstance(base, int | float) or kind not in ("default", "yarn"):
+    if kind not in ("default", "yarn"):
         return None
+    features = integer(config, "qk_rope_head_dim")
+    base = number(said, "rope_theta", number(config, "rope_theta", 10000.0, least=2), least=2)
     if kind == "default":
-        return Rope(dim, float(base))
-    keys = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-    given = {k: float(v) for k in keys if isinstance(v := said.get(k), int | float)}
-    original = said.get("original_max_position_embeddings")
-    if "factor" not in given or not isinstance(original, int):
+        return Rope(features, base)
+    if said.get("factor") is None or said.get("original_max_position_embeddings") is None:
         return None
-    return Rope(dim, float(base), Yarn(original=original, **given))
+    if said.get("attention_factor") is not None or said.get("truncate") is False:
+        return None
+    original, factor = integer(said, "original_max_position_embeddings"), number(said, "factor", 1, least=1)
+    given = {key: number(said, key, 0, least=n) for key, n in _YARN.items() if said.get(key) is not None}
+    return Rope(features, base, Yarn(factor, original, **given))
+
+
+_YARN = {"beta_fast": 0.001, "beta_slow": 0.001, "mscale": 0, "mscale_all_dim": 0}
+"""The numbers of YaRN that a config may leave out, and the least each can be."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ..checkpoint import JSON
 from ..errors import RecipeError
 from ..model import Mamba, MambaHeads, Parameter
-from .claims import Claims, Dim, absent, dim, flag, integer
+from .claims import Claims, Dim, absent, dim, each_layer, flag, integer
 from .fused import parts
 
 Blocks = frozenset[str]
@@ -56,10 +56,9 @@ def every(config: Mapping[str, JSON], count: int) -> list[Blocks]:
 
 def typed(config: Mapping[str, JSON], count: int) -> list[Blocks]:
     """Layers have what `layer_types` says, a mixer where there is none. Raises RecipeError."""
-    types = config.get("layer_types") or config.get("layers_block_type") or ["mamba"] * count
-    if not isinstance(types, list) or len(types) != count or any(t not in KINDS for t in types):
-        raise RecipeError(f"config: layer_types must be {count} of {', '.join(KINDS)}, got {types!r}")
-    return [frozenset({KINDS[str(kind)], "mlp"}) for kind in types]
+    if config.get("layer_types") is None:
+        return [frozenset({"mamba", "mlp"})] * count
+    return [frozenset({KINDS[kind], "mlp"}) for kind in each_layer(config, "layer_types", count, [*KINDS])]
 
 
 def listed(config: Mapping[str, JSON], count: int) -> list[Blocks]:

@@ -12,7 +12,7 @@ from functools import partial
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import Experts, Mla, Mlp, Model
-from .claims import Claims, Dim, absent, dim, integer
+from .claims import Claims, Dim, absent, dim, each_layer, integer
 from .decoder import Kind, blocks_of, claimed, decoder, dense
 from .known import Known
 from .latent import heads_of, rope
@@ -38,13 +38,10 @@ def after_dense(config: Mapping[str, JSON]) -> Callable[[int], bool]:
 
 def typed(config: Mapping[str, JSON]) -> Callable[[int], bool]:
     """Layers have experts that `mlp_layer_types` calls sparse; without it, as `after_dense`."""
-    types = config.get("mlp_layer_types")
-    if types is None:
+    if config.get("mlp_layer_types") is None:
         return after_dense(config)
-    if not isinstance(types, list) or not set(types) <= {"dense", "sparse"}:
-        raise RecipeError(f"config: mlp_layer_types must be a list of dense and sparse, got {types!r}")
-    if len(types) != integer(config, "num_hidden_layers"):
-        raise RecipeError(f"config: {len(types)} mlp_layer_types for {config['num_hidden_layers']} layers")
+    count = integer(config, "num_hidden_layers")
+    types = each_layer(config, "mlp_layer_types", count, ("dense", "sparse"))
     return lambda layer: types[layer] == "sparse"
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -14,9 +12,10 @@ import xxhash
 from ..checkpoint import JSON, Checkpoint, Entry
 from ..dtypes import DType
 from ..errors import SourceError
-from ..extents import Extent, Extents, File, content, is_file, let_go
-from ..stored import strided
-from ..views import View, zeros
+from ..extents import Extent, Extents, File, is_file, let_go
+from ..plainjson import read_json
+from ..stored import boxes, strided
+from ..views import Rows, View, zeros
 from .options import Options
 
 SAMPLES, SAMPLE = 4096, 256
@@ -80,31 +79,18 @@ def assemble(
     )  # fmt: skip
 
 
-def tensor(
-    extents: Extents,
-    extent: int,
-    dtype: DType,
-    shape: tuple[int, ...],
-    offset: int = 0,
-    stride: tuple[int, ...] | None = None,
-    kind: str = "parameter",
-) -> Entry:
-    """An entry that lies strided in one extent, by default dense from its start; offset and stride in
-    elements. An empty one needs none."""
-    return Strided(shape, dtype, kind, extents, extent, offset, stride)
-
-
 @dataclass(frozen=True, slots=True)
 class Strided:
-    """See `tensor`."""
+    """An entry that lies strided in one extent, by default dense from its start; offset and stride in
+    elements. An empty one needs none."""
 
     shape: tuple[int, ...]
     dtype: DType
-    kind: str
     extents: Extents
     extent: int
-    offset: int
-    stride: tuple[int, ...] | None
+    offset: int = 0
+    stride: tuple[int, ...] | None = None
+    kind: str = "parameter"
 
     def build(self) -> View:
         """Its view. Raises SourceError where it leaves its extent."""
@@ -113,6 +99,21 @@ class Strided:
         return strided(
             self.extents, self.extent, self.dtype, self.shape, offset=self.offset, stride=self.stride
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Boxed:
+    """An entry that lies in boxes, which tile it: `rows` of a view (`views`)."""
+
+    shape: tuple[int, ...]
+    dtype: DType
+    extents: Extents
+    rows: Rows | Sequence[Sequence[int]]
+    kind: str = "parameter"
+
+    def build(self) -> View:
+        """Its view."""
+        return boxes(self.extents, self.dtype, self.shape, self.rows)
 
 
 def neighbours(directories: Sequence[str]) -> tuple[str, ...]:
@@ -131,38 +132,6 @@ def read_config(beside: Sequence[str]) -> dict[str, JSON] | None:
         if os.path.basename(path) == "config.json":
             return read_json(path)
     return None
-
-
-def read_json(path: str, limit: int = 64 << 20) -> dict[str, JSON]:
-    """The JSON object in a file of at most `limit` bytes; SourceError otherwise, for a doubled key too."""
-    data = content(path, limit + 1)
-    if len(data) > limit:
-        raise SourceError(f"{path}: more than {limit} bytes of JSON")
-    return parse_json(data, path)
-
-
-def parse_json(data: bytes, where: str) -> dict[str, JSON]:
-    """The JSON object in `data`. Raises SourceError for anything else and for a doubled key."""
-
-    def unique(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
-        out = dict(pairs)
-        if len(out) != len(pairs):
-            counts = Counter(k for k, _ in pairs)
-            raise SourceError(f"{where}: JSON key {counts.most_common(1)[0][0]!r} stands twice")
-        return out
-
-    try:
-        out = json.loads(data, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as e:
-        raise SourceError(f"{where}: no JSON: {e}") from None
-    return json_object(out, where)
-
-
-def json_object(value: JSON, where: str) -> dict[str, JSON]:
-    """The value, which must be a JSON object. Raises SourceError."""
-    if not isinstance(value, dict):
-        raise SourceError(f"{where}: wanted a JSON object, got {type(value).__name__}")
-    return value
 
 
 def sampled(extents: Sequence[Extent]) -> str:

@@ -12,18 +12,16 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import JSON, Checkpoint, Entry, Single
+from ..checkpoint import JSON, Checkpoint
 from ..dtypes import DType
-from ..errors import SourceError
+from ..errors import SourceError, naming
 from ..extents import Extent, Extents, File, is_directory, is_file, listed
-from ..stored import boxes
 from . import torchfile
-from .assembly import WRAPPERS, assemble, neighbours, read_config
+from .assembly import WRAPPERS, Boxed, assemble, neighbours, read_config
 from .dcp_metadata import Metadata, Sizes, metadata
 from .inert import type_name
 from .options import Options
@@ -59,28 +57,24 @@ def read(path: str, options: Options) -> Checkpoint:
         )
     if is_file(f"{where}.tmp"):
         raise SourceError(f"{where}.tmp: a save over this one was interrupted: {NAME} is of the one before")
-    try:
+    with naming(where):
         found = metadata(where, nbytes(root))
         prefix, names = _model(found)
-    except SourceError as e:
-        raise SourceError(f"{where}: {e}") from None
     extents, rows, digests, files = located(found, names.values(), (root, *options.also), options.check_crc)
     table = Extents(extents)
     search = [root, os.path.dirname(os.path.abspath(root))]
     words = [n for n in names if found.tensors[names[n]].shape[:1] == vocabulary(search)]
-    aliases = tied({n: rows[names[n]] for n in words}, extents)
-    entries: dict[str, Entry] = {}
-    for name, key in names.items():
-        stored = found.tensors[key]
-        if name not in aliases:
-            view = partial(boxes, table, stored.dtype, stored.shape, rows[key])
-            entries[name] = Single(stored.shape, stored.dtype, view)
+    aliases = tied({n: rows[names[n]] for n in words}, table)
+    entries = {
+        name: Boxed(found.tensors[key].shape, found.tensors[key].dtype, table, rows[key])
+        for name, key in names.items()
+        if name not in aliases
+    }
     rest = Counter(path[0] for key, path in found.paths.items() if key not in set(names.values()))
     return assemble(
         path, "dcp", entries, table, options, aliases=aliases, files=files, search=search,
         facts={
-            "state dict": ".".join(prefix) or "at the top", "files": len(files), "tensors": len(entries),
-            "boxes": len(extents), "tied": dict(aliases), **later(where, files),
+            "state dict": ".".join(prefix) or "at the top", "boxes": len(extents), **later(where, files),
         },
         unread=[f"{key}: {count} values beside the state dict" for key, count in sorted(rest.items())]
         + [f"{name}: another model" for name in _others(path, root)],
@@ -176,11 +170,9 @@ def located(
         with Reader(file) as reader:
             for offset, nbytes, key, at, size in sorted(wanted[name]):
                 dtype = found.tensors[key].dtype
-                try:
+                with naming(f"{file.path}: {key} at {at}"):
                     blob = torchfile.embedded(reader, offset, nbytes, check_crc=check_crc, known=known)
                     t = _tensor(blob.root, dtype, size)
-                except SourceError as e:
-                    raise SourceError(f"{file.path}: {key} at {at}: {e}") from None
                 where = blob.extents[t.storage.extent]
                 rows[key].append([len(extents), dtype.code, t.offset, *at, *size, *t.stride])
                 extents.append(Extent(file, where.offset, where.nbytes, f"{key}@{','.join(map(str, at))}"))
@@ -217,7 +209,7 @@ def vocabulary(search: Sequence[str]) -> Sizes | None:
     return (size,) if isinstance(size, int) else None
 
 
-def tied(rows: Mapping[str, NDArray[np.int64]], extents: Sequence[Extent]) -> dict[str, str]:
+def tied(rows: Mapping[str, NDArray[np.int64]], extents: Extents) -> dict[str, str]:
     """Tied name -> the first name with the same bytes: a save does not say which names are one tensor."""
     out: dict[str, str] = {}
     names = list(rows)

@@ -12,18 +12,18 @@ from dataclasses import dataclass
 import xxhash
 
 from ..dtypes import DType
-from ..errors import SourceError
+from ..errors import SourceError, naming
 from ..extents import File, inside
 from ..stored import check_tiles
 from . import torchpickle
 from .inert import Inert, type_name
+from .plain import integers, mapping
 from .torchfile import MAX_PICKLE
 from .torchzip import Reader
 
 Sizes = tuple[int, ...]
 
 _MODULE = "torch.distributed.checkpoint."
-_MAX_SIZE = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def metadata(where: str, save: int) -> Metadata:
     body = _state(tree.root, "metadata.Metadata")
     tensors, paths = {}, {}
     planned = body.get("planner_data")
-    for key, value in _dict(body, "state_dict_metadata").items():
+    for key, value in mapping(body.get("state_dict_metadata"), "state_dict_metadata").items():
         if not isinstance(key, str):
             raise SourceError(f"a name is {key!r}; wanted a string")
         if isinstance(value, Inert) and value.name == _MODULE + "metadata.TensorStorageMetadata":
@@ -81,7 +81,7 @@ def metadata(where: str, save: int) -> Metadata:
     places: dict[tuple[str, Sizes], Place] = {}
     others: dict[str, Place] = {}
     files: dict[str, int] = {}
-    for name, at, place in _places(_dict(body, "storage_data")):
+    for name, at, place in _places(mapping(body.get("storage_data"), "storage_data")):
         if at is None:
             others[name] = place
         else:
@@ -94,16 +94,7 @@ def _state(value: object, name: str) -> dict[object, object]:
     """The attributes of a dataclass."""
     if not isinstance(value, Inert) or value.name != _MODULE + name:
         raise SourceError(f"wanted a {name.rpartition('.')[2]}, got {type_name(value)}")
-    if not isinstance(value.state, dict):
-        raise SourceError(f"a {name.rpartition('.')[2]} without attributes")
-    return value.state
-
-
-def _dict(state: Mapping[object, object], key: str) -> dict[object, object]:
-    value = state.get(key)
-    if not isinstance(value, dict):
-        raise SourceError(f"{key} is a {type(value).__name__}; wanted a dict")
-    return value
+    return mapping(value.state, f"the attributes of a {name.rpartition('.')[2]}")
 
 
 def _stored(key: str, state: Mapping[object, object]) -> Stored:
@@ -115,28 +106,20 @@ def _stored(key: str, state: Mapping[object, object]) -> Stored:
         raise SourceError(f"{key}: its dtype is {shown}, which is not read")
     if not isinstance(chunks, list):
         raise SourceError(f"{key}: its chunks are no list")
-    shape = _sizes(state.get("size"), f"{key}: its size")
+    shape = integers(state.get("size"), f"{key}: its size")
     boxes: dict[Sizes, Sizes] = {}  # replicas are listed once each, and are equal
     for chunk in chunks:
         box = _state(chunk, "metadata.ChunkStorageMetadata")
-        at, size = (_sizes(box.get(k), f"{key}: the {k} of a chunk") for k in ("offsets", "sizes"))
+        at, size = (integers(box.get(k), f"{key}: the {k} of a chunk") for k in ("offsets", "sizes"))
         if len(at) != len(shape) or len(size) != len(shape):
             raise SourceError(f"{key}: a chunk of {size} at {at} in {shape}")
         if boxes.setdefault(at, size) != size and 0 not in size:
             raise SourceError(f"{key}: chunks of {boxes[at]} and {size} at {at}")
     whole = tuple((at, size) for at, size in boxes.items() if 0 not in size)
     if 0 not in shape:
-        try:
+        with naming(key):
             check_tiles(shape, whole)
-        except SourceError as e:
-            raise SourceError(f"{key}: {e}") from None
     return Stored(key, dtype, shape, whole if 0 not in shape else ())
-
-
-def _sizes(value: object, what: str) -> Sizes:
-    if not isinstance(value, tuple) or not all(type(n) is int and 0 <= n < _MAX_SIZE for n in value):
-        raise SourceError(f"{what}: {value!r:.60} is no tuple of sizes")
-    return value
 
 
 def _places(table: Mapping[object, object]) -> Iterator[tuple[str, Sizes | None, Place]]:
@@ -153,7 +136,7 @@ def _places(table: Mapping[object, object]) -> Iterator[tuple[str, Sizes | None,
             raise SourceError(f"{key}: stored as {lies['transform_descriptors']}, which is not read")
         if not inside(file):
             raise SourceError(f"{key}: is in {file!r}, which leaves the directory")
-        yield key, None if at is None else _sizes(at, f"{key}: its offset"), Place(file, offset, nbytes)
+        yield key, None if at is None else integers(at, f"{key}: its offset"), Place(file, offset, nbytes)
 
 
 def _path(key: str, paths: object) -> tuple[str, ...]:

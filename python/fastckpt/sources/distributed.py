@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from ..errors import SourceError
 from .inert import Inert, type_name
+from .plain import integers, listing
 from .torchfile import Tensor
 
 Sizes = tuple[int, ...]
@@ -83,7 +84,7 @@ def part_of(value: object) -> Part | None:
         return None
     if not func.name.endswith("._rebuild_wrapper_subclass") or not isinstance(made, tuple) or len(made) < 3:
         raise SourceError(f"{name} made by {func.name} is not read")
-    shape = _sizes(made[2], "shape")
+    shape = integers(made[2], f"{name}: its shape")
     if name.endswith(".DTensor"):
         return _meshed(shape, _fields(state))
     if name.endswith(".ShardedTensor"):
@@ -114,10 +115,9 @@ def _meshed(shape: Sizes, state: Mapping[object, object]) -> Meshed:
     local, spec = state.get("_local_tensor"), _fields(_state(state.get("_spec")))
     if not isinstance(local, Tensor):
         raise SourceError(f"a DTensor's part is {type_name(local)}")
-    mesh, placements = _fields(_state(spec.get("mesh"))), spec.get("placements")
-    if not isinstance(placements, tuple | list):
-        raise SourceError(f"a DTensor's placements are {type_name(placements)}")
-    coordinate = _sizes(mesh.get("_coordinate_on_dim"), "coordinate in its mesh")
+    mesh = _fields(_state(spec.get("mesh")))
+    placements = listing(spec.get("placements"), "a DTensor's placements")
+    coordinate = integers(mesh.get("_coordinate_on_dim"), "a DTensor's coordinate in its mesh")
     if len(coordinate) != len(placements):
         raise SourceError(f"a DTensor at {list(coordinate)} of a mesh has {len(placements)} placements")
     order = spec.get("shard_order")
@@ -204,17 +204,16 @@ def _chunk(runs: Sequence[tuple[int, int]], count: int, at: int) -> list[tuple[i
 
 
 def _boxed(shape: Sizes, state: object) -> Boxed:
-    shards = state[0] if isinstance(state, tuple | list) and state else None
-    if not isinstance(shards, list):
-        raise SourceError(f"a ShardedTensor's parts are {type_name(shards)}")
+    shards, *_ = listing(state, "a ShardedTensor's state") or [None]
     boxes = []
-    for shard in shards:
+    for shard in listing(shards, "a ShardedTensor's parts"):
         said = _fields(_state(shard))
         where, tensor = _fields(_state(said.get("metadata"))), said.get("tensor")
-        origin = _sizes(where.get("shard_offsets"), "origin")
+        origin = integers(where.get("shard_offsets"), "a ShardedTensor's part: its origin")
         if not isinstance(tensor, Tensor):
             raise SourceError(f"a ShardedTensor's part is {type_name(tensor)}")
-        if _sizes(where.get("shard_sizes"), "shape") != tensor.shape or len(origin) != len(shape):
+        size = integers(where.get("shard_sizes"), "a ShardedTensor's part: its size")
+        if size != tensor.shape or len(origin) != len(shape):
             raise SourceError(f"a ShardedTensor's part has {list(tensor.shape)}, its record another shape")
         if tensor.numel:
             boxes.append((origin, tensor))
@@ -237,9 +236,3 @@ def _fields(state: object) -> Mapping[object, object]:
     if not isinstance(state, dict):
         raise SourceError(f"wanted fields, got {type_name(state)}")
     return state
-
-
-def _sizes(value: object, what: str) -> Sizes:
-    if not isinstance(value, tuple | list) or any(type(n) is not int or n < 0 for n in value):
-        raise SourceError(f"a {what} of {type_name(value)}, wanted whole numbers")
-    return tuple(value)

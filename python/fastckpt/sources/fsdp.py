@@ -11,27 +11,27 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import JSON, Checkpoint, Entry, Single
+from ..checkpoint import JSON, Checkpoint
 from ..dtypes import DType
-from ..errors import SourceError
+from ..errors import SourceError, naming
 from ..extents import Extents, is_directory, is_file, listed
-from ..stored import boxes, check_tiles, strided
+from ..plainjson import read_json
+from ..stored import check_tiles, strided
 from ..views import View
 from . import steps, torchfile
-from .assembly import assemble, read_json
+from .assembly import Boxed, assemble
 from .dcp import tied, vocabulary
 from .distributed import Box, Part, boxes_of, part_of
 from .inert import type_name
 from .options import Options
+from .ranks import check_ranks
 from .samples import Agreement
 from .torchfile import Tensor, TorchFile
-from .torchtensors import refuse_unread
+from .torchtensors import in_one_table, refuse_unread
 
 RECORD = "fsdp_config.json"
 
@@ -51,9 +51,7 @@ def read(path: str, options: Options) -> Checkpoint:
         raise SourceError(f"{save}: no model_world_size_N_rank_R.pt of a model that is served")
     names = _files(root, options.also)
     files = [torchfile.load(name, check_crc=options.check_crc, wanted=_wanted) for name in names]
-    base = [*accumulate((len(f.extents) for f in files), initial=0)]
-    stored = [e for f in files for e in f.extents]
-    extents = Extents(stored)
+    extents, opened = in_one_table(files)
     states = [_state(f) for f in files]
     for rank, state in enumerate(states):
         if odd := sorted({*state} ^ {*states[0]}):
@@ -62,31 +60,26 @@ def read(path: str, options: Options) -> Checkpoint:
     kinds: dict[str, tuple[DType, tuple[int, ...]]] = {}
     rows: dict[str, NDArray[np.int64]] = {}
     for name in states[0]:
-        try:
+        with naming(f"{root}: {name}"):
             kinds[name], found = _placed({rank: state[name] for rank, state in enumerate(states)})
-            held = (_Held(b, extents, base[b.rank] + b.tensor.storage.extent) for b in found)
+            held = (_Held(b, extents, opened[b.rank].base + b.tensor.storage.extent) for b in found)
             own = _first(name, held, same)
             shape = kinds[name][1]
             if 0 not in shape:
                 check_tiles(shape, [(h.box.origin, h.box.size) for h in own])
-        except SourceError as e:
-            raise SourceError(f"{root}: {name}: {e}") from None
         table = np.array([h.row() for h in own], np.int64)
         rows[name] = table.reshape(len(own), 3 + 3 * len(shape))
     same.check()
     search = [root, os.path.join(root, steps.HUB), save, os.path.join(save, steps.HUB)]
     words = vocabulary(search)
     aliases = _stored_once(kinds, rows)
-    aliases |= tied({n: t for n, t in rows.items() if kinds[n][1][:1] == words and n not in aliases}, stored)
-    entries: dict[str, Entry] = {
-        name: Single(shape, dtype, partial(boxes, extents, dtype, shape, rows[name]))
+    aliases |= tied({n: t for n, t in rows.items() if kinds[n][1][:1] == words and n not in aliases}, extents)
+    entries = {
+        name: Boxed(shape, dtype, extents, rows[name])
         for name, (dtype, shape) in kinds.items()
         if name not in aliases
     }
-    facts: dict[str, JSON] = {
-        "ranks": len(files), "tensors": len(entries), "boxes": sum(map(len, rows.values())),
-        "tied": dict(aliases),
-    }  # fmt: skip
+    facts: dict[str, JSON] = {"ranks": len(files), "boxes": sum(map(len, rows.values()))}
     return assemble(
         path, "fsdp", entries, extents, options, aliases=aliases, files=[f.file for f in files],
         search=search, facts=facts, unread=[*_beside(save, root)],
@@ -127,11 +120,7 @@ def _files(root: str, also: Sequence[str]) -> list[str]:
         said = read_json(record).get("world_size", world)
         if said != world:
             raise SourceError(f"{record}: world_size {said!r}, the files are of {world}")
-    missing = [r for r in range(world) if r not in ranks]
-    if missing or len(ranks) != world:
-        odd = f"rank {missing[0]} is missing" if missing else f"rank {max(ranks)} is none of {world}"
-        raise SourceError(f"{root}: {odd} (open files that lie on other nodes with also=)")
-    return [ranks[r] for r in range(world)]
+    return check_ranks(ranks, world, "files", root)
 
 
 def _beside(save: str, root: str) -> Iterator[str]:
@@ -154,10 +143,8 @@ def _state(file: TorchFile) -> dict[str, Tensor | Part]:
         raise SourceError(f"{where}: wanted a state dict, got {type_name(file.root)}")
     out: dict[str, Tensor | Part] = {}
     for name, value in file.root.items():
-        try:
+        with naming(f"{where}: {name}"):
             held = value if isinstance(value, Tensor) else part_of(value)
-        except SourceError as e:
-            raise SourceError(f"{where}: {name}: {e}") from None
         if held is None:
             refuse_unread(f"{where}: {name}", value)
         elif not isinstance(name, str):

@@ -221,12 +221,6 @@ def _pop(m: Machine) -> None:
         m.items()  # POP may take a mark away too
 
 
-def _tuple_of_items(m: Machine) -> None:
-    items = m.items()
-    m.spend(8 * len(items))
-    m.stack.append(tuple(items))
-
-
 def _tuple3(m: Machine) -> None:
     third, second, first = m.stack.pop(), m.stack.pop(), m.stack.pop()
     m.stack.append((first, second, third))
@@ -385,7 +379,7 @@ _HANDLERS: dict[int, tuple[int, Callable[[Machine], None]]] = {
     ord("e"): (0, _appends),
     ord("l"): (64, _list),
     ord(")"): (0, lambda m: m.stack.append(())),
-    ord("t"): (64, _tuple_of_items),
+    ord("t"): (0, lambda m: m.items().clear()),  # where no mark is open, which it says
     0x87: (80, _tuple3),
     ord("}"): (64, lambda m: m.stack.append({})),
     ord("d"): (232, _dict),

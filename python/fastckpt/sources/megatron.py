@@ -9,24 +9,24 @@ Megatron-LM, megatron/training/checkpointing.py (get_checkpoint_name, generate_s
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..checkpoint import JSON, Checkpoint, Entry
-from ..errors import SourceError
-from ..extents import Extents, is_directory, is_file, listed
+from ..errors import SourceError, naming
+from ..extents import is_directory, is_file, listed
 from ..placement import Placement
 from . import megatron_dist, steps, torchfile
 from .assembly import assemble
 from .dcp import NAME, SUFFIX
-from .inert import type_name
-from .megatron_args import FORMAT, Args, args_of, size, writer_of
+from .megatron_args import FORMAT, KEPT, Args, args_of, size, writer_of
 from .options import Options
+from .plain import mapping
+from .ranks import check_one_save
 from .torchfile import Tensor, TorchFile
-from .torchtensors import places, refuse_unread, whole
+from .torchtensors import in_one_table, places, refuse_unread
 
 _FILE = "model_optim_rng.pt"
 _INSIDE = ((), ("weights",), ("dist_ckpt",), ("model", "dist_ckpt"))
@@ -45,8 +45,7 @@ def matches(path: str) -> bool:
 
 def read(path: str, options: Options) -> Checkpoint:
     """The model in a save: the last one, or `tag`'s. Raises SourceError."""
-    if options.exclude_frozen:
-        raise SourceError(f"{path}: exclude_frozen was asked for, and only ZeRO says what was frozen")
+    options.refuse_frozen(path)
     root = steps.chosen(path, options.tag)
     for directory in _places(root):
         if _is_dist(directory):
@@ -143,22 +142,20 @@ def _ranks(path: str, root: str, options: Options) -> Checkpoint:
         raise SourceError(f"{root}: {odd[0]} {what}: {told}")
     ranks = {n: first if n == found[0] else _load(root, n, options) for n in names}
     for name, rank in ranks.items():
-        for what, one, other in (("args", first.args, rank.args), ("iteration", first.step, rank.step)):
-            if one != other:
-                raise SourceError(f"{root}: {found[0]} and {name} are of two saves: their {what} differ")
+        of_args = ((f"args: {key}", rank.args.get(key), first.args.get(key)) for key in KEPT)
+        check_one_save(f"{root}: {name}", (*of_args, ("iteration", rank.step, first.step)))
         if len(rank.chunks) != grid.chunks:
             raise SourceError(f"{root}: {name} holds {len(rank.chunks)} virtual stages, wanted {grid.chunks}")
     _check_writers(root, grid, placed, ranks)
-    extents = Extents(e for rank in ranks.values() for e in rank.file.extents)
-    sizes = itertools.accumulate((len(rank.file.extents) for rank in ranks.values()), initial=0)
-    base = dict(zip(ranks, sizes, strict=False))
+    extents, opened = in_one_table([rank.file for rank in ranks.values()])
+    of = dict(zip(ranks, opened, strict=True))
     entries: dict[str, Entry] = {}
     for number, stages in placed:
         before = f"{number}/" if len(placed) > 1 else ""
         for name, stage, tensor in _in_one([(n, ranks[n]) for n in stages], grid.chunks):
             if before + name in entries:
                 raise SourceError(f"{root}: two stages hold {name}, one of them {stage}")
-            entries[before + name] = whole(tensor, ranks[stage].file, base[stage], extents, "parameter")
+            entries[before + name] = of[stage].entry(tensor, extents)
     facts: dict[str, JSON] = {
         "step": first.step if isinstance(first.step, int) else None, "ranks": len(placed), "stages": grid.pp,
         "grid": {"tp": grid.tp, "dp": grid.placement.dp, "ep": grid.ep}, "args": first.args,
@@ -225,11 +222,9 @@ def _load(root: str, name: str, options: Options) -> _Rank:
         check_crc=options.check_crc,
         wanted=lambda root: (t for chunk in _chunks(root)[0] for t in chunk.values()),
     )
-    try:
+    with naming(where):
         args = args_of(file.root)
         chunks, rest = _chunks(file.root)
-    except SourceError as e:
-        raise SourceError(f"{where}: {e}") from None
     step = file.root.get("iteration") if isinstance(file.root, dict) else None
     return _Rank(file, tuple(chunks), tuple(rest), args, step, writer_of(file.root))
 
@@ -249,11 +244,9 @@ def _chunks(root: object) -> tuple[list[dict[str, Tensor]], list[str]]:
 def _tensors(
     key: str, model: object, state: Mapping[object, object], rest: list[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    if not isinstance(model, dict):
-        raise SourceError(f"{key}: wanted a dict, got {type_name(model)}")
     args = args_of(state)
     stages = size(args, "pipeline_model_parallel_size") * size(args, "virtual_pipeline_model_parallel_size")
-    for name, value in model.items():
+    for name, value in mapping(model, key).items():
         if not isinstance(name, str) or isinstance(value, dict):
             raise SourceError(f"{key}: {name!r}: the form of Megatron before its core, which is not read")
         if name.endswith(_EXTRA):

@@ -14,18 +14,17 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import JSON, Checkpoint, Entry, Single
+from ..checkpoint import JSON, Checkpoint, Entry
 from ..dtypes import DType
-from ..errors import SourceError
+from ..errors import SourceError, naming
 from ..extents import Extents, File, is_file
-from ..stored import boxes
+from ..plainjson import read_json
 from . import torchfile
-from .assembly import assemble, read_json
+from .assembly import Boxed, assemble
 from .dcp import NAME, later, located, nbytes
 from .dcp_metadata import Metadata, metadata
 from .megatron_args import args_of
@@ -92,7 +91,7 @@ class Stack:
 
     def entry(self, extents: Extents) -> Entry:
         """As an entry of a checkpoint."""
-        return Single(self.shape, self.dtype, partial(boxes, extents, self.dtype, self.shape, self.rows))
+        return Boxed(self.shape, self.dtype, extents, self.rows)
 
 
 def read(path: str, root: str, options: Options, format: str) -> Checkpoint:
@@ -104,22 +103,18 @@ def read(path: str, root: str, options: Options, format: str) -> Checkpoint:
     backend = read_json(os.path.join(root, RECORD)).get("sharded_backend")
     if backend != "torch_dist":
         raise SourceError(f"{root}: its sharded_backend is {backend!r}; wanted 'torch_dist'")
-    try:
+    with naming(where):
         found = metadata(where, nbytes(root))
         step, args = _common(root, found, options)
         keys, notes, unread = _chosen(found, options)
-    except SourceError as e:
-        raise SourceError(f"{where}: {e}") from None
     extents, rows, digests, files = located(found, keys.values(), (root, *options.also), options.check_crc)
     table = Extents(extents)
     stacks = {
         name: Stack(found.tensors[key].dtype, found.tensors[key].shape, rows[key])
         for name, key in keys.items()
     }
-    try:
+    with naming(where):
         entries = {name: stack.entry(table) for name, stack in _named(stacks).items()}
-    except SourceError as e:
-        raise SourceError(f"{where}: {e}") from None
     facts: dict[str, JSON] = {"step": step, "ranks": 1, "args": args}
     if told := [*notes, *later(where, files).get("notes", [])]:
         facts["notes"] = told

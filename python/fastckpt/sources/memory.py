@@ -17,13 +17,13 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ..checkpoint import JSON, Checkpoint, Entry, Single
+from ..checkpoint import Checkpoint, Entry, Single
 from ..dtypes import BY_NAME, DTYPES, DType
 from ..errors import SourceError, expect
 from ..extents import Buffer, Extent, Extents
 from ..stored import runs
 from ..views import View, zeros
-from .assembly import assemble, tensor
+from .assembly import Strided, assemble
 from .options import Options
 
 if TYPE_CHECKING:
@@ -87,14 +87,14 @@ def read(tensors: Mapping[str, object], options: Options = _PLAIN) -> Checkpoint
             aliases[name] = holder
     table = Extents(buffers.extents)
     entries: dict[str, Entry] = {
-        name: tensor(table, at[name], h.dtype, h.shape, h.offset, h.stride)
+        name: Strided(h.shape, h.dtype, table, at[name], h.offset, h.stride)
         for name, h in held.items()
         if name not in aliases
     }
     devices = sorted({h.buffer.device for h in held.values()})
     return assemble(
         NAME, NAME, entries, table, options, aliases=aliases,
-        facts={"tensors": len(entries), "devices": ", ".join(devices), "tied": dict(aliases)},
+        facts={"devices": ", ".join(devices)},
         layout=[repr([(at[n], h.offset, h.stride) for n, h in held.items()]).encode()],
     )  # fmt: skip
 
@@ -133,8 +133,7 @@ def partitioned(parts: Sequence[Mapping[str, object]], shapes: Mapping[str, Sequ
         dtype = held[0][1].dtype
         entries[name] = Single(shape, dtype, partial(_joined, table, dtype, columns, shape), "parameter")
     layout = [repr([(n, [(at, h.offset, h.shape) for at, h in held]) for n, held in slices.items()]).encode()]
-    facts: dict[str, JSON] = {"tensors": len(entries), "partitions": len(parts)}
-    return assemble(NAME, NAME, entries, table, _PLAIN, facts=facts, layout=layout)
+    return assemble(NAME, NAME, entries, table, _PLAIN, facts={"partitions": len(parts)}, layout=layout)
 
 
 def stamped(ckpt: Checkpoint) -> Checkpoint:

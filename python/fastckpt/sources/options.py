@@ -52,6 +52,10 @@ class Options:
             raise SourceError(
                 f"{where}: weights={self.weights!r} was asked for, and this is no ZeRO checkpoint"
             )
+        self.refuse_frozen(where)
+
+    def refuse_frozen(self, where: str) -> None:
+        """Raises SourceError for `exclude_frozen`: this format does not say what was frozen."""
         if self.exclude_frozen:
             raise SourceError(f"{where}: exclude_frozen was asked for, and only ZeRO says what was frozen")
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 from ..checkpoint import JSON, Checkpoint
 from ..errors import SourceError
 from ..extents import is_file
+from ..plainjson import read_json
 from . import safetensors, statedict
-from .assembly import read_json
 from .options import Options
 
 CONFIG = "adapter_config.json"

@@ -18,7 +18,8 @@ from ..checkpoint import JSON, Checkpoint, Entry
 from ..dtypes import BY_SAFETENSORS, DType, in_elements
 from ..errors import SourceError, ViewError
 from ..extents import Extent, Extents, File, is_directory, is_file, listed
-from .assembly import assemble, parse_json, sampled, tensor
+from ..plainjson import parse_json
+from .assembly import Strided, assemble, sampled
 from .options import Options
 from .shards import find_shards
 
@@ -79,11 +80,10 @@ def read(path: str, options: Options) -> Checkpoint:
     shards.check([list(h.items) for h in headers])
     shards.check_omitted(lambda p: list(read_header(p).items))
     extents, entries = tensors([(name, item, h.file) for h in headers for name, item in h.items.items()])
-    facts: dict[str, JSON] = {"files": len(headers), "tensors": len(entries)}
-    metadata = {k: v for h in headers for k, v in h.metadata.items()}
+    metadata: dict[str, JSON] = {k: v for h in headers for k, v in h.metadata.items()}
     return assemble(
         path, "safetensors", entries, extents, options, files=[h.file for h in headers],
-        search=[shards.directory], facts=facts | {"metadata": dict(metadata)}, unread=shards.unread,
+        search=[shards.directory], facts={"metadata": metadata}, unread=shards.unread,
         headers=[*(h.digest for h in headers), sampled(list(extents))],
     )  # fmt: skip
 
@@ -91,7 +91,7 @@ def read(path: str, options: Options) -> Checkpoint:
 def tensors(items: Sequence[tuple[str, Item, File]]) -> tuple[Extents, dict[str, Entry]]:
     """An extent and an entry for each (name, place, file); names differ."""
     extents = Extents(Extent(file, item.offset, item.nbytes, name) for name, item, file in items)
-    return extents, {n: tensor(extents, k, i.dtype, i.shape) for k, (n, i, _) in enumerate(items)}
+    return extents, {n: Strided(i.shape, i.dtype, extents, k) for k, (n, i, _) in enumerate(items)}
 
 
 def read_header(path: str) -> Header:

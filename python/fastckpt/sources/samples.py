@@ -67,7 +67,7 @@ def _positions(view: View, count: int = POSITIONS) -> list[int]:
 def sampled_bytes(views: Sequence[View], count: int = POSITIONS) -> list[tuple[bytes, ...]]:
     """`count` elements of each view of one axis, evenly from the first to the last."""
     at = [_positions(view, count) for view in views]
-    found = iter(elements([(view, i) for view, own in zip(views, at, strict=True) for i in own]))
+    found = iter(stored_at([(view, i) for view, own in zip(views, at, strict=True) for i in own]))
     return [tuple(next(found) for _ in own) for own in at]
 
 
@@ -128,12 +128,7 @@ def number(data: bytes, dtype: DType) -> float:
     return float(value[0])
 
 
-def read_at(path: str, offset: int, nbytes: int) -> bytes:
-    """`nbytes` of a file from `offset`. Raises SourceError when it ends before."""
-    return read_all(path, [(offset, nbytes)])[0]
-
-
-def elements(wanted: Sequence[tuple[View, int]]) -> list[bytes]:
+def stored_at(wanted: Sequence[tuple[View, int]]) -> list[bytes]:
     """The bytes of one element of each one-axis view, each file opened once."""
     by_path: dict[str, list[tuple[int, tuple[int, int]]]] = {}
     for k, (view, i) in enumerate(wanted):

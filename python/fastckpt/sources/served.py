@@ -17,7 +17,8 @@ import xxhash
 from ..checkpoint import JSON, Checkpoint
 from ..errors import SourceError
 from ..extents import File, inside, is_directory, is_file
-from .assembly import RECORD, assemble, json_object, read_json
+from ..plainjson import json_object, read_json
+from .assembly import RECORD, assemble
 from .options import Options
 
 SHARDS = "shards"
@@ -63,9 +64,7 @@ def read(path: str, options: Options) -> Checkpoint:
             raise SourceError(f"{record}: alias {alias} of {holder}, which is no tensor")
         aliases[names[alias]] = names[holder]
     facts = {"layout": body.get("layout"), "made from": body.get("source"), "created": body.get("created")}
-    return replace(
-        found, format="served", aliases=aliases, facts={**found.facts, **facts, "tied": dict(aliases)}
-    )
+    return replace(found, format="served", aliases=aliases, facts={**found.facts, **facts})
 
 
 def _shards(path: str, body: Mapping[str, JSON], ranks: list[JSON], options: Options) -> Checkpoint:
@@ -110,16 +109,9 @@ def _shards(path: str, body: Mapping[str, JSON], ranks: list[JSON], options: Opt
         case {"adapter": ["apart", *_]}:
             facts["adapter"] = "apart"
     return assemble(
-        path,
-        SHARDS,
-        entries,
-        extents,
-        options,
-        files=files,
-        search=[path],
-        facts=facts | {"made from": body.get("source")},
-        headers=headers,
-    )
+        path, SHARDS, entries, extents, options, files=files, search=[path],
+        facts=facts | {"made from": body.get("source")}, headers=headers,
+    )  # fmt: skip
 
 
 def _parts(path: str) -> list[str]:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from ..errors import SourceError
 from ..extents import is_directory, is_file
-from .assembly import read_json
+from ..plainjson import read_json
 from .options import Options
-from .zero_files import natural
+from .ranks import natural
 
 _NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)(\D*)")
 """A file of a numbered set, as save_pretrained names them: stem, number, count, ending."""

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 from ..checkpoint import Checkpoint, Entry
 from ..errors import SourceError
-from ..extents import Extents, is_directory, listed
+from ..extents import is_directory, listed
 from . import torchfile
 from .assembly import WRAPPERS, assemble
 from .inert import type_name
 from .options import Options
 from .shards import find_shards
 from .torchfile import Tensor
-from .torchtensors import by_storage, places, refuse_unread, whole
+from .torchtensors import by_storage, in_one_table, places, refuse_unread
 
 SUFFIX = ".bin"
 SINGLE = "pytorch_model.bin"
@@ -46,21 +46,16 @@ def read(path: str, options: Options) -> Checkpoint:
     dicts = [state_dict(f.root) for f in files]
     shards.check([list(d.tensors) for d in dicts])
     shards.check_omitted(lambda p: list(state_dict(torchfile.load(p, wanted=_wanted).root).tensors))
-    extents = Extents(e for f in files for e in f.extents)
+    extents, opened = in_one_table(files)
     entries: dict[str, Entry] = {}
     aliases: dict[str, str] = {}
-    base = 0
-    for file, d in zip(files, dicts, strict=True):
+    for o, d in zip(opened, dicts, strict=True):
         tied = by_storage(d.tensors)
         aliases |= tied
-        entries |= {
-            n: whole(t, file, base, extents, "parameter") for n, t in d.tensors.items() if n not in tied
-        }
-        base += len(file.extents)
+        entries |= {n: o.entry(t, extents) for n, t in d.tensors.items() if n not in tied}
     return assemble(
         path, "statedict", entries, extents, options, aliases=aliases, files=[f.file for f in files],
         search=[shards.directory],
-        facts={"files": len(files), "tensors": len(entries), "tied": dict(aliases)},
         unread=[*shards.unread, *(note for d in dicts for note in d.rest)],
         inert=[n for f in files for n in f.inert], layout=[places(d.tensors.values()) for d in dicts],
         headers=[f.digest for f in files],

@@ -17,8 +17,8 @@ from hashlib import blake2b
 
 import xxhash
 
-from ..errors import SourceError
-from ..extents import Extent, File, is_file
+from ..errors import SourceError, naming
+from ..extents import Extent, File, content, is_file
 from . import inertpickle, torchpickle
 from .assembly import sampled
 from .inert import Inert
@@ -71,22 +71,19 @@ def load(
     `check_crc`: also reads the pickle and the wanted storages and compares their CRC32 with the file's.
     Raises SourceError, naming the path, for a file that is missing, no torch file, broken or too large."""
     file = File.at(path)
-    with Reader(file) as reader:
-        try:
-            head = reader.read(0, min(file.nbytes, _HEAD))  # small files: pickle and all
-            if head[:4] == LOCAL:
-                return _load_zip(reader, check_crc, wanted, known)
-            if _MAGIC in head[:_MAGIC_WITHIN]:
-                if check_crc:
-                    raise SourceError("a legacy torch file (not a zip) holds no checksums to compare")
-                return _load_legacy(reader, wanted)
-            if head[257:262] == b"ustar":
-                raise SourceError(
-                    "a tar file of torch before 0.1.10; torch.load and torch.save it again to convert it"
-                )
-            raise SourceError(f"no torch file: it starts with {head[:8]!r}")
-        except SourceError as e:
-            raise SourceError(f"{file.path}: {e}") from None
+    with Reader(file) as reader, naming(file.path):
+        head = reader.read(0, min(file.nbytes, _HEAD))  # small files: pickle and all
+        if head[:4] == LOCAL:
+            return _load_zip(reader, check_crc, wanted, known)
+        if _MAGIC in head[:_MAGIC_WITHIN]:
+            if check_crc:
+                raise SourceError("a legacy torch file (not a zip) holds no checksums to compare")
+            return _load_legacy(reader, wanted)
+        if head[257:262] == b"ustar":
+            raise SourceError(
+                "a tar file of torch before 0.1.10; torch.load and torch.save it again to convert it"
+            )
+        raise SourceError(f"no torch file: it starts with {head[:8]!r}")
 
 
 def embedded(
@@ -105,11 +102,7 @@ def is_torch_file(path: str | os.PathLike[str]) -> bool:
     """Whether the file starts as torch files do (a zip record, or the legacy magic number)."""
     if not is_file(path):  # a pipe would be waited for
         return False
-    try:
-        with open(path, "rb") as f:
-            head = f.read(_MAGIC_WITHIN)
-    except OSError as e:
-        raise SourceError(f"{os.fspath(path)}: {e.strerror}") from None
+    head = content(os.fspath(path), _MAGIC_WITHIN)
     return head[:4] == LOCAL or _MAGIC in head
 
 

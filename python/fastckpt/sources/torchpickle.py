@@ -233,8 +233,6 @@ def _sizes(value: object, what: str) -> tuple[int, ...]:
 def _tensor(
     name: str, args: tuple[object, ...], m: Machine, dtype: object, grad: object, metadata: object
 ) -> object:
-    if len(args) < 4:
-        raise SourceError(f"{len(args)} arguments; wanted at least 4")
     storage = args[0]
     if isinstance(storage, Inert) or isinstance(dtype, Inert) or metadata:
         m.spend(INERT)

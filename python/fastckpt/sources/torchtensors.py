@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 from ..checkpoint import Entry
 from ..errors import SourceError
 from ..extents import Extents
-from .assembly import tensor
+from .assembly import Strided
 from .torchfile import Inert, Tensor, TorchFile
 
 
-def whole(t: Tensor, file: TorchFile, base: int, extents: Extents, kind: str) -> Entry:
-    """The entry of a tensor that lies in one storage of `file`, whose first extent is number `base`.
+@dataclass(frozen=True, slots=True, eq=False)
+class Opened:
+    """A file, whose first extent is number `base` of its checkpoint's table."""
 
-    Raises SourceError when the storage was not among the wanted ones."""
-    if t.numel and t.storage.extent < 0:
-        raise SourceError(f"{file.file.path}: storage {t.storage.key} was not located")
-    return tensor(extents, base + t.storage.extent, t.dtype, t.shape, t.offset, t.stride, kind)
+    file: TorchFile
+    base: int
+
+    def entry(self, t: Tensor, extents: Extents, kind: str = "parameter") -> Entry:
+        """The entry of a tensor in it. Raises SourceError when its storage was not among the wanted ones."""
+        if t.numel and t.storage.extent < 0:
+            raise SourceError(f"{self.file.file.path}: storage {t.storage.key} was not located")
+        return Strided(t.shape, t.dtype, extents, self.base + t.storage.extent, t.offset, t.stride, kind)
+
+
+def in_one_table(files: Sequence[TorchFile]) -> tuple[Extents, list[Opened]]:
+    """The extents of all files as one table, and the files in it."""
+    bases = accumulate((len(f.extents) for f in files), initial=0)
+    opened = [Opened(f, base) for f, base in zip(files, bases, strict=False)]
+    return Extents(e for f in files for e in f.extents), opened
 
 
 def by_storage(tensors: Mapping[str, Tensor]) -> dict[str, str]:

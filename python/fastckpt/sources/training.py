@@ -14,18 +14,19 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
-from ..checkpoint import JSON, Checkpoint, Single
+from ..checkpoint import JSON, Checkpoint
 from ..digest import digest
 from ..dtypes import BY_NAME, DType
-from ..errors import SourceError
+from ..errors import SourceError, naming
 from ..extents import Extent, Extents, File, content, is_file
 from ..output.manifest import Manifest, TensorEntry
-from ..stored import boxes, check_tiles
+from ..plainjson import parse_json
+from ..stored import check_tiles
 from ..views import dense_strides
 from . import zero
-from .assembly import RECORD, assemble, parse_json
+from .assembly import RECORD, Boxed, assemble
 from .options import Options
 
 SCHEMA = 1
@@ -209,8 +210,7 @@ class Commit:
         facts["ranks"] = record.placement.get("ranks")
         return assemble(
             self.path, "training",
-            {n: Single(shape, dtype, partial(boxes, every, dtype, shape, rows))
-             for n, (dtype, shape, rows) in made.items()},
+            {n: Boxed(shape, dtype, every, rows) for n, (dtype, shape, rows) in made.items()},
             every, options or Options(), aliases=aliases, files=tuple(files.values()), search=[self.path],
             facts=facts, unread=unread, headers=[self.manifest.key],
             layout=(repr(rows).encode() for _, _, rows in made.values()),
@@ -232,10 +232,8 @@ class Commit:
                     f"{TABLE} says {shared.dtype}{list(size)}"
                 )
         if 0 not in shared.shape:
-            try:
+            with naming(f"{self.path}: {name}"):
                 check_tiles(shared.shape, [(origin, size) for _, origin, size in parts if 0 not in size])
-            except SourceError as e:
-                raise SourceError(f"{self.path}: {name}: {e}") from None
         return shared.dtype, shared.shape, parts
 
 

@@ -20,13 +20,14 @@ from ..extents import Extents, is_directory
 from . import torchfile
 from .assembly import assemble
 from .options import Options
-from .samples import check_copy, number, one_axis, read_at
+from .ranks import check_one_save, check_ranks
+from .samples import check_copy, number, one_axis, read_all
 from .torchfile import Tensor, TorchFile
-from .torchtensors import by_storage, places
+from .torchtensors import Opened, by_storage, places
 from .zero_experts import in_order, is_expert, spread
-from .zero_files import Files, Grid, check_ranks, find, is_zero
+from .zero_files import Files, Grid, find, is_zero
 from .zero_layout import Flat, Placed, Shape, chained, sliced
-from .zero_opening import Opened, Opening, Whole, optim_tensors
+from .zero_opening import Opening, Whole, optim_tensors
 from .zero_order import check_order, comparable, sampled
 from .zero_parts import Parts, parts, trainable
 from .zero_state import ModelState, OptimState, Rank, model_state, optim_state
@@ -131,16 +132,12 @@ def _models_of_ranks(
     opened = opening.fragments(paths[1:])
     states = _each(opened, model_state)
     for other, path in zip(states, paths[1:], strict=True):
-        for what, got, wanted in (
+        check_one_save(path, (
             ("global_steps", other.global_steps, state.global_steps),
             ("ds_version", other.version, state.version),
             ("frozen_param_shapes", other.frozen_shapes, state.frozen_shapes),
             ("fragments", list(other.fragments or {}), list(state.fragments or {})),
-        ):
-            if got != wanted:
-                raise SourceError(
-                    f"{path}: {what} is {_short(got)}, rank 0 has {_short(wanted)}: files of two saves"
-                )
+        ))  # fmt: skip
     return ([model, *opened], [state, *states]) if frozen else ([model], [state])
 
 
@@ -319,7 +316,7 @@ class _Reading:
             return entries
         if self.found.lost:
             raise SourceError(
-                f"{self.where}: the weights of {_short(list(self.found.lost))} are in no file "
+                f"{self.where}: the weights of {[*self.found.lost]!r:.120} are in no file "
                 "(exclude_frozen=True, --exclude-frozen-parameters, leaves them out)"
             )
         entries |= self.module(self.found.kept, "frozen")
@@ -380,7 +377,6 @@ class _Reading:
     ) -> Checkpoint:
         """All of it, with what these entries leave unread."""
         files, opened, state = self.opening.files, self.opening.opened, self.state
-        kinds = [e.kind for e in entries.values()]
         tied = {n: h for n, h in self.found.tied.items() if h in entries}
         notes = list(unread)
         notes += [f"`module` entry {n}: no tensor" for n in self.found.other]
@@ -392,9 +388,7 @@ class _Reading:
             search=[os.path.abspath(self.path), os.path.abspath(files.root)],
             facts={
                 "tag": files.tag, "step": state.global_steps, **facts,
-                "deepspeed": state.version, "parameters": kinds.count("parameter"),
-                "frozen": kinds.count("frozen"), "buffers": kinds.count("buffer"), "tied": dict(tied),
-                "client_state": dict(state.client),
+                "deepspeed": state.version, "client_state": dict(state.client),
             },
             unread=notes, inert=[n for f in opened for n in f.inert], layout=layout,
             headers=[f.digest for f in opened],
@@ -451,18 +445,14 @@ def _check_one_run(
     """All ranks' optimizer files come from one save of one run, as far as they say."""
     steps = [_step(s, o.file) for s, o in zip(states, opened, strict=True)]
     first = states[0]
-    for k, (s, path) in enumerate(zip(states, paths, strict=True)):
-        for what, got, wanted in (
+    for s, step, path in zip(states, steps, paths, strict=True):
+        check_one_save(path, (
             ("zero_stage", s.stage, first.stage),
             ("partition_count", s.counts, first.counts),
             ("param_alignment_paddings", s.alignment, first.alignment),
             ("ds_version", s.version, model.version or first.version),
-            ("optimizer step", steps[k], steps[0]),
-        ):
-            if got != wanted:
-                raise SourceError(
-                    f"{path}: {what} is {_short(got)}, wanted {_short(wanted)}: files of two saves"
-                )
+            ("optimizer step", step, steps[0]),
+        ))  # fmt: skip
 
 
 def _step(state: OptimState, file: TorchFile) -> int | None:
@@ -470,7 +460,7 @@ def _step(state: OptimState, file: TorchFile) -> int | None:
         return state.step
     extent = file.extents[state.step.storage.extent]
     size = state.step.dtype.itemsize
-    data = read_at(file.file.path, extent.offset + state.step.offset * size, size)
+    (data,) = read_all(file.file.path, [(extent.offset + state.step.offset * size, size)])
     return int(number(data, state.step.dtype))
 
 
@@ -499,8 +489,3 @@ def _other_copy(options: Options, parameters: int, at_stage_3: bool) -> list[str
         return []
     other = "masters" if options.weights == "module" else "16-bit copy in `module`"
     return [f"{other} of {parameters} parameters"]
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."

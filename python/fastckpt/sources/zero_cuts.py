@@ -14,8 +14,8 @@ from itertools import accumulate
 
 from ..errors import SourceError
 from ..views import dense_strides
+from .plain import integers, listing, mapping
 from .zero_layout import Shape
-from .zero_state import integers, listing, mapping
 
 VERSION, AFFINE_VERSION = 0.4, 1
 """The newest versions of the two descriptions that are known."""

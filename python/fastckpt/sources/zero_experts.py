@@ -15,6 +15,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..errors import SourceError
+from .plain import mapping
 from .torchfile import Tensor
 from .zero_layout import Flat, Shape
 from .zero_state import ModelState, OptimState
@@ -118,10 +119,8 @@ def _ordered(
 
 def tensors(root: object, expert: int, where: str) -> dict[str, Tensor]:
     """The tensors of an expert's file. Raises SourceError for names that are not that expert's."""
-    if not isinstance(root, dict):
-        raise SourceError(f"{where}: wanted a dict of tensors, got {type(root).__name__}")
     out = {}
-    for name, t in root.items():
+    for name, t in mapping(root, where).items():
         found = _LOCAL.fullmatch(name) if isinstance(name, str) else None
         if found is None or int(found[2]) != expert or not isinstance(t, Tensor):
             raise SourceError(f"{where}: {name!r} is no tensor of expert {expert}")
@@ -131,13 +130,15 @@ def tensors(root: object, expert: int, where: str) -> dict[str, Tensor]:
 
 def check_files(state: ModelState, held: Mapping[tuple[int, int], str], where: str) -> None:
     """Raises SourceError unless each expert that `num_experts` counts has its file, and no other has."""
-    wanted = {(layer, e) for layer, count in enumerate(state.experts) for e in range(count)}
-    missing, extra = sorted(wanted - held.keys()), sorted(held.keys() - wanted)
-    if missing:
-        layer, e = missing[0]
+    counts = dict(enumerate(state.experts))
+    wanted = ((layer, e) for layer, count in counts.items() for e in range(count))
+    extra = sorted((layer, e) for layer, e in held if e >= counts.get(layer, 0))
+    if (missing := next((x for x in wanted if x not in held), None)) is not None:
+        layer, e = missing
+        total = sum(state.experts)
         raise SourceError(
-            f"{where}: {len(missing)} of {len(wanted)} expert files missing: expert {e} of MoE layer {layer}"
-            "; not saved by that process, or left on another node's disk (open with also=)"
+            f"{where}: {total - len(held) + len(extra)} of {total} expert files missing: expert {e} of MoE "
+            f"layer {layer}; not saved by that process, or left on another node's disk (open with also=)"
         )
     if extra:
         layer, e = extra[0]

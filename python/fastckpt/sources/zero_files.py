@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from ..errors import SourceError
 from ..extents import content, exists, is_directory, is_file
 from .assembly import RECORD
+from .ranks import check_ranks, natural
 
 OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 MODEL_OF_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
 MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-
 EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 LAYER = re.compile(r"layer_(\d+)-(?:model_(\d+)-)?model_states\.pt")
+KINDS = (OPTIM, MODEL_OF_RANK, MODEL, EXPERT, LAYER)
 
 UNSUPPORTED = (
     (re.compile(r"expert_\d+_mp_rank_\d+_model_states\.pt"), "expert files of old DeepSpeed versions"),
@@ -134,38 +135,12 @@ def check_name(path: str, saved_as: str) -> None:
         raise SourceError(f"{path}: was saved as {saved_as}.pt: swapped with, or copied from, that file")
 
 
-def _whose(name: str) -> tuple[int, ...] | None:
+def _whose(name: str) -> tuple[re.Pattern[str], tuple[int, ...]] | None:
     """Which kind of file it is, and of which rank or expert, by its name; None for any other file."""
-    for kind, pattern in enumerate((OPTIM, MODEL_OF_RANK, MODEL, EXPERT, LAYER)):
-        if found := pattern.fullmatch(name):
-            return (kind, *(int(n or 0) for n in found.groups()))
+    for kind in KINDS:
+        if found := kind.fullmatch(name):
+            return kind, tuple(int(n or 0) for n in found.groups())
     return None
-
-
-def natural(name: str) -> list[tuple[int, str]]:
-    """A sort key that puts rank 10 after rank 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def check_ranks(files: Mapping[int, str], world: int, what: str, where: str) -> list[str]:
-    """The files of ranks 0..world-1 in order; SourceError names what is missing or left over."""
-    missing = [r for r in range(world) if r not in files]
-    if missing:
-        raise SourceError(
-            f"{where}: {what} of {len(missing)} of {world} ranks missing: rank {_some(missing)}; "
-            "not saved by that process, or left on another node's disk (open with also=)"
-        )
-    extra = sorted(r for r in files if r >= world)
-    if extra:
-        raise SourceError(
-            f"{where}: {what} of rank {_some(extra)}, but the run had {world} ranks: "
-            "left from a larger world, remove them"
-        )
-    return [files[r] for r in range(world)]
-
-
-def _some(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
 
 
 def _latest(root: str, known: str) -> str:
@@ -185,15 +160,12 @@ def _latest(root: str, known: str) -> str:
     return tag
 
 
-def _is_zero_name(name: str) -> bool:
-    return any(p.fullmatch(name) for p in (OPTIM, MODEL_OF_RANK, MODEL))
-
-
 def _is_tag_folder(path: str) -> bool:
     try:
-        return any(map(_is_zero_name, os.listdir(path)))
+        names = os.listdir(path)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return False
+    return any(kind.fullmatch(name) for name in names for kind in (OPTIM, MODEL_OF_RANK, MODEL))
 
 
 def _tag_folder_of(directory: str, tag: str) -> str:
@@ -202,28 +174,27 @@ def _tag_folder_of(directory: str, tag: str) -> str:
     return inner if is_directory(inner) else directory
 
 
-def _sorted_out(root: str, folder: str, tag: str, folders: list[str]) -> Grid:
-    found: dict[re.Pattern[str], dict[tuple[int, ...], str]] = {
-        pattern: {} for pattern in (OPTIM, MODEL_OF_RANK, MODEL, EXPERT, LAYER)
-    }
-    seen: set[str] = set()
-    for directory in folders:
-        if os.path.realpath(directory) in seen or not is_directory(directory):
-            continue
-        seen.add(os.path.realpath(directory))
+def _by_kind(folders: Iterable[str]) -> dict[re.Pattern[str], dict[tuple[int, ...], str]]:
+    """Kind -> the numbers of rank or expert -> the file. Raises SourceError for one that is there twice."""
+    found: dict[re.Pattern[str], dict[tuple[int, ...], str]] = {kind: {} for kind in KINDS}
+    once: dict[str, str] = {}
+    for directory in filter(is_directory, folders):
+        once.setdefault(os.path.realpath(directory), directory)
+    for directory in once.values():
         for name in sorted(os.listdir(directory), key=natural):
             path = os.path.join(directory, name)
-            for pattern, table in found.items():
-                if match := pattern.fullmatch(name):
-                    numbers = tuple(int(n or 0) for n in match.groups())
-                    if numbers in table:
-                        raise SourceError(f"{path}: is there twice, also as {table[numbers]}")
-                    table[numbers] = path
-                    break
-            else:
-                for pattern, what in UNSUPPORTED:
-                    if pattern.fullmatch(name):
-                        raise SourceError(f"{path}: {what} are not supported yet")
+            if (whose := _whose(name)) is not None:
+                kind, numbers = whose
+                if numbers in found[kind]:
+                    raise SourceError(f"{path}: is there twice, also as {found[kind][numbers]}")
+                found[kind][numbers] = path
+            elif what := next((what for pattern, what in UNSUPPORTED if pattern.fullmatch(name)), None):
+                raise SourceError(f"{path}: {what} are not supported yet")
+    return found
+
+
+def _sorted_out(root: str, folder: str, tag: str, folders: list[str]) -> Grid:
+    found = _by_kind(folders)
     models, models_of, optims, experts = (found[p] for p in (MODEL, MODEL_OF_RANK, OPTIM, EXPERT))
     if models and models_of:
         raise SourceError(

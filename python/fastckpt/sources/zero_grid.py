@@ -14,24 +14,27 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 
 import numpy as np
 
-from ..checkpoint import JSON, Checkpoint, Entry
+from ..checkpoint import JSON, Checkpoint, Entry, Single
 from ..dtypes import DType
 from ..errors import SourceError
 from ..extents import Extents
 from ..views import ZERO, View, cat, zeros
 from .assembly import assemble
 from .options import Options
+from .plain import mapping
+from .ranks import check_one_save
 from .samples import Agreement, samples
 from .torchtensors import places
 from .zero_cuts import Cut, Cuts, Piece
 from .zero_files import Grid
 from .zero_opening import Opening
 from .zero_pipeline import TIED, layers
-from .zero_state import Rank, mapping
+from .zero_state import Rank
 
 
 def joined(path: str, grid: Grid, ranks: Sequence[Rank], options: Options, tp: int) -> Checkpoint:
@@ -50,7 +53,10 @@ def joined(path: str, grid: Grid, ranks: Sequence[Rank], options: Options, tp: i
     extents = Extents(opening.extents)
     bases = accumulate((len(r.checkpoint.extents) for r in ranks), initial=0)
     held: list[dict[str, Entry]] = [
-        {n: _Moved(e, extents, base) for n, e in r.checkpoint.entries.items()}
+        {
+            n: Single(e.shape, e.dtype, partial(_moved, e, extents, base), e.kind)
+            for n, e in r.checkpoint.entries.items()
+        }
         for r, base in zip(ranks, bases, strict=False)
     ]
     stages = [held[p * tp : (p + 1) * tp] for p in range(pp)]
@@ -83,7 +89,7 @@ def _check_one_save(ranks: Sequence[Rank], where: str) -> None:
     first = ranks[0]
     for mp, rank in enumerate(ranks):
         a, b = rank.state, first.state
-        for what, got, wanted in (
+        check_one_save(f"{where}: model-parallel rank {mp}", (
             ("global_steps", a.global_steps, b.global_steps),
             ("optimizer step", rank.step, first.step),
             ("ds_version", a.version, b.version),
@@ -93,12 +99,7 @@ def _check_one_save(ranks: Sequence[Rank], where: str) -> None:
             ("universal_checkpoint_info", a.universal, b.universal),
             ("`module`", a.pipeline, b.pipeline),
             ("ZeRO stage", rank.checkpoint.facts.get("stage"), first.checkpoint.facts.get("stage")),
-        ):
-            if got != wanted:
-                raise SourceError(
-                    f"{where}: model-parallel rank {mp}: {what} is {got!r:.80}, rank 0 has {wanted!r:.80}: "
-                    "files of two saves"
-                )
+        ))  # fmt: skip
         if a.experts:
             raise SourceError(f"{where}: DeepSpeed's MoE layers in a grid are not supported yet")
 
@@ -165,31 +166,12 @@ def _check_gated(entries: Mapping[str, Entry], where: str) -> None:
             )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Moved:
-    """An entry of one rank's checkpoint, its extents counted from `base` of the table of all."""
-
-    of: Entry
-    extents: Extents
-    base: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.of.shape
-
-    @property
-    def dtype(self) -> DType:
-        return self.of.dtype
-
-    @property
-    def kind(self) -> str:
-        return self.of.kind
-
-    def build(self) -> View:
-        view = self.of.build()
-        held = view.held.copy()
-        held[:, 0] += np.where(held[:, 0] == ZERO, 0, self.base)
-        return replace(view, extents=self.extents, held=held)
+def _moved(entry: Entry, extents: Extents, base: int) -> View:
+    """The view of an entry of one rank's checkpoint, its extents counted from `base` of the table of all."""
+    view = entry.build()
+    held = view.held.copy()
+    held[:, 0] += np.where(held[:, 0] == ZERO, 0, base)
+    return replace(view, extents=extents, held=held)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -247,7 +229,6 @@ def _assembled(
         for n, e in entries.items()
         if isinstance(e, _Joined) and e.cut.padded
     ]
-    kinds = [e.kind for e in entries.values()]
     world = first.facts.get("world")  # the data-parallel ranks of each
     facts: dict[str, JSON] = {
         **{key: value for key, value in first.facts.items() if key not in ("groups", "world")},
@@ -255,8 +236,6 @@ def _assembled(
             **({"data parallel": world} if world else {}),
             "tensor parallel": degrees[1], "pipeline stages": degrees[0],
         },
-        "parameters": kinds.count("parameter"), "frozen": kinds.count("frozen"),
-        "buffers": kinds.count("buffer"), "tied": dict(aliases),
     }  # fmt: skip
     return assemble(
         path, "zero", entries, extents, options,

@@ -11,7 +11,7 @@ r holds elements [r * p, (r + 1) * p) of each parameter, p = ceil(numel / world)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -185,16 +185,20 @@ def chained(
             raise SourceError(
                 f"{where}: group {g} has {len(group)} parameters, {len(after)} alignment paddings"
             )
-        numel = _numels(group)
-        stop = np.cumsum(numel + np.array(after, np.int64))
+        numel = elements(map(math.prod, group.values()), f"{where}: group {g}")
+        stop = np.cumsum(numel + elements(after, f"{where}: group {g}"))
         start = np.concatenate([np.zeros(1, np.int64), stop])
         _check_chain(flat.length, int(start[-1]), f"{where}: group {g}", len(group))
         out.append(Placed(flat, tuple(group), tuple(group.values()), numel, start[:-1], sliced=False))
     return out
 
 
-def _numels(group: Mapping[str, Shape]) -> Rows:
-    return np.array([math.prod(shape) for shape in group.values()], np.int64)
+def elements(counts: Iterable[int], where: str) -> Rows:
+    """Counts of elements as a column. Raises SourceError where all together are more than any file holds."""
+    listed = [*counts]
+    if sum(listed) >= 1 << 61:
+        raise SourceError(f"{where}: {sum(listed)} elements; the limit is 2^61")
+    return np.array(listed, np.int64)
 
 
 def _check_chain(length: Rows, wanted: int, where: str, parameters: int) -> None:
@@ -222,7 +226,7 @@ def sliced(shapes: Sequence[Mapping[str, Shape]], flats: Sequence[Flat], where: 
     world = flats[0].world if flats else 1
     names = tuple(name for group in shapes for name in group)
     every = tuple(shape for group in shapes for shape in group.values())
-    numel = np.concatenate([_numels(group) for group in shapes] or [np.empty(0, np.int64)])
+    numel = elements(map(math.prod, every), where)
     part = -(-numel // world)
     begin = np.cumsum(part) - part
     ends = np.cumsum([int(f.length[0]) for f in flats], dtype=np.int64)

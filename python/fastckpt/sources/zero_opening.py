@@ -16,7 +16,7 @@ from ..pipeline import each
 from . import torchfile
 from .options import Options
 from .torchfile import Tensor, TorchFile, Tree, Wanted
-from .torchtensors import whole
+from .torchtensors import Opened
 from .zero_experts import check_files, tensors
 from .zero_files import Files, check_name
 from .zero_layout import Shape
@@ -30,14 +30,6 @@ THREADS = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Opened:
-    """A parsed file, and the number of its first extent in the checkpoint's table."""
-
-    file: TorchFile
-    base: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class Whole:
     """A tensor that lies whole in an opened file."""
 
@@ -46,7 +38,7 @@ class Whole:
 
     def entry(self, extents: Extents, kind: str) -> Entry:
         """The entry of it."""
-        return whole(self.tensor, self.opened.file, self.opened.base, extents, kind)
+        return self.opened.entry(self.tensor, extents, kind)
 
 
 @dataclass(slots=True)

@@ -16,9 +16,9 @@ import numpy as np
 from ..errors import SourceError
 from ..extents import Extents, File
 from ..views import View
-from .samples import COMPARED, elements, number, read_all, same
+from .samples import COMPARED, number, read_all, same, stored_at
 from .torchpickle import Tensor
-from .zero_layout import Flat, Placed, Shape
+from .zero_layout import Flat, Placed, Shape, elements
 
 SAMPLES = 8
 """Elements of a partition that are compared."""
@@ -39,7 +39,7 @@ class _Sample:
 
     def values(self) -> list[float]:
         """The copy's elements."""
-        data = elements([(self.copy, self.first + i) for i in self.at])
+        data = stored_at([(self.copy, self.first + i) for i in self.at])
         return [number(x, self.copy.dtype) for x in data]
 
 
@@ -52,7 +52,8 @@ def sampled(
         after = alignment[g] if alignment is not None and g < len(alignment) else [0] * len(group)
         if len(after) != len(group) or not group:
             continue  # is refused where the lengths are checked
-        stop = np.cumsum([math.prod(s) + a for s, a in zip(group.values(), after, strict=True)])
+        where = f"param_shapes[{g}]"
+        stop = np.cumsum(elements(map(math.prod, group.values()), where) + elements(after, where))
         part = -(-int(stop[-1]) // (2 * world)) * 2
         low = np.arange(world, dtype=np.int64) * part
         middle = (low + np.minimum(low + part, stop[-1])) // 2

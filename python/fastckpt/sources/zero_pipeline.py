@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from ..checkpoint import Entry
 from ..errors import SourceError
 from ..extents import Extents
+from .plain import mapping
 from .samples import check_copy, difference, one_axis
 from .torchfile import Tensor
-from .torchtensors import refuse_unread
+from .torchtensors import Opened, refuse_unread
 from .zero_layout import Shape
-from .zero_opening import Opened, Whole
+from .zero_opening import Whole
 from .zero_parts import trainable
-from .zero_state import ModelState, mapping
+from .zero_state import ModelState
 
 TIED = "tied_modules."
 

@@ -15,6 +15,7 @@ from typing import TypeGuard
 from ..checkpoint import JSON, Checkpoint
 from ..errors import SourceError
 from .inert import Inert, type_name
+from .plain import integers, listing, mapping
 from .torchfile import Tensor
 from .zero_layout import Shape
 
@@ -97,10 +98,11 @@ def optim_state(root: object, where: str) -> OptimState:
     listed = [saved] if isinstance(saved, Tensor) else listing(saved, f"{where}: {key}")
     flats = tuple(_flat(t, f"{where}: {key}[{k}]") for k, t in enumerate(listed))
     counts = state.get("partition_count")
+    counts = [counts] if isinstance(counts, int) else counts
     moments = state.get("optimizer_state_dict" if stage == 3 else "base_optimizer_state")
     return OptimState(
         stage=stage,
-        counts=integers([counts] if isinstance(counts, int) else counts, f"{where}: partition_count"),
+        counts=integers(counts, f"{where}: partition_count", bits=20),
         flats=flats,
         alignment=_alignment(state.get("param_alignment_paddings"), f"{where}: param_alignment_paddings"),
         held=_held(state.get("param_slice_mappings")),
@@ -137,7 +139,7 @@ def model_state(root: object, where: str) -> ModelState:
         global_steps=_number(top.get("global_steps")),
         dp_world=_number(top.get("dp_world_size")),
         version=str(top.get("ds_version", "")),
-        experts=integers(top.get("num_experts") or (), f"{where}: num_experts"),
+        experts=integers(top.get("num_experts") or (), f"{where}: num_experts", bits=20),
         data_before_experts=_data_before_experts(top.get("ds_config")),
         pipeline=pipeline,
         mp_world=_number(top.get("mp_world_size")) or 1,
@@ -219,27 +221,6 @@ def _alignment(value: object, where: str) -> tuple[tuple[int, ...], ...] | None:
     if value is None:
         return None
     return tuple(integers(group, where) for group in listing(value, where))
-
-
-def mapping(value: object, where: str) -> dict[object, object]:
-    if not isinstance(value, dict):
-        raise SourceError(f"{where}: wanted a dict, got {type_name(value)}")
-    return value
-
-
-def listing(value: object, where: str) -> Sequence[object]:
-    if not isinstance(value, (list, tuple)):
-        raise SourceError(f"{where}: wanted a list, got {type_name(value)}")
-    return value
-
-
-def integers(value: object, where: str) -> tuple[int, ...]:
-    for n in (listed := listing(value, where)):
-        if not isinstance(n, int) or isinstance(n, bool) or n < 0:
-            raise SourceError(
-                f"{where}: wanted whole numbers, got {type_name(n)} {n if isinstance(n, int) else ''}"
-            )
-    return tuple(listed)  # type: ignore[arg-type]  # as was just seen
 
 
 def _strings(value: object, where: str) -> list[str]:

@@ -6,7 +6,6 @@ found; tensors are read once, a leaf at a time, and looked through for NaN and I
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import time
@@ -14,12 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from ..checkpoint import JSON
 from ..digest import digest
 from ..errors import FastckptError, SourceError, expect
-from ..extents import File, content, fill, is_directory, let_go
+from ..extents import fill, is_directory, let_go
 from ..output.manifest import NAME, TRACE, FileEntry, Manifest, TensorEntry, rank_of
-from ..sources.safetensors import MAX_HEADER, Item, read_header
+from ..plainjson import json_object, read_json
+from ..sources.safetensors import Item, read_header
 from .rereading import Progress, Stored, reread
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
@@ -296,12 +295,11 @@ def _same_index(seen: _Seen, name: str, where: Mapping[str, str]) -> None:
     """An index names each tensor's file as it is."""
     folder = os.path.dirname(name)
     try:
-        index: JSON = json.loads(content(File.at(os.path.join(seen.root, name)).path, MAX_HEADER))
-        weights = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(weights, dict):
-            raise ValueError("no weight_map")
-    except (SourceError, OSError, ValueError, RecursionError) as e:
-        seen.problems.append(f"{name}: {e}")
+        weights = json_object(
+            read_json(os.path.join(seen.root, name)).get("weight_map"), f"{name}: weight_map"
+        )
+    except SourceError as e:
+        seen.problems.append(str(e).removeprefix(os.path.join(seen.root, "")))
         return
     for tensor, file in weights.items():
         here = where.get(os.path.join(folder, tensor))
