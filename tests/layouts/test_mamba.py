@@ -161,11 +161,11 @@ def test_which_blocks_config_says():
     ):
         same(shard(layout("hf").targets(recipes.find(config)(memory(hub), silent | said), Placement())), hub)
     for said, message in (
-        ({}, "layers_block_type must be a list of full_attention, .*, got None"),
-        ({"hybrid_override_pattern": "MEX-M"}, "got .'mamba', 'moe', 'X'"),
+        ({}, "hybrid_override_pattern must be 1 of M and .*, got None"),
+        ({"hybrid_override_pattern": "MEX-M"}, "must be 5 of M and .*, got 'MEX-M'"),
         ({"hybrid_override_pattern": "ME*-"}, r"no place for backbone\.layers\.4"),
         ({"hybrid_override_pattern": "MM*-M"}, r"layers\.1\.mixer\.in_proj"),
-        ({"hybrid_override_pattern": "ME*-M", "num_hidden_layers": 4}, "4, and the kinds of 5 layers"),
+        ({"hybrid_override_pattern": "ME*-M", "num_hidden_layers": 4}, "must be 4 of M and"),
     ):
         with pytest.raises(RecipeError, match=message):
             recipes.find(config)(memory(hub), silent | said)

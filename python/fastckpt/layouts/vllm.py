@@ -3,9 +3,9 @@
 Matrices are [out, in]. q, k and v are one `qkv_proj` [q_r; k_r; v_r], gate and up one `gate_up_proj` [gate_r;
 up_r], experts `w13_weight` [experts, gate_r; up_r, hidden] and `w2_weight` [experts, hidden, width / tp];
 latent attention cuts what follows the low ranks, whose matrices are one `fused_qkv_a_proj`, whole on every
-rank, as is an indexer, of which k and the heads' weights are one `wk_weights_proj`; the vocabulary is padded
-with zero rows, then cut. Source: vLLM's layers/linear.py, vocab_parallel_embedding.py, fused_moe/layer.py and
-models/.
+rank, as is an indexer, of which k and the heads' weights are one `wk_weights_proj`; Mamba's
+mixers are cut by heads and groups; the vocabulary is padded with zero rows, then cut. Source: vLLM's
+layers/linear.py, vocab_parallel_embedding.py, fused_moe/layer.py, mamba/mamba_mixer2.py and models/.
 """
 
 from __future__ import annotations

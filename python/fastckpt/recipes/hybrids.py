@@ -66,10 +66,9 @@ def _kinds(config: Mapping[str, JSON]) -> list[str]:
     by_name = config.get("layers_block_type") is not None
     key, known = ("layers_block_type", _ALONE) if by_name else ("hybrid_override_pattern", _LETTERS)
     said = config.get(key)
-    there = len(said) if isinstance(said, list | str) else 0
-    return [
-        known[kind] for kind in each_layer(config, key, integer(config, "num_hidden_layers", there), [*known])
-    ]
+    there = len(said) if isinstance(said, list | str) and said else 1
+    count = integer(config, "num_hidden_layers", there)
+    return [known[kind] for kind in each_layer(config, key, count, [*known])]
 
 
 def _alone(config: Mapping[str, JSON], count: int) -> list[Blocks]:

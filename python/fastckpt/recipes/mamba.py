@@ -32,9 +32,8 @@ KINDS = {
 @dataclass(frozen=True, slots=True)
 class Stored:
     """How the hub stores a Mamba, in the module `at` of a layer. `blocks`: what each layer of a config has,
-    of so many layers.
-    Of config's keys, `heads`, `dim`, `groups`, `state` and `kernel` say its sizes, `conv_bias`, `in_bias` and
-    `out_bias` its biases, and `norm` whether it has a norm ("": it always has)."""
+    of so many. Of config's keys, `heads`, `dim`, `groups`, `state` and `kernel` say its sizes, `conv_bias`,
+    `in_bias` and `out_bias` its biases, and `norm` whether it has a norm ("": it always has)."""
 
     blocks: Callable[[Mapping[str, JSON], int], Sequence[Blocks]]
     at: str = "mamba"
