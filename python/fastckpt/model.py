@@ -498,14 +498,15 @@ class Prediction:
 class Model:
     """A model by roles; a decoder unless its family says otherwise.
 
-    `lm_head`: where it is `tied` to the embedding it has the embedding's view; of a model without one it is
-    the embedding itself, name and all. `positions`: a learned position table, in which the first token's is
-    row `first_position`. `embedding_norm`: a norm of the embedded tokens. `carried`: other tensors, which
-    servers hold whole. `ignored`: names in the checkpoint that the recipe knows and leaves out. `parallel`:
-    attention and the feed-forward block of a layer read the same input. `alibi`: attention is biased by
-    ALiBi's slopes, which the hub does not store. `rope`: the rotary positions of latent attention.
-    `quant_method`: the hub's word for how matrices are quantised ("pack-quantized" for compressed-tensors'
-    packed integers), "" where none is. `causal`: tokens see only those before them (an encoder's do not)."""
+    `lm_head`: where it is `tied` to the embedding it has the embedding's view; of a model without one it
+    is the embedding itself, name and all. `positions`: a learned position table, in which the first
+    token's is row `first_position`. `embedding_norm`: a norm of the embedded tokens. `carried`: other
+    tensors, which servers hold whole. `ignored`: names in the checkpoint that the recipe knows and leaves
+    out. `parallel`: attention and the feed-forward block of a layer read the same input. `alibi`:
+    attention is biased by ALiBi's slopes, which the hub does not store. `rope`: the rotary positions of
+    latent attention. `quant_method`: the hub's word for how matrices are quantised ("pack-quantized" for
+    compressed-tensors' packed integers), "" where none is. `architecture`: the class that config.json
+    names. `causal`: tokens see only those before them (an encoder's do not)."""
 
     family: str
     sizes: Sizes
@@ -526,5 +527,6 @@ class Model:
     alibi: bool = False
     rope: Rope | None = None
     quant_method: str = ""
+    architecture: str = ""
     first_position: int = 0
     causal: bool = True

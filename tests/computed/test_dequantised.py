@@ -187,6 +187,9 @@ def test_compressed_tensors_of_other_kinds():
         )
 
 
+_UNEVEN = {"config_groups": {"group_0": {"weights": {"num_bits": 4, "symmetric": False}}}}
+_PACKED = {"a.weight_packed": torch.zeros(8, 1, dtype=torch.int32), "a.weight_scale": torch.ones(8, 1)}
+
 REFUSED = {
     "nothing": ({"a.weight": torch.zeros(2, 2)}, {}, "no tensor of it is quantised"),
     "method": ({"a.weight": torch.zeros(2, 2)}, {"quant_method": "bitsandbytes"}, "bitsandbytes"),
@@ -210,6 +213,18 @@ REFUSED = {
     "points": (
         {"a.weight": torch.zeros(4, 8, dtype=torch.int8), "a.weight_scale": torch.ones(1),
          "a.weight_zero_point": torch.ones(1, dtype=torch.bfloat16)}, {}, "zero_point: got bfloat16",
+    ),
+    "points missing": (_PACKED, _UNEVEN, "weight_zero_point is not there"),
+    "points of bytes missing": (
+        {"a.weight": torch.zeros(4, 8, dtype=torch.int8), "a.weight_scale": torch.ones(1)}, _UNEVEN,
+        "weight_zero_point is not there",
+    ),
+    "order missing": (
+        {"a.qweight": torch.zeros(1, 8, dtype=torch.int32), "a.qzeros": torch.zeros(1, 1, dtype=torch.int32),
+         "a.scales": torch.ones(1, 8)}, {"quant_method": "gptq", "desc_act": True}, "g_idx is not there",
+    ),
+    "shape": (
+        _PACKED | {"a.weight_shape": torch.tensor([8, 8], dtype=torch.int16)}, {}, "weight_shape: got int16",
     ),
     "order": (
         {"a.weight_packed": torch.zeros(8, 1, dtype=torch.int32), "a.weight_scale": torch.ones(8, 1),

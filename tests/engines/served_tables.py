@@ -48,6 +48,9 @@ _WIDE_LATENT = _sizes(
     qk_rope_head_dim=64, moe_intermediate_size=256, n_shared_experts=1, topk_method="noaux_tc",
     scoring_func="sigmoid",
 )  # fmt: skip
+_PHIMOE = _sizes(
+    num_local_experts=4, num_experts_per_tok=2, attention_bias=True, lm_head_bias=True, drop=("head_dim",)
+)
 _ROUTED = _SIZES | dict(
     n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, n_shared_experts=1,
     first_k_dense_replace=1, n_group=1, topk_group=1,
@@ -161,13 +164,8 @@ MODELS: dict[str, tuple[str, dict]] = {
     ),
     "olmoe": ("Olmoe", _sizes(num_experts=4, num_experts_per_tok=2, drop=("head_dim",))),
     "hunyuan_v1_moe": ("HunYuanMoEV1", _sizes(num_experts=4, moe_topk=2)),
-    "phimoe": (
-        "Phimoe",
-        _sizes(
-            num_local_experts=4, num_experts_per_tok=2, attention_bias=True, lm_head_bias=True,
-            drop=("head_dim",),
-        ),
-    ),
+    "phimoe": ("Phimoe", _PHIMOE),
+    "phimoe-hub": ("Phimoe", _PHIMOE),  # of Microsoft's class
     "minimax_m2": (
         "MiniMaxM2",
         _sizes(
@@ -340,6 +338,7 @@ MODELS: dict[str, tuple[str, dict]] = {
 
 SAID: dict[str, dict] = {
     "kimi_k2": {"model_type": "kimi_k2"},
+    "phimoe-hub": {"architectures": ["PhiMoEForCausalLM"]},
     "glm4_moe_lite": {"first_k_dense_replace": 1},
 }
 """name -> what the hub's config.json says besides, or otherwise than transformers' class."""

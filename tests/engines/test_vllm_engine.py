@@ -124,6 +124,8 @@ GRIDS = {
         ("granitemoehybrid", "granitemoehybrid-dense", "granitemoehybrid-mixed"),
     ),
     "tp2-data": (Placement(tp=2), ("qwen2_vl", "qwen2_5_vl-tied", "qwen3_vl", "qwen3_vl_moe", "glm4v"), ()),
+    "tp2-fastckpt": (Placement(tp=2), EVERY, ()),
+    "pp2-fastckpt": (Placement(pp=2), ("phi", *STAGED), ()),
 }
 """Grid -> the placement, the models, and those vLLM itself refuses there."""
 

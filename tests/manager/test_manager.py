@@ -19,7 +19,7 @@ import pytest
 import torch
 from fastckpt.digest import LEAF
 from fastckpt.errors import FastckptError, ManagerError, SourceError, WriteError
-from fastckpt.manager import commits, loading, policies, saving
+from fastckpt.manager import commits, loading, opened, policies, saving
 from fastckpt.manager.commits import Store
 from fastckpt.manager.coordination import Group
 from fastckpt.manager.loading import Asked, Loaded
@@ -189,6 +189,22 @@ def test_only_some_names_and_only_their_bytes(tmp_path: Path, monkeypatch: pytes
         manager.restore(names=["small"], template=into)
         assert held.tolist() == [0.0, 1.0, 2.0]
         assert manager.stats()[-1].nbytes == 24 and manager.stats()[-1].action == "checkpoint_partial_load"
+
+
+def test_the_tree_is_not_walked_for_each_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {f"x{k}": torch.ones(2) for k in range(50)}
+    walked: list[object] = []
+    real = opened.names_in
+
+    def counted(tree: Any) -> list[str]:
+        walked.append(tree)
+        return real(tree)
+
+    monkeypatch.setattr(opened, "names_in", counted)
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(0, state)
+        manager.restore(0, template=state)
+    assert 0 < len(walked) < 10
 
 
 @pytest.mark.parametrize("names", [None, ["x"]])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from fastckpt.manager import saving
 from fastckpt.manager.manager import CheckpointManager
+from fastckpt.manager.metadata import Took
 from fastckpt.manager.pieces import Snapshots, raw
 
 
@@ -87,9 +88,9 @@ def test_an_interrupt_ends_the_waiting_and_not_the_save(tmp_path: Path, held: th
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Saves begin once this is set."""
     release = threading.Event()
-    real: Callable[..., saving.Saved] = saving.save
+    real: Callable[..., Took] = saving.save
 
-    def late(*args: object) -> saving.Saved:
+    def late(*args: object) -> Took:
         assert release.wait(60)
         return real(*args)
 

@@ -124,6 +124,22 @@ def test_a_wrong_shape_names_got_wanted_and_the_config_keys():
         recipe(hub, config | {"intermediate_size": 95})
 
 
+def test_integers_are_no_weights():
+    """A quantised matrix whose config does not say so, and one in the wrong dtype."""
+    config, hub, _ = tiny.made("llama")
+    for name in ("layers.1.mlp.up_proj.weight", "layers.0.self_attn.k_proj.bias", "norm.weight"):
+        name = f"model.{name}"
+        for dtype in (torch.int8, torch.int64, torch.bool):
+            with pytest.raises(RecipeError, match=rf"{name}: got \w+, wanted floats; .*quantization_config"):
+                recipe(hub | {name: hub[name].to(dtype)}, config)
+    said = {"quant_method": "fp8"}
+    name = "model.layers.1.mlp.up_proj.weight"
+    scaled = hub | {f"{name}_scale": torch.ones(())}
+    for dtype in (torch.uint8, torch.bool, torch.bfloat16):
+        with pytest.raises(RecipeError, match=f"{name} is quantised, so it must be int8 or float8_e4m3fn"):
+            recipe(scaled | {name: hub[name].to(dtype)}, config | {"quantization_config": said})
+
+
 def test_a_name_without_a_role_is_an_error_unless_ignored():
     config, hub, _ = tiny.made("tied")
     ignored = "model.layers.0.self_attn.rotary_emb.inv_freq"

@@ -27,6 +27,24 @@ def test_names_without_their_prefix(name, prefix):
     same(hf({n.removeprefix(prefix): x for n, x in hub.items()}, config)[1], hub)
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "size", "why"),
+    [
+        ("bert", "cls.predictions.transform.dense.bias", 0, "needs .*dense.bias"),
+        ("bert", "cls.predictions.transform.dense.bias", 3, r"dense.bias: got shape \(3,\), wanted \(64,\)"),
+        ("bert", "cls.predictions.transform.dense.weight", 0, "needs .*dense.weight"),
+        ("xlm_roberta-alone", "pooler.dense.bias", 0, "needs pooler.dense.bias"),
+        ("bert", "cls.predictions.transform.dense.scale", 3, "no place for .*dense.scale"),
+        ("modernbert-classes", "classifier.bias", 2, r"classifier.bias: got shape \(2,\), wanted \(3,\)"),
+    ],
+)
+def test_a_head_that_is_carried_is_whole(family, name, size, why):
+    config, hub, _ = families.made(family)
+    torn = {n: x for n, x in hub.items() if n != name} | ({name: torch.ones(size)} if size else {})
+    with pytest.raises(RecipeError, match=why):
+        hf(torn, config)
+
+
 def test_a_bert_saved_alone_keeps_its_names():
     config, hub, _ = families.made("bert-alone")
     assert "embeddings.word_embeddings.weight" in hub

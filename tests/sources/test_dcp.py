@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ import reading
 import torch
 from fastckpt import sources
 from fastckpt.errors import SourceError
+from fastckpt.sources import dcp as source
 from reading import refuses
 from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
@@ -61,6 +63,22 @@ def test_a_tied_pair_is_one_tensor():
     tied = sources.open(FIXTURES / "fsdp-w3")
     assert dict(tied.aliases) == {"lm_head.weight": "model.embed_tokens.weight"}
     assert not sources.open(FIXTURES / "fsdp-tp-w4").aliases
+
+
+def test_a_tied_pair_of_a_vision_language_model(tmp_path):
+    root = Path(shutil.copytree(FIXTURES / "fsdp-w3", tmp_path / "in"))
+    text = json.loads((root / "config.json").read_text())
+    (root / "config.json").write_text(json.dumps({"text_config": text, "tie_word_embeddings": True}))
+    assert dict(sources.open(root).aliases) == {"lm_head.weight": "model.embed_tokens.weight"}
+    (root / "config.json").write_text(json.dumps({"text_config": text, "tie_word_embeddings": False}))
+    assert not sources.open(root).aliases
+
+
+def test_the_config_is_not_read_for_each_tensor(monkeypatch):
+    read, real = [], source.read_config
+    monkeypatch.setattr(source, "read_config", lambda beside: read.append(beside) or real(beside))
+    sources.open(FIXTURES / "fsdp-w3")
+    assert len(read) == 1
 
 
 @pytest.mark.parametrize("name", KEPT)

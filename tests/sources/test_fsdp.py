@@ -338,9 +338,17 @@ def test_tensors_that_every_rank_has_whole(tmp_path):
         ([w], "wanted a state dict, got list"),
         ({"w": dtensor(w, 1, 2)}, "whole on rank 0, a part of it on rank 1"),
         ({"w": w.to_sparse()}, "is not read"),
+        ({"w": w, "more": {"deep": [w]}}, "more: holds a tensor"),
     )):  # fmt: skip
         with pytest.raises(SourceError, match=why):
             fastckpt.open(plain(tmp_path / f"b{k}", [{"w": w}, second]))
+    with pytest.raises(SourceError, match="its ranks hold no tensor"):
+        fastckpt.open(plain(tmp_path / "none", [{"step": 3}] * 2))
+    for path in root.iterdir():
+        path.unlink()
+    torch.save({"w": w}, rank_file(root, 0, 10**15))
+    with pytest.raises(SourceError, match=f"files of {10**15 - 1} of {10**15} ranks missing: rank 1, 2, "):
+        fastckpt.open(root)
 
 
 def test_names_of_ranks_may_be_swapped(case):

@@ -99,6 +99,7 @@ BAD = {
     "nothing": ({"a": 1}, "no dict of tensors"),
     "a module": (torch.nn.Linear(1, 1), "got torch.nn.modules.linear.Linear"),
     "a list": ([torch.ones(1)], "wanted a dict of tensors, got list"),
+    "within": ({"model": {**TENSORS, "more": {"deep": (3, torch.ones(1))}}}, "more: holds a tensor"),
     "beside": ({"a": torch.ones(1), "model": TENSORS}, "tensors beside dicts of tensors"),
     "names": ({1: torch.ones(1)}, "which is no string"),
     "deepspeed": ({"module": TENSORS, "param_shapes": []}, "open its directory"),

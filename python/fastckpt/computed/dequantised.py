@@ -298,9 +298,14 @@ def _bytes(ckpt: Checkpoint, name: str, said: Mapping[str, JSON]) -> Parts:
     factors = _view(ckpt, name + ("_scale_inv" if inverse else "_scale"))
     scales, shared = _grid(name, factors, shape, _block(said, inverse), said)
     zeros = None
-    if f"{name}_zero_point" in ckpt.entries:
+    if _shifted(ckpt, name, said):
         zeros = _whole(_view(ckpt, f"{name}_zero_point"), f"{name}_zero_point").reshape(scales.shape)
     return Parts(name, shape, values, scales, shared, zeros)
+
+
+def _shifted(ckpt: Checkpoint, name: str, said: Mapping[str, JSON]) -> bool:
+    """Whether compressed-tensors' matrix has zero points: where they are, and where the config wants them."""
+    return f"{name}_zero_point" in ckpt.entries or _weights(said).get("symmetric") is False
 
 
 def _block(said: Mapping[str, JSON], inverse: bool) -> tuple[int, int] | None:
@@ -348,10 +353,12 @@ def _pack_quantized(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> Pa
     shape = (values.shape[0], values.shape[1] * (32 // bits))
     scales, shared = _grid(name, _view(ckpt, f"{name}_scale"), shape, None, said)
     zeros = None
-    if f"{name}_zero_point" in ckpt.entries:
+    if _shifted(ckpt, name, said):
         wanted = (-(-shape[0] * bits // 32), scales.shape[1])
         zeros = _whole(_view(ckpt, f"{name}_zero_point", wanted), f"{name}_zero_point", dtypes.int32)
-    form = _view(ckpt, f"{name}_shape", (2,)) if f"{name}_shape" in ckpt.entries else None
+    form = None
+    if f"{name}_shape" in ckpt.entries:
+        form = _whole(_view(ckpt, f"{name}_shape", (2,)), f"{name}_shape")
     offset = 1 << (bits - 1)
     return Parts(name, shape, values, scales, shared, zeros, "across", bits, zero_offset=offset, form=form)
 
@@ -393,6 +400,6 @@ def _gptq(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON], dense: Parts) -
     if form not in ("gptq", "gptq_v2"):
         raise SourceError(f"{dense.name}: checkpoint_format {form!r}; only gptq and gptq_v2 are read")
     group = None
-    if f"{stem}g_idx" in ckpt.entries:
+    if f"{stem}g_idx" in ckpt.entries or said.get("desc_act") is True:
         group = _whole(_view(ckpt, f"{stem}g_idx", (dense.shape[1],)), f"{stem}g_idx")
     return replace(dense, zero_offset=-1 if form == "gptq" else 0, group=group)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from ..errors import FastckptError, SourceError
 from ..placement import Placement
-from ..plainjson import read_json
 
 if TYPE_CHECKING:
     from ..layouts import Layout
@@ -187,6 +186,8 @@ def _tp_plan(args: argparse.Namespace) -> dict[str, str] | None:
     path = args.tp_plan
     if path is None:
         return None
+    from ..plainjson import read_json  # brings numpy, which `--version` does without
+
     try:
         found = read_json(path)
     except SourceError as e:

@@ -10,18 +10,19 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+import torch
 import vllm  # type: ignore[import-not-found]
 from vllm.config import get_current_vllm_config  # type: ignore[import-not-found]
 from vllm.distributed import get_pp_group, get_tp_group  # type: ignore[import-not-found]
 from vllm.model_executor.model_loader import BaseModelLoader  # type: ignore[import-not-found]
 
+from ..checkpoint import Checkpoint
 from ..layouts.vllm import Vllm
 from ..placement import Placement
 from ..road import load_into
 from .asked import Asked, refuse
 
 if TYPE_CHECKING:
-    import torch
     from vllm.config import LoadConfig, ModelConfig, ParallelConfig
 
 log = logging.getLogger("vllm.fastckpt")
@@ -48,6 +49,7 @@ class FastckptLoader(BaseModelLoader):  # type: ignore[misc]
         refuse(unknown(model_config, parallel))
         placement = placement_of(model_config, parallel)
         ckpt = self.asked.opened(model_config.model)
+        give_bias(model, ckpt, self.load_config.device)
         seeing = model_config.multimodal_config
         layout = Vllm(
             engine=self.asked.engine or f"vllm=={vllm.__version__}",
@@ -65,6 +67,15 @@ class FastckptLoader(BaseModelLoader):  # type: ignore[misc]
             placement.world,
             time.perf_counter() - start,
         )
+
+
+def give_bias(model: torch.nn.Module, ckpt: Checkpoint, device: str | None) -> None:
+    """Make the head's bias, where the checkpoint has one and the module is of vLLM's Transformers backend,
+    which makes it only when its own loader meets it (TransformersForCausalLM.load_weights)."""
+    head = getattr(model, "lm_head", None)
+    if head is not None and "lm_head.bias" in ckpt.entries and getattr(head, "bias", head) is None:
+        with torch.device(device or get_current_vllm_config().device_config.device):
+            head._register_bias()
 
 
 def placement_of(model_config: ModelConfig, parallel: ParallelConfig) -> Placement:

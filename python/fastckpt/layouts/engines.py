@@ -65,7 +65,9 @@ class Served:
     `tied`: a tied pair goes by the name of the "head", or of the "embedding" where the engine has no head, so
     that only tied models fit; "" where it ties none, so that only others do. `everywhere`: which of
     "embedding", "norm" and "head" every pipeline stage holds, rather than the first or the last alone; None
-    where that was not compared, so that pipelines are refused."""
+    where that was not compared, so that pipelines are refused. `classes`: the first of config.json's
+    `architectures` -> the family by that class, where the engine has a class of its own for another name
+    than transformers'."""
 
     renamed: Renamed = ()
     held: tuple[Held, ...] = _ones("attn")
@@ -75,6 +77,7 @@ class Served:
     rounded: tuple[str, ...] = ()
     hub_rows: bool = False
     everywhere: frozenset[str] | None = frozenset()
+    classes: Mapping[str, Served] = field(default_factory=dict)
 
     def name(self, name: str) -> str:
         """The engine's name for a tensor of layout vllm."""
@@ -192,7 +195,8 @@ _VLLM_0_32: dict[str, Served] = {
     "olmoe": Served(_STACKS, tied="", everywhere=_ALL),
     "hunyuan_v1_moe": Served(_STACKS),
     "phimoe": Served(
-        ((".block_sparse_moe.gate.", ".mlp.router."), (".block_sparse_moe.", ".mlp."), *_STACKS)
+        ((".block_sparse_moe.gate.", ".mlp.router."), (".block_sparse_moe.", ".mlp."), *_STACKS),
+        classes={"PhiMoEForCausalLM": Served(_STACKS, everywhere=_ALL)},
     ),
     "minimax_m2": Served(
         _STACKS,
@@ -284,15 +288,15 @@ def known(engine: str) -> Mapping[str, Served]:
     return found
 
 
-def served(engine: str, family: str, quant_method: str = "") -> Served:
-    """A family in a version of an engine. Raises LayoutError for a family without a line in its table, and
-    for a way of quantising that was not compared."""
+def served(engine: str, family: str, quant_method: str, architecture: str) -> Served:
+    """A family, by the class that config.json names, in a version of an engine. Raises LayoutError for a
+    family without a line in its table, and for a way of quantising that was not compared."""
     families = known(engine)
     if family not in families:
         raise LayoutError(
             f"engine {engine}: its names for family {family} are not known; known are {', '.join(families)}"
         )
-    found = families[family]
+    found = families[family].classes.get(architecture, families[family])
     if quant_method and quant_method not in found.quantised:
         raise LayoutError(
             f"engine {engine}: what it holds of {family} quantised by {quant_method} is not known; known are "

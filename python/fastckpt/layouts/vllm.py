@@ -160,7 +160,9 @@ class Vllm:
         vocabulary do not divide, where kv heads neither divide nor repeat evenly, for more stages than
         layers, for another ep, for a model that is no decoder, and for a family or a pipeline that the
         engine's table lacks."""
-        engine = served(self.engine, model.family, model.quant_method) if self.engine else None
+        engine = None
+        if self.engine:
+            engine = served(self.engine, model.family, model.quant_method, model.architecture)
         if engine is not None:
             self._require_engine(engine, model, placement)
         own = (isinstance(x.mlp, Experts) and x.mlp.stacks is None for x in model.layers)

@@ -33,6 +33,7 @@ from ..output.filesystem import (
     make_directories,
     real,
     remove_tree,
+    replace_file,
     sync_directory,
     write_file,
 )
@@ -285,13 +286,8 @@ class Store:
 
     def _hint(self, name: str) -> None:
         """Write `latest`, whole or not at all; only a hint, so a failure is none."""
-        staged = os.path.join(self.root, f".{LATEST}-{secrets.token_hex(4)}")
         with suppress(OSError):
-            write_file(staged, [f"{name}\n".encode()], durable=False)
-            try:
-                os.replace(staged, os.path.join(self.root, LATEST))
-            except OSError:
-                os.unlink(staged)
+            replace_file(os.path.join(self.root, LATEST), f"{name}\n".encode())
 
     def _sync(self) -> None:
         if self.durable:

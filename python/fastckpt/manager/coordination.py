@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Protocol, TypeVar
@@ -30,6 +30,7 @@ from ..errors import (
     ViewError,
     WriteError,
 )
+from ..output.filesystem import replace_file
 
 Result = TypeVar("Result")
 
@@ -120,7 +121,7 @@ class Meeting:
         try:
             os.makedirs(self._directory, exist_ok=True)
             for entry in os.listdir(self._directory):
-                if entry.startswith(f"{name}-") and f"-{rank}.json" in entry:
+                if entry.startswith((f"{name}-", f".{name}-")) and f"-{rank}.json" in entry:
                     with suppress(FileNotFoundError):
                         os.unlink(os.path.join(self._directory, entry))
             self._session = self._meet()
@@ -179,16 +180,7 @@ class Meeting:
         return os.path.join(self._directory, f"{self._name}-{what}-{rank}.json")
 
     def _write(self, what: str, value: JSON) -> None:
-        path = self._path(what, self.rank)
-        staged = f"{path}.{secrets.token_hex(4)}"
-        try:
-            with open(staged, "w", encoding="utf-8") as f:
-                json.dump([value], f)
-            os.replace(staged, path)
-        except OSError:
-            with suppress(OSError):
-                os.unlink(staged)
-            raise
+        replace_file(self._path(what, self.rank), json.dumps([value]).encode())
 
     def _read(self, what: str, rank: int) -> JSON:
         """The one-element list a rank wrote; None where it did not, or a crash left it torn in a dead run."""
@@ -299,8 +291,3 @@ def by_some(group: Group, what: str, mine: bool, work: Callable[[], Result]) -> 
 
     together(group, what, part)
     return result
-
-
-def ints(values: Sequence[JSON]) -> list[int]:
-    """Values that ranks said, as numbers."""
-    return [v if isinstance(v, int) else 0 for v in values]

@@ -19,7 +19,8 @@ from ..running.tensors import torch_dtype
 from ..sources.training import engine_directory
 from .commits import Store
 from .coordination import Group, together
-from .opened import Opened, check_files, open_step, own_names
+from .metadata import Took
+from .opened import Opened, check_files, open_step
 from .pieces import box_of
 from .saving import Disk, engine_tag
 from .state_tree import MISSING, Builder, Engine, fill, flatten
@@ -37,20 +38,18 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What a restore gave, the names the commit has, and what each rank took: seconds and bytes."""
+    """What a restore gave, the names the commit has, and what it took."""
 
     value: object
     saved_names: tuple[str, ...]
-    seconds: tuple[float, ...]
-    nbytes: tuple[int, ...]
-    notes: tuple[str, ...] = ()
+    took: Took
+    notes: tuple[str, ...]
 
 
 def load(store: Store, group: Group, disk: Disk, step: int, asked: Asked) -> Loaded:
     """Restore a step. Collective. Raises SourceError, on every rank, where a byte of it is wrong, and
     ManagerError where it does not fit what was asked."""
-    run = _Load(store, group, disk, step, asked)
-    return run.run()
+    return _Load(store, group, disk, step, asked).run()
 
 
 class _Load:
@@ -80,10 +79,8 @@ class _Load:
             return [time.perf_counter() - self.began, self.nbytes]
 
         done = together(self.group, what, apply)
-        seconds = tuple(float(str(d[0])) for d in done if isinstance(d, list))
-        nbytes = tuple(int(str(d[1])) for d in done if isinstance(d, list))
         saved = () if self.opened is None else tuple(self.opened.names)
-        return Loaded(value, saved, seconds, nbytes, tuple(self.notes))
+        return Loaded(value, saved, Took.of(done), tuple(self.notes))
 
     def _read(self) -> JSON:
         manifest = self.store.manifest(self.step)
@@ -111,7 +108,8 @@ class _Load:
     def _all(self, opened: Opened) -> None:
         """Everything of the tree that the template (if any) can take."""
         asked = self.asked
-        lost = [*opened.differing, *own_names(opened)]
+        own = dict.fromkeys(opened.lost())
+        lost = [*opened.differing, *own]
         if lost and not asked.allow_missing:
             raise ManagerError(
                 f"{opened.path}: saved by {opened.world} ranks, restored by {self.group.world}: {lost[0]} "
@@ -119,13 +117,13 @@ class _Load:
             )
         if lost:
             self.notes.append(f"left out, as each of {opened.world} ranks had its own: {', '.join(lost[:8])}")
-        names = [n for n in opened.names if n not in set(own_names(opened))]
+        names = [n for n in opened.names if n not in own]
         held: Mapping[str, torch.Tensor] = {}
         if asked.template is not None:
             check(opened.tree, asked.template, _Shapes(opened), asked.allow_missing)
             held = flatten(asked.template).tensors
-        cut = [n for n in names if opened.aliases.get(n, n) in opened.table]
-        cut = [n for n in cut if not opened.table[opened.aliases.get(n, n)].everywhere and n not in held]
+        shared = {n: opened.table.get(opened.holder(n)) for n in names if n not in held}
+        cut = [n for n, found in shared.items() if found is not None and not found.everywhere]
         if cut and asked.template is not None:
             raise ManagerError(
                 f"{opened.path}: {cut[0]} is cut over a device mesh and the template has none to say how "
@@ -141,7 +139,7 @@ class _Load:
         boxes = {n: box_of(n, held[n]) for n in names if n in held}
         jobs: dict[tuple[str, object], str] = {}
         for name in names:
-            jobs.setdefault((opened.aliases.get(name, name), boxes.get(name)), name)
+            jobs.setdefault((opened.holder(name), boxes.get(name)), name)
 
         def read(name: str) -> torch.Tensor:
             box = boxes.get(name)
@@ -155,7 +153,7 @@ class _Load:
 
         found = dict(zip(jobs, each(read, list(jobs.values()), min(4, cores())), strict=True))
         for name in names:
-            self.tensors[name] = found[opened.aliases.get(name, name), boxes.get(name)]
+            self.tensors[name] = found[opened.holder(name), boxes.get(name)]
         unique = {id(t): t for t in found.values()}
         self.nbytes += sum(_bytes(t) for t in unique.values())
 

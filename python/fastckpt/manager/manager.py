@@ -328,12 +328,12 @@ class CheckpointManager:
     def _finish(self, group: Group, request: saving.Request) -> None:
         """Commit, tell, and clean: in this order."""
         try:
-            done = saving.save(self._store, group, self._disk, request)
+            took = saving.save(self._store, group, self._disk, request)
         finally:
             self._snapshots.give_back(request.taken)
         self._retention.broken.discard(request.step)
         self._retention.newest = request.step
-        self._reporter.done(SAVE, request.step, done.seconds, done.nbytes)
+        self._reporter.done(SAVE, request.step, took)
         self._retention.clean(group)
 
     def wait(self) -> None:

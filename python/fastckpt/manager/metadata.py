@@ -7,15 +7,29 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from ..checkpoint import JSON
-from ..errors import WriteError
+from ..output.filesystem import as_write_errors, replace_file
 
 SAVE, LOAD, PARTIAL_LOAD = "checkpoint_save", "checkpoint_load", "checkpoint_partial_load"
 """The three actions that are reported."""
+
+
+@dataclass(frozen=True, slots=True)
+class Took:
+    """What an action took on each rank."""
+
+    seconds: tuple[float, ...]
+    nbytes: tuple[int, ...]
+
+    @staticmethod
+    def of(said: Sequence[JSON]) -> Took:
+        """From what the ranks said: (seconds, bytes) each."""
+        pairs = [s if isinstance(s, list) else [0.0, 0] for s in said]
+        return Took(tuple(float(str(s)) for s, _ in pairs), tuple(int(str(n)) for _, n in pairs))
 
 
 class MetadataHandler(Protocol):
@@ -86,10 +100,5 @@ class JsonMetadata:
         return os.path.isdir(os.path.dirname(os.path.abspath(self._path)))
 
     def _store(self) -> None:
-        staged = f"{self._path}.{secrets.token_hex(4)}"
-        try:
-            with open(staged, "w", encoding="utf-8") as f:
-                json.dump(self._held, f, indent=1)
-            os.replace(staged, self._path)
-        except OSError as e:
-            raise WriteError(f"{self._path}: {e.strerror}") from None
+        with as_write_errors(self._path):
+            replace_file(self._path, json.dumps(self._held, indent=1).encode())

@@ -20,7 +20,7 @@ from ..extents import fill, pieces_of
 from ..output.manifest import FileEntry, Manifest, TensorEntry
 from ..road import reshard
 from ..running.tensors import torch_dtype
-from ..sources.training import Commit, Shared, aliases_of, names_in
+from ..sources.training import CommitFiles, Shared, aliases_of, names_in
 from .pieces import raw
 from .state_tree import merged
 
@@ -35,7 +35,7 @@ class Opened:
     `own`: name -> this rank's own tensor; `differing`: places of the tree where the saved ranks differ, left
     out of it."""
 
-    commit: Commit
+    commit: CommitFiles
     world: int
     tree: JSON
     aliases: Mapping[str, str]
@@ -57,9 +57,17 @@ class Opened:
         """All tensors of this rank's tree."""
         return names_in(self.tree)
 
+    def holder(self, name: str) -> str:
+        """The stored tensor behind a name: itself, or the one it is tied to."""
+        return self.aliases.get(name, name)
+
+    def lost(self) -> list[str]:
+        """Names whose tensors each saved rank had its own of: not given to a world of another size."""
+        return [n for n in self.names if (held := self.holder(n)) not in self.table and held not in self.own]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, of the whole where it is cut. Raises ManagerError naming near misses."""
-        held = self.aliases.get(name, name)
+        held = self.holder(name)
         if held in self.table:
             return self.table[held].shape
         if held in self.own:
@@ -69,12 +77,12 @@ class Opened:
 
     def dtype(self, name: str) -> DType:
         """The dtype of a tensor that has a shape here."""
-        held = self.aliases.get(name, name)
+        held = self.holder(name)
         return (self.table if held in self.table else self.own)[held].dtype
 
     def read(self, name: str, box: Place | None = None) -> torch.Tensor:
         """A tensor, or a box of one that is cut, in fresh CPU memory. Raises SourceError for wrong bytes."""
-        held = self.aliases.get(name, name)
+        held = self.holder(name)
         shape = self.shape(held)
         wanted = box or ((0,) * len(shape), shape)
         if held not in self.table:
@@ -100,7 +108,7 @@ class Opened:
 
     def prove(self, names: Sequence[str]) -> None:
         """Read tensors and check their digests. Raises SourceError for the first that differs."""
-        for name in dict.fromkeys(self.aliases.get(n, n) for n in names):
+        for name in dict.fromkeys(self.holder(n) for n in names):
             self.shape(name)
             if name in self.table:
                 for rank, _, _ in self.table[name].boxes:
@@ -112,7 +120,7 @@ class Opened:
         """Tensors of this commit as a checkpoint for the road; `names`: new name -> name here.
 
         Raises ManagerError for a tensor that each rank has its own of, unless `own` asks for this rank's."""
-        held = {new: self.aliases.get(name, name) for new, name in names.items()}
+        held = {new: self.holder(name) for new, name in names.items()}
         for name in held.values():
             self.shape(name)
             if name not in self.table and not own:
@@ -149,7 +157,7 @@ def open_step(path: str, manifest: Manifest, rank: int, world: int) -> Opened:
     """A committed step as `rank` of `world` sees it; in a world of another size, what all saved ranks share.
 
     Raises SourceError for records that are not what was committed, ManagerError for what cannot be given."""
-    commit, saved = Commit(path, manifest), manifest.record.placement.get("ranks", 1)
+    commit, saved = CommitFiles(path, manifest), manifest.record.placement.get("ranks", 1)
     if saved == world:
         state = commit.state(rank)
         own = {n: e for (r, n), e in commit.places.items() if r == rank and n not in commit.table}
@@ -161,15 +169,6 @@ def open_step(path: str, manifest: Manifest, rank: int, world: int) -> Opened:
         if aliases_of(s) != aliases:
             raise ManagerError(f"{path}: ranks 0 and {r} tie other tensors; resume with {saved} ranks")
     return Opened(commit, saved, tree, aliases, {}, tuple(differing))
-
-
-def own_names(opened: Opened) -> list[str]:
-    """Tensors of the tree that each saved rank had its own of: not given to a world of another size."""
-    return [
-        n
-        for n in opened.names
-        if opened.aliases.get(n, n) not in opened.table and opened.aliases.get(n, n) not in opened.own
-    ]
 
 
 def check_files(path: str, names: Sequence[str], files: Mapping[str, FileEntry]) -> int:

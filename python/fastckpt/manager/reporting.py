@@ -6,12 +6,12 @@ Law: a handler that fails costs no commit; that it failed is a warning.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from ..errors import FastckptError
-from .metadata import SAVE, MetadataHandler
+from .metadata import SAVE, MetadataHandler, Took
 
 
 class CheckpointWarning(UserWarning):
@@ -45,9 +45,9 @@ class Reporter:
     handler: MetadataHandler | None
     stats: list[Timing] = field(default_factory=list)
 
-    def done(self, action: str, step: int, seconds: Sequence[float], nbytes: Sequence[int]) -> None:
-        """An action on a step is done; what it took on each rank."""
-        for rank, (s, n) in enumerate(zip(seconds, nbytes, strict=True)):
+    def done(self, action: str, step: int, took: Took) -> None:
+        """An action on a step is done."""
+        for rank, (s, n) in enumerate(zip(took.seconds, took.nbytes, strict=True)):
             self.stats.append(Timing(action, step, rank, s, n))
         if self.handler is None or self.rank:
             return
@@ -55,7 +55,7 @@ class Reporter:
         with only_said(f"step {step} {how}, but the metadata handler failed"):
             if action == SAVE:
                 self.handler.write(step)
-            self.handler.report(action, {self.path(step, rank): s for rank, s in enumerate(seconds)})
+            self.handler.report(action, {self.path(step, rank): s for rank, s in enumerate(took.seconds)})
 
     def accessible(self, step: int | None) -> bool:
         """Whether the handler says that checkpoints, or that step, can be reached."""

@@ -107,7 +107,7 @@ class Resuming:
             self.names, self.step = set(done.saved_names), step
         for note in done.notes:
             _warn(f"step {step}: {note}", level=5)
-        self.reporter.done(LOAD if asked.names is None else PARTIAL_LOAD, step, done.seconds, done.nbytes)
+        self.reporter.done(LOAD if asked.names is None else PARTIAL_LOAD, step, done.took)
         return done.value
 
 

@@ -25,8 +25,9 @@ from ..output.manifest import Origin, Record
 from ..output.writer import Output
 from ..pipeline import cores, each
 from ..sources.training import SCHEMA, TABLE, Shared, engine_directory, rank_directory
-from .commits import Commit, Store
-from .coordination import Group, ints, together
+from .commits import Store
+from .coordination import Group, together
+from .metadata import Took
 from .pieces import Claim, Piece, Taken, raw, shared
 from .state_tree import Engine
 
@@ -75,27 +76,17 @@ class Request:
     aside: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """A commit, and what each rank took for it: seconds and bytes."""
-
-    commit: Commit
-    seconds: tuple[float, ...]
-    nbytes: tuple[int, ...]
-
-
 def engine_tag(step: int) -> str:
     """The tag under which an engine saves a step."""
     return f"global_step{step}"
 
 
-def save(store: Store, group: Group, disk: Disk, request: Request) -> Saved:
-    """Make a step real on every disk. Collective.
+def save(store: Store, group: Group, disk: Disk, request: Request) -> Took:
+    """Make a step real on every disk; what that took. Collective.
 
     Raises ManagerError or WriteError, on every rank, and leaves what stood before."""
-    run = _Save(store, group, disk, request)
     try:
-        return run.run()
+        return _Save(store, group, disk, request).run()
     except BaseException:
         if disk.coordinator:
             store.drop(request.step, request.token)
@@ -117,13 +108,13 @@ class _Save:
         self.mine: list[Piece] = []
         self.rounds = 0
 
-    def run(self) -> Saved:
+    def run(self) -> Took:
         """All of it."""
         said = self._round(self._claim)
         self.claims = [{n: Claim.of(c) for n, c in s.items()} for s in said if isinstance(s, dict)]
         with ExitStack() as stack:
-            needed = ints(self._round(lambda: self._open(stack)))
-            self._round(lambda: self._reserve(sum(needed[r] for r in self.disk.ranks)))
+            needed = self._round(lambda: self._open(stack))
+            self._round(lambda: self._reserve(sum(int(str(needed[r])) for r in self.disk.ranks)))
             files: list[str] = []
             if self.request.engines:
                 self._round(self._run_engines)
@@ -136,8 +127,7 @@ class _Save:
             raise ManagerError(
                 f"{self.store.path(self.request.step)}: went away right after it was committed"
             )
-        pairs = [d if isinstance(d, list) else [0.0, 0] for d in done]
-        return Saved(found, tuple(float(str(s)) for s, _ in pairs), tuple(ints([n for _, n in pairs])))
+        return Took.of(done)
 
     def _round(self, work: Callable[[], JSON]) -> list[JSON]:
         self.rounds += 1

@@ -171,9 +171,10 @@ class Uploader:
         found = verify(root)
         if not found.ok:
             raise SourceError(f"{root}: not uploaded, it is not sound: {found.problems[0]}")
-        records = [rank_name(s.rank) for s in Manifest.read(root).shards]
+        manifest = Manifest.read(root)
+        records = [rank_name(s.rank) for s in manifest.shards]
         files = [
-            *sorted(Manifest.read(root).all_files()),
+            *sorted(manifest.all_files()),
             *(r for r in records if os.path.isfile(os.path.join(root, r))),
             NAME,  # last: who has it has all
         ]

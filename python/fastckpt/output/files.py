@@ -32,7 +32,7 @@ def _no_head() -> Iterable[bytes]:
     return ()
 
 
-def _nothing(crcs: Mapping[str, int]) -> list[Part]:
+def _no_end(crcs: Mapping[str, int]) -> list[Part]:
     return []
 
 
@@ -136,8 +136,8 @@ class FileLayout:
 
     `path` is relative to the output directory, `nbytes` the final size, `slots` the tensors in file
     order, `fixed` the parts known before any tensor is, `aliases` further names: alias -> slot's name.
-    `crc` says that `closing` needs the CRC32 of every slot's bytes. `head` makes the bytes before all of
-    these, in pieces: the header of very many tensors is not kept."""
+    `closing` makes the parts known only at the end, of slot name -> CRC32, which are needed where `crc` says
+    so. `head` makes the bytes before all of these, in pieces: the header of very many tensors is not kept."""
 
     path: str
     nbytes: int
@@ -145,12 +145,8 @@ class FileLayout:
     fixed: tuple[Part, ...]
     aliases: Mapping[str, str] = field(default_factory=dict)
     crc: bool = False
-    seal: Callable[[Mapping[str, int]], list[Part]] = _nothing
+    closing: Callable[[Mapping[str, int]], list[Part]] = _no_end
     head: Callable[[], Iterable[bytes]] = _no_head
-
-    def closing(self, crcs: Mapping[str, int]) -> list[Part]:
-        """The parts known only at the end; `crcs`: slot name -> CRC32, needed where `crc` says so."""
-        return self.seal(crcs)
 
 
 # ---- safetensors ----
@@ -182,7 +178,7 @@ def safetensors_layout(
     WriteError for a type or name the format cannot spell. Format: 8 bytes header length, JSON header
     padded with spaces to 8, the tensors; https://github.com/huggingface/safetensors."""
     specs = Specs.of(tensors)
-    unique(path, specs)
+    unique(path, specs, aliases or {})
     for name, dtype, shape in specs:
         if dtype.safetensors not in _ORDER:
             raise WriteError(f"{path}: {name} is {dtype}, which safetensors cannot spell")
@@ -292,12 +288,7 @@ def split(
     `name(part, parts)` names a file, parts counted from 0; an alias lies in its holder's file."""
     aliases = aliases or {}
     specs = Specs.of(tensors)
-    names = unique(name(0, 1), specs)
-    for alias, holder in aliases.items():
-        if alias in names or holder not in names:
-            raise WriteError(
-                f"{name(0, 1)}: alias {alias} of {holder}: the one must be new, the other a tensor"
-            )
+    unique(name(0, 1), specs, aliases)
     sizes = specs.nbytes().tolist()
     total = sum(sizes)
     if max_shard_size is None:
@@ -343,9 +334,12 @@ def parse_size(size: str | int) -> int:
     return int(nbytes)
 
 
-def unique(path: str, tensors: Specs) -> set[str]:
-    """The names. Refuses two tensors of one name with a WriteError that names `path`."""
+def unique(path: str, tensors: Specs, aliases: Mapping[str, str]) -> None:
+    """Refuses two tensors of one name, and an alias that is one or of none, with a WriteError that names
+    `path`."""
     names = set(tensors.names)
     if len(names) != len(tensors):
         raise WriteError(f"{path}: two tensors named {Counter(tensors.names).most_common(1)[0][0]}")
-    return names
+    for alias, holder in aliases.items():
+        if alias in names or holder not in names:
+            raise WriteError(f"{path}: alias {alias} of {holder}: the one must be new, the other a tensor")

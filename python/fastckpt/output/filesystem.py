@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -62,6 +63,20 @@ def write_file(path: str, pieces: Iterable[bytes], durable: bool) -> None:
     except BaseException:
         with suppress(OSError):
             os.unlink(path)
+        raise
+
+
+def replace_file(path: str, content: bytes) -> None:
+    """A file of these bytes in place of what was there, whole or not at all; not made durable.
+
+    Raises OSError."""
+    staged = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}-{secrets.token_hex(4)}")
+    write_file(staged, [content], durable=False)
+    try:
+        os.replace(staged, path)
+    except OSError:
+        with suppress(OSError):
+            os.unlink(staged)
         raise
 
 

@@ -188,17 +188,18 @@ class Part:
 
     def _record(self, rank: int) -> Manifest | None:
         """That rank's record, if it is there, sound, and of this plan."""
-        found = self._read(rank_name(rank))
-        if found is None or (found.key, found.world) != (self.key, self.world):
-            return None
-        return found if [s.rank for s in found.shards] == [rank] else None
+        found = self._of_plan(rank_name(rank))
+        return found if found is not None and [s.rank for s in found.shards] == [rank] else None
 
     def _set(self) -> Manifest | None:
         """The commit record, if it is there, sound, and of this plan."""
-        found = self._read(NAME)
-        if found is None or (found.key, found.world) != (self.key, self.world):
-            return None
-        return found if found.complete else None
+        found = self._of_plan(NAME)
+        return found if found is not None and found.complete else None
+
+    def _of_plan(self, name: str) -> Manifest | None:
+        """A record, if it is there, sound, and of this plan."""
+        found = self._read(name)
+        return found if found is not None and (found.key, found.world) == (self.key, self.world) else None
 
     def _missing(self, manifest: Manifest) -> str | None:
         """The first file that is not there with its size, in words."""

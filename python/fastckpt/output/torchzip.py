@@ -30,7 +30,7 @@ def torch_layout(
     Every slot's CRC32 is needed to close it. Raises WriteError for names or values that do not fit."""
     aliases = dict(aliases or {})
     specs = Specs.of(tensors)
-    unique(path, specs)
+    unique(path, specs, aliases)
     root = os.path.splitext(os.path.basename(path))[0]
     root = root if root.isascii() else "archive"
     pickle = pickled(path, specs, aliases, wrap)

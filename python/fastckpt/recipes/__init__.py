@@ -161,11 +161,13 @@ def named(name: str) -> Recipe:
 
 
 def model(recipe: Recipe, ckpt: Checkpoint, config: Mapping[str, JSON], vocab_size: int | None) -> Model:
-    """The model as the recipe reads it, with its `quant_method` from the config."""
-    read, said = recipe(ckpt, config, vocab_size=vocab_size), config.get("quantization_config")
-    if not isinstance(said, dict):
-        return read
-    return replace(read, quant_method=_quant_method(said))
+    """The model as the recipe reads it, with its `quant_method` and `architecture` from the config."""
+    said, classes = config.get("quantization_config"), config.get("architectures")
+    return replace(
+        recipe(ckpt, config, vocab_size=vocab_size),
+        quant_method=_quant_method(said) if isinstance(said, dict) else "",
+        architecture=str(classes[0]) if isinstance(classes, list) and classes else "",
+    )
 
 
 def imagined(recipe: Recipe, config: Mapping[str, JSON]) -> dict[str, tuple[int, ...]]:

@@ -19,13 +19,14 @@ IGNORED = ("*embeddings.position_ids", "cls.predictions.decoder.bias", "lm_head.
 """A buffer of counted positions, and the second name of the head's bias."""
 
 CARRIED = (
-    "*pooler.dense.*",
+    "*pooler.dense",
     "cls.predictions.transform.*",
-    "cls.seq_relationship.*",
-    "lm_head.dense.*",
-    "lm_head.layer_norm.*",
+    "cls.seq_relationship",
+    "lm_head.dense",
+    "lm_head.layer_norm",
+    "classifier",
     "classifier.*",
-    "qa_outputs.*",
+    "qa_outputs",
 )
 
 
@@ -83,7 +84,7 @@ def recipe(
     types = dim(config, "type_vocab_size")
     count = integer(config, "num_hidden_layers")
     carried = [claims.parameter(f"{at}.token_type_embeddings.weight", types, hidden)]
-    carried += claims.carried(CARRIED)
+    carried += claims.carried(CARRIED, bias=True)
     return Model(
         family=names.prefix[:-1],
         sizes=Sizes(hidden.size, vocab, heads.q, heads.kv, heads.dim, {width.key: width.size}),

@@ -27,6 +27,13 @@ LARGEST = 1 << 53
 """No size or factor that a config says is larger."""
 
 
+LEAVES = (".weight", ".bias")
+"""What the tensors of a plain module are called below it."""
+
+BYTES = ("int8", "float8_e4m3fn", "float8_e5m2")
+"""The dtypes of a quantised matrix whose values are bytes."""
+
+
 class Dim(NamedTuple):
     """One axis of a tensor: its size, and the config keys it comes from (for errors)."""
 
@@ -192,6 +199,16 @@ class Claims:
         self._claimed.add(self.ckpt.aliases.get(stored, stored))
         return lambda: self.ckpt[stored]
 
+    def floats(self, name: str, *dims: Dim) -> Callable[[], View]:
+        """Claims a tensor of that shape that is used as it is: integers mean nothing without a scale."""
+        build, dtype = self.tensor(name, *dims), self._dtype(name)
+        if dtype.kind != "float":
+            raise RecipeError(
+                f"{self._stored(name)}: got {dtype}, wanted floats; how it is quantised, if it is, config's "
+                "quantization_config must say"
+            )
+        return build
+
     def parameter(
         self, name: str, *dims: Dim, kept: bool = False, stored: str | None = None
     ) -> Callable[[], Parameter]:
@@ -200,10 +217,17 @@ class Claims:
         view = self.tensor(stored or name, *dims)
         return lambda: Parameter(name, view().as_stored() if kept else view())
 
-    def carried(self, patterns: Sequence[str]) -> list[Callable[[], Parameter]]:
-        """Claims every tensor whose name matches one of `patterns`, whatever its shape."""
-        names = [name for name in self.ckpt if any(fnmatchcase(name, p) for p in patterns)]
-        return [self.parameter(n, *(Dim(size, "any") for size in self.shape(n))) for n in names]
+    def carried(self, patterns: Sequence[str], *, bias: bool) -> list[Callable[[], Parameter]]:
+        """Claims the weight, of any shape, and the bias of every module that matches one of `patterns`;
+        `bias`: all of them have one."""
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in self.ckpt if name.endswith(LEAVES))
+        out = []
+        for module in (m for m in modules if any(fnmatchcase(m, p) for p in patterns)):
+            weight = [Dim(size, f"{module}.weight's") for size in self.shape(f"{module}.weight")]
+            out.append(self.parameter(f"{module}.weight", *weight))
+            if bias or f"{module}.bias" in self:
+                out.append(self.parameter(f"{module}.bias", *weight[:1]))
+        return out
 
     def linear(
         self,
@@ -224,15 +248,15 @@ class Claims:
             build = self._quantised(name, at, out, into, form)
         else:
             build = self._plain(name, at, out, into, transposed)
-        offset = self.tensor(bias_name or f"{at}.bias", out) if bias else absent
+        offset = self.floats(bias_name or f"{at}.bias", out) if bias else absent
         return lambda: replace(build(), bias=offset(), bias_name=bias_name)
 
     def norm(
         self, name: str, *dims: Dim, bias: bool = False, plus_one: bool = False
     ) -> Callable[[], Norm]:
         """Claims a norm's weight of that shape, and its bias where it has one."""
-        weight = self.tensor(f"{name}.weight", *dims)
-        offset = self.tensor(f"{name}.bias", *dims) if bias else absent
+        weight = self.floats(f"{name}.weight", *dims)
+        offset = self.floats(f"{name}.bias", *dims) if bias else absent
         return lambda: Norm(name, weight(), offset(), plus_one)
 
     def rows(self, name: str, count: int, width: Dim) -> Callable[[], Embedding]:
@@ -240,12 +264,12 @@ class Claims:
         stored = Dim(self.shape(f"{name}.weight", Dim(count, "rows"), width)[0], "rows")
         if stored.size < count:
             raise RecipeError(f"{name}.weight has {stored.size} rows, the vocabulary {count}")
-        weight = self.tensor(f"{name}.weight", stored, width)
+        weight = self.floats(f"{name}.weight", stored, width)
         return lambda: Embedding(name, weight().narrow(0, 0, count))
 
     def table(self, name: str, rows: Dim, width: Dim) -> Callable[[], Embedding]:
         """Claims a table of vectors."""
-        weight = self.tensor(f"{name}.weight", rows, width)
+        weight = self.floats(f"{name}.weight", rows, width)
         return lambda: Embedding(name, weight())
 
     def _dtype(self, name: str) -> DType:
@@ -253,7 +277,7 @@ class Claims:
         return self.ckpt.entries[self.ckpt.aliases.get(stored, stored)].dtype
 
     def _plain(self, name: str, at: str, out: Dim, into: Dim, transposed: bool) -> Callable[[], Linear]:
-        weight = self.tensor(f"{at}.weight", *((into, out) if transposed else (out, into)))
+        weight = self.floats(f"{at}.weight", *((into, out) if transposed else (out, into)))
         dtype = self._dtype(f"{at}.weight")
         if self.form is not None and dtype.itemsize == 1:
             raise RecipeError(f"{at}.weight is {dtype}, and has no {self.form.beside[0].leaf} beside it")
@@ -267,8 +291,11 @@ class Claims:
     def _quantised(self, name: str, at: str, out: Dim, into: Dim, form: Quantised) -> Callable[[], Linear]:
         """A quantised matrix. Raises RecipeError where a dtype was asked for that its bytes cannot become."""
         leaf, dtype = self._stored(f"{at}.{form.leaf}"), self._dtype(f"{at}.{form.leaf}")
-        if dtype.itemsize != (1 if form.packed == (1, 1) else 4):
-            raise RecipeError(f"{leaf} is quantised, so its bytes cannot become {dtype}; ask for no dtype")
+        wanted = BYTES if form.packed == (1, 1) else ("int32",)
+        if dtype.name not in wanted:
+            raise RecipeError(
+                f"{leaf} is quantised, so it must be {' or '.join(wanted)}, got {dtype}; ask for no dtype"
+            )
         rows, columns = (_over(d, u) for d, u in zip((out, into), form.packed, strict=True))
         weight = self.tensor(f"{at}.{form.leaf}", *((columns, rows) if form.transposed else (rows, columns)))
         beside = [self._beside(at, out, into, kind) for kind in form.beside if f"{at}.{kind.leaf}" in self]
@@ -372,7 +399,7 @@ def vocabulary(
             )
         if not 0 < want <= stored:
             raise RecipeError(f"{name} has {stored} rows, vocab_size= asks for {want}")
-        return claims.tensor(name, Dim(stored, "rows"), *more)().narrow(0, 0, want)
+        return claims.floats(name, Dim(stored, "rows"), *more)().narrow(0, 0, want)
 
     table = Embedding(embedding, rows(f"{embedding}.weight", hidden))
     if head is None:

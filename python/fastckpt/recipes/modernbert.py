@@ -15,7 +15,7 @@ from .claims import Claims, Heads, absent, dim, flag, integer, vocabulary
 from .fused import fused_attention, fused_mlp
 from .known import Known
 
-CARRIED = ("head.dense.*", "head.norm.*", "classifier.*")
+CARRIED = ("head.dense", "head.norm", "classifier")
 
 
 def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
@@ -49,7 +49,7 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         head="decoder" if bias or "decoder.weight" in claims else None,
         head_bias=bias,
     )
-    carried = claims.carried(CARRIED)
+    carried = claims.carried(CARRIED, bias=False)
     return Model(
         family="modernbert",
         sizes=Sizes(hidden.size, vocab, heads.q, heads.kv, heads.dim, {width.key: width.size}),

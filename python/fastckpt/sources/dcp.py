@@ -63,14 +63,15 @@ def read(path: str, options: Options) -> Checkpoint:
     extents, rows, digests, files = located(found, names.values(), (root, *options.also), options.check_crc)
     table = Extents(extents)
     search = [root, os.path.dirname(os.path.abspath(root))]
-    words = [n for n in names if found.tensors[names[n]].shape[:1] == vocabulary(search)]
-    aliases = tied({n: rows[names[n]] for n in words}, table)
+    words = vocabulary(search)
+    aliases = tied({n: rows[k] for n, k in names.items() if found.tensors[k].shape[:1] == words}, table)
     entries = {
         name: Boxed(found.tensors[key].shape, found.tensors[key].dtype, table, rows[key])
         for name, key in names.items()
         if name not in aliases
     }
-    rest = Counter(path[0] for key, path in found.paths.items() if key not in set(names.values()))
+    model = {*names.values()}
+    rest = Counter(path[0] for key, path in found.paths.items() if key not in model)
     return assemble(
         path, "dcp", entries, table, options, aliases=aliases, files=files, search=search,
         facts={
@@ -205,6 +206,8 @@ def _tensor(root: object, dtype: DType, size: Sizes) -> Tensor:
 def vocabulary(search: Sequence[str]) -> Sizes | None:
     """(rows of the word embedding,) where config.json says that the output shares it."""
     config = read_config(neighbours(search)) or {}
+    decoder = config.get("text_config")  # of a vision-language model, which says itself whether it is tied
+    config = {**decoder, **config} if isinstance(decoder, dict) else config
     size = config.get("vocab_size") if config.get("tie_word_embeddings") is True else None
     return (size,) if isinstance(size, int) else None
 

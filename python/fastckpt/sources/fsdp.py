@@ -56,6 +56,8 @@ def read(path: str, options: Options) -> Checkpoint:
     for rank, state in enumerate(states):
         if odd := sorted({*state} ^ {*states[0]}):
             raise SourceError(f"{root}: only one of ranks 0 and {rank} holds {odd[0]}: of two runs")
+    if not states[0]:
+        raise SourceError(f"{root}: its ranks hold no tensor")
     same = Agreement(root)
     kinds: dict[str, tuple[DType, tuple[int, ...]]] = {}
     rows: dict[str, NDArray[np.int64]] = {}

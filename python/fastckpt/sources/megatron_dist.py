@@ -153,7 +153,7 @@ def _chosen(found: Metadata, options: Options) -> tuple[dict[str, str], list[str
     keys = {key.removeprefix(prefix): key for key in model}
     left = [name for name in keys if name.startswith("mtp.")]
     unread = [f"{name}: multi-token prediction" for name in left]
-    keys = {name: key for name, key in keys.items() if name not in set(left)}
+    keys = {name: key for name, key in keys.items() if not name.startswith("mtp.")}
     if not keys:
         raise SourceError(f"no tensors of a model; keys: {', '.join([*found.paths][:8]) or 'none'}")
     masters = {m[1].removeprefix(prefix): key for key in found.tensors if (m := _MASTER.fullmatch(key))}

@@ -13,7 +13,7 @@ from ..errors import SourceError
 from ..extents import is_directory, listed
 from . import torchfile
 from .assembly import WRAPPERS, assemble
-from .inert import type_name
+from .inert import Inert, type_name
 from .options import Options
 from .shards import find_shards
 from .torchfile import Tensor
@@ -78,7 +78,8 @@ def state_dict(root: object) -> StateDict:
     if not inner:
         for table in (root, *(v for v in (root.get(k) for k in WRAPPERS) if isinstance(v, dict))):
             for name, value in table.items():
-                refuse_unread(str(name), value)
+                if isinstance(value, Inert):
+                    refuse_unread(str(name), value)
     if len(inner) != 1:
         what = f"several dicts of tensors: {', '.join(inner)}" if inner else "no dict of tensors"
         raise SourceError(f"{what}; looked at the top and under {', '.join(WRAPPERS)}; keys: {_keys(root)}")

@@ -52,8 +52,16 @@ def places(tensors: Iterable[object]) -> bytes:
 
 
 def refuse_unread(name: str, value: object) -> None:
-    """Raises SourceError for a tensor that stays inert (sparse, quantised, distributed, of a subclass):
-    unlike a plain value, it must not be left out."""
+    """Raises SourceError for a tensor that stays inert (sparse, quantised, distributed, of a subclass), and
+    for values that hold a tensor: unlike a plain value, it must not be left out. What a module keeps as
+    torch's extra state is no weight."""
+    if name.endswith("_extra_state"):
+        return
+    within = tuple(value.values()) if isinstance(value, dict) else value
+    for held in within if isinstance(within, list | tuple) else ():
+        if isinstance(held, Tensor):
+            raise SourceError(f"{name}: holds a tensor, where a state dict has each under a name of its own")
+        refuse_unread(name, held)
     if isinstance(value, Inert) and value.name.startswith("torch."):
         kinds = [a.name for a in value.args if isinstance(a, Inert) and a.name.startswith("torch.")]
         kinds = [kind for kind in kinds if not kind.endswith("Storage")] or kinds

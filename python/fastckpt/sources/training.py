@@ -28,6 +28,7 @@ from ..views import dense_strides
 from . import zero
 from .assembly import RECORD, Boxed, assemble
 from .options import Options
+from .plain import integers
 
 SCHEMA = 1
 TABLE = "tensors.json"
@@ -60,7 +61,7 @@ def read(path: str, options: Options) -> Checkpoint:
     manifest = Manifest.read(path)
     if manifest.record.layout != "training" or not manifest.shards or not manifest.complete:
         raise SourceError(f"{os.path.join(path, RECORD)}: is no whole training commit")
-    commit = Commit(path, manifest)
+    commit = CommitFiles(path, manifest)
     state = commit.state(0)
     parts = parts_of(state.get("tree"))
     engines = [key for key, kind in parts.items() if kind == ENGINE]
@@ -85,7 +86,7 @@ def read(path: str, options: Options) -> Checkpoint:
     rest = len(names) - len(chosen)
     unread = [f"{rest} tensors that are not the model's (optimizer and the like)"] if rest else []
     unread += [f"{n}: each rank has its own" for n in own]
-    held = {n[cut:]: tied.get(n, n) for n in chosen if n not in set(own)}
+    held = {n[cut:]: tied.get(n, n) for n in chosen if tied.get(n, n) in commit.table}
     return commit.checkpoint(held, options, unread=unread)
 
 
@@ -120,10 +121,10 @@ class Shared:
                 raise SourceError(f"{where}: {said!r:.80} is no entry of {TABLE}")
         if any(len(sizes) != len(shape) for _, *box in found for sizes in box):
             raise SourceError(f"{where}: a box of other axes than {shape}")
-        return Shared(BY_NAME[dtype], _sizes(where, shape), found, everywhere)
+        return Shared(BY_NAME[dtype], integers(shape, where), found, everywhere)
 
 
-class Commit:
+class CommitFiles:
     """A commit's own files, each as it was committed. `manifest`: its record."""
 
     def __init__(self, path: str, manifest: Manifest) -> None:
@@ -293,12 +294,5 @@ def aliases_of(state: Mapping[str, JSON]) -> dict[str, str]:
 def _box(where: str, said: JSON) -> tuple[int, Sizes, Sizes]:
     match said:
         case [int(rank), list(offset), list(size)]:
-            return rank, _sizes(where, offset), _sizes(where, size)
+            return rank, integers(offset, where), integers(size, where)
     raise SourceError(f"{where}: {said!r:.80} is no box of {TABLE}")
-
-
-def _sizes(where: str, values: Sequence[JSON]) -> Sizes:
-    out = tuple(n for n in values if type(n) is int and n >= 0)
-    if len(out) != len(values):
-        raise SourceError(f"{where}: {values!r:.80} is no shape")
-    return out

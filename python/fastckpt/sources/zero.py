@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -24,7 +24,7 @@ from .ranks import check_one_save, check_ranks
 from .samples import check_copy, number, one_axis, read_all
 from .torchfile import Tensor, TorchFile
 from .torchtensors import Opened, by_storage, places
-from .zero_experts import in_order, is_expert, spread
+from .zero_experts import Alignment, in_order, is_expert, spread
 from .zero_files import Files, Grid, find, is_zero
 from .zero_layout import Flat, Placed, Shape, chained, sliced
 from .zero_opening import Opening, Whole, optim_tensors
@@ -157,30 +157,10 @@ def _from_masters(
     path: str, opening: Opening, first: OptimState, models: Sequence[Opened], states: Sequence[ModelState]
 ) -> Checkpoint:
     """Stages 1 to 3: the masters in all ranks' optimizer files. `models`, `states`: rank 0's, or all."""
-    files, where = opening.files, opening.files.folder
-    state, of_all = states[0], opening.options.weights == "module"
-    world = _world(first, files, bool(state.experts))
-    if state.dp_world is not None and state.dp_world % world:
-        raise SourceError(
-            f"{where}: model states of {state.dp_world} data-parallel ranks, optimizer files of {world}"
-        )
-    paths = check_ranks(files.optim, world, files.what("optimizer files"), where)
-    optim = opening.optim(paths)
-    saved = _each(optim, optim_state)
-    if state.experts:
-        saved = in_order(saved, state.shapes or (), paths)
-    _check_one_run(saved, optim, paths, state)
-    flats = _columns(optim, [s.flats for s in saved], where)
-    at_stage_3, alignment = first.stage == 3, first.alignment
-    experts = opening.experts(state)
-    if experts:
-        if at_stage_3:
-            raise SourceError(f"{where}: DeepSpeed's MoE layers at stage 3, which DeepSpeed does not write")
-        state, alignment, flats = spread(state, alignment, flats, first.counts, where)
-    shapes = state.shapes or ()
-    _check_not_offloaded(shapes, flats, where)
-    layout = sliced(shapes, flats, where) if at_stage_3 else chained(shapes, alignment, flats, where)
-
+    found = _masters(opening, first, states[0])
+    where, layout, experts = opening.files.folder, found.layout, found.experts
+    at_stage_3, of_all = first.stage == 3, opening.options.weights == "module"
+    world, state = len(found.paths), found.state
     reading = _Reading(path, opening, models, [state, *states[1:]])
     extents, entries = reading.extents, reading.beside_masters(at_stage_3)
     masters = {n: e for placed in layout for n, e in placed.entries(extents).items()}
@@ -192,8 +172,9 @@ def _from_masters(
         check_copy(one_axis(copies), one_axis(masters), where)
         weights = copies if of_all else masters
     elif not at_stage_3:
-        names = [n for n in sampled(shapes, alignment, world) if comparable(state.module.get(n))]
-        notes = check_order(layout, extents, one_axis(reading.module(names, "parameter")), paths)
+        names = sampled(state.shapes or (), found.alignment, world)
+        dense = [n for n in names if comparable(state.module.get(n))]
+        notes = check_order(layout, extents, one_axis(reading.module(dense, "parameter")), found.paths)
     entries |= weights
     return reading.checkpoint(
         entries,
@@ -202,7 +183,7 @@ def _from_masters(
             "optimizer": "ZeRO" if first.stage is not None else "BF16_Optimizer",
             "world": world,
             "groups": [_group_facts(placed) for placed in layout],
-            "master dtype": ", ".join(sorted({f.dtype.name for f in flats})),
+            "master dtype": ", ".join(sorted({placed.flat.dtype.name for placed in layout})),
             "weights": opening.options.weights,
             **({"experts": list(state.experts)} if state.experts else {}),
             **({"notes": [*notes]} if notes else {}),
@@ -211,12 +192,53 @@ def _from_masters(
             f"optimizer moments of {world} ranks", *_other_copy(opening.options, len(weights), at_stage_3)
         ],
         layout=[
-            *(a.tobytes() for f in flats for a in (f.extent, f.offset, f.length)),
-            *(a.tobytes() for placed in layout for a in (placed.numel, placed.start)),
+            *(a.tobytes() for p in layout for a in (p.flat.extent, p.flat.offset, p.flat.length)),
+            *(a.tobytes() for p in layout for a in (p.numel, p.start)),
             *_places_of(states),
             *([places(e.tensor for e in experts.values())] if experts else []),
         ],
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Masters:
+    """Where the masters lie: `paths` of all ranks' optimizer files, and the `layout` of the flats in them.
+
+    `state`: rank 0's model states, and `alignment`: the paddings in the flats, with each group of experts
+    once for each set of ranks; `experts`: their copies, by name."""
+
+    paths: Sequence[str]
+    layout: Sequence[Placed]
+    state: ModelState
+    alignment: Alignment
+    experts: Mapping[str, Whole]
+
+
+def _masters(opening: Opening, first: OptimState, state: ModelState) -> _Masters:
+    """The masters in all ranks' files. Raises SourceError where they do not fit the model states."""
+    files, where = opening.files, opening.files.folder
+    world = _world(first, files, bool(state.experts))
+    if state.dp_world is not None and state.dp_world % world:
+        raise SourceError(
+            f"{where}: model states of {state.dp_world} data-parallel ranks, optimizer files of {world}"
+        )
+    paths = check_ranks(files.optim, world, files.what("optimizer files"), where)
+    optim = opening.optim(paths)
+    saved = _each(optim, optim_state)
+    if state.experts:
+        saved = in_order(saved, state.shapes or (), paths)
+    _check_one_run(saved, optim, paths, state)
+    flats, alignment = _columns(optim, [s.flats for s in saved], where), first.alignment
+    experts = opening.experts(state)
+    if experts:
+        if first.stage == 3:
+            raise SourceError(f"{where}: DeepSpeed's MoE layers at stage 3, which DeepSpeed does not write")
+        state, alignment, flats = spread(state, alignment, flats, first.counts, where)
+    shapes = state.shapes or ()
+    _check_not_offloaded(shapes, flats, where)
+    at_stage_3 = first.stage == 3
+    layout = sliced(shapes, flats, where) if at_stage_3 else chained(shapes, alignment, flats, where)
+    return _Masters(paths, layout, state, alignment, experts)
 
 
 def _from_universal(path: str, opening: Opening) -> Rank:
