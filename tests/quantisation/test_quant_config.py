@@ -26,7 +26,8 @@ def test_names_that_do_not_say_which_way_a_matrix_lies_are_refused(name, tmp_pat
 
 
 STACKED = dict.fromkeys(("gpt_oss", "llama4_text"), ("*.experts.*",))
-STACKED |= dict.fromkeys(("granitemoe", "granitemoeshared", "granitemoehybrid"), ("*.block_sparse_moe.*put_linear.weight",))
+GRANITE = ("granitemoe", "granitemoeshared", "granitemoehybrid")
+STACKED |= dict.fromkeys(GRANITE, ("*.block_sparse_moe.*put_linear.weight",))
 """Models whose hub has stacks of experts -> patterns of them."""
 
 
