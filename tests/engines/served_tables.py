@@ -43,6 +43,10 @@ def _sizes(base=_SIZES, drop=(), **changes):
     return {k: v for k, v in (base | changes).items() if k not in drop}
 
 
+_INDEXED = _sizes(
+    _LATENT, q_lora_rank=48, n_shared_experts=1, mlp_layer_types=["dense", "sparse"], index_topk=16,
+    index_head_dim=128, index_n_heads=4, topk_method="noaux_tc", scoring_func="sigmoid",
+)  # fmt: skip
 _WIDE_LATENT = _sizes(
     _LATENT, hidden_size=256, q_lora_rank=128, kv_lora_rank=64, v_head_dim=64, qk_nope_head_dim=64,
     qk_rope_head_dim=64, moe_intermediate_size=256, n_shared_experts=1, topk_method="noaux_tc",
@@ -107,6 +111,7 @@ MODELS: dict[str, tuple[str, dict]] = {
         _sizes(
             _DELTA, **_MOE | {"moe_intermediate_size": 256}, shared_expert_intermediate_size=256,
             hidden_size=256, num_key_value_heads=2, head_dim=128, linear_key_head_dim=128,
+            linear_value_head_dim=128,
         ),
     ),
     "qwen3_5_text": ("Qwen3_5Text", _sizes(_DELTA)),
@@ -136,6 +141,14 @@ MODELS: dict[str, tuple[str, dict]] = {
         ),
     ),
     "kimi_k2": ("DeepseekV3", _WIDE_LATENT),
+    "deepseek_v32": ("DeepseekV32", _INDEXED),
+    "glm_moe_dsa": (
+        "GlmMoeDsa",
+        _sizes(
+            _INDEXED, num_hidden_layers=3, mlp_layer_types=["dense", "sparse", "sparse"],
+            indexer_types=["full", "shared", "full"],
+        ),
+    ),
     "glm4_moe_lite": (
         "Glm4MoeLite",
         _sizes(
@@ -244,6 +257,7 @@ MODELS: dict[str, tuple[str, dict]] = {
     "hunyuan_v1_dense": ("HunYuanDenseV1", _sizes()),
     "ministral3": ("Ministral3", _sizes(rope_parameters=_PLAIN)),
     "ministral": ("Ministral", _sizes()),
+    "internlm3": ("Llama", _sizes(attention_bias=True, mlp_bias=True)),
     "cwm": ("Cwm", _sizes(rope_parameters=_PLAIN, sliding_window=64)),
     "helium": ("Helium", _sizes()),
     "olmo": ("Olmo", _sizes(drop=("head_dim",))),
@@ -337,6 +351,11 @@ MODELS: dict[str, tuple[str, dict]] = {
 """name -> (transformers' class prefix, the config's arguments)."""
 
 SAID: dict[str, dict] = {
+    "deepseek_v32": {"first_k_dense_replace": 1},
+    "glm_moe_dsa": {"first_k_dense_replace": 1, "index_topk_pattern": "FSF"},
+    "internlm3": {  # which transformers has not
+        "architectures": ["InternLM3ForCausalLM"], "model_type": "internlm3", "qkv_bias": True, "bias": True,
+    },
     "kimi_k2": {"model_type": "kimi_k2"},
     "phimoe-hub": {"architectures": ["PhiMoEForCausalLM"]},
     "glm4_moe_lite": {"first_k_dense_replace": 1},

@@ -26,12 +26,17 @@ from safetensors.torch import load_file  # noqa: E402
 
 HERE = Path(__file__).parent
 ENGINE = layout("vllm", {"engine": f"vllm=={vllm.__version__}"})
-TRAINED = {"llama": 3, "mixtral": 2, "qwen3_moe": 3, "llama-tied": 2}
+TRAINED = {
+    "llama": 3, "mixtral": 2, "qwen3_moe": 3, "llama-tied": 2, "olmo2": 3, "granitemoe": 2,
+    "qwen3_5_text-wide": 3,
+}  # fmt: skip
 """Model -> the ZeRO stage it is trained at."""
 
 SERVED = (
     "llama+int8", "qwen3", "gemma2", "gemma3_text", "phi3", "glm4", "gpt_neox", "gpt2", "bloom", "falcon-new",
-    "chatglm", "qwen2_moe", "glm4_moe", "deepseek_v2-576", "gpt_oss",
+    "chatglm", "qwen2_moe", "glm4_moe", "deepseek_v2-576", "gpt_oss", "cohere2", "starcoder2", "apertus",
+    "nemotron", "opt", "gptj", "exaone4", "llama4_text", "ernie4_5_moe", "olmoe", "hunyuan_v1_moe",
+    "qwen3_next-wide",
 )  # fmt: skip
 """Models that are served from their hub directory."""
 
@@ -124,7 +129,7 @@ GRIDS = {
         ("granitemoehybrid", "granitemoehybrid-dense", "granitemoehybrid-mixed"),
     ),
     "tp2-data": (Placement(tp=2), ("qwen2_vl", "qwen2_5_vl-tied", "qwen3_vl", "qwen3_vl_moe", "glm4v"), ()),
-    "tp2-fastckpt": (Placement(tp=2), EVERY, ()),
+    "tp2-fastckpt": (Placement(tp=2), (*served_models.MODELS, *STAGED), ()),
     "pp2-fastckpt": (Placement(pp=2), ("phi", *STAGED), ()),
 }
 """Grid -> the placement, the models, and those vLLM itself refuses there."""

@@ -15,6 +15,8 @@ import socket
 import sys
 import traceback
 
+import without_torchvision  # noqa: F401
+
 os.environ |= {
     "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -15,14 +15,11 @@ import socket
 import sys
 import traceback
 from contextlib import suppress
-from importlib.util import find_spec
+
+import without_torchvision  # noqa: F401
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-if find_spec("torchvision") is None:
-    stubs = os.path.join(os.path.dirname(os.path.abspath(__file__)), "stubs")
-    sys.path.insert(0, stubs)
-    os.environ["PYTHONPATH"] = os.pathsep.join([stubs, os.environ.get("PYTHONPATH", "")])
 
 
 def choose_no_kernels() -> None:
@@ -82,10 +79,35 @@ def choose_no_kernels() -> None:
     unquantized_fused_moe_method.select_unquantized_moe_backend = selected
 
 
+def choose_modules_of_a_gpu() -> None:
+    """Sparse attention has other modules on a GPU; these are built here, to attend to nothing."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.layers.attention import mla_attention
+
+    class Backend:
+        """One that can be asked for, and not run."""
+
+        is_sparse, supports_dense_mha_prefill, dcp_world_size = True, False, 1
+
+        def __init__(self, **_: object) -> None: ...
+
+        get_name = staticmethod(lambda: "NONE")
+        get_impl_cls = classmethod(lambda cls: cls)
+
+    backend = mla_attention.get_attn_backend
+    mla_attention.get_attn_backend = lambda *a, use_sparse=False, **k: (
+        Backend if use_sparse else backend(*a, **k)
+    )
+    for name in ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"):
+        where = "vllm.models.deepseek_v32.nvidia.model:DeepseekV32ForCausalLM"
+        ModelRegistry.register_model(name, where)
+
+
 def rank(index: int, grid: str, port: int, models: str, out: str, names: list[str]) -> None:
     """One rank's shards of every model."""
     import torch
     from safetensors.torch import save_file
+    from transformers import AutoConfig, LlamaConfig
     from vllm.config import set_current_vllm_config
     from vllm.distributed import (
         destroy_model_parallel,
@@ -98,6 +120,8 @@ def rank(index: int, grid: str, port: int, models: str, out: str, names: list[st
 
     torch.set_num_threads(1)
     choose_no_kernels()
+    choose_modules_of_a_gpu()
+    AutoConfig.register("internlm3", type("Config", (LlamaConfig,), {"model_type": "internlm3"}))
     tp, pp = size(grid, "tp"), size(grid, "pp")
     init_distributed_environment(tp * pp, index, f"tcp://127.0.0.1:{port}", index, "gloo")
     for name in names:

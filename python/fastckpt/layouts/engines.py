@@ -32,8 +32,8 @@ class Held(NamedTuple):
 
 
 def _ones(attention: str) -> tuple[Held, ...]:
-    """The scales of an unquantised kv cache."""
-    return tuple(Held(f"{attention}.{x}", 1.0) for x in ("_k_scale", "_prob_scale", "_q_scale", "_v_scale"))
+    """The scales of an unquantised kv cache; `attention`: where below the layer's attention, with its dot."""
+    return tuple(Held(f"{attention}{x}", 1.0) for x in ("_k_scale", "_prob_scale", "_q_scale", "_v_scale"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Served:
     than transformers'."""
 
     renamed: Renamed = ()
-    held: tuple[Held, ...] = _ones("attn")
+    held: tuple[Held, ...] = _ones("attn.")
     quantised: Mapping[str, Form] = field(default_factory=dict)
     tied: Literal["head", "embedding", ""] = "head"
     float32: tuple[str, ...] = ()
@@ -135,9 +135,16 @@ _PLAIN = Served(quantised=_FORMS)
 _FUSED = {k: v for k, v in _FORMS.items() if k != "fp8"}
 _DEEPSEEK = Served(
     (*_STACKS, *_SHARED, *_ROUTER, *_LATENT),
-    _ones("mla_attn.mla_attn"),
+    _ones("mla_attn.mla_attn."),
     _forms((), ()),
     tied="",
+)
+# vLLM's class for CUDA; elsewhere it has other names.
+_SPARSE = Served(
+    (*_STACKS, *_SHARED, *_ROUTER),
+    _ones(""),
+    tied="",
+    float32=("*.indexer.k_norm.weight", "*.indexer.k_norm.bias"),
 )
 _QWEN_DELTA = Served(
     (*_STACKS, *_SHARED, *_ROUTER),
@@ -179,9 +186,11 @@ _VLLM_0_32: dict[str, Served] = {
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
     "kimi_k2": replace(_DEEPSEEK, quantised={k: _forms((), ())[k] for k in ("fp8", "pack-quantized")}),
+    "deepseek_v32": _SPARSE,
+    "glm_moe_dsa": _SPARSE,
     "glm4_moe_lite": Served(
         (*_STACKS, *_SHARED, *_CORRECTION, *_LATENT),
-        _ones("mla_attn.mla_attn"),
+        _ones("mla_attn.mla_attn."),
         tied="",
         float32=("*.mlp.gate.weight",),
     ),
@@ -233,6 +242,7 @@ _VLLM_0_32: dict[str, Served] = {
     "seed_oss": _PLAIN,
     "ernie4_5": _PLAIN,
     "hunyuan_v1_dense": _PLAIN,
+    "internlm3": Served(),
     "cwm": Served(),
     "helium": Served(),
     "stablelm": Served(everywhere=_ALL),
