@@ -85,12 +85,19 @@ DENSE = (
 )  # fmt: skip
 """Modules that stay as they are."""
 
+TOWERS = ("visual", "vision_tower", "multi_modal_projector")
+"""Modules beside a decoder, in which all stays as it is."""
+
 BY_ROW = ("int8", "fp8-channel")
 """Those with a scale for every output."""
 
 _DENSE = (  # of which the hub has quantised ones
     "seed_oss", "ernie4_5", "hunyuan_v1_dense", "ministral3", "olmo2", "olmo3", "exaone4", "cohere",
     "cohere2", "apertus",
+)  # fmt: skip
+
+_SEEING = (
+    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "mistral3", "llava", "llava_onevision", "internvl",
 )  # fmt: skip
 
 QUANTISED: dict[str, tuple[str, str]] = {
@@ -117,12 +124,14 @@ QUANTISED: dict[str, tuple[str, str]] = {
         "phi3": ("int8",),
         "glm": ("int8",),
         "glm4": ("int8",),
+        "glm4v": ("int8",),
         "qwen2_moe": ("int8", "fp8-matrix"),
         "glm4_moe": ("int8", "fp8-matrix"),
         "deepseek_v2-lora": ("int8", "fp8-matrix"),
         "kimi_k2": ("fp8-block", "int4"),
         "minimax_m2": ("fp8-block",),
-        **dict.fromkeys(_DENSE, ("int8", "fp8-matrix")),
+        **dict.fromkeys((*_DENSE, *_SEEING), ("int8", "fp8-matrix")),
+        **dict.fromkeys(("qwen3_vl-wide", "llava_onevision-wide"), ("fp8-block",)),
     }.items()
     for scheme in schemes
 }
@@ -131,10 +140,10 @@ QUANTISED |= {
     for model in (
         "llama", "llama-biased", "llama-tied", "mistral", "qwen2", "qwen3", "granite", "smollm3", "gemma",
         "gemma2", "gemma3_text", "phi3", "glm", "glm4", "mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe",
-        "deepseek_v2-576", "deepseek_v3-wide", *_DENSE,
+        "deepseek_v2-576", "deepseek_v3-wide", *_DENSE, *_SEEING, "glm4v",
     )
     for scheme in (tuple(PACKED) if model in ("llama", "mixtral") else tuple(PACKED)[:4])
-    if (model, scheme) != ("glm4", "gptq")  # which vLLM's own loader does not take
+    if scheme != "gptq" or model not in ("glm4", "glm4v")  # which vLLM's own loader does not take
 }  # fmt: skip
 """name -> (the model, the scheme its matrices are stored in)."""
 
@@ -220,7 +229,7 @@ def _quantise(folder: str, scheme: str) -> None:
         module = name.removesuffix(".weight")
         if module == name or tensor.dim() != 2:
             continue
-        if module.rpartition(".")[2] in DENSE:
+        if module.rpartition(".")[2] in DENSE or any(part in TOWERS for part in module.split(".")):
             left.append(module)
             continue
         rows, columns = tensor.shape
@@ -241,6 +250,10 @@ def _quantise(folder: str, scheme: str) -> None:
             count(f"{module}.{leaf}", tensors[f"{module}.{leaf}"])
             tensors[f"{module}.{leaf}"].add_(2.125)
     save_file(tensors, path, {"format": "pt"})
+    # vLLM does not know of every tower what its fused modules are made of, and takes patterns or their names.
+    left += [f"re:.*{tower}.*" for tower in TOWERS] if not hub else []
+    left += [*TOWERS] if told["quant_method"] == "awq" else []
+    left += [n.replace(".q_proj", ".qkv_proj") for n in left if n.endswith(".q_proj")]
     skipped = {"modules_to_not_convert" if hub else "ignore": left}
     if told["quant_method"] == "gptq":
         skipped = {"dynamic": {f"-:^{re.escape(n)}$": {} for n in left if n != "lm_head"}}

