@@ -246,7 +246,7 @@ def test_other_integers_are_not_read(more):
         ("weight_zero_point", lambda x: x[::2], r"weight_zero_point: got shape \(8, 4\), wanted \(16, 4\)"),
         ("weight_shape", lambda x: x[:1], r"weight_shape: got shape \(1,\), wanted \(2,\)"),
         ("weight_zero_point", lambda x: None, "needs .*q_proj.weight, which is not there"),
-        ("weight_packed", lambda x: x.to(torch.int64), "so its bytes cannot become int64"),
+        ("weight_packed", lambda x: x.to(torch.int64), "so it must be int32, got int64"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(leaf, change, match):

@@ -135,6 +135,10 @@ def test_integers_are_no_weights():
     said = {"quant_method": "fp8"}
     name = "model.layers.1.mlp.up_proj.weight"
     scaled = hub | {f"{name}_scale": torch.ones(())}
+    with pytest.raises(RecipeError, match=f"{name}_scale: got int32, wanted floats"):
+        weight = hub[name].to(torch.float8_e4m3fn)
+        scale = torch.ones((), dtype=torch.int32)
+        recipe(hub | {name: weight, f"{name}_scale": scale}, config | {"quantization_config": said})
     for dtype in (torch.uint8, torch.bool, torch.bfloat16):
         with pytest.raises(RecipeError, match=f"{name} is quantised, so it must be int8 or float8_e4m3fn"):
             recipe(scaled | {name: hub[name].to(dtype)}, config | {"quantization_config": said})
@@ -230,6 +234,10 @@ def test_counts_that_no_checkpoint_has_take_no_time():
         config, hub, _ = (families if family in families.FAMILIES else tiny).made(family)
         with pytest.raises(RecipeError, match=r"model\.layers\.2|num_hidden_layers 1099511627776"):
             recipe(hub, config | {key: 1 << 40})
+    config, hub, _ = families.made("internvl")
+    sizes = config["vision_config"] | {"num_hidden_layers": 1 << 40}
+    with pytest.raises(RecipeError, match=r"vision_config\.num_hidden_layers 1099511627776"):
+        recipe(hub, config | {"vision_config": sizes})
     config, hub, _ = families.made("deepseek_v3")
     assert not len(recipe(hub, config | {"num_nextn_predict_layers": 1 << 40}).predictions)
 

@@ -34,6 +34,10 @@ BYTES = ("int8", "float8_e4m3fn", "float8_e5m2")
 """The dtypes of a quantised matrix whose values are bytes."""
 
 
+WHOLE = ("int32", "int64")
+"""Those of zero points that are packed, and of the groups of inputs."""
+
+
 class Dim(NamedTuple):
     """One axis of a tensor: its size, and the config keys it comes from (for errors)."""
 
@@ -165,13 +169,11 @@ class Claims:
         """How many tensors there can be at most: a config may say anything."""
         return len(self.ckpt) if self.imagined is None else MOST
 
-    def layers(self, config: Mapping[str, JSON]) -> int:
-        """`num_hidden_layers`. Raises RecipeError where the checkpoint cannot have so many."""
-        count = integer(config, "num_hidden_layers")
+    def layers(self, config: Mapping[str, JSON], key: str = "num_hidden_layers") -> int:
+        """How many layers the config says. Raises RecipeError where the checkpoint cannot have so many."""
+        count = integer(config, key)
         if count > self.most:
-            raise RecipeError(
-                f"config: num_hidden_layers {count}, and the checkpoint has {self.most} tensors"
-            )
+            raise RecipeError(f"config: {key} {count}, and the checkpoint has {self.most} tensors")
         return count
 
     def missing(self, name: str) -> bool:
@@ -325,7 +327,10 @@ class Claims:
         dims: Mapping[Form, tuple[Dim, ...]] = {
             "matrix": (rows, columns), "transposed": (columns, rows), "vector": (whole,), "scalar": ()
         }  # fmt: skip
-        got = len(self.shape(name))
+        got, dtype = len(self.shape(name)), self._dtype(name)
+        if dtype.name not in WHOLE if kind.whole else dtype.kind != "float" and dtype.name != "uint8":
+            wanted = " or ".join(WHOLE) if kind.whole else "floats, or their exponents in bytes"
+            raise RecipeError(f"{self._stored(name)}: got {dtype}, wanted {wanted}")
         form = next((f for f in kind.forms if len(dims[f]) == got), kind.forms[0])
         stored = self.tensor(name, *dims[form])
 

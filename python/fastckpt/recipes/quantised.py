@@ -20,12 +20,14 @@ Form = Literal["matrix", "transposed", "vector", "scalar"]
 
 class Kind(NamedTuple):
     """A tensor beside a quantised matrix: its name below the module, how many outputs and inputs share one of
-    its elements (0: all), and the forms in which the hub may store it; `needed`: it must be there."""
+    its elements (0: all), and the forms in which the hub may store it; `needed`: it must be there; `whole`:
+    it holds whole numbers, not scales."""
 
     leaf: str
     unit: tuple[int, int]
     forms: tuple[Form, ...]
     needed: bool = True
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,7 @@ def _packed(said: Mapping[str, JSON], weights: Mapping[str, JSON]) -> Quantised:
         raise _unread(said)
     each, group = _packing(said, weights.get("num_bits"), group)
     scale = Kind("weight_scale", (1, group), ("matrix",))
-    zero = () if symmetric else (Kind("weight_zero_point", (each, group), ("matrix",)),)
+    zero = () if symmetric else (Kind("weight_zero_point", (each, group), ("matrix",), whole=True),)
     return Quantised((scale, *zero), "weight_packed", (1, each), shape="weight_shape")
 
 
@@ -129,11 +131,16 @@ def _packing(said: Mapping[str, JSON], bits: JSON, group: JSON) -> tuple[int, in
     return 32 // bits, max(group, 0)
 
 
+def _zeros(each: int, group: int) -> Kind:
+    """AWQ's and GPTQ's zero points."""
+    return Kind("qzeros", (each, group), ("transposed",), whole=True)
+
+
 def _awq(said: Mapping[str, JSON]) -> Quantised:
     each, group = _packing(said, said.get("bits"), said.get("group_size"))
     if str(said.get("version", "gemm")).lower() != "gemm" or said.get("zero_point", True) is not True:
         raise _unread(said)
-    beside = Kind("qzeros", (each, group), ("transposed",)), Kind("scales", (1, group), ("transposed",))
+    beside = _zeros(each, group), Kind("scales", (1, group), ("transposed",))
     return Quantised(beside, "qweight", (each, 1), True)
 
 
@@ -142,8 +149,8 @@ def _gptq(said: Mapping[str, JSON]) -> Quantised:
     if said.get("desc_act") is True or said.get("checkpoint_format", "gptq") not in ("gptq", "gptq_v2"):
         raise _unread(said)
     beside = (
-        Kind("qzeros", (each, group), ("transposed",)),
+        _zeros(each, group),
         Kind("scales", (1, group), ("transposed",)),
-        Kind("g_idx", (0, 1), ("vector",), needed=False),
+        Kind("g_idx", (0, 1), ("vector",), needed=False, whole=True),
     )
     return Quantised(beside, "qweight", (1, each), True)

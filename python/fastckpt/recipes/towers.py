@@ -253,7 +253,8 @@ def _last(said: Said, features: JSON) -> int:
     ones count from the end, -1 the last. Raises RecipeError."""
     count = of(said, "num_hidden_layers").size
     chosen = features if isinstance(features, list) else [features]
-    last = [n if n >= 0 else count + n + 1 for n in chosen if isinstance(n, int)]
+    whole = [n for n in chosen if isinstance(n, int) and not isinstance(n, bool)]
+    last = [n if n >= 0 else count + n + 1 for n in whole]
     if len(last) != len(chosen) or not last or not 0 < max(last) <= count:
         raise RecipeError(f"config: vision_feature_layer {features!r} of {count} layers")
     return max(last)
@@ -380,6 +381,6 @@ def internvl(claims: Claims, at: str, config: Said, mergers: tuple[Mlp, ...], fe
     }
     if flag(said, "vision_config.use_absolute_position_embeddings", True):
         outer["embeddings.position_embeddings"] = (one, Dim(_grid(said) + 1, "patches + 1"), inner)
-    for i in range(of(said, "num_hidden_layers").size):
+    for i in range(claims.layers(said, "vision_config.num_hidden_layers")):
         outer |= {f"encoder.layer.{i}.lambda_{n}": (inner,) for n in (1, 2)}
     return _built(claims, at, said, "encoder.layer", block, outer, mergers, features)

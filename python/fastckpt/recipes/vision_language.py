@@ -30,8 +30,11 @@ from .towers import Built, Said, Shapes, carried, norms, of, vision
 
 
 def _qwen3_moe(ckpt: Checkpoint, config: Said, *, vocab_size: int | None = None) -> Model:
-    """Qwen3-VL's mixture: stacks [experts, out, in], as transformers 5 has them, or [experts, in, out],
-    as the hub does. Raises RecipeError where shapes do not tell."""
+    """Qwen3-VL's mixture: stacks [experts, out, in], as transformers 5 has them, or [experts, in, out], as
+    the hub does, or each expert on its own, as quantisers leave them. Raises RecipeError where shapes do not
+    tell."""
+    if any(".mlp.experts.0." in name for name in ckpt.entries):
+        return mixture.recipe(ckpt, config, vocab_size=vocab_size, mixture=QWEN3_MOE)
     hidden, width = (integer(config, key) for key in ("hidden_size", "moe_intermediate_size"))
     found = next((e.shape[1:] for n, e in ckpt.entries.items() if n.endswith(".mlp.experts.down_proj")), ())
     if found and hidden == width:
