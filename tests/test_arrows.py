@@ -213,7 +213,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("quantised", "imagining", "renaming", "known"),
         ("claims",),
         ("fused", "latent"),
-        ("delta",),
+        ("delta", "mamba"),
         ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper", "jina_bert"),
         ("mixture", "towers"),
         (
@@ -221,7 +221,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
             *("mixtral", "qwen_moe", "deepseek", "ernie", "granite_moe", "llama4", "gpt_oss", "cogvlm2"),
             *("modernbert",),
         ),
-        ("qwen_next", "vision_language"),
+        ("qwen_next", "hybrids", "vision_language"),
         ("__init__",),
     ),
     "layouts": (

@@ -213,6 +213,32 @@ class DeltaNet:
 
 
 @dataclass(frozen=True, slots=True)
+class Mamba:
+    """A Mamba-2 mixer, of sizes that MambaHeads has: the output's gate `z` and the input `x` [heads *
+    head_dim, hidden], what a group of heads writes its state by, `b`, and reads it by, `c` [groups * state,
+    hidden], and the steps of the heads, `dt` [heads, hidden]. The hub stores them in this order as one
+    matrix, whose name they carry.
+
+    `conv`: the kernels of the causal convolution of x, b and c, channel by channel [rows, 1, kernel], one
+    tensor of the hub, and so are their biases, `conv_bias`, where there are any. `a_log`, `d` and `dt_bias`
+    [heads] make a rate of a step. `norm` [heads * head_dim] comes after the gate, head by head of a group,
+    `o` [hidden, heads * head_dim] last."""
+
+    z: Linear
+    x: Linear
+    b: Linear
+    c: Linear
+    dt: Linear
+    conv: tuple[Parameter, Parameter, Parameter]
+    conv_bias: tuple[Parameter, Parameter, Parameter] | None
+    a_log: Parameter
+    d: Parameter
+    dt_bias: Parameter
+    norm: Norm | None
+    o: Linear
+
+
+@dataclass(frozen=True, slots=True)
 class Mlp:
     """A feed-forward block: `gate` (or None) and `up` [width, hidden], `down` [hidden, width].
 
@@ -266,12 +292,14 @@ class BlockStacks:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """A mixture of experts: `router` [experts, hidden] and one gated Mlp for each expert, all of one shape.
+    """A mixture of experts: `router` [experts, hidden] and one Mlp for each expert, all of one shape.
 
     `name`: the hub's module that holds the experts. `correction`: what is added to the experts' scores when
     the router selects [experts]; never rounded. `shared`: a block that every token passes, weighed by
     `shared_gate` [1, hidden] where there is one. `stacked`: how the hub stores them in two tensors, None
-    where it stores each on its own. `stacks`: the same experts as stacks that a server wants as they are."""
+    where it stores each on its own. `stacks`: the same experts as stacks that a server wants as they are.
+    `latent`: a matrix [rank, hidden] that makes what the experts read, and one [hidden, rank] that reads the
+    sum of what they make (Nemotron 3), None where they read and make the hidden state."""
 
     name: str
     router: Linear
@@ -281,6 +309,7 @@ class Experts:
     shared_gate: Linear | None = None
     stacks: Stacks | BlockStacks | None = None
     stacked: Stacked | None = None
+    latent: tuple[Linear, Linear] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,19 +328,21 @@ class Layer:
     `attention_norm` and `mlp_norm` come before attention and the feed-forward block (`mlp_norm` is None where
     both read one norm, as in Falcon; both are where norms have no weights, as in OLMo); `attention_after` and
     `mlp_after` after them, before the sum (Gemma 2, GLM-4), or after it in a model that has no last norm
-    (BERT). `cross`, `cross_norm`: attention to an encoder's output, between the two. `vision`: what image
-    tokens pass."""
+    (BERT). `mamba` reads what attention reads, beside it (Falcon-H1) or in its place. A layer may be one of
+    these blocks alone, with the norm before it (Nemotron-H). `cross`, `cross_norm`: attention to an encoder's
+    output, between the two. `vision`: what image tokens pass."""
 
     name: str
     attention_norm: Norm | None
-    attention: Attention | Mla | DeltaNet
+    attention: Attention | Mla | DeltaNet | None
     mlp_norm: Norm | None
-    mlp: Mlp | Experts
+    mlp: Mlp | Experts | None
     attention_after: Norm | None = None
     mlp_after: Norm | None = None
     cross: Attention | None = None
     cross_norm: Norm | None = None
     vision: VisionExpert | None = None
+    mamba: Mamba | None = None
 
 
 class Layers:
@@ -349,6 +380,17 @@ class DeltaHeads:
 
 
 @dataclass(frozen=True, slots=True)
+class MambaHeads:
+    """The heads of every Mamba, of `dim` features; head h is of group h // (heads // groups), which has a
+    state of `state` features."""
+
+    heads: int
+    groups: int
+    dim: int
+    state: int
+
+
+@dataclass(frozen=True, slots=True)
 class Sizes:
     """The sizes that layouts cut, known before any view is built.
 
@@ -358,7 +400,7 @@ class Sizes:
     `heads` and `head_dim` is a value head's. `block`: how many neighbouring outputs or inputs of a quantised
     matrix share a scale. `head_keys`: config's keys for `heads`, `kv_heads` and `head_dim` ("": it has none),
     None where the config cannot give the three separately. `vocab_key`: its key for `vocab`. `delta`: the
-    heads of linear attention."""
+    heads of linear attention. `mamba`: of Mamba's mixers."""
 
     hidden: int
     vocab: int
@@ -374,15 +416,17 @@ class Sizes:
     head_keys: tuple[str, str, str] | None = None
     vocab_key: str = "vocab_size"
     delta: DeltaHeads | None = None
+    mamba: MambaHeads | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class HubCuts:
     """Where transformers' own tensor-parallel plan for a family cuts less than heads, widths and vocabulary.
 
-    `whole`: what every rank holds whole: "embedding", "attention", "experts", "shared" (experts), and the
-    keys of Sizes.widths that go with them. `rows`: a fused matrix is cut as one run of rows, regardless of
-    what they are, and its output is gathered; so are a DeltaNet's, which without it is whole."""
+    `whole`: what every rank holds whole: "embedding", "head", "attention", "mlp", "experts", "shared"
+    (experts), and the keys of Sizes.widths that go with them. `rows`: a fused matrix is cut as one run of
+    rows, regardless of what they are, and its output is gathered; so are a DeltaNet's, which without it is
+    whole."""
 
     whole: frozenset[str] = frozenset()
     rows: bool = False

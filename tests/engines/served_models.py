@@ -167,6 +167,8 @@ def write(name: str, folder: str, *, counted: bool = False, dtype: torch.dtype =
     if counted:
         for key, tensor in model.state_dict().items():
             count(key, tensor)
+            if key.endswith((".mamba.A_log", ".mixer.A_log")):  # of which every exp gives the same
+                tensor.copy_((tensor * 8).floor() / 8)
     model.save_pretrained(folder)
     if name in SAID:
         _say(folder, SAID[name])
@@ -178,7 +180,8 @@ def write(name: str, folder: str, *, counted: bool = False, dtype: torch.dtype =
         older = {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in tensors}
         save_file(older, path, {"format": "pt"})
     if name.endswith("-mixed"):  # as Qwen3.5's own files
-        _keep_float32(folder, (".linear_attn.A_log", ".linear_attn.norm.weight"))
+        own = tuple(f".mamba.{leaf}" for leaf in ("A_log", "D", "dt_bias", "norm.weight"))
+        _keep_float32(folder, (".linear_attn.A_log", ".linear_attn.norm.weight", *own))
 
 
 def _as_qwen3_vl_moe(folder: str) -> None:

@@ -20,6 +20,15 @@ _DELTA = _SIZES | dict(
     num_hidden_layers=3, layer_types=["linear_attention", "full_attention", "linear_attention"],
     linear_num_key_heads=4, linear_num_value_heads=8, linear_key_head_dim=32, linear_value_head_dim=64,
 )  # fmt: skip
+_MAMBA = _SIZES | dict(
+    mamba_n_heads=8, mamba_d_head=32, mamba_n_groups=4, mamba_d_state=16, num_hidden_layers=3,
+    layer_types=["linear_attention", "full_attention", "linear_attention"],
+)  # fmt: skip
+_NEMOTRON_H = _SIZES | dict(
+    mamba_num_heads=8, mamba_head_dim=32, n_groups=4, ssm_state_size=16, n_routed_experts=4,
+    layers_block_type=["linear_attention", "moe", "full_attention", "mlp", "moe", "linear_attention"],
+    num_experts_per_tok=2, moe_intermediate_size=128, moe_shared_expert_intermediate_size=192,
+)  # fmt: skip
 _FALCON = dict(
     vocab_size=331, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1,
     eos_token_id=2, max_position_embeddings=128,
@@ -186,6 +195,32 @@ MODELS: dict[str, tuple[str, dict]] = {
         _sizes(
             num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=192, drop=("head_dim",)
         ),
+    ),
+    "granitemoehybrid": (
+        "GraniteMoeHybrid",
+        _sizes(
+            _MAMBA, num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=192,
+            mamba_n_groups=1, drop=("head_dim",),
+        ),
+    ),
+    "granitemoehybrid-dense": (
+        "GraniteMoeHybrid",
+        _sizes(
+            _MAMBA, num_local_experts=0, shared_intermediate_size=192, tie_word_embeddings=True,
+            drop=("head_dim",),
+        ),
+    ),
+    "granitemoehybrid-mixed": (
+        "GraniteMoeHybrid",
+        _sizes(_MAMBA, num_local_experts=0, shared_intermediate_size=192, drop=("head_dim",)),
+    ),
+    "nemotron_h": ("NemotronH", _sizes(_NEMOTRON_H, drop=("num_hidden_layers",))),
+    "nemotron_h-latent": (
+        "NemotronH", _sizes(_NEMOTRON_H, moe_latent_size=64, n_groups=1, drop=("num_hidden_layers",))
+    ),
+    "falcon_h1": ("FalconH1", _sizes(_MAMBA, mamba_d_ssm=256, mamba_rms_norm=True, drop=("layer_types",))),
+    "falcon_h1-plain": (
+        "FalconH1", _sizes(_MAMBA, mamba_d_ssm=256, mamba_n_groups=1, drop=("layer_types",))
     ),
     "llama4_text": (
         "Llama4Text",

@@ -14,6 +14,7 @@ import os
 import socket
 import sys
 import traceback
+from contextlib import suppress
 
 import without_torchvision  # noqa: F401
 
@@ -24,7 +25,10 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 def choose_no_kernels() -> None:
     """Lets every quantised module be built here: its parameters are made and filled by vLLM's own code, but
     no kernel is looked for that would run them, which a CPU has not for every scheme."""
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
+    from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
     from vllm.model_executor.layers.quantization import auto_awq, auto_gptq, fp8
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
         compressed_tensors_moe_w8a8_fp8,
@@ -60,6 +64,19 @@ def choose_no_kernels() -> None:
     ):
         getattr(module, name)  # a version without it is an error here
         setattr(module, name, lambda *_, kernel=kernel, **__: kernel)
+    # Experts without a gate are refused where they are configured, by the last check there, and again here.
+    checked = FusedMoEConfig.__post_init__
+    select = unquantized_fused_moe_method.select_unquantized_moe_backend
+
+    def configured(self: FusedMoEConfig) -> None:
+        with suppress(NotImplementedError):
+            checked(self)
+
+    def selected(moe_config: FusedMoEConfig) -> object:
+        return select(moe_config) if moe_config.is_act_and_mul else (UnquantizedMoeBackend.TRITON, None)
+
+    FusedMoEConfig.__post_init__ = configured
+    unquantized_fused_moe_method.select_unquantized_moe_backend = selected
 
 
 def choose_modules_of_a_gpu() -> None:

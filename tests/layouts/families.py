@@ -32,6 +32,15 @@ _DELTA = dict(
     linear_conv_kernel_dim=3,
 )  # fmt: skip
 _ROUTED = dict(n_routed_experts=6, moe_intermediate_size=24, first_k_dense_replace=1, num_experts_per_tok=2)
+_MAMBA = dict(
+    mamba_n_heads=16, mamba_d_head=8, mamba_n_groups=8, mamba_d_state=6, mamba_d_conv=3, num_hidden_layers=3,
+)  # fmt: skip
+_NEMOTRON_H = dict(
+    mamba_num_heads=16, mamba_head_dim=10, n_groups=8, ssm_state_size=6, conv_kernel=3, head_dim=12,
+    layers_block_type=["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
+    n_routed_experts=5, num_experts_per_tok=2, moe_intermediate_size=24,
+    moe_shared_expert_intermediate_size=40,
+)  # fmt: skip
 _OLD = {k: v for k, v in _SIZES.items() if k != "num_key_value_heads"}
 _GPT = dict(vocab_size=208, n_embd=64, n_layer=2, n_head=8, n_positions=19, n_inner=88)
 _FALCON = dict(vocab_size=208, hidden_size=64, num_hidden_layers=2, num_attention_heads=8)
@@ -164,6 +173,29 @@ FAMILIES = {
         "GraniteMoeShared", (8, 4, 8), num_local_experts=5, num_experts_per_tok=2,
         shared_intermediate_size=40,
     ),
+    "granitemoehybrid": _family(
+        "GraniteMoeHybrid", (8, 4, 8), _SIZES | _MAMBA, num_local_experts=5, num_experts_per_tok=2,
+        shared_intermediate_size=40, mamba_n_groups=1,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+    ),
+    "granitemoehybrid-dense": _family(
+        "GraniteMoeHybrid", (8, 4, 8), _SIZES | _MAMBA, num_local_experts=0, shared_intermediate_size=40,
+        tie_word_embeddings=True, layer_types=["full_attention", "linear_attention", "linear_attention"],
+    ),
+    "nemotron_h": _family("NemotronH", (8, 4, 12), _SIZES | _NEMOTRON_H, drop=("num_hidden_layers",)),
+    "nemotron_h-latent": _family(
+        "NemotronH", (8, 4, 12), _SIZES | _NEMOTRON_H, drop=("num_hidden_layers",), moe_latent_size=20,
+        n_groups=1, use_bias=True, mlp_bias=True,
+    ),
+    "falcon_h1": _family(
+        "FalconH1", (8, 4, 12), _SIZES | _MAMBA, head_dim=12, mamba_d_ssm=160, mamba_d_head=10,
+        attention_bias=True, mlp_bias=True, projectors_bias=True, mamba_rms_norm=True,
+    ),
+    "falcon_h1-plain": _family(
+        "FalconH1", (8, 2, 8), _SIZES | _MAMBA, head_dim=8, num_key_value_heads=2, mamba_d_ssm=128,
+        mamba_n_groups=1, mamba_conv_bias=False, mamba_proj_bias=True,
+    ),
+    "bamba": _family("Bamba", (8, 4, 8), _SIZES | _MAMBA, attn_layer_indices=[1]),
     "llama4_text": _family(
         "Llama4Text", (8, 4, 8), head_dim=8, num_local_experts=5, num_experts_per_tok=1,
         intermediate_size_mlp=80, interleave_moe_layer_step=2,

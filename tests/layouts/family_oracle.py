@@ -8,7 +8,7 @@ import torch
 
 TABLES = (
     "embed_tokens", "word_embeddings", "embed_in", "tok_embeddings", "wte", "lm_head", "embed_out",
-    "output_layer",
+    "output_layer", "embeddings",
 )  # fmt: skip
 OUT = ("q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "dense_h_to_4h", "c_fc", "fc1", "fc_in")
 ENCODER_OUT = (
@@ -107,6 +107,28 @@ def qkv_rows(t, at, x):
     return x.split([keys, keys, values])
 
 
+STATE = 6
+"""Features of a group's state, of every model with Mamba's mixers here."""
+
+
+def mixer(t, at, tp, r):
+    """A rank's part of Mamba's mixer `at`: its heads, and their groups, unless all heads are of one."""
+    count, width = t[f"{at}A_log"].numel(), t[f"{at}out_proj.weight"].shape[1]
+    state = (t[f"{at}in_proj.weight"].shape[0] - 2 * width - count) // 2
+    sizes = {"in_proj": [width, width, state, state, count], "conv1d": [width, state, state]}
+    out = {}
+    for name in [n for n in t if n.startswith(at)]:
+        leaf, x = name.removeprefix(at), t[name]
+        module = leaf.partition(".")[0]
+        if module == "out_proj":
+            out[leaf] = cut(x, 1, tp, r) if x.ndim == 2 else x
+            continue
+        parts = x.split(sizes.get(module, [len(x)]))
+        whole = [len(part) == STATE for part in parts]
+        out[leaf] = torch.cat([p if w else cut(p, 0, tp, r) for p, w in zip(parts, whole, strict=True)])
+    return out
+
+
 def padded(x, tp, r):
     rows = -(-x.shape[0] // 64) * 64
     return cut(torch.cat([x, torch.zeros(rows - x.shape[0], *x.shape[1:])]), 0, tp, r)
@@ -121,9 +143,13 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
     llama4 = any(".feed_forward.router." in n for n in t)
     minimax = any(n.endswith("block_sparse_moe.e_score_correction_bias") for n in t)
 
+    mixers = [n.removesuffix("A_log") for n in t if n.endswith((".mamba.A_log", ".mixer.A_log"))]
+    beside = "model.layers.0.mamba.A_log" in t and "model.layers.0.self_attn.q_proj.weight" in t
+
     def put(name, x):
         assert name not in out
-        out[name] = x.contiguous()
+        name = name.replace("backbone.embeddings.", "model.embed_tokens.").replace("backbone.", "model.")
+        out[name.replace(".mamba.", ".mamba.mamba.") if beside else name] = x.contiguous()
 
     def qkv(name, q, k, v):
         each = q.shape[0] // heads[0]  # with output gates, twice as many
@@ -137,6 +163,12 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
         stem = stem.removeprefix(".")
         if module == "experts":
             stem, module, kind = f"{stem}.experts", kind, "stack"
+        held = next((m for m in mixers if name.startswith(m)), None)
+        if held is not None:
+            if name == f"{held}A_log":
+                for leaf, part in mixer(t, held, tp, r).items():
+                    put(held + leaf, part)
+            continue
         where = stem.replace(".self_attn", ".attn") if gpt_oss else stem
         if x.ndim == 3 and module != "conv1d" and not gpt_oss:
             stem = stem.removesuffix(".experts")
@@ -150,14 +182,15 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
             else:
                 put(f"{stem}.experts.w2_weight", cut(y, 2, of, index))
         elif re.search(r"experts\.\d+", name):
-            if module not in ("gate_proj", "w1") or not re.search(r"experts\.0\.", name):
-                continue
             at = stem.rpartition(".")[0]
+            ungated = module == "up_proj" and f"{stem}.gate_proj.weight" not in t
+            if (not ungated and module not in ("gate_proj", "w1")) or not re.search(r"experts\.0\.", name):
+                continue
             three = ("w1", "w3", "w2") if module == "w1" else ("gate_proj", "up_proj", "down_proj")
             count = len([n for n in t if n.startswith(f"{at}.") and n.endswith(f".{module}.weight")])
             pairs, downs = [], []
             for e in range(count) if experts is None else experts:
-                gate, up, down = (t[f"{at}.{e}.{p}.weight"] for p in three)
+                gate, up, down = (t.get(f"{at}.{e}.{p}.weight", x[:0]) for p in three)
                 if experts is None:
                     index, of = flat
                     gate, up, down = cut(gate, 0, of, index), cut(up, 0, of, index), cut(down, 1, of, index)
@@ -241,7 +274,7 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
         else:
             whole = ("norm", ".ln_", "mlp.gate.", "mlp.router.", "shared_expert_gate", "kv_a_proj_with_mqa")
             whole += ("block_sparse_moe.gate.", "e_score_correction_bias", ".router.")
-            whole += (".act_fn.", ".wpe.", ".embed_positions.")
+            whole += (".act_fn.", ".wpe.", ".embed_positions.", "mixer.gate.", "_latent_proj.")
             assert any(part in name for part in whole), name
             put(name, x.flatten() if "moe_statics" in name else x)
     return out

@@ -16,7 +16,7 @@ from reading import bits, memory, same, shard
 NAMES = [*families.FAMILIES, "chatglm"]
 ENCODERS = list(families.ENCODERS)
 WRAPPERS = list(families.WRAPPERS)
-WITHOUT_PLAN = ("bloom", "falcon", "stablelm", "hunyuan_v1_dense", "gpt_bigcode", "gptj", "opt", "mpt")
+WITHOUT_PLAN = ("bloom", "falcon-", "stablelm", "hunyuan_v1_dense", "gpt_bigcode", "gptj", "opt", "mpt")
 PLANNED = [n for n in families.FAMILIES if not n.startswith(WITHOUT_PLAN)]
 UNPLANNED = [n for n in NAMES if n not in PLANNED]
 
@@ -56,6 +56,7 @@ TRAINED = (
     (".router.layer.", ".router."),
     (".input_linear.weight", ".experts.gate_up_proj"),
     (".output_linear.weight", ".experts.down_proj"),
+    ("backbone.", "model."),
 )
 """Parts of the hub's names, and what transformers calls them in memory, in some families."""
 
@@ -80,6 +81,9 @@ def as_trained(tensors, state):
             for p in ("gate", "up", "down")
         )
         out |= {name: torch.cat([gate, up], 1), f"{at}down_proj": down}
+    for name in [n for n in state if n.endswith(("experts.up_proj", "experts.down_proj")) and n not in out]:
+        each = [f"{name.replace('experts.', f'experts.{e}.')}.weight" for e in range(len(state[name]))]
+        out[name] = torch.stack([out.pop(n.replace("model.", "backbone.", 1)) for n in each])
     return out
 
 

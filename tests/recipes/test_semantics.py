@@ -28,7 +28,7 @@ def rows_of(weight):
     return torch.arange(weight.shape[0]).view(1, 1, -1)
 
 
-@pytest.mark.parametrize("name", [n for n in families.FAMILIES if n.startswith("falcon")])
+@pytest.mark.parametrize("name", [n for n in families.FAMILIES if n.startswith("falcon-")])
 def test_falcon(name):
     module, weight, ours, (heads, kv_heads, _) = parts(name)
     q, k, v = module._split_heads(rows_of(weight))  # [1, 1, heads, size]; k and v repeated for each query
@@ -134,6 +134,9 @@ KEYS = (
     "shared_expert_intermediate_size", "n_shared_experts", "first_k_dense_replace", "n_embd", "n_inner",
     "n_positions", "n_layers", "n_heads", "ffn_dim", "linear_num_key_heads",
     "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim",
+    "mamba_n_heads", "mamba_d_head", "mamba_n_groups", "mamba_d_state", "mamba_d_conv", "mamba_num_heads",
+    "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel", "shared_intermediate_size",
+    "moe_shared_expert_intermediate_size", "moe_latent_size",
 )  # fmt: skip
 DERIVED = {("deepseek", "head_dim"), ("deepseek", "num_key_value_heads"), ("falcon-mqa", "num_kv_heads")}
 DERIVED |= {("falcon-rw", "num_kv_heads"), ("qwen3_moe", "intermediate_size"), ("bloom", "n_head")}
@@ -141,6 +144,8 @@ DERIVED |= {("gpt_neox", "num_attention_heads"), ("falcon-rw", "num_attention_he
 DERIVED |= {(n, "num_attention_heads") for n in ("bert", "roberta", "xlm_roberta", "modernbert", "opt")}
 DERIVED |= {("gptj", "n_head"), ("gpt_bigcode-heads", "n_head"), ("mpt", "n_heads"), ("gptj", "n_positions")}
 DERIVED |= {("gpt_bigcode", "num_key_value_heads")}
+DERIVED |= {("granitemoehybrid-dense", k) for k in ("intermediate_size", "num_local_experts")}
+DERIVED |= {("nemotron_h", "n_shared_experts")}
 DERIVED |= {("kimi_k2", "head_dim"), ("glm_moe_dsa", "head_dim"), ("exaone_moe", "first_k_dense_replace")}
 DERIVED |= {(n, "first_k_dense_replace") for n in ("deepseek_v32", "glm_moe_dsa")}
 DERIVED |= {(n, "num_key_value_heads") for n in ("kimi_k2", "glm4_moe_lite", "glm_moe_dsa")}

@@ -1,5 +1,5 @@
-"""Small computations on stored values, done when they are read: one more, a reciprocal, a multiple, the
-largest, a matrix requantised, a value that several tensors must agree on.
+"""Small computations on stored values, done when they are read: one more, a reciprocal, a multiple, a rate of
+its logarithm, the largest, a matrix requantised, a value that several tensors must agree on.
 
 The result lies nowhere, as in `nowhere`. `box` makes elements of it in float32, from what `read` gives of the
 stored views. A finish is never made from another finish: a reader takes one step.
@@ -23,13 +23,13 @@ from .nowhere import Floats, nowhere, pitched
 Read = Callable[[View], NDArray[np.generic]]
 """Gives the dense elements of a view, in its shape and dtype."""
 
-Function = Literal["plus_one", "reciprocal", "multiple"]
+Function = Literal["plus_one", "reciprocal", "multiple", "minus_exp"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Each:
     """`function` of every element of `base` [rows, columns], floats: x + 1, 1 / x or x * `factor`, in
-    float32; `name` for errors."""
+    float32, or -exp(x), in float64 and rounded once to float32; `name` for errors."""
 
     name: str
     base: View
@@ -51,6 +51,9 @@ class Each:
                 return np.multiply(x, self.factor, dtype=np.float32)
             case "reciprocal":
                 return _reciprocal(self.name, x)
+            case "minus_exp":
+                with np.errstate(over="ignore"):  # an infinity is found where all are looked for
+                    return np.negative(np.exp(x, dtype=np.float64)).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,11 +132,19 @@ Finish = Each | Largest | Requantised | Agreed
 def plus_one(view: View) -> View:
     """result[..] == self[..] + 1: the sum of the elements as they are stored, in float32, is rounded to the
     view's dtype. Raises ViewError where they are stored in several dtypes, or nowhere."""
-    stored = view.as_stored()
+    return _of_stored("1 + {}", view, "plus_one").cast(view.dtype)
+
+
+def minus_exp(view: View) -> View:
+    """result[..] == -exp(self[..]) of the elements as they are stored, float32. Raises as `plus_one`."""
+    return _of_stored("-exp {}", view, "minus_exp")
+
+
+def _of_stored(name: str, view: View, function: Function) -> View:
     if not len(view.extents):
-        raise ViewError(f"plus_one: wanted stored elements, got zeros: {view}")
-    name = f"1 + {view.extents[int(view.extent.max())].key}"
-    return _made(Each(name, _flat(stored), "plus_one")).reshape(view.shape).cast(view.dtype)
+        raise ViewError(f"{function}: wanted stored elements, got zeros: {view}")
+    key = view.extents[int(view.extent.max())].key
+    return _made(Each(name.format(key), _flat(view.as_stored()), function)).reshape(view.shape)
 
 
 def reciprocal(name: str, view: View) -> View:

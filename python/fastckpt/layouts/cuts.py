@@ -15,7 +15,22 @@ import numpy as np
 
 from ..dtypes import int64
 from ..errors import LayoutError
-from ..model import Attention, Beside, DeltaHeads, DeltaNet, Linear, Mlp, Norm, Parameter, Sizes
+from ..model import (
+    Attention,
+    Beside,
+    DeltaHeads,
+    DeltaNet,
+    Experts,
+    Layer,
+    Linear,
+    Mamba,
+    MambaHeads,
+    Mla,
+    Mlp,
+    Norm,
+    Parameter,
+    Sizes,
+)
 from ..placement import Placement
 from ..stored import constant
 from ..target import Target
@@ -263,6 +278,68 @@ def delta_rest(net: DeltaNet) -> Iterator[Target]:
     yield from parameter(net.a_log)
     yield from parameter(net.dt_bias)
     yield from norm(net.norm)
+
+
+def require_mamba(layout: str, placement: Placement, heads: MambaHeads | None) -> None:
+    """Raises LayoutError where tp does not divide the heads of Mamba's mixers, nor their groups, unless all
+    heads are one group, which every rank then holds."""
+    if heads is None:
+        return
+    require_even(layout, placement, "the number of Mamba's heads", heads.heads)
+    if heads.groups > 1:
+        require_even(layout, placement, "the number of groups of Mamba's heads", heads.groups)
+
+
+def two_blocks(layout: str, layer: Layer) -> tuple[Attention | Mla | DeltaNet, Mlp | Experts]:
+    """The attention and the feed-forward block of a layer. Raises LayoutError for one that has not just these
+    two."""
+    if layer.mamba is not None:
+        raise LayoutError(f"layout {layout} has no place for {layer.mamba.o.name}, of a Mamba mixer")
+    if layer.attention is None or layer.mlp is None:
+        raise LayoutError(f"layout {layout} has no place for {layer.name}, a layer of one block")
+    return layer.attention, layer.mlp
+
+
+def mamba_part(mixer: Mamba, heads: MambaHeads, placement: Placement) -> Mamba:
+    """The rank's heads and their groups. Source: vLLM's mamba_mixer2.py."""
+    tp, rank = placement.tp, placement.tp_rank
+    group = _share(heads.groups, placement)
+
+    def rows(role: Parameter, index: int = rank, count: int = tp) -> Parameter:
+        return replace(role, view=role.view.part(0, index, count))
+
+    def channels(roles: tuple[Parameter, Parameter, Parameter]) -> tuple[Parameter, Parameter, Parameter]:
+        x, b, c = roles
+        return rows(x), rows(b, *group), rows(c, *group)
+
+    z, x, dt = (out_part(each, rank, tp) for each in (mixer.z, mixer.x, mixer.dt))
+    b, c = (out_part(each, *group) for each in (mixer.b, mixer.c))
+    return Mamba(
+        z=z,
+        x=x,
+        b=b,
+        c=c,
+        dt=dt,
+        conv=channels(mixer.conv),
+        conv_bias=mixer.conv_bias and channels(mixer.conv_bias),
+        a_log=rows(mixer.a_log),
+        d=rows(mixer.d),
+        dt_bias=rows(mixer.dt_bias),
+        norm=mixer.norm and replace(mixer.norm, weight=mixer.norm.weight.part(0, rank, tp)),
+        o=in_part(mixer.o, rank, tp),
+    )
+
+
+def mamba(mixer: Mamba) -> Iterator[Target]:
+    """All of a mixer, as the hub stores it, but for a_log."""
+    yield from stored(joined(mixer.z.name, (mixer.z, mixer.x, mixer.b, mixer.c, mixer.dt)))
+    for roles in (mixer.conv, mixer.conv_bias or ()):
+        if roles:
+            yield Target(roles[0].name, cat([role.view for role in roles]))
+    yield from parameter(mixer.d)
+    yield from parameter(mixer.dt_bias)
+    yield from norm(mixer.norm)
+    yield from stored(mixer.o)
 
 
 def padded_part(view: View, multiple: int, index: int, count: int) -> View:

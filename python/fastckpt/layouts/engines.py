@@ -160,6 +160,8 @@ _ROUTED = Served(
 _ALL = frozenset({"embedding", "norm", "head"})
 _GRANITE_MOE = Served(((".router.layer.", ".gate."), *_STACKS), everywhere=_ALL)
 
+_MIXERS = ("*.mamba.D", "*.mixer.D", "*.dt_bias", "*.mamba.norm.weight", "*.mixer.norm.weight")
+
 _VLLM_0_32: dict[str, Served] = {
     "llama": _PLAIN,
     "mistral": _PLAIN,
@@ -214,6 +216,21 @@ _VLLM_0_32: dict[str, Served] = {
     ),
     "granitemoe": _GRANITE_MOE,
     "granitemoeshared": _GRANITE_MOE,
+    "granitemoehybrid": replace(_GRANITE_MOE, rounded=_MIXERS, everywhere=None),  # vLLM's own loader fails
+    "nemotron_h": Served(
+        (
+            *_STACKS,
+            *_SHARED,
+            (".gate.e_score", ".experts.routed_experts.e_score"),
+            (".fc1_latent_proj.", ".experts.routed_input_transform."),
+            (".fc2_latent_proj.", ".experts.routed_output_transform."),
+        ),
+        tied="",
+        float32=("*.mixer.gate.weight",),
+        rounded=_MIXERS,
+        everywhere=_ALL,
+    ),
+    "falcon_h1": Served(rounded=_MIXERS),
     "llama4_text": Served((*_STACKS, *_SHARED)),
     "gpt_oss": Served(_STACKS, tied="", everywhere=_ALL),
     "gpt2": Served(everywhere=_ALL),

@@ -4,7 +4,7 @@ transformers' base_model_tp_plan cuts q, k, v, gate and up by outputs, o and dow
 (embedding_rowwise) and lm_head (colwise_gather_output) by vocabulary rows; every rank holds the rest whole.
 Where a family's plan cuts less, its recipe says so (HubCuts). Families without a plan are cut in the same
 way; their fused matrices are cut part by part, as packed_colwise does, or group by group. Every rank holds an
-image tower whole. """
+image tower whole, and Mamba's mixers, which no plan of transformers cuts. """
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ from .cuts import (
     delta_stored,
     in_part,
     joined,
+    mamba,
     norm,
     out_part,
     parameter,
@@ -151,7 +152,7 @@ def _targets(model: Model, placement: Placement) -> Iterator[Target]:
         yield from norm(model.encoder.norm)
     yield from _layers(model.layers, model, placement)
     yield from norm(model.norm)
-    head = out_part(model.lm_head, rank, tp)
+    head = model.lm_head if "head" in model.cuts.whole else out_part(model.lm_head, rank, tp)
     yield from bias(head) if model.tied else stored(head)
     for prediction in model.predictions:
         yield from _prediction(prediction, model, placement)
@@ -183,8 +184,11 @@ def _layers(layers: Iterable[Layer], model: Model, placement: Placement) -> Iter
         yield from norm(layer.attention_norm)
         if isinstance(layer.attention, DeltaNet):
             yield from _delta(layer.attention, model, placement)
-        else:
+        elif layer.attention is not None:
             yield from _attention(layer.attention, model, placement)
+        if layer.mamba is not None:
+            yield from mamba(layer.mamba)
+            yield from parameter(layer.mamba.a_log)
         if layer.vision is not None:
             yield from _attention(layer.vision.attention, model, placement)
         yield from norm(layer.attention_after)
@@ -194,8 +198,8 @@ def _layers(layers: Iterable[Layer], model: Model, placement: Placement) -> Iter
         yield from norm(layer.mlp_norm)
         if isinstance(layer.mlp, Experts):
             yield from _experts(layer.mlp, model, placement)
-        else:
-            yield from _mlp(layer.mlp, model, placement)
+        elif layer.mlp is not None:
+            yield from _mlp(layer.mlp, model, WHOLE if "mlp" in model.cuts.whole else placement)
         if layer.vision is not None:
             yield from _mlp(layer.vision.mlp, model, placement)
         yield from norm(layer.mlp_after)
@@ -270,6 +274,8 @@ def _pair(mlp: Mlp, gate: Linear) -> list[Linear]:
 def _experts(moe: Experts, model: Model, placement: Placement) -> Iterator[Target]:
     yield from stored(moe.router)
     yield from parameter(moe.correction)
+    for linear in moe.latent or ():
+        yield from stored(linear)
     routed = WHOLE if "experts" in model.cuts.whole else placement
     if moe.stacks is not None:
         yield from _stacks(moe.stacks, routed)

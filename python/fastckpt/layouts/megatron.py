@@ -32,6 +32,7 @@ from .cuts import (
     require_least,
     require_no_scalars,
     require_subjects,
+    two_blocks,
 )
 from .naming import Naming, hub
 from .servers import Share
@@ -167,24 +168,25 @@ class Megatron:
                 raise LayoutError(f"layout megatron has no place for {extra.name}")
         if layer.vision is not None:
             raise LayoutError(f"layout megatron has no place for {layer.vision.attention.o.name}")
+        attention, mlp = two_blocks("megatron", layer)
         if layer.attention_norm is None or layer.mlp_norm is None:
             raise LayoutError(f"layout megatron wants two norms in {layer.name}")
-        if isinstance(layer.attention, DeltaNet):
+        if isinstance(attention, DeltaNet):
             raise LayoutError(f"layout megatron has no place for the linear attention of {layer.name}")
-        fused, latent = self.spec == "transformer_engine", isinstance(layer.attention, Mla)
+        fused, latent = self.spec == "transformer_engine", isinstance(attention, Mla)
         before = "self_attention.linear_qkv.layer_norm_" if fused and not latent else "input_layernorm."
         yield from self._norm(f"{at}.{before}", layer.attention_norm)
-        if isinstance(layer.attention, Mla):
-            yield from self._latent(f"{at}.self_attention", layer.attention, placement)
+        if isinstance(attention, Mla):
+            yield from self._latent(f"{at}.self_attention", attention, placement)
         else:
-            yield from self._attention(f"{at}.self_attention", layer.attention, sizes, placement)
-        routed = isinstance(layer.mlp, Experts)
+            yield from self._attention(f"{at}.self_attention", attention, sizes, placement)
+        routed = isinstance(mlp, Experts)
         between = "mlp.linear_fc1.layer_norm_" if fused and not routed else "pre_mlp_layernorm."
         yield from self._norm(f"{at}.{between}", layer.mlp_norm)
-        if isinstance(layer.mlp, Experts):
-            yield from self._experts(f"{at}.mlp", layer.mlp, placement)
+        if isinstance(mlp, Experts):
+            yield from self._experts(f"{at}.mlp", mlp, placement)
         else:
-            yield from _mlp(f"{at}.mlp", layer.mlp, placement.tp_rank, placement.tp)
+            yield from _mlp(f"{at}.mlp", mlp, placement.tp_rank, placement.tp)
 
     def _experts(self, at: str, moe: Experts, placement: Placement) -> Iterator[Target]:
         yield from _linear(f"{at}.router", moe.router)

@@ -132,6 +132,8 @@ def _layer(layer: Layer, old: Sizes, new: Sizes) -> Layer:
             attention = _attention(attention, old, new)
     if isinstance(mlp, Experts):
         return replace(layer, attention=attention, mlp=_experts(mlp, new))
+    if mlp is None:
+        return replace(layer, attention=attention)
     dense = {old.widths[k]: w for k, w in new.widths.items() if k not in (new.expert_width, new.shared_width)}
     if not dense:  # every block is an expert's
         dense = {old.widths[k]: w for k, w in new.widths.items()}

@@ -17,7 +17,7 @@ from ..computed.finishes import agreed, largest, plus_one, reciprocal
 from ..errors import LayoutError
 from ..model import Attention, Beside, DeltaNet, Experts, Layer, Linear, Mla, Mlp, Model, Norm
 from ..views import View, cat, stack
-from .cuts import in_form, joined, require_heads_alike, require_no_scalars
+from .cuts import in_form, joined, require_heads_alike, require_no_scalars, two_blocks
 from .rtp_merge import flat, merge_fp8, rope_apart, stack_moe_w1, transpose_slice_k, transpose_slice_v
 from .rtp_split import Cut
 from .rtp_weights import STATIC
@@ -53,25 +53,26 @@ def layer_weights(
     Raises LayoutError for a role the engine has no name for."""
     if layer.cross is not None or layer.cross_norm is not None:
         raise LayoutError(f"layout rtp_llm has no place for the attention to an encoder of {layer.name}")
+    attention, mlp = two_blocks("rtp_llm", layer)
     if (
         layer.attention_norm is None
-        and isinstance(layer.attention, Attention)
-        and layer.attention.q.part("input_scale")
+        and isinstance(attention, Attention)
+        and attention.q.part("input_scale")
     ):
         raise LayoutError(
             f"layout rtp_llm has no name for input scales of {layer.name}, which norms after blocks"
         )
     yield from _norms(layer, model)
-    if isinstance(layer.attention, Mla):
-        yield from _latent(layer.attention, model.sizes.heads, cut, making)
-    elif isinstance(layer.attention, DeltaNet):
-        yield from _delta(layer.attention, model, cut)
+    if isinstance(attention, Mla):
+        yield from _latent(attention, model.sizes.heads, cut, making)
+    elif isinstance(attention, DeltaNet):
+        yield from _delta(attention, model, cut)
     else:
-        yield from _attention(layer.attention, model, cut, making)
-    if isinstance(layer.mlp, Experts):
-        yield from _experts(layer.mlp, cut, making, experts)
+        yield from _attention(attention, model, cut, making)
+    if isinstance(mlp, Experts):
+        yield from _experts(mlp, cut, making, experts)
     else:
-        yield from _mlp(layer.mlp, cut, making)
+        yield from _mlp(mlp, cut, making)
     if layer.vision is not None:
         yield from _attention(layer.vision.attention, model, cut, making, "vision_")
         yield from _mlp(layer.vision.mlp, cut, replace(making, w13=False), "vision_")

@@ -3,9 +3,9 @@
 Matrices are [out, in]. q, k and v are one `qkv_proj` [q_r; k_r; v_r], gate and up one `gate_up_proj` [gate_r;
 up_r], experts `w13_weight` [experts, gate_r; up_r, hidden] and `w2_weight` [experts, hidden, width / tp];
 latent attention cuts what follows the low ranks, whose matrices are one `fused_qkv_a_proj`, whole on every
-rank, as is an indexer, of which k and the heads' weights are one `wk_weights_proj`; the vocabulary is padded
-with zero rows, then cut. Source: vLLM's layers/linear.py, vocab_parallel_embedding.py, fused_moe/layer.py and
-models/.
+rank, as is an indexer, of which k and the heads' weights are one `wk_weights_proj`; Mamba's
+mixers are cut by heads and groups; the vocabulary is padded with zero rows, then cut. Source: vLLM's
+layers/linear.py, vocab_parallel_embedding.py, fused_moe/layer.py, mamba/mamba_mixer2.py and models/.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from .. import dtypes
+from ..computed.finishes import minus_exp
 from ..dtypes import DType
 from ..errors import LayoutError
 from ..model import (
@@ -27,6 +28,7 @@ from ..model import (
     Experts,
     Layer,
     Linear,
+    Mamba,
     Mla,
     Mlp,
     Model,
@@ -47,6 +49,8 @@ from .cuts import (
     in_form,
     in_part,
     joined,
+    mamba,
+    mamba_part,
     norm,
     norms_part,
     out_part,
@@ -59,6 +63,7 @@ from .cuts import (
     require_even,
     require_heads,
     require_least,
+    require_mamba,
     require_subjects,
 )
 from .engines import Form, Renamed, Served, known, served
@@ -79,6 +84,8 @@ _INSIDE = (
 RENAMED: dict[str, Renamed] = {
     "gpt_oss": ((".self_attn.", ".attn."), (".embed_tokens.", ".embedding.")),
     "chatglm": ((".word_embeddings.", "."),),
+    "nemotron_h": (("backbone.embeddings.", "model.embed_tokens."), ("backbone.", "model.")),
+    "falcon_h1": ((".mamba.", ".mamba.mamba."),),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), (("model.", "language_model.model."), _HEAD)),
     **dict.fromkeys(
         ("qwen3_vl", "qwen3_vl_moe", "glm4v"),
@@ -174,6 +181,7 @@ class Vllm:
         stage = layer_range("vllm", placement, len(model.layers))
         require_heads("vllm", placement, model.sizes, instead)
         require_delta("vllm", placement, model.sizes.delta)
+        require_mamba("vllm", placement, model.sizes.mamba)
         for key, width in model.sizes.widths.items():
             if key != model.sizes.expert_width:
                 require_even("vllm", placement, key, width, instead)
@@ -271,7 +279,7 @@ class Vllm:
             yield from _latent(layer.attention, placement)
         elif isinstance(layer.attention, DeltaNet):
             yield from _delta(layer.attention, placement)
-        else:
+        elif layer.attention is not None:
             as_hub = engine is not None and engine.hub_rows
             attention = layer.attention
             if attention.own_norms or model.family in CUT_NORMS:
@@ -279,17 +287,19 @@ class Vllm:
             if model.family in PAIRED:
                 attention = _in_halves(attention, model.sizes.head_dim)
             yield from _attention(attention, model.sizes, placement, as_hub)
-        if engine is not None and not isinstance(layer.attention, DeltaNet):
+        if engine is not None and isinstance(layer.attention, Attention | Mla):
             module, own = _parent(layer.attention.o.name), model.embedding.weight.dtype
             for held in (*engine.held, *engine.quantised.get(model.quant_method, Form()).held):
                 one = constant(np.full(1, held.value, np.float32), dtypes.float32)
                 yield Target(f"{module}.{held.name}", one if held.float32 else one.cast(own), held.shape)
+        if layer.mamba is not None and model.sizes.mamba is not None:
+            yield from _mamba(mamba_part(layer.mamba, model.sizes.mamba, placement), engine is not None)
         yield from norm(layer.attention_after)
         yield from norm(layer.mlp_norm)
         if isinstance(layer.mlp, Experts):
             form = None if engine is None else engine.quantised.get(model.quant_method)
             yield from self._experts(layer.mlp, placement, share, form)
-        else:
+        elif layer.mlp is not None:
             yield from _mlp(layer.mlp, placement, engine is not None and engine.hub_rows)
         yield from norm(layer.mlp_after)
 
@@ -299,6 +309,8 @@ class Vllm:
         yield from plain(moe.router)
         if moe.correction is not None:
             yield Target(moe.correction.name, moe.correction.view.cast(dtypes.float32))
+        for linear in moe.latent or ():
+            yield from plain(linear)
         held = share.of(len(moe.experts), self.experts)
         if moe.stacks is not None:
             yield from _stacks(moe.name, moe.stacks, held, share)
@@ -348,7 +360,7 @@ def _tower(model: Model, tower: Tower, placement: Placement) -> Iterator[Target]
     unlike = TOWERS.get(model.family, frozenset())
     for i in range(tower.read):
         layer = tower.layers[i]
-        if not isinstance(layer.attention, Attention) or isinstance(layer.mlp, Experts):
+        if not isinstance(layer.attention, Attention) or not isinstance(layer.mlp, Mlp):
             raise LayoutError(f"layout vllm has no place for {layer.name}")
         yield from norm(layer.attention_norm)
         yield from _tower_attention(layer.attention, tower.sizes, placement, unlike)
@@ -526,6 +538,15 @@ def _delta(net: DeltaNet, placement: Placement) -> Iterator[Target]:
     for linear in (*matrices, part.o):
         yield from plain(linear)
     yield from delta_rest(replace(part, a_log=replace(part.a_log, view=part.a_log.view.cast(dtypes.float32))))
+
+
+def _mamba(part: Mamba, rates: bool) -> Iterator[Target]:
+    """The rank's part of a mixer; with `rates` it has vLLM's A in place of A_log."""
+    yield from mamba(part)
+    if rates:
+        yield Target(f"{_parent(part.a_log.name)}.A", minus_exp(part.a_log.view))
+    else:
+        yield Target(part.a_log.name, part.a_log.view.cast(dtypes.float32))
 
 
 def _mlp(mlp: Mlp, placement: Placement, as_hub: bool = False) -> Iterator[Target]:

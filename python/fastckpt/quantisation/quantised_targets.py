@@ -258,6 +258,8 @@ def quantization_config(quant: Quant, shapes: Mapping[str, tuple[int, ...]]) -> 
     if "model.norm.bias" in shapes:  # Phi-3.5-MoE: transformers calls its routers so; Mixtral's are no Linear
         gates = [name for name in plain if name.endswith(".block_sparse_moe.gate")]
         left += [name.replace(".block_sparse_moe.gate", ".mlp.router") for name in gates]
+    root = "backbone."  # Nemotron-H: transformers calls it model
+    left += [f"model.{str(name).removeprefix(root)}" for name in left if str(name).startswith(root)]
     asked = [
         name.removesuffix(".weight")
         for name, shape in shapes.items()

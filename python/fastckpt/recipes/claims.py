@@ -127,16 +127,23 @@ class Claims:
 
     `anchor`: a name that every checkpoint of the family has ("": there is none); where all names have one
     prefix more, the error says how to strip it. `optional`: a prefix that a checkpoint's names may lack
-    (GPT-2's base model has no `transformer.`). `form`: how its quantised matrices are stored. Raises
-    RecipeError."""
+    (GPT-2's base model has no `transformer.`), or have `instead` of. `form`: how its quantised matrices are
+    stored. Raises RecipeError."""
 
     def __init__(
-        self, ckpt: Checkpoint, anchor: str, optional: str = "", *, form: Quantised | None = None
+        self,
+        ckpt: Checkpoint,
+        anchor: str,
+        optional: str = "",
+        *,
+        instead: str = "",
+        form: Quantised | None = None,
     ) -> None:
         self.ckpt = ckpt
         self.form = form
         spelled = any(name.endswith(anchor) for name in (*ckpt.entries, *ckpt.aliases))
         self._omitted = "" if spelled or self.imagined is not None else optional
+        self._instead = instead if self._omitted else ""
         self._claimed: set[str] = set()
         if anchor and self._stored(anchor) not in ckpt:
             self._refuse_wrapped(self._stored(anchor))
@@ -147,7 +154,7 @@ class Claims:
         return math.lcm(*(max(u, 1) for kind in self.form.beside for u in kind.unit)) if self.form else 1
 
     def _stored(self, name: str) -> str:
-        return name.removeprefix(self._omitted)
+        return self._instead + name.removeprefix(self._omitted) if name.startswith(self._omitted) else name
 
     def __contains__(self, name: str) -> bool:
         return self._stored(name) in self.ckpt

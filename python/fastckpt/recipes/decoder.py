@@ -5,7 +5,7 @@ A family is a Kind: which biases, norms and fusions it has. Names as transformer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -32,12 +32,16 @@ from .delta import Stored, hybrid
 from .delta import heads_of as delta_heads
 from .fused import attention_of, fused_attention, fused_mlp
 from .known import Known
+from .mamba import TWO, Blocks, mixers
+from .mamba import Stored as StoredMamba
+from .mamba import heads_of as mamba_heads
 from .quantised import quantised
 
 IGNORED = ("*rotary_emb.inv_freq",)
 """Buffers that old checkpoints carry and every server computes itself."""
 
 ANCHOR = "model.embed_tokens.weight"
+"""A name that checkpoints of most decoders have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +99,18 @@ class Kind:
     `qkv_bias`, `o_bias`, `mlp_bias`: whether q, k and v, o, or the feed-forward block have biases.
     `head_bias`: the head has one. `qk_norm`: q and k are normed: each head by the same weights, with
     `own_norms` by weights of its own, or, with `whole_norms`, all of q and all of k; `rotated`: after the
-    rotary positions. `plus_one`: norms multiply by 1 + weight. `fused_qkv`, `fused_gate_up`: [q; k; v] or
-    [gate; up] are stored as one matrix. `ungated`: the names of the two matrices of a feed-forward block
-    without a gate; None: it has a gate. `scalars`: the learned numbers of its activation, below the block,
-    with their shapes. `o`: the name of o. `gated`: q_proj holds each head's q and then its output gate.
-    `sinks`: attention has sinks. `delta`: how linear attention is stored, which some layers have in its
-    place. `parallel`: attention and the feed-forward block read one norm, side by side. `further`: the one
-    layer that may predict a further token, where it is not counted after the last (None: it is, as in
-    DeepSeek). `tied`: whether embedding and head are one where the config does not say. `cuts`: as in
-    Model. `ignored`: patterns of names that are left out."""
+    rotary positions. `plus_one`: norms multiply by 1 + weight. `fused_qkv`: [q; k; v] are stored as one
+    matrix. `paired`: the names of the two matrices of a feed-forward block whose [gate; up] are stored as
+    one; `ungated`: of one without a gate; None of both: it has three. `scalars`: the learned numbers of its
+    activation, below the block, with their shapes. `mlp`: the block's name, `width`: config's key of
+    its width. `self_attn`, `o`: the names of attention and of its o. `gated`: q_proj holds each head's q and
+    then its output gate. `sinks`: attention has sinks. `delta`: how linear attention is stored, which some
+    layers have in its place, `mamba`, how Mamba's mixers are, and which layers have what.
+    `root`: the module of embedding and layers ("backbone"), `trained`: what transformers calls it in
+    training, `embedding`: the first's name. `parallel`: attention and the feed-forward block read one norm,
+    side by side. `further`: the one layer that may predict a further token, where it is not counted after the
+    last (None: it is, as in DeepSeek). `tied`: whether embedding and head are one where the config does not
+    say. `cuts`: as in Model. `ignored`: patterns of names that are left out."""
 
     family: str
     qkv_bias: bool | Said = ATTENTION_BIAS
@@ -116,17 +123,24 @@ class Kind:
     norms: Norms = field(default_factory=Norms)
     plus_one: bool = False
     fused_qkv: bool = False
-    fused_gate_up: bool = False
+    paired: tuple[str, str] | None = None
     gated: bool = False
     sinks: bool = False
     delta: Stored | None = None
+    mamba: StoredMamba | None = None
     further: Further | None = None
     tied: bool = False
     cuts: HubCuts = field(default_factory=HubCuts)
     head_bias: bool | Said = False
     ungated: tuple[str, str] | None = None
     scalars: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    mlp: str = "mlp"
+    width: str = "intermediate_size"
+    self_attn: str = "self_attn"
     o: str = "o_proj"
+    root: str = "model"
+    trained: str = "model"
+    embedding: str = "embed_tokens"
     parallel: bool | Said = False
     ignored: tuple[str, ...] = IGNORED
 
@@ -140,10 +154,22 @@ def recipe(
     ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None, kind: Kind
 ) -> Model:
     """The model of a checkpoint of that kind; `vocab_size` overrides config's. Raises RecipeError."""
-    claims = Claims(ckpt, ANCHOR, form=quantised(config))
-    width = dim(config, "intermediate_size")
-    mlp = dense(kind, claims, config, width)
+    claims, width = claimed(kind, ckpt, config), dim(config, kind.width)
+    mlp = dense(kind, claims, config, width, kind.mlp)
     return decoder(kind, claims, config, vocab_size, mlp, {width.key: width.size})
+
+
+def claimed(kind: Kind, ckpt: Checkpoint, config: Mapping[str, JSON]) -> Claims:
+    """The names of a checkpoint of that kind, under its root or the one it is trained with."""
+    anchor, root = f"{kind.root}.{kind.embedding}.weight", f"{kind.root}."
+    if kind.trained == kind.root:
+        return Claims(ckpt, anchor, form=quantised(config))
+    return Claims(ckpt, anchor, root, instead=f"{kind.trained}.", form=quantised(config))
+
+
+def blocks_of(kind: Kind, config: Mapping[str, JSON], count: int) -> Sequence[Blocks]:
+    """Which blocks each of `count` layers has. Raises RecipeError."""
+    return kind.mamba.blocks(config, count) if kind.mamba is not None else [TWO] * count
 
 
 def families(*kinds: Kind) -> dict[str, Known]:
@@ -151,14 +177,20 @@ def families(*kinds: Kind) -> dict[str, Known]:
     return {kind.family: Known(partial(recipe, kind=kind), kind.ignored) for kind in kinds}
 
 
-def dense(kind: Kind, claims: Claims, config: Mapping[str, JSON], width: Dim, at: str = "mlp") -> FeedForward:
+def dense(
+    kind: Kind, claims: Claims, config: Mapping[str, JSON], width: Dim, at: str = "mlp"
+) -> Callable[[str], Callable[[], Mlp]]:
     """The block of the module `at`, that wide in every layer."""
     hidden = dim(config, "hidden_size")
     bias = has(config, kind.mlp_bias)
-    if kind.ungated is None:
-        return lambda layer: gated(
-            claims, f"{layer}.{at}", width, hidden, bias=bias, fused=kind.fused_gate_up
+    if kind.paired is not None:
+        both, last = kind.paired
+        return lambda layer: fused_mlp(
+            claims.linear(f"{layer}.{at}.{both}", width.times(2), hidden, bias=bias),
+            claims.linear(f"{layer}.{at}.{last}", hidden, width, bias=bias),
         )
+    if kind.ungated is None:
+        return lambda layer: gated(claims, f"{layer}.{at}", width, hidden, bias=bias)
     first, second = kind.ungated
 
     def claim(layer: str) -> Callable[[], Mlp]:
@@ -173,13 +205,8 @@ def dense(kind: Kind, claims: Claims, config: Mapping[str, JSON], width: Dim, at
     return claim
 
 
-def gated(
-    claims: Claims, at: str, width: Dim, hidden: Dim, *, bias: bool = False, fused: bool = False
-) -> Callable[[], Mlp]:
-    """Claims `gate_proj`, `up_proj` (or `gate_up_proj`, which is both) and `down_proj` of the module `at`."""
-    if fused:
-        pair = claims.linear(f"{at}.gate_up_proj", width.times(2), hidden, bias=bias)
-        return fused_mlp(pair, claims.linear(f"{at}.down_proj", hidden, width, bias=bias))
+def gated(claims: Claims, at: str, width: Dim, hidden: Dim, *, bias: bool = False) -> Callable[[], Mlp]:
+    """Claims `gate_proj`, `up_proj` and `down_proj` of the module `at`."""
     gate = claims.linear(f"{at}.gate_proj", width, hidden, bias=bias)
     up = claims.linear(f"{at}.up_proj", width, hidden, bias=bias)
     down = claims.linear(f"{at}.down_proj", hidden, width, bias=bias)
@@ -220,7 +247,7 @@ def attention(kind: Kind, claims: Claims, config: Mapping[str, JSON]) -> Claim:
         return attention_of(q, k, v, o, gated=heads.q if kind.gated else 0)
 
     def claim(layer: str) -> Callable[[], Attention]:
-        at = f"{layer}.self_attn"
+        at = f"{layer}.{kind.self_attn}"
         build = matrices(at)
         q_norm = norm(f"{at}.{kind.norms.q}", heads.q, q_rows)
         k_norm = norm(f"{at}.{kind.norms.k}", heads.kv, kv_rows)
@@ -266,30 +293,38 @@ def decoder(
     if kind.delta is not None:
         attend = hybrid(kind.delta, claims, config, attend)
     names, parallel = kind.norms, has(config, kind.parallel)
+    count = claims.layers(config)
+    mix = mixers(kind.mamba, claims, config) if kind.mamba is not None else None
 
     def norm(name: str) -> Callable[[], Norm]:
         return claims.norm(name, hidden, bias=names.bias, plus_one=kind.plus_one)
 
-    def layer(name: str) -> Callable[[], Layer]:
+    def layer(name: str, blocks: Blocks = TWO) -> Callable[[], Layer]:
         def named(leaf: str | None) -> Callable[[], Norm | None]:
             return norm(f"{name}.{leaf}") if leaf else absent
 
-        before, attending = named(names.attention), attend(name)
-        between, feeding = named(None if parallel else names.mlp), feed_forward(name)
+        fed = "mlp" in blocks
+        before = named(names.attention if blocks != {"mlp"} else None)
+        attending = attend(name) if "attention" in blocks else absent
+        mixing = mix(name) if mix is not None and "mamba" in blocks else absent
+        between = named(names.mlp if fed and not parallel else None)
+        feeding = feed_forward(name) if fed else absent
         after, last = named(names.attention_after), named(names.mlp_after)
-        return lambda: Layer(name, before(), attending(), between(), feeding(), after(), last())
+        return lambda: Layer(
+            name, before(), attending(), between(), feeding(), after(), last(), mamba=mixing()
+        )
 
     vocab, embedding, lm_head, tied = vocabulary(
         claims,
         config,
         vocab_size,
-        embedding="model.embed_tokens",
+        embedding=f"{kind.root}.{kind.embedding}",
         hidden=hidden,
         tied_default=kind.tied,
         head_bias="lm_head.bias" if has(config, kind.head_bias) else "",
     )
-    count = integer(config, "num_hidden_layers")
-    layers = Layers([layer(f"model.layers.{i}") for i in range(count)])
+    held = blocks_of(kind, config, count)
+    layers = Layers([layer(f"{kind.root}.layers.{i}", blocks) for i, blocks in enumerate(held)])
     predictions = min(predictions, claims.most)  # a config may say anything
     further = [_after_the_last(i) for i in range(count, count + predictions)]
     further = [kind.further] if kind.further is not None else further
@@ -310,6 +345,7 @@ def decoder(
             head_keys=("num_attention_heads", "num_key_value_heads", "" if heads else "head_dim"),
             fused_qkv=kind.fused_qkv,
             delta=delta_heads(config) if kind.delta is not None else None,
+            mamba=mamba_heads(kind.mamba, config) if kind.mamba is not None else None,
         ),
         embedding=embedding,
         layers=layers,

@@ -26,9 +26,10 @@ GRANITEMOESHARED = replace(
     GRANITEMOE,
     kind=Kind(
         "granitemoeshared",
+        paired=("input_linear", "output_linear"),
         cuts=HubCuts(whole=frozenset({"attention", "shared", "shared_intermediate_size"})),
     ),
-    shared=Shared("shared_mlp", width="shared_intermediate_size", fused=("input_linear", "output_linear")),
+    shared=Shared("shared_mlp", width="shared_intermediate_size"),
 )
 
 FAMILIES = mixtures(GRANITEMOE, GRANITEMOESHARED)

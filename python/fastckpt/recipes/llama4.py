@@ -26,7 +26,7 @@ def interleaved(config: Mapping[str, JSON]) -> Callable[[int], bool]:
 
 
 LLAMA4_TEXT = Mixture(
-    Kind("llama4_text"),
+    Kind("llama4_text", mlp="feed_forward", width="intermediate_size_mlp"),
     Block(
         hub="feed_forward",
         router="router",
@@ -37,7 +37,6 @@ LLAMA4_TEXT = Mixture(
     width="intermediate_size",
     sparse=interleaved,
     shared=Shared("feed_forward.shared_expert", count="", default=1),
-    dense="intermediate_size_mlp",
 )
 
 FAMILIES = mixtures(LLAMA4_TEXT)

@@ -13,12 +13,10 @@ from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import Experts, Mla, Mlp, Model
 from .claims import Claims, Dim, absent, dim, each_layer, integer
-from .decoder import ANCHOR, Kind, decoder, dense, gated, has
-from .fused import fused_mlp
+from .decoder import Kind, blocks_of, claimed, decoder, dense
 from .known import Known
 from .latent import heads_of, rope
 from .moe import BLOCK, Block, experts, with_shared
-from .quantised import quantised
 
 Rule = Callable[[Mapping[str, JSON]], Callable[[int], bool]]
 """Of a config, which layers have experts. Raises RecipeError."""
@@ -59,22 +57,21 @@ def stepped(config: Mapping[str, JSON]) -> Callable[[int], bool]:
 class Shared:
     """The block of a layer that every token passes. `name`: the hub's module within the layer; `width`:
     config's key of how wide it is, or `count`, of how many experts that is, which may be said of each layer;
-    `default`: how many where the config does not say; `gate`: the module of its gate; `fused`: its matrices'
-    names, where gate and up are one."""
+    `default`: how many where the config does not say; `gate`: the module of its gate. Its matrices have the
+    names of a block without experts."""
 
     name: str = "mlp.shared_experts"
     count: str = "n_shared_experts"
     default: int = 0
     width: str = ""
     gate: str = ""
-    fused: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
     """How a family's mixtures differ. `count`: config's keys of how many experts there are, `width`, of how
-    wide one is; `sparse`: which layers have them; `dense`: config's key of how wide the block of the others
-    is; `latent`: what claims its latent attention, None where it has none."""
+    wide one is; `sparse`: which layers have them, where the others have the kind's own block; `latent`: what
+    claims its latent attention, None where it has none."""
 
     kind: Kind
     block: Block = BLOCK
@@ -82,7 +79,6 @@ class Mixture:
     width: str = "moe_intermediate_size"
     sparse: Rule = every
     shared: Shared | None = None
-    dense: str = "intermediate_size"
     latent: Latent | None = None
 
 
@@ -90,31 +86,33 @@ def recipe(
     ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None, mixture: Mixture
 ) -> Model:
     """The model of a checkpoint of that family; `vocab_size` overrides config's. Raises RecipeError."""
-    claims = Claims(ckpt, ANCHOR, form=quantised(config))
     kind = mixture.kind
-    hidden, width = dim(config, "hidden_size"), dim(config, mixture.width)
-    count = dim(config, *mixture.count)
-    chosen = mixture.sparse(config)
-    sparse = [chosen(i) for i in range(claims.layers(config))]
-    shared = _shared(config, mixture.shared, width)
-    widths = {d.key: d.size for d in (width, shared) if d.size and any(sparse)}
+    claims = claimed(kind, ckpt, config)
+    hidden, chosen = dim(config, "hidden_size"), mixture.sparse(config)
+    held = blocks_of(kind, config, claims.layers(config))
+    sparse = {i: chosen(i) for i, blocks in enumerate(held) if "mlp" in blocks}
+    count = width = shared = Dim(0, "")
+    if any(sparse.values()):
+        count, width = dim(config, *mixture.count), dim(config, mixture.width)
+        shared = _shared(config, mixture.shared, width)
+    widths = {d.key: d.size for d in (width, shared) if d.size}
     block = None
-    if not all(sparse):
-        plain = dim(config, mixture.dense)
-        block = dense(kind, claims, config, plain, mixture.block.hub)
+    if not all(sparse.values()):
+        plain = dim(config, kind.width)
+        block = dense(kind, claims, config, plain, kind.mlp)
         widths = {plain.key: plain.size} | widths
 
     def feed_forward(layer: str) -> Callable[[], Mlp | Experts]:
         number = int(layer.rpartition(".")[2])
-        if block is not None and number < len(sparse) and not sparse[number]:
+        if block is not None and not sparse.get(number, True):
             return block(layer)
-        build = experts(claims, layer, mixture.block, count, width, hidden)
+        build = experts(claims, config, layer, mixture.block, (count, width, hidden))
         if mixture.shared is None or not shared.size:
             return build
         gate = mixture.shared.gate
         return with_shared(
             build,
-            _beside(claims, layer, mixture.shared, shared, hidden, has(config, kind.mlp_bias)),
+            dense(kind, claims, config, shared, mixture.shared.name)(layer),
             claims.linear(f"{layer}.{gate}", Dim(1, "1"), hidden) if gate else absent,
         )
 
@@ -146,18 +144,6 @@ def _shared(config: Mapping[str, JSON], shared: Shared | None, width: Dim) -> Di
         said = said[0]
     beside = integer({shared.count: said}, shared.count, shared.default, least=0)
     return Dim(beside * width.size, f"{shared.count or beside} * {width.key}")
-
-
-def _beside(
-    claims: Claims, layer: str, shared: Shared, width: Dim, hidden: Dim, bias: bool
-) -> Callable[[], Mlp]:
-    """Claims the shared block of a layer."""
-    at = f"{layer}.{shared.name}"
-    if shared.fused is None:
-        return gated(claims, at, width, hidden, bias=bias)
-    pair, down = shared.fused
-    both = claims.linear(f"{at}.{pair}", width.times(2), hidden, bias=bias)
-    return fused_mlp(both, claims.linear(f"{at}.{down}", hidden, width, bias=bias))
 
 
 def families(*mixtures: Mixture) -> dict[str, Known]:

@@ -7,21 +7,23 @@ are saved.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
+from ..checkpoint import JSON
 from ..model import Experts, Lazy, Linear, Mlp, Parameter, Stacked
 from ..views import View
-from .claims import Claims, Dim, absent
+from .claims import Claims, Dim, absent, dim, flag
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
     """What the hub calls a layer's mixture: the module `hub` holds the `router` and `experts`, each of which
-    has the matrices `gate`, `up` and `down`. `correction`: what is added to the experts' scores when the
-    router selects, "" for nothing; `row`: it is stored [1, experts]. `stacked`: the names within the module
-    of two stacks, where the hub stores no expert on its own.
+    has the matrices `gate` ("": it has none), `up` and `down`. `correction`: what is added to the experts'
+    scores when the router selects, "" for nothing; `row`: it is stored [1, experts]. `stacked`: the names
+    within the module of two stacks, where the hub stores no expert on its own. `latent`: the names of the
+    matrices before and after the experts, and config's key of how wide it is between, where that has a value.
 
     `trained`, `trained_router`, `trained_correction`: what transformers calls them in training ("": as the
     hub does)."""
@@ -34,6 +36,7 @@ class Block:
     correction: str = ""
     row: bool = False
     stacked: Stacked | None = None
+    latent: tuple[str, str, str] | None = None
     trained: str = "mlp"
     trained_router: str = ""
     trained_correction: str = ""
@@ -44,26 +47,43 @@ BLOCK = Block()
 
 
 def experts(
-    claims: Claims, layer: str, block: Block, count: Dim, width: Dim, hidden: Dim
+    claims: Claims, config: Mapping[str, JSON], layer: str, block: Block, sizes: tuple[Dim, Dim, Dim]
 ) -> Callable[[], Experts]:
-    """Claims the router of a layer, its correction and the experts, in either spelling."""
+    """Claims the router of a layer, its correction and the experts, in either spelling; `sizes`: how many
+    there are, how wide, and how wide the hidden state is."""
+    count, width, hidden = sizes
     hub, trained = f"{layer}.{block.hub}", f"{layer}.{block.trained}"
     name, written = f"{hub}.experts", None
     if block.stacked is not None:
         within = block.stacked
         written = replace(within, gate_up=f"{hub}.{within.gate_up}", down=f"{hub}.{within.down}")
     at, stored, adds, found = hub, block.router, block.correction, written
-    in_training = Stacked(f"{trained}.experts.gate_up_proj", f"{trained}.experts.down_proj")
+    first = "gate_up_proj" if block.gate else block.up
+    in_training = Stacked(f"{trained}.experts.{first}", f"{trained}.experts.down_proj")
     if in_training.gate_up in claims:
         at, found = trained, replace(in_training, transposed=written is not None and written.transposed)
         stored, adds = block.trained_router or stored, block.trained_correction or adds
     router = claims.linear(f"{hub}.{block.router}", count, hidden, stored=f"{at}.{stored}")
     added = _correction(claims, block, hub, f"{at}.{adds}", count)
+    reads, latent = _latent(claims, config, block, hub, hidden)
     if found is None:
-        each = [_one(claims, f"{name}.{e}", block, width, hidden) for e in range(count.size)]
-        return lambda: Experts(name, router(), Lazy(each), added())
-    each_of = _unstacked(claims, name, block, found, (count, width, hidden))
-    return lambda: Experts(name, router(), each_of(), added(), stacked=written)
+        each = [_one(claims, f"{name}.{e}", block, width, reads) for e in range(count.size)]
+        return lambda: Experts(name, router(), Lazy(each), added(), latent=latent())
+    each_of = _unstacked(claims, name, block, found, (count, width, reads))
+    return lambda: Experts(name, router(), each_of(), added(), stacked=written, latent=latent())
+
+
+def _latent(
+    claims: Claims, config: Mapping[str, JSON], block: Block, hub: str, hidden: Dim
+) -> tuple[Dim, Callable[[], tuple[Linear, Linear] | None]]:
+    """What experts read, and what claims the matrices around them."""
+    if block.latent is None or config.get(block.latent[2]) is None:
+        return hidden, absent
+    first, last, key = block.latent
+    rank, bias = dim(config, key), flag(config, "mlp_bias", False)
+    before = claims.linear(f"{hub}.{first}", rank, hidden, bias=bias)
+    after = claims.linear(f"{hub}.{last}", hidden, rank, bias=bias)
+    return rank, lambda: (before(), after())
 
 
 def _correction(
@@ -91,7 +111,7 @@ def with_shared(
 
 
 def _one(claims: Claims, name: str, block: Block, width: Dim, hidden: Dim) -> Callable[[], Mlp]:
-    gate = claims.linear(f"{name}.{block.gate}", width, hidden)
+    gate = claims.linear(f"{name}.{block.gate}", width, hidden) if block.gate else absent
     up = claims.linear(f"{name}.{block.up}", width, hidden)
     down = claims.linear(f"{name}.{block.down}", hidden, width)
     return lambda: Mlp(gate(), up(), down())
@@ -102,7 +122,7 @@ def _unstacked(
 ) -> Callable[[], Lazy[Mlp]]:
     """Claims the stacks of that many experts, of that width, that read so many features."""
     count, width, hidden = sizes
-    wide, narrow = (width.times(2), hidden), (hidden, width)
+    wide, narrow = (width.times(2) if block.gate else width, hidden), (hidden, width)
     gate_up = claims.tensor(stored.gate_up, count, *(wide[::-1] if stored.transposed else wide))
     down = claims.tensor(stored.down, count, *(narrow[::-1] if stored.transposed else narrow))
 
@@ -111,12 +131,11 @@ def _unstacked(
         return matrix.T if stored.transposed else matrix
 
     def expert(first: View, second: View, e: int) -> Mlp:
-        both = of(first, e)
-        return Mlp(
-            Linear(f"{name}.{e}.{block.gate}", both.part(0, 0, 2)),
-            Linear(f"{name}.{e}.{block.up}", both.part(0, 1, 2)),
-            Linear(f"{name}.{e}.{block.down}", of(second, e)),
-        )
+        both, down = of(first, e), Linear(f"{name}.{e}.{block.down}", of(second, e))
+        if not block.gate:
+            return Mlp(None, Linear(f"{name}.{e}.{block.up}", both), down)
+        gate, up = both.part(0, 0, 2), both.part(0, 1, 2)
+        return Mlp(Linear(f"{name}.{e}.{block.gate}", gate), Linear(f"{name}.{e}.{block.up}", up), down)
 
     def build() -> Lazy[Mlp]:
         first, second = gate_up(), down()

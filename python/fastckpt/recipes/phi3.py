@@ -9,6 +9,13 @@ from ..model import HubCuts
 from .decoder import Kind
 from .decoder import families as kinds
 
-PHI3 = Kind("phi3", qkv_bias=False, o_bias=False, fused_qkv=True, fused_gate_up=True, cuts=HubCuts(rows=True))
+PHI3 = Kind(
+    "phi3",
+    qkv_bias=False,
+    o_bias=False,
+    fused_qkv=True,
+    paired=("gate_up_proj", "down_proj"),
+    cuts=HubCuts(rows=True),
+)
 
 FAMILIES = kinds(PHI3)
