@@ -155,8 +155,13 @@ def test_recurrent_weights_and_scales_of_inputs():
     want = {n: dense(t, "int8-dynamic-channel") if t.ndim == 2 else t for n, t in model.state_dict().items()}
     same(got, want)
     state = {"a.weight": torch.ones(2, 2, dtype=torch.int8), "a.weight_scale": torch.ones(1)}
-    (got,) = fastckpt.reshard(state | {"a.input_scale": torch.ones(1)}, layout="same", quant="none")
-    assert set(got) == {"a.weight"}
+    for leaf in ("input_scale", "activation_scale"):
+        (got,) = fastckpt.reshard(state | {f"a.{leaf}": torch.ones(1)}, layout="same", quant="none")
+        assert set(got) == {"a.weight"}
+    (got,) = fastckpt.reshard(  # Ministral 3's own: one scale a matrix, under the name of blocks'
+        {"a.weight": state["a.weight"], "a.weight_scale_inv": torch.tensor(3.0)}, layout="same", quant="none"
+    )
+    assert torch.equal(got["a.weight"], torch.full((2, 2), 3.0).bfloat16())
 
 
 def test_compressed_tensors_of_other_kinds():

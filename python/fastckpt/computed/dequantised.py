@@ -174,7 +174,9 @@ def _named(config: Mapping[str, JSON] | None) -> DType | None:
 BEHIND = ("", "_scale_inv", "_scale", "_zero_point", "_packed", "_shape")
 """What a quantised matrix's tensors are called behind its name."""
 
-INSTEAD = ("qweight", "qzeros", "scales", "g_idx", "input_scale", "input_zero_point")
+INSTEAD = (
+    "qweight", "qzeros", "scales", "g_idx", "input_scale", "input_zero_point", "activation_scale"
+)  # fmt: skip
 """What they are called in place of `weight`; those of the input mean nothing to a dense matrix."""
 
 
