@@ -327,6 +327,13 @@ MODELS: dict[str, tuple[str, dict]] = {
             tie_word_embeddings=False,
         ),
     ),
+    "mistral3-ministral": (
+        "Mistral3",
+        _seeing(
+            _PIXTRAL, drop=(), text=dict(model_type="ministral3", rope_parameters=_PLAIN),
+            image_token_index=300, tie_word_embeddings=False,
+        ),
+    ),
     "llava": (
         "Llava",
         _seeing(

@@ -282,6 +282,7 @@ WRAPPERS = {
     "glm4v": _seeing("Glm4v", _TOWER | dict(image_size=16)),
     "gemma3-images": _seeing("Gemma3", _SIGLIP, dict(head_dim=8), tie_word_embeddings=True),
     "mistral3": _seeing("Mistral3", _PIXTRAL, dict(model_type="mistral", head_dim=8)),
+    "mistral3-ministral": _seeing("Mistral3", _PIXTRAL, dict(model_type="ministral3", head_dim=8)),
     "llava": _seeing("Llava", _CLIP | dict(model_type="clip_vision_model"), dict(model_type="llama")),
     "llava-pixtral": _seeing(
         "Llava", _PIXTRAL, dict(model_type="mistral", head_dim=8), vision_feature_layer=-1,

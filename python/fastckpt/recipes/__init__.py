@@ -122,7 +122,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("qwen3_vl_moe", "vision_language", "Qwen3-VL with experts, in stacks that lie either way"),
     Family("glm4v", "vision_language", "GLM-4.1V: GLM-4 beside an image tower"),
     Family("gemma3", "vision_language", "Gemma 3: its text model beside SigLIP"),
-    Family("mistral3", "vision_language", "Mistral Small 3.1: Mistral beside Pixtral's tower"),
+    Family("mistral3", "vision_language", "Mistral Small 3.1, Ministral 3: Mistral beside Pixtral's tower"),
     Family("llava", "vision_language", "LLaVA, Pixtral: a text model beside CLIP, SigLIP or Pixtral's tower"),
     Family("llava_onevision", "vision_language", "LLaVA-OneVision: likewise"),
     Family("internvl", "vision_language", "InternVL in transformers' names: likewise, a tower of its own"),

@@ -22,7 +22,7 @@ from .gemma import GEMMA3 as GEMMA3_TEXT
 from .glm import GLM4
 from .imagining import Imagined
 from .known import Known, Recipe
-from .llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from .llama import LLAMA, MINISTRAL3, MISTRAL, QWEN2, QWEN3
 from .moe import Block
 from .qwen_moe import QWEN3_MOE
 from .renaming import renamed, respelled
@@ -51,6 +51,7 @@ TEXTS: Mapping[str, Recipe] = {
     for name, kind in {
         "llama": LLAMA,
         "mistral": MISTRAL,
+        "ministral3": MINISTRAL3,
         "qwen2": QWEN2,
         "qwen3": QWEN3,
         "gemma3_text": GEMMA3_TEXT,
@@ -323,7 +324,7 @@ GLM4V = Wrapper(
     "glm4v", ("glm4v_text",), _within(towers.glm4v, "model.visual"), "model.language_model.", "lm_head."
 )
 GEMMA3 = Wrapper("gemma3", ("gemma3_text",), _gemma3, trained=_LLAVA, tied=True)
-MISTRAL3 = Wrapper("mistral3", _APART, _mistral3, trained=_LLAVA, tied=True)
+MISTRAL3 = Wrapper("mistral3", (*_APART, "ministral3"), _mistral3, trained=_LLAVA, tied=True)
 LLAVA = Wrapper("llava", _APART, _llava, trained=_LLAVA)
 LLAVA_ONEVISION = Wrapper("llava_onevision", _APART, _onevision, trained=_LLAVA)
 INTERNVL = Wrapper("internvl", _APART, _internvl, trained=_LLAVA, tied=True)
