@@ -23,6 +23,7 @@ demo: $(STAMPS)/package
 
 lint: $(STAMPS)/package $(STAMPS)/tools
 	$(BIN)/ruff check python tests examples benchmarks setup.py
+	$(BIN)/ruff format --check --quiet python tests examples benchmarks setup.py
 	$(BIN)/mypy
 
 nightly: $(STAMPS)/package $(STAMPS)/tools

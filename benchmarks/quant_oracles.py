@@ -135,11 +135,14 @@ def torch_ao(dense: torch.Tensor) -> Iterator[tuple[str, list[Compared]]]:
             scale, zero = torch.tensor([theirs.q_scale()]), torch.tensor([theirs.q_zero_point()])
         else:
             scale, zero = theirs.q_per_channel_scales(), theirs.q_per_channel_zero_points()
-        yield scheme, [
-            ("values", theirs.int_repr(), made[NAME]),
-            ("scales", scale.float(), made[f"{NAME}_scale"]),
-            ("zero points", zero.long(), made[f"{NAME}_zero_point"]),
-        ]
+        yield (
+            scheme,
+            [
+                ("values", theirs.int_repr(), made[NAME]),
+                ("scales", scale.float(), made[f"{NAME}_scale"]),
+                ("zero points", zero.long(), made[f"{NAME}_zero_point"]),
+            ],
+        )
 
 
 ORACLES: dict[str, Callable[[torch.Tensor], Iterator[tuple[str, list[Compared]]]]] = {

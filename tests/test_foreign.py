@@ -41,9 +41,7 @@ def foreign(tmp_path, made, served, options, sizes):
     """(shards as another program would leave them, what they are cut from, names and shapes)."""
     hub = hub_of(tmp_path / "hub", made)
     placed, out = layout(served, options), tmp_path / "shards"
-    fastckpt.reshard(
-        tmp_path / "hub", placement=Placement(**sizes), layout=placed, out=out, durable=False
-    )
+    fastckpt.reshard(tmp_path / "hub", placement=Placement(**sizes), layout=placed, out=out, durable=False)
     (out / "fastckpt.json").unlink()
     return out, hub, like(tmp_path / "like", hub)
 
@@ -109,9 +107,7 @@ def test_a_recipe_of_a_file(tmp_path):
     hub = hub_of(tmp_path / "hub", gated.made())
     mine = tmp_path / "mine.py"
     mine.write_text(gated.written())
-    fastckpt.reshard(
-        tmp_path / "hub", 2, layout="vllm", recipe=str(mine), out=tmp_path / "2", durable=False
-    )
+    fastckpt.reshard(tmp_path / "hub", 2, layout="vllm", recipe=str(mine), out=tmp_path / "2", durable=False)
     (tmp_path / "2" / "fastckpt.json").unlink()
     ckpt = fastckpt.open_shards(tmp_path / "2", "vllm", tmp_path / "hub", tp=2, recipe=str(mine))
     same(ckpt, hub)

@@ -76,9 +76,7 @@ def _layout(shards: Checkpoint, args: Mapping[str, JSON], grid: Placement) -> Me
     )
 
 
-def _checked(
-    path: str, model: Model, config: Mapping[str, JSON], args: Mapping[str, JSON]
-) -> Iterator[str]:
+def _checked(path: str, model: Model, config: Mapping[str, JSON], args: Mapping[str, JSON]) -> Iterator[str]:
     """Notes on what config and args say. Raises SourceError where they contradict each other."""
     if not args:
         yield "the checkpoint has no args: heads, groups and rotary positions are as the config says"

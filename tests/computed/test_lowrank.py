@@ -127,9 +127,7 @@ def test_what_does_not_know_it_refuses(road):
     out = np.empty(view.shape, np.float32)
     rows = Binding.of(extents).bind(chunk.rows)
     with pytest.raises(DeviceError, match="computed"):
-        pick(road).bind([x.where for x in extents]).run(
-            rows, [Buffer(out, out.ctypes.data, out.nbytes)]
-        )
+        pick(road).bind([x.where for x in extents]).run(rows, [Buffer(out, out.ctypes.data, out.nbytes)])
 
 
 def test_elements_and_runs():

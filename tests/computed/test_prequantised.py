@@ -407,7 +407,6 @@ def test_megatron_says_that_it_has_no_form():
     refused("megatron-core stores no quantised", to="megatron", quant="fp8")
 
 
-
 def test_a_kept_plan_makes_the_same(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTCKPT_CACHE", str(tmp_path / "cache"))
     config, tensors = model()

@@ -372,7 +372,10 @@ SAID: dict[str, dict] = {
     "deepseek_v32": {"first_k_dense_replace": 1},
     "glm_moe_dsa": {"first_k_dense_replace": 1, "index_topk_pattern": "FSF"},
     "internlm3": {  # which transformers has not
-        "architectures": ["InternLM3ForCausalLM"], "model_type": "internlm3", "qkv_bias": True, "bias": True,
+        "architectures": ["InternLM3ForCausalLM"],
+        "model_type": "internlm3",
+        "qkv_bias": True,
+        "bias": True,
     },
     "kimi_k2": {"model_type": "kimi_k2"},
     "phimoe-hub": {"architectures": ["PhiMoEForCausalLM"]},

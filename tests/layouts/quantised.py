@@ -33,7 +33,6 @@ CONFIGS = {
 }
 
 
-
 def integers(symmetric=True, **more):
     said = compressed("int", "group", group_size=GROUP)
     weights = said["config_groups"]["group_0"]["weights"]

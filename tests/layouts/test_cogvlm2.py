@@ -164,9 +164,7 @@ def test_there_and_back_again(hub, tmp_path):
     with pytest.raises(RecipeError, match="--recipe"):
         fastckpt.reshard(hub, tp=2, layout="rtp_llm", out=tmp_path / "x", durable=False)
     fastckpt.reshard(hub, tp=8, layout="rtp_llm", recipe="cogvlm2", out=tmp_path / "8", durable=False)
-    fastckpt.reshard(
-        tmp_path / "8", tp=2, layout="hf", recipe="cogvlm2", out=tmp_path / "2", durable=False
-    )
+    fastckpt.reshard(tmp_path / "8", tp=2, layout="hf", recipe="cogvlm2", out=tmp_path / "2", durable=False)
     for r in range(2):
         got = load_file(tmp_path / "2" / f"rank-{r:02d}" / "model.safetensors")
         assert sorted(got) == sorted(HUB)

@@ -71,6 +71,7 @@ def directory(path, config, hub):
     (path / "config.json").write_text(json.dumps(config))
     return path
 
+
 PLUS_ONE = ("gemma", "vaultgemma", "nemotron", "gated", "qwen3_next", "qwen3_5", "qwen3_5_moe")
 """Models whose norms multiply by 1 + weight."""
 

@@ -229,9 +229,7 @@ def test_heads_that_are_normed_together_are_not_padded(name):
 
 def test_rows_in_pairs_want_plain_matrices():
     config, hub, _ = families.made("llama4_text")
-    biases = {
-        n.replace("weight", "bias"): x[:, 0].clone() for n, x in hub.items() if ".self_attn." in n
-    }
+    biases = {n.replace("weight", "bias"): x[:, 0].clone() for n, x in hub.items() if ".self_attn." in n}
     model = recipes.find(config)(memory(hub | biases), config | {"attention_bias": True})
     with pytest.raises(LayoutError, match=r"how vLLM orders .*q_proj\.bias is not known"):
         list(layout("vllm").targets(model, Placement(tp=2)))

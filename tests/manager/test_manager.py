@@ -331,7 +331,6 @@ def test_one_job_a_root(tmp_path: Path) -> None:
                 os._exit(code)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
-
     with CheckpointManager(tmp_path) as other:
         assert other.save(1, {})
 

@@ -53,7 +53,7 @@ def test_many_points(tmp_path: Path) -> None:
     assert found["damage"]["by_group"] == {"damages": 10_000, "clean loads": 10_000}
 
 
-CARELESS = '''
+CARELESS = """
 import sys, tempfile
 from pathlib import Path
 import faults
@@ -66,7 +66,7 @@ with tempfile.TemporaryDirectory() as work:
     run = logged(faults.Shim(), roots, Job(durable=False))
     tries = [(k, seed) for k in run.places[:75] for seed in (0, k + 1)]
     print(sum(any(outcome.wrong.values()) for outcome in crashes(run, roots, tries)))
-'''
+"""
 
 
 def test_what_is_not_synced_is_seen_to_be_lost(tmp_path: Path) -> None:

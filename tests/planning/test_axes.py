@@ -55,9 +55,7 @@ def test_upright_rows_fill_the_transpose():
         (rows, columns), binding = view.shape, Binding.of(extents)
         want, step, width = read(view), rng.randrange(1, 5), columns * 8
         slots = Slots.of([0], [0], [rows * width])
-        for batch in cut(
-            chunk, 0, slots, binding, stage=step * width, band=step * width, in_order=True
-        ):
+        for batch in cut(chunk, 0, slots, binding, stage=step * width, band=step * width, in_order=True):
             assert batch.stop - batch.start <= step * width
             top, count = batch.start // width, (batch.stop - batch.start) // width
             out = np.full(count * width, UNWRITTEN, np.uint8)

@@ -150,9 +150,7 @@ CASES = [
 @pytest.mark.parametrize("family, layout, tp, scheme", CASES)
 def test_cutting_changes_no_number(family, layout, tp, scheme):
     config, tensors = model(family)
-    if layout == "vllm" and (
-        "dynamic" in scheme or (family == "mixtral" and "int4" in scheme)
-    ):
+    if layout == "vllm" and ("dynamic" in scheme or (family == "mixtral" and "int4" in scheme)):
         with pytest.raises(LayoutError, match="quant"):
             fastckpt.reshard(tensors, tp, layout=layout, config=config, quant=scheme)
         return

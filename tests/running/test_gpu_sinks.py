@@ -82,9 +82,7 @@ def test_batches_are_sent_in_pieces() -> None:
     with Positioned(binding.places) as reader:
         workers = [sink.worker(reader.lane(pick(None)), 2 * LEAF) for _ in range(2)]
         batches = [
-            b
-            for first, chunk in drafted.chunks()
-            for b in cut(chunk, first, slots, binding, band=2 * LEAF)
+            b for first, chunk in drafted.chunks() for b in cut(chunk, first, slots, binding, band=2 * LEAF)
         ]
         sizes = [len(gpu_sinks.pieces(b, slots)) for b in batches]
         assert max(sizes) > 1 and len(batches) > len(drafted.ranks)

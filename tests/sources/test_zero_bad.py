@@ -455,9 +455,7 @@ def test_files_under_another_rank_s_name(tmp_path, options):
 
 
 @pytest.mark.parametrize("copied", [False, True], ids=["swapped", "copied"])
-@pytest.mark.parametrize(
-    ("stage", "kind"), [(2, "optim_states"), (3, "optim_states"), (3, "model_states")]
-)
+@pytest.mark.parametrize(("stage", "kind"), [(2, "optim_states"), (3, "optim_states"), (3, "model_states")])
 def test_files_that_were_saved_under_another_rank_s_name(tmp_path, stage, kind, copied):
     folder = written(tmp_path, stage=stage)
     first, second = (next(folder.glob(f"*zero_pp_rank_{rank}_*{kind}.pt")) for rank in (1, 2))

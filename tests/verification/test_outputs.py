@@ -164,9 +164,7 @@ def test_a_file_that_cannot_be_read_is_one_problem(out: Path, how: str) -> None:
         assert any("not a regular file" in p for p in verify(out, plain=True).problems)
 
 
-def test_a_directory_that_may_not_be_listed_is_a_problem(
-    out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_directory_that_may_not_be_listed_is_a_problem(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (out / "closed").mkdir()
     scandir = os.scandir
 

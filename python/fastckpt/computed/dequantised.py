@@ -384,9 +384,7 @@ def _by_groups(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> Parts:
     fits = values.shape[1] == outputs // wide and zeros.shape == (groups, -(-outputs // many))
     if not fits or not (each := _group(inputs, groups, said)):
         raise SourceError(f"{name}: {values.shape}, {scales.shape} and {zeros.shape} do not fit each other")
-    dense = Parts(
-        name, (outputs, inputs), values, scales, (1, each), zeros, packed, bits, turned=True
-    )
+    dense = Parts(name, (outputs, inputs), values, scales, (1, each), zeros, packed, bits, turned=True)
     if method == "gptq":
         return _gptq(ckpt, stem, said, dense)
     if bits != 4 or str(said.get("version", "gemm")).lower() != "gemm":

@@ -4,7 +4,7 @@ transformers' base_model_tp_plan cuts q, k, v, gate and up by outputs, o and dow
 (embedding_rowwise) and lm_head (colwise_gather_output) by vocabulary rows; every rank holds the rest whole.
 Where a family's plan cuts less, its recipe says so (HubCuts). Families without a plan are cut in the same
 way; their fused matrices are cut part by part, as packed_colwise does, or group by group. Every rank holds an
-image tower whole, and Mamba's mixers, which no plan of transformers cuts. """
+image tower whole, and Mamba's mixers, which no plan of transformers cuts."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ ranks parts of one kv head. Of latent attention, the matrices behind the low ran
 one `linear_fc1` [gate_r; up_r]; the vocabulary is padded with zero rows, then cut. Layers are numbered within
 their stage. Source: megatron-core 0.16.1 and 0.19.2, core/transformer/{attention,
 multi_latent_attention,mlp}.py, core/transformer/moe/, core/models/gpt/gpt_layer_specs.py; the padding is
-Megatron-LM's vocab_size_with_padding. """
+Megatron-LM's vocab_size_with_padding."""
 
 from __future__ import annotations
 

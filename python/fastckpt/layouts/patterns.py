@@ -103,9 +103,7 @@ class Patterns:
     def _style(self, name: str) -> str | None:
         """The style of the first pattern that matches."""
         module = name.rpartition(".")[0]
-        return next(
-            (s for p, s in self.plan.items() if fnmatchcase(name, p) or fnmatchcase(module, p)), None
-        )
+        return next((s for p, s in self.plan.items() if fnmatchcase(name, p) or fnmatchcase(module, p)), None)
 
     def _axis(self, name: str, shape: tuple[int, ...], tp: int) -> tuple[int, int] | None:
         """The axis to cut and the matrices along it; None: the tensor is whole on every rank."""

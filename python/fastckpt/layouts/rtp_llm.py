@@ -5,7 +5,7 @@ the engine's table has for it (`rtp_weights`, `rtp_split`). Matrices are [in, ou
 [hidden, (q | k | v)], gate and up one [hidden, (gate | up)]; experts are [experts, (up; gate), hidden] and
 [experts, hidden, width]. The embedding is cut along hidden; lm_head is padded to a multiple of 8 * tp rows,
 then cut. int8 and fp8 matrices stay [out, in], as the engine's kernels want. Source: rtp-llm's
-utils/model_weight.py (class W) and models/. """
+utils/model_weight.py (class W) and models/."""
 
 from __future__ import annotations
 

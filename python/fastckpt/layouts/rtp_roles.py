@@ -3,7 +3,7 @@
 How a matrix is stored decides its form and its table: [in, out] by default and for packed int4; [out, in]
 with the checkpoint's scales for int8 and fp8. What takes arithmetic on values (1 + gamma, reciprocals of
 input scales, one scale in place of several) is computed when it is read. Source: rtp-llm's models/ and
-model_loader/'s weights by scheme. """
+model_loader/'s weights by scheme."""
 
 from __future__ import annotations
 
@@ -54,11 +54,7 @@ def layer_weights(
     if layer.cross is not None or layer.cross_norm is not None:
         raise LayoutError(f"layout rtp_llm has no place for the attention to an encoder of {layer.name}")
     attention, mlp = two_blocks("rtp_llm", layer)
-    if (
-        layer.attention_norm is None
-        and isinstance(attention, Attention)
-        and attention.q.part("input_scale")
-    ):
+    if layer.attention_norm is None and isinstance(attention, Attention) and attention.q.part("input_scale"):
         raise LayoutError(
             f"layout rtp_llm has no name for input scales of {layer.name}, which norms after blocks"
         )

@@ -63,9 +63,7 @@ def torch_layout(
     add("version", b"3\n", 2)
     add(".data/serialization_id", None, 40)
     zipped = _Zip(path, tuple(members))
-    return FileLayout(
-        path, at + zipped.directory_nbytes, slots, tuple(fixed), aliases, True, zipped.seal
-    )
+    return FileLayout(path, at + zipped.directory_nbytes, slots, tuple(fixed), aliases, True, zipped.seal)
 
 
 # ---- zip ----
@@ -143,9 +141,7 @@ class _Zip:
         missing = [m.slot for m in self.members if m.slot is not None and m.slot not in crcs]
         if missing:
             raise WriteError(f"{self.path}: no CRC32 given for {missing[0]} ({len(missing)} in all)")
-        *members, last = (
-            m if m.slot is None else replace(m, crc=crcs[m.slot]) for m in self.members
-        )
+        *members, last = (m if m.slot is None else replace(m, crc=crcs[m.slot]) for m in self.members)
         names = digest64(b"\n".join(m.name for m in members))
         values = digest64(struct.pack(f"<{len(members)}I", *(m.crc for m in members)))
         identity = f"{names:020d}{values:020d}".encode()

@@ -253,9 +253,7 @@ class Claims:
         offset = self.floats(bias_name or f"{at}.bias", out) if bias else absent
         return lambda: replace(build(), bias=offset(), bias_name=bias_name)
 
-    def norm(
-        self, name: str, *dims: Dim, bias: bool = False, plus_one: bool = False
-    ) -> Callable[[], Norm]:
+    def norm(self, name: str, *dims: Dim, bias: bool = False, plus_one: bool = False) -> Callable[[], Norm]:
         """Claims a norm's weight of that shape, and its bias where it has one."""
         weight = self.floats(f"{name}.weight", *dims)
         offset = self.floats(f"{name}.bias", *dims) if bias else absent

@@ -12,7 +12,7 @@
     )
 
 `{i}` is the layer, counted from 0 (`{i+1}`: from 1), `{e}` the expert. In a tuple of patterns the first that
-the checkpoint has is taken. A role that is None must not be there; one that is named must be. """
+the checkpoint has is taken. A role that is None must not be there; one that is named must be."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 The fused matrix holds, for each kv head, its query heads, itself and its value head: that is q, k, v head by
 head where every query head has its own kv head (NeoX, BLOOM, Falcon-RW), and all queries before one k and one
-v in old Falcons. The hub does not store ALiBi's slopes: servers compute them from the number of heads. """
+v in old Falcons. The hub does not store ALiBi's slopes: servers compute them from the number of heads."""
 
 from __future__ import annotations
 

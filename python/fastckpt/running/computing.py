@@ -2,7 +2,7 @@
 `prequantised`) for the rows that ask for it.
 
 Law: of a computed matrix, no more is held than the elements of one row of a batch and what they are made
-from. """
+from."""
 
 from __future__ import annotations
 
@@ -103,9 +103,7 @@ class ComputingLane:
         columns = matrix.base.shape[1] if isinstance(matrix, LowRank) else matrix.shape[1]
         item = int(item_sizes(row["src_dtype"])[0])
         strides = (row["src_stride"][0] // item).tolist()
-        down, across, steps = elements(
-            int(row["src"][0]) // item, row["shape"][0].tolist(), strides, columns
-        )
+        down, across, steps = elements(int(row["src"][0]) // item, row["shape"][0].tolist(), strides, columns)
         box: Elements
         if isinstance(matrix, Part):
             box = _picked(lambda *at: matrix.box(self, *at), down, across)

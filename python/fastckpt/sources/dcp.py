@@ -237,4 +237,3 @@ def _same_bytes(a: Extent, b: Extent) -> bool:
             if one.read_through(a.offset + at, n) != two.read_through(b.offset + at, n):
                 return False
     return True
-

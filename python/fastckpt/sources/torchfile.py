@@ -158,9 +158,7 @@ def _check_byteorder(reader: Reader, directory: Directory, name: bytes) -> None:
             raise SourceError(f"its bytes are in {order!r} order; wanted little")
 
 
-def _parsed(
-    data: bytes, wanted: Wanted | None, known: MutableMapping[bytes, Tree] | None, file: int
-) -> Tree:
+def _parsed(data: bytes, wanted: Wanted | None, known: MutableMapping[bytes, Tree] | None, file: int) -> Tree:
     if known is None:
         return _whole(data, wanted, file)
     key = blake2b(data, digest_size=32).digest()

@@ -4,7 +4,7 @@ names.
 Law: a group of experts is cut over the dp / ep ranks that hold the same experts. Every such set of ranks
 counts its experts 0, 1, .. as if it were alone; expert e of set s is number s * (experts in a set) + e of
 all. Source: deepspeed/utils/groups.py (the order of ranks), runtime/engine.py (`_save_moe_checkpoint`: global
-numbers in the files of experts), runtime/zero/stage_1_and_2.py (`partition_count`) of DeepSpeed 0.19.8. """
+numbers in the files of experts), runtime/zero/stage_1_and_2.py (`partition_count`) of DeepSpeed 0.19.8."""
 
 from __future__ import annotations
 

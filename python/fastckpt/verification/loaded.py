@@ -77,9 +77,7 @@ def verify_tensors(
         aliases = planned.aliases
     problems = _compared(state, expected, aliases)
     size = sum(t.nbytes for t in state.values())
-    return VerifyReport(
-        not problems, 0, len(state), size, tuple(problems), (), time.perf_counter() - began
-    )
+    return VerifyReport(not problems, 0, len(state), size, tuple(problems), (), time.perf_counter() - began)
 
 
 Expected = dict[str, tuple[str, tuple[int, ...], str]]
