@@ -10,7 +10,7 @@ import torch
 from fastckpt import layouts as served_layouts
 from fastckpt import sources
 from fastckpt.digest import digest
-from fastckpt.errors import FastckptError, SourceError
+from fastckpt.errors import FastckptError, RecipeError, SourceError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
 from layouts import families, quantised, tiny
@@ -242,7 +242,14 @@ def test_what_the_recipe_leaves_out_is_said(tmp_path):
     hub_of(tmp_path / "hub", (config, files | extra, None))
     ckpt = cut(tmp_path / "hub", tmp_path / "cut", "vllm", tp=2)
     same(ckpt, files)
-    assert ckpt.unread == (f"{next(iter(extra))}: not in the output",)
+    assert ckpt.unread == (f"{next(iter(extra))}: layout vllm does not write it as it is",)
+
+
+def test_what_a_layout_cannot_give_back_is_said_where_it_is_missed(tmp_path):
+    hub_of(tmp_path / "hub", families.made("gemma"))
+    cut(tmp_path / "hub", tmp_path / "cut", "rtp_llm", tp=2)
+    with pytest.raises(RecipeError, match=r"norm\.weight, which is not there \(.*layout rtp_llm does not"):
+        fastckpt.reshard(tmp_path / "cut")
 
 
 def test_the_shards_themselves(tmp_path):

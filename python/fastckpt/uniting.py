@@ -110,7 +110,7 @@ def united(
         elif math.prod(entry.shape) == 0:
             entries[name] = entry
         else:
-            unread.append(f"{name}: not in the output")
+            unread.append(f"{name}: layout {layout} does not write it as it is")
     return entries, {a: h for a, h in phantom.aliases.items() if h in entries}, unread
 
 

@@ -186,9 +186,9 @@ class Claims:
         if self.imagined is not None:
             self.imagined.want(stored, tuple(d.size for d in dims))
         if stored not in self.ckpt:
-            raise RecipeError(
-                f"{self.ckpt.path}: the model needs {stored}, which is not there{near(stored, self.ckpt)}"
-            )
+            known = next((f" ({note})" for note in self.ckpt.unread if note.startswith(f"{stored}: ")), "")
+            more = known + near(stored, self.ckpt)
+            raise RecipeError(f"{self.ckpt.path}: the model needs {stored}, which is not there{more}")
         return self.ckpt.entries[self.ckpt.aliases.get(stored, stored)].shape
 
     def tensor(self, name: str, *dims: Dim) -> Callable[[], View]:
