@@ -260,7 +260,8 @@ _CLIP = dict(
 _SIGLIP = _CLIP | dict(model_type="siglip_vision_model", vision_use_head=False)
 _PIXTRAL = _CLIP | dict(model_type="pixtral", head_dim=4)
 _TOWER = dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=8, out_hidden_size=64, patch_size=4)
-_DEEP = _TOWER | dict(depth=3, num_position_embeddings=16, deepstack_visual_indexes=[0, 2])
+_GRID = _TOWER | dict(num_position_embeddings=16)
+_DEEP = _GRID | dict(depth=3, deepstack_visual_indexes=[0, 2])
 
 
 def _seeing(name, tower, text=(), **changes):
@@ -278,6 +279,12 @@ WRAPPERS = {
     "qwen3_vl_moe": _seeing(
         "Qwen3VLMoe", _DEEP,
         dict(head_dim=8, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24),
+    ),
+    "qwen3_5-images": _seeing("Qwen3_5", _GRID, _DELTA | dict(head_dim=8)),
+    "qwen3_5_moe-images": _seeing(
+        "Qwen3_5Moe", _GRID,
+        _DELTA | dict(head_dim=8, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24,
+                      shared_expert_intermediate_size=40),
     ),
     "glm4v": _seeing("Glm4v", _TOWER | dict(image_size=16)),
     "gemma3-images": _seeing("Gemma3", _SIGLIP, dict(head_dim=8), tie_word_embeddings=True),

@@ -166,10 +166,9 @@ def test_fp8_blocks(tp):
     same(shard(layout("hf").targets(model, Placement())), hub)
 
 
-def further(hub, config):
+def further(hub, config, of="model.layers.1."):
     """The same tensors with a layer for multi-token prediction, as the hub's files have it."""
     out, hidden = dict(hub), config["hidden_size"]
-    of = "model.layers.1."
     out |= {n.replace(of, "mtp.layers.0."): x + 0.5 for n, x in hub.items() if n.startswith(of)}
     out["mtp.fc.weight"] = torch.arange(2.0 * hidden**2).view(hidden, 2 * hidden)
     for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
@@ -194,6 +193,16 @@ def test_layers_of_multi_token_prediction(name):
         assert not [t.name for t in layout(served).targets(model, Placement()) if "mtp" in t.name]
     with pytest.raises(RecipeError, match=r"no place for mtp\.more"):
         model_of(name, more | {"mtp.more": torch.ones(1)}, **only)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5-images", "qwen3_5_moe-images"])
+def test_the_same_beside_an_image_tower(name):
+    config, hub, _ = families.made(name)
+    more = further(hub, config["text_config"], "model.language_model.layers.1.")
+    model = model_of(name, more)
+    assert len(model.predictions) == 1
+    same(shard(layout("hf").targets(model, Placement())), more)
+    assert not [t.name for t in layout("vllm").targets(model, Placement()) if "mtp" in t.name]
 
 
 def test_which_layers_config_says():

@@ -88,9 +88,10 @@ def as_trained(tensors, state):
 
 
 def as_saved(hub, state):
-    """Name in memory -> name in the files, by the tensors' values, each of which is another."""
-    names = {float(x.flatten()[0]): n for n, x in hub.items()}
-    return {n: names[float(x.flatten()[0])] for n, x in state.items() if float(x.flatten()[0]) in names}
+    """Name in memory -> name in the files, by the tensors' shapes and values, each of which is another."""
+    names = {(x.shape, float(x.flatten()[0])): n for n, x in hub.items()}
+    found = {n: names.get((x.shape, float(x.flatten()[0]))) for n, x in state.items()}
+    return {n: saved for n, saved in found.items() if saved is not None}
 
 
 def check_plan(name, tp):
@@ -105,8 +106,9 @@ def check_plan(name, tp):
         if config["tie_word_embeddings"]:
             del want["lm_head.weight"]
         if name in WRAPPERS:
-            want = {saved[n]: x for n, x in want.items()}
-        mine = as_trained(got[rank], state if name not in WRAPPERS else {})
+            want = {saved.get(n, n): x for n, x in want.items()}
+        alone = {n: x for n, x in state.items() if name not in WRAPPERS or n not in saved}
+        mine = as_trained(got[rank], alone)
         assert sorted(mine) == sorted(want)
         for parameter, part in want.items():
             assert torch.equal(mine[parameter], torch.from_numpy(bits(part))), parameter

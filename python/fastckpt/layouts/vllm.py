@@ -88,7 +88,7 @@ RENAMED: dict[str, Renamed] = {
     "falcon_h1": ((".mamba.", ".mamba.mamba."),),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), (("model.", "language_model.model."), _HEAD)),
     **dict.fromkeys(
-        ("qwen3_vl", "qwen3_vl_moe", "glm4v"),
+        ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v"),
         (("model.language_model.", "language_model.model."), ("model.visual.", "visual."), _HEAD),
     ),
     **dict.fromkeys(("gemma3", "llava", "llava_onevision"), _INSIDE),

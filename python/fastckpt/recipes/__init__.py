@@ -120,6 +120,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("qwen2_5_vl", "vision_language", "Qwen2.5-VL: likewise, a tower with gated blocks"),
     Family("qwen3_vl", "vision_language", "Qwen3-VL: Qwen3, whose first layers read the tower's too"),
     Family("qwen3_vl_moe", "vision_language", "Qwen3-VL with experts, in stacks that lie either way"),
+    Family("qwen3_5", "vision_language", "Qwen3.5: its text model beside an image tower"),
+    Family("qwen3_5_moe", "vision_language", "Qwen3.5-MoE: likewise"),
     Family("glm4v", "vision_language", "GLM-4.1V: GLM-4 beside an image tower"),
     Family("gemma3", "vision_language", "Gemma 3: its text model beside SigLIP"),
     Family("mistral3", "vision_language", "Mistral Small 3.1, Ministral 3: Mistral beside Pixtral's tower"),

@@ -161,12 +161,23 @@ def _qwen2(claims: Claims, at: str, said: Said, block: Block, inner: Dim, width:
 
 def qwen3(claims: Claims, at: str, config: Said, hidden: Dim) -> Built:
     """Qwen3-VL's tower, of modules below `at`, with a merger for each layer that the decoder's first read."""
-    said = vision(config)
-    inner, read = of(said, "hidden_size"), said.get("vision_config.deepstack_visual_indexes")
+    read = vision(config).get("vision_config.deepstack_visual_indexes")
     if not isinstance(read, list):
         raise RecipeError(f"config: vision_config.deepstack_visual_indexes must be a list, got {read!r}")
+    return _qwen3(claims, at, config, hidden, len(read))
+
+
+def qwen3_5(claims: Claims, at: str, config: Said, hidden: Dim) -> Built:
+    """Qwen3.5's tower, of modules below `at`: Qwen3-VL's, of which the decoder reads the last layer alone."""
+    return _qwen3(claims, at, config, hidden, 0)
+
+
+def _qwen3(claims: Claims, at: str, config: Said, hidden: Dim, read: int) -> Built:
+    """`read`: how many layers the decoder reads beside the last one."""
+    said = vision(config)
+    inner = of(said, "hidden_size")
     merged = inner.times(integer(said, "vision_config.spatial_merge_size", 2) ** 2)
-    lists = [f"{at}.deepstack_merger_list.{i}" for i in range(len(read))]
+    lists = [f"{at}.deepstack_merger_list.{i}" for i in range(read)]
     mergers = [
         mlp(claims, n, ("linear_fc1", "linear_fc2"), merged, merged, hidden) for n in (f"{at}.merger", *lists)
     ]
@@ -186,7 +197,7 @@ def qwen3(claims: Claims, at: str, config: Said, hidden: Dim) -> Built:
         "pos_embed.weight": (of(said, "num_position_embeddings"), inner),
     }
     outer |= norms(("merger.norm",), inner)
-    outer |= norms(tuple(f"deepstack_merger_list.{i}.norm" for i in range(len(read))), merged)
+    outer |= norms(tuple(f"deepstack_merger_list.{i}.norm" for i in range(read)), merged)
     return tower, carried(claims, at, outer)
 
 

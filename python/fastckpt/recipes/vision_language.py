@@ -25,6 +25,7 @@ from .known import Known, Recipe
 from .llama import LLAMA, MINISTRAL3, MISTRAL, QWEN2, QWEN3
 from .moe import Block
 from .qwen_moe import QWEN3_MOE
+from .qwen_next import QWEN3_5, QWEN3_5_MOE
 from .renaming import renamed, respelled
 from .towers import Built, Said, Shapes, carried, norms, of, vision
 
@@ -46,6 +47,7 @@ def _qwen3_moe(ckpt: Checkpoint, config: Said, *, vocab_size: int | None = None)
 
 TEXTS: Mapping[str, Recipe] = {
     "qwen3_vl_moe_text": _qwen3_moe,
+    "qwen3_5_moe_text": partial(mixture.recipe, mixture=QWEN3_5_MOE),
 } | {
     name: partial(decoder.recipe, kind=kind)
     for name, kind in {
@@ -58,6 +60,7 @@ TEXTS: Mapping[str, Recipe] = {
         "qwen2_vl_text": QWEN2,
         "qwen2_5_vl_text": QWEN2,
         "qwen3_vl_text": QWEN3,
+        "qwen3_5_text": QWEN3_5,
         "glm4v_text": replace(GLM4, qkv_bias=True),
     }.items()
 }
@@ -77,7 +80,8 @@ class Wrapper:
     `texts`: the `model_type`s its decoder may have. `beside` claims what is not the decoder; the hub has the
     decoder below `text`, and its head as `head`. `trained`: prefixes of names as transformers trains, and
     what save_pretrained writes in their place. `tied`: whether embedding and head are one where nothing
-    tells. `flat`: older configs have no `text_config`, and give the decoder's sizes as their own."""
+    tells. `flat`: older configs have no `text_config`, and give the decoder's sizes as their own. `further`:
+    what the decoder's layer that predicts a further token lies below, by both names."""
 
     family: str
     texts: tuple[str, ...]
@@ -87,6 +91,7 @@ class Wrapper:
     trained: tuple[tuple[str, str], ...] = ()
     tied: bool = False
     flat: bool = False
+    further: str = ""
 
     def saved(self, name: str) -> str:
         """What save_pretrained calls a tensor."""
@@ -98,7 +103,7 @@ class Wrapper:
         for outer, own in ((self.text, "model."), (self.head, "lm_head.")):
             if name.startswith(outer):
                 return own + name[len(outer) :]
-        return None
+        return name if self.further and name.startswith(self.further) else None
 
     def outer(self, name: str) -> str:
         """How the hub calls a module or tensor that the decoder's own recipe calls `name`."""
@@ -320,6 +325,14 @@ QWEN3_VL = Wrapper(
     "qwen3_vl", ("qwen3_vl_text",), _within(towers.qwen3, "model.visual"), "model.language_model.", "lm_head."
 )
 QWEN3_VL_MOE = replace(QWEN3_VL, family="qwen3_vl_moe", texts=("qwen3_vl_moe_text",))
+QWEN3_5_VL = replace(
+    QWEN3_VL,
+    family="qwen3_5",
+    texts=("qwen3_5_text",),
+    beside=_within(towers.qwen3_5, "model.visual"),
+    further="mtp.",
+)
+QWEN3_5_VL_MOE = replace(QWEN3_5_VL, family="qwen3_5_moe", texts=("qwen3_5_moe_text",))
 GLM4V = Wrapper(
     "glm4v", ("glm4v_text",), _within(towers.glm4v, "model.visual"), "model.language_model.", "lm_head."
 )
@@ -330,6 +343,7 @@ LLAVA_ONEVISION = Wrapper("llava_onevision", _APART, _onevision, trained=_LLAVA)
 INTERNVL = Wrapper("internvl", _APART, _internvl, trained=_LLAVA, tied=True)
 
 _WRAPPERS = (
-    QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, GLM4V, GEMMA3, MISTRAL3, LLAVA, LLAVA_ONEVISION, INTERNVL,
+    QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN3_5_VL, QWEN3_5_VL_MOE, GLM4V, GEMMA3, MISTRAL3, LLAVA,
+    LLAVA_ONEVISION, INTERNVL,
 )  # fmt: skip
 FAMILIES = {w.family: Known(partial(recipe, wrapper=w), IGNORED) for w in _WRAPPERS}
