@@ -79,6 +79,8 @@ def _seeing(tower, *, drop=("head_dim",), text=(), **changes):
 _SECTIONS = dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]))
 _QWEN2_5_VL = _TOWER | dict(fullatt_block_indexes=[1], window_size=16)
 _QWEN3_VL = _TOWER | dict(depth=3, num_position_embeddings=16, deepstack_visual_indexes=[0, 2])
+_QWEN3_5 = _TOWER | dict(num_position_embeddings=16)
+_QUARTER = dict(_SECTIONS["rope_parameters"], mrope_section=[2, 1, 1], partial_rotary_factor=0.25)
 _DEEP = _SECTIONS | dict(num_hidden_layers=3)  # the first stage of two reads the tower's layers
 _HALF = dict(_SECTIONS["rope_parameters"], mrope_section=[2, 3, 3], partial_rotary_factor=0.5)
 
@@ -308,6 +310,17 @@ MODELS: dict[str, tuple[str, dict]] = {
     "qwen3_vl_moe": (
         "Qwen3VLMoe",
         _seeing(_QWEN3_VL, drop=(), text=_DEEP | dict(_MOE, moe_intermediate_size=192), **_IMAGES),
+    ),
+    "qwen3_5": (
+        "Qwen3_5",
+        _seeing(_QWEN3_5, drop=(), text=_DELTA | dict(rope_parameters=_QUARTER), **_IMAGES),
+    ),
+    "qwen3_5_moe": (
+        "Qwen3_5Moe",
+        _seeing(
+            _QWEN3_5, drop=(), **_IMAGES,
+            text=_DELTA | _MOE | dict(shared_expert_intermediate_size=192, rope_parameters=_QUARTER),
+        ),
     ),
     "glm4v": (
         "Glm4v",

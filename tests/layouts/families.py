@@ -283,8 +283,8 @@ WRAPPERS = {
     "qwen3_5-images": _seeing("Qwen3_5", _GRID, _DELTA | dict(head_dim=8)),
     "qwen3_5_moe-images": _seeing(
         "Qwen3_5Moe", _GRID,
-        _DELTA | dict(head_dim=8, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24,
-                      shared_expert_intermediate_size=40),
+        _DELTA | dict(head_dim=8, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32,
+                      shared_expert_intermediate_size=96),
     ),
     "glm4v": _seeing("Glm4v", _TOWER | dict(image_size=16)),
     "gemma3-images": _seeing("Gemma3", _SIGLIP, dict(head_dim=8), tie_word_embeddings=True),

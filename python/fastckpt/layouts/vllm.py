@@ -110,7 +110,7 @@ TOWERS: dict[str, frozenset[str]] = {
 """family -> how vLLM cuts its tower otherwise than a decoder: "attention" or "mergers" are whole on every
 rank, [q; k; v] is cut as one run of "rows", whatever they are."""
 
-WHOLE = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v"})
+WHOLE = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v"})
 """Families whose tower vLLM can hold whole on every rank (supports_encoder_tp_data)."""
 
 ROWS: dict[str, str] = {"glm4v": "model.visual.merger.proj.weight"}

@@ -48,21 +48,22 @@ def _qwen3_moe(ckpt: Checkpoint, config: Said, *, vocab_size: int | None = None)
 TEXTS: Mapping[str, Recipe] = {
     "qwen3_vl_moe_text": _qwen3_moe,
     "qwen3_5_moe_text": partial(mixture.recipe, mixture=QWEN3_5_MOE),
-} | {
-    name: partial(decoder.recipe, kind=kind)
-    for name, kind in {
-        "llama": LLAMA,
-        "mistral": MISTRAL,
-        "ministral3": MINISTRAL3,
-        "qwen2": QWEN2,
-        "qwen3": QWEN3,
-        "gemma3_text": GEMMA3_TEXT,
-        "qwen2_vl_text": QWEN2,
-        "qwen2_5_vl_text": QWEN2,
-        "qwen3_vl_text": QWEN3,
-        "qwen3_5_text": QWEN3_5,
-        "glm4v_text": replace(GLM4, qkv_bias=True),
-    }.items()
+    **{
+        name: partial(decoder.recipe, kind=kind)
+        for name, kind in {
+            "llama": LLAMA,
+            "mistral": MISTRAL,
+            "ministral3": MINISTRAL3,
+            "qwen2": QWEN2,
+            "qwen3": QWEN3,
+            "gemma3_text": GEMMA3_TEXT,
+            "qwen2_vl_text": QWEN2,
+            "qwen2_5_vl_text": QWEN2,
+            "qwen3_vl_text": QWEN3,
+            "qwen3_5_text": QWEN3_5,
+            "glm4v_text": replace(GLM4, qkv_bias=True),
+        }.items()
+    },
 }
 """`model_type` of a text_config -> the recipe of the decoder it is of."""
 
