@@ -221,7 +221,8 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
             *("mixtral", "qwen_moe", "deepseek", "ernie", "granite_moe", "llama4", "gpt_oss", "cogvlm2"),
             *("modernbert",),
         ),
-        ("qwen_next", "hybrids", "vision_language"),
+        ("qwen_next", "hybrids"),
+        ("vision_language",),  # a tower before any family's decoder
         ("__init__",),
     ),
     "layouts": (
