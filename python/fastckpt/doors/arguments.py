@@ -244,16 +244,10 @@ def _strip_prefix(prefix: str) -> tuple[str, str]:
 
 
 def _rank_or_auto(text: str) -> int | str:
-    return text if text == "auto" else _natural(text)
-
-
-def _natural(text: str) -> int:
-    if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"wanted a number, got {text!r}")
-    return int(text)
+    return text if text == "auto" else serving_options.natural(text)
 
 
 def _positive(text: str) -> int:
-    if _natural(text) < 1:
+    if (number := serving_options.natural(text)) < 1:
         raise argparse.ArgumentTypeError("wanted at least 1")
-    return int(text)
+    return number
