@@ -181,6 +181,8 @@ def test_vocabulary_rows_that_differ_from_config():
     for size in (212, 0):
         with pytest.raises(RecipeError, match=f"has 211 rows, vocab_size= asks for {size}"):
             recipe(hub, config, vocab_size=size)
+    with pytest.raises(RecipeError, match=r"model\.embed_tokens\.weight is a scalar, wanted 2 axes"):
+        recipe(hub | {"model.embed_tokens.weight": torch.tensor(1.0)}, config)
 
 
 def test_tied_pairs():

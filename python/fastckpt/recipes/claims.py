@@ -191,6 +191,12 @@ class Claims:
             raise RecipeError(f"{self.ckpt.path}: the model needs {stored}, which is not there{more}")
         return self.ckpt.entries[self.ckpt.aliases.get(stored, stored)].shape
 
+    def length(self, name: str, *dims: Dim) -> int:
+        """The rows of a tensor that must be there; `dims` as in `shape`. Raises RecipeError for a scalar."""
+        if not (found := self.shape(name, *dims)):
+            raise RecipeError(f"{self._stored(name)} is a scalar, wanted {len(dims)} axes")
+        return found[0]
+
     def tensor(self, name: str, *dims: Dim) -> Callable[[], View]:
         """Claims a tensor of that shape; the result builds its view."""
         got, want = self.shape(name, *dims), tuple(d.size for d in dims)
@@ -261,7 +267,7 @@ class Claims:
 
     def rows(self, name: str, count: int, width: Dim) -> Callable[[], Embedding]:
         """Claims the first `count` vectors of a table. Raises RecipeError where it has fewer."""
-        stored = Dim(self.shape(f"{name}.weight", Dim(count, "rows"), width)[0], "rows")
+        stored = Dim(self.length(f"{name}.weight", Dim(count, "rows"), width), "rows")
         if stored.size < count:
             raise RecipeError(f"{name}.weight has {stored.size} rows, the vocabulary {count}")
         weight = self.floats(f"{name}.weight", stored, width)
@@ -395,7 +401,7 @@ def vocabulary(
     want = integer(config, key) if vocab_size is None else vocab_size
 
     def rows(name: str, *more: Dim) -> View:
-        stored = claims.shape(name, Dim(want, key), *more)[0]
+        stored = claims.length(name, Dim(want, key), *more)
         if vocab_size is None and stored != want:
             raise RecipeError(
                 f"{name} has {stored} rows, config's {key} is {want}; vocab_size= says which to serve"
