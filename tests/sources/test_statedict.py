@@ -68,6 +68,21 @@ def test_tied_names_are_aliases(tmp_path):
     holds(ckpt, tensors)
 
 
+def test_a_name_of_which_nothing_remains_is_left_out(tmp_path):
+    tensors = {"embed": TENSORS["a"], "head": TENSORS["a"], "copy": TENSORS["a"], "b": TENSORS["b"]}
+    torch.save(tensors, tmp_path / "x.bin")
+
+    def kept(*patterns):
+        ckpt = sources.open(tmp_path / "x.bin", rename=[(p, "") for p in patterns])
+        holds(ckpt, {n: tensors[n] for n in (*ckpt.entries, *ckpt.aliases)})
+        return list(ckpt.entries), dict(ckpt.aliases), ckpt.unread[-1]
+
+    assert kept("^b$") == (["embed"], {"head": "embed", "copy": "embed"}, "left out by rename: b")
+    assert kept("^head$", "^b") == (["embed"], {"copy": "embed"}, "left out by rename: b, head")
+    assert kept("^embed$") == (["b", "head"], {"copy": "head"}, "left out by rename: embed")
+    refuses(tmp_path / "x.bin", "leaves out every tensor", rename=[(".*", "")])
+
+
 @pytest.mark.parametrize("key", ["state_dict", "model", "module", "model_state_dict"])
 def test_wrapped_in_one_key(tmp_path, key):
     torch.save({key: TENSORS, "epoch": 3, "optimizer": {"state": {0: torch.ones(5)}}}, tmp_path / "x.pt")
