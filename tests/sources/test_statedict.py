@@ -91,6 +91,14 @@ def test_wrapped_in_one_key(tmp_path, key):
     assert "optimizer: beside the state dict" in ckpt.unread
 
 
+def test_where_composer_puts_the_model(tmp_path):
+    state = {"model": TENSORS, "optimizers": {"Adam": {"state": {0: {"m": torch.ones(5)}}}}, "timestamp": {}}
+    torch.save({"state": state, "rng": [{"cuda": torch.ones(2)}]}, tmp_path / "ep0-ba10-rank0.pt")
+    ckpt = sources.open(tmp_path / "ep0-ba10-rank0.pt")
+    holds(ckpt, TENSORS)
+    assert ckpt.unread == tuple(f"{n}: beside the state dict" for n in ("rng", "optimizers", "timestamp"))
+
+
 def test_structure_holds_offsets_and_strides(tmp_path):
     square = torch.arange(16.0).view(4, 4)
     digests = set()
@@ -110,6 +118,7 @@ def test_what_is_no_tensor_is_said(tmp_path):
 
 BAD = {
     "ambiguous": ({"model": TENSORS, "state_dict": TENSORS}, "several dicts of tensors: state_dict, model"),
+    "deeper": ({"a": {"model": TENSORS}, "b": {"model": TENSORS}}, "tensors: a.model, b.model"),
     "no known key": ({"weights": TENSORS, "epoch": 1}, "keys: weights, epoch"),
     "nothing": ({"a": 1}, "no dict of tensors"),
     "a module": (torch.nn.Linear(1, 1), "got torch.nn.modules.linear.Linear"),
