@@ -27,7 +27,7 @@ def test_a_config_without_a_text_config():
         same(written(hub, flat), hub)
 
 
-@pytest.mark.parametrize("name", ["gemma3-images", "llava", "llava-layers", "llava_onevision"])
+@pytest.mark.parametrize("name", ["gemma3-images", "llava", "llava-layers", "llava_next", "paligemma"])
 def test_a_tower_within_vision_model_stays_there_and_is_the_same_to_vllm(name):
     config, hub, _ = families.made(name)
     older = {n.replace("vision_tower.", "vision_tower.vision_model."): x for n, x in hub.items()}
@@ -42,6 +42,8 @@ def test_a_tower_within_vision_model_stays_there_and_is_the_same_to_vllm(name):
     [
         ("gemma3-images", ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers"), {}),
         ("llava", ("model_type", "vocab_size"), {"hidden_size": 4096, "num_attention_heads": 32}),
+        ("paligemma", ("model_type",), {"head_dim": 256}),
+        ("paligemma-2", ("model_type", "num_hidden_layers"), {"num_attention_heads": 8, "head_dim": 256}),
     ],
 )
 def test_what_the_hubs_text_config_leaves_out(name, kept, sizes):
