@@ -358,6 +358,13 @@ MODELS: dict[str, tuple[str, dict]] = {
             vision_feature_layer=-1, vision_feature_select_strategy="full",
         ),
     ),
+    "llava_next": (
+        "LlavaNext",
+        _seeing(
+            _CLIP | dict(model_type="clip_vision_model"), text=dict(model_type="llama"),
+            image_token_index=300,
+        ),
+    ),
     "llava_onevision": (
         "LlavaOnevision",
         _seeing(_SIGLIP, text=dict(model_type="qwen2"), image_token_index=300, video_token_index=301),
@@ -383,6 +390,14 @@ MODELS: dict[str, tuple[str, dict]] = {
             drop=(), text=_LLAMA4, tie_word_embeddings=False,
         ),
     ),
+    "idefics3": ("Idefics3", _seeing(_CLIP, text=dict(model_type="llama"), image_token_id=300)),
+    "smolvlm": (
+        "SmolVLM",
+        _seeing(
+            _CLIP, text=dict(model_type="llama", tie_word_embeddings=True), image_token_id=300,
+            tie_word_embeddings=True,
+        ),
+    ),
 }  # fmt: skip
 """name -> (transformers' class prefix, the config's arguments)."""
 
@@ -401,5 +416,5 @@ SAID: dict[str, dict] = {
 }
 """name -> what the hub's config.json says besides, or otherwise than transformers' class."""
 
-INSIDE = ("gemma3", "llava", "llava_onevision", "llava_onevision-wide")
+INSIDE = ("gemma3", "llava", "llava_next", "llava_onevision", "llava_onevision-wide")
 """Models whose tower vLLM reads by the hub's older names alone, below `vision_model`."""

