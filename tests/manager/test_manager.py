@@ -665,11 +665,17 @@ def test_sigterm_saves_whatever_the_policy(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_options_that_lack_their_other_half(tmp_path: Path) -> None:
+def test_options_that_lack_their_other_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ManagerError, match="best_metric is missing"):
         CheckpointManager(tmp_path, keep_best=1)
     with pytest.raises(ManagerError, match="give both or none"):
         CheckpointManager(tmp_path, rank=1)
+    with pytest.raises(ManagerError, match="rank 3 of 1: wanted a rank from 0 on and below the world"):
+        CheckpointManager(tmp_path, rank=3, world=1)
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(ManagerError, match="RANK=3, WORLD_SIZE=None in the environment"):
+        CheckpointManager(tmp_path)
+    monkeypatch.delenv("RANK")
     with CheckpointManager(tmp_path) as manager:
         with pytest.raises(ManagerError, match="by which metric"):
             manager.best()
@@ -682,7 +688,8 @@ def test_options_that_lack_their_other_half(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [{"max_to_keep": "3"}, {"async_save": "no"}, {"timeout": None}, {"save_interval": "x"}, {"shared": 1},
-     {"rank": True, "world": 1}, {"keep_best": 1.5, "best_metric": "loss"}, {"save_on_steps": 5}],
+     {"rank": True, "world": 1}, {"keep_best": 1.5, "best_metric": "loss"}, {"save_on_steps": 5},
+     {"step_digits": "8"}, {"path_prefix": 1}, {"node": 0}],
 )  # fmt: skip
 def test_an_argument_of_another_type_is_named(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(FastckptError, match=f"^{next(iter(wrong))}: wanted "):
