@@ -27,7 +27,6 @@ from ..stored import check_tiles, strided
 from ..views import View
 from . import steps, torchfile
 from .assembly import Boxed, assemble
-from .dcp import tied, vocabulary
 from .distributed import Box, Part, boxes_of, part_of
 from .inert import type_name
 from .options import Options
@@ -77,9 +76,7 @@ def read(path: str, options: Options) -> Checkpoint:
         rows[name] = table.reshape(len(own), 3 + 3 * len(shape))
     same.check()
     search = [root, os.path.join(root, steps.HUB), save, os.path.join(save, steps.HUB)]
-    words = vocabulary(search)
     aliases = _stored_once(kinds, rows)
-    aliases |= tied({n: t for n, t in rows.items() if kinds[n][1][:1] == words and n not in aliases}, extents)
     entries = {
         name: Boxed(shape, dtype, extents, rows[name])
         for name, (dtype, shape) in kinds.items()
