@@ -38,6 +38,10 @@ OPTIMIZERS = frozenset(
 )
 """Keys under which trainers put the state of an optimizer."""
 
+METAS = ("tok_embeddings.weight", "output.weight", "lm_head.weight")
+"""Meta's names of word embedding and output: torchtitan's saves, which hold a tied pair twice, have no
+config.json beside them that says so."""
+
 _CHUNK = 4 << 20
 
 
@@ -64,7 +68,8 @@ def read(path: str, options: Options) -> Checkpoint:
     table = Extents(extents)
     search = [root, os.path.dirname(os.path.abspath(root))]
     words = vocabulary(search)
-    aliases = tied({n: rows[k] for n, k in names.items() if found.tensors[k].shape[:1] == words}, table)
+    shared = {n: k for n, k in names.items() if n in METAS or found.tensors[k].shape[:1] == words}
+    aliases = tied({n: rows[k] for n, k in shared.items()}, table)
     entries = {
         name: Boxed(found.tensors[key].shape, found.tensors[key].dtype, table, rows[key])
         for name, key in names.items()
