@@ -204,7 +204,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("zero_grid",),
         # one format each
         ("zero", "safetensors", "statedict", "dcp", "memory"),
-        ("fsdp", "megatron_args"),
+        ("fsdp", "megatron_args", "meta"),
         ("megatron_dist",),
         ("megatron",),
         ("served", "peft", "training"),  # what fastckpt or PEFT wrote, in the two formats before them
@@ -214,7 +214,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("quantised", "imagining", "renaming", "known"),
         ("strangers",),
         ("claims",),
-        ("fused", "latent"),
+        ("fused", "latent", "meta"),
         ("delta", "mamba"),
         ("decoder", "names", "moe", "gpt2", "neox", "chatglm", "bert", "t5", "whisper", "jina_bert"),
         ("mixture", "towers"),

@@ -32,6 +32,7 @@ SOURCES = {
     "megatron": "a Megatron checkpoint (latest_checkpointed_iteration.txt, iter_*)",
     "dcp": "a torch distributed checkpoint (.metadata, *.distcp)",
     "peft": "a PEFT adapter (adapter_config.json, adapter_model.*)",
+    "meta": "a release of Meta's or Mistral's (consolidated.NN.pth, consolidated*.safetensors)",
     "safetensors": "safetensors (*.safetensors, index)",
     "statedict": "a PyTorch state dict (pytorch_model*.bin, index, or one .bin/.pt file)",
 }
