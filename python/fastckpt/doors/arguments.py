@@ -157,7 +157,8 @@ def _names(p: argparse.ArgumentParser) -> None:
         type=_rename,
         default=[],
         metavar="REGEX=REPL",
-        help="rename tensors, as re.sub does; cut at the last `=`; repeatable, applied in order",
+        help="rename tensors, as re.sub does; a name of which nothing remains is left out; cut at the last "
+        "`=`; repeatable, applied in order",
     )
     p.add_argument(
         "--strip-prefix",

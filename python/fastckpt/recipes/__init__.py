@@ -129,6 +129,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("llava", "vision_language", "LLaVA, Pixtral: a text model beside CLIP, SigLIP or Pixtral's tower"),
     Family("llava_onevision", "vision_language", "LLaVA-OneVision: likewise"),
     Family("internvl", "vision_language", "InternVL in transformers' names: likewise, a tower of its own"),
+    Family("llama4", "vision_language", "Llama 4: its text model beside an image tower"),
 )
 
 TYPES: dict[str, Family] = {family.model_type: family for family in FAMILIES}

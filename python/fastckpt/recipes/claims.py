@@ -8,6 +8,7 @@ name the tensor, what was got, what was wanted, and the config key that says so.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -20,6 +21,7 @@ from ..dtypes import DType
 from ..errors import RecipeError, near
 from ..model import Beside, Embedding, Linear, Norm, Parameter
 from ..views import View
+from . import strangers
 from .imagining import MOST, Imagined
 from .quantised import Form, Kind, Quantised
 
@@ -186,6 +188,8 @@ class Claims:
         if self.imagined is not None:
             self.imagined.want(stored, tuple(d.size for d in dims))
         if stored not in self.ckpt:
+            if why := strangers.wrapped(self._names):
+                raise RecipeError(f"{self.ckpt.path}: {why}")
             known = next((f" ({note})" for note in self.ckpt.unread if note.startswith(f"{stored}: ")), "")
             more = known + near(stored, self.ckpt)
             raise RecipeError(f"{self.ckpt.path}: the model needs {stored}, which is not there{more}")
@@ -355,24 +359,22 @@ class Claims:
             more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
             raise RecipeError(
                 f"{self.ckpt.path}: the model has no place for {', '.join(unused[:5])}{more}; "
-                f"ignored are only: {', '.join(ignored) or 'none'}"
+                f"ignored are only: {', '.join(ignored) or 'none'}{strangers.beside(unused, self._claimed)}"
             )
         return tuple(left)
 
+    @property
+    def _names(self) -> list[str]:
+        return [*self.ckpt.entries, *self.ckpt.aliases]
+
     def _refuse_wrapped(self, anchor: str) -> None:
-        names = [*self.ckpt.entries, *self.ckpt.aliases]
-        if adapted := next((n for n in names if ".lora_A." in n), None):
+        if adapted := next((n for n in self._names if ".lora_A." in n), None):
             raise RecipeError(
                 f"{self.ckpt.path}: {adapted} is an adapter's; adapter= (--adapter DIR) merges it, with its "
                 "adapter_config.json"
             )
-        for name in names:
-            prefix = name.removesuffix(anchor)
-            if prefix != name and prefix.endswith(".") and all(n.startswith(prefix) for n in names):
-                raise RecipeError(
-                    f"{self.ckpt.path}: every name starts with {prefix!r}; rename= (--strip-prefix {prefix}) "
-                    "removes it"
-                )
+        if why := strangers.wrapped(self._names) or strangers.within(self._names, anchor):
+            raise RecipeError(f"{self.ckpt.path}: {why}")
 
 
 def vocabulary(
@@ -426,7 +428,8 @@ def vocabulary(
     if stored in claims and not _same_bytes(rows(stored, hidden), table.weight):
         raise RecipeError(
             f"config says tie_word_embeddings, yet {embedding}.weight and {stored} are two tensors; set it "
-            f"to false in the config to serve both as they are, or leave {stored} out of the checkpoint"
+            f"to false in the config to serve both as they are, or leave {stored} out: rename= (--rename "
+            f"'^{re.escape(stored)}$=')"
         )
     return want, table, Linear(head, table.weight, bias, bias_name=head_bias), True
 
