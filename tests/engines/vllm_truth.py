@@ -15,6 +15,7 @@ import socket
 import sys
 import traceback
 from contextlib import suppress
+from pathlib import Path
 
 import without_torchvision  # noqa: F401
 
@@ -135,6 +136,8 @@ def rank(index: int, grid: str, port: int, model: str, folder: str) -> None:
     except Exception:  # whatever a model class does not take here is told, and the next one tried
         with open(os.path.join(folder, "error"), "w") as f:
             f.write(traceback.format_exc())
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # the first rank holds the store that the others ask until they are done
 
 
 def size(grid: str, axis: str) -> int:
@@ -167,6 +170,8 @@ def main(models: str, out: str, grid: str, names: list[str]) -> None:
             process.start()
         for process in ranks:
             process.join()
+        for left in Path("/dev/shm").glob(f"{port}-*-cpushm_*"):  # forked processes end without removing it
+            left.unlink()
         if any(process.exitcode for process in ranks):
             raise SystemExit(1)
 
