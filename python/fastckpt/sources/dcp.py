@@ -163,11 +163,6 @@ def located(
     for name in sorted(wanted):
         file = File.at(_file(name, directories))
         files.append(file)
-        if len({offset for offset, *_ in wanted[name]}) < len(wanted[name]):
-            raise SourceError(
-                f"{file.path}: {NAME} says that several boxes begin at one byte: they are safetensors "
-                "(SerializationFormat.SAFETENSORS), which is not read"
-            )
         with Reader(file) as reader:
             for offset, nbytes, key, at, size in sorted(wanted[name]):
                 dtype = found.tensors[key].dtype
