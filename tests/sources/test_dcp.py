@@ -19,7 +19,6 @@ import reading
 import torch
 from fastckpt import sources
 from fastckpt.errors import SourceError
-from fastckpt.sources import dcp as source
 from reading import refuses
 from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
@@ -60,25 +59,34 @@ def test_what_fsdp_wrote_is_what_torch_gathers(name):
 
 
 def test_a_tied_pair_is_one_tensor():
-    tied = sources.open(FIXTURES / "fsdp-w3")
+    tied = fastckpt.open(FIXTURES / "fsdp-w3")
     assert dict(tied.aliases) == {"lm_head.weight": "model.embed_tokens.weight"}
-    assert not sources.open(FIXTURES / "fsdp-tp-w4").aliases
+    assert not fastckpt.open(FIXTURES / "fsdp-tp-w4").aliases
 
 
 def test_a_tied_pair_of_a_vision_language_model(tmp_path):
     root = Path(shutil.copytree(FIXTURES / "fsdp-w3", tmp_path / "in"))
     text = json.loads((root / "config.json").read_text())
     (root / "config.json").write_text(json.dumps({"text_config": text, "tie_word_embeddings": True}))
-    assert dict(sources.open(root).aliases) == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert dict(fastckpt.open(root).aliases) == {"lm_head.weight": "model.embed_tokens.weight"}
     (root / "config.json").write_text(json.dumps({"text_config": text, "tie_word_embeddings": False}))
-    assert not sources.open(root).aliases
+    assert not fastckpt.open(root).aliases
 
 
-def test_the_config_is_not_read_for_each_tensor(monkeypatch):
-    read, real = [], source.read_config
-    monkeypatch.setattr(source, "read_config", lambda beside: read.append(beside) or real(beside))
-    sources.open(FIXTURES / "fsdp-w3")
-    assert len(read) == 1
+def test_a_tied_pair_of_a_save_without_its_config(tmp_path):
+    root, beside = tmp_path / "in", FIXTURES / "fsdp-w3"
+    shutil.copytree(beside / "pytorch_model_fsdp_0", root)
+    assert not fastckpt.open(root).aliases
+    whole = tmp_path / "whole"
+    fastckpt.reshard(beside, out=whole)
+    assert fastckpt.diff(root, whole).equal
+    want = fastckpt.reshard(beside, tp=2, layout="vllm")
+    for ckpt in (root, fastckpt.open(root)):
+        got = fastckpt.reshard(ckpt, tp=2, layout="vllm", config=beside)
+        assert all(
+            list(a) == list(b) and all(torch.equal(a[n], b[n]) for n in b)
+            for a, b in zip(got, want, strict=True)
+        )
 
 
 @pytest.mark.parametrize("name", KEPT)

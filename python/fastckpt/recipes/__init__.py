@@ -5,7 +5,6 @@ A family is a line in FAMILIES, here and in its module; a user's own is a file o
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -219,6 +218,8 @@ class _Source(SourceFileLoader):
 
 
 def _from_file(path: str) -> Recipe:
+    import hashlib  # loads OpenSSL, for a user's own file alone
+
     try:
         with open(path, "rb") as f:
             source = f.read()
