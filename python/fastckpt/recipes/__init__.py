@@ -142,6 +142,11 @@ GROUP = "fastckpt.recipes"
 def find(config: Mapping[str, JSON]) -> Recipe:
     """The recipe for a config, by its `model_type`. Raises RecipeError naming those there are."""
     name = config.get("model_type")
+    if name is None:
+        raise RecipeError(
+            "config: it has no model_type, so it is none of transformers'; config= (--config) names the "
+            "model's, recipe= (--recipe) takes a recipe by name"
+        )
     recipe = _known(name) if isinstance(name, str) else None
     if recipe is None:
         raise RecipeError(

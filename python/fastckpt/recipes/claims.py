@@ -192,6 +192,11 @@ class Claims:
                 raise RecipeError(f"{self.ckpt.path}: {why}")
             known = next((f" ({note})" for note in self.ckpt.unread if note.startswith(f"{stored}: ")), "")
             more = known + near(stored, self.ckpt)
+            if not self._claimed:
+                more += (
+                    "; names of another program's own get the hub's by rename= (--rename), or are read by a "
+                    "recipe= (--recipe) of yours"
+                )
             raise RecipeError(f"{self.ckpt.path}: the model needs {stored}, which is not there{more}")
         return self.ckpt.entries[self.ckpt.aliases.get(stored, stored)].shape
 
