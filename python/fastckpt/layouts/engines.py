@@ -265,7 +265,7 @@ _VLLM_0_32: dict[str, Served] = {
     "qwen2_vl": _PLAIN,
     "qwen2_5_vl": _PLAIN,
     "qwen3_vl": _PLAIN,
-    "qwen3_vl_moe": Served((*_STACKS, *_ROUTER), everywhere=_ALL),
+    "qwen3_vl_moe": Served((*_STACKS, *_ROUTER), quantised=_FORMS, everywhere=_ALL),
     "qwen3_5": replace(_QWEN_DELTA, quantised={}),
     "qwen3_5_moe": replace(_QWEN_DELTA, quantised={}),
     "glm4v": _GLM4,
