@@ -132,6 +132,7 @@ QUANTISED: dict[str, tuple[str, str]] = {
         "minimax_m2": ("fp8-block",),
         **dict.fromkeys((*_DENSE, *_SEEING), ("int8", "fp8-matrix")),
         **dict.fromkeys(("qwen3_vl-wide", "llava_onevision-wide"), ("fp8-block",)),
+        **dict.fromkeys(("qwen3_5_moe_text-wide", "qwen3_5-wide", "qwen3_5_moe-wide"), ("fp8-block",)),
     }.items()
     for scheme in schemes
 }
@@ -172,7 +173,7 @@ def write(name: str, folder: str, *, counted: bool = False, dtype: torch.dtype =
     model.save_pretrained(folder)
     if name in SAID:
         _say(folder, SAID[name])
-    if name == "qwen3_vl_moe":
+    if name.startswith("qwen3_vl_moe"):
         _as_qwen3_vl_moe(folder)
     if name in INSIDE:
         path = os.path.join(folder, "model.safetensors")

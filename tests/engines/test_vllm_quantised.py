@@ -26,21 +26,24 @@ FUSED = ("phi3", "glm", "glm4", "glm4v")
 """Their hubs store gate and up as one: one scale for both is not what vLLM keeps."""
 MIXED = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe")
 """Mixtures of experts."""
-STACKED = ("qwen3_vl_moe",)
+STACKED = ("qwen3_vl_moe", "qwen3_vl_moe-wide")
 """Their hubs store experts in stacks: quantised they are written one by one, and cut from there."""
 SPLIT = layout("hf", {"split_experts": "true"})
 SEEING = (
     "qwen2_vl", "qwen2_5_vl-tied", "qwen3_vl", "gemma3", "mistral3", "llava", "llava_onevision", "internvl",
 )  # fmt: skip
 """Decoders beside an image tower, which stays dense."""
-ALL = (*DENSE, *FUSED, *MIXED, *STACKED, *SEEING)
+ALL = (*DENSE, *FUSED, *MIXED, "qwen3_vl_moe", *SEEING)
 FOUR_BITS = dict.fromkeys(("int4-group32", "int4-group32-zero", "awq-group32"), ALL)
 FOUR_BITS["gptq-group32"] = tuple(n for n in ALL if n not in ("glm4", "glm4v"))  # vLLM's loader fails
 CASES = {
     "int8": (*DENSE, *FUSED, *SEEING),
     "fp8": (*DENSE, *SEEING),
     "fp8-channel": ALL,
-    "fp8-block": ("qwen3_vl-wide", "llava_onevision-wide"),
+    "fp8-block": (
+        *("qwen3_vl-wide", "llava_onevision-wide", "qwen3_vl_moe-wide"),
+        *("qwen3_5_moe_text-wide", "qwen3_5-wide", "qwen3_5_moe-wide"),
+    ),
     **FOUR_BITS,
 }
 GENERATED = ("int8", "fp8-channel", *FOUR_BITS)
