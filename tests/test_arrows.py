@@ -211,6 +211,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "recipes": (
         ("quantised", "imagining", "renaming", "known"),
+        ("strangers",),
         ("claims",),
         ("fused", "latent"),
         ("delta", "mamba"),

@@ -129,6 +129,7 @@ def test_on_the_command_line(tmp_path, capsys):
         ([*said, "--tag", "x"], "leave --tag, --also"),
         ([*said, "--strip-prefix", "model."], "leave --tag, --also"),
         (["--cut-as", "vllm:tp=x", "--like", str(shown)], "tp: wanted a number, got 'x'"),
+        (["--cut-as", f"vllm:tp={'9' * 5000}", "--like", str(shown)], "tp: wanted a number, got '999"),
         (["--cut-as", "vlm:tp=4", "--like", str(shown)], "no layout 'vlm'"),
         (["--cut-as", "vllm:tp", "--like", str(shown)], "wanted KEY=VALUE, got 'tp'"),
     ):

@@ -293,6 +293,8 @@ def test_records_that_tell_another_model(served):
         record["options"]["cut_from"]["tensors"]["model.norm.weight"] = ["bfloat16", [63]]
 
     assert "model.norm.weight: got shape (63,), wanted (64,)" in spoiled(served, other)
+    message = spoiled(served, lambda r: r["options"]["cut_from"]["aliases"].update(a="b"))
+    assert "its record ties a to b, which is no tensor of it" in message
 
 
 def test_records_of_another_layout(served):

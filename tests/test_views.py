@@ -413,6 +413,8 @@ def test_constant_carries_its_bytes() -> None:
 def test_zeros() -> None:
     assert equal(zeros((2, 3), dtypes.int64), np.zeros((2, 3), np.int64))
     assert equal(zeros((2, 0), dtypes.int64), np.zeros((2, 0), np.int64))
+    with pytest.raises(ViewError, match="zeros: an axis of 100000000000000000000 elements"):
+        zeros((2, 10**20), dtypes.int64)
 
 
 def test_union_of_extents_keeps_one_of_each() -> None:

@@ -399,7 +399,7 @@ def _rank(asked: int | str | None, placement: Placement) -> int | None:
     for rank, world in LAUNCHERS:
         if rank in os.environ:
             said = os.environ[rank], os.environ.get(world, "")
-            if not all(v.isdigit() for v in said):
+            if not all(v.isdecimal() for v in said):
                 raise FastckptError(
                     f"--rank auto: wanted numbers, got {rank}={said[0]!r}, {world}={said[1]!r}"
                 )

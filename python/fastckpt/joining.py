@@ -222,8 +222,11 @@ def _cut_from(ckpt: Checkpoint, manifest: Manifest) -> Checkpoint:
         )
     tensors = _map(source.get("tensors"), ckpt, "tensors")
     kinds = {name: _kind(f"{ckpt.path}: {name}", said) for name, said in tensors.items()}
-    aliases = _map(source.get("aliases"), ckpt, "aliases")
-    return phantom_of(ckpt, kinds, {a: str(h) for a, h in aliases.items()})
+    aliases = {a: str(h) for a, h in _map(source.get("aliases"), ckpt, "aliases").items()}
+    for alias, holder in aliases.items():
+        if holder not in kinds:
+            raise SourceError(f"{ckpt.path}: its record ties {alias} to {holder}, which is no tensor of it")
+    return phantom_of(ckpt, kinds, aliases)
 
 
 def _kind(where: str, said: JSON) -> tuple[DType, tuple[int, ...]]:

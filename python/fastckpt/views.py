@@ -369,6 +369,8 @@ def zeros(shape: Sequence[int], dtype: DType) -> View:
     shape = tuple(shape)
     if 0 in shape:
         return View(shape, dtype, _NOWHERE, no_rows(len(shape)))
+    if max(shape, default=0) >= 1 << 62:  # a config or an option may say anything
+        raise ViewError(f"zeros: an axis of {max(shape)} elements is longer than any tensor's")
     row = [ZERO, dtype.code, 0] + [0] * len(shape) + list(shape) + [0] * len(shape)
     return View(shape, dtype, _NOWHERE, np.array([row], np.int64))
 

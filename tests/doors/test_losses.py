@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 import zlib
 
@@ -98,9 +99,20 @@ def test_many_layers_and_nothing_lost():
 
 
 ODD = '{"a": {"dense": "x", "scheme": "y", "dense_bytes": true}}'
+FIGURES = dict(dense="x", scheme="y", dense_bytes=4, bytes=1, max_error=1, rms_error=1, snr_db=1, cosine=1)
+WILD = [
+    json.dumps({"a": FIGURES | {k: x}})
+    for k, x in (
+        ("snr_db", -1e308),
+        ("snr_db", math.nan),
+        ("max_error", math.inf),
+        ("rms_error", 10**400),
+        ("bytes", math.nan),
+    )
+]
 
 
-@pytest.mark.parametrize("told", ["[]", '{"a": 1}', '{"a": {"dense": "x"}}', "{", ODD])
+@pytest.mark.parametrize("told", ["[]", '{"a": 1}', '{"a": {"dense": "x"}}', "{", ODD, *WILD])
 def test_broken_figures_are_refused(tmp_path, told):
     (tmp_path / "quantisation-rank-0.json").write_text(told)
     with pytest.raises(SourceError, match="quantisation-rank-0"):

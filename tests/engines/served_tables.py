@@ -42,6 +42,9 @@ _GPT = dict(
     eos_token_id=2,
 )  # fmt: skip
 _PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+_LLAMA4 = _SIZES | dict(
+    num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=192, interleave_moe_layer_step=2
+)
 
 
 def _sizes(base=_SIZES, drop=(), **changes):
@@ -217,13 +220,7 @@ MODELS: dict[str, tuple[str, dict]] = {
     "falcon_h1-plain": (
         "FalconH1", _sizes(_MAMBA, mamba_d_ssm=256, mamba_n_groups=1, drop=("layer_types",))
     ),
-    "llama4_text": (
-        "Llama4Text",
-        _sizes(
-            num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=192,
-            interleave_moe_layer_step=2,
-        ),
-    ),
+    "llama4_text": ("Llama4Text", _sizes(_LLAMA4)),
     "gpt_oss": (
         "GptOss",
         _sizes(num_local_experts=4, num_experts_per_tok=2, head_dim=64, layer_types=None),
@@ -390,6 +387,14 @@ MODELS: dict[str, tuple[str, dict]] = {
         _seeing(
             _CLIP | dict(image_size=[16, 16], patch_size=[4, 4]), text=dict(model_type="qwen2"),
             image_token_id=300, tie_word_embeddings=False,
+        ),
+    ),
+    "llama4": (
+        "Llama4",
+        _seeing(
+            _CLIP | dict(intermediate_size=512, projector_input_dim=192, projector_output_dim=192,
+                         vision_output_dim=192),
+            drop=(), text=_LLAMA4, tie_word_embeddings=False,
         ),
     ),
 }  # fmt: skip

@@ -103,51 +103,38 @@ def choose_modules_of_a_gpu() -> None:
         ModelRegistry.register_model(name, where)
 
 
-def rank(index: int, grid: str, port: int, models: str, out: str, names: list[str]) -> None:
-    """One rank's shards of every model."""
+def rank(index: int, grid: str, port: int, model: str, folder: str) -> None:
+    """One rank's shard of one model."""
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoConfig, LlamaConfig
     from vllm.config import set_current_vllm_config
-    from vllm.distributed import (
-        destroy_model_parallel,
-        ensure_model_parallel_initialized,
-        init_distributed_environment,
-    )
+    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import ShardedStateLoader, get_model_loader
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     torch.set_num_threads(1)
-    choose_no_kernels()
-    choose_modules_of_a_gpu()
-    AutoConfig.register("internlm3", type("Config", (LlamaConfig,), {"model_type": "internlm3"}))
     tp, pp = size(grid, "tp"), size(grid, "pp")
-    init_distributed_environment(tp * pp, index, f"tcp://127.0.0.1:{port}", index, "gloo")
-    for name in names:
-        folder = os.path.join(out, name, grid)
-        os.makedirs(folder, exist_ok=True)
-        try:
-            config = EngineArgs(
-                model=os.path.join(models, name), tensor_parallel_size=tp, pipeline_parallel_size=pp,
-                enable_expert_parallel="ep" in grid,
-                mm_encoder_tp_mode="data" if "data" in grid else "weights", skip_tokenizer_init=True,
-                load_format="fastckpt" if "fastckpt" in grid else "auto", max_model_len=64,
-                enforce_eager=True, distributed_executor_backend="external_launcher",
-            ).create_engine_config()  # fmt: skip
-            with set_current_vllm_config(config):
-                destroy_model_parallel()  # only a mixture of experts gets a group of expert parallelism
-                ensure_model_parallel_initialized(tp, pp)
-                loader = get_model_loader(config.load_config)
-                with set_default_torch_dtype(config.model_config.dtype), torch.device("cpu"):
-                    model = loader.create_model(vllm_config=config, model_config=config.model_config)
-                    loader.load_weights(model, config.model_config)
-                state = ShardedStateLoader._filter_subtensors(model.state_dict())
-            path = os.path.join(folder, f"model-rank-{index}-part-0.safetensors")
-            save_file({k: v.contiguous() for k, v in state.items()}, path)
-        except Exception:  # whatever a model class does not take here is told, and the next one tried
-            with open(os.path.join(folder, "error"), "w") as f:
-                f.write(traceback.format_exc())
+    try:
+        init_distributed_environment(tp * pp, index, f"tcp://127.0.0.1:{port}", index, "gloo")
+        config = EngineArgs(
+            model=model, tensor_parallel_size=tp, pipeline_parallel_size=pp,
+            enable_expert_parallel="ep" in grid, mm_encoder_tp_mode="data" if "data" in grid else "weights",
+            load_format="fastckpt" if "fastckpt" in grid else "auto", max_model_len=64,
+            enforce_eager=True, distributed_executor_backend="external_launcher", skip_tokenizer_init=True,
+        ).create_engine_config()  # fmt: skip
+        with set_current_vllm_config(config):
+            ensure_model_parallel_initialized(tp, pp)
+            loader = get_model_loader(config.load_config)
+            with set_default_torch_dtype(config.model_config.dtype), torch.device("cpu"):
+                built = loader.create_model(vllm_config=config, model_config=config.model_config)
+                loader.load_weights(built, config.model_config)
+            state = ShardedStateLoader._filter_subtensors(built.state_dict())
+        path = os.path.join(folder, f"model-rank-{index}-part-0.safetensors")
+        save_file({k: v.contiguous() for k, v in state.items()}, path)
+    except Exception:  # whatever a model class does not take here is told, and the next one tried
+        with open(os.path.join(folder, "error"), "w") as f:
+            f.write(traceback.format_exc())
 
 
 def size(grid: str, axis: str) -> int:
@@ -156,23 +143,32 @@ def size(grid: str, axis: str) -> int:
 
 
 def main(models: str, out: str, grid: str, names: list[str]) -> None:
-    """Start the ranks and wait for them."""
+    """Each model in processes of its own, forked from one that has vLLM: what a model leaves in vLLM's and
+    transformers' classes (the fused modules of SupportsLoRA, model_type of a config shared by two) would
+    change how a later one is read."""
     import multiprocessing
 
-    world = size(grid, "tp") * size(grid, "pp")
+    from transformers import AutoConfig, LlamaConfig
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    os.environ["VLLM_DIST_IDENT"] = str(port)  # what its executors name their shared memory by
-    start = multiprocessing.get_context("spawn").Process
-    ranks = [start(target=rank, args=(r, grid, port, models, out, names)) for r in range(world)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    if any(process.exitcode for process in ranks):
-        raise SystemExit(1)
+    choose_no_kernels()
+    choose_modules_of_a_gpu()
+    AutoConfig.register("internlm3", type("Config", (LlamaConfig,), {"model_type": "internlm3"}))
+    fork = multiprocessing.get_context("fork").Process
+    for name in names:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        os.environ["VLLM_DIST_IDENT"] = str(port)  # what its executors name their shared memory by
+        model, folder = os.path.join(models, name), os.path.join(out, name, grid)
+        os.makedirs(folder, exist_ok=True)
+        world = range(size(grid, "tp") * size(grid, "pp"))
+        ranks = [fork(target=rank, args=(r, grid, port, model, folder)) for r in world]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+        if any(process.exitcode for process in ranks):
+            raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -303,6 +303,13 @@ WRAPPERS = {
         "InternVL", _CLIP | dict(image_size=[16, 16], patch_size=[4, 4], attention_bias=True),
         dict(model_type="qwen2"),
     ),
+    "llama4-images": _seeing(
+        "Llama4",
+        _CLIP | dict(intermediate_size=128, projector_input_dim=48, projector_output_dim=48,
+                     vision_output_dim=48),
+        dict(head_dim=8, num_local_experts=6, num_experts_per_tok=1, intermediate_size=24,
+             intermediate_size_mlp=96, interleave_moe_layer_step=2),
+    ),
 }  # fmt: skip
 """Text models beside a tower."""
 

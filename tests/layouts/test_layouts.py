@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from fastckpt import recipes
-from fastckpt.errors import LayoutError
+from fastckpt.errors import FastckptError, LayoutError
 from fastckpt.layouts import layout
 from fastckpt.layouts.cuts import padded_part
 from fastckpt.model import Layers
@@ -174,6 +174,7 @@ def test_options_from_strings():
         ("hf", {"replicate_kv": "yes"}, "wanted true or false, got 'yes'"),
         ("same", {"container": "zip"}, "wanted safetensors or bin, got 'zip'"),
         ("vllm", {"vocab_padding": "-64"}, "wanted a number, got '-64'"),
+        ("vllm", {"vocab_padding": "9" * 5000}, f"wanted a number, got '{'9' * 40}'"),
         ("vllm", {"vocab_padding": "0"}, "at least 1, got 0"),
         ("hf", {"multiple": "0"}, "layout hf: multiple must be at least 1, got 0"),
         ("hf", {"multiple": "32"}, "layout hf: multiple goes with pad=true"),
@@ -185,6 +186,8 @@ def test_options_from_strings():
             layout(name, options)
     with pytest.raises(LayoutError, match="ffn_tp must be at least 0, got -2"):
         layout("rtp_llm").__class__(ffn_tp=-2)
+    with pytest.raises(FastckptError, match="layout hf: multiple: wanted int, got float"):
+        layout("hf").__class__(pad=True, multiple=2.0)
 
 
 def test_file_names():

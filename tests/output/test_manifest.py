@@ -200,6 +200,7 @@ def test_ranks_merge() -> None:
     later = replace(b, created="2027-01-01T00:00:00+00:00", files={"tokenizer.json": FileEntry(1, D)})
     whole = merged([later, a])
     assert [s.rank for s in whole.shards] == [0, 1] and whole.complete and not a.complete
+    assert not replace(whole, world=1 << 61).complete
     assert whole.created == later.created and set(whole.files) == {"config.json", "tokenizer.json"}
     moved = replace(b.record, source=replace(b.record.source, headers="other"))
     for odd, said in (

@@ -36,6 +36,13 @@ def test_it_is_what_transformers_writes(name):
     assert recipes.imagined(recipe, config) == want
 
 
+def test_a_config_may_say_any_number_of_layers():
+    config, *_ = cogvlm2.made()
+    tall = config | {"vision_config": config["vision_config"] | {"num_hidden_layers": 10**12}}
+    with pytest.raises(RecipeError, match=r"vision_config\.num_hidden_layers 1000000000000"):
+        recipes.imagined(recipes.named("cogvlm2"), tall)
+
+
 @pytest.mark.parametrize("name", families.ENCODERS)
 def test_an_encoder_is_without_its_heads(name):
     config, recipe, files = shapes(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -210,6 +211,29 @@ def test_a_file_of_the_user(tmp_path):
     same(shards(model, "hf", 1)[0], hub)
     path.write_text(path.read_text() + "# changed\n")
     assert recipes.named(str(path))(memory(hub), config).family != model.family
+
+
+def test_a_file_is_run_as_it_is_now(tmp_path, monkeypatch):
+    """Python keeps what it compiled by a file's time, in seconds, and size."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    config, hub, _ = tiny.made("tied")
+    path = tmp_path / "mine.py"
+    for family in ("one", "two"):
+        names = LLAMA | dict(lm_head=None, family=family)
+        path.write_text(f"from fastckpt.recipes.names import Names\nRECIPE = Names(**{names})\n")
+        os.utime(path, (0, 0))
+        assert recipes.named(str(path))(memory(hub), config).family.startswith(f"{family} (")
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_file_may_define_dataclasses(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Sizes:\n    heads: int = 1\n"
+        "def RECIPE(ckpt, config, *, vocab_size=None): ...\n"
+    )
+    assert callable(recipes.named(str(path)))
 
 
 def test_files_and_names_that_are_no_recipe(tmp_path):

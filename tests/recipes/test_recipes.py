@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
-from fastckpt import recipes
+from fastckpt import recipes, sources
 from fastckpt.errors import RecipeError
+from fastckpt.sources import strip_prefix
 from layouts import families, tiny
 from reading import bits, memory, read
 
@@ -158,7 +160,7 @@ def test_a_name_without_a_role_is_an_error_unless_ignored():
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model."])
+@pytest.mark.parametrize("prefix", ["module.", "_forward_module.model.", "base_model.model."])
 def test_wrapped_names_say_how_to_unwrap(name, prefix):
     config, hub, _ = tiny.made(name)
     wrapped = {prefix + n: x for n, x in hub.items()}
@@ -167,6 +169,45 @@ def test_wrapped_names_say_how_to_unwrap(name, prefix):
     bare = {prefix + n.removeprefix("transformer."): x for n, x in hub.items()}
     with pytest.raises(RecipeError, match=rf"--strip-prefix {prefix}\) removes it"):
         recipe(bare, config)
+
+
+def advised(tensors, config, flag):
+    """The error of these tensors, and what its advice makes of them."""
+    with pytest.raises(RecipeError) as refused:
+        recipe(tensors, config)
+    said = re.search(rf"{flag} (?:'(.*?)='|(\S+?))\)", str(refused.value))
+    rename = (said[1], "") if said[1] else strip_prefix(said[2])
+    made = sources.open(tensors, rename=[rename])
+    return str(refused.value), {n: tensors[o] for o in tensors for n in [re.sub(*rename, o)] if n in made}
+
+
+def test_the_advice_on_strange_names_mends_them():
+    config, hub, _ = tiny.made("llama")
+    lit = {f"model.{n}": x for n, x in hub.items()} | {"seen": torch.ones(3), "loss.weight": torch.ones(2)}
+    said, bare = advised(lit, config, "--strip-prefix")
+    assert f"{len(hub)} of {len(lit)} names start with 'model.'" in said
+    said, bare = advised(bare, config, "--rename")
+    assert "no place for seen, loss.weight" in said and "if it is no part of what is to be served" in said
+    said, bare = advised(bare, config, "--rename")
+    assert list(bare) == list(hub) and recipe(bare, config)
+
+
+@pytest.mark.parametrize("part", ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."])
+def test_what_wrappers_put_within_names(part):
+    config, hub, _ = tiny.made("llama")
+    for before in ("", part):
+        held = {before + n.replace("layers.1.", f"layers.1.{part}"): x for n, x in hub.items()}
+        said, bare = advised(held, config, "--rename")
+        assert f"names hold '{part}'" in said
+        assert list(bare) == list(hub) and recipe(bare, config)
+
+
+def test_two_models_in_one():
+    config, hub, _ = tiny.made("llama")
+    both = {f"{role}.{n}": x for role in ("critic", "actor") for n, x in hub.items()}
+    said, one = advised(both, config, "--rename")
+    assert "a model under each of actor., critic.;" in said and "(--strip-prefix actor.)" in said
+    assert list(advised(one, config, "--strip-prefix")[1]) == list(hub)
 
 
 def test_vocabulary_rows_that_differ_from_config():
@@ -181,6 +222,8 @@ def test_vocabulary_rows_that_differ_from_config():
     for size in (212, 0):
         with pytest.raises(RecipeError, match=f"has 211 rows, vocab_size= asks for {size}"):
             recipe(hub, config, vocab_size=size)
+    with pytest.raises(RecipeError, match=r"model\.embed_tokens\.weight is a scalar, wanted 2 axes"):
+        recipe(hub | {"model.embed_tokens.weight": torch.tensor(1.0)}, config)
 
 
 def test_tied_pairs():

@@ -128,7 +128,7 @@ def test_forms_that_are_not_read():
         with pytest.raises(RecipeError, match=f"{key}.* is not read"):
             hf(hub, config | {key: value})
     config, hub, _ = families.made("mpt")
-    for attends in ({"alibi": False}, {"attn_type": "multiquery_attention"}, {"alibi_bias_max": 16}):
+    for attends in ({"alibi": False}, {"attn_type": "multiquery_attention"}, {"alibi_bias_max": 16}, "x"):
         with pytest.raises(RecipeError, match="wanted"):
             hf(hub, config | {"attn_config": attends})
     config, hub, _ = families.made("whisper")

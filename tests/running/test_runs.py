@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 
 import fastckpt
 import pytest
 import torch
 from fastckpt.errors import SourceError, WriteError
+from fastckpt.running import runs
 
 PLAN = {"*": "colwise"}
 
@@ -103,3 +105,14 @@ def test_a_turned_tensor_of_very_many_lines_is_written(tmp_path):
     turned = torch.arange(10_000_000).to(torch.uint8).reshape(2, -1).t()
     fastckpt.reshard({"w": turned}, layout="same", out=tmp_path / "out", durable=False)
     assert torch.equal(fastckpt.consolidate(tmp_path / "out")["w"], turned)
+
+
+def test_a_process_of_any_name_can_tell_its_memory():
+    """Linux keeps the name as bytes, and `/proc/self/status` begins with it."""
+    libc, was = ctypes.CDLL(None), ctypes.create_string_buffer(16)
+    libc.prctl(16, was)  # PR_GET_NAME
+    libc.prctl(15, b"entra\xc3\xaene\xff")  # PR_SET_NAME
+    try:
+        assert runs._peak_memory() > 1 << 20
+    finally:
+        libc.prctl(15, was)

@@ -32,6 +32,13 @@ def test_safetensors_go_before_bin(tmp_path):
     assert sources.open(tmp_path).format == "safetensors"
 
 
+def test_other_files_have_any_name(tmp_path):
+    """A superscript two is a digit, and no number."""
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    (tmp_path / "\N{SUPERSCRIPT TWO}").write_text("x")
+    assert sources.open(tmp_path).format == "safetensors"
+
+
 def test_nothing_known(tmp_path):
     refuses(tmp_path / "missing", "No such file or directory")
     refuses("", "'': No such file or directory")

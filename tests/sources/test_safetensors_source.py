@@ -35,6 +35,22 @@ def test_pieces_of_a_distributed_save_are_no_tensors(tmp_path):
         refuses(path, "holds pieces of tensors", "consolidate_safetensors_files")
 
 
+def test_a_whole_save_of_torch_s_hugging_face_writer(tmp_path):
+    """Of rank 0 alone; ranks that write pieces at once give their files one name, and the last one wins."""
+    where = {"DCP_SHARDING_INFO": json.dumps({"a": {"saved_offsets": [0, 0]}}), "format": "pt"}
+    save_file({"a": TENSORS["a"]}, tmp_path / "model-00001-of-00001.safetensors", metadata=where)
+    index = tmp_path / "model.safetensors.index.json"
+    mapped = {"a": "model-00001-of-00001.safetensors"}
+    index.write_text(json.dumps({"metadata": {"total_size": TENSORS["a"].nbytes}, "weight_map": mapped}))
+    ckpt = sources.open(tmp_path)
+    holds(ckpt, {"a": TENSORS["a"]})
+    assert ckpt.facts["metadata"] == {"format": "pt"}
+    index.write_text(json.dumps({"metadata": {"total_size": 2 * TENSORS["a"].nbytes}, "weight_map": mapped}))
+    refuses(
+        tmp_path, f"hold {TENSORS['a'].nbytes} bytes, the index says {2 * TENSORS['a'].nbytes}: ranks wrote"
+    )
+
+
 def test_one_file(tmp_path):
     save_file(TENSORS, tmp_path / "model.safetensors", metadata={"format": "pt"})
     for path in (tmp_path, tmp_path / "model.safetensors"):

@@ -68,12 +68,35 @@ def test_tied_names_are_aliases(tmp_path):
     holds(ckpt, tensors)
 
 
+def test_a_name_of_which_nothing_remains_is_left_out(tmp_path):
+    tensors = {"embed": TENSORS["a"], "head": TENSORS["a"], "copy": TENSORS["a"], "b": TENSORS["b"]}
+    torch.save(tensors, tmp_path / "x.bin")
+
+    def kept(*patterns):
+        ckpt = sources.open(tmp_path / "x.bin", rename=[(p, "") for p in patterns])
+        holds(ckpt, {n: tensors[n] for n in (*ckpt.entries, *ckpt.aliases)})
+        return list(ckpt.entries), dict(ckpt.aliases), ckpt.unread[-1]
+
+    assert kept("^b$") == (["embed"], {"head": "embed", "copy": "embed"}, "left out by rename: b")
+    assert kept("^head$", "^b") == (["embed"], {"copy": "embed"}, "left out by rename: b, head")
+    assert kept("^embed$") == (["b", "head"], {"copy": "head"}, "left out by rename: embed")
+    refuses(tmp_path / "x.bin", "leaves out every tensor", rename=[(".*", "")])
+
+
 @pytest.mark.parametrize("key", ["state_dict", "model", "module", "model_state_dict"])
 def test_wrapped_in_one_key(tmp_path, key):
     torch.save({key: TENSORS, "epoch": 3, "optimizer": {"state": {0: torch.ones(5)}}}, tmp_path / "x.pt")
     ckpt = sources.open(tmp_path / "x.pt")
     holds(ckpt, TENSORS)
     assert "optimizer: beside the state dict" in ckpt.unread
+
+
+def test_where_composer_puts_the_model(tmp_path):
+    state = {"model": TENSORS, "optimizers": {"Adam": {"state": {0: {"m": torch.ones(5)}}}}, "timestamp": {}}
+    torch.save({"state": state, "rng": [{"cuda": torch.ones(2)}]}, tmp_path / "ep0-ba10-rank0.pt")
+    ckpt = sources.open(tmp_path / "ep0-ba10-rank0.pt")
+    holds(ckpt, TENSORS)
+    assert ckpt.unread == tuple(f"{n}: beside the state dict" for n in ("rng", "optimizers", "timestamp"))
 
 
 def test_structure_holds_offsets_and_strides(tmp_path):
@@ -95,6 +118,7 @@ def test_what_is_no_tensor_is_said(tmp_path):
 
 BAD = {
     "ambiguous": ({"model": TENSORS, "state_dict": TENSORS}, "several dicts of tensors: state_dict, model"),
+    "deeper": ({"a": {"model": TENSORS}, "b": {"model": TENSORS}}, "tensors: a.model, b.model"),
     "no known key": ({"weights": TENSORS, "epoch": 1}, "keys: weights, epoch"),
     "nothing": ({"a": 1}, "no dict of tensors"),
     "a module": (torch.nn.Linear(1, 1), "got torch.nn.modules.linear.Linear"),

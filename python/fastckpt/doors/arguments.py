@@ -157,7 +157,8 @@ def _names(p: argparse.ArgumentParser) -> None:
         type=_rename,
         default=[],
         metavar="REGEX=REPL",
-        help="rename tensors, as re.sub does; cut at the last `=`; repeatable, applied in order",
+        help="rename tensors, as re.sub does; a name of which nothing remains is left out; cut at the last "
+        "`=`; repeatable, applied in order",
     )
     p.add_argument(
         "--strip-prefix",
@@ -244,16 +245,10 @@ def _strip_prefix(prefix: str) -> tuple[str, str]:
 
 
 def _rank_or_auto(text: str) -> int | str:
-    return text if text == "auto" else _natural(text)
-
-
-def _natural(text: str) -> int:
-    if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"wanted a number, got {text!r}")
-    return int(text)
+    return text if text == "auto" else serving_options.natural(text)
 
 
 def _positive(text: str) -> int:
-    if _natural(text) < 1:
+    if (number := serving_options.natural(text)) < 1:
         raise argparse.ArgumentTypeError("wanted at least 1")
-    return int(text)
+    return number

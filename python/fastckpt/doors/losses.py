@@ -21,6 +21,9 @@ from .text import columns, size
 SHOWN = 20
 """Tensors that the text names: the worst."""
 
+MOST, LEAST = 1e300, -1000.0
+"""No figure is larger, and no signal so many decibels below the noise."""
+
 
 @dataclass(frozen=True, slots=True)
 class Loss:
@@ -65,16 +68,18 @@ def _rank(file: str) -> int:
 
 
 def _loss(rank: int, told: Mapping[str, JSON]) -> Loss:
-    def number(key: str) -> float | None:
+    def number(key: str, least: float = -MOST) -> float | None:
         value = told[key]
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise ValueError(f"{key} is {value!r}")
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least < value < MOST:
+            raise ValueError(f"{key} is {value!r:.40}")
         return value
 
     before, after = number("dense_bytes"), number("bytes")
     if before is None or after is None:
         raise ValueError("bytes are missing")
-    figures = [number(key) for key in ("max_error", "rms_error", "snr_db", "cosine")]
+    figures = number("max_error"), number("rms_error"), number("snr_db", LEAST), number("cosine")
     return Loss(rank, str(told["dense"]), str(told["scheme"]), int(before), int(after), *figures)
 
 
@@ -122,7 +127,7 @@ def by_role(losses: Iterable[Loss]) -> dict[str, dict[int, float]]:
     out: dict[str, dict[int, float]] = {}
     for x in losses:
         module = x.name.removesuffix(".weight").rpartition(".")[2]
-        found = re.search(r"(?:^|\.)([0-9]+)(?:\.|$)", x.name)
+        found = re.search(r"(?:^|\.)([0-9]{1,9})(?:\.|$)", x.name)
         layer = int(found[1]) if found else 0
         layers = out.setdefault(module, {})
         layers[layer] = max(layers.get(layer, 0.0), x.noise)

@@ -6,6 +6,7 @@ Law: nothing heavy is imported before an option is read.
 from __future__ import annotations
 
 import argparse
+import re
 from typing import TYPE_CHECKING
 
 from ..errors import FastckptError, SourceError
@@ -121,17 +122,22 @@ def foreign(args: argparse.Namespace) -> tuple[Layout, Placement] | None:
             "names: leave --tag, --also, --rename, --strip-prefix, --weights and "
             "--exclude-frozen-parameters out"
         )
-    name, options = args.cut_as
-    sizes = {axis: options.pop(axis, "1") for axis in ("tp", "pp", "dp", "ep")}
-    for axis, size in sizes.items():
-        if not size.isascii() or not size.isdigit():
-            raise FastckptError(f"--cut-as {name}: {axis}: wanted a number, got {size!r}")
-    return layout(name, options), Placement(**{axis: int(size) for axis, size in sizes.items()})
+    name, sizes, options = args.cut_as
+    return layout(name, options), Placement(**sizes)
 
 
-def _cut_as(text: str) -> tuple[str, dict[str, str]]:
+def _cut_as(text: str) -> tuple[str, dict[str, int], dict[str, str]]:
     layout, _, rest = text.partition(":")
-    return layout, dict(_option(pair) for pair in rest.split(",")) if rest else {}
+    options = dict(_option(pair) for pair in rest.split(",")) if rest else {}
+    sizes = {axis: natural(options.pop(axis, "1"), f"{axis}: ") for axis in ("tp", "pp", "dp", "ep")}
+    return layout, sizes, options
+
+
+def natural(text: str, of: str = "") -> int:
+    """The number that an option's text spells; `of` begins the message of what is none."""
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"{of}wanted a number, got {text[:40]!r}")
+    return int(text)
 
 
 def _option(text: str) -> tuple[str, str]:

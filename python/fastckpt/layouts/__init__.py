@@ -8,6 +8,7 @@ asks for.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
@@ -143,8 +144,8 @@ def _parsed(where: str, text: str, kind: object) -> bool | int | str:
     elif get_origin(kind) is Literal:
         choices = {choice: choice for choice in get_args(kind)}
     elif kind is int:
-        if not text.isascii() or not text.isdigit():
-            raise LayoutError(f"{where}: wanted a number, got {text!r}")
+        if not re.fullmatch("[0-9]{1,18}", text):
+            raise LayoutError(f"{where}: wanted a number, got {text[:40]!r}")
         return int(text)
     else:
         return text

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..dtypes import int64
-from ..errors import LayoutError
+from ..errors import LayoutError, expect
 from ..model import (
     Attention,
     Beside,
@@ -43,8 +43,9 @@ if TYPE_CHECKING:
 def require_least(layout: str, made: object, least: int, *options: str) -> None:
     """Raises LayoutError where one of these options of a layout is less than `least`."""
     for name in options:
-        if getattr(made, name) < least:
-            raise LayoutError(f"layout {layout}: {name} must be at least {least}, got {getattr(made, name)}")
+        expect(f"layout {layout}: {name}", size := getattr(made, name), int)
+        if size < least:
+            raise LayoutError(f"layout {layout}: {name} must be at least {least}, got {size}")
 
 
 Subjects = Mapping[str, tuple[Callable[[], bool], str]]

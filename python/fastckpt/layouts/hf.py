@@ -90,8 +90,8 @@ class Hf:
         for key, width in model.sizes.widths.items():
             if key not in model.cuts.whole:
                 require_even("hf", placement, key, width, instead)
-        net = next((x.attention for x in model.layers if isinstance(x.attention, DeltaNet)), None)
-        if net is not None and model.cuts.rows:
+        if model.sizes.delta is not None and model.cuts.rows:  # else no layer is built to look for one
+            net = next(x.attention for x in model.layers if isinstance(x.attention, DeltaNet))
             for linear in (*delta_stored(net), net.o):
                 require_even("hf", placement, f"the rows of {linear.name}", linear.shape[0])
         rows = "" if len(model.predictions) else f"; vocab_padding={placement.tp} pads it with zero rows"

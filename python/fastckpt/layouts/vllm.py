@@ -98,7 +98,7 @@ RENAMED: dict[str, Renamed] = {
 CUT_NORMS = frozenset({"minimax_m2"})
 """Families whose norms over all of q and of k vLLM cuts by heads, rather than hold them whole."""
 
-PAIRED = frozenset({"llama4_text"})
+PAIRED = frozenset({"llama4_text", "llama4"})
 """Families whose rotary positions turn neighbouring rows of a head of q and k; vLLM puts all the even rows
 before the odd ones (Llama4ForCausalLM.permute_qk_weight_for_rotary)."""
 
@@ -113,8 +113,13 @@ rank, [q; k; v] is cut as one run of "rows", whatever they are."""
 WHOLE = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v"})
 """Families whose tower vLLM can hold whole on every rank (supports_encoder_tp_data)."""
 
-ROWS: dict[str, str] = {"glm4v": "model.visual.merger.proj.weight"}
-"""family -> a matrix beside its tower's layers of which each rank holds a run of rows."""
+ROWS: dict[str, frozenset[str]] = {
+    "glm4v": frozenset({"model.visual.merger.proj.weight"}),
+    "llama4": frozenset(
+        {"vision_model.patch_embedding.linear.weight", "multi_modal_projector.linear_1.weight"}
+    ),
+}
+"""family -> matrices beside its tower's layers of which each rank holds a run of rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,7 +356,7 @@ def _require_tower(model: Model, tower: Tower, placement: Placement) -> None:
     for merger in () if "mergers" in unlike else tower.mergers:
         require_even("vllm", placement, f"{merger.up.name}'s width", merger.up.shape[0])
     for role in model.carried:
-        if role.name == ROWS.get(model.family):
+        if role.name in ROWS.get(model.family, ()):
             require_even("vllm", placement, f"{role.name}'s rows", role.view.shape[0])
 
 
@@ -373,7 +378,7 @@ def _tower(model: Model, tower: Tower, placement: Placement) -> Iterator[Target]
         else:
             yield from _mlp(merger, placement)
     for role in model.carried:
-        cut = role.name == ROWS.get(model.family)
+        cut = role.name in ROWS.get(model.family, ())
         yield Target(role.name, role.view.part(0, placement.tp_rank, placement.tp) if cut else role.view)
 
 

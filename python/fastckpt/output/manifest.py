@@ -179,7 +179,7 @@ class Manifest:
     @property
     def complete(self) -> bool:
         """Whether every rank is there."""
-        return [s.rank for s in self.shards] == list(range(self.world))
+        return len(self.shards) == self.world and all(s.rank == k for k, s in enumerate(self.shards))
 
     def all_files(self) -> dict[str, FileEntry]:
         """Every file but the records themselves."""

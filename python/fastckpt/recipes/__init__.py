@@ -6,10 +6,12 @@ A family is a line in FAMILIES, here and in its module; a user's own is a file o
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.machinery import SourceFileLoader
+from types import CodeType, ModuleType
 from typing import cast
 
 from ..checkpoint import JSON, Checkpoint
@@ -128,6 +130,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("llava", "vision_language", "LLaVA, Pixtral: a text model beside CLIP, SigLIP or Pixtral's tower"),
     Family("llava_onevision", "vision_language", "LLaVA-OneVision: likewise"),
     Family("internvl", "vision_language", "InternVL in transformers' names: likewise, a tower of its own"),
+    Family("llama4", "vision_language", "Llama 4: its text model beside an image tower"),
 )
 
 TYPES: dict[str, Family] = {family.model_type: family for family in FAMILIES}
@@ -204,17 +207,28 @@ def _known(name: str) -> Recipe | None:
     return None
 
 
+class _Source(SourceFileLoader):
+    """Runs the bytes it is given: what Python has kept of a file may be of an earlier version of it."""
+
+    def __init__(self, name: str, path: str, source: bytes) -> None:
+        super().__init__(name, path)
+        self.source = source
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.source, self.path)
+
+
 def _from_file(path: str) -> Recipe:
     try:
         with open(path, "rb") as f:
-            digest = hashlib.sha256(f.read()).hexdigest()[:12]
+            source = f.read()
     except OSError as e:
         raise RecipeError(f"{path}: {e.strerror}") from None
-    spec = spec_from_file_location(f"fastckpt_recipe_{digest}", path)
-    if spec is None or spec.loader is None:
-        raise RecipeError(f"{path}: not a Python file")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
+    digest = hashlib.sha256(source).hexdigest()[:12]
+    module = ModuleType(f"fastckpt_recipe_{digest}")
+    module.__file__ = path
+    sys.modules[module.__name__] = module  # as of any import: dataclasses look for it there
+    _Source(module.__name__, path, source).exec_module(module)
     recipe = _checked(getattr(module, "RECIPE", None), f"{path}: RECIPE")
 
     def of_file(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:

@@ -20,6 +20,7 @@ from ..dtypes import DType
 from ..errors import RecipeError, near
 from ..model import Beside, Embedding, Linear, Norm, Parameter
 from ..views import View
+from . import strangers
 from .imagining import MOST, Imagined
 from .quantised import Form, Kind, Quantised
 
@@ -190,10 +191,18 @@ class Claims:
         if self.imagined is not None:
             self.imagined.want(stored, tuple(d.size for d in dims))
         if stored not in self.ckpt:
+            if why := strangers.wrapped(self._names):
+                raise RecipeError(f"{self.ckpt.path}: {why}")
             known = next((f" ({note})" for note in self.ckpt.unread if note.startswith(f"{stored}: ")), "")
             more = known + near(stored, self.ckpt)
             raise RecipeError(f"{self.ckpt.path}: the model needs {stored}, which is not there{more}")
         return self.ckpt.entries[self.ckpt.aliases.get(stored, stored)].shape
+
+    def length(self, name: str, *dims: Dim) -> int:
+        """The rows of a tensor that must be there; `dims` as in `shape`. Raises RecipeError for a scalar."""
+        if not (found := self.shape(name, *dims)):
+            raise RecipeError(f"{self._stored(name)} is a scalar, wanted {len(dims)} axes")
+        return found[0]
 
     def tensor(self, name: str, *dims: Dim) -> Callable[[], View]:
         """Claims a tensor of that shape; the result builds its view."""
@@ -265,7 +274,7 @@ class Claims:
 
     def rows(self, name: str, count: int, width: Dim) -> Callable[[], Embedding]:
         """Claims the first `count` vectors of a table. Raises RecipeError where it has fewer."""
-        stored = Dim(self.shape(f"{name}.weight", Dim(count, "rows"), width)[0], "rows")
+        stored = Dim(self.length(f"{name}.weight", Dim(count, "rows"), width), "rows")
         if stored.size < count:
             raise RecipeError(f"{name}.weight has {stored.size} rows, the vocabulary {count}")
         weight = self.floats(f"{name}.weight", stored, width)
@@ -353,24 +362,22 @@ class Claims:
             more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
             raise RecipeError(
                 f"{self.ckpt.path}: the model has no place for {', '.join(unused[:5])}{more}; "
-                f"ignored are only: {', '.join(ignored) or 'none'}"
+                f"ignored are only: {', '.join(ignored) or 'none'}{strangers.beside(unused, self._claimed)}"
             )
         return tuple(left)
 
+    @property
+    def _names(self) -> list[str]:
+        return [*self.ckpt.entries, *self.ckpt.aliases]
+
     def _refuse_wrapped(self, anchor: str) -> None:
-        names = [*self.ckpt.entries, *self.ckpt.aliases]
-        if adapted := next((n for n in names if ".lora_A." in n), None):
+        if adapted := next((n for n in self._names if ".lora_A." in n), None):
             raise RecipeError(
                 f"{self.ckpt.path}: {adapted} is an adapter's; adapter= (--adapter DIR) merges it, with its "
                 "adapter_config.json"
             )
-        for name in names:
-            prefix = name.removesuffix(anchor)
-            if prefix != name and prefix.endswith(".") and all(n.startswith(prefix) for n in names):
-                raise RecipeError(
-                    f"{self.ckpt.path}: every name starts with {prefix!r}; rename= (--strip-prefix {prefix}) "
-                    "removes it"
-                )
+        if why := strangers.wrapped(self._names) or strangers.within(self._names, anchor):
+            raise RecipeError(f"{self.ckpt.path}: {why}")
 
 
 def vocabulary(
@@ -399,7 +406,7 @@ def vocabulary(
     want = integer(config, key) if vocab_size is None else vocab_size
 
     def rows(name: str, *more: Dim) -> View:
-        stored = claims.shape(name, Dim(want, key), *more)[0]
+        stored = claims.length(name, Dim(want, key), *more)
         if vocab_size is None and stored != want:
             raise RecipeError(
                 f"{name} has {stored} rows, config's {key} is {want}; vocab_size= says which to serve"

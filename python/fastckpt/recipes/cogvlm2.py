@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from ..checkpoint import JSON, Checkpoint
-from ..errors import RecipeError
 from ..model import Attention, Layer, Layers, Model, Parameter, Sizes, VisionExpert
 from .claims import Claims, Dim, Heads, dim, integer, vocabulary
 from .decoder import ANCHOR, IGNORED, gated
 from .fused import fused_attention
 from .known import Known
+from .towers import Shapes, carried, norms, of, vision
 
 KV_HEADS = 8
 """configuration_cogvlm.py's num_multi_query_heads, which config.json may leave out."""
@@ -62,26 +62,18 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
 
 def _tower(claims: Claims, config: Mapping[str, JSON], hidden: Dim, width: Dim) -> tuple[Parameter, ...]:
     """Every tensor of `model.vision`, which makes hidden vectors of images."""
-    said = config.get("vision_config")
-    if not isinstance(said, dict):
-        raise RecipeError(f"config: vision_config must be an object, got {said!r}")
-    named = {f"vision_config.{key}": value for key, value in said.items()}
-
-    def of_vision(key: str) -> Dim:
-        return dim(named, f"vision_config.{key}")
-
-    inner, mlp, patch = (of_vision(key) for key in ("hidden_size", "intermediate_size", "patch_size"))
+    said = vision(config)
+    inner, mlp, patch = (of(said, key) for key in ("hidden_size", "intermediate_size", "patch_size"))
     one, two = Dim(1, "1"), Dim(2, "2")
-    shapes: dict[str, tuple[Dim, ...]] = {
+    shapes: Shapes = {
         "patch_embedding.cls_embedding": (one, inner),
-        "patch_embedding.proj.weight": (inner, of_vision("in_channels"), patch, patch),
+        "patch_embedding.proj.weight": (inner, of(said, "in_channels"), patch, patch),
         "patch_embedding.proj.bias": (inner,),
-        "patch_embedding.position_embedding.weight": (of_vision("num_positions"), inner),
+        "patch_embedding.position_embedding.weight": (of(said, "num_positions"), inner),
     }
-    for i in range(of_vision("num_hidden_layers").size):
+    for i in range(claims.layers(said, "vision_config.num_hidden_layers")):
         at = f"transformer.layers.{i}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes |= {f"{at}.{norm}.weight": (inner,), f"{at}.{norm}.bias": (inner,)}
+        shapes |= norms((f"{at}.input_layernorm", f"{at}.post_attention_layernorm"), inner)
         for name, out, into in (
             ("attention.query_key_value", inner.times(3), inner),
             ("attention.dense", inner, inner),
@@ -89,10 +81,9 @@ def _tower(claims: Claims, config: Mapping[str, JSON], hidden: Dim, width: Dim) 
             ("mlp.fc2", inner, mlp),
         ):
             shapes |= {f"{at}.{name}.weight": (out, into), f"{at}.{name}.bias": (out,)}
+    shapes |= norms(("linear_proj.norm1",), hidden)
     shapes |= {
         "linear_proj.linear_proj.weight": (hidden, inner),
-        "linear_proj.norm1.weight": (hidden,),
-        "linear_proj.norm1.bias": (hidden,),
         "linear_proj.dense_h_to_4h.weight": (width, hidden),
         "linear_proj.gate_proj.weight": (width, hidden),
         "linear_proj.dense_4h_to_h.weight": (hidden, width),
@@ -101,7 +92,7 @@ def _tower(claims: Claims, config: Mapping[str, JSON], hidden: Dim, width: Dim) 
         "boi": (one, one, hidden),
         "eoi": (one, one, hidden),
     }
-    return tuple(claims.parameter(f"model.vision.{name}", *dims)() for name, dims in shapes.items())
+    return carried(claims, "model.vision", shapes)
 
 
 FAMILIES = {

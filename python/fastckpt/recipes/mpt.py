@@ -22,8 +22,9 @@ SLOPES = 8
 
 def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
     """The model of an MPT checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
-    said = config.get("attn_config")
-    attends = said if isinstance(said, dict) else {}
+    attends = {} if config.get("attn_config") is None else config["attn_config"]
+    if not isinstance(attends, dict):
+        raise RecipeError(f"config: attn_config: wanted an object, got {attends!r}")
     if not flag(attends, "alibi", True) or attends.get("attn_type") not in (None, "multihead_attention"):
         raise RecipeError(f"config: attn_config: wanted alibi and multihead_attention, got {attends}")
     claims = Claims(ckpt, f"{PREFIX}wte.weight", PREFIX)

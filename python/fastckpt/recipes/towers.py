@@ -240,6 +240,11 @@ def glm4v(claims: Claims, at: str, config: Said, hidden: Dim) -> Built:
 
 _APART = tuple(f"self_attn.{n}_proj" for n in ("q", "k", "v", "out"))
 CLIP = Block(("layer_norm1", "layer_norm2"), _APART, ("mlp.fc1", "mlp.fc2"))
+LLAMA4 = Block(
+    ("input_layernorm", "post_attention_layernorm"),
+    tuple(f"self_attn.{n}_proj" for n in "qkvo"),
+    ("mlp.fc1", "mlp.fc2"),
+)
 PIXTRAL = Block(
     ("attention_norm", "ffn_norm"),
     tuple(f"attention.{n}_proj" for n in "qkvo"),
@@ -364,6 +369,31 @@ def pixtral(claims: Claims, at: str, config: Said, mergers: tuple[Mlp, ...], fea
     inner = of(said, "hidden_size")
     outer: Shapes = {"patch_conv.weight": _kernel(said, inner)} | norms(("ln_pre",), inner, bias=False)
     return _built(claims, at, said, "transformer.layers", PIXTRAL, outer, mergers, features)
+
+
+def llama4(claims: Claims, at: str, config: Said, hidden: Dim) -> Built:
+    """Llama 4's tower, of modules below `at`, with its adapter, and beside both the matrix that makes
+    hidden vectors of the decoder's size (modeling_llama4.py)."""
+    said = vision(
+        config, hidden_size=768, intermediate_size=5632, num_hidden_layers=34, num_attention_heads=16,
+        image_size=448, patch_size=14, projector_input_dim=4096, projector_output_dim=4096,
+        vision_output_dim=7680,
+    )  # fmt: skip
+    inner, patch = of(said, "hidden_size"), _side(said, "patch_size")
+    seen = Dim(of(said, "num_channels", 3).size * patch.size**2, f"num_channels * {patch.key} ** 2")
+    width, out, shuffled = (
+        of(said, k) for k in ("projector_input_dim", "projector_output_dim", "intermediate_size")
+    )
+    adapter = mlp(claims, f"{at}.vision_adapter.mlp", ("fc1", "fc2"), width, shuffled, out, bias=False)
+    outer: Shapes = {
+        "patch_embedding.linear.weight": (inner, seen),
+        "class_embedding": (inner,),
+        "positional_embedding_vlm": (Dim(_grid(said) + 1, "patches + 1"), inner),
+    }
+    outer |= norms(("layernorm_pre", "layernorm_post"), inner)
+    tower, loose = _built(claims, at, said, "model.layers", LLAMA4, outer, (adapter(),))
+    projector: Shapes = {"linear_1.weight": (hidden, of(said, "vision_output_dim"))}
+    return tower, (*loose, *carried(claims, "multi_modal_projector", projector))
 
 
 def internvl(claims: Claims, at: str, config: Said, mergers: tuple[Mlp, ...], features: JSON = None) -> Built:

@@ -23,6 +23,7 @@ from .glm import GLM4
 from .imagining import Imagined
 from .known import Known, Recipe
 from .llama import LLAMA, MINISTRAL3, MISTRAL, QWEN2, QWEN3
+from .llama4 import LLAMA4_TEXT
 from .moe import Block
 from .qwen_moe import QWEN3_MOE
 from .qwen_next import QWEN3_5, QWEN3_5_MOE
@@ -47,6 +48,7 @@ def _qwen3_moe(ckpt: Checkpoint, config: Said, *, vocab_size: int | None = None)
 TEXTS: Mapping[str, Recipe] = {
     "qwen3_vl_moe_text": _qwen3_moe,
     "qwen3_5_moe_text": partial(mixture.recipe, mixture=QWEN3_5_MOE),
+    "llama4_text": partial(mixture.recipe, mixture=LLAMA4_TEXT),
     **{
         name: partial(decoder.recipe, kind=kind)
         for name, kind in {
@@ -341,9 +343,10 @@ MISTRAL3 = Wrapper("mistral3", (*_APART, "ministral3"), _mistral3, trained=_LLAV
 LLAVA = Wrapper("llava", _APART, _llava, trained=_LLAVA)
 LLAVA_ONEVISION = Wrapper("llava_onevision", _APART, _onevision, trained=_LLAVA)
 INTERNVL = Wrapper("internvl", _APART, _internvl, trained=_LLAVA, tied=True)
+LLAMA4 = Wrapper("llama4", ("llama4_text",), _within(towers.llama4, "vision_model"))
 
 _WRAPPERS = (
     QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN3_5_VL, QWEN3_5_VL_MOE, GLM4V, GEMMA3, MISTRAL3, LLAVA,
-    LLAVA_ONEVISION, INTERNVL,
+    LLAVA_ONEVISION, INTERNVL, LLAMA4,
 )  # fmt: skip
 FAMILIES = {w.family: Known(partial(recipe, wrapper=w), IGNORED) for w in _WRAPPERS}

@@ -435,7 +435,7 @@ def reader_of(extents: Extents, binding: Binding, *, alone: bool) -> Reader:
 def _peak_memory() -> int:
     """VmHWM in bytes; 0 where the kernel does not tell."""
     try:
-        with open("/proc/self/status", encoding="ascii") as f:
-            return next((int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM")), 0)
+        with open("/proc/self/status", "rb") as f:  # a process may have any name
+            return next((int(line.split()[1]) * 1024 for line in f if line.startswith(b"VmHWM")), 0)
     except OSError:
         return 0

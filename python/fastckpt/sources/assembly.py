@@ -65,11 +65,16 @@ def assemble(
             raise SourceError(f"{path}: {alias} is tied to {holder}, which is not there")
         if alias in entries:
             raise SourceError(f"{path}: {alias} is a tensor of its own and is tied to {holder}")
-    renamed, tied = entries, aliases
+    renamed: Mapping[str, Entry] = entries
+    tied = aliases
     if options.rename:
         names = options.names([*entries, *aliases], path)
-        renamed = {names[n]: e for n, e in entries.items()}
-        tied = {names[a]: names[h] for a, h in aliases.items()}
+        renamed, tied = _kept(entries, aliases, names)
+        if gone := [n for n, new in names.items() if not new]:
+            more = f" and {len(gone) - 8} more" if len(gone) > 8 else ""
+            unread = [*unread, f"left out by rename: {', '.join(gone[:8])}{more}"]
+        if not renamed:
+            raise SourceError(f"{path}: rename= leaves out every tensor")
     beside = neighbours(search)
     return Checkpoint(
         path=path, format=format, entries=renamed, extents=extents, aliases=tied, files=tuple(files),
@@ -77,6 +82,23 @@ def assemble(
         inert=tuple(sorted(set(inert))), structure=_structure(format, renamed, tied, extents, layout),
         headers=xxhash.xxh3_64_hexdigest("\n".join(headers).encode()),
     )  # fmt: skip
+
+
+def _kept(
+    entries: Mapping[str, Entry], aliases: Mapping[str, str], names: Mapping[str, str]
+) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The entries and tied names that keep a name; where a holder does not, its first alias is it."""
+    kept = {names[n]: e for n, e in entries.items() if names[n]}
+    tied: dict[str, str] = {}
+    holders = {n: names[n] for n in entries}
+    for alias, holder in aliases.items():
+        if not (new := names[alias]):
+            continue
+        if holders[holder]:
+            tied[new] = holders[holder]
+        else:
+            kept[new], holders[holder] = entries[holder], new
+    return kept, tied
 
 
 @dataclass(frozen=True, slots=True)

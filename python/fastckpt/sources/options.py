@@ -15,12 +15,12 @@ WEIGHTS = ("master", "module")
 class Options:
     """How to open a checkpoint.
 
-    `tag`: the ZeRO tag or the step of a run, None for the latest. `also`: further directories that hold the
-    rest of the files. `rename`: (regex, replacement) pairs applied to every name, in order. `weights`:
-    "master" or "module" (the 16-bit copy of ZeRO-1/2). `exclude_frozen`: leave out parameters that the
-    optimizer does not own. `check_crc`: compare the CRC32 of every record that is used with the zip
-    directory's. A format to which an option means nothing refuses it. Raises FastckptError for a value that
-    is none of these."""
+    `tag`: the ZeRO tag or the step of a run, None for the latest. `also`: further directories that hold
+    the rest of the files. `rename`: (regex, replacement) pairs applied to every name, in order; a name of
+    which nothing remains is left out. `weights`: "master" or "module" (the 16-bit copy of ZeRO-1/2).
+    `exclude_frozen`: leave out parameters that the optimizer does not own. `check_crc`: compare the CRC32
+    of every record that is used with the zip directory's. A format to which an option means nothing
+    refuses it. Raises FastckptError for a value that is none of these."""
 
     tag: str | None = None
     also: tuple[str, ...] = ()
@@ -76,12 +76,12 @@ class Options:
         return old
 
     def names(self, old: Iterable[str], where: str) -> dict[str, str]:
-        """Old name -> new name. Raises SourceError when two become one."""
+        """Old name -> new name, "" for one that is left out. Raises SourceError when two become one."""
         out: dict[str, str] = {}
         taken: dict[str, str] = {}
         for name in old:
             new = self.name(name) if self.rename else name
-            if new in taken:
+            if new and new in taken:
                 raise SourceError(f"{where}: rename makes {new!r} of both {taken[new]!r} and {name!r}")
             out[name] = new
             taken[new] = name

@@ -14,7 +14,7 @@ SHOWN = 8
 
 def natural(name: str) -> list[tuple[int, str]]:
     """A sort key that puts rank 10 after rank 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def check_ranks(files: Mapping[int, str], world: int, what: str, where: str) -> list[str]:

@@ -72,15 +72,22 @@ def read(path: str, options: Options) -> Checkpoint:
     options.refuse_crc(path)
     shards = find_shards(path, SUFFIX, SINGLE, options)
     headers = [read_header(p) for p in shards.paths]
-    if piece := next((h for h in headers if PIECES in h.metadata), None):
+    pieces = [h for h in headers if PIECES in h.metadata]
+    if pieces and shards.index is None:
         raise SourceError(
-            f"{piece.file.path}: holds pieces of tensors, one rank's of a torch.distributed.checkpoint save; "
-            "torch's consolidate_safetensors_files joins them"
+            f"{pieces[0].file.path}: holds pieces of tensors, one rank's of a torch.distributed.checkpoint "
+            "save; torch's consolidate_safetensors_files joins them"
         )
     shards.check([list(h.items) for h in headers])
+    held = sum(i.nbytes for h in headers for i in h.items.values())
+    if pieces and held != shards.total:
+        raise SourceError(
+            f"{path}: its files hold {held} bytes, the index says {shards.total}: ranks wrote their pieces "
+            "over one another's"
+        )
     shards.check_omitted(lambda p: list(read_header(p).items))
     extents, entries = tensors([(name, item, h.file) for h in headers for name, item in h.items.items()])
-    metadata: dict[str, JSON] = {k: v for h in headers for k, v in h.metadata.items()}
+    metadata: dict[str, JSON] = {k: v for h in headers for k, v in h.metadata.items() if k != PIECES}
     return assemble(
         path, "safetensors", entries, extents, options, files=[h.file for h in headers],
         search=[shards.directory], facts={"metadata": metadata}, unread=shards.unread,

@@ -56,10 +56,12 @@ def read(path: str, options: Options) -> Checkpoint:
     found = safetensors.read(path, options) if of_safetensors else statedict.read(path, options)
     names = options.names([*tensors, *tied], record)
     for old in tensors:
-        if names[old] not in found:
+        if names[old] and names[old] not in found:
             raise SourceError(f"{path}: {old} is in {RECORD} and in no file")
     aliases = dict(found.aliases)
     for alias, holder in tied.items():
+        if not names[alias]:
+            continue
         if not isinstance(holder, str) or names.get(holder) not in found.entries:
             raise SourceError(f"{record}: alias {alias} of {holder}, which is no tensor")
         aliases[names[alias]] = names[holder]

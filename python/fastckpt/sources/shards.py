@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ..checkpoint import JSON
 from ..errors import SourceError
 from ..extents import is_directory, is_file
 from ..plainjson import read_json
@@ -29,13 +30,14 @@ _BESIDE_WEIGHTS = re.compile(r"(training_args|(optimizer|scheduler|sampler|dl_st
 class Shards:
     """`paths`: the files in order. `index`: tensor -> file name, None without an index. `directory`: where
     config.json may lie. `unread`: files of the same kind that were left alone, and why. `omitted`: those of
-    them that carry a number of the index's own set."""
+    them that carry a number of the index's own set. `total`: what the index's `total_size` says."""
 
     paths: tuple[str, ...]
     index: Mapping[str, str] | None
     directory: str
     unread: tuple[str, ...] = ()
     omitted: tuple[str, ...] = ()
+    total: JSON = None
 
     def check(self, names: Sequence[Sequence[str]]) -> None:
         """`names`: the tensors of each file. Raises SourceError when a name is in two files, and when the
@@ -104,7 +106,7 @@ def find_shards(path: str, suffix: str, single: str, options: Options) -> Shards
         _check_whole(path, used)
     meant = indexes[0] if indexes else single if single in used else "the weights"
     rest = tuple(f"{n}: not a part of {meant}" for n in files if n not in used)
-    return Shards(found.paths, found.index, path, rest, found.omitted)
+    return replace(found, directory=path, unread=rest)
 
 
 def _set_of(name: str) -> tuple[str, str, str] | None:
@@ -134,7 +136,8 @@ def _of(directory: str, suffix: str) -> list[str]:
 
 
 def _indexed(index: str, directories: Sequence[str]) -> Shards:
-    weight_map = read_json(index).get("weight_map")
+    body = read_json(index)
+    weight_map, told = body.get("weight_map"), body.get("metadata")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{index}: no weight_map, or an empty one")
     placed: dict[str, str] = {}
@@ -157,4 +160,5 @@ def _indexed(index: str, directories: Sequence[str]) -> Shards:
     sets = {_set_of(file) for file in placed.values()} - {None}
     there = sorted({*os.listdir(here)} - {*placed.values()}, key=natural)
     omitted = tuple(os.path.join(here, name) for name in there if _set_of(name) in sets)
-    return Shards(tuple(paths), placed, here, omitted=omitted)
+    total = told.get("total_size") if isinstance(told, dict) else None
+    return Shards(tuple(paths), placed, here, omitted=omitted, total=total)

@@ -1,6 +1,7 @@
 """Reads PyTorch state dicts (.bin, .pt, .pth): a file, a sharded directory with its index. Never executed.
 
-Law: a file is a flat dict of tensors, or one of the usual wrapper keys leads to exactly one such dict.
+Law: a file is a flat dict of tensors, or one of the usual wrapper keys leads to exactly one such dict, at the
+top or one key below it (Composer's `state`).
 """
 
 from __future__ import annotations
@@ -72,20 +73,35 @@ def state_dict(root: object) -> StateDict:
         if nested:
             raise SourceError(f"tensors beside dicts of tensors; keys: {_keys(root)}")
         return _flat(root)
-    inner = [k for k in WRAPPERS if _has_tensors(root.get(k))]
     if "param_shapes" in root:
         raise SourceError("model states of a DeepSpeed checkpoint; open its directory")
+    inner = _wrapped(root) or {
+        (key, *path): table for key, value in root.items() for path, table in _wrapped(value).items()
+    }
     if not inner:
         for table in (root, *(v for v in (root.get(k) for k in WRAPPERS) if isinstance(v, dict))):
             for name, value in table.items():
                 if isinstance(value, Inert):
                     refuse_unread(str(name), value)
     if len(inner) != 1:
-        what = f"several dicts of tensors: {', '.join(inner)}" if inner else "no dict of tensors"
-        raise SourceError(f"{what}; looked at the top and under {', '.join(WRAPPERS)}; keys: {_keys(root)}")
-    found = _flat(root[inner[0]])
-    beside = tuple(f"{k}: beside the state dict" for k in root if k != inner[0])
-    return StateDict(found.tensors, found.rest + beside)
+        shown = ", ".join(".".join(map(str, path)) for path in inner)
+        what = f"several dicts of tensors: {shown}" if inner else "no dict of tensors"
+        raise SourceError(
+            f"{what}; looked at the top and under {', '.join(WRAPPERS)}; keys: {_keys(root)}; a dict that "
+            "torch.load gives can be opened in place of the file"
+        )
+    ((path, table),) = inner.items()
+    found, beside, at = _flat(table), [], root
+    for key in path:
+        beside += [f"{k}: beside the state dict" for k in at if k != key]
+        at = at[key]
+    return StateDict(found.tensors, (*found.rest, *beside))
+
+
+def _wrapped(value: object) -> dict[tuple[object, ...], dict[object, object]]:
+    """The dicts of tensors under WRAPPERS, by (key,)."""
+    held = ((k, value.get(k)) for k in WRAPPERS) if isinstance(value, dict) else ()
+    return {(k,): table for k, table in held if isinstance(table, dict) and _has_tensors(table)}
 
 
 def _wanted(root: object) -> Iterable[Tensor]:
