@@ -27,10 +27,15 @@ from .layouts.patterns import Patterns
 from .model import Model
 from .output.manifest import Manifest
 from .placement import Placement
+from .planning import configs
+from .sources import ties
 from .sources.megatron_args import FORMAT as MEGATRON
 from .sources.served import SHARDS
 from .target import Target
 from .uniting import over_ranks, phantom_of, united
+
+UNTOLD = ("dcp", "fsdp")
+"""Formats that do not say which names are one tensor."""
 
 TOLD = "cut_from"
 """The record's option that tells what the shards were cut from."""
@@ -50,8 +55,9 @@ def open(
 ) -> Checkpoint:
     """The checkpoint at `path`, as `sources.open` has it; the shards of a serving layout as a whole model.
 
-    `recipe`: the file of a user's own recipe, where the shards were cut with one. `config`: which model a
-    Megatron checkpoint is of, where no config.json beside it says so; without either it is given as it is.
+    `recipe`: the file of a user's own recipe, where the shards were cut with one. `config`: where no
+    config.json is beside, which model a Megatron checkpoint is of, and whether FSDP's names are tied; without
+    either it is given as it is.
     So are quantised shards, and those of an adapter alone, which cannot be joined: each tensor is named
     "rank/name". Raises SourceError for what is broken, missing, unknown or cannot be joined."""
     found = sources.open(
@@ -80,14 +86,17 @@ def whole(
 ) -> Checkpoint:
     """The model that an opened output's shards, or a Megatron run's, are of; any other checkpoint as it is.
 
-    `recipe`, `config` as in `open`. The facts name a recipe that was asked for, and sizes that had been
-    padded, which the config gives as they were before. Names, shapes and tied names are those of the
-    checkpoint it was cut from, dtypes those that were served; what the recipe left out is in `unread`.
-    Raises SourceError where the record does not tell enough, or the shards do not hold every element."""
+    `recipe`, `config` as in `open`. FSDP's names are tied where the config says so. The facts name a recipe
+    that was asked for, and sizes that had been padded, which the config gives as they were before. Names,
+    shapes and tied names are those of the checkpoint it was cut from, dtypes those that were served; what the
+    recipe left out is in `unread`. Raises SourceError where the record does not tell enough, or the shards do
+    not hold every element."""
     if ckpt.format == MEGATRON:
         from . import megatron
 
         return megatron.whole(ckpt, recipe, config)
+    if ckpt.format in UNTOLD and (config is not None or ckpt.config is not None):
+        return ties.tied(ckpt, configs.found(ckpt, config))
     if ckpt.format != SHARDS:
         return ckpt
     manifest = Manifest.read(ckpt.path)

@@ -1,8 +1,9 @@
 """rtp-llm's catalogue by its own names: every process function and strategy as views, what differs, and why.
 
 What the layout runs is the package's; a function that it does not need, as no recipe has such a weight, is a
-line here. `test_catalogue.py` compares all of them with `catalogue_oracle.py`, and the tables with the
-reference's lists. Sources of a process function are a list of views, [out, in] each, and come first.
+line here. `test_catalogue.py` compares all of them with `catalogue_oracle.py` and `splits_oracle.py`, and the
+tables with the reference's lists. Sources of a process function are a list of views, [out, in] each, and come
+first.
 Source: rtp-llm's utils/model_weight.py (class W) and model_loader/ (2025's and 2026's).
 """
 

@@ -16,6 +16,7 @@ from fastckpt.layouts.rtp_split import Cut, phy2log
 from fastckpt.layouts.rtp_weights import NAMES, TABLES
 from fastckpt.placement import Placement
 from layouts import catalogue_oracle as oracle
+from layouts import splits_oracle as splits
 from layouts.catalogue import ABSENT, DIFFERS, MERGES, SPLITS
 from reading import bits, elements, memory, read
 
@@ -39,7 +40,7 @@ def test_no_name_is_missing():
     assert set(MERGES) == set(oracle.MERGES) | oracle.NO_SOURCES | oracle.NO_VIEWS
     assert {n for n, row in MERGES.items() if row.view is None} == oracle.NO_VIEWS
     assert all(MERGES[n].differs for n in oracle.NO_VIEWS)
-    assert set(SPLITS) == set(oracle.SPLITS)
+    assert set(SPLITS) == set(splits.SPLITS)
 
 
 def test_the_layout_cuts_with_the_catalogue():
@@ -109,13 +110,13 @@ def test_process_functions(name):
         assert (got == bits(want)).all(), (seed, args)
 
 
-@pytest.mark.parametrize("name", list(oracle.SPLITS))
+@pytest.mark.parametrize("name", list(splits.SPLITS))
 def test_strategies(name):
-    for seed, (tp, dp, ep) in enumerate(oracle.GRIDS):
+    for seed, (tp, dp, ep) in enumerate(splits.GRIDS):
         ranks = tp * dp
         for rank in {0, ranks // 2, ranks - 1}:
-            grid = oracle.Grid(tp, dp, ep, rank)
-            tensor, sizes, want = oracle.SPLITS[name](oracle.Draw(seed), grid)
+            grid = splits.Grid(tp, dp, ep, rank)
+            tensor, sizes, want = splits.SPLITS[name](oracle.Draw(seed), grid)
             got = split(name, tensor, grid, **sizes)
             assert got.shape == tuple(want.shape), (grid.tp, rank, sizes)
             assert (got == bits(want)).all(), (grid.tp, rank, sizes)
@@ -141,7 +142,7 @@ def rows_of(name, n, *args, start=0):
 
 
 def part(name, values, tp, rank, **sizes):
-    return split(name, torch.tensor(values, dtype=torch.int32), oracle.Grid(tp, rank=rank), **sizes).tolist()
+    return split(name, torch.tensor(values, dtype=torch.int32), splits.Grid(tp, rank=rank), **sizes).tolist()
 
 
 def test_fused_heads_by_hand():
@@ -205,7 +206,7 @@ def test_vocabulary_sizes_by_hand(vocab, tp, padded):
 
 def test_packed_weights_by_hand():
     sizes = {"heads": 4, "kv_heads": 2, "head_dim": 16, "hidden": 64}
-    grid = oracle.Grid(2, rank=1)
+    grid = splits.Grid(2, rank=1)
     assert split("sp_head", torch.ones(64, 16, dtype=torch.int32), grid, **sizes).shape == (64, 8)
     assert split("sp_head", torch.ones(8, 128, dtype=torch.int32), grid, **sizes).shape == (8, 64)
     assert split("sp_head_z", torch.ones(2, 16, dtype=torch.int32), grid, **sizes).shape == (2, 8)
@@ -213,7 +214,7 @@ def test_packed_weights_by_hand():
 
 def test_experts_by_hand():
     x = torch.arange(8, dtype=torch.int32)[None, :, None].repeat(2, 1, 3)
-    got = split("sp_moe_w1", x, oracle.Grid(2, rank=1))
+    got = split("sp_moe_w1", x, splits.Grid(2, rank=1))
     assert got[0, :, 0].tolist() == [2, 3, 6, 7]
     a, b = (torch.tensor([[v], [v + 1]], dtype=torch.int32) for v in (1, 11))
     assert merged("stack_moe_w1_pad", [a, b], 4).flatten().tolist() == [1, 2, 0, 0, 11, 12, 0, 0]

@@ -1,18 +1,24 @@
-"""Damage to any byte of a commit: verify says so, and no restore gives a wrong value."""
+"""Damage to a commit: verify says so, no restore gives a wrong value, and what stood before is taken."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fastckpt.errors import FastckptError
+from fastckpt.errors import FastckptError, ManagerError, SourceError
 from fastckpt.manager.manager import CheckpointManager
+from fastckpt.manager.reporting import CheckpointWarning
 from fastckpt.verification.outputs import verify
+
+Trained = Callable[..., dict[str, Any]]
+Same = Callable[[object, object], bool]
 
 
 def state() -> dict[str, Any]:
@@ -72,3 +78,66 @@ def test_damage(tmp_path: Path, stride: int) -> None:
             file.write_bytes(sound)
             assert verify(step).ok and right(manager.restore(0))
     assert seen > 100
+
+
+def flip(path: Path, at: int = -1) -> None:
+    """One bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("harm", ["bit", "cut", "gone", "record", "state", "table", "swapped"])
+def test_a_broken_commit_is_passed_over(tmp_path: Path, harm: str) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        for step in range(3):
+            manager.save(step, {"x": torch.full((5,), step), "n": step})
+    newest, part = tmp_path / "step-00000002", tmp_path / "step-00000002/rank-00000"
+    match harm:
+        case "bit":
+            flip(part / "state.safetensors")
+        case "cut":
+            os.truncate(part / "state.safetensors", (part / "state.safetensors").stat().st_size - 1)
+        case "gone":
+            (part / "state.safetensors").unlink()
+        case "record":
+            flip(newest / "fastckpt.json", 100)
+        case "state":
+            flip(part / "state.json", -3)
+        case "table":
+            flip(newest / "tensors.json", 5)
+        case "swapped":
+            shutil.copy(tmp_path / "step-00000001/rank-00000/state.safetensors", part / "state.safetensors")
+    with CheckpointManager(tmp_path) as manager:
+        if harm in ("bit", "state", "table", "swapped"):
+            with pytest.warns(CheckpointWarning, match="COMMIT 2 IS BROKEN"):
+                back: Any = manager.restore()
+            with pytest.raises(SourceError, match="digest"):
+                manager.restore(2)
+        else:
+            with pytest.warns(CheckpointWarning, match="COMMIT 2 IS BROKEN"):
+                back = manager.restore()
+            assert manager.steps() == [0, 1]
+            with pytest.raises(ManagerError, match="no whole commit of it; what stands: \\[0, 1\\]"):
+                manager.restore(2)
+        assert back["n"] == 1 and back["x"].tolist() == [1] * 5 and manager.restored == 1
+        manager.save(2, {"x": torch.full((5,), 9), "n": 2})  # in the broken one's place
+        assert manager.restore(2)["x"].tolist() == [9] * 5  # type: ignore[index]
+        assert len([e for e in os.listdir(tmp_path) if e.startswith(".aside-step-00000002")]) == 1
+        manager.gc(aside=True)
+    assert not [e for e in os.listdir(tmp_path) if e.startswith(".aside")]
+
+
+def test_a_template_is_untouched_by_a_broken_commit(tmp_path: Path, trained: Trained, same: Same) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(0, trained(1, 2))
+        flip(tmp_path / "step-00000000/rank-00000/state.safetensors")
+        template, before = trained(2, 1), trained(2, 1)
+        with pytest.raises(SourceError):
+            manager.restore(0, template=template)
+        with (
+            pytest.warns(CheckpointWarning),
+            pytest.raises(ManagerError, match=r"no valid commit.*broken: \[0\]"),
+        ):
+            manager.restore(template=template)
+    assert same(template, before)

@@ -10,6 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,7 +20,6 @@ import reading
 import torch
 from fastckpt import sources
 from fastckpt.errors import SourceError
-from fastckpt.sources import dcp as source
 from reading import refuses
 from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
@@ -60,25 +60,34 @@ def test_what_fsdp_wrote_is_what_torch_gathers(name):
 
 
 def test_a_tied_pair_is_one_tensor():
-    tied = sources.open(FIXTURES / "fsdp-w3")
+    tied = fastckpt.open(FIXTURES / "fsdp-w3")
     assert dict(tied.aliases) == {"lm_head.weight": "model.embed_tokens.weight"}
-    assert not sources.open(FIXTURES / "fsdp-tp-w4").aliases
+    assert not fastckpt.open(FIXTURES / "fsdp-tp-w4").aliases
 
 
 def test_a_tied_pair_of_a_vision_language_model(tmp_path):
     root = Path(shutil.copytree(FIXTURES / "fsdp-w3", tmp_path / "in"))
     text = json.loads((root / "config.json").read_text())
     (root / "config.json").write_text(json.dumps({"text_config": text, "tie_word_embeddings": True}))
-    assert dict(sources.open(root).aliases) == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert dict(fastckpt.open(root).aliases) == {"lm_head.weight": "model.embed_tokens.weight"}
     (root / "config.json").write_text(json.dumps({"text_config": text, "tie_word_embeddings": False}))
-    assert not sources.open(root).aliases
+    assert not fastckpt.open(root).aliases
 
 
-def test_the_config_is_not_read_for_each_tensor(monkeypatch):
-    read, real = [], source.read_config
-    monkeypatch.setattr(source, "read_config", lambda beside: read.append(beside) or real(beside))
-    sources.open(FIXTURES / "fsdp-w3")
-    assert len(read) == 1
+def test_a_tied_pair_of_a_save_without_its_config(tmp_path):
+    root, beside = tmp_path / "in", FIXTURES / "fsdp-w3"
+    shutil.copytree(beside / "pytorch_model_fsdp_0", root)
+    assert not fastckpt.open(root).aliases
+    whole = tmp_path / "whole"
+    fastckpt.reshard(beside, out=whole)
+    assert fastckpt.diff(root, whole).equal
+    want = fastckpt.reshard(beside, tp=2, layout="vllm")
+    for ckpt in (root, fastckpt.open(root)):
+        got = fastckpt.reshard(ckpt, tp=2, layout="vllm", config=beside)
+        assert all(
+            list(a) == list(b) and all(torch.equal(a[n], b[n]) for n in b)
+            for a, b in zip(got, want, strict=True)
+        )
 
 
 @pytest.mark.parametrize("name", KEPT)
@@ -136,6 +145,24 @@ def test_the_first_of_accelerates_models(tmp_path):
     found = sources.open(tmp_path)
     equal(found, {"w": torch.zeros(2, dtype=torch.int64)})
     assert "pytorch_model_fsdp_1: another model" in found.unread
+
+
+def test_olmo_core_s_own_records_and_directory(tmp_path, monkeypatch):
+    parts = ["olmo_core", "distributed", "checkpoint", "filesystem"]
+    for k in range(len(parts)):
+        name = ".".join(parts[: k + 1])
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    kind = sys.modules[name]._StorageInfo = type("_StorageInfo", (), {"__module__": name})
+    root = tmp_path / "step10/model_and_optim"
+    dcp.save({"model": state(), "optim": {"state": {"x": torch.ones(2)}}}, checkpoint_id=root)
+    found = pickle.loads((root / ".metadata").read_bytes())
+    for key, info in found.storage_data.items():
+        found.storage_data[key] = kind()
+        fields = ("relative_path", "offset", "length")
+        found.storage_data[key].__dict__ = {f: getattr(info, f) for f in fields}
+    (root / ".metadata").write_bytes(pickle.dumps(found))
+    for path in (root, root.parent):
+        equal(sources.open(path), state())
 
 
 def test_a_nested_state_dict_is_joined_with_dots(tmp_path):

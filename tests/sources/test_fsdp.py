@@ -120,7 +120,7 @@ def test_the_directories_of_a_run(tmp_path, capsys):
         got = fastckpt.reshard(found, layout="same")[0]
         assert all(torch.equal(got[n], t) for n, t in tensors.items())
     assert "critic: another model" in fastckpt.open(tmp_path).unread
-    assert "optim: 2 files of ranks" in fastckpt.open(tmp_path).unread
+    assert "optim_world_size_*: 2 files of ranks" in fastckpt.open(tmp_path).unread
     for tag in ("10", "global_step_10"):
         assert "global_step_10/actor" in fastckpt.open(tmp_path, tag=tag).files[0].path
     for path, tag, why in (
@@ -159,6 +159,21 @@ def test_files_of_several_nodes(case, tmp_path):
     shutil.copy(rank_file(root, 1), tmp_path / "node1")
     with pytest.raises(SourceError, match=r"rank 1 is in .* too"):
         fastckpt.open(root, also=[tmp_path / "node1"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_accelerate_s_names_do_not_say_of_how_many(case, name):
+    root = case(name)
+    for rank in range(4):
+        rank_file(root, rank).rename(root / f"pytorch_model_fsdp_0_rank{rank}.bin")
+    (root / "pytorch_model_fsdp_1_rank0.bin").write_bytes(b"")
+    assert "pytorch_model_fsdp_1_rank*: 1 files of ranks" in check(root).unread
+    (root / "pytorch_model_fsdp_0_rank3.bin").unlink()
+    with pytest.raises(SourceError, match="of 3 ranks: "):
+        fastckpt.open(root)
+    (root / "pytorch_model_fsdp_0_rank0.bin").unlink()
+    with pytest.raises(SourceError, match="files of 1 of 3 ranks missing: rank 0"):
+        fastckpt.open(root)
 
 
 # ---- every way to cut ----

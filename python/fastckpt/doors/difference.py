@@ -17,8 +17,8 @@ from .. import sources
 from ..checkpoint import JSON, Checkpoint, Entry
 from ..dtypes import DType, bfloat16, complex32
 from ..errors import ViewError
+from ..joining import UNTOLD, whole
 from ..joining import open as open_checkpoint
-from ..joining import whole
 from ..quantisation.unrounding import unpacked
 from ..road import stream
 from ..running.runs import Progress
@@ -158,9 +158,9 @@ def diff(
         else open_checkpoint(c, rename=rename)
         for c in (a, b)
     )  # fmt: skip
-    # A Megatron checkpoint that no config speaks of is what the other side's config says.
+    # A trainer's checkpoint that no config speaks of is what the other side's config says.
     one, two = (
-        whole(c, None, other.config) if c.format == MEGATRON and other.config else c
+        whole(c, None, other.config) if c.format in (MEGATRON, *UNTOLD) and other.config else c
         for c, other in ((one, two), (two, one))
     )
     if not isinstance(a, Checkpoint) and not isinstance(b, Checkpoint):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from datetime import datetime, timezone
+import time
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -129,7 +129,7 @@ def _ls(manager: CheckpointManager, args: argparse.Namespace) -> int:
 
 
 def _row(c: Commit) -> list[str]:
-    made = datetime.fromtimestamp(c.created, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+    made = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(c.created))
     return [str(c.step), made, size(c.nbytes), " ".join(f"{k}={v:g}" for k, v in c.metrics.items())]
 
 

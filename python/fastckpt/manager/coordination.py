@@ -29,6 +29,7 @@ from ..errors import (
     SourceError,
     ViewError,
     WriteError,
+    expect,
 )
 from ..output.filesystem import replace_file
 
@@ -209,7 +210,11 @@ def join(root: str, rank: int | None, world: int | None, timeout: float) -> tupl
     """The ranks of this job, twice: for the calling thread, and for saves in the background.
 
     torch.distributed where it is initialised; else `rank` of `world`, or torchrun's RANK and WORLD_SIZE,
-    over the file system; else one rank alone. Raises ManagerError where the ranks do not meet."""
+    over the file system; else one rank alone. Raises ManagerError where the ranks do not meet, or there can
+    be no such rank, FastckptError for an argument of another type."""
+    for name, number in (("rank", rank), ("world", world)):
+        expect(name, number, int, type(None))
+    expect("timeout", timeout, int, float)
     if dist.is_available() and dist.is_initialized():
         if rank not in (None, dist.get_rank()) or world not in (None, dist.get_world_size()):
             raise ManagerError(
@@ -220,13 +225,26 @@ def join(root: str, rank: int | None, world: int | None, timeout: float) -> tupl
             (Distributed(timeout), Distributed(timeout)) if dist.get_world_size() > 1 else (Alone(), Alone())
         )
     if world is None and rank is None:
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        rank = int(os.environ.get("RANK", "0"))
+        rank, world = _launched()
     if rank is None or world is None:
         raise ManagerError(f"rank {rank} of {world}: give both or none")
+    if not 0 <= rank < world:
+        raise ManagerError(f"rank {rank} of {world}: wanted a rank from 0 on and below the world")
     if world == 1:
         return Alone(), Alone()
     return Meeting(root, rank, world, timeout, "main"), Meeting(root, rank, world, timeout, "save")
+
+
+def _launched() -> tuple[int, int]:
+    """torchrun's RANK and WORLD_SIZE; one rank alone where neither is set. Raises ManagerError."""
+    rank, world = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE"))
+    if rank is None and world is None:
+        return 0, 1
+    if rank is None or world is None or not rank.isdecimal() or not world.isdecimal():
+        raise ManagerError(
+            f"RANK={rank}, WORLD_SIZE={world} in the environment: wanted two numbers or neither"
+        )
+    return int(rank), int(world)
 
 
 _FAILURES = (

@@ -98,35 +98,21 @@ class CheckpointManager:
         durable: bool = True,
         timeout: float = 1800.0,
     ) -> None:
-        nothing = type(None)
-        asked: tuple[tuple[tuple[type, ...], dict[str, object]], ...] = (
-            ((bool,), {"shared": shared, "keep_without_metric": keep_without_metric, "async_save": async_save,
-                       "save_on_signal": save_on_signal}),
-            ((int,), {"save_interval": save_interval, "step_digits": step_digits}),
-            ((int, nothing), {"rank": rank, "world": world, "max_to_keep": max_to_keep,
-                              "keep_period": keep_period, "keep_best": keep_best}),
-            ((int, float), {"timeout": timeout}),
-            ((int, float, nothing), {"save_seconds": save_seconds, "keep_seconds": keep_seconds}),
-            ((str,), {"best_mode": best_mode, "path_type": path_type, "step_prefix": step_prefix}),
-            ((str, nothing), {"node": node, "best_metric": best_metric, "path_prefix": path_prefix}),
-            ((Collection,), {"save_on_steps": save_on_steps}),
-        )  # fmt: skip
-        for kinds, values in asked:
-            for name, value in values.items():
-                expect(name, value, *kinds)
         self._when = policies.when_asked(save_interval, save_on_steps, save_seconds, save_when)
-        self._best = (best_metric, best_mode)
-        if keep_best is not None and best_metric is None:
-            raise ManagerError("keep_best: best_metric is missing: best by what?")
         keep_what = policies.keep_asked(
-            max_to_keep,
-            keep_period,
-            keep_seconds,
-            None if keep_best is None else policies.best(
-                keep_best, best_metric or "", best_mode, without=keep_without_metric
-            ),
-            keep,
+            max_to_keep, keep_period, keep_seconds, keep,
+            keep_best=keep_best, best_metric=best_metric, best_mode=best_mode, without=keep_without_metric,
         )  # fmt: skip
+        self._best = (best_metric, best_mode)
+        for name, flag in (
+            ("shared", shared),
+            ("async_save", async_save),
+            ("save_on_signal", save_on_signal),
+        ):
+            expect(name, flag, bool)
+        expect("root", root, str, os.PathLike)
+        expect("path_prefix", path_prefix, str, type(None))
+        expect("node", node, str, type(None))
         self._store = store_at(
             os.fspath(root) if path_prefix is None else path_prefix,
             path_type=path_type, named=path_prefix is not None, prefix=step_prefix, digits=step_digits,
@@ -156,10 +142,7 @@ class CheckpointManager:
         self._preempted = False
         self._old_handler: signal.Handlers | object | None = None
         if save_on_signal:
-            try:
-                self._old_handler = signal.signal(signal.SIGTERM, self._on_signal)
-            except ValueError as e:
-                raise ManagerError(f"save_on_signal: {e}") from None
+            self._listen()
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -519,6 +502,14 @@ class CheckpointManager:
         """Raises ManagerError after `close`."""
         if self._closed:
             raise ManagerError(f"{self.root}: this manager is closed; make another one")
+
+    def _listen(self) -> None:
+        """Hear SIGTERM. Raises ManagerError, with this manager closed, where only another thread may."""
+        try:
+            self._old_handler = signal.signal(signal.SIGTERM, self._on_signal)
+        except ValueError as e:
+            self.close()
+            raise ManagerError(f"save_on_signal: {e}") from None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from ..errors import ManagerError
+from ..errors import ManagerError, expect
 from .commits import Commit
 
 
@@ -69,7 +69,11 @@ def when_any(*policies: When) -> When:
 
 
 def when_asked(interval: int, steps: Collection[int], seconds: float | None, when: When | None) -> When:
-    """One policy of a manager's arguments: what one of them says, every step where none does."""
+    """One policy of a manager's arguments: what one of them says, every step where none does. Raises
+    FastckptError for an argument of another type."""
+    expect("save_interval", interval, int)
+    expect("save_on_steps", steps, Collection)
+    expect("save_seconds", seconds, int, float, type(None))
     chosen = [] if when is None else [when]
     if seconds is not None:
         chosen.append(every_seconds(seconds))
@@ -135,10 +139,29 @@ def keep_any(*policies: Keep) -> Keep:
 
 
 def keep_asked(
-    last: int | None, period: int | None, seconds: float | None, best: Keep | None, keep: Keep | None
+    last: int | None,
+    period: int | None,
+    seconds: float | None,
+    keep: Keep | None,
+    *,
+    keep_best: int | None,
+    best_metric: str | None,
+    best_mode: str,
+    without: bool,
 ) -> Keep | None:
-    """One policy of a manager's arguments: what one of them keeps; None keeps everything."""
-    chosen = [p for p in (best, keep) if p is not None]
+    """One policy of a manager's arguments: what one of them keeps; None keeps everything. Raises
+    FastckptError for an argument of another type, ManagerError for a best of nothing."""
+    for name, count in (("max_to_keep", last), ("keep_period", period), ("keep_best", keep_best)):
+        expect(name, count, int, type(None))
+    expect("keep_seconds", seconds, int, float, type(None))
+    expect("best_metric", best_metric, str, type(None))
+    expect("best_mode", best_mode, str)
+    expect("keep_without_metric", without, bool)
+    chosen = [] if keep is None else [keep]
+    if keep_best is not None:
+        if best_metric is None:
+            raise ManagerError("keep_best: best_metric is missing: best by what?")
+        chosen.append(best(keep_best, best_metric, best_mode, without=without))
     if last is not None:
         chosen.append(newest(last))
     if period is not None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from ..digest import digest
-from ..errors import ManagerError, SourceError, WriteError
+from ..errors import ManagerError, SourceError, WriteError, expect
 from ..output.filesystem import as_write_errors, remove_tree
 from ..output.manifest import NAME, Manifest
 from ..verification.outputs import verify
@@ -206,7 +206,11 @@ def store_at(
     durable: bool,
 ) -> Store:
     """The commits at a path, a file:// URL or an object store's; `named`: the last part of `place` is no
-    directory but stands before each step's prefix, as caffe2's. Raises ManagerError."""
+    directory but stands before each step's prefix, as caffe2's. Raises ManagerError, FastckptError for an
+    argument of another type."""
+    expect("path_type", path_type, str)
+    expect("step_prefix", prefix, str)
+    expect("step_digits", digits, int)
     scheme, separator, rest = place.partition("://")
     far = bool(separator) and scheme != "file"
     if path_type not in ("local", "fsspec") or (far and named and path_type == "local"):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -70,7 +69,7 @@ def replace_file(path: str, content: bytes) -> None:
     """A file of these bytes in place of what was there, whole or not at all; not made durable.
 
     Raises OSError."""
-    staged = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}-{secrets.token_hex(4)}")
+    staged = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}-{os.urandom(4).hex()}")
     write_file(staged, [content], durable=False)
     try:
         os.replace(staged, path)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from datetime import datetime, timezone
 from types import TracebackType
 
 import numpy as np
@@ -240,7 +240,7 @@ class Output:
             Shard(r, self._files.get(r, {}), self._tensors.get(r, TensorTable()), self._aliases.get(r, {}))
             for r in ranks
         )
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        now = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
         manifest = Manifest(self.key, self.world, now, record, self._shared, shards)
         result = self._place.commit(manifest)
         self._committed = True

@@ -123,7 +123,9 @@ def draft(ckpt: Checkpoint, request: Request, *, in_memory: bool = False) -> Pla
     notes = resolved.notes
     namings = {} if in_memory else {r: resolved.naming(placement.at(r)) for r in ranks}
     one_name = aliases and any(n.single.endswith(".safetensors") for n in namings.values())
-    if one_name and (ckpt.config or {}).get("tie_word_embeddings") is not True:
+    given = request.config is not None or ckpt.config is not None
+    config = configs.found(ckpt, request.config) if one_name and given else {}
+    if one_name and config.get("tie_word_embeddings") is not True:
         ties = ", ".join(f"{a} is {h}" for a, h in aliases.items())
         notes += (f"tied, stored under one name, and no config says so: {ties}",)
     tensors, files, texts = _laid_out(made, rows, namings, aliases, request)

@@ -5,7 +5,6 @@ A family is a line in FAMILIES, here and in its module; a user's own is a file o
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -143,6 +142,11 @@ GROUP = "fastckpt.recipes"
 def find(config: Mapping[str, JSON]) -> Recipe:
     """The recipe for a config, by its `model_type`. Raises RecipeError naming those there are."""
     name = config.get("model_type")
+    if name is None:
+        raise RecipeError(
+            "config: it has no model_type, so it is none of transformers'; config= (--config) names the "
+            "model's, recipe= (--recipe) takes a recipe by name"
+        )
     recipe = _known(name) if isinstance(name, str) else None
     if recipe is None:
         raise RecipeError(
@@ -219,6 +223,8 @@ class _Source(SourceFileLoader):
 
 
 def _from_file(path: str) -> Recipe:
+    import hashlib  # loads OpenSSL, for a user's own file alone
+
     try:
         with open(path, "rb") as f:
             source = f.read()

@@ -8,6 +8,7 @@ name the tensor, what was got, what was wanted, and the config key that says so.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -195,6 +196,11 @@ class Claims:
                 raise RecipeError(f"{self.ckpt.path}: {why}")
             known = next((f" ({note})" for note in self.ckpt.unread if note.startswith(f"{stored}: ")), "")
             more = known + near(stored, self.ckpt)
+            if not self._claimed:
+                more += (
+                    "; names of another program's own get the hub's by rename= (--rename), or are read by a "
+                    "recipe= (--recipe) of yours"
+                )
             raise RecipeError(f"{self.ckpt.path}: the model needs {stored}, which is not there{more}")
         return self.ckpt.entries[self.ckpt.aliases.get(stored, stored)].shape
 
@@ -431,7 +437,8 @@ def vocabulary(
     if stored in claims and not _same_bytes(rows(stored, hidden), table.weight):
         raise RecipeError(
             f"config says tie_word_embeddings, yet {embedding}.weight and {stored} are two tensors; set it "
-            f"to false in the config to serve both as they are, or leave {stored} out of the checkpoint"
+            f"to false in the config to serve both as they are, or leave {stored} out: rename= (--rename "
+            f"'^{re.escape(stored)}$=')"
         )
     return want, table, Linear(head, table.weight, bias, bias_name=head_bias), True
 

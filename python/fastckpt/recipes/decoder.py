@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from ..checkpoint import JSON, Checkpoint
+from ..errors import RecipeError
 from ..model import (
     Attention,
     DeltaNet,
@@ -35,9 +36,11 @@ from .known import Known
 from .mamba import TWO, Blocks, mixers
 from .mamba import Stored as StoredMamba
 from .mamba import heads_of as mamba_heads
+from .meta import IGNORED as METAS_IGNORED
+from .meta import Meta, is_metas, respelled
 from .quantised import quantised
 
-IGNORED = ("*rotary_emb.inv_freq",)
+IGNORED = ("*rotary_emb.inv_freq", *METAS_IGNORED)
 """Buffers that old checkpoints carry and every server computes itself."""
 
 ANCHOR = "model.embed_tokens.weight"
@@ -110,7 +113,8 @@ class Kind:
     training, `embedding`: the first's name. `parallel`: attention and the feed-forward block read one norm,
     side by side. `further`: the one layer that may predict a further token, where it is not counted after the
     last (None: it is, as in DeepSeek). `tied`: whether embedding and head are one where the config does not
-    say. `cuts`: as in Model. `ignored`: patterns of names that are left out."""
+    say. `cuts`: as in Model. `ignored`: patterns of names that are left out. `meta`: how it lies under Meta's
+    names, None where nobody writes it so."""
 
     family: str
     qkv_bias: bool | Said = ATTENTION_BIAS
@@ -143,6 +147,7 @@ class Kind:
     embedding: str = "embed_tokens"
     parallel: bool | Said = False
     ignored: tuple[str, ...] = IGNORED
+    meta: Meta | None = None
 
 
 Claim = Callable[[str], Callable[[], Attention | Mla | DeltaNet]]
@@ -160,7 +165,12 @@ def recipe(
 
 
 def claimed(kind: Kind, ckpt: Checkpoint, config: Mapping[str, JSON]) -> Claims:
-    """The names of a checkpoint of that kind, under its root or the one it is trained with."""
+    """The names of a checkpoint of that kind, under its root or the one it is trained with, or Meta's. Raises
+    RecipeError for Meta's names where the kind has none."""
+    if is_metas(ckpt):
+        if kind.meta is None:
+            raise RecipeError(f"{ckpt.path}: its names are Meta's, under which no {kind.family} is known")
+        ckpt = respelled(ckpt, kind.meta, config, heads_of(config).dim)
     anchor, root = f"{kind.root}.{kind.embedding}.weight", f"{kind.root}."
     if kind.trained == kind.root:
         return Claims(ckpt, anchor, form=quantised(config))

@@ -12,6 +12,7 @@ from dataclasses import replace
 from ..model import HubCuts
 from .decoder import IGNORED, MLP_BIAS, Kind, Said
 from .latent import latent, sparse
+from .meta import CORRECTIONS, GATED, ROUTED, STACKS, Meta
 from .mixture import Mixture, Shared, after_dense, every, typed
 from .mixture import families as mixtures
 from .moe import Block
@@ -26,10 +27,29 @@ V2 = Mixture(
     shared=Shared(),
     latent=latent,
 )
-V3 = replace(V2, kind=Kind("deepseek_v3", cuts=HubCuts(whole=frozenset({"attention"}))), block=CORRECTED)
+META = Meta(
+    names=ROUTED
+    | {
+        "attention.wq_a.weight": "self_attn.q_a_proj.weight",
+        "attention.q_norm.weight": "self_attn.q_a_layernorm.weight",
+        "attention.wq_b.weight": "self_attn.q_b_proj.weight",
+        "attention.wkv_a.weight": "self_attn.kv_a_proj_with_mqa.weight",
+        "attention.kv_norm.weight": "self_attn.kv_a_layernorm.weight",
+        "attention.wkv_b.weight": "self_attn.kv_b_proj.weight",
+    }
+    | {f"moe.shared_experts.{name}.weight": f"mlp.shared_experts.{hub}.weight" for name, hub in GATED.items()}
+    | dict.fromkeys(CORRECTIONS, "mlp.gate.e_score_correction_bias"),
+    stacks=STACKS,
+)
+"""torchtitan's: rotary positions turn neighbouring rows, as they do in the hub's model."""
+V3 = replace(
+    V2,
+    kind=Kind("deepseek_v3", cuts=HubCuts(whole=frozenset({"attention"})), meta=META),
+    block=CORRECTED,
+)
 GLM4_MOE = replace(V3, kind=Kind("glm4_moe", o_bias=False, qk_norm=Said("use_qk_norm")), latent=None)
 GLM4_MOE_LITE = replace(V3, kind=Kind("glm4_moe_lite", cuts=_ROUTED_ONLY), sparse=typed)
-KIMI_K2 = replace(V3, kind=replace(V3.kind, family="kimi_k2"))
+KIMI_K2 = replace(V3, kind=replace(V3.kind, family="kimi_k2", meta=None))
 DOTS1 = replace(GLM4_MOE, kind=Kind("dots1", qk_norm=True))
 SOLAR_OPEN = replace(GLM4_MOE, kind=Kind("solar_open", o_bias=False, cuts=_ROUTED_ONLY), sparse=every)
 EXAONE_MOE = replace(

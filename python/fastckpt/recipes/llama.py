@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from .decoder import MLP_BIAS, Kind, Norms, Said
 from .decoder import families as kinds
+from .meta import HEAD_NORMS, Meta
 
-LLAMA = Kind("llama", mlp_bias=MLP_BIAS)
-MISTRAL = Kind("mistral", qkv_bias=False, o_bias=False)
+LLAMA = Kind("llama", mlp_bias=MLP_BIAS, meta=Meta(pairs=True))
+MISTRAL = Kind("mistral", qkv_bias=False, o_bias=False, meta=Meta(pairs=True))
 MINISTRAL = Kind("ministral", qkv_bias=False, o_bias=False)
 GRANITE = Kind("granite", mlp_bias=MLP_BIAS)
 SMOLLM3 = Kind("smollm3", mlp_bias=MLP_BIAS, tied=True)
 QWEN2 = Kind("qwen2", qkv_bias=True, o_bias=False)
-QWEN3 = Kind("qwen3", qk_norm=True)
+QWEN3 = Kind("qwen3", qk_norm=True, meta=Meta(names=HEAD_NORMS))
 MINISTRAL3 = Kind("ministral3", qkv_bias=False, o_bias=False)
 CWM = Kind("cwm", qkv_bias=False, o_bias=False, mlp_bias=MLP_BIAS)
 HELIUM = Kind("helium", o_bias=False, mlp_bias=MLP_BIAS)

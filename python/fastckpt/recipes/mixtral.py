@@ -9,13 +9,23 @@ from dataclasses import replace
 
 from ..model import HubCuts
 from .decoder import Kind, Norms, Said
+from .meta import Meta
 from .mixture import Mixture
 from .mixture import families as mixtures
 from .moe import Block
 
 BLOCK = Block(hub="block_sparse_moe", gate="w1", up="w3", down="w2")
+META = Meta(
+    pairs=True,
+    names={"feed_forward.gate.weight": "block_sparse_moe.gate.weight"}
+    | {
+        f"feed_forward.experts.{{e}}.{name}.weight": f"block_sparse_moe.experts.{{e}}.{name}.weight"
+        for name in (BLOCK.gate, BLOCK.up, BLOCK.down)
+    },
+)
+"""Mistral's, of Mixtral 8x22B and later."""
 MIXTRAL = Mixture(
-    Kind("mixtral", qkv_bias=False, o_bias=False),
+    Kind("mixtral", qkv_bias=False, o_bias=False, meta=META),
     BLOCK,
     count=("num_local_experts",),
     width="intermediate_size",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..model import HubCuts
-from .decoder import Kind, Norms, Said
+from .decoder import IGNORED, Kind, Norms, Said
+from .meta import CORRECTIONS, HEAD_NORMS, ROUTED, STACKS, Meta
 from .mixture import Mixture, Shared, stepped
 from .mixture import families as mixtures
 from .moe import Block
@@ -19,7 +20,15 @@ QWEN2_MOE = Mixture(
     sparse=stepped,
     shared=SHARED,
 )
-QWEN3_MOE = Mixture(Kind("qwen3_moe", qk_norm=True), sparse=stepped)
+QWEN3_MOE = Mixture(
+    Kind(
+        "qwen3_moe",
+        qk_norm=True,
+        meta=Meta(names=HEAD_NORMS | ROUTED, stacks=STACKS),
+        ignored=(*IGNORED, *(f"layers.*.{name}" for name in CORRECTIONS)),  # the hub's routing has none
+    ),
+    sparse=stepped,
+)
 OLMOE = Mixture(
     Kind("olmoe", qk_norm=True, whole_norms=True), count=("num_experts",), width="intermediate_size"
 )

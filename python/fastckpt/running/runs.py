@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .. import __version__, joining
@@ -251,27 +252,18 @@ class Run:
         alone = len(planned.ranks) < planned.placement.world
         with reader_of(planned.extents, binding, alone=alone) as reader:
             step, band = (limits.band, limits.band) if limits else sizes(reader, self.limits.band, stage)
-            by_file = isinstance(reader, Computing)
-
-            def items() -> Iterator[Batch | Job]:
-                for first, chunk in planned.chunks():
-                    yield from quantising.jobs(first, chunk, binding)
-                    others, rest = quantising.others(first, chunk), quantising.rest
-                    if apart:
-                        yield from spread(
-                            others, first, rest, binding, stage=band, band=band, by_file=by_file
-                        )
-                    else:
-                        yield from cut(others, first, rest, binding, stage=step, band=band, thin=LEAF)
-
+            cutting = partial(cut, stage=step, band=band, thin=LEAF)
+            if apart:
+                cutting = partial(spread, stage=band, band=band, by_file=isinstance(reader, Computing))
+            items = _items(planned, quantising, binding, cutting)
             lanes = [reader.lane(executor) for _ in range(threads)]
             runs = [_either(_named(lane, worker(lane)), quantising, lane, sink) for lane in lanes]
             if small:
-                for item in items():
+                for item in items:
                     runs[0](item)
                     count(item.stop - item.start)
             else:
-                feed(items(), runs, count, file_of)
+                feed(items, runs, count, file_of)
             if done < total:  # the scales, which went out with the last values of their tensors
                 count(total - done)
             self._count_read(lanes)
@@ -327,6 +319,15 @@ class Run:
                 for name, told in mine.items()
             },
         )
+
+
+def _items(
+    planned: Plan, quantising: Quantising, binding: Binding, cutting: Callable[..., Iterator[Batch]]
+) -> Iterator[Batch | Job]:
+    """What is to be done, window by window: the jobs of quantised tensors, and batches of all others."""
+    for first, chunk in planned.chunks():
+        yield from quantising.jobs(first, chunk, binding)
+        yield from cutting(quantising.others(first, chunk), first, quantising.rest, binding)
 
 
 def _named(lane: Lane, worker: Worker) -> Worker:

@@ -28,10 +28,11 @@ SOURCES = {
     "training": "",  # a commit of our manager is an output too
     "served": "an output of fastckpt (fastckpt.json)",
     "zero": "a ZeRO checkpoint (latest, *_model_states.pt)",
-    "fsdp": "files of FSDP's ranks (model_world_size_N_rank_R.pt)",
+    "fsdp": "files of FSDP's ranks (model_world_size_N_rank_R.pt, pytorch_model_fsdp_0_rankR.bin)",
     "megatron": "a Megatron checkpoint (latest_checkpointed_iteration.txt, iter_*)",
     "dcp": "a torch distributed checkpoint (.metadata, *.distcp)",
     "peft": "a PEFT adapter (adapter_config.json, adapter_model.*)",
+    "meta": "a release of Meta's or Mistral's (consolidated.NN.pth, consolidated*.safetensors)",
     "safetensors": "safetensors (*.safetensors, index)",
     "statedict": "a PyTorch state dict (pytorch_model*.bin, index, or one .bin/.pt file)",
 }

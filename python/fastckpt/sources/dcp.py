@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from ..dtypes import DType
 from ..errors import SourceError, naming
 from ..extents import Extent, Extents, File, is_directory, is_file, listed
 from . import torchfile
-from .assembly import WRAPPERS, Boxed, assemble, neighbours, read_config
+from .assembly import WRAPPERS, Boxed, assemble
 from .dcp_metadata import Metadata, Sizes, metadata
 from .inert import type_name
 from .options import Options
@@ -30,15 +30,13 @@ from .torchzip import Reader
 
 NAME = ".metadata"
 SUFFIX = ".distcp"
-TRAINER = "pytorch_model_fsdp_0"
-"""The directory in which accelerate and the Hugging Face Trainer put the model."""
+TRAINERS = ("pytorch_model_fsdp_0", "model_and_optim")
+"""The directory in which accelerate and the Hugging Face Trainer put the model; that of OLMo-core."""
 
 OPTIMIZERS = frozenset(
     {"optim", "optims", "optimizer", "optimizers", "optim_state_dict", "optimizer_state_dict"}
 )
 """Keys under which trainers put the state of an optimizer."""
-
-_CHUNK = 4 << 20
 
 
 def matches(path: str) -> bool:
@@ -63,17 +61,14 @@ def read(path: str, options: Options) -> Checkpoint:
     extents, rows, digests, files = located(found, names.values(), (root, *options.also), options.check_crc)
     table = Extents(extents)
     search = [root, os.path.dirname(os.path.abspath(root))]
-    words = vocabulary(search)
-    aliases = tied({n: rows[k] for n, k in names.items() if found.tensors[k].shape[:1] == words}, table)
     entries = {
         name: Boxed(found.tensors[key].shape, found.tensors[key].dtype, table, rows[key])
         for name, key in names.items()
-        if name not in aliases
     }
     model = {*names.values()}
     rest = Counter(path[0] for key, path in found.paths.items() if key not in model)
     return assemble(
-        path, "dcp", entries, table, options, aliases=aliases, files=files, search=search,
+        path, "dcp", entries, table, options, files=files, search=search,
         facts={
             "state dict": ".".join(prefix) or "at the top", "boxes": len(extents), **later(where, files),
         },
@@ -99,7 +94,7 @@ def later(where: str, files: Sequence[File]) -> dict[str, list[JSON]]:
 
 def _directory(path: str) -> str | None:
     """Where the save lies: here, or where trainers put it."""
-    for root in (path, os.path.join(path, TRAINER)):
+    for root in (path, *(os.path.join(path, name) for name in TRAINERS)):
         try:
             inside = os.listdir(root)
         except (FileNotFoundError, NotADirectoryError):
@@ -111,7 +106,7 @@ def _directory(path: str) -> str | None:
 
 def _others(path: str, root: str) -> list[str]:
     """The further models that accelerate saved beside the first."""
-    stem = TRAINER.rstrip("0")
+    stem = TRAINERS[0].rstrip("0")
     return [n for n in listed(path, f"{stem}*") if n != os.path.basename(root)] if root != path else []
 
 
@@ -201,39 +196,3 @@ def _tensor(root: object, dtype: DType, size: Sizes) -> Tensor:
     if root.dtype is not dtype or root.shape != size:
         raise SourceError(f"holds {root.dtype}{list(root.shape)}; {NAME} says {dtype}{list(size)}")
     return root
-
-
-def vocabulary(search: Sequence[str]) -> Sizes | None:
-    """(rows of the word embedding,) where config.json says that the output shares it."""
-    config = read_config(neighbours(search)) or {}
-    decoder = config.get("text_config")  # of a vision-language model, which says itself whether it is tied
-    config = {**decoder, **config} if isinstance(decoder, dict) else config
-    size = config.get("vocab_size") if config.get("tie_word_embeddings") is True else None
-    return (size,) if isinstance(size, int) else None
-
-
-def tied(rows: Mapping[str, NDArray[np.int64]], extents: Extents) -> dict[str, str]:
-    """Tied name -> the first name with the same bytes: a save does not say which names are one tensor."""
-    out: dict[str, str] = {}
-    names = list(rows)
-    for k, name in enumerate(names):
-        for holder in names[:k]:
-            a, b = rows[holder], rows[name]
-            if holder in out or a.shape != b.shape or (a[:, 1:] != b[:, 1:]).any():
-                continue
-            pairs = zip(a[:, 0].tolist(), b[:, 0].tolist(), strict=True)
-            if all(_same_bytes(extents[i], extents[j]) for i, j in pairs):
-                out[name] = holder
-                break
-    return out
-
-
-def _same_bytes(a: Extent, b: Extent) -> bool:
-    if not isinstance(a.where, File) or not isinstance(b.where, File) or a.nbytes != b.nbytes:
-        return False
-    with Reader(a.where) as one, Reader(b.where) as two:
-        for at in range(0, a.nbytes, _CHUNK):
-            n = min(_CHUNK, a.nbytes - at)
-            if one.read_through(a.offset + at, n) != two.read_through(b.offset + at, n):
-                return False
-    return True

@@ -1,8 +1,11 @@
-"""Reads the files that FSDP's ranks save by themselves: `model_world_size_N_rank_R.pt`, as verl writes them.
+"""Reads the files that FSDP's ranks save by themselves: `model_world_size_N_rank_R.pt`, as verl writes them,
+and `pytorch_model_fsdp_0_rankR.bin`, accelerate's. The latter do not say of how many, but the parts of each
+tensor must fit together and be the whole of it.
 
 Each is a state dict, pickled with the rank's parts of the tensors that were cut (`distributed`) and with
 tensors that every rank has whole. Where a run puts them, `steps` says.
-Source: verl 0.9.1, verl/utils/checkpoint/fsdp_checkpoint_manager.py.
+Source: verl 0.9.1, verl/utils/checkpoint/fsdp_checkpoint_manager.py; accelerate 1.15,
+accelerate/utils/fsdp_utils.py (save_fsdp_model with use_dcp=False).
 """
 
 from __future__ import annotations
@@ -24,7 +27,6 @@ from ..stored import check_tiles, strided
 from ..views import View
 from . import steps, torchfile
 from .assembly import Boxed, assemble
-from .dcp import tied, vocabulary
 from .distributed import Box, Part, boxes_of, part_of
 from .inert import type_name
 from .options import Options
@@ -35,7 +37,8 @@ from .torchtensors import in_one_table, refuse_unread
 
 RECORD = "fsdp_config.json"
 
-_FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
+_FILE = re.compile(r"model_world_size_(?P<world>\d+)_rank_(\d+)\.pt|pytorch_model_fsdp_0_rank(\d+)\.bin")
+_FILES = "*_rank*"
 
 
 def matches(path: str) -> bool:
@@ -62,7 +65,7 @@ def read(path: str, options: Options) -> Checkpoint:
     kinds: dict[str, tuple[DType, tuple[int, ...]]] = {}
     rows: dict[str, NDArray[np.int64]] = {}
     for name in states[0]:
-        with naming(f"{root}: {name}"):
+        with naming(f"{root}: {name}, of {len(files)} ranks"):
             kinds[name], found = _placed({rank: state[name] for rank, state in enumerate(states)})
             held = (_Held(b, extents, opened[b.rank].base + b.tensor.storage.extent) for b in found)
             own = _first(name, held, same)
@@ -73,9 +76,7 @@ def read(path: str, options: Options) -> Checkpoint:
         rows[name] = table.reshape(len(own), 3 + 3 * len(shape))
     same.check()
     search = [root, os.path.join(root, steps.HUB), save, os.path.join(save, steps.HUB)]
-    words = vocabulary(search)
     aliases = _stored_once(kinds, rows)
-    aliases |= tied({n: t for n, t in rows.items() if kinds[n][1][:1] == words and n not in aliases}, extents)
     entries = {
         name: Boxed(shape, dtype, extents, rows[name])
         for name, (dtype, shape) in kinds.items()
@@ -100,24 +101,25 @@ def _saves(path: str) -> list[str]:
 
 def _model(save: str) -> str | None:
     """The directory of the model in a save; None where there is none."""
-    held = (d for d in steps.models(save) if any(map(_FILE.fullmatch, listed(d, "model_world_size_*"))))
+    held = (d for d in steps.models(save) if any(map(_FILE.fullmatch, listed(d, _FILES))))
     return next(held, None)
 
 
 def _files(root: str, also: Sequence[str]) -> list[str]:
     """The files of all ranks, in order, here and in further directories. Raises SourceError."""
-    found: dict[int, dict[int, str]] = {}
+    found: dict[int, dict[int, str]] = {}  # world size, 0 where the names do not tell -> rank -> file
     for directory in (root, *also):
-        for name in listed(directory, "model_world_size_*"):
+        for name in listed(directory, _FILES):
             if (m := _FILE.fullmatch(name)) is None:
                 continue
-            path = os.path.join(directory, name)
-            earlier = found.setdefault(int(m[1]), {}).setdefault(int(m[2]), path)
+            path, rank = os.path.join(directory, name), int(m[2] or m[3])
+            earlier = found.setdefault(int(m["world"] or 0), {}).setdefault(rank, path)
             if earlier != path:
-                raise SourceError(f"{path}: rank {m[2]} is in {os.path.dirname(earlier)} too")
+                raise SourceError(f"{path}: rank {rank} is in {os.path.dirname(earlier)} too")
     if len(found) != 1:
         raise SourceError(f"{root}: files of world sizes {sorted(found)}: of several runs")
     ((world, ranks),) = found.items()
+    world = world or 1 + max(ranks)
     if is_file(record := os.path.join(root, RECORD)):
         said = read_json(record).get("world_size", world)
         if said != world:
@@ -127,9 +129,14 @@ def _files(root: str, also: Sequence[str]) -> list[str]:
 
 def _beside(save: str, root: str) -> Iterator[str]:
     """What is not read of a save."""
-    for what in ("optim", "extra_state"):
-        if count := len(listed(root, f"{what}_world_size_*")):
-            yield f"{what}: {count} files of ranks"
+    for what in (
+        "optim_world_size_",
+        "extra_state_world_size_",
+        "optimizer_0_rank",
+        "pytorch_model_fsdp_1_rank",
+    ):
+        if count := len(listed(root, f"{what}*")):
+            yield f"{what}*: {count} files of ranks"
     if root != save:
         others = [n for n in listed(save, "*") if _model(os.path.join(save, n)) not in (None, root)]
         yield from (f"{name}: another model" for name in others)
