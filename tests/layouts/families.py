@@ -298,6 +298,9 @@ WRAPPERS = {
     "llava-layers": _seeing(
         "Llava", _SIGLIP, dict(model_type="qwen3", head_dim=8), vision_feature_layer=[0, -2]
     ),
+    "llava_next": _seeing(
+        "LlavaNext", _CLIP | dict(model_type="clip_vision_model"), dict(model_type="llama")
+    ),
     "llava_onevision": _seeing("LlavaOnevision", _SIGLIP, dict(model_type="qwen2")),
     "internvl": _seeing(
         "InternVL", _CLIP | dict(image_size=[16, 16], patch_size=[4, 4], attention_bias=True),
@@ -310,6 +313,16 @@ WRAPPERS = {
         dict(head_dim=8, num_local_experts=6, num_experts_per_tok=1, intermediate_size=24,
              intermediate_size_mlp=96, interleave_moe_layer_step=2),
     ),
+    "paligemma": _seeing(
+        "PaliGemma", _SIGLIP, dict(model_type="gemma", head_dim=8), projection_dim=64,
+        tie_word_embeddings=True,
+    ),
+    "paligemma-2": _seeing(
+        "PaliGemma", _SIGLIP, dict(model_type="gemma2", head_dim=8), projection_dim=64,
+        tie_word_embeddings=True,
+    ),
+    "idefics3": _seeing("Idefics3", _CLIP, dict(model_type="llama"), scale_factor=3),
+    "smolvlm": _seeing("SmolVLM", _CLIP, dict(model_type="llama"), tie_word_embeddings=True),
 }  # fmt: skip
 """Text models beside a tower."""
 

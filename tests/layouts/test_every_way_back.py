@@ -86,6 +86,7 @@ def options(name, served, tp):
 
 UNREAD = {
     "llava": (".layers.2.", ".post_layernorm."),
+    "llava_next": (".layers.2.", ".post_layernorm."),
     "llava-layers": (".layers.2.", ".post_layernorm."),
     "llava_onevision": (".post_layernorm.",),
 }

@@ -261,7 +261,7 @@ CONFIGS = [
     ({"num_key_value_heads": 3}, "8 attention heads do not share 3 kv heads evenly"),
     ({"attention_bias": "no"}, "attention_bias must be true or false, got 'no'"),
     ({"model_type": "bort"}, "no recipe for model_type 'bort', known: llama, mistral"),
-    ({"model_type": None}, "no recipe for model_type None"),
+    ({"model_type": None}, "it has no model_type"),
 ]
 
 

@@ -10,6 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -144,6 +145,24 @@ def test_the_first_of_accelerates_models(tmp_path):
     found = sources.open(tmp_path)
     equal(found, {"w": torch.zeros(2, dtype=torch.int64)})
     assert "pytorch_model_fsdp_1: another model" in found.unread
+
+
+def test_olmo_core_s_own_records_and_directory(tmp_path, monkeypatch):
+    parts = ["olmo_core", "distributed", "checkpoint", "filesystem"]
+    for k in range(len(parts)):
+        name = ".".join(parts[: k + 1])
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    kind = sys.modules[name]._StorageInfo = type("_StorageInfo", (), {"__module__": name})
+    root = tmp_path / "step10/model_and_optim"
+    dcp.save({"model": state(), "optim": {"state": {"x": torch.ones(2)}}}, checkpoint_id=root)
+    found = pickle.loads((root / ".metadata").read_bytes())
+    for key, info in found.storage_data.items():
+        found.storage_data[key] = kind()
+        fields = ("relative_path", "offset", "length")
+        found.storage_data[key].__dict__ = {f: getattr(info, f) for f in fields}
+    (root / ".metadata").write_bytes(pickle.dumps(found))
+    for path in (root, root.parent):
+        equal(sources.open(path), state())
 
 
 def test_a_nested_state_dict_is_joined_with_dots(tmp_path):
@@ -336,6 +355,13 @@ def compressed() -> _StorageInfo:
 def test_metadata_that_lies(tmp_path, change, words):
     write(tmp_path, {"w": (MATRIX, [((0, 0), (7, 9))])}, change=change)
     refuses(tmp_path, words)
+
+
+def test_boxes_that_are_safetensors_are_refused(tmp_path):
+    write(tmp_path, {"w": (MATRIX, [((0, 0), (7, 9))])})
+    file = tmp_path / "__0_0.distcp"
+    file.write_bytes(b"\x00\x02".ljust(8, b"\0") + b'{"' + file.read_bytes()[10:])
+    refuses(tmp_path, "no torch file", "SerializationFormat.SAFETENSORS")
 
 
 class Evil:

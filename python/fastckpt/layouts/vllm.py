@@ -91,7 +91,7 @@ RENAMED: dict[str, Renamed] = {
         ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v"),
         (("model.language_model.", "language_model.model."), ("model.visual.", "visual."), _HEAD),
     ),
-    **dict.fromkeys(("gemma3", "llava", "llava_onevision"), _INSIDE),
+    **dict.fromkeys(("gemma3", "llava", "llava_next", "llava_onevision", "paligemma"), _INSIDE),
 }
 """family -> (a part of the hub's name, what vLLM's module is called), where the two differ."""
 

@@ -127,9 +127,13 @@ FAMILIES: tuple[Family, ...] = (
     Family("gemma3", "vision_language", "Gemma 3: its text model beside SigLIP"),
     Family("mistral3", "vision_language", "Mistral Small 3.1, Ministral 3: Mistral beside Pixtral's tower"),
     Family("llava", "vision_language", "LLaVA, Pixtral: a text model beside CLIP, SigLIP or Pixtral's tower"),
+    Family("llava_next", "vision_language", "LLaVA-NeXT: likewise"),
     Family("llava_onevision", "vision_language", "LLaVA-OneVision: likewise"),
     Family("internvl", "vision_language", "InternVL in transformers' names: likewise, a tower of its own"),
     Family("llama4", "vision_language", "Llama 4: its text model beside an image tower"),
+    Family("paligemma", "vision_language", "PaliGemma: Gemma 1 or 2 beside SigLIP"),
+    Family("idefics3", "vision_language", "Idefics 3: a text model beside a tower like SigLIP"),
+    Family("smolvlm", "vision_language", "SmolVLM: likewise"),
 )
 
 TYPES: dict[str, Family] = {family.model_type: family for family in FAMILIES}
@@ -142,6 +146,11 @@ GROUP = "fastckpt.recipes"
 def find(config: Mapping[str, JSON]) -> Recipe:
     """The recipe for a config, by its `model_type`. Raises RecipeError naming those there are."""
     name = config.get("model_type")
+    if name is None:
+        raise RecipeError(
+            "config: it has no model_type, so it is none of transformers'; config= (--config) names the "
+            "model's, recipe= (--recipe) takes a recipe by name"
+        )
     recipe = _known(name) if isinstance(name, str) else None
     if recipe is None:
         raise RecipeError(

@@ -161,6 +161,10 @@ class Claims:
     def __contains__(self, name: str) -> bool:
         return self._stored(name) in self.ckpt
 
+    def has_matrix(self, name: str) -> bool:
+        """Whether the module of that name has a weight, dense or quantised."""
+        return f"{name}.weight" in self or (self.form is not None and f"{name}.{self.form.leaf}" in self)
+
     @property
     def imagined(self) -> Imagined | None:
         """The entries of a checkpoint that has whatever it is asked for, None for a real one's."""
@@ -192,6 +196,11 @@ class Claims:
                 raise RecipeError(f"{self.ckpt.path}: {why}")
             known = next((f" ({note})" for note in self.ckpt.unread if note.startswith(f"{stored}: ")), "")
             more = known + near(stored, self.ckpt)
+            if not self._claimed:
+                more += (
+                    "; names of another program's own get the hub's by rename= (--rename), or are read by a "
+                    "recipe= (--recipe) of yours"
+                )
             raise RecipeError(f"{self.ckpt.path}: the model needs {stored}, which is not there{more}")
         return self.ckpt.entries[self.ckpt.aliases.get(stored, stored)].shape
 

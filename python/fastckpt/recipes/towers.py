@@ -332,11 +332,7 @@ def siglip(claims: Claims, at: str, config: Said, mergers: tuple[Mlp, ...], feat
         image_size=224, patch_size=16,
     )  # fmt: skip
     at, inner, width = _inside(claims, at), of(said, "hidden_size"), of(said, "intermediate_size")
-    outer: Shapes = {
-        "embeddings.patch_embedding.weight": _kernel(said, inner),
-        "embeddings.patch_embedding.bias": (inner,),
-        "embeddings.position_embedding.weight": (Dim(_grid(said), "patches"), inner),
-    }
+    outer = _embedded(said, inner)
     if flag(said, "vision_config.vision_use_head", True):
         one = Dim(1, "1")
         outer |= {
@@ -355,6 +351,26 @@ def siglip(claims: Claims, at: str, config: Said, mergers: tuple[Mlp, ...], feat
     return _built(claims, at, said, "encoder.layers", CLIP, outer, mergers, features, last)
 
 
+def idefics3(claims: Claims, at: str, config: Said) -> Built:
+    """Idefics 3's and SmolVLM's tower, of modules below `at`: SigLIP's without a pooling head."""
+    said = vision(
+        config, hidden_size=1152, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=16,
+        image_size=224, patch_size=32,
+    )  # fmt: skip
+    inner = of(said, "hidden_size")
+    outer = _embedded(said, inner) | norms(("post_layernorm",), inner)
+    return _built(claims, at, said, "encoder.layers", CLIP, outer, ())
+
+
+def _embedded(said: Said, inner: Dim) -> Shapes:
+    """SigLIP's patches and positions."""
+    return {
+        "embeddings.patch_embedding.weight": _kernel(said, inner),
+        "embeddings.patch_embedding.bias": (inner,),
+        "embeddings.position_embedding.weight": (Dim(_grid(said), "patches"), inner),
+    }
+
+
 def _inside(claims: Claims, at: str) -> str:
     older = f"{at}.vision_model"
     return older if f"{older}.post_layernorm.weight" in claims else at
@@ -371,13 +387,11 @@ def pixtral(claims: Claims, at: str, config: Said, mergers: tuple[Mlp, ...], fea
     return _built(claims, at, said, "transformer.layers", PIXTRAL, outer, mergers, features)
 
 
-def llama4(claims: Claims, at: str, config: Said, hidden: Dim) -> Built:
-    """Llama 4's tower, of modules below `at`, with its adapter, and beside both the matrix that makes
-    hidden vectors of the decoder's size (modeling_llama4.py)."""
+def llama4(claims: Claims, at: str, config: Said) -> Built:
+    """Llama 4's tower, of modules below `at`, and its adapter."""
     said = vision(
         config, hidden_size=768, intermediate_size=5632, num_hidden_layers=34, num_attention_heads=16,
         image_size=448, patch_size=14, projector_input_dim=4096, projector_output_dim=4096,
-        vision_output_dim=7680,
     )  # fmt: skip
     inner, patch = of(said, "hidden_size"), _side(said, "patch_size")
     seen = Dim(of(said, "num_channels", 3).size * patch.size**2, f"num_channels * {patch.key} ** 2")
@@ -391,9 +405,7 @@ def llama4(claims: Claims, at: str, config: Said, hidden: Dim) -> Built:
         "positional_embedding_vlm": (Dim(_grid(said) + 1, "patches + 1"), inner),
     }
     outer |= norms(("layernorm_pre", "layernorm_post"), inner)
-    tower, loose = _built(claims, at, said, "model.layers", LLAMA4, outer, (adapter(),))
-    projector: Shapes = {"linear_1.weight": (hidden, of(said, "vision_output_dim"))}
-    return tower, (*loose, *carried(claims, "multi_modal_projector", projector))
+    return _built(claims, at, said, "model.layers", LLAMA4, outer, (adapter(),))
 
 
 def internvl(claims: Claims, at: str, config: Said, mergers: tuple[Mlp, ...], features: JSON = None) -> Built:

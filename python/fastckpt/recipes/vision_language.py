@@ -18,6 +18,7 @@ from ..model import Mlp, Model, Stacked
 from . import decoder, imagining, mixture, towers
 from .claims import Claims, Dim, dim, flag, integer
 from .decoder import IGNORED
+from .gemma import GEMMA, GEMMA2
 from .gemma import GEMMA3 as GEMMA3_TEXT
 from .glm import GLM4
 from .imagining import Imagined
@@ -35,13 +36,12 @@ def _qwen3_moe(ckpt: Checkpoint, config: Said, *, vocab_size: int | None = None)
     """Qwen3-VL's mixture: stacks [experts, out, in], as transformers 5 has them, or [experts, in, out], as
     the hub does, or each expert on its own, as quantisers leave them. Raises RecipeError where shapes do not
     tell."""
-    if any(".mlp.experts.0." in name for name in ckpt.entries):
-        return mixture.recipe(ckpt, config, vocab_size=vocab_size, mixture=QWEN3_MOE)
     hidden, width = (integer(config, key) for key in ("hidden_size", "moe_intermediate_size"))
     found = next((e.shape[1:] for n, e in ckpt.entries.items() if n.endswith(".mlp.experts.down_proj")), ())
     if found and hidden == width:
         raise RecipeError(f"config: experts of {hidden} by {width} may be stored either way: not read")
-    stacked = Stacked("experts.gate_up_proj", "experts.down_proj", transposed=found == (width, hidden))
+    turned = found == (width, hidden)
+    stacked = Stacked("experts.gate_up_proj", "experts.down_proj", transposed=turned, singly=True)
     kind = replace(QWEN3_MOE, block=Block(stacked=stacked))
     return mixture.recipe(ckpt, config, vocab_size=vocab_size, mixture=kind)
 
@@ -58,6 +58,8 @@ TEXTS: Mapping[str, Recipe] = {
             "ministral3": MINISTRAL3,
             "qwen2": QWEN2,
             "qwen3": QWEN3,
+            "gemma": GEMMA,
+            "gemma2": GEMMA2,
             "gemma3_text": GEMMA3_TEXT,
             "qwen2_vl_text": QWEN2,
             "qwen2_5_vl_text": QWEN2,
@@ -200,13 +202,21 @@ DEFAULTS: Mapping[str, Mapping[str, JSON]] = {
         "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8,
     },
+    "gemma": {
+        "vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256,
+    },
+    "gemma2": {
+        "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+    },
     "gemma3_text": {
         "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
     },
 }  # fmt: skip
-"""What a text_config leaves out where it is as in transformers' config class: the hub's of LLaVA 1.5 and
-Gemma 3 say little more than what differs."""
+"""What a text_config leaves out where it is as in transformers' config class: the hub's of LLaVA 1.5,
+PaliGemma and Gemma 3 say little more than what differs."""
 
 
 # ---- towers and projectors ----
@@ -260,8 +270,9 @@ def _llava(claims: Claims, config: Said, hidden: Dim, usual: int = -2) -> Built:
     return _before(config, "clip_vision_model", claims, projector, features)
 
 
-def _onevision(claims: Claims, config: Said, hidden: Dim) -> Built:
-    tower, loose = _llava(claims, config, hidden, usual=-1)
+def _tiled(claims: Claims, config: Said, hidden: Dim, usual: int) -> Built:
+    """LLaVA's of images in tiles, with a vector between their rows."""
+    tower, loose = _llava(claims, config, hidden, usual)
     return tower, (*loose, claims.parameter("image_newline", hidden)())
 
 
@@ -290,6 +301,25 @@ def _gemma3(claims: Claims, config: Said, hidden: Dim) -> Built:
     tower, loose = _before(config, "siglip_vision_model", claims)
     shapes: Shapes = {"mm_input_projection_weight": (inner, hidden), "mm_soft_emb_norm.weight": (inner,)}
     return tower, (*loose, *carried(claims, AT, shapes))
+
+
+def _paligemma(claims: Claims, config: Said, hidden: Dim) -> Built:
+    tower, loose = _before(config, "siglip_vision_model", claims)
+    shapes: Shapes = {"linear.weight": (hidden, _inner(config, 1152)), "linear.bias": (hidden,)}
+    return tower, (*loose, *carried(claims, AT, shapes))
+
+
+def _llama4(claims: Claims, config: Said, hidden: Dim) -> Built:
+    tower, loose = towers.llama4(claims, "vision_model", config)
+    shapes: Shapes = {"linear_1.weight": (hidden, of(vision(config), "vision_output_dim", 7680))}
+    return tower, (*loose, *carried(claims, AT, shapes))
+
+
+def _idefics3(claims: Claims, config: Said, hidden: Dim) -> Built:
+    tower, loose = towers.idefics3(claims, "model.vision_model", config)
+    read = _inner(config, 1152).times(integer(config, "scale_factor", 2) ** 2)
+    shapes: Shapes = {"modality_projection.proj.weight": (hidden, read)}
+    return tower, (*loose, *carried(claims, "model.connector", shapes))
 
 
 def _within(build: Callable[[Claims, str, Said, Dim], Built], at: str) -> Beside:
@@ -342,12 +372,16 @@ GLM4V = Wrapper(
 GEMMA3 = Wrapper("gemma3", ("gemma3_text",), _gemma3, trained=_LLAVA, tied=True)
 MISTRAL3 = Wrapper("mistral3", (*_APART, "ministral3"), _mistral3, trained=_LLAVA, tied=True)
 LLAVA = Wrapper("llava", _APART, _llava, trained=_LLAVA)
-LLAVA_ONEVISION = Wrapper("llava_onevision", _APART, _onevision, trained=_LLAVA)
+LLAVA_NEXT = Wrapper("llava_next", _APART, partial(_tiled, usual=-2), trained=_LLAVA)
+LLAVA_ONEVISION = Wrapper("llava_onevision", _APART, partial(_tiled, usual=-1), trained=_LLAVA)
 INTERNVL = Wrapper("internvl", _APART, _internvl, trained=_LLAVA, tied=True)
-LLAMA4 = Wrapper("llama4", ("llama4_text",), _within(towers.llama4, "vision_model"))
+LLAMA4 = Wrapper("llama4", ("llama4_text",), _llama4)
+PALIGEMMA = Wrapper("paligemma", ("gemma", "gemma2"), _paligemma, trained=_LLAVA, tied=True)
+IDEFICS3 = Wrapper("idefics3", ("llama",), _idefics3, "model.text_model.", "lm_head.")
+SMOLVLM = replace(IDEFICS3, family="smolvlm")
 
 _WRAPPERS = (
     QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN3_5_VL, QWEN3_5_VL_MOE, GLM4V, GEMMA3, MISTRAL3, LLAVA,
-    LLAVA_ONEVISION, INTERNVL, LLAMA4,
+    LLAVA_NEXT, LLAVA_ONEVISION, INTERNVL, LLAMA4, PALIGEMMA, IDEFICS3, SMOLVLM,
 )  # fmt: skip
 FAMILIES = {w.family: Known(partial(recipe, wrapper=w), IGNORED) for w in _WRAPPERS}

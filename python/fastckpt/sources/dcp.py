@@ -30,8 +30,8 @@ from .torchzip import Reader
 
 NAME = ".metadata"
 SUFFIX = ".distcp"
-TRAINER = "pytorch_model_fsdp_0"
-"""The directory in which accelerate and the Hugging Face Trainer put the model."""
+TRAINERS = ("pytorch_model_fsdp_0", "model_and_optim")
+"""The directory in which accelerate and the Hugging Face Trainer put the model; that of OLMo-core."""
 
 OPTIMIZERS = frozenset(
     {"optim", "optims", "optimizer", "optimizers", "optim_state_dict", "optimizer_state_dict"}
@@ -94,7 +94,7 @@ def later(where: str, files: Sequence[File]) -> dict[str, list[JSON]]:
 
 def _directory(path: str) -> str | None:
     """Where the save lies: here, or where trainers put it."""
-    for root in (path, os.path.join(path, TRAINER)):
+    for root in (path, *(os.path.join(path, name) for name in TRAINERS)):
         try:
             inside = os.listdir(root)
         except (FileNotFoundError, NotADirectoryError):
@@ -106,7 +106,7 @@ def _directory(path: str) -> str | None:
 
 def _others(path: str, root: str) -> list[str]:
     """The further models that accelerate saved beside the first."""
-    stem = TRAINER.rstrip("0")
+    stem = TRAINERS[0].rstrip("0")
     return [n for n in listed(path, f"{stem}*") if n != os.path.basename(root)] if root != path else []
 
 

@@ -25,6 +25,9 @@ Sizes = tuple[int, ...]
 
 _MODULE = "torch.distributed.checkpoint."
 
+_PLACES = (_MODULE + "filesystem._StorageInfo", "olmo_core.distributed.checkpoint.filesystem._StorageInfo")
+"""What says where a box lies: torch's record, and that of OLMo-core's writer (3.0), which has its fields."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stored:
@@ -69,14 +72,14 @@ def metadata(where: str, save: int) -> Metadata:
     with Reader(file) as reader:
         data = reader.read_through(0, file.nbytes)
     tree = torchpickle.parse(data, file=save, record_keys=True)
-    body = _state(tree.root, "metadata.Metadata")
+    body = _state(tree.root, _MODULE + "metadata.Metadata")
     tensors, paths = {}, {}
     planned = body.get("planner_data")
     for key, value in mapping(body.get("state_dict_metadata"), "state_dict_metadata").items():
         if not isinstance(key, str):
             raise SourceError(f"a name is {key!r}; wanted a string")
         if isinstance(value, Inert) and value.name == _MODULE + "metadata.TensorStorageMetadata":
-            tensors[key] = _stored(key, _state(value, "metadata.TensorStorageMetadata"))
+            tensors[key] = _stored(key, _state(value, value.name))
         paths[key] = _path(key, planned)
     places: dict[tuple[str, Sizes], Place] = {}
     others: dict[str, Place] = {}
@@ -90,11 +93,12 @@ def metadata(where: str, save: int) -> Metadata:
     return Metadata(tensors, places, others, files, paths, xxhash.xxh3_64_hexdigest(data))
 
 
-def _state(value: object, name: str) -> dict[object, object]:
-    """The attributes of a dataclass."""
-    if not isinstance(value, Inert) or value.name != _MODULE + name:
-        raise SourceError(f"wanted a {name.rpartition('.')[2]}, got {type_name(value)}")
-    return mapping(value.state, f"the attributes of a {name.rpartition('.')[2]}")
+def _state(value: object, *names: str) -> dict[object, object]:
+    """The attributes of a dataclass that has one of these names."""
+    short = names[0].rpartition(".")[2]
+    if not isinstance(value, Inert) or value.name not in names:
+        raise SourceError(f"wanted a {short}, got {type_name(value)}")
+    return mapping(value.state, f"the attributes of a {short}")
 
 
 def _stored(key: str, state: Mapping[object, object]) -> Stored:
@@ -109,7 +113,7 @@ def _stored(key: str, state: Mapping[object, object]) -> Stored:
     shape = integers(state.get("size"), f"{key}: its size")
     boxes: dict[Sizes, Sizes] = {}  # replicas are listed once each, and are equal
     for chunk in chunks:
-        box = _state(chunk, "metadata.ChunkStorageMetadata")
+        box = _state(chunk, _MODULE + "metadata.ChunkStorageMetadata")
         at, size = (integers(box.get(k), f"{key}: the {k} of a chunk") for k in ("offsets", "sizes"))
         if len(at) != len(shape) or len(size) != len(shape):
             raise SourceError(f"{key}: a chunk of {size} at {at} in {shape}")
@@ -125,7 +129,7 @@ def _stored(key: str, state: Mapping[object, object]) -> Stored:
 def _places(table: Mapping[object, object]) -> Iterator[tuple[str, Sizes | None, Place]]:
     """The key and the offsets of each box, and its place; other values have no offsets."""
     for index, info in table.items():
-        told, lies = _state(index, "metadata.MetadataIndex"), _state(info, "filesystem._StorageInfo")
+        told, lies = _state(index, _MODULE + "metadata.MetadataIndex"), _state(info, *_PLACES)
         key, at = told.get("fqn"), told.get("offset")
         file, offset, nbytes = (lies.get(k) for k in ("relative_path", "offset", "length"))
         if not isinstance(key, str) or not isinstance(file, str):
