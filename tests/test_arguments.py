@@ -60,7 +60,7 @@ def test_a_config_may_be_any_file(tmp_path):
         with pytest.raises(SourceError, match=rf"{name}: .*{why}"):
             fastckpt.plan(files, config=tmp_path / name)
     os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
-    for path, why in (("pipe", "not a regular file"), ("none", "No such file")):
+    for path, why in (("pipe", "not a regular file"), ("none", "No such file"), ("a\0b", "embedded null")):
         with pytest.raises(SourceError, match=why):
             fastckpt.plan(files, config=tmp_path / path)
 

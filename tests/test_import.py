@@ -70,6 +70,29 @@ def test_version_is_the_project_s():
     assert re.search(r'^version = "(.*)"', project.read_text(), re.M)[1] == fastckpt.__version__
 
 
+UNFIT = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Unfit(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "fastckpt._C":
+            raise ImportError("libstdc++.so.6: version `GLIBCXX_9' not found")
+
+sys.meta_path.insert(0, Unfit())
+from fastckpt.cli import main
+sys.exit(main(["inspect", "nowhere"]))
+"""
+
+
+def test_a_compiled_module_that_does_not_load_is_no_reason_to_be_slow():
+    done = subprocess.run([sys.executable, "-c", UNFIT], capture_output=True, text=True, timeout=300)
+    told = (
+        "fastckpt: error: the compiled module does not load: libstdc++.so.6: version `GLIBCXX_9' not found; "
+    )
+    assert done.returncode == 4 and done.stderr.startswith(told) and done.stderr.count("\n") == 1
+
+
 OLD = """
 import sys, types
 import fastckpt

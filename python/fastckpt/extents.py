@@ -38,6 +38,8 @@ class File:
             s = os.stat(path)
         except OSError as e:
             raise SourceError(f"{os.fspath(path)}: {e.strerror}") from None
+        except ValueError as e:  # no path at all, such as one with a zero byte
+            raise SourceError(f"{os.fspath(path)!r}: {e}") from None
         if not stat.S_ISREG(s.st_mode):
             raise SourceError(f"{os.fspath(path)}: not a regular file")
         return File(os.fspath(path), s.st_size, s.st_mtime_ns, s.st_ino)

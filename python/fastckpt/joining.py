@@ -34,7 +34,7 @@ from .sources.served import SHARDS
 from .target import Target
 from .uniting import over_ranks, phantom_of, united
 
-UNTOLD = ("dcp", "fsdp")
+UNTOLD = ("dcp", "fsdp", "meta")
 """Formats that do not say which names are one tensor."""
 
 TOLD = "cut_from"

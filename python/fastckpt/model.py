@@ -256,11 +256,13 @@ class Mlp:
 @dataclass(frozen=True, slots=True)
 class Stacked:
     """Where the hub stores all experts of a layer in two tensors, their names: `gate_up` [experts, gate; up,
-    hidden] and `down` [experts, hidden, width]; `transposed`: [experts, in, out] (Llama 4)."""
+    hidden] and `down` [experts, hidden, width]; `transposed`: [experts, in, out] (Llama 4). `singly`: loaders
+    also take each expert on its own, as quantised releases have them."""
 
     gate_up: str
     down: str
     transposed: bool = False
+    singly: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import fastckpt
 import peft_writer
 import pytest
 import torch
+import torch.distributed.checkpoint
 from fastckpt.cli import main
 from fastckpt.errors import FastckptError, LayoutError, SourceError
 from layouts import families, tiny
@@ -254,6 +255,18 @@ def test_an_adapter_by_itself(tmp_path):
     fastckpt.reshard(adapter, layout="same", dtype="float16", out=tmp_path / "half", durable=False)
     got = load_file(tmp_path / "half" / "model.safetensors")
     assert {x.dtype for x in got.values()} == {torch.float16} and len(got) == 28
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_an_adapter_saved_by_accelerate_under_fsdp(tmp_path):
+    """adapter_only: torch.distributed.checkpoint in place of PEFT's file."""
+    base, _, _, pairs = llama_like(tmp_path)
+    adapter = write(tmp_path / "adapter", settings(), pairs)
+    want = fastckpt.reshard(base, adapter=adapter, layout="hf", rank=0)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.distributed.checkpoint.save({"model": weights}, checkpoint_id=adapter / "pytorch_model_fsdp_0")
+    equal(fastckpt.reshard(base, adapter=adapter, layout="hf", rank=0), want)
 
 
 REFUSED = [

@@ -31,6 +31,13 @@ def mixed(tmp_path_factory):
     return path
 
 
+def test_a_fact_of_many_words_is_cut(tmp_path):
+    write_zero(tmp_path, {"w": torch.ones(2)}, stage=2, world=1, client={"loops": ["word"] * 200})
+    shown = fastckpt.inspect(tmp_path).text()
+    line = next(line for line in shown.splitlines() if "client_state" in line)
+    assert len(line) < 500 and line.endswith("characters more with --json")
+
+
 def test_inspection_counts(mixed):
     found = fastckpt.inspect(mixed)
     assert found.parameters == ("a.weight", "b.weight")

@@ -97,7 +97,8 @@ _DENSE = (  # of which the hub has quantised ones
 )  # fmt: skip
 
 _SEEING = (
-    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "mistral3", "llava", "llava_onevision", "internvl",
+    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "gemma3", "mistral3", "llava", "llava_onevision",
+    "internvl",
 )  # fmt: skip
 
 QUANTISED: dict[str, tuple[str, str]] = {
@@ -131,7 +132,13 @@ QUANTISED: dict[str, tuple[str, str]] = {
         "kimi_k2": ("fp8-block", "int4"),
         "minimax_m2": ("fp8-block",),
         **dict.fromkeys((*_DENSE, *_SEEING), ("int8", "fp8-matrix")),
-        **dict.fromkeys(("qwen3_vl-wide", "llava_onevision-wide"), ("fp8-block",)),
+        **dict.fromkeys(
+            (
+                *("qwen3_vl-wide", "qwen3_vl_moe-wide", "llava_onevision-wide"),
+                *("qwen3_5_moe_text-wide", "qwen3_5-wide", "qwen3_5_moe-wide"),
+            ),
+            ("fp8-block",),
+        ),
     }.items()
     for scheme in schemes
 }
@@ -172,7 +179,7 @@ def write(name: str, folder: str, *, counted: bool = False, dtype: torch.dtype =
     model.save_pretrained(folder)
     if name in SAID:
         _say(folder, SAID[name])
-    if name == "qwen3_vl_moe":
+    if name.startswith("qwen3_vl_moe"):
         _as_qwen3_vl_moe(folder)
     if name in INSIDE:
         path = os.path.join(folder, "model.safetensors")
@@ -221,7 +228,7 @@ def count(name: str, tensor: torch.Tensor) -> None:
 def _quantise(folder: str, scheme: str) -> None:
     """Stores the matrices of attention, blocks and experts as `scheme` does: counted values and scales."""
     path = os.path.join(folder, "model.safetensors")
-    tensors, told, left = load_file(path), SCHEMES[scheme], []
+    tensors, told, left = _singly(load_file(path)), SCHEMES[scheme], []
     hub = told["quant_method"] != "compressed-tensors"
     block = scheme.startswith("fp8-block")
     values = torch.int8 if scheme.startswith("int8") else torch.float8_e4m3fn
@@ -258,6 +265,20 @@ def _quantise(folder: str, scheme: str) -> None:
     if told["quant_method"] == "gptq":
         skipped = {"dynamic": {f"-:^{re.escape(n)}$": {} for n in left if n != "lm_head"}}
     _say(folder, {"quantization_config": told | skipped})
+
+
+def _singly(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Places for Qwen3-VL's experts one by one, as its quantised releases have them, not in stacks."""
+    for stack in [n for n in tensors if n.endswith(".experts.gate_up_proj")]:
+        at = stack.removesuffix("gate_up_proj")
+        experts, hidden, width = tensors.pop(stack).shape
+        tensors.pop(f"{at}down_proj")
+        for e in range(experts):
+            tensors |= {
+                f"{at}{e}.{n}.weight": torch.empty(width // 2, hidden) for n in ("gate_proj", "up_proj")
+            }
+            tensors[f"{at}{e}.down_proj.weight"] = torch.empty(hidden, width // 2)
+    return tensors
 
 
 def _stored_packed(name: str, told: dict, rows: int, columns: int) -> dict[str, torch.Tensor]:

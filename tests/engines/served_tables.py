@@ -20,6 +20,10 @@ _DELTA = _SIZES | dict(
     num_hidden_layers=3, layer_types=["linear_attention", "full_attention", "linear_attention"],
     linear_num_key_heads=4, linear_num_value_heads=8, linear_key_head_dim=32, linear_value_head_dim=64,
 )  # fmt: skip
+_DELTA_WIDE = _DELTA | dict(
+    hidden_size=256, num_key_value_heads=2, head_dim=128, linear_key_head_dim=128, linear_value_head_dim=128
+)
+_MOE_WIDE = _MOE | dict(moe_intermediate_size=256, shared_expert_intermediate_size=256)
 _MAMBA = _SIZES | dict(
     mamba_n_heads=8, mamba_d_head=32, mamba_n_groups=4, mamba_d_state=16, num_hidden_layers=3,
     layer_types=["linear_attention", "full_attention", "linear_attention"],
@@ -84,6 +88,7 @@ _QWEN2_5_VL = _TOWER | dict(fullatt_block_indexes=[1], window_size=16)
 _QWEN3_VL = _TOWER | dict(depth=3, num_position_embeddings=16, deepstack_visual_indexes=[0, 2])
 _QWEN3_5 = _TOWER | dict(num_position_embeddings=16)
 _QUARTER = dict(_SECTIONS["rope_parameters"], mrope_section=[2, 1, 1], partial_rotary_factor=0.25)
+_QUARTER_WIDE = _QUARTER | dict(mrope_section=[6, 5, 5])
 _DEEP = _SECTIONS | dict(num_hidden_layers=3)  # the first stage of two reads the tower's layers
 _HALF = dict(_SECTIONS["rope_parameters"], mrope_section=[2, 3, 3], partial_rotary_factor=0.5)
 
@@ -112,24 +117,12 @@ MODELS: dict[str, tuple[str, dict]] = {
         "Qwen3Next",
         _sizes(_DELTA, **_MOE, shared_expert_intermediate_size=192, mlp_only_layers=[0]),
     ),
-    "qwen3_next-wide": (
-        "Qwen3Next",
-        _sizes(
-            _DELTA, **_MOE | {"moe_intermediate_size": 256}, shared_expert_intermediate_size=256,
-            hidden_size=256, num_key_value_heads=2, head_dim=128, linear_key_head_dim=128,
-            linear_value_head_dim=128,
-        ),
-    ),
+    "qwen3_next-wide": ("Qwen3Next", _sizes(_DELTA_WIDE, **_MOE_WIDE)),
     "qwen3_5_text": ("Qwen3_5Text", _sizes(_DELTA)),
-    "qwen3_5_text-wide": (
-        "Qwen3_5Text",
-        _sizes(
-            _DELTA, hidden_size=256, num_key_value_heads=2, head_dim=128, linear_key_head_dim=128,
-            linear_value_head_dim=128,
-        ),
-    ),
+    "qwen3_5_text-wide": ("Qwen3_5Text", _sizes(_DELTA_WIDE)),
     "qwen3_5_text-mixed": ("Qwen3_5Text", _sizes(_DELTA, tie_word_embeddings=True)),
     "qwen3_5_moe_text": ("Qwen3_5MoeText", _sizes(_DELTA, **_MOE, shared_expert_intermediate_size=192)),
+    "qwen3_5_moe_text-wide": ("Qwen3_5MoeText", _sizes(_DELTA_WIDE, **_MOE_WIDE)),
     "glm4_moe": (
         "Glm4Moe",
         _sizes(
@@ -308,6 +301,13 @@ MODELS: dict[str, tuple[str, dict]] = {
         "Qwen3VLMoe",
         _seeing(_QWEN3_VL, drop=(), text=_DEEP | dict(_MOE, moe_intermediate_size=192), **_IMAGES),
     ),
+    "qwen3_vl_moe-wide": (
+        "Qwen3VLMoe",
+        _seeing(
+            _QWEN3_VL | dict(out_hidden_size=256), drop=(), **_IMAGES,
+            text=_DEEP | _BLOCKS | dict(_MOE, moe_intermediate_size=512),
+        ),
+    ),
     "qwen3_5": (
         "Qwen3_5",
         _seeing(_QWEN3_5, drop=(), text=_DELTA | dict(rope_parameters=_QUARTER), **_IMAGES),
@@ -317,6 +317,20 @@ MODELS: dict[str, tuple[str, dict]] = {
         _seeing(
             _QWEN3_5, drop=(), **_IMAGES,
             text=_DELTA | _MOE | dict(shared_expert_intermediate_size=192, rope_parameters=_QUARTER),
+        ),
+    ),
+    "qwen3_5-wide": (
+        "Qwen3_5",
+        _seeing(
+            _QWEN3_5 | dict(out_hidden_size=256), drop=(), **_IMAGES,
+            text=_DELTA_WIDE | dict(rope_parameters=_QUARTER_WIDE),
+        ),
+    ),
+    "qwen3_5_moe-wide": (
+        "Qwen3_5Moe",
+        _seeing(
+            _QWEN3_5 | dict(out_hidden_size=256), drop=(), **_IMAGES,
+            text=_DELTA_WIDE | _MOE_WIDE | dict(rope_parameters=_QUARTER_WIDE),
         ),
     ),
     "glm4v": (

@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 from engines import served_models
 from engines.test_vllm_engine import ENGINE, bytes_of, generate, script
+from fastckpt.layouts import layout
 from safetensors.torch import load_file
 
 DENSE = (
@@ -25,18 +26,24 @@ FUSED = ("phi3", "glm", "glm4", "glm4v")
 """Their hubs store gate and up as one: one scale for both is not what vLLM keeps."""
 MIXED = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe")
 """Mixtures of experts."""
+STACKED = ("qwen3_vl_moe", "qwen3_vl_moe-wide")
+"""Their hubs store experts in stacks: quantised they are written one by one, and cut from there."""
+SPLIT = layout("hf", {"split_experts": "true"})
 SEEING = (
     "qwen2_vl", "qwen2_5_vl-tied", "qwen3_vl", "gemma3", "mistral3", "llava", "llava_onevision", "internvl",
 )  # fmt: skip
 """Decoders beside an image tower, which stays dense."""
-ALL = (*DENSE, *FUSED, *MIXED, *SEEING)
+ALL = (*DENSE, *FUSED, *MIXED, "qwen3_vl_moe", *SEEING)
 FOUR_BITS = dict.fromkeys(("int4-group32", "int4-group32-zero", "awq-group32"), ALL)
 FOUR_BITS["gptq-group32"] = tuple(n for n in ALL if n not in ("glm4", "glm4v"))  # vLLM's loader fails
 CASES = {
     "int8": (*DENSE, *FUSED, *SEEING),
     "fp8": (*DENSE, *SEEING),
     "fp8-channel": ALL,
-    "fp8-block": ("qwen3_vl-wide", "llava_onevision-wide"),
+    "fp8-block": (
+        *("qwen3_vl-wide", "llava_onevision-wide", "qwen3_vl_moe-wide"),
+        *("qwen3_5_moe_text-wide", "qwen3_5-wide", "qwen3_5_moe-wide"),
+    ),
     **FOUR_BITS,
 }
 GENERATED = ("int8", "fp8-channel", *FOUR_BITS)
@@ -47,12 +54,15 @@ def test_shards_are_bit_for_bit_what_vllm_loads(scheme, tmp_path):
     models, truth = tmp_path / "models", tmp_path / "truth"
     for name in CASES[scheme]:
         served_models.write(name, str(tmp_path / "hub" / name))
-        fastckpt.reshard(tmp_path / "hub" / name, quant=scheme, out=models / name)
+        fastckpt.reshard(tmp_path / "hub" / name, layout=SPLIT, quant=scheme, out=models / name)
     script(tmp_path / "log", "vllm_truth.py", str(models), str(truth), "tp2", *CASES[scheme])
     for name in CASES[scheme]:
         error = truth / name / "tp2" / "error"
         assert not error.exists(), error.read_text()
-        made = fastckpt.reshard(tmp_path / "hub" / name, 2, layout=ENGINE, quant=scheme)
+        if name in STACKED:
+            made = fastckpt.reshard(models / name, 2, layout=ENGINE)
+        else:
+            made = fastckpt.reshard(tmp_path / "hub" / name, 2, layout=ENGINE, quant=scheme)
         for rank, got in enumerate(made):
             want = load_file(truth / name / "tp2" / f"model-rank-{rank}-part-0.safetensors")
             assert not want.keys() - got.keys(), f"{name} rank {rank}"

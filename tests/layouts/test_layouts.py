@@ -180,6 +180,7 @@ def test_options_from_strings():
         ("hf", {"multiple": "32"}, "layout hf: multiple goes with pad=true"),
         ("vllm", {"multiple": "32"}, "layout vllm: multiple goes with pad=true"),
         ("megatron", {"vocab_padding": "0"}, "vocab_padding must be at least 1, got 0"),
+        ("rtp_llm", {"rope_positions": "1048577"}, "rope_positions must be at most 1048576, got 1048577"),
         ("rtp_llm", {"nodes": "0"}, "layout rtp_llm: nodes must be at least 1, got 0"),
     ]:
         with pytest.raises(LayoutError, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pwd
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import fastckpt
 import pytest
+from fastckpt.errors import ManagerError
+from fastckpt.manager.remote import default_scratch
+from fastckpt.planning import plancache
 
 
 def code_of(folder: Path) -> str:
@@ -24,6 +28,20 @@ def code_of(folder: Path) -> str:
     where, code = made.stdout.split()
     assert Path(where).is_relative_to(folder)
     return code
+
+
+def test_a_user_without_a_home_keeps_no_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container may run as any number: "~" is then no directory but a name."""
+
+    def unknown(user: int) -> None:
+        raise KeyError(user)
+
+    for name in ("FASTCKPT_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert plancache.folder() is None
+    with pytest.raises(ManagerError, match="this user has no cache directory to make commits in"):
+        default_scratch("memory://x")
 
 
 @pytest.mark.parametrize("room", ["layouts/cuts.py", "recipes/llama.py", "views.py", "planning/compiling.py"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fastckpt
 import pytest
 import torch
 from fastckpt import recipes
@@ -88,33 +87,6 @@ def test_stacks_of_experts_lie_either_way():
     one, other = written(turned, config, "vllm", 2), written(hub, config, "vllm", 2)
     assert sorted(one) == sorted(other)
     assert all((one[n][1] == other[n][1]).all() for n in one)
-
-
-def apart(tensors):
-    """Experts one by one, as quantisers leave Qwen3-VL's, in place of stacks [experts, out, in]."""
-    out = dict(tensors)
-    for name in [n for n in tensors if n.endswith(".experts.gate_up_proj")]:
-        at = name.removesuffix("gate_up_proj")
-        for e, (both, down) in enumerate(zip(out.pop(name), out.pop(f"{at}down_proj"), strict=True)):
-            gate, up = both.chunk(2)
-            parts = {"gate_proj": gate, "up_proj": up, "down_proj": down}
-            out |= {f"{at}{e}.{n}.weight": x.contiguous() for n, x in parts.items()}
-    return out
-
-
-def test_experts_one_by_one_are_the_same_to_vllm_and_can_be_quantised(tmp_path):
-    config, hub, _ = families.made("qwen3_vl_moe")
-    single = apart(hub)
-    same(written(single, config), single)
-    one, other = written(single, config, "vllm", 2), written(hub, config, "vllm", 2)
-    assert sorted(one) == sorted(other)
-    assert all((one[n][1] == other[n][1]).all() for n in one)
-    fastckpt.reshard(single, config=config, quant="fp8-channel", out=tmp_path / "out", durable=False)
-    dense = fastckpt.reshard(tmp_path / "out", quant="none", dtype="float32")[0]
-    assert dense.keys() == single.keys()
-    scaled = {n for n, x in single.items() if not torch.equal(dense[n], x)}
-    assert any(".experts.4.down_proj." in n for n in scaled)
-    assert not [n for n in scaled if ".language_model.layers." not in n]
 
 
 def test_stacks_of_square_experts_are_refused():

@@ -357,6 +357,13 @@ def test_metadata_that_lies(tmp_path, change, words):
     refuses(tmp_path, words)
 
 
+def test_boxes_that_are_safetensors_are_refused(tmp_path):
+    write(tmp_path, {"w": (MATRIX, [((0, 0), (7, 9))])})
+    file = tmp_path / "__0_0.distcp"
+    file.write_bytes(b"\x00\x02".ljust(8, b"\0") + b'{"' + file.read_bytes()[10:])
+    refuses(tmp_path, "no torch file", "SerializationFormat.SAFETENSORS")
+
+
 class Evil:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         import os

@@ -176,6 +176,18 @@ def test_accelerate_s_names_do_not_say_of_how_many(case, name):
         fastckpt.open(root)
 
 
+def test_one_rank_s_file_by_itself(tmp_path):
+    part = dtensor(torch.ones(4, 2), 0, 2)
+    torch.save({"w": part}, tmp_path / "rank0.pt")
+    with pytest.raises(
+        SourceError, match=r"w: is the part of one rank \(torch.*DTensor\).*model_world_size_N"
+    ):
+        fastckpt.open(tmp_path / "rank0.pt")
+    torch.save({"a._flat_param": part}, tmp_path / "rank0.pt")
+    with pytest.raises(SourceError, match=r"flat parameters .*save SHARDED_STATE_DICT or FULL_STATE_DICT"):
+        fastckpt.open(tmp_path / "rank0.pt")
+
+
 # ---- every way to cut ----
 
 

@@ -70,6 +70,16 @@ def test_mistrals_files(tmp_path, files):
     fastckpt.plan(tmp_path, config=config)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_tied_pair_that_is_held_twice(tmp_path, parts):
+    config, tensors = made(tie_word_embeddings=True)
+    tied = tensors | {"output.weight": tensors["tok_embeddings.weight"].clone()}
+    found = fastckpt.open(release(tmp_path / "tied", tied, config, parts), config=config)
+    assert found.aliases == {"output.weight": "tok_embeddings.weight"}
+    with pytest.raises(RecipeError, match="two tensors"):
+        fastckpt.plan(release(tmp_path / "apart", tensors, config, parts), config=config)
+
+
 def test_the_hubs_files_beside_go_first(tmp_path):
     config, tensors = made("mistral-mqa")
     save_file(tiny.made("mistral-mqa")[1], release(tmp_path, tensors, config) / "model.safetensors")

@@ -64,6 +64,21 @@ def test_a_directory_of_checkpoints_names_them(tmp_path):
     refuses(tmp_path, "it holds some: checkpoint-10, checkpoint-9")
 
 
+def test_a_run_s_directory_names_those_further_down(tmp_path):
+    for role in ("_actor", "_critic"):
+        write_zero(tmp_path / "run/ckpt" / role, TENSORS, stage=3, world=1)
+    (tmp_path / "run/logs").mkdir()
+    refuses(tmp_path / "run", "it holds some: ckpt/_actor, ckpt/_critic;")
+    refuses(tmp_path, "it holds some: run/ckpt/_actor, run/ckpt/_critic;")
+
+
+def test_what_is_known_of_other_programs_is_told(tmp_path):
+    for name, what in sources.UNREAD.items():
+        (tmp_path / name).write_text("{}")
+        refuses(tmp_path, f"{what}, which is not read")
+        (tmp_path / name).unlink()
+
+
 @pytest.mark.parametrize(
     ("option", "words"),
     [

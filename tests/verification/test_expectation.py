@@ -11,6 +11,7 @@ import torch
 from fastckpt import cli
 from fastckpt.errors import LayoutError
 from fastckpt.layouts import layout
+from layouts import families
 from safetensors.torch import load_file, save_file
 
 CONFIG = {
@@ -115,6 +116,16 @@ def test_an_engine_nobody_knows(hub, tmp_path):
 def test_a_name_without_a_version_is_the_newest_known(hub, tmp_path):
     check = written(hub, tmp_path / "out", engine="vllm==0.32")
     assert check(engine="vllm").ok
+
+
+def test_a_tower_held_whole_is_told_to_the_server(tmp_path):
+    config, files, _ = families.made("qwen2_vl")
+    (tmp_path / "hub").mkdir()
+    save_file(files, tmp_path / "hub/model.safetensors")
+    (tmp_path / "hub/config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    for tower in ("cut", "whole"):
+        check = written(tmp_path / "hub", tmp_path / tower, dtype="auto", engine="vllm==0.32", tower=tower)
+        assert check(engine="vllm==0.32").problems == ()
 
 
 def test_padded_widths_are_the_padded_configs(hub, tmp_path):

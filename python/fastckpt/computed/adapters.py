@@ -183,8 +183,10 @@ def fit(ckpt: Checkpoint, directory: str) -> Adapter:
     Where the directory holds a config and no weights, `ckpt` is a checkpoint of the adapted model, which
     holds both. Raises SourceError."""
     settings = Settings.read(os.path.join(directory, peft.CONFIG))
-    weights = peft.weights(directory)
     own = {n: e for n, e in _named(ckpt).items() if _is_adapters(n)}
+    weights = peft.weights(directory)
+    if weights is None and not own and sources.format_of(directory) == "dcp":
+        weights = directory  # as accelerate saves an adapter that was trained under FSDP
     if weights is None and not own:
         raise SourceError(f"{directory}: no weights of an adapter, and {ckpt.path} holds none either")
     if weights is not None and own:

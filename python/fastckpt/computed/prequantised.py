@@ -329,7 +329,10 @@ def _parts(name: str, entry: Entry, scheme: Scheme) -> Iterator[Part]:
     if entry.dtype not in DENSE:
         raise LayoutError(f"{at} is {entry.dtype}: wanted {', '.join(d.name for d in DENSE)}")
     if len(entry.shape) != 2:
-        raise LayoutError(f"{at}: a stack of matrices is not quantised for this layout; write it as hf first")
+        raise LayoutError(
+            f"{at}: a stack of matrices is not quantised for this layout; write it as hf first, "
+            "with split_experts=true"
+        )
     outputs, inputs = entry.shape
     if scheme.bits == 4 and inputs % scheme.shared[1]:
         raise LayoutError(f"{at}: wanted a matrix whose columns divide by the group {scheme.shared[1]}")

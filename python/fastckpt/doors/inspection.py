@@ -19,7 +19,7 @@ from ..joining import open as open_checkpoint
 from .losses import Loss
 from .losses import read as losses_of
 from .losses import text as losses_text
-from .text import columns, said, size, some
+from .text import columns, cut, said, size, some
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Inspection:
         """The inspection for people; long lists are cut, JSON has them whole."""
         lines = [f"{self.path}: {self.format}"]
         tables = {k: v for k, v in self.facts.items() if _is_table(v)}
-        scalars = [(k, said(v)) for k, v in self.facts.items() if k not in tables]
+        scalars = [(k, cut(said(v))) for k, v in self.facts.items() if k not in tables]
         scalars += [
             ("tensors", f"{self.tensors} ({self.elements:,} elements, {size(self.nbytes)})"),
             ("files", f"{len(self.files)} ({size(self.file_bytes)})"),

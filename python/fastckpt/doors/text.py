@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 SHOWN = 20
 """Names of one kind that a list shows before it only counts."""
 
+LONGEST = 400
+"""Characters of a fact that are shown."""
+
 
 def size(nbytes: int) -> str:
     """Bytes for people, in powers of 1000: "301 B", "1.23 GB"."""
@@ -42,6 +45,12 @@ def said(fact: JSON) -> str:
     if isinstance(fact, bool):
         return "yes" if fact else "no"
     return "none" if fact is None else str(fact)
+
+
+def cut(line: str) -> str:
+    """A line of at most LONGEST characters, and what it lacks."""
+    more = len(line) - LONGEST
+    return line if more <= 0 else f"{line[:LONGEST]} ... {counted(more, 'character')} more with --json"
 
 
 def columns(rows: Iterable[Sequence[str]]) -> list[str]:

@@ -180,7 +180,7 @@ _VLLM_0_32: dict[str, Served] = {
     "qwen3_moe": Served((*_STACKS, *_ROUTER), quantised=_FORMS, everywhere=_ALL),
     "qwen3_next": replace(_QWEN_DELTA, tied="", everywhere=frozenset({"embedding", "head"})),
     "qwen3_5_text": _QWEN_DELTA,
-    "qwen3_5_moe_text": replace(_QWEN_DELTA, quantised={}),
+    "qwen3_5_moe_text": _QWEN_DELTA,
     "glm4_moe": Served(
         (*_STACKS, *_SHARED, *_CORRECTION), quantised=_FORMS, tied="", float32=("*.mlp.gate.weight",)
     ),
@@ -265,9 +265,9 @@ _VLLM_0_32: dict[str, Served] = {
     "qwen2_vl": _PLAIN,
     "qwen2_5_vl": _PLAIN,
     "qwen3_vl": _PLAIN,
-    "qwen3_vl_moe": Served((*_STACKS, *_ROUTER), everywhere=_ALL),
-    "qwen3_5": replace(_QWEN_DELTA, quantised={}),
-    "qwen3_5_moe": replace(_QWEN_DELTA, quantised={}),
+    "qwen3_vl_moe": Served((*_STACKS, *_ROUTER), quantised=_FORMS, everywhere=_ALL),
+    "qwen3_5": _QWEN_DELTA,
+    "qwen3_5_moe": _QWEN_DELTA,
     "glm4v": _GLM4,
     "gemma3": Served(quantised=_FORMS, everywhere=_ALL),
     "mistral3": _PLAIN,

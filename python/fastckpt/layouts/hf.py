@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 from ..errors import LayoutError
@@ -19,6 +20,7 @@ from ..model import (
     DeltaNet,
     Experts,
     Layer,
+    Layers,
     Linear,
     Mla,
     Mlp,
@@ -59,12 +61,15 @@ class Hf:
     """`replicate_kv`: with fewer kv heads than ranks, repeat them; transformers itself cannot run that.
     `pad`: heads and widths that do not divide by tp are padded with zeros (layouts/padding.py), each rank's
     width to a multiple of `multiple`. `vocab_padding`: the vocabulary is padded with zero rows to a multiple
-    of it; the added tokens' logits are 0."""
+    of it; the added tokens' logits are 0. `split_experts`: experts that the hub stores in stacks are written
+    one by one, as quantised releases have them, where the family's loaders take them so (vLLM; transformers
+    does not)."""
 
     replicate_kv: bool = False
     pad: bool = False
     multiple: int = 1
     vocab_padding: int = 1
+    split_experts: bool = False
     roles: ClassVar[Literal[True]] = True
 
     def __post_init__(self) -> None:
@@ -78,7 +83,7 @@ class Hf:
         Raises LayoutError, before the first target, where heads, kv heads, a feed-forward width or the
         vocabulary do not divide by tp, and for pp, dp or ep."""
         require_tensor_parallel("hf", placement)
-        model = self._padded(model, placement)
+        model = self._padded(_unstacked(model) if self.split_experts else model, placement)
         instead = "" if self.pad else advice(model)
         if "attention" not in model.cuts.whole:
             self._require_heads(model, placement, instead)
@@ -134,6 +139,25 @@ class Hf:
                 f"layout hf: {sizes.kv_heads} kv heads do not divide by tp {placement.tp}, and "
                 "transformers cannot run replicas; replicate_kv=true writes them all the same"
             )
+
+
+def _unstacked(model: Model) -> Model:
+    layers = model.layers
+    mixed = next((x.mlp for x in layers if isinstance(x.mlp, Experts)), None)
+    if mixed is not None and (
+        mixed.stacks is not None or not (mixed.stacked is None or mixed.stacked.singly)
+    ):
+        raise LayoutError(
+            f"layout hf: split_experts: loaders of {model.family} take its experts in stacks only"
+        )
+    return replace(model, layers=Layers([partial(_nth_unstacked, layers, i) for i in range(len(layers))]))
+
+
+def _nth_unstacked(layers: Layers, index: int) -> Layer:
+    layer = layers[index]
+    if not isinstance(layer.mlp, Experts):
+        return layer
+    return replace(layer, mlp=replace(layer.mlp, stacked=None))
 
 
 def _targets(model: Model, placement: Placement) -> Iterator[Target]:

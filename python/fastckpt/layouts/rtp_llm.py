@@ -35,6 +35,9 @@ TOWERS = {"cogvlm2": "model.vision."}
 prefix. Every rank holds embedding and head whole, since the tower's vectors go among the embedded tokens.
 Source: rtp-llm's models/cogvlm2.py and multimodal_mixin.py of 2025."""
 
+POSITIONS = 1 << 20
+"""The most positions of latent attention's table, which is computed whole; a record may say any number."""
+
 
 @dataclass(frozen=True, slots=True)
 class RtpLlm:
@@ -62,6 +65,10 @@ class RtpLlm:
     def __post_init__(self) -> None:
         require_least("rtp_llm", self, 0, "ffn_tp", "physical_experts", "rope_positions")
         require_least("rtp_llm", self, 1, "nodes")
+        if self.rope_positions > POSITIONS:
+            raise LayoutError(
+                f"layout rtp_llm: rope_positions must be at most {POSITIONS}, got {self.rope_positions}"
+            )
 
     def targets(self, model: Model, placement: Placement) -> Iterator[Target]:
         """The rank's tensors; a tied lm_head is written from the embedding, as the engine wants both.

@@ -230,6 +230,9 @@ def store_at(
 
 
 def default_scratch(url: str) -> str:
-    """Where the commits of a URL are made when nothing else is said: below the user's cache directory."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    """Where the commits of a URL are made when nothing else is said: below the user's cache directory. Raises
+    ManagerError where there is none."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(cache):
+        raise ManagerError(f"{url}: this user has no cache directory to make commits in ({cache}): scratch=")
     return os.path.join(cache, "fastckpt", "commits", digest(url.encode()))

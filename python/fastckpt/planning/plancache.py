@@ -45,12 +45,13 @@ class Compiled:
 
 
 def folder() -> str | None:
-    """Where plans are kept: $FASTCKPT_CACHE, else the user's cache directory; None ("off") for nowhere."""
+    """Where plans are kept: $FASTCKPT_CACHE, else the user's cache directory; None for nowhere: "off", or a
+    user without a home."""
     told = os.environ.get("FASTCKPT_CACHE")
     if told is not None:
         return None if told in ("", "0", "off") else told
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(home, "fastckpt", "plans")
+    return os.path.join(home, "fastckpt", "plans") if os.path.isabs(home) else None
 
 
 def digest(told: JSON) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -254,18 +254,7 @@ def quantization_config(quant: Quant, shapes: Mapping[str, tuple[int, ...]]) -> 
                 "lm_head": "lm_head" not in plain and "lm_head.weight" in shapes,
                 "dynamic": skipped,
             }
-    left: list[JSON] = [*plain, *(f"re:{pattern}" for pattern in towers), *heads]
-    if "model.norm.bias" in shapes:  # Phi-3.5-MoE: transformers calls its routers so; Mixtral's are no Linear
-        gates = [name for name in plain if name.endswith(".block_sparse_moe.gate")]
-        left += [name.replace(".block_sparse_moe.gate", ".mlp.router") for name in gates]
-    root = "backbone."  # Nemotron-H: transformers calls it model
-    left += [f"model.{str(name).removeprefix(root)}" for name in left if str(name).startswith(root)]
-    asked = [
-        name.removesuffix(".weight")
-        for name, shape in shapes.items()
-        if quant.takes(name, shape) and not quant.knows(name)
-    ]
-    return _compressed_config(scheme, asked, left)
+    return _compressed_config(quant, shapes, [*plain, *(f"re:{pattern}" for pattern in towers), *heads])
 
 
 def _fused(names: Iterable[str]) -> list[str]:
@@ -288,9 +277,23 @@ ones lie in none, GPT-NeoX's is called embed_out there), but compressed-tensors 
 every Linear of a model for quantised that is not ignored."""
 
 
-def _compressed_config(scheme: Scheme, asked: Sequence[JSON], left: list[JSON]) -> dict[str, JSON]:
-    """compressed-tensors' `quantization_config`; `asked`: modules that were asked for, of which a loader may
-    have some that are called otherwise than Linear (vLLM's ParallelLMHead); `left`: those that stay dense."""
+def _compressed_config(
+    quant: Quant, shapes: Mapping[str, tuple[int, ...]], dense: list[str]
+) -> dict[str, JSON]:
+    """compressed-tensors' `quantization_config`; `dense`: the modules that stay so, or patterns of them."""
+    scheme, left = quant.scheme, dense
+    if "model.norm.bias" in shapes:  # Phi-3.5-MoE: transformers calls its routers so; Mixtral's are no Linear
+        gates = [name for name in dense if name.endswith(".block_sparse_moe.gate")]
+        left = left + [name.replace(".block_sparse_moe.gate", ".mlp.router") for name in gates]
+    root = "backbone."  # Nemotron-H: transformers calls it model
+    left = left + [f"model.{name.removeprefix(root)}" for name in left if name.startswith(root)]
+    # Of those that were asked for a loader may have some that are called otherwise than Linear (vLLM's
+    # ParallelLMHead).
+    asked = [
+        name.removesuffix(".weight")
+        for name, shape in shapes.items()
+        if quant.takes(name, shape) and not quant.knows(name)
+    ]
     kind = "float" if scheme.format == "float-quantized" else "int"
     strategy = {(0, 0): "tensor", (1, 0): "channel"}.get(scheme.block, "group")
     weights: dict[str, JSON] = {
@@ -311,7 +314,7 @@ def _compressed_config(scheme: Scheme, asked: Sequence[JSON], left: list[JSON]) 
         "format": scheme.format,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": left,
+        "ignore": [*left],
     }
 
 

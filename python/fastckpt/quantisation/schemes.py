@@ -214,8 +214,8 @@ class Quant:
         if stack and not any(fnmatchcase(name, p) for p in (*self.include, *self.exclude)):
             raise LayoutError(
                 f"quant {self.scheme.name}: {name} {tuple(shape)} is a stack of experts, which would stay "
-                "dense; write it as hf first, which names each expert where the family does, or exclude it "
-                "by a pattern"
+                "dense; write each expert on its own (layout hf with split_experts=true, where the family's "
+                "loaders take them so), or exclude it by a pattern"
             )
 
     def knows(self, name: str) -> bool:

@@ -161,6 +161,10 @@ class Claims:
     def __contains__(self, name: str) -> bool:
         return self._stored(name) in self.ckpt
 
+    def has_matrix(self, name: str) -> bool:
+        """Whether the module of that name has a weight, dense or quantised."""
+        return f"{name}.weight" in self or (self.form is not None and f"{name}.{self.form.leaf}" in self)
+
     @property
     def imagined(self) -> Imagined | None:
         """The entries of a checkpoint that has whatever it is asked for, None for a real one's."""

@@ -1,4 +1,5 @@
-"""Llama 4, text: experts in two tensors [experts, in, out], in every layer or every second one."""
+"""Llama 4, text: experts in two tensors [experts, in, out], in every layer or every second one; quantised
+releases have them one by one."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ LLAMA4_TEXT = Mixture(
     Block(
         hub="feed_forward",
         router="router",
-        stacked=Stacked("experts.gate_up_proj", "experts.down_proj", transposed=True),
+        stacked=Stacked("experts.gate_up_proj", "experts.down_proj", transposed=True, singly=True),
         trained="feed_forward",
     ),
     count=("num_local_experts",),

@@ -95,7 +95,8 @@ def respelled(ckpt: Checkpoint, meta: Meta, config: Mapping[str, JSON], head_dim
             if name in names:
                 raise RecipeError(f"{ckpt.path}: {names[name]} and {stored} would both be {name}")
             names[name], entries[name] = stored, entry
-    return replace(ckpt, entries=entries, aliases={})  # tied names are two of the same bytes
+    told = f"{ckpt.path} (its names as the hub has them)"  # in errors alone
+    return replace(ckpt, path=told, entries=entries, aliases={})  # tied names are two of the same bytes
 
 
 def _spelled(stored: str, entry: Entry, meta: Meta, head_dim: int) -> Iterator[tuple[str, Entry]]:

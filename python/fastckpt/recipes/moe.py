@@ -53,9 +53,8 @@ def experts(
     there are, how wide, and how wide the hidden state is."""
     count, width, hidden = sizes
     hub, trained = f"{layer}.{block.hub}", f"{layer}.{block.trained}"
-    name, written = f"{hub}.experts", None
-    if block.stacked is not None:
-        within = block.stacked
+    name, written, within = f"{hub}.experts", None, block.stacked
+    if within is not None and not (within.singly and claims.has_matrix(f"{name}.0.{block.up}")):
         written = replace(within, gate_up=f"{hub}.{within.gate_up}", down=f"{hub}.{within.down}")
     at, stored, adds, found = hub, block.router, block.correction, written
     first = "gate_up_proj" if block.gate else block.up

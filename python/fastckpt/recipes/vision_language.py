@@ -36,13 +36,12 @@ def _qwen3_moe(ckpt: Checkpoint, config: Said, *, vocab_size: int | None = None)
     """Qwen3-VL's mixture: stacks [experts, out, in], as transformers 5 has them, or [experts, in, out], as
     the hub does, or each expert on its own, as quantisers leave them. Raises RecipeError where shapes do not
     tell."""
-    if any(".mlp.experts.0." in name for name in ckpt.entries):
-        return mixture.recipe(ckpt, config, vocab_size=vocab_size, mixture=QWEN3_MOE)
     hidden, width = (integer(config, key) for key in ("hidden_size", "moe_intermediate_size"))
     found = next((e.shape[1:] for n, e in ckpt.entries.items() if n.endswith(".mlp.experts.down_proj")), ())
     if found and hidden == width:
         raise RecipeError(f"config: experts of {hidden} by {width} may be stored either way: not read")
-    stacked = Stacked("experts.gate_up_proj", "experts.down_proj", transposed=found == (width, hidden))
+    turned = found == (width, hidden)
+    stacked = Stacked("experts.gate_up_proj", "experts.down_proj", transposed=turned, singly=True)
     kind = replace(QWEN3_MOE, block=Block(stacked=stacked))
     return mixture.recipe(ckpt, config, vocab_size=vocab_size, mixture=kind)
 

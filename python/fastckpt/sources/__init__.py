@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from typing import Protocol, cast
 
 from ..checkpoint import Checkpoint
 from ..collector import paused
 from ..errors import SourceError, expect
-from ..extents import is_directory
+from ..extents import is_directory, is_file
 from .options import Options, strip_prefix
 
 __all__ = ["SOURCES", "Options", "Source", "format_of", "open", "strip_prefix"]
@@ -38,6 +38,19 @@ SOURCES = {
 }
 """The modules tried, in this order, and what each looks for: a trainer's directory may hold a ZeRO folder and
 an exported copy; the masters win. Those behind the one that matches are not imported."""
+
+UNREAD = {
+    "checkpoint_metadata.json": (
+        "a checkpoint of nanotron (its examples/llama/convert_nanotron_to_hf.py makes it the hub's)"
+    ),
+    "_CHECKPOINT_METADATA": "a checkpoint of orbax (JAX)",
+    "flax_model.msgpack": "weights of Flax",
+    "tf_model.h5": "weights of TensorFlow",
+}
+"""Files by which the checkpoints of other programs are known, and whose they are."""
+
+_DEPTH, _MOST = 3, 1000
+"""How far below a directory, and among how many names, its checkpoints are looked for."""
 
 
 @paused()
@@ -106,9 +119,21 @@ def _what_it_is(path: str) -> str:
     """What was recognised in something no source reads."""
     if not is_directory(path):
         return "not a checkpoint file"
-    inside: Sequence[str] = sorted(
-        n for n in os.listdir(path) if any(s.matches(os.path.join(path, n)) for s in _sources())
-    )
-    if inside:
-        return f"no checkpoint, but it holds some: {', '.join(inside[:8])}"
+    for name, what in UNREAD.items():
+        if is_file(os.path.join(path, name)):
+            return f"{what}, which is not read"
+    level = [""]
+    for _ in range(_DEPTH):
+        level = [os.path.join(d, n) for d in level for n in _names_in(os.path.join(path, d))][:_MOST]
+        inside = [n for n in level if any(s.matches(os.path.join(path, n)) for s in _sources())]
+        if inside:
+            return f"no checkpoint, but it holds some: {', '.join(inside[:8])}"
     return "no known checkpoint"
+
+
+def _names_in(path: str) -> list[str]:
+    """What a directory holds that may be looked at; nothing where it is none, or may not be listed."""
+    try:
+        return sorted(n for n in os.listdir(path) if os.access(os.path.join(path, n), os.R_OK))
+    except (NotADirectoryError, PermissionError):
+        return []

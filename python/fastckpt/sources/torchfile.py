@@ -93,8 +93,10 @@ def embedded(
 
     Raises SourceError, which does not name the path."""
     window = reader.window(offset, nbytes)
-    if (head := window.read(0, min(nbytes, len(LOCAL)))) != LOCAL:
-        raise SourceError(f"no torch file: it starts with {head!r}")
+    head = window.read(0, min(nbytes, 10))
+    if not head.startswith(LOCAL):
+        what = " (safetensors, SerializationFormat.SAFETENSORS)" if head[8:] == b'{"' else ""
+        raise SourceError(f"no torch file: it starts with {head!r}{what}")
     return _load_zip(window, check_crc, None, known)
 
 

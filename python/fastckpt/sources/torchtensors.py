@@ -65,6 +65,16 @@ def refuse_unread(name: str, value: object) -> None:
     if isinstance(value, Inert) and value.name.startswith("torch."):
         kinds = [a.name for a in value.args if isinstance(a, Inert) and a.name.startswith("torch.")]
         kinds = [kind for kind in kinds if not kind.endswith("Storage")] or kinds
+        if name.endswith("_flat_param"):
+            raise SourceError(
+                f"{name}: FSDP's flat parameters (LOCAL_STATE_DICT) do not say what is in them; save "
+                "SHARDED_STATE_DICT or FULL_STATE_DICT"
+            )
+        if part := next((kind for kind in kinds if kind.startswith("torch.distributed.")), None):
+            raise SourceError(
+                f"{name}: is the part of one rank ({part}); the files of all N ranks are read together where "
+                "they are called model_world_size_N_rank_R.pt"
+            )
         of = f" of {kinds[0]}" if kinds else ""
         raise SourceError(f"{name}: a tensor{of} made by {value.name} is not read; save it dense and whole")
 

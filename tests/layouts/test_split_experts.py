@@ -1,0 +1,83 @@
+"""`split_experts`: experts that the hub stores in stacks, one by one, as quantised releases have them."""
+
+from __future__ import annotations
+
+import fastckpt
+import pytest
+import torch
+from fastckpt.errors import LayoutError
+from fastckpt.layouts import layout
+from layouts import families
+
+SPLIT = layout("hf", {"split_experts": "true"})
+STACKED = ("qwen3_vl_moe", "llama4_text")
+
+
+def apart(name):
+    """A family's config, its stacks, and what they are one by one: [experts, in, out] and not."""
+    config, hub, _ = families.made(name)
+    single = dict(hub)
+    for stack in [n for n in hub if n.endswith(".experts.gate_up_proj")]:
+        at = stack.removesuffix("gate_up_proj")
+        ways = zip(single.pop(stack), single.pop(f"{at}down_proj"), strict=True)
+        for e, (both, down) in enumerate(ways):
+            if name == "llama4_text":
+                both, down = both.T, down.T
+            gate, up = both.chunk(2)
+            parts = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+            single |= {f"{at}{e}.{n}.weight": x.contiguous() for n, x in parts.items()}
+    return config, hub, single
+
+
+def same(got, want):
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[n], x) for n, x in want.items())
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_each_expert_is_written_under_its_own_name_and_read_back(name, tmp_path):
+    config, hub, single = apart(name)
+    assert len(single) > len(hub)
+    for tensors in (hub, single):  # from stacks, and from what is apart already
+        same(fastckpt.reshard(tensors, config=config, layout=SPLIT)[0], single)
+    same(fastckpt.reshard(single, config=config)[0], single)
+    fastckpt.reshard(hub, 2, config=config, layout=SPLIT, out=tmp_path / "out", durable=False)
+    same(fastckpt.reshard(tmp_path / "out")[0], hub)  # what the shards were cut from
+
+
+@pytest.mark.parametrize(("name", "served"), [*((n, "vllm") for n in STACKED), ("llama4_text", "rtp_llm")])
+def test_servers_hold_the_same_of_either(name, served):
+    config, hub, single = apart(name)
+    one, other = (fastckpt.reshard(x, 2, config=config, layout=served) for x in (single, hub))
+    for ours, theirs in zip(one, other, strict=True):
+        same(ours, theirs)
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_they_are_quantised_and_read_quantised(name, tmp_path):
+    config, hub, single = apart(name)
+    quantised, out = tmp_path / "quantised", tmp_path / "dense"
+    fastckpt.reshard(hub, config=config, layout=SPLIT, quant="fp8-channel", out=quantised, durable=False)
+    carried = fastckpt.reshard(quantised)[0]
+    assert any(n.endswith(".experts.4.down_proj.weight_scale") for n in carried)
+    fastckpt.reshard(quantised, quant="none", dtype="float32", out=out, durable=False)
+    dense = fastckpt.reshard(out)[0]
+    assert dense.keys() == single.keys()
+    changed = {n for n, x in single.items() if not torch.equal(dense[n], x)}
+    assert any(".experts.4.down_proj." in n for n in changed)
+    assert not [n for n in changed if "visual." in n]
+
+
+@pytest.mark.parametrize("name", ["granitemoe", "gpt_oss"])
+def test_stacks_that_loaders_know_only_as_stacks_stay(name):
+    config, hub, _ = families.made(name)
+    with pytest.raises(
+        LayoutError, match=f"split_experts: loaders of {name} take its experts in stacks only"
+    ):
+        fastckpt.reshard(hub, config=config, layout=SPLIT)
+
+
+def test_a_model_without_stacks_is_written_as_ever():
+    for name in ("qwen3_moe", "gemma2"):
+        config, hub, _ = families.made(name)
+        same(fastckpt.reshard(hub, config=config, layout=SPLIT)[0], fastckpt.reshard(hub, config=config)[0])
