@@ -47,6 +47,7 @@ from .cuts import (
     require_even,
     require_heads,
     require_least,
+    require_subjects,
     require_tensor_parallel,
     stored,
 )
@@ -83,6 +84,9 @@ class Hf:
         Raises LayoutError, before the first target, where heads, kv heads, a feed-forward width or the
         vocabulary do not divide by tp, and for pp, dp or ep."""
         require_tensor_parallel("hf", placement)
+        stacks = f"experts in stacks that loaders also take one by one, which {model.family} has not"
+        subject = lambda: any(map(_stacked_layer, model.layers)), stacks
+        require_subjects("hf", self, {"split_experts": subject})
         model = self._padded(_unstacked(model) if self.split_experts else model, placement)
         instead = "" if self.pad else advice(model)
         if "attention" not in model.cuts.whole:
@@ -141,15 +145,13 @@ class Hf:
             )
 
 
+def _stacked_layer(layer: Layer) -> bool:
+    """Whether its experts lie in stacks, and loaders take them one by one too."""
+    return isinstance(layer.mlp, Experts) and layer.mlp.stacked is not None and layer.mlp.stacked.singly
+
+
 def _unstacked(model: Model) -> Model:
     layers = model.layers
-    mixed = next((x.mlp for x in layers if isinstance(x.mlp, Experts)), None)
-    if mixed is not None and (
-        mixed.stacks is not None or not (mixed.stacked is None or mixed.stacked.singly)
-    ):
-        raise LayoutError(
-            f"layout hf: split_experts: loaders of {model.family} take its experts in stacks only"
-        )
     return replace(model, layers=Layers([partial(_nth_unstacked, layers, i) for i in range(len(layers))]))
 
 
