@@ -164,3 +164,20 @@ def test_a_record_runs_no_file(hub, tmp_path):
     mine.write_text(mine.read_text() + "\n# changed\n")
     with pytest.raises(SourceError, match=r"cut with the recipe gated \(.*, and .*mine.py is for gated \("):
         fastckpt.open(out, recipe=str(mine))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_family_of_linear_attention_may_have_a_model_without_any(tp):
+    whole = fastckpt.reshard(HUB, tp, config=CONFIG, layout="hf")
+    assert all(rank.keys() == HUB.keys() for rank in whole)
+    q = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(torch.cat([rank[q] for rank in whole]), HUB[q])
+
+
+def test_what_a_layout_raises_by_mistake_is_no_empty_rank():
+    class Empty(type(layout("hf"))):
+        def targets(self, model, placement):
+            return next(iter(()))
+
+    with pytest.raises((StopIteration, RuntimeError)):
+        fastckpt.reshard(HUB, config=CONFIG, layout=Empty())

@@ -95,8 +95,8 @@ class Hf:
             if key not in model.cuts.whole:
                 require_even("hf", placement, key, width, instead)
         if model.sizes.delta is not None and model.cuts.rows:  # else no layer is built to look for one
-            net = next(x.attention for x in model.layers if isinstance(x.attention, DeltaNet))
-            for linear in (*delta_stored(net), net.o):
+            net = next((x.attention for x in model.layers if isinstance(x.attention, DeltaNet)), None)
+            for linear in () if net is None else (*delta_stored(net), net.o):
                 require_even("hf", placement, f"the rows of {linear.name}", linear.shape[0])
         rows = "" if len(model.predictions) else f"; vocab_padding={placement.tp} pads it with zero rows"
         require_even("hf", placement, "vocab_size", model.sizes.vocab, rows)

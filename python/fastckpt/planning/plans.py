@@ -181,7 +181,8 @@ def _stream(
 
     def in_turn() -> Iterator[tuple[int, Target]]:
         # Rank after rank for each tensor, so that a tensor's source pages serve all ranks while warm.
-        turns = itertools.zip_longest(*map(of_rank, ranks))
+        # A list: in a map, a StopIteration that a layout lets out would end the ranks, and be no error.
+        turns = itertools.zip_longest(*[of_rank(rank) for rank in ranks])
         return (target for turn in turns for target in turn if target is not None)
 
     if held is None:
