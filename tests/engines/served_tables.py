@@ -386,6 +386,19 @@ MODELS: dict[str, tuple[str, dict]] = {
             tie_word_embeddings=False,
         ),
     ),
+    "exaone4_5": (
+        "Exaone4_5_",
+        _seeing(_QWEN2_5_VL | dict(num_key_value_heads=2), drop=(), text=dict(model_type="exaone4")),
+    ),
+    "kimi_k25": (
+        "Kimi_K25",
+        _seeing(
+            dict(patch_size=4, pos_emb_height=3, pos_emb_width=5, num_attention_heads=4, num_hidden_layers=2,
+                 hidden_size=128, intermediate_size=192),
+            text=_WIDE_LATENT | dict(model_type="deepseek_v3"), projection_hidden_size=128,
+            tie_word_embeddings=False,
+        ),
+    ),
     "mistral3": (
         "Mistral3",
         _seeing(
@@ -474,3 +487,14 @@ SAID: dict[str, dict] = {
 
 INSIDE = ("gemma3", "llava", "llava_next", "llava_onevision", "llava_onevision-wide")
 """Models whose tower vLLM reads by the hub's older names alone, below `vision_model`."""
+
+
+def hubs(name):
+    """The hub's name of a tensor, where transformers 5.23 writes another (Kimi K2.5)."""
+    for old, new in (
+        ("language_model.model.blocks.", "language_model.model.layers."),
+        ("model.mm_projector.", "mm_projector."),
+        ("vision_tower.encoder.patch_embed.", "vision_tower.patch_embed."),
+    ):
+        name = new + name[len(old) :] if name.startswith(old) else name
+    return name

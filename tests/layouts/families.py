@@ -15,6 +15,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
+from engines.served_tables import hubs  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 _SIZES = dict(
@@ -321,6 +322,16 @@ WRAPPERS = {
         ),
         tie_word_embeddings=True,
     ),
+    "exaone4_5": _seeing(
+        "Exaone4_5_", _TOWER | dict(num_key_value_heads=4), dict(model_type="exaone4")
+    ),
+    "kimi_k25": _seeing(
+        "Kimi_K25",
+        dict(patch_size=4, pos_emb_height=3, pos_emb_width=5, num_attention_heads=8, num_hidden_layers=2,
+             hidden_size=32, intermediate_size=48),
+        _MLA | dict(model_type="deepseek_v3", q_lora_rank=64, n_shared_experts=4),
+        projection_hidden_size=32,
+    ),
     "mistral3": _seeing("Mistral3", _PIXTRAL, dict(model_type="mistral", head_dim=8)),
     "mistral3-mistral4": _seeing(
         "Mistral3", _PIXTRAL, _MLA | dict(model_type="mistral4", q_lora_rank=24, n_shared_experts=4)
@@ -375,7 +386,7 @@ def made(name):
         with open(os.path.join(folder, "config.json")) as f:
             written = json.load(f)
         written["model_type"] = family.hub_type or written["model_type"]
-        files = {k: v.clone() for k, v in load_file(os.path.join(folder, "model.safetensors")).items()}
+        files = {hubs(k): v.clone() for k, v in load_file(os.path.join(folder, "model.safetensors")).items()}
     return written, files, {k: v.detach().clone() for k, v in model.state_dict().items()}
 
 

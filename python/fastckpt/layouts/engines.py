@@ -277,6 +277,8 @@ _VLLM_0_32: dict[str, Served] = {
     "qwen3_5_moe": _QWEN_DELTA,
     "glm4v": _GLM4,
     "gemma3": Served(quantised=_FORMS, everywhere=_ALL),
+    "exaone4_5": Served(),
+    "kimi_k25": replace(_DEEPSEEK, quantised={"pack-quantized": _forms((), ())["pack-quantized"]}),
     "gemma4": _GEMMA4,
     "mistral3": _PLAIN,
     "llava": _PLAIN,

@@ -91,8 +91,12 @@ RENAMED: dict[str, Renamed] = {
     "falcon_h1": ((".mamba.", ".mamba.mamba."),),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), (("model.", "language_model.model."), _HEAD)),
     **dict.fromkeys(
-        ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v"),
+        ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "exaone4_5"),
         (("model.language_model.", "language_model.model."), ("model.visual.", "visual."), _HEAD),
+    ),
+    "kimi_k25": (
+        ("mm_projector.proj.0.", "mm_projector.linear_1."),
+        ("mm_projector.proj.2.", "mm_projector.linear_2."),
     ),
     "gemma4": (
         ("model.language_model.", "language_model.model."),
@@ -118,7 +122,21 @@ TOWERS: dict[str, frozenset[str]] = {
 """family -> how vLLM cuts its tower otherwise than a decoder: "attention" or "mergers" are whole on every
 rank, [q; k; v] is cut as one run of "rows", whatever they are."""
 
-WHOLE = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v"})
+WHOLE = frozenset(
+    {
+        *(
+            "qwen2_vl",
+            "qwen2_5_vl",
+            "qwen3_vl",
+            "qwen3_vl_moe",
+            "qwen3_5",
+            "qwen3_5_moe",
+            "glm4v",
+            "exaone4_5",
+        ),
+        "kimi_k25",
+    }
+)
 """Families whose tower vLLM can hold whole on every rank (supports_encoder_tp_data)."""
 
 CARRIED = frozenset({"gemma4"})

@@ -127,6 +127,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("qwen3_5_moe", "vision_language", "Qwen3.5-MoE: likewise"),
     Family("glm4v", "vision_language", "GLM-4.1V: GLM-4 beside an image tower"),
     Family("gemma3", "vision_language", "Gemma 3: its text model beside SigLIP"),
+    Family("exaone4_5", "vision_language", "EXAONE 4.5: EXAONE 4 beside an image tower like Qwen2.5-VL's"),
+    Family("kimi_k25", "vision_language", "Kimi K2.5: Kimi K2 beside an image tower"),
     Family("gemma4", "vision_language", "Gemma 4: its text model beside towers of images and sound"),
     Family("mistral3", "vision_language", "Mistral Small 3.1, Ministral 3: Mistral beside Pixtral's tower"),
     Family("llava", "vision_language", "LLaVA, Pixtral: a text model beside CLIP, SigLIP or Pixtral's tower"),
