@@ -386,6 +386,15 @@ MODELS: dict[str, tuple[str, dict]] = {
             tie_word_embeddings=False,
         ),
     ),
+    "gemma4_unified": (
+        "Gemma4Unified",
+        _seeing(
+            dict(patch_size=2, pooling_kernel_size=2, mm_embed_dim=128, mm_posemb_size=10,
+                 output_proj_dims=128),
+            drop=(), text={k: v for k, v in _GEMMA4.items() if "per_layer" not in k},
+            audio_config=dict(audio_embed_dim=20), tie_word_embeddings=True,
+        ),
+    ),
     "exaone4_5": (
         "Exaone4_5_",
         _seeing(_QWEN2_5_VL | dict(num_key_value_heads=2), drop=(), text=dict(model_type="exaone4")),
@@ -480,6 +489,7 @@ SAID: dict[str, dict] = {
         "bias": True,
     },
     "kimi_k2": {"model_type": "kimi_k2"},
+    "kimi_k25": {"architectures": ["KimiK25ForConditionalGeneration"]},
     "phimoe-hub": {"architectures": ["PhiMoEForCausalLM"]},
     "glm4_moe_lite": {"first_k_dense_replace": 1},
 }

@@ -149,6 +149,14 @@ def test_a_decoder_that_vllm_does_not_know_beside_a_tower_is_refused(monkeypatch
         fastckpt.plan(tmp_path, layout=layout("vllm", {"engine": ENGINE}))
 
 
+def test_another_class_than_the_one_compared_is_refused(hub):
+    """transformers spells Kimi K2.5's otherwise, and vLLM has no class of that name."""
+    config = json.loads((hub("kimi_k25") / "config.json").read_text())
+    config |= {"architectures": ["Kimi_K25ForConditionalGeneration"]}
+    with pytest.raises(LayoutError, match=r"\[KimiK25ForConditionalGeneration\], got Kimi_K25For"):
+        fastckpt.plan(hub("kimi_k25"), config=config, layout=layout("vllm", {"engine": ENGINE}))
+
+
 def test_a_tied_pair_is_the_head_alone_in_files(hub, tmp_path):
     """The loader drops names of the same tensor but for the smallest."""
     served = layout("vllm", {"engine": ENGINE})

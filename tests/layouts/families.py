@@ -116,6 +116,11 @@ FAMILIES = {
         num_global_key_value_heads=2, enable_moe_block=True, num_experts=5, moe_intermediate_size=24,
         top_k_experts=2, tie_word_embeddings=False, attention_bias=True,
     ),
+    "gemma4_unified_text": _family(
+        "Gemma4UnifiedText", (8, 4, 8), _SIZES | _GEMMA4,
+        ("vocab_size_per_layer_input", "hidden_size_per_layer_input"), attention_k_eq_v=True,
+        num_global_key_value_heads=2,
+    ),
     "phi3": _family("Phi3", (8, 4, 8)),
     "glm": _family("Glm", (8, 4, 8), head_dim=8, attention_bias=True),
     "glm4": _family("Glm4", (8, 2, 8), head_dim=8, attention_bias=True, num_key_value_heads=2),
@@ -321,6 +326,12 @@ WRAPPERS = {
             top_k_experts=2,
         ),
         tie_word_embeddings=True,
+    ),
+    "gemma4_unified": _seeing(
+        "Gemma4Unified",
+        dict(patch_size=2, pooling_kernel_size=2, mm_embed_dim=32, mm_posemb_size=10, output_proj_dims=32),
+        {k: v for k, v in _GEMMA4.items() if "per_layer" not in k}, tie_word_embeddings=True,
+        audio_config=dict(audio_embed_dim=20),
     ),
     "exaone4_5": _seeing(
         "Exaone4_5_", _TOWER | dict(num_key_value_heads=4), dict(model_type="exaone4")

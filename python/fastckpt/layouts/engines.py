@@ -68,7 +68,8 @@ class Served:
     where that was not compared, so that pipelines are refused. `classes`: the first of config.json's
     `architectures` -> the family by that class, where the engine has a class of its own for another name
     than transformers'. `reading`: what the run of layers that read the keys of earlier ones is called, beside
-    the others' module and counted from 0, in a pipeline of one stage ("": as the others)."""
+    the others' module and counted from 0, in a pipeline of one stage ("": as the others). `architecture`: the
+    class that config.json must name, where the engine takes others by another road ("": any)."""
 
     renamed: Renamed = ()
     held: tuple[Held, ...] = _ones("attn.")
@@ -80,6 +81,7 @@ class Served:
     everywhere: frozenset[str] | None = frozenset()
     classes: Mapping[str, Served] = field(default_factory=dict)
     reading: str = ""
+    architecture: str = ""
 
     def name(self, name: str) -> str:
         """The engine's name for a tensor of layout vllm."""
@@ -278,8 +280,13 @@ _VLLM_0_32: dict[str, Served] = {
     "glm4v": _GLM4,
     "gemma3": Served(quantised=_FORMS, everywhere=_ALL),
     "exaone4_5": Served(),
-    "kimi_k25": replace(_DEEPSEEK, quantised={"pack-quantized": _forms((), ())["pack-quantized"]}),
+    "kimi_k25": replace(
+        _DEEPSEEK,
+        quantised={"pack-quantized": _forms((), ())["pack-quantized"]},
+        architecture="KimiK25ForConditionalGeneration",
+    ),
     "gemma4": _GEMMA4,
+    "gemma4_unified": _GEMMA4,
     "mistral3": _PLAIN,
     "llava": _PLAIN,
     "llava_next": Served(),
@@ -324,6 +331,11 @@ def served(engine: str, family: str, quant_method: str, architecture: str) -> Se
             f"engine {engine}: its names for family {family} are not known; known are {', '.join(families)}"
         )
     found = families[family].classes.get(architecture, families[family])
+    if found.architecture and architecture not in ("", found.architecture):
+        raise LayoutError(
+            f"engine {engine}: its names for {family} are those of config.json's architectures "
+            f"[{found.architecture}], got {architecture}"
+        )
     if quant_method and quant_method not in found.quantised:
         raise LayoutError(
             f"engine {engine}: what it holds of {family} quantised by {quant_method} is not known; known are "

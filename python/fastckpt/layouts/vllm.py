@@ -84,6 +84,15 @@ _INSIDE = (
 )
 """Older files have a tower of CLIP's kin below vision_model, as vLLM does."""
 
+_GEMMA4 = (
+    ("model.language_model.", "language_model.model."),
+    *(
+        (f"model.{name}.", f"{name}.")
+        for name in ("vision_tower", "vision_embedder", "embed_vision", "audio_tower", "embed_audio")
+    ),
+    _HEAD,
+)
+
 RENAMED: dict[str, Renamed] = {
     "gpt_oss": ((".self_attn.", ".attn."), (".embed_tokens.", ".embedding.")),
     "chatglm": ((".word_embeddings.", "."),),
@@ -98,11 +107,7 @@ RENAMED: dict[str, Renamed] = {
         ("mm_projector.proj.0.", "mm_projector.linear_1."),
         ("mm_projector.proj.2.", "mm_projector.linear_2."),
     ),
-    "gemma4": (
-        ("model.language_model.", "language_model.model."),
-        *((f"model.{n}.", f"{n}.") for n in ("vision_tower", "embed_vision", "audio_tower", "embed_audio")),
-        _HEAD,
-    ),
+    **dict.fromkeys(("gemma4", "gemma4_unified"), _GEMMA4),
     **dict.fromkeys(("gemma3", "llava", "llava_next", "llava_onevision", "paligemma"), _INSIDE),
 }
 """family -> (a part of the hub's name, what vLLM's module is called), where the two differ."""
@@ -139,10 +144,11 @@ WHOLE = frozenset(
 )
 """Families whose tower vLLM can hold whole on every rank (supports_encoder_tp_data)."""
 
-CARRIED = frozenset({"gemma4"})
-"""Families whose towers vLLM runs as transformers' own modules, whole on every rank."""
+CARRIED = frozenset({"gemma4", "gemma4_unified"})
+"""Families whose towers vLLM runs as transformers' own modules, whole on every rank, or which have none."""
 
 ROWS: dict[str, frozenset[str]] = {
+    "gemma4_unified": frozenset({f"model.vision_embedder.patch_dense.{leaf}" for leaf in ("weight", "bias")}),
     "glm4v": frozenset({"model.visual.merger.proj.weight"}),
     "llama4": frozenset(
         {"vision_model.patch_embedding.linear.weight", "multi_modal_projector.linear_1.weight"}
@@ -293,8 +299,7 @@ class Vllm:
         if model.tower is not None:
             yield from _tower(model, model.tower, self._around(placement))
         elif model.family in CARRIED:
-            for role in model.carried:
-                yield from parameter(role)
+            yield from _carried(model, placement)
         if first:
             if model.positions is not None:
                 yield Target(f"{model.positions.name}.weight", model.positions.weight)
@@ -443,6 +448,11 @@ def _tower(model: Model, tower: Tower, placement: Placement) -> Iterator[Target]
             yield from plain(merger.down)
         else:
             yield from _mlp(merger, placement)
+    yield from _carried(model, placement)
+
+
+def _carried(model: Model, placement: Placement) -> Iterator[Target]:
+    """What is in no layer of a tower, or all of one that vLLM does not cut."""
     for role in model.carried:
         cut = role.name in ROWS.get(model.family, ())
         yield Target(role.name, role.view.part(0, placement.tp_rank, placement.tp) if cut else role.view)

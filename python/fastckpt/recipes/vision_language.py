@@ -52,6 +52,7 @@ TEXTS: Mapping[str, Recipe] = {
     "qwen3_vl_moe_text": _qwen3_moe,
     "qwen3_5_moe_text": partial(mixture.recipe, mixture=QWEN3_5_MOE),
     "gemma4_text": gemma4.recipe,
+    "gemma4_unified_text": gemma4.unified,
     "llama4_text": partial(mixture.recipe, mixture=LLAMA4_TEXT),
     "mistral4": partial(mixture.recipe, mixture=MISTRAL4),
     "deepseek_v3": partial(mixture.recipe, mixture=V3),
@@ -413,6 +414,21 @@ GEMMA4 = Wrapper(
     ignored=(*IGNORED, "model.embed_vision.embedding.*", "model.embed_audio.embedding.*"),
 )
 """Some files have tables of the family before it, which vLLM's gemma4_mm.py leaves out."""
+GEMMA4_UNIFIED = Wrapper(
+    "gemma4_unified",
+    ("gemma4_unified_text",),
+    gemma4_towers.unified,
+    "model.language_model.",
+    "lm_head.",
+    trained=(
+        ("model.embed_vision.multimodal_embedder.", "model.embed_vision."),
+        *(
+            (f"model.embed_vision.{name}", f"model.vision_embedder.{name}")
+            for name in ("patch_ln1", "patch_dense", "patch_ln2", "pos_embedding", "pos_norm")
+        ),
+    ),
+    tied=True,
+)
 MISTRAL3 = Wrapper(
     "mistral3",
     (*_APART, "ministral3", "mistral4"),
@@ -432,7 +448,7 @@ SMOLVLM = replace(IDEFICS3, family="smolvlm")
 
 _WRAPPERS = (
     QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN3_5_VL, QWEN3_5_VL_MOE, GLM4V, GEMMA3, GEMMA4,
-    EXAONE4_5, KIMI_K25, MISTRAL3, LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, INTERNVL, LLAMA4, PALIGEMMA,
-    IDEFICS3, SMOLVLM,
+    GEMMA4_UNIFIED, EXAONE4_5, KIMI_K25, MISTRAL3, LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, INTERNVL, LLAMA4,
+    PALIGEMMA, IDEFICS3, SMOLVLM,
 )  # fmt: skip
 FAMILIES = {w.family: Known(partial(recipe, wrapper=w), w.ignored) for w in _WRAPPERS}
