@@ -177,6 +177,13 @@ MODELS: dict[str, tuple[str, dict]] = {
         ),
     ),
     "mistral4": ("Mistral4", _sizes(_LATENT, q_lora_rank=48, n_shared_experts=1)),
+    "minicpm3": (
+        "MiniCPM3",
+        _sizes(
+            drop=("head_dim",), kv_lora_rank=64, q_lora_rank=48, qk_nope_head_dim=32, qk_rope_head_dim=32,
+            num_key_value_heads=4, tie_word_embeddings=True,
+        ),
+    ),
     "dots1": ("Dots1", _sizes(_ROUTED)),
     "solar_open": (
         "SolarOpen",

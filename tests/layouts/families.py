@@ -168,6 +168,10 @@ FAMILIES = {
         n_shared_experts=1, mlp_layer_types=["sparse", "dense"],
     ),
     "mistral4": _family("Mistral4", (8, 8, 6), _SIZES | _MLA, q_lora_rank=24, n_shared_experts=2),
+    "minicpm3": _family(
+        "MiniCPM3", (8, 8, 8), kv_lora_rank=16, q_lora_rank=24, qk_nope_head_dim=8, qk_rope_head_dim=4,
+        num_key_value_heads=8, tie_word_embeddings=True,
+    ),
     "dots1": _family("Dots1", (8, 4, 8), _SIZES | _ROUTED, head_dim=8, n_shared_experts=2, n_group=1),
     "solar_open": _family(
         "SolarOpen", (8, 4, 12), _SIZES | _ROUTED, drop=("intermediate_size", "first_k_dense_replace"),

@@ -115,6 +115,9 @@ RENAMED: dict[str, Renamed] = {
 CUT_NORMS = frozenset({"minimax_m2"})
 """Families whose norms over all of q and of k vLLM cuts by heads, rather than hold them whole."""
 
+APART = frozenset({"minicpm3"})
+"""Families of whose latent attention vLLM keeps the two low ranks' matrices apart."""
+
 PAIRED = frozenset({"llama4_text", "llama4"})
 """Families whose rotary positions turn neighbouring rows of a head of q and k; vLLM puts all the even rows
 before the odd ones (Llama4ForCausalLM.permute_qk_weight_for_rotary)."""
@@ -342,7 +345,7 @@ class Vllm:
         if layer.vision is not None:
             raise LayoutError(f"layout vllm has no place for {layer.vision.attention.o.name}")
         if isinstance(layer.attention, Mla):
-            yield from _latent(layer.attention, placement)
+            yield from _latent(layer.attention, placement, model.family in APART)
         elif isinstance(layer.attention, DeltaNet):
             yield from _delta(layer.attention, placement)
         elif isinstance(layer.attention, Queries):
@@ -591,9 +594,12 @@ def _in_halves(attention: Attention, head_dim: int) -> Attention:
     return replace(attention, q=halves(attention.q), k=halves(attention.k))
 
 
-def _latent(attention: Mla, placement: Placement) -> Iterator[Target]:
+def _latent(attention: Mla, placement: Placement, apart: bool) -> Iterator[Target]:
     tp, rank = placement.tp, placement.tp_rank
     if attention.q_a is None:
+        yield from plain(attention.kv_a)
+    elif apart:
+        yield from plain(attention.q_a)
         yield from plain(attention.kv_a)
     else:
         name = f"{_parent(attention.q_a.name)}.fused_qkv_a_proj"
