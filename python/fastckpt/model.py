@@ -128,7 +128,9 @@ class Parameter:
 @dataclass(frozen=True, slots=True)
 class Attention:
     """Multi-head attention: `q` [heads * head_dim, hidden], `k` and `v` [kv_heads * head_dim, hidden],
-    `o` [hidden, heads * head_dim]; query head h reads kv head h // (heads // kv_heads).
+    `o` [hidden, heads * head_dim]; query head h reads kv head h // (heads // kv_heads). `heads`: how many
+    query and kv heads this layer has, where Sizes says others. A value head, and so a head of `o`, may be of
+    another size (MiMo).
 
     `gate` [heads * head_dim, hidden]: a head's output is multiplied by the sigmoid of this before `o`
     (Qwen3-Next); the hub stores it under q's name, head by head [q; gate]. `q_norm`, `k_norm`: per-head norms
@@ -154,6 +156,7 @@ class Attention:
     whole_norms: bool = False
     own_norms: bool = False
     rotated: bool = False
+    heads: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,7 +405,8 @@ class Sizes:
     `heads` and `head_dim` is a value head's. `block`: how many neighbouring outputs or inputs of a quantised
     matrix share a scale. `head_keys`: config's keys for `heads`, `kv_heads` and `head_dim` ("": it has none),
     None where the config cannot give the three separately. `vocab_key`: its key for `vocab`. `delta`: the
-    heads of linear attention. `mamba`: of Mamba's mixers."""
+    heads of linear attention. `mamba`: of Mamba's mixers. `others`: the numbers of query and of kv heads that
+    some layers have in place of `heads` and `kv_heads`."""
 
     hidden: int
     vocab: int
@@ -419,6 +423,7 @@ class Sizes:
     vocab_key: str = "vocab_size"
     delta: DeltaHeads | None = None
     mamba: MambaHeads | None = None
+    others: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

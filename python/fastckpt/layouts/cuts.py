@@ -82,13 +82,14 @@ def require_even(layout: str, placement: Placement, what: str, size: int, instea
 
 def require_heads(layout: str, placement: Placement, sizes: Sizes, instead: str = "") -> None:
     """Raises LayoutError where tp does not divide the query heads, or neither divides nor is divided by the
-    kv heads: those are dealt out evenly or repeated evenly."""
-    require_even(layout, placement, "the number of attention heads", sizes.heads, instead)
-    kv, tp = sizes.kv_heads, placement.tp
-    if kv % tp and tp % kv:
-        raise LayoutError(
-            f"layout {layout}: neither do {kv} kv heads divide by tp {tp} nor tp by kv heads{instead}"
-        )
+    kv heads of any layer: those are dealt out evenly or repeated evenly."""
+    tp = placement.tp
+    for heads, kv in ((sizes.heads, sizes.kv_heads), *sizes.others):
+        require_even(layout, placement, "the number of attention heads", heads, instead)
+        if kv % tp and tp % kv:
+            raise LayoutError(
+                f"layout {layout}: neither do {kv} kv heads divide by tp {tp} nor tp by kv heads{instead}"
+            )
 
 
 def out_part(linear: Linear, index: int, count: int) -> Linear:
@@ -167,8 +168,14 @@ def qkv_part(attention: Attention, sizes: Sizes, placement: Placement) -> list[L
     q = attention.q
     if attention.gate is not None:
         q = regrouped(q.name, [q, attention.gate], sizes.head_dim)
-    kv = (out_part(x, *_share(sizes.kv_heads, placement)) for x in (attention.k, attention.v))
+    kv_heads = _heads(attention, sizes)[1]
+    kv = (out_part(x, *_share(kv_heads, placement)) for x in (attention.k, attention.v))
     return [out_part(q, placement.tp_rank, placement.tp), *kv]
+
+
+def _heads(attention: Attention, sizes: Sizes) -> tuple[int, int]:
+    """How many query and kv heads a layer has."""
+    return attention.heads or (sizes.heads, sizes.kv_heads)
 
 
 def norms_part(attention: Attention, sizes: Sizes, placement: Placement) -> Attention:
@@ -178,9 +185,8 @@ def norms_part(attention: Attention, sizes: Sizes, placement: Placement) -> Atte
     def part(role: Norm | None, heads: int) -> Norm | None:
         return role and replace(role, weight=role.weight.part(0, *_share(heads, placement)))
 
-    return replace(
-        attention, q_norm=part(attention.q_norm, sizes.heads), k_norm=part(attention.k_norm, sizes.kv_heads)
-    )
+    heads, kv_heads = _heads(attention, sizes)
+    return replace(attention, q_norm=part(attention.q_norm, heads), k_norm=part(attention.k_norm, kv_heads))
 
 
 def _share(heads: int, placement: Placement) -> tuple[int, int]:
@@ -398,9 +404,16 @@ def norm(role: Norm | None) -> Iterator[Target]:
 
 
 def require_heads_alike(layout: str, attention: Attention) -> None:
-    """Raises LayoutError unless q and k are normed head by head, by the same weights, before the rotary
-    positions."""
-    norm = attention.q_norm
+    """Raises LayoutError unless all heads are of one size, as many as in other layers, and q and k are normed
+    head by head, by the same weights, before the rotary positions."""
+    norm, k, v = attention.q_norm, attention.k, attention.v
+    if attention.heads is not None:
+        raise LayoutError(
+            f"layout {layout} has no place for {attention.q.name} of {attention.heads[0]} heads and "
+            f"{attention.heads[1]} kv heads, which other layers have not"
+        )
+    if k.shape[0] != v.shape[0]:
+        raise LayoutError(f"layout {layout} has no place for {v.name}, of other rows than {k.name}")
     for other, what in (
         (attention.whole_norms, "a norm of all heads"),
         (attention.own_norms, "a norm with weights for each head"),

@@ -138,11 +138,12 @@ class Hf:
             require_even("hf", placement, "the number of query rows", sizes.heads * sizes.head_dim)
             return
         require_heads("hf", placement, sizes, instead)
-        if sizes.kv_heads % placement.tp and not self.replicate_kv:
-            raise LayoutError(
-                f"layout hf: {sizes.kv_heads} kv heads do not divide by tp {placement.tp}, and "
-                "transformers cannot run replicas; replicate_kv=true writes them all the same"
-            )
+        for _, kv in ((sizes.heads, sizes.kv_heads), *sizes.others):
+            if kv % placement.tp and not self.replicate_kv:
+                raise LayoutError(
+                    f"layout hf: {kv} kv heads do not divide by tp {placement.tp}, and "
+                    "transformers cannot run replicas; replicate_kv=true writes them all the same"
+                )
 
 
 def _stacked_layer(layer: Layer) -> bool:
