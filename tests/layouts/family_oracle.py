@@ -153,7 +153,9 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
 
     def qkv(name, q, k, v):
         each = q.shape[0] // heads[0]  # with output gates, twice as many
-        put(name, torch.cat([pick(q, mine, each), pick(k, its, d), pick(v, its, d)]))
+        kv = k.shape[0] // d
+        read = heads_of((heads[0], kv, d), tp, r)[1]
+        put(name, torch.cat([pick(q, mine, each), pick(k, read, d), pick(v, read, v.shape[0] // kv)]))
 
     for name, x in t.items():
         at = re.search(r"\.(?:layers|h)\.(\d+)\.", name)
@@ -269,11 +271,13 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
             put(name, cut(x, 0, tp, r))
         elif module in IN:
             put(f"{where}.{module}.{kind}", cut(x, 1, tp, r) if kind == "weight" else x)
+        elif kind == "attention_sink_bias":
+            put(name, cut(x, 0, tp, r))
         elif kind == "sinks":
             put(name.replace(".self_attn.", ".attn."), cut(x, 0, tp, r))
         else:
             whole = ("norm", ".ln_", "mlp.gate.", "mlp.router.", "shared_expert_gate", "kv_a_proj_with_mqa")
-            whole += ("block_sparse_moe.gate.", "e_score_correction_bias", ".router.")
+            whole += ("block_sparse_moe.gate.", ".expert_bias", "e_score_correction_bias", ".router.")
             whole += (".act_fn.", ".wpe.", ".embed_positions.", "mixer.gate.", "_latent_proj.")
             assert any(part in name for part in whole), name
             put(name, x.flatten() if "moe_statics" in name else x)

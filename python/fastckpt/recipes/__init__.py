@@ -99,6 +99,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("dots1", "deepseek", "dots.llm1: corrected routing, shared experts, norms on each head's q and k"),
     Family("solar_open", "deepseek", "Solar Open: GLM-4 MoE with experts in every layer"),
     Family("exaone_moe", "deepseek", "K-EXAONE: corrected routing, shared experts"),
+    Family("hy_v3", "deepseek", "Hunyuan 3: corrected routing, shared experts, norms on each head's q and k"),
+    Family("mimo_v2_flash", "mimo", "MiMo-V2-Flash: sinks, layers of different kv heads, experts"),
     Family("gpt_oss", "gpt_oss", "gpt-oss: sinks, experts in interleaved stacks"),
     Family("gpt2", "gpt2", "GPT-2: matrices stored [in, out], learned positions"),
     Family("gpt_bigcode", "gpt2", "StarCoder, SantaCoder: as GPT-2, one kv head, matrices [out, in]"),
