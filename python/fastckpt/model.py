@@ -216,6 +216,20 @@ class DeltaNet:
 
 
 @dataclass(frozen=True, slots=True)
+class ShortConv:
+    """A short convolution with two gates (LFM2): `b`, `c` and `x` [hidden, hidden]; what the kernels `conv`
+    [hidden, 1, kernel] make of b * x, channel by channel, is multiplied by c before `o` [hidden, hidden]. The
+    hub stores b, c and x in this order as one matrix, whose name they carry."""
+
+    b: Linear
+    c: Linear
+    x: Linear
+    conv: Parameter
+    conv_bias: Parameter | None
+    o: Linear
+
+
+@dataclass(frozen=True, slots=True)
 class Mamba:
     """A Mamba-2 mixer, of sizes that MambaHeads has: the output's gate `z` and the input `x` [heads *
     head_dim, hidden], what a group of heads writes its state by, `b`, and reads it by, `c` [groups * state,
@@ -339,7 +353,7 @@ class Layer:
 
     name: str
     attention_norm: Norm | None
-    attention: Attention | Mla | DeltaNet | None
+    attention: Attention | Mla | DeltaNet | ShortConv | None
     mlp_norm: Norm | None
     mlp: Mlp | Experts | None
     attention_after: Norm | None = None
@@ -406,7 +420,7 @@ class Sizes:
     matrix share a scale. `head_keys`: config's keys for `heads`, `kv_heads` and `head_dim` ("": it has none),
     None where the config cannot give the three separately. `vocab_key`: its key for `vocab`. `delta`: the
     heads of linear attention. `mamba`: of Mamba's mixers. `others`: the numbers of query and of kv heads that
-    some layers have in place of `heads` and `kv_heads`."""
+    some layers have in place of `heads` and `kv_heads`. `channels`: of short convolutions."""
 
     hidden: int
     vocab: int
@@ -424,6 +438,7 @@ class Sizes:
     delta: DeltaHeads | None = None
     mamba: MambaHeads | None = None
     others: tuple[tuple[int, int], ...] = ()
+    channels: int = 0
 
 
 @dataclass(frozen=True, slots=True)

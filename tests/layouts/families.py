@@ -167,6 +167,14 @@ FAMILIES = {
         mlp_layer_types=["sparse", "dense", "sparse"],
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
+    "lfm2": _family(
+        "Lfm2", (8, 4, 8), intermediate_size=130, block_multiple_of=32, num_hidden_layers=3, conv_bias=True,
+        tie_word_embeddings=True, layer_types=["conv", "full_attention", "conv"],
+    ),
+    "lfm2_moe": _family(
+        "Lfm2Moe", (8, 2, 8), num_key_value_heads=2, num_hidden_layers=3, num_dense_layers=1, num_experts=5,
+        num_experts_per_tok=2, moe_intermediate_size=24, layer_types=["conv", "full_attention", "conv"],
+    ),
     "ernie4_5_moe": _family(
         "Ernie4_5_Moe", (8, 4, 8), moe_num_experts=5, moe_k=2, moe_intermediate_size=24,
         moe_num_shared_experts=2, moe_layer_start_index=0, moe_layer_end_index=0, head_dim=8,

@@ -20,7 +20,7 @@ HEAD_BIASES = ("cls.predictions.bias", "decoder.bias")
 FUSED = ("query_key_value", "c_attn", "Wqkv")
 IN = (
     "output_linear", "o_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj", "fc2", "fc_out", "out_proj",
-    "Wo",
+    "Wo", "w2",
 )  # fmt: skip
 
 
@@ -78,6 +78,10 @@ def hf(t, heads, tp, r):
                     ]
                 out[name] = torch.cat(rows)
         elif module in ("wpe", "position_embeddings", "embed_positions", "token_type_embeddings"):
+            out[name] = x
+        elif module in ("w1", "w3"):
+            out[name] = cut(x, 0, tp, r)
+        elif ".conv." in name:  # short convolutions are whole
             out[name] = x
         elif (
             name.startswith(("cls.predictions.tr", "lm_head.", "classifier", "head."))
@@ -171,6 +175,14 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
                 for leaf, part in mixer(t, held, tp, r).items():
                     put(held + leaf, part)
             continue
+        if ".conv." in name:  # LFM2's short convolutions: b, c and x, each with its kernel
+            name = name.replace(".conv.", ".short_conv.")
+            if module == "out_proj":
+                put(name, cut(x, 1, tp, r) if kind == "weight" else x)
+            else:
+                parts_of = x.chunk(3 if module == "in_proj" else 1)
+                put(name, torch.cat([cut(y, 0, tp, r) for y in parts_of]))
+            continue
         where = stem.replace(".self_attn", ".attn") if gpt_oss else stem
         if x.ndim == 3 and module != "conv1d" and not gpt_oss:
             stem = stem.removesuffix(".experts")
@@ -257,6 +269,13 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
             put(name, torch.cat([cut(y, 0, tp, r) for y in x.chunk(2)]))
         elif module in ("in_proj_qkvz", "in_proj_ba", "linear_attn"):  # key head by key head; A_log, dt_bias
             put(name, cut(x, 0, tp, r))
+        elif module == "w1":
+            put(
+                f"{stem}.w13.{kind}",
+                torch.cat([cut(t[f"{stem}.{p}.{kind}"], 0, tp, r) for p in ("w1", "w3")]),
+            )
+        elif module == "w3":
+            pass
         elif module == "conv1d":
             put(name, torch.cat([cut(y, 0, tp, r) for y in qkv_rows(t, stem, x)]))
         elif module == "in_proj_qkv":
@@ -277,7 +296,13 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
             put(name.replace(".self_attn.", ".attn."), cut(x, 0, tp, r))
         else:
             whole = ("norm", ".ln_", "mlp.gate.", "mlp.router.", "shared_expert_gate", "kv_a_proj_with_mqa")
-            whole += ("block_sparse_moe.gate.", ".expert_bias", "e_score_correction_bias", ".router.")
+            whole += (
+                "feed_forward.gate.",
+                "block_sparse_moe.gate.",
+                ".expert_bias",
+                "e_score_correction_bias",
+                ".router.",
+            )
             whole += (".act_fn.", ".wpe.", ".embed_positions.", "mixer.gate.", "_latent_proj.")
             assert any(part in name for part in whole), name
             put(name, x.flatten() if "moe_statics" in name else x)

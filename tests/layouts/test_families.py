@@ -16,8 +16,18 @@ from reading import bits, memory, same, shard
 NAMES = [*families.FAMILIES, "chatglm"]
 ENCODERS = list(families.ENCODERS)
 WRAPPERS = list(families.WRAPPERS)
-WITHOUT_PLAN = ("bloom", "falcon-", "stablelm", "hunyuan_v1_dense", "gpt_bigcode", "gptj", "opt", "mpt")
-PLANNED = [n for n in families.FAMILIES if not n.startswith(WITHOUT_PLAN)]
+WITHOUT_PLAN = (
+    "bloom",
+    "falcon-",
+    "stablelm",
+    "hunyuan_v1_dense",
+    "gpt_bigcode",
+    "gptj",
+    "opt",
+    "mpt",
+    "lfm2",
+)
+PLANNED = [n for n in families.FAMILIES if n == "lfm2_moe" or not n.startswith(WITHOUT_PLAN)]
 UNPLANNED = [n for n in NAMES if n not in PLANNED]
 
 
@@ -66,7 +76,7 @@ TRAINED = (
 
 
 def named_as_trained(name, state):
-    if ".block_sparse_moe.experts." in name:
+    if ".block_sparse_moe.experts." in name or ".feed_forward.experts." in name:
         name = name.replace(".block_sparse_moe.", ".mlp.")
         for hub, trained in (("w1", "gate"), ("w3", "up"), ("w2", "down")):
             name = name.replace(f".{hub}.", f".{trained}_proj.")

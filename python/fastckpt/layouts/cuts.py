@@ -29,6 +29,7 @@ from ..model import (
     Mlp,
     Norm,
     Parameter,
+    ShortConv,
     Sizes,
 )
 from ..placement import Placement
@@ -302,6 +303,10 @@ def two_blocks(layout: str, layer: Layer) -> tuple[Attention | Mla | DeltaNet, M
     two."""
     if layer.mamba is not None:
         raise LayoutError(f"layout {layout} has no place for {layer.mamba.o.name}, of a Mamba mixer")
+    if isinstance(layer.attention, ShortConv):
+        raise LayoutError(
+            f"layout {layout} has no place for {layer.attention.o.name}, of a short convolution"
+        )
     if layer.attention is None or layer.mlp is None:
         raise LayoutError(f"layout {layout} has no place for {layer.name}, a layer of one block")
     return layer.attention, layer.mlp
@@ -347,6 +352,26 @@ def mamba(mixer: Mamba) -> Iterator[Target]:
     yield from parameter(mixer.dt_bias)
     yield from norm(mixer.norm)
     yield from stored(mixer.o)
+
+
+def short_conv_part(conv: ShortConv, placement: Placement) -> ShortConv:
+    """The rank's channels. Source: vLLM's layers/mamba/short_conv.py."""
+    tp, rank = placement.tp, placement.tp_rank
+    b, c, x = (out_part(each, rank, tp) for each in (conv.b, conv.c, conv.x))
+
+    def rows(role: Parameter) -> Parameter:
+        return replace(role, view=role.view.part(0, rank, tp))
+
+    offset = conv.conv_bias and rows(conv.conv_bias)
+    return ShortConv(b, c, x, rows(conv.conv), offset, in_part(conv.o, rank, tp))
+
+
+def short_conv(conv: ShortConv) -> Iterator[Target]:
+    """All of a short convolution, as the hub stores it."""
+    yield from stored(joined(conv.b.name, (conv.b, conv.c, conv.x)))
+    yield from parameter(conv.conv)
+    yield from parameter(conv.conv_bias)
+    yield from stored(conv.o)
 
 
 def padded_part(view: View, multiple: int, index: int, count: int) -> View:

@@ -26,6 +26,7 @@ from ..model import (
     Mlp,
     Model,
     Prediction,
+    ShortConv,
     Stacked,
     Stacks,
 )
@@ -49,6 +50,7 @@ from .cuts import (
     require_least,
     require_subjects,
     require_tensor_parallel,
+    short_conv,
     stored,
 )
 from .naming import Naming, ranked
@@ -211,6 +213,8 @@ def _layers(layers: Iterable[Layer], model: Model, placement: Placement) -> Iter
         yield from norm(layer.attention_norm)
         if isinstance(layer.attention, DeltaNet):
             yield from _delta(layer.attention, model, placement)
+        elif isinstance(layer.attention, ShortConv):
+            yield from short_conv(layer.attention)
         elif layer.attention is not None:
             yield from _attention(layer.attention, model, placement)
         if layer.mamba is not None:

@@ -33,6 +33,7 @@ from ..model import (
     Mlp,
     Model,
     Parameter,
+    ShortConv,
     Sizes,
     Stacks,
     Tower,
@@ -65,6 +66,8 @@ from .cuts import (
     require_least,
     require_mamba,
     require_subjects,
+    short_conv,
+    short_conv_part,
 )
 from .engines import Form, Renamed, Served, known, served
 from .naming import Naming
@@ -86,6 +89,10 @@ RENAMED: dict[str, Renamed] = {
     "chatglm": ((".word_embeddings.", "."),),
     "nemotron_h": (("backbone.embeddings.", "model.embed_tokens."), ("backbone.", "model.")),
     "falcon_h1": ((".mamba.", ".mamba.mamba."),),
+    **dict.fromkeys(
+        ("lfm2", "lfm2_moe"),
+        ((".conv.", ".short_conv."), (".feed_forward.gate_up_proj.", ".feed_forward.w13.")),
+    ),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), (("model.", "language_model.model."), _HEAD)),
     **dict.fromkeys(
         ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v"),
@@ -187,6 +194,7 @@ class Vllm:
         require_heads("vllm", placement, model.sizes, instead)
         require_delta("vllm", placement, model.sizes.delta)
         require_mamba("vllm", placement, model.sizes.mamba)
+        require_even("vllm", placement, "the number of a convolution's channels", model.sizes.channels)
         for key, width in model.sizes.widths.items():
             if key != model.sizes.expert_width:
                 require_even("vllm", placement, key, width, instead)
@@ -248,7 +256,8 @@ class Vllm:
         head = last or "head" in everywhere
         tied = head and model.tied
         if first or tied:
-            module = model.lm_head if tied and engine and engine.tied == "head" else model.embedding
+            as_head = tied and engine is not None and engine.tied in ("head", "always")
+            module = model.lm_head if as_head else model.embedding
             yield Target(f"{module.name}.weight", self._rows(model.embedding.weight, placement))
         if model.tower is not None:
             yield from _tower(model, model.tower, self._around(placement))
@@ -284,6 +293,8 @@ class Vllm:
             yield from _latent(layer.attention, placement)
         elif isinstance(layer.attention, DeltaNet):
             yield from _delta(layer.attention, placement)
+        elif isinstance(layer.attention, ShortConv):
+            yield from short_conv(short_conv_part(layer.attention, placement))
         elif layer.attention is not None:
             as_hub = engine is not None and engine.hub_rows
             attention = layer.attention

@@ -101,6 +101,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("exaone_moe", "deepseek", "K-EXAONE: corrected routing, shared experts"),
     Family("hy_v3", "deepseek", "Hunyuan 3: corrected routing, shared experts, norms on each head's q and k"),
     Family("mimo_v2_flash", "mimo", "MiMo-V2-Flash: sinks, layers of different kv heads, experts"),
+    Family("lfm2", "lfm2", "LFM2: short convolutions in most layers, norms on each head's q and k"),
+    Family("lfm2_moe", "lfm2", "LFM2-MoE: LFM2 with experts after some dense layers"),
     Family("gpt_oss", "gpt_oss", "gpt-oss: sinks, experts in interleaved stacks"),
     Family("gpt2", "gpt2", "GPT-2: matrices stored [in, out], learned positions"),
     Family("gpt_bigcode", "gpt2", "StarCoder, SantaCoder: as GPT-2, one kv head, matrices [out, in]"),

@@ -27,6 +27,7 @@ from ..model import (
     Norm,
     Parameter,
     Prediction,
+    ShortConv,
     Sizes,
 )
 from .claims import Claims, Dim, Heads, absent, dim, flag, integer, vocabulary
@@ -91,6 +92,7 @@ class Own:
     sinks: bool = False
 
 
+GATED = ("gate_proj", "up_proj", "down_proj")
 ATTENTION_BIAS, MLP_BIAS = Said("attention_bias"), Said("mlp_bias")
 
 
@@ -114,19 +116,20 @@ class Kind:
     `head_bias`: the head has one. `qk_norm`: q and k are normed: each head by the same weights, with
     `own_norms` by weights of its own, or, with `whole_norms`, all of q and all of k; `rotated`: after the
     rotary positions. `plus_one`: norms multiply by 1 + weight. `fused_qkv`: [q; k; v] are stored as one
-    matrix. `paired`: the names of the two matrices of a feed-forward block whose [gate; up] are stored as
-    one; `ungated`: of one without a gate; None of both: it has three. `scalars`: the learned numbers of its
-    activation, below the block, with their shapes. `mlp`: the block's name, `width`: config's key of
-    its width. `self_attn`, `o`: the names of attention and of its o. `gated`: q_proj holds each head's q and
-    then its output gate. `sinks`: what the sinks of attention are called ("": it has none), `trained_sinks`,
-    in training, where that is another name; `own`: of a config, the attention of each of so many layers, None
-    where they do not differ. `delta`: how linear attention is stored, which some layers have in its place,
-    `mamba`, how Mamba's mixers are, and which layers have what.
-    `root`: the module of embedding and layers ("backbone"), `trained`: what transformers calls it in
-    training, `embedding`: the first's name. `parallel`: attention and the feed-forward block read one norm,
-    side by side. `further`: the one layer that may predict a further token, where it is not counted after the
-    last (None: it is, as in DeepSeek). `tied`: whether embedding and head are one where the config does not
-    say. `cuts`: as in Model. `ignored`: patterns of names that are left out. `meta`: how it lies under Meta's
+    matrix. `matrices`: the names of a feed-forward block's gate, up and down; `paired`: of the two of one
+    whose [gate; up] are stored as one; `ungated`: of one without a gate; None of both: it has three.
+    `scalars`: the learned numbers of its activation, below the block, with their shapes. `mlp`: the block's
+    name, `width`: config's key of its width. `self_attn`, `o`: the names of attention and of its o. `gated`:
+    q_proj holds each head's q and then its output gate. `sinks`: what the sinks of attention are called ("":
+    it has none), `trained_sinks`, in training, where that is another name; `own`: of a config, the attention
+    of each of so many layers, None where they do not differ. `delta`: how linear attention is stored, which
+    some layers have in its place, `mamba`, how Mamba's mixers are, and which layers have what; `mixed`: what
+    claims the short convolutions of some layers, and attention, by what is given, of the others. `root`: the
+    module of embedding and layers ("backbone"), `trained`: what transformers calls it in training,
+    `embedding`: the first's name. `parallel`: attention and the feed-forward block read one norm, side by
+    side. `further`: the one layer that may predict a further token, where it is not counted after the last
+    (None: it is, as in DeepSeek). `tied`: whether embedding and head are one where the config does not say.
+    `cuts`: as in Model. `ignored`: patterns of names that are left out. `meta`: how it lies under Meta's
     names, None where nobody writes it so."""
 
     family: str
@@ -140,6 +143,7 @@ class Kind:
     norms: Norms = field(default_factory=Norms)
     plus_one: bool = False
     fused_qkv: bool = False
+    matrices: tuple[str, str, str] = GATED
     paired: tuple[str, str] | None = None
     gated: bool = False
     sinks: str = ""
@@ -147,6 +151,7 @@ class Kind:
     own: Callable[[Mapping[str, JSON], int], Sequence[Own]] | None = None
     delta: Stored | None = None
     mamba: StoredMamba | None = None
+    mixed: Callable[[Claims, Mapping[str, JSON], Claim], Claim] | None = None
     further: Further | None = None
     tied: bool = False
     cuts: HubCuts = field(default_factory=HubCuts)
@@ -165,7 +170,7 @@ class Kind:
     meta: Meta | None = None
 
 
-Claim = Callable[[str], Callable[[], Attention | Mla | DeltaNet]]
+Claim = Callable[[str], Callable[[], Attention | Mla | DeltaNet | ShortConv]]
 FeedForward = Callable[[str], Callable[[], Mlp | Experts]]
 """Both claim the block of a layer by the layer's name, and return what builds it."""
 
@@ -217,7 +222,13 @@ def dense(
         )
     if kind.ungated is None:
         return lambda layer: gated(
-            claims, f"{layer}.{at}", width, hidden, bias=bias, trained=trained and f"{layer}.{trained}"
+            claims,
+            f"{layer}.{at}",
+            width,
+            hidden,
+            kind.matrices,
+            bias=bias,
+            trained=trained and f"{layer}.{trained}",
         )
     first, second = kind.ungated
 
@@ -234,16 +245,23 @@ def dense(
 
 
 def gated(
-    claims: Claims, at: str, width: Dim, hidden: Dim, *, bias: bool = False, trained: str = ""
+    claims: Claims,
+    at: str,
+    width: Dim,
+    hidden: Dim,
+    matrices: tuple[str, str, str] = GATED,
+    *,
+    bias: bool = False,
+    trained: str = "",
 ) -> Callable[[], Mlp]:
-    """Claims `gate_proj`, `up_proj` and `down_proj` of the module `at`, which may be stored as `trained`."""
-    stored = trained if trained and claims.has_matrix(f"{trained}.up_proj") else at
+    """Claims the `matrices` gate, up and down of the module `at`, which may be stored as `trained`."""
+    first, second, last = matrices
+    stored = trained if trained and claims.has_matrix(f"{trained}.{second}") else at
 
     def linear(leaf: str, out: Dim, into: Dim) -> Callable[[], Linear]:
         return claims.linear(f"{at}.{leaf}", out, into, bias=bias, stored=f"{stored}.{leaf}")
 
-    gate, up = linear("gate_proj", width, hidden), linear("up_proj", width, hidden)
-    down = linear("down_proj", hidden, width)
+    gate, up, down = linear(first, width, hidden), linear(second, width, hidden), linear(last, hidden, width)
     return lambda: Mlp(gate(), up(), down())
 
 
@@ -337,6 +355,8 @@ def decoder(
     attend = attends or attention(kind, claims, config)
     if kind.delta is not None:
         attend = hybrid(kind.delta, claims, config, attend)
+    if kind.mixed is not None:
+        attend = kind.mixed(claims, config, attend)
     names, parallel = kind.norms, has(config, kind.parallel)
     count = claims.layers(config)
     mix = mixers(kind.mamba, claims, config) if kind.mamba is not None else None
@@ -392,6 +412,7 @@ def decoder(
             fused_qkv=kind.fused_qkv,
             delta=delta_heads(config) if kind.delta is not None else None,
             mamba=mamba_heads(kind.mamba, config) if kind.mamba is not None else None,
+            channels=hidden.size if kind.mixed is not None else 0,
             others=tuple(dict.fromkeys((x.q, x.kv) for x in mine if x != size)),
         ),
         embedding=embedding,
