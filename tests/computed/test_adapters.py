@@ -315,6 +315,10 @@ def test_tensors_that_do_not_fit(tmp_path):
     refused("A is float8_e4m3fn", {q: (a.to(torch.float8_e4m3fn), b)})
     refused("is not read: DoRA", {q: (a, b)}, {f"{q}.lora_magnitude_vector.weight": torch.ones(3)})
     refused("has B alone", {q: (a, b)}, {f"{q.replace('q_', 'k_')}.lora_B.weight": b.clone()})
+    for spelled in (f"{q}.lora_A.default.weight", f"{q}.lora_embedding_A"):
+        refused("is a second A of model.layers.0.self_attn.q_proj", {q: (a, b)}, {spelled: a * 2})
+    norm = {f"model.{n}": torch.ones(64) for n in ("norm.weight", "norm.modules_to_save.default.weight")}
+    refused("is a second model.norm.weight, beside ", {q: (a, b)}, norm)
     refused(r"got shape \(8, 8\)", {}, {"model.norm.weight": torch.ones(8, 8)}, layout="hf")
     refused("has no model.extra", {}, {"model.extra.weight": torch.ones(3)})
     refused("layouts hf and rtp_llm alone", {q: (a, b)}, layout="vllm", apart=True)

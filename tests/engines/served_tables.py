@@ -169,6 +169,7 @@ MODELS: dict[str, tuple[str, dict]] = {
             mlp_layer_types=["dense", "sparse", "sparse"],
         ),
     ),
+    "mistral4": ("Mistral4", _sizes(_LATENT, q_lora_rank=48, n_shared_experts=1)),
     "dots1": ("Dots1", _sizes(_ROUTED)),
     "solar_open": (
         "SolarOpen",

@@ -138,6 +138,16 @@ def test_a_family_without_a_line_is_refused(hub):
         fastckpt.plan(hub("gemma"), tp=2, layout=asked)
 
 
+def test_a_decoder_that_vllm_does_not_know_beside_a_tower_is_refused(monkeypatch, tmp_path):
+    """vLLM 0.32 finds no class for Mistral 4 there."""
+    prefix, sizes = models.MODELS["mistral3"]
+    text = models.MODELS["mistral4"][1] | {"model_type": "mistral4"}
+    monkeypatch.setitem(models.MODELS, "mistral3", (prefix, sizes | {"text_config": text}))
+    models.write("mistral3", str(tmp_path))
+    with pytest.raises(LayoutError, match="its names for family mistral3 of mistral4 are not known"):
+        fastckpt.plan(tmp_path, layout=layout("vllm", {"engine": ENGINE}))
+
+
 def test_a_tied_pair_is_the_head_alone_in_files(hub, tmp_path):
     """The loader drops names of the same tensor but for the smallest."""
     served = layout("vllm", {"engine": ENGINE})

@@ -148,6 +148,7 @@ FAMILIES = {
         "Glm4MoeLite", (8, 8, 6), _SIZES | _MLA, drop=("first_k_dense_replace",), q_lora_rank=24,
         n_shared_experts=1, mlp_layer_types=["sparse", "dense"],
     ),
+    "mistral4": _family("Mistral4", (8, 8, 6), _SIZES | _MLA, q_lora_rank=24, n_shared_experts=2),
     "dots1": _family("Dots1", (8, 4, 8), _SIZES | _ROUTED, head_dim=8, n_shared_experts=2, n_group=1),
     "solar_open": _family(
         "SolarOpen", (8, 4, 12), _SIZES | _ROUTED, drop=("intermediate_size", "first_k_dense_replace"),
@@ -307,6 +308,9 @@ WRAPPERS = {
     "glm4v": _seeing("Glm4v", _TOWER | dict(image_size=16)),
     "gemma3-images": _seeing("Gemma3", _SIGLIP, dict(head_dim=8), tie_word_embeddings=True),
     "mistral3": _seeing("Mistral3", _PIXTRAL, dict(model_type="mistral", head_dim=8)),
+    "mistral3-mistral4": _seeing(
+        "Mistral3", _PIXTRAL, _MLA | dict(model_type="mistral4", q_lora_rank=24, n_shared_experts=4)
+    ),
     "mistral3-ministral": _seeing("Mistral3", _PIXTRAL, dict(model_type="ministral3", head_dim=8)),
     "llava": _seeing("Llava", _CLIP | dict(model_type="clip_vision_model"), dict(model_type="llama")),
     "llava-pixtral": _seeing(
@@ -350,9 +354,7 @@ def made(name):
     """(config as a dict, tensors of the files save_pretrained writes, the model's own state dict)."""
     if name == "chatglm":
         return chatglm()
-    family, config = (FAMILIES | ENCODERS | WRAPPERS)[name], config_of(name)
-    model = (family.model or family.name).removesuffix("Text")
-    model = getattr(transformers, model + family.architecture)(config)
+    family, model = (FAMILIES | ENCODERS | WRAPPERS)[name], model_of(name)
     number(model.state_dict())
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -368,6 +370,13 @@ def config_of(name):
     family = (FAMILIES | ENCODERS | WRAPPERS)[name]
     text = "Text" if name == "gemma3" else ""
     return getattr(transformers, f"{family.name}{text}Config")(**family.sizes)
+
+
+def model_of(name):
+    """A family's model of transformers' own class."""
+    family = (FAMILIES | ENCODERS | WRAPPERS)[name]
+    model = (family.model or family.name).removesuffix("Text")
+    return getattr(transformers, model + family.architecture)(config_of(name))
 
 
 def number(tensors):

@@ -186,8 +186,7 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
         where = stem.replace(".self_attn", ".attn") if gpt_oss else stem
         if x.ndim == 3 and module != "conv1d" and not gpt_oss:
             stem = stem.removesuffix(".experts")
-            transposed = module.endswith("_proj")
-            y = x.transpose(1, 2) if transposed else x
+            y = x.transpose(1, 2) if llama4 else x
             y = y if experts is None else y[list(experts)]
             index, of = flat if experts is None else (0, 1)
             if module in ("gate_up_proj", "input_linear"):

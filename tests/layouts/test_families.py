@@ -113,8 +113,7 @@ def check_plan(name, tp):
     saved = as_saved(hub, state)
     got = shards_of(name, "hf", Placement(tp=tp))
     for rank in range(tp):
-        auto = "AutoModelForImageTextToText" if name in WRAPPERS else "AutoModelForCausalLM"
-        whole = getattr(families.transformers, auto).from_config(families.config_of(name))
+        whole = families.model_of(name)
         whole.load_state_dict(state)
         want = local_parts(whole, tp, rank)
         if config["tie_word_embeddings"]:

@@ -12,6 +12,7 @@ from fastckpt.checkpoint import Cast
 from fastckpt.errors import LayoutError, RecipeError
 from fastckpt.layouts import layout
 from fastckpt.layouts.servers import Share, expert_share, layer_range
+from fastckpt.output.manifest import Manifest
 from fastckpt.placement import Placement
 from layouts import families, family_oracle
 from reading import bits, memory, read, same, shard
@@ -120,6 +121,24 @@ def test_pipeline_stages(name):
             if not here:
                 want = {n: x for n, x in want.items() if module not in n}
         same(shard(layout("vllm").targets(model, p)), want)
+
+
+def test_a_stage_has_its_tied_names_whoever_else_is_made(tmp_path):
+    """The middle stage of three holds neither name of the pair; the last one needs both."""
+    config, hub, _ = families.made("granitemoehybrid-dense")
+    grid, head, holder = Placement(pp=3), "lm_head.weight", "model.embed_tokens.weight"
+    whole = fastckpt.reshard(hub, placement=grid, config=config, layout="vllm")
+    for rank, got in enumerate(whole):
+        alone = fastckpt.reshard(hub, placement=grid, config=config, layout="vllm", rank=rank)
+        assert alone.keys() == got.keys()
+        assert got.get(head) is got.get(holder) and (head in got) == (rank != 1)
+    fastckpt.reshard(hub, placement=grid, config=config, layout="vllm", out=whole)
+    del whole[2][head], whole[2][holder]
+    with pytest.raises(LayoutError, match=f"rank 2 has no tensor {holder}"):
+        fastckpt.reshard(hub, placement=grid, config=config, layout="vllm", out=whole)
+    fastckpt.reshard(hub, placement=grid, config=config, layout="vllm", out=tmp_path / "out", durable=False)
+    record = Manifest.read(tmp_path / "out" / "fastckpt.json")
+    assert [s.aliases for s in record.shards] == [{head: holder}, {}, {head: holder}]
 
 
 def test_files_tell_ranks_apart():

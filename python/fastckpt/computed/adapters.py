@@ -279,22 +279,28 @@ def _parted(settings: Settings, tensors: Checkpoint) -> tuple[dict[str, Pair], d
     tables: set[str] = set()
     saved: dict[str, Saved] = {}
     called: set[str] = set()  # the adapter's own name, which its file leaves out
+    taken: dict[tuple[str, str], str] = {}  # what a tensor is -> its name
     for name, entry in _named(tensors).items():
         inner = name.removeprefix(PREFIX)
         found = next((m for p in (_THIN, _TABLE, _SAVED) if (m := p.fullmatch(inner))), None)
         if found is None and _is_adapters(inner):
             raise SourceError(f"{tensors.path}: {name} is not read: DoRA, biases of B, tokens and the like")
         called.update({found["name"]} - {None} if found else ())
+        if len(called) > 1:
+            raise SourceError(f"{tensors.path}: several adapters: {', '.join(sorted(called))}; wanted one")
         if found is None:
-            saved[_base_name(name)] = Saved(entry, inner)
+            place = _base_name(name), ""
+            saved[place[0]] = Saved(entry, inner)
         elif found.re is _SAVED:
-            base_name = f"{found['module']}.{found['leaf']}"
-            saved[base_name] = Saved(entry, base_name)
+            place = f"{found['module']}.{found['leaf']}", ""
+            saved[place[0]] = Saved(entry, place[0])
         else:
-            thin[found["module"], found["half"]] = entry
+            place = found["module"], found["half"]
+            thin[place] = entry
             tables.update({found["module"]} if found.re is _TABLE else ())
-    if len(called) > 1:
-        raise SourceError(f"{tensors.path}: several adapters: {', '.join(sorted(called))}; wanted one")
+        if taken.setdefault(place, name) != name:
+            what = f"{place[1]} of {place[0]}" if place[1] else place[0]
+            raise SourceError(f"{tensors.path}: {name} is a second {what}, beside {taken[place]}")
     pairs = {}
     for module in dict.fromkeys(module for module, _ in thin):
         a, b = thin.get((module, "A")), thin.get((module, "B"))

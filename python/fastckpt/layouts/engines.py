@@ -196,6 +196,9 @@ _VLLM_0_32: dict[str, Served] = {
         tied="",
         float32=("*.mlp.gate.weight",),
     ),
+    "mistral4": replace(
+        _ROUTED, renamed=(*_ROUTED.renamed, (".self_attn.kv_b_proj.", ".self_attn.attn.kv_b_proj."))
+    ),
     "dots1": _ROUTED,
     "solar_open": _ROUTED,
     "exaone_moe": Served((*_STACKS, *_SHARED, *_ROUTER)),

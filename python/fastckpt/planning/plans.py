@@ -53,7 +53,8 @@ class Plan:
     `key` digests all that shapes the output bytes, for all ranks alike. `ranks`: those this plan makes;
     `files` their layouts, `file_ranks` whose they are. `texts`: small files written beside (an index), as
     (rank, path, bytes). `config`: the text of a config.json that differs from the one beside the checkpoint
-    (given apart, or another vocab_size), else None. `aliases`: tied name -> the name that is stored.
+    (given apart, or another vocab_size), else None. `aliases`: tied name -> the name that is stored, on the
+    ranks that hold that one and no tensor of the tied name.
     `options`: what the manifest repeats. `needed_bytes`: source bytes the outputs are made of; a byte that
     two ranks need counts for each; None where values are computed of others (merged, dequantised, one more),
     of which some are read for several. `notes`: what the user should know. `left_out`: names the layout made
@@ -119,7 +120,8 @@ def draft(ckpt: Checkpoint, request: Request, *, in_memory: bool = False) -> Pla
     rows = {r: made.of_rank(r) for r in ranks}
     names = {r: [made.names[i] for i in own.tolist()] for r, own in rows.items()}
     _require_findable(resolved, names, quantised.values())
-    aliases = _present({a: instead.get(h, h) for a, h in resolved.aliases.items()}, names.values())
+    tied = {a: instead.get(h, h) for a, h in resolved.aliases.items()}
+    aliases = {a: h for own in names.values() for a, h in _present(tied, own).items()}
     notes = resolved.notes
     namings = {} if in_memory else {r: resolved.naming(placement.at(r)) for r in ranks}
     one_name = aliases and any(n.single.endswith(".safetensors") for n in namings.values())
@@ -321,12 +323,12 @@ def _require_findable(
             )
 
 
-def _present(aliases: Mapping[str, str], names: Iterable[Sequence[str]]) -> dict[str, str]:
-    """The aliases whose holder every rank has, and which no rank has as a tensor of its own."""
+def _present(aliases: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """The aliases whose holder is among a rank's names, and which are no tensor of its own there."""
     if not aliases:
         return {}
-    named = [set(own) for own in names]
-    return {a: h for a, h in aliases.items() if all(h in own and a not in own for own in named)}
+    own = set(names)
+    return {a: h for a, h in aliases.items() if h in own and a not in own}
 
 
 def _laid_out(
@@ -345,7 +347,8 @@ def _laid_out(
         if naming is None:
             file[own], offset[own] = k, np.cumsum(nbytes[own]) - nbytes[own]
             continue
-        laid, index = _files(made.specs(own), naming, aliases, request)
+        specs = made.specs(own)
+        laid, index = _files(specs, naming, _present(aliases, specs.names), request)
         at = {made.names[i]: i for i in own.tolist()}
         for layout in laid:
             placed = np.fromiter((at[name] for name in layout.slots.names), np.int64)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..model import HubCuts
+from ..model import HubCuts, Stacked
 from .decoder import IGNORED, MLP_BIAS, Kind, Said
 from .latent import latent, sparse
 from .meta import CORRECTIONS, GATED, ROUTED, STACKS, Meta
@@ -46,6 +46,11 @@ V3 = replace(
     V2,
     kind=Kind("deepseek_v3", cuts=HubCuts(whole=frozenset({"attention"})), meta=META),
     block=CORRECTED,
+)
+MISTRAL4 = replace(
+    V2,
+    kind=Kind("mistral4", cuts=HubCuts(whole=frozenset({"attention"}))),
+    block=Block(stacked=Stacked("experts.gate_up_proj", "experts.down_proj")),
 )
 GLM4_MOE = replace(V3, kind=Kind("glm4_moe", o_bias=False, qk_norm=Said("use_qk_norm")), latent=None)
 GLM4_MOE_LITE = replace(V3, kind=Kind("glm4_moe_lite", cuts=_ROUTED_ONLY), sparse=typed)
@@ -87,5 +92,16 @@ DEEPSEEK_V32 = replace(V3, kind=Kind("deepseek_v32"), sparse=typed, latent=spars
 GLM_MOE_DSA = replace(DEEPSEEK_V32, kind=Kind("glm_moe_dsa"))
 
 FAMILIES = mixtures(
-    GLM4_MOE, V2, V3, KIMI_K2, DEEPSEEK_V32, GLM_MOE_DSA, GLM4_MOE_LITE, DOTS1, SOLAR_OPEN, EXAONE_MOE, HY_V3
+    GLM4_MOE,
+    V2,
+    V3,
+    KIMI_K2,
+    DEEPSEEK_V32,
+    GLM_MOE_DSA,
+    GLM4_MOE_LITE,
+    DOTS1,
+    SOLAR_OPEN,
+    EXAONE_MOE,
+    MISTRAL4,
+    HY_V3,
 )

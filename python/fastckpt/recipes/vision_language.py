@@ -18,6 +18,7 @@ from ..model import Mlp, Model, Stacked
 from . import decoder, imagining, mixture, towers
 from .claims import Claims, Dim, dim, flag, integer
 from .decoder import IGNORED
+from .deepseek import MISTRAL4
 from .gemma import GEMMA, GEMMA2
 from .gemma import GEMMA3 as GEMMA3_TEXT
 from .glm import GLM4
@@ -50,6 +51,7 @@ TEXTS: Mapping[str, Recipe] = {
     "qwen3_vl_moe_text": _qwen3_moe,
     "qwen3_5_moe_text": partial(mixture.recipe, mixture=QWEN3_5_MOE),
     "llama4_text": partial(mixture.recipe, mixture=LLAMA4_TEXT),
+    "mistral4": partial(mixture.recipe, mixture=MISTRAL4),
     **{
         name: partial(decoder.recipe, kind=kind)
         for name, kind in {
@@ -86,7 +88,8 @@ class Wrapper:
     decoder below `text`, and its head as `head`. `trained`: prefixes of names as transformers trains, and
     what save_pretrained writes in their place. `tied`: whether embedding and head are one where nothing
     tells. `flat`: older configs have no `text_config`, and give the decoder's sizes as their own. `further`:
-    what the decoder's layer that predicts a further token lies below, by both names."""
+    what the decoder's layer that predicts a further token lies below, by both names. `unlike`: the texts
+    that engines hold by other names than the rest, so that the model is a family of its own to them."""
 
     family: str
     texts: tuple[str, ...]
@@ -97,6 +100,7 @@ class Wrapper:
     tied: bool = False
     flat: bool = False
     further: str = ""
+    unlike: tuple[str, ...] = ()
 
     def saved(self, name: str) -> str:
         """What save_pretrained calls a tensor."""
@@ -153,7 +157,7 @@ def recipe(
             ckpt.entries.want(name, entry.shape)
     return replace(
         model,
-        family=wrapper.family,
+        family=f"{wrapper.family} of {kind}" if kind in wrapper.unlike else wrapper.family,
         tower=tower,
         carried=(*model.carried, *loose),
         ignored=(*model.ignored, *claims.close(IGNORED)),
@@ -370,7 +374,14 @@ GLM4V = Wrapper(
     "glm4v", ("glm4v_text",), _within(towers.glm4v, "model.visual"), "model.language_model.", "lm_head."
 )
 GEMMA3 = Wrapper("gemma3", ("gemma3_text",), _gemma3, trained=_LLAVA, tied=True)
-MISTRAL3 = Wrapper("mistral3", (*_APART, "ministral3"), _mistral3, trained=_LLAVA, tied=True)
+MISTRAL3 = Wrapper(
+    "mistral3",
+    (*_APART, "ministral3", "mistral4"),
+    _mistral3,
+    trained=_LLAVA,
+    tied=True,
+    unlike=("mistral4",),
+)
 LLAVA = Wrapper("llava", _APART, _llava, trained=_LLAVA)
 LLAVA_NEXT = Wrapper("llava_next", _APART, partial(_tiled, usual=-2), trained=_LLAVA)
 LLAVA_ONEVISION = Wrapper("llava_onevision", _APART, partial(_tiled, usual=-1), trained=_LLAVA)

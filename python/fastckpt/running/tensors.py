@@ -70,11 +70,12 @@ def matched(planned: Plan, out: Sequence[Mapping[str, torch.Tensor]], device: st
     for t in planned.tensors:
         filled[t.file].add(t.name)
     for state, names, rank in zip(out, filled, planned.ranks, strict=True):
-        more = [n for n in state if n not in names and n not in planned.aliases]
+        more = [n for n in state if n not in names and planned.aliases.get(n) not in names]
         if more:
             raise LayoutError(f"out: rank {rank} has {len(more)} tensors nothing fills, such as {more[0]}")
         for alias, holder in planned.aliases.items():
-            if alias in state and state[alias].data_ptr() != state[holder].data_ptr():
+            tied = alias in state and alias not in names
+            if tied and state[alias].data_ptr() != state[holder].data_ptr():
                 raise LayoutError(f"out: {alias} is tied to {holder} but is not the same memory")
     return buffers
 
@@ -178,10 +179,11 @@ def device_of(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def tie(states: Sequence[State], aliases: Mapping[str, str]) -> None:
-    """Tied names become the same tensors again."""
+    """Tied names become the same tensors again, on the ranks that hold them."""
     for state in states:
         for alias, holder in aliases.items():
-            state[alias] = state[holder]
+            if holder in state:
+                state.setdefault(alias, state[holder])
 
 
 def assign(module: torch.nn.Module, real: State, tied: Mapping[str, str]) -> None:
