@@ -145,6 +145,7 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
     flat = flat or (r, tp)
     gpt_oss = any(n.endswith(".sinks") for n in t)
     llama4 = any(".feed_forward.router." in n for n in t)
+    laguna = any(".g_proj." in n for n in t)
     minimax = any(n.endswith("block_sparse_moe.e_score_correction_bias") for n in t)
 
     mixers = [n.removesuffix("A_log") for n in t if n.endswith((".mamba.A_log", ".mixer.A_log"))]
@@ -158,8 +159,11 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
     def qkv(name, q, k, v):
         each = q.shape[0] // heads[0]  # with output gates, twice as many
         kv = k.shape[0] // d
-        read = heads_of((heads[0], kv, d), tp, r)[1]
-        put(name, torch.cat([pick(q, mine, each), pick(k, read, d), pick(v, read, v.shape[0] // kv)]))
+        if laguna:
+            each = d
+        n = q.shape[0] // each
+        asked, read = heads_of((n, kv, d), tp, r)
+        put(name, torch.cat([pick(q, asked, each), pick(k, read, d), pick(v, read, v.shape[0] // kv)]))
 
     for name, x in t.items():
         at = re.search(r"\.(?:layers|h)\.(\d+)\.", name)
@@ -167,7 +171,7 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
             continue
         stem, module, kind = f".{name}".rsplit(".", 2)
         stem = stem.removeprefix(".")
-        if module == "experts":
+        if module == "experts" and not kind.startswith("e_score_"):
             stem, module, kind = f"{stem}.experts", kind, "stack"
         held = next((m for m in mixers if name.startswith(m)), None)
         if held is not None:
@@ -257,6 +261,8 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
             pass
         elif module in ("gate_up_proj", "input_linear"):
             put(name, torch.cat([cut(y, 0, tp, r) for y in x.chunk(2)]))
+        elif laguna and module in ("gate_proj", "up_proj", "g_proj"):
+            put(name, cut(x, 0, tp, r))
         elif module == "gate_proj":
             put(
                 f"{stem}.gate_up_proj.{kind}",

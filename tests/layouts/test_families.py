@@ -65,6 +65,8 @@ TRAINED = (
     (".mlp.expert_bias", ".mlp.e_score_correction_bias"),
     (".mlp.router.gate.", ".mlp.gate."),
     (".mlp.shared_mlp.", ".mlp.shared_experts."),
+    (".mlp.experts.e_score_", ".mlp.gate.e_score_"),
+    (".mlp.shared_expert.", ".mlp.shared_experts."),
     (".mlp.e_score_", ".mlp.gate.e_score_"),
     (".mlp.moe_statics.", ".mlp.gate.moe_statics."),
     (".router.layer.", ".router."),

@@ -212,6 +212,7 @@ _VLLM_0_32: dict[str, Served] = {
         float32=("*.mlp.gate.weight",),
         everywhere=_ALL,
     ),
+    "laguna": Served((*_STACKS, *_SHARED)),
     "lfm2": Served(tied="always", everywhere=_ALL),
     "lfm2_moe": Served(
         (

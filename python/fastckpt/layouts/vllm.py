@@ -105,6 +105,9 @@ RENAMED: dict[str, Renamed] = {
 CUT_NORMS = frozenset({"minimax_m2"})
 """Families whose norms over all of q and of k vLLM cuts by heads, rather than hold them whole."""
 
+APART = frozenset({"laguna"})
+"""Families whose blocks, but for experts', have gate and up as matrices of their own in vLLM too."""
+
 PAIRED = frozenset({"llama4_text", "llama4"})
 """Families whose rotary positions turn neighbouring rows of a head of q and k; vLLM puts all the even rows
 before the odd ones (Llama4ForCausalLM.permute_qk_weight_for_rotary)."""
@@ -314,13 +317,14 @@ class Vllm:
         yield from norm(layer.mlp_norm)
         if isinstance(layer.mlp, Experts):
             form = None if engine is None else engine.quantised.get(model.quant_method)
-            yield from self._experts(layer.mlp, placement, share, form)
+            yield from self._experts(layer.mlp, placement, share, form, model.family in APART)
         elif layer.mlp is not None:
-            yield from _mlp(layer.mlp, placement, engine is not None and engine.hub_rows)
+            as_hub = engine is not None and engine.hub_rows
+            yield from _mlp(layer.mlp, placement, as_hub, model.family in APART)
         yield from norm(layer.mlp_after)
 
     def _experts(
-        self, moe: Experts, placement: Placement, share: Share, form: Form | None
+        self, moe: Experts, placement: Placement, share: Share, form: Form | None, apart: bool
     ) -> Iterator[Target]:
         yield from plain(moe.router)
         if moe.correction is not None:
@@ -345,7 +349,7 @@ class Vllm:
                     none = zeros((len(linears), linears[0].shape[0]), dtypes.float32)
                     yield Target(f"{moe.name}.{part}_bias", none)
         if moe.shared is not None:
-            yield from _mlp(moe.shared, placement)
+            yield from _mlp(moe.shared, placement, apart=apart)
         if moe.shared_gate is not None:
             yield from plain(moe.shared_gate)
 
@@ -506,6 +510,8 @@ def _attention(
     yield from plain(in_part(attention.o, placement.tp_rank, placement.tp))
     yield from norm(attention.q_norm)
     yield from norm(attention.k_norm)
+    if attention.softplus_gate is not None:
+        yield from plain(out_part(attention.softplus_gate, placement.tp_rank, placement.tp))
     if attention.sinks is not None:
         sinks = attention.sinks.view.part(0, placement.tp_rank, placement.tp)
         yield Target(attention.sinks.name, sinks)
@@ -565,10 +571,12 @@ def _mamba(part: Mamba, rates: bool) -> Iterator[Target]:
         yield Target(part.a_log.name, part.a_log.view.cast(dtypes.float32))
 
 
-def _mlp(mlp: Mlp, placement: Placement, as_hub: bool = False) -> Iterator[Target]:
+def _mlp(mlp: Mlp, placement: Placement, as_hub: bool = False, apart: bool = False) -> Iterator[Target]:
     rank, tp = placement.tp_rank, placement.tp
-    if mlp.gate is None:
-        yield from plain(out_part(mlp.up, rank, tp))
+    if mlp.gate is None or apart:
+        for linear in (mlp.gate, mlp.up):
+            if linear is not None:
+                yield from plain(out_part(linear, rank, tp))
     elif as_hub and mlp.fused is not None:
         yield from plain(out_part(joined(mlp.fused, [mlp.gate, mlp.up]), rank, tp))
     else:

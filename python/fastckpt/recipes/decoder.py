@@ -120,17 +120,18 @@ class Kind:
     whose [gate; up] are stored as one; `ungated`: of one without a gate; None of both: it has three.
     `scalars`: the learned numbers of its activation, below the block, with their shapes. `mlp`: the block's
     name, `width`: config's key of its width. `self_attn`, `o`: the names of attention and of its o. `gated`:
-    q_proj holds each head's q and then its output gate. `sinks`: what the sinks of attention are called ("":
-    it has none), `trained_sinks`, in training, where that is another name; `own`: of a config, the attention
-    of each of so many layers, None where they do not differ. `delta`: how linear attention is stored, which
-    some layers have in its place, `mamba`, how Mamba's mixers are, and which layers have what; `mixed`: what
-    claims the short convolutions of some layers, and attention, by what is given, of the others. `root`: the
-    module of embedding and layers ("backbone"), `trained`: what transformers calls it in training,
-    `embedding`: the first's name. `parallel`: attention and the feed-forward block read one norm, side by
-    side. `further`: the one layer that may predict a further token, where it is not counted after the last
-    (None: it is, as in DeepSeek). `tied`: whether embedding and head are one where the config does not say.
-    `cuts`: as in Model. `ignored`: patterns of names that are left out. `meta`: how it lies under Meta's
-    names, None where nobody writes it so."""
+    q_proj holds each head's q and then its output gate; `softplus_gate`: the name of one that is a module of
+    its own, which has a row for each head unless config's `gating` says otherwise. `sinks`: what the sinks of
+    attention are called ("": it has none), `trained_sinks`, in training, where that is another name; `own`:
+    of a config, the attention of each of so many layers, None where they do not differ. `delta`: how linear
+    attention is stored, which some layers have in its place, `mamba`, how Mamba's mixers are, and which
+    layers have what; `mixed`: what claims the short convolutions of some layers, and attention, by what is
+    given, of the others. `root`: the module of embedding and layers ("backbone"), `trained`: what
+    transformers calls it in training, `embedding`: the first's name. `parallel`: attention and the
+    feed-forward block read one norm, side by side. `further`: the one layer that may predict a further token,
+    where it is not counted after the last (None: it is, as in DeepSeek). `tied`: whether embedding and head
+    are one where the config does not say. `cuts`: as in Model. `ignored`: patterns of names that are left
+    out. `meta`: how it lies under Meta's names, None where nobody writes it so."""
 
     family: str
     qkv_bias: bool | Said = ATTENTION_BIAS
@@ -146,6 +147,7 @@ class Kind:
     matrices: tuple[str, str, str] = GATED
     paired: tuple[str, str] | None = None
     gated: bool = False
+    softplus_gate: str = ""
     sinks: str = ""
     trained_sinks: str = ""
     own: Callable[[Mapping[str, JSON], int], Sequence[Own]] | None = None
@@ -310,6 +312,11 @@ def attention(kind: Kind, claims: Claims, config: Mapping[str, JSON]) -> Claim:
         build = matrices()
         q_norm = norm(f"{at}.{kind.norms.q}", heads.q, q_rows)
         k_norm = norm(f"{at}.{kind.norms.k}", heads.kv, k_rows)
+        gate: Callable[[], Linear | None] = absent
+        if kind.softplus_gate:
+            each_head = config.get("gating", True) in (True, "per-head")
+            rows = Dim(heads.q, "num_attention_heads") if each_head else q_rows
+            gate = claims.linear(f"{at}.{kind.softplus_gate}", rows, hidden)
         sinks: Callable[[], Parameter | None] = absent
         if mine.sinks:
             trained, each = f"{at}.{kind.trained_sinks}", Dim(heads.q, "num_attention_heads")
@@ -320,6 +327,7 @@ def attention(kind: Kind, claims: Claims, config: Mapping[str, JSON]) -> Claim:
             q_norm=q_norm(),
             k_norm=k_norm(),
             sinks=sinks(),
+            softplus_gate=gate(),
             whole_norms=kind.whole_norms,
             own_norms=kind.own_norms,
             rotated=kind.rotated,
