@@ -221,9 +221,10 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         (
             *("llama", "gemma", "phi3", "glm", "olmo", "cohere", "ungated", "gptj", "mpt", "opt"),
             *("mixtral", "qwen_moe", "deepseek", "ernie", "granite_moe", "llama4", "gpt_oss", "cogvlm2"),
+            *("laguna", "lfm2"),
             *("modernbert",),
         ),
-        ("qwen_next", "hybrids"),
+        ("qwen_next", "hybrids", "mimo"),
         ("vision_language",),  # a tower before any family's decoder
         ("__init__",),
     ),

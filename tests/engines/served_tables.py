@@ -68,9 +68,6 @@ _ROUTED = _SIZES | dict(
     first_k_dense_replace=1, n_group=1, topk_group=1,
 )  # fmt: skip
 
-_LAGUNA = dict(
-    num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, shared_expert_intermediate_size=192
-)
 _CONVOLVED = _sizes(
     num_hidden_layers=4, layer_types=["conv", "full_attention", "conv", "full_attention"], drop=("head_dim",)
 )
@@ -192,12 +189,6 @@ MODELS: dict[str, tuple[str, dict]] = {
     "mimo_v2_flash": ("MiMoV2Flash", _MIMO),
     "mimo_v2_flash-wide": (
         "MiMoV2Flash", _MIMO | dict(hidden_size=256, head_dim=128, v_head_dim=128, moe_intermediate_size=256)
-    ),
-    "laguna": (
-        "Laguna",
-        _sizes(
-            **_LAGUNA, num_attention_heads_per_layer=[4, 8], mlp_layer_types=["dense", "sparse"],
-        ),
     ),
     "lfm2": (
         "Lfm2", _sizes(_CONVOLVED, intermediate_size=384, block_multiple_of=64, tie_word_embeddings=True)

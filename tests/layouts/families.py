@@ -178,7 +178,7 @@ FAMILIES = {
         shared_expert_intermediate_size=40, gating="per-element",
     ),
     "lfm2": _family(
-        "Lfm2", (8, 4, 8), intermediate_size=130, block_multiple_of=32, num_hidden_layers=3, conv_bias=True,
+        "Lfm2", (8, 4, 8), intermediate_size=145, block_multiple_of=32, num_hidden_layers=3, conv_bias=True,
         tie_word_embeddings=True, layer_types=["conv", "full_attention", "conv"],
     ),
     "lfm2_moe": _family(

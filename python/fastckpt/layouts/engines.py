@@ -212,15 +212,13 @@ _VLLM_0_32: dict[str, Served] = {
         float32=("*.mlp.gate.weight",),
         everywhere=_ALL,
     ),
-    "laguna": Served((*_STACKS, *_SHARED)),
-    "lfm2": Served(tied="always", everywhere=_ALL),
+    "lfm2": Served(tied="always"),
     "lfm2_moe": Served(
         (
             *_STACKS,
             (".feed_forward.expert_bias", ".feed_forward.experts.routed_experts.e_score_correction_bias"),
         ),
         tied="always",
-        everywhere=_ALL,
     ),
     "mimo_v2_flash": Served(
         (*_STACKS, *_CORRECTION),

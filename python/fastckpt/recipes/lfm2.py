@@ -25,14 +25,11 @@ WIDTH = "intermediate_size, adjusted"
 
 
 def _mixed(claims: Claims, config: Mapping[str, JSON], attends: Claim) -> Claim:
-    """`attends` in the layers that config says, a convolution in all others."""
-    convolves, count = _short_conv(claims, config), claims.layers(config)
-    kinds = each_layer(config, "layer_types", count, ("conv", "full_attention"))
-    return lambda layer: (attends if kinds[_number(layer)] == "full_attention" else convolves)(layer)
-
-
-def _number(layer: str) -> int:
-    return int(layer.rpartition(".")[2])
+    """A convolution in the layers that config says, `attends` in all others."""
+    convolves = _short_conv(claims, config)
+    kinds = each_layer(config, "layer_types", claims.layers(config), ("conv", "full_attention"))
+    which = frozenset(f"model.layers.{i}" for i, kind in enumerate(kinds) if kind == "conv")
+    return lambda layer: (convolves if layer in which else attends)(layer)
 
 
 def _short_conv(claims: Claims, config: Mapping[str, JSON]) -> Callable[[str], Callable[[], ShortConv]]:
