@@ -224,12 +224,13 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
             *("laguna", "lfm2"),
             *("modernbert",),
         ),
-        ("qwen_next", "hybrids", "mimo"),
+        ("qwen_next", "hybrids", "mimo", "gemma4", "gemma4_towers"),
         ("vision_language",),  # a tower before any family's decoder
         ("__init__",),
     ),
     "layouts": (
         ("naming", "cuts", "servers", "padding", "engines"),
+        ("vllm_families",),
         ("rtp_merge", "rtp_split", "rtp_weights"),  # rtp-llm's catalogue, of which its layout is made
         ("rtp_roles", "rtp_rope"),
         ("rtp_lora",),

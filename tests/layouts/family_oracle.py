@@ -10,7 +10,10 @@ TABLES = (
     "embed_tokens", "word_embeddings", "embed_in", "tok_embeddings", "wte", "lm_head", "embed_out",
     "output_layer", "embeddings",
 )  # fmt: skip
-OUT = ("q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "dense_h_to_4h", "c_fc", "fc1", "fc_in")
+OUT = (
+    "per_layer_model_projection", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "dense_h_to_4h", "c_fc",
+    "fc1", "fc_in",
+)  # fmt: skip
 ENCODER_OUT = (
     "shared", "query", "key", "value", "q", "k", "v", "wi", "wi_0", "wi_1", "q_proj", "k_proj", "v_proj",
     "fc1",
@@ -146,6 +149,7 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
     gpt_oss = any(n.endswith(".sinks") for n in t)
     llama4 = any(".feed_forward.router." in n for n in t)
     laguna = any(".g_proj." in n for n in t)
+    gemma4 = any(n.endswith(".layer_scalar") for n in t)
     minimax = any(n.endswith("block_sparse_moe.e_score_correction_bias") for n in t)
 
     mixers = [n.removesuffix("A_log") for n in t if n.endswith((".mamba.A_log", ".mixer.A_log"))]
@@ -158,12 +162,12 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
 
     def qkv(name, q, k, v):
         each = q.shape[0] // heads[0]  # with output gates, twice as many
-        kv = k.shape[0] // d
         if laguna:
             each = d
-        n = q.shape[0] // each
-        asked, read = heads_of((n, kv, d), tp, r)
-        put(name, torch.cat([pick(q, asked, each), pick(k, read, d), pick(v, read, v.shape[0] // kv)]))
+        size = each if gemma4 else d
+        kv = k.shape[0] // size
+        asked, read = heads_of((q.shape[0] // each, kv, d), tp, r)
+        put(name, torch.cat([pick(q, asked, each), pick(k, read, size), pick(v, read, v.shape[0] // kv)]))
 
     for name, x in t.items():
         at = re.search(r"\.(?:layers|h)\.(\d+)\.", name)
@@ -219,7 +223,7 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
             put(name, padded(x[:, None], tp, r)[:, 0])
         elif module in ("q_norm", "k_norm") and x.dim() == 2:  # weights for each head
             put(name, x[mine if module == "q_norm" else its])
-        elif module in TABLES:
+        elif module in (*TABLES, "embed_tokens_per_layer"):
             name = name.replace("embedding.word_embeddings.", "embedding.")
             put(name.replace("embed_tokens", "embedding") if gpt_oss else name, padded(x, tp, r))
         elif kind == "stack":  # gpt-oss
@@ -242,7 +246,8 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
             put(f"{stem}.wk_weights_proj.weight", torch.cat([x, t[f"{stem}.weights_proj.weight"]]))
         elif module == "q_proj":
             if f"{stem}.k_proj.{kind}" in t:
-                q, k, v = (t[f"{stem}.{p}_proj.{kind}"] for p in "qkv")
+                q, k = (t[f"{stem}.{p}_proj.{kind}"] for p in "qk")
+                v = t.get(f"{stem}.v_proj.{kind}", k)  # Gemma 4's may be one matrix
                 if llama4:
                     q, k = (torch.cat([torch.cat([h[::2], h[1::2]]) for h in y.split(d)]) for y in (q, k))
                 qkv(f"{where}.qkv_proj.{kind}", q, k, v)
@@ -301,13 +306,8 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
             put(name.replace(".self_attn.", ".attn."), cut(x, 0, tp, r))
         else:
             whole = ("norm", ".ln_", "mlp.gate.", "mlp.router.", "shared_expert_gate", "kv_a_proj_with_mqa")
-            whole += (
-                "feed_forward.gate.",
-                "block_sparse_moe.gate.",
-                ".expert_bias",
-                "e_score_correction_bias",
-                ".router.",
-            )
+            whole += ("layer_scalar", ".per_layer_", "feed_forward.gate.", ".expert_bias")
+            whole += ("block_sparse_moe.gate.", "e_score_correction_bias", ".router.")
             whole += (".act_fn.", ".wpe.", ".embed_positions.", "mixer.gate.", "_latent_proj.")
             assert any(part in name for part in whole), name
             put(name, x.flatten() if "moe_statics" in name else x)

@@ -17,7 +17,7 @@ from fastckpt.errors import ManagerError, SourceError
 from fastckpt.manager.coordination import Distributed
 from fastckpt.manager.manager import CheckpointManager
 
-SHAPES = {"rows": (7, 5), "columns": (4, 6), "few": (2, 3), "all": (3, 3)}
+SHAPES = {"rows": (7, 5), "columns": (4, 6), "few": (2, 3), "all": (3, 3), "none": (0, 4)}
 
 
 def whole(name: str, step: int = 0) -> torch.Tensor:
@@ -118,6 +118,7 @@ def ranks_save(root: str) -> None:
 
     mesh = init_device_mesh("cpu", (2,))
     cut = {"rows": [Shard(0)], "columns": [Shard(1)], "few": [Shard(0)], "all": [Replicate()]}
+    cut |= {"none": [Shard(1)]}
     torch.manual_seed(5)
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3))
     fully_shard(model[0])
@@ -172,6 +173,7 @@ def ranks_other(root: str) -> None:
         {"rows": [Shard(0)], "columns": [Shard(0)], "few": [Shard(0)], "all": [Shard(1)]},
         {"rows": [Shard(1)], "columns": [Replicate()], "few": [Shard(1)], "all": [Shard(0)]},
     ):
+        cut |= {"none": cut["rows"]}
         template = {
             n: distribute_tensor(torch.zeros(SHAPES[n], dtype=torch.float32), mesh, cut[n]) for n in SHAPES
         }

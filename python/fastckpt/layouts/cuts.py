@@ -29,6 +29,7 @@ from ..model import (
     Mlp,
     Norm,
     Parameter,
+    Queries,
     ShortConv,
     Sizes,
 )
@@ -179,6 +180,14 @@ def _heads(attention: Attention, sizes: Sizes) -> tuple[int, int]:
     return attention.heads or (sizes.heads, sizes.kv_heads)
 
 
+def queries_part(attention: Queries, placement: Placement) -> Iterator[Target]:
+    """The rank's heads of attention without keys of its own; servers keep its form."""
+    rank, tp = placement.tp_rank, placement.tp
+    yield from stored(out_part(attention.q, rank, tp))
+    yield from stored(in_part(attention.o, rank, tp))
+    yield from norm(attention.q_norm)
+
+
 def norms_part(attention: Attention, sizes: Sizes, placement: Placement) -> Attention:
     """The rank's part of norms that tell the heads of q and of k apart, or norm them all at once, cut as
     those are."""
@@ -300,7 +309,7 @@ def require_mamba(layout: str, placement: Placement, heads: MambaHeads | None) -
 
 def two_blocks(layout: str, layer: Layer) -> tuple[Attention | Mla | DeltaNet, Mlp | Experts]:
     """The attention and the feed-forward block of a layer. Raises LayoutError for one that has not just these
-    two."""
+    two, or whose attention reads what other layers make or store otherwise."""
     if layer.mamba is not None:
         raise LayoutError(f"layout {layout} has no place for {layer.mamba.o.name}, of a Mamba mixer")
     if isinstance(layer.attention, ShortConv):
@@ -309,7 +318,14 @@ def two_blocks(layout: str, layer: Layer) -> tuple[Attention | Mla | DeltaNet, M
         )
     if layer.attention is None or layer.mlp is None:
         raise LayoutError(f"layout {layout} has no place for {layer.name}, a layer of one block")
-    return layer.attention, layer.mlp
+    for role in layer.whole:
+        raise LayoutError(f"layout {layout} has no place for {role.name}")
+    attention = layer.attention
+    if isinstance(attention, Queries):
+        raise LayoutError(f"layout {layout} has no place for {attention.q.name}, without keys of its own")
+    if isinstance(attention, Attention) and (attention.heads or attention.values_are_keys):
+        raise LayoutError(f"layout {layout} has no place for {attention.k.name}, unlike other layers' keys")
+    return attention, layer.mlp
 
 
 def mamba_part(mixer: Mamba, heads: MambaHeads, placement: Placement) -> Mamba:
@@ -429,14 +445,9 @@ def norm(role: Norm | None) -> Iterator[Target]:
 
 
 def require_heads_alike(layout: str, attention: Attention) -> None:
-    """Raises LayoutError unless all heads are of one size, as many as in other layers, without a gate of
-    softplus, and q and k are normed head by head, by the same weights, before the rotary positions."""
+    """Raises LayoutError unless all heads are of one size, without a gate of softplus, and q and k are normed
+    head by head, by the same weights, before the rotary positions."""
     norm, k, v = attention.q_norm, attention.k, attention.v
-    if attention.heads is not None:
-        raise LayoutError(
-            f"layout {layout} has no place for {attention.q.name} of {attention.heads[0]} heads and "
-            f"{attention.heads[1]} kv heads, which other layers have not"
-        )
     if attention.softplus_gate is not None:
         raise LayoutError(f"layout {layout} has no place for {attention.softplus_gate.name}, an output gate")
     if k.shape[0] != v.shape[0]:

@@ -24,6 +24,7 @@ from ..model import (
     Model,
     Parameter,
     Prediction,
+    Queries,
     Sizes,
     Stacks,
 )
@@ -37,15 +38,13 @@ def padded(model: Model, tp: int, experts: int, multiple: int = 1) -> Model:
 
     Query heads stay with the kv head they read: kv heads are added with all their query heads, or, where
     there are fewer kv heads than ranks, query heads are added to every kv head. Raises LayoutError for a
-    model that is no decoder, for heads where layers differ in them, and for a size that follows from another
-    and would not divide; when a layer is built, for heads of a quantised matrix."""
+    model that is no decoder, and for a size that follows from another and would not divide; when a layer is
+    built, for heads of a quantised matrix, or unlike other layers'."""
     if model.encoder is not None:
         raise LayoutError(f"pad: {model.family} has an encoder, which is not padded")
     sizes = _sizes(model.sizes, tp, experts, multiple)
     if sizes == model.sizes:
         return model
-    if sizes.others and (sizes.heads, sizes.kv_heads) != (model.sizes.heads, model.sizes.kv_heads):
-        raise LayoutError(f"pad: layers of {model.family} differ in their heads: none are added")
     old, layers, further = model.sizes, model.layers, model.predictions
     return replace(
         model,
@@ -128,6 +127,8 @@ def _layer(layer: Layer, old: Sizes, new: Sizes) -> Layer:
     if layer.vision is not None:
         raise LayoutError(f"pad: the image tower beside {layer.name} is as wide, and is not padded")
     attention, mlp = layer.attention, layer.mlp
+    if isinstance(attention, Queries) or (isinstance(attention, Attention) and attention.heads):
+        raise LayoutError(f"pad: {layer.name} has heads of its own number and size, and is not padded")
     if (old.heads, old.kv_heads) != (new.heads, new.kv_heads):
         if isinstance(attention, Mla):
             attention = _latent(attention, old, new)

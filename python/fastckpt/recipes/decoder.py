@@ -27,6 +27,7 @@ from ..model import (
     Norm,
     Parameter,
     Prediction,
+    Queries,
     ShortConv,
     Sizes,
 )
@@ -172,7 +173,7 @@ class Kind:
     meta: Meta | None = None
 
 
-Claim = Callable[[str], Callable[[], Attention | Mla | DeltaNet | ShortConv]]
+Claim = Callable[[str], Callable[[], Attention | Queries | Mla | DeltaNet | ShortConv]]
 FeedForward = Callable[[str], Callable[[], Mlp | Experts]]
 """Both claim the block of a layer by the layer's name, and return what builds it."""
 
@@ -274,6 +275,11 @@ def heads_of(config: Mapping[str, JSON]) -> Heads:
     return Heads(heads, kv_heads, integer(config, "head_dim", integer(config, "hidden_size") // heads))
 
 
+def unlike(own: Heads, usual: Heads) -> tuple[int, int] | None:
+    """How many query and kv heads a layer has, None where its heads are as usual."""
+    return (own.q, own.kv) if own != usual else None
+
+
 def attention(kind: Kind, claims: Claims, config: Mapping[str, JSON]) -> Claim:
     """The attention of `self_attn`: q, k, v apart or as one, o, and what else the kind has."""
     alike = Own(heads_of(config), sinks=bool(kind.sinks))
@@ -331,7 +337,7 @@ def attention(kind: Kind, claims: Claims, config: Mapping[str, JSON]) -> Claim:
             whole_norms=kind.whole_norms,
             own_norms=kind.own_norms,
             rotated=kind.rotated,
-            heads=(heads.q, heads.kv) if heads != alike.heads else None,
+            heads=unlike(heads, alike.heads),
         )
 
     return claim
@@ -347,6 +353,7 @@ def decoder(
     *,
     attends: Claim | None = None,
     heads: Heads | None = None,
+    whole: Callable[[str], Callable[[], tuple[Parameter, ...]]] | None = None,
     experts: int = 0,
     expert_width: str = "",
     shared_width: str = "",
@@ -354,10 +361,11 @@ def decoder(
 ) -> Model:
     """A model of which `feed_forward` claims the feed-forward blocks.
 
-    `attends` and `heads` stand for `attention` and `heads_of` in a family with other attention. `widths`,
-    `experts`, `expert_width` and `shared_width`: as in Sizes. `predictions`: how many layers after the last
-    predict one more token each, where the checkpoint holds them. Raises RecipeError where the checkpoint does
-    not fit the config, and for a name that has no role."""
+    `attends` and `heads` stand for `attention` and `heads_of` in a family with other attention; `whole`
+    claims what else a layer has, which is never cut, by the layer's name. `widths`, `experts`, `expert_width`
+    and `shared_width`: as in Sizes. `predictions`: how many layers after the last predict one more token
+    each, where the checkpoint holds them. Raises RecipeError where the checkpoint does not fit the config,
+    and for a name that has no role."""
     hidden = dim(config, "hidden_size")
     size = heads or heads_of(config)
     attend = attends or attention(kind, claims, config)
@@ -383,8 +391,17 @@ def decoder(
         between = named(names.mlp if fed and not parallel else None)
         feeding = feed_forward(name) if fed else absent
         after, last = named(names.attention_after), named(names.mlp_after)
+        more = whole(name) if whole is not None else tuple
         return lambda: Layer(
-            name, before(), attending(), between(), feeding(), after(), last(), mamba=mixing()
+            name,
+            before(),
+            attending(),
+            between(),
+            feeding(),
+            after(),
+            last(),
+            mamba=mixing(),
+            whole=more(),
         )
 
     vocab, embedding, lm_head, tied = vocabulary(
@@ -421,7 +438,7 @@ def decoder(
             delta=delta_heads(config) if kind.delta is not None else None,
             mamba=mamba_heads(kind.mamba, config) if kind.mamba is not None else None,
             channels=hidden.size if kind.mixed is not None else 0,
-            others=tuple(dict.fromkeys((x.q, x.kv) for x in mine if x != size)),
+            others=tuple(dict.fromkeys(filter(None, (unlike(x, size) for x in mine)))),
         ),
         embedding=embedding,
         layers=layers,
