@@ -223,7 +223,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
             *("mixtral", "qwen_moe", "deepseek", "ernie", "granite_moe", "llama4", "gpt_oss", "cogvlm2"),
             *("modernbert",),
         ),
-        ("qwen_next", "hybrids"),
+        ("qwen_next", "hybrids", "gemma4", "gemma4_towers"),
         ("vision_language",),  # a tower before any family's decoder
         ("__init__",),
     ),

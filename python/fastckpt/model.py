@@ -138,7 +138,8 @@ class Attention:
     [buckets, heads] (T5). `fused`: the hub's module that stores q, k and v as one matrix (they then carry its
     name), None where the hub stores them apart. `grouped`: that matrix holds, for each kv head, its query
     heads, itself and its value head (with as many kv heads as query heads that is q, k, v head by head); else
-    all of q, then all of k, then all of v."""
+    all of q, then all of k, then all of v. `kv_heads`: how many there are, 0 for as many as Sizes has.
+    `values_are_keys`: the hub stores `k` alone, and `v` is the same matrix (Gemma 4)."""
 
     q: Linear
     k: Linear
@@ -154,6 +155,18 @@ class Attention:
     whole_norms: bool = False
     own_norms: bool = False
     rotated: bool = False
+    kv_heads: int = 0
+    values_are_keys: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """Attention to the keys and values of an earlier layer (Gemma 4): `q` [heads * head_dim, hidden], their
+    norm head by head, and `o` [hidden, heads * head_dim]."""
+
+    q: Linear
+    o: Linear
+    q_norm: Norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,11 +345,12 @@ class Layer:
     `mlp_after` after them, before the sum (Gemma 2, GLM-4), or after it in a model that has no last norm
     (BERT). `mamba` reads what attention reads, beside it (Falcon-H1) or in its place. A layer may be one of
     these blocks alone, with the norm before it (Nemotron-H). `cross`, `cross_norm`: attention to an encoder's
-    output, between the two. `vision`: what image tokens pass."""
+    output, between the two. `vision`: what image tokens pass. `whole`: what else the layer has, which no
+    server cuts."""
 
     name: str
     attention_norm: Norm | None
-    attention: Attention | Mla | DeltaNet | None
+    attention: Attention | Queries | Mla | DeltaNet | None
     mlp_norm: Norm | None
     mlp: Mlp | Experts | None
     attention_after: Norm | None = None
@@ -345,6 +359,7 @@ class Layer:
     cross_norm: Norm | None = None
     vision: VisionExpert | None = None
     mamba: Mamba | None = None
+    whole: tuple[Parameter, ...] = ()
 
 
 class Layers:
@@ -402,7 +417,8 @@ class Sizes:
     `heads` and `head_dim` is a value head's. `block`: how many neighbouring outputs or inputs of a quantised
     matrix share a scale. `head_keys`: config's keys for `heads`, `kv_heads` and `head_dim` ("": it has none),
     None where the config cannot give the three separately. `vocab_key`: its key for `vocab`. `delta`: the
-    heads of linear attention. `mamba`: of Mamba's mixers."""
+    heads of linear attention. `mamba`: of Mamba's mixers. `other_kv_heads`: how many kv heads the layers have
+    that have not `kv_heads` of them, 0 where there are none such."""
 
     hidden: int
     vocab: int
@@ -419,6 +435,7 @@ class Sizes:
     vocab_key: str = "vocab_size"
     delta: DeltaHeads | None = None
     mamba: MambaHeads | None = None
+    other_kv_heads: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -497,6 +514,16 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True)
+class PerLayer:
+    """What gives every layer an input of its own (Gemma 4): `embedding` [rows, layers * width] of the tokens,
+    beside what `projection` [layers * width, hidden] makes of their usual vectors, and `norm` [width]."""
+
+    embedding: Embedding
+    projection: Linear
+    norm: Norm
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """A model by roles; a decoder unless its family says otherwise.
 
@@ -508,7 +535,8 @@ class Model:
     attention is biased by ALiBi's slopes, which the hub does not store. `rope`: the rotary positions of
     latent attention. `quant_method`: the hub's word for how matrices are quantised ("pack-quantized" for
     compressed-tensors' packed integers), "" where none is. `architecture`: the class that config.json
-    names. `causal`: tokens see only those before them (an encoder's do not)."""
+    names. `causal`: tokens see only those before them (an encoder's do not). `per_layer`: what gives layers
+    inputs of their own."""
 
     family: str
     sizes: Sizes
@@ -532,3 +560,4 @@ class Model:
     architecture: str = ""
     first_position: int = 0
     causal: bool = True
+    per_layer: PerLayer | None = None

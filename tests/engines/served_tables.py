@@ -24,6 +24,10 @@ _DELTA_WIDE = _DELTA | dict(
     hidden_size=256, num_key_value_heads=2, head_dim=128, linear_key_head_dim=128, linear_value_head_dim=128
 )
 _MOE_WIDE = _MOE | dict(moe_intermediate_size=256, shared_expert_intermediate_size=256)
+_GEMMA4 = _SIZES | dict(
+    global_head_dim=64, num_hidden_layers=4, vocab_size_per_layer_input=320, hidden_size_per_layer_input=32,
+    layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+)  # fmt: skip
 _MAMBA = _SIZES | dict(
     mamba_n_heads=8, mamba_d_head=32, mamba_n_groups=4, mamba_d_state=16, num_hidden_layers=3,
     layer_types=["linear_attention", "full_attention", "linear_attention"],
@@ -78,6 +82,12 @@ _SIGLIP = _CLIP | dict(model_type="siglip_vision_model", vision_use_head=False)
 _PIXTRAL = _CLIP | dict(model_type="pixtral", head_dim=32)
 
 
+_GEMMA4_IMAGES = dict(
+    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+    head_dim=16, patch_size=4, position_embedding_size=20,
+)  # fmt: skip
+
+
 def _seeing(tower, *, drop=("head_dim",), text=(), **changes):
     """The arguments of a wrapper's config: a text model that may have rotary sections, and a tower."""
     return dict(text_config=_sizes(drop=drop, **dict(text)), vision_config=dict(tower)) | changes
@@ -104,6 +114,17 @@ MODELS: dict[str, tuple[str, dict]] = {
     "gemma": ("Gemma", _sizes(tie_word_embeddings=True)),
     "gemma2": ("Gemma2", _sizes(tie_word_embeddings=True)),
     "gemma3_text": ("Gemma3Text", _sizes(tie_word_embeddings=True)),
+    "gemma4_text": (
+        "Gemma4Text",
+        _sizes(_GEMMA4, num_kv_shared_layers=2, use_double_wide_mlp=True, tie_word_embeddings=True),
+    ),
+    "gemma4_text-mixed": (
+        "Gemma4Text",
+        _sizes(
+            _GEMMA4, hidden_size_per_layer_input=0, attention_k_eq_v=True, num_global_key_value_heads=1,
+            enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=128,
+        ),
+    ),
     "phi3": ("Phi3", _sizes(drop=("head_dim",))),
     "glm": ("Glm", _sizes(attention_bias=True)),
     "glm4": ("Glm4", _sizes(attention_bias=True)),
@@ -343,6 +364,26 @@ MODELS: dict[str, tuple[str, dict]] = {
         _seeing(
             _SIGLIP, drop=(), text=dict(tie_word_embeddings=True), mm_tokens_per_image=4,
             image_token_index=300,
+        ),
+    ),
+    "gemma4": (
+        "Gemma4",
+        _seeing(
+            _GEMMA4_IMAGES, drop=(), text=_GEMMA4 | dict(num_kv_shared_layers=2), tie_word_embeddings=True,
+            audio_config=dict(
+                hidden_size=64, num_hidden_layers=2, num_attention_heads=4, output_proj_dims=96,
+                subsampling_conv_channels=[16, 12],
+            ),
+        ),
+    ),
+    "gemma4-images": (
+        "Gemma4",
+        _seeing(
+            _GEMMA4_IMAGES | dict(use_clipped_linears=True, standardize=True), drop=(),
+            text=_GEMMA4 | dict(
+                enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=128
+            ),
+            tie_word_embeddings=False,
         ),
     ),
     "mistral3": (

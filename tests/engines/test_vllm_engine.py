@@ -127,7 +127,10 @@ GRIDS = {
     "pp2": (
         Placement(pp=2),
         (*served_models.MODELS, *STAGED),
-        ("granitemoehybrid", "granitemoehybrid-dense", "granitemoehybrid-mixed", "idefics3", "smolvlm"),
+        (
+            *("granitemoehybrid", "granitemoehybrid-dense", "granitemoehybrid-mixed", "idefics3", "smolvlm"),
+            *("gemma4_text", "gemma4"),
+        ),
     ),
     "tp2-data": (Placement(tp=2), ("qwen2_vl", "qwen2_5_vl-tied", "qwen3_vl", "qwen3_vl_moe", "glm4v"), ()),
     "tp2-fastckpt": (Placement(tp=2), (*served_models.MODELS, *STAGED), ()),

@@ -72,7 +72,8 @@ def test_every_family_of_the_table_was_compared(hub):
     assert set(HELD) == {*models.MODELS, *models.QUANTISED}
     unstaged = {name for name in models.MODELS if "pp2" not in HELD[name]["ranks"]}
     unlike = ("granitemoehybrid", "idefics3", "smolvlm")
-    assert unstaged == {name for name in models.MODELS if name.startswith(unlike)}
+    sharing = {"gemma4_text", "gemma4"}
+    assert unstaged == sharing | {name for name in models.MODELS if name.startswith(unlike)}
     compared = {json.loads((hub(name) / "config.json").read_text())["model_type"] for name in HELD}
     assert set(ENGINES[ENGINE]) == compared
     methods = set()

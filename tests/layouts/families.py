@@ -32,6 +32,11 @@ _DELTA = dict(
     linear_conv_kernel_dim=3,
 )  # fmt: skip
 _ROUTED = dict(n_routed_experts=6, moe_intermediate_size=24, first_k_dense_replace=1, num_experts_per_tok=2)
+_GEMMA4 = dict(
+    head_dim=8, global_head_dim=12, num_hidden_layers=4, tie_word_embeddings=True,
+    layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    vocab_size_per_layer_input=190, hidden_size_per_layer_input=6,
+)  # fmt: skip
 _MAMBA = dict(
     mamba_n_heads=16, mamba_d_head=8, mamba_n_groups=8, mamba_d_state=6, mamba_d_conv=3, num_hidden_layers=3,
 )  # fmt: skip
@@ -102,6 +107,14 @@ FAMILIES = {
     "gemma": _family("Gemma", (8, 4, 10), head_dim=10, tie_word_embeddings=True, attention_bias=True),
     "gemma2": _family("Gemma2", (8, 4, 8), head_dim=8, tie_word_embeddings=True),
     "gemma3": _family("Gemma3", (8, 2, 12), head_dim=12, num_key_value_heads=2, tie_word_embeddings=True),
+    "gemma4_text": _family(
+        "Gemma4Text", (8, 4, 8), _SIZES | _GEMMA4, num_kv_shared_layers=2, use_double_wide_mlp=True
+    ),
+    "gemma4_text-mixed": _family(
+        "Gemma4Text", (8, 4, 8), _SIZES | _GEMMA4, hidden_size_per_layer_input=0, attention_k_eq_v=True,
+        num_global_key_value_heads=2, enable_moe_block=True, num_experts=5, moe_intermediate_size=24,
+        top_k_experts=2, tie_word_embeddings=False, attention_bias=True,
+    ),
     "phi3": _family("Phi3", (8, 4, 8)),
     "glm": _family("Glm", (8, 4, 8), head_dim=8, attention_bias=True),
     "glm4": _family("Glm4", (8, 2, 8), head_dim=8, attention_bias=True, num_key_value_heads=2),
@@ -260,6 +273,10 @@ _CLIP = dict(
 )  # fmt: skip
 _SIGLIP = _CLIP | dict(model_type="siglip_vision_model", vision_use_head=False)
 _PIXTRAL = _CLIP | dict(model_type="pixtral", head_dim=4)
+_GEMMA4_IMAGES = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=6, patch_size=4, position_embedding_size=20,
+)  # fmt: skip
 _TOWER = dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=8, out_hidden_size=64, patch_size=4)
 _GRID = _TOWER | dict(num_position_embeddings=16)
 _DEEP = _GRID | dict(depth=3, deepstack_visual_indexes=[0, 2])
@@ -289,6 +306,21 @@ WRAPPERS = {
     ),
     "glm4v": _seeing("Glm4v", _TOWER | dict(image_size=16)),
     "gemma3-images": _seeing("Gemma3", _SIGLIP, dict(head_dim=8), tie_word_embeddings=True),
+    "gemma4": _seeing(
+        "Gemma4", _GEMMA4_IMAGES, _GEMMA4 | dict(num_kv_shared_layers=2), tie_word_embeddings=True,
+        audio_config=dict(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, output_proj_dims=24,
+            subsampling_conv_channels=[16, 12],
+        ),
+    ),
+    "gemma4-images": _seeing(
+        "Gemma4", _GEMMA4_IMAGES | dict(use_clipped_linears=True, standardize=True),
+        _GEMMA4 | dict(
+            attention_k_eq_v=True, enable_moe_block=True, num_experts=5, moe_intermediate_size=24,
+            top_k_experts=2,
+        ),
+        tie_word_embeddings=True,
+    ),
     "mistral3": _seeing("Mistral3", _PIXTRAL, dict(model_type="mistral", head_dim=8)),
     "mistral3-mistral4": _seeing(
         "Mistral3", _PIXTRAL, _MLA | dict(model_type="mistral4", q_lora_rank=24, n_shared_experts=4)

@@ -10,7 +10,10 @@ TABLES = (
     "embed_tokens", "word_embeddings", "embed_in", "tok_embeddings", "wte", "lm_head", "embed_out",
     "output_layer", "embeddings",
 )  # fmt: skip
-OUT = ("q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "dense_h_to_4h", "c_fc", "fc1", "fc_in")
+OUT = (
+    "per_layer_model_projection", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "dense_h_to_4h", "c_fc",
+    "fc1", "fc_in",
+)  # fmt: skip
 ENCODER_OUT = (
     "shared", "query", "key", "value", "q", "k", "v", "wi", "wi_0", "wi_1", "q_proj", "k_proj", "v_proj",
     "fc1",
@@ -141,6 +144,7 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
     flat = flat or (r, tp)
     gpt_oss = any(n.endswith(".sinks") for n in t)
     llama4 = any(".feed_forward.router." in n for n in t)
+    gemma4 = any(n.endswith(".layer_scalar") for n in t)
     minimax = any(n.endswith("block_sparse_moe.e_score_correction_bias") for n in t)
 
     mixers = [n.removesuffix("A_log") for n in t if n.endswith((".mamba.A_log", ".mixer.A_log"))]
@@ -153,7 +157,8 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
 
     def qkv(name, q, k, v):
         each = q.shape[0] // heads[0]  # with output gates, twice as many
-        put(name, torch.cat([pick(q, mine, each), pick(k, its, d), pick(v, its, d)]))
+        kv, size = (heads_of((heads[0], k.shape[0] // each, each), tp, r)[1], each) if gemma4 else (its, d)
+        put(name, torch.cat([pick(q, mine, each), pick(k, kv, size), pick(v, kv, size)]))
 
     for name, x in t.items():
         at = re.search(r"\.(?:layers|h)\.(\d+)\.", name)
@@ -201,7 +206,7 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
             put(name, padded(x[:, None], tp, r)[:, 0])
         elif module in ("q_norm", "k_norm") and x.dim() == 2:  # weights for each head
             put(name, x[mine if module == "q_norm" else its])
-        elif module in TABLES:
+        elif module in (*TABLES, "embed_tokens_per_layer"):
             name = name.replace("embedding.word_embeddings.", "embedding.")
             put(name.replace("embed_tokens", "embedding") if gpt_oss else name, padded(x, tp, r))
         elif kind == "stack":  # gpt-oss
@@ -224,7 +229,8 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
             put(f"{stem}.wk_weights_proj.weight", torch.cat([x, t[f"{stem}.weights_proj.weight"]]))
         elif module == "q_proj":
             if f"{stem}.k_proj.{kind}" in t:
-                q, k, v = (t[f"{stem}.{p}_proj.{kind}"] for p in "qkv")
+                q, k = (t[f"{stem}.{p}_proj.{kind}"] for p in "qk")
+                v = t.get(f"{stem}.v_proj.{kind}", k)  # Gemma 4's may be one matrix
                 if llama4:
                     q, k = (torch.cat([torch.cat([h[::2], h[1::2]]) for h in y.split(d)]) for y in (q, k))
                 qkv(f"{where}.qkv_proj.{kind}", q, k, v)
@@ -272,6 +278,7 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
             put(name.replace(".self_attn.", ".attn."), cut(x, 0, tp, r))
         else:
             whole = ("norm", ".ln_", "mlp.gate.", "mlp.router.", "shared_expert_gate", "kv_a_proj_with_mqa")
+            whole += ("layer_scalar", ".per_layer_")
             whole += ("block_sparse_moe.gate.", "e_score_correction_bias", ".router.")
             whole += (".act_fn.", ".wpe.", ".embed_positions.", "mixer.gate.", "_latent_proj.")
             assert any(part in name for part in whole), name

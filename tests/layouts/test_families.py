@@ -106,8 +106,8 @@ def check_plan(name, tp):
             del want["lm_head.weight"]
         if name in WRAPPERS:
             want = {saved.get(n, n): x for n, x in want.items()}
-        if name == "llama4-images":  # transformers cuts some of its tower, and the projector
-            beside = ("vision_model.", "multi_modal_projector.")
+        if name.startswith(("llama4-", "gemma4")):  # transformers cuts some of the tower, and the projector
+            beside = ("vision_model.", "multi_modal_projector.", "model.vision_tower.")
             want |= {n: x for n, x in state.items() if n.startswith(beside)}
         alone = {n: x for n, x in state.items() if name not in WRAPPERS or n not in saved}
         mine = as_trained(got[rank], alone)

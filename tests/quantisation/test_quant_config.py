@@ -12,7 +12,7 @@ from fastckpt.errors import LayoutError
 from fastckpt.quantisation.schemes import SCHEMES, Quant
 
 transformers = pytest.importorskip("transformers")
-from layouts.families import ENCODERS, FAMILIES, WRAPPERS, config_of, made  # noqa: E402
+from layouts.families import ENCODERS, FAMILIES, WRAPPERS, made, model_of  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers.quantizers.base import HfQuantizer  # noqa: E402
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer  # noqa: E402
@@ -29,7 +29,7 @@ def test_names_that_do_not_say_which_way_a_matrix_lies_are_refused(name, tmp_pat
         fastckpt.reshard(tensors, config=config, quant="int8", out=tmp_path / "out", durable=False)
 
 
-STACKED = dict.fromkeys(("gpt_oss", "llama4_text"), ("*.experts.*",))
+STACKED = dict.fromkeys(("gpt_oss", "llama4_text", "mistral4", "gemma4_text-mixed"), ("*.experts.*",))
 GRANITE = ("granitemoe", "granitemoeshared", "granitemoehybrid")
 STACKED |= dict.fromkeys(GRANITE, ("*.block_sparse_moe.*put_linear.weight",))
 """Models whose hub has stacks of experts -> patterns of them."""
@@ -37,10 +37,8 @@ STACKED |= dict.fromkeys(GRANITE, ("*.block_sparse_moe.*put_linear.weight",))
 
 def modules(name):
     """A family's model without its weights, and the names of its linear modules."""
-    family = (FAMILIES | ENCODERS | WRAPPERS)[name]
     with torch.device("meta"):
-        kind = (family.model or family.name).removesuffix("Text")
-        model = getattr(transformers, kind + family.architecture)(config_of(name))
+        model = model_of(name)
     return model, {n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
 
 
@@ -61,9 +59,12 @@ def test_every_linear_is_quantised_or_said_to_be_dense(name, tmp_path):
     assert linear <= ignored | trained and not ignored & trained
 
 
-SEEING = [n for n in WRAPPERS if n != "llama4-images"]  # whose widths no group of 32 divides
-LEFT = (".in_proj_qkv", ".in_proj_z", ".in_proj_b", ".in_proj_a", ".shared_expert_gate")
-"""Of a decoder stay dense, unless it is asked for: what linear attention reads, and gates."""
+SEEING = [n for n in WRAPPERS if n not in ("llama4-images", "mistral3-mistral4")]  # uneven in groups of 32
+LEFT = (
+    ".in_proj_qkv", ".in_proj_z", ".in_proj_b", ".in_proj_a", ".shared_expert_gate", ".router.proj",
+    ".per_layer_input_gate", ".per_layer_projection", ".per_layer_model_projection",
+)  # fmt: skip
+"""Of a decoder stay dense, unless it is asked for: what linear attention reads, gates, inputs of layers."""
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8-block", "awq-group32", "gptq-group32"])

@@ -29,6 +29,7 @@ from ..model import (
     Mlp,
     Norm,
     Parameter,
+    Queries,
     Sizes,
 )
 from ..placement import Placement
@@ -84,11 +85,12 @@ def require_heads(layout: str, placement: Placement, sizes: Sizes, instead: str 
     """Raises LayoutError where tp does not divide the query heads, or neither divides nor is divided by the
     kv heads: those are dealt out evenly or repeated evenly."""
     require_even(layout, placement, "the number of attention heads", sizes.heads, instead)
-    kv, tp = sizes.kv_heads, placement.tp
-    if kv % tp and tp % kv:
-        raise LayoutError(
-            f"layout {layout}: neither do {kv} kv heads divide by tp {tp} nor tp by kv heads{instead}"
-        )
+    tp = placement.tp
+    for kv in (sizes.kv_heads, sizes.other_kv_heads or sizes.kv_heads):
+        if kv % tp and tp % kv:
+            raise LayoutError(
+                f"layout {layout}: neither do {kv} kv heads divide by tp {tp} nor tp by kv heads{instead}"
+            )
 
 
 def out_part(linear: Linear, index: int, count: int) -> Linear:
@@ -165,8 +167,17 @@ def qkv_part(attention: Attention, sizes: Sizes, placement: Placement) -> list[L
     q = attention.q
     if attention.gate is not None:
         q = regrouped(q.name, [q, attention.gate], sizes.head_dim)
-    kv = (out_part(x, *_share(sizes.kv_heads, placement)) for x in (attention.k, attention.v))
+    share = _share(attention.kv_heads or sizes.kv_heads, placement)
+    kv = (out_part(x, *share) for x in (attention.k, attention.v))
     return [out_part(q, placement.tp_rank, placement.tp), *kv]
+
+
+def queries_part(attention: Queries, placement: Placement) -> Iterator[Target]:
+    """The rank's heads of attention without keys of its own; servers keep its form."""
+    rank, tp = placement.tp_rank, placement.tp
+    yield from stored(out_part(attention.q, rank, tp))
+    yield from stored(in_part(attention.o, rank, tp))
+    yield from norm(attention.q_norm)
 
 
 def norms_part(attention: Attention, sizes: Sizes, placement: Placement) -> Attention:
@@ -299,12 +310,19 @@ def require_mamba(layout: str, placement: Placement, heads: MambaHeads | None) -
 
 def two_blocks(layout: str, layer: Layer) -> tuple[Attention | Mla | DeltaNet, Mlp | Experts]:
     """The attention and the feed-forward block of a layer. Raises LayoutError for one that has not just these
-    two."""
+    two, or whose attention reads what other layers make or store otherwise."""
     if layer.mamba is not None:
         raise LayoutError(f"layout {layout} has no place for {layer.mamba.o.name}, of a Mamba mixer")
     if layer.attention is None or layer.mlp is None:
         raise LayoutError(f"layout {layout} has no place for {layer.name}, a layer of one block")
-    return layer.attention, layer.mlp
+    for role in layer.whole:
+        raise LayoutError(f"layout {layout} has no place for {role.name}")
+    attention = layer.attention
+    if isinstance(attention, Queries):
+        raise LayoutError(f"layout {layout} has no place for {attention.q.name}, without keys of its own")
+    if isinstance(attention, Attention) and (attention.kv_heads or attention.values_are_keys):
+        raise LayoutError(f"layout {layout} has no place for {attention.k.name}, unlike other layers' keys")
+    return attention, layer.mlp
 
 
 def mamba_part(mixer: Mamba, heads: MambaHeads, placement: Placement) -> Mamba:

@@ -67,7 +67,8 @@ class Served:
     "embedding", "norm" and "head" every pipeline stage holds, rather than the first or the last alone; None
     where that was not compared, so that pipelines are refused. `classes`: the first of config.json's
     `architectures` -> the family by that class, where the engine has a class of its own for another name
-    than transformers'."""
+    than transformers'. `reading`: what the run of layers that read the keys of earlier ones is called, beside
+    the others' module and counted from 0, in a pipeline of one stage ("": as the others)."""
 
     renamed: Renamed = ()
     held: tuple[Held, ...] = _ones("attn.")
@@ -78,6 +79,7 @@ class Served:
     hub_rows: bool = False
     everywhere: frozenset[str] | None = frozenset()
     classes: Mapping[str, Served] = field(default_factory=dict)
+    reading: str = ""
 
     def name(self, name: str) -> str:
         """The engine's name for a tensor of layout vllm."""
@@ -158,6 +160,7 @@ _ROUTED = Served(
     (*_STACKS, (".mlp.shared_experts.", ".mlp.experts._shared_experts._layer.shared_experts."), *_ROUTER)
 )
 _ALL = frozenset({"embedding", "norm", "head"})
+_GEMMA4 = Served(_STACKS, everywhere=_ALL, reading="cross_decoder.decoder_layers")
 _GRANITE_MOE = Served(((".router.layer.", ".gate."), *_STACKS), everywhere=_ALL)
 
 _MIXERS = ("*.mamba.D", "*.mixer.D", "*.dt_bias", "*.mamba.norm.weight", "*.mixer.norm.weight")
@@ -172,6 +175,7 @@ _VLLM_0_32: dict[str, Served] = {
     "gemma": Served(quantised=_FORMS, everywhere=_ALL),
     "gemma2": Served(quantised=_FORMS, tied="embedding", everywhere=_ALL),
     "gemma3_text": Served(quantised=_FORMS, everywhere=_ALL),
+    "gemma4_text": _GEMMA4,
     "phi3": Served(quantised=_FUSED),
     "glm": Served(quantised=_FUSED, hub_rows=True),
     "glm4": _GLM4,
@@ -273,6 +277,7 @@ _VLLM_0_32: dict[str, Served] = {
     "qwen3_5_moe": _QWEN_DELTA,
     "glm4v": _GLM4,
     "gemma3": Served(quantised=_FORMS, everywhere=_ALL),
+    "gemma4": _GEMMA4,
     "mistral3": _PLAIN,
     "llava": _PLAIN,
     "llava_next": Served(),

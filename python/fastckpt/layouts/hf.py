@@ -26,6 +26,7 @@ from ..model import (
     Mlp,
     Model,
     Prediction,
+    Queries,
     Stacked,
     Stacks,
 )
@@ -43,6 +44,7 @@ from .cuts import (
     out_part,
     parameter,
     qkv_part,
+    queries_part,
     regrouped,
     require_even,
     require_heads,
@@ -138,11 +140,12 @@ class Hf:
             require_even("hf", placement, "the number of query rows", sizes.heads * sizes.head_dim)
             return
         require_heads("hf", placement, sizes, instead)
-        if sizes.kv_heads % placement.tp and not self.replicate_kv:
-            raise LayoutError(
-                f"layout hf: {sizes.kv_heads} kv heads do not divide by tp {placement.tp}, and "
-                "transformers cannot run replicas; replicate_kv=true writes them all the same"
-            )
+        for kv in (sizes.kv_heads, sizes.other_kv_heads):
+            if kv % placement.tp and not self.replicate_kv:
+                raise LayoutError(
+                    f"layout hf: {kv} kv heads do not divide by tp {placement.tp}, and "
+                    "transformers cannot run replicas; replicate_kv=true writes them all the same"
+                )
 
 
 def _stacked_layer(layer: Layer) -> bool:
@@ -170,6 +173,11 @@ def _targets(model: Model, placement: Placement) -> Iterator[Target]:
     yield Target(f"{model.embedding.name}.weight", table)
     if model.positions is not None:
         yield Target(f"{model.positions.name}.weight", model.positions.weight)
+    if model.per_layer is not None:
+        embedding = model.per_layer.embedding
+        yield Target(f"{embedding.name}.weight", embedding.weight)
+        yield from stored(model.per_layer.projection)
+        yield from norm(model.per_layer.norm)
     yield from norm(model.embedding_norm)
     if model.encoder is not None:
         if model.encoder.positions is not None:
@@ -229,12 +237,17 @@ def _layers(layers: Iterable[Layer], model: Model, placement: Placement) -> Iter
         if layer.vision is not None:
             yield from _mlp(layer.vision.mlp, model, placement)
         yield from norm(layer.mlp_after)
+        for role in layer.whole:
+            yield from parameter(role)
 
 
-def _attention(attention: Attention | Mla, model: Model, placement: Placement) -> Iterator[Target]:
+def _attention(attention: Attention | Queries | Mla, model: Model, placement: Placement) -> Iterator[Target]:
     if "attention" in model.cuts.whole:
         placement = WHOLE
     tp, rank = placement.tp, placement.tp_rank
+    if isinstance(attention, Queries):
+        yield from queries_part(attention, placement)
+        return
     if isinstance(attention, Mla):
         if attention.q_a is not None:
             yield from stored(attention.q_a)
@@ -250,7 +263,8 @@ def _attention(attention: Attention | Mla, model: Model, placement: Placement) -
             yield from norm(attention.indexer.k_norm)
         return
     if attention.fused is None:
-        for linear in qkv_part(attention, model.sizes, placement):
+        linears = qkv_part(attention, model.sizes, placement)
+        for linear in linears[:2] if attention.values_are_keys else linears:
             yield from stored(linear)
     elif model.cuts.rows:
         whole = joined(attention.fused, qkv_part(attention, model.sizes, WHOLE))

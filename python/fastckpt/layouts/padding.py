@@ -24,6 +24,7 @@ from ..model import (
     Model,
     Parameter,
     Prediction,
+    Queries,
     Sizes,
     Stacks,
 )
@@ -125,6 +126,8 @@ def _layer(layer: Layer, old: Sizes, new: Sizes) -> Layer:
     if layer.vision is not None:
         raise LayoutError(f"pad: the image tower beside {layer.name} is as wide, and is not padded")
     attention, mlp = layer.attention, layer.mlp
+    if isinstance(attention, Queries) or (isinstance(attention, Attention) and attention.kv_heads):
+        raise LayoutError(f"pad: {layer.name} has heads of its own number and size, and is not padded")
     if (old.heads, old.kv_heads) != (new.heads, new.kv_heads):
         if isinstance(attention, Mla):
             attention = _latent(attention, old, new)

@@ -33,6 +33,8 @@ from ..model import (
     Mlp,
     Model,
     Parameter,
+    PerLayer,
+    Queries,
     Sizes,
     Stacks,
     Tower,
@@ -59,6 +61,7 @@ from .cuts import (
     parameter,
     plain,
     qkv_part,
+    queries_part,
     regrouped,
     require_delta,
     require_even,
@@ -92,6 +95,11 @@ RENAMED: dict[str, Renamed] = {
         ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v"),
         (("model.language_model.", "language_model.model."), ("model.visual.", "visual."), _HEAD),
     ),
+    "gemma4": (
+        ("model.language_model.", "language_model.model."),
+        *((f"model.{n}.", f"{n}.") for n in ("vision_tower", "embed_vision", "audio_tower", "embed_audio")),
+        _HEAD,
+    ),
     **dict.fromkeys(("gemma3", "llava", "llava_next", "llava_onevision", "paligemma"), _INSIDE),
 }
 """family -> (a part of the hub's name, what vLLM's module is called), where the two differ."""
@@ -113,6 +121,9 @@ rank, [q; k; v] is cut as one run of "rows", whatever they are."""
 
 WHOLE = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v"})
 """Families whose tower vLLM can hold whole on every rank (supports_encoder_tp_data)."""
+
+CARRIED = frozenset({"gemma4"})
+"""Families whose towers vLLM runs as transformers' own modules, whole on every rank."""
 
 ROWS: dict[str, frozenset[str]] = {
     "glm4v": frozenset({"model.visual.merger.proj.weight"}),
@@ -193,10 +204,15 @@ class Vllm:
                 require_even("vllm", placement, key, width, instead)
         rows = round_up(model.sizes.vocab, self.vocab_padding)
         require_even("vllm", placement, f"vocab_size {model.sizes.vocab}, padded to", rows)
-        alone = model.carried and model.tower is None
+        alone = model.carried and model.tower is None and model.family not in CARRIED
         if model.encoder is not None or alone or not model.causal:
             what = model.carried[0].name if model.carried else "the encoder"
             raise LayoutError(f"layout vllm has no place for {what} of {model.family}, which is no decoder")
+        if model.per_layer is not None:
+            for what, role in (("rows", model.per_layer.embedding), ("outputs", model.per_layer.projection)):
+                size = role.weight.shape[0]
+                size = round_up(size, self.vocab_padding) if what == "rows" else size
+                require_even("vllm", placement, f"the {what} of {role.name}", size)
         if model.tower is not None:
             _require_tower(model, model.tower, self._around(placement))
         renamed = RENAMED.get(model.family, ())
@@ -235,6 +251,12 @@ class Vllm:
                 f"engine {self.engine}: what its pipeline stages hold of {model.family} is not known: wanted "
                 f"pp 1, got {placement.pp}"
             )
+        reading = (x for x in model.layers if isinstance(x.attention, Queries))
+        if placement.pp > 1 and engine.reading and (first := next(reading, None)):
+            raise LayoutError(
+                f"engine {self.engine}: {first.name} reads the keys of an earlier layer, which vLLM does not "
+                f"cut into stages: wanted pp 1, got {placement.pp}"
+            )
         if engine.tied != "head" and model.tied is not bool(engine.tied):
             apart, one = "a head of its own", "its embedding as its head"
             got, wanted = (one, apart) if model.tied else (apart, one)
@@ -253,12 +275,23 @@ class Vllm:
             yield Target(f"{module.name}.weight", self._rows(model.embedding.weight, placement))
         if model.tower is not None:
             yield from _tower(model, model.tower, self._around(placement))
+        elif model.family in CARRIED:
+            for role in model.carried:
+                yield from parameter(role)
         if first:
             if model.positions is not None:
                 yield Target(f"{model.positions.name}.weight", model.positions.weight)
             yield from norm(model.embedding_norm)
+            if model.per_layer is not None:
+                yield from self._per_layer(model.per_layer, placement)
+        reading = 0
         for i in stage:
-            yield from self._layer(model.layers[i], model, placement, share, engine)
+            layer = model.layers[i]
+            targets = self._layer(layer, model, placement, share, engine)
+            if engine is not None and engine.reading and isinstance(layer.attention, Queries):
+                targets = _moved(targets, layer.name, f"{engine.reading}.{reading}")
+                reading += 1
+            yield from targets
         if last or "norm" in everywhere:
             yield from norm(model.norm)
         if head:
@@ -267,6 +300,11 @@ class Vllm:
                 yield Target(f"{lm.name}.weight", self._rows(lm.weight, placement))
             if lm.bias is not None:
                 yield from bias(Linear(lm.name, lm.weight, self._rows(lm.bias, placement)))
+
+    def _per_layer(self, role: PerLayer, placement: Placement) -> Iterator[Target]:
+        yield Target(f"{role.embedding.name}.weight", self._rows(role.embedding.weight, placement))
+        yield from plain(out_part(role.projection, placement.tp_rank, placement.tp))
+        yield from norm(role.norm)
 
     def _around(self, placement: Placement) -> Placement:
         """Where the rank stands among those that cut an image tower."""
@@ -285,6 +323,8 @@ class Vllm:
             yield from _latent(layer.attention, placement)
         elif isinstance(layer.attention, DeltaNet):
             yield from _delta(layer.attention, placement)
+        elif isinstance(layer.attention, Queries):
+            yield from queries_part(layer.attention, placement)
         elif layer.attention is not None:
             as_hub = engine is not None and engine.hub_rows
             attention = layer.attention
@@ -293,7 +333,7 @@ class Vllm:
             if model.family in PAIRED:
                 attention = _in_halves(attention, model.sizes.head_dim)
             yield from _attention(attention, model.sizes, placement, as_hub)
-        if engine is not None and isinstance(layer.attention, Attention | Mla):
+        if engine is not None and isinstance(layer.attention, Attention | Queries | Mla):
             module, own = _parent(layer.attention.o.name), model.embedding.weight.dtype
             for held in (*engine.held, *engine.quantised.get(model.quant_method, Form()).held):
                 one = constant(np.full(1, held.value, np.float32), dtypes.float32)
@@ -308,6 +348,8 @@ class Vllm:
         elif layer.mlp is not None:
             yield from _mlp(layer.mlp, placement, engine is not None and engine.hub_rows)
         yield from norm(layer.mlp_after)
+        for role in layer.whole:
+            yield from parameter(role)
 
     def _experts(
         self, moe: Experts, placement: Placement, share: Share, form: Form | None
@@ -342,6 +384,12 @@ class Vllm:
     def _pair(self, mlp: Mlp, share: Share) -> Linear:
         both = [out_part(x, share.index, share.count) for x in (mlp.gate, mlp.up) if x is not None]
         return joined(mlp.up.name, both if self.gate_up == "gate_up" else both[::-1])
+
+
+def _moved(targets: Iterable[Target], layer: str, to: str) -> Iterator[Target]:
+    """The tensors of a layer, which an engine holds as `to` beside the module of the layers."""
+    module = f"{_parent(_parent(layer))}.{to}"
+    return (Target(module + t.name.removeprefix(layer), t.view, t.shape) for t in targets)
 
 
 def _require_tower(model: Model, tower: Tower, placement: Placement) -> None:

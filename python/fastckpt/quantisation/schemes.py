@@ -167,8 +167,11 @@ STACKS = frozenset({"w13_weight", "w2_weight"})
 GRANITE = ("input_linear.weight", "output_linear.weight")
 """How the names end of GraniteMoE's stacks of experts, and of the matrices of its shared block."""
 
-TOWERS = ("visual", "vision", "vision_model", "vision_tower", "multi_modal_projector", "connector")
-"""The hub's and the servers' modules that hold image towers and projectors: engines serve those dense."""
+TOWERS = (
+    "visual", "vision", "vision_model", "vision_tower", "audio_tower", "multi_modal_projector", "connector",
+    "embed_vision", "embed_audio",
+)  # fmt: skip
+"""The hub's and the servers' modules that hold towers and projectors: engines serve those dense."""
 
 TURNED = frozenset({"c_attn", "c_fc", "c_proj"})
 """GPT-2's modules, stored [in, out]: their rows are no outputs. StarCoder's, which lie the other way round,

@@ -25,7 +25,9 @@ from ..model import (
     Mlp,
     Model,
     Norm,
+    Parameter,
     Prediction,
+    Queries,
     Sizes,
 )
 from .claims import Claims, Dim, Heads, absent, dim, flag, integer, vocabulary
@@ -150,7 +152,7 @@ class Kind:
     meta: Meta | None = None
 
 
-Claim = Callable[[str], Callable[[], Attention | Mla | DeltaNet]]
+Claim = Callable[[str], Callable[[], Attention | Queries | Mla | DeltaNet]]
 FeedForward = Callable[[str], Callable[[], Mlp | Experts]]
 """Both claim the block of a layer by the layer's name, and return what builds it."""
 
@@ -286,6 +288,7 @@ def decoder(
     *,
     attends: Claim | None = None,
     heads: Heads | None = None,
+    whole: Callable[[str], Callable[[], tuple[Parameter, ...]]] | None = None,
     experts: int = 0,
     expert_width: str = "",
     shared_width: str = "",
@@ -293,10 +296,11 @@ def decoder(
 ) -> Model:
     """A model of which `feed_forward` claims the feed-forward blocks.
 
-    `attends` and `heads` stand for `attention` and `heads_of` in a family with other attention. `widths`,
-    `experts`, `expert_width` and `shared_width`: as in Sizes. `predictions`: how many layers after the last
-    predict one more token each, where the checkpoint holds them. Raises RecipeError where the checkpoint does
-    not fit the config, and for a name that has no role."""
+    `attends` and `heads` stand for `attention` and `heads_of` in a family with other attention; `whole`
+    claims what else a layer has, which is never cut, by the layer's name. `widths`, `experts`, `expert_width`
+    and `shared_width`: as in Sizes. `predictions`: how many layers after the last predict one more token
+    each, where the checkpoint holds them. Raises RecipeError where the checkpoint does not fit the config,
+    and for a name that has no role."""
     hidden = dim(config, "hidden_size")
     size = heads or heads_of(config)
     attend = attends or attention(kind, claims, config)
@@ -320,8 +324,17 @@ def decoder(
         between = named(names.mlp if fed and not parallel else None)
         feeding = feed_forward(name) if fed else absent
         after, last = named(names.attention_after), named(names.mlp_after)
+        more = whole(name) if whole is not None else tuple
         return lambda: Layer(
-            name, before(), attending(), between(), feeding(), after(), last(), mamba=mixing()
+            name,
+            before(),
+            attending(),
+            between(),
+            feeding(),
+            after(),
+            last(),
+            mamba=mixing(),
+            whole=more(),
         )
 
     vocab, embedding, lm_head, tied = vocabulary(

@@ -19,11 +19,12 @@ from .claims import Claims, Dim, absent, dim, flag
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What the hub calls a layer's mixture: the module `hub` holds the `router` and `experts`, each of which
-    has the matrices `gate` ("": it has none), `up` and `down`. `correction`: what is added to the experts'
-    scores when the router selects, "" for nothing; `row`: it is stored [1, experts]. `stacked`: the names
-    within the module of two stacks, where the hub stores no expert on its own. `latent`: the names of the
-    matrices before and after the experts, and config's key of how wide it is between, where that has a value.
+    """What the hub calls a layer's mixture: the module `hub` ("": the layer's own) holds the `router` and
+    `experts`, each of which has the matrices `gate` ("": it has none), `up` and `down`. `correction`: what is
+    added to the experts' scores when the router selects, "" for nothing; `row`: it is stored [1, experts].
+    `stacked`: the names within the module of two stacks, where the hub stores no expert on its own. `latent`:
+    the names of the matrices before and after the experts, and config's key of how wide it is between, where
+    that has a value.
 
     `trained`, `trained_router`, `trained_correction`: what transformers calls them in training ("": as the
     hub does)."""
@@ -52,7 +53,7 @@ def experts(
     """Claims the router of a layer, its correction and the experts, in either spelling; `sizes`: how many
     there are, how wide, and how wide the hidden state is."""
     count, width, hidden = sizes
-    hub, trained = f"{layer}.{block.hub}", f"{layer}.{block.trained}"
+    hub, trained = (f"{layer}.{at}" if at else layer for at in (block.hub, block.trained))
     name, written, within = f"{hub}.experts", None, block.stacked
     if within is not None and not (within.singly and claims.has_matrix(f"{name}.0.{block.up}")):
         written = replace(within, gate_up=f"{hub}.{within.gate_up}", down=f"{hub}.{within.down}")

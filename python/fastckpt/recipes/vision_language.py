@@ -14,8 +14,8 @@ from typing import Protocol
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
-from ..model import Mlp, Model, Stacked
-from . import decoder, imagining, mixture, towers
+from ..model import Mlp, Model, Parameter, Stacked, Tower
+from . import decoder, gemma4, gemma4_towers, imagining, mixture, towers
 from .claims import Claims, Dim, dim, flag, integer
 from .decoder import IGNORED
 from .deepseek import MISTRAL4
@@ -50,6 +50,7 @@ def _qwen3_moe(ckpt: Checkpoint, config: Said, *, vocab_size: int | None = None)
 TEXTS: Mapping[str, Recipe] = {
     "qwen3_vl_moe_text": _qwen3_moe,
     "qwen3_5_moe_text": partial(mixture.recipe, mixture=QWEN3_5_MOE),
+    "gemma4_text": gemma4.recipe,
     "llama4_text": partial(mixture.recipe, mixture=LLAMA4_TEXT),
     "mistral4": partial(mixture.recipe, mixture=MISTRAL4),
     **{
@@ -75,9 +76,12 @@ TEXTS: Mapping[str, Recipe] = {
 
 
 class Beside(Protocol):
-    """Claims the tower and the projector; `hidden`: the decoder's hidden size. Raises RecipeError."""
+    """Claims the tower (None: all of it is carried) and the projector; `hidden`: the decoder's hidden size.
+    Raises RecipeError."""
 
-    def __call__(self, claims: Claims, config: Said, hidden: Dim) -> Built: ...
+    def __call__(
+        self, claims: Claims, config: Said, hidden: Dim
+    ) -> tuple[Tower | None, tuple[Parameter, ...]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +93,8 @@ class Wrapper:
     what save_pretrained writes in their place. `tied`: whether embedding and head are one where nothing
     tells. `flat`: older configs have no `text_config`, and give the decoder's sizes as their own. `further`:
     what the decoder's layer that predicts a further token lies below, by both names. `unlike`: the texts
-    that engines hold by other names than the rest, so that the model is a family of its own to them."""
+    that engines hold by other names than the rest, so that the model is a family of its own to them.
+    `ignored`: patterns of names beside the decoder that are left out."""
 
     family: str
     texts: tuple[str, ...]
@@ -101,6 +106,7 @@ class Wrapper:
     flat: bool = False
     further: str = ""
     unlike: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = IGNORED
 
     def saved(self, name: str) -> str:
         """What save_pretrained calls a tensor."""
@@ -160,7 +166,7 @@ def recipe(
         family=f"{wrapper.family} of {kind}" if kind in wrapper.unlike else wrapper.family,
         tower=tower,
         carried=(*model.carried, *loose),
-        ignored=(*model.ignored, *claims.close(IGNORED)),
+        ignored=(*model.ignored, *claims.close(wrapper.ignored)),
     )
 
 
@@ -374,6 +380,16 @@ GLM4V = Wrapper(
     "glm4v", ("glm4v_text",), _within(towers.glm4v, "model.visual"), "model.language_model.", "lm_head."
 )
 GEMMA3 = Wrapper("gemma3", ("gemma3_text",), _gemma3, trained=_LLAVA, tied=True)
+GEMMA4 = Wrapper(
+    "gemma4",
+    ("gemma4_text",),
+    gemma4_towers.beside,
+    "model.language_model.",
+    "lm_head.",
+    tied=True,
+    ignored=(*IGNORED, "model.embed_vision.embedding.*", "model.embed_audio.embedding.*"),
+)
+"""Some files have tables of the family before it, which vLLM's gemma4_mm.py leaves out."""
 MISTRAL3 = Wrapper(
     "mistral3",
     (*_APART, "ministral3", "mistral4"),
@@ -392,7 +408,7 @@ IDEFICS3 = Wrapper("idefics3", ("llama",), _idefics3, "model.text_model.", "lm_h
 SMOLVLM = replace(IDEFICS3, family="smolvlm")
 
 _WRAPPERS = (
-    QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN3_5_VL, QWEN3_5_VL_MOE, GLM4V, GEMMA3, MISTRAL3, LLAVA,
-    LLAVA_NEXT, LLAVA_ONEVISION, INTERNVL, LLAMA4, PALIGEMMA, IDEFICS3, SMOLVLM,
+    QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN3_5_VL, QWEN3_5_VL_MOE, GLM4V, GEMMA3, GEMMA4,
+    MISTRAL3, LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, INTERNVL, LLAMA4, PALIGEMMA, IDEFICS3, SMOLVLM,
 )  # fmt: skip
-FAMILIES = {w.family: Known(partial(recipe, wrapper=w), IGNORED) for w in _WRAPPERS}
+FAMILIES = {w.family: Known(partial(recipe, wrapper=w), w.ignored) for w in _WRAPPERS}

@@ -1,0 +1,164 @@
+"""Gemma 4, text: layers of two kinds, whose heads differ in size and number; the last ones may read the keys
+and values of earlier ones, and every layer an input of its own. A mixture stands beside a block that every
+token passes. Source: transformers' configuration_gemma4.py and modeling_gemma4.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from ..checkpoint import JSON, Checkpoint
+from ..errors import RecipeError
+from ..model import Attention, Experts, Mlp, Model, Parameter, PerLayer, Queries, Stacked
+from .claims import Claims, Dim, Heads, absent, dim, each_layer, flag, integer
+from .decoder import IGNORED, Kind, claimed, decoder, gated
+from .gemma import AROUND
+from .known import Known
+from .moe import Block, experts, with_shared
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+KIND = Kind("gemma4_text", norms=AROUND, tied=True)
+BLOCK = Block(
+    hub="", router="router.proj", stacked=Stacked("experts.gate_up_proj", "experts.down_proj"), trained=""
+)
+
+
+def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
+    """The model of a Gemma 4 checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
+    claims = claimed(KIND, ckpt, config)
+    count, hidden = claims.layers(config), dim(config, "hidden_size")
+    heads, full = _heads(config, count)
+    first = count - integer(config, "num_kv_shared_layers", 0, least=0)  # of those that read earlier layers
+    if first < 1 or set(full[:first]) != set(full):
+        raise RecipeError(f"config: num_kv_shared_layers {count - first}: no earlier layer of each kind")
+    width, mixture = dim(config, "intermediate_size"), flag(config, "enable_moe_block", False)
+    doubled = flag(config, "use_double_wide_mlp", False)
+    wide = Dim(2 * width.size, f"2 * {width.key}") if doubled else width
+    widths = {d.key: d.size for d in (width, *([wide] if first < count else ()))}
+    number = each = Dim(0, "")
+    if mixture:
+        number, each = dim(config, "num_experts"), dim(config, "moe_intermediate_size")
+        widths[each.key] = each.size
+    bias = flag(config, "attention_bias", False)
+    one_matrix = flag(config, "attention_k_eq_v", False)
+
+    def attends(layer: str) -> Callable[[], Attention | Queries]:
+        at, i = f"{layer}.self_attn", _index(layer)
+        own, size = heads[i], Dim(heads[i].dim, "head_dim")
+        rows = Dim(own.q * own.dim, "num_attention_heads * head_dim")
+        kv_rows = Dim(own.kv * own.dim, "num_key_value_heads * head_dim")
+        q, q_norm = claims.linear(f"{at}.q_proj", rows, hidden, bias=bias), claims.norm(f"{at}.q_norm", size)
+        o = claims.linear(f"{at}.o_proj", hidden, rows, bias=bias)
+        if i >= first:
+            return lambda: Queries(q(), o(), q_norm())
+        k, k_norm = (
+            claims.linear(f"{at}.k_proj", kv_rows, hidden, bias=bias),
+            claims.norm(f"{at}.k_norm", size),
+        )
+        same = one_matrix and full[i]
+        v = k if same else claims.linear(f"{at}.v_proj", kv_rows, hidden, bias=bias)
+        return lambda: Attention(
+            q(), k(), v(), o(), q_norm(), k_norm(), kv_heads=own.kv, values_are_keys=same
+        )
+
+    def feeds(layer: str) -> Callable[[], Mlp | Experts]:
+        dense = gated(claims, f"{layer}.mlp", wide if _index(layer) >= first else width, hidden)
+        if not mixture:
+            return dense
+        return with_shared(experts(claims, config, layer, BLOCK, (number, each, hidden)), dense)
+
+    per_layer, inputs = _per_layer(claims, config, count, hidden)
+
+    def whole(layer: str) -> Callable[[], tuple[Parameter, ...]]:
+        shapes: dict[str, tuple[Dim, ...]] = {"layer_scalar": (Dim(1, "1"),)}
+        if mixture:
+            shapes |= {"router.scale": (hidden,), "router.per_expert_scale": (number,)}
+            shapes |= {f"{n}.weight": (hidden,) for n in _MIXED}
+        if inputs is not None:
+            shapes["per_layer_input_gate.weight"] = inputs, hidden
+            shapes["per_layer_projection.weight"] = hidden, inputs
+            shapes["post_per_layer_input_norm.weight"] = (hidden,)
+        built = [claims.parameter(f"{layer}.{name}", *dims) for name, dims in shapes.items()]
+        return lambda: tuple(build() for build in built)
+
+    stale = (f"model.layers.{i}.self_attn.{n}.*" for i in range(first, count) for n in _STALE)
+    model = decoder(
+        replace(KIND, ignored=(*IGNORED, *stale)),
+        claims,
+        config,
+        vocab_size,
+        feeds,
+        widths,
+        attends=attends,
+        heads=heads[full.index(False)] if False in full else heads[0],
+        whole=whole,
+        experts=number.size,
+        expert_width=each.key,
+        shared_width=width.key if mixture else "",
+    )
+    numbers = [own.kv for own in heads if own.kv != model.sizes.kv_heads]
+    sizes = replace(model.sizes, head_keys=None, other_kv_heads=numbers[0] if numbers else 0)
+    return replace(model, sizes=sizes, per_layer=per_layer())
+
+
+_MIXED = ("post_feedforward_layernorm_1", "post_feedforward_layernorm_2", "pre_feedforward_layernorm_2")
+"""Norms around a mixture and the block beside it."""
+
+_STALE = ("k_proj", "v_proj", "k_norm", "v_norm")
+"""What the hub's files have in layers that read the keys and values of earlier ones; transformers leaves them
+out."""
+
+
+def _index(layer: str) -> int:
+    return int(layer.rpartition(".")[2])
+
+
+def _heads(config: Mapping[str, JSON], count: int) -> tuple[list[Heads], list[bool]]:
+    """The heads of every layer, and whether it attends to all tokens. Raises RecipeError."""
+    full = [(i + 1) % 6 == 0 for i in range(count)]
+    if config.get("layer_types") is not None:
+        full = [kind == FULL for kind in each_layer(config, "layer_types", count, (FULL, SLIDING))]
+    full[-1] = True  # as transformers has it, whatever a config says
+    usual = {"head_dim": integer(config, "head_dim", 256), "num_key_value_heads": 4}
+    usual["num_key_value_heads"] = integer(config, "num_key_value_heads", 4)
+    wide = usual | {"head_dim": integer(config, "global_head_dim", 512)}
+    if flag(config, "attention_k_eq_v", False):
+        wide["num_key_value_heads"] = integer(
+            config, "num_global_key_value_heads", usual["num_key_value_heads"]
+        )
+    q = integer(config, "num_attention_heads", 8)
+    own = [wide if each else usual for each in full]
+    if "per_layer_config" in config:
+        said = config["per_layer_config"] or {}
+        if not isinstance(said, dict):
+            raise RecipeError(f"config: per_layer_config must be an object, got {said!r}")
+        own = [usual | _overrides(said.get(str(i), {}), i) for i in range(count)]
+    return [Heads(q, each["num_key_value_heads"], each["head_dim"]) for each in own], full
+
+
+def _overrides(said: JSON, layer: int) -> dict[str, int]:
+    """What per_layer_config says of a layer. Raises RecipeError for anything but its heads."""
+    if not isinstance(said, dict) or not said.keys() <= {"head_dim", "num_key_value_heads"}:
+        raise RecipeError(
+            f"config: per_layer_config of layer {layer} must be of head_dim and num_key_value_heads, got "
+            f"{said!r}"
+        )
+    return {key: integer(said, key) for key in said}
+
+
+def _per_layer(
+    claims: Claims, config: Mapping[str, JSON], count: int, hidden: Dim
+) -> tuple[Callable[[], PerLayer | None], Dim | None]:
+    """Claims what gives layers inputs of their own, and says how wide those are (None: there are none)."""
+    if config.get("hidden_size_per_layer_input") == 0:
+        return absent, None
+    width = dim(config, "hidden_size_per_layer_input", default=256)
+    rows = dim(config, "vocab_size_per_layer_input", default=262144)
+    all_layers = Dim(count * width.size, f"num_hidden_layers * {width.key}")
+    embedding = claims.table("model.embed_tokens_per_layer", rows, all_layers)
+    projection = claims.linear("model.per_layer_model_projection", all_layers, hidden)
+    norm = claims.norm("model.per_layer_projection_norm", width)
+    return lambda: PerLayer(embedding(), projection(), norm()), width
+
+
+FAMILIES = {"gemma4_text": Known(recipe, IGNORED)}
