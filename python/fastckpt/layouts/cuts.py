@@ -136,9 +136,7 @@ def joined(name: str, linears: Sequence[Linear]) -> Linear:
     of them; what goes by inputs alone (an order, a smoother) is the same for all, since they read one input.
     Raises LayoutError where some have a bias and some have none, where they are quantised differently, and
     where any but the last ends within a block."""
-    biases = [x.bias for x in linears if x.bias is not None]
-    if biases and len(biases) != len(linears):
-        raise LayoutError(f"{name}: {len(biases)} of {len(linears)} parts have a bias, wanted all or none")
+    biases = biases_of(name, linears)
     _require_alike(name, linears)
     return replace(
         linears[0],
@@ -209,8 +207,8 @@ def regrouped(name: str, parts: Sequence[Linear], rows: int) -> Linear:
     """Matrices as one, group by group; a group has `rows` of the last matrix, and an equal share of every
     matrix in turn. Of q, k and v, with a head's rows, it is a kv head's queries, itself and its value head.
 
-    Raises LayoutError for matrices that are quantised differently, with one scale a matrix, or with blocks
-    that a share does not end with."""
+    Raises LayoutError for matrices of which some have a bias and some none, that are quantised differently,
+    with one scale a matrix, or with blocks that a share does not end with."""
     first, groups = parts[0], parts[-1].shape[0] // rows
     _require_alike(name, parts)
 
@@ -231,7 +229,7 @@ def regrouped(name: str, parts: Sequence[Linear], rows: int) -> Linear:
             return kind
         return replace(kind, view=by_group([x.beside[k].view for x in parts], kind.unit[0]))
 
-    biases = [x.bias for x in parts if x.bias is not None]
+    biases = biases_of(name or first.name, parts)
     return replace(
         first,
         name=name,
@@ -239,6 +237,14 @@ def regrouped(name: str, parts: Sequence[Linear], rows: int) -> Linear:
         bias=by_group(biases) if biases else None,
         beside=tuple(beside(k) for k in range(len(first.beside))),
     )
+
+
+def biases_of(name: str, linears: Sequence[Linear]) -> list[View]:
+    """The biases of matrices that become one, or a stack. Raises LayoutError where only some have one."""
+    biases = [x.bias for x in linears if x.bias is not None]
+    if biases and len(biases) != len(linears):
+        raise LayoutError(f"{name}: {len(biases)} of {len(linears)} parts have a bias, wanted all or none")
+    return biases
 
 
 def _require_alike(name: str, linears: Sequence[Linear]) -> None:

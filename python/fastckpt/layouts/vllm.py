@@ -46,6 +46,7 @@ from ..target import Target
 from ..views import View, cat, stack, zeros
 from .cuts import (
     bias,
+    biases_of,
     delta_part,
     delta_rest,
     delta_stored,
@@ -442,7 +443,7 @@ def _stacked(name: str, linears: Sequence[Linear]) -> Iterator[Target]:
     quantised = [[x.beside[k] for x in linears] for k in range(len(first.beside))]
     for suffix, views in (
         (first.leaf, [x.weight.T if first.beside and x.transposed else x.weight for x in linears]),
-        ("bias", [x.bias for x in linears if x.bias is not None]),
+        ("bias", biases_of(name, linears)),
         *((some[0].leaf, [in_form(b) for b in some]) for some in quantised),
     ):
         if views:
