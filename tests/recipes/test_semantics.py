@@ -146,6 +146,7 @@ DERIVED |= {("gptj", "n_head"), ("gpt_bigcode-heads", "n_head"), ("mpt", "n_head
 DERIVED |= {("gpt_bigcode", "num_key_value_heads")}
 DERIVED |= {("granitemoehybrid-dense", k) for k in ("intermediate_size", "num_local_experts")}
 DERIVED |= {("nemotron_h", "n_shared_experts"), ("laguna", "num_attention_heads")}
+DERIVED |= {("mistral4", k) for k in ("num_key_value_heads", "head_dim")}
 DERIVED |= {("kimi_k2", "head_dim"), ("glm_moe_dsa", "head_dim"), ("exaone_moe", "first_k_dense_replace")}
 DERIVED |= {(n, "first_k_dense_replace") for n in ("deepseek_v32", "glm_moe_dsa")}
 DERIVED |= {(n, "num_key_value_heads") for n in ("kimi_k2", "glm4_moe_lite", "glm_moe_dsa")}
