@@ -132,6 +132,8 @@ QUANTISED: dict[str, tuple[str, str]] = {
         "kimi_k2": ("fp8-block", "int4"),
         "kimi_k25": ("int4",),
         "minimax_m2": ("fp8-block",),
+        "hy_v3": ("int8", "fp8-matrix"),
+        "mimo_v2_flash-wide": ("fp8-block",),
         **dict.fromkeys((*_DENSE, *_SEEING), ("int8", "fp8-matrix")),
         **dict.fromkeys(
             (

@@ -153,6 +153,15 @@ def test_biases_of_experts_are_added_once():
         assert (rank[stem + "w2_bias"][1] == bits(w2.abs() if r else w2)).all()
 
 
+@pytest.mark.parametrize("served", ["vllm", "megatron"])
+@pytest.mark.parametrize("roles", [("q",), ("q", "v"), ("k", "v")])
+def test_a_bias_of_some_of_q_k_and_v_is_refused_where_they_are_one(served, roles):
+    config, hub, _ = tiny.made("qwen2")
+    model = Names(**LLAMA | dict(biases=roles, ignored=("*_proj.bias",)))(memory(hub), config)
+    with pytest.raises(LayoutError, match="parts have a bias, wanted all or none"):
+        shards(model, served, 2)
+
+
 def test_layers_counted_from_one_and_alternatives():
     config, hub, _ = tiny.made("tied")
     moved = {n.replace("layers.1.", "layers.2.").replace("layers.0.", "layers.1."): x for n, x in hub.items()}

@@ -147,7 +147,7 @@ def _local(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor | None, Box | 
         if not isinstance(tensor, DTensor) or tensor.device_mesh.get_coordinate() is None:
             return None, None
         tensor = tensor.to_local()
-        if tensor.numel() == 0 and math.prod(box.whole):  # a whole without elements is somebody's to write
+        if tensor.numel() == 0 and 0 not in box.whole:  # a whole without elements is somebody's to write
             return None, None
     if hasattr(tensor, "ds_id"):
         raise ManagerError(f"state: {name} is partitioned by DeepSpeed; give the engine, not its module")
