@@ -281,7 +281,7 @@ _VLLM_0_32: dict[str, Served] = {
     "cwm": Served(),
     "helium": Served(),
     "stablelm": Served(everywhere=_ALL),
-    "minicpm3": Served(),
+    "minicpm3": Served(everywhere=_ALL),
     "olmo": Served(),
     "olmo2": _PLAIN,
     "olmo3": _PLAIN,
