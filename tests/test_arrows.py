@@ -221,14 +221,16 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         (
             *("llama", "gemma", "phi3", "glm", "olmo", "cohere", "ungated", "gptj", "mpt", "opt"),
             *("mixtral", "qwen_moe", "deepseek", "ernie", "granite_moe", "llama4", "gpt_oss", "cogvlm2"),
+            *("laguna", "lfm2"),
             *("modernbert",),
         ),
-        ("qwen_next", "hybrids", "gemma4", "gemma4_towers"),
+        ("qwen_next", "hybrids", "mimo", "gemma4", "gemma4_towers"),
         ("vision_language",),  # a tower before any family's decoder
         ("__init__",),
     ),
     "layouts": (
         ("naming", "cuts", "servers", "padding", "engines"),
+        ("vllm_families",),
         ("rtp_merge", "rtp_split", "rtp_weights"),  # rtp-llm's catalogue, of which its layout is made
         ("rtp_roles", "rtp_rope"),
         ("rtp_lora",),

@@ -128,18 +128,21 @@ class Parameter:
 @dataclass(frozen=True, slots=True)
 class Attention:
     """Multi-head attention: `q` [heads * head_dim, hidden], `k` and `v` [kv_heads * head_dim, hidden],
-    `o` [hidden, heads * head_dim]; query head h reads kv head h // (heads // kv_heads).
+    `o` [hidden, heads * head_dim]; query head h reads kv head h // (heads // kv_heads). `heads`: how many
+    query and kv heads this layer has, where Sizes says others. A value head, and so a head of `o`, may be of
+    another size (MiMo).
 
     `gate` [heads * head_dim, hidden]: a head's output is multiplied by the sigmoid of this before `o`
-    (Qwen3-Next); the hub stores it under q's name, head by head [q; gate]. `q_norm`, `k_norm`: per-head norms
-    [head_dim], with `own_norms` of each head by weights of its own [heads, head_dim] (Command R+), with
-    `whole_norms` over all of q [heads * head_dim] and all of k (OLMoE); `rotated`: they come after the rotary
-    positions. `sinks`: one logit for each query head [heads]. `relative`: the logits of relative positions
-    [buckets, heads] (T5). `fused`: the hub's module that stores q, k and v as one matrix (they then carry its
-    name), None where the hub stores them apart. `grouped`: that matrix holds, for each kv head, its query
-    heads, itself and its value head (with as many kv heads as query heads that is q, k, v head by head); else
-    all of q, then all of k, then all of v. `kv_heads`: how many there are, 0 for as many as Sizes has.
-    `values_are_keys`: the hub stores `k` alone, and `v` is the same matrix (Gemma 4)."""
+    (Qwen3-Next); the hub stores it under q's name, head by head [q; gate]. `softplus_gate` [heads, hidden] or
+    [heads * head_dim, hidden]: by the softplus of this, a module of its own (Laguna). `q_norm`, `k_norm`:
+    per-head norms [head_dim], with `own_norms` of each head by weights of its own [heads, head_dim] (Command
+    R+), with `whole_norms` over all of q [heads * head_dim] and all of k (OLMoE); `rotated`: they come after
+    the rotary positions. `sinks`: one logit for each query head [heads]. `relative`: the logits of relative
+    positions [buckets, heads] (T5). `fused`: the hub's module that stores q, k and v as one matrix (they then
+    carry its name), None where the hub stores them apart. `grouped`: that matrix holds, for each kv head, its
+    query heads, itself and its value head (with as many kv heads as query heads that is q, k, v head by
+    head); else all of q, then all of k, then all of v. `values_are_keys`: the hub stores `k` alone, and `v`
+    is the same matrix (Gemma 4)."""
 
     q: Linear
     k: Linear
@@ -155,7 +158,8 @@ class Attention:
     whole_norms: bool = False
     own_norms: bool = False
     rotated: bool = False
-    kv_heads: int = 0
+    heads: tuple[int, int] | None = None
+    softplus_gate: Linear | None = None
     values_are_keys: bool = False
 
 
@@ -223,6 +227,20 @@ class DeltaNet:
     norm: Norm
     o: Linear
     groups: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ShortConv:
+    """A short convolution with two gates (LFM2): `b`, `c` and `x` [hidden, hidden]; what the kernels `conv`
+    [hidden, 1, kernel] make of b * x, channel by channel, is multiplied by c before `o` [hidden, hidden]. The
+    hub stores b, c and x in this order as one matrix, whose name they carry."""
+
+    b: Linear
+    c: Linear
+    x: Linear
+    conv: Parameter
+    conv_bias: Parameter | None
+    o: Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,7 +368,7 @@ class Layer:
 
     name: str
     attention_norm: Norm | None
-    attention: Attention | Queries | Mla | DeltaNet | None
+    attention: Attention | Queries | Mla | DeltaNet | ShortConv | None
     mlp_norm: Norm | None
     mlp: Mlp | Experts | None
     attention_after: Norm | None = None
@@ -417,8 +435,8 @@ class Sizes:
     `heads` and `head_dim` is a value head's. `block`: how many neighbouring outputs or inputs of a quantised
     matrix share a scale. `head_keys`: config's keys for `heads`, `kv_heads` and `head_dim` ("": it has none),
     None where the config cannot give the three separately. `vocab_key`: its key for `vocab`. `delta`: the
-    heads of linear attention. `mamba`: of Mamba's mixers. `other_kv_heads`: how many kv heads the layers have
-    that have not `kv_heads` of them, 0 where there are none such."""
+    heads of linear attention. `mamba`: of Mamba's mixers. `others`: the numbers of query and of kv heads that
+    some layers have in place of `heads` and `kv_heads`. `channels`: of short convolutions."""
 
     hidden: int
     vocab: int
@@ -435,7 +453,8 @@ class Sizes:
     vocab_key: str = "vocab_size"
     delta: DeltaHeads | None = None
     mamba: MambaHeads | None = None
-    other_kv_heads: int = 0
+    others: tuple[tuple[int, int], ...] = ()
+    channels: int = 0
 
 
 @dataclass(frozen=True, slots=True)

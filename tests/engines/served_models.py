@@ -131,6 +131,8 @@ QUANTISED: dict[str, tuple[str, str]] = {
         "deepseek_v2-lora": ("int8", "fp8-matrix"),
         "kimi_k2": ("fp8-block", "int4"),
         "minimax_m2": ("fp8-block",),
+        "hy_v3": ("int8", "fp8-matrix"),
+        "mimo_v2_flash-wide": ("fp8-block",),
         **dict.fromkeys((*_DENSE, *_SEEING), ("int8", "fp8-matrix")),
         **dict.fromkeys(
             (

@@ -72,6 +72,20 @@ _ROUTED = _SIZES | dict(
     first_k_dense_replace=1, n_group=1, topk_group=1,
 )  # fmt: skip
 
+_CONVOLVED = _sizes(
+    num_hidden_layers=4, layer_types=["conv", "full_attention", "conv", "full_attention"], drop=("head_dim",)
+)
+_MIMO = _sizes(
+    _ROUTED, num_hidden_layers=3, v_head_dim=16, mlp_layer_types=["dense", "sparse", "sparse"],
+    layer_types=["full_attention", "sliding_attention", "full_attention"],
+    drop=("first_k_dense_replace", "n_shared_experts"),
+)  # fmt: skip
+_SAID_OF_MIMO = dict(
+    moe_layer_freq=[0, 1, 1], hybrid_layer_pattern=[0, 1, 0], swa_num_attention_heads=4,
+    swa_num_key_value_heads=4, swa_head_dim=32, swa_v_head_dim=16, sliding_window_size=16,
+    layernorm_epsilon=1e-5, add_swa_attention_sink_bias=True,
+)  # fmt: skip
+
 _IMAGES = dict(image_token_id=300, video_token_id=301, vision_start_token_id=302, vision_end_token_id=303)
 _TOWER = dict(depth=2, hidden_size=128, intermediate_size=192, num_heads=4, out_hidden_size=128, patch_size=4)
 _CLIP = dict(
@@ -187,6 +201,24 @@ MODELS: dict[str, tuple[str, dict]] = {
         _sizes(
             num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, num_shared_experts=1,
             mlp_layer_types=["dense", "sparse"], sliding_window=16,
+        ),
+    ),
+    "hy_v3": (
+        "HYV3",
+        _sizes(num_hidden_layers=3, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128),
+    ),
+    "mimo_v2_flash": ("MiMoV2Flash", _MIMO),
+    "mimo_v2_flash-wide": (
+        "MiMoV2Flash", _MIMO | dict(hidden_size=256, head_dim=128, v_head_dim=128, moe_intermediate_size=256)
+    ),
+    "lfm2": (
+        "Lfm2", _sizes(_CONVOLVED, intermediate_size=384, block_multiple_of=64, tie_word_embeddings=True)
+    ),
+    "lfm2_moe": (
+        "Lfm2Moe",
+        _sizes(
+            _CONVOLVED, num_dense_layers=1, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128,
+            tie_word_embeddings=True,
         ),
     ),
     "ernie4_5_moe": (
@@ -466,6 +498,10 @@ SAID: dict[str, dict] = {
         "qkv_bias": True,
         "bias": True,
     },
+    "hy_v3": {"expert_hidden_dim": 128, "first_k_dense_replace": 1, "qk_norm": True, "route_norm": True},
+    "lfm2": {"block_dim": 128, "conv_dim": 128, "block_ff_dim": 384},
+    "mimo_v2_flash": _SAID_OF_MIMO,
+    "mimo_v2_flash-wide": _SAID_OF_MIMO | {"swa_head_dim": 128, "swa_v_head_dim": 128},
     "kimi_k2": {"model_type": "kimi_k2"},
     "phimoe-hub": {"architectures": ["PhiMoEForCausalLM"]},
     "glm4_moe_lite": {"first_k_dense_replace": 1},

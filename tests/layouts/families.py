@@ -171,6 +171,33 @@ FAMILIES = {
         "ExaoneMoe", (8, 4, 8), head_dim=8, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24,
         num_shared_experts=2, mlp_layer_types=["sparse", "dense"], sliding_window=16,
     ),
+    "hy_v3": _family(
+        "HYV3", (8, 4, 12), head_dim=12, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24,
+        num_shared_experts=2, mlp_layer_types=["sparse", "dense"], **_BIASED,
+    ),
+    "mimo_v2_flash": _family(
+        "MiMoV2Flash", (8, 2, 12), _SIZES | _ROUTED, drop=("first_k_dense_replace",), head_dim=12,
+        v_head_dim=10, num_key_value_heads=2, num_hidden_layers=3, attention_bias=True,
+        mlp_layer_types=["sparse", "dense", "sparse"],
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "laguna": _family(
+        "Laguna", (8, 4, 12), head_dim=12, attention_bias=True, num_hidden_layers=3, num_experts=5,
+        num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=40,
+        num_attention_heads_per_layer=[8, 16, 8], mlp_layer_types=["dense", "sparse", "sparse"],
+    ),
+    "laguna-wide": _family(
+        "Laguna", (8, 4, 8), head_dim=8, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24,
+        shared_expert_intermediate_size=40, gating="per-element",
+    ),
+    "lfm2": _family(
+        "Lfm2", (8, 4, 8), intermediate_size=145, block_multiple_of=32, num_hidden_layers=3, conv_bias=True,
+        tie_word_embeddings=True, layer_types=["conv", "full_attention", "conv"],
+    ),
+    "lfm2_moe": _family(
+        "Lfm2Moe", (8, 2, 8), num_key_value_heads=2, num_hidden_layers=3, num_dense_layers=1, num_experts=5,
+        num_experts_per_tok=2, moe_intermediate_size=24, layer_types=["conv", "full_attention", "conv"],
+    ),
     "ernie4_5_moe": _family(
         "Ernie4_5_Moe", (8, 4, 8), moe_num_experts=5, moe_k=2, moe_intermediate_size=24,
         moe_num_shared_experts=2, moe_layer_start_index=0, moe_layer_end_index=0, head_dim=8,

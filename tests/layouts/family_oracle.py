@@ -23,7 +23,7 @@ HEAD_BIASES = ("cls.predictions.bias", "decoder.bias")
 FUSED = ("query_key_value", "c_attn", "Wqkv")
 IN = (
     "output_linear", "o_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj", "fc2", "fc_out", "out_proj",
-    "Wo",
+    "Wo", "w2",
 )  # fmt: skip
 
 
@@ -81,6 +81,10 @@ def hf(t, heads, tp, r):
                     ]
                 out[name] = torch.cat(rows)
         elif module in ("wpe", "position_embeddings", "embed_positions", "token_type_embeddings"):
+            out[name] = x
+        elif module in ("w1", "w3"):
+            out[name] = cut(x, 0, tp, r)
+        elif ".conv." in name:  # short convolutions are whole
             out[name] = x
         elif (
             name.startswith(("cls.predictions.tr", "lm_head.", "classifier", "head."))
@@ -144,6 +148,7 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
     flat = flat or (r, tp)
     gpt_oss = any(n.endswith(".sinks") for n in t)
     llama4 = any(".feed_forward.router." in n for n in t)
+    laguna = any(".g_proj." in n for n in t)
     gemma4 = any(n.endswith(".layer_scalar") for n in t)
     minimax = any(n.endswith("block_sparse_moe.e_score_correction_bias") for n in t)
 
@@ -157,8 +162,12 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
 
     def qkv(name, q, k, v):
         each = q.shape[0] // heads[0]  # with output gates, twice as many
-        kv, size = (heads_of((heads[0], k.shape[0] // each, each), tp, r)[1], each) if gemma4 else (its, d)
-        put(name, torch.cat([pick(q, mine, each), pick(k, kv, size), pick(v, kv, size)]))
+        if laguna:
+            each = d
+        size = each if gemma4 else d
+        kv = k.shape[0] // size
+        asked, read = heads_of((q.shape[0] // each, kv, d), tp, r)
+        put(name, torch.cat([pick(q, asked, each), pick(k, read, size), pick(v, read, v.shape[0] // kv)]))
 
     for name, x in t.items():
         at = re.search(r"\.(?:layers|h)\.(\d+)\.", name)
@@ -166,13 +175,21 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
             continue
         stem, module, kind = f".{name}".rsplit(".", 2)
         stem = stem.removeprefix(".")
-        if module == "experts":
+        if module == "experts" and not kind.startswith("e_score_"):
             stem, module, kind = f"{stem}.experts", kind, "stack"
         held = next((m for m in mixers if name.startswith(m)), None)
         if held is not None:
             if name == f"{held}A_log":
                 for leaf, part in mixer(t, held, tp, r).items():
                     put(held + leaf, part)
+            continue
+        if ".conv." in name:  # LFM2's short convolutions: b, c and x, each with its kernel
+            name = name.replace(".conv.", ".short_conv.")
+            if module == "out_proj":
+                put(name, cut(x, 1, tp, r) if kind == "weight" else x)
+            else:
+                parts_of = x.chunk(3 if module == "in_proj" else 1)
+                put(name, torch.cat([cut(y, 0, tp, r) for y in parts_of]))
             continue
         where = stem.replace(".self_attn", ".attn") if gpt_oss else stem
         if x.ndim == 3 and module != "conv1d" and not gpt_oss:
@@ -249,6 +266,8 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
             pass
         elif module in ("gate_up_proj", "input_linear"):
             put(name, torch.cat([cut(y, 0, tp, r) for y in x.chunk(2)]))
+        elif laguna and module in ("gate_proj", "up_proj", "g_proj"):
+            put(name, cut(x, 0, tp, r))
         elif module == "gate_proj":
             put(
                 f"{stem}.gate_up_proj.{kind}",
@@ -260,6 +279,13 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
             put(name, torch.cat([cut(y, 0, tp, r) for y in x.chunk(2)]))
         elif module in ("in_proj_qkvz", "in_proj_ba", "linear_attn"):  # key head by key head; A_log, dt_bias
             put(name, cut(x, 0, tp, r))
+        elif module == "w1":
+            put(
+                f"{stem}.w13.{kind}",
+                torch.cat([cut(t[f"{stem}.{p}.{kind}"], 0, tp, r) for p in ("w1", "w3")]),
+            )
+        elif module == "w3":
+            pass
         elif module == "conv1d":
             put(name, torch.cat([cut(y, 0, tp, r) for y in qkv_rows(t, stem, x)]))
         elif module == "in_proj_qkv":
@@ -274,11 +300,13 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
             put(name, cut(x, 0, tp, r))
         elif module in IN:
             put(f"{where}.{module}.{kind}", cut(x, 1, tp, r) if kind == "weight" else x)
+        elif kind == "attention_sink_bias":
+            put(name, cut(x, 0, tp, r))
         elif kind == "sinks":
             put(name.replace(".self_attn.", ".attn."), cut(x, 0, tp, r))
         else:
             whole = ("norm", ".ln_", "mlp.gate.", "mlp.router.", "shared_expert_gate", "kv_a_proj_with_mqa")
-            whole += ("layer_scalar", ".per_layer_")
+            whole += ("layer_scalar", ".per_layer_", "feed_forward.gate.", ".expert_bias")
             whole += ("block_sparse_moe.gate.", "e_score_correction_bias", ".router.")
             whole += (".act_fn.", ".wpe.", ".embed_positions.", "mixer.gate.", "_latent_proj.")
             assert any(part in name for part in whole), name

@@ -16,8 +16,18 @@ from reading import bits, memory, same, shard
 NAMES = [*families.FAMILIES, "chatglm"]
 ENCODERS = list(families.ENCODERS)
 WRAPPERS = list(families.WRAPPERS)
-WITHOUT_PLAN = ("bloom", "falcon-", "stablelm", "hunyuan_v1_dense", "gpt_bigcode", "gptj", "opt", "mpt")
-PLANNED = [n for n in families.FAMILIES if not n.startswith(WITHOUT_PLAN)]
+WITHOUT_PLAN = (
+    "bloom",
+    "falcon-",
+    "stablelm",
+    "hunyuan_v1_dense",
+    "gpt_bigcode",
+    "gptj",
+    "opt",
+    "mpt",
+    "lfm2",
+)
+PLANNED = [n for n in families.FAMILIES if n == "lfm2_moe" or not n.startswith(WITHOUT_PLAN)]
 UNPLANNED = [n for n in NAMES if n not in PLANNED]
 
 
@@ -51,6 +61,12 @@ TRAINED = (
     ("embed_out.", "lm_head."),
     (".block_sparse_moe.gate.", ".mlp.router."),
     (".block_sparse_moe.", ".mlp."),
+    (".attention_sink_bias", ".sinks"),
+    (".mlp.expert_bias", ".mlp.e_score_correction_bias"),
+    (".mlp.router.gate.", ".mlp.gate."),
+    (".mlp.shared_mlp.", ".mlp.shared_experts."),
+    (".mlp.experts.e_score_", ".mlp.gate.e_score_"),
+    (".mlp.shared_expert.", ".mlp.shared_experts."),
     (".mlp.e_score_", ".mlp.gate.e_score_"),
     (".mlp.moe_statics.", ".mlp.gate.moe_statics."),
     (".router.layer.", ".router."),
@@ -62,7 +78,7 @@ TRAINED = (
 
 
 def named_as_trained(name, state):
-    if ".block_sparse_moe.experts." in name:
+    if ".block_sparse_moe.experts." in name or ".feed_forward.experts." in name:
         name = name.replace(".block_sparse_moe.", ".mlp.")
         for hub, trained in (("w1", "gate"), ("w3", "up"), ("w2", "down")):
             name = name.replace(f".{hub}.", f".{trained}_proj.")

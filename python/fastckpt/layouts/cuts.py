@@ -30,6 +30,7 @@ from ..model import (
     Norm,
     Parameter,
     Queries,
+    ShortConv,
     Sizes,
 )
 from ..placement import Placement
@@ -83,10 +84,10 @@ def require_even(layout: str, placement: Placement, what: str, size: int, instea
 
 def require_heads(layout: str, placement: Placement, sizes: Sizes, instead: str = "") -> None:
     """Raises LayoutError where tp does not divide the query heads, or neither divides nor is divided by the
-    kv heads: those are dealt out evenly or repeated evenly."""
-    require_even(layout, placement, "the number of attention heads", sizes.heads, instead)
+    kv heads of any layer: those are dealt out evenly or repeated evenly."""
     tp = placement.tp
-    for kv in (sizes.kv_heads, sizes.other_kv_heads or sizes.kv_heads):
+    for heads, kv in ((sizes.heads, sizes.kv_heads), *sizes.others):
+        require_even(layout, placement, "the number of attention heads", heads, instead)
         if kv % tp and tp % kv:
             raise LayoutError(
                 f"layout {layout}: neither do {kv} kv heads divide by tp {tp} nor tp by kv heads{instead}"
@@ -167,9 +168,14 @@ def qkv_part(attention: Attention, sizes: Sizes, placement: Placement) -> list[L
     q = attention.q
     if attention.gate is not None:
         q = regrouped(q.name, [q, attention.gate], sizes.head_dim)
-    share = _share(attention.kv_heads or sizes.kv_heads, placement)
-    kv = (out_part(x, *share) for x in (attention.k, attention.v))
+    kv_heads = _heads(attention, sizes)[1]
+    kv = (out_part(x, *_share(kv_heads, placement)) for x in (attention.k, attention.v))
     return [out_part(q, placement.tp_rank, placement.tp), *kv]
+
+
+def _heads(attention: Attention, sizes: Sizes) -> tuple[int, int]:
+    """How many query and kv heads a layer has."""
+    return attention.heads or (sizes.heads, sizes.kv_heads)
 
 
 def queries_part(attention: Queries, placement: Placement) -> Iterator[Target]:
@@ -187,9 +193,8 @@ def norms_part(attention: Attention, sizes: Sizes, placement: Placement) -> Atte
     def part(role: Norm | None, heads: int) -> Norm | None:
         return role and replace(role, weight=role.weight.part(0, *_share(heads, placement)))
 
-    return replace(
-        attention, q_norm=part(attention.q_norm, sizes.heads), k_norm=part(attention.k_norm, sizes.kv_heads)
-    )
+    heads, kv_heads = _heads(attention, sizes)
+    return replace(attention, q_norm=part(attention.q_norm, heads), k_norm=part(attention.k_norm, kv_heads))
 
 
 def _share(heads: int, placement: Placement) -> tuple[int, int]:
@@ -313,6 +318,10 @@ def two_blocks(layout: str, layer: Layer) -> tuple[Attention | Mla | DeltaNet, M
     two, or whose attention reads what other layers make or store otherwise."""
     if layer.mamba is not None:
         raise LayoutError(f"layout {layout} has no place for {layer.mamba.o.name}, of a Mamba mixer")
+    if isinstance(layer.attention, ShortConv):
+        raise LayoutError(
+            f"layout {layout} has no place for {layer.attention.o.name}, of a short convolution"
+        )
     if layer.attention is None or layer.mlp is None:
         raise LayoutError(f"layout {layout} has no place for {layer.name}, a layer of one block")
     for role in layer.whole:
@@ -320,7 +329,7 @@ def two_blocks(layout: str, layer: Layer) -> tuple[Attention | Mla | DeltaNet, M
     attention = layer.attention
     if isinstance(attention, Queries):
         raise LayoutError(f"layout {layout} has no place for {attention.q.name}, without keys of its own")
-    if isinstance(attention, Attention) and (attention.kv_heads or attention.values_are_keys):
+    if isinstance(attention, Attention) and (attention.heads or attention.values_are_keys):
         raise LayoutError(f"layout {layout} has no place for {attention.k.name}, unlike other layers' keys")
     return attention, layer.mlp
 
@@ -365,6 +374,26 @@ def mamba(mixer: Mamba) -> Iterator[Target]:
     yield from parameter(mixer.dt_bias)
     yield from norm(mixer.norm)
     yield from stored(mixer.o)
+
+
+def short_conv_part(conv: ShortConv, placement: Placement) -> ShortConv:
+    """The rank's channels. Source: vLLM's layers/mamba/short_conv.py."""
+    tp, rank = placement.tp, placement.tp_rank
+    b, c, x = (out_part(each, rank, tp) for each in (conv.b, conv.c, conv.x))
+
+    def rows(role: Parameter) -> Parameter:
+        return replace(role, view=role.view.part(0, rank, tp))
+
+    offset = conv.conv_bias and rows(conv.conv_bias)
+    return ShortConv(b, c, x, rows(conv.conv), offset, in_part(conv.o, rank, tp))
+
+
+def short_conv(conv: ShortConv) -> Iterator[Target]:
+    """All of a short convolution, as the hub stores it."""
+    yield from stored(joined(conv.b.name, (conv.b, conv.c, conv.x)))
+    yield from parameter(conv.conv)
+    yield from parameter(conv.conv_bias)
+    yield from stored(conv.o)
 
 
 def padded_part(view: View, multiple: int, index: int, count: int) -> View:
@@ -422,9 +451,13 @@ def norm(role: Norm | None) -> Iterator[Target]:
 
 
 def require_heads_alike(layout: str, attention: Attention) -> None:
-    """Raises LayoutError unless q and k are normed head by head, by the same weights, before the rotary
-    positions."""
-    norm = attention.q_norm
+    """Raises LayoutError unless all heads are of one size, without a gate of softplus, and q and k are normed
+    head by head, by the same weights, before the rotary positions."""
+    norm, k, v = attention.q_norm, attention.k, attention.v
+    if attention.softplus_gate is not None:
+        raise LayoutError(f"layout {layout} has no place for {attention.softplus_gate.name}, an output gate")
+    if k.shape[0] != v.shape[0]:
+        raise LayoutError(f"layout {layout} has no place for {v.name}, of other rows than {k.name}")
     for other, what in (
         (attention.whole_norms, "a norm of all heads"),
         (attention.own_norms, "a norm with weights for each head"),

@@ -62,8 +62,9 @@ class Served:
     the model's own dtype, whatever the hub's dtype. `hub_rows`: fused matrices keep the hub's order of rows:
     q, k, v head by head, and [gate; up] cut as one run (vLLM's Transformers backend).
 
-    `tied`: a tied pair goes by the name of the "head", or of the "embedding" where the engine has no head, so
-    that only tied models fit; "" where it ties none, so that only others do. `everywhere`: which of
+    `tied`: a tied pair goes by the name of the "head", and so where the engine ties "always", or of the
+    "embedding" where it has no head, so that only tied models fit; "" where it ties none, so that only others
+    do. `everywhere`: which of
     "embedding", "norm" and "head" every pipeline stage holds, rather than the first or the last alone; None
     where that was not compared, so that pipelines are refused. `classes`: the first of config.json's
     `architectures` -> the family by that class, where the engine has a class of its own for another name
@@ -73,7 +74,7 @@ class Served:
     renamed: Renamed = ()
     held: tuple[Held, ...] = _ones("attn.")
     quantised: Mapping[str, Form] = field(default_factory=dict)
-    tied: Literal["head", "embedding", ""] = "head"
+    tied: Literal["head", "always", "embedding", ""] = "head"
     float32: tuple[str, ...] = ()
     rounded: tuple[str, ...] = ()
     hub_rows: bool = False
@@ -205,6 +206,30 @@ _VLLM_0_32: dict[str, Served] = {
     "dots1": _ROUTED,
     "solar_open": _ROUTED,
     "exaone_moe": Served((*_STACKS, *_SHARED, *_ROUTER)),
+    "hy_v3": Served(
+        (
+            *_STACKS,
+            (".shared_mlp.", ".experts._shared_experts._layer."),
+            (".mlp.router.gate.", ".mlp.gate."),
+        ),
+        quantised={k: _FORMS[k] for k in ("compressed-tensors", "fp8")},
+        float32=("*.mlp.gate.weight",),
+        everywhere=_ALL,
+    ),
+    "lfm2": Served(tied="always"),
+    "lfm2_moe": Served(
+        (
+            *_STACKS,
+            (".feed_forward.expert_bias", ".feed_forward.experts.routed_experts.e_score_correction_bias"),
+        ),
+        tied="always",
+    ),
+    "mimo_v2_flash": Served(
+        (*_STACKS, *_CORRECTION),
+        quantised={"fp8": _FORMS["fp8"]},
+        tied="",
+        float32=("*.mlp.gate.weight",),
+    ),
     "ernie4_5_moe": Served(
         (*_STACKS, *_SHARED, (".mlp.moe_statics.", ".mlp.experts.routed_experts.")),
         float32=("*.mlp.gate.weight",),

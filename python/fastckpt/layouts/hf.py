@@ -27,6 +27,7 @@ from ..model import (
     Model,
     Prediction,
     Queries,
+    ShortConv,
     Stacked,
     Stacks,
 )
@@ -51,6 +52,7 @@ from .cuts import (
     require_least,
     require_subjects,
     require_tensor_parallel,
+    short_conv,
     stored,
 )
 from .naming import Naming, ranked
@@ -140,7 +142,7 @@ class Hf:
             require_even("hf", placement, "the number of query rows", sizes.heads * sizes.head_dim)
             return
         require_heads("hf", placement, sizes, instead)
-        for kv in (sizes.kv_heads, sizes.other_kv_heads):
+        for _, kv in ((sizes.heads, sizes.kv_heads), *sizes.others):
             if kv % placement.tp and not self.replicate_kv:
                 raise LayoutError(
                     f"layout hf: {kv} kv heads do not divide by tp {placement.tp}, and "
@@ -218,6 +220,8 @@ def _layers(layers: Iterable[Layer], model: Model, placement: Placement) -> Iter
         yield from norm(layer.attention_norm)
         if isinstance(layer.attention, DeltaNet):
             yield from _delta(layer.attention, model, placement)
+        elif isinstance(layer.attention, ShortConv):
+            yield from short_conv(layer.attention)
         elif layer.attention is not None:
             yield from _attention(layer.attention, model, placement)
         if layer.mamba is not None:
@@ -278,6 +282,8 @@ def _attention(attention: Attention | Queries | Mla, model: Model, placement: Pl
     yield from stored(in_part(attention.o, rank, tp))
     yield from norm(attention.q_norm)
     yield from norm(attention.k_norm)
+    if attention.softplus_gate is not None:
+        yield from stored(out_part(attention.softplus_gate, rank, tp))
     if attention.sinks is not None:
         yield Target(attention.sinks.name, attention.sinks.view.part(0, rank, tp))
     if attention.relative is not None:

@@ -39,7 +39,7 @@ def padded(model: Model, tp: int, experts: int, multiple: int = 1) -> Model:
     Query heads stay with the kv head they read: kv heads are added with all their query heads, or, where
     there are fewer kv heads than ranks, query heads are added to every kv head. Raises LayoutError for a
     model that is no decoder, and for a size that follows from another and would not divide; when a layer is
-    built, for heads of a quantised matrix."""
+    built, for heads of a quantised matrix, or unlike other layers'."""
     if model.encoder is not None:
         raise LayoutError(f"pad: {model.family} has an encoder, which is not padded")
     sizes = _sizes(model.sizes, tp, experts, multiple)
@@ -56,7 +56,8 @@ def padded(model: Model, tp: int, experts: int, multiple: int = 1) -> Model:
 
 def advice(model: Model) -> str:
     """What a message adds where a size does not divide: the option `pad`, for a model that it can pad."""
-    if model.encoder is not None or model.quant_method or model.carried:  # an image tower
+    others = model.sizes.others
+    if model.encoder is not None or model.quant_method or model.carried or others:  # an image tower
         return ""
     return "; pad=true pads with zeros"
 
@@ -126,7 +127,7 @@ def _layer(layer: Layer, old: Sizes, new: Sizes) -> Layer:
     if layer.vision is not None:
         raise LayoutError(f"pad: the image tower beside {layer.name} is as wide, and is not padded")
     attention, mlp = layer.attention, layer.mlp
-    if isinstance(attention, Queries) or (isinstance(attention, Attention) and attention.kv_heads):
+    if isinstance(attention, Queries) or (isinstance(attention, Attention) and attention.heads):
         raise LayoutError(f"pad: {layer.name} has heads of its own number and size, and is not padded")
     if (old.heads, old.kv_heads) != (new.heads, new.kv_heads):
         if isinstance(attention, Mla):
@@ -149,6 +150,10 @@ def _attention(attention: Attention, old: Sizes, new: Sizes) -> Attention:
     norm = attention.q_norm
     if norm is not None and (attention.whole_norms or attention.own_norms):
         raise LayoutError(f"pad: {norm.name} tells heads apart or norms them all at once: none are added")
+    if attention.k.shape[0] != attention.v.shape[0]:
+        raise LayoutError(f"pad: the heads of {attention.v.name} are of another size: none are added")
+    if attention.softplus_gate is not None:
+        raise LayoutError(f"pad: {attention.softplus_gate.name} is not padded")
     kv, d, sinks = new.kv_heads - old.kv_heads, old.head_dim, attention.sinks
 
     def queries(view: View, axis: int, each: int) -> View:

@@ -35,6 +35,7 @@ from ..model import (
     Parameter,
     PerLayer,
     Queries,
+    ShortConv,
     Sizes,
     Stacks,
     Tower,
@@ -69,69 +70,14 @@ from .cuts import (
     require_least,
     require_mamba,
     require_subjects,
+    short_conv,
+    short_conv_part,
 )
 from .engines import Form, Renamed, Served, known, served
 from .naming import Naming
 from .padding import advice, padded, resized, round_up
 from .servers import Share, expert_share, layer_range
-
-_HEAD = ("lm_head.", "language_model.lm_head.")
-_INSIDE = (
-    ("vision_tower.vision_model.", "vision_tower."),
-    ("vision_tower.embeddings.", "vision_tower.vision_model.embeddings."),
-    ("vision_tower.encoder.", "vision_tower.vision_model.encoder."),
-    ("vision_tower.pre_layrnorm.", "vision_tower.vision_model.pre_layrnorm."),
-    ("vision_tower.post_layernorm.", "vision_tower.vision_model.post_layernorm."),
-)
-"""Older files have a tower of CLIP's kin below vision_model, as vLLM does."""
-
-RENAMED: dict[str, Renamed] = {
-    "gpt_oss": ((".self_attn.", ".attn."), (".embed_tokens.", ".embedding.")),
-    "chatglm": ((".word_embeddings.", "."),),
-    "nemotron_h": (("backbone.embeddings.", "model.embed_tokens."), ("backbone.", "model.")),
-    "falcon_h1": ((".mamba.", ".mamba.mamba."),),
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), (("model.", "language_model.model."), _HEAD)),
-    **dict.fromkeys(
-        ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v"),
-        (("model.language_model.", "language_model.model."), ("model.visual.", "visual."), _HEAD),
-    ),
-    "gemma4": (
-        ("model.language_model.", "language_model.model."),
-        *((f"model.{n}.", f"{n}.") for n in ("vision_tower", "embed_vision", "audio_tower", "embed_audio")),
-        _HEAD,
-    ),
-    **dict.fromkeys(("gemma3", "llava", "llava_next", "llava_onevision", "paligemma"), _INSIDE),
-}
-"""family -> (a part of the hub's name, what vLLM's module is called), where the two differ."""
-
-CUT_NORMS = frozenset({"minimax_m2"})
-"""Families whose norms over all of q and of k vLLM cuts by heads, rather than hold them whole."""
-
-PAIRED = frozenset({"llama4_text", "llama4"})
-"""Families whose rotary positions turn neighbouring rows of a head of q and k; vLLM puts all the even rows
-before the odd ones (Llama4ForCausalLM.permute_qk_weight_for_rotary)."""
-
-TOWERS: dict[str, frozenset[str]] = {
-    "internvl": frozenset({"attention", "mergers"}),
-    "llava_onevision": frozenset({"mergers"}),
-    "qwen2_vl": frozenset({"rows"}),
-}
-"""family -> how vLLM cuts its tower otherwise than a decoder: "attention" or "mergers" are whole on every
-rank, [q; k; v] is cut as one run of "rows", whatever they are."""
-
-WHOLE = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v"})
-"""Families whose tower vLLM can hold whole on every rank (supports_encoder_tp_data)."""
-
-CARRIED = frozenset({"gemma4"})
-"""Families whose towers vLLM runs as transformers' own modules, whole on every rank."""
-
-ROWS: dict[str, frozenset[str]] = {
-    "glm4v": frozenset({"model.visual.merger.proj.weight"}),
-    "llama4": frozenset(
-        {"vision_model.patch_embedding.linear.weight", "multi_modal_projector.linear_1.weight"}
-    ),
-}
-"""family -> matrices beside its tower's layers of which each rank holds a run of rows."""
+from .vllm_families import APART, CARRIED, CUT_NORMS, PAIRED, RENAMED, ROWS, TOWERS, WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +145,7 @@ class Vllm:
         require_heads("vllm", placement, model.sizes, instead)
         require_delta("vllm", placement, model.sizes.delta)
         require_mamba("vllm", placement, model.sizes.mamba)
+        require_even("vllm", placement, "the number of a convolution's channels", model.sizes.channels)
         for key, width in model.sizes.widths.items():
             if key != model.sizes.expert_width:
                 require_even("vllm", placement, key, width, instead)
@@ -271,7 +218,8 @@ class Vllm:
         head = last or "head" in everywhere
         tied = head and model.tied
         if first or tied:
-            module = model.lm_head if tied and engine and engine.tied == "head" else model.embedding
+            as_head = tied and engine is not None and engine.tied in ("head", "always")
+            module = model.lm_head if as_head else model.embedding
             yield Target(f"{module.name}.weight", self._rows(model.embedding.weight, placement))
         if model.tower is not None:
             yield from _tower(model, model.tower, self._around(placement))
@@ -323,6 +271,8 @@ class Vllm:
             yield from _latent(layer.attention, placement)
         elif isinstance(layer.attention, DeltaNet):
             yield from _delta(layer.attention, placement)
+        elif isinstance(layer.attention, ShortConv):
+            yield from short_conv(short_conv_part(layer.attention, placement))
         elif isinstance(layer.attention, Queries):
             yield from queries_part(layer.attention, placement)
         elif layer.attention is not None:
@@ -344,15 +294,16 @@ class Vllm:
         yield from norm(layer.mlp_norm)
         if isinstance(layer.mlp, Experts):
             form = None if engine is None else engine.quantised.get(model.quant_method)
-            yield from self._experts(layer.mlp, placement, share, form)
+            yield from self._experts(layer.mlp, placement, share, form, model.family in APART)
         elif layer.mlp is not None:
-            yield from _mlp(layer.mlp, placement, engine is not None and engine.hub_rows)
+            as_hub = engine is not None and engine.hub_rows
+            yield from _mlp(layer.mlp, placement, as_hub, model.family in APART)
         yield from norm(layer.mlp_after)
         for role in layer.whole:
             yield from parameter(role)
 
     def _experts(
-        self, moe: Experts, placement: Placement, share: Share, form: Form | None
+        self, moe: Experts, placement: Placement, share: Share, form: Form | None, apart: bool
     ) -> Iterator[Target]:
         yield from plain(moe.router)
         if moe.correction is not None:
@@ -377,7 +328,7 @@ class Vllm:
                     none = zeros((len(linears), linears[0].shape[0]), dtypes.float32)
                     yield Target(f"{moe.name}.{part}_bias", none)
         if moe.shared is not None:
-            yield from _mlp(moe.shared, placement)
+            yield from _mlp(moe.shared, placement, apart=apart)
         if moe.shared_gate is not None:
             yield from plain(moe.shared_gate)
 
@@ -544,6 +495,8 @@ def _attention(
     yield from plain(in_part(attention.o, placement.tp_rank, placement.tp))
     yield from norm(attention.q_norm)
     yield from norm(attention.k_norm)
+    if attention.softplus_gate is not None:
+        yield from plain(out_part(attention.softplus_gate, placement.tp_rank, placement.tp))
     if attention.sinks is not None:
         sinks = attention.sinks.view.part(0, placement.tp_rank, placement.tp)
         yield Target(attention.sinks.name, sinks)
@@ -603,10 +556,12 @@ def _mamba(part: Mamba, rates: bool) -> Iterator[Target]:
         yield Target(part.a_log.name, part.a_log.view.cast(dtypes.float32))
 
 
-def _mlp(mlp: Mlp, placement: Placement, as_hub: bool = False) -> Iterator[Target]:
+def _mlp(mlp: Mlp, placement: Placement, as_hub: bool = False, apart: bool = False) -> Iterator[Target]:
     rank, tp = placement.tp_rank, placement.tp
-    if mlp.gate is None:
-        yield from plain(out_part(mlp.up, rank, tp))
+    if mlp.gate is None or apart:
+        for linear in (mlp.gate, mlp.up):
+            if linear is not None:
+                yield from plain(out_part(linear, rank, tp))
     elif as_hub and mlp.fused is not None:
         yield from plain(out_part(joined(mlp.fused, [mlp.gate, mlp.up]), rank, tp))
     else:

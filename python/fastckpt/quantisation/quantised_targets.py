@@ -181,7 +181,7 @@ class Expansion:
         if module in ("gate_up_proj", "w13_weight", "input_linear"):
             return rows // 2, rows // 2
         if module in ("qkv_proj", "query_key_value", "fused_qkv_a_proj"):
-            if self.sizes is not None and module != "fused_qkv_a_proj":
+            if self.sizes is not None and not self.sizes.others and module != "fused_qkv_a_proj":
                 tp, head = self.placement.tp, self.sizes.head_dim
                 q, kv = self.sizes.heads // tp * head, max(1, self.sizes.kv_heads // tp) * head
                 if q + 2 * kv == rows:

@@ -28,6 +28,7 @@ from ..model import (
     Parameter,
     Prediction,
     Queries,
+    ShortConv,
     Sizes,
 )
 from .claims import Claims, Dim, Heads, absent, dim, flag, integer, vocabulary
@@ -82,6 +83,17 @@ class Norms:
     bias: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Own:
+    """The attention of one layer of a family whose layers differ: its heads, the size of a value head (0: as
+    the others), and whether it has sinks."""
+
+    heads: Heads
+    values: int = 0
+    sinks: bool = False
+
+
+GATED = ("gate_proj", "up_proj", "down_proj")
 ATTENTION_BIAS, MLP_BIAS = Said("attention_bias"), Said("mlp_bias")
 
 
@@ -105,18 +117,22 @@ class Kind:
     `head_bias`: the head has one. `qk_norm`: q and k are normed: each head by the same weights, with
     `own_norms` by weights of its own, or, with `whole_norms`, all of q and all of k; `rotated`: after the
     rotary positions. `plus_one`: norms multiply by 1 + weight. `fused_qkv`: [q; k; v] are stored as one
-    matrix. `paired`: the names of the two matrices of a feed-forward block whose [gate; up] are stored as
-    one; `ungated`: of one without a gate; None of both: it has three. `scalars`: the learned numbers of its
-    activation, below the block, with their shapes. `mlp`: the block's name, `width`: config's key of
-    its width. `self_attn`, `o`: the names of attention and of its o. `gated`: q_proj holds each head's q and
-    then its output gate. `sinks`: attention has sinks. `delta`: how linear attention is stored, which some
-    layers have in its place, `mamba`, how Mamba's mixers are, and which layers have what.
-    `root`: the module of embedding and layers ("backbone"), `trained`: what transformers calls it in
-    training, `embedding`: the first's name. `parallel`: attention and the feed-forward block read one norm,
-    side by side. `further`: the one layer that may predict a further token, where it is not counted after the
-    last (None: it is, as in DeepSeek). `tied`: whether embedding and head are one where the config does not
-    say. `cuts`: as in Model. `ignored`: patterns of names that are left out. `meta`: how it lies under Meta's
-    names, None where nobody writes it so."""
+    matrix. `matrices`: the names of a feed-forward block's gate, up and down; `paired`: of the two of one
+    whose [gate; up] are stored as one; `ungated`: of one without a gate; None of both: it has three.
+    `scalars`: the learned numbers of its activation, below the block, with their shapes. `mlp`: the block's
+    name, `width`: config's key of its width. `self_attn`, `o`: the names of attention and of its o. `gated`:
+    q_proj holds each head's q and then its output gate; `softplus_gate`: the name of one that is a module of
+    its own, which has a row for each head unless config's `gating` says otherwise. `sinks`: what the sinks of
+    attention are called ("": it has none), `trained_sinks`, in training, where that is another name; `own`:
+    of a config, the attention of each of so many layers, None where they do not differ. `delta`: how linear
+    attention is stored, which some layers have in its place, `mamba`, how Mamba's mixers are, and which
+    layers have what; `mixed`: what claims the short convolutions of some layers, and attention, by what is
+    given, of the others. `root`: the module of embedding and layers ("backbone"), `trained`: what
+    transformers calls it in training, `embedding`: the first's name. `parallel`: attention and the
+    feed-forward block read one norm, side by side. `further`: the one layer that may predict a further token,
+    where it is not counted after the last (None: it is, as in DeepSeek). `tied`: whether embedding and head
+    are one where the config does not say. `cuts`: as in Model. `ignored`: patterns of names that are left
+    out. `meta`: how it lies under Meta's names, None where nobody writes it so."""
 
     family: str
     qkv_bias: bool | Said = ATTENTION_BIAS
@@ -129,11 +145,16 @@ class Kind:
     norms: Norms = field(default_factory=Norms)
     plus_one: bool = False
     fused_qkv: bool = False
+    matrices: tuple[str, str, str] = GATED
     paired: tuple[str, str] | None = None
     gated: bool = False
-    sinks: bool = False
+    softplus_gate: str = ""
+    sinks: str = ""
+    trained_sinks: str = ""
+    own: Callable[[Mapping[str, JSON], int], Sequence[Own]] | None = None
     delta: Stored | None = None
     mamba: StoredMamba | None = None
+    mixed: Callable[[Claims, Mapping[str, JSON], Claim], Claim] | None = None
     further: Further | None = None
     tied: bool = False
     cuts: HubCuts = field(default_factory=HubCuts)
@@ -152,7 +173,7 @@ class Kind:
     meta: Meta | None = None
 
 
-Claim = Callable[[str], Callable[[], Attention | Queries | Mla | DeltaNet]]
+Claim = Callable[[str], Callable[[], Attention | Queries | Mla | DeltaNet | ShortConv]]
 FeedForward = Callable[[str], Callable[[], Mlp | Experts]]
 """Both claim the block of a layer by the layer's name, and return what builds it."""
 
@@ -190,9 +211,10 @@ def families(*kinds: Kind) -> dict[str, Known]:
 
 
 def dense(
-    kind: Kind, claims: Claims, config: Mapping[str, JSON], width: Dim, at: str = "mlp"
+    kind: Kind, claims: Claims, config: Mapping[str, JSON], width: Dim, at: str = "mlp", trained: str = ""
 ) -> Callable[[str], Callable[[], Mlp]]:
-    """The block of the module `at`, that wide in every layer."""
+    """The block of the module `at`, that wide in every layer; `trained`: its name in training, where that is
+    another."""
     hidden = dim(config, "hidden_size")
     bias = has(config, kind.mlp_bias)
     if kind.paired is not None:
@@ -202,7 +224,15 @@ def dense(
             claims.linear(f"{layer}.{at}.{last}", hidden, width, bias=bias),
         )
     if kind.ungated is None:
-        return lambda layer: gated(claims, f"{layer}.{at}", width, hidden, bias=bias)
+        return lambda layer: gated(
+            claims,
+            f"{layer}.{at}",
+            width,
+            hidden,
+            kind.matrices,
+            bias=bias,
+            trained=trained and f"{layer}.{trained}",
+        )
     first, second = kind.ungated
 
     def claim(layer: str) -> Callable[[], Mlp]:
@@ -217,11 +247,24 @@ def dense(
     return claim
 
 
-def gated(claims: Claims, at: str, width: Dim, hidden: Dim, *, bias: bool = False) -> Callable[[], Mlp]:
-    """Claims `gate_proj`, `up_proj` and `down_proj` of the module `at`."""
-    gate = claims.linear(f"{at}.gate_proj", width, hidden, bias=bias)
-    up = claims.linear(f"{at}.up_proj", width, hidden, bias=bias)
-    down = claims.linear(f"{at}.down_proj", hidden, width, bias=bias)
+def gated(
+    claims: Claims,
+    at: str,
+    width: Dim,
+    hidden: Dim,
+    matrices: tuple[str, str, str] = GATED,
+    *,
+    bias: bool = False,
+    trained: str = "",
+) -> Callable[[], Mlp]:
+    """Claims the `matrices` gate, up and down of the module `at`, which may be stored as `trained`."""
+    first, second, last = matrices
+    stored = trained if trained and claims.has_matrix(f"{trained}.{second}") else at
+
+    def linear(leaf: str, out: Dim, into: Dim) -> Callable[[], Linear]:
+        return claims.linear(f"{at}.{leaf}", out, into, bias=bias, stored=f"{stored}.{leaf}")
+
+    gate, up, down = linear(first, width, hidden), linear(second, width, hidden), linear(last, hidden, width)
     return lambda: Mlp(gate(), up(), down())
 
 
@@ -232,47 +275,69 @@ def heads_of(config: Mapping[str, JSON]) -> Heads:
     return Heads(heads, kv_heads, integer(config, "head_dim", integer(config, "hidden_size") // heads))
 
 
+def unlike(own: Heads, usual: Heads) -> tuple[int, int] | None:
+    """How many query and kv heads a layer has, None where its heads are as usual."""
+    return (own.q, own.kv) if own != usual else None
+
+
 def attention(kind: Kind, claims: Claims, config: Mapping[str, JSON]) -> Claim:
     """The attention of `self_attn`: q, k, v apart or as one, o, and what else the kind has."""
-    heads = heads_of(config)
-    hidden = dim(config, "hidden_size")
-    q_rows = Dim(heads.q * heads.dim, "num_attention_heads * head_dim")
-    kv_rows = Dim(heads.kv * heads.dim, "num_key_value_heads * head_dim")
-    all_rows = Dim(q_rows.size + 2 * kv_rows.size, f"{q_rows.key} + 2 * {kv_rows.key}")
-    one_head = Dim(heads.dim, "head_dim")
+    alike = Own(heads_of(config), sinks=bool(kind.sinks))
+    own = kind.own(config, claims.layers(config)) if kind.own is not None else ()
+    hidden, one_head = dim(config, "hidden_size"), Dim(alike.heads.dim, "head_dim")
     qkv_bias, qk_norm = has(config, kind.qkv_bias), has(config, kind.qk_norm)
 
     def norm(name: str, count: int, rows: Dim) -> Callable[[], Norm | None]:
         """The norm of `count` heads, which have that many rows."""
-        own = (Dim(count, "heads"),) if kind.own_norms else ()
-        over = (rows,) if kind.whole_norms else (*own, one_head)
+        each = (Dim(count, "heads"),) if kind.own_norms else ()
+        over = (rows,) if kind.whole_norms else (*each, one_head)
         return claims.norm(name, *over, plus_one=kind.plus_one) if qk_norm else absent
 
-    def matrices(at: str) -> Callable[[], Attention]:
-        o = claims.linear(f"{at}.{kind.o}", hidden, q_rows, bias=has(config, kind.o_bias))
-        if kind.fused_qkv:
-            whole = claims.linear(f"{at}.qkv_proj", all_rows, hidden, bias=qkv_bias)
-            return fused_attention(whole, o, heads)
-        q = claims.linear(f"{at}.q_proj", q_rows.times(2) if kind.gated else q_rows, hidden, bias=qkv_bias)
-        k = claims.linear(f"{at}.k_proj", kv_rows, hidden, bias=qkv_bias)
-        v = claims.linear(f"{at}.v_proj", kv_rows, hidden, bias=qkv_bias)
-        return attention_of(q, k, v, o, gated=heads.q if kind.gated else 0)
-
     def claim(layer: str) -> Callable[[], Attention]:
-        at = f"{layer}.{kind.self_attn}"
-        build = matrices(at)
+        number = int(layer.rpartition(".")[2]) if own else 0
+        mine = own[number] if number < len(own) else alike
+        heads, values, at = mine.heads, mine.values or mine.heads.dim, f"{layer}.{kind.self_attn}"
+        q_rows = Dim(heads.q * heads.dim, "num_attention_heads * head_dim")
+        k_rows = Dim(heads.kv * heads.dim, "num_key_value_heads * head_dim")
+        v_rows = Dim(heads.kv * values, "num_key_value_heads * v_head_dim") if mine.values else k_rows
+        read = Dim(heads.q * values, "num_attention_heads * v_head_dim") if mine.values else q_rows
+
+        def matrices() -> Callable[[], Attention]:
+            o = claims.linear(f"{at}.{kind.o}", hidden, read, bias=has(config, kind.o_bias))
+            if kind.fused_qkv:
+                all_rows = Dim(q_rows.size + 2 * k_rows.size, f"{q_rows.key} + 2 * {k_rows.key}")
+                whole = claims.linear(f"{at}.qkv_proj", all_rows, hidden, bias=qkv_bias)
+                return fused_attention(whole, o, heads)
+            q = claims.linear(
+                f"{at}.q_proj", q_rows.times(2) if kind.gated else q_rows, hidden, bias=qkv_bias
+            )
+            k = claims.linear(f"{at}.k_proj", k_rows, hidden, bias=qkv_bias)
+            v = claims.linear(f"{at}.v_proj", v_rows, hidden, bias=qkv_bias)
+            return attention_of(q, k, v, o, gated=heads.q if kind.gated else 0)
+
+        build = matrices()
         q_norm = norm(f"{at}.{kind.norms.q}", heads.q, q_rows)
-        k_norm = norm(f"{at}.{kind.norms.k}", heads.kv, kv_rows)
-        one_each = Dim(heads.q, "num_attention_heads")
-        sinks = claims.parameter(f"{at}.sinks", one_each) if kind.sinks else absent
+        k_norm = norm(f"{at}.{kind.norms.k}", heads.kv, k_rows)
+        gate: Callable[[], Linear | None] = absent
+        if kind.softplus_gate:
+            each_head = config.get("gating", True) in (True, "per-head")
+            rows = Dim(heads.q, "num_attention_heads") if each_head else q_rows
+            gate = claims.linear(f"{at}.{kind.softplus_gate}", rows, hidden)
+        sinks: Callable[[], Parameter | None] = absent
+        if mine.sinks:
+            trained, each = f"{at}.{kind.trained_sinks}", Dim(heads.q, "num_attention_heads")
+            stored = trained if kind.trained_sinks and trained in claims else None
+            sinks = claims.parameter(f"{at}.{kind.sinks}", each, stored=stored)
         return lambda: replace(
             build(),
             q_norm=q_norm(),
             k_norm=k_norm(),
             sinks=sinks(),
+            softplus_gate=gate(),
             whole_norms=kind.whole_norms,
             own_norms=kind.own_norms,
             rotated=kind.rotated,
+            heads=unlike(heads, alike.heads),
         )
 
     return claim
@@ -306,6 +371,8 @@ def decoder(
     attend = attends or attention(kind, claims, config)
     if kind.delta is not None:
         attend = hybrid(kind.delta, claims, config, attend)
+    if kind.mixed is not None:
+        attend = kind.mixed(claims, config, attend)
     names, parallel = kind.norms, has(config, kind.parallel)
     count = claims.layers(config)
     mix = mixers(kind.mamba, claims, config) if kind.mamba is not None else None
@@ -347,6 +414,7 @@ def decoder(
         head_bias="lm_head.bias" if has(config, kind.head_bias) else "",
     )
     held = blocks_of(kind, config, count)
+    mine = [each.heads for each in kind.own(config, count)] if kind.own is not None else []
     layers = Layers([layer(f"{kind.root}.layers.{i}", blocks) for i, blocks in enumerate(held)])
     predictions = min(predictions, claims.most)  # a config may say anything
     further = [_after_the_last(i) for i in range(count, count + predictions)]
@@ -369,6 +437,8 @@ def decoder(
             fused_qkv=kind.fused_qkv,
             delta=delta_heads(config) if kind.delta is not None else None,
             mamba=mamba_heads(kind.mamba, config) if kind.mamba is not None else None,
+            channels=hidden.size if kind.mixed is not None else 0,
+            others=tuple(dict.fromkeys(filter(None, (unlike(x, size) for x in mine)))),
         ),
         embedding=embedding,
         layers=layers,

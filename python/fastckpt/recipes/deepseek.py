@@ -13,7 +13,7 @@ from ..model import HubCuts, Stacked
 from .decoder import IGNORED, MLP_BIAS, Kind, Said
 from .latent import latent, sparse
 from .meta import CORRECTIONS, GATED, ROUTED, STACKS, Meta
-from .mixture import Mixture, Shared, after_dense, every, typed
+from .mixture import Mixture, Shared, after_dense, every, typed, typed_after_one
 from .mixture import families as mixtures
 from .moe import Block
 
@@ -74,6 +74,20 @@ EXAONE_MOE = replace(
     sparse=typed,
     shared=Shared(count="num_shared_experts"),
 )
+HY_V3 = replace(
+    GLM4_MOE,
+    kind=Kind("hy_v3", mlp_bias=MLP_BIAS, qk_norm=True, ignored=(*IGNORED, "model.layers.80.*")),
+    block=Block(
+        router="router.gate",
+        correction="expert_bias",
+        trained_router="gate",
+        trained_correction="e_score_correction_bias",
+    ),
+    count=("num_experts",),
+    sparse=typed_after_one,
+    shared=Shared("mlp.shared_mlp", count="num_shared_experts", default=1, trained="mlp.shared_experts"),
+)
+"""Its 81st layer predicts one more token: transformers leaves it out."""
 DEEPSEEK_V32 = replace(V3, kind=Kind("deepseek_v32"), sparse=typed, latent=sparse)
 GLM_MOE_DSA = replace(DEEPSEEK_V32, kind=Kind("glm_moe_dsa"))
 
@@ -89,4 +103,5 @@ FAMILIES = mixtures(
     SOLAR_OPEN,
     EXAONE_MOE,
     MISTRAL4,
+    HY_V3,
 )

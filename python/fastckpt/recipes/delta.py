@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from ..checkpoint import JSON
 from ..errors import RecipeError
-from ..model import Attention, DeltaHeads, DeltaNet, Linear, Mla, Parameter, Queries
+from ..model import Attention, DeltaHeads, DeltaNet, Linear, Mla, Parameter, Queries, ShortConv
 from .claims import Claims, Dim, dim, each_layer, integer
 from .fused import parts
 
-Claim = Callable[[str], Callable[[], Attention | Queries | Mla | DeltaNet]]
+Claim = Callable[[str], Callable[[], Attention | Queries | Mla | DeltaNet | ShortConv]]
 
 
 @dataclass(frozen=True, slots=True)

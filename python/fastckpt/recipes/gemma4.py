@@ -11,7 +11,7 @@ from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import Attention, Experts, Mlp, Model, Parameter, PerLayer, Queries, Stacked
 from .claims import Claims, Dim, Heads, absent, dim, each_layer, flag, integer
-from .decoder import IGNORED, Kind, claimed, decoder, gated
+from .decoder import IGNORED, Kind, claimed, decoder, gated, unlike
 from .gemma import AROUND
 from .known import Known
 from .moe import Block, experts, with_shared
@@ -28,6 +28,7 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
     claims = claimed(KIND, ckpt, config)
     count, hidden = claims.layers(config), dim(config, "hidden_size")
     heads, full = _heads(config, count)
+    usual = heads[full.index(False)] if False in full else heads[0]
     first = count - integer(config, "num_kv_shared_layers", 0, least=0)  # of those that read earlier layers
     if first < 1 or set(full[:first]) != set(full):
         raise RecipeError(f"config: num_kv_shared_layers {count - first}: no earlier layer of each kind")
@@ -58,7 +59,7 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         same = one_matrix and full[i]
         v = k if same else claims.linear(f"{at}.v_proj", kv_rows, hidden, bias=bias)
         return lambda: Attention(
-            q(), k(), v(), o(), q_norm(), k_norm(), kv_heads=own.kv, values_are_keys=same
+            q(), k(), v(), o(), q_norm(), k_norm(), values_are_keys=same, heads=unlike(own, usual)
         )
 
     def feeds(layer: str) -> Callable[[], Mlp | Experts]:
@@ -90,14 +91,14 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         feeds,
         widths,
         attends=attends,
-        heads=heads[full.index(False)] if False in full else heads[0],
+        heads=usual,
         whole=whole,
         experts=number.size,
         expert_width=each.key,
         shared_width=width.key if mixture else "",
     )
-    numbers = [own.kv for own in heads if own.kv != model.sizes.kv_heads]
-    sizes = replace(model.sizes, head_keys=None, other_kv_heads=numbers[0] if numbers else 0)
+    others = tuple(dict.fromkeys(filter(None, (unlike(own, usual) for own in heads))))
+    sizes = replace(model.sizes, head_keys=None, others=others)
     return replace(model, sizes=sizes, per_layer=per_layer())
 
 

@@ -21,7 +21,7 @@ from .quantised import quantised
 
 GPT_OSS = Kind(
     "gpt_oss",
-    sinks=True,
+    sinks="sinks",
     cuts=HubCuts(whole=frozenset({"embedding", "attention", "experts", "intermediate_size"})),
 )
 

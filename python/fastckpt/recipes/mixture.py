@@ -45,6 +45,11 @@ def typed(config: Mapping[str, JSON]) -> Callable[[int], bool]:
     return lambda layer: types[layer] == "sparse"
 
 
+def typed_after_one(config: Mapping[str, JSON]) -> Callable[[int], bool]:
+    """As `typed`; a config that says neither means one layer without."""
+    return typed({"first_k_dense_replace": 1, **config})
+
+
 def stepped(config: Mapping[str, JSON]) -> Callable[[int], bool]:
     """Every `decoder_sparse_step`-th layer has experts, but for `mlp_only_layers`."""
     step, only = integer(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
@@ -55,16 +60,18 @@ def stepped(config: Mapping[str, JSON]) -> Callable[[int], bool]:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """The block of a layer that every token passes. `name`: the hub's module within the layer; `width`:
-    config's key of how wide it is, or `count`, of how many experts that is, which may be said of each layer;
-    `default`: how many where the config does not say; `gate`: the module of its gate. Its matrices have the
-    names of a block without experts."""
+    """The block of a layer that every token passes. `name`: the hub's module within the layer, `trained`:
+    what transformers calls it in training ("": likewise); `width`: config's key of how wide it is, or
+    `count`, of how many experts that is, which may be said of each layer; `default`: how many where the
+    config does not say; `gate`: the module of its gate. Its matrices have the names of a block without
+    experts."""
 
     name: str = "mlp.shared_experts"
     count: str = "n_shared_experts"
     default: int = 0
     width: str = ""
     gate: str = ""
+    trained: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +119,7 @@ def recipe(
         gate = mixture.shared.gate
         return with_shared(
             build,
-            dense(kind, claims, config, shared, mixture.shared.name)(layer),
+            dense(kind, claims, config, shared, mixture.shared.name, mixture.shared.trained)(layer),
             claims.linear(f"{layer}.{gate}", Dim(1, "1"), hidden) if gate else absent,
         )
 

@@ -1,0 +1,70 @@
+"""What vLLM calls and cuts otherwise than most, family by family. Source: vLLM's models/."""
+
+from __future__ import annotations
+
+from .engines import Renamed
+
+_HEAD = ("lm_head.", "language_model.lm_head.")
+_INSIDE = (
+    ("vision_tower.vision_model.", "vision_tower."),
+    ("vision_tower.embeddings.", "vision_tower.vision_model.embeddings."),
+    ("vision_tower.encoder.", "vision_tower.vision_model.encoder."),
+    ("vision_tower.pre_layrnorm.", "vision_tower.vision_model.pre_layrnorm."),
+    ("vision_tower.post_layernorm.", "vision_tower.vision_model.post_layernorm."),
+)
+"""Older files have a tower of CLIP's kin below vision_model, as vLLM does."""
+
+RENAMED: dict[str, Renamed] = {
+    "gpt_oss": ((".self_attn.", ".attn."), (".embed_tokens.", ".embedding.")),
+    "chatglm": ((".word_embeddings.", "."),),
+    "nemotron_h": (("backbone.embeddings.", "model.embed_tokens."), ("backbone.", "model.")),
+    "falcon_h1": ((".mamba.", ".mamba.mamba."),),
+    **dict.fromkeys(
+        ("lfm2", "lfm2_moe"),
+        ((".conv.", ".short_conv."), (".feed_forward.gate_up_proj.", ".feed_forward.w13.")),
+    ),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), (("model.", "language_model.model."), _HEAD)),
+    **dict.fromkeys(
+        ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v"),
+        (("model.language_model.", "language_model.model."), ("model.visual.", "visual."), _HEAD),
+    ),
+    "gemma4": (
+        ("model.language_model.", "language_model.model."),
+        *((f"model.{n}.", f"{n}.") for n in ("vision_tower", "embed_vision", "audio_tower", "embed_audio")),
+        _HEAD,
+    ),
+    **dict.fromkeys(("gemma3", "llava", "llava_next", "llava_onevision", "paligemma"), _INSIDE),
+}
+"""family -> (a part of the hub's name, what vLLM's module is called), where the two differ."""
+
+CUT_NORMS = frozenset({"minimax_m2"})
+"""Families whose norms over all of q and of k vLLM cuts by heads, rather than hold them whole."""
+
+APART = frozenset({"laguna"})
+"""Families whose blocks, but for experts', have gate and up as matrices of their own in vLLM too."""
+
+PAIRED = frozenset({"llama4_text", "llama4"})
+"""Families whose rotary positions turn neighbouring rows of a head of q and k; vLLM puts all the even rows
+before the odd ones (Llama4ForCausalLM.permute_qk_weight_for_rotary)."""
+
+TOWERS: dict[str, frozenset[str]] = {
+    "internvl": frozenset({"attention", "mergers"}),
+    "llava_onevision": frozenset({"mergers"}),
+    "qwen2_vl": frozenset({"rows"}),
+}
+"""family -> how vLLM cuts its tower otherwise than a decoder: "attention" or "mergers" are whole on every
+rank, [q; k; v] is cut as one run of "rows", whatever they are."""
+
+WHOLE = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v"})
+"""Families whose tower vLLM can hold whole on every rank (supports_encoder_tp_data)."""
+
+CARRIED = frozenset({"gemma4"})
+"""Families whose towers vLLM runs as transformers' own modules, whole on every rank."""
+
+ROWS: dict[str, frozenset[str]] = {
+    "glm4v": frozenset({"model.visual.merger.proj.weight"}),
+    "llama4": frozenset(
+        {"vision_model.patch_embedding.linear.weight", "multi_modal_projector.linear_1.weight"}
+    ),
+}
+"""family -> matrices beside its tower's layers of which each rank holds a run of rows."""
