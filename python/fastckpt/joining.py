@@ -34,8 +34,8 @@ from .sources.served import SHARDS
 from .target import Target
 from .uniting import over_ranks, phantom_of, united
 
-UNTOLD = ("dcp", "fsdp", "meta")
-"""Formats that do not say which names are one tensor."""
+UNTOLD = ("dcp", "fsdp", "meta", "safetensors", "statedict")
+"""Formats that do not, or not always, say which names are one tensor."""
 
 TOLD = "cut_from"
 """The record's option that tells what the shards were cut from."""
@@ -56,7 +56,7 @@ def open(
     """The checkpoint at `path`, as `sources.open` has it; the shards of a serving layout as a whole model.
 
     `recipe`: the file of a user's own recipe, where the shards were cut with one. `config`: where no
-    config.json is beside, which model a Megatron checkpoint is of, and whether FSDP's names are tied; without
+    config.json is beside, which model a Megatron checkpoint is of, and whether names are tied; without
     either it is given as it is.
     So are quantised shards, and those of an adapter alone, which cannot be joined: each tensor is named
     "rank/name". Raises SourceError for what is broken, missing, unknown or cannot be joined."""
@@ -86,11 +86,11 @@ def whole(
 ) -> Checkpoint:
     """The model that an opened output's shards, or a Megatron run's, are of; any other checkpoint as it is.
 
-    `recipe`, `config` as in `open`. FSDP's names are tied where the config says so. The facts name a recipe
-    that was asked for, and sizes that had been padded, which the config gives as they were before. Names,
-    shapes and tied names are those of the checkpoint it was cut from, dtypes those that were served; what the
-    recipe left out is in `unread`. Raises SourceError where the record does not tell enough, or the shards do
-    not hold every element."""
+    `recipe`, `config` as in `open`. Names are tied where the config says so and the bytes agree. The facts
+    name a recipe that was asked for, and sizes that had been padded, which the config gives as they were
+    before. Names, shapes and tied names are those of the checkpoint it was cut from, dtypes those that were
+    served; what the recipe left out is in `unread`. Raises SourceError where the record does not tell enough,
+    or the shards do not hold every element."""
     if ckpt.format == MEGATRON:
         from . import megatron
 

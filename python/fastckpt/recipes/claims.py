@@ -407,8 +407,8 @@ def vocabulary(
     of them count.
 
     The config says whether the pair is tied. Where it does and the checkpoint holds two tensors, that is a
-    RecipeError, whatever their values: transformers 5 unties a pair that differs, and neither names nor a
-    plan, which is kept by headers, say whether it does."""
+    RecipeError: transformers 5 unties a pair that differs. Files with the same bytes twice do not come here,
+    since opening them found the pair to be one (sources/ties.py)."""
     want = integer(config, key) if vocab_size is None else vocab_size
 
     def rows(name: str, *more: Dim) -> View:
