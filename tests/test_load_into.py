@@ -119,3 +119,9 @@ def test_a_tied_module_does_not_choose_between_two_tensors():
     module[1].weight = module[0].weight
     with pytest.raises(LayoutError, match="same memory"):
         fastckpt.load_into(module, {"0.weight": torch.zeros(3, 3), "1.weight": torch.ones(3, 3)})
+
+
+def test_names_that_a_wrapper_changed_are_told_with_the_way_out():
+    module = torch.nn.Linear(2, 2, bias=False)
+    with pytest.raises(LayoutError, match=r"torch\.compile puts there; rename= \(--rename '_orig_mod"):
+        fastckpt.load_into(module, {"_orig_mod.weight": torch.ones(2, 2)})

@@ -28,6 +28,7 @@ from .planning.binding import Binding
 from .planning.plans import Plan
 from .planning.request import Request
 from .quantisation.schemes import Quant
+from .recipes import strangers
 from .running.runs import Progress, Report, Run, reader_of
 from .sources.memory import stamped
 
@@ -338,10 +339,12 @@ def load_into(
     tied = tensors.tied(held, made | again.keys())
     missing = [n for n in held if n not in made and n not in again and n not in tied]
     if strict and (missing or planned.left_out):
+        way = f"; {why}" if (why := strangers.wrapped(planned.left_out)) else ""
         raise LayoutError(
             f"load_into: {len(missing)} tensors of the module are not in the checkpoint"
             f" ({', '.join(missing[:3]) or 'none'}), {len(planned.left_out)} of the checkpoint are not in"
             f" the module ({', '.join(planned.left_out[:3]) or 'none'}); strict=False loads what both have"
+            f"{way}"
         )
     device = tensors.device_of(held)
     real = tensors.made_real({n: held[n] for n in (*made, *again)}, device)
