@@ -307,6 +307,11 @@ def test_a_plain_directory(tmp_path: Path) -> None:
         (tmp_path / "model.safetensors.index.json").write_bytes(broken)
         assert len(verify(tmp_path, plain=True).problems) == 1
     (tmp_path / "model.safetensors.index.json").unlink()
+    safetensors.torch.save_file({**a, "c": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert verify(tmp_path, plain=True).problems == (
+        "model.safetensors: a is also in model-1.safetensors: a loader takes either",
+    )
+    (tmp_path / "model.safetensors").unlink()
     a["a"][1, 1] = torch.nan
     safetensors.torch.save_file(a, tmp_path / "model-1.safetensors")
     assert verify(tmp_path, plain=True).problems == (

@@ -285,7 +285,9 @@ def _plain(seen: _Seen) -> None:
             continue
         for tensor, item in header.items():
             seen.tensors.append(Stored(name, tensor, item.dtype, item.offset, item.nbytes, ""))
-            where[os.path.join(os.path.dirname(name), tensor)] = name
+            at = os.path.join(os.path.dirname(name), tensor)
+            if (other := where.setdefault(at, name)) != name:
+                seen.problems.append(f"{name}: {tensor} is also in {other}: a loader takes either")
     for name in seen.present:
         if name.endswith(".safetensors.index.json"):
             _same_index(seen, name, where)
