@@ -12,7 +12,7 @@ import zlib
 
 import torch
 import transformers
-from engines.served_tables import INSIDE, MODELS, SAID
+from engines.served_tables import INSIDE, MODELS, SAID, hubs
 from safetensors.torch import load_file, save_file
 
 
@@ -85,7 +85,7 @@ DENSE = (
 )  # fmt: skip
 """Modules that stay as they are."""
 
-TOWERS = ("visual", "vision_tower", "multi_modal_projector")
+TOWERS = ("visual", "vision_tower", "multi_modal_projector", "mm_projector")
 """Modules beside a decoder, in which all stays as it is."""
 
 BY_ROW = ("int8", "fp8-channel")
@@ -130,6 +130,7 @@ QUANTISED: dict[str, tuple[str, str]] = {
         "glm4_moe": ("int8", "fp8-matrix"),
         "deepseek_v2-lora": ("int8", "fp8-matrix"),
         "kimi_k2": ("fp8-block", "int4"),
+        "kimi_k25": ("int4",),
         "minimax_m2": ("fp8-block",),
         "hy_v3": ("int8", "fp8-matrix"),
         "mimo_v2_flash-wide": ("fp8-block",),
@@ -179,6 +180,9 @@ def write(name: str, folder: str, *, counted: bool = False, dtype: torch.dtype =
             if key.endswith((".mamba.A_log", ".mixer.A_log")):  # of which every exp gives the same
                 tensor.copy_((tensor * 8).floor() / 8)
     model.save_pretrained(folder)
+    if name == "kimi_k25":  # transformers writes some tensors by names that are not the hub's
+        path = os.path.join(folder, "model.safetensors")
+        save_file({hubs(k): t for k, t in load_file(path).items()}, path, {"format": "pt"})
     if name in SAID:
         _say(folder, SAID[name])
     if name.startswith("qwen3_vl_moe"):

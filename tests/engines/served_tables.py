@@ -191,6 +191,13 @@ MODELS: dict[str, tuple[str, dict]] = {
         ),
     ),
     "mistral4": ("Mistral4", _sizes(_LATENT, q_lora_rank=48, n_shared_experts=1)),
+    "minicpm3": (
+        "MiniCPM3",
+        _sizes(
+            drop=("head_dim",), kv_lora_rank=64, q_lora_rank=48, qk_nope_head_dim=32, qk_rope_head_dim=32,
+            num_key_value_heads=4, tie_word_embeddings=True,
+        ),
+    ),
     "dots1": ("Dots1", _sizes(_ROUTED)),
     "solar_open": (
         "SolarOpen",
@@ -418,6 +425,28 @@ MODELS: dict[str, tuple[str, dict]] = {
             tie_word_embeddings=False,
         ),
     ),
+    "gemma4_unified": (
+        "Gemma4Unified",
+        _seeing(
+            dict(patch_size=2, pooling_kernel_size=2, mm_embed_dim=128, mm_posemb_size=10,
+                 output_proj_dims=128),
+            drop=(), text={k: v for k, v in _GEMMA4.items() if "per_layer" not in k},
+            audio_config=dict(audio_embed_dim=20), tie_word_embeddings=True,
+        ),
+    ),
+    "exaone4_5": (
+        "Exaone4_5_",
+        _seeing(_QWEN2_5_VL | dict(num_key_value_heads=2), drop=(), text=dict(model_type="exaone4")),
+    ),
+    "kimi_k25": (
+        "Kimi_K25",
+        _seeing(
+            dict(patch_size=4, pos_emb_height=3, pos_emb_width=5, num_attention_heads=4, num_hidden_layers=2,
+                 hidden_size=128, intermediate_size=192),
+            text=_WIDE_LATENT | dict(model_type="deepseek_v3"), projection_hidden_size=128,
+            tie_word_embeddings=False,
+        ),
+    ),
     "mistral3": (
         "Mistral3",
         _seeing(
@@ -503,6 +532,7 @@ SAID: dict[str, dict] = {
     "mimo_v2_flash": _SAID_OF_MIMO,
     "mimo_v2_flash-wide": _SAID_OF_MIMO | {"swa_head_dim": 128, "swa_v_head_dim": 128},
     "kimi_k2": {"model_type": "kimi_k2"},
+    "kimi_k25": {"architectures": ["KimiK25ForConditionalGeneration"]},
     "phimoe-hub": {"architectures": ["PhiMoEForCausalLM"]},
     "glm4_moe_lite": {"first_k_dense_replace": 1},
 }
@@ -510,3 +540,14 @@ SAID: dict[str, dict] = {
 
 INSIDE = ("gemma3", "llava", "llava_next", "llava_onevision", "llava_onevision-wide")
 """Models whose tower vLLM reads by the hub's older names alone, below `vision_model`."""
+
+
+def hubs(name):
+    """The hub's name of a tensor, where transformers 5.23 writes another (Kimi K2.5)."""
+    for old, new in (
+        ("language_model.model.blocks.", "language_model.model.layers."),
+        ("model.mm_projector.", "mm_projector."),
+        ("vision_tower.encoder.patch_embed.", "vision_tower.patch_embed."),
+    ):
+        name = new + name[len(old) :] if name.startswith(old) else name
+    return name

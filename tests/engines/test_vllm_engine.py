@@ -132,7 +132,11 @@ GRIDS = {
             *("gemma4_text", "gemma4"),
         ),
     ),
-    "tp2-data": (Placement(tp=2), ("qwen2_vl", "qwen2_5_vl-tied", "qwen3_vl", "qwen3_vl_moe", "glm4v"), ()),
+    "tp2-data": (
+        Placement(tp=2),
+        ("qwen2_vl", "qwen2_5_vl-tied", "qwen3_vl", "qwen3_vl_moe", "glm4v", "exaone4_5", "kimi_k25"),
+        (),
+    ),
     "tp2-fastckpt": (Placement(tp=2), (*served_models.MODELS, *STAGED), ()),
     "pp2-fastckpt": (Placement(pp=2), ("phi", "qwen2_5_vl", *STAGED), ()),
 }

@@ -122,7 +122,7 @@ def test_a_head_that_the_engine_ties_otherwise_is_refused(name, tied, message, t
 
 
 def test_a_tower_that_vllm_cannot_hold_whole_is_refused(hub):
-    with pytest.raises(LayoutError, match="tower=whole wants one of glm4v, qwen2_5_vl, qwen2_vl, "):
+    with pytest.raises(LayoutError, match="tower=whole wants one of exaone4_5, glm4v, kimi_k25, "):
         fastckpt.plan(hub("internvl"), tp=2, layout=layout("vllm", {"tower": "whole"}))
 
 
@@ -144,6 +144,14 @@ def test_a_decoder_that_vllm_does_not_know_beside_a_tower_is_refused(monkeypatch
     models.write("mistral3", str(tmp_path))
     with pytest.raises(LayoutError, match="its names for family mistral3 of mistral4 are not known"):
         fastckpt.plan(tmp_path, layout=layout("vllm", {"engine": ENGINE}))
+
+
+def test_another_class_than_the_one_compared_is_refused(hub):
+    """transformers spells Kimi K2.5's otherwise, and vLLM has no class of that name."""
+    config = json.loads((hub("kimi_k25") / "config.json").read_text())
+    config |= {"architectures": ["Kimi_K25ForConditionalGeneration"]}
+    with pytest.raises(LayoutError, match=r"\[KimiK25ForConditionalGeneration\], got Kimi_K25For"):
+        fastckpt.plan(hub("kimi_k25"), config=config, layout=layout("vllm", {"engine": ENGINE}))
 
 
 def test_a_tied_pair_is_the_head_alone_in_files(hub, tmp_path):

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
+from engines.served_tables import hubs  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 _SIZES = dict(
@@ -115,6 +116,11 @@ FAMILIES = {
         num_global_key_value_heads=2, enable_moe_block=True, num_experts=5, moe_intermediate_size=24,
         top_k_experts=2, tie_word_embeddings=False, attention_bias=True,
     ),
+    "gemma4_unified_text": _family(
+        "Gemma4UnifiedText", (8, 4, 8), _SIZES | _GEMMA4,
+        ("vocab_size_per_layer_input", "hidden_size_per_layer_input"), attention_k_eq_v=True,
+        num_global_key_value_heads=2,
+    ),
     "phi3": _family("Phi3", (8, 4, 8)),
     "glm": _family("Glm", (8, 4, 8), head_dim=8, attention_bias=True),
     "glm4": _family("Glm4", (8, 2, 8), head_dim=8, attention_bias=True, num_key_value_heads=2),
@@ -162,6 +168,10 @@ FAMILIES = {
         n_shared_experts=1, mlp_layer_types=["sparse", "dense"],
     ),
     "mistral4": _family("Mistral4", (8, 8, 6), _SIZES | _MLA, q_lora_rank=24, n_shared_experts=2),
+    "minicpm3": _family(
+        "MiniCPM3", (8, 8, 8), kv_lora_rank=16, q_lora_rank=24, qk_nope_head_dim=8, qk_rope_head_dim=4,
+        num_key_value_heads=8, tie_word_embeddings=True,
+    ),
     "dots1": _family("Dots1", (8, 4, 8), _SIZES | _ROUTED, head_dim=8, n_shared_experts=2, n_group=1),
     "solar_open": _family(
         "SolarOpen", (8, 4, 12), _SIZES | _ROUTED, drop=("intermediate_size", "first_k_dense_replace"),
@@ -348,6 +358,22 @@ WRAPPERS = {
         ),
         tie_word_embeddings=True,
     ),
+    "gemma4_unified": _seeing(
+        "Gemma4Unified",
+        dict(patch_size=2, pooling_kernel_size=2, mm_embed_dim=32, mm_posemb_size=10, output_proj_dims=32),
+        {k: v for k, v in _GEMMA4.items() if "per_layer" not in k}, tie_word_embeddings=True,
+        audio_config=dict(audio_embed_dim=20),
+    ),
+    "exaone4_5": _seeing(
+        "Exaone4_5_", _TOWER | dict(num_key_value_heads=4), dict(model_type="exaone4")
+    ),
+    "kimi_k25": _seeing(
+        "Kimi_K25",
+        dict(patch_size=4, pos_emb_height=3, pos_emb_width=5, num_attention_heads=8, num_hidden_layers=2,
+             hidden_size=32, intermediate_size=48),
+        _MLA | dict(model_type="deepseek_v3", q_lora_rank=64, n_shared_experts=4),
+        projection_hidden_size=32,
+    ),
     "mistral3": _seeing("Mistral3", _PIXTRAL, dict(model_type="mistral", head_dim=8)),
     "mistral3-mistral4": _seeing(
         "Mistral3", _PIXTRAL, _MLA | dict(model_type="mistral4", q_lora_rank=24, n_shared_experts=4)
@@ -402,7 +428,7 @@ def made(name):
         with open(os.path.join(folder, "config.json")) as f:
             written = json.load(f)
         written["model_type"] = family.hub_type or written["model_type"]
-        files = {k: v.clone() for k, v in load_file(os.path.join(folder, "model.safetensors")).items()}
+        files = {hubs(k): v.clone() for k, v in load_file(os.path.join(folder, "model.safetensors")).items()}
     return written, files, {k: v.detach().clone() for k, v in model.state_dict().items()}
 
 

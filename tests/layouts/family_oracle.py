@@ -150,6 +150,7 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
     llama4 = any(".feed_forward.router." in n for n in t)
     laguna = any(".g_proj." in n for n in t)
     gemma4 = any(n.endswith(".layer_scalar") for n in t)
+    minicpm = not any(".mlp.gate." in n for n in t)  # of those with latent attention
     minimax = any(n.endswith("block_sparse_moe.e_score_correction_bias") for n in t)
 
     mixers = [n.removesuffix("A_log") for n in t if n.endswith((".mamba.A_log", ".mixer.A_log"))]
@@ -259,6 +260,8 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
             qkv(name, *parts(x, heads, False))
         elif module in FUSED:
             qkv(name, *parts(x, heads, order == "grouped" and module != "Wqkv"))
+        elif module in ("q_a_proj", "kv_a_proj_with_mqa") and minicpm:
+            put(name, x)
         elif module == "q_a_proj":
             both = [x, t[f"{stem}.kv_a_proj_with_mqa.{kind}"]]
             put(f"{stem}.fused_qkv_a_proj.{kind}", torch.cat(both))

@@ -69,7 +69,8 @@ class Served:
     where that was not compared, so that pipelines are refused. `classes`: the first of config.json's
     `architectures` -> the family by that class, where the engine has a class of its own for another name
     than transformers'. `reading`: what the run of layers that read the keys of earlier ones is called, beside
-    the others' module and counted from 0, in a pipeline of one stage ("": as the others)."""
+    the others' module and counted from 0, in a pipeline of one stage ("": as the others). `architecture`: the
+    class that config.json must name, where the engine takes others by another road ("": any)."""
 
     renamed: Renamed = ()
     held: tuple[Held, ...] = _ones("attn.")
@@ -81,6 +82,7 @@ class Served:
     everywhere: frozenset[str] | None = frozenset()
     classes: Mapping[str, Served] = field(default_factory=dict)
     reading: str = ""
+    architecture: str = ""
 
     def name(self, name: str) -> str:
         """The engine's name for a tensor of layout vllm."""
@@ -279,6 +281,7 @@ _VLLM_0_32: dict[str, Served] = {
     "cwm": Served(),
     "helium": Served(),
     "stablelm": Served(everywhere=_ALL),
+    "minicpm3": Served(everywhere=_ALL),
     "olmo": Served(),
     "olmo2": _PLAIN,
     "olmo3": _PLAIN,
@@ -302,7 +305,14 @@ _VLLM_0_32: dict[str, Served] = {
     "qwen3_5_moe": _QWEN_DELTA,
     "glm4v": _GLM4,
     "gemma3": Served(quantised=_FORMS, everywhere=_ALL),
+    "exaone4_5": Served(),
+    "kimi_k25": replace(
+        _DEEPSEEK,
+        quantised={"pack-quantized": _forms((), ())["pack-quantized"]},
+        architecture="KimiK25ForConditionalGeneration",
+    ),
     "gemma4": _GEMMA4,
+    "gemma4_unified": _GEMMA4,
     "mistral3": _PLAIN,
     "llava": _PLAIN,
     "llava_next": Served(),
@@ -347,6 +357,11 @@ def served(engine: str, family: str, quant_method: str, architecture: str) -> Se
             f"engine {engine}: its names for family {family} are not known; known are {', '.join(families)}"
         )
     found = families[family].classes.get(architecture, families[family])
+    if found.architecture and architecture not in ("", found.architecture):
+        raise LayoutError(
+            f"engine {engine}: its names for {family} are those of config.json's architectures "
+            f"[{found.architecture}], got {architecture}"
+        )
     if quant_method and quant_method not in found.quantised:
         raise LayoutError(
             f"engine {engine}: what it holds of {family} quantised by {quant_method} is not known; known are "

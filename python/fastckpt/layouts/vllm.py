@@ -77,7 +77,7 @@ from .engines import Form, Renamed, Served, known, served
 from .naming import Naming
 from .padding import advice, padded, resized, round_up
 from .servers import Share, expert_share, layer_range
-from .vllm_families import APART, CARRIED, CUT_NORMS, PAIRED, RENAMED, ROWS, TOWERS, WHOLE
+from .vllm_families import APART, CARRIED, CUT_NORMS, PAIRED, RENAMED, ROWS, TOWERS, UNJOINED, WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,8 +224,7 @@ class Vllm:
         if model.tower is not None:
             yield from _tower(model, model.tower, self._around(placement))
         elif model.family in CARRIED:
-            for role in model.carried:
-                yield from parameter(role)
+            yield from _carried(model, placement)
         if first:
             if model.positions is not None:
                 yield Target(f"{model.positions.name}.weight", model.positions.weight)
@@ -268,7 +267,7 @@ class Vllm:
         if layer.vision is not None:
             raise LayoutError(f"layout vllm has no place for {layer.vision.attention.o.name}")
         if isinstance(layer.attention, Mla):
-            yield from _latent(layer.attention, placement)
+            yield from _latent(layer.attention, placement, model.family in UNJOINED)
         elif isinstance(layer.attention, DeltaNet):
             yield from _delta(layer.attention, placement)
         elif isinstance(layer.attention, ShortConv):
@@ -377,6 +376,11 @@ def _tower(model: Model, tower: Tower, placement: Placement) -> Iterator[Target]
             yield from plain(merger.down)
         else:
             yield from _mlp(merger, placement)
+    yield from _carried(model, placement)
+
+
+def _carried(model: Model, placement: Placement) -> Iterator[Target]:
+    """What is in no layer of a tower, or all of one that vLLM does not cut."""
     for role in model.carried:
         cut = role.name in ROWS.get(model.family, ())
         yield Target(role.name, role.view.part(0, placement.tp_rank, placement.tp) if cut else role.view)
@@ -517,9 +521,12 @@ def _in_halves(attention: Attention, head_dim: int) -> Attention:
     return replace(attention, q=halves(attention.q), k=halves(attention.k))
 
 
-def _latent(attention: Mla, placement: Placement) -> Iterator[Target]:
+def _latent(attention: Mla, placement: Placement, apart: bool) -> Iterator[Target]:
     tp, rank = placement.tp, placement.tp_rank
     if attention.q_a is None:
+        yield from plain(attention.kv_a)
+    elif apart:
+        yield from plain(attention.q_a)
         yield from plain(attention.kv_a)
     else:
         name = f"{_parent(attention.q_a.name)}.fused_qkv_a_proj"

@@ -14,6 +14,15 @@ _INSIDE = (
 )
 """Older files have a tower of CLIP's kin below vision_model, as vLLM does."""
 
+_GEMMA4 = (
+    ("model.language_model.", "language_model.model."),
+    *(
+        (f"model.{name}.", f"{name}.")
+        for name in ("vision_tower", "vision_embedder", "embed_vision", "audio_tower", "embed_audio")
+    ),
+    _HEAD,
+)
+
 RENAMED: dict[str, Renamed] = {
     "gpt_oss": ((".self_attn.", ".attn."), (".embed_tokens.", ".embedding.")),
     "chatglm": ((".word_embeddings.", "."),),
@@ -25,14 +34,14 @@ RENAMED: dict[str, Renamed] = {
     ),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), (("model.", "language_model.model."), _HEAD)),
     **dict.fromkeys(
-        ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v"),
+        ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "exaone4_5"),
         (("model.language_model.", "language_model.model."), ("model.visual.", "visual."), _HEAD),
     ),
-    "gemma4": (
-        ("model.language_model.", "language_model.model."),
-        *((f"model.{n}.", f"{n}.") for n in ("vision_tower", "embed_vision", "audio_tower", "embed_audio")),
-        _HEAD,
+    "kimi_k25": (
+        ("mm_projector.proj.0.", "mm_projector.linear_1."),
+        ("mm_projector.proj.2.", "mm_projector.linear_2."),
     ),
+    **dict.fromkeys(("gemma4", "gemma4_unified"), _GEMMA4),
     **dict.fromkeys(("gemma3", "llava", "llava_next", "llava_onevision", "paligemma"), _INSIDE),
 }
 """family -> (a part of the hub's name, what vLLM's module is called), where the two differ."""
@@ -42,6 +51,9 @@ CUT_NORMS = frozenset({"minimax_m2"})
 
 APART = frozenset({"laguna"})
 """Families whose blocks, but for experts', have gate and up as matrices of their own in vLLM too."""
+
+UNJOINED = frozenset({"minicpm3"})
+"""Families of whose latent attention vLLM keeps the matrices of the two low ranks apart."""
 
 PAIRED = frozenset({"llama4_text", "llama4"})
 """Families whose rotary positions turn neighbouring rows of a head of q and k; vLLM puts all the even rows
@@ -55,13 +67,17 @@ TOWERS: dict[str, frozenset[str]] = {
 """family -> how vLLM cuts its tower otherwise than a decoder: "attention" or "mergers" are whole on every
 rank, [q; k; v] is cut as one run of "rows", whatever they are."""
 
-WHOLE = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v"})
+WHOLE = frozenset({
+    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "exaone4_5",
+    "kimi_k25",
+})  # fmt: skip
 """Families whose tower vLLM can hold whole on every rank (supports_encoder_tp_data)."""
 
-CARRIED = frozenset({"gemma4"})
-"""Families whose towers vLLM runs as transformers' own modules, whole on every rank."""
+CARRIED = frozenset({"gemma4", "gemma4_unified"})
+"""Families whose towers vLLM runs as transformers' own modules, whole on every rank, or which have none."""
 
 ROWS: dict[str, frozenset[str]] = {
+    "gemma4_unified": frozenset({f"model.vision_embedder.patch_dense.{leaf}" for leaf in ("weight", "bias")}),
     "glm4v": frozenset({"model.visual.merger.proj.weight"}),
     "llama4": frozenset(
         {"vision_model.patch_embedding.linear.weight", "multi_modal_projector.linear_1.weight"}

@@ -169,7 +169,7 @@ GRANITE = ("input_linear.weight", "output_linear.weight")
 
 TOWERS = (
     "visual", "vision", "vision_model", "vision_tower", "audio_tower", "multi_modal_projector", "connector",
-    "embed_vision", "embed_audio",
+    "vision_embedder", "embed_vision", "embed_audio", "mm_projector",
 )  # fmt: skip
 """The hub's and the servers' modules that hold towers and projectors: engines serve those dense."""
 

@@ -102,6 +102,14 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
     return replace(model, sizes=sizes, per_layer=per_layer())
 
 
+def unified(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
+    """The model of Gemma 4's unified form, which has neither experts nor inputs of layers. Raises
+    RecipeError."""
+    without: dict[str, JSON] = {"hidden_size_per_layer_input": 0, "enable_moe_block": False}
+    model = recipe(ckpt, {**config, **without}, vocab_size=vocab_size)
+    return replace(model, family="gemma4_unified_text")
+
+
 _MIXED = ("post_feedforward_layernorm_1", "post_feedforward_layernorm_2", "pre_feedforward_layernorm_2")
 """Norms around a mixture and the block beside it."""
 
@@ -162,4 +170,4 @@ def _per_layer(
     return lambda: PerLayer(embedding(), projection(), norm()), width
 
 
-FAMILIES = {"gemma4_text": Known(recipe, IGNORED)}
+FAMILIES = {"gemma4_text": Known(recipe, IGNORED), "gemma4_unified_text": Known(unified, IGNORED)}

@@ -37,6 +37,31 @@ def beside(claims: Claims, config: Said, hidden: Dim) -> tuple[None, tuple[Param
     return None, carried(claims, AT, shapes)
 
 
+def unified(claims: Claims, config: Said, hidden: Dim) -> tuple[None, tuple[Parameter, ...]]:
+    """Claims what stands for towers in Gemma 4's unified form: vectors of patches and of sound as they are.
+    Raises RecipeError. Source: transformers' modeling_gemma4_unified.py."""
+    shapes: Shapes = {}
+    if config.get("vision_config") is not None:
+        said = vision(config, patch_size=16, pooling_kernel_size=3, mm_embed_dim=3840, mm_posemb_size=1120)
+        inner = of(said, "mm_embed_dim")
+        side = of(said, "patch_size").size * of(said, "pooling_kernel_size").size
+        pixels = Dim(3 * side**2, "3 * (patch_size * pooling_kernel_size) ** 2")
+        shapes |= {
+            "vision_embedder.patch_dense.weight": (inner, pixels),
+            "vision_embedder.patch_dense.bias": (inner,),
+            "vision_embedder.pos_embedding": (of(said, "mm_posemb_size"), Dim(2, "2"), inner),
+            "embed_vision.embedding_projection.weight": (hidden, of(said, "output_proj_dims", 3840)),
+        }
+        shapes |= norms(("vision_embedder.patch_ln1",), pixels)
+        shapes |= norms(("vision_embedder.patch_ln2", "vision_embedder.pos_norm"), inner)
+    if config.get("audio_config") is not None:
+        told = config["audio_config"]
+        if not isinstance(told, dict):
+            raise RecipeError(f"config: audio_config must be an object, got {told!r}")
+        shapes["embed_audio.embedding_projection.weight"] = hidden, dim(told, "audio_embed_dim", default=640)
+    return None, carried(claims, AT, shapes)
+
+
 def _matrices(matrices: Mapping[str, tuple[Dim, Dim]], clipped: bool) -> Shapes:
     """Matrices [out, in] of these modules, and what clips them."""
     out: Shapes = {f"{name}.linear.weight": shape for name, shape in matrices.items()}

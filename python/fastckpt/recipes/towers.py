@@ -7,6 +7,7 @@ sizes that a config leaves out as its config classes have them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -70,9 +71,11 @@ def blocks(
     heads: Dim,
     width: Dim,
     mergers: tuple[Mlp, ...],
+    kv: int | None = None,
 ) -> Tower:
-    """Claims the layers `at`.{i} of a tower. `heads`: how many share the hidden size."""
-    each = Heads.of(hidden, heads)
+    """Claims the layers `at`.{i} of a tower. `heads`: how many share the hidden size; `kv`: how many of keys
+    and values there are, where that is not as many."""
+    each = Heads.of(hidden, heads, kv)
     sizes = Sizes(hidden.size, 0, each.q, each.kv, each.dim, {width.key: width.size})
     layers = [_layer(claims, f"{at}.{i}", block, hidden, each, width) for i in range(count.size)]
     return Tower(Layers(layers), sizes, count.size, mergers)
@@ -85,7 +88,8 @@ def _layer(
     *qkv, last = (f"{name}.{n}" for n in block.attention)
     o = claims.linear(last, hidden, hidden, bias=block.o_bias)
     if len(qkv) == 1:
-        whole = claims.linear(qkv[0], hidden.times(3), hidden, bias=block.qkv_bias)
+        rows = Dim((heads.q + 2 * heads.kv) * heads.dim, "(heads + 2 * kv heads) * head size")
+        whole = claims.linear(qkv[0], rows, hidden, bias=block.qkv_bias)
         attends = fused_attention(whole, o, heads)
     else:
         q, k, v = (claims.linear(n, hidden, hidden, bias=block.qkv_bias) for n in qkv)
@@ -149,11 +153,30 @@ def qwen2_5(claims: Claims, at: str, config: Said, hidden: Dim) -> Built:
     return _qwen2(claims, at, said, QWEN2_5, of(said, "hidden_size"), of(said, "intermediate_size"), hidden)
 
 
-def _qwen2(claims: Claims, at: str, said: Said, block: Block, inner: Dim, width: Dim, hidden: Dim) -> Built:
+def exaone4_5(claims: Claims, at: str, config: Said, hidden: Dim) -> Built:
+    """EXAONE 4.5's tower, of modules below `at`: Qwen2.5-VL's with fewer heads of keys and values."""
+    said = vision(
+        config, depth=32, hidden_size=3584, intermediate_size=3420, num_heads=16, patch_size=14,
+        num_key_value_heads=8,
+    )  # fmt: skip
+    inner, kv = of(said, "hidden_size"), of(said, "num_key_value_heads").size
+    return _qwen2(claims, at, said, QWEN2_5, inner, of(said, "intermediate_size"), hidden, kv)
+
+
+def _qwen2(
+    claims: Claims,
+    at: str,
+    said: Said,
+    block: Block,
+    inner: Dim,
+    width: Dim,
+    hidden: Dim,
+    kv: int | None = None,
+) -> Built:
     merged = inner.times(integer(said, "vision_config.spatial_merge_size", 2) ** 2)
     merger = mlp(claims, f"{at}.merger", ("mlp.0", "mlp.2"), merged, merged, hidden)
     tower = blocks(
-        claims, f"{at}.blocks", of(said, "depth"), block, inner, of(said, "num_heads"), width, (merger(),)
+        claims, f"{at}.blocks", of(said, "depth"), block, inner, of(said, "num_heads"), width, (merger(),), kv
     )
     outer: Shapes = {"patch_embed.proj.weight": _patches(said, inner)}
     return tower, carried(claims, at, outer | norms(("merger.ln_q",), inner, bias=block.norm_bias))
@@ -234,6 +257,45 @@ def glm4v(claims: Claims, at: str, config: Said, hidden: Dim) -> Built:
     return tower, carried(
         claims, at, outer | norms(("post_conv_layernorm", "post_layernorm"), inner, bias=False)
     )
+
+
+KIMI = Block(("norm0", "norm1"), ("wqkv", "wo"), ("mlp.fc0", "mlp.fc1"))
+
+
+def kimi_k25(claims: Claims, config: Said, hidden: Dim) -> Built:
+    """Kimi K2.5's tower and projector, as its hub has them: transformers turns the rows of q and k."""
+    said = vision(
+        config, patch_size=14, pos_emb_height=64, pos_emb_width=64, num_attention_heads=16,
+        num_hidden_layers=27, hidden_size=1152, intermediate_size=4304,
+    )  # fmt: skip
+    inner, patch = of(said, "hidden_size"), of(said, "patch_size")
+    merge = said.get("vision_config.merge_kernel_size", [2, 2])
+    if not isinstance(merge, list) or len(merge) != 2 or not all(type(n) is int and n > 0 for n in merge):
+        raise RecipeError(f"config: vision_config.merge_kernel_size must be two numbers, got {merge!r}")
+    merged = inner.times(math.prod(n for n in merge if isinstance(n, int)))
+    tower = blocks(
+        claims,
+        "vision_tower.encoder.blocks",
+        of(said, "num_hidden_layers"),
+        KIMI,
+        inner,
+        of(said, "num_attention_heads"),
+        of(said, "intermediate_size"),
+        (),
+    )
+    grid = of(said, "pos_emb_height"), of(said, "pos_emb_width"), inner
+    outer: Shapes = {
+        "vision_tower.patch_embed.proj.weight": (inner, Dim(3, "3"), patch, patch),
+        "vision_tower.patch_embed.proj.bias": (inner,),
+        "vision_tower.patch_embed.pos_emb.weight": grid,
+        "mm_projector.proj.0.weight": (merged, merged),
+        "mm_projector.proj.0.bias": (merged,),
+        "mm_projector.proj.2.weight": (hidden, merged),
+        "mm_projector.proj.2.bias": (hidden,),
+    }
+    outer |= norms(("vision_tower.encoder.final_layernorm",), inner)
+    outer |= norms(("mm_projector.pre_norm",), dim(config, "projection_hidden_size", default=1152))
+    return tower, tuple(claims.parameter(name, *dims)() for name, dims in outer.items())
 
 
 # ---- CLIP's kin, behind a projector ----

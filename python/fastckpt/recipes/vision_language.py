@@ -18,7 +18,7 @@ from ..model import Mlp, Model, Parameter, Stacked, Tower
 from . import decoder, gemma4, gemma4_towers, imagining, mixture, towers
 from .claims import Claims, Dim, dim, flag, integer
 from .decoder import IGNORED
-from .deepseek import MISTRAL4
+from .deepseek import KIMI_K2, MISTRAL4, V3
 from .gemma import GEMMA, GEMMA2
 from .gemma import GEMMA3 as GEMMA3_TEXT
 from .glm import GLM4
@@ -27,6 +27,7 @@ from .known import Known, Recipe
 from .llama import LLAMA, MINISTRAL3, MISTRAL, QWEN2, QWEN3
 from .llama4 import LLAMA4_TEXT
 from .moe import Block
+from .olmo import EXAONE4
 from .qwen_moe import QWEN3_MOE
 from .qwen_next import QWEN3_5, QWEN3_5_MOE
 from .renaming import renamed, respelled
@@ -51,8 +52,11 @@ TEXTS: Mapping[str, Recipe] = {
     "qwen3_vl_moe_text": _qwen3_moe,
     "qwen3_5_moe_text": partial(mixture.recipe, mixture=QWEN3_5_MOE),
     "gemma4_text": gemma4.recipe,
+    "gemma4_unified_text": gemma4.unified,
     "llama4_text": partial(mixture.recipe, mixture=LLAMA4_TEXT),
     "mistral4": partial(mixture.recipe, mixture=MISTRAL4),
+    "deepseek_v3": partial(mixture.recipe, mixture=V3),
+    "kimi_k2": partial(mixture.recipe, mixture=KIMI_K2),
     **{
         name: partial(decoder.recipe, kind=kind)
         for name, kind in {
@@ -64,6 +68,8 @@ TEXTS: Mapping[str, Recipe] = {
             "gemma": GEMMA,
             "gemma2": GEMMA2,
             "gemma3_text": GEMMA3_TEXT,
+            "exaone4": EXAONE4,
+            "exaone4_5_text": EXAONE4,
             "qwen2_vl_text": QWEN2,
             "qwen2_5_vl_text": QWEN2,
             "qwen3_vl_text": QWEN3,
@@ -350,6 +356,15 @@ _LLAVA = (
     ("model.image_newline", "image_newline"),
 )
 
+_KIMI = (
+    ("model.language_model.", "language_model.model."),
+    ("language_model.model.blocks.", "language_model.model.layers."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.mm_projector.", "mm_projector."),
+    ("vision_tower.encoder.patch_embed.", "vision_tower.patch_embed."),
+)
+"""What transformers 5.23 trains and saves, where its own names are not the hub's."""
+
 _APART = ("llama", "mistral", "qwen2", "qwen3")
 
 QWEN2_VL = Wrapper(
@@ -380,6 +395,15 @@ GLM4V = Wrapper(
     "glm4v", ("glm4v_text",), _within(towers.glm4v, "model.visual"), "model.language_model.", "lm_head."
 )
 GEMMA3 = Wrapper("gemma3", ("gemma3_text",), _gemma3, trained=_LLAVA, tied=True)
+EXAONE4_5 = Wrapper(
+    "exaone4_5",
+    ("exaone4", "exaone4_5_text"),
+    _within(towers.exaone4_5, "model.visual"),
+    "model.language_model.",
+    "lm_head.",
+    ignored=(*IGNORED, "mtp.*"),
+)
+KIMI_K25 = Wrapper("kimi_k25", ("kimi_k2", "deepseek_v3"), towers.kimi_k25, trained=_KIMI)
 GEMMA4 = Wrapper(
     "gemma4",
     ("gemma4_text",),
@@ -390,6 +414,21 @@ GEMMA4 = Wrapper(
     ignored=(*IGNORED, "model.embed_vision.embedding.*", "model.embed_audio.embedding.*"),
 )
 """Some files have tables of the family before it, which vLLM's gemma4_mm.py leaves out."""
+GEMMA4_UNIFIED = Wrapper(
+    "gemma4_unified",
+    ("gemma4_unified_text",),
+    gemma4_towers.unified,
+    "model.language_model.",
+    "lm_head.",
+    trained=(
+        ("model.embed_vision.multimodal_embedder.", "model.embed_vision."),
+        *(
+            (f"model.embed_vision.{name}", f"model.vision_embedder.{name}")
+            for name in ("patch_ln1", "patch_dense", "patch_ln2", "pos_embedding", "pos_norm")
+        ),
+    ),
+    tied=True,
+)
 MISTRAL3 = Wrapper(
     "mistral3",
     (*_APART, "ministral3", "mistral4"),
@@ -409,6 +448,7 @@ SMOLVLM = replace(IDEFICS3, family="smolvlm")
 
 _WRAPPERS = (
     QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN3_5_VL, QWEN3_5_VL_MOE, GLM4V, GEMMA3, GEMMA4,
-    MISTRAL3, LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, INTERNVL, LLAMA4, PALIGEMMA, IDEFICS3, SMOLVLM,
+    GEMMA4_UNIFIED, EXAONE4_5, KIMI_K25, MISTRAL3, LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, INTERNVL, LLAMA4,
+    PALIGEMMA, IDEFICS3, SMOLVLM,
 )  # fmt: skip
 FAMILIES = {w.family: Known(partial(recipe, wrapper=w), w.ignored) for w in _WRAPPERS}

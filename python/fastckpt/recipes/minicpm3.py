@@ -1,0 +1,37 @@
+"""MiniCPM 3: latent attention as DeepSeek-V2's in a decoder without experts. Source: transformers'
+modeling_minicpm3.py and configuration_minicpm3.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from ..checkpoint import JSON, Checkpoint
+from ..model import Model
+from .claims import dim, integer
+from .decoder import IGNORED, MLP_BIAS, Kind, claimed, decoder, dense
+from .known import Known
+from .latent import heads_of, latent
+
+KIND = Kind("minicpm3", mlp_bias=MLP_BIAS, tied=True)
+
+
+def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
+    """The model of a MiniCPM 3 checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
+    claims, width = claimed(KIND, ckpt, config), dim(config, "intermediate_size")
+    if config.get("v_head_dim") is None:
+        each = integer(config, "hidden_size") // integer(config, "num_attention_heads")
+        config = {**config, "v_head_dim": each}
+    return decoder(
+        KIND,
+        claims,
+        config,
+        vocab_size,
+        dense(KIND, claims, config, width),
+        {width.key: width.size},
+        attends=partial(latent, claims, config),
+        heads=heads_of(config),
+    )
+
+
+FAMILIES = {"minicpm3": Known(recipe, IGNORED)}
