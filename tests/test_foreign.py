@@ -130,6 +130,7 @@ def test_on_the_command_line(tmp_path, capsys):
         ([*said, "--strip-prefix", "model."], "leave --tag, --also"),
         (["--cut-as", "vllm:tp=x", "--like", str(shown)], "tp: wanted a number, got 'x'"),
         (["--cut-as", f"vllm:tp={'9' * 5000}", "--like", str(shown)], "tp: wanted a number, got '999"),
+        (["--cut-as", "vllm:tp=4,tp=2", "--like", str(shown)], "--cut-as: tp stands twice, as 4 and as 2"),
         (["--cut-as", "vlm:tp=4", "--like", str(shown)], "no layout 'vlm'"),
         (["--cut-as", "vllm:tp", "--like", str(shown)], "wanted KEY=VALUE, got 'tp'"),
     ):

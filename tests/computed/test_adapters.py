@@ -407,3 +407,5 @@ def test_on_the_command_line(tmp_path, capsys):
     assert "lora_alpha" in capsys.readouterr().out
     assert main([*words[:2], str(tmp_path / "x"), "--apart"]) == 2
     assert "apart goes with adapter=" in capsys.readouterr().err and not (tmp_path / "x").exists()
+    assert main([*words[:2], str(tmp_path / "x"), *words[3:], "--adapter", "other"]) == 2
+    assert "--adapter: wanted one, got a second" in capsys.readouterr().err

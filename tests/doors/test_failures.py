@@ -44,6 +44,7 @@ def test_exit_codes(run, source, tmp_path):
     assert run("plan", source, "--tp", "3")[0] == 2  # heads do not divide
     assert run("plan", source, "--rank", "1")[0] == 2
     assert run("plan", source, "--recipe", "unknown")[0] == 2
+    assert run("plan", source, "-L", "pad=true", "-L", "pad=false")[0] == 2  # which of the two?
     assert run("inspect", source, "--tag", "absent")[0] == 3
     assert run("reshard", source, tmp_path / "small", "--memory", "1MB")[0] == 4
     assert left(tmp_path) == ["out"]

@@ -36,7 +36,7 @@ SERVED = (
     "llama+int8", "qwen3", "gemma2", "gemma3_text", "phi3", "glm4", "gpt_neox", "gpt2", "bloom", "falcon-new",
     "chatglm", "qwen2_moe", "glm4_moe", "deepseek_v2-576", "gpt_oss", "cohere2", "starcoder2", "apertus",
     "nemotron", "opt", "gptj", "exaone4", "llama4_text", "ernie4_5_moe", "olmoe", "hunyuan_v1_moe",
-    "qwen3_next-wide",
+    "qwen3_next-wide", "hy_v3", "lfm2", "lfm2_moe", "mimo_v2_flash-wide",
 )  # fmt: skip
 """Models that are served from their hub directory."""
 

@@ -288,3 +288,13 @@ def test_stacks_are_not_quantised_as_the_hub_has_them(name):
     wanted = ("shared_mlp.input_linear.weight", "shared_expert.gate_up_proj.weight", "experts.w13_weight")
     found = [x for n, x in got.items() if "layers.1." in n and n.endswith(wanted)]
     assert [x.dtype for x in found] == [torch.int8] * 2
+
+
+@pytest.mark.parametrize("name", ["lfm2", "lfm2_moe"])
+def test_a_block_is_quantised_by_all_its_names(name):
+    """vLLM calls LFM2's gate and up w13."""
+    config, hub, _ = families.made(name)
+    for served in ("hf", "vllm"):
+        (got,) = fastckpt.reshard(hub, 1, layout=served, quant="int8", config=config)
+        block = {n: x for n, x in got.items() if ".layers.0.feed_forward." in n and n.endswith(".weight")}
+        assert len(block) >= 2 and {x.dtype for x in block.values()} == {torch.int8}

@@ -35,6 +35,10 @@ STACKED |= dict.fromkeys(GRANITE, ("*.block_sparse_moe.*put_linear.weight",))
 """Models whose hub has stacks of experts -> patterns of them."""
 
 
+TRAINED = {"hy_v3": (".shared_mlp.", ".shared_experts."), "laguna": (".shared_expert.", ".shared_experts.")}
+"""What the hub calls a module, and transformers, where that is another name (and its files are renamed)."""
+
+
 def modules(name):
     """A family's model without its weights, and the names of its linear modules."""
     with torch.device("meta"):
@@ -55,7 +59,7 @@ def test_every_linear_is_quantised_or_said_to_be_dense(name, tmp_path):
     quantised = {n.removesuffix(".weight_scale") for n in names if n.endswith(".weight_scale")}
     ignored = set(json.loads((out / "config.json").read_text())["quantization_config"]["ignore"])
     assert quantised and not ignored & quantised
-    trained = {n.replace("backbone.", "model.") for n in quantised}
+    trained = {n.replace(*TRAINED.get(name.partition("-")[0], ("backbone.", "model."))) for n in quantised}
     assert linear <= ignored | trained and not ignored & trained
 
 

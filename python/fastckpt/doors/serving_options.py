@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import FastckptError, SourceError
@@ -74,9 +75,24 @@ def or_none(text: str) -> str | None:
     return None if text.lower() == "none" else text
 
 
+class _Once(argparse.Action):
+    """An option that cannot be given again: argparse would forget the first."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"argument {option_string}: wanted one, got a second; a run merges one adapter")
+        setattr(namespace, self.dest, values)
+
+
 def add_adapter(p: argparse.ArgumentParser) -> None:
     """Add the option that names an adapter."""
-    p.add_argument("--adapter", metavar="DIR", help="merge this PEFT adapter (LoRA) on the way")
+    p.add_argument("--adapter", action=_Once, metavar="DIR", help="merge this PEFT adapter (LoRA) on the way")
 
 
 def add_config(p: argparse.ArgumentParser, *, config: str = "beside CHECKPOINT") -> None:
@@ -128,7 +144,7 @@ def foreign(args: argparse.Namespace) -> tuple[Layout, Placement] | None:
 
 def _cut_as(text: str) -> tuple[str, dict[str, int], dict[str, str]]:
     layout, _, rest = text.partition(":")
-    options = dict(_option(pair) for pair in rest.split(",")) if rest else {}
+    options = _by_key("--cut-as", [_option(pair) for pair in rest.split(",")] if rest else [])
     sizes = {axis: natural(options.pop(axis, "1"), f"{axis}: ") for axis in ("tp", "pp", "dp", "ep")}
     return layout, sizes, options
 
@@ -147,6 +163,16 @@ def _option(text: str) -> tuple[str, str]:
     return key, value
 
 
+def _by_key(option: str, pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """The values by their keys. Raises FastckptError for a key that stands twice."""
+    out: dict[str, str] = {}
+    for key, value in pairs:
+        if key in out:
+            raise FastckptError(f"{option}: {key} stands twice, as {out[key]} and as {value}")
+        out[key] = value
+    return out
+
+
 def placement(args: argparse.Namespace) -> Placement:
     """The grid. Raises LayoutError."""
     return Placement(tp=args.tp, pp=args.pp, dp=args.dp, ep=args.ep)
@@ -158,7 +184,7 @@ def serving(args: argparse.Namespace) -> Serving:
 
     return {
         "placement": placement(args),
-        "layout": layout(args.layout, dict(args.layout_option)),
+        "layout": layout(args.layout, _by_key("-L", args.layout_option)),
         "config": args.config,
         "recipe": args.recipe,
         "tp_plan": _tp_plan(args),

@@ -178,7 +178,7 @@ class Expansion:
     def _parts(self, name: str, rows: int) -> tuple[int, ...]:
         """The rows of each matrix that is fused under a name. Raises LayoutError where they are not known."""
         module = _module(name)
-        if module in ("gate_up_proj", "w13_weight", "input_linear"):
+        if module in ("gate_up_proj", "w13", "w13_weight", "input_linear"):
             return rows // 2, rows // 2
         if module in ("qkv_proj", "query_key_value", "fused_qkv_a_proj"):
             if self.sizes is not None and not self.sizes.others and module != "fused_qkv_a_proj":

@@ -154,7 +154,7 @@ lie."""
 LINEARS = frozenset({
     "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query_key_value", "dense", "query",
     "key", "value", "q", "k", "v", "o", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3",
-    "fc1", "fc2", "wi", "wi_0", "wi_1", "wo", "dense_h_to_4h", "dense_4h_to_h", "q_a_proj", "q_b_proj",
+    "w13", "fc1", "fc2", "wi", "wi_0", "wi_1", "wo", "dense_h_to_4h", "dense_4h_to_h", "q_a_proj", "q_b_proj",
     "kv_a_proj_with_mqa", "kv_b_proj", "fused_qkv_a_proj", "fc_in", "fc_out", "Wqkv", "Wi", "Wo",
     "input_linear", "output_linear",
 })  # fmt: skip

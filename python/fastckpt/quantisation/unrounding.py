@@ -96,7 +96,7 @@ def _e4m3() -> Floats:
 
 def _e5m2() -> Floats:
     code = np.arange(256, dtype=np.uint16)
-    size = ((code & 0x7F) << np.uint16(8)).view(np.float16).astype(np.float32)
+    size = (np.minimum(code & 0x7F, 0x7C) << np.uint16(8)).view(np.float16).astype(np.float32)
     size[(code & 0x7F) > 0x7C] = np.nan
     return np.asarray(np.where(code & 0x80, -size, size), np.float32)
 
