@@ -277,6 +277,7 @@ def _plain(seen: _Seen) -> None:
     seen.notes.append(f"no {NAME}: there are no digests; headers were checked and values looked through")
     seen.notes += _together([n for n in seen.present if n.endswith(_WEIGHTS[1:4])], "not checked")
     where: dict[str, str] = {}
+    models: dict[str, str] = {}
     for name in names:
         try:
             header = _header(seen.root, name)
@@ -285,8 +286,10 @@ def _plain(seen: _Seen) -> None:
             continue
         for tensor, item in header.items():
             seen.tensors.append(Stored(name, tensor, item.dtype, item.offset, item.nbytes, ""))
-            at = os.path.join(os.path.dirname(name), tensor)
-            if (other := where.setdefault(at, name)) != name:
+            where[os.path.join(os.path.dirname(name), tensor)] = name
+            # Serving ranks, whose files are model-RANK-part-N, share names.
+            one = os.path.join(name.rpartition("-part-")[0] or os.path.dirname(name), tensor)
+            if (other := models.setdefault(one, name)) != name:
                 seen.problems.append(f"{name}: {tensor} is also in {other}: a loader takes either")
     for name in seen.present:
         if name.endswith(".safetensors.index.json"):
