@@ -13,7 +13,6 @@ import os
 import struct
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from hashlib import blake2b
 
 import xxhash
 
@@ -163,10 +162,9 @@ def _check_byteorder(reader: Reader, directory: Directory, name: bytes) -> None:
 def _parsed(data: bytes, wanted: Wanted | None, known: MutableMapping[bytes, Tree] | None, file: int) -> Tree:
     if known is None:
         return _whole(data, wanted, file)
-    key = blake2b(data, digest_size=32).digest()
-    tree = known.get(key)
+    tree = known.get(data)
     if tree is None:
-        tree = known[key] = _whole(data, wanted, file)
+        tree = known[data] = _whole(data, wanted, file)
     return tree
 
 
