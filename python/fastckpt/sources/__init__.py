@@ -12,6 +12,7 @@ from ..collector import paused
 from ..errors import SourceError, expect
 from ..extents import is_directory, is_file
 from .options import Options, strip_prefix
+from .ranks import natural
 
 __all__ = ["SOURCES", "Options", "Source", "format_of", "open", "strip_prefix"]
 
@@ -134,6 +135,7 @@ def _what_it_is(path: str) -> str:
 def _names_in(path: str) -> list[str]:
     """What a directory holds that may be looked at; nothing where it is none, or may not be listed."""
     try:
-        return sorted(n for n in os.listdir(path) if os.access(os.path.join(path, n), os.R_OK))
+        names = [n for n in os.listdir(path) if os.access(os.path.join(path, n), os.R_OK)]
+        return sorted(names, key=natural)
     except (NotADirectoryError, PermissionError):
         return []
