@@ -18,7 +18,7 @@ REFUSED = [
     ("vllm", "experts", "round_robin", "qwen3_moe", "ep above 1, got 1"),
     ("vllm", "gate_up", "up_gate", "phi3", "experts of gate and up, which phi3 has not"),
     ("vllm", "gate_up", "up_gate", "gpt_oss", "experts of gate and up, which gpt_oss has not"),
-    ("vllm", "tower", "whole", "granite", "one of glm4v, qwen2_5_vl"),
+    ("vllm", "tower", "whole", "granite", "one of exaone4_5, glm4v"),
     ("megatron", "experts", "sequential", "granite", "experts, which granite has not"),
     ("megatron", "expert_tp", "1", "granite", "experts, which granite has not"),
     ("megatron", "first_stage", "1", "granite", "pp above 1, got 1"),
