@@ -305,6 +305,13 @@ def test_text_lists_some_and_counts_the_rest(tmp_path):
     assert "t29" not in text
 
 
+def test_names_of_a_wrapper_are_told_with_the_way_out(tmp_path):
+    a = saved(tmp_path / "a", {"x": torch.zeros(1)})
+    b = saved(tmp_path / "b", {"_orig_mod.x": torch.zeros(1)})
+    assert r"(--rename '_orig_mod\.=') takes it out" in fastckpt.diff(a, b).text()
+    assert fastckpt.diff(a, b, rename=[(r"_orig_mod\.", "")]).equal
+
+
 def test_words():
     assert [size(n) for n in (0, 999, 1000, 1_234_567)] == ["0 B", "999 B", "1.00 kB", "1.23 MB"]
     assert size(5 * 10**15) == "5000.00 TB"

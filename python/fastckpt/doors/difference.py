@@ -20,6 +20,7 @@ from ..errors import ViewError
 from ..joining import UNTOLD, whole
 from ..joining import open as open_checkpoint
 from ..quantisation.unrounding import unpacked
+from ..recipes import strangers
 from ..road import stream
 from ..running.runs import Progress
 from ..sources.megatron_args import FORMAT as MEGATRON
@@ -103,8 +104,9 @@ class Diff:
     def text(self) -> str:
         """What differs, at most SHOWN names of a kind, and one line of judgement."""
         lines = [f"a  {self.a}", f"b  {self.b}"]
-        lines += some("only in a", self.only_a)
-        lines += some("only in b", self.only_b)
+        for side, names in (("a", self.only_a), ("b", self.only_b)):
+            lines += some(f"only in {side}", names)
+            lines += [f"  {way}"] if (way := strangers.wrapped(names)) else []
         lines += some("tied, named on one side only", self.ties)
         shapes = [f"{name}: {list(x)} against {list(y)}" for name, x, y in self.shapes]
         lines += some("shapes", shapes)
