@@ -175,8 +175,14 @@ def test_qwen3_vl_which_has_no_plan_is_cut_as_qwen3(tp):
         same(got, want)
 
 
+TWO_IN_SOME = ("gemma4_text-mixed", "gemma4_unified_text")
+"""Models of which some layers have two kv heads, which hf refuses to cut in four."""
+
+
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", [n for n in PLANNED if families.FAMILIES[n].heads[1] % 4 == 0])
+@pytest.mark.parametrize(
+    "name", [n for n in PLANNED if families.FAMILIES[n].heads[1] % 4 == 0 and n not in TWO_IN_SOME]
+)
 def test_hf_cuts_what_transformers_cuts_in_four(name):
     check_plan(name, 4)
 
