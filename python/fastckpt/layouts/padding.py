@@ -56,8 +56,8 @@ def padded(model: Model, tp: int, experts: int, multiple: int = 1) -> Model:
 
 def advice(model: Model) -> str:
     """What a message adds where a size does not divide: the option `pad`, for a model that it can pad."""
-    others = model.sizes.others
-    if model.encoder is not None or model.quant_method or model.carried or others:  # an image tower
+    tower, unlike = model.carried, model.sizes.others
+    if model.encoder is not None or model.quant_method or tower or unlike:
         return ""
     return "; pad=true pads with zeros"
 
