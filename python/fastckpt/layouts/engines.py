@@ -64,13 +64,13 @@ class Served:
 
     `tied`: a tied pair goes by the name of the "head", and so where the engine ties "always", or of the
     "embedding" where it has no head, so that only tied models fit; "" where it ties none, so that only others
-    do. `everywhere`: which of "embedding", "norm" and "head" every pipeline stage holds, rather than the first
-    or the last alone; None where that was not compared, so that pipelines are refused. `classes`: the first of
-    config.json's `architectures` -> the family by that class, where the engine has a class of its own for
-    another name than transformers'. `reading`: what the run of layers that read the keys of earlier ones is
-    called, beside the others' module and counted from 0, in a pipeline of one stage ("": as the others).
-    `architecture`: the class that config.json must name, where the engine takes others by another road ("":
-    any)."""
+    do. `everywhere`: which of "embedding", "norm" and "head" every pipeline stage holds, rather than the
+    first or the last alone; None where that was not compared, so that pipelines are refused. `classes`: the
+    first of config.json's `architectures` -> the family by that class, where the engine has a class of its
+    own for another name than transformers'. `reading`: what the run of layers that read the keys of earlier
+    ones is called, beside the others' module and counted from 0, in a pipeline of one stage ("": as the
+    others). `architecture`: the class that config.json must name, where the engine takes others by another
+    road ("": any)."""
 
     renamed: Renamed = ()
     held: tuple[Held, ...] = _ones("attn.")
