@@ -231,6 +231,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "layouts": (
         ("naming", "cuts", "servers", "padding", "engines"),
         ("vllm_families",),
+        ("vllm_attention",),
         ("rtp_merge", "rtp_split", "rtp_weights"),  # rtp-llm's catalogue, of which its layout is made
         ("rtp_roles", "rtp_rope"),
         ("rtp_lora",),

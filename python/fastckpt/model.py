@@ -243,6 +243,10 @@ class ShortConv:
     o: Linear
 
 
+Attends = Attention | Queries | Mla | DeltaNet | ShortConv
+"""What a layer may have where most have attention."""
+
+
 @dataclass(frozen=True, slots=True)
 class Mamba:
     """A Mamba-2 mixer, of sizes that MambaHeads has: the output's gate `z` and the input `x` [heads *
@@ -368,7 +372,7 @@ class Layer:
 
     name: str
     attention_norm: Norm | None
-    attention: Attention | Queries | Mla | DeltaNet | ShortConv | None
+    attention: Attends | None
     mlp_norm: Norm | None
     mlp: Mlp | Experts | None
     attention_after: Norm | None = None
