@@ -132,6 +132,7 @@ class Vllm:
         require_delta("vllm", placement, model.sizes.delta)
         require_mamba("vllm", placement, model.sizes.mamba)
         require_even("vllm", placement, "the number of a convolution's channels", model.sizes.channels)
+        require_even("vllm", placement, "the number of groups of compressed attention", model.sizes.groups)
         for key, width in model.sizes.widths.items():
             if key != model.sizes.expert_width:
                 require_even("vllm", placement, key, width, instead)
@@ -376,9 +377,10 @@ def _tower_attention(
 
 def _named(target: Target, renamed: Renamed, engine: Served | None, own: DType) -> Target:
     """The target under vLLM's name for its module, then under the engine's for the tensor."""
-    name, view = target.name, target.view
+    name, view = f"^{target.name}", target.view
     for old, new in renamed:
         name = name.replace(old, new)
+    name = name.removeprefix("^")
     if engine is not None:
         name = engine.name(name)
         held = engine.dtype(name, own)

@@ -11,6 +11,8 @@ from ..errors import LayoutError
 from ..model import (
     Attends,
     Attention,
+    Compressed,
+    Compressor,
     DeltaNet,
     Linear,
     Mamba,
@@ -49,6 +51,8 @@ def attention_part(attention: Attends, model: Model, placement: Placement, as_hu
     match attention:
         case Mla():
             yield from _latent(attention, placement, model.family in UNJOINED)
+        case Compressed():
+            yield from _compressed(attention, placement)
         case DeltaNet():
             yield from _delta(attention, placement)
         case ShortConv():
@@ -116,6 +120,31 @@ def _latent(attention: Mla, placement: Placement, apart: bool) -> Iterator[Targe
         yield from plain(attention.indexer.q)
         yield from plain(joined(f"{parent(k.name)}.wk_weights_proj", [k, weights]))
         yield from norm(attention.indexer.k_norm)
+
+
+def _compressed(attention: Compressed, placement: Placement) -> Iterator[Target]:
+    """The rank's heads, and their groups' rows; what makes entries, and chooses among them, is whole."""
+    tp, rank = placement.tp, placement.tp_rank
+    both = (attention.q_a, attention.kv)
+    yield from plain(joined(f"{parent(attention.kv.name)}.fused_wqa_wkv", both))
+    yield from norm(attention.q_norm)
+    yield from plain(out_part(attention.q, rank, tp))
+    yield from norm(attention.kv_norm)
+    yield from plain(out_part(attention.o_a, rank, tp))
+    yield from plain(in_part(attention.o, rank, tp))
+    yield Target(attention.sinks.name, attention.sinks.view.part(0, rank, tp))
+    if attention.compressor is not None:
+        yield from _compressor(attention.compressor)
+    if attention.indexer is not None:
+        yield from plain(attention.indexer.q)
+        yield from plain(attention.indexer.weights)
+        yield from _compressor(attention.indexer.keys)
+
+
+def _compressor(role: Compressor) -> Iterator[Target]:
+    yield from plain(joined(f"{parent(role.kv.name)}.fused_wkv_wgate", (role.kv, role.gate)))
+    yield Target(role.positions.name, role.positions.view)
+    yield from norm(role.norm)
 
 
 def _delta(net: DeltaNet, placement: Placement) -> Iterator[Target]:

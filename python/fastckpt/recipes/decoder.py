@@ -124,7 +124,7 @@ class Kind:
     attention is stored, which some layers have in its place, `mamba`, how Mamba's mixers are, and which
     layers have what; `mixed`: what claims the short convolutions of some layers, and attention, by what is
     given, of the others. `root`: what the names of embedding and layers begin with ("backbone."), `trained`:
-    with what in training, `embedding`: the first's name. `parallel`: attention and the
+    with what in training, `embedding`: the first's name, `head`: the head's. `parallel`: attention and the
     feed-forward block read one norm, side by side. `further`: the one layer that may predict a further token,
     where it is not counted after the last (None: it is, as in DeepSeek). `tied`: whether embedding and head
     are one where the config does not say. `cuts`: as in Model. `ignored`: patterns of names that are left
@@ -164,6 +164,7 @@ class Kind:
     root: str = "model."
     trained: str = "model."
     embedding: str = "embed_tokens"
+    head: str = "lm_head"
     parallel: bool | Said = False
     ignored: tuple[str, ...] = IGNORED
     meta: Meta | None = None
@@ -406,6 +407,7 @@ def decoder(
         embedding=f"{kind.root}{kind.embedding}",
         hidden=hidden,
         tied_default=kind.tied,
+        head=kind.head,
         head_bias="lm_head.bias" if has(config, kind.head_bias) else "",
     )
     held = blocks_of(kind, config, count)
