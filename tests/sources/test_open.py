@@ -9,7 +9,8 @@ import pytest
 import reading
 import torch
 from fastckpt import sources
-from fastckpt.errors import LayoutError, SourceError
+from fastckpt.errors import LayoutError, SourceError, WriteError
+from fastckpt.manager.uploaders import LocalDirectory
 from outputs import changed
 from reading import refuses
 from safetensors.torch import save_file
@@ -142,6 +143,22 @@ def test_outputs_that_cannot_be_read(tmp_path):
     refuses(path, "does not have its own digest")
     record.rename(path / "fastckpt-rank-0.json")
     refuses(path, "incomplete output", "fastckpt-rank-0.json")
+
+
+def test_a_tilde_is_a_shells_to_spell_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refuses("~/checkpoint", "No such file or directory; only a shell makes a home directory of ~")
+    for write in (
+        lambda: fastckpt.reshard(TENSORS, layout="same", out="~/out"),
+        lambda: fastckpt.reshard(TENSORS, layout="same", out="~/out", rank=0),
+        lambda: fastckpt.CheckpointManager("~/runs"),
+        lambda: LocalDirectory("~/elsewhere"),
+    ):
+        with pytest.raises(WriteError, match=r"begins with ~; only a shell .* or \./~"):
+            write()
+    assert not list(tmp_path.iterdir())
+    fastckpt.reshard(TENSORS, layout="same", out="./~", durable=False)
+    assert len(sources.open("~")) == 2
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
