@@ -133,7 +133,7 @@ def draft(ckpt: Checkpoint, request: Request, *, in_memory: bool = False) -> Pla
         notes += (f"tied, stored under one name, and no config says so: {ties}",)
     tensors, files, texts = _laid_out(made, rows, namings, aliases, request)
     return Plan(
-        key=plancache.digest([inputs, [], ckpt.headers, *([] if in_memory else _beside(ckpt))]),
+        key=plancache.digest([inputs, ckpt.headers, *([] if in_memory else _beside(ckpt))]),
         checkpoint=ckpt,
         layout=resolved.name,
         placement=placement,
