@@ -221,7 +221,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         (
             *("llama", "gemma", "phi3", "glm", "olmo", "cohere", "ungated", "gptj", "mpt", "opt"),
             *("mixtral", "qwen_moe", "deepseek", "ernie", "granite_moe", "llama4", "gpt_oss", "cogvlm2"),
-            *("laguna", "lfm2"),
+            *("laguna", "lfm2", "deepseek_v4"),
             *("modernbert", "minicpm3"),
         ),
         ("qwen_next", "hybrids", "mimo", "gemma4", "gemma4_towers"),
@@ -231,6 +231,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "layouts": (
         ("naming", "cuts", "servers", "padding", "engines"),
         ("vllm_families",),
+        ("vllm_attention",),
         ("rtp_merge", "rtp_split", "rtp_weights"),  # rtp-llm's catalogue, of which its layout is made
         ("rtp_roles", "rtp_rope"),
         ("rtp_lora",),

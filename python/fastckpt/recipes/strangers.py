@@ -35,8 +35,8 @@ def adapted(names: Collection[str]) -> str:
     if f"{found.partition('.lora_')[0]}.base_layer.weight" in names:
         return f"{found} is an adapter's; adapter= (--adapter DIR) merges it, with its adapter_config.json"
     return (
-        f"{found} is an adapter's, whose base is not here; open the base, and name the adapter's directory by "
-        "adapter= (--adapter DIR)"
+        f"{found} is an adapter's, whose base is not here; open the base, and name the adapter's directory "
+        "by adapter= (--adapter DIR)"
     )
 
 
