@@ -86,7 +86,9 @@ class Settings:
             raise SourceError(f"{path}: peft_type {said.get('peft_type')!r} is not read, only LORA is")
         for key, value in said.items():
             if key not in READ | HARMLESS and value:
-                raise SourceError(f"{path}: {key} {value!r} is not read")
+                raise SourceError(
+                    f"{path}: {key} {value!r} is not read; PEFT's merge_and_unload makes one model of it"
+                )
         return Settings(
             path=path,
             rank=int(_number(path, "r", said.get("r"))),
