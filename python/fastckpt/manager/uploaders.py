@@ -20,7 +20,7 @@ from typing import Protocol
 
 from ..digest import LEAF, Digesting
 from ..errors import ManagerError, SourceError, WriteError
-from ..output.filesystem import sync_directory
+from ..output.filesystem import real, sync_directory
 from ..output.manifest import NAME, Manifest, rank_name
 from ..verification.outputs import verify
 
@@ -39,7 +39,7 @@ class LocalDirectory:
     """A directory of this machine, or one that it mounts."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = os.path.realpath(root)
+        self.root = real(root)
 
     def put(self, path: str, name: str) -> None:
         """Copy beside, sync, rename."""
