@@ -335,9 +335,7 @@ def test_expert_groups(tmp_path):
 
 def test_pipelines_and_tensor_parallel_runs(tmp_path):
     folder = written(tmp_path, stage=1)
-    edit(model(folder), lambda c: c.update(checkpoint_parallel_dimensions={"pp_degree": 1, "tp_degree": 2}))
-    refuses(tmp_path, "1 model-parallel ranks, no 1 stages of 2 each")
-    edit(model(folder), lambda c: c.update(checkpoint_parallel_dimensions=None, mp_world_size=2))
+    edit(model(folder), lambda c: c.update(mp_world_size=2))
     refuses(tmp_path, "model-parallel files of 1 of 2 ranks missing: rank 1")
     edit(model(folder), lambda c: c.update(mp_world_size=1, module=None))
     refuses(tmp_path, "no 1 stages of 0 each")
