@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,7 @@ class Job:
 
     @staticmethod
     def of(given: Input) -> Job:
-        if given.shape.startswith("large"):
+        if given.shape.startswith(("large", "sharded")):
             return Job(TP, "hf", peers.LLAMA, f"TP-{TP} files")
         return Job(1, Same("safetensors"), peers.WHOLE, "one file")
 
@@ -150,18 +151,42 @@ def bench_durable(bench: Bench, either: Input, work: Path, threads: int) -> None
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Hops:
+    """Today's road: a converter that leaves the whole model, then torch. The goals are for cold and warm."""
+
+    converter: str
+    whole: Callable[[str, str], None]
+    cold: Goal | None = None
+    warm: Goal | None = None
+
+
+ZERO = Hops("zero_to_fp32", peers.zero_to_fp32, Goal(3, at_most=False), Goal(20, at_most=False))
+FSDP = Hops("dcp_to_torch_save", peers.dcp_to_torch_save)
+
+
 @pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
 def bench_zero_to_fp32_split(
     bench: Bench, large: Input, work: Path, threads: int, cold: bool, peer: None
 ) -> None:
     """ZeRO files to bf16 TP files: DeepSpeed's converter, then torch, against one pass; no fsync."""
+    one_pass(bench, "ZeRO", large, ZERO, work, threads, cold=cold)
+
+
+@pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
+def bench_dcp_to_torch_save_split(bench: Bench, sharded: Input, work: Path, threads: int, cold: bool) -> None:
+    """FSDP's files to bf16 TP files: torch's own converter, then torch, against one pass; no fsync."""
+    one_pass(bench, "FSDP", sharded, FSDP, work, threads, cold=cold)
+
+
+def one_pass(bench: Bench, kind: str, of: Input, hops: Hops, work: Path, threads: int, *, cold: bool) -> None:
     torch.set_num_threads(threads)
-    road = Road(large, work / "out", threads, durable=False, finite=True)
+    road = Road(of, work / "out", threads, durable=False, finite=True)
     whole, split = work / "whole", work / "split"
-    source = partial(drop_cache if cold else touch, large.path)
+    source = partial(drop_cache if cold else touch, of.path)
 
     def theirs() -> None:
-        peers.zero_to_fp32(large.path, str(whole))
+        hops.whole(of.path, str(whole))
         peers.split_files(str(whole), str(split), TP, peers.LLAMA)
 
     def clear() -> None:
@@ -170,7 +195,7 @@ def bench_zero_to_fp32_split(
         source()
 
     def ours() -> None:
-        road.opened = fastckpt.open(large.path)
+        road.opened = fastckpt.open(of.path)
         road()
 
     def before() -> None:
@@ -179,32 +204,41 @@ def bench_zero_to_fp32_split(
 
     bench.measure(
         Figure(
-            f"ZeRO to bf16 TP-8 files against zero_to_fp32 + torch split, {'cold' if cold else 'warm'}",
-            large.shape, "x faster", times_faster, Goal(3 if cold else 20, at_most=False),
+            f"{kind} to bf16 TP-8 files against {hops.converter} + torch split, {'cold' if cold else 'warm'}",
+            of.shape, "x faster", times_faster, hops.cold if cold else hops.warm,
         ),
         Step("reshard", ours, before, road.clear),
-        [Step("zero_to_fp32 + torch split", theirs, clear, clear)],
+        [Step(f"{hops.converter} + torch split", theirs, clear, clear)],
         rounds=5, told=road.told,
     )  # fmt: skip
 
 
 def bench_consolidate(bench: Bench, large: Input, work: Path, threads: int, peer: None) -> None:
     """The whole model as fp32 .bin files, against DeepSpeed's converter; no fsync."""
+    whole_model(bench, large, ZERO, Goal(6, at_most=False), work, threads)
+
+
+def bench_consolidate_fsdp(bench: Bench, sharded: Input, work: Path, threads: int) -> None:
+    """The whole model as one fp32 .bin file, against torch's converter; no fsync."""
+    whole_model(bench, sharded, FSDP, None, work, threads)
+
+
+def whole_model(bench: Bench, of: Input, hops: Hops, goal: Goal | None, work: Path, threads: int) -> None:
     ours, theirs = work / "ours", work / "theirs"
 
     def clear(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
     def run() -> None:
-        fastckpt.consolidate(large.path, ours, durable=False, threads=threads)
+        fastckpt.consolidate(of.path, ours, durable=False, threads=threads)
 
     bench.measure(
-        Figure("consolidate to fp32 .bin against zero_to_fp32, warm", large.shape, "x faster", times_faster,
-               Goal(6, at_most=False)),
+        Figure(f"consolidate to fp32 .bin against {hops.converter}, warm", of.shape, "x faster", times_faster,
+               goal),
         Step("consolidate", run, partial(clear, ours), partial(clear, ours)),
-        [Step("zero_to_fp32", partial(peers.zero_to_fp32, large.path, str(theirs)), partial(clear, theirs),
+        [Step(hops.converter, partial(hops.whole, of.path, str(theirs)), partial(clear, theirs),
               partial(clear, theirs))],
-        rounds=5, told={"input": large.origin},
+        rounds=5, told={"input": of.origin},
     )  # fmt: skip
 
 
@@ -262,7 +296,15 @@ def bench_save_file(bench: Bench, either: Input, work: Path, threads: int) -> No
     )  # fmt: skip
 
 
-KINDS = ("reshard", "reshard same", "consolidate", "zero_to_fp32", "zero_to_fp32+split")
+KINDS = {
+    "reshard": "large",
+    "reshard same": "small",
+    "consolidate": "large",
+    "zero_to_fp32": "large",
+    "zero_to_fp32+split": "large",
+    "dcp_to_torch_save+split": "sharded",
+}
+"""What `probe.py` does -> of which input."""
 
 
 @pytest.mark.parametrize("figure", ["memory", "reads"])
@@ -273,7 +315,7 @@ def bench_footprint(
     """A conversion in a fresh process, cold: peak memory over the imports; bytes fetched from storage."""
     if "zero_to_fp32" in kind:
         request.getfixturevalue("peer")
-    of: Input = request.getfixturevalue("small" if "same" in kind else "large")
+    of: Input = request.getfixturevalue(KINDS[kind])
     out = work / "out"
     env = {
         **os.environ,
@@ -293,7 +335,7 @@ def bench_footprint(
     bench.fixture.pedantic(run, rounds=3)  # type: ignore[attr-defined]
     told: dict[str, float | str] = {"input": of.origin, **found[-1]}
     if figure == "memory":
-        goal = None if "zero_to_fp32" in kind else Goal(64 + 4 * threads)
+        goal = Goal(64 + 4 * threads) if kind.startswith(("reshard", "consolidate")) else None
         peaks = [f["peak"] / 2**20 for f in found]
         bench.record(f"{kind}: peak memory over the imports", of.shape, "MiB", peaks, goal, told)
     else:

@@ -76,6 +76,11 @@ def large(request: pytest.FixtureRequest, folder: Path, size: int) -> inputs.Inp
 
 
 @pytest.fixture(scope="session")
+def sharded(folder: Path, size: int) -> inputs.Input:
+    return inputs.sharded(folder, size)
+
+
+@pytest.fixture(scope="session")
 def small(folder: Path, size: int) -> inputs.Input:
     return inputs.small(folder, 100_000 if size >= 512 << 20 else 5_000)
 

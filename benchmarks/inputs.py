@@ -1,6 +1,7 @@
 """What is measured: a llama of few large tensors, a model of many small ones, and shapes too large to write.
 
-python inputs.py OUT NBYTES      # the llama, by two ranks of the DeepSpeed that is installed
+python inputs.py deepspeed OUT NBYTES      # the llama, by two ranks of the DeepSpeed that is installed
+python inputs.py fsdp OUT NBYTES           # its rows cut over two ranks, by torch.distributed.checkpoint
 """
 
 from __future__ import annotations
@@ -98,12 +99,7 @@ def large(folder: Path, nbytes: int, deepspeed: str | None) -> Input:
         half = path.with_suffix(".partial")
         shutil.rmtree(half, ignore_errors=True)
         if deepspeed:
-            env = {
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-                "OMP_NUM_THREADS": "1",
-            }
-            subprocess.run([sys.executable, __file__, str(half), str(nbytes)], check=True, env=env)
+            _write("deepspeed", half, nbytes)
             for name in ("module.safetensors", "master.safetensors"):
                 (half / NAME / name).unlink()
             (half / NAME).rename(path)
@@ -118,6 +114,23 @@ def large(folder: Path, nbytes: int, deepspeed: str | None) -> Input:
     total = sum(math.prod(s) * 4 for s in count.values())
     origin = f"DeepSpeed {deepspeed}" if deepspeed else "DeepSpeed's formulas"
     return Input(str(path), f"large: {len(count)} tensors, {_size(total)}", origin, total)
+
+
+def sharded(folder: Path, nbytes: int) -> Input:
+    """One of the same shapes as FSDP 2 leaves it: rows cut over two ranks, torch.distributed.checkpoint."""
+    sizes = Llama.of(nbytes)
+    path = folder / f"sharded-{nbytes}"
+    if not path.exists():
+        half = path.with_suffix(".partial")
+        shutil.rmtree(half, ignore_errors=True)
+        _write("fsdp", half, nbytes)
+        (half / "config.json").write_text(json.dumps({"model_type": "llama", **sizes.config()}))
+        half.rename(path)
+    shapes = sizes.shapes()
+    total = sum(math.prod(s) * 4 for s in shapes.values())
+    return Input(
+        str(path), f"sharded: {len(shapes)} tensors, {_size(total)}", f"torch {torch.__version__}", total
+    )
 
 
 def small(folder: Path, count: int) -> Input:
@@ -238,20 +251,44 @@ def _size(nbytes: int) -> str:
     return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 1 << 29 else f"{nbytes / 2**20:.0f} MiB"
 
 
+def _write(what: str, out: Path, nbytes: int) -> None:
+    """Runs this file: its ranks are processes that start anew."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, __file__, what, str(out), str(nbytes)], check=True, env=env)
+
+
 def _train(rank: int, sizes: Llama, out: Path, port: int) -> None:
     """One rank of the DeepSpeed run."""
     make_zero.MODELS[NAME] = sizes.module
     make_zero.worker(rank, [make_zero.Run(NAME, NAME, 3, WORLD)], out, port)
 
 
+def _save(rank: int, sizes: Llama, out: Path, port: int) -> None:
+    """One rank of the save of rows."""
+    import torch.distributed as dist
+    from torch.distributed import checkpoint
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+    mesh, seed = init_device_mesh("cpu", (WORLD,)), torch.Generator().manual_seed(7 + rank)
+    weights = {
+        name: DTensor.from_local(torch.randn(rows // WORLD, *rest, generator=seed) * 0.02, mesh, [Shard(0)])
+        for name, (rows, *rest) in sizes.shapes().items()
+    }
+    checkpoint.save(weights, checkpoint_id=out)
+    dist.destroy_process_group()
+
+
 def main() -> int:
     import torch.multiprocessing as mp
 
-    out, nbytes = Path(sys.argv[1]), int(sys.argv[2])
+    what, out, nbytes = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(_train, args=(Llama.of(nbytes), out, port), nprocs=WORLD, join=True)
+    rank = {"deepspeed": _train, "fsdp": _save}[what]
+    mp.spawn(rank, args=(Llama.of(nbytes), out, port), nprocs=WORLD, join=True)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What people do today, on the same bytes: DeepSpeed's converter, torch eager, torch with care, safetensors.
+"""What people do today, on the same bytes: DeepSpeed's converter, torch's, eager, with care, safetensors.
 
 Plain torch, written the way one would; none of it imports fastckpt.
 """
@@ -57,6 +57,14 @@ def zero_to_fp32(checkpoint: str, out: str) -> None:
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 
     convert_zero_checkpoint_to_fp32_state_dict(checkpoint, out)
+
+
+def dcp_to_torch_save(checkpoint: str, out: str) -> None:
+    """torch's converter of torch.distributed.checkpoint's saves, in process."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    os.makedirs(out)
+    dcp_to_torch_save(checkpoint, os.path.join(out, "pytorch_model.bin"))
 
 
 def partitions(checkpoint: str) -> tuple[list[torch.Tensor], dict[str, torch.Size]]:

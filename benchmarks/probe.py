@@ -1,6 +1,8 @@
 """One conversion in a fresh process: peak memory over the imports, and what was read.
 
-    python probe.py "reshard|reshard same|consolidate|zero_to_fp32|zero_to_fp32+split" CHECKPOINT OUT TP
+    python probe.py WHAT CHECKPOINT OUT TP
+
+WHAT is one of reshard, reshard same, consolidate, zero_to_fp32, zero_to_fp32+split, dcp_to_torch_save+split.
 
 Prints JSON. `peak`: bytes by which VmHWM grew over the imports; `disk`: bytes the kernel fetched from storage
 for this process (with a cold cache: all it read, mapped or not, read-ahead included); `read`, `needed`:
@@ -26,6 +28,9 @@ def main() -> int:
     if what.startswith("zero_to_fp32"):
         import deepspeed.utils.zero_to_fp32  # noqa: F401
         import peers
+    elif what.startswith("dcp_to_torch_save"):
+        import peers
+        import torch.distributed.checkpoint.format_utils  # noqa: F401
     else:
         import fastckpt
         import fastckpt.road
@@ -35,8 +40,9 @@ def main() -> int:
     began = time.perf_counter()
     if what == "zero_to_fp32":
         peers.zero_to_fp32(checkpoint, out)
-    elif what == "zero_to_fp32+split":
-        peers.zero_to_fp32(checkpoint, f"{out}-whole")
+    elif what.endswith("+split"):
+        convert = peers.zero_to_fp32 if "zero" in what else peers.dcp_to_torch_save
+        convert(checkpoint, f"{out}-whole")
         peers.split_files(f"{out}-whole", out, tp, peers.LLAMA)
     elif what == "consolidate":
         report = fastckpt.consolidate(checkpoint, out, durable=False)

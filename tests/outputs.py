@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from fastckpt.digest import crc32, digest
@@ -38,6 +41,20 @@ def data_of(specs: list[Spec], seed: int) -> dict[str, bytes]:
         # every byte below 0x3f: no exponent of any float type is all ones
         out[name] = bytes(rng.randrange(1, 0x3F) for _ in range(n))
     return out
+
+
+def sealed(record: object) -> bytes:
+    """A record's text with its own digest made right, whatever it says."""
+    head = json.dumps(record)[:-1].encode() + b",\n"
+    return head + b'"digest": "%s"\n}\n' % digest(head).encode()
+
+
+def changed(path: Path, change: Callable[[Any], object]) -> None:
+    """Change what the commit record of an output says, and make its digest true of it again."""
+    record = json.loads((path / "fastckpt.json").read_text())
+    change(record)
+    del record["digest"]
+    (path / "fastckpt.json").write_bytes(sealed(record))
 
 
 def fill(out: Output, layout: FileLayout, data: dict[str, bytes], rank: int | None = None) -> None:

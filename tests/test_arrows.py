@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "axes": (*CORE, "copies"),
     "compiling": (*CORE, "copies", "axes"),
     "binding": (*CORE, "copies"),
-    "batches": (*CORE, "copies", "axes", "binding"),
+    "batches": (*CORE, "digest", "copies", "axes", "binding"),
     "unrounding": (*CORE, "native"),
     "rounding": (*CORE, "schemes", "unrounding", "native"),
     "quantised_targets": (*PLAIN, "schemes", "rounding"),
@@ -110,7 +110,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "adapters": (*PLAIN, "nowhere", "lowrank", "sources"),
     "adapter_shards": (*PLAIN, "nowhere", "finishes", "adapters"),
     # The spine.
-    "planned": (*CORE, "batches", "files"),
+    "planned": (*CORE, "copies", "batches", "files"),
     "plancache": (*CORE, "copies", "planned", "schemes", "quantised_targets"),
     "request": (*CORE, "layouts", "schemes"),
     "configs": (*CORE, "request"),
@@ -131,6 +131,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *PLAIN,
         *TABLE,
         "collector",
+        "digest",
         "dequantised",
         "nowhere",
         "layouts",
@@ -146,9 +147,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "torchzip",
     ),
     "pipeline": CORE,
-    "limits": (*CORE, "batches", "executors", "files", "pipeline"),
+    "limits": (*CORE, "digest", "executors", "files", "pipeline"),
     "sinks": (*CORE, "digest", "finite", *TABLE, "pipeline", "planned", "reader", *FILES),
-    "quantising": (*CORE, *TABLE, "plans", "schemes", "quantised_targets", "rounding", "reader"),
+    "quantising": (*CORE, "digest", *TABLE, "plans", "schemes", "quantised_targets", "rounding", "reader"),
     "figures": (*CORE, *TABLE, "plans", "schemes", "quantised_targets", "prequantised", "rounding"),
     "tensors": (*CORE, "sources", *TABLE, "plans"),
     "gpu_sinks": (*CORE, "digest", *TABLE, "reader", "sinks", "executors"),
@@ -166,7 +167,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "rounding",
         "schemes",
     ),
-    "gpu_transfer": (*CORE, "gpu_sinks", "executors", "sinks", "pipeline", *TABLE, "plans", "reader"),
+    "gpu_transfer": (
+        *CORE,
+        "digest",
+        "gpu_sinks",
+        "executors",
+        "sinks",
+        "pipeline",
+        *TABLE,
+        "plans",
+        "reader",
+    ),
 }
 MAY_IMPORT["runs"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")
@@ -221,7 +232,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         (
             *("llama", "gemma", "phi3", "glm", "olmo", "cohere", "ungated", "gptj", "mpt", "opt"),
             *("mixtral", "qwen_moe", "deepseek", "ernie", "granite_moe", "llama4", "gpt_oss", "cogvlm2"),
-            *("laguna", "lfm2"),
+            *("laguna", "lfm2", "deepseek_v4"),
             *("modernbert", "minicpm3"),
         ),
         ("qwen_next", "hybrids", "mimo", "gemma4", "gemma4_towers"),
@@ -231,6 +242,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "layouts": (
         ("naming", "cuts", "servers", "padding", "engines"),
         ("vllm_families",),
+        ("vllm_attention",),
         ("rtp_merge", "rtp_split", "rtp_weights"),  # rtp-llm's catalogue, of which its layout is made
         ("rtp_roles", "rtp_rope"),
         ("rtp_lora",),

@@ -14,6 +14,7 @@ from fastckpt.errors import FastckptError, RecipeError, SourceError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
 from layouts import families, quantised, tiny
+from outputs import changed
 from reading import bits, read
 from safetensors.torch import load_file, save_file
 from zero_writer import write_zero
@@ -265,11 +266,7 @@ def test_the_shards_themselves(tmp_path):
 
 
 def spoiled(path, change):
-    record = json.loads((path / "fastckpt.json").read_text())
-    change(record)
-    del record["digest"]
-    head = json.dumps(record)[:-1].encode() + b",\n"
-    (path / "fastckpt.json").write_bytes(head + b'"digest": "%s"\n}\n' % digest(head).encode())
+    changed(path, change)
     with pytest.raises(FastckptError) as e:
         fastckpt.open(path)
     return str(e.value)
@@ -328,7 +325,7 @@ def test_no_config(served):
 
 
 def test_ranks_that_are_not_there(served):
-    assert "says 2 ranks and does not list as many" in spoiled(served, lambda r: r["ranks"].pop())
+    assert "lists 1 of 2 ranks" in spoiled(served, lambda r: r["ranks"].pop())
 
 
 def test_a_record_that_was_changed(served):
@@ -344,14 +341,23 @@ def test_a_placement_of_other_ranks(served):
 
 def test_files_that_leave_the_directory(served):
     def outside(record):
-        record["ranks"][0]["files"]["../x.safetensors"] = {}
+        record["ranks"][0]["files"]["../x.safetensors"] = {"nbytes": 0, "digest": "0" * 16}
 
     assert "'../x.safetensors' leaves the directory" in spoiled(served, outside)
 
 
 def test_a_tensor_that_is_in_no_file(served):
-    message = spoiled(served, lambda r: r["ranks"][1]["tensors"].update(more={}))
-    assert "more of rank 1 is in fastckpt.json and in no file" in message
+    def empty(record):
+        norm = record["ranks"][1]["tensors"]["model.norm.weight"]
+        record["ranks"][1]["tensors"]["more"] = norm | {"shape": [0], "nbytes": 0}
+
+    assert "more of rank 1 is in fastckpt.json and in no file" in spoiled(served, empty)
+
+
+@pytest.mark.parametrize("other", [{"shape": [1, 64]}, {"dtype": "int32"}])
+def test_a_shard_that_is_not_what_the_record_says(served, other):
+    message = spoiled(served, lambda r: r["ranks"][1]["tensors"]["model.norm.weight"].update(other))
+    assert "model.norm.weight is float32[64] at byte" in message
 
 
 def test_names_of_shards_are_not_changed(served):

@@ -228,15 +228,17 @@ def _consolidate(args: argparse.Namespace) -> int:
 def _recipes(args: argparse.Namespace) -> int:
     from .recipes import FAMILIES
 
-    left_out: dict[str, list[str]] = {}
-    for family in FAMILIES:
-        for pattern in family.known.ignored:
-            left_out.setdefault(pattern, []).append(family.model_type)
-
     def text() -> str:
-        shown = columns([(f.model_type, f.about) for f in FAMILIES])
-        left = columns([(pattern, "in " + ", ".join(names)) for pattern, names in left_out.items()])
-        return "\n".join([*shown, "known to be stale, and left out:", *left])
+        types_of: dict[str, tuple[str, ...]] = {}
+        for family in FAMILIES:
+            for pattern in family.known.ignored:
+                types_of[pattern] = *types_of.get(pattern, ()), family.model_type
+        lines = ["known to be stale, and left out (--json names all families):"]
+        for types in dict.fromkeys(types_of.values()):  # those that are left out of the same families
+            patterns = ", ".join(pattern for pattern, of in types_of.items() if of == types)
+            some = ", ".join(types) if len(types) <= 8 else f"{len(types)} families, such as {types[0]}"
+            lines.append(f"  in {some}: {patterns}")
+        return "\n".join([*columns([(f.model_type, f.about) for f in FAMILIES]), *lines])
 
     def as_json() -> dict[str, JSON]:
         return {

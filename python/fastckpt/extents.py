@@ -37,12 +37,17 @@ class File:
         try:
             s = os.stat(path)
         except OSError as e:
-            raise SourceError(f"{os.fspath(path)}: {e.strerror}") from None
+            raise SourceError(f"{os.fspath(path)}: {e.strerror}{unexpanded(path)}") from None
         except ValueError as e:  # no path at all, such as one with a zero byte
             raise SourceError(f"{os.fspath(path)!r}: {e}") from None
         if not stat.S_ISREG(s.st_mode):
             raise SourceError(f"{os.fspath(path)}: not a regular file")
         return File(os.fspath(path), s.st_size, s.st_mtime_ns, s.st_ino)
+
+
+def unexpanded(path: str | os.PathLike[str]) -> str:
+    """What a message adds to a path that a shell would have spelled out, had it seen it."""
+    return "; only a shell makes a home directory of ~" if os.fspath(path).startswith("~") else ""
 
 
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)

@@ -205,6 +205,50 @@ class Mla:
 
 
 @dataclass(frozen=True, slots=True)
+class Compressor:
+    """What makes one entry of every run of tokens (DeepSeek-V4): `kv` [rows, hidden], weighed within a run by
+    the softmax of `gate` [rows, hidden] and `positions` [tokens of a run, rows]; then `norm` [dim]. rows are
+    dim, or 2 * dim where an entry also reads the run before."""
+
+    kv: Linear
+    gate: Linear
+    positions: Parameter
+    norm: Norm
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedIndexer:
+    """What chooses the entries that compressed attention reads: queries `q` [index heads * index dim,
+    q_rank], keys that `keys` makes, and how much each head counts, `weights` [index heads, hidden]."""
+
+    q: Linear
+    weights: Linear
+    keys: Compressor
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """Attention of all heads to one, whose keys are values too (DeepSeek-V4): `q` [heads * head_dim, q_rank]
+    reads what `q_a` [q_rank, hidden] and `q_norm` make of the hidden state; `kv` [head_dim, hidden], then
+    `kv_norm`. A group of neighbouring heads passes its own rows of `o_a` [groups * o_rank, heads * head_dim /
+    groups], then all of them `o` [hidden, groups * o_rank]. `sinks`: one logit for each head [heads].
+
+    `compressor`: what makes entries of the tokens further back, None where they are not read; `indexer`: what
+    chooses among those, None where all are read."""
+
+    q_a: Linear
+    q_norm: Norm
+    q: Linear
+    kv: Linear
+    kv_norm: Norm
+    o_a: Linear
+    o: Linear
+    sinks: Parameter
+    compressor: Compressor | None = None
+    indexer: CompressedIndexer | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class DeltaNet:
     """Linear attention by the gated delta rule (Qwen3-Next), of sizes that DeltaHeads has: `q` and `k`
     [keys * key_dim, hidden], `v` and the output's gate `z` [values * value_dim, hidden], and what decides how
@@ -241,6 +285,10 @@ class ShortConv:
     conv: Parameter
     conv_bias: Parameter | None
     o: Linear
+
+
+Attends = Attention | Queries | Mla | Compressed | DeltaNet | ShortConv
+"""What a layer may have where most have attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,7 +416,7 @@ class Layer:
 
     name: str
     attention_norm: Norm | None
-    attention: Attention | Queries | Mla | DeltaNet | ShortConv | None
+    attention: Attends | None
     mlp_norm: Norm | None
     mlp: Mlp | Experts | None
     attention_after: Norm | None = None
@@ -436,7 +484,8 @@ class Sizes:
     matrix share a scale. `head_keys`: config's keys for `heads`, `kv_heads` and `head_dim` ("": it has none),
     None where the config cannot give the three separately. `vocab_key`: its key for `vocab`. `delta`: the
     heads of linear attention. `mamba`: of Mamba's mixers. `others`: the numbers of query and of kv heads that
-    some layers have in place of `heads` and `kv_heads`. `channels`: of short convolutions."""
+    some layers have in place of `heads` and `kv_heads`. `channels`: of short convolutions. `groups`: of heads
+    that share rows of compressed attention's output."""
 
     hidden: int
     vocab: int
@@ -455,6 +504,7 @@ class Sizes:
     mamba: MambaHeads | None = None
     others: tuple[tuple[int, int], ...] = ()
     channels: int = 0
+    groups: int = 0
 
 
 @dataclass(frozen=True, slots=True)

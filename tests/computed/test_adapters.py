@@ -207,6 +207,9 @@ def test_a_checkpoint_of_the_adapted_model(tmp_path):
     equal(alone, written)
     with pytest.raises(FastckptError, match=r"is an adapter's; adapter= \(--adapter DIR\)"):
         fastckpt.reshard(state, config=config)
+    trained = {n: x for n, x in state.items() if ".lora_" in n or ".modules_to_save." in n}
+    with pytest.raises(FastckptError, match=r"whose base is not here; open the base"):
+        fastckpt.reshard(trained)
     with pytest.raises(SourceError, match="several adapters: default, other"):
         more = {n.replace("default", "other"): x for n, x in state.items() if ".default." in n}
         fastckpt.reshard(state | more, config=config, adapter=tmp_path / "adapter")
@@ -328,7 +331,13 @@ def test_tensors_that_do_not_fit(tmp_path):
     table = "model.embed_tokens"
     rows, width = tied[f"{table}.weight"].shape
     refused("is tied", {table: (torch.ones(4, rows), torch.ones(width, 4))}, tables=(table,), base=other)
-    refused("are one tensor", {}, {f"{table}.weight": torch.ones(rows, width)}, base=other)
+    unsaid = hub(tmp_path / "unsaid", {k: v for k, v in tied_config.items() if "tie_" not in k}, tied)
+    for one in (other, unsaid):
+        for name in (table, "lm_head"):  # modules_to_save, in any layout
+            for layout in ("same", "hf"):
+                saved = {f"{name}.weight": torch.ones(rows, width)}
+                refused("is tied to another", {}, saved, base=one, layout=layout)
+    refused("holds no tensor of an adapter", {})
     with pytest.raises(LayoutError, match="apart goes with adapter="):
         fastckpt.reshard(base, apart=True)
     with pytest.raises(SourceError, match=r"adapter_config\.json"):

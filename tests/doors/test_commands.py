@@ -341,6 +341,7 @@ def test_client_state_goes_with_the_weights(run, tmp_path):
 def test_recipes(run):
     code, out, _ = run("recipes")
     assert code == 0 and "mixtral" in out and "rotary_emb.inv_freq" in out
+    assert max(map(len, out.splitlines())) < 120
     families = json.loads(run("recipes", "--json")[1])["families"]
     assert [f["model_type"] for f in families] == list(TYPES)
 

@@ -12,7 +12,7 @@ import zlib
 
 import torch
 import transformers
-from engines.served_tables import INSIDE, MODELS, SAID, hubs
+from engines.served_tables import HUBS, INSIDE, MODELS, SAID, hubs
 from safetensors.torch import load_file, save_file
 
 
@@ -180,9 +180,10 @@ def write(name: str, folder: str, *, counted: bool = False, dtype: torch.dtype =
             if key.endswith((".mamba.A_log", ".mixer.A_log")):  # of which every exp gives the same
                 tensor.copy_((tensor * 8).floor() / 8)
     model.save_pretrained(folder)
-    if name == "kimi_k25":  # transformers writes some tensors by names that are not the hub's
+    if config.model_type in HUBS:
         path = os.path.join(folder, "model.safetensors")
-        save_file({hubs(k): t for k, t in load_file(path).items()}, path, {"format": "pt"})
+        tensors = {hubs(k, config.model_type): t for k, t in load_file(path).items()}
+        save_file(tensors, path, {"format": "pt"})
     if name in SAID:
         _say(folder, SAID[name])
     if name.startswith("qwen3_vl_moe"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 _SIZES = dict(
     vocab_size=331, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=32, max_position_embeddings=128, tie_word_embeddings=False,
@@ -542,12 +544,24 @@ INSIDE = ("gemma3", "llava", "llava_next", "llava_onevision", "llava_onevision-w
 """Models whose tower vLLM reads by the hub's older names alone, below `vision_model`."""
 
 
-def hubs(name):
-    """The hub's name of a tensor, where transformers 5.23 writes another (Kimi K2.5)."""
-    for old, new in (
-        ("language_model.model.blocks.", "language_model.model.layers."),
-        ("model.mm_projector.", "mm_projector."),
-        ("vision_tower.encoder.patch_embed.", "vision_tower.patch_embed."),
-    ):
-        name = new + name[len(old) :] if name.startswith(old) else name
+HUBS: dict[str, tuple[tuple[str, str], ...]] = {
+    "kimi_k25": (
+        (r"^language_model\.model\.blocks\.", "language_model.model.layers."),
+        (r"^model\.mm_projector\.", "mm_projector."),
+        (r"^vision_tower\.encoder\.patch_embed\.", "vision_tower.patch_embed."),
+    ),
+    "deepseek_v4": (
+        (r"^model\.(layers|norm)\.", r"\1."),
+        (r"^model\.embed_tokens\.", "embed."),
+        (r"^model\.hc_head\.hc_", "hc_head_"),
+        (r"(\d\.attn)\.norm\.", r"\1.kv_norm."),
+    ),
+}
+"""model_type -> what transformers 5.23 writes in a name, and the hub's words for it, where they differ."""
+
+
+def hubs(name, model_type):
+    """The hub's name of a tensor that transformers writes as `name`."""
+    for written, hub in HUBS.get(model_type, ()):
+        name = re.sub(written, hub, name)
     return name

@@ -32,6 +32,14 @@ _DELTA = dict(
     linear_num_key_heads=8, linear_num_value_heads=16, linear_key_head_dim=6, linear_value_head_dim=10,
     linear_conv_kernel_dim=3,
 )  # fmt: skip
+_V4 = dict(
+    moe_intermediate_size=24, num_hidden_layers=4, head_dim=8, q_lora_rank=24, o_groups=8, o_lora_rank=10,
+    num_experts_per_tok=2, n_routed_experts=6, hc_mult=3, index_n_heads=3, index_head_dim=10,
+    index_topk=16, mlp_layer_types=["hash_moe", "moe", "hash_moe", "moe"], layer_types=[
+        "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention",
+        "compressed_sparse_attention",
+    ],
+)  # fmt: skip
 _ROUTED = dict(n_routed_experts=6, moe_intermediate_size=24, first_k_dense_replace=1, num_experts_per_tok=2)
 _GEMMA4 = dict(
     head_dim=8, global_head_dim=12, num_hidden_layers=4, tie_word_embeddings=True,
@@ -168,6 +176,9 @@ FAMILIES = {
         n_shared_experts=1, mlp_layer_types=["sparse", "dense"],
     ),
     "mistral4": _family("Mistral4", (8, 8, 6), _SIZES | _MLA, q_lora_rank=24, n_shared_experts=2),
+    "deepseek_v4": _family(
+        "DeepseekV4", (8, 1, 8), _SIZES | _V4, ("intermediate_size", "num_key_value_heads")
+    ),
     "minicpm3": _family(
         "MiniCPM3", (8, 8, 8), kv_lora_rank=16, q_lora_rank=24, qk_nope_head_dim=8, qk_rope_head_dim=4,
         num_key_value_heads=8, tie_word_embeddings=True,
@@ -428,7 +439,8 @@ def made(name):
         with open(os.path.join(folder, "config.json")) as f:
             written = json.load(f)
         written["model_type"] = family.hub_type or written["model_type"]
-        files = {hubs(k): v.clone() for k, v in load_file(os.path.join(folder, "model.safetensors")).items()}
+        files = load_file(os.path.join(folder, "model.safetensors"))
+    files = {hubs(k, written["model_type"]): v.clone() for k, v in files.items()}
     return written, files, {k: v.detach().clone() for k, v in model.state_dict().items()}
 
 

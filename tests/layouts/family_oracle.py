@@ -141,9 +141,51 @@ def padded(x, tp, r):
     return cut(torch.cat([x, torch.zeros(rows - x.shape[0], *x.shape[1:])]), 0, tp, r)
 
 
+def deepseek_v4(t, tp, r):
+    """DeepSeek-V4, whose hub has names of its own."""
+    out = {}
+    for name, x in t.items():
+        stem, _, leaf = name.rpartition(".")
+        at, _, module = stem.rpartition(".")
+        if name in ("embed.weight", "head.weight"):
+            out[{"embed": "model.embed_tokens", "head": "lm_head"}[stem] + ".weight"] = padded(x, tp, r)
+            continue
+        if ".experts." in name:
+            at = stem[: stem.index(".experts.") + 8]
+            if not name.startswith(f"{at}.0.w1"):
+                continue
+            each = range(sum(n.startswith(at) and n.endswith("w1.weight") for n in t))
+            w1, w3, w2 = ([t[f"{at}.{e}.{w}.weight"] for e in each] for w in ("w1", "w3", "w2"))
+            pairs = [torch.cat([cut(y, 0, tp, r) for y in pair]) for pair in zip(w1, w3, strict=True)]
+            got = {f"{at}.w13_weight": torch.stack(pairs)}
+            got[f"{at}.w2_weight"] = torch.stack([cut(y, 1, tp, r) for y in w2])
+        elif module in ("w1", "w2") and at.endswith("shared_experts"):
+            both = torch.cat([cut(t[f"{at}.{w}.weight"], 0, tp, r) for w in ("w1", "w3")])
+            got = {f"{at}.gate_up_proj.weight": both} if module == "w1" else {}
+            got |= {f"{at}.down_proj.weight": cut(x, 1, tp, r)} if module == "w2" else {}
+        elif module == "wq_a":
+            got = {f"{at}.fused_wqa_wkv.weight": torch.cat([x, t[f"{at}.wkv.weight"]])}
+        elif module == "wkv" and at.endswith("compressor"):
+            got = {f"{at}.fused_wkv_wgate.weight": torch.cat([x, t[f"{at}.wgate.weight"]])}
+        elif module in ("wkv", "wgate", "w3"):
+            continue
+        elif (module in ("wq_b", "wo_a") and "indexer" not in name) or leaf == "attn_sink":
+            got = {name: cut(x, 0, tp, r)}
+        elif module == "wo_b":
+            got = {name: cut(x, 1, tp, r)}
+        else:
+            whole = ("norm", "hc_", ".ape", "indexer", "gate.weight", "gate.bias", "tid2eid")
+            assert any(part in name for part in whole), name
+            got = {name.replace("gate.bias", "gate.e_score_correction_bias"): x}
+        out |= {f"model.{n}": y.contiguous() for n, y in got.items()}
+    return out
+
+
 def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=False, layers=None):
     """`flat`: (rank, count) that cut an expert's width, where that is not tp; `experts`: those that are held
     whole; `layers`: the layers of the stage."""
+    if "embed.weight" in t:
+        return deepseek_v4(t, tp, r)
     d, (mine, its), out = heads[2], heads_of(heads, tp, r), {}
     flat = flat or (r, tp)
     gpt_oss = any(n.endswith(".sinks") for n in t)

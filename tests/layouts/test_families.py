@@ -47,6 +47,9 @@ def shards_of(name, served, placement, trained=False, **options):
     return [shard(placed.targets(model, p)) for p in placement.ranks()]
 
 
+NUMBERS = {"float32": "f4", "int64": "i8"}
+
+
 def all_numbers(tensors):
     return sorted(torch.cat([x.flatten() for x in tensors.values()]).unique().tolist())
 
@@ -82,8 +85,9 @@ TRAINED = (
 
 
 def named_as_trained(name, state):
-    if ".block_sparse_moe.experts." in name or ".feed_forward.experts." in name:
-        name = name.replace(".block_sparse_moe.", ".mlp.")
+    if any(f".{block}.experts." in name for block in ("block_sparse_moe", "feed_forward", "ffn")):
+        name = name.replace(".block_sparse_moe.", ".mlp.").replace(".ffn.", ".mlp.")
+        name = name if name.startswith("model.") else f"model.{name}"
         for hub, trained in (("w1", "gate"), ("w3", "up"), ("w2", "down")):
             name = name.replace(f".{hub}.", f".{trained}_proj.")
     others = (name.replace(hub, trained) for hub, trained in TRAINED)
@@ -107,6 +111,10 @@ def as_trained(tensors, state):
     return out
 
 
+SPELLED = (*WRAPPERS, "deepseek_v4")
+"""Models of which transformers calls most tensors otherwise in memory than the hub does."""
+
+
 def as_saved(hub, state):
     """Name in memory -> name in the files, by the tensors' shapes and values, each of which is another."""
     names = {(x.shape, float(x.flatten()[0])): n for n, x in hub.items()}
@@ -124,12 +132,12 @@ def check_plan(name, tp):
         want = local_parts(whole, tp, rank)
         if config["tie_word_embeddings"]:
             del want["lm_head.weight"]
-        if name in WRAPPERS:
+        if name in SPELLED:
             want = {saved.get(n, n): x for n, x in want.items()}
         if name.startswith(("llama4-", "gemma4")):  # transformers cuts some of the tower, and the projector
             beside = ("vision_model.", "multi_modal_projector.", "model.vision_tower.")
             want |= {n: x for n, x in state.items() if n.startswith(beside)}
-        alone = {n: x for n, x in state.items() if name not in WRAPPERS or n not in saved}
+        alone = {n: x for n, x in state.items() if name not in SPELLED or n not in saved}
         mine = as_trained(got[rank], alone)
         assert sorted(mine) == sorted(want)
         for parameter, part in want.items():
@@ -207,7 +215,7 @@ def test_vllm(name, tp):
     for rank, got in enumerate(shards):
         want = family_oracle.vllm(hub, heads, tp, rank, order="grouped" if name != "chatglm" else "concat")
         same(got, want)
-        found |= {float(x) for _, v in got.values() for x in v.view("f4").flatten()}
+        found |= {float(x) for kind, v in got.values() for x in v.view(NUMBERS[kind]).flatten()}
     assert sorted(found - {0.0}) == all_numbers(hub)
 
 

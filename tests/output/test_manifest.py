@@ -16,6 +16,7 @@ from fastckpt.errors import SourceError, WriteError
 from fastckpt.output.manifest import FileEntry, Manifest, Origin, Record, Shard, TensorEntry, merged, rank_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from outputs import sealed
 
 D = "0123456789abcdef"
 
@@ -34,12 +35,6 @@ def example(rank: int = 0, world: int = 1) -> Manifest:
     return Manifest(
         "k1", world, "2026-01-02T03:04:05+00:00", record, {"config.json": FileEntry(7, D)}, (shard,)
     )
-
-
-def sealed(body: object) -> bytes:
-    """A manifest's text with its own digest made right, whatever it says."""
-    head = json.dumps(body)[:-1].encode() + b",\n"
-    return head + b'"digest": "%s"\n}\n' % digest(head).encode()
 
 
 def body() -> dict:  # type: ignore[type-arg]

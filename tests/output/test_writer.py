@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from fastckpt.dtypes import BY_NAME
 from fastckpt.errors import SourceError, WriteError
-from fastckpt.output import part, syscalls
+from fastckpt.output import part, syscalls, whole
 from fastckpt.output.files import FileLayout, SlotTable, safetensors_layout
 from fastckpt.output.manifest import Manifest
 from fastckpt.output.writer import Output
@@ -112,15 +112,13 @@ def test_copies(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(b"x" * (2 << 20) + b"y")
     with Output(tmp_path / "out", key="k") as out:
         out.copy(tmp_path / "tokenizer.json")
-        out.copy(tmp_path / "tokenizer.json", "other.json")
         for odd in (tmp_path, tmp_path / "none"):
             with pytest.raises(SourceError, match="no such file"):
-                out.copy(odd, f"{odd.name}.x")
+                out.copy(odd)
         out.commit(RECORD)
     same = (tmp_path / "tokenizer.json").read_bytes()
     assert {n: d for n, d in contents(tmp_path / "out").items() if n != "fastckpt.json"} == {
-        "tokenizer.json": same,
-        "other.json": same,
+        "tokenizer.json": same
     }
 
 
@@ -380,6 +378,26 @@ def test_file_systems_that_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert contents(tmp_path / "out") == before and listing(tmp_path) == ["out"]
     write_part(tmp_path / "parts", 1, 1)
     assert write_part(tmp_path / "parts", 0, 1).complete and verify(tmp_path / "parts").ok
+
+
+@pytest.mark.parametrize("removed", [True, False])
+def test_a_staging_directory_that_another_run_sweeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: bool
+) -> None:
+    """Of another container, between its making and its lock: files written there would go."""
+    lock, asked = whole._lock, []
+
+    def swept(directory: str) -> int:
+        asked.append(directory)
+        if len(asked) == 1:
+            fd = lock(directory) if removed else -1  # it has ended, or has the lock still
+            os.rmdir(directory)
+            return fd
+        return lock(directory)
+
+    monkeypatch.setattr(whole, "_lock", swept)
+    write_whole(tmp_path / "out", 1)
+    assert len(set(asked)) == 2 and verify(tmp_path / "out").ok and listing(tmp_path) == ["out"]
 
 
 def test_a_full_disk_is_found_before_the_old_set_gives_way(

@@ -95,6 +95,44 @@ def test_stale_buffers_are_known(name, buffer):
         hf(hub | {f"{buffer}.more": torch.ones(4)}, config)
 
 
+def test_deepseek_v4_by_the_names_that_save_pretrained_writes():
+    """A mixture of its hub's names, which transformers and vLLM load, and of those of training."""
+    config, hub, _ = families.made("deepseek_v4")
+    own = {"embed.weight": "model.embed_tokens.weight", "head.weight": "head.weight"}
+    own |= {f"hc_head_{leaf}": f"model.hc_head.hc_{leaf}" for leaf in ("fn", "base", "scale")}
+    saved = {own.get(n, "model." + n.replace(".attn.kv_norm.", ".attn.norm.")): x for n, x in hub.items()}
+    same(hf(saved, config)[1], hub)
+    with pytest.raises(RecipeError, match=r"are both what the hub calls layers\.0\.attn\.kv_norm\.weight"):
+        hf(saved | {"layers.0.attn.kv_norm.weight": torch.ones(8)}, config)
+
+
+def test_deepseek_v4_in_the_form_of_its_releases_is_refused():
+    config, hub, _ = families.made("deepseek_v4")
+    bytes_ = {n: x.to(torch.float8_e4m3fn) if n.endswith("wq_a.weight") else x for n, x in hub.items()}
+    said = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    with pytest.raises(RecipeError, match=r"wq_a\.weight is float8_e4m3fn, and has no weight_scale_inv"):
+        hf(bytes_ | {"layers.0.attn.wq_a.scale": torch.ones(1, 1)}, config | said)
+
+
+def test_deepseek_v4_by_the_keys_of_its_hubs_config():
+    config, hub, _ = families.made("deepseek_v4")
+    kinds = {"layer_types": None, "compress_ratios": [0, 4, 128, 4, 0]}  # one of a layer after the last
+    rates = {"compress_rates": None, "compress_rate_csa": 4, "compress_rate_hca": 128}
+    same(hf(hub, config | kinds | rates)[1], hub)
+    for changed, message in (
+        ({"layer_types": None}, r"layers\.0\.attn\.compressor\.wkv"),
+        ({"layer_types": None, "compress_ratios": [0, 5, 128, 4]}, "compress_ratios must be of 0, 4, 128"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types must be 4 of sliding_attention and"),
+        ({"compress_rate_csa": 8}, r"compressor\.ape: got shape \(4, 16\), wanted \(8, 16\)"),
+        ({"compress_rates": "4"}, "compress_rates must be an object"),
+        ({"mlp_layer_types": None}, r"layers\.1\.ffn\.gate\.tid2eid"),
+        ({"mlp_layer_types": None, "num_hash_layers": 0}, r"layers\.0\.ffn\.gate\.bias"),
+        ({"o_groups": 3}, "num_attention_heads 8 is no multiple of o_groups 3"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            hf(hub, config | changed)
+
+
 def test_heads_by_the_name_they_are_trained_under():
     config, hub, state = families.made("gpt_neox")
     assert "embed_out.weight" in hub and "lm_head.weight" in state
@@ -140,8 +178,9 @@ def test_forms_that_are_not_read():
 
 
 def test_layers_for_more_tokens_that_transformers_leaves_out():
-    """Of ERNIE and K-EXAONE; their servers are other models."""
+    """Of ERNIE, K-EXAONE and DeepSeek-V4; their servers are other models."""
     leaves = {"ernie4_5_moe": "model.mtp_linear_proj.0.weight", "exaone_moe": "mtp.fc.weight"}
+    leaves["deepseek_v4"] = "mtp.0.norm.weight"
     for name, further in leaves.items():
         config, hub, _ = families.made(name)
         model, got = hf(hub | {further: torch.ones(4)}, config)

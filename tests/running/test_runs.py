@@ -8,7 +8,7 @@ import shutil
 import fastckpt
 import pytest
 import torch
-from fastckpt.errors import SourceError, WriteError
+from fastckpt.errors import DeviceError, LayoutError, SourceError, WriteError
 from fastckpt.running import runs
 
 PLAN = {"*": "colwise"}
@@ -105,6 +105,20 @@ def test_a_turned_tensor_of_very_many_lines_is_written(tmp_path):
     turned = torch.arange(10_000_000).to(torch.uint8).reshape(2, -1).t()
     fastckpt.reshard({"w": turned}, layout="same", out=tmp_path / "out", durable=False)
     assert torch.equal(fastckpt.consolidate(tmp_path / "out")["w"], turned)
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "said"),
+    [
+        (1 << 22, DeviceError, f"cpu: no memory for w: the outputs need {1 << 52} bytes"),
+        (1 << 32, LayoutError, f"1 tensors, of {1 << 62} bytes"),
+    ],
+)
+def test_tensors_that_nothing_has_room_for(rows, kind, said):
+    """One element is stored, again and again."""
+    one = torch.ones(1).expand(rows // 2, 2, 1 << 28)
+    with pytest.raises(kind, match=said):
+        fastckpt.reshard({"w": one}, layout="same")
 
 
 def test_a_process_of_any_name_can_tell_its_memory():

@@ -319,6 +319,35 @@ def test_names_of_transformer_engine(tmp_path, name, tp, options, args):
     assert "_extra_state: Transformer Engine's own" in ckpt.unread
 
 
+@pytest.mark.parametrize("spoiled", [None, slice(0, 1), slice(100, None)])
+def test_a_last_stage_has_the_embedding_of_the_first(tmp_path, spoiled):
+    """The copy that Megatron keeps there of a tied embedding is not read but compared."""
+    args = dict(untie_embeddings_and_output_weights=False, pipeline_model_parallel_size=2)
+    run, config, hub = written(tmp_path, tiny.made("tied"), 2, rank=0, **args)  # as one process converts
+    for rank in range(2):
+        at = run / "iter_0000007" / f"mp_rank_0{rank}"
+        state = torch.load(at / "model_optim_rng.pt", weights_only=False)
+        whole, copy = state["model"], state["model"]["embedding.word_embeddings.weight"].clone()
+        if spoiled and rank:
+            copy[spoiled] += 1e-3
+        last = {
+            n.replace("layers.1", "layers.0"): x for n, x in whole.items() if "layers.1" in n or "fin" in n
+        }
+        first = {n: x for n, x in whole.items() if "layers.1" not in n and "fin" not in n}
+        for stage, held in enumerate((first, last | {"output_layer.weight": copy})):
+            place = at.with_name(f"mp_rank_0{rank}_00{stage}")
+            place.mkdir()
+            torch.save(state | {"model": held}, place / "model_optim_rng.pt")
+        shutil.rmtree(at)
+    if spoiled is None:
+        ckpt = fastckpt.open(run, config=config)
+        same(ckpt, hub)
+        assert "output_layer.weight: the last stage's copy of the embedding" in ckpt.unread
+        return
+    with pytest.raises(SourceError, match=r"mp_rank_01_001: output_layer\.weight has other values"):
+        fastckpt.open(run, config=config)
+
+
 def test_a_users_own_recipe(tmp_path):
     config, hub = gated.made()[:2]
     path = tmp_path / "mine.py"

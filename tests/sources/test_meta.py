@@ -101,6 +101,8 @@ WQ = "layers.0.attention.wq.weight"
         (lambda p: p.update({"layers.1.ffn_norm.weight": p["layers.1.ffn_norm.weight"] * 2}),
          ["consolidated.01.pth: layers.1.ffn_norm.weight has other values than in consolidated.00.pth"]),
         (lambda p: p["norm.weight"][5:6].add_(1), ["norm.weight has other values"]),
+        (lambda p: p.update({"norm.weight": p["norm.weight"].repeat_interleave(2)[::2]}),
+         ["consolidated.01.pth: a tensor of (64,) has strides (2,), wanted it dense"]),
         (lambda p: p.pop(WQ), [f"{WQ} is 'absent', wanted 'float32[32, 64]'"]),
         (lambda p: p.update(more=torch.ones(2)), ["more is 'float32[2]', wanted 'absent'"]),
         (lambda p: p.update({WQ: p[WQ][:16]}), [f"{WQ} is 'float32[16, 64]', wanted 'float32[32, 64]'"]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 import fastckpt
@@ -10,7 +9,9 @@ import pytest
 import reading
 import torch
 from fastckpt import sources
-from fastckpt.errors import LayoutError, SourceError
+from fastckpt.errors import LayoutError, SourceError, WriteError
+from fastckpt.manager.uploaders import LocalDirectory
+from outputs import changed
 from reading import refuses
 from safetensors.torch import save_file
 from zero_writer import write_zero
@@ -103,38 +104,61 @@ def test_options_that_a_format_cannot_heed_are_refused(tmp_path, option, words):
         fastckpt.consolidate(sources.open(tmp_path), **option)
 
 
-def served(path, world=1, aliases=None):
-    path.mkdir()
-    save_file(TENSORS, path / "model.safetensors")
-    files = {"model.safetensors": {"nbytes": 1, "digest": ""}}
-    rank = {"rank": 0, "files": files, "tensors": {n: {} for n in TENSORS}, "aliases": aliases or {}}
-    record = {"schema": 1, "layout": "same", "world": world, "ranks": [rank] * world, "source": {"tag": "t"}}
-    (path / "fastckpt.json").write_text(json.dumps(record))
-    return path, record
+def served(path):
+    fastckpt.reshard(TENSORS | {"c": TENSORS["a"]}, layout="same", out=path, durable=False)
+    return path
 
 
 def test_an_output_of_one_rank(tmp_path):
-    path, _ = served(tmp_path / "out", aliases={"c": "a"})
+    path = served(tmp_path / "out")
     ckpt = sources.open(path)
     assert (ckpt.format, list(ckpt), dict(ckpt.aliases)) == ("served", ["a", "b"], {"c": "a"})
     assert (reading.read(ckpt["c"]) == reading.bits(TENSORS["a"])).all()
-    assert ckpt.facts["made from"] == {"tag": "t"}
+    assert ckpt.facts["made from"]["format"] == "memory"
     renamed = sources.open(path, rename=[("^", "x.")])
     assert (list(renamed), dict(renamed.aliases)) == (["x.a", "x.b"], {"x.c": "x.a"})
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda r: r.update(schema=9), "schema 9"),
+        (lambda r: r.update(world=2), "lists 1 of 2 ranks"),
+        (lambda r: r["ranks"][0]["aliases"].update(c="zz"), "alias c of zz"),
+        (lambda r: r["ranks"][0]["tensors"].update(q=r["ranks"][0]["tensors"].pop("b")), "q is in fastckpt"),
+        (lambda r: r["ranks"][0]["tensors"]["a"].update(dtype="int32"), "a is float32[6], fastckpt.json"),
+        (lambda r: r["ranks"][0]["tensors"]["b"].update(shape=[3, 2]), "fastckpt.json says float32[3, 2]"),
+    ],
+)
+def test_records_that_are_not_of_the_files(tmp_path, change, said):
+    path = served(tmp_path / "out")
+    changed(path, change)
+    refuses(path, said)
+
+
 def test_outputs_that_cannot_be_read(tmp_path):
-    path, record = served(tmp_path / "out", world=2)
-    refuses(path, "its ranks are not 0, 1, .. in order")
-    (path / "fastckpt.json").write_text(json.dumps(record | {"schema": 9}))
-    refuses(path, "schema 9")
-    (path / "fastckpt.json").rename(path / "fastckpt-rank-0.json")
+    path = served(tmp_path / "out")
+    record = path / "fastckpt.json"
+    record.write_text(record.read_text().replace('"layout": "same"', '"layout": "none"'))
+    refuses(path, "does not have its own digest")
+    record.rename(path / "fastckpt-rank-0.json")
     refuses(path, "incomplete output", "fastckpt-rank-0.json")
-    path, record = served(tmp_path / "more", aliases={"c": "zz"})
-    refuses(path, "alias c of zz")
-    record["ranks"][0]["tensors"]["q"] = {}
-    (path / "fastckpt.json").write_text(json.dumps(record))
-    refuses(path, "q is in fastckpt.json and in no file")
+
+
+def test_a_tilde_is_a_shells_to_spell_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refuses("~/checkpoint", "No such file or directory; only a shell makes a home directory of ~")
+    for write in (
+        lambda: fastckpt.reshard(TENSORS, layout="same", out="~/out"),
+        lambda: fastckpt.reshard(TENSORS, layout="same", out="~/out", rank=0),
+        lambda: fastckpt.CheckpointManager("~/runs"),
+        lambda: LocalDirectory("~/elsewhere"),
+    ):
+        with pytest.raises(WriteError, match=r"begins with ~; only a shell .* or \./~"):
+            write()
+    assert not list(tmp_path.iterdir())
+    fastckpt.reshard(TENSORS, layout="same", out="./~", durable=False)
+    assert len(sources.open("~")) == 2
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):

@@ -14,6 +14,7 @@ import torch
 from fastckpt.digest import digest
 from fastckpt.errors import SourceError
 from fastckpt.manager.manager import CheckpointManager
+from outputs import changed
 from safetensors.torch import load_file
 
 
@@ -97,19 +98,13 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 def resigned(step: Path, name: str, change: Callable[[Any], None]) -> None:
     """Changes a file of a commit, and makes its record and digests true of it again."""
-    record = json.loads((step / "fastckpt.json").read_text())
     if name == "fastckpt.json":
-        change(record)
-    else:
-        body = json.loads((step / name).read_text())
-        change(body)
-        (step / name).write_text(json.dumps(body))
-        record["files"][name]["digest"] = digest((step / name).read_bytes())
-    del record["digest"]
-    text = json.dumps(record, indent=1)[:-2] + ',\n "digest": "'
-    head = text.removesuffix('"digest": "').encode()
-    tail = b'"digest": "%s"\n}\n' % digest(head).encode()
-    (step / "fastckpt.json").write_bytes(head + tail)
+        changed(step, change)
+        return
+    body = json.loads((step / name).read_text())
+    change(body)
+    (step / name).write_text(json.dumps(body))
+    changed(step, lambda r: r["files"][name].update(digest=digest((step / name).read_bytes())))
 
 
 NAMED = "net.0.weight"

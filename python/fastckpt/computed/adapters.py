@@ -26,6 +26,7 @@ from ..dtypes import DType
 from ..errors import SourceError, near
 from ..extents import Extents
 from ..sources import peft
+from ..sources.ties import with_decoder
 from ..views import ZERO, View
 from .lowrank import LowRank
 from .nowhere import nowhere, pitched
@@ -190,7 +191,9 @@ def fit(ckpt: Checkpoint, directory: str) -> Adapter:
     if weights is None and not own:
         raise SourceError(f"{directory}: no weights of an adapter, and {ckpt.path} holds none either")
     if weights is not None and own:
-        raise SourceError(f"{ckpt.path} holds an adapter ({next(iter(own))}), and {directory} another")
+        raise SourceError(
+            f"{ckpt.path} holds an adapter ({next(iter(own))}), and {directory} another; open the base alone"
+        )
     if weights is not None and settings.start not in PLAIN_STARTS:
         raise SourceError(
             f"{settings.path}: init_lora_weights {settings.start!r} trains against a changed base; let PEFT "
@@ -317,20 +320,17 @@ def _parted(settings: Settings, tensors: Checkpoint) -> tuple[dict[str, Pair], d
 def _check(adapter: Adapter) -> None:
     """Raises SourceError where the adapter does not fit its base."""
     base, where = adapter.base, adapter.tensors.path
+    if not adapter.changed:
+        raise SourceError(f"{where}: holds no tensor of an adapter")
     tied = {*base.aliases, *base.aliases.values()}
     for name in adapter.changed:
+        if name in tied or _may_be_tied(adapter, name):
+            raise SourceError(
+                f"{where}: {name} is tied to another tensor, which would have to change with it; a base that "
+                "has both, with tie_word_embeddings false, has a place for it"
+            )
         if name not in base.entries:
             raise SourceError(f"{where}: the base {base.path} has no {name}{near(name, base.entries)}")
-        if name in tied:
-            raise SourceError(
-                f"{where}: {name} is tied to another tensor, which would have to change with it"
-            )
-    if base.config is not None and base.config.get("tie_word_embeddings") is True:
-        table = next((m for m, p in adapter.pairs.items() if p.a_name.endswith("lora_embedding_A")), None)
-        if table is not None:
-            raise SourceError(
-                f"{where}: {table} is tied to the output matrix, which would have to change with it"
-            )
     for module, pair in adapter.pairs.items():
         name = f"{module}.weight"
         weight, a, b = adapter.entry(name), pair.a, pair.b
@@ -346,6 +346,18 @@ def _check(adapter: Adapter) -> None:
                 kinds = ", ".join(d.name for d in MERGED)
                 raise SourceError(f"{where}: {module}: {role} is {entry.dtype}, wanted {kinds}")
         adapter.scale(module)
+
+
+def _may_be_tied(adapter: Adapter, name: str) -> bool:
+    """Whether a tensor is embedding and output matrix in one, as far as the base's config and names tell."""
+    base, saved = adapter.base, adapter.saved.get(name)
+    config = with_decoder(base.config or {})
+    changed = base.entries.get(name) if saved is None else saved.entry
+    if changed is None or len(changed.shape) != 2 or changed.shape[0] != config.get("vocab_size"):
+        return False
+    tables = sum(len(e.shape) == 2 and e.shape[0] == changed.shape[0] for e in base.entries.values())
+    said = config.get("tie_word_embeddings")
+    return said is True or (said is None and tables < 2)
 
 
 def kind_of(old: DType, asked: DType | None) -> DType:

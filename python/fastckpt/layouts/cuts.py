@@ -18,6 +18,7 @@ from ..errors import LayoutError, expect
 from ..model import (
     Attention,
     Beside,
+    Compressed,
     DeltaHeads,
     DeltaNet,
     Experts,
@@ -329,6 +330,8 @@ def two_blocks(layout: str, layer: Layer) -> tuple[Attention | Mla | DeltaNet, M
     attention = layer.attention
     if isinstance(attention, Queries):
         raise LayoutError(f"layout {layout} has no place for {attention.q.name}, without keys of its own")
+    if isinstance(attention, Compressed):
+        raise LayoutError(f"layout {layout} has no place for {attention.o_a.name}, of compressed attention")
     if isinstance(attention, Attention) and (attention.heads or attention.values_are_keys):
         raise LayoutError(f"layout {layout} has no place for {attention.k.name}, unlike other layers' keys")
     return attention, layer.mlp

@@ -17,6 +17,7 @@ from ..errors import LayoutError
 from ..model import (
     Attention,
     BlockStacks,
+    Compressed,
     DeltaNet,
     Experts,
     Layer,
@@ -222,6 +223,8 @@ def _layers(layers: Iterable[Layer], model: Model, placement: Placement) -> Iter
             yield from _delta(layer.attention, model, placement)
         elif isinstance(layer.attention, ShortConv):
             yield from short_conv(layer.attention)
+        elif isinstance(layer.attention, Compressed):
+            yield from _compressed(layer.attention)
         elif layer.attention is not None:
             yield from _attention(layer.attention, model, placement)
         if layer.mamba is not None:
@@ -288,6 +291,24 @@ def _attention(attention: Attention | Queries | Mla, model: Model, placement: Pl
         yield Target(attention.sinks.name, attention.sinks.view.part(0, rank, tp))
     if attention.relative is not None:
         yield Target(attention.relative.name, attention.relative.view.part(1, rank, tp))
+
+
+def _compressed(role: Compressed) -> Iterator[Target]:
+    """All of compressed attention, of which transformers cuts nothing."""
+    for linear in (role.q_a, role.q, role.kv, role.o_a, role.o):
+        yield from stored(linear)
+    yield from norm(role.q_norm)
+    yield from norm(role.kv_norm)
+    yield from parameter(role.sinks)
+    indexer = role.indexer
+    for linear in () if indexer is None else (indexer.q, indexer.weights):
+        yield from stored(linear)
+    for made in (role.compressor, None if indexer is None else indexer.keys):
+        if made is not None:
+            yield from stored(made.kv)
+            yield from stored(made.gate)
+            yield from parameter(made.positions)
+            yield from norm(made.norm)
 
 
 def _delta(net: DeltaNet, model: Model, placement: Placement) -> Iterator[Target]:

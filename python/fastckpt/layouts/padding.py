@@ -14,6 +14,7 @@ from ..errors import LayoutError
 from ..model import (
     Attention,
     BlockStacks,
+    Compressed,
     Experts,
     Layer,
     Layers,
@@ -130,6 +131,8 @@ def _layer(layer: Layer, old: Sizes, new: Sizes) -> Layer:
     if isinstance(attention, Queries) or (isinstance(attention, Attention) and attention.heads):
         raise LayoutError(f"pad: {layer.name} has heads of its own number and size, and is not padded")
     if (old.heads, old.kv_heads) != (new.heads, new.kv_heads):
+        if isinstance(attention, Compressed):
+            raise LayoutError(f"pad: heads share rows of {attention.o_a.name}, and none are added")
         if isinstance(attention, Mla):
             attention = _latent(attention, old, new)
         elif isinstance(attention, Attention):  # linear attention has heads of its own

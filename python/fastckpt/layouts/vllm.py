@@ -18,24 +18,20 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from .. import dtypes
-from ..computed.finishes import minus_exp
 from ..dtypes import DType
 from ..errors import LayoutError
 from ..model import (
     Attention,
     BlockStacks,
-    DeltaNet,
     Experts,
     Layer,
     Linear,
-    Mamba,
     Mla,
     Mlp,
     Model,
     Parameter,
     PerLayer,
     Queries,
-    ShortConv,
     Sizes,
     Stacks,
     Tower,
@@ -47,37 +43,27 @@ from ..views import View, cat, stack, zeros
 from .cuts import (
     bias,
     biases_of,
-    delta_part,
-    delta_rest,
-    delta_stored,
     in_form,
     in_part,
     joined,
-    mamba,
-    mamba_part,
     norm,
-    norms_part,
     out_part,
     padded_part,
     parameter,
     plain,
-    qkv_part,
-    queries_part,
-    regrouped,
     require_delta,
     require_even,
     require_heads,
     require_least,
     require_mamba,
     require_subjects,
-    short_conv,
-    short_conv_part,
 )
 from .engines import Form, Renamed, Served, known, served
 from .naming import Naming
 from .padding import advice, padded, resized, round_up
 from .servers import Share, expert_share, layer_range
-from .vllm_families import APART, CARRIED, CUT_NORMS, PAIRED, RENAMED, ROWS, TOWERS, UNJOINED, WHOLE
+from .vllm_attention import attention_part, heads_part, mixer_part, parent
+from .vllm_families import APART, CARRIED, RENAMED, ROWS, TOWERS, WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +132,7 @@ class Vllm:
         require_delta("vllm", placement, model.sizes.delta)
         require_mamba("vllm", placement, model.sizes.mamba)
         require_even("vllm", placement, "the number of a convolution's channels", model.sizes.channels)
+        require_even("vllm", placement, "the number of groups of compressed attention", model.sizes.groups)
         for key, width in model.sizes.widths.items():
             if key != model.sizes.expert_width:
                 require_even("vllm", placement, key, width, instead)
@@ -266,29 +253,16 @@ class Vllm:
         yield from norm(layer.attention_norm)
         if layer.vision is not None:
             raise LayoutError(f"layout vllm has no place for {layer.vision.attention.o.name}")
-        if isinstance(layer.attention, Mla):
-            yield from _latent(layer.attention, placement, model.family in UNJOINED)
-        elif isinstance(layer.attention, DeltaNet):
-            yield from _delta(layer.attention, placement)
-        elif isinstance(layer.attention, ShortConv):
-            yield from short_conv(short_conv_part(layer.attention, placement))
-        elif isinstance(layer.attention, Queries):
-            yield from queries_part(layer.attention, placement)
-        elif layer.attention is not None:
+        if layer.attention is not None:
             as_hub = engine is not None and engine.hub_rows
-            attention = layer.attention
-            if attention.own_norms or model.family in CUT_NORMS:
-                attention = norms_part(attention, model.sizes, placement)
-            if model.family in PAIRED:
-                attention = _in_halves(attention, model.sizes.head_dim)
-            yield from _attention(attention, model.sizes, placement, as_hub)
+            yield from attention_part(layer.attention, model, placement, as_hub)
         if engine is not None and isinstance(layer.attention, Attention | Queries | Mla):
-            module, own = _parent(layer.attention.o.name), model.embedding.weight.dtype
+            module, own = parent(layer.attention.o.name), model.embedding.weight.dtype
             for held in (*engine.held, *engine.quantised.get(model.quant_method, Form()).held):
                 one = constant(np.full(1, held.value, np.float32), dtypes.float32)
                 yield Target(f"{module}.{held.name}", one if held.float32 else one.cast(own), held.shape)
         if layer.mamba is not None and model.sizes.mamba is not None:
-            yield from _mamba(mamba_part(layer.mamba, model.sizes.mamba, placement), engine is not None)
+            yield from mixer_part(layer.mamba, model.sizes.mamba, placement, rates=engine is not None)
         yield from norm(layer.attention_after)
         yield from norm(layer.mlp_norm)
         if isinstance(layer.mlp, Experts):
@@ -338,7 +312,7 @@ class Vllm:
 
 def _moved(targets: Iterable[Target], layer: str, to: str) -> Iterator[Target]:
     """The tensors of a layer, which an engine holds as `to` beside the module of the layers."""
-    module = f"{_parent(_parent(layer))}.{to}"
+    module = f"{parent(parent(layer))}.{to}"
     return (Target(module + t.name.removeprefix(layer), t.view, t.shape) for t in targets)
 
 
@@ -398,14 +372,15 @@ def _tower_attention(
         yield from plain(out_part(joined(attention.fused or "", apart), rank, tp))
         yield from plain(in_part(attention.o, rank, tp))
     else:
-        yield from _attention(attention, sizes, placement)
+        yield from heads_part(attention, sizes, placement)
 
 
 def _named(target: Target, renamed: Renamed, engine: Served | None, own: DType) -> Target:
     """The target under vLLM's name for its module, then under the engine's for the tensor."""
-    name, view = target.name, target.view
+    name, view = f"^{target.name}", target.view
     for old, new in renamed:
         name = name.replace(old, new)
+    name = name.removeprefix("^")
     if engine is not None:
         name = engine.name(name)
         held = engine.dtype(name, own)
@@ -489,80 +464,6 @@ def _stacks(name: str, stacks: Stacks | BlockStacks, held: range, share: Share) 
     yield Target(f"{name}.w2_bias", zeros(bias.shape, bias.dtype) if share.index else bias)  # added once
 
 
-def _attention(
-    attention: Attention, sizes: Sizes, placement: Placement, as_hub: bool = False
-) -> Iterator[Target]:
-    name = attention.fused or f"{_parent(attention.q.name)}.qkv_proj"
-    parts = qkv_part(attention, sizes, placement)
-    grouped = as_hub and attention.grouped
-    yield from plain(regrouped(name, parts, sizes.head_dim) if grouped else joined(name, parts))
-    yield from plain(in_part(attention.o, placement.tp_rank, placement.tp))
-    yield from norm(attention.q_norm)
-    yield from norm(attention.k_norm)
-    if attention.softplus_gate is not None:
-        yield from plain(out_part(attention.softplus_gate, placement.tp_rank, placement.tp))
-    if attention.sinks is not None:
-        sinks = attention.sinks.view.part(0, placement.tp_rank, placement.tp)
-        yield Target(attention.sinks.name, sinks)
-
-
-def _in_halves(attention: Attention, head_dim: int) -> Attention:
-    """q and k with each head's even rows before its odd ones.
-
-    Raises LayoutError for what is quantised or has biases, whose form in vLLM is not known."""
-
-    def halves(linear: Linear) -> Linear:
-        if linear.beside or linear.bias is not None:
-            what = linear.beside[0].leaf if linear.beside else "bias"
-            raise LayoutError(f"layout vllm: how vLLM orders {linear.name}.{what} is not known")
-        pairs = linear.weight.split(0, head_dim).split(1, 2)
-        return replace(linear, weight=pairs.permute((0, 2, 1, 3)).merge(1).merge(0))
-
-    return replace(attention, q=halves(attention.q), k=halves(attention.k))
-
-
-def _latent(attention: Mla, placement: Placement, apart: bool) -> Iterator[Target]:
-    tp, rank = placement.tp, placement.tp_rank
-    if attention.q_a is None:
-        yield from plain(attention.kv_a)
-    elif apart:
-        yield from plain(attention.q_a)
-        yield from plain(attention.kv_a)
-    else:
-        name = f"{_parent(attention.q_a.name)}.fused_qkv_a_proj"
-        yield from plain(joined(name, [attention.q_a, attention.kv_a]))
-    yield from norm(attention.q_norm)
-    yield from plain(out_part(attention.q, rank, tp))
-    yield from norm(attention.kv_norm)
-    yield from plain(out_part(attention.kv_b, rank, tp))
-    yield from plain(in_part(attention.o, rank, tp))
-    if attention.indexer is not None:
-        k, weights = attention.indexer.k, attention.indexer.weights
-        yield from plain(attention.indexer.q)
-        yield from plain(joined(f"{_parent(k.name)}.wk_weights_proj", [k, weights]))
-        yield from norm(attention.indexer.k_norm)
-
-
-def _delta(net: DeltaNet, placement: Placement) -> Iterator[Target]:
-    part, at = delta_part(net, placement), _parent(net.q.name)
-    matrices = delta_stored(part)
-    if net.q.name != net.z.name:
-        both = ("qkvz", [part.q, part.k, part.v, part.z]), ("ba", [part.b, part.a])
-        matrices = [joined(f"{at}.in_proj_{name}", linears) for name, linears in both]
-    for linear in (*matrices, part.o):
-        yield from plain(linear)
-    yield from delta_rest(replace(part, a_log=replace(part.a_log, view=part.a_log.view.cast(dtypes.float32))))
-
-
-def _mamba(part: Mamba, rates: bool) -> Iterator[Target]:
-    """The rank's part of a mixer; with `rates` it has vLLM's A in place of A_log."""
-    yield from mamba(part)
-    if rates:
-        yield Target(f"{_parent(part.a_log.name)}.A", minus_exp(part.a_log.view))
-    else:
-        yield Target(part.a_log.name, part.a_log.view.cast(dtypes.float32))
-
-
 def _mlp(mlp: Mlp, placement: Placement, as_hub: bool = False, apart: bool = False) -> Iterator[Target]:
     rank, tp = placement.tp_rank, placement.tp
     if mlp.gate is None or apart:
@@ -572,12 +473,8 @@ def _mlp(mlp: Mlp, placement: Placement, as_hub: bool = False, apart: bool = Fal
     elif as_hub and mlp.fused is not None:
         yield from plain(out_part(joined(mlp.fused, [mlp.gate, mlp.up]), rank, tp))
     else:
-        name = mlp.fused or f"{_parent(mlp.up.name)}.gate_up_proj"
+        name = mlp.fused or f"{parent(mlp.up.name)}.gate_up_proj"
         yield from plain(joined(name, [out_part(x, rank, tp) for x in (mlp.gate, mlp.up)]))
     yield from plain(in_part(mlp.down, rank, tp))
     for role in mlp.scalars:
         yield from parameter(role)
-
-
-def _parent(name: str) -> str:
-    return name.rpartition(".")[0]

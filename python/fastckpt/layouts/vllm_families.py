@@ -24,6 +24,13 @@ _GEMMA4 = (
 )
 
 RENAMED: dict[str, Renamed] = {
+    "deepseek_v4": (
+        ("^head.", "lm_head."),
+        ("^embed.", "model.embed_tokens."),
+        ("^", "model."),
+        (".ffn.gate.bias", ".ffn.gate.e_score_correction_bias"),
+        (".shared_experts.w2.", ".shared_experts.down_proj."),
+    ),
     "gpt_oss": ((".self_attn.", ".attn."), (".embed_tokens.", ".embedding.")),
     "chatglm": ((".word_embeddings.", "."),),
     "nemotron_h": (("backbone.embeddings.", "model.embed_tokens."), ("backbone.", "model.")),
@@ -44,7 +51,8 @@ RENAMED: dict[str, Renamed] = {
     **dict.fromkeys(("gemma4", "gemma4_unified"), _GEMMA4),
     **dict.fromkeys(("gemma3", "llava", "llava_next", "llava_onevision", "paligemma"), _INSIDE),
 }
-"""family -> (a part of the hub's name, what vLLM's module is called), where the two differ."""
+"""family -> (a part of the hub's name, what vLLM's module is called), where the two differ, applied in order;
+names begin with ^ for as long."""
 
 CUT_NORMS = frozenset({"minimax_m2"})
 """Families whose norms over all of q and of k vLLM cuts by heads, rather than hold them whole."""
@@ -73,8 +81,9 @@ WHOLE = frozenset({
 })  # fmt: skip
 """Families whose tower vLLM can hold whole on every rank (supports_encoder_tp_data)."""
 
-CARRIED = frozenset({"gemma4", "gemma4_unified"})
-"""Families whose towers vLLM runs as transformers' own modules, whole on every rank, or which have none."""
+CARRIED = frozenset({"gemma4", "gemma4_unified", "deepseek_v4"})
+"""Families of which every rank holds what lies beside the decoder's layers whole: towers that vLLM runs as
+transformers' own modules, or the mixer of residual streams."""
 
 ROWS: dict[str, frozenset[str]] = {
     "gemma4_unified": frozenset({f"model.vision_embedder.patch_dense.{leaf}" for leaf in ("weight", "bias")}),

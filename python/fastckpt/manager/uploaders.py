@@ -20,7 +20,7 @@ from typing import Protocol
 
 from ..digest import LEAF, Digesting
 from ..errors import ManagerError, SourceError, WriteError
-from ..output.filesystem import sync_directory
+from ..output.filesystem import real, sync_directory
 from ..output.manifest import NAME, Manifest, rank_name
 from ..verification.outputs import verify
 
@@ -39,7 +39,7 @@ class LocalDirectory:
     """A directory of this machine, or one that it mounts."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = os.path.realpath(root)
+        self.root = real(root)
 
     def put(self, path: str, name: str) -> None:
         """Copy beside, sync, rename."""
@@ -115,13 +115,14 @@ class FsspecDirectory:
 
     @_as_os_errors()
     def sizes(self, below: str = "") -> dict[str, int]:
-        """What is stored below a name, by name: bytes."""
+        """What is stored below a name, by name: bytes; not what has that very name, as an object may."""
         self._fs.invalidate_cache()
         top = f"{self._root}/{below}".rstrip("/")
         if not self._fs.exists(top):
             return {}
         found = self._fs.find(top, detail=True)
-        return {path[len(self._root) :].lstrip("/"): int(info["size"]) for path, info in found.items()}
+        names = ((path[len(self._root) :].lstrip("/"), int(info["size"])) for path, info in found.items())
+        return {name: nbytes for name, nbytes in names if not below or name.startswith(f"{below}/")}
 
     @_as_os_errors()
     def remove(self, names: Sequence[str]) -> None:

@@ -57,9 +57,11 @@ class Specs(Sequence[Spec]):
         return Specs([names[i] for i in rows], [dtypes[i] for i in rows], [shapes[i] for i in rows])
 
     def nbytes(self) -> NDArray[np.int64]:
-        """The size of each tensor."""
-        sizes = (math.prod(s) * d.itemsize for s, d in zip(self.shapes, self.dtypes, strict=True))
-        return np.fromiter(sizes, np.int64, len(self))
+        """The size of each tensor. Raises LayoutError where no offset reaches over all of them."""
+        sizes = [math.prod(s) * d.itemsize for s, d in zip(self.shapes, self.dtypes, strict=True)]
+        if (total := sum(sizes)) >= 1 << 62:  # one stored element, again and again, may be of any size
+            raise LayoutError(f"{len(self)} tensors, of {total} bytes: nothing has room for them")
+        return np.array(sizes, np.int64)
 
     def __len__(self) -> int:
         return len(self.names)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 from ..errors import WriteError
-from ..extents import let_go
+from ..extents import let_go, unexpanded
 
 _TRIES = 100
 """How often a directory is made that other runs take away again."""
@@ -29,7 +29,10 @@ def as_write_errors(what: str) -> Iterator[None]:
 
 
 def real(path: str | os.PathLike[str]) -> str:
-    """The path without links, from the root. Raises WriteError where the working directory is gone."""
+    """The path without links, from the root. Raises WriteError where the working directory is gone, and for
+    one that begins with ~: a directory of that name is seldom meant, and ./~ says so."""
+    if said := unexpanded(path):
+        raise WriteError(f"{os.fspath(path)}: begins with ~{said}; write it out, or ./~")
     with as_write_errors(os.fspath(path)):
         return os.path.realpath(path)
 

@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
-from functools import partial
 
 from ..digest import digest64
 from ..errors import WriteError
@@ -74,11 +73,8 @@ class Whole:
         """Refuse what must not be overwritten, remove what dead runs left, make the staging directory."""
         self.refuse()
         with as_write_errors(self.parent):
-            mark = f"{os.getpid()}-{os.urandom(4).hex()}"
-            self._staging = os.path.join(self.parent, _staging(self.name) + mark)
-            move_in(self.parent, partial(os.mkdir, self._staging), self._made)
+            move_in(self.parent, self._claim, self._made)
             self._sweep()
-            self._lock = _lock(self._staging)
         if self._replaces:
             self._try_exchange()
 
@@ -132,6 +128,17 @@ class Whole:
             remove_tree(self._staging)
         self._unlock()
         remove_directories(self._made)
+
+    def _claim(self) -> None:
+        """Make the staging directory and lock it. Raises FileNotFoundError where a run of another container,
+        to which the number of this process says nothing, swept it away between the two."""
+        mark = f"{os.getpid()}-{os.urandom(4).hex()}"
+        self._staging = os.path.join(self.parent, _staging(self.name) + mark)
+        os.mkdir(self._staging)
+        self._lock = _lock(self._staging)
+        if self._lock < 0 or not is_there(self._staging):
+            self._unlock()
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._staging)
 
     def _unlock(self) -> None:
         fd, self._lock = self._lock, -1

@@ -27,6 +27,7 @@ from ..placement import Placement
 from ..quantisation import quantised_targets
 from ..quantisation.quantised_targets import Expansion
 from ..quantisation.schemes import SCHEMES, Quant
+from ..recipes import strangers
 from ..target import Target
 from . import configs
 from .request import Request
@@ -63,6 +64,8 @@ def resolve(ckpt: Checkpoint, request: Request) -> Resolved:
     if request.config is None and ckpt.config is not None and ("unpadded" in ckpt.facts or not beside):
         request = replace(request, config=ckpt.config)  # there is none beside, or that of padded shards
     layout = _layout(request)
+    if layout.roles and request.adapter is None and (why := strangers.adapted([*ckpt.entries])):
+        raise RecipeError(f"{ckpt.path}: {why}")
     config = None
     if layout.roles or request.config is not None or request.dtype == "auto":
         config = configs.found(ckpt, request.config)

@@ -98,6 +98,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("kimi_k2", "deepseek", "Kimi K2: as DeepSeek-V3"),
     Family("deepseek_v32", "deepseek", "DeepSeek-V3.2: V3 whose attention is sparse, by an indexer"),
     Family("glm_moe_dsa", "deepseek", "GLM-5: as DeepSeek-V3.2, layers may share an indexer"),
+    Family("deepseek_v4", "deepseek_v4", "DeepSeek-V4: compressed attention, residual streams, experts"),
     Family("mistral4", "deepseek", "Mistral 4, text: as DeepSeek-V2, experts in two tensors"),
     Family("glm4_moe_lite", "deepseek", "GLM-4.7-Flash: as DeepSeek-V3"),
     Family("dots1", "deepseek", "dots.llm1: corrected routing, shared experts, norms on each head's q and k"),

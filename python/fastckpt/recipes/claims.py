@@ -377,12 +377,8 @@ class Claims:
         return [*self.ckpt.entries, *self.ckpt.aliases]
 
     def _refuse_wrapped(self, anchor: str) -> None:
-        if adapted := next((n for n in self._names if ".lora_A." in n), None):
-            raise RecipeError(
-                f"{self.ckpt.path}: {adapted} is an adapter's; adapter= (--adapter DIR) merges it, with its "
-                "adapter_config.json"
-            )
-        if why := strangers.wrapped(self._names) or strangers.within(self._names, anchor):
+        names = self._names
+        if why := strangers.adapted(names) or strangers.wrapped(names) or strangers.within(names, anchor):
             raise RecipeError(f"{self.ckpt.path}: {why}")
 
 

@@ -13,7 +13,6 @@ from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import (
     Attention,
-    DeltaNet,
     Embedding,
     Experts,
     HubCuts,
@@ -21,18 +20,15 @@ from ..model import (
     Layers,
     Lazy,
     Linear,
-    Mla,
     Mlp,
     Model,
     Norm,
     Parameter,
     Prediction,
-    Queries,
-    ShortConv,
     Sizes,
 )
 from .claims import Claims, Dim, Heads, absent, dim, flag, integer, vocabulary
-from .delta import Stored, hybrid
+from .delta import Claim, Stored, hybrid
 from .delta import heads_of as delta_heads
 from .fused import attention_of, fused_attention, fused_mlp
 from .known import Known
@@ -127,8 +123,8 @@ class Kind:
     of a config, the attention of each of so many layers, None where they do not differ. `delta`: how linear
     attention is stored, which some layers have in its place, `mamba`, how Mamba's mixers are, and which
     layers have what; `mixed`: what claims the short convolutions of some layers, and attention, by what is
-    given, of the others. `root`: the module of embedding and layers ("backbone"), `trained`: what
-    transformers calls it in training, `embedding`: the first's name. `parallel`: attention and the
+    given, of the others. `root`: what the names of embedding and layers begin with ("backbone."), `trained`:
+    with what in training, `embedding`: the first's name, `head`: the head's. `parallel`: attention and the
     feed-forward block read one norm, side by side. `further`: the one layer that may predict a further token,
     where it is not counted after the last (None: it is, as in DeepSeek). `tied`: whether embedding and head
     are one where the config does not say. `cuts`: as in Model. `ignored`: patterns of names that are left
@@ -165,17 +161,17 @@ class Kind:
     width: str = "intermediate_size"
     self_attn: str = "self_attn"
     o: str = "o_proj"
-    root: str = "model"
-    trained: str = "model"
+    root: str = "model."
+    trained: str = "model."
     embedding: str = "embed_tokens"
+    head: str = "lm_head"
     parallel: bool | Said = False
     ignored: tuple[str, ...] = IGNORED
     meta: Meta | None = None
 
 
-Claim = Callable[[str], Callable[[], Attention | Queries | Mla | DeltaNet | ShortConv]]
 FeedForward = Callable[[str], Callable[[], Mlp | Experts]]
-"""Both claim the block of a layer by the layer's name, and return what builds it."""
+"""Claims the block of a layer by the layer's name, and returns what builds it."""
 
 
 def recipe(
@@ -194,10 +190,10 @@ def claimed(kind: Kind, ckpt: Checkpoint, config: Mapping[str, JSON]) -> Claims:
         if kind.meta is None:
             raise RecipeError(f"{ckpt.path}: its names are Meta's, under which no {kind.family} is known")
         ckpt = respelled(ckpt, kind.meta, config, heads_of(config).dim)
-    anchor, root = f"{kind.root}.{kind.embedding}.weight", f"{kind.root}."
+    anchor = f"{kind.root}{kind.embedding}.weight"
     if kind.trained == kind.root:
         return Claims(ckpt, anchor, form=quantised(config))
-    return Claims(ckpt, anchor, root, instead=f"{kind.trained}.", form=quantised(config))
+    return Claims(ckpt, anchor, kind.root, instead=kind.trained, form=quantised(config))
 
 
 def blocks_of(kind: Kind, config: Mapping[str, JSON], count: int) -> Sequence[Blocks]:
@@ -408,14 +404,15 @@ def decoder(
         claims,
         config,
         vocab_size,
-        embedding=f"{kind.root}.{kind.embedding}",
+        embedding=f"{kind.root}{kind.embedding}",
         hidden=hidden,
         tied_default=kind.tied,
+        head=kind.head,
         head_bias="lm_head.bias" if has(config, kind.head_bias) else "",
     )
     held = blocks_of(kind, config, count)
     mine = [each.heads for each in kind.own(config, count)] if kind.own is not None else []
-    layers = Layers([layer(f"{kind.root}.layers.{i}", blocks) for i, blocks in enumerate(held)])
+    layers = Layers([layer(f"{kind.root}layers.{i}", blocks) for i, blocks in enumerate(held)])
     predictions = min(predictions, claims.most)  # a config may say anything
     further = [_after_the_last(i) for i in range(count, count + predictions)]
     further = [kind.further] if kind.further is not None else further

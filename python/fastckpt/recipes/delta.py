@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 from ..checkpoint import JSON
 from ..errors import RecipeError
-from ..model import Attention, DeltaHeads, DeltaNet, Linear, Mla, Parameter, Queries, ShortConv
+from ..model import Attends, DeltaHeads, DeltaNet, Linear, Parameter
 from .claims import Claims, Dim, dim, each_layer, integer
 from .fused import parts
 
-Claim = Callable[[str], Callable[[], Attention | Queries | Mla | DeltaNet | ShortConv]]
+Claim = Callable[[str], Callable[[], Attends]]
+"""Claims the attention of a layer by the layer's name, and returns what builds it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,7 @@ NEMOTRON_H = Mixture(
         ungated=("up_proj", "down_proj"),
         mlp="mixer",
         self_attn="mixer",
-        root="backbone",
+        root="backbone.",
         embedding="embeddings",
         mamba=Stored(
             _alone,

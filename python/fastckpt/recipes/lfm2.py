@@ -12,8 +12,9 @@ from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import HubCuts, Model, Parameter, ShortConv
 from .claims import Claims, Dim, absent, dim, each_layer, flag, integer, number
-from .decoder import IGNORED, Claim, Kind, Norms
+from .decoder import IGNORED, Kind, Norms
 from .decoder import recipe as dense_recipe
+from .delta import Claim
 from .fused import parts
 from .known import Known
 from .mixture import Mixture

@@ -27,6 +27,19 @@ def wrapped(names: Collection[str]) -> str:
     return ""
 
 
+def adapted(names: Collection[str]) -> str:
+    """Which of the names is an adapter's, and how it is merged; "" where none is."""
+    found = next((n for n in names if ".lora_" in n), None)
+    if found is None:
+        return ""
+    if f"{found.partition('.lora_')[0]}.base_layer.weight" in names:
+        return f"{found} is an adapter's; adapter= (--adapter DIR) merges it, with its adapter_config.json"
+    return (
+        f"{found} is an adapter's, whose base is not here; open the base, and name the adapter's directory "
+        "by adapter= (--adapter DIR)"
+    )
+
+
 def within(names: Collection[str], anchor: str) -> str:
     """What the names begin with before `anchor`, the name of one tensor that every model has, and how that is
     removed; "" where none ends like it."""

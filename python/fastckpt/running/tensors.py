@@ -28,9 +28,9 @@ def allocate(planned: Plan, device: str = "cpu") -> tuple[list[State], list[Buff
     for t in planned.tensors:
         try:
             made = torch.empty(t.shape, dtype=torch_dtype(t.dtype), device=device)
-        except torch.OutOfMemoryError as e:
-            needed = planned.output_bytes
-            raise DeviceError(f"{device}: out of memory: the outputs need {needed} bytes; {e}") from None
+        except RuntimeError as e:  # what main memory has no room for is no OutOfMemoryError
+            needed = f"the outputs need {planned.output_bytes} bytes"
+            raise DeviceError(f"{device}: no memory for {t.name}: {needed}; {e}") from None
         states[t.file][t.name] = made
         buffers.append(buffer(made))
     return states, buffers

@@ -10,7 +10,7 @@ from typing import Protocol, cast
 from ..checkpoint import Checkpoint
 from ..collector import paused
 from ..errors import SourceError, expect
-from ..extents import is_directory, is_file
+from ..extents import is_directory, is_file, unexpanded
 from .options import Options, strip_prefix
 from .ranks import natural
 
@@ -113,7 +113,7 @@ def _refuse_absent(path: str) -> None:
         os.stat(path)
     except (OSError, ValueError) as e:  # ValueError: no path at all, such as one with a zero byte
         why = e.strerror if isinstance(e, OSError) else e
-        raise SourceError(f"{path or repr(path)}: {why}") from None
+        raise SourceError(f"{path or repr(path)}: {why}{unexpanded(path)}") from None
 
 
 def _what_it_is(path: str) -> str:

@@ -21,9 +21,6 @@ from .options import Options
 SAMPLES, SAMPLE = 4096, 256
 """The most extents that `sampled` looks into, and the bytes it reads at the start and middle of each."""
 
-RECORD = "fastckpt.json"
-"""What a directory has that is a whole output or commit (docs/formats.md)."""
-
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
 """Keys under which trainers put a model's state dict."""
 

@@ -26,13 +26,14 @@ from .options import Options
 from .plain import mapping
 from .ranks import check_one_save
 from .torchfile import Tensor, TorchFile
-from .torchtensors import in_one_table, places, refuse_unread
+from .torchtensors import in_one_table, places, refuse_unread, same_values
 
 _FILE = "model_optim_rng.pt"
 _INSIDE = ((), ("weights",), ("dist_ckpt",), ("model", "dist_ckpt"))
 _CHUNK = re.compile(r"model(\d*)")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXTRA = "_extra_state"
+_EMBEDDING = "embedding.word_embeddings.weight"
 _TIED = "output_layer.weight"
 
 
@@ -147,6 +148,10 @@ def _ranks(path: str, root: str, options: Options) -> Checkpoint:
         if len(rank.chunks) != grid.chunks:
             raise SourceError(f"{root}: {name} holds {len(rank.chunks)} virtual stages, wanted {grid.chunks}")
     _check_writers(root, grid, placed, ranks)
+    unread = {note for rank in ranks.values() for note in rank.rest}
+    if grid.pp > 1 and first.args.get("untie_embeddings_and_output_weights") is False:
+        _drop_copies(root, placed, ranks)
+        unread.add(f"{_TIED}: the last stage's copy of the embedding")
     extents, opened = in_one_table([rank.file for rank in ranks.values()])
     of = dict(zip(ranks, opened, strict=True))
     entries: dict[str, Entry] = {}
@@ -165,7 +170,7 @@ def _ranks(path: str, root: str, options: Options) -> Checkpoint:
     return assemble(
         path, FORMAT, entries, extents, options, files=[r.file.file for r in ranks.values()],
         search=[root, os.path.dirname(root)], facts=facts,
-        unread=sorted({note for rank in ranks.values() for note in rank.rest}),
+        unread=sorted(unread),
         inert=[n for r in ranks.values() for n in r.file.inert],
         layout=[places(c.values()) for r in ranks.values() for c in r.chunks],
         headers=[r.file.digest for r in ranks.values()],
@@ -197,6 +202,22 @@ def _check_writers(
                         f"{root}: {name} was written by process {process} of {world}, {what} rank {got}; "
                         f"wanted {what} rank {want}"
                     )
+
+
+def _drop_copies(root: str, placed: Sequence[tuple[int, list[str]]], ranks: Mapping[str, _Rank]) -> None:
+    """Takes the last stages' copies of the embedding away, which are tied to it. Raises SourceError for one
+    that has other values."""
+    for _, stages in placed:
+        first, last = ranks[stages[0]], ranks[stages[-1]]
+        embedding, copy = first.chunks[0].get(_EMBEDDING), last.chunks[-1].pop(_TIED, None)
+        if embedding is None or copy is None:
+            continue
+        alike = (copy.dtype, copy.shape) == (embedding.dtype, embedding.shape)
+        if not alike or not same_values((last.file, copy), (first.file, embedding)):
+            raise SourceError(
+                f"{root}: {stages[-1]}: {_TIED} has other values than {_EMBEDDING} of {stages[0]}, and the "
+                "args say that they are tied"
+            )
 
 
 def _in_one(stages: Sequence[tuple[str, _Rank]], chunks: int) -> Iterator[tuple[str, str, Tensor]]:
@@ -238,14 +259,10 @@ def _chunks(root: object) -> tuple[list[dict[str, Tensor]], list[str]]:
     if not keys:
         raise SourceError(f"no model; keys: {', '.join(map(str, state)) or 'none'}")
     rest = [f"{key}: beside the model" for key in state if key not in keys]
-    return [dict(_tensors(key, state[key], state, rest)) for key in keys], rest
+    return [dict(_tensors(key, state[key], rest)) for key in keys], rest
 
 
-def _tensors(
-    key: str, model: object, state: Mapping[object, object], rest: list[str]
-) -> Iterator[tuple[str, Tensor]]:
-    args = args_of(state)
-    stages = size(args, "pipeline_model_parallel_size") * size(args, "virtual_pipeline_model_parallel_size")
+def _tensors(key: str, model: object, rest: list[str]) -> Iterator[tuple[str, Tensor]]:
     for name, value in mapping(model, key).items():
         if not isinstance(name, str) or isinstance(value, dict):
             raise SourceError(f"{key}: {name!r}: the form of Megatron before its core, which is not read")
@@ -253,8 +270,6 @@ def _tensors(
             rest.append(f"{_EXTRA}: Transformer Engine's own")
         elif name.startswith("mtp."):
             rest.append("mtp: multi-token prediction")
-        elif name == _TIED and stages > 1 and args.get("untie_embeddings_and_output_weights") is False:
-            rest.append(f"{name}: the last stage's copy of the embedding")
         elif isinstance(value, Tensor):
             yield name, value
         else:

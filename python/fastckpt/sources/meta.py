@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -24,9 +24,8 @@ from .assembly import assemble
 from .options import Options
 from .ranks import check_one_save
 from .statedict import state_dict
-from .torchfile import Tensor, TorchFile
-from .torchtensors import by_storage, in_one_table, places
-from .torchzip import Reader
+from .torchfile import Tensor
+from .torchtensors import by_storage, in_one_table, places, same_values
 
 _PART = re.compile(r"consolidated\.(\d+)\.pth")
 _PARAMS = "params.json"
@@ -75,13 +74,13 @@ def _of_parts(path: str, names: Sequence[str], options: Options) -> Checkpoint:
         raise SourceError(f"{where[0]}: no {_NORM}, which says how wide the model is")
     if scaled := next((name for name, t in first.items() if t.dtype.itemsize == 1), ""):
         raise SourceError(f"{where[0]}: {scaled} is {first[scaled].dtype}; scales of a release are not read")
-    vectors = _vectors(files[0], first)
     for at, file, part in zip(where, files, dicts, strict=True):
         known = {**first, **part.tensors}
         check_one_save(at, ((n, _kind(part.tensors.get(n)), _kind(first.get(n))) for n in known))
-        own = _vectors(file, part.tensors)
-        if odd_one := next((name for name in own if own[name] != vectors[name]), ""):
-            raise SourceError(f"{at}: {odd_one} has other values than in {names[0]}: parts of two models")
+        for name, t in part.tensors.items():
+            whole = file is not files[0] and len(t.shape) == 1 and t.numel > 0
+            if whole and not same_values((file, t), (files[0], first[name])):
+                raise SourceError(f"{at}: {name} has other values than in {names[0]}: parts of two models")
     extents, opened = in_one_table(files)
     tied = by_storage(first) if len(files) == 1 else {}
     held = {
@@ -122,14 +121,3 @@ def _whole(path: str, name: str, parts: Sequence[Entry], width: int) -> Entry:
 
 def _joined(parts: Sequence[Entry], axis: int) -> View:
     return cat([part.build() for part in parts], axis)
-
-
-def _vectors(file: TorchFile, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
-    """The values of what every part holds whole."""
-    out: dict[str, bytes] = {}
-    with Reader(file.file) as reader:
-        for name, t in tensors.items():
-            if t.flat and t.numel:
-                at = file.extents[t.storage.extent].offset + t.offset * t.dtype.itemsize
-                out[name] = reader.read_through(at, t.numel * t.dtype.itemsize)
-    return out

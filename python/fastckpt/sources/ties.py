@@ -19,8 +19,7 @@ _CHUNK = 4 << 20
 def tied(ckpt: Checkpoint, config: Mapping[str, JSON]) -> Checkpoint:
     """The checkpoint with the tensors of `vocab_size` rows and the same bytes as one, where the config says
     `tie_word_embeddings`. Raises SourceError for a file that cannot be read."""
-    decoder = config.get("text_config")  # of a vision-language model, which says itself whether it is tied
-    config = {**decoder, **config} if isinstance(decoder, dict) else config
+    config = with_decoder(config)
     if config.get("tie_word_embeddings") is not True:
         return ckpt
     held: dict[str, View] = {}
@@ -41,6 +40,12 @@ def tied(ckpt: Checkpoint, config: Mapping[str, JSON]) -> Checkpoint:
         aliases=aliases,
         structure=xxhash.xxh3_64_hexdigest(json.dumps([ckpt.structure, aliases]).encode()),
     )
+
+
+def with_decoder(config: Mapping[str, JSON]) -> Mapping[str, JSON]:
+    """A config with its decoder's keys: a vision-language model says itself whether it is tied."""
+    decoder = config.get("text_config")
+    return {**decoder, **config} if isinstance(decoder, dict) else config
 
 
 def _same(one: View, other: View) -> bool:

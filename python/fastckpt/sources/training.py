@@ -21,12 +21,12 @@ from ..digest import digest
 from ..dtypes import BY_NAME, DType
 from ..errors import SourceError, naming
 from ..extents import Extent, Extents, File, content, is_file
-from ..output.manifest import Manifest, TensorEntry
+from ..output.manifest import NAME, Manifest, TensorEntry
 from ..plainjson import parse_json
 from ..stored import check_tiles
 from ..views import dense_strides
 from . import zero
-from .assembly import RECORD, Boxed, assemble
+from .assembly import Boxed, assemble
 from .options import Options
 from .plain import integers
 
@@ -53,14 +53,14 @@ def engine_directory(name: str) -> str:
 
 def matches(path: str) -> bool:
     """Whether `path` is a directory with a commit record and the table of a training commit."""
-    return all(is_file(os.path.join(path, name)) for name in (RECORD, TABLE))
+    return all(is_file(os.path.join(path, name)) for name in (NAME, TABLE))
 
 
 def read(path: str, options: Options) -> Checkpoint:
     """The model in a commit. Raises SourceError where the commit is not whole or holds no model."""
     manifest = Manifest.read(path)
     if manifest.record.layout != "training" or not manifest.shards or not manifest.complete:
-        raise SourceError(f"{os.path.join(path, RECORD)}: is no whole training commit")
+        raise SourceError(f"{os.path.join(path, NAME)}: is no whole training commit")
     commit = CommitFiles(path, manifest)
     state = commit.state(0)
     parts = parts_of(state.get("tree"))

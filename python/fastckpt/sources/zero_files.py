@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ..errors import SourceError
 from ..extents import content, exists, is_directory, is_file
-from .assembly import RECORD
+from ..output.manifest import NAME
 from .ranks import check_ranks, natural
 
 OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
@@ -121,7 +121,7 @@ def find(path: str, tag: str | None, also: Iterable[str] = ()) -> Grid:
         if tag is None:
             tag = _latest(path, known)
         folder = os.path.join(path, tag)
-        if is_file(os.path.join(folder, RECORD)):
+        if is_file(os.path.join(folder, NAME)):
             raise SourceError(f"{path}: the commits of a training job; open one of them, such as {folder}")
         if tag not in there and not any(_is_tag_folder(os.path.join(a, tag)) for a in also):
             if is_directory(folder):
