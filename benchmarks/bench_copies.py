@@ -8,12 +8,13 @@ import fastckpt
 import numpy as np
 import pytest
 import torch
+from fastckpt.digest import LEAF
 from fastckpt.dtypes import bfloat16, float32
 from fastckpt.executors.cpu import Cpu, CpuRunner
 from fastckpt.extents import Buffer, Extent, Extents, fresh
 from fastckpt.placement import Placement
 from fastckpt.planning import plans
-from fastckpt.planning.batches import LEAF, Batch, Slots, cut
+from fastckpt.planning.batches import Batch, Slots, cut
 from fastckpt.planning.binding import Binding
 from fastckpt.planning.compiling import compile
 from fastckpt.planning.copies import Table

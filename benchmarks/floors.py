@@ -17,11 +17,11 @@ from functools import partial
 from typing import TypeVar
 
 import numpy as np
-from fastckpt.digest import crc32, leaf_digests
+from fastckpt.digest import LEAF, crc32, leaf_digests
 from fastckpt.executors.cpu import Cpu
 from fastckpt.extents import Buffer, fresh
 from fastckpt.output import syscalls
-from fastckpt.planning.batches import LEAF, Batch, cut, spread
+from fastckpt.planning.batches import Batch, cut, spread
 from fastckpt.planning.binding import Binding
 from fastckpt.planning.copies import NOTHING
 from fastckpt.planning.plans import Plan

@@ -12,10 +12,10 @@ import fastckpt
 import fastckpt._C as compiled
 import numpy as np
 import torch
+from fastckpt.digest import LEAF
 from fastckpt.dtypes import BY_NAME
 from fastckpt.executors.cuda import Cuda, quantise
 from fastckpt.extents import Buffer
-from fastckpt.planning.batches import LEAF
 from fastckpt.planning.copies import COPY
 from fastckpt.quantisation import rounding
 from fastckpt.quantisation.quantrows import There, tiled

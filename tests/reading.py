@@ -15,10 +15,11 @@ import torch
 from fastckpt import dtypes, sources
 from fastckpt.checkpoint import Checkpoint, Single
 from fastckpt.computed.nowhere import computed
+from fastckpt.digest import LEAF
 from fastckpt.errors import SourceError
 from fastckpt.executors import pick
 from fastckpt.extents import Buffer, Extent, Extents
-from fastckpt.planning.batches import LEAF, Slots, cut
+from fastckpt.planning.batches import Slots, cut
 from fastckpt.planning.binding import Binding
 from fastckpt.planning.compiling import compile
 from fastckpt.reader import Positioned

@@ -112,6 +112,66 @@ class _Waiting(Generic[Item]):
                 self._less.release()
 
 
+class _Feeding(Generic[Item]):
+    """What the workers of one `feed` and its caller tell each other.
+
+    What a signal may interrupt they tell by lists: an Event would keep its lock, and a thread whose join was
+    interrupted is taken for one that is over (CPython 3.10 to 3.12)."""
+
+    def __init__(self, waiting: _Waiting[Item], done: Callable[[int], None]) -> None:
+        self.waiting, self.done = waiting, done
+        self.finished: SimpleQueue[int] = SimpleQueue()  # the bytes of batches that ran
+        self.errors: list[BaseException] = []  # of workers
+        self.heard: list[BaseException] = []  # by the caller, while the workers end
+        self.stop: list[None] = []  # not empty: no batch is run any more
+        self.begun: list[None] = []  # one for each worker
+        self.ended: list[None] = []
+        self.over: SimpleQueue[None] = SimpleQueue()
+        self.made = False  # all batches
+
+    def work(self, worker: Callable[[Item], None]) -> None:
+        """A worker's thread. Its error is carried to the caller's, which raises it."""
+        self.begun.append(None)
+        try:
+            while (taken := self.waiting.take()) is not None:
+                place, batch = taken
+                try:
+                    if not self.stop:
+                        worker(batch)
+                        self.finished.put(batch.stop - batch.start)
+                except BaseException as error:
+                    self.errors.append(error)
+                    self.stop.append(None)
+                self.waiting.done(place)
+        except BaseException as error:  # of the queue itself
+            self.errors.append(error)
+            self.stop.append(None)
+        finally:
+            self.waiting.leave()
+            self.ended.append(None)
+            self.over.put(None)
+
+    def report(self) -> None:
+        """Tell `done` of what has run."""
+        while not self.finished.empty():
+            self.done(self.finished.get())
+
+    def settle(self, threads: int) -> None:
+        """Return when no worker runs any more, whatever is raised meanwhile."""
+        while True:
+            try:
+                if self.heard or not self.made:
+                    self.stop.append(None)  # from here on one that begins late runs nothing
+                self.waiting.end()
+                if len(self.ended) == (threads if self.made else len(self.begun)):
+                    return
+                with suppress(Empty):
+                    self.over.get(timeout=0.1)
+                self.report()
+            except BaseException as error:
+                self.heard.append(error)
+
+
 def feed(
     batches: Iterable[Item],
     workers: Sequence[Callable[[Item], None]],
@@ -124,63 +184,11 @@ def feed(
     written; workers keep to places of their own where they can, since two writers of a file wait for each
     other. Raises the first error of a worker after all have stopped, WriteError where the system starts no
     more threads."""
-    waiting = _Waiting(AHEAD * len(workers), place)
-    finished: SimpleQueue[int] = SimpleQueue()
-    errors: list[BaseException] = []
-    # What a signal may interrupt is told by lists: an Event would keep its lock, and a thread whose join was
-    # interrupted is taken for one that is over (CPython 3.10 to 3.12).
-    stop: list[None] = []  # not empty: no batch is run any more
-    begun: list[None] = []  # one for each worker
-    ended: list[None] = []
-    over: SimpleQueue[None] = SimpleQueue()
-
-    def work(worker: Callable[[Item], None]) -> None:
-        begun.append(None)
-        try:
-            while (taken := waiting.take()) is not None:
-                place, batch = taken
-                try:
-                    if not stop:
-                        worker(batch)
-                        finished.put(batch.stop - batch.start)
-                except BaseException as error:  # carried to the caller's thread, which raises it
-                    errors.append(error)
-                    stop.append(None)
-                waiting.done(place)
-        except BaseException as error:  # of the queue itself
-            errors.append(error)
-            stop.append(None)
-        finally:
-            waiting.leave()
-            ended.append(None)
-            over.put(None)
-
-    def report() -> None:
-        while not finished.empty():
-            done(finished.get())
-
+    feeding = _Feeding(_Waiting(AHEAD * len(workers), place), done)
     threads = [
-        threading.Thread(target=work, args=(w,), name=f"fastckpt-{i}", daemon=True)
+        threading.Thread(target=feeding.work, args=(w,), name=f"fastckpt-{i}", daemon=True)
         for i, w in enumerate(workers)
     ]
-    heard: list[BaseException] = []
-    made = False
-
-    def settled() -> None:
-        """Return when no worker runs any more, whatever is raised meanwhile."""
-        while True:
-            try:
-                if heard or not made:
-                    stop.append(None)  # from here on one that begins late runs nothing
-                waiting.end()
-                if len(ended) == (len(threads) if made else len(begun)):
-                    return
-                with suppress(Empty):
-                    over.get(timeout=0.1)
-                report()
-            except BaseException as error:
-                heard.append(error)
-
     # No worker may outlive the files and mappings it uses, whatever signals come: one that is raised between
     # the lines of a handler leaves it, so there is a further one for each of Ctrl-C, SIGTERM and SIGHUP.
     try:
@@ -189,20 +197,20 @@ def feed(
                 for thread in threads:
                     _start(thread, len(threads))
                 for batch in batches:
-                    if stop:
+                    if feeding.stop:
                         break
-                    waiting.put(batch)
-                    report()
-                made = True
+                    feeding.waiting.put(batch)
+                    feeding.report()
+                feeding.made = True
             finally:
-                settled()
+                feeding.settle(len(threads))
         finally:
-            settled()
+            feeding.settle(len(threads))
     finally:
-        settled()
-    for error in (*heard, *errors):
+        feeding.settle(len(threads))
+    for error in (*feeding.heard, *feeding.errors):
         raise error
-    report()
+    feeding.report()
 
 
 def each(function: Callable[[Given], Made], items: Sequence[Given], threads: int) -> list[Made]:

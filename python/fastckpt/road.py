@@ -15,6 +15,7 @@ import numpy as np
 
 from . import joining
 from .checkpoint import JSON, Checkpoint
+from .digest import LEAF
 from .dtypes import DType
 from .errors import DeviceError, LayoutError, SourceError, expect
 from .executors import pick
@@ -23,7 +24,7 @@ from .layouts import Layout
 from .layouts.same import Same
 from .placement import Placement
 from .planning import plans
-from .planning.batches import LEAF, cut
+from .planning.batches import cut
 from .planning.binding import Binding
 from .planning.plans import Plan
 from .planning.request import Request

@@ -9,11 +9,12 @@ import torch
 from fastckpt import dtypes
 from fastckpt.computed.lowrank import LowRank, added
 from fastckpt.computed.nowhere import elements, nowhere, pitch, pitched, runs
+from fastckpt.digest import LEAF
 from fastckpt.errors import DeviceError
 from fastckpt.executors import pick
 from fastckpt.executors.cpu import built
 from fastckpt.extents import Buffer, Extent, Extents
-from fastckpt.planning.batches import LEAF, Slots, cut
+from fastckpt.planning.batches import Slots, cut
 from fastckpt.planning.binding import Binding
 from fastckpt.planning.compiling import compile
 from fastckpt.reader import Mapped, Positioned

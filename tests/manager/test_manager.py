@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -457,6 +458,21 @@ def test_sigterm_saves_whatever_the_policy(tmp_path: Path) -> None:
         assert manager.save(2, {"x": 2}) and manager.preempted
         assert manager.steps() == [2]  # not in the background
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_manager_that_another_thread_closes_hears_no_more(tmp_path: Path) -> None:
+    """Only the main thread puts a handler back: the next signal does it there, and goes to whom it is for."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        manager = CheckpointManager(tmp_path, save_on_signal=True)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(manager.close).result()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [signal.SIGTERM] * 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_options_that_lack_their_other_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

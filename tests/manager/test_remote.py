@@ -139,6 +139,14 @@ def test_damage_there_is_passed_over(tmp_path: Path, store: Any) -> None:
         assert manager.rewind(1) == [2] and manager.latest() == 1
 
 
+def test_an_object_that_is_called_as_a_step(tmp_path: Path, store: Any) -> None:
+    """An object store has objects beside what lies below their names."""
+    fsspec.filesystem("memory").pipe("/run/ck/step-00000077", b"somebody's")
+    with CheckpointManager(URL, scratch=tmp_path) as manager:
+        assert not manager.exists(77) and manager.steps() == []
+        assert manager.save(2, state(2)) and manager.steps() == [2]
+
+
 def test_what_is_refused(tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with CheckpointManager(URL, scratch=tmp_path / "a") as manager:
         manager.save(0, state(0))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from fastckpt import load_into, prepare, reshard
-from fastckpt.digest import combine, digest
+from fastckpt.digest import LEAF, combine, digest
 from fastckpt.errors import DeviceError
 from fastckpt.executors import pick
 from fastckpt.executors.tiles import tile
@@ -14,7 +14,7 @@ from fastckpt.layouts.same import Same
 from fastckpt.pipeline import feed
 from fastckpt.placement import Placement
 from fastckpt.planning import plans
-from fastckpt.planning.batches import LEAF, cut
+from fastckpt.planning.batches import cut
 from fastckpt.planning.binding import Binding
 from fastckpt.planning.request import Request
 from fastckpt.reader import Positioned

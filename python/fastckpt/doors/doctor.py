@@ -70,7 +70,7 @@ def _build() -> dict[str, JSON]:
     except ImportError as e:
         return facts | {"compiled": False, "note": f"the compiled module does not load: {e}"}
     facts |= {"compiled": True, "module": str(module.__file__)}
-    for name in ("compiler", "isas", "built_with_cuda", "cuda_toolkit", "cuda_archs"):
+    for name in ("compiler", "isas", "built_with_cuda", "cuda_archs"):
         value = getattr(module, name, None)
         value = value() if callable(value) else value
         if value is not None:

@@ -141,6 +141,7 @@ class CheckpointManager:
         self._signalled = False
         self._preempted = False
         self._old_handler: signal.Handlers | object | None = None
+        self._deaf = False  # closed, and still the handler
         if save_on_signal:
             self._listen()
 
@@ -495,8 +496,11 @@ class CheckpointManager:
                 self._group.close()
                 self._behind.close()
                 if self._old_handler is not None:
-                    signal.signal(signal.SIGTERM, self._old_handler)  # type: ignore[arg-type]
-                    self._old_handler = None
+                    try:
+                        signal.signal(signal.SIGTERM, self._old_handler)  # type: ignore[arg-type]
+                        self._old_handler = None
+                    except ValueError:  # in the main thread alone: `_on_signal` does it there
+                        self._deaf = True
 
     def _require_open(self) -> None:
         """Raises ManagerError after `close`."""
@@ -513,6 +517,9 @@ class CheckpointManager:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
+        if self._deaf:
+            signal.signal(number, self._old_handler)  # type: ignore[arg-type]
+            signal.raise_signal(number)
 
     # ---- to the servers ----
 

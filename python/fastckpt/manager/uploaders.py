@@ -115,13 +115,14 @@ class FsspecDirectory:
 
     @_as_os_errors()
     def sizes(self, below: str = "") -> dict[str, int]:
-        """What is stored below a name, by name: bytes."""
+        """What is stored below a name, by name: bytes; not what has that very name, as an object may."""
         self._fs.invalidate_cache()
         top = f"{self._root}/{below}".rstrip("/")
         if not self._fs.exists(top):
             return {}
         found = self._fs.find(top, detail=True)
-        return {path[len(self._root) :].lstrip("/"): int(info["size"]) for path, info in found.items()}
+        names = ((path[len(self._root) :].lstrip("/"), int(info["size"])) for path, info in found.items())
+        return {name: nbytes for name, nbytes in names if not below or name.startswith(f"{below}/")}
 
     @_as_os_errors()
     def remove(self, names: Sequence[str]) -> None:

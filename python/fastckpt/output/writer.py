@@ -205,10 +205,10 @@ class Output:
             file.begin()
         return file
 
-    def copy(self, source: str | os.PathLike[str], name: str | None = None) -> None:
-        """A file copied as it is (config, tokenizer), by default under its own name. Raises SourceError."""
+    def copy(self, source: str | os.PathLike[str]) -> None:
+        """A file copied as it is, under its own name (config, tokenizer). Raises SourceError."""
         source = os.fspath(source)
-        self._small(name or os.path.basename(source), pieces_of(source, LEAF), None)
+        self._small(os.path.basename(source), pieces_of(source, LEAF), None)
 
     def text(self, name: str, data: bytes, rank: int | None = None) -> None:
         """A small file of these bytes; of all ranks together, or of `rank`, such as its index."""

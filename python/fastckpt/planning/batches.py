@@ -1,6 +1,7 @@
 """Tensors become batches, which workers read, run and write: in files (`cut`), or in memory (`spread`).
 
-Law: the rows of a batch write each of its bytes exactly once, and no other.
+Law: the rows of a batch write each of its bytes exactly once, and no other. Batches are cut on the borders of
+a digest's leaves, so that digests are taken on the way out.
 """
 
 from __future__ import annotations
@@ -12,14 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..digest import LEAF
 from ..errors import ViewError
 from ..extents import COMPUTED, LINE, Buffer
 from .axes import classify, clip
 from .binding import Binding
 from .copies import NOTHING, Chunk, Ints, Table, item_sizes, nbytes, span
-
-LEAF = 1 << 20
-"""Bytes of a digest's leaf; batches are cut on leaf borders, so that digests are taken on the way out."""
 
 THINNEST = 1 << 16
 """Bytes that are cut no further where a tensor picks a little of many pages."""

@@ -10,14 +10,12 @@ from dataclasses import dataclass, field
 from typing import overload
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..dtypes import DType
 from ..output.files import Specs
 from ..target import Target
 from .batches import Slots
-
-Ints = NDArray[np.int64]
+from .copies import Ints
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -19,6 +19,7 @@ from ..checkpoint import JSON, Checkpoint
 from ..collector import paused
 from ..computed import dequantised, prequantised
 from ..computed.nowhere import lies_nowhere
+from ..digest import LEAF
 from ..dtypes import DType, float8_e4m3fn, float8_e5m2
 from ..errors import LayoutError
 from ..extents import Extent, Extents, pieces_of
@@ -31,11 +32,11 @@ from ..quantisation import quantised_targets
 from ..quantisation.quantised_targets import Expansion, Quantised
 from ..target import Target
 from . import configs, copies, plancache
-from .batches import LEAF, Slots
+from .batches import Slots
 from .compiling import compiled
-from .copies import Chunk, Kept, Table
+from .copies import Chunk, Ints, Kept, Table
 from .plancache import Compiled
-from .planned import Ints, Names, PlannedTensors
+from .planned import Names, PlannedTensors
 from .request import Request
 from .resolving import Resolved, resolve
 
@@ -132,7 +133,7 @@ def draft(ckpt: Checkpoint, request: Request, *, in_memory: bool = False) -> Pla
         notes += (f"tied, stored under one name, and no config says so: {ties}",)
     tensors, files, texts = _laid_out(made, rows, namings, aliases, request)
     return Plan(
-        key=plancache.digest([inputs, [], ckpt.headers, *([] if in_memory else _beside(ckpt))]),
+        key=plancache.digest([inputs, ckpt.headers, *([] if in_memory else _beside(ckpt))]),
         checkpoint=ckpt,
         layout=resolved.name,
         placement=placement,

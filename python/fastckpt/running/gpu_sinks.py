@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..digest import combine
+from ..digest import LEAF, combine
 from ..errors import DeviceError
 from ..executors.cuda import Cuda, CudaRunner, Prepared, short_of_memory, taken
 from ..extents import Buffer
 from ..planning.axes import classify
-from ..planning.batches import LEAF, Batch, Slots
+from ..planning.batches import Batch, Slots
 from ..planning.copies import AXES, NOTHING, Table, item_sizes
 from ..reader import Lane
 from .sinks import Worker

@@ -15,13 +15,14 @@ from functools import cache
 import numpy as np
 import torch
 
+from ..digest import LEAF
 from ..dtypes import DTYPES, DType
 from ..errors import DeviceError
 from ..executors import pick
 from ..executors.cpu import built
 from ..extents import Buffer, Extent, Extents
 from ..pipeline import feed
-from ..planning.batches import LEAF, Slots, cut, spread
+from ..planning.batches import Slots, cut, spread
 from ..planning.binding import Binding
 from ..planning.copies import COPY, NOTHING, Chunk, item_sizes, nbytes
 from ..planning.plans import Plan

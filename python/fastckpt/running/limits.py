@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..digest import LEAF
 from ..errors import WriteError
 from ..executors.cpu import RECENT_BYTES
 from ..output.files import parse_size
 from ..pipeline import cores
-from ..planning.batches import LEAF
 
 STAGE = 2 * LEAF
 """Output bytes made at once: smaller ones cost steps, larger ones leave the cache."""

@@ -15,10 +15,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..digest import LEAF
 from ..dtypes import float16, int32
 from ..extents import Buffer, fresh
 from ..planning.axes import upright
-from ..planning.batches import LEAF, Slots, cut
+from ..planning.batches import Slots, cut
 from ..planning.binding import Binding
 from ..planning.copies import NOTHING, Chunk, Table, item_sizes
 from ..planning.plans import Plan

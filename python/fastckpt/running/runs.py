@@ -17,6 +17,7 @@ from .. import __version__, joining
 from ..checkpoint import JSON
 from ..computed.nowhere import computed
 from ..computed.prequantised import Matrix
+from ..digest import LEAF
 from ..errors import expect
 from ..executors import pick
 from ..executors.cpu import built
@@ -25,7 +26,7 @@ from ..output.manifest import Manifest, Origin, Record, rows_of
 from ..output.syscalls import give_back
 from ..output.writer import Output
 from ..pipeline import feed
-from ..planning.batches import LEAF, Batch, cut, spread
+from ..planning.batches import Batch, cut, spread
 from ..planning.binding import Binding
 from ..planning.compiling import compiled
 from ..planning.plans import Plan

@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..digest import combined, crc32, crc32_combine, leaf_digests
+from ..digest import LEAF, combined, crc32, crc32_combine, leaf_digests
 from ..dtypes import DTYPES
 from ..errors import SourceError
 from ..extents import Buffer, fresh
 from ..finite import nonfinite
 from ..output.writer import OutputFile
 from ..pipeline import each
-from ..planning.batches import LEAF, Batch, Slots
+from ..planning.batches import Batch, Slots
 from ..planning.planned import PlannedTensors
 from ..reader import Lane
 

@@ -77,6 +77,8 @@ class Grid:
             path = self.layers[min(self.layers)]
             raise SourceError(f"{path}: a pipeline's layer beside whole model states: of two runs")
         tp = len(models) if pipeline else len(self.ranks)
+        if world == 1:  # the degrees of a sequence-parallel run call its ranks tensor-parallel
+            told = None
         pp, tp = told or (len(self.ranks) // max(tp, 1), tp)
         if pp * tp != len(self.ranks) or (pp > 1 and not pipeline):
             raise SourceError(f"{where}: {len(self.ranks)} model-parallel ranks, no {pp} stages of {tp} each")
@@ -201,6 +203,14 @@ def _by_kind(folders: Iterable[str]) -> dict[re.Pattern[str], dict[tuple[int, ..
     return found
 
 
+def _by_sequence(optims: Iterable[tuple[int, ...]]) -> bool:
+    """Whether these (dp, mp) are those of Ulysses' sequence parallelism, whose rank in a sequence DeepSpeed
+    0.18 wrote as the model-parallel one: data-parallel ranks are numbered through, not each mp's from 0."""
+    numbers = [(dp, mp) for dp, mp in optims]
+    ranks = 1 + max((mp for _, mp in numbers), default=0)
+    return ranks > 1 and all(dp % ranks == mp for dp, mp in numbers)
+
+
 def _sorted_out(root: str, folder: str, tag: str, folders: list[str]) -> Grid:
     found = _by_kind(folders)
     models, models_of, optims, experts = (found[p] for p in (MODEL, MODEL_OF_RANK, OPTIM, EXPERT))
@@ -215,6 +225,8 @@ def _sorted_out(root: str, folder: str, tag: str, folders: list[str]) -> Grid:
         raise SourceError(
             f"{folder}: both {os.path.basename(optims[min(optims)])} and zero/: files of two runs"
         )
+    if _by_sequence(optims):
+        models_of, optims = ({(*rank[:1], 0): p for rank, p in t.items()} for t in (models_of, optims))
     there = {numbers[-1] for table in (models, models_of, optims, experts) for numbers in table}
     gap = next((mp for mp in range(max(there, default=0)) if mp not in there), None)
     if gap is not None:
