@@ -170,6 +170,7 @@ def write_zero(
     step: int = 2,
     client: Mapping[str, object] | None = None,
     legacy: bool = False,
+    sequence: int = 1,
     sparse: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Write PATH/latest and PATH/TAG/*; return name -> tensor as a converter must give them.
@@ -177,8 +178,10 @@ def write_zero(
     `params`: all parameters, each cast to `master` (the frozen ones to `model_dtype`). `groups`: optimizer
     groups of names, default one of all that is not frozen. `alignment`: parameter_alignment in elements.
     `round_robin`: param_shapes and flat order are shuffled, param_slice_mappings left in plain order (as
-    DeepSpeed does, wrongly). `stripped=False`: partitions keep their padding. `sparse`: no storage is
-    written, the files are holes. Order of the result: buffers, frozen, trainable, tied."""
+    DeepSpeed does, wrongly). `stripped=False`: partitions keep their padding. `sequence`: the ranks of
+    Ulysses' sequence parallelism, which DeepSpeed 0.18 took for model-parallel ones in the files' names, and
+    0.19 takes for tensor-parallel ones in the degrees. `sparse`: no storage is written, the files are holes.
+    Order of the result: buffers, frozen, trainable, tied."""
     if bf16_optimizer and (alignment or stage != 1):
         raise ValueError("BF16_Optimizer is stage 1 and knows no parameter_alignment")
     root = os.fspath(path)
@@ -209,7 +212,7 @@ def write_zero(
             "ds_config": {"zero_optimization": {"stage": stage}},
             "ds_version": VERSION,
         }
-        save(f"{optim_prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", content)
+        save(f"{optim_prefix}zero_pp_rank_{rank}_mp_rank_{rank % sequence:02}_optim_states.pt", content)
 
     shapes: list[OrderedDict[str, torch.Size]] | None
     if stage == 3:
@@ -285,14 +288,14 @@ def write_zero(
             "frozen_param_fragments": fragments, "lr_scheduler": None, "data_sampler": None,
             "random_ltd": None, "skipped_steps": 0, "global_steps": step, "global_samples": step * world,
             "dp_world_size": world, "mp_world_size": 1,
-            "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1},
+            "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": sequence},
             "ds_config": {"zero_optimization": {"stage": stage}}, "ds_version": VERSION,
             **(client or {}),
         }  # fmt: skip
 
     if stage == 3:
         for rank in range(world):
-            save(f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt", model_state(rank))
+            save(f"zero_pp_rank_{rank}_mp_rank_{rank % sequence:02}_model_states.pt", model_state(rank))
     else:
         save("mp_rank_00_model_states.pt", model_state(0))
 

@@ -24,6 +24,7 @@ import os
 import shutil
 import socket
 import sys
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -41,7 +42,8 @@ TAG = "global_step2"
 
 @dataclass(frozen=True)
 class Run:
-    """One checkpoint: which model trains how. `groups` is 1, or 2 for decay and no decay."""
+    """One checkpoint: which model trains how. `groups` is 1, or 2 for decay and no decay. `sequence`: the
+    ranks of Ulysses' sequence parallelism; `hpz`: those of ZeRO++'s second partitions."""
 
     name: str
     model: str
@@ -52,6 +54,8 @@ class Run:
     sub_group_size: int = 0
     round_robin: bool = False
     exclude_frozen: bool = False
+    sequence: int = 1
+    hpz: int = 1
 
     @property
     def has_master(self) -> bool:
@@ -72,6 +76,8 @@ NORMAL = (
     Run("z3-mixtral-w3", "mixtral", 3, 3, groups=2),
     Run("z1-llama-w4-fp16", "llama", 1, 4, dtype="fp16", groups=2),
     Run("z3-mixed-w4", "mixed", 3, 4, groups=2),
+    Run("z3-mixed-w4-hpz", "mixed", 3, 4, groups=2, hpz=2),
+    Run("z2-llama-w4-sequence", "llama-even", 2, 4, groups=2, sequence=2),
 )
 
 
@@ -240,6 +246,8 @@ def ds_config(run: Run) -> dict[str, object]:
         zero["stage3_param_persistence_threshold"] = 0
     if run.sub_group_size:
         zero["sub_group_size"] = run.sub_group_size
+    if run.hpz > 1:
+        zero["zero_hpz_partition_size"] = run.hpz
     if run.round_robin:
         zero["round_robin_gradients"] = True
     config: dict[str, object] = {
@@ -300,6 +308,14 @@ def gathered(
     return master, module, shared
 
 
+def sequence_parallel(ranks: int) -> types.ModuleType:
+    """What DeepSpeed's `UlyssesSPAttentionHF` hands to `initialize` as `mpu`."""
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+
+    parallel_state_sp.initialize_sequence_parallel(ranks)
+    return parallel_state_sp
+
+
 def train(run: Run, rank: int, out: Path) -> None:
     """Two steps, the checkpoint and its truth, at `out`."""
     import deepspeed
@@ -308,13 +324,15 @@ def train(run: Run, rank: int, out: Path) -> None:
     model = MODELS[run.model]()
     config = getattr(model, "config", None)
     optimizer = torch.optim.AdamW(parameter_groups(model, run.groups), lr=1e-2)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(run))
+    mpu = sequence_parallel(run.sequence) if run.sequence > 1 else None
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(run), mpu=mpu)
     vocab = 47 if config is None else config.vocab_size
     for step in range(2):
         seed = torch.Generator().manual_seed(100 * step + rank)
         ids = torch.randint(0, vocab, (2, 8), generator=seed)
         engine.backward(engine(input_ids=ids, labels=ids)["loss"])
         engine.step()
+    deepspeed.utils.groups.mpu = None  # it would be the next run's too
     state = {"epoch": 1, "note": "client state"}
     engine.save_checkpoint(
         str(out), tag=TAG, client_state=state, exclude_frozen_parameters=run.exclude_frozen

@@ -86,6 +86,8 @@ VARIANTS = {
     "round robin": {"stage": 2, "world": 3, "round_robin": True},
     "sub-groups": {"stage": 3, "world": 3, "sub_group_size": 40},
     "tiny sub-groups": {"stage": 3, "world": 2, "sub_group_size": 1},
+    "sequence parallel": {"stage": 2, "world": 4, "sequence": 2},
+    "sequence parallel at stage 3": {"stage": 3, "world": 6, "sequence": 3},
     "legacy container": {"stage": 2, "world": 2, "legacy": True},
     "legacy container at stage 3": {"stage": 3, "world": 2, "legacy": True},
     "frozen left out": {"stage": 1, "world": 2, "exclude_frozen": True},

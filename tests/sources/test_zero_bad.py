@@ -9,6 +9,7 @@ import shutil
 
 import fastckpt
 import pytest
+import reading
 import torch
 import zero_writer
 from fastckpt import sources
@@ -57,6 +58,14 @@ def test_a_tag_that_is_not_there(tmp_path):
     refuses(tmp_path, "global_step7", "tags here: global_step2")
     (tmp_path / "latest").write_text("../elsewhere")
     refuses(tmp_path, "names no tag")
+
+
+def test_several_models_of_one_save(tmp_path):
+    """As accelerate saves them: DeepSpeed's `latest` then names the last of them, not a later step."""
+    for tag in ("pytorch_model", "pytorch_model_1"):
+        write_zero(tmp_path, PARAMS, stage=2, world=2, tag=tag)
+    refuses(tmp_path, "holds 2 models, pytorch_model, pytorch_model_1", "(--tag) says which")
+    assert fastckpt.open(tmp_path, tag="pytorch_model").facts["tag"] == "pytorch_model"
 
 
 def test_what_may_not_be_listed_beside_the_tags_is_passed_over(tmp_path, monkeypatch):
@@ -260,6 +269,39 @@ def test_frozen_shapes_that_disagree(tmp_path):
     refuses(tmp_path / "three", "still", "[9]")
 
 
+@pytest.mark.parametrize(
+    ("fragment", "why"),
+    [
+        (lambda t: t.to(torch.int8), "int8 codes (zero_quantized_nontrainable_weights) without scales"),
+        (lambda t: torch.tensor(1.0), "a placeholder, since it was offloaded to NVMe"),
+    ],
+)
+def test_frozen_weights_that_deepspeed_does_not_save(tmp_path, fragment, why):
+    folder = written(tmp_path)
+
+    def change(content):
+        content["frozen_param_fragments"]["still"] = fragment(content["frozen_param_fragments"]["still"])
+        content["ds_config"]["zero_optimization"]["zero_quantized_nontrainable_weights"] = True
+
+    for rank in range(3):
+        edit(model(folder, rank), change)
+    refuses(tmp_path, f"of frozen still DeepSpeed saved {why}: its weights are in no file")
+    assert [*sources.open(tmp_path, exclude_frozen=True)] == ["a.weight", "b"]
+
+
+def test_zenflow_trains_the_module(tmp_path):
+    """Its masters get what the selected columns learnt later, or never."""
+    folder = written(tmp_path, stage=2)
+    edit(model(folder), lambda c: c["ds_config"]["zero_optimization"].update(zenflow={"topk_ratio": 0.1}))
+    assert len(sources.open(tmp_path)) == len(PARAMS)
+    edit(model(folder), lambda c: [c["module"][n].add_(1) for n in PARAMS])
+    refuses(tmp_path, "the masters are behind the weights that ZenFlow trains", "weights='module'")
+    trained = sources.open(tmp_path, weights="module")
+    for name, started in PARAMS.items():
+        want = reading.bits(started.bfloat16() + 1)
+        assert (reading.read(trained[name]) == want).all(), name
+
+
 def test_a_name_trainable_and_frozen(tmp_path):
     folder = written(tmp_path, stage=2)
     edit(model(folder), lambda c: c["param_shapes"][0].update(still=torch.Size([4])))
@@ -335,9 +377,7 @@ def test_expert_groups(tmp_path):
 
 def test_pipelines_and_tensor_parallel_runs(tmp_path):
     folder = written(tmp_path, stage=1)
-    edit(model(folder), lambda c: c.update(checkpoint_parallel_dimensions={"pp_degree": 1, "tp_degree": 2}))
-    refuses(tmp_path, "1 model-parallel ranks, no 1 stages of 2 each")
-    edit(model(folder), lambda c: c.update(checkpoint_parallel_dimensions=None, mp_world_size=2))
+    edit(model(folder), lambda c: c.update(mp_world_size=2))
     refuses(tmp_path, "model-parallel files of 1 of 2 ranks missing: rank 1")
     edit(model(folder), lambda c: c.update(mp_world_size=1, module=None))
     refuses(tmp_path, "no 1 stages of 0 each")

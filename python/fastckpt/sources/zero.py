@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 
 from ..checkpoint import JSON, Checkpoint, Entry
+from ..dtypes import int8
 from ..errors import SourceError
 from ..extents import Extents, is_directory
 from . import torchfile
@@ -169,12 +170,18 @@ def _from_masters(
     weights, notes = masters, []
     if of_all or experts:  # which expert is whose is worked out: its copy must agree
         copies = reading.copies(layout, experts, of_all=of_all)
-        check_copy(one_axis(copies), one_axis(masters), where)
+        if not (of_all and state.zenflow):
+            check_copy(one_axis(copies), one_axis(masters), where)
         weights = copies if of_all else masters
     elif not at_stage_3:
         names = sampled(state.shapes or (), found.alignment, world)
         dense = [n for n in names if comparable(state.module.get(n))]
         notes = check_order(layout, extents, one_axis(reading.module(dense, "parameter")), found.paths)
+        if notes and state.zenflow:
+            raise SourceError(
+                f"{where}: the masters are behind the weights that ZenFlow trains, which are in `module`: "
+                "weights='module' (--weights module) reads those"
+            )
     entries |= weights
     return reading.checkpoint(
         entries,
@@ -357,6 +364,7 @@ class _Reading:
     def _frozen_cut(self) -> dict[str, Entry]:
         """Frozen parameters of stage 3: each cut over all ranks' files."""
         shapes, where = self.state.frozen_shapes or {}, f"{self.where}: frozen"
+        self._refuse_unsaved(shapes)
         flats = _columns(self.models, [[(s.fragments or {})[n] for n in shapes] for s in self.states], where)
         out: dict[str, Entry] = {}
         for flat, (name, shape) in zip(flats, shapes.items(), strict=True):
@@ -364,6 +372,19 @@ class _Reading:
             (placed,) = sliced([{name: shape}], [flat], f"{where} {name}")
             out |= placed.entries(self.extents, "frozen")
         return out
+
+    def _refuse_unsaved(self, shapes: Iterable[str]) -> None:
+        """Raises SourceError for frozen parameters of which DeepSpeed saves no weights."""
+        for name, t in ((n, (s.fragments or {})[n]) for s in self.states for n in shapes):
+            why = "int8 codes (zero_quantized_nontrainable_weights) without scales"
+            if not t.shape:
+                why = "a placeholder, since it was offloaded to NVMe"
+            elif not self.state.quantised or t.dtype is not int8:
+                continue
+            raise SourceError(
+                f"{self.where}: of frozen {name} DeepSpeed saved {why}: its weights are in no file "
+                "(exclude_frozen=True, --exclude-frozen-parameters, leaves frozen parameters out)"
+            )
 
     def _whole(self, t: Tensor, kind: str) -> Entry:
         return Whole(self.models[0], t).entry(self.extents, kind)

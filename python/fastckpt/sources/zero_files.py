@@ -23,6 +23,9 @@ EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 LAYER = re.compile(r"layer_(\d+)-(?:model_(\d+)-)?model_states\.pt")
 KINDS = (OPTIM, MODEL_OF_RANK, MODEL, EXPERT, LAYER)
 
+_MODEL_OF_SEVERAL = re.compile(r"pytorch_model(_\d+)?")
+"""accelerate's tags, one for each model that it prepared (1.15, accelerator.py: save_state)."""
+
 UNSUPPORTED = (
     (re.compile(r"expert_\d+_mp_rank_\d+_model_states\.pt"), "expert files of old DeepSpeed versions"),
     (re.compile(r"layer_\d+-.*-model_states\.pt"), "layer files of a grid with further axes"),
@@ -74,6 +77,8 @@ class Grid:
             path = self.layers[min(self.layers)]
             raise SourceError(f"{path}: a pipeline's layer beside whole model states: of two runs")
         tp = len(models) if pipeline else len(self.ranks)
+        if world == 1:  # the degrees of a sequence-parallel run call its ranks tensor-parallel
+            told = None
         pp, tp = told or (len(self.ranks) // max(tp, 1), tp)
         if pp * tp != len(self.ranks) or (pp > 1 and not pipeline):
             raise SourceError(f"{where}: {len(self.ranks)} model-parallel ranks, no {pp} stages of {tp} each")
@@ -117,6 +122,11 @@ def find(path: str, tag: str | None, also: Iterable[str] = ()) -> Grid:
         there = tags(path)
         known = f"tags here: {', '.join(there) or 'none'}"
         if tag is None:
+            if len(models := [*filter(_MODEL_OF_SEVERAL.fullmatch, there)]) > 1:
+                raise SourceError(
+                    f"{path}: holds {len(models)} models, {', '.join(models)}; tag= (--tag) says which: "
+                    "`latest` names the one that was saved last"
+                )
             tag = _latest(path, known)
         folder = os.path.join(path, tag)
         if is_file(os.path.join(folder, NAME)):
@@ -193,6 +203,14 @@ def _by_kind(folders: Iterable[str]) -> dict[re.Pattern[str], dict[tuple[int, ..
     return found
 
 
+def _by_sequence(optims: Iterable[tuple[int, ...]]) -> bool:
+    """Whether these (dp, mp) are those of Ulysses' sequence parallelism, whose rank in a sequence DeepSpeed
+    0.18 wrote as the model-parallel one: data-parallel ranks are numbered through, not each mp's from 0."""
+    numbers = [(dp, mp) for dp, mp in optims]
+    ranks = 1 + max((mp for _, mp in numbers), default=0)
+    return ranks > 1 and all(dp % ranks == mp for dp, mp in numbers)
+
+
 def _sorted_out(root: str, folder: str, tag: str, folders: list[str]) -> Grid:
     found = _by_kind(folders)
     models, models_of, optims, experts = (found[p] for p in (MODEL, MODEL_OF_RANK, OPTIM, EXPERT))
@@ -207,6 +225,8 @@ def _sorted_out(root: str, folder: str, tag: str, folders: list[str]) -> Grid:
         raise SourceError(
             f"{folder}: both {os.path.basename(optims[min(optims)])} and zero/: files of two runs"
         )
+    if _by_sequence(optims):
+        models_of, optims = ({(*rank[:1], 0): p for rank, p in t.items()} for t in (models_of, optims))
     there = {numbers[-1] for table in (models, models_of, optims, experts) for numbers in table}
     gap = next((mp for mp in range(max(there, default=0)) if mp not in there), None)
     if gap is not None:

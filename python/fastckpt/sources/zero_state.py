@@ -54,7 +54,8 @@ class ModelState:
     parameters are kept in `module` alone. `shared`: tied name -> holder. `experts`: how many each of
     DeepSpeed's MoE layers has; `data_before_experts`: how the ranks that hold them are numbered. `pipeline`:
     `module` lies in files of layers, and is empty here. `mp_world`: the model-parallel ranks. `degrees`: how
-    many of them are pipeline stages, and tensor-parallel ranks of a stage; None if unsaid. `universal`: what
+    many of them are pipeline stages, and tensor-parallel ranks of a stage; None if unsaid. `zenflow`: ZenFlow
+    trained; `quantised`: ZeRO++ kept frozen parameters as int8 codes. `universal`: what
     universal_checkpoint_info says of cuts, as it stands. `client`: the caller's own plain values; `opaque`:
     the caller's keys whose values are not plain."""
 
@@ -72,6 +73,8 @@ class ModelState:
     pipeline: bool
     mp_world: int
     degrees: tuple[int, int] | None
+    zenflow: bool
+    quantised: bool
     universal: object
     client: Mapping[str, JSON]
     opaque: tuple[str, ...]
@@ -129,6 +132,8 @@ def model_state(root: object, where: str) -> ModelState:
             f"{where}: frozen_param_shapes and frozen_param_fragments: one is None, the other is not"
         )
     client, opaque = _client(top)
+    config = _dict(top.get("ds_config"))
+    zero = _dict(config.get("zero_optimization"))
     return ModelState(
         module={} if pipeline else _names(mapping(top.get("module"), f"{where}: module"), f"{where}: module"),
         buffers=tuple(_strings(top.get("buffer_names", ()), f"{where}: buffer_names")),
@@ -140,18 +145,25 @@ def model_state(root: object, where: str) -> ModelState:
         dp_world=_number(top.get("dp_world_size")),
         version=str(top.get("ds_version", "")),
         experts=integers(top.get("num_experts") or (), f"{where}: num_experts", bits=20),
-        data_before_experts=_data_before_experts(top.get("ds_config")),
+        data_before_experts=_data_before_experts(config),
         pipeline=pipeline,
         mp_world=_number(top.get("mp_world_size")) or 1,
         degrees=_degrees(top.get("checkpoint_parallel_dimensions")),
+        zenflow=bool(zero.get("zenflow")),
+        quantised=bool(zero.get("zero_quantized_nontrainable_weights")),
         universal=top.get("universal_checkpoint_info"),
         client=client,
         opaque=opaque,
     )
 
 
-def _data_before_experts(config: object) -> bool:
-    return isinstance(config, dict) and config.get("use_data_before_expert_parallelism") is True
+def _data_before_experts(config: Mapping[object, object]) -> bool:
+    return config.get("use_data_before_expert_parallelism") is True
+
+
+def _dict(value: object) -> Mapping[object, object]:
+    """The value, if it is a dict: a client's ds_config may be anything."""
+    return value if isinstance(value, dict) else {}
 
 
 def _client(top: Mapping[object, object]) -> tuple[dict[str, JSON], tuple[str, ...]]:
