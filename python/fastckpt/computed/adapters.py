@@ -199,6 +199,12 @@ def fit(ckpt: Checkpoint, directory: str) -> Adapter:
         raise SourceError(
             f"{ckpt.path} holds an adapter ({next(iter(own))}), and {directory} another; open the base alone"
         )
+    where = os.path.dirname(ckpt.path) if is_file(ckpt.path) else ckpt.path
+    if weights is not None and os.path.realpath(where) == os.path.realpath(directory):
+        raise SourceError(
+            f"{directory}: whether the model in it holds its adapter already is written nowhere (torchtune's "
+            "does, and is opened without adapter=); keep a base in another directory"
+        )
     if weights is not None and settings.start not in PLAIN_STARTS:
         raise SourceError(
             f"{settings.path}: init_lora_weights {settings.start!r} trains against a changed base; let PEFT "
