@@ -352,6 +352,8 @@ def test_tensors_that_do_not_fit(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match=r"adapter_config\.json: is missing; PEFT writes it"):
         fastckpt.reshard(base, adapter=tmp_path / "empty")
+    with pytest.raises(SourceError, match="is missing; adapters lie in adapter-1, adapter-10"):
+        fastckpt.reshard(base, adapter=tmp_path)
     with pytest.raises(SourceError, match="holds none either"):
         (tmp_path / "empty" / "adapter_config.json").write_text(json.dumps(settings()))
         fastckpt.reshard(base, adapter=tmp_path / "empty")

@@ -24,7 +24,7 @@ from .. import dtypes, sources
 from ..checkpoint import JSON, Checkpoint, Entry, Single
 from ..dtypes import DType
 from ..errors import SourceError, near
-from ..extents import Extents, is_directory, is_file
+from ..extents import Extents, is_directory, is_file, listed
 from ..sources import peft
 from ..sources.ties import with_decoder
 from ..views import ZERO, View
@@ -187,7 +187,11 @@ def fit(ckpt: Checkpoint, directory: str) -> Adapter:
     holds both. Raises SourceError."""
     config = os.path.join(directory, peft.CONFIG)
     if is_directory(directory) and not is_file(config):
-        raise SourceError(f"{config}: is missing; PEFT writes it: peft_config.save_pretrained({directory!r})")
+        named = [n for n in listed(directory, "*") if is_file(os.path.join(directory, n, peft.CONFIG))]
+        more = (
+            f"adapters lie in {', '.join(named)}" if named else "PEFT writes it: peft_config.save_pretrained"
+        )
+        raise SourceError(f"{config}: is missing; {more}")
     settings = Settings.read(config)
     own = {n: e for n, e in _named(ckpt).items() if _is_adapters(n)}
     weights = peft.weights(directory)
