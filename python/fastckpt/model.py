@@ -257,7 +257,10 @@ class DeltaNet:
     `conv`: the kernels of the causal convolution of q, k and v, channel by channel [rows, 1, kernel]. `a_log`
     and `dt_bias` [values] make a rate of what `a` gives. `norm` [value_dim] comes after the heads, `o`
     [hidden, values * value_dim] last. Matrices of one name, and kernels of one name, are one tensor of the
-    hub, which in each of `groups` equal runs of rows has each matrix's share in turn."""
+    hub, which in each of `groups` equal runs of rows has each matrix's share in turn.
+
+    `low`: what `a` and `z` read in place of the hidden state, matrices [rank, hidden] of low rank; `a` and
+    `dt_bias` then have a row for each channel of a key head (Kimi), else None."""
 
     q: Linear
     k: Linear
@@ -271,6 +274,7 @@ class DeltaNet:
     norm: Norm
     o: Linear
     groups: int = 1
+    low: tuple[Linear, Linear] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -342,8 +342,10 @@ def test_tensors_that_do_not_fit(tmp_path):
         fastckpt.reshard(base, apart=True)
     with pytest.raises(SourceError, match=r"adapter_config\.json"):
         fastckpt.reshard(base, adapter=tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match=r"adapter_config\.json: is missing; PEFT writes it"):
+        fastckpt.reshard(base, adapter=tmp_path / "empty")
     with pytest.raises(SourceError, match="holds none either"):
-        (tmp_path / "empty").mkdir()
         (tmp_path / "empty" / "adapter_config.json").write_text(json.dumps(settings()))
         fastckpt.reshard(base, adapter=tmp_path / "empty")
 

@@ -182,8 +182,7 @@ def write(name: str, folder: str, *, counted: bool = False, dtype: torch.dtype =
     model.save_pretrained(folder)
     if config.model_type in HUBS:
         path = os.path.join(folder, "model.safetensors")
-        tensors = {hubs(k, config.model_type): t for k, t in load_file(path).items()}
-        save_file(tensors, path, {"format": "pt"})
+        save_file(hubs(load_file(path), config.model_type), path, {"format": "pt"})
     if name in SAID:
         _say(folder, SAID[name])
     if name.startswith("qwen3_vl_moe"):

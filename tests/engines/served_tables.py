@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import torch
+
 _SIZES = dict(
     vocab_size=331, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=32, max_position_embeddings=128, tie_word_embeddings=False,
@@ -550,6 +552,11 @@ HUBS: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^model\.mm_projector\.", "mm_projector."),
         (r"^vision_tower\.encoder\.patch_embed\.", "vision_tower.patch_embed."),
     ),
+    "kimi_linear": ((r"\.block_sparse_moe\.(gate|up|down)_proj\.", r".mlp.\1_proj."),),
+    "olmo_hybrid": (
+        (r"\.attention_layer_norm\.", ".input_layernorm."),
+        (r"\.feedforward_layer_norm\.", ".post_attention_layernorm."),
+    ),
     "deepseek_v4": (
         (r"^model\.(layers|norm)\.", r"\1."),
         (r"^model\.embed_tokens\.", "embed."),
@@ -560,8 +567,15 @@ HUBS: dict[str, tuple[tuple[str, str], ...]] = {
 """model_type -> what transformers 5.23 writes in a name, and the hub's words for it, where they differ."""
 
 
-def hubs(name, model_type):
-    """The hub's name of a tensor that transformers writes as `name`."""
-    for written, hub in HUBS.get(model_type, ()):
-        name = re.sub(written, hub, name)
-    return name
+def hubs(tensors, model_type):
+    """Tensors by the names that transformers writes -> the same as the hub has them."""
+    out = {}
+    for name, x in tensors.items():
+        for written, hub in HUBS.get(model_type, ()):
+            name = re.sub(written, hub, name)
+        out[name] = x
+    for at in [n.removesuffix("q_conv1d.weight") for n in out if n.endswith("q_conv1d.weight")]:
+        three = [f"{at}{part}_conv1d.weight" for part in "qkv"]  # which it cuts in three, whatever they are
+        rows = [len(out[f"{at}{part}_proj.weight"]) for part in "qkv"]
+        out |= zip(three, torch.cat([out[n] for n in three]).split(rows), strict=True)
+    return {n: x.contiguous() for n, x in out.items()}

@@ -179,6 +179,13 @@ FAMILIES = {
     "deepseek_v4": _family(
         "DeepseekV4", (8, 1, 8), _SIZES | _V4, ("intermediate_size", "num_key_value_heads")
     ),
+    "kimi_linear": _family(
+        "KimiLinear", (8, 8, 6), _SIZES | _MLA, ("first_k_dense_replace", "n_routed_experts"),
+        num_local_experts=6, num_hidden_layers=3, linear_num_heads=8, linear_head_dim=10,
+        linear_conv_kernel_dim=3, layer_types=["linear_attention", "full_attention", "linear_attention"],
+        mlp_layer_types=["dense", "sparse", "sparse"], bos_token_id=1, eos_token_id=2,
+    ),
+    "olmo_hybrid": _family("OlmoHybrid", (8, 4, 8), _SIZES | _DELTA, ("head_dim",), eos_token_id=2),
     "minicpm3": _family(
         "MiniCPM3", (8, 8, 8), kv_lora_rank=16, q_lora_rank=24, qk_nope_head_dim=8, qk_rope_head_dim=4,
         num_key_value_heads=8, tie_word_embeddings=True,
@@ -440,7 +447,7 @@ def made(name):
             written = json.load(f)
         written["model_type"] = family.hub_type or written["model_type"]
         files = load_file(os.path.join(folder, "model.safetensors"))
-    files = {hubs(k, written["model_type"]): v.clone() for k, v in files.items()}
+    files = {k: v.clone() for k, v in hubs(files, written["model_type"]).items()}
     return written, files, {k: v.detach().clone() for k, v in model.state_dict().items()}
 
 

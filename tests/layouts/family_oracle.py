@@ -136,6 +136,21 @@ def mixer(t, at, tp, r):
     return out
 
 
+def delta_apart(t, at, tp, r):
+    """A rank's part of linear attention whose q, k and v are matrices of their own (OLMo Hybrid, Kimi)."""
+    own = {n.removeprefix(at).removesuffix(".weight"): x for n, x in t.items() if n.startswith(at)}
+    parts = {
+        n: x if n in ("f_a_proj", "g_a_proj") else cut(x, 0, tp, r) for n, x in own.items() if "proj" in n
+    }
+    together = ("q_proj", "k_proj", "v_proj", *(("b_proj", "f_a_proj") if "f_a_proj" in own else ("g_proj",)))
+    held = torch.cat([parts.pop(n) for n in together])
+    parts["in_proj_qkvgfab" if "f_a_proj" in own else "in_proj_qkvg"] = held
+    parts |= {"o_proj": cut(own["o_proj"], 1, tp, r), "o_norm": own["o_norm"]}
+    parts["conv1d"] = torch.cat([cut(own[f"{part}_conv1d"], 0, tp, r) for part in "qkv"])
+    rates = {n: cut(own[n].flatten(), 0, tp, r) for n in ("A_log", "dt_bias")}
+    return {f"{at}{n}.weight": x for n, x in parts.items()} | {at + n: x for n, x in rates.items()}
+
+
 def padded(x, tp, r):
     rows = -(-x.shape[0] // 64) * 64
     return cut(torch.cat([x, torch.zeros(rows - x.shape[0], *x.shape[1:])]), 0, tp, r)
@@ -190,13 +205,16 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
     flat = flat or (r, tp)
     gpt_oss = any(n.endswith(".sinks") for n in t)
     llama4 = any(".feed_forward.router." in n for n in t)
-    laguna = any(".g_proj." in n for n in t)
+    laguna = any(".self_attn.g_proj." in n for n in t)
     gemma4 = any(n.endswith(".layer_scalar") for n in t)
-    minicpm = not any(".mlp.gate." in n for n in t)  # of those with latent attention
+    minicpm = not any(".gate." in n for n in t)  # of those with latent attention
     minimax = any(n.endswith("block_sparse_moe.e_score_correction_bias") for n in t)
 
     mixers = [n.removesuffix("A_log") for n in t if n.endswith((".mamba.A_log", ".mixer.A_log"))]
     beside = "model.layers.0.mamba.A_log" in t and "model.layers.0.self_attn.q_proj.weight" in t
+
+    deltas = [n.removesuffix("A_log") for n in t if n.endswith("A_log")]
+    deltas = [at for at in deltas if f"{at}q_proj.weight" in t]
 
     def put(name, x):
         assert name not in out
@@ -225,6 +243,11 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
             if name == f"{held}A_log":
                 for leaf, part in mixer(t, held, tp, r).items():
                     put(held + leaf, part)
+            continue
+        held = next((at for at in deltas if name.startswith(at)), None)
+        if held is not None:
+            for own, part in delta_apart(t, held, tp, r).items() if name == f"{held}A_log" else ():
+                put(own, part)
             continue
         if ".conv." in name:  # LFM2's short convolutions: b, c and x, each with its kernel
             name = name.replace(".conv.", ".short_conv.")

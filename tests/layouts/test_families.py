@@ -97,6 +97,8 @@ def named_as_trained(name, state):
 def as_trained(tensors, state):
     """A shard by the names transformers holds in memory, experts in stacks."""
     out = {named_as_trained(n, state): torch.from_numpy(v) for n, (_, v) in tensors.items()}
+    for name in [n for n in state if n.endswith(".conv1d.weight") and n not in out]:
+        out[name] = torch.cat([out.pop(name.replace("conv1d", f"{part}_conv1d")) for part in "qkv"])
     for name in [n for n in state if n.endswith("experts.gate_up_proj") and n not in out]:
         at = name.removesuffix("gate_up_proj")
         count = state[name].shape[0]
@@ -111,7 +113,7 @@ def as_trained(tensors, state):
     return out
 
 
-SPELLED = (*WRAPPERS, "deepseek_v4")
+SPELLED = (*WRAPPERS, "deepseek_v4", "kimi_linear", "olmo_hybrid")
 """Models of which transformers calls most tensors otherwise in memory than the hub does."""
 
 

@@ -82,6 +82,7 @@ TIED = ("t5", "opt", "mpt")
     [
         *("qwen3_moe", "deepseek_v2", "gpt_oss", "glm4", "gpt_neox", "bert-alone", "t5"),
         *("olmo2", "apertus", "nemotron", "gptj", "opt", "mpt", "modernbert-alone"),
+        *("deepseek_v4", "kimi_linear", "olmo_hybrid"),
     ],
 )
 def test_transformers_loads_what_one_rank_wrote(name, tmp_path):

@@ -148,6 +148,7 @@ DERIVED |= {("granitemoehybrid-dense", k) for k in ("intermediate_size", "num_lo
 DERIVED |= {("nemotron_h", "n_shared_experts"), ("laguna", "num_attention_heads")}
 DERIVED |= {(n, k) for n in ("mistral4", "minicpm3") for k in ("num_key_value_heads", "head_dim")}
 DERIVED |= {("deepseek_v4", "qk_rope_head_dim")}
+DERIVED |= {("kimi_linear", key) for key in ("head_dim", "num_key_value_heads")}
 DERIVED |= {("kimi_k2", "head_dim"), ("glm_moe_dsa", "head_dim"), ("exaone_moe", "first_k_dense_replace")}
 DERIVED |= {(n, "first_k_dense_replace") for n in ("deepseek_v32", "glm_moe_dsa")}
 DERIVED |= {(n, "num_key_value_heads") for n in ("kimi_k2", "glm4_moe_lite", "glm_moe_dsa")}

@@ -133,6 +133,55 @@ def test_deepseek_v4_by_the_keys_of_its_hubs_config():
             hf(hub, config | changed)
 
 
+def spelled(hub, *replaced):
+    """The same tensors with these parts of their names replaced."""
+    out = {}
+    for name, x in hub.items():
+        for old, new in replaced:
+            name = name.replace(old, new)
+        out[name] = x
+    return out
+
+
+def test_kimi_linear_as_it_is_saved_and_as_its_hubs_config_says():
+    """save_pretrained calls dense blocks as it calls those with experts."""
+    config, hub, _ = families.made("kimi_linear")
+    same(hf(spelled(hub, (".mlp.", ".block_sparse_moe.")), config)[1], hub)
+    linear = {"head_dim": 10, "num_heads": 8, "short_conv_kernel_size": 3}
+    layers = {"kda_layers": [1, 3], "full_attn_layers": [2]}
+    silent = {k: v for k, v in config.items() if k not in ("layer_types", "mlp_layer_types")}
+    silent = {k: v for k, v in silent.items() if not k.startswith("linear_")} | {"first_k_dense_replace": 1}
+    same(hf(hub, silent | {"linear_attn_config": linear | layers})[1], hub)
+    for said, message in (
+        (linear, r"layers\.1\.self_attn\.q_proj"),
+        (linear | layers | {"num_heads": 4}, r"q_proj\.weight: got shape \(80, 64\), wanted \(40, 64\)"),
+        (linear | layers | {"kda_layers": [1]}, "must name each of 3 layers once"),
+        (linear | layers | {"kda_layers": 1}, "must be lists"),
+        (7, "linear_attn_config must be an object"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            hf(hub, silent | {"linear_attn_config": said})
+
+
+def test_olmo_hybrid_as_it_is_saved():
+    """Norms by OLMo-core's names, and the kernels of q, k and v in three parts of as many rows each."""
+    config, hub, _ = families.made("olmo_hybrid")
+    after = {n for n in hub if ".layers.1." in n}  # with attention: its first norm has the name of another's
+    saved = spelled(
+        {n: x for n, x in hub.items() if n not in after},
+        (".input_layernorm.", ".attention_layer_norm."),
+        (".post_attention_layernorm.", ".feedforward_layer_norm."),
+    )
+    saved |= spelled({n: hub[n] for n in after}, (".post_attention_layernorm.", ".feedforward_layer_norm."))
+    for i in (0, 2):
+        at = [f"model.layers.{i}.linear_attn.{part}_conv1d.weight" for part in "qkv"]
+        saved |= zip(at, torch.cat([hub[n] for n in at]).chunk(3), strict=True)
+        assert [len(saved[n]) for n in at] == [86, 86, 84] != [len(hub[n]) for n in at]
+    same(hf(saved, config)[1], hub)
+    with pytest.raises(RecipeError, match=r"k_conv1d\.weight: got shape \(47, 1, 3\), wanted \(48, 1, 3\)"):
+        hf(hub | {at[1]: hub[at[1]][:47]}, config)
+
+
 def test_heads_by_the_name_they_are_trained_under():
     config, hub, state = families.made("gpt_neox")
     assert "embed_out.weight" in hub and "lm_head.weight" in state

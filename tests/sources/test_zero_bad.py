@@ -60,6 +60,14 @@ def test_a_tag_that_is_not_there(tmp_path):
     refuses(tmp_path, "names no tag")
 
 
+def test_several_models_of_one_save(tmp_path):
+    """As accelerate saves them: DeepSpeed's `latest` then names the last of them, not a later step."""
+    for tag in ("pytorch_model", "pytorch_model_1"):
+        write_zero(tmp_path, PARAMS, stage=2, world=2, tag=tag)
+    refuses(tmp_path, "holds 2 models, pytorch_model, pytorch_model_1", "(--tag) says which")
+    assert fastckpt.open(tmp_path, tag="pytorch_model").facts["tag"] == "pytorch_model"
+
+
 def test_what_may_not_be_listed_beside_the_tags_is_passed_over(tmp_path, monkeypatch):
     run = tmp_path / "run"
     folder = written(run)

@@ -24,7 +24,7 @@ from .. import dtypes, sources
 from ..checkpoint import JSON, Checkpoint, Entry, Single
 from ..dtypes import DType
 from ..errors import SourceError, near
-from ..extents import Extents
+from ..extents import Extents, is_directory, is_file
 from ..sources import peft
 from ..sources.ties import with_decoder
 from ..views import ZERO, View
@@ -86,7 +86,9 @@ class Settings:
             raise SourceError(f"{path}: peft_type {said.get('peft_type')!r} is not read, only LORA is")
         for key, value in said.items():
             if key not in READ | HARMLESS and value:
-                raise SourceError(f"{path}: {key} {value!r} is not read")
+                raise SourceError(
+                    f"{path}: {key} {value!r} is not read; PEFT's merge_and_unload makes one model of it"
+                )
         return Settings(
             path=path,
             rank=int(_number(path, "r", said.get("r"))),
@@ -183,7 +185,10 @@ def fit(ckpt: Checkpoint, directory: str) -> Adapter:
 
     Where the directory holds a config and no weights, `ckpt` is a checkpoint of the adapted model, which
     holds both. Raises SourceError."""
-    settings = Settings.read(os.path.join(directory, peft.CONFIG))
+    config = os.path.join(directory, peft.CONFIG)
+    if is_directory(directory) and not is_file(config):
+        raise SourceError(f"{config}: is missing; PEFT writes it: peft_config.save_pretrained({directory!r})")
+    settings = Settings.read(config)
     own = {n: e for n, e in _named(ckpt).items() if _is_adapters(n)}
     weights = peft.weights(directory)
     if weights is None and not own and sources.format_of(directory) == "dcp":

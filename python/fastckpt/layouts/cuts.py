@@ -285,6 +285,7 @@ def delta_part(net: DeltaNet, placement: Placement) -> DeltaNet:
         dt_bias=rows(net.dt_bias),
         o=in_part(net.o, rank, tp),
         groups=max(1, net.groups // tp),
+        low=net.low,
     )
 
 
@@ -332,6 +333,8 @@ def two_blocks(layout: str, layer: Layer) -> tuple[Attention | Mla | DeltaNet, M
         raise LayoutError(f"layout {layout} has no place for {attention.q.name}, without keys of its own")
     if isinstance(attention, Compressed):
         raise LayoutError(f"layout {layout} has no place for {attention.o_a.name}, of compressed attention")
+    if isinstance(attention, DeltaNet) and attention.low is not None:
+        raise LayoutError(f"layout {layout} has no place for {attention.low[0].name}, of a low rank")
     if isinstance(attention, Attention) and (attention.heads or attention.values_are_keys):
         raise LayoutError(f"layout {layout} has no place for {attention.k.name}, unlike other layers' keys")
     return attention, layer.mlp

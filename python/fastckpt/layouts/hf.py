@@ -315,6 +315,8 @@ def _delta(net: DeltaNet, model: Model, placement: Placement) -> Iterator[Target
     at = placement if model.cuts.rows else WHOLE
     for linear in (*delta_stored(net), net.o):
         yield from stored(out_part(linear, at.tp_rank, at.tp))
+    for linear in net.low or ():
+        yield from stored(linear)
     yield from delta_rest(net)
 
 

@@ -43,7 +43,7 @@ from .cuts import (
     short_conv,
     short_conv_part,
 )
-from .vllm_families import CUT_NORMS, PAIRED, UNJOINED
+from .vllm_families import CUT_NORMS, DELTA, PAIRED, QWEN_DELTA, UNJOINED
 
 
 def attention_part(attention: Attends, model: Model, placement: Placement, as_hub: bool) -> Iterator[Target]:
@@ -54,7 +54,7 @@ def attention_part(attention: Attends, model: Model, placement: Placement, as_hu
         case Compressed():
             yield from _compressed(attention, placement)
         case DeltaNet():
-            yield from _delta(attention, placement)
+            yield from _delta(attention, placement, model.family)
         case ShortConv():
             yield from short_conv(short_conv_part(attention, placement))
         case Queries():
@@ -147,15 +147,21 @@ def _compressor(role: Compressor) -> Iterator[Target]:
     yield from norm(role.norm)
 
 
-def _delta(net: DeltaNet, placement: Placement) -> Iterator[Target]:
+def _delta(net: DeltaNet, placement: Placement, family: str) -> Iterator[Target]:
     part, at = delta_part(net, placement), parent(net.q.name)
+    apart = {"q": part.q, "k": part.k, "v": part.v, "z": part.z, "b": part.b, "a": part.a}
+    if part.low is not None:
+        apart |= zip("fg", part.low, strict=True)
     matrices = delta_stored(part)
     if net.q.name != net.z.name:
-        both = ("qkvz", [part.q, part.k, part.v, part.z]), ("ba", [part.b, part.a])
-        matrices = [joined(f"{at}.in_proj_{name}", linears) for name, linears in both]
+        both = DELTA.get(family, QWEN_DELTA)
+        matrices = [joined(f"{at}.{name}", [apart.pop(x) for x in held]) for name, held in both.items()]
+        matrices += apart.values()
     for linear in (*matrices, part.o):
         yield from plain(linear)
-    yield from delta_rest(replace(part, a_log=replace(part.a_log, view=part.a_log.view.cast(dtypes.float32))))
+    q, k, v = (replace(x, name=f"{at}.conv1d.weight") for x in part.conv)
+    a_log = replace(part.a_log, view=part.a_log.view.cast(dtypes.float32), shape=None)
+    yield from delta_rest(replace(part, a_log=a_log, conv=(q, k, v)))
 
 
 def mixer_part(mixer: Mamba, heads: MambaHeads, placement: Placement, *, rates: bool) -> Iterator[Target]:

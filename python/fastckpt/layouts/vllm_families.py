@@ -63,6 +63,14 @@ APART = frozenset({"laguna"})
 UNJOINED = frozenset({"minicpm3"})
 """Families of whose latent attention vLLM keeps the matrices of the two low ranks apart."""
 
+QWEN_DELTA: dict[str, str] = {"in_proj_qkvz": "qkvz", "in_proj_ba": "ba"}
+DELTA: dict[str, dict[str, str]] = {
+    "kimi_linear": {"in_proj_qkvgfab": "qkvbf"},
+    "olmo_hybrid": {"in_proj_qkvg": "qkvz"},
+}
+"""family -> which matrices of its linear attention vLLM has as one: its name, the initials of those in it (f
+and g are of low rank, before a and z), where that is not as in Qwen3.5."""
+
 PAIRED = frozenset({"llama4_text", "llama4"})
 """Families whose rotary positions turn neighbouring rows of a head of q and k; vLLM puts all the even rows
 before the odd ones (Llama4ForCausalLM.permute_qk_weight_for_rotary)."""

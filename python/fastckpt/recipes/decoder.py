@@ -28,7 +28,7 @@ from ..model import (
     Sizes,
 )
 from .claims import Claims, Dim, Heads, absent, dim, flag, integer, vocabulary
-from .delta import Claim, Stored, hybrid
+from .delta import Claim, Stored, hybrid, linear_layers
 from .delta import heads_of as delta_heads
 from .fused import attention_of, fused_attention, fused_mlp
 from .known import Known
@@ -121,7 +121,8 @@ class Kind:
     its own, which has a row for each head unless config's `gating` says otherwise. `sinks`: what the sinks of
     attention are called ("": it has none), `trained_sinks`, in training, where that is another name; `own`:
     of a config, the attention of each of so many layers, None where they do not differ. `delta`: how linear
-    attention is stored, which some layers have in its place, `mamba`, how Mamba's mixers are, and which
+    attention is stored, which some layers have in its place, `delta_norms`, the norms of those layers, where
+    they are others, `mamba`, how Mamba's mixers are, and which
     layers have what; `mixed`: what claims the short convolutions of some layers, and attention, by what is
     given, of the others. `root`: what the names of embedding and layers begin with ("backbone."), `trained`:
     with what in training, `embedding`: the first's name, `head`: the head's. `parallel`: attention and the
@@ -149,6 +150,7 @@ class Kind:
     trained_sinks: str = ""
     own: Callable[[Mapping[str, JSON], int], Sequence[Own]] | None = None
     delta: Stored | None = None
+    delta_norms: Norms | None = None
     mamba: StoredMamba | None = None
     mixed: Callable[[Claims, Mapping[str, JSON], Claim], Claim] | None = None
     further: Further | None = None
@@ -371,12 +373,15 @@ def decoder(
         attend = kind.mixed(claims, config, attend)
     names, parallel = kind.norms, has(config, kind.parallel)
     count = claims.layers(config)
+    linear = linear_layers(config, count) if kind.delta is not None else frozenset[str]()
     mix = mixers(kind.mamba, claims, config) if kind.mamba is not None else None
 
     def norm(name: str) -> Callable[[], Norm]:
         return claims.norm(name, hidden, bias=names.bias, plus_one=kind.plus_one)
 
     def layer(name: str, blocks: Blocks = TWO) -> Callable[[], Layer]:
+        names = kind.delta_norms if kind.delta_norms is not None and name in linear else kind.norms
+
         def named(leaf: str | None) -> Callable[[], Norm | None]:
             return norm(f"{name}.{leaf}") if leaf else absent
 

@@ -8,7 +8,6 @@ Source: transformers' configuration_deepseek_v4.py, modeling_deepseek_v4.py and 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -19,7 +18,7 @@ from .claims import Claims, Dim, Heads, absent, dim, each_layer, integer
 from .decoder import IGNORED, Kind, Norms, claimed, decoder, gated
 from .known import Known
 from .moe import Block, experts, with_shared
-from .renaming import respelled
+from .renaming import as_the_hub
 
 MATRICES = ("w1", "w3", "w2")
 BLOCK = Block(hub="ffn", gate="w1", up="w3", down="w2", trained="ffn")
@@ -48,7 +47,7 @@ SPARSE = "compressed_sparse_attention"
 
 def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
     """The model of a DeepSeek-V4 checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
-    claims = claimed(KIND, _as_the_hub(ckpt), config)
+    claims = claimed(KIND, as_the_hub(ckpt, _SPELLINGS), config)
     count, hidden = claims.layers(config), dim(config, "hidden_size")
     kinds, hashed, runs = _kinds(config, count), _hashed(config, count), _runs(config)
     heads = Heads(integer(config, "num_attention_heads"), 1, integer(config, "head_dim"))
@@ -193,7 +192,7 @@ def _runs(config: Mapping[str, JSON]) -> dict[str, int]:
 
 # ---- other names ----
 
-_TRAINED = (
+_SPELLINGS = (
     (r"^model\.", ""),
     (r"^embed_tokens\.", "embed."),
     (r"^lm_head\.", "head."),
@@ -219,20 +218,6 @@ _TRAINED = (
 )  # fmt: skip
 """Of a name, what transformers has in memory or in the files that it saves, and what the hub has there;
 applied in order."""
-
-
-def _as_the_hub(ckpt: Checkpoint) -> Checkpoint:
-    """The checkpoint by the hub's names. Raises RecipeError where two tensors would have one name."""
-    if "embed.weight" in ckpt or "model.embed_tokens.weight" not in ckpt:
-        return ckpt
-    names: dict[str, str] = {}
-    for stored in (*ckpt.entries, *ckpt.aliases):
-        name = stored
-        for trained, hub in _TRAINED:
-            name = re.sub(trained, hub, name)
-        if names.setdefault(name, stored) != stored:
-            raise RecipeError(f"{ckpt.path}: {names[name]} and {stored} are both what the hub calls {name}")
-    return respelled(ckpt, names)
 
 
 FAMILIES = {"deepseek_v4": Known(recipe, KIND.ignored)}

@@ -11,20 +11,12 @@ from dataclasses import dataclass
 from ..checkpoint import JSON
 from ..errors import RecipeError
 from ..model import Attends, DeltaHeads, DeltaNet, Linear, Parameter
+from ..views import cat
 from .claims import Claims, Dim, dim, each_layer, integer
 from .fused import parts
 
 Claim = Callable[[str], Callable[[], Attends]]
 """Claims the attention of a layer by the layer's name, and returns what builds it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """How the hub stores a DeltaNet. `matrices`: module -> the initials of what it holds, `grouped`: key head
-    by key head, else one matrix after another."""
-
-    matrices: Mapping[str, str]
-    grouped: bool = False
 
 
 def heads_of(config: Mapping[str, JSON]) -> DeltaHeads:
@@ -44,14 +36,32 @@ def heads_of(config: Mapping[str, JSON]) -> DeltaHeads:
     return heads
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """How the hub stores a DeltaNet, in the module `at` of a layer. `matrices`: module -> the initials of
+    what it holds, `grouped`: key head by key head, else one matrix after another; `low`: the modules of the
+    matrices before a and z, () where there are none. `conv`: the modules of the kernels of q, k and v, or of
+    all of them; in training they are always one, `conv1d`. `rates`: the shape of A_log around its heads,
+    where they are not all of it. `norm`, `o`: the modules of those."""
+
+    matrices: Mapping[str, str]
+    grouped: bool = False
+    at: str = "linear_attn"
+    low: tuple[str, ...] = ()
+    conv: tuple[str, ...] = ("conv1d",)
+    rates: Callable[[int], tuple[int, ...]] | None = None
+    norm: str = "norm"
+    o: str = "out_proj"
+
+
 def hybrid(stored: Stored, claims: Claims, config: Mapping[str, JSON], attends: Claim) -> Claim:
     """Linear attention in the layers that config says, `attends` in all others."""
     linear = _delta_net(stored, claims, config)
-    which = _linear_layers(config, claims.layers(config))
+    which = linear_layers(config, claims.layers(config))
     return lambda layer: (linear if layer in which else attends)(layer)
 
 
-def _linear_layers(config: Mapping[str, JSON], count: int) -> frozenset[str]:
+def linear_layers(config: Mapping[str, JSON], count: int) -> frozenset[str]:
     """The names of those of `count` layers that have linear attention: as `layer_types` says, or without it
     all but every `full_attention_interval`-th."""
     types: Sequence[str]
@@ -70,24 +80,25 @@ def _delta_net(
     keys = Dim(heads.keys * heads.key_dim, "linear_num_key_heads * linear_key_head_dim")
     values = Dim(heads.values * heads.value_dim, "linear_num_value_heads * linear_value_head_dim")
     each = Dim(heads.values, "linear_num_value_heads")
-    rows = {"q": keys, "k": keys, "v": values, "z": values, "b": each, "a": each}
+    rank, rated = Dim(heads.value_dim, "linear_value_head_dim"), keys if stored.low else each
+    rows = {"q": keys, "k": keys, "v": values, "z": values, "b": each, "a": rated}
     groups = heads.keys if stored.grouped else 1
-    kernel, one_head = dim(config, "linear_conv_kernel_dim"), Dim(heads.value_dim, "linear_value_head_dim")
-
-    def together(held: str) -> Dim:
-        return Dim(sum(rows[part].size for part in held), " + ".join(rows[part].key for part in held))
 
     def claim(layer: str) -> Callable[[], DeltaNet]:
-        at = f"{layer}.linear_attn"
+        at = f"{layer}.{stored.at}"
         wholes = {
-            held: claims.linear(f"{at}.{module}", together(held), hidden)
+            held: claims.linear(
+                f"{at}.{module}", _together(rows, held), rank if stored.low and held in "az" else hidden
+            )
             for module, held in stored.matrices.items()
         }
-        conv = claims.parameter(f"{at}.conv1d.weight", together("qkv"), Dim(1, "1"), kernel)
-        a_log = claims.parameter(f"{at}.A_log", each, kept=True)
-        dt_bias = claims.parameter(f"{at}.dt_bias", each)
-        norm = claims.norm(f"{at}.norm", one_head)
-        o = claims.linear(f"{at}.out_proj", hidden, values)
+        low = [claims.linear(f"{at}.{module}", rank, hidden) for module in stored.low]
+        conv = _kernels(stored, claims, config, at, rows)
+        shape = stored.rates(heads.values) if stored.rates is not None else (heads.values,)
+        a_log = claims.parameter(f"{at}.A_log", *(Dim(n, each.key) for n in shape), kept=True)
+        dt_bias = claims.parameter(f"{at}.dt_bias", rated)
+        norm = claims.norm(f"{at}.{stored.norm}", rank)
+        o = claims.linear(f"{at}.{stored.o}", hidden, values)
 
         def build() -> DeltaNet:
             found: dict[str, Linear] = {}
@@ -95,16 +106,44 @@ def _delta_net(
                 each_rows = [rows[part].size for part in held]
                 apart = parts(whole(), groups, each_rows) if len(held) > 1 else [whole()]
                 found |= zip(held, apart, strict=True)
-            kernels, k_at = conv(), keys.size
-            q, k, v = (
-                Parameter(kernels.name, kernels.view.narrow(0, start, size))
-                for start, size in ((0, k_at), (k_at, k_at), (2 * k_at, values.size))
-            )
+            rates, before = a_log().view, [linear() for linear in low]
             return DeltaNet(
-                found["q"], found["k"], found["v"], found["z"], found["b"], found["a"],
-                (q, k, v), a_log(), dt_bias(), norm(), o(), groups,
+                found["q"], found["k"], found["v"], found["z"], found["b"], found["a"], conv(),
+                Parameter(f"{at}.A_log", rates.reshape((heads.values,)), stored.rates and shape),
+                dt_bias(), norm(), o(),
+                groups, (before[0], before[1]) if before else None,
             )  # fmt: skip
 
         return build
 
     return claim
+
+
+def _together(rows: Mapping[str, Dim], held: str) -> Dim:
+    return Dim(sum(rows[part].size for part in held), " + ".join(rows[part].key for part in held))
+
+
+def _kernels(
+    stored: Stored, claims: Claims, config: Mapping[str, JSON], at: str, rows: Mapping[str, Dim]
+) -> Callable[[], tuple[Parameter, Parameter, Parameter]]:
+    """Claims the kernels of q, k and v: one tensor, or three whose rows follow one another; transformers 5.23
+    saves three of as many rows each, whatever they are of."""
+    kernel, whole = dim(config, "linear_conv_kernel_dim"), _together(rows, "qkv")
+    own = [f"{at}.{module}.weight" for module in stored.conv]
+    names = own if f"{at}.conv1d.weight" not in claims else [f"{at}.conv1d.weight"]
+    lengths = [rows[part] for part in "qkv"] if len(names) > 1 else [whole]
+    third = -(-whole.size // 3)
+    thirds = [Dim(n, f"{whole.key}, cut in three") for n in (third, third, whole.size - 2 * third)]
+    if len(names) > 1 and claims.shape(names[0], lengths[0], Dim(1, "1"), kernel)[:1] == (third,):
+        lengths = thirds
+    held = [claims.tensor(n, d, Dim(1, "1"), kernel) for n, d in zip(names, lengths, strict=True)]
+
+    def build() -> tuple[Parameter, Parameter, Parameter]:
+        view, start, found = cat([view() for view in held]), 0, []
+        for part, name in zip("qkv", own * (3 // len(own)), strict=True):
+            found.append(Parameter(name, view.narrow(0, start, rows[part].size)))
+            start += rows[part].size
+        q, k, v = found
+        return q, k, v
+
+    return build

@@ -5,12 +5,14 @@ So a recipe reads the decoder within a larger model, which knows nothing of what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import TypeVar, cast
 
 from ..checkpoint import Checkpoint
+from ..errors import RecipeError
 from ..model import Layer, Layers, Lazy, Model
 from ..views import View
 
@@ -28,6 +30,21 @@ def respelled(ckpt: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
         entries={name: ckpt.entries[stored] for name, stored in names.items() if stored in ckpt.entries},
         aliases={old[a]: old[h] for a, h in ckpt.aliases.items() if a in old and h in old},
     )
+
+
+def as_the_hub(ckpt: Checkpoint, spellings: Sequence[tuple[str, str]]) -> Checkpoint:
+    """The checkpoint by the hub's names: in every name each pattern of `spellings` is replaced, in order.
+
+    Raises RecipeError where two tensors would have one name."""
+    patterns = [(re.compile(other), hub) for other, hub in spellings]
+    names: dict[str, str] = {}
+    for stored in (*ckpt.entries, *ckpt.aliases):
+        name = stored
+        for pattern, hub in patterns:
+            name = pattern.sub(hub, name)
+        if names.setdefault(name, stored) != stored:
+            raise RecipeError(f"{ckpt.path}: {names[name]} and {stored} are both what the hub calls {name}")
+    return ckpt if all(name == stored for name, stored in names.items()) else respelled(ckpt, names)
 
 
 def renamed(model: Model, spell: Callable[[str], str]) -> Model:

@@ -23,6 +23,9 @@ EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 LAYER = re.compile(r"layer_(\d+)-(?:model_(\d+)-)?model_states\.pt")
 KINDS = (OPTIM, MODEL_OF_RANK, MODEL, EXPERT, LAYER)
 
+_MODEL_OF_SEVERAL = re.compile(r"pytorch_model(_\d+)?")
+"""accelerate's tags, one for each model that it prepared (1.15, accelerator.py: save_state)."""
+
 UNSUPPORTED = (
     (re.compile(r"expert_\d+_mp_rank_\d+_model_states\.pt"), "expert files of old DeepSpeed versions"),
     (re.compile(r"layer_\d+-.*-model_states\.pt"), "layer files of a grid with further axes"),
@@ -120,6 +123,11 @@ def find(path: str, tag: str | None, also: Iterable[str] = ()) -> Grid:
         there = tags(path)
         known = f"tags here: {', '.join(there) or 'none'}"
         if tag is None:
+            if len(models := [*filter(_MODEL_OF_SEVERAL.fullmatch, there)]) > 1:
+                raise SourceError(
+                    f"{path}: holds {len(models)} models, {', '.join(models)}; tag= (--tag) says which: "
+                    "`latest` names the one that was saved last"
+                )
             tag = _latest(path, known)
         folder = os.path.join(path, tag)
         if is_file(os.path.join(folder, NAME)):
