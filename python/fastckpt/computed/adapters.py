@@ -188,10 +188,8 @@ def fit(ckpt: Checkpoint, directory: str) -> Adapter:
     config = os.path.join(directory, peft.CONFIG)
     if is_directory(directory) and not is_file(config):
         named = [n for n in listed(directory, "*") if is_file(os.path.join(directory, n, peft.CONFIG))]
-        more = (
-            f"adapters lie in {', '.join(named)}" if named else "PEFT writes it: peft_config.save_pretrained"
-        )
-        raise SourceError(f"{config}: is missing; {more}")
+        there = f"adapters lie in {', '.join(named)}" if named else "PEFT writes it (save_pretrained)"
+        raise SourceError(f"{config}: is missing; {there}")
     settings = Settings.read(config)
     own = {n: e for n, e in _named(ckpt).items() if _is_adapters(n)}
     weights = peft.weights(directory)
