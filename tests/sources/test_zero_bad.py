@@ -134,6 +134,22 @@ def test_a_rank_twice_over_directories(tmp_path):
     refuses(tmp_path / "a", "no directory", also=[tmp_path / "c"])
 
 
+def test_model_states_of_nodes_with_storage_of_their_own(tmp_path):
+    """Each node's local rank 0 writes some; the tied names are in rank 0's alone."""
+    a = written(tmp_path / "a", stage=2, world=4, tied={"c": "b"})
+    b = tmp_path / "b" / a.name
+    shutil.copytree(a, b)
+    for rank in range(4):
+        optim((b, b, a, a)[rank], rank).unlink()
+    edit(model(b), lambda c: c.update(shared_params={}, module=dict(c["module"], c=torch.zeros(5))))
+    for path, also in ((tmp_path / "a", b), (b, a)):
+        assert dict(sources.open(path, also=[also]).aliases) == {"c": "b"}
+    edit(model(b), lambda c: c.update(global_steps=1))
+    refuses(tmp_path / "a", "global_steps is 1, wanted 2: files of two saves", also=[b])
+    optim(a, 0).unlink()
+    refuses(tmp_path / "a", "mp_rank_00_model_states.pt: is there twice, also as", also=[b])
+
+
 def test_files_left_from_a_larger_world(tmp_path):
     old = written(tmp_path / "old", world=5)
     folder = written(tmp_path / "new")
@@ -212,13 +228,16 @@ def test_model_states_of_another_world(tmp_path):
     refuses(tmp_path, "model states of 4 data-parallel ranks, optimizer files of 3")
 
 
-def test_offloaded_masters(tmp_path):
-    folder = written(tmp_path, world=1)
+@pytest.mark.parametrize("kept", [0, 1])
+def test_offloaded_masters(tmp_path, kept):
+    folder = written(tmp_path, world=1, sub_group_size=13, groups=[["b"], ["a.weight"]])
     (folder / "offloaded_tensors").mkdir()
 
     def empty(content):
+        """Sub-groups below DeepSpeed's limit (1 MiB) are not offloaded."""
         state = content["optimizer_state_dict"]
-        state["fp32_flat_groups"] = [t[:0].clone() for t in state["fp32_flat_groups"]]
+        flats = state["fp32_flat_groups"]
+        state["fp32_flat_groups"] = [t if k < kept else t[:0].clone() for k, t in enumerate(flats)]
 
     edit(optim(folder, 0), empty)
     refuses(tmp_path, "offloaded to NVMe", "offloaded_tensors")

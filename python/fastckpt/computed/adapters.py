@@ -24,7 +24,7 @@ from .. import dtypes, sources
 from ..checkpoint import JSON, Checkpoint, Entry, Single
 from ..dtypes import DType
 from ..errors import SourceError, near
-from ..extents import Extents, is_directory, is_file
+from ..extents import Extents, is_directory, is_file, listed
 from ..sources import peft
 from ..sources.ties import with_decoder
 from ..views import ZERO, View
@@ -187,7 +187,9 @@ def fit(ckpt: Checkpoint, directory: str) -> Adapter:
     holds both. Raises SourceError."""
     config = os.path.join(directory, peft.CONFIG)
     if is_directory(directory) and not is_file(config):
-        raise SourceError(f"{config}: is missing; PEFT writes it: peft_config.save_pretrained({directory!r})")
+        named = [n for n in listed(directory, "*") if is_file(os.path.join(directory, n, peft.CONFIG))]
+        there = f"adapters lie in {', '.join(named)}" if named else "PEFT writes it (save_pretrained)"
+        raise SourceError(f"{config}: is missing; {there}")
     settings = Settings.read(config)
     own = {n: e for n, e in _named(ckpt).items() if _is_adapters(n)}
     weights = peft.weights(directory)
@@ -198,6 +200,12 @@ def fit(ckpt: Checkpoint, directory: str) -> Adapter:
     if weights is not None and own:
         raise SourceError(
             f"{ckpt.path} holds an adapter ({next(iter(own))}), and {directory} another; open the base alone"
+        )
+    where = os.path.dirname(ckpt.path) if is_file(ckpt.path) else ckpt.path
+    if weights is not None and os.path.realpath(where) == os.path.realpath(directory):
+        raise SourceError(
+            f"{directory}: whether the model in it holds its adapter already is written nowhere (torchtune's "
+            "does, and is opened without adapter=); keep a base in another directory"
         )
     if weights is not None and settings.start not in PLAIN_STARTS:
         raise SourceError(
