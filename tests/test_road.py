@@ -22,7 +22,7 @@ from fastckpt.planning import plans
 from fastckpt.reader import Mapped, Positioned
 from fastckpt.running import limits, runs
 from fastckpt.target import Target
-from layouts import oracle, tiny
+from layouts import families, oracle, tiny
 from reading import refuses_what_is_written_to
 from safetensors.torch import load_file, save_file
 from torch_types import of_torch
@@ -297,6 +297,40 @@ def test_constants_are_the_same_when_a_plan_is_compiled_again(tmp_path, monkeypa
     planned = fastckpt.plan(tmp_path / "x.safetensors", layout=Scaled())
     assert (planned.kept is None) == (kept == 0)
     assert len(planned.extents) == 4 + 1 + 4  # slopes are one for all
+
+
+def test_what_is_computed_is_the_same_when_a_plan_is_compiled_again(monkeypatch):
+    """1 + a norm has an extent that the layout adds to the table, anew each time."""
+    config, hub, *_ = families.made("gemma")
+    want = fastckpt.reshard(hub, 2, layout="rtp_llm", config=config)
+    monkeypatch.setattr(plans, "KEPT_ROWS", 0)
+    got = fastckpt.reshard(hub, 2, layout="rtp_llm", config=config)
+    for a, b in zip(want, got, strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+class Wavering(Scaled):
+    """Other tensors, or other constants, each time it is asked."""
+
+    def __init__(self, how):
+        self.how, self.asked = how, 0
+
+    def targets(self, ckpt, placement):
+        self.asked += 1
+        names = [*ckpt]
+        yield Target("slope", stored.constant(np.float32(self.asked * (self.how == "value")), dtypes.float32))
+        for name in names[:: -1 if self.how == "order" and self.asked > 1 else 1]:
+            yield Target(name, ckpt[name])
+        if self.how == "fewer" and self.asked == 1:
+            yield Target("last", ckpt[names[0]])
+
+
+@pytest.mark.parametrize("how", ["order", "fewer", "value"])
+def test_a_layout_that_wavers_is_refused(monkeypatch, how):
+    """Rows that are compiled again go to the tensors that were planned."""
+    monkeypatch.setattr(plans, "KEPT_ROWS", 0)
+    with pytest.raises(LayoutError, match="makes other tensors than when it was planned"):
+        fastckpt.reshard({"a": torch.ones(3), "b": torch.zeros(3)}, layout=Wavering(how))
 
 
 def test_only_outputs_are_overwritten(tmp_path):

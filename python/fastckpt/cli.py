@@ -16,7 +16,7 @@ import resource
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -143,8 +143,12 @@ def _failed(error: BaseException, message: str, code: int, usage: str, *, as_jso
 
 def _inspect(args: argparse.Namespace) -> int:
     from .doors.inspection import inspect
+    from .planning import configs
 
-    found = inspect(_opened(args), recipe=args.recipe)
+    ckpt = _opened(args)
+    if args.config is not None:
+        ckpt = replace(ckpt, config=configs.found(ckpt, args.config))
+    found = inspect(ckpt, recipe=args.recipe)
     if args.plot is not None:
         _plot(args.plot, found.losses)
     _show(args, found.text, found.json)

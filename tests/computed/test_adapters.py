@@ -338,12 +338,23 @@ def test_tensors_that_do_not_fit(tmp_path):
                 saved = {f"{name}.weight": torch.ones(rows, width)}
                 refused("is tied to another", {}, saved, base=one, layout=layout)
     refused("holds no tensor of an adapter", {})
+    beside = write(tmp_path / "beside", settings(), pairs)
+    for path in base.iterdir():
+        (beside / path.name).symlink_to(path)
+    assert fastckpt.open(beside).format == "safetensors"
+    for path in (beside, beside / "model.safetensors"):
+        with pytest.raises(SourceError, match="holds its adapter already is written nowhere"):
+            fastckpt.reshard(path, adapter=beside, layout="same")
     with pytest.raises(LayoutError, match="apart goes with adapter="):
         fastckpt.reshard(base, apart=True)
     with pytest.raises(SourceError, match=r"adapter_config\.json"):
         fastckpt.reshard(base, adapter=tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match=r"adapter_config\.json: is missing; PEFT writes it"):
+        fastckpt.reshard(base, adapter=tmp_path / "empty")
+    with pytest.raises(SourceError, match="is missing; adapters lie in adapter-1, adapter-10"):
+        fastckpt.reshard(base, adapter=tmp_path)
     with pytest.raises(SourceError, match="holds none either"):
-        (tmp_path / "empty").mkdir()
         (tmp_path / "empty" / "adapter_config.json").write_text(json.dumps(settings()))
         fastckpt.reshard(base, adapter=tmp_path / "empty")
 

@@ -118,6 +118,14 @@ def test_inspect(run, source):
     assert found["bytes"] == sum(4 * t.numel() for t in llama().values())
 
 
+def test_inspect_with_a_config_from_elsewhere(run, source, tmp_path):
+    for name in os.listdir(source):
+        if name != "config.json":
+            (tmp_path / name).symlink_to(Path(source) / name)
+    assert json.loads(run("inspect", tmp_path, "--json")[1])["family_note"] == "no config.json"
+    assert json.loads(run("inspect", tmp_path, "--config", source, "--json")[1])["family"] == "llama"
+
+
 def test_plan_writes_nothing(run, source, tmp_path):
     before = left(Path(source))
     argv = ("--tp", "2", "--rank", "1", "--layout", "vllm", "--dtype", "bf16", "--json")

@@ -18,7 +18,7 @@ import pytest
 import torch
 from fastckpt.digest import LEAF
 from fastckpt.errors import FastckptError, ManagerError, WriteError
-from fastckpt.manager import commits, loading, opened, saving
+from fastckpt.manager import commits, coordination, loading, opened, saving
 from fastckpt.manager.commits import Store
 from fastckpt.manager.coordination import Group
 from fastckpt.manager.loading import Asked, Loaded
@@ -473,6 +473,20 @@ def test_a_manager_that_another_thread_closes_hears_no_more(tmp_path: Path) -> N
         assert heard == [signal.SIGTERM] * 2
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_manager_that_cannot_be_made_lets_go_of_the_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Telling(JsonMetadata):
+        def set_params(self, **told: object) -> None:
+            raise RuntimeError("the metadata's own")
+
+    closed: list[object] = []
+    monkeypatch.setattr(coordination.Alone, "close", lambda group: closed.append(group))
+    with pytest.raises(RuntimeError, match="the metadata's own"):
+        CheckpointManager(tmp_path, metadata=Telling(tmp_path / "m.json"))
+    assert len(closed) == 2
 
 
 def test_options_that_lack_their_other_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,7 @@ def test_what_metas_model_computes_the_hubs_does_too(name):
         ("qwen3_moe", {"layers.1.moe.experts.w1": torch.ones(4, 24, 64)}, {}, r"needs .*experts\.4\."),
         ("qwen3_moe", {"layers.1.moe.experts.w1": torch.ones(5, 64, 24)}, {}, r"got shape \(64, 24\)"),
         ("deepseek_v3", {}, {"rope_interleave": False}, "rope_interleave is false"),
+        ("tied", {"norm.weight": None, "norm.scale": torch.ones(64)}, {}, "torchtune's own names"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(name, change, said, why):

@@ -60,6 +60,14 @@ def test_a_tag_that_is_not_there(tmp_path):
     refuses(tmp_path, "names no tag")
 
 
+def test_several_models_of_one_save(tmp_path):
+    """As accelerate saves them: DeepSpeed's `latest` then names the last of them, not a later step."""
+    for tag in ("pytorch_model", "pytorch_model_1"):
+        write_zero(tmp_path, PARAMS, stage=2, world=2, tag=tag)
+    refuses(tmp_path, "holds 2 models, pytorch_model, pytorch_model_1", "(--tag) says which")
+    assert fastckpt.open(tmp_path, tag="pytorch_model").facts["tag"] == "pytorch_model"
+
+
 def test_what_may_not_be_listed_beside_the_tags_is_passed_over(tmp_path, monkeypatch):
     run = tmp_path / "run"
     folder = written(run)
@@ -124,6 +132,22 @@ def test_a_rank_twice_over_directories(tmp_path):
     shutil.copy(optim(folder, 1), other)
     refuses(tmp_path / "a", "pp_rank_1_mp_rank_00", "is there twice, also as", also=[other])
     refuses(tmp_path / "a", "no directory", also=[tmp_path / "c"])
+
+
+def test_model_states_of_nodes_with_storage_of_their_own(tmp_path):
+    """Each node's local rank 0 writes some; the tied names are in rank 0's alone."""
+    a = written(tmp_path / "a", stage=2, world=4, tied={"c": "b"})
+    b = tmp_path / "b" / a.name
+    shutil.copytree(a, b)
+    for rank in range(4):
+        optim((b, b, a, a)[rank], rank).unlink()
+    edit(model(b), lambda c: c.update(shared_params={}, module=dict(c["module"], c=torch.zeros(5))))
+    for path, also in ((tmp_path / "a", b), (b, a)):
+        assert dict(sources.open(path, also=[also]).aliases) == {"c": "b"}
+    edit(model(b), lambda c: c.update(global_steps=1))
+    refuses(tmp_path / "a", "global_steps is 1, wanted 2: files of two saves", also=[b])
+    optim(a, 0).unlink()
+    refuses(tmp_path / "a", "mp_rank_00_model_states.pt: is there twice, also as", also=[b])
 
 
 def test_files_left_from_a_larger_world(tmp_path):
@@ -204,13 +228,16 @@ def test_model_states_of_another_world(tmp_path):
     refuses(tmp_path, "model states of 4 data-parallel ranks, optimizer files of 3")
 
 
-def test_offloaded_masters(tmp_path):
-    folder = written(tmp_path, world=1)
+@pytest.mark.parametrize("kept", [0, 1])
+def test_offloaded_masters(tmp_path, kept):
+    folder = written(tmp_path, world=1, sub_group_size=13, groups=[["b"], ["a.weight"]])
     (folder / "offloaded_tensors").mkdir()
 
     def empty(content):
+        """Sub-groups below DeepSpeed's limit (1 MiB) are not offloaded."""
         state = content["optimizer_state_dict"]
-        state["fp32_flat_groups"] = [t[:0].clone() for t in state["fp32_flat_groups"]]
+        flats = state["fp32_flat_groups"]
+        state["fp32_flat_groups"] = [t if k < kept else t[:0].clone() for k, t in enumerate(flats)]
 
     edit(optim(folder, 0), empty)
     refuses(tmp_path, "offloaded to NVMe", "offloaded_tensors")

@@ -24,7 +24,7 @@ from .. import dtypes, sources
 from ..checkpoint import JSON, Checkpoint, Entry, Single
 from ..dtypes import DType
 from ..errors import SourceError, near
-from ..extents import Extents
+from ..extents import Extents, is_directory, is_file, listed
 from ..sources import peft
 from ..sources.ties import with_decoder
 from ..views import ZERO, View
@@ -86,7 +86,9 @@ class Settings:
             raise SourceError(f"{path}: peft_type {said.get('peft_type')!r} is not read, only LORA is")
         for key, value in said.items():
             if key not in READ | HARMLESS and value:
-                raise SourceError(f"{path}: {key} {value!r} is not read")
+                raise SourceError(
+                    f"{path}: {key} {value!r} is not read; PEFT's merge_and_unload makes one model of it"
+                )
         return Settings(
             path=path,
             rank=int(_number(path, "r", said.get("r"))),
@@ -183,7 +185,12 @@ def fit(ckpt: Checkpoint, directory: str) -> Adapter:
 
     Where the directory holds a config and no weights, `ckpt` is a checkpoint of the adapted model, which
     holds both. Raises SourceError."""
-    settings = Settings.read(os.path.join(directory, peft.CONFIG))
+    config = os.path.join(directory, peft.CONFIG)
+    if is_directory(directory) and not is_file(config):
+        named = [n for n in listed(directory, "*") if is_file(os.path.join(directory, n, peft.CONFIG))]
+        there = f"adapters lie in {', '.join(named)}" if named else "PEFT writes it (save_pretrained)"
+        raise SourceError(f"{config}: is missing; {there}")
+    settings = Settings.read(config)
     own = {n: e for n, e in _named(ckpt).items() if _is_adapters(n)}
     weights = peft.weights(directory)
     if weights is None and not own and sources.format_of(directory) == "dcp":
@@ -193,6 +200,12 @@ def fit(ckpt: Checkpoint, directory: str) -> Adapter:
     if weights is not None and own:
         raise SourceError(
             f"{ckpt.path} holds an adapter ({next(iter(own))}), and {directory} another; open the base alone"
+        )
+    where = os.path.dirname(ckpt.path) if is_file(ckpt.path) else ckpt.path
+    if weights is not None and os.path.realpath(where) == os.path.realpath(directory):
+        raise SourceError(
+            f"{directory}: whether the model in it holds its adapter already is written nowhere (torchtune's "
+            "does, and is opened without adapter=); keep a base in another directory"
         )
     if weights is not None and settings.start not in PLAIN_STARTS:
         raise SourceError(

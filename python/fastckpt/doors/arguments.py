@@ -81,47 +81,8 @@ def parser() -> argparse.ArgumentParser:
 
     command("recipes", "list the model families that can be read, and the names each leaves out")
 
-    consolidate = command("consolidate", "write one state dict, as DeepSpeed's zero_to_fp32 does")
-    _path(consolidate)
-    _out(consolidate)
-    _source(consolidate)
-    serving_options.add_files(consolidate)
-    _run(consolidate)
-    consolidate.add_argument(
-        "--safe-serialization",
-        "--safe_serialization",
-        action="store_true",
-        help="safetensors, not .bin",
-    )
-    consolidate.add_argument(
-        "--dtype",
-        type=serving_options.or_none,
-        default="float32",
-        help="dtype of the float tensors, `none` for each one's own (default: float32)",
-    )
-    serving_options.add_config(consolidate)
-    serving_options.add_adapter(consolidate)
-    consolidate.add_argument("--weights-key", metavar="KEY", help="one .bin file, {KEY: state dict}")
-    consolidate.add_argument(
-        "--client-state",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="with --weights-key: put this plain value of the checkpoint beside the weights; repeatable",
-    )
-
-    verify = command("verify", "check an output against its manifest: digests, headers, NaN and infinity")
-    verify.add_argument("path", metavar="DIR")
-    verify.add_argument(
-        "--plain", action="store_true", help="a directory without a manifest: check headers and values alone"
-    )
-    verify.add_argument(
-        "--engine",
-        metavar="NAME[==VERSION]",
-        help="also check names, shapes and dtypes against this engine's loader (vllm, vllm==0.32)",
-    )
-    _threads(verify)
-    _quiet(verify)
+    _consolidate(command("consolidate", "write one state dict, as DeepSpeed's zero_to_fp32 does"))
+    _verify(command("verify", "check an output against its manifest: digests, headers, NaN and infinity"))
 
     diff = command("diff", "compare two checkpoints of any formats; exit 1 where they differ")
     diff.add_argument("a", metavar="A")
@@ -139,6 +100,50 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--size", default="64MB", help="bytes of the checkpoint's weights (default: 64MB)")
     demo.add_argument("--keep", metavar="DIR", help="work in DIR, new or empty, and leave it")
     return top
+
+
+def _consolidate(p: argparse.ArgumentParser) -> None:
+    _path(p)
+    _out(p)
+    _source(p)
+    serving_options.add_files(p)
+    _run(p)
+    p.add_argument(
+        "--safe-serialization",
+        "--safe_serialization",
+        action="store_true",
+        help="safetensors, not .bin",
+    )
+    p.add_argument(
+        "--dtype",
+        type=serving_options.or_none,
+        default="float32",
+        help="dtype of the float tensors, `none` for each one's own (default: float32)",
+    )
+    serving_options.add_config(p)
+    serving_options.add_adapter(p)
+    p.add_argument("--weights-key", metavar="KEY", help="one .bin file, {KEY: state dict}")
+    p.add_argument(
+        "--client-state",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="with --weights-key: put this plain value of the checkpoint beside the weights; repeatable",
+    )
+
+
+def _verify(p: argparse.ArgumentParser) -> None:
+    p.add_argument("path", metavar="DIR")
+    p.add_argument(
+        "--plain", action="store_true", help="a directory without a manifest: check headers and values alone"
+    )
+    p.add_argument(
+        "--engine",
+        metavar="NAME[==VERSION]",
+        help="also check names, shapes and dtypes against this engine's loader (vllm, vllm==0.32)",
+    )
+    _threads(p)
+    _quiet(p)
 
 
 def _path(p: argparse.ArgumentParser) -> None:

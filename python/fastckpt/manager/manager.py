@@ -119,14 +119,17 @@ class CheckpointManager:
             scratch=scratch, shared=shared, durable=durable,
         )  # fmt: skip
         self._group, self._behind = join(self._store.root, rank, world, timeout)
-        self._disk = Disk.of(self._group, None if shared else node or socket.gethostname())
-        if metadata is not None:
-            metadata.set_params(
-                root=self._store.root,
-                nodes=[f"rank {r}" for r in range(self._group.world)],
-                path_prefix=path_prefix,
-                path_type=path_type,
-            )
+        try:
+            self._disk = Disk.of(self._group, None if shared else node or socket.gethostname())
+            if metadata is not None:
+                nodes = [f"rank {r}" for r in range(self._group.world)]
+                metadata.set_params(
+                    root=self._store.root, nodes=nodes, path_prefix=path_prefix, path_type=path_type
+                )
+        except BaseException:  # a group has threads and sockets of its own
+            self._group.close()
+            self._behind.close()
+            raise
         self._retention = Retention(self._store, self._disk, keep_what)
         self._reporter = Reporter(self._group.rank, self.path, metadata)
         self._resuming = Resuming(self._store, self._group, self._disk, self._retention, self._reporter)

@@ -18,7 +18,7 @@ from .batches import Slots
 from .copies import Ints
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Names:
     """What is made, in the plan's order, before it has a place: serving rank, name, dtype, shape."""
 
@@ -27,8 +27,20 @@ class Names:
     dtypes: list[DType] = field(default_factory=list)
     shapes: list[tuple[int, ...]] = field(default_factory=list)
 
+    @staticmethod
+    def of(targets: Sequence[tuple[int, Target]]) -> Names:
+        """These alone, each with its serving rank."""
+        made = Names()
+        made.extend(targets)
+        return made
+
     def __len__(self) -> int:
         return len(self.names)
+
+    def part(self, first: int, stop: int) -> Names:
+        """Those of the numbers [first, stop)."""
+        some = slice(first, stop)
+        return Names(self.ranks[some], self.names[some], self.dtypes[some], self.shapes[some])
 
     def extend(self, targets: Sequence[tuple[int, Target]]) -> None:
         """More at the end, each with its serving rank."""

@@ -84,12 +84,27 @@ class Plan:
     scans: Stream | None = None
 
     def chunks(self) -> Iterator[tuple[int, Chunk]]:
-        """(first tensor, rows) of each window, in order: the kept rows, or compiled again."""
-        again = (chunk for _, chunk, _ in compiled(self.stream(), self.extents))
+        """(first tensor, rows) of each window, in order: the kept rows, or compiled again.
+
+        Raises LayoutError where other targets come than when the plan was made."""
         first = 0
-        for chunk in again if self.kept is None else (k.chunk() for k in self.kept):
+        for chunk in self._again() if self.kept is None else (k.chunk() for k in self.kept):
             yield first, chunk
             first += chunk.count
+
+    def _again(self) -> Iterator[Chunk]:
+        """The windows compiled again: over the same table, so that what targets add to it (constants, what is
+        computed) has the same numbers."""
+        first, known = 0, len(self.checkpoint.extents)
+        for window, chunk, table in compiled(self.stream(), self.checkpoint.extents):
+            stop = first + chunk.count
+            same = Names.of(window) == self.tensors.made.part(first, stop) and len(table) <= len(self.extents)
+            if not same or not all(_same(table[i], self.extents[i]) for i in range(known, len(table))):
+                break
+            yield chunk
+            first, known = stop, len(table)
+        if first != len(self.tensors):
+            raise LayoutError(f"layout {self.layout} makes other tensors than when it was planned")
 
     @property
     def output_bytes(self) -> int:
@@ -291,6 +306,12 @@ def _with_scales(made: Names, quantised: Mapping[int, Quantised]) -> dict[int, Q
         assert scales is not None  # every scheme has scales
         out[i] = replace(told, scales=scales, zeros=zeros, form=form)
     return out
+
+
+def _same(one: Extent, other: Extent) -> bool:
+    """Whether two extents are one, or were computed alike."""
+    computed = lies_nowhere(one) and lies_nowhere(other)
+    return one == other or (computed and (one.key, one.nbytes) == (other.key, other.nbytes))
 
 
 def _told(extent: Extent) -> bool:

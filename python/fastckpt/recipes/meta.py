@@ -23,6 +23,9 @@ EMBEDDING = "tok_embeddings.weight"
 IGNORED = ("rope.freqs", "freqs_cis")
 """Buffers that some of them carry: angles of rotary positions, which every server computes itself."""
 
+_TORCHTUNES = "norm.scale"
+"""torchtune's name for Meta's norm.weight; what it calls q and k is another thing in each of its families."""
+
 PARAMS = "params"
 """The fact of a checkpoint that is what its params.json says."""
 
@@ -87,6 +90,11 @@ def respelled(ckpt: Checkpoint, meta: Meta, config: Mapping[str, JSON], head_dim
     """The checkpoint under the hub's names, with q and k as the hub has them and experts one by one; a name
     that is not known stays. Raises RecipeError where the config contradicts params.json or what Meta's names
     mean, and for two tensors that would have one name."""
+    if _TORCHTUNES in ckpt:
+        raise RecipeError(
+            f"{ckpt.path}: torchtune's own names ({_TORCHTUNES}) are not read; its FullModelHFCheckpointer "
+            "writes the hub's"
+        )
     _check(ckpt, config)
     entries: dict[str, Entry] = {}
     names: dict[str, str] = {}

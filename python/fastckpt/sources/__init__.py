@@ -91,8 +91,7 @@ def open(
         for source in _sources():
             if source.matches(where):
                 return source.read(where, options)
-        looked_for = ", ".join(filter(None, SOURCES.values()))
-        raise SourceError(f"{where}: {_what_it_is(where)}; looked for {looked_for}")
+        raise SourceError(f"{where}: {_what_it_is(where)}")
     except OSError as e:  # a directory that may not be listed, a file that goes away meanwhile
         raise SourceError(f"{e.filename or where}: {e.strerror}") from None
 
@@ -118,8 +117,9 @@ def _refuse_absent(path: str) -> None:
 
 def _what_it_is(path: str) -> str:
     """What was recognised in something no source reads."""
+    looked_for = ", ".join(filter(None, SOURCES.values()))
     if not is_directory(path):
-        return "not a checkpoint file"
+        return f"not a checkpoint file; looked for {looked_for}"
     for name, what in UNREAD.items():
         if is_file(os.path.join(path, name)):
             return f"{what}, which is not read"
@@ -128,8 +128,8 @@ def _what_it_is(path: str) -> str:
         level = [os.path.join(d, n) for d in level for n in _names_in(os.path.join(path, d))][:_MOST]
         inside = [n for n in level if any(s.matches(os.path.join(path, n)) for s in _sources())]
         if inside:
-            return f"no checkpoint, but it holds some: {', '.join(inside[:8])}"
-    return "no known checkpoint"
+            return f"no checkpoint, but it holds some: {', '.join(inside[:8])}; open one of them"
+    return f"no known checkpoint; looked for {looked_for}"
 
 
 def _names_in(path: str) -> list[str]:

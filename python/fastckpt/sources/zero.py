@@ -79,6 +79,7 @@ def _rank(path: str, files: Files, options: Options) -> Rank:
     first, step = _first(opening) if files.optim else (None, None)
     if files.model is not None:
         model, state = opening.model(files.model, first)
+        _check_copies(opening, state)
         if state.shapes is None or (first is None and options.weights == "module"):
             return Rank(_from_module(path, opening, model, state), state, step)
         if first is not None and first.stage != 3:
@@ -140,6 +141,17 @@ def _models_of_ranks(
             ("fragments", list(other.fragments or {}), list(state.fragments or {})),
         ))  # fmt: skip
     return ([model, *opened], [state, *states]) if frozen else ([model], [state])
+
+
+def _check_copies(opening: Opening, state: ModelState) -> None:
+    """Raises SourceError unless other nodes' model states are of the same save; they are not read further."""
+    paths = opening.files.copies
+    for other, path in zip(_each(opening.fragments(paths), model_state), paths, strict=True):
+        check_one_save(path, (
+            ("global_steps", other.global_steps, state.global_steps),
+            ("ds_version", other.version, state.version),
+            ("param_shapes", other.shapes, state.shapes),
+        ))  # fmt: skip
 
 
 def _each(opened: Sequence[Opened], read_state: Callable[[object, str], State]) -> list[State]:
@@ -508,11 +520,12 @@ def _step(state: OptimState, file: TorchFile) -> int | None:
 
 
 def _check_not_offloaded(shapes: Sequence[Mapping[str, Shape]], flats: Sequence[Flat], where: str) -> None:
-    if any(0 not in s for g in shapes for s in g.values()) and not any(f.length.any() for f in flats):
+    empty = (group for group, flat in zip(shapes, flats, strict=False) if not flat.length.any())
+    if any(0 not in shape for group in empty for shape in group.values()):  # small sub-groups stay in memory
         place = os.path.join(where, "offloaded_tensors")
         there = "where they lie" if is_directory(place) else "which is not there"
         raise SourceError(
-            f"{where}: the flat groups are empty: masters offloaded to NVMe are swap files in "
+            f"{where}: flat groups are empty: masters offloaded to NVMe are swap files in "
             f"{place} ({there}); "
             "save without NVMe offload, or load and save once with DeepSpeed"
         )

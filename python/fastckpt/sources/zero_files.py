@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import SourceError
@@ -23,6 +23,9 @@ EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 LAYER = re.compile(r"layer_(\d+)-(?:model_(\d+)-)?model_states\.pt")
 KINDS = (OPTIM, MODEL_OF_RANK, MODEL, EXPERT, LAYER)
 
+_MODEL_OF_SEVERAL = re.compile(r"pytorch_model(_\d+)?")
+"""accelerate's tags, one for each model that it prepared (1.15, accelerator.py: save_state)."""
+
 UNSUPPORTED = (
     (re.compile(r"expert_\d+_mp_rank_\d+_model_states\.pt"), "expert files of old DeepSpeed versions"),
     (re.compile(r"layer_\d+-.*-model_states\.pt"), "layer files of a grid with further axes"),
@@ -34,10 +37,10 @@ class Files:
     """The files of one model-parallel rank of one tag.
 
     `root`: the directory with `latest`, or the tag folder's parent. `folder`: the tag folder. `mp`: the
-    model-parallel rank, 0 where there is one. `optim`: dp rank -> optimizer file. `model`: the one
-    model-states file of stages 0-2, or None. `model_of`: dp rank -> model-states file of stage 3. `experts`:
-    (MoE layer, expert) -> its file. `universal`: the directory of a universal checkpoint's masters, else
-    None."""
+    model-parallel rank, 0 where there is one. `optim`: dp rank -> optimizer file. `model`: rank 0's
+    model-states file of stages 0-2, or None; `copies`: those of other nodes, where each has its own storage.
+    `model_of`: dp rank -> model-states file of stage 3. `experts`: (MoE layer, expert) -> its file.
+    `universal`: the directory of a universal checkpoint's masters, else None."""
 
     root: str
     folder: str
@@ -45,6 +48,7 @@ class Files:
     mp: int
     optim: Mapping[int, str]
     model: str | None
+    copies: tuple[str, ...]
     model_of: Mapping[int, str]
     experts: Mapping[tuple[int, int], str]
     universal: str | None
@@ -119,6 +123,11 @@ def find(path: str, tag: str | None, also: Iterable[str] = ()) -> Grid:
         there = tags(path)
         known = f"tags here: {', '.join(there) or 'none'}"
         if tag is None:
+            if len(models := [*filter(_MODEL_OF_SEVERAL.fullmatch, there)]) > 1:
+                raise SourceError(
+                    f"{path}: holds {len(models)} models, {', '.join(models)}; tag= (--tag) says which: "
+                    "`latest` names the one that was saved last"
+                )
             tag = _latest(path, known)
         folder = os.path.join(path, tag)
         if is_file(os.path.join(folder, NAME)):
@@ -176,9 +185,9 @@ def _tag_folder_of(directory: str, tag: str) -> str:
     return inner if is_directory(inner) else directory
 
 
-def _by_kind(folders: Iterable[str]) -> dict[re.Pattern[str], dict[tuple[int, ...], str]]:
-    """Kind -> the numbers of rank or expert -> the file. Raises SourceError for one that is there twice."""
-    found: dict[re.Pattern[str], dict[tuple[int, ...], str]] = {kind: {} for kind in KINDS}
+def _by_kind(folders: Iterable[str]) -> dict[re.Pattern[str], dict[tuple[int, ...], list[str]]]:
+    """Kind -> the numbers of rank or expert -> the files of that name, one in a folder."""
+    found: dict[re.Pattern[str], dict[tuple[int, ...], list[str]]] = {kind: {} for kind in KINDS}
     once: dict[str, str] = {}
     for directory in filter(is_directory, folders):
         once.setdefault(os.path.realpath(directory), directory)
@@ -187,12 +196,25 @@ def _by_kind(folders: Iterable[str]) -> dict[re.Pattern[str], dict[tuple[int, ..
             path = os.path.join(directory, name)
             if (whose := _whose(name)) is not None:
                 kind, numbers = whose
-                if numbers in found[kind]:
-                    raise SourceError(f"{path}: is there twice, also as {found[kind][numbers]}")
-                found[kind][numbers] = path
+                found[kind].setdefault(numbers, []).append(path)
             elif what := next((what for pattern, what in UNSUPPORTED if pattern.fullmatch(name)), None):
                 raise SourceError(f"{path}: {what} are not supported yet")
     return found
+
+
+def _only(paths: Sequence[str]) -> str:
+    if len(paths) > 1:
+        raise SourceError(f"{paths[1]}: is there twice, also as {paths[0]}")
+    return paths[0]
+
+
+def _rank_0_first(paths: Sequence[str], optim: str | None) -> list[str]:
+    """Model states of stages 0-2. Where nodes have storage of their own (`use_node_local_storage`) each wrote
+    a copy; rank 0's, which has the tied names, lies beside the optimizer file `optim` of rank 0."""
+    beside = [path for path in paths if optim and os.path.dirname(path) == os.path.dirname(optim)]
+    if len(paths) == 1 or len(beside) != 1:
+        return [_only(paths)]
+    return beside + [path for path in paths if path not in beside]
 
 
 def _by_sequence(optims: Iterable[tuple[int, ...]]) -> bool:
@@ -205,10 +227,14 @@ def _by_sequence(optims: Iterable[tuple[int, ...]]) -> bool:
 
 def _sorted_out(root: str, folder: str, tag: str, folders: list[str]) -> Grid:
     found = _by_kind(folders)
-    models, models_of, optims, experts = (found[p] for p in (MODEL, MODEL_OF_RANK, OPTIM, EXPERT))
+    models_of, optims, experts, layers = (
+        {n: _only(paths) for n, paths in found[kind].items()}
+        for kind in (MODEL_OF_RANK, OPTIM, EXPERT, LAYER)
+    )
+    models = {n: _rank_0_first(paths, optims.get((0, *n))) for n, paths in found[MODEL].items()}
     if models and models_of:
         raise SourceError(
-            f"{folder}: both {os.path.basename(models[min(models)])} (stages 0-2) and "
+            f"{folder}: both {os.path.basename(models[min(models)][0])} (stages 0-2) and "
             f"{os.path.basename(models_of[min(models_of)])} (stage 3): files of two runs"
         )
     zero = os.path.join(folder, "zero")
@@ -219,7 +245,7 @@ def _sorted_out(root: str, folder: str, tag: str, folders: list[str]) -> Grid:
         )
     if _by_sequence(optims):
         models_of, optims = ({(*rank[:1], 0): p for rank, p in t.items()} for t in (models_of, optims))
-    there = {numbers[-1] for table in (models, models_of, optims, experts) for numbers in table}
+    there = {numbers[-1] for table in (found[MODEL], models_of, optims, experts) for numbers in table}
     gap = next((mp for mp in range(max(there, default=0)) if mp not in there), None)
     if gap is not None:
         raise SourceError(f"{folder}: no files of model-parallel rank {gap}, and some of rank {max(there)}")
@@ -228,11 +254,13 @@ def _sorted_out(root: str, folder: str, tag: str, folders: list[str]) -> Grid:
         """The files of one model-parallel rank by the data-parallel one."""
         return {dp: path for (dp, rank), path in table.items() if rank == mp}
 
-    ranks = (
-        Files(
-            root, folder, tag, mp, of(optims, mp), models.get((mp,)), of(models_of, mp),
+    def files(mp: int) -> Files:
+        paths = models.get((mp,), [])
+        return Files(
+            root, folder, tag, mp, of(optims, mp), paths[0] if paths else None, tuple(paths[1:]),
+            of(models_of, mp),
             {(layer, e): path for (layer, e, rank), path in experts.items() if rank == mp}, universal,
-        )
-        for mp in range(max(there, default=0) + 1)
-    )  # fmt: skip
-    return Grid(tuple(ranks), {(n, model): path for (n, model), path in found[LAYER].items()})
+        )  # fmt: skip
+
+    ranks = (files(mp) for mp in range(max(there, default=0) + 1))
+    return Grid(tuple(ranks), {(n, model): path for (n, model), path in layers.items()})
