@@ -122,6 +122,8 @@ def test_deepseek_v4_by_the_keys_of_its_hubs_config():
     for changed, message in (
         ({"layer_types": None}, r"layers\.0\.attn\.compressor\.wkv"),
         ({"layer_types": None, "compress_ratios": [0, 5, 128, 4]}, "compress_ratios must be of 0, 4, 128"),
+        ({"layer_types": None, "compress_ratios": [0, 4.0, 128, 4]}, "must be of 0, 4, 128"),
+        ({"layer_types": None, "compress_ratios": [[0], "4", 128, 4]}, "must be of 0, 4, 128"),
         ({"layer_types": ["sliding_attention"]}, "layer_types must be 4 of sliding_attention and"),
         ({"compress_rate_csa": 8}, r"compressor\.ape: got shape \(4, 16\), wanted \(8, 16\)"),
         ({"compress_rates": "4"}, "compress_rates must be an object"),
