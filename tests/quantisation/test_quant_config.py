@@ -36,7 +36,18 @@ STACKED |= dict.fromkeys(GRANITE, ("*.block_sparse_moe.*put_linear.weight",))
 
 
 TRAINED = {"hy_v3": (".shared_mlp.", ".shared_experts."), "laguna": (".shared_expert.", ".shared_experts.")}
+TRAINED["kimi_linear"] = (".block_sparse_moe.", ".mlp.")
 """What the hub calls a module, and transformers, where that is another name (and its files are renamed)."""
+
+
+def test_a_model_whose_modules_have_other_names_is_refused(tmp_path):
+    config, tensors, _ = made("deepseek_v4")
+    for served in ("hf", "vllm"):
+        with pytest.raises(LayoutError, match="DeepSeek-V4's modules go by other names in transformers"):
+            fastckpt.reshard(
+                tensors, config=config, quant="int8", layout=served, out=tmp_path / "out", durable=False
+            )
+        assert not (tmp_path / "out").exists()
 
 
 def modules(name):
@@ -46,7 +57,7 @@ def modules(name):
     return model, {n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
 
 
-@pytest.mark.parametrize("name", [n for n in (*FAMILIES, *ENCODERS) if n not in GPT2_NAMES])
+@pytest.mark.parametrize("name", [n for n in (*FAMILIES, *ENCODERS) if n not in (*GPT2_NAMES, "deepseek_v4")])
 def test_every_linear_is_quantised_or_said_to_be_dense(name, tmp_path):
     """compressed-tensors takes every other one for quantised, and finds no scales of it: a tied output layer
     lies in no file, and a module may be called otherwise than its tensors."""

@@ -206,11 +206,17 @@ def quantization_config(quant: Quant, shapes: Mapping[str, tuple[int, ...]]) -> 
     the scheme's format; one that only fastckpt reads gets a `quant_method` that loaders do not know and so
     refuse."""
     scheme = quant.scheme
+    if any(name.endswith("hc_head_fn") for name in shapes):
+        raise LayoutError(
+            f"quant {scheme.name}: DeepSeek-V4's modules go by other names in transformers than in its "
+            "files, so that no config.json says which of them stay dense"
+        )
     dense = [
         name.removesuffix(".weight")
         for name, shape in shapes.items()
         if name.endswith(".weight") and len(shape) == 2 and not quant.takes(name, shape)
     ]
+    dense += [name.replace(*FORGETS) for name in dense if FORGETS[0] in name]
     # Files call a tower's modules otherwise than transformers' models do: a pattern finds them by both names.
     roots = [root for root in dict.fromkeys(map(tower, dense)) if root]
     towers = [rf"(.*\.)?{root}\..*" for root in roots]
@@ -264,6 +270,9 @@ def _fused(names: Iterable[str]) -> list[str]:
     ends = ((".q_proj", ".qkv_proj"), (".gate_proj", ".gate_up_proj"))
     return [n.replace(*end) for n in names for end in ends if tower(n) and n.endswith(end[0])]
 
+
+FORGETS = (".self_attn.f_", ".self_attn.forget_gate.f_")
+"""A part of the names of Kimi Linear's files, and what transformers' modules have there."""
 
 HEADS = {
     "lm_head": "",
