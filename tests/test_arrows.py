@@ -232,7 +232,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         (
             *("llama", "gemma", "phi3", "glm", "olmo", "cohere", "ungated", "gptj", "mpt", "opt"),
             *("mixtral", "qwen_moe", "deepseek", "ernie", "granite_moe", "llama4", "gpt_oss", "cogvlm2"),
-            *("laguna", "lfm2", "deepseek_v4", "kimi_linear"),
+            *("laguna", "lfm2", "deepseek_v4", "kimi_linear", "jamba"),
             *("modernbert", "minicpm3"),
         ),
         ("qwen_next", "hybrids", "mimo", "olmo_hybrid", "gemma4", "gemma4_towers"),

@@ -291,7 +291,30 @@ class ShortConv:
     o: Linear
 
 
-Attends = Attention | Queries | Mla | Compressed | DeltaNet | ShortConv
+@dataclass(frozen=True, slots=True)
+class Selective:
+    """A mixer of Mamba's first version (Jamba): the input `x` and the output's gate `z` [width, hidden],
+    which the hub stores in this order as one matrix, whose name they carry; `conv`, the kernels of the causal
+    convolution of x, channel by channel [width, 1, kernel]. Of what that gives `select` [rank + 2 * state,
+    width] makes what `steps` [width, rank] reads, what the state is written by, and what it is read by, each
+    normed on its own: `dt_norm` [rank], `b_norm` and `c_norm` [state]. `a_log` [width, state] and `d` [width]
+    make a rate of a step; `o` [hidden, width] comes last."""
+
+    x: Linear
+    z: Linear
+    conv: Parameter
+    conv_bias: Parameter | None
+    select: Linear
+    dt_norm: Norm
+    b_norm: Norm
+    c_norm: Norm
+    steps: Linear
+    a_log: Parameter
+    d: Parameter
+    o: Linear
+
+
+Attends = Attention | Queries | Mla | Compressed | DeltaNet | ShortConv | Selective
 """What a layer may have where most have attention."""
 
 
@@ -488,8 +511,8 @@ class Sizes:
     matrix share a scale. `head_keys`: config's keys for `heads`, `kv_heads` and `head_dim` ("": it has none),
     None where the config cannot give the three separately. `vocab_key`: its key for `vocab`. `delta`: the
     heads of linear attention. `mamba`: of Mamba's mixers. `others`: the numbers of query and of kv heads that
-    some layers have in place of `heads` and `kv_heads`. `channels`: of short convolutions. `groups`: of heads
-    that share rows of compressed attention's output."""
+    some layers have in place of `heads` and `kv_heads`. `channels`: of short convolutions, or of Mamba's
+    first mixers. `groups`: of heads that share rows of compressed attention's output."""
 
     hidden: int
     vocab: int

@@ -285,6 +285,13 @@ MODELS: dict[str, tuple[str, dict]] = {
     "falcon_h1-plain": (
         "FalconH1", _sizes(_MAMBA, mamba_d_ssm=256, mamba_n_groups=1, drop=("layer_types",))
     ),
+    "jamba": (
+        "Jamba",
+        _sizes(
+            num_hidden_layers=4, num_experts=4, num_experts_per_tok=2, attn_layer_period=3,
+            attn_layer_offset=1, drop=("head_dim",),
+        ),
+    ),
     "llama4_text": ("Llama4Text", _sizes(_LLAMA4)),
     "gpt_oss": (
         "GptOss",

@@ -264,6 +264,14 @@ FAMILIES = {
         "FalconH1", (8, 2, 8), _SIZES | _MAMBA, head_dim=8, num_key_value_heads=2, mamba_d_ssm=128,
         mamba_n_groups=1, mamba_conv_bias=False, mamba_proj_bias=True,
     ),
+    "jamba": _family(
+        "Jamba", (8, 4, 8), num_hidden_layers=4, num_experts=5, num_experts_per_tok=2, attn_layer_period=3,
+        attn_layer_offset=1, mamba_d_state=6, mamba_d_conv=3, mamba_dt_rank=10, mamba_proj_bias=True,
+    ),
+    "jamba-dense": _family(
+        "Jamba", (8, 2, 8), num_hidden_layers=3, num_key_value_heads=2, num_experts=1, attn_layer_period=2,
+        attn_layer_offset=0, mamba_conv_bias=False, mamba_d_state=6, tie_word_embeddings=True,
+    ),
     "bamba": _family("Bamba", (8, 4, 8), _SIZES | _MAMBA, attn_layer_indices=[1]),
     "llama4_text": _family(
         "Llama4Text", (8, 4, 8), head_dim=8, num_local_experts=5, num_experts_per_tok=1,

@@ -136,6 +136,22 @@ def mixer(t, at, tp, r):
     return out
 
 
+def selective(t, at, tp, r):
+    """A rank's part of a mixer of Mamba's first version."""
+    out = {}
+    for name in [n for n in t if n.startswith(at)]:
+        module, _, kind = name.removeprefix(at).partition(".")
+        x = t[name]
+        if module == "in_proj":
+            out[name] = torch.cat([cut(half, 0, tp, r) for half in x.chunk(2)])
+        elif module in ("x_proj", "out_proj"):
+            out[name] = cut(x, 1, tp, r) if kind == "weight" else x
+        else:
+            assert module in ("conv1d", "dt_proj", "A_log", "D") or "norm" in module, name
+            out[name] = x if "norm" in module else cut(x, 0, tp, r)
+    return out
+
+
 def delta_apart(t, at, tp, r):
     """A rank's part of linear attention whose q, k and v are matrices of their own (OLMo Hybrid, Kimi)."""
     own = {n.removeprefix(at).removesuffix(".weight"): x for n, x in t.items() if n.startswith(at)}
@@ -204,12 +220,13 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
     d, (mine, its), out = heads[2], heads_of(heads, tp, r), {}
     flat = flat or (r, tp)
     gpt_oss = any(n.endswith(".sinks") for n in t)
-    llama4 = any(".feed_forward.router." in n for n in t)
+    llama4 = any(".feed_forward.shared_expert." in n for n in t)
     laguna = any(".self_attn.g_proj." in n for n in t)
     gemma4 = any(n.endswith(".layer_scalar") for n in t)
     minicpm = not any(".gate." in n for n in t)  # of those with latent attention
     minimax = any(n.endswith("block_sparse_moe.e_score_correction_bias") for n in t)
 
+    jamba = [n.removesuffix("A_log") for n in t if n.endswith(".mamba.A_log") and t[n].ndim == 2]
     mixers = [n.removesuffix("A_log") for n in t if n.endswith((".mamba.A_log", ".mixer.A_log"))]
     beside = "model.layers.0.mamba.A_log" in t and "model.layers.0.self_attn.q_proj.weight" in t
 
@@ -219,6 +236,7 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
     def put(name, x):
         assert name not in out
         name = name.replace("backbone.embeddings.", "model.embed_tokens.").replace("backbone.", "model.")
+        name = name.replace(".self_attn.", ".") if jamba else name
         out[name.replace(".mamba.", ".mamba.mamba.") if beside else name] = x.contiguous()
 
     def qkv(name, q, k, v):
@@ -238,6 +256,11 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
         stem = stem.removeprefix(".")
         if module == "experts" and not kind.startswith("e_score_"):
             stem, module, kind = f"{stem}.experts", kind, "stack"
+        held = next((at for at in jamba if name.startswith(at)), None)
+        if held is not None:
+            for own, part in selective(t, held, tp, r).items() if name == f"{held}A_log" else ():
+                put(own, part)
+            continue
         held = next((m for m in mixers if name.startswith(m)), None)
         if held is not None:
             if name == f"{held}A_log":

@@ -86,8 +86,8 @@ TRAINED = (
 
 def named_as_trained(name, state):
     if any(f".{block}.experts." in name for block in ("block_sparse_moe", "feed_forward", "ffn")):
+        name = f"model.{name}" if ".ffn." in name else name
         name = name.replace(".block_sparse_moe.", ".mlp.").replace(".ffn.", ".mlp.")
-        name = name if name.startswith("model.") else f"model.{name}"
         for hub, trained in (("w1", "gate"), ("w3", "up"), ("w2", "down")):
             name = name.replace(f".{hub}.", f".{trained}_proj.")
     others = (name.replace(hub, trained) for hub, trained in TRAINED)

@@ -122,6 +122,8 @@ def test_deepseek_v4_by_the_keys_of_its_hubs_config():
     for changed, message in (
         ({"layer_types": None}, r"layers\.0\.attn\.compressor\.wkv"),
         ({"layer_types": None, "compress_ratios": [0, 5, 128, 4]}, "compress_ratios must be of 0, 4, 128"),
+        ({"layer_types": None, "compress_ratios": [0, 4.0, 128, 4]}, "must be of 0, 4, 128"),
+        ({"layer_types": None, "compress_ratios": [[0], "4", 128, 4]}, "must be of 0, 4, 128"),
         ({"layer_types": ["sliding_attention"]}, "layer_types must be 4 of sliding_attention and"),
         ({"compress_rate_csa": 8}, r"compressor\.ape: got shape \(4, 16\), wanted \(8, 16\)"),
         ({"compress_rates": "4"}, "compress_rates must be an object"),
@@ -180,6 +182,21 @@ def test_olmo_hybrid_as_it_is_saved():
     same(hf(saved, config)[1], hub)
     with pytest.raises(RecipeError, match=r"k_conv1d\.weight: got shape \(47, 1, 3\), wanted \(48, 1, 3\)"):
         hf(hub | {at[1]: hub[at[1]][:47]}, config)
+
+
+def test_which_layers_of_jamba_have_what():
+    config, hub, _ = families.made("jamba")
+    same(hf(hub, config | {"mamba_dt_rank": 10, "num_local_experts": 5, "num_experts": None})[1], hub)
+    for changed, message in (
+        ({"attn_layer_offset": 2}, r"layers\.1\.mamba\.in_proj"),
+        ({"attn_layer_offset": 3}, "attn_layer_offset 3 is not below attn_layer_period 3"),
+        ({"expert_layer_offset": 0}, r"layers\.0\.feed_forward\.router"),
+        ({"num_experts": 1}, r"layers\.1\.feed_forward\.gate_proj"),
+        ({"mamba_dt_rank": "auto"}, r"x_proj\.weight: got shape \(22, 128\), wanted \(16, 128\)"),
+        ({"mamba_expand": 3}, r"in_proj\.weight: got shape \(256, 64\), wanted \(384, 64\)"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            hf(hub, config | changed)
 
 
 def test_heads_by_the_name_they_are_trained_under():

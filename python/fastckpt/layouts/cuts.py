@@ -31,6 +31,7 @@ from ..model import (
     Norm,
     Parameter,
     Queries,
+    Selective,
     ShortConv,
     Sizes,
 )
@@ -331,6 +332,8 @@ def two_blocks(layout: str, layer: Layer) -> tuple[Attention | Mla | DeltaNet, M
     attention = layer.attention
     if isinstance(attention, Queries):
         raise LayoutError(f"layout {layout} has no place for {attention.q.name}, without keys of its own")
+    if isinstance(attention, Selective):
+        raise LayoutError(f"layout {layout} has no place for {attention.o.name}, of a Mamba mixer")
     if isinstance(attention, Compressed):
         raise LayoutError(f"layout {layout} has no place for {attention.o_a.name}, of compressed attention")
     if isinstance(attention, DeltaNet) and attention.low is not None:
@@ -400,6 +403,38 @@ def short_conv(conv: ShortConv) -> Iterator[Target]:
     yield from parameter(conv.conv)
     yield from parameter(conv.conv_bias)
     yield from stored(conv.o)
+
+
+def selective_part(mixer: Selective, placement: Placement) -> Selective:
+    """The rank's channels. Source: vLLM's layers/mamba/mamba_mixer.py."""
+    tp, rank = placement.tp, placement.tp_rank
+
+    def rows(role: Parameter) -> Parameter:
+        return replace(role, view=role.view.part(0, rank, tp))
+
+    x, z, steps = (out_part(each, rank, tp) for each in (mixer.x, mixer.z, mixer.steps))
+    return replace(
+        mixer,
+        x=x,
+        z=z,
+        conv=rows(mixer.conv),
+        conv_bias=mixer.conv_bias and rows(mixer.conv_bias),
+        select=in_part(mixer.select, rank, tp),
+        steps=steps,
+        a_log=rows(mixer.a_log),
+        d=rows(mixer.d),
+        o=in_part(mixer.o, rank, tp),
+    )
+
+
+def selective(mixer: Selective) -> Iterator[Target]:
+    """All of a mixer of Mamba's first version, as the hub stores it, but for a_log."""
+    for linear in (joined(mixer.x.name, (mixer.x, mixer.z)), mixer.select, mixer.steps, mixer.o):
+        yield from stored(linear)
+    for role in (mixer.conv, mixer.conv_bias, mixer.d):
+        yield from parameter(role)
+    for each in (mixer.dt_norm, mixer.b_norm, mixer.c_norm):
+        yield from norm(each)
 
 
 def padded_part(view: View, multiple: int, index: int, count: int) -> View:

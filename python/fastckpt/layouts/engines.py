@@ -265,6 +265,7 @@ _VLLM_0_32: dict[str, Served] = {
         everywhere=_ALL,
     ),
     "falcon_h1": Served(rounded=_MIXERS),
+    "jamba": Served(_STACKS, tied="", rounded=_MIXERS, everywhere=_ALL),
     "llama4_text": Served((*_STACKS, *_SHARED)),
     "gpt_oss": Served(_STACKS, tied="", everywhere=_ALL),
     "gpt2": Served(everywhere=_ALL),

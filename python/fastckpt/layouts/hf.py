@@ -28,6 +28,7 @@ from ..model import (
     Model,
     Prediction,
     Queries,
+    Selective,
     ShortConv,
     Stacked,
     Stacks,
@@ -53,6 +54,7 @@ from .cuts import (
     require_least,
     require_subjects,
     require_tensor_parallel,
+    selective,
     short_conv,
     stored,
 )
@@ -225,6 +227,9 @@ def _layers(layers: Iterable[Layer], model: Model, placement: Placement) -> Iter
             yield from short_conv(layer.attention)
         elif isinstance(layer.attention, Compressed):
             yield from _compressed(layer.attention)
+        elif isinstance(layer.attention, Selective):
+            yield from selective(layer.attention)
+            yield from parameter(layer.attention.a_log)
         elif layer.attention is not None:
             yield from _attention(layer.attention, model, placement)
         if layer.mamba is not None:

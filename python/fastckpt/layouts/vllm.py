@@ -255,7 +255,7 @@ class Vllm:
             raise LayoutError(f"layout vllm has no place for {layer.vision.attention.o.name}")
         if layer.attention is not None:
             as_hub = engine is not None and engine.hub_rows
-            yield from attention_part(layer.attention, model, placement, as_hub)
+            yield from attention_part(layer.attention, model, placement, as_hub, rates=engine is not None)
         if engine is not None and isinstance(layer.attention, Attention | Queries | Mla):
             module, own = parent(layer.attention.o.name), model.embedding.weight.dtype
             for held in (*engine.held, *engine.quantised.get(model.quant_method, Form()).held):

@@ -19,7 +19,9 @@ from ..model import (
     MambaHeads,
     Mla,
     Model,
+    Parameter,
     Queries,
+    Selective,
     ShortConv,
     Sizes,
 )
@@ -40,14 +42,18 @@ from .cuts import (
     qkv_part,
     queries_part,
     regrouped,
+    selective,
+    selective_part,
     short_conv,
     short_conv_part,
 )
 from .vllm_families import CUT_NORMS, DELTA, PAIRED, QWEN_DELTA, UNJOINED
 
 
-def attention_part(attention: Attends, model: Model, placement: Placement, as_hub: bool) -> Iterator[Target]:
-    """The rank's part of a layer's attention; `as_hub` as in `heads_part`."""
+def attention_part(
+    attention: Attends, model: Model, placement: Placement, as_hub: bool, *, rates: bool
+) -> Iterator[Target]:
+    """The rank's part of a layer's attention; `as_hub` as in `heads_part`, `rates` as in `mixer_part`."""
     match attention:
         case Mla():
             yield from _latent(attention, placement, model.family in UNJOINED)
@@ -57,6 +63,10 @@ def attention_part(attention: Attends, model: Model, placement: Placement, as_hu
             yield from _delta(attention, placement, model.family)
         case ShortConv():
             yield from short_conv(short_conv_part(attention, placement))
+        case Selective():
+            part = selective_part(attention, placement)
+            yield from selective(part)
+            yield _rates(part.a_log, rates)
         case Queries():
             yield from queries_part(attention, placement)
         case Attention():
@@ -168,10 +178,13 @@ def mixer_part(mixer: Mamba, heads: MambaHeads, placement: Placement, *, rates: 
     """The rank's part of a mixer; with `rates` it has vLLM's A in place of A_log."""
     part = mamba_part(mixer, heads, placement)
     yield from mamba(part)
+    yield _rates(part.a_log, rates)
+
+
+def _rates(a_log: Parameter, rates: bool) -> Target:
     if rates:
-        yield Target(f"{parent(part.a_log.name)}.A", minus_exp(part.a_log.view))
-    else:
-        yield Target(part.a_log.name, part.a_log.view.cast(dtypes.float32))
+        return Target(f"{parent(a_log.name)}.A", minus_exp(a_log.view))
+    return Target(a_log.name, a_log.view.cast(dtypes.float32))
 
 
 def parent(name: str) -> str:

@@ -34,6 +34,7 @@ RENAMED: dict[str, Renamed] = {
     "gpt_oss": ((".self_attn.", ".attn."), (".embed_tokens.", ".embedding.")),
     "chatglm": ((".word_embeddings.", "."),),
     "nemotron_h": (("backbone.embeddings.", "model.embed_tokens."), ("backbone.", "model.")),
+    "jamba": ((".self_attn.", "."),),
     "falcon_h1": ((".mamba.", ".mamba.mamba."),),
     **dict.fromkeys(
         ("lfm2", "lfm2_moe"),

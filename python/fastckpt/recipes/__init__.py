@@ -83,6 +83,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("granitemoehybrid", "hybrids", "Granite 4: GraniteMoE with Mamba in place of most attention"),
     Family("nemotron_h", "hybrids", "Nemotron-H, Nemotron 3: each layer one block, Mamba in most"),
     Family("falcon_h1", "hybrids", "Falcon-H1: attention and Mamba side by side"),
+    Family("jamba", "jamba", "Jamba: Mamba's first version in place of most attention, experts"),
     Family("bamba", "hybrids", "Bamba: Mamba in place of most attention"),
     Family("llama4_text", "llama4", "Llama 4, text: experts in two tensors [in, out], a shared one"),
     Family("qwen2_moe", "qwen_moe", "Qwen2-MoE: experts and a gated shared one"),

@@ -47,7 +47,8 @@ SPARSE = "compressed_sparse_attention"
 
 def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
     """The model of a DeepSeek-V4 checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
-    claims = claimed(KIND, as_the_hub(ckpt, _SPELLINGS), config)
+    hub = ckpt if "embed.weight" in ckpt else as_the_hub(ckpt, _SPELLINGS)
+    claims = claimed(KIND, hub, config)
     count, hidden = claims.layers(config), dim(config, "hidden_size")
     kinds, hashed, runs = _kinds(config, count), _hashed(config, count), _runs(config)
     heads = Heads(integer(config, "num_attention_heads"), 1, integer(config, "head_dim"))
@@ -154,12 +155,10 @@ def _kinds(config: Mapping[str, JSON], count: int) -> Sequence[str]:
     the hub's `compress_ratios`, or every second layer after the first two. Raises RecipeError."""
     said, ratios = config.get("layer_types"), config.get("compress_ratios")
     if said is None and ratios is not None:
-        names = {run: kind for kind, run in RUNS.items()}
-        if not isinstance(ratios, list) or any(r not in names for r in ratios):
-            raise RecipeError(
-                f"config: compress_ratios must be of {', '.join(map(str, names))}, got {ratios!r}"
-            )
-        said = [names[int(str(r))] for r in ratios]
+        names = {str(run): kind for kind, run in RUNS.items()}  # of JSON's, only a whole number reads so
+        if not isinstance(ratios, list) or any(str(r) not in names or isinstance(r, str) for r in ratios):
+            raise RecipeError(f"config: compress_ratios must be of {', '.join(names)}, got {ratios!r}")
+        said = [names[str(r)] for r in ratios]
     if said is None:
         said = ["heavily_compressed_attention" if i < 2 or i % 2 == 0 else SPARSE for i in range(count)]
     return each_layer({"layer_types": _first(said, count)}, "layer_types", count, [*RUNS])
