@@ -86,7 +86,6 @@ struct Dequant {
 };
 
 struct Kernels {
-    const char* name;
     Pair pairs[DTYPES][DTYPES];  // [source][destination]
     // XXH3-64 of more than 240 bytes, seed 0.
     uint64_t (*digest_long)(const uint8_t* data, size_t nbytes);

@@ -1,6 +1,6 @@
 #include "isa_table.h"
 
 const fastckpt::Kernels& fastckpt::kernels_avx512() {
-    static const Kernels table = make_kernels("avx512");
+    static const Kernels table = make_kernels();
     return table;
 }

@@ -26,9 +26,8 @@ template <class S> void fill_floats(Kernels& k, Dtype from) {
     fill(F64{}, FLOAT64);
 }
 
-Kernels make_kernels(const char* name) {
+Kernels make_kernels() {
     Kernels k{};
-    k.name = name;
     fill_floats<F32>(k, FLOAT32);
     fill_floats<BF16>(k, BFLOAT16);
     fill_floats<F16>(k, FLOAT16);
