@@ -107,7 +107,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "expectation": (*PLAIN, "manifest", "sources", "layouts", "joining"),
     "foreign": (*PLAIN, "sources", "recipes", "layouts", "uniting", "joining"),
-    "adapters": (*PLAIN, "nowhere", "lowrank", "sources"),
+    "adapter_settings": (*CORE, "sources"),
+    "adapters": (*PLAIN, "nowhere", "lowrank", "sources", "adapter_settings"),
     "adapter_shards": (*PLAIN, "nowhere", "finishes", "adapters"),
     # The spine.
     "planned": (*CORE, "copies", "batches", "files"),

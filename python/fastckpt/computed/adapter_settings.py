@@ -1,0 +1,100 @@
+"""What a PEFT adapter's config says of its weights.
+
+Source: peft 0.21, tuners/lora/config.py.
+
+Law: a field of the config that is not known and is set is refused, since it could change a weight.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..checkpoint import JSON
+from ..errors import SourceError
+from ..sources import peft
+
+READ = frozenset(
+    ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+     "init_lora_weights", "bias", "modules_to_save")
+)  # fmt: skip
+"""Fields of the config that are read, or that the tensors themselves tell."""
+
+HARMLESS = frozenset(
+    ("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+     "target_modules", "exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern",
+     "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+     "runtime_config", "ensure_weight_tying")
+)  # fmt: skip
+"""Fields that say how an adapter was trained or is run, and change nothing of what it is."""
+
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+"""Values of init_lora_weights that leave the base as it was; others train against a changed base."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What an adapter's config says. `path`: its file; `ranks`, `alphas`: pattern -> value, for modules with
+    values of their own; `flipped`: weights are stored [inputs, outputs]; `start`: init_lora_weights;
+    `biases`: the base's biases were trained too."""
+
+    path: str
+    rank: int
+    alpha: float
+    rslora: bool
+    ranks: Mapping[str, float]
+    alphas: Mapping[str, float]
+    flipped: bool
+    start: JSON
+    biases: bool
+
+    @staticmethod
+    def read(path: str) -> Settings:
+        """The settings in an adapter_config.json. Raises SourceError for what is not read."""
+        said = peft.read_config(path)
+        if said.get("peft_type") != "LORA":
+            raise SourceError(f"{path}: peft_type {said.get('peft_type')!r} is not read, only LORA is")
+        for key, value in said.items():
+            if key not in READ | HARMLESS and value:
+                raise SourceError(
+                    f"{path}: {key} {value!r} is not read; PEFT's merge_and_unload makes one model of it"
+                )
+        return Settings(
+            path=path,
+            rank=int(_number(path, "r", said.get("r"))),
+            alpha=_number(path, "lora_alpha", said.get("lora_alpha")),
+            rslora=bool(said.get("use_rslora")),
+            ranks=_numbers(path, "rank_pattern", said.get("rank_pattern")),
+            alphas=_numbers(path, "alpha_pattern", said.get("alpha_pattern")),
+            flipped=bool(said.get("fan_in_fan_out")),
+            start=said.get("init_lora_weights"),
+            biases=said.get("bias") not in (None, "none"),
+        )
+
+    def scale(self, module: str, rank: int) -> float:
+        """What a module's product is multiplied by. Raises SourceError where its rank is not the config's."""
+        wanted = self._own(self.ranks, module, self.rank)
+        if rank != wanted:
+            raise SourceError(f"{self.path}: {module} has rank {rank}, the config says {wanted:g}")
+        return self._own(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+    def _own(self, patterns: Mapping[str, float], module: str, default: float) -> float:
+        """The value of the first pattern that a module's name ends with (peft's get_pattern_key)."""
+        try:
+            return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), default)
+        except re.error as e:
+            raise SourceError(f"{self.path}: a pattern is no regular expression: {e}") from None
+
+
+def _number(path: str, key: str, value: JSON) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise SourceError(f"{path}: {key} {value!r}: wanted a positive number")
+    return float(value)
+
+
+def _numbers(path: str, key: str, value: JSON) -> dict[str, float]:
+    if not isinstance(value, dict | None):
+        raise SourceError(f"{path}: {key} {value!r}: wanted patterns and numbers")
+    return {k: _number(path, f"{key}[{k!r}]", v) for k, v in (value or {}).items()}
