@@ -58,3 +58,28 @@ def merged(weight, a, b, alpha, *, rslora=False, flipped=False):
         total = total + b[:, k].double()[:, None] * a[k].double()[None, :]
     total = total.T if flipped else total
     return (total * scale + weight.double()).float()
+
+
+DECLARED = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def stacked(weights, turned, rank=4):
+    """{wrapper: (A, B)}, {stack: wrapper} for all stacks of experts of a model in training; `turned`: the
+    version of PEFT takes them for [experts, inputs, outputs]."""
+    torch.manual_seed(rank)
+    pairs, wrappers = {}, {}
+    for module in sorted({n.rpartition(".")[0] for n in weights if n.endswith(".experts.down_proj")}):
+        declared = [f"{module}.{p}" for p in DECLARED if f"{module}.{p}" in weights]
+        for depth, name in enumerate(reversed(declared)):
+            experts, *sizes = weights[name].shape
+            outputs, inputs = sizes[::-1] if turned else sizes
+            wrappers[name] = module + ".base_layer" * depth
+            pairs[wrappers[name]] = torch.randn(experts * rank, inputs), torch.randn(outputs, rank * experts)
+    return pairs, wrappers
+
+
+def merged_stack(stack, a, b, alpha, turned):
+    """The merged stack in float32: rows of A lie by expert, columns of B by rank and then by expert."""
+    count = len(stack)
+    each = zip(stack, a.chunk(count), (b[:, e::count] for e in range(count)), strict=True)
+    return torch.stack([merged(w, x, y, alpha, flipped=turned) for w, x, y in each])

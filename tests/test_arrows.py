@@ -108,7 +108,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "expectation": (*PLAIN, "manifest", "sources", "layouts", "joining"),
     "foreign": (*PLAIN, "sources", "recipes", "layouts", "uniting", "joining"),
     "adapter_settings": (*CORE, "sources"),
-    "adapters": (*PLAIN, "nowhere", "lowrank", "sources", "adapter_settings"),
+    "adapter_pairs": (*CORE, "adapter_settings"),
+    "adapters": (*PLAIN, "nowhere", "lowrank", "sources", "adapter_settings", "adapter_pairs"),
     "adapter_shards": (*PLAIN, "nowhere", "finishes", "adapters"),
     # The spine.
     "planned": (*CORE, "copies", "batches", "files"),

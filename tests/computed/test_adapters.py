@@ -272,11 +272,140 @@ def test_an_adapter_saved_by_accelerate_under_fsdp(tmp_path):
     equal(fastckpt.reshard(base, adapter=adapter, layout="hf", rank=0), want)
 
 
+STACKS = ["gate_up_proj", "experts.up_proj", "experts.down_proj", "gate.weight"]
+
+
+def trained(name, turned=False, rank=4):
+    """(config, hub's tensors, those in training, pairs, those in training merged) of a model with experts,
+    whose stacks and routers are adapted."""
+    config, files, state = (tiny if name in tiny.MODELS else families).made(name)
+    pairs, wrappers = peft_writer.stacked(state, turned, rank)
+    routers = [n.removesuffix(".weight") for n in state if n.endswith(".gate.weight")]
+    pairs |= thin(state, routers, rank)
+    want = dict(state)
+    for stack, wrapper in wrappers.items():
+        made = peft_writer.merged_stack(state[stack], *pairs[wrapper], 6, turned)
+        want[stack] = made.to(state[stack].dtype)
+    for module in routers:
+        weight = state[f"{module}.weight"]
+        want[f"{module}.weight"] = peft_writer.merged(weight, *pairs[module], 6).to(weight.dtype)
+    assert wrappers and all(not torch.equal(want[n], state[n]) for n in wrappers)
+    return config, files, state, pairs, want
+
+
+@pytest.mark.parametrize(
+    ("name", "turned"),
+    [
+        *[
+            (name, False)
+            for name in ("qwen3_moe", "mixtral", "deepseek_v3", "hy_v3", "lfm2_moe", "nemotron_h")
+        ],
+        ("gpt_oss", True),
+        ("gpt_oss", False),  # as PEFT 0.19
+        ("mixtral", True),  # as PEFT 0.17 and 0.18
+    ],
+)
+def test_stacks_of_experts(tmp_path, name, turned):
+    """target_parameters, over the hub's spelling and the one in training, in every layout."""
+    config, files, state, pairs, want = trained(name, turned)
+    adapter = write(tmp_path / "adapter", settings(target_parameters=STACKS), pairs)
+    base = hub(tmp_path / "base", config, files)
+    equal(fastckpt.reshard(state, config=config, layout="same", adapter=adapter)[0], want)
+    saved = fastckpt.reshard(want, config=config, layout="hf")[0]
+    bases = [state]
+    if name != "nemotron_h":  # whose hub has another root
+        bases.append(base)
+        for layout in ("same", "hf"):
+            equal(fastckpt.reshard(base, layout=layout, adapter=adapter)[0], saved)
+    for layout in ("hf", "vllm"):
+        merged = fastckpt.reshard(want, tp=2, config=config, layout=layout)
+        for one in bases:
+            made = fastckpt.reshard(one, tp=2, config=config, layout=layout, adapter=adapter)
+            for got, rank in zip(made, merged, strict=True):
+                equal(got, rank)
+
+
+def test_stacks_with_ranks_of_their_own(tmp_path):
+    """As PEFT writes it where gate and up were asked for apart."""
+    config, files, state, pairs, _ = trained("qwen3_moe")
+    patterns = dict(rank_pattern={r".*\.gate_up_proj": 8}, alpha_pattern={r".*\.gate_up_proj": 12})
+    wide, wrappers = peft_writer.stacked(state, False, 8)
+    want = dict(state)
+    for stack, wrapper in wrappers.items():
+        rank, alpha = (8, 12) if stack.endswith("gate_up_proj") else (4, 6)
+        pairs[wrapper] = (wide if rank == 8 else pairs)[wrapper]
+        want[stack] = peft_writer.merged_stack(state[stack], *pairs[wrapper], alpha, False)
+    pairs = {m: pair for m, pair in pairs.items() if m in wrappers.values()}
+    targets = ["gate_up_proj", "down_proj"]
+    adapter = write(tmp_path / "adapter", settings(target_parameters=targets, **patterns), pairs)
+    got = fastckpt.reshard(hub(tmp_path / "base", config, files), layout="hf", adapter=adapter)[0]
+    equal(got, fastckpt.reshard(want, config=config, layout="hf")[0])
+
+
+def test_stacks_that_were_trained_with_their_base(tmp_path):
+    config, _, state, pairs, want = trained("qwen3_moe")
+    both = {}
+    for name, x in state.items():
+        module, _, leaf = name.rpartition(".")
+        depth = sum(m in pairs for m in (module, f"{module}.base_layer"))
+        both[f"{PREFIX}{module}{'.base_layer' * depth}.{leaf}"] = x
+    for module, pair in pairs.items():
+        both |= {
+            f"{PREFIX}{module}.lora_{half}.default.weight": x for half, x in zip("AB", pair, strict=True)
+        }
+    (tmp_path / "adapter").mkdir()
+    said = json.dumps(settings(target_parameters=STACKS))
+    (tmp_path / "adapter" / "adapter_config.json").write_text(said)
+    got = fastckpt.reshard(both, config=config, layout="same", adapter=tmp_path / "adapter")[0]
+    equal(got, want)
+    with pytest.raises(LayoutError, match="is merged, not kept apart"):
+        fastckpt.reshard(both, config=config, adapter=tmp_path / "adapter", apart=True)
+
+
+def test_stacks_that_do_not_fit(tmp_path):
+    config, files, state, pairs, _ = trained("qwen3_moe")
+    base = hub(tmp_path / "base", config, files)
+    outer, inner = (f"model.layers.1.mlp.experts{at}" for at in ("", ".base_layer"))
+    pairs = {m: pairs[m] for m in (outer, inner)}
+    (a, b), count = pairs[outer], len(state[f"{outer}.down_proj"])
+    square = {inner: torch.ones(count, 64, 64), outer: torch.ones(count, 64, 64)}
+    number = 0
+
+    def refused(message, changed, bases=(base, state), saved=None, **said):
+        nonlocal number
+        number += 1
+        said = settings(**{"target_parameters": STACKS, **said})
+        adapter = write(tmp_path / f"adapter-{number}", said, pairs | changed, saved)
+        for one in bases:
+            with pytest.raises(FastckptError, match=message):
+                fastckpt.reshard(one, config=config, layout="same", adapter=adapter)
+
+    refused(f"wanted rows for {count} experts", {outer: (a[:-1], b[:, :-1])})
+    refused("has rank 3, the config says 4", {outer: (a[:-count], b[:, :-count])})
+    refused("are no pair", {outer: (a, b[:, :-count])})
+    refused("does not fit", {outer: (a, b[:-1])})
+    refused("does not fit", {outer: pairs[inner], inner: (a, b)})
+    refused("does not fit", {}, fan_in_fan_out=True)
+    refused("has B alone", {}, saved={f"{outer.replace('1', '0')}.lora_B.weight": b.clone()})
+    refused("is float8_e4m3fn", {outer: (a.to(torch.float8_e4m3fn), b)})
+    refused("are none of the base", {}, target_parameters=None)
+    refused("are .*down_proj of the base", {}, target_parameters=["experts.down_proj"])
+    refused("wanted names", {}, target_parameters="experts.down_proj")
+    single = f"{outer}.2.down_proj"
+    one = {single: thin(files, [single])[single]}
+    refused(f"second A of {single}", one, bases=(base,))
+    refused(f"has no {single}", one, bases=(state,))
+    both = {f"{outer}.gate_up_proj": square[inner], f"{outer}.down_proj": square[outer]}
+    thins = {m: (torch.ones(4 * count, 64), torch.ones(64, 4 * count)) for m in pairs}
+    refused("the shapes do not tell", thins, bases=(both,))
+    lacking = {n: x for n, x in files.items() if ".mlp.experts.1." not in n}
+    refused("wanted rows for|has rank", {}, bases=(lacking,))
+
+
 REFUSED = [
     (dict(peft_type="IA3"), "peft_type 'IA3' is not read"),
     (dict(use_dora=True), "use_dora True is not read"),
     (dict(layer_replication=[[0, 1]]), "layer_replication"),
-    (dict(target_parameters=["mlp.experts.down_proj"]), "target_parameters"),
     (dict(alora_invocation_tokens=[1]), "alora_invocation_tokens"),
     (dict(something_new=3), "something_new 3 is not read"),
     (dict(init_lora_weights="pissa_niter_4"), "trains against a changed base"),

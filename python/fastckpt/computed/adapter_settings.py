@@ -18,7 +18,7 @@ from ..sources import peft
 
 READ = frozenset(
     ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
-     "init_lora_weights", "bias", "modules_to_save")
+     "init_lora_weights", "bias", "modules_to_save", "target_parameters")
 )  # fmt: skip
 """Fields of the config that are read, or that the tensors themselves tell."""
 
@@ -38,7 +38,8 @@ PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 class Settings:
     """What an adapter's config says. `path`: its file; `ranks`, `alphas`: pattern -> value, for modules with
     values of their own; `flipped`: weights are stored [inputs, outputs]; `start`: init_lora_weights;
-    `biases`: the base's biases were trained too."""
+    `biases`: the base's biases were trained too; `parameters`: ends of names of parameters that were adapted,
+    beside modules."""
 
     path: str
     rank: int
@@ -49,6 +50,7 @@ class Settings:
     flipped: bool
     start: JSON
     biases: bool
+    parameters: tuple[str, ...]
 
     @staticmethod
     def read(path: str) -> Settings:
@@ -71,14 +73,20 @@ class Settings:
             flipped=bool(said.get("fan_in_fan_out")),
             start=said.get("init_lora_weights"),
             biases=said.get("bias") not in (None, "none"),
+            parameters=_names(path, "target_parameters", said.get("target_parameters")),
         )
 
     def scale(self, module: str, rank: int) -> float:
-        """What a module's product is multiplied by. Raises SourceError where its rank is not the config's."""
+        """What a product is multiplied by, of a module or a parameter. Raises SourceError where its rank is
+        not the config's."""
         wanted = self._own(self.ranks, module, self.rank)
         if rank != wanted:
             raise SourceError(f"{self.path}: {module} has rank {rank}, the config says {wanted:g}")
         return self._own(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+    def targets(self, name: str) -> bool:
+        """Whether a tensor of the base is one of `parameters`."""
+        return any(f".{name}".endswith(f".{end}") for end in self.parameters)
 
     def _own(self, patterns: Mapping[str, float], module: str, default: float) -> float:
         """The value of the first pattern that a module's name ends with (peft's get_pattern_key)."""
@@ -92,6 +100,13 @@ def _number(path: str, key: str, value: JSON) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise SourceError(f"{path}: {key} {value!r}: wanted a positive number")
     return float(value)
+
+
+def _names(path: str, key: str, value: JSON) -> tuple[str, ...]:
+    names = [v for v in value if isinstance(v, str)] if isinstance(value, list) else []
+    if names != (value or []):
+        raise SourceError(f"{path}: {key} {value!r}: wanted names")
+    return (*names,)
 
 
 def _numbers(path: str, key: str, value: JSON) -> dict[str, float]:

@@ -28,8 +28,14 @@ def hollow(adapter: Adapter, dtype: DType | None) -> Checkpoint:
     """The base with names and shapes but no bytes, except for what the adapter replaces. Each adapted weight
     has an extent of its own, with the module as its key, which shows where a layout puts it.
 
-    Raises SourceError where it is not known which of the base's tensors are the adapter's."""
+    Raises SourceError where it is not known which of the base's tensors are the adapter's, and LayoutError
+    for an adapter of parameters, whose pairs are of many matrices."""
     base = adapter.base
+    if adapter.settings.parameters:
+        raise LayoutError(
+            f"{adapter.settings.path}: an adapter of target_parameters "
+            f"{[*adapter.settings.parameters]} is merged, not kept apart"
+        )
     if adapter.settings.biases and adapter.tensors.extents is base.extents:
         raise SourceError(f"{base.path}: its biases were trained with the adapter; save that with PEFT first")
     kinds = {n: kind_of(e.dtype, dtype) for n, e in base.entries.items()}
@@ -99,7 +105,7 @@ def by_roles(
         left[module] -= len(down) * len(across)
         pair = adapter.pairs[module]
         outputs, inputs = (across, down) if pair.flipped else (down, across)
-        b = multiple(pair.b_name, pair.b.build(), adapter.scale(module)).cast(kind_of(pair.b.dtype, dtype))
+        b = multiple(pair.b_name, pair.b.build(), pair.scale).cast(kind_of(pair.b.dtype, dtype))
         a = pair.a.build().cast(kind_of(pair.a.dtype, dtype))
         return Thin(module, _picked(a, 1, inputs), _picked(b, 0, outputs))
 

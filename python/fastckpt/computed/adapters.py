@@ -24,7 +24,8 @@ from ..errors import SourceError, near
 from ..extents import Extents, is_directory, is_file, listed
 from ..sources import peft
 from ..sources.ties import with_decoder
-from ..views import ZERO, View
+from ..views import ZERO, View, stack
+from .adapter_pairs import WRAPPED, Pair, SavedAs, placed
 from .adapter_settings import PLAIN_STARTS, Settings
 from .lowrank import LowRank
 from .nowhere import nowhere, pitched
@@ -44,18 +45,6 @@ _ADDED = (".lora_", ".token_adapter.", ".trainable_tokens_", ".modules_to_save."
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """The thin matrices of one module: `a` [rank, inputs], `b` [outputs, rank], and their names in PEFT's
-    files; `flipped`: the module's weight is [inputs, outputs]."""
-
-    a: Entry
-    b: Entry
-    a_name: str
-    b_name: str
-    flipped: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Saved:
     """A tensor that takes the place of one of the base's, and its name in PEFT's files."""
 
@@ -65,33 +54,38 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """An adapter and the `base` it fits. `pairs`: the base's module -> its thin matrices; `saved`: the base's
-    name -> the tensor that replaces it. Their views refer to the extents of `tensors`, the checkpoint that
-    holds them."""
+    """An adapter and the `base` it fits. `pairs`: the base's module -> its thin matrices; `stacks`: the name
+    of a stack of the base -> those of each expert; `saved`: the base's name -> the tensor that replaces it.
+    Their views refer to the extents of `tensors`, the checkpoint that holds them."""
 
     settings: Settings
     base: Checkpoint
     tensors: Checkpoint
     pairs: Mapping[str, Pair]
+    stacks: Mapping[str, tuple[Pair, ...]]
     saved: Mapping[str, Saved]
 
     @property
     def changed(self) -> frozenset[str]:
         """The names of the base's tensors that it changes."""
-        return frozenset((*self.saved, *(f"{m}.weight" for m in self.pairs)))
+        return frozenset((*self.saved, *self.adapted))
+
+    @property
+    def adapted(self) -> dict[str, tuple[Pair, ...]]:
+        """The name of each of the base's tensors that it adds to -> its one pair, or those of each expert."""
+        return {f"{m}.weight": (pair,) for m, pair in self.pairs.items()} | dict(self.stacks)
 
     def entry(self, name: str) -> Entry:
         """The base's tensor, or the one that replaces it."""
         saved = self.saved.get(name)
         return self.base.entries[name] if saved is None else saved.entry
 
-    def scale(self, module: str) -> float:
-        """What a module's product is multiplied by."""
-        return self.settings.scale(module, self.pairs[module].a.shape[0])
-
     def digests(self) -> tuple[str, str]:
         """Hex digests of what it does to a base: of what shapes the result, and of its own headers."""
-        told = [[(m, self.scale(m), p.flipped) for m, p in self.pairs.items()], list(self.saved)]
+        told = [
+            [(n, *((p.scale, p.flipped) for p in pairs)) for n, pairs in self.adapted.items()],
+            [*self.saved],
+        ]
         return _digest(json.dumps(told), self.tensors.structure), self.tensors.headers
 
     def applied(self, entries: Mapping[str, Entry], extents: Extents) -> Checkpoint:
@@ -107,7 +101,7 @@ class Adapter:
         )
 
 
-def fit(ckpt: Checkpoint, directory: str) -> Adapter:
+def fit(ckpt: Checkpoint, directory: str, saved_as: SavedAs) -> Adapter:
     """The adapter in `directory` and the base in `ckpt`, under the base's own names.
 
     Where the directory holds a config and no weights, `ckpt` is a checkpoint of the adapted model, which
@@ -140,7 +134,7 @@ def fit(ckpt: Checkpoint, directory: str) -> Adapter:
             "convert the adapter (path_initial_model_for_weight_conversion)"
         )
     tensors = replace(ckpt, entries=own, aliases={}) if weights is None else sources.open(weights)
-    pairs, saved = _parted(settings, tensors)
+    thin, saved = _parted(settings, tensors)
     entries: dict[str, Entry] = {}
     for name, entry in ckpt.entries.items():
         if name in own:
@@ -152,7 +146,9 @@ def fit(ckpt: Checkpoint, directory: str) -> Adapter:
             raise SourceError(f"{ckpt.path}: nothing takes the place of {name}")
         entries[new] = entry
     aliases = {_base_name(a): _base_name(h) for a, h in ckpt.aliases.items() if a not in own}
-    adapter = Adapter(settings, replace(ckpt, entries=entries, aliases=aliases), tensors, pairs, saved)
+    base = replace(ckpt, entries=entries, aliases=aliases)
+    pairs, stacks = placed(settings, thin, base, saved_as, tensors.path)
+    adapter = Adapter(settings, base, tensors, pairs, stacks, saved)
     _check(adapter)
     return adapter
 
@@ -172,17 +168,27 @@ def merged(adapter: Adapter, dtype: DType | None) -> Checkpoint:
         saved = adapter.saved.get(name)
         return of_adapter(saved.entry) if saved else _in_table(base.entries[name].build(), shared, 0)
 
-    matrices: dict[str, LowRank] = {}
-    for module, pair in adapter.pairs.items():
-        a, b = of_adapter(pair.a), of_adapter(pair.b)
-        left, right = (a.T, b.T) if pair.flipped else (b, a)
-        matrices[f"{module}.weight"] = LowRank(wide(f"{module}.weight"), left, right, adapter.scale(module))
-    table = Extents((*shared, *(nowhere(m, m.base.shape, dtypes.float32, n) for n, m in matrices.items())))
-    index = {name: i for i, name in enumerate(matrices, len(shared))}
+    extents = [*shared]
+    index: dict[str, range] = {}  # of a tensor, the numbers of its matrices' extents
+    for name, pairs in adapter.adapted.items():
+        shape = adapter.entry(name).shape[-2:]
+        whole = wide(name).reshape((len(pairs), *shape))
+        index[name] = range(len(extents), len(extents) + len(pairs))
+        for e, pair in enumerate(pairs):
+            thin_a, thin_b = of_adapter(pair.a), of_adapter(pair.b)
+            left, right = (thin_a.T, thin_b.T) if pair.flipped else (thin_b, thin_a)
+            matrix = LowRank(whole.narrow(0, e, 1).reshape(shape), left, right, pair.scale)
+            extents.append(nowhere(matrix, shape, dtypes.float32, f"{name} {e}"))
+    table = Extents(extents)
 
     def build(name: str, entry: Entry, kind: DType) -> Callable[[], View]:
         if name in index:
-            return lambda: pitched(table, index[name], dtypes.float32, entry.shape).cast(kind)
+
+            def sums() -> View:
+                made = [pitched(table, i, dtypes.float32, entry.shape[-2:]) for i in index[name]]
+                return (stack(made) if len(entry.shape) == 3 else made[0]).cast(kind)
+
+            return sums
         saved = adapter.saved.get(name)
         if saved is not None:
             return lambda: _in_table(saved.entry.build(), table, moved).cast(kind)
@@ -193,7 +199,8 @@ def merged(adapter: Adapter, dtype: DType | None) -> Checkpoint:
         return Single(adapter.entry(name).shape, kind, build(name, old, kind), old.kind)
 
     notes = base.facts.get("notes")
-    note = f"{adapter.settings.path}: {len(index)} modules merged, {len(adapter.saved)} tensors replaced"
+    modules = len(adapter.pairs) + len(adapter.stacks)
+    note = f"{adapter.settings.path}: {modules} modules merged, {len(adapter.saved)} tensors replaced"
     made = adapter.applied({n: entry_of(n, e) for n, e in base.entries.items()}, table)
     return replace(made, facts={**base.facts, "notes": [*(notes if isinstance(notes, list) else []), note]})
 
@@ -213,11 +220,12 @@ def _named(ckpt: Checkpoint) -> dict[str, Entry]:
 
 def _base_name(name: str) -> str:
     """The name the base model has for a tensor of the adapted one."""
-    return name.removeprefix(PREFIX).replace(".base_layer.", ".").replace(_OLD, ".")
+    return re.sub(rf"({WRAPPED})+\.", ".", name.removeprefix(PREFIX)).replace(_OLD, ".")
 
 
 def _parted(settings: Settings, tensors: Checkpoint) -> tuple[dict[str, Pair], dict[str, Saved]]:
-    """The adapter's pairs and what it saved, by the base's names. Raises SourceError for an unread name."""
+    """The adapter's pairs, by PEFT's names of modules, and what it saved, by the base's names. Raises
+    SourceError for what is no pair, and for an unread name."""
     thin: dict[tuple[str, str], Entry] = {}  # module, half
     tables: set[str] = set()
     saved: dict[str, Saved] = {}
@@ -251,9 +259,11 @@ def _parted(settings: Settings, tensors: Checkpoint) -> tuple[dict[str, Pair], d
             raise SourceError(
                 f"{tensors.path}: {module} has {'B' if a is None else 'A'} alone, wanted A and B"
             )
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+            raise SourceError(f"{tensors.path}: {module}: A {a.shape} and B {b.shape} are no pair")
         form = "lora_embedding_{}" if module in tables else "lora_{}.weight"
         a_name, b_name = (f"{module}.{form.format(half)}" for half in "AB")
-        pairs[module] = Pair(a, b, a_name, b_name, module in tables or settings.flipped)
+        pairs[module] = Pair(a, b, a_name, b_name, module in tables or settings.flipped, 1.0)
     return pairs, saved
 
 
@@ -271,21 +281,15 @@ def _check(adapter: Adapter) -> None:
             )
         if name not in base.entries:
             raise SourceError(f"{where}: the base {base.path} has no {name}{near(name, base.entries)}")
-    for module, pair in adapter.pairs.items():
-        name = f"{module}.weight"
-        weight, a, b = adapter.entry(name), pair.a, pair.b
-        wanted = weight.shape[::-1] if pair.flipped else weight.shape
-        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
-            raise SourceError(f"{where}: {module}: A {a.shape} and B {b.shape} are no pair")
-        if (b.shape[0], a.shape[1]) != wanted:
-            raise SourceError(
-                f"{where}: {module}: B {b.shape} @ A {a.shape} does not fit {name} {weight.shape}"
-            )
+    for name, pairs in adapter.adapted.items():
+        weight, pair = adapter.entry(name), pairs[0]  # all of a stack are alike
+        a, b, shape = pair.a, pair.b, weight.shape[1:] if name in adapter.stacks else weight.shape
+        if (b.shape[0], a.shape[1]) != (shape[::-1] if pair.flipped else shape):
+            raise SourceError(f"{where}: B {b.shape} @ A {a.shape} does not fit {name} {weight.shape}")
         for role, entry in ((name, weight), ("A", a), ("B", b)):
             if entry.dtype not in MERGED:
                 kinds = ", ".join(d.name for d in MERGED)
-                raise SourceError(f"{where}: {module}: {role} is {entry.dtype}, wanted {kinds}")
-        adapter.scale(module)
+                raise SourceError(f"{where}: {name}: {role} is {entry.dtype}, wanted {kinds}")
 
 
 def _may_be_tied(adapter: Adapter, name: str) -> bool:

@@ -74,7 +74,8 @@ def resolve(ckpt: Checkpoint, request: Request) -> Resolved:
     if request.adapter is not None:
         from ..computed import adapters
 
-        adapter = adapters.fit(ckpt, os.fspath(request.adapter))
+        saved_as = partial(recipes.saved_as, config or ckpt.config or {})
+        adapter = adapters.fit(ckpt, os.fspath(request.adapter), saved_as)
         ckpt = _adapted(adapter, layout, request, dtype)
     if dtype is not None:
         dequantised.require_as_stored(ckpt, dtype, scales=not layout.roles)

@@ -200,6 +200,14 @@ def model(recipe: Recipe, ckpt: Checkpoint, config: Mapping[str, JSON], vocab_si
     )
 
 
+def saved_as(config: Mapping[str, JSON], name: str) -> tuple[str, ...]:
+    """What the hub calls a tensor of a config's decoder that training calls `name` (`moe.saved_as`); () where
+    its family is not known."""
+    decoder = config.get("text_config")
+    family = TYPES.get(str((decoder if isinstance(decoder, dict) else config).get("model_type")))
+    return family.known.saved_as(name) if family else ()
+
+
 def imagined(recipe: Recipe, config: Mapping[str, JSON]) -> dict[str, tuple[int, ...]]:
     """The names and shapes that the hub gives a model of this config, which no file need hold.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
@@ -19,7 +20,7 @@ from .fused import parts
 from .known import Known
 from .mixture import Mixture
 from .mixture import recipe as mixture_recipe
-from .moe import Block
+from .moe import Block, saved_as
 
 
 def _every(config: Mapping[str, JSON], kind: str, period: int, offset: int) -> Callable[[int], bool]:
@@ -109,4 +110,4 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
     return replace(model, sizes=replace(model.sizes, channels=_width(config).size))
 
 
-FAMILIES = {"jamba": Known(recipe, JAMBA.kind.ignored)}
+FAMILIES = {"jamba": Known(recipe, JAMBA.kind.ignored, partial(saved_as, JAMBA.block))}

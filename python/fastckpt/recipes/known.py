@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 from ..checkpoint import JSON, Checkpoint
@@ -20,8 +20,14 @@ class Recipe(Protocol):
     ) -> Model: ...
 
 
+def _nothing(name: str) -> tuple[str, ...]:
+    return ()
+
+
 class Known(NamedTuple):
-    """A family's recipe, and the patterns of names that it knows and leaves out."""
+    """A family's recipe, the patterns of names that it knows and leaves out, and what the hub calls a tensor
+    of its experts by the name in training (`moe.saved_as`)."""
 
     recipe: Recipe
     ignored: tuple[str, ...] = ()
+    saved_as: Callable[[str], tuple[str, ...]] = _nothing

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
@@ -19,7 +20,7 @@ from .fused import parts
 from .known import Known
 from .mixture import Mixture
 from .mixture import recipe as mixture_recipe
-from .moe import Block
+from .moe import Block, saved_as
 
 WIDTH = "intermediate_size, adjusted"
 """The key of the width of a block that config's class makes of `intermediate_size`."""
@@ -122,4 +123,7 @@ def _told(config: Mapping[str, JSON]) -> dict[str, JSON]:
     return told
 
 
-FAMILIES = {"lfm2": Known(lfm2, IGNORED), "lfm2_moe": Known(lfm2_moe, IGNORED)}
+FAMILIES = {
+    "lfm2": Known(lfm2, IGNORED),
+    "lfm2_moe": Known(lfm2_moe, IGNORED, partial(saved_as, LFM2_MOE.block)),
+}

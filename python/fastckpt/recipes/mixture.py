@@ -16,7 +16,7 @@ from .claims import Claims, Dim, absent, dim, each_layer, integer
 from .decoder import Kind, blocks_of, claimed, decoder, dense
 from .known import Known
 from .latent import heads_of, rope
-from .moe import BLOCK, Block, experts, with_shared
+from .moe import BLOCK, Block, experts, saved_as, with_shared
 
 Rule = Callable[[Mapping[str, JSON]], Callable[[int], bool]]
 """Of a config, which layers have experts. Raises RecipeError."""
@@ -155,4 +155,7 @@ def _shared(config: Mapping[str, JSON], shared: Shared | None, width: Dim) -> Di
 
 def families(*mixtures: Mixture) -> dict[str, Known]:
     """What reads each of these, by its family."""
-    return {m.kind.family: Known(partial(recipe, mixture=m), m.kind.ignored) for m in mixtures}
+    return {
+        m.kind.family: Known(partial(recipe, mixture=m), m.kind.ignored, partial(saved_as, m.block))
+        for m in mixtures
+    }

@@ -47,6 +47,24 @@ BLOCK = Block()
 """As most families have it."""
 
 
+def saved_as(block: Block, name: str) -> tuple[str, ...]:
+    """What the hub calls a tensor of a layer's experts, or of its router, that training calls `name`: one
+    name, or with {} for an expert's number those of the matrices whose rows it has in turn; () for others."""
+    layer, within, leaf = name.rpartition(f".{block.trained}.")
+    if not within:
+        return ()
+    at = f"{layer}.{block.hub}" if block.hub else layer
+    if leaf == f"{block.trained_router or block.router}.weight":
+        return (f"{at}.{block.router}.weight",)
+    halves = [half for half in (block.gate, block.up) if half]
+    first = tuple(f"{at}.experts.{{}}.{half}.weight" for half in halves)
+    last = (f"{at}.experts.{{}}.{block.down}.weight",)
+    if block.stacked is not None and not block.stacked.singly:
+        first, last = (f"{at}.{block.stacked.gate_up}",), (f"{at}.{block.stacked.down}",)
+    in_training = "gate_up_proj" if block.gate else block.up
+    return {f"experts.{in_training}": first, "experts.down_proj": last}.get(leaf, ())
+
+
 def experts(
     claims: Claims, config: Mapping[str, JSON], layer: str, block: Block, sizes: tuple[Dim, Dim, Dim]
 ) -> Callable[[], Experts]:

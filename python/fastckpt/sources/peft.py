@@ -18,7 +18,7 @@ from .options import Options
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
-TOLD = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules")
+TOLD = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules", "target_parameters")
 """Keys of the adapter's config that `facts` repeats, for people."""
 
 
