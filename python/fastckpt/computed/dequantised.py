@@ -138,7 +138,8 @@ def plain(
         if p.scales.dtype not in DENSE:
             read = ", ".join(d.name for d in DENSE)
             raise SourceError(f"{p.name}: scales of {p.scales.dtype} are not read, only of {read}")
-    dense = dtype or _named(told) or dtypes.bfloat16
+    named = dtypes.of_config(told or {})  # which may be fp8, as what is quantised is stored
+    dense = dtype or (named if named in DENSE else dtypes.bfloat16)
     first = len(ckpt.extents)
     made = (nowhere(p, p.shape, dtypes.float32, p.name) for p in found.values())
     extents = Extents((*ckpt.extents, *made))
@@ -160,15 +161,6 @@ def plain(
 
 def _dense(extents: Extents, at: int, shape: tuple[int, int], dtype: DType) -> Callable[[], View]:
     return lambda: pitched(extents, at, dtypes.float32, shape).cast(dtype)
-
-
-def _named(config: Mapping[str, JSON] | None) -> DType | None:
-    """The float dtype that a config names."""
-    for key in ("dtype", "torch_dtype"):
-        said = (config or {}).get(key)
-        if isinstance(said, str) and said in ("float32", "bfloat16", "float16"):
-            return dtypes.dtype(said)
-    return None
 
 
 BEHIND = ("", "_scale_inv", "_scale", "_zero_point", "_packed", "_shape")
