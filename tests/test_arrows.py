@@ -253,8 +253,8 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "manager": (
         ("__init__", "coordination", "state_tree", "pieces", "commits", "metadata", "job", "uploaders"),
-        ("policies", "saving", "remote", "standing", "reporting", "template_check"),
-        ("opened", "retention"),
+        ("policies", "saving", "remote", "standing", "reporting", "template_check", "sigterm"),
+        ("opened", "retention", "background"),
         ("loading", "publishing"),
         ("resuming",),
         ("manager",),
