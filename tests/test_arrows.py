@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "model": CORE,
     # Sources never see models; recipes and layouts never see files; none of them sees a plan.
     "sources": (*CORE, "collector", "digest", "manifest", "pipeline"),
-    "recipes": PLAIN,
+    "recipes": (*PLAIN, "schemes"),
     "layouts": (*PLAIN, "finishes"),
     "nowhere": CORE,
     "lowrank": (*CORE, "nowhere"),
