@@ -204,7 +204,7 @@ MAY_IMPORT["__main__"] = ("cli",)
 
 WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "sources": (
-        ("options", "inert", "zero_layout", "samples", "steps", "ranks"),
+        ("options", "inert", "zero_layout", "samples", "steps", "ranks", "patterns"),
         ("assembly", "picklemachine", "plain", "zipentries"),
         # torch files: zip and pickle below, tensors above
         ("torchzip", "inertpickle"),
