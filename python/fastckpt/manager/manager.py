@@ -546,5 +546,5 @@ def _finite(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
     numbers = {k: float(v) for k, v in metrics.items()}
     for name in [k for k, v in numbers.items() if not math.isfinite(v)]:
         said = f"step {step}: metric {name} is {numbers.pop(name)} and left out"
-        warnings.warn(said, CheckpointWarning, stacklevel=5)
+        warnings.warn(said, CheckpointWarning, stacklevel=7)  # the caller of `save`
     return numbers
