@@ -131,9 +131,13 @@ def held(module: torch.nn.Module) -> State:
     return {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
 
 
-def left_on_meta(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> list[str]:
-    """Buffers on the meta device that no checkpoint holds, because they are not persistent."""
-    return [n for n, b in module.named_buffers() if b.is_meta and n not in state]
+def require_made(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Raises LayoutError for a buffer on the meta device that no checkpoint holds: it is not persistent."""
+    if unmade := [n for n, b in module.named_buffers() if b.is_meta and n not in state]:
+        raise LayoutError(
+            f"load_into: {unmade[0]} is a buffer on the meta device that checkpoints do not hold "
+            f"({len(unmade)} such); make it first, or strict=False leaves it"
+        )
 
 
 def dtypes_of(state: Mapping[str, torch.Tensor]) -> dict[str, DType]:
@@ -153,7 +157,7 @@ def tied(state: Mapping[str, torch.Tensor], made: set[str]) -> dict[str, str]:
     return {n: holder[id(t)] for n, t in state.items() if n not in made and id(t) in holder}
 
 
-def apart(state: Mapping[str, torch.Tensor], made: set[str], aliases: Mapping[str, str]) -> dict[str, str]:
+def untied(state: Mapping[str, torch.Tensor], made: set[str], aliases: Mapping[str, str]) -> dict[str, str]:
     """Names that are one tensor in the checkpoint and two in the module: name -> the made name it equals.
 
     Raises LayoutError where the two differ in dtype or shape, so that one cannot be copied from the other."""
