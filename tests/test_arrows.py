@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "recipes": (*PLAIN, "schemes"),
     "layouts": (*PLAIN, "finishes"),
     "nowhere": CORE,
-    "lowrank": (*CORE, "nowhere"),
+    "lowrank": (*CORE, "native", "nowhere"),
     "finishes": (*CORE, "nowhere"),
     # The table: rows of copies, bound and cut.
     "copies": CORE,
