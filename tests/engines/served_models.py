@@ -12,7 +12,8 @@ import zlib
 
 import torch
 import transformers
-from engines.served_tables import HUBS, INSIDE, MODELS, SAID, hubs
+from engines.served_spellings import HUBS, INSIDE, SAID, hubs
+from engines.served_tables import MODELS
 from safetensors.torch import load_file, save_file
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-from engines.served_tables import hubs  # noqa: E402
+from engines.served_spellings import hubs  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 _SIZES = dict(
