@@ -8,7 +8,7 @@ from ..checkpoint import JSON
 from ..errors import RecipeError
 from .claims import Heads, integer
 from .decoder import Kind, Own, heads_of
-from .mixture import Mixture, Shared, typed_after_one
+from .mixture import Mixture, Shared, typed
 from .mixture import families as mixtures
 from .moe import Block
 
@@ -25,10 +25,10 @@ def _own(config: Mapping[str, JSON], count: int) -> list[Own]:
 
 
 LAGUNA = Mixture(
-    Kind("laguna", qk_norm=True, softplus_gate="g_proj", own=_own),
+    Kind("laguna", qk_norm=True, output_gate="g_proj", head_gates=True, own=_own),
     Block(correction="experts.e_score_correction_bias", trained_correction="gate.e_score_correction_bias"),
     count=("num_experts",),
-    sparse=typed_after_one,
+    sparse=typed(1),
     shared=Shared("mlp.shared_expert", width="shared_expert_intermediate_size", trained="mlp.shared_experts"),
 )
 
