@@ -127,6 +127,7 @@ QUANTISED: dict[str, tuple[str, str]] = {
         "glm": ("int8",),
         "glm4": ("int8",),
         "glm4v": ("int8",),
+        "glm4v_moe": ("int8", "fp8-matrix"),
         "qwen2_moe": ("int8", "fp8-matrix"),
         "glm4_moe": ("int8", "fp8-matrix"),
         "deepseek_v2-lora": ("int8", "fp8-matrix"),
@@ -151,7 +152,7 @@ QUANTISED |= {
     for model in (
         "llama", "llama-biased", "llama-tied", "mistral", "qwen2", "qwen3", "granite", "smollm3", "gemma",
         "gemma2", "gemma3_text", "phi3", "glm", "glm4", "mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe",
-        "deepseek_v2-576", "deepseek_v3-wide", *_DENSE, *_SEEING, "glm4v",
+        "deepseek_v2-576", "deepseek_v3-wide", *_DENSE, *_SEEING, "glm4v", "glm4v_moe",
     )
     for scheme in (tuple(PACKED) if model in ("llama", "mixtral") else tuple(PACKED)[:4])
     if scheme != "gptq" or model not in ("glm4", "glm4v")  # which vLLM's own loader does not take

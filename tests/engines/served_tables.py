@@ -400,6 +400,13 @@ MODELS: dict[str, tuple[str, dict]] = {
         "Glm4v",
         _seeing(_TOWER | dict(image_size=16), text=dict(attention_bias=True, rope_parameters=_HALF)),
     ),
+    "glm4v_moe": (
+        "Glm4vMoe",
+        _seeing(
+            _TOWER | dict(image_size=16), drop=(), tie_word_embeddings=False,
+            text=_ROUTED | dict(num_hidden_layers=3, rope_parameters=_HALF, use_qk_norm=False),
+        ),
+    ),
     "gemma3": (
         "Gemma3",
         _seeing(

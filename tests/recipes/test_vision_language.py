@@ -79,6 +79,14 @@ def test_a_tied_head_beside_one_of_its_own_is_refused():
         written(hub, config | {"tie_word_embeddings": True})
 
 
+def test_biases_that_a_text_config_does_not_say():
+    """GLM-4.5V's class has them by default, those of GLM-4 MoE have not; so with a shared expert."""
+    config, hub, _ = families.made("glm4v_moe")
+    silent = ("attention_bias", "n_shared_experts")
+    text = {k: v for k, v in config["text_config"].items() if k not in silent}
+    same(written(hub, config | {"text_config": text}), hub)
+
+
 def test_stacks_of_experts_lie_either_way():
     """The hub's [experts, in, out], and transformers 5's [experts, out, in]: the same to vLLM."""
     config, hub, _ = families.made("qwen3_vl_moe")

@@ -42,7 +42,7 @@ RENAMED: dict[str, Renamed] = {
     ),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), (("model.", "language_model.model."), _HEAD)),
     **dict.fromkeys(
-        ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "exaone4_5"),
+        ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "glm4v_moe", "exaone4_5"),
         (("model.language_model.", "language_model.model."), ("model.visual.", "visual."), _HEAD),
     ),
     "kimi_k25": (
@@ -85,8 +85,8 @@ TOWERS: dict[str, frozenset[str]] = {
 rank, [q; k; v] is cut as one run of "rows", whatever they are."""
 
 WHOLE = frozenset({
-    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "exaone4_5",
-    "kimi_k25",
+    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "glm4v_moe",
+    "exaone4_5", "kimi_k25",
 })  # fmt: skip
 """Families whose tower vLLM can hold whole on every rank (supports_encoder_tp_data)."""
 
@@ -96,7 +96,7 @@ transformers' own modules, or the mixer of residual streams."""
 
 ROWS: dict[str, frozenset[str]] = {
     "gemma4_unified": frozenset({f"model.vision_embedder.patch_dense.{leaf}" for leaf in ("weight", "bias")}),
-    "glm4v": frozenset({"model.visual.merger.proj.weight"}),
+    **dict.fromkeys(("glm4v", "glm4v_moe"), frozenset({"model.visual.merger.proj.weight"})),
     "llama4": frozenset(
         {"vision_model.patch_embedding.linear.weight", "multi_modal_projector.linear_1.weight"}
     ),

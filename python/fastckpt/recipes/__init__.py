@@ -137,6 +137,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("qwen3_5", "vision_language", "Qwen3.5: its text model beside an image tower"),
     Family("qwen3_5_moe", "vision_language", "Qwen3.5-MoE: likewise"),
     Family("glm4v", "vision_language", "GLM-4.1V: GLM-4 beside an image tower"),
+    Family("glm4v_moe", "vision_language", "GLM-4.5V, 4.6V: GLM-4 MoE beside the tower of GLM-4.1V"),
     Family("gemma3", "vision_language", "Gemma 3: its text model beside SigLIP"),
     Family("exaone4_5", "vision_language", "EXAONE 4.5: EXAONE 4 beside an image tower like Qwen2.5-VL's"),
     Family("kimi_k25", "vision_language", "Kimi K2.5: Kimi K2 beside an image tower"),

@@ -53,7 +53,12 @@ MISTRAL4 = replace(
     block=Block(stacked=Stacked("experts.gate_up_proj", "experts.down_proj")),
 )
 GLM4_MOE = replace(V3, kind=Kind("glm4_moe", o_bias=False, qk_norm=Said("use_qk_norm")), latent=None)
-GLM4_MOE_LITE = replace(V3, kind=Kind("glm4_moe_lite", cuts=_ROUTED_ONLY), sparse=typed)
+GLM4V_MOE_TEXT = replace(
+    GLM4_MOE,
+    kind=Kind("glm4v_moe_text", qkv_bias=Said("attention_bias", True), o_bias=False),
+    shared=Shared(default=1),
+)
+GLM4_MOE_LITE = replace(V3, kind=Kind("glm4_moe_lite", cuts=_ROUTED_ONLY), sparse=typed())
 KIMI_K2 = replace(V3, kind=replace(V3.kind, family="kimi_k2", meta=None))
 DOTS1 = replace(GLM4_MOE, kind=Kind("dots1", qk_norm=True))
 SOLAR_OPEN = replace(GLM4_MOE, kind=Kind("solar_open", o_bias=False, cuts=_ROUTED_ONLY), sparse=every)

@@ -18,7 +18,7 @@ from ..model import Mlp, Model, Parameter, Stacked, Tower
 from . import decoder, gemma4, gemma4_towers, imagining, mixture, towers
 from .claims import Claims, Dim, dim, flag, integer
 from .decoder import IGNORED
-from .deepseek import KIMI_K2, MISTRAL4, V3
+from .deepseek import GLM4V_MOE_TEXT, KIMI_K2, MISTRAL4, V3
 from .gemma import GEMMA, GEMMA2
 from .gemma import GEMMA3 as GEMMA3_TEXT
 from .glm import GLM4
@@ -54,6 +54,7 @@ TEXTS: Mapping[str, Recipe] = {
     "gemma4_text": gemma4.recipe,
     "gemma4_unified_text": gemma4.unified,
     "llama4_text": partial(mixture.recipe, mixture=LLAMA4_TEXT),
+    "glm4v_moe_text": partial(mixture.recipe, mixture=GLM4V_MOE_TEXT),
     "mistral4": partial(mixture.recipe, mixture=MISTRAL4),
     "deepseek_v3": partial(mixture.recipe, mixture=V3),
     "kimi_k2": partial(mixture.recipe, mixture=KIMI_K2),
@@ -394,6 +395,7 @@ QWEN3_5_VL_MOE = replace(QWEN3_5_VL, family="qwen3_5_moe", texts=("qwen3_5_moe_t
 GLM4V = Wrapper(
     "glm4v", ("glm4v_text",), _within(towers.glm4v, "model.visual"), "model.language_model.", "lm_head."
 )
+GLM4V_MOE = replace(GLM4V, family="glm4v_moe", texts=("glm4v_moe_text",))
 GEMMA3 = Wrapper("gemma3", ("gemma3_text",), _gemma3, trained=_LLAVA, tied=True)
 EXAONE4_5 = Wrapper(
     "exaone4_5",
@@ -447,8 +449,8 @@ IDEFICS3 = Wrapper("idefics3", ("llama",), _idefics3, "model.text_model.", "lm_h
 SMOLVLM = replace(IDEFICS3, family="smolvlm")
 
 _WRAPPERS = (
-    QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN3_5_VL, QWEN3_5_VL_MOE, GLM4V, GEMMA3, GEMMA4,
-    GEMMA4_UNIFIED, EXAONE4_5, KIMI_K25, MISTRAL3, LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, INTERNVL, LLAMA4,
-    PALIGEMMA, IDEFICS3, SMOLVLM,
+    QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN3_5_VL, QWEN3_5_VL_MOE, GLM4V, GLM4V_MOE, GEMMA3,
+    GEMMA4, GEMMA4_UNIFIED, EXAONE4_5, KIMI_K25, MISTRAL3, LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, INTERNVL,
+    LLAMA4, PALIGEMMA, IDEFICS3, SMOLVLM,
 )  # fmt: skip
 FAMILIES = {w.family: Known(partial(recipe, wrapper=w), w.ignored) for w in _WRAPPERS}
