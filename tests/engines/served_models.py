@@ -194,9 +194,10 @@ def write(name: str, folder: str, *, counted: bool = False, dtype: torch.dtype =
         tensors = load_file(path).items()
         older = {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in tensors}
         save_file(older, path, {"format": "pt"})
-    if name.endswith("-mixed"):  # as Qwen3.5's own files
+    if name.endswith("-mixed"):  # as Qwen3.5's own files, and as transformers trains AFMoE
         own = tuple(f".mamba.{leaf}" for leaf in ("A_log", "D", "dt_bias", "norm.weight"))
-        _keep_float32(folder, (".linear_attn.A_log", ".linear_attn.norm.weight", *own))
+        norms = ("norm.weight", ".expert_bias") if name.startswith("afmoe") else ()
+        _keep_float32(folder, (".linear_attn.A_log", ".linear_attn.norm.weight", *own, *norms))
 
 
 def _as_qwen3_vl_moe(folder: str) -> None:

@@ -11,7 +11,11 @@ _SAID_OF_MIMO = dict(
     swa_num_key_value_heads=4, swa_head_dim=32, swa_v_head_dim=16, sliding_window_size=16,
     layernorm_epsilon=1e-5, add_swa_attention_sink_bias=True,
 )  # fmt: skip
+_SAID_OF_AFMOE = {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1}
+
 SAID: dict[str, dict] = {
+    "afmoe": _SAID_OF_AFMOE,
+    "afmoe-mixed": _SAID_OF_AFMOE,
     "deepseek_v32": {"first_k_dense_replace": 1},
     "glm_moe_dsa": {"first_k_dense_replace": 1, "index_topk_pattern": "FSF"},
     "internlm3": {  # which transformers has not

@@ -72,6 +72,10 @@ _ROUTED = _SIZES | dict(
     first_k_dense_replace=1, n_group=1, topk_group=1,
 )  # fmt: skip
 
+_AFMOE = _sizes(
+    num_hidden_layers=3, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128,
+    num_shared_experts=1, global_attn_every_n_layers=2,
+)  # fmt: skip
 _CONVOLVED = _sizes(
     num_hidden_layers=4, layer_types=["conv", "full_attention", "conv", "full_attention"], drop=("head_dim",)
 )
@@ -241,6 +245,8 @@ MODELS: dict[str, tuple[str, dict]] = {
             use_routing_bias=True, scoring_func="sigmoid",
         ),
     ),
+    "afmoe": ("Afmoe", _AFMOE),
+    "afmoe-mixed": ("Afmoe", _AFMOE),
     "granitemoe": (
         "GraniteMoe", _sizes(num_local_experts=4, num_experts_per_tok=2, drop=("head_dim",))
     ),

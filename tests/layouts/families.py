@@ -218,6 +218,10 @@ FAMILIES = {
         "Laguna", (8, 4, 8), head_dim=8, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24,
         shared_expert_intermediate_size=40, gating="per-element",
     ),
+    "afmoe": _family(
+        "Afmoe", (8, 4, 12), head_dim=12, attention_bias=True, num_hidden_layers=3, num_experts=5,
+        num_experts_per_tok=2, moe_intermediate_size=24, num_dense_layers=2,
+    ),
     "lfm2": _family(
         "Lfm2", (8, 4, 8), intermediate_size=145, block_multiple_of=32, num_hidden_layers=3, conv_bias=True,
         tie_word_embeddings=True, layer_types=["conv", "full_attention", "conv"],

@@ -282,6 +282,11 @@ def test_layers_with_experts_by_every_key():
             hf(hub, config | changed)
     with pytest.raises(RecipeError, match="moe_layers must be a list of numbers"):
         hf(hub, config | {"moe_layers": "1"})
+    config, hub, _ = families.made("afmoe")
+    assert (config["num_dense_layers"], config["num_shared_experts"]) == (2, 2)
+    same(hf(hub, config | {"num_shared_experts": None})[1], hub)
+    with pytest.raises(RecipeError, match=r"layers\.1\.mlp\.router\.gate\.weight"):
+        hf(hub, config | {"num_dense_layers": None})
     config, hub, _ = families.made("ernie4_5_moe")
     assert (config["moe_layer_start_index"], config["moe_layer_end_index"]) == (0, 0)
     for changed in ({"moe_layer_end_index": -1}, {"moe_layer_start_index": 1}, {"moe_layer_interval": 2}):

@@ -233,6 +233,12 @@ _VLLM_0_32: dict[str, Served] = {
         tied="",
         float32=("*.mlp.gate.weight",),
     ),
+    "afmoe": Served(
+        (*_STACKS, *_SHARED, (".mlp.router.gate.", ".mlp.gate.")),
+        tied="",
+        float32=("*.mlp.gate.weight",),
+        rounded=("*norm.weight",),
+    ),
     "ernie4_5_moe": Served(
         (*_STACKS, *_SHARED, (".mlp.moe_statics.", ".mlp.experts.routed_experts.")),
         float32=("*.mlp.gate.weight",),

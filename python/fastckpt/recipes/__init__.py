@@ -110,6 +110,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("hy_v3", "deepseek", "Hunyuan 3: corrected routing, shared experts, norms on each head's q and k"),
     Family("mimo_v2_flash", "mimo", "MiMo-V2-Flash: sinks, layers of different kv heads, experts"),
     Family("laguna", "laguna", "Laguna: output gates, layers of different heads, experts and a shared one"),
+    Family("afmoe", "laguna", "AFMoE (Trinity): output gates, norms after each block, experts"),
     Family("lfm2", "lfm2", "LFM2: short convolutions in most layers, norms on each head's q and k"),
     Family("lfm2_moe", "lfm2", "LFM2-MoE: LFM2 with experts after some dense layers"),
     Family("gpt_oss", "gpt_oss", "gpt-oss: sinks, experts in interleaved stacks"),
