@@ -329,6 +329,13 @@ MODELS: dict[str, tuple[str, dict]] = {
     "cohere": ("Cohere", _sizes(drop=("head_dim",), tie_word_embeddings=True)),
     "cohere-normed": ("Cohere", _sizes(drop=("head_dim",), tie_word_embeddings=True, use_qk_norm=True)),
     "cohere2": ("Cohere2", _sizes(drop=("head_dim",), tie_word_embeddings=True)),
+    "cohere2_moe": (
+        "Cohere2Moe",
+        _sizes(
+            tie_word_embeddings=True, num_experts=4, num_shared_experts=1, layer_types=None,
+            mlp_layer_types=["dense", "sparse"], prefix_dense_intermediate_size=192,
+        ),
+    ),
     "starcoder2": ("Starcoder2", _sizes(drop=("head_dim",), tie_word_embeddings=True)),
     "stablelm": ("StableLm", _sizes(drop=("head_dim",), use_qkv_bias=True)),
     "phi": ("Phi", _sizes(drop=("head_dim",))),

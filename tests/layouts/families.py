@@ -105,6 +105,11 @@ FAMILIES = {
     "cohere": _family("Cohere", (8, 4, 8), tie_word_embeddings=True, attention_bias=True),
     "cohere-normed": _family("Cohere", (8, 4, 8), tie_word_embeddings=True, use_qk_norm=True),
     "cohere2": _family("Cohere2", (8, 2, 8), tie_word_embeddings=True, num_key_value_heads=2),
+    "cohere2_moe": _family(
+        "Cohere2Moe", (8, 4, 12), head_dim=12, tie_word_embeddings=True, num_experts=5,
+        num_shared_experts=2, mlp_layer_types=["dense", "sparse"], prefix_dense_intermediate_size=80,
+        attention_bias=True,
+    ),
     "starcoder2": _family("Starcoder2", (8, 2, 8), tie_word_embeddings=True, num_key_value_heads=2),
     "starcoder2-plain": _family("Starcoder2", (8, 4, 8), use_bias=False),
     "phi": _family("Phi", (8, 4, 8)),

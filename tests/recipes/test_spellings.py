@@ -282,6 +282,18 @@ def test_layers_with_experts_by_every_key():
             hf(hub, config | changed)
     with pytest.raises(RecipeError, match="moe_layers must be a list of numbers"):
         hf(hub, config | {"moe_layers": "1"})
+    config, hub, _ = families.made("cohere2_moe")
+    assert config["mlp_layer_types"] == ["dense", "sparse"]
+    silent = {k: v for k, v in config.items() if k != "mlp_layer_types"}
+    same(hf(hub, silent | {"first_k_dense_replace": 1})[1], hub)
+    for changed, message in (
+        ({"first_k_dense_replace": 0}, r"layers\.0\.mlp\.gate\.weight"),
+        ({"mlp_layer_types": None}, r"layers\.0\.mlp\.gate\.weight"),
+        ({"first_k_dense_replace": 1, "num_shared_experts": None}, "no place for .*shared_experts"),
+        ({"first_k_dense_replace": 1, "prefix_dense_intermediate_size": None}, r"\(80, 64\), wanted \(96, "),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            hf(hub, silent | changed)
     config, hub, _ = families.made("afmoe")
     assert (config["num_dense_layers"], config["num_shared_experts"]) == (2, 2)
     same(hf(hub, config | {"num_shared_experts": None})[1], hub)

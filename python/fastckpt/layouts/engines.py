@@ -296,6 +296,7 @@ _VLLM_0_32: dict[str, Served] = {
     "exaone4": _PLAIN,
     "cohere": Served(quantised=_FORMS, tied="embedding", everywhere=_ALL),
     "cohere2": Served(quantised=_FORMS, tied="embedding", everywhere=_ALL),
+    "cohere2_moe": Served((*_STACKS, *_SHARED), tied="embedding", everywhere=_ALL),
     "starcoder2": Served(),
     "phi": Served(),
     "nemotron": Served(),

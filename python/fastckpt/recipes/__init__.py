@@ -60,6 +60,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("exaone4", "olmo", "EXAONE 4: norms after each block, and on each head's q and k"),
     Family("cohere", "cohere", "Command R: blocks side by side, tied; norms for each head of q and k"),
     Family("cohere2", "cohere", "Command R7B, Command A: as Command R"),
+    Family("cohere2_moe", "cohere", "Command A+: as Command R7B, with experts"),
     Family("starcoder2", "ungated", "StarCoder2: no gate, biases, layer norms"),
     Family("phi", "ungated", "Phi 1, 1.5 and 2: no gate, biases, blocks side by side"),
     Family("nemotron", "ungated", "Nemotron: no gate, layer norms by 1 + weight"),
