@@ -322,6 +322,8 @@ MODELS: dict[str, tuple[str, dict]] = {
     "internlm3": ("Llama", _sizes(attention_bias=True, mlp_bias=True)),
     "cwm": ("Cwm", _sizes(rope_parameters=_PLAIN, sliding_window=64)),
     "helium": ("Helium", _sizes()),
+    "hyperclovax": ("HyperCLOVAX", _sizes(attention_multiplier=0.1)),
+    "hyperclovax-before": ("HyperCLOVAX", _sizes(use_post_norm=False, attention_multiplier=0.1)),
     "olmo": ("Olmo", _sizes(drop=("head_dim",))),
     "olmo2": ("Olmo2", _sizes(drop=("head_dim",))),
     "olmo3": ("Olmo3", _sizes(drop=("head_dim",))),

@@ -98,6 +98,8 @@ FAMILIES = {
     "helium": _family("Helium", (8, 4, 8), head_dim=8, attention_bias=True, mlp_bias=True),
     "stablelm": _family("StableLm", (8, 4, 8), use_qkv_bias=True),
     "stablelm-parallel": _family("StableLm", (8, 4, 8), use_parallel_residual=True),
+    "hyperclovax": _family("HyperCLOVAX", (8, 4, 12), head_dim=12, attention_bias=True, mlp_bias=True),
+    "hyperclovax-before": _family("HyperCLOVAX", (8, 4, 8), use_post_norm=False),
     "olmo": _family("Olmo", (8, 4, 8)),
     "olmo2": _family("Olmo2", (8, 4, 8), attention_bias=True),
     "olmo3": _family("Olmo3", (8, 4, 8)),

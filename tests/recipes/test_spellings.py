@@ -306,6 +306,16 @@ def test_layers_with_experts_by_every_key():
             hf(hub, config | changed)
 
 
+def test_norms_after_blocks_that_a_config_leaves_out():
+    config, hub, _ = families.made("hyperclovax")
+    same(hf(hub, {k: v for k, v in config.items() if k != "use_post_norm"})[1], hub)
+    with pytest.raises(RecipeError, match=r"no place for .*post_norm1\.weight"):
+        hf(hub, config | {"use_post_norm": False})
+    config, hub, _ = families.made("hyperclovax-before")
+    with pytest.raises(RecipeError, match=r"needs .*post_norm1\.weight"):
+        hf(hub, config | {"use_post_norm": None})
+
+
 def test_layers_with_an_indexer_by_every_key():
     config, hub, _ = families.made("glm_moe_dsa")
     assert config["indexer_types"] == ["full", "shared"]

@@ -289,6 +289,7 @@ _VLLM_0_32: dict[str, Served] = {
     "cwm": Served(),
     "helium": Served(),
     "stablelm": Served(everywhere=_ALL),
+    "hyperclovax": Served(),
     "minicpm3": Served(everywhere=_ALL),
     "olmo": Served(),
     "olmo2": _PLAIN,

@@ -52,6 +52,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("cwm", "llama", "CWM: as Llama"),
     Family("helium", "llama", "Helium: as Llama"),
     Family("stablelm", "llama", "StableLM: as Llama, layer norms"),
+    Family("hyperclovax", "llama", "HyperCLOVA X: as Llama, norms after each block too"),
     Family("minicpm3", "minicpm3", "MiniCPM 3: latent attention, no experts, tied"),
     Family("olmo", "olmo", "OLMo: as Llama, norms without weights"),
     Family("olmo2", "olmo", "OLMo 2: norms after each block, and on all of q and of k"),
