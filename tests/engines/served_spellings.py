@@ -35,7 +35,15 @@ SAID: dict[str, dict] = {
 }
 """name -> what the hub's config.json says besides, or otherwise than transformers' class."""
 
-INSIDE = ("gemma3", "llava", "llava_next", "llava_onevision", "llava_onevision-wide")
+INSIDE = (
+    "gemma3",
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "llava_onevision-wide",
+    "cohere2_vision",
+    "lfm2_vl",
+)
 """Models whose tower vLLM reads by the hub's older names alone, below `vision_model`."""
 
 

@@ -92,6 +92,9 @@ _CLIP = dict(
     patch_size=4,
 )  # fmt: skip
 _SIGLIP = _CLIP | dict(model_type="siglip_vision_model", vision_use_head=False)
+_SIGLIP2 = {k: v for k, v in _SIGLIP.items() if k != "image_size"} | dict(
+    model_type="siglip2_vision_model", num_patches=20
+)
 _PIXTRAL = _CLIP | dict(model_type="pixtral", head_dim=32)
 
 
@@ -521,6 +524,23 @@ MODELS: dict[str, tuple[str, dict]] = {
         _seeing(
             _CLIP | dict(image_size=[16, 16], patch_size=[4, 4]), text=dict(model_type="qwen2"),
             image_token_id=300, tie_word_embeddings=False,
+        ),
+    ),
+    "cohere2_vision": (
+        "Cohere2Vision",
+        _seeing(
+            _SIGLIP, text=dict(model_type="cohere2", tie_word_embeddings=True),
+            alignment_intermediate_size=384, image_token_id=300, tie_word_embeddings=True,
+        ),
+    ),
+    "lfm2_vl": (
+        "Lfm2Vl",
+        _seeing(
+            _SIGLIP2, projector_hidden_size=192, image_token_id=300, tie_word_embeddings=True,
+            text=dict(
+                _CONVOLVED, model_type="lfm2", intermediate_size=384, block_multiple_of=64, block_dim=128,
+                conv_dim=128, block_ff_dim=384, tie_word_embeddings=True,
+            ),
         ),
     ),
     "llama4": (

@@ -346,6 +346,9 @@ _CLIP = dict(
     patch_size=4,
 )  # fmt: skip
 _SIGLIP = _CLIP | dict(model_type="siglip_vision_model", vision_use_head=False)
+_SIGLIP2 = {k: v for k, v in _SIGLIP.items() if k != "image_size"} | dict(
+    model_type="siglip2_vision_model", num_patches=20
+)
 _PIXTRAL = _CLIP | dict(model_type="pixtral", head_dim=4)
 _GEMMA4_IMAGES = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -432,6 +435,23 @@ WRAPPERS = {
     "internvl": _seeing(
         "InternVL", _CLIP | dict(image_size=[16, 16], patch_size=[4, 4], attention_bias=True),
         dict(model_type="qwen2"),
+    ),
+    "cohere2_vision": _seeing(
+        "Cohere2Vision", _SIGLIP, dict(model_type="cohere2"), alignment_intermediate_size=112,
+        tie_word_embeddings=True,
+    ),
+    "lfm2_vl": _seeing(
+        "Lfm2Vl", _SIGLIP2,
+        dict(model_type="lfm2", intermediate_size=145, block_multiple_of=32, num_hidden_layers=3,
+             layer_types=["conv", "full_attention", "conv"]),
+        projector_hidden_size=40, tie_word_embeddings=True,
+    ),
+    "lfm2_vl-moe": _seeing(
+        "Lfm2Vl", _SIGLIP2,
+        dict(model_type="lfm2_moe", num_hidden_layers=3, num_dense_layers=1, num_experts=5,
+             num_experts_per_tok=2, moe_intermediate_size=24,
+             layer_types=["conv", "full_attention", "conv"]),
+        projector_hidden_size=40, projector_use_layernorm=False, tie_word_embeddings=True,
     ),
     "llama4-images": _seeing(
         "Llama4",

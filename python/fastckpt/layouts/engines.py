@@ -329,6 +329,8 @@ _VLLM_0_32: dict[str, Served] = {
     "llava_next": Served(),
     "llava_onevision": _PLAIN,
     "internvl": _PLAIN,
+    "cohere2_vision": Served(tied="embedding", everywhere=_ALL),
+    "lfm2_vl": Served(tied="always"),
     "llama4": Served((*_STACKS, *_SHARED)),
     "idefics3": Served(everywhere=None),  # vLLM has no stages of it, nor of the next
     "smolvlm": Served(everywhere=None),

@@ -151,6 +151,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("llava_next", "vision_language", "LLaVA-NeXT: likewise"),
     Family("llava_onevision", "vision_language", "LLaVA-OneVision: likewise"),
     Family("internvl", "vision_language", "InternVL in transformers' names: likewise, a tower of its own"),
+    Family("cohere2_vision", "vision_language", "Command A Vision: Command R7B's decoder beside SigLIP"),
+    Family("lfm2_vl", "vision_language", "LFM2-VL: LFM2 beside SigLIP 2"),
     Family("llama4", "vision_language", "Llama 4: its text model beside an image tower"),
     Family("paligemma", "vision_language", "PaliGemma: Gemma 1 or 2 beside SigLIP"),
     Family("idefics3", "vision_language", "Idefics 3: a text model beside a tower like SigLIP"),
