@@ -44,10 +44,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "model": CORE,
     # Sources never see models; recipes and layouts never see files; none of them sees a plan.
     "sources": (*CORE, "collector", "digest", "manifest", "pipeline"),
-    "recipes": PLAIN,
+    "recipes": (*PLAIN, "schemes"),
     "layouts": (*PLAIN, "finishes"),
     "nowhere": CORE,
-    "lowrank": (*CORE, "nowhere"),
+    "lowrank": (*CORE, "native", "nowhere"),
     "finishes": (*CORE, "nowhere"),
     # The table: rows of copies, bound and cut.
     "copies": CORE,
@@ -204,7 +204,7 @@ MAY_IMPORT["__main__"] = ("cli",)
 
 WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "sources": (
-        ("options", "inert", "zero_layout", "samples", "steps", "ranks"),
+        ("options", "inert", "zero_layout", "samples", "steps", "ranks", "patterns"),
         ("assembly", "picklemachine", "plain", "zipentries"),
         # torch files: zip and pickle below, tensors above
         ("torchzip", "inertpickle"),
@@ -253,8 +253,8 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "manager": (
         ("__init__", "coordination", "state_tree", "pieces", "commits", "metadata", "job", "uploaders"),
-        ("policies", "saving", "remote", "standing", "reporting", "template_check"),
-        ("opened", "retention"),
+        ("policies", "saving", "remote", "standing", "reporting", "template_check", "sigterm"),
+        ("opened", "retention", "background"),
         ("loading", "publishing"),
         ("resuming",),
         ("manager",),

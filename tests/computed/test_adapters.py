@@ -413,6 +413,12 @@ REFUSED = [
     (dict(r=0), "r 0: wanted a positive number"),
     (dict(lora_alpha="6"), "lora_alpha '6': wanted a positive number"),
     (dict(rank_pattern={"(": 4}), "no regular expression"),
+    (dict(rank_pattern={"(([a-z._0-9]*)*)*X": 4}), "at most 2 groups and 2 repeats, none of a group, are"),
+    (dict(rank_pattern={"([a-z]|.)([a-z]|.)([a-z]|.)X": 4}), "is not read: characters"),
+    (dict(alpha_pattern={"a?" * 30: 4}), "is not read: characters"),
+    (dict(r=4.5), "has rank 4, the config says 4.5"),
+    (dict(use_rslora="false"), "use_rslora 'false': wanted true or false"),
+    (dict(fan_in_fan_out=0), "fan_in_fan_out 0: wanted true or false"),
     (dict(rank_pattern=[4]), "wanted patterns and numbers"),
     (dict(fan_in_fan_out=True), "does not fit"),
 ]

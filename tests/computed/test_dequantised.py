@@ -142,6 +142,10 @@ def test_a_last_group_may_be_short(inputs):
         state | {"c.g_idx": group.int()}, layout="same", quant="none", dtype="float32", config=config
     )
     same(got, {"c.weight": want})
+    config["quantization_config"]["format"] = "gptq_v2"  # zero points are stored as they are
+    state["c.qzeros"] = sum(zeros[:, k::8].int() << (4 * k) for k in range(8)).int()
+    (got,) = fastckpt.reshard(state, layout="same", quant="none", dtype="float32", config=config)
+    same(got, {"c.weight": want})
 
 
 def test_recurrent_weights_and_scales_of_inputs():
@@ -193,6 +197,11 @@ def test_compressed_tensors_of_other_kinds():
 
 
 _UNEVEN = {"config_groups": {"group_0": {"weights": {"num_bits": 4, "symmetric": False}}}}
+_GPTQ = {
+    "a.qweight": torch.zeros(1, 8, dtype=torch.int32), "a.qzeros": torch.zeros(1, 1, dtype=torch.int32),
+    "a.scales": torch.ones(1, 8),
+}  # fmt: skip
+_FP8 = {"a.weight": torch.zeros(200, 200).to(torch.float8_e4m3fn), "a.weight_scale_inv": torch.ones(2, 2)}
 _PACKED = {"a.weight_packed": torch.zeros(8, 1, dtype=torch.int32), "a.weight_scale": torch.ones(8, 1)}
 
 REFUSED = {
@@ -224,16 +233,25 @@ REFUSED = {
         {"a.weight": torch.zeros(4, 8, dtype=torch.int8), "a.weight_scale": torch.ones(1)}, _UNEVEN,
         "weight_zero_point is not there",
     ),
-    "order missing": (
-        {"a.qweight": torch.zeros(1, 8, dtype=torch.int32), "a.qzeros": torch.zeros(1, 1, dtype=torch.int32),
-         "a.scales": torch.ones(1, 8)}, {"quant_method": "gptq", "desc_act": True}, "g_idx is not there",
+    "order missing": (_GPTQ, {"quant_method": "gptq", "desc_act": True}, "g_idx is not there"),
+    "form": (_GPTQ, {"quant_method": "gptq", "format": "marlin"}, "checkpoint_format 'marlin'"),
+    "forms": (
+        _GPTQ, {"quant_method": "gptq", "checkpoint_format": "gptq", "format": "gptq_v2"},
+        "checkpoint_format 'gptq and gptq_v2'",
     ),
+    "AWQ's form": (
+        {"a.qweight": torch.zeros(8, 1, dtype=torch.int32), "a.qzeros": torch.zeros(1, 1, dtype=torch.int32),
+         "a.scales": torch.ones(1, 8)}, {"quant_method": "awq", "format": "gemv"}, "version 'gemv'",
+    ),
+    "blocks": (_FP8, {"quant_method": "fp8", "weight_block_size": [100.0, 100.0]}, r"blocks of \[100.0, 100"),
+    "turned": (_FP8, {"transform_config": {"config_groups": {"R1": {}}}}, "turned weights"),
+    "bits of values": (_PACKED, {}, "says of how many bits"),
     "shape": (
         _PACKED | {"a.weight_shape": torch.tensor([8, 8], dtype=torch.int16)}, {}, "weight_shape: got int16",
     ),
     "order": (
         {"a.weight_packed": torch.zeros(8, 1, dtype=torch.int32), "a.weight_scale": torch.ones(8, 1),
-         "a.weight_g_idx": torch.zeros(8)}, {}, "reordered",
+         "a.weight_g_idx": torch.zeros(8), "a.weight_shape": torch.tensor([8, 8])}, {}, "reordered",
     ),
 }  # fmt: skip
 

@@ -325,9 +325,12 @@ def test_groups_that_ranks_would_share_are_refused():
 NOT_READ = [
     {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True},
     {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemv"},
+    {"quant_method": "awq", "bits": 4, "group_size": 16, "format": "gemv"},
     {"quant_method": "awq", "bits": 3, "group_size": 16},
+    {"quant_method": "gptq", "bits": 4, "group_size": 16, "checkpoint_format": "gptq", "format": "gptq_v2"},
     {"quant_method": "bitsandbytes"},
     {"quant_method": "compressed-tensors", "config_groups": {}},
+    quantised.integers() | {"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}},
     {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": {}}},
     {"quant_method": "fp8", "weight_block_size": [128]},
 ]

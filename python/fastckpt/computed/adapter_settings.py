@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..checkpoint import JSON
 from ..errors import SourceError
 from ..sources import peft
+from ..sources.patterns import compiled
 
 READ = frozenset(
     ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
@@ -34,19 +34,22 @@ PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights that leave the base as it was; others train against a changed base."""
 
 
+Patterns = tuple[tuple[re.Pattern[str], float], ...]
+"""Which modules' names end with what, and their values."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What an adapter's config says. `path`: its file; `ranks`, `alphas`: pattern -> value, for modules with
-    values of their own; `flipped`: weights are stored [inputs, outputs]; `start`: init_lora_weights;
-    `biases`: the base's biases were trained too; `parameters`: ends of names of parameters that were adapted,
-    beside modules."""
+    """What an adapter's config says. `path`: its file; `ranks`, `alphas`: of modules with values of their
+    own; `flipped`: weights are stored [inputs, outputs]; `start`: init_lora_weights; `biases`: the base's
+    biases were trained too; `parameters`: ends of names of parameters that were adapted, beside modules."""
 
     path: str
-    rank: int
+    rank: float
     alpha: float
     rslora: bool
-    ranks: Mapping[str, float]
-    alphas: Mapping[str, float]
+    ranks: Patterns
+    alphas: Patterns
     flipped: bool
     start: JSON
     biases: bool
@@ -65,12 +68,12 @@ class Settings:
                 )
         return Settings(
             path=path,
-            rank=int(_number(path, "r", said.get("r"))),
+            rank=_number(path, "r", said.get("r")),
             alpha=_number(path, "lora_alpha", said.get("lora_alpha")),
-            rslora=bool(said.get("use_rslora")),
+            rslora=_flag(path, "use_rslora", said.get("use_rslora")),
             ranks=_numbers(path, "rank_pattern", said.get("rank_pattern")),
             alphas=_numbers(path, "alpha_pattern", said.get("alpha_pattern")),
-            flipped=bool(said.get("fan_in_fan_out")),
+            flipped=_flag(path, "fan_in_fan_out", said.get("fan_in_fan_out")),
             start=said.get("init_lora_weights"),
             biases=said.get("bias") not in (None, "none"),
             parameters=_names(path, "target_parameters", said.get("target_parameters")),
@@ -79,21 +82,25 @@ class Settings:
     def scale(self, module: str, rank: int) -> float:
         """What a product is multiplied by, of a module or a parameter. Raises SourceError where its rank is
         not the config's."""
-        wanted = self._own(self.ranks, module, self.rank)
+        wanted = _own(self.ranks, module, self.rank)
         if rank != wanted:
             raise SourceError(f"{self.path}: {module} has rank {rank}, the config says {wanted:g}")
-        return self._own(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+        return _own(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
     def targets(self, name: str) -> bool:
         """Whether a tensor of the base is one of `parameters`."""
         return any(f".{name}".endswith(f".{end}") for end in self.parameters)
 
-    def _own(self, patterns: Mapping[str, float], module: str, default: float) -> float:
-        """The value of the first pattern that a module's name ends with (peft's get_pattern_key)."""
-        try:
-            return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), default)
-        except re.error as e:
-            raise SourceError(f"{self.path}: a pattern is no regular expression: {e}") from None
+
+def _own(patterns: Patterns, module: str, default: float) -> float:
+    """The value of the first pattern that a module's name ends with (peft's get_pattern_key)."""
+    return next((value for pattern, value in patterns if pattern.match(module)), default)
+
+
+def _flag(path: str, key: str, value: JSON) -> bool:
+    if not isinstance(value, bool | None):
+        raise SourceError(f"{path}: {key} {value!r:.80}: wanted true or false")
+    return value is True
 
 
 def _number(path: str, key: str, value: JSON) -> float:
@@ -109,7 +116,10 @@ def _names(path: str, key: str, value: JSON) -> tuple[str, ...]:
     return (*names,)
 
 
-def _numbers(path: str, key: str, value: JSON) -> dict[str, float]:
+def _numbers(path: str, key: str, value: JSON) -> Patterns:
     if not isinstance(value, dict | None):
-        raise SourceError(f"{path}: {key} {value!r}: wanted patterns and numbers")
-    return {k: _number(path, f"{key}[{k!r}]", v) for k, v in (value or {}).items()}
+        raise SourceError(f"{path}: {key} {value!r:.80}: wanted patterns and numbers")
+    return tuple(
+        (compiled(k, f"{path}: {key}", r"(.*\.)?(", ")$"), _number(path, f"{key}[{k!r}]", v))
+        for k, v in (value or {}).items()
+    )

@@ -20,7 +20,7 @@ from ..dtypes import DType, exact
 from ..errors import LayoutError, SourceError
 from ..extents import Extents
 from ..quantisation.rounding import DENSE
-from ..quantisation.schemes import Packed
+from ..quantisation.schemes import Packed, said_form
 from ..quantisation.unrounding import Elements, per_element, unpacked, unrounded
 from ..views import View
 from .finishes import Read
@@ -138,7 +138,8 @@ def plain(
         if p.scales.dtype not in DENSE:
             read = ", ".join(d.name for d in DENSE)
             raise SourceError(f"{p.name}: scales of {p.scales.dtype} are not read, only of {read}")
-    dense = dtype or _named(told) or dtypes.bfloat16
+    named = dtypes.of_config(told or {})  # which may be fp8, as what is quantised is stored
+    dense = dtype or (named if named in DENSE else dtypes.bfloat16)
     first = len(ckpt.extents)
     made = (nowhere(p, p.shape, dtypes.float32, p.name) for p in found.values())
     extents = Extents((*ckpt.extents, *made))
@@ -160,15 +161,6 @@ def plain(
 
 def _dense(extents: Extents, at: int, shape: tuple[int, int], dtype: DType) -> Callable[[], View]:
     return lambda: pitched(extents, at, dtypes.float32, shape).cast(dtype)
-
-
-def _named(config: Mapping[str, JSON] | None) -> DType | None:
-    """The float dtype that a config names."""
-    for key in ("dtype", "torch_dtype"):
-        said = (config or {}).get(key)
-        if isinstance(said, str) and said in ("float32", "bfloat16", "float16"):
-            return dtypes.dtype(said)
-    return None
 
 
 BEHIND = ("", "_scale_inv", "_scale", "_zero_point", "_packed", "_shape")
@@ -227,6 +219,8 @@ def _names(ckpt: Checkpoint, name: str) -> Iterator[str]:
 def _found(ckpt: Checkpoint, said: Mapping[str, JSON]) -> Iterator[Parts]:
     """The quantised matrices, found by the names of their tensors; `said`: config's quantization_config."""
     method = said.get("quant_method")
+    if said.get("transform_config"):
+        raise SourceError(f"{ckpt.path}: quant none: a transform_config, of turned weights, is not read")
     if method is not None and method not in KNOWN:
         raise SourceError(f"{ckpt.path}: quant none: {instead({'quantization_config': {**said}})[2:]}")
     for name, entry in ckpt.entries.items():
@@ -312,10 +306,15 @@ def _shifted(ckpt: Checkpoint, name: str, said: Mapping[str, JSON]) -> bool:
 
 def _block(said: Mapping[str, JSON], inverse: bool) -> tuple[int, int] | None:
     """The block of a config: DeepSeek's, or compressed-tensors'; else DeepSeek's names mean 128 x 128."""
-    match said.get("weight_block_size", _weights(said).get("block_structure")):
+    told = said.get("weight_block_size")
+    if told is None:
+        told = _weights(said).get("block_structure")
+    match told:
+        case None:
+            return (128, 128) if inverse else None
         case [int(down), int(across)] if down > 0 and across > 0:
             return down, across
-    return (128, 128) if inverse else None
+    raise SourceError(f"quantization_config: blocks of {told!r:.80}: wanted two numbers above 0")
 
 
 def _weights(said: Mapping[str, JSON]) -> dict[str, JSON]:
@@ -351,7 +350,10 @@ def _pack_quantized(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> Pa
         raise SourceError(
             f"{name}_packed: {values.dtype} of shape {values.shape} is not read, only int32 [.., ..]"
         )
-    bits = _bits(name, _weights(said).get("num_bits", 4))
+    told = _weights(said).get("num_bits")
+    if told is None and f"{name}_shape" not in ckpt.entries:
+        raise SourceError(f"{name}: neither a config nor {name}_shape says of how many bits its values are")
+    bits = _bits(name, 4 if told is None else told)  # which its shape, where it is read, must bear out
     shape = (values.shape[0], values.shape[1] * (32 // bits))
     scales, shared = _grid(name, _view(ckpt, f"{name}_scale"), shape, None, said)
     zeros = None
@@ -387,16 +389,15 @@ def _by_groups(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> Parts:
     dense = Parts(name, (outputs, inputs), values, scales, (1, each), zeros, packed, bits, turned=True)
     if method == "gptq":
         return _gptq(ckpt, stem, said, dense)
-    if bits != 4 or str(said.get("version", "gemm")).lower() != "gemm":
-        raise SourceError(
-            f"{name}: AWQ of {bits} bits, version {said.get('version')!r}; only 4, gemm is read"
-        )
+    form = said_form(said, "version") or "gemm"
+    if bits != 4 or form != "gemm":
+        raise SourceError(f"{name}: AWQ of {bits} bits, version {form!r}; only 4, gemm is read")
     return dense
 
 
 def _gptq(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON], dense: Parts) -> Parts:
     """With how GPTQ's format offsets zero points, and the group of each input where the files say it."""
-    form = str(said.get("checkpoint_format", "gptq"))
+    form = said_form(said, "checkpoint_format") or "gptq"
     if form not in ("gptq", "gptq_v2"):
         raise SourceError(f"{dense.name}: checkpoint_format {form!r}; only gptq and gptq_v2 are read")
     group = None

@@ -19,6 +19,8 @@ import xxhash
 
 from ..checkpoint import JSON, Checkpoint
 from ..dtypes import DTYPES
+from ..errors import WriteError
+from ..extents import unexpanded
 from ..placement import Placement
 from ..quantisation.quantised_targets import Quantised
 from ..quantisation.schemes import Scheme
@@ -45,13 +47,20 @@ class Compiled:
 
 
 def folder() -> str | None:
-    """Where plans are kept: $FASTCKPT_CACHE, else the user's cache directory; None for nowhere: "off", or a
-    user without a home."""
+    """Where plans are kept: $FASTCKPT_CACHE, else below the user's cache directory; None for nowhere: "off",
+    or a user without a home. Raises WriteError for a $FASTCKPT_CACHE that begins with ~."""
     told = os.environ.get("FASTCKPT_CACHE")
-    if told is not None:
-        return None if told in ("", "0", "off") else told
+    if told is None:
+        return user_cache("plans")
+    if said := unexpanded(told):
+        raise WriteError(f"FASTCKPT_CACHE={told}: begins with ~{said}; write it out, or ./~")
+    return None if told in ("", "0", "off") else told
+
+
+def user_cache(*within: str) -> str | None:
+    """A path in fastckpt's part of the user's cache directory; None for a user who has none."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(home, "fastckpt", "plans") if os.path.isabs(home) else None
+    return os.path.join(home, "fastckpt", *within) if os.path.isabs(home) else None
 
 
 def digest(told: JSON) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -253,3 +253,10 @@ class Quant:
 def tower(name: str) -> str:
     """The module of TOWERS that a tensor or module is in, "" where it is in none."""
     return next((part for part in name.split(".") if part in TOWERS), "")
+
+
+def said_form(said: Mapping[str, object], older: str) -> str | None:
+    """What a quantization_config calls the form of AWQ's or GPTQ's integers, under an `older` key or "format"
+    (transformers 5, GPTQConfig and AwqConfig); both, where the two differ; None where it says nothing."""
+    told = {str(said[key]).lower(): key for key in (older, "format") if said.get(key) is not None}
+    return " and ".join(told) or None

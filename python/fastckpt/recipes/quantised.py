@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from ..checkpoint import JSON
 from ..errors import RecipeError
+from ..quantisation.schemes import said_form
 
 Form = Literal["matrix", "transposed", "vector", "scalar"]
 
@@ -87,7 +88,7 @@ def _fp8(said: Mapping[str, JSON]) -> Quantised:
 
 def _compressed(said: Mapping[str, JSON]) -> Quantised:
     groups = said.get("config_groups")
-    if not isinstance(groups, dict):
+    if not isinstance(groups, dict) or said.get("transform_config"):  # of turned weights
         raise _unread(said)
     weights = [g.get("weights") if isinstance(g, dict) else None for g in groups.values()]
     first = weights[0] if weights else None
@@ -138,7 +139,7 @@ def _zeros(each: int, group: int) -> Kind:
 
 def _awq(said: Mapping[str, JSON]) -> Quantised:
     each, group = _packing(said, said.get("bits"), said.get("group_size"))
-    if str(said.get("version", "gemm")).lower() != "gemm" or said.get("zero_point", True) is not True:
+    if said_form(said, "version") not in (None, "gemm") or said.get("zero_point", True) is not True:
         raise _unread(said)
     beside = _zeros(each, group), Kind("scales", (1, group), ("transposed",))
     return Quantised(beside, "qweight", (each, 1), True)
@@ -146,7 +147,8 @@ def _awq(said: Mapping[str, JSON]) -> Quantised:
 
 def _gptq(said: Mapping[str, JSON]) -> Quantised:
     each, group = _packing(said, said.get("bits"), said.get("group_size"))
-    if said.get("desc_act") is True or said.get("checkpoint_format", "gptq") not in ("gptq", "gptq_v2"):
+    known = said_form(said, "checkpoint_format") in (None, "gptq", "gptq_v2")
+    if said.get("desc_act") is True or not known:
         raise _unread(said)
     beside = (
         _zeros(each, group),

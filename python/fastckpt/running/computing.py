@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from .. import dtypes
 from ..computed.dequantised import Parts
 from ..computed.finishes import Agreed, Each, Largest, Requantised
-from ..computed.lowrank import LowRank, added
+from ..computed.lowrank import LowRank, add
 from ..computed.nowhere import Floats, computed, elements, runs
 from ..computed.prequantised import Elements, Matrix, Part
 from ..extents import Buffer, Extents, File
@@ -108,12 +108,11 @@ class ComputingLane:
         if isinstance(matrix, Part):
             box = _picked(lambda *at: matrix.box(self, *at), down, across)
         elif isinstance(matrix, LowRank):
-            box = added(
-                _picked(self._of(matrix.base), down, across),
-                _picked(self._of(matrix.left), down, np.arange(matrix.left.shape[1])),
-                _picked(self._of(matrix.right), np.arange(matrix.right.shape[0]), across),
-                matrix.scale,
-            )
+            rank = np.arange(matrix.right.shape[0])
+            left = _picked(self._of(matrix.left), down, rank)
+            right = _picked(self._of(matrix.right), rank, across)
+            box = base = _picked(self._of(matrix.base), down, across)
+            add(base, left, right, matrix.scale)
         elif isinstance(matrix, Parts):
             parts, wanted = matrix, dtypes.DTYPES[int(row["dst_dtype"][0])]
             box = _picked(lambda *at: parts.box(self.dense, wanted, *at), down, across)

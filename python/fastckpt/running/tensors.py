@@ -26,14 +26,18 @@ def allocate(planned: Plan, device: str = "cpu") -> tuple[list[State], list[Buff
     states: list[State] = [{} for _ in planned.ranks]
     buffers = []
     for t in planned.tensors:
-        try:
-            made = torch.empty(t.shape, dtype=torch_dtype(t.dtype), device=device)
-        except RuntimeError as e:  # what main memory has no room for is no OutOfMemoryError
-            needed = f"the outputs need {planned.output_bytes} bytes"
-            raise DeviceError(f"{device}: no memory for {t.name}: {needed}; {e}") from None
+        made = _fresh(t.name, t.shape, torch_dtype(t.dtype), device, planned.output_bytes)
         states[t.file][t.name] = made
         buffers.append(buffer(made))
     return states, buffers
+
+
+def _fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, needed: int) -> torch.Tensor:
+    """A tensor whose values are not set; `needed`: bytes of all that are made with it. Raises DeviceError."""
+    try:
+        return torch.empty(shape, dtype=dtype, device=device)
+    except RuntimeError as e:  # what main memory has no room for is no OutOfMemoryError
+        raise DeviceError(f"{device}: no memory for {name}: the outputs need {needed} bytes; {e}") from None
 
 
 def matched(planned: Plan, out: Sequence[Mapping[str, torch.Tensor]], device: str = "cpu") -> list[Buffer]:
@@ -163,9 +167,12 @@ def apart(state: Mapping[str, torch.Tensor], made: set[str], aliases: Mapping[st
 
 
 def made_real(state: Mapping[str, torch.Tensor], device: str = "cpu") -> State:
-    """Dense tensors to fill, one for each: the module's own memory, or on `device` where it is on meta."""
+    """Dense tensors to fill, one for each: the module's own memory, or on `device` where it is on meta.
+
+    Raises DeviceError where the device has too little memory."""
+    needed = sum(t.nbytes for t in state.values() if t.is_meta)
     return {
-        name: torch.empty(t.shape, dtype=t.dtype, device=device) if t.is_meta else t.detach()
+        name: _fresh(name, tuple(t.shape), t.dtype, device, needed) if t.is_meta else t.detach()
         for name, t in state.items()
     }
 

@@ -18,7 +18,8 @@ __all__ = ["SOURCES", "Options", "Source", "format_of", "open", "strip_prefix"]
 
 
 class Source(Protocol):
-    """One on-disk format: `matches` looks at names only, `read` reads headers and raises SourceError."""
+    """One on-disk format. `matches` looks at names, or at a file's first bytes; `read` reads headers and
+    raises SourceError."""
 
     def matches(self, path: str) -> bool: ...
 
@@ -97,7 +98,7 @@ def open(
 
 
 def format_of(path: str | os.PathLike[str]) -> str | None:
-    """The module of SOURCES that reads what is at `path`, by names only; None: none of them does."""
+    """The module of SOURCES that reads what is at `path`, as `matches` says; None: none of them does."""
     where = os.fspath(path)
     return next((n for n, s in zip(SOURCES, _sources(), strict=True) if s.matches(where)), None)
 

@@ -14,6 +14,7 @@ from itertools import accumulate
 
 from ..errors import SourceError
 from ..views import dense_strides
+from .patterns import compiled
 from .plain import integers, listing, mapping
 from .zero_layout import Shape
 
@@ -30,11 +31,6 @@ KNOWN = {
     *LISTS, SUBS, UNSUPPORTED, WIDTHS, AFFINE,
     "universal_checkpoint_version", "original_vocab_size", "padded_vocab_size",
 }  # fmt: skip
-
-_ATOM = r"(?:[\w/:@#,;=~ -]|\\[^\w\s]|\\[dw]|\.)"
-_PATTERN = re.compile(rf"\^?(?:{_ATOM}[+*]?)*\$?")
-REPEATS = 2
-"""The most repeats of a pattern, since one that fails is tried at every place of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,12 +231,7 @@ class _Patterns:
             if text == _spelt(plain):
                 exact.add(text)
                 continue
-            if _PATTERN.fullmatch(text) is None or len(re.findall(r"(?<!\\)[+*]", text)) > REPEATS:
-                raise SourceError(
-                    f"{where}: pattern {text!r:.80} is not read: characters, `.`, `\\d`, `\\w` and at most "
-                    f"{REPEATS} repeats are"
-                )
-            others.append(re.compile(text))
+            others.append(compiled(text, where))
         return _Patterns(frozenset(exact), tuple(others))
 
     def matching(self, name: str) -> list[str]:
