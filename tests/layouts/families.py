@@ -382,7 +382,9 @@ WRAPPERS = {
                       shared_expert_intermediate_size=96),
     ),
     "glm4v": _seeing("Glm4v", _TOWER | dict(image_size=16)),
-    "glm4v_moe": _seeing("Glm4vMoe", _TOWER | dict(image_size=16), _ROUTED),
+    "glm4v_moe": _seeing(
+        "Glm4vMoe", _TOWER | dict(image_size=16), _ROUTED | dict(moe_intermediate_size=32)
+    ),
     "gemma3-images": _seeing("Gemma3", _SIGLIP, dict(head_dim=8), tie_word_embeddings=True),
     "gemma4": _seeing(
         "Gemma4", _GEMMA4_IMAGES, _GEMMA4 | dict(num_kv_shared_layers=2), tie_word_embeddings=True,
