@@ -324,6 +324,7 @@ def load_into(
     if rank is None and grid.world > 1:
         raise LayoutError(f"load_into: a module is one rank's; say which of the {grid.world} ranks (rank=)")
     held = tensors.held(module)
+    tensors.refuse_copies(module, held)
     if strict and (unmade := tensors.left_on_meta(module, held)):
         raise LayoutError(
             f"load_into: {unmade[0]} is a buffer on the meta device that checkpoints do not hold "
