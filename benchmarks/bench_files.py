@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import fastckpt
+import inputs
 import peers
 import pytest
 import torch
@@ -62,10 +63,20 @@ class Job:
 class Road:
     """reshard of an opened checkpoint to bf16 TP files in a new directory, with its phases."""
 
-    def __init__(self, of: Input, out: Path, threads: int, *, durable: bool, finite: bool = False) -> None:
+    def __init__(
+        self,
+        of: Input,
+        out: Path,
+        threads: int,
+        *,
+        durable: bool,
+        finite: bool = False,
+        adapter: Path | None = None,
+    ) -> None:
         self.opened = fastckpt.open(of.path)
         self.job = Job.of(of)
         self.out, self.threads, self.durable, self.finite = out, threads, durable, finite
+        self.adapter = adapter
         self.told: dict[str, float | str] = {"input": of.origin}
 
     def clear(self) -> None:
@@ -74,7 +85,7 @@ class Road:
     def __call__(self) -> None:
         report = fastckpt.reshard(
             self.opened, self.job.tp, layout=self.job.layout, dtype="bfloat16", out=self.out,
-            durable=self.durable, threads=self.threads, allow_nonfinite=not self.finite,
+            durable=self.durable, threads=self.threads, allow_nonfinite=not self.finite, adapter=self.adapter,
         )  # fmt: skip
         phases = {name: seconds for name, seconds in report.phases.items()}
         self.told |= {f"{name}_s": min(s, float(self.told.get(f"{name}_s", s))) for name, s in phases.items()}
@@ -149,6 +160,22 @@ def bench_durable(bench: Bench, either: Input, work: Path, threads: int) -> None
         rounds=7,
         told=road.told,
     )
+
+
+def bench_adapter(bench: Bench, large: Input, work: Path, threads: int) -> None:
+    """An adapter on every matrix of the layers, merged on the way, over the same run without it; no fsync."""
+    adapter = inputs.adapter(work / "adapter", large)
+    plain = Road(large, work / "plain", threads, durable=False)
+    merging = Road(large, work / "merged", threads, durable=False, adapter=adapter)
+    bench.measure(
+        Figure(
+            f"{merging.job.files}, bf16, warm, an adapter of rank {inputs.RANK} merged / without it",
+            large.shape, "of the run without", of_floor,
+        ),
+        merging.step,
+        [Step("without it", plain, plain.clear, plain.clear)],
+        rounds=5, told=merging.told,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
+import fastckpt
 import numpy as np
 import torch
 from fastckpt.checkpoint import Checkpoint, Single
@@ -26,11 +27,14 @@ from fastckpt.extents import Extent, Extents, File
 from fastckpt.stored import runs, strided
 from fastckpt.views import View
 from real import make_zero
+from safetensors.torch import save_file
 from torch import nn
 from zero_writer import write_zero
 
 WORLD = 2
 NAME = "llama-bench"
+RANK = 16
+"""Of adapters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,27 @@ def large(folder: Path, nbytes: int, deepspeed: str | None) -> Input:
     total = sum(math.prod(s) * 4 for s in count.values())
     origin = f"DeepSpeed {deepspeed}" if deepspeed else "DeepSpeed's formulas"
     return Input(str(path), f"large: {len(count)} tensors, {_size(total)}", origin, total)
+
+
+def adapter(folder: Path, of: Input) -> Path:
+    """A PEFT adapter of rank RANK on every matrix of the layers of a llama, in `folder`."""
+    tensors = {}
+    for name, entry in fastckpt.open(of.path).entries.items():
+        if ".layers." in name and len(entry.shape) == 2:
+            thin = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{thin}.lora_A.weight"] = torch.randn(RANK, entry.shape[1])
+            tensors[f"{thin}.lora_B.weight"] = torch.randn(entry.shape[0], RANK) * 0.01
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    told = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": 2 * RANK,
+        "target_modules": "all-linear",
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    return folder
 
 
 def sharded(folder: Path, nbytes: int) -> Input:

@@ -85,6 +85,18 @@ struct Dequant {
     char* out;
 };
 
+// A matrix and a product of two thin ones (lowrank.h): base += scale * left @ right, summed in the order of the rank in
+// float64, then rounded once.
+// `base`: rows x columns, row after row.
+// `left`: rows x rank, `right`: rank x columns; all are values of fp32, so that a product of two is exact.
+struct LowRank {
+    float* base;
+    const double* left;
+    const double* right;
+    size_t rows, rank, columns;
+    double scale;
+};
+
 struct Kernels {
     Pair pairs[DTYPES][DTYPES];  // [source][destination]
     // XXH3-64 of more than 240 bytes, seed 0.
@@ -95,6 +107,8 @@ struct Kernels {
     bool (*quantise)(const Quant& q);
     // Dequantises.
     void (*dequantise)(const Dequant& q);
+    // Adds a product of thin matrices.
+    void (*add_low_rank)(const LowRank& q);
     // The largest magnitude of each row of fp32, bf16 or fp16; not finite where a value is not.
     void (*row_amax)(float* out, const char* src, size_t rows, size_t columns, Dtype dtype);
 };

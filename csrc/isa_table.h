@@ -4,6 +4,7 @@
 #include "dequant.h"
 #include "digest_long.h"
 #include "isa.h"
+#include "lowrank.h"
 #include "quant.h"
 #include "tiles.h"
 
@@ -47,6 +48,7 @@ Kernels make_kernels() {
     k.nonfinite = count_nonfinite;
     k.quantise = quantise;
     k.dequantise = dequantise;
+    k.add_low_rank = add_low_rank;
     k.row_amax = row_amax;
     return k;
 }

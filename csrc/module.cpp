@@ -186,6 +186,20 @@ void py_dequantise(const py::object& values, int kind, size_t rows, size_t colum
     kernels(isa).dequantise(q);
 }
 
+void py_add_low_rank(const py::object& base, const py::object& left, const py::object& right, size_t rows, size_t rank,
+                     size_t columns, double scale, int isa) {
+    Held b(base, true), l(left), r(right);
+    check_dense("add_low_rank", b.nbytes(), FLOAT32, rows, columns);
+    const size_t beside = l.count<double>("left"), below = r.count<double>("right");
+    if (beside / rows != rank || beside % rows != 0 || below / columns != rank || below % columns != 0)
+        throw std::invalid_argument("add_low_rank: " + std::to_string(beside) + " and " + std::to_string(below) +
+                                    " values are not " + std::to_string(rows) + " x " + std::to_string(rank) + " and " +
+                                    std::to_string(rank) + " x " + std::to_string(columns));
+    const LowRank q{b.items<float>(), l.items<double>(), r.items<double>(), rows, rank, columns, scale};
+    py::gil_scoped_release free;
+    kernels(isa).add_low_rank(q);
+}
+
 void py_row_amax(const py::object& dense, int code, size_t rows, size_t columns, const py::object& out, int isa) {
     Held d(dense), o(out, true);
     check_dense("row_amax", d.nbytes(), code, rows, columns);
@@ -376,6 +390,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("dequantise", py_dequantise, py::arg("values"), py::arg("kind"), py::arg("rows"), py::arg("columns"), py::arg("scales"),
           py::arg("zeros"), py::arg("row"), py::arg("group"), py::arg("first"), py::arg("offset"), py::arg("dtype_code"), py::arg("out"),
           py::arg("isa") = -1);
+    m.def("add_low_rank", py_add_low_rank, py::arg("base"), py::arg("left"), py::arg("right"), py::arg("rows"), py::arg("rank"),
+          py::arg("columns"), py::arg("scale"), py::arg("isa") = -1);
     m.def("row_amax", py_row_amax, py::arg("dense"), py::arg("dtype_code"), py::arg("rows"), py::arg("columns"), py::arg("out"),
           py::arg("isa") = -1);
 

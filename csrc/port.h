@@ -31,6 +31,8 @@ constexpr size_t BLOCK = LANES * 4;
 typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef double Doubles __attribute__((vector_size(LANES * 4)));
+typedef float Singles __attribute__((vector_size(LANES * 2)));  // as many as Doubles has
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 typedef uint8_t Quarters __attribute__((vector_size(LANES)));
 template <> struct FloatOf<Words> { using type = Floats; using integer = Ints; };
@@ -198,6 +200,17 @@ FASTCKPT_INLINE Floats fused_less(Floats a, Floats b, Floats c) {
     return (Floats)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
     return fused(-a, b, c);
+#endif
+}
+
+// a * b + c, where no a * b needs rounding.
+FASTCKPT_INLINE Doubles exact_product_added(Doubles a, Doubles b, Doubles c) {
+#if defined(__AVX512BW__)
+    return (Doubles)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return (Doubles)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+    return a * b + c;
 #endif
 }
 

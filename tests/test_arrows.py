@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "recipes": (*PLAIN, "schemes"),
     "layouts": (*PLAIN, "finishes"),
     "nowhere": CORE,
-    "lowrank": (*CORE, "nowhere"),
+    "lowrank": (*CORE, "native", "nowhere"),
     "finishes": (*CORE, "nowhere"),
     # The table: rows of copies, bound and cut.
     "copies": CORE,
@@ -207,7 +207,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("options", "inert", "zero_layout", "samples", "steps", "ranks", "patterns"),
         ("assembly", "picklemachine", "plain", "zipentries"),
         # torch files: zip and pickle below, tensors above
-        ("torchzip", "inertpickle"),
+        ("torchzip", "inertpickle", "zero_autoep"),
         ("torchpickle",),
         ("torchfile",),
         ("torchtensors", "distributed", "zero_state", "zero_files", "dcp_metadata", "ties"),
@@ -253,8 +253,8 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "manager": (
         ("__init__", "coordination", "state_tree", "pieces", "commits", "metadata", "job", "uploaders"),
-        ("policies", "saving", "remote", "standing", "reporting", "template_check"),
-        ("opened", "retention"),
+        ("policies", "saving", "remote", "standing", "reporting", "template_check", "sigterm"),
+        ("opened", "retention", "background"),
         ("loading", "publishing"),
         ("resuming",),
         ("manager",),

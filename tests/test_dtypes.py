@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 from fastckpt import dtypes
 from fastckpt.dtypes import DTYPES, DType, castable, dtype, exact
-from fastckpt.errors import ViewError
+from fastckpt.errors import SourceError, ViewError
 from torch_types import KNOWN, of_torch
 
 FLOATS = [d for d in DTYPES if d.kind == "float"]
@@ -87,6 +87,24 @@ def test_only_floats_convert() -> None:
     for src in DTYPES:
         for dst in DTYPES:
             assert castable(src, dst) == (src is dst or (src in FLOATS and dst in FLOATS))
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        ({}, None), ({"dtype": None}, None), ({"dtype": None, "torch_dtype": "float16"}, dtypes.float16),
+        ({"dtype": "bfloat16", "torch_dtype": "float16"}, dtypes.bfloat16),
+        ({"torch_dtype": "torch.float32"}, dtypes.float32),
+    ],
+)  # fmt: skip
+def test_the_dtype_of_a_config(config: dict[str, object], wanted: DType | None) -> None:
+    assert dtypes.of_config(config) is wanted
+
+
+@pytest.mark.parametrize("named", ["float13", 16, ["bfloat16"]])
+def test_a_config_of_no_known_dtype(named: object) -> None:
+    with pytest.raises(SourceError, match=r"config\.json: torch_dtype: unknown dtype"):
+        dtypes.of_config({"torch_dtype": named})
 
 
 def test_torchs_own_dtype_is_a_name() -> None:

@@ -150,6 +150,20 @@ def dequantise(
     (first + c) // group of their row row[r] (int32), for `group` 0 with the only one there. Raises ValueError
     for sizes that do not fit."""
 
+def add_low_rank(
+    base: Buffer,
+    left: Buffer,
+    right: Buffer,
+    rows: int,
+    rank: int,
+    columns: int,
+    scale: float,
+    isa: int = -1,
+) -> None:
+    """base (fp32) += scale * left @ right (fp64 that holds values of fp32), as csrc/lowrank.h says.
+
+    Raises ValueError for sizes that do not fit."""
+
 def row_amax(dense: Buffer, dtype_code: int, rows: int, columns: int, out: Buffer, isa: int = -1) -> None:
     """out[i] (fp32) becomes the largest magnitude of row i, not finite where a value is not."""
 

@@ -5,10 +5,10 @@ Law: `code` is the byte that stands in a Copy row; `csrc/cast.h` numbers the typ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .errors import ViewError
+from .errors import SourceError, ViewError
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,18 @@ def dtype(name: str | DType) -> DType:
     if found is None:
         raise ViewError(f"unknown dtype {name!r}; known: {', '.join(BY_NAME)}")
     return found
+
+
+def of_config(config: Mapping[str, object]) -> DType | None:
+    """The type that a config.json names, as `dtype` or, as transformers 4 wrote it, `torch_dtype`; None where
+    it names none. Raises SourceError for one that is not known."""
+    for key in ("dtype", "torch_dtype"):
+        if (named := config.get(key)) is not None:
+            try:
+                return dtype(str(named))
+            except ViewError as e:
+                raise SourceError(f"config.json: {key}: {e}") from None
+    return None
 
 
 def counted(dtype: DType, shape: Sequence[int]) -> tuple[int, ...]:

@@ -60,8 +60,7 @@ def _in_run(
     made: View, run: int, begin: int, dtype: DType, known: Mapping[Extent, str]
 ) -> Iterator[tuple[str, Place, Piece]]:
     """What a dense run of extent `run` from element `begin` on holds, by the target it was written from."""
-    boxes, d = made.boxes, len(made.boxes)
-    steps = dense_strides(boxes)
+    d, steps = len(made.held_shape), dense_strides(made.held_shape)
     for line in made.held.tolist():
         extent, _, start, *box = line
         tensor = None if extent == ZERO else known.get(made.extents[extent])

@@ -42,8 +42,8 @@ _NEW = -1  # among the axes to pick: one that the result adds
 class View:
     """A tensor of `shape` and `dtype` whose elements lie in `extents` as `rows` say (module docstring).
 
-    `held`: the fragments as they were last cut, in boxes of `grouping`, a shape of as many elements (None: in
-    boxes of `shape`). So a reshape cuts nothing until an op needs the new axes; a dense copy never does."""
+    `held`: the fragments as they were last cut. A reshape cuts none of them: their boxes stay those of the
+    shape before it, `grouping` (None: of `shape`), until an op needs the new axes. Dense copies never do."""
 
     shape: tuple[int, ...]
     dtype: DType
@@ -55,8 +55,8 @@ class View:
     # ---- what a view is ----
 
     @property
-    def boxes(self) -> tuple[int, ...]:
-        """The shape that `held` counts its boxes in."""
+    def held_shape(self) -> tuple[int, ...]:
+        """The shape that the boxes of `held` are boxes of."""
         return self.shape if self.grouping is None else self.grouping
 
     @property
@@ -249,7 +249,9 @@ class View:
             return self
         if self.numel == 0:
             return View(shape, self.dtype, self.extents, no_rows(len(shape)))
-        return View(shape, self.dtype, self.extents, self.held, None if self.boxes == shape else self.boxes)
+        return View(
+            shape, self.dtype, self.extents, self.held, None if self.held_shape == shape else self.held_shape
+        )
 
     def boxed(self) -> View:
         """The same view with its fragments cut to boxes of `shape`: splits and merges of neighbouring axes.
@@ -266,7 +268,7 @@ class View:
     def _cut_to_shape(self) -> View:
         """`boxed`, worked out."""
         shape = self.shape
-        whole = View(self.boxes, self.dtype, self.extents, self.held)
+        whole = View(self.held_shape, self.dtype, self.extents, self.held)
         if len(self.held) == 1:
             dense = whole._dense(shape)
             if dense is not None:

@@ -7,13 +7,14 @@ import peft_writer
 import pytest
 import torch
 from fastckpt import dtypes
-from fastckpt.computed.lowrank import LowRank, added
+from fastckpt.computed.lowrank import LowRank, add
 from fastckpt.computed.nowhere import elements, nowhere, pitch, pitched, runs
 from fastckpt.digest import LEAF
 from fastckpt.errors import DeviceError
 from fastckpt.executors import pick
 from fastckpt.executors.cpu import built
 from fastckpt.extents import Buffer, Extent, Extents
+from fastckpt.native import _C
 from fastckpt.planning.batches import Slots, cut
 from fastckpt.planning.binding import Binding
 from fastckpt.planning.compiling import compile
@@ -43,6 +44,13 @@ def table():
     matrix = LowRank(*views, SCALE)
     whole = Extents((*extents, nowhere(matrix, (ROWS, COLUMNS), dtypes.float32, "merged")))
     return whole, pitched(whole, 3, dtypes.float32, (ROWS, COLUMNS))
+
+
+def added(base, *thin, **options):
+    """The sum as an array of its own."""
+    out = base.copy()
+    add(out, *thin, **options)
+    return out
 
 
 def made(view, extents, road):
@@ -119,6 +127,36 @@ def test_blocks_change_nothing():
         for j in range(COLUMNS):
             one = added(base[i : i + 1, j : j + 1], left[i : i + 1], right[:, j : j + 1], SCALE)
             assert one[0, 0] == whole[i, j]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 11), st.integers(0, 9), st.integers(1, 150), st.integers(0, 2**32 - 1))
+def test_every_instruction_set_gives_numpys_bits(rows, rank, columns, seed):
+    """Values of all sizes, so that every product, sum and rounding differs if its order does."""
+    random = np.random.default_rng(seed)
+
+    def some(*shape):
+        sizes = np.ldexp(random.standard_normal(shape), random.integers(-70, 60, shape))
+        return np.where(random.random(shape) < 0.1, -0.0, sizes).astype(np.float32)
+
+    base, left, right = some(rows, columns), some(rows, rank), some(rank, columns)
+    base[0, 0] = np.float32(1e-45)
+    wanted = added(base, left, right, 0.7, native=False)
+    for isa in range(len(_C.isas()) if _C else 0):
+        assert (added(base, left, right, 0.7, isa=isa).view(np.uint32) == wanted.view(np.uint32)).all(), isa
+    turned = added(base, np.asfortranarray(left), np.asfortranarray(right), 0.7)
+    assert (turned.view(np.uint32) == wanted.view(np.uint32)).all()
+
+
+@pytest.mark.skipif(not built(), reason="needs the compiled module")
+@pytest.mark.parametrize("wrong", ["base", "left", "right"])
+def test_sizes_that_do_not_fit_are_refused(wrong):
+    sizes = {"base": 6, "left": 4, "right": 6}  # 2 x 3, rank 2
+    sizes[wrong] += 1
+    single, double = (np.zeros(16, t) for t in (np.float32, np.float64))
+    held = {n: (double if n in ("left", "right") else single)[:k] for n, k in sizes.items()}
+    with pytest.raises(ValueError, match="add_low_rank"):
+        _C.add_low_rank(held["base"], held["left"], held["right"], 2, 2, 3, 1.0)
 
 
 @pytest.mark.parametrize("road", ROADS)

@@ -88,7 +88,7 @@ def test_saves_as_often_as_the_disk_follows(tmp_path: Path, monkeypatch: pytest.
     with CheckpointManager(tmp_path, async_save=True, save_when=policies.idle()) as manager:
         assert [manager.save(step, {"n": step}) for step in range(3)] == [True, False, False]
         go.set()
-        while manager._flight is not None and not manager._flight.done():
+        while manager._background.busy:
             time.sleep(0.01)
         assert manager.save(3, {"n": 3}) and manager.wait() is None
         assert manager.steps() == [0, 3]

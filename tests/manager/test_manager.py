@@ -268,8 +268,9 @@ def test_a_step_is_committed_once(tmp_path: Path) -> None:
 
 def test_metrics_that_are_no_numbers(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path, best_metric="loss") as manager:
-        with pytest.warns(CheckpointWarning, match="metric loss is nan and left out"):
+        with pytest.warns(CheckpointWarning, match="metric loss is nan and left out") as said:
             manager.save(0, {}, {"loss": float("nan"), "accuracy": 1})
+        assert said[0].filename == __file__  # the line that saved
         manager.save(1, {}, {"loss": 5.0})
         assert manager.best() == 1 and manager.commits()[0].metrics == {"accuracy": 1.0}
 

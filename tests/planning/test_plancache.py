@@ -10,7 +10,8 @@ from pathlib import Path
 
 import fastckpt
 import pytest
-from fastckpt.errors import ManagerError
+import torch
+from fastckpt.errors import ManagerError, WriteError
 from fastckpt.manager.remote import default_scratch
 from fastckpt.planning import plancache
 
@@ -42,6 +43,15 @@ def test_a_user_without_a_home_keeps_no_plans(monkeypatch: pytest.MonkeyPatch) -
     assert plancache.folder() is None
     with pytest.raises(ManagerError, match="this user has no cache directory to make commits in"):
         default_scratch("memory://x")
+
+
+def test_a_cache_that_begins_with_a_tilde_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It was made as a directory of that name, wherever the run happened to be."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTCKPT_CACHE", "~/plans")
+    with pytest.raises(WriteError, match=r"FASTCKPT_CACHE=~/plans: begins with ~; only a shell .* or \./~"):
+        fastckpt.reshard({"w": torch.ones(2)}, layout="same", out=tmp_path / "out", durable=False)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("room", ["layouts/cuts.py", "recipes/llama.py", "views.py", "planning/compiling.py"])

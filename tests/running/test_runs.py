@@ -119,6 +119,11 @@ def test_tensors_that_nothing_has_room_for(rows, kind, said):
     one = torch.ones(1).expand(rows // 2, 2, 1 << 28)
     with pytest.raises(kind, match=said):
         fastckpt.reshard({"w": one}, layout="same")
+    if kind is DeviceError:
+        module = torch.nn.Module()
+        module.w = torch.nn.Parameter(torch.empty(one.shape, device="meta"))
+        with pytest.raises(kind, match=said):
+            fastckpt.load_into(module, {"w": one})
 
 
 def test_a_process_of_any_name_can_tell_its_memory():

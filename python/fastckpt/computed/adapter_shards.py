@@ -122,8 +122,8 @@ def _picked(view: View, axis: int, held: Ints) -> View:
 
 def _parts(name: str, view: View, base: Checkpoint) -> Iterator[tuple[str, Ints, Ints]]:
     """The adapted modules whose weights a view is made of: (module, rows and columns of its weight)."""
-    d = len(view.boxes)
-    steps = dense_strides(view.boxes)
+    d = len(view.held_shape)
+    steps = dense_strides(view.held_shape)
     found: dict[str, list[tuple[int, Ints, Ints]]] = {}
     for extent, _, first, *box in view.held.tolist():
         if extent == ZERO or not lies_nowhere(view.extents[extent]):

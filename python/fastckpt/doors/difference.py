@@ -167,6 +167,11 @@ def diff(
     )
     if not isinstance(a, Checkpoint) and not isinstance(b, Checkpoint):
         one, two = _as_they_lie(one, two)
+    return _difference(one, two, progress)
+
+
+def _difference(one: Checkpoint, two: Checkpoint, progress: Progress | None) -> Diff:
+    """`diff` of two opened checkpoints."""
     names_a, names_b = ({*c.entries, *c.aliases} for c in (one, two))
     ties = {n for n in names_a ^ names_b if _tied(n, one, two)}
     # A name tied to one holder on both sides is compared with its holder.

@@ -9,16 +9,14 @@ from __future__ import annotations
 import math
 import os
 import secrets
-import signal
 import socket
 import threading
 import time
 import warnings
-import weakref
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from types import FrameType, TracebackType
+from functools import partial
+from types import TracebackType
 
 from ..checkpoint import JSON
 from ..errors import ManagerError, WriteError, expect
@@ -30,6 +28,7 @@ from ..road import grid_of
 from ..running.runs import Progress, Report
 from ..sources.training import rank_directory
 from . import policies, publishing, saving
+from .background import Background
 from .commits import Commit, ready
 from .coordination import Group, by_some, join, together
 from .loading import Asked
@@ -42,6 +41,7 @@ from .reporting import CheckpointWarning, Reporter, Timing
 from .resuming import Resuming
 from .retention import Retention
 from .saving import Disk
+from .sigterm import Sigterm
 from .standing import Standing
 from .state_tree import flatten
 
@@ -104,12 +104,9 @@ class CheckpointManager:
             keep_best=keep_best, best_metric=best_metric, best_mode=best_mode, without=keep_without_metric,
         )  # fmt: skip
         self._best = (best_metric, best_mode)
-        for name, flag in (
-            ("shared", shared),
-            ("async_save", async_save),
-            ("save_on_signal", save_on_signal),
-        ):
-            expect(name, flag, bool)
+        expect("shared", shared, bool)
+        expect("async_save", async_save, bool)
+        expect("save_on_signal", save_on_signal, bool)
         expect("root", root, str, os.PathLike)
         expect("path_prefix", path_prefix, str, type(None))
         expect("node", node, str, type(None))
@@ -118,6 +115,13 @@ class CheckpointManager:
             path_type=path_type, named=path_prefix is not None, prefix=step_prefix, digits=step_digits,
             scratch=scratch, shared=shared, durable=durable,
         )  # fmt: skip
+        self._async = async_save
+        self._sigterm = Sigterm()
+        self._preempted = False
+        self._snapshots = Snapshots()
+        self._last_save = -math.inf
+        self._closed = False
+        self._anew()
         self._group, self._behind = join(self._store.root, rank, world, timeout)
         try:
             self._disk = Disk.of(self._group, None if shared else node or socket.gethostname())
@@ -126,27 +130,17 @@ class CheckpointManager:
                 metadata.set_params(
                     root=self._store.root, nodes=nodes, path_prefix=path_prefix, path_type=path_type
                 )
+            self._retention = Retention(self._store, self._disk, keep_what)
+            with suppress(WriteError):  # a root that cannot be reached now may be when something is saved
+                self._retention.newest = self.latest()
+            self._reporter = Reporter(self._group.rank, self.path, metadata)
+            self._resuming = Resuming(self._store, self._group, self._disk, self._retention, self._reporter)
+            if save_on_signal:
+                self._sigterm.listen()
         except BaseException:  # a group has threads and sockets of its own
             self._group.close()
             self._behind.close()
             raise
-        self._retention = Retention(self._store, self._disk, keep_what)
-        self._reporter = Reporter(self._group.rank, self.path, metadata)
-        self._resuming = Resuming(self._store, self._group, self._disk, self._retention, self._reporter)
-        self._async = async_save
-        self._snapshots = Snapshots()
-        self._anew()
-        self._unheard: weakref.finalize[..., CheckpointManager] | None = None
-        self._last_save = -math.inf
-        with suppress(WriteError):  # a root that cannot be reached now may be when something is saved
-            self._retention.newest = self.latest()
-        self._closed = False
-        self._signalled = False
-        self._preempted = False
-        self._old_handler: signal.Handlers | object | None = None
-        self._deaf = False  # closed, and still the handler
-        if save_on_signal:
-            self._listen()
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -158,9 +152,7 @@ class CheckpointManager:
 
     def _anew(self) -> None:
         """Nothing under way in this process."""
-        self._process, self._lock = os.getpid(), threading.RLock()
-        self._worker: ThreadPoolExecutor | None = None
-        self._flight: Future[None] | None = None
+        self._process, self._lock, self._background = os.getpid(), threading.RLock(), Background()
 
     @property
     def _turn(self) -> threading.RLock:
@@ -199,7 +191,7 @@ class CheckpointManager:
     @property
     def in_flight(self) -> bool:
         """Whether a save goes on in the background, or ended there and nobody asked yet how."""
-        return self._flight is not None
+        return self._background.in_flight
 
     @property
     def restored(self) -> int | None:
@@ -257,54 +249,60 @@ class CheckpointManager:
                 CheckpointWarning,
                 stacklevel=3,
             )
-        request: saving.Request | None = None
+        prepared: list[saving.Request] = []
 
         def prepare() -> JSON:
-            nonlocal request
-            if stands and not self._store.local:
-                raise ManagerError(f"step {step} stands, and an object store replaces nothing in one step")
-            if stands and not overwrite:
-                raise ManagerError(
-                    f"{self._store.path(step)}: step {step} is committed already; overwrite=True replaces it"
-                )
-            flat = flatten(state)
-            self._resuming.compare(step, set(flat.tensors))
-            if client_state and not flat.engines:
-                raise ManagerError("client_state goes with a DeepSpeed engine; put the values into the state")
-            taken = self._snapshots.take(flat.tensors, copy=self._async)
-            request = saving.Request(
-                step, token, flat.tree, taken, flat.engines, client_state,
-                _finite(step, metrics), aside=not stands,
-            )  # fmt: skip
+            if stands:
+                self._require_replaceable(step, overwrite)
+            prepared.append(self._request(step, token, state, metrics, client_state, aside=not stands))
             return None
 
         together(self._group, f"save of step {step}", prepare, at=token)
-        if request is None:
-            raise ManagerError(f"save of step {step}: nothing was prepared")
+        (request,) = prepared
         self._last_save = time.monotonic()
         if self._async and not request.engines and not self._preempted:
-            if self._worker is None:
-                self._worker = ThreadPoolExecutor(1, "fastckpt-save")
-            try:
-                self._flight = self._worker.submit(self._finish, self._behind, request)
-            except RuntimeError:  # the system gives no thread, or Python ends: not behind, then
-                self._worker = None  # which would take it up once it had a thread
-                self._finish(self._behind, request)
-            else:
-                self._unheard = weakref.finalize(self, _warn_of_failure, self._flight)
+            self._background.start(partial(self._finish, self._behind, request))
         else:
             self._finish(self._group, request)
         return True
+
+    def _require_replaceable(self, step: int, overwrite: bool) -> None:
+        """Raises ManagerError where a step that stands is not to be replaced, or cannot be."""
+        if not self._store.local:
+            raise ManagerError(f"step {step} stands, and an object store replaces nothing in one step")
+        if not overwrite:
+            raise ManagerError(
+                f"{self._store.path(step)}: step {step} is committed already; overwrite=True replaces it"
+            )
+
+    def _request(
+        self,
+        step: int,
+        token: str,
+        state: object,
+        metrics: Mapping[str, float],
+        client_state: Mapping[str, object],
+        *,
+        aside: bool,
+    ) -> saving.Request:
+        """What this rank saves, taken out of the state: training may go on."""
+        flat = flatten(state)
+        self._resuming.compare(step, set(flat.tensors))
+        if client_state and not flat.engines:
+            raise ManagerError("client_state goes with a DeepSpeed engine; put the values into the state")
+        taken = self._snapshots.take(flat.tensors, copy=self._async)
+        return saving.Request(
+            step, token, flat.tree, taken, flat.engines, client_state, _finite(step, metrics), aside=aside
+        )
 
     def _voted(self, step: int, force: bool) -> str | None:
         """The token of this save where the policy, `force` or a rank's SIGTERM asks for it; else None."""
 
         def vote() -> JSON:
-            busy = self._flight is not None and not self._flight.done()
-            since = time.monotonic() - self._last_save
-            moment = Moment(step, self._retention.newest, since, self._signalled, busy)
+            since, told = time.monotonic() - self._last_save, self._sigterm.heard
+            moment = Moment(step, self._retention.newest, since, told, self._background.busy)
             want = self._group.rank == 0 and (force or self._when(moment))
-            return [want, self._signalled, secrets.token_hex(8)]
+            return [want, told, secrets.token_hex(8)]
 
         said = together(self._group, f"save of step {step}", vote)
         votes = [v for v in said if isinstance(v, list)]
@@ -326,14 +324,7 @@ class CheckpointManager:
     def wait(self) -> None:
         """Wait for the save in flight, if any; its error is raised here. Collective in effect."""
         with self._turn:
-            if self._flight is None:
-                return
-            error = self._flight.exception()  # an interrupt ends the waiting, not the save
-            self._flight = None
-            if self._unheard is not None:
-                self._unheard.detach()
-            if error is not None:
-                raise error
+            self._background.wait()
 
     def _reachable(self, step: int) -> bool:
         """Whether every rank can reach its checkpoints now; says so where not."""
@@ -492,37 +483,16 @@ class CheckpointManager:
             try:
                 self.wait()
             finally:
-                if self._worker is not None:
-                    self._worker.shutdown()
-                    self._worker = None
+                self._background.end()
                 self._store.release()
                 self._group.close()
                 self._behind.close()
-                if self._old_handler is not None:
-                    try:
-                        signal.signal(signal.SIGTERM, self._old_handler)  # type: ignore[arg-type]
-                        self._old_handler = None
-                    except ValueError:  # in the main thread alone: `_on_signal` does it there
-                        self._deaf = True
+                self._sigterm.unheard()
 
     def _require_open(self) -> None:
         """Raises ManagerError after `close`."""
         if self._closed:
             raise ManagerError(f"{self.root}: this manager is closed; make another one")
-
-    def _listen(self) -> None:
-        """Hear SIGTERM. Raises ManagerError, with this manager closed, where only another thread may."""
-        try:
-            self._old_handler = signal.signal(signal.SIGTERM, self._on_signal)
-        except ValueError as e:
-            self.close()
-            raise ManagerError(f"save_on_signal: {e}") from None
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = True
-        if self._deaf:
-            signal.signal(number, self._old_handler)  # type: ignore[arg-type]
-            signal.raise_signal(number)
 
     # ---- to the servers ----
 
@@ -571,16 +541,10 @@ class CheckpointManager:
         return by_some(self._group, f"publish of step {step}", self._group.rank == 0, work)
 
 
-def _warn_of_failure(flight: Future[None]) -> None:
-    """Say what went wrong in the background where the manager goes, or Python ends, and nobody asked."""
-    if flight.done() and (error := flight.exception()) is not None:
-        warnings.warn(f"in the background: {error}", CheckpointWarning, stacklevel=1)
-
-
 def _finite(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
     """Metrics that can be compared and written; others are left out, with a warning."""
     numbers = {k: float(v) for k, v in metrics.items()}
     for name in [k for k, v in numbers.items() if not math.isfinite(v)]:
         said = f"step {step}: metric {name} is {numbers.pop(name)} and left out"
-        warnings.warn(said, CheckpointWarning, stacklevel=5)
+        warnings.warn(said, CheckpointWarning, stacklevel=7)  # the caller of `save`
     return numbers

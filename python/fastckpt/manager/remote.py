@@ -16,6 +16,7 @@ from ..digest import digest
 from ..errors import ManagerError, SourceError, WriteError, expect
 from ..output.filesystem import as_write_errors, remove_tree
 from ..output.manifest import NAME, Manifest
+from ..planning.plancache import user_cache
 from ..verification.outputs import verify
 from .commits import ASIDE, LATEST, SAVING, TRASH, Commit, Store, whole
 from .uploaders import FsspecDirectory, Uploader
@@ -232,7 +233,7 @@ def store_at(
 def default_scratch(url: str) -> str:
     """Where the commits of a URL are made when nothing else is said: below the user's cache directory. Raises
     ManagerError where there is none."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not os.path.isabs(cache):
-        raise ManagerError(f"{url}: this user has no cache directory to make commits in ({cache}): scratch=")
-    return os.path.join(cache, "fastckpt", "commits", digest(url.encode()))
+    found = user_cache("commits", digest(url.encode()))
+    if found is None:
+        raise ManagerError(f"{url}: this user has no cache directory to make commits in: scratch=")
+    return found

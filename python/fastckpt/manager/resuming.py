@@ -85,7 +85,7 @@ class Resuming:
         _warn(
             f"step {step}: the names changed: {len(more)} new ({', '.join(more[:5]) or 'none'}), "
             f"{len(less)} gone ({', '.join(less[:5]) or 'none'})",
-            level=6,
+            level=8,
         )
 
     def _standing(self) -> Standing:

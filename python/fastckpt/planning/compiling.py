@@ -33,7 +33,7 @@ def compile(targets: Sequence[Target], extents: Extents) -> tuple[Chunk, Extents
     for i, target in enumerate(targets):
         view = target.view
         if len(view.held):
-            by_ndim.setdefault(len(view.boxes), []).append((i, view))
+            by_ndim.setdefault(len(view.held_shape), []).append((i, view))
     for ndim, chosen in by_ndim.items():
         columns = [view.held for _, view in chosen]
         for k, (_, view) in enumerate(chosen):
@@ -47,9 +47,9 @@ def compile(targets: Sequence[Target], extents: Extents) -> tuple[Chunk, Extents
         counts = np.array([len(rows) for rows in columns])
         tensor = np.repeat(np.array([i for i, _ in chosen], np.int64), counts)
         codes = np.repeat(np.array([v.dtype.code for _, v in chosen], np.int64), counts)
-        boxes = [v.boxes for _, v in chosen]
-        steps = {shape: dense_strides(shape) for shape in set(boxes)}
-        dense = np.array([steps[shape] for shape in boxes], np.int64).reshape(len(chosen), ndim)
+        shapes = [v.held_shape for _, v in chosen]
+        steps = {shape: dense_strides(shape) for shape in set(shapes)}
+        dense = np.array([steps[shape] for shape in shapes], np.int64).reshape(len(chosen), ndim)
         strides = np.repeat(dense, counts, axis=0) * item_sizes(codes)[:, None]
         parts.append(_compile(np.concatenate(columns), ndim, strides, codes, tensor))
     if not parts:
@@ -66,7 +66,7 @@ def single(view: View) -> Table | None:
         return None
     extent, code, offset, *rest = view.held[0].tolist()
     axes: list[tuple[int, int]] = []  # elements and source stride, innermost first
-    for n, step in zip(view.boxes[::-1], rest[: -len(view.boxes) - 1 : -1], strict=True):
+    for n, step in zip(view.held_shape[::-1], rest[: -len(view.held_shape) - 1 : -1], strict=True):
         if axes and n != 1 and step == axes[-1][0] * axes[-1][1]:
             axes[-1] = n * axes[-1][0], axes[-1][1]
         elif n != 1:
@@ -102,10 +102,11 @@ def _compile(fragments: Ints, ndim: int, strides: Ints, codes: Ints, tensor: Int
     return tensor[which], table
 
 
-def compiled(
+def in_windows(
     targets: Iterable[tuple[int, Target]], extents: Extents
 ) -> Iterator[tuple[list[tuple[int, Target]], Chunk, Extents]]:
-    """Compile a stream of (serving rank, target) in windows of WINDOW fragments.
+    """`compile` of a stream of (serving rank, target), WINDOW fragments at a time: each window, its rows, and
+    the extent table they index.
 
     Views are let go behind, so that a plan costs its rows, not its fragments."""
     window: list[tuple[int, Target]] = []

@@ -6,9 +6,9 @@ import json
 import os
 from collections.abc import Mapping
 
+from .. import dtypes
 from ..checkpoint import JSON, Checkpoint
 from ..dtypes import DType
-from ..dtypes import dtype as dtype_of
 from ..errors import RecipeError
 from ..extents import is_directory
 from ..plainjson import read_json
@@ -71,10 +71,12 @@ def quantised(config: bytes | None, spelled: Mapping[str, JSON]) -> bytes | None
 
 
 def dtype(config: Mapping[str, JSON] | None, asked: str | DType | None) -> DType | None:
-    if asked != "auto" or isinstance(asked, DType):
-        return None if asked is None else dtype_of(asked)
-    for key in ("dtype", "torch_dtype"):
-        named = (config or {}).get(key)
-        if isinstance(named, str):
-            return dtype_of(named)
-    raise RecipeError('dtype "auto": the config names no dtype or torch_dtype')
+    """What the floats become: the dtype asked for, for "auto" the config's, for None as they are stored."""
+    if asked is None or isinstance(asked, DType):
+        return asked
+    if asked != "auto":
+        return dtypes.dtype(asked)
+    named = dtypes.of_config(config or {})
+    if named is None:
+        raise RecipeError('dtype "auto": the config names no dtype or torch_dtype')
+    return named

@@ -19,11 +19,13 @@ import xxhash
 
 from ..checkpoint import JSON, Checkpoint
 from ..dtypes import DTYPES
+from ..errors import WriteError
+from ..extents import unexpanded
 from ..placement import Placement
 from ..quantisation.quantised_targets import Quantised
 from ..quantisation.schemes import Scheme
 from .copies import WORDS, Kept
-from .planned import Names
+from .planned import Made
 
 VERSION = 2
 """Part of every plan's key; raised when the same inputs would give other bytes."""
@@ -38,20 +40,27 @@ class Compiled:
     """The tensors, the rows that make them (None: too many to keep), which of the tensors are quantised, and
     what the config says of those."""
 
-    made: Names
+    made: Made
     chunks: tuple[Kept, ...] | None
     quantised: Mapping[int, Quantised]
     config: Mapping[str, JSON]
 
 
 def folder() -> str | None:
-    """Where plans are kept: $FASTCKPT_CACHE, else the user's cache directory; None for nowhere: "off", or a
-    user without a home."""
+    """Where plans are kept: $FASTCKPT_CACHE, else below the user's cache directory; None for nowhere: "off",
+    or a user without a home. Raises WriteError for a $FASTCKPT_CACHE that begins with ~."""
     told = os.environ.get("FASTCKPT_CACHE")
-    if told is not None:
-        return None if told in ("", "0", "off") else told
+    if told is None:
+        return user_cache("plans")
+    if said := unexpanded(told):
+        raise WriteError(f"FASTCKPT_CACHE={told}: begins with ~{said}; write it out, or ./~")
+    return None if told in ("", "0", "off") else told
+
+
+def user_cache(*within: str) -> str | None:
+    """A path in fastckpt's part of the user's cache directory; None for a user who has none."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(home, "fastckpt", "plans") if os.path.isabs(home) else None
+    return os.path.join(home, "fastckpt", *within) if os.path.isabs(home) else None
 
 
 def digest(told: JSON) -> str:
@@ -105,7 +114,7 @@ def load(key: str, extents: int, scheme: Scheme | None = None) -> Compiled | Non
         return None
     shapes = [tuple(shape) for shape in told["kinds"]]
     dtypes = [DTYPES[code] for code in told["dtypes"]]
-    made = Names(told["ranks"], told["names"], dtypes, [shapes[i] for i in told["shapes"]])
+    made = Made(told["ranks"], told["names"], dtypes, [shapes[i] for i in told["shapes"]])
     table = bytes(body[8 + size :])  # apart: what is kept of it should not keep the text
     chunks, at = [], 0
     for count, rows, which in told["chunks"]:

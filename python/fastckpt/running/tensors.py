@@ -26,14 +26,18 @@ def allocate(planned: Plan, device: str = "cpu") -> tuple[list[State], list[Buff
     states: list[State] = [{} for _ in planned.ranks]
     buffers = []
     for t in planned.tensors:
-        try:
-            made = torch.empty(t.shape, dtype=torch_dtype(t.dtype), device=device)
-        except RuntimeError as e:  # what main memory has no room for is no OutOfMemoryError
-            needed = f"the outputs need {planned.output_bytes} bytes"
-            raise DeviceError(f"{device}: no memory for {t.name}: {needed}; {e}") from None
+        made = _fresh(t.name, t.shape, torch_dtype(t.dtype), device, planned.output_bytes)
         states[t.file][t.name] = made
         buffers.append(buffer(made))
     return states, buffers
+
+
+def _fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, needed: int) -> torch.Tensor:
+    """A tensor whose values are not set; `needed`: bytes of all that are made with it. Raises DeviceError."""
+    try:
+        return torch.empty(shape, dtype=dtype, device=device)
+    except RuntimeError as e:  # what main memory has no room for is no OutOfMemoryError
+        raise DeviceError(f"{device}: no memory for {name}: the outputs need {needed} bytes; {e}") from None
 
 
 def matched(planned: Plan, out: Sequence[Mapping[str, torch.Tensor]], device: str = "cpu") -> list[Buffer]:
@@ -148,9 +152,13 @@ def refuse_copies(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) ->
             )
 
 
-def left_on_meta(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> list[str]:
-    """Buffers on the meta device that no checkpoint holds, because they are not persistent."""
-    return [n for n, b in module.named_buffers() if b.is_meta and n not in state]
+def require_made(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Raises LayoutError for a buffer on the meta device that no checkpoint holds: it is not persistent."""
+    if unmade := [n for n, b in module.named_buffers() if b.is_meta and n not in state]:
+        raise LayoutError(
+            f"load_into: {unmade[0]} is a buffer on the meta device that checkpoints do not hold "
+            f"({len(unmade)} such); make it first, or strict=False leaves it"
+        )
 
 
 def dtypes_of(state: Mapping[str, torch.Tensor]) -> dict[str, DType]:
@@ -170,7 +178,7 @@ def tied(state: Mapping[str, torch.Tensor], made: set[str]) -> dict[str, str]:
     return {n: holder[id(t)] for n, t in state.items() if n not in made and id(t) in holder}
 
 
-def apart(state: Mapping[str, torch.Tensor], made: set[str], aliases: Mapping[str, str]) -> dict[str, str]:
+def untied(state: Mapping[str, torch.Tensor], made: set[str], aliases: Mapping[str, str]) -> dict[str, str]:
     """Names that are one tensor in the checkpoint and two in the module: name -> the made name it equals.
 
     Raises LayoutError where the two differ in dtype or shape, so that one cannot be copied from the other."""
@@ -184,9 +192,12 @@ def apart(state: Mapping[str, torch.Tensor], made: set[str], aliases: Mapping[st
 
 
 def made_real(state: Mapping[str, torch.Tensor], device: str = "cpu") -> State:
-    """Dense tensors to fill, one for each: the module's own memory, or on `device` where it is on meta."""
+    """Dense tensors to fill, one for each: the module's own memory, or on `device` where it is on meta.
+
+    Raises DeviceError where the device has too little memory."""
+    needed = sum(t.nbytes for t in state.values() if t.is_meta)
     return {
-        name: torch.empty(t.shape, dtype=t.dtype, device=device) if t.is_meta else t.detach()
+        name: _fresh(name, tuple(t.shape), t.dtype, device, needed) if t.is_meta else t.detach()
         for name, t in state.items()
     }
 

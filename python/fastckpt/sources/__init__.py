@@ -11,14 +11,15 @@ from ..checkpoint import Checkpoint
 from ..collector import paused
 from ..errors import SourceError, expect
 from ..extents import is_directory, is_file, unexpanded
-from .options import Options, strip_prefix
+from .options import Options
 from .ranks import natural
 
-__all__ = ["SOURCES", "Options", "Source", "format_of", "open", "strip_prefix"]
+__all__ = ["SOURCES", "Options", "Source", "format_of", "open"]
 
 
 class Source(Protocol):
-    """One on-disk format: `matches` looks at names only, `read` reads headers and raises SourceError."""
+    """One on-disk format. `matches` looks at names, or at a file's first bytes; `read` reads headers and
+    raises SourceError."""
 
     def matches(self, path: str) -> bool: ...
 
@@ -97,7 +98,7 @@ def open(
 
 
 def format_of(path: str | os.PathLike[str]) -> str | None:
-    """The module of SOURCES that reads what is at `path`, by names only; None: none of them does."""
+    """The module of SOURCES that reads what is at `path`, as `matches` says; None: none of them does."""
     where = os.fspath(path)
     return next((n for n, s in zip(SOURCES, _sources(), strict=True) if s.matches(where)), None)
 

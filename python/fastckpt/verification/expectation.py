@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .. import layouts, sources
 from ..checkpoint import JSON
-from ..dtypes import BY_NAME, DType, bfloat16, float32
+from ..dtypes import bfloat16, float32, of_config
 from ..errors import LayoutError, RecipeError, SourceError
 from ..joining import grid, would_hold
 from ..layouts.engines import ENGINES, known
@@ -45,7 +45,7 @@ def against(path: str, manifest: Manifest, engine: str) -> list[str]:
     try:
         layout = _layout(fields, engine)
         ckpt = sources.open(path)
-        said = _dtype(ckpt.config or {})
+        said = of_config(ckpt.config or {}) or float32
         served = bfloat16 if said is float32 else said
         wanted = would_hold(ckpt, manifest, layout, served)
     except (SourceError, RecipeError, LayoutError) as e:
@@ -94,12 +94,3 @@ def _installed(name: str) -> str | None:
         except PackageNotFoundError:
             continue
     return None
-
-
-def _dtype(config: Mapping[str, JSON]) -> DType:
-    """The dtype a config says, float32 where it says none. Raises SourceError for one that is not known."""
-    said = config.get("dtype", config.get("torch_dtype")) or "float32"
-    found = BY_NAME.get(said) if isinstance(said, str) else None
-    if found is None:
-        raise SourceError(f"config.json: dtype {said!r} is not known")
-    return found

@@ -78,33 +78,17 @@ def verify(
         raise FastckptError(f"threads: wanted at least 1, got {threads}")
     root = os.fspath(path)
     if engine is not None:
-        from .expectation import against, engine_of  # recipes and layouts, which only this needs
+        from .expectation import engine_of  # recipes and layouts, which only an engine needs
 
         engine = engine_of(engine)
     if not is_directory(root):
         raise SourceError(f"{root}: no such directory")
     seen = _Seen(root)
     seen.present = sorted(_walk(seen))
-    records = [name for name in seen.present if rank_of(name) is not None]
     if NAME in seen.present:
-        try:
-            manifest = Manifest.read(os.path.join(root, NAME))
-        except SourceError as e:
-            return VerifyReport(False, len(seen.present), 0, 0, (str(e),), (), time.perf_counter() - start)
-        _against(seen, manifest)
-        if engine is not None and manifest.complete:
-            seen.problems += against(root, manifest, engine)
-    elif records or any(name.startswith(TRACE) for name in seen.present):
-        seen.problems.append(_incomplete(root, records))
-        seen.files = len(seen.present)
+        _recorded(seen, engine)
     else:
-        _plain(seen)
-        if not plain:
-            seen.problems.append(
-                f"no {NAME}: nothing says what these files should hold; plain (--plain) checks them alone"
-            )
-    if engine is not None and NAME not in seen.present:
-        seen.problems.append(f"{engine}: without {NAME} nothing says which model this is")
+        _unrecorded(seen, plain, engine)
     problems = seen.problems + reread(
         root, seen.tensors, allow_nonfinite=seen.allow_nonfinite, threads=threads, progress=progress
     )
@@ -158,6 +142,21 @@ def _together(names: Sequence[str], what: str) -> list[str]:
 
 
 # ---- with a manifest ----
+
+
+def _recorded(seen: _Seen, engine: str | None) -> None:
+    """All but the tensors' bytes against the manifest, and what is recorded against what the engine wants."""
+    try:
+        manifest = Manifest.read(os.path.join(seen.root, NAME))
+    except SourceError as e:
+        seen.problems.append(str(e))
+        seen.files = len(seen.present)
+        return
+    _against(seen, manifest)
+    if engine is not None and manifest.complete:
+        from .expectation import against
+
+        seen.problems += against(seen.root, manifest, engine)
 
 
 def _against(seen: _Seen, manifest: Manifest) -> None:
@@ -266,6 +265,22 @@ def _same_header(seen: _Seen, name: str, tensors: Mapping[str, TensorEntry]) -> 
 
 
 # ---- without one ----
+
+
+def _unrecorded(seen: _Seen, plain: bool, engine: str | None) -> None:
+    """A set that was not finished, or files that something else wrote."""
+    records = [name for name in seen.present if rank_of(name) is not None]
+    if records or any(name.startswith(TRACE) for name in seen.present):
+        seen.problems.append(_incomplete(seen.root, records))
+        seen.files = len(seen.present)
+    else:
+        _plain(seen)
+        if not plain:
+            seen.problems.append(
+                f"no {NAME}: nothing says what these files should hold; plain (--plain) checks them alone"
+            )
+    if engine is not None:
+        seen.problems.append(f"{engine}: without {NAME} nothing says which model this is")
 
 
 def _plain(seen: _Seen) -> None:
