@@ -101,10 +101,12 @@ class Checkpoint:
     without tied names. `aliases`: tied name -> the name that holds its bytes. `extents`: the table that every
     view refers to. `files`: those opened for their headers or needed for data. `config`: the model's
     config.json where there is one beside, else None. `beside`: config and tokenizer files that go with the
-    weights. `facts`: tag, step, stage, world and the like, for people. `unread`: what was not read, and why.
-    `inert`: pickle globals that were kept as inert records. `structure`: hex digest of everything that shapes
-    the views (names, shapes, dtypes, partition and storage sizes, tensor offsets and strides), but not of
-    where a storage lies in its file. `headers`: hex digest of the headers and pickles themselves."""
+    weights. `facts`: tag, step, stage, world and the like, for people; `notes`, for a report; and what some
+    formats tell later rooms (`recipe`, `quant`, `adapter`, `unpadded`, `client_state`). `unread`: what was
+    not read, and why. `inert`: pickle globals that were kept as inert records. `structure`: hex digest of
+    everything that shapes the views (names, shapes, dtypes, partition and storage sizes, tensor offsets and
+    strides), but not of where a storage lies in its file. `headers`: hex digest of the headers and pickles
+    themselves."""
 
     path: str
     format: str

@@ -324,11 +324,9 @@ def load_into(
     if rank is None and grid.world > 1:
         raise LayoutError(f"load_into: a module is one rank's; say which of the {grid.world} ranks (rank=)")
     held = tensors.held(module)
-    if strict and (unmade := tensors.left_on_meta(module, held)):
-        raise LayoutError(
-            f"load_into: {unmade[0]} is a buffer on the meta device that checkpoints do not hold "
-            f"({len(unmade)} such); make it first, or strict=False leaves it"
-        )
+    tensors.refuse_copies(module, held)
+    if strict:
+        tensors.require_made(module, held)
     request = Request(
         grid, rank or 0, layout, config, recipe, tp_plan, vocab_size, held=tensors.dtypes_of(held),
         adapter=adapter,
@@ -336,17 +334,11 @@ def load_into(
     run = Run(threads, memory, progress)
     planned = run.planned(lambda: plans.draft(open_whole(ckpt, recipe, config), request, in_memory=True))
     made = {t.name for t in planned.tensors}
-    again = tensors.apart(held, made, planned.aliases)
+    again = tensors.untied(held, made, planned.aliases)
     tied = tensors.tied(held, made | again.keys())
-    missing = [n for n in held if n not in made and n not in again and n not in tied]
-    if strict and (missing or planned.left_out):
-        way = f"; {why}" if (why := strangers.wrapped(planned.left_out)) else ""
-        raise LayoutError(
-            f"load_into: {len(missing)} tensors of the module are not in the checkpoint"
-            f" ({', '.join(missing[:3]) or 'none'}), {len(planned.left_out)} of the checkpoint are not in"
-            f" the module ({', '.join(planned.left_out[:3]) or 'none'}); strict=False loads what both have"
-            f"{way}"
-        )
+    if strict:
+        filled_or_tied = made | again.keys() | tied.keys()
+        _require_same([n for n in held if n not in filled_or_tied], planned.left_out)
     device = tensors.device_of(held)
     real = tensors.made_real({n: held[n] for n in (*made, *again)}, device)
     filled = {n: real[n] for n in made}
@@ -355,6 +347,17 @@ def load_into(
         real[name].copy_(real[holder])
     tensors.assign(module, real, tied)
     return module
+
+
+def _require_same(missing: Sequence[str], left_out: Sequence[str]) -> None:
+    """Raises LayoutError where a module has names that the checkpoint lacks, or the other way round."""
+    if missing or left_out:
+        way = f"; {why}" if (why := strangers.wrapped(left_out)) else ""
+        raise LayoutError(
+            f"load_into: {len(missing)} tensors of the module are not in the checkpoint"
+            f" ({', '.join(missing[:3]) or 'none'}), {len(left_out)} of the checkpoint are not in"
+            f" the module ({', '.join(left_out[:3]) or 'none'}); strict=False loads what both have{way}"
+        )
 
 
 def stream(ckpt: Opened, names: Sequence[str]) -> Iterator[tuple[str, int, memoryview]]:

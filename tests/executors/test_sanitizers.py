@@ -57,6 +57,8 @@ def test_rows_under_sanitizers(tmp_path: Path) -> None:
         "tests/quantisation/test_quantrows.py",
         "tests/computed/test_lowrank.py",
     )
-    chosen = "random_rows or transposes or small or lines or table or where_they_lie or odd_sizes or numpys_bits"
+    chosen = (
+        "random_rows or transposes or small or lines or table or where_they_lie or odd_sizes or numpys_bits"
+    )
     done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -8,8 +8,8 @@ import re
 import pytest
 import torch
 from fastckpt import recipes, sources
+from fastckpt.doors.arguments import strip_prefix
 from fastckpt.errors import RecipeError
-from fastckpt.sources import strip_prefix
 from layouts import families, tiny
 from reading import bits, memory, read
 

@@ -8,8 +8,9 @@ import pytest
 import reading
 import torch
 from fastckpt import sources
+from fastckpt.doors.arguments import strip_prefix
 from fastckpt.errors import FastckptError, SourceError
-from fastckpt.sources import Options, strip_prefix
+from fastckpt.sources import Options
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from zero_writer import write_zero

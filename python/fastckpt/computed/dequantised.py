@@ -31,8 +31,8 @@ KNOWN = ("fp8", "compressed-tensors", "awq", "gptq", "fastckpt")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Parts:
-    """The stored tensors of a dense matrix [outputs, inputs].
+class Dequantised:
+    """A dense matrix [outputs, inputs] that is made of these stored tensors when it is read.
 
     `values`: [outputs, inputs], or packed as `packed` says with `bits` each. `scales`: [outputs or blocks of
     them or 1, inputs or groups of them or 1]; `shared`: how many outputs and inputs share one (0: all).
@@ -216,7 +216,7 @@ def _names(ckpt: Checkpoint, name: str) -> Iterator[str]:
     return (n for n in known if n in ckpt.entries)
 
 
-def _found(ckpt: Checkpoint, said: Mapping[str, JSON]) -> Iterator[Parts]:
+def _found(ckpt: Checkpoint, said: Mapping[str, JSON]) -> Iterator[Dequantised]:
     """The quantised matrices, found by the names of their tensors; `said`: config's quantization_config."""
     method = said.get("quant_method")
     if said.get("transform_config"):
@@ -284,7 +284,7 @@ def _group(inputs: int, groups: int, said: Mapping[str, JSON]) -> int:
     return 0 if inputs % groups else inputs // groups
 
 
-def _bytes(ckpt: Checkpoint, name: str, said: Mapping[str, JSON]) -> Parts:
+def _bytes(ckpt: Checkpoint, name: str, said: Mapping[str, JSON]) -> Dequantised:
     """fp8 or int8, with a scale for the tensor, each output, group or block."""
     values = _view(ckpt, name)
     if len(values.shape) != 2 or values.dtype.name not in ("int8", "float8_e4m3fn", "float8_e5m2"):
@@ -296,7 +296,7 @@ def _bytes(ckpt: Checkpoint, name: str, said: Mapping[str, JSON]) -> Parts:
     zeros = None
     if _shifted(ckpt, name, said):
         zeros = _whole(_view(ckpt, f"{name}_zero_point"), f"{name}_zero_point").reshape(scales.shape)
-    return Parts(name, shape, values, scales, shared, zeros)
+    return Dequantised(name, shape, values, scales, shared, zeros)
 
 
 def _shifted(ckpt: Checkpoint, name: str, said: Mapping[str, JSON]) -> bool:
@@ -342,7 +342,7 @@ def _bits(name: str, told: JSON) -> int:
     return 4 if told == 4 else 8
 
 
-def _pack_quantized(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> Parts:
+def _pack_quantized(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> Dequantised:
     """compressed-tensors' pack-quantized."""
     name = f"{stem}weight"
     values = _view(ckpt, f"{name}_packed")
@@ -364,10 +364,12 @@ def _pack_quantized(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> Pa
     if f"{name}_shape" in ckpt.entries:
         form = _whole(_view(ckpt, f"{name}_shape", (2,)), f"{name}_shape")
     offset = 1 << (bits - 1)
-    return Parts(name, shape, values, scales, shared, zeros, "across", bits, zero_offset=offset, form=form)
+    return Dequantised(
+        name, shape, values, scales, shared, zeros, "across", bits, zero_offset=offset, form=form
+    )
 
 
-def _by_groups(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> Parts:
+def _by_groups(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> Dequantised:
     """AWQ's GEMM form, or GPTQ's. Raises SourceError."""
     name = f"{stem}weight"
     values, scales, zeros = (_view(ckpt, stem + part) for part in ("qweight", "scales", "qzeros"))
@@ -386,7 +388,7 @@ def _by_groups(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> Parts:
     fits = values.shape[1] == outputs // wide and zeros.shape == (groups, -(-outputs // many))
     if not fits or not (each := _group(inputs, groups, said)):
         raise SourceError(f"{name}: {values.shape}, {scales.shape} and {zeros.shape} do not fit each other")
-    dense = Parts(name, (outputs, inputs), values, scales, (1, each), zeros, packed, bits, turned=True)
+    dense = Dequantised(name, (outputs, inputs), values, scales, (1, each), zeros, packed, bits, turned=True)
     if method == "gptq":
         return _gptq(ckpt, stem, said, dense)
     form = said_form(said, "version") or "gemm"
@@ -395,7 +397,7 @@ def _by_groups(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> Parts:
     return dense
 
 
-def _gptq(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON], dense: Parts) -> Parts:
+def _gptq(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON], dense: Dequantised) -> Dequantised:
     """With how GPTQ's format offsets zero points, and the group of each input where the files say it."""
     form = said_form(said, "checkpoint_format") or "gptq"
     if form not in ("gptq", "gptq_v2"):

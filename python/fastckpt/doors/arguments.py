@@ -56,50 +56,46 @@ def parser() -> argparse.ArgumentParser:
         made.set_defaults(quiet=False)
         return made
 
-    inspect = command("inspect", "show what a checkpoint holds, from its headers")
-    _path(inspect)
-    _source(inspect)
-    serving_options.add_config(inspect)
-    inspect.add_argument("--plot", metavar="PNG", help="draw what quantising cost, by layer and role")
-
-    plan = command("plan", "show which bytes of which file would go where; nothing is written")
-    _path(plan)
-    _source(plan)
-    _rank(plan)
-    serving_options.add(plan)
-    _memory(plan)
-    _threads(plan)
-
-    reshard = command("reshard", "write the shards of the serving ranks")
-    _path(reshard)
-    _out(reshard)
-    _source(reshard)
-    _rank(reshard)
-    serving_options.add(reshard)
-    _run(reshard)
-    reshard.add_argument("--allow-nonfinite", action="store_true", help="write NaN and infinity as they are")
-
+    _inspect(command("inspect", "show what a checkpoint holds, from its headers"))
+    _plan(command("plan", "show which bytes of which file would go where; nothing is written"))
+    _reshard(command("reshard", "write the shards of the serving ranks"))
     command("recipes", "list the model families that can be read, and the names each leaves out")
-
     _consolidate(command("consolidate", "write one state dict, as DeepSpeed's zero_to_fp32 does"))
     _verify(command("verify", "check an output against its manifest: digests, headers, NaN and infinity"))
-
-    diff = command("diff", "compare two checkpoints of any formats; exit 1 where they differ")
-    diff.add_argument("a", metavar="A")
-    diff.add_argument("b", metavar="B")
-    _names(diff)
-    serving_options.add_config(diff, config="beside A, beside B")
-    _quiet(diff)
-
-    doctor = command("doctor", "show what this build and this machine offer")
-    doctor.add_argument("--path", default=".", metavar="DIR", help="look at the file system that holds DIR")
-
+    _diff(command("diff", "compare two checkpoints of any formats; exit 1 where they differ"))
+    _doctor(command("doctor", "show what this build and this machine offer"))
     commands_of_manager(commands)
-
-    demo = command("demo", "take a small ZeRO-3 checkpoint through all of the above, and time it")
-    demo.add_argument("--size", default="64MB", help="bytes of the checkpoint's weights (default: 64MB)")
-    demo.add_argument("--keep", metavar="DIR", help="work in DIR, new or empty, and leave it")
+    _demo(command("demo", "take a small ZeRO-3 checkpoint through all of the above, and time it"))
     return top
+
+
+# ---- what each command takes ----
+
+
+def _inspect(p: argparse.ArgumentParser) -> None:
+    _path(p)
+    _source(p)
+    serving_options.add_config(p)
+    p.add_argument("--plot", metavar="PNG", help="draw what quantising cost, by layer and role")
+
+
+def _plan(p: argparse.ArgumentParser) -> None:
+    _path(p)
+    _source(p)
+    _rank(p)
+    serving_options.add(p)
+    _memory(p)
+    _threads(p)
+
+
+def _reshard(p: argparse.ArgumentParser) -> None:
+    _path(p)
+    _out(p)
+    _source(p)
+    _rank(p)
+    serving_options.add(p)
+    _run(p)
+    p.add_argument("--allow-nonfinite", action="store_true", help="write NaN and infinity as they are")
 
 
 def _consolidate(p: argparse.ArgumentParser) -> None:
@@ -146,6 +142,26 @@ def _verify(p: argparse.ArgumentParser) -> None:
     _quiet(p)
 
 
+def _diff(p: argparse.ArgumentParser) -> None:
+    p.add_argument("a", metavar="A")
+    p.add_argument("b", metavar="B")
+    _names(p)
+    serving_options.add_config(p, config="beside A, beside B")
+    _quiet(p)
+
+
+def _doctor(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--path", default=".", metavar="DIR", help="look at the file system that holds DIR")
+
+
+def _demo(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--size", default="64MB", help="bytes of the checkpoint's weights (default: 64MB)")
+    p.add_argument("--keep", metavar="DIR", help="work in DIR, new or empty, and leave it")
+
+
+# ---- options of several commands ----
+
+
 def _path(p: argparse.ArgumentParser) -> None:
     p.add_argument("path", metavar="CHECKPOINT", help="a directory or file of any known format")
 
@@ -168,7 +184,7 @@ def _names(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--strip-prefix",
         action="append",
-        type=_strip_prefix,
+        type=strip_prefix,
         default=[],
         dest="rename",
         metavar="PREFIX",
@@ -245,7 +261,8 @@ def _rename(text: str) -> tuple[str, str]:
     return pattern, replacement
 
 
-def _strip_prefix(prefix: str) -> tuple[str, str]:
+def strip_prefix(prefix: str) -> tuple[str, str]:
+    """The rename pair that takes `prefix` off the names that begin with it."""
     return "^" + re.escape(prefix), ""
 
 

@@ -102,10 +102,11 @@ def _compile(fragments: Ints, ndim: int, strides: Ints, codes: Ints, tensor: Int
     return tensor[which], table
 
 
-def compiled(
+def in_windows(
     targets: Iterable[tuple[int, Target]], extents: Extents
 ) -> Iterator[tuple[list[tuple[int, Target]], Chunk, Extents]]:
-    """Compile a stream of (serving rank, target) in windows of WINDOW fragments.
+    """`compile` of a stream of (serving rank, target), WINDOW fragments at a time: each window, its rows, and
+    the extent table they index.
 
     Views are let go behind, so that a plan costs its rows, not its fragments."""
     window: list[tuple[int, Target]] = []

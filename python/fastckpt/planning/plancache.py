@@ -25,7 +25,7 @@ from ..placement import Placement
 from ..quantisation.quantised_targets import Quantised
 from ..quantisation.schemes import Scheme
 from .copies import WORDS, Kept
-from .planned import Names
+from .planned import Made
 
 VERSION = 2
 """Part of every plan's key; raised when the same inputs would give other bytes."""
@@ -40,7 +40,7 @@ class Compiled:
     """The tensors, the rows that make them (None: too many to keep), which of the tensors are quantised, and
     what the config says of those."""
 
-    made: Names
+    made: Made
     chunks: tuple[Kept, ...] | None
     quantised: Mapping[int, Quantised]
     config: Mapping[str, JSON]
@@ -114,7 +114,7 @@ def load(key: str, extents: int, scheme: Scheme | None = None) -> Compiled | Non
         return None
     shapes = [tuple(shape) for shape in told["kinds"]]
     dtypes = [DTYPES[code] for code in told["dtypes"]]
-    made = Names(told["ranks"], told["names"], dtypes, [shapes[i] for i in told["shapes"]])
+    made = Made(told["ranks"], told["names"], dtypes, [shapes[i] for i in told["shapes"]])
     table = bytes(body[8 + size :])  # apart: what is kept of it should not keep the text
     chunks, at = [], 0
     for count, rows, which in told["chunks"]:

@@ -19,7 +19,7 @@ from .copies import Ints
 
 
 @dataclass(frozen=True, slots=True)
-class Names:
+class Made:
     """What is made, in the plan's order, before it has a place: serving rank, name, dtype, shape."""
 
     ranks: list[int] = field(default_factory=list)
@@ -28,19 +28,19 @@ class Names:
     shapes: list[tuple[int, ...]] = field(default_factory=list)
 
     @staticmethod
-    def of(targets: Sequence[tuple[int, Target]]) -> Names:
+    def of(targets: Sequence[tuple[int, Target]]) -> Made:
         """These alone, each with its serving rank."""
-        made = Names()
+        made = Made()
         made.extend(targets)
         return made
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def part(self, first: int, stop: int) -> Names:
+    def part(self, first: int, stop: int) -> Made:
         """Those of the numbers [first, stop)."""
         some = slice(first, stop)
-        return Names(self.ranks[some], self.names[some], self.dtypes[some], self.shapes[some])
+        return Made(self.ranks[some], self.names[some], self.dtypes[some], self.shapes[some])
 
     def extend(self, targets: Sequence[tuple[int, Target]]) -> None:
         """More at the end, each with its serving rank."""
@@ -83,7 +83,7 @@ class PlannedTensor:
 class PlannedTensors(Sequence[PlannedTensor]):
     """The tensors of a plan: what is made, and as columns where it lies."""
 
-    made: Names
+    made: Made
     file: Ints
     offset: Ints
     nbytes: Ints

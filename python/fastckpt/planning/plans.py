@@ -33,10 +33,10 @@ from ..quantisation.quantised_targets import Expansion, Quantised
 from ..target import Target
 from . import configs, copies, plancache
 from .batches import Slots
-from .compiling import compiled
+from .compiling import in_windows
 from .copies import Chunk, Ints, Kept, Table
 from .plancache import Compiled
-from .planned import Names, PlannedTensors
+from .planned import Made, PlannedTensors
 from .request import Request
 from .resolving import Resolved, resolve
 
@@ -96,9 +96,9 @@ class Plan:
         """The windows compiled again: over the same table, so that what targets add to it (constants, what is
         computed) has the same numbers."""
         first, known = 0, len(self.checkpoint.extents)
-        for window, chunk, table in compiled(self.stream(), self.checkpoint.extents):
+        for window, chunk, table in in_windows(self.stream(), self.checkpoint.extents):
             stop = first + chunk.count
-            same = Names.of(window) == self.tensors.made.part(first, stop) and len(table) <= len(self.extents)
+            same = Made.of(window) == self.tensors.made.part(first, stop) and len(table) <= len(self.extents)
             if not same or not all(_same(table[i], self.extents[i]) for i in range(known, len(table))):
                 break
             yield chunk
@@ -129,8 +129,8 @@ def draft(ckpt: Checkpoint, request: Request, *, in_memory: bool = False) -> Pla
     instead = {} if request.held is None else _named_instead(resolved.aliases, request.held)
     stream = _stream(resolved, request, ranks, instead, left_out)
     inputs = plancache.inputs(ckpt, placement, resolved.options)
-    table, extents, needed = _kept_or_compiled(resolved, request, stream, [inputs, list(ranks)])
-    made, quantised = table.made, table.quantised
+    compiled, extents, needed = _kept_or_compiled(resolved, request, stream, [inputs, list(ranks)])
+    made, quantised = compiled.made, compiled.quantised
     if expansion is not None:
         expansion.scanned.update(q.name for q in quantised.values() if q.scanned)
     rows = {r: made.of_rank(r) for r in ranks}
@@ -157,12 +157,12 @@ def draft(ckpt: Checkpoint, request: Request, *, in_memory: bool = False) -> Pla
         files=tuple(file for _, file in files),
         file_ranks=tuple(rank for rank, _ in files),
         texts=tuple(texts),
-        config=configs.quantised(resolved.config, table.config),
+        config=configs.quantised(resolved.config, compiled.config),
         aliases=aliases,
         options=resolved.options,
         extents=extents,
         stream=stream,
-        kept=table.chunks,
+        kept=compiled.chunks,
         needed_bytes=needed if all(map(_told, extents)) else None,
         notes=notes,
         left_out=tuple(left_out),
@@ -248,7 +248,7 @@ def _beside(ckpt: Checkpoint) -> list[JSON]:
 def _kept_or_compiled(
     resolved: Resolved, request: Request, stream: Stream, inputs: list[JSON]
 ) -> tuple[Compiled, Extents, int]:
-    """The tensors and their rows, kept or made now; the table those index; the source bytes they need."""
+    """The tensors and their rows, kept or made now; the extent table they index; the source bytes needed."""
     extents, expansion = resolved.checkpoint.extents, resolved.expansion
     if request.held is not None or not resolved.ours or not resolved.checkpoint.structure:
         return _compiled(stream, extents, expansion)
@@ -266,16 +266,16 @@ def _kept_or_compiled(
 
 
 def _compiled(stream: Stream, extents: Extents, expansion: Expansion | None) -> tuple[Compiled, Extents, int]:
-    """Every tensor in order and the rows of all, the table of those, and the source bytes they need."""
+    """Every tensor in order and the rows of all; the extent table they index; the source bytes needed."""
     spelled: dict[str, JSON] = {}
     if expansion is not None:
         spelled = quantised_targets.quantization_config(expansion.quant, expansion.shapes())
-    made = Names()
+    made = Made()
     quantised: dict[int, Quantised] = {}
     kept: list[Kept] | None = []
     rows = needed = 0
     dense = prequantised.dense_bytes(extents)
-    for window, chunk, table in compiled(stream(), extents):
+    for window, chunk, table in in_windows(stream(), extents):
         extents = table
         if expansion is not None:
             chosen = ((i, t) for i, (_, t) in enumerate(window, len(made)) if t.scheme is not None)
@@ -291,7 +291,7 @@ def _compiled(stream: Stream, extents: Extents, expansion: Expansion | None) -> 
     return Compiled(made, chunks, _with_scales(made, quantised), spelled), extents, needed
 
 
-def _with_scales(made: Names, quantised: Mapping[int, Quantised]) -> dict[int, Quantised]:
+def _with_scales(made: Made, quantised: Mapping[int, Quantised]) -> dict[int, Quantised]:
     """Where what goes with each of the tensors lies: ranks take turns, so it is found by name."""
     if not quantised:
         return {}
@@ -354,7 +354,7 @@ def _present(aliases: Mapping[str, str], names: Iterable[str]) -> dict[str, str]
 
 
 def _laid_out(
-    made: Names,
+    made: Made,
     rows: Mapping[int, Ints],
     namings: Mapping[int, Naming],
     aliases: Mapping[str, str],

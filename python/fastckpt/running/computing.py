@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import dtypes
-from ..computed.dequantised import Parts
+from ..computed.dequantised import Dequantised
 from ..computed.finishes import Agreed, Each, Largest, Requantised
 from ..computed.lowrank import LowRank, add
 from ..computed.nowhere import Floats, computed, elements, runs
@@ -46,7 +46,7 @@ class Computing:
         self.binding = binding
         self.made = computed(binding.places)
         self.nowhere = np.isin(np.arange(len(binding.places) + 1), list(self.made))
-        self.dequantises = all(isinstance(m, Parts) for m in self.made.values())
+        self.dequantises = all(isinstance(m, Dequantised) for m in self.made.values())
         nothing = Buffer(None, 0, 0)
         self.inner = inner([nothing if i in self.made else p for i, p in enumerate(binding.places)])
 
@@ -99,7 +99,7 @@ class ComputingLane:
 
     def _make(self, row: Table, destinations: Sequence[Buffer]) -> None:
         matrix = self.reader.made[int(row["src_buffer"][0])]
-        assert isinstance(matrix, (LowRank, Parts, Part, Each, Largest, Requantised, Agreed))
+        assert isinstance(matrix, (LowRank, Dequantised, Part, Each, Largest, Requantised, Agreed))
         columns = matrix.base.shape[1] if isinstance(matrix, LowRank) else matrix.shape[1]
         item = int(item_sizes(row["src_dtype"])[0])
         strides = (row["src_stride"][0] // item).tolist()
@@ -113,7 +113,7 @@ class ComputingLane:
             right = _picked(self._of(matrix.right), rank, across)
             box = base = _picked(self._of(matrix.base), down, across)
             add(base, left, right, matrix.scale)
-        elif isinstance(matrix, Parts):
+        elif isinstance(matrix, Dequantised):
             parts, wanted = matrix, dtypes.DTYPES[int(row["dst_dtype"][0])]
             box = _picked(lambda *at: parts.box(self.dense, wanted, *at), down, across)
             if box.dtype != np.float32:

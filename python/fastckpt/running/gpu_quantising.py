@@ -19,7 +19,7 @@ from ..errors import DeviceError
 from ..executors.cuda import Cuda, CudaRunner, Prepared, quantise, short_of_memory
 from ..extents import Buffer
 from ..planning.binding import Binding
-from ..planning.compiling import compiled
+from ..planning.compiling import in_windows
 from ..planning.copies import COPY, NOTHING, Chunk, Table, nbytes
 from ..planning.plans import Plan
 from ..quantisation.quantised_targets import flat
@@ -104,7 +104,7 @@ def prepare(planned: Plan, binding: Binding, buffers: Sequence[Buffer], device: 
     making = _Making(device)
     if planned.scans is not None:
         scheme = next(q.scheme for q in planned.quantised.values() if q.scanned)
-        for window, chunk, extents in compiled(planned.scans(), planned.extents):
+        for window, chunk, extents in in_windows(planned.scans(), planned.extents):
             bound = Binding.of(extents)
             dense, runner = Dense(chunk, bound), making.runner(bound)
             for i, (_, target) in enumerate(window):

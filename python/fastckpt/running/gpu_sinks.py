@@ -125,7 +125,7 @@ class CastThere:
     """The other sink: source bytes go over the bus as they are, dense, and the GPU does the rest.
 
     `buffers`: each planned tensor's memory. Every worker has a stream and two slots of its own, each a run of
-    pinned memory and one there: they are the most that is held beside the outputs. Batches are `apart`."""
+    pinned memory and one there: they are the most that is held beside the outputs. Batches are `spread`'s."""
 
     def __init__(self, buffers: Sequence[Buffer], device: str) -> None:
         self.buffers = buffers

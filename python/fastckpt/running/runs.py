@@ -28,7 +28,7 @@ from ..output.writer import Output
 from ..pipeline import feed
 from ..planning.batches import Batch, cut, spread
 from ..planning.binding import Binding
-from ..planning.compiling import compiled
+from ..planning.compiling import in_windows
 from ..planning.plans import Plan
 from ..quantisation.rounding import Error, Floats
 from ..reader import GAP, Lane, Mapped, Positioned, Reader
@@ -128,7 +128,7 @@ class Run:
     def _in_memory(self, planned: Plan, buffers: Sequence[Buffer], device: str) -> Report:
         if device == "cpu":
             sink = ToMemory(buffers)
-            self._copy(planned, sink.worker, sink, apart=True)
+            self._copy(planned, sink.worker, sink, for_memory=True)
         else:
             self._on_gpu(planned, buffers, device)
         return self._report(planned, None, {})
@@ -168,7 +168,7 @@ class Run:
         try:
             if way == "gpu":
                 limits = Limits(min(threads, gpu_transfer.MOST_WORKERS), max(band, gpu_transfer.BATCH))
-                self._copy(planned, worker, apart=True, limits=limits)
+                self._copy(planned, worker, for_memory=True, limits=limits)
             else:
                 self._copy(planned, worker, stage=gpu_transfer.SENT)
         finally:  # after an error too: what was sent is on its way into memory that is given up then
@@ -221,15 +221,15 @@ class Run:
         worker: Callable[[Lane], Worker],
         sink: Sink | None = None,
         *,
-        apart: bool = False,
+        for_memory: bool = False,
         stage: int = STAGE,
         limits: Limits | None = None,
     ) -> None:
         """Every batch of the plan through the readers and the executor.
 
-        `sink`: where quantised values go, None where the plan has none; `apart`: batches are cut for memory;
-        `stage`: bytes of a batch from mapped sources, where the band of the run has them; `limits`: the
-        threads, and the bytes of every batch, where they are not the run's."""
+        `sink`: where quantised values go, None where the plan has none; `for_memory`: batches are made by
+        `spread`, not by `cut`; `stage`: bytes of a batch from mapped sources, where the band of the run has
+        them; `limits`: the threads, and the bytes of every batch, where they are not the run's."""
         largest = self._scan(planned)
         began = time.perf_counter()
         executor = pick(None, recent(len(planned.tensors)))
@@ -254,7 +254,7 @@ class Run:
         with reader_of(planned.extents, binding, alone=alone) as reader:
             step, band = (limits.band, limits.band) if limits else sizes(reader, self.limits.band, stage)
             cutting = partial(cut, stage=step, band=band, thin=LEAF)
-            if apart:
+            if for_memory:
                 cutting = partial(spread, stage=band, band=band, by_file=isinstance(reader, Computing))
             items = _items(planned, quantising, binding, cutting)
             lanes = [reader.lane(executor) for _ in range(threads)]
@@ -287,7 +287,7 @@ class Run:
         if planned.scans is None:
             return scan.largest
         began = time.perf_counter()
-        for window, chunk, extents in compiled(planned.scans(), planned.extents):
+        for window, chunk, extents in in_windows(planned.scans(), planned.extents):
             binding = Binding.of(extents)
             with reader_of(extents, binding, alone=False) as reader:
                 executor = pick(None)

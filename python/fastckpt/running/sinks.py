@@ -155,7 +155,7 @@ class ToMemory:
         self.buffers = buffers
 
     def worker(self, lane: Lane) -> Worker:
-        """A worker whose batches are cut apart."""
+        """A worker for the batches of `spread`."""
 
         def run(batch: Batch) -> None:
             rows = batch.rows.copy()

@@ -11,10 +11,10 @@ from ..checkpoint import Checkpoint
 from ..collector import paused
 from ..errors import SourceError, expect
 from ..extents import is_directory, is_file, unexpanded
-from .options import Options, strip_prefix
+from .options import Options
 from .ranks import natural
 
-__all__ = ["SOURCES", "Options", "Source", "format_of", "open", "strip_prefix"]
+__all__ = ["SOURCES", "Options", "Source", "format_of", "open"]
 
 
 class Source(Protocol):

@@ -86,8 +86,3 @@ class Options:
             out[name] = new
             taken[new] = name
         return out
-
-
-def strip_prefix(prefix: str) -> tuple[str, str]:
-    """The rename pair that takes `prefix` off the names that begin with it."""
-    return "^" + re.escape(prefix), ""
