@@ -207,7 +207,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("options", "inert", "zero_layout", "samples", "steps", "ranks", "patterns"),
         ("assembly", "picklemachine", "plain", "zipentries"),
         # torch files: zip and pickle below, tensors above
-        ("torchzip", "inertpickle"),
+        ("torchzip", "inertpickle", "zero_autoep"),
         ("torchpickle",),
         ("torchfile",),
         ("torchtensors", "distributed", "zero_state", "zero_files", "dcp_metadata", "ties"),

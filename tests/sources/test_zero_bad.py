@@ -380,11 +380,24 @@ def test_weights_in_no_file(tmp_path):
         ("layer_03-depth_00-model_01-model_states.pt", "layer files of a grid with further axes"),
         ("layer_0_expert_3_mp_rank_00_model_states.pt", "but the run had []: left from another run"),
         ("expert_3_mp_rank_00_model_states.pt", "expert files of old DeepSpeed versions are not supported"),
+        ("mp_rank_00_model_states.pt-0.2", "fast writer, under a name that DeepSpeed does not load either"),
     ],
 )
 def test_grids_and_experts(tmp_path, name, what):
     (written(tmp_path) / name).write_bytes(b"")
     refuses(tmp_path, what)
+
+
+def test_files_of_the_fast_writer(tmp_path):
+    folder = written(tmp_path, stage=1)
+    names = [path.name for path in folder.glob("*.pt")]
+    for name in names:
+        (folder / name).rename(folder / f"{name}-0.1")
+    refuses(tmp_path, "optim_states.pt-0.1: a whole file of", "optim_states.pt (of several")
+    refuses(folder, "rename it to")
+    for name in names:
+        (folder / f"{name}-0.1").rename(folder / name)
+    assert len(sources.open(tmp_path))
 
 
 def test_expert_groups(tmp_path):

@@ -177,18 +177,19 @@ def test_groups_that_fit_two_orders():
     shapes = [{name: (1,)} for name in names]
 
     def state(counts, held, flats):
-        return zero_state.OptimState(2, counts, flats, None, held and tuple({n: 0} for n in held), None, "")
+        pieces = held and tuple({n: 0} for n in held)
+        return zero_state.OptimState(2, counts, flats, None, pieces, None, None, "")
 
     first = state((4, 1, 2, 2), None, (0, 1, 2, 3))
     told = state((4, 2, 2, 1), [names[0], names[3], names[2], names[1]], (0, 3, 2, 1))
-    (_, found) = zero_experts.in_order([first, told], shapes, "ab")
+    (_, found) = zero_experts.in_order([first, told], shapes, None, "ab")
     assert found.flats == first.flats and found.counts == first.counts
-    assert zero_experts.in_order([first, first], shapes, "ab") == [first, first]
+    assert zero_experts.in_order([first, first], shapes, None, "ab") == [first, first]
     with pytest.raises(SourceError, match="b: its groups of experts fit more than one order"):
-        zero_experts.in_order([first, state(told.counts, None, told.flats)], shapes, "ab")
+        zero_experts.in_order([first, state(told.counts, None, told.flats)], shapes, None, "ab")
     no_piece = state(told.counts, ["dense", names[3], names[2], names[1]], told.flats)
     no_piece.held[1].clear()  # of a small group some ranks hold nothing: the others leave it one place
-    assert zero_experts.in_order([first, no_piece], shapes, "ab")[1].flats == first.flats
+    assert zero_experts.in_order([first, no_piece], shapes, None, "ab")[1].flats == first.flats
 
 
 def test_frozen_experts_lie_in_their_files_alone(copied):

@@ -16,7 +16,16 @@ from .claims import Claims, Dim, absent, dim, each_layer, integer
 from .decoder import Kind, blocks_of, claimed, decoder, dense
 from .known import Known
 from .latent import heads_of, rope
-from .moe import BLOCK, Block, experts, saved_as, with_shared
+from .moe import (
+    AUTOEP_SHARED,
+    AUTOEP_SHARED_GATE,
+    BLOCK,
+    Block,
+    experts,
+    has_autoep,
+    saved_as,
+    with_shared,
+)
 
 Rule = Callable[[Mapping[str, JSON]], Callable[[int], bool]]
 """Of a config, which layers have experts. Raises RecipeError."""
@@ -116,11 +125,17 @@ def recipe(
         build = experts(claims, config, layer, mixture.block, (count, width, hidden))
         if mixture.shared is None or not shared.size:
             return build
-        gate = mixture.shared.gate
+        gate, trained = mixture.shared.gate, mixture.shared.trained
+        stored = gate
+        if has_autoep(claims, layer, mixture.block):
+            at = mixture.block.trained
+            trained, stored = f"{at}.{AUTOEP_SHARED}", f"{at}.{AUTOEP_SHARED_GATE}"
         return with_shared(
             build,
-            dense(kind, claims, config, shared, mixture.shared.name, mixture.shared.trained)(layer),
-            claims.linear(f"{layer}.{gate}", Dim(1, "1"), hidden) if gate else absent,
+            dense(kind, claims, config, shared, mixture.shared.name, trained)(layer),
+            claims.linear(f"{layer}.{gate}", Dim(1, "1"), hidden, stored=f"{layer}.{stored}")
+            if gate
+            else absent,
         )
 
     model = decoder(

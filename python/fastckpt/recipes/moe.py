@@ -2,7 +2,8 @@
 
 transformers 5 trains with stacks (`experts.gate_up_proj` [experts, gate; up, hidden], `experts.down_proj`
 [experts, hidden, width]) and saves most families expert by expert. Both are read; roles have the names that
-are saved.
+are saved. DeepSpeed's AutoEP trains with three stacks (`experts.w1` gate, `w2` down, `w3` up, each [experts,
+out, in]) and names of its own for what is beside them (deepspeed/module_inject/auto_ep_layer.py, 0.19.8).
 """
 
 from __future__ import annotations
@@ -47,6 +48,15 @@ BLOCK = Block()
 """As most families have it."""
 
 
+AUTOEP_ROUTER, AUTOEP_CORRECTION = "router.gate", "router.e_score_correction_bias"
+AUTOEP_SHARED, AUTOEP_SHARED_GATE = "shared_experts", "shared_experts_gate"
+
+
+def has_autoep(claims: Claims, layer: str, block: Block) -> bool:
+    """Whether AutoEP trained a layer's mixture."""
+    return bool(block.gate and block.trained) and f"{layer}.{block.trained}.experts.w1" in claims
+
+
 def saved_as(block: Block, name: str) -> tuple[str, ...]:
     """What the hub calls a tensor of a layer's experts, or of its router, that training calls `name`: one
     name, or with {} for an expert's number those of the matrices whose rows it has in turn; () for others."""
@@ -81,13 +91,21 @@ def experts(
     if in_training.gate_up in claims:
         at, found = trained, replace(in_training, transposed=written is not None and written.transposed)
         stored, adds = block.trained_router or stored, block.trained_correction or adds
+    if autoep := has_autoep(claims, layer, block):
+        at, stored, adds = trained, AUTOEP_ROUTER, AUTOEP_CORRECTION
     router = claims.linear(f"{hub}.{block.router}", count, hidden, stored=f"{at}.{stored}")
     added = _correction(claims, block, hub, f"{at}.{adds}", count)
     reads, latent = _latent(claims, config, block, hub, hidden)
-    if found is None:
+    if autoep:
+        each_of = _in_three(claims, name, block, f"{trained}.experts", (count, width, reads))
+    elif found is not None:
+        each_of = _unstacked(claims, name, block, found, (count, width, reads))
+    else:
         each = [_one(claims, f"{name}.{e}", block, width, reads) for e in range(count.size)]
-        return lambda: Experts(name, router(), Lazy(each), added(), latent=latent())
-    each_of = _unstacked(claims, name, block, found, (count, width, reads))
+
+        def each_of() -> Lazy[Mlp]:
+            return Lazy(each)
+
     return lambda: Experts(name, router(), each_of(), added(), stacked=written, latent=latent())
 
 
@@ -145,8 +163,7 @@ def _unstacked(
     down = claims.tensor(stored.down, count, *(narrow[::-1] if stored.transposed else narrow))
 
     def of(stack: View, e: int) -> View:
-        matrix = stack.narrow(0, e, 1).reshape(stack.shape[1:])
-        return matrix.T if stored.transposed else matrix
+        return _nth(stack, e).T if stored.transposed else _nth(stack, e)
 
     def expert(first: View, second: View, e: int) -> Mlp:
         both, down = of(first, e), Linear(f"{name}.{e}.{block.down}", of(second, e))
@@ -160,3 +177,26 @@ def _unstacked(
         return Lazy([partial(expert, first, second, e) for e in range(count.size)])
 
     return build
+
+
+def _in_three(
+    claims: Claims, name: str, block: Block, stored: str, sizes: tuple[Dim, Dim, Dim]
+) -> Callable[[], Lazy[Mlp]]:
+    """Claims AutoEP's stacks of the module `stored`; `sizes` as in `_unstacked`."""
+    count, width, hidden = sizes
+    gate, up = (claims.tensor(f"{stored}.{w}", count, width, hidden) for w in ("w1", "w3"))
+    down = claims.tensor(f"{stored}.w2", count, hidden, width)
+
+    def expert(stacks: Mapping[str, View], e: int) -> Mlp:
+        first, second, last = (Linear(f"{name}.{e}.{leaf}", _nth(s, e)) for leaf, s in stacks.items())
+        return Mlp(first, second, last)
+
+    def build() -> Lazy[Mlp]:
+        stacks = {block.gate: gate(), block.up: up(), block.down: down()}
+        return Lazy([partial(expert, stacks, e) for e in range(count.size)])
+
+    return build
+
+
+def _nth(stack: View, e: int) -> View:
+    return stack.narrow(0, e, 1).reshape(stack.shape[1:])

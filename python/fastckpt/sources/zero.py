@@ -25,7 +25,7 @@ from .ranks import check_one_save, check_ranks
 from .samples import check_copy, number, one_axis, read_all
 from .torchfile import Tensor, TorchFile
 from .torchtensors import Opened, by_storage, places
-from .zero_experts import Alignment, in_order, is_expert, spread
+from .zero_experts import Alignment, in_order, is_expert, sliced_in_sets, spread
 from .zero_files import Files, Grid, find, is_zero
 from .zero_layout import Flat, Placed, Shape, chained, sliced
 from .zero_opening import Opening, Whole, optim_tensors
@@ -121,15 +121,17 @@ def _world(first: OptimState, files: Files, experts: bool = False) -> int:
 def _models_of_ranks(
     opening: Opening, world: int, *, told: bool = True
 ) -> tuple[list[Opened], list[ModelState]]:
-    """Stage 3: rank 0's model states, and the other ranks' where frozen parameters lie in all of them.
+    """Stage 3: rank 0's model states, and the other ranks' where frozen parameters lie in all of them, or
+    which experts are whose.
 
     `told`: the optimizer files say of which step they are. Where they do not (SGD), the model states of all
     ranks are looked at, which lie beside them."""
     files = opening.files
     paths = check_ranks(files.model_of, world, files.what("model states"), files.folder)
     model, state = opening.model(paths[0])
-    frozen = bool(state.frozen_shapes) and not opening.options.exclude_frozen
-    if told and not frozen:
+    needed = bool(state.frozen_shapes) and not opening.options.exclude_frozen
+    needed |= state.autoep is not None
+    if told and not needed:
         return [model], [state]
     opened = opening.fragments(paths[1:])
     states = _each(opened, model_state)
@@ -139,8 +141,12 @@ def _models_of_ranks(
             ("ds_version", other.version, state.version),
             ("frozen_param_shapes", other.frozen_shapes, state.frozen_shapes),
             ("fragments", list(other.fragments or {}), list(state.fragments or {})),
+            *(() if state.autoep is None else (
+                ("param_shapes", other.shapes, state.shapes),
+                ("ds_autoep_layers", other.autoep and other.autoep.layers, state.autoep.layers),
+            )),
         ))  # fmt: skip
-    return ([model, *opened], [state, *states]) if frozen else ([model], [state])
+    return ([model, *opened], [state, *states]) if needed else ([model], [state])
 
 
 def _check_copies(opening: Opening, state: ModelState) -> None:
@@ -170,7 +176,7 @@ def _from_masters(
     path: str, opening: Opening, first: OptimState, models: Sequence[Opened], states: Sequence[ModelState]
 ) -> Checkpoint:
     """Stages 1 to 3: the masters in all ranks' optimizer files. `models`, `states`: rank 0's, or all."""
-    found = _masters(opening, first, states[0])
+    found = _masters(opening, first, states)
     where, layout, experts = opening.files.folder, found.layout, found.experts
     at_stage_3, of_all = first.stage == 3, opening.options.weights == "module"
     world, state = len(found.paths), found.state
@@ -233,9 +239,10 @@ class _Masters:
     experts: Mapping[str, Whole]
 
 
-def _masters(opening: Opening, first: OptimState, state: ModelState) -> _Masters:
+def _masters(opening: Opening, first: OptimState, states: Sequence[ModelState]) -> _Masters:
     """The masters in all ranks' files. Raises SourceError where they do not fit the model states."""
-    files, where = opening.files, opening.files.folder
+    files, where, state = opening.files, opening.files.folder, states[0]
+    at_stage_3 = first.stage == 3
     world = _world(first, files, bool(state.experts))
     if state.dp_world is not None and state.dp_world % world:
         raise SourceError(
@@ -244,19 +251,23 @@ def _masters(opening: Opening, first: OptimState, state: ModelState) -> _Masters
     paths = check_ranks(files.optim, world, files.what("optimizer files"), where)
     optim = opening.optim(paths)
     saved = _each(optim, optim_state)
-    if state.experts:
-        saved = in_order(saved, state.shapes or (), paths)
+    if state.autoep is not None and state.autoep.by_expert == at_stage_3:
+        raise SourceError(f"{where}: AutoEP's model states are not of stage {first.stage}: files of two runs")
+    if state.experts and not at_stage_3:
+        saved = in_order(saved, state.shapes or (), state.autoep, paths)
     _check_one_run(saved, optim, paths, state)
     flats, alignment = _columns(optim, [s.flats for s in saved], where), first.alignment
     experts = opening.experts(state)
     if experts:
-        if first.stage == 3:
+        if at_stage_3:
             raise SourceError(f"{where}: DeepSpeed's MoE layers at stage 3, which DeepSpeed does not write")
         state, alignment, flats = spread(state, alignment, flats, first.counts, where)
     shapes = state.shapes or ()
     _check_not_offloaded(shapes, flats, where)
-    at_stage_3 = first.stage == 3
-    layout = sliced(shapes, flats, where) if at_stage_3 else chained(shapes, alignment, flats, where)
+    if at_stage_3 and state.autoep is not None:
+        layout = sliced_in_sets(state.autoep, states, saved, flats, where)
+    else:
+        layout = sliced(shapes, flats, where) if at_stage_3 else chained(shapes, alignment, flats, where)
     return _Masters(paths, layout, state, alignment, experts)
 
 
@@ -300,11 +311,11 @@ def _from_module(path: str, opening: Opening, model: Opened, state: ModelState) 
     found = reading.found
     if off:
         tensors = {n: t for n, t in state.module.items() if isinstance(t, Tensor)}
-        tied = by_storage(tensors)
+        tied = by_storage(tensors) | found.tied
         names = [n for n in tensors if n not in tied and n not in found.buffers]
         reading.found = found = Parts(found.buffers, (), tied, found.other, ())
     else:
-        names = [name for name in trainable(state) if not is_expert(name)]
+        names = [name for name in trainable(state) if not is_expert(name, state.autoep)]
     entries = reading.module(found.buffers, "buffer")
     if not opening.options.exclude_frozen:
         entries |= reading.module(found.kept, "frozen") | reading.frozen_whole()
@@ -408,13 +419,14 @@ class _Reading:
         out: dict[str, Entry] = {}
         for placed in layout:
             for name, shape in zip(placed.names, placed.shapes, strict=True):
-                if not of_all and not is_expert(name):
+                of_expert = is_expert(name, self.state.autoep)
+                if not of_all and not of_expert:
                     continue
                 expert = experts.get(name)
                 t = expert.tensor if expert else self.state.module.get(name)
                 if not isinstance(t, Tensor) or t.shape != shape:
                     got = t.shape if isinstance(t, Tensor) else "nothing"
-                    held = "the experts' files have" if is_expert(name) else "weights='module': `module` has"
+                    held = "the experts' files have" if of_expert else "weights='module': `module` has"
                     more = "; at stage 3 `module` holds placeholders, use the masters"
                     raise SourceError(
                         f"{self.where}: {name}: {held} {got}, wanted {shape}{more if placed.sliced else ''}"
@@ -432,6 +444,9 @@ class _Reading:
     ) -> Checkpoint:
         """All of it, with what these entries leave unread."""
         files, opened, state = self.opening.files, self.opening.opened, self.state
+        if state.autoep is not None:
+            lack = self.opening.options.exclude_frozen
+            entries = state.autoep.joined(entries, lack=lack, where=self.where)
         tied = {n: h for n, h in self.found.tied.items() if h in entries}
         notes = list(unread)
         notes += [f"`module` entry {n}: no tensor" for n in self.found.other]

@@ -23,6 +23,10 @@ EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 LAYER = re.compile(r"layer_(\d+)-(?:model_(\d+)-)?model_states\.pt")
 KINDS = (OPTIM, MODEL_OF_RANK, MODEL, EXPERT, LAYER)
 
+_FAST = re.compile(r"(.+_states\.pt)-\d+\.\d+")
+"""A name of DeepSpeed's fast writer at stages 0 to 2 (0.19.8, runtime/model_checkpointing/writer_factory.py:
+create_writer): the one it stands for, which writer it was, and of how many. Each wrote a whole file."""
+
 _MODEL_OF_SEVERAL = re.compile(r"pytorch_model(_\d+)?")
 """accelerate's tags, one for each model that it prepared (1.15, accelerator.py: save_state)."""
 
@@ -176,7 +180,8 @@ def _is_tag_folder(path: str) -> bool:
         names = os.listdir(path)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return False
-    return any(kind.fullmatch(name) for name in names for kind in (OPTIM, MODEL_OF_RANK, MODEL))
+    plain = [found[1] if (found := _FAST.fullmatch(name)) else name for name in names]
+    return any(kind.fullmatch(name) for name in plain for kind in (OPTIM, MODEL_OF_RANK, MODEL))
 
 
 def _tag_folder_of(directory: str, tag: str) -> str:
@@ -197,6 +202,12 @@ def _by_kind(folders: Iterable[str]) -> dict[re.Pattern[str], dict[tuple[int, ..
             if (whose := _whose(name)) is not None:
                 kind, numbers = whose
                 found[kind].setdefault(numbers, []).append(path)
+            elif (written := _FAST.fullmatch(name)) and _whose(written[1]):
+                raise SourceError(
+                    f"{path}: a whole file of DeepSpeed's fast writer, under a name that DeepSpeed does not "
+                    f"load either; rename it to {written[1]} (of several model states the first, -0.N, and "
+                    "remove the others)"
+                )
             elif what := next((what for pattern, what in UNSUPPORTED if pattern.fullmatch(name)), None):
                 raise SourceError(f"{path}: {what} are not supported yet")
     return found

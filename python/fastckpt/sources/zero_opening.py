@@ -69,7 +69,7 @@ class Opening:
         out: dict[str, Whole] = {}
         keys = sorted(held)
         for (_, expert), opened in zip(keys, self._many([held[k] for k in keys], None, {}), strict=True):
-            for name, t in tensors(opened.file.root, expert, opened.file.file.path).items():
+            for name, t in tensors(opened.file.root, expert, state.autoep, opened.file.file.path).items():
                 if name in out:
                     raise SourceError(f"{opened.file.file.path}: {name} is in another expert's file too")
                 out[name] = Whole(opened, t)

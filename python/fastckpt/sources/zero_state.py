@@ -8,23 +8,27 @@ Keys as DeepSpeed's `engine._save_checkpoint`, `stage_1_and_2.state_dict`, `stag
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import TypeGuard, TypeVar
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import SourceError
 from .inert import Inert, type_name
 from .plain import integers, listing, mapping
 from .torchfile import Tensor
+from .zero_autoep import KEYS as AUTOEP_KEYS
+from .zero_autoep import AutoEp, autoep
 from .zero_layout import Shape
+
+Value = TypeVar("Value")
 
 _ENGINE_KEYS = frozenset((
     "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
     "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names",
     "skipped_steps", "global_steps", "global_samples", "dp_world_size", "mp_world_size",
     "checkpoint_parallel_dimensions", "ds_config", "ds_version", "universal_checkpoint_info",
-    "num_experts", "ds_autoep_layers",
+    "num_experts", "folding", *AUTOEP_KEYS,
 ))  # fmt: skip
 
 
@@ -35,13 +39,15 @@ class OptimState:
     `stage`: None in files of BF16_Optimizer, which is stage 1. `counts`: the ranks each group is cut over.
     `flats`: the masters, one tensor a group (stage 3: a sub-group). `alignment`: elements after each
     parameter of each group, None in older files. `held`: of each group, the parameters it holds a piece of,
-    by name; None if unsaid. `step`: the optimizer's, a number or where it lies, None if unsaid."""
+    by name; None if unsaid. `ranks`: those each sub-group of stage 3 is cut over, None if unsaid. `step`: the
+    optimizer's, a number or where it lies, None if unsaid."""
 
     stage: int | None
     counts: tuple[int, ...]
     flats: tuple[Tensor, ...]
     alignment: tuple[tuple[int, ...], ...] | None
     held: tuple[Mapping[object, object], ...] | None
+    ranks: tuple[tuple[int, ...], ...] | None
     step: Tensor | int | None
     version: str
 
@@ -52,12 +58,12 @@ class ModelState:
 
     `shapes`: name -> shape a group, None when ZeRO was off. `frozen_shapes`, `fragments`: None where frozen
     parameters are kept in `module` alone. `shared`: tied name -> holder. `experts`: how many each of
-    DeepSpeed's MoE layers has; `data_before_experts`: how the ranks that hold them are numbered. `pipeline`:
-    `module` lies in files of layers, and is empty here. `mp_world`: the model-parallel ranks. `degrees`: how
-    many of them are pipeline stages, and tensor-parallel ranks of a stage; None if unsaid. `zenflow`: ZenFlow
-    trained; `quantised`: ZeRO++ kept frozen parameters as int8 codes. `universal`: what
-    universal_checkpoint_info says of cuts, as it stands. `client`: the caller's own plain values; `opaque`:
-    the caller's keys whose values are not plain."""
+    DeepSpeed's MoE layers has; `data_before_experts`: how the ranks that hold them are numbered; `autoep`:
+    what AutoEP says of them, None where they are not its. `pipeline`: `module` lies in files of layers, and
+    is empty here. `mp_world`: the model-parallel ranks. `degrees`: how many of them are pipeline stages, and
+    tensor-parallel ranks of a stage; None if unsaid. `zenflow`: ZenFlow trained; `quantised`: ZeRO++ kept
+    frozen parameters as int8 codes. `universal`: what universal_checkpoint_info says of cuts, as it stands.
+    `client`: the caller's own plain values; `opaque`: the caller's keys whose values are not plain."""
 
     module: Mapping[str, object]
     buffers: tuple[str, ...]
@@ -70,6 +76,7 @@ class ModelState:
     version: str
     experts: tuple[int, ...]
     data_before_experts: bool
+    autoep: AutoEp | None
     pipeline: bool
     mp_world: int
     degrees: tuple[int, int] | None
@@ -109,6 +116,7 @@ def optim_state(root: object, where: str) -> OptimState:
         flats=flats,
         alignment=_alignment(state.get("param_alignment_paddings"), f"{where}: param_alignment_paddings"),
         held=_held(state.get("param_slice_mappings")),
+        ranks=_ranks(state.get("ds_zero_partition_groups"), f"{where}: ds_zero_partition_groups"),
         step=_step(moments),
         version=str(top.get("ds_version", state.get("ds_version", ""))),
     )
@@ -117,8 +125,6 @@ def optim_state(root: object, where: str) -> OptimState:
 def model_state(root: object, where: str) -> ModelState:
     """The ModelState of a parsed model-states file. Raises SourceError."""
     top = mapping(root, where)
-    if top.get("ds_autoep_layers") or top.get("autoep_layers"):
-        raise SourceError(f"{where}: AutoEP layers are not supported yet")
     pipeline = "module" in top and top["module"] is None
     shapes = top.get("param_shapes")
     groups = None
@@ -131,6 +137,8 @@ def model_state(root: object, where: str) -> ModelState:
         raise SourceError(
             f"{where}: frozen_param_shapes and frozen_param_fragments: one is None, the other is not"
         )
+    experts = integers(top.get("num_experts") or (), f"{where}: num_experts", bits=20)
+    layers = autoep(next((top[key] for key in AUTOEP_KEYS if top.get(key)), None), experts, where)
     client, opaque = _client(top)
     config = _dict(top.get("ds_config"))
     zero = _dict(config.get("zero_optimization"))
@@ -138,14 +146,15 @@ def model_state(root: object, where: str) -> ModelState:
         module={} if pipeline else _names(mapping(top.get("module"), f"{where}: module"), f"{where}: module"),
         buffers=tuple(_strings(top.get("buffer_names", ()), f"{where}: buffer_names")),
         shapes=groups,
-        frozen_shapes=None if frozen is None else _shapes(frozen, f"{where}: frozen_param_shapes"),
-        fragments=None if fragments is None else _tensors(fragments, f"{where}: frozen_param_fragments"),
+        frozen_shapes=_but_stacks(_shapes, frozen, layers, f"{where}: frozen_param_shapes"),
+        fragments=_but_stacks(_tensors, fragments, layers, f"{where}: frozen_param_fragments"),
         shared=_pairs(top.get("shared_params") or {}, f"{where}: shared_params"),
         global_steps=_number(top.get("global_steps")),
         dp_world=_number(top.get("dp_world_size")),
         version=str(top.get("ds_version", "")),
-        experts=integers(top.get("num_experts") or (), f"{where}: num_experts", bits=20),
+        experts=experts,
         data_before_experts=_data_before_experts(config),
+        autoep=layers,
         pipeline=pipeline,
         mp_world=_number(top.get("mp_world_size")) or 1,
         degrees=_degrees(top.get("checkpoint_parallel_dimensions")),
@@ -229,6 +238,13 @@ def _held(value: object) -> tuple[Mapping[object, object], ...] | None:
     return tuple(value)
 
 
+def _ranks(value: object, where: str) -> tuple[tuple[int, ...], ...] | None:
+    if value is None:
+        return None
+    groups = [mapping(group, where) for group in listing(value, where)]
+    return tuple(integers(group.get("partition_ranks"), where, bits=20) for group in groups)
+
+
 def _alignment(value: object, where: str) -> tuple[tuple[int, ...], ...] | None:
     if value is None:
         return None
@@ -269,6 +285,16 @@ def _shapes(value: object, where: str) -> dict[str, Shape]:
         checked = integers(shape, f"{where}: {name}")
         out[name] = known.setdefault(checked, checked)
     return out
+
+
+def _but_stacks(
+    read: Callable[[object, str], dict[str, Value]], value: object, layers: AutoEp | None, where: str
+) -> dict[str, Value] | None:
+    """What is frozen, by name, but for AutoEP's stacks: a set of ranks has a part of them here, and all lies
+    in the experts' files."""
+    if value is None:
+        return None
+    return {n: v for n, v in read(value, where).items() if layers is None or n not in layers.stacks}
 
 
 def _tensors(value: object, where: str) -> dict[str, Tensor]:
