@@ -125,3 +125,12 @@ def test_names_that_a_wrapper_changed_are_told_with_the_way_out():
     module = torch.nn.Linear(2, 2, bias=False)
     with pytest.raises(LayoutError, match=r"torch\.compile puts there; rename= \(--rename '_orig_mod"):
         fastckpt.load_into(module, {"_orig_mod.weight": torch.ones(2, 2)})
+
+
+def test_a_copy_that_state_dict_makes_is_not_filled_in_place_of_the_module():
+    module = torch.nn.Linear(2, 2, bias=False)
+    module._register_state_dict_hook(lambda _, state, *__: state.update(weight=state["weight"].clone()))
+    with pytest.raises(LayoutError, match="weight in the module's state_dict is none of its"):
+        fastckpt.load_into(module, {"weight": torch.ones(2, 2)})
+    with pytest.raises(LayoutError, match="weight has no shape before the module has run"):
+        fastckpt.load_into(torch.nn.LazyLinear(2, bias=False), {"weight": torch.ones(2, 2)})

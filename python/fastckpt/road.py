@@ -324,6 +324,7 @@ def load_into(
     if rank is None and grid.world > 1:
         raise LayoutError(f"load_into: a module is one rank's; say which of the {grid.world} ranks (rank=)")
     held = tensors.held(module)
+    tensors.refuse_copies(module, held)
     if strict:
         tensors.require_made(module, held)
     request = Request(

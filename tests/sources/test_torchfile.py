@@ -269,7 +269,7 @@ def test_flipped_bits_are_found_when_asked(good: Path, tmp_path: Path) -> None:
     _refused(broken, "record f/data/0: its bytes have CRC32", check_crc=True)
     at = good.read_bytes().index(b"cpu")
     broken = make.patched(good, tmp_path / "h.pt", at, b"npu")
-    _refused(broken, "record f/data.pkl: its bytes have CRC32", check_crc=True)
+    _refused(broken, "record f/data.pkl: its bytes have CRC32")
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3, 30, 500, 0.5, -200, -22, -1])

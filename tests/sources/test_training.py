@@ -15,7 +15,7 @@ from fastckpt.digest import digest
 from fastckpt.errors import SourceError
 from fastckpt.manager.manager import CheckpointManager
 from outputs import changed
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 
 def model(seed: int) -> torch.nn.Module:
@@ -86,7 +86,15 @@ def test_what_is_refused(tmp_path: Path) -> None:
         with pytest.raises(SourceError, match=said):
             fastckpt.open(step)
         (step / name).write_bytes(sound)
-    (step / "rank-00000/state.safetensors").unlink()
+    file = step / "rank-00000/state.safetensors"
+    kept = {n: t.clone() for n, t in load_file(file).items()}
+    save_file(kept, file, {"saved": "again" * 9})  # its data begin elsewhere than they did
+    with pytest.raises(SourceError, match=r"state\.safetensors: net\..* at byte \d+, fastckpt\.json says"):
+        fastckpt.open(step)
+    save_file({n: t for n, t in kept.items() if n != NAMED}, file)
+    with pytest.raises(SourceError, match=f"{NAMED} is in fastckpt.json and not in rank-00000"):
+        fastckpt.open(step)
+    file.unlink()
     with pytest.raises(SourceError, match=r"state\.safetensors"):
         fastckpt.open(step)
     own = committed(tmp_path / "own", lambda r: {"net": model(r)}, 2)

@@ -126,9 +126,30 @@ def torch_dtype(dtype: DType) -> torch.dtype:
 
 
 def held(module: torch.nn.Module) -> State:
-    """A module's persistent tensors by name, tied names included."""
+    """A module's persistent tensors by name, tied names included. Raises LayoutError for one that has no
+    shape yet."""
     expect("module", module, torch.nn.Module)
-    return {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
+    state = {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
+    if lazy := [n for n, t in state.items() if torch.nn.parameter.is_lazy(t)]:
+        raise LayoutError(f"{lazy[0]} has no shape before the module has run once ({len(lazy)} such)")
+    return state
+
+
+def refuse_copies(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Raises LayoutError where a module's state_dict made a tensor: to fill it would change no weight."""
+    parameters, buffers = (
+        find(remove_duplicate=False) for find in (module.named_parameters, module.named_buffers)
+    )
+    own = {**dict(parameters), **dict(buffers)}
+    memory = {t.untyped_storage().data_ptr() for t in own.values() if plain(t)}
+    for name, tensor in state.items():
+        if tensor is not own.get(name) and not (
+            plain(tensor) and tensor.untyped_storage().data_ptr() in memory
+        ):
+            raise LayoutError(
+                f"load_into: {name} in the module's state_dict is none of its parameters and buffers, but a "
+                "copy (of FSDP 1, of a hook); load the module before it is wrapped"
+            )
 
 
 def require_made(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:

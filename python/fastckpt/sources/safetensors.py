@@ -18,6 +18,7 @@ from ..checkpoint import JSON, Checkpoint, Entry
 from ..dtypes import BY_SAFETENSORS, DType, in_elements
 from ..errors import SourceError, ViewError
 from ..extents import Extent, Extents, File, is_directory, is_file, listed
+from ..output.manifest import NAME, TensorEntry
 from ..plainjson import parse_json
 from .assembly import Strided, assemble, sampled
 from .options import Options
@@ -138,6 +139,16 @@ def read_header(path: str) -> Header:
     if at != file.nbytes:
         raise SourceError(f"{path}: data ends at byte {at}, the file has {file.nbytes}")
     return Header(file, ordered, {k: str(v) for k, v in metadata.items()}, xxhash.xxh3_64_hexdigest(raw))
+
+
+def require(item: Item, told: TensorEntry, where: str) -> None:
+    """Raises SourceError where a file's header and the record of what was written say two things."""
+    said = told.dtype, told.shape, told.offset, told.nbytes
+    if (item.dtype, item.shape, item.offset, item.nbytes) != said:
+        raise SourceError(
+            f"{where} is {item.dtype}{list(item.shape)} at byte {item.offset}, "
+            f"{NAME} says {told.dtype}{list(told.shape)} at {told.offset}"
+        )
 
 
 def _item(name: str, spec: JSON, base: int, path: str) -> Item:

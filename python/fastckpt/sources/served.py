@@ -89,12 +89,7 @@ def _shards(path: str, manifest: Manifest, options: Options) -> Checkpoint:
                 told = left.pop(name, None)
                 if told is None or told.file != file:
                     raise SourceError(f"{path}: {file} holds {name}, which {NAME} does not name there")
-                kind = told.dtype, told.shape, told.offset, told.nbytes
-                if (item.dtype, item.shape, item.offset, item.nbytes) != kind:
-                    raise SourceError(
-                        f"{path}: {file}: {name} is {item.dtype}{list(item.shape)} at byte {item.offset}, "
-                        f"{NAME} says {told.dtype}{list(told.shape)} at {told.offset}"
-                    )
+                safetensors.require(item, told, f"{path}: {file}: {name}")
                 found.append((f"{shard.rank}/{name}", item, header.file))
         if left:
             raise SourceError(f"{path}: {min(left)} of rank {shard.rank} is in {NAME} and in no file")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import xxhash
 
+from ..digest import crc32
 from ..errors import SourceError, naming
 from ..extents import Extent, File, content, is_file
 from . import inertpickle, torchpickle
@@ -23,7 +24,7 @@ from .assembly import sampled
 from .inert import Inert
 from .inertpickle import Short
 from .torchpickle import Storage, Tensor, Tree, Wanted
-from .torchzip import LOCAL, Directory, Reader
+from .torchzip import LOCAL, Directory, Reader, require_crc
 
 __all__ = ["Inert", "Storage", "Tensor", "TorchFile", "Tree", "Wanted", "is_torch_file", "load"]
 
@@ -67,7 +68,7 @@ def load(
 
     `wanted`: root -> tensors; without it every storage gets an extent. `known`: shares the trees of
     byte-identical pickles between loads that pass the same `wanted`; such files then share `root`.
-    `check_crc`: also reads the pickle and the wanted storages and compares their CRC32 with the file's.
+    `check_crc`: also reads the wanted storages and compares their CRC32 with the file's, as the pickle's is.
     Raises SourceError, naming the path, for a file that is missing, no torch file, broken or too large."""
     file = File.at(path)
     with Reader(file) as reader, naming(file.path):
@@ -127,7 +128,9 @@ def _load_zip(
     if size > MAX_PICKLE:
         raise SourceError(f"its pickle has {size} bytes; the limit is {MAX_PICKLE}")
     data = reader.read(at, size)
-    if check_crc:
+    if record.crc:  # it says where every byte of a tensor lies
+        require_crc(pickle, record, crc32(data))
+    elif check_crc:
         directory.check_crc(pickle, record, at)
     tree = _parsed(data, wanted, known, reader.nbytes)
     extents, summed = [], True

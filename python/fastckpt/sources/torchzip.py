@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import os
 import struct
-import zlib
 
 import xxhash
 
+from ..digest import crc32
 from ..errors import SourceError
 from ..extents import File, let_go
 from .zipentries import FULL16, FULL32, STREAMED, Entries, Record, zip64
@@ -105,8 +105,17 @@ class Reader:
         """The CRC32 of `n` bytes from `offset`, read in chunks."""
         crc = 0
         for at in range(offset, offset + n, _CHUNK):
-            crc = zlib.crc32(self.read_through(at, min(_CHUNK, offset + n - at)), crc)
+            crc = crc32(self.read_through(at, min(_CHUNK, offset + n - at)), crc)
         return crc
+
+
+def require_crc(name: bytes, record: Record, crc: int) -> None:
+    """Raises SourceError where a record's bytes have another CRC32 than the file says."""
+    if crc != record.crc:
+        raise SourceError(
+            f"record {name.decode(errors='replace')}: its bytes have CRC32 {crc:08x}, "
+            f"the file says {record.crc:08x}"
+        )
 
 
 class Directory:
@@ -168,12 +177,7 @@ class Directory:
                 f"record {name.decode(errors='replace')}: holds no checksum to compare: saved after "
                 "torch.serialization.set_crc32_options(False)"
             )
-        crc = self._reader.crc32(data, record.size)
-        if crc != record.crc:
-            raise SourceError(
-                f"record {name.decode(errors='replace')}: its bytes have CRC32 {crc:08x}, "
-                f"the file says {record.crc:08x}"
-            )
+        require_crc(name, record, self._reader.crc32(data, record.size))
 
     def _check_descriptor(self, shown: str, at: int, record: Record) -> None:
         found = self._reader.read(at, min(24, record.limit - at))

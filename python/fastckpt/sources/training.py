@@ -5,7 +5,8 @@ its place in the state; a state of no module is its tensors. A DeepSpeed engine'
 and read as one. What each rank had of its own is no part of a model.
 
 Law: what says where bytes lie (the record, the table of shared tensors, the tree) is taken only with the
-digest under which it was committed. Tensors are not read here; `verify` proves them.
+digest under which it was committed, and files' headers must say the same. Tensors are not read here; `verify`
+proves them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from ..checkpoint import JSON, Checkpoint
 from ..digest import digest
@@ -29,6 +31,9 @@ from . import zero
 from .assembly import Boxed, assemble
 from .options import Options
 from .plain import integers
+
+if TYPE_CHECKING:
+    from .safetensors import Header
 
 SCHEMA = 1
 TABLE = "tensors.json"
@@ -130,6 +135,7 @@ class CommitFiles:
     def __init__(self, path: str, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
         self._files = manifest.all_files()
+        self._headers: dict[str, Header] = {}
 
     def document(self, name: str) -> dict[str, JSON]:
         """A JSON file of it. Raises SourceError where it is not the one committed."""
@@ -179,6 +185,18 @@ class CommitFiles:
             )
         return found
 
+    def file(self, name: str, entry: TensorEntry) -> File:
+        """Where a stored tensor lies, if it lies there as it was committed. Raises SourceError."""
+        from . import safetensors  # `matches`, which every run asks, needs none
+
+        header = self._headers.get(entry.file)
+        if header is None:
+            header = self._headers[entry.file] = safetensors.read_header(os.path.join(self.path, entry.file))
+        if name not in header.items:
+            raise SourceError(f"{self.path}: {name} is in {NAME} and not in {entry.file}")
+        safetensors.require(header.items[name], entry, f"{self.path}: {entry.file}: {name}")
+        return header.file
+
     def checkpoint(
         self,
         names: Mapping[str, str],
@@ -198,8 +216,7 @@ class CommitFiles:
             dtype, shape, parts = self._parts(held, own or {})
             rows = []
             for entry, origin, size in parts:
-                if entry.file not in files:
-                    files[entry.file] = File.at(os.path.join(self.path, entry.file))
+                files[entry.file] = self.file(held, entry)
                 if 0 not in size:
                     rows.append([len(extents), dtype.code, 0, *origin, *size, *dense_strides(size)])
                     extents.append(
