@@ -13,6 +13,7 @@ import torch
 from fastckpt import layouts
 from fastckpt.cli import main
 from fastckpt.doors.demo import Llama
+from fastckpt.errors import FastckptError
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("benchmarks/**/*.md")]
@@ -68,6 +69,12 @@ def test_the_readme_s_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (tmp_path / made).rename(tmp_path / f"{made}-by-python")
     for line in commands.strip().splitlines():
         assert main(shlex.split(line, comments=True)[1:]) == 0, line
+
+
+def test_the_table_of_errors_is_that_of_the_classes() -> None:
+    rows = re.findall(r"\| `(\w+Error)` \| (\d) \|", (ROOT / "docs/formats.md").read_text())
+    classes = [c for c in FastckptError.__subclasses__() if c.__module__ == FastckptError.__module__]
+    assert {name: int(code) for name, code in rows} == {c.__name__: c.exit_code for c in classes}
 
 
 @pytest.mark.parametrize("layout", layouts.LAYOUTS)

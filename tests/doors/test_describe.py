@@ -127,8 +127,8 @@ def test_a_plan_says_which_bytes_go_where(mixed):
     a = placed["a.weight"]
     assert (a.dtype, a.shape, a.nbytes) == ("float32", (5, 3), 60)
     # 15 elements over two ranks: 8 and 7, each one run.
-    assert [(r.ranges, r.nbytes) for r in a.runs] == [(1, 32), (1, 28)]
-    for run in a.runs:
+    assert [(r.ranges, r.nbytes) for r in a.taken] == [(1, 32), (1, 28)]
+    for run in a.taken:
         with open(run.path, "rb") as f:
             assert run.last - run.first == run.nbytes <= len(f.read())
     assert sum(n for _, n in found.sources().values()) == found.needed_bytes == plan.needed_bytes
@@ -146,7 +146,7 @@ def test_a_plan_s_bytes_are_the_tensor_s(mixed):
     want = fastckpt.reshard(mixed, layout="same", rank=0)
     for t in found.tensors:
         got = b""
-        for run in t.runs:
+        for run in t.taken:
             with open(run.path, "rb") as f:
                 f.seek(run.first)
                 got += f.read(run.last - run.first)
@@ -174,9 +174,9 @@ def test_zero_rows_have_no_source():
     state["model.embed_tokens.weight"] = torch.randn(5, 8)
     found = describe_plan(fastckpt.plan(state, tp=2, layout="vllm", config=config))
     pad = next(t for t in found.tensors if t.rank == 1 and "embed" in t.name)
-    assert pad.runs == ()
+    assert pad.taken == ()
     assert "<- zeros" in found.text()
-    assert all(r.path == "memory" for t in found.tensors for r in t.runs)
+    assert all(r.path == "memory" for t in found.tensors for r in t.taken)
 
 
 # ---- diff ----

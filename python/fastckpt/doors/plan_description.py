@@ -26,7 +26,7 @@ from .text import columns, counted, size, some
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class Taken:
     """What one tensor takes from one source file: `ranges` contiguous byte ranges of `nbytes` in all, which
     lie within [first, last) of the file; those of a strided copy may touch. A tensor in memory has the path
     "memory", what is computed of others as it is read "computed"."""
@@ -41,7 +41,7 @@ class Run:
 @dataclass(frozen=True, slots=True)
 class Placed:
     """One output tensor: its serving rank, the `file` (relative to the output) and `offset` where its
-    `nbytes` go, and the runs they are made of."""
+    `nbytes` go, and what they are made of."""
 
     rank: int
     name: str
@@ -50,7 +50,7 @@ class Placed:
     file: str
     offset: int
     nbytes: int
-    runs: tuple[Run, ...]
+    taken: tuple[Taken, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +80,15 @@ class PlanDescription:
     def needed_bytes(self) -> int | None:
         """Source bytes they are made of; bytes that two tensors need count for each. None where some are
         computed of others."""
-        runs = [r for t in self.tensors for r in t.runs]
-        return None if any(r.path == COMPUTED for r in runs) else sum(r.nbytes for r in runs)
+        every = [r for t in self.tensors for r in t.taken]
+        return None if any(r.path == COMPUTED for r in every) else sum(r.nbytes for r in every)
 
     def sources(self) -> dict[str, tuple[int, int]]:
         """Source path -> (ranges, bytes) over all tensors."""
         ranges: Counter[str] = Counter()
         nbytes: Counter[str] = Counter()
         for t in self.tensors:
-            for r in t.runs:
+            for r in t.taken:
                 ranges[r.path] += r.ranges
                 nbytes[r.path] += r.nbytes
         return {p: (ranges[p], nbytes[p]) for p in sorted(ranges)}
@@ -121,7 +121,7 @@ class PlanDescription:
             lines.append(f"rank {rank}: {path} ({counted(len(inside), 'tensor')}, {size(nbytes)})")
             lines += columns(
                 [
-                    (t.name, t.dtype, str(list(t.shape)), f"at {t.offset}", size(t.nbytes), _taken(t.runs))
+                    (t.name, t.dtype, str(list(t.shape)), f"at {t.offset}", size(t.nbytes), _said(t.taken))
                     for t in inside
                 ]
             )
@@ -164,7 +164,7 @@ class PlanDescription:
                             "first": r.first,
                             "last": r.last,
                         }
-                        for r in t.runs
+                        for r in t.taken
                     ],
                 }
                 for t in self.tensors
@@ -178,7 +178,7 @@ def describe_plan(
     """Which bytes of which file go where; `threads` and `memory` are what `peak_memory` is told for.
 
     Raises WriteError where `reshard` does: fewer than one thread, too little memory."""
-    runs = _runs(plan)
+    taken = _taken_by(plan)
     held = Counter((t.rank, t.file) for t in plan.tensors)
     paths = [f.path for f in plan.files]
     limits = Limits.of(threads, memory)
@@ -190,7 +190,7 @@ def describe_plan(
         placement=plan.placement,
         ranks=plan.ranks,
         tensors=tuple(
-            Placed(t.rank, t.name, t.dtype.name, t.shape, paths[t.file], t.offset, t.nbytes, runs.get(i, ()))
+            Placed(t.rank, t.name, t.dtype.name, t.shape, paths[t.file], t.offset, t.nbytes, taken.get(i, ()))
             for i, t in enumerate(plan.tensors)
         ),
         files=tuple((r, paths[i], n, plan.files[i].nbytes) for (r, i), n in held.items()),
@@ -200,9 +200,9 @@ def describe_plan(
     )
 
 
-def _runs(plan: Plan) -> dict[int, tuple[Run, ...]]:
-    """The runs of every tensor of the plan, by its index."""
-    out: dict[int, tuple[Run, ...]] = {}
+def _taken_by(plan: Plan) -> dict[int, tuple[Taken, ...]]:
+    """What every tensor of the plan takes, by its index."""
+    out: dict[int, tuple[Taken, ...]] = {}
     binding = Binding.of(plan.extents)
     for tensors, rows in _rows(plan):
         real = rows["src_buffer"] != NOTHING
@@ -220,7 +220,7 @@ def _runs(plan: Plan) -> dict[int, tuple[Run, ...]]:
         np.add.at(moved, group, copies.nbytes(rows, "src"))
         columns = (keys[:, 0], keys[:, 1], count, moved, first, last)
         for tensor, place, n, nbytes, a, b in zip(*(c.tolist() for c in columns), strict=True):
-            out[tensor] = (*out.get(tensor, ()), Run(_path(binding.places[place]), n, nbytes, a, b))
+            out[tensor] = (*out.get(tensor, ()), Taken(_path(binding.places[place]), n, nbytes, a, b))
     return out
 
 
@@ -265,9 +265,9 @@ def ranges(rows: Table) -> Ints:
     return count
 
 
-def _taken(runs: Sequence[Run]) -> str:
-    if not runs:
+def _said(taken: Sequence[Taken]) -> str:
+    if not taken:
         return "<- zeros"
-    count, nbytes = sum(r.ranges for r in runs), sum(r.nbytes for r in runs)
-    names = [os.path.basename(r.path) for r in runs[:2]] + (["..."] if len(runs) > 2 else [])
-    return f"<- {size(nbytes)}, {counted(count, 'range')} of {counted(len(runs), 'file')}: {', '.join(names)}"
+    count, files = counted(sum(r.ranges for r in taken), "range"), counted(len(taken), "file")
+    names = [os.path.basename(r.path) for r in taken[:2]] + (["..."] if len(taken) > 2 else [])
+    return f"<- {size(sum(r.nbytes for r in taken))}, {count} of {files}: {', '.join(names)}"
