@@ -133,16 +133,16 @@ class Attention:
     another size (MiMo).
 
     `gate` [heads * head_dim, hidden]: a head's output is multiplied by the sigmoid of this before `o`
-    (Qwen3-Next); the hub stores it under q's name, head by head [q; gate]. `softplus_gate` [heads, hidden] or
-    [heads * head_dim, hidden]: by the softplus of this, a module of its own (Laguna). `q_norm`, `k_norm`:
-    per-head norms [head_dim], with `own_norms` of each head by weights of its own [heads, head_dim] (Command
-    R+), with `whole_norms` over all of q [heads * head_dim] and all of k (OLMoE); `rotated`: they come after
-    the rotary positions. `sinks`: one logit for each query head [heads]. `relative`: the logits of relative
-    positions [buckets, heads] (T5). `fused`: the hub's module that stores q, k and v as one matrix (they then
-    carry its name), None where the hub stores them apart. `grouped`: that matrix holds, for each kv head, its
-    query heads, itself and its value head (with as many kv heads as query heads that is q, k, v head by
-    head); else all of q, then all of k, then all of v. `values_are_keys`: the hub stores `k` alone, and `v`
-    is the same matrix (Gemma 4)."""
+    (Qwen3-Next); the hub stores it under q's name, head by head [q; gate]. `output_gate` [heads, hidden] or
+    [heads * head_dim, hidden]: by the softplus (Laguna) or the sigmoid (AFMoE) of this, a module of its own.
+    `q_norm`, `k_norm`: per-head norms [head_dim], with `own_norms` of each head by weights of its own [heads,
+    head_dim] (Command R+), with `whole_norms` over all of q [heads * head_dim] and all of k (OLMoE);
+    `rotated`: they come after the rotary positions. `sinks`: one logit for each query head [heads].
+    `relative`: the logits of relative positions [buckets, heads] (T5). `fused`: the hub's module that stores
+    q, k and v as one matrix (they then carry its name), None where the hub stores them apart. `grouped`: that
+    matrix holds, for each kv head, its query heads, itself and its value head (with as many kv heads as query
+    heads that is q, k, v head by head); else all of q, then all of k, then all of v. `values_are_keys`: the
+    hub stores `k` alone, and `v` is the same matrix (Gemma 4)."""
 
     q: Linear
     k: Linear
@@ -159,7 +159,7 @@ class Attention:
     own_norms: bool = False
     rotated: bool = False
     heads: tuple[int, int] | None = None
-    softplus_gate: Linear | None = None
+    output_gate: Linear | None = None
     values_are_keys: bool = False
 
 

@@ -12,7 +12,8 @@ import zlib
 
 import torch
 import transformers
-from engines.served_tables import HUBS, INSIDE, MODELS, SAID, hubs
+from engines.served_spellings import HUBS, INSIDE, SAID, hubs
+from engines.served_tables import MODELS
 from safetensors.torch import load_file, save_file
 
 
@@ -126,6 +127,7 @@ QUANTISED: dict[str, tuple[str, str]] = {
         "glm": ("int8",),
         "glm4": ("int8",),
         "glm4v": ("int8",),
+        "glm4v_moe": ("int8", "fp8-matrix"),
         "qwen2_moe": ("int8", "fp8-matrix"),
         "glm4_moe": ("int8", "fp8-matrix"),
         "deepseek_v2-lora": ("int8", "fp8-matrix"),
@@ -150,7 +152,7 @@ QUANTISED |= {
     for model in (
         "llama", "llama-biased", "llama-tied", "mistral", "qwen2", "qwen3", "granite", "smollm3", "gemma",
         "gemma2", "gemma3_text", "phi3", "glm", "glm4", "mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe",
-        "deepseek_v2-576", "deepseek_v3-wide", *_DENSE, *_SEEING, "glm4v",
+        "deepseek_v2-576", "deepseek_v3-wide", *_DENSE, *_SEEING, "glm4v", "glm4v_moe",
     )
     for scheme in (tuple(PACKED) if model in ("llama", "mixtral") else tuple(PACKED)[:4])
     if scheme != "gptq" or model not in ("glm4", "glm4v")  # which vLLM's own loader does not take
@@ -192,9 +194,10 @@ def write(name: str, folder: str, *, counted: bool = False, dtype: torch.dtype =
         tensors = load_file(path).items()
         older = {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in tensors}
         save_file(older, path, {"format": "pt"})
-    if name.endswith("-mixed"):  # as Qwen3.5's own files
+    if name.endswith("-mixed"):  # as Qwen3.5's own files, and as transformers trains AFMoE
         own = tuple(f".mamba.{leaf}" for leaf in ("A_log", "D", "dt_bias", "norm.weight"))
-        _keep_float32(folder, (".linear_attn.A_log", ".linear_attn.norm.weight", *own))
+        norms = ("norm.weight", ".expert_bias") if name.startswith("afmoe") else ()
+        _keep_float32(folder, (".linear_attn.A_log", ".linear_attn.norm.weight", *own, *norms))
 
 
 def _as_qwen3_vl_moe(folder: str) -> None:

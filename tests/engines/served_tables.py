@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
-import torch
-
 _SIZES = dict(
     vocab_size=331, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=32, max_position_embeddings=128, tie_word_embeddings=False,
@@ -76,6 +72,10 @@ _ROUTED = _SIZES | dict(
     first_k_dense_replace=1, n_group=1, topk_group=1,
 )  # fmt: skip
 
+_AFMOE = _sizes(
+    num_hidden_layers=3, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128,
+    num_shared_experts=1, global_attn_every_n_layers=2,
+)  # fmt: skip
 _CONVOLVED = _sizes(
     num_hidden_layers=4, layer_types=["conv", "full_attention", "conv", "full_attention"], drop=("head_dim",)
 )
@@ -83,11 +83,6 @@ _MIMO = _sizes(
     _ROUTED, num_hidden_layers=3, v_head_dim=16, mlp_layer_types=["dense", "sparse", "sparse"],
     layer_types=["full_attention", "sliding_attention", "full_attention"],
     drop=("first_k_dense_replace", "n_shared_experts"),
-)  # fmt: skip
-_SAID_OF_MIMO = dict(
-    moe_layer_freq=[0, 1, 1], hybrid_layer_pattern=[0, 1, 0], swa_num_attention_heads=4,
-    swa_num_key_value_heads=4, swa_head_dim=32, swa_v_head_dim=16, sliding_window_size=16,
-    layernorm_epsilon=1e-5, add_swa_attention_sink_bias=True,
 )  # fmt: skip
 
 _IMAGES = dict(image_token_id=300, video_token_id=301, vision_start_token_id=302, vision_end_token_id=303)
@@ -97,6 +92,9 @@ _CLIP = dict(
     patch_size=4,
 )  # fmt: skip
 _SIGLIP = _CLIP | dict(model_type="siglip_vision_model", vision_use_head=False)
+_SIGLIP2 = {k: v for k, v in _SIGLIP.items() if k != "image_size"} | dict(
+    model_type="siglip2_vision_model", num_patches=20
+)
 _PIXTRAL = _CLIP | dict(model_type="pixtral", head_dim=32)
 
 
@@ -250,6 +248,8 @@ MODELS: dict[str, tuple[str, dict]] = {
             use_routing_bias=True, scoring_func="sigmoid",
         ),
     ),
+    "afmoe": ("Afmoe", _AFMOE),
+    "afmoe-mixed": ("Afmoe", _AFMOE),
     "granitemoe": (
         "GraniteMoe", _sizes(num_local_experts=4, num_experts_per_tok=2, drop=("head_dim",))
     ),
@@ -325,6 +325,8 @@ MODELS: dict[str, tuple[str, dict]] = {
     "internlm3": ("Llama", _sizes(attention_bias=True, mlp_bias=True)),
     "cwm": ("Cwm", _sizes(rope_parameters=_PLAIN, sliding_window=64)),
     "helium": ("Helium", _sizes()),
+    "hyperclovax": ("HyperCLOVAX", _sizes(attention_multiplier=0.1)),
+    "hyperclovax-before": ("HyperCLOVAX", _sizes(use_post_norm=False, attention_multiplier=0.1)),
     "olmo": ("Olmo", _sizes(drop=("head_dim",))),
     "olmo2": ("Olmo2", _sizes(drop=("head_dim",))),
     "olmo3": ("Olmo3", _sizes(drop=("head_dim",))),
@@ -332,6 +334,13 @@ MODELS: dict[str, tuple[str, dict]] = {
     "cohere": ("Cohere", _sizes(drop=("head_dim",), tie_word_embeddings=True)),
     "cohere-normed": ("Cohere", _sizes(drop=("head_dim",), tie_word_embeddings=True, use_qk_norm=True)),
     "cohere2": ("Cohere2", _sizes(drop=("head_dim",), tie_word_embeddings=True)),
+    "cohere2_moe": (
+        "Cohere2Moe",
+        _sizes(
+            tie_word_embeddings=True, num_experts=4, num_shared_experts=1, layer_types=None,
+            mlp_layer_types=["dense", "sparse"], prefix_dense_intermediate_size=192,
+        ),
+    ),
     "starcoder2": ("Starcoder2", _sizes(drop=("head_dim",), tie_word_embeddings=True)),
     "stablelm": ("StableLm", _sizes(drop=("head_dim",), use_qkv_bias=True)),
     "phi": ("Phi", _sizes(drop=("head_dim",))),
@@ -408,6 +417,13 @@ MODELS: dict[str, tuple[str, dict]] = {
     "glm4v": (
         "Glm4v",
         _seeing(_TOWER | dict(image_size=16), text=dict(attention_bias=True, rope_parameters=_HALF)),
+    ),
+    "glm4v_moe": (
+        "Glm4vMoe",
+        _seeing(
+            _TOWER | dict(image_size=16), drop=(), tie_word_embeddings=False,
+            text=_ROUTED | dict(num_hidden_layers=3, rope_parameters=_HALF, use_qk_norm=False),
+        ),
     ),
     "gemma3": (
         "Gemma3",
@@ -510,6 +526,23 @@ MODELS: dict[str, tuple[str, dict]] = {
             image_token_id=300, tie_word_embeddings=False,
         ),
     ),
+    "cohere2_vision": (
+        "Cohere2Vision",
+        _seeing(
+            _SIGLIP, text=dict(model_type="cohere2", tie_word_embeddings=True),
+            alignment_intermediate_size=384, image_token_id=300, tie_word_embeddings=True,
+        ),
+    ),
+    "lfm2_vl": (
+        "Lfm2Vl",
+        _seeing(
+            _SIGLIP2, projector_hidden_size=192, image_token_id=300, tie_word_embeddings=True,
+            text=dict(
+                _CONVOLVED, model_type="lfm2", intermediate_size=384, block_multiple_of=64, block_dim=128,
+                conv_dim=128, block_ff_dim=384, tie_word_embeddings=True,
+            ),
+        ),
+    ),
     "llama4": (
         "Llama4",
         _seeing(
@@ -528,61 +561,3 @@ MODELS: dict[str, tuple[str, dict]] = {
     ),
 }  # fmt: skip
 """name -> (transformers' class prefix, the config's arguments)."""
-
-SAID: dict[str, dict] = {
-    "deepseek_v32": {"first_k_dense_replace": 1},
-    "glm_moe_dsa": {"first_k_dense_replace": 1, "index_topk_pattern": "FSF"},
-    "internlm3": {  # which transformers has not
-        "architectures": ["InternLM3ForCausalLM"],
-        "model_type": "internlm3",
-        "qkv_bias": True,
-        "bias": True,
-    },
-    "hy_v3": {"expert_hidden_dim": 128, "first_k_dense_replace": 1, "qk_norm": True, "route_norm": True},
-    "lfm2": {"block_dim": 128, "conv_dim": 128, "block_ff_dim": 384},
-    "mimo_v2_flash": _SAID_OF_MIMO,
-    "mimo_v2_flash-wide": _SAID_OF_MIMO | {"swa_head_dim": 128, "swa_v_head_dim": 128},
-    "kimi_k2": {"model_type": "kimi_k2"},
-    "kimi_k25": {"architectures": ["KimiK25ForConditionalGeneration"]},
-    "phimoe-hub": {"architectures": ["PhiMoEForCausalLM"]},
-    "glm4_moe_lite": {"first_k_dense_replace": 1},
-}
-"""name -> what the hub's config.json says besides, or otherwise than transformers' class."""
-
-INSIDE = ("gemma3", "llava", "llava_next", "llava_onevision", "llava_onevision-wide")
-"""Models whose tower vLLM reads by the hub's older names alone, below `vision_model`."""
-
-
-HUBS: dict[str, tuple[tuple[str, str], ...]] = {
-    "kimi_k25": (
-        (r"^language_model\.model\.blocks\.", "language_model.model.layers."),
-        (r"^model\.mm_projector\.", "mm_projector."),
-        (r"^vision_tower\.encoder\.patch_embed\.", "vision_tower.patch_embed."),
-    ),
-    "kimi_linear": ((r"\.block_sparse_moe\.(gate|up|down)_proj\.", r".mlp.\1_proj."),),
-    "olmo_hybrid": (
-        (r"\.attention_layer_norm\.", ".input_layernorm."),
-        (r"\.feedforward_layer_norm\.", ".post_attention_layernorm."),
-    ),
-    "deepseek_v4": (
-        (r"^model\.(layers|norm)\.", r"\1."),
-        (r"^model\.embed_tokens\.", "embed."),
-        (r"^model\.hc_head\.hc_", "hc_head_"),
-        (r"(\d\.attn)\.norm\.", r"\1.kv_norm."),
-    ),
-}
-"""model_type -> what transformers 5.23 writes in a name, and the hub's words for it, where they differ."""
-
-
-def hubs(tensors, model_type):
-    """Tensors by the names that transformers writes -> the same as the hub has them."""
-    out = {}
-    for name, x in tensors.items():
-        for written, hub in HUBS.get(model_type, ()):
-            name = re.sub(written, hub, name)
-        out[name] = x
-    for at in [n.removesuffix("q_conv1d.weight") for n in out if n.endswith("q_conv1d.weight")]:
-        three = [f"{at}{part}_conv1d.weight" for part in "qkv"]  # which it cuts in three, whatever they are
-        rows = [len(out[f"{at}{part}_proj.weight"]) for part in "qkv"]
-        out |= zip(three, torch.cat([out[n] for n in three]).split(rows), strict=True)
-    return {n: x.contiguous() for n, x in out.items()}

@@ -36,7 +36,8 @@ SERVED = (
     "llama+int8", "qwen3", "gemma2", "gemma3_text", "phi3", "glm4", "gpt_neox", "gpt2", "bloom", "falcon-new",
     "chatglm", "qwen2_moe", "glm4_moe", "deepseek_v2-576", "gpt_oss", "cohere2", "starcoder2", "apertus",
     "nemotron", "opt", "gptj", "exaone4", "llama4_text", "ernie4_5_moe", "olmoe", "hunyuan_v1_moe",
-    "qwen3_next-wide", "hy_v3", "lfm2", "lfm2_moe", "mimo_v2_flash-wide",
+    "qwen3_next-wide", "hy_v3", "lfm2", "lfm2_moe", "mimo_v2_flash-wide", "afmoe", "cohere2_moe",
+    "hyperclovax",
 )  # fmt: skip
 """Models that are served from their hub directory."""
 
@@ -134,7 +135,16 @@ GRIDS = {
     ),
     "tp2-data": (
         Placement(tp=2),
-        ("qwen2_vl", "qwen2_5_vl-tied", "qwen3_vl", "qwen3_vl_moe", "glm4v", "exaone4_5", "kimi_k25"),
+        (
+            "qwen2_vl",
+            "qwen2_5_vl-tied",
+            "qwen3_vl",
+            "qwen3_vl_moe",
+            "glm4v",
+            "glm4v_moe",
+            "exaone4_5",
+            "kimi_k25",
+        ),
         (),
     ),
     "tp2-fastckpt": (Placement(tp=2), (*served_models.MODELS, *STAGED), ()),

@@ -122,7 +122,7 @@ def test_a_head_that_the_engine_ties_otherwise_is_refused(name, tied, message, t
 
 
 def test_a_tower_that_vllm_cannot_hold_whole_is_refused(hub):
-    with pytest.raises(LayoutError, match="tower=whole wants one of exaone4_5, glm4v, kimi_k25, "):
+    with pytest.raises(LayoutError, match="tower=whole wants one of exaone4_5, glm4v, glm4v_moe, kimi_k25, "):
         fastckpt.plan(hub("internvl"), tp=2, layout=layout("vllm", {"tower": "whole"}))
 
 

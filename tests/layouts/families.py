@@ -15,7 +15,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-from engines.served_tables import hubs  # noqa: E402
+from engines.served_spellings import hubs  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 _SIZES = dict(
@@ -98,6 +98,8 @@ FAMILIES = {
     "helium": _family("Helium", (8, 4, 8), head_dim=8, attention_bias=True, mlp_bias=True),
     "stablelm": _family("StableLm", (8, 4, 8), use_qkv_bias=True),
     "stablelm-parallel": _family("StableLm", (8, 4, 8), use_parallel_residual=True),
+    "hyperclovax": _family("HyperCLOVAX", (8, 4, 12), head_dim=12, attention_bias=True, mlp_bias=True),
+    "hyperclovax-before": _family("HyperCLOVAX", (8, 4, 8), use_post_norm=False),
     "olmo": _family("Olmo", (8, 4, 8)),
     "olmo2": _family("Olmo2", (8, 4, 8), attention_bias=True),
     "olmo3": _family("Olmo3", (8, 4, 8)),
@@ -105,6 +107,11 @@ FAMILIES = {
     "cohere": _family("Cohere", (8, 4, 8), tie_word_embeddings=True, attention_bias=True),
     "cohere-normed": _family("Cohere", (8, 4, 8), tie_word_embeddings=True, use_qk_norm=True),
     "cohere2": _family("Cohere2", (8, 2, 8), tie_word_embeddings=True, num_key_value_heads=2),
+    "cohere2_moe": _family(
+        "Cohere2Moe", (8, 4, 12), head_dim=12, tie_word_embeddings=True, num_experts=5,
+        num_shared_experts=2, mlp_layer_types=["dense", "sparse"], prefix_dense_intermediate_size=80,
+        attention_bias=True,
+    ),
     "starcoder2": _family("Starcoder2", (8, 2, 8), tie_word_embeddings=True, num_key_value_heads=2),
     "starcoder2-plain": _family("Starcoder2", (8, 4, 8), use_bias=False),
     "phi": _family("Phi", (8, 4, 8)),
@@ -217,6 +224,10 @@ FAMILIES = {
     "laguna-wide": _family(
         "Laguna", (8, 4, 8), head_dim=8, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24,
         shared_expert_intermediate_size=40, gating="per-element",
+    ),
+    "afmoe": _family(
+        "Afmoe", (8, 4, 12), head_dim=12, attention_bias=True, num_hidden_layers=3, num_experts=5,
+        num_experts_per_tok=2, moe_intermediate_size=24, num_dense_layers=2,
     ),
     "lfm2": _family(
         "Lfm2", (8, 4, 8), intermediate_size=145, block_multiple_of=32, num_hidden_layers=3, conv_bias=True,
@@ -335,6 +346,9 @@ _CLIP = dict(
     patch_size=4,
 )  # fmt: skip
 _SIGLIP = _CLIP | dict(model_type="siglip_vision_model", vision_use_head=False)
+_SIGLIP2 = {k: v for k, v in _SIGLIP.items() if k != "image_size"} | dict(
+    model_type="siglip2_vision_model", num_patches=20
+)
 _PIXTRAL = _CLIP | dict(model_type="pixtral", head_dim=4)
 _GEMMA4_IMAGES = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -368,6 +382,9 @@ WRAPPERS = {
                       shared_expert_intermediate_size=96),
     ),
     "glm4v": _seeing("Glm4v", _TOWER | dict(image_size=16)),
+    "glm4v_moe": _seeing(
+        "Glm4vMoe", _TOWER | dict(image_size=16), _ROUTED | dict(moe_intermediate_size=32)
+    ),
     "gemma3-images": _seeing("Gemma3", _SIGLIP, dict(head_dim=8), tie_word_embeddings=True),
     "gemma4": _seeing(
         "Gemma4", _GEMMA4_IMAGES, _GEMMA4 | dict(num_kv_shared_layers=2), tie_word_embeddings=True,
@@ -420,6 +437,23 @@ WRAPPERS = {
     "internvl": _seeing(
         "InternVL", _CLIP | dict(image_size=[16, 16], patch_size=[4, 4], attention_bias=True),
         dict(model_type="qwen2"),
+    ),
+    "cohere2_vision": _seeing(
+        "Cohere2Vision", _SIGLIP, dict(model_type="cohere2"), alignment_intermediate_size=112,
+        tie_word_embeddings=True,
+    ),
+    "lfm2_vl": _seeing(
+        "Lfm2Vl", _SIGLIP2,
+        dict(model_type="lfm2", intermediate_size=145, block_multiple_of=32, num_hidden_layers=3,
+             layer_types=["conv", "full_attention", "conv"]),
+        projector_hidden_size=40, tie_word_embeddings=True,
+    ),
+    "lfm2_vl-moe": _seeing(
+        "Lfm2Vl", _SIGLIP2,
+        dict(model_type="lfm2_moe", num_hidden_layers=3, num_dense_layers=1, num_experts=5,
+             num_experts_per_tok=2, moe_intermediate_size=24,
+             layer_types=["conv", "full_attention", "conv"]),
+        projector_hidden_size=40, projector_use_layernorm=False, tie_word_embeddings=True,
     ),
     "llama4-images": _seeing(
         "Llama4",

@@ -357,7 +357,9 @@ def vllm(t, heads, tp, r, order="grouped", *, flat=None, experts=None, up_first=
             pass
         elif module in ("gate_up_proj", "input_linear"):
             put(name, torch.cat([cut(y, 0, tp, r) for y in x.chunk(2)]))
-        elif laguna and module in ("gate_proj", "up_proj", "g_proj"):
+        elif (laguna and module in ("up_proj", "g_proj")) or (
+            module == "gate_proj" and (laguna or stem.endswith("self_attn"))
+        ):
             put(name, cut(x, 0, tp, r))
         elif module == "gate_proj":
             put(

@@ -23,6 +23,7 @@ ROWS = {
     "gated": "names with gated_q",
     "stablelm-parallel": "stablelm with use_parallel_residual",
     "cohere-normed": "cohere with use_qk_norm",
+    "hyperclovax-before": "hyperclovax with use_post_norm off",
 }
 """Models that have a row other than their model_type's."""
 

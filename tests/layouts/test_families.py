@@ -146,28 +146,43 @@ def check_plan(name, tp):
             assert torch.equal(mine[parameter], torch.from_numpy(bits(part))), parameter
 
 
-@pytest.mark.parametrize("name", PLANNED + [n for n in WRAPPERS if n not in ("qwen3_vl", "kimi_k25")])
+WITHOUT_ITS_OWN = ("qwen3_vl", "kimi_k25", "lfm2_vl", "lfm2_vl-moe")
+"""Wrappers of which transformers has no plan, or none by the hub's names."""
+
+
+@pytest.mark.parametrize("name", PLANNED + [n for n in WRAPPERS if n not in WITHOUT_ITS_OWN])
 def test_hf_cuts_what_transformers_cuts(name):
     check_plan(name, 2)
 
 
-def test_kimi_k25_is_cut_as_its_decoder():
-    """transformers has its tower's layers by names of its own, with the rows of q and k turned."""
-    config, hub, state = families.made("kimi_k25")
-    decoder = {n.removeprefix(AT): x for n, x in hub.items() if n.startswith(AT)}
-    text = recipes.find(config["text_config"])(memory(decoder), config["text_config"])
+@pytest.mark.parametrize(
+    ("name", "at", "own"),
+    [
+        ("kimi_k25", "language_model.", ""),
+        ("lfm2_vl", "model.language_model.", "model."),
+        ("lfm2_vl-moe", "model.language_model.", "model."),
+    ],
+)
+def test_a_wrapper_is_cut_as_its_decoder(name, at, own):
+    """transformers cuts none of LFM2's, and calls the layers of Kimi K2.5's tower otherwise."""
+    config, hub, _ = families.made(name)
+    decoder = {own + n.removeprefix(at): x for n, x in hub.items() if n.startswith(at)}
+    told = config["text_config"] | {"tie_word_embeddings": config["tie_word_embeddings"]}
+    text = recipes.find(told)(memory(decoder), told)
     for place in Placement(tp=2).ranks():
-        want = {AT + n: x for n, x in shard(layout("hf").targets(text, place)).items()}
-        got = shard(layout("hf").targets(model_of("kimi_k25"), place))
+        part = shard(layout("hf").targets(text, place))
+        want = {at + n.removeprefix(own): x for n, x in part.items()}
+        got = shard(layout("hf").targets(model_of(name), place))
         same({n: got.pop(n) for n in got.keys() - want}, {n: hub[n] for n in hub.keys() - want})
         assert got.keys() == want.keys()
         assert all((got[n][1] == x).all() for n, (_, x) in want.items())
+
+
+def test_kimi_k25s_tower_as_it_is_trained_is_refused():
+    """The rows of q and k are turned there."""
+    config, _, state = families.made("kimi_k25")
     with pytest.raises(RecipeError, match=r"needs vision_tower\.encoder\.blocks\.0\.norm0\.weight"):
         recipes.find(config)(memory(state), config)
-
-
-AT = "language_model."
-"""What Kimi K2.5's decoder lies below."""
 
 
 @pytest.mark.parametrize("tp", [2, 4])

@@ -75,12 +75,16 @@ def test_every_linear_is_quantised_or_said_to_be_dense(name, tmp_path):
 
 
 UNEVEN = ("llama4-images", "mistral3-mistral4", "kimi_k25")
-SEEING = [n for n in WRAPPERS if n not in UNEVEN]  # of sizes that groups of 32, or of 8 rows, divide
+UNTAKEN = ("lfm2_vl-moe",)  # transformers' own quantiser to fp8 fails at LFM2-MoE's experts
+SEEING = [
+    n for n in WRAPPERS if n not in (*UNEVEN, *UNTAKEN)
+]  # of sizes that groups of 32, or 8 rows, divide
 LEFT = (
     ".in_proj_qkv", ".in_proj_z", ".in_proj_b", ".in_proj_a", ".shared_expert_gate", ".router.proj",
-    ".per_layer_input_gate", ".per_layer_projection", ".per_layer_model_projection",
+    ".per_layer_input_gate", ".per_layer_projection", ".per_layer_model_projection", ".conv.in_proj",
 )  # fmt: skip
-"""Of a decoder stay dense, unless it is asked for: what linear attention reads, gates, inputs of layers."""
+"""Of a decoder stay dense, unless it is asked for: what linear attention and convolutions read, gates, inputs
+of layers."""
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8-block", "awq-group32", "gptq-group32"])

@@ -282,11 +282,38 @@ def test_layers_with_experts_by_every_key():
             hf(hub, config | changed)
     with pytest.raises(RecipeError, match="moe_layers must be a list of numbers"):
         hf(hub, config | {"moe_layers": "1"})
+    config, hub, _ = families.made("cohere2_moe")
+    assert config["mlp_layer_types"] == ["dense", "sparse"]
+    silent = {k: v for k, v in config.items() if k != "mlp_layer_types"}
+    same(hf(hub, silent | {"first_k_dense_replace": 1})[1], hub)
+    for changed, message in (
+        ({"first_k_dense_replace": 0}, r"layers\.0\.mlp\.gate\.weight"),
+        ({"mlp_layer_types": None}, r"layers\.0\.mlp\.gate\.weight"),
+        ({"first_k_dense_replace": 1, "num_shared_experts": None}, "no place for .*shared_experts"),
+        ({"first_k_dense_replace": 1, "prefix_dense_intermediate_size": None}, r"\(80, 64\), wanted \(96, "),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            hf(hub, silent | changed)
+    config, hub, _ = families.made("afmoe")
+    assert (config["num_dense_layers"], config["num_shared_experts"]) == (2, 2)
+    same(hf(hub, config | {"num_shared_experts": None})[1], hub)
+    with pytest.raises(RecipeError, match=r"layers\.1\.mlp\.router\.gate\.weight"):
+        hf(hub, config | {"num_dense_layers": None})
     config, hub, _ = families.made("ernie4_5_moe")
     assert (config["moe_layer_start_index"], config["moe_layer_end_index"]) == (0, 0)
     for changed in ({"moe_layer_end_index": -1}, {"moe_layer_start_index": 1}, {"moe_layer_interval": 2}):
         with pytest.raises(RecipeError, match=r"layers\.[01]\.mlp"):
             hf(hub, config | changed)
+
+
+def test_norms_after_blocks_that_a_config_leaves_out():
+    config, hub, _ = families.made("hyperclovax")
+    same(hf(hub, {k: v for k, v in config.items() if k != "use_post_norm"})[1], hub)
+    with pytest.raises(RecipeError, match=r"no place for .*post_norm1\.weight"):
+        hf(hub, config | {"use_post_norm": False})
+    config, hub, _ = families.made("hyperclovax-before")
+    with pytest.raises(RecipeError, match=r"needs .*post_norm1\.weight"):
+        hf(hub, config | {"use_post_norm": None})
 
 
 def test_layers_with_an_indexer_by_every_key():

@@ -26,7 +26,9 @@ def test_a_config_without_a_text_config():
         same(written(hub, flat), hub)
 
 
-@pytest.mark.parametrize("name", ["gemma3-images", "llava", "llava-layers", "llava_next", "paligemma"])
+@pytest.mark.parametrize(
+    "name", ["gemma3-images", "llava", "llava-layers", "llava_next", "paligemma", "cohere2_vision", "lfm2_vl"]
+)
 def test_a_tower_within_vision_model_stays_there_and_is_the_same_to_vllm(name):
     config, hub, _ = families.made(name)
     older = {n.replace("vision_tower.", "vision_tower.vision_model."): x for n, x in hub.items()}
@@ -77,6 +79,41 @@ def test_a_tied_head_beside_one_of_its_own_is_refused():
     config, hub, _ = families.made("mistral3")
     with pytest.raises(RecipeError, match=r"mistral3's decoder.*config says tie_word_embeddings, yet"):
         written(hub, config | {"tie_word_embeddings": True})
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    [
+        ("cohere2_vision", {"alignment_intermediate_size": 113}, "alignment_intermediate_size must be even"),
+        (
+            "cohere2_vision",
+            {"alignment_intermediate_size": None},
+            r"got shape \(112, 128\), wanted \(36864, ",
+        ),
+        (
+            "cohere2_vision",
+            {"downsample_factor": 3},
+            r"linear_1\.weight: got shape \(112, 128\), wanted .* 288",
+        ),
+        ("lfm2_vl", {"projector_hidden_size": None}, r"got shape \(40, 128\), wanted \(2560, 128\)"),
+        ("lfm2_vl", {"projector_bias": False}, r"no place for .*linear_1\.bias"),
+        ("lfm2_vl", {"projector_use_layernorm": False}, r"no place for .*layer_norm\.bias"),
+        ("lfm2_vl-moe", {"projector_use_layernorm": None}, r"needs .*layer_norm\.weight"),
+        ("lfm2_vl", {"tie_word_embeddings": False}, r"lm_head\.weight is not there"),
+    ],
+)
+def test_what_a_projector_is_told(name, changed, message):
+    config, hub, _ = families.made(name)
+    with pytest.raises(RecipeError, match=message):
+        written(hub, config | changed)
+
+
+def test_biases_that_a_text_config_does_not_say():
+    """GLM-4.5V's class has them by default, those of GLM-4 MoE have not; so with a shared expert."""
+    config, hub, _ = families.made("glm4v_moe")
+    silent = ("attention_bias", "n_shared_experts")
+    text = {k: v for k, v in config["text_config"].items() if k not in silent}
+    same(written(hub, config | {"text_config": text}), hub)
 
 
 def test_stacks_of_experts_lie_either_way():

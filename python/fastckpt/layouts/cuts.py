@@ -492,11 +492,11 @@ def norm(role: Norm | None) -> Iterator[Target]:
 
 
 def require_heads_alike(layout: str, attention: Attention) -> None:
-    """Raises LayoutError unless all heads are of one size, without a gate of softplus, and q and k are normed
-    head by head, by the same weights, before the rotary positions."""
+    """Raises LayoutError unless all heads are of one size, without a gate that is a module of its own, and q
+    and k are normed head by head, by the same weights, before the rotary positions."""
     norm, k, v = attention.q_norm, attention.k, attention.v
-    if attention.softplus_gate is not None:
-        raise LayoutError(f"layout {layout} has no place for {attention.softplus_gate.name}, an output gate")
+    if attention.output_gate is not None:
+        raise LayoutError(f"layout {layout} has no place for {attention.output_gate.name}, an output gate")
     if k.shape[0] != v.shape[0]:
         raise LayoutError(f"layout {layout} has no place for {v.name}, of other rows than {k.name}")
     for other, what in (

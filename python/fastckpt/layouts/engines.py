@@ -139,6 +139,9 @@ _FORMS = _forms(_COMPRESSED_CACHE, _FP8_CACHE)
 _PLAIN = Served(quantised=_FORMS)
 _FUSED = {k: v for k, v in _FORMS.items() if k != "fp8"}
 _GLM4 = Served(quantised={k: v for k, v in _FUSED.items() if k != "gptq"})  # whose own loader fails
+_GLM4_MOE = Served(
+    (*_STACKS, *_SHARED, *_CORRECTION), quantised=_FORMS, tied="", float32=("*.mlp.gate.weight",)
+)
 _DEEPSEEK = Served(
     (*_STACKS, *_SHARED, *_ROUTER, *_LATENT),
     _ones("mla_attn.mla_attn."),
@@ -188,9 +191,7 @@ _VLLM_0_32: dict[str, Served] = {
     "qwen3_next": replace(_QWEN_DELTA, tied="", everywhere=frozenset({"embedding", "head"})),
     "qwen3_5_text": _QWEN_DELTA,
     "qwen3_5_moe_text": _QWEN_DELTA,
-    "glm4_moe": Served(
-        (*_STACKS, *_SHARED, *_CORRECTION), quantised=_FORMS, tied="", float32=("*.mlp.gate.weight",)
-    ),
+    "glm4_moe": _GLM4_MOE,
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
     "kimi_k2": replace(_DEEPSEEK, quantised={k: _forms((), ())[k] for k in ("fp8", "pack-quantized")}),
@@ -231,6 +232,12 @@ _VLLM_0_32: dict[str, Served] = {
         quantised={"fp8": _FORMS["fp8"]},
         tied="",
         float32=("*.mlp.gate.weight",),
+    ),
+    "afmoe": Served(
+        (*_STACKS, *_SHARED, (".mlp.router.gate.", ".mlp.gate.")),
+        tied="",
+        float32=("*.mlp.gate.weight",),
+        rounded=("*norm.weight",),
     ),
     "ernie4_5_moe": Served(
         (*_STACKS, *_SHARED, (".mlp.moe_statics.", ".mlp.experts.routed_experts.")),
@@ -282,6 +289,7 @@ _VLLM_0_32: dict[str, Served] = {
     "cwm": Served(),
     "helium": Served(),
     "stablelm": Served(everywhere=_ALL),
+    "hyperclovax": Served(),
     "minicpm3": Served(everywhere=_ALL),
     "olmo": Served(),
     "olmo2": _PLAIN,
@@ -289,6 +297,7 @@ _VLLM_0_32: dict[str, Served] = {
     "exaone4": _PLAIN,
     "cohere": Served(quantised=_FORMS, tied="embedding", everywhere=_ALL),
     "cohere2": Served(quantised=_FORMS, tied="embedding", everywhere=_ALL),
+    "cohere2_moe": Served((*_STACKS, *_SHARED), tied="embedding", everywhere=_ALL),
     "starcoder2": Served(),
     "phi": Served(),
     "nemotron": Served(),
@@ -305,6 +314,7 @@ _VLLM_0_32: dict[str, Served] = {
     "qwen3_5": _QWEN_DELTA,
     "qwen3_5_moe": _QWEN_DELTA,
     "glm4v": _GLM4,
+    "glm4v_moe": _GLM4_MOE,
     "gemma3": Served(quantised=_FORMS, everywhere=_ALL),
     "exaone4_5": Served(),
     "kimi_k25": replace(
@@ -319,6 +329,8 @@ _VLLM_0_32: dict[str, Served] = {
     "llava_next": Served(),
     "llava_onevision": _PLAIN,
     "internvl": _PLAIN,
+    "cohere2_vision": Served(tied="embedding", everywhere=_ALL),
+    "lfm2_vl": Served(tied="always"),
     "llama4": Served((*_STACKS, *_SHARED)),
     "idefics3": Served(everywhere=None),  # vLLM has no stages of it, nor of the next
     "smolvlm": Served(everywhere=None),

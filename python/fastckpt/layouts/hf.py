@@ -290,8 +290,8 @@ def _attention(attention: Attention | Queries | Mla, model: Model, placement: Pl
     yield from stored(in_part(attention.o, rank, tp))
     yield from norm(attention.q_norm)
     yield from norm(attention.k_norm)
-    if attention.softplus_gate is not None:
-        yield from stored(out_part(attention.softplus_gate, rank, tp))
+    if attention.output_gate is not None:
+        yield from stored(out_part(attention.output_gate, rank, tp))
     if attention.sinks is not None:
         yield Target(attention.sinks.name, attention.sinks.view.part(0, rank, tp))
     if attention.relative is not None:

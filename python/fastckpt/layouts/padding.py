@@ -155,8 +155,8 @@ def _attention(attention: Attention, old: Sizes, new: Sizes) -> Attention:
         raise LayoutError(f"pad: {norm.name} tells heads apart or norms them all at once: none are added")
     if attention.k.shape[0] != attention.v.shape[0]:
         raise LayoutError(f"pad: the heads of {attention.v.name} are of another size: none are added")
-    if attention.softplus_gate is not None:
-        raise LayoutError(f"pad: {attention.softplus_gate.name} is not padded")
+    if attention.output_gate is not None:
+        raise LayoutError(f"pad: {attention.output_gate.name} is not padded")
     kv, d, sinks = new.kv_heads - old.kv_heads, old.head_dim, attention.sinks
 
     def queries(view: View, axis: int, each: int) -> View:

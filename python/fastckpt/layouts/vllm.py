@@ -474,7 +474,8 @@ def _mlp(mlp: Mlp, placement: Placement, as_hub: bool = False, apart: bool = Fal
         yield from plain(out_part(joined(mlp.fused, [mlp.gate, mlp.up]), rank, tp))
     else:
         name = mlp.fused or f"{parent(mlp.up.name)}.gate_up_proj"
-        yield from plain(joined(name, [out_part(x, rank, tp) for x in (mlp.gate, mlp.up)]))
+        both = (mlp.up, mlp.gate) if mlp.up_first else (mlp.gate, mlp.up)
+        yield from plain(joined(name, [out_part(x, rank, tp) for x in both]))
     yield from plain(in_part(mlp.down, rank, tp))
     for role in mlp.scalars:
         yield from parameter(role)

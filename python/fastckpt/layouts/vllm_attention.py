@@ -88,8 +88,8 @@ def heads_part(
     yield from plain(in_part(attention.o, placement.tp_rank, placement.tp))
     yield from norm(attention.q_norm)
     yield from norm(attention.k_norm)
-    if attention.softplus_gate is not None:
-        yield from plain(out_part(attention.softplus_gate, placement.tp_rank, placement.tp))
+    if attention.output_gate is not None:
+        yield from plain(out_part(attention.output_gate, placement.tp_rank, placement.tp))
     if attention.sinks is not None:
         sinks = attention.sinks.view.part(0, placement.tp_rank, placement.tp)
         yield Target(attention.sinks.name, sinks)

@@ -14,14 +14,18 @@ _INSIDE = (
 )
 """Older files have a tower of CLIP's kin below vision_model, as vLLM does."""
 
-_GEMMA4 = (
+_BESIDE = (
     ("model.language_model.", "language_model.model."),
     *(
         (f"model.{name}.", f"{name}.")
-        for name in ("vision_tower", "vision_embedder", "embed_vision", "audio_tower", "embed_audio")
+        for name in (
+            *("vision_tower", "vision_embedder", "embed_vision", "audio_tower", "embed_audio"),
+            "multi_modal_projector",
+        )
     ),
     _HEAD,
 )
+_LFM2 = ((".conv.", ".short_conv."), (".feed_forward.gate_up_proj.", ".feed_forward.w13."))
 
 RENAMED: dict[str, Renamed] = {
     "deepseek_v4": (
@@ -36,20 +40,19 @@ RENAMED: dict[str, Renamed] = {
     "nemotron_h": (("backbone.embeddings.", "model.embed_tokens."), ("backbone.", "model.")),
     "jamba": ((".self_attn.", "."),),
     "falcon_h1": ((".mamba.", ".mamba.mamba."),),
-    **dict.fromkeys(
-        ("lfm2", "lfm2_moe"),
-        ((".conv.", ".short_conv."), (".feed_forward.gate_up_proj.", ".feed_forward.w13.")),
-    ),
+    **dict.fromkeys(("lfm2", "lfm2_moe"), _LFM2),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), (("model.", "language_model.model."), _HEAD)),
     **dict.fromkeys(
-        ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "exaone4_5"),
+        ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "glm4v_moe", "exaone4_5"),
         (("model.language_model.", "language_model.model."), ("model.visual.", "visual."), _HEAD),
     ),
     "kimi_k25": (
         ("mm_projector.proj.0.", "mm_projector.linear_1."),
         ("mm_projector.proj.2.", "mm_projector.linear_2."),
     ),
-    **dict.fromkeys(("gemma4", "gemma4_unified"), _GEMMA4),
+    **dict.fromkeys(("gemma4", "gemma4_unified"), _BESIDE),
+    "cohere2_vision": (*_BESIDE, *_INSIDE),
+    "lfm2_vl": (*_BESIDE, *_INSIDE, *_LFM2),
     **dict.fromkeys(("gemma3", "llava", "llava_next", "llava_onevision", "paligemma"), _INSIDE),
 }
 """family -> (a part of the hub's name, what vLLM's module is called), where the two differ, applied in order;
@@ -78,15 +81,15 @@ before the odd ones (Llama4ForCausalLM.permute_qk_weight_for_rotary)."""
 
 TOWERS: dict[str, frozenset[str]] = {
     "internvl": frozenset({"attention", "mergers"}),
-    "llava_onevision": frozenset({"mergers"}),
+    **dict.fromkeys(("llava_onevision", "lfm2_vl"), frozenset({"mergers"})),
     "qwen2_vl": frozenset({"rows"}),
 }
 """family -> how vLLM cuts its tower otherwise than a decoder: "attention" or "mergers" are whole on every
 rank, [q; k; v] is cut as one run of "rows", whatever they are."""
 
 WHOLE = frozenset({
-    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "exaone4_5",
-    "kimi_k25",
+    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "glm4v_moe",
+    "exaone4_5", "kimi_k25",
 })  # fmt: skip
 """Families whose tower vLLM can hold whole on every rank (supports_encoder_tp_data)."""
 
@@ -96,7 +99,7 @@ transformers' own modules, or the mixer of residual streams."""
 
 ROWS: dict[str, frozenset[str]] = {
     "gemma4_unified": frozenset({f"model.vision_embedder.patch_dense.{leaf}" for leaf in ("weight", "bias")}),
-    "glm4v": frozenset({"model.visual.merger.proj.weight"}),
+    **dict.fromkeys(("glm4v", "glm4v_moe"), frozenset({"model.visual.merger.proj.weight"})),
     "llama4": frozenset(
         {"vision_model.patch_embedding.linear.weight", "multi_modal_projector.linear_1.weight"}
     ),

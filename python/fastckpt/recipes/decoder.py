@@ -112,24 +112,25 @@ class Kind:
     `qkv_bias`, `o_bias`, `mlp_bias`: whether q, k and v, o, or the feed-forward block have biases.
     `head_bias`: the head has one. `qk_norm`: q and k are normed: each head by the same weights, with
     `own_norms` by weights of its own, or, with `whole_norms`, all of q and all of k; `rotated`: after the
-    rotary positions. `plus_one`: norms multiply by 1 + weight. `fused_qkv`: [q; k; v] are stored as one
-    matrix. `matrices`: the names of a feed-forward block's gate, up and down; `paired`: of the two of one
-    whose [gate; up] are stored as one; `ungated`: of one without a gate; None of both: it has three.
-    `scalars`: the learned numbers of its activation, below the block, with their shapes. `mlp`: the block's
-    name, `width`: config's key of its width. `self_attn`, `o`: the names of attention and of its o. `gated`:
-    q_proj holds each head's q and then its output gate; `softplus_gate`: the name of one that is a module of
-    its own, which has a row for each head unless config's `gating` says otherwise. `sinks`: what the sinks of
-    attention are called ("": it has none), `trained_sinks`, in training, where that is another name; `own`:
-    of a config, the attention of each of so many layers, None where they do not differ. `delta`: how linear
-    attention is stored, which some layers have in its place, `delta_norms`, the norms of those layers, where
-    they are others, `mamba`, how Mamba's mixers are, and which
-    layers have what; `mixed`: what claims the short convolutions of some layers, and attention, by what is
-    given, of the others. `root`: what the names of embedding and layers begin with ("backbone."), `trained`:
-    with what in training, `embedding`: the first's name, `head`: the head's. `parallel`: attention and the
-    feed-forward block read one norm, side by side. `further`: the one layer that may predict a further token,
-    where it is not counted after the last (None: it is, as in DeepSeek). `tied`: whether embedding and head
-    are one where the config does not say. `cuts`: as in Model. `ignored`: patterns of names that are left
-    out. `meta`: how it lies under Meta's names, None where nobody writes it so."""
+    rotary positions. `norms_after`: there are norms after blocks, where `norms` names them. `plus_one`: norms
+    multiply by 1 + weight. `fused_qkv`: [q; k; v] are stored as one matrix. `matrices`: the names of a
+    feed-forward block's gate, up and down; `paired`: of the two of one whose [gate; up] are stored as one;
+    `ungated`: of one without a gate; None of both: it has three. `scalars`: the learned numbers of its
+    activation, below the block, with their shapes. `mlp`: the block's name, `width`: config's keys of its
+    width, of which the first that has a value counts. `self_attn`, `o`: the names of attention and of its o.
+    `gated`: q_proj holds each head's q and then its output gate; `output_gate`: the name of one that is a
+    module of its own; `head_gates`: it has a row for each head, unless config's `gating` says otherwise.
+    `sinks`: what the sinks of attention are called ("": it has none), `trained_sinks`, in training, where
+    that is another name; `own`: of a config, the attention of each of so many layers, None where they do not
+    differ. `delta`: how linear attention is stored, which some layers have in its place, `delta_norms`, the
+    norms of those layers, where they are others, `mamba`, how Mamba's mixers are, and which layers have what;
+    `mixed`: what claims the short convolutions of some layers, and attention, by what is given, of the
+    others. `root`: what the names of embedding and layers begin with ("backbone."), `trained`: with what in
+    training, `embedding`: the first's name, `head`: the head's. `parallel`: attention and the feed-forward
+    block read one norm, side by side. `further`: the one layer that may predict a further token, where it is
+    not counted after the last (None: it is, as in DeepSeek). `tied`: whether embedding and head are one where
+    the config does not say. `cuts`: as in Model. `ignored`: patterns of names that are left out. `meta`: how
+    it lies under Meta's names, None where nobody writes it so."""
 
     family: str
     qkv_bias: bool | Said = ATTENTION_BIAS
@@ -140,12 +141,14 @@ class Kind:
     rotated: bool = False
     mlp_bias: bool | Said = False
     norms: Norms = field(default_factory=Norms)
+    norms_after: bool | Said = True
     plus_one: bool = False
     fused_qkv: bool = False
     matrices: tuple[str, str, str] = GATED
     paired: tuple[str, str] | None = None
     gated: bool = False
-    softplus_gate: str = ""
+    output_gate: str = ""
+    head_gates: bool = False
     sinks: str = ""
     trained_sinks: str = ""
     own: Callable[[Mapping[str, JSON], int], Sequence[Own]] | None = None
@@ -160,7 +163,7 @@ class Kind:
     ungated: tuple[str, str] | None = None
     scalars: tuple[tuple[str, tuple[int, ...]], ...] = ()
     mlp: str = "mlp"
-    width: str = "intermediate_size"
+    width: tuple[str, ...] = ("intermediate_size",)
     self_attn: str = "self_attn"
     o: str = "o_proj"
     root: str = "model."
@@ -180,7 +183,7 @@ def recipe(
     ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None, kind: Kind
 ) -> Model:
     """The model of a checkpoint of that kind; `vocab_size` overrides config's. Raises RecipeError."""
-    claims, width = claimed(kind, ckpt, config), dim(config, kind.width)
+    claims, width = claimed(kind, ckpt, config), dim(config, *kind.width)
     mlp = dense(kind, claims, config, width, kind.mlp)
     return decoder(kind, claims, config, vocab_size, mlp, {width.key: width.size})
 
@@ -317,10 +320,10 @@ def attention(kind: Kind, claims: Claims, config: Mapping[str, JSON]) -> Claim:
         q_norm = norm(f"{at}.{kind.norms.q}", heads.q, q_rows)
         k_norm = norm(f"{at}.{kind.norms.k}", heads.kv, k_rows)
         gate: Callable[[], Linear | None] = absent
-        if kind.softplus_gate:
-            each_head = config.get("gating", True) in (True, "per-head")
+        if kind.output_gate:
+            each_head = kind.head_gates and config.get("gating", True) in (True, "per-head")
             rows = Dim(heads.q, "num_attention_heads") if each_head else q_rows
-            gate = claims.linear(f"{at}.{kind.softplus_gate}", rows, hidden)
+            gate = claims.linear(f"{at}.{kind.output_gate}", rows, hidden)
         sinks: Callable[[], Parameter | None] = absent
         if mine.sinks:
             trained, each = f"{at}.{kind.trained_sinks}", Dim(heads.q, "num_attention_heads")
@@ -331,7 +334,7 @@ def attention(kind: Kind, claims: Claims, config: Mapping[str, JSON]) -> Claim:
             q_norm=q_norm(),
             k_norm=k_norm(),
             sinks=sinks(),
-            softplus_gate=gate(),
+            output_gate=gate(),
             whole_norms=kind.whole_norms,
             own_norms=kind.own_norms,
             rotated=kind.rotated,
@@ -372,6 +375,7 @@ def decoder(
     if kind.mixed is not None:
         attend = kind.mixed(claims, config, attend)
     names, parallel = kind.norms, has(config, kind.parallel)
+    norms_after = has(config, kind.norms_after)
     count = claims.layers(config)
     linear = linear_layers(config, count) if kind.delta is not None else frozenset[str]()
     mix = mixers(kind.mamba, claims, config) if kind.mamba is not None else None
@@ -391,7 +395,8 @@ def decoder(
         mixing = mix(name) if mix is not None and "mamba" in blocks else absent
         between = named(names.mlp if fed and not parallel else None)
         feeding = feed_forward(name) if fed else absent
-        after, last = named(names.attention_after), named(names.mlp_after)
+        after = named(names.attention_after if norms_after else None)
+        last = named(names.mlp_after if norms_after else None)
         more = whole(name) if whole is not None else tuple
         return lambda: Layer(
             name,

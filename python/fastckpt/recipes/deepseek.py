@@ -13,7 +13,7 @@ from ..model import HubCuts, Stacked
 from .decoder import IGNORED, MLP_BIAS, Kind, Said
 from .latent import latent, sparse
 from .meta import CORRECTIONS, GATED, ROUTED, STACKS, Meta
-from .mixture import Mixture, Shared, after_dense, every, typed, typed_after_one
+from .mixture import Mixture, Shared, after_dense, every, typed
 from .mixture import families as mixtures
 from .moe import Block
 
@@ -53,7 +53,12 @@ MISTRAL4 = replace(
     block=Block(stacked=Stacked("experts.gate_up_proj", "experts.down_proj")),
 )
 GLM4_MOE = replace(V3, kind=Kind("glm4_moe", o_bias=False, qk_norm=Said("use_qk_norm")), latent=None)
-GLM4_MOE_LITE = replace(V3, kind=Kind("glm4_moe_lite", cuts=_ROUTED_ONLY), sparse=typed)
+GLM4V_MOE_TEXT = replace(
+    GLM4_MOE,
+    kind=Kind("glm4v_moe_text", qkv_bias=Said("attention_bias", True), o_bias=False),
+    shared=Shared(default=1),
+)
+GLM4_MOE_LITE = replace(V3, kind=Kind("glm4_moe_lite", cuts=_ROUTED_ONLY), sparse=typed())
 KIMI_K2 = replace(V3, kind=replace(V3.kind, family="kimi_k2", meta=None))
 DOTS1 = replace(GLM4_MOE, kind=Kind("dots1", qk_norm=True))
 SOLAR_OPEN = replace(GLM4_MOE, kind=Kind("solar_open", o_bias=False, cuts=_ROUTED_ONLY), sparse=every)
@@ -71,7 +76,7 @@ EXAONE_MOE = replace(
         CORRECTED, correction="e_score_correction_bias", trained_correction="gate.e_score_correction_bias"
     ),
     count=("num_experts",),
-    sparse=typed,
+    sparse=typed(),
     shared=Shared(count="num_shared_experts"),
 )
 HY_V3 = replace(
@@ -84,11 +89,11 @@ HY_V3 = replace(
         trained_correction="e_score_correction_bias",
     ),
     count=("num_experts",),
-    sparse=typed_after_one,
+    sparse=typed(1),
     shared=Shared("mlp.shared_mlp", count="num_shared_experts", default=1, trained="mlp.shared_experts"),
 )
 """Its 81st layer predicts one more token: transformers leaves it out."""
-DEEPSEEK_V32 = replace(V3, kind=Kind("deepseek_v32"), sparse=typed, latent=sparse)
+DEEPSEEK_V32 = replace(V3, kind=Kind("deepseek_v32"), sparse=typed(), latent=sparse)
 GLM_MOE_DSA = replace(DEEPSEEK_V32, kind=Kind("glm_moe_dsa"))
 
 FAMILIES = mixtures(

@@ -50,7 +50,7 @@ GRANITE = replace(
         GRANITEMOESHARED.kind,
         family="granitemoehybrid",
         mlp="shared_mlp",
-        width="shared_intermediate_size",
+        width=("shared_intermediate_size",),
         mamba=Stored(typed),
         cuts=HubCuts(whole=frozenset({"attention", "mlp", "shared", "shared_intermediate_size"})),
     ),

@@ -19,7 +19,7 @@ from .decoder import Kind
 from .delta import Stored
 from .known import Known
 from .latent import latent
-from .mixture import Mixture, Shared, typed_after_one
+from .mixture import Mixture, Shared, typed
 from .mixture import recipe as mixture_recipe
 from .moe import Block
 from .renaming import as_the_hub
@@ -41,7 +41,7 @@ KIMI_LINEAR = Mixture(
     ),
     Block(_AT, gate="w1", up="w3", down="w2", correction="gate.e_score_correction_bias", trained=_AT),
     count=("num_experts", "num_local_experts"),
-    sparse=typed_after_one,
+    sparse=typed(1),
     shared=Shared(f"{_AT}.shared_experts", count="num_shared_experts", default=1),
     latent=latent,
 )

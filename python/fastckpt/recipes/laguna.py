@@ -1,4 +1,5 @@
-"""Laguna: output gates, layers of different heads, experts with corrected routing beside a shared one."""
+"""Laguna and AFMoE: gates of attention's output, experts with corrected routing beside shared ones; layers of
+Laguna differ in heads, AFMoE has norms after each block too."""
 
 from __future__ import annotations
 
@@ -6,9 +7,10 @@ from collections.abc import Mapping
 
 from ..checkpoint import JSON
 from ..errors import RecipeError
+from ..model import HubCuts
 from .claims import Heads, integer
-from .decoder import Kind, Own, heads_of
-from .mixture import Mixture, Shared, typed_after_one
+from .decoder import Kind, Norms, Own, heads_of
+from .mixture import Mixture, Shared, after, typed
 from .mixture import families as mixtures
 from .moe import Block
 
@@ -25,11 +27,31 @@ def _own(config: Mapping[str, JSON], count: int) -> list[Own]:
 
 
 LAGUNA = Mixture(
-    Kind("laguna", qk_norm=True, softplus_gate="g_proj", own=_own),
+    Kind("laguna", qk_norm=True, output_gate="g_proj", head_gates=True, own=_own),
     Block(correction="experts.e_score_correction_bias", trained_correction="gate.e_score_correction_bias"),
     count=("num_experts",),
-    sparse=typed_after_one,
+    sparse=typed(1),
     shared=Shared("mlp.shared_expert", width="shared_expert_intermediate_size", trained="mlp.shared_experts"),
 )
+_WHOLE = frozenset(
+    {"attention", "mlp", "intermediate_size", "shared", "num_shared_experts * moe_intermediate_size"}
+)
+AFMOE = Mixture(
+    Kind(
+        "afmoe",
+        qk_norm=True,
+        output_gate="gate_proj",
+        norms=Norms(
+            mlp="pre_mlp_layernorm",
+            attention_after="post_attention_layernorm",
+            mlp_after="post_mlp_layernorm",
+        ),
+        cuts=HubCuts(whole=_WHOLE),
+    ),
+    Block(router="router.gate", correction="expert_bias"),
+    count=("num_experts",),
+    sparse=after("num_dense_layers", 1),
+    shared=Shared(count="num_shared_experts", default=2),
+)
 
-FAMILIES = mixtures(LAGUNA)
+FAMILIES = mixtures(LAGUNA, AFMOE)

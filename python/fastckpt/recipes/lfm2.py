@@ -18,7 +18,7 @@ from .decoder import recipe as dense_recipe
 from .delta import Claim
 from .fused import parts
 from .known import Known
-from .mixture import Mixture
+from .mixture import Mixture, after
 from .mixture import recipe as mixture_recipe
 from .moe import Block, saved_as
 
@@ -56,12 +56,6 @@ def _short_conv(claims: Claims, config: Mapping[str, JSON]) -> Callable[[str], C
     return claim
 
 
-def _after_dense(config: Mapping[str, JSON]) -> Callable[[int], bool]:
-    """Layers have experts after the first `num_dense_layers`."""
-    first = integer(config, "num_dense_layers", 2, least=0)
-    return lambda layer: layer >= first
-
-
 _LFM2 = Kind(
     "lfm2",
     qkv_bias=False,
@@ -74,7 +68,7 @@ _LFM2 = Kind(
     mixed=_mixed,
     tied=True,
 )
-LFM2 = replace(_LFM2, width=WIDTH)
+LFM2 = replace(_LFM2, width=(WIDTH,))
 LFM2_MOE = Mixture(
     replace(
         _LFM2,
@@ -83,7 +77,7 @@ LFM2_MOE = Mixture(
     ),
     Block(hub="feed_forward", gate="w1", up="w3", down="w2", trained="feed_forward"),
     count=("num_experts",),
-    sparse=_after_dense,
+    sparse=after("num_dense_layers", 2),
 )
 
 

@@ -41,6 +41,12 @@ STABLELM = Kind(
     norms=Norms(bias=True),
     parallel=Said("use_parallel_residual"),
 )
+HYPERCLOVAX = Kind(
+    "hyperclovax",
+    mlp_bias=MLP_BIAS,
+    norms=Norms(attention_after="post_norm1", mlp_after="post_norm2"),
+    norms_after=Said("use_post_norm", default=True),
+)
 
 FAMILIES = kinds(
     LLAMA,
@@ -58,4 +64,5 @@ FAMILIES = kinds(
     CWM,
     HELIUM,
     STABLELM,
+    HYPERCLOVAX,
 )

@@ -27,7 +27,7 @@ def interleaved(config: Mapping[str, JSON]) -> Callable[[int], bool]:
 
 
 LLAMA4_TEXT = Mixture(
-    Kind("llama4_text", mlp="feed_forward", width="intermediate_size_mlp"),
+    Kind("llama4_text", mlp="feed_forward", width=("intermediate_size_mlp",)),
     Block(
         hub="feed_forward",
         router="router",

@@ -9,7 +9,7 @@ from ..checkpoint import JSON
 from .claims import Heads, each_layer, integer
 from .decoder import IGNORED, Kind, Own, heads_of
 from .deepseek import CORRECTED
-from .mixture import Mixture, typed_after_one
+from .mixture import Mixture, typed
 from .mixture import families as mixtures
 
 
@@ -40,7 +40,7 @@ MIMO_V2_FLASH = Mixture(
     ),
     CORRECTED,
     count=("n_routed_experts",),
-    sparse=typed_after_one,
+    sparse=typed(1),
 )
 
 FAMILIES = mixtures(MIMO_V2_FLASH)

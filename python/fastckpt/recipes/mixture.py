@@ -39,24 +39,32 @@ def every(config: Mapping[str, JSON]) -> Callable[[int], bool]:
     return lambda layer: True
 
 
-def after_dense(config: Mapping[str, JSON]) -> Callable[[int], bool]:
-    """Layers have experts after the first `first_k_dense_replace`."""
-    first = integer(config, "first_k_dense_replace", least=0)
-    return lambda layer: layer >= first
+def after(key: str, default: int | None = None) -> Rule:
+    """Layers have experts after as many as config's `key` says."""
+
+    def rule(config: Mapping[str, JSON]) -> Callable[[int], bool]:
+        first = integer(config, key, default, least=0)
+        return lambda layer: layer >= first
+
+    return rule
 
 
-def typed(config: Mapping[str, JSON]) -> Callable[[int], bool]:
-    """Layers have experts that `mlp_layer_types` calls sparse; without it, as `after_dense`."""
-    if config.get("mlp_layer_types") is None:
-        return after_dense(config)
-    count = integer(config, "num_hidden_layers")
-    types = each_layer(config, "mlp_layer_types", count, ("dense", "sparse"))
-    return lambda layer: types[layer] == "sparse"
+def typed(default: int | None = None) -> Rule:
+    """Layers have experts that `mlp_layer_types` calls sparse; without it, as `after_dense`, of which config
+    may mean `default`."""
+
+    def rule(config: Mapping[str, JSON]) -> Callable[[int], bool]:
+        if config.get("mlp_layer_types") is None:
+            return after(DENSE, default)(config)
+        count = integer(config, "num_hidden_layers")
+        types = each_layer(config, "mlp_layer_types", count, ("dense", "sparse"))
+        return lambda layer: types[layer] == "sparse"
+
+    return rule
 
 
-def typed_after_one(config: Mapping[str, JSON]) -> Callable[[int], bool]:
-    """As `typed`; a config that says neither means one layer without."""
-    return typed({"first_k_dense_replace": 1, **config})
+DENSE = "first_k_dense_replace"
+after_dense = after(DENSE)
 
 
 def stepped(config: Mapping[str, JSON]) -> Callable[[int], bool]:
@@ -114,7 +122,7 @@ def recipe(
     widths = {d.key: d.size for d in (width, shared) if d.size}
     block = None
     if not all(sparse.values()):
-        plain = dim(config, kind.width)
+        plain = dim(config, *kind.width)
         block = dense(kind, claims, config, plain, kind.mlp)
         widths = {plain.key: plain.size} | widths
 

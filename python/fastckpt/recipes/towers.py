@@ -393,8 +393,30 @@ def siglip(claims: Claims, at: str, config: Said, mergers: tuple[Mlp, ...], feat
         config, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
         image_size=224, patch_size=16,
     )  # fmt: skip
+    outer = _embedded(said, of(said, "hidden_size"))
+    return _siglip(claims, at, said, outer, mergers, features)
+
+
+def siglip2(claims: Claims, at: str, config: Said, mergers: tuple[Mlp, ...], features: JSON = None) -> Built:
+    """SigLIP 2's tower for images of any shape, of modules as `siglip` has them: a matrix reads patches."""
+    said = vision(
+        config, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+        patch_size=16, num_patches=256,
+    )  # fmt: skip
+    inner, patch = of(said, "hidden_size"), of(said, "patch_size")
+    seen = Dim(of(said, "num_channels", 3).size * patch.size**2, f"num_channels * {patch.key} ** 2")
+    outer: Shapes = {
+        "embeddings.patch_embedding.weight": (inner, seen),
+        "embeddings.patch_embedding.bias": (inner,),
+        "embeddings.position_embedding.weight": (of(said, "num_patches"), inner),
+    }
+    return _siglip(claims, at, said, outer, mergers, features)
+
+
+def _siglip(
+    claims: Claims, at: str, said: Said, outer: Shapes, mergers: tuple[Mlp, ...], features: JSON
+) -> Built:
     at, inner, width = _inside(claims, at), of(said, "hidden_size"), of(said, "intermediate_size")
-    outer = _embedded(said, inner)
     if flag(said, "vision_config.vision_use_head", True):
         one = Dim(1, "1")
         outer |= {

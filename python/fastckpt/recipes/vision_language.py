@@ -15,10 +15,12 @@ from typing import Protocol
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import Mlp, Model, Parameter, Stacked, Tower
-from . import decoder, gemma4, gemma4_towers, imagining, mixture, towers
+from . import decoder, gemma4, gemma4_towers, imagining, lfm2, mixture, towers
 from .claims import Claims, Dim, dim, flag, integer
+from .cohere import COHERE2
 from .decoder import IGNORED
-from .deepseek import KIMI_K2, MISTRAL4, V3
+from .deepseek import GLM4V_MOE_TEXT, KIMI_K2, MISTRAL4, V3
+from .fused import fused_mlp
 from .gemma import GEMMA, GEMMA2
 from .gemma import GEMMA3 as GEMMA3_TEXT
 from .glm import GLM4
@@ -53,7 +55,10 @@ TEXTS: Mapping[str, Recipe] = {
     "qwen3_5_moe_text": partial(mixture.recipe, mixture=QWEN3_5_MOE),
     "gemma4_text": gemma4.recipe,
     "gemma4_unified_text": gemma4.unified,
+    "lfm2": lfm2.lfm2,
+    "lfm2_moe": lfm2.lfm2_moe,
     "llama4_text": partial(mixture.recipe, mixture=LLAMA4_TEXT),
+    "glm4v_moe_text": partial(mixture.recipe, mixture=GLM4V_MOE_TEXT),
     "mistral4": partial(mixture.recipe, mixture=MISTRAL4),
     "deepseek_v3": partial(mixture.recipe, mixture=V3),
     "kimi_k2": partial(mixture.recipe, mixture=KIMI_K2),
@@ -68,6 +73,7 @@ TEXTS: Mapping[str, Recipe] = {
             "gemma": GEMMA,
             "gemma2": GEMMA2,
             "gemma3_text": GEMMA3_TEXT,
+            "cohere2": COHERE2,
             "exaone4": EXAONE4,
             "exaone4_5_text": EXAONE4,
             "qwen2_vl_text": QWEN2,
@@ -240,6 +246,7 @@ PaliGemma and Gemma 3 say little more than what differs."""
 TOWERS = {
     "clip_vision_model": towers.clip,
     "siglip_vision_model": towers.siglip,
+    "siglip2_vision_model": towers.siglip2,
     "pixtral": towers.pixtral,
     "internvl_vision": towers.internvl,
 }
@@ -249,15 +256,20 @@ AT = "multi_modal_projector"
 
 
 def _before(
-    config: Said, usual: str, claims: Claims, mergers: tuple[Mlp, ...] = (), features: JSON = None
+    config: Said,
+    usual: str,
+    claims: Claims,
+    mergers: tuple[Mlp, ...] = (),
+    features: JSON = None,
+    at: str = "vision_tower",
 ) -> Built:
-    """The tower of `vision_tower`, of the kind that the config says, or the `usual` one."""
+    """The tower `at`, of the kind that the config says, or the `usual` one."""
     kind = vision(config).get("vision_config.model_type", usual)
     if not isinstance(kind, str) or kind not in TOWERS:
         raise RecipeError(
             f"config: no tower for vision_config's model_type {kind!r}, known: {', '.join(TOWERS)}"
         )
-    return TOWERS[kind](claims, "vision_tower", config, mergers, features)
+    return TOWERS[kind](claims, at, config, mergers, features)
 
 
 def _inner(config: Said, default: int) -> Dim:
@@ -265,9 +277,7 @@ def _inner(config: Said, default: int) -> Dim:
 
 
 def _projector(claims: Claims, hidden: Dim, features: Dim, *, bias: bool) -> tuple[Mlp]:
-    up = claims.linear(f"{AT}.linear_1", hidden, features, bias=bias)
-    down = claims.linear(f"{AT}.linear_2", hidden, hidden, bias=bias)
-    return (Mlp(None, up(), down()),)
+    return (towers.mlp(claims, AT, ("linear_1", "linear_2"), hidden, features, hidden, bias=bias)(),)
 
 
 def _features(config: Said, usual: int) -> tuple[JSON, int]:
@@ -323,6 +333,27 @@ def _paligemma(claims: Claims, config: Said, hidden: Dim) -> Built:
     tower, loose = _before(config, "siglip_vision_model", claims)
     shapes: Shapes = {"linear.weight": (hidden, _inner(config, 1152)), "linear.bias": (hidden,)}
     return tower, (*loose, *carried(claims, AT, shapes))
+
+
+def _cohere2_vision(claims: Claims, config: Said, hidden: Dim) -> Built:
+    at, both = f"model.{AT}", dim(config, "alignment_intermediate_size", default=36864)
+    if both.size % 2:
+        raise RecipeError(f"config: {both.key} must be even, got {both.size}")
+    read = _inner(config, 768).times(integer(config, "downsample_factor", 2) ** 2)
+    up_gate = claims.linear(f"{at}.linear_1", both, read, bias=True)
+    down = claims.linear(f"{at}.linear_2", hidden, Dim(both.size // 2, f"{both.key} / 2"), bias=True)
+    projector = fused_mlp(up_gate, down, up_first=True)
+    return _before(config, "siglip_vision_model", claims, (projector(),), at="model.vision_tower")
+
+
+def _lfm2_vl(claims: Claims, config: Said, hidden: Dim) -> Built:
+    at, width = f"model.{AT}", dim(config, "projector_hidden_size", default=2560)
+    read = _inner(config, 768).times(integer(config, "downsample_factor", 2) ** 2)
+    bias = flag(config, "projector_bias", True)
+    projector = towers.mlp(claims, at, ("linear_1", "linear_2"), width, read, hidden, bias=bias)
+    tower, loose = _before(config, "siglip2_vision_model", claims, (projector(),), at="model.vision_tower")
+    shapes = norms(("layer_norm",), read) if flag(config, "projector_use_layernorm", True) else {}
+    return tower, (*loose, *carried(claims, at, shapes))
 
 
 def _llama4(claims: Claims, config: Said, hidden: Dim) -> Built:
@@ -394,6 +425,7 @@ QWEN3_5_VL_MOE = replace(QWEN3_5_VL, family="qwen3_5_moe", texts=("qwen3_5_moe_t
 GLM4V = Wrapper(
     "glm4v", ("glm4v_text",), _within(towers.glm4v, "model.visual"), "model.language_model.", "lm_head."
 )
+GLM4V_MOE = replace(GLM4V, family="glm4v_moe", texts=("glm4v_moe_text",))
 GEMMA3 = Wrapper("gemma3", ("gemma3_text",), _gemma3, trained=_LLAVA, tied=True)
 EXAONE4_5 = Wrapper(
     "exaone4_5",
@@ -441,14 +473,18 @@ LLAVA = Wrapper("llava", _APART, _llava, trained=_LLAVA)
 LLAVA_NEXT = Wrapper("llava_next", _APART, partial(_tiled, usual=-2), trained=_LLAVA)
 LLAVA_ONEVISION = Wrapper("llava_onevision", _APART, partial(_tiled, usual=-1), trained=_LLAVA)
 INTERNVL = Wrapper("internvl", _APART, _internvl, trained=_LLAVA, tied=True)
+COHERE2_VISION = Wrapper(
+    "cohere2_vision", ("cohere2",), _cohere2_vision, "model.language_model.", "lm_head.", tied=True
+)
+LFM2_VL = Wrapper("lfm2_vl", ("lfm2", "lfm2_moe"), _lfm2_vl, "model.language_model.", "lm_head.", tied=True)
 LLAMA4 = Wrapper("llama4", ("llama4_text",), _llama4)
 PALIGEMMA = Wrapper("paligemma", ("gemma", "gemma2"), _paligemma, trained=_LLAVA, tied=True)
 IDEFICS3 = Wrapper("idefics3", ("llama",), _idefics3, "model.text_model.", "lm_head.")
 SMOLVLM = replace(IDEFICS3, family="smolvlm")
 
 _WRAPPERS = (
-    QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN3_5_VL, QWEN3_5_VL_MOE, GLM4V, GEMMA3, GEMMA4,
-    GEMMA4_UNIFIED, EXAONE4_5, KIMI_K25, MISTRAL3, LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, INTERNVL, LLAMA4,
-    PALIGEMMA, IDEFICS3, SMOLVLM,
+    QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN3_5_VL, QWEN3_5_VL_MOE, GLM4V, GLM4V_MOE, GEMMA3,
+    GEMMA4, GEMMA4_UNIFIED, EXAONE4_5, KIMI_K25, MISTRAL3, LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, INTERNVL,
+    COHERE2_VISION, LFM2_VL, LLAMA4, PALIGEMMA, IDEFICS3, SMOLVLM,
 )  # fmt: skip
 FAMILIES = {w.family: Known(partial(recipe, wrapper=w), w.ignored) for w in _WRAPPERS}
