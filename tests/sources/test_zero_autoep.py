@@ -107,6 +107,14 @@ def test_what_the_installed_deepspeed_writes(tmp_path, run):
 
 
 @pytest.mark.nightly
+def test_beside_autotp(tmp_path):
+    pytest.importorskip("deepspeed.module_inject.auto_ep")
+    run = ("--world", "2", "--tp", "2", "--model", "mixtral")
+    subprocess.run([sys.executable, MAKER, *run, tmp_path], check=True, timeout=900)
+    refuses(tmp_path, "AutoEP beside AutoTP (folding)")
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["z2-w4", "z3-w4"])
 def test_deepspeeds_own_converter_agrees(packed, tmp_path, name):
     pytest.importorskip("deepspeed.checkpoint.autoep_universal")
@@ -179,6 +187,7 @@ BAD = {
     "prefix": (lambda t: layers(t)[0].update(expert_key_prefix="x"), "'x' are no experts of"),
     "shape": (lambda t: t["param_shapes"][1].update({STACK: torch.Size([3, 6, 8])}), "wanted 2 experts of 2"),
     "no stack": (lambda t: t["param_shapes"][1].pop(STACK), "groups of experts fit no order"),
+    "folded": (lambda t: t.update(mp_world_size=2), "AutoEP beside AutoTP (folding) is not supported yet"),
     "no list": (lambda t: t.update(ds_autoep_layers=3), "wanted a list, got int"),
 }
 
