@@ -78,7 +78,7 @@ def test_a_path_is_a_path(path):
     [
         {"tag": 5}, {"also": "x"}, {"also": 5}, {"also": [5]}, {"rename": "ab"}, {"rename": ["ab"]},
         {"rename": {"a": "b"}}, {"rename": [("a", 5)]}, {"rename": [("(", "")]}, {"weights": 5},
-        {"exclude_frozen": "no"}, {"check_crc": 1},
+        {"exclude_frozen": "no"}, {"check_crc": 1}, {"config": 5}, {"config": b"x"}, {"recipe": 5},
     ],
 )  # fmt: skip
 def test_a_wrong_option_of_open_is_named(tmp_path, wrong):
@@ -107,6 +107,15 @@ def test_more_wrong_arguments_are_named(tmp_path):
             quant()
     with pytest.raises(FastckptError, match="module: wanted Module"):
         fastckpt.load_into(5, tmp_path)
+    with pytest.raises(FastckptError, match="biggest: wanted int"):
+        fastckpt.inspect(tmp_path, biggest="10")
+    with pytest.raises(FastckptError, match="ckpt: wanted str or PathLike or Checkpoint or Mapping, got int"):
+        fastckpt.verify_tensors(files, 5)
+    for path in ("a\0b", "\ud800"):
+        with pytest.raises(FastckptError, match=r"no path: |no name of a directory"):
+            fastckpt.reshard(files, layout="same", out=path)
+        with pytest.raises(FastckptError, match="no path: "):
+            fastckpt.CheckpointManager(path)
     with pytest.raises(FastckptError, match="strict: wanted bool"):
         fastckpt.load_into(torch.nn.Linear(1, 1), tmp_path, strict="no")
     with pytest.raises(FastckptError, match="out: a of rank 0: wanted Tensor, got int 5"):

@@ -20,13 +20,23 @@ PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("benchmar
 PATH = re.compile(r"`((?:python|csrc|tests|docs|benchmarks|examples)/[\w./-]+\.\w+)`")
 NEW = ("x", "test_x", "isa_x")
 """The files that adding.md tells to make."""
-LINK = re.compile(r"\]\((?!https?:)([^)#]+)\)")
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)")
+
+
+def sections(page: Path) -> set[str]:
+    """The headings of a page as links name them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_links_and_paths_exist(page: Path) -> None:
     text = page.read_text()
-    missing = [link for link in LINK.findall(text) if not (page.parent / link).exists()]
+    missing = []
+    for link, section in LINK.findall(text):
+        target = page.parent / link if link else page
+        if not target.exists() or (section and section not in sections(target)):
+            missing.append(f"{link}#{section}")
     missing += [
         path for path in PATH.findall(text) if not (ROOT / path).exists() and Path(path).stem not in NEW
     ]

@@ -520,7 +520,7 @@ def test_what_does_not_go_together(tmp_path):
     zero(tmp_path, "mixtral")
     with pytest.raises(LayoutError, match="differ"):
         fastckpt.reshard(tmp_path, 2, placement=fastckpt.Placement(tp=4))
-    with pytest.raises(LayoutError, match="outside"):
+    with pytest.raises(LayoutError, match=r"rank 2 is outside the 2 ranks of tp 2, pp 1, dp 1, ep 1$"):
         fastckpt.reshard(tmp_path, 2, rank=2)
     with pytest.raises(LayoutError, match="no layout"):
         fastckpt.reshard(tmp_path, 2, layout="vlm")

@@ -20,7 +20,7 @@ from .checkpoint import JSON, Cast, Checkpoint
 from .collector import paused
 from .digest import digest
 from .dtypes import BY_NAME, DType
-from .errors import SourceError
+from .errors import SourceError, expect
 from .extents import content
 from .layouts import ByRoles
 from .layouts.patterns import Patterns
@@ -91,6 +91,8 @@ def whole(
     before. Names, shapes and tied names are those of the checkpoint it was cut from, dtypes those that were
     served; what the recipe left out is in `unread`. Raises SourceError where the record does not tell enough,
     or the shards do not hold every element."""
+    expect("config", config, str, os.PathLike, Mapping, type(None))
+    expect("recipe", recipe, str, type(None))
     if ckpt.format == MEGATRON:
         from . import megatron
 

@@ -37,7 +37,11 @@ class Placement:
         if max(self.world, self.ep) > RANKS:
             raise LayoutError(f"placement: {self} has more than {RANKS} ranks")
         if type(self.rank) is not int or not 0 <= self.rank < self.world:
-            raise LayoutError(f"placement: rank {self.rank} is outside the {self.world} ranks of {self}")
+            raise LayoutError(f"placement: rank {self.rank!r} is outside the {self.world} ranks of {self}")
+
+    def __str__(self) -> str:
+        """The sizes, as messages name them."""
+        return f"tp {self.tp}, pp {self.pp}, dp {self.dp}, ep {self.ep}"
 
     @property
     def world(self) -> int:

@@ -25,7 +25,6 @@ from .planning.copies import AXES, NOTHING, Executor, Runner, Table, item_sizes,
 GAP = 1 << 16
 """The widest gap in bytes that one rank alone reads through."""
 
-
 OPEN = 64
 """The most files that a lane which reads by position keeps open."""
 

@@ -514,7 +514,7 @@ def test_options_that_lack_their_other_half(tmp_path: Path, monkeypatch: pytest.
     "wrong",
     [{"max_to_keep": "3"}, {"async_save": "no"}, {"timeout": None}, {"save_interval": "x"}, {"shared": 1},
      {"rank": True, "world": 1}, {"keep_best": 1.5, "best_metric": "loss"}, {"save_on_steps": 5},
-     {"step_digits": "8"}, {"path_prefix": 1}, {"node": 0}],
+     {"step_digits": "8"}, {"path_prefix": 1}, {"node": 0}, {"metadata": "x"}],
 )  # fmt: skip
 def test_an_argument_of_another_type_is_named(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(FastckptError, match=f"^{next(iter(wrong))}: wanted "):

@@ -228,21 +228,6 @@ def test_model_states_of_another_world(tmp_path):
     refuses(tmp_path, "model states of 4 data-parallel ranks, optimizer files of 3")
 
 
-@pytest.mark.parametrize("kept", [0, 1])
-def test_offloaded_masters(tmp_path, kept):
-    folder = written(tmp_path, world=1, sub_group_size=13, groups=[["b"], ["a.weight"]])
-    (folder / "offloaded_tensors").mkdir()
-
-    def empty(content):
-        """Sub-groups below DeepSpeed's limit (1 MiB) are not offloaded."""
-        state = content["optimizer_state_dict"]
-        flats = state["fp32_flat_groups"]
-        state["fp32_flat_groups"] = [t if k < kept else t[:0].clone() for k, t in enumerate(flats)]
-
-    edit(optim(folder, 0), empty)
-    refuses(tmp_path, "offloaded to NVMe", "offloaded_tensors")
-
-
 @pytest.mark.parametrize(("stage", "key"), [(2, "single_partition_of_fp32_groups"), (3, "fp32_flat_groups")])
 def test_a_partition_too_short(tmp_path, stage, key):
     folder = written(tmp_path, stage=stage)

@@ -178,7 +178,7 @@ def test_groups_that_fit_two_orders():
 
     def state(counts, held, flats):
         pieces = held and tuple({n: 0} for n in held)
-        return zero_state.OptimState(2, counts, flats, None, pieces, None, None, "")
+        return zero_state.OptimState(2, counts, flats, (), None, pieces, None, None, "")
 
     first = state((4, 1, 2, 2), None, (0, 1, 2, 3))
     told = state((4, 2, 2, 1), [names[0], names[3], names[2], names[1]], (0, 3, 2, 1))

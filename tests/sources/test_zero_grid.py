@@ -333,6 +333,8 @@ def test_frozen_layers(pipeline):
         torch.save({"norm.bias": torch.arange(4.0)}, again)
     ckpt = sources.open(pipeline)
     assert ckpt.entries["2.norm.bias"].kind == "frozen"
+    (note,) = ckpt.facts["notes"]
+    assert "layer 2 is taken for frozen" in note and "left of an earlier save" in note
     assert "2.norm.bias" not in sources.open(pipeline, exclude_frozen=True)
     found = fastckpt.reshard(ckpt, layout="same", rank=0)["2.norm.bias"]
     assert torch.equal(found, torch.arange(4.0))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from .. import recipes
 from ..checkpoint import JSON, Checkpoint, Entry
-from ..errors import RecipeError
+from ..errors import RecipeError, expect
 from ..joining import open as open_checkpoint
 from .losses import Loss
 from .losses import read as losses_of
@@ -120,6 +120,7 @@ def inspect(
     """What a checkpoint holds, from its headers: a path, or what `open` gave with options of its own.
 
     `biggest`: how many of the largest tensors to name. Raises SourceError as `open` does."""
+    expect("biggest", biggest, int)
     ckpt = path if isinstance(path, Checkpoint) else open_checkpoint(path, recipe=recipe)
     count: Counter[str] = Counter()
     held: Counter[str] = Counter()

@@ -110,6 +110,7 @@ class CheckpointManager:
         expect("root", root, str, os.PathLike)
         expect("path_prefix", path_prefix, str, type(None))
         expect("node", node, str, type(None))
+        expect("metadata", metadata, MetadataHandler, type(None))
         self._store = store_at(
             os.fspath(root) if path_prefix is None else path_prefix,
             path_type=path_type, named=path_prefix is not None, prefix=step_prefix, digits=step_digits,

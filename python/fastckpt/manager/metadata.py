@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ..checkpoint import JSON
 from ..output.filesystem import as_write_errors, replace_file
@@ -32,6 +32,7 @@ class Took:
         return Took(tuple(float(str(s)) for s, _ in pairs), tuple(int(str(n)) for _, n in pairs))
 
 
+@runtime_checkable
 class MetadataHandler(Protocol):
     """What a manager tells, and asks: the caffe2 CheckpointManager's five methods."""
 

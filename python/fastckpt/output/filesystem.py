@@ -29,12 +29,15 @@ def as_write_errors(what: str) -> Iterator[None]:
 
 
 def real(path: str | os.PathLike[str]) -> str:
-    """The path without links, from the root. Raises WriteError where the working directory is gone, and for
-    one that begins with ~: a directory of that name is seldom meant, and ./~ says so."""
+    """The path without links, from the root. Raises WriteError where the working directory is gone, for what
+    is no path, and for one that begins with ~: a directory of that name is seldom meant, and ./~ says so."""
     if said := unexpanded(path):
         raise WriteError(f"{os.fspath(path)}: begins with ~{said}; write it out, or ./~")
-    with as_write_errors(os.fspath(path)):
-        return os.path.realpath(path)
+    try:
+        with as_write_errors(os.fspath(path)):
+            return os.path.realpath(path)
+    except ValueError as e:
+        raise WriteError(f"{os.fspath(path)!r}: no path: {e}") from None
 
 
 def sync_directory(path: str) -> None:

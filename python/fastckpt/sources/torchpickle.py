@@ -9,8 +9,8 @@ Source of the formats: torch/_utils.py, torch/_tensor.py and torch/serialization
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from .. import dtypes
 from ..dtypes import DType
@@ -48,7 +48,9 @@ class Storage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tensor:
-    """A dense tensor: elements of `dtype` at `offset + sum(index * stride)` of `storage`, in elements."""
+    """A dense tensor: elements of `dtype` at `offset + sum(index * stride)` of `storage`, in elements.
+
+    `attributes`: what Python code has set on it, None for nothing."""
 
     storage: Storage
     dtype: DType
@@ -56,6 +58,7 @@ class Tensor:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     requires_grad: bool = False
+    attributes: Mapping[object, object] | None = field(default=None, compare=False, repr=False)
 
     @property
     def numel(self) -> int:
@@ -302,7 +305,7 @@ def _rebuild_parameter(args: tuple[object, ...], m: Machine) -> object:
 
 
 def _rebuild_from_type(args: tuple[object, ...], m: Machine) -> object:
-    """(function, type, arguments, state): a tensor with attributes of Python, which are dropped."""
+    """(function, type, arguments, state): a tensor with attributes of Python."""
     if len(args) != 4 or not isinstance(args[0], Inert) or not isinstance(args[1], Inert):
         raise SourceError("wanted a function, a type, arguments and state")
     function, inner = args[0], args[2]
@@ -312,7 +315,11 @@ def _rebuild_from_type(args: tuple[object, ...], m: Machine) -> object:
         return Inert("torch._tensor._rebuild_from_type_v2", args)
     if not isinstance(inner, tuple):
         raise SourceError(f"the arguments of {function.name} are a {type(inner).__name__}")
-    return rebuild(inner, m)
+    made, state = rebuild(inner, m), args[3]
+    if not isinstance(made, Tensor) or not isinstance(state, dict):
+        return made
+    m.spend(TENSOR)
+    return replace(made, attributes=state)
 
 
 def _torch_size(args: tuple[object, ...], m: Machine) -> object:

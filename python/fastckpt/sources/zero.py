@@ -17,7 +17,7 @@ import numpy as np
 from ..checkpoint import JSON, Checkpoint, Entry
 from ..dtypes import int8
 from ..errors import SourceError
-from ..extents import Extents, is_directory
+from ..extents import Extents
 from . import torchfile
 from .assembly import assemble
 from .options import Options
@@ -27,11 +27,12 @@ from .torchfile import Tensor, TorchFile
 from .torchtensors import Opened, by_storage, places
 from .zero_experts import Alignment, in_order, is_expert, sliced_in_sets, spread
 from .zero_files import Files, Grid, find, is_zero
-from .zero_layout import Flat, Placed, Shape, chained, sliced
+from .zero_layout import Flat, Placed, chained, sliced
 from .zero_opening import Opening, Whole, optim_tensors
 from .zero_order import check_order, comparable, sampled
 from .zero_parts import Parts, parts, trainable
 from .zero_state import ModelState, OptimState, Rank, model_state, optim_state
+from .zero_swapped import swapped_in
 
 State = TypeVar("State", OptimState, ModelState)
 
@@ -263,11 +264,12 @@ def _masters(opening: Opening, first: OptimState, states: Sequence[ModelState]) 
             raise SourceError(f"{where}: DeepSpeed's MoE layers at stage 3, which DeepSpeed does not write")
         state, alignment, flats = spread(state, alignment, flats, first.counts, where)
     shapes = state.shapes or ()
-    _check_not_offloaded(shapes, flats, where)
-    if at_stage_3 and state.autoep is not None:
-        layout = sliced_in_sets(state.autoep, states, saved, flats, where)
+    if not at_stage_3:
+        layout = chained(shapes, alignment, flats, where)
+    elif state.autoep is None:
+        layout = sliced(shapes, swapped_in(opening, state, saved, flats, paths), where)
     else:
-        layout = sliced(shapes, flats, where) if at_stage_3 else chained(shapes, alignment, flats, where)
+        layout = sliced_in_sets(state.autoep, states, saved, flats, where)
     return _Masters(paths, layout, state, alignment, experts)
 
 
@@ -454,14 +456,14 @@ class _Reading:
         notes += [f"client state that is not plain: {', '.join(state.opaque)}"] if state.opaque else []
         return assemble(
             self.path, "zero", entries, self.extents, self.opening.options,
-            aliases=tied, files=[f.file for f in opened],
+            aliases=tied, files=self.opening.held(),
             search=[os.path.abspath(self.path), os.path.abspath(files.root)],
             facts={
                 "tag": files.tag, "step": state.global_steps, **facts,
                 "deepspeed": state.version, "client_state": dict(state.client),
             },
             unread=notes, inert=[n for f in opened for n in f.inert], layout=layout,
-            headers=[f.digest for f in opened],
+            headers=self.opening.digests(),
         )  # fmt: skip
 
 
@@ -532,18 +534,6 @@ def _step(state: OptimState, file: TorchFile) -> int | None:
     size = state.step.dtype.itemsize
     (data,) = read_all(file.file.path, [(extent.offset + state.step.offset * size, size)])
     return int(number(data, state.step.dtype))
-
-
-def _check_not_offloaded(shapes: Sequence[Mapping[str, Shape]], flats: Sequence[Flat], where: str) -> None:
-    empty = (group for group, flat in zip(shapes, flats, strict=False) if not flat.length.any())
-    if any(0 not in shape for group in empty for shape in group.values()):  # small sub-groups stay in memory
-        place = os.path.join(where, "offloaded_tensors")
-        there = "where they lie" if is_directory(place) else "which is not there"
-        raise SourceError(
-            f"{where}: flat groups are empty: masters offloaded to NVMe are swap files in "
-            f"{place} ({there}); "
-            "save without NVMe offload, or load and save once with DeepSpeed"
-        )
 
 
 def _group_facts(placed: Placed) -> JSON:

@@ -61,12 +61,18 @@ def joined(path: str, grid: Grid, ranks: Sequence[Rank], options: Options, tp: i
     ]
     stages = [held[p * tp : (p + 1) * tp] for p in range(pp)]
     same = Agreement(where)
+    notes: list[JSON] = []
     if state.pipeline:
         copies = []
         for t in range(tp):
             masters = {n: e for column in reversed(stages) for n, e in column[t].items()}
             files_of_t = {layer: file for (layer, model), file in opened.items() if model == t}
             copies.append(layers(files_of_t, [r.state for r in ranks[t::tp]], masters, extents, where))
+        notes = [
+            f"layer {layer} is taken for frozen, as no stage trains it: if none was, its file is left of an "
+            "earlier save of more layers"
+            for layer in copies[0].idle
+        ]
         stages.insert(0, [c.beside(options.exclude_frozen) for c in copies])
         if options.weights == "module" or state.shapes is None:
             stages = [stages[0], [c.copies for c in copies]]
@@ -82,7 +88,7 @@ def joined(path: str, grid: Grid, ranks: Sequence[Rank], options: Options, tp: i
     same.check()
     _check_apart(entries, where)
     _check_gated(entries, where)
-    return _assembled(path, grid, ranks, options, opening, extents, entries, (pp, tp))
+    return _assembled(path, grid, ranks, options, opening, extents, entries, (pp, tp), notes)
 
 
 def _check_one_save(ranks: Sequence[Rank], where: str) -> None:
@@ -216,6 +222,7 @@ def _assembled(
     extents: Extents,
     entries: Mapping[str, Entry],
     degrees: tuple[int, int],
+    notes: list[JSON],
 ) -> Checkpoint:
     files, first = grid.ranks[0], ranks[0].checkpoint
     of_all = [r.checkpoint for r in ranks]
@@ -229,6 +236,8 @@ def _assembled(
         for n, e in entries.items()
         if isinstance(e, _Joined) and e.cut.padded
     ]
+    told = first.facts.get("notes")
+    notes = [*(told if isinstance(told, list) else []), *notes]
     world = first.facts.get("world")  # the data-parallel ranks of each
     facts: dict[str, JSON] = {
         **{key: value for key, value in first.facts.items() if key not in ("groups", "world")},
@@ -236,6 +245,7 @@ def _assembled(
             **({"data parallel": world} if world else {}),
             "tensor parallel": degrees[1], "pipeline stages": degrees[0],
         },
+        **({"notes": notes} if notes else {}),
     }  # fmt: skip
     return assemble(
         path, "zero", entries, extents, options,

@@ -11,9 +11,9 @@ from functools import partial
 
 from ..checkpoint import Entry
 from ..errors import SourceError
-from ..extents import Extent, Extents
+from ..extents import Extent, Extents, File
 from ..pipeline import each
-from . import torchfile
+from . import assembly, torchfile
 from .options import Options
 from .torchfile import Tensor, TorchFile, Tree, Wanted
 from .torchtensors import Opened
@@ -49,6 +49,7 @@ class Opening:
     options: Options
     extents: list[Extent] = field(default_factory=list)
     opened: list[TorchFile] = field(default_factory=list)
+    raws: list[Extent] = field(default_factory=list)  # in files without a header
     trees: dict[bytes, Tree] = field(default_factory=dict)  # of optimizer files, which are often identical
 
     def model(self, path: str, first: OptimState | None = None) -> tuple[Opened, ModelState]:
@@ -91,6 +92,20 @@ class Opening:
     def fragments(self, paths: Sequence[str]) -> list[Opened]:
         """Model-states files with their frozen fragments."""
         return self._many(paths, _fragments, {})
+
+    def raw(self, file: File, nbytes: int, key: str) -> int:
+        """The first bytes of a file without a header, as the extent of that number."""
+        self.raws.append(Extent(file, 0, nbytes, key))
+        self.extents.append(self.raws[-1])
+        return len(self.extents) - 1
+
+    def held(self) -> list[File]:
+        """Every file that was opened."""
+        return [*(f.file for f in self.opened), *(x.where for x in self.raws if isinstance(x.where, File))]
+
+    def digests(self) -> list[str]:
+        """Of each file's header and pickle, and of what was sampled of files without."""
+        return [*(f.digest for f in self.opened), *([assembly.sampled(self.raws)] if self.raws else [])]
 
     def _many(self, paths: Sequence[str], wanted: Wanted | None, trees: dict[bytes, Tree]) -> list[Opened]:
         """Files in order, opened by several threads; identical pickles are parsed once."""

@@ -28,11 +28,12 @@ TIED = "tied_modules."
 @dataclass(slots=True)
 class Layers:
     """One tensor-parallel rank's tensors in files of layers: parameters that the optimizer owns, frozen ones,
-    and buffers."""
+    and buffers. `idle`: the layers of which no stage knows a name."""
 
     copies: dict[str, Entry] = field(default_factory=dict)
     frozen: dict[str, Entry] = field(default_factory=dict)
     buffers: dict[str, Entry] = field(default_factory=dict)
+    idle: list[int] = field(default_factory=list)
 
     def beside(self, exclude_frozen: bool) -> dict[str, Entry]:
         """What no master is of."""
@@ -65,7 +66,9 @@ def layers(
         prefix = f"{layer}."
         if not off and not any(prefix + key in shapes or prefix + key in buffers for key in tensors):
             whole = {key: Whole(opened, t).entry(extents, "parameter") for key, t in tensors.items()}
-            prefix = _tied_to(whole, shapes, masters, file) or prefix
+            tied = _tied_to(whole, shapes, masters, file)
+            prefix = tied or prefix
+            out.idle += [layer] if tensors and not tied else []
         for key, t in tensors.items():
             name = prefix + key
             if name in shapes and t.shape != shapes[name]:

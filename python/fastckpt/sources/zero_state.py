@@ -8,6 +8,7 @@ Keys as DeepSpeed's `engine._save_checkpoint`, `stage_1_and_2.state_dict`, `stag
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard, TypeVar
@@ -23,6 +24,8 @@ from .zero_layout import Shape
 
 Value = TypeVar("Value")
 
+_ID = re.compile(r"[0-9]{1,18}_[0-9]{1,18}")
+
 _ENGINE_KEYS = frozenset((
     "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
     "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names",
@@ -37,7 +40,8 @@ class OptimState:
     """One rank's optimizer file.
 
     `stage`: None in files of BF16_Optimizer, which is stage 1. `counts`: the ranks each group is cut over.
-    `flats`: the masters, one tensor a group (stage 3: a sub-group). `alignment`: elements after each
+    `flats`: the masters, one tensor a group (stage 3: a sub-group); `ids`: what DeepSpeed calls each of stage
+    3, None if unsaid. `alignment`: elements after each
     parameter of each group, None in older files. `held`: of each group, the parameters it holds a piece of,
     by name; None if unsaid. `ranks`: those each sub-group of stage 3 is cut over, None if unsaid. `step`: the
     optimizer's, a number or where it lies, None if unsaid."""
@@ -45,6 +49,7 @@ class OptimState:
     stage: int | None
     counts: tuple[int, ...]
     flats: tuple[Tensor, ...]
+    ids: tuple[str | None, ...]
     alignment: tuple[tuple[int, ...], ...] | None
     held: tuple[Mapping[object, object], ...] | None
     ranks: tuple[tuple[int, ...], ...] | None
@@ -61,9 +66,10 @@ class ModelState:
     DeepSpeed's MoE layers has; `data_before_experts`: how the ranks that hold them are numbered; `autoep`:
     what AutoEP says of them, None where they are not its. `pipeline`: `module` lies in files of layers, and
     is empty here. `mp_world`: the model-parallel ranks. `degrees`: how many of them are pipeline stages, and
-    tensor-parallel ranks of a stage; None if unsaid. `zenflow`: ZenFlow trained; `quantised`: ZeRO++ kept
-    frozen parameters as int8 codes. `universal`: what universal_checkpoint_info says of cuts, as it stands.
-    `client`: the caller's own plain values; `opaque`: the caller's keys whose values are not plain."""
+    tensor-parallel ranks of a stage; None if unsaid. `fp32_masters`: DeepSpeed's config says so. `zenflow`:
+    ZenFlow trained; `quantised`: ZeRO++ kept frozen parameters as int8 codes. `universal`: what
+    universal_checkpoint_info says of cuts, as it stands. `client`: the caller's own plain values; `opaque`:
+    the caller's keys whose values are not plain."""
 
     module: Mapping[str, object]
     buffers: tuple[str, ...]
@@ -80,6 +86,7 @@ class ModelState:
     pipeline: bool
     mp_world: int
     degrees: tuple[int, int] | None
+    fp32_masters: bool
     zenflow: bool
     quantised: bool
     universal: object
@@ -114,6 +121,7 @@ def optim_state(root: object, where: str) -> OptimState:
         stage=stage,
         counts=integers(counts, f"{where}: partition_count", bits=20),
         flats=flats,
+        ids=tuple(map(_id, flats)),
         alignment=_alignment(state.get("param_alignment_paddings"), f"{where}: param_alignment_paddings"),
         held=_held(state.get("param_slice_mappings")),
         ranks=_ranks(state.get("ds_zero_partition_groups"), f"{where}: ds_zero_partition_groups"),
@@ -158,6 +166,7 @@ def model_state(root: object, where: str) -> ModelState:
         pipeline=pipeline,
         mp_world=_number(top.get("mp_world_size")) or 1,
         degrees=_degrees(top.get("checkpoint_parallel_dimensions")),
+        fp32_masters=_fp32_masters(config),
         zenflow=bool(zero.get("zenflow")),
         quantised=bool(zero.get("zero_quantized_nontrainable_weights")),
         universal=top.get("universal_checkpoint_info"),
@@ -168,6 +177,15 @@ def model_state(root: object, where: str) -> ModelState:
 
 def _data_before_experts(config: Mapping[object, object]) -> bool:
     return config.get("use_data_before_expert_parallelism") is True
+
+
+def _fp32_masters(config: Mapping[object, object]) -> bool:
+    """Whether it is there (it may be but a path), and no option makes the masters 16-bit."""
+    halves = (
+        _dict(config.get(key)).get(f"{name}_master_weights_and_grads")
+        for key, name in (("bf16", "bf16"), ("bfloat16", "bf16"), ("fp16", "fp16"))
+    )
+    return bool(config) and not any(halves)
 
 
 def _dict(value: object) -> Mapping[object, object]:
@@ -313,6 +331,12 @@ def _flat(value: object, where: str) -> Tensor:
     if not t.flat:
         raise SourceError(f"{where}: wanted one dense axis, got shape {t.shape}, stride {t.stride}")
     return t
+
+
+def _id(flat: Tensor) -> str | None:
+    """`ds_id`: the numbers of a sub-group's first and last parameter."""
+    said = (flat.attributes or {}).get("ds_id")
+    return said if isinstance(said, str) and _ID.fullmatch(said) else None
 
 
 def _no_doubles(groups: Sequence[Mapping[str, Shape]], where: str) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint import JSON, Checkpoint
 from ..digest import digest
-from ..errors import LayoutError
+from ..errors import LayoutError, expect
 from ..extents import is_file
 from ..layouts import Layout
 from ..output.manifest import NAME, Manifest, Shard
@@ -55,6 +55,7 @@ def verify_tensors(
     arguments would fill, cast to the tensors' own dtypes, and digests it. Problems name the tensor: missing,
     too much, another shape or dtype, other bytes. Raises as `load_into` does."""
     began = time.perf_counter()
+    expect("ckpt", ckpt, str, os.PathLike, Checkpoint, Mapping)
     state = dict(held) if isinstance(held, Mapping) else tensors.held(held)
     grid = grid_of(tp, placement)
     record = None if layout is not None or isinstance(ckpt, (Checkpoint, Mapping)) else _record(ckpt)
