@@ -100,10 +100,11 @@ _PIECE = 1 << 20
 
 
 def content(path: str, limit: int = 1 << 62) -> bytes:
-    """The bytes of a file, at most `limit`. Raises SourceError where they cannot be read."""
-    made = bytearray()
+    """The bytes of a file, at most `limit`. Raises SourceError where they cannot be read, or may never come:
+    a pipe would be waited for."""
+    made, file = bytearray(), File.at(path)
     try:
-        with open(path, "rb") as f:
+        with open(file.path, "rb") as f:
             # read(limit) makes room for all of it first, in a small file too
             while piece := f.read(min(limit - len(made), _PIECE)):
                 made += piece

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 from .checkpoint import JSON
 from .errors import SourceError
-from .extents import File, content
+from .extents import content
 
 
 def read_json(path: str, limit: int = 64 << 20) -> dict[str, JSON]:
     """The JSON object in a file of at most `limit` bytes. Raises SourceError, as `parse_json` does."""
-    data = content(File.at(path).path, limit + 1)
+    data = content(path, limit + 1)
     if len(data) > limit:
         raise SourceError(f"{path}: more than {limit} bytes of JSON")
     return parse_json(data, path)

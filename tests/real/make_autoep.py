@@ -79,13 +79,13 @@ def train(rank: int, a: argparse.Namespace, port: int) -> None:
         "expert_parallel": {"enabled": True, "autoep_size": a.ep, "use_grouped_mm": False},
     }  # fmt: skip
     if a.tp > 1:
-        config["tensor_parallel"] = {"autotp_size": a.tp}
+        config["tensor_parallel"] = {"autotp_size": a.tp, "preset_model": "mixtral"}
     if a.freeze:
         for name, p in model.named_parameters():
             p.requires_grad_(a.freeze not in name)
     engine, *_ = deepspeed.initialize(model=model, config=config)
     for step in range(2):
-        seed = torch.Generator().manual_seed(100 * step + rank)
+        seed = torch.Generator().manual_seed(100 * step + rank // a.tp)
         ids = torch.randint(0, 24, (1, 8), generator=seed)
         engine.backward(engine(input_ids=ids, labels=ids).loss)
         engine.step()

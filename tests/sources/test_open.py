@@ -37,6 +37,8 @@ def test_other_files_have_any_name(tmp_path):
     """A superscript two is a digit, and no number."""
     save_file(TENSORS, tmp_path / "model.safetensors")
     (tmp_path / "\N{SUPERSCRIPT TWO}").write_text("x")
+    (tmp_path / "loop").symlink_to("loop")
+    assert sources.format_of(tmp_path) == "safetensors"
     assert sources.open(tmp_path).format == "safetensors"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -86,6 +87,13 @@ def test_what_is_refused(tmp_path: Path) -> None:
         with pytest.raises(SourceError, match=said):
             fastckpt.open(step)
         (step / name).write_bytes(sound)
+    told = (step / "rank-00000/state.json").read_bytes()
+    (step / "rank-00000/state.json").unlink()
+    os.mkfifo(step / "rank-00000/state.json")  # opening it would wait for a writer
+    with pytest.raises(SourceError, match=r"state\.json: not a regular file"):
+        fastckpt.open(step)
+    (step / "rank-00000/state.json").unlink()
+    (step / "rank-00000/state.json").write_bytes(told)
     file = step / "rank-00000/state.safetensors"
     kept = {n: t.clone() for n, t in load_file(file).items()}
     save_file(kept, file, {"saved": "again" * 9})  # its data begin elsewhere than they did

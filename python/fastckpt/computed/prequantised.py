@@ -24,7 +24,7 @@ from ..checkpoint import JSON, Checkpoint, Entry, Single
 from ..dtypes import DType, float16, int32
 from ..errors import LayoutError
 from ..extents import Buffer, Extent, Extents
-from ..quantisation.quantised_targets import quantization_config
+from ..quantisation.quantised_config import quantization_config
 from ..quantisation.rounding import (
     DENSE,
     Error,

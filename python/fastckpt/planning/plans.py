@@ -28,7 +28,7 @@ from ..output.files import FileLayout, Specs, safetensors_layout, split
 from ..output.pickling import Wrap
 from ..output.torchzip import torch_layout
 from ..placement import Placement
-from ..quantisation import quantised_targets
+from ..quantisation import quantised_config
 from ..quantisation.quantised_targets import Expansion, Quantised
 from ..target import Target
 from . import configs, copies, plancache
@@ -269,7 +269,7 @@ def _compiled(stream: Stream, extents: Extents, expansion: Expansion | None) -> 
     """Every tensor in order and the rows of all; the extent table they index; the source bytes needed."""
     spelled: dict[str, JSON] = {}
     if expansion is not None:
-        spelled = quantised_targets.quantization_config(expansion.quant, expansion.shapes())
+        spelled = quantised_config.quantization_config(expansion.quant, expansion.shapes())
     made = Made()
     quantised: dict[int, Quantised] = {}
     kept: list[Kept] | None = []

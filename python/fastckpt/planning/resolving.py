@@ -24,7 +24,7 @@ from ..layouts.naming import Naming
 from ..layouts.patterns import Patterns
 from ..model import Model, Sizes
 from ..placement import Placement
-from ..quantisation import quantised_targets
+from ..quantisation import quantised_config
 from ..quantisation.quantised_targets import Expansion
 from ..quantisation.schemes import SCHEMES, Quant
 from ..recipes import strangers
@@ -229,7 +229,7 @@ def _by_roles(
     options["recipe"] = asked
     options["config"] = xxhash.xxh3_64_hexdigest(json.dumps(dict(config), sort_keys=True).encode())
     resized = layout.resized(model, request.placement) if isinstance(layout, Resizes) else {}
-    changed = quantised_targets.served_config(config, ckpt.entries) if engine else {}
+    changed = quantised_config.served_config(config, ckpt.entries) if engine else {}
     if resized or changed:
         options["resized"] = {key: config.get(key) for key in (*configs.sized(config, resized), *changed)}
     resolved = Resolved(

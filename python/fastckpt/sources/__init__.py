@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Protocol, cast
 
@@ -85,7 +86,7 @@ def open(
         return memory.read(path, options)
     where = os.fspath(path)
     _refuse_absent(where)
-    try:
+    with _as_source_errors(where):
         for directory in options.also:
             if not is_directory(directory):
                 raise SourceError(f"{directory}: no directory (also=)")
@@ -93,14 +94,22 @@ def open(
             if source.matches(where):
                 return source.read(where, options)
         raise SourceError(f"{where}: {_what_it_is(where)}")
-    except OSError as e:  # a directory that may not be listed, a file that goes away meanwhile
-        raise SourceError(f"{e.filename or where}: {e.strerror}") from None
 
 
 def format_of(path: str | os.PathLike[str]) -> str | None:
-    """The module of SOURCES that reads what is at `path`, as `matches` says; None: none of them does."""
+    """The module of SOURCES that reads what is at `path`, as `matches` says; None: none of them does. Raises
+    SourceError where that cannot be known."""
     where = os.fspath(path)
-    return next((n for n, s in zip(SOURCES, _sources(), strict=True) if s.matches(where)), None)
+    with _as_source_errors(where):
+        return next((n for n, s in zip(SOURCES, _sources(), strict=True) if s.matches(where)), None)
+
+
+@contextmanager
+def _as_source_errors(where: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:  # a directory that may not be listed, a file that goes away meanwhile
+        raise SourceError(f"{e.filename or where}: {e.strerror}") from None
 
 
 def _sources() -> Iterator[Source]:

@@ -9,7 +9,7 @@ runtime/engine.py (`_save_moe_checkpoint`) of DeepSpeed 0.19.8.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -52,12 +52,11 @@ class AutoEp:
         stack = found[1] if found else name
         return stack if stack in self.stacks else None
 
-    def routers(self, names: Iterable[str]) -> dict[str, str]:
-        """The second names of what routers hold, and the first."""
-        known = {*names}
-        modules = {*self.modules}
+    def routers(self, names: Sequence[str]) -> dict[str, str]:
+        """The second names of what routers hold, in order, and the first."""
+        known, modules = {*names}, {*self.modules}
         out = {}
-        for name in known:
+        for name in names:
             parts = name.split(".")
             for k in range(1, len(parts) - 1):
                 module, child = ".".join(parts[:k]), parts[k]
@@ -118,11 +117,12 @@ def autoep(value: object, experts: Sequence[int], where: str) -> AutoEp | None:
             f"{where} has {counts} experts a layer, num_experts is {[*experts]}: AutoEP beside other MoE "
             "layers is not read"
         )
-    names = ("ep_size", "ep_rank", "expert_data_parallel_rank")
-    sets, own, place = (_number(layers[0], name, where) for name in names)
     kind, version = (layers[0].get(key) for key in ("checkpoint_format", "checkpoint_format_version"))
-    if (kind, version) not in (("per_expert_files", None), ("zero3_partitioned", 1)):
+    by_expert = kind in ("per_expert_files", None) and version is None  # 0.19.2 knew no other
+    if not by_expert and (kind, version) != ("zero3_partitioned", 1):
         raise SourceError(f"{where}: format {kind!r:.40} of version {version!r:.40} is not known")
+    names = ("ep_size", "ep_rank", "expert_data_parallel_rank")
+    sets, own, place = (_number(layers[0], name, where, 0 if by_expert else None) for name in names)
     for layer in layers:
         if odd := [n for n in (*names, "checkpoint_format") if layer.get(n) != layers[0].get(n)]:
             raise SourceError(f"{where}: {odd[0]} is not the same for all layers")
@@ -131,7 +131,7 @@ def autoep(value: object, experts: Sequence[int], where: str) -> AutoEp | None:
     stacks = {f"{module}.experts.{name}": count for module, count in of.items() for name in _STACKS}
     if len(of) < len(layers):
         raise SourceError(f"{where} has a layer twice: {', '.join(modules):.120}")
-    return AutoEp(modules, stacks, sets, own, place, kind == "per_expert_files")
+    return AutoEp(modules, stacks, sets, own, place, by_expert)
 
 
 def _placed(layer: Mapping[object, object], where: str) -> int:
@@ -156,8 +156,8 @@ def _placed(layer: Mapping[object, object], where: str) -> int:
     return count
 
 
-def _number(layer: Mapping[object, object], name: str, where: str) -> int:
-    value = layer.get(name)
+def _number(layer: Mapping[object, object], name: str, where: str, default: int | None = None) -> int:
+    value = layer.get(name, default)
     if type(value) is not int or not 0 <= value < 1 << 20:
         raise SourceError(f"{where}: {name} is {value!r:.40}, wanted a whole number below 2^20")
     return value

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import SourceError
-from ..extents import content, exists, is_directory, is_file
+from ..extents import ABSENT, content, exists, is_directory, is_file
 from ..output.manifest import NAME
 from .ranks import check_ranks, natural
 
@@ -139,7 +139,7 @@ def find(path: str, tag: str | None, also: Iterable[str] = ()) -> Grid:
         if tag not in there and not any(_is_tag_folder(os.path.join(a, tag)) for a in also):
             if is_directory(folder):
                 os.listdir(folder)  # one that may not be listed says so
-            raise SourceError(f"{path}: no ZeRO checkpoint with tag {tag!r}; {known}")
+            raise SourceError(f"{path}: no ZeRO checkpoint with tag {tag[:80]!r}; {known}")
     return _sorted_out(root, folder, tag, [folder, *(_tag_folder_of(a, tag) for a in also)])
 
 
@@ -178,8 +178,10 @@ def _latest(root: str, known: str) -> str:
 def _is_tag_folder(path: str) -> bool:
     try:
         names = os.listdir(path)
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return False
+    except OSError as e:
+        if isinstance(e, PermissionError) or e.errno in ABSENT:
+            return False
+        raise
     plain = [found[1] if (found := _FAST.fullmatch(name)) else name for name in names]
     return any(kind.fullmatch(name) for name in plain for kind in (OPTIM, MODEL_OF_RANK, MODEL))
 

@@ -81,7 +81,9 @@ def _tied(state: ModelState, own: Mapping[str, Shape], where: str) -> dict[str, 
     """`shared_params`, without the empty parameters, which DeepSpeed takes for one another (all have address
     0)."""
     out = {}
-    routers = state.autoep.routers(state.module.keys() - {*state.buffers}) if state.autoep is not None else {}
+    buffers = {*state.buffers}
+    others = [name for name in state.module if name not in buffers]
+    routers = state.autoep.routers(others) if state.autoep is not None else {}
     for name, holder in {**state.shared, **routers}.items():
         if name in own:
             if math.prod(own[name]):

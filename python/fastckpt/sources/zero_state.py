@@ -147,6 +147,9 @@ def model_state(root: object, where: str) -> ModelState:
         )
     experts = integers(top.get("num_experts") or (), f"{where}: num_experts", bits=20)
     layers = autoep(next((top[key] for key in AUTOEP_KEYS if top.get(key)), None), experts, where)
+    mp_world = _number(top.get("mp_world_size")) or 1
+    if layers is not None and mp_world > 1:
+        raise SourceError(f"{where}: AutoEP beside AutoTP (folding) is not supported yet")
     client, opaque = _client(top)
     config = _dict(top.get("ds_config"))
     zero = _dict(config.get("zero_optimization"))
@@ -164,7 +167,7 @@ def model_state(root: object, where: str) -> ModelState:
         data_before_experts=_data_before_experts(config),
         autoep=layers,
         pipeline=pipeline,
-        mp_world=_number(top.get("mp_world_size")) or 1,
+        mp_world=mp_world,
         degrees=_degrees(top.get("checkpoint_parallel_dimensions")),
         fp32_masters=_fp32_masters(config),
         zenflow=bool(zero.get("zenflow")),
