@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(next(iter(fastckpt.__path__)))
 
 CORE = ("errors", "dtypes", "extents", "views", "stored", "checkpoint", "plainjson", "placement", "target")
-PLAIN = (*CORE, "model")
+MODEL = ("roles", "mixers", "model")
+PLAIN = (*CORE, *MODEL)
 TABLE = ("copies", "axes", "compiling", "binding", "batches")
 FILES = (
     "syscalls",
@@ -41,7 +42,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "placement": CORE[:4],
     "schemes": CORE[:2],
     "target": (*CORE[:4], "schemes"),
-    "model": CORE,
+    "roles": CORE,
+    "mixers": (*CORE, "roles"),
+    "model": (*CORE, "roles", "mixers"),
     # Sources never see models; recipes and layouts never see files; none of them sees a plan.
     "sources": (*CORE, "collector", "digest", "manifest", "pipeline"),
     "recipes": (*PLAIN, "schemes"),

@@ -17,7 +17,8 @@ from .dtypes import float32
 from .errors import SourceError
 from .extents import is_directory
 from .layouts.megatron import Megatron
-from .model import Attention, Model
+from .mixers import Attention
+from .model import Model
 from .placement import Placement
 from .planning import configs
 from .sources.assembly import neighbours

@@ -16,7 +16,7 @@ from ..checkpoint import Checkpoint, Entry, Single
 from ..dtypes import DType
 from ..errors import LayoutError, SourceError
 from ..extents import Extents
-from ..model import Linear, Thin
+from ..roles import Linear, Thin
 from ..target import Target
 from ..views import ZERO, View, cat, dense_strides, zeros
 from .adapters import PREFIX, Adapter, kind_of

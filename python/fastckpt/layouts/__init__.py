@@ -16,8 +16,9 @@ from typing import ClassVar, Literal, Protocol, get_args, get_origin, get_type_h
 
 from ..checkpoint import Checkpoint
 from ..errors import LayoutError
-from ..model import Linear, Model, Thin
+from ..model import Model
 from ..placement import Placement
+from ..roles import Linear, Thin
 from ..target import Target
 from .naming import Naming
 from .patterns import Patterns

@@ -15,27 +15,21 @@ import numpy as np
 
 from ..dtypes import int64
 from ..errors import LayoutError, expect
-from ..model import (
+from ..mixers import (
     Attention,
-    Beside,
     Compressed,
     DeltaHeads,
     DeltaNet,
-    Experts,
-    Layer,
-    Linear,
     Mamba,
     MambaHeads,
     Mla,
-    Mlp,
-    Norm,
-    Parameter,
     Queries,
     Selective,
     ShortConv,
-    Sizes,
 )
+from ..model import Experts, Layer, Mlp, Sizes
 from ..placement import Placement
+from ..roles import Beside, Linear, Norm, Parameter
 from ..stored import constant
 from ..target import Target
 from ..views import View, cat

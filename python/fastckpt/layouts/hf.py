@@ -14,26 +14,10 @@ from functools import partial
 from typing import ClassVar, Literal
 
 from ..errors import LayoutError
-from ..model import (
-    Attention,
-    BlockStacks,
-    Compressed,
-    DeltaNet,
-    Experts,
-    Layer,
-    Layers,
-    Linear,
-    Mla,
-    Mlp,
-    Model,
-    Prediction,
-    Queries,
-    Selective,
-    ShortConv,
-    Stacked,
-    Stacks,
-)
+from ..mixers import Attention, Compressed, DeltaNet, Mla, Queries, Selective, ShortConv
+from ..model import BlockStacks, Experts, Layer, Layers, Mlp, Model, Prediction, Stacked, Stacks
 from ..placement import Placement
+from ..roles import Linear
 from ..target import Target
 from ..views import View, cat, stack
 from .cuts import (

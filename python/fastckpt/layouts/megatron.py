@@ -16,8 +16,10 @@ from typing import ClassVar, Literal
 
 from .. import dtypes
 from ..errors import LayoutError
-from ..model import Attention, DeltaNet, Experts, Layer, Linear, Mla, Mlp, Model, Norm, Sizes
+from ..mixers import Attention, DeltaNet, Mla
+from ..model import Experts, Layer, Mlp, Model, Sizes
 from ..placement import Placement
+from ..roles import Linear, Norm
 from ..target import Target
 from ..views import View
 from .cuts import (

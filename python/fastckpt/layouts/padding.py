@@ -11,24 +11,9 @@ from dataclasses import replace
 from functools import partial
 
 from ..errors import LayoutError
-from ..model import (
-    Attention,
-    BlockStacks,
-    Compressed,
-    Experts,
-    Layer,
-    Layers,
-    Lazy,
-    Linear,
-    Mla,
-    Mlp,
-    Model,
-    Parameter,
-    Prediction,
-    Queries,
-    Sizes,
-    Stacks,
-)
+from ..mixers import Attention, Compressed, Mla, Queries
+from ..model import BlockStacks, Experts, Layer, Layers, Lazy, Mlp, Model, Prediction, Sizes, Stacks
+from ..roles import Linear, Parameter
 from ..views import View
 
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from .. import dtypes
 from ..errors import LayoutError
-from ..model import Layer, Mla, Model
+from ..mixers import Mla
+from ..model import Layer, Model
 from ..placement import Placement
 from ..stored import constant
 from ..target import Target

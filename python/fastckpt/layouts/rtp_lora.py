@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from ..model import Attention, Experts, Layer, Linear, Thin
+from ..mixers import Attention
+from ..model import Experts, Layer
+from ..roles import Linear, Thin
 from ..views import View, cat, zeros
 from .rtp_merge import merge_qkv_lora_b
 from .rtp_roles import Making, Whole, mlp_matrices

@@ -15,7 +15,9 @@ from typing import NamedTuple
 from .. import dtypes
 from ..computed.finishes import agreed, largest, plus_one, reciprocal
 from ..errors import LayoutError
-from ..model import Attention, Beside, DeltaNet, Experts, Layer, Linear, Mla, Mlp, Model, Norm
+from ..mixers import Attention, DeltaNet, Mla
+from ..model import Experts, Layer, Mlp, Model
+from ..roles import Beside, Linear, Norm
 from ..views import View, cat, stack
 from .cuts import in_form, joined, require_heads_alike, require_no_scalars, two_blocks
 from .rtp_merge import flat, merge_fp8, rope_apart, stack_moe_w1, transpose_slice_k, transpose_slice_v

@@ -20,23 +20,10 @@ import numpy as np
 from .. import dtypes
 from ..dtypes import DType
 from ..errors import LayoutError
-from ..model import (
-    Attention,
-    BlockStacks,
-    Experts,
-    Layer,
-    Linear,
-    Mla,
-    Mlp,
-    Model,
-    Parameter,
-    PerLayer,
-    Queries,
-    Sizes,
-    Stacks,
-    Tower,
-)
+from ..mixers import Attention, Mla, Queries
+from ..model import BlockStacks, Experts, Layer, Mlp, Model, PerLayer, Sizes, Stacks, Tower
 from ..placement import Placement
+from ..roles import Linear, Parameter
 from ..stored import constant
 from ..target import Target
 from ..views import View, cat, stack, zeros

@@ -8,24 +8,22 @@ from dataclasses import replace
 from .. import dtypes
 from ..computed.finishes import minus_exp
 from ..errors import LayoutError
-from ..model import (
+from ..mixers import (
     Attends,
     Attention,
     Compressed,
     Compressor,
     DeltaNet,
-    Linear,
     Mamba,
     MambaHeads,
     Mla,
-    Model,
-    Parameter,
     Queries,
     Selective,
     ShortConv,
-    Sizes,
 )
+from ..model import Model, Sizes
 from ..placement import Placement
+from ..roles import Linear, Parameter
 from ..target import Target
 from .cuts import (
     delta_part,

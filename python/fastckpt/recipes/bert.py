@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from ..checkpoint import JSON, Checkpoint
-from ..model import Attention, Layer, Layers, Mlp, Model, Sizes
+from ..mixers import Attention
+from ..model import Layer, Layers, Mlp, Model, Sizes
 from .claims import Claims, Heads, dim, integer, vocabulary
 from .known import Known
 

@@ -19,7 +19,7 @@ import numpy as np
 from ..checkpoint import JSON, Checkpoint
 from ..dtypes import DType
 from ..errors import RecipeError, near
-from ..model import Beside, Embedding, Linear, Norm, Parameter
+from ..roles import Beside, Embedding, Linear, Norm, Parameter
 from ..views import View
 from . import strangers
 from .imagining import MOST, Imagined

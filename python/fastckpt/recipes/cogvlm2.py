@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from ..checkpoint import JSON, Checkpoint
-from ..model import Attention, Layer, Layers, Model, Parameter, Sizes, VisionExpert
+from ..mixers import Attention
+from ..model import Layer, Layers, Model, Sizes, VisionExpert
+from ..roles import Parameter
 from .claims import Claims, Dim, Heads, dim, integer, vocabulary
 from .decoder import ANCHOR, IGNORED, gated
 from .fused import fused_attention

@@ -11,22 +11,9 @@ from functools import partial
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
-from ..model import (
-    Attention,
-    Embedding,
-    Experts,
-    HubCuts,
-    Layer,
-    Layers,
-    Lazy,
-    Linear,
-    Mlp,
-    Model,
-    Norm,
-    Parameter,
-    Prediction,
-    Sizes,
-)
+from ..mixers import Attention
+from ..model import Experts, HubCuts, Layer, Layers, Lazy, Mlp, Model, Prediction, Sizes
+from ..roles import Embedding, Linear, Norm, Parameter
 from .claims import Claims, Dim, Heads, absent, dim, flag, integer, vocabulary
 from .delta import Claim, Stored, hybrid, linear_layers
 from .delta import heads_of as delta_heads

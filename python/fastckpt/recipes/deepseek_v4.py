@@ -13,7 +13,9 @@ from dataclasses import replace
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
-from ..model import Compressed, CompressedIndexer, Compressor, Experts, HubCuts, Model, Parameter
+from ..mixers import Compressed, CompressedIndexer, Compressor
+from ..model import Experts, HubCuts, Model
+from ..roles import Parameter
 from .claims import Claims, Dim, Heads, absent, dim, each_layer, integer
 from .decoder import IGNORED, Kind, Norms, claimed, decoder, gated
 from .known import Known

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from ..checkpoint import JSON
 from ..errors import RecipeError
-from ..model import Attends, DeltaHeads, DeltaNet, Linear, Parameter
+from ..mixers import Attends, DeltaHeads, DeltaNet
+from ..roles import Linear, Parameter
 from ..views import cat
 from .claims import Claims, Dim, dim, each_layer, integer
 from .fused import parts

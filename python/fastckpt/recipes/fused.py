@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ..errors import RecipeError
-from ..model import Attention, Linear, Mlp
+from ..mixers import Attention
+from ..model import Mlp
+from ..roles import Linear
 from ..views import View
 from .claims import Heads
 

@@ -9,7 +9,9 @@ from dataclasses import replace
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
-from ..model import Attention, Experts, Mlp, Model, Parameter, PerLayer, Queries, Stacked
+from ..mixers import Attention, Queries
+from ..model import Experts, Mlp, Model, PerLayer, Stacked
+from ..roles import Parameter
 from .claims import Claims, Dim, Heads, absent, dim, each_layer, flag, integer
 from .decoder import IGNORED, Kind, claimed, decoder, gated, unlike
 from .gemma import AROUND

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from ..checkpoint import JSON
 from ..errors import RecipeError
-from ..model import Parameter
+from ..roles import Parameter
 from .claims import Claims, Dim, dim, flag
 from .towers import Said, Shapes, carried, norms, of, vision
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from ..checkpoint import JSON, Checkpoint
-from ..model import Layer, Layers, Linear, Mlp, Model, Sizes
+from ..model import Layer, Layers, Mlp, Model, Sizes
+from ..roles import Linear
 from .claims import Claims, Dim, Heads, dim, flag, integer, vocabulary
 from .fused import fused_attention
 from .known import Known

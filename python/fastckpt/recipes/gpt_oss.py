@@ -12,7 +12,8 @@ from functools import partial
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
-from ..model import BlockStacks, Experts, HubCuts, Lazy, Linear, Mlp, Model, Parameter, Stacks
+from ..model import BlockStacks, Experts, HubCuts, Lazy, Mlp, Model, Stacks
+from ..roles import Linear, Parameter
 from ..views import View
 from .claims import Claims, Dim, dim
 from .decoder import ANCHOR, IGNORED, Kind, decoder

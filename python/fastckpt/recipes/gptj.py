@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from ..checkpoint import JSON, Checkpoint
-from ..model import Attention, Layer, Layers, Mlp, Model, Sizes
+from ..mixers import Attention
+from ..model import Layer, Layers, Mlp, Model, Sizes
 from .claims import Claims, Dim, Heads, dim, integer, vocabulary
 from .gpt2 import IGNORED
 from .known import Known

@@ -12,7 +12,9 @@ from functools import partial
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
-from ..model import HubCuts, Model, Parameter, Selective
+from ..mixers import Selective
+from ..model import HubCuts, Model
+from ..roles import Parameter
 from .claims import Claims, Dim, absent, dim, flag, integer
 from .decoder import Kind, Norms
 from .delta import Claim

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from ..checkpoint import JSON, Checkpoint
-from ..model import Attention, Layer, Layers, Model, Sizes
+from ..mixers import Attention
+from ..model import Layer, Layers, Model, Sizes
 from .claims import Claims, Heads, dim, integer, vocabulary
 from .fused import fused_mlp
 from .known import Known

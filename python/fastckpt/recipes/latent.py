@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from ..checkpoint import JSON
-from ..model import Indexer, Mla, Rope, Yarn
+from ..mixers import Indexer, Mla
+from ..model import Rope, Yarn
 from .claims import Claims, Dim, Heads, dim, each_layer, flag, integer, number
 
 

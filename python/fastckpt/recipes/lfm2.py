@@ -11,7 +11,9 @@ from functools import partial
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
-from ..model import HubCuts, Model, Parameter, ShortConv
+from ..mixers import ShortConv
+from ..model import HubCuts, Model
+from ..roles import Parameter
 from .claims import Claims, Dim, absent, dim, each_layer, flag, integer, number
 from .decoder import IGNORED, Kind, Norms
 from .decoder import recipe as dense_recipe

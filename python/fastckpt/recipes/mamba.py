@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from ..checkpoint import JSON
 from ..errors import RecipeError
-from ..model import Mamba, MambaHeads, Parameter
+from ..mixers import Mamba, MambaHeads
+from ..roles import Parameter
 from .claims import Claims, Dim, absent, dim, each_layer, flag, integer
 from .fused import parts
 

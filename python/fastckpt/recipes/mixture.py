@@ -11,7 +11,8 @@ from functools import partial
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
-from ..model import Experts, Mla, Mlp, Model
+from ..mixers import Mla
+from ..model import Experts, Mlp, Model
 from .claims import Claims, Dim, absent, dim, each_layer, integer
 from .decoder import Kind, blocks_of, claimed, decoder, dense
 from .known import Known

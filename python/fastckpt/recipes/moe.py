@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from ..checkpoint import JSON
-from ..model import Experts, Lazy, Linear, Mlp, Parameter, Stacked
+from ..model import Experts, Lazy, Mlp, Stacked
+from ..roles import Linear, Parameter
 from ..views import View
 from .claims import Claims, Dim, absent, dim, flag
 

@@ -22,7 +22,9 @@ from dataclasses import dataclass, field, replace
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
-from ..model import Attention, Experts, Layer, Layers, Lazy, Linear, Mlp, Model, Norm, Sizes
+from ..mixers import Attention
+from ..model import Experts, Layer, Layers, Lazy, Mlp, Model, Sizes
+from ..roles import Linear, Norm
 from .claims import Claims, Dim, Heads, absent, dim, integer, vocabulary
 from .fused import attention_of, fused_attention, fused_mlp
 from .quantised import quantised

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
-from ..model import Attention, Layer, Layers, Mlp, Model, Sizes
+from ..mixers import Attention
+from ..model import Layer, Layers, Mlp, Model, Sizes
 from .claims import Claims, Dim, Heads, dim, flag, integer, vocabulary
 from .known import Known
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from ..checkpoint import JSON, Checkpoint
-from ..model import Attention, Encoder, Layer, Layers, Mlp, Model, Norm, Sizes
+from ..mixers import Attention
+from ..model import Encoder, Layer, Layers, Mlp, Model, Sizes
+from ..roles import Norm
 from .claims import Claims, Dim, absent, dim, flag, integer, vocabulary
 from .known import Known
 

@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 
 from ..checkpoint import JSON
 from ..errors import RecipeError
-from ..model import Attention, Layer, Layers, Linear, Mlp, Parameter, Sizes, Tower
+from ..mixers import Attention
+from ..model import Layer, Layers, Mlp, Sizes, Tower
+from ..roles import Linear, Parameter
 from .claims import Claims, Dim, Heads, absent, dim, flag, integer
 from .fused import fused_attention
 

@@ -14,7 +14,8 @@ from typing import Protocol
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
-from ..model import Mlp, Model, Parameter, Stacked, Tower
+from ..model import Mlp, Model, Stacked, Tower
+from ..roles import Parameter
 from . import decoder, gemma4, gemma4_towers, imagining, lfm2, mixture, towers
 from .claims import Claims, Dim, dim, flag, integer
 from .cohere import COHERE2

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
-from ..model import Attention, Embedding, Encoder, Layer, Layers, Mlp, Model, Norm, Sizes
+from ..mixers import Attention
+from ..model import Encoder, Layer, Layers, Mlp, Model, Sizes
+from ..roles import Embedding, Norm
 from .claims import Claims, Dim, Heads, dim, integer, vocabulary
 from .known import Known
 
