@@ -16,7 +16,7 @@ template <size_t ROWS, size_t WIDE> FASTCKPT_INLINE void low_rank_tile(const Low
         memcpy(right, q.right + k * q.columns + c, sizeof right);
         for (size_t i = 0; i < ROWS; ++i) {
             const Doubles left = Doubles{} + q.left[(r + i) * q.rank + k];
-            for (size_t j = 0; j < WIDE; ++j) sums[i][j] = exact_product_added(left, right[j], sums[i][j]);
+            for (size_t j = 0; j < WIDE; ++j) sums[i][j] = multiply_add(left, right[j], sums[i][j]);
         }
     }
     for (size_t i = 0; i < ROWS; ++i)
@@ -24,10 +24,7 @@ template <size_t ROWS, size_t WIDE> FASTCKPT_INLINE void low_rank_tile(const Low
             const size_t at = (r + i) * q.columns + c + j * MANY;
             Singles single;
             memcpy(&single, q.base + at, sizeof single);
-            // Two statements: a compiler must not fuse this product, which is not exact.
-            Doubles sum = sums[i][j] * q.scale;
-            sum += __builtin_convertvector(single, Doubles);
-            single = __builtin_convertvector(sum, Singles);
+            single = __builtin_convertvector(sums[i][j] * q.scale + __builtin_convertvector(single, Doubles), Singles);
             memcpy(q.base + at, &single, sizeof single);
         }
 }
@@ -45,9 +42,8 @@ void add_low_rank(const LowRank& q) {
         for (size_t c = whole; c < q.columns; ++c) {
             double sum = 0;
             for (size_t k = 0; k < q.rank; ++k) sum += q.left[r * q.rank + k] * q.right[k * q.columns + c];
-            sum *= q.scale;
-            sum += q.base[r * q.columns + c];
-            q.base[r * q.columns + c] = static_cast<float>(sum);
+            float& base = q.base[r * q.columns + c];
+            base = static_cast<float>(sum * q.scale + base);
         }
 }
 

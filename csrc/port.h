@@ -203,8 +203,8 @@ FASTCKPT_INLINE Floats fused_less(Floats a, Floats b, Floats c) {
 #endif
 }
 
-// a * b + c, where no a * b needs rounding.
-FASTCKPT_INLINE Doubles exact_product_added(Doubles a, Doubles b, Doubles c) {
+// a * b + c, rounded once where VECTORS_FUSE, else twice: for products that are exact, and for figures.
+FASTCKPT_INLINE Doubles multiply_add(Doubles a, Doubles b, Doubles c) {
 #if defined(__AVX512BW__)
     return (Doubles)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -212,6 +212,14 @@ FASTCKPT_INLINE Doubles exact_product_added(Doubles a, Doubles b, Doubles c) {
 #else
     return a * b + c;
 #endif
+}
+FASTCKPT_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
+    if constexpr (VECTORS_FUSE) return fused(a, b, c);
+    else return a * b + c;
+}
+FASTCKPT_INLINE float multiply_add(float a, float b, float c) {
+    if constexpr (VECTORS_FUSE) return __builtin_fmaf(a, b, c);
+    else return a * b + c;
 }
 
 // A block of bytes below 16 to half as many, the first of two in the low four bits.

@@ -74,7 +74,7 @@ struct Sums {
 
     void add(Floats x, Floats d) {
         biggest = max_of(as_float<Words>(as_bits<Words>(d) & 0x7fffffffu), biggest);
-        difference += d * d, dense += x * x, across += x * d;
+        difference = multiply_add(d, d, difference), dense = multiply_add(x, x, dense), across = multiply_add(x, d, across);
     }
     void add(float x, float d) {
         biggest[0] = max_of(d < 0 ? -d : d, biggest[0]);
@@ -118,7 +118,7 @@ FASTCKPT_INLINE U round_one(U bits, const Scale<U>& s, typename FloatOf<U>::type
     if constexpr (KIND == QUANT_E4M3) code = e4m3<U>(v, y) | (bits >> 24 & 0x80u);
     else if constexpr (KIND == QUANT_INT8) code = whole<ZERO, U>(v, s.zero, 127.0f, y) & 0xffu;
     else code = (whole<ZERO, U>(v, s.zero, 7.0f, y) ^ 8u) & 0xfu;
-    d = x - y * s.scale;
+    d = multiply_add(-y, s.scale, x);
     return code;
 }
 

@@ -295,7 +295,7 @@ def test_bytes_are_never_cast_without_their_scales(tmp_path, scheme):
             return {name: self.held}
 
     module = Module()
-    module.held = torch.full(stored[name].shape, 7.0)
+    module.held = torch.nn.Parameter(torch.full(stored[name].shape, 7.0))
     with pytest.raises(LayoutError, match=refused):
         fastckpt.load_into(module, tmp_path / "in", strict=False)
     assert (module.held == 7).all()

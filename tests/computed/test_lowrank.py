@@ -148,6 +148,16 @@ def test_every_instruction_set_gives_numpys_bits(rows, rank, columns, seed):
     assert (turned.view(np.uint32) == wanted.view(np.uint32)).all()
 
 
+@pytest.mark.parametrize("isa", [None, *range(len(_C.isas()) if _C else 0)])
+def test_the_scaled_product_is_rounded_before_it_is_added(isa):
+    """Where scale * product lies so near a tie of the sum that fusing both gives the next float32."""
+    base, left, right = (np.full(s, x, np.float32) for s, x in (
+        ((5, 70), 1), ((5, 1), 5 * 2.0**-13), ((1, 70), 2.0**-13)
+    ))  # fmt: skip
+    scale = float.fromhex("0x1.999999a666667p-1")
+    assert (added(base, left, right, scale, isa=isa or 0, native=isa is not None) == 1).all()
+
+
 @pytest.mark.skipif(not built(), reason="needs the compiled module")
 @pytest.mark.parametrize("wrong", ["base", "left", "right"])
 def test_sizes_that_do_not_fit_are_refused(wrong):

@@ -94,12 +94,12 @@ BY_ROW = ("int8", "fp8-channel")
 
 _DENSE = (  # of which the hub has quantised ones
     "seed_oss", "ernie4_5", "hunyuan_v1_dense", "ministral3", "olmo2", "olmo3", "exaone4", "cohere",
-    "cohere2", "apertus",
+    "cohere2", "apertus", "hyperclovax", "afmoe", "cohere2_moe",
 )  # fmt: skip
 
 _SEEING = (
     "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "gemma3", "mistral3", "llava", "llava_onevision",
-    "internvl",
+    "internvl", "cohere2_vision",
 )  # fmt: skip
 
 QUANTISED: dict[str, tuple[str, str]] = {

@@ -20,17 +20,18 @@ from safetensors.torch import load_file
 
 DENSE = (
     "llama", "llama-biased", "llama-tied", "mistral", "qwen2", "qwen3", "granite", "smollm3", "gemma",
-    "gemma2", "gemma3_text",
+    "gemma2", "gemma3_text", "hyperclovax",
 )  # fmt: skip
 FUSED = ("phi3", "glm", "glm4", "glm4v")
 """Their hubs store gate and up as one: one scale for both is not what vLLM keeps."""
-MIXED = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe")
-"""Mixtures of experts."""
+MIXED = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "glm4v_moe", "afmoe", "cohere2_moe")
+"""Mixtures of experts, one beside an image tower."""
 STACKED = ("qwen3_vl_moe", "qwen3_vl_moe-wide")
 """Their hubs store experts in stacks: quantised they are written one by one, and cut from there."""
 SPLIT = layout("hf", {"split_experts": "true"})
 SEEING = (
     "qwen2_vl", "qwen2_5_vl-tied", "qwen3_vl", "gemma3", "mistral3", "llava", "llava_onevision", "internvl",
+    "cohere2_vision",
 )  # fmt: skip
 """Decoders beside an image tower, which stays dense."""
 ALL = (*DENSE, *FUSED, *MIXED, "qwen3_vl_moe", *SEEING)
