@@ -166,7 +166,11 @@ BAD = {
         "model.layers.0.mlp: expert_placement: wanted 2 equal parts in order",
     ),
     "placement": (lambda t: layers(t)[0]["expert_placement"].update(version=2), "version 1"),
-    "count": (lambda t: layers(t)[0].update(num_experts=6), "2 sets of 2 experts, wanted 6"),
+    "count": (
+        lambda t: layers(t)[0].update(num_experts=6),
+        "has [6, 4] experts a layer, num_experts is [4, 4]",
+    ),
+    "part": (lambda t: layers(t)[0].update(num_local_experts=3), "2 sets of 3 experts, wanted 4"),
     "local": (lambda t: layers(t)[0].pop("num_local_experts"), "num_local_experts is None"),
     "sets": (lambda t: [e.update(ep_size=1, num_local_experts=4) for e in layers(t)], "expert_placement"),
     "mixed": (lambda t: t["num_experts"].append(2), "AutoEP beside other MoE layers is not read"),
@@ -187,6 +191,13 @@ BAD = {
     "prefix": (lambda t: layers(t)[0].update(expert_key_prefix="x"), "'x' are no experts of"),
     "shape": (lambda t: t["param_shapes"][1].update({STACK: torch.Size([3, 6, 8])}), "wanted 2 experts of 2"),
     "no stack": (lambda t: t["param_shapes"][1].pop(STACK), "groups of experts fit no order"),
+    "many": (
+        lambda t: (
+            t.update(num_experts=[(1 << 20) - 1] * 5),
+            t.update(ds_autoep_layers=[dict(layers(t)[0], num_experts=(1 << 20) - 1)] * 5),
+        ),
+        "5242875 experts; the limit is 4194304",
+    ),
     "folded": (lambda t: t.update(mp_world_size=2), "AutoEP beside AutoTP (folding) is not supported yet"),
     "no list": (lambda t: t.update(ds_autoep_layers=3), "wanted a list, got int"),
 }

@@ -25,6 +25,9 @@ _STACKS = ("w1", "w2", "w3")
 _CHILDREN = ("router", "experts", "shared_experts", "shared_experts_gate")
 """The modules of such a layer. One of any other name is the router under the model's own name for it."""
 
+MOST = 1 << 22
+"""The most experts of all layers together."""
+
 _PIECE = re.compile(r"(.+)\.(\d{1,9})")
 
 
@@ -55,13 +58,18 @@ class AutoEp:
     def routers(self, names: Sequence[str]) -> dict[str, str]:
         """The second names of what routers hold, in order, and the first."""
         known, modules = {*names}, {*self.modules}
+        lengths = {len(module) for module in modules}
         out = {}
         for name in names:
-            parts = name.split(".")
-            for k in range(1, len(parts) - 1):
-                module, child = ".".join(parts[:k]), parts[k]
-                first = ".".join((module, "router", *parts[k + 1 :]))
-                if module in modules and child not in _CHILDREN and first in known:
+            for n in lengths:
+                child, _, leaf = name[n + 1 :].partition(".")
+                first = f"{name[:n]}.router.{leaf}"
+                if (
+                    name[:n] in modules
+                    and name[n : n + 1] == "."
+                    and child not in _CHILDREN
+                    and first in known
+                ):
                     out[name] = first
         return out
 
@@ -111,12 +119,16 @@ def autoep(value: object, experts: Sequence[int], where: str) -> AutoEp | None:
         return None
     where = f"{where}: {KEYS[0]}"
     layers = [mapping(layer, where) for layer in listing(value, where)]
-    counts = [_placed(layer, where) for layer in layers]
+    counts = [_number(layer, "num_experts", where) for layer in layers]
     if counts != [*experts]:
         raise SourceError(
             f"{where} has {counts} experts a layer, num_experts is {[*experts]}: AutoEP beside other MoE "
             "layers is not read"
         )
+    if sum(counts) > MOST:
+        raise SourceError(f"{where}: {sum(counts)} experts; the limit is {MOST}")
+    for layer in layers:
+        _check_placed(layer, where)
     kind, version = (layers[0].get(key) for key in ("checkpoint_format", "checkpoint_format_version"))
     by_expert = kind in ("per_expert_files", None) and version is None  # 0.19.2 knew no other
     if not by_expert and (kind, version) != ("zero3_partitioned", 1):
@@ -134,8 +146,8 @@ def autoep(value: object, experts: Sequence[int], where: str) -> AutoEp | None:
     return AutoEp(modules, stacks, sets, own, place, by_expert)
 
 
-def _placed(layer: Mapping[object, object], where: str) -> int:
-    """How many experts a layer has. Raises SourceError unless its sets of ranks hold equal parts in turn."""
+def _check_placed(layer: Mapping[object, object], where: str) -> None:
+    """Raises SourceError unless a layer's sets of ranks hold equal parts of its experts in turn."""
     count, local, sets = (_number(layer, n, where) for n in ("num_experts", "num_local_experts", "ep_size"))
     path, prefix = layer.get("module_path"), layer.get("expert_key_prefix")
     if not path or prefix != f"{path}.experts":
@@ -144,7 +156,7 @@ def _placed(layer: Mapping[object, object], where: str) -> int:
         raise SourceError(f"{where}: {path}: {sets} sets of {local} experts, wanted {count}")
     told = layer.get("expert_placement")
     if told is None:  # DeepSpeed's older versions have this one alone
-        return count
+        return
     placement = mapping(told, f"{where}: {path}: expert_placement")
     ranks = [mapping(r, where) for r in listing(placement.get("ranks"), f"{where}: {path}: ranks")]
     uniform = len(ranks) == sets and all(
@@ -153,7 +165,6 @@ def _placed(layer: Mapping[object, object], where: str) -> int:
     )
     if placement.get("version") != 1 or placement.get("num_experts") != count or not uniform:
         raise SourceError(f"{where}: {path}: expert_placement: wanted {sets} equal parts in order, version 1")
-    return count
 
 
 def _number(layer: Mapping[object, object], name: str, where: str, default: int | None = None) -> int:
