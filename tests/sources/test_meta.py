@@ -38,6 +38,15 @@ def test_parts_are_the_whole(tmp_path, parts, axis):
         assert all(torch.equal(a[n], b[n]) for n in b)
 
 
+def test_parts_that_were_swapped_are_refused(tmp_path):
+    config, tensors = made()
+    one, two = (release(tmp_path, tensors, config, 2) / f"consolidated.0{n}.pth" for n in (0, 1))
+    one.rename(tmp_path / "other")
+    two.rename(one)
+    (tmp_path / "other").rename(two)
+    refuses(tmp_path, "consolidated.00.pth: was saved as consolidated.01.pth: swapped")
+
+
 def test_the_config_is_not_guessed(tmp_path):
     config, tensors = made()
     release(tmp_path, tensors, config, 2)

@@ -75,6 +75,9 @@ def _of_parts(path: str, names: Sequence[str], options: Options) -> Checkpoint:
     if scaled := next((name for name, t in first.items() if t.dtype.itemsize == 1), ""):
         raise SourceError(f"{where[0]}: {scaled} is {first[scaled].dtype}; scales of a release are not read")
     for at, file, part in zip(where, files, dicts, strict=True):
+        was = f"{file.saved_as}.pth"  # what torch saved it as, where that was a file
+        if _PART.fullmatch(was) and was != os.path.basename(at):
+            raise SourceError(f"{at}: was saved as {was}: swapped with, or copied from, that file")
         known = {**first, **part.tensors}
         check_one_save(at, ((n, _kind(part.tensors.get(n)), _kind(first.get(n))) for n in known))
         for name, t in part.tensors.items():
