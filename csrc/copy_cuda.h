@@ -10,7 +10,7 @@
 
 namespace fastckpt {
 
-// Addresses of the four columns of a Table (tiles_cuda.h), in device memory.
+// Addresses of the four columns of a Table (tile_cuda.h), in device memory.
 struct TableAt {
     uint64_t rows, owner, sources, destinations;
 };

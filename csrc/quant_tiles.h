@@ -1,14 +1,14 @@
 // Matrices quantised by a GPU: what one block does of a QuantRows, a tile. It reads its values once for their largest
 // magnitude or their range, and once more, out of cache, to round and pack them.
 //
-// A body like those of tiles_cuda.h with three phases, load, fold and store, and a barrier between each. A thread
+// A body like those of tile_cuda.h with three phases, load, fold and store, and a barrier between each. A thread
 // takes eight values of a row at once, a piece; 2^width threads stand side by side along a row. LINE: they take a whole
 // row, piece after piece. The others: each takes the pieces of eight rows, one below the other, a patch of 8 x 8.
 #pragma once
 
 #include "codes.h"
 #include "copy_cuda.h"
-#include "tiles_cuda.h"
+#include "tile_cuda.h"
 
 namespace fastckpt {
 namespace {
