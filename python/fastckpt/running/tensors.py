@@ -35,9 +35,12 @@ def allocate(planned: Plan, device: str = "cpu") -> tuple[list[State], list[Buff
 def _fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, needed: int) -> torch.Tensor:
     """A tensor whose values are not set; `needed`: bytes of all that are made with it. Raises DeviceError."""
     try:
-        return torch.empty(shape, dtype=dtype, device=device)
+        made = torch.empty(shape, dtype=dtype, device=device)
     except RuntimeError as e:  # what main memory has no room for is no OutOfMemoryError
         raise DeviceError(f"{device}: no memory for {name}: the outputs need {needed} bytes; {e}") from None
+    if not plain(made):
+        raise DeviceError(f"{device}: torch makes a {type(made).__name__} here; leave FakeTensorMode first")
+    return made
 
 
 def matched(planned: Plan, out: Sequence[Mapping[str, torch.Tensor]], device: str = "cpu") -> list[Buffer]:
@@ -68,6 +71,11 @@ def matched(planned: Plan, out: Sequence[Mapping[str, torch.Tensor]], device: st
             )
         if not given.is_contiguous():
             raise LayoutError(f"out: {t.name} is not contiguous, its strides are {given.stride()}")
+        there = given.untyped_storage().nbytes() - given.storage_offset() * given.itemsize
+        if there < given.nbytes:
+            raise LayoutError(
+                f"out: {t.name} needs {given.nbytes} bytes, its storage has {there}: it was freed or resized"
+            )
         buffers.append(buffer(given))
     _refuse_overlaps(planned, buffers)
     filled: list[set[str]] = [set() for _ in out]

@@ -38,6 +38,21 @@ _PLAIN = Options()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Storage(Buffer):
+    """The storage of a tensor, its owner, as it was opened: `.data =`, resize_ and FSDP give it another."""
+
+    def check(self) -> None:
+        """Raise SourceError where it has another."""
+        tensor: torch.Tensor = self.owner  # type: ignore[assignment]
+        now = tensor.untyped_storage()
+        if (now.data_ptr(), now.nbytes()) != (self.address, self.nbytes):
+            raise SourceError(
+                f"memory: a tensor, now {tensor.dtype} {tuple(tensor.shape)}, has other memory than when it "
+                "was opened (freed, resized, replaced); open the checkpoint again"
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Held:
     """One array: its buffer, and its place in it in elements."""
 
@@ -213,13 +228,19 @@ def _array(name: str, value: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) 
 
 def plain(value: torch.Tensor) -> bool:
     """Whether a tensor's values are what its storage holds: no meta, sparse, quantised, nested or wrapped
-    tensor (DTensor), none that is conjugated or negated when it is read."""
+    tensor (DTensor), none that is conjugated or negated when it is read, none without a storage yet."""
     import torch
 
     wrapped = type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-    if wrapped or value.layout is not torch.strided:
+    if wrapped or torch.nn.parameter.is_lazy(value) or value.layout is not torch.strided:
         return False
-    return not (value.is_meta or value.is_quantized or value.is_nested or value.is_conj() or value.is_neg())
+    if value.is_meta or value.is_quantized or value.is_nested or value.is_conj() or value.is_neg():
+        return False
+    try:
+        value.untyped_storage().data_ptr()
+    except RuntimeError:  # of vmap and grad, functional ones, zeros that lie nowhere
+        return False
+    return True
 
 
 def _tensor(name: str, value: torch.Tensor) -> _Held:
@@ -230,5 +251,5 @@ def _tensor(name: str, value: torch.Tensor) -> _Held:
             "strided memory; make it dense and local first"
         )
     storage = value.untyped_storage()
-    buffer = Buffer(value, storage.data_ptr(), storage.nbytes(), str(value.device))
+    buffer = _Storage(value, storage.data_ptr(), storage.nbytes(), str(value.device))
     return _Held(buffer, dtype, tuple(value.shape), int(value.storage_offset()), tuple(value.stride()))
