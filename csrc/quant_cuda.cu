@@ -1,19 +1,28 @@
 // Matrices quantised in device memory: one launch over a table of them cut into tiles, one block a tile.
 #include "launch_cuda.h"
-#include "quant_tiles.h"
+#include "quant_cuda.h"
 
 namespace fastckpt {
 
 namespace {
 
+struct QuantThread {
+    uint32_t thread;
+    uint32_t* shared;
+
+    template <class Body> __device__ void body(const QuantRows* rows, const uint32_t* owner, uint64_t tile) const {
+        const Body body(rows, owner, tile);
+        body.load(thread, shared);
+        __syncthreads();
+        body.fold(thread, shared);
+        __syncthreads();
+        body.store(thread, shared);
+    }
+};
+
 __global__ void __launch_bounds__(THREADS, 3) quantise_tiles(const QuantRows* rows, const uint32_t* owner, uint64_t first) {
     __shared__ alignas(16) uint32_t shared[QUANT_SHARED];
-    const QuantTile tile(rows, owner, first + blockIdx.x);
-    tile.load(threadIdx.x, shared);
-    __syncthreads();
-    tile.fold(threadIdx.x, shared);
-    __syncthreads();
-    tile.store(threadIdx.x, shared);
+    quantise(QuantThread{threadIdx.x, shared}, rows, owner, first + blockIdx.x);
 }
 
 }  // namespace
