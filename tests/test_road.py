@@ -118,7 +118,7 @@ def test_a_set_is_completed_by_its_last_rank(tmp_path):
     for name in whole:
         same(parts[name], whole[name])
     again = fastckpt.reshard(tmp_path / "in", 2, rank=1, layout="hf", out=tmp_path / "out")
-    assert again.bytes_read == 0 and "done already" in again.notes[-1]
+    assert again.bytes_read == again.bytes_written == 0 and "done already" in again.notes[-1]
     with pytest.raises(WriteError, match="another plan"):
         fastckpt.reshard(tmp_path / "in", 2, rank=1, layout="hf", out=tmp_path / "out", dtype="float16")
 

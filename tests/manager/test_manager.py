@@ -502,7 +502,7 @@ def test_a_manager_that_cannot_be_made_lets_go_of_the_ranks(
 
 
 def test_options_that_lack_their_other_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ManagerError, match="best_metric is missing"):
+    with pytest.raises(ManagerError, match="goes with best_metric"):
         CheckpointManager(tmp_path, keep_best=1)
     with pytest.raises(ManagerError, match="give both or none"):
         CheckpointManager(tmp_path, rank=1)

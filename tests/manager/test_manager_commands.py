@@ -221,7 +221,7 @@ def test_of_nothing(tmp_path: Path) -> None:
         (["ls", "R", "--step-digits", "0"], "gives no plain file name"),
         (["ls", "R", "--step-prefix", "../x"], "gives no plain file name"),
         (["gc", "R", "--max-to-keep", "0"], "max_to_keep: wanted at least 1, got 0"),
-        (["gc", "R", "--keep-best", "1"], "best_metric is missing"),
+        (["gc", "R", "--keep-best", "1"], "keep_best goes with best_metric (--metric)"),
         (["verify", "R", "--step", "9"], "step-00000009: no such directory"),
         (["restore", "R", "OUT", "--step", "-1"], "steps count from 0"),
         (["restore", "R", "OUT", "--step", "9"], "no such file"),

@@ -118,10 +118,18 @@ def partitioned(parts: Sequence[Mapping[str, object]], shapes: Mapping[str, Sequ
     """The checkpoint of parameters that lie in flat slices, as ZeRO-3 ranks hold them.
 
     `parts[r][name]`: rank r's 1-D slice of the parameter, a tensor or an array; one after the other they
-    begin with it, and what follows (the padding) is not read. Raises SourceError naming what does not fit."""
+    begin with it, and what follows (the padding) is not read. `shapes` has every name that they have. Raises
+    SourceError naming what does not fit."""
+    for name, shape in shapes.items():
+        expect("a tensor's name", name, str)
+        expect(f"{name}: its shape", shape, Sequence)
+        if not all(isinstance(n, int) and n >= 0 for n in shape):
+            raise SourceError(f"{name}: {tuple(shape)} is no shape")
     buffers = _Buffers()
     slices: dict[str, list[tuple[int, _Held]]] = {name: [] for name in shapes}
     for rank, part in enumerate(parts):
+        if more := [name for name in part if name not in shapes]:
+            raise SourceError(f"{more[0]}: partition {rank} of {len(parts)} has it, and no shape is given")
         for name in shapes:
             if name not in part:
                 raise SourceError(f"{name}: partition {rank} of {len(parts)} does not have it")

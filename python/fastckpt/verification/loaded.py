@@ -16,10 +16,10 @@ from ..errors import LayoutError, expect
 from ..extents import is_file
 from ..layouts import Layout
 from ..output.manifest import NAME, Manifest, Shard
-from ..placement import Placement
+from ..placement import Placement, grid_of
 from ..planning import plans
 from ..planning.request import Request
-from ..road import grid_of, open_whole
+from ..road import open_whole
 from ..running import tensors
 from ..running.runs import Progress, Run
 from ..sources.memory import plain
