@@ -194,7 +194,7 @@ def test_values_that_lie_in_no_plain_memory_are_not_filled():
 def test_memory_that_was_freed_is_not_filled():
     given, freed = {"w": torch.ones(64, 64)}, torch.zeros(64, 64)
     freed.untyped_storage().resize_(0)
-    with pytest.raises(LayoutError, match="w needs 16384 bytes, its storage has 0"):
+    with pytest.raises(LayoutError, match=r"plain memory \(or no more"):
         fastckpt.reshard(given, rank=0, layout="same", out={"w": freed})
     with FakeTensorMode(), pytest.raises(DeviceError, match="FakeTensorMode"):
         fastckpt.reshard(given, layout="same")

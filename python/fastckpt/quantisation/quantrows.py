@@ -1,6 +1,6 @@
 """Matrices as a GPU quantises them: rows of a table, cut into tiles.
 
-Law: the tiles of a row cover it exactly; a count here is the count of `quant_tiles_of` in csrc/quant_place_cuda.h.
+Law: the tiles of a row cover it exactly; a count here is that of `quant_tiles_of` (csrc/quant_place_cuda.h).
 """
 
 from __future__ import annotations

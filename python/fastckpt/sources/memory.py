@@ -235,20 +235,27 @@ def _array(name: str, value: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) 
 
 
 def plain(value: torch.Tensor) -> bool:
-    """Whether a tensor's values are what its storage holds: no meta, sparse, quantised, nested or wrapped
-    tensor (DTensor), none that is conjugated or negated when it is read, none without a storage yet."""
+    """Whether a tensor's values are what its memory holds: none is conjugated or negated when it is read."""
+    return has_memory(value) and not (value.is_conj() or value.is_neg())
+
+
+def has_memory(value: torch.Tensor) -> bool:
+    """Whether a tensor lies strided in a storage: no meta, sparse, quantised, nested, lazy or wrapped tensor
+    (DTensor), none whose storage was freed."""
     import torch
 
     wrapped = type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
     if wrapped or torch.nn.parameter.is_lazy(value) or value.layout is not torch.strided:
         return False
-    if value.is_meta or value.is_quantized or value.is_nested or value.is_conj() or value.is_neg():
+    if value.is_meta or value.is_quantized or value.is_nested:
         return False
     try:
-        value.untyped_storage().data_ptr()
+        storage = value.untyped_storage()
+        storage.data_ptr()
     except RuntimeError:  # of vmap and grad, functional ones, zeros that lie nowhere
         return False
-    return True
+    last = value.storage_offset() + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+    return value.numel() == 0 or (last + 1) * value.itemsize <= storage.nbytes()
 
 
 def _tensor(name: str, value: torch.Tensor) -> _Held:
@@ -256,7 +263,7 @@ def _tensor(name: str, value: torch.Tensor) -> _Held:
     if dtype is None or not plain(value):
         raise SourceError(
             f"{name}: {type(value).__name__} of {value.dtype}, {value.layout} on {value.device} has no plain "
-            "strided memory; make it dense and local first"
+            "strided memory (or no more); make it dense and local first"
         )
     storage = value.untyped_storage()
     buffer = _Storage(value, storage.data_ptr(), storage.nbytes(), str(value.device))
