@@ -125,6 +125,8 @@ def partitioned(parts: Sequence[Mapping[str, object]], shapes: Mapping[str, Sequ
         expect(f"{name}: its shape", shape, Sequence)
         if not all(isinstance(n, int) and n >= 0 for n in shape):
             raise SourceError(f"{name}: {tuple(shape)} is no shape")
+    expect("parts", parts, Sequence)
+    expect("shapes", shapes, Mapping)
     buffers = _Buffers()
     slices: dict[str, list[tuple[int, _Held]]] = {name: [] for name in shapes}
     for rank, part in enumerate(parts):
