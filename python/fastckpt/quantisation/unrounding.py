@@ -62,7 +62,8 @@ def unrounded(
     whole = unpacked(values, kind) - np.float32(offset)
     if zeros is not None:
         whole -= zeros[row][:, column]
-    return np.asarray(whole * scales[row][:, column], np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # as C++, which warns of nothing
+        return np.asarray(whole * scales[row][:, column], np.float32)
 
 
 MADE = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16}
