@@ -3,7 +3,8 @@
 Law: a value is (q - zero) * scale, both factors in fp32, then rounded once to the dtype that was asked for
 (`unrounding`): torch's `((q.float() - zero) * scale.float()).to(dtype)`.
 Sources: compressed-tensors 0.20 (dequantize, unpack_from_int32), DeepSeek-V3's weight_dequant, AutoAWQ's
-dequantize_gemm, AutoGPTQ's QuantLinear (format "gptq": zero points are stored less one).
+dequantize_gemm, AutoGPTQ's QuantLinear (format "gptq": zero points are stored less one), OCP Microscaling
+Formats 1.0 (e2m1, e8m0) and transformers' convert_moe_packed_tensors (gpt-oss).
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Dequantised:
     them or 1, inputs or groups of them or 1]; `shared`: how many outputs and inputs share one (0: all).
     `turned`: values are [inputs, outputs], scales and zero points [groups, outputs]. `zeros`: zero points,
     like the scales or packed along outputs, to which `zero_offset` was added. `group`: the group of every
-    input. `form`: the dense shape, where it is stored."""
+    input. `form`: the dense shape, where it is stored. `whole`: one number that all scales are divided by.
+    `experts`: how many matrices lie below one another (0: it is no stack)."""
 
     name: str
     shape: tuple[int, int]
@@ -45,6 +47,14 @@ class Dequantised:
     zero_offset: int = 0
     group: View | None = None
     form: View | None = None
+    whole: View | None = None
+    experts: int = 0
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """The shape as it is trained: of a stack [experts, inputs, outputs]."""
+        rows, columns = self.shape
+        return (self.experts, columns, rows // self.experts) if self.experts else self.shape
 
     @property
     def kind(self) -> str:
@@ -65,19 +75,30 @@ class Dequantised:
         row = self._groups(read, top, bottom) if self.group else np.arange(top, bottom) // (down or bottom)
         g0, g1 = int(row.min()), int(row.max()) + 1
         k0, k1 = (left // across, -(-right // across)) if across else (0, 1)
-        scales = read(self.scales.narrow(0, g0, g1 - g0).narrow(1, k0, k1 - k0).cast(dtypes.float32))
         made = unrounded(
             values,
             self.kind,
-            np.asarray(scales, np.float32),
+            self._scales(read, self.scales.narrow(0, g0, g1 - g0).narrow(1, k0, k1 - k0)),
             None if self.zeros is None else self._points(read, self.zeros, (g0, g1), (k0, k1)),
             (row - g0).astype(np.int32),
             across,
             first=left % across if across else 0,
-            offset=1 << (self.bits - 1) if self.packed and not self.turned else 0,
+            offset=1 << (self.bits - 1) if self.packed == "across" else 0,
             dtype=dtype if dtype in DENSE else dtypes.float32,
         )[rows[0] - top : rows[1] - top, columns[0] - left : columns[1] - left]
         return made.T if self.turned else made
+
+    def _scales(self, read: Read, part: View) -> Floats:
+        """Some scales in fp32; bytes are exponents of two (e8m0). Raises SourceError for one that is none."""
+        if part.dtype is dtypes.uint8:
+            exponents = read(part).astype(np.int32)
+            if (exponents == 255).any():
+                raise SourceError(f"{self.name}: a scale's exponent is 255, which e8m0 keeps for NaN")
+            return np.asarray(np.ldexp(np.float32(1), exponents - 127), np.float32)
+        scales = np.asarray(read(part.cast(dtypes.float32)), np.float32)
+        if self.whole is None:
+            return scales
+        return scales / np.asarray(read(self.whole.cast(dtypes.float32)), np.float32).ravel()
 
     def _groups(self, read: Read, start: int, stop: int) -> Ints:
         """The groups of some inputs."""

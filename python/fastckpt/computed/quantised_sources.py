@@ -21,8 +21,11 @@ from ..views import View
 from .dequantised import Dequantised
 from .nowhere import moved, nowhere, pitched
 
-KNOWN = ("fp8", "compressed-tensors", "awq", "gptq", "fastckpt")
+KNOWN = ("fp8", "compressed-tensors", "awq", "gptq", "mxfp4", "fastckpt")
 """The `quant_method`s that are read."""
+
+MICROSCALED = ("pairs4", "float8_e4m3fn", "float8_e5m2")
+"""The kinds of values of which 32 may share an exponent (OCP MX)."""
 
 
 def plain(
@@ -38,7 +41,8 @@ def plain(
     if not found:
         raise SourceError(f"{ckpt.path}: quant none: no tensor of it is quantised in a way that is read")
     for p in found.values():
-        if p.scales.dtype not in DENSE:
+        exponents = p.scales.dtype is dtypes.uint8 and p.shared == (1, 32) and p.kind in MICROSCALED
+        if not exponents and p.whole is None and p.scales.dtype not in DENSE:
             read = ", ".join(d.name for d in DENSE)
             raise SourceError(f"{p.name}: scales of {p.scales.dtype} are not read, only of {read}")
     named = dtypes.of_config(told or {})  # which may be fp8, as what is quantised is stored
@@ -54,23 +58,32 @@ def plain(
         if owner is None:
             entries[name] = Single(entry.shape, entry.dtype, moved(entry, extents), entry.kind)
         elif owner not in entries:
-            shape = found[owner].shape
-            entries[owner] = Single(shape, dense, _dense(extents, index[owner], shape, dense), entry.kind)
+            build = _dense(extents, index[owner], found[owner], dense)
+            entries[owner] = Single(found[owner].dense_shape, dense, build, entry.kind)
     for alias, holder in ckpt.aliases.items():
         if holder in parts:
             raise SourceError(f"{ckpt.path}: {alias} is tied to {holder}, which is quantised: not read")
     return replace(ckpt, entries=entries, extents=extents, config=told), told
 
 
-def _dense(extents: Extents, at: int, shape: tuple[int, int], dtype: DType) -> Callable[[], View]:
-    return lambda: pitched(extents, at, dtypes.float32, shape).cast(dtype)
+def _dense(extents: Extents, at: int, matrix: Dequantised, dtype: DType) -> Callable[[], View]:
+    def build() -> View:
+        view = pitched(extents, at, dtypes.float32, matrix.shape).cast(dtype)
+        if not matrix.experts:
+            return view
+        return view.split(0, matrix.shape[0] // matrix.experts).permute((0, 2, 1))
+
+    return build
 
 
-BEHIND = ("", "_scale_inv", "_scale", "_zero_point", "_packed", "_shape")
+BEHIND = (
+    "", "_scale_inv", "_scale", "_zero_point", "_packed", "_shape", "_global_scale", "_blocks", "_scales"
+)  # fmt: skip
 """What a quantised matrix's tensors are called behind its name."""
 
 INSTEAD = (
-    "qweight", "qzeros", "scales", "g_idx", "input_scale", "input_zero_point", "activation_scale"
+    "qweight", "qzeros", "scales", "g_idx", "input_scale", "input_zero_point", "activation_scale",
+    "input_global_scale",
 )  # fmt: skip
 """What they are called in place of `weight`; those of the input mean nothing to a dense matrix."""
 
@@ -131,8 +144,12 @@ def _found(ckpt: Checkpoint, said: Mapping[str, JSON]) -> Iterator[Dequantised]:
         stem = f"{stem}." if stem else ""
         if leaf == "weight_g_idx":
             raise SourceError(f"{name}: compressed-tensors' reordered inputs are not read")
-        if leaf == "weight_packed":
+        if leaf == "weight_packed" and entry.dtype is dtypes.uint8:
+            yield _pairs(ckpt, f"{stem}weight", said)
+        elif leaf == "weight_packed":
             yield _pack_quantized(ckpt, stem, said)
+        elif name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in ckpt.entries:
+            yield _stack(ckpt, name.removesuffix("_blocks"))
         elif leaf == "qweight":
             yield _by_groups(ckpt, stem, said)
         elif entry.dtype.itemsize == 1 and (leaf == "weight" or f"{name}_scale" in ckpt.entries):
@@ -270,6 +287,42 @@ def _pack_quantized(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> De
     return Dequantised(
         name, shape, values, scales, shared, zeros, "across", bits, zero_offset=offset, form=form
     )
+
+
+def _pairs(ckpt: Checkpoint, name: str, said: Mapping[str, JSON]) -> Dequantised:
+    """compressed-tensors' mxfp4-pack-quantized, whose scales are exponents, and nvfp4-pack-quantized, whose
+    scales are e4m3 and divided by one number."""
+    values, scales = _view(ckpt, f"{name}_packed"), _view(ckpt, f"{name}_scale")
+    if len(values.shape) != 2 or _shifted(ckpt, name, said):
+        raise SourceError(f"{name}_packed: bytes of shape {values.shape}, or zero points, are not read")
+    shape = (values.shape[0], 2 * values.shape[1])
+    whole = None
+    if scales.dtype is dtypes.float8_e4m3fn:
+        whole = _view(ckpt, f"{name}_global_scale", (1,))
+        if whole.dtype is not dtypes.float32:
+            raise SourceError(f"{name}_global_scale: got {whole.dtype}, wanted float32")
+    each = 32 if whole is None else 16
+    if scales.dtype is not dtypes.uint8 and whole is None:
+        raise SourceError(f"{name}_scale: got {scales.dtype}, wanted uint8 or float8_e4m3fn")
+    if shape[1] % each or scales.shape != (shape[0], shape[1] // each):
+        raise SourceError(f"{name}: scales of shape {scales.shape} do not fit {shape}, {each} values each")
+    return Dequantised(name, shape, values, scales, (1, each), packed="pairs", bits=4, whole=whole)
+
+
+def _stack(ckpt: Checkpoint, name: str) -> Dequantised:
+    """gpt-oss's own experts: `_blocks` [experts, outputs, inputs / 32, 16] and `_scales` without the last
+    axis, of what transformers trains as [experts, inputs, outputs]."""
+    values, scales = _view(ckpt, f"{name}_blocks"), _view(ckpt, f"{name}_scales")
+    if len(values.shape) != 4 or values.shape[3] != 16 or scales.shape != values.shape[:3]:
+        raise SourceError(f"{name}: blocks of shape {values.shape} do not fit scales of {scales.shape}")
+    if {values.dtype, scales.dtype} != {dtypes.uint8}:
+        raise SourceError(f"{name}: got blocks of {values.dtype}, scales of {scales.dtype}, wanted uint8")
+    experts, outputs, groups, _ = values.shape
+    rows = experts * outputs
+    return Dequantised(
+        name, (rows, 32 * groups), values.reshape((rows, 16 * groups)), scales.reshape((rows, groups)),
+        (1, 32), packed="pairs", bits=4, experts=experts,
+    )  # fmt: skip
 
 
 def _by_groups(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> Dequantised:
