@@ -145,6 +145,14 @@ def test_more_wrong_arguments_are_named(tmp_path):
         fastckpt.consolidate(tmp_path, tmp_path / "out", weights_key="m", client_state="step")
     with pytest.raises(FastckptError, match="out: wanted"):
         fastckpt.consolidate(tmp_path, 5)
+    for verb in (fastckpt.verify, lambda path, **given: fastckpt.diff(path, path, **given)):
+        with pytest.raises(FastckptError, match="progress: wanted Callable"):
+            verb(tmp_path, progress=5)
+    with pytest.raises(FastckptError, match="held: a: wanted Tensor, got ndarray"):
+        fastckpt.verify_tensors({"a": np.ones(2, np.float32)}, tmp_path)
+    for parts, shapes, said in ((5, {"a": (2,)}, "parts"), ([files], [2], "shapes")):
+        with pytest.raises(FastckptError, match=f"{said}: wanted"):
+            fastckpt.partitioned(parts, shapes)
     assert os.listdir(tmp_path) == ["model.safetensors"]
 
 

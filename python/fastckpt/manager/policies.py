@@ -186,5 +186,6 @@ def ranking(metric: str, mode: str) -> Callable[[Sequence[Commit]], list[Commit]
 
 
 def _positive(what: str, n: int) -> None:
+    expect(what, n, int)
     if n < 1:
         raise ManagerError(f"{what}: wanted at least 1, got {n}")

@@ -120,6 +120,8 @@ def partitioned(parts: Sequence[Mapping[str, object]], shapes: Mapping[str, Sequ
     `parts[r][name]`: rank r's 1-D slice of the parameter, a tensor or an array; one after the other they
     begin with it, and what follows (the padding) is not read. `shapes` has every name that they have. Raises
     SourceError naming what does not fit."""
+    expect("parts", parts, Sequence)
+    expect("shapes", shapes, Mapping)
     for name, shape in shapes.items():
         expect("a tensor's name", name, str)
         expect(f"{name}: its shape", shape, Sequence)

@@ -55,8 +55,12 @@ def verify_tensors(
     arguments would fill, cast to the tensors' own dtypes, and digests it. Problems name the tensor: missing,
     too much, another shape or dtype, other bytes. Raises as `load_into` does."""
     began = time.perf_counter()
+    import torch
+
     expect("ckpt", ckpt, str, os.PathLike, Checkpoint, Mapping)
     state = dict(held) if isinstance(held, Mapping) else tensors.held(held)
+    for name, tensor in state.items():
+        expect(f"held: {name}", tensor, torch.Tensor)
     grid = grid_of(tp, placement)
     record = None if layout is not None or isinstance(ckpt, (Checkpoint, Mapping)) else _record(ckpt)
     if record is not None:

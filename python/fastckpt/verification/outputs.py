@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -75,6 +75,7 @@ def verify(
     expect("engine", engine, str, type(None))
     expect("plain", plain, bool)
     expect("threads", threads, int, type(None))
+    expect("progress", progress, Callable, type(None))  # type: ignore[arg-type]
     if threads is not None and threads < 1:
         raise FastckptError(f"threads: wanted at least 1, got {threads}")
     root = os.fspath(path)
