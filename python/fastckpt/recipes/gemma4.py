@@ -12,14 +12,17 @@ from ..errors import RecipeError
 from ..mixers import Attention, Queries
 from ..model import Experts, Mlp, Model, PerLayer, Stacked
 from ..roles import Parameter
-from .claims import Claims, Dim, Heads, absent, dim, each_layer, flag, integer
-from .decoder import IGNORED, Kind, claimed, decoder, gated, unlike
+from .attention import Attending, others, unlike
+from .claims import Claims, Dim, Heads, absent, dim, each_layer, flag, integer, layer_index
+from .decoder import claimed, decoder
+from .dense import Feeding, gated
 from .gemma import AROUND
+from .kind import IGNORED, TIED, Kind
 from .known import Known
 from .moe import Block, experts, with_shared
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-KIND = Kind("gemma4_text", norms=AROUND, tied=True)
+KIND = Kind("gemma4_text", norms=AROUND, vocabulary=TIED)
 BLOCK = Block(
     hub="", router="router.proj", stacked=Stacked("experts.gate_up_proj", "experts.down_proj"), trained=""
 )
@@ -46,7 +49,7 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
     one_matrix = flag(config, "attention_k_eq_v", False)
 
     def attends(layer: str) -> Callable[[], Attention | Queries]:
-        at, i = f"{layer}.self_attn", _index(layer)
+        at, i = f"{layer}.self_attn", layer_index(layer)
         own, size = heads[i], Dim(heads[i].dim, "head_dim")
         rows = Dim(own.q * own.dim, "num_attention_heads * head_dim")
         kv_rows = Dim(own.kv * own.dim, "num_key_value_heads * head_dim")
@@ -65,7 +68,7 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         )
 
     def feeds(layer: str) -> Callable[[], Mlp | Experts]:
-        dense = gated(claims, f"{layer}.mlp", wide if _index(layer) >= first else width, hidden)
+        dense = gated(claims, f"{layer}.mlp", wide if layer_index(layer) >= first else width, hidden)
         if not mixture:
             return dense
         return with_shared(experts(claims, config, layer, BLOCK, (number, each, hidden)), dense)
@@ -90,18 +93,11 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         claims,
         config,
         vocab_size,
-        feeds,
-        widths,
-        attends=attends,
-        heads=usual,
+        Attending(attends, usual, keys=None, others=others(heads, usual)),
+        Feeding(feeds, widths, number.size, each.key, width.key if mixture else ""),
         whole=whole,
-        experts=number.size,
-        expert_width=each.key,
-        shared_width=width.key if mixture else "",
     )
-    others = tuple(dict.fromkeys(filter(None, (unlike(own, usual) for own in heads))))
-    sizes = replace(model.sizes, head_keys=None, others=others)
-    return replace(model, sizes=sizes, per_layer=per_layer())
+    return replace(model, per_layer=per_layer())
 
 
 def unified(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
@@ -118,10 +114,6 @@ _MIXED = ("post_feedforward_layernorm_1", "post_feedforward_layernorm_2", "pre_f
 _STALE = ("k_proj", "v_proj", "k_norm", "v_norm")
 """What the hub's files have in layers that read the keys and values of earlier ones; transformers leaves them
 out."""
-
-
-def _index(layer: str) -> int:
-    return int(layer.rpartition(".")[2])
 
 
 def _heads(config: Mapping[str, JSON], count: int) -> tuple[list[Heads], list[bool]]:

@@ -11,12 +11,14 @@ from functools import partial
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
-from ..mixers import Mla
 from ..model import Experts, Mlp, Model
-from .claims import Claims, Dim, absent, dim, each_layer, integer
-from .decoder import Kind, blocks_of, claimed, decoder, dense
+from .attention import attention
+from .claims import Dim, absent, dim, each_layer, integer, layer_index
+from .decoder import blocks_of, claimed, decoder
+from .dense import Feeding, dense
+from .kind import Kind
 from .known import Known
-from .latent import heads_of, rope
+from .latent import Latent, attending, rope
 from .moe import (
     AUTOEP_SHARED,
     AUTOEP_SHARED_GATE,
@@ -30,9 +32,6 @@ from .moe import (
 
 Rule = Callable[[Mapping[str, JSON]], Callable[[int], bool]]
 """Of a config, which layers have experts. Raises RecipeError."""
-
-Latent = Callable[[Claims, Mapping[str, JSON], str], Callable[[], Mla]]
-"""Claims the latent attention of a layer by the layer's name."""
 
 
 def every(config: Mapping[str, JSON]) -> Callable[[int], bool]:
@@ -123,13 +122,12 @@ def recipe(
     widths = {d.key: d.size for d in (width, shared) if d.size}
     block = None
     if not all(sparse.values()):
-        plain = dim(config, *kind.width)
-        block = dense(kind, claims, config, plain, kind.mlp)
+        plain = dim(config, *kind.mlp.width)
+        block = dense(kind.mlp, claims, config, plain)
         widths = {plain.key: plain.size} | widths
 
     def feed_forward(layer: str) -> Callable[[], Mlp | Experts]:
-        number = int(layer.rpartition(".")[2])
-        if block is not None and not sparse.get(number, True):
+        if block is not None and not sparse.get(layer_index(layer), True):
             return block(layer)
         build = experts(claims, config, layer, mixture.block, (count, width, hidden))
         if mixture.shared is None or not shared.size:
@@ -141,7 +139,7 @@ def recipe(
             trained, stored = f"{at}.{AUTOEP_SHARED}", f"{at}.{AUTOEP_SHARED_GATE}"
         return with_shared(
             build,
-            dense(kind, claims, config, shared, mixture.shared.name, trained)(layer),
+            dense(kind.mlp, claims, config, shared, mixture.shared.name, trained)(layer),
             claims.linear(f"{layer}.{gate}", Dim(1, "1"), hidden, stored=f"{layer}.{stored}")
             if gate
             else absent,
@@ -152,13 +150,8 @@ def recipe(
         claims,
         config,
         vocab_size,
-        feed_forward,
-        widths,
-        attends=partial(mixture.latent, claims, config) if mixture.latent else None,
-        heads=heads_of(config) if mixture.latent else None,
-        experts=count.size,
-        expert_width=width.key,
-        shared_width=shared.key,
+        attending(claims, config, mixture.latent) if mixture.latent else attention(kind, claims, config),
+        Feeding(feed_forward, widths, count.size, width.key, shared.key),
         predictions=integer(config, "num_nextn_predict_layers", 0, least=0),
     )
     return replace(model, rope=rope(config)) if mixture.latent else model
@@ -177,9 +170,9 @@ def _shared(config: Mapping[str, JSON], shared: Shared | None, width: Dim) -> Di
     return Dim(beside * width.size, f"{shared.count or beside} * {width.key}")
 
 
-def families(*mixtures: Mixture) -> dict[str, Known]:
+def mixtures(*families: Mixture) -> dict[str, Known]:
     """What reads each of these, by its family."""
     return {
         m.kind.family: Known(partial(recipe, mixture=m), m.kind.ignored, partial(saved_as, m.block))
-        for m in mixtures
+        for m in families
     }

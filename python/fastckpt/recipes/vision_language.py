@@ -19,7 +19,7 @@ from ..roles import Parameter
 from . import decoder, gemma4, gemma4_towers, imagining, lfm2, mixture, towers
 from .claims import Claims, Dim, dim, flag, integer
 from .cohere import COHERE2
-from .decoder import IGNORED
+from .kind import IGNORED
 from .deepseek import GLM4V_MOE_TEXT, KIMI_K2, MISTRAL4, V3
 from .fused import fused_mlp
 from .gemma import GEMMA, GEMMA2
@@ -81,7 +81,7 @@ TEXTS: Mapping[str, Recipe] = {
             "qwen2_5_vl_text": QWEN2,
             "qwen3_vl_text": QWEN3,
             "qwen3_5_text": QWEN3_5,
-            "glm4v_text": replace(GLM4, qkv_bias=True),
+            "glm4v_text": replace(GLM4, attention=replace(GLM4.attention, qkv_bias=True)),
         }.items()
     },
 }
