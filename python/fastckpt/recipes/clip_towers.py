@@ -100,10 +100,7 @@ def clip(claims: Claims, at: str, config: Said, mergers: tuple[Mlp, ...], featur
     return _built(claims, at, said, "encoder.layers", CLIP, outer, mergers, features, last)
 
 
-_SIGLIP_SIZES = dict(
-    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-    image_size=224, patch_size=16,
-)  # fmt: skip
+_SIGLIP_SIZES = _CLIP_SIZES | dict(patch_size=16)
 
 
 def siglip(claims: Claims, at: str, config: Said, mergers: tuple[Mlp, ...], features: JSON) -> Built:
@@ -113,10 +110,7 @@ def siglip(claims: Claims, at: str, config: Said, mergers: tuple[Mlp, ...], feat
     return _siglip(claims, at, said, outer, mergers, features)
 
 
-_SIGLIP2_SIZES = dict(
-    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-    patch_size=16, num_patches=256,
-)  # fmt: skip
+_SIGLIP2_SIZES = _SIGLIP_SIZES | dict(num_patches=256)
 
 
 def siglip2(claims: Claims, at: str, config: Said, mergers: tuple[Mlp, ...], features: JSON) -> Built:
@@ -154,10 +148,7 @@ def _siglip(
     return _built(claims, at, said, "encoder.layers", CLIP, outer, mergers, features, last)
 
 
-_IDEFICS3_SIZES = dict(
-    hidden_size=1152, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=16,
-    image_size=224, patch_size=32,
-)  # fmt: skip
+_IDEFICS3_SIZES = _CLIP_SIZES | dict(hidden_size=1152, num_attention_heads=16)
 
 
 def idefics3(claims: Claims, at: str, config: Said) -> Built:
@@ -220,10 +211,7 @@ def llama4(claims: Claims, at: str, config: Said) -> Built:
     return _built(claims, at, said, "model.layers", LLAMA4, outer, (adapter(),))
 
 
-_INTERNVL_SIZES = dict(
-    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-    image_size=448, patch_size=14,
-)  # fmt: skip
+_INTERNVL_SIZES = _PIXTRAL_SIZES | dict(image_size=448, patch_size=14)
 
 
 def internvl(claims: Claims, at: str, config: Said, mergers: tuple[Mlp, ...], features: JSON) -> Built:
