@@ -126,7 +126,7 @@ def fit(ckpt: Checkpoint, directory: str, saved_as: SavedAs) -> Adapter:
     if weights is not None and os.path.realpath(where) == os.path.realpath(directory):
         raise SourceError(
             f"{directory}: whether the model in it holds its adapter already is written nowhere (torchtune's "
-            "does, and is opened without adapter=); keep a base in another directory"
+            "does, and is opened without adapter= or --adapter); keep a base in another directory"
         )
     if weights is not None and settings.start not in PLAIN_STARTS:
         raise SourceError(

@@ -67,7 +67,7 @@ class Hf:
     def __post_init__(self) -> None:
         require_least("hf", self, 1, "multiple", "vocab_padding")
         if self.multiple > 1 and not self.pad:
-            raise LayoutError("layout hf: multiple goes with pad=true: to it widths are padded")
+            raise LayoutError("layout hf: multiple goes with pad=True (-L pad=true), which pads widths to it")
 
     def targets(self, model: Model, placement: Placement) -> Iterator[Target]:
         """The rank's tensors; a tied lm_head is left out, the config says it is tied.
@@ -89,7 +89,11 @@ class Hf:
             net = next((x.attention for x in model.layers if isinstance(x.attention, DeltaNet)), None)
             for linear in () if net is None else (*delta_stored(net), net.o):
                 require_even("hf", placement, f"the rows of {linear.name}", linear.shape[0])
-        rows = "" if len(model.predictions) else f"; vocab_padding={placement.tp} pads it with zero rows"
+        rows = (
+            ""
+            if len(model.predictions)
+            else f"; vocab_padding={placement.tp} (-L vocab_padding={placement.tp}) pads it with zero rows"
+        )
         require_even("hf", placement, "vocab_size", model.sizes.vocab, rows)
         return _targets(model, placement)
 
@@ -133,7 +137,8 @@ class Hf:
             if kv % placement.tp and not self.replicate_kv:
                 raise LayoutError(
                     f"layout hf: {kv} kv heads do not divide by tp {placement.tp}, and "
-                    "transformers cannot run replicas; replicate_kv=true writes them all the same"
+                    "transformers cannot run replicas; replicate_kv=True (-L replicate_kv=true) writes them "
+                    "all the same"
                 )
 
 

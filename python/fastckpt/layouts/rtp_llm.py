@@ -163,7 +163,8 @@ class RtpLlm:
         if grid.dp > 1 and grid.ep == 1 and places and self.use_stack_weight:
             raise LayoutError(
                 f"layout rtp_llm: with dp {grid.dp} experts are shared out by ep, got ep 1: the engine's "
-                "versions differ in who holds what; use_stack_weight=false gives every rank all of them"
+                "versions differ in who holds what; use_stack_weight=False (-L use_stack_weight=false) "
+                "gives every rank all of them"
             )
         require_heads("rtp_llm", grid, sizes)
         require_delta("rtp_llm", grid, sizes.delta)

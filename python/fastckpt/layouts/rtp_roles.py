@@ -366,7 +366,7 @@ def _absorbing(kv_b: Linear, nope: int, value: int) -> Iterator[Whole]:
         if nope % b.unit[0] or value % b.unit[0]:
             raise LayoutError(
                 f"layout rtp_llm: kc and vc of {kv_b.name}, heads of {nope} and {value}, do not end with "
-                f"blocks of {b.unit[0]}; absorb=false writes kv_b alone"
+                f"blocks of {b.unit[0]}; absorb=False (-L absorb=false) writes kv_b alone"
             )
         units = nope // b.unit[0], value // b.unit[0]
         yield Whole("mla_kc_s", transpose_slice_k(b.view, *units))
@@ -467,7 +467,8 @@ def _require_int4(linear: Linear, cut: Cut) -> None:
     if cut.moe_tp[1] > 1:
         raise LayoutError(
             f"layout rtp_llm: {linear.name}: the engine repacks whole experts of compressed-tensors, so "
-            f"{cut.moe_tp[1]} ranks do not cut one: wanted ep = tp * dp, or use_stack_weight=false"
+            f"{cut.moe_tp[1]} ranks do not cut one: wanted ep = tp * dp, or use_stack_weight=False "
+            "(-L use_stack_weight=false)"
         )
 
 

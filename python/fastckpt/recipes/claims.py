@@ -415,7 +415,8 @@ def vocabulary(
         stored = claims.length(name, Dim(want, key), *more)
         if vocab_size is None and stored != want:
             raise RecipeError(
-                f"{name} has {stored} rows, config's {key} is {want}; vocab_size= says which to serve"
+                f"{name} has {stored} rows, config's {key} is {want}; vocab_size= (--vocab-size) says which "
+                "to serve"
             )
         if not 0 < want <= stored:
             raise RecipeError(f"{name} has {stored} rows, vocab_size= asks for {want}")
