@@ -264,7 +264,8 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__",),
     ),
     "layouts": (
-        ("naming", "cuts", "servers", "padding", "engines"),
+        ("naming", "requirements", "hub_form", "cuts", "servers", "padding", "engines"),
+        ("mixer_cuts",),
         ("vllm_families",),
         ("vllm_attention",),
         ("rtp_merge", "rtp_split", "rtp_weights"),  # rtp-llm's catalogue, of which its layout is made

@@ -20,30 +20,18 @@ from ..placement import Placement
 from ..roles import Linear
 from ..target import Target
 from ..views import View, cat, stack
-from .cuts import (
-    bias,
-    delta_rest,
-    delta_stored,
-    in_part,
-    joined,
-    mamba,
-    norm,
-    out_part,
-    parameter,
-    qkv_part,
-    queries_part,
-    regrouped,
+from .cuts import in_part, joined, out_part, qkv_part, regrouped
+from .hub_form import bias, norm, parameter, stored
+from .mixer_cuts import delta_rest, delta_stored, mamba, queries_part, selective, short_conv
+from .naming import Naming, ranked
+from .padding import advice, padded, resized, round_up
+from .requirements import (
     require_even,
     require_heads,
     require_least,
     require_subjects,
     require_tensor_parallel,
-    selective,
-    short_conv,
-    stored,
 )
-from .naming import Naming, ranked
-from .padding import advice, padded, resized, round_up
 
 WHOLE = Placement()
 

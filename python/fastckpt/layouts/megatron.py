@@ -22,12 +22,9 @@ from ..placement import Placement
 from ..roles import Linear, Norm
 from ..target import Target
 from ..views import View
-from .cuts import (
-    in_part,
-    joined,
-    out_part,
-    padded_part,
-    regrouped,
+from .cuts import in_part, joined, out_part, padded_part, regrouped
+from .naming import Naming, hub
+from .requirements import (
     require_even,
     require_heads,
     require_heads_alike,
@@ -36,7 +33,6 @@ from .cuts import (
     require_subjects,
     two_blocks,
 )
-from .naming import Naming, hub
 from .servers import Share
 
 

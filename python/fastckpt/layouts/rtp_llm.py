@@ -22,8 +22,8 @@ from ..model import Layer, Model
 from ..placement import Placement
 from ..stored import constant
 from ..target import Target
-from .cuts import require_delta, require_even, require_heads, require_least, require_subjects
 from .naming import Naming
+from .requirements import require_delta, require_even, require_heads, require_least, require_subjects
 from .rtp_lora import Lookup, layer_pairs
 from .rtp_merge import slopes
 from .rtp_roles import Making, Whole, layer_weights, norm, of_one_scale, of_w13

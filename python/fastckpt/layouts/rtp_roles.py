@@ -19,7 +19,9 @@ from ..mixers import Attention, DeltaNet, Mla
 from ..model import Experts, Layer, Mlp, Model
 from ..roles import Beside, Linear, Norm
 from ..views import View, cat, stack
-from .cuts import in_form, joined, require_heads_alike, require_no_scalars, two_blocks
+from .cuts import joined
+from .hub_form import in_form
+from .requirements import require_heads_alike, require_no_scalars, two_blocks
 from .rtp_merge import flat, merge_fp8, rope_apart, stack_moe_w1, transpose_slice_k, transpose_slice_v
 from .rtp_split import Cut
 from .rtp_weights import STATIC

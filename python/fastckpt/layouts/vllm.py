@@ -27,17 +27,12 @@ from ..roles import Linear, Parameter
 from ..stored import constant
 from ..target import Target
 from ..views import View, cat, stack, zeros
-from .cuts import (
-    bias,
-    biases_of,
-    in_form,
-    in_part,
-    joined,
-    norm,
-    out_part,
-    padded_part,
-    parameter,
-    plain,
+from .cuts import biases_of, in_part, joined, out_part, padded_part
+from .engines import Form, Renamed, Served, known, served
+from .hub_form import bias, in_form, norm, parameter, plain
+from .naming import Naming
+from .padding import advice, padded, resized, round_up
+from .requirements import (
     require_delta,
     require_even,
     require_heads,
@@ -45,9 +40,6 @@ from .cuts import (
     require_mamba,
     require_subjects,
 )
-from .engines import Form, Renamed, Served, known, served
-from .naming import Naming
-from .padding import advice, padded, resized, round_up
 from .servers import Share, expert_share, layer_range
 from .vllm_attention import attention_part, heads_part, mixer_part, parent
 from .vllm_families import APART, CARRIED, RENAMED, ROWS, TOWERS, WHOLE
