@@ -1,10 +1,5 @@
 // One launch for each path over a table of rows cut into tiles: one block a tile, or one warp.
-#include "copy_cuda.h"
-
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-
+#include "launch_cuda.h"
 #include "tiles_cuda.h"
 
 #ifndef FASTCKPT_ARCHITECTURES
@@ -45,10 +40,6 @@ using Kernel = void (*)(Table, uint64_t, uint32_t);
 constexpr Kernel KERNELS[PATHS] = {copy_tiles<ROWS>, copy_tiles<TRANSPOSE>, copy_tiles<GENERAL>};
 const char* const NAMES[PATHS] = {"rows", "transpose", "general"};
 
-void check(cudaError_t error, const char* what) {
-    if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
-
 }  // namespace
 
 void launch_tiles(const TableAt& at, int path, uint64_t first, uint64_t count, uint64_t stream) {
@@ -77,13 +68,8 @@ DeviceState device_state() {
 
 std::vector<KernelFacts> kernel_facts() {
     std::vector<KernelFacts> facts;
-    for (int path = 0; path < PATHS; ++path) {
-        cudaFuncAttributes a;
-        check(cudaFuncGetAttributes(&a, KERNELS[path]), NAMES[path]);
-        KernelFacts f{NAMES[path], a.numRegs, static_cast<int>(a.localSizeBytes), static_cast<int>(a.sharedSizeBytes), THREADS, 0};
-        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&f.blocks_per_multiprocessor, KERNELS[path], THREADS, 0), NAMES[path]);
-        facts.push_back(f);
-    }
+    for (int path = 0; path < PATHS; ++path)
+        facts.push_back(facts_of(NAMES[path], reinterpret_cast<const void*>(KERNELS[path]), THREADS));
     facts.push_back(digest_facts());
     facts.push_back(quantise_facts());
     return facts;

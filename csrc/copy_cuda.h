@@ -10,7 +10,7 @@
 
 namespace fastckpt {
 
-// Addresses of the four columns of a Table (tiles_cuda.h), in device memory.
+// Addresses of the four columns of a Table (tile_cuda.h), in device memory.
 struct TableAt {
     uint64_t rows, owner, sources, destinations;
 };
@@ -23,7 +23,7 @@ void launch_tiles(const TableAt& table, int path, uint64_t first, uint64_t count
 // device memory. Throws as launch_tiles does.
 void launch_digests(uint64_t leaves, uint64_t count, uint64_t out, uint64_t stream);
 
-// Some rows of a dense matrix in device memory, and what becomes of them (quant_tiles.h). `first`: the number of the
+// Some rows of a dense matrix in device memory, and what becomes of them (quant_place_cuda.h). `first`: the number of the
 // first of them, whole blocks below; all addresses but `src` are those of the whole matrix. `share`: rows that share a
 // scale; `group`, `width`: base-2 logarithms of the values of a group of four bits and of the threads side by side.
 //

@@ -1,11 +1,6 @@
 // Digests of leaves in device memory.
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
-
-#include "copy_cuda.h"
 #include "digest_leaves.h"
+#include "launch_cuda.h"
 
 namespace fastckpt {
 
@@ -21,10 +16,6 @@ __global__ void __launch_bounds__(LEAF_THREADS, 8) digest_leaves(const LeafAt* l
     body.store(threadIdx.x, shared);
 }
 
-void check(cudaError_t error) {
-    if (error != cudaSuccess) throw std::runtime_error(std::string("digests: ") + cudaGetErrorString(error));
-}
-
 }  // namespace
 
 void launch_digests(uint64_t leaves, uint64_t count, uint64_t out, uint64_t stream) {
@@ -33,15 +24,9 @@ void launch_digests(uint64_t leaves, uint64_t count, uint64_t out, uint64_t stre
     if (blocks == 0) return;
     digest_leaves<<<static_cast<unsigned>(blocks), LEAF_THREADS, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
         reinterpret_cast<const LeafAt*>(leaves), count, reinterpret_cast<uint64_t*>(out));
-    check(cudaGetLastError());
+    check(cudaGetLastError(), "digests");
 }
 
-KernelFacts digest_facts() {
-    cudaFuncAttributes a;
-    check(cudaFuncGetAttributes(&a, digest_leaves));
-    KernelFacts f{"digest", a.numRegs, static_cast<int>(a.localSizeBytes), static_cast<int>(a.sharedSizeBytes), LEAF_THREADS, 0};
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&f.blocks_per_multiprocessor, digest_leaves, LEAF_THREADS, 0));
-    return f;
-}
+KernelFacts digest_facts() { return facts_of("digest", reinterpret_cast<const void*>(digest_leaves), LEAF_THREADS); }
 
 }  // namespace fastckpt

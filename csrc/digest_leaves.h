@@ -1,6 +1,6 @@
 // Digests of leaves on a GPU: four threads a leaf, each with two of XXH3's eight accumulators, which need nothing
 // of the others' until the end, and a KiB of the leaf under way, the next ones on their way to the second cache.
-// Blocks are small, so that few leaves reach many multiprocessors. A body like those of tiles_cuda.h: load(thread, shared), a barrier, store(thread, shared).
+// Blocks are small, so that few leaves reach many multiprocessors. A body like those of tile_cuda.h: load(thread, shared), a barrier, store(thread, shared).
 #pragma once
 
 #include "digest_short.h"

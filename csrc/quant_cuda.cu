@@ -1,28 +1,28 @@
 // Matrices quantised in device memory: one launch over a table of them cut into tiles, one block a tile.
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
-
-#include "copy_cuda.h"
-#include "quant_tiles.h"
+#include "launch_cuda.h"
+#include "quant_cuda.h"
 
 namespace fastckpt {
 
 namespace {
 
+struct QuantThread {
+    uint32_t thread;
+    uint32_t* shared;
+
+    template <class Body> __device__ void body(const QuantRows* rows, const uint32_t* owner, uint64_t tile) const {
+        const Body body(rows, owner, tile);
+        body.load(thread, shared);
+        __syncthreads();
+        body.fold(thread, shared);
+        __syncthreads();
+        body.store(thread, shared);
+    }
+};
+
 __global__ void __launch_bounds__(THREADS, 3) quantise_tiles(const QuantRows* rows, const uint32_t* owner, uint64_t first) {
     __shared__ alignas(16) uint32_t shared[QUANT_SHARED];
-    const QuantTile tile(rows, owner, first + blockIdx.x);
-    tile.load(threadIdx.x, shared);
-    __syncthreads();
-    tile.fold(threadIdx.x, shared);
-    __syncthreads();
-    tile.store(threadIdx.x, shared);
-}
-
-void check(cudaError_t error) {
-    if (error != cudaSuccess) throw std::runtime_error(std::string("quantise: ") + cudaGetErrorString(error));
+    quantise(QuantThread{threadIdx.x, shared}, rows, owner, first + blockIdx.x);
 }
 
 }  // namespace
@@ -32,15 +32,9 @@ void launch_quantise(uint64_t rows, uint64_t owner, uint64_t first, uint64_t cou
     if (count == 0) return;
     quantise_tiles<<<static_cast<unsigned>(count), THREADS, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
         reinterpret_cast<const QuantRows*>(rows), reinterpret_cast<const uint32_t*>(owner), first);
-    check(cudaGetLastError());
+    check(cudaGetLastError(), "quantise");
 }
 
-KernelFacts quantise_facts() {
-    cudaFuncAttributes a;
-    check(cudaFuncGetAttributes(&a, quantise_tiles));
-    KernelFacts f{"quantise", a.numRegs, static_cast<int>(a.localSizeBytes), static_cast<int>(a.sharedSizeBytes), THREADS, 0};
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&f.blocks_per_multiprocessor, quantise_tiles, THREADS, 0));
-    return f;
-}
+KernelFacts quantise_facts() { return facts_of("quantise", reinterpret_cast<const void*>(quantise_tiles), THREADS); }
 
 }  // namespace fastckpt

@@ -9,7 +9,7 @@
 
 #include "digest_leaves.h"
 #include "port.h"
-#include "quant_tiles.h"
+#include "quant_cuda.h"
 #include "tiles_cuda.h"
 
 namespace fastckpt {
@@ -27,6 +27,18 @@ struct Host {
             if (thread < threads) body.load(thread, shared);
         for (uint32_t thread : order)
             if (thread < threads) body.store(thread, shared);
+    }
+};
+
+struct HostQuantiser {
+    const std::vector<uint32_t>& order;
+    uint32_t* shared;
+
+    template <class Body> void body(const QuantRows* rows, const uint32_t* owner, uint64_t tile) const {
+        const Body body(rows, owner, tile);
+        for (uint32_t thread : order) body.load(thread, shared);
+        for (uint32_t thread : order) body.fold(thread, shared);
+        for (uint32_t thread : order) body.store(thread, shared);
     }
 };
 
@@ -119,10 +131,7 @@ void run_quantise_on_host(uint64_t rows, uint64_t owner, uint64_t tiles, uint32_
     for (uint64_t i : turn) {
         if (shuffle != 0) std::shuffle(order.begin(), order.end(), random);
         std::fill(shared.begin(), shared.end(), 0xdeadbeefu);
-        const QuantTile tile(reinterpret_cast<const QuantRows*>(rows), reinterpret_cast<const uint32_t*>(owner), i);
-        for (uint32_t thread : order) tile.load(thread, shared.data());
-        for (uint32_t thread : order) tile.fold(thread, shared.data());
-        for (uint32_t thread : order) tile.store(thread, shared.data());
+        quantise(HostQuantiser{order, shared.data()}, reinterpret_cast<const QuantRows*>(rows), reinterpret_cast<const uint32_t*>(owner), i);
     }
 }
 

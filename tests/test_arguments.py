@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import torch
 from fastckpt.errors import FastckptError, LayoutError, SourceError
+from fastckpt.layouts.megatron import Megatron
+from fastckpt.layouts.same import Same
+from fastckpt.layouts.vllm import Vllm
 from layouts import tiny
 from safetensors.torch import save_file
 
@@ -16,12 +19,12 @@ WRONG = {
     "tp": ["8", 0, -1, 2.0, True, None, 10**12, 10**30],
     "rank": [8, -1, "0", True, 1.0],
     "placement": [5, (8,)],
-    "layout": [3, None, dict, "nonsense"],
+    "layout": [3, None, dict, "nonsense", Vllm(pad="no"), Megatron(spec="te"), Same("zip")],
     "config": [5, [], {"model_type": NO}, {"model_type": "llama", "torch_dtype": torch.float32}],
     "recipe": [5, "nonsense"],
     "tp_plan": [5, ["a"], {"*": 5}, {5: "colwise"}, {"*": "diagonal"}],
     "vocab_size": ["36", 36.0, 0, -3],
-    "dtype": ["nonsense", 5, [], np.float32],
+    "dtype": ["nonsense", 5, [], np.float32, "int8", torch.bool, "complex64", "float8_e8m0fnu"],
     "quant": ["nonsense", 5],
     "apart": [True, "no"],
     "allow_nonfinite": ["no", 0, None],
@@ -116,6 +119,13 @@ def test_more_wrong_arguments_are_named(tmp_path):
             fastckpt.reshard(files, layout="same", out=path)
         with pytest.raises(FastckptError, match="no path: "):
             fastckpt.CheckpointManager(path)
+    for given, said in (
+        ({"layout": 3}, "layout: wanted a name"), ({"layout": Vllm(tower="x")}, "layout vllm: tower"),
+        ({"like": 3}, "like: wanted str"), ({"path": 3}, "path: wanted str"),
+        ({"tp": 2, "placement": fastckpt.Placement(tp=4)}, "tp=2 and placement.tp=4 differ"),
+    ):  # fmt: skip
+        with pytest.raises(FastckptError, match=said):
+            fastckpt.open_shards(**{"path": tmp_path, "layout": "vllm", "like": tmp_path} | given)
     with pytest.raises(FastckptError, match="strict: wanted bool"):
         fastckpt.load_into(torch.nn.Linear(1, 1), tmp_path, strict="no")
     with pytest.raises(FastckptError, match="out: a of rank 0: wanted Tensor, got int 5"):
@@ -135,6 +145,14 @@ def test_more_wrong_arguments_are_named(tmp_path):
         fastckpt.consolidate(tmp_path, tmp_path / "out", weights_key="m", client_state="step")
     with pytest.raises(FastckptError, match="out: wanted"):
         fastckpt.consolidate(tmp_path, 5)
+    for verb in (fastckpt.verify, lambda path, **given: fastckpt.diff(path, path, **given)):
+        with pytest.raises(FastckptError, match="progress: wanted Callable"):
+            verb(tmp_path, progress=5)
+    with pytest.raises(FastckptError, match="held: a: wanted Tensor, got ndarray"):
+        fastckpt.verify_tensors({"a": np.ones(2, np.float32)}, tmp_path)
+    for parts, shapes, said in ((5, {"a": (2,)}, "parts"), ([files], [2], "shapes")):
+        with pytest.raises(FastckptError, match=f"{said}: wanted"):
+            fastckpt.partitioned(parts, shapes)
     assert os.listdir(tmp_path) == ["model.safetensors"]
 
 

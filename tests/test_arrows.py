@@ -219,7 +219,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("torchtensors", "distributed", "zero_state", "zero_files", "dcp_metadata", "ties"),
         ("shards", "zero_order", "zero_parts", "zero_experts", "zero_universal", "zero_cuts"),
         ("zero_opening",),
-        ("zero_pipeline", "zero_swapped"),
+        ("zero_pipeline", "zero_swapped", "zero_entries"),
         ("zero_grid",),
         # one format each
         ("zero", "safetensors", "statedict", "dcp", "memory"),

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
 from dataclasses import fields
 from pathlib import Path
 
+import fastckpt
 import pytest
 import torch
 from fastckpt import layouts
 from fastckpt.cli import main
 from fastckpt.doors.demo import Llama
 from fastckpt.errors import FastckptError
+from fastckpt.layouts.patterns import STYLES
+from fastckpt.placement import Placement
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("benchmarks/**/*.md")]
@@ -97,3 +101,36 @@ def test_every_option_of_a_layout_is_in_the_table(layout: str) -> None:
         elif line.startswith("| ") and f"`{layout}`" in section + line:
             told |= {word for cell in line.split("|")[1:3] for word in cell.replace(",", " ").split()}
     assert {f.name for f in fields(layouts.layout(layout))} <= told
+
+
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+def test_the_names_of_files(layout: str) -> None:
+    """A row says what a layout cuts by, and what its files are called."""
+    text = (ROOT / "docs/layouts.md").read_text().split("## Grids and file names")[1].split("\n## ")[0]
+    row = next(line for line in text.splitlines() if line.startswith(f"| `{layout}` |"))
+    axes = [axis for axis in ("tp", "pp", "dp") if re.search(rf"\b{axis}\b", row.split("|")[2])]
+    for more in ((), ("pp",), ("dp",), ("pp", "dp")):
+        if {"tp", *more} <= {*axes}:
+            naming = layouts.layout(layout).naming(Placement(tp=2, rank=1, **dict.fromkeys(more, 2)))
+            assert f"`{naming.directory or naming.single}" in row, more
+    if not axes:
+        assert f"`{layouts.layout(layout).naming(Placement()).single}`" in row
+
+
+def test_a_model_that_no_recipe_knows(tmp_path: Path) -> None:
+    """The recipe of names and the patterns cut as the family's own recipe does."""
+    page = (ROOT / "docs/layouts.md").read_text()
+    text = page.split("## A model that no recipe knows")[1].split("\n## ")[0]
+    code, plan = re.findall(r"```(?:python|json)\n(.*?)```", text, re.DOTALL)
+    mine, ckpt = tmp_path / "mine.py", tmp_path / "ckpt"
+    mine.write_text(code)
+    Llama.of(1_000_000).write(str(ckpt))
+    for got, layout in (
+        (fastckpt.reshard(ckpt, 4, layout="vllm", recipe=str(mine)), "vllm"),
+        (fastckpt.reshard(ckpt, 4, tp_plan=json.loads(plan)), "hf"),
+    ):
+        for rank, want in enumerate(fastckpt.reshard(ckpt, 4, layout=layout)):
+            assert got[rank].keys() == want.keys()
+            assert all(torch.equal(got[rank][n], want[n]) for n in want)
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert {word for row in rows for word in re.findall(r"`(\w+)`", row)} == STYLES.keys()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fastckpt import dtypes, road, sources, stored
 from fastckpt.dtypes import BY_NAME, DTYPES
-from fastckpt.errors import LayoutError, RecipeError, SourceError, WriteError
+from fastckpt.errors import DeviceError, LayoutError, RecipeError, SourceError, WriteError
 from fastckpt.executors import pick
 from fastckpt.executors.cpu import built
 from fastckpt.layouts import Naming
@@ -25,6 +25,7 @@ from fastckpt.target import Target
 from layouts import families, oracle, tiny
 from reading import refuses_what_is_written_to
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch_types import of_torch
 from zero_writer import write_zero
 
@@ -117,7 +118,7 @@ def test_a_set_is_completed_by_its_last_rank(tmp_path):
     for name in whole:
         same(parts[name], whole[name])
     again = fastckpt.reshard(tmp_path / "in", 2, rank=1, layout="hf", out=tmp_path / "out")
-    assert again.bytes_read == 0 and "done already" in again.notes[-1]
+    assert again.bytes_read == again.bytes_written == 0 and "done already" in again.notes[-1]
     with pytest.raises(WriteError, match="another plan"):
         fastckpt.reshard(tmp_path / "in", 2, rank=1, layout="hf", out=tmp_path / "out", dtype="float16")
 
@@ -188,6 +189,15 @@ def test_values_that_lie_in_no_plain_memory_are_not_filled():
         fastckpt.verify_tensors(module, {"weight": torch.ones(1, 3)})
     assert fastckpt.verify_tensors({"w": torch._neg_view(torch.ones(3))}, {"w": -torch.ones(3)}).ok
     assert not fastckpt.verify_tensors({"w": torch._neg_view(torch.ones(3))}, {"w": torch.ones(3)}).ok
+
+
+def test_memory_that_was_freed_is_not_filled():
+    given, freed = {"w": torch.ones(64, 64)}, torch.zeros(64, 64)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(LayoutError, match=r"plain memory \(or no more"):
+        fastckpt.reshard(given, rank=0, layout="same", out={"w": freed})
+    with FakeTensorMode(), pytest.raises(DeviceError, match="FakeTensorMode"):
+        fastckpt.reshard(given, layout="same")
 
 
 def test_memory_that_is_filled_twice_or_read_later_is_refused():

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from .doors import serving_options
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from .checkpoint import JSON, Checkpoint
     from .doors.losses import Loss
     from .planning.plans import Plan
-    from .running.runs import Progress, Report
+    from .running.runs import Report
     from .verification.outputs import VerifyReport
 
 INTERRUPTED, UNHEARD = 130, 141
@@ -260,8 +259,7 @@ def _verify(args: argparse.Namespace) -> int:
     from .verification.outputs import verify
 
     with progress(as_json=args.json, quiet=args.quiet) as shown:
-        told = None if shown is None else partial(_verifying, shown)
-        report = verify(args.path, plain=args.plain, engine=args.engine, threads=args.threads, progress=told)
+        report = verify(args.path, plain=args.plain, engine=args.engine, threads=args.threads, progress=shown)
 
     def text() -> str:
         seen = f"{counted(report.files, 'file')}, {counted(report.tensors, 'tensor')}, {size(report.bytes)}"
@@ -270,10 +268,6 @@ def _verify(args: argparse.Namespace) -> int:
 
     _show(args, text, lambda: _fields(report))
     return 0 if report.ok else 1
-
-
-def _verifying(show: Progress, done: int, total: int) -> None:
-    show(done, total, "verify")
 
 
 def _diff(args: argparse.Namespace) -> int:

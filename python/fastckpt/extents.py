@@ -150,8 +150,12 @@ class Buffer:
     nbytes: int
     device: str = "cpu"
 
+    def check(self) -> None:
+        """Raise SourceError where the owner has these bytes no more."""
+
     def part(self, start: int, nbytes: int) -> NDArray[np.uint8]:
         """Some of the bytes where they lie, which must be main memory; the caller keeps `owner` alive."""
+        self.check()
         held = (ctypes.c_uint8 * nbytes).from_address(self.address + start)
         return np.frombuffer(memoryview(held), np.uint8)
 

@@ -16,10 +16,10 @@ from dataclasses import replace
 from . import joining, layouts, recipes
 from .checkpoint import JSON, Checkpoint
 from .dtypes import float32
-from .errors import LayoutError, SourceError
+from .errors import LayoutError, SourceError, expect
 from .extents import is_directory, is_file
 from .layouts import ByRoles, Layout, Naming
-from .placement import Placement
+from .placement import Placement, grid_of
 from .plainjson import read_json
 from .sources import safetensors, served
 from .sources.assembly import assemble, sampled
@@ -43,10 +43,12 @@ def open_shards(
     has none, or a config (a mapping, or the path of a config.json), whose model has the names that the hub
     gives it; `recipe` as in `reshard`. Only headers are read. Raises SourceError where the shards are not
     what the layout makes of such a model, LayoutError where it cannot cut one, RecipeError."""
-    made = layouts.layout(layout) if isinstance(layout, str) else layout
+    expect("path", path, str, os.PathLike)
+    expect("like", like, str, os.PathLike, Checkpoint, Mapping)
+    made, grid = layouts.chosen(layout), grid_of(tp, placement)
     if not made.roles:
         raise LayoutError(f"shards of layout {layout} are not read: wanted hf, vllm, rtp_llm or megatron")
-    where, grid = os.fspath(path), placement or Placement(tp=tp)
+    where = os.fspath(path)
     shards = _read(where, made, grid)
     if not isinstance(like, Checkpoint | Mapping):
         like = read_json(os.fspath(like)) if os.fspath(like).endswith("config.json") else joining.open(like)

@@ -72,10 +72,15 @@ def open(
 def told(ckpt: Checkpoint, world: int, layout: str) -> dict[str, JSON]:
     """What a record must keep of the tensors an output was cut from, so that it can be joined again; nothing
     where the output holds them whole, under their own names."""
-    if layout == "same" or (layout == "hf" and world == 1):
+    if uncut(layout, world):
         return {}
     tensors: dict[str, JSON] = {n: [e.dtype.name, list(e.shape)] for n, e in ckpt.entries.items()}
     return {TOLD: {"tensors": tensors, "aliases": dict(ckpt.aliases), "layouts": layouts.VERSION}}
+
+
+def uncut(layout: str, world: int) -> bool:
+    """Whether an output holds the tensors whole, under their own names."""
+    return layout == "same" or (layout == "hf" and world == 1)
 
 
 @paused()

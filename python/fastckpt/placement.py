@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from .errors import LayoutError
+from .errors import LayoutError, expect
 
 RANKS = 1 << 20
 """The most ranks of a grid."""
@@ -70,3 +70,11 @@ class Placement:
     def ranks(self) -> Iterator[Placement]:
         """Every rank's placement, in order."""
         return (self.at(r) for r in range(self.world))
+
+
+def grid_of(tp: int, placement: Placement | None) -> Placement:
+    """The grid that `tp` and `placement` ask for together. Raises LayoutError where they differ."""
+    expect("placement", placement, Placement, type(None))
+    if placement is not None and tp not in (1, placement.tp):
+        raise LayoutError(f"tp={tp} and placement.tp={placement.tp} differ; give one of them")
+    return Placement(tp=tp) if placement is None else placement

@@ -22,7 +22,7 @@ from .executors import pick
 from .extents import Buffer, fresh
 from .layouts import Layout
 from .layouts.same import Same
-from .placement import Placement
+from .placement import Placement, grid_of
 from .planning import plans
 from .planning.batches import cut
 from .planning.binding import Binding
@@ -399,14 +399,6 @@ def _client_state(ckpt: Checkpoint, names: Sequence[str]) -> dict[str, JSON]:
             f"it has {', '.join(known) or 'none'}"
         )
     return {n: known[n] for n in names}
-
-
-def grid_of(tp: int, placement: Placement | None) -> Placement:
-    """The grid that `tp` and `placement` ask for together. Raises LayoutError where they differ."""
-    expect("placement", placement, Placement, type(None))
-    if placement is not None and tp not in (1, placement.tp):
-        raise LayoutError(f"tp={tp} and placement.tp={placement.tp} differ; give one of them")
-    return Placement(tp=tp) if placement is None else placement
 
 
 def _device(device: str | torch.device) -> str:

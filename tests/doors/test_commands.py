@@ -254,6 +254,45 @@ def test_names_are_renamed_and_stripped(run, tmp_path):
     assert set(load_file(out / "model.safetensors")) == {"c.x", "b"}
 
 
+def test_frozen_parameters_are_left_out(run, tmp_path):
+    source = tmp_path / "source"
+    write_zero(source, {"a": torch.ones(3), "b": torch.ones(2)}, stage=3, world=2, frozen=["b"])
+    for n, argv in enumerate(((), ("--exclude-frozen-parameters",))):
+        argv = ("--safe-serialization", "--no-fsync", *argv)
+        assert run("consolidate", source, tmp_path / f"{n}", *argv)[0] == 0
+    assert [len(load_file(tmp_path / f"{n}" / "model.safetensors")) for n in range(2)] == [2, 1]
+
+
+def test_check_crc_finds_what_no_header_tells(run, tmp_path):
+    torch.save({"w": torch.arange(64.0)}, tmp_path / "x.pt")
+    data = bytearray((tmp_path / "x.pt").read_bytes())
+    data[data.index(torch.arange(64.0).numpy().tobytes()) + 9] ^= 1
+    (tmp_path / "x.pt").write_bytes(data)
+    assert run("inspect", tmp_path / "x.pt")[0] == 0
+    code, _, err = run("inspect", tmp_path / "x.pt", "--check-crc")
+    assert code == 3 and "CRC" in err
+
+
+def test_nan_is_written_where_it_is_allowed(run, tmp_path):
+    save_file({"w": torch.tensor([torch.nan])}, tmp_path / "x.safetensors")
+    argv = ("reshard", tmp_path / "x.safetensors", tmp_path / "out", "--layout", "same", "--no-fsync")
+    assert run(*argv)[0] == 3 and not (tmp_path / "out").exists()
+    assert run(*argv, "--allow-nonfinite")[0] == 0
+    assert run("verify", tmp_path / "out")[0] == 0
+
+
+def test_the_grid_and_the_vocabulary(run, source):
+    argv = ("plan", source, "--layout", "vllm", "--json")
+    code, out, _ = run(*argv, "--dp", "2", "--pp", "2", "--tp", "2")
+    assert code == 0
+    assert json.loads(out)["placement"] == {"tp": 2, "pp": 2, "dp": 2, "ep": 1}
+    code, _, err = run(*argv, "--ep", "2")
+    assert code == 2 and "ep" in err
+    code, out, _ = run("plan", source, "--vocab-size", "30", "--json")
+    shapes = {t["name"]: t["shape"] for t in json.loads(out)["tensors"]}
+    assert code == 0 and shapes["model.embed_tokens.weight"] == [30, 16]
+
+
 def test_layout_options_and_pattern_plans(run, source, tmp_path):
     assert run("plan", source, "--tp", "4", "--layout", "hf")[0] == 2
     assert run("plan", source, "--tp", "4", "--layout", "hf", "-L", "replicate_kv=true")[0] == 0

@@ -119,20 +119,30 @@ def test_every_kind_of_tensor(tmp_path: Path, same: Same, copy: bool) -> None:
     assert verify(tmp_path / "step-00000000").ok
 
 
+def freed(size: int) -> torch.Tensor:
+    """As FSDP leaves what it gathered."""
+    tensor = torch.ones(size)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 @pytest.mark.parametrize(
     ("tensor", "said"),
     [
         (torch.eye(2).to_sparse(), "no plain memory"),
         (torch.empty(2, device="meta"), "no plain memory"),
+        (freed(4096), "no plain memory"),
         (torch.ones(2, dtype=torch.complex128), "safetensors cannot spell"),
     ],
-    ids=["sparse", "meta", "complex128"],
+    ids=["sparse", "meta", "freed", "complex128"],
 )
-def test_tensors_that_are_refused(tmp_path: Path, tensor: torch.Tensor, said: str) -> None:
-    with CheckpointManager(tmp_path) as manager:
+@pytest.mark.parametrize("copy", [False, True])
+def test_tensors_that_are_refused(tmp_path: Path, tensor: torch.Tensor, said: str, copy: bool) -> None:
+    with CheckpointManager(tmp_path, async_save=copy) as manager:
         manager.save(0, {"x": torch.ones(1)})
         with pytest.raises((ManagerError, WriteError), match=said):
             manager.save(1, {"x": tensor})
+            manager.wait()
         assert manager.steps() == [0]
     assert not [e for e in os.listdir(tmp_path) if e.startswith((".saving", ".trash"))]
 
@@ -219,6 +229,7 @@ def test_nothing_is_spread_over_a_larger_tensor(tmp_path: Path, names: list[str]
         (torch.zeros(3, device="meta"), "on the meta device"),
         (torch.zeros(3, dtype=torch.int8), r"saved as torch\.float32, the template's torch\.int8"),
         (torch.zeros(1).expand(3), "elements of the template share memory"),
+        (freed(3), "no plain memory"),
     ],
 )
 def test_templates_that_cannot_hold_what_was_saved(tmp_path: Path, into: torch.Tensor, said: str) -> None:
@@ -491,7 +502,7 @@ def test_a_manager_that_cannot_be_made_lets_go_of_the_ranks(
 
 
 def test_options_that_lack_their_other_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ManagerError, match="best_metric is missing"):
+    with pytest.raises(ManagerError, match="goes with best_metric"):
         CheckpointManager(tmp_path, keep_best=1)
     with pytest.raises(ManagerError, match="give both or none"):
         CheckpointManager(tmp_path, rank=1)

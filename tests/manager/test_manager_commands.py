@@ -75,6 +75,21 @@ def test_gc(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(e for e in os.listdir(root) if e.startswith("step")) == ["step-00000002", "step-00000003"]
 
 
+def test_gc_by_period_and_by_the_largest(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with CheckpointManager(root) as manager:
+        manager.save(4, {"n": 4}, {"loss": 9.0})
+        manager.save(5, {"n": 5}, {"loss": 0.0})
+        assert manager.rewind(4) == [5]
+    best = ("--keep-best", 1, "--metric", "loss", "--mode", "max")
+    assert call("gc", root, "--keep-period", 3, "--dry-run") == 0
+    assert capsys.readouterr().out == "2 commits would go: 1, 2\n"
+    assert call("gc", root, *best) == 0
+    assert capsys.readouterr().out == "4 commits went: 0, 1, 2, 3\n"
+    assert [e for e in os.listdir(root) if e.startswith(".aside")]
+    assert call("gc", root, "--aside") == 0
+    assert not [e for e in os.listdir(root) if e.startswith(".aside")]
+
+
 def test_restore(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("restore", root, tmp_path / "all") == 0
     found = load_file(tmp_path / "all/model.safetensors")
@@ -221,7 +236,7 @@ def test_of_nothing(tmp_path: Path) -> None:
         (["ls", "R", "--step-digits", "0"], "gives no plain file name"),
         (["ls", "R", "--step-prefix", "../x"], "gives no plain file name"),
         (["gc", "R", "--max-to-keep", "0"], "max_to_keep: wanted at least 1, got 0"),
-        (["gc", "R", "--keep-best", "1"], "best_metric is missing"),
+        (["gc", "R", "--keep-best", "1"], "keep_best goes with best_metric (--metric)"),
         (["verify", "R", "--step", "9"], "step-00000009: no such directory"),
         (["restore", "R", "OUT", "--step", "-1"], "steps count from 0"),
         (["restore", "R", "OUT", "--step", "9"], "no such file"),

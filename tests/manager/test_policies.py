@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from fastckpt.errors import ManagerError
+from fastckpt.errors import FastckptError, ManagerError
 from fastckpt.manager import policies
 from fastckpt.manager.commits import Commit
 from fastckpt.manager.policies import Moment
@@ -70,5 +70,7 @@ def test_the_first_and_while_nothing_goes_on() -> None:
 def test_nonsense(make: object) -> None:
     with pytest.raises(ManagerError, match="at least 1, got 0"):
         make(0)  # type: ignore[operator]
+    with pytest.raises(FastckptError, match="wanted int, got str '3'"):
+        make("3")  # type: ignore[operator]
     with pytest.raises(ManagerError, match="wanted min or max"):
         policies.best(1, "loss", "least")

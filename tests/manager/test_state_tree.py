@@ -98,6 +98,7 @@ class Odd:
         ({(1, 2): 3}, r"key \(1, 2\)"),
         ({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, "two tensors are named 'a.b'"),
         ({"n": np.array(["text"])}, "at n: "),
+        ({"n": np.zeros(1, [("a", "f4")])[0]}, "at n: a void"),
     ],
 )
 def test_what_is_no_plain_value(state: object, said: str) -> None:

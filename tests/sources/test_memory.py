@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fastckpt
 import numpy as np
 import pytest
 import reading
@@ -55,7 +56,8 @@ def test_tied_tensors_are_one():
     [
         torch.ones(3, device="meta"), torch.eye(2).to_sparse(), torch.ones(3, dtype=torch.complex64).conj(),
         torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), [1.0],
-        torch.nested.nested_tensor([torch.ones(3)]), 3, None,
+        torch.nested.nested_tensor([torch.ones(3)]), 3, None, torch._efficientzerotensor((3,)),
+        torch.nn.UninitializedParameter(), torch._to_functional_tensor(torch.ones(3)),
         np.ones(3)[::-1], np.ones(3, ">f4"), np.array(["a"]), np.zeros(3, [("a", "f4"), ("b", "f8")])["b"],
     ],
     ids=lambda v: type(v).__name__,
@@ -63,6 +65,26 @@ def test_tied_tensors_are_one():
 def test_what_has_no_plain_memory(value):
     with pytest.raises(SourceError, match="x: "):
         sources.open({"x": value})
+
+
+def swapped(x):
+    x.data = torch.ones_like(x)
+
+
+def freed(x):
+    x.untyped_storage().resize_(0)
+
+
+@pytest.mark.parametrize("change", [swapped, freed])
+@pytest.mark.parametrize("into_files", [False, True])
+def test_memory_that_was_given_up_is_not_read(tmp_path, change, into_files):
+    """As FSDP frees and swaps what lies behind its parameters."""
+    x = torch.zeros(64, 64)
+    ckpt = sources.open({"x": x})
+    change(x)
+    with pytest.raises(SourceError, match="open the checkpoint again"):
+        fastckpt.reshard(ckpt, layout="same", out=str(tmp_path / "out") if into_files else None)
+    assert not any(tmp_path.iterdir())
 
 
 def test_zero_options_are_refused():

@@ -49,6 +49,9 @@ def test_refusals() -> None:
         ([{"a": flat}, {"a": flat.astype(np.float16)}], {"a": (8,)}, "partitions of float16, float32"),
         ([{"a": flat.reshape(2, 2)}], {"a": (4,)}, "wanted flat"),
         ([{"a": np.zeros(8, np.float32)[::2]}], {"a": (4,)}, "wanted flat"),
+        ([{"a": flat, "b": flat}], {"a": (4,)}, "b: partition 0 of 1 has it, and no shape is given"),
+        ([{"a": flat}], {"a": (-2, -2)}, r"a: \(-2, -2\) is no shape"),
+        ([{"a": flat}], {"a": (4.0,)}, r"a: \(4.0,\) is no shape"),
     ]:
         with pytest.raises(SourceError, match=said):
             fastckpt.partitioned(given, shapes)

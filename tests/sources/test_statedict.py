@@ -127,6 +127,7 @@ BAD = {
     "beside": ({"a": torch.ones(1), "model": TENSORS}, "tensors beside dicts of tensors"),
     "names": ({1: torch.ones(1)}, "which is no string"),
     "deepspeed": ({"module": TENSORS, "param_shapes": []}, "open its directory"),
+    "its optimizer": ({"optimizer_state_dict": {"a": 1}, "ds_version": "0.19.8"}, "open its directory"),
     "sparse": ({"a": torch.ones(1), "b": torch.eye(2).to_sparse()}, "b"),
 }
 

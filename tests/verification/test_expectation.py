@@ -81,6 +81,13 @@ def test_the_exit_code_is_1(hub, tmp_path, capsys):
     assert "_k_scale, which vllm==0.32 asks for" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("layout", ["hf", "same"])
+def test_a_whole_model_is_no_shard(hub, tmp_path, layout):
+    fastckpt.reshard(hub, config=CONFIG, layout=layout, out=tmp_path / "out")
+    (said,) = fastckpt.verify(tmp_path / "out", engine="vllm==0.32").problems
+    assert f"layout {layout} holds the tensors whole, the loader wants shards" in said
+
+
 def test_a_float32_config_is_served_as_bfloat16(hub, tmp_path):
     """vLLM's own default for it; the shards may be either."""
     config = CONFIG | {"dtype": "float32"}

@@ -41,11 +41,11 @@ def out(tmp_path: Path) -> Path:
 
 
 def test_sound(out: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    report = verify(out, threads=3, progress=lambda done, total: seen.append((done, total)))
+    seen: list[tuple[int, int, str]] = []
+    report = verify(out, threads=3, progress=lambda *said: seen.append(said))
     assert (report.ok, report.problems, report.notes) == (True, (), ())
     assert (report.files, report.tensors, report.bytes) == (3, 4, 2 * 2_604_000)
-    assert seen[-1] == (report.bytes, report.bytes) and seen == sorted(seen)
+    assert seen[-1] == (report.bytes, report.bytes, "verify") and seen == sorted(seen)
 
 
 @pytest.mark.parametrize("many", MANY)

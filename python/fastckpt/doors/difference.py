@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from .. import sources
 from ..checkpoint import JSON, Checkpoint, Entry
 from ..dtypes import DType, bfloat16, complex32
-from ..errors import ViewError
+from ..errors import ViewError, expect
 from ..joining import UNTOLD, whole
 from ..joining import open as open_checkpoint
 from ..quantisation.unrounding import unpacked
@@ -152,6 +152,7 @@ def diff(
     `rename` for a trainer's side (ZeRO, Megatron) alone where the other is none. `progress` gets (bytes done,
     bytes in all, "compare"), bytes of side a. Shards that were cut alike are compared as they lie, by
     "rank/name", others as the models they make. Raises SourceError as `open` does."""
+    expect("progress", progress, Callable, type(None))  # type: ignore[arg-type]
     trained = [c for c in (a, b) if isinstance(c, (str, os.PathLike)) and sources.format_of(c) in TRAINED]
     one, two = (
         c if isinstance(c, Checkpoint)

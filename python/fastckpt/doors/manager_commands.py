@@ -159,8 +159,8 @@ def _verify(manager: CheckpointManager, args: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def _verifying(show: Progress, step: int, done: int, total: int) -> None:
-    show(done, total, f"verify {step}")
+def _verifying(show: Progress, step: int, done: int, total: int, phase: str) -> None:
+    show(done, total, f"{phase} {step}")
 
 
 def _gc(manager: CheckpointManager, args: argparse.Namespace) -> int:

@@ -24,8 +24,8 @@ from .naming import Naming
 from .patterns import Patterns
 
 __all__ = [
-    "LAYOUTS", "VERSION", "Adapts", "ByNames", "ByRoles", "Layout", "Naming", "Patterns", "Resizes", "layout",
-    "name_of", "options_of",
+    "LAYOUTS", "VERSION", "Adapts", "ByNames", "ByRoles", "Layout", "Naming", "Patterns", "Resizes", "chosen",
+    "layout", "name_of", "options_of",
 ]  # fmt: skip
 
 
@@ -106,6 +106,16 @@ def layout(name: str, options: Mapping[str, str] | None = None) -> Layout:
         values[key] = _parsed(f"layout {name}: {key}", text, fields[key])
     make: Callable[..., Layout] = _kind(name)
     return make(**values)
+
+
+def chosen(asked: str | Layout) -> Layout:
+    """The layout of a name, or an object, its options held to what `layout` reads. Raises LayoutError."""
+    if isinstance(asked, str):
+        return layout(asked)
+    if isinstance(asked, type) or not all(hasattr(asked, part) for part in ("roles", "targets", "naming")):
+        raise LayoutError(f"layout: wanted a name or a layout's object, got {asked!r:.80}")
+    name = name_of(type(asked))
+    return asked if name is None else layout(name, options_of(asked))
 
 
 def _kind(name: str) -> type:

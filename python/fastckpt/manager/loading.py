@@ -16,12 +16,13 @@ from ..checkpoint import JSON
 from ..errors import ManagerError
 from ..pipeline import cores, each
 from ..running.tensors import torch_dtype
+from ..sources.memory import has_memory
 from ..sources.training import engine_directory
 from .commits import Store
 from .coordination import Group, together
 from .metadata import Took
 from .opened import Opened, check_files, open_step
-from .pieces import box_of
+from .pieces import PLAIN, box_of
 from .saving import Disk, engine_tag
 from .state_tree import MISSING, Builder, Engine, fill, flatten
 from .template_check import check
@@ -190,6 +191,8 @@ def _fits(opened: Opened, name: str, template: torch.Tensor) -> None:
         why = f"saved shape {shape}, the template's is {tuple(template.shape)}"
     elif template.is_meta:
         why = "the template is on the meta device, which holds nothing; to_empty() gives it memory"
+    elif type(template) in PLAIN and not has_memory(template):
+        why = "the template has no plain memory (or no more)"
     elif not torch.can_cast(dtype, template.dtype):
         why = f"saved as {dtype}, the template's {template.dtype} cannot hold that"
     elif any(n > 1 and step == 0 for n, step in zip(template.shape, template.stride(), strict=True)):

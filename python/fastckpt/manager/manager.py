@@ -21,10 +21,9 @@ from types import TracebackType
 from ..checkpoint import JSON
 from ..errors import ManagerError, WriteError, expect
 from ..layouts import Layout
-from ..placement import Placement
+from ..placement import Placement, grid_of
 from ..planning.request import Serving
 from ..quantisation.schemes import Quant
-from ..road import grid_of
 from ..running.runs import Progress, Report
 from ..sources.training import rank_directory
 from . import policies, publishing, saving

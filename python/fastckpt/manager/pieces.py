@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from ..checkpoint import JSON
 from ..dtypes import BY_NAME, DType
 from ..errors import ManagerError
+from ..sources.memory import has_memory
 from ..sources.training import Shared
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 """Types that are no DTensor for sure; importing DTensor takes half a second."""
 
 
@@ -124,7 +125,7 @@ def box_of(name: str, tensor: torch.Tensor) -> Box | None:
     """This rank's box of a tensor cut over a mesh; None for any other tensor.
 
     Raises ManagerError for a cut that is no box (partial sums, strided shards)."""
-    if type(tensor) in _PLAIN:
+    if type(tensor) in PLAIN:
         return None
     from torch.distributed.tensor import DTensor, Replicate, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -151,11 +152,10 @@ def _local(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor | None, Box | 
             return None, None
     if hasattr(tensor, "ds_id"):
         raise ManagerError(f"state: {name} is partitioned by DeepSpeed; give the engine, not its module")
-    wrapped = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-    if wrapped or tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+    if not has_memory(tensor):
         raise ManagerError(
             f"state: {name}: a {type(tensor).__name__} of {tensor.layout} on {tensor.device} has no plain "
-            "memory"
+            "memory (or no more)"
         )
     return tensor.detach().resolve_conj().resolve_neg(), box
 

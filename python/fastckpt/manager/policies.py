@@ -160,7 +160,7 @@ def keep_asked(
     chosen = [] if keep is None else [keep]
     if keep_best is not None:
         if best_metric is None:
-            raise ManagerError("keep_best: best_metric is missing: best by what?")
+            raise ManagerError("keep_best goes with best_metric (--metric): best by what?")
         chosen.append(best(keep_best, best_metric, best_mode, without=without))
     if last is not None:
         chosen.append(newest(last))
@@ -186,5 +186,6 @@ def ranking(metric: str, mode: str) -> Callable[[Sequence[Commit]], list[Commit]
 
 
 def _positive(what: str, n: int) -> None:
+    expect(what, n, int)
     if n < 1:
         raise ManagerError(f"{what}: wanted at least 1, got {n}")

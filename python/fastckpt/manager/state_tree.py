@@ -78,7 +78,7 @@ def _tree(value: object, path: str, flat: Flat) -> JSON:
     for kind, tag, write, _ in _LEAVES:
         if type(value) is kind:
             return {tag: write(value)}
-    if isinstance(value, np.generic):
+    if isinstance(value, np.generic) and value.dtype.names is None:  # whose str would not say the fields
         return {"number": [value.dtype.str, value.tobytes().hex()]}
     if isinstance(value, Engine):
         flat.engines[path] = value

@@ -1,6 +1,6 @@
 """Where the extents of compiled rows lie: in files and buffers.
 
-Law: a bound row reads inside its extent; this is checked here, and trusted after.
+Law: a bound row reads inside its extent, and memory is where it was; this is checked here, and trusted after.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Binding:
 
     @staticmethod
     def of(extents: Extents) -> Binding:
-        """The binding of an extent table."""
+        """The binding of an extent table. Raises SourceError for memory that is no more."""
         index: dict[int | File, int] = {}
         places: list[File | Buffer] = []
         place = np.empty(len(extents), np.int64)
@@ -35,6 +35,8 @@ class Binding:
         for i, extent in enumerate(extents):
             key = extent.where if isinstance(extent.where, File) else id(extent.where)
             if key not in index:
+                if isinstance(extent.where, Buffer):
+                    extent.where.check()
                 index[key] = len(places)
                 places.append(extent.where)
             place[i], offset[i], size[i] = index[key], extent.offset, extent.nbytes

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from .. import dtypes
 from ..checkpoint import JSON, Checkpoint
 from ..dtypes import DType
-from ..errors import RecipeError
+from ..errors import RecipeError, ViewError
 from ..extents import is_directory
 from ..plainjson import read_json
 from .request import Request
@@ -71,12 +71,15 @@ def quantised(config: bytes | None, spelled: Mapping[str, JSON]) -> bytes | None
 
 
 def dtype(config: Mapping[str, JSON] | None, asked: str | DType | None) -> DType | None:
-    """What the floats become: the dtype asked for, for "auto" the config's, for None as they are stored."""
-    if asked is None or isinstance(asked, DType):
-        return asked
-    if asked != "auto":
-        return dtypes.dtype(asked)
-    named = dtypes.of_config(config or {})
+    """What the floats become: the dtype asked for, for "auto" the config's, for None as they are stored.
+
+    Raises ViewError for one that floats are never cast to."""
+    if asked is None:
+        return None
+    named = dtypes.of_config(config or {}) if asked == "auto" else dtypes.dtype(asked)
     if named is None:
         raise RecipeError('dtype "auto": the config names no dtype or torch_dtype')
+    if named.kind != "float":
+        floats = ", ".join(d.name for d in dtypes.DTYPES if d.kind == "float")
+        raise ViewError(f"dtype {named}: floats are cast to floats alone ({floats})")
     return named

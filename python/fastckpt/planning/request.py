@@ -10,7 +10,7 @@ from typing import TypedDict
 from ..checkpoint import JSON
 from ..dtypes import DType
 from ..errors import LayoutError, expect
-from ..layouts import Layout
+from ..layouts import Layout, chosen
 from ..placement import Placement
 from ..quantisation.schemes import Quant
 
@@ -56,11 +56,7 @@ class Request:
                 f"placement is of rank {self.placement.rank}, and rank={self.rank} was asked for: "
                 "rank= says whose part is made, None that of all"
             )
-        if not isinstance(self.layout, str) and not all(
-            hasattr(self.layout, part) and not isinstance(self.layout, type)
-            for part in ("roles", "targets", "naming")
-        ):
-            raise LayoutError(f"layout: wanted a name or a layout's object, got {self.layout!r:.80}")
+        chosen(self.layout)
         expect("config", self.config, str, os.PathLike, Mapping, nothing)
         expect("recipe", self.recipe, str, nothing)
         expect("tp_plan", self.tp_plan, Mapping, nothing)

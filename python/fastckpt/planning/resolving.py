@@ -97,7 +97,7 @@ def _densified(ckpt: Checkpoint, request: Request) -> tuple[Checkpoint, Request]
 
 
 def _layout(request: Request) -> Layout:
-    layout = layouts.layout(request.layout) if isinstance(request.layout, str) else request.layout
+    layout = layouts.chosen(request.layout)
     if request.tp_plan is None:
         return layout
     if _name(layout) != "hf":

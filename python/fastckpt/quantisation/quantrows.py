@@ -1,6 +1,6 @@
 """Matrices as a GPU quantises them: rows of a table, cut into tiles.
 
-Law: the tiles of a row cover it exactly; a count here is the count of `quant_tiles_of` in csrc/quant_tiles.h.
+Law: the tiles of a row cover it exactly; a count here is that of `quant_tiles_of` (csrc/quant_place_cuda.h).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RECIPROCAL, HALF, ZERO, SQUARE, LARGEST = 1, 2, 4, 8, 16
 THREADS = 256
 PATCH = 8
 PATCHES = THREADS * PATCH
-"""The constants of csrc/quant_tiles.h: a thread's piece is PATCH values, a tile PATCHES pieces."""
+"""The constants of csrc/quant_place_cuda.h: a thread's piece is PATCH values, a tile PATCHES pieces."""
 
 SIDE = 128
 """Of a square block."""

@@ -195,7 +195,7 @@ class Run:
             if rank is not None and planned.checkpoint.format != memory.NAME and output.done(rank):
                 done = _digests(output.complete(), planned.ranks)
                 notes = (*planned.notes, f"rank {rank} was done already")
-                return self._report(replace(planned, notes=notes), out, done)
+                return replace(self._report(replace(planned, notes=notes), out, done), bytes_written=0)
             output.reserve(_nbytes(planned))
             files = [output.create(f, r) for f, r in zip(planned.files, planned.file_ranks, strict=True)]
             sink = ToFiles(planned.slots(), planned.tensors, files, finite=finite)

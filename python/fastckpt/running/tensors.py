@@ -35,9 +35,12 @@ def allocate(planned: Plan, device: str = "cpu") -> tuple[list[State], list[Buff
 def _fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, needed: int) -> torch.Tensor:
     """A tensor whose values are not set; `needed`: bytes of all that are made with it. Raises DeviceError."""
     try:
-        return torch.empty(shape, dtype=dtype, device=device)
+        made = torch.empty(shape, dtype=dtype, device=device)
     except RuntimeError as e:  # what main memory has no room for is no OutOfMemoryError
         raise DeviceError(f"{device}: no memory for {name}: the outputs need {needed} bytes; {e}") from None
+    if not plain(made):
+        raise DeviceError(f"{device}: torch makes a {type(made).__name__} here; leave FakeTensorMode first")
+    return made
 
 
 def matched(planned: Plan, out: Sequence[Mapping[str, torch.Tensor]], device: str) -> list[Buffer]:
@@ -64,7 +67,7 @@ def matched(planned: Plan, out: Sequence[Mapping[str, torch.Tensor]], device: st
         if not plain(given):
             raise LayoutError(
                 f"out: {t.name} is a {type(given).__name__}, {given.layout}, whose values do not lie in "
-                "plain memory; make it dense and local first"
+                "plain memory (or no more); make it dense and local first"
             )
         if not given.is_contiguous():
             raise LayoutError(f"out: {t.name} is not contiguous, its strides are {given.stride()}")

@@ -38,6 +38,21 @@ _PLAIN = Options()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Storage(Buffer):
+    """The storage of a tensor, its owner, as it was opened: `.data =`, resize_ and FSDP give it another."""
+
+    def check(self) -> None:
+        """Raise SourceError where it has another."""
+        tensor: torch.Tensor = self.owner  # type: ignore[assignment]
+        now = tensor.untyped_storage()
+        if (now.data_ptr(), now.nbytes()) != (self.address, self.nbytes):
+            raise SourceError(
+                f"memory: a tensor, now {tensor.dtype} {tuple(tensor.shape)}, has other memory than when it "
+                "was opened (freed, resized, replaced); open the checkpoint again"
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Held:
     """One array: its buffer, and its place in it in elements."""
 
@@ -103,10 +118,20 @@ def partitioned(parts: Sequence[Mapping[str, object]], shapes: Mapping[str, Sequ
     """The checkpoint of parameters that lie in flat slices, as ZeRO-3 ranks hold them.
 
     `parts[r][name]`: rank r's 1-D slice of the parameter, a tensor or an array; one after the other they
-    begin with it, and what follows (the padding) is not read. Raises SourceError naming what does not fit."""
+    begin with it, and what follows (the padding) is not read. `shapes` has every name that they have. Raises
+    SourceError naming what does not fit."""
+    expect("parts", parts, Sequence)
+    expect("shapes", shapes, Mapping)
+    for name, shape in shapes.items():
+        expect("a tensor's name", name, str)
+        expect(f"{name}: its shape", shape, Sequence)
+        if not all(isinstance(n, int) and n >= 0 for n in shape):
+            raise SourceError(f"{name}: {tuple(shape)} is no shape")
     buffers = _Buffers()
     slices: dict[str, list[tuple[int, _Held]]] = {name: [] for name in shapes}
     for rank, part in enumerate(parts):
+        if more := [name for name in part if name not in shapes]:
+            raise SourceError(f"{more[0]}: partition {rank} of {len(parts)} has it, and no shape is given")
         for name in shapes:
             if name not in part:
                 raise SourceError(f"{name}: partition {rank} of {len(parts)} does not have it")
@@ -212,14 +237,27 @@ def _array(name: str, value: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) 
 
 
 def plain(value: torch.Tensor) -> bool:
-    """Whether a tensor's values are what its storage holds: no meta, sparse, quantised, nested or wrapped
-    tensor (DTensor), none that is conjugated or negated when it is read."""
+    """Whether a tensor's values are what its memory holds: none is conjugated or negated when it is read."""
+    return has_memory(value) and not (value.is_conj() or value.is_neg())
+
+
+def has_memory(value: torch.Tensor) -> bool:
+    """Whether a tensor lies strided in a storage: no meta, sparse, quantised, nested, lazy or wrapped tensor
+    (DTensor), none whose storage was freed."""
     import torch
 
     wrapped = type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-    if wrapped or value.layout is not torch.strided:
+    if wrapped or torch.nn.parameter.is_lazy(value) or value.layout is not torch.strided:
         return False
-    return not (value.is_meta or value.is_quantized or value.is_nested or value.is_conj() or value.is_neg())
+    if value.is_meta or value.is_quantized or value.is_nested:
+        return False
+    try:
+        storage = value.untyped_storage()
+        storage.data_ptr()
+    except RuntimeError:  # of vmap and grad, functional ones, zeros that lie nowhere
+        return False
+    last = value.storage_offset() + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+    return value.numel() == 0 or (last + 1) * value.itemsize <= storage.nbytes()
 
 
 def _tensor(name: str, value: torch.Tensor) -> _Held:
@@ -227,8 +265,8 @@ def _tensor(name: str, value: torch.Tensor) -> _Held:
     if dtype is None or not plain(value):
         raise SourceError(
             f"{name}: {type(value).__name__} of {value.dtype}, {value.layout} on {value.device} has no plain "
-            "strided memory; make it dense and local first"
+            "strided memory (or no more); make it dense and local first"
         )
     storage = value.untyped_storage()
-    buffer = Buffer(value, storage.data_ptr(), storage.nbytes(), str(value.device))
+    buffer = _Storage(value, storage.data_ptr(), storage.nbytes(), str(value.device))
     return _Held(buffer, dtype, tuple(value.shape), int(value.storage_offset()), tuple(value.stride()))

@@ -73,8 +73,8 @@ def state_dict(root: object) -> StateDict:
         if nested:
             raise SourceError(f"tensors beside dicts of tensors; keys: {_keys(root)}")
         return _flat(root)
-    if "param_shapes" in root:
-        raise SourceError("model states of a DeepSpeed checkpoint; open its directory")
+    if "param_shapes" in root or {"optimizer_state_dict", "ds_version"} <= root.keys():
+        raise SourceError("one file of a DeepSpeed checkpoint; open its directory")
     inner = _wrapped(root) or {
         (key, *path): table for key, value in root.items() for path, table in _wrapped(value).items()
     }

@@ -14,7 +14,7 @@ from .. import layouts, sources
 from ..checkpoint import JSON
 from ..dtypes import bfloat16, float32, of_config
 from ..errors import LayoutError, RecipeError, SourceError
-from ..joining import grid, would_hold
+from ..joining import grid, uncut, would_hold
 from ..layouts.engines import ENGINES, known
 from ..layouts.vllm import Vllm
 from ..output.manifest import Manifest, TensorEntry
@@ -41,6 +41,9 @@ def against(path: str, manifest: Manifest, engine: str) -> list[str]:
     """How the shards of an output differ from what the engine's sharded_state loader wants, in words.
 
     The dtype is config.json's; float32 there may be served as bfloat16, which is vLLM's default for it."""
+    if uncut(manifest.record.layout, manifest.world):
+        told = f"layout {manifest.record.layout} holds the tensors whole, the loader wants shards"
+        return [f"{engine}: {told}: --layout vllm -L engine={engine} writes them"]
     fields = _fields(manifest)
     try:
         layout = _layout(fields, engine)

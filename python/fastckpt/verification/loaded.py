@@ -16,10 +16,10 @@ from ..errors import LayoutError, expect
 from ..extents import is_file
 from ..layouts import Layout
 from ..output.manifest import NAME, Manifest, Shard
-from ..placement import Placement
+from ..placement import Placement, grid_of
 from ..planning import plans
 from ..planning.request import Request
-from ..road import grid_of, open_whole
+from ..road import open_whole
 from ..running import tensors
 from ..running.runs import Progress, Run
 from ..sources.memory import plain
@@ -55,8 +55,12 @@ def verify_tensors(
     arguments would fill, cast to the tensors' own dtypes, and digests it. Problems name the tensor: missing,
     too much, another shape or dtype, other bytes. Raises as `load_into` does."""
     began = time.perf_counter()
+    import torch
+
     expect("ckpt", ckpt, str, os.PathLike, Checkpoint, Mapping)
     state = dict(held) if isinstance(held, Mapping) else tensors.held(held)
+    for name, tensor in state.items():
+        expect(f"held: {name}", tensor, torch.Tensor)
     grid = grid_of(tp, placement)
     record = None if layout is not None or isinstance(ckpt, (Checkpoint, Mapping)) else _record(ckpt)
     if record is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -62,18 +62,20 @@ def verify(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Check digests, sizes, headers, missing and extra files, NaN and Inf; `progress(bytes done, of)`.
+    """Check digests, sizes, headers, missing and extra files, NaN and Inf.
 
     A directory without a manifest is a problem, since nothing says what it should hold; with `plain` its
     safetensors headers are checked and its values looked through, and the notes say that there were no
     digests. `engine`: the shards must also be what this engine's sharded_state loader wants, "vllm==0.32" or
-    "vllm" for the version that is installed, else the newest that is known; it needs the manifest. Raises
-    SourceError where there is nothing to verify, LayoutError for an engine that is not known."""
+    "vllm" for the version that is installed, else the newest that is known; it needs the manifest. `progress`
+    gets (bytes done, bytes in all, "verify"). Raises SourceError where there is nothing to verify,
+    LayoutError for an engine that is not known."""
     start = time.perf_counter()
     expect("path", path, str, os.PathLike)
     expect("engine", engine, str, type(None))
     expect("plain", plain, bool)
     expect("threads", threads, int, type(None))
+    expect("progress", progress, Callable, type(None))  # type: ignore[arg-type]
     if threads is not None and threads < 1:
         raise FastckptError(f"threads: wanted at least 1, got {threads}")
     root = os.fspath(path)

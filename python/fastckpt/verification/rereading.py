@@ -19,8 +19,8 @@ from ..extents import fill, let_go
 from ..finite import nonfinite
 from ..pipeline import cores, feed
 
-Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
+Progress = Callable[[int, int, str], None]
+"""Called with bytes done, bytes in all and the phase, "verify"."""
 
 _READS = 16
 """Reads of one task."""
@@ -59,7 +59,7 @@ def reread(
         nonlocal done
         done += nbytes
         if progress is not None:
-            progress(done, before[-1])
+            progress(done, before[-1], "verify")
 
     feed(tasks, [leaves.run] * min(threads or min(8, cores()), len(tasks)), count)
     return list(leaves.problems(allow_nonfinite))
