@@ -269,6 +269,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("vllm_families",),
         ("vllm_attention",),
         ("rtp_merge", "rtp_split", "rtp_weights"),  # rtp-llm's catalogue, of which its layout is made
+        ("rtp_matrices",),
         ("rtp_roles", "rtp_rope"),
         ("rtp_lora",),
         ("same", "hf", "vllm", "rtp_llm", "megatron", "patterns"),

@@ -25,8 +25,9 @@ from ..target import Target
 from .naming import Naming
 from .requirements import require_delta, require_even, require_heads, require_least, require_subjects
 from .rtp_lora import Lookup, layer_pairs
+from .rtp_matrices import Whole, norm
 from .rtp_merge import slopes
-from .rtp_roles import Making, Whole, layer_weights, norm, of_one_scale, of_w13
+from .rtp_roles import Making, layer_weights, of_one_scale, of_w13
 from .rtp_rope import cos_sin_cache
 from .rtp_split import SPLITS, Cut, phy2log
 from .rtp_weights import FACTORS, FP32, NAMES, TABLES
