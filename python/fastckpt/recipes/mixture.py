@@ -12,8 +12,9 @@ from functools import partial
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import Experts, Mlp, Model
+from ..roles import Linear
 from .attention import attention
-from .claims import Dim, absent, dim, each_layer, integer, layer_index
+from .claims import Claims, Dim, absent, dim, each_layer, integer, layer_index
 from .decoder import blocks_of, claimed, decoder
 from .dense import Feeding, dense
 from .kind import Kind
@@ -112,7 +113,20 @@ def recipe(
     """The model of a checkpoint of that family; `vocab_size` overrides config's. Raises RecipeError."""
     kind = mixture.kind
     claims = claimed(kind, ckpt, config)
-    hidden, chosen = dim(config, "hidden_size"), mixture.sparse(config)
+    model = decoder(
+        kind,
+        claims,
+        config,
+        vocab_size,
+        attending(claims, config, mixture.latent) if mixture.latent else attention(kind, claims, config),
+        _feeding(mixture, claims, config),
+        predictions=integer(config, "num_nextn_predict_layers", 0, least=0),
+    )
+    return replace(model, rope=rope(config)) if mixture.latent else model
+
+
+def _feeding(mixture: Mixture, claims: Claims, config: Mapping[str, JSON]) -> Feeding:
+    kind, hidden, chosen = mixture.kind, dim(config, "hidden_size"), mixture.sparse(config)
     held = blocks_of(kind, config, claims.layers(config))
     sparse = {i: chosen(i) for i, blocks in enumerate(held) if "mlp" in blocks}
     count = width = shared = Dim(0, "")
@@ -126,35 +140,30 @@ def recipe(
         block = dense(kind.mlp, claims, config, plain)
         widths = {plain.key: plain.size} | widths
 
-    def feed_forward(layer: str) -> Callable[[], Mlp | Experts]:
+    def claim(layer: str) -> Callable[[], Mlp | Experts]:
         if block is not None and not sparse.get(layer_index(layer), True):
             return block(layer)
         build = experts(claims, config, layer, mixture.block, (count, width, hidden))
         if mixture.shared is None or not shared.size:
             return build
-        gate, trained = mixture.shared.gate, mixture.shared.trained
-        stored = gate
-        if has_autoep(claims, layer, mixture.block):
-            at = mixture.block.trained
-            trained, stored = f"{at}.{AUTOEP_SHARED}", f"{at}.{AUTOEP_SHARED_GATE}"
-        return with_shared(
-            build,
-            dense(kind.mlp, claims, config, shared, mixture.shared.name, trained)(layer),
-            claims.linear(f"{layer}.{gate}", Dim(1, "1"), hidden, stored=f"{layer}.{stored}")
-            if gate
-            else absent,
-        )
+        return with_shared(build, *_shared_block(mixture, mixture.shared, claims, config, layer, shared))
 
-    model = decoder(
-        kind,
-        claims,
-        config,
-        vocab_size,
-        attending(claims, config, mixture.latent) if mixture.latent else attention(kind, claims, config),
-        Feeding(feed_forward, widths, count.size, width.key, shared.key),
-        predictions=integer(config, "num_nextn_predict_layers", 0, least=0),
-    )
-    return replace(model, rope=rope(config)) if mixture.latent else model
+    return Feeding(claim, widths, count.size, width.key, shared.key)
+
+
+def _shared_block(
+    mixture: Mixture, named: Shared, claims: Claims, config: Mapping[str, JSON], layer: str, width: Dim
+) -> tuple[Callable[[], Mlp], Callable[[], Linear | None]]:
+    """Claims the block that every token passes, and its gate."""
+    trained, gate = named.trained, named.gate
+    if has_autoep(claims, layer, mixture.block):
+        at = mixture.block.trained
+        trained, gate = f"{at}.{AUTOEP_SHARED}", f"{at}.{AUTOEP_SHARED_GATE}"
+    block = dense(mixture.kind.mlp, claims, config, width, named.name, trained)(layer)
+    if not named.gate:
+        return block, absent
+    hidden, stored = dim(config, "hidden_size"), f"{layer}.{gate}"
+    return block, claims.linear(f"{layer}.{named.gate}", Dim(1, "1"), hidden, stored=stored)
 
 
 def _shared(config: Mapping[str, JSON], shared: Shared | None, width: Dim) -> Dim:
