@@ -63,6 +63,11 @@ Whole = Callable[[str], Callable[[], tuple[Parameter, ...]]]
 """Claims what else a layer has, which is never cut, by the layer's name."""
 
 
+def nothing(layer: str) -> Callable[[], tuple[Parameter, ...]]:
+    """Layers have nothing else."""
+    return tuple
+
+
 def decoder(
     kind: Kind,
     claims: Claims,
@@ -71,7 +76,7 @@ def decoder(
     attending: Attending,
     feeding: Feeding,
     *,
-    whole: Whole = lambda layer: tuple,
+    whole: Whole = nothing,
     predictions: int = 0,
 ) -> Model:
     """A model of these blocks. `predictions`: how many layers after the last predict one more token each,

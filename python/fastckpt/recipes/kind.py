@@ -72,6 +72,7 @@ class QkNorm:
 
 
 UNNORMED = QkNorm(there=False)
+"""q and k are not normed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +121,7 @@ NORMED = SelfAttention(qk_norm=QkNorm())
 
 GATED = ("gate_proj", "up_proj", "down_proj")
 UNGATED = ("up_proj", "down_proj")
+"""What most families call the matrices of a block with a gate, and of one without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,7 @@ class Vocabulary:
 
 
 TIED = Vocabulary(tied=True)
+"""Embedding and head are one, unless config says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
