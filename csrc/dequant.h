@@ -45,6 +45,16 @@ FASTCKPT_INLINE void widen(float* out, const Dequant& q, size_t row, size_t c, s
         case DEQUANT_INT4: return words(Eight{0, 4, 8, 12, 16, 20, 24, 28});
         case DEQUANT_INT4_AWQ: return words(Eight{0, 16, 4, 20, 8, 24, 12, 28});
         case DEQUANT_INT4_DOWN: return down(4);
+        case DEQUANT_E2M1: {
+            // Its exponent and fraction stand in an fp32's highest and lowest bits of them: 2^126 too small.
+            auto meant = [](uint32_t x) { return as_float((x & 7) << 22 | (x & 8) << 28) * 0x1p126f; };
+            const auto* src = reinterpret_cast<const uint8_t*>(q.values) + (row * q.columns + c) / 2;
+            for (size_t i = 0; i < n / 2; ++i) {
+                out[2 * i] = meant(src[i]);
+                out[2 * i + 1] = meant(src[i] >> 4u);
+            }
+            return;
+        }
         default: return down(8);
     }
 }

@@ -54,7 +54,8 @@ struct Quant {
 };
 
 // How a value lies: a byte (UINT8 for eight bits packed across), four bits of which eight make a word of a row, the
-// first lowest (INT4) or in AWQ's order (AWQ), or four or eight bits of which a word holds that many rows (DOWN).
+// first lowest (INT4) or in AWQ's order (AWQ), or four or eight bits of which a word holds that many rows (DOWN). E2M1:
+// a float of four bits, two of which make a byte of a row, the first lowest.
 enum DequantKind : uint8_t {
     DEQUANT_INT8,
     DEQUANT_E4M3,
@@ -64,11 +65,12 @@ enum DequantKind : uint8_t {
     DEQUANT_INT4_AWQ,
     DEQUANT_INT4_DOWN,
     DEQUANT_INT8_DOWN,
+    DEQUANT_E2M1,
     DEQUANT_KINDS
 };
 
 // Quantised values and what they mean (dequant.h): (value - offset - zero) * scale.
-// `values`: rows x columns, as they lie, in whole words.
+// `values`: rows x columns, as they lie, in whole words, or bytes of two.
 // `scales`, `zeros` (or null): `groups` a row. Value (r, c) has number (first + c) / group of row row[r], or with group
 //     0 that row's first.
 // `out`: rows x columns of `dtype` (fp32, bf16 or fp16).

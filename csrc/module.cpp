@@ -162,9 +162,9 @@ void py_dequantise(const py::object& values, int kind, size_t rows, size_t colum
     Held v(values), s(scales), r(row), o(out, true);
     if (kind < 0 || kind >= DEQUANT_KINDS) throw std::invalid_argument("dequantise: no kind " + std::to_string(kind));
     check_dense("dequantise", o.nbytes(), code, rows, columns);
-    const bool four = kind >= DEQUANT_INT4 && kind <= DEQUANT_INT4_DOWN;
+    const bool four = (kind >= DEQUANT_INT4 && kind <= DEQUANT_INT4_DOWN) || kind == DEQUANT_E2M1;
     const size_t tall = kind == DEQUANT_INT4_DOWN ? 8 : kind == DEQUANT_INT8_DOWN ? 4 : 1;
-    const size_t wide = kind == DEQUANT_INT4 || kind == DEQUANT_INT4_AWQ ? 8 : 1;
+    const size_t wide = kind == DEQUANT_INT4 || kind == DEQUANT_INT4_AWQ ? 8 : kind == DEQUANT_E2M1 ? 2 : 1;
     if (rows % tall != 0 || columns % wide != 0 || v.nbytes() != rows * columns / (four ? 2 : 1))
         throw std::invalid_argument("dequantise: " + std::to_string(v.nbytes()) + " bytes are not " + std::to_string(rows) + " x " +
                                     std::to_string(columns) + " values");

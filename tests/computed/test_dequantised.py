@@ -16,6 +16,7 @@ from fastckpt.running import runs
 from fastckpt.running.computing import Computing
 from quant_oracle import GROUPS
 from quantisation.test_quant_road import linear, model
+from quantisation.test_unrounding import E2M1
 from safetensors.torch import load_file
 
 PLAIN = ("int8", "fp8", "fp8-channel", "fp8-block", "int4-group32")
@@ -196,6 +197,29 @@ def test_compressed_tensors_of_other_kinds():
         )
 
 
+def test_compressed_tensors_of_microscaled_floats():
+    """mxfp4 and nvfp4, two e2m1 a byte, and mxfp8: scales are exponents, or e4m3 below one number."""
+    torch.manual_seed(5)
+    codes = torch.randint(0, 16, (24, 96)).to(torch.uint8)
+    pairs, means = codes[:, ::2] | codes[:, 1::2] << 4, E2M1[codes.long()]
+    exponents = torch.randint(0, 200, (24, 3)).to(torch.uint8)
+    factors = (2.0 ** (exponents.float() - 127)).repeat_interleave(32, 1)
+    state = {"a.weight_packed": pairs, "a.weight_scale": exponents}
+    (got,) = fastckpt.reshard(state, layout="same", quant="none", dtype="float32")
+    same(got, {"a.weight": means * factors})
+    eight = torch.randn(24, 96).to(torch.float8_e4m3fn)
+    state = {"a.weight": eight, "a.weight_scale": exponents}
+    (got,) = fastckpt.reshard(state, layout="same", quant="none", dtype="bfloat16")
+    same(got, {"a.weight": (eight.float() * factors).bfloat16()})
+    scales, whole = torch.rand(24, 6).mul(400).to(torch.float8_e4m3fn), torch.tensor([917.3])
+    state = {
+        "a.weight_packed": pairs, "a.weight_scale": scales, "a.weight_global_scale": whole,
+        "a.input_global_scale": torch.ones(1),
+    }  # fmt: skip
+    (got,) = fastckpt.reshard(state, layout="same", quant="none")
+    same(got, {"a.weight": (means * (scales.float() / whole).repeat_interleave(16, 1)).bfloat16()})
+
+
 _UNEVEN = {"config_groups": {"group_0": {"weights": {"num_bits": 4, "symmetric": False}}}}
 _GPTQ = {
     "a.qweight": torch.zeros(1, 8, dtype=torch.int32), "a.qzeros": torch.zeros(1, 1, dtype=torch.int32),
@@ -203,6 +227,7 @@ _GPTQ = {
 }  # fmt: skip
 _FP8 = {"a.weight": torch.zeros(200, 200).to(torch.float8_e4m3fn), "a.weight_scale_inv": torch.ones(2, 2)}
 _PACKED = {"a.weight_packed": torch.zeros(8, 1, dtype=torch.int32), "a.weight_scale": torch.ones(8, 1)}
+_PAIRS = {"a.weight_packed": torch.zeros(8, 16, dtype=torch.uint8)}
 
 REFUSED = {
     "nothing": ({"a.weight": torch.zeros(2, 2)}, {}, "no tensor of it is quantised"),
@@ -216,6 +241,18 @@ REFUSED = {
         {"a.weight": torch.zeros(4, 8, dtype=torch.int8),
          "a.weight_scale": torch.ones(4, 1).to(torch.float8_e5m2)}, {}, "scales of float8_e5m2",
     ),
+    "exponents of int8": (
+        {"a.weight": torch.zeros(4, 64, dtype=torch.int8),
+         "a.weight_scale": torch.ones(4, 2, dtype=torch.uint8)}, {}, "scales of uint8",
+    ),
+    "exponents of pairs": (
+        _PAIRS | {"a.weight_scale": torch.ones(8, 2, dtype=torch.uint8)}, {}, "32 values each",
+    ),
+    "one number": (
+        _PAIRS | {"a.weight_scale": torch.ones(8, 2).to(torch.float8_e4m3fn)}, {},
+        "weight_global_scale is not there",
+    ),
+    "scales of pairs": (_PAIRS | {"a.weight_scale": torch.ones(8, 2)}, {}, "got float32, wanted uint8"),
     "which": (
         {"a.qweight": torch.zeros(8, 1, dtype=torch.int32), "a.qzeros": torch.zeros(1, 1, dtype=torch.int32),
          "a.scales": torch.ones(1, 8)}, {}, "no config says which",

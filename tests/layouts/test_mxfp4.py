@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import fastckpt
 import pytest
 import torch
-from fastckpt.errors import FastckptError, LayoutError, RecipeError
+from fastckpt.errors import FastckptError, LayoutError, RecipeError, SourceError
 from fastckpt.layouts import layout as layout_of
 from layouts import families
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 HIDDEN, WIDTH, EXPERTS = 64, 96, 3
@@ -111,8 +114,53 @@ def test_sizes_that_are_none():
         )
 
 
-@pytest.mark.parametrize("scheme", ["int8", "none"])
-def test_no_way_to_dense_weights_is_advised_that_there_is_not(scheme):
+def densified(tensors):
+    """What transformers makes of the hub's tensors to train them, in bfloat16."""
+    out = {n: x for n, x in tensors.items() if not n.endswith(("_blocks", "_scales"))}
+    for name in (n.removesuffix("_blocks") for n in tensors if n.endswith("_blocks")):
+        blocks, scales = tensors[f"{name}_blocks"].clone(), tensors[f"{name}_scales"].clone()
+        out[name] = convert_moe_packed_tensors(blocks, scales)
+    return out
+
+
+@pytest.mark.parametrize("served, tp", [("hf", 1), ("hf", 2), ("vllm", 2)])
+def test_dense_as_transformers_makes_them(served, tp):
     config, tensors = hub()
-    with pytest.raises(FastckptError, match="quant_method 'mxfp4' cannot be made dense here, only fp8"):
-        fastckpt.reshard(tensors, config=config, quant=scheme)
+    for name in (n for n in tensors if n.endswith("_scales")):  # also what bfloat16 must round to zero or not
+        tensors[name][0, 0] = torch.tensor([0, 254, 1])[: tensors[name].shape[2]]
+    plain = {k: v for k, v in config.items() if k != "quantization_config"}
+    got = fastckpt.reshard(
+        tensors, tp, config=config, layout=served, quant="none", dtype="bfloat16", allow_nonfinite=True
+    )
+    want = fastckpt.reshard(
+        densified(tensors), tp, config=plain, layout=served, dtype="bfloat16", allow_nonfinite=True
+    )
+    for a, b in zip(got, want, strict=True):
+        equal(a, b)
+
+
+def test_dense_files_are_a_model_without_a_word_of_mxfp4(tmp_path):
+    config, tensors = hub()
+    fastckpt.reshard(tensors, config=config | {"dtype": "bfloat16"}, quant="none", out=tmp_path / "out")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    (got,) = fastckpt.reshard(tmp_path / "out")
+    want = densified(tensors)
+    equal(got, want)
+
+
+def test_bytes_that_are_no_mxfp4_are_refused():
+    config, tensors = hub()
+    name = "model.layers.0.mlp.experts.down_proj"
+    for part, wrong, why in (
+        ("scales", tensors[f"{name}_scales"][..., :2].contiguous(), "do not fit scales of"),
+        ("blocks", tensors[f"{name}_blocks"].to(torch.int8), "got blocks of int8"),
+        ("scales", torch.full_like(tensors[f"{name}_scales"], 255), "exponent is 255"),
+    ):
+        with pytest.raises(SourceError, match=f"down_proj: .*{why}"):
+            fastckpt.reshard(tensors | {f"{name}_{part}": wrong}, config=config, quant="none")
+
+
+def test_the_way_to_dense_weights_is_advised():
+    config, tensors = hub()
+    with pytest.raises(FastckptError, match="--quant none"):
+        fastckpt.reshard(tensors, config=config, quant="int8")

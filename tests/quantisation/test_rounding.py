@@ -130,3 +130,13 @@ def test_the_error_is_that_of_the_values(native, isa):
             float(torch.nn.functional.cosine_similarity(x.double().flatten(), y.double().flatten(), 0)),
             rel=1e-6,
         )
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("native, isa", WAYS)
+def test_an_error_that_overflows_is_no_figure(native, isa):
+    """The largest fp32 there is becomes -128 scales of amax / 127.5, which is more."""
+    x = torch.ones(2, 256)
+    x[1, 3] = torch.finfo(torch.float32).min
+    _, found = run(x, "int8", native, isa)
+    assert found.error.snr is None and not np.isfinite(found.error.rms)

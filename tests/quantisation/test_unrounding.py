@@ -16,6 +16,7 @@ if built():
 else:
     WAYS = [(False, -1)]
 
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 AWQ = (0, 2, 4, 6, 1, 3, 5, 7)
 SHAPES = [(8, 8), (16, 1032), (40, 2056), (8, 3000)]
 TORCH = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "int8": torch.int8}
@@ -26,6 +27,9 @@ def stored(kind, rows, columns):
     if kind in TORCH:
         codes = torch.randint(-128, 128, (rows, columns)).to(torch.int8)
         return codes, codes.view(TORCH[kind]).float()
+    if kind == "pairs4":
+        codes = torch.randint(0, 16, (rows, columns)).to(torch.uint8)
+        return codes[:, ::2] | codes[:, 1::2] << 4, E2M1[codes.long()]
     bits = int(kind[-1])
     many = 32 // bits
     whole = torch.randint(0, 1 << bits, (rows, columns))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..checkpoint import JSON, Checkpoint
 from ..collector import paused
-from ..computed import dequantised, prequantised
+from ..computed import prequantised, quantised_sources
 from ..computed.nowhere import lies_nowhere
 from ..digest import LEAF
 from ..dtypes import DType, float8_e4m3fn, float8_e5m2
@@ -205,7 +205,7 @@ def _stream(
 
     if held is None:
         return in_turn
-    scaled = any(dequantised.of_matrices(resolved.checkpoint))
+    scaled = any(quantised_sources.of_matrices(resolved.checkpoint))
     return lambda: _as_held(in_turn(), held, scaled, instead, left_out)
 
 

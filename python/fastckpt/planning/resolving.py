@@ -16,7 +16,7 @@ import xxhash
 
 from .. import layouts, recipes
 from ..checkpoint import JSON, Cast, Checkpoint
-from ..computed import dequantised, prequantised
+from ..computed import prequantised, quantised_sources
 from ..dtypes import DType, float32
 from ..errors import LayoutError, RecipeError
 from ..layouts import Adapts, ByNames, ByRoles, Layout, Resizes
@@ -78,7 +78,7 @@ def resolve(ckpt: Checkpoint, request: Request) -> Resolved:
         adapter = adapters.fit(ckpt, os.fspath(request.adapter), saved_as)
         ckpt = _adapted(adapter, layout, request, dtype)
     if dtype is not None:
-        dequantised.require_as_stored(ckpt, dtype, scales=not layout.roles)
+        quantised_sources.require_as_stored(ckpt, dtype, scales=not layout.roles)
         ckpt = replace(ckpt, entries=Cast(ckpt.entries, dtype))
     options = _options(layout, request, dtype, adapter)
     if not layout.roles:
@@ -92,7 +92,7 @@ def _densified(ckpt: Checkpoint, request: Request) -> tuple[Checkpoint, Request]
     if request.adapter is not None:
         raise LayoutError("quant none: an adapter is merged into what is dense already; write that first")
     config = None if request.config is None and ckpt.config is None else configs.found(ckpt, request.config)
-    ckpt, told = dequantised.plain(ckpt, config, configs.dtype(config, request.dtype))
+    ckpt, told = quantised_sources.plain(ckpt, config, configs.dtype(config, request.dtype))
     return ckpt, replace(request, config=told)
 
 
@@ -325,5 +325,5 @@ def _require_dense(quant: Quant, request: Request, naming: Naming, config: Mappi
     if config is not None and "quantization_config" in config:
         raise LayoutError(
             f"quant {quant.scheme.name}: the config says that the source is quantised already"
-            f"{dequantised.instead(config)}"
+            f"{quantised_sources.instead(config)}"
         )

@@ -55,8 +55,9 @@ class Error:
 
     @property
     def snr(self) -> float | None:
-        """Signal over noise in decibels; None where nothing differs or all is zero."""
-        return 10 * math.log10(self.dense / self.difference) if self.difference and self.dense else None
+        """Signal over noise in decibels; None where nothing differs, all is zero, or a square overflowed."""
+        ratio = self.dense / self.difference if self.difference else 0.0
+        return 10 * math.log10(ratio) if ratio > 0 else None
 
     @property
     def cosine(self) -> float:

@@ -17,9 +17,10 @@ from typing import Literal
 from ..dtypes import DType, float8_e4m3fn, float16, float32, int8, int32, int64
 from ..errors import LayoutError, expect
 
-Packed = Literal["", "across", "awq", "down"]
+Packed = Literal["", "across", "awq", "down", "pairs"]
 """How eight 4-bit values make an int32: eight columns, the first in the lowest bits; eight columns in AWQ's
-order (0, 2, 4, 6, 1, 3, 5, 7 from the lowest); eight rows, the first in the lowest."""
+order (0, 2, 4, 6, 1, 3, 5, 7 from the lowest); eight rows, the first in the lowest. "pairs": two columns make
+a byte, the first in the lower bits, and a value is e2m1 (OCP MX: 1 sign, 2 exponent, 1 fraction bit)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ Elements = NDArray[np.generic]
 
 KINDS = {
     "int8": 0, "float8_e4m3fn": 1, "float8_e5m2": 2, "across8": 3, "across4": 4, "awq4": 5, "down4": 6,
-    "down8": 7,
+    "down8": 7, "pairs4": 8,
 }  # fmt: skip
 """The dtype of values, or how they are packed (`schemes.Packed`) with so many bits each -> the number of
 csrc/isa.h's kind."""
@@ -28,6 +28,8 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 def per_element(kind: str) -> tuple[int, int]:
     """Rows and columns of values that one stored element holds."""
+    if kind == "pairs4":
+        return (1, 2)
     many = 32 // int(kind[-1]) if kind.startswith(("across", "awq", "down")) else 1
     return (many, 1) if kind.startswith("down") else (1, many)
 
@@ -62,7 +64,8 @@ def unrounded(
     whole = unpacked(values, kind) - np.float32(offset)
     if zeros is not None:
         whole -= zeros[row][:, column]
-    return np.asarray(whole * scales[row][:, column], np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # as C++, which warns of nothing
+        return np.asarray(whole * scales[row][:, column], np.float32)
 
 
 MADE = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16}
@@ -73,6 +76,9 @@ def unpacked(values: Elements, kind: str) -> Floats:
     """The values [rows, columns] that elements hold, in fp32; those that are packed are unsigned."""
     if kind in _CODES:
         return np.asarray(_CODES[kind][values.view(np.uint8)], np.float32)
+    if kind == "pairs4":
+        pairs = np.stack([values & np.uint8(15), values >> np.uint8(4)], -1)
+        return np.asarray(E2M1[pairs].reshape(values.shape[0], -1), np.float32)
     tall, wide = per_element(kind)
     if tall == wide == 1:
         return values.astype(np.float32)
@@ -84,6 +90,10 @@ def unpacked(values: Elements, kind: str) -> Floats:
     if tall > 1:
         lanes = lanes.transpose(0, 2, 1)
     return np.asarray(lanes.reshape(values.shape[0] * tall, values.shape[1] * wide), np.float32)
+
+
+E2M1 = np.array([sign * x for sign in (1.0, -1.0) for x in (0, 0.5, 1, 1.5, 2, 3, 4, 6)], np.float32)
+"""What the sixteen codes of e2m1 mean."""
 
 
 def _e4m3() -> Floats:

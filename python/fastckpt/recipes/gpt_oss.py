@@ -93,7 +93,8 @@ def _groups(size: Dim) -> Dim:
 
 def _in_blocks(name: str) -> Mlp:
     raise RecipeError(
-        f"{name}: experts in mxfp4 are read as stacks alone, which only layouts hf and vllm have a place for"
+        f"{name}: experts in mxfp4 are read as stacks alone, which only layouts hf and vllm have a place "
+        'for; quant="none" (--quant none) makes dense weights'
     )
 
 

@@ -161,7 +161,7 @@ class ComputingLane:
 
 NUMPY = {
     "float32": np.float32, "bfloat16": np.uint16, "float16": np.float16, "int8": np.int8, "int32": np.int32,
-    "int64": np.int64, "float8_e4m3fn": np.uint8, "float8_e5m2": np.uint8,
+    "int64": np.int64, "uint8": np.uint8, "float8_e4m3fn": np.uint8, "float8_e5m2": np.uint8,
 }  # fmt: skip
 """The dtypes of what matrices are computed from, in numpy, which has no bfloat16 and no fp8."""
 
