@@ -374,8 +374,8 @@ class Claims:
             )
         if self.form is not None and not self._any_quantised and self.imagined is None:
             raise RecipeError(
-                f"{self.ckpt.path}: config says quantization_config, and no matrix is quantised; engines would "
-                "look for scales: name a config without it, config= (--config)"
+                f"{self.ckpt.path}: config says quantization_config, and no matrix is quantised; engines "
+                "would look for scales: name a config without it, config= (--config)"
             )
         return tuple(left)
 
