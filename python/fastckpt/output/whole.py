@@ -90,6 +90,8 @@ class Whole:
 
     def commit(self, manifest: Manifest) -> Manifest:
         """Make the directory real, in one step, and remove the one it replaces."""
+        if (missing := manifest.missing(self._staging)) is not None:
+            raise WriteError(f"{self.path}: somebody removed what this run wrote ({missing}); run it again")
         with as_write_errors(self.path):
             write_file(os.path.join(self._staging, NAME), manifest.text(), self._durable)
             if self._durable:

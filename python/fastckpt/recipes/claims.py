@@ -152,6 +152,7 @@ class Claims:
         self._omitted = "" if spelled or self.imagined is not None else optional
         self._instead = instead if self._omitted else ""
         self._claimed: set[str] = set()
+        self._any_quantised = False
         if anchor and self._stored(anchor) not in ckpt:
             self._refuse_wrapped(self._stored(anchor))
 
@@ -271,6 +272,7 @@ class Claims:
         form = self.form
         if form is not None and self._is_quantised(at, form):
             build = self._quantised(name, at, out, into, form)
+            self._any_quantised = True
         else:
             build = self._plain(name, at, out, into, transposed)
         offset = self.floats(f"{at}.bias", out) if bias else absent
@@ -373,6 +375,11 @@ class Claims:
             raise RecipeError(
                 f"{self.ckpt.path}: the model has no place for {', '.join(unused[:5])}{more}; "
                 f"ignored are only: {', '.join(ignored) or 'none'}{strangers.beside(unused, self._claimed)}"
+            )
+        if self.form is not None and not self._any_quantised and self.imagined is None:
+            raise RecipeError(
+                f"{self.ckpt.path}: config says quantization_config, and no matrix is quantised; engines "
+                "would look for scales: name a config without it, config= (--config)"
             )
         return tuple(left)
 
