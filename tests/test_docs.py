@@ -134,3 +134,13 @@ def test_a_model_that_no_recipe_knows(tmp_path: Path) -> None:
             assert all(torch.equal(got[rank][n], want[n]) for n in want)
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
     assert {word for row in rows for word in re.findall(r"`(\w+)`", row)} == STYLES.keys()
+
+
+def test_every_module_has_its_row() -> None:
+    rooms = (ROOT / "docs/architecture.md").read_text().split("## Rooms")[1].split("## Arrows")[0]
+    package = ROOT / "python/fastckpt"
+    alike = {"sources", "recipes", "layouts", "engines"}  # one row for modules of one kind
+    modules = [p for p in package.rglob("*.py") if p.relative_to(package).parts[0] not in alike]
+    modules += (ROOT / "csrc").iterdir()
+    named = set(re.findall(r"`(\w+)`", rooms))
+    assert {p.stem for p in modules if not p.stem.startswith("__")} <= named

@@ -12,7 +12,7 @@ import pytest
 import quant_oracle
 import torch
 from fastckpt.cli import main
-from fastckpt.errors import LayoutError, SourceError, WriteError
+from fastckpt.errors import LayoutError, RecipeError, SourceError, WriteError
 from fastckpt.executors import pick
 from fastckpt.executors.cpu import built
 from fastckpt.planning import plans
@@ -445,10 +445,18 @@ FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 def test_what_is_quantised_already_is_refused():
     config, tensors = model("llama")
     with pytest.raises(LayoutError, match="quantised already"):
-        fastckpt.reshard(tensors, config=config | {"quantization_config": FP8}, quant="int8")
+        fastckpt.reshard(tensors, layout="same", config=config | {"quantization_config": FP8}, quant="int8")
     shard = fastckpt.reshard(tensors, config=config, quant="int8", rank=0)
     with pytest.raises(LayoutError, match="quantised already"):
         fastckpt.reshard(shard, layout="same", quant="int8")
+
+
+@pytest.mark.parametrize("layout", ["hf", "vllm", "rtp_llm"])
+def test_a_config_that_calls_dense_weights_quantised_is_refused(layout):
+    """Engines would look for scales, and some of them take what lies in memory where there are none."""
+    config, tensors = model("llama")
+    with pytest.raises(RecipeError, match="says quantization_config, and no matrix is quantised"):
+        fastckpt.reshard(tensors, layout=layout, config=config | {"quantization_config": FP8})
 
 
 def test_what_a_tied_name_would_lose_is_refused(tmp_path):

@@ -228,7 +228,7 @@ def _as_held(
         if scaled and view.dtype in (float8_e4m3fn, float8_e5m2) and view.dtype is not kind:
             raise LayoutError(
                 f"{target.name} is quantised, so its bytes cannot become {kind}; "
-                'reshard(quant="none") makes dense weights'
+                'quant="none" (--quant none) makes dense weights'
             )
         yield rank, Target(name, view.cast(kind), target.shape)
 

@@ -115,7 +115,7 @@ class Run:
         tensors.tie(states, planned.aliases)
         return states, report
 
-    def to_tensors(self, planned: Plan, out: Sequence[State], device: str = "cpu") -> Report:
+    def to_tensors(self, planned: Plan, out: Sequence[State], device: str) -> Report:
         """The caller's tensors, filled in place."""
         from . import tensors
 

@@ -71,7 +71,7 @@ def assemble(
             more = f" and {len(gone) - 8} more" if len(gone) > 8 else ""
             unread = [*unread, f"left out by rename: {', '.join(gone[:8])}{more}"]
         if not renamed:
-            raise SourceError(f"{path}: rename= leaves out every tensor")
+            raise SourceError(f"{path}: rename= (--rename) leaves out every tensor")
     beside = neighbours(search)
     return Checkpoint(
         path=path, format=format, entries=renamed, extents=extents, aliases=tied, files=tuple(files),
