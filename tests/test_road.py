@@ -4,6 +4,7 @@ import fcntl
 import itertools
 import json
 import os
+import shutil
 import subprocess
 
 import fastckpt
@@ -562,6 +563,36 @@ def test_config_and_tokenizer_go_with_the_weights(tmp_path):
     assert torch.equal(fewer["lm_head.weight"], truth["lm_head.weight"][:200])
     fastckpt.reshard(tmp_path / "in", layout="same", out=tmp_path / "other", config={"a": 1})
     assert json.loads((tmp_path / "other/config.json").read_text()) == {"a": 1}
+
+
+def test_a_config_that_is_not_the_one_the_weights_were_cut_by_does_not_go_with_them(tmp_path):
+    config, _ = zero(tmp_path / "in", "mixtral")
+    beside = tmp_path / "in/config.json"
+
+    def changed(*_):
+        beside.write_text(json.dumps(config | {"num_attention_heads": 4}))
+
+    opened = fastckpt.open(tmp_path / "in")
+    for rank in (None, 0):
+        beside.write_text(json.dumps(config))
+        with pytest.raises(SourceError, match=r"config\.json: changed since"):
+            fastckpt.reshard(
+                tmp_path / "in", 2, layout="vllm", rank=rank, out=tmp_path / "out", progress=changed
+            )
+    with pytest.raises(SourceError, match=r"config\.json: changed since"):
+        fastckpt.reshard(opened, 2, layout="vllm", out=tmp_path / "out")
+    assert os.listdir(tmp_path) == ["in"]
+    fastckpt.reshard(opened, 2, layout="vllm", config=config, out=tmp_path / "out")
+
+
+def test_files_that_somebody_removes_meanwhile_make_no_output(tmp_path):
+    def removed(done, total, phase):
+        for path in tmp_path.glob(".out*"):
+            shutil.rmtree(path)
+
+    with pytest.raises(WriteError, match="somebody removed what this run wrote"):
+        fastckpt.reshard({"w": torch.ones(3)}, layout="same", out=tmp_path / "out", progress=removed)
+    assert os.listdir(tmp_path) == []
 
 
 def test_staging_that_another_process_holds_is_not_swept(tmp_path):

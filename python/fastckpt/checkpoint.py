@@ -115,7 +115,7 @@ class Checkpoint:
     aliases: Mapping[str, str] = field(default_factory=dict)
     files: tuple[File, ...] = ()
     config: Mapping[str, JSON] | None = None
-    beside: tuple[str, ...] = ()
+    beside: tuple[File, ...] = ()
     facts: Mapping[str, JSON] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
     inert: tuple[str, ...] = ()

@@ -203,7 +203,7 @@ def _recipe(ckpt: Checkpoint, manifest: Manifest, given: str | None) -> dict[str
 def _config(ckpt: Checkpoint, manifest: Manifest) -> Mapping[str, JSON]:
     """The config the shards were cut by: the sizes it says decide what lies where."""
     path = os.path.join(ckpt.path, "config.json")
-    if ckpt.config is None or path not in ckpt.beside:
+    if ckpt.config is None or path not in {f.path for f in ckpt.beside}:
         raise SourceError(f"{ckpt.path}: no config.json, which says how the shards were cut")
     held = manifest.files.get("config.json")
     if held is None or digest(content(path)) != held.digest:

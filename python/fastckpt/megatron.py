@@ -59,7 +59,7 @@ def whole(ckpt: Checkpoint, recipe: str | None, config: Config) -> Checkpoint:
     named = {before + name: entry for name, entry in ckpt.entries.items()}
     beside = ckpt.beside
     if isinstance(config, str | os.PathLike) and is_directory(config):
-        beside = neighbours([os.fspath(config), *dict.fromkeys(map(os.path.dirname, ckpt.beside))])
+        beside = neighbours([os.fspath(config), *dict.fromkeys(os.path.dirname(f.path) for f in ckpt.beside)])
     shards = replace(ckpt, entries=named, config=said, beside=beside)
     found = whole_of(shards, phantom, model, _layout(shards, args, placement), placement, facts)
     return replace(found, format="megatron model")

@@ -480,7 +480,7 @@ def test_tensors_that_do_not_fit(tmp_path):
     for path in (beside, beside / "model.safetensors"):
         with pytest.raises(SourceError, match="holds its adapter already is written nowhere"):
             fastckpt.reshard(path, adapter=beside, layout="same")
-    with pytest.raises(LayoutError, match="apart goes with adapter="):
+    with pytest.raises(LayoutError, match="goes with adapter="):
         fastckpt.reshard(base, apart=True)
     with pytest.raises(SourceError, match=r"adapter_config\.json"):
         fastckpt.reshard(base, adapter=tmp_path / "nowhere")
@@ -561,6 +561,9 @@ def test_on_the_command_line(tmp_path, capsys):
     assert main(["inspect", str(made / "adapter")]) == 0
     assert "lora_alpha" in capsys.readouterr().out
     assert main([*words[:2], str(tmp_path / "x"), "--apart"]) == 2
-    assert "apart goes with adapter=" in capsys.readouterr().err and not (tmp_path / "x").exists()
+    assert (
+        "apart (--apart) goes with adapter= (--adapter)" in capsys.readouterr().err
+        and not (tmp_path / "x").exists()
+    )
     assert main([*words[:2], str(tmp_path / "x"), *words[3:], "--adapter", "other"]) == 2
     assert "--adapter: wanted one, got a second" in capsys.readouterr().err

@@ -313,7 +313,7 @@ def test_rows_in_pairs_want_plain_matrices():
 def test_stacks_are_not_quantised_as_the_hub_has_them(name):
     """Nor left dense unsaid; as vLLM has them they are quantised, and a shared block always is."""
     config, hub, _ = families.made(name)
-    with pytest.raises(LayoutError, match=r"stack of experts, which would stay dense; .*split_experts=true"):
+    with pytest.raises(LayoutError, match=r"stack of experts, which would stay dense; .*split_experts=True"):
         fastckpt.reshard(hub, 1, layout="hf", quant="int8", config=config)
     (got,) = fastckpt.reshard(hub, 1, layout="vllm", quant="int8", config=config)
     wanted = ("shared_mlp.input_linear.weight", "shared_expert.gate_up_proj.weight", "experts.w13_weight")

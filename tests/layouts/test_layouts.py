@@ -78,7 +78,7 @@ def test_hf_of_one_rank_is_what_save_pretrained_writes(name, stacked):
 def test_hf_refuses_fewer_kv_heads_than_ranks():
     model, *_ = model_of("tied")
     layout("hf").targets(model, Placement(tp=2))
-    with pytest.raises(LayoutError, match=r"2 kv heads do not divide by tp 4.*replicate_kv=true"):
+    with pytest.raises(LayoutError, match=r"2 kv heads do not divide by tp 4.*replicate_kv=True"):
         layout("hf").targets(model, Placement(tp=4))
 
 
@@ -177,8 +177,8 @@ def test_options_from_strings():
         ("vllm", {"vocab_padding": "9" * 5000}, f"wanted a number, got '{'9' * 40}'"),
         ("vllm", {"vocab_padding": "0"}, "at least 1, got 0"),
         ("hf", {"multiple": "0"}, "layout hf: multiple must be at least 1, got 0"),
-        ("hf", {"multiple": "32"}, "layout hf: multiple goes with pad=true"),
-        ("vllm", {"multiple": "32"}, "layout vllm: multiple goes with pad=true"),
+        ("hf", {"multiple": "32"}, "layout hf: multiple goes with pad=True"),
+        ("vllm", {"multiple": "32"}, "layout vllm: multiple goes with pad=True"),
         ("megatron", {"vocab_padding": "0"}, "vocab_padding must be at least 1, got 0"),
         ("rtp_llm", {"rope_positions": "1048577"}, "rope_positions must be at most 1048576, got 1048577"),
         ("rtp_llm", {"nodes": "0"}, "layout rtp_llm: nodes must be at least 1, got 0"),

@@ -238,7 +238,7 @@ REFUSED = [
     ("qwen3", dict(pp=3), "2 layers do not divide by pp 3"),
     ("deepseek_v2-lora", dict(tp=2), "no place for model.layers.0.self_attn.q_a_proj.bias"),
     ("gemma2", dict(tp=2), "no place for model.layers.0.post_attention_layernorm"),
-    ("gemma", dict(tp=2), "layernorm.weight is the factor less 1: wanted zero_centered_gamma=true"),
+    ("gemma", dict(tp=2), "layernorm.weight is the factor less 1: wanted zero_centered_gamma=True"),
     ("falcon-new", dict(tp=2), "no blocks side by side, as falcon wants"),
     ("falcon-rw", dict(tp=2), "no ALiBi, as falcon wants"),
 ]
@@ -255,7 +255,7 @@ def test_norms_around_one():
     model, _, hub = model_of("gemma")
     got = shard(layout("megatron", {"zero_centered_gamma": "true"}).targets(model, Placement()))
     same({"x": got["decoder.final_layernorm.weight"]}, {"x": hub["model.norm.weight"]})
-    with pytest.raises(LayoutError, match=r"is the factor itself: wanted zero_centered_gamma=false"):
+    with pytest.raises(LayoutError, match=r"is the factor itself: wanted zero_centered_gamma=False"):
         list(layout("megatron", {"zero_centered_gamma": "true"}).targets(model_of("qwen3")[0], Placement()))
 
 

@@ -73,7 +73,7 @@ def test_ranks_together_are_the_same_function(sizes, want):
     heads, kv, tp = sizes
     d, width = 4, 30
     model, t = model_of(heads, kv, width)
-    new = padded(model, tp, tp).sizes
+    new = padded(model, tp, tp, 1).sizes
     assert (new.heads, new.kv_heads) == want and new.widths == {"intermediate_size": -(-width // tp) * tp}
     x, at = torch.randint(-3, 4, (32,)).double(), "model.layers.0."
     t = {n: y.double() for n, y in t.items()}
@@ -112,7 +112,7 @@ def test_experts_and_latent_heads():
     config, hub, _ = families.made("deepseek_v3")
     model = recipes.find(config)(memory(hub), config)
     assert model.sizes.widths["moe_intermediate_size"] == 24
-    whole = padded(model, 3, 9)
+    whole = padded(model, 3, 9, 1)
     assert (whole.sizes.heads, whole.sizes.widths["moe_intermediate_size"]) == (9, 27)
     placed, at = layout("vllm", {"pad": "true", "vocab_padding": "48"}), "model.layers.1."
     ranks = [

@@ -288,7 +288,7 @@ def test_kc_and_vc_with_the_factors_of_their_blocks(nope, value, tp):
 def test_kc_and_vc_that_share_blocks_are_refused():
     model, *_ = latent_fp8(192, 64)
     with pytest.raises(
-        LayoutError, match=r"heads of 192 and 64, do not end with blocks of 128; absorb=false"
+        LayoutError, match=r"heads of 192 and 64, do not end with blocks of 128; absorb=False"
     ):
         shards(model)
     assert not any(".kc." in n for n in shards(model, {"absorb": "false"})[0][1])

@@ -151,7 +151,9 @@ def test_files_of_several_nodes(case, tmp_path):
     (tmp_path / "node1").mkdir()
     for rank in (2, 3):
         shutil.move(rank_file(root, rank), tmp_path / "node1")
-    with pytest.raises(SourceError, match=r"files of 2 of 4 ranks missing: rank 2, 3; .* with also="):
+    with pytest.raises(
+        SourceError, match=r"files of 2 of 4 ranks missing: rank 2, 3; .* which also= \(--also\) names"
+    ):
         fastckpt.open(root)
     want = load_file(root / "truth.safetensors")
     got = fastckpt.reshard(fastckpt.open(root, also=[tmp_path / "node1"]), layout="same")[0]

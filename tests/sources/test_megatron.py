@@ -162,7 +162,7 @@ def test_without_a_config(unpacked, tmp_path):
     for verb in (fastckpt.reshard, fastckpt.consolidate):
         with pytest.raises(SourceError, match=r"parts of 2 ranks.*--config"):
             verb(at / "legacy")
-    with pytest.raises(RecipeError, match="say where it is"):
+    with pytest.raises(RecipeError, match="says where it is"):
         fastckpt.reshard(at / "dist")
     assert joining.whole(ckpt) is ckpt
 
@@ -397,7 +397,7 @@ def test_one_thing_wrong(tmp_path, change, told, args):
 
 def test_norms_by_one_plus_weight_are_not_confused(tmp_path):
     run, config, _ = written(tmp_path, tiny.made("llama"), options=OF_TE, apply_layernorm_1p=True)
-    with pytest.raises(LayoutError, match="the factor itself: wanted zero_centered_gamma=false"):
+    with pytest.raises(LayoutError, match="the factor itself: wanted zero_centered_gamma=False"):
         fastckpt.open(run, config=config)
 
 

@@ -240,7 +240,7 @@ def test_hf_trainer_directory_brings_its_config(tmp_path):
     for path in (root, root / "global_step2"):
         ckpt = sources.open(path)
         assert ckpt.config == {"model_type": "llama"}
-        beside = {p.rsplit("/", 1)[1] for p in ckpt.beside}
+        beside = {f.path.rsplit("/", 1)[1] for f in ckpt.beside}
         assert beside == {"config.json", "tokenizer.json", "tiktoken.model"}
 
 

@@ -69,7 +69,8 @@ def test_what_it_does_not_want_is_named(hub, tmp_path, options, problems):
     found = written(hub, tmp_path / "out", **options)(engine="vllm==0.32")
     assert not found.ok
     assert set(problems) <= set(found.problems)
-    hint = "these shards were not written for vllm==0.32: --layout vllm -L engine=vllm==0.32 does"
+    hint = "layout vllm with engine='vllm==0.32' (-L engine=vllm==0.32) does"
+    hint = f"these shards were not written for vllm==0.32: {hint}"
     assert (found.problems[-1] == hint) == ("engine" not in options)
 
 

@@ -9,7 +9,7 @@ Source: ParamWrapper in peft 0.17 to 0.21, tuners/lora/layer.py, whose versions 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -93,58 +93,82 @@ def placed(
     settings: Settings, thin: Mapping[str, Pair], base: Checkpoint, saved_as: SavedAs, where: str
 ) -> tuple[dict[str, Pair], dict[str, tuple[Pair, ...]]]:
     """The adapter's pairs by the base's modules, and by its stacks. Raises SourceError."""
-    pairs: dict[str, Pair] = {}
-    stacks: dict[str, tuple[Pair, ...]] = {}
-
-    def add(name: str, pair: Pair) -> None:
-        module = name.removesuffix(".weight")
-        if module in pairs:
-            raise SourceError(
-                f"{where}: {pair.a_name} is a second A of {module}, which has {pairs[module].a_name}"
-            )
-        pairs[module] = pair
-
     wrapped: dict[str, list[str]] = {}  # module -> its wrappers, from the outermost on
     for wrapper in sorted(thin):
         wrapped.setdefault(re.sub(rf"({WRAPPED})+$", "", wrapper), []).append(wrapper)
+    placing = _Placing(settings, base, saved_as, where)
     for module, wrappers in wrapped.items():
-        declared = [f"{module}.{p}" for p in DECLARED]
-        held = {n: h for n in declared if settings.targets(n) and (h := _held(base.entries, n, saved_as))}
+        held = placing.parameters(module)
         if wrappers != [module + WRAPPED * depth for depth in range(len(held) or 1)]:
             raise SourceError(
                 f"{where}: holds pairs of {', '.join(wrappers)}; target_parameters {[*settings.parameters]} "
                 f"are {', '.join(held) or 'none'} of the base {base.path}"
             )
-        if not held:
-            found = _held(base.entries, f"{module}.weight", saved_as)
-            pair = thin[module]
-            scale = settings.scale(module, pair.a.shape[0])
-            add(found.names[0][0] if found else module, replace(pair, scale=scale))
-            continue
+        if held:
+            placing.place_parameters(held, [thin[wrapper] for wrapper in reversed(wrappers)])
+        else:
+            placing.place_module(module, thin[module])
+    return placing.pairs, placing.stacks
+
+
+class _Placing:
+    """An adapter's `pairs`, by the base's modules, and those of its `stacks`, placed module by module."""
+
+    def __init__(self, settings: Settings, base: Checkpoint, saved_as: SavedAs, where: str) -> None:
+        self.settings, self.base, self.saved_as, self.where = settings, base, saved_as, where
+        self.pairs: dict[str, Pair] = {}
+        self.stacks: dict[str, tuple[Pair, ...]] = {}
+
+    def parameters(self, module: str) -> dict[str, _Held]:
+        """The parameters of a module that PEFT wraps each on its own, innermost first."""
+        declared = [f"{module}.{p}" for p in DECLARED if self.settings.targets(f"{module}.{p}")]
+        found = {name: _held(self.base.entries, name, self.saved_as) for name in declared}
+        return {name: held for name, held in found.items() if held is not None}
+
+    def place_module(self, module: str, pair: Pair) -> None:
+        """The pair of a module's weight."""
+        found = _held(self.base.entries, f"{module}.weight", self.saved_as)
+        scale = self.settings.scale(module, pair.a.shape[0])
+        self._add(found.names[0][0] if found else module, replace(pair, scale=scale))
+
+    def place_parameters(self, held: Mapping[str, _Held], pairs: Sequence[Pair]) -> None:
+        """The pairs of a module's parameters, in their order."""
         wide: dict[str, Pair] = {}  # those of stacks
-        for (name, found), wrapper in zip(held.items(), reversed(wrappers), strict=True):
-            pair, (rank, over) = thin[wrapper], divmod(thin[wrapper].a.shape[0], found.count)
+        for (name, found), pair in zip(held.items(), pairs, strict=True):
+            rank, over = divmod(pair.a.shape[0], found.count)
             if over:
                 raise SourceError(
-                    f"{where}: {pair.a_name} {pair.a.shape}: wanted rows for {found.count} experts"
+                    f"{self.where}: {pair.a_name} {pair.a.shape}: wanted rows for {found.count} experts"
                 )
-            pair = replace(pair, scale=settings.scale(name, rank))
+            scaled = replace(pair, scale=self.settings.scale(name, rank))
             if len(found.shape) == 3:
-                wide[name] = pair
+                wide[name] = scaled
             else:
-                add(found.names[0][0], pair)
-        turned = _turned({n: (pair, held[n].shape) for n, pair in wide.items()}, where)
+                self._add(found.names[0][0], scaled)
+        turned = _turned({name: (pair, held[name].shape) for name, pair in wide.items()}, self.where)
         for name, pair in wide.items():
-            found = held[name]
-            each = tuple(replace(pair, flipped=turned).expert(e, found.count) for e in range(found.count))
-            if len(base.entries[found.names[0][0]].shape) == 3:
-                stacks[found.names[0][0]] = each
-                continue
-            sizes = [base.entries[matrix].shape[0] for matrix in found.names[0]]
-            for names, one in zip(found.names, each, strict=True):
-                for matrix, rows, end in zip(names, sizes, accumulate(sizes), strict=True):
-                    add(matrix, one.rows(end - rows, rows))
-    return pairs, stacks
+            self._place_stack(held[name], replace(pair, flipped=turned))
+
+    def _place_stack(self, found: _Held, pair: Pair) -> None:
+        """The pair of a stack, which the base may hold expert by expert, and those by their rows."""
+        each = tuple(pair.expert(e, found.count) for e in range(found.count))
+        first = [self.base.entries[name] for name in found.names[0]]
+        if len(first[0].shape) == 3:
+            self.stacks[found.names[0][0]] = each
+            return
+        sizes = [entry.shape[0] for entry in first]
+        for names, one in zip(found.names, each, strict=True):
+            for matrix, rows, end in zip(names, sizes, accumulate(sizes), strict=True):
+                self._add(matrix, one.rows(end - rows, rows))
+
+    def _add(self, name: str, pair: Pair) -> None:
+        module = name.removesuffix(".weight")
+        if module in self.pairs:
+            raise SourceError(
+                f"{self.where}: {pair.a_name} is a second A of {module}, which has "
+                f"{self.pairs[module].a_name}"
+            )
+        self.pairs[module] = pair
 
 
 def _turned(wide: Mapping[str, tuple[Pair, tuple[int, ...]]], where: str) -> bool:

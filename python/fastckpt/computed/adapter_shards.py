@@ -15,7 +15,7 @@ import numpy as np
 from ..checkpoint import Checkpoint, Entry, Single
 from ..dtypes import DType
 from ..errors import LayoutError, SourceError
-from ..extents import Extents
+from ..extents import Extents, File
 from ..roles import Linear, Thin
 from ..target import Target
 from ..views import ZERO, View, cat, dense_strides, zeros
@@ -52,7 +52,9 @@ def hollow(adapter: Adapter, dtype: DType | None) -> Checkpoint:
         return lambda: zeros(entry.shape, kinds[name])
 
     entries = {n: Single(adapter.entry(n).shape, kinds[n], build(n, e)) for n, e in base.entries.items()}
-    return replace(adapter.applied(entries, adapter.tensors.extents), beside=(adapter.settings.path,))
+    return replace(
+        adapter.applied(entries, adapter.tensors.extents), beside=(File.at(adapter.settings.path),)
+    )
 
 
 def cut(targets: Iterable[Target], adapter: Adapter, dtype: DType | None) -> Iterator[Target]:

@@ -106,35 +106,57 @@ def fit(ckpt: Checkpoint, directory: str, saved_as: SavedAs) -> Adapter:
 
     Where the directory holds a config and no weights, `ckpt` is a checkpoint of the adapted model, which
     holds both. Raises SourceError."""
+    settings = Settings.read(_config(directory))
+    own = {n: e for n, e in _named(ckpt).items() if _is_adapters(n)}
+    weights = _weights(ckpt, directory, settings, own)
+    tensors = replace(ckpt, entries=own, aliases={}) if weights is None else sources.open(weights)
+    thin, saved = _parted(settings, tensors)
+    base = _base(ckpt, own, saved)
+    pairs, stacks = placed(settings, thin, base, saved_as, tensors.path)
+    adapter = Adapter(settings, base, tensors, pairs, stacks, saved)
+    _check(adapter)
+    return adapter
+
+
+def _config(directory: str) -> str:
+    """The path of an adapter's config."""
     config = os.path.join(directory, peft.CONFIG)
     if is_directory(directory) and not is_file(config):
         named = [n for n in listed(directory, "*") if is_file(os.path.join(directory, n, peft.CONFIG))]
         there = f"adapters lie in {', '.join(named)}" if named else "PEFT writes it (save_pretrained)"
         raise SourceError(f"{config}: is missing; {there}")
-    settings = Settings.read(config)
-    own = {n: e for n, e in _named(ckpt).items() if _is_adapters(n)}
+    return config
+
+
+def _weights(ckpt: Checkpoint, directory: str, settings: Settings, own: Mapping[str, Entry]) -> str | None:
+    """Where an adapter's weights lie, None where they are those that the checkpoint holds (`own`)."""
     weights = peft.weights(directory)
-    if weights is None and not own and sources.format_of(directory) == "dcp":
+    if weights is None and own:
+        return None
+    if weights is None and sources.format_of(directory) == "dcp":
         weights = directory  # as accelerate saves an adapter that was trained under FSDP
-    if weights is None and not own:
+    if weights is None:
         raise SourceError(f"{directory}: no weights of an adapter, and {ckpt.path} holds none either")
-    if weights is not None and own:
+    if own:
         raise SourceError(
             f"{ckpt.path} holds an adapter ({next(iter(own))}), and {directory} another; open the base alone"
         )
     where = os.path.dirname(ckpt.path) if is_file(ckpt.path) else ckpt.path
-    if weights is not None and os.path.realpath(where) == os.path.realpath(directory):
+    if os.path.realpath(where) == os.path.realpath(directory):
         raise SourceError(
             f"{directory}: whether the model in it holds its adapter already is written nowhere (torchtune's "
-            "does, and is opened without adapter=); keep a base in another directory"
+            "does, and is opened without adapter= or --adapter); keep a base in another directory"
         )
-    if weights is not None and settings.start not in PLAIN_STARTS:
+    if settings.start not in PLAIN_STARTS:
         raise SourceError(
             f"{settings.path}: init_lora_weights {settings.start!r} trains against a changed base; let PEFT "
             "convert the adapter (path_initial_model_for_weight_conversion)"
         )
-    tensors = replace(ckpt, entries=own, aliases={}) if weights is None else sources.open(weights)
-    thin, saved = _parted(settings, tensors)
+    return weights
+
+
+def _base(ckpt: Checkpoint, own: Mapping[str, Entry], saved: Mapping[str, Saved]) -> Checkpoint:
+    """The model without the adapter's tensors (`own`), under its own names; `saved` replace some."""
     entries: dict[str, Entry] = {}
     for name, entry in ckpt.entries.items():
         if name in own:
@@ -146,11 +168,7 @@ def fit(ckpt: Checkpoint, directory: str, saved_as: SavedAs) -> Adapter:
             raise SourceError(f"{ckpt.path}: nothing takes the place of {name}")
         entries[new] = entry
     aliases = {_base_name(a): _base_name(h) for a, h in ckpt.aliases.items() if a not in own}
-    base = replace(ckpt, entries=entries, aliases=aliases)
-    pairs, stacks = placed(settings, thin, base, saved_as, tensors.path)
-    adapter = Adapter(settings, base, tensors, pairs, stacks, saved)
-    _check(adapter)
-    return adapter
+    return replace(ckpt, entries=entries, aliases=aliases)
 
 
 def merged(adapter: Adapter, dtype: DType | None) -> Checkpoint:

@@ -331,7 +331,7 @@ def _parts(name: str, entry: Entry, scheme: Scheme) -> Iterator[Part]:
     if len(entry.shape) != 2:
         raise LayoutError(
             f"{at}: a stack of matrices is not quantised for this layout; write it as hf first, "
-            "with split_experts=true"
+            "with split_experts=True (-L split_experts=true)"
         )
     outputs, inputs = entry.shape
     if scheme.bits == 4 and inputs % scheme.shared[1]:

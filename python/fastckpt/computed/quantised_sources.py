@@ -105,7 +105,7 @@ def instead(config: Mapping[str, JSON] | None) -> str:
     said = (config or {}).get("quantization_config")
     method = said.get("quant_method") if isinstance(said, dict) else None
     if method is None or method in KNOWN:
-        return '; reshard(quant="none") (--quant none) makes dense weights'
+        return '; quant="none" (--quant none) makes dense weights'
     return f"; quant_method {method!r} cannot be made dense here, only {', '.join(KNOWN)} can"
 
 

@@ -129,6 +129,7 @@ def inspect(
         held[entry.dtype.name] += _nbytes(entry)
     large = heapq.nlargest(biggest, ckpt.entries.items(), key=lambda item: _nbytes(item[1]))
     family, note = _family(ckpt, recipe)
+    beside = tuple(f.path for f in ckpt.beside)
     return Inspection(
         path=ckpt.path,
         format=ckpt.format,
@@ -143,10 +144,10 @@ def inspect(
         tied=dict(ckpt.aliases),
         biggest=tuple((n, e.dtype.name, e.shape, _nbytes(e)) for n, e in large),
         files=tuple((f.path, f.nbytes) for f in ckpt.files),
-        config=next((p for p in ckpt.beside if os.path.basename(p) == "config.json"), None),
+        config=next((p for p in beside if os.path.basename(p) == "config.json"), None),
         family=family,
         family_note=note,
-        beside=ckpt.beside,
+        beside=beside,
         unread=ckpt.unread,
         inert=ckpt.inert,
         structure=ckpt.structure,

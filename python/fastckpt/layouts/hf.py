@@ -20,30 +20,18 @@ from ..placement import Placement
 from ..roles import Linear
 from ..target import Target
 from ..views import View, cat, stack
-from .cuts import (
-    bias,
-    delta_rest,
-    delta_stored,
-    in_part,
-    joined,
-    mamba,
-    norm,
-    out_part,
-    parameter,
-    qkv_part,
-    queries_part,
-    regrouped,
+from .cuts import in_part, joined, out_part, qkv_part, regrouped
+from .hub_form import bias, norm, parameter, stored
+from .mixer_cuts import delta_rest, delta_stored, mamba, queries_part, selective, short_conv
+from .naming import Naming, ranked
+from .padding import advice, padded, resized, round_up
+from .requirements import (
     require_even,
     require_heads,
     require_least,
     require_subjects,
     require_tensor_parallel,
-    selective,
-    short_conv,
-    stored,
 )
-from .naming import Naming, ranked
-from .padding import advice, padded, resized, round_up
 
 WHOLE = Placement()
 
@@ -67,7 +55,7 @@ class Hf:
     def __post_init__(self) -> None:
         require_least("hf", self, 1, "multiple", "vocab_padding")
         if self.multiple > 1 and not self.pad:
-            raise LayoutError("layout hf: multiple goes with pad=true: to it widths are padded")
+            raise LayoutError("layout hf: multiple goes with pad=True (-L pad=true), which pads widths to it")
 
     def targets(self, model: Model, placement: Placement) -> Iterator[Target]:
         """The rank's tensors; a tied lm_head is left out, the config says it is tied.
@@ -89,7 +77,11 @@ class Hf:
             net = next((x.attention for x in model.layers if isinstance(x.attention, DeltaNet)), None)
             for linear in () if net is None else (*delta_stored(net), net.o):
                 require_even("hf", placement, f"the rows of {linear.name}", linear.shape[0])
-        rows = "" if len(model.predictions) else f"; vocab_padding={placement.tp} pads it with zero rows"
+        rows = (
+            ""
+            if len(model.predictions)
+            else f"; vocab_padding={placement.tp} (-L vocab_padding={placement.tp}) pads it with zero rows"
+        )
         require_even("hf", placement, "vocab_size", model.sizes.vocab, rows)
         return _targets(model, placement)
 
@@ -133,7 +125,8 @@ class Hf:
             if kv % placement.tp and not self.replicate_kv:
                 raise LayoutError(
                     f"layout hf: {kv} kv heads do not divide by tp {placement.tp}, and "
-                    "transformers cannot run replicas; replicate_kv=true writes them all the same"
+                    "transformers cannot run replicas; replicate_kv=True (-L replicate_kv=true) writes them "
+                    "all the same"
                 )
 
 

@@ -22,12 +22,9 @@ from ..placement import Placement
 from ..roles import Linear, Norm
 from ..target import Target
 from ..views import View
-from .cuts import (
-    in_part,
-    joined,
-    out_part,
-    padded_part,
-    regrouped,
+from .cuts import in_part, joined, out_part, padded_part, regrouped
+from .naming import Naming, hub
+from .requirements import (
     require_even,
     require_heads,
     require_heads_alike,
@@ -36,7 +33,6 @@ from .cuts import (
     require_subjects,
     two_blocks,
 )
-from .naming import Naming, hub
 from .servers import Share
 
 
@@ -256,10 +252,10 @@ class Megatron:
         if norm is None:
             raise LayoutError(f"layout megatron: the model has no norm to write as {at}weight")
         if norm.plus_one != self.zero_centered_gamma:
-            stored, wanted = ("less 1", "true") if norm.plus_one else ("itself", "false")
+            stored, wanted = ("less 1", True) if norm.plus_one else ("itself", False)
             raise LayoutError(
                 f"layout megatron: {norm.name}.weight is the factor {stored}: wanted "
-                f"zero_centered_gamma={wanted}"
+                f"zero_centered_gamma={wanted} (-L zero_centered_gamma={str(wanted).lower()})"
             )
         yield Target(f"{at}weight", norm.weight)
         if norm.bias is not None:

@@ -17,7 +17,7 @@ from ..roles import Linear, Parameter
 from ..views import View
 
 
-def padded(model: Model, tp: int, experts: int, multiple: int = 1) -> Model:
+def padded(model: Model, tp: int, experts: int, multiple: int) -> Model:
     """The model with heads that `tp` ranks can cut or repeat, and with widths of which each rank gets a
     multiple of `multiple`, and whole blocks where the source's scales are of blocks; `experts` ranks cut an
     expert's width.
@@ -45,7 +45,7 @@ def advice(model: Model) -> str:
     tower, unlike = model.carried, model.sizes.others
     if model.encoder is not None or model.quant_method or tower or unlike:
         return ""
-    return "; pad=true pads with zeros"
+    return "; pad=True (-L pad=true) pads with zeros"
 
 
 def resized(family: str, old: Sizes, new: Sizes) -> dict[str, int]:

@@ -17,8 +17,8 @@ from ..errors import LayoutError
 from ..placement import Placement
 from ..target import Target
 from ..views import cat
-from .cuts import require_tensor_parallel
 from .naming import Naming, ranked
+from .requirements import require_tensor_parallel
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,11 +22,12 @@ from ..model import Layer, Model
 from ..placement import Placement
 from ..stored import constant
 from ..target import Target
-from .cuts import require_delta, require_even, require_heads, require_least, require_subjects
 from .naming import Naming
+from .requirements import require_delta, require_even, require_heads, require_least, require_subjects
 from .rtp_lora import Lookup, layer_pairs
+from .rtp_matrices import Whole, norm
 from .rtp_merge import slopes
-from .rtp_roles import Making, Whole, layer_weights, norm, of_one_scale, of_w13
+from .rtp_roles import Making, layer_weights, of_one_scale, of_w13
 from .rtp_rope import cos_sin_cache
 from .rtp_split import SPLITS, Cut, phy2log
 from .rtp_weights import FACTORS, FP32, NAMES, TABLES
@@ -163,7 +164,8 @@ class RtpLlm:
         if grid.dp > 1 and grid.ep == 1 and places and self.use_stack_weight:
             raise LayoutError(
                 f"layout rtp_llm: with dp {grid.dp} experts are shared out by ep, got ep 1: the engine's "
-                "versions differ in who holds what; use_stack_weight=false gives every rank all of them"
+                "versions differ in who holds what; use_stack_weight=False (-L use_stack_weight=false) "
+                "gives every rank all of them"
             )
         require_heads("rtp_llm", grid, sizes)
         require_delta("rtp_llm", grid, sizes.delta)

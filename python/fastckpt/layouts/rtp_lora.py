@@ -14,8 +14,9 @@ from ..mixers import Attention
 from ..model import Experts, Layer
 from ..roles import Linear, Thin
 from ..views import View, cat, zeros
+from .rtp_matrices import Whole
 from .rtp_merge import merge_qkv_lora_b
-from .rtp_roles import Making, Whole, mlp_matrices
+from .rtp_roles import Making, mlp_matrices
 
 Lookup = Callable[[Linear], Thin | None]
 """What an adapter adds to a matrix; None: nothing."""

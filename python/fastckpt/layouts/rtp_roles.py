@@ -1,40 +1,36 @@
 """What the roles of a layer become for rtp-llm: whole weights under the names of class W, not yet cut.
 
-How a matrix is stored decides its form and its table: [in, out] by default and for packed int4; [out, in]
-with the checkpoint's scales for int8 and fp8. What takes arithmetic on values (1 + gamma, reciprocals of
-input scales, one scale in place of several) is computed when it is read. Source: rtp-llm's models/ and
-model_loader/'s weights by scheme."""
+One matrix or norm: `rtp_matrices`. Source: rtp-llm's models/.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
 
 from .. import dtypes
-from ..computed.finishes import agreed, largest, plus_one, reciprocal
+from ..computed.finishes import largest
 from ..errors import LayoutError
 from ..mixers import Attention, DeltaNet, Mla
 from ..model import Experts, Layer, Mlp, Model
-from ..roles import Beside, Linear, Norm
-from ..views import View, cat, stack
-from .cuts import in_form, joined, require_heads_alike, require_no_scalars, two_blocks
-from .rtp_merge import flat, merge_fp8, rope_apart, stack_moe_w1, transpose_slice_k, transpose_slice_v
+from ..roles import Linear
+from ..views import cat, stack
+from .requirements import require_heads_alike, require_no_scalars, two_blocks
+from .rtp_matrices import (
+    Whole,
+    beside_name,
+    inputs,
+    matrix,
+    no_bias,
+    norm,
+    table_of,
+    vectors,
+    whole_blocks,
+    with_one_scale,
+)
+from .rtp_merge import flat, rope_apart, stack_moe_w1, transpose_slice_k, transpose_slice_v
 from .rtp_split import Cut
-from .rtp_weights import STATIC
-
-
-class Whole(NamedTuple):
-    """A whole weight: W's name, the tensor, how it is stored (a key of TABLES), bits of packed values.
-    `finish`: applied to a rank's part; `also`: as in Target."""
-
-    name: str
-    view: View
-    table: str = "default"
-    bits: int = 4
-    finish: Callable[[View], View] | None = None
-    also: tuple[View, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +82,7 @@ def of_one_scale(layer: Layer) -> bool:
     """Whether `one_scale` requantises any of it: q, k and v, or its experts."""
     qkv = [layer.attention.q] if isinstance(layer.attention, Attention) else []
     experts = [layer.mlp.experts[0].up] if isinstance(layer.mlp, Experts) else []
-    return any(_table(x) == "fp8_tensor" for x in (*qkv, *experts))
-
-
-def norm(name: str, role: Norm | None) -> Iterator[Whole]:
-    """A norm's factor and, where it has one, its bias; nothing for None."""
-    if role is None:
-        return
-    yield Whole(f"{name}_gamma", plus_one(role.weight) if role.plus_one else role.weight)
-    if role.bias is not None:
-        yield Whole(f"{name}_beta", role.bias)
+    return any(table_of(x) == "fp8_tensor" for x in (*qkv, *experts))
 
 
 def _norms(layer: Layer, model: Model) -> Iterator[Whole]:
@@ -116,156 +103,6 @@ def _norms(layer: Layer, model: Model) -> Iterator[Whole]:
     yield from norm("pre_ln" if both else "post_ln", layer.mlp_norm)
 
 
-# ---- matrices ----
-
-
-def _table(linear: Linear) -> str:
-    """The table for a matrix as it is stored. Raises LayoutError for a form the engine does not have."""
-    if not linear.beside or linear.packed != (1, 1):
-        return "default"
-    scale = linear.part("weight_scale") or linear.part("weight_scale_inv")
-    kind = (linear.weight.dtype is dtypes.int8, scale.unit if scale else None)
-    match kind:
-        case True, (1, 0):
-            return "int8"
-        case False, (1, 0):
-            return "fp8_channel"
-        case False, (0, 0):
-            return "fp8_tensor"
-        case False, (128, 128):
-            return "fp8_block"
-    raise LayoutError(
-        f"layout rtp_llm: {linear.name} is {linear.weight.dtype} with a scale for {kind[1]} outputs and "
-        "inputs; wanted int8 by output, or fp8 by output, by matrix or by blocks of 128 x 128"
-    )
-
-
-def _matrix(
-    stem: str,
-    linears: Sequence[Linear],
-    parts: tuple[int | None, int],
-    end: str = "",
-    *,
-    one_scale: bool = False,
-) -> Iterator[Whole]:
-    """The outputs of `linears` (several that read one input are joined) as `{stem}w{end}`, with scales, zeros
-    and bias. `parts`: which axis of [out, in] is cut (None: by heads, or not at all) and by how many ranks;
-    blocks and groups must divide too. `one_scale`: of fp8 with one scale a matrix, one for all of them."""
-    linear = joined(linears[0].name, linears) if len(linears) > 1 else linears[0]
-    if linear.leaf == "weight_packed":
-        raise LayoutError(
-            f"layout rtp_llm: {linear.name} is compressed-tensors' packed integers, which the engine reads "
-            "of experts alone; quantised here, exclude it by a pattern, or take awq-group or gptq-group"
-        )
-    table, packed = _table(linear), linear.packed != (1, 1)
-    one_scale = one_scale and table == "fp8_tensor" and len(linears) > 1
-    axis, count = parts
-    if axis is not None:
-        whole_blocks(linear, axis, count)
-    bits = 32 // max(linear.packed) if packed else 4
-    kernel = _of_one_scale(linears) if one_scale else linear.weight
-    yield Whole(f"{stem}w{end}", kernel.T if table == "default" else kernel, table, bits)
-    for b in linear.beside:
-        if b.leaf == "input_scale":
-            each = _vectors(linears, b.leaf)
-            view = each[0] if end == "13" else flat(each)
-            yield from _inputs(stem + end, each, view, table, f"{linear.name}.{b.leaf}", one_scale=one_scale)
-        elif b.leaf == "smoother" and len(linears) > 1:  # they read one input
-            each = _vectors(linears, b.leaf)
-            shared = agreed(f"{linear.name}.{b.leaf}", each)
-            yield Whole(_beside_name(stem, end, linear, b), shared, table, also=tuple(each))
-        elif name := _beside_name(stem, end, linear, b):
-            finish = _one_of(f"{linear.name}.{b.leaf}") if one_scale and b.leaf == "weight_scale" else None
-            yield Whole(name, _beside(b, table), table, bits, finish)
-    if linear.bias is not None:
-        yield Whole(f"{stem}b{end}", linear.bias, table)
-
-
-def _beside_name(stem: str, end: str, linear: Linear, beside: Beside) -> str:
-    """W's name for what stands beside a matrix; "" for an order that is none (g_idx without desc_act)."""
-    match beside.leaf, stem + end:
-        case (("weight_scale" | "weight_scale_inv" | "scales"), _):
-            return f"{stem}s{end}"
-        case "qzeros", _:
-            return f"{stem}z{end}"
-        case "g_idx", _:
-            return ""
-        case (("smoother" | "shift"), "attn_o_"):
-            return f"attn_o_{beside.leaf}"
-        case "smoother", "attn_qkv_":
-            return "attn_i_smoother"
-        case "smoother", "ffn_2":
-            return "ffn_smoother"
-    raise LayoutError(f"layout rtp_llm has no place for {linear.name}.{beside.leaf}")
-
-
-def _vectors(linears: Sequence[Linear], leaf: str) -> list[View]:
-    """What each has beside it under that name, as float32 vectors."""
-    found = (b.view for x in linears for b in x.beside if b.leaf == leaf)
-    return [v.reshape((v.numel,)).cast(dtypes.float32) for v in found]
-
-
-def _inputs(
-    matrix: str, scales: Sequence[View], view: View, table: str, name: str, *, one_scale: bool
-) -> Iterator[Whole]:
-    """`view`, the scale of a matrix's inputs, and its reciprocal. `scales`: that of each fused matrix; those
-    of gate and up must agree, while q, k and v, and experts, each keep their own.
-
-    Raises LayoutError where the engine has no such scale, since it quantises those inputs dynamically."""
-    found = STATIC.get(table, {}).get(matrix)
-    if found is None:
-        raise LayoutError(f"layout rtp_llm has no name for {name}, beside {matrix}w stored as {table}")
-    values, inverses = found
-    for n in values:
-        if matrix == "ffn_13":
-            yield Whole(n, agreed(name, scales), table, also=tuple(scales))
-        else:
-            yield Whole(n, view, table, finish=_one_of(name) if one_scale else None)
-    for n in inverses:
-        if one_scale:
-            yield Whole(n, view, table, finish=_one_of(name, inverse=True))
-        else:
-            yield Whole(n, reciprocal(name, view), table)
-
-
-def _of_one_scale(linears: Sequence[Linear]) -> View:
-    """The matrices' outputs as if all had been quantised with the largest of their scales."""
-    return merge_fp8([*(x.weight for x in linears), *_vectors(linears, "weight_scale")], linears[0].name)
-
-
-def _one_of(name: str, *, inverse: bool = False) -> Callable[[View], View]:
-    """Makes the largest of a rank's scales, or 1 / that, as a scalar."""
-    return lambda view: largest(name, view.reshape((1, view.numel)), inverse=inverse).reshape(())
-
-
-def _beside(beside: Beside, table: str) -> View:
-    """[in, out] beside packed values, a vector beside int8, one number a matrix, else [out, in] as it is."""
-    if table == "default":
-        return beside.view.T
-    if beside.form == "vector" or table == "int8":
-        return beside.view.reshape((beside.view.numel,))
-    return in_form(beside) if table == "fp8_tensor" else beside.view
-
-
-def whole_blocks(linear: Linear, axis: int, count: int, *, followed: bool = False) -> None:
-    """Raises LayoutError where `count` ranks cut what shares a scale, or packed values; `followed`: another
-    matrix begins where a part ends, so that one rank's must end with a block too."""
-    size = linear.shape[axis]
-    for unit in (linear.packed[axis], *(b.unit[axis] for b in linear.beside)):
-        if unit > 1 and (count > 1 or followed) and size % (unit * count):
-            raise LayoutError(
-                f"layout rtp_llm: {linear.name} has {size} on axis {axis}, which tp {count} does not cut "
-                f"into whole blocks of {unit}"
-            )
-
-
-def no_bias(*linears: Linear | None) -> None:
-    """Raises LayoutError for a bias the engine has no name for."""
-    for linear in linears:
-        if linear is not None and linear.bias is not None:
-            raise LayoutError(f"layout rtp_llm has no place for {linear.name}.bias")
-
-
 # ---- attention ----
 
 
@@ -279,11 +116,11 @@ def _attention(attention: Attention, model: Model, cut: Cut, making: Making, of:
     qkv = [attention.q, attention.k, attention.v]
     for one in qkv:
         _whole_heads(one, cut)
-    yield from _matrix(f"{of}attn_qkv_", qkv, (None, 1), one_scale=making.one_scale)
-    yield from _matrix(f"{of}attn_o_", [attention.o], (1, cut.place.tp))
+    yield from matrix(f"{of}attn_qkv_", qkv, (None, 1), one_scale=making.one_scale)
+    yield from matrix(f"{of}attn_o_", [attention.o], (1, cut.place.tp))
     if attention.gate is not None:
         _require_plain_or_fp8("an output gate", attention.gate)
-        yield from _matrix("attn_gate_", [attention.gate], (0, cut.place.tp))
+        yield from matrix("attn_gate_", [attention.gate], (0, cut.place.tp))
     yield from norm("q_ln", attention.q_norm)
     yield from norm("k_ln", attention.k_norm)
 
@@ -303,8 +140,8 @@ def _latent(attention: Mla, heads: int, cut: Cut, making: Making) -> Iterator[Wh
         raise LayoutError(f"layout rtp_llm has no place for {attention.indexer.q.name}, an indexer")
     no_bias(attention.q, attention.kv_a, attention.kv_b, attention.q_a)
     q, kv_a, kv_b, o = attention.q, attention.kv_a, attention.kv_b, attention.o
-    for linear in (q, kv_a, kv_b, o, attention.q_a):
-        if linear is not None and (linear.packed != (1, 1) or _table(linear) not in ("default", "fp8_block")):
+    for linear in filter(None, (q, kv_a, kv_b, o, attention.q_a)):
+        if linear.packed != (1, 1) or table_of(linear) not in ("default", "fp8_block"):
             raise LayoutError(
                 f"layout rtp_llm: latent attention's {linear.name} is neither plain nor fp8 by blocks"
             )
@@ -318,14 +155,14 @@ def _latent(attention: Mla, heads: int, cut: Cut, making: Making) -> Iterator[Wh
             raise LayoutError(f"layout rtp_llm has no place for the scales of {q.name}")
         yield Whole("mla_fusedqkrope_no_lora_w", cat([q.weight, kv_a.weight]).T)
     else:
-        yield from _matrix("mla_fusedqkrope_", [attention.q_a, kv_a], (None, 1))
+        yield from matrix("mla_fusedqkrope_", [attention.q_a, kv_a], (None, 1))
         yield from norm("mla_q_a_ln", attention.q_norm)
-        yield from _matrix("mla_q_b_", [q], (0, tp))
+        yield from matrix("mla_q_b_", [q], (0, tp))
     yield from norm("mla_kv_a_ln", attention.kv_norm)
-    yield from _matrix("mla_kv_b_", [kv_b], (0, tp))
+    yield from matrix("mla_kv_b_", [kv_b], (0, tp))
     if making.absorb:
         yield from _absorbing(kv_b, nope, value)
-    yield from _matrix("attn_o_", [o], (1, tp))
+    yield from matrix("attn_o_", [o], (1, tp))
 
 
 def _delta(net: DeltaNet, model: Model, cut: Cut) -> Iterator[Whole]:
@@ -338,20 +175,20 @@ def _delta(net: DeltaNet, model: Model, cut: Cut) -> Iterator[Whole]:
             raise LayoutError(f"layout rtp_llm has no place for {linear.name}.{linear.beside[0].leaf}")
     for linear in qkvz:
         whole_blocks(linear, 0, cut.place.tp, followed=True)
-    yield from _matrix("linear_attn_qkvz_", qkvz, (None, 1))
-    yield from _matrix("linear_attn_ba_", [net.b, net.a], (None, 1))
+    yield from matrix("linear_attn_qkvz_", qkvz, (None, 1))
+    yield from matrix("linear_attn_ba_", [net.b, net.a], (None, 1))
     yield Whole("linear_attn_conv1d_w", cat([x.view for x in net.conv]))
     yield Whole("linear_attn_alog", net.a_log.view.cast(model.embedding.weight.dtype))
     yield Whole("linear_attn_dt_b", net.dt_bias.view)
     yield Whole("linear_attn_norm_w", net.norm.weight)
-    yield from _matrix("linear_attn_out_", [net.o], (1, cut.place.tp))
+    yield from matrix("linear_attn_out_", [net.o], (1, cut.place.tp))
 
 
 def _require_plain_or_fp8(of: str, *linears: Linear) -> None:
     """Raises LayoutError for a form in which the engine does not have these matrices."""
     no_bias(*linears)
     for linear in linears:
-        if _table(linear) not in ("default", "fp8_block", "fp8_channel") or linear.packed != (1, 1):
+        if table_of(linear) not in ("default", "fp8_block", "fp8_channel") or linear.packed != (1, 1):
             raise LayoutError(
                 f"layout rtp_llm has no place for {of} like {linear.name}: wanted plain matrices, or fp8 by "
                 "blocks or by output"
@@ -366,7 +203,7 @@ def _absorbing(kv_b: Linear, nope: int, value: int) -> Iterator[Whole]:
         if nope % b.unit[0] or value % b.unit[0]:
             raise LayoutError(
                 f"layout rtp_llm: kc and vc of {kv_b.name}, heads of {nope} and {value}, do not end with "
-                f"blocks of {b.unit[0]}; absorb=false writes kv_b alone"
+                f"blocks of {b.unit[0]}; absorb=False (-L absorb=false) writes kv_b alone"
             )
         units = nope // b.unit[0], value // b.unit[0]
         yield Whole("mla_kc_s", transpose_slice_k(b.view, *units))
@@ -403,7 +240,7 @@ def _mlp(mlp: Mlp, cut: Cut, making: Making, of: str = "") -> Iterator[Whole]:
         if len(linears) > 1:
             whole_blocks(linears[0], 0, ranks)
         axis = 1 if end == "2" else None if len(linears) > 1 else 0
-        yield from _matrix(f"{of}ffn_", linears, (axis, ranks), end)
+        yield from matrix(f"{of}ffn_", linears, (axis, ranks), end)
 
 
 def _experts(moe: Experts, cut: Cut, making: Making, order: Sequence[int]) -> Iterator[Whole]:
@@ -429,8 +266,8 @@ def _experts(moe: Experts, cut: Cut, making: Making, order: Sequence[int]) -> It
 
 def _stacks(end: str, linears: Sequence[Linear], axis: int, cut: Cut, making: Making) -> Iterator[Whole]:
     """Experts' matrices as a stack, always [experts, out, in]; of w1 all up matrices, then all gates."""
-    first, table = linears[0], _table(linears[0])
-    kinds = {(_table(x), x.packed, tuple((b.leaf, b.unit) for b in x.beside)) for x in linears}
+    first, table = linears[0], table_of(linears[0])
+    kinds = {(table_of(x), x.packed, tuple((b.leaf, b.unit) for b in x.beside)) for x in linears}
     if len(kinds) != 1:
         raise LayoutError(f"layout rtp_llm: experts like {first.name} are stored unlike one another")
     no_bias(*linears)
@@ -443,13 +280,13 @@ def _stacks(end: str, linears: Sequence[Linear], axis: int, cut: Cut, making: Ma
     if one_scale and end == "1":
         half = len(linears) // 2
         pairs = zip(linears[:half], linears[half:], strict=True)
-        yield Whole("moe_w1", stack([_of_one_scale(pair) for pair in pairs]), table)
+        yield Whole("moe_w1", stack([with_one_scale(pair) for pair in pairs]), table)
     else:
         yield Whole(f"moe_w{end}", make([x.weight for x in linears]), table)
     for k, b in enumerate(first.beside):
         if table == "fp8_tensor" and b.leaf in ("weight_scale", "input_scale"):
             yield from _expert_scalars(end, linears, b.leaf, one_scale=one_scale)
-        elif name := _beside_name("moe_", end, first, b):
+        elif name := beside_name("moe_", end, first, b):
             views = [x.beside[k].view for x in linears]
             if b.leaf == "weight_scale" and table == "default":
                 views = [v.cast(dtypes.bfloat16) for v in views]
@@ -467,17 +304,18 @@ def _require_int4(linear: Linear, cut: Cut) -> None:
     if cut.moe_tp[1] > 1:
         raise LayoutError(
             f"layout rtp_llm: {linear.name}: the engine repacks whole experts of compressed-tensors, so "
-            f"{cut.moe_tp[1]} ranks do not cut one: wanted ep = tp * dp, or use_stack_weight=false"
+            f"{cut.moe_tp[1]} ranks do not cut one: wanted ep = tp * dp, or use_stack_weight=False "
+            "(-L use_stack_weight=false)"
         )
 
 
 def _expert_scalars(end: str, linears: Sequence[Linear], leaf: str, *, one_scale: bool) -> Iterator[Whole]:
     """One number a matrix: [experts, (up, gate)] for w1, [experts] for w2. With one scale the larger one of
     up and gate [experts], and of inputs the largest of all of the rank's experts."""
-    name, vectors = f"{linears[0].name}.{leaf}", _vectors(linears, leaf)
-    view = stack_moe_w1(vectors) if end == "1" else flat(vectors)
+    name, scales = f"{linears[0].name}.{leaf}", vectors(linears, leaf)
+    view = stack_moe_w1(scales) if end == "1" else flat(scales)
     if leaf != "input_scale":
         pairs = partial(largest, name) if one_scale and end == "1" else None
         yield Whole(f"moe_s{end}", view, "fp8_tensor", finish=pairs)
         return
-    yield from _inputs(f"moe_{end}", vectors, view, "fp8_tensor", name, one_scale=one_scale)
+    yield from inputs(f"moe_{end}", scales, view, "fp8_tensor", name, one_scale=one_scale)

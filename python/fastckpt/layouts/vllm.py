@@ -27,17 +27,12 @@ from ..roles import Linear, Parameter
 from ..stored import constant
 from ..target import Target
 from ..views import View, cat, stack, zeros
-from .cuts import (
-    bias,
-    biases_of,
-    in_form,
-    in_part,
-    joined,
-    norm,
-    out_part,
-    padded_part,
-    parameter,
-    plain,
+from .cuts import biases_of, in_part, joined, out_part, padded_part
+from .engines import Form, Renamed, Served, known, served
+from .hub_form import bias, in_form, norm, parameter, plain
+from .naming import Naming
+from .padding import advice, padded, resized, round_up
+from .requirements import (
     require_delta,
     require_even,
     require_heads,
@@ -45,9 +40,6 @@ from .cuts import (
     require_mamba,
     require_subjects,
 )
-from .engines import Form, Renamed, Served, known, served
-from .naming import Naming
-from .padding import advice, padded, resized, round_up
 from .servers import Share, expert_share, layer_range
 from .vllm_attention import attention_part, heads_part, mixer_part, parent
 from .vllm_families import APART, CARRIED, RENAMED, ROWS, TOWERS, WHOLE
@@ -76,7 +68,9 @@ class Vllm:
     def __post_init__(self) -> None:
         require_least("vllm", self, 1, "multiple", "vocab_padding")
         if self.multiple > 1 and not self.pad:
-            raise LayoutError("layout vllm: multiple goes with pad=true: to it widths are padded")
+            raise LayoutError(
+                "layout vllm: multiple goes with pad=True (-L pad=true), which pads widths to it"
+            )
         if self.engine:
             known(self.engine)
         if self.engine and (self.vocab_padding, self.gate_up) != (64, "gate_up"):
@@ -101,6 +95,23 @@ class Vllm:
             engine = served(self.engine, model.family, model.quant_method, model.architecture)
         if engine is not None:
             self._require_engine(engine, model, placement)
+        self._require_subjects(model, placement)
+        model = self._padded(model, placement)
+        instead = "" if self.pad else advice(model)
+        share = expert_share("vllm", placement, model.sizes, instead)
+        stage = layer_range("vllm", placement, len(model.layers))
+        self._require_even(model, placement, instead)
+        _require_decoder(model)
+        if model.tower is not None:
+            _require_tower(model, model.tower, self._around(placement))
+        renamed = RENAMED.get(model.family, ())
+        targets = self._targets(model, placement, share, stage, engine)
+        dtype = model.embedding.weight.dtype
+        named = (_named(t, renamed, engine, dtype) for t in targets)
+        form = engine.quantised.get(model.quant_method) if engine is not None else None
+        return named if form is None else _in_form(named, form, dtype)
+
+    def _require_subjects(self, model: Model, placement: Placement) -> None:
         own = (isinstance(x.mlp, Experts) and x.mlp.stacks is None for x in model.layers)
         require_subjects(
             "vllm",
@@ -111,37 +122,25 @@ class Vllm:
                 "tower": (lambda: model.family in WHOLE, f"one of {', '.join(sorted(WHOLE))}"),
             },
         )
-        model = self._padded(model, placement)
-        instead = "" if self.pad else advice(model)
-        share = expert_share("vllm", placement, model.sizes, instead)
-        stage = layer_range("vllm", placement, len(model.layers))
-        require_heads("vllm", placement, model.sizes, instead)
-        require_delta("vllm", placement, model.sizes.delta)
-        require_mamba("vllm", placement, model.sizes.mamba)
-        require_even("vllm", placement, "the number of a convolution's channels", model.sizes.channels)
-        require_even("vllm", placement, "the number of groups of compressed attention", model.sizes.groups)
-        for key, width in model.sizes.widths.items():
-            if key != model.sizes.expert_width:
+
+    def _require_even(self, model: Model, placement: Placement, instead: str) -> None:
+        """Raises LayoutError for a size that does not divide; `instead`: the way out."""
+        sizes = model.sizes
+        require_heads("vllm", placement, sizes, instead)
+        require_delta("vllm", placement, sizes.delta)
+        require_mamba("vllm", placement, sizes.mamba)
+        require_even("vllm", placement, "the number of a convolution's channels", sizes.channels)
+        require_even("vllm", placement, "the number of groups of compressed attention", sizes.groups)
+        for key, width in sizes.widths.items():
+            if key != sizes.expert_width:
                 require_even("vllm", placement, key, width, instead)
-        rows = round_up(model.sizes.vocab, self.vocab_padding)
-        require_even("vllm", placement, f"vocab_size {model.sizes.vocab}, padded to", rows)
-        alone = model.carried and model.tower is None and model.family not in CARRIED
-        if model.encoder is not None or alone or not model.causal:
-            what = model.carried[0].name if model.carried else "the encoder"
-            raise LayoutError(f"layout vllm has no place for {what} of {model.family}, which is no decoder")
+        rows = round_up(sizes.vocab, self.vocab_padding)
+        require_even("vllm", placement, f"vocab_size {sizes.vocab}, padded to", rows)
         if model.per_layer is not None:
-            for what, role in (("rows", model.per_layer.embedding), ("outputs", model.per_layer.projection)):
-                size = role.weight.shape[0]
-                size = round_up(size, self.vocab_padding) if what == "rows" else size
-                require_even("vllm", placement, f"the {what} of {role.name}", size)
-        if model.tower is not None:
-            _require_tower(model, model.tower, self._around(placement))
-        renamed = RENAMED.get(model.family, ())
-        targets = self._targets(model, placement, share, stage, engine)
-        dtype = model.embedding.weight.dtype
-        named = (_named(t, renamed, engine, dtype) for t in targets)
-        form = engine.quantised.get(model.quant_method) if engine is not None else None
-        return named if form is None else _in_form(named, form, dtype)
+            table, made = model.per_layer.embedding, model.per_layer.projection
+            rows = round_up(table.weight.shape[0], self.vocab_padding)
+            require_even("vllm", placement, f"the rows of {table.name}", rows)
+            require_even("vllm", placement, f"the outputs of {made.name}", made.weight.shape[0])
 
     def resized(self, model: Model, placement: Placement) -> Mapping[str, int]:
         """config.json's keys whose numbers change. Raises LayoutError where no key can say a new size."""
@@ -301,6 +300,13 @@ def _moved(targets: Iterable[Target], layer: str, to: str) -> Iterator[Target]:
     """The tensors of a layer, which an engine holds as `to` beside the module of the layers."""
     module = f"{parent(parent(layer))}.{to}"
     return (Target(module + t.name.removeprefix(layer), t.view, t.shape) for t in targets)
+
+
+def _require_decoder(model: Model) -> None:
+    alone = model.carried and model.tower is None and model.family not in CARRIED
+    if model.encoder is not None or alone or not model.causal:
+        what = model.carried[0].name if model.carried else "the encoder"
+        raise LayoutError(f"layout vllm has no place for {what} of {model.family}, which is no decoder")
 
 
 def _require_tower(model: Model, tower: Tower, placement: Placement) -> None:

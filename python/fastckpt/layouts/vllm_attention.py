@@ -25,21 +25,15 @@ from ..model import Model, Sizes
 from ..placement import Placement
 from ..roles import Linear, Parameter
 from ..target import Target
-from .cuts import (
+from .cuts import in_part, joined, norms_part, out_part, qkv_part, regrouped
+from .hub_form import norm, plain
+from .mixer_cuts import (
     delta_part,
     delta_rest,
     delta_stored,
-    in_part,
-    joined,
     mamba,
     mamba_part,
-    norm,
-    norms_part,
-    out_part,
-    plain,
-    qkv_part,
     queries_part,
-    regrouped,
     selective,
     selective_part,
     short_conv,

@@ -185,6 +185,17 @@ class Manifest:
         """Every file but the records themselves."""
         return {**self.files, **{name: entry for s in self.shards for name, entry in s.files.items()}}
 
+    def missing(self, directory: str) -> str | None:
+        """The first of these files that is not in a directory with its size, in words."""
+        for name, entry in self.all_files().items():
+            try:
+                nbytes = os.stat(os.path.join(directory, name)).st_size
+            except OSError as e:
+                return f"{name}: {e.strerror}"
+            if nbytes != entry.nbytes:
+                return f"{name} has {nbytes} bytes, not {entry.nbytes}"
+        return None
+
     def text(self) -> Iterator[bytes]:
         """The JSON in pieces, one file and one tensor a line; its last line digests all before it.
 

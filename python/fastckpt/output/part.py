@@ -107,7 +107,7 @@ class Part:
 
         None where there is none, or where a file it lists is not there with its size."""
         found = self._record(rank) or self._set()
-        return found if found is not None and self._missing(found) is None else None
+        return found if found is not None and found.missing(self.path) is None else None
 
     def commit(self, manifest: Manifest) -> Manifest:
         """Name this rank's files, write its record, and complete the set if it is the last."""
@@ -133,7 +133,7 @@ class Part:
         if len(parts) < self.world:
             return manifest
         whole = merged(parts)
-        if (missing := self._missing(whole)) is not None:
+        if (missing := whole.missing(self.path)) is not None:
             raise WriteError(
                 f"{self.path}: every rank is done, but {missing}; run the rank it belongs to again"
             )
@@ -200,17 +200,6 @@ class Part:
         """A record, if it is there, sound, and of this plan."""
         found = self._read(name)
         return found if found is not None and (found.key, found.world) == (self.key, self.world) else None
-
-    def _missing(self, manifest: Manifest) -> str | None:
-        """The first file that is not there with its size, in words."""
-        for name, entry in manifest.all_files().items():
-            try:
-                nbytes = os.stat(os.path.join(self.path, name)).st_size
-            except OSError as e:
-                return f"{name}: {e.strerror}"
-            if nbytes != entry.nbytes:
-                return f"{name} has {nbytes} bytes, not {entry.nbytes}"
-        return None
 
     def _displace(self) -> None:
         """Before the first new file: the commit record, this rank's record and those of ranks there will

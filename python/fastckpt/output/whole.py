@@ -24,6 +24,7 @@ from .filesystem import (
     refuse_loss,
     remove_directories,
     remove_tree,
+    resemble,
     sync_directory,
     write_file,
 )
@@ -90,6 +91,8 @@ class Whole:
 
     def commit(self, manifest: Manifest) -> Manifest:
         """Make the directory real, in one step, and remove the one it replaces."""
+        if (missing := manifest.missing(self._staging)) is not None:
+            raise WriteError(f"{self.path}: somebody removed what this run wrote ({missing}); run it again")
         with as_write_errors(self.path):
             write_file(os.path.join(self._staging, NAME), manifest.text(), self._durable)
             if self._durable:
@@ -139,6 +142,7 @@ class Whole:
         if self._lock < 0 or not is_there(self._staging):
             self._unlock()
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._staging)
+        resemble(self._staging, self.path)
 
     def _unlock(self) -> None:
         fd, self._lock = self._lock, -1

@@ -228,7 +228,7 @@ def _as_held(
         if scaled and view.dtype in (float8_e4m3fn, float8_e5m2) and view.dtype is not kind:
             raise LayoutError(
                 f"{target.name} is quantised, so its bytes cannot become {kind}; "
-                'reshard(quant="none") makes dense weights'
+                'quant="none" (--quant none) makes dense weights'
             )
         yield rank, Target(name, view.cast(kind), target.shape)
 
@@ -237,9 +237,9 @@ def _beside(ckpt: Checkpoint) -> list[JSON]:
     """The digests of config and tokenizer files, which go with the weights: a rank whose output has others is
     not done."""
     out: list[JSON] = []
-    for path in ckpt.beside:
+    for file in ckpt.beside:
         seen = xxhash.xxh3_64()
-        for piece in pieces_of(path, LEAF):
+        for piece in pieces_of(file.path, LEAF):
             seen.update(piece)
         out.append(seen.hexdigest())
     return out

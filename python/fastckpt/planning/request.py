@@ -68,7 +68,9 @@ class Request:
         expect("adapter", self.adapter, str, os.PathLike, nothing)
         expect("apart", self.apart, bool)
         if self.apart and self.adapter is None:
-            raise LayoutError("apart goes with adapter=: it is the adapter that is kept apart")
+            raise LayoutError(
+                "apart (--apart) goes with adapter= (--adapter): it is the adapter that is kept apart"
+            )
         expect("weights_key", self.weights_key, str, nothing)
         if self.weights_key == "":
             raise LayoutError("weights_key: wanted a key, got the empty string")

@@ -60,7 +60,7 @@ def resolve(ckpt: Checkpoint, request: Request) -> Resolved:
     """The road that was asked for. Raises RecipeError, LayoutError or ViewError where there is none."""
     if request.dense:
         ckpt, request = _densified(ckpt, request)
-    beside = any(os.path.basename(path) == "config.json" for path in ckpt.beside)
+    beside = any(os.path.basename(file.path) == "config.json" for file in ckpt.beside)
     if request.config is None and ckpt.config is not None and ("unpadded" in ckpt.facts or not beside):
         request = replace(request, config=ckpt.config)  # there is none beside, or that of padded shards
     layout = _layout(request)

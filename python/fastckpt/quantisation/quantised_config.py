@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from ..checkpoint import JSON
 from ..errors import LayoutError
-from .schemes import Quant, tower
+from .schemes import Quant, Scheme, tower
 
 
 def quantization_config(quant: Quant, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, JSON]:
@@ -24,56 +25,59 @@ def quantization_config(quant: Quant, shapes: Mapping[str, tuple[int, ...]]) -> 
             f"quant {scheme.name}: DeepSeek-V4's modules go by other names in transformers than in its "
             "files, so that no config.json says which of them stay dense"
         )
-    dense = [
-        name.removesuffix(".weight")
-        for name, shape in shapes.items()
-        if name.endswith(".weight") and len(shape) == 2 and not quant.takes(name, shape)
-    ]
-    dense += [name.replace(*FORGETS) for name in dense if FORGETS[0] in name]
-    # Files call a tower's modules otherwise than transformers' models do: a pattern finds them by both names.
-    roots = [root for root in dict.fromkeys(map(tower, dense)) if root]
-    towers = [rf"(.*\.)?{root}\..*" for root in roots]
-    plain = [name for name in dense if not tower(name)]
-    heads = [
-        head
-        for head, of in HEADS.items()
-        if f"{head}.weight" not in shapes and any(name.startswith(of) for name in shapes)
-    ]
+    dense = _Dense.of(quant, shapes)
     match scheme.format:
         case "":
             return {"quant_method": "fastckpt", "scheme": scheme.name}
         case "fp8":
-            return {
-                "quant_method": "fp8",
-                "activation_scheme": "dynamic",
-                "fmt": "e4m3",
-                "weight_block_size": list(scheme.block),
-                "modules_to_not_convert": [*dense, *heads, *_fused(dense)],
-            }
+            return _fp8(scheme, dense)
         case "awq":
-            return {
-                "quant_method": "awq",
-                "bits": scheme.bits,
-                "group_size": scheme.block[0],
-                "zero_point": True,
-                "version": "gemm",
-                "modules_to_not_convert": [*plain, *roots, *towers],
-            }
+            return _awq(scheme, dense)
         case "gptq":
-            # lm_head has a key of its own; a negative pattern tells loaders of every other one that stays.
-            names = [re.escape(name) for name in plain if name != "lm_head"]
-            skipped: dict[str, JSON] = {f"-:^{name}$": {} for name in (*names, *towers)}
-            return {
-                "quant_method": "gptq",
-                "checkpoint_format": "gptq",
-                "bits": scheme.bits,
-                "group_size": scheme.block[0],
-                "desc_act": False,
-                "sym": not scheme.asymmetric,
-                "lm_head": "lm_head" not in plain and "lm_head.weight" in shapes,
-                "dynamic": skipped,
-            }
-    return _compressed_config(quant, shapes, [*plain, *(f"re:{pattern}" for pattern in towers), *heads])
+            return _gptq(scheme, dense, head="lm_head.weight" in shapes)
+    return _compressed(quant, shapes, dense)
+
+
+@dataclass(frozen=True, slots=True)
+class _Dense:
+    """The modules that stay dense. `files`: as the files name them; `plain`: those of them in no tower;
+    `roots`: the towers of the others. Files call a tower's modules otherwise than transformers' models do:
+    `towers` are patterns that find them by both names. `heads`: output layers that files do not name."""
+
+    files: tuple[str, ...]
+    plain: tuple[str, ...]
+    roots: tuple[str, ...]
+    towers: tuple[str, ...]
+    heads: tuple[str, ...]
+
+    @staticmethod
+    def of(quant: Quant, shapes: Mapping[str, tuple[int, ...]]) -> _Dense:
+        matrices = [name for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2]
+        files = [n.removesuffix(".weight") for n in matrices if not quant.takes(n, shapes[n])]
+        files += [name.replace(*FORGETS) for name in files if FORGETS[0] in name]
+        roots = [root for root in dict.fromkeys(map(tower, files)) if root]
+        heads = [
+            head
+            for head, of in HEADS.items()
+            if f"{head}.weight" not in shapes and any(name.startswith(of) for name in shapes)
+        ]
+        return _Dense(
+            files=tuple(files),
+            plain=tuple(name for name in files if not tower(name)),
+            roots=tuple(roots),
+            towers=tuple(rf"(.*\.)?{root}\..*" for root in roots),
+            heads=tuple(heads),
+        )
+
+
+def _fp8(scheme: Scheme, dense: _Dense) -> dict[str, JSON]:
+    return {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "weight_block_size": list(scheme.block),
+        "modules_to_not_convert": [*dense.files, *dense.heads, *_fused(dense.files)],
+    }
 
 
 def _fused(names: Iterable[str]) -> list[str]:
@@ -82,6 +86,34 @@ def _fused(names: Iterable[str]) -> list[str]:
     Read by its fp8 alone, which takes names as they are (quant_utils.is_layer_skipped of 0.32)."""
     ends = ((".q_proj", ".qkv_proj"), (".gate_proj", ".gate_up_proj"))
     return [n.replace(*end) for n in names for end in ends if tower(n) and n.endswith(end[0])]
+
+
+def _awq(scheme: Scheme, dense: _Dense) -> dict[str, JSON]:
+    return {
+        "quant_method": "awq",
+        "bits": scheme.bits,
+        "group_size": scheme.block[0],
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": [*dense.plain, *dense.roots, *dense.towers],
+    }
+
+
+def _gptq(scheme: Scheme, dense: _Dense, *, head: bool) -> dict[str, JSON]:
+    """`head`: the model has an lm_head, of which a key of its own tells; of every other dense module a
+    negative pattern does."""
+    names = [re.escape(name) for name in dense.plain if name != "lm_head"]
+    skipped: dict[str, JSON] = {f"-:^{name}$": {} for name in (*names, *dense.towers)}
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": scheme.bits,
+        "group_size": scheme.block[0],
+        "desc_act": False,
+        "sym": not scheme.asymmetric,
+        "lm_head": head and "lm_head" not in dense.plain,
+        "dynamic": skipped,
+    }
 
 
 FORGETS = (".self_attn.f_", ".self_attn.forget_gate.f_")
@@ -99,13 +131,10 @@ ones lie in none, GPT-NeoX's is called embed_out there), but compressed-tensors 
 every Linear of a model for quantised that is not ignored."""
 
 
-def _compressed_config(
-    quant: Quant, shapes: Mapping[str, tuple[int, ...]], dense: list[str]
-) -> dict[str, JSON]:
-    """compressed-tensors' `quantization_config`; `dense`: the modules that stay so, or patterns of them."""
-    scheme, left = quant.scheme, dense
+def _compressed(quant: Quant, shapes: Mapping[str, tuple[int, ...]], dense: _Dense) -> dict[str, JSON]:
+    scheme, left = quant.scheme, [*dense.plain, *(f"re:{pattern}" for pattern in dense.towers), *dense.heads]
     if "model.norm.bias" in shapes:  # Phi-3.5-MoE: transformers calls its routers so; Mixtral's are no Linear
-        gates = [name for name in dense if name.endswith(".block_sparse_moe.gate")]
+        gates = [name for name in left if name.endswith(".block_sparse_moe.gate")]
         left = left + [name.replace(".block_sparse_moe.gate", ".mlp.router") for name in gates]
     root = "backbone."  # Nemotron-H: transformers calls it model
     left = left + [f"model.{name.removeprefix(root)}" for name in left if name.startswith(root)]

@@ -218,8 +218,8 @@ class Quant:
         if stack and not any(fnmatchcase(name, p) for p in (*self.include, *self.exclude)):
             raise LayoutError(
                 f"quant {self.scheme.name}: {name} {tuple(shape)} is a stack of experts, which would stay "
-                "dense; write each expert on its own (layout hf with split_experts=true, where the family's "
-                "loaders take them so), or exclude it by a pattern"
+                "dense; exclude it by a pattern, or write each expert on its own: layout hf with "
+                "split_experts=True (-L split_experts=true), where the family's loaders take them so"
             )
 
     def knows(self, name: str) -> bool:

@@ -178,7 +178,7 @@ def find(config: Mapping[str, JSON]) -> Recipe:
     if recipe is None:
         raise RecipeError(
             f"config: no recipe for model_type {name!r}, known: {', '.join(TYPES)}; recipe= (--recipe) "
-            "takes one by name, a tp_plan of name patterns works without one"
+            "takes one by name, a tp_plan= (--tp-plan) of name patterns works without one"
         )
     return recipe
 

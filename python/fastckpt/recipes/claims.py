@@ -23,7 +23,7 @@ from ..roles import Beside, Embedding, Linear, Norm, Parameter
 from ..views import View
 from . import strangers
 from .imagining import MOST, Imagined
-from .quantised import Form, Kind, Quantised
+from .quantised import Form, Quantised, StoredBeside
 
 LARGEST = 1 << 53
 """No size or factor that a config says is larger."""
@@ -96,6 +96,11 @@ def dim(config: Mapping[str, JSON], key: str, *older: str, default: int | None =
     """The size under `key`, or under the first `older` name of it that has a value. Raises as `integer`."""
     said = next((k for k in (key, *older) if config.get(k) is not None), key)
     return Dim(integer(config, said, default), said)
+
+
+def layer_index(layer: str) -> int:
+    """The number of a layer by its name."""
+    return int(layer.rpartition(".")[2])
 
 
 def absent() -> None:
@@ -266,10 +271,9 @@ class Claims:
         bias: bool = False,
         transposed: bool = False,
         stored: str | None = None,
-        bias_name: str = "",
     ) -> Callable[[], Linear]:
         """Claims the matrix [out, into] of the hub's module `name` (which is stored as the module `stored`,
-        if given), its bias (under `bias_name`, if given), and the tensors beside a quantised one."""
+        if given), its bias, and the tensors beside a quantised one."""
         at = stored or name
         form = self.form
         if form is not None and self._is_quantised(at, form):
@@ -277,8 +281,8 @@ class Claims:
             self._any_quantised = True
         else:
             build = self._plain(name, at, out, into, transposed)
-        offset = self.floats(bias_name or f"{at}.bias", out) if bias else absent
-        return lambda: replace(build(), bias=offset(), bias_name=bias_name)
+        offset = self.floats(f"{at}.bias", out) if bias else absent
+        return lambda: replace(build(), bias=offset())
 
     def norm(self, name: str, *dims: Dim, bias: bool = False, plus_one: bool = False) -> Callable[[], Norm]:
         """Claims a norm's weight of that shape, and its bias where it has one."""
@@ -345,7 +349,7 @@ class Claims:
 
         return build
 
-    def _beside(self, at: str, out: Dim, into: Dim, kind: Kind) -> Callable[[], Beside]:
+    def _beside(self, at: str, out: Dim, into: Dim, kind: StoredBeside) -> Callable[[], Beside]:
         name = f"{at}.{kind.leaf}"
         rows, columns = (_over(d, u, up=True) for d, u in zip((out, into), kind.unit, strict=True))
         whole = Dim(rows.size * columns.size, f"{rows.key} * {columns.key}")
@@ -424,7 +428,8 @@ def vocabulary(
         stored = claims.length(name, Dim(want, key), *more)
         if vocab_size is None and stored != want:
             raise RecipeError(
-                f"{name} has {stored} rows, config's {key} is {want}; vocab_size= says which to serve"
+                f"{name} has {stored} rows, config's {key} is {want}; vocab_size= (--vocab-size) says which "
+                "to serve"
             )
         if not 0 < want <= stored:
             raise RecipeError(f"{name} has {stored} rows, vocab_size= asks for {want}")

@@ -13,8 +13,10 @@ from ..mixers import Attention
 from ..model import Layer, Layers, Model, Sizes, VisionExpert
 from ..roles import Parameter
 from .claims import Claims, Dim, Heads, dim, integer, vocabulary
-from .decoder import ANCHOR, IGNORED, gated
+from .decoder import ANCHOR
+from .dense import gated
 from .fused import fused_attention
+from .kind import IGNORED
 from .known import Known
 from .towers import Shapes, carried, norms, of, vision
 

@@ -6,18 +6,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..model import HubCuts
-from .decoder import Kind, Said
-from .decoder import families as kinds
-from .mixture import Mixture, Shared, typed
-from .mixture import families as mixtures
+from .decoder import decoders
+from .kind import TIED, FeedForward, Kind, QkNorm, Said, SelfAttention
+from .mixture import Mixture, Shared, mixtures, typed
 
-COHERE = Kind("cohere", qk_norm=Said("use_qk_norm"), own_norms=True, parallel=True, tied=True)
-COHERE2 = Kind("cohere2", parallel=True, tied=True)
+COHERE2 = Kind("cohere2", vocabulary=TIED, parallel=True)
+COHERE = replace(
+    COHERE2, family="cohere", attention=SelfAttention(qk_norm=QkNorm(Said("use_qk_norm"), own=True))
+)
 COHERE2_MOE = Mixture(
     replace(
         COHERE2,
         family="cohere2_moe",
-        width=("prefix_dense_intermediate_size", "intermediate_size"),
+        mlp=FeedForward(width=("prefix_dense_intermediate_size", "intermediate_size")),
         cuts=HubCuts(whole=frozenset({"shared", "num_shared_experts * intermediate_size"})),
     ),
     count=("num_experts",),
@@ -26,4 +27,4 @@ COHERE2_MOE = Mixture(
     shared=Shared(count="num_shared_experts"),
 )
 
-FAMILIES = kinds(COHERE, COHERE2) | mixtures(COHERE2_MOE)
+FAMILIES = decoders(COHERE, COHERE2) | mixtures(COHERE2_MOE)

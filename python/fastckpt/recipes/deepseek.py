@@ -10,18 +10,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..model import HubCuts, Stacked
-from .decoder import IGNORED, MLP_BIAS, Kind, Said
+from .kind import IGNORED, MLP_BIAS, NORMED, UNBIASED, FeedForward, Kind, QkNorm, Said, SelfAttention
 from .latent import latent, sparse
 from .meta import CORRECTIONS, GATED, ROUTED, STACKS, Meta
-from .mixture import Mixture, Shared, after_dense, every, typed
-from .mixture import families as mixtures
+from .mixture import Mixture, Shared, after_dense, every, mixtures, typed
 from .moe import Block
 
 _ROUTED_ONLY = HubCuts(whole=frozenset({"shared", "n_shared_experts * moe_intermediate_size"}))
 
 CORRECTED = Block(correction="gate.e_score_correction_bias")
 V2 = Mixture(
-    Kind("deepseek_v2", mlp_bias=MLP_BIAS),
+    Kind("deepseek_v2", mlp=FeedForward(bias=MLP_BIAS)),
     count=("n_routed_experts",),
     sparse=after_dense,
     shared=Shared(),
@@ -52,23 +51,27 @@ MISTRAL4 = replace(
     kind=Kind("mistral4", cuts=HubCuts(whole=frozenset({"attention"}))),
     block=Block(stacked=Stacked("experts.gate_up_proj", "experts.down_proj")),
 )
-GLM4_MOE = replace(V3, kind=Kind("glm4_moe", o_bias=False, qk_norm=Said("use_qk_norm")), latent=None)
+GLM4_MOE = replace(
+    V3,
+    kind=Kind("glm4_moe", SelfAttention(o_bias=False, qk_norm=QkNorm(Said("use_qk_norm")))),
+    latent=None,
+)
 GLM4V_MOE_TEXT = replace(
     GLM4_MOE,
-    kind=Kind("glm4v_moe_text", qkv_bias=Said("attention_bias", True), o_bias=False),
+    kind=Kind("glm4v_moe_text", SelfAttention(qkv_bias=Said("attention_bias", True), o_bias=False)),
     shared=Shared(default=1),
 )
 GLM4_MOE_LITE = replace(V3, kind=Kind("glm4_moe_lite", cuts=_ROUTED_ONLY), sparse=typed())
 KIMI_K2 = replace(V3, kind=replace(V3.kind, family="kimi_k2", meta=None))
-DOTS1 = replace(GLM4_MOE, kind=Kind("dots1", qk_norm=True))
-SOLAR_OPEN = replace(GLM4_MOE, kind=Kind("solar_open", o_bias=False, cuts=_ROUTED_ONLY), sparse=every)
+DOTS1 = replace(GLM4_MOE, kind=Kind("dots1", NORMED))
+SOLAR_OPEN = replace(
+    GLM4_MOE, kind=Kind("solar_open", SelfAttention(o_bias=False), cuts=_ROUTED_ONLY), sparse=every
+)
 EXAONE_MOE = replace(
     GLM4_MOE,
     kind=Kind(
         "exaone_moe",
-        qkv_bias=False,
-        o_bias=False,
-        qk_norm=True,
+        replace(UNBIASED, qk_norm=QkNorm()),
         cuts=HubCuts(whole=frozenset({"shared", "num_shared_experts * moe_intermediate_size"})),
         ignored=(*IGNORED, "mtp.*"),
     ),
@@ -81,7 +84,7 @@ EXAONE_MOE = replace(
 )
 HY_V3 = replace(
     GLM4_MOE,
-    kind=Kind("hy_v3", mlp_bias=MLP_BIAS, qk_norm=True, ignored=(*IGNORED, "model.layers.80.*")),
+    kind=Kind("hy_v3", NORMED, FeedForward(bias=MLP_BIAS), ignored=(*IGNORED, "model.layers.80.*")),
     block=Block(
         router="router.gate",
         correction="expert_bias",

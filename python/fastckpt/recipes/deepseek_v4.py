@@ -16,8 +16,11 @@ from ..errors import RecipeError
 from ..mixers import Compressed, CompressedIndexer, Compressor
 from ..model import Experts, HubCuts, Model
 from ..roles import Parameter
-from .claims import Claims, Dim, Heads, absent, dim, each_layer, integer
-from .decoder import IGNORED, Kind, Norms, claimed, decoder, gated
+from .attention import Attending
+from .claims import Claims, Dim, Heads, absent, dim, each_layer, integer, layer_index
+from .decoder import claimed, decoder
+from .dense import Feeding, gated
+from .kind import IGNORED, Kind, Norms, Vocabulary
 from .known import Known
 from .moe import Block, experts, with_shared
 from .renaming import as_the_hub
@@ -30,8 +33,7 @@ KIND = Kind(
     norms=Norms("attn_norm", "ffn_norm", last="norm"),
     root="",
     trained="",
-    embedding="embed",
-    head="head",
+    vocabulary=Vocabulary("embed", "head"),
     cuts=HubCuts(whole=frozenset({"attention", "shared", SHARED})),
     ignored=(*IGNORED, "mtp.*"),
 )
@@ -62,7 +64,7 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
     attends = _attends(claims, config, heads, kinds, runs)
 
     def feeds(layer: str) -> Callable[[], Experts]:
-        corrected = "" if hashed[_index(layer)] else "gate.bias"
+        corrected = "" if hashed[layer_index(layer)] else "gate.bias"
         block = replace(BLOCK, correction=corrected)
         return with_shared(
             experts(claims, config, layer, block, (number, width, hidden)),
@@ -75,7 +77,7 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
             for block in ("attn", "ffn")
             for leaf, dims in (("fn", (mixed, all_streams)), ("base", (mixed,)), ("scale", (Dim(3, "3"),)))
         ]
-        if hashed[_index(layer)]:
+        if hashed[layer_index(layer)]:
             rows, each = dim(config, "vocab_size"), dim(config, "num_experts_per_tok")
             built.append(claims.parameter(f"{layer}.ffn.gate.tid2eid", rows, each))
         return lambda: tuple(build() for build in built)
@@ -87,16 +89,11 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         claims,
         config,
         vocab_size,
-        feeds,
-        {width.key: width.size, shared.key: shared.size},
-        attends=attends,
-        heads=heads,
+        Attending(attends, heads, keys=None),
+        Feeding(feeds, {width.key: width.size, shared.key: shared.size}, number.size, width.key, shared.key),
         whole=whole,
-        experts=number.size,
-        expert_width=width.key,
-        shared_width=shared.key,
     )
-    sizes = replace(model.sizes, head_keys=None, groups=integer(config, "o_groups"))
+    sizes = replace(model.sizes, groups=integer(config, "o_groups"))
     return replace(model, sizes=sizes, carried=tuple(build() for build in carried))
 
 
@@ -130,7 +127,7 @@ def _attends(
         return lambda: CompressedIndexer(q(), weights(), keys())
 
     def claim(layer: str) -> Callable[[], Compressed]:
-        at, kind = f"{layer}.attn", kinds[_index(layer)]
+        at, kind = f"{layer}.attn", kinds[layer_index(layer)]
         q_a, q_norm = claims.linear(f"{at}.wq_a", rank, hidden), claims.norm(f"{at}.q_norm", rank)
         q, kv = claims.linear(f"{at}.wq_b", rows, rank), claims.linear(f"{at}.wkv", size, hidden)
         kv_norm = claims.norm(f"{at}.kv_norm", size)
@@ -143,10 +140,6 @@ def _attends(
         )
 
     return claim
-
-
-def _index(layer: str) -> int:
-    return int(layer.rpartition(".")[2])
 
 
 # ---- what config says of each layer ----

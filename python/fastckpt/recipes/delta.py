@@ -1,23 +1,23 @@
 """Linear attention by the gated delta rule, in the layers that config says.
 
-What q, k, v, z, b and a are is in `model.DeltaNet`. Source: the modeling files of transformers.
+What q, k, v, z, b and a are is in `mixers.DeltaNet`. Source: the modeling files of transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 
 from ..checkpoint import JSON
 from ..errors import RecipeError
-from ..mixers import Attends, DeltaHeads, DeltaNet
+from ..mixers import DeltaHeads, DeltaNet
+from ..model import Sizes
 from ..roles import Linear, Parameter
 from ..views import cat
 from .claims import Claims, Dim, dim, each_layer, integer
 from .fused import parts
-
-Claim = Callable[[str], Callable[[], Attends]]
-"""Claims the attention of a layer by the layer's name, and returns what builds it."""
+from .kind import Mixer, Norms
 
 
 def heads_of(config: Mapping[str, JSON]) -> DeltaHeads:
@@ -38,7 +38,7 @@ def heads_of(config: Mapping[str, JSON]) -> DeltaHeads:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredDelta:
     """How the hub stores a DeltaNet, in the module `at` of a layer. `matrices`: module -> the initials of
     what it holds, `grouped`: key head by key head, else one matrix after another; `low`: the modules of the
     matrices before a and z, () where there are none. `conv`: the modules of the kernels of q, k and v, or of
@@ -55,27 +55,27 @@ class Stored:
     o: str = "out_proj"
 
 
-def hybrid(stored: Stored, claims: Claims, config: Mapping[str, JSON], attends: Claim) -> Claim:
-    """Linear attention in the layers that config says, `attends` in all others."""
-    linear = _delta_net(stored, claims, config)
-    which = linear_layers(config, claims.layers(config))
-    return lambda layer: (linear if layer in which else attends)(layer)
+def delta_net(stored: StoredDelta, norms: Norms | None = None) -> Mixer:
+    """Linear attention in the layers that config says; `norms`: of those layers, where they are others."""
+    return Mixer(_linear, partial(_delta_net, stored), _sized, norms)
 
 
-def linear_layers(config: Mapping[str, JSON], count: int) -> frozenset[str]:
-    """The names of those of `count` layers that have linear attention: as `layer_types` says, or without it
-    all but every `full_attention_interval`-th."""
-    types: Sequence[str]
+def _linear(config: Mapping[str, JSON], count: int) -> list[bool]:
+    """Which of `count` layers have linear attention: as `layer_types` says, or without it all but every
+    `full_attention_interval`-th."""
     if config.get("layer_types") is None:
         every = integer(config, "full_attention_interval", 4)
-        types = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(count)]
-    else:
-        types = each_layer(config, "layer_types", count, ("linear_attention", "full_attention"))
-    return frozenset(f"model.layers.{i}" for i, kind in enumerate(types) if kind == "linear_attention")
+        return [bool((i + 1) % every) for i in range(count)]
+    types = each_layer(config, "layer_types", count, ("linear_attention", "full_attention"))
+    return [kind == "linear_attention" for kind in types]
+
+
+def _sized(sizes: Sizes, config: Mapping[str, JSON]) -> Sizes:
+    return replace(sizes, delta=heads_of(config))
 
 
 def _delta_net(
-    stored: Stored, claims: Claims, config: Mapping[str, JSON]
+    stored: StoredDelta, claims: Claims, config: Mapping[str, JSON]
 ) -> Callable[[str], Callable[[], DeltaNet]]:
     heads, hidden = heads_of(config), dim(config, "hidden_size")
     keys = Dim(heads.keys * heads.key_dim, "linear_num_key_heads * linear_key_head_dim")
@@ -125,7 +125,7 @@ def _together(rows: Mapping[str, Dim], held: str) -> Dim:
 
 
 def _kernels(
-    stored: Stored, claims: Claims, config: Mapping[str, JSON], at: str, rows: Mapping[str, Dim]
+    stored: StoredDelta, claims: Claims, config: Mapping[str, JSON], at: str, rows: Mapping[str, Dim]
 ) -> Callable[[], tuple[Parameter, Parameter, Parameter]]:
     """Claims the kernels of q, k and v: one tensor, or three whose rows follow one another; transformers 5.23
     saves three of as many rows each, whatever they are of."""

@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 
 from ..checkpoint import JSON
 from .claims import integer
-from .decoder import IGNORED, Kind, Said
-from .mixture import Mixture, Shared
-from .mixture import families as mixtures
+from .kind import IGNORED, FeedForward, Kind, Said, SelfAttention, Vocabulary
+from .mixture import Mixture, Shared, mixtures
 from .moe import Block
 
 
@@ -24,11 +23,9 @@ _BIAS = Said("use_bias")
 ERNIE4_5_MOE = Mixture(
     Kind(
         "ernie4_5_moe",
-        qkv_bias=_BIAS,
-        o_bias=_BIAS,
-        mlp_bias=_BIAS,
-        head_bias=_BIAS,
-        tied=True,
+        SelfAttention(qkv_bias=_BIAS, o_bias=_BIAS),
+        FeedForward(bias=_BIAS),
+        vocabulary=Vocabulary(head_bias=_BIAS, tied=True),
         ignored=(*IGNORED, "model.mtp_*"),
     ),
     Block(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from .decoder import Kind, Norms
-from .decoder import families as kinds
+from dataclasses import replace
+
+from .decoder import decoders
+from .kind import NORMED, TIED, Kind, Norms
 
 AROUND = Norms(
     mlp="pre_feedforward_layernorm",
     attention_after="post_attention_layernorm",
     mlp_after="post_feedforward_layernorm",
 )
-GEMMA = Kind("gemma", plus_one=True, tied=True)
-GEMMA2 = Kind("gemma2", norms=AROUND, plus_one=True, tied=True)
-GEMMA3 = Kind("gemma3_text", norms=AROUND, plus_one=True, tied=True, qk_norm=True)
-VAULTGEMMA = Kind("vaultgemma", norms=Norms(mlp="pre_feedforward_layernorm"), plus_one=True, tied=True)
+GEMMA = Kind("gemma", norms=Norms(plus_one=True), vocabulary=TIED)
+GEMMA2 = Kind("gemma2", norms=replace(AROUND, plus_one=True), vocabulary=TIED)
+GEMMA3 = replace(GEMMA2, family="gemma3_text", attention=NORMED)
+VAULTGEMMA = Kind("vaultgemma", norms=Norms(mlp="pre_feedforward_layernorm", plus_one=True), vocabulary=TIED)
 
-FAMILIES = kinds(GEMMA, GEMMA2, GEMMA3, VAULTGEMMA)
+FAMILIES = decoders(GEMMA, GEMMA2, GEMMA3, VAULTGEMMA)

@@ -25,13 +25,14 @@ _IMAGES = dict(
 _SOUND = dict(
     hidden_size=1024, num_hidden_layers=12, num_attention_heads=8, conv_kernel_size=5, output_proj_dims=1536
 )
+_PATCHES = dict(patch_size=16, pooling_kernel_size=3, mm_embed_dim=3840, mm_posemb_size=1120)
 
 
 def beside(claims: Claims, config: Said, hidden: Dim) -> tuple[None, tuple[Parameter, ...]]:
     """Claims the towers that config speaks of; `hidden`: the decoder's hidden size. Raises RecipeError."""
     shapes: Shapes = {}
     if config.get("vision_config") is not None:
-        shapes |= _images(claims, vision(config, **_IMAGES), hidden)
+        shapes |= _images(claims, vision(config, _IMAGES), hidden)
     if config.get("audio_config") is not None:
         shapes |= _sound(claims, config, hidden)
     return None, carried(claims, AT, shapes)
@@ -42,7 +43,7 @@ def unified(claims: Claims, config: Said, hidden: Dim) -> tuple[None, tuple[Para
     Raises RecipeError. Source: transformers' modeling_gemma4_unified.py."""
     shapes: Shapes = {}
     if config.get("vision_config") is not None:
-        said = vision(config, patch_size=16, pooling_kernel_size=3, mm_embed_dim=3840, mm_posemb_size=1120)
+        said = vision(config, _PATCHES)
         inner = of(said, "mm_embed_dim")
         side = of(said, "patch_size").size * of(said, "pooling_kernel_size").size
         pixels = Dim(3 * side**2, "3 * (patch_size * pooling_kernel_size) ** 2")

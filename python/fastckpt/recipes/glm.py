@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from ..model import HubCuts
-from .decoder import Kind, Norms
-from .decoder import families as kinds
+from dataclasses import replace
 
-GLM = Kind("glm", o_bias=False, paired=("gate_up_proj", "down_proj"), cuts=HubCuts(rows=True))
-GLM4 = Kind(
-    "glm4",
-    o_bias=False,
-    paired=("gate_up_proj", "down_proj"),
-    norms=Norms(attention_after="post_self_attn_layernorm", mlp_after="post_mlp_layernorm"),
+from ..model import HubCuts
+from .decoder import decoders
+from .kind import FeedForward, Kind, Norms, SelfAttention
+
+GLM = Kind(
+    "glm",
+    SelfAttention(o_bias=False),
+    FeedForward(matrices=("gate_up_proj", "down_proj"), paired=True),
     cuts=HubCuts(rows=True),
 )
+GLM4 = replace(
+    GLM,
+    family="glm4",
+    norms=Norms(attention_after="post_self_attn_layernorm", mlp_after="post_mlp_layernorm"),
+)
 
-FAMILIES = kinds(GLM, GLM4)
+FAMILIES = decoders(GLM, GLM4)

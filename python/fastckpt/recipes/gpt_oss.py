@@ -15,14 +15,17 @@ from ..errors import RecipeError
 from ..model import BlockStacks, Experts, HubCuts, Lazy, Mlp, Model, Stacks
 from ..roles import Linear, Parameter
 from ..views import View
+from .attention import attention
 from .claims import Claims, Dim, dim
-from .decoder import ANCHOR, IGNORED, Kind, decoder
+from .decoder import ANCHOR, decoder
+from .dense import Feeding
+from .kind import IGNORED, Kind, SelfAttention
 from .known import Known
 from .quantised import quantised
 
 GPT_OSS = Kind(
     "gpt_oss",
-    sinks="sinks",
+    SelfAttention(sinks="sinks"),
     cuts=HubCuts(whole=frozenset({"embedding", "attention", "experts", "intermediate_size"})),
 )
 
@@ -76,10 +79,8 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         claims,
         config,
         vocab_size,
-        block_experts if blocks else experts,
-        {width.key: width.size},
-        experts=count.size,
-        expert_width=width.key,
+        attention(GPT_OSS, claims, config),
+        Feeding(block_experts if blocks else experts, {width.key: width.size}, count.size, width.key),
     )
     return replace(model, sizes=replace(model.sizes, block=GROUP)) if blocks else model
 
@@ -93,7 +94,7 @@ def _groups(size: Dim) -> Dim:
 def _in_blocks(name: str) -> Mlp:
     raise RecipeError(
         f"{name}: experts in mxfp4 are read as stacks alone, which only layouts hf and vllm have a place "
-        'for; reshard(quant="none") (--quant none) makes dense weights'
+        'for; quant="none" (--quant none) makes dense weights'
     )
 
 

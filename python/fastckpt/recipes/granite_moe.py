@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..model import HubCuts, Stacked
-from .decoder import Kind
-from .mixture import Mixture, Shared
-from .mixture import families as mixtures
+from .kind import FeedForward, Kind
+from .mixture import Mixture, Shared, mixtures
 from .moe import Block
 
 GRANITEMOE = Mixture(
@@ -26,7 +25,7 @@ GRANITEMOESHARED = replace(
     GRANITEMOE,
     kind=Kind(
         "granitemoeshared",
-        paired=("input_linear", "output_linear"),
+        mlp=FeedForward(matrices=("input_linear", "output_linear"), paired=True),
         cuts=HubCuts(whole=frozenset({"attention", "shared", "shared_intermediate_size"})),
     ),
     shared=Shared("shared_mlp", width="shared_intermediate_size"),

@@ -11,31 +11,37 @@ from dataclasses import replace
 from ..checkpoint import JSON, Checkpoint
 from ..model import HubCuts, Model
 from .claims import each_layer, integer
-from .decoder import IGNORED, MLP_BIAS, Kind, Norms
-from .decoder import families as kinds
+from .decoder import decoders
 from .granite_moe import GRANITEMOESHARED
+from .kind import (
+    IGNORED,
+    MLP_BIAS,
+    UNBIASED,
+    UNGATED,
+    FeedForward,
+    Kind,
+    Norms,
+    Vocabulary,
+)
 from .known import Known
-from .mamba import KINDS, Blocks, Stored, every, listed, typed
-from .mixture import Mixture, Shared
-from .mixture import families as mixtures
+from .mamba import KINDS, Blocks, StoredMamba, every, listed, typed
+from .mixture import Mixture, Shared, mixtures
 from .mixture import recipe as mixture_recipe
 from .moe import Block
 
 _WHOLE = frozenset({"attention", "mlp", "intermediate_size"})
-_NORMS = Norms(mlp="pre_ff_layernorm", last="model.final_layernorm")
 
 BAMBA = Kind(
     "bamba",
-    mlp_bias=MLP_BIAS,
-    mlp="feed_forward",
-    norms=_NORMS,
-    mamba=Stored(listed),
+    mlp=FeedForward("feed_forward", bias=MLP_BIAS),
+    norms=Norms(mlp="pre_ff_layernorm", last="model.final_layernorm"),
+    mamba=StoredMamba(listed),
     cuts=HubCuts(whole=_WHOLE | {"embedding"}),
 )
 FALCON_H1 = replace(
     BAMBA,
     family="falcon_h1",
-    mamba=Stored(every, out_bias="projectors_bias", norm="mamba_rms_norm"),
+    mamba=StoredMamba(every, out_bias="projectors_bias", norm="mamba_rms_norm"),
 )
 
 
@@ -49,9 +55,8 @@ GRANITE = replace(
     kind=replace(
         GRANITEMOESHARED.kind,
         family="granitemoehybrid",
-        mlp="shared_mlp",
-        width=("shared_intermediate_size",),
-        mamba=Stored(typed),
+        mlp=replace(GRANITEMOESHARED.kind.mlp, at="shared_mlp", width=("shared_intermediate_size",)),
+        mamba=StoredMamba(typed),
         cuts=HubCuts(whole=frozenset({"attention", "mlp", "shared", "shared_intermediate_size"})),
     ),
     sparse=_some,
@@ -83,16 +88,11 @@ def _routed(config: Mapping[str, JSON]) -> Callable[[int], bool]:
 NEMOTRON_H = Mixture(
     Kind(
         "nemotron_h",
-        qkv_bias=False,
-        o_bias=False,
-        mlp_bias=MLP_BIAS,
-        norms=Norms("norm", "norm", last="backbone.norm_f"),
-        ungated=("up_proj", "down_proj"),
-        mlp="mixer",
-        self_attn="mixer",
-        root="backbone.",
-        embedding="embeddings",
-        mamba=Stored(
+        replace(UNBIASED, at="mixer"),
+        FeedForward("mixer", UNGATED, bias=MLP_BIAS),
+        Norms("norm", "norm", last="backbone.norm_f"),
+        Vocabulary("embeddings"),
+        mamba=StoredMamba(
             _alone,
             at="mixer",
             heads="mamba_num_heads",
@@ -104,6 +104,7 @@ NEMOTRON_H = Mixture(
             in_bias="use_bias",
             out_bias="use_bias",
         ),
+        root="backbone.",
         cuts=HubCuts(whole=_WHOLE | {"head", "shared", "moe_shared_expert_intermediate_size"}),
         ignored=(*IGNORED, "mtp.*"),
     ),
@@ -127,5 +128,7 @@ def nemotron_h(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int 
 
 
 FAMILIES = (
-    kinds(BAMBA, FALCON_H1) | mixtures(GRANITE) | {"nemotron_h": Known(nemotron_h, NEMOTRON_H.kind.ignored)}
+    decoders(BAMBA, FALCON_H1)
+    | mixtures(GRANITE)
+    | {"nemotron_h": Known(nemotron_h, NEMOTRON_H.kind.ignored)}
 )

@@ -1,28 +1,24 @@
 """Jamba: mixers of Mamba's first version in place of most attention, experts in place of some blocks.
 
-What x, z and the others are is in `model.Selective`. transformers' plan leaves all but experts, embedding and
-head whole. Source: transformers' configuration_jamba.py and modeling_jamba.py.
+What x, z and the others are is in `mixers.Selective`. transformers' plan leaves all but experts, embedding
+and head whole. Source: transformers' configuration_jamba.py and modeling_jamba.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 
-from ..checkpoint import JSON, Checkpoint
+from ..checkpoint import JSON
 from ..errors import RecipeError
 from ..mixers import Selective
-from ..model import HubCuts, Model
+from ..model import HubCuts, Sizes
 from ..roles import Parameter
 from .claims import Claims, Dim, absent, dim, flag, integer
-from .decoder import Kind, Norms
-from .delta import Claim
 from .fused import parts
-from .known import Known
-from .mixture import Mixture
-from .mixture import recipe as mixture_recipe
-from .moe import Block, saved_as
+from .kind import UNBIASED, FeedForward, Kind, Mixer, Norms
+from .mixture import Mixture, mixtures
+from .moe import Block
 
 
 def _every(config: Mapping[str, JSON], kind: str, period: int, offset: int) -> Callable[[int], bool]:
@@ -41,10 +37,14 @@ def _sparse(config: Mapping[str, JSON]) -> Callable[[int], bool]:
     return lambda layer: several and chosen(layer)
 
 
-def _mixed(claims: Claims, config: Mapping[str, JSON], attends: Claim) -> Claim:
-    """Attention in the layers that config says, a mixer in all others."""
-    mixes, full = _mixers(claims, config), _every(config, "attn", 8, 4)
-    return lambda layer: (attends if full(int(layer.rpartition(".")[2])) else mixes)(layer)
+def _mixed(config: Mapping[str, JSON], count: int) -> list[bool]:
+    """Which layers have a mixer in place of attention."""
+    full = _every(config, "attn", 8, 4)
+    return [not full(i) for i in range(count)]
+
+
+def _sized(sizes: Sizes, config: Mapping[str, JSON]) -> Sizes:
+    return replace(sizes, channels=_width(config).size)
 
 
 def _width(config: Mapping[str, JSON]) -> Dim:
@@ -93,11 +93,10 @@ def _mixers(claims: Claims, config: Mapping[str, JSON]) -> Callable[[str], Calla
 JAMBA = Mixture(
     Kind(
         "jamba",
-        qkv_bias=False,
-        o_bias=False,
-        mlp="feed_forward",
-        norms=Norms(mlp="pre_ff_layernorm", last="model.final_layernorm"),
-        mixed=_mixed,
+        UNBIASED,
+        FeedForward("feed_forward"),
+        Norms(mlp="pre_ff_layernorm", last="model.final_layernorm"),
+        mixer=Mixer(_mixed, _mixers, _sized),
         cuts=HubCuts(whole=frozenset({"attention", "mlp"})),
     ),
     Block(hub="feed_forward", router="router", trained="feed_forward"),
@@ -105,11 +104,4 @@ JAMBA = Mixture(
     sparse=_sparse,
 )
 
-
-def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
-    """The model of a Jamba checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
-    model = mixture_recipe(ckpt, config, vocab_size=vocab_size, mixture=JAMBA)
-    return replace(model, sizes=replace(model.sizes, channels=_width(config).size))
-
-
-FAMILIES = {"jamba": Known(recipe, JAMBA.kind.ignored, partial(saved_as, JAMBA.block))}
+FAMILIES = mixtures(JAMBA)

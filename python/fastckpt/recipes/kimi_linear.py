@@ -15,8 +15,8 @@ from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import HubCuts, Model
 from .claims import Claims, integer
-from .decoder import Kind
-from .delta import Stored
+from .delta import StoredDelta, delta_net
+from .kind import Kind
 from .known import Known
 from .latent import latent
 from .mixture import Mixture, Shared, typed
@@ -25,18 +25,19 @@ from .moe import Block
 from .renaming import as_the_hub
 
 _AT = "block_sparse_moe"
+_LINEAR = StoredDelta(
+    {"q_proj": "q", "k_proj": "k", "v_proj": "v", "b_proj": "b", "f_b_proj": "a", "g_b_proj": "z"},
+    at="self_attn",
+    low=("f_a_proj", "g_a_proj"),
+    conv=("q_conv1d", "k_conv1d", "v_conv1d"),
+    rates=lambda heads: (1, 1, heads, 1),
+    norm="o_norm",
+    o="o_proj",
+)
 KIMI_LINEAR = Mixture(
     Kind(
         "kimi_linear",
-        delta=Stored(
-            {"q_proj": "q", "k_proj": "k", "v_proj": "v", "b_proj": "b", "f_b_proj": "a", "g_b_proj": "z"},
-            at="self_attn",
-            low=("f_a_proj", "g_a_proj"),
-            conv=("q_conv1d", "k_conv1d", "v_conv1d"),
-            rates=lambda heads: (1, 1, heads, 1),
-            norm="o_norm",
-            o="o_proj",
-        ),
+        mixer=delta_net(_LINEAR),
         cuts=HubCuts(whole=frozenset({"attention"})),
     ),
     Block(_AT, gate="w1", up="w3", down="w2", correction="gate.e_score_correction_bias", trained=_AT),

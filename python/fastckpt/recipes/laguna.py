@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from ..checkpoint import JSON
 from ..errors import RecipeError
 from ..model import HubCuts
+from .attention import heads_of
 from .claims import Heads, integer
-from .decoder import Kind, Norms, Own, heads_of
-from .mixture import Mixture, Shared, after, typed
-from .mixture import families as mixtures
+from .kind import Kind, Norms, Own, QkNorm, SelfAttention
+from .mixture import Mixture, Shared, after, mixtures, typed
 from .moe import Block
 
 
@@ -27,7 +27,7 @@ def _own(config: Mapping[str, JSON], count: int) -> list[Own]:
 
 
 LAGUNA = Mixture(
-    Kind("laguna", qk_norm=True, output_gate="g_proj", head_gates=True, own=_own),
+    Kind("laguna", SelfAttention(qk_norm=QkNorm(), output_gate="g_proj", head_gates=True, own=_own)),
     Block(correction="experts.e_score_correction_bias", trained_correction="gate.e_score_correction_bias"),
     count=("num_experts",),
     sparse=typed(1),
@@ -39,8 +39,7 @@ _WHOLE = frozenset(
 AFMOE = Mixture(
     Kind(
         "afmoe",
-        qk_norm=True,
-        output_gate="gate_proj",
+        SelfAttention(qk_norm=QkNorm(), output_gate="gate_proj"),
         norms=Norms(
             mlp="pre_mlp_layernorm",
             attention_after="post_attention_layernorm",

@@ -5,11 +5,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 from ..checkpoint import JSON
 from ..mixers import Indexer, Mla
 from ..model import Rope, Yarn
-from .claims import Claims, Dim, Heads, dim, each_layer, flag, integer, number
+from .attention import Attending
+from .claims import Claims, Dim, Heads, dim, each_layer, flag, integer, layer_index, number
+
+Latent = Callable[[Claims, Mapping[str, JSON], str], Callable[[], Mla]]
+"""Claims the latent attention of a layer by the layer's name."""
+
+
+def attending(claims: Claims, config: Mapping[str, JSON], claim: Latent) -> Attending:
+    """Latent attention in every layer. Raises RecipeError."""
+    keys = "num_attention_heads", "num_key_value_heads", ""
+    return Attending(partial(claim, claims, config), heads_of(config), keys)
 
 
 def heads_of(config: Mapping[str, JSON]) -> Heads:
@@ -47,7 +58,7 @@ def latent(claims: Claims, config: Mapping[str, JSON], layer: str) -> Callable[[
 def sparse(claims: Claims, config: Mapping[str, JSON], layer: str) -> Callable[[], Mla]:
     """Claims the latent attention of a layer, and its indexer where it has one."""
     build = latent(claims, config, layer)
-    if not _indexes(config, int(layer.rpartition(".")[2])):
+    if not _indexes(config, layer_index(layer)):
         return build
     at, hidden = f"{layer}.self_attn.indexer", dim(config, "hidden_size")
     heads, features = dim(config, "index_n_heads"), dim(config, "index_head_dim")

@@ -1,6 +1,6 @@
 """LFM2: in most layers a short gated convolution in place of attention; a mixture of experts in LFM2-MoE.
 
-What b, c and x are is in `model.ShortConv`. Source: the modeling files of transformers.
+What b, c and x are is in `mixers.ShortConv`. Source: the modeling files of transformers.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from functools import partial
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..mixers import ShortConv
-from ..model import HubCuts, Model
+from ..model import HubCuts, Model, Sizes
 from ..roles import Parameter
 from .claims import Claims, Dim, absent, dim, each_layer, flag, integer, number
-from .decoder import IGNORED, Kind, Norms
 from .decoder import recipe as dense_recipe
-from .delta import Claim
 from .fused import parts
+from .kind import IGNORED, TIED, UNBIASED, FeedForward, Kind, Mixer, Norms, QkNorm
 from .known import Known
 from .mixture import Mixture, after
 from .mixture import recipe as mixture_recipe
@@ -28,12 +27,13 @@ WIDTH = "intermediate_size, adjusted"
 """The key of the width of a block that config's class makes of `intermediate_size`."""
 
 
-def _mixed(claims: Claims, config: Mapping[str, JSON], attends: Claim) -> Claim:
-    """A convolution in the layers that config says, `attends` in all others."""
-    convolves = _short_conv(claims, config)
-    kinds = each_layer(config, "layer_types", claims.layers(config), ("conv", "full_attention"))
-    which = frozenset(f"model.layers.{i}" for i, kind in enumerate(kinds) if kind == "conv")
-    return lambda layer: (convolves if layer in which else attends)(layer)
+def _convolved(config: Mapping[str, JSON], count: int) -> list[bool]:
+    """Which layers have a convolution in place of attention."""
+    return [kind == "conv" for kind in each_layer(config, "layer_types", count, ("conv", "full_attention"))]
+
+
+def _sized(sizes: Sizes, config: Mapping[str, JSON]) -> Sizes:
+    return replace(sizes, channels=sizes.hidden)
 
 
 def _short_conv(claims: Claims, config: Mapping[str, JSON]) -> Callable[[str], Callable[[], ShortConv]]:
@@ -60,17 +60,13 @@ def _short_conv(claims: Claims, config: Mapping[str, JSON]) -> Callable[[str], C
 
 _LFM2 = Kind(
     "lfm2",
-    qkv_bias=False,
-    o_bias=False,
-    qk_norm=True,
-    norms=Norms("operator_norm", "ffn_norm", q="q_layernorm", k="k_layernorm", last="model.embedding_norm"),
-    o="out_proj",
-    mlp="feed_forward",
-    matrices=("w1", "w3", "w2"),
-    mixed=_mixed,
-    tied=True,
+    replace(UNBIASED, qk_norm=QkNorm(q="q_layernorm", k="k_layernorm"), o="out_proj"),
+    FeedForward("feed_forward", ("w1", "w3", "w2")),
+    Norms("operator_norm", "ffn_norm", last="model.embedding_norm"),
+    TIED,
+    mixer=Mixer(_convolved, _short_conv, _sized),
 )
-LFM2 = replace(_LFM2, width=(WIDTH,))
+LFM2 = replace(_LFM2, mlp=replace(_LFM2.mlp, width=(WIDTH,)))
 LFM2_MOE = Mixture(
     replace(
         _LFM2,

@@ -9,9 +9,8 @@ from ..checkpoint import JSON
 from ..errors import RecipeError
 from ..model import Stacked
 from .claims import integer
-from .decoder import Kind
-from .mixture import Mixture, Shared
-from .mixture import families as mixtures
+from .kind import FeedForward, Kind
+from .mixture import Mixture, Shared, mixtures
 from .moe import Block
 
 
@@ -27,7 +26,7 @@ def interleaved(config: Mapping[str, JSON]) -> Callable[[int], bool]:
 
 
 LLAMA4_TEXT = Mixture(
-    Kind("llama4_text", mlp="feed_forward", width=("intermediate_size_mlp",)),
+    Kind("llama4_text", mlp=FeedForward("feed_forward", width=("intermediate_size_mlp",))),
     Block(
         hub="feed_forward",
         router="router",

@@ -1,6 +1,6 @@
 """Mamba-2 mixers, and which blocks each layer of a hybrid has.
 
-What z, x, b, c and dt are is in `model.Mamba`. Source: the modeling files of transformers.
+What z, x, b, c and dt are is in `mixers.Mamba`. Source: the modeling files of transformers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KINDS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredMamba:
     """How the hub stores a Mamba, in the module `at` of a layer. `blocks`: what each layer of a config has,
     of so many. Of config's keys, `heads`, `dim`, `groups`, `state` and `kernel` say its sizes, `conv_bias`,
     `in_bias` and `out_bias` its biases, and `norm` whether it has a norm ("": it always has)."""
@@ -69,7 +69,7 @@ def listed(config: Mapping[str, JSON], count: int) -> list[Blocks]:
     return [TWO if i in those else frozenset({"mamba", "mlp"}) for i in range(count)]
 
 
-def heads_of(stored: Stored, config: Mapping[str, JSON]) -> MambaHeads:
+def heads_of(stored: StoredMamba, config: Mapping[str, JSON]) -> MambaHeads:
     """The heads of the mixers that a config says. Raises RecipeError where they do not share the groups
     evenly."""
     count, said = integer(config, stored.heads), config.get(stored.dim)
@@ -89,7 +89,7 @@ def heads_of(stored: Stored, config: Mapping[str, JSON]) -> MambaHeads:
 
 
 def mixers(
-    stored: Stored, claims: Claims, config: Mapping[str, JSON]
+    stored: StoredMamba, claims: Claims, config: Mapping[str, JSON]
 ) -> Callable[[str], Callable[[], Mamba]]:
     """What claims the mixer of a layer by the layer's name."""
     sizes, hidden = heads_of(stored, config), dim(config, "hidden_size")

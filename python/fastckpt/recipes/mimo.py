@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..checkpoint import JSON
+from .attention import heads_of
 from .claims import Heads, each_layer, integer
-from .decoder import IGNORED, Kind, Own, heads_of
 from .deepseek import CORRECTED
-from .mixture import Mixture, typed
-from .mixture import families as mixtures
+from .kind import IGNORED, Kind, Own, SelfAttention
+from .mixture import Mixture, mixtures, typed
 
 
 def _own(config: Mapping[str, JSON], count: int) -> list[Own]:
@@ -32,10 +32,7 @@ def _types(config: Mapping[str, JSON], count: int) -> Sequence[str]:
 MIMO_V2_FLASH = Mixture(
     Kind(
         "mimo_v2_flash",
-        o_bias=False,
-        sinks="attention_sink_bias",
-        trained_sinks="sinks",
-        own=_own,
+        SelfAttention(o_bias=False, sinks="attention_sink_bias", trained_sinks="sinks", own=_own),
         ignored=(*IGNORED, "model.mtp.*"),
     ),
     CORRECTED,

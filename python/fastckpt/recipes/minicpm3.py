@@ -4,16 +4,17 @@ modeling_minicpm3.py and configuration_minicpm3.py."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
 from ..checkpoint import JSON, Checkpoint
 from ..model import Model
 from .claims import dim, integer
-from .decoder import IGNORED, MLP_BIAS, Kind, claimed, decoder, dense
+from .decoder import claimed, decoder
+from .dense import Feeding, dense
+from .kind import IGNORED, MLP_BIAS, TIED, FeedForward, Kind
 from .known import Known
-from .latent import heads_of, latent
+from .latent import attending, latent
 
-KIND = Kind("minicpm3", mlp_bias=MLP_BIAS, tied=True)
+KIND = Kind("minicpm3", mlp=FeedForward(bias=MLP_BIAS), vocabulary=TIED)
 
 
 def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
@@ -27,10 +28,8 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
         claims,
         config,
         vocab_size,
-        dense(KIND, claims, config, width),
-        {width.key: width.size},
-        attends=partial(latent, claims, config),
-        heads=heads_of(config),
+        attending(claims, config, latent),
+        Feeding(dense(KIND.mlp, claims, config, width), {width.key: width.size}),
     )
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..model import HubCuts
-from .decoder import Kind, Norms, Said
+from .kind import UNBIASED, Kind, Norms, QkNorm, Said, Vocabulary
 from .meta import Meta
-from .mixture import Mixture
-from .mixture import families as mixtures
+from .mixture import Mixture, mixtures
 from .moe import Block
 
 BLOCK = Block(hub="block_sparse_moe", gate="w1", up="w3", down="w2")
@@ -25,7 +24,7 @@ META = Meta(
 )
 """Mistral's, of Mixtral 8x22B and later."""
 MIXTRAL = Mixture(
-    Kind("mixtral", qkv_bias=False, o_bias=False, meta=META),
+    Kind("mixtral", UNBIASED, meta=META),
     BLOCK,
     count=("num_local_experts",),
     width="intermediate_size",
@@ -35,14 +34,14 @@ PHIMOE = replace(
     kind=Kind(
         "phimoe",
         norms=Norms(bias=True),
-        head_bias=Said("lm_head_bias"),
+        vocabulary=Vocabulary(head_bias=Said("lm_head_bias")),
         cuts=HubCuts(whole=frozenset({"attention"})),
     ),
     block=replace(BLOCK, trained_router="router"),
 )
 MINIMAX_M2 = replace(
     MIXTRAL,
-    kind=Kind("minimax_m2", qkv_bias=False, o_bias=False, qk_norm=True, whole_norms=True),
+    kind=Kind("minimax_m2", replace(UNBIASED, qk_norm=QkNorm(whole=True))),
     block=replace(BLOCK, correction="e_score_correction_bias"),
 )
 

@@ -11,12 +11,15 @@ from functools import partial
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
-from ..mixers import Mla
 from ..model import Experts, Mlp, Model
-from .claims import Claims, Dim, absent, dim, each_layer, integer
-from .decoder import Kind, blocks_of, claimed, decoder, dense
+from ..roles import Linear
+from .attention import attention
+from .claims import Claims, Dim, absent, dim, each_layer, integer, layer_index
+from .decoder import blocks_of, claimed, decoder
+from .dense import Feeding, dense
+from .kind import Kind
 from .known import Known
-from .latent import heads_of, rope
+from .latent import Latent, attending, rope
 from .moe import (
     AUTOEP_SHARED,
     AUTOEP_SHARED_GATE,
@@ -30,9 +33,6 @@ from .moe import (
 
 Rule = Callable[[Mapping[str, JSON]], Callable[[int], bool]]
 """Of a config, which layers have experts. Raises RecipeError."""
-
-Latent = Callable[[Claims, Mapping[str, JSON], str], Callable[[], Mla]]
-"""Claims the latent attention of a layer by the layer's name."""
 
 
 def every(config: Mapping[str, JSON]) -> Callable[[int], bool]:
@@ -113,7 +113,20 @@ def recipe(
     """The model of a checkpoint of that family; `vocab_size` overrides config's. Raises RecipeError."""
     kind = mixture.kind
     claims = claimed(kind, ckpt, config)
-    hidden, chosen = dim(config, "hidden_size"), mixture.sparse(config)
+    model = decoder(
+        kind,
+        claims,
+        config,
+        vocab_size,
+        attending(claims, config, mixture.latent) if mixture.latent else attention(kind, claims, config),
+        _feeding(mixture, claims, config),
+        predictions=integer(config, "num_nextn_predict_layers", 0, least=0),
+    )
+    return replace(model, rope=rope(config)) if mixture.latent else model
+
+
+def _feeding(mixture: Mixture, claims: Claims, config: Mapping[str, JSON]) -> Feeding:
+    kind, hidden, chosen = mixture.kind, dim(config, "hidden_size"), mixture.sparse(config)
     held = blocks_of(kind, config, claims.layers(config))
     sparse = {i: chosen(i) for i, blocks in enumerate(held) if "mlp" in blocks}
     count = width = shared = Dim(0, "")
@@ -123,45 +136,34 @@ def recipe(
     widths = {d.key: d.size for d in (width, shared) if d.size}
     block = None
     if not all(sparse.values()):
-        plain = dim(config, *kind.width)
-        block = dense(kind, claims, config, plain, kind.mlp)
+        plain = dim(config, *kind.mlp.width)
+        block = dense(kind.mlp, claims, config, plain)
         widths = {plain.key: plain.size} | widths
 
-    def feed_forward(layer: str) -> Callable[[], Mlp | Experts]:
-        number = int(layer.rpartition(".")[2])
-        if block is not None and not sparse.get(number, True):
+    def claim(layer: str) -> Callable[[], Mlp | Experts]:
+        if block is not None and not sparse.get(layer_index(layer), True):
             return block(layer)
         build = experts(claims, config, layer, mixture.block, (count, width, hidden))
         if mixture.shared is None or not shared.size:
             return build
-        gate, trained = mixture.shared.gate, mixture.shared.trained
-        stored = gate
-        if has_autoep(claims, layer, mixture.block):
-            at = mixture.block.trained
-            trained, stored = f"{at}.{AUTOEP_SHARED}", f"{at}.{AUTOEP_SHARED_GATE}"
-        return with_shared(
-            build,
-            dense(kind, claims, config, shared, mixture.shared.name, trained)(layer),
-            claims.linear(f"{layer}.{gate}", Dim(1, "1"), hidden, stored=f"{layer}.{stored}")
-            if gate
-            else absent,
-        )
+        return with_shared(build, *_shared_block(mixture, mixture.shared, claims, config, layer, shared))
 
-    model = decoder(
-        kind,
-        claims,
-        config,
-        vocab_size,
-        feed_forward,
-        widths,
-        attends=partial(mixture.latent, claims, config) if mixture.latent else None,
-        heads=heads_of(config) if mixture.latent else None,
-        experts=count.size,
-        expert_width=width.key,
-        shared_width=shared.key,
-        predictions=integer(config, "num_nextn_predict_layers", 0, least=0),
-    )
-    return replace(model, rope=rope(config)) if mixture.latent else model
+    return Feeding(claim, widths, count.size, width.key, shared.key)
+
+
+def _shared_block(
+    mixture: Mixture, named: Shared, claims: Claims, config: Mapping[str, JSON], layer: str, width: Dim
+) -> tuple[Callable[[], Mlp], Callable[[], Linear | None]]:
+    """Claims the block that every token passes, and its gate."""
+    trained, gate = named.trained, named.gate
+    if has_autoep(claims, layer, mixture.block):
+        at = mixture.block.trained
+        trained, gate = f"{at}.{AUTOEP_SHARED}", f"{at}.{AUTOEP_SHARED_GATE}"
+    block = dense(mixture.kind.mlp, claims, config, width, named.name, trained)(layer)
+    if not named.gate:
+        return block, absent
+    hidden, stored = dim(config, "hidden_size"), f"{layer}.{gate}"
+    return block, claims.linear(f"{layer}.{named.gate}", Dim(1, "1"), hidden, stored=stored)
 
 
 def _shared(config: Mapping[str, JSON], shared: Shared | None, width: Dim) -> Dim:
@@ -177,9 +179,9 @@ def _shared(config: Mapping[str, JSON], shared: Shared | None, width: Dim) -> Di
     return Dim(beside * width.size, f"{shared.count or beside} * {width.key}")
 
 
-def families(*mixtures: Mixture) -> dict[str, Known]:
+def mixtures(*families: Mixture) -> dict[str, Known]:
     """What reads each of these, by its family."""
     return {
         m.kind.family: Known(partial(recipe, mixture=m), m.kind.ignored, partial(saved_as, m.block))
-        for m in mixtures
+        for m in families
     }

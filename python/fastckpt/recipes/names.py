@@ -57,8 +57,9 @@ class Names:
     holds each head's query rows and then its output gate's. The feed-forward block has `up`, with or without
     `gate`, or `gate_up` as one matrix; where there is a `router`, these are one expert's and hold `{e}`.
     `biases` and `transposed`: the roles, by their names here, that have a bias (norms too) or are stored
-    [in, out]. `lm_head` None: the embedding stands for it. `tied`, `plus_one`: as in decoder.Kind. `ignored`:
-    patterns of names that are left out."""
+    [in, out]. `lm_head` None: the embedding stands for it. `tied`: embedding and head are one, unless config
+    says otherwise; `plus_one`: norms multiply by 1 + weight. `ignored`: patterns of names that are left
+    out."""
 
     family: str
     embedding: Pattern

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from .decoder import Kind, Norms
-from .decoder import families as kinds
+from dataclasses import replace
+
+from .decoder import decoders
+from .kind import UNBIASED, Kind, Norms, QkNorm, SelfAttention
 
 _AFTER = Norms(
     attention=None,
@@ -12,8 +14,8 @@ _AFTER = Norms(
     mlp_after="post_feedforward_layernorm",
 )
 OLMO = Kind("olmo", norms=Norms(attention=None, mlp=None, last=None))
-OLMO2 = Kind("olmo2", norms=_AFTER, qk_norm=True, whole_norms=True)
-OLMO3 = Kind("olmo3", norms=_AFTER, qk_norm=True, whole_norms=True)
-EXAONE4 = Kind("exaone4", qkv_bias=False, o_bias=False, norms=_AFTER, qk_norm=True)
+OLMO2 = Kind("olmo2", SelfAttention(qk_norm=QkNorm(whole=True)), norms=_AFTER)
+OLMO3 = replace(OLMO2, family="olmo3")
+EXAONE4 = Kind("exaone4", replace(UNBIASED, qk_norm=QkNorm()), norms=_AFTER)
 
-FAMILIES = kinds(OLMO, OLMO2, OLMO3, EXAONE4)
+FAMILIES = decoders(OLMO, OLMO2, OLMO3, EXAONE4)

@@ -14,23 +14,23 @@ from dataclasses import replace
 from ..checkpoint import JSON, Checkpoint
 from ..model import Model
 from .claims import Claims, integer
-from .decoder import IGNORED, Norms
 from .decoder import recipe as dense_recipe
-from .delta import Stored
+from .delta import StoredDelta, delta_net
+from .kind import IGNORED, Norms
 from .known import Known
 from .olmo import OLMO3
 from .renaming import as_the_hub
 
+_LINEAR = StoredDelta(
+    {"q_proj": "q", "k_proj": "k", "v_proj": "v", "g_proj": "z", "b_proj": "b", "a_proj": "a"},
+    conv=("q_conv1d", "k_conv1d", "v_conv1d"),
+    norm="o_norm",
+    o="o_proj",
+)
 OLMO_HYBRID = replace(
     OLMO3,
     family="olmo_hybrid",
-    delta=Stored(
-        {"q_proj": "q", "k_proj": "k", "v_proj": "v", "g_proj": "z", "b_proj": "b", "a_proj": "a"},
-        conv=("q_conv1d", "k_conv1d", "v_conv1d"),
-        norm="o_norm",
-        o="o_proj",
-    ),
-    delta_norms=Norms(),
+    mixer=delta_net(_LINEAR, norms=Norms()),
     ignored=(*IGNORED, "mtp*"),
 )
 

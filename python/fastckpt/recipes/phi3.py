@@ -5,17 +5,17 @@ transformers cuts both as runs of rows (colwise_gather_output), since its forwar
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..model import HubCuts
-from .decoder import Kind
-from .decoder import families as kinds
+from .decoder import decoders
+from .kind import UNBIASED, FeedForward, Kind
 
 PHI3 = Kind(
     "phi3",
-    qkv_bias=False,
-    o_bias=False,
-    fused_qkv=True,
-    paired=("gate_up_proj", "down_proj"),
+    replace(UNBIASED, fused=True),
+    FeedForward(matrices=("gate_up_proj", "down_proj"), paired=True),
     cuts=HubCuts(rows=True),
 )
 
-FAMILIES = kinds(PHI3)
+FAMILIES = decoders(PHI3)

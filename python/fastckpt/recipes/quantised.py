@@ -19,7 +19,7 @@ from ..quantisation.schemes import said_form
 Form = Literal["matrix", "transposed", "vector", "scalar"]
 
 
-class Kind(NamedTuple):
+class StoredBeside(NamedTuple):
     """A tensor beside a quantised matrix: its name below the module, how many outputs and inputs share one of
     its elements (0: all), and the forms in which the hub may store it; `needed`: it must be there; `whole`:
     it holds whole numbers, not scales."""
@@ -38,16 +38,16 @@ class Quantised:
     stored [in, out]. `shape`: the name below the module of a tensor of its outputs and inputs, "" for
     none."""
 
-    beside: tuple[Kind, ...]
+    beside: tuple[StoredBeside, ...]
     leaf: str = "weight"
     packed: tuple[int, int] = (1, 1)
     transposed: bool = False
     shape: str = ""
 
 
-_INPUT = Kind("input_scale", (0, 0), ("scalar", "vector"), needed=False)
-_SMOOTHER = Kind("smoother", (0, 1), ("vector",), needed=False)
-_SHIFT = Kind("shift", (0, 1), ("vector",), needed=False)
+_INPUT = StoredBeside("input_scale", (0, 0), ("scalar", "vector"), needed=False)
+_SMOOTHER = StoredBeside("smoother", (0, 1), ("vector",), needed=False)
+_SHIFT = StoredBeside("shift", (0, 1), ("vector",), needed=False)
 
 
 def quantised(config: Mapping[str, JSON]) -> Quantised | None:
@@ -80,9 +80,9 @@ def _unread(said: JSON | Mapping[str, JSON]) -> RecipeError:
 def _fp8(said: Mapping[str, JSON]) -> Quantised:
     match said.get("weight_block_size"):
         case None:
-            return Quantised((Kind("weight_scale", (0, 0), ("scalar", "vector")), _INPUT))
+            return Quantised((StoredBeside("weight_scale", (0, 0), ("scalar", "vector")), _INPUT))
         case [int(rows), int(columns)] if rows > 0 and columns > 0:
-            return Quantised((Kind("weight_scale_inv", (rows, columns), ("matrix",)),))
+            return Quantised((StoredBeside("weight_scale_inv", (rows, columns), ("matrix",)),))
     raise _unread(said)
 
 
@@ -101,11 +101,11 @@ def _compressed(said: Mapping[str, JSON]) -> Quantised:
     extra = (_INPUT, _SMOOTHER, _SHIFT)
     match first.get("strategy"), first.get("block_structure"):
         case "tensor", _:
-            return Quantised((Kind("weight_scale", (0, 0), ("scalar", "vector")), *extra))
+            return Quantised((StoredBeside("weight_scale", (0, 0), ("scalar", "vector")), *extra))
         case "channel", _:
-            return Quantised((Kind("weight_scale", (1, 0), ("matrix", "vector")), *extra))
+            return Quantised((StoredBeside("weight_scale", (1, 0), ("matrix", "vector")), *extra))
         case "block", [int(rows), int(columns)] if rows > 0 and columns > 0:
-            return Quantised((Kind("weight_scale", (rows, columns), ("matrix",)),))
+            return Quantised((StoredBeside("weight_scale", (rows, columns), ("matrix",)),))
     raise _unread(said)
 
 
@@ -120,8 +120,8 @@ def _packed(said: Mapping[str, JSON], weights: Mapping[str, JSON]) -> Quantised:
     if weights.get("strategy") not in ("group", "channel"):
         raise _unread(said)
     each, group = _packing(said, weights.get("num_bits"), group)
-    scale = Kind("weight_scale", (1, group), ("matrix",))
-    zero = () if symmetric else (Kind("weight_zero_point", (each, group), ("matrix",), whole=True),)
+    scale = StoredBeside("weight_scale", (1, group), ("matrix",))
+    zero = () if symmetric else (StoredBeside("weight_zero_point", (each, group), ("matrix",), whole=True),)
     return Quantised((scale, *zero), "weight_packed", (1, each), shape="weight_shape")
 
 
@@ -132,16 +132,16 @@ def _packing(said: Mapping[str, JSON], bits: JSON, group: JSON) -> tuple[int, in
     return 32 // bits, max(group, 0)
 
 
-def _zeros(each: int, group: int) -> Kind:
+def _zeros(each: int, group: int) -> StoredBeside:
     """AWQ's and GPTQ's zero points."""
-    return Kind("qzeros", (each, group), ("transposed",), whole=True)
+    return StoredBeside("qzeros", (each, group), ("transposed",), whole=True)
 
 
 def _awq(said: Mapping[str, JSON]) -> Quantised:
     each, group = _packing(said, said.get("bits"), said.get("group_size"))
     if said_form(said, "version") not in (None, "gemm") or said.get("zero_point", True) is not True:
         raise _unread(said)
-    beside = _zeros(each, group), Kind("scales", (1, group), ("transposed",))
+    beside = _zeros(each, group), StoredBeside("scales", (1, group), ("transposed",))
     return Quantised(beside, "qweight", (each, 1), True)
 
 
@@ -152,7 +152,7 @@ def _gptq(said: Mapping[str, JSON]) -> Quantised:
         raise _unread(said)
     beside = (
         _zeros(each, group),
-        Kind("scales", (1, group), ("transposed",)),
-        Kind("g_idx", (0, 1), ("vector",), needed=False, whole=True),
+        StoredBeside("scales", (1, group), ("transposed",)),
+        StoredBeside("g_idx", (0, 1), ("vector",), needed=False, whole=True),
     )
     return Quantised(beside, "qweight", (1, each), True)

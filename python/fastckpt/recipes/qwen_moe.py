@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from ..model import HubCuts
-from .decoder import IGNORED, Kind, Norms, Said
+from .kind import IGNORED, NORMED, Kind, QkNorm, Said, SelfAttention
+from .llama import HUNYUAN
 from .meta import CORRECTIONS, HEAD_NORMS, ROUTED, STACKS, Meta
-from .mixture import Mixture, Shared, stepped
-from .mixture import families as mixtures
+from .mixture import Mixture, Shared, mixtures, stepped
 from .moe import Block
 
 SHARED = Shared("mlp.shared_expert", width="shared_expert_intermediate_size", gate="mlp.shared_expert_gate")
 QWEN2_MOE = Mixture(
     Kind(
         "qwen2_moe",
-        qkv_bias=Said("qkv_bias", True),
-        o_bias=False,
+        SelfAttention(qkv_bias=Said("qkv_bias", True), o_bias=False),
         cuts=HubCuts(whole=frozenset({"shared", "shared_expert_intermediate_size"})),
     ),
     sparse=stepped,
@@ -23,21 +22,21 @@ QWEN2_MOE = Mixture(
 QWEN3_MOE = Mixture(
     Kind(
         "qwen3_moe",
-        qk_norm=True,
+        NORMED,
         meta=Meta(names=HEAD_NORMS | ROUTED, stacks=STACKS),
         ignored=(*IGNORED, *(f"layers.*.{name}" for name in CORRECTIONS)),  # the hub's routing has none
     ),
     sparse=stepped,
 )
 OLMOE = Mixture(
-    Kind("olmoe", qk_norm=True, whole_norms=True), count=("num_experts",), width="intermediate_size"
+    Kind("olmoe", SelfAttention(qk_norm=QkNorm(whole=True))),
+    count=("num_experts",),
+    width="intermediate_size",
 )
 HUNYUAN_V1_MOE = Mixture(
     Kind(
         "hunyuan_v1_moe",
-        qk_norm=True,
-        rotated=True,
-        norms=Norms(q="query_layernorm", k="key_layernorm"),
+        HUNYUAN.attention,
         cuts=HubCuts(whole=frozenset({"attention", "shared", "num_shared_expert * intermediate_size"})),
     ),
     Block(router="gate.wg"),

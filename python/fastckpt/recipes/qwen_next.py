@@ -9,19 +9,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..model import HubCuts
-from .decoder import Further, Kind
-from .decoder import families as kinds
-from .delta import Stored
-from .mixture import Mixture, every, stepped
-from .mixture import families as mixtures
+from .decoder import decoders
+from .delta import StoredDelta, delta_net
+from .kind import Further, Kind, Norms, QkNorm, SelfAttention
+from .mixture import Mixture, every, mixtures, stepped
 from .qwen_moe import SHARED
 
 _NEXT = Kind(
     "qwen3_next",
-    qk_norm=True,
-    plus_one=True,
-    gated=True,
-    delta=Stored({"in_proj_qkvz": "qkvz", "in_proj_ba": "ba"}, grouped=True),
+    SelfAttention(qk_norm=QkNorm(), gated=True),
+    norms=Norms(plus_one=True),
+    mixer=delta_net(StoredDelta({"in_proj_qkvz": "qkvz", "in_proj_ba": "ba"}, grouped=True)),
     further=Further(
         layer="mtp.layers.0",
         at="mtp",
@@ -36,8 +34,10 @@ QWEN3_NEXT = Mixture(_NEXT, sparse=stepped, shared=SHARED)
 QWEN3_5 = replace(
     _NEXT,
     family="qwen3_5_text",
-    delta=Stored({"in_proj_qkv": "qkv", "in_proj_z": "z", "in_proj_b": "b", "in_proj_a": "a"}),
+    mixer=delta_net(
+        StoredDelta({"in_proj_qkv": "qkv", "in_proj_z": "z", "in_proj_b": "b", "in_proj_a": "a"})
+    ),
 )
 QWEN3_5_MOE = Mixture(replace(QWEN3_5, family="qwen3_5_moe_text"), sparse=every, shared=SHARED)
 
-FAMILIES = mixtures(QWEN3_NEXT, QWEN3_5_MOE) | kinds(QWEN3_5)
+FAMILIES = mixtures(QWEN3_NEXT, QWEN3_5_MOE) | decoders(QWEN3_5)

@@ -2,49 +2,56 @@
 
 from __future__ import annotations
 
-from .decoder import MLP_BIAS, Kind, Norms, Said
-from .decoder import families as kinds
+from dataclasses import replace
+
+from .decoder import decoders
+from .kind import (
+    MLP_BIAS,
+    NORMED,
+    TIED,
+    UNGATED,
+    FeedForward,
+    Kind,
+    Norms,
+    Said,
+    SelfAttention,
+    Vocabulary,
+)
 
 _LAYER_NORMS = Norms(bias=True)
-_BIAS = Said("use_bias", default=True)
-_UP_DOWN = ("up_proj", "down_proj")
+_USE_BIAS, _BIASED = Said("use_bias", default=True), Said("attention_bias", default=True)
 
 STARCODER2 = Kind(
     "starcoder2",
-    qkv_bias=_BIAS,
-    o_bias=_BIAS,
-    mlp_bias=_BIAS,
-    norms=_LAYER_NORMS,
-    ungated=("c_fc", "c_proj"),
-    tied=True,
+    SelfAttention(qkv_bias=_USE_BIAS, o_bias=_USE_BIAS),
+    FeedForward(matrices=("c_fc", "c_proj"), bias=_USE_BIAS),
+    _LAYER_NORMS,
+    TIED,
 )
 PHI = Kind(
     "phi",
-    qkv_bias=True,
-    o_bias=True,
-    mlp_bias=True,
-    head_bias=True,
-    norms=Norms(last="model.final_layernorm", bias=True),
-    o="dense",
-    ungated=("fc1", "fc2"),
+    SelfAttention(qkv_bias=True, o_bias=True, o="dense"),
+    FeedForward(matrices=("fc1", "fc2"), bias=True),
+    Norms(last="model.final_layernorm", bias=True),
+    Vocabulary(head_bias=True),
     parallel=True,
 )
-NEMOTRON = Kind("nemotron", mlp_bias=MLP_BIAS, norms=_LAYER_NORMS, plus_one=True, ungated=_UP_DOWN)
-ARCEE = Kind("arcee", mlp_bias=MLP_BIAS, ungated=_UP_DOWN)
+ARCEE = Kind("arcee", mlp=FeedForward(matrices=UNGATED, bias=MLP_BIAS))
+NEMOTRON = replace(ARCEE, family="nemotron", norms=Norms(bias=True, plus_one=True))
 JAIS2 = Kind(
     "jais2",
-    qkv_bias=Said("attention_bias", default=True),
-    o_bias=Said("attention_bias", default=True),
-    mlp_bias=Said("mlp_bias", default=True),
-    norms=_LAYER_NORMS,
-    ungated=_UP_DOWN,
+    SelfAttention(qkv_bias=_BIASED, o_bias=_BIASED),
+    FeedForward(matrices=UNGATED, bias=Said("mlp_bias", default=True)),
+    _LAYER_NORMS,
 )
 APERTUS = Kind(
     "apertus",
-    qk_norm=True,
-    norms=Norms("attention_layernorm", "feedforward_layernorm"),
-    ungated=_UP_DOWN,
-    scalars=(("act_fn.alpha_p", (1,)), ("act_fn.alpha_n", (1,)), ("act_fn.beta", ()), ("act_fn.eps", ())),
+    NORMED,
+    FeedForward(
+        matrices=UNGATED,
+        scalars=(("act_fn.alpha_p", (1,)), ("act_fn.alpha_n", (1,)), ("act_fn.beta", ()), ("act_fn.eps", ())),
+    ),
+    Norms("attention_layernorm", "feedforward_layernorm"),
 )
 
-FAMILIES = kinds(STARCODER2, PHI, NEMOTRON, ARCEE, JAIS2, APERTUS)
+FAMILIES = decoders(STARCODER2, PHI, NEMOTRON, ARCEE, JAIS2, APERTUS)

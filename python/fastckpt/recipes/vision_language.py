@@ -10,22 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
-from ..model import Mlp, Model, Stacked, Tower
+from ..model import Model, Stacked, Tower
 from ..roles import Parameter
-from . import decoder, gemma4, gemma4_towers, imagining, lfm2, mixture, towers
+from . import decoder, gemma4, gemma4_towers, imagining, lfm2, mixture, projectors, qwen_towers
 from .claims import Claims, Dim, dim, flag, integer
 from .cohere import COHERE2
-from .decoder import IGNORED
 from .deepseek import GLM4V_MOE_TEXT, KIMI_K2, MISTRAL4, V3
-from .fused import fused_mlp
 from .gemma import GEMMA, GEMMA2
 from .gemma import GEMMA3 as GEMMA3_TEXT
 from .glm import GLM4
 from .imagining import Imagined
+from .kind import IGNORED
 from .known import Known, Recipe
 from .llama import LLAMA, MINISTRAL3, MISTRAL, QWEN2, QWEN3
 from .llama4 import LLAMA4_TEXT
@@ -34,7 +32,7 @@ from .olmo import EXAONE4
 from .qwen_moe import QWEN3_MOE
 from .qwen_next import QWEN3_5, QWEN3_5_MOE
 from .renaming import renamed, respelled
-from .towers import Built, Said, Shapes, carried, norms, of, vision
+from .towers import Built, Said
 
 
 def _qwen3_moe(ckpt: Checkpoint, config: Said, *, vocab_size: int | None = None) -> Model:
@@ -81,20 +79,16 @@ TEXTS: Mapping[str, Recipe] = {
             "qwen2_5_vl_text": QWEN2,
             "qwen3_vl_text": QWEN3,
             "qwen3_5_text": QWEN3_5,
-            "glm4v_text": replace(GLM4, qkv_bias=True),
+            "glm4v_text": replace(GLM4, attention=replace(GLM4.attention, qkv_bias=True)),
         }.items()
     },
 }
 """`model_type` of a text_config -> the recipe of the decoder it is of."""
 
 
-class Beside(Protocol):
-    """Claims the tower (None: all of it is carried) and the projector; `hidden`: the decoder's hidden size.
-    Raises RecipeError."""
-
-    def __call__(
-        self, claims: Claims, config: Said, hidden: Dim
-    ) -> tuple[Tower | None, tuple[Parameter, ...]]: ...
+TowerClaim = Callable[[Claims, Said, Dim], tuple[Tower | None, tuple[Parameter, ...]]]
+"""Of a config, claims the tower (None: all of it is carried) and the projector to the decoder's hidden size.
+Raises RecipeError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +105,7 @@ class Wrapper:
 
     family: str
     texts: tuple[str, ...]
-    beside: Beside
+    beside: TowerClaim
     text: str = "language_model.model."
     head: str = "language_model.lm_head."
     trained: tuple[tuple[str, str], ...] = ()
@@ -242,135 +236,7 @@ DEFAULTS: Mapping[str, Mapping[str, JSON]] = {
 PaliGemma and Gemma 3 say little more than what differs."""
 
 
-# ---- towers and projectors ----
-
-TOWERS = {
-    "clip_vision_model": towers.clip,
-    "siglip_vision_model": towers.siglip,
-    "siglip2_vision_model": towers.siglip2,
-    "pixtral": towers.pixtral,
-    "internvl_vision": towers.internvl,
-}
-"""`model_type` of a vision_config -> its tower."""
-
-AT = "multi_modal_projector"
-
-
-def _before(
-    config: Said,
-    usual: str,
-    claims: Claims,
-    mergers: tuple[Mlp, ...] = (),
-    features: JSON = None,
-    at: str = "vision_tower",
-) -> Built:
-    """The tower `at`, of the kind that the config says, or the `usual` one."""
-    kind = vision(config).get("vision_config.model_type", usual)
-    if not isinstance(kind, str) or kind not in TOWERS:
-        raise RecipeError(
-            f"config: no tower for vision_config's model_type {kind!r}, known: {', '.join(TOWERS)}"
-        )
-    return TOWERS[kind](claims, at, config, mergers, features)
-
-
-def _inner(config: Said, default: int) -> Dim:
-    return of(vision(config), "hidden_size", default)
-
-
-def _projector(claims: Claims, hidden: Dim, features: Dim, *, bias: bool) -> tuple[Mlp]:
-    return (towers.mlp(claims, AT, ("linear_1", "linear_2"), hidden, features, hidden, bias=bias)(),)
-
-
-def _features(config: Said, usual: int) -> tuple[JSON, int]:
-    """Which layers' output the projector reads, and of how many."""
-    said = config.get("vision_feature_layer")
-    return (usual if said is None else said), len(said) if isinstance(said, list) else 1
-
-
-def _llava(claims: Claims, config: Said, hidden: Dim, usual: int = -2) -> Built:
-    """`usual`: the layer whose output is read, where config does not say."""
-    pixtral = vision(config).get("vision_config.model_type") == "pixtral"
-    features, count = _features(config, usual)
-    bias = flag(config, "multimodal_projector_bias", True)
-    read = _inner(config, 1024 if pixtral else 768).times(count)
-    projector = _projector(claims, hidden, read, bias=bias)
-    return _before(config, "clip_vision_model", claims, projector, features)
-
-
-def _tiled(claims: Claims, config: Said, hidden: Dim, usual: int) -> Built:
-    """LLaVA's of images in tiles, with a vector between their rows."""
-    tower, loose = _llava(claims, config, hidden, usual)
-    return tower, (*loose, claims.parameter("image_newline", hidden)())
-
-
-def _mistral3(claims: Claims, config: Said, hidden: Dim) -> Built:
-    inner, (features, count) = _inner(config, 1024), _features(config, -1)
-    merged = inner.times(integer(config, "spatial_merge_size", 2) ** 2)
-    bias = flag(config, "multimodal_projector_bias", False)
-    projector = _projector(claims, hidden, inner.times(count), bias=bias)
-    tower, loose = _before(config, "pixtral", claims, projector, features)
-    shapes: Shapes = {"patch_merger.merging_layer.weight": (inner, merged)}
-    shapes |= norms(("norm",), inner, bias=False)
-    return tower, (*loose, *carried(claims, AT, shapes))
-
-
-def _internvl(claims: Claims, config: Said, hidden: Dim) -> Built:
-    ratio = config.get("downsample_ratio", 0.5)
-    if not isinstance(ratio, float) or not 0 < ratio <= 1:
-        raise RecipeError(f"config: downsample_ratio must be a number up to 1, got {ratio!r}")
-    features = _inner(config, 1024).times(int(1 / ratio) ** 2)
-    tower, loose = _before(config, "internvl_vision", claims, _projector(claims, hidden, features, bias=True))
-    return tower, (*loose, *carried(claims, AT, norms(("layer_norm",), features)))
-
-
-def _gemma3(claims: Claims, config: Said, hidden: Dim) -> Built:
-    inner = _inner(config, 768)
-    tower, loose = _before(config, "siglip_vision_model", claims)
-    shapes: Shapes = {"mm_input_projection_weight": (inner, hidden), "mm_soft_emb_norm.weight": (inner,)}
-    return tower, (*loose, *carried(claims, AT, shapes))
-
-
-def _paligemma(claims: Claims, config: Said, hidden: Dim) -> Built:
-    tower, loose = _before(config, "siglip_vision_model", claims)
-    shapes: Shapes = {"linear.weight": (hidden, _inner(config, 1152)), "linear.bias": (hidden,)}
-    return tower, (*loose, *carried(claims, AT, shapes))
-
-
-def _cohere2_vision(claims: Claims, config: Said, hidden: Dim) -> Built:
-    at, both = f"model.{AT}", dim(config, "alignment_intermediate_size", default=36864)
-    if both.size % 2:
-        raise RecipeError(f"config: {both.key} must be even, got {both.size}")
-    read = _inner(config, 768).times(integer(config, "downsample_factor", 2) ** 2)
-    up_gate = claims.linear(f"{at}.linear_1", both, read, bias=True)
-    down = claims.linear(f"{at}.linear_2", hidden, Dim(both.size // 2, f"{both.key} / 2"), bias=True)
-    projector = fused_mlp(up_gate, down, up_first=True)
-    return _before(config, "siglip_vision_model", claims, (projector(),), at="model.vision_tower")
-
-
-def _lfm2_vl(claims: Claims, config: Said, hidden: Dim) -> Built:
-    at, width = f"model.{AT}", dim(config, "projector_hidden_size", default=2560)
-    read = _inner(config, 768).times(integer(config, "downsample_factor", 2) ** 2)
-    bias = flag(config, "projector_bias", True)
-    projector = towers.mlp(claims, at, ("linear_1", "linear_2"), width, read, hidden, bias=bias)
-    tower, loose = _before(config, "siglip2_vision_model", claims, (projector(),), at="model.vision_tower")
-    shapes = norms(("layer_norm",), read) if flag(config, "projector_use_layernorm", True) else {}
-    return tower, (*loose, *carried(claims, at, shapes))
-
-
-def _llama4(claims: Claims, config: Said, hidden: Dim) -> Built:
-    tower, loose = towers.llama4(claims, "vision_model", config)
-    shapes: Shapes = {"linear_1.weight": (hidden, of(vision(config), "vision_output_dim", 7680))}
-    return tower, (*loose, *carried(claims, AT, shapes))
-
-
-def _idefics3(claims: Claims, config: Said, hidden: Dim) -> Built:
-    tower, loose = towers.idefics3(claims, "model.vision_model", config)
-    read = _inner(config, 1152).times(integer(config, "scale_factor", 2) ** 2)
-    shapes: Shapes = {"modality_projection.proj.weight": (hidden, read)}
-    return tower, (*loose, *carried(claims, "model.connector", shapes))
-
-
-def _within(build: Callable[[Claims, str, Said, Dim], Built], at: str) -> Beside:
+def _within(build: Callable[[Claims, str, Said, Dim], Built], at: str) -> TowerClaim:
     """A tower below the module `at` that has its projector within."""
 
     def beside(claims: Claims, config: Said, hidden: Dim) -> Built:
@@ -400,43 +266,53 @@ _KIMI = (
 _APART = ("llama", "mistral", "qwen2", "qwen3")
 
 QWEN2_VL = Wrapper(
-    "qwen2_vl", ("qwen2_vl_text",), _within(towers.qwen2, "visual"), "model.", "lm_head.", _QWEN2, flat=True
+    "qwen2_vl",
+    ("qwen2_vl_text",),
+    _within(qwen_towers.qwen2, "visual"),
+    "model.",
+    "lm_head.",
+    _QWEN2,
+    flat=True,
 )
 QWEN2_5_VL = Wrapper(
     "qwen2_5_vl",
     ("qwen2_5_vl_text",),
-    _within(towers.qwen2_5, "visual"),
+    _within(qwen_towers.qwen2_5, "visual"),
     "model.",
     "lm_head.",
     _QWEN2,
     flat=True,
 )
 QWEN3_VL = Wrapper(
-    "qwen3_vl", ("qwen3_vl_text",), _within(towers.qwen3, "model.visual"), "model.language_model.", "lm_head."
+    "qwen3_vl",
+    ("qwen3_vl_text",),
+    _within(qwen_towers.qwen3, "model.visual"),
+    "model.language_model.",
+    "lm_head.",
 )
 QWEN3_VL_MOE = replace(QWEN3_VL, family="qwen3_vl_moe", texts=("qwen3_vl_moe_text",))
 QWEN3_5_VL = replace(
     QWEN3_VL,
     family="qwen3_5",
     texts=("qwen3_5_text",),
-    beside=_within(towers.qwen3_5, "model.visual"),
+    beside=_within(qwen_towers.qwen3_5, "model.visual"),
     further="mtp.",
 )
 QWEN3_5_VL_MOE = replace(QWEN3_5_VL, family="qwen3_5_moe", texts=("qwen3_5_moe_text",))
 GLM4V = Wrapper(
-    "glm4v", ("glm4v_text",), _within(towers.glm4v, "model.visual"), "model.language_model.", "lm_head."
+    "glm4v", ("glm4v_text",), _within(qwen_towers.glm4v, "model.visual"), "model.language_model.", "lm_head."
 )
 GLM4V_MOE = replace(GLM4V, family="glm4v_moe", texts=("glm4v_moe_text",))
-GEMMA3 = Wrapper("gemma3", ("gemma3_text",), _gemma3, trained=_LLAVA, tied=True)
+GEMMA3 = Wrapper("gemma3", ("gemma3_text",), projectors.gemma3, trained=_LLAVA, tied=True)
 EXAONE4_5 = Wrapper(
     "exaone4_5",
     ("exaone4", "exaone4_5_text"),
-    _within(towers.exaone4_5, "model.visual"),
+    _within(qwen_towers.exaone4_5, "model.visual"),
     "model.language_model.",
     "lm_head.",
     ignored=(*IGNORED, "mtp.*"),
 )
-KIMI_K25 = Wrapper("kimi_k25", ("kimi_k2", "deepseek_v3"), towers.kimi_k25, trained=_KIMI)
+KIMI_K25 = Wrapper("kimi_k25", ("kimi_k2", "deepseek_v3"), qwen_towers.kimi_k25, trained=_KIMI)
 GEMMA4 = Wrapper(
     "gemma4",
     ("gemma4_text",),
@@ -465,22 +341,26 @@ GEMMA4_UNIFIED = Wrapper(
 MISTRAL3 = Wrapper(
     "mistral3",
     (*_APART, "ministral3", "mistral4"),
-    _mistral3,
+    projectors.mistral3,
     trained=_LLAVA,
     tied=True,
     unlike=("mistral4",),
 )
-LLAVA = Wrapper("llava", _APART, _llava, trained=_LLAVA)
-LLAVA_NEXT = Wrapper("llava_next", _APART, partial(_tiled, usual=-2), trained=_LLAVA)
-LLAVA_ONEVISION = Wrapper("llava_onevision", _APART, partial(_tiled, usual=-1), trained=_LLAVA)
-INTERNVL = Wrapper("internvl", _APART, _internvl, trained=_LLAVA, tied=True)
-COHERE2_VISION = Wrapper(
-    "cohere2_vision", ("cohere2",), _cohere2_vision, "model.language_model.", "lm_head.", tied=True
+LLAVA = Wrapper("llava", _APART, projectors.llava, trained=_LLAVA)
+LLAVA_NEXT = Wrapper("llava_next", _APART, partial(projectors.llava_of_tiles, usual=-2), trained=_LLAVA)
+LLAVA_ONEVISION = Wrapper(
+    "llava_onevision", _APART, partial(projectors.llava_of_tiles, usual=-1), trained=_LLAVA
 )
-LFM2_VL = Wrapper("lfm2_vl", ("lfm2", "lfm2_moe"), _lfm2_vl, "model.language_model.", "lm_head.", tied=True)
-LLAMA4 = Wrapper("llama4", ("llama4_text",), _llama4)
-PALIGEMMA = Wrapper("paligemma", ("gemma", "gemma2"), _paligemma, trained=_LLAVA, tied=True)
-IDEFICS3 = Wrapper("idefics3", ("llama",), _idefics3, "model.text_model.", "lm_head.")
+INTERNVL = Wrapper("internvl", _APART, projectors.internvl, trained=_LLAVA, tied=True)
+COHERE2_VISION = Wrapper(
+    "cohere2_vision", ("cohere2",), projectors.cohere2_vision, "model.language_model.", "lm_head.", tied=True
+)
+LFM2_VL = Wrapper(
+    "lfm2_vl", ("lfm2", "lfm2_moe"), projectors.lfm2_vl, "model.language_model.", "lm_head.", tied=True
+)
+LLAMA4 = Wrapper("llama4", ("llama4_text",), projectors.llama4)
+PALIGEMMA = Wrapper("paligemma", ("gemma", "gemma2"), projectors.paligemma, trained=_LLAVA, tied=True)
+IDEFICS3 = Wrapper("idefics3", ("llama",), projectors.idefics3, "model.text_model.", "lm_head.")
 SMOLVLM = replace(IDEFICS3, family="smolvlm")
 
 _WRAPPERS = (

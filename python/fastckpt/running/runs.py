@@ -31,7 +31,7 @@ from ..planning.binding import Binding
 from ..planning.compiling import in_windows
 from ..planning.plans import Plan
 from ..quantisation.rounding import Error, Floats
-from ..reader import GAP, Lane, Mapped, Positioned, Reader
+from ..reader import GAP, Lane, Mapped, Positioned, Reader, check_unchanged
 from ..sources import memory
 from . import figures
 from .computing import Computing, ComputingLane
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     State = dict[str, torch.Tensor]
 
 Progress = Callable[[int, int, str], None]
-"""Called with bytes done, bytes in all and the phase: "plan", "copy" or "sync"."""
+"""Called with bytes done, bytes in all and the phase: "copy" or "sync"."""
 
 SMALL = 16 << 20
 """Bytes in and out that the caller's thread moves from memory to memory sooner than others are started."""
@@ -115,7 +115,7 @@ class Run:
         tensors.tie(states, planned.aliases)
         return states, report
 
-    def to_tensors(self, planned: Plan, out: Sequence[State], device: str = "cpu") -> Report:
+    def to_tensors(self, planned: Plan, out: Sequence[State], device: str) -> Report:
         """The caller's tensors, filled in place."""
         from . import tensors
 
@@ -208,9 +208,10 @@ class Run:
             for owner, name, data in (*planned.texts, *figures.texts(planned, self.errors, self.made)):
                 output.text(name, data, owner)
             if beside:
-                for path in planned.checkpoint.beside:
-                    if planned.config is None or os.path.basename(path) != "config.json":
-                        output.copy(path)
+                copied = [f for f in planned.checkpoint.beside if planned.config is None or not _is_config(f)]
+                for file in copied:
+                    output.copy(file.path)
+                check_unchanged(copied, range(len(copied)))  # the weights were cut by the config of then
                 if planned.config is not None:
                     output.text("config.json", planned.config)
             manifest = output.commit(_record(planned, finite))
@@ -377,10 +378,14 @@ def _nbytes(planned: Plan) -> int:
     return sum(f.nbytes for f in planned.files)
 
 
+def _is_config(file: File) -> bool:
+    return os.path.basename(file.path) == "config.json"
+
+
 def _read_from(planned: Plan) -> list[str]:
     """Every path this run reads: overwriting must remove none of them. Tensors in memory have none."""
     ckpt = planned.checkpoint
-    return [ckpt.path, *(f.path for f in ckpt.files), *ckpt.beside] if ckpt.files else []
+    return [ckpt.path, *(f.path for f in (*ckpt.files, *ckpt.beside))] if ckpt.files else []
 
 
 def _record(planned: Plan, finite: bool) -> Record:

@@ -43,7 +43,7 @@ def _fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, n
     return made
 
 
-def matched(planned: Plan, out: Sequence[Mapping[str, torch.Tensor]], device: str = "cpu") -> list[Buffer]:
+def matched(planned: Plan, out: Sequence[Mapping[str, torch.Tensor]], device: str) -> list[Buffer]:
     """The caller's memory for each planned tensor; aliases must be the same memory or absent.
 
     Raises LayoutError for a name that is missing or too much, a shape or dtype that differs, memory that is
@@ -194,7 +194,7 @@ def untied(state: Mapping[str, torch.Tensor], made: set[str], aliases: Mapping[s
     return found
 
 
-def made_real(state: Mapping[str, torch.Tensor], device: str = "cpu") -> State:
+def made_real(state: Mapping[str, torch.Tensor], device: str) -> State:
     """Dense tensors to fill, one for each: the module's own memory, or on `device` where it is on meta.
 
     Raises DeviceError where the device has too little memory."""

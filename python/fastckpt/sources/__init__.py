@@ -89,7 +89,7 @@ def open(
     with _as_source_errors(where):
         for directory in options.also:
             if not is_directory(directory):
-                raise SourceError(f"{directory}: no directory (also=)")
+                raise SourceError(f"{directory}: no directory, as also= (--also) names")
         for source in _sources():
             if source.matches(where):
                 return source.read(where, options)

@@ -71,7 +71,7 @@ def assemble(
             more = f" and {len(gone) - 8} more" if len(gone) > 8 else ""
             unread = [*unread, f"left out by rename: {', '.join(gone[:8])}{more}"]
         if not renamed:
-            raise SourceError(f"{path}: rename= leaves out every tensor")
+            raise SourceError(f"{path}: rename= (--rename) leaves out every tensor")
     beside = neighbours(search)
     return Checkpoint(
         path=path, format=format, entries=renamed, extents=extents, aliases=tied, files=tuple(files),
@@ -135,21 +135,21 @@ class Boxed:
         return boxes(self.extents, self.dtype, self.shape, self.rows)
 
 
-def neighbours(directories: Sequence[str]) -> tuple[str, ...]:
+def neighbours(directories: Sequence[str]) -> tuple[File, ...]:
     """The files of BESIDE in these directories, the first directory's where several have one."""
     found = {}
     for directory in reversed(directories):
         for name in BESIDE:
-            if is_file(os.path.join(directory, name)):
-                found[name] = os.path.join(directory, name)
+            if is_file(path := os.path.join(directory, name)):
+                found[name] = File.at(path)
     return tuple(found[name] for name in BESIDE if name in found)
 
 
-def read_config(beside: Sequence[str]) -> dict[str, JSON] | None:
+def read_config(beside: Sequence[File]) -> dict[str, JSON] | None:
     """The config.json among `beside`, parsed; None where there is none."""
-    for path in beside:
-        if os.path.basename(path) == "config.json":
-            return read_json(path)
+    for file in beside:
+        if os.path.basename(file.path) == "config.json":
+            return read_json(file.path)
     return None
 
 

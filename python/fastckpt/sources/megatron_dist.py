@@ -171,7 +171,7 @@ def _chosen(found: Metadata, options: Options) -> tuple[dict[str, str], list[str
         if own.shape != master.shape:
             raise SourceError(
                 f"{master.key} is {[*master.shape]}, its tensor {[*own.shape]}: flattened masters are not "
-                "read; weights=module takes the 16-bit copy"
+                "read; weights='module' (--weights module) takes the 16-bit copy"
             )
         keys[name] = masters[name]
     return keys, notes, unread

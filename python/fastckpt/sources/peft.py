@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import SourceError
-from ..extents import is_file
+from ..extents import File, is_file
 from ..plainjson import read_json
 from . import safetensors, statedict
 from .options import Options
@@ -48,4 +48,4 @@ def read(path: str, options: Options) -> Checkpoint:
     of_file = safetensors.read if file.endswith(safetensors.SUFFIX) else statedict.read
     found = of_file(file, options)
     facts = {**found.facts, **{k: said.get(k) for k in TOLD}}
-    return replace(found, path=path, format="peft", facts=facts, beside=(config, *found.beside))
+    return replace(found, path=path, format="peft", facts=facts, beside=(File.at(config), *found.beside))

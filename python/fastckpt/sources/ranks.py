@@ -23,7 +23,7 @@ def check_ranks(files: Mapping[int, str], world: int, what: str, where: str) -> 
         count = world - sum(r < world for r in files)
         raise SourceError(
             f"{where}: {what} of {count} of {world} ranks missing: rank {_some(missing)}; "
-            "not saved by that process, or left on another node's disk (open with also=)"
+            "not saved by that process, or left on another node's disk, which also= (--also) names"
         )
     if extra := sorted(r for r in files if r >= world):
         raise SourceError(

@@ -245,7 +245,8 @@ def check_files(state: ModelState, held: Mapping[tuple[int, int], str], where: s
         total = sum(state.experts)
         raise SourceError(
             f"{where}: {total - len(held) + len(extra)} of {total} expert files missing: expert {e} of MoE "
-            f"layer {layer}; not saved by that process, or left on another node's disk (open with also=)"
+            f"layer {layer}; not saved by that process, or left on another node's disk, "
+            "which also= (--also) names"
         )
     if extra:
         layer, e = extra[0]

@@ -90,7 +90,7 @@ class Grid:
         if pipeline and models != {*range(tp)}:
             raise SourceError(
                 f"{where}: files of layers of tensor-parallel ranks {sorted(models)}, wanted {tp}: not "
-                "saved, or left on another node's disk (open with also=)"
+                "saved, or left on another node's disk, which also= (--also) names"
             )
         return pp, tp
 

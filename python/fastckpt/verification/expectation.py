@@ -72,7 +72,10 @@ def against(path: str, manifest: Manifest, engine: str) -> list[str]:
     for rank, tensors in left.items():
         problems += [f"rank {rank}: {engine} has no tensor {name}" for name in tensors]
     if problems and fields.get("engine") != engine:
-        problems.append(f"these shards were not written for {engine}: --layout vllm -L engine={engine} does")
+        problems.append(
+            f"these shards were not written for {engine}: layout vllm with engine={engine!r} "
+            f"(-L engine={engine}) does"
+        )
     return problems
 
 

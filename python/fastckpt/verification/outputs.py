@@ -279,7 +279,7 @@ def _unrecorded(seen: _Seen, plain: bool, engine: str | None) -> None:
         _plain(seen)
         if not plain:
             seen.problems.append(
-                f"no {NAME}: nothing says what these files should hold; plain (--plain) checks them alone"
+                f"no {NAME}: nothing says what these files should hold; plain=True (--plain) checks them"
             )
     if engine is not None:
         seen.problems.append(f"{engine}: without {NAME} nothing says which model this is")
