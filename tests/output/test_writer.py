@@ -122,6 +122,39 @@ def test_copies(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("old", [False, True])
+def test_a_private_directory_stays_private(tmp_path: Path, old: bool) -> None:
+    out = tmp_path / "out"
+    if old:
+        write_whole(out, 1)
+    else:
+        out.mkdir()
+    out.chmod(0o2750)
+    write_whole(out, 1, overwrite=old)
+    assert stat.S_IMODE(out.stat().st_mode) == 0o2750
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives a directory any group")
+def test_a_group_that_is_not_ours_is_given_no_more_than_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    for mode, then in ((0o770, 0o700), (0o755, 0o755), (0o574, 0o744)):
+        out.mkdir()
+        os.chown(out, -1, out.stat().st_gid + 1)
+        out.chmod(mode)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "chown", lambda *_: (_ for _ in ()).throw(PermissionError()))
+            write_whole(out, 1)
+        assert stat.S_IMODE(out.stat().st_mode) == then
+        shutil.rmtree(out)
+    out.mkdir()
+    os.chown(out, -1, out.stat().st_gid + 1)
+    group = out.stat().st_gid
+    write_whole(out, 1)
+    assert out.stat().st_gid == group
+
+
 # ---- what is refused ----
 
 

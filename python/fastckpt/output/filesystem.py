@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -38,6 +39,21 @@ def real(path: str | os.PathLike[str]) -> str:
             return os.path.realpath(path)
     except ValueError as e:
         raise WriteError(f"{os.fspath(path)!r}: no path: {e}") from None
+
+
+def resemble(path: str, other: str) -> None:
+    """Give a directory the group and permissions of one that may be there: what goes into a private directory
+    stays private. Its owner may always write."""
+    with suppress(FileNotFoundError):
+        now, then = os.stat(path), os.stat(other)
+        mode = stat.S_IMODE(then.st_mode) | stat.S_IRWXU
+        try:
+            if now.st_gid != then.st_gid:
+                os.chown(path, -1, then.st_gid)
+        except PermissionError:  # no group of ours: this one may what all may
+            mode &= ~stat.S_IRWXG | (mode & stat.S_IRWXO) << 3
+        if mode != stat.S_IMODE(now.st_mode):
+            os.chmod(path, mode)
 
 
 def sync_directory(path: str) -> None:

@@ -24,6 +24,7 @@ from .filesystem import (
     refuse_loss,
     remove_directories,
     remove_tree,
+    resemble,
     sync_directory,
     write_file,
 )
@@ -141,6 +142,7 @@ class Whole:
         if self._lock < 0 or not is_there(self._staging):
             self._unlock()
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._staging)
+        resemble(self._staging, self.path)
 
     def _unlock(self) -> None:
         fd, self._lock = self._lock, -1

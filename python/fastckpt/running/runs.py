@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     State = dict[str, torch.Tensor]
 
 Progress = Callable[[int, int, str], None]
-"""Called with bytes done, bytes in all and the phase: "plan", "copy" or "sync"."""
+"""Called with bytes done, bytes in all and the phase: "copy" or "sync"."""
 
 SMALL = 16 << 20
 """Bytes in and out that the caller's thread moves from memory to memory sooner than others are started."""
