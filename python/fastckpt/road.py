@@ -314,9 +314,9 @@ def load_into(
     The same road as `reshard` with the module as `out`: no second copy of the model. Parameters on the
     meta device are made where the others are, else on the CPU. `adapter`: the directory of a PEFT adapter,
     merged on the way and rounded once, to the module's dtypes. What is one tensor in the checkpoint and two
-    in the module fills both. `strict`: every persistent tensor of the module must be filled and every tensor
-    of the shard used, else LayoutError names them. Raises as `reshard` does; the module may then be half
-    filled."""
+    in the module fills both. `strict`: every persistent tensor of the module must be filled, every tensor of
+    the shard used, and no buffer that checkpoints do not hold be on the meta device, else LayoutError names
+    them. Raises as `reshard` does; the module may then be half filled."""
     from .running import tensors
 
     expect("strict", strict, bool)

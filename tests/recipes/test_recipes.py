@@ -210,6 +210,13 @@ def test_two_models_in_one():
     assert list(advised(one, config, "--strip-prefix")[1]) == list(hub)
 
 
+def test_what_zero_3_left_ungathered_is_told():
+    config, hub, _ = tiny.made("llama")
+    for emptied in ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"):
+        with pytest.raises(RecipeError, match=f"{emptied} holds no element, as a save at ZeRO-3"):
+            recipe(hub | {emptied: torch.zeros(0)}, config)
+
+
 def test_vocabulary_rows_that_differ_from_config():
     config, hub, _ = tiny.made("llama")
     with pytest.raises(RecipeError, match=r"has 211 rows, config's vocab_size is 200; vocab_size="):

@@ -65,6 +65,9 @@ def test_a_directory_of_checkpoints_names_them(tmp_path):
     for step in (9, 10):
         write_zero(tmp_path / f"checkpoint-{step}", TENSORS, stage=3, world=1)
     refuses(tmp_path, "it holds some: checkpoint-9, checkpoint-10; open one of them")
+    for step in range(11, 18):
+        write_zero(tmp_path / f"checkpoint-{step}", TENSORS, stage=3, world=1)
+    refuses(tmp_path, "checkpoint-16, ...; open one of them")
 
 
 def test_a_run_s_directory_names_those_further_down(tmp_path):

@@ -208,7 +208,13 @@ class Claims:
                     "recipe= (--recipe) of yours"
                 )
             raise RecipeError(f"{self.ckpt.path}: the model needs {stored}, which is not there{more}")
-        return self.ckpt.entries[self.ckpt.aliases.get(stored, stored)].shape
+        found = self.ckpt.entries[self.ckpt.aliases.get(stored, stored)].shape
+        if 0 in found and dims and all(d.size for d in dims):
+            raise RecipeError(
+                f"{stored} holds no element, as a save at ZeRO-3 that gathers no weights leaves it; open the "
+                "ZeRO checkpoint itself"
+            )
+        return found
 
     def length(self, name: str, *dims: Dim) -> int:
         """The rows of a tensor that must be there; `dims` as in `shape`. Raises RecipeError for a scalar."""

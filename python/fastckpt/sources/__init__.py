@@ -138,7 +138,8 @@ def _what_it_is(path: str) -> str:
         level = [os.path.join(d, n) for d in level for n in _names_in(os.path.join(path, d))][:_MOST]
         inside = [n for n in level if any(s.matches(os.path.join(path, n)) for s in _sources())]
         if inside:
-            return f"no checkpoint, but it holds some: {', '.join(inside[:8])}; open one of them"
+            more = ", ..." if len(inside) > 8 else ""
+            return f"no checkpoint, but it holds some: {', '.join(inside[:8])}{more}; open one of them"
     return f"no known checkpoint; looked for {looked_for}"
 
 
