@@ -30,6 +30,21 @@ def raised():
                         yield f"{path.name}:{node.lineno}", part.value
 
 
+def messages():
+    """(where, text) of every message that a `raise` makes, with {} for what is put into it."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            held = [*ast.walk(node)] if isinstance(node, ast.Raise) else []
+            formatted = [part for part in held if isinstance(part, ast.JoinedStr)]
+            within = {id(part) for whole in formatted for part in ast.walk(whole)}
+            for whole in formatted:
+                text = (str(v.value) if isinstance(v, ast.Constant) else "{}" for v in whole.values)
+                yield f"{path.name}:{node.lineno}", "".join(text)
+            for part in held:
+                if isinstance(part, ast.Constant) and isinstance(part.value, str) and id(part) not in within:
+                    yield f"{path.name}:{node.lineno}", part.value
+
+
 def flags(parser):
     for action in parser._actions:
         yield from action.option_strings
@@ -57,3 +72,15 @@ def test_arguments():
     said = [(at, a, text) for at, text in raised() for a in re.findall(r"(?<![\w.])([a-z_]+)=(?![= ])", text)]
     assert len(said) > 20
     assert not [one for one in said if one[1] not in known]
+
+
+def test_what_the_command_line_has_too():
+    """Such an argument is named for both, as in `pad=True (-L pad=true)`."""
+    options = {f.name for name in LAYOUTS for f in dataclasses.fields(layout(name))}
+    verbs = {"also", "config", "recipe", "tp_plan", "rename", "adapter", "quant", "allow_nonfinite"}
+    said = [
+        (at, a, text) for at, text in messages() for a in re.findall(r"(?<![\w.])([a-z_]+)=(?![={])", text)
+    ]
+    assert sum(name in verbs | options for _, name, _ in said) > 20
+    assert not [one for one in said if one[1] in options and f"-L {one[1]}=" not in one[2]]
+    assert not [one for one in said if one[1] in verbs and f"--{one[1].replace('_', '-')}" not in one[2]]

@@ -405,6 +405,14 @@ def test_a_recipe_of_ones_own(run, tmp_path):
     assert code == 2 and "none.py" in said
 
 
+def test_doctor_says_that_the_working_directory_is_gone(run, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    code, _, err = run("doctor")
+    assert code == 4 and "fastckpt: error: .: No such file or directory" in err
+
+
 def test_doctor(run, tmp_path):
     code, out, _ = run("doctor", "--json", "--path", tmp_path / "not" / "there")
     found = json.loads(out)

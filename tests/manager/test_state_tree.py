@@ -98,6 +98,7 @@ class Odd:
         ({(1, 2): 3}, r"key \(1, 2\)"),
         ({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, "two tensors are named 'a.b'"),
         ({"n": np.array(["text"])}, "at n: "),
+        ({"n": np.ma.masked_less(np.ones(2), 1)}, "at n: a MaskedArray"),
         ({"n": np.zeros(1, [("a", "f4")])[0]}, "at n: a void"),
     ],
 )

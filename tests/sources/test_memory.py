@@ -58,6 +58,7 @@ def test_tied_tensors_are_one():
         torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), [1.0],
         torch.nested.nested_tensor([torch.ones(3)]), 3, None, torch._efficientzerotensor((3,)),
         torch.nn.UninitializedParameter(), torch._to_functional_tensor(torch.ones(3)),
+        np.ma.masked_less(np.ones(3), 1),
         np.ones(3)[::-1], np.ones(3, ">f4"), np.array(["a"]), np.zeros(3, [("a", "f4"), ("b", "f8")])["b"],
     ],
     ids=lambda v: type(v).__name__,

@@ -145,7 +145,7 @@ def _weights(ckpt: Checkpoint, directory: str, settings: Settings, own: Mapping[
     if os.path.realpath(where) == os.path.realpath(directory):
         raise SourceError(
             f"{directory}: whether the model in it holds its adapter already is written nowhere (torchtune's "
-            "does, and is opened without adapter= or --adapter); keep a base in another directory"
+            "does, and is opened without adapter=, --adapter); keep a base in another directory"
         )
     if settings.start not in PLAIN_STARTS:
         raise SourceError(

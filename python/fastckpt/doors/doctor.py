@@ -16,6 +16,7 @@ from importlib import import_module, metadata
 
 from .. import __version__
 from ..checkpoint import JSON
+from ..output.filesystem import real
 from ..pipeline import cores
 from .text import said, size
 
@@ -135,8 +136,9 @@ def _system() -> dict[str, JSON]:
 
 
 def _storage(path: str) -> dict[str, JSON]:
-    """Free space and file system of the nearest directory above `path` that exists."""
-    here = os.path.realpath(path)
+    """Free space and file system of the nearest directory above `path` that exists. Raises WriteError for no
+    path of an output."""
+    here = real(path)
     while not os.path.isdir(here) and here != os.path.dirname(here):
         here = os.path.dirname(here)
     facts: dict[str, JSON] = {"path": here, "writable": os.access(here, os.W_OK)}

@@ -65,7 +65,7 @@ def _tree(value: object, path: str, flat: Flat) -> JSON:
         return value if math.isfinite(value) else {"float": repr(value)}
     if isinstance(value, torch.Tensor):
         return {"tensor": _enter(flat, path, value)}
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and not hasattr(value, "mask"):
         return {"array": _enter(flat, path, _from_numpy(value, path))}
     if type(value) in _CONTAINERS and isinstance(value, (list, tuple, set, frozenset)):
         held = value if isinstance(value, (list, tuple)) else sorted(value, key=repr)

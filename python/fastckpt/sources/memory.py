@@ -210,7 +210,7 @@ def _joined(table: Extents, dtype: DType, columns: NDArray[np.int64], shape: tup
 
 
 def _hold(name: str, value: object) -> _Held:
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and not hasattr(value, "mask"):  # whose values are not all its memory's
         return _array(name, value)
     # Who has not imported torch holds no tensor.
     if "torch" in sys.modules:

@@ -49,8 +49,8 @@ class Reading:
             return entries
         if self.found.lost:
             raise SourceError(
-                f"{self.where}: the weights of {[*self.found.lost]!r:.120} are in no file "
-                "(exclude_frozen=True, --exclude-frozen-parameters, leaves them out)"
+                f"{self.where}: the weights of {[*self.found.lost]!r:.120} are in no file; "
+                "exclude_frozen=True (--exclude-frozen-parameters) leaves them out"
             )
         entries |= self.module(self.found.kept, "frozen")
         return entries | (self._frozen_cut() if at_stage_3 else self.frozen_whole())
@@ -86,8 +86,8 @@ class Reading:
             elif not self.state.quantised or t.dtype is not int8:
                 continue
             raise SourceError(
-                f"{self.where}: of frozen {name} DeepSpeed saved {why}: its weights are in no file "
-                "(exclude_frozen=True, --exclude-frozen-parameters, leaves frozen parameters out)"
+                f"{self.where}: of frozen {name} DeepSpeed saved {why}: its weights are in no file; "
+                "exclude_frozen=True (--exclude-frozen-parameters) leaves frozen parameters out"
             )
 
     def _whole(self, t: Tensor, kind: str) -> Entry:
