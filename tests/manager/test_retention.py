@@ -46,6 +46,18 @@ def test_nothing_goes_before_the_new_one_stands(tmp_path: Path, monkeypatch: pyt
     assert seen == [([0, 1], [0])]
 
 
+def test_of_a_commit_that_was_moved_away_the_link_goes(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path / "ck", max_to_keep=1) as manager:
+        manager.save(0, {"step": 0})
+        moved = tmp_path / "ck/step-00000000"
+        moved.rename(tmp_path / "archive")
+        moved.symlink_to(tmp_path / "archive")
+        manager.save(1, {"step": 1})
+        assert manager.steps() == [1]
+    assert (tmp_path / "archive/fastckpt.json").exists()
+    assert sorted(os.listdir(tmp_path / "ck")) == [".fastckpt-lock", "latest", "step-00000001"]
+
+
 def test_torn_leftovers_go_with_the_first_save(tmp_path: Path) -> None:
     for name in (".saving-step-00000001-aa", ".trash-step-00000000-bb"):
         (tmp_path / name / "rank-00000").mkdir(parents=True)

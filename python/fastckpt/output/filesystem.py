@@ -102,11 +102,14 @@ def replace_file(path: str, content: bytes) -> None:
 
 
 def remove_tree(path: str) -> None:
-    """Remove a directory and all that is in it, as far as that can be done."""
+    """Remove a directory and all that is in it, as far as that can be done; of a link to one, the link."""
     import shutil  # brings every archive format, and most runs remove nothing
 
     with suppress(OSError):  # rmtree lets some errors through all the same
-        shutil.rmtree(path, ignore_errors=True)
+        if os.path.islink(path):
+            os.unlink(path)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def refuse_loss(path: str, keep: Iterable[str]) -> None:
