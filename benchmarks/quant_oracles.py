@@ -101,6 +101,36 @@ def compressed_tensors(dense: torch.Tensor) -> Iterator[tuple[str, list[Compared
                 points = nibbles(packed["weight_zero_point"]), nibbles(made[f"{NAME}_zero_point"])
                 compared.append(("zero points", *points))
             yield scheme, compared
+    yield from microscaled(dense)
+
+
+def microscaled(dense: torch.Tensor) -> Iterator[tuple[str, list[Compared]]]:
+    from compressed_tensors.compressors.mxfp4.base import MXFP4PackedCompressor
+    from compressed_tensors.compressors.mxfp8.base import MXFP8QuantizationCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    for scheme, compressor, part in (
+        ("mxfp4", MXFP4PackedCompressor, "weight_packed"), ("mxfp8", MXFP8QuantizationCompressor, "weight")
+    ):  # fmt: skip
+        told = QuantizationScheme(targets=["Linear"], **PRESET_SCHEMES[f"{scheme.upper()}A16"])
+        boxes = dense.reshape(ROWS, -1, 32)
+        scale, _ = calculate_qparams(boxes.amin(2), boxes.amax(2), told.weights)
+        theirs = compressor.compress({"weight": dense.clone(), "weight_scale": scale}, told)
+        made = ours(dense, scheme)
+        values = made[NAME + part.removeprefix("weight")]
+        yield (
+            scheme,
+            [
+                ("values", *(spread(v, scheme) for v in (theirs[part], values))),
+                ("scales", theirs["weight_scale"], made[f"{NAME}_scale"]),
+            ],
+        )
+
+
+def spread(values: torch.Tensor, scheme: str) -> torch.Tensor:
+    return torch.stack([values & 15, values >> 4], -1) if scheme == "mxfp4" else values
 
 
 def torchao(dense: torch.Tensor) -> Iterator[tuple[str, list[Compared]]]:

@@ -3,7 +3,7 @@
 //
 // All arithmetic is fp32: scale = max(amax / reach, floor), 1 where that is 0; value = x / scale or
 // x * (1 / scale), clamped, rounded to nearest with ties to even. With zero points: scale = (high - low) / reach,
-// both with 0 in between, zero = round(-8 - low / scale), value = x / scale + zero.
+// both with 0 in between, zero = round(-8 - low / scale), value = x / scale + zero. Microscaled: scale = a power of two.
 #pragma once
 
 #include "isa.h"
@@ -108,6 +108,13 @@ FASTCKPT_HD float scale_from(float span, float reach, float floor, bool half) {
     return scale == 0 ? 1.0f : scale;
 }
 
+// compressed-tensors' generate_mx_scales: 2^floor(log2(amax)), or the next power where amax is 1.75 of it or more, less
+// the exponent of `reach`; at least 2^-127, the least that a byte of exponent (e8m0) can say.
+FASTCKPT_HD float power_from(float amax, float reach) {
+    const uint32_t power = (as_bits<uint32_t>(amax) + (1u << 21)) >> 23, most = (as_bits<uint32_t>(reach) >> 23) - 127;
+    return as_float(power > most ? (power - most) << 23 : 1u << 22);
+}
+
 FASTCKPT_HD float zero_from(float low, float scale, float lowest) {
     const float zero = at_least<uint32_t>(at_most<uint32_t>(-8.0f - low / scale, 7.0f), lowest) + ROUNDER;
     return zero - ROUNDER;
@@ -144,14 +151,24 @@ FASTCKPT_HD typename FloatOf<U>::type divided(typename FloatOf<U>::type x, const
     }
 }
 
-// The code of a magnitude in e4m3fn and its value y: E4M3 of cast.h for what is no NaN, decoded on the way. Added to a
-// power of two 2^20 times its own, `a` rounds to three bits of fraction, or to 2^-9 where that is more; the sum's low
-// bits count those steps.
-template <class U> FASTCKPT_HD U e4m3(typename FloatOf<U>::type a, typename FloatOf<U>::type& y) {
-    const U power = max_of(as_bits<U>(at_most<U>(a, 448.0f)) & INF32, U{} + (121u << 23)), magic = power + (20u << 23);
-    const auto sum = as_float<U>(magic) + at_most<U>(a, 448.0f);
+// The code of a magnitude in a float of FRACTION bits of fraction, whose least normal number is 2^(LEAST - 127), and its
+// value y; at most `most`. Added to a power of two 2^(23 - FRACTION) times its own, `a` rounds to as many bits of fraction,
+// or to a step of the least ones where that is more; the sum's low bits count those steps.
+template <uint32_t FRACTION, uint32_t LEAST, class U>
+FASTCKPT_HD U small_float(typename FloatOf<U>::type a, float most, typename FloatOf<U>::type& y) {
+    constexpr uint32_t REST = 23 - FRACTION;
+    const U power = max_of(as_bits<U>(at_most<U>(a, most)) & INF32, U{} + (LEAST << 23)), magic = power + (REST << 23);
+    const auto sum = as_float<U>(magic) + at_most<U>(a, most);
     y = sum - as_float<U>(magic);
-    return as_bits<U>(sum) - magic + (power >> 20) - (121u << 3);
+    return as_bits<U>(sum) - magic + (power >> REST) - (LEAST << FRACTION);
+}
+
+// E4M3 of cast.h for what is no NaN, decoded on the way; e2m1.
+template <class U> FASTCKPT_HD U e4m3(typename FloatOf<U>::type a, typename FloatOf<U>::type& y) {
+    return small_float<3, 121, U>(a, 448.0f, y);
+}
+template <class U> FASTCKPT_HD U e2m1(typename FloatOf<U>::type a, typename FloatOf<U>::type& y) {
+    return small_float<1, 127, U>(a, 6.0f, y);
 }
 
 // The bits of a float in whose low ones a scaled value stands, rounded to an integer from -high - 1 to high; y: that

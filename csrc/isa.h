@@ -23,19 +23,19 @@ struct Pair {
     Transpose transpose = nullptr;
 };
 
-// What becomes of a value: a byte, or four bits, of which eight make a word: eight columns, the first lowest (INT4),
-// in AWQ's order (AWQ), or eight rows, the first lowest (DOWN).
-enum QuantKind : uint8_t { QUANT_INT8, QUANT_E4M3, QUANT_INT4, QUANT_INT4_AWQ, QUANT_INT4_DOWN, QUANT_KINDS };
+// What becomes of a value: a byte, or four bits, of which eight make a word: eight columns, the first lowest (INT4,
+// E2M1), in AWQ's order (AWQ), or eight rows, the first lowest (DOWN).
+enum QuantKind : uint8_t { QUANT_INT8, QUANT_E4M3, QUANT_INT4, QUANT_INT4_AWQ, QUANT_INT4_DOWN, QUANT_E2M1, QUANT_KINDS };
 
 // Rows of a dense matrix and how they are quantised (quant.h).
 // `src`: rows x columns of `dtype` (fp32, bf16 or fp16), row after row; for AWQ and DOWN turned: column after column,
 //     `pitch` bytes apart.
 // `out`: one byte a value, or two values a byte.
-// Blocks: for AWQ and DOWN one column wide (columns and block_rows are multiples of 8); for INT4 whole groups of one
-//     row (multiples of 8); for the others any.
+// Blocks: for AWQ and DOWN one column wide (columns and block_rows are multiples of 8); for INT4 and E2M1 whole groups of
+//     one row (multiples of 8); for the others any.
 // `amax`: one a row, taken as the largest magnitude where a scale is shared beyond these values (blocks are then whole
 //     rows), or null.
-// `scales`: one a block, row after row of blocks; `half`: rounded to fp16.
+// `scales`: one a block, row after row of blocks; `half`: rounded to fp16; `power`: powers of two, with `reciprocal`.
 // `zeros`: one zero point a block, from `lowest` to 7, or null where there are none.
 // `sums`: the largest error, then the sums of (x - y)^2, x^2, y^2 and x y, added to.
 struct Quant {
@@ -44,7 +44,7 @@ struct Quant {
     Dtype dtype;
     QuantKind kind;
     bool reciprocal;  // int8: multiply by the reciprocal of the scale
-    bool half;
+    bool half, power;
     float reach, floor, lowest;
     const float* amax;
     char* out;

@@ -112,7 +112,7 @@ void check_dense(const char* what, size_t nbytes, int code, size_t rows, size_t 
 }
 
 bool py_quantise(const py::object& dense, int code, size_t rows, size_t columns, size_t pitch, size_t block_rows,
-                 size_t block_columns, float reach, float floor, float lowest, bool reciprocal, bool half, int kind,
+                 size_t block_columns, float reach, float floor, float lowest, bool reciprocal, bool half, bool power, int kind,
                  const py::object& amax, const py::object& out, const py::object& scales, const py::object& zeros,
                  const py::object& sums, int isa) {
     Held d(dense), o(out, true), s(scales, true), t(sums, true);
@@ -129,7 +129,7 @@ bool py_quantise(const py::object& dense, int code, size_t rows, size_t columns,
     }
     check_dense("quantise", held, code, rows, columns);
     bool fits = block_rows != 0 && block_columns != 0 && !(packed && columns % 8 != 0);
-    if (fits && kind == QUANT_INT4) fits = block_rows == 1 && block_columns % 8 == 0 && columns % block_columns == 0;
+    if (fits && (kind == QUANT_INT4 || kind == QUANT_E2M1)) fits = block_rows == 1 && block_columns % 8 == 0 && columns % block_columns == 0;
     if (fits && turned) fits = block_columns == 1 && block_rows % 8 == 0 && rows % 8 == 0;
     if (!fits)
         throw std::invalid_argument("quantise: blocks of " + std::to_string(block_rows) + " x " +
@@ -138,8 +138,9 @@ bool py_quantise(const py::object& dense, int code, size_t rows, size_t columns,
     if (o.nbytes() != rows * columns / (packed ? 2 : 1) || s.count<float>("scales") != blocks || t.count<double>("sums") != 5)
         throw std::invalid_argument("quantise: out, scales or sums have another size");
     Quant q{d.data(), rows, columns, pitch, block_rows, block_columns, static_cast<Dtype>(code), static_cast<QuantKind>(kind),
-            reciprocal, half, reach, floor, lowest, nullptr, o.data(), s.items<float>(), nullptr, t.items<double>()};
+            reciprocal, half, power, reach, floor, lowest, nullptr, o.data(), s.items<float>(), nullptr, t.items<double>()};
     std::optional<Held> a, z;
+    if (power ? !reciprocal || half : kind == QUANT_E2M1) throw std::invalid_argument("quantise: floats of four bits have powers of two");
     if (!amax.is_none() && packed) throw std::invalid_argument("quantise: four bits take no amax");
     if (!amax.is_none()) {
         a.emplace(amax);
@@ -149,7 +150,7 @@ bool py_quantise(const py::object& dense, int code, size_t rows, size_t columns,
     }
     if (!zeros.is_none()) {
         z.emplace(zeros, true);
-        if (z->nbytes() != blocks || !packed || q.amax != nullptr)
+        if (z->nbytes() != blocks || !packed || kind == QUANT_E2M1 || q.amax != nullptr)
             throw std::invalid_argument("quantise: zeros are one a block of four bits");
         q.zeros = z->items<int8_t>();
     }
@@ -385,7 +386,7 @@ PYBIND11_MODULE(_C, m) {
 
     m.def("quantise", py_quantise, py::arg("dense"), py::arg("dtype_code"), py::arg("rows"), py::arg("columns"),
           py::arg("pitch"), py::arg("block_rows"), py::arg("block_columns"), py::arg("reach"), py::arg("floor"), py::arg("lowest"),
-          py::arg("reciprocal"), py::arg("half"), py::arg("kind"), py::arg("amax"), py::arg("out"), py::arg("scales"),
+          py::arg("reciprocal"), py::arg("half"), py::arg("power"), py::arg("kind"), py::arg("amax"), py::arg("out"), py::arg("scales"),
           py::arg("zeros"), py::arg("sums"), py::arg("isa") = -1);
     m.def("dequantise", py_dequantise, py::arg("values"), py::arg("kind"), py::arg("rows"), py::arg("columns"), py::arg("scales"),
           py::arg("zeros"), py::arg("row"), py::arg("group"), py::arg("first"), py::arg("offset"), py::arg("dtype_code"), py::arg("out"),

@@ -111,11 +111,12 @@ struct Factor {
 // value and d what it lost, or both with the value's sign taken off.
 template <QuantKind KIND, How HOW, bool ZERO, class U>
 FASTCKPT_INLINE U round_one(U bits, const Scale<U>& s, typename FloatOf<U>::type& x, typename FloatOf<U>::type& d) {
-    x = as_float<U>(KIND == QUANT_E4M3 ? bits & 0x7fffffffu : bits);
+    x = as_float<U>(KIND == QUANT_E4M3 || KIND == QUANT_E2M1 ? bits & 0x7fffffffu : bits);
     const auto v = divided<HOW, U>(x, s);
     typename FloatOf<U>::type y;
     U code;
     if constexpr (KIND == QUANT_E4M3) code = e4m3<U>(v, y) | (bits >> 24 & 0x80u);
+    else if constexpr (KIND == QUANT_E2M1) code = e2m1<U>(v, y) | (bits >> 28 & 8u);
     else if constexpr (KIND == QUANT_INT8) code = whole<ZERO, U>(v, s.zero, 127.0f, y) & 0xffu;
     else code = (whole<ZERO, U>(v, s.zero, 7.0f, y) ^ 8u) & 0xfu;
     d = multiply_add(-y, s.scale, x);
@@ -155,7 +156,9 @@ FASTCKPT_INLINE void pack_nibbles(char* out, const char* values, size_t n) {
     for (; i < n; i += 2) out[i / 2] = static_cast<char>(values[i] | values[i + 1] << 4);
 }
 
-FASTCKPT_INLINE float scale_from(float span, const Quant& q) { return scale_from(span, q.reach, q.floor, q.half); }
+FASTCKPT_INLINE float scale_from(float span, const Quant& q) {
+    return q.power ? power_from(span, q.reach) : scale_from(span, q.reach, q.floor, q.half);
+}
 
 template <class S, QuantKind KIND, How HOW>
 void round_box(const Quant& q, size_t r0, size_t r1, size_t c0, size_t n, ptrdiff_t ahead, float scale, Sums& sums) {
@@ -223,15 +226,16 @@ bool find_factors(const Quant& q, const char* src, size_t groups, size_t n, size
 }
 
 // The codes of those groups, one a byte, group after group.
-template <class S, How HOW, bool ZERO>
+template <class S, QuantKind KIND, How HOW, bool ZERO>
 void round_groups(char* codes, const char* src, size_t groups, size_t n, size_t step, ptrdiff_t ahead, const Factor* factors, Sums& sums) {
-    for (size_t g = 0; g < groups; ++g) round_line<S, QUANT_INT4, HOW, ZERO>(codes + g * n, src + g * step, n, ahead, factors[g], sums);
+    for (size_t g = 0; g < groups; ++g) round_line<S, KIND, HOW, ZERO>(codes + g * n, src + g * step, n, ahead, factors[g], sums);
 }
 
-template <class S, bool ZERO>
+template <class S, QuantKind KIND, bool ZERO>
 void round_groups(char* codes, const char* src, size_t groups, size_t n, size_t step, ptrdiff_t ahead, const Factor* factors, bool fast, Sums& sums) {
-    if (fast) round_groups<S, FUSED, ZERO>(codes, src, groups, n, step, ahead, factors, sums);
-    else round_groups<S, DIVIDE, ZERO>(codes, src, groups, n, step, ahead, factors, sums);
+    if constexpr (KIND == QUANT_E2M1) round_groups<S, KIND, RECIPROCAL, ZERO>(codes, src, groups, n, step, ahead, factors, sums);
+    else if (fast) round_groups<S, KIND, FUSED, ZERO>(codes, src, groups, n, step, ahead, factors, sums);
+    else round_groups<S, KIND, DIVIDE, ZERO>(codes, src, groups, n, step, ahead, factors, sums);
 }
 
 bool whole(Sums& sums, const Quant& q) {
@@ -239,7 +243,7 @@ bool whole(Sums& sums, const Quant& q) {
     return q.sums[1] == q.sums[1];
 }
 
-template <class S, bool ZERO> bool quantise_groups(const Quant& q) {
+template <class S, QuantKind KIND, bool ZERO> bool quantise_groups(const Quant& q) {
     const size_t n = q.block_columns, across = q.columns / n, some = n < PIECE ? PIECE / n : 1;
     Sums sums;
     for (size_t r = 0; r < q.rows; ++r) {
@@ -256,7 +260,7 @@ template <class S, bool ZERO> bool quantise_groups(const Quant& q) {
                 const size_t count = g + some < groups ? some : groups - g;
                 for (size_t i = 0; i < n; i += PIECE) {  // several groups, or a part of one
                     const size_t m = i + PIECE < n ? PIECE : n - i;
-                    round_groups<S, ZERO>(piece, src + (g * n + i) * S::size, count, m, n * S::size, ahead, factors + g, fast, sums);
+                    round_groups<S, KIND, ZERO>(piece, src + (g * n + i) * S::size, count, m, n * S::size, ahead, factors + g, fast, sums);
                     pack_nibbles(out + (g * n + i) / 2, piece, count * m);
                 }
             }
@@ -316,7 +320,7 @@ template <class S, bool ZERO> bool quantise_turned(const Quant& q) {
             if (!find_factors<S, ZERO>(q, src, count, n, q.pitch, r / most * q.columns + c, factors, fast)) return false;
             // the next groups of these columns, or the first of the next ones
             const size_t ahead = r + n < q.rows ? n * S::size : strip * q.pitch - r * S::size;
-            round_groups<S, ZERO>(codes, src, count, n, q.pitch, static_cast<ptrdiff_t>(ahead), factors, fast, sums);
+            round_groups<S, QUANT_INT4, ZERO>(codes, src, count, n, q.pitch, static_cast<ptrdiff_t>(ahead), factors, fast, sums);
             if (q.kind == QUANT_INT4_DOWN) {
                 pack_nibbles(packed, codes, count * n);
                 put_words(q.out + (r / 8 * q.columns + c) * 4, q.columns, words, n / 8, count);
@@ -335,7 +339,8 @@ template <class S> bool quantise_from(const Quant& q) {
     switch (q.kind) {
         case QUANT_INT8: return quantise_blocks<S, QUANT_INT8>(q);
         case QUANT_E4M3: return quantise_blocks<S, QUANT_E4M3>(q);
-        case QUANT_INT4: return zero ? quantise_groups<S, true>(q) : quantise_groups<S, false>(q);
+        case QUANT_INT4: return zero ? quantise_groups<S, QUANT_INT4, true>(q) : quantise_groups<S, QUANT_INT4, false>(q);
+        case QUANT_E2M1: return quantise_groups<S, QUANT_E2M1, false>(q);
         default: return zero ? quantise_turned<S, true>(q) : quantise_turned<S, false>(q);
     }
 }

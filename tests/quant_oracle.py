@@ -7,11 +7,15 @@ import torch
 BLOCKS = {
     "int8": (1, 0), "fp8": (0, 0), "fp8-channel": (1, 0), "fp8-block": (128, 128), "int4-group32": (1, 32),
     "int4-group64": (1, 64), "int4-group": (1, 128), "int8-dynamic": (0, 0), "int8-dynamic-channel": (1, 0),
+    "mxfp4": (1, 32), "mxfp8": (1, 32),
 }  # fmt: skip
 
 
 def quantised(x, name):
-    """Values as int8, float8_e4m3fn, or int32 of eight nibbles; scales [blocks down, blocks across]."""
+    """Values as int8, float8_e4m3fn, int32 of eight nibbles, or bytes of two e2m1; scales [blocks down,
+    blocks across]."""
+    if name.startswith("mx"):
+        return microscaled(x, name)
     x = x.float()
     rows, columns = x.shape
     down, across = BLOCKS[name]
@@ -38,6 +42,34 @@ def quantised(x, name):
             packed |= (out[:, k::8].to(torch.int64) + 8) << (4 * k)
         return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32), scales
     return out.to(torch.int8), scales
+
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+"""What the codes of e2m1 mean."""
+
+
+def pairs(packed):
+    """The values of bytes of two e2m1 [rows, columns / 2], in fp32."""
+    return E2M1[torch.stack([packed & 15, packed >> 4], -1).flatten(-2).long()]
+
+
+def microscaled(x, name):
+    """Groups of 32 over a power of two: the one below their largest magnitude, or the next from 1.75 on, at
+    least 2^-127; over that of the largest number of the format."""
+    boxes = x.double().reshape(len(x), -1, 32)
+    largest = boxes.abs().amax(2)
+    power = torch.floor(torch.log2(largest.clamp(min=2.0**-300)))
+    power += (largest >= 1.75 * torch.exp2(power)).double()
+    scales = torch.exp2((power - (2 if name == "mxfp4" else 8)).clamp(min=-127))
+    scaled = (boxes / scales[..., None]).reshape(x.shape)
+    if name == "mxfp8":
+        return scaled.float().clamp(-448, 448).to(torch.float8_e4m3fn), scales.float()
+    # Between two codes the nearer one is taken, halfway the even one.
+    halfway = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], dtype=torch.float64)
+    size = scaled.abs().contiguous()
+    below, above = torch.bucketize(size, halfway), torch.bucketize(size, halfway, right=True)
+    codes = torch.where(below % 2 == 0, below, above) | scaled.signbit().long() << 3
+    return (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8), scales.float()
 
 
 GROUPS = {

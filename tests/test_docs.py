@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import shlex
+import textwrap
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from fastckpt import layouts
 from fastckpt.cli import main
+from fastckpt.doors.arguments import parser
 from fastckpt.doors.demo import Llama
 from fastckpt.errors import FastckptError
 from fastckpt.layouts.patterns import STYLES
@@ -144,3 +146,39 @@ def test_every_module_has_its_row() -> None:
     modules += (ROOT / "csrc").iterdir()
     named = set(re.findall(r"`(\w+)`", rooms))
     assert {p.stem for p in modules if not p.stem.startswith("__")} <= named
+
+
+def test_the_manager_s_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"\n\n((?:    .*\n+)+)", (ROOT / "docs/manager.md").read_text())
+    saves, managers = [textwrap.dedent(b) for b in blocks if b.startswith("    from fastckpt")]
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    given = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loss": 0.5, "root": "runs/more"}
+    for steps in ("range(2)", "range(2, 4)"):
+        exec(saves.replace("in ...", f"in {steps}"), dict(given))
+    with fastckpt.CheckpointManager("runs/ck") as manager:
+        assert manager.steps() == [1, 2, 3]
+    imports, *lines = managers.strip().splitlines()
+    for line in filter(None, lines):
+        exec(f"{imports}\n{line}.close()", given | {"CheckpointManager": fastckpt.CheckpointManager})
+
+
+def test_the_renames_of_olmo_core() -> None:
+    """Its names become a Llama's, and with the other two norms an OLMo 2's."""
+    text = (ROOT / "docs/formats.md").read_text().split("**OLMo-core**")[1].split("\n- ")[0]
+    words = [word for found in re.findall(r"--rename\s+'([^']+)'", text) for word in ("--rename", found)]
+    *common, norm, mlp_norm, olmo_norm, olmo_mlp_norm = parser().parse_args(["inspect", "x", *words]).rename
+    leaves = ("attention.w_q", "attention.w_out", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+    names = ["embeddings", "lm_head.norm", "lm_head.w_out"]
+    names += [f"blocks.0.{leaf}" for leaf in (*leaves, "attention_norm", "feed_forward_norm")]
+    state = {f"{name}.weight": torch.ones(1) for name in names}
+    outside = {"model.embed_tokens", "model.norm", "lm_head"}
+    inside = {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj", "mlp.up_proj"}
+    for two, norms in (
+        ((norm, mlp_norm), {"input_layernorm", "post_attention_layernorm"}),
+        ((olmo_norm, olmo_mlp_norm), {"post_attention_layernorm", "post_feedforward_layernorm"}),
+    ):
+        wanted = outside | {f"model.layers.0.{leaf}" for leaf in inside | norms}
+        assert fastckpt.open(state, rename=[*common, *two]).entries.keys() == {f"{n}.weight" for n in wanted}

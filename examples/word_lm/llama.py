@@ -104,8 +104,9 @@ def dequantised(path: Path, scheme: Scheme) -> dict[str, Tensor]:
     for name in [n.removesuffix(ends) + "weight" for n in stored if n.endswith(f".{ends}")]:
         scale = stored.pop(scheme.named(name, scheme.scale)).float()
         values = numbers(stored.pop(scheme.named(name, scheme.values)), scheme.packed)
+        scale = torch.exp2(scale - 127) if scheme.microscaled else scale
         scale = spread(scale.reshape(scheme.grid(*values.shape)), scheme, values.shape)
-        if scheme.bits == 4:
+        if scheme.bits == 4 and not scheme.microscaled:
             values -= 8
         if scheme.form:
             stored.pop(scheme.named(name, scheme.form))
@@ -127,10 +128,16 @@ PACKED_POINTS = {"across": "down", "awq": "awq", "down": "across"}
 """How zero points are packed (eight outputs to an int32) where values are packed so."""
 
 
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+"""What the codes of a float of four bits mean."""
+
+
 def numbers(stored: Tensor, packed: str) -> Tensor:
     """Values as fp32; of four bits each, eight to an int32, by the ways of `schemes.Packed`: 0 to 15."""
     if not packed:
         return stored.float()
+    if packed == "pairs":
+        return E2M1[torch.stack([stored & 15, stored >> 4], 2).flatten(1).long()]
     order = (0, 2, 4, 6, 1, 3, 5, 7) if packed == "awq" else tuple(range(8))
     eight = torch.stack([stored >> 4 * order.index(k) & 15 for k in range(8)])
     whole = eight.movedim(0, 1).flatten(0, 1) if packed == "down" else eight.movedim(0, 2).flatten(1)

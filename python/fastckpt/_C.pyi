@@ -115,6 +115,7 @@ def quantise(
     lowest: float,
     reciprocal: bool,
     half: bool,
+    power: bool,
     kind: int,
     amax: Buffer | None,
     out: Buffer,

@@ -14,12 +14,11 @@ from fastckpt.executors import pick
 from fastckpt.reader import Positioned
 from fastckpt.running import runs
 from fastckpt.running.computing import Computing
-from quant_oracle import GROUPS
+from quant_oracle import E2M1, GROUPS
 from quantisation.test_quant_road import linear, model
-from quantisation.test_unrounding import E2M1
 from safetensors.torch import load_file
 
-PLAIN = ("int8", "fp8", "fp8-channel", "fp8-block", "int4-group32")
+PLAIN = ("int8", "fp8", "fp8-channel", "fp8-block", "int4-group32", "mxfp4", "mxfp8")
 SCHEMES = (*PLAIN, "int8-dynamic", "int4-group-zero", "awq-group32", "gptq-group", "gptq-group64-zero")
 
 
@@ -38,6 +37,8 @@ def dense(x, scheme):
     each = scales.repeat_interleave(down or rows, 0).repeat_interleave(across or columns, 1)[:rows, :columns]
     if scheme.startswith("int4"):
         return (quant_oracle.nibbles(values).flatten(1).float() - 8) * each
+    if scheme == "mxfp4":
+        return quant_oracle.pairs(values) * each
     return values.float() * each
 
 

@@ -215,7 +215,7 @@ def test_sizes_that_do_not_fit_are_refused_by_the_kernel():
 
     x, out = raw(torch.randn(16, 16)), np.empty(128, np.uint8)
     scales, zeros, sums = np.empty(16, np.float32), np.empty(16, np.int8), np.zeros(5)
-    good = [x, 0, 16, 16, 64, 16, 1, 7.5, 0.0, -8.0, False, True, 4, None, out, scales, zeros, sums]
+    good = [x, 0, 16, 16, 64, 16, 1, 7.5, 0.0, -8.0, False, True, False, 4, None, out, scales, zeros, sums]
     assert _C.quantise(*good)
     with_gaps = np.zeros(15 * 80 + 64, np.uint8)
     assert _C.quantise(*(with_gaps, *good[1:4], 80, *good[5:]))
@@ -223,7 +223,16 @@ def test_sizes_that_do_not_fit_are_refused_by_the_kernel():
         for dense in (x, with_gaps, x[:0], x[:60]):
             with pytest.raises(ValueError, match="quantise"):
                 _C.quantise(*(dense, *good[1:4], pitch, *good[5:]))
-    for at, bad in ((5, 12), (6, 2), (14, out[:100]), (15, scales[:3]), (16, zeros[:3]), (12, 5), (12, 0)):
+    for at, bad in (
+        (5, 12),
+        (6, 2),
+        (15, out[:100]),
+        (16, scales[:3]),
+        (17, zeros[:3]),
+        (13, 6),
+        (13, 0),
+        (12, True),
+    ):
         told = list(good)
         told[at] = bad
         with pytest.raises(ValueError, match="quantise"):
@@ -233,7 +242,8 @@ def test_sizes_that_do_not_fit_are_refused_by_the_kernel():
 assert HIDDEN % 128 == 0 and WIDTH % 128 == 0
 
 
-def test_transformers_loads_four_bits_as_they_are(tmp_path):
+@pytest.mark.parametrize("scheme", ["int4-group32", "mxfp4", "mxfp8"])
+def test_transformers_loads_weights_as_they_are(tmp_path, scheme):
     """Opt-in: logits of what transformers makes of our files are those of the dequantised weights."""
     pytest.importorskip("compressed_tensors", reason="needs compressed-tensors")
     transformers = pytest.importorskip("transformers")
@@ -244,9 +254,12 @@ def test_transformers_loads_four_bits_as_they_are(tmp_path):
     torch.manual_seed(8)
     dense = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
     dense.save_pretrained(tmp_path / "hub")
-    fastckpt.reshard(tmp_path / "hub", quant="int4-group32", out=tmp_path / "q")
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
-    dense.load_state_dict(fastckpt.reshard(tmp_path / "q", quant="none", dtype="float32", rank=0))
+    fastckpt.reshard(tmp_path / "hub", quant=scheme, out=tmp_path / "q")
+    # compressed-tensors makes bfloat16 of microscaled values, whatever was asked for
+    dtype = "bfloat16" if scheme.startswith("mx") else "float32"
+    fastckpt.reshard(tmp_path / "q", quant="none", dtype=dtype, out=tmp_path / "dense")
+    models = transformers.AutoModelForCausalLM
+    loaded, dense = (models.from_pretrained(tmp_path / x, dtype=dtype) for x in ("q", "dense"))
     tokens = torch.randint(64, (2, 9))
     with torch.no_grad():
         assert torch.equal(loaded(tokens).logits, dense(tokens).logits)

@@ -15,6 +15,7 @@ from fastckpt.cli import main
 from fastckpt.errors import LayoutError, RecipeError, SourceError, WriteError
 from fastckpt.executors import pick
 from fastckpt.executors.cpu import built
+from fastckpt.layouts import layout as layout_of
 from fastckpt.planning import plans
 from fastckpt.quantisation import quantised_targets, rounding
 from fastckpt.quantisation.schemes import SCHEMES, Quant
@@ -28,6 +29,7 @@ from zero_writer import write_zero
 LAYOUTS = {"hf": oracle.hf, "vllm": oracle.vllm}
 HIDDEN, WIDTH, HEADS, KV, HEAD, EXPERTS = 256, 512, 4, 2, 128, 2
 SUFFIX = {"fp8-block": "_scale_inv"}
+PACKED = ("int4-group", "int4-group64", "int4-group32", "mxfp4")
 
 
 @functools.cache
@@ -75,6 +77,8 @@ def linear(name):
 
 def codes(values, name):
     """What is stored, one exact float an element."""
+    if name == "mxfp4":
+        return quant_oracle.pairs(values)
     if not name.startswith("int4"):
         return values.float()
     words = values.to(torch.int64)
@@ -115,12 +119,13 @@ def check(shard, family, scheme, layout, tp, rank, dtype=torch.float32):
             seen.add(name)
             continue
         stored, scales = (
-            name + ("_packed" if scheme.startswith("int4") else ""),
+            name + ("_packed" if scheme in PACKED else ""),
             name + SUFFIX.get(scheme, "_scale"),
         )
         seen |= {stored, scales}
         got = shard[stored]
-        assert got.dtype == {"int8": torch.int8, "int4": torch.int32}.get(scheme[:4], torch.float8_e4m3fn)
+        held = {"int8": torch.int8, "int4": torch.int32, "mxfp4": torch.uint8}
+        assert got.dtype == held.get(scheme[:5], held.get(scheme[:4], torch.float8_e4m3fn))
         if scheme.startswith("int4"):
             seen.add(f"{name}_shape")
             assert shard[f"{name}_shape"].tolist() == list(x.shape)
@@ -130,7 +135,9 @@ def check(shard, family, scheme, layout, tp, rank, dtype=torch.float32):
             assert zero.dtype == torch.int64 and zero.shape == shard[scales].shape and not zero.any()
         assert torch.equal(codes(got, scheme), values[name]), name
         want = each[name][..., :: down or x.shape[-2], :: across or x.shape[-1]]
-        assert shard[scales].dtype == torch.float32
+        if scheme.startswith("mx"):
+            want = (torch.log2(want) + 127).to(torch.uint8)
+        assert shard[scales].dtype == want.dtype
         assert torch.equal(shard[scales].flatten(), want.flatten()), name
         if scheme.startswith(("int8-dynamic", "fp8")) and across == 0:
             continue
@@ -439,6 +446,39 @@ def test_what_does_not_fit_is_refused_before_a_byte(tmp_path, case):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("scheme", ["mxfp4", "mxfp8"])
+def test_an_exponent_goes_with_32_whole_inputs_of_one_matrix(scheme):
+    for shape, layout, name in (
+        ((64, 48), "same", "a.q_proj.weight"),
+        ((2, 64, 64), "vllm", "model.layers.0.block_sparse_moe.experts.w13_weight"),
+    ):
+        state, config = {"a.q_proj.weight": torch.randn(shape)}, None
+        if layout == "vllm":
+            config, state = model("mixtral")
+        with pytest.raises(LayoutError, match=f"{name} .*columns divide by the group 32"):
+            fastckpt.reshard(state, layout=layout, quant=scheme, config=config)
+    plan = {"*q_proj.weight": "rowwise"}
+    with pytest.raises(LayoutError, match=r"48 of 96 columns a rank|divide by the group 32"):
+        fastckpt.reshard({"a.q_proj.weight": torch.randn(64, 96)}, 2, tp_plan=plan, quant=scheme)
+
+
+@pytest.mark.parametrize("scheme, kind", [("mxfp4", "_packed"), ("mxfp8", "")])
+@pytest.mark.parametrize("layout", ["hf", "vllm"])
+def test_microscaled_files_are_carried_as_they_are(tmp_path, scheme, kind, layout):
+    config, tensors = model("llama")
+    fastckpt.reshard(tensors, config=config, quant=scheme, out=tmp_path / "q")
+    got = fastckpt.reshard(tmp_path / "q", 2, layout=layout)
+    want = fastckpt.reshard(tensors, 2, config=config, quant=scheme, layout=layout)
+    for a, b in zip(got, want, strict=True):
+        assert a.keys() == b.keys() and any(n.endswith(f"weight{kind}") for n in a)
+        assert all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+    engine = layout_of("vllm", {"engine": "vllm==0.32"})
+    with pytest.raises(LayoutError, match=scheme):
+        fastckpt.reshard(tmp_path / "q", 2, layout=engine)
+    with pytest.raises(LayoutError, match=f"rtp_llm.*{scheme}|{scheme}.*rtp_llm"):
+        fastckpt.reshard(tensors, config=config, quant=scheme, layout="rtp_llm")
+
+
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
@@ -481,7 +521,10 @@ def test_the_config_tells(tmp_path, scheme):
         assert said == {"quant_method": "fastckpt", "scheme": scheme}
     else:
         assert said["quant_method"] == "compressed-tensors" and said["ignore"] == left
-        assert said["config_groups"]["group_0"]["weights"]["num_bits"] == (4 if "int4" in scheme else 8)
+        weights = said["config_groups"]["group_0"]["weights"]
+        assert weights["num_bits"] == (4 if scheme in PACKED else 8)
+        assert weights["type"] == ("int" if scheme.startswith("int") else "float")
+        assert weights.get("scale_dtype") == ("torch.uint8" if scheme.startswith("mx") else None)
 
 
 def test_ranks_made_one_by_one_are_one_set(tmp_path):

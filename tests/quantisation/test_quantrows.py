@@ -16,6 +16,7 @@ from fastckpt.quantisation.schemes import SCHEMES, Scheme
 
 _C = pytest.importorskip("fastckpt._C", reason="the compiled module is not built")
 
+ON_GPUS = [name for name, scheme in SCHEMES.items() if covered(scheme)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = {"bytes": [(1, 1), (1, 130), (3, 256), (130, 384), (257, 136), (5, 203), (40, 2100)],
           "across": [(1, 128), (9, 256), (17, 2304), (130, 384)],
@@ -155,10 +156,10 @@ def test_values_beside_those_halfway_between_two_codes(name: str) -> None:
 
 def test_the_table_is_the_kernels() -> None:
     assert QUANT_ROWS.itemsize == _C.quant_rows_bytes
-    assert all(covered(s) for s in SCHEMES.values())
+    assert set(SCHEMES) - set(ON_GPUS) == {"mxfp4", "mxfp8"}
 
 
-@pytest.mark.parametrize("name", list(SCHEMES))
+@pytest.mark.parametrize("name", ON_GPUS)
 def test_bytes_equal_numpys(name: str) -> None:
     scheme = SCHEMES[name]
     for k, (rows, columns) in enumerate(shapes(scheme)):
@@ -167,7 +168,7 @@ def test_bytes_equal_numpys(name: str) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", list(SCHEMES))
+@pytest.mark.parametrize("name", ON_GPUS)
 def test_bytes_equal_numpys_of_every_type(name: str) -> None:
     scheme = SCHEMES[name]
     for rows, columns in shapes(scheme):
@@ -176,7 +177,7 @@ def test_bytes_equal_numpys_of_every_type(name: str) -> None:
                 compare(x, scheme)
 
 
-@pytest.mark.parametrize("name", list(SCHEMES))
+@pytest.mark.parametrize("name", ON_GPUS)
 def test_rows_where_they_lie(name: str) -> None:
     """Part of wider rows, at an odd place, and in bands."""
     scheme = SCHEMES[name]
@@ -201,7 +202,7 @@ def test_a_given_largest_is_taken(name: str) -> None:
     compare(x, SCHEMES[name], given=largest[:1] * 8 if SCHEMES[name].block[0] == 0 else largest)
 
 
-@pytest.mark.parametrize("name", list(SCHEMES))
+@pytest.mark.parametrize("name", ON_GPUS)
 @pytest.mark.parametrize("bad", [float("nan"), float("-nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite_are_told(name: str, bad: float) -> None:
     scheme = SCHEMES[name]
@@ -232,7 +233,7 @@ def test_refusals() -> None:
 def test_odd_sizes_at_random() -> None:
     rng = np.random.default_rng(5)
     for k in range(60):
-        scheme = list(SCHEMES.values())[k % len(SCHEMES)]
+        scheme = SCHEMES[ON_GPUS[k % len(ON_GPUS)]]
         down, across = max(1, scheme.block[0]), max(1, scheme.block[1])
         rows, columns = int(rng.integers(1, 300)), int(rng.integers(1, 700))
         if scheme.turned:

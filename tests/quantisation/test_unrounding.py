@@ -8,6 +8,7 @@ import torch
 from fastckpt import dtypes
 from fastckpt.executors.cpu import built
 from fastckpt.quantisation.unrounding import KINDS, unpacked, unrounded
+from quant_oracle import E2M1
 
 if built():
     from fastckpt import _C
@@ -16,7 +17,6 @@ if built():
 else:
     WAYS = [(False, -1)]
 
-E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 AWQ = (0, 2, 4, 6, 1, 3, 5, 7)
 SHAPES = [(8, 8), (16, 1032), (40, 2056), (8, 3000)]
 TORCH = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "int8": torch.int8}

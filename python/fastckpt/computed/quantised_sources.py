@@ -24,7 +24,7 @@ from .nowhere import moved, nowhere, pitched
 KNOWN = ("fp8", "compressed-tensors", "awq", "gptq", "mxfp4", "fastckpt")
 """The `quant_method`s that are read."""
 
-MICROSCALED = ("pairs4", "float8_e4m3fn", "float8_e5m2")
+WITH_EXPONENTS = ("pairs4", "float8_e4m3fn", "float8_e5m2")
 """The kinds of values of which 32 may share an exponent (OCP MX)."""
 
 
@@ -41,7 +41,7 @@ def plain(
     if not found:
         raise SourceError(f"{ckpt.path}: quant none: no tensor of it is quantised in a way that is read")
     for p in found.values():
-        exponents = p.scales.dtype is dtypes.uint8 and p.shared == (1, 32) and p.kind in MICROSCALED
+        exponents = p.scales.dtype is dtypes.uint8 and p.shared == (1, 32) and p.kind in WITH_EXPONENTS
         if not exponents and p.whole is None and p.scales.dtype not in DENSE:
             read = ", ".join(d.name for d in DENSE)
             raise SourceError(f"{p.name}: scales of {p.scales.dtype} are not read, only of {read}")

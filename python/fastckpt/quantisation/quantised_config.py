@@ -145,7 +145,7 @@ def _compressed(quant: Quant, shapes: Mapping[str, tuple[int, ...]], dense: _Den
         for name, shape in shapes.items()
         if quant.takes(name, shape) and not quant.knows(name)
     ]
-    kind = "float" if scheme.format == "float-quantized" else "int"
+    kind = "float" if scheme.kind in ("float8_e4m3fn", "pairs4") else "int"
     strategy = {(0, 0): "tensor", (1, 0): "channel"}.get(scheme.block, "group")
     weights: dict[str, JSON] = {
         "num_bits": scheme.bits,
@@ -157,6 +157,8 @@ def _compressed(quant: Quant, shapes: Mapping[str, tuple[int, ...]], dense: _Den
     inputs: dict[str, JSON] | None = None
     if strategy == "group":
         weights["group_size"] = scheme.block[1]
+        if scheme.microscaled:
+            weights |= {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
     else:
         inputs = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
     group: dict[str, JSON] = {"targets": ["Linear", *asked], "weights": weights, "input_activations": inputs}

@@ -18,12 +18,14 @@ from ..placement import Placement
 from ..target import Target
 from ..views import zeros
 from .rounding import DENSE
-from .schemes import Quant, Scheme
+from .schemes import MICROSCALED, Quant, Scheme
+
+SERVED = frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8", "awq", "gptq"})
 
 FITS: dict[str, frozenset[str]] = {
-    "hf": frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8", "awq", "gptq", ""}),
-    "same": frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8", "awq", "gptq", ""}),
-    "vllm": frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8", "awq", "gptq"}),
+    "hf": frozenset({*SERVED, *MICROSCALED, ""}),
+    "same": frozenset({*SERVED, *MICROSCALED, ""}),
+    "vllm": SERVED | MICROSCALED,
 }
 """layout -> the formats it can hold when its own tensors are quantised; for others see `prequantised`."""
 
@@ -146,7 +148,7 @@ class Expansion:
         (down, across), at = scheme.shared, f"quant {scheme.name}: {name}"
         rows, columns = shape[-2:]
         cut_rows, cut_columns = rows != whole[-2], columns != whole[-1]
-        if scheme.bits == 4 and (columns % across or len(shape) > 2):
+        if (scheme.bits == 4 or scheme.microscaled) and (columns % across or len(shape) > 2):
             raise LayoutError(f"{at} {shape}: wanted a matrix whose columns divide by the group {across}")
         if rows % 8 and (scheme.turned or (scheme.asymmetric and cut_rows)):
             raise LayoutError(f"{at} {shape}: wanted rows that divide by 8, which share an int32")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dtypes import DType, bfloat16, float16, float32
+from ..dtypes import DType, bfloat16, float16, float32, int32
 from ..errors import LayoutError, SourceError
 from ..native import _C
 from .schemes import Packed, Scheme
@@ -87,6 +87,10 @@ def amax(dense: Bytes, dtype: DType, rows: int, columns: int, *, native: bool = 
 
 def scale_of(span: Floats, scheme: Scheme) -> Floats:
     """The scale of values whose largest magnitude, or whole range, is given; infinite beyond its dtype."""
+    if scheme.microscaled:
+        most = math.frexp(scheme.reach)[1] - 1
+        power = (span.view(np.uint32) + np.uint32(1 << 21) >> np.uint32(23)).astype(np.int32) - most
+        return np.asarray(np.ldexp(np.float32(1), np.maximum(power, 0) - 127), np.float32)
     scale = np.maximum(span / np.float32(scheme.reach), np.float32(scheme.floor))
     if scheme.scale_dtype is float16:
         with np.errstate(over="ignore"):
@@ -128,7 +132,7 @@ def quantise(
     half = scheme.scale_dtype is float16
     if not _C.quantise(
         dense, dtype.code, rows, columns, pitch, down, across,
-        scheme.reach, scheme.floor, -scheme.zero_offset, scheme.reciprocal, half,
+        scheme.reach, scheme.floor, -scheme.zero_offset, scheme.reciprocal, half, scheme.microscaled,
         KINDS[scheme.dtype.name + scheme.packed], largest, out,
         scales, zeros if scheme.asymmetric else None, sums, isa,
     ):  # fmt: skip
@@ -172,6 +176,9 @@ def _in_numpy(
         scaled = x * (np.float32(1) / scale) if scheme.reciprocal else x / scale
     if scheme.dtype.name == "float8_e4m3fn":
         out[:] = _e4m3(scaled).reshape(-1)
+    elif scheme.packed == "pairs":
+        codes = _e2m1(scaled)
+        out[:] = (codes[:, ::2] | codes[:, 1::2] << np.uint8(4)).reshape(-1)
     else:
         high = (1 << (scheme.bits - 1)) - 1
         point = _each(zeros.astype(np.float32), down, across, x)
@@ -198,13 +205,12 @@ def _meant(out: Bytes, scheme: Scheme, scales: Floats, zeros: Zeros, like: Float
     """What the quantised bytes of a matrix of `like`'s shape mean."""
     rows, columns = like.shape
     down, across = scheme.block if scheme.block[1] else (rows // len(scales), columns)
-    kind = f"{scheme.packed}{scheme.bits}" if scheme.packed else scheme.dtype.name
-    tall, wide = per_element(kind)
-    values = out.view(np.int32 if scheme.packed else np.int8).reshape(rows // tall, columns // wide)
+    tall, wide = per_element(scheme.kind)
+    values = out.view(f"i{scheme.dtype.itemsize}").reshape(rows // tall, columns // wide)
     row = (np.arange(rows) // down).astype(np.int32)
     points = zeros.astype(np.float32) if scheme.asymmetric else None
-    offset = 8 if scheme.packed else 0
-    made = unrounded(values, kind, scales, points, row, across, offset=offset, native=native)
+    offset = 8 if scheme.dtype is int32 else 0
+    made = unrounded(values, scheme.kind, scales, points, row, across, offset=offset, native=native)
     return np.asarray(made, np.float32)
 
 
@@ -231,8 +237,15 @@ def not_finite(name: str, start: int, stop: int) -> SourceError:
     )
 
 
-KINDS = {"int8": 0, "float8_e4m3fn": 1, "int32across": 2, "int32awq": 3, "int32down": 4}
+KINDS = {"int8": 0, "float8_e4m3fn": 1, "int32across": 2, "int32awq": 3, "int32down": 4, "uint8pairs": 5}
 """dtype of the stored elements and how they are packed -> the number of csrc/isa.h's kind."""
+
+
+def stored_scales(scales: Floats, scheme: Scheme) -> NDArray[np.generic]:
+    """Scales as the format has them: fp32, fp16, or exponents of two."""
+    if scheme.microscaled:
+        return (np.frexp(scales)[1] + 126).astype(np.uint8)
+    return scales.astype(np.float16) if scheme.scale_dtype is float16 else scales
 
 
 def stored_zeros(zeros: Zeros, scheme: Scheme) -> NDArray[np.int32]:
@@ -289,3 +302,11 @@ def _e4m3(x: Floats) -> Bytes:
     # 16 steps carry into the next binade by themselves: the code is counted in steps.
     code = np.where(step == -9, whole, whole + (step + 9) * 8)
     return np.asarray(code | (np.signbit(x) * np.int64(0x80)), np.uint8)
+
+
+def _e2m1(x: Floats) -> Bytes:
+    """The codes of fp32 values in e2m1: to nearest, ties to even, saturating at 6."""
+    size = np.minimum(np.abs(x), np.float32(6))
+    step = np.where(size < 2, 0, np.where(size < 4, 1, 2))
+    whole = np.rint(np.ldexp(size, 1 - step)).astype(np.int64) + 2 * step  # steps, of a half, one and two
+    return np.asarray(whole | (np.signbit(x) * np.int64(8)), np.uint8)

@@ -3,6 +3,8 @@
 A matrix is [..., rows, columns] = [..., outputs, inputs]. Law: x is stored as round(x / scale) with ties to
 even, clamped; scale = amax / reach in fp32 over the values that share it, and 1 where they are all zero. With
 zero points it is round(x / scale + zero), zero = round(-8 - low / scale), scale = (high - low) / reach.
+Microscaled: scale is 2^floor(log2(amax)), or twice that where amax is 1.75 of it or more, over the power of
+two in reach; at least 2^-127.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from ..dtypes import DType, float8_e4m3fn, float16, float32, int8, int32, int64
+from ..dtypes import DType, float8_e4m3fn, float16, float32, int8, int32, int64, uint8
 from ..errors import LayoutError, expect
 
 Packed = Literal["", "across", "awq", "down", "pairs"]
@@ -30,6 +32,8 @@ class Scheme:
     `dtype` of the stored elements, `bits` of one value. `block`: how many rows and columns share a scale (0:
     the whole axis). `reach`: the value that amax is mapped to; `floor`: the smallest scale. `turned`: the
     matrix is stored [inputs, outputs], and `block` and `packed` refer to that form.
+
+    `scale_dtype`: bytes (uint8) hold the exponents of powers of two, 127 more than they are (e8m0).
 
     `asymmetric`: groups have zero points, and `reach` is what their whole range is mapped to. `zero_offset`:
     added to a zero point when it is stored, so that the lowest is minus it (GPTQ stores them less one).
@@ -63,6 +67,16 @@ class Scheme:
     def named(name: str, part: str) -> str:
         """The name of a part of a matrix: put behind the matrix's, or in place of its `weight`."""
         return name + part if part[:1] in ("", "_") else name.removesuffix("weight") + part
+
+    @property
+    def microscaled(self) -> bool:
+        """Whether scales are powers of two."""
+        return self.scale_dtype is uint8
+
+    @property
+    def kind(self) -> str:
+        """How the values lie, as `unrounding` names it."""
+        return f"{self.packed}{self.bits}" if self.packed else self.dtype.name
 
     @property
     def shared(self) -> tuple[int, int]:
@@ -133,6 +147,10 @@ _DYNAMIC = Scheme(
     "int8-dynamic", int8, 8, (0, 0), 127.5, 2.0**-23, reciprocal=True, dynamic=True, zero="_zero_point"
 )
 
+_MX = Scheme(
+    "mxfp8", float8_e4m3fn, 8, (1, 32), 448.0, reciprocal=True, scale_dtype=uint8, format="mxfp8-quantized"
+)
+
 SCHEMES: dict[str, Scheme] = {
     s.name: s
     for s in (
@@ -141,16 +159,30 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("fp8-channel", float8_e4m3fn, 8, (1, 0), 448.0, format="float-quantized"),
         Scheme("fp8-block", float8_e4m3fn, 8, (128, 128), 448.0, scale="_scale_inv", format="fp8"),
         *_groups(),
+        _MX,
+        replace(
+            _MX,
+            name="mxfp4",
+            dtype=uint8,
+            bits=4,
+            reach=6.0,
+            packed="pairs",
+            values="_packed",
+            format="mxfp4-pack-quantized",
+        ),
         _DYNAMIC,
         replace(_DYNAMIC, name="int8-dynamic-channel", block=(1, 0)),
     )
 }
 """Name -> scheme. Sources: compressed-tensors 0.20 (calculate_qparams: amax / (range / 2), or with zero
-points (max - min) / range; quantize; pack_to_int32), DeepSeek-V3's weight_quant (128 x 128 blocks, amax /
-448), torch.ao's default_dynamic_qconfig and per_channel_dynamic_qconfig (MinMaxObserver, symmetric qint8,
-scale at least fp32's eps), AutoAWQ's WQLinear_GEMM and AutoGPTQ's QuantLinear (format "gptq") for how theirs
-lie."""
+points (max - min) / range; generate_mx_scales; quantize; pack_to_int32, pack_fp4_to_uint8), DeepSeek-V3's
+weight_quant (128 x 128 blocks, amax / 448), torch.ao's default_dynamic_qconfig and
+per_channel_dynamic_qconfig (MinMaxObserver, symmetric qint8, scale at least fp32's eps), AutoAWQ's
+WQLinear_GEMM and AutoGPTQ's QuantLinear (format "gptq") for how theirs lie."""
 
+
+MICROSCALED = frozenset(s.format for s in SCHEMES.values() if s.microscaled)
+"""compressed-tensors' formats whose scales are exponents of two."""
 
 LINEARS = frozenset({
     "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query_key_value", "dense", "query",

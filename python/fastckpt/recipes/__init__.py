@@ -16,6 +16,7 @@ from typing import cast
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import Model
+from ..quantisation.schemes import MICROSCALED
 from . import imagining
 from .known import Known, Recipe
 
@@ -225,8 +226,8 @@ def imagined(recipe: Recipe, config: Mapping[str, JSON]) -> dict[str, tuple[int,
 
 def _quant_method(said: Mapping[str, JSON]) -> str:
     """The hub's word for the quantisation, with whatever else decides whether an engine can hold it."""
-    packed = said.get("format") == "pack-quantized"
-    method = "pack-quantized" if packed else said.get("quant_method")
+    form = said.get("format")
+    method = form if form in ("pack-quantized", *MICROSCALED) else said.get("quant_method")
     holds = {
         "kv_cache_scheme": bool(said.get("kv_cache_scheme")),
         f"{said.get('bits')} bits": method == "awq" and said.get("bits") != 4,

@@ -322,7 +322,7 @@ class Claims:
     def _quantised(self, name: str, at: str, out: Dim, into: Dim, form: Quantised) -> Callable[[], Linear]:
         """A quantised matrix. Raises RecipeError where a dtype was asked for that its bytes cannot become."""
         leaf, dtype = self._stored(f"{at}.{form.leaf}"), self._dtype(f"{at}.{form.leaf}")
-        wanted = BYTES if form.packed == (1, 1) else ("int32",)
+        wanted = {(1, 1): BYTES, (1, 2): ("uint8",)}.get(form.packed, ("int32",))
         if dtype.name not in wanted:
             raise RecipeError(
                 f"{leaf} is quantised, so it must be {' or '.join(wanted)}, got {dtype}; ask for no dtype"

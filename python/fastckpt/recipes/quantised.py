@@ -1,7 +1,8 @@
 """How a quantised checkpoint of the hub stores its matrices, by `quantization_config` in its config.json.
 
 These forms are read: fp8 with a scale for each matrix or block (DeepSeek-V3's form); compressed-tensors' int8
-and fp8 with a scale for each matrix, output or block; packed integers of compressed-tensors, AWQ and GPTQ.
+and fp8 with a scale for each matrix, output or block, mxfp8 and mxfp4; packed integers of compressed-tensors,
+AWQ and GPTQ.
 Every other is refused by name. Source: transformers' quantization_config classes, compressed-tensors'
 QuantizationScheme, AutoAWQ's WQLinear_GEMM and AutoGPTQ's QuantLinear.
 """
@@ -34,9 +35,9 @@ class StoredBeside(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Quantised:
     """`beside`: the tensors beside a matrix. `leaf`: the matrix's name below its module. `packed`: how many
-    outputs and inputs one int32 of it holds ((1, 1): a value is a byte, not packed). `transposed`: it is
-    stored [in, out]. `shape`: the name below the module of a tensor of its outputs and inputs, "" for
-    none."""
+    outputs and inputs one int32 of it holds, or with (1, 2) one byte ((1, 1): a value is a byte, not packed).
+    `transposed`: it is stored [in, out]. `shape`: the name below the module of a tensor of its outputs and
+    inputs, "" for none."""
 
     beside: tuple[StoredBeside, ...]
     leaf: str = "weight"
@@ -72,8 +73,8 @@ def quantised(config: Mapping[str, JSON]) -> Quantised | None:
 def _unread(said: JSON | Mapping[str, JSON]) -> RecipeError:
     return RecipeError(
         f"config: quantization_config {said!r} is not read; read are fp8 by matrix or block, "
-        "compressed-tensors int8 and fp8 by matrix, output or block and packed integers, awq and gptq, both "
-        "without an order of their inputs"
+        "compressed-tensors int8 and fp8 by matrix, output or block, packed integers, mxfp4 and mxfp8, awq "
+        "and gptq, both without an order of their inputs"
     )
 
 
@@ -94,8 +95,11 @@ def _compressed(said: Mapping[str, JSON]) -> Quantised:
     first = weights[0] if weights else None
     if not isinstance(first, dict) or any(w != first for w in weights):
         raise _unread(said)
-    if said.get("format") == "pack-quantized":
-        return _packed(said, first)
+    match said.get("format"):
+        case "pack-quantized":
+            return _packed(said, first)
+        case "mxfp4-pack-quantized" | "mxfp8-quantized" as form:
+            return _microscaled(said, first, form)
     if first.get("num_bits") != 8 or first.get("symmetric") is not True:
         raise _unread(said)
     extra = (_INPUT, _SMOOTHER, _SHIFT)
@@ -123,6 +127,16 @@ def _packed(said: Mapping[str, JSON], weights: Mapping[str, JSON]) -> Quantised:
     scale = StoredBeside("weight_scale", (1, group), ("matrix",))
     zero = () if symmetric else (StoredBeside("weight_zero_point", (each, group), ("matrix",), whole=True),)
     return Quantised((scale, *zero), "weight_packed", (1, each), shape="weight_shape")
+
+
+def _microscaled(said: Mapping[str, JSON], weights: Mapping[str, JSON], form: str) -> Quantised:
+    """compressed-tensors' floats of four or eight bits, an exponent for 32 inputs."""
+    bits = 4 if form.startswith("mxfp4") else 8
+    wanted = {"num_bits": bits, "type": "float", "symmetric": True, "strategy": "group", "group_size": 32}
+    if any(weights.get(key) != value for key, value in wanted.items()):
+        raise _unread(said)
+    scale = StoredBeside("weight_scale", (1, 32), ("matrix",))
+    return Quantised((scale,), "weight_packed", (1, 2)) if bits == 4 else Quantised((scale,))
 
 
 def _packing(said: Mapping[str, JSON], bits: JSON, group: JSON) -> tuple[int, int]:

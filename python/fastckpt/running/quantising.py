@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..digest import LEAF
-from ..dtypes import float16, int32
+from ..dtypes import int32
 from ..extents import Buffer, fresh
 from ..planning.axes import upright
 from ..planning.batches import Slots, cut
@@ -33,6 +33,7 @@ from ..quantisation.rounding import (
     not_finite,
     quantise,
     scale_of,
+    stored_scales,
     stored_zeros,
 )
 from ..reader import Lane, plain
@@ -306,7 +307,7 @@ def _lines_in_memory(rows: Table, binding: Binding, count: int, width: int) -> _
 def _beside(tensor: _Tensor) -> Iterator[tuple[int, NDArray[np.generic]]]:
     """What goes out beside the values once all are made: (plan's tensor, array)."""
     matrix, scheme = tensor.matrix, tensor.matrix.scheme
-    yield matrix.scales, tensor.scales.astype(np.float16) if scheme.scale_dtype is float16 else tensor.scales
+    yield matrix.scales, stored_scales(tensor.scales, scheme)
     if matrix.zeros is not None and not scheme.dynamic:
         yield matrix.zeros, stored_zeros(tensor.zeros, scheme)
     if matrix.form is not None:
