@@ -99,6 +99,13 @@ def test_layouts_without_a_place_say_so(served, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_dense_experts_that_the_config_calls_mxfp4_are_refused():
+    """Trained from the hub's release, which was made dense."""
+    config, tensors, *_ = families.made("gpt_oss")
+    with pytest.raises(RecipeError, match="says quantization_config, and no matrix is quantised"):
+        fastckpt.plan(tensors, config=config | {"quantization_config": {"quant_method": "mxfp4"}})
+
+
 def test_sizes_that_are_none():
     config, tensors = hub()
     name = "model.layers.0.mlp.experts.down_proj_scales"

@@ -383,11 +383,15 @@ class Claims:
                 f"ignored are only: {', '.join(ignored) or 'none'}{strangers.beside(unused, self._claimed)}"
             )
         if self.form is not None and not self._any_quantised and self.imagined is None:
-            raise RecipeError(
-                f"{self.ckpt.path}: config says quantization_config, and no matrix is quantised; engines "
-                "would look for scales: name a config without it, config= (--config)"
-            )
+            raise self.called_quantised()
         return tuple(left)
+
+    def called_quantised(self) -> RecipeError:
+        """What there is to say of dense weights that the config calls quantised."""
+        return RecipeError(
+            f"{self.ckpt.path}: config says quantization_config, and no matrix is quantised; engines "
+            "would look for scales: name a config without it, config= (--config)"
+        )
 
     @property
     def _names(self) -> list[str]:

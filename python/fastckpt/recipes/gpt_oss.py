@@ -38,6 +38,8 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
     said = config.get("quantization_config")
     blocks = isinstance(said, dict) and said.get("quant_method") == "mxfp4"
     claims = Claims(ckpt, ANCHOR, form=None if blocks else quantised(config))
+    if blocks and claims.imagined is None and "model.layers.0.mlp.experts.gate_up_proj" in claims:
+        raise claims.called_quantised()
     hidden = dim(config, "hidden_size")
     width = dim(config, "intermediate_size")
     pair = width.times(2)
