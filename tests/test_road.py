@@ -188,6 +188,9 @@ def test_values_that_lie_in_no_plain_memory_are_not_filled():
         fastckpt.load_into(module, {"weight": torch.ones(1, 3)})
     with pytest.raises(LayoutError, match="plain memory"):
         fastckpt.verify_tensors(module, {"weight": torch.ones(1, 3)})
+    for odd in (torch.ones(3).to_sparse(), torch.nn.UninitializedParameter()):
+        with pytest.raises(LayoutError, match="plain memory"):
+            fastckpt.verify_tensors({"w": odd}, {"w": torch.ones(3)})
     assert fastckpt.verify_tensors({"w": torch._neg_view(torch.ones(3))}, {"w": -torch.ones(3)}).ok
     assert not fastckpt.verify_tensors({"w": torch._neg_view(torch.ones(3))}, {"w": torch.ones(3)}).ok
 

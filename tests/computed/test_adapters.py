@@ -450,6 +450,8 @@ def test_tensors_that_do_not_fit(tmp_path):
     refused("has no model.layers.9.x.weight", {"model.layers.9.x": (a, b)})
     refused(r"does not fit .*q_proj\.weight", {q: (a, b[:-1])})
     refused("are no pair", {q: (a[:3], b)})
+    refused("hold no element, as a save at ZeRO-3", {q: (a[:0], b[:, :0])})
+    refused("hold no element, as a save at ZeRO-3", {q: (torch.zeros(0), torch.zeros(0))})
     refused("A is float8_e4m3fn", {q: (a.to(torch.float8_e4m3fn), b)})
     refused("is not read: DoRA", {q: (a, b)}, {f"{q}.lora_magnitude_vector.weight": torch.ones(3)})
     refused("has B alone", {q: (a, b)}, {f"{q.replace('q_', 'k_')}.lora_B.weight": b.clone()})

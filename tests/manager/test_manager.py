@@ -501,6 +501,17 @@ def test_a_manager_that_cannot_be_made_lets_go_of_the_ranks(
     assert len(closed) == 2
 
 
+def test_what_would_only_be_found_out_later_is_refused(tmp_path: Path) -> None:
+    for wrong, said in (({"best_mode": "mid"}, "mode 'mid'"), ({"timeout": 0}, "timeout: wanted seconds")):
+        with pytest.raises(ManagerError, match=said):
+            CheckpointManager(tmp_path, **wrong)
+    with (
+        CheckpointManager(tmp_path) as manager,
+        pytest.raises(ManagerError, match="metric loss: wanted a number, got 'low'"),
+    ):
+        manager.save(1, {"n": 1}, {"loss": "low"})
+
+
 def test_options_that_lack_their_other_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ManagerError, match="goes with best_metric"):
         CheckpointManager(tmp_path, keep_best=1)

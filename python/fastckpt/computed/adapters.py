@@ -277,6 +277,11 @@ def _parted(settings: Settings, tensors: Checkpoint) -> tuple[dict[str, Pair], d
             raise SourceError(
                 f"{tensors.path}: {module} has {'B' if a is None else 'A'} alone, wanted A and B"
             )
+        if 0 in (*a.shape, *b.shape):
+            raise SourceError(
+                f"{tensors.path}: {module}: A {a.shape} and B {b.shape} hold no element, as a save at ZeRO-3 "
+                "that gathers no weights leaves them"
+            )
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
             raise SourceError(f"{tensors.path}: {module}: A {a.shape} and B {b.shape} are no pair")
         form = "lora_embedding_{}" if module in tables else "lora_{}.weight"

@@ -44,7 +44,9 @@ def add_parser(
         made.add_argument(
             "--step-digits", type=int, default=8, metavar="N", help="digits of a step's number (default: 8)"
         )
-        made.add_argument("--json", action="store_true", help="print JSON; progress as JSON lines on stderr")
+        made.add_argument(
+            "--json", action="store_true", help="print JSON; progress and errors as JSON lines on stderr"
+        )
         made.add_argument("-d", "--debug", action="store_true", help="show the traceback of an error")
         made.set_defaults(quiet=False)
         return made

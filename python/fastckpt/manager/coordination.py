@@ -215,6 +215,8 @@ def join(root: str, rank: int | None, world: int | None, timeout: float) -> tupl
     for name, number in (("rank", rank), ("world", world)):
         expect(name, number, int, type(None))
     expect("timeout", timeout, int, float)
+    if not timeout > 0:
+        raise ManagerError(f"timeout: wanted seconds above 0, got {timeout}")
     if dist.is_available() and dist.is_initialized():
         if rank not in (None, dist.get_rank()) or world not in (None, dist.get_world_size()):
             raise ManagerError(

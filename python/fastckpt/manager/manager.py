@@ -543,7 +543,12 @@ class CheckpointManager:
 
 def _finite(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
     """Metrics that can be compared and written; others are left out, with a warning."""
-    numbers = {k: float(v) for k, v in metrics.items()}
+    numbers = {}
+    for name, value in metrics.items():
+        try:
+            numbers[name] = float(value)
+        except (TypeError, ValueError):
+            raise ManagerError(f"metric {name}: wanted a number, got {value!r:.80}") from None
     for name in [k for k, v in numbers.items() if not math.isfinite(v)]:
         said = f"step {step}: metric {name} is {numbers.pop(name)} and left out"
         warnings.warn(said, CheckpointWarning, stacklevel=7)  # the caller of `save`

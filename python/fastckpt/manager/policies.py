@@ -156,6 +156,7 @@ def keep_asked(
     expect("keep_seconds", seconds, int, float, type(None))
     expect("best_metric", best_metric, str, type(None))
     expect("best_mode", best_mode, str)
+    _require_mode(best_mode)
     expect("keep_without_metric", without, bool)
     chosen = [] if keep is None else [keep]
     if keep_best is not None:
@@ -173,8 +174,7 @@ def keep_asked(
 
 def ranking(metric: str, mode: str) -> Callable[[Sequence[Commit]], list[Commit]]:
     """Commits that have a metric, best first, the newer of equals first; NaN last."""
-    if mode not in ("min", "max"):
-        raise ManagerError(f"mode {mode!r}: wanted min or max")
+    _require_mode(mode)
     sign = 1.0 if mode == "min" else -1.0
 
     def key(c: Commit) -> tuple[bool, float, int]:
@@ -183,6 +183,11 @@ def ranking(metric: str, mode: str) -> Callable[[Sequence[Commit]], list[Commit]
         return unordered, 0.0 if unordered else sign * value, -c.step
 
     return lambda commits: sorted((c for c in commits if metric in c.metrics), key=key)
+
+
+def _require_mode(mode: str) -> None:
+    if mode not in ("min", "max"):
+        raise ManagerError(f"mode {mode!r}: wanted min or max")
 
 
 def _positive(what: str, n: int) -> None:

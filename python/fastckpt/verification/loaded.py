@@ -22,7 +22,7 @@ from ..planning.request import Request
 from ..road import open_whole
 from ..running import tensors
 from ..running.runs import Progress, Run
-from ..sources.memory import plain
+from ..sources.memory import has_memory
 from .outputs import VerifyReport
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ def verify_tensors(
     state = dict(held) if isinstance(held, Mapping) else tensors.held(held)
     for name, tensor in state.items():
         expect(f"held: {name}", tensor, torch.Tensor)
+        if not (tensor.is_meta or has_memory(tensor)):
+            raise LayoutError(f"{name} is a {type(tensor).__name__}: its values do not lie in plain memory")
     grid = grid_of(tp, placement)
     record = None if layout is not None or isinstance(ckpt, (Checkpoint, Mapping)) else _record(ckpt)
     if record is not None:
@@ -117,10 +119,7 @@ def digests_of(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
     on: dict[torch.device, State] = {}
     for name, t in state.items():
-        dense = t.detach().resolve_conj().resolve_neg().contiguous()
-        if not plain(dense):
-            raise LayoutError(f"{name} is a {type(t).__name__}: its values do not lie in plain memory")
-        on.setdefault(t.device, {})[name] = dense
+        on.setdefault(t.device, {})[name] = t.detach().resolve_conj().resolve_neg().contiguous()
     found: dict[str, str] = {}
     for device, mine in on.items():
         if device.type == "cuda":
