@@ -1,4 +1,4 @@
-"""gpt-oss as its hub has it, experts in mxfp4: carried by hf, cut between exponents by vllm, made dense, made."""
+"""gpt-oss with experts in mxfp4: carried by hf, cut between exponents by vllm, made dense, and made."""
 
 from __future__ import annotations
 
