@@ -72,5 +72,5 @@ def test_lstm_resumes_and_says_the_same(tmp_path: Path) -> None:
 def test_llama(tmp_path: Path) -> None:
     said = run("llama.py", tmp_path)
     rows = dict(re.findall(r"^\| ([\w-]+) \| [\d.]+ \| [\d.]+ \| ([+-][\d.]+)% \|$", said, re.MULTILINE))
-    assert set(rows) == set(fastckpt.SCHEMES)
+    assert set(rows) == set(fastckpt.SCHEMES) - {"mxfp4-experts"}
     assert all(abs(float(change)) < 1 for change in rows.values()), rows

@@ -1,4 +1,4 @@
-"""gpt-oss as its hub has it, experts in mxfp4: carried by hf, cut between exponents by vllm, else refused."""
+"""gpt-oss with experts in mxfp4: carried by hf, cut between exponents by vllm, made dense, and made."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import json
 
 import fastckpt
 import pytest
+import quant_oracle
 import torch
 from fastckpt.errors import FastckptError, LayoutError, RecipeError, SourceError
 from fastckpt.layouts import layout as layout_of
 from layouts import families
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+transformers = pytest.importorskip("transformers")
+convert_moe_packed_tensors = pytest.importorskip("transformers.integrations.mxfp4").convert_moe_packed_tensors
+
 HIDDEN, WIDTH, EXPERTS = 64, 96, 3
 
 
@@ -33,8 +35,7 @@ def hub():
 
 def dense(packed, scales):
     """[experts, out, in] of bytes [experts, out, in / 2] and exponents [experts, out, in / 32]."""
-    pairs = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
-    return VALUES[pairs.long()] * (2.0 ** (scales.float() - 127)).repeat_interleave(32, -1)
+    return quant_oracle.pairs(packed) * (2.0 ** (scales.float() - 127)).repeat_interleave(32, -1)
 
 
 def equal(got, want):
@@ -153,6 +154,72 @@ def test_dense_files_are_a_model_without_a_word_of_mxfp4(tmp_path):
     (got,) = fastckpt.reshard(tmp_path / "out")
     want = densified(tensors)
     equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_trained_experts_become_mxfp4_again(tmp_path, dtype):
+    config, tensors = families.made("gpt_oss")[:2]
+    torch.manual_seed(9)
+    experts = [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    tensors |= {n: torch.randn(tensors[n].shape) for n in experts}
+    fastckpt.reshard(tensors, config=config, quant="mxfp4-experts", dtype=dtype, out=tmp_path / "q")
+    assert fastckpt.verify(tmp_path / "q").ok
+    (got,) = fastckpt.reshard(tmp_path / "q")
+    want = {n: x.to(getattr(torch, dtype)) for n, x in tensors.items()}
+    for name in experts:
+        turned = want.pop(name).transpose(1, 2)
+        values, scales = quant_oracle.quantised(turned.flatten(0, 1), "mxfp4")
+        want[f"{name}_blocks"] = values.reshape(*turned.shape[:2], -1, 16)
+        want[f"{name}_scales"] = (torch.log2(scales) + 127).to(torch.uint8).reshape(*turned.shape[:2], -1)
+    equal(got, want)
+    said = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
+    assert said["quant_method"] == "mxfp4" and "lm_head" in said["modules_to_not_convert"]
+    ranks = fastckpt.reshard(tensors, 2, config=config, quant="mxfp4-experts", dtype=dtype)
+    for rank in ranks:  # which transformers' ranks all hold whole
+        equal(*({n: x for n, x in held.items() if "experts" in n} for held in (rank, want)))
+
+
+def test_what_was_mxfp4_once_loses_nothing_when_it_is_again():
+    config, tensors = hub()
+    plain = {k: v for k, v in config.items() if k != "quantization_config"}
+    dense = densified(tensors)
+    (made,) = fastckpt.reshard(dense, config=plain, quant="mxfp4-experts", dtype="bfloat16")
+    said = plain | {"quantization_config": {"quant_method": "mxfp4"}}
+    (again,) = fastckpt.reshard(made, config=said, quant="none", dtype="bfloat16")
+    equal(again, {n: x.bfloat16() for n, x in dense.items()})
+
+
+def test_transformers_loads_them(tmp_path):
+    """Opt-in: its weights are those that `--quant none` makes of the same files."""
+    pytest.importorskip("accelerate", reason="needs accelerate")
+    config = transformers.GptOssConfig(
+        num_hidden_layers=2, hidden_size=64, intermediate_size=96, num_local_experts=4, num_experts_per_tok=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=64,
+    )  # fmt: skip
+    torch.manual_seed(4)
+    transformers.GptOssForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "hub")
+    fastckpt.reshard(tmp_path / "hub", quant="mxfp4-experts", out=tmp_path / "q")
+    fastckpt.reshard(tmp_path / "q", quant="none", dtype="bfloat16", out=tmp_path / "dense")
+    models = transformers.AutoModelForCausalLM
+    a, b = (models.from_pretrained(tmp_path / x, dtype=torch.bfloat16) for x in ("q", "dense"))
+    equal(a.state_dict(), b.state_dict())
+
+
+def test_only_gpt_oss_has_such_stacks():
+    config, tensors = families.made("gpt_oss")[:2]
+    name = "model.layers.0.mlp.experts.down_proj"
+    with pytest.raises(LayoutError, match="no stack of experts"):
+        quant = fastckpt.Quant(fastckpt.SCHEMES["mxfp4-experts"], include=("*q_proj.weight",))
+        fastckpt.reshard(tensors, config=config, quant=quant)
+    with pytest.raises(LayoutError, match="no tensor is a matrix known by name"):
+        fastckpt.reshard({"a.q_proj.weight": torch.randn(32, 32)}, layout="same", quant="mxfp4-experts")
+    with pytest.raises(LayoutError, match="which have biases"):
+        fastckpt.reshard({name: torch.randn(2, 64, 32)}, layout="same", quant="mxfp4-experts")
+    with pytest.raises(LayoutError, match="inputs that divide by 32"):
+        odd = {name: torch.randn(2, 48, 32), f"{name}_bias": torch.randn(2, 32)}
+        fastckpt.reshard(odd, layout="same", quant="mxfp4-experts")
+    with pytest.raises(LayoutError, match="layout vllm has no place for quantisation scheme mxfp4-experts"):
+        fastckpt.reshard(tensors, config=config, layout="vllm", quant="mxfp4-experts")
 
 
 def test_bytes_that_are_no_mxfp4_are_refused():

@@ -156,7 +156,7 @@ def test_values_beside_those_halfway_between_two_codes(name: str) -> None:
 
 def test_the_table_is_the_kernels() -> None:
     assert QUANT_ROWS.itemsize == _C.quant_rows_bytes
-    assert set(SCHEMES) - set(ON_GPUS) == {"mxfp4", "mxfp8"}
+    assert set(SCHEMES) - set(ON_GPUS) == {"mxfp4", "mxfp4-experts", "mxfp8"}
 
 
 @pytest.mark.parametrize("name", ON_GPUS)

@@ -31,6 +31,8 @@ def quantization_config(quant: Quant, shapes: Mapping[str, tuple[int, ...]]) -> 
             return {"quant_method": "fastckpt", "scheme": scheme.name}
         case "fp8":
             return _fp8(scheme, dense)
+        case "mxfp4":
+            return {"quant_method": "mxfp4", "modules_to_not_convert": [*GPT_OSS_DENSE]}
         case "awq":
             return _awq(scheme, dense)
         case "gptq":
@@ -78,6 +80,10 @@ def _fp8(scheme: Scheme, dense: _Dense) -> dict[str, JSON]:
         "weight_block_size": list(scheme.block),
         "modules_to_not_convert": [*dense.files, *dense.heads, *_fused(dense.files)],
     }
+
+
+GPT_OSS_DENSE = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head")
+"""What gpt-oss's own files say that stays dense."""
 
 
 def _fused(names: Iterable[str]) -> list[str]:

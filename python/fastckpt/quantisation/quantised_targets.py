@@ -23,8 +23,8 @@ from .schemes import MICROSCALED, Quant, Scheme
 SERVED = frozenset({"int-quantized", "float-quantized", "pack-quantized", "fp8", "awq", "gptq"})
 
 FITS: dict[str, frozenset[str]] = {
-    "hf": frozenset({*SERVED, *MICROSCALED, ""}),
-    "same": frozenset({*SERVED, *MICROSCALED, ""}),
+    "hf": frozenset({*SERVED, *MICROSCALED, "mxfp4", ""}),
+    "same": frozenset({*SERVED, *MICROSCALED, "mxfp4", ""}),
     "vllm": SERVED | MICROSCALED,
 }
 """layout -> the formats it can hold when its own tensors are quantised; for others see `prequantised`."""
@@ -130,6 +130,9 @@ class Expansion:
             if not name.endswith("weight"):
                 raise LayoutError(f"quant {scheme.name}: {name}: wanted a name that ends with weight")
             view, shape = view.reshape(shape).T, shape[::-1]
+        if scheme.stacks:
+            view = view.permute((0, 2, 1))
+            shape = view.shape
         values = scheme.named(name, scheme.values)
         self.dense[values] = name
         yield Target(values, view, shape, scheme)
@@ -146,6 +149,13 @@ class Expansion:
         """Whether the scales reach beyond the rank's part, or beyond a band of it."""
         scheme, whole = self.quant.scheme, self.shapes()[name]
         (down, across), at = scheme.shared, f"quant {scheme.name}: {name}"
+        if scheme.stacks:
+            if shape[1] % across or shape != whole or f"{name}_bias" not in self.shapes():
+                raise LayoutError(
+                    f"{at} {shape} of {whole}: wanted gpt-oss's stacks, which have biases, uncut, of "
+                    f"inputs that divide by {across}"
+                )
+            return False
         rows, columns = shape[-2:]
         cut_rows, cut_columns = rows != whole[-2], columns != whole[-1]
         if (scheme.bits == 4 or scheme.microscaled) and (columns % across or len(shape) > 2):

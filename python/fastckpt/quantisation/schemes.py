@@ -35,6 +35,9 @@ class Scheme:
 
     `scale_dtype`: bytes (uint8) hold the exponents of powers of two, 127 more than they are (e8m0).
 
+    `stacks`: what is quantised are stacks of experts [experts, inputs, outputs] alone, each turned, and an
+    axis of its own counts the groups (gpt-oss).
+
     `asymmetric`: groups have zero points, and `reach` is what their whole range is mapped to. `zero_offset`:
     added to a zero point when it is stored, so that the lowest is minus it (GPTQ stores them less one).
     `reciprocal`: values are multiplied by the fp32 reciprocal of the scale (torch.ao), not divided by it
@@ -52,6 +55,7 @@ class Scheme:
     floor: float = 0.0
     turned: bool = False
     packed: Packed = ""
+    stacks: bool = False
     asymmetric: bool = False
     zero_offset: int = 8
     reciprocal: bool = False
@@ -85,6 +89,8 @@ class Scheme:
 
     def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of the values, packed where one is smaller than an element."""
+        if self.stacks:
+            return (*shape[:-1], shape[-1] // self.block[1], self.block[1] * self.bits // 8)
         if self.packed == "down":
             return (*shape[:-2], shape[-2] * self.bits // 32, shape[-1])
         return (*shape[:-1], shape[-1] * self.bits // (8 * self.dtype.itemsize))
@@ -147,9 +153,13 @@ _DYNAMIC = Scheme(
     "int8-dynamic", int8, 8, (0, 0), 127.5, 2.0**-23, reciprocal=True, dynamic=True, zero="_zero_point"
 )
 
-_MX = Scheme(
+_MXFP8 = Scheme(
     "mxfp8", float8_e4m3fn, 8, (1, 32), 448.0, reciprocal=True, scale_dtype=uint8, format="mxfp8-quantized"
 )
+_MXFP4 = replace(
+    _MXFP8, name="mxfp4", dtype=uint8, bits=4, reach=6.0, packed="pairs", values="_packed",
+    format="mxfp4-pack-quantized",
+)  # fmt: skip
 
 SCHEMES: dict[str, Scheme] = {
     s.name: s
@@ -159,17 +169,9 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("fp8-channel", float8_e4m3fn, 8, (1, 0), 448.0, format="float-quantized"),
         Scheme("fp8-block", float8_e4m3fn, 8, (128, 128), 448.0, scale="_scale_inv", format="fp8"),
         *_groups(),
-        _MX,
-        replace(
-            _MX,
-            name="mxfp4",
-            dtype=uint8,
-            bits=4,
-            reach=6.0,
-            packed="pairs",
-            values="_packed",
-            format="mxfp4-pack-quantized",
-        ),
+        _MXFP8,
+        _MXFP4,
+        replace(_MXFP4, name="mxfp4-experts", stacks=True, values="_blocks", scale="_scales", format="mxfp4"),
         _DYNAMIC,
         replace(_DYNAMIC, name="int8-dynamic-channel", block=(1, 0)),
     )
@@ -178,10 +180,10 @@ SCHEMES: dict[str, Scheme] = {
 points (max - min) / range; generate_mx_scales; quantize; pack_to_int32, pack_fp4_to_uint8), DeepSeek-V3's
 weight_quant (128 x 128 blocks, amax / 448), torch.ao's default_dynamic_qconfig and
 per_channel_dynamic_qconfig (MinMaxObserver, symmetric qint8, scale at least fp32's eps), AutoAWQ's
-WQLinear_GEMM and AutoGPTQ's QuantLinear (format "gptq") for how theirs lie."""
+WQLinear_GEMM and AutoGPTQ's QuantLinear (format "gptq") for how theirs lie, gpt-oss's files."""
 
 
-MICROSCALED = frozenset(s.format for s in SCHEMES.values() if s.microscaled)
+MICROSCALED = frozenset(s.format for s in (_MXFP8, _MXFP4))
 """compressed-tensors' formats whose scales are exponents of two."""
 
 LINEARS = frozenset({
@@ -199,6 +201,9 @@ STACKS = frozenset({"w13_weight", "w2_weight"})
 
 GRANITE = ("input_linear.weight", "output_linear.weight")
 """How the names end of GraniteMoE's stacks of experts, and of the matrices of its shared block."""
+
+GPT_OSS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
+"""How the names end of gpt-oss's stacks of experts."""
 
 TOWERS = (
     "visual", "vision", "vision_model", "vision_tower", "audio_tower", "multi_modal_projector", "connector",
@@ -245,6 +250,8 @@ class Quant:
         """Raises LayoutError for a stack that is itself named like a module of LINEARS, as transformers 5
         names experts, or is the weight of one, as GraniteMoE's are: it would stay dense, or no loader would
         know it, and no pattern says so."""
+        if self.scheme.stacks:
+            return
         stored = name.removesuffix(".weight") if name.endswith(GRANITE) else name
         stack = len(shape) == 3 and stored.rpartition(".")[2] in LINEARS
         if stack and not any(fnmatchcase(name, p) for p in (*self.include, *self.exclude)):
@@ -258,6 +265,8 @@ class Quant:
         """Whether a matrix of that name is quantised unasked."""
         if tower(name):
             return False
+        if self.scheme.stacks:
+            return name.endswith(GPT_OSS)
         module, _, leaf = name.rpartition(".")
         known = (leaf == "weight" and module.rpartition(".")[2] in LINEARS) or leaf in STACKS
         return known or (self.scheme.dynamic and _RECURRENT.fullmatch(leaf) is not None)
@@ -272,6 +281,8 @@ class Quant:
         if not (asked or self.knows(name)) or math.prod(shape) == 0:
             return False
         last = name.rpartition(".")[0].rpartition(".")[2]
+        if self.scheme.stacks and len(shape) != 3:
+            raise LayoutError(f"quant {self.scheme.name}: {name} {tuple(shape)} is no stack of experts")
         if len(shape) not in (2, 3) or last in TURNED:
             if asked:
                 raise LayoutError(f"quant: {name} {tuple(shape)} is no matrix [outputs, inputs]")
