@@ -25,7 +25,7 @@ void launch_digests(uint64_t leaves, uint64_t count, uint64_t out, uint64_t stre
 
 // Some rows of a dense matrix in device memory, and what becomes of them (quant_place_cuda.h). `first`: the number of the
 // first of them, whole blocks below; all addresses but `src` are those of the whole matrix. `share`: rows that share a
-// scale; `group`, `width`: base-2 logarithms of the values of a group of four bits and of the threads side by side.
+// scale; `group`, `width`: base-2 logarithms of the values of a group and of the threads side by side.
 //
 // `amax`: u32, the bits of the largest magnitude of each `share` of rows: raised (LARGEST) or taken; 0: it is found
 // here. `zeros`: packed zero points, or 0. `bad`: u32, set to 1 where a value or a scale is NaN or infinite.
@@ -39,8 +39,11 @@ struct QuantRows {
 };
 static_assert(sizeof(QuantRows) == 104, "QuantRows has no holes");
 
-// HALF: scales are fp16. ZERO: groups have zero points. SQUARE: blocks of 128 x 128. LARGEST: nothing is quantised.
-enum QuantFlag : uint8_t { QUANT_RECIPROCAL = 1, QUANT_HALF = 2, QUANT_ZERO = 4, QUANT_SQUARE = 8, QUANT_LARGEST = 16 };
+// HALF: scales are fp16. ZERO: groups have zero points. SQUARE: blocks of 128 x 128. LARGEST: nothing is quantised. POWER:
+// groups of a row share a power of two, of which a byte has the exponent; with RECIPROCAL.
+enum QuantFlag : uint8_t {
+    QUANT_RECIPROCAL = 1, QUANT_HALF = 2, QUANT_ZERO = 4, QUANT_SQUARE = 8, QUANT_LARGEST = 16, QUANT_POWER = 32
+};
 
 // Starts `count` tiles from tile `first` on of a table of QuantRows, whose row each tile belongs to stands at `owner`
 // (u32). Throws as launch_tiles does.

@@ -5,7 +5,8 @@
 // takes eight values of a row at once, a piece; 2^width threads stand side by side along a row. LINE: they take a whole
 // row, piece after piece. The others: each takes the pieces of eight rows, one below the other, a patch of 8 x 8.
 //
-// Lines and squares become bytes (quant_bytes_cuda.h), groups of rows or columns four bits (quant_nibbles_cuda.h).
+// Lines and squares become bytes (quant_bytes_cuda.h), groups of rows or columns four bits, or bytes with an exponent
+// (quant_groups_cuda.h).
 #pragma once
 
 #include "codes.h"
@@ -23,7 +24,7 @@ constexpr uint32_t QUANT_SHARED = 2 * PATCHES;  // words: the low and the high e
 enum QuantShape : uint8_t { LINE, SQUARE, GROUP, COLUMN };
 
 FASTCKPT_HD QuantShape shape_of(const QuantRows& q) {
-    if (q.kind == QUANT_INT4) return GROUP;
+    if (q.kind == QUANT_INT4 || q.flags & QUANT_POWER) return GROUP;
     if (q.kind == QUANT_INT4_AWQ || q.kind == QUANT_INT4_DOWN) return COLUMN;
     return q.flags & QUANT_SQUARE ? SQUARE : LINE;
 }

@@ -16,7 +16,6 @@ from fastckpt.quantisation.schemes import SCHEMES, Scheme
 
 _C = pytest.importorskip("fastckpt._C", reason="the compiled module is not built")
 
-ON_GPUS = [name for name, scheme in SCHEMES.items() if covered(scheme)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = {"bytes": [(1, 1), (1, 130), (3, 256), (130, 384), (257, 136), (5, 203), (40, 2100)],
           "across": [(1, 128), (9, 256), (17, 2304), (130, 384)],
@@ -32,7 +31,7 @@ def matrices(rows, columns, dtype):
 
 
 def shapes(scheme: Scheme):
-    return SHAPES["turned" if scheme.turned else "across" if scheme.packed else "bytes"]
+    return SHAPES["turned" if scheme.turned else "across" if scheme.packed or scheme.microscaled else "bytes"]
 
 
 class Held:
@@ -117,8 +116,7 @@ def wanted(x, scheme, *, tall=0, given=None):
     scales = found.scales
     if scheme.block[0] == 0:
         scales = np.ascontiguousarray(scales[:: tall or rows])
-    half = scheme.scale_dtype is dtypes.float16
-    scales = scales.astype(np.float16) if half else scales
+    scales = rounding.stored_scales(scales, scheme)
     zeros = rounding.stored_zeros(found.zeros, scheme) if scheme.packed and scheme.zero else None
     return out, scales.reshape(-1).view(np.uint8), None if zeros is None else zeros.reshape(-1).view(np.uint8)
 
@@ -156,10 +154,10 @@ def test_values_beside_those_halfway_between_two_codes(name: str) -> None:
 
 def test_the_table_is_the_kernels() -> None:
     assert QUANT_ROWS.itemsize == _C.quant_rows_bytes
-    assert set(SCHEMES) - set(ON_GPUS) == {"mxfp4", "mxfp4-experts", "mxfp8"}
+    assert all(covered(s) for s in SCHEMES.values())
 
 
-@pytest.mark.parametrize("name", ON_GPUS)
+@pytest.mark.parametrize("name", list(SCHEMES))
 def test_bytes_equal_numpys(name: str) -> None:
     scheme = SCHEMES[name]
     for k, (rows, columns) in enumerate(shapes(scheme)):
@@ -168,7 +166,7 @@ def test_bytes_equal_numpys(name: str) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", ON_GPUS)
+@pytest.mark.parametrize("name", list(SCHEMES))
 def test_bytes_equal_numpys_of_every_type(name: str) -> None:
     scheme = SCHEMES[name]
     for rows, columns in shapes(scheme):
@@ -177,11 +175,11 @@ def test_bytes_equal_numpys_of_every_type(name: str) -> None:
                 compare(x, scheme)
 
 
-@pytest.mark.parametrize("name", ON_GPUS)
+@pytest.mark.parametrize("name", list(SCHEMES))
 def test_rows_where_they_lie(name: str) -> None:
     """Part of wider rows, at an odd place, and in bands."""
     scheme = SCHEMES[name]
-    rows, columns = 384, 264 if scheme.bits == 8 else 256
+    rows, columns = 384, 264 if scheme.bits == 8 and not scheme.microscaled else 256
     unit = max(8, scheme.block[0])
     x = torch.randn(rows, columns)
     for dtype, pad, at in ((torch.float32, 3, 4), (torch.bfloat16, 8, 0), (torch.float16, 1, 2)):
@@ -202,7 +200,7 @@ def test_a_given_largest_is_taken(name: str) -> None:
     compare(x, SCHEMES[name], given=largest[:1] * 8 if SCHEMES[name].block[0] == 0 else largest)
 
 
-@pytest.mark.parametrize("name", ON_GPUS)
+@pytest.mark.parametrize("name", list(SCHEMES))
 @pytest.mark.parametrize("bad", [float("nan"), float("-nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite_are_told(name: str, bad: float) -> None:
     scheme = SCHEMES[name]
@@ -233,12 +231,12 @@ def test_refusals() -> None:
 def test_odd_sizes_at_random() -> None:
     rng = np.random.default_rng(5)
     for k in range(60):
-        scheme = SCHEMES[ON_GPUS[k % len(ON_GPUS)]]
+        scheme = list(SCHEMES.values())[k % len(SCHEMES)]
         down, across = max(1, scheme.block[0]), max(1, scheme.block[1])
         rows, columns = int(rng.integers(1, 300)), int(rng.integers(1, 700))
         if scheme.turned:
             rows, columns = (rows // down + 1) * down, (columns // 8 + 1) * 8
-        elif scheme.packed:
+        elif scheme.packed or scheme.microscaled:
             columns = (columns // across + 1) * across
         x = torch.from_numpy(rng.standard_normal((rows, columns), np.float32)).to(DTYPES[k % 3])
         compare(x, scheme, pad=int(rng.integers(0, 3)), run=by_the_body(k))

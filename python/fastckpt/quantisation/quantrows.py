@@ -28,7 +28,7 @@ QUANT_ROWS = np.dtype(
 )
 """`struct QuantRows` of csrc/copy_cuda.h, field by field."""
 
-RECIPROCAL, HALF, ZERO, SQUARE, LARGEST = 1, 2, 4, 8, 16
+RECIPROCAL, HALF, ZERO, SQUARE, LARGEST, POWER = 1, 2, 4, 8, 16, 32
 """Bits of `flags`."""
 
 THREADS = 256
@@ -74,13 +74,14 @@ class There:
         looked through for `amax`."""
         s, (down, across) = self.scheme, self.scheme.block
         flags = s.reciprocal * RECIPROCAL | (s.scale_dtype is float16) * HALF | s.asymmetric * ZERO
+        flags |= s.microscaled * POWER
         kind, group, share, width = KINDS[s.dtype.name + s.packed], 0, 1, 0
         if largest or (not s.packed and not across):  # whole rows, about PATCH pieces a thread
             width = _side_by_side(-(-self.columns // PATCH // PATCH))
             share = down or self.tall
         if largest:
             kind, flags = 0, LARGEST
-        elif s.packed == "across":
+        elif s.packed == "across" or s.microscaled:
             group, width = _log(across), _side_by_side(-(-self.columns // PATCH))
         elif s.packed:
             group, width = _log(down), _log(PATCHES // down)
@@ -96,6 +97,8 @@ class There:
 def covered(scheme: Scheme) -> bool:
     """Whether the kernel has this scheme: those of `schemes.SCHEMES`, not every one that could be made."""
     blocks = {"": ((0, 0), (1, 0), (SIDE, SIDE)), "across": ((1, 32), (1, 64), (1, 128))}
+    if scheme.microscaled:
+        return scheme.block == (1, 32)
     return scheme.block in blocks.get(scheme.packed, ((32, 1), (64, 1), (128, 1)))
 
 
@@ -117,7 +120,7 @@ def tiled(parts: Sequence[Part]) -> tuple[NDArray[np.void], NDArray[np.uint32], 
 def counts(table: NDArray[np.void]) -> NDArray[np.int64]:
     """The tiles of each row."""
     rows, columns, width = (table[name].astype(np.int64) for name in ("rows", "columns", "width"))
-    line = (table["kind"] < KINDS["int32across"]) & (table["flags"] & SQUARE == 0)
+    line = (table["kind"] < KINDS["int32across"]) & (table["flags"] & (SQUARE | POWER) == 0)
     high = np.where(line, THREADS >> width, PATCHES >> width)
     across = np.where(line, 1, -(-columns // (PATCH << width)))
     return np.asarray(-(-rows // high) * across)

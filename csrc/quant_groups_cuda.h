@@ -1,4 +1,5 @@
-// Groups of a row or of a column quantised to four bits a value, with zero points or without, packed along either.
+// Groups of a row or of a column quantised to four bits a value, with zero points or without, packed along either; groups
+// of a row to floats of four or eight bits and an exponent.
 #pragma once
 
 #include "quant_place_cuda.h"
@@ -20,10 +21,11 @@ struct Scales {
     }
 };
 
-struct QuantNibbles : QuantPlace {
+struct QuantGroups : QuantPlace {
     using QuantPlace::QuantPlace;
 
     FASTCKPT_HD uint32_t parts() const { return 1u << (q.group - 3); }               // threads of a group
+    FASTCKPT_HD bool power() const { return q.flags & QUANT_POWER; }
     FASTCKPT_HD uint32_t step() const { return shape == GROUP ? 1 : 1u << q.width; }  // from one of them to the next
 
     // ---- load: the ends of each row or column of a thread's patch; NaN stays ----
@@ -95,18 +97,36 @@ struct QuantNibbles : QuantPlace {
                 low = lower(as_float(shared[at]), low), high = higher(as_float(shared[PATCHES + at]), high);
             }
             const bool zero = q.flags & QUANT_ZERO;
-            const float span = zero ? high - low : higher(high, -low), scale = scale_of(span);
+            const float span = zero ? high - low : higher(high, -low), scale = power() ? power_of(span) : scale_of(span);
             shared[first] = as_bits<uint32_t>(scale);
             shared[first + step()] = as_bits<uint32_t>(factor(scale, span));
             shared[PATCHES + first] = as_bits<uint32_t>(zero ? zero_from(low, scale, q.lowest) : 0.0f);
             const uint32_t r = row_of(leader) + (shape == GROUP ? k : 0), c = column_of(leader) + (shape == GROUP ? 0 : k);
             if (r >= q.rows || c >= q.columns) continue;
             const uint64_t above = uint64_t{q.first} + r;
-            put_scale(shape == GROUP ? (above * q.columns + c) >> q.group : (above >> q.group) * q.columns + c, scale);
+            const uint64_t at = shape == GROUP ? (above * q.columns + c) >> q.group : (above >> q.group) * q.columns + c;
+            if (power()) reinterpret_cast<uint8_t*>(q.scales)[at] = static_cast<uint8_t>(as_bits<uint32_t>(scale) >> 23);
+            else put_scale(at, scale);
         }
     }
 
+    FASTCKPT_HD float power_of(float span) const {
+        if (!finite(span)) refuse();
+        return power_from(magnitude(span), q.reach);  // of zeros it may be -0
+    }
+
     // ---- store ----
+
+    // The bits of eight values become their codes of a float of four bits; of eight bits, four a word.
+    FASTCKPT_HD void code_floats(uint32_t (&w)[PATCH], float reciprocal) const {
+        FASTCKPT_UNROLL
+        for (int j = 0; j < static_cast<int>(PATCH); ++j) {
+            const float v = as_float(w[j]) * reciprocal;
+            float y;
+            w[j] = q.kind == QUANT_E4M3 ? as_bits<uint32_t>(v) : e2m1<uint32_t>(magnitude(v), y) | (as_bits<uint32_t>(v) >> 28 & 8u);
+        }
+        if (q.kind == QUANT_E4M3) w[0] = narrow_four<E4M3>(w), w[1] = narrow_four<E4M3>(w + 4);
+    }
 
     // The bits of eight values become their codes of four bits.
     FASTCKPT_HD void code(uint32_t (&w)[PATCH], Scales& scales) const {
@@ -183,8 +203,11 @@ struct QuantNibbles : QuantPlace {
             if (c + PATCH <= q.columns && misalignment(p, 16) == 0) fetch(w, p);
             else push(w, r, c);
             widen(w);
-            code(w, scales);
-            if (q.kind == QUANT_INT4_DOWN) {
+            if (power()) code_floats(w, scales.of[0].reciprocal);
+            else code(w, scales);
+            if (q.kind == QUANT_E4M3) {
+                store_vector<2>(reinterpret_cast<char*>(q.out) + at, w);
+            } else if (q.kind == QUANT_INT4_DOWN) {
                 FASTCKPT_UNROLL
                 for (int j = 0; j < static_cast<int>(PATCH); ++j) words[j] |= w[j] << 4 * k;
             } else {
