@@ -33,7 +33,9 @@ def dense() -> dict[str, torch.Tensor]:
 SHAPE = f"{MATRICES} x {ROWS} x {COLUMNS} fp32 in memory"
 
 
-@pytest.mark.parametrize("scheme", ["int8", "fp8-block", "fp8", "int4-group", "awq-group", "gptq-group"])
+@pytest.mark.parametrize(
+    "scheme", ["int8", "fp8-block", "fp8", "int4-group", "awq-group", "gptq-group", "mxfp8", "mxfp4"]
+)
 def bench_against_the_cast(bench: Bench, dense: dict[str, torch.Tensor], scheme: str, threads: int) -> None:
     """Into tensors that exist; both include planning."""
     road = partial(fastckpt.reshard, dense, layout="same", threads=threads)
