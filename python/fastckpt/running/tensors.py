@@ -24,9 +24,9 @@ def allocate(planned: Plan, device: str = "cpu") -> tuple[list[State], list[Buff
 
     Raises DeviceError where the device has too little memory."""
     states: list[State] = [{} for _ in planned.ranks]
-    buffers = []
+    buffers, needed = [], planned.output_bytes
     for t in planned.tensors:
-        made = _fresh(t.name, t.shape, torch_dtype(t.dtype), device, planned.output_bytes)
+        made = _fresh(t.name, t.shape, torch_dtype(t.dtype), device, needed)
         states[t.file][t.name] = made
         buffers.append(buffer(made))
     return states, buffers
@@ -38,7 +38,7 @@ def _fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, n
         made = torch.empty(shape, dtype=dtype, device=device)
     except RuntimeError as e:  # what main memory has no room for is no OutOfMemoryError
         raise DeviceError(f"{device}: no memory for {name}: the outputs need {needed} bytes; {e}") from None
-    if not plain(made):
+    if type(made) is not torch.Tensor:
         raise DeviceError(f"{device}: torch makes a {type(made).__name__} here; leave FakeTensorMode first")
     return made
 

@@ -256,8 +256,14 @@ def has_memory(value: torch.Tensor) -> bool:
         storage.data_ptr()
     except RuntimeError:  # of vmap and grad, functional ones, zeros that lie nowhere
         return False
-    last = value.storage_offset() + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
-    return value.numel() == 0 or (last + 1) * value.itemsize <= storage.nbytes()
+    end = value.storage_offset() + value.numel()
+    if not value.is_contiguous():
+        end = (
+            value.storage_offset()
+            + 1
+            + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+        )
+    return value.numel() == 0 or end * value.itemsize <= storage.nbytes()
 
 
 def _tensor(name: str, value: torch.Tensor) -> _Held:
