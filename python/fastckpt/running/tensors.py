@@ -38,7 +38,7 @@ def _fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, n
         made = torch.empty(shape, dtype=dtype, device=device)
     except RuntimeError as e:  # what main memory has no room for is no OutOfMemoryError
         raise DeviceError(f"{device}: no memory for {name}: the outputs need {needed} bytes; {e}") from None
-    if type(made) is not torch.Tensor:
+    if type(made) is not torch.Tensor and not plain(made):
         raise DeviceError(f"{device}: torch makes a {type(made).__name__} here; leave FakeTensorMode first")
     return made
 
