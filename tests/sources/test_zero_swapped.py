@@ -8,10 +8,10 @@ from pathlib import Path
 import fastckpt
 import pytest
 import torch
-import zero_writer
 from fastckpt import sources
 from reading import refuses
 from real.truth import read_truth
+from sources.test_zero_bad import edit, optim
 from zero_writer import write_zero
 
 PARAMS = {
@@ -20,18 +20,6 @@ PARAMS = {
     "c.weight": torch.full((4, 4), 0.3),
 }
 CONFIG = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
-
-
-def edit(path, change):
-    """Rewrite a torch file of the writer's with `change` done to what it holds."""
-    with zero_writer.deepspeed_names():
-        content = torch.load(path, weights_only=False)
-        change(content)
-        torch.save(content, path)
-
-
-def optim(folder, rank):
-    return folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
 
 
 def raw(folder, rank, name):
