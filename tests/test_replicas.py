@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import fastckpt
 import pytest
@@ -66,7 +67,7 @@ COPIES = {
     "model.layers.1.self_attn.k_proj.weight": (QKV, 20 * 64 + 5, 2),
     "model.layers.1.self_attn.v_proj.weight": (QKV, 31 * 64 + 63, 2),
 }
-"""Tensor of the model -> the shard's tensor it is in, an element of that on rank 3, the first rank with it."""
+"""A tensor of the model -> the one of a shard, an element of it on rank 3, the first rank that has it too."""
 
 
 def spoilt(served, tmp_path, name):
@@ -139,7 +140,9 @@ def test_beyond_the_limit_samples(served, tmp_path, monkeypatch):
     shutil.copytree(served / "ours", out)
     report = fastckpt.reshard(out, 2, layout="vllm", out=tmp_path / "fine", durable=False)
     (note,) = [n for n in report.notes if "replicas" in n]
-    assert note.startswith("8 replicas of 16384 bytes were compared in samples, not whole, such as model.layers.")
+    assert note.startswith(
+        "8 replicas of 16384 bytes were compared in samples, not whole, such as model.layers."
+    )
     for at, seen in ((16 * 64, True), (16 * 64 + 30, False), (24 * 64 - 1, True)):
         shutil.rmtree(out)
         shutil.copytree(served / "ours", out)
@@ -162,3 +165,62 @@ def test_a_record_with_two_digests(served, tmp_path):
     said = r"0/model\.norm\.weight and 3/model\.norm\.weight are the same elements"
     with pytest.raises(SourceError, match=said):
         fastckpt.open(out)
+
+
+# ---- two names that the config makes one ----
+
+
+def twice_named(path, **changes):
+    """A model whose file has a tied matrix of 2 MiB under both names, as trainers write it."""
+    config, hub, *_ = tiny.made("tied")
+    config |= {"vocab_size": 8192}
+    hub["model.embed_tokens.weight"] = torch.arange(8192 * 64, dtype=torch.float32).reshape(8192, 64)
+    path.mkdir()
+    hub["lm_head.weight"] = hub["model.embed_tokens.weight"].clone()
+    save_file({n: x.contiguous() for n, x in hub.items()}, path / "model.safetensors", {"format": "pt"})
+    (path / "config.json").write_text(json.dumps(config | changes))
+    return hub
+
+
+def bytes_of_reads(call):
+    """What a call reads of files, by the kernel's count for this process."""
+
+    def count():
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    call()  # what is imported and parsed once
+    before = count()
+    call()
+    return count() - before
+
+
+def test_opening_reads_no_matrix(tmp_path):
+    """Headers, and samples of values: a tied matrix is compared by the run that takes one for both."""
+    hub = twice_named(tmp_path / "a")
+    headers = 8 + int.from_bytes((tmp_path / "a" / "model.safetensors").read_bytes()[:8], "little")
+    for call in (fastckpt.open, fastckpt.inspect, lambda path: fastckpt.plan(path, 2, layout="vllm")):
+        assert bytes_of_reads(lambda call=call: call(tmp_path / "a")) < headers + (64 << 10)
+    ckpt = fastckpt.open(tmp_path / "a")
+    (name, holder) = next(iter(ckpt.aliases.items()))
+    assert {name, holder} == {"lm_head.weight", "model.embed_tokens.weight"}
+    report = fastckpt.consolidate(ckpt, tmp_path / "whole", dtype=None, durable=False)
+    matrix = hub["lm_head.weight"].nbytes
+    assert report.bytes_read == sum(x.nbytes for x in hub.values()) - matrix + 2 * matrix
+
+
+def test_a_tie_that_is_none(tmp_path):
+    """Where no sample shows that two names are two tensors, the run does; where one does, both are kept."""
+    file = tmp_path / "a" / "model.safetensors"
+    twice_named(tmp_path / "a")
+    damaged(file, "lm_head.weight", 100)
+    ckpt = fastckpt.open(tmp_path / "a")
+    assert ckpt.aliases
+    for road in roads(tmp_path):
+        with pytest.raises(SourceError, match=r"tie_word_embeddings of the config says: a float32 is") as e:
+            road(ckpt)
+        for part in (f"{file} (lm_head.weight, byte", f"{file} (model.embed_tokens.weight, byte"):
+            assert part in str(e.value)
+    damaged(file, "lm_head.weight", 0)
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= fastckpt.consolidate(tmp_path / "a").keys()
+    twice_named(tmp_path / "b", tie_word_embeddings=False)
+    assert not fastckpt.open(tmp_path / "b").replicas
