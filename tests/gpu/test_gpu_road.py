@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fastckpt
 import pytest
@@ -51,6 +53,35 @@ def test_from_files_to_gpu(tmp_path: Path) -> None:
     options = {"layout": "hf", "tp_plan": PLAN, "dtype": "bfloat16", "threads": 3}
     got = fastckpt.reshard(tmp_path, 4, device="cuda", **options)
     compare(got, fastckpt.reshard(tmp_path, 4, **options))
+
+
+@pytest.mark.parametrize(
+    "within", [torch.inference_mode, lambda: torch.device("cuda")], ids=["inference", "cuda"]
+)
+@pytest.mark.parametrize("way", ["cpu", "gpu", None])
+def test_within_what_servers_set(
+    tmp_path: Path, way: str | None, within: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither torch's default device nor inference mode is known in threads of ours."""
+    held, there = state(), state("cuda")
+    save_file({n: t.contiguous() for n, t in held.items()}, tmp_path / "model.safetensors")
+    options = {"layout": "hf", "tp_plan": PLAN, "dtype": "bfloat16", "threads": 2}
+    if way is not None:
+        monkeypatch.setenv("FASTCKPT_CAST", way)
+    monkeypatch.setattr(gpu_transfer, "LEAST", 1)
+    monkeypatch.setattr(gpu_transfer, "SIDE", 512)
+    gpu_transfer.faster.cache_clear()
+    with within():
+        got = fastckpt.reshard(tmp_path, 4, device="cuda", **options)
+        fastckpt.reshard(there, 4, out=tmp_path / "out", **options)
+        brought = fastckpt.reshard(there, 4, **options)
+        assert fastckpt.verify_tensors(got[1], tmp_path / "out", rank=1).ok
+    wanted = fastckpt.reshard(held, 4, **options)
+    compare(got, wanted)
+    for a, b in zip(brought, wanted, strict=True):
+        assert all(torch.equal(a[n].view(torch.uint8), b[n].view(torch.uint8)) for n in b)
+    fastckpt.reshard(tmp_path, 4, device="cuda", out=got, **options)  # tensors made in inference mode
+    compare(got, wanted)
 
 
 def test_a_hot_reload_fills_the_same_tensors_again() -> None:

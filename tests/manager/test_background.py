@@ -44,6 +44,16 @@ def test_async_saves_what_was_there_at_the_call(tmp_path: Path, monkeypatch: pyt
         assert manager.restore(1)["x"].unique().tolist() == [1.0]  # type: ignore[index]
 
 
+def test_saves_in_and_out_of_inference_mode(tmp_path: Path) -> None:
+    """Host buffers are used again, whatever mode they were made in."""
+    with CheckpointManager(tmp_path, async_save=True) as manager:
+        for step in range(3):
+            with torch.inference_mode(step % 2 == 0):
+                manager.save(step, {"x": torch.full((1000,), step)})
+            manager.wait()
+        assert [manager.restore(k)["x"].unique().tolist() for k in range(3)] == [[0], [1], [2]]  # type: ignore[index]
+
+
 class On0(torch.Tensor):
     """A tensor that says it lies on an accelerator."""
 

@@ -94,7 +94,8 @@ class Snapshots:
             host = local
             if copy or local.device.type != "cpu":
                 host = taken.buffers[name] = self._buffer(name, local)
-                host.copy_(local, non_blocking=True)
+                with torch.inference_mode():  # in which the buffer may have been made, by an earlier save
+                    host.copy_(local, non_blocking=True)
                 if local.device.type != "cpu":
                     moved.add(local.device)
             dtype = BY_NAME.get(str(local.dtype).removeprefix("torch."))
@@ -112,7 +113,8 @@ class Snapshots:
     def _buffer(self, name: str, like: torch.Tensor) -> torch.Tensor:
         kept = self._buffers.pop(name, None)
         if kept is None or kept.shape != like.shape or kept.dtype != like.dtype:
-            kept = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.device.type == "cuda")
+            pin = like.device.type == "cuda"
+            kept = torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=pin)
         return kept
 
 

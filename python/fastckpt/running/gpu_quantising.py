@@ -71,7 +71,8 @@ class Quantiser:
     def run(self) -> None:
         """Fill the tensors once more and wait for them. Raises SourceError naming a matrix that holds NaN or
         infinity, DeviceError when a launch fails."""
-        with torch.cuda.device(self.table.device):
+        # In inference mode, as `prepare` may have been called in it; what was made outside is filled too.
+        with torch.inference_mode(), torch.cuda.device(self.table.device):
             stream = torch.cuda.current_stream()
             stream.wait_event(self.ready)
             self.found.zero_()
@@ -229,7 +230,7 @@ class _Making:
             Step(copies, (borders[2 * k], borders[2 * k + 1]), (borders[2 * k + 1], borders[2 * k + 2]))
             for k, (copies, _, _) in enumerate(self.steps)
         ]
-        told = torch.empty((len(self.names),), dtype=torch.int32, pin_memory=True)
+        told = torch.empty((len(self.names),), dtype=torch.int32, device="cpu", pin_memory=True)
         ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         ready.record(torch.cuda.current_stream(self.device))
         return Quantiser(

@@ -100,7 +100,7 @@ def sinks(
 def _time(name: str, device: str, src: DType, dst: DType, turned: bool, threads: int) -> float:
     """Seconds of the better of two runs, after one that does not count."""
     n, out = SIDE * SIDE, SIDE * SIDE * dst.itemsize
-    source = torch.ones((n * src.itemsize,), dtype=torch.uint8)
+    source = torch.ones((n * src.itemsize,), dtype=torch.uint8, device="cpu")
     held = Buffer(source, source.data_ptr(), source.nbytes)
     made = [torch.empty((out,), dtype=torch.uint8, device=device) for _ in range(TIMES)]
     buffers = [Buffer(t, t.data_ptr(), out, device) for t in made]
