@@ -439,6 +439,7 @@ def install() -> None:
     torch.version.cuda = "13.0"
     for name, value in {
         "is_available": lambda: True,
+        "init": lambda: None,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "get_device_capability": lambda device=None: (9, 0),

@@ -166,6 +166,8 @@ def test_a_hot_reload_quantises_again(quant: str, dtype: str | None) -> None:
         ready.run()
         now = {n: t.cpu() for n, t in source.items()}
         compare(list(ready.out), [fastckpt.reshard(now, 2, rank=0, **options)])
+    with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(DeviceError, match="quantising waits"):
+        ready.run()
     source["a.q_proj.weight"][5, 7] = float("inf")
     with pytest.raises(fastckpt.SourceError, match=r"a\.q_proj\.weight"):
         ready.run()

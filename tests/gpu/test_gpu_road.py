@@ -98,6 +98,19 @@ def test_a_hot_reload_fills_the_same_tensors_again() -> None:
         compare(list(ready.out), [wanted])
 
 
+def test_nothing_is_made_ready_in_a_capture(tmp_path: Path) -> None:
+    """Copies would be captured instead of made, and the tensors given back empty."""
+    held, there = {"w": torch.randn(300, 200)}, torch.zeros(300, 200, device="cuda")
+    save_file(held, tmp_path / "model.safetensors")
+    out, graph = {"w": there.clone()}, torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for source in (tmp_path, {"w": there}):
+            with pytest.raises(DeviceError, match=r"a CUDA graph is being captured; call fastckpt\.prepare"):
+                fastckpt.reshard(source, rank=0, layout=Same(), device="cuda", out=out)
+    fastckpt.reshard(tmp_path, rank=0, layout=Same(), device="cuda", out=out)
+    assert torch.equal(out["w"].cpu(), held["w"])
+
+
 def test_the_callers_tensors() -> None:
     source = {n: t.contiguous() for n, t in state("cuda").items()}
     out = {n: torch.full(t.shape, 3, dtype=t.dtype, device="cuda") for n, t in source.items()}

@@ -70,9 +70,11 @@ class Quantiser:
 
     def run(self) -> None:
         """Fill the tensors once more and wait for them. Raises SourceError naming a matrix that holds NaN or
-        infinity, DeviceError when a launch fails."""
+        infinity, DeviceError when a launch fails and where a graph is being captured."""
         # In inference mode, as `prepare` may have been called in it; what was made outside is filled too.
         with torch.inference_mode(), torch.cuda.device(self.table.device):
+            if torch.cuda.is_current_stream_capturing():
+                raise DeviceError("quantising waits for the GPU, and a CUDA graph is being captured")
             stream = torch.cuda.current_stream()
             stream.wait_event(self.ready)
             self.found.zero_()
