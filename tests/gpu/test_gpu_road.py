@@ -184,6 +184,21 @@ def test_the_faster_way_is_measured_once(tmp_path: Path, monkeypatch: pytest.Mon
     gpu_transfer.faster.cache_clear()
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), DeviceError("full")])
+def test_a_gpu_without_room_to_measure_in(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The outputs may fill it; the CPU casts then."""
+
+    def timed(*arguments: object) -> float:
+        raise error
+
+    monkeypatch.setattr(gpu_transfer, "LEAST", 1)
+    monkeypatch.setattr(gpu_transfer, "_time", timed)
+    gpu_transfer.faster.cache_clear()
+    held = {"w": torch.randn(300, 200)}
+    options = {"rank": 0, "layout": "same", "dtype": "bfloat16"}
+    compare([fastckpt.reshard(held, device="cuda", **options)], [fastckpt.reshard(held, **options)])
+
+
 def test_an_error_on_the_way_is_raised_and_nothing_travels_on(tmp_path: Path) -> None:
     save_file({"w": torch.randn(3_000_000), "x": torch.randn(9)}, tmp_path / "model.safetensors")
     opened = fastckpt.open(tmp_path)
