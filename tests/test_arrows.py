@@ -195,10 +195,11 @@ MAY_IMPORT["text"] = CORE
 MAY_IMPORT["drawing"] = ()
 MAY_IMPORT["losses"] = (*CORE, "text", "drawing")
 MAY_IMPORT["serving_options"] = (*CORE, "layouts", "schemes", "request")
+MAY_IMPORT["run_options"] = ("serving_options",)
 MAY_IMPORT["manager"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["terminal"] = (*CORE, "text", "runs")
 MAY_IMPORT["manager_commands"] = (*MAY_IMPORT, "plan_description")
-MAY_IMPORT["arguments"] = (*CORE, "text", "serving_options", "manager_commands", "__init__")
+MAY_IMPORT["arguments"] = (*CORE, "text", "serving_options", "run_options", "manager_commands", "__init__")
 SPINE = (*MAY_IMPORT, "__init__", "_C")
 # An engine's plug-in mechanism opens these; nothing here imports them.
 MAY_IMPORT["engines"] = (*MAY_IMPORT, "__init__")

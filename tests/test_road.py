@@ -178,7 +178,8 @@ class Wrapped(torch.Tensor):
 def test_values_that_lie_in_no_plain_memory_are_not_filled():
     negated = torch._neg_view(torch.zeros(3))
     conjugated = torch.zeros(3, dtype=torch.complex64).conj()
-    for odd in (negated, conjugated, Wrapped(torch.zeros(3))):
+    nested = torch.nested.nested_tensor([torch.zeros(3)])
+    for odd in (negated, conjugated, nested, Wrapped(torch.zeros(3))):
         given = {"w": torch.ones(3, dtype=odd.dtype)}
         with pytest.raises(LayoutError, match=r"w is a .*plain memory"):
             fastckpt.reshard(given, rank=0, layout="same", out={"w": odd})

@@ -520,6 +520,11 @@ def test_what_would_only_be_found_out_later_is_refused(tmp_path: Path) -> None:
         pytest.raises(ManagerError, match="metric loss: wanted a number, got 'low'"),
     ):
         manager.save(1, {"n": 1}, {"loss": "low"})
+    with (
+        CheckpointManager(tmp_path) as manager,
+        pytest.raises(FastckptError, match="metrics: a name: wanted str, got int 3"),
+    ):
+        manager.save(1, {"n": 1}, {3: 0.5})
 
 
 def test_options_that_lack_their_other_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

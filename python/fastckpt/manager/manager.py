@@ -516,6 +516,8 @@ class CheckpointManager:
         max_shard_size: str | int | None = "5GB",
         allow_nonfinite: bool = False,
         keep: int | None = None,
+        memory: str | int | None = None,
+        threads: int | None = None,
         progress: Progress | None = None,
     ) -> Report | None:
         """Reshard the model of a committed step into a directory of its own below `to`, and move the link
@@ -535,7 +537,7 @@ class CheckpointManager:
             source = publishing.model_of(self.open(step, 0), part)
             return publishing.publish(
                 source, self._store.name(step), to, serving, allow_nonfinite=allow_nonfinite, keep=keep,
-                progress=progress,
+                memory=memory, threads=threads, progress=progress,
             )  # fmt: skip
 
         return by_some(self._group, f"publish of step {step}", self._group.rank == 0, work)
@@ -545,6 +547,7 @@ def _finite(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
     """Metrics that can be compared and written; others are left out, with a warning."""
     numbers = {}
     for name, value in metrics.items():
+        expect("metrics: a name", name, str)
         try:
             numbers[name] = float(value)
         except (TypeError, ValueError):

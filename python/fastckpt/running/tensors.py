@@ -56,18 +56,18 @@ def matched(planned: Plan, out: Sequence[Mapping[str, torch.Tensor]], device: st
         if given is None:
             raise LayoutError(f"out: rank {t.rank} has no tensor {t.name}")
         expect(f"out: {t.name} of rank {t.rank}", given, torch.Tensor)
-        want = torch_dtype(t.dtype)
-        if tuple(given.shape) != t.shape or given.dtype != want:
-            raise LayoutError(
-                f"out: {t.name} of rank {t.rank}: got {given.dtype} {tuple(given.shape)}, "
-                f"wanted {want} {t.shape}"
-            )
         if _name(given.device) != device:
             raise DeviceError(f"out: {t.name} is on {given.device}, wanted {device}")
         if not plain(given):
             raise LayoutError(
                 f"out: {t.name} is a {type(given).__name__}, {given.layout}, whose values do not lie in "
                 "plain memory (or no more); make it dense and local first"
+            )
+        want = torch_dtype(t.dtype)
+        if tuple(given.shape) != t.shape or given.dtype != want:
+            raise LayoutError(
+                f"out: {t.name} of rank {t.rank}: got {given.dtype} {tuple(given.shape)}, "
+                f"wanted {want} {t.shape}"
             )
         if not given.is_contiguous():
             raise LayoutError(f"out: {t.name} is not contiguous, its strides are {given.stride()}")
