@@ -131,7 +131,7 @@ class Opened:
 
     def _tensor(self, name: str, entry: TensorEntry) -> torch.Tensor:
         """A stored tensor, read and checked a leaf at a time."""
-        out = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
+        out = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device="cpu")
         into = raw(out).data
         path = os.path.join(self.path, entry.file)
         leaves = np.zeros(-(-entry.nbytes // LEAF), np.uint64)
