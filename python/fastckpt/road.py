@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
@@ -35,12 +35,26 @@ from .sources.memory import stamped
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Unpack
 
+    from .planning.request import Serving
     from .running.gpu_sources import Ready
 
     State = dict[str, torch.Tensor]
     Opened = str | os.PathLike[str] | Checkpoint | Mapping[str, torch.Tensor]
-    Out = str | os.PathLike[str] | State | Sequence[State] | None
+    Out = str | os.PathLike[str] | State | Sequence[State]
+
+    class Resharding(Serving, total=False):
+        """The arguments of `reshard` that do not decide what it returns."""
+
+        allow_nonfinite: bool
+        device: str | torch.device
+        durable: bool
+        overwrite: bool
+        memory: str | int | None
+        threads: int | None
+        progress: Progress | None
+
 
 DENSE = "none"
 """The `quant` that takes quantisation back."""
@@ -77,6 +91,19 @@ def plan(
     return plans.draft(open_whole(ckpt, recipe, config), request)
 
 
+# What is returned follows from `rank` and `out`; the options are spelled out below.
+@overload
+def reshard(
+    ckpt: Opened, tp: int = 1, *, rank: int, out: None = None, **options: Unpack[Resharding]
+) -> State: ...
+@overload
+def reshard(
+    ckpt: Opened, tp: int = 1, *, rank: None = None, out: None = None, **options: Unpack[Resharding]
+) -> list[State]: ...
+@overload
+def reshard(
+    ckpt: Opened, tp: int = 1, *, rank: int | None = None, out: Out, **options: Unpack[Resharding]
+) -> Report: ...
 def reshard(
     ckpt: Opened,
     tp: int = 1,
@@ -94,7 +121,7 @@ def reshard(
     apart: bool = False,
     allow_nonfinite: bool = False,
     device: str | torch.device = "cpu",
-    out: Out = None,
+    out: Out | None = None,
     max_shard_size: str | int | None = "5GB",
     durable: bool = True,
     overwrite: bool = False,

@@ -56,7 +56,7 @@ class Resolved:
     expansion: Expansion | None = None
 
 
-def resolve(ckpt: Checkpoint, request: Request) -> Resolved:
+def resolve(ckpt: Checkpoint, request: Request, *, to_files: bool) -> Resolved:
     """The road that was asked for. Raises RecipeError, LayoutError or ViewError where there is none."""
     if request.dense:
         ckpt, request = _densified(ckpt, request)
@@ -70,6 +70,8 @@ def resolve(ckpt: Checkpoint, request: Request) -> Resolved:
     if layout.roles or request.config is not None or request.dtype == "auto":
         config = configs.found(ckpt, request.config)
     dtype = configs.dtype(config, request.dtype)
+    if to_files:
+        configs.require_scales(dtype)
     adapter = None
     if request.adapter is not None:
         from ..computed import adapters

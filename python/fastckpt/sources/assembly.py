@@ -157,10 +157,14 @@ def read_config(beside: Sequence[File]) -> dict[str, JSON] | None:
 
 
 def sampled(extents: Sequence[Extent]) -> str:
-    """Hex digest of a few bytes of the values, for formats whose headers carry no checksum of them.
+    """Hex digest of a few bytes of the values, and of the files' sizes and times, for formats whose headers
+    carry no checksum of the values.
 
-    It tells two checkpoints of one shape apart: the parts of a set must come from one. Raises SourceError."""
+    It tells two checkpoints of one shape apart, and one that was edited from what it was: the parts of a set
+    must come from one. Raises SourceError."""
     seen = xxhash.xxh3_64()
+    for file in {id(x.where): x.where for x in extents if isinstance(x.where, File)}.values():
+        seen.update(f"{os.path.basename(file.path)}\n{file.nbytes} {file.mtime_ns}\n".encode())
     step = -(-len(extents) // SAMPLES) or 1
     descriptor, opened = -1, ""
     try:
