@@ -120,7 +120,7 @@ class Checkpoint:
     weights. `saved`: what the trainer says of the save. `recipe`: the one that shards were cut and joined
     with, None for the config's. `unpadded`: sizes that `config` gives as they were before the shards were
     padded, which the file beside does not. `joins`: whether shards can be made the model they were cut from.
-    `notes`: what the user should know. `facts`: stage, world and the like, for people alone. `unread`: what
+    `notes`: what the user should know. `facts`: stage, world and the like, for people. `unread`: what
     was not read, and why. `inert`: pickle globals that were kept as inert records. `structure`: hex digest
     of everything that shapes the views (names, shapes, dtypes, partition and storage sizes, tensor offsets
     and strides), but not of where a storage lies in its file. `headers`: hex digest of the headers and
