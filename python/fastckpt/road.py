@@ -418,8 +418,7 @@ def _quant(asked: str | Quant | None) -> Quant | None:
 
 def _client_state(ckpt: Checkpoint, names: Sequence[str]) -> dict[str, JSON]:
     """The plain values of the training checkpoint that are to be kept. Raises SourceError for others."""
-    held = ckpt.facts.get("client_state")
-    known = held if isinstance(held, dict) else {}
+    known = ckpt.saved.client_state or {}
     missing = [n for n in names if n not in known]
     if missing:
         raise SourceError(

@@ -9,7 +9,7 @@ from itertools import islice
 
 import xxhash
 
-from ..checkpoint import JSON, Checkpoint, Entry
+from ..checkpoint import JSON, Checkpoint, Entry, Saved
 from ..dtypes import DType
 from ..errors import SourceError
 from ..extents import Extent, Extents, File, is_file, let_go
@@ -44,6 +44,8 @@ def assemble(
     aliases: Mapping[str, str] | None = None,
     files: Sequence[File] = (),
     search: Sequence[str] = (),
+    saved: Saved | None = None,
+    notes: Sequence[str] = (),
     facts: Mapping[str, JSON] | None = None,
     unread: Sequence[str] = (),
     inert: Iterable[str] = (),
@@ -75,8 +77,9 @@ def assemble(
     beside = neighbours(search)
     return Checkpoint(
         path=path, format=format, entries=renamed, extents=extents, aliases=tied, files=tuple(files),
-        config=read_config(beside), beside=beside, facts=facts or {}, unread=tuple(unread),
-        inert=tuple(sorted(set(inert))), structure=_structure(format, renamed, tied, extents, layout),
+        config=read_config(beside), beside=beside, saved=saved or Saved(), notes=tuple(notes),
+        facts=facts or {}, unread=tuple(unread), inert=tuple(sorted(set(inert))),
+        structure=_structure(format, renamed, tied, extents, layout),
         headers=xxhash.xxh3_64_hexdigest("\n".join(headers).encode()),
     )  # fmt: skip
 
