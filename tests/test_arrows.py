@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "extents": CORE[:2],
     "views": CORE[:3],
     "stored": CORE[:4],
-    "checkpoint": CORE[:4],
+    "checkpoint": (*CORE[:4], "placement"),
     "plainjson": (*CORE[:4], "checkpoint"),
     "placement": CORE[:4],
     "schemes": CORE[:2],
@@ -329,6 +329,7 @@ FLOORS = ("planning", "computed", "quantisation", "output", "running", "verifica
 """Packages that only hold together rooms of one kind; each module there is a room with arrows of its own."""
 
 VAGUE = {"utils", "util", "common", "helpers", "base", "misc"}
+MAKES = {f"torch.{f}" for f in ("empty", "zeros", "ones", "full", "tensor", "arange", "randn")}
 EXECUTES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "code"}
 
 MODULES = sorted(p.relative_to(ROOT).with_suffix("").as_posix() for p in ROOT.rglob("*.py"))
@@ -450,6 +451,14 @@ def test_nothing_executes_a_checkpoint(module: str) -> None:
             called = ast.unparse(node.func)
             assert called not in {"eval", "exec", "__import__", "torch.load"}, f"{module}: {called}"
             assert not any(k.arg == "allow_pickle" for k in node.keywords), f"{module}: {called} with pickles"
+
+
+@pytest.mark.parametrize("module", sorted(TORCH | TORCH_IN_FUNCTIONS))
+def test_tensors_are_made_where_the_call_says(module: str) -> None:
+    """Not on torch's default device, which is the caller's: servers load within `torch.device("cuda")`."""
+    for node in ast.walk(parsed(module)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in MAKES:
+            assert any(k.arg == "device" for k in node.keywords), f"{module}: {ast.unparse(node)}"
 
 
 def test_names_say_something() -> None:

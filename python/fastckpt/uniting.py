@@ -53,7 +53,6 @@ def whole_of(
     model: Model,
     layout: ByRoles,
     grid: Placement,
-    facts: Mapping[str, JSON],
 ) -> Checkpoint:
     """The model whose shards these are, cut by `layout` for `grid`.
 
@@ -68,7 +67,7 @@ def whole_of(
     shaped: JSON = [shards.structure, layouts.VERSION, repr(layout), repr(grid), model.family, kinds, config]
     return replace(
         found,
-        facts={"layout": name, **facts},
+        facts={"layout": name, **shards.facts},
         structure=xxhash.xxh3_64_hexdigest(json.dumps(shaped, sort_keys=True).encode()),
     )
 

@@ -49,6 +49,16 @@ def test_there_and_back(tmp_path: Path, trained: Trained, same: Same) -> None:
     assert (tmp_path / "ck/latest").read_text() == "step-00000007\n"
 
 
+def test_torchs_default_device_is_the_callers(tmp_path: Path, trained: Trained, same: Same) -> None:
+    """Scripts set it to the GPU; what is saved and restored passes through main memory all the same."""
+    saved, template = trained(1, 3), trained(2, 0)
+    with CheckpointManager(tmp_path / "ck", async_save=True) as manager, torch.device("meta"):
+        manager.save(7, saved)
+        manager.restore(template=template)
+        plain: Any = manager.restore(7)
+    assert same(template, saved) and same(plain["model"], saved["model"].state_dict())
+
+
 def test_a_save_older_than_what_stands_is_told_and_kept(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path, max_to_keep=2) as manager:
         for step in (10, 20):

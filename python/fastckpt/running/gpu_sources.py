@@ -124,7 +124,7 @@ class ResidentLane:
         self.stream = torch.cuda.Stream(reader.device)  # type: ignore[no-untyped-call]
         self.stream.wait_stream(torch.cuda.current_stream(reader.device))  # the sources may be on their way
         self.there = torch.empty((0,), dtype=torch.uint8, device=reader.device)
-        self.here = torch.empty((0,), dtype=torch.uint8)
+        self.here = torch.empty((0,), dtype=torch.uint8, device="cpu")
 
     def run(self, rows: Table, destinations: Sequence[Buffer]) -> None:
         """Make what `rows` write on the GPU and bring it to `destinations` in main memory."""
@@ -162,7 +162,7 @@ class ResidentLane:
                     self.there = torch.empty((size,), dtype=torch.uint8, device=device)
                 except torch.OutOfMemoryError:
                     raise short_of_memory(device, size, "a batch on its way to main memory") from None
-                self.here = torch.empty((size,), dtype=torch.uint8, pin_memory=True)
+                self.here = torch.empty((size,), dtype=torch.uint8, device="cpu", pin_memory=True)
             made = Buffer(self.there, self.there.data_ptr(), size, str(device))
             prepared = self.reader.runner.prepare(rows, [made])
             prepared.run()

@@ -99,9 +99,7 @@ class Agreement:
         seen = samples(make for pair in self._pairs for make in (pair.kept, pair.other))
         for pair in self._pairs:
             if next(seen) != next(seen):
-                raise SourceError(
-                    f"{self._where}: {pair.what}: two values: which one is meant is in doubt"
-                )
+                raise SourceError(f"{self._where}: {pair.what}: two values: which one is meant is in doubt")
 
 
 def samples(made: Iterable[Callable[[], View]]) -> Iterator[tuple[bytes, ...]]:
