@@ -173,12 +173,11 @@ def test_a_record_with_two_digests(served, tmp_path):
 def twice_named(path, **changes):
     """A model whose file has a tied matrix of 2 MiB under both names, as trainers write it."""
     config, hub, *_ = tiny.made("tied")
-    config |= {"vocab_size": 8192}
-    hub["model.embed_tokens.weight"] = torch.arange(8192 * 64, dtype=torch.float32).reshape(8192, 64)
+    matrix = torch.arange(8192 * 64, dtype=torch.float32).reshape(8192, 64)
+    hub = {**hub, "model.embed_tokens.weight": matrix, "lm_head.weight": matrix.clone()}
     path.mkdir()
-    hub["lm_head.weight"] = hub["model.embed_tokens.weight"].clone()
     save_file({n: x.contiguous() for n, x in hub.items()}, path / "model.safetensors", {"format": "pt"})
-    (path / "config.json").write_text(json.dumps(config | changes))
+    (path / "config.json").write_text(json.dumps(config | {"vocab_size": 8192} | changes))
     return hub
 
 
