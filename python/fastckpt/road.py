@@ -148,8 +148,9 @@ def reshard(
     `device` "cuda" or "cuda:N", or torch's own for it: tensors there, made by the GPU where the checkpoint's
     tensors lie there too; they are filled in the order of the current stream.
 
-    Raises SourceError, RecipeError, LayoutError and ViewError before anything is written, WriteError while
-    it is; then nothing is left behind. DeviceError for what this build cannot do."""
+    Raises RecipeError, LayoutError and ViewError before anything is written, SourceError before or when a
+    value shows it (NaN, a file that changed), WriteError while writing; this run then leaves nothing behind.
+    DeviceError for what this build cannot do."""
     place = _device(device)
     expect("allow_nonfinite", allow_nonfinite, bool)
     grid = grid_of(tp, placement)
