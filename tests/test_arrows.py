@@ -65,13 +65,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "digest": (*CORE, "native"),
     "finite": (*CORE, "digest", "native"),
     # What reads and runs a plan.
-    "reader": (*CORE, *TABLE, "_C"),
+    "reader": (*CORE, "digest", *TABLE, "_C"),
     "executors": (*CORE, *TABLE, "native"),
     "dequantised": (*CORE, "nowhere", "finishes", "rounding", "unrounding", "schemes"),
     "quantised_sources": (*CORE, "nowhere", "dequantised", "rounding", "unrounding", "schemes"),
     "prequantised": (*CORE, "nowhere", "quantised_config", "rounding", "schemes"),
     "computing": (
         *CORE,
+        "digest",
+        "limits",
         *TABLE,
         "nowhere",
         "lowrank",

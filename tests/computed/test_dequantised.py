@@ -94,7 +94,7 @@ def test_the_dtype_is_the_configs_or_bfloat16(tmp_path):
 def test_small_bands_and_reading_by_position(tmp_path, monkeypatch):
     config, want = source(tmp_path, "int4-group32")
     monkeypatch.setattr(
-        runs, "reader_of", lambda e, b, *, alone: Computing(e, b, lambda places: Positioned(places))
+        runs, "reader_of", lambda e, b, **_: Computing(e, b, lambda places: Positioned(places))
     )
     monkeypatch.setattr(runs, "pick", lambda *_: pick("torch"))
     got = fastckpt.reshard(tmp_path / "in", 2, layout="rtp_llm", quant="none", dtype="float32", rank=1)
