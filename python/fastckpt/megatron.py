@@ -30,7 +30,7 @@ INTERLEAVED = ("glm", "glm4", "chatglm")
 Config = str | os.PathLike[str] | Mapping[str, JSON] | None
 
 
-def whole(ckpt: Checkpoint, recipe: str | None, config: Config) -> Checkpoint:
+def join(ckpt: Checkpoint, recipe: str | None, config: Config) -> Checkpoint:
     """The model under the hub's names, as `config`, or the one beside the checkpoint, gives them.
 
     Without either, the tensors of one rank as they are. Raises SourceError where config and args contradict

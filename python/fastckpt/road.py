@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
-from . import joining
+from . import opening, sources
 from .checkpoint import JSON, Checkpoint
 from .digest import LEAF
 from .dtypes import DType
@@ -22,6 +22,7 @@ from .executors import pick
 from .extents import Buffer, fresh
 from .layouts import Layout
 from .layouts.same import Same
+from .opening import open_joined
 from .placement import Placement, grid_of
 from .planning import plans
 from .planning.batches import cut
@@ -88,7 +89,7 @@ def plan(
         grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size,
         quant=_quant(quant), dense=quant == DENSE, adapter=adapter, apart=apart,
     )  # fmt: skip
-    return plans.draft(open_whole(ckpt, recipe, config), request)
+    return plans.draft(open_joined(ckpt, recipe, config), request)
 
 
 # What is returned follows from `rank` and `out`; the options are spelled out below.
@@ -164,7 +165,7 @@ def reshard(
         raise DeviceError(f"device {place!r}: files lie on no GPU; leave device= out, for tensors there too")
 
     def drafted() -> Plan:
-        opened = open_whole(ckpt, recipe, config)
+        opened = open_joined(ckpt, recipe, config)
         return plans.draft(opened if in_memory else stamped(opened), request, in_memory=in_memory)
 
     planned = run.planned(drafted)
@@ -203,7 +204,7 @@ def prepare(
     place = _device(device)
     grid = grid_of(tp, placement)
     request = Request(grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, quant=_quant(quant))
-    planned = plans.draft(open_whole(ckpt, recipe, config), request, in_memory=True)
+    planned = plans.draft(open_joined(ckpt, recipe, config), request, in_memory=True)
     binding = Binding.of(planned.extents)
     if place == "cpu" or not gpu_sources.resident(binding):
         raise DeviceError(f"prepare: wanted tensors on a GPU as source, device {place!r}; else use reshard")
@@ -258,11 +259,11 @@ def consolidate(
         if tag or also or rename or weights != "master" or exclude_frozen or check_crc:
             raise LayoutError("consolidate: options of open go with a path, this checkpoint is open already")
     else:
-        path = joining.open(
+        path = sources.open(
             path, tag=tag, also=also, rename=rename, weights=weights,
-            exclude_frozen=exclude_frozen, check_crc=check_crc, recipe=recipe, config=config,
+            exclude_frozen=exclude_frozen, check_crc=check_crc,
         )  # fmt: skip
-    opened = joining.whole(path, recipe, config)
+    opened = open_joined(path, recipe, config)
     run = Run(threads, memory, progress)
     planned = run.planned(
         lambda: consolidation(
@@ -359,7 +360,7 @@ def load_into(
         adapter=adapter,
     )  # fmt: skip
     run = Run(threads, memory, progress)
-    planned = run.planned(lambda: plans.draft(open_whole(ckpt, recipe, config), request, in_memory=True))
+    planned = run.planned(lambda: plans.draft(open_joined(ckpt, recipe, config), request, in_memory=True))
     made = {t.name for t in planned.tensors}
     again = tensors.untied(held, made, planned.aliases)
     tied = tensors.tied(held, made | again.keys())
@@ -391,7 +392,7 @@ def stream(ckpt: Opened, names: Sequence[str]) -> Iterator[tuple[str, int, memor
     """The dense bytes of tensors as stored, in order: (name, offset in bytes, at most a MiB of them).
 
     The memory is valid until the next step. What `diff` reads with, in bounded memory."""
-    opened = ckpt if isinstance(ckpt, Checkpoint) else joining.open(ckpt)
+    opened = ckpt if isinstance(ckpt, Checkpoint) else opening.open(ckpt)
     # without a structure no plan is kept: this one goes by the names that both sides of a diff have
     only = replace(opened, entries={n: opened.entries[n] for n in names}, aliases={}, structure="")
     planned = plans.draft(only, Request(Placement(), layout=Same()), in_memory=True)
@@ -443,11 +444,3 @@ def _by_rank(out: State | Sequence[State], rank: int | None) -> list[State]:
     for state in [out] if isinstance(out, Mapping) else out:
         expect("out: a rank's tensors", state, Mapping)
     return [out] if isinstance(out, Mapping) else list(out)
-
-
-def open_whole(
-    ckpt: Opened, recipe: str | None, config: str | os.PathLike[str] | Mapping[str, JSON] | None
-) -> Checkpoint:
-    """What a verb was given, as one whole model. Raises SourceError for what cannot be opened or joined."""
-    opened = ckpt if isinstance(ckpt, Checkpoint) else joining.open(ckpt, recipe=recipe, config=config)
-    return joining.whole(opened, recipe, config)

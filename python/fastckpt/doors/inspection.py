@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from .. import recipes
 from ..checkpoint import JSON, Checkpoint, Entry
 from ..errors import RecipeError, expect
-from ..joining import open as open_checkpoint
+from ..opening import open as open_checkpoint
 from .losses import Loss
 from .losses import read as losses_of
 from .losses import text as losses_text

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from .. import __version__, joining
+from .. import __version__
 from ..checkpoint import JSON
 from ..computed.nowhere import computed
 from ..digest import LEAF
@@ -21,6 +21,7 @@ from ..errors import expect
 from ..executors import pick
 from ..executors.cpu import built
 from ..extents import COMPUTED, Buffer, Extents, File
+from ..joining import cut_from
 from ..output.manifest import Manifest, Origin, Record, rows_of
 from ..output.syscalls import give_back
 from ..output.writer import Output
@@ -386,8 +387,8 @@ def _record(planned: Plan, finite: bool) -> Record:
         ckpt.headers,
     )
     sizes = {"tp": grid.tp, "pp": grid.pp, "dp": grid.dp, "ep": grid.ep}
-    told = joining.told(ckpt, grid.world, planned.layout)
-    options = {**planned.options, **told, "allow_nonfinite": not finite}
+    of = cut_from(ckpt, grid.world, planned.layout)
+    options = {**planned.options, **of, "allow_nonfinite": not finite}
     return Record(origin, __version__, planned.layout, sizes, options)
 
 

@@ -15,11 +15,11 @@ from ..digest import digest
 from ..errors import LayoutError, expect
 from ..extents import is_file
 from ..layouts import Layout
+from ..opening import open_joined
 from ..output.manifest import NAME, Manifest, Shard
 from ..placement import Placement, grid_of
 from ..planning import plans
 from ..planning.request import Request
-from ..road import open_whole
 from ..running import tensors
 from ..running.runs import Progress, Run
 from ..sources.memory import has_memory
@@ -77,7 +77,7 @@ def verify_tensors(
             held=tensors.dtypes_of(state),
         )  # fmt: skip
         run = Run(threads, None, progress)
-        planned = run.planned(lambda: plans.draft(open_whole(ckpt, recipe, config), request, in_memory=True))
+        planned = run.planned(lambda: plans.draft(open_joined(ckpt, recipe, config), request, in_memory=True))
         found = run.to_digests(planned)
         expected = {t.name: (t.dtype.name, t.shape, found[t.name]) for t in planned.tensors}
         expected |= {name: ("", (), "") for name in planned.left_out}
