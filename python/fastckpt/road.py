@@ -149,8 +149,9 @@ def reshard(
     `device` "cuda" or "cuda:N", or torch's own for it: tensors there, made by the GPU where the checkpoint's
     tensors lie there too; they are filled in the order of the current stream.
 
-    Raises SourceError, RecipeError, LayoutError and ViewError before anything is written, WriteError while
-    it is; then nothing is left behind. DeviceError for what this build cannot do."""
+    Raises RecipeError, LayoutError and ViewError before anything is written, SourceError before or when a
+    value shows it (NaN, a file that changed), WriteError while writing; this run then leaves nothing behind.
+    DeviceError for what this build cannot do."""
     place = _device(device)
     expect("allow_nonfinite", allow_nonfinite, bool)
     grid = grid_of(tp, placement)
@@ -249,8 +250,9 @@ def consolidate(
     `path`: a path, with the options up to `config` as in `open`, or an opened checkpoint; `dtype` of the
     floats (None: as stored), integer buffers are kept; `.bin` files unless `safe_serialization`. Without
     `out` the state dict is returned. `weights_key` wraps the weights into a single-file training checkpoint,
-    with the plain values named in `client_state` beside them; `adapter` as in `reshard`, merged. Raises as
-    `reshard` does."""
+    with the plain values named in `client_state` beside them; `adapter` as in `reshard`, merged. NaN and
+    infinity are written as they are, as DeepSpeed's converter does, unless `allow_nonfinite` is False.
+    Raises as `reshard` does."""
     expect("out", out, str, os.PathLike, type(None))
     expect("allow_nonfinite", allow_nonfinite, bool)
     if out is None and weights_key is not None:
