@@ -159,14 +159,14 @@ def _model(ckpt: Checkpoint, phantom: Checkpoint, manifest: Manifest, recipe: st
 
 def _recipe(ckpt: Checkpoint, manifest: Manifest, given: str | None) -> str | None:
     """The recipe that was asked for by name, if any. A file's is the user's to name: a record runs none."""
-    said = manifest.record.options.get("recipe")
-    if not isinstance(said, str):
+    named = manifest.record.options.get("recipe")
+    if not isinstance(named, str):
         return None
-    if not said.endswith(".py"):
-        return said
+    if not named.endswith(".py"):
+        return named
     if given is None or not given.endswith(".py"):
         raise SourceError(
-            f"{ckpt.path}: cut with a recipe of a file, {said}, which is not run unless you name it: "
+            f"{ckpt.path}: cut with a recipe of a file, {named}, which is not run unless you name it: "
             "recipe= (--recipe FILE)"
         )
     return given
@@ -177,8 +177,8 @@ def _config(ckpt: Checkpoint, manifest: Manifest) -> Mapping[str, JSON]:
     path = os.path.join(ckpt.path, "config.json")
     if ckpt.config is None or path not in {f.path for f in ckpt.beside}:
         raise SourceError(f"{ckpt.path}: no config.json, which says how the shards were cut")
-    held = manifest.files.get("config.json")
-    if held is None or digest(content(path)) != held.digest:
+    recorded = manifest.files.get("config.json")
+    if recorded is None or digest(content(path)) != recorded.digest:
         raise SourceError(f"{path}: was changed since the shards were cut; put the one of then back")
     was = _map(manifest.record.options.get("resized", {}), ckpt, "resized")  # before they were padded
     return {k: v for k, v in {**ckpt.config, **was}.items() if v is not None or k not in was}
@@ -209,7 +209,7 @@ def _phantom(ckpt: Checkpoint, manifest: Manifest) -> Checkpoint:
             f"this one knows version {layouts.VERSION}, which may cut elsewhere"
         )
     tensors = _map(source.get("tensors"), ckpt, "tensors")
-    kinds = {name: _kind(f"{ckpt.path}: {name}", said) for name, said in tensors.items()}
+    kinds = {name: _kind(f"{ckpt.path}: {name}", recorded) for name, recorded in tensors.items()}
     aliases = {a: str(h) for a, h in _map(source.get("aliases"), ckpt, "aliases").items()}
     for alias, holder in aliases.items():
         if holder not in kinds:
@@ -217,13 +217,13 @@ def _phantom(ckpt: Checkpoint, manifest: Manifest) -> Checkpoint:
     return phantom_of(ckpt, kinds, aliases)
 
 
-def _kind(where: str, said: JSON) -> tuple[DType, tuple[int, ...]]:
+def _kind(where: str, recorded: JSON) -> tuple[DType, tuple[int, ...]]:
     """The dtype and shape that a record says. Raises SourceError for what is none."""
-    match said:
+    match recorded:
         case [str(dtype), list(shape)] if dtype in BY_NAME:
             dims = tuple(n for n in shape if isinstance(n, int) and n >= 0)
         case _:
-            raise SourceError(f"{where}: {said!r} is no dtype and shape")
+            raise SourceError(f"{where}: {recorded!r} is no dtype and shape")
     if len(dims) != len(shape) or math.prod(dims) > 1 << 62:
         raise SourceError(f"{where}: {shape} is no shape")
     return BY_NAME[dtype], dims

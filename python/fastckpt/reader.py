@@ -155,7 +155,7 @@ class PositionedLane:
         if len(rows) != 1 or len(staging) == 0:
             return None
         place, start = int(rows["src_buffer"][0]), int(rows["src"][0])
-        if place == NOTHING or place in self.index or not plain(rows[0], len(staging)):
+        if place == NOTHING or place in self.index or not is_one_run(rows[0], len(staging)):
             return None
         self._read(place, start, staging)
         self.bytes_read += len(staging)
@@ -326,7 +326,7 @@ class MappedLane:
         return found
 
 
-def plain(row: np.void, nbytes: int) -> bool:
+def is_one_run(row: np.void, nbytes: int) -> bool:
     """Whether a row copies `nbytes` as they are, from one run to the start of its destination."""
     item = int(item_sizes([int(row["dst_dtype"])])[0])
     shape = row["shape"].tolist()

@@ -353,24 +353,24 @@ def load_into(
     grid = grid_of(tp, placement)
     if rank is None and grid.world > 1:
         raise LayoutError(f"load_into: a module is one rank's; say which of the {grid.world} ranks (rank=)")
-    held = tensors.held(module)
-    tensors.refuse_copies(module, held)
+    state = tensors.tensors_of(module)
+    tensors.refuse_copies(module, state)
     if strict:
-        tensors.require_made(module, held)
+        tensors.require_made(module, state)
     request = Request(
-        grid, rank or 0, layout, config, recipe, tp_plan, vocab_size, held=tensors.dtypes_of(held),
+        grid, rank or 0, layout, config, recipe, tp_plan, vocab_size, only=tensors.dtypes_of(state),
         adapter=adapter,
     )  # fmt: skip
     run = Run(threads, memory, progress)
     planned = run.planned(lambda: plans.draft(open_joined(ckpt, recipe, config), request, in_memory=True))
     made = {t.name for t in planned.tensors}
-    again = tensors.untied(held, made, planned.aliases)
-    tied = tensors.tied(held, made | again.keys())
+    again = tensors.untied(state, made, planned.aliases)
+    tied = tensors.tied(state, made | again.keys())
     if strict:
         filled_or_tied = made | again.keys() | tied.keys()
-        _require_same([n for n in held if n not in filled_or_tied], planned.left_out)
-    device = tensors.device_of(held)
-    real = tensors.made_real({n: held[n] for n in (*made, *again)}, device)
+        _require_same([n for n in state if n not in filled_or_tied], planned.left_out)
+    device = tensors.device_of(state)
+    real = tensors.made_real({n: state[n] for n in (*made, *again)}, device)
     filled = {n: real[n] for n in made}
     run.to_tensors(planned, [filled], device if device == "cpu" else _device(device))
     for name, holder in again.items():

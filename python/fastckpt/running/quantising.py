@@ -36,7 +36,7 @@ from ..quantisation.rounding import (
     stored_scales,
     stored_zeros,
 )
-from ..reader import Lane, plain
+from ..reader import Lane, is_one_run
 from ..target import Target
 
 JOB_BYTES = 8 * LEAF
@@ -227,14 +227,14 @@ class Quantising:
             out = columns * matrix.scheme.bits // 8
             step, share = _step(matrix), _share(matrix)
             tensor, file = self._tensor(first + i, matrix, -(-rows // share)), int(self.rest.file[first + i])
-            held: list[Band] = []
+            bands: list[Band] = []
             width = columns * matrix.dtype.itemsize
             for band in dense.bands(i, rows, width, step, turned=matrix.scheme.turned):
-                if held and band.row % share == 0:
-                    yield Job(tensor, file, held[0].row * out, band.row * out, tuple(held))
-                    held = []
-                held.append(band)
-            yield Job(tensor, file, held[0].row * out, rows * out, tuple(held))
+                if bands and band.row % share == 0:
+                    yield Job(tensor, file, bands[0].row * out, band.row * out, tuple(bands))
+                    bands = []
+                bands.append(band)
+            yield Job(tensor, file, bands[0].row * out, rows * out, tuple(bands))
 
     def _tensor(self, number: int, matrix: Quantised, jobs: int) -> _Tensor:
         rows, _ = flat(matrix.shape)
@@ -279,7 +279,7 @@ class Quantising:
 
 def _in_memory(rows: Table, binding: Binding, nbytes: int) -> Bytes | None:
     """The dense bytes of a tensor where they lie already, as they are, in main memory; else None."""
-    if len(rows) != 1 or rows["src_buffer"][0] == NOTHING or not plain(rows[0], nbytes):
+    if len(rows) != 1 or rows["src_buffer"][0] == NOTHING or not is_one_run(rows[0], nbytes):
         return None
     row = rows[0]
     place = binding.places[int(row["src_buffer"])]

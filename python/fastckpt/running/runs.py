@@ -300,9 +300,9 @@ class Run:
             peak_memory=_peak_memory(),
             notes=planned.notes,
             errors={
-                f"{rank}/{name}" if planned.placement.world > 1 else name: told
+                f"{rank}/{name}" if planned.placement.world > 1 else name: lost
                 for rank, mine in figures.of(planned, self.errors, self.losses.found).items()
-                for name, told in mine.items()
+                for name, lost in mine.items()
             },
         )
 
@@ -411,12 +411,12 @@ def reader_of(extents: Extents, binding: Binding, *, alone: bool, losses: Losses
 
         return Resident(binding)
 
-    def plain(places: Sequence[File | Buffer]) -> Reader:
+    def stored(places: Sequence[File | Buffer]) -> Reader:
         return Mapped(places) if built() else Positioned(places, gap=GAP if alone else 0)
 
     if computed(binding.places):
-        return Computing(extents, binding, plain, losses)
-    return plain(binding.places)
+        return Computing(extents, binding, stored, losses)
+    return stored(binding.places)
 
 
 def _peak_memory() -> int:

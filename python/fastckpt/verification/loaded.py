@@ -58,7 +58,7 @@ def verify_tensors(
     import torch
 
     expect("ckpt", ckpt, str, os.PathLike, Checkpoint, Mapping)
-    state = dict(held) if isinstance(held, Mapping) else tensors.held(held)
+    state = dict(held) if isinstance(held, Mapping) else tensors.tensors_of(held)
     for name, tensor in state.items():
         expect(f"held: {name}", tensor, torch.Tensor)
         if not (tensor.is_meta or has_memory(tensor)):
@@ -74,7 +74,7 @@ def verify_tensors(
             raise LayoutError(f"verify_tensors: say which of the {grid.world} ranks these are (rank=)")
         request = Request(
             grid, rank or 0, layout or "same", config, recipe, tp_plan, vocab_size,
-            held=tensors.dtypes_of(state),
+            only=tensors.dtypes_of(state),
         )  # fmt: skip
         run = Run(threads, None, progress)
         planned = run.planned(lambda: plans.draft(open_joined(ckpt, recipe, config), request, in_memory=True))
