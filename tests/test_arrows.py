@@ -216,7 +216,7 @@ MAY_IMPORT["__main__"] = ("cli",)
 WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "sources": (
         ("options", "inert", "zero_layout", "samples", "steps", "ranks", "patterns"),
-        ("assembly", "picklemachine", "plain", "zipentries"),
+        ("assembly", "picklemachine", "plain_values", "zipentries"),
         # torch files: zip and pickle below, tensors above
         ("torchzip", "inertpickle", "zero_autoep"),
         ("torchpickle",),

@@ -175,7 +175,7 @@ def draft(ckpt: Checkpoint, request: Request, *, in_memory: bool = False) -> Pla
 
 
 def _named_instead(aliases: Mapping[str, str], only: Mapping[str, DType]) -> dict[str, str]:
-    """A stored name that is not held -> a name tied to it that is."""
+    """A stored name that is not asked for -> a name tied to it that is."""
     out: dict[str, str] = {}
     for alias, holder in aliases.items():
         if holder not in only and alias in only:
@@ -216,7 +216,7 @@ def _as_asked(
     instead: Mapping[str, str],
     left_out: dict[str, None],
 ) -> Iterator[tuple[int, Target]]:
-    """The targets that are held, each as its dtype; `scaled`: some are values of quantised matrices."""
+    """The targets of those names, each as its dtype; `scaled`: some are values of quantised matrices."""
     for rank, target in targets:
         name = target.name
         if name not in only:

@@ -23,7 +23,7 @@ from .assembly import assemble
 from .dcp import NAME, SUFFIX
 from .megatron_args import FORMAT, KEPT, Args, args_of, size, writer_of
 from .options import Options
-from .plain import mapping
+from .plain_values import mapping
 from .ranks import check_one_save
 from .torchfile import Tensor, TorchFile
 from .torchtensors import in_one_table, places, refuse_unread, same_values
