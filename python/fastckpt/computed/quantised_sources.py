@@ -6,6 +6,7 @@ Law: the names of tensors and quantization_config tell; what they do not tell is
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
@@ -21,8 +22,11 @@ from ..views import View
 from .dequantised import Dequantised
 from .nowhere import moved, nowhere, pitched
 
-KNOWN = ("fp8", "compressed-tensors", "awq", "gptq", "mxfp4", "fastckpt")
+KNOWN = ("fp8", "compressed-tensors", "modelopt", "awq", "gptq", "mxfp4", "fastckpt")
 """The `quant_method`s that are read."""
+
+MODELOPT = "hf_quant_config.json"
+"""What ModelOpt says beside config.json, or in its place: that matrices are quantised."""
 
 WITH_EXPONENTS = ("pairs4", "float8_e4m3fn", "float8_e5m2")
 """The kinds of values of which 32 may share an exponent (OCP MX)."""
@@ -63,7 +67,8 @@ def plain(
     for alias, holder in ckpt.aliases.items():
         if holder in parts:
             raise SourceError(f"{ckpt.path}: {alias} is tied to {holder}, which is quantised: not read")
-    return replace(ckpt, entries=entries, extents=extents, config=told), told
+    beside = tuple(f for f in ckpt.beside if os.path.basename(f.path) != MODELOPT)
+    return replace(ckpt, entries=entries, extents=extents, config=told, beside=beside), told
 
 
 def _dense(extents: Extents, at: int, matrix: Dequantised, dtype: DType) -> Callable[[], View]:
@@ -77,15 +82,17 @@ def _dense(extents: Extents, at: int, matrix: Dequantised, dtype: DType) -> Call
 
 
 BEHIND = (
-    "", "_scale_inv", "_scale", "_zero_point", "_packed", "_shape", "_global_scale", "_blocks", "_scales"
+    "", "_scale_inv", "_scale", "_zero_point", "_packed", "_shape", "_global_scale", "_scale_2", "_blocks",
+    "_scales",
 )  # fmt: skip
 """What a quantised matrix's tensors are called behind its name."""
 
 INSTEAD = (
     "qweight", "qzeros", "scales", "g_idx", "input_scale", "input_zero_point", "activation_scale",
-    "input_global_scale",
+    "input_global_scale", "k_scale", "v_scale",
 )  # fmt: skip
-"""What they are called in place of `weight`; those of the input mean nothing to a dense matrix."""
+"""What they are called in place of `weight`; those of the input and of a cache mean nothing to a dense
+matrix."""
 
 
 def require_as_stored(ckpt: Checkpoint, dtype: DType, *, scales: bool) -> None:
@@ -139,13 +146,16 @@ def _found(ckpt: Checkpoint, said: Mapping[str, JSON]) -> Iterator[Dequantised]:
         raise SourceError(f"{ckpt.path}: quant none: a transform_config, of turned weights, is not read")
     if method is not None and method not in KNOWN:
         raise SourceError(f"{ckpt.path}: quant none: {instead({'quantization_config': {**said}})[2:]}")
+    for name in ckpt.entries:
+        if name.endswith(".pre_quant_scale"):
+            raise SourceError(f"{name}: NVIDIA ModelOpt's scales of inputs (AWQ, SmoothQuant) are not read")
     for name, entry in ckpt.entries.items():
         stem, _, leaf = name.rpartition(".")
         stem = f"{stem}." if stem else ""
         if leaf == "weight_g_idx":
             raise SourceError(f"{name}: compressed-tensors' reordered inputs are not read")
-        if leaf == "weight_packed" and entry.dtype is dtypes.uint8:
-            yield _pairs(ckpt, f"{stem}weight", said)
+        if entry.dtype is dtypes.uint8 and (leaf == "weight_packed" or f"{name}_scale" in ckpt.entries):
+            yield _pairs(ckpt, f"{stem}weight", name, said)
         elif leaf == "weight_packed":
             yield _pack_quantized(ckpt, stem, said)
         elif name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in ckpt.entries:
@@ -183,6 +193,9 @@ def _grid(
 ) -> tuple[View, tuple[int, int]]:
     """Scales as a matrix, and how many outputs and inputs share one. Raises SourceError."""
     flat = scales.shape
+    if len(flat) == 4 and flat[1::2] == (1, 1):  # ModelOpt's blocks, which are 128 x 128
+        flat, block = flat[::2], block or (128, 128)
+        scales = scales.reshape(flat)
     if math.prod(flat) == 1:
         return scales.reshape((1, 1)), (0, 0)
     if flat in ((shape[0],), (shape[0], 1)):
@@ -289,24 +302,29 @@ def _pack_quantized(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> De
     )
 
 
-def _pairs(ckpt: Checkpoint, name: str, said: Mapping[str, JSON]) -> Dequantised:
-    """compressed-tensors' mxfp4-pack-quantized, whose scales are exponents, and nvfp4-pack-quantized, whose
-    scales are e4m3 and divided by one number."""
-    values, scales = _view(ckpt, f"{name}_packed"), _view(ckpt, f"{name}_scale")
+def _pairs(ckpt: Checkpoint, name: str, held: str, said: Mapping[str, JSON]) -> Dequantised:
+    """mxfp4, whose scales are exponents, and nvfp4, whose scales are e4m3 below one number: in
+    compressed-tensors' form they are divided by `_global_scale`, in ModelOpt's multiplied by `_scale_2`.
+
+    `held`: the tensor that holds the values."""
+    values, scales = _view(ckpt, held), _view(ckpt, f"{name}_scale")
     if len(values.shape) != 2 or _shifted(ckpt, name, said):
-        raise SourceError(f"{name}_packed: bytes of shape {values.shape}, or zero points, are not read")
+        raise SourceError(f"{held}: bytes of shape {values.shape}, or zero points, are not read")
     shape = (values.shape[0], 2 * values.shape[1])
-    whole = None
+    whole, multiplied, each = None, held == name, 32
     if scales.dtype is dtypes.float8_e4m3fn:
-        whole = _view(ckpt, f"{name}_global_scale", (1,))
+        number = name + ("_scale_2" if multiplied else "_global_scale")
+        whole = _view(ckpt, number, () if multiplied else (1,))
         if whole.dtype is not dtypes.float32:
-            raise SourceError(f"{name}_global_scale: got {whole.dtype}, wanted float32")
-    each = 32 if whole is None else 16
+            raise SourceError(f"{number}: got {whole.dtype}, wanted float32")
+        each = (_group(shape[1], scales.shape[-1], said) if multiplied else 0) or 16
     if scales.dtype is not dtypes.uint8 and whole is None:
         raise SourceError(f"{name}_scale: got {scales.dtype}, wanted uint8 or float8_e4m3fn")
     if shape[1] % each or scales.shape != (shape[0], shape[1] // each):
         raise SourceError(f"{name}: scales of shape {scales.shape} do not fit {shape}, {each} values each")
-    return Dequantised(name, shape, values, scales, (1, each), packed="pairs", bits=4, whole=whole)
+    return Dequantised(
+        name, shape, values, scales, (1, each), packed="pairs", bits=4, whole=whole, multiplied=multiplied
+    )
 
 
 def _stack(ckpt: Checkpoint, name: str) -> Dequantised:
