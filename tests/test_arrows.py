@@ -192,6 +192,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
 }
 MAY_IMPORT["runs"] = (*MAY_IMPORT, "__init__")
+MAY_IMPORT["leaves"] = (*MAY_IMPORT, "__init__")
+MAY_IMPORT["replicas"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")
 # The doors stand side by side; what writes their words stands before them. `__init__` holds the version.
 MAY_IMPORT["text"] = CORE

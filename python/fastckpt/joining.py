@@ -81,17 +81,13 @@ def join(
     manifest = Manifest.read(ckpt.path)
     record = manifest.record.options
     phantom = _phantom(ckpt, manifest)
-    entries, aliases, unread = united(
-        ckpt, phantom, manifest.record.layout, _targets(ckpt, phantom, manifest, recipe)
-    )
+    digests = {f"{s.rank}/{name}": t.digest for s in manifest.shards for name, t in s.tensors.items()}
+    targets = _targets(ckpt, phantom, manifest, recipe)
+    found = united(ckpt, phantom, manifest.record.layout, targets, digests)
     shaped = json.dumps([ckpt.structure, record, dict(ckpt.config or {})], sort_keys=True)
     was = _map(record.get("resized", {}), ckpt, "resized")
     return replace(
-        ckpt,
-        format="served",
-        entries=entries,
-        aliases=aliases,
-        unread=(*ckpt.unread, *unread),
+        found,
         config=_config(ckpt, manifest) if was else ckpt.config,
         recipe=_recipe(ckpt, manifest, recipe),
         unpadded=was,

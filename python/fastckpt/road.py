@@ -7,31 +7,26 @@ tensors, the caller's tensors, or a stream of bytes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, overload
 
-import numpy as np
-
-from . import opening, sources
+from . import opening, replicas, sources
 from .checkpoint import JSON, Checkpoint
-from .digest import LEAF
 from .dtypes import DType
 from .errors import DeviceError, LayoutError, SourceError, expect
-from .executors import pick
-from .extents import Buffer, fresh
 from .layouts import Layout
 from .layouts.same import Same
+from .leaves import leaves
 from .opening import open_joined
 from .placement import Placement, grid_of
 from .planning import plans
-from .planning.batches import cut
 from .planning.binding import Binding
 from .planning.plans import Plan
 from .planning.request import Request
 from .quantisation.schemes import Quant
 from .recipes import strangers
-from .running.runs import Progress, Report, Run, reader_of
+from .running.runs import Progress, Report, Run
 from .sources.memory import stamped
 
 if TYPE_CHECKING:
@@ -169,7 +164,7 @@ def reshard(
         opened = open_joined(ckpt, recipe, config)
         return plans.draft(opened if in_memory else stamped(opened), request, in_memory=in_memory)
 
-    planned = run.planned(drafted)
+    planned = proved(run, drafted)
     if out is None:
         states, _ = run.to_memory(planned, place)
         return states if rank is None else states[0]
@@ -267,7 +262,8 @@ def consolidate(
         )  # fmt: skip
     opened = open_joined(path, recipe, config)
     run = Run(threads, memory, progress)
-    planned = run.planned(
+    planned = proved(
+        run,
         lambda: consolidation(
             opened,
             safe_serialization=safe_serialization,
@@ -277,7 +273,7 @@ def consolidate(
             client_state=client_state,
             adapter=adapter,
             in_memory=out is None,
-        )
+        ),
     )
     if out is None:
         return run.to_memory(planned)[0][0]
@@ -362,7 +358,7 @@ def load_into(
         adapter=adapter,
     )  # fmt: skip
     run = Run(threads, memory, progress)
-    planned = run.planned(lambda: plans.draft(open_joined(ckpt, recipe, config), request, in_memory=True))
+    planned = proved(run, lambda: plans.draft(open_joined(ckpt, recipe, config), request, in_memory=True))
     made = {t.name for t in planned.tensors}
     again = tensors.untied(state, made, planned.aliases)
     tied = tensors.tied(state, made | again.keys())
@@ -395,23 +391,16 @@ def stream(ckpt: Opened, names: Sequence[str]) -> Iterator[tuple[str, int, memor
 
     The memory is valid until the next step. What `diff` reads with, in bounded memory."""
     opened = ckpt if isinstance(ckpt, Checkpoint) else opening.open(ckpt)
-    # without a structure no plan is kept: this one goes by the names that both sides of a diff have
-    only = replace(opened, entries={n: opened.entries[n] for n in names}, aliases={}, structure="")
-    planned = plans.draft(only, Request(Placement(), layout=Same()), in_memory=True)
-    binding, slots = Binding.of(planned.extents), planned.slots()
-    staging = fresh(LEAF)
-    target = Buffer(staging, staging.ctypes.data, LEAF)
-    whole = memoryview(staging.data)
-    with reader_of(planned.extents, binding, alone=False) as reader:
-        lane = reader.lane(pick(None))
-        for first, chunk in planned.chunks():
-            for batch in cut(chunk, first, slots, binding, stage=LEAF, band=LEAF, in_order=True):
-                lane.run(batch.rows, [target])
-                for at, size, leaf in zip(
-                    batch.leaf_offset.tolist(), batch.leaf_size.tolist(), batch.leaf.tolist(), strict=True
-                ):
-                    t = int(np.searchsorted(slots.leaf, leaf, "right")) - 1
-                    yield planned.tensors[t].name, (leaf - int(slots.leaf[t])) * LEAF, whole[at : at + size]
+    replicas.compare(opened)
+    yield from leaves(((n, opened.entries[n].build()) for n in names), opened.extents)
+
+
+def proved(run: Run, draft: Callable[[], Plan]) -> Plan:
+    """The plan, on the run's clock, of a checkpoint whose replicas are equal. Raises SourceError."""
+    planned = run.planned(draft)
+    nbytes, notes = replicas.compare(planned.checkpoint)
+    run.bytes_read += nbytes
+    return replace(planned, notes=(*planned.notes, *notes))
 
 
 def _quant(asked: str | Quant | None) -> Quant | None:

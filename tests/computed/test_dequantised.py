@@ -273,7 +273,8 @@ def test_modelopts_own_tensors(tmp_path):
 
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=256, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=4, tie_word_embeddings=False, dtype="bfloat16", architectures=["LlamaForCausalLM"],
+        num_key_value_heads=4, tie_word_embeddings=False, dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     shape, kind, exact = (256, 256), torch.bfloat16, torch.float32
     blocks = {-1: 128, -2: 128}

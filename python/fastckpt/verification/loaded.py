@@ -20,6 +20,7 @@ from ..output.manifest import NAME, Manifest, Shard
 from ..placement import Placement, grid_of
 from ..planning import plans
 from ..planning.request import Request
+from ..road import proved
 from ..running import tensors
 from ..running.runs import Progress, Run
 from ..sources.memory import has_memory
@@ -77,7 +78,7 @@ def verify_tensors(
             only=tensors.dtypes_of(state),
         )  # fmt: skip
         run = Run(threads, None, progress)
-        planned = run.planned(lambda: plans.draft(open_joined(ckpt, recipe, config), request, in_memory=True))
+        planned = proved(run, lambda: plans.draft(open_joined(ckpt, recipe, config), request, in_memory=True))
         found = run.to_digests(planned)
         expected = {t.name: (t.dtype.name, t.shape, found[t.name]) for t in planned.tensors}
         expected |= {name: ("", (), "") for name in planned.left_out}
