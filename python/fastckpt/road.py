@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, overload
 
-from . import joining, replicas
+from . import opening, replicas, sources
 from .checkpoint import JSON, Checkpoint
 from .dtypes import DType
 from .errors import DeviceError, LayoutError, SourceError, expect
 from .layouts import Layout
 from .layouts.same import Same
 from .leaves import leaves
+from .opening import open_joined
 from .placement import Placement, grid_of
 from .planning import plans
 from .planning.binding import Binding
@@ -83,7 +84,7 @@ def plan(
         grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size,
         quant=_quant(quant), dense=quant == DENSE, adapter=adapter, apart=apart,
     )  # fmt: skip
-    return plans.draft(open_whole(ckpt, recipe, config), request)
+    return plans.draft(open_joined(ckpt, recipe, config), request)
 
 
 # What is returned follows from `rank` and `out`; the options are spelled out below.
@@ -160,7 +161,7 @@ def reshard(
         raise DeviceError(f"device {place!r}: files lie on no GPU; leave device= out, for tensors there too")
 
     def drafted() -> Plan:
-        opened = open_whole(ckpt, recipe, config)
+        opened = open_joined(ckpt, recipe, config)
         return plans.draft(opened if in_memory else stamped(opened), request, in_memory=in_memory)
 
     planned = proved(run, drafted)
@@ -199,7 +200,7 @@ def prepare(
     place = _device(device)
     grid = grid_of(tp, placement)
     request = Request(grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, quant=_quant(quant))
-    planned = plans.draft(open_whole(ckpt, recipe, config), request, in_memory=True)
+    planned = plans.draft(open_joined(ckpt, recipe, config), request, in_memory=True)
     binding = Binding.of(planned.extents)
     if place == "cpu" or not gpu_sources.resident(binding):
         raise DeviceError(f"prepare: wanted tensors on a GPU as source, device {place!r}; else use reshard")
@@ -255,11 +256,11 @@ def consolidate(
         if tag or also or rename or weights != "master" or exclude_frozen or check_crc:
             raise LayoutError("consolidate: options of open go with a path, this checkpoint is open already")
     else:
-        path = joining.open(
+        path = sources.open(
             path, tag=tag, also=also, rename=rename, weights=weights,
-            exclude_frozen=exclude_frozen, check_crc=check_crc, recipe=recipe, config=config,
+            exclude_frozen=exclude_frozen, check_crc=check_crc,
         )  # fmt: skip
-    opened = joining.whole(path, recipe, config)
+    opened = open_joined(path, recipe, config)
     run = Run(threads, memory, progress)
     planned = proved(
         run,
@@ -348,24 +349,24 @@ def load_into(
     grid = grid_of(tp, placement)
     if rank is None and grid.world > 1:
         raise LayoutError(f"load_into: a module is one rank's; say which of the {grid.world} ranks (rank=)")
-    held = tensors.held(module)
-    tensors.refuse_copies(module, held)
+    state = tensors.tensors_of(module)
+    tensors.refuse_copies(module, state)
     if strict:
-        tensors.require_made(module, held)
+        tensors.require_made(module, state)
     request = Request(
-        grid, rank or 0, layout, config, recipe, tp_plan, vocab_size, held=tensors.dtypes_of(held),
+        grid, rank or 0, layout, config, recipe, tp_plan, vocab_size, only=tensors.dtypes_of(state),
         adapter=adapter,
     )  # fmt: skip
     run = Run(threads, memory, progress)
-    planned = proved(run, lambda: plans.draft(open_whole(ckpt, recipe, config), request, in_memory=True))
+    planned = proved(run, lambda: plans.draft(open_joined(ckpt, recipe, config), request, in_memory=True))
     made = {t.name for t in planned.tensors}
-    again = tensors.untied(held, made, planned.aliases)
-    tied = tensors.tied(held, made | again.keys())
+    again = tensors.untied(state, made, planned.aliases)
+    tied = tensors.tied(state, made | again.keys())
     if strict:
         filled_or_tied = made | again.keys() | tied.keys()
-        _require_same([n for n in held if n not in filled_or_tied], planned.left_out)
-    device = tensors.device_of(held)
-    real = tensors.made_real({n: held[n] for n in (*made, *again)}, device)
+        _require_same([n for n in state if n not in filled_or_tied], planned.left_out)
+    device = tensors.device_of(state)
+    real = tensors.made_real({n: state[n] for n in (*made, *again)}, device)
     filled = {n: real[n] for n in made}
     run.to_tensors(planned, [filled], device if device == "cpu" else _device(device))
     for name, holder in again.items():
@@ -389,7 +390,7 @@ def stream(ckpt: Opened, names: Sequence[str]) -> Iterator[tuple[str, int, memor
     """The dense bytes of tensors as stored, in order: (name, offset in bytes, at most a MiB of them).
 
     The memory is valid until the next step. What `diff` reads with, in bounded memory."""
-    opened = ckpt if isinstance(ckpt, Checkpoint) else joining.open(ckpt)
+    opened = ckpt if isinstance(ckpt, Checkpoint) else opening.open(ckpt)
     replicas.compare(opened)
     yield from leaves(((n, opened.entries[n].build()) for n in names), opened.extents)
 
@@ -434,11 +435,3 @@ def _by_rank(out: State | Sequence[State], rank: int | None) -> list[State]:
     for state in [out] if isinstance(out, Mapping) else out:
         expect("out: a rank's tensors", state, Mapping)
     return [out] if isinstance(out, Mapping) else list(out)
-
-
-def open_whole(
-    ckpt: Opened, recipe: str | None, config: str | os.PathLike[str] | Mapping[str, JSON] | None
-) -> Checkpoint:
-    """What a verb was given, as one whole model. Raises SourceError for what cannot be opened or joined."""
-    opened = ckpt if isinstance(ckpt, Checkpoint) else joining.open(ckpt, recipe=recipe, config=config)
-    return joining.whole(opened, recipe, config)

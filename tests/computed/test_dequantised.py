@@ -94,7 +94,7 @@ def test_the_dtype_is_the_configs_or_bfloat16(tmp_path):
 def test_small_bands_and_reading_by_position(tmp_path, monkeypatch):
     config, want = source(tmp_path, "int4-group32")
     monkeypatch.setattr(
-        runs, "reader_of", lambda e, b, *, alone: Computing(e, b, lambda places: Positioned(places))
+        runs, "reader_of", lambda e, b, **_: Computing(e, b, lambda places: Positioned(places))
     )
     monkeypatch.setattr(runs, "pick", lambda *_: pick("torch"))
     got = fastckpt.reshard(tmp_path / "in", 2, layout="rtp_llm", quant="none", dtype="float32", rank=1)
@@ -273,7 +273,8 @@ def test_modelopts_own_tensors(tmp_path):
 
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=256, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=4, tie_word_embeddings=False, dtype="bfloat16", architectures=["LlamaForCausalLM"],
+        num_key_value_heads=4, tie_word_embeddings=False, dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     shape, kind, exact = (256, 256), torch.bfloat16, torch.float32
     blocks = {-1: 128, -2: 128}

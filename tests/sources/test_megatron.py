@@ -164,7 +164,7 @@ def test_without_a_config(unpacked, tmp_path):
             verb(at / "legacy")
     with pytest.raises(RecipeError, match="says where it is"):
         fastckpt.reshard(at / "dist")
-    assert joining.whole(ckpt) is ckpt
+    assert joining.join(ckpt) is ckpt
 
 
 def test_a_config_and_a_tokenizer_beside_it(case):

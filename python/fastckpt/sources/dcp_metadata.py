@@ -17,7 +17,7 @@ from ..extents import File, inside
 from ..stored import check_tiles
 from . import torchpickle
 from .inert import Inert, type_name
-from .plain import integers, mapping
+from .plain_values import integers, mapping
 from .torchfile import MAX_PICKLE
 from .torchzip import Reader
 

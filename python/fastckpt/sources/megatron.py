@@ -23,7 +23,7 @@ from .assembly import assemble
 from .dcp import NAME, SUFFIX
 from .megatron_args import FORMAT, KEPT, Args, args_of, size, writer_of
 from .options import Options
-from .plain import mapping
+from .plain_values import mapping
 from .ranks import check_one_save
 from .samples import Agreement
 from .torchfile import Tensor, TorchFile

@@ -26,7 +26,7 @@ from ..extents import Extents
 from ..views import ZERO, View, cat, zeros
 from .assembly import assemble
 from .options import Options
-from .plain import mapping
+from .plain_values import mapping
 from .ranks import check_one_save
 from .samples import Agreement, samples
 from .torchtensors import places

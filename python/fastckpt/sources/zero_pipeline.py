@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from ..checkpoint import Entry
 from ..errors import SourceError
 from ..extents import Extents
-from .plain import mapping
+from .plain_values import mapping
 from .samples import Agreement, check_copy, difference, one_axis
 from .torchfile import Tensor
 from .torchtensors import Opened, refuse_unread
