@@ -4,7 +4,8 @@ Law: the extension is optional, and so is its CUDA part. Without a compiler one 
 package stays pure Python; without nvcc one is printed and it runs on the CPU only.
 FASTCKPT_BUILD: 0 skips the extension, 1 makes a failure to build it fatal, unset tries.
 FASTCKPT_CUDA: the same for the CUDA part. CUDA_HOME or CUDA_PATH names a toolkit, else nvcc is on PATH or in
-/usr/local/cuda. FASTCKPT_CUDA_ARCHS: "90" or "80,90" builds for these alone.
+/usr/local/cuda. FASTCKPT_CUDA_ARCHS: "90" or "80,90" builds for these alone; where nvcc is too old to know
+any of them, for the newest below that it knows.
 FASTCKPT_DEFINES: "FLIGHT=4 TEAM=256" defines FASTCKPT_FLIGHT and FASTCKPT_TEAM, constants of the kernels.
 """
 
@@ -95,6 +96,9 @@ class Toolkit:
         self.top = Path(top)
         known = {x.strip().removeprefix("sm_") for x in self.ask("--list-gpu-code")}
         self.architectures = [a for a in CUDA_ARCHITECTURES if a in known]
+        if not self.architectures:  # a GPU newer than nvcc runs the code, or else the PTX, of an older one
+            older = sorted(int(k) for k in known if k.isdigit() and int(k) < int(CUDA_ARCHITECTURES[-1]))
+            self.architectures = [str(a) for a in older[-1:]]
         if not self.architectures:
             raise OSError(f"{nvcc} knows none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}")
         self.runtime = self.library("libcudart_static.a")

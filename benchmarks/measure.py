@@ -19,8 +19,11 @@ PATIENCE = 60.0
 """Seconds after which a row takes the rounds it has."""
 
 
-FLOORS = {"M", "C", "W", "W durable"}
-"""What the machine can do at best; whatever else a row is compared with is other software."""
+FLOORS = {
+    "M", "C", "W", "W durable", "memcpy", "write", "fsync", "python",
+    "cast", "staged cast", "one tensor", "copy", "anew", "unchecked", "without it",
+}  # fmt: skip
+"""What the machine can do at best, or fastckpt itself; what else a row is compared with is other software."""
 
 
 def _nothing() -> None:
@@ -93,9 +96,14 @@ class Row:
     told: dict[str, float | str] = field(default_factory=dict)
 
     @property
-    def short(self) -> bool:
-        """Whether it says something to who knows no floors: compared with other software, or no time."""
-        return FLOORS.isdisjoint(self.floor.split(" + "))
+    def peer(self) -> bool:
+        """Whether other software is what it is compared with."""
+        return bool(self.floor) and not FLOORS.issuperset(self.floor.split(" + "))
+
+    @property
+    def footprint(self) -> bool:
+        """Whether it is no time: bytes of memory or from storage."""
+        return not self.subject_s[0]
 
 
 def of_floor(subject: float, floor: float) -> float:

@@ -1,14 +1,16 @@
 """The markdown table of a run's JSON, on standard output or into files between their marks.
 
-python benchmarks/table.py [--short] benchmarks/results/RUN.json [FILE.md ...]
+python benchmarks/table.py [--short] benchmarks/results/RUN.json [... FILE.md ...]
 
---short: only rows that are compared with other software, or are no time, without how they were measured.
+--short: of all runs together, every row that is compared with other software and the peaks of memory, and how
+many goals are met.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -35,15 +37,23 @@ def line(row: Row) -> str:
     )
 
 
-def made_on(run: dict[str, object]) -> str:
-    """The machine, the time and the commit in a sentence that its options end."""
-    machine, commit = run["machine"], run["commit"]
+def machine_of(run: dict[str, object]) -> str:
+    machine = run["machine"]
     return (
         f"{machine['cpu']}, {machine['cpus']} CPUs ({machine['best_instructions']}), "
         f"{machine['memory_gib']} GiB, {machine['system']}, Python {machine['python']}, "
-        f"torch {machine['torch']}, DeepSpeed {machine['deepspeed']}; {run['date']} UTC, "
-        f"commit {str(commit['id'])[:10]}{' and uncommitted changes' if commit['dirty'] else ''}; "
+        f"torch {machine['torch']}, DeepSpeed {machine['deepspeed']}"
     )
+
+
+def commit_of(run: dict[str, object]) -> str:
+    commit = run["commit"]
+    return f"commit {str(commit['id'])[:10]}{' and uncommitted changes' if commit['dirty'] else ''}"
+
+
+def made_on(run: dict[str, object]) -> str:
+    """The machine, the time and the commit in a sentence that its options end."""
+    return f"{machine_of(run)}; {run['date']} UTC, {commit_of(run)}; "
 
 
 def reliability(run: dict[str, object]) -> str:
@@ -71,24 +81,66 @@ def reliability(run: dict[str, object]) -> str:
     return "\n".join(out)
 
 
-def table(run: dict[str, object], *, short: bool = False) -> str:
+def rows_of(run: dict[str, object]) -> list[Row]:
+    return [Row(**{f.name: r[f.name] for f in fields(Row)}) for r in run.get("rows", ()) if r]
+
+
+def table(run: dict[str, object]) -> str:
     """The run as markdown: the machine in a sentence, then a row a figure."""
     if "rows" not in run:
         return reliability(run)
     options = run["options"]
-    rows = [Row(**{f.name: r[f.name] for f in fields(Row)}) for r in run["rows"] if r]
     out = [f"{made_on(run)}--size={options['size']}, {options['threads']} threads.", ""]
-    return "\n".join(out + (_short(rows) if short else _whole(rows)))
+    return "\n".join(out + _whole(rows_of(run)))
 
 
-def _short(rows: Sequence[Row]) -> list[str]:
-    out = ["| what | input | best | median | unit | fastckpt | the other |", "|---|---|---|---|---|---|---|"]
-    for row in rows:
-        if row.short:
-            took = f"{row.subject_s[0]:.3g} s | {row.floor_s[0]:.3g} s" if row.floor else " | "
-            figure = f"{_number(row.best)} | {_number(row.median)} | {row.unit}"
-            out.append(f"| {row.what} | {row.shape} | {figure} | {took} |")
-    return out
+def short(runs: Sequence[dict[str, object]]) -> str:
+    """All runs in two tables for who knows no floors, a pair for each machine."""
+    return "\n\n".join(
+        _short(machine, [run for run in runs if rows_of(run) and machine_of(run) == machine])
+        for machine in dict.fromkeys(machine_of(run) for run in runs if rows_of(run))
+    )
+
+
+def _short(machine: str, runs: Sequence[dict[str, object]]) -> str:
+    rows = sorted((row for run in runs for row in rows_of(run)), key=lambda row: ": " not in row.shape)
+    peers, prints = [r for r in rows if r.peer], [r for r in rows if r.footprint]
+    made = ", ".join(dict.fromkeys(f"{str(run['date'])[:10]} ({commit_of(run)})" for run in runs))
+    inputs = "; ".join(dict.fromkeys(row.shape for row in (*peers, *prints) if ": " in row.shape))
+    out = [
+        f"{machine}; {made}. {inputs}.",
+        "",
+        "| against other software | input | best | median | rounds |",
+        "|---|---|---|---|---|",
+    ]
+    for row in peers:
+        counted = f"{row.rounds} of {row.rounds + row.dropped}" if row.dropped else f"{row.rounds}"
+        out.append(
+            f"| {row.what} | {_name(row.shape)} | {_number(row.best)} {row.unit} | {_number(row.median)} "
+            f"| {counted} |"
+        )
+    kinds = dict.fromkeys((row.what.partition(": ")[0], row.shape) for row in prints)
+    columns = dict.fromkeys((row.what.partition(": ")[2], row.unit) for row in prints)
+    out += [
+        "",
+        f"| best / median of a run | input | {' | '.join(f'{what}, {unit}' for what, unit in columns)} |",
+        "|---|---|" + "---|" * len(columns),
+    ]
+    found = {tuple(row.what.split(": ", 1)): f"{_number(row.best)} / {_number(row.median)}" for row in prints}
+    for kind, shape in kinds:
+        cells = " | ".join(found.get((kind, what), "") for what, _ in columns)
+        out.append(f"| {kind} | {_name(shape)} | {cells} |")
+    judged = Counter(row.met for row in rows if row.goal)
+    out += [
+        "",
+        f"Of {judged.total()} goals {judged['yes']} are met, {judged['best']} more by the best round alone, "
+        f"and {judged['no']} are missed.",
+    ]
+    return "\n".join(out)
+
+
+def _name(shape: str) -> str:
+    return shape.partition(": ")[0]
 
 
 def _whole(rows: Sequence[Row]) -> list[str]:
@@ -117,10 +169,9 @@ def _pair(pair: tuple[float, float]) -> str:
 
 def main() -> int:
     names = [name for name in sys.argv[1:] if name != "--short"]
-    runs = [name for name in names if name.endswith(".json")]
-    short = len(names) < len(sys.argv) - 1
-    made = "\n\n".join(table(json.loads(Path(name).read_text()), short=short) for name in runs)
-    pages = [name for name in names if name not in runs]
+    runs = [json.loads(Path(name).read_text()) for name in names if name.endswith(".json")]
+    made = short(runs) if len(names) < len(sys.argv) - 1 else "\n\n".join(table(run) for run in runs)
+    pages = [name for name in names if not name.endswith(".json")]
     if not pages:
         print(made)
     for name in pages:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from fastckpt.planning.copies import COPY, NOTHING
 from fastckpt.quantisation.quantrows import QUANT_ROWS
+from torch.utils._device import _device_constructors
 
 DEVICE = torch.device("cuda", 0)
 CAPACITY = 139 << 30
@@ -282,9 +283,11 @@ def transfer(into: torch.Tensor, source: torch.Tensor, non_blocking: bool) -> to
     sides = [isinstance(t, There) for t in (into, source)]
     host = [t for t, there in zip((into, source), sides, strict=True) if not there and t.ndim]
     assert all(sides) or into.dtype == source.dtype or not non_blocking
+    if into.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError("Inplace update to inference tensor outside InferenceMode is not allowed.")
 
     def act() -> None:
-        with plain():
+        with plain(), torch.inference_mode():
             real_copy(into, source)
 
     if all(sides) or (non_blocking and all(is_pinned(t) for t in host)):
@@ -297,7 +300,7 @@ def transfer(into: torch.Tensor, source: torch.Tensor, non_blocking: bool) -> to
 
 
 def moved(tensor: torch.Tensor, non_blocking: bool = False) -> There:
-    out = fresh(torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype))
+    out = fresh(torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu"))
     return transfer(out, tensor, non_blocking)
 
 
@@ -328,7 +331,7 @@ def maker(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         shape = args[0] if args and isinstance(args[0], (tuple, torch.Size)) else ()
         if np.prod([float(n) for n in shape]) > LARGEST:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        made = real(*args, **kwargs)
+        made = real(*args, device="cpu", **kwargs)
         if real.__name__.startswith("empty"):
             made.view(-1).view(torch.uint8).fill_(0xA5)
         return fresh(made)
@@ -405,6 +408,7 @@ FACTORIES = [
 
 def install() -> None:
     """Put it in the place of torch's GPU and of the kernels, for this process."""
+    _device_constructors()  # kept: `with torch.device("cuda")` knows torch's own alone
     for name in FACTORIES:
         setattr(torch, name, maker(getattr(torch, name)))
 
@@ -435,6 +439,7 @@ def install() -> None:
     torch.version.cuda = "13.0"
     for name, value in {
         "is_available": lambda: True,
+        "init": lambda: None,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "get_device_capability": lambda device=None: (9, 0),

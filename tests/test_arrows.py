@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "extents": CORE[:2],
     "views": CORE[:3],
     "stored": CORE[:4],
-    "checkpoint": CORE[:4],
+    "checkpoint": (*CORE[:4], "placement"),
     "plainjson": (*CORE[:4], "checkpoint"),
     "placement": CORE[:4],
     "schemes": CORE[:2],
@@ -65,13 +65,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "digest": (*CORE, "native"),
     "finite": (*CORE, "digest", "native"),
     # What reads and runs a plan.
-    "reader": (*CORE, *TABLE, "_C"),
+    "reader": (*CORE, "digest", *TABLE, "_C"),
     "executors": (*CORE, *TABLE, "native"),
     "dequantised": (*CORE, "nowhere", "finishes", "rounding", "unrounding", "schemes"),
     "quantised_sources": (*CORE, "nowhere", "dequantised", "rounding", "unrounding", "schemes"),
     "prequantised": (*CORE, "nowhere", "quantised_config", "rounding", "schemes"),
     "computing": (
         *CORE,
+        "digest",
+        "limits",
         *TABLE,
         "nowhere",
         "lowrank",
@@ -110,8 +112,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "layouts",
         "configs",
     ),
+    "opening": (*CORE, "sources", "joining"),
     "expectation": (*PLAIN, "manifest", "sources", "layouts", "joining"),
-    "foreign": (*PLAIN, "sources", "recipes", "layouts", "uniting", "joining"),
+    "foreign": (*PLAIN, "sources", "recipes", "layouts", "uniting", "opening"),
     "adapter_settings": (*CORE, "sources"),
     "adapter_pairs": (*CORE, "adapter_settings"),
     "adapters": (*PLAIN, "nowhere", "lowrank", "sources", "adapter_settings", "adapter_pairs"),
@@ -189,16 +192,19 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
 }
 MAY_IMPORT["runs"] = (*MAY_IMPORT, "__init__")
+MAY_IMPORT["leaves"] = (*MAY_IMPORT, "__init__")
+MAY_IMPORT["replicas"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")
 # The doors stand side by side; what writes their words stands before them. `__init__` holds the version.
 MAY_IMPORT["text"] = CORE
 MAY_IMPORT["drawing"] = ()
 MAY_IMPORT["losses"] = (*CORE, "text", "drawing")
 MAY_IMPORT["serving_options"] = (*CORE, "layouts", "schemes", "request")
+MAY_IMPORT["run_options"] = ("serving_options",)
 MAY_IMPORT["manager"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["terminal"] = (*CORE, "text", "runs")
 MAY_IMPORT["manager_commands"] = (*MAY_IMPORT, "plan_description")
-MAY_IMPORT["arguments"] = (*CORE, "text", "serving_options", "manager_commands", "__init__")
+MAY_IMPORT["arguments"] = (*CORE, "text", "serving_options", "run_options", "manager_commands", "__init__")
 SPINE = (*MAY_IMPORT, "__init__", "_C")
 # An engine's plug-in mechanism opens these; nothing here imports them.
 MAY_IMPORT["engines"] = (*MAY_IMPORT, "__init__")
@@ -212,7 +218,7 @@ MAY_IMPORT["__main__"] = ("cli",)
 WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "sources": (
         ("options", "inert", "zero_layout", "samples", "steps", "ranks", "patterns"),
-        ("assembly", "picklemachine", "plain", "zipentries"),
+        ("assembly", "picklemachine", "plain_values", "zipentries"),
         # torch files: zip and pickle below, tensors above
         ("torchzip", "inertpickle", "zero_autoep"),
         ("torchpickle",),
@@ -327,6 +333,7 @@ FLOORS = ("planning", "computed", "quantisation", "output", "running", "verifica
 """Packages that only hold together rooms of one kind; each module there is a room with arrows of its own."""
 
 VAGUE = {"utils", "util", "common", "helpers", "base", "misc"}
+MAKES = {f"torch.{f}" for f in ("empty", "zeros", "ones", "full", "tensor", "arange", "randn")}
 EXECUTES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "code"}
 
 MODULES = sorted(p.relative_to(ROOT).with_suffix("").as_posix() for p in ROOT.rglob("*.py"))
@@ -448,6 +455,14 @@ def test_nothing_executes_a_checkpoint(module: str) -> None:
             called = ast.unparse(node.func)
             assert called not in {"eval", "exec", "__import__", "torch.load"}, f"{module}: {called}"
             assert not any(k.arg == "allow_pickle" for k in node.keywords), f"{module}: {called} with pickles"
+
+
+@pytest.mark.parametrize("module", sorted(TORCH | TORCH_IN_FUNCTIONS))
+def test_tensors_are_made_where_the_call_says(module: str) -> None:
+    """Not on torch's default device, which is the caller's: servers load within `torch.device("cuda")`."""
+    for node in ast.walk(parsed(module)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in MAKES:
+            assert any(k.arg == "device" for k in node.keywords), f"{module}: {ast.unparse(node)}"
 
 
 def test_names_say_something() -> None:

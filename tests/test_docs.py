@@ -6,6 +6,8 @@ import json
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 import textwrap
 from dataclasses import fields
 from pathlib import Path
@@ -85,6 +87,43 @@ def test_the_readme_s_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (tmp_path / made).rename(tmp_path / f"{made}-by-python")
     for line in commands.strip().splitlines():
         assert main(shlex.split(line, comments=True)[1:]) == 0, line
+    for layout in layouts.LAYOUTS.keys() - {"same"}:  # the same with any other layout
+        assert fastckpt.plan("checkpoint-12", 8, layout=layout).ranks == (*range(8),)
+
+
+def test_the_layouts_example_gives_what_the_option_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs/layouts.md").read_text()
+    code, option = re.findall(r"```python\n(fastckpt\.reshard.*)  # (-L .*)\n```", page)[0]
+    Llama.of(1_000_000).write(str(tmp_path / "checkpoint-12"))
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"fastckpt": fastckpt})
+    assert main(["reshard", "checkpoint-12", "wanted", "--tp", "8", "--layout", "vllm", *option.split()]) == 0
+    assert fastckpt.diff("served", "wanted").equal
+    (made, wanted) = (json.loads((tmp_path / d / "fastckpt.json").read_text()) for d in ("served", "wanted"))
+    assert made["key"] == wanted["key"]
+
+
+def figures(*pages: str) -> list[str]:
+    """What stands between the marks of pages."""
+    texts = ((ROOT / page).read_text() for page in pages)
+    return [text.split("<!-- figures -->\n")[1].split("\n<!-- end of figures -->")[0] for text in texts]
+
+
+def tables(*options: str) -> str:
+    """What benchmarks/table.py makes of the committed results."""
+    results = sorted(map(str, (ROOT / "benchmarks/results").glob("20*.json")))
+    command = [sys.executable, str(ROOT / "benchmarks/table.py"), *options, *results]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_figures_are_those_of_the_results() -> None:
+    """All of them: README has every row that compares with other software, the other pages every run."""
+    assert figures("README.md") == [tables("--short").rstrip()]
+    told = figures("benchmarks/README.md", "benchmarks/reliability/README.md")
+    runs = tables().rstrip().split("\n\n")
+    assert sorted("\n\n".join(told).split("\n\n")) == sorted(runs)
 
 
 def test_the_table_of_errors_is_that_of_the_classes() -> None:

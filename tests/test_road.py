@@ -13,7 +13,7 @@ import pytest
 import torch
 from fastckpt import dtypes, road, sources, stored
 from fastckpt.dtypes import BY_NAME, DTYPES
-from fastckpt.errors import DeviceError, LayoutError, RecipeError, SourceError, WriteError
+from fastckpt.errors import DeviceError, LayoutError, RecipeError, SourceError, ViewError, WriteError
 from fastckpt.executors import pick
 from fastckpt.executors.cpu import built
 from fastckpt.layouts import Naming
@@ -96,7 +96,7 @@ def test_every_reader_and_executor_writes_the_same_files(tmp_path, monkeypatch, 
     config, truth = zero(tmp_path / "in", "mixtral", world=4)
     chosen = pick(executor)
     monkeypatch.setattr(runs, "pick", lambda *_: chosen)
-    monkeypatch.setattr(runs, "reader_of", lambda extents, binding, alone: reader(binding.places))
+    monkeypatch.setattr(runs, "reader_of", lambda extents, binding, **_: reader(binding.places))
     out = tmp_path / "out"
     report = fastckpt.reshard(tmp_path / "in", 2, layout="vllm", dtype="bfloat16", out=out, threads=3)
     got = shard_files(out)
@@ -178,7 +178,8 @@ class Wrapped(torch.Tensor):
 def test_values_that_lie_in_no_plain_memory_are_not_filled():
     negated = torch._neg_view(torch.zeros(3))
     conjugated = torch.zeros(3, dtype=torch.complex64).conj()
-    for odd in (negated, conjugated, Wrapped(torch.zeros(3))):
+    nested = torch.nested.nested_tensor([torch.zeros(3)])
+    for odd in (negated, conjugated, nested, Wrapped(torch.zeros(3))):
         given = {"w": torch.ones(3, dtype=odd.dtype)}
         with pytest.raises(LayoutError, match=r"w is a .*plain memory"):
             fastckpt.reshard(given, rank=0, layout="same", out={"w": odd})
@@ -385,6 +386,20 @@ def test_what_verify_counts_as_not_finite_is_refused(tmp_path, dtype):
     assert fastckpt.verify(tmp_path / "out").ok
 
 
+@pytest.mark.parametrize("dtype", ["fp8", "float8_e5m2"])
+def test_no_file_of_fp8_without_scales(tmp_path, dtype):
+    """1e6 became 448 and infinity too, which no check of the output sees."""
+    held = {"w": torch.tensor([1.0, 1e6, float("inf")])}
+    kind = of_torch(fastckpt.dtype(dtype))
+    made = fastckpt.reshard(held, layout="same", dtype=dtype)[0]["w"]
+    assert made.dtype == kind and torch.equal(made[:1].float(), held["w"][:1])
+    for make in (fastckpt.reshard, fastckpt.consolidate):
+        options = {"layout": "same"} if make is fastckpt.reshard else {}
+        with pytest.raises(ViewError, match=r"writes no scales.*--quant fp8"):
+            make(held, dtype=dtype, out=tmp_path / "out", allow_nonfinite=True, **options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_memory_and_threads_are_bounded(tmp_path):
     _, truth = zero(tmp_path / "in", "mixtral")
     with pytest.raises(WriteError, match="too few"):
@@ -411,7 +426,7 @@ def test_a_source_cut_short_under_the_reader_is_an_error(tmp_path, monkeypatch, 
     write_zero(tmp_path / "in", {"w": torch.randn(3 << 20)}, stage=3, world=1)
     victim = max(tmp_path.rglob("*optim_states.pt"), key=lambda p: p.stat().st_size)
 
-    def short(extents, binding, alone):
+    def short(extents, binding, **_):
         opened = reader(binding.places)
         opened.lane(pick(None))
         with open(victim, "r+b") as f:

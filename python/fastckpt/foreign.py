@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 
-from . import joining, layouts, recipes
+from . import layouts, opening, recipes
 from .checkpoint import JSON, Checkpoint
 from .dtypes import float32
 from .errors import LayoutError, SourceError, expect
@@ -51,19 +51,18 @@ def open_shards(
     where = os.fspath(path)
     shards = _read(where, made, grid)
     if not isinstance(like, Checkpoint | Mapping):
-        like = read_json(os.fspath(like)) if os.fspath(like).endswith("config.json") else joining.open(like)
+        like = read_json(os.fspath(like)) if os.fspath(like).endswith("config.json") else opening.open(like)
     config = shards.config or like.config if isinstance(like, Checkpoint) else like
     if config is None:
         raise SourceError(f"{where}: no config.json, nor beside the checkpoint that it is like")
     find = recipes.find(config) if recipe is None else recipes.named(recipe)
-    shards = replace(shards, config=config)
+    shards = replace(shards, config=config, recipe=recipe)
     if isinstance(like, Checkpoint):
         phantom = phantom_of(shards, {n: (e.dtype, e.shape) for n, e in like.entries.items()}, like.aliases)
     else:
         imagined = recipes.imagined(find, config)
         phantom = phantom_of(shards, {n: (float32, shape) for n, shape in imagined.items()}, {})
-    facts: dict[str, JSON] = {} if recipe is None else {"recipe": recipe}
-    return whole_of(shards, phantom, find(phantom, config), made, grid, facts)
+    return whole_of(shards, phantom, find(phantom, config), made, grid)
 
 
 def _read(path: str, layout: ByRoles, grid: Placement) -> Checkpoint:

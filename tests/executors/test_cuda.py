@@ -24,6 +24,7 @@ def test_refusals_say_why() -> None:
         ({"driver": 12080, "error": 35, "devices": 0}, "13.0", "runs CUDA 12.8, this build needs 13.0"),
         ({"error": 100, "devices": 0, "why": "no CUDA-capable device"}, "13.0", "no CUDA-capable device"),
         ({"devices": 0}, "13.0", "the driver finds none"),
+        ({"error": 3, "devices": 0, "why": "initialization error"}, "13.0", "forked"),
         ({}, None, "is built for the CPU only"),
     ]:
         why = cuda.refusal(True, {**STATE, **state}, torch_cuda)
@@ -39,6 +40,23 @@ def test_devices_that_are_none() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(DeviceError, match="device 'cuda'"):
             cuda.Cuda()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, AssertionError])
+def test_a_driver_that_is_too_old_for_torch_alone(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """torch brings a CUDA of its own, which may want a newer driver than ours."""
+
+    def init() -> None:
+        raise error("The NVIDIA driver on your system is too old\nand more")
+
+    monkeypatch.setattr(_C, "built_with_cuda", True)
+    monkeypatch.setattr(_C, "device_state", lambda: STATE, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", init)
+    with pytest.raises(DeviceError, match=r"^device 'cuda': torch .* cannot use it: The NVIDIA .* too old$"):
+        cuda.usable("cuda")
 
 
 def test_the_table_runs_from_where_its_parts_lie() -> None:

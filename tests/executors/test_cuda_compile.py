@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,37 @@ def test_a_toolkit_that_must_be_there_is_missed(tmp_path: Path) -> None:
         cwd=ROOT, env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode != 0 and f"no nvcc at {tmp_path / 'bin' / 'nvcc'}" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "built"),
+    [(None, "80 90 100"), ("90,100", "90 100"), ("103", "100"), ("121", "100"), ("87", "80")],
+)
+def test_a_gpu_newer_than_nvcc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str | None, built: str
+) -> None:
+    """It runs what is built for the newest that nvcc knows below it; one older than all of those, nothing."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    known = "printf 'sm_80\\nsm_90\\nsm_100\\n'"
+    nvcc.write_text(f"#!/bin/sh\ncase $1 in --dryrun) echo '#$ TOP={tmp_path}';; *) {known};; esac\n")
+    nvcc.chmod(0o755)
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libcudart_static.a").touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr("setuptools.setup", lambda **given: None)
+    monkeypatch.chdir(ROOT)
+
+    def architectures(names: str | None) -> list[str]:
+        monkeypatch.delenv("FASTCKPT_CUDA_ARCHS", raising=False)
+        if names is not None:
+            monkeypatch.setenv("FASTCKPT_CUDA_ARCHS", names)
+        found: list[str] = runpy.run_path("setup.py")["Toolkit"]().architectures
+        return found
+
+    assert architectures(asked) == built.split()
+    with pytest.raises(OSError, match="knows none of sm_70"):
+        architectures("70")
 
 
 @needs_nvcc

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import fastckpt
 import pytest
@@ -164,12 +166,30 @@ def test_a_hot_reload_quantises_again(quant: str, dtype: str | None) -> None:
         ready.run()
         now = {n: t.cpu() for n, t in source.items()}
         compare(list(ready.out), [fastckpt.reshard(now, 2, rank=0, **options)])
+    with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(DeviceError, match="quantising waits"):
+        ready.run()
     source["a.q_proj.weight"][5, 7] = float("inf")
     with pytest.raises(fastckpt.SourceError, match=r"a\.q_proj\.weight"):
         ready.run()
     source["a.q_proj.weight"][5, 7] = 1.0
     ready.run()
     assert at == {n: t.data_ptr() for n, t in ready.out[0].items()}
+
+
+@pytest.mark.parametrize("within", [torch.inference_mode, lambda: torch.device("cuda")])
+def test_within_what_servers_set(tmp_path: Path, within: Callable[[], Any]) -> None:
+    """What was made ready in inference mode runs outside it too, and the CPU's values are put there."""
+    held = weights()
+    save_file(held, tmp_path / "model.safetensors")
+    source, options = there(held), {"layout": "hf", "tp_plan": PLAN, "quant": "fp8"}
+    with within():
+        ready = fastckpt.prepare(source, 2, rank=0, **options)
+        sent = fastckpt.reshard(tmp_path, 2, device="cuda", **options)
+        ready.run()
+    ready.run()
+    wanted = fastckpt.reshard(held, 2, **options)
+    compare(list(ready.out), wanted[:1])
+    compare(sent, wanted)
 
 
 @pytest.mark.parametrize("quant", ["fp8-block", "int4-group-zero"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fastckpt
 import pytest
@@ -53,6 +55,35 @@ def test_from_files_to_gpu(tmp_path: Path) -> None:
     compare(got, fastckpt.reshard(tmp_path, 4, **options))
 
 
+@pytest.mark.parametrize(
+    "within", [torch.inference_mode, lambda: torch.device("cuda")], ids=["inference", "cuda"]
+)
+@pytest.mark.parametrize("way", ["cpu", "gpu", None])
+def test_within_what_servers_set(
+    tmp_path: Path, way: str | None, within: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither torch's default device nor inference mode is known in threads of ours."""
+    held, there = state(), state("cuda")
+    save_file({n: t.contiguous() for n, t in held.items()}, tmp_path / "model.safetensors")
+    options = {"layout": "hf", "tp_plan": PLAN, "dtype": "bfloat16", "threads": 2}
+    if way is not None:
+        monkeypatch.setenv("FASTCKPT_CAST", way)
+    monkeypatch.setattr(gpu_transfer, "LEAST", 1)
+    monkeypatch.setattr(gpu_transfer, "SIDE", 512)
+    gpu_transfer.faster.cache_clear()
+    with within():
+        got = fastckpt.reshard(tmp_path, 4, device="cuda", **options)
+        fastckpt.reshard(there, 4, out=tmp_path / "out", **options)
+        brought = fastckpt.reshard(there, 4, **options)
+        assert fastckpt.verify_tensors(got[1], tmp_path / "out", rank=1).ok
+    wanted = fastckpt.reshard(held, 4, **options)
+    compare(got, wanted)
+    for a, b in zip(brought, wanted, strict=True):
+        assert all(torch.equal(a[n].view(torch.uint8), b[n].view(torch.uint8)) for n in b)
+    fastckpt.reshard(tmp_path, 4, device="cuda", out=got, **options)  # tensors made in inference mode
+    compare(got, wanted)
+
+
 def test_a_hot_reload_fills_the_same_tensors_again() -> None:
     source = state("cuda")
     ready = fastckpt.prepare(source, 4, rank=3, layout="hf", tp_plan=PLAN, dtype="bfloat16")
@@ -65,6 +96,19 @@ def test_a_hot_reload_fills_the_same_tensors_again() -> None:
         fresh = {n: t.cpu() for n, t in source.items()}
         wanted = fastckpt.reshard(fresh, 4, rank=3, layout="hf", tp_plan=PLAN, dtype="bfloat16")
         compare(list(ready.out), [wanted])
+
+
+def test_nothing_is_made_ready_in_a_capture(tmp_path: Path) -> None:
+    """Copies would be captured instead of made, and the tensors given back empty."""
+    held, there = {"w": torch.randn(300, 200)}, torch.zeros(300, 200, device="cuda")
+    save_file(held, tmp_path / "model.safetensors")
+    out, graph = {"w": there.clone()}, torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for source in (tmp_path, {"w": there}):
+            with pytest.raises(DeviceError, match=r"a CUDA graph is being captured; call fastckpt\.prepare"):
+                fastckpt.reshard(source, rank=0, layout=Same(), device="cuda", out=out)
+    fastckpt.reshard(tmp_path, rank=0, layout=Same(), device="cuda", out=out)
+    assert torch.equal(out["w"].cpu(), held["w"])
 
 
 def test_the_callers_tensors() -> None:
@@ -138,6 +182,21 @@ def test_the_faster_way_is_measured_once(tmp_path: Path, monkeypatch: pytest.Mon
         way = gpu_transfer.faster("cuda:0", BY_NAME["float16"], BY_NAME["float32"], turned, 2)
         assert way in gpu_transfer.WAYS
     gpu_transfer.faster.cache_clear()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), DeviceError("full")])
+def test_a_gpu_without_room_to_measure_in(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The outputs may fill it; the CPU casts then."""
+
+    def timed(*arguments: object) -> float:
+        raise error
+
+    monkeypatch.setattr(gpu_transfer, "LEAST", 1)
+    monkeypatch.setattr(gpu_transfer, "_time", timed)
+    gpu_transfer.faster.cache_clear()
+    held = {"w": torch.randn(300, 200)}
+    options = {"rank": 0, "layout": "same", "dtype": "bfloat16"}
+    compare([fastckpt.reshard(held, device="cuda", **options)], [fastckpt.reshard(held, **options)])
 
 
 def test_an_error_on_the_way_is_raised_and_nothing_travels_on(tmp_path: Path) -> None:

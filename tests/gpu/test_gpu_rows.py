@@ -199,6 +199,13 @@ def test_a_graph_replays_it() -> None:
         assert torch.equal(out, source.to(torch.bfloat16))
 
 
+def test_what_has_not_run_is_not_captured() -> None:
+    _, _, made = prepared()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), pytest.raises(DeviceError, match="run this once before"):
+        made.run()
+
+
 def test_memory_is_kept_until_it_is_done() -> None:
     source, out, made = prepared(1 << 24)
     wanted = source.to(torch.bfloat16)

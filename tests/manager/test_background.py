@@ -18,6 +18,7 @@ from fastckpt.errors import ManagerError, WriteError
 from fastckpt.manager import policies, saving
 from fastckpt.manager.commits import Store
 from fastckpt.manager.manager import CheckpointManager
+from fastckpt.manager.pieces import Snapshots
 
 
 def test_async_saves_what_was_there_at_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,6 +42,37 @@ def test_async_saves_what_was_there_at_the_call(tmp_path: Path, monkeypatch: pyt
         x += 1
         assert manager.restore(0)["x"].unique().tolist() == [0.0]  # type: ignore[index]
         assert manager.restore(1)["x"].unique().tolist() == [1.0]  # type: ignore[index]
+
+
+def test_saves_in_and_out_of_inference_mode(tmp_path: Path) -> None:
+    """Host buffers are used again, whatever mode they were made in."""
+    with CheckpointManager(tmp_path, async_save=True) as manager:
+        for step in range(3):
+            with torch.inference_mode(step % 2 == 0):
+                manager.save(step, {"x": torch.full((1000,), step)})
+            manager.wait()
+        assert [manager.restore(k)["x"].unique().tolist() for k in range(3)] == [[0], [1], [2]]  # type: ignore[index]
+
+
+class On0(torch.Tensor):
+    """A tensor that says it lies on an accelerator."""
+
+    device = torch.device("xpu", 0)
+
+
+class On1(torch.Tensor):
+    """One on another."""
+
+    device = torch.device("xpu", 1)
+
+
+def test_a_snapshot_waits_for_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current one need not be where a tensor lies: what is on its way from there would be saved."""
+    waited: list[str] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device=None: waited.append(str(device)))
+    held = {"a": torch.ones(3).as_subclass(On1), "b": torch.ones(4).as_subclass(On0), "c": torch.ones(5)}
+    taken = Snapshots().take(held, copy=True)
+    assert sorted(waited) == ["xpu:0", "xpu:1"] and set(taken.buffers) == {"a", "b", "c"}
 
 
 FORGETFUL = """

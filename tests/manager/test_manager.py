@@ -49,6 +49,16 @@ def test_there_and_back(tmp_path: Path, trained: Trained, same: Same) -> None:
     assert (tmp_path / "ck/latest").read_text() == "step-00000007\n"
 
 
+def test_torchs_default_device_is_the_callers(tmp_path: Path, trained: Trained, same: Same) -> None:
+    """Scripts set it to the GPU; what is saved and restored passes through main memory all the same."""
+    saved, template = trained(1, 3), trained(2, 0)
+    with CheckpointManager(tmp_path / "ck", async_save=True) as manager, torch.device("meta"):
+        manager.save(7, saved)
+        manager.restore(template=template)
+        plain: Any = manager.restore(7)
+    assert same(template, saved) and same(plain["model"], saved["model"].state_dict())
+
+
 def test_a_save_older_than_what_stands_is_told_and_kept(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path, max_to_keep=2) as manager:
         for step in (10, 20):
@@ -510,6 +520,11 @@ def test_what_would_only_be_found_out_later_is_refused(tmp_path: Path) -> None:
         pytest.raises(ManagerError, match="metric loss: wanted a number, got 'low'"),
     ):
         manager.save(1, {"n": 1}, {"loss": "low"})
+    with (
+        CheckpointManager(tmp_path) as manager,
+        pytest.raises(FastckptError, match="metrics: a name: wanted str, got int 3"),
+    ):
+        manager.save(1, {"n": 1}, {3: 0.5})
 
 
 def test_options_that_lack_their_other_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

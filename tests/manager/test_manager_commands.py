@@ -190,6 +190,19 @@ def test_dry_runs_refuse_what_the_runs_would(root: Path, tmp_path: Path) -> None
             call(*again, "--dtype", "float64", *more)
 
 
+def test_limits_and_silence(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (
+        ("restore", root, tmp_path / "out"),
+        ("publish", root, "--to", tmp_path / "served", "--step", 1, "--layout", "same"),
+    )
+    for each in words:
+        for more in ([], ["--dry-run"]):
+            with pytest.raises(WriteError, match="memory"):
+                call(*each, "--memory", "1MB", *more)
+        assert call(*each, "--memory", "200MB", "--threads", 1, "--quiet") == 0
+        assert capsys.readouterr().out == ""
+
+
 def test_publish_and_back(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     to = tmp_path / "served"
     for step in (1, 3):

@@ -22,7 +22,7 @@ from fastckpt.errors import FastckptError, LayoutError, RecipeError, SourceError
 from fastckpt.layouts import layout
 from layouts import families, gated, tiny
 from megatron_writer import dist, keys_of, written
-from reading import bits, read
+from reading import bits, read, refuses_a_copy_that_differs
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("lzma")  # of the fixtures; a Python may be built without it
@@ -83,9 +83,9 @@ def test_it_is_what_the_model_held(unpacked, name, kind, weights):
     truth = load_file(masters if has_masters else at / "truth.safetensors")
     ckpt = fastckpt.open(at / kind, config=at, weights=weights)
     same(ckpt, truth)
-    assert ckpt.facts["step"] == 100
+    assert ckpt.saved.step == 100
     narrow = any(x.itemsize == 2 for x in truth.values())
-    assert ("notes" in ckpt.facts) == (weights == "master" and narrow)
+    assert bool(ckpt.notes) == (weights == "master" and narrow)
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n.startswith(("llama", "qwen3_moe"))])
@@ -164,7 +164,7 @@ def test_without_a_config(unpacked, tmp_path):
             verb(at / "legacy")
     with pytest.raises(RecipeError, match="says where it is"):
         fastckpt.reshard(at / "dist")
-    assert joining.whole(ckpt) is ckpt
+    assert joining.join(ckpt) is ckpt
 
 
 def test_a_config_and_a_tokenizer_beside_it(case):
@@ -233,11 +233,11 @@ def test_a_config_of_another_model(unpacked, kind, changes, told):
 def test_what_is_said_aloud(unpacked):
     at = unpacked("llama-0.19.2")
     ckpt = fastckpt.open(at / "dist", config=config_of(at, vocab_size=10))
-    assert ckpt.facts["notes"] == ["14 rows of the vocabulary are left out as padding: 24, the config has 10"]
+    assert ckpt.notes == ("14 rows of the vocabulary are left out as padding: 24, the config has 10",)
     assert ckpt.entries["lm_head.weight"].shape == (10, 16)
     config = config_of(at)
     config["rope_parameters"] = {"rope_theta": 5e5, "rope_type": "default"}
-    (note,) = fastckpt.open(at / "dist", config=config).facts["notes"]
+    (note,) = fastckpt.open(at / "dist", config=config).notes
     assert note == "its args say rotary_base 10000, the config has rope_theta 500000.0"
 
 
@@ -300,8 +300,14 @@ def test_a_last_stage_has_the_embedding_of_the_first(tmp_path, spoiled):
         same(ckpt, hub)
         assert "output_layer.weight: the last stage's copy of the embedding" in ckpt.unread
         return
-    with pytest.raises(SourceError, match=r"mp_rank_01_001: output_layer\.weight has other values"):
-        fastckpt.open(run, config=config)
+    with pytest.raises(SourceError, match=r"of mp_rank_01_000 and output_layer\.weight of mp_rank_01_001"):
+        fastckpt.reshard(fastckpt.open(run, config=config), layout="same")
+
+
+@pytest.mark.parametrize("name", ["llama-0.19.2", "qwen3_moe-0.19.2"])
+def test_norms_of_two_ranks_that_differ_in_one_element(case, name):
+    at = case(name)
+    refuses_a_copy_that_differs(at / "legacy", config=at)
 
 
 def test_a_users_own_recipe(tmp_path):
@@ -470,7 +476,7 @@ def test_masters_and_what_has_none(tmp_path):
     del masters[f"optimizer.state.fp32_param.{bare}"]
     moments = {f"optimizer.state.exp_avg.{n}": x.float() for n, x in keys.items()}
     ckpt = fastckpt.open(dist(tmp_path, keys | masters | moments), config=made[0])
-    assert ckpt.facts["notes"] == [f"no fp32 copy of 1 tensors, which are taken in 16 bits: such as {bare}"]
+    assert ckpt.notes == (f"no fp32 copy of 1 tensors, which are taken in 16 bits: such as {bare}",)
     want = {n: x if "embed" in n else x.float() + 2**-12 for n, x in made[1].items()}
     same(ckpt, want)
 
@@ -484,7 +490,7 @@ def test_nemos_prefix_and_no_args(tmp_path):
     root.rename(tmp_path / "nemo" / "weights")
     ckpt = fastckpt.open(tmp_path / "nemo", config=made[0])
     same(ckpt, {n: x.float() for n, x in made[1].items()})
-    assert "the checkpoint has no args" in ckpt.facts["notes"][0]
+    assert "the checkpoint has no args" in ckpt.notes[0]
 
 
 @pytest.mark.parametrize("inside", ["model", "."])

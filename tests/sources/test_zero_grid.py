@@ -14,7 +14,7 @@ import zero_writer
 from fastckpt import cli, sources
 from fastckpt.errors import SourceError
 from fastckpt.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from reading import refuses
+from reading import refuses, refuses_a_copy_that_differs
 from safetensors.torch import load_file
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -106,7 +106,7 @@ def test_names_aliases_and_facts():
     ckpt = sources.open(FIXTURES / AUTOTP, rename=[(r"^model\.", "")])
     assert ckpt.aliases == {"lm_head.weight": "embed_tokens.weight"}
     assert ckpt.facts["grid"] == {"data parallel": 2, "tensor parallel": 2, "pipeline stages": 1}
-    assert ckpt.facts["stage"] == 2 and ckpt.facts["step"] == 2
+    assert ckpt.facts["stage"] == 2 and ckpt.saved.step == 2
     assert ckpt.config["model_type"] == "qwen2"
     pipe = sources.open(FIXTURES / PIPELINE, rename=[(r"^tied_modules\.", ""), (r"^(\d+)\.", r"layers.\1.")])
     assert "rows of tied_modules.embed.weight from 21 on: padding of the vocabulary" in pipe.unread
@@ -218,12 +218,16 @@ def test_a_universal_checkpoint_of_a_grid(tp):
 def test_replicated_tensors_that_differ(tp):
     for file in (tp / TAG).glob("*mp_rank_01_optim_states.pt"):
         change(file, lambda tree: tree["optimizer_state_dict"][MASTERS][1].data.mul_(1.5))
-    refuses(tp, "which tensor-parallel ranks 0 and 1 both hold, has two values")
+    refuses(tp, "which tensor-parallel ranks 0 and 1 both hold: two values")
+
+
+def test_one_element_that_differs(tmp_path):
+    refuses_a_copy_that_differs(Path(shutil.copytree(FIXTURES / STAGE_3, tmp_path / "a")))
 
 
 def test_buffers_that_differ(pipeline):
     change(pipeline / TAG / "layer_01-model_01-model_states.pt", lambda tree: tree["scale"].add_(1))
-    refuses(pipeline, "buffer 1.scale on two tensor-parallel ranks has two values")
+    refuses(pipeline, "buffer 1.scale on two tensor-parallel ranks: two values")
 
 
 def test_tied_modules_that_differ(pipeline):
@@ -234,7 +238,7 @@ def test_tied_modules_that_differ(pipeline):
         change(file, lambda tree: tree["optimizer_state_dict"][MASTERS][0].data.mul_(2))
     equal(pipeline)
     said(pipeline, lambda info: info["pipeline_replicated_parameter_patterns"].clear())
-    refuses(pipeline, "tied_modules.embed.weight in two stages of the pipeline has two values")
+    refuses(pipeline, "tied_modules.embed.weight in two stages of the pipeline: two values")
 
 
 # ---- what is said of cuts ----
@@ -333,7 +337,7 @@ def test_frozen_layers(pipeline):
         torch.save({"norm.bias": torch.arange(4.0)}, again)
     ckpt = sources.open(pipeline)
     assert ckpt.entries["2.norm.bias"].kind == "frozen"
-    (note,) = ckpt.facts["notes"]
+    (note,) = ckpt.notes
     assert "layer 2 is taken for frozen" in note and "left of an earlier save" in note
     assert "2.norm.bias" not in sources.open(pipeline, exclude_frozen=True)
     found = fastckpt.reshard(ckpt, layout="same", rank=0)["2.norm.bias"]

@@ -82,11 +82,11 @@ class Adapter:
 
     def digests(self) -> tuple[str, str]:
         """Hex digests of what it does to a base: of what shapes the result, and of its own headers."""
-        told = [
+        shaping = [
             [(n, *((p.scale, p.flipped) for p in pairs)) for n, pairs in self.adapted.items()],
             [*self.saved],
         ]
-        return _digest(json.dumps(told), self.tensors.structure), self.tensors.headers
+        return _digest(json.dumps(shaping), self.tensors.structure), self.tensors.headers
 
     def applied(self, entries: Mapping[str, Entry], extents: Extents) -> Checkpoint:
         """The base with these entries over this table, and with the adapter in its files and digests."""
@@ -216,11 +216,10 @@ def merged(adapter: Adapter, dtype: DType | None) -> Checkpoint:
         kind = kind_of(old.dtype, dtype) if name in adapter.changed else old.dtype
         return Single(adapter.entry(name).shape, kind, build(name, old, kind), old.kind)
 
-    notes = base.facts.get("notes")
     modules = len(adapter.pairs) + len(adapter.stacks)
     note = f"{adapter.settings.path}: {modules} modules merged, {len(adapter.saved)} tensors replaced"
     made = adapter.applied({n: entry_of(n, e) for n, e in base.entries.items()}, table)
-    return replace(made, facts={**base.facts, "notes": [*(notes if isinstance(notes, list) else []), note]})
+    return replace(made, notes=(*base.notes, note))
 
 
 # ---- names and sizes ----
@@ -341,5 +340,5 @@ def _in_table(view: View, table: Extents, by: int) -> View:
     return replace(view, extents=table, held=held)
 
 
-def _digest(*told: str) -> str:
-    return xxhash.xxh3_64_hexdigest("\n".join(told).encode())
+def _digest(*words: str) -> str:
+    return xxhash.xxh3_64_hexdigest("\n".join(words).encode())

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import FastckptError
-from . import serving_options
+from . import run_options, serving_options
 from .manager_commands import add_parser as commands_of_manager
 
 EPILOG = "exit codes: 0 ok, 1 mismatch, 2 usage, 3 broken or unsafe input, 4 environment, 130 Ctrl-C"
@@ -84,8 +84,7 @@ def _plan(p: argparse.ArgumentParser) -> None:
     _source(p)
     _rank(p)
     serving_options.add(p)
-    _memory(p)
-    _threads(p)
+    run_options.add_limits(p)
 
 
 def _reshard(p: argparse.ArgumentParser) -> None:
@@ -138,8 +137,8 @@ def _verify(p: argparse.ArgumentParser) -> None:
         metavar="NAME[==VERSION]",
         help="also check names, shapes and dtypes against this engine's loader (vllm, vllm==0.32)",
     )
-    _threads(p)
-    _quiet(p)
+    run_options.add_threads(p)
+    run_options.add_quiet(p)
 
 
 def _diff(p: argparse.ArgumentParser) -> None:
@@ -147,7 +146,7 @@ def _diff(p: argparse.ArgumentParser) -> None:
     p.add_argument("b", metavar="B")
     _names(p)
     serving_options.add_config(p, config="beside A, beside B")
-    _quiet(p)
+    run_options.add_quiet(p)
 
 
 def _doctor(p: argparse.ArgumentParser) -> None:
@@ -233,21 +232,8 @@ def _run(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--overwrite", action="store_true", help="replace an existing output, in one step")
     p.add_argument("--no-fsync", action="store_false", dest="durable", help="do not wait for the disk")
-    _memory(p)
-    _threads(p)
-    _quiet(p)
-
-
-def _memory(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--memory", metavar="SIZE", help="bytes held at once (default: 64 MiB + 4 MiB a thread)")
-
-
-def _threads(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--threads", type=_positive, metavar="N", help="workers (default: the usable cores)")
-
-
-def _quiet(p: argparse.ArgumentParser) -> None:
-    p.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    run_options.add_limits(p)
+    run_options.add_quiet(p)
 
 
 def _rename(text: str) -> tuple[str, str]:
@@ -268,9 +254,3 @@ def strip_prefix(prefix: str) -> tuple[str, str]:
 
 def _rank_or_auto(text: str) -> int | str:
     return text if text == "auto" else serving_options.natural(text)
-
-
-def _positive(text: str) -> int:
-    if (number := serving_options.natural(text)) < 1:
-        raise argparse.ArgumentTypeError("wanted at least 1")
-    return number

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from .. import recipes
 from ..checkpoint import JSON, Checkpoint, Entry
 from ..errors import RecipeError, expect
-from ..joining import open as open_checkpoint
+from ..opening import open as open_checkpoint
 from .losses import Loss
 from .losses import read as losses_of
 from .losses import text as losses_text
-from .text import columns, cut, said, size, some
+from .text import columns, cut, size, some, spelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Inspection:
         """The inspection for people; long lists are cut, JSON has them whole."""
         lines = [f"{self.path}: {self.format}"]
         tables = {k: v for k, v in self.facts.items() if _is_table(v)}
-        scalars = [(k, cut(said(v))) for k, v in self.facts.items() if k not in tables]
+        scalars = [(k, cut(spelled(v))) for k, v in self.facts.items() if k not in tables]
         scalars += [
             ("tensors", f"{self.tensors} ({self.elements:,} elements, {size(self.nbytes)})"),
             ("files", f"{len(self.files)} ({size(self.file_bytes)})"),
@@ -133,7 +133,7 @@ def inspect(
     return Inspection(
         path=ckpt.path,
         format=ckpt.format,
-        facts=ckpt.facts,
+        facts=_facts(ckpt),
         tensors=len(ckpt.entries),
         elements=sum(math.prod(e.shape) for e in ckpt.entries.values()),
         nbytes=sum(held.values()),
@@ -156,13 +156,31 @@ def inspect(
     )
 
 
+def _facts(ckpt: Checkpoint) -> dict[str, JSON]:
+    """What the trainer says of its save, and the format of itself."""
+    saved = ckpt.saved
+    first: dict[str, JSON] = {"tag": saved.tag, "step": saved.step}
+    last: dict[str, JSON] = {
+        "client_state": None if saved.client_state is None else dict(saved.client_state),
+        "params" if ckpt.format == "meta" else "args": None if saved.args is None else dict(saved.args),
+        "notes": [*ckpt.notes] or None,
+        "recipe": ckpt.recipe,
+        "unpadded": dict(ckpt.unpadded) or None,
+    }
+    return {
+        **{key: value for key, value in first.items() if value is not None},
+        **ckpt.facts,
+        **{key: value for key, value in last.items() if value is not None},
+    }
+
+
 def _family(ckpt: Checkpoint, recipe: str | None) -> tuple[str | None, str]:
     """The recipe that recognises every name and shape, or None and why not."""
     if ckpt.config is None:
         return None, "no config.json"
-    asked = recipe or ckpt.facts.get("recipe")
+    asked = recipe or ckpt.recipe
     try:
-        find = recipes.named(asked) if isinstance(asked, str) else recipes.find(ckpt.config)
+        find = recipes.named(asked) if asked is not None else recipes.find(ckpt.config)
         find(ckpt, ckpt.config)
     except RecipeError as e:
         return None, str(e)
@@ -185,4 +203,4 @@ def _table_rows(value: JSON) -> list[tuple[str, ...]]:
     """A list of objects as rows under the keys of the first."""
     objects = [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
     keys = list(objects[0])
-    return [tuple(keys), *(tuple(said(o.get(k)) for k in keys) for o in objects)]
+    return [tuple(keys), *(tuple(spelled(o.get(k)) for k in keys) for o in objects)]

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..errors import FastckptError, ManagerError, SourceError
-from . import serving_options
+from . import run_options, serving_options
 from .terminal import progress
 from .text import columns, counted, harmless, size
 
@@ -74,6 +74,8 @@ def add_parser(
     restore.add_argument("--names", nargs="+", metavar="NAME", help="only these tensors")
     restore.add_argument("--overwrite", action="store_true", help="replace an existing output, in one step")
     restore.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    run_options.add_limits(restore)
+    run_options.add_quiet(restore)
 
     publish = action("publish", "reshard a commit for servers and make it current, or go back to a version")
     publish.add_argument("--to", required=True, metavar="DIR", help="the directory of the versions")
@@ -89,6 +91,8 @@ def add_parser(
     serving_options.add_recipe(publish)
     publish.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     publish.add_argument("--allow-nonfinite", action="store_true", help="write NaN and infinity as they are")
+    run_options.add_limits(publish)
+    run_options.add_quiet(publish)
     return top
 
 
@@ -174,7 +178,7 @@ def _gc(manager: CheckpointManager, args: argparse.Namespace) -> int:
 
 def _restore(manager: CheckpointManager, args: argparse.Namespace) -> int:
     from ..road import plan, reshard
-    from ..running.runs import Report, require_place
+    from ..running.runs import require_place
 
     step = _step(manager, args)
     opened = manager.open(step, args.rank)
@@ -187,10 +191,9 @@ def _restore(manager: CheckpointManager, args: argparse.Namespace) -> int:
         return _show_plan(args, planned)
     with progress(as_json=args.json, quiet=args.quiet) as bar:  # NaN and all: as it was saved
         report = reshard(
-            state, layout="same", out=args.out, overwrite=args.overwrite, allow_nonfinite=True, progress=bar
-        )
-    if not isinstance(report, Report):
-        raise ManagerError(f"{args.out}: nothing was written")
+            state, layout="same", out=args.out, overwrite=args.overwrite, allow_nonfinite=True,
+            memory=args.memory, threads=args.threads, progress=bar,
+        )  # fmt: skip
     done: dict[str, JSON] = {
         "step": step,
         "out": args.out,
@@ -221,7 +224,8 @@ def _publish(manager: CheckpointManager, args: argparse.Namespace) -> int:
         with progress(as_json=args.json, quiet=args.quiet) as bar:
             manager.publish(
                 _step(manager, args), to=args.to, part=args.part, allow_nonfinite=args.allow_nonfinite,
-                keep=args.keep, progress=bar, **serving_options.serving(args),
+                keep=args.keep, memory=args.memory, threads=args.threads, progress=bar,
+                **serving_options.serving(args),
             )  # fmt: skip
     now, there = publishing.current(args.to), publishing.versions(args.to)
     shown: dict[str, JSON] = {"current": now, "versions": [*there]}
@@ -232,7 +236,7 @@ def _publish(manager: CheckpointManager, args: argparse.Namespace) -> int:
 def _show_plan(args: argparse.Namespace, planned: Plan) -> int:
     from .plan_description import describe_plan
 
-    found = describe_plan(planned)
+    found = describe_plan(planned, threads=args.threads, memory=args.memory)
     _show(args, [found.text()], found.json())
     return 0
 
@@ -245,7 +249,10 @@ def _step(manager: CheckpointManager, args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace, lines: list[str], shown: JSON) -> None:
-    print(json.dumps(shown, indent=2) if args.json else harmless("\n".join(lines)))
+    if args.json:
+        print(json.dumps(shown, indent=2))
+    elif not args.quiet:
+        print(harmless("\n".join(lines)))
 
 
 _ACTIONS = {"ls": _ls, "verify": _verify, "gc": _gc, "restore": _restore, "publish": _publish}

@@ -22,15 +22,9 @@ def _torch(recent_bytes: int) -> Executor:
     return Torch()
 
 
-def _cuda(recent_bytes: int) -> Executor:
-    from .cuda import Cuda
-
-    return Cuda()
-
-
-EXECUTORS: dict[str, Callable[[int], Executor]] = {"cpu": _cpu, "torch": _torch, "cuda": _cuda}
+EXECUTORS: dict[str, Callable[[int], Executor]] = {"cpu": _cpu, "torch": _torch}
 """Name -> maker, given `recent_bytes` as `pick` is; it raises DeviceError where its executor cannot run.
-`cuda` wants its buffers there."""
+`cuda` is picked by the rooms whose buffers lie on a GPU."""
 
 
 def pick(name: str | None = None, recent_bytes: int = RECENT_BYTES) -> Executor:

@@ -24,7 +24,8 @@ from .tiles import Tiles, tile
 def refusal(built: bool, state: Mapping[str, int | str], torch_cuda: str | None) -> str | None:
     """Why CUDA cannot run here, or None: `built` with kernels, `_C.device_state()`, torch's own CUDA version.
 
-    Versions are 1000 * major + 10 * minor; error 35 is "driver too old" and also "no driver"."""
+    Versions are 1000 * major + 10 * minor; error 35 is "driver too old" and also "no driver", 3 what a fork
+    of a process that used CUDA gets."""
     if not built:
         return "this build runs on the CPU only; install again where nvcc is found (FASTCKPT_CUDA=1 insists)"
     driver, runtime = int(state["driver"]), int(state["runtime"])
@@ -34,6 +35,11 @@ def refusal(built: bool, state: Mapping[str, int | str], torch_cuda: str | None)
         return (
             f"the driver is too old: it runs CUDA {_version(driver)}, this build needs {_version(runtime)}; "
             f"update the driver, or build with a toolkit of CUDA {_version(driver)}"
+        )
+    if state["error"] == 3:  # "initialization error"
+        return (
+            "CUDA does not start here; a process that was forked from one that used it cannot use it: "
+            "start it with multiprocessing's spawn"
         )
     if state["error"] or not state["devices"]:
         return f"no GPU here: {state['why'] or 'the driver finds none'}"
@@ -47,7 +53,8 @@ def _version(number: int) -> str:
 
 
 def usable(device: str | torch.device) -> torch.device:
-    """The device by number, "cuda" being the current one. Raises DeviceError saying why it cannot be used."""
+    """The device by number, "cuda" being the current one. Raises DeviceError saying why it cannot be used,
+    also where a graph is being captured: nothing can be made ready there."""
     try:
         asked = torch.device(device)
     except RuntimeError as e:
@@ -59,6 +66,16 @@ def usable(device: str | torch.device) -> torch.device:
     why = refusal(built, _C.device_state() if built else nothing, torch.version.cuda)
     if why is not None:
         raise DeviceError(f"device {device!r}: {why}")
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as e:  # torch's CUDA, not ours, may want a newer driver
+        told = str(e).splitlines()[0]
+        raise DeviceError(f"device {device!r}: torch {torch.__version__} cannot use it: {told}") from None
+    if torch.cuda.is_current_stream_capturing():
+        raise DeviceError(
+            f"device {device!r}: a CUDA graph is being captured; call fastckpt.prepare before, run what it "
+            "gives once, and capture its run() alone"
+        )
     index = torch.cuda.current_device() if asked.index is None else asked.index
     if index >= torch.cuda.device_count():
         raise DeviceError(f"device {device!r}: this machine has {torch.cuda.device_count()}")
@@ -127,10 +144,12 @@ class Prepared:
 
         May be captured into a graph once it has run; whoever replays that keeps this object. Else memory is
         kept until the copies are done, also when this object goes before. Raises DeviceError when a launch
-        fails."""
+        fails, and for a capture of what has not run: its table may still be on its way."""
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream()
             captured = torch.cuda.is_current_stream_capturing()
+            if captured and not self.used:
+                raise DeviceError("executor cuda: a CUDA graph is being captured; run this once before")
             if not captured:
                 stream.wait_event(self.ready)
             base = self.table.data_ptr()

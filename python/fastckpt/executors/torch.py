@@ -77,7 +77,7 @@ def cast(values: torch.Tensor, to: DType) -> torch.Tensor:
     bits = finite.to(getattr(torch, to.name)).view(_BITS[to.itemsize])
     nan = single.isnan()
     if bool(nan.any()):
-        quiet = torch.tensor(_NAN[to.name], dtype=bits.dtype)
+        quiet = torch.tensor(_NAN[to.name], dtype=bits.dtype, device="cpu")
         negative = quiet + torch.iinfo(bits.dtype).min  # the sign bit set
         # The sign is the source's: torch's own conversion may drop it.
         sign = values.view(_BITS[values.itemsize]) < 0
@@ -137,6 +137,6 @@ def _bytes(buffer: Buffer) -> torch.Tensor:
     if buffer.device != "cpu":
         raise DeviceError(f"executor torch: wanted buffers in main memory, got one on {buffer.device}")
     if buffer.nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     raw = (ctypes.c_uint8 * buffer.nbytes).from_address(buffer.address)
     return torch.frombuffer(raw, dtype=torch.uint8)

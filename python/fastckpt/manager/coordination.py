@@ -84,10 +84,10 @@ class Distributed:
     def exchange(self, value: JSON) -> list[JSON]:
         """What every rank said, by rank. Raises ManagerError where a rank is lost."""
         data = bytearray(json.dumps(value).encode())
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+        sizes = [torch.zeros(1, dtype=torch.int64, device="cpu") for _ in range(self.world)]
         try:
-            dist.all_gather(sizes, torch.tensor([len(data)]), group=self._group)
-            mine = torch.zeros(max(int(n) for n in sizes), dtype=torch.uint8)
+            dist.all_gather(sizes, torch.tensor([len(data)], device="cpu"), group=self._group)
+            mine = torch.zeros(max(int(n) for n in sizes), dtype=torch.uint8, device="cpu")
             mine[: len(data)] = torch.frombuffer(data, dtype=torch.uint8)
             found = [torch.empty_like(mine) for _ in range(self.world)]
             dist.all_gather(found, mine, group=self._group)

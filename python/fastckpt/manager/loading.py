@@ -149,7 +149,7 @@ class _Load:
             template = held[name]
             local = tuple(template.to_local().shape)  # type: ignore[attr-defined]
             if 0 in local:
-                return _like(template, torch.empty(local, dtype=template.dtype))
+                return _like(template, torch.empty(local, dtype=template.dtype, device="cpu"))
             return _like(template, opened.read(name, (box.offset, local)))
 
         found = dict(zip(jobs, each(read, list(jobs.values()), min(4, cores())), strict=True))

@@ -19,6 +19,7 @@ from functools import partial
 from types import TracebackType
 
 from ..checkpoint import JSON
+from ..dtypes import DType
 from ..errors import ManagerError, WriteError, expect
 from ..layouts import Layout
 from ..placement import Placement, grid_of
@@ -509,13 +510,15 @@ class CheckpointManager:
         recipe: str | None = None,
         tp_plan: Mapping[str, str] | None = None,
         vocab_size: int | None = None,
-        dtype: str | None = None,
+        dtype: str | DType | None = None,
         quant: str | Quant | None = None,
         adapter: str | os.PathLike[str] | None = None,
         apart: bool = False,
         max_shard_size: str | int | None = "5GB",
         allow_nonfinite: bool = False,
         keep: int | None = None,
+        memory: str | int | None = None,
+        threads: int | None = None,
         progress: Progress | None = None,
     ) -> Report | None:
         """Reshard the model of a committed step into a directory of its own below `to`, and move the link
@@ -535,7 +538,7 @@ class CheckpointManager:
             source = publishing.model_of(self.open(step, 0), part)
             return publishing.publish(
                 source, self._store.name(step), to, serving, allow_nonfinite=allow_nonfinite, keep=keep,
-                progress=progress,
+                memory=memory, threads=threads, progress=progress,
             )  # fmt: skip
 
         return by_some(self._group, f"publish of step {step}", self._group.rank == 0, work)
@@ -545,6 +548,7 @@ def _finite(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
     """Metrics that can be compared and written; others are left out, with a warning."""
     numbers = {}
     for name, value in metrics.items():
+        expect("metrics: a name", name, str)
         try:
             numbers[name] = float(value)
         except (TypeError, ValueError):

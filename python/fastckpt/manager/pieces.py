@@ -78,7 +78,7 @@ class Snapshots:
         """A snapshot of `tensors`; without `copy`, dense CPU tensors are taken as they are, not copied.
 
         Raises ManagerError for a tensor without plain memory of its own."""
-        taken, moved = Taken(), False
+        taken, moved = Taken(), set[torch.device]()
         first: dict[object, str] = {}
         alive = []  # an address says that two tensors are one only while both are held
         for name, tensor in tensors.items():
@@ -94,14 +94,16 @@ class Snapshots:
             host = local
             if copy or local.device.type != "cpu":
                 host = taken.buffers[name] = self._buffer(name, local)
-                host.copy_(local, non_blocking=True)
-                moved = moved or local.device.type != "cpu"
+                with torch.inference_mode():  # in which the buffer may have been made, by an earlier save
+                    host.copy_(local, non_blocking=True)
+                if local.device.type != "cpu":
+                    moved.add(local.device)
             dtype = BY_NAME.get(str(local.dtype).removeprefix("torch."))
             if dtype is None:
                 raise ManagerError(f"state: {name} is {local.dtype}, which fastckpt does not know")
             taken.pieces[name] = Piece(name, dtype, host.contiguous(), box)
-        if moved:
-            torch.accelerator.synchronize()
+        for device in moved:  # the current one need not be where they lie
+            torch.accelerator.synchronize(device)
         return taken
 
     def give_back(self, taken: Taken) -> None:
@@ -111,7 +113,8 @@ class Snapshots:
     def _buffer(self, name: str, like: torch.Tensor) -> torch.Tensor:
         kept = self._buffers.pop(name, None)
         if kept is None or kept.shape != like.shape or kept.dtype != like.dtype:
-            kept = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.device.type == "cuda")
+            pin = like.device.type == "cuda"
+            kept = torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=pin)
         return kept
 
 

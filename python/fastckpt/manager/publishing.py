@@ -61,6 +61,8 @@ def publish(
     *,
     allow_nonfinite: bool = False,
     keep: int | None = None,
+    memory: str | int | None = None,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report | None:
     """Write `to/VERSION` and make it current; None where it was there already, whole, and only the link
@@ -69,13 +71,16 @@ def publish(
     path = os.path.join(root, _checked(version))
     made = None
     if not os.path.exists(os.path.join(path, NAME)):
-        made = reshard(source, allow_nonfinite=allow_nonfinite, out=path, progress=progress, **serving)
+        made = reshard(
+            source, allow_nonfinite=allow_nonfinite, out=path, memory=memory, threads=threads,
+            progress=progress, **serving,
+        )  # fmt: skip
     else:
         _same(path, plan(source, **serving), source)
     point(root, version)
     if keep is not None:
         gc(root, keep)
-    return made if isinstance(made, Report) else None
+    return made
 
 
 def rehearsed(source: Checkpoint, version: str, to: str | os.PathLike[str], serving: Serving) -> Plan:

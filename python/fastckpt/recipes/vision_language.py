@@ -245,6 +245,7 @@ def _within(build: Callable[[Claims, str, Said, Dim], Built], at: str) -> TowerC
     return beside
 
 
+# What transformers 5.23 trains and saves, where its own names are not the hub's.
 _QWEN2 = (("model.language_model.", "model."), ("model.visual.", "visual."))
 _LLAVA = (
     ("model.language_model.", "language_model.model."),
@@ -253,7 +254,6 @@ _LLAVA = (
     ("model.multi_modal_projector.", "multi_modal_projector."),
     ("model.image_newline", "image_newline"),
 )
-
 _KIMI = (
     ("model.language_model.", "language_model.model."),
     ("language_model.model.blocks.", "language_model.model.layers."),
@@ -261,7 +261,6 @@ _KIMI = (
     ("model.mm_projector.", "mm_projector."),
     ("vision_tower.encoder.patch_embed.", "vision_tower.patch_embed."),
 )
-"""What transformers 5.23 trains and saves, where its own names are not the hub's."""
 
 _APART = ("llama", "mistral", "qwen2", "qwen3")
 

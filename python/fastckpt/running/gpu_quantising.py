@@ -70,8 +70,11 @@ class Quantiser:
 
     def run(self) -> None:
         """Fill the tensors once more and wait for them. Raises SourceError naming a matrix that holds NaN or
-        infinity, DeviceError when a launch fails."""
-        with torch.cuda.device(self.table.device):
+        infinity, DeviceError when a launch fails and where a graph is being captured."""
+        # In inference mode, as `prepare` may have been called in it; what was made outside is filled too.
+        with torch.inference_mode(), torch.cuda.device(self.table.device):
+            if torch.cuda.is_current_stream_capturing():
+                raise DeviceError("quantising waits for the GPU, and a CUDA graph is being captured")
             stream = torch.cuda.current_stream()
             stream.wait_event(self.ready)
             self.found.zero_()
@@ -229,7 +232,7 @@ class _Making:
             Step(copies, (borders[2 * k], borders[2 * k + 1]), (borders[2 * k + 1], borders[2 * k + 2]))
             for k, (copies, _, _) in enumerate(self.steps)
         ]
-        told = torch.empty((len(self.names),), dtype=torch.int32, pin_memory=True)
+        told = torch.empty((len(self.names),), dtype=torch.int32, device="cpu", pin_memory=True)
         ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         ready.record(torch.cuda.current_stream(self.device))
         return Quantiser(

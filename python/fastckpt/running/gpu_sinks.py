@@ -59,7 +59,8 @@ class ToDevice:
     """The sink of a run over tensors on one device: batches are made in pinned memory and sent from there.
 
     `buffers`: each planned tensor's memory. Every worker has two stagings and a stream of its own, so that
-    one batch is made while another travels."""
+    one batch is made while another travels. A tensor made in inference mode is filled in that mode only, in
+    which a worker's thread is not by itself."""
 
     def __init__(self, slots: Slots, buffers: Sequence[Buffer], device: str) -> None:
         self.slots = slots
@@ -74,7 +75,7 @@ class ToDevice:
     def put(self, tensor: int, offset: int, data: memoryview) -> None:
         """Send bytes that the CPU quantised; on return `data` may be reused."""
         source = torch.frombuffer(data, dtype=torch.uint8)
-        with torch.cuda.stream(self.made):
+        with torch.inference_mode(), torch.cuda.stream(self.made):
             self.bytes[tensor][offset : offset + len(data)].copy_(source)
 
     def open(self) -> None:
@@ -87,7 +88,7 @@ class ToDevice:
     def worker(self, lane: Lane, size: int) -> Worker:
         """A worker that makes at most `size` bytes at a time. To be called on the caller's thread."""
         on_gpu = self.device.type == "cuda"
-        stagings = [torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
+        stagings = [torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=on_gpu) for _ in range(2)]
         stream = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
         sent: list[torch.cuda.Event | None] = [None, None]
         if stream is not None:
@@ -102,8 +103,8 @@ class ToDevice:
             if before is not None:
                 before.synchronize()
             n = batch.stop - batch.start
-            lane.run(batch.rows, [Buffer(staging, staging.data_ptr(), n)])
-            with torch.cuda.stream(stream):
+            lane.run(batch.rows, [Buffer(staging, staging.data_ptr(), n)], batch.file)
+            with torch.inference_mode(), torch.cuda.stream(stream):
                 for tensor, at, into, length in pieces(batch, self.slots):
                     self.bytes[tensor][into : into + length].copy_(
                         staging[at : at + length], non_blocking=True
@@ -147,7 +148,7 @@ class CastThere:
             raw, rows, size = as_they_are(batch.rows)
             with torch.cuda.stream(stream):
                 runner = slot.of(size)
-                lane.run(raw, [Buffer(slot.here, slot.here.data_ptr(), size)])
+                lane.run(raw, [Buffer(slot.here, slot.here.data_ptr(), size)], batch.file)
                 slot.there[:size].copy_(slot.here[:size], non_blocking=True)
                 used, rows["dst_buffer"] = np.unique(rows["dst_buffer"], return_inverse=True)
                 slot.prepared = runner.prepare(rows, [self.buffers[i] for i in used.tolist()])
@@ -168,7 +169,7 @@ class _Slot:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.here = torch.empty((0,), dtype=torch.uint8)
+        self.here = torch.empty((0,), dtype=torch.uint8, device="cpu")
         self.there = torch.empty((0,), dtype=torch.uint8, device=device)
         self.runner: CudaRunner | None = None
         self.prepared: Prepared | None = None
@@ -184,7 +185,7 @@ class _Slot:
                 self.there = torch.empty((max(size, 1),), dtype=torch.uint8, device=self.device)
             except torch.OutOfMemoryError:
                 raise short_of_memory(self.device, size, "a batch on its way there") from None
-            self.here = torch.empty((max(size, 1),), dtype=torch.uint8, pin_memory=True)
+            self.here = torch.empty((max(size, 1),), dtype=torch.uint8, device="cpu", pin_memory=True)
             held = Buffer(self.there, self.there.data_ptr(), self.there.nbytes, str(self.device))
             self.runner = Cuda(self.device).bind([held])
         return self.runner

@@ -113,6 +113,10 @@ class Resident:
         """A lane for one worker, whose rows the GPU runs. To be called on the caller's thread."""
         return ResidentLane(self)
 
+    def batch_sizes(self, stage: int, band: int) -> tuple[int, int]:
+        """A band: few large launches are better than many small ones."""
+        return band, band
+
 
 class ResidentLane:
     """See Resident. A stream of its own, and memory for one batch there and, pinned, here: while it waits or
@@ -120,13 +124,13 @@ class ResidentLane:
 
     def __init__(self, reader: Resident) -> None:
         self.reader = reader
-        self.bytes_read = 0
+        self.bytes_read = self.bytes_scanned = 0
         self.stream = torch.cuda.Stream(reader.device)  # type: ignore[no-untyped-call]
         self.stream.wait_stream(torch.cuda.current_stream(reader.device))  # the sources may be on their way
         self.there = torch.empty((0,), dtype=torch.uint8, device=reader.device)
-        self.here = torch.empty((0,), dtype=torch.uint8)
+        self.here = torch.empty((0,), dtype=torch.uint8, device="cpu")
 
-    def run(self, rows: Table, destinations: Sequence[Buffer]) -> None:
+    def run(self, rows: Table, destinations: Sequence[Buffer], file: int = 0) -> None:
         """Make what `rows` write on the GPU and bring it to `destinations` in main memory."""
         rows = rows.copy()
         low, high = span(rows, "dst")
@@ -162,7 +166,7 @@ class ResidentLane:
                     self.there = torch.empty((size,), dtype=torch.uint8, device=device)
                 except torch.OutOfMemoryError:
                     raise short_of_memory(device, size, "a batch on its way to main memory") from None
-                self.here = torch.empty((size,), dtype=torch.uint8, pin_memory=True)
+                self.here = torch.empty((size,), dtype=torch.uint8, device="cpu", pin_memory=True)
             made = Buffer(self.there, self.there.data_ptr(), size, str(device))
             prepared = self.reader.runner.prepare(rows, [made])
             prepared.run()

@@ -59,7 +59,10 @@ def way(planned: Plan, device: str, threads: int) -> str:
     if planned.output_bytes < LEAST:
         return "cpu"
     kind = main_kind(planned)
-    return "cpu" if kind is None else faster(device, *kind, threads)
+    try:
+        return "cpu" if kind is None else faster(device, *kind, threads)
+    except (torch.OutOfMemoryError, DeviceError):
+        return "cpu"  # the outputs fill the GPU, and this way needs no more of it
 
 
 def main_kind(planned: Plan) -> tuple[DType, DType, bool] | None:
@@ -100,7 +103,7 @@ def sinks(
 def _time(name: str, device: str, src: DType, dst: DType, turned: bool, threads: int) -> float:
     """Seconds of the better of two runs, after one that does not count."""
     n, out = SIDE * SIDE, SIDE * SIDE * dst.itemsize
-    source = torch.ones((n * src.itemsize,), dtype=torch.uint8)
+    source = torch.ones((n * src.itemsize,), dtype=torch.uint8, device="cpu")
     held = Buffer(source, source.data_ptr(), source.nbytes)
     made = [torch.empty((out,), dtype=torch.uint8, device=device) for _ in range(TIMES)]
     buffers = [Buffer(t, t.data_ptr(), out, device) for t in made]
@@ -121,12 +124,11 @@ def _time(name: str, device: str, src: DType, dst: DType, turned: bool, threads:
         workers = [make(reader.lane(pick(None))) for _ in range(count)]
         for k in range(3):
             began = time.perf_counter()
-            feed(
-                batches(chunk, 0, slots, binding, stage=stage, band=BATCH),
-                workers,
-                lambda _: None,
-            )
-            close()
+            try:
+                items = batches(chunk, 0, slots, binding, stage=stage, band=BATCH)
+                feed(items, workers, lambda _: None)
+            finally:  # after an error too: what was sent is on its way into memory that is given up then
+                close()
             torch.cuda.current_stream(device).synchronize()
             best = min(best, time.perf_counter() - began) if k else best
     return best

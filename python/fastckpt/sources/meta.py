@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from ..checkpoint import Checkpoint, Entry, Single
+from ..checkpoint import Checkpoint, Entry, Saved, Single
 from ..errors import SourceError
 from ..extents import is_directory, is_file, listed
 from ..plainjson import read_json
@@ -23,9 +23,10 @@ from . import safetensors, torchfile
 from .assembly import assemble
 from .options import Options
 from .ranks import check_one_save
+from .samples import Agreement
 from .statedict import state_dict
 from .torchfile import Tensor
-from .torchtensors import by_storage, in_one_table, places, same_values
+from .torchtensors import by_storage, in_one_table, places
 
 _PART = re.compile(r"consolidated\.(\d+)\.pth")
 _PARAMS = "params.json"
@@ -46,13 +47,14 @@ def matches(path: str) -> bool:
 
 
 def read(path: str, options: Options) -> Checkpoint:
-    """The model in a release, under Meta's names; the fact `params` is what params.json says. Raises
+    """The model in a release, under Meta's names; its `args` are what params.json says. Raises
     SourceError for a part that is missing, of another model, or cut as no release is."""
     names = _parts(path)
     found = _of_parts(path, names, options) if names else safetensors.read(path, options)
     where = os.path.join(path, _PARAMS)
     said = read_json(where) if is_file(where) else {}
-    return replace(found, format="meta", facts={**found.facts, "params": said.get("model", said)})
+    model = said.get("model")
+    return replace(found, format="meta", saved=Saved(args=model if isinstance(model, dict) else said))
 
 
 def _parts(path: str) -> list[str]:
@@ -80,10 +82,6 @@ def _of_parts(path: str, names: Sequence[str], options: Options) -> Checkpoint:
             raise SourceError(f"{at}: was saved as {was}: swapped with, or copied from, that file")
         known = {**first, **part.tensors}
         check_one_save(at, ((n, _kind(part.tensors.get(n)), _kind(first.get(n))) for n in known))
-        for name, t in part.tensors.items():
-            whole = file is not files[0] and len(t.shape) == 1 and t.numel > 0
-            if whole and not same_values((file, t), (files[0], first[name])):
-                raise SourceError(f"{at}: {name} has other values than in {names[0]}: parts of two models")
     extents, opened = in_one_table(files)
     tied = by_storage(first) if len(files) == 1 else {}
     held = {
@@ -91,12 +89,19 @@ def _of_parts(path: str, names: Sequence[str], options: Options) -> Checkpoint:
         for name in first
         if name not in tied
     }
-    return assemble(
+    same = Agreement(path)
+    for name, parts in held.items():
+        for at, other in zip(names[1:], parts[1:], strict=True):
+            if len(other.shape) == 1:
+                same.add(f"{name} in {names[0]} and {at}", parts[0], other)
+    same.check()
+    ckpt = assemble(
         path, "meta", {name: _whole(path, name, parts, norm.shape[0]) for name, parts in held.items()},
         extents, options, aliases=tied, files=[file.file for file in files], search=[path],
         facts={"parts": len(files)}, unread=dicts[0].rest, inert=[n for file in files for n in file.inert],
         layout=[places(part.tensors.values()) for part in dicts], headers=[file.digest for file in files],
     )  # fmt: skip
+    return replace(ckpt, replicas=same.replicas)
 
 
 def _tensors(root: object) -> Iterable[Tensor]:
