@@ -282,7 +282,8 @@ def write_zero(
                 (n, models[n] if whole else pieces(models[n], world)[rank].clone()) for n in idle
             )
         return {
-            "module": {n.removeprefix(left_away): t for n, t in module.items()}, "buffer_names": list(buffers),
+            "module": {n.removeprefix(left_away): t for n, t in module.items()},
+            "buffer_names": list(buffers),
             "optimizer": None if stage else {"fp32_groups": [list(masters.values())]},
             "param_shapes": shapes[0] if shapes and shapes_as_one_dict else shapes,
             "frozen_param_shapes": frozen_shapes,

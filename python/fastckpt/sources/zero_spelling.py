@@ -1,5 +1,5 @@
-"""A model whose `state_dict` leaves a prefix of its own names away, as trl's with a value head does: DeepSpeed
-takes the shapes by the parameters' names, and `module` by those of `state_dict`.
+"""A model whose `state_dict` leaves a prefix of its own names away, as trl's with a value head does: in
+DeepSpeed's files the shapes have the parameters' names, and `module` those of `state_dict`.
 
 Law: a tensor gets another name only where all of them do: no parameter is left that `module` lacks.
 """
