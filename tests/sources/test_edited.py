@@ -1,6 +1,7 @@
 """One element of one tensor changes between the runs of two ranks: their parts are never one output.
 
-A file of torch's zip has a CRC32 of what is changed, and it is changed too, as by who saves again. tests/running/test_runs.py has the formats without checksums.
+A file of torch's zip has a CRC32 of what is changed, and it is changed too, as by who saves again.
+tests/running/test_runs.py has the formats without checksums.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def no_plans(monkeypatch):
 
 
 def edited(ckpt):
-    """Changes one element of the largest tensor that is held once, in its file, and the CRC32 that the file has.
+    """Changes one element of the largest tensor that is held once, in its file, and the CRC32 it has there.
     Returns the tensor's name."""
     twice = "".join(replica.what for replica in ckpt.replicas)
     name = max((n for n in ckpt if n not in twice), key=lambda name: ckpt[name].numel)
