@@ -156,6 +156,19 @@ def test_digests_are_those_of_the_manifest(tmp_path: Path) -> None:
     assert isinstance(wanted, fastckpt.Report) and digests({"norm": made["norm"]}) == dict(wanted.digests)
 
 
+def test_a_small_plan_pins_no_more_than_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many cores the machine has."""
+    real, pinned = torch.empty, []
+
+    def empty(*shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        pinned.extend(shape if pin_memory else ())
+        return real(*shape, pin_memory=pin_memory, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    got = fastckpt.reshard({"w": torch.arange(10)}, rank=0, layout="same", device="cuda", threads=64)
+    assert len(pinned) == 1 and torch.equal(got["w"].cpu(), torch.arange(10))
+
+
 @pytest.mark.parametrize("way", ["cpu", "gpu"])
 def test_from_files_either_way(tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTCKPT_CAST", way)
