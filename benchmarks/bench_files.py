@@ -30,6 +30,7 @@ from fastckpt.running import tensors
 from floors import GatherCast, Memcpy, Write, drop_cache, source_runs, touch
 from inputs import Input
 from measure import Bench, Figure, Goal, Step, of_floor, times_faster
+from safetensors.torch import load_file
 
 TP = 8
 
@@ -178,47 +179,35 @@ def bench_adapter(bench: Bench, large: Input, work: Path, threads: int) -> None:
     )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Hops:
-    """Today's road: a converter that leaves the whole model, then torch. The goals are for cold and warm."""
-
-    converter: str
-    whole: Callable[[str, str], None]
-    cold: Goal | None = None
-    warm: Goal | None = None
-
-
-ZERO = Hops("zero_to_fp32", peers.zero_to_fp32, Goal(3, at_most=False), Goal(20, at_most=False))
-FSDP = Hops("dcp_to_torch_save", peers.dcp_to_torch_save)
-
-
 @pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
-def bench_zero_to_fp32_split(
-    bench: Bench, large: Input, work: Path, threads: int, cold: bool, peer: None
+@pytest.mark.parametrize("road", ["zero_to_fp32", "get_fp32_state_dict_from_zero_checkpoint"])
+def bench_zero_split(
+    bench: Bench, large: Input, work: Path, threads: int, road: str, cold: bool, peer: None
 ) -> None:
-    """ZeRO files to bf16 TP files: DeepSpeed's converter, then torch, against one pass; no fsync."""
-    one_pass(bench, "ZeRO", large, ZERO, work, threads, cold=cold)
+    """ZeRO files to bf16 TP files: DeepSpeed's converter, or its dict in memory, then torch, against one
+    pass; no fsync. The goals are for the converter."""
+    goal = Goal(3 if cold else 20, at_most=False) if road == "zero_to_fp32" else None
+    one_pass(bench, "ZeRO", large, f"{road} + torch split", goal, work, threads, cold=cold)
 
 
 @pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
 def bench_dcp_to_torch_save_split(bench: Bench, sharded: Input, work: Path, threads: int, cold: bool) -> None:
     """FSDP's files to bf16 TP files: torch's own converter, then torch, against one pass; no fsync."""
-    one_pass(bench, "FSDP", sharded, FSDP, work, threads, cold=cold)
+    one_pass(bench, "FSDP", sharded, "dcp_to_torch_save + torch split", None, work, threads, cold=cold)
 
 
-def one_pass(bench: Bench, kind: str, of: Input, hops: Hops, work: Path, threads: int, *, cold: bool) -> None:
+def one_pass(
+    bench: Bench, kind: str, of: Input, today: str, goal: Goal | None, work: Path, threads: int, *, cold: bool
+) -> None:
     torch.set_num_threads(threads)
     road = Road(of, work / "out", threads, durable=False, finite=True)
-    whole, split = work / "whole", work / "split"
+    split = work / "split"
+    theirs = partial(peers.SPLITS[today], of.path, str(split), TP, peers.LLAMA)
     source = partial(drop_cache if cold else touch, of.path)
 
-    def theirs() -> None:
-        hops.whole(of.path, str(whole))
-        peers.split_files(str(whole), str(split), TP, peers.LLAMA)
-
     def clear() -> None:
-        shutil.rmtree(whole, ignore_errors=True)
-        shutil.rmtree(split, ignore_errors=True)
+        for made in (split, Path(f"{split}-whole")):
+            shutil.rmtree(made, ignore_errors=True)
         source()
 
     def ours() -> None:
@@ -229,28 +218,32 @@ def one_pass(bench: Bench, kind: str, of: Input, hops: Hops, work: Path, threads
         road.clear()
         source()
 
+    theirs()
+    equal(road.job.run(of.path, threads), [load_file(split / f"rank-{r}.safetensors") for r in range(TP)])
     bench.measure(
         Figure(
-            f"{kind} to bf16 TP-8 files against {hops.converter} + torch split, {'cold' if cold else 'warm'}",
-            of.shape, "x faster", times_faster, hops.cold if cold else hops.warm,
+            f"{kind} to bf16 TP-8 files against {today}, {'cold' if cold else 'warm'}",
+            of.shape, "x faster", times_faster, goal,
         ),
         Step("reshard", ours, before, road.clear),
-        [Step(f"{hops.converter} + torch split", theirs, clear, clear)],
+        [Step(today, theirs, clear, clear)],
         rounds=5, told=road.told,
     )  # fmt: skip
 
 
 def bench_consolidate(bench: Bench, large: Input, work: Path, threads: int, peer: None) -> None:
     """The whole model as fp32 .bin files, against DeepSpeed's converter; no fsync."""
-    whole_model(bench, large, ZERO, Goal(6, at_most=False), work, threads)
+    whole_model(bench, large, peers.zero_to_fp32, Goal(6, at_most=False), work, threads)
 
 
 def bench_consolidate_fsdp(bench: Bench, sharded: Input, work: Path, threads: int) -> None:
     """The whole model as one fp32 .bin file, against torch's converter; no fsync."""
-    whole_model(bench, sharded, FSDP, None, work, threads)
+    whole_model(bench, sharded, peers.dcp_to_torch_save, None, work, threads)
 
 
-def whole_model(bench: Bench, of: Input, hops: Hops, goal: Goal | None, work: Path, threads: int) -> None:
+def whole_model(
+    bench: Bench, of: Input, convert: Callable[[str, str], None], goal: Goal | None, work: Path, threads: int
+) -> None:
     ours, theirs = work / "ours", work / "theirs"
 
     def clear(folder: Path) -> None:
@@ -259,12 +252,11 @@ def whole_model(bench: Bench, of: Input, hops: Hops, goal: Goal | None, work: Pa
     def run() -> None:
         fastckpt.consolidate(of.path, ours, durable=False, threads=threads)
 
+    name = convert.__name__
     bench.measure(
-        Figure(f"consolidate to fp32 .bin against {hops.converter}, warm", of.shape, "x faster", times_faster,
-               goal),
+        Figure(f"consolidate to fp32 .bin against {name}, warm", of.shape, "x faster", times_faster, goal),
         Step("consolidate", run, partial(clear, ours), partial(clear, ours)),
-        [Step(hops.converter, partial(hops.whole, of.path, str(theirs)), partial(clear, theirs),
-              partial(clear, theirs))],
+        [Step(name, partial(convert, of.path, str(theirs)), partial(clear, theirs), partial(clear, theirs))],
         rounds=5, told={"input": of.origin},
     )  # fmt: skip
 
@@ -328,8 +320,9 @@ KINDS = {
     "reshard same": "small",
     "consolidate": "large",
     "zero_to_fp32": "large",
-    "zero_to_fp32+split": "large",
-    "dcp_to_torch_save+split": "sharded",
+    "zero_to_fp32 + torch split": "large",
+    "get_fp32_state_dict_from_zero_checkpoint + torch split": "large",
+    "dcp_to_torch_save + torch split": "sharded",
 }
 """What `probe.py` does -> of which input."""
 
@@ -340,7 +333,7 @@ def bench_footprint(
     bench: Bench, kind: str, figure: str, request: pytest.FixtureRequest, work: Path, threads: int
 ) -> None:
     """A conversion in a fresh process, cold: peak memory over the imports; bytes fetched from storage."""
-    if "zero_to_fp32" in kind:
+    if "zero" in kind:
         request.getfixturevalue("peer")
     of: Input = request.getfixturevalue(KINDS[kind])
     out = work / "out"

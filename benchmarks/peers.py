@@ -9,7 +9,8 @@ import glob
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 
 import torch
 from safetensors.torch import save_file
@@ -38,11 +39,8 @@ def slice_of(whole: torch.Tensor, axis: int | None, rank: int, tp: int) -> torch
     return whole.narrow(axis, rank * n, n)
 
 
-def split_files(folder: str, out: str, tp: int, styles: Styles) -> None:
-    """A directory of fp32 `.bin` files to one bf16 safetensors file a rank."""
-    whole: Shard = {}
-    for path in sorted(glob.glob(os.path.join(folder, "pytorch_model*.bin"))):
-        whole |= torch.load(path)
+def split(whole: Shard, out: str, tp: int, styles: Styles) -> None:
+    """Tensors by name to one bf16 safetensors file a rank."""
     os.makedirs(out)
     for rank in range(tp):
         shard = {
@@ -50,6 +48,22 @@ def split_files(folder: str, out: str, tp: int, styles: Styles) -> None:
             for name, t in whole.items()
         }
         save_file(shard, os.path.join(out, f"rank-{rank}.safetensors"))
+
+
+def split_files(folder: str, out: str, tp: int, styles: Styles) -> None:
+    """A directory of fp32 `.bin` files, likewise."""
+    whole: Shard = {}
+    for path in sorted(glob.glob(os.path.join(folder, "pytorch_model*.bin"))):
+        whole |= torch.load(path)
+    split(whole, out, tp, styles)
+
+
+def split_in_memory(checkpoint: str, out: str, tp: int, styles: Styles) -> None:
+    """A ZeRO checkpoint, likewise, without a file in between: one fp32 tensor is held at a time."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    lazy = get_fp32_state_dict_from_zero_checkpoint(checkpoint, lazy_mode=True)
+    split({name: t.contiguous().to(torch.bfloat16) for name, t in lazy.items()}, out, tp, styles)
 
 
 def zero_to_fp32(checkpoint: str, out: str) -> None:
@@ -65,6 +79,22 @@ def dcp_to_torch_save(checkpoint: str, out: str) -> None:
 
     os.makedirs(out)
     dcp_to_torch_save(checkpoint, os.path.join(out, "pytorch_model.bin"))
+
+
+def convert_and_split(
+    convert: Callable[[str, str], None], checkpoint: str, out: str, tp: int, styles: Styles
+) -> None:
+    """A converter's whole model, which is left beside `out`, then `split_files`."""
+    convert(checkpoint, f"{out}-whole")
+    split_files(f"{out}-whole", out, tp, styles)
+
+
+SPLITS: Mapping[str, Callable[[str, str, int, Styles], None]] = {
+    "zero_to_fp32 + torch split": partial(convert_and_split, zero_to_fp32),
+    "get_fp32_state_dict_from_zero_checkpoint + torch split": split_in_memory,
+    "dcp_to_torch_save + torch split": partial(convert_and_split, dcp_to_torch_save),
+}
+"""Today's roads from a checkpoint to bf16 files, one a rank: (checkpoint, out, tp, styles)."""
 
 
 def partitions(checkpoint: str) -> tuple[list[torch.Tensor], dict[str, torch.Size]]:

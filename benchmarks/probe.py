@@ -2,7 +2,7 @@
 
     python probe.py WHAT CHECKPOINT OUT TP
 
-WHAT is one of reshard, reshard same, consolidate, zero_to_fp32, zero_to_fp32+split, dcp_to_torch_save+split.
+WHAT is one of reshard, reshard same, consolidate, zero_to_fp32, or of peers.SPLITS.
 
 Prints JSON. `peak`: bytes by which VmHWM grew over the imports; `disk`: bytes the kernel fetched from storage
 for this process (with a cold cache: all it read, mapped or not, read-ahead included); `read`, `needed`:
@@ -25,7 +25,7 @@ def status(path: str, key: str) -> int:
 def main() -> int:
     what, checkpoint, out, tp = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
     told: dict[str, float] = {}
-    if what.startswith("zero_to_fp32"):
+    if "zero" in what:
         import deepspeed.utils.zero_to_fp32  # noqa: F401
         import peers
     elif what.startswith("dcp_to_torch_save"):
@@ -40,10 +40,8 @@ def main() -> int:
     began = time.perf_counter()
     if what == "zero_to_fp32":
         peers.zero_to_fp32(checkpoint, out)
-    elif what.endswith("+split"):
-        convert = peers.zero_to_fp32 if "zero" in what else peers.dcp_to_torch_save
-        convert(checkpoint, f"{out}-whole")
-        peers.split_files(f"{out}-whole", out, tp, peers.LLAMA)
+    elif what.endswith("split"):
+        peers.SPLITS[what](checkpoint, out, tp, peers.LLAMA)
     elif what == "consolidate":
         report = fastckpt.consolidate(checkpoint, out, durable=False)
         told = {"read": report.bytes_read, "needed": report.bytes_needed}

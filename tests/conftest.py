@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from fastckpt.running import runs
+from skips import by_reason
 
 TESTS = Path(__file__).parent
 MAKER = TESTS / "real" / "make_zero.py"
@@ -94,7 +95,11 @@ def checkpoint(request: pytest.FixtureRequest) -> Callable[[str], Path]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Skips that weaken the run are said aloud."""
+    """What was not proved is said aloud: the skips by reason, and those that weaken the run most."""
+    if folded := by_reason(terminalreporter.stats.get("skipped", ())):
+        terminalreporter.section("not run here: tests or whole files, and why")
+        for line in folded:
+            terminalreporter.line(line)
     if skipped_without_deepspeed:
         count = len(skipped_without_deepspeed)
         terminalreporter.section("deepspeed is not installed", sep="!", red=True, bold=True)

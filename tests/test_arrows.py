@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "extents": CORE[:2],
     "views": CORE[:3],
     "stored": CORE[:4],
-    "checkpoint": CORE[:4],
+    "checkpoint": (*CORE[:4], "placement"),
     "plainjson": (*CORE[:4], "checkpoint"),
     "placement": CORE[:4],
     "schemes": CORE[:2],

@@ -87,6 +87,22 @@ def test_the_readme_s_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (tmp_path / made).rename(tmp_path / f"{made}-by-python")
     for line in commands.strip().splitlines():
         assert main(shlex.split(line, comments=True)[1:]) == 0, line
+    for layout in layouts.LAYOUTS.keys() - {"same"}:  # the same with any other layout
+        assert fastckpt.plan("checkpoint-12", 8, layout=layout).ranks == (*range(8),)
+
+
+def test_the_layouts_example_gives_what_the_option_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs/layouts.md").read_text()
+    code, option = re.findall(r"```python\n(fastckpt\.reshard.*)  # (-L .*)\n```", page)[0]
+    Llama.of(1_000_000).write(str(tmp_path / "checkpoint-12"))
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"fastckpt": fastckpt})
+    assert main(["reshard", "checkpoint-12", "wanted", "--tp", "8", "--layout", "vllm", *option.split()]) == 0
+    assert fastckpt.diff("served", "wanted").equal
+    (made, wanted) = (json.loads((tmp_path / d / "fastckpt.json").read_text()) for d in ("served", "wanted"))
+    assert made["key"] == wanted["key"]
 
 
 def figures(*pages: str) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import fastckpt
 import pytest
 import torch
+from fastckpt.layouts import LAYOUTS
 from zero_writer import write_zero
 
 PACKAGE = Path(next(iter(fastckpt.__path__)))
@@ -51,6 +52,24 @@ def test_type_checkers_see_the_same_names():
     imports = [n for n in block.body if isinstance(n, ast.ImportFrom)]
     seen = {a.asname: n.module for n in imports for a in n.names}
     assert seen == fastckpt._HOME
+
+
+STAR = """
+from fastckpt import *
+import fastckpt
+print(*{*globals()} - {"fastckpt"}, "/", *dir(fastckpt))
+"""
+
+
+def test_a_star_and_dir_give_the_public_names_alone():
+    found, listed = (set(names.split()) for names in in_a_process(STAR).split("/"))
+    public = {*fastckpt._HOME}
+    assert {n for n in found if not n.startswith("__")} == public
+    assert {n for n in listed if not n.startswith("__")} == public and "__version__" in listed
+
+
+def test_every_layout_is_a_public_class():
+    assert {home.rpartition(".")[2] for home in LAYOUTS.values()} <= {*fastckpt.__all__}
 
 
 def test_no_module_carries_the_name_of_a_public_function():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from fastckpt import dtypes, road, sources, stored
 from fastckpt.dtypes import BY_NAME, DTYPES
-from fastckpt.errors import DeviceError, LayoutError, RecipeError, SourceError, WriteError
+from fastckpt.errors import DeviceError, LayoutError, RecipeError, SourceError, ViewError, WriteError
 from fastckpt.executors import pick
 from fastckpt.executors.cpu import built
 from fastckpt.layouts import Naming
@@ -384,6 +384,20 @@ def test_what_verify_counts_as_not_finite_is_refused(tmp_path, dtype):
         fastckpt.reshard({"b": held["b"]}, layout=Same("bin"), out=tmp_path / "out")
     fastckpt.reshard(held, layout=Same("bin"), out=tmp_path / "out", allow_nonfinite=True)
     assert fastckpt.verify(tmp_path / "out").ok
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "float8_e5m2"])
+def test_no_file_of_fp8_without_scales(tmp_path, dtype):
+    """1e6 became 448 and infinity too, which no check of the output sees."""
+    held = {"w": torch.tensor([1.0, 1e6, float("inf")])}
+    kind = of_torch(fastckpt.dtype(dtype))
+    made = fastckpt.reshard(held, layout="same", dtype=dtype)[0]["w"]
+    assert made.dtype == kind and torch.equal(made[:1].float(), held["w"][:1])
+    for make in (fastckpt.reshard, fastckpt.consolidate):
+        options = {"layout": "same"} if make is fastckpt.reshard else {}
+        with pytest.raises(ViewError, match=r"writes no scales.*--quant fp8"):
+            make(held, dtype=dtype, out=tmp_path / "out", allow_nonfinite=True, **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_memory_and_threads_are_bounded(tmp_path):

@@ -93,7 +93,7 @@ def load_vae(root: Path) -> tuple[DiscreteVAE, dict[str, int]]:
         if step is None:
             raise FileNotFoundError(f"{root}: no VAE is trained yet")
         commit = fastckpt.open(manager.path(step))
-        told = commit.facts.get("client_state") or manager.restore(step)  # DeepSpeed's, or the state itself
+        told = commit.saved.client_state or manager.restore(step)  # DeepSpeed's, or the state itself
         params = told["vae_params"]
         return fastckpt.load_into(DiscreteVAE(**params), commit), params
 

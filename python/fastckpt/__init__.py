@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from .errors import WriteError as WriteError
     from .foreign import open_shards as open_shards
     from .joining import open as open
+    from .layouts.hf import Hf as Hf
+    from .layouts.megatron import Megatron as Megatron
+    from .layouts.rtp_llm import RtpLlm as RtpLlm
+    from .layouts.same import Same as Same
+    from .layouts.vllm import Vllm as Vllm
     from .manager.job import Job as Job
     from .manager.manager import CheckpointManager as CheckpointManager
     from .manager.runner import JobRunner as JobRunner
@@ -77,6 +82,11 @@ _HOME = {
     "SourceError": "errors",
     "ViewError": "errors",
     "WriteError": "errors",
+    "Hf": "layouts.hf",
+    "Megatron": "layouts.megatron",
+    "RtpLlm": "layouts.rtp_llm",
+    "Same": "layouts.same",
+    "Vllm": "layouts.vllm",
     "Placement": "placement",
     "Plan": "planning.plans",
     "Report": "running.runs",
@@ -96,6 +106,8 @@ _HOME = {
 }
 """Every public name and the module it lives in."""
 
+__all__ = [*_HOME]
+
 
 if not TYPE_CHECKING:  # a type checker sees the imports above instead
 
@@ -112,4 +124,4 @@ if not TYPE_CHECKING:  # a type checker sees the imports above instead
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted([*_HOME, *(name for name in globals() if name.startswith("__"))])

@@ -13,6 +13,7 @@ from typing import Protocol
 from .dtypes import DType
 from .errors import SourceError, near
 from .extents import Extents, File
+from .placement import Placement
 from .views import View
 
 JSON = str | int | float | bool | None | list["JSON"] | dict[str, "JSON"]
@@ -94,6 +95,21 @@ class Cast(Mapping[str, Entry]):
 
 
 @dataclass(frozen=True, slots=True)
+class Saved:
+    """What the trainer says of its save.
+
+    `tag`, `step`: of the save. `client_state`: plain values that the job gave it to keep. `args`: its own
+    arguments of the model, Megatron's args or Meta's params.json. `grid`: the ranks whose parts the entries
+    are, "rank/name" where they are several. None, or one rank, where it does not say."""
+
+    tag: str | None = None
+    step: int | None = None
+    client_state: Mapping[str, JSON] | None = None
+    args: Mapping[str, JSON] | None = None
+    grid: Placement = field(default_factory=Placement)
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A checkpoint of any format, opened.
 
@@ -101,12 +117,14 @@ class Checkpoint:
     without tied names. `aliases`: tied name -> the name that holds its bytes. `extents`: the table that every
     view refers to. `files`: those opened for their headers or needed for data. `config`: the model's
     config.json where there is one beside, else None. `beside`: config and tokenizer files that go with the
-    weights. `facts`: tag, step, stage, world and the like, for people; `notes`, for a report; and what some
-    formats tell later rooms (`recipe`, `quant`, `adapter`, `unpadded`, `client_state`). `unread`: what was
-    not read, and why. `inert`: pickle globals that were kept as inert records. `structure`: hex digest of
-    everything that shapes the views (names, shapes, dtypes, partition and storage sizes, tensor offsets and
-    strides), but not of where a storage lies in its file. `headers`: hex digest of the headers and pickles
-    themselves."""
+    weights. `saved`: what the trainer says of the save. `recipe`: the one that shards were cut and joined
+    with, None for the config's. `unpadded`: sizes that `config` gives as they were before the shards were
+    padded, which the file beside does not. `joins`: whether shards can be made the model they were cut from.
+    `notes`: what the user should know. `facts`: stage, world and the like, for people. `unread`: what
+    was not read, and why. `inert`: pickle globals that were kept as inert records. `structure`: hex digest
+    of everything that shapes the views (names, shapes, dtypes, partition and storage sizes, tensor offsets
+    and strides), but not of where a storage lies in its file. `headers`: hex digest of the headers and
+    pickles themselves."""
 
     path: str
     format: str
@@ -116,6 +134,11 @@ class Checkpoint:
     files: tuple[File, ...] = ()
     config: Mapping[str, JSON] | None = None
     beside: tuple[File, ...] = ()
+    saved: Saved = field(default_factory=Saved)
+    recipe: str | None = None
+    unpadded: Mapping[str, JSON] = field(default_factory=dict)
+    joins: bool = True
+    notes: tuple[str, ...] = ()
     facts: Mapping[str, JSON] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
     inert: tuple[str, ...] = ()

@@ -171,7 +171,7 @@ def _plan(args: argparse.Namespace) -> int:
     from .road import plan
 
     serving = serving_options.serving(args)
-    rank = _rank(args.rank, serving["placement"])
+    rank = _rank(args.rank, serving_options.placement(args))
     _show_plan(args, plan(_opened(args), rank=rank, **serving), rank)
     return 0
 
@@ -185,7 +185,7 @@ def _reshard(args: argparse.Namespace) -> int:
     with progress(as_json=args.json, quiet=args.quiet) as shown:
         report = reshard(
             _opened(args),
-            rank=_rank(args.rank, serving["placement"]),
+            rank=_rank(args.rank, serving_options.placement(args)),
             allow_nonfinite=args.allow_nonfinite,
             out=args.out,
             durable=args.durable,

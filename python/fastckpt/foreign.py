@@ -56,14 +56,13 @@ def open_shards(
     if config is None:
         raise SourceError(f"{where}: no config.json, nor beside the checkpoint that it is like")
     find = recipes.find(config) if recipe is None else recipes.named(recipe)
-    shards = replace(shards, config=config)
+    shards = replace(shards, config=config, recipe=recipe)
     if isinstance(like, Checkpoint):
         phantom = phantom_of(shards, {n: (e.dtype, e.shape) for n, e in like.entries.items()}, like.aliases)
     else:
         imagined = recipes.imagined(find, config)
         phantom = phantom_of(shards, {n: (float32, shape) for n, shape in imagined.items()}, {})
-    facts: dict[str, JSON] = {} if recipe is None else {"recipe": recipe}
-    return whole_of(shards, phantom, find(phantom, config), made, grid, facts)
+    return whole_of(shards, phantom, find(phantom, config), made, grid)
 
 
 def _read(path: str, layout: ByRoles, grid: Placement) -> Checkpoint:

@@ -64,9 +64,8 @@ def open(
         path, tag=tag, also=also, rename=rename, weights=weights,
         exclude_frozen=exclude_frozen, check_crc=check_crc,
     )  # fmt: skip
-    as_it_is = found.facts.get("quant") is not None or found.facts.get("adapter") == "apart"
     unsaid = found.format == MEGATRON and config is None and found.config is None
-    return found if as_it_is or unsaid else whole(found, recipe, config)
+    return whole(found, recipe, config) if found.joins and not unsaid else found
 
 
 def told(ckpt: Checkpoint, world: int, layout: str) -> dict[str, JSON]:
@@ -91,11 +90,11 @@ def whole(
 ) -> Checkpoint:
     """The model that an opened output's shards, or a Megatron run's, are of; any other checkpoint as it is.
 
-    `recipe`, `config` as in `open`. Names are tied where the config says so and the bytes agree. The facts
-    name a recipe that was asked for, and sizes that had been padded, which the config gives as they were
-    before. Names, shapes and tied names are those of the checkpoint it was cut from, dtypes those that were
-    served; what the recipe left out is in `unread`. Raises SourceError where the record does not tell enough,
-    or the shards do not hold every element."""
+    `recipe`, `config` as in `open`. Names are tied where the config says so and the bytes agree. Its recipe
+    is one that was asked for, its config has the sizes from before they were padded. Names, shapes and tied
+    names are those of the checkpoint it was cut from, dtypes those that were served; what the recipe left out
+    is in `unread`. Raises SourceError where the record does not tell enough, or the shards do not hold every
+    element."""
     expect("config", config, str, os.PathLike, Mapping, type(None))
     expect("recipe", recipe, str, type(None))
     if ckpt.format == MEGATRON:
@@ -114,7 +113,6 @@ def whole(
     )
     shaped = json.dumps([ckpt.structure, record, dict(ckpt.config or {})], sort_keys=True)
     was = _map(record.get("resized", {}), ckpt, "resized")
-    facts = {**ckpt.facts, **_recipe(ckpt, manifest, recipe), **({"unpadded": dict(was)} if was else {})}
     return replace(
         ckpt,
         format="served",
@@ -122,7 +120,8 @@ def whole(
         aliases=aliases,
         unread=(*ckpt.unread, *unread),
         config=_config(ckpt, manifest) if was else ckpt.config,
-        facts=facts,
+        recipe=_recipe(ckpt, manifest, recipe),
+        unpadded=was,
         structure=xxhash.xxh3_64_hexdigest(shaped.encode()),
     )
 
@@ -174,7 +173,7 @@ def _targets(
 def _model(ckpt: Checkpoint, phantom: Checkpoint, manifest: Manifest, recipe: str | None = None) -> Model:
     """The phantom by roles, as the recipe read it that the shards were made with."""
     config, options = _config(ckpt, manifest), manifest.record.options
-    vocab, asked = options.get("vocab_size"), _recipe(ckpt, manifest, recipe).get("recipe")
+    vocab, asked = options.get("vocab_size"), _recipe(ckpt, manifest, recipe)
     find = recipes.find(config) if asked is None else recipes.named(asked)
     model = recipes.model(find, phantom, config, vocab if isinstance(vocab, int) else None)
     if model.family != options.get("family"):
@@ -185,19 +184,19 @@ def _model(ckpt: Checkpoint, phantom: Checkpoint, manifest: Manifest, recipe: st
     return model
 
 
-def _recipe(ckpt: Checkpoint, manifest: Manifest, given: str | None) -> dict[str, str]:
+def _recipe(ckpt: Checkpoint, manifest: Manifest, given: str | None) -> str | None:
     """The recipe that was asked for by name, if any. A file's is the user's to name: a record runs none."""
     said = manifest.record.options.get("recipe")
     if not isinstance(said, str):
-        return {}
+        return None
     if not said.endswith(".py"):
-        return {"recipe": said}
+        return said
     if given is None or not given.endswith(".py"):
         raise SourceError(
             f"{ckpt.path}: cut with a recipe of a file, {said}, which is not run unless you name it: "
             "recipe= (--recipe FILE)"
         )
-    return {"recipe": given}
+    return given
 
 
 def _config(ckpt: Checkpoint, manifest: Manifest) -> Mapping[str, JSON]:

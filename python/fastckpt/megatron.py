@@ -36,11 +36,12 @@ def whole(ckpt: Checkpoint, recipe: str | None, config: Config) -> Checkpoint:
     Without either, the tensors of one rank as they are. Raises SourceError where config and args contradict
     each other, where the parts are not what such a model has, and for parts of several ranks without a
     config; RecipeError and LayoutError for a model that has no place in Megatron."""
+    args, grid = ckpt.saved.args or {}, ckpt.saved.grid
     if config is None and ckpt.config is None:
-        if ckpt.facts["ranks"] == 1:
+        if grid.world == 1:
             return ckpt
         raise SourceError(
-            f"{ckpt.path}: parts of {ckpt.facts['ranks']} ranks, and no config.json beside them, which says "
+            f"{ckpt.path}: parts of {grid.world} ranks, and no config.json beside them, which says "
             "what model they are of: config= (--config)"
         )
     said = configs.found(ckpt, config)
@@ -48,20 +49,14 @@ def whole(ckpt: Checkpoint, recipe: str | None, config: Config) -> Checkpoint:
     imagined = recipes.imagined(find, said)
     phantom = phantom_of(ckpt, {name: (float32, shape) for name, shape in imagined.items()}, {})
     model = find(phantom, said)
-    args, grid = _table(ckpt.facts.get("args")), _table(ckpt.facts.get("grid"))
-    notes = ckpt.facts.get("notes")
-    told = [*(notes if isinstance(notes, list) else []), *_checked(ckpt.path, model, said, args)]
-    facts: dict[str, JSON] = {**ckpt.facts} | ({"notes": told} if told else {})
-    if recipe is not None:
-        facts["recipe"] = recipe
-    placement = Placement(**{axis: n for axis, n in grid.items() if isinstance(n, int)})
-    before = "0/" if ckpt.facts["ranks"] == 1 else ""
+    notes = (*ckpt.notes, *_checked(ckpt.path, model, said, args))
+    before = "0/" if grid.world == 1 else ""
     named = {before + name: entry for name, entry in ckpt.entries.items()}
     beside = ckpt.beside
     if isinstance(config, str | os.PathLike) and is_directory(config):
         beside = neighbours([os.fspath(config), *dict.fromkeys(os.path.dirname(f.path) for f in ckpt.beside)])
-    shards = replace(ckpt, entries=named, config=said, beside=beside)
-    found = whole_of(shards, phantom, model, _layout(shards, args, placement), placement, facts)
+    shards = replace(ckpt, entries=named, config=said, beside=beside, recipe=recipe, notes=notes)
+    found = whole_of(shards, phantom, model, _layout(shards, args, grid), grid)
     return replace(found, format="megatron model")
 
 
@@ -132,7 +127,3 @@ def _words(path: str, vocab: int, args: Mapping[str, JSON]) -> Iterator[str]:
     step, tp = args.get("make_vocab_size_divisible_by"), args.get("tensor_model_parallel_size", 1)
     if isinstance(rows, int) and isinstance(step, int) and isinstance(tp, int) and rows - vocab >= step * tp:
         yield f"{rows - vocab} rows of the vocabulary are left out as padding: {rows}, the config has {vocab}"
-
-
-def _table(value: JSON) -> Mapping[str, JSON]:
-    return value if isinstance(value, dict) else {}

@@ -43,7 +43,7 @@ def load_dynamic(
     DeviceError where the package is not there."""
     import torch
 
-    state = _state(path)
+    state = reshard(path, layout="same", rank=0)
     make = _torch_ao if backend == "torch.ao" or (backend is None and _has_torch_ao()) else _torchao
     done: list[str] = []
     for name, module in list(model.named_modules()):
@@ -90,12 +90,6 @@ def dynamic_state(model: torch.nn.Module, path: str | os.PathLike[str]) -> dict[
 
     made = load_dynamic(copy.deepcopy(model), path, backend="torch.ao")
     return made.state_dict()  # with torch's versions of its modules
-
-
-def _state(path: str | os.PathLike[str]) -> State:
-    found = reshard(path, layout="same", rank=0)
-    assert isinstance(found, dict)  # no `out` was given
-    return found
 
 
 def _own(state: State, module: str) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
@@ -35,12 +35,26 @@ from .sources.memory import stamped
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Unpack
 
+    from .planning.request import Serving
     from .running.gpu_sources import Ready
 
     State = dict[str, torch.Tensor]
     Opened = str | os.PathLike[str] | Checkpoint | Mapping[str, torch.Tensor]
-    Out = str | os.PathLike[str] | State | Sequence[State] | None
+    Out = str | os.PathLike[str] | State | Sequence[State]
+
+    class Resharding(Serving, total=False):
+        """The arguments of `reshard` that do not decide what it returns."""
+
+        allow_nonfinite: bool
+        device: str | torch.device
+        durable: bool
+        overwrite: bool
+        memory: str | int | None
+        threads: int | None
+        progress: Progress | None
+
 
 DENSE = "none"
 """The `quant` that takes quantisation back."""
@@ -77,6 +91,19 @@ def plan(
     return plans.draft(open_whole(ckpt, recipe, config), request)
 
 
+# What is returned follows from `rank` and `out`; the options are spelled out below.
+@overload
+def reshard(
+    ckpt: Opened, tp: int = 1, *, rank: int, out: None = None, **options: Unpack[Resharding]
+) -> State: ...
+@overload
+def reshard(
+    ckpt: Opened, tp: int = 1, *, rank: None = None, out: None = None, **options: Unpack[Resharding]
+) -> list[State]: ...
+@overload
+def reshard(
+    ckpt: Opened, tp: int = 1, *, rank: int | None = None, out: Out, **options: Unpack[Resharding]
+) -> Report: ...
 def reshard(
     ckpt: Opened,
     tp: int = 1,
@@ -94,7 +121,7 @@ def reshard(
     apart: bool = False,
     allow_nonfinite: bool = False,
     device: str | torch.device = "cpu",
-    out: Out = None,
+    out: Out | None = None,
     max_shard_size: str | int | None = "5GB",
     durable: bool = True,
     overwrite: bool = False,
@@ -121,8 +148,9 @@ def reshard(
     `device` "cuda" or "cuda:N", or torch's own for it: tensors there, made by the GPU where the checkpoint's
     tensors lie there too; they are filled in the order of the current stream.
 
-    Raises SourceError, RecipeError, LayoutError and ViewError before anything is written, WriteError while
-    it is; then nothing is left behind. DeviceError for what this build cannot do."""
+    Raises RecipeError, LayoutError and ViewError before anything is written, SourceError before or when a
+    value shows it (NaN, a file that changed), WriteError while writing; this run then leaves nothing behind.
+    DeviceError for what this build cannot do."""
     place = _device(device)
     expect("allow_nonfinite", allow_nonfinite, bool)
     grid = grid_of(tp, placement)
@@ -221,8 +249,9 @@ def consolidate(
     `path`: a path, with the options up to `config` as in `open`, or an opened checkpoint; `dtype` of the
     floats (None: as stored), integer buffers are kept; `.bin` files unless `safe_serialization`. Without
     `out` the state dict is returned. `weights_key` wraps the weights into a single-file training checkpoint,
-    with the plain values named in `client_state` beside them; `adapter` as in `reshard`, merged. Raises as
-    `reshard` does."""
+    with the plain values named in `client_state` beside them; `adapter` as in `reshard`, merged. NaN and
+    infinity are written as they are, as DeepSpeed's converter does, unless `allow_nonfinite` is False.
+    Raises as `reshard` does."""
     expect("out", out, str, os.PathLike, type(None))
     expect("allow_nonfinite", allow_nonfinite, bool)
     if out is None and weights_key is not None:
@@ -390,8 +419,7 @@ def _quant(asked: str | Quant | None) -> Quant | None:
 
 def _client_state(ckpt: Checkpoint, names: Sequence[str]) -> dict[str, JSON]:
     """The plain values of the training checkpoint that are to be kept. Raises SourceError for others."""
-    held = ckpt.facts.get("client_state")
-    known = held if isinstance(held, dict) else {}
+    known = ckpt.saved.client_state or {}
     missing = [n for n in names if n not in known]
     if missing:
         raise SourceError(

@@ -53,7 +53,6 @@ def whole_of(
     model: Model,
     layout: ByRoles,
     grid: Placement,
-    facts: Mapping[str, JSON],
 ) -> Checkpoint:
     """The model whose shards these are, cut by `layout` for `grid`.
 
@@ -72,7 +71,7 @@ def whole_of(
         entries=entries,
         aliases=aliases,
         unread=(*shards.unread, *unread),
-        facts={"layout": name, **facts},
+        facts={"layout": name, **shards.facts},
         structure=xxhash.xxh3_64_hexdigest(json.dumps(shaped, sort_keys=True).encode()),
     )
 

@@ -10,6 +10,7 @@ import fastckpt
 import pytest
 import torch
 from fastckpt import recipes
+from fastckpt.checkpoint import Saved
 from fastckpt.errors import RecipeError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
@@ -136,7 +137,7 @@ def test_what_does_not_fit_is_refused(name, change, said, why):
 )
 def test_params_json_and_the_config_agree(params, why):
     config, hub, tensors = made("tied")
-    ckpt = replace(memory(tensors), facts={"params": params})
+    ckpt = replace(memory(tensors), saved=Saved(args=params))
     if why:
         with pytest.raises(RecipeError, match=why):
             recipes.find(config)(ckpt, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 
 import fastckpt
@@ -10,6 +11,7 @@ import pytest
 import torch
 from fastckpt.errors import DeviceError, LayoutError, SourceError, WriteError
 from fastckpt.running import runs
+from safetensors.torch import save_file
 
 PLAN = {"*": "colwise"}
 
@@ -43,6 +45,7 @@ def without_checksums(step, path):
         torch.save(state(step), path / "pytorch_model.bin")
     finally:
         torch.serialization.set_crc32_options(True)
+    os.utime(path / "pytorch_model.bin", (step, step))  # a copy for each rank, with its times
     return path
 
 
@@ -67,6 +70,45 @@ def test_ranks_of_two_steps_are_no_set(tmp_path, source):
         fastckpt.reshard(later, 2, rank=rank, tp_plan=PLAN, out=out, durable=False, overwrite=True)
     held = fastckpt.reshard(out, layout="same")[0]
     assert all(torch.equal(held[n], t) for n, t in state(2).items())
+
+
+def touched(path):
+    """The same bytes at another time."""
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+
+
+def one_element(path):
+    with open(path, "r+b") as f:
+        f.seek(-8 * 4 * 777, os.SEEK_END)
+        f.write(b"\0\0\x80?")
+
+
+@pytest.mark.parametrize("save", ["safetensors", "legacy", "without CRC32"])
+@pytest.mark.parametrize("change", [one_element, touched])
+def test_a_file_that_was_written_since_is_of_another_plan(tmp_path, save, change):
+    """No sample shows one element: a rank that was done would have been kept, or joined by new ones."""
+    held, path = {"w": torch.zeros(2000, 8)}, tmp_path / "model.bin"
+    if save == "safetensors":
+        save_file(held, path := tmp_path / "model.safetensors")
+    elif save == "legacy":
+        torch.save(held, path, _use_new_zipfile_serialization=False)
+    else:
+        torch.serialization.set_crc32_options(False)
+        try:
+            torch.save(held, path)
+        finally:
+            torch.serialization.set_crc32_options(True)
+    made = {"tp": 2, "tp_plan": PLAN, "out": tmp_path / "out", "durable": False}
+    fastckpt.reshard(path, rank=0, **made)
+    change(path)
+    for rank in (0, 1):
+        with pytest.raises(WriteError, match=r"another plan .* or the checkpoint's files were written since"):
+            fastckpt.reshard(path, rank=rank, **made)
+    for rank in (0, 1):
+        fastckpt.reshard(path, rank=rank, overwrite=True, **made)
+    new = fastckpt.consolidate(path)["w"]
+    assert torch.equal(fastckpt.reshard(tmp_path / "out", layout="same")[0]["w"], new)
+    assert new.any() == (change is one_element)
 
 
 def test_memory_is_never_done(tmp_path):

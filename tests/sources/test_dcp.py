@@ -308,7 +308,7 @@ def test_a_save_over_another_that_was_interrupted(tmp_path):
     written = (newer / ".metadata").stat().st_mtime_ns
     os.utime(newer / "__0_0.distcp", ns=(written, written))
     os.utime(newer / "__1_0.distcp", ns=(written, written))
-    assert "notes" not in sources.open(newer).facts
+    assert not sources.open(newer).notes
     os.utime(newer / "__1_0.distcp", ns=(written + 1, written + 1))
     (note,) = fastckpt.plan(newer, layout="same").notes
     assert note.startswith("1 of 2 files were written after .metadata, such as __1_0.distcp")

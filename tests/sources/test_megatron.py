@@ -83,9 +83,9 @@ def test_it_is_what_the_model_held(unpacked, name, kind, weights):
     truth = load_file(masters if has_masters else at / "truth.safetensors")
     ckpt = fastckpt.open(at / kind, config=at, weights=weights)
     same(ckpt, truth)
-    assert ckpt.facts["step"] == 100
+    assert ckpt.saved.step == 100
     narrow = any(x.itemsize == 2 for x in truth.values())
-    assert ("notes" in ckpt.facts) == (weights == "master" and narrow)
+    assert bool(ckpt.notes) == (weights == "master" and narrow)
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n.startswith(("llama", "qwen3_moe"))])
@@ -233,11 +233,11 @@ def test_a_config_of_another_model(unpacked, kind, changes, told):
 def test_what_is_said_aloud(unpacked):
     at = unpacked("llama-0.19.2")
     ckpt = fastckpt.open(at / "dist", config=config_of(at, vocab_size=10))
-    assert ckpt.facts["notes"] == ["14 rows of the vocabulary are left out as padding: 24, the config has 10"]
+    assert ckpt.notes == ("14 rows of the vocabulary are left out as padding: 24, the config has 10",)
     assert ckpt.entries["lm_head.weight"].shape == (10, 16)
     config = config_of(at)
     config["rope_parameters"] = {"rope_theta": 5e5, "rope_type": "default"}
-    (note,) = fastckpt.open(at / "dist", config=config).facts["notes"]
+    (note,) = fastckpt.open(at / "dist", config=config).notes
     assert note == "its args say rotary_base 10000, the config has rope_theta 500000.0"
 
 
@@ -470,7 +470,7 @@ def test_masters_and_what_has_none(tmp_path):
     del masters[f"optimizer.state.fp32_param.{bare}"]
     moments = {f"optimizer.state.exp_avg.{n}": x.float() for n, x in keys.items()}
     ckpt = fastckpt.open(dist(tmp_path, keys | masters | moments), config=made[0])
-    assert ckpt.facts["notes"] == [f"no fp32 copy of 1 tensors, which are taken in 16 bits: such as {bare}"]
+    assert ckpt.notes == (f"no fp32 copy of 1 tensors, which are taken in 16 bits: such as {bare}",)
     want = {n: x if "embed" in n else x.float() + 2**-12 for n, x in made[1].items()}
     same(ckpt, want)
 
@@ -484,7 +484,7 @@ def test_nemos_prefix_and_no_args(tmp_path):
     root.rename(tmp_path / "nemo" / "weights")
     ckpt = fastckpt.open(tmp_path / "nemo", config=made[0])
     same(ckpt, {n: x.float() for n, x in made[1].items()})
-    assert "the checkpoint has no args" in ckpt.facts["notes"][0]
+    assert "the checkpoint has no args" in ckpt.notes[0]
 
 
 @pytest.mark.parametrize("inside", ["model", "."])

@@ -75,7 +75,7 @@ def test_mistrals_files(tmp_path, files):
     ckpt = sources.open(tmp_path)
     holds(ckpt, tensors)
     assert ckpt.format == "meta"
-    assert ckpt.facts["params"]["n_heads"] == 8
+    assert ckpt.saved.args["n_heads"] == 8
     fastckpt.plan(tmp_path, config=config)
 
 
@@ -157,7 +157,7 @@ def test_broken_files(tmp_path):
     params.write_text("[]")
     refuses(tmp_path, "params.json")
     params.write_text(json.dumps({"model": {"n_heads": 3}}))
-    assert sources.open(tmp_path).facts["params"] == {"n_heads": 3}
+    assert sources.open(tmp_path).saved.args == {"n_heads": 3}
     file = tmp_path / "consolidated.01.pth"
     file.write_bytes(file.read_bytes()[:-100])
     refuses(tmp_path, "consolidated.01.pth")

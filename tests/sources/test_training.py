@@ -47,7 +47,7 @@ def test_the_only_module(tmp_path: Path, world: int) -> None:
     )
     found = fastckpt.open(step)
     want = net.state_dict()
-    assert found.format == "training" and set(found) == set(want) and found.facts["step"] == 3
+    assert found.format == "training" and set(found) == set(want) and found.saved.step == 3
     assert found.unread == (f"{len(load_names(step)) - len(want)} tensors that are not the model's "
                             "(optimizer and the like)",)  # fmt: skip
     fastckpt.reshard(step, layout="same", out=tmp_path / "out")

@@ -56,8 +56,8 @@ def test_every_stage_and_world(tmp_path, stage, world):
     kinds = {n: e.kind for n, e in ckpt.entries.items()}
     assert {n for n, k in kinds.items() if k == "buffer"} == set(BUFFERS)
     assert {n for n, k in kinds.items() if k == "frozen"} == {*FROZEN, "none"}
-    facts = ckpt.facts
-    assert (facts["stage"], facts["world"], facts["tag"], facts["step"]) == (stage, world, "global_step2", 2)
+    facts, saved = ckpt.facts, ckpt.saved
+    assert (facts["stage"], facts["world"], saved.tag, saved.step) == (stage, world, "global_step2", 2)
     numel = [sum(PARAMS[n].numel() for n in g) for g in GROUPS]
     assert [g["numel"] for g in facts["groups"]] == numel
 
@@ -70,7 +70,7 @@ def test_stage_0_uses_module_and_says_so(tmp_path):
         assert (reading.read(ckpt[name]) == reading.bits(want)).all(), name
     assert ckpt.facts["stage"] == 0
     assert ckpt.facts["weights"] == "module"
-    assert "no param_shapes" in ckpt.facts["why module"] and "no param_shapes" in ckpt.facts["notes"][0]
+    assert "no param_shapes" in ckpt.facts["why module"] and "no param_shapes" in ckpt.notes[0]
     assert dict(ckpt.aliases) == TIED
     with pytest.raises(SourceError, match="at stage 0 nothing says what was frozen"):
         sources.open(tmp_path, exclude_frozen=True)
@@ -227,7 +227,7 @@ def test_a_tag_and_the_tag_folder_itself(tmp_path):
     same(sources.open(tmp_path, tag="global_step10"), expected)
     ckpt = sources.open(tmp_path / "global_step10")
     same(ckpt, expected)
-    assert ckpt.facts["tag"] == "global_step10"
+    assert ckpt.saved.tag == "global_step10"
 
 
 def test_hf_trainer_directory_brings_its_config(tmp_path):
@@ -249,7 +249,7 @@ def test_plain_client_state_is_a_fact_and_moments_are_unread(tmp_path):
     write_zero(tmp_path, PARAMS, stage=2, world=2, client=client)
     ckpt = sources.open(tmp_path)
     assert "optimizer moments of 2 ranks" in ckpt.unread
-    assert ckpt.facts["client_state"] == {"epoch": 3, "hparams": {"dim": [1, 2.5, None]}}
+    assert ckpt.saved.client_state == {"epoch": 3, "hparams": {"dim": [1, 2.5, None]}}
     assert "client state that is not plain: args" in ckpt.unread
     assert {"deepspeed.runtime.zero.config.ZeroStageEnum", "builtins.object"} <= set(ckpt.inert)
     assert all(e.nbytes == ckpt.extents[i].nbytes for i, e in enumerate(ckpt.extents))

@@ -65,7 +65,7 @@ def test_several_models_of_one_save(tmp_path):
     for tag in ("pytorch_model", "pytorch_model_1"):
         write_zero(tmp_path, PARAMS, stage=2, world=2, tag=tag)
     refuses(tmp_path, "holds 2 models, pytorch_model, pytorch_model_1", "(--tag) says which")
-    assert fastckpt.open(tmp_path, tag="pytorch_model").facts["tag"] == "pytorch_model"
+    assert fastckpt.open(tmp_path, tag="pytorch_model").saved.tag == "pytorch_model"
 
 
 def test_what_may_not_be_listed_beside_the_tags_is_passed_over(tmp_path, monkeypatch):
@@ -81,7 +81,7 @@ def test_what_may_not_be_listed_beside_the_tags_is_passed_over(tmp_path, monkeyp
         return listdir(path)
 
     monkeypatch.setattr(os, "listdir", as_another_user)
-    assert sources.open(run).facts["tag"] == "global_step2"
+    assert sources.open(run).saved.tag == "global_step2"
     assert sources.open(run, tag="global_step2").facts["world"] == 3
     refuses(tmp_path, "it holds some: run")
     closed.add(folder)
@@ -499,7 +499,7 @@ def test_files_under_another_rank_s_name(tmp_path, options):
     torch.manual_seed(3)
     params = {n: torch.ones(s) if n == "ones" else torch.randn(s) for n, s in SHAPES.items()}
     write_zero(tmp_path / "good", params, world=4, stripped=False, legacy=True, **options)
-    assert "notes" not in sources.open(tmp_path / "good").facts
+    assert not sources.open(tmp_path / "good").notes
     for a, b, copied in ((0, 1, False), (1, 2, False), (0, 2, True), (3, 0, True)):
         at = tmp_path / f"bad-{a}-{b}-{copied}"
         shutil.copytree(tmp_path / "good", at)

@@ -106,7 +106,7 @@ def test_names_aliases_and_facts():
     ckpt = sources.open(FIXTURES / AUTOTP, rename=[(r"^model\.", "")])
     assert ckpt.aliases == {"lm_head.weight": "embed_tokens.weight"}
     assert ckpt.facts["grid"] == {"data parallel": 2, "tensor parallel": 2, "pipeline stages": 1}
-    assert ckpt.facts["stage"] == 2 and ckpt.facts["step"] == 2
+    assert ckpt.facts["stage"] == 2 and ckpt.saved.step == 2
     assert ckpt.config["model_type"] == "qwen2"
     pipe = sources.open(FIXTURES / PIPELINE, rename=[(r"^tied_modules\.", ""), (r"^(\d+)\.", r"layers.\1.")])
     assert "rows of tied_modules.embed.weight from 21 on: padding of the vocabulary" in pipe.unread
@@ -333,7 +333,7 @@ def test_frozen_layers(pipeline):
         torch.save({"norm.bias": torch.arange(4.0)}, again)
     ckpt = sources.open(pipeline)
     assert ckpt.entries["2.norm.bias"].kind == "frozen"
-    (note,) = ckpt.facts["notes"]
+    (note,) = ckpt.notes
     assert "layer 2 is taken for frozen" in note and "left of an earlier save" in note
     assert "2.norm.bias" not in sources.open(pipeline, exclude_frozen=True)
     found = fastckpt.reshard(ckpt, layout="same", rank=0)["2.norm.bias"]

@@ -216,11 +216,10 @@ def merged(adapter: Adapter, dtype: DType | None) -> Checkpoint:
         kind = kind_of(old.dtype, dtype) if name in adapter.changed else old.dtype
         return Single(adapter.entry(name).shape, kind, build(name, old, kind), old.kind)
 
-    notes = base.facts.get("notes")
     modules = len(adapter.pairs) + len(adapter.stacks)
     note = f"{adapter.settings.path}: {modules} modules merged, {len(adapter.saved)} tensors replaced"
     made = adapter.applied({n: entry_of(n, e) for n, e in base.entries.items()}, table)
-    return replace(made, facts={**base.facts, "notes": [*(notes if isinstance(notes, list) else []), note]})
+    return replace(made, notes=(*base.notes, note))
 
 
 # ---- names and sizes ----

@@ -114,14 +114,14 @@ class Llama:
     intermediate: int
     vocab: int
     layers: int
-    heads: int = 8
-    kv_heads: int = 4
+    heads: int = 16
+    kv_heads: int = 8
 
     @staticmethod
     def of(nbytes: int) -> Llama:
         """A llama of about `nbytes` of fp32 weights."""
         width = 512 if nbytes >= 32_000_000 else 128
-        one = Llama(width, width * 43 // 16, width * 8 - 20, 1)
+        one = Llama(width, width * 43 // 16, width * 8 - 24, 1)
         layer = sum(4 * int(np.prod(s)) for n, s in one.shapes().items() if ".0." in n)
         return Llama(one.hidden, one.intermediate, one.vocab, max(1, 1 + (nbytes - one.nbytes) // layer))
 

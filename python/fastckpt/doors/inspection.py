@@ -133,7 +133,7 @@ def inspect(
     return Inspection(
         path=ckpt.path,
         format=ckpt.format,
-        facts=ckpt.facts,
+        facts=_facts(ckpt),
         tensors=len(ckpt.entries),
         elements=sum(math.prod(e.shape) for e in ckpt.entries.values()),
         nbytes=sum(held.values()),
@@ -156,13 +156,31 @@ def inspect(
     )
 
 
+def _facts(ckpt: Checkpoint) -> dict[str, JSON]:
+    """What the trainer says of its save, and the format of itself."""
+    saved = ckpt.saved
+    first: dict[str, JSON] = {"tag": saved.tag, "step": saved.step}
+    last: dict[str, JSON] = {
+        "client_state": None if saved.client_state is None else dict(saved.client_state),
+        "params" if ckpt.format == "meta" else "args": None if saved.args is None else dict(saved.args),
+        "notes": [*ckpt.notes] or None,
+        "recipe": ckpt.recipe,
+        "unpadded": dict(ckpt.unpadded) or None,
+    }
+    return {
+        **{key: value for key, value in first.items() if value is not None},
+        **ckpt.facts,
+        **{key: value for key, value in last.items() if value is not None},
+    }
+
+
 def _family(ckpt: Checkpoint, recipe: str | None) -> tuple[str | None, str]:
     """The recipe that recognises every name and shape, or None and why not."""
     if ckpt.config is None:
         return None, "no config.json"
-    asked = recipe or ckpt.facts.get("recipe")
+    asked = recipe or ckpt.recipe
     try:
-        find = recipes.named(asked) if isinstance(asked, str) else recipes.find(ckpt.config)
+        find = recipes.named(asked) if asked is not None else recipes.find(ckpt.config)
         find(ckpt, ckpt.config)
     except RecipeError as e:
         return None, str(e)

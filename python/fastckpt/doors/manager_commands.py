@@ -178,7 +178,7 @@ def _gc(manager: CheckpointManager, args: argparse.Namespace) -> int:
 
 def _restore(manager: CheckpointManager, args: argparse.Namespace) -> int:
     from ..road import plan, reshard
-    from ..running.runs import Report, require_place
+    from ..running.runs import require_place
 
     step = _step(manager, args)
     opened = manager.open(step, args.rank)
@@ -194,8 +194,6 @@ def _restore(manager: CheckpointManager, args: argparse.Namespace) -> int:
             state, layout="same", out=args.out, overwrite=args.overwrite, allow_nonfinite=True,
             memory=args.memory, threads=args.threads, progress=bar,
         )  # fmt: skip
-    if not isinstance(report, Report):
-        raise ManagerError(f"{args.out}: nothing was written")
     done: dict[str, JSON] = {
         "step": step,
         "out": args.out,

@@ -19,6 +19,7 @@ from functools import partial
 from types import TracebackType
 
 from ..checkpoint import JSON
+from ..dtypes import DType
 from ..errors import ManagerError, WriteError, expect
 from ..layouts import Layout
 from ..placement import Placement, grid_of
@@ -509,7 +510,7 @@ class CheckpointManager:
         recipe: str | None = None,
         tp_plan: Mapping[str, str] | None = None,
         vocab_size: int | None = None,
-        dtype: str | None = None,
+        dtype: str | DType | None = None,
         quant: str | Quant | None = None,
         adapter: str | os.PathLike[str] | None = None,
         apart: bool = False,

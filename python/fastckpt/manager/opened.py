@@ -101,10 +101,7 @@ class Opened:
         for axis, (start, length) in enumerate(zip(*wanted, strict=True)):
             view = view.narrow(axis, start, length)
         part = {held: Single(view.shape, view.dtype, lambda: view)}
-        out = reshard(replace(whole, entries=part, structure=""), layout="same", rank=0)
-        if not isinstance(out, dict):
-            raise ManagerError(f"{self.path}: {name}: the road gave no tensors")
-        return out[held]
+        return reshard(replace(whole, entries=part, structure=""), layout="same", rank=0)[held]
 
     def prove(self, names: Sequence[str]) -> None:
         """Read tensors and check their digests. Raises SourceError for the first that differs."""

@@ -80,7 +80,7 @@ def publish(
     point(root, version)
     if keep is not None:
         gc(root, keep)
-    return made if isinstance(made, Report) else None
+    return made
 
 
 def rehearsed(source: Checkpoint, version: str, to: str | os.PathLike[str], serving: Serving) -> Plan:

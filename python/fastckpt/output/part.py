@@ -77,8 +77,8 @@ class Part:
                 if found is None or found.key != self.key:
                     raise WriteError(
                         f"{self.path}: {record} is of another plan ({found.key if found else 'unreadable'}, "
-                        f"this one is {self.key}); name a new directory; overwrite=True "
-                        "(--overwrite) replaces it"
+                        f"this one is {self.key}), or the checkpoint's files were written since; name a new "
+                        "directory; overwrite=True (--overwrite) replaces it"
                     )
             if entries and not records and not any(e.startswith(TRACE) for e in entries):
                 raise WriteError(

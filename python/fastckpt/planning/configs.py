@@ -83,3 +83,12 @@ def dtype(config: Mapping[str, JSON] | None, asked: str | DType | None) -> DType
         floats = ", ".join(d.name for d in dtypes.DTYPES if d.kind == "float")
         raise ViewError(f"dtype {named}: floats are cast to floats alone ({floats})")
     return named
+
+
+def require_scales(cast: DType | None) -> None:
+    """Raises ViewError for fp8 as a file's dtype: without scales, weights are cut off without a word."""
+    if cast in (dtypes.float8_e4m3fn, dtypes.float8_e5m2):
+        raise ViewError(
+            f"dtype {cast}: a cast alone writes no scales, and what is too large or small is lost; "
+            "quant= (--quant fp8, fp8-channel, fp8-block, ...) writes fp8 with its scales"
+        )

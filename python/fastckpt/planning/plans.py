@@ -122,7 +122,7 @@ def draft(ckpt: Checkpoint, request: Request, *, in_memory: bool = False) -> Pla
 
     Raises RecipeError, LayoutError, ViewError or, for what a file cannot spell, WriteError, before any byte
     of a tensor is read."""
-    resolved = resolve(ckpt, request)
+    resolved = resolve(ckpt, request, to_files=not in_memory)
     ckpt, placement, expansion = resolved.checkpoint, request.placement, resolved.expansion
     ranks = tuple(range(placement.world)) if request.rank is None else (placement.at(request.rank).rank,)
     left_out: dict[str, None] = {}

@@ -76,16 +76,16 @@ class Request:
             raise LayoutError("weights_key: wanted a key, got the empty string")
 
 
-class Serving(TypedDict):
+class Serving(TypedDict, total=False):
     """What servers get of a model: the arguments of `plan` and `reshard` that shape an output."""
 
-    placement: Placement
+    placement: Placement | None
     layout: str | Layout
     config: str | os.PathLike[str] | Mapping[str, JSON] | None
     recipe: str | None
     tp_plan: Mapping[str, str] | None
     vocab_size: int | None
-    dtype: str | None
+    dtype: str | DType | None
     quant: str | Quant | None
     adapter: str | os.PathLike[str] | None
     apart: bool

@@ -56,12 +56,12 @@ class Resolved:
     expansion: Expansion | None = None
 
 
-def resolve(ckpt: Checkpoint, request: Request) -> Resolved:
+def resolve(ckpt: Checkpoint, request: Request, *, to_files: bool) -> Resolved:
     """The road that was asked for. Raises RecipeError, LayoutError or ViewError where there is none."""
     if request.dense:
         ckpt, request = _densified(ckpt, request)
     beside = any(os.path.basename(file.path) == "config.json" for file in ckpt.beside)
-    if request.config is None and ckpt.config is not None and ("unpadded" in ckpt.facts or not beside):
+    if request.config is None and ckpt.config is not None and (ckpt.unpadded or not beside):
         request = replace(request, config=ckpt.config)  # there is none beside, or that of padded shards
     layout = _layout(request)
     if layout.roles and request.adapter is None and (why := strangers.adapted([*ckpt.entries])):
@@ -70,6 +70,8 @@ def resolve(ckpt: Checkpoint, request: Request) -> Resolved:
     if layout.roles or request.config is not None or request.dtype == "auto":
         config = configs.found(ckpt, request.config)
     dtype = configs.dtype(config, request.dtype)
+    if to_files:
+        configs.require_scales(dtype)
     adapter = None
     if request.adapter is not None:
         from ..computed import adapters
@@ -161,11 +163,6 @@ def _options(
     return out
 
 
-def _notes(ckpt: Checkpoint) -> tuple[str, ...]:
-    told = ckpt.facts.get("notes")
-    return tuple(str(note) for note in told) if isinstance(told, list) else ()
-
-
 # ---- by the checkpoint's names ----
 
 
@@ -178,7 +175,7 @@ def _by_names(
 ) -> Resolved:
     if request.vocab_size is not None:  # the config would say it, and no tensor would be cut
         raise LayoutError(f"vocab_size goes with layouts that read roles, not {_name(layout)}")
-    if request.recipe not in (None, ckpt.facts.get("recipe")):  # nor did it join the shards
+    if request.recipe not in (None, ckpt.recipe):  # nor did it join the shards
         raise LayoutError(f"recipe goes with layouts that read roles, not {_name(layout)}")
     if request.quant is not None and (config is not None or ckpt.config is not None):
         config = configs.found(ckpt, request.config)
@@ -192,7 +189,7 @@ def _by_names(
         configs.text(config, request),
         ckpt.aliases,
         options,
-        (*_notes(ckpt), *missed),
+        (*ckpt.notes, *missed),
         _ours(layout),
     )
     return _quantising(resolved, request, config, None)
@@ -210,8 +207,8 @@ def _by_roles(
     adapter: Adapter | None,
     dtype: DType | None,
 ) -> Resolved:
-    name, told, quant = _name(layout), ckpt.facts.get("recipe"), request.quant
-    asked = told if request.recipe is None and isinstance(told, str) else request.recipe
+    name, quant = _name(layout), request.quant
+    asked = ckpt.recipe if request.recipe is None else request.recipe
     recipe = recipes.find(config) if asked is None else recipes.named(asked)
     engine = str(dict(layouts.options_of(layout)).get("engine") or "")
     if quant is not None and prequantised.fits(name, engine, ckpt, quant):
@@ -240,7 +237,7 @@ def _by_roles(
         configs.text(config, request, resized, changed),
         _tied(model, adapter, request),
         options,
-        (*_notes(ckpt), *_notes_of(model, name, resized)),
+        (*ckpt.notes, *_notes_of(model, name, resized)),
         _ours(layout) and (config.get("model_type") if asked is None else asked) in recipes.TYPES,
     )
     if adapter is not None and request.apart:

@@ -26,9 +26,6 @@ IGNORED = ("rope.freqs", "freqs_cis")
 _TORCHTUNES = "norm.scale"
 """torchtune's name for Meta's norm.weight; what it calls q and k is another thing in each of its families."""
 
-PARAMS = "params"
-"""The fact of a checkpoint that is what its params.json says."""
-
 _OUTSIDE = {
     EMBEDDING: "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
@@ -164,16 +161,16 @@ def _check(ckpt: Checkpoint, config: Mapping[str, JSON]) -> None:
             f"{ckpt.path}: config's rope_interleave is false, and under Meta's names rotary positions turn "
             "neighbouring rows"
         )
-    said = ckpt.facts.get(PARAMS)
-    if not isinstance(said, dict):
+    params = ckpt.saved.args
+    if params is None:
         return
     rope = config.get("rope_parameters")
     told = {**config, **(rope if isinstance(rope, dict) else {})}
     for key, ours in _SAID.items():
         name = next((k for k in ours if told.get(k) is not None), None)
-        if said.get(key) is None or said[key] == -1 or name is None:  # -1: as many words as the tokenizer has
+        if params.get(key) in (None, -1) or name is None:  # -1: as many words as the tokenizer has
             continue
-        if said[key] != told[name]:
+        if params[key] != told[name]:
             raise RecipeError(
-                f"{ckpt.path}: params.json says {key} {said[key]}, the config has {name} {told[name]}"
+                f"{ckpt.path}: params.json says {key} {params[key]}, the config has {name} {told[name]}"
             )

@@ -391,12 +391,11 @@ def _read_from(planned: Plan) -> list[str]:
 def _record(planned: Plan, finite: bool) -> Record:
     """What the manifest says of this run."""
     ckpt, grid = planned.checkpoint, planned.placement
-    tag, step = ckpt.facts.get("tag"), ckpt.facts.get("step")
     origin = Origin(
         os.path.abspath(ckpt.path) if ckpt.files else ckpt.path,
         ckpt.format,
-        tag if isinstance(tag, str) else "",
-        step if isinstance(step, int) else None,
+        ckpt.saved.tag or "",
+        ckpt.saved.step,
         ckpt.headers,
     )
     sizes = {"tp": grid.tp, "pp": grid.pp, "dp": grid.dp, "ep": grid.ep}

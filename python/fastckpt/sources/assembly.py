@@ -9,7 +9,7 @@ from itertools import islice
 
 import xxhash
 
-from ..checkpoint import JSON, Checkpoint, Entry
+from ..checkpoint import JSON, Checkpoint, Entry, Saved
 from ..dtypes import DType
 from ..errors import SourceError
 from ..extents import Extent, Extents, File, is_file, let_go
@@ -44,6 +44,8 @@ def assemble(
     aliases: Mapping[str, str] | None = None,
     files: Sequence[File] = (),
     search: Sequence[str] = (),
+    saved: Saved | None = None,
+    notes: Sequence[str] = (),
     facts: Mapping[str, JSON] | None = None,
     unread: Sequence[str] = (),
     inert: Iterable[str] = (),
@@ -75,8 +77,9 @@ def assemble(
     beside = neighbours(search)
     return Checkpoint(
         path=path, format=format, entries=renamed, extents=extents, aliases=tied, files=tuple(files),
-        config=read_config(beside), beside=beside, facts=facts or {}, unread=tuple(unread),
-        inert=tuple(sorted(set(inert))), structure=_structure(format, renamed, tied, extents, layout),
+        config=read_config(beside), beside=beside, saved=saved or Saved(), notes=tuple(notes),
+        facts=facts or {}, unread=tuple(unread), inert=tuple(sorted(set(inert))),
+        structure=_structure(format, renamed, tied, extents, layout),
         headers=xxhash.xxh3_64_hexdigest("\n".join(headers).encode()),
     )  # fmt: skip
 
@@ -154,10 +157,14 @@ def read_config(beside: Sequence[File]) -> dict[str, JSON] | None:
 
 
 def sampled(extents: Sequence[Extent]) -> str:
-    """Hex digest of a few bytes of the values, for formats whose headers carry no checksum of them.
+    """Hex digest of a few bytes of the values, and of the files' sizes and times, for formats whose headers
+    carry no checksum of the values.
 
-    It tells two checkpoints of one shape apart: the parts of a set must come from one. Raises SourceError."""
+    It tells two checkpoints of one shape apart, and one that was edited from what it was: the parts of a set
+    must come from one. Raises SourceError."""
     seen = xxhash.xxh3_64()
+    for file in {id(x.where): x.where for x in extents if isinstance(x.where, File)}.values():
+        seen.update(f"{os.path.basename(file.path)}\n{file.nbytes} {file.mtime_ns}\n".encode())
     step = -(-len(extents) // SAMPLES) or 1
     descriptor, opened = -1, ""
     try:

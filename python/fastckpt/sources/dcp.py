@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import JSON, Checkpoint
+from ..checkpoint import Checkpoint
 from ..dtypes import DType
 from ..errors import SourceError, naming
 from ..extents import Extent, Extents, File, is_directory, is_file, listed
@@ -69,27 +69,25 @@ def read(path: str, options: Options) -> Checkpoint:
     rest = Counter(path[0] for key, path in found.paths.items() if key not in model)
     return assemble(
         path, "dcp", entries, table, options, files=files, search=search,
-        facts={
-            "state dict": ".".join(prefix) or "at the top", "boxes": len(extents), **later(where, files),
-        },
+        facts={"state dict": ".".join(prefix) or "at the top", "boxes": len(extents)},
+        notes=later(where, files),
         unread=[f"{key}: {count} values beside the state dict" for key, count in sorted(rest.items())]
         + [f"{name}: another model" for name in _others(path, root)],
         layout=[row.tobytes() for row in rows.values()], headers=[found.digest, *digests],
     )  # fmt: skip
 
 
-def later(where: str, files: Sequence[File]) -> dict[str, list[JSON]]:
+def later(where: str, files: Sequence[File]) -> list[str]:
     """What to know of files that were written after `.metadata`, which a save writes last."""
     written = os.stat(where).st_mtime_ns
     after = [file.path for file in files if os.stat(file.path).st_mtime_ns > written]
     if not after:
-        return {}
-    note = (
+        return []
+    return [
         f"{len(after)} of {len(files)} files were written after {NAME}, such as "
         f"{os.path.basename(after[0])}: unless the save was copied, one over it was interrupted, and "
         "tensors are of two steps"
-    )
-    return {"notes": [note]}
+    ]
 
 
 def _directory(path: str) -> str | None:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..checkpoint import JSON, Checkpoint, Entry
+from ..checkpoint import JSON, Checkpoint, Entry, Saved
 from ..errors import SourceError, naming
 from ..extents import is_directory, is_file, listed
 from ..placement import Placement
@@ -161,15 +161,17 @@ def _ranks(path: str, root: str, options: Options) -> Checkpoint:
             if before + name in entries:
                 raise SourceError(f"{root}: two stages hold {name}, one of them {stage}")
             entries[before + name] = of[stage].entry(tensor, extents)
+    step = first.step if isinstance(first.step, int) else None
+    narrow = options.weights == "master" and any(e.dtype.itemsize == 2 for e in entries.values())
     facts: dict[str, JSON] = {
-        "step": first.step if isinstance(first.step, int) else None, "ranks": len(placed), "stages": grid.pp,
-        "grid": {"tp": grid.tp, "dp": grid.placement.dp, "ep": grid.ep}, "args": first.args,
+        "ranks": len(placed), "stages": grid.pp,
+        "grid": {"tp": grid.tp, "dp": grid.placement.dp, "ep": grid.ep},
     }  # fmt: skip
-    if options.weights == "master" and any(e.dtype.itemsize == 2 for e in entries.values()):
-        facts["notes"] = ["the weights are the 16-bit copy: the optimizer's copies have no names"]
     return assemble(
         path, FORMAT, entries, extents, options, files=[r.file.file for r in ranks.values()],
         search=[root, os.path.dirname(root)], facts=facts,
+        saved=Saved(step=step, args=first.args, grid=grid.placement),
+        notes=["the weights are the 16-bit copy: the optimizer's copies have no names"] if narrow else [],
         unread=sorted(unread),
         inert=[n for r in ranks.values() for n in r.file.inert],
         layout=[places(c.values()) for r in ranks.values() for c in r.chunks],

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import JSON, Checkpoint, Entry
+from ..checkpoint import JSON, Checkpoint, Entry, Saved
 from ..dtypes import DType
 from ..errors import SourceError, naming
 from ..extents import Extents, File, is_file
@@ -115,18 +115,16 @@ def read(path: str, root: str, options: Options, format: str) -> Checkpoint:
     }
     with naming(where):
         entries = {name: stack.entry(table) for name, stack in _named(stacks).items()}
-    facts: dict[str, JSON] = {"step": step, "ranks": 1, "args": args}
-    if told := [*notes, *later(where, files).get("notes", [])]:
-        facts["notes"] = told
     search = [os.path.join(at, name) for at in (root, os.path.dirname(root)) for name in ("", HUB)]
     return assemble(
         path, format, entries, table, options, files=files, search=search,
-        facts=facts, unread=unread, layout=[row.tobytes() for row in rows.values()],
+        saved=Saved(step=step, args=args), notes=[*notes, *later(where, files)], facts={"ranks": 1},
+        unread=unread, layout=[row.tobytes() for row in rows.values()],
         headers=[found.digest, *digests],
     )  # fmt: skip
 
 
-def _common(root: str, found: Metadata, options: Options) -> tuple[JSON, dict[str, JSON]]:
+def _common(root: str, found: Metadata, options: Options) -> tuple[int | None, dict[str, JSON]]:
     """(iteration, args) of what is no tensor."""
     state: object = {}
     if is_file(path := os.path.join(root, COMMON)):

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from ..checkpoint import Checkpoint, Entry, Single
+from ..checkpoint import Checkpoint, Entry, Saved, Single
 from ..errors import SourceError
 from ..extents import is_directory, is_file, listed
 from ..plainjson import read_json
@@ -46,13 +46,14 @@ def matches(path: str) -> bool:
 
 
 def read(path: str, options: Options) -> Checkpoint:
-    """The model in a release, under Meta's names; the fact `params` is what params.json says. Raises
+    """The model in a release, under Meta's names; its `args` are what params.json says. Raises
     SourceError for a part that is missing, of another model, or cut as no release is."""
     names = _parts(path)
     found = _of_parts(path, names, options) if names else safetensors.read(path, options)
     where = os.path.join(path, _PARAMS)
     said = read_json(where) if is_file(where) else {}
-    return replace(found, format="meta", facts={**found.facts, "params": said.get("model", said)})
+    model = said.get("model")
+    return replace(found, format="meta", saved=Saved(args=model if isinstance(model, dict) else said))
 
 
 def _parts(path: str) -> list[str]:

@@ -102,9 +102,10 @@ def _shards(path: str, manifest: Manifest, options: Options) -> Checkpoint:
     match manifest.record.options.get("adapter"):
         case ["apart", *_]:
             facts["adapter"] = "apart"
-    return assemble(
+    shards = assemble(
         path, SHARDS, entries, extents, options, files=files, search=[path], facts=facts, headers=headers
     )
+    return replace(shards, joins="quant" not in facts and "adapter" not in facts)
 
 
 def _facts(manifest: Manifest) -> dict[str, JSON]:

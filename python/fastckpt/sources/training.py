@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from ..checkpoint import JSON, Checkpoint
+from ..checkpoint import JSON, Checkpoint, Saved
 from ..digest import digest
 from ..dtypes import BY_NAME, DType
 from ..errors import SourceError, naming
@@ -224,13 +224,12 @@ class CommitFiles:
                     )
             made[new] = dtype, shape, rows
         every, record = Extents(extents), self.manifest.record
-        facts: dict[str, JSON] = {"step": record.source.step, "tag": record.source.tag}
-        facts["ranks"] = record.placement.get("ranks")
         return assemble(
             self.path, "training",
             {n: Boxed(shape, dtype, every, rows) for n, (dtype, shape, rows) in made.items()},
             every, options or Options(), aliases=aliases, files=tuple(files.values()), search=[self.path],
-            facts=facts, unread=unread, headers=[self.manifest.key],
+            saved=Saved(record.source.tag, record.source.step),
+            facts={"ranks": record.placement.get("ranks")}, unread=unread, headers=[self.manifest.key],
             layout=(repr(rows).encode() for _, _, rows in made.values()),
         )  # fmt: skip
 

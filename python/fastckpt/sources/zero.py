@@ -207,8 +207,8 @@ def _from_masters(
             "master dtype": ", ".join(sorted({placed.flat.dtype.name for placed in layout})),
             "weights": opening.options.weights,
             **({"experts": list(state.experts)} if state.experts else {}),
-            **({"notes": [*notes]} if notes else {}),
         },
+        notes=notes,
         unread=[
             f"optimizer moments of {world} ranks", *_other_copy(opening.options, len(weights), at_stage_3)
         ],
@@ -330,9 +330,9 @@ def _from_module(path: str, opening: Opening, model: Opened, state: ModelState) 
         entries,
         facts={
             "stage": 0 if off else "1 or 2", "weights": "module", "why module": why,
-            **({} if asked else {"notes": [f"the weights are the copy in `module`: {why}"]}),
             **({"experts": list(state.experts)} if state.experts else {}),
         },
+        notes=[] if asked else [f"the weights are the copy in `module`: {why}"],
         unread=["optimizer state"] if off else [],
         layout=[places_in(state), *([places(e.tensor for e in experts.values())] if experts else [])],
     )  # fmt: skip

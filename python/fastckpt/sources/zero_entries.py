@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from ..checkpoint import JSON, Checkpoint, Entry
+from ..checkpoint import JSON, Checkpoint, Entry, Saved
 from ..dtypes import int8
 from ..errors import SourceError
 from ..extents import Extents
@@ -120,6 +120,7 @@ class Reading:
         entries: dict[str, Entry],
         *,
         facts: Mapping[str, JSON],
+        notes: Sequence[str] = (),
         unread: Sequence[str],
         layout: Sequence[bytes],
     ) -> Checkpoint:
@@ -129,20 +130,17 @@ class Reading:
             lack = self.opening.options.exclude_frozen
             entries = state.autoep.joined(entries, lack=lack, where=self.where)
         tied = {n: h for n, h in self.found.tied.items() if h in entries}
-        notes = list(unread)
-        notes += [f"`module` entry {n}: no tensor" for n in self.found.other]
-        notes += [f"{n}: tied to {h}, which is left out" for n, h in self.found.tied.items() if n not in tied]
-        notes += [f"client state that is not plain: {', '.join(state.opaque)}"] if state.opaque else []
+        left = list(unread)
+        left += [f"`module` entry {n}: no tensor" for n in self.found.other]
+        left += [f"{n}: tied to {h}, which is left out" for n, h in self.found.tied.items() if n not in tied]
+        left += [f"client state that is not plain: {', '.join(state.opaque)}"] if state.opaque else []
         return assemble(
             self.path, "zero", entries, self.extents, self.opening.options,
             aliases=tied, files=self.opening.held(),
             search=[os.path.abspath(self.path), os.path.abspath(files.root)],
-            facts={
-                "tag": files.tag, "step": state.global_steps, **facts,
-                "deepspeed": state.version, "client_state": dict(state.client),
-            },
-            unread=notes, inert=[n for f in opened for n in f.inert], layout=layout,
-            headers=self.opening.digests(),
+            saved=Saved(files.tag, state.global_steps, state.client), notes=notes,
+            facts={**facts, "deepspeed": state.version}, unread=left,
+            inert=[n for f in opened for n in f.inert], layout=layout, headers=self.opening.digests(),
         )  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def joined(path: str, grid: Grid, ranks: Sequence[Rank], options: Options, tp: i
     ]
     stages = [held[p * tp : (p + 1) * tp] for p in range(pp)]
     same = Agreement(where)
-    notes: list[JSON] = []
+    notes: list[str] = []
     if state.pipeline:
         copies = []
         for t in range(tp):
@@ -222,7 +222,7 @@ def _assembled(
     extents: Extents,
     entries: Mapping[str, Entry],
     degrees: tuple[int, int],
-    notes: list[JSON],
+    notes: Sequence[str],
 ) -> Checkpoint:
     files, first = grid.ranks[0], ranks[0].checkpoint
     of_all = [r.checkpoint for r in ranks]
@@ -236,8 +236,6 @@ def _assembled(
         for n, e in entries.items()
         if isinstance(e, _Joined) and e.cut.padded
     ]
-    told = first.facts.get("notes")
-    notes = [*(told if isinstance(told, list) else []), *notes]
     world = first.facts.get("world")  # the data-parallel ranks of each
     facts: dict[str, JSON] = {
         **{key: value for key, value in first.facts.items() if key not in ("groups", "world")},
@@ -245,12 +243,12 @@ def _assembled(
             **({"data parallel": world} if world else {}),
             "tensor parallel": degrees[1], "pipeline stages": degrees[0],
         },
-        **({"notes": notes} if notes else {}),
     }  # fmt: skip
     return assemble(
         path, "zero", entries, extents, options,
         aliases=aliases, files=[*(f for c in of_all for f in c.files), *(f.file for f in opening.opened)],
-        search=[os.path.abspath(path), os.path.abspath(files.root)], facts=facts,
+        search=[os.path.abspath(path), os.path.abspath(files.root)],
+        saved=first.saved, notes=[*first.notes, *notes], facts=facts,
         unread=[*dict.fromkeys(note for c in of_all for note in c.unread), *unpadded],
         inert=[n for c in of_all for n in c.inert] + [n for f in opening.opened for n in f.inert],
         layout=[
