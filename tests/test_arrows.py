@@ -65,13 +65,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "digest": (*CORE, "native"),
     "finite": (*CORE, "digest", "native"),
     # What reads and runs a plan.
-    "reader": (*CORE, *TABLE, "_C"),
+    "reader": (*CORE, "digest", *TABLE, "_C"),
     "executors": (*CORE, *TABLE, "native"),
     "dequantised": (*CORE, "nowhere", "finishes", "rounding", "unrounding", "schemes"),
     "quantised_sources": (*CORE, "nowhere", "dequantised", "rounding", "unrounding", "schemes"),
     "prequantised": (*CORE, "nowhere", "quantised_config", "rounding", "schemes"),
     "computing": (
         *CORE,
+        "digest",
+        "limits",
         *TABLE,
         "nowhere",
         "lowrank",
@@ -110,8 +112,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "layouts",
         "configs",
     ),
+    "opening": (*CORE, "sources", "joining"),
     "expectation": (*PLAIN, "manifest", "sources", "layouts", "joining"),
-    "foreign": (*PLAIN, "sources", "recipes", "layouts", "uniting", "joining"),
+    "foreign": (*PLAIN, "sources", "recipes", "layouts", "uniting", "opening"),
     "adapter_settings": (*CORE, "sources"),
     "adapter_pairs": (*CORE, "adapter_settings"),
     "adapters": (*PLAIN, "nowhere", "lowrank", "sources", "adapter_settings", "adapter_pairs"),
@@ -189,6 +192,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
 }
 MAY_IMPORT["runs"] = (*MAY_IMPORT, "__init__")
+MAY_IMPORT["leaves"] = (*MAY_IMPORT, "__init__")
+MAY_IMPORT["replicas"] = (*MAY_IMPORT, "__init__")
 MAY_IMPORT["road"] = (*MAY_IMPORT, "__init__")
 # The doors stand side by side; what writes their words stands before them. `__init__` holds the version.
 MAY_IMPORT["text"] = CORE
@@ -213,7 +218,7 @@ MAY_IMPORT["__main__"] = ("cli",)
 WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "sources": (
         ("options", "inert", "zero_layout", "samples", "steps", "ranks", "patterns"),
-        ("assembly", "picklemachine", "plain", "zipentries"),
+        ("assembly", "picklemachine", "plain_values", "zipentries"),
         # torch files: zip and pickle below, tensors above
         ("torchzip", "inertpickle", "zero_autoep"),
         ("torchpickle",),

@@ -11,7 +11,7 @@ import pytest
 from fastckpt import dtypes
 from fastckpt.errors import SourceError
 from fastckpt.extents import Buffer, Extent, Extents
-from fastckpt.inverse import joined, pieces_of
+from fastckpt.inverse import joined, kept, other, pieces_of
 from fastckpt.stored import strided
 from reading import read
 
@@ -33,11 +33,12 @@ def back(shape, views, arrays):
     _, known = phantom(shape)
     known = {views[0].extents[0]: "x"}
     held, extents = stored(arrays)
-    pieces = {}
-    for view, dense in zip(views, held, strict=True):
-        for _, place, piece in pieces_of(view, dense, known):
-            pieces.setdefault(place, piece)
-    return joined("x", shape, pieces, extents)
+    pieces = [p for view, dense in zip(views, held, strict=True) for _, p in pieces_of(view, dense, known)]
+    found, again = joined("x", shape, pieces, extents)
+    assert found.numel + sum(kept(found, box).numel for box in again) == sum(map(np.count_nonzero, arrays))
+    for box in again:
+        assert (read(kept(found, box)) == read(other(found, box))).all()
+    return found
 
 
 def factors(n, rng):
@@ -90,7 +91,7 @@ def test_random_cuts_read_back(seed):
 
 def test_what_overlaps_is_taken_once():
     """Rows of one cut and columns of another, neither of which holds all."""
-    array = np.arange(48, dtype=np.int32).reshape(6, 8)
+    array = np.arange(1, 49, dtype=np.int32).reshape(6, 8)
     view, _ = phantom((6, 8))
     views = [view.narrow(0, 0, 4), view.narrow(1, 3, 5), view.narrow(0, 2, 4).narrow(1, 0, 6).T]
     arrays = [array[:4], array[:, 3:], array[2:, :6].T]
@@ -98,7 +99,7 @@ def test_what_overlaps_is_taken_once():
 
 
 def test_missing_elements_are_an_error():
-    array = np.arange(48, dtype=np.int32).reshape(6, 8)
+    array = np.arange(1, 49, dtype=np.int32).reshape(6, 8)
     view, _ = phantom((6, 8))
     with pytest.raises(SourceError, match="the shards hold 30 of its 48 elements"):
         back((6, 8), [view.narrow(1, 0, 5)], [np.ascontiguousarray(array[:, :5])])

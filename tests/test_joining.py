@@ -7,8 +7,8 @@ import json
 import fastckpt
 import pytest
 import torch
-from fastckpt import joining, sources
 from fastckpt import layouts as served_layouts
+from fastckpt import sources
 from fastckpt.digest import digest
 from fastckpt.errors import FastckptError, RecipeError, SourceError
 from fastckpt.layouts import layout
@@ -372,7 +372,7 @@ def test_a_tied_pair_that_a_trainer_wrote_twice_is_one_tensor(tmp_path, file, sa
     state = {"model.embed_tokens.weight": table, "lm_head.weight": table + (0 if same else 1)}
     (save_file if file.endswith("s") else torch.save)(state, tmp_path / file)
     (tmp_path / "config.json").write_text('{"vocab_size": 6, "tie_word_embeddings": true}')
-    found = joining.open(tmp_path)
+    found = fastckpt.open(tmp_path)
     assert len(found.entries) == 2 - same and len(found.aliases) == same
     (tmp_path / "config.json").write_text('{"vocab_size": 6, "tie_word_embeddings": false}')
-    assert not joining.open(tmp_path).aliases
+    assert not fastckpt.open(tmp_path).aliases

@@ -96,7 +96,7 @@ def test_every_reader_and_executor_writes_the_same_files(tmp_path, monkeypatch, 
     config, truth = zero(tmp_path / "in", "mixtral", world=4)
     chosen = pick(executor)
     monkeypatch.setattr(runs, "pick", lambda *_: chosen)
-    monkeypatch.setattr(runs, "reader_of", lambda extents, binding, alone: reader(binding.places))
+    monkeypatch.setattr(runs, "reader_of", lambda extents, binding, **_: reader(binding.places))
     out = tmp_path / "out"
     report = fastckpt.reshard(tmp_path / "in", 2, layout="vllm", dtype="bfloat16", out=out, threads=3)
     got = shard_files(out)
@@ -426,7 +426,7 @@ def test_a_source_cut_short_under_the_reader_is_an_error(tmp_path, monkeypatch, 
     write_zero(tmp_path / "in", {"w": torch.randn(3 << 20)}, stage=3, world=1)
     victim = max(tmp_path.rglob("*optim_states.pt"), key=lambda p: p.stat().st_size)
 
-    def short(extents, binding, alone):
+    def short(extents, binding, **_):
         opened = reader(binding.places)
         opened.lane(pick(None))
         with open(victim, "r+b") as f:

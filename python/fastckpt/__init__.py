@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from .errors import ViewError as ViewError
     from .errors import WriteError as WriteError
     from .foreign import open_shards as open_shards
-    from .joining import open as open
     from .layouts.hf import Hf as Hf
     from .layouts.megatron import Megatron as Megatron
     from .layouts.rtp_llm import RtpLlm as RtpLlm
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from .manager.job import Job as Job
     from .manager.manager import CheckpointManager as CheckpointManager
     from .manager.runner import JobRunner as JobRunner
+    from .opening import open as open
     from .placement import Placement as Placement
     from .planning.plans import Plan as Plan
     from .quantisation.schemes import SCHEMES as SCHEMES
@@ -97,7 +97,7 @@ _HOME = {
     "reshard": "road",
     "SCHEMES": "quantisation.schemes",
     "Quant": "quantisation.schemes",
-    "open": "joining",
+    "open": "opening",
     "open_shards": "foreign",
     "partitioned": "sources.memory",
     "VerifyReport": "verification.outputs",

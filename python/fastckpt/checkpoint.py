@@ -94,6 +94,19 @@ class Cast(Mapping[str, Entry]):
         return len(self._stored)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Replica:
+    """Elements that a checkpoint holds once more: those of `kept` are taken, and `other`, of the same shape
+    and dtype, must be equal (room `replicas`).
+
+    `what`: the tensor, and who holds it, in words. `always`: it is compared whole, whatever its size."""
+
+    what: str
+    kept: Callable[[], View]
+    other: Callable[[], View]
+    always: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Saved:
     """What the trainer says of its save.
@@ -124,7 +137,7 @@ class Checkpoint:
     was not read, and why. `inert`: pickle globals that were kept as inert records. `structure`: hex digest
     of everything that shapes the views (names, shapes, dtypes, partition and storage sizes, tensor offsets
     and strides), but not of where a storage lies in its file. `headers`: hex digest of the headers and
-    pickles themselves."""
+    pickles themselves. `replicas`: what has to be equal before any of it is taken."""
 
     path: str
     format: str
@@ -144,6 +157,7 @@ class Checkpoint:
     inert: tuple[str, ...] = ()
     structure: str = ""
     headers: str = ""
+    replicas: tuple[Replica, ...] = ()
 
     def __getitem__(self, name: str) -> View:
         """The view of a tensor; a tied name gives its holder's. Raises SourceError naming near misses."""

@@ -374,7 +374,7 @@ def _fields(record: Report | VerifyReport) -> dict[str, JSON]:
 
 def _opened(args: argparse.Namespace) -> Checkpoint:
     from .foreign import open_shards
-    from .joining import open
+    from .opening import open
 
     cut = serving_options.foreign(args)
     if cut is not None:

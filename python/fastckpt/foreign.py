@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 
-from . import joining, layouts, recipes
+from . import layouts, opening, recipes
 from .checkpoint import JSON, Checkpoint
 from .dtypes import float32
 from .errors import LayoutError, SourceError, expect
@@ -51,7 +51,7 @@ def open_shards(
     where = os.fspath(path)
     shards = _read(where, made, grid)
     if not isinstance(like, Checkpoint | Mapping):
-        like = read_json(os.fspath(like)) if os.fspath(like).endswith("config.json") else joining.open(like)
+        like = read_json(os.fspath(like)) if os.fspath(like).endswith("config.json") else opening.open(like)
     config = shards.config or like.config if isinstance(like, Checkpoint) else like
     if config is None:
         raise SourceError(f"{where}: no config.json, nor beside the checkpoint that it is like")

@@ -1,6 +1,7 @@
 """Copies the other way round: from where a tensor's elements went to, the tensor as a view of there.
 
-Law: pieces are boxes of the tensor, its axes cut where pieces step; together they hold every element once.
+Law: pieces are boxes of the tensor, its axes cut where pieces step; together they hold every element. The
+first piece that holds an element gives it; what later ones hold once more is told, as boxes too.
 """
 
 from __future__ import annotations
@@ -23,9 +24,6 @@ Axis = tuple[int, int, int]
 Box = tuple[list[int], list[int], list[int]]
 """Origin, size, and strides in the shard."""
 
-Place = tuple[int, tuple[tuple[int, int], ...]]
-"""Which elements of a tensor: the first one, and (elements, stride) of each axis."""
-
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -39,7 +37,7 @@ class Piece:
     dtype: DType
 
 
-def pieces_of(made: View, held: View, known: Mapping[Extent, str]) -> Iterator[tuple[str, Place, Piece]]:
+def pieces_of(made: View, held: View, known: Mapping[Extent, str]) -> Iterator[tuple[str, Piece]]:
     """What a shard's tensor `held` holds, by the target `made` it was written from.
 
     Raises SourceError for a shard that does not lie as dense boxes."""
@@ -58,7 +56,7 @@ def pieces_of(made: View, held: View, known: Mapping[Extent, str]) -> Iterator[t
 
 def _in_run(
     made: View, run: int, begin: int, dtype: DType, known: Mapping[Extent, str]
-) -> Iterator[tuple[str, Place, Piece]]:
+) -> Iterator[tuple[str, Piece]]:
     """What a dense run of extent `run` from element `begin` on holds, by the target it was written from."""
     d, steps = len(made.held_shape), dense_strides(made.held_shape)
     for line in made.held.tolist():
@@ -72,8 +70,7 @@ def _in_run(
             key=lambda axis: -axis[1],
         )
         offset = begin + sum(o * t for o, t in zip(origin, steps, strict=True))
-        piece = Piece(start, tuple(_coalesced(axes)), run, offset, dtype)
-        yield tensor, (start, tuple((n, s) for n, s, _ in piece.axes)), piece
+        yield tensor, Piece(start, tuple(_coalesced(axes)), run, offset, dtype)
 
 
 def _coalesced(axes: Sequence[Axis]) -> list[Axis]:
@@ -92,16 +89,18 @@ def _coalesced(axes: Sequence[Axis]) -> list[Axis]:
 
 
 class _Boxes:
-    """Disjoint boxes of a shape, as rows of a view, and how many elements they cover."""
+    """Disjoint boxes of a shape, as rows of a view, and how many elements they cover; `again`: those of
+    elements that were covered already."""
 
     def __init__(self, ndim: int) -> None:
         self.rows: list[list[int]] = []
+        self.again: list[list[int]] = []
         self.covered = 0
         self._low = np.empty((16, ndim), np.int64)
         self._high = np.empty((16, ndim), np.int64)
 
     def add(self, source: tuple[int, int], offset: int, box: Box) -> None:
-        """A box of (extent, dtype code) from `offset` on, but for what is covered already."""
+        """A box of (extent, dtype code) from `offset` on."""
         origin, size, stride = box
         n = len(self.rows)
         over = (self._low[:n] < np.add(origin, size)) & (self._high[:n] > origin)
@@ -118,6 +117,7 @@ class _Boxes:
                 first, last = max(start, low[a]), min(stop, high[a])
                 origin, size = _with(origin, a, first), _with(size, a, last - first)
                 offset += (first - start) * step
+            self.again.append([*source, offset, *origin, *size, *stride])
             return
         if n == len(self._low):
             self._low, self._high = (np.concatenate([x, np.empty_like(x)]) for x in (self._low, self._high))
@@ -130,20 +130,21 @@ def _with(numbers: list[int], index: int, value: int) -> list[int]:
     return [*numbers[:index], value, *numbers[index + 1 :]]
 
 
-def joined(where: str, shape: tuple[int, ...], pieces: Mapping[Place, Piece], extents: Extents) -> View:
-    """The tensor of `shape` that the pieces make; of its first rows, where they hold those only.
+def joined(
+    where: str, shape: tuple[int, ...], pieces: Sequence[Piece], extents: Extents
+) -> tuple[View, list[list[int]]]:
+    """The tensor of `shape` that the pieces make, of its first rows where they hold those only, and what they
+    hold of it once more, as rows over its held shape.
 
     Raises SourceError where an element is missing, or dtypes differ."""
-    dtypes = {p.dtype for p in pieces.values()}
+    dtypes = {p.dtype for p in pieces}
     if len(dtypes) != 1:
         raise SourceError(f"{where}: its parts are {', '.join(sorted(d.name for d in dtypes))}, wanted one")
     dtype, numel = dtypes.pop(), math.prod(shape)
-    grouping = _grouping(shape, {s for p in pieces.values() for _, s, _ in p.axes})
+    grouping = _grouping(shape, {s for p in pieces for _, s, _ in p.axes})
     boxes = _Boxes(len(grouping))
     stop = 0
-    for piece in pieces.values():
-        if boxes.covered == numel:
-            break
+    for piece in pieces:
         for start, offset, axes in _in_axes(where, piece.start, piece.offset, piece.axes, grouping):
             stop = max(stop, start + sum((n - 1) * s for n, s, _ in axes) + 1)
             boxes.add((piece.extent, dtype.code), offset, _box(start, axes, grouping))
@@ -153,7 +154,23 @@ def joined(where: str, shape: tuple[int, ...], pieces: Mapping[Place, Piece], ex
             raise SourceError(f"{where}: the shards hold {boxes.covered} of its {numel} elements")
         shape = grouping = (stop // row, *shape[1:])
     rows = np.array(boxes.rows, np.int64).reshape(-1, 3 + 3 * len(grouping))
-    return View(shape, dtype, extents, rows, None if grouping == shape else grouping)
+    return View(shape, dtype, extents, rows, None if grouping == shape else grouping), boxes.again
+
+
+def kept(view: View, again: Sequence[int]) -> View:
+    """The elements of a box that lies once more, where they are taken from."""
+    part, d = View(view.held_shape, view.dtype, view.extents, view.held), len(view.held_shape)
+    for axis, (start, n) in enumerate(zip(again[3 : 3 + d], again[3 + d : 3 + 2 * d], strict=True)):
+        part = part.narrow(axis, start, n)
+    return part
+
+
+def other(view: View, again: Sequence[int]) -> View:
+    """The same elements, where they lie once more."""
+    d = len(view.held_shape)
+    size = again[3 + d : 3 + 2 * d]
+    row = [*again[:3], *[0] * d, *again[3 + d :]]
+    return View(tuple(size), view.dtype, view.extents, np.array([row], np.int64))
 
 
 def _grouping(shape: tuple[int, ...], strides: set[int]) -> tuple[int, ...]:

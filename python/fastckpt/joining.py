@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
 import xxhash
 
-from . import layouts, recipes, sources
+from . import layouts, recipes
 from .checkpoint import JSON, Cast, Checkpoint
 from .collector import paused
 from .digest import digest
@@ -34,47 +34,20 @@ from .sources.served import SHARDS
 from .target import Target
 from .uniting import over_ranks, phantom_of, united
 
-UNTOLD = ("dcp", "fsdp", "meta", "safetensors", "statedict")
+TIES_UNSAID = ("dcp", "fsdp", "meta", "safetensors", "statedict")
 """Formats that do not, or not always, say which names are one tensor."""
 
-TOLD = "cut_from"
-"""The record's option that tells what the shards were cut from."""
+CUT_FROM = "cut_from"
+"""The record's option that says what the shards were cut from."""
 
 
-def open(
-    path: str | os.PathLike[str] | Mapping[str, object],
-    *,
-    tag: str | None = None,
-    also: Iterable[str | os.PathLike[str]] = (),
-    rename: Iterable[tuple[str, str]] = (),
-    weights: str = "master",
-    exclude_frozen: bool = False,
-    check_crc: bool = False,
-    recipe: str | None = None,
-    config: str | os.PathLike[str] | Mapping[str, JSON] | None = None,
-) -> Checkpoint:
-    """The checkpoint at `path`, as `sources.open` has it; the shards of a serving layout as a whole model.
-
-    `recipe`: the file of a user's own recipe, where the shards were cut with one. `config`: where no
-    config.json is beside, which model a Megatron checkpoint is of, and whether names are tied; without
-    either it is given as it is.
-    So are quantised shards, and those of an adapter alone, which cannot be joined: each tensor is named
-    "rank/name". Raises SourceError for what is broken, missing, unknown or cannot be joined."""
-    found = sources.open(
-        path, tag=tag, also=also, rename=rename, weights=weights,
-        exclude_frozen=exclude_frozen, check_crc=check_crc,
-    )  # fmt: skip
-    unsaid = found.format == MEGATRON and config is None and found.config is None
-    return whole(found, recipe, config) if found.joins and not unsaid else found
-
-
-def told(ckpt: Checkpoint, world: int, layout: str) -> dict[str, JSON]:
+def cut_from(ckpt: Checkpoint, world: int, layout: str) -> dict[str, JSON]:
     """What a record must keep of the tensors an output was cut from, so that it can be joined again; nothing
     where the output holds them whole, under their own names."""
     if uncut(layout, world):
         return {}
     tensors: dict[str, JSON] = {n: [e.dtype.name, list(e.shape)] for n, e in ckpt.entries.items()}
-    return {TOLD: {"tensors": tensors, "aliases": dict(ckpt.aliases), "layouts": layouts.VERSION}}
+    return {CUT_FROM: {"tensors": tensors, "aliases": dict(ckpt.aliases), "layouts": layouts.VERSION}}
 
 
 def uncut(layout: str, world: int) -> bool:
@@ -83,42 +56,38 @@ def uncut(layout: str, world: int) -> bool:
 
 
 @paused()
-def whole(
+def join(
     ckpt: Checkpoint,
     recipe: str | None = None,
     config: str | os.PathLike[str] | Mapping[str, JSON] | None = None,
 ) -> Checkpoint:
     """The model that an opened output's shards, or a Megatron run's, are of; any other checkpoint as it is.
 
-    `recipe`, `config` as in `open`. Names are tied where the config says so and the bytes agree. Its recipe
-    is one that was asked for, its config has the sizes from before they were padded. Names, shapes and tied
-    names are those of the checkpoint it was cut from, dtypes those that were served; what the recipe left out
-    is in `unread`. Raises SourceError where the record does not tell enough, or the shards do not hold every
-    element."""
+    `recipe`, `config` as in `opening.open`. Names are tied where the config says so and the bytes agree. Its
+    recipe is one that was asked for, its config has the sizes from before they were padded. Names, shapes and
+    tied names are those of the checkpoint it was cut from, dtypes those that were served; what the recipe
+    left out is in `unread`. Raises SourceError where the record does not tell enough, or the shards do not
+    hold every element."""
     expect("config", config, str, os.PathLike, Mapping, type(None))
     expect("recipe", recipe, str, type(None))
     if ckpt.format == MEGATRON:
         from . import megatron
 
-        return megatron.whole(ckpt, recipe, config)
-    if ckpt.format in UNTOLD and (config is not None or ckpt.config is not None):
+        return megatron.join(ckpt, recipe, config)
+    if ckpt.format in TIES_UNSAID and (config is not None or ckpt.config is not None):
         return ties.tied(ckpt, configs.found(ckpt, config))
     if ckpt.format != SHARDS:
         return ckpt
     manifest = Manifest.read(ckpt.path)
     record = manifest.record.options
-    phantom = _cut_from(ckpt, manifest)
-    entries, aliases, unread = united(
-        ckpt, phantom, manifest.record.layout, _targets(ckpt, phantom, manifest, recipe)
-    )
+    phantom = _phantom(ckpt, manifest)
+    digests = {f"{s.rank}/{name}": t.digest for s in manifest.shards for name, t in s.tensors.items()}
+    targets = _targets(ckpt, phantom, manifest, recipe)
+    found = united(ckpt, phantom, manifest.record.layout, targets, digests)
     shaped = json.dumps([ckpt.structure, record, dict(ckpt.config or {})], sort_keys=True)
     was = _map(record.get("resized", {}), ckpt, "resized")
     return replace(
-        ckpt,
-        format="served",
-        entries=entries,
-        aliases=aliases,
-        unread=(*ckpt.unread, *unread),
+        found,
         config=_config(ckpt, manifest) if was else ckpt.config,
         recipe=_recipe(ckpt, manifest, recipe),
         unpadded=was,
@@ -133,8 +102,8 @@ def would_hold(
     """What every rank of an opened output would hold by another layout, as (rank, target): names, shapes and
     dtypes, floats cast to `dtype`, and no bytes behind them.
 
-    Raises SourceError as `whole` does, RecipeError and LayoutError where the layout cannot cut this model."""
-    phantom = _cut_from(ckpt, manifest)
+    Raises SourceError as `join` does, RecipeError and LayoutError where the layout cannot cut this model."""
+    phantom = _phantom(ckpt, manifest)
     cast = Cast(phantom.entries, dtype)  # but for fp8, whose bytes are a quantised matrix's
     entries = {n: e if e.dtype.itemsize == 1 else cast[n] for n, e in phantom.entries.items()}
     model = _model(ckpt, replace(phantom, entries=entries), manifest)
@@ -186,14 +155,14 @@ def _model(ckpt: Checkpoint, phantom: Checkpoint, manifest: Manifest, recipe: st
 
 def _recipe(ckpt: Checkpoint, manifest: Manifest, given: str | None) -> str | None:
     """The recipe that was asked for by name, if any. A file's is the user's to name: a record runs none."""
-    said = manifest.record.options.get("recipe")
-    if not isinstance(said, str):
+    named = manifest.record.options.get("recipe")
+    if not isinstance(named, str):
         return None
-    if not said.endswith(".py"):
-        return said
+    if not named.endswith(".py"):
+        return named
     if given is None or not given.endswith(".py"):
         raise SourceError(
-            f"{ckpt.path}: cut with a recipe of a file, {said}, which is not run unless you name it: "
+            f"{ckpt.path}: cut with a recipe of a file, {named}, which is not run unless you name it: "
             "recipe= (--recipe FILE)"
         )
     return given
@@ -204,14 +173,14 @@ def _config(ckpt: Checkpoint, manifest: Manifest) -> Mapping[str, JSON]:
     path = os.path.join(ckpt.path, "config.json")
     if ckpt.config is None or path not in {f.path for f in ckpt.beside}:
         raise SourceError(f"{ckpt.path}: no config.json, which says how the shards were cut")
-    held = manifest.files.get("config.json")
-    if held is None or digest(content(path)) != held.digest:
+    recorded = manifest.files.get("config.json")
+    if recorded is None or digest(content(path)) != recorded.digest:
         raise SourceError(f"{path}: was changed since the shards were cut; put the one of then back")
     was = _map(manifest.record.options.get("resized", {}), ckpt, "resized")  # before they were padded
     return {k: v for k, v in {**ckpt.config, **was}.items() if v is not None or k not in was}
 
 
-def _cut_from(ckpt: Checkpoint, manifest: Manifest) -> Checkpoint:
+def _phantom(ckpt: Checkpoint, manifest: Manifest) -> Checkpoint:
     """The checkpoint the shards were cut from, with an extent a tensor and no byte behind it."""
     record = manifest.record.options
     quant = record.get("quant")
@@ -224,11 +193,11 @@ def _cut_from(ckpt: Checkpoint, manifest: Manifest) -> Checkpoint:
     match record.get("adapter"):
         case ["apart", *_]:
             raise SourceError(f"{ckpt.path}: an adapter alone, cut for a layout; open the adapter itself")
-    if not isinstance(record.get(TOLD), dict):
+    if not isinstance(record.get(CUT_FROM), dict):
         raise SourceError(
             f"{ckpt.path}: its record does not tell what the shards were cut from: made by an older version"
         )
-    source = _map(record[TOLD], ckpt, TOLD)
+    source = _map(record[CUT_FROM], ckpt, CUT_FROM)
     version = source.get("layouts")
     if version != layouts.VERSION:
         raise SourceError(
@@ -236,7 +205,7 @@ def _cut_from(ckpt: Checkpoint, manifest: Manifest) -> Checkpoint:
             f"this one knows version {layouts.VERSION}, which may cut elsewhere"
         )
     tensors = _map(source.get("tensors"), ckpt, "tensors")
-    kinds = {name: _kind(f"{ckpt.path}: {name}", said) for name, said in tensors.items()}
+    kinds = {name: _kind(f"{ckpt.path}: {name}", recorded) for name, recorded in tensors.items()}
     aliases = {a: str(h) for a, h in _map(source.get("aliases"), ckpt, "aliases").items()}
     for alias, holder in aliases.items():
         if holder not in kinds:
@@ -244,13 +213,13 @@ def _cut_from(ckpt: Checkpoint, manifest: Manifest) -> Checkpoint:
     return phantom_of(ckpt, kinds, aliases)
 
 
-def _kind(where: str, said: JSON) -> tuple[DType, tuple[int, ...]]:
+def _kind(where: str, recorded: JSON) -> tuple[DType, tuple[int, ...]]:
     """The dtype and shape that a record says. Raises SourceError for what is none."""
-    match said:
+    match recorded:
         case [str(dtype), list(shape)] if dtype in BY_NAME:
             dims = tuple(n for n in shape if isinstance(n, int) and n >= 0)
         case _:
-            raise SourceError(f"{where}: {said!r} is no dtype and shape")
+            raise SourceError(f"{where}: {recorded!r} is no dtype and shape")
     if len(dims) != len(shape) or math.prod(dims) > 1 << 62:
         raise SourceError(f"{where}: {shape} is no shape")
     return BY_NAME[dtype], dims

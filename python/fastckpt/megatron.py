@@ -30,7 +30,7 @@ INTERLEAVED = ("glm", "glm4", "chatglm")
 Config = str | os.PathLike[str] | Mapping[str, JSON] | None
 
 
-def whole(ckpt: Checkpoint, recipe: str | None, config: Config) -> Checkpoint:
+def join(ckpt: Checkpoint, recipe: str | None, config: Config) -> Checkpoint:
     """The model under the hub's names, as `config`, or the one beside the checkpoint, gives them.
 
     Without either, the tensors of one rank as they are. Raises SourceError where config and args contradict
@@ -44,18 +44,18 @@ def whole(ckpt: Checkpoint, recipe: str | None, config: Config) -> Checkpoint:
             f"{ckpt.path}: parts of {grid.world} ranks, and no config.json beside them, which says "
             "what model they are of: config= (--config)"
         )
-    said = configs.found(ckpt, config)
-    find = recipes.find(said) if recipe is None else recipes.named(recipe)
-    imagined = recipes.imagined(find, said)
+    hub_config = configs.found(ckpt, config)
+    find = recipes.find(hub_config) if recipe is None else recipes.named(recipe)
+    imagined = recipes.imagined(find, hub_config)
     phantom = phantom_of(ckpt, {name: (float32, shape) for name, shape in imagined.items()}, {})
-    model = find(phantom, said)
-    notes = (*ckpt.notes, *_checked(ckpt.path, model, said, args))
+    model = find(phantom, hub_config)
+    notes = (*ckpt.notes, *_checked(ckpt.path, model, hub_config, args))
     before = "0/" if grid.world == 1 else ""
     named = {before + name: entry for name, entry in ckpt.entries.items()}
     beside = ckpt.beside
     if isinstance(config, str | os.PathLike) and is_directory(config):
         beside = neighbours([os.fspath(config), *dict.fromkeys(os.path.dirname(f.path) for f in ckpt.beside)])
-    shards = replace(ckpt, entries=named, config=said, beside=beside, recipe=recipe, notes=notes)
+    shards = replace(ckpt, entries=named, config=hub_config, beside=beside, recipe=recipe, notes=notes)
     found = whole_of(shards, phantom, model, _layout(shards, args, grid), grid)
     return replace(found, format="megatron model")
 
@@ -107,9 +107,9 @@ def _checked(path: str, model: Model, config: Mapping[str, JSON], args: Mapping[
             ("num_query_groups", groups, "kv heads", sizes.kv_heads),
             ("kv_channels", args.get("kv_channels"), "head size", sizes.head_dim),
         ]
-    for key, said, what, got in wanted:
-        if said is not None and said != got:
-            raise SourceError(f"{path}: its args say {key} {said}, the config has {what} {got}")
+    for key, arg, what, got in wanted:
+        if arg is not None and arg != got:
+            raise SourceError(f"{path}: its args say {key} {arg}, the config has {what} {got}")
     yield from _words(path, sizes.vocab, args)
     rope = config.get("rope_parameters")
     theta = (rope if isinstance(rope, dict) else config).get("rope_theta")

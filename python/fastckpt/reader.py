@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from .digest import LEAF
 from .errors import SourceError, WriteError
 from .extents import Buffer, File, fresh, let_go
 from .planning.copies import AXES, NOTHING, Executor, Runner, Table, item_sizes, nbytes
@@ -30,12 +31,15 @@ OPEN = 64
 
 
 class Lane(Protocol):
-    """One worker's way through a reader: what it needs is read, then run."""
+    """One worker's way through a reader: what it needs is read, then run. `bytes_read`: of sources, for the
+    outputs; `bytes_scanned`: for scales alone."""
 
     bytes_read: int
+    bytes_scanned: int
 
-    def run(self, rows: Table, destinations: Sequence[Buffer]) -> None:
-        """Fill `destinations` as bound `rows` say. Raises SourceError when a file gave less than it had."""
+    def run(self, rows: Table, destinations: Sequence[Buffer], file: int = 0) -> None:
+        """Fill `destinations`, parts of the output `file`, as bound `rows` say. Raises SourceError when a
+        file gave less than it had."""
 
     def direct(self, rows: Table, staging: memoryview) -> memoryview | None:
         """The bytes that `rows` make, as many as `staging` has, where they are one run of a file, element for
@@ -49,6 +53,10 @@ class Reader(Protocol):
 
     def lane(self, executor: Executor) -> Lane:
         """A lane for one worker thread."""
+
+    def batch_sizes(self, stage: int, band: int) -> tuple[int, int]:
+        """Output bytes to make at once, of tensors as they lie and of one that is transposed: `band` at most,
+        and `stage` of what is mapped."""
 
     def __enter__(self) -> Reader: ...
 
@@ -122,6 +130,10 @@ class Positioned:
         self.lanes.append(PositionedLane(self, executor))
         return self.lanes[-1]
 
+    def batch_sizes(self, stage: int, band: int) -> tuple[int, int]:
+        """As little as there is: the scratch buffer holds what a batch needs."""
+        return LEAF, LEAF
+
 
 class PositionedLane:
     """See Positioned."""
@@ -129,7 +141,7 @@ class PositionedLane:
     def __init__(self, reader: Positioned, executor: Executor) -> None:
         self.reader = reader
         self.executor = executor
-        self.bytes_read = 0
+        self.bytes_read = self.bytes_scanned = 0
         self.buffers = [p for p in reader.places if isinstance(p, Buffer)]
         held = [i for i, p in enumerate(reader.places) if isinstance(p, Buffer)]
         self.index = {i: k for k, i in enumerate(held)}
@@ -143,7 +155,7 @@ class PositionedLane:
         if len(rows) != 1 or len(staging) == 0:
             return None
         place, start = int(rows["src_buffer"][0]), int(rows["src"][0])
-        if place == NOTHING or place in self.index or not plain(rows[0], len(staging)):
+        if place == NOTHING or place in self.index or not is_one_run(rows[0], len(staging)):
             return None
         self._read(place, start, staging)
         self.bytes_read += len(staging)
@@ -155,7 +167,7 @@ class PositionedLane:
             let_go(fd)
         self.fds = {}
 
-    def run(self, rows: Table, destinations: Sequence[Buffer]) -> None:
+    def run(self, rows: Table, destinations: Sequence[Buffer], file: int = 0) -> None:
         """Read the runs of every row, packed, then run the rows over the scratch buffer."""
         rows = rows.copy()
         reads: list[tuple[int, int, int, int]] = []  # place, offset, bytes, where in scratch
@@ -286,6 +298,10 @@ class Mapped:
             self.runners[executor] = executor.bind(self.buffers)
         return MappedLane(self, self.runners[executor], self.by_position.lane(executor))
 
+    def batch_sizes(self, stage: int, band: int) -> tuple[int, int]:
+        """Nothing is held beside the outputs."""
+        return min(stage, band), band
+
 
 class MappedLane:
     """See Mapped."""
@@ -294,9 +310,9 @@ class MappedLane:
         self.reader = reader
         self.runner = runner
         self.by_position = by_position
-        self.bytes_read = 0
+        self.bytes_read = self.bytes_scanned = 0
 
-    def run(self, rows: Table, destinations: Sequence[Buffer]) -> None:
+    def run(self, rows: Table, destinations: Sequence[Buffer], file: int = 0) -> None:
         """Run the rows over the mappings; the runner refuses pages that were not there."""
         self.runner.run(rows, destinations)
         self.bytes_read += int(nbytes(rows, "src").sum())
@@ -310,7 +326,7 @@ class MappedLane:
         return found
 
 
-def plain(row: np.void, nbytes: int) -> bool:
+def is_one_run(row: np.void, nbytes: int) -> bool:
     """Whether a row copies `nbytes` as they are, from one run to the start of its destination."""
     item = int(item_sizes([int(row["dst_dtype"])])[0])
     shape = row["shape"].tolist()

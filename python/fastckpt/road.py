@@ -7,30 +7,26 @@ tensors, the caller's tensors, or a stream of bytes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, overload
 
-import numpy as np
-
-from . import joining
+from . import opening, replicas, sources
 from .checkpoint import JSON, Checkpoint
-from .digest import LEAF
 from .dtypes import DType
 from .errors import DeviceError, LayoutError, SourceError, expect
-from .executors import pick
-from .extents import Buffer, fresh
 from .layouts import Layout
 from .layouts.same import Same
+from .leaves import leaves
+from .opening import open_joined
 from .placement import Placement, grid_of
 from .planning import plans
-from .planning.batches import cut
 from .planning.binding import Binding
 from .planning.plans import Plan
 from .planning.request import Request
 from .quantisation.schemes import Quant
 from .recipes import strangers
-from .running.runs import Progress, Report, Run, reader_of
+from .running.runs import Progress, Report, Run
 from .sources.memory import stamped
 
 if TYPE_CHECKING:
@@ -88,7 +84,7 @@ def plan(
         grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, max_shard_size,
         quant=_quant(quant), dense=quant == DENSE, adapter=adapter, apart=apart,
     )  # fmt: skip
-    return plans.draft(open_whole(ckpt, recipe, config), request)
+    return plans.draft(open_joined(ckpt, recipe, config), request)
 
 
 # What is returned follows from `rank` and `out`; the options are spelled out below.
@@ -165,10 +161,10 @@ def reshard(
         raise DeviceError(f"device {place!r}: files lie on no GPU; leave device= out, for tensors there too")
 
     def drafted() -> Plan:
-        opened = open_whole(ckpt, recipe, config)
+        opened = open_joined(ckpt, recipe, config)
         return plans.draft(opened if in_memory else stamped(opened), request, in_memory=in_memory)
 
-    planned = run.planned(drafted)
+    planned = proved(run, drafted)
     if out is None:
         states, _ = run.to_memory(planned, place)
         return states if rank is None else states[0]
@@ -204,7 +200,7 @@ def prepare(
     place = _device(device)
     grid = grid_of(tp, placement)
     request = Request(grid, rank, layout, config, recipe, tp_plan, vocab_size, dtype, quant=_quant(quant))
-    planned = plans.draft(open_whole(ckpt, recipe, config), request, in_memory=True)
+    planned = plans.draft(open_joined(ckpt, recipe, config), request, in_memory=True)
     binding = Binding.of(planned.extents)
     if place == "cpu" or not gpu_sources.resident(binding):
         raise DeviceError(f"prepare: wanted tensors on a GPU as source, device {place!r}; else use reshard")
@@ -260,13 +256,14 @@ def consolidate(
         if tag or also or rename or weights != "master" or exclude_frozen or check_crc:
             raise LayoutError("consolidate: options of open go with a path, this checkpoint is open already")
     else:
-        path = joining.open(
+        path = sources.open(
             path, tag=tag, also=also, rename=rename, weights=weights,
-            exclude_frozen=exclude_frozen, check_crc=check_crc, recipe=recipe, config=config,
+            exclude_frozen=exclude_frozen, check_crc=check_crc,
         )  # fmt: skip
-    opened = joining.whole(path, recipe, config)
+    opened = open_joined(path, recipe, config)
     run = Run(threads, memory, progress)
-    planned = run.planned(
+    planned = proved(
+        run,
         lambda: consolidation(
             opened,
             safe_serialization=safe_serialization,
@@ -276,7 +273,7 @@ def consolidate(
             client_state=client_state,
             adapter=adapter,
             in_memory=out is None,
-        )
+        ),
     )
     if out is None:
         return run.to_memory(planned)[0][0]
@@ -352,24 +349,24 @@ def load_into(
     grid = grid_of(tp, placement)
     if rank is None and grid.world > 1:
         raise LayoutError(f"load_into: a module is one rank's; say which of the {grid.world} ranks (rank=)")
-    held = tensors.held(module)
-    tensors.refuse_copies(module, held)
+    state = tensors.tensors_of(module)
+    tensors.refuse_copies(module, state)
     if strict:
-        tensors.require_made(module, held)
+        tensors.require_made(module, state)
     request = Request(
-        grid, rank or 0, layout, config, recipe, tp_plan, vocab_size, held=tensors.dtypes_of(held),
+        grid, rank or 0, layout, config, recipe, tp_plan, vocab_size, only=tensors.dtypes_of(state),
         adapter=adapter,
     )  # fmt: skip
     run = Run(threads, memory, progress)
-    planned = run.planned(lambda: plans.draft(open_whole(ckpt, recipe, config), request, in_memory=True))
+    planned = proved(run, lambda: plans.draft(open_joined(ckpt, recipe, config), request, in_memory=True))
     made = {t.name for t in planned.tensors}
-    again = tensors.untied(held, made, planned.aliases)
-    tied = tensors.tied(held, made | again.keys())
+    again = tensors.untied(state, made, planned.aliases)
+    tied = tensors.tied(state, made | again.keys())
     if strict:
         filled_or_tied = made | again.keys() | tied.keys()
-        _require_same([n for n in held if n not in filled_or_tied], planned.left_out)
-    device = tensors.device_of(held)
-    real = tensors.made_real({n: held[n] for n in (*made, *again)}, device)
+        _require_same([n for n in state if n not in filled_or_tied], planned.left_out)
+    device = tensors.device_of(state)
+    real = tensors.made_real({n: state[n] for n in (*made, *again)}, device)
     filled = {n: real[n] for n in made}
     run.to_tensors(planned, [filled], device if device == "cpu" else _device(device))
     for name, holder in again.items():
@@ -393,24 +390,17 @@ def stream(ckpt: Opened, names: Sequence[str]) -> Iterator[tuple[str, int, memor
     """The dense bytes of tensors as stored, in order: (name, offset in bytes, at most a MiB of them).
 
     The memory is valid until the next step. What `diff` reads with, in bounded memory."""
-    opened = ckpt if isinstance(ckpt, Checkpoint) else joining.open(ckpt)
-    # without a structure no plan is kept: this one goes by the names that both sides of a diff have
-    only = replace(opened, entries={n: opened.entries[n] for n in names}, aliases={}, structure="")
-    planned = plans.draft(only, Request(Placement(), layout=Same()), in_memory=True)
-    binding, slots = Binding.of(planned.extents), planned.slots()
-    staging = fresh(LEAF)
-    target = Buffer(staging, staging.ctypes.data, LEAF)
-    whole = memoryview(staging.data)
-    with reader_of(planned.extents, binding, alone=False) as reader:
-        lane = reader.lane(pick(None))
-        for first, chunk in planned.chunks():
-            for batch in cut(chunk, first, slots, binding, stage=LEAF, band=LEAF, in_order=True):
-                lane.run(batch.rows, [target])
-                for at, size, leaf in zip(
-                    batch.leaf_offset.tolist(), batch.leaf_size.tolist(), batch.leaf.tolist(), strict=True
-                ):
-                    t = int(np.searchsorted(slots.leaf, leaf, "right")) - 1
-                    yield planned.tensors[t].name, (leaf - int(slots.leaf[t])) * LEAF, whole[at : at + size]
+    opened = ckpt if isinstance(ckpt, Checkpoint) else opening.open(ckpt)
+    replicas.compare(opened)
+    yield from leaves(((n, opened.entries[n].build()) for n in names), opened.extents)
+
+
+def proved(run: Run, draft: Callable[[], Plan]) -> Plan:
+    """The plan, on the run's clock, of a checkpoint whose replicas are equal. Raises SourceError."""
+    planned = run.planned(draft)
+    nbytes, notes = replicas.compare(planned.checkpoint)
+    run.bytes_read += nbytes
+    return replace(planned, notes=(*planned.notes, *notes))
 
 
 def _quant(asked: str | Quant | None) -> Quant | None:
@@ -445,11 +435,3 @@ def _by_rank(out: State | Sequence[State], rank: int | None) -> list[State]:
     for state in [out] if isinstance(out, Mapping) else out:
         expect("out: a rank's tensors", state, Mapping)
     return [out] if isinstance(out, Mapping) else list(out)
-
-
-def open_whole(
-    ckpt: Opened, recipe: str | None, config: str | os.PathLike[str] | Mapping[str, JSON] | None
-) -> Checkpoint:
-    """What a verb was given, as one whole model. Raises SourceError for what cannot be opened or joined."""
-    opened = ckpt if isinstance(ckpt, Checkpoint) else joining.open(ckpt, recipe=recipe, config=config)
-    return joining.whole(opened, recipe, config)

@@ -6,7 +6,7 @@ round (`inverse`), the tensor is made of the shards. So whatever a layout can wr
 says how.
 
 Law: a tensor is given back only where the shards hold every element of it; what several ranks hold is taken
-from the first, what a layout padded is dropped.
+from the first, and must be equal (`Replica`); what a layout padded is dropped.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from functools import partial
 import xxhash
 
 from . import layouts
-from .checkpoint import JSON, Checkpoint, Entry, Single
+from .checkpoint import JSON, Checkpoint, Entry, Replica, Single
 from .dtypes import DType
 from .errors import SourceError
 from .extents import Buffer, Extent, Extents
-from .inverse import Piece, Place, joined, pieces_of
+from .inverse import Axis, Piece, joined, kept, other, pieces_of
 from .layouts import ByRoles
 from .model import Model
 from .placement import Placement
@@ -61,31 +61,33 @@ def whole_of(
     none."""
     name = layouts.name_of(type(layout)) or type(layout).__name__
     targets = over_ranks(partial(layout.targets, model), grid)
-    entries, aliases, unread = united(shards, phantom, name, targets)
+    found = united(shards, phantom, name, targets)
     kinds: JSON = {n: [e.dtype.name, list(e.shape)] for n, e in phantom.entries.items()}
     config: JSON = dict(shards.config or {})
     shaped: JSON = [shards.structure, layouts.VERSION, repr(layout), repr(grid), model.family, kinds, config]
     return replace(
-        shards,
-        format="served",
-        entries=entries,
-        aliases=aliases,
-        unread=(*shards.unread, *unread),
+        found,
         facts={"layout": name, **shards.facts},
         structure=xxhash.xxh3_64_hexdigest(json.dumps(shaped, sort_keys=True).encode()),
     )
 
 
 def united(
-    ckpt: Checkpoint, phantom: Checkpoint, layout: str, targets: Iterable[tuple[int, Target]]
-) -> tuple[dict[str, Entry], dict[str, str], list[str]]:
-    """The tensors of `phantom` made of the shards in `ckpt`, tied names, and what no shard holds.
+    ckpt: Checkpoint,
+    phantom: Checkpoint,
+    layout: str,
+    targets: Iterable[tuple[int, Target]],
+    digests: Mapping[str, str] | None = None,
+) -> Checkpoint:
+    """The tensors of `phantom` made of the shards in `ckpt`; what no shard holds is in `unread`.
 
     `phantom`: names and shapes, an extent a tensor and no bytes; `targets`: what `layout` makes of it, as
-    (rank, target); `ckpt`: the shards' entries, named "rank/name". Raises SourceError where those are others,
-    or do not hold every element of a tensor."""
+    (rank, target); `ckpt`: the shards' entries, named "rank/name"; `digests`: what is known of their bytes.
+    Raises SourceError where those are others, do not hold every element of a tensor, or hold the same with
+    other digests."""
     known = dict(zip(phantom.extents, phantom.entries, strict=True))
-    pieces: dict[str, dict[Place, Piece]] = {name: {} for name in phantom.entries}
+    pieces: dict[str, list[Piece]] = {name: [] for name in phantom.entries}
+    alike = _Alike(ckpt.path, digests or {})
     seen: set[str] = set()
     for rank, target in targets:
         name = f"{rank}/{target.name}"
@@ -95,22 +97,53 @@ def united(
             raise SourceError(f"{ckpt.path}: {name}: the layout makes {target.shape}, the shard holds {got}")
         seen.add(name)
         for view in (target.view, *target.also):
-            for tensor, place, piece in pieces_of(view, ckpt[name], known):
-                pieces[tensor].setdefault(place, piece)
+            for tensor, piece in pieces_of(view, ckpt[name], known):
+                pieces[tensor].append(piece)
+                alike.check(name, view, tensor, piece)
     unseen = next((name for name in ckpt.entries if name not in seen), None)
     if unseen is not None:
         raise SourceError(f"{ckpt.path}: {unseen} is no tensor of layout {layout}")
     entries: dict[str, Entry] = {}
     unread: list[str] = []
+    replicas: list[Replica] = []
     for name, entry in phantom.entries.items():
         if pieces[name]:
-            view = joined(f"{ckpt.path}: {name}", entry.shape, pieces[name], ckpt.extents)
+            view, again = joined(f"{ckpt.path}: {name}", entry.shape, pieces[name], ckpt.extents)
             entries[name] = Single(view.shape, view.dtype, partial(_same, view))
+            what = f"{name}, of which two shards hold the same elements"
+            replicas += [Replica(what, partial(kept, view, box), partial(other, view, box)) for box in again]
         elif math.prod(entry.shape) == 0:
             entries[name] = entry
         else:
             unread.append(f"{name}: layout {layout} does not write it as it is")
-    return entries, {a: h for a, h in phantom.aliases.items() if h in entries}, unread
+    return replace(
+        ckpt,
+        format="served",
+        entries=entries,
+        aliases={a: h for a, h in phantom.aliases.items() if h in entries},
+        unread=(*ckpt.unread, *unread),
+        replicas=(*ckpt.replicas, *replicas),
+    )
+
+
+class _Alike:
+    """Shards' tensors that are the same elements in the same order: their digests must be equal."""
+
+    def __init__(self, path: str, digests: Mapping[str, str]) -> None:
+        self._path, self._digests = path, digests
+        self._known: dict[tuple[str, int, tuple[Axis, ...]], str] = {}
+
+    def check(self, name: str, view: View, tensor: str, piece: Piece) -> None:
+        """`piece` of `tensor` is what shard `name` holds of `view`. Raises SourceError."""
+        said = self._digests.get(name)
+        if said is None or math.prod(n for n, _, _ in piece.axes) != view.numel:
+            return
+        first = self._known.setdefault((tensor, piece.start, piece.axes), name)
+        if said != self._digests[first]:
+            raise SourceError(
+                f"{self._path}: {first} and {name} are the same elements of {tensor}, and the record has "
+                f"digests {self._digests[first]} and {said} of them: which one is meant is in doubt"
+            )
 
 
 def _same(view: View) -> View:

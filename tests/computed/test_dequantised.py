@@ -16,7 +16,7 @@ from fastckpt.running import runs
 from fastckpt.running.computing import Computing
 from quant_oracle import E2M1, GROUPS
 from quantisation.test_quant_road import linear, model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 PLAIN = ("int8", "fp8", "fp8-channel", "fp8-block", "int4-group32", "mxfp4", "mxfp8")
 SCHEMES = (*PLAIN, "int8-dynamic", "int4-group-zero", "awq-group32", "gptq-group", "gptq-group64-zero")
@@ -94,7 +94,7 @@ def test_the_dtype_is_the_configs_or_bfloat16(tmp_path):
 def test_small_bands_and_reading_by_position(tmp_path, monkeypatch):
     config, want = source(tmp_path, "int4-group32")
     monkeypatch.setattr(
-        runs, "reader_of", lambda e, b, *, alone: Computing(e, b, lambda places: Positioned(places))
+        runs, "reader_of", lambda e, b, **_: Computing(e, b, lambda places: Positioned(places))
     )
     monkeypatch.setattr(runs, "pick", lambda *_: pick("torch"))
     got = fastckpt.reshard(tmp_path / "in", 2, layout="rtp_llm", quant="none", dtype="float32", rank=1)
@@ -221,6 +221,84 @@ def test_compressed_tensors_of_microscaled_floats():
     same(got, {"a.weight": (means * (scales.float() / whole).repeat_interleave(16, 1)).bfloat16()})
 
 
+MODELOPT = {
+    "quant_method": "modelopt", "quant_algo": "NVFP4", "producer": {"name": "modelopt", "version": "0.47.0"},
+    "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "float", "group_size": 16}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("each", [16, 32])
+def test_modelopt(tmp_path, each):
+    """As NVIDIA ModelOpt 0.47 exports nvfp4, fp8 and mxfp8, with its scales of inputs and of a cache."""
+    torch.manual_seed(6)
+    codes = torch.randint(0, 16, (256, 192)).to(torch.uint8)
+    pairs, means = codes[:, ::2] | codes[:, 1::2] << 4, E2M1[codes.long()]
+    scales, second = torch.rand(256, 192 // each).mul(400).to(torch.float8_e4m3fn), torch.tensor(0.00137)
+    eight = torch.randn(256, 192).to(torch.float8_e4m3fn)
+    blocks, exponents = torch.rand(2, 1, 2, 1), torch.randint(120, 134, (256, 6)).to(torch.uint8)
+    state = {
+        "four.weight": pairs, "four.weight_scale": scales, "four.weight_scale_2": second,
+        "four.input_scale": torch.tensor(3.0), "k_proj.weight": eight, "k_proj.weight_scale": second,
+        "k_proj.k_scale": torch.tensor(1.0), "row.weight": eight, "row.weight_scale": torch.rand(256),
+        "blocks.weight": eight, "blocks.weight_scale": blocks, "exponents.weight": eight,
+        "exponents.weight_scale": exponents, "micro.weight": pairs, "micro.weight_scale": exponents,
+        "norm.weight": torch.rand(5),
+    }  # fmt: skip
+    save_file({n: t.clone() for n, t in state.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": MODELOPT, "dtype": "float16"}))
+    (tmp_path / "hf_quant_config.json").write_text("{}")
+    fastckpt.reshard(tmp_path, layout="same", quant="none", out=tmp_path / "out")
+    wide = blocks[:, 0, :, 0].repeat_interleave(128, 0).repeat_interleave(128, 1)[:, :192]
+    powers = (2.0 ** (exponents.float() - 127)).repeat_interleave(32, 1)
+    want = {
+        "four.weight": means * (scales.float() * second).repeat_interleave(each, 1),
+        "k_proj.weight": eight.float() * second,
+        "row.weight": eight.float() * state["row.weight_scale"][:, None],
+        "blocks.weight": eight.float() * wide, "exponents.weight": eight.float() * powers,
+        "micro.weight": means * powers,
+    }  # fmt: skip
+    got = load_file(tmp_path / "out/model.safetensors")
+    same(got, {n: w.half() for n, w in want.items()} | {"norm.weight": state["norm.weight"]})
+    assert not (tmp_path / "out/hf_quant_config.json").exists()
+    assert json.loads((tmp_path / "out/config.json").read_text()) == {"dtype": "float16"}
+
+
+def test_modelopts_own_tensors(tmp_path):
+    """What it exports of a Llama, against what it says itself that its bytes mean."""
+    pytest.importorskip("modelopt.torch.quantization", reason="needs nvidia-modelopt")
+    transformers = pytest.importorskip("transformers")
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.export import export_hf_checkpoint
+    from modelopt.torch.quantization.qtensor import FP8QTensor, MXFP8QTensor, NVFP4QTensor
+
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=256, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, tie_word_embeddings=False, dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    shape, kind, exact = (256, 256), torch.bfloat16, torch.float32
+    blocks = {-1: 128, -2: 128}
+    for name, read in {
+        "FP8_DEFAULT_CFG": lambda w, s, _: FP8QTensor(shape, kind, w).dequantize(exact, scale=s),
+        "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG": lambda w, s, _: FP8QTensor(shape, kind, w).dequantize(
+            exact, scale=s[:, 0, :, 0], block_sizes=blocks
+        ),
+        "MXFP8_DEFAULT_CFG": lambda w, s, _: MXFP8QTensor(shape, kind, w).dequantize(exact, scale=s),
+        "NVFP4_DEFAULT_CFG": lambda w, s, second: NVFP4QTensor(shape, kind, w).dequantize(
+            exact, scale=s, double_scale=second, block_sizes={-1: 16}
+        ),
+    }.items():
+        model = transformers.LlamaForCausalLM(config).to(kind)
+        made = mtq.quantize(model, getattr(mtq, name), lambda m: m(torch.zeros(1, 4, dtype=torch.long)))
+        export_hf_checkpoint(made, dtype=kind, export_dir=tmp_path / name)
+        held = load_file(tmp_path / name / "model.safetensors")
+        (got,) = fastckpt.reshard(tmp_path / name, quant="none")
+        for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            matrix = f"model.layers.0.self_attn.{part}.weight"
+            want = read(held[matrix], held[f"{matrix}_scale"], held.get(f"{matrix}_scale_2"))
+            assert torch.equal(got[matrix], want.to(kind)), (name, part)
+
+
 _UNEVEN = {"config_groups": {"group_0": {"weights": {"num_bits": 4, "symmetric": False}}}}
 _GPTQ = {
     "a.qweight": torch.zeros(1, 8, dtype=torch.int32), "a.qzeros": torch.zeros(1, 1, dtype=torch.int32),
@@ -252,6 +330,18 @@ REFUSED = {
     "one number": (
         _PAIRS | {"a.weight_scale": torch.ones(8, 2).to(torch.float8_e4m3fn)}, {},
         "weight_global_scale is not there",
+    ),
+    "scales of inputs": (
+        {"a.weight": torch.zeros(8, 16, dtype=torch.uint8), "a.weight_scale": torch.ones(8, 2),
+         "a.pre_quant_scale": torch.ones(32)}, {"quant_method": "modelopt"}, "scales of inputs",
+    ),
+    "second scales": (
+        {"a.weight": torch.zeros(8, 16, dtype=torch.uint8),
+         "a.weight_scale": torch.ones(8, 2).to(torch.float8_e4m3fn)}, {}, "weight_scale_2 is not there",
+    ),
+    "scales of ModelOpt's pairs": (
+        {"a.weight": torch.zeros(8, 16, dtype=torch.uint8), "a.weight_scale": torch.ones(8, 2)}, {},
+        "a.weight_scale: got float32",
     ),
     "scales of pairs": (_PAIRS | {"a.weight_scale": torch.ones(8, 2)}, {}, "got float32, wanted uint8"),
     "which": (

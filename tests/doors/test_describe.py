@@ -11,7 +11,7 @@ import fastckpt
 import pytest
 import torch
 from fastckpt.doors.plan_description import describe_plan, ranges
-from fastckpt.doors.text import counted, said, size
+from fastckpt.doors.text import counted, size, spelled
 from fastckpt.errors import SourceError
 from fastckpt.planning.compiling import compile
 from fastckpt.planning.copies import item_sizes
@@ -317,7 +317,7 @@ def test_words():
     assert [size(n) for n in (0, 999, 1000, 1_234_567)] == ["0 B", "999 B", "1.00 kB", "1.23 MB"]
     assert size(5 * 10**15) == "5000.00 TB"
     assert [counted(n, "file") for n in (0, 1, 2)] == ["0 files", "1 file", "2 files"]
-    assert said({"a": [1, True, None], "b": []}) == "a 1, yes, none, b none"
+    assert spelled({"a": [1, True, None], "b": []}) == "a 1, yes, none, b none"
 
 
 def test_memory_stays_small(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import fastckpt
 import pytest
+from fastckpt import replicas
 from fastckpt.errors import FastckptError, LayoutError
 from fastckpt.layouts import layout
 from fastckpt.recipes import FAMILIES
@@ -119,6 +120,7 @@ def way_back(tmp_path, name, served, tp, recipe_file):
     kept = {n: x for n, x in hub.items() if not lost(name, served, n)}
     assert {n.partition(":")[0] for n in ckpt.unread} == set(hub) - set(kept)
     equal(ckpt, kept)
+    assert replicas.compare(ckpt)[1] == ()
 
 
 def equal(ckpt, tensors):

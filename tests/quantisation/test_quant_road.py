@@ -196,7 +196,7 @@ def test_from_zero_files_to_files(tmp_path, monkeypatch, scheme, reader, executo
     except fastckpt.DeviceError:
         pytest.skip(f"executor {executor} is not built")
     monkeypatch.setattr(runs, "pick", lambda *_: pick(executor))
-    monkeypatch.setattr(runs, "reader_of", lambda extents, binding, *, alone: reader(binding.places))
+    monkeypatch.setattr(runs, "reader_of", lambda extents, binding, **_: reader(binding.places))
     report = fastckpt.reshard(tmp_path / "in", 2, quant=scheme, out=tmp_path / "out", threads=2)
     for rank in range(2):
         check(

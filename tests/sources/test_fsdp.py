@@ -335,7 +335,7 @@ def test_ranks_of_two_saves(case, rank):
     """What two ranks hold must be one: a buffer, and the copies of pairs of ranks."""
     root = case("hsdp")
     resaved(root, rank, lambda state: state["places"].add_(1))
-    with pytest.raises(SourceError, match=f"places, which ranks 0 and {rank} both hold, has two values"):
+    with pytest.raises(SourceError, match=f"places, which ranks 0 and {rank} both hold: two values"):
         fastckpt.open(root)
 
 

@@ -218,12 +218,12 @@ def test_a_universal_checkpoint_of_a_grid(tp):
 def test_replicated_tensors_that_differ(tp):
     for file in (tp / TAG).glob("*mp_rank_01_optim_states.pt"):
         change(file, lambda tree: tree["optimizer_state_dict"][MASTERS][1].data.mul_(1.5))
-    refuses(tp, "which tensor-parallel ranks 0 and 1 both hold, has two values")
+    refuses(tp, "which tensor-parallel ranks 0 and 1 both hold: two values")
 
 
 def test_buffers_that_differ(pipeline):
     change(pipeline / TAG / "layer_01-model_01-model_states.pt", lambda tree: tree["scale"].add_(1))
-    refuses(pipeline, "buffer 1.scale on two tensor-parallel ranks has two values")
+    refuses(pipeline, "buffer 1.scale on two tensor-parallel ranks: two values")
 
 
 def test_tied_modules_that_differ(pipeline):
@@ -234,7 +234,7 @@ def test_tied_modules_that_differ(pipeline):
         change(file, lambda tree: tree["optimizer_state_dict"][MASTERS][0].data.mul_(2))
     equal(pipeline)
     said(pipeline, lambda info: info["pipeline_replicated_parameter_patterns"].clear())
-    refuses(pipeline, "tied_modules.embed.weight in two stages of the pipeline has two values")
+    refuses(pipeline, "tied_modules.embed.weight in two stages of the pipeline: two values")
 
 
 # ---- what is said of cuts ----

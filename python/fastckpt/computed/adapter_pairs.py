@@ -174,7 +174,7 @@ class _Placing:
 def _turned(wide: Mapping[str, tuple[Pair, tuple[int, ...]]], where: str) -> bool:
     """Whether a module's stacks are [experts, inputs, outputs]: in every version all are, or none. Raises
     SourceError."""
-    told: set[bool] = set()
+    seen: set[bool] = set()
     for name, (pair, (count, *matrix)) in wide.items():
         product = [pair.b.shape[0], pair.a.shape[1]]
         either = (False, True) if count > 1 else (False,)  # PEFT turns none of a stack of one
@@ -184,13 +184,13 @@ def _turned(wide: Mapping[str, tuple[Pair, tuple[int, ...]]], where: str) -> boo
                 f"{where}: B {pair.b.shape} @ A {pair.a.shape} of {count} experts does not fit {name} "
                 f"{(count, *matrix)}"
             )
-        told |= fits if len(fits) == 1 else set()
-    if wide and len(told) != 1:
+        seen |= fits if len(fits) == 1 else set()
+    if wide and len(seen) != 1:
         raise SourceError(
             f"{where}: {', '.join(wide)}: the shapes do not tell whether these are [experts, outputs, "
             "inputs]; PEFT's merge_and_unload makes one model of it"
         )
-    return told == {True}
+    return seen == {True}
 
 
 def _of(entry: Entry, shape: tuple[int, ...], part: Callable[[View], View]) -> Entry:

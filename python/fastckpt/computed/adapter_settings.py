@@ -58,25 +58,25 @@ class Settings:
     @staticmethod
     def read(path: str) -> Settings:
         """The settings in an adapter_config.json. Raises SourceError for what is not read."""
-        said = peft.read_config(path)
-        if said.get("peft_type") != "LORA":
-            raise SourceError(f"{path}: peft_type {said.get('peft_type')!r} is not read, only LORA is")
-        for key, value in said.items():
+        config = peft.read_config(path)
+        if config.get("peft_type") != "LORA":
+            raise SourceError(f"{path}: peft_type {config.get('peft_type')!r} is not read, only LORA is")
+        for key, value in config.items():
             if key not in READ | HARMLESS and value:
                 raise SourceError(
                     f"{path}: {key} {value!r} is not read; PEFT's merge_and_unload makes one model of it"
                 )
         return Settings(
             path=path,
-            rank=_number(path, "r", said.get("r")),
-            alpha=_number(path, "lora_alpha", said.get("lora_alpha")),
-            rslora=_flag(path, "use_rslora", said.get("use_rslora")),
-            ranks=_numbers(path, "rank_pattern", said.get("rank_pattern")),
-            alphas=_numbers(path, "alpha_pattern", said.get("alpha_pattern")),
-            flipped=_flag(path, "fan_in_fan_out", said.get("fan_in_fan_out")),
-            start=said.get("init_lora_weights"),
-            biases=said.get("bias") not in (None, "none"),
-            parameters=_names(path, "target_parameters", said.get("target_parameters")),
+            rank=_number(path, "r", config.get("r")),
+            alpha=_number(path, "lora_alpha", config.get("lora_alpha")),
+            rslora=_flag(path, "use_rslora", config.get("use_rslora")),
+            ranks=_numbers(path, "rank_pattern", config.get("rank_pattern")),
+            alphas=_numbers(path, "alpha_pattern", config.get("alpha_pattern")),
+            flipped=_flag(path, "fan_in_fan_out", config.get("fan_in_fan_out")),
+            start=config.get("init_lora_weights"),
+            biases=config.get("bias") not in (None, "none"),
+            parameters=_names(path, "target_parameters", config.get("target_parameters")),
         )
 
     def scale(self, module: str, rank: int) -> float:

@@ -82,11 +82,11 @@ class Adapter:
 
     def digests(self) -> tuple[str, str]:
         """Hex digests of what it does to a base: of what shapes the result, and of its own headers."""
-        told = [
+        shaping = [
             [(n, *((p.scale, p.flipped) for p in pairs)) for n, pairs in self.adapted.items()],
             [*self.saved],
         ]
-        return _digest(json.dumps(told), self.tensors.structure), self.tensors.headers
+        return _digest(json.dumps(shaping), self.tensors.structure), self.tensors.headers
 
     def applied(self, entries: Mapping[str, Entry], extents: Extents) -> Checkpoint:
         """The base with these entries over this table, and with the adapter in its files and digests."""
@@ -340,5 +340,5 @@ def _in_table(view: View, table: Extents, by: int) -> View:
     return replace(view, extents=table, held=held)
 
 
-def _digest(*told: str) -> str:
-    return xxhash.xxh3_64_hexdigest("\n".join(told).encode())
+def _digest(*words: str) -> str:
+    return xxhash.xxh3_64_hexdigest("\n".join(words).encode())

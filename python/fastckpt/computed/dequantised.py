@@ -4,7 +4,8 @@ Law: a value is (q - zero) * scale, both factors in fp32, then rounded once to t
 (`unrounding`): torch's `((q.float() - zero) * scale.float()).to(dtype)`.
 Sources: compressed-tensors 0.20 (dequantize, unpack_from_int32), DeepSeek-V3's weight_dequant, AutoAWQ's
 dequantize_gemm, AutoGPTQ's QuantLinear (format "gptq": zero points are stored less one), OCP Microscaling
-Formats 1.0 (e2m1, e8m0) and transformers' convert_moe_packed_tensors (gpt-oss).
+Formats 1.0 (e2m1, e8m0), transformers' convert_moe_packed_tensors (gpt-oss) and NVIDIA ModelOpt 0.47
+(NVFP4QTensor, FP8QTensor, MXFP8QTensor).
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Dequantised:
     them or 1, inputs or groups of them or 1]; `shared`: how many outputs and inputs share one (0: all).
     `turned`: values are [inputs, outputs], scales and zero points [groups, outputs]. `zeros`: zero points,
     like the scales or packed along outputs, to which `zero_offset` was added. `group`: the group of every
-    input. `form`: the dense shape, where it is stored. `whole`: one number that all scales are divided by.
+    input. `form`: the dense shape, where it is stored. `whole`: one number that all scales are divided by,
+    with `multiplied` multiplied.
     `experts`: how many matrices lie below one another (0: it is no stack)."""
 
     name: str
@@ -48,6 +50,7 @@ class Dequantised:
     group: View | None = None
     form: View | None = None
     whole: View | None = None
+    multiplied: bool = False
     experts: int = 0
 
     @property
@@ -98,7 +101,8 @@ class Dequantised:
         scales = np.asarray(read(part.cast(dtypes.float32)), np.float32)
         if self.whole is None:
             return scales
-        return scales / np.asarray(read(self.whole.cast(dtypes.float32)), np.float32).ravel()
+        whole = np.asarray(read(self.whole.cast(dtypes.float32)), np.float32).ravel()
+        return scales * whole if self.multiplied else scales / whole
 
     def _groups(self, read: Read, start: int, stop: int) -> Ints:
         """The groups of some inputs."""

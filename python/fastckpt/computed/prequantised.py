@@ -302,8 +302,8 @@ def made(ckpt: Checkpoint, config: Mapping[str, JSON], quant: Quant) -> tuple[Ch
             index += 1
         if quant.scheme.form:
             entries[quant.scheme.named(name, quant.scheme.form)] = _form(parts[name][0].matrix, entry.kind)
-    told = {**config, "quantization_config": quantization_config(quant, shapes)}
-    return replace(ckpt, entries=entries, extents=extents, config=told), told
+    new_config = {**config, "quantization_config": quantization_config(quant, shapes)}
+    return replace(ckpt, entries=entries, extents=extents, config=new_config), new_config
 
 
 def owner(extent: Extent) -> Part | None:

@@ -6,6 +6,7 @@ Law: the names of tensors and quantization_config tell; what they do not tell is
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
@@ -21,23 +22,26 @@ from ..views import View
 from .dequantised import Dequantised
 from .nowhere import moved, nowhere, pitched
 
-KNOWN = ("fp8", "compressed-tensors", "awq", "gptq", "mxfp4", "fastckpt")
+KNOWN = ("fp8", "compressed-tensors", "modelopt", "awq", "gptq", "mxfp4", "fastckpt")
 """The `quant_method`s that are read."""
+
+MODELOPT = "hf_quant_config.json"
+"""What ModelOpt says beside config.json, or in its place: that matrices are quantised."""
 
 WITH_EXPONENTS = ("pairs4", "float8_e4m3fn", "float8_e5m2")
 """The kinds of values of which 32 may share an exponent (OCP MX)."""
 
 
-def plain(
+def densified(
     ckpt: Checkpoint, config: Mapping[str, JSON] | None, dtype: DType | None
 ) -> tuple[Checkpoint, dict[str, JSON] | None]:
     """The checkpoint with every quantised matrix as a dense one, and its config without quantization_config.
 
     `dtype`: of the dense matrices; None: the one the config names, else bfloat16. Raises SourceError where
     nothing is quantised, or something is in a way that is not read."""
-    told = dict(config) if config is not None else None
-    said = told.pop("quantization_config", None) if told is not None else None
-    found = {p.name: p for p in _found(ckpt, said if isinstance(said, dict) else {})}
+    dense_config = dict(config) if config is not None else None
+    quantization = dense_config.pop("quantization_config", None) if dense_config is not None else None
+    found = {p.name: p for p in _found(ckpt, quantization if isinstance(quantization, dict) else {})}
     if not found:
         raise SourceError(f"{ckpt.path}: quant none: no tensor of it is quantised in a way that is read")
     for p in found.values():
@@ -45,7 +49,7 @@ def plain(
         if not exponents and p.whole is None and p.scales.dtype not in DENSE:
             read = ", ".join(d.name for d in DENSE)
             raise SourceError(f"{p.name}: scales of {p.scales.dtype} are not read, only of {read}")
-    named = dtypes.of_config(told or {})  # which may be fp8, as what is quantised is stored
+    named = dtypes.of_config(dense_config or {})  # which may be fp8, as what is quantised is stored
     dense = dtype or (named if named in DENSE else dtypes.bfloat16)
     first = len(ckpt.extents)
     made = (nowhere(p, p.shape, dtypes.float32, p.name) for p in found.values())
@@ -63,7 +67,8 @@ def plain(
     for alias, holder in ckpt.aliases.items():
         if holder in parts:
             raise SourceError(f"{ckpt.path}: {alias} is tied to {holder}, which is quantised: not read")
-    return replace(ckpt, entries=entries, extents=extents, config=told), told
+    beside = tuple(f for f in ckpt.beside if os.path.basename(f.path) != MODELOPT)
+    return replace(ckpt, entries=entries, extents=extents, config=dense_config, beside=beside), dense_config
 
 
 def _dense(extents: Extents, at: int, matrix: Dequantised, dtype: DType) -> Callable[[], View]:
@@ -77,15 +82,17 @@ def _dense(extents: Extents, at: int, matrix: Dequantised, dtype: DType) -> Call
 
 
 BEHIND = (
-    "", "_scale_inv", "_scale", "_zero_point", "_packed", "_shape", "_global_scale", "_blocks", "_scales"
+    "", "_scale_inv", "_scale", "_zero_point", "_packed", "_shape", "_global_scale", "_scale_2", "_blocks",
+    "_scales",
 )  # fmt: skip
 """What a quantised matrix's tensors are called behind its name."""
 
 INSTEAD = (
     "qweight", "qzeros", "scales", "g_idx", "input_scale", "input_zero_point", "activation_scale",
-    "input_global_scale",
+    "input_global_scale", "k_scale", "v_scale",
 )  # fmt: skip
-"""What they are called in place of `weight`; those of the input mean nothing to a dense matrix."""
+"""What they are called in place of `weight`; those of the input and of a cache mean nothing to a dense
+matrix."""
 
 
 def require_as_stored(ckpt: Checkpoint, dtype: DType, *, scales: bool) -> None:
@@ -102,8 +109,8 @@ def require_as_stored(ckpt: Checkpoint, dtype: DType, *, scales: bool) -> None:
 
 def instead(config: Mapping[str, JSON] | None) -> str:
     """What a message adds where a quantised source is in the way: how it is made dense, if it can be."""
-    said = (config or {}).get("quantization_config")
-    method = said.get("quant_method") if isinstance(said, dict) else None
+    quantization = (config or {}).get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method is None or method in KNOWN:
         return '; quant="none" (--quant none) makes dense weights'
     return f"; quant_method {method!r} cannot be made dense here, only {', '.join(KNOWN)} can"
@@ -132,28 +139,33 @@ def _names(ckpt: Checkpoint, name: str) -> Iterator[str]:
     return (n for n in known if n in ckpt.entries)
 
 
-def _found(ckpt: Checkpoint, said: Mapping[str, JSON]) -> Iterator[Dequantised]:
-    """The quantised matrices, found by the names of their tensors; `said`: config's quantization_config."""
-    method = said.get("quant_method")
-    if said.get("transform_config"):
+def _found(ckpt: Checkpoint, quantization: Mapping[str, JSON]) -> Iterator[Dequantised]:
+    """The quantised matrices, found by the names of their tensors; `quantization`: what the config says."""
+    method = quantization.get("quant_method")
+    if quantization.get("transform_config"):
         raise SourceError(f"{ckpt.path}: quant none: a transform_config, of turned weights, is not read")
     if method is not None and method not in KNOWN:
-        raise SourceError(f"{ckpt.path}: quant none: {instead({'quantization_config': {**said}})[2:]}")
+        raise SourceError(
+            f"{ckpt.path}: quant none: {instead({'quantization_config': {**quantization}})[2:]}"
+        )
+    for name in ckpt.entries:
+        if name.endswith(".pre_quant_scale"):
+            raise SourceError(f"{name}: NVIDIA ModelOpt's scales of inputs (AWQ, SmoothQuant) are not read")
     for name, entry in ckpt.entries.items():
         stem, _, leaf = name.rpartition(".")
         stem = f"{stem}." if stem else ""
         if leaf == "weight_g_idx":
             raise SourceError(f"{name}: compressed-tensors' reordered inputs are not read")
-        if leaf == "weight_packed" and entry.dtype is dtypes.uint8:
-            yield _pairs(ckpt, f"{stem}weight", said)
+        if entry.dtype is dtypes.uint8 and (leaf == "weight_packed" or f"{name}_scale" in ckpt.entries):
+            yield _pairs(ckpt, f"{stem}weight", name, quantization)
         elif leaf == "weight_packed":
-            yield _pack_quantized(ckpt, stem, said)
+            yield _pack_quantized(ckpt, stem, quantization)
         elif name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in ckpt.entries:
             yield _stack(ckpt, name.removesuffix("_blocks"))
         elif leaf == "qweight":
-            yield _by_groups(ckpt, stem, said)
+            yield _by_groups(ckpt, stem, quantization)
         elif entry.dtype.itemsize == 1 and (leaf == "weight" or f"{name}_scale" in ckpt.entries):
-            yield _bytes(ckpt, name, said)
+            yield _bytes(ckpt, name, quantization)
 
 
 def _view(ckpt: Checkpoint, name: str, shape: tuple[int, ...] | None = None) -> View:
@@ -179,32 +191,35 @@ def _grid(
     scales: View,
     shape: tuple[int, int],
     block: tuple[int, int] | None,
-    said: Mapping[str, JSON],
+    quantization: Mapping[str, JSON],
 ) -> tuple[View, tuple[int, int]]:
     """Scales as a matrix, and how many outputs and inputs share one. Raises SourceError."""
     flat = scales.shape
+    if len(flat) == 4 and flat[1::2] == (1, 1):  # ModelOpt's blocks, which are 128 x 128
+        flat, block = flat[::2], block or (128, 128)
+        scales = scales.reshape(flat)
     if math.prod(flat) == 1:
         return scales.reshape((1, 1)), (0, 0)
     if flat in ((shape[0],), (shape[0], 1)):
         return scales.reshape((shape[0], 1)), (1, 0)
     if block is not None and flat == (-(-shape[0] // block[0]), -(-shape[1] // block[1])):
         return scales, block
-    if len(flat) == 2 and flat[0] == shape[0] and (each := _group(shape[1], flat[1], said)):
+    if len(flat) == 2 and flat[0] == shape[0] and (each := _group(shape[1], flat[1], quantization)):
         return scales, (1, each)
     raise SourceError(f"{name}: scales of shape {flat} do not fit the matrix {shape}")
 
 
-def _group(inputs: int, groups: int, said: Mapping[str, JSON]) -> int:
+def _group(inputs: int, groups: int, quantization: Mapping[str, JSON]) -> int:
     """How many inputs share one of so many scales: what the config says, where the last group may be short,
     or else equal parts; 0 where neither gives so many."""
-    for told in (said, *_groups(said)):
-        size = told.get("group_size", told.get("q_group_size"))
+    for group in (quantization, *_groups(quantization)):
+        size = group.get("group_size", group.get("q_group_size"))
         if isinstance(size, int) and size > 0 and -(-inputs // size) == groups:
             return size
     return 0 if inputs % groups else inputs // groups
 
 
-def _bytes(ckpt: Checkpoint, name: str, said: Mapping[str, JSON]) -> Dequantised:
+def _bytes(ckpt: Checkpoint, name: str, quantization: Mapping[str, JSON]) -> Dequantised:
     """fp8 or int8, with a scale for the tensor, each output, group or block."""
     values = _view(ckpt, name)
     if len(values.shape) != 2 or values.dtype.name not in ("int8", "float8_e4m3fn", "float8_e5m2"):
@@ -212,42 +227,42 @@ def _bytes(ckpt: Checkpoint, name: str, said: Mapping[str, JSON]) -> Dequantised
     shape = (values.shape[0], values.shape[1])
     inverse = f"{name}_scale_inv" in ckpt.entries
     factors = _view(ckpt, name + ("_scale_inv" if inverse else "_scale"))
-    scales, shared = _grid(name, factors, shape, _block(said, inverse), said)
+    scales, shared = _grid(name, factors, shape, _block(quantization, inverse), quantization)
     zeros = None
-    if _shifted(ckpt, name, said):
+    if _shifted(ckpt, name, quantization):
         zeros = _whole(_view(ckpt, f"{name}_zero_point"), f"{name}_zero_point").reshape(scales.shape)
     return Dequantised(name, shape, values, scales, shared, zeros)
 
 
-def _shifted(ckpt: Checkpoint, name: str, said: Mapping[str, JSON]) -> bool:
+def _shifted(ckpt: Checkpoint, name: str, quantization: Mapping[str, JSON]) -> bool:
     """Whether compressed-tensors' matrix has zero points: where they are, and where the config wants them."""
-    return f"{name}_zero_point" in ckpt.entries or _weights(said).get("symmetric") is False
+    return f"{name}_zero_point" in ckpt.entries or _weights(quantization).get("symmetric") is False
 
 
-def _block(said: Mapping[str, JSON], inverse: bool) -> tuple[int, int] | None:
+def _block(quantization: Mapping[str, JSON], inverse: bool) -> tuple[int, int] | None:
     """The block of a config: DeepSeek's, or compressed-tensors'; else DeepSeek's names mean 128 x 128."""
-    told = said.get("weight_block_size")
-    if told is None:
-        told = _weights(said).get("block_structure")
-    match told:
+    block = quantization.get("weight_block_size")
+    if block is None:
+        block = _weights(quantization).get("block_structure")
+    match block:
         case None:
             return (128, 128) if inverse else None
         case [int(down), int(across)] if down > 0 and across > 0:
             return down, across
-    raise SourceError(f"quantization_config: blocks of {told!r:.80}: wanted two numbers above 0")
+    raise SourceError(f"quantization_config: blocks of {block!r:.80}: wanted two numbers above 0")
 
 
-def _weights(said: Mapping[str, JSON]) -> dict[str, JSON]:
+def _weights(quantization: Mapping[str, JSON]) -> dict[str, JSON]:
     """What compressed-tensors' config says of the weights. Raises SourceError where groups differ."""
-    found = _groups(said)
+    found = _groups(quantization)
     if len({(str(w.get("num_bits")), str(w.get("block_structure"))) for w in found}) > 1:
         raise SourceError("quantization_config: config_groups of different widths are not read")
     return found[0] if found else {}
 
 
-def _groups(said: Mapping[str, JSON]) -> list[dict[str, JSON]]:
+def _groups(quantization: Mapping[str, JSON]) -> list[dict[str, JSON]]:
     """What each of compressed-tensors' config_groups says of the weights, each once."""
-    groups = said.get("config_groups")
+    groups = quantization.get("config_groups")
     found: list[dict[str, JSON]] = []
     for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
@@ -256,13 +271,13 @@ def _groups(said: Mapping[str, JSON]) -> list[dict[str, JSON]]:
     return found
 
 
-def _bits(name: str, told: JSON) -> int:
-    if told not in (4, 8) or isinstance(told, bool):
-        raise SourceError(f"{name}: {told!r} bits are not read, only 4 and 8")
-    return 4 if told == 4 else 8
+def _bits(name: str, bits: JSON) -> int:
+    if bits not in (4, 8) or isinstance(bits, bool):
+        raise SourceError(f"{name}: {bits!r} bits are not read, only 4 and 8")
+    return 4 if bits == 4 else 8
 
 
-def _pack_quantized(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> Dequantised:
+def _pack_quantized(ckpt: Checkpoint, stem: str, quantization: Mapping[str, JSON]) -> Dequantised:
     """compressed-tensors' pack-quantized."""
     name = f"{stem}weight"
     values = _view(ckpt, f"{name}_packed")
@@ -270,14 +285,14 @@ def _pack_quantized(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> De
         raise SourceError(
             f"{name}_packed: {values.dtype} of shape {values.shape} is not read, only int32 [.., ..]"
         )
-    told = _weights(said).get("num_bits")
-    if told is None and f"{name}_shape" not in ckpt.entries:
+    named = _weights(quantization).get("num_bits")
+    if named is None and f"{name}_shape" not in ckpt.entries:
         raise SourceError(f"{name}: neither a config nor {name}_shape says of how many bits its values are")
-    bits = _bits(name, 4 if told is None else told)  # which its shape, where it is read, must bear out
+    bits = _bits(name, 4 if named is None else named)  # which its shape, where it is read, must bear out
     shape = (values.shape[0], values.shape[1] * (32 // bits))
-    scales, shared = _grid(name, _view(ckpt, f"{name}_scale"), shape, None, said)
+    scales, shared = _grid(name, _view(ckpt, f"{name}_scale"), shape, None, quantization)
     zeros = None
-    if _shifted(ckpt, name, said):
+    if _shifted(ckpt, name, quantization):
         wanted = (-(-shape[0] * bits // 32), scales.shape[1])
         zeros = _whole(_view(ckpt, f"{name}_zero_point", wanted), f"{name}_zero_point", dtypes.int32)
     form = None
@@ -289,24 +304,29 @@ def _pack_quantized(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> De
     )
 
 
-def _pairs(ckpt: Checkpoint, name: str, said: Mapping[str, JSON]) -> Dequantised:
-    """compressed-tensors' mxfp4-pack-quantized, whose scales are exponents, and nvfp4-pack-quantized, whose
-    scales are e4m3 and divided by one number."""
-    values, scales = _view(ckpt, f"{name}_packed"), _view(ckpt, f"{name}_scale")
-    if len(values.shape) != 2 or _shifted(ckpt, name, said):
-        raise SourceError(f"{name}_packed: bytes of shape {values.shape}, or zero points, are not read")
+def _pairs(ckpt: Checkpoint, name: str, held: str, quantization: Mapping[str, JSON]) -> Dequantised:
+    """mxfp4, whose scales are exponents, and nvfp4, whose scales are e4m3 below one number: in
+    compressed-tensors' form they are divided by `_global_scale`, in ModelOpt's multiplied by `_scale_2`.
+
+    `held`: the tensor that holds the values."""
+    values, scales = _view(ckpt, held), _view(ckpt, f"{name}_scale")
+    if len(values.shape) != 2 or _shifted(ckpt, name, quantization):
+        raise SourceError(f"{held}: bytes of shape {values.shape}, or zero points, are not read")
     shape = (values.shape[0], 2 * values.shape[1])
-    whole = None
+    whole, multiplied, each = None, held == name, 32
     if scales.dtype is dtypes.float8_e4m3fn:
-        whole = _view(ckpt, f"{name}_global_scale", (1,))
+        number = name + ("_scale_2" if multiplied else "_global_scale")
+        whole = _view(ckpt, number, () if multiplied else (1,))
         if whole.dtype is not dtypes.float32:
-            raise SourceError(f"{name}_global_scale: got {whole.dtype}, wanted float32")
-    each = 32 if whole is None else 16
+            raise SourceError(f"{number}: got {whole.dtype}, wanted float32")
+        each = (_group(shape[1], scales.shape[-1], quantization) if multiplied else 0) or 16
     if scales.dtype is not dtypes.uint8 and whole is None:
         raise SourceError(f"{name}_scale: got {scales.dtype}, wanted uint8 or float8_e4m3fn")
     if shape[1] % each or scales.shape != (shape[0], shape[1] // each):
         raise SourceError(f"{name}: scales of shape {scales.shape} do not fit {shape}, {each} values each")
-    return Dequantised(name, shape, values, scales, (1, each), packed="pairs", bits=4, whole=whole)
+    return Dequantised(
+        name, shape, values, scales, (1, each), packed="pairs", bits=4, whole=whole, multiplied=multiplied
+    )
 
 
 def _stack(ckpt: Checkpoint, name: str) -> Dequantised:
@@ -325,40 +345,40 @@ def _stack(ckpt: Checkpoint, name: str) -> Dequantised:
     )  # fmt: skip
 
 
-def _by_groups(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON]) -> Dequantised:
+def _by_groups(ckpt: Checkpoint, stem: str, quantization: Mapping[str, JSON]) -> Dequantised:
     """AWQ's GEMM form, or GPTQ's. Raises SourceError."""
     name = f"{stem}weight"
     values, scales, zeros = (_view(ckpt, stem + part) for part in ("qweight", "scales", "qzeros"))
-    method = said.get("quant_method", "gptq" if f"{stem}g_idx" in ckpt.entries else None)
+    method = quantization.get("quant_method", "gptq" if f"{stem}g_idx" in ckpt.entries else None)
     if method not in ("awq", "gptq"):
         raise SourceError(f"{name}: {stem}qweight is AWQ's or GPTQ's, and no config says which")
     if any(len(v.shape) != 2 for v in (values, scales, zeros)):
         raise SourceError(f"{name}: {values.shape}, {scales.shape}, {zeros.shape} are no matrices: not read")
     if values.dtype is not dtypes.int32 or zeros.dtype is not dtypes.int32:
         raise SourceError(f"{name}: wanted int32 values and zero points, got {values.dtype}, {zeros.dtype}")
-    bits = _bits(name, said.get("bits", said.get("w_bit", 4)))
+    bits = _bits(name, quantization.get("bits", quantization.get("w_bit", 4)))
     many, (groups, outputs) = 32 // bits, scales.shape
     packed: Packed = "awq" if method == "awq" else "down"
     tall, wide = per_element(f"{packed}{bits}")
     inputs = values.shape[0] * tall
     fits = values.shape[1] == outputs // wide and zeros.shape == (groups, -(-outputs // many))
-    if not fits or not (each := _group(inputs, groups, said)):
+    if not fits or not (each := _group(inputs, groups, quantization)):
         raise SourceError(f"{name}: {values.shape}, {scales.shape} and {zeros.shape} do not fit each other")
     dense = Dequantised(name, (outputs, inputs), values, scales, (1, each), zeros, packed, bits, turned=True)
     if method == "gptq":
-        return _gptq(ckpt, stem, said, dense)
-    form = said_form(said, "version") or "gemm"
+        return _gptq(ckpt, stem, quantization, dense)
+    form = said_form(quantization, "version") or "gemm"
     if bits != 4 or form != "gemm":
         raise SourceError(f"{name}: AWQ of {bits} bits, version {form!r}; only 4, gemm is read")
     return dense
 
 
-def _gptq(ckpt: Checkpoint, stem: str, said: Mapping[str, JSON], dense: Dequantised) -> Dequantised:
+def _gptq(ckpt: Checkpoint, stem: str, quantization: Mapping[str, JSON], dense: Dequantised) -> Dequantised:
     """With how GPTQ's format offsets zero points, and the group of each input where the files say it."""
-    form = said_form(said, "checkpoint_format") or "gptq"
+    form = said_form(quantization, "checkpoint_format") or "gptq"
     if form not in ("gptq", "gptq_v2"):
         raise SourceError(f"{dense.name}: checkpoint_format {form!r}; only gptq and gptq_v2 are read")
     group = None
-    if f"{stem}g_idx" in ckpt.entries or said.get("desc_act") is True:
+    if f"{stem}g_idx" in ckpt.entries or quantization.get("desc_act") is True:
         group = _whole(_view(ckpt, f"{stem}g_idx", (dense.shape[1],)), f"{stem}g_idx")
     return replace(dense, zero_offset=-1 if form == "gptq" else 0, group=group)

@@ -17,8 +17,8 @@ from .. import sources
 from ..checkpoint import JSON, Checkpoint, Entry
 from ..dtypes import DType, bfloat16, complex32
 from ..errors import ViewError, expect
-from ..joining import UNTOLD, whole
-from ..joining import open as open_checkpoint
+from ..joining import TIES_UNSAID, join
+from ..opening import open as open_checkpoint
 from ..quantisation.unrounding import unpacked
 from ..recipes import strangers
 from ..road import stream
@@ -163,7 +163,7 @@ def diff(
     )  # fmt: skip
     # A trainer's checkpoint that no config speaks of is what the other side's config says.
     one, two = (
-        whole(c, None, other.config) if c.format in (MEGATRON, *UNTOLD) and other.config else c
+        join(c, None, other.config) if c.format in (MEGATRON, *TIES_UNSAID) and other.config else c
         for c, other in ((one, two), (two, one))
     )
     if not isinstance(a, Checkpoint) and not isinstance(b, Checkpoint):

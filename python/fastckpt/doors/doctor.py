@@ -18,7 +18,7 @@ from .. import __version__
 from ..checkpoint import JSON
 from ..output.filesystem import real
 from ..pipeline import cores
-from .text import said, size
+from .text import size, spelled
 
 PACKAGES = ("numpy", "torch", "safetensors", "huggingface_hub", "xxhash", "rich")
 FLAGS = (
@@ -83,8 +83,8 @@ def _cuda() -> dict[str, JSON]:
     nvcc, smi = shutil.which("nvcc"), shutil.which("nvidia-smi")
     facts: dict[str, JSON] = {"nvcc": nvcc, "nvidia-smi": smi}
     if nvcc:
-        said = _output(nvcc, "--version")
-        facts["toolkit"] = next((x for x in said if "release" in x), said[-1])
+        lines = _output(nvcc, "--version")
+        facts["toolkit"] = next((x for x in lines if "release" in x), lines[-1])
     try:
         ctypes.CDLL("libcuda.so.1")  # loads the driver's library; nothing is initialised until a call
         facts["libcuda"] = True
@@ -198,4 +198,4 @@ def _plain(value: object) -> JSON:
 def _shown(fact: JSON) -> str:
     if isinstance(fact, int) and fact >= 1 << 20:
         return f"{fact} ({size(fact)})"
-    return said(fact)
+    return spelled(fact)

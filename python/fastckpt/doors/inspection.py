@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from .. import recipes
 from ..checkpoint import JSON, Checkpoint, Entry
 from ..errors import RecipeError, expect
-from ..joining import open as open_checkpoint
+from ..opening import open as open_checkpoint
 from .losses import Loss
 from .losses import read as losses_of
 from .losses import text as losses_text
-from .text import columns, cut, said, size, some
+from .text import columns, cut, size, some, spelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Inspection:
         """The inspection for people; long lists are cut, JSON has them whole."""
         lines = [f"{self.path}: {self.format}"]
         tables = {k: v for k, v in self.facts.items() if _is_table(v)}
-        scalars = [(k, cut(said(v))) for k, v in self.facts.items() if k not in tables]
+        scalars = [(k, cut(spelled(v))) for k, v in self.facts.items() if k not in tables]
         scalars += [
             ("tensors", f"{self.tensors} ({self.elements:,} elements, {size(self.nbytes)})"),
             ("files", f"{len(self.files)} ({size(self.file_bytes)})"),
@@ -203,4 +203,4 @@ def _table_rows(value: JSON) -> list[tuple[str, ...]]:
     """A list of objects as rows under the keys of the first."""
     objects = [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
     keys = list(objects[0])
-    return [tuple(keys), *(tuple(said(o.get(k)) for k in keys) for o in objects)]
+    return [tuple(keys), *(tuple(spelled(o.get(k)) for k in keys) for o in objects)]

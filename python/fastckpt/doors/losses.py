@@ -67,9 +67,9 @@ def _rank(file: str) -> int:
     return int(stem) if stem.isdecimal() else 0
 
 
-def _loss(rank: int, told: Mapping[str, JSON]) -> Loss:
+def _loss(rank: int, record: Mapping[str, JSON]) -> Loss:
     def number(key: str, least: float = -MOST) -> float | None:
-        value = told[key]
+        value = record[key]
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not least < value < MOST:
@@ -80,7 +80,7 @@ def _loss(rank: int, told: Mapping[str, JSON]) -> Loss:
     if before is None or after is None:
         raise ValueError("bytes are missing")
     figures = number("max_error"), number("rms_error"), number("snr_db", LEAST), number("cosine")
-    return Loss(rank, str(told["dense"]), str(told["scheme"]), int(before), int(after), *figures)
+    return Loss(rank, str(record["dense"]), str(record["scheme"]), int(before), int(after), *figures)
 
 
 def text(losses: Sequence[Loss]) -> list[str]:
@@ -94,7 +94,7 @@ def text(losses: Sequence[Loss]) -> list[str]:
     head = ("rank", "tensor", "before", "after", "largest error", "RMS error", "signal/noise", "cosine")
     rows = [
         (
-            str(x.rank), x.name, size(x.dense_bytes), size(x.nbytes), _said(x.max_error), _said(x.rms_error),
+            str(x.rank), x.name, size(x.dense_bytes), size(x.nbytes), _text(x.max_error), _text(x.rms_error),
             "-" if x.snr_db is None else f"{x.snr_db:.1f} dB", "-" if x.cosine is None else f"{x.cosine:.6f}",
         )
         for x in worst
@@ -105,7 +105,7 @@ def text(losses: Sequence[Loss]) -> list[str]:
     ]
 
 
-def _said(value: float | None) -> str:
+def _text(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 

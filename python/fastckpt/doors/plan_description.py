@@ -121,7 +121,7 @@ class PlanDescription:
             lines.append(f"rank {rank}: {path} ({counted(len(inside), 'tensor')}, {size(nbytes)})")
             lines += columns(
                 [
-                    (t.name, t.dtype, str(list(t.shape)), f"at {t.offset}", size(t.nbytes), _said(t.taken))
+                    (t.name, t.dtype, str(list(t.shape)), f"at {t.offset}", size(t.nbytes), _listed(t.taken))
                     for t in inside
                 ]
             )
@@ -265,7 +265,7 @@ def ranges(rows: Table) -> Ints:
     return count
 
 
-def _said(taken: Sequence[Taken]) -> str:
+def _listed(taken: Sequence[Taken]) -> str:
     if not taken:
         return "<- zeros"
     count, files = counted(sum(r.ranges for r in taken), "range"), counted(len(taken), "file")

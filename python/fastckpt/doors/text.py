@@ -36,12 +36,12 @@ def counted(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def said(fact: JSON) -> str:
+def spelled(fact: JSON) -> str:
     """A JSON value in a line: lists with commas, yes and no."""
     if isinstance(fact, list):
-        return ", ".join(said(v) for v in fact) or "none"
+        return ", ".join(spelled(v) for v in fact) or "none"
     if isinstance(fact, dict):
-        return ", ".join(f"{k} {said(v)}" for k, v in fact.items()) or "none"
+        return ", ".join(f"{k} {spelled(v)}" for k, v in fact.items()) or "none"
     if isinstance(fact, bool):
         return "yes" if fact else "no"
     return "none" if fact is None else str(fact)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from ..checkpoint import Checkpoint
 from ..errors import LayoutError
 from ..extents import is_directory
-from ..joining import open as open_checkpoint
+from ..opening import open as open_checkpoint
 
 
 @dataclass(frozen=True, slots=True)

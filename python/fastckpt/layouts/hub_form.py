@@ -20,7 +20,7 @@ def stored(linear: Linear) -> Iterator[Target]:
     return _tensors(replace(linear, whole=linear.whole and linear.shape))
 
 
-def plain(linear: Linear) -> Iterator[Target]:
+def out_by_in(linear: Linear) -> Iterator[Target]:
     """A matrix as [out, in] whatever the hub stores (but a quantised one as it is), with its bias and what
     stands beside it, scalars as vectors of one, and with the hub's own sizes."""
     beside = tuple(replace(b, form="vector") if b.form == "scalar" else b for b in linear.beside)

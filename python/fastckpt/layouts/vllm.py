@@ -29,7 +29,7 @@ from ..target import Target
 from ..views import View, cat, stack, zeros
 from .cuts import biases_of, in_part, joined, out_part, padded_part
 from .engines import Form, Renamed, Served, known, served
-from .hub_form import bias, in_form, norm, parameter, plain
+from .hub_form import bias, in_form, norm, out_by_in, parameter
 from .naming import Naming
 from .padding import advice, padded, resized, round_up
 from .requirements import (
@@ -223,7 +223,7 @@ class Vllm:
 
     def _per_layer(self, role: PerLayer, placement: Placement) -> Iterator[Target]:
         yield Target(f"{role.embedding.name}.weight", self._rows(role.embedding.weight, placement))
-        yield from plain(out_part(role.projection, placement.tp_rank, placement.tp))
+        yield from out_by_in(out_part(role.projection, placement.tp_rank, placement.tp))
         yield from norm(role.norm)
 
     def _around(self, placement: Placement) -> Placement:
@@ -264,11 +264,11 @@ class Vllm:
     def _experts(
         self, moe: Experts, placement: Placement, share: Share, form: Form | None, apart: bool
     ) -> Iterator[Target]:
-        yield from plain(moe.router)
+        yield from out_by_in(moe.router)
         if moe.correction is not None:
             yield Target(moe.correction.name, moe.correction.view.cast(dtypes.float32))
         for linear in moe.latent or ():
-            yield from plain(linear)
+            yield from out_by_in(linear)
         held = share.of(len(moe.experts), self.experts)
         if moe.stacks is not None:
             yield from _stacks(moe.name, moe.stacks, held, share)
@@ -289,7 +289,7 @@ class Vllm:
         if moe.shared is not None:
             yield from _mlp(moe.shared, placement, apart=apart)
         if moe.shared_gate is not None:
-            yield from plain(moe.shared_gate)
+            yield from out_by_in(moe.shared_gate)
 
     def _pair(self, mlp: Mlp, share: Share) -> Linear:
         both = [out_part(x, share.index, share.count) for x in (mlp.gate, mlp.up) if x is not None]
@@ -339,8 +339,8 @@ def _tower(model: Model, tower: Tower, placement: Placement) -> Iterator[Target]
         yield from _mlp(layer.mlp, placement)
     for merger in tower.mergers:
         if "mergers" in unlike:
-            yield from plain(merger.up)
-            yield from plain(merger.down)
+            yield from out_by_in(merger.up)
+            yield from out_by_in(merger.down)
         else:
             yield from _mlp(merger, placement)
     yield from _carried(model, placement)
@@ -360,10 +360,10 @@ def _tower_attention(
     apart = (attention.q, attention.k, attention.v)
     if "attention" in unlike:
         for linear in (*apart, attention.o):
-            yield from plain(linear)
+            yield from out_by_in(linear)
     elif "rows" in unlike:
-        yield from plain(out_part(joined(attention.fused or "", apart), rank, tp))
-        yield from plain(in_part(attention.o, rank, tp))
+        yield from out_by_in(out_part(joined(attention.fused or "", apart), rank, tp))
+        yield from out_by_in(in_part(attention.o, rank, tp))
     else:
         yield from heads_part(attention, sizes, placement)
 
@@ -462,13 +462,13 @@ def _mlp(mlp: Mlp, placement: Placement, as_hub: bool = False, apart: bool = Fal
     if mlp.gate is None or apart:
         for linear in (mlp.gate, mlp.up):
             if linear is not None:
-                yield from plain(out_part(linear, rank, tp))
+                yield from out_by_in(out_part(linear, rank, tp))
     elif as_hub and mlp.fused is not None:
-        yield from plain(out_part(joined(mlp.fused, [mlp.gate, mlp.up]), rank, tp))
+        yield from out_by_in(out_part(joined(mlp.fused, [mlp.gate, mlp.up]), rank, tp))
     else:
         name = mlp.fused or f"{parent(mlp.up.name)}.gate_up_proj"
         both = (mlp.up, mlp.gate) if mlp.up_first else (mlp.gate, mlp.up)
-        yield from plain(joined(name, [out_part(x, rank, tp) for x in both]))
-    yield from plain(in_part(mlp.down, rank, tp))
+        yield from out_by_in(joined(name, [out_part(x, rank, tp) for x in both]))
+    yield from out_by_in(in_part(mlp.down, rank, tp))
     for role in mlp.scalars:
         yield from parameter(role)

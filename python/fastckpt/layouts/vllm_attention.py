@@ -26,7 +26,7 @@ from ..placement import Placement
 from ..roles import Linear, Parameter
 from ..target import Target
 from .cuts import in_part, joined, norms_part, out_part, qkv_part, regrouped
-from .hub_form import norm, plain
+from .hub_form import norm, out_by_in
 from .mixer_cuts import (
     delta_part,
     delta_rest,
@@ -76,12 +76,12 @@ def heads_part(
     name = attention.fused or f"{parent(attention.q.name)}.qkv_proj"
     parts = qkv_part(attention, sizes, placement)
     grouped = as_hub and attention.grouped
-    yield from plain(regrouped(name, parts, sizes.head_dim) if grouped else joined(name, parts))
-    yield from plain(in_part(attention.o, placement.tp_rank, placement.tp))
+    yield from out_by_in(regrouped(name, parts, sizes.head_dim) if grouped else joined(name, parts))
+    yield from out_by_in(in_part(attention.o, placement.tp_rank, placement.tp))
     yield from norm(attention.q_norm)
     yield from norm(attention.k_norm)
     if attention.output_gate is not None:
-        yield from plain(out_part(attention.output_gate, placement.tp_rank, placement.tp))
+        yield from out_by_in(out_part(attention.output_gate, placement.tp_rank, placement.tp))
     if attention.sinks is not None:
         sinks = attention.sinks.view.part(0, placement.tp_rank, placement.tp)
         yield Target(attention.sinks.name, sinks)
@@ -105,22 +105,22 @@ def _in_halves(attention: Attention, head_dim: int) -> Attention:
 def _latent(attention: Mla, placement: Placement, apart: bool) -> Iterator[Target]:
     tp, rank = placement.tp, placement.tp_rank
     if attention.q_a is None:
-        yield from plain(attention.kv_a)
+        yield from out_by_in(attention.kv_a)
     elif apart:
-        yield from plain(attention.q_a)
-        yield from plain(attention.kv_a)
+        yield from out_by_in(attention.q_a)
+        yield from out_by_in(attention.kv_a)
     else:
         name = f"{parent(attention.q_a.name)}.fused_qkv_a_proj"
-        yield from plain(joined(name, [attention.q_a, attention.kv_a]))
+        yield from out_by_in(joined(name, [attention.q_a, attention.kv_a]))
     yield from norm(attention.q_norm)
-    yield from plain(out_part(attention.q, rank, tp))
+    yield from out_by_in(out_part(attention.q, rank, tp))
     yield from norm(attention.kv_norm)
-    yield from plain(out_part(attention.kv_b, rank, tp))
-    yield from plain(in_part(attention.o, rank, tp))
+    yield from out_by_in(out_part(attention.kv_b, rank, tp))
+    yield from out_by_in(in_part(attention.o, rank, tp))
     if attention.indexer is not None:
         k, weights = attention.indexer.k, attention.indexer.weights
-        yield from plain(attention.indexer.q)
-        yield from plain(joined(f"{parent(k.name)}.wk_weights_proj", [k, weights]))
+        yield from out_by_in(attention.indexer.q)
+        yield from out_by_in(joined(f"{parent(k.name)}.wk_weights_proj", [k, weights]))
         yield from norm(attention.indexer.k_norm)
 
 
@@ -128,23 +128,23 @@ def _compressed(attention: Compressed, placement: Placement) -> Iterator[Target]
     """The rank's heads, and their groups' rows; what makes entries, and chooses among them, is whole."""
     tp, rank = placement.tp, placement.tp_rank
     both = (attention.q_a, attention.kv)
-    yield from plain(joined(f"{parent(attention.kv.name)}.fused_wqa_wkv", both))
+    yield from out_by_in(joined(f"{parent(attention.kv.name)}.fused_wqa_wkv", both))
     yield from norm(attention.q_norm)
-    yield from plain(out_part(attention.q, rank, tp))
+    yield from out_by_in(out_part(attention.q, rank, tp))
     yield from norm(attention.kv_norm)
-    yield from plain(out_part(attention.o_a, rank, tp))
-    yield from plain(in_part(attention.o, rank, tp))
+    yield from out_by_in(out_part(attention.o_a, rank, tp))
+    yield from out_by_in(in_part(attention.o, rank, tp))
     yield Target(attention.sinks.name, attention.sinks.view.part(0, rank, tp))
     if attention.compressor is not None:
         yield from _compressor(attention.compressor)
     if attention.indexer is not None:
-        yield from plain(attention.indexer.q)
-        yield from plain(attention.indexer.weights)
+        yield from out_by_in(attention.indexer.q)
+        yield from out_by_in(attention.indexer.weights)
         yield from _compressor(attention.indexer.keys)
 
 
 def _compressor(role: Compressor) -> Iterator[Target]:
-    yield from plain(joined(f"{parent(role.kv.name)}.fused_wkv_wgate", (role.kv, role.gate)))
+    yield from out_by_in(joined(f"{parent(role.kv.name)}.fused_wkv_wgate", (role.kv, role.gate)))
     yield Target(role.positions.name, role.positions.view)
     yield from norm(role.norm)
 
@@ -160,7 +160,7 @@ def _delta(net: DeltaNet, placement: Placement, family: str) -> Iterator[Target]
         matrices = [joined(f"{at}.{name}", [apart.pop(x) for x in held]) for name, held in both.items()]
         matrices += apart.values()
     for linear in (*matrices, part.o):
-        yield from plain(linear)
+        yield from out_by_in(linear)
     q, k, v = (replace(x, name=f"{at}.conv1d.weight") for x in part.conv)
     a_log = replace(part.a_log, view=part.a_log.view.cast(dtypes.float32), shape=None)
     yield from delta_rest(replace(part, a_log=a_log, conv=(q, k, v)))

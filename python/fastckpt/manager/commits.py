@@ -135,7 +135,7 @@ class Store:
             except OSError as e:
                 raise SourceError(f"{path}: {name}: {e.strerror}") from None
 
-        return whole(path, step, Manifest.read(os.path.join(path, NAME)), size)
+        return require_whole(path, step, Manifest.read(os.path.join(path, NAME)), size)
 
     def commit(self, step: int) -> Commit | None:
         """What stands at a step; None where nothing whole does. Digests are not checked here.
@@ -294,7 +294,7 @@ class Store:
             sync_directory(self.root)
 
 
-def whole(where: str, step: int, found: Manifest, size: Callable[[str], int | None]) -> Manifest:
+def require_whole(where: str, step: int, found: Manifest, size: Callable[[str], int | None]) -> Manifest:
     """The record of a step, found to be of that step, of all its ranks, and of files that have their sizes.
 
     `size`: the bytes of a file by its name, None where it is not there. Raises SourceError."""

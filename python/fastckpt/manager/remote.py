@@ -18,7 +18,7 @@ from ..output.filesystem import as_write_errors, remove_tree
 from ..output.manifest import NAME, Manifest
 from ..planning.plancache import user_cache
 from ..verification.outputs import verify
-from .commits import ASIDE, LATEST, SAVING, TRASH, Commit, Store, whole
+from .commits import ASIDE, LATEST, SAVING, TRASH, Commit, Store, require_whole
 from .uploaders import FsspecDirectory, Uploader
 
 
@@ -65,7 +65,7 @@ class RemoteStore(Store):
             text = b"".join(self._far.read(f"{self.name(step)}/{NAME}"))
         except OSError as e:
             raise SourceError(f"{where}: {NAME}: {e}") from None
-        return whole(where, step, Manifest.parse(text, f"{where}/{NAME}"), stored.get)
+        return require_whole(where, step, Manifest.parse(text, f"{where}/{NAME}"), stored.get)
 
     def commit(self, step: int) -> Commit | None:
         """What stands at a step; None where nothing whole does. Digests are not checked here."""

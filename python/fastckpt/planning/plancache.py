@@ -49,12 +49,12 @@ class Compiled:
 def folder() -> str | None:
     """Where plans are kept: $FASTCKPT_CACHE, else below the user's cache directory; None for nowhere: "off",
     or a user without a home. Raises WriteError for a $FASTCKPT_CACHE that begins with ~."""
-    told = os.environ.get("FASTCKPT_CACHE")
-    if told is None:
+    chosen = os.environ.get("FASTCKPT_CACHE")
+    if chosen is None:
         return user_cache("plans")
-    if said := unexpanded(told):
-        raise WriteError(f"FASTCKPT_CACHE={told}: begins with ~{said}; write it out, or ./~")
-    return None if told in ("", "0", "off") else told
+    if said := unexpanded(chosen):
+        raise WriteError(f"FASTCKPT_CACHE={chosen}: begins with ~{said}; write it out, or ./~")
+    return None if chosen in ("", "0", "off") else chosen
 
 
 def user_cache(*within: str) -> str | None:
@@ -63,9 +63,9 @@ def user_cache(*within: str) -> str | None:
     return os.path.join(home, "fastckpt", *within) if os.path.isabs(home) else None
 
 
-def digest(told: JSON) -> str:
+def digest(values: JSON) -> str:
     """Hex digest of plain values."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(told, sort_keys=True).encode())
+    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
 
 
 def inputs(ckpt: Checkpoint, placement: Placement, options: Mapping[str, JSON]) -> str:
@@ -76,11 +76,11 @@ def inputs(ckpt: Checkpoint, placement: Placement, options: Mapping[str, JSON]) 
     kind = [kinds.setdefault((e.dtype.code, e.shape), len(kinds)) for e in ckpt.entries.values()]
     seen = xxhash.xxh3_128("\0".join(ckpt.entries).encode(errors="surrogatepass"))
     seen.update(np.array(kind, np.int64).tobytes())
-    told: list[JSON] = [VERSION, ckpt.structure, seen.hexdigest(), list(grid)]
-    told += [[code, *shape] for code, shape in kinds]
+    shaping: list[JSON] = [VERSION, ckpt.structure, seen.hexdigest(), list(grid)]
+    shaping += [[code, *shape] for code, shape in kinds]
     if not ckpt.structure:
-        told += [[e.key, e.nbytes] for e in ckpt.extents]
-    return digest([*told, dict(options)])
+        shaping += [[e.key, e.nbytes] for e in ckpt.extents]
+    return digest([*shaping, dict(options)])
 
 
 @cache
@@ -109,15 +109,15 @@ def load(key: str, extents: int, scheme: Scheme | None = None) -> Compiled | Non
     if head != MAGIC + xxhash.xxh3_64_hexdigest(body).encode():
         return None  # torn, damaged, or of another version
     size = int.from_bytes(body[:8], "little")
-    told = json.loads(bytes(body[8 : 8 + size]))
-    if told["extents"] != extents or told["key"] != key:
+    header = json.loads(bytes(body[8 : 8 + size]))
+    if header["extents"] != extents or header["key"] != key:
         return None
-    shapes = [tuple(shape) for shape in told["kinds"]]
-    dtypes = [DTYPES[code] for code in told["dtypes"]]
-    made = Made(told["ranks"], told["names"], dtypes, [shapes[i] for i in told["shapes"]])
+    shapes = [tuple(shape) for shape in header["kinds"]]
+    dtypes = [DTYPES[code] for code in header["dtypes"]]
+    made = Made(header["ranks"], header["names"], dtypes, [shapes[i] for i in header["shapes"]])
     table = bytes(body[8 + size :])  # apart: what is kept of it should not keep the text
     chunks, at = [], 0
-    for count, rows, which in told["chunks"]:
+    for count, rows, which in header["chunks"]:
         first = np.frombuffer(table, np.uint64, WORDS, at)
         words = np.frombuffer(table, np.uint64, rows * len(which), at + 8 * WORDS).reshape(rows, len(which))
         at += 8 * WORDS + words.nbytes
@@ -127,11 +127,11 @@ def load(key: str, extents: int, scheme: Scheme | None = None) -> Compiled | Non
     with suppress(OSError):
         os.utime(path)
     quantised: dict[int, Quantised] = {}
-    for i, name, code, shape, scanned, *parts in told["quantised"]:
+    for i, name, code, shape, scanned, *parts in header["quantised"]:
         if scheme is None:
             return None
         quantised[i] = Quantised(scheme, name, DTYPES[code], tuple(shape), scanned, *parts)
-    return Compiled(made, tuple(chunks), quantised, told["config"])
+    return Compiled(made, tuple(chunks), quantised, header["config"])
 
 
 def store(key: str, extents: int, plan: Compiled) -> None:
@@ -141,7 +141,7 @@ def store(key: str, extents: int, plan: Compiled) -> None:
         return
     made = plan.made
     kinds = {shape: i for i, shape in enumerate(dict.fromkeys(made.shapes))}
-    told = {
+    header = {
         "key": key,
         "extents": extents,
         "ranks": made.ranks,
@@ -156,7 +156,7 @@ def store(key: str, extents: int, plan: Compiled) -> None:
         ],
         "config": dict(plan.config),
     }
-    head = json.dumps(told).encode()
+    head = json.dumps(header).encode()
     parts = [len(head).to_bytes(8, "little"), head]
     for chunk in plan.chunks:
         parts += [chunk.first.tobytes(), chunk.words.tobytes(), chunk.tensor.tobytes()]

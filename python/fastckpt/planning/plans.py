@@ -59,7 +59,7 @@ class Plan:
     `options`: what the manifest repeats. `needed_bytes`: source bytes the outputs are made of; a byte that
     two ranks need counts for each; None where values are computed of others (merged, dequantised, one more),
     of which some are read for several. `notes`: what the user should know. `left_out`: names the layout made
-    and `held` does not have. `quantised`: the tensors that are quantised, by index; `scans`: the uncut
+    and `only` does not have. `quantised`: the tensors that are quantised, by index; `scans`: the uncut
     matrices whose largest magnitudes are read first."""
 
     key: str
@@ -126,7 +126,7 @@ def draft(ckpt: Checkpoint, request: Request, *, in_memory: bool = False) -> Pla
     ckpt, placement, expansion = resolved.checkpoint, request.placement, resolved.expansion
     ranks = tuple(range(placement.world)) if request.rank is None else (placement.at(request.rank).rank,)
     left_out: dict[str, None] = {}
-    instead = {} if request.held is None else _named_instead(resolved.aliases, request.held)
+    instead = {} if request.only is None else _named_instead(resolved.aliases, request.only)
     stream = _stream(resolved, request, ranks, instead, left_out)
     inputs = plancache.inputs(ckpt, placement, resolved.options)
     compiled, extents, needed = _kept_or_compiled(resolved, request, stream, [inputs, list(ranks)])
@@ -163,7 +163,7 @@ def draft(ckpt: Checkpoint, request: Request, *, in_memory: bool = False) -> Pla
         extents=extents,
         stream=stream,
         kept=compiled.chunks,
-        needed_bytes=needed if all(map(_told, extents)) else None,
+        needed_bytes=needed if all(map(_sources_known, extents)) else None,
         notes=notes,
         left_out=tuple(left_out),
         quantised=quantised,
@@ -174,11 +174,11 @@ def draft(ckpt: Checkpoint, request: Request, *, in_memory: bool = False) -> Pla
 # ---- which targets, as rows ----
 
 
-def _named_instead(aliases: Mapping[str, str], held: Mapping[str, DType]) -> dict[str, str]:
-    """A stored name that is not held -> a name tied to it that is."""
+def _named_instead(aliases: Mapping[str, str], only: Mapping[str, DType]) -> dict[str, str]:
+    """A stored name that is not asked for -> a name tied to it that is."""
     out: dict[str, str] = {}
     for alias, holder in aliases.items():
-        if holder not in held and alias in held:
+        if holder not in only and alias in only:
             out.setdefault(holder, alias)
     return out
 
@@ -190,8 +190,8 @@ def _stream(
     instead: Mapping[str, str],
     left_out: dict[str, None],
 ) -> Stream:
-    """The targets of these ranks; names that `held` lacks go to `left_out` as they pass."""
-    expansion, held = resolved.expansion, request.held
+    """The targets of these ranks; names that `only` lacks go to `left_out` as they pass."""
+    expansion, only = resolved.expansion, request.only
 
     def of_rank(rank: int) -> Iterator[tuple[int, Target]]:
         targets = resolved.targets(request.placement.at(rank))
@@ -203,28 +203,28 @@ def _stream(
         turns = itertools.zip_longest(*[of_rank(rank) for rank in ranks])
         return (target for turn in turns for target in turn if target is not None)
 
-    if held is None:
+    if only is None:
         return in_turn
     scaled = any(quantised_sources.of_matrices(resolved.checkpoint))
-    return lambda: _as_held(in_turn(), held, scaled, instead, left_out)
+    return lambda: _as_asked(in_turn(), only, scaled, instead, left_out)
 
 
-def _as_held(
+def _as_asked(
     targets: Iterable[tuple[int, Target]],
-    held: Mapping[str, DType],
+    only: Mapping[str, DType],
     scaled: bool,
     instead: Mapping[str, str],
     left_out: dict[str, None],
 ) -> Iterator[tuple[int, Target]]:
-    """The targets that are held, each as its dtype; `scaled`: some are values of quantised matrices."""
+    """The targets of those names, each as its dtype; `scaled`: some are values of quantised matrices."""
     for rank, target in targets:
         name = target.name
-        if name not in held:
+        if name not in only:
             left_out[name] = None
             name = instead.get(name, name)
-            if name not in held:
+            if name not in only:
                 continue
-        view, kind = target.view, held[name]
+        view, kind = target.view, only[name]
         if scaled and view.dtype in (float8_e4m3fn, float8_e5m2) and view.dtype is not kind:
             raise LayoutError(
                 f"{target.name} is quantised, so its bytes cannot become {kind}; "
@@ -250,7 +250,7 @@ def _kept_or_compiled(
 ) -> tuple[Compiled, Extents, int]:
     """The tensors and their rows, kept or made now; the extent table they index; the source bytes needed."""
     extents, expansion = resolved.checkpoint.extents, resolved.expansion
-    if request.held is not None or not resolved.ours or not resolved.checkpoint.structure:
+    if request.only is not None or not resolved.ours or not resolved.checkpoint.structure:
         return _compiled(stream, extents, expansion)
     key = plancache.digest([*inputs, plancache.code()])
     kept = plancache.load(key, len(extents), None if expansion is None else expansion.quant.scheme)
@@ -297,14 +297,14 @@ def _with_scales(made: Made, quantised: Mapping[int, Quantised]) -> dict[int, Qu
         return {}
     at = {key: i for i, key in enumerate(zip(made.ranks, made.names, strict=True))}
     out = {}
-    for i, told in quantised.items():
-        rank, scheme = made.ranks[i], told.scheme
+    for i, matrix in quantised.items():
+        rank, scheme = made.ranks[i], matrix.scheme
         scales, zeros, form = (
-            at[rank, scheme.named(told.name, part)] if part else None
+            at[rank, scheme.named(matrix.name, part)] if part else None
             for part in (scheme.scale, scheme.zero, scheme.form)
         )
         assert scales is not None  # every scheme has scales
-        out[i] = replace(told, scales=scales, zeros=zeros, form=form)
+        out[i] = replace(matrix, scales=scales, zeros=zeros, form=form)
     return out
 
 
@@ -314,7 +314,7 @@ def _same(one: Extent, other: Extent) -> bool:
     return one == other or (computed and (one.key, one.nbytes) == (other.key, other.nbytes))
 
 
-def _told(extent: Extent) -> bool:
+def _sources_known(extent: Extent) -> bool:
     """Whether it is known which source bytes an extent's bytes are made of."""
     return not lies_nowhere(extent) or prequantised.owner(extent) is not None
 
@@ -338,10 +338,10 @@ def _require_findable(
         if len(set(own)) != len(own):
             twice = Counter(own).most_common(1)[0][0]
             raise LayoutError(f"layout {resolved.name}: two tensors named {twice} on rank {rank}")
-    for told in quantised:
-        if told.name in resolved.aliases.values():
+    for matrix in quantised:
+        if matrix.name in resolved.aliases.values():
             raise LayoutError(
-                f"quant: {told.name} is tied to another tensor, which would not find its scales"
+                f"quant: {matrix.name} is tied to another tensor, which would not find its scales"
             )
 
 

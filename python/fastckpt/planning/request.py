@@ -24,7 +24,7 @@ class Request:
     the config); `tp_plan` name pattern -> style; `vocab_size`: the embedding rows that count; `dtype` (None:
     as stored, "auto": the config's); `max_shard_size` of a file; `sorted`: files ordered as safetensors'
     save_file orders them, not as the source lies; `weights_key`, `client_state`: a training checkpoint around
-    a single `.bin`; `held`: only these names are made, each as its dtype (a module to fill); `quant`: what is
+    a single `.bin`; `only`: only these names are made, each as its dtype (a module to fill); `quant`: what is
     quantised on the way, and how; `dense`: what is quantised already is dequantised (dtype None: to what the
     config names, else bfloat16); `adapter`: a PEFT adapter's directory, merged into the checkpoint, or with
     `apart` cut as the layout cuts it (hf, rtp_llm)."""
@@ -41,7 +41,7 @@ class Request:
     sorted: bool = False
     weights_key: str | None = None
     client_state: Mapping[str, JSON] | None = None
-    held: Mapping[str, DType] | None = None
+    only: Mapping[str, DType] | None = None
     quant: Quant | None = None
     dense: bool = False
     adapter: str | os.PathLike[str] | None = None

@@ -94,8 +94,8 @@ def _densified(ckpt: Checkpoint, request: Request) -> tuple[Checkpoint, Request]
     if request.adapter is not None:
         raise LayoutError("quant none: an adapter is merged into what is dense already; write that first")
     config = None if request.config is None and ckpt.config is None else configs.found(ckpt, request.config)
-    ckpt, told = quantised_sources.plain(ckpt, config, configs.dtype(config, request.dtype))
-    return ckpt, replace(request, config=told)
+    ckpt, dense_config = quantised_sources.densified(ckpt, config, configs.dtype(config, request.dtype))
+    return ckpt, replace(request, config=dense_config)
 
 
 def _layout(request: Request) -> Layout:
@@ -124,7 +124,7 @@ def _adapted(adapter: Adapter, layout: Layout, request: Request, dtype: DType | 
 
     if not request.apart:
         # What is cast to a module's dtypes at the end is not rounded before.
-        return adapters.merged(adapter, float32 if request.held is not None else dtype)
+        return adapters.merged(adapter, float32 if request.only is not None else dtype)
     fits = _name(layout) == "hf" or isinstance(layout, Adapts)
     if not fits or request.tp_plan or request.quant:
         raise LayoutError(
@@ -317,7 +317,7 @@ def _quantising(
 
 def _require_dense(quant: Quant, request: Request, naming: Naming, config: Mapping[str, JSON] | None) -> None:
     """Raises LayoutError where the output, or the source as its config has it, cannot be quantised."""
-    if request.held is not None or naming.single.endswith(".bin"):
+    if request.only is not None or naming.single.endswith(".bin"):
         raise LayoutError(f"quant {quant.scheme.name}: wanted safetensors or fresh tensors as the output")
     if config is not None and "quantization_config" in config:
         raise LayoutError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from threading import Lock
 from types import TracebackType
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from ..computed.finishes import Agreed, Each, Largest, Requantised
 from ..computed.lowrank import LowRank, add
 from ..computed.nowhere import Floats, computed, elements, runs
 from ..computed.prequantised import Elements, Matrix, Part
+from ..digest import LEAF
 from ..extents import Buffer, Extents, File
 from ..planning.axes import classify
 from ..planning.binding import Binding
@@ -29,21 +31,41 @@ from ..quantisation.rounding import Error
 from ..reader import Lane, Reader
 from ..target import Target
 from ..views import View
+from .limits import STAGE
 
 WASTE = 2
 """How many rows may be read for each one that is used; above that, each run of rows is read by itself."""
 
 
+class Losses:
+    """How far quantised values lie from the dense ones: (output file, matrix) -> error. Every lane adds."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[int, Matrix], Error] = {}
+        self._lock = Lock()
+
+    def add(self, file: int, matrix: Matrix, error: Error) -> None:
+        """Adds the error of some values of a matrix in a file."""
+        with self._lock:
+            self.found[file, matrix] = self.found.get((file, matrix), Error()) + error
+
+
 class Computing:
     """Reads the places of a binding of which some lie nowhere; `inner` makes the reader of all others.
 
-    `dequantises`: everything it computes is dequantised, which needs no more memory than the result."""
+    `losses`: of what is quantised here; `dequantises`: everything it computes is dequantised, which needs no
+    more memory than the result."""
 
     def __init__(
-        self, extents: Extents, binding: Binding, inner: Callable[[Sequence[File | Buffer]], Reader]
+        self,
+        extents: Extents,
+        binding: Binding,
+        inner: Callable[[Sequence[File | Buffer]], Reader],
+        losses: Losses | None = None,
     ) -> None:
         self.extents = extents
         self.binding = binding
+        self.losses = losses or Losses()
         self.made = computed(binding.places)
         self.nowhere = np.isin(np.arange(len(binding.places) + 1), list(self.made))
         self.dequantises = all(isinstance(m, Dequantised) for m in self.made.values())
@@ -63,34 +85,38 @@ class Computing:
         """A lane over one of the inner reader's."""
         return ComputingLane(self, self.inner.lane(executor), executor)
 
+    def batch_sizes(self, stage: int, band: int) -> tuple[int, int]:
+        """A leaf, as what matrices are computed from is held too."""
+        most = min(STAGE, band) if self.dequantises else LEAF
+        return most, most
+
 
 class ComputingLane:
-    """See Computing. `file`: the output file whose batch is run; `errors`: (file, matrix) -> how far
-    quantised values lie from the dense ones; `bytes_scanned`: dense bytes that were read for scales alone."""
+    """See Computing. Within `run`, `_file` is the output whose batch is run."""
 
     def __init__(self, reader: Computing, lane: Lane, executor: Executor) -> None:
         self.reader = reader
         self.lane = lane
         self.executor = executor
         self.bytes_read = self.bytes_scanned = 0
-        self.file = 0
-        self.errors: dict[tuple[int, Matrix], Error] = {}
+        self._file = 0
 
-    def run(self, rows: Table, destinations: Sequence[Buffer]) -> None:
+    def run(self, rows: Table, destinations: Sequence[Buffer], file: int = 0) -> None:
         """Run the rows that the inner lane can read, and compute the others one by one."""
+        self._file = file
         mine = self._made(rows)
         if not mine.all():
             self.lane.run(rows[~mine], destinations)
         for i in np.flatnonzero(mine).tolist():
             self._make(rows[i : i + 1].copy(), destinations)
-        self.bytes_read = self.lane.bytes_read
+        self.bytes_read = self.lane.bytes_read - self.bytes_scanned
 
     def direct(self, rows: Table, staging: memoryview) -> memoryview | None:
         """As the inner lane does; None where a row must be computed."""
         if self._made(rows).any():
             return None
         found = self.lane.direct(rows, staging)
-        self.bytes_read = self.lane.bytes_read
+        self.bytes_read = self.lane.bytes_read - self.bytes_scanned
         return found
 
     def _made(self, rows: Table) -> NDArray[np.bool_]:
@@ -130,8 +156,7 @@ class ComputingLane:
 
     def add_error(self, matrix: Matrix, error: Error) -> None:
         """Adds how far some quantised values lie from the dense ones."""
-        key = self.file, matrix
-        self.errors[key] = self.errors.get(key, Error()) + error
+        self.reader.losses.add(self._file, matrix, error)
 
     def _of(self, view: View) -> Box[np.float32]:
         """Boxes of a view, as float32."""
@@ -154,7 +179,7 @@ class ComputingLane:
             rows = compile([Target("", replace(view, extents=extents))], extents)[0].rows
         rows = self.reader.binding.bind(rows)
         classify(rows)
-        self.run(rows, [Buffer(out, out.ctypes.data, out.nbytes)])
+        self.run(rows, [Buffer(out, out.ctypes.data, out.nbytes)], self._file)
         self.bytes_scanned += self.lane.bytes_read - before if scan else 0
         return out
 

@@ -21,19 +21,19 @@ from ..quantisation.schemes import Scheme
 Made = Mapping[tuple[int, Matrix], Error]
 """(output file, matrix) -> the error of what that file holds of it."""
 
-Told = dict[str, JSON]
+Figures = dict[str, JSON]
 
 
-def of(planned: Plan, errors: Mapping[int, Error], made: Made) -> dict[int, dict[str, Told]]:
+def of(planned: Plan, errors: Mapping[int, Error], made: Made) -> dict[int, dict[str, Figures]]:
     """Rank -> name -> figures, in the plan's order. `errors`: by the plan's tensor, whose name is told;
     `made`: of matrices that were quantised before the layout, by their own name."""
-    told: dict[int, dict[str, Told]] = {rank: {} for rank in planned.ranks}
+    figures: dict[int, dict[str, Figures]] = {rank: {} for rank in planned.ranks}
     for i, q in planned.quantised.items():
         if i in errors:
             tensor = planned.tensors[i]
             dense = flat(q.shape)[0] * flat(q.shape)[1] * q.dtype.itemsize
             size = tensor.nbytes + planned.tensors[q.scales].nbytes
-            told[tensor.rank][tensor.name] = _figures(q.scheme, q.name, dense, size, errors[i])
+            figures[tensor.rank][tensor.name] = _figures(q.scheme, q.name, dense, size, errors[i])
     if made:
         ranks = dict(zip(planned.tensors.file.tolist(), planned.tensors.made.ranks, strict=True))
         by_rank: dict[tuple[int, Matrix], Error] = {}
@@ -44,8 +44,8 @@ def of(planned: Plan, errors: Mapping[int, Error], made: Made) -> dict[int, dict
             rank, matrix = key
             if (found := by_rank.get(key)) is not None:
                 dense = found.values * matrix.dtype.itemsize
-                told[rank][matrix.name] = _figures(matrix.scheme, matrix.name, dense, size, found)
-    return {rank: mine for rank, mine in told.items() if mine}
+                figures[rank][matrix.name] = _figures(matrix.scheme, matrix.name, dense, size, found)
+    return {rank: mine for rank, mine in figures.items() if mine}
 
 
 def texts(planned: Plan, errors: Mapping[int, Error], made: Made) -> list[tuple[int, str, bytes]]:
@@ -77,7 +77,7 @@ def _sizes(planned: Plan) -> dict[tuple[int, Matrix], int]:
     return sizes
 
 
-def _figures(scheme: Scheme, dense: str, before: int, after: int, error: Error) -> Told:
+def _figures(scheme: Scheme, dense: str, before: int, after: int, error: Error) -> Figures:
     return {
         "scheme": scheme.name,
         "dense": dense,

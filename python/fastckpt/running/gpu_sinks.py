@@ -106,7 +106,7 @@ class ToDevice:
             if before is not None:
                 before.synchronize()
             n = batch.stop - batch.start
-            lane.run(batch.rows, [Buffer(staging, staging.data_ptr(), n)])
+            lane.run(batch.rows, [Buffer(staging, staging.data_ptr(), n)], batch.file)
             with torch.inference_mode(), torch.cuda.stream(stream):
                 for tensor, at, into, length in pieces(batch, self.slots):
                     self.bytes[tensor][into : into + length].copy_(
@@ -151,7 +151,7 @@ class CastThere:
             raw, rows, size = as_they_are(batch.rows)
             with torch.cuda.stream(stream):
                 runner = slot.of(size)
-                lane.run(raw, [Buffer(slot.here, slot.here.data_ptr(), size)])
+                lane.run(raw, [Buffer(slot.here, slot.here.data_ptr(), size)], batch.file)
                 slot.there[:size].copy_(slot.here[:size], non_blocking=True)
                 used, rows["dst_buffer"] = np.unique(rows["dst_buffer"], return_inverse=True)
                 slot.prepared = runner.prepare(rows, [self.buffers[i] for i in used.tolist()])

@@ -114,6 +114,10 @@ class Resident:
         """A lane for one worker, whose rows the GPU runs. To be called on the caller's thread."""
         return ResidentLane(self)
 
+    def batch_sizes(self, stage: int, band: int) -> tuple[int, int]:
+        """A band: few large launches are better than many small ones."""
+        return band, band
+
 
 class ResidentLane:
     """See Resident. A stream of its own, and memory for one batch there and, pinned, here: while it waits or
@@ -121,13 +125,13 @@ class ResidentLane:
 
     def __init__(self, reader: Resident) -> None:
         self.reader = reader
-        self.bytes_read = 0
+        self.bytes_read = self.bytes_scanned = 0
         self.stream = torch.cuda.Stream(reader.device)  # type: ignore[no-untyped-call]
         self.stream.wait_stream(torch.cuda.current_stream(reader.device))  # the sources may be on their way
         self.there = torch.empty((0,), dtype=torch.uint8, device=reader.device)
         self.here = torch.empty((0,), dtype=torch.uint8, device="cpu")
 
-    def run(self, rows: Table, destinations: Sequence[Buffer]) -> None:
+    def run(self, rows: Table, destinations: Sequence[Buffer], file: int = 0) -> None:
         """Make what `rows` write on the GPU and bring it to `destinations` in main memory."""
         rows = rows.copy()
         low, high = span(rows, "dst")

@@ -36,7 +36,7 @@ from ..quantisation.rounding import (
     stored_scales,
     stored_zeros,
 )
-from ..reader import Lane, plain
+from ..reader import Lane, is_one_run
 from ..target import Target
 
 JOB_BYTES = 8 * LEAF
@@ -111,9 +111,10 @@ class Band:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Bands of one tensor, in order; its output bytes are [start, stop) of the values."""
+    """Bands of one tensor, in order, that make bytes [start, stop) of its values, which lie in `file`."""
 
     tensor: _Tensor
+    file: int
     start: int
     stop: int
     bands: tuple[Band, ...]
@@ -189,7 +190,10 @@ class Dense:
 
 
 class Quantising:
-    """The quantised tensors of one run; `largest`: dense name -> the amax of its rows, as `Scan` found it."""
+    """The quantised tensors of one run.
+
+    `largest`: dense name -> the amax of its rows, as `Scan` found it; `staging`: bytes that each worker
+    holds."""
 
     def __init__(self, plan: Plan, slots: Slots, largest: Mapping[str, Floats]) -> None:
         self.plan = plan
@@ -198,6 +202,7 @@ class Quantising:
         matrices = plan.quantised.values()
         self.dense = max((_step(q) * q.shape[-1] * q.dtype.itemsize for q in matrices), default=0)
         self.values = LEAF + max((_widest(q) * q.shape[-1] * q.scheme.bits // 8 for q in matrices), default=0)
+        self.staging = self.dense + self.values if self.dense else 0
         self.made = np.zeros(len(plan.tensors), bool)
         for i, q in plan.quantised.items():
             beside = [at for at in (q.zeros, q.form) if at is not None and not q.scheme.dynamic]
@@ -221,15 +226,15 @@ class Quantising:
             rows, columns = flat(matrix.shape)
             out = columns * matrix.scheme.bits // 8
             step, share = _step(matrix), _share(matrix)
-            tensor = self._tensor(first + i, matrix, -(-rows // share))
-            held: list[Band] = []
+            tensor, file = self._tensor(first + i, matrix, -(-rows // share)), int(self.rest.file[first + i])
+            bands: list[Band] = []
             width = columns * matrix.dtype.itemsize
             for band in dense.bands(i, rows, width, step, turned=matrix.scheme.turned):
-                if held and band.row % share == 0:
-                    yield Job(tensor, held[0].row * out, band.row * out, tuple(held))
-                    held = []
-                held.append(band)
-            yield Job(tensor, held[0].row * out, rows * out, tuple(held))
+                if bands and band.row % share == 0:
+                    yield Job(tensor, file, bands[0].row * out, band.row * out, tuple(bands))
+                    bands = []
+                bands.append(band)
+            yield Job(tensor, file, bands[0].row * out, rows * out, tuple(bands))
 
     def _tensor(self, number: int, matrix: Quantised, jobs: int) -> _Tensor:
         rows, _ = flat(matrix.shape)
@@ -274,7 +279,7 @@ class Quantising:
 
 def _in_memory(rows: Table, binding: Binding, nbytes: int) -> Bytes | None:
     """The dense bytes of a tensor where they lie already, as they are, in main memory; else None."""
-    if len(rows) != 1 or rows["src_buffer"][0] == NOTHING or not plain(rows[0], nbytes):
+    if len(rows) != 1 or rows["src_buffer"][0] == NOTHING or not is_one_run(rows[0], nbytes):
         return None
     row = rows[0]
     place = binding.places[int(row["src_buffer"])]

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from .. import __version__, joining
+from .. import __version__
 from ..checkpoint import JSON
 from ..computed.nowhere import computed
-from ..computed.prequantised import Matrix
 from ..digest import LEAF
 from ..errors import expect
 from ..executors import pick
 from ..executors.cpu import built
 from ..extents import COMPUTED, Buffer, Extents, File
+from ..joining import cut_from
 from ..output.manifest import Manifest, Origin, Record, rows_of
 from ..output.syscalls import give_back
 from ..output.writer import Output
@@ -34,7 +34,7 @@ from ..quantisation.rounding import Error, Floats
 from ..reader import GAP, Lane, Mapped, Positioned, Reader, check_unchanged
 from ..sources import memory
 from . import figures
-from .computing import Computing, ComputingLane
+from .computing import Computing, Losses
 from .limits import STAGE, Limits, recent
 from .quantising import Job, Quantising, Scan, Sink
 from .sinks import ToDigests, ToFiles, ToMemory, Worker
@@ -84,8 +84,8 @@ class Report:
 class Run:
     """One run's clock, limits and counts; a method for each sink a plan can have.
 
-    `errors`: how far quantised tensors lie from their dense values, by number in the plan; `made`: the same
-    of what is quantised as it is read, by output file and matrix."""
+    `errors`: how far quantised tensors lie from their dense values, by number in the plan; `losses`:
+    the same of what is quantised as it is read."""
 
     def __init__(self, threads: int | None, memory: str | int | None, progress: Progress | None) -> None:
         expect("threads", threads, int, type(None))
@@ -98,7 +98,7 @@ class Run:
         self.bytes_read = 0
         self.bytes_scanned = 0
         self.errors: dict[int, Error] = {}
-        self.made: dict[tuple[int, Matrix], Error] = {}
+        self.losses = Losses()
 
     def planned(self, make: Callable[[], Plan]) -> Plan:
         """Make the plan, on the clock."""
@@ -131,7 +131,8 @@ class Run:
     def _in_memory(self, planned: Plan, buffers: Sequence[Buffer], device: str) -> Report:
         if device == "cpu":
             sink = ToMemory(buffers)
-            self._copy(planned, sink.worker, sink, for_memory=True)
+            small = (planned.needed_bytes or 0) + planned.output_bytes <= SMALL
+            self._copy(planned, sink.worker, sink, for_memory=True, here=small)
         else:
             self._on_gpu(planned, buffers, device)
         return self._report(planned, None, {})
@@ -205,7 +206,8 @@ class Run:
             if self.progress is not None:
                 self.progress(planned.output_bytes, planned.output_bytes, "sync")
             sink.close(self.limits.threads)
-            for owner, name, data in (*planned.texts, *figures.texts(planned, self.errors, self.made)):
+            lost = figures.texts(planned, self.errors, self.losses.found)
+            for owner, name, data in (*planned.texts, *lost):
                 output.text(name, data, owner)
             if beside:
                 copied = [f for f in planned.checkpoint.beside if planned.config is None or not _is_config(f)]
@@ -226,64 +228,43 @@ class Run:
         sink: Sink | None = None,
         *,
         for_memory: bool = False,
+        here: bool = False,
         stage: int = STAGE,
         limits: Limits | None = None,
     ) -> None:
         """Every batch of the plan through the readers and the executor.
 
         `sink`: where quantised values go, None where the plan has none; `for_memory`: batches are made by
-        `spread`, not by `cut`; `stage`: bytes of a batch from mapped sources, where the band of the run has
-        them; `limits`: the threads, and the bytes of every batch, where they are not the run's."""
+        `spread`, not by `cut`; `here`: the caller's thread runs them, and no other; `stage`: bytes of a batch
+        from mapped sources, where the band of the run has them; `limits`: the threads, and the bytes of every
+        batch, where they are not the run's."""
         largest = self._scan(planned)
         began = time.perf_counter()
-        executor = pick(None, recent(len(planned.tensors)))
         binding, slots = Binding.of(planned.extents), planned.slots()
         quantising = Quantising(planned, slots, largest)
-        need = quantising.dense + quantising.values if quantising.dense else 0
-        small = isinstance(sink, ToMemory) and (planned.needed_bytes or 0) + planned.output_bytes <= SMALL
-        threads = self.limits.fitting(need) if limits is None else limits.threads
-        threads = 1 if small else threads
-        total, done = planned.output_bytes, 0
-
-        def count(nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            if self.progress is not None:
-                self.progress(done, total, "copy")
-
-        def file_of(item: Batch | Job) -> int:
-            return int(slots.file[item.tensor.number]) if isinstance(item, Job) else item.file
-
+        threads = self.limits.fitting(quantising.staging) if limits is None else limits.threads
+        done = _Done(planned.output_bytes, self.progress)
         alone = len(planned.ranks) < planned.placement.world
-        with reader_of(planned.extents, binding, alone=alone) as reader:
-            step, band = (limits.band, limits.band) if limits else sizes(reader, self.limits.band, stage)
+        with reader_of(planned.extents, binding, alone=alone, losses=self.losses) as reader:
+            step, band = (limits.band, limits.band) if limits else reader.batch_sizes(stage, self.limits.band)
             cutting = partial(cut, stage=step, band=band, thin=LEAF)
             if for_memory:
-                cutting = partial(spread, stage=band, band=band, by_file=isinstance(reader, Computing))
+                cutting = partial(spread, stage=band, band=band, by_file=bool(computed(binding.places)))
             items = _items(planned, quantising, binding, cutting)
-            lanes = [reader.lane(executor) for _ in range(threads)]
-            runs = [_either(_named(lane, worker(lane)), quantising, lane, sink) for lane in lanes]
-            if small:
+            executor = pick(None, recent(len(planned.tensors)))
+            lanes = [reader.lane(executor) for _ in range(1 if here else threads)]
+            workers = [_either(worker(lane), quantising, lane, sink) for lane in lanes]
+            if here:
                 for item in items:
-                    runs[0](item)
-                    count(item.stop - item.start)
+                    workers[0](item)
+                    done.add(item.stop - item.start)
             else:
-                feed(items, runs, count, file_of)
-            if done < total:  # the scales, which went out with the last values of their tensors
-                count(total - done)
-            self._count_read(lanes)
+                feed(items, workers, done.add, lambda item: item.file)
+            done.finish()
+            self.bytes_read += sum(lane.bytes_read for lane in lanes)
+            self.bytes_scanned += sum(lane.bytes_scanned for lane in lanes)
         self.errors = quantising.errors
         self.phases["copy"] = time.perf_counter() - began
-
-    def _count_read(self, lanes: Sequence[Lane]) -> None:
-        """Enter what the lanes read, and how far what they made lies from its dense values."""
-        for lane in lanes:
-            self.bytes_read += lane.bytes_read
-            if isinstance(lane, ComputingLane):
-                self.bytes_read -= lane.bytes_scanned
-                self.bytes_scanned += lane.bytes_scanned
-                for key, error in lane.errors.items():
-                    self.made[key] = self.made.get(key, Error()) + error
 
     def _scan(self, planned: Plan) -> dict[str, Floats]:
         """The first read: the largest magnitudes of uncut matrices whose scales reach across a cut."""
@@ -319,11 +300,30 @@ class Run:
             peak_memory=_peak_memory(),
             notes=planned.notes,
             errors={
-                f"{rank}/{name}" if planned.placement.world > 1 else name: told
-                for rank, mine in figures.of(planned, self.errors, self.made).items()
-                for name, told in mine.items()
+                f"{rank}/{name}" if planned.placement.world > 1 else name: lost
+                for rank, mine in figures.of(planned, self.errors, self.losses.found).items()
+                for name, lost in mine.items()
             },
         )
+
+
+class _Done:
+    """The output bytes of a run that are made, told to the caller as they are."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.total, self.progress = total, progress
+        self.nbytes = 0
+
+    def add(self, nbytes: int) -> None:
+        """So many more."""
+        self.nbytes += nbytes
+        if self.progress is not None:
+            self.progress(self.nbytes, self.total, "copy")
+
+    def finish(self) -> None:
+        """All are: the scales went out with the last values of their tensors."""
+        if self.nbytes < self.total:
+            self.add(self.total - self.nbytes)
 
 
 def _items(
@@ -333,18 +333,6 @@ def _items(
     for first, chunk in planned.chunks():
         yield from quantising.jobs(first, chunk, binding)
         yield from cutting(quantising.others(first, chunk), first, quantising.rest, binding)
-
-
-def _named(lane: Lane, worker: Worker) -> Worker:
-    """The worker, whose lane is told which file each batch goes to, if it merges."""
-    if not isinstance(lane, ComputingLane):
-        return worker
-
-    def run(batch: Batch) -> None:
-        lane.file = batch.file
-        worker(batch)
-
-    return run
 
 
 def _either(
@@ -399,8 +387,8 @@ def _record(planned: Plan, finite: bool) -> Record:
         ckpt.headers,
     )
     sizes = {"tp": grid.tp, "pp": grid.pp, "dp": grid.dp, "ep": grid.ep}
-    told = joining.told(ckpt, grid.world, planned.layout)
-    options = {**planned.options, **told, "allow_nonfinite": not finite}
+    of = cut_from(ckpt, grid.world, planned.layout)
+    options = {**planned.options, **of, "allow_nonfinite": not finite}
     return Record(origin, __version__, planned.layout, sizes, options)
 
 
@@ -414,31 +402,21 @@ def _digests(manifest: Manifest, ranks: Sequence[int]) -> dict[str, str]:
     }
 
 
-def sizes(reader: Reader, band: int, stage: int) -> tuple[int, int]:
-    """Output bytes made at once, of a tensor as it lies (from mapped sources `stage`) and of one that is
-    transposed, `band` at most."""
-    if isinstance(reader, Mapped):
-        return min(stage, band), band
-    if isinstance(reader, Computing) and reader.dequantises:
-        return min(STAGE, band), min(STAGE, band)
-    if isinstance(reader, (Positioned, Computing)):
-        return LEAF, LEAF
-    return band, band  # on a GPU few large launches are better than many small ones
-
-
-def reader_of(extents: Extents, binding: Binding, *, alone: bool) -> Reader:
+def reader_of(extents: Extents, binding: Binding, *, alone: bool, losses: Losses | None = None) -> Reader:
     """The reader for these extents: mapped with the compiled module, else by position, where one rank `alone`
-    may read through small gaps. Computed extents are made by a reader over that one; extents on a GPU have
-    a reader of their own."""
+    may read through small gaps. Computed extents are made by a reader over that one, which adds to `losses`;
+    extents on a GPU have a reader of their own."""
     if any(isinstance(p, Buffer) and p.device not in ("cpu", COMPUTED) for p in binding.places):
         from .gpu_sources import Resident
 
         return Resident(binding)
 
-    def plain(places: Sequence[File | Buffer]) -> Reader:
+    def stored(places: Sequence[File | Buffer]) -> Reader:
         return Mapped(places) if built() else Positioned(places, gap=GAP if alone else 0)
 
-    return Computing(extents, binding, plain) if computed(binding.places) else plain(binding.places)
+    if computed(binding.places):
+        return Computing(extents, binding, stored, losses)
+    return stored(binding.places)
 
 
 def _peak_memory() -> int:

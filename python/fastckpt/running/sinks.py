@@ -57,7 +57,7 @@ def _maker(lane: Lane, size: int) -> Callable[[Batch], memoryview]:
         filled = lane.direct(batch.rows, whole[:n])
         if filled is not None:
             return filled
-        lane.run(batch.rows, [Buffer(staging, address, n)])
+        lane.run(batch.rows, [Buffer(staging, address, n)], batch.file)
         return whole[:n]
 
     return made
@@ -160,7 +160,7 @@ class ToMemory:
         def run(batch: Batch) -> None:
             rows = batch.rows.copy()
             used, rows["dst_buffer"] = np.unique(rows["dst_buffer"], return_inverse=True)
-            lane.run(rows, [self.buffers[i] for i in used.tolist()])
+            lane.run(rows, [self.buffers[i] for i in used.tolist()], batch.file)
 
         return run
 

@@ -14,7 +14,7 @@ from ..dtypes import BY_NAME, DType
 from ..errors import DeviceError, LayoutError, expect
 from ..extents import Buffer
 from ..planning.plans import Plan
-from ..sources.memory import plain
+from ..sources.memory import lies_as_is
 
 State = dict[str, torch.Tensor]
 
@@ -38,7 +38,7 @@ def _fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, n
         made = torch.empty(shape, dtype=dtype, device=device)
     except RuntimeError as e:  # what main memory has no room for is no OutOfMemoryError
         raise DeviceError(f"{device}: no memory for {name}: the outputs need {needed} bytes; {e}") from None
-    if type(made) is not torch.Tensor and not plain(made):
+    if type(made) is not torch.Tensor and not lies_as_is(made):
         raise DeviceError(f"{device}: torch makes a {type(made).__name__} here; leave FakeTensorMode first")
     return made
 
@@ -58,7 +58,7 @@ def matched(planned: Plan, out: Sequence[Mapping[str, torch.Tensor]], device: st
         expect(f"out: {t.name} of rank {t.rank}", given, torch.Tensor)
         if _name(given.device) != device:
             raise DeviceError(f"out: {t.name} is on {given.device}, wanted {device}")
-        if not plain(given):
+        if not lies_as_is(given):
             raise LayoutError(
                 f"out: {t.name} is a {type(given).__name__}, {given.layout}, whose values do not lie in "
                 "plain memory (or no more); make it dense and local first"
@@ -128,7 +128,7 @@ def torch_dtype(dtype: DType) -> torch.dtype:
 # ---- modules ----
 
 
-def held(module: torch.nn.Module) -> State:
+def tensors_of(module: torch.nn.Module) -> State:
     """A module's persistent tensors by name, tied names included. Raises LayoutError for one that has no
     shape yet."""
     expect("module", module, torch.nn.Module)
@@ -144,10 +144,10 @@ def refuse_copies(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) ->
         find(remove_duplicate=False) for find in (module.named_parameters, module.named_buffers)
     )
     own = {**dict(parameters), **dict(buffers)}
-    memory = {t.untyped_storage().data_ptr() for t in own.values() if plain(t)}
+    memory = {t.untyped_storage().data_ptr() for t in own.values() if lies_as_is(t)}
     for name, tensor in state.items():
         if tensor is not own.get(name) and not (
-            plain(tensor) and tensor.untyped_storage().data_ptr() in memory
+            lies_as_is(tensor) and tensor.untyped_storage().data_ptr() in memory
         ):
             raise LayoutError(
                 f"load_into: {name} in the module's state_dict is none of its parameters and buffers, but a "
@@ -223,7 +223,7 @@ def tie(states: Sequence[State], aliases: Mapping[str, str]) -> None:
 
 def assign(module: torch.nn.Module, real: State, tied: Mapping[str, str]) -> None:
     """Put the tensors that replaced meta ones into the module, tied names as one parameter."""
-    was = held(module)
+    was = tensors_of(module)
     fresh = {n: t for n, t in real.items() if was[n].is_meta}
     for name, holder in tied.items():
         if holder in fresh:

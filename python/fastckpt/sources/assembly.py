@@ -25,7 +25,8 @@ WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
 """Keys under which trainers put a model's state dict."""
 
 BESIDE = (
-    "config.json", "generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
+    "config.json", "hf_quant_config.json", "generation_config.json",
+    "preprocessor_config.json", "video_preprocessor_config.json",
     "processor_config.json", "normalizer.json", "tiktoken.model",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt",

@@ -17,7 +17,7 @@ from ..extents import File, inside
 from ..stored import check_tiles
 from . import torchpickle
 from .inert import Inert, type_name
-from .plain import integers, mapping
+from .plain_values import integers, mapping
 from .torchfile import MAX_PICKLE
 from .torchzip import Reader
 
@@ -87,8 +87,8 @@ def metadata(where: str, save: int) -> Metadata:
     for name, at, place in _places(mapping(body.get("storage_data"), "storage_data")):
         if at is None:
             others[name] = place
-        else:
-            places[name, at] = place
+        elif places.setdefault((name, at), place) != place:
+            raise SourceError(f"{name} at {at}: lies in {places[name, at]} and in {place}: in doubt")
         files[place.file] = max(files.get(place.file, 0), place.offset + place.nbytes)
     return Metadata(tensors, places, others, files, paths, xxhash.xxh3_64_hexdigest(data))
 

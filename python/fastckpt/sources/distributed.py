@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ..errors import SourceError
 from .inert import Inert, type_name
-from .plain import integers, listing
+from .plain_values import integers, listing
 from .torchfile import Tensor
 
 Sizes = tuple[int, ...]

@@ -83,12 +83,13 @@ def read(path: str, options: Options) -> Checkpoint:
         if name not in aliases
     }
     facts: dict[str, JSON] = {"ranks": len(files), "boxes": sum(map(len, rows.values()))}
-    return assemble(
+    ckpt = assemble(
         path, "fsdp", entries, extents, options, aliases=aliases, files=[f.file for f in files],
         search=search, facts=facts, unread=[*_beside(save, root)],
         inert=[name for f in files for name in f.inert],
         layout=[table.tobytes() for table in rows.values()], headers=[f.digest for f in files],
     )  # fmt: skip
+    return replace(ckpt, replicas=same.replicas)
 
 
 # ---- where the files are ----
@@ -229,5 +230,5 @@ def _first(name: str, found: Iterable[_Held], same: Agreement) -> list[_Held]:
         box = held.box
         earlier = out.setdefault((box.origin, box.size), held)
         if earlier is not held:
-            same.add(f"{name}, which ranks {earlier.box.rank} and {box.rank} both hold,", earlier, held)
+            same.add(f"{name}, which ranks {earlier.box.rank} and {box.rank} both hold", earlier, held)
     return [*out.values()]

@@ -12,21 +12,22 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..checkpoint import JSON, Checkpoint, Entry, Saved
 from ..errors import SourceError, naming
-from ..extents import is_directory, is_file, listed
+from ..extents import Extents, is_directory, is_file, listed
 from ..placement import Placement
 from . import megatron_dist, steps, torchfile
 from .assembly import assemble
 from .dcp import NAME, SUFFIX
 from .megatron_args import FORMAT, KEPT, Args, args_of, size, writer_of
 from .options import Options
-from .plain import mapping
+from .plain_values import mapping
 from .ranks import check_one_save
+from .samples import Agreement
 from .torchfile import Tensor, TorchFile
-from .torchtensors import in_one_table, places, refuse_unread, same_values
+from .torchtensors import Opened, in_one_table, places, refuse_unread
 
 _FILE = "model_optim_rng.pt"
 _INSIDE = ((), ("weights",), ("dist_ckpt",), ("model", "dist_ckpt"))
@@ -149,11 +150,12 @@ def _ranks(path: str, root: str, options: Options) -> Checkpoint:
             raise SourceError(f"{root}: {name} holds {len(rank.chunks)} virtual stages, wanted {grid.chunks}")
     _check_writers(root, grid, placed, ranks)
     unread = {note for rank in ranks.values() for note in rank.rest}
-    if grid.pp > 1 and first.args.get("untie_embeddings_and_output_weights") is False:
-        _drop_copies(root, placed, ranks)
-        unread.add(f"{_TIED}: the last stage's copy of the embedding")
     extents, opened = in_one_table([rank.file for rank in ranks.values()])
     of = dict(zip(ranks, opened, strict=True))
+    same = Agreement(root)
+    if grid.pp > 1 and first.args.get("untie_embeddings_and_output_weights") is False:
+        _drop_copies(placed, ranks, of, extents, same)
+        unread.add(f"{_TIED}: the last stage's copy of the embedding")
     entries: dict[str, Entry] = {}
     for number, stages in placed:
         before = f"{number}/" if len(placed) > 1 else ""
@@ -167,7 +169,7 @@ def _ranks(path: str, root: str, options: Options) -> Checkpoint:
         "ranks": len(placed), "stages": grid.pp,
         "grid": {"tp": grid.tp, "dp": grid.placement.dp, "ep": grid.ep},
     }  # fmt: skip
-    return assemble(
+    ckpt = assemble(
         path, FORMAT, entries, extents, options, files=[r.file.file for r in ranks.values()],
         search=[root, os.path.dirname(root)], facts=facts,
         saved=Saved(step=step, args=first.args, grid=grid.placement),
@@ -177,6 +179,7 @@ def _ranks(path: str, root: str, options: Options) -> Checkpoint:
         layout=[places(c.values()) for r in ranks.values() for c in r.chunks],
         headers=[r.file.digest for r in ranks.values()],
     )  # fmt: skip
+    return replace(ckpt, replicas=same.replicas)
 
 
 def _check_writers(
@@ -206,20 +209,23 @@ def _check_writers(
                     )
 
 
-def _drop_copies(root: str, placed: Sequence[tuple[int, list[str]]], ranks: Mapping[str, _Rank]) -> None:
-    """Takes the last stages' copies of the embedding away, which are tied to it. Raises SourceError for one
-    that has other values."""
+def _drop_copies(
+    placed: Sequence[tuple[int, list[str]]],
+    ranks: Mapping[str, _Rank],
+    of: Mapping[str, Opened],
+    extents: Extents,
+    same: Agreement,
+) -> None:
+    """Takes the last stages' copies of the embedding away, which are tied to it and go to `same`. Raises
+    SourceError for one that has other values."""
     for _, stages in placed:
         first, last = ranks[stages[0]], ranks[stages[-1]]
         embedding, copy = first.chunks[0].get(_EMBEDDING), last.chunks[-1].pop(_TIED, None)
-        if embedding is None or copy is None:
-            continue
-        alike = (copy.dtype, copy.shape) == (embedding.dtype, embedding.shape)
-        if not alike or not same_values((last.file, copy), (first.file, embedding)):
-            raise SourceError(
-                f"{root}: {stages[-1]}: {_TIED} has other values than {_EMBEDDING} of {stages[0]}, and the "
-                "args say that they are tied"
-            )
+        if embedding is not None and copy is not None:
+            what = f"{_EMBEDDING} of {stages[0]} and {_TIED} of {stages[-1]}, which are one as the args say"
+            kept, other = of[stages[0]].entry(embedding, extents), of[stages[-1]].entry(copy, extents)
+            same.add(what, kept, other, always=True)
+    same.check()
 
 
 def _in_one(stages: Sequence[tuple[str, _Rank]], chunks: int) -> Iterator[tuple[str, str, Tensor]]:

@@ -236,7 +236,7 @@ def _array(name: str, value: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) 
     return _Held(Buffer(value, value.ctypes.data, span * dtype.itemsize), dtype, value.shape, 0, stride)
 
 
-def plain(value: torch.Tensor) -> bool:
+def lies_as_is(value: torch.Tensor) -> bool:
     """Whether a tensor's values are what its memory holds: none is conjugated or negated when it is read."""
     return has_memory(value) and not (value.is_conj() or value.is_neg())
 
@@ -268,7 +268,7 @@ def has_memory(value: torch.Tensor) -> bool:
 
 def _tensor(name: str, value: torch.Tensor) -> _Held:
     dtype = BY_NAME.get(str(value.dtype).removeprefix("torch."))
-    if dtype is None or not plain(value):
+    if dtype is None or not lies_as_is(value):
         raise SourceError(
             f"{name}: {type(value).__name__} of {value.dtype}, {value.layout} on {value.device} has no plain "
             "strided memory (or no more); make it dense and local first"

@@ -23,9 +23,10 @@ from . import safetensors, torchfile
 from .assembly import assemble
 from .options import Options
 from .ranks import check_one_save
+from .samples import Agreement
 from .statedict import state_dict
 from .torchfile import Tensor
-from .torchtensors import by_storage, in_one_table, places, same_values
+from .torchtensors import by_storage, in_one_table, places
 
 _PART = re.compile(r"consolidated\.(\d+)\.pth")
 _PARAMS = "params.json"
@@ -81,10 +82,6 @@ def _of_parts(path: str, names: Sequence[str], options: Options) -> Checkpoint:
             raise SourceError(f"{at}: was saved as {was}: swapped with, or copied from, that file")
         known = {**first, **part.tensors}
         check_one_save(at, ((n, _kind(part.tensors.get(n)), _kind(first.get(n))) for n in known))
-        for name, t in part.tensors.items():
-            whole = file is not files[0] and len(t.shape) == 1 and t.numel > 0
-            if whole and not same_values((file, t), (files[0], first[name])):
-                raise SourceError(f"{at}: {name} has other values than in {names[0]}: parts of two models")
     extents, opened = in_one_table(files)
     tied = by_storage(first) if len(files) == 1 else {}
     held = {
@@ -92,12 +89,19 @@ def _of_parts(path: str, names: Sequence[str], options: Options) -> Checkpoint:
         for name in first
         if name not in tied
     }
-    return assemble(
+    same = Agreement(path)
+    for name, parts in held.items():
+        for at, other in zip(names[1:], parts[1:], strict=True):
+            if len(other.shape) == 1:
+                same.add(f"{name} in {names[0]} and {at}", parts[0], other)
+    same.check()
+    ckpt = assemble(
         path, "meta", {name: _whole(path, name, parts, norm.shape[0]) for name, parts in held.items()},
         extents, options, aliases=tied, files=[file.file for file in files], search=[path],
         facts={"parts": len(files)}, unread=dicts[0].rest, inert=[n for file in files for n in file.inert],
         layout=[places(part.tensors.values()) for part in dicts], headers=[file.digest for file in files],
     )  # fmt: skip
+    return replace(ckpt, replicas=same.replicas)
 
 
 def _tensors(root: object) -> Iterable[Tensor]:

@@ -18,7 +18,7 @@ from .options import Options
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
-TOLD = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules", "target_parameters")
+SHOWN = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules", "target_parameters")
 """Keys of the adapter's config that `facts` repeats, for people."""
 
 
@@ -44,8 +44,8 @@ def read(path: str, options: Options) -> Checkpoint:
     config, file = os.path.join(path, CONFIG), weights(path)
     if file is None:
         raise SourceError(f"{path}: wanted an adapter's one file of weights, {' or '.join(WEIGHTS)}")
-    said = read_config(config)
+    settings = read_config(config)
     of_file = safetensors.read if file.endswith(safetensors.SUFFIX) else statedict.read
     found = of_file(file, options)
-    facts = {**found.facts, **{k: said.get(k) for k in TOLD}}
+    facts = {**found.facts, **{k: settings.get(k) for k in SHOWN}}
     return replace(found, path=path, format="peft", facts=facts, beside=(File.at(config), *found.beside))

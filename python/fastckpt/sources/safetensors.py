@@ -141,13 +141,13 @@ def read_header(path: str) -> Header:
     return Header(file, ordered, {k: str(v) for k, v in metadata.items()}, xxhash.xxh3_64_hexdigest(raw))
 
 
-def require(item: Item, told: TensorEntry, where: str) -> None:
+def require(item: Item, entry: TensorEntry, where: str) -> None:
     """Raises SourceError where a file's header and the record of what was written say two things."""
-    said = told.dtype, told.shape, told.offset, told.nbytes
+    said = entry.dtype, entry.shape, entry.offset, entry.nbytes
     if (item.dtype, item.shape, item.offset, item.nbytes) != said:
         raise SourceError(
             f"{where} is {item.dtype}{list(item.shape)} at byte {item.offset}, "
-            f"{NAME} says {told.dtype}{list(told.shape)} at {told.offset}"
+            f"{NAME} says {entry.dtype}{list(entry.shape)} at {entry.offset}"
         )
 
 

@@ -1,19 +1,19 @@
-"""Reads single elements by position: an optimizer's step, and samples of what is stored twice."""
+"""Reads single elements by position: an optimizer's step, and samples of what is stored more than once."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import Entry
+from ..checkpoint import Entry, Replica
 from ..dtypes import DTYPES, DType, bfloat16, float16, float32
 from ..errors import SourceError
-from ..extents import Extents, File
+from ..extents import Extent, File
 from ..views import View
 
 POSITIONS = 4
@@ -60,12 +60,12 @@ def one_axis(entries: Mapping[str, Entry]) -> dict[str, View]:
 
 
 def _positions(view: View, count: int = POSITIONS) -> list[int]:
-    """The elements that are compared of a view of one axis."""
+    """The elements that are compared of a view, counted as they would lie dense."""
     return sorted({k * (view.numel - 1) // (count - 1) for k in range(count)}) if view.numel else []
 
 
 def sampled_bytes(views: Sequence[View], count: int = POSITIONS) -> list[tuple[bytes, ...]]:
-    """`count` elements of each view of one axis, evenly from the first to the last."""
+    """`count` elements of each view, evenly from the first to the last."""
     at = [_positions(view, count) for view in views]
     found = iter(stored_at([(view, i) for view, own in zip(views, at, strict=True) for i in own]))
     return [tuple(next(found) for _ in own) for own in at]
@@ -78,28 +78,33 @@ class Built(Protocol):
 
 
 class Agreement:
-    """Pairs of what must hold the same elements, of which some are compared at once."""
+    """Pairs of what must hold the same elements. Some of them are compared at once; a run compares the rest
+    (`replicas`)."""
 
     def __init__(self, where: str) -> None:
         self._where = where
-        self._pairs: list[tuple[str, Built, Built]] = []
+        self._pairs: list[Replica] = []
 
-    def add(self, what: str, a: Built, b: Built) -> None:
-        """`what` holds in `a` what it holds in `b`."""
-        self._pairs.append((what, a, b))
+    @property
+    def replicas(self) -> tuple[Replica, ...]:
+        """The pairs."""
+        return tuple(self._pairs)
+
+    def add(self, what: str, a: Built, b: Built, *, always: bool = False) -> None:
+        """`what` holds in `a` what it holds in `b`; `always` as in Replica."""
+        self._pairs.append(Replica(what, a.build, b.build, always))
 
     def check(self) -> None:
         """Raises SourceError for the first pair that differs."""
-        seen = samples(x for _, *pair in self._pairs for x in pair)
-        for what, *_ in self._pairs:
+        seen = samples(make for pair in self._pairs for make in (pair.kept, pair.other))
+        for pair in self._pairs:
             if next(seen) != next(seen):
-                raise SourceError(f"{self._where}: {what} has two values: which one is meant is in doubt")
+                raise SourceError(f"{self._where}: {pair.what}: two values: which one is meant is in doubt")
 
 
-def samples(built: Iterable[Built]) -> Iterator[tuple[bytes, ...]]:
+def samples(made: Iterable[Callable[[], View]]) -> Iterator[tuple[bytes, ...]]:
     """OF_ONE elements of each."""
-    views = (b.build() for b in built)
-    return iter(sampled_bytes([view.reshape((view.numel,)) for view in views], OF_ONE))
+    return iter(sampled_bytes([make() for make in made], OF_ONE))
 
 
 def same(copy: float, master: float, dtype: DType) -> bool:
@@ -129,11 +134,13 @@ def number(data: bytes, dtype: DType) -> float:
 
 
 def stored_at(wanted: Sequence[tuple[View, int]]) -> list[bytes]:
-    """The bytes of one element of each one-axis view, each file opened once."""
+    """The bytes of one element of each view, each file opened once."""
     by_path: dict[str, list[tuple[int, tuple[int, int]]]] = {}
     for k, (view, i) in enumerate(wanted):
-        path, run = _locate(view, i, view.extents)
-        by_path.setdefault(path, []).append((k, run))
+        extent, offset, size = located(view, i)
+        if not isinstance(extent.where, File):
+            raise SourceError("an element in memory is not sampled")
+        by_path.setdefault(extent.where.path, []).append((k, (offset, size)))
     out = [b""] * len(wanted)
     for path, items in by_path.items():
         for (k, _), data in zip(items, read_all(path, [run for _, run in items]), strict=True):
@@ -141,15 +148,16 @@ def stored_at(wanted: Sequence[tuple[View, int]]) -> list[bytes]:
     return out
 
 
-def _locate(view: View, i: int, extents: Extents) -> tuple[str, tuple[int, int]]:
-    first = view.origin[:, 0]
-    row = int(np.flatnonzero((first <= i) & (i < first + view.size[:, 0]))[0])
-    element = int(view.offset[row] + (i - view.origin[row, 0]) * view.stride[row, 0])
-    extent = extents[int(view.extent[row])]
-    if not isinstance(extent.where, File):
-        raise SourceError("an element in memory is not sampled")
+def located(view: View, i: int) -> tuple[Extent, int, int]:
+    """Where the `i`-th element of a view lies, counted as in a dense tensor: its extent, and the offset and
+    the number of its bytes in that extent's file."""
+    at = np.array(np.unravel_index(i, view.shape), np.int64)
+    inside = (view.origin <= at) & (at < view.origin + view.size)
+    row = int(np.flatnonzero(inside.all(axis=1))[0])
+    element = int(view.offset[row] + ((at - view.origin[row]) * view.stride[row]).sum())
+    extent = view.extents[int(view.extent[row])]
     size = DTYPES[int(view.stored[row])].itemsize
-    return extent.where.path, (extent.offset + element * size, size)
+    return extent, extent.offset + element * size, size
 
 
 def read_all(path: str, runs: Sequence[tuple[int, int]]) -> list[bytes]:

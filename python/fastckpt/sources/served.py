@@ -44,15 +44,16 @@ def read(path: str, options: Options) -> Checkpoint:
     of_safetensors = any(n.endswith(safetensors.SUFFIX) for n in shard.files)
     found = safetensors.read(path, options) if of_safetensors else statedict.read(path, options)
     names = options.names([*shard.tensors, *shard.aliases], record)
-    for old, told in shard.tensors.items():
+    for old, entry in shard.tensors.items():
         if not (name := names[old]):
             continue
         if name not in found:
             raise SourceError(f"{path}: {old} is in {NAME} and in no file")
         held = found.entries[found.aliases.get(name, name)]
-        if (held.dtype, held.shape) != (told.dtype, told.shape):
+        if (held.dtype, held.shape) != (entry.dtype, entry.shape):
             raise SourceError(
-                f"{path}: {old} is {held.dtype}{list(held.shape)}, {NAME} says {told.dtype}{list(told.shape)}"
+                f"{path}: {old} is {held.dtype}{list(held.shape)}, "
+                f"{NAME} says {entry.dtype}{list(entry.shape)}"
             )
     tied = {names[alias]: names[holder] for alias, holder in shard.aliases.items() if names[alias]}
     for alias, holder in tied.items():
@@ -86,10 +87,10 @@ def _shards(path: str, manifest: Manifest, options: Options) -> Checkpoint:
             headers.append(header.digest)
             files.append(header.file)
             for name, item in header.items.items():
-                told = left.pop(name, None)
-                if told is None or told.file != file:
+                entry = left.pop(name, None)
+                if entry is None or entry.file != file:
                     raise SourceError(f"{path}: {file} holds {name}, which {NAME} does not name there")
-                safetensors.require(item, told, f"{path}: {file}: {name}")
+                safetensors.require(item, entry, f"{path}: {file}: {name}")
                 found.append((f"{shard.rank}/{name}", item, header.file))
         if left:
             raise SourceError(f"{path}: {min(left)} of rank {shard.rank} is in {NAME} and in no file")

@@ -1,4 +1,6 @@
-"""Tied names of saves that do not say which names are one tensor: the config says so, and the bytes agree."""
+"""Tied names of saves that do not say which names are one tensor: the config says so, and the bytes agree.
+
+Law: opening compares samples; that all bytes agree, a run proves before it takes one for both (`Replica`)."""
 
 from __future__ import annotations
 
@@ -8,12 +10,10 @@ from dataclasses import replace
 
 import xxhash
 
-from ..checkpoint import JSON, Checkpoint
-from ..extents import Extent, File
-from ..views import View
-from .torchzip import Reader
-
-_CHUNK = 4 << 20
+from ..checkpoint import JSON, Checkpoint, Entry
+from ..extents import File
+from ..views import ZERO
+from .samples import Agreement, samples
 
 
 def tied(ckpt: Checkpoint, config: Mapping[str, JSON]) -> Checkpoint:
@@ -22,22 +22,24 @@ def tied(ckpt: Checkpoint, config: Mapping[str, JSON]) -> Checkpoint:
     config = with_decoder(config)
     if config.get("tie_word_embeddings") is not True:
         return ckpt
-    held: dict[str, View] = {}
-    aliases = dict(ckpt.aliases)
-    for name, entry in ckpt.entries.items():
-        if entry.shape[:1] == (config.get("vocab_size"),):
-            view = entry.build()
-            holder = next((n for n, other in held.items() if _same(view, other)), None)
-            if holder is None:
-                held[name] = view
-            else:
-                aliases |= {a: holder for a, h in aliases.items() if h == name} | {name: holder}
+    rows = {
+        n: e for n, e in ckpt.entries.items() if e.shape[:1] == (config.get("vocab_size"),) and _in_files(e)
+    }
+    held: dict[tuple[object, ...], str] = {}
+    aliases, agreement = dict(ckpt.aliases), Agreement(ckpt.path)
+    for (name, entry), seen in zip(rows.items(), samples(e.build for e in rows.values()), strict=True):
+        holder = held.setdefault((entry.dtype, entry.shape, seen), name)
+        if holder != name:
+            aliases |= {a: holder for a, h in aliases.items() if h == name} | {name: holder}
+            what = f"{holder} and {name}, which are one as tie_word_embeddings of the config says"
+            agreement.add(what, rows[holder], entry, always=True)
     if aliases == ckpt.aliases:
         return ckpt
     return replace(
         ckpt,
         entries={n: e for n, e in ckpt.entries.items() if n not in aliases},
         aliases=aliases,
+        replicas=(*ckpt.replicas, *agreement.replicas),
         structure=xxhash.xxh3_64_hexdigest(json.dumps([ckpt.structure, aliases]).encode()),
     )
 
@@ -48,21 +50,6 @@ def with_decoder(config: Mapping[str, JSON]) -> Mapping[str, JSON]:
     return {**decoder, **config} if isinstance(decoder, dict) else config
 
 
-def _same(one: View, other: View) -> bool:
-    """Whether two views have the same boxes, of the same bytes."""
-    a, b = one.rows, other.rows
-    if one.dtype is not other.dtype or a.shape != b.shape or (a[:, 1:] != b[:, 1:]).any():
-        return False
-    pairs = zip(a[:, 0].tolist(), b[:, 0].tolist(), strict=True)
-    return all(_same_bytes(one.extents[i], other.extents[j]) for i, j in pairs)
-
-
-def _same_bytes(a: Extent, b: Extent) -> bool:
-    if not isinstance(a.where, File) or not isinstance(b.where, File) or a.nbytes != b.nbytes:
-        return False
-    with Reader(a.where) as one, Reader(b.where) as two:
-        for at in range(0, a.nbytes, _CHUNK):
-            n = min(_CHUNK, a.nbytes - at)
-            if one.read_through(a.offset + at, n) != two.read_through(b.offset + at, n):
-                return False
-    return True
+def _in_files(entry: Entry) -> bool:
+    view = entry.build()
+    return all(isinstance(view.extents[i].where, File) for i in {*view.extent.tolist()} - {ZERO})

@@ -9,12 +9,8 @@ from itertools import accumulate
 from ..checkpoint import Entry
 from ..errors import SourceError
 from ..extents import Extents
-from ..views import dense_strides
 from .assembly import Strided
 from .torchfile import Inert, Tensor, TorchFile
-from .torchzip import Reader
-
-_PIECE = 4 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,23 +49,6 @@ def places(tensors: Iterable[object]) -> bytes:
     """Where the tensors of one file lie, those that were located, for a digest: extent, offset, strides."""
     found = (t for t in tensors if isinstance(t, Tensor) and t.storage.extent >= 0)
     return repr([(t.storage.extent, t.offset, t.stride) for t in found]).encode()
-
-
-def same_values(one: tuple[TorchFile, Tensor], other: tuple[TorchFile, Tensor]) -> bool:
-    """Whether two tensors of one shape and dtype have the same bytes. Raises SourceError for one that does
-    not lie dense."""
-    nbytes = one[1].numel * one[1].dtype.itemsize
-    with Reader(one[0].file) as a, Reader(other[0].file) as b:
-        begin, start = (_first_byte(*of) for of in (one, other))
-        pieces = ((at, min(_PIECE, nbytes - at)) for at in range(0, nbytes, _PIECE))
-        return all(a.read_through(begin + at, n) == b.read_through(start + at, n) for at, n in pieces)
-
-
-def _first_byte(file: TorchFile, t: Tensor) -> int:
-    axes = zip(t.shape, t.stride, dense_strides(t.shape), strict=True)
-    if any(n > 1 and step != dense for n, step, dense in axes):
-        raise SourceError(f"{file.file.path}: a tensor of {t.shape} has strides {t.stride}, wanted it dense")
-    return file.extents[t.storage.extent].offset + t.offset * t.dtype.itemsize
 
 
 def refuse_unread(name: str, value: object) -> None:

@@ -30,7 +30,7 @@ from ..views import dense_strides
 from . import zero
 from .assembly import Boxed, assemble
 from .options import Options
-from .plain import integers
+from .plain_values import integers
 
 if TYPE_CHECKING:
     from .safetensors import Header

@@ -16,7 +16,7 @@ from functools import partial
 from ..checkpoint import Entry, Single
 from ..errors import SourceError
 from ..views import View, cat
-from .plain import listing, mapping
+from .plain_values import listing, mapping
 
 KEYS = ("ds_autoep_layers", "autoep_layers")
 """Where model states have it; the second is an older name."""

@@ -15,7 +15,7 @@ from itertools import accumulate
 from ..errors import SourceError
 from ..views import dense_strides
 from .patterns import compiled
-from .plain import integers, listing, mapping
+from .plain_values import integers, listing, mapping
 from .zero_layout import Shape
 
 VERSION, AFFINE_VERSION = 0.4, 1

@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..errors import SourceError
-from .plain import mapping
+from .plain_values import mapping
 from .torchfile import Tensor
 from .zero_autoep import AutoEp, piece
 from .zero_layout import Flat, Placed, Shape, sliced

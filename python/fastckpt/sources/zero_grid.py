@@ -26,7 +26,7 @@ from ..extents import Extents
 from ..views import ZERO, View, cat, zeros
 from .assembly import assemble
 from .options import Options
-from .plain import mapping
+from .plain_values import mapping
 from .ranks import check_one_save
 from .samples import Agreement, samples
 from .torchtensors import places
@@ -67,7 +67,7 @@ def joined(path: str, grid: Grid, ranks: Sequence[Rank], options: Options, tp: i
         for t in range(tp):
             masters = {n: e for column in reversed(stages) for n, e in column[t].items()}
             files_of_t = {layer: file for (layer, model), file in opened.items() if model == t}
-            copies.append(layers(files_of_t, [r.state for r in ranks[t::tp]], masters, extents, where))
+            copies.append(layers(files_of_t, [r.state for r in ranks[t::tp]], masters, extents, same, where))
         notes = [
             f"layer {layer} is taken for frozen, as no stage trains it: if none was, its file is left of an "
             "earlier save of more layers"
@@ -88,7 +88,8 @@ def joined(path: str, grid: Grid, ranks: Sequence[Rank], options: Options, tp: i
     same.check()
     _check_apart(entries, where)
     _check_gated(entries, where)
-    return _assembled(path, grid, ranks, options, opening, extents, entries, (pp, tp), notes)
+    found = _assembled(path, grid, ranks, options, opening, extents, entries, (pp, tp), notes)
+    return replace(found, replicas=same.replicas)
 
 
 def _check_one_save(ranks: Sequence[Rank], where: str) -> None:
@@ -139,7 +140,7 @@ def _stage(
             continue
         cut = cuts.of(name, shapes)
         for a, b in cut.same:
-            what = f"{name}, which tensor-parallel ranks {a.rank} and {b.rank} both hold,"
+            what = f"{name}, which tensor-parallel ranks {a.rank} and {b.rank} both hold"
             same.add(what, _Piece(parts[a.rank], cut.axis, a), _Piece(parts[b.rank], cut.axis, b))
         out[name] = _Joined(tuple(parts), cut, full[0].dtype, full[0].kind)
     return out
@@ -149,7 +150,7 @@ def _check_apart(entries: Mapping[str, Entry], where: str) -> None:
     """Raises SourceError for a parameter of which nothing is said, so that it is cut by default, and of which
     every rank has the same: it would rather stand whole on each."""
     default = {n: e.parts for n, e in entries.items() if isinstance(e, _Joined) and not e.cut.told}
-    seen = samples(part for parts in default.values() for part in parts)
+    seen = samples(part.build for parts in default.values() for part in parts)
     for name, parts in default.items():
         held = [next(seen) for _ in parts]
         if len({*held}) == 1 and len({*held[0]}) > 1 and len({p.shape for p in parts}) == 1:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from ..checkpoint import Entry
 from ..errors import SourceError
 from ..extents import Extents
-from .plain import mapping
-from .samples import check_copy, difference, one_axis
+from .plain_values import mapping
+from .samples import Agreement, check_copy, difference, one_axis
 from .torchfile import Tensor
 from .torchtensors import Opened, refuse_unread
 from .zero_layout import Shape
@@ -45,10 +45,11 @@ def layers(
     states: Sequence[ModelState],
     masters: Mapping[str, Entry],
     extents: Extents,
+    same: Agreement,
     where: str,
 ) -> Layers:
     """What the files of layers hold of one tensor-parallel rank; `states`, `masters`: those of its stages,
-    the masters as far as they are read.
+    the masters as far as they are read; what two files hold goes to `same`.
 
     Raises SourceError for a parameter in no file, for other shapes, and for copies of other values."""
     shapes = {n: s for state in states for n, s in trainable(state).items()}
@@ -79,9 +80,8 @@ def layers(
             elif off or name in shapes:
                 kind, mine = "parameter", out.copies
             entry = Whole(opened, t).entry(extents, kind)
-            if name in mine:  # a tied module that is a layer in two places
-                check_copy(one_axis({name: entry}), one_axis({name: mine[name]}), file)
-            mine.setdefault(name, entry)
+            if mine.setdefault(name, entry) is not entry:  # a tied module that is a layer in two places
+                same.add(f"{name}, of which {file} has a copy", mine[name], entry)
     lost = next((n for n in (*shapes, *buffers) if n not in out.copies and n not in out.buffers), None)
     if lost is not None and not lost.startswith(TIED):  # of which only a function of it may be a layer
         raise SourceError(

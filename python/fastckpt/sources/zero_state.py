@@ -16,7 +16,7 @@ from typing import TypeGuard, TypeVar
 from ..checkpoint import JSON, Checkpoint
 from ..errors import SourceError
 from .inert import Inert, type_name
-from .plain import integers, listing, mapping
+from .plain_values import integers, listing, mapping
 from .torchfile import Tensor
 from .zero_autoep import KEYS as AUTOEP_KEYS
 from .zero_autoep import AutoEp, autoep

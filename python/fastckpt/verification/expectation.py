@@ -42,14 +42,14 @@ def against(path: str, manifest: Manifest, engine: str) -> list[str]:
 
     The dtype is config.json's; float32 there may be served as bfloat16, which is vLLM's default for it."""
     if uncut(manifest.record.layout, manifest.world):
-        told = f"layout {manifest.record.layout} holds the tensors whole, the loader wants shards"
-        return [f"{engine}: {told}: --layout vllm -L engine={engine} writes them"]
+        why = f"layout {manifest.record.layout} holds the tensors whole, the loader wants shards"
+        return [f"{engine}: {why}: --layout vllm -L engine={engine} writes them"]
     fields = _fields(manifest)
     try:
         layout = _layout(fields, engine)
         ckpt = sources.open(path)
-        said = of_config(ckpt.config or {}) or float32
-        served = bfloat16 if said is float32 else said
+        named = of_config(ckpt.config or {}) or float32
+        served = bfloat16 if named is float32 else named
         wanted = would_hold(ckpt, manifest, layout, served)
     except (SourceError, RecipeError, LayoutError) as e:
         return [f"{engine}: {e}"]
@@ -64,7 +64,7 @@ def against(path: str, manifest: Manifest, engine: str) -> list[str]:
         if held.shape != target.shape:
             shapes = f"has shape {held.shape}, {engine} wants {target.shape}"
             problems.append(f"rank {rank}: {target.name} {shapes}")
-        if held.dtype is not target.dtype and (target.dtype is not served or held.dtype is not said):
+        if held.dtype is not target.dtype and (target.dtype is not served or held.dtype is not named):
             problems.append(f"rank {rank}: {target.name} is {held.dtype}, {engine} wants {target.dtype}")
         pattern = layout.naming(places.at(rank)).part.format(part="*")
         if not fnmatchcase(held.file, pattern):
@@ -81,14 +81,14 @@ def against(path: str, manifest: Manifest, engine: str) -> list[str]:
 
 def _fields(manifest: Manifest) -> Mapping[str, JSON]:
     """The options of layout vllm the shards were written with, as text; none of other layouts."""
-    told = manifest.record.options.get("layout_fields")
-    return told if manifest.record.layout == "vllm" and isinstance(told, dict) else {}
+    fields = manifest.record.options.get("layout_fields")
+    return fields if manifest.record.layout == "vllm" and isinstance(fields, dict) else {}
 
 
 def _layout(fields: Mapping[str, JSON], engine: str) -> Vllm:
     """The layout the engine wants, with what the output's server is told elsewhere. Raises LayoutError."""
-    told = {key: str(fields[key]) for key in ELSEWHERE if key in fields}
-    made = layouts.layout("vllm", {**told, "engine": engine})
+    elsewhere = {key: str(fields[key]) for key in ELSEWHERE if key in fields}
+    made = layouts.layout("vllm", {**elsewhere, "engine": engine})
     assert isinstance(made, Vllm)
     return made
 

@@ -15,11 +15,12 @@ from ..digest import digest
 from ..errors import LayoutError, expect
 from ..extents import is_file
 from ..layouts import Layout
+from ..opening import open_joined
 from ..output.manifest import NAME, Manifest, Shard
 from ..placement import Placement, grid_of
 from ..planning import plans
 from ..planning.request import Request
-from ..road import open_whole
+from ..road import proved
 from ..running import tensors
 from ..running.runs import Progress, Run
 from ..sources.memory import has_memory
@@ -58,7 +59,7 @@ def verify_tensors(
     import torch
 
     expect("ckpt", ckpt, str, os.PathLike, Checkpoint, Mapping)
-    state = dict(held) if isinstance(held, Mapping) else tensors.held(held)
+    state = dict(held) if isinstance(held, Mapping) else tensors.tensors_of(held)
     for name, tensor in state.items():
         expect(f"held: {name}", tensor, torch.Tensor)
         if not (tensor.is_meta or has_memory(tensor)):
@@ -74,10 +75,10 @@ def verify_tensors(
             raise LayoutError(f"verify_tensors: say which of the {grid.world} ranks these are (rank=)")
         request = Request(
             grid, rank or 0, layout or "same", config, recipe, tp_plan, vocab_size,
-            held=tensors.dtypes_of(state),
+            only=tensors.dtypes_of(state),
         )  # fmt: skip
         run = Run(threads, None, progress)
-        planned = run.planned(lambda: plans.draft(open_whole(ckpt, recipe, config), request, in_memory=True))
+        planned = proved(run, lambda: plans.draft(open_joined(ckpt, recipe, config), request, in_memory=True))
         found = run.to_digests(planned)
         expected = {t.name: (t.dtype.name, t.shape, found[t.name]) for t in planned.tensors}
         expected |= {name: ("", (), "") for name in planned.left_out}
