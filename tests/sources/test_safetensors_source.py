@@ -35,6 +35,16 @@ def test_pieces_of_a_distributed_save_are_no_tensors(tmp_path):
         refuses(path, "holds pieces of tensors", "consolidate_safetensors_files")
 
 
+def test_pieces_that_were_joined_name_the_whole(tmp_path):
+    """As NeMo Automodel's last save leaves them: a user names the directory of the pieces."""
+    where = {"DCP_SHARDING_INFO": json.dumps({"a": {"saved_offsets": [0, 0]}}), "format": "pt"}
+    save_file({"a": TENSORS["a"]}, tmp_path / "shard-00001-model-00001-of-00001.safetensors", metadata=where)
+    whole = tmp_path / "consolidated"
+    whole.mkdir()
+    save_file({"a": TENSORS["a"]}, whole / "model.safetensors")
+    refuses(tmp_path, "holds pieces of tensors", f"open {whole}")
+
+
 def test_a_whole_save_of_torch_s_hugging_face_writer(tmp_path):
     """Of rank 0 alone; ranks that write pieces at once give their files one name, and the last one wins."""
     where = {"DCP_SHARDING_INFO": json.dumps({"a": {"saved_offsets": [0, 0]}}), "format": "pt"}

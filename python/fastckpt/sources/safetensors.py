@@ -34,6 +34,9 @@ PIECES = "DCP_SHARDING_INFO"
 """Metadata of a file that holds pieces: where each lies in its tensor, but not how large that is, nor how
 many files there are. Source: torch/distributed/checkpoint/hf_storage.py (save_distributed=True)."""
 
+JOINED = "consolidated"
+"""Where NeMo Automodel puts the whole model, below the pieces it was joined from."""
+
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -75,9 +78,10 @@ def read(path: str, options: Options) -> Checkpoint:
     headers = [read_header(p) for p in shards.paths]
     pieces = [h for h in headers if PIECES in h.metadata]
     if pieces and shards.index is None:
+        joined = os.path.join(os.path.dirname(pieces[0].file.path), JOINED)
         raise SourceError(
-            f"{pieces[0].file.path}: holds pieces of tensors, one rank's of a torch.distributed.checkpoint "
-            "save; torch's consolidate_safetensors_files joins them"
+            f"{pieces[0].file.path}: holds pieces of tensors, one rank's of a torch.distributed.checkpoint save; "
+            + (f"open {joined}" if whole_model(joined) else "torch's consolidate_safetensors_files joins them")
         )
     shards.check([list(h.items) for h in headers])
     held = sum(i.nbytes for h in headers for i in h.items.values())
