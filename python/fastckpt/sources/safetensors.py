@@ -79,9 +79,10 @@ def read(path: str, options: Options) -> Checkpoint:
     pieces = [h for h in headers if PIECES in h.metadata]
     if pieces and shards.index is None:
         joined = os.path.join(os.path.dirname(pieces[0].file.path), JOINED)
+        way = f"open {joined}" if whole_model(joined) else "torch's consolidate_safetensors_files joins them"
         raise SourceError(
-            f"{pieces[0].file.path}: holds pieces of tensors, one rank's of a torch.distributed.checkpoint save; "
-            + (f"open {joined}" if whole_model(joined) else "torch's consolidate_safetensors_files joins them")
+            f"{pieces[0].file.path}: holds pieces of tensors, one rank's of a torch.distributed.checkpoint "
+            f"save; {way}"
         )
     shards.check([list(h.items) for h in headers])
     held = sum(i.nbytes for h in headers for i in h.items.values())
