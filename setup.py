@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -94,6 +95,10 @@ class Toolkit:
         if top is None:
             raise OSError(f"{nvcc} --dryrun names no TOP=")
         self.top = Path(top)
+        told = re.search(r"release (\d+)\.", " ".join(self.ask("--version")))
+        if told is None:
+            raise OSError(f"{nvcc} --version names no release")
+        self.release = int(told[1])
         known = {x.strip().removeprefix("sm_") for x in self.ask("--list-gpu-code")}
         self.architectures = [a for a in CUDA_ARCHITECTURES if a in known]
         if not self.architectures:  # a GPU newer than nvcc runs the code, or else the PTX, of an older one
@@ -135,8 +140,8 @@ class Toolkit:
             "-Xcompiler",
             "-fPIC,-fvisibility=hidden,-g0",
         ]
-        modes = any("compress-mode" in x for x in self.ask("--help"))
-        small = "--compress-mode=size" if modes else "-Xfatbin=-compress-all"
+        # What CUDA 12 makes smaller still, drivers before 12.4 cannot load; they run the rest of it.
+        small = "--compress-mode=size" if self.release >= 13 else "-Xfatbin=-compress-all"
         self.ask(
             *flags, *DEFINES, small, *codes, f"-gencode=arch=compute_{newest},code=compute_{newest}",
             f'-DFASTCKPT_ARCHITECTURES="{names}"', "-c", str(source), "-o", str(made),

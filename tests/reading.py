@@ -24,6 +24,7 @@ from fastckpt.planning.binding import Binding
 from fastckpt.planning.compiling import compile
 from fastckpt.reader import Positioned
 from fastckpt.running.computing import Computing
+from fastckpt.sources.samples import OF_ONE, located, positions
 from fastckpt.stored import runs
 from fastckpt.target import Target
 
@@ -152,6 +153,28 @@ def refuses(path, *words, **options):
     with pytest.raises(SourceError) as e:
         sources.open(path, **options)
     for word in words:
+        assert word in str(e.value), str(e.value)
+
+
+def refuses_a_copy_that_differs(path, **options):
+    """Of the largest tensor that the checkpoint at `path` holds twice one element is changed, in the copy
+    that is not taken, where opening looks at none: no run takes one for both."""
+    copies = fastckpt.open(path, **options).replicas
+    most = max(copies, key=lambda r: r.kept().numel)
+    seen = positions(most.kept(), OF_ONE)
+    element = next((i for i in range(most.kept().numel) if i not in seen), 1)
+    places = [located(view, [element])[0] for view in (most.kept(), most.other())]
+    (one, at, _), (other, start, _) = places
+    assert (one.where, at) != (other.where, start)
+    with open(other.where.path, "r+b") as f:
+        f.seek(start)
+        byte = f.read(1)[0]
+        f.seek(start)
+        f.write(bytes([byte ^ 1]))
+    ckpt = fastckpt.open(path, **options)
+    with pytest.raises(SourceError) as e:
+        fastckpt.reshard(ckpt, layout="same")
+    for word in (most.what, *(f"{x.where.path} ({x.key}, byte {at})" for x, at, _ in places)):
         assert word in str(e.value), str(e.value)
 
 

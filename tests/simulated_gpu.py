@@ -1,10 +1,12 @@
 """A GPU that is none, for machines without one: what drives the kernels, driven on the host.
 
 `python -m pytest -p simulated_gpu tests/gpu/test_gpu_road.py` runs a file of the GPU's tests here. Tensors
-"on cuda:0" lie in main memory and say otherwise; the kernels' bodies run as tiles_host.cpp runs them. Streams
-are as late as they may be: a launch or an asynchronous copy happens only once somebody waits for it, so a
-wait, an event or a kept tensor that is missing shows as wrong bytes. Fresh memory is poisoned; mixing devices
-and waiting or allocating where CUDA forbids it raise.
+"on cuda:1" lie in main memory and say otherwise; the kernels' bodies run as tiles_host.cpp runs them. It is
+the second of two GPUs: the thread that installs it has made it the current one, as a rank does, and all
+others begin with the first, where nothing may be made or started. Streams are as late as they may be: a
+launch or an asynchronous copy happens only once somebody waits for it, so a wait, an event or a kept tensor
+that is missing shows as wrong bytes. Fresh memory is poisoned; mixing devices and waiting or allocating where
+CUDA forbids it raise.
 
 What it cannot tell: anything of the hardware (coalescing, cache hints, memory order, driver, speed).
 """
@@ -26,7 +28,7 @@ from fastckpt.planning.copies import COPY, NOTHING
 from fastckpt.quantisation.quantrows import QUANT_ROWS
 from torch.utils._device import _device_constructors
 
-DEVICE = torch.device("cuda", 0)
+DEVICE = torch.device("cuda", 1)
 CAPACITY = 139 << 30
 LARGEST = 6 << 30  # bytes of one allocation that are played; beyond it memory is short
 
@@ -43,7 +45,8 @@ class Stream:
 
     numbers = itertools.count()
 
-    def __init__(self, device: object = None) -> None:
+    def __init__(self, device: Place = None) -> None:
+        self.index = index_of(device)
         self.cuda_stream = next(Stream.numbers)
         self.queue: deque[Callable[[], None]] = deque()
         streams[self.cuda_stream] = self
@@ -120,19 +123,48 @@ class Graph:
 
 
 class State(threading.local):
-    stream: Stream | None = None
     capturing: Graph | None = None
     strict = False
+
+    def __init__(self) -> None:
+        self.device = 0
+        self.streams: dict[int, Stream] = {}  # the current one of a device, where it is not the default
+
+
+Place = torch.device | str | int | None
+
+
+def index_of(device: Place) -> int:
+    """The number of a device; the current one's where none is said."""
+    if isinstance(device, int):
+        return device
+    index = None if device is None else torch.device(device).index
+    return state.device if index is None else index
 
 
 streams: dict[int, Stream] = {}
 state = State()
-default = Stream()
+default = [Stream(0), Stream(1)]
 allocated = 0
 
 
-def current_stream(device: object = None) -> Stream:
-    return state.stream or default
+def current_stream(device: Place = None) -> Stream:
+    index = index_of(device)
+    return state.streams.get(index, default[index])
+
+
+def there(device: Place) -> None:
+    """Raise unless it is the GPU that is played."""
+    if index_of(device) != DEVICE.index:
+        raise RuntimeError(f"cuda:{index_of(device)} was asked for something, and all is on {DEVICE}")
+
+
+def started(stream: int, act: Callable[[], None]) -> None:
+    """Launch a kernel: CUDA wants the stream's device to be the current one of the calling thread."""
+    if streams[stream].index != state.device:
+        raise RuntimeError("invalid resource handle")
+    there(state.device)
+    streams[stream].push(act)
 
 
 def waits(what: str) -> None:
@@ -144,16 +176,25 @@ def waits(what: str) -> None:
 
 @contextmanager
 def on_stream(stream: Stream | None) -> Iterator[None]:
-    before, state.stream = state.stream, stream or state.stream
-    try:
+    if stream is None:
         yield
-    finally:
-        state.stream = before
+        return
+    before = current_stream(stream.index)
+    with on_device(stream.index):
+        state.streams[stream.index] = stream
+        try:
+            yield
+        finally:
+            state.streams[stream.index] = before
 
 
 @contextmanager
-def on_device(device: object) -> Iterator[None]:
-    yield
+def on_device(device: Place) -> Iterator[None]:
+    before, state.device = state.device, index_of(device)
+    try:
+        yield
+    finally:
+        state.device = before
 
 
 @contextmanager
@@ -166,11 +207,12 @@ def capture(graph: Graph) -> Iterator[None]:
         state.capturing = None
 
 
-def synchronize(device: object = None) -> None:
+def synchronize(device: Place = None) -> None:
     waits("the device")
+    mine = [s for s in list(streams.values()) if s.index == index_of(device)]
     with lock:
-        while any(s.queue for s in streams.values()):
-            for s in list(streams.values()):
+        while any(s.queue for s in mine):
+            for s in mine:
                 s.drain()
 
 
@@ -178,7 +220,7 @@ def synchronize(device: object = None) -> None:
 
 
 class There(torch.Tensor):
-    """A tensor on cuda:0. Torch's own work on it happens at once, after all that its stream had to do."""
+    """A tensor on cuda:1. Torch's own work on it happens at once, after all that its stream had to do."""
 
     device = DEVICE
     is_cuda = True
@@ -193,14 +235,14 @@ class There(torch.Tensor):
                 if any(not isinstance(t, There) and t.ndim for t in tensors):
                     raise RuntimeError(f"{name}: Expected all tensors to be on the same device")
                 if name not in VIEWS and state.capturing is None:
-                    current_stream().drain()
+                    current_stream(DEVICE).drain()
         return super().__torch_function__(func, types, args, kwargs)
 
     def copy_(self, source, non_blocking=False):
         return transfer(self, source, non_blocking)
 
     def __setitem__(self, key, value):
-        current_stream().drain()
+        current_stream(DEVICE).drain()
         into = self[key]
         with plain():
             if not isinstance(value, There):
@@ -211,17 +253,17 @@ class There(torch.Tensor):
         stream.push(lambda: (self, None)[1])
 
     def numpy(self):
-        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        raise TypeError("can't convert cuda:1 device type tensor to numpy")
 
     def item(self):
         waits("item")
-        current_stream().drain()
+        current_stream(DEVICE).drain()
         with plain():
             return self.as_subclass(torch.Tensor).item()
 
     def cpu(self):
         waits("cpu")
-        current_stream().drain()
+        current_stream(DEVICE).drain()
         with plain():
             return self.as_subclass(torch.Tensor).clone()
 
@@ -279,7 +321,7 @@ def is_pinned(tensor: torch.Tensor) -> bool:
 
 def transfer(into: torch.Tensor, source: torch.Tensor, non_blocking: bool) -> torch.Tensor:
     """copy_ between host and device, or on the device: later where CUDA would do so later."""
-    stream = current_stream()
+    stream = current_stream(DEVICE)
     sides = [isinstance(t, There) for t in (into, source)]
     host = [t for t, there in zip((into, source), sides, strict=True) if not there and t.ndim]
     assert all(sides) or into.dtype == source.dtype or not non_blocking
@@ -326,8 +368,7 @@ def maker(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
             if pin_memory:
                 pinned.append(made)
             return made
-        if torch.device(device).index not in (None, 0):
-            raise RuntimeError("CUDA error: invalid device ordinal")
+        there(device)
         shape = args[0] if args and isinstance(args[0], (tuple, torch.Size)) else ()
         if np.prod([float(n) for n in shape]) > LARGEST:
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -363,7 +404,7 @@ def launch_tiles(
         into = column(destinations, int(table["dst_buffer"].max()) + 1, np.uint64)
         compiled.run_tiles_on_host(table.view(np.uint8), mine.copy(), read.copy(), into.copy(), 0)
 
-    streams[stream].push(act)
+    started(stream, act)
 
 
 def launch_digests(leaves: int, count: int, out: int, stream: int) -> None:
@@ -373,7 +414,7 @@ def launch_digests(leaves: int, count: int, out: int, stream: int) -> None:
         )
 
     if count:
-        streams[stream].push(act)
+        started(stream, act)
 
 
 def launch_quantise(rows: int, owner: int, first: int, count: int, stream: int) -> None:
@@ -384,7 +425,7 @@ def launch_quantise(rows: int, owner: int, first: int, count: int, stream: int) 
         compiled.run_quantise_on_host(table.view(np.uint8), mine, 0)
 
     if count:
-        streams[stream].push(act)
+        started(stream, act)
 
 
 FACTS: list[dict[str, int | str]] = [
@@ -420,6 +461,7 @@ def install() -> None:
         if isinstance(self, There) and wanted is not None and not is_there(wanted):
             self = self.cpu()
         elif not isinstance(self, There) and is_there(wanted):
+            there(wanted)
             self = moved(self, non_blocking)
         return real_to(self, *rest, **kwargs) if rest or kwargs else self
 
@@ -440,8 +482,8 @@ def install() -> None:
     for name, value in {
         "is_available": lambda: True,
         "init": lambda: None,
-        "device_count": lambda: 1,
-        "current_device": lambda: 0,
+        "device_count": lambda: 2,
+        "current_device": lambda: state.device,
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_name": lambda device=None: "a simulation",
         "Stream": Stream,
@@ -451,7 +493,7 @@ def install() -> None:
         "stream": on_stream,
         "device": on_device,
         "current_stream": current_stream,
-        "default_stream": lambda device=None: default,
+        "default_stream": lambda device=None: default[index_of(device)],
         "synchronize": synchronize,
         "is_current_stream_capturing": lambda: state.capturing is not None,
         "mem_get_info": lambda device=None: (CAPACITY, CAPACITY),
@@ -462,8 +504,9 @@ def install() -> None:
         "_sleep": lambda cycles: None,
     }.items():
         setattr(torch.cuda, name, value)
+    state.device = DEVICE.index
     compiled.built_with_cuda, compiled.cuda_archs = True, "none"
-    compiled.device_state = lambda: {"devices": 1, "driver": 13000, "runtime": 13000, "error": 0, "why": ""}
+    compiled.device_state = lambda: {"devices": 2, "driver": 13000, "runtime": 13000, "error": 0, "why": ""}
     compiled.launch_tiles, compiled.launch_digests = launch_tiles, launch_digests
     compiled.launch_quantise = launch_quantise
     compiled.kernel_facts = lambda: FACTS

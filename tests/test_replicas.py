@@ -135,7 +135,7 @@ def test_copies_that_are_equal(served):
 def test_beyond_the_limit_samples(served, tmp_path, monkeypatch):
     """The smallest are compared whole, the others in samples, which a note says; both ends are looked at."""
     monkeypatch.setattr(replicas, "WHOLE", 2 * 4 * (64 * 3 * 9 + 2 * 2 * 2 * 8))  # norms and biases
-    monkeypatch.setattr(replicas, "SPOT", 4)
+    monkeypatch.setattr(replicas, "SAMPLES", 16)
     out = tmp_path / "out"
     shutil.copytree(served / "ours", out)
     report = fastckpt.reshard(out, 2, layout="vllm", out=tmp_path / "fine", durable=False)

@@ -6,8 +6,7 @@ smallest first, the others in samples, which a note says; what two names share (
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,43 +14,36 @@ from .checkpoint import Checkpoint, Replica
 from .errors import SourceError
 from .extents import Extents, File
 from .leaves import leaves
-from .sources.samples import located
+from .sources.samples import located, positions, sampled_bytes
 from .views import View
 
 WHOLE = 1 << 30
 """Bytes of replicas that one run reads to compare them whole."""
 
-SPOTS, SPOT = 16, 64
-"""How many places are looked at of a replica that is compared in samples, evenly from its first element to
-its last, and the most elements of each."""
+SAMPLES = 64
+"""Elements that are compared of any other, evenly from the first to the last."""
 
-Chosen = Sequence[tuple[Replica, bool]]
-"""Replicas, and whether each is compared whole."""
+AT_ONCE = 1 << 10
+"""Replicas whose samples are read together."""
 
 
 def compare(ckpt: Checkpoint) -> tuple[int, tuple[str, ...]]:
     """The bytes that were read for it, and notes on what was not compared whole.
 
     Raises SourceError naming the first tensor whose replicas differ, and where they lie."""
-    if not ckpt.replicas:
-        return 0, ()
     nbytes = np.array([_nbytes(replica, ckpt.path) for replica in ckpt.replicas], np.int64)
     order = np.argsort(nbytes, kind="stable")
-    whole = np.array([replica.always for replica in ckpt.replicas])
+    whole = np.array([replica.always for replica in ckpt.replicas], bool)
     whole[order] |= 2 * np.cumsum(nbytes[order]) <= WHOLE
-    chosen = [*zip(ckpt.replicas, whole.tolist(), strict=True)]
-    read = 0
-    for number, at, a, b in _in_step(chosen, ckpt.extents):
-        read += len(a) + len(b)
-        if not np.array_equal(np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8)):
-            pair = next(itertools.islice(_pairs(chosen), number, None))
-            raise SourceError(f"{ckpt.path}: {_told(*pair, at, bytes(a), bytes(b))}")
-    if whole.all():
-        return read, ()
-    return read, (
-        f"{np.count_nonzero(~whole)} replicas of {nbytes[~whole].sum()} bytes were compared in samples, not "
-        f"whole, such as {ckpt.replicas[int(np.argmin(whole))].what}",
+    rest = [ckpt.replicas[i] for i in np.flatnonzero(~whole)]
+    _compare_samples(rest, ckpt.path)
+    _compare_whole([ckpt.replicas[i] for i in np.flatnonzero(whole)], ckpt.extents, ckpt.path)
+    notes = (
+        f"{len(rest)} replicas of {nbytes[~whole].sum()} bytes were compared in samples, not whole, such as "
+        f"{replica.what}"
+        for replica in rest[:1]
     )
+    return 2 * int(nbytes[whole].sum()), tuple(notes)
 
 
 def _nbytes(replica: Replica, path: str) -> int:
@@ -64,50 +56,42 @@ def _nbytes(replica: Replica, path: str) -> int:
     return kept.nbytes
 
 
-def _in_step(chosen: Chosen, extents: Extents) -> Iterator[tuple[int, int, memoryview, memoryview]]:
-    """(number of a pair, offset in bytes, the bytes of both sides from there on), leaf by leaf."""
-    kept = leaves(((str(k), view) for k, (_, view, _) in enumerate(_pairs(chosen))), extents)
-    other = leaves(((str(k), view) for k, (_, _, view) in enumerate(_pairs(chosen))), extents)
-    for (name, at, a), (_, _, b) in zip(kept, other, strict=True):
-        yield int(name), at, a, b
+def _compare_samples(replicas: Sequence[Replica], path: str) -> None:
+    """Raises SourceError for the first that differs in one."""
+    for first in range(0, len(replicas), AT_ONCE):
+        some = replicas[first : first + AT_ONCE]
+        views = [view for replica in some for view in (replica.kept(), replica.other())]
+        seen = sampled_bytes(views, SAMPLES)
+        for k, replica in enumerate(some):
+            kept, one, two = views[2 * k], seen[2 * k], seen[2 * k + 1]
+            for i, a, b in zip(positions(kept, SAMPLES), one, two, strict=True):
+                if a != b:
+                    raise SourceError(f"{path}: {_told(replica, i, a, b)}")
 
 
-def _pairs(chosen: Chosen) -> Iterator[tuple[Replica, View, View]]:
-    """What is compared of both sides: all of a replica, or spots of it."""
-    for replica, whole in chosen:
-        kept, other = replica.kept(), replica.other()
-        if whole:
-            yield replica, kept, other
-        else:
-            yield from ((replica, a, b) for a, b in zip(_spots(kept), _spots(other), strict=True))
+def _compare_whole(replicas: Sequence[Replica], extents: Extents, path: str) -> None:
+    """Raises SourceError for the first that differs."""
+    kept = leaves(((str(k), replica.kept()) for k, replica in enumerate(replicas)), extents)
+    other = leaves(((str(k), replica.other()) for k, replica in enumerate(replicas)), extents)
+    for (number, at, a), (_, _, b) in zip(kept, other, strict=True):
+        differs = np.frombuffer(a, np.uint8) != np.frombuffer(b, np.uint8)
+        if differs.any():
+            replica = replicas[int(number)]
+            item = replica.kept().dtype.itemsize
+            k = int(differs.argmax()) // item
+            one, two = (bytes(data[k * item : (k + 1) * item]) for data in (a, b))
+            raise SourceError(f"{path}: {_told(replica, at // item + k, one, two)}")
 
 
-def _spots(view: View) -> Iterator[View]:
-    """Short runs along the last axis."""
-    view = view if view.shape else view.reshape((1,))
-    n = min(SPOT, view.shape[-1])
-    for i in sorted({k * (view.numel - 1) // (SPOTS - 1) for k in range(SPOTS)}):
-        *outer, last = (int(at) for at in np.unravel_index(i, view.shape))
-        part = view
-        for axis, at in enumerate(outer):
-            part = part.narrow(axis, at, 1)
-        yield part.narrow(view.ndim - 1, min(last, view.shape[-1] - n), n)
-
-
-def _told(replica: Replica, kept: View, other: View, at: int, a: bytes, b: bytes) -> str:
-    """Which element differs, and where both of its values lie; `a`, `b`: bytes of both, from byte `at` on."""
-    item = kept.dtype.itemsize
-    k = next(k for k in range(0, len(a), item) if a[k : k + item] != b[k : k + item])
-    element = (at + k) // item
-    one, two = (
-        f"{data[k : k + item][::-1].hex()} in {_place(view, element)}"
-        for view, data in ((kept, a), (other, b))
-    )
+def _told(replica: Replica, element: int, a: bytes, b: bytes) -> str:
+    """Which element differs, and where both of its values lie."""
+    kept, other = replica.kept(), replica.other()
+    one, two = (f"{data[::-1].hex()} in {_place(view, element)}" for view, data in ((kept, a), (other, b)))
     return f"{replica.what}: a {kept.dtype} is {one} and {two}: which one is meant is in doubt"
 
 
 def _place(view: View, element: int) -> str:
     """The file that an element lies in, and what is stored there."""
-    extent, offset, _ = located(view, element)
+    ((extent, offset, _),) = located(view, [element])
     where = extent.where.path if isinstance(extent.where, File) else "memory"
     return f"{where} ({extent.key}, byte {offset})"

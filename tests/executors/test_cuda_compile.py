@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ptx.compiled import FLAGS, ROOT, Target, compiled
@@ -77,35 +78,58 @@ def test_a_toolkit_that_must_be_there_is_missed(tmp_path: Path) -> None:
     assert done.returncode != 0 and f"no nvcc at {tmp_path / 'bin' / 'nvcc'}" in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    ("asked", "built"),
-    [(None, "80 90 100"), ("90,100", "90 100"), ("103", "100"), ("121", "100"), ("87", "80")],
-)
-def test_a_gpu_newer_than_nvcc(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str | None, built: str
-) -> None:
-    """It runs what is built for the newest that nvcc knows below it; one older than all of those, nothing."""
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    known = "printf 'sm_80\\nsm_90\\nsm_100\\n'"
-    nvcc.write_text(f"#!/bin/sh\ncase $1 in --dryrun) echo '#$ TOP={tmp_path}';; *) {known};; esac\n")
+def played(home: Path, monkeypatch: pytest.MonkeyPatch, release: str = "13.0") -> None:
+    """A toolkit in `home` that knows three GPUs; its nvcc writes what it is asked to compile into `asked`."""
+    (home / "bin").mkdir()
+    (home / "lib").mkdir()
+    (home / "lib" / "libcudart_static.a").touch()
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text(
+        f"""#!/bin/sh
+case $1 in
+    --dryrun) echo '#$ TOP={home}' ;;
+    --version) echo 'Cuda compilation tools, release {release}, V{release}.88' ;;
+    --list-gpu-code) printf 'sm_80\\nsm_90\\nsm_100\\n' ;;
+    *) echo "$@" > {home}/asked ;;
+esac
+"""
+    )
     nvcc.chmod(0o755)
-    (tmp_path / "lib").mkdir()
-    (tmp_path / "lib" / "libcudart_static.a").touch()
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(home))
     monkeypatch.setattr("setuptools.setup", lambda **given: None)
     monkeypatch.chdir(ROOT)
 
-    def architectures(names: str | None) -> list[str]:
-        monkeypatch.delenv("FASTCKPT_CUDA_ARCHS", raising=False)
-        if names is not None:
-            monkeypatch.setenv("FASTCKPT_CUDA_ARCHS", names)
-        found: list[str] = runpy.run_path("setup.py")["Toolkit"]().architectures
-        return found
 
-    assert architectures(asked) == built.split()
+def toolkit() -> Any:
+    """setup.py's, as the environment is now."""
+    return runpy.run_path("setup.py")["Toolkit"]()
+
+
+@pytest.mark.parametrize(
+    ("asked", "built"),
+    [("", "80 90 100"), ("90,100", "90 100"), ("103", "100"), ("121", "100"), ("87", "80")],
+)
+def test_a_gpu_newer_than_nvcc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, built: str
+) -> None:
+    """It runs what is built for the newest that nvcc knows below it; one older than all of those, nothing."""
+    played(tmp_path, monkeypatch)
+    monkeypatch.setenv("FASTCKPT_CUDA_ARCHS", asked)
+    assert toolkit().architectures == built.split()
+    monkeypatch.setenv("FASTCKPT_CUDA_ARCHS", "70")
     with pytest.raises(OSError, match="knows none of sm_70"):
-        architectures("70")
+        toolkit()
+
+
+@pytest.mark.parametrize(("release", "how"), [("12.9", "-compress-all"), ("13.0", "--compress-mode=size")])
+def test_every_driver_of_a_release_loads_the_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: str, how: str
+) -> None:
+    """Drivers of the same major release run newer code, but before 12.4 they unpack no newer compression."""
+    played(tmp_path, monkeypatch, release)
+    toolkit().compile("copy_cuda.cu", str(tmp_path))
+    asked = (tmp_path / "asked").read_text()
+    assert how in asked and asked.count("compress") == 1
 
 
 @needs_nvcc

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,8 @@ def test_within_what_servers_set(tmp_path: Path, within: Callable[[], Any]) -> N
         ready = fastckpt.prepare(source, 2, rank=0, **options)
         sent = fastckpt.reshard(tmp_path, 2, device="cuda", **options)
         ready.run()
-    ready.run()
+    with ThreadPoolExecutor(1) as pool:  # a thread whose current GPU is the first
+        pool.submit(ready.run).result()
     wanted = fastckpt.reshard(held, 2, **options)
     compare(list(ready.out), wanted[:1])
     compare(sent, wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,32 @@ def test_a_hot_reload_fills_the_same_tensors_again() -> None:
         compare(list(ready.out), [wanted])
 
 
+def test_a_thread_that_has_another_gpu(tmp_path: Path) -> None:
+    """Each thread has a current GPU of its own, at the start the first; what is asked for is the last."""
+    held, there = state(), state("cuda")
+    where = str(there["large"].device)
+    save_file({n: t.contiguous() for n, t in held.items()}, tmp_path / "model.safetensors")
+    options = {"layout": "hf", "tp_plan": PLAN, "dtype": "bfloat16", "threads": 2}
+    ready = fastckpt.prepare(there, 4, rank=1, layout="hf", tp_plan=PLAN, dtype="bfloat16")
+    made: dict[str, Any] = {}
+
+    def work() -> None:
+        ready.run()
+        made["there"] = fastckpt.reshard(there, 4, device=where, **options)
+        made["files"] = fastckpt.reshard(tmp_path, 4, device=where, **options)
+        fastckpt.reshard(there, 4, out=tmp_path / "out", **options)
+        made["same"] = fastckpt.verify_tensors(ready.out[0], tmp_path / "out", rank=1).ok
+        torch.cuda.synchronize(where)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result()
+    wanted = fastckpt.reshard(held, 4, **options)
+    assert made["same"]
+    compare(list(ready.out), wanted[1:2])
+    compare(made["there"], wanted)
+    compare(made["files"], wanted)
+
+
 def test_nothing_is_made_ready_in_a_capture(tmp_path: Path) -> None:
     """Copies would be captured instead of made, and the tensors given back empty."""
     held, there = {"w": torch.randn(300, 200)}, torch.zeros(300, 200, device="cuda")
@@ -119,7 +146,7 @@ def test_the_callers_tensors() -> None:
     assert isinstance(report, fastckpt.Report) and at == {n: t.data_ptr() for n, t in out.items()}
     for name, t in source.items():
         assert torch.equal(out[name], t), name
-    with pytest.raises(DeviceError, match="is on cpu, wanted cuda:0"):
+    with pytest.raises(DeviceError, match=rf"is on cpu, wanted {out['large'].device}"):
         fastckpt.reshard(
             source, rank=0, layout=Same(), device="cuda", out={n: t.cpu() for n, t in out.items()}
         )
@@ -156,6 +183,19 @@ def test_digests_are_those_of_the_manifest(tmp_path: Path) -> None:
     assert isinstance(wanted, fastckpt.Report) and digests({"norm": made["norm"]}) == dict(wanted.digests)
 
 
+def test_a_small_plan_pins_no_more_than_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many cores the machine has."""
+    real, pinned = torch.empty, []
+
+    def empty(*shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        pinned.extend(shape if pin_memory else ())
+        return real(*shape, pin_memory=pin_memory, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    got = fastckpt.reshard({"w": torch.arange(10)}, rank=0, layout="same", device="cuda", threads=64)
+    assert len(pinned) == 1 and torch.equal(got["w"].cpu(), torch.arange(10))
+
+
 @pytest.mark.parametrize("way", ["cpu", "gpu"])
 def test_from_files_either_way(tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTCKPT_CAST", way)
@@ -179,7 +219,7 @@ def test_the_faster_way_is_measured_once(tmp_path: Path, monkeypatch: pytest.Mon
         compare([got], [fastckpt.reshard(held, rank=0, layout="same", dtype="bfloat16")])
     assert gpu_transfer.faster.cache_info().misses == 1
     for turned in (False, True):
-        way = gpu_transfer.faster("cuda:0", BY_NAME["float16"], BY_NAME["float32"], turned, 2)
+        way = gpu_transfer.faster(str(got["w"].device), BY_NAME["float16"], BY_NAME["float32"], turned, 2)
         assert way in gpu_transfer.WAYS
     gpu_transfer.faster.cache_clear()
 

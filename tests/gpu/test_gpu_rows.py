@@ -233,7 +233,7 @@ def test_memory_is_given_back_when_it_is_done() -> None:
 def test_buffers_of_the_host_are_refused_as_destinations() -> None:
     u8 = BY_NAME["uint8"]
     a = np.zeros(4, np.uint8)
-    with pytest.raises(DeviceError, match="wanted buffers on cuda:0, got one on cpu"):
+    with pytest.raises(DeviceError, match=r"wanted buffers on cuda:\d, got one on cpu"):
         Cuda().bind([]).run(row(u8, u8, (4,), (1,), (1,), zero=True), [host(a)])
     with pytest.raises(DeviceError, match="this machine has"):
         Cuda("cuda:99")

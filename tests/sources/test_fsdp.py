@@ -25,6 +25,7 @@ from fastckpt.sources.distributed import Boxed, Cut, Meshed, boxes_of, part_of
 from fastckpt.sources.inert import Inert
 from fastckpt.sources.torchpickle import Storage, Tensor
 from layouts import tiny
+from reading import refuses_a_copy_that_differs
 from safetensors.torch import load_file
 from torch.distributed.tensor import placement_types
 
@@ -337,6 +338,10 @@ def test_ranks_of_two_saves(case, rank):
     resaved(root, rank, lambda state: state["places"].add_(1))
     with pytest.raises(SourceError, match=f"places, which ranks 0 and {rank} both hold: two values"):
         fastckpt.open(root)
+
+
+def test_one_element_that_differs(case):
+    refuses_a_copy_that_differs(case("hsdp"))
 
 
 def plain(root, states):

@@ -22,7 +22,7 @@ from fastckpt.errors import FastckptError, LayoutError, RecipeError, SourceError
 from fastckpt.layouts import layout
 from layouts import families, gated, tiny
 from megatron_writer import dist, keys_of, written
-from reading import bits, read
+from reading import bits, read, refuses_a_copy_that_differs
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("lzma")  # of the fixtures; a Python may be built without it
@@ -302,6 +302,12 @@ def test_a_last_stage_has_the_embedding_of_the_first(tmp_path, spoiled):
         return
     with pytest.raises(SourceError, match=r"of mp_rank_01_000 and output_layer\.weight of mp_rank_01_001"):
         fastckpt.reshard(fastckpt.open(run, config=config), layout="same")
+
+
+@pytest.mark.parametrize("name", ["llama-0.19.2", "qwen3_moe-0.19.2"])
+def test_norms_of_two_ranks_that_differ_in_one_element(case, name):
+    at = case(name)
+    refuses_a_copy_that_differs(at / "legacy", config=at)
 
 
 def test_a_users_own_recipe(tmp_path):

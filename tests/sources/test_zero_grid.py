@@ -14,7 +14,7 @@ import zero_writer
 from fastckpt import cli, sources
 from fastckpt.errors import SourceError
 from fastckpt.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from reading import refuses
+from reading import refuses, refuses_a_copy_that_differs
 from safetensors.torch import load_file
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -219,6 +219,10 @@ def test_replicated_tensors_that_differ(tp):
     for file in (tp / TAG).glob("*mp_rank_01_optim_states.pt"):
         change(file, lambda tree: tree["optimizer_state_dict"][MASTERS][1].data.mul_(1.5))
     refuses(tp, "which tensor-parallel ranks 0 and 1 both hold: two values")
+
+
+def test_one_element_that_differs(tmp_path):
+    refuses_a_copy_that_differs(Path(shutil.copytree(FIXTURES / STAGE_3, tmp_path / "a")))
 
 
 def test_buffers_that_differ(pipeline):

@@ -88,7 +88,7 @@ class ToDevice:
     def worker(self, lane: Lane, size: int) -> Worker:
         """A worker that makes at most `size` bytes at a time. To be called on the caller's thread."""
         on_gpu = self.device.type == "cuda"
-        stagings = [torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=on_gpu) for _ in range(2)]
+        stagings: list[torch.Tensor | None] = [None, None]  # made when needed: pinning takes time
         stream = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
         sent: list[torch.cuda.Event | None] = [None, None]
         if stream is not None:
@@ -100,6 +100,9 @@ class ToDevice:
             nonlocal turn
             turn ^= 1
             staging, before = stagings[turn], sent[turn]
+            if staging is None:
+                staging = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=on_gpu)
+                stagings[turn] = staging
             if before is not None:
                 before.synchronize()
             n = batch.stop - batch.start

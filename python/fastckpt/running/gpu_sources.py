@@ -32,8 +32,9 @@ class Ready:
     """A plan over GPU memory, made ready: `run()` fills the tensors in `out` (by rank) once more.
 
     It costs launches only and starts on the current stream; sources and `out` must stay where they are.
-    Copies are not waited for; a quantised plan is, and raises SourceError naming a matrix with NaN or
-    infinity in it. Raises DeviceError when a launch fails."""
+    Copies are not waited for, and may be captured into a CUDA graph once they have run; a quantised plan is
+    waited for, and raises SourceError naming a matrix with NaN or infinity in it. Raises DeviceError when a
+    launch fails."""
 
     out: tuple[Mapping[str, torch.Tensor], ...]
     prepared: Runnable

@@ -47,7 +47,7 @@ def difference(copies: Mapping[str, View], masters: Mapping[str, View]) -> str |
     wanted = sampled_bytes([masters[n] for n in copies])
     for n, have, master in zip(copies, got, wanted, strict=True):
         kinds = copies[n].dtype, masters[n].dtype
-        for i, a, b in zip(_positions(copies[n]), have, master, strict=True):
+        for i, a, b in zip(positions(copies[n]), have, master, strict=True):
             x, y = number(a, kinds[0]), number(b, kinds[1])
             if not same(x, y, kinds[0]):
                 return f"{n}: element {i} of `module` is {x} ({kinds[0]}), its master is {y} ({kinds[1]})"
@@ -59,16 +59,14 @@ def one_axis(entries: Mapping[str, Entry]) -> dict[str, View]:
     return {n: e.build().reshape((math.prod(e.shape),)) for n, e in entries.items()}
 
 
-def _positions(view: View, count: int = POSITIONS) -> list[int]:
+def positions(view: View, count: int = POSITIONS) -> list[int]:
     """The elements that are compared of a view, counted as they would lie dense."""
     return sorted({k * (view.numel - 1) // (count - 1) for k in range(count)}) if view.numel else []
 
 
 def sampled_bytes(views: Sequence[View], count: int = POSITIONS) -> list[tuple[bytes, ...]]:
-    """`count` elements of each view, evenly from the first to the last."""
-    at = [_positions(view, count) for view in views]
-    found = iter(stored_at([(view, i) for view, own in zip(views, at, strict=True) for i in own]))
-    return [tuple(next(found) for _ in own) for own in at]
+    """`count` elements of each view, those at its `positions`."""
+    return stored_at([(view, positions(view, count)) for view in views])
 
 
 class Built(Protocol):
@@ -133,31 +131,35 @@ def number(data: bytes, dtype: DType) -> float:
     return float(value[0])
 
 
-def stored_at(wanted: Sequence[tuple[View, int]]) -> list[bytes]:
-    """The bytes of one element of each view, each file opened once."""
-    by_path: dict[str, list[tuple[int, tuple[int, int]]]] = {}
-    for k, (view, i) in enumerate(wanted):
-        extent, offset, size = located(view, i)
-        if not isinstance(extent.where, File):
-            raise SourceError("an element in memory is not sampled")
-        by_path.setdefault(extent.where.path, []).append((k, (offset, size)))
-    out = [b""] * len(wanted)
-    for path, items in by_path.items():
-        for (k, _), data in zip(items, read_all(path, [run for _, run in items]), strict=True):
+def stored_at(wanted: Sequence[tuple[View, Sequence[int]]]) -> list[tuple[bytes, ...]]:
+    """The bytes of elements of each view, counted as they would lie dense; each file is opened once."""
+    runs: list[tuple[int, int]] = []
+    by_path: dict[str, list[int]] = {}
+    for view, at in wanted:
+        for extent, offset, nbytes in located(view, at):
+            if not isinstance(extent.where, File):
+                raise SourceError("an element in memory is not sampled")
+            by_path.setdefault(extent.where.path, []).append(len(runs))
+            runs.append((offset, nbytes))
+    out = [b""] * len(runs)
+    for path, own in by_path.items():
+        for k, data in zip(own, read_all(path, [runs[k] for k in own]), strict=True):
             out[k] = data
-    return out
+    rest = iter(out)
+    return [tuple(next(rest) for _ in at) for _, at in wanted]
 
 
-def located(view: View, i: int) -> tuple[Extent, int, int]:
-    """Where the `i`-th element of a view lies, counted as in a dense tensor: its extent, and the offset and
-    the number of its bytes in that extent's file."""
-    at = np.array(np.unravel_index(i, view.shape), np.int64)
-    inside = (view.origin <= at) & (at < view.origin + view.size)
-    row = int(np.flatnonzero(inside.all(axis=1))[0])
-    element = int(view.offset[row] + ((at - view.origin[row]) * view.stride[row]).sum())
-    extent = view.extents[int(view.extent[row])]
-    size = DTYPES[int(view.stored[row])].itemsize
-    return extent, extent.offset + element * size, size
+def located(view: View, at: Sequence[int]) -> list[tuple[Extent, int, int]]:
+    """Where elements of a view lie, counted as they would lie dense: the extent, and the offset and number of
+    bytes in its file."""
+    view = view if view.shape else view.reshape((1,))
+    index = np.stack(np.unravel_index(np.array(at, np.int64), view.shape), axis=1)
+    inside = (view.origin <= index[:, None]) & (index[:, None] < view.origin + view.size)
+    row = inside.all(axis=2).argmax(axis=1)
+    element = view.offset[row] + ((index - view.origin[row]) * view.stride[row]).sum(axis=1)
+    found = zip(view.extent[row].tolist(), view.stored[row].tolist(), element.tolist(), strict=True)
+    sizes = ((view.extents[i], DTYPES[code].itemsize, k) for i, code, k in found)
+    return [(extent, extent.offset + k * size, size) for extent, size, k in sizes]
 
 
 def read_all(path: str, runs: Sequence[tuple[int, int]]) -> list[bytes]:

@@ -39,7 +39,7 @@ class _Sample:
 
     def values(self) -> list[float]:
         """The copy's elements."""
-        data = stored_at([(self.copy, self.first + i) for i in self.at])
+        (data,) = stored_at([(self.copy, [self.first + i for i in self.at])])
         return [number(x, self.copy.dtype) for x in data]
 
 
