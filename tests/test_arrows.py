@@ -223,6 +223,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("torchzip", "inertpickle", "zero_autoep"),
         ("torchpickle",),
         ("torchfile",),
+        ("zero_spelling",),
         ("torchtensors", "distributed", "zero_state", "zero_files", "dcp_metadata", "ties"),
         ("shards", "zero_order", "zero_parts", "zero_experts", "zero_universal", "zero_cuts"),
         ("zero_opening",),

@@ -172,6 +172,7 @@ def write_zero(
     legacy: bool = False,
     sequence: int = 1,
     sparse: bool = False,
+    left_away: str = "",
 ) -> dict[str, torch.Tensor]:
     """Write PATH/latest and PATH/TAG/*; return name -> tensor as a converter must give them.
 
@@ -181,6 +182,7 @@ def write_zero(
     DeepSpeed does, wrongly). `stripped=False`: partitions keep their padding. `sequence`: the ranks of
     Ulysses' sequence parallelism, which DeepSpeed 0.18 took for model-parallel ones in the files' names, and
     0.19 takes for tensor-parallel ones in the degrees. `sparse`: no storage is written, the files are holes.
+    `left_away`: the prefix that the model's own `state_dict` leaves away.
     Order of the result: buffers, frozen, trainable, tied."""
     if bf16_optimizer and (alignment or stage != 1):
         raise ValueError("BF16_Optimizer is stage 1 and knows no parameter_alignment")
@@ -280,7 +282,8 @@ def write_zero(
                 (n, models[n] if whole else pieces(models[n], world)[rank].clone()) for n in idle
             )
         return {
-            "module": module, "buffer_names": list(buffers),
+            "module": {n.removeprefix(left_away): t for n, t in module.items()},
+            "buffer_names": list(buffers),
             "optimizer": None if stage else {"fp32_groups": [list(masters.values())]},
             "param_shapes": shapes[0] if shapes and shapes_as_one_dict else shapes,
             "frozen_param_shapes": frozen_shapes,

@@ -21,6 +21,7 @@ from .torchfile import Tensor
 from .zero_autoep import KEYS as AUTOEP_KEYS
 from .zero_autoep import AutoEp, autoep
 from .zero_layout import Shape
+from .zero_spelling import respelled
 
 Value = TypeVar("Value")
 
@@ -153,13 +154,17 @@ def model_state(root: object, where: str) -> ModelState:
     client, opaque = _client(top)
     config = _dict(top.get("ds_config"))
     zero = _dict(config.get("zero_optimization"))
+    module = {} if pipeline else _names(mapping(top.get("module"), f"{where}: module"), f"{where}: module")
+    buffers = tuple(_strings(top.get("buffer_names", ()), f"{where}: buffer_names"))
+    shared = _pairs(top.get("shared_params") or {}, f"{where}: shared_params")
+    frozen_shapes = _but_stacks(_shapes, frozen, layers, f"{where}: frozen_param_shapes")
     return ModelState(
-        module={} if pipeline else _names(mapping(top.get("module"), f"{where}: module"), f"{where}: module"),
-        buffers=tuple(_strings(top.get("buffer_names", ()), f"{where}: buffer_names")),
+        module=respelled(module, (*(groups or ()), frozen_shapes or {}), (*buffers, *shared)),
+        buffers=buffers,
         shapes=groups,
-        frozen_shapes=_but_stacks(_shapes, frozen, layers, f"{where}: frozen_param_shapes"),
+        frozen_shapes=frozen_shapes,
         fragments=_but_stacks(_tensors, fragments, layers, f"{where}: frozen_param_fragments"),
-        shared=_pairs(top.get("shared_params") or {}, f"{where}: shared_params"),
+        shared=shared,
         global_steps=_number(top.get("global_steps")),
         dp_world=_number(top.get("dp_world_size")),
         version=str(top.get("ds_version", "")),
