@@ -8,6 +8,12 @@
 
 #include "cast.h"
 
+#if defined(__CUDA_ARCH__)  // an instruction for e4m3: sm_89 has it too, which nvcc before 12.1 does not know
+#if __CUDA_ARCH__ >= 900 || (__CUDA_ARCH__ >= 890 && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201)
+#define FASTCKPT_CASTS_E4M3
+#endif
+#endif
+
 #if defined(__CUDACC__)
 #define FASTCKPT_UNROLL _Pragma("unroll")
 #define FASTCKPT_KEEP_LOOP _Pragma("unroll 1")
@@ -199,7 +205,7 @@ template <class D> FASTCKPT_HD uint32_t narrow_pair(uint32_t a, uint32_t b) {
 // Four fp32 as bytes of a word.
 template <class D> FASTCKPT_HD uint32_t narrow_four(const uint32_t* x) {
     static_assert(D::size == 1);
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#if defined(FASTCKPT_CASTS_E4M3)
     if constexpr (Same<D, E4M3>::value) {
         uint16_t low, high;
         uint32_t word;

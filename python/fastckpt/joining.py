@@ -63,7 +63,7 @@ def join(
 ) -> Checkpoint:
     """The model that an opened output's shards, or a Megatron run's, are of; any other checkpoint as it is.
 
-    `recipe`, `config` as in `opening.open`. Names are tied where the config says so and the bytes agree. Its
+    `recipe`, `config` as in `opening.open`. Names are tied where the config says so and samples agree. Its
     recipe is one that was asked for, its config has the sizes from before they were padded. Names, shapes and
     tied names are those of the checkpoint it was cut from, dtypes those that were served; what the recipe
     left out is in `unread`. Raises SourceError where the record does not tell enough, or the shards do not

@@ -69,6 +69,27 @@ def test_arithmetic_is_that_of_a_cpu(source: str) -> None:
     assert ".ftz" not in ptx
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: nothing is preprocessed here")
+@pytest.mark.parametrize(
+    ("architecture", "release", "knows"),
+    [
+        (800, "13 0", False),
+        (890, "11 8", False),
+        (890, "12 0", False),
+        (890, "12 1", True),
+        (900, "11 8", True),
+    ],
+)
+def test_instructions_that_nvcc_knows(architecture: int, release: str, knows: bool) -> None:
+    """One that it does not know would leave the build without any kernel."""
+    major, minor = release.split()
+    defines = {"__CUDA_ARCH__": architecture, "__CUDACC_VER_MAJOR__": major, "__CUDACC_VER_MINOR__": minor}
+    asked = [f"-D{name}={value}" for name, value in defines.items()]
+    command = ["g++", "-E", "-std=c++17", "-x", "c++", *asked, "csrc/port_cuda.h"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ("cvt.rn.satfinite.e4m3x2" in done.stdout) == knows
+
+
 def test_a_toolkit_that_must_be_there_is_missed(tmp_path: Path) -> None:
     env = {**os.environ, "FASTCKPT_BUILD": "1", "FASTCKPT_CUDA": "1", "CUDA_HOME": str(tmp_path)}
     done = subprocess.run(

@@ -1,6 +1,7 @@
-"""Tied names of saves that do not say which names are one tensor: the config says so, and the bytes agree.
+"""Tied names of saves that do not say which names are one tensor: the config says so, and samples agree.
 
-Law: opening compares samples; that all bytes agree, a run proves before it takes one for both (`Replica`)."""
+Law: that all bytes agree, a run proves before it takes one tensor for both (`Replica`).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from .samples import Agreement, samples
 
 
 def tied(ckpt: Checkpoint, config: Mapping[str, JSON]) -> Checkpoint:
-    """The checkpoint with the tensors of `vocab_size` rows and the same bytes as one, where the config says
+    """The checkpoint with the tensors of `vocab_size` rows and equal samples as one, where the config says
     `tie_word_embeddings`. Raises SourceError for a file that cannot be read."""
     config = with_decoder(config)
     if config.get("tie_word_embeddings") is not True:
