@@ -357,6 +357,17 @@ def test_metadata_that_lies(tmp_path, change, words):
     refuses(tmp_path, words)
 
 
+def test_a_box_that_is_said_to_lie_in_two_places(tmp_path, monkeypatch):
+    """Ranks list the boxes that all of them hold, and torch keeps one place of each."""
+    twice = {"w": (MATRIX, [((0, 0), (7, 9))] * 2)}
+    write(tmp_path / "a", twice)
+    equal(sources.open(tmp_path / "a"), {"w": MATRIX})
+    monkeypatch.setattr(MetadataIndex, "__hash__", object.__hash__)
+    monkeypatch.setattr(MetadataIndex, "__eq__", object.__eq__)
+    write(tmp_path / "b", twice)
+    refuses(tmp_path / "b", "w at (0, 0): lies in", "__0_0.distcp", "__1_0.distcp", "in doubt")
+
+
 def test_boxes_that_are_safetensors_are_refused(tmp_path):
     write(tmp_path, {"w": (MATRIX, [((0, 0), (7, 9))])})
     file = tmp_path / "__0_0.distcp"
