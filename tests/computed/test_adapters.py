@@ -154,6 +154,33 @@ def test_saved_modules_biases_and_embeddings(tmp_path):
         equal(got, cut)
 
 
+@pytest.mark.parametrize("said", [False, True])
+@pytest.mark.parametrize(("name", "turned"), [("gpt2", True), ("gpt_bigcode", False), ("llama", False)])
+def test_square_matrices_are_turned_as_the_base_lies(tmp_path, name, turned, said):
+    """PEFT 0.21 goes by the module: fan_in_fan_out is that of the one it wrapped last, or, where the base was
+    quantised, what was asked for."""
+    hidden, q, o = 16, "transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj"
+    rows = {"gpt2": 3 * hidden, "gpt_bigcode": hidden + 8, "llama": hidden}[name]
+    if name == "llama":
+        q, o = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj"
+    torch.manual_seed(1)
+    tensors = {f"{q}.weight": torch.randn(rows, hidden), f"{o}.weight": torch.randn(hidden, hidden)}
+    if turned:
+        tensors[f"{q}.weight"] = tensors[f"{q}.weight"].T.contiguous()
+    tensors["lm_head.weight"] = torch.randn(hidden, hidden)  # plain in every model
+    pairs = {
+        o: (torch.randn(4, hidden), torch.randn(hidden, 4)),
+        q: (torch.randn(4, hidden), torch.randn(rows, 4)),
+    }
+    pairs["lm_head"] = torch.randn(4, hidden), torch.randn(hidden, 4)
+    adapter = write(tmp_path / "adapter", settings(fan_in_fan_out=said), pairs)
+    want = {
+        f"{m}.weight": peft_writer.merged(tensors[f"{m}.weight"], *pair, 6, flipped=turned and m != "lm_head")
+        for m, pair in pairs.items()
+    }
+    equal(fastckpt.reshard(tensors, layout="same", adapter=adapter)[0], want)
+
+
 def test_transposed_and_fused_matrices(tmp_path):
     config, tensors, _ = tiny.made("gpt2")
     base = hub(tmp_path / "base", config, tensors)
@@ -385,7 +412,6 @@ def test_stacks_that_do_not_fit(tmp_path):
     refused("are no pair", {outer: (a, b[:, :-count])})
     refused("does not fit", {outer: (a, b[:-1])})
     refused("does not fit", {outer: pairs[inner], inner: (a, b)})
-    refused("does not fit", {}, fan_in_fan_out=True)
     refused("has B alone", {}, saved={f"{outer.replace('1', '0')}.lora_B.weight": b.clone()})
     refused("is float8_e4m3fn", {outer: (a.to(torch.float8_e4m3fn), b)})
     refused("are none of the base", {}, target_parameters=None)
