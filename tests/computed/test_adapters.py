@@ -122,7 +122,8 @@ def test_ranks_and_alphas_of_their_own(tmp_path):
     modules = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(2) for p in "qo"]
     ranks = {modules[0]: 2, modules[2]: 2, modules[3]: 7}
     config = settings(
-        rank_pattern={"q_proj": 2, "layers.1.self_attn.o_proj": 7}, alpha_pattern={"^model.layers.0.*": 5}
+        rank_pattern={"layers.0.*": 4, "q_proj": 2, "layers.1.self_attn.o_proj": 7},
+        alpha_pattern={"^model.layers.0.*": 5, "0.self_attn.q_proj": 5},
     )
     pairs = thin(tensors, modules, ranks=ranks)
     got = fastckpt.reshard(base, layout="same", adapter=write(tmp_path / "adapter", config, pairs))[0]
@@ -444,9 +445,9 @@ REFUSED = [
     (dict(alpha_pattern={"a?" * 30: 4}), "is not read: characters"),
     (dict(r=4.5), "has rank 4, the config says 4.5"),
     (dict(use_rslora="false"), "use_rslora 'false': wanted true or false"),
-    (dict(fan_in_fan_out=0), "fan_in_fan_out 0: wanted true or false"),
     (dict(rank_pattern=[4]), "wanted patterns and numbers"),
-    (dict(fan_in_fan_out=True), "does not fit"),
+    (dict(alpha_pattern={"layers.0.*": 7, "up_proj": 1}), "gives model.layers.0.mlp.up_proj 7 and 1: PEFT"),
+    (dict(rank_pattern={"layers.0.*": 7, "up_proj": 1}), "has rank 4, the config says 7 or 1"),
 ]
 
 

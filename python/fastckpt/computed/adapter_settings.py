@@ -79,20 +79,26 @@ class Settings:
 
     def scale(self, module: str, rank: int) -> float:
         """What a product is multiplied by, of a module or a parameter. Raises SourceError where its rank is
-        not the config's."""
-        wanted = _own(self.ranks, module, self.rank)
-        if rank != wanted:
-            raise SourceError(f"{self.path}: {module} has rank {rank}, the config says {wanted:g}")
-        return _own(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+        not the config's, and where it has several scales."""
+        ranks, alphas = _own(self.ranks, module, self.rank), _own(self.alphas, module, self.alpha)
+        if rank not in ranks:
+            said = " or ".join(f"{r:g}" for r in ranks)
+            raise SourceError(f"{self.path}: {module} has rank {rank}, the config says {said}")
+        if len(alphas) > 1:
+            raise SourceError(
+                f"{self.path}: alpha_pattern gives {module} {' and '.join(f'{a:g}' for a in alphas)}: PEFT "
+                "trains with the first pattern that fits, and sorts them when it saves; leave the one meant"
+            )
+        return alphas[0] / (math.sqrt(rank) if self.rslora else rank)
 
     def targets(self, name: str) -> bool:
         """Whether a tensor of the base is one of `parameters`."""
         return any(f".{name}".endswith(f".{end}") for end in self.parameters)
 
 
-def _own(patterns: Patterns, module: str, default: float) -> float:
-    """The value of the first pattern that a module's name ends with (peft's get_pattern_key)."""
-    return next((value for pattern, value in patterns if pattern.match(module)), default)
+def _own(patterns: Patterns, module: str, default: float) -> list[float]:
+    """The values of the patterns that a module's name ends with (peft's get_pattern_key), each once."""
+    return [*dict.fromkeys(value for pattern, value in patterns if pattern.match(module))] or [default]
 
 
 def _flag(path: str, key: str, value: JSON) -> bool:
