@@ -102,14 +102,14 @@ def replace_file(path: str, content: bytes) -> None:
 
 
 def remove_tree(path: str) -> None:
-    """Remove a directory and all that is in it, as far as that can be done; of a link to one, the link."""
+    """Remove a file, a link, or a directory and all that is in it, as far as that can be done."""
     import shutil  # brings every archive format, and most runs remove nothing
 
     with suppress(OSError):  # rmtree lets some errors through all the same
-        if os.path.islink(path):
-            os.unlink(path)
-        else:
+        if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.unlink(path)
 
 
 def refuse_loss(path: str, keep: Iterable[str]) -> None:
