@@ -9,6 +9,7 @@ import pytest
 import torch
 from fastckpt.digest import LEAF
 from fastckpt.errors import SourceError, WriteError
+from fastckpt.manager import uploaders
 from fastckpt.manager.manager import CheckpointManager
 from fastckpt.manager.uploaders import FsspecDirectory, LocalDirectory, Uploader
 from fastckpt.verification.outputs import verify
@@ -56,6 +57,14 @@ def test_a_local_directory(tmp_path: Path, step: Path) -> None:
     assert verify(tmp_path / "far/step-00000001").ok
     with CheckpointManager(tmp_path / "far") as manager:
         assert manager.restore(1)["n"] == 1  # type: ignore[index]
+
+
+def test_new_directories_are_synced_too(tmp_path: Path, step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[str] = set()
+    monkeypatch.setattr(uploaders, "sync_directory", synced.add)
+    Uploader(LocalDirectory(tmp_path / "far")).upload(step)
+    far = tmp_path / "far"
+    assert synced == {str(p) for p in (tmp_path, far, far / step.name, far / step.name / "rank-00000")}
 
 
 def test_the_record_goes_last(tmp_path: Path, step: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from ..digest import LEAF, Digesting
 from ..errors import ManagerError, SourceError, WriteError
-from ..output.filesystem import real, sync_directory
+from ..output.filesystem import make_directories, real, sync_directory
 from ..output.manifest import NAME, Manifest, rank_name
 from ..verification.outputs import verify
 
@@ -44,7 +44,8 @@ class LocalDirectory:
     def put(self, path: str, name: str) -> None:
         """Copy beside, sync, rename."""
         final = os.path.join(self.root, name)
-        os.makedirs(os.path.dirname(final), exist_ok=True)
+        for made in make_directories(os.path.dirname(final)):
+            sync_directory(os.path.dirname(made))
         staged = f"{final}.{secrets.token_hex(4)}.part"
         try:
             with open(path, "rb") as source, open(staged, "xb") as out:
