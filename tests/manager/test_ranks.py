@@ -81,6 +81,13 @@ def test_owners_share_the_work() -> None:
     assert max(load) - min(load) <= 400 and sum(load) == sum(c.nbytes for c in same.values())
 
 
+def test_boxes_that_overlap() -> None:
+    """As many elements as the whole, of parts that were cut unevenly and say that they were cut evenly."""
+    parts = [{"x": Claim("float32", (n,), f"{at}", (4,), (at,))} for at, n in ((0, 3), (2, 1))]
+    with pytest.raises(ManagerError, match=r"x is cut over the ranks, but boxes at \[0\] and \[2\] overlap"):
+        shared(parts, range(2))
+
+
 def test_another_world(tmp_path: Path, as_ranks: AsRanks) -> None:
     as_ranks(2, tmp_path, lambda m: m.save(0, state(m.rank)))
     for world in (1, 3):
