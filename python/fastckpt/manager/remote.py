@@ -61,6 +61,8 @@ class RemoteStore(Store):
 
     def _checked(self, step: int, stored: dict[str, int]) -> Manifest:
         where = f"{self.url}/{self.name(step)}"
+        if NAME not in stored:
+            raise SourceError(f"{where}: no {NAME}")
         text = b"".join(self._read(step, NAME))
         return require_whole(where, step, Manifest.parse(text, f"{where}/{NAME}"), stored.get)
 
@@ -88,11 +90,8 @@ class RemoteStore(Store):
         """Everything whole, by step."""
         out = []
         for step, stored in sorted(self._stored().items()):
-            if NAME in stored:
-                try:
-                    out.append(Commit.of(step, self._checked(step, stored)))
-                except SourceError:
-                    continue
+            with suppress(SourceError):
+                out.append(Commit.of(step, self._checked(step, stored)))
         return out
 
     def bring(self, step: int, *, again: bool = False) -> None:
