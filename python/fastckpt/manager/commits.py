@@ -12,6 +12,7 @@ one rename, so that a kill at any moment leaves commits and hidden leftovers, no
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -304,15 +305,16 @@ def require_whole(where: str, step: int, found: Manifest, size: Callable[[str], 
 
 
 def ready(root: str) -> bool:
-    """Whether a root can be written: made where it is missing, and not full."""
+    """Whether a root can be written: made where it is missing. One that is full can be reached, and the save
+    says so: training that went on for days without a commit would only have been warned."""
     try:
         make_directories(os.path.realpath(root))
         probe = os.path.join(root, PROBE + secrets.token_hex(4))
         write_file(probe, [b"x"], durable=False)
         with suppress(FileNotFoundError):  # swept away
             os.unlink(probe)
-    except OSError:
-        return False
+    except OSError as e:
+        return e.errno in (errno.ENOSPC, errno.EDQUOT)
     return True
 
 
