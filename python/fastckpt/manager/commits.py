@@ -165,6 +165,9 @@ class Store:
     def bring(self, step: int, *, again: bool = False) -> None:
         """Bring a step to `path(step)`, where it already is; stores that are elsewhere do something."""
 
+    def forget(self, step: int) -> None:
+        """Remove what `bring` brought: here nothing."""
+
     # ---- changes: the coordinator of this disk only ----
 
     def take(self) -> None:

@@ -433,6 +433,11 @@ class CheckpointManager:
         self._store.bring(step, again=again)
         return self._store.path(step)
 
+    def forget(self, step: int) -> None:
+        """Remove the copy of a step that `bring` made; where commits lie on this machine's disks, nothing.
+        Raises WriteError."""
+        self._store.forget(step)
+
     def resume_step(self, user_step: int | None = None) -> int | None:
         """The step to resume from: the user's, else the newest that stands on every node; None: none.
 

@@ -118,6 +118,11 @@ class RemoteStore(Store):
             remove_tree(staged)
             raise
 
+    def forget(self, step: int) -> None:
+        """Remove a step's copy from the scratch directory. Raises WriteError."""
+        with as_write_errors(self.path(step)):
+            self._clear(step)
+
     def _clear(self, step: int) -> None:
         """Give a step's name in the scratch directory free, where a copy has it. Raises OSError."""
         old = self._away(TRASH, step)
