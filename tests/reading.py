@@ -158,24 +158,36 @@ def refuses(path, *words, **options):
 
 def refuses_a_copy_that_differs(path, **options):
     """Of the largest tensor that the checkpoint at `path` holds twice one element is changed, in the copy
-    that is not taken, where opening looks at none: no run takes one for both."""
-    copies = fastckpt.open(path, **options).replicas
+    that is not taken, where opening looks at none: no run takes one for both. Opened for the first of each,
+    it is what it was, also where opening looks at what differs."""
+    ckpt = fastckpt.open(path, **options)
+    (whole,) = fastckpt.reshard(ckpt, layout="same")
+    copies = ckpt.replicas
     most = max(copies, key=lambda r: r.kept().numel)
     seen = positions(most.kept(), OF_ONE)
     element = next((i for i in range(most.kept().numel) if i not in seen), 1)
     places = [located(view, [element])[0] for view in (most.kept(), most.other())]
     (one, at, _), (other, start, _) = places
     assert (one.where, at) != (other.where, start)
-    with open(other.where.path, "r+b") as f:
-        f.seek(start)
-        byte = f.read(1)[0]
-        f.seek(start)
-        f.write(bytes([byte ^ 1]))
+    flip(other.where.path, start)
     ckpt = fastckpt.open(path, **options)
     with pytest.raises(SourceError) as e:
         fastckpt.reshard(ckpt, layout="same")
     for word in (most.what, *(f"{x.where.path} ({x.key}, byte {at})" for x, at, _ in places)):
         assert word in str(e.value), str(e.value)
+    ((_, start, _),) = located(most.other(), [0])
+    flip(other.where.path, start)
+    (first,) = fastckpt.reshard(fastckpt.open(path, replicas="first", **options), layout="same")
+    assert first.keys() == whole.keys() and all(torch.equal(first[n], x) for n, x in whole.items())
+
+
+def flip(path, at):
+    """One bit of a file made another."""
+    with open(path, "r+b") as f:
+        f.seek(at)
+        byte = f.read(1)[0]
+        f.seek(at)
+        f.write(bytes([byte ^ 1]))
 
 
 def refuses_what_is_written_to(file, path, **options):

@@ -81,7 +81,8 @@ def test_a_path_is_a_path(path):
     [
         {"tag": 5}, {"also": "x"}, {"also": 5}, {"also": [5]}, {"rename": "ab"}, {"rename": ["ab"]},
         {"rename": {"a": "b"}}, {"rename": [("a", 5)]}, {"rename": [("(", "")]}, {"weights": 5},
-        {"exclude_frozen": "no"}, {"check_crc": 1}, {"config": 5}, {"config": b"x"}, {"recipe": 5},
+        {"exclude_frozen": "no"}, {"check_crc": 1}, {"replicas": "last"}, {"config": 5}, {"config": b"x"},
+        {"recipe": 5},
     ],
 )  # fmt: skip
 def test_a_wrong_option_of_open_is_named(tmp_path, wrong):

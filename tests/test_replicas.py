@@ -116,6 +116,42 @@ def test_shards_of_other_programs(served, tmp_path, name):
         assert word in str(e.value), str(e.value)
 
 
+def drifted(served, tmp_path):
+    """The shards, with all of COPIES changed on rank 3."""
+    out = tmp_path / "out"
+    shutil.copytree(served / "ours", out)
+    for stored, at, _ in COPIES.values():
+        damaged(out / PART.format(3), stored, at)
+    return out
+
+
+def test_the_first_of_what_drifted_apart(served, tmp_path):
+    """Asked for, the first copy is taken on every road, as if the others were equal; a note counts them."""
+    out = drifted(served, tmp_path)
+    hub = load_file(served / "hub" / "model.safetensors")
+    ckpt = fastckpt.open(out, replicas="first")
+    got = fastckpt.consolidate(ckpt)
+    assert got.keys() == hub.keys() and all(torch.equal(got[n], x) for n, x in hub.items())
+    report = fastckpt.reshard(ckpt, 2, layout="vllm", out=tmp_path / "two", durable=False)
+    (note,) = [n for n in report.notes if "differ" in n]
+    assert note.startswith(f"{len(COPIES)} replicas differ, and the first was taken, such as model.")
+    fastckpt.reshard(served / "ours", 2, layout="vllm", out=tmp_path / "wanted", durable=False)
+    assert fastckpt.diff(tmp_path / "two", tmp_path / "wanted").equal
+    with pytest.raises(SourceError, match="replicas='first'"):
+        fastckpt.open(out, replicas="equal") and fastckpt.consolidate(out)
+
+
+def test_the_first_of_drifted_shards_of_other_programs(served, tmp_path):
+    out = drifted(served, tmp_path)
+    (out / "fastckpt.json").unlink()
+    ckpt = fastckpt.open_shards(out, "vllm", served / "hub", tp=4, replicas="first")
+    got = fastckpt.consolidate(ckpt)
+    hub = load_file(served / "hub" / "model.safetensors")
+    assert all(torch.equal(got[n], x) for n, x in hub.items())
+    with pytest.raises(fastckpt.FastckptError, match="none of equal, first"):
+        fastckpt.open_shards(out, "vllm", served / "hub", tp=4, replicas="any")
+
+
 def test_copies_that_are_equal(served):
     """What was cut is put together again, and the report counts the bytes that were compared."""
     ckpt = fastckpt.open(served / "ours")
@@ -165,6 +201,7 @@ def test_a_record_with_two_digests(served, tmp_path):
     said = r"0/model\.norm\.weight and 3/model\.norm\.weight are the same elements"
     with pytest.raises(SourceError, match=said):
         fastckpt.open(out)
+    assert fastckpt.consolidate(fastckpt.open(out, replicas="first"))
 
 
 # ---- two names that the config makes one ----

@@ -137,7 +137,8 @@ class Checkpoint:
     was not read, and why. `inert`: pickle globals that were kept as inert records. `structure`: hex digest
     of everything that shapes the views (names, shapes, dtypes, partition and storage sizes, tensor offsets
     and strides), but not of where a storage lies in its file. `headers`: hex digest of the headers and
-    pickles themselves. `replicas`: what has to be equal before any of it is taken."""
+    pickles themselves. `replicas`: what has to be equal before any of it is taken; `take_first`: where it is
+    not, the first is taken and a note says so."""
 
     path: str
     format: str
@@ -158,6 +159,7 @@ class Checkpoint:
     structure: str = ""
     headers: str = ""
     replicas: tuple[Replica, ...] = ()
+    take_first: bool = False
 
     def __getitem__(self, name: str) -> View:
         """The view of a tensor; a tied name gives its holder's. Raises SourceError naming near misses."""

@@ -371,7 +371,10 @@ def _opened(args: argparse.Namespace) -> Checkpoint:
 
     cut = serving_options.foreign(args)
     if cut is not None:
-        return open_shards(args.path, cut[0], args.like, placement=cut[1], recipe=args.recipe)
+        layout, placement = cut
+        return open_shards(
+            args.path, layout, args.like, placement=placement, recipe=args.recipe, replicas=args.replicas
+        )
     return open(
         args.path,
         tag=args.tag,
@@ -380,6 +383,7 @@ def _opened(args: argparse.Namespace) -> Checkpoint:
         weights=args.weights,
         exclude_frozen=args.exclude_frozen_parameters,
         check_crc=args.check_crc,
+        replicas=args.replicas,
         recipe=args.recipe,
         config=args.config,
     )

@@ -36,12 +36,14 @@ def open_shards(
     placement: Placement | None = None,
     tp: int = 1,
     recipe: str | None = None,
+    replicas: str = "equal",
 ) -> Checkpoint:
     """The model whose shards lie in `path`, cut by `layout` (by roles) for `placement`, or for `tp` ranks.
 
     `like`: a checkpoint with the names and shapes of the whole model, which gives the config too where `path`
     has none, or a config (a mapping, or the path of a config.json), whose model has the names that the hub
-    gives it; `recipe` as in `reshard`. Only headers are read. Raises SourceError where the shards are not
+    gives it; `recipe` as in `reshard`,
+    `replicas` as in `open`. Only headers are read. Raises SourceError where the shards are not
     what the layout makes of such a model, LayoutError where it cannot cut one, RecipeError."""
     expect("path", path, str, os.PathLike)
     expect("like", like, str, os.PathLike, Checkpoint, Mapping)
@@ -49,7 +51,8 @@ def open_shards(
     if not made.roles:
         raise LayoutError(f"shards of layout {layout} are not read: wanted hf, vllm, rtp_llm or megatron")
     where = os.fspath(path)
-    shards = _read(where, made, grid)
+    options = Options(replicas=replicas)
+    shards = replace(_read(where, made, grid), take_first=options.replicas == "first")
     if not isinstance(like, Checkpoint | Mapping):
         like = read_json(os.fspath(like)) if os.fspath(like).endswith("config.json") else opening.open(like)
     config = shards.config or like.config if isinstance(like, Checkpoint) else like

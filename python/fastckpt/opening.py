@@ -23,6 +23,7 @@ def open(
     weights: str = "master",
     exclude_frozen: bool = False,
     check_crc: bool = False,
+    replicas: str = "equal",
     recipe: str | None = None,
     config: str | os.PathLike[str] | Mapping[str, JSON] | None = None,
 ) -> Checkpoint:
@@ -35,7 +36,7 @@ def open(
     "rank/name". Raises SourceError for what is broken, missing, unknown or cannot be joined."""
     found = sources.open(
         path, tag=tag, also=also, rename=rename, weights=weights,
-        exclude_frozen=exclude_frozen, check_crc=check_crc,
+        exclude_frozen=exclude_frozen, check_crc=check_crc, replicas=replicas,
     )  # fmt: skip
     unsaid = found.format == MEGATRON and config is None and found.config is None
     return join(found, recipe, config) if found.joins and not unsaid else found

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, overload
 
-from . import opening, replicas, sources
+from . import opening, sources
 from .checkpoint import JSON, Checkpoint
 from .dtypes import DType
 from .errors import DeviceError, LayoutError, SourceError, expect
@@ -26,6 +26,7 @@ from .planning.plans import Plan
 from .planning.request import Request
 from .quantisation.schemes import Quant
 from .recipes import strangers
+from .replicas import compare
 from .running.runs import Progress, Report, Run
 from .sources.memory import stamped
 
@@ -225,6 +226,7 @@ def consolidate(
     weights: str = "master",
     exclude_frozen: bool = False,
     check_crc: bool = False,
+    replicas: str = "equal",
     recipe: str | None = None,
     config: str | os.PathLike[str] | Mapping[str, JSON] | None = None,
     safe_serialization: bool = False,
@@ -253,12 +255,12 @@ def consolidate(
     if out is None and weights_key is not None:
         raise LayoutError("weights_key goes with out=: it is a key in the file of a training checkpoint")
     if isinstance(path, Checkpoint):
-        if tag or also or rename or weights != "master" or exclude_frozen or check_crc:
+        if tag or also or rename or weights != "master" or exclude_frozen or check_crc or replicas != "equal":
             raise LayoutError("consolidate: options of open go with a path, this checkpoint is open already")
     else:
         path = sources.open(
             path, tag=tag, also=also, rename=rename, weights=weights,
-            exclude_frozen=exclude_frozen, check_crc=check_crc,
+            exclude_frozen=exclude_frozen, check_crc=check_crc, replicas=replicas,
         )  # fmt: skip
     opened = open_joined(path, recipe, config)
     run = Run(threads, memory, progress)
@@ -391,14 +393,14 @@ def stream(ckpt: Opened, names: Sequence[str]) -> Iterator[tuple[str, int, memor
 
     The memory is valid until the next step. What `diff` reads with, in bounded memory."""
     opened = ckpt if isinstance(ckpt, Checkpoint) else opening.open(ckpt)
-    replicas.compare(opened)
+    compare(opened)
     yield from leaves(((n, opened.entries[n].build()) for n in names), opened.extents)
 
 
 def proved(run: Run, draft: Callable[[], Plan]) -> Plan:
-    """The plan, on the run's clock, of a checkpoint whose replicas are equal. Raises SourceError."""
+    """The plan, on the run's clock, of a checkpoint whose replicas were compared. Raises SourceError."""
     planned = run.planned(draft)
-    nbytes, notes = replicas.compare(planned.checkpoint)
+    nbytes, notes = compare(planned.checkpoint)
     run.bytes_read += nbytes
     return replace(planned, notes=(*planned.notes, *notes))
 

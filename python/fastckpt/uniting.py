@@ -87,7 +87,7 @@ def united(
     other digests."""
     known = dict(zip(phantom.extents, phantom.entries, strict=True))
     pieces: dict[str, list[Piece]] = {name: [] for name in phantom.entries}
-    alike = _Alike(ckpt.path, digests or {})
+    alike = _Alike(ckpt.path, {} if ckpt.take_first else digests or {})
     seen: set[str] = set()
     for rank, target in targets:
         name = f"{rank}/{target.name}"

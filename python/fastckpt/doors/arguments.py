@@ -209,6 +209,12 @@ def _source(p: argparse.ArgumentParser) -> None:
         help="leave out the parameters that were not trained",
     )
     p.add_argument("--check-crc", action="store_true", help="check the CRC32 of every record that is used")
+    p.add_argument(
+        "--replicas",
+        choices=("equal", "first"),
+        default="equal",
+        help="what ranks hold more than once must be equal, or the first copy is taken (default: equal)",
+    )
     serving_options.add_recipe(p)
     serving_options.add_foreign(p)
 

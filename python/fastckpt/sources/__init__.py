@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from typing import Protocol, cast
 
@@ -66,6 +67,7 @@ def open(
     weights: str = "master",
     exclude_frozen: bool = False,
     check_crc: bool = False,
+    replicas: str = "equal",
 ) -> Checkpoint:
     """The checkpoint at `path`, a file or directory of any format of SOURCES, or a dict of tensors.
 
@@ -78,7 +80,7 @@ def open(
     options = Options(
         tag=tag, also=tuple(os.fspath(a) for a in also), weights=weights,
         rename=tuple(tuple(pair) if isinstance(pair, list) else pair for pair in rename),
-        exclude_frozen=exclude_frozen, check_crc=check_crc,
+        exclude_frozen=exclude_frozen, check_crc=check_crc, replicas=replicas,
     )  # fmt: skip
     if isinstance(path, Mapping):
         from . import memory
@@ -92,7 +94,7 @@ def open(
                 raise SourceError(f"{directory}: no directory, as also= (--also) names")
         for source in _sources():
             if source.matches(where):
-                return source.read(where, options)
+                return replace(source.read(where, options), take_first=replicas == "first")
         raise SourceError(f"{where}: {_what_it_is(where)}")
 
 

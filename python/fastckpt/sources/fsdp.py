@@ -61,7 +61,7 @@ def read(path: str, options: Options) -> Checkpoint:
             raise SourceError(f"{root}: only one of ranks 0 and {rank} holds {odd[0]}: of two runs")
     if not states[0]:
         raise SourceError(f"{root}: its ranks hold no tensor")
-    same = Agreement(root)
+    same = Agreement(root, options.replicas)
     kinds: dict[str, tuple[DType, tuple[int, ...]]] = {}
     rows: dict[str, NDArray[np.int64]] = {}
     for name in states[0]:

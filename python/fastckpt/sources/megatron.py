@@ -152,7 +152,7 @@ def _ranks(path: str, root: str, options: Options) -> Checkpoint:
     unread = {note for rank in ranks.values() for note in rank.rest}
     extents, opened = in_one_table([rank.file for rank in ranks.values()])
     of = dict(zip(ranks, opened, strict=True))
-    same = Agreement(root)
+    same = Agreement(root, options.replicas)
     if grid.pp > 1 and first.args.get("untie_embeddings_and_output_weights") is False:
         _drop_copies(placed, ranks, of, extents, same)
         unread.add(f"{_TIED}: the last stage's copy of the embedding")

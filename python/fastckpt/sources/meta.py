@@ -89,7 +89,7 @@ def _of_parts(path: str, names: Sequence[str], options: Options) -> Checkpoint:
         for name in first
         if name not in tied
     }
-    same = Agreement(path)
+    same = Agreement(path, options.replicas)
     for name, parts in held.items():
         for at, other in zip(names[1:], parts[1:], strict=True):
             if len(other.shape) == 1:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..errors import FastckptError, SourceError, expect
 
 WEIGHTS = ("master", "module")
+REPLICAS = ("equal", "first")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +20,9 @@ class Options:
     the rest of the files. `rename`: (regex, replacement) pairs applied to every name, in order; a name of
     which nothing remains is left out. `weights`: "master" or "module" (the 16-bit copy of ZeRO-1/2).
     `exclude_frozen`: leave out parameters that the optimizer does not own. `check_crc`: compare the CRC32
-    of every record that is used with the zip directory's. A format to which an option means nothing
-    refuses it. Raises FastckptError for a value that is none of these."""
+    of every record that is used with the zip directory's. A format to which one of these means nothing
+    refuses it. `replicas`: what is held more than once must be "equal", or the "first" copy is taken where
+    they drifted apart, with a note. Raises FastckptError for a value that is none of these."""
 
     tag: str | None = None
     also: tuple[str, ...] = ()
@@ -28,13 +30,18 @@ class Options:
     weights: str = "master"
     exclude_frozen: bool = False
     check_crc: bool = False
+    replicas: str = "equal"
 
     def __post_init__(self) -> None:
         expect("tag", self.tag, str, type(None))
         expect("exclude_frozen", self.exclude_frozen, bool)
         expect("check_crc", self.check_crc, bool)
-        if self.weights not in WEIGHTS:
-            raise FastckptError(f"weights: {self.weights!r} is none of {', '.join(WEIGHTS)}")
+        for option, asked, known in (
+            ("weights", self.weights, WEIGHTS),
+            ("replicas", self.replicas, REPLICAS),
+        ):
+            if asked not in known:
+                raise FastckptError(f"{option}: {asked!r} is none of {', '.join(known)}")
         for pair in self.rename:
             if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(x, str) for x in pair)):
                 raise FastckptError(f"rename: wanted pairs (regex, replacement), got {pair!r:.80}")

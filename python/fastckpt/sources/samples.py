@@ -79,8 +79,9 @@ class Agreement:
     """Pairs of what must hold the same elements. Some of them are compared at once; a run compares the rest
     (`replicas`)."""
 
-    def __init__(self, where: str) -> None:
-        self._where = where
+    def __init__(self, where: str, replicas: str = "equal") -> None:
+        """`replicas`: as in Options."""
+        self._where, self._taken = where, replicas
         self._pairs: list[Replica] = []
 
     @property
@@ -93,7 +94,9 @@ class Agreement:
         self._pairs.append(Replica(what, a.build, b.build, always))
 
     def check(self) -> None:
-        """Raises SourceError for the first pair that differs."""
+        """Raises SourceError for the first pair that differs, unless the first of each is taken anyway."""
+        if self._taken == "first":
+            return
         seen = samples(make for pair in self._pairs for make in (pair.kept, pair.other))
         for pair in self._pairs:
             if next(seen) != next(seen):

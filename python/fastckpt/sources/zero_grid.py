@@ -60,7 +60,7 @@ def joined(path: str, grid: Grid, ranks: Sequence[Rank], options: Options, tp: i
         for r, base in zip(ranks, bases, strict=False)
     ]
     stages = [held[p * tp : (p + 1) * tp] for p in range(pp)]
-    same = Agreement(where)
+    same = Agreement(where, options.replicas)
     notes: list[str] = []
     if state.pipeline:
         copies = []
