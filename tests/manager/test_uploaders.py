@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from fastckpt.errors import SourceError, WriteError
 from fastckpt.manager import uploaders
 from fastckpt.manager.manager import CheckpointManager
 from fastckpt.manager.uploaders import FsspecDirectory, LocalDirectory, Uploader
-from fastckpt.verification.outputs import verify
+from fastckpt.verification.outputs import VerifyReport, verify
 
 
 @pytest.fixture
@@ -100,6 +101,20 @@ def test_what_is_not_sound_stays(tmp_path: Path, step: Path) -> None:
     with pytest.raises(SourceError, match="not uploaded, it is not sound"):
         Uploader(LocalDirectory(tmp_path / "far")).upload(step)
     assert not (tmp_path / "far").exists()
+
+
+def test_a_commit_that_is_removed_meanwhile(
+    tmp_path: Path, step: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def removed(root: str) -> VerifyReport:
+        found = verify(root)
+        shutil.rmtree(Path(root, "rank-00000"))
+        return found
+
+    monkeypatch.setattr(uploaders, "verify", removed)
+    with pytest.raises(SourceError, match=r"rank-00000/.*: no such file"):
+        Uploader(LocalDirectory(tmp_path / "far")).upload(step)
+    assert not (tmp_path / "far/step-00000001/fastckpt.json").exists()
 
 
 def test_in_the_background(tmp_path: Path, step: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Protocol
 
 from ..digest import LEAF, Digesting
 from ..errors import ManagerError, SourceError, WriteError
+from ..extents import pieces_of
 from ..output.filesystem import make_directories, real, sync_directory
 from ..output.manifest import NAME, Manifest, rank_name
 from ..verification.outputs import verify
@@ -183,13 +184,14 @@ class Uploader:
         sent = nbytes = there = failures = 0
         for file in files:
             local = os.path.join(root, file)
-            wanted = Digesting.of(LocalDirectory(root).read(file)).digest()
+            digesting = Digesting.of(pieces_of(local, LEAF))
+            wanted = digesting.digest()
             if self._arrived(f"{name}/{file}", wanted):
                 there += 1
                 continue
             failures += self._send(local, f"{name}/{file}", wanted)
             sent += 1
-            nbytes += os.path.getsize(local)
+            nbytes += digesting.nbytes
         return Upload(name, sent, nbytes, there, failures, time.perf_counter() - began)
 
     def start(self, path: str | os.PathLike[str], name: str | None = None) -> Future[Upload]:
