@@ -139,6 +139,22 @@ def test_versions_are_no_commits(tmp_path: Path) -> None:
     assert publishing.versions(tmp_path / "served")[:3] == [f"step-0000000{step}" for step in range(3)]
 
 
+def test_a_version_that_lost_a_file_is_not_made_current(tmp_path: Path) -> None:
+    to = tmp_path / "served"
+    with CheckpointManager(tmp_path / "ck") as manager:
+        for step in range(2):
+            manager.save(step, torch.nn.Linear(2, 2))
+            manager.publish(step, layout="same", to=to)
+        (to / "step-00000000/model.safetensors").unlink()
+        for way in (
+            lambda: publishing.point(to, "step-00000000"),
+            lambda: manager.publish(0, layout="same", to=to),
+        ):
+            with pytest.raises(ManagerError, match=r"is no longer whole: model.safetensors: No such file"):
+                way()
+        assert publishing.current(to) == "step-00000001"
+
+
 def test_a_version_of_something_else(tmp_path: Path) -> None:
     to = tmp_path / "served"
     for seed in range(2):

@@ -97,12 +97,21 @@ def rehearsed(source: Checkpoint, version: str, to: str | os.PathLike[str], serv
 
 def _same(path: str, wanted: Plan, source: Checkpoint) -> None:
     """Refuse to take a version of something else for this one."""
-    found = Manifest.read(path)
+    found = _whole(path)
     if found.record.source.headers != source.headers or found.key != wanted.key:
         raise ManagerError(
             f"{path}: is there already, of another save or made otherwise ({found.world} ranks, layout "
             f"{found.record.layout}); publish under another name, or remove it"
         )
+
+
+def _whole(path: str) -> Manifest:
+    """The record of a version that has all its files, by their sizes. Raises ManagerError."""
+    found = Manifest.read(path)
+    if (missing := found.missing(path)) is not None or not found.complete:
+        why = missing or f"{len(found.shards)} of {found.world} ranks are in its record"
+        raise ManagerError(f"{path}: is no longer whole: {why}; remove it and publish it again")
+    return found
 
 
 def versions(to: str | os.PathLike[str]) -> list[str]:
@@ -132,12 +141,13 @@ def current(to: str | os.PathLike[str]) -> str | None:
 def point(to: str | os.PathLike[str], version: str) -> None:
     """Make a version current, in one step: forward, or back to an older one.
 
-    Raises ManagerError where it is not there, WriteError where the link cannot be moved."""
+    Raises ManagerError where it is not there whole, WriteError where the link cannot be moved."""
     root = real(to)
     if not is_file(os.path.join(root, _checked(version), NAME)):
         raise ManagerError(
             f"{root}: no whole version {version!r}; there are {', '.join(versions(root)) or 'none'}"
         )
+    _whole(os.path.join(root, version))
     staged = os.path.join(root, f".{CURRENT}-{secrets.token_hex(4)}")
     with as_write_errors(os.path.join(root, CURRENT)):
         os.symlink(version, staged)

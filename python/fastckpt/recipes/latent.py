@@ -85,10 +85,12 @@ def _indexes(config: Mapping[str, JSON], layer: int) -> bool:
 
 
 def rope(config: Mapping[str, JSON]) -> Rope | None:
-    """The rotary positions in the config, under transformers 5's keys or older ones; None for a kind that
-    DeepSeek's own model does not have. Raises RecipeError."""
-    said = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(said, dict):
+    """The rotary positions in the config, under transformers 5's key or older ones; None for a kind that
+    DeepSeek's own model does not have, where the config says nothing, and where both keys say other things:
+    transformers goes by the older one. Raises RecipeError."""
+    new, old = (config.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
+    said = old or new
+    if not isinstance(said, dict) or (new and said != new) or not (said or config.get("rope_theta")):
         return None
     kind = said.get("rope_type") or said.get("type") or "default"
     if kind not in ("default", "yarn"):
