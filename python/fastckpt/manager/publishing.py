@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from .. import sources
 from ..checkpoint import Checkpoint
-from ..errors import ManagerError
+from ..errors import ManagerError, SourceError
 from ..extents import is_directory, is_file
 from ..output.filesystem import as_write_errors, real, remove_tree, sync_directory
 from ..output.manifest import NAME, Manifest
@@ -25,6 +25,7 @@ from ..sources.training import ENGINE, engine_directory, parts_of
 from .opened import Opened, check_files
 
 CURRENT = "current"
+_TRASH = ".trash-"
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -114,7 +115,8 @@ def _whole(path: str) -> Manifest:
 
 
 def versions(to: str | os.PathLike[str]) -> list[str]:
-    """The whole versions below a directory, the oldest first."""
+    """The whole versions below a directory, the oldest first: outputs that were made of the step they are
+    named after. What else lies there is not ours to remove."""
     root = real(to)
     if not is_directory(root):
         return []
@@ -122,7 +124,9 @@ def versions(to: str | os.PathLike[str]) -> list[str]:
     for name in os.listdir(root):
         record = os.path.join(root, name, NAME)
         if name != CURRENT and _VERSION.fullmatch(name) and is_file(record):
-            found.append((os.stat(record).st_mtime_ns, name))
+            with suppress(SourceError):  # broken: nothing says whose it is
+                if name in Manifest.read(record).record.source.path.split(os.sep):
+                    found.append((os.stat(record).st_mtime_ns, name))
     return [name for _, name in sorted(found)]
 
 
@@ -162,10 +166,11 @@ def gc(to: str | os.PathLike[str], keep: int) -> list[str]:
     root, live = real(to), current(to)
     gone = [v for v in versions(root)[:-keep] if v != live]
     for name in gone:
-        away = os.path.join(root, f".trash-{name}-{secrets.token_hex(4)}")
         with as_write_errors(os.path.join(root, name)):
-            os.rename(os.path.join(root, name), away)
-        remove_tree(away)
+            os.rename(os.path.join(root, name), os.path.join(root, f"{_TRASH}{name}-{secrets.token_hex(4)}"))
+    for entry in os.listdir(root):
+        if entry.startswith(_TRASH):  # what a run left that was killed here too
+            remove_tree(os.path.join(root, entry))
     return gone
 
 
