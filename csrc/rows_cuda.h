@@ -42,7 +42,7 @@ template <class S, class D> struct Rows {
     static constexpr uint32_t s = BYTES ? 1 : S::size, d = BYTES ? 1 : D::size;
     static constexpr uint32_t N = unit_elements(s, d), FROM = N * s, INTO = N * d;  // elements and bytes of a unit
     static constexpr uint32_t WORDS_IN = FROM / 4, WORDS_OUT = INTO / 4;
-    static constexpr bool OFTEN = BYTES || d > 1;  // casts to fp8 are seldom, and much code each way
+    static constexpr bool OFTEN = BYTES || (d > 1 && s + d > 4);  // casts to fp8 and between 16 bits are seldom, and much code
     static constexpr bool SHARED = false;
 
     const Work& w;
