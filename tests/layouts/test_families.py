@@ -298,7 +298,7 @@ def test_refusals_name_what_has_no_place():
 @pytest.mark.parametrize("said", [False, None])
 @pytest.mark.parametrize("name", ["deepseek_v3", "mistral4", "minicpm3"])
 def test_latent_attention_whose_positions_turn_halves(name, said):
-    """Servers turn neighbours, whatever rope_interleave says; transformers' MiniCPM 3 never does, nor vLLM's."""
+    """Servers turn neighbours, whatever rope_interleave says; MiniCPM 3 never does, in vLLM too."""
     config, hub, _ = families.made(name)
     model = recipes.find(config)(memory(hub), config | {"rope_interleave": said})
     same(shard(layout("hf").targets(model, Placement())), hub)

@@ -36,7 +36,8 @@ def latent(claims: Claims, config: Mapping[str, JSON], layer: str) -> Callable[[
     nope, rope = integer(config, "qk_nope_head_dim"), integer(config, "qk_rope_head_dim")
     value, rank = integer(config, "v_head_dim"), dim(config, "kv_lora_rank")
     bias = flag(config, "attention_bias", False)
-    halves = not flag(config, "rope_interleave", "rope_interleave" not in config)  # null is no to transformers
+    # null is no to transformers
+    halves = not flag(config, "rope_interleave", "rope_interleave" not in config)
     q_rows = Dim(heads * (nope + rope), "num_attention_heads * (qk_nope_head_dim + qk_rope_head_dim)")
     a_rows = Dim(rank.size + rope, "kv_lora_rank + qk_rope_head_dim")
     b_rows = Dim(heads * (nope + value), "num_attention_heads * (qk_nope_head_dim + v_head_dim)")
