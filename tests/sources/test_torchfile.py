@@ -7,12 +7,14 @@ import enum
 import io
 import os
 import pickle
+import re
 import struct
 import tarfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -478,6 +480,66 @@ def test_tensors_outside_their_storage(tmp_path: Path, fault: str) -> None:
     _refused(make.repickled(path, tmp_path / "g.pt", _swap(old, new)), match)
 
 
+class Made:
+    """Pickled as a call of `function`."""
+
+    def __init__(self, function: object, *args: object) -> None:
+        self.call = function, args
+
+    def __reduce__(self) -> object:
+        return self.call
+
+
+def _storage() -> object:
+    return torch.arange(6.0).storage()
+
+
+U, V2, V3 = torch._utils, torch._utils._rebuild_tensor_v2, torch._utils._rebuild_tensor_v3
+FORMED = {
+    "tensor": (lambda: Made(U._rebuild_tensor, _storage(), 0, (6,)), "3 arguments; wanted 4"),
+    "tensor 2": (lambda: Made(V2, _storage(), 0, (6,), (1,)), "4 arguments; wanted 6 or 7"),
+    "tensor 3": (lambda: Made(V3, _storage(), 0), "2 arguments; wanted 7 or 8"),
+    "no dtype": (lambda: Made(V3, _storage(), 0, (6,), (1,), False, None, None), "its dtype is None"),
+    "a dtype": (lambda: Made(V3, _storage(), 0, (6,), (1,), False, None, 3), "its dtype is a int"),
+    "parameter": (lambda: Made(U._rebuild_parameter, 1, True), "2 arguments; wanted 3 or 4"),
+    "of what": (lambda: Made(U._rebuild_parameter, 1, True, None), "not made of a tensor and a bool"),
+    "grad": (lambda: Made(U._rebuild_parameter, torch.ones(1), 1, None), "not made of a tensor and a bool"),
+    "arguments": (
+        lambda: Made(torch._tensor._rebuild_from_type_v2, V2, torch.nn.Parameter, 3, {}),
+        "arguments of torch._utils._rebuild_tensor_v2 are a int",
+    ),
+    "device": (lambda: Made(torch.device, 3), "wanted a device type and an index"),
+}
+
+
+@pytest.mark.parametrize("case", FORMED)
+def test_calls_that_make_no_tensor(tmp_path: Path, case: str) -> None:
+    made, match = FORMED[case]
+    torch.save({"x": made()}, tmp_path / "f.pt")
+    _refused(tmp_path / "f.pt", match)
+
+
+def test_the_oldest_way_to_make_a_tensor(tmp_path: Path) -> None:
+    torch.save(
+        {
+            "x": Made(U._rebuild_tensor, _storage(), 1, (2, 2), (2, 1)),
+            "s": Made(torch.Size, [2, 3]),
+            "p": Made(
+                U._rebuild_parameter, Made(V2, _storage(), 0, (6,), (1,), False, OrderedDict()), True, None
+            ),
+        },
+        tmp_path / "f.pt",
+    )
+    ours = torchfile.load(tmp_path / "f.pt")
+    root: Any = ours.root
+    assert make.elements(ours, root["x"]).tolist() == [[1, 2], [3, 4]]
+    assert root["s"] == (2, 3) and root["p"].requires_grad
+
+
+def test_more_than_a_pickle(good: Path, tmp_path: Path) -> None:
+    _refused(make.repickled(good, tmp_path / "g.pt", lambda data: data + b"."), "its pickle ends at byte")
+
+
 def test_storages_that_contradict(tmp_path: Path) -> None:
     path = tmp_path / "f.pt"
     torch.save([torch.arange(100.0), torch.arange(50.0)], path)
@@ -508,6 +570,17 @@ def test_legacy_views(tmp_path: Path) -> None:
     assert torch.load(path, weights_only=False).tolist() == [4, 5, 6]
     path.write_bytes(data.replace(old, b"K\nX\x01\x00\x00\x00vK\x06K\x05\x87t"))
     _refused(path, "elements .6, 11. of storage")
+    path.write_bytes(data.replace(old, b"K\nX\x01\x00\x00\x00vK\x04\x86t"))
+    _refused(path, "the view of storage .* is not .key, offset, numel.")
+    whole = torch.arange(10.0)
+    first, last = (b"K\nX\x01\x00\x00\x00vK" + k + b"K\x05\x87t" for k in (b"\x04", b"\x05"))
+    data = _legacy(path, [whole[:3], whole[5:]])
+    path.write_bytes(data.replace(old, first, 1).replace(old, last, 1))
+    _refused(path, "storage v is a slice of .* here and something else before")
+    data = _legacy(path, [whole[:3], torch.arange(10.0)])
+    key = re.findall(rb"X\x0f?.\0\0\0\d+", data, re.DOTALL)[1]
+    path.write_bytes(data.replace(old, b"K\n" + key + b"K\x04K\x05\x87t", 1))
+    _refused(path, "is held and is a slice of")
 
 
 def test_legacy_long_pickle(tmp_path: Path) -> None:
