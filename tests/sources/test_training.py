@@ -162,6 +162,14 @@ def test_records_that_are_signed_and_wrong(
         fastckpt.open(step)
 
 
+def test_a_tied_name_with_a_tensor_of_its_own(tmp_path: Path) -> None:
+    step = committed(tmp_path, lambda r: {"net": model(1)})
+    change = {"aliases": {NAMED: "net.0.bias"}}
+    resigned(step, "rank-00000/state.json", lambda state: state.update(change))
+    with pytest.raises(SourceError, match=f"{NAMED} is a tensor of its own and is tied to net.0.bias"):
+        fastckpt.open(step)
+
+
 def test_ranks_states_that_are_not_theirs(tmp_path: Path) -> None:
     step = committed(tmp_path, lambda r: {"net": model(1)})
     name = "rank-00000/state.json"
