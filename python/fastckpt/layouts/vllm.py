@@ -237,8 +237,6 @@ class Vllm:
         self, layer: Layer, model: Model, placement: Placement, share: Share, engine: Served | None
     ) -> Iterator[Target]:
         yield from norm(layer.attention_norm)
-        if layer.vision is not None:
-            raise LayoutError(f"layout vllm has no place for {layer.vision.attention.o.name}")
         if layer.attention is not None:
             as_hub = engine is not None and engine.hub_rows
             yield from attention_part(layer.attention, model, placement, as_hub, rates=engine is not None)
