@@ -88,6 +88,21 @@ def test_boxes_that_overlap() -> None:
         shared(parts, range(2))
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        (("float32", (2,), "a", (4,), (0,)), ("float32", (2,), "b"), r"\(2,\) on rank 1, float32 \(2,\), a part"),
+        (("float32", (2,), "a"), ("float32", (2,), "b", (4,), (2,)), r"\(2,\) on rank 0, float32 \(2,\), a part"),
+        (("float32", (2,), "a", (4,), (0,)), ("int8", (2,), "b", (4,), (2,)), "x is int8 .* on rank 1, float32 "),
+        (("float32", (2,), "a", (4,), (0,)), ("float32", (2,), "b", (4,), (0,)), "ranks 0 and 1 hold different"),
+    ],
+    ids=["cut here", "cut there", "other type", "drifted"],
+)  # fmt: skip
+def test_parts_that_are_not_of_one_tensor(first: Any, second: Any, said: str) -> None:
+    with pytest.raises(ManagerError, match=said):
+        shared([{"x": Claim(*first)}, {"x": Claim(*second)}], range(2))
+
+
 def test_another_world(tmp_path: Path, as_ranks: AsRanks) -> None:
     as_ranks(2, tmp_path, lambda m: m.save(0, state(m.rank)))
     for world in (1, 3):
