@@ -114,7 +114,10 @@ def ranks_refused(root: str) -> None:
         for held, said in (
             (sums, "x: placement .* is no plain shard"),
             (drifted, "x is replicated, but ranks 0 and 1 hold different bytes"),
-            (rows if rank else plain, r"x is float32 \(4,\) on rank 0, float32 \(2,\), a part of \(4,\) on rank 1"),
+            (
+                rows if rank else plain,
+                r"x is float32 \(4,\) on rank 0, float32 \(2,\), a part of \(4,\) on rank 1",
+            ),
         ):
             with pytest.raises(ManagerError, match=said):
                 manager.save(0, {"x": held})

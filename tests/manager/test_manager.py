@@ -676,7 +676,10 @@ for verb in (
 def test_only_the_main_thread_hears_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[object] = []
     monkeypatch.setattr(coordination.Alone, "close", lambda group: closed.append(group))
-    with ThreadPoolExecutor(1) as pool, pytest.raises(ManagerError, match="save_on_signal: signal only works"):
+    with (
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(ManagerError, match="save_on_signal: signal only works"),
+    ):
         pool.submit(CheckpointManager, tmp_path, save_on_signal=True).result()
     assert len(closed) == 2
 
