@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 
 from ..checkpoint import Checkpoint
 from ..errors import RecipeError
-from ..model import Layer, Layers, Lazy, Model
+from ..model import Layers, Lazy, Model
 from ..views import View
 
 Role = TypeVar("Role")
@@ -55,10 +55,8 @@ def renamed(model: Model, spell: Callable[[str], str]) -> Model:
 def _renamed(role: Role, spell: Callable[[str], str]) -> Role:
     """A role, or what a field of one holds, with other names; layers and experts when they are asked for."""
     made: object = role
-    if isinstance(role, Layers):
-        made = Layers([partial(_layer, role, i, spell) for i in range(len(role))])
-    elif isinstance(role, Lazy):
-        made = Lazy([partial(_nth, role, i, spell) for i in range(len(role))])
+    if isinstance(role, Layers | Lazy):
+        made = role.map(partial(_renamed, spell=spell))
     elif isinstance(role, tuple):
         made = tuple([_renamed(each, spell) for each in role])
     elif is_dataclass(role) and not isinstance(role, type | View):
@@ -69,11 +67,3 @@ def _renamed(role: Role, spell: Callable[[str], str]) -> Role:
         }
         made = replace(role, **new)
     return cast(Role, made)
-
-
-def _layer(layers: Layers, index: int, spell: Callable[[str], str]) -> Layer:
-    return _renamed(layers[index], spell)
-
-
-def _nth(roles: Lazy[Role], index: int, spell: Callable[[str], str]) -> Role:
-    return _renamed(roles[index], spell)
