@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..checkpoint import JSON
-from ..errors import RecipeError
 from ..mixers import Attention
 from ..model import Layer, Layers, Mlp, Sizes, Tower
 from ..roles import Linear, Parameter
-from .claims import Claims, Dim, Heads, absent, dim
+from .claims import Claims, Dim, Heads, absent, dim, section
 from .fused import fused_attention
 
 Said = Mapping[str, JSON]
@@ -41,10 +40,12 @@ class StoredLayer:
 def vision(config: Said, defaults: Mapping[str, int] | None = None) -> Said:
     """config's `vision_config`, with `defaults` for the sizes it leaves out; keys are spelled as in the whole
     config. Raises RecipeError where there is none."""
-    said = config.get("vision_config")
-    if not isinstance(said, dict):
-        raise RecipeError(f"config: vision_config must be an object, got {said!r}")
-    return {f"vision_config.{k}": v for k, v in {**(defaults or {}), **said}.items()}
+    return part(config, "vision_config", defaults)
+
+
+def part(config: Said, key: str, defaults: Mapping[str, int] | None = None) -> Said:
+    """`vision` of another part of a config."""
+    return {f"{key}.{k}": v for k, v in {**(defaults or {}), **section(config, key)}.items()}
 
 
 def of(said: Said, key: str, default: int | None = None) -> Dim:

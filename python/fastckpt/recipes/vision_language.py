@@ -16,7 +16,7 @@ from ..errors import RecipeError
 from ..model import Model, Stacked, Tower
 from ..roles import Parameter
 from . import decoder, gemma4, gemma4_towers, imagining, lfm2, mixture, projectors, qwen_towers
-from .claims import Claims, Dim, dim, flag, integer
+from .claims import Claims, Dim, dim, flag, integer, section
 from .cohere import COHERE2
 from .deepseek import GLM4V_MOE_TEXT, KIMI_K2, MISTRAL4, V3
 from .gemma import GEMMA, GEMMA2
@@ -191,11 +191,9 @@ def _saved(ckpt: Checkpoint, wrapper: Wrapper) -> Checkpoint:
 
 def _text_config(config: Said, wrapper: Wrapper) -> dict[str, JSON]:
     """The decoder's config. Raises RecipeError where there is none."""
-    said = config.get("text_config")
-    if said is None and wrapper.flat:
+    if config.get("text_config") is None and wrapper.flat:
         return {**config, "model_type": wrapper.texts[0]}
-    if not isinstance(said, dict):
-        raise RecipeError(f"config: text_config must be an object, got {said!r}")
+    said = section(config, "text_config")
     usual = DEFAULTS.get(str(said.get("model_type")), {})
     quantised = {k: v for k, v in config.items() if k == "quantization_config"}
     return {**usual, **said, **quantised}
