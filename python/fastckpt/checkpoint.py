@@ -52,6 +52,11 @@ class Single:
         return self.make()
 
 
+def moved(entry: Entry, extents: Extents, first: int = 0) -> Entry:
+    """The entry over a table that holds its own extents from number `first` on."""
+    return Single(entry.shape, entry.dtype, lambda: entry.build().over(extents, first), entry.kind)
+
+
 class _Cast:
     """An entry whose view is cast to `dtype`."""
 

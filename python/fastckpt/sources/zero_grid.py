@@ -14,16 +14,13 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import accumulate
 
-import numpy as np
-
-from ..checkpoint import JSON, Checkpoint, Entry, Single
+from ..checkpoint import JSON, Checkpoint, Entry, moved
 from ..dtypes import DType
 from ..errors import SourceError
 from ..extents import Extents
-from ..views import ZERO, View, cat, zeros
+from ..views import View, cat, zeros
 from .assembly import assemble
 from .options import Options
 from .plain_values import mapping
@@ -53,10 +50,7 @@ def joined(path: str, grid: Grid, ranks: Sequence[Rank], options: Options, tp: i
     extents = Extents(opening.extents)
     bases = accumulate((len(r.checkpoint.extents) for r in ranks), initial=0)
     held: list[dict[str, Entry]] = [
-        {
-            n: Single(e.shape, e.dtype, partial(_moved, e, extents, base), e.kind)
-            for n, e in r.checkpoint.entries.items()
-        }
+        {n: moved(e, extents, base) for n, e in r.checkpoint.entries.items()}
         for r, base in zip(ranks, bases, strict=False)
     ]
     stages = [held[p * tp : (p + 1) * tp] for p in range(pp)]
@@ -171,14 +165,6 @@ def _check_gated(entries: Mapping[str, Entry], where: str) -> None:
             raise SourceError(
                 f"{where}: {name} is gate and up in one, and universal_checkpoint_info does not say so"
             )
-
-
-def _moved(entry: Entry, extents: Extents, base: int) -> View:
-    """The view of an entry of one rank's checkpoint, its extents counted from `base` of the table of all."""
-    view = entry.build()
-    held = view.held.copy()
-    held[:, 0] += np.where(held[:, 0] == ZERO, 0, base)
-    return replace(view, extents=extents, held=held)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
