@@ -126,9 +126,8 @@ class Megatron:
 
     def _experts_grid(self, placement: Placement) -> Share:
         """Which of the experts, and of their widths, this rank holds."""
-        count = self.expert_tp or placement.tp
-        flat = placement.dp_rank * placement.tp + placement.tp_rank
-        return Share(flat % count, count, flat // count % placement.ep, placement.ep)
+        count, rank = self.expert_tp or placement.tp, placement.stage_rank
+        return Share(rank % count, count, rank // count % placement.ep, placement.ep)
 
     def _stage(self, layers: int, placement: Placement) -> range:
         """The layers of this rank's stage. Raises LayoutError where the others cannot share the rest."""
