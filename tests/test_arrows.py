@@ -98,7 +98,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "outputs": (*CORE, "digest", "rereading", *FILES, "expectation", "sources"),
     # The way back, through sources, recipes and layouts.
     "inverse": CORE,
-    "uniting": (*PLAIN, "inverse", "layouts"),
+    "uniting": (*PLAIN, "digest", "inverse", "layouts"),
     "megatron": (*PLAIN, "uniting", "sources", "recipes", "layouts", "configs"),
     "joining": (
         *PLAIN,
@@ -126,6 +126,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "configs": (*CORE, "request"),
     "resolving": (
         *PLAIN,
+        "digest",
         "adapters",
         "adapter_shards",
         "quantised_sources",

@@ -6,19 +6,16 @@ but headers and the record.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
-import xxhash
-
 from . import layouts, recipes
 from .checkpoint import JSON, Cast, Checkpoint
 from .collector import paused
-from .digest import digest
+from .digest import digest, of_values
 from .dtypes import BY_NAME, DType
 from .errors import SourceError, expect
 from .extents import content
@@ -84,14 +81,13 @@ def join(
     digests = {f"{s.rank}/{name}": t.digest for s in manifest.shards for name, t in s.tensors.items()}
     targets = _targets(ckpt, phantom, manifest, recipe)
     found = united(ckpt, phantom, manifest.record.layout, targets, digests)
-    shaped = json.dumps([ckpt.structure, record, dict(ckpt.config or {})], sort_keys=True)
     was = _map(record.get("resized", {}), ckpt, "resized")
     return replace(
         found,
         config=_config(ckpt, manifest) if was else ckpt.config,
         recipe=_recipe(ckpt, manifest, recipe),
         unpadded=was,
-        structure=xxhash.xxh3_64_hexdigest(shaped.encode()),
+        structure=of_values([ckpt.structure, record, dict(ckpt.config or {})]),
     )
 
 

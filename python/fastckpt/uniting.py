@@ -11,16 +11,14 @@ from the first, and must be equal (`Replica`); what a layout padded is dropped.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
-import xxhash
-
 from . import layouts
 from .checkpoint import JSON, Checkpoint, Entry, Replica, Single
+from .digest import of_values
 from .dtypes import DType
 from .errors import SourceError
 from .extents import Buffer, Extent, Extents
@@ -68,7 +66,7 @@ def whole_of(
     return replace(
         found,
         facts={"layout": name, **shards.facts},
-        structure=xxhash.xxh3_64_hexdigest(json.dumps(shaped, sort_keys=True).encode()),
+        structure=of_values(shaped),
     )
 
 
