@@ -100,20 +100,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "inverse": CORE,
     "uniting": (*PLAIN, "digest", "inverse", "layouts"),
     "megatron": (*PLAIN, "uniting", "sources", "recipes", "layouts", "configs"),
-    "joining": (
-        *PLAIN,
-        "collector",
-        "digest",
-        "manifest",
-        "uniting",
-        "megatron",
-        "sources",
-        "recipes",
-        "layouts",
-        "configs",
-    ),
-    "opening": (*CORE, "sources", "joining"),
-    "expectation": (*PLAIN, "manifest", "sources", "layouts", "joining"),
+    "recorded": (*PLAIN, "collector", "digest", "manifest", "uniting", "recipes", "layouts"),
+    "opening": (*CORE, "collector", "sources", "configs", "recorded", "megatron"),
+    "expectation": (*PLAIN, "manifest", "sources", "layouts", "recorded"),
     "foreign": (*PLAIN, "sources", "recipes", "layouts", "uniting", "opening"),
     "adapter_settings": (*CORE, "sources"),
     "adapter_pairs": (*CORE, "adapter_settings"),
@@ -330,7 +319,7 @@ TORCH |= {
 TORCH_IN_FUNCTIONS = {"sources/memory", "running/runs", "road", "quant", "zero_to_fp32", "doors/demo"}
 """Where torch may be imported. The first are themselves imported inside functions only."""
 
-FLOORS = ("planning", "computed", "quantisation", "output", "running", "verification", "doors")
+FLOORS = ("planning", "computed", "quantisation", "output", "running", "joining", "verification", "doors")
 """Packages that only hold together rooms of one kind; each module there is a room with arrows of its own."""
 
 VAGUE = {"utils", "util", "common", "helpers", "base", "misc"}

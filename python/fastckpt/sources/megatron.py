@@ -2,7 +2,7 @@
 
 Names are those of megatron-core's GPTModel: of a model of one process, or "rank/name" where ranks hold parts
 of it. The pipeline is undone here: layers have the numbers they have in the whole model. Which elements of a
-tensor of the hub each part is, `fastckpt.megatron` says; where a run puts its saves, `steps`. Source:
+tensor of the hub each part is, `joining/megatron.py` says; where a run puts its saves, `steps`. Source:
 Megatron-LM, megatron/training/checkpointing.py (get_checkpoint_name, generate_state_dict); megatron-core
 0.16.1 and 0.19.2; verl 0.9.1, verl/utils/megatron_utils.py.
 """

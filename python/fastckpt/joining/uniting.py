@@ -16,19 +16,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
-from . import layouts
-from .checkpoint import JSON, Checkpoint, Entry, Replica, Single
-from .digest import of_values
-from .dtypes import DType
-from .errors import SourceError
-from .extents import Buffer, Extent, Extents
+from .. import layouts
+from ..checkpoint import JSON, Checkpoint, Entry, Replica, Single
+from ..digest import of_values
+from ..dtypes import DType
+from ..errors import SourceError
+from ..extents import Buffer, Extent, Extents
+from ..layouts import ByRoles
+from ..model import Model
+from ..placement import Placement
+from ..stored import strided
+from ..target import Target
+from ..views import View
 from .inverse import Axis, Piece, joined, kept, other, pieces_of
-from .layouts import ByRoles
-from .model import Model
-from .placement import Placement
-from .stored import strided
-from .target import Target
-from .views import View
 
 Kinds = Mapping[str, tuple[DType, tuple[int, ...]]]
 """name -> dtype and shape."""
