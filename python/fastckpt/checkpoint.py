@@ -47,6 +47,11 @@ class Single:
     make: Callable[[], View]
     kind: str = "parameter"
 
+    @staticmethod
+    def of(view: View) -> Single:
+        """The entry of a view at hand."""
+        return Single(view.shape, view.dtype, lambda: view)
+
     def build(self) -> View:
         """Its view."""
         return self.make()

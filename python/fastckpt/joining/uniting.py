@@ -107,7 +107,7 @@ def united(
     for name, entry in phantom.entries.items():
         if pieces[name]:
             view, again = joined(f"{ckpt.path}: {name}", entry.shape, pieces[name], ckpt.extents)
-            entries[name] = Single(view.shape, view.dtype, partial(_same, view))
+            entries[name] = Single.of(view)
             what = f"{name}, of which two shards hold the same elements"
             replicas += [Replica(what, partial(kept, view, box), partial(other, view, box)) for box in again]
         elif math.prod(entry.shape) == 0:
@@ -142,10 +142,6 @@ class _Alike:
                 f"{self._path}: {first} and {name} are the same elements of {tensor}, and the record has "
                 f"digests {self._digests[first]} and {said} of them: which one is meant is in doubt"
             )
-
-
-def _same(view: View) -> View:
-    return view
 
 
 def over_ranks(
