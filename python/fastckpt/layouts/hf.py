@@ -25,6 +25,7 @@ from .mixer_cuts import delta_rest, delta_stored, mamba, queries_part, selective
 from .naming import Naming, ranked
 from .padding import advice, padded, resized, round_up
 from .requirements import (
+    Subject,
     require_even,
     require_heads,
     require_least,
@@ -63,7 +64,7 @@ class Hf:
         vocabulary do not divide by tp, and for pp, dp or ep."""
         require_tensor_parallel("hf", placement)
         stacks = f"experts in stacks that loaders also take one by one, which {model.family} has not"
-        subject = lambda: any(map(_stacked_layer, model.layers)), stacks
+        subject = Subject(lambda: any(map(_stacked_layer, model.layers)), stacks)
         require_subjects("hf", self, {"split_experts": subject})
         if self.split_experts:
             model = replace(model, layers=model.layers.map(_unstacked))

@@ -25,6 +25,7 @@ from ..views import View
 from .cuts import in_part, joined, out_part, padded_part, regrouped
 from .naming import Naming, hub
 from .requirements import (
+    Subject,
     require_even,
     require_heads,
     require_heads_alike,
@@ -71,8 +72,8 @@ class Megatron:
         do not divide by tp, layers by pp, experts by ep, an expert's width by expert_tp, kv heads neither
         divide nor are shared evenly, and for a dp that the experts do not need; and for a role this layout
         has no name for."""
-        experts = lambda: model.sizes.experts > 0, f"experts, which {model.family} has not"
-        stages = lambda: placement.pp > 1, f"pp above 1, got {placement.pp}"
+        experts = Subject(lambda: model.sizes.experts > 0, f"experts, which {model.family} has not")
+        stages = Subject(lambda: placement.pp > 1, f"pp above 1, got {placement.pp}")
         subjects = {"experts": experts, "expert_tp": experts, "first_stage": stages, "last_stage": stages}
         require_subjects("megatron", self, subjects)
         self._require_even(model.sizes, placement)

@@ -33,6 +33,7 @@ from .hub_form import bias, in_form, norm, out_by_in, parameter
 from .naming import Naming
 from .padding import advice, padded, resized, round_up
 from .requirements import (
+    Subject,
     require_delta,
     require_even,
     require_heads,
@@ -117,9 +118,9 @@ class Vllm:
             "vllm",
             self,
             {
-                "experts": (lambda: placement.ep > 1, f"ep above 1, got {placement.ep}"),
-                "gate_up": (lambda: any(own), f"experts of gate and up, which {model.family} has not"),
-                "tower": (lambda: model.family in WHOLE, f"one of {', '.join(sorted(WHOLE))}"),
+                "experts": Subject(lambda: placement.ep > 1, f"ep above 1, got {placement.ep}"),
+                "gate_up": Subject(lambda: any(own), f"experts of gate and up, which {model.family} has not"),
+                "tower": Subject(lambda: model.family in WHOLE, f"one of {', '.join(sorted(WHOLE))}"),
             },
         )
 
