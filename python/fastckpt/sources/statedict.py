@@ -43,10 +43,10 @@ def read(path: str, options: Options) -> Checkpoint:
     """The checkpoint in a file or directory. Raises SourceError."""
     options.refuse_zero_only(path)
     shards = find_shards(path, SUFFIX, SINGLE, options)
-    files = [torchfile.load(p, check_crc=options.check_crc, wanted=_wanted) for p in shards.paths]
+    files = [torchfile.load(p, check_crc=options.check_crc, wanted=tensors_in) for p in shards.paths]
     dicts = [state_dict(f.root) for f in files]
     shards.check([list(d.tensors) for d in dicts])
-    shards.check_omitted(lambda p: list(state_dict(torchfile.load(p, wanted=_wanted).root).tensors))
+    shards.check_omitted(lambda p: list(state_dict(torchfile.load(p, wanted=tensors_in).root).tensors))
     extents, opened = in_one_table(files)
     entries: dict[str, Entry] = {}
     aliases: dict[str, str] = {}
@@ -104,7 +104,8 @@ def _wrapped(value: object) -> dict[tuple[object, ...], dict[object, object]]:
     return {(k,): table for k, table in held if isinstance(table, dict) and _has_tensors(table)}
 
 
-def _wanted(root: object) -> Iterable[Tensor]:
+def tensors_in(root: object) -> Iterable[Tensor]:
+    """The tensors of a file that holds a state dict. Raises as `state_dict`."""
     return state_dict(root).tensors.values()
 
 
