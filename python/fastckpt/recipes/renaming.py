@@ -37,11 +37,21 @@ def as_the_hub(ckpt: Checkpoint, spellings: Sequence[tuple[str, str]]) -> Checkp
 
     Raises RecipeError where two tensors would have one name."""
     patterns = [(re.compile(other), hub) for other, hub in spellings]
-    names: dict[str, str] = {}
-    for stored in (*ckpt.entries, *ckpt.aliases):
-        name = stored
+
+    def spell(name: str) -> str:
         for pattern, hub in patterns:
             name = pattern.sub(hub, name)
+        return name
+
+    return spelled(ckpt, spell)
+
+
+def spelled(ckpt: Checkpoint, spell: Callable[[str], str]) -> Checkpoint:
+    """The checkpoint by the hub's names, `spell` of its own. Raises RecipeError where two tensors would have
+    one name."""
+    names: dict[str, str] = {}
+    for stored in (*ckpt.entries, *ckpt.aliases):
+        name = spell(stored)
         if names.setdefault(name, stored) != stored:
             raise RecipeError(f"{ckpt.path}: {names[name]} and {stored} are both what the hub calls {name}")
     return ckpt if all(name == stored for name, stored in names.items()) else respelled(ckpt, names)

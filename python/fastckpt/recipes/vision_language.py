@@ -31,7 +31,7 @@ from .moe import Block
 from .olmo import EXAONE4
 from .qwen_moe import QWEN3_MOE
 from .qwen_next import QWEN3_5, QWEN3_5_MOE
-from .renaming import renamed, respelled
+from .renaming import renamed, respelled, spelled
 from .towers import Built, Said
 
 
@@ -143,7 +143,8 @@ def recipe(
     wrapper: Wrapper,
 ) -> Model:
     """The model of a vision-language checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
-    ckpt = _saved(ckpt, wrapper)
+    imagined = isinstance(ckpt.entries, Imagined)
+    ckpt = ckpt if imagined else spelled(ckpt, wrapper.saved)
     told = _text_config(config, wrapper)
     kind = told.get("model_type")
     if not isinstance(kind, str) or kind not in wrapper.texts:
@@ -151,7 +152,6 @@ def recipe(
             f"config: no recipe for a {wrapper.family} whose text_config has model_type {kind!r}, known: "
             f"{', '.join(wrapper.texts)}"
         )
-    imagined = isinstance(ckpt.entries, Imagined)
     within = {inner: name for name in (*ckpt.entries, *ckpt.aliases) if (inner := wrapper.inner(name))}
     text = imagining.checkpoint() if imagined else respelled(ckpt, within)
     told["tie_word_embeddings"] = _tied(config, told, wrapper, None if imagined else text)
@@ -175,18 +175,6 @@ def recipe(
         carried=(*model.carried, *loose),
         ignored=(*model.ignored, *claims.close(wrapper.ignored)),
     )
-
-
-def _saved(ckpt: Checkpoint, wrapper: Wrapper) -> Checkpoint:
-    """The checkpoint by the names that save_pretrained writes. Raises RecipeError where two become one."""
-    if isinstance(ckpt.entries, Imagined):
-        return ckpt
-    names: dict[str, str] = {}
-    for stored in (*ckpt.entries, *ckpt.aliases):
-        name = wrapper.saved(stored)
-        if names.setdefault(name, stored) != stored:
-            raise RecipeError(f"{ckpt.path}: {names[name]} and {stored} are both what is saved as {name}")
-    return respelled(ckpt, names)
 
 
 def _text_config(config: Said, wrapper: Wrapper) -> dict[str, JSON]:

@@ -98,15 +98,15 @@ def state_dict(root: object) -> StateDict:
     return StateDict(found.tensors, (*found.rest, *beside))
 
 
+def tensors_in(root: object) -> Iterable[Tensor]:
+    """The tensors of a file that holds a state dict. Raises as `state_dict`."""
+    return state_dict(root).tensors.values()
+
+
 def _wrapped(value: object) -> dict[tuple[object, ...], dict[object, object]]:
     """The dicts of tensors under WRAPPERS, by (key,)."""
     held = ((k, value.get(k)) for k in WRAPPERS) if isinstance(value, dict) else ()
     return {(k,): table for k, table in held if isinstance(table, dict) and _has_tensors(table)}
-
-
-def tensors_in(root: object) -> Iterable[Tensor]:
-    """The tensors of a file that holds a state dict. Raises as `state_dict`."""
-    return state_dict(root).tensors.values()
 
 
 def _flat(table: dict[object, object]) -> StateDict:
