@@ -95,13 +95,13 @@ def _of_parts(path: str, names: Sequence[str], options: Options) -> Checkpoint:
             if len(other.shape) == 1:
                 same.add(f"{name} in {names[0]} and {at}", parts[0], other)
     same.check()
-    ckpt = assemble(
+    return assemble(
         path, "meta", {name: _whole(path, name, parts, norm.shape[0]) for name, parts in held.items()},
         extents, options, aliases=tied, files=[file.file for file in files], search=[path],
         facts={"parts": len(files)}, unread=dicts[0].rest, inert=[n for file in files for n in file.inert],
         layout=[places(part.tensors.values()) for part in dicts], headers=[file.digest for file in files],
+        replicas=same.replicas,
     )  # fmt: skip
-    return replace(ckpt, replicas=same.replicas)
 
 
 def _kind(t: Tensor | None) -> str:

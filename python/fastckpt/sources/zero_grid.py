@@ -13,10 +13,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
-from ..checkpoint import JSON, Checkpoint, Entry, moved
+from ..checkpoint import JSON, Checkpoint, Entry, Replica, moved
 from ..dtypes import DType
 from ..errors import SourceError
 from ..extents import Extents
@@ -82,8 +82,7 @@ def joined(path: str, grid: Grid, ranks: Sequence[Rank], options: Options, tp: i
     same.check()
     _check_apart(entries, where)
     _check_gated(entries, where)
-    found = _assembled(path, grid, ranks, options, opening, extents, entries, (pp, tp), notes)
-    return replace(found, replicas=same.replicas)
+    return _assembled(path, grid, ranks, options, opening, extents, entries, (pp, tp), notes, same.replicas)
 
 
 def _check_one_save(ranks: Sequence[Rank], where: str) -> None:
@@ -210,6 +209,7 @@ def _assembled(
     entries: Mapping[str, Entry],
     degrees: tuple[int, int],
     notes: Sequence[str],
+    replicas: tuple[Replica, ...],
 ) -> Checkpoint:
     files, first = grid.ranks[0], ranks[0].checkpoint
     of_all = [r.checkpoint for r in ranks]
@@ -243,5 +243,5 @@ def _assembled(
             repr([(n, e.cut) for n, e in entries.items() if isinstance(e, _Joined)]).encode(),
             *(places(mapping(f.root, f.file.path).values()) for f in opening.opened),
         ],
-        headers=[*(c.headers for c in of_all), *(f.digest for f in opening.opened)],
+        headers=[*(c.headers for c in of_all), *(f.digest for f in opening.opened)], replicas=replicas,
     )  # fmt: skip
