@@ -101,6 +101,20 @@ def test_a_tied_name_is_filled_where_the_module_lacks_its_holder(tmp_path, meta,
     assert all(torch.equal(t, weight) for t in module.state_dict().values())
 
 
+@pytest.mark.parametrize(
+    ("device", "told"), [("cpu", "lie over the same memory"), ("meta", "two tensors of the")]
+)
+def test_a_module_that_ties_what_the_checkpoint_does_not(device, told):
+    with torch.device(device):
+        module = torch.nn.ModuleDict(
+            {"embed": torch.nn.Embedding(4, 3), "head": torch.nn.Linear(3, 4, bias=False)}
+        )
+        module["head"].weight = module["embed"].weight
+    state = {"embed.weight": torch.zeros(4, 3), "head.weight": torch.ones(4, 3)}
+    with pytest.raises(LayoutError, match=f"embed.weight and head.weight .*{told}"):
+        fastckpt.load_into(module, state)
+
+
 def test_a_buffer_no_checkpoint_holds_is_not_left_on_meta_unsaid(tmp_path):
     truth = write_zero(
         tmp_path, {"up.weight": torch.randn(3, 2), "up.bias": torch.randn(3)}, stage=3, world=2

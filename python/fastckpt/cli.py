@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from .doors import serving_options
 from .doors.arguments import UsageError, parser
-from .doors.terminal import progress
+from .doors.terminal import progress, show
 from .doors.text import columns, counted, harmless, size
 from .errors import FastckptError, WriteError
 from .output.signals import Endings
@@ -150,7 +150,7 @@ def _inspect(args: argparse.Namespace) -> int:
     found = inspect(ckpt, recipe=args.recipe)
     if args.plot is not None:
         _plot(args.plot, found.losses)
-    _show(args, found.text, found.json)
+    show(args, found.text, found.json)
     return 0
 
 
@@ -251,7 +251,7 @@ def _recipes(args: argparse.Namespace) -> int:
             ]
         }
 
-    _show(args, text, as_json)
+    show(args, text, as_json)
     return 0
 
 
@@ -266,7 +266,7 @@ def _verify(args: argparse.Namespace) -> int:
         judged = "ok" if report.ok else counted(len(report.problems), "problem")
         return "\n".join([*report.problems, *report.notes, f"{judged}: {seen} in {report.seconds:.2f} s"])
 
-    _show(args, text, lambda: _fields(report))
+    show(args, text, lambda: _fields(report))
     return 0 if report.ok else 1
 
 
@@ -278,7 +278,7 @@ def _diff(args: argparse.Namespace) -> int:
             args.a, args.b, tag=args.tag, rename=args.rename, weights=args.weights, config=args.config,
             progress=shown,
         )  # fmt: skip
-    _show(args, found.text, found.json)
+    show(args, found.text, found.json)
     return 0 if found.equal else 1
 
 
@@ -292,7 +292,7 @@ def _doctor(args: argparse.Namespace) -> int:
     from .doors.doctor import examine
 
     found = examine(args.path)
-    _show(args, found.text, found.json)
+    show(args, found.text, found.json)
     return 0
 
 
@@ -320,13 +320,6 @@ COMMANDS: dict[str, Command] = {
 # ---- what they print ----
 
 
-def _show(args: argparse.Namespace, text: Callable[[], str], as_json: Callable[[], dict[str, JSON]]) -> None:
-    if args.json:
-        print(json.dumps(as_json(), indent=2))
-    elif not args.quiet:
-        print(harmless(text()))
-
-
 def _show_plan(args: argparse.Namespace, planned: Plan, rank: int | None = None) -> None:
     """What a plan will do; nothing is written. Raises WriteError where it could not be."""
     from .doors.plan_description import describe_plan
@@ -335,7 +328,7 @@ def _show_plan(args: argparse.Namespace, planned: Plan, rank: int | None = None)
     if args.command != "plan":  # a dry run of what writes
         require_place(planned, args.out, rank, overwrite=args.overwrite)
     found = describe_plan(planned, threads=args.threads, memory=args.memory)
-    _show(args, found.text, found.json)
+    show(args, found.text, found.json)
 
 
 def _show_report(args: argparse.Namespace, report: object) -> None:
@@ -359,7 +352,7 @@ def _show_report(args: argparse.Namespace, report: object) -> None:
             ]
         )
 
-    _show(args, text, lambda: _fields(report))
+    show(args, text, lambda: _fields(report))
 
 
 def _fields(record: Report | VerifyReport) -> dict[str, JSON]:

@@ -77,7 +77,8 @@ class Mla:
 
     `q` [heads * (nope_dim + rope_dim), q_rank or hidden] reads what `q_a` [q_rank, hidden] and `q_norm` make
     of the hidden state, or the hidden state itself where both are None. `indexer`: what chooses the tokens
-    that are read, None where all are, or those that the layer before chose."""
+    that are read, None where all are, or those that the layer before chose. `halves`: rotary positions turn
+    row i and that rope_dim / 2 further, where DeepSeek's turn neighbours."""
 
     q: Linear
     kv_a: Linear
@@ -87,6 +88,7 @@ class Mla:
     q_a: Linear | None = None
     q_norm: Norm | None = None
     indexer: Indexer | None = None
+    halves: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,7 +122,8 @@ def test_ranks_and_alphas_of_their_own(tmp_path):
     modules = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(2) for p in "qo"]
     ranks = {modules[0]: 2, modules[2]: 2, modules[3]: 7}
     config = settings(
-        rank_pattern={"q_proj": 2, "layers.1.self_attn.o_proj": 7}, alpha_pattern={"^model.layers.0.*": 5}
+        rank_pattern={"layers.0.*": 4, "q_proj": 2, "layers.1.self_attn.o_proj": 7},
+        alpha_pattern={"^model.layers.0.*": 5, "0.self_attn.q_proj": 5},
     )
     pairs = thin(tensors, modules, ranks=ranks)
     got = fastckpt.reshard(base, layout="same", adapter=write(tmp_path / "adapter", config, pairs))[0]
@@ -152,6 +153,33 @@ def test_saved_modules_biases_and_embeddings(tmp_path):
         cut = {n: x.chunk(2, 1)[rank] if n.endswith("_A") else x.chunk(2)[rank] for n, x in written.items()}
         cut[f"{PREFIX}{table}.lora_embedding_B"] = written[f"{PREFIX}{table}.lora_embedding_B"]
         equal(got, cut)
+
+
+@pytest.mark.parametrize("said", [False, True])
+@pytest.mark.parametrize(("name", "turned"), [("gpt2", True), ("gpt_bigcode", False), ("llama", False)])
+def test_square_matrices_are_turned_as_the_base_lies(tmp_path, name, turned, said):
+    """PEFT 0.21 goes by the module: fan_in_fan_out is that of the one it wrapped last, or, where the base was
+    quantised, what was asked for."""
+    hidden, q, o = 16, "transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj"
+    rows = {"gpt2": 3 * hidden, "gpt_bigcode": hidden + 8, "llama": hidden}[name]
+    if name == "llama":
+        q, o = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj"
+    torch.manual_seed(1)
+    tensors = {f"{q}.weight": torch.randn(rows, hidden), f"{o}.weight": torch.randn(hidden, hidden)}
+    if turned:
+        tensors[f"{q}.weight"] = tensors[f"{q}.weight"].T.contiguous()
+    tensors["lm_head.weight"] = torch.randn(hidden, hidden)  # plain in every model
+    pairs = {
+        o: (torch.randn(4, hidden), torch.randn(hidden, 4)),
+        q: (torch.randn(4, hidden), torch.randn(rows, 4)),
+    }
+    pairs["lm_head"] = torch.randn(4, hidden), torch.randn(hidden, 4)
+    adapter = write(tmp_path / "adapter", settings(fan_in_fan_out=said), pairs)
+    want = {
+        f"{m}.weight": peft_writer.merged(tensors[f"{m}.weight"], *pair, 6, flipped=turned and m != "lm_head")
+        for m, pair in pairs.items()
+    }
+    equal(fastckpt.reshard(tensors, layout="same", adapter=adapter)[0], want)
 
 
 def test_transposed_and_fused_matrices(tmp_path):
@@ -385,7 +413,6 @@ def test_stacks_that_do_not_fit(tmp_path):
     refused("are no pair", {outer: (a, b[:, :-count])})
     refused("does not fit", {outer: (a, b[:-1])})
     refused("does not fit", {outer: pairs[inner], inner: (a, b)})
-    refused("does not fit", {}, fan_in_fan_out=True)
     refused("has B alone", {}, saved={f"{outer.replace('1', '0')}.lora_B.weight": b.clone()})
     refused("is float8_e4m3fn", {outer: (a.to(torch.float8_e4m3fn), b)})
     refused("are none of the base", {}, target_parameters=None)
@@ -418,9 +445,9 @@ REFUSED = [
     (dict(alpha_pattern={"a?" * 30: 4}), "is not read: characters"),
     (dict(r=4.5), "has rank 4, the config says 4.5"),
     (dict(use_rslora="false"), "use_rslora 'false': wanted true or false"),
-    (dict(fan_in_fan_out=0), "fan_in_fan_out 0: wanted true or false"),
     (dict(rank_pattern=[4]), "wanted patterns and numbers"),
-    (dict(fan_in_fan_out=True), "does not fit"),
+    (dict(alpha_pattern={"layers.0.*": 7, "up_proj": 1}), "gives model.layers.0.mlp.up_proj 7 and 1: PEFT"),
+    (dict(rank_pattern={"layers.0.*": 7, "up_proj": 1}), "has rank 4, the config says 7 or 1"),
 ]
 
 

@@ -295,6 +295,24 @@ def test_refusals_name_what_has_no_place():
             list(layout("rtp_llm").targets(model_of(name), Placement(tp=2)))
 
 
+@pytest.mark.parametrize("said", [False, None])
+@pytest.mark.parametrize("name", ["deepseek_v3", "mistral4", "minicpm3"])
+def test_latent_attention_whose_positions_turn_halves(name, said):
+    """Servers turn neighbours, whatever rope_interleave says; MiniCPM 3 never does, in vLLM too."""
+    config, hub, _ = families.made(name)
+    model = recipes.find(config)(memory(hub), config | {"rope_interleave": said})
+    same(shard(layout("hf").targets(model, Placement())), hub)
+    for served in ("vllm", "rtp_llm", "megatron"):
+        if (name, served) == ("minicpm3", "vllm"):
+            list(layout(served).targets(model, Placement()))
+            continue
+        with pytest.raises(LayoutError, match=f"{served} has no place for .*kv_a_proj_with_mqa.*rope_interl"):
+            list(layout(served).targets(model, Placement()))
+    if name != "minicpm3":
+        model = recipes.find(config)(memory(hub), config | {"rope_interleave": True})
+        assert list(layout("vllm").targets(model, Placement()))
+
+
 @pytest.mark.parametrize("name", ["olmoe", "minimax_m2"])
 def test_heads_that_are_normed_together_are_not_padded(name):
     with pytest.raises(LayoutError, match="q_norm"):

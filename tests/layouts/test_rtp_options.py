@@ -346,6 +346,9 @@ def test_rotary_tables_of_other_kinds_are_refused():
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
     changes = ({"rope_type": "linear"}, {"attention_factor": 1.5}, {"truncate": False})
     configs = [config | {"rope_parameters": yarn | change} for change in changes]
+    plain = {"rope_type": "default", "rope_theta": 500.0}
+    configs.append(config | {"rope_parameters": plain, "rope_scaling": yarn})  # transformers takes the second
+    configs.append({k: v for k, v in config.items() if not k.startswith("rope_")})
     for model in (*(recipes.find(c)(memory(hub), c) for c in configs), model_of("granite")[0]):
         with pytest.raises(LayoutError, match="rope_positions=50 wants latent attention with plain or YaRN"):
             shards(model, {"rope_positions": "50"})

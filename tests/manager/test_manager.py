@@ -386,12 +386,18 @@ def test_a_failed_save_leaves_what_stood(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_no_room_is_seen_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is an error, not a save that is skipped, where not even the probe has room."""
+
     class Small:
         f_blocks, f_bavail, f_frsize = 8, 1, 512
+
+    def full(*args: object, **more: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     written = []
     with CheckpointManager(tmp_path) as manager:
         monkeypatch.setattr(os, "statvfs", lambda path: Small)
+        monkeypatch.setattr(commits, "write_file", full)
         monkeypatch.setattr(saving._Save, "_write", lambda *a: written.append(a))
         with pytest.raises(WriteError, match="needs 4096 bytes, the file system has 512 free"):
             manager.save(0, {"x": torch.ones(1024)})

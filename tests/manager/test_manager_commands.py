@@ -136,6 +136,8 @@ def test_verify_in_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         for step in range(3):
             manager.save(step, {"x": torch.full((9,), step)})
     assert call("verify", url) == 0
+    brought = [p.name for p in (tmp_path / "cache").rglob("step-*")]
+    assert brought == ["step-00000002"]  # one at a time
     name = "/commands/ck/step-00000001/rank-00000/state.safetensors"
     data = bytes(store[name].getbuffer())
     fsspec.filesystem("memory").pipe_file(name, data[:-1] + b"!")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,8 @@ def test_versions_and_the_way_back(tmp_path: Path) -> None:
         assert manager.publish(2, layout="same", to=to) is None  # there already: only the link moves
         assert publishing.current(to) == "step-00000002"
         publishing.point(to, "step-00000000")
+        (to / ".trash-step-00000009-0123abcd/half").mkdir(parents=True)  # a run was killed while it removed
+        shutil.copytree(to / "step-00000000", to / "another")  # somebody's output
         assert publishing.gc(to, 2) == ["step-00000001"]  # not the current one
         assert publishing.versions(to) == ["step-00000000", "step-00000002", "step-00000003"]
         manager.publish(1, layout="same", to=to, keep=1)
@@ -119,7 +122,37 @@ def test_versions_and_the_way_back(tmp_path: Path) -> None:
             publishing.point(to, "step-00000009")
         with pytest.raises(ManagerError, match="no plain name"):
             publishing.point(to, "../ck")
-    assert sorted(os.listdir(to)) == ["current", "step-00000001"]
+    assert sorted(os.listdir(to)) == ["another", "current", "step-00000001"]
+
+
+def test_versions_are_no_commits(tmp_path: Path) -> None:
+    """A manager that is pointed at the versions neither restores nor removes them, though they are named as
+    steps are."""
+    with CheckpointManager(tmp_path / "ck") as manager:
+        for step in range(3):
+            manager.save(step, torch.nn.Linear(2, 2))
+            manager.publish(step, layout="same", to=tmp_path / "served")
+    with CheckpointManager(tmp_path / "served", max_to_keep=1) as manager:
+        assert manager.steps() == [] and manager.latest() is None
+        manager.save(7, {})
+        assert manager.steps() == [7]
+    assert publishing.versions(tmp_path / "served")[:3] == [f"step-0000000{step}" for step in range(3)]
+
+
+def test_a_version_that_lost_a_file_is_not_made_current(tmp_path: Path) -> None:
+    to = tmp_path / "served"
+    with CheckpointManager(tmp_path / "ck") as manager:
+        for step in range(2):
+            manager.save(step, torch.nn.Linear(2, 2))
+            manager.publish(step, layout="same", to=to)
+        (to / "step-00000000/model.safetensors").unlink()
+        for way in (
+            lambda: publishing.point(to, "step-00000000"),
+            lambda: manager.publish(0, layout="same", to=to),
+        ):
+            with pytest.raises(ManagerError, match=r"is no longer whole: model.safetensors: No such file"):
+                way()
+        assert publishing.current(to) == "step-00000001"
 
 
 def test_a_version_of_something_else(tmp_path: Path) -> None:

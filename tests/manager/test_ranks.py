@@ -81,6 +81,13 @@ def test_owners_share_the_work() -> None:
     assert max(load) - min(load) <= 400 and sum(load) == sum(c.nbytes for c in same.values())
 
 
+def test_boxes_that_overlap() -> None:
+    """As many elements as the whole, of parts that were cut unevenly and say that they were cut evenly."""
+    parts = [{"x": Claim("float32", (n,), f"{at}", (4,), (at,))} for at, n in ((0, 3), (2, 1))]
+    with pytest.raises(ManagerError, match=r"x is cut over the ranks, but boxes at \[0\] and \[2\] overlap"):
+        shared(parts, range(2))
+
+
 def test_another_world(tmp_path: Path, as_ranks: AsRanks) -> None:
     as_ranks(2, tmp_path, lambda m: m.save(0, state(m.rank)))
     for world in (1, 3):
@@ -188,16 +195,63 @@ def nodes(tmp_path: Path) -> dict[str, Any]:
     return {"root": [str(tmp_path / n) for n in "aabb"], "nodes": ["a", "a", "b", "b"]}
 
 
-def test_disks_of_nodes(tmp_path: Path, as_ranks: AsRanks, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four ranks on two nodes: each node has a whole commit of its own; both or none count."""
-    meet = tmp_path / "meet"
+def meet_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the ranks meet in a directory that is no rank's root."""
+    meet = str(tmp_path / "meet")
 
     def joined(root: str, rank: int, world: int, timeout: float) -> tuple[Group, Group]:
         if world == 1:
             return Alone(), Alone()
-        return Meeting(str(meet), rank, world, 20, "main"), Meeting(str(meet), rank, world, 20, "save")
+        return Meeting(meet, rank, world, 20, "main"), Meeting(meet, rank, world, 20, "save")
 
     monkeypatch.setattr("fastckpt.manager.manager.join", joined)
+
+
+def test_a_root_that_is_not_shared(
+    tmp_path: Path, as_ranks: AsRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One path on two nodes' own disks: said before anything is written, and nothing is left there."""
+    meet_elsewhere(tmp_path, monkeypatch)
+
+    def work(manager: CheckpointManager) -> None:
+        with pytest.raises(WriteError, match=r"rank 1: .*rank 0 made it and this rank does not see it"):
+            manager.save(1, state(manager.rank))
+
+    as_ranks(2, [tmp_path / "a", tmp_path / "b"], work)
+    assert not [*(tmp_path / "a").glob(".saving-*"), *(tmp_path / "b").iterdir()]
+
+
+def test_what_one_rank_sees_later(tmp_path: Path, as_ranks: AsRanks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS shows a rename to other nodes some seconds after it; a disk fails for one rank alone."""
+
+    def work(manager: CheckpointManager) -> None:
+        store, commit, steps = manager._store, manager._store.commit, manager._store.steps
+        late = manager.rank == 1
+
+        def fails(*step: int) -> None:
+            raise WriteError("stale file handle")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "commit", lambda step: None if late else commit(step))
+            assert manager.save(1, state(manager.rank, 1))
+            assert manager.save(2, state(manager.rank, 1))
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "commit", fails if late else commit)
+            with pytest.raises(WriteError, match="rank 1: stale file handle"):
+                manager.save(2, state(manager.rank, 1), overwrite=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "steps", fails if late else steps)
+            with pytest.raises(WriteError, match="rank 1: stale file handle"):
+                manager.rewind(1)
+        assert manager.rewind(1) == [2]
+        check(manager.restore(), manager.rank, 1)  # type: ignore[arg-type]
+
+    as_ranks(2, tmp_path, work)
+
+
+def test_disks_of_nodes(tmp_path: Path, as_ranks: AsRanks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four ranks on two nodes: each node has a whole commit of its own; both or none count."""
+    meet_elsewhere(tmp_path, monkeypatch)
 
     def save(manager: CheckpointManager) -> None:
         for step in range(3):
@@ -273,7 +327,13 @@ def test_exchanges_stay_in_step(tmp_path: Path, as_ranks: AsRanks) -> None:
     assert len([e for e in os.listdir(tmp_path / ".fastckpt-meeting") if "main" in e]) <= 9
 
 
-@pytest.mark.parametrize("error", [KeyError("lr"), AttributeError("lr"), ZeroDivisionError("lr")])
+class OfTheJob(Exception):
+    """What an optimizer of somebody's may raise."""
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("lr"), AttributeError("lr"), ZeroDivisionError("lr"), OfTheJob("lr")]
+)
 def test_what_a_state_dict_fails_with_is_heard_by_all(
     tmp_path: Path, as_ranks: AsRanks, error: Exception
 ) -> None:

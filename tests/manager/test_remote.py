@@ -139,6 +139,50 @@ def test_damage_there_is_passed_over(tmp_path: Path, store: Any) -> None:
         assert manager.rewind(1) == [2] and manager.latest() == 1
 
 
+def test_a_commit_that_goes_while_it_is_read(
+    tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job removes it there; the one before it is read, and nothing of it stays here."""
+    read = FsspecDirectory.read
+    with (
+        CheckpointManager(URL, scratch=tmp_path / "job") as job,
+        CheckpointManager(URL, scratch=tmp_path / "reader") as reader,
+    ):
+        for step in range(3):
+            job.save(step, state(step))
+
+        def late(self: FsspecDirectory, name: str) -> Iterator[bytes]:
+            if name.startswith("step-00000002/rank") and 2 in job.steps():
+                job.rewind(1)
+            return read(self, name)
+
+        monkeypatch.setattr(FsspecDirectory, "read", late)
+        assert reader.restore()["n"] == 1  # type: ignore[index]
+        assert not list((tmp_path / "reader").glob(".saving-*"))
+
+
+def test_what_cannot_be_reached_is_not_broken(
+    tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An outage while the newest record is read does not bring an older state back."""
+    read = FsspecDirectory.read
+
+    def out(self: FsspecDirectory, name: str) -> Iterator[bytes]:
+        if name == "step-00000001/fastckpt.json":
+            raise OSError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+        return read(self, name)
+
+    with CheckpointManager(URL, scratch=tmp_path / "a") as manager:
+        for step in range(2):
+            manager.save(step, state(step))
+        with monkeypatch.context() as patch:
+            patch.setattr(FsspecDirectory, "read", out)
+            with pytest.raises(WriteError, match=r"step-00000001/fastckpt\.json: Connection reset"):
+                manager.restore()
+            assert not manager.accessible(1)
+        assert manager.restore()["n"] == 1  # type: ignore[index]
+
+
 def test_an_object_that_is_called_as_a_step(tmp_path: Path, store: Any) -> None:
     """An object store has objects beside what lies below their names."""
     fsspec.filesystem("memory").pipe("/run/ck/step-00000077", b"somebody's")

@@ -12,9 +12,12 @@ from fastckpt.manager.reporting import CheckpointWarning, Timing
 
 
 def test_a_handler_that_fails_costs_nothing(tmp_path: Path) -> None:
+    class DatabaseError(Exception):
+        """Of a client that knows nothing of ours."""
+
     class Broken(JsonMetadata):
         def write(self, epoch: int) -> None:
-            raise RuntimeError("database is down")
+            raise DatabaseError("database is down")
 
     with CheckpointManager(tmp_path, metadata=Broken(tmp_path / "m.json"), max_to_keep=1) as manager:
         for step in range(2):

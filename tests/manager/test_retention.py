@@ -61,10 +61,12 @@ def test_of_a_commit_that_was_moved_away_the_link_goes(tmp_path: Path) -> None:
 def test_torn_leftovers_go_with_the_first_save(tmp_path: Path) -> None:
     for name in (".saving-step-00000001-aa", ".trash-step-00000000-bb"):
         (tmp_path / name / "rank-00000").mkdir(parents=True)
+    for name in (".fastckpt-probe-0123abcd", ".latest-0123abcd"):
+        (tmp_path / name).touch()
     (tmp_path / "step-00000009").mkdir()  # no record: not a commit
     with CheckpointManager(tmp_path) as manager:
         assert manager.steps() == []
-        assert len([e for e in os.listdir(tmp_path) if e[0] == "."]) == 2  # reading changes nothing
+        assert len([e for e in os.listdir(tmp_path) if e[0] == "."]) == 4  # reading changes nothing
         manager.save(0, {})
     assert sorted(os.listdir(tmp_path)) == [".fastckpt-lock", "latest", "step-00000000", "step-00000009"]
 

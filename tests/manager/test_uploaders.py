@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 from fastckpt.digest import LEAF
 from fastckpt.errors import SourceError, WriteError
+from fastckpt.manager import uploaders
 from fastckpt.manager.manager import CheckpointManager
 from fastckpt.manager.uploaders import FsspecDirectory, LocalDirectory, Uploader
-from fastckpt.verification.outputs import verify
+from fastckpt.verification.outputs import VerifyReport, verify
 
 
 @pytest.fixture
@@ -58,6 +60,14 @@ def test_a_local_directory(tmp_path: Path, step: Path) -> None:
         assert manager.restore(1)["n"] == 1  # type: ignore[index]
 
 
+def test_new_directories_are_synced_too(tmp_path: Path, step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[str] = set()
+    monkeypatch.setattr(uploaders, "sync_directory", synced.add)
+    Uploader(LocalDirectory(tmp_path / "far")).upload(step)
+    far = tmp_path / "far"
+    assert synced == {str(p) for p in (tmp_path, far, far / step.name, far / step.name / "rank-00000")}
+
+
 def test_the_record_goes_last(tmp_path: Path, step: Path) -> None:
     far = Unsteady(tmp_path / "far", [])
     Uploader(far).upload(step, "other")
@@ -91,6 +101,20 @@ def test_what_is_not_sound_stays(tmp_path: Path, step: Path) -> None:
     with pytest.raises(SourceError, match="not uploaded, it is not sound"):
         Uploader(LocalDirectory(tmp_path / "far")).upload(step)
     assert not (tmp_path / "far").exists()
+
+
+def test_a_commit_that_is_removed_meanwhile(
+    tmp_path: Path, step: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def removed(root: str) -> VerifyReport:
+        found = verify(root)
+        shutil.rmtree(Path(root, "rank-00000"))
+        return found
+
+    monkeypatch.setattr(uploaders, "verify", removed)
+    with pytest.raises(SourceError, match=r"rank-00000/.*: no such file"):
+        Uploader(LocalDirectory(tmp_path / "far")).upload(step)
+    assert not (tmp_path / "far/step-00000001/fastckpt.json").exists()
 
 
 def test_in_the_background(tmp_path: Path, step: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -41,6 +43,33 @@ def test_a_finished_rank_is_skipped(tmp_path: Path) -> None:
     after = contents(tmp_path)
     assert all(after[n] == d for n, d in before.items() if n != "out/fastckpt-rank-0.json")
     assert not any(n.startswith(".") for n in listing(tmp_path / "out"))
+
+
+ORPHAN = """
+import os, signal, sys, time
+from fastckpt.output.writer import Output
+
+with Output(sys.argv[1], key="key1", rank=0, world=2):
+    if os.fork() == 0:  # a data worker, which outlives its trainer
+        print(os.getpid(), flush=True)
+        time.sleep(60)
+    time.sleep(60)
+"""
+
+
+def test_a_fork_does_not_keep_the_rank(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ORPHAN, tmp_path / "out"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        child = int(run.stdout.readline())
+        try:
+            with pytest.raises(WriteError, match="another run is making rank 0"):
+                write_part(tmp_path / "out", 0, 1)
+            run.kill()
+            run.wait()
+            write_part(tmp_path / "out", 0, 1)
+        finally:
+            os.kill(child, signal.SIGKILL)
 
 
 def test_a_rank_of_a_set_that_one_process_made_is_done(tmp_path: Path) -> None:

@@ -81,7 +81,6 @@ STALE = [
     ("gptj", "transformer.h.0.attn.masked_bias"),
     ("gpt_bigcode", "transformer.h.1.attn.bias"),
     ("cohere", "model.layers.0.self_attn.rotary_emb.inv_freq"),
-    ("bert", "cls.predictions.decoder.bias"),
 ]
 
 
@@ -216,6 +215,22 @@ def test_tied_pairs_of_a_trainer():
     table = "bert.embeddings.word_embeddings.weight"
     pairs = {"cls.predictions.decoder.weight": table, "cls.predictions.decoder.bias": "cls.predictions.bias"}
     same(hf(hub, config, pairs)[1], hub)
+    hub["cls.predictions.decoder.bias"] = hub["cls.predictions.bias"] + 1
+    with pytest.raises(
+        RecipeError, match=r"cls.predictions.bias and cls.predictions.decoder.bias are two tens"
+    ):
+        hf(hub, config, {"cls.predictions.decoder.weight": table})
+
+
+@pytest.mark.parametrize(("name", "head"), [("bert", "cls.predictions"), ("roberta", "lm_head")])
+def test_a_head_that_is_not_tied_keeps_both_biases(name, head):
+    """transformers 5 adds that of the matrix, and saves both."""
+    config, hub, _ = families.made(name)
+    hub |= {f"{head}.decoder.weight": torch.randn(hub[f"{head}.bias"].shape[0], config["hidden_size"])}
+    hub |= {f"{head}.decoder.bias": hub[f"{head}.bias"] + 1}
+    model, got = hf(hub, config | {"tie_word_embeddings": False})
+    assert model.lm_head.bias_name == f"{head}.decoder.bias"
+    same(got, hub)
 
 
 def test_forms_that_are_not_read():

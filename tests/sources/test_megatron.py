@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import fastckpt
@@ -19,6 +20,7 @@ import pytest
 import torch
 from fastckpt import cli, opening
 from fastckpt.errors import FastckptError, LayoutError, RecipeError, SourceError
+from fastckpt.joining import megatron
 from fastckpt.layouts import layout
 from layouts import families, gated, tiny
 from megatron_writer import dist, keys_of, written
@@ -273,6 +275,52 @@ def test_names_of_transformer_engine(tmp_path, name, tp, options, args):
     ckpt = fastckpt.open(run, config=config)
     same(ckpt, hub)
     assert "_extra_state: Transformer Engine's own" in ckpt.unread
+
+
+def turns_neighbours(family):
+    """Whether transformers' model turns elements 0 and 1, not 0 and the one half a head further."""
+    package = family.removesuffix("_text")
+    modeling = import_module(f"transformers.models.{package}.modeling_{package}")
+    if family == "llama4_text":
+        q, turn = torch.eye(8)[:1].reshape(1, 1, 1, 8), torch.full((1, 1, 4), 1j)
+        return bool(modeling.apply_rotary_emb(q, q, turn)[0][0, 0, 0, 1])
+    return bool(modeling.rotate_half(torch.eye(8)[0])[1])
+
+
+ROTARY = [
+    ("llama", {}),
+    ("helium", dict(num_query_groups=4)),
+    ("ernie4_5", dict(num_query_groups=4, untie_embeddings_and_output_weights=False)),
+]
+
+
+@pytest.mark.parametrize(("name", "args"), ROTARY)
+def test_rotary_positions_are_the_hub_s(tmp_path, name, args):
+    """Megatron's default turns halves: q and k trained so are none of a model that turns neighbours."""
+    made = (tiny if name in tiny.MODELS else families).made(name)
+    for said in (False, True):
+        (at := tmp_path / str(said)).mkdir()
+        run, config, hub = written(at, made, 2, OF_TE, rotary_interleaved=said, **args)
+        if said is turns_neighbours(name):
+            same(fastckpt.open(run, config=config), hub)
+        else:
+            with pytest.raises(SourceError, match=f"its args say rotary_interleaved {said}, the config has"):
+                fastckpt.open(run, config=config)
+
+
+def test_families_that_turn_neighbours():
+    known = (
+        "ernie4_5",
+        "ernie4_5_moe",
+        "glm",
+        "glm4",
+        "granite",
+        "helium",
+        "llama4_text",
+        "olmo2",
+        "qwen3_moe",
+    )
+    assert {n for n in known if turns_neighbours(n)} == {*megatron.INTERLEAVED} - {"chatglm"}  # not its own
 
 
 @pytest.mark.parametrize("spoiled", [None, slice(0, 1), slice(100, None)])

@@ -97,6 +97,15 @@ def test_shards_without_an_index(tmp_path):
     holds(sources.open(tmp_path), TENSORS)
 
 
+def test_a_whole_file_beside_an_index_s_is_in_doubt(tmp_path):
+    """save_pretrained in one file, then in several: transformers 5.23 loads the first save."""
+    sharded(tmp_path)
+    save_file({n: torch.zeros_like(x) for n, x in TENSORS.items()}, tmp_path / "model.safetensors")
+    refuses(tmp_path, "model.safetensors lies beside the files of model.safetensors.index.json")
+    holds(sources.open(tmp_path / "model.safetensors.index.json"), TENSORS)
+    sources.open(tmp_path / "model.safetensors")
+
+
 def test_shards_on_two_disks(tmp_path):
     sharded(tmp_path / "a")
     (tmp_path / "b").mkdir()

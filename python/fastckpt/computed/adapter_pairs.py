@@ -24,6 +24,10 @@ WRAPPED = ".base_layer"
 DECLARED = ("gate_up_proj", "up_proj", "down_proj", "weight")
 """Parameters that PEFT wraps, in the order in which transformers' modules declare them."""
 
+CONV1D = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
+"""What transformers calls its modules whose weights are [inputs, outputs]. Other models have plain ones of
+these names, but c_attn, which holds q, k and v, has more outputs than inputs in all."""
+
 SavedAs = Callable[[str], tuple[str, ...]]
 """What the hub calls a tensor of experts or of their router, by its name in training: one name, or with {}
 for an expert's number those of the matrices whose rows it has in turn; () for other tensors."""
@@ -118,6 +122,8 @@ class _Placing:
         self.settings, self.base, self.saved_as, self.where = settings, base, saved_as, where
         self.pairs: dict[str, Pair] = {}
         self.stacks: dict[str, tuple[Pair, ...]] = {}
+        wide = (e.shape for n, e in base.entries.items() if n.endswith(".c_attn.weight"))
+        self.conv1d = any(len(shape) == 2 and shape[0] < shape[1] for shape in wide)
 
     def parameters(self, module: str) -> dict[str, _Held]:
         """The parameters of a module that PEFT wraps each on its own, innermost first."""
@@ -129,7 +135,17 @@ class _Placing:
         """The pair of a module's weight."""
         found = _held(self.base.entries, f"{module}.weight", self.saved_as)
         scale = self.settings.scale(module, pair.a.shape[0])
-        self._add(found.names[0][0] if found else module, replace(pair, scale=scale))
+        flipped = pair.flipped or (found is not None and self._flipped(module, pair, found.shape))
+        self._add(found.names[0][0] if found else module, replace(pair, scale=scale, flipped=flipped))
+
+    def _flipped(self, module: str, pair: Pair, shape: tuple[int, ...]) -> bool:
+        """Whether a weight is [inputs, outputs]. PEFT turns what it adds to a Conv1D, and to no other module.
+        The config's fan_in_fan_out is what it found the last one to be, or, of quantised modules, whatever
+        was asked for."""
+        outputs, inputs = pair.b.shape[0], pair.a.shape[1]
+        if outputs != inputs:
+            return shape == (inputs, outputs)
+        return self.conv1d and module.rpartition(".")[2] in CONV1D
 
     def place_parameters(self, held: Mapping[str, _Held], pairs: Sequence[Pair]) -> None:
         """The pairs of a module's parameters, in their order."""

@@ -17,16 +17,16 @@ from ..sources import peft
 from ..sources.patterns import compiled
 
 READ = frozenset(
-    ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
-     "init_lora_weights", "bias", "modules_to_save", "target_parameters")
+    ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights",
+     "bias", "modules_to_save", "target_parameters")
 )  # fmt: skip
 """Fields of the config that are read, or that the tensors themselves tell."""
 
 HARMLESS = frozenset(
     ("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
      "target_modules", "exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern",
-     "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
-     "runtime_config", "ensure_weight_tying")
+     "fan_in_fan_out", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+     "qalora_group_size", "runtime_config", "ensure_weight_tying")
 )  # fmt: skip
 """Fields that say how an adapter was trained or is run, and change nothing of what it is."""
 
@@ -41,8 +41,8 @@ Patterns = tuple[tuple[re.Pattern[str], float], ...]
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What an adapter's config says. `path`: its file; `ranks`, `alphas`: of modules with values of their
-    own; `flipped`: weights are stored [inputs, outputs]; `start`: init_lora_weights; `biases`: the base's
-    biases were trained too; `parameters`: ends of names of parameters that were adapted, beside modules."""
+    own; `start`: init_lora_weights; `biases`: the base's biases were trained too; `parameters`: ends of names
+    of parameters that were adapted, beside modules."""
 
     path: str
     rank: float
@@ -50,7 +50,6 @@ class Settings:
     rslora: bool
     ranks: Patterns
     alphas: Patterns
-    flipped: bool
     start: JSON
     biases: bool
     parameters: tuple[str, ...]
@@ -73,7 +72,6 @@ class Settings:
             rslora=_flag(path, "use_rslora", config.get("use_rslora")),
             ranks=_numbers(path, "rank_pattern", config.get("rank_pattern")),
             alphas=_numbers(path, "alpha_pattern", config.get("alpha_pattern")),
-            flipped=_flag(path, "fan_in_fan_out", config.get("fan_in_fan_out")),
             start=config.get("init_lora_weights"),
             biases=config.get("bias") not in (None, "none"),
             parameters=_names(path, "target_parameters", config.get("target_parameters")),
@@ -81,20 +79,26 @@ class Settings:
 
     def scale(self, module: str, rank: int) -> float:
         """What a product is multiplied by, of a module or a parameter. Raises SourceError where its rank is
-        not the config's."""
-        wanted = _own(self.ranks, module, self.rank)
-        if rank != wanted:
-            raise SourceError(f"{self.path}: {module} has rank {rank}, the config says {wanted:g}")
-        return _own(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+        not the config's, and where it has several scales."""
+        ranks, alphas = _own(self.ranks, module, self.rank), _own(self.alphas, module, self.alpha)
+        if rank not in ranks:
+            said = " or ".join(f"{r:g}" for r in ranks)
+            raise SourceError(f"{self.path}: {module} has rank {rank}, the config says {said}")
+        if len(alphas) > 1:
+            raise SourceError(
+                f"{self.path}: alpha_pattern gives {module} {' and '.join(f'{a:g}' for a in alphas)}: PEFT "
+                "trains with the first pattern that fits, and sorts them when it saves; leave the one meant"
+            )
+        return alphas[0] / (math.sqrt(rank) if self.rslora else rank)
 
     def targets(self, name: str) -> bool:
         """Whether a tensor of the base is one of `parameters`."""
         return any(f".{name}".endswith(f".{end}") for end in self.parameters)
 
 
-def _own(patterns: Patterns, module: str, default: float) -> float:
-    """The value of the first pattern that a module's name ends with (peft's get_pattern_key)."""
-    return next((value for pattern, value in patterns if pattern.match(module)), default)
+def _own(patterns: Patterns, module: str, default: float) -> list[float]:
+    """The values of the patterns that a module's name ends with (peft's get_pattern_key), each once."""
+    return [*dict.fromkeys(value for pattern, value in patterns if pattern.match(module))] or [default]
 
 
 def _flag(path: str, key: str, value: JSON) -> bool:

@@ -110,7 +110,7 @@ def fit(ckpt: Checkpoint, directory: str, saved_as: SavedAs) -> Adapter:
     own = {n: e for n, e in _named(ckpt).items() if _is_adapters(n)}
     weights = _weights(ckpt, directory, settings, own)
     tensors = replace(ckpt, entries=own, aliases={}) if weights is None else sources.open(weights)
-    thin, saved = _parted(settings, tensors)
+    thin, saved = _parted(tensors)
     base = _base(ckpt, own, saved)
     pairs, stacks = placed(settings, thin, base, saved_as, tensors.path)
     adapter = Adapter(settings, base, tensors, pairs, stacks, saved)
@@ -240,7 +240,7 @@ def _base_name(name: str) -> str:
     return re.sub(rf"({WRAPPED})+\.", ".", name.removeprefix(PREFIX)).replace(_OLD, ".")
 
 
-def _parted(settings: Settings, tensors: Checkpoint) -> tuple[dict[str, Pair], dict[str, Saved]]:
+def _parted(tensors: Checkpoint) -> tuple[dict[str, Pair], dict[str, Saved]]:
     """The adapter's pairs, by PEFT's names of modules, and what it saved, by the base's names. Raises
     SourceError for what is no pair, and for an unread name."""
     thin: dict[tuple[str, str], Entry] = {}  # module, half
@@ -285,7 +285,7 @@ def _parted(settings: Settings, tensors: Checkpoint) -> tuple[dict[str, Pair], d
             raise SourceError(f"{tensors.path}: {module}: A {a.shape} and B {b.shape} are no pair")
         form = "lora_embedding_{}" if module in tables else "lora_{}.weight"
         a_name, b_name = (f"{module}.{form.format(half)}" for half in "AB")
-        pairs[module] = Pair(a, b, a_name, b_name, module in tables or settings.flipped, 1.0)
+        pairs[module] = Pair(a, b, a_name, b_name, module in tables, 1.0)
     return pairs, saved
 
 

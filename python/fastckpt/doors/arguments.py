@@ -49,11 +49,7 @@ def parser() -> argparse.ArgumentParser:
         made: argparse.ArgumentParser = commands.add_parser(
             name, help=help, description=help[0].upper() + help[1:] + ".", epilog=EPILOG, allow_abbrev=False
         )
-        made.add_argument(
-            "--json", action="store_true", help="print JSON; progress and errors as JSON lines on stderr"
-        )
-        made.add_argument("-d", "--debug", action="store_true", help="show the traceback of an error")
-        made.set_defaults(quiet=False)
+        run_options.add_printing(made)
         return made
 
     _inspect(command("inspect", "show what a checkpoint holds, from its headers"))

@@ -6,7 +6,6 @@ Law: nothing heavy is imported before a command runs; each takes the root of the
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from functools import partial
@@ -14,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import FastckptError, ManagerError, SourceError
 from . import run_options, serving_options
-from .terminal import progress
-from .text import columns, counted, harmless, size
+from .terminal import progress, show
+from .text import columns, counted, size
 
 if TYPE_CHECKING:
     from ..checkpoint import JSON
@@ -44,11 +43,7 @@ def add_parser(
         made.add_argument(
             "--step-digits", type=int, default=8, metavar="N", help="digits of a step's number (default: 8)"
         )
-        made.add_argument(
-            "--json", action="store_true", help="print JSON; progress and errors as JSON lines on stderr"
-        )
-        made.add_argument("-d", "--debug", action="store_true", help="show the traceback of an error")
-        made.set_defaults(quiet=False)
+        run_options.add_printing(made)
         return made
 
     def of_step(p: argparse.ArgumentParser, default: str) -> None:
@@ -120,17 +115,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _ls(manager: CheckpointManager, args: argparse.Namespace) -> int:
     commits = manager.commits()
-    rows = [["step", "made (UTC)", "size", "metrics"], *(_row(c) for c in commits)]
-    shown: list[JSON] = [
+
+    def text() -> str:
+        rows = [["step", "made (UTC)", "size", "metrics"], *map(_row, commits)]
+        table = columns(rows) if commits else []
+        return "\n".join([*table, f"{counted(len(commits), 'commit')} in {manager.root}"])
+
+    show(args, text, lambda: [
         {"step": c.step, "path": manager.path(c.step), "created": c.created, "bytes": c.nbytes,
          "metrics": dict(c.metrics), "key": c.key}
         for c in commits
-    ]  # fmt: skip
-    _show(
-        args,
-        [*(columns(rows) if commits else []), f"{counted(len(commits), 'commit')} in {manager.root}"],
-        shown,
-    )
+    ])  # fmt: skip
     return 0
 
 
@@ -143,7 +138,9 @@ def _verify(manager: CheckpointManager, args: argparse.Namespace) -> int:
     from ..verification.outputs import verify
 
     steps = manager.listed() if args.step is None else [args.step]
-    lines, shown, bad = [], [], 0
+    lines: list[str] = []
+    shown: list[JSON] = []
+    bad = 0
     for step in steps:
         nbytes, problems = 0, []
         try:
@@ -151,6 +148,8 @@ def _verify(manager: CheckpointManager, args: argparse.Namespace) -> int:
                 each = None if bar is None else partial(_verifying, bar, step)
                 report = verify(manager.bring(step, again=True), progress=each)
             nbytes, problems = report.bytes, [*report.problems]
+            if step != steps[-1]:  # all of an object store's at once may be more than this disk holds
+                manager.forget(step)
         except SourceError as e:
             if args.step is not None:
                 raise
@@ -158,21 +157,21 @@ def _verify(manager: CheckpointManager, args: argparse.Namespace) -> int:
         bad += bool(problems)
         lines += [f"step {step}: {p}" for p in problems]
         lines.append(f"step {step}: {'BROKEN' if problems else 'ok'}, {size(nbytes)} of tensors")
-        told: list[JSON] = [*problems]
-        shown.append({"step": step, "ok": not problems, "problems": told})
+        shown.append({"step": step, "ok": not problems, "problems": [*problems]})
     lines.append(f"{counted(len(steps), 'commit')}, {bad} broken")
-    _show(args, lines, [*shown])
+    show(args, lambda: "\n".join(lines), lambda: shown)
     return 1 if bad else 0
 
 
-def _verifying(show: Progress, step: int, done: int, total: int, phase: str) -> None:
-    show(done, total, f"{phase} {step}")
+def _verifying(bar: Progress, step: int, done: int, total: int, phase: str) -> None:
+    bar(done, total, f"{phase} {step}")
 
 
 def _gc(manager: CheckpointManager, args: argparse.Namespace) -> int:
     gone = manager.surplus() if args.dry_run else manager.gc(aside=args.aside)
     said = "would go" if args.dry_run else "went"
-    _show(args, [f"{counted(len(gone), 'commit')} {said}: {', '.join(map(str, gone)) or 'none'}"], [*gone])
+    named = f"{counted(len(gone), 'commit')} {said}: {', '.join(map(str, gone)) or 'none'}"
+    show(args, lambda: named, lambda: [*gone])
     return 0
 
 
@@ -194,16 +193,11 @@ def _restore(manager: CheckpointManager, args: argparse.Namespace) -> int:
             state, layout="same", out=args.out, overwrite=args.overwrite, allow_nonfinite=True,
             memory=args.memory, threads=args.threads, progress=bar,
         )  # fmt: skip
-    done: dict[str, JSON] = {
-        "step": step,
-        "out": args.out,
-        "tensors": report.tensors,
-        "bytes": report.bytes_written,
-    }
-    _show(
+    tensors, nbytes = report.tensors, report.bytes_written
+    show(
         args,
-        [f"step {step}: {counted(report.tensors, 'tensor')}, {size(report.bytes_written)} in {args.out}"],
-        done,
+        lambda: f"step {step}: {counted(tensors, 'tensor')}, {size(nbytes)} in {args.out}",
+        lambda: {"step": step, "out": args.out, "tensors": tensors, "bytes": nbytes},
     )
     return 0
 
@@ -228,8 +222,9 @@ def _publish(manager: CheckpointManager, args: argparse.Namespace) -> int:
                 **serving_options.serving(args),
             )  # fmt: skip
     now, there = publishing.current(args.to), publishing.versions(args.to)
-    shown: dict[str, JSON] = {"current": now, "versions": [*there]}
-    _show(args, [f"current: {now} of {', '.join(there)}"], shown)
+    show(
+        args, lambda: f"current: {now} of {', '.join(there)}", lambda: {"current": now, "versions": [*there]}
+    )
     return 0
 
 
@@ -237,7 +232,7 @@ def _show_plan(args: argparse.Namespace, planned: Plan) -> int:
     from .plan_description import describe_plan
 
     found = describe_plan(planned, threads=args.threads, memory=args.memory)
-    _show(args, [found.text()], found.json())
+    show(args, found.text, found.json)
     return 0
 
 
@@ -246,13 +241,6 @@ def _step(manager: CheckpointManager, args: argparse.Namespace) -> int:
     if step is None:
         raise ManagerError(f"{manager.root}: holds no commits")
     return step
-
-
-def _show(args: argparse.Namespace, lines: list[str], shown: JSON) -> None:
-    if args.json:
-        print(json.dumps(shown, indent=2))
-    elif not args.quiet:
-        print(harmless("\n".join(lines)))
 
 
 _ACTIONS = {"ls": _ls, "verify": _verify, "gc": _gc, "restore": _restore, "publish": _publish}

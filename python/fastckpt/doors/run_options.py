@@ -7,6 +7,15 @@ import argparse
 from .serving_options import natural
 
 
+def add_printing(p: argparse.ArgumentParser) -> None:
+    """Add `--json` and `--debug`, which every command has."""
+    p.add_argument(
+        "--json", action="store_true", help="print JSON; progress and errors as JSON lines on stderr"
+    )
+    p.add_argument("-d", "--debug", action="store_true", help="show the traceback of an error")
+    p.set_defaults(quiet=False)
+
+
 def add_limits(p: argparse.ArgumentParser) -> None:
     """Add `--memory` and `--threads`."""
     p.add_argument("--memory", metavar="SIZE", help="bytes held at once (default: 64 MiB + 4 MiB a thread)")

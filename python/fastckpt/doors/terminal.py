@@ -1,22 +1,34 @@
-"""How a run shows its progress: a bar on a terminal, JSON lines for machines, or nothing.
+"""What a command prints: its result, and its progress as a bar on a terminal or JSON lines for machines.
 
-Law: all of it goes to stderr; stdout belongs to the result.
+Law: progress goes to stderr; stdout belongs to the result.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from .text import harmless
+
 if TYPE_CHECKING:
+    from ..checkpoint import JSON
     from ..running.runs import Progress
 
 INTERVAL = 0.2
 """Seconds between two JSON lines of one phase."""
+
+
+def show(args: argparse.Namespace, text: Callable[[], str], as_json: Callable[[], JSON]) -> None:
+    """Print a result as `--json` and `--quiet` ask."""
+    if args.json:
+        print(json.dumps(as_json(), indent=2))
+    elif not args.quiet:
+        print(harmless(text()))
 
 
 @contextmanager

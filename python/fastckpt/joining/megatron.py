@@ -24,7 +24,7 @@ from ..planning import configs
 from ..sources.assembly import neighbours
 from .uniting import phantom_of, whole_of
 
-INTERLEAVED = ("glm", "glm4", "chatglm")
+INTERLEAVED = ("chatglm", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "helium", "llama4_text")
 """Families whose rotary positions turn neighbouring elements, as Megatron's do with rotary_interleaved."""
 
 Config = str | os.PathLike[str] | Mapping[str, JSON] | None

@@ -30,6 +30,7 @@ from .requirements import (
     require_heads,
     require_heads_alike,
     require_least,
+    require_neighbours,
     require_no_scalars,
     require_subjects,
     two_blocks,
@@ -224,6 +225,7 @@ class Megatron:
     def _latent(self, at: str, attention: Mla, placement: Placement) -> Iterator[Target]:
         """Transformer Engine's modules hold the low-rank matrices whole, and their norms with the matrix that
         follows; megatron's own modules cut the low-rank matrices too."""
+        require_neighbours("megatron", attention)
         if attention.indexer is not None:
             raise LayoutError(f"layout megatron has no place for {attention.indexer.q.name}, an indexer")
         rank, tp = placement.tp_rank, placement.tp

@@ -116,6 +116,16 @@ def require_heads_alike(layout: str, attention: Attention) -> None:
             raise LayoutError(f"layout {layout} has no place for {norm.name}, {what}")
 
 
+def require_neighbours(layout: str, attention: Mla) -> None:
+    """Raises LayoutError for latent attention whose rotary positions turn halves: servers turn neighbours,
+    whatever a config says."""
+    if attention.halves:
+        raise LayoutError(
+            f"layout {layout} has no place for {attention.kv_a.name}, whose rotary positions turn halves of "
+            "its rows, and not neighbours (rope_interleave false)"
+        )
+
+
 def require_no_scalars(layout: str, mlp: Mlp) -> None:
     """Raises LayoutError for a block whose activation has learned numbers."""
     for role in mlp.scalars:

@@ -16,7 +16,7 @@ from ..mixers import Attention, DeltaNet, Mla
 from ..model import Experts, Layer, Mlp, Model
 from ..roles import Linear
 from ..views import cat, stack
-from .requirements import require_heads_alike, require_no_scalars, two_blocks
+from .requirements import require_heads_alike, require_neighbours, require_no_scalars, two_blocks
 from .rtp_matrices import (
     Whole,
     beside_name,
@@ -136,6 +136,7 @@ def _whole_heads(linear: Linear, cut: Cut) -> None:
 
 
 def _latent(attention: Mla, heads: int, cut: Cut, making: Making) -> Iterator[Whole]:
+    require_neighbours("rtp_llm", attention)
     if attention.indexer is not None:
         raise LayoutError(f"layout rtp_llm has no place for {attention.indexer.q.name}, an indexer")
     no_bias(attention.q, attention.kv_a, attention.kv_b, attention.q_a)

@@ -39,7 +39,8 @@ from .mixer_cuts import (
     short_conv,
     short_conv_part,
 )
-from .vllm_families import CUT_NORMS, DELTA, PAIRED, QWEN_DELTA, UNJOINED
+from .requirements import require_neighbours
+from .vllm_families import CUT_NORMS, DELTA, HALVES, PAIRED, QWEN_DELTA, UNJOINED
 
 
 def attention_part(
@@ -48,6 +49,8 @@ def attention_part(
     """The rank's part of a layer's attention; `as_hub` as in `heads_part`, `rates` as in `mixer_part`."""
     match attention:
         case Mla():
+            if model.family not in HALVES:
+                require_neighbours("vllm", attention)
             yield from _latent(attention, placement, model.family in UNJOINED)
         case Compressed():
             yield from _compressed(attention, placement)

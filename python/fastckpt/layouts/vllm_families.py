@@ -67,6 +67,9 @@ APART = frozenset({"laguna"})
 UNJOINED = frozenset({"minicpm3"})
 """Families of whose latent attention vLLM keeps the matrices of the two low ranks apart."""
 
+HALVES = frozenset({"minicpm3"})
+"""Families in whose latent attention vLLM turns halves of the rotary rows, not neighbours."""
+
 QWEN_DELTA: dict[str, str] = {"in_proj_qkvz": "qkvz", "in_proj_ba": "ba"}
 DELTA: dict[str, dict[str, str]] = {
     "kimi_linear": {"in_proj_qkvgfab": "qkvbf"},

@@ -12,6 +12,7 @@ one rename, so that a kill at any moment leaves commits and hidden leftovers, no
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -38,9 +39,11 @@ from ..output.filesystem import (
     write_file,
 )
 from ..output.manifest import NAME, Manifest
+from ..sources.training import LAYOUT
 
 LATEST = "latest"
 SAVING, TRASH, ASIDE = ".saving-", ".trash-", ".aside-"
+PROBE = ".fastckpt-probe-"
 LOCK = ".fastckpt-lock"
 
 _SAVING_HERE: WeakValueDictionary[tuple[int, int, int], Store] = WeakValueDictionary()
@@ -162,6 +165,9 @@ class Store:
     def bring(self, step: int, *, again: bool = False) -> None:
         """Bring a step to `path(step)`, where it already is; stores that are elsewhere do something."""
 
+    def forget(self, step: int) -> None:
+        """Remove what `bring` brought: here nothing."""
+
     # ---- changes: the coordinator of this disk only ----
 
     def take(self) -> None:
@@ -208,24 +214,23 @@ class Store:
             if _SAVING_HERE.get(self._taken) is self:
                 del _SAVING_HERE[self._taken]
 
-    def sweep(self, *, aside: bool = False) -> list[str]:
-        """Remove torn saves and what was on its way out, with `aside` what was set aside; their names."""
-        kinds = (SAVING, TRASH, ASIDE) if aside else (SAVING, TRASH)
-        gone = [e for e in sorted(os.listdir(self.root)) if e.startswith(kinds)]
-        for entry in gone:
-            remove_tree(os.path.join(self.root, entry))
-        return gone
+    def sweep(self, *, aside: bool = False) -> None:
+        """Remove torn saves and what was on its way out, with `aside` what was set aside."""
+        kinds = (SAVING, TRASH, PROBE, f".{LATEST}-", *((ASIDE,) if aside else ()))
+        for entry in os.listdir(self.root):
+            if entry.startswith(kinds):
+                remove_tree(os.path.join(self.root, entry))
 
     def begin(self, step: int, token: str) -> None:
         """Make the directory in which a step is made."""
         with as_write_errors(self.saving(step, token)):
             os.mkdir(self.saving(step, token))
 
-    def seal(self, step: int, token: str, *, aside: bool) -> Commit:
+    def seal(self, step: int, token: str, *, aside: bool) -> None:
         """Let the finished directory take the step's name: the moment of the commit.
 
-        What stood there is exchanged with it in one step, then set `aside` or removed. Raises WriteError
-        where the directory is not whole, or the file system cannot do it."""
+        A commit that stood there is exchanged with it in one step, then removed; what was none is set `aside`
+        before. Raises WriteError where the directory is not whole, or the file system cannot do it."""
         staged, final = self.saving(step, token), self.path(step)
         try:
             made = Manifest.read(os.path.join(staged, NAME))
@@ -234,13 +239,14 @@ class Store:
         if not made.complete or made.key != token:
             raise WriteError(f"{staged}: is not whole: {len(made.shards)} of {made.world} ranks")
         with as_write_errors(final):
+            if aside and os.path.lexists(final):  # no commit, so none is missing between the two renames
+                os.rename(final, self._away(ASIDE, step))
             if os.path.lexists(final):
                 syscalls.exchange(staged, final)
-                old = self._away(ASIDE if aside else TRASH, step)
+                old = self._away(TRASH, step)
                 os.rename(staged, old)
                 self._sync()
-                if not aside:
-                    remove_tree(old)
+                remove_tree(old)
             else:
                 os.rename(staged, final)
                 self._sync()
@@ -248,38 +254,29 @@ class Store:
         if found is None or found.key != token:
             raise WriteError(f"{final}: is not what was just written there")
         self._hint(self.name(step))
-        return found
 
     def drop(self, step: int, token: str) -> None:
         """Remove a save that came to nothing."""
         remove_tree(self.saving(step, token))
 
-    def remove(self, steps: Iterable[int]) -> list[int]:
+    def remove(self, steps: Iterable[int]) -> None:
         """Remove commits, never the newest whole one: renamed first, so that none is ever half there."""
-        standing = self.commits()
-        keep = standing[-1].step if standing else None
-        gone = []
+        newest = max((c.step for c in self.commits()), default=None)
         for step in steps:
-            if step == keep or not os.path.isdir(self.path(step)):
+            if step == newest or not os.path.isdir(self.path(step)):
                 continue
             away = self._away(TRASH, step)
             with as_write_errors(self.path(step)):
                 os.rename(self.path(step), away)
                 self._sync()
             remove_tree(away)
-            gone.append(step)
-        return gone
 
-    def set_aside(self, steps: Iterable[int]) -> list[int]:
+    def set_aside(self, steps: Iterable[int]) -> None:
         """Hide commits without removing them, under names that are no step's."""
-        gone = []
         for step in steps:
             with as_write_errors(self.path(step)):
                 os.rename(self.path(step), self._away(ASIDE, step))
-            gone.append(step)
-        if gone:
-            self._sync()
-        return gone
+                self._sync()
 
     def _away(self, what: str, step: int) -> str:
         return os.path.join(self.root, f"{what}{self.name(step)}-{secrets.token_hex(4)}")
@@ -295,9 +292,11 @@ class Store:
 
 
 def require_whole(where: str, step: int, found: Manifest, size: Callable[[str], int | None]) -> Manifest:
-    """The record of a step, found to be of that step, of all its ranks, and of files that have their sizes.
+    """The record of a step, found to be a commit of that step, of all its ranks and of files of their sizes.
 
     `size`: the bytes of a file by its name, None where it is not there. Raises SourceError."""
+    if found.record.layout != LAYOUT:
+        raise SourceError(f"{where}: is no commit, but an output of layout {found.record.layout}")
     if not found.complete:
         raise SourceError(f"{where}: {len(found.shards)} of {found.world} ranks are in its record")
     if found.record.source.step != step:
@@ -309,14 +308,16 @@ def require_whole(where: str, step: int, found: Manifest, size: Callable[[str], 
 
 
 def ready(root: str) -> bool:
-    """Whether a root can be written: made where it is missing, and not full."""
+    """Whether a root can be written: made where it is missing. One that is full can be reached, and the save
+    says so: training that went on for days without a commit would only have been warned."""
     try:
         make_directories(os.path.realpath(root))
-        probe = os.path.join(root, f".fastckpt-probe-{secrets.token_hex(4)}")
+        probe = os.path.join(root, PROBE + secrets.token_hex(4))
         write_file(probe, [b"x"], durable=False)
-        os.unlink(probe)
-    except OSError:
-        return False
+        with suppress(FileNotFoundError):  # swept away
+            os.unlink(probe)
+    except OSError as e:
+        return e.errno in (errno.ENOSPC, errno.EDQUOT)
     return True
 
 

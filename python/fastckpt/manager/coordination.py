@@ -249,12 +249,6 @@ def _launched() -> tuple[int, int]:
     return int(rank), int(world)
 
 
-_FAILURES = (
-    FastckptError, OSError, RuntimeError, ValueError, TypeError, MemoryError,
-    LookupError, AttributeError, ArithmeticError, AssertionError, ImportError,
-)  # fmt: skip
-"""What a rank's part may fail with, the job's own state_dict and load_state_dict included."""
-
 _KINDS: tuple[type[FastckptError], ...] = (
     ManagerError, WriteError, LayoutError, RecipeError, ViewError, DeviceError, SourceError,
 )  # fmt: skip
@@ -271,13 +265,13 @@ def together(group: Group, what: str, work: Callable[[], JSON], *, at: str = "")
     error: Exception | None = None
     try:
         value = work()
-    except _FAILURES as e:
+    except Exception as e:  # of the job's own state_dict too: whatever it is, the others wait to hear it
         error = e
     kind = None if error is None else next((k for k, c in enumerate(_KINDS) if isinstance(error, c)), 0)
     here = f"{what} {at}"
-    said = None if error is None else str(error) or type(error).__name__
-    if isinstance(error, (LookupError, AttributeError, ArithmeticError, AssertionError)):
-        said = f"{type(error).__name__}: {error}"  # their texts alone say little
+    said = None if error is None else str(error)
+    if not isinstance(error, (FastckptError, OSError, type(None))):
+        said = f"{type(error).__name__}: {error}"  # its text alone may say little
     answers = group.exchange([here, value, kind, said])
     values: list[JSON] = []
     failed: list[tuple[int, int, str]] = []

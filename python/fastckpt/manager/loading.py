@@ -24,7 +24,7 @@ from .metadata import Took
 from .opened import Opened, check_files, open_step
 from .pieces import PLAIN, box_of
 from .saving import Disk, engine_tag
-from .state_tree import MISSING, Builder, Engine, fill, flatten
+from .state_tree import MISSING, Builder, Engine, Flat, fill, flatten
 from .template_check import check
 
 
@@ -63,7 +63,7 @@ class _Load:
         self.notes: list[str] = []
         self.opened: Opened | None = None
         self.nbytes = 0
-        self.engines = _engines(asked.template) if asked.names is None else {}
+        self.engines: dict[str, Engine] = {}
 
     def run(self) -> Loaded:
         """Read, agree, apply."""
@@ -84,6 +84,9 @@ class _Load:
         return Loaded(value, saved, Took.of(done), tuple(self.notes))
 
     def _read(self) -> JSON:
+        asked = self.asked
+        held = flatten(asked.template) if asked.template is not None and asked.names is None else Flat()
+        self.engines = held.engines
         manifest = self.store.manifest(self.step)
         self.opened = opened = open_step(
             self.store.path(self.step), manifest, self.group.rank, self.group.world
@@ -94,9 +97,8 @@ class _Load:
                 self.disk.index :: len(self.disk.ranks)
             ]
             self.nbytes += check_files(opened.path, mine, files)
-        asked = self.asked
         if asked.names is None:
-            self._all(opened)
+            self._all(opened, held.tensors)
         else:
             known = {*opened.table, *opened.own, *opened.aliases} & set(opened.names)
             missing = [n for n in asked.names if n not in known]
@@ -106,8 +108,8 @@ class _Load:
             self._tensors(opened, [n for n in asked.names if n in known], _held(asked.template))
         return None
 
-    def _all(self, opened: Opened) -> None:
-        """Everything of the tree that the template (if any) can take."""
+    def _all(self, opened: Opened, held: Mapping[str, torch.Tensor]) -> None:
+        """Everything of the tree that the template (if any) can take; `held`: the template's tensors."""
         asked = self.asked
         own = dict.fromkeys(opened.lost())
         lost = [*opened.differing, *own]
@@ -119,10 +121,8 @@ class _Load:
         if lost:
             self.notes.append(f"left out, as each of {opened.world} ranks had its own: {', '.join(lost[:8])}")
         names = [n for n in opened.names if n not in own]
-        held: Mapping[str, torch.Tensor] = {}
         if asked.template is not None:
-            check(opened.tree, asked.template, _Shapes(opened), asked.allow_missing)
-            held = flatten(asked.template).tensors
+            check(opened.tree, asked.template, opened.shape, asked.allow_missing)
         shared = {n: opened.table.get(opened.holder(n)) for n in names if n not in held}
         cut = [n for n, found in shared.items() if found is not None and not found.everywhere]
         if cut and asked.template is not None:
@@ -199,21 +199,6 @@ def _fits(opened: Opened, name: str, template: torch.Tensor) -> None:
         why = "elements of the template share memory (it was expanded); clone() it"
     if why:
         raise ManagerError(f"{opened.path}: {name}: {why}")
-
-
-class _Shapes(dict[str, tuple[int, ...]]):
-    """Shapes by name, looked up when they are asked for."""
-
-    def __init__(self, opened: Opened) -> None:
-        super().__init__()
-        self._opened = opened
-
-    def __missing__(self, name: str) -> tuple[int, ...]:
-        return self._opened.shape(name)
-
-
-def _engines(template: object) -> dict[str, Engine]:
-    return {} if template is None else flatten(template).engines
 
 
 def _held(template: object) -> Mapping[str, torch.Tensor]:

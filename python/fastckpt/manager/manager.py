@@ -42,7 +42,6 @@ from .resuming import Resuming
 from .retention import Retention
 from .saving import Disk
 from .sigterm import Sigterm
-from .standing import Standing
 from .state_tree import flatten
 
 
@@ -405,10 +404,17 @@ class CheckpointManager:
         return found[0].step if found else None
 
     def exists(self, step: int) -> bool:
-        """Whether a step stands whole on every node. Collective where nodes have disks of their own."""
-        if len(self._disk.ranks) == self._group.world:
-            return self._store.commit(step) is not None
-        return step in Standing.of(self._store, self._group).steps
+        """Whether every rank sees a step whole, and of the same save. Collective: `steps` is what this one
+        sees."""
+
+        def key() -> JSON:
+            found = self._store.commit(step)
+            return None if found is None else found.key
+
+        with self._turn:
+            self._require_open()
+            said = together(self._group, f"look for step {step}", key)
+        return said[0] is not None and all(s == said[0] for s in said)
 
     def names(self, step: int) -> list[str]:
         """The names of a step's tensors, as this rank saved them. Raises SourceError, ManagerError."""
@@ -426,6 +432,11 @@ class CheckpointManager:
         also where a sound copy is here. Raises SourceError where it does not stand, WriteError."""
         self._store.bring(step, again=again)
         return self._store.path(step)
+
+    def forget(self, step: int) -> None:
+        """Remove the copy of a step that `bring` made; where commits lie on this machine's disks, nothing.
+        Raises WriteError."""
+        self._store.forget(step)
 
     def resume_step(self, user_step: int | None = None) -> int | None:
         """The step to resume from: the user's, else the newest that stands on every node; None: none.

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from ..checkpoint import JSON
 from ..dtypes import BY_NAME, DType
-from ..errors import ManagerError
+from ..errors import ManagerError, SourceError
 from ..sources.memory import has_memory
 from ..sources.training import Shared
+from ..stored import check_tiles
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 """Types that are no DTensor for sure; importing DTensor takes half a second."""
@@ -246,10 +247,10 @@ def shared(claims: Sequence[Mapping[str, Claim]], disk: Sequence[int]) -> dict[s
                 load[owner] += claims[owner][name].nbytes
             placed.append((owner, offset, shape))
         shape = first.whole or ()
-        if sum(math.prod(s) for _, _, s in placed) != math.prod(shape):
-            raise ManagerError(
-                f"state: the ranks hold {len(placed)} boxes of {name}, which do not tile {shape}"
-            )
+        try:
+            check_tiles(shape, [(offset, size) for _, offset, size in placed if 0 not in size])
+        except SourceError as e:
+            raise ManagerError(f"state: {name} is cut over the ranks, but {e}") from None
         out[name] = Shared(BY_NAME[first.dtype], shape, tuple(placed), False)
     return out
 

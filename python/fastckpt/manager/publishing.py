@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from .. import sources
 from ..checkpoint import Checkpoint
-from ..errors import ManagerError
+from ..errors import ManagerError, SourceError
 from ..extents import is_directory, is_file
 from ..output.filesystem import as_write_errors, real, remove_tree, sync_directory
 from ..output.manifest import NAME, Manifest
@@ -25,6 +25,7 @@ from ..sources.training import ENGINE, engine_directory, parts_of
 from .opened import Opened, check_files
 
 CURRENT = "current"
+_TRASH = ".trash-"
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -96,7 +97,7 @@ def rehearsed(source: Checkpoint, version: str, to: str | os.PathLike[str], serv
 
 def _same(path: str, wanted: Plan, source: Checkpoint) -> None:
     """Refuse to take a version of something else for this one."""
-    found = Manifest.read(path)
+    found = _whole(path)
     if found.record.source.headers != source.headers or found.key != wanted.key:
         raise ManagerError(
             f"{path}: is there already, of another save or made otherwise ({found.world} ranks, layout "
@@ -104,8 +105,18 @@ def _same(path: str, wanted: Plan, source: Checkpoint) -> None:
         )
 
 
+def _whole(path: str) -> Manifest:
+    """The record of a version that has all its files, by their sizes. Raises ManagerError."""
+    found = Manifest.read(path)
+    if (missing := found.missing(path)) is not None or not found.complete:
+        why = missing or f"{len(found.shards)} of {found.world} ranks are in its record"
+        raise ManagerError(f"{path}: is no longer whole: {why}; remove it and publish it again")
+    return found
+
+
 def versions(to: str | os.PathLike[str]) -> list[str]:
-    """The whole versions below a directory, the oldest first."""
+    """The whole versions below a directory, the oldest first: outputs that were made of the step they are
+    named after. What else lies there is not ours to remove."""
     root = real(to)
     if not is_directory(root):
         return []
@@ -113,7 +124,9 @@ def versions(to: str | os.PathLike[str]) -> list[str]:
     for name in os.listdir(root):
         record = os.path.join(root, name, NAME)
         if name != CURRENT and _VERSION.fullmatch(name) and is_file(record):
-            found.append((os.stat(record).st_mtime_ns, name))
+            with suppress(SourceError):  # broken: nothing says whose it is
+                if name in Manifest.read(record).record.source.path.split(os.sep):
+                    found.append((os.stat(record).st_mtime_ns, name))
     return [name for _, name in sorted(found)]
 
 
@@ -128,12 +141,13 @@ def current(to: str | os.PathLike[str]) -> str | None:
 def point(to: str | os.PathLike[str], version: str) -> None:
     """Make a version current, in one step: forward, or back to an older one.
 
-    Raises ManagerError where it is not there, WriteError where the link cannot be moved."""
+    Raises ManagerError where it is not there whole, WriteError where the link cannot be moved."""
     root = real(to)
     if not is_file(os.path.join(root, _checked(version), NAME)):
         raise ManagerError(
             f"{root}: no whole version {version!r}; there are {', '.join(versions(root)) or 'none'}"
         )
+    _whole(os.path.join(root, version))
     staged = os.path.join(root, f".{CURRENT}-{secrets.token_hex(4)}")
     with as_write_errors(os.path.join(root, CURRENT)):
         os.symlink(version, staged)
@@ -152,10 +166,11 @@ def gc(to: str | os.PathLike[str], keep: int) -> list[str]:
     root, live = real(to), current(to)
     gone = [v for v in versions(root)[:-keep] if v != live]
     for name in gone:
-        away = os.path.join(root, f".trash-{name}-{secrets.token_hex(4)}")
         with as_write_errors(os.path.join(root, name)):
-            os.rename(os.path.join(root, name), away)
-        remove_tree(away)
+            os.rename(os.path.join(root, name), os.path.join(root, f"{_TRASH}{name}-{secrets.token_hex(4)}"))
+    for entry in os.listdir(root):
+        if entry.startswith(_TRASH):  # what a run left that was killed here too
+            remove_tree(os.path.join(root, entry))
     return gone
 
 

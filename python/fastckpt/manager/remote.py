@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 from ..digest import digest
@@ -61,14 +61,25 @@ class RemoteStore(Store):
 
     def _checked(self, step: int, stored: dict[str, int]) -> Manifest:
         where = f"{self.url}/{self.name(step)}"
-        try:
-            text = b"".join(self._far.read(f"{self.name(step)}/{NAME}"))
-        except OSError as e:
-            raise SourceError(f"{where}: {NAME}: {e}") from None
+        if NAME not in stored:
+            raise SourceError(f"{where}: no {NAME}")
+        text = b"".join(self._read(step, NAME))
         return require_whole(where, step, Manifest.parse(text, f"{where}/{NAME}"), stored.get)
 
+    def _read(self, step: int, file: str) -> Iterator[bytes]:
+        """What is stored of a step's file. Raises SourceError where it is not there, WriteError where that
+        cannot be known: a commit that cannot be reached now is not a broken one."""
+        name = f"{self.name(step)}/{file}"
+        with as_write_errors(f"{self.url}/{name}"):
+            try:
+                yield from self._far.read(name)
+            except FileNotFoundError:
+                raise SourceError(f"{self.url}/{name}: is not there") from None
+
     def commit(self, step: int) -> Commit | None:
-        """What stands at a step; None where nothing whole does. Digests are not checked here."""
+        """What stands at a step; None where nothing whole does. Digests are not checked here.
+
+        Raises WriteError where that cannot be known."""
         try:
             found = self.manifest(step)
         except SourceError:
@@ -79,11 +90,8 @@ class RemoteStore(Store):
         """Everything whole, by step."""
         out = []
         for step, stored in sorted(self._stored().items()):
-            if NAME in stored:
-                try:
-                    out.append(Commit.of(step, self._checked(step, stored)))
-                except SourceError:
-                    continue
+            with suppress(SourceError):
+                out.append(Commit.of(step, self._checked(step, stored)))
         return out
 
     def bring(self, step: int, *, again: bool = False) -> None:
@@ -97,15 +105,23 @@ class RemoteStore(Store):
             if not again and Manifest.read(here).key == wanted.key and verify(self.path(step)).ok:
                 return
         staged = self._away(SAVING, step)
-        with as_write_errors(staged):
-            for name in [*wanted.all_files(), NAME]:
-                path = os.path.join(staged, name)
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                with open(path, "xb") as f:
-                    for piece in self._far.read(f"{self.name(step)}/{name}"):
-                        f.write(piece)
+        try:
+            with as_write_errors(staged):
+                for name in [*wanted.all_files(), NAME]:
+                    path = os.path.join(staged, name)
+                    os.makedirs(os.path.dirname(path), exist_ok=True)
+                    with open(path, "xb") as f:
+                        f.writelines(self._read(step, name))
+                self._clear(step)
+                os.rename(staged, self.path(step))
+        except BaseException:
+            remove_tree(staged)
+            raise
+
+    def forget(self, step: int) -> None:
+        """Remove a step's copy from the scratch directory. Raises WriteError."""
+        with as_write_errors(self.path(step)):
             self._clear(step)
-            os.rename(staged, self.path(step))
 
     def _clear(self, step: int) -> None:
         """Give a step's name in the scratch directory free, where a copy has it. Raises OSError."""
@@ -116,7 +132,7 @@ class RemoteStore(Store):
 
     # ---- changes: the coordinator only ----
 
-    def seal(self, step: int, token: str, *, aside: bool) -> Commit:
+    def seal(self, step: int, token: str, *, aside: bool) -> None:
         """Carry the finished directory to the store: its record, written last, is the moment of the commit.
 
         Raises WriteError where it cannot be carried, ManagerError where a whole commit stands there."""
@@ -141,27 +157,21 @@ class RemoteStore(Store):
             if self._named.fullmatch(entry) and entry != self.name(step):
                 remove_tree(os.path.join(self.root, entry))  # only a copy
         self._hint(self.name(step))
-        return found
 
-    def remove(self, steps: Iterable[int]) -> list[int]:
+    def remove(self, steps: Iterable[int]) -> None:
         """Remove commits, never the newest whole one; the record goes first."""
-        standing = self.commits()
-        keep = standing[-1].step if standing else None
-        gone = []
+        newest = max((c.step for c in self.commits()), default=None)
         for step in steps:
-            if step != keep:
+            if step != newest:
                 self._remove_all(step)
-                gone.append(step)
-        return gone
 
     def _remove_all(self, step: int) -> None:
         with as_write_errors(self.url):
             self._far.remove([f"{self.name(step)}/{NAME}"])
             self._far.remove(sorted(self._far.sizes(self.name(step))))
 
-    def set_aside(self, steps: Iterable[int]) -> list[int]:
+    def set_aside(self, steps: Iterable[int]) -> None:
         """Hide commits without removing them, under names that are no step's; the record is moved first."""
-        gone = []
         for step in steps:
             away = os.path.basename(self._away(ASIDE, step))
             name = self.name(step)
@@ -169,22 +179,18 @@ class RemoteStore(Store):
                 stored = [n.split("/", 1)[1] for n in self._far.sizes(name)]
                 for file in sorted(stored, key=lambda n: n != NAME):
                     self._far.move(f"{name}/{file}", f"{away}/{file}")
-            gone.append(step)
-        return gone
 
-    def sweep(self, *, aside: bool = False) -> list[str]:
+    def sweep(self, *, aside: bool = False) -> None:
         """Remove torn leftovers here, and there those of steps before the newest commit."""
-        gone = super().sweep(aside=aside)
+        super().sweep(aside=aside)
         stored = self._stored()
         newest = max((s for s, names in stored.items() if NAME in names), default=-1)
         for step, names in stored.items():
             if NAME not in names and step < newest:
                 self._remove_all(step)
-                gone.append(self.name(step))
         if aside:
             with as_write_errors(self.url):
                 self._far.remove([n for n in self._far.sizes() if n.startswith(ASIDE)])
-        return gone
 
     def _hint(self, name: str) -> None:
         """Write `latest` here and there; only a hint, so a failure is none."""

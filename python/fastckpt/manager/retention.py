@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..checkpoint import JSON
 from ..errors import ManagerError
 from .commits import Store
 from .coordination import Group, by_some, together
@@ -73,12 +74,14 @@ class Retention:
         standing = Standing.of(self.store, group)
         if step not in standing.steps:
             raise ManagerError(f"{self.store.root}: cannot go back to step {step}: {standing.lacking(step)}")
-        newer = [s for s in self.store.steps() if s > step]
 
-        def move() -> None:
-            self.store.take()
-            self.store.set_aside(newer)
+        def move() -> JSON:
+            newer = [s for s in self.store.steps() if s > step]
+            if newer and self.disk.coordinator:
+                self.store.take()
+                self.store.set_aside(newer)
+            return [*newer]
 
-        by_some(group, f"rewind to step {step}", self.disk.coordinator and bool(newer), move)
+        said = together(group, f"rewind to step {step}", move)  # a rank may see it when they are gone
         self.newest = step
-        return newer
+        return sorted({s for newer in said if isinstance(newer, list) for s in newer if isinstance(s, int)})

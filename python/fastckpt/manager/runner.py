@@ -67,7 +67,7 @@ class JobRunner:
                 manager.wait()
                 raise SystemExit(128 + signal.SIGTERM)
         self._settle()
-        if self._uploader is not None and manager.exists(context.epoch):
+        if self._uploader is not None:
             self._upload(self._uploader, context.epoch)
         job.download_group.run(context)
         job.exit_group.run(context)
@@ -162,7 +162,8 @@ class JobRunner:
 
     def _upload(self, uploader: Uploader, epoch: int) -> None:
         def carry() -> None:
-            uploader.start(self._manager.path(epoch))
-            uploader.wait()
+            if epoch in self._manager.steps():
+                uploader.start(self._manager.path(epoch))
+                uploader.wait()
 
         by_some(self._manager.group, f"upload of epoch {epoch}", self._manager.rank == 0, carry)

@@ -18,13 +18,13 @@ import numpy as np
 from .. import __version__
 from ..checkpoint import JSON
 from ..digest import LEAF, combine, digest, digest64
-from ..errors import ManagerError, WriteError
+from ..errors import WriteError
 from ..output.files import safetensors_layout
 from ..output.filesystem import as_write_errors
 from ..output.manifest import Origin, Record
 from ..output.writer import Output
 from ..pipeline import cores, each
-from ..sources.training import SCHEMA, TABLE, Shared, engine_directory, rank_directory
+from ..sources.training import LAYOUT, SCHEMA, TABLE, Shared, engine_directory, rank_directory
 from .commits import Store
 from .coordination import Group, together
 from .metadata import Took
@@ -122,11 +122,6 @@ class _Save:
                 files = [str(f) for f in listed] if isinstance(listed, list) else []
             done = self._round(lambda: self._write(stack, files))
         self._round(self._seal)
-        found = self.store.commit(self.request.step)
-        if found is None or found.key != self.request.token:
-            raise ManagerError(
-                f"{self.store.path(self.request.step)}: went away right after it was committed"
-            )
         return Took.of(done)
 
     def _round(self, work: Callable[[], JSON]) -> list[JSON]:
@@ -152,6 +147,11 @@ class _Save:
 
     def _open(self, stack: ExitStack) -> JSON:
         """Begin the output, and say how many bytes this rank will write."""
+        if not os.path.isdir(self.staging):
+            raise WriteError(
+                f"{self.staging}: rank {self.disk.ranks[0]} made it and this rank does not see it: they do "
+                "not share this directory (shared=False and node= are for nodes with disks of their own)"
+            )
         self.table = shared(self.claims, self.disk.ranks)
         rank = self.group.rank
         for name, piece in self.request.taken.pieces.items():
@@ -240,8 +240,8 @@ class _Save:
             "engines": [*sorted(request.engines)],
             "allow_nonfinite": True,  # what training holds is training's business
         }
-        origin = Origin(store.root, "training", store.name(request.step), request.step)
-        return Record(origin, __version__, "training", {"ranks": self.group.world}, options)
+        origin = Origin(store.root, LAYOUT, store.name(request.step), request.step)
+        return Record(origin, __version__, LAYOUT, {"ranks": self.group.world}, options)
 
     def _seal(self) -> JSON:
         if self.disk.coordinator:

@@ -5,7 +5,7 @@ Law: the checks are those of a restore that would go wrong halfway; each error n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,19 +15,20 @@ from ..errors import ManagerError
 from ..sources.training import ENGINE, STATE, items_of, pairs_of, tag_of
 from .state_tree import MISSING, Engine, Stateful, below, dict_of
 
+Shape = Callable[[str], tuple[int, ...]]
+"""The shape of a saved tensor by its name, of the whole where it is cut."""
 
-def check(tree: JSON, template: object, shapes: Mapping[str, tuple[int, ...]], allow_missing: bool) -> None:
-    """Refuse, before anything is changed, a template that does not fit. Raises ManagerError naming the place.
 
-    `shapes`: the shape of each saved tensor (of the whole, where it is cut)."""
-    _Check(shapes, allow_missing).visit(tree, template, "")
+def check(tree: JSON, template: object, shape: Shape, allow_missing: bool) -> None:
+    """Refuse, before anything is changed, a template that does not fit: a ManagerError names the place."""
+    _Check(shape, allow_missing).visit(tree, template, "")
 
 
 @dataclass(frozen=True, slots=True)
 class _Check:
     """A walk over a saved tree and a template at once."""
 
-    shapes: Mapping[str, tuple[int, ...]]
+    shape: Shape
     allow_missing: bool
 
     def visit(self, node: JSON, held: object, path: str) -> None:
@@ -56,7 +57,7 @@ class _Check:
             raise _refused(path, f"wanted an object with load_state_dict, got {has}")
 
     def _tensor(self, name: str, held: torch.Tensor, path: str) -> None:
-        saved = self.shapes[name]
+        saved = self.shape(name)
         if tuple(held.shape) != saved:
             raise _refused(path, f"saved shape {saved}, the template's is {tuple(held.shape)}")
 

@@ -20,7 +20,8 @@ from typing import Protocol
 
 from ..digest import LEAF, Digesting
 from ..errors import ManagerError, SourceError, WriteError
-from ..output.filesystem import real, sync_directory
+from ..extents import pieces_of
+from ..output.filesystem import make_directories, real, sync_directory
 from ..output.manifest import NAME, Manifest, rank_name
 from ..verification.outputs import verify
 
@@ -44,7 +45,8 @@ class LocalDirectory:
     def put(self, path: str, name: str) -> None:
         """Copy beside, sync, rename."""
         final = os.path.join(self.root, name)
-        os.makedirs(os.path.dirname(final), exist_ok=True)
+        for made in make_directories(os.path.dirname(final)):
+            sync_directory(os.path.dirname(made))
         staged = f"{final}.{secrets.token_hex(4)}.part"
         try:
             with open(path, "rb") as source, open(staged, "xb") as out:
@@ -182,13 +184,14 @@ class Uploader:
         sent = nbytes = there = failures = 0
         for file in files:
             local = os.path.join(root, file)
-            wanted = Digesting.of(LocalDirectory(root).read(file)).digest()
+            digesting = Digesting.of(pieces_of(local, LEAF))
+            wanted = digesting.digest()
             if self._arrived(f"{name}/{file}", wanted):
                 there += 1
                 continue
             failures += self._send(local, f"{name}/{file}", wanted)
             sent += 1
-            nbytes += os.path.getsize(local)
+            nbytes += digesting.nbytes
         return Upload(name, sent, nbytes, there, failures, time.perf_counter() - began)
 
     def start(self, path: str | os.PathLike[str], name: str | None = None) -> Future[Upload]:

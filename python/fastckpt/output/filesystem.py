@@ -102,14 +102,14 @@ def replace_file(path: str, content: bytes) -> None:
 
 
 def remove_tree(path: str) -> None:
-    """Remove a directory and all that is in it, as far as that can be done; of a link to one, the link."""
+    """Remove a file, a link, or a directory and all that is in it, as far as that can be done."""
     import shutil  # brings every archive format, and most runs remove nothing
 
     with suppress(OSError):  # rmtree lets some errors through all the same
-        if os.path.islink(path):
-            os.unlink(path)
-        else:
+        if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.unlink(path)
 
 
 def refuse_loss(path: str, keep: Iterable[str]) -> None:
@@ -172,8 +172,12 @@ def is_there(path: str) -> bool:
     return True
 
 
+_LOCKED: set[int] = set()
+"""Descriptors with a lock. A forked process shares the lock and may outlive this one: it lets go of them."""
+
+
 def locked(fd: int) -> bool:
-    """Lock what is open there until it is closed, or its process is gone; False where another run holds it.
+    """Lock what is open there until `unlock`, or this process is gone; False where another run holds it.
 
     True where the file system has no locks."""
     try:
@@ -182,4 +186,19 @@ def locked(fd: int) -> bool:
         return False
     except OSError:
         pass
+    _LOCKED.add(fd)
     return True
+
+
+def unlock(fd: int) -> None:
+    """Close what was opened to be locked."""
+    _LOCKED.discard(fd)
+    let_go(fd)
+
+
+def _forked() -> None:
+    while _LOCKED:
+        let_go(_LOCKED.pop())
+
+
+os.register_at_fork(after_in_child=_forked)

@@ -14,7 +14,6 @@ from contextlib import suppress
 from functools import partial
 
 from ..errors import SourceError, WriteError
-from ..extents import let_go
 from .filesystem import (
     as_write_errors,
     locked,
@@ -23,6 +22,7 @@ from .filesystem import (
     refuse_loss,
     remove_directories,
     sync_directory,
+    unlock,
     write_file,
 )
 from .manifest import NAME, TRACE, Manifest, merged, rank_name, rank_of
@@ -172,7 +172,7 @@ class Part:
             if not os.path.samestat(os.fstat(fd), os.stat(marker)):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), marker)
         except BaseException:
-            let_go(fd)
+            unlock(fd)
             raise
         self._lock = fd
         self._sweep()
@@ -257,4 +257,4 @@ class Part:
             with suppress(OSError):
                 self._sweep()
                 os.unlink(os.path.join(self.path, self._mine + "open"))
-            let_go(fd)
+            unlock(fd)

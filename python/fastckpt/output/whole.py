@@ -13,7 +13,6 @@ from contextlib import suppress
 
 from ..digest import digest64
 from ..errors import WriteError
-from ..extents import let_go
 from . import syscalls
 from .filesystem import (
     as_write_errors,
@@ -26,6 +25,7 @@ from .filesystem import (
     remove_tree,
     resemble,
     sync_directory,
+    unlock,
     write_file,
 )
 from .manifest import NAME, TRACE, Manifest, rank_of
@@ -146,7 +146,7 @@ class Whole:
 
     def _unlock(self) -> None:
         fd, self._lock = self._lock, -1
-        let_go(fd)
+        unlock(fd)
 
     def _sweep(self) -> None:
         """Remove staging directories of dead processes of this host; those of other hosts may live.
@@ -161,7 +161,7 @@ class Whole:
             with suppress(OSError):
                 if (lock := _lock(left)) >= 0:
                     remove_tree(left)
-                    let_go(lock)
+                    unlock(lock)
 
     def _try_exchange(self) -> None:
         """Learn before the work whether the file system can exchange two directories."""
@@ -197,7 +197,7 @@ def _lock(directory: str) -> int:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     if locked(fd):
         return fd
-    let_go(fd)
+    unlock(fd)
     return -1
 
 

@@ -6,18 +6,20 @@ the encoder was saved alone. Poolers, classifiers and the like are small and car
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 from ..checkpoint import JSON, Checkpoint
+from ..errors import RecipeError
 from ..mixers import Attention
 from ..model import Layer, Layers, Mlp, Model, Sizes
-from .claims import Claims, Heads, dim, integer, vocabulary
+from .claims import Claims, Dim, Heads, dim, flag, integer, vocabulary
 from .known import Known
 
-IGNORED = ("*embeddings.position_ids", "cls.predictions.decoder.bias", "lm_head.decoder.bias")
-"""A buffer of counted positions, and the second name of the head's bias."""
+IGNORED = ("*embeddings.position_ids",)
+"""A buffer of counted positions."""
 
 CARRIED = (
     "*pooler.dense",
@@ -33,7 +35,8 @@ CARRIED = (
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """A family's prefix, the module of its masked-language head's matrix, and that head's bias."""
+    """A family's prefix, the module of its masked-language head's matrix, and that head's bias: of a head
+    that is not tied, transformers 5 adds the matrix's own, and keeps this one beside it."""
 
     prefix: str
     head: str
@@ -70,7 +73,14 @@ def recipe(
         )
 
     at = f"{prefix}embeddings"
-    headed = names.head_bias in claims
+    headed, own = names.head_bias in claims, f"{names.head}.bias"
+    apart = own in claims and not flag(config, "tie_word_embeddings", True)
+    if own in claims and not apart and len({ckpt.aliases.get(n, n) for n in (own, names.head_bias)}) > 1:
+        raise RecipeError(
+            f"config says tie_word_embeddings, yet {names.head_bias} and {own} are two tensors; set it to "
+            f"false in the config to serve both as they are, or leave {own} out: rename= (--rename "
+            f"'^{re.escape(own)}$=')"
+        )
     vocab, embedding, lm_head, tied = vocabulary(
         claims,
         config,
@@ -79,13 +89,15 @@ def recipe(
         hidden=hidden,
         tied_default=True,
         head=names.head if headed else None,
-        head_bias=names.head_bias if headed else "",
+        head_bias="" if not headed else own if apart else names.head_bias,
     )
     positions = dim(config, "max_position_embeddings")
     types = dim(config, "type_vocab_size")
     count = integer(config, "num_hidden_layers")
     carried = [claims.parameter(f"{at}.token_type_embeddings.weight", types, hidden)]
     carried += claims.carried(CARRIED, bias=True)
+    if headed and apart:
+        carried.append(claims.parameter(names.head_bias, Dim(vocab, "vocab_size")))
     return Model(
         family=names.prefix[:-1],
         sizes=Sizes(hidden.size, vocab, heads.q, heads.kv, heads.dim, {width.key: width.size}),

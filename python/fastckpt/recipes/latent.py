@@ -36,6 +36,8 @@ def latent(claims: Claims, config: Mapping[str, JSON], layer: str) -> Callable[[
     nope, rope = integer(config, "qk_nope_head_dim"), integer(config, "qk_rope_head_dim")
     value, rank = integer(config, "v_head_dim"), dim(config, "kv_lora_rank")
     bias = flag(config, "attention_bias", False)
+    # null is no to transformers
+    halves = not flag(config, "rope_interleave", "rope_interleave" not in config)
     q_rows = Dim(heads * (nope + rope), "num_attention_heads * (qk_nope_head_dim + qk_rope_head_dim)")
     a_rows = Dim(rank.size + rope, "kv_lora_rank + qk_rope_head_dim")
     b_rows = Dim(heads * (nope + value), "num_attention_heads * (qk_nope_head_dim + v_head_dim)")
@@ -47,12 +49,12 @@ def latent(claims: Claims, config: Mapping[str, JSON], layer: str) -> Callable[[
     o = claims.linear(f"{at}.o_proj", hidden, values, bias=bias)
     if config.get("q_lora_rank") is None:
         q = claims.linear(f"{at}.q_proj", q_rows, hidden)
-        return lambda: Mla(q(), kv_a(), kv_norm(), kv_b(), o())
+        return lambda: Mla(q(), kv_a(), kv_norm(), kv_b(), o(), halves=halves)
     low = dim(config, "q_lora_rank")
     q_a = claims.linear(f"{at}.q_a_proj", low, hidden, bias=bias)
     q_norm = claims.norm(f"{at}.q_a_layernorm", low)
     q_b = claims.linear(f"{at}.q_b_proj", q_rows, low)
-    return lambda: Mla(q_b(), kv_a(), kv_norm(), kv_b(), o(), q_a(), q_norm())
+    return lambda: Mla(q_b(), kv_a(), kv_norm(), kv_b(), o(), q_a(), q_norm(), halves=halves)
 
 
 def sparse(claims: Claims, config: Mapping[str, JSON], layer: str) -> Callable[[], Mla]:
@@ -85,10 +87,12 @@ def _indexes(config: Mapping[str, JSON], layer: int) -> bool:
 
 
 def rope(config: Mapping[str, JSON]) -> Rope | None:
-    """The rotary positions in the config, under transformers 5's keys or older ones; None for a kind that
-    DeepSeek's own model does not have. Raises RecipeError."""
-    said = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(said, dict):
+    """The rotary positions in the config, under transformers 5's key or older ones; None for a kind that
+    DeepSeek's own model does not have, where the config says nothing, and where both keys say other things:
+    transformers goes by the older one. Raises RecipeError."""
+    new, old = (config.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
+    said = old or new
+    if not isinstance(said, dict) or (new and said != new) or not (said or config.get("rope_theta")):
         return None
     kind = said.get("rope_type") or said.get("type") or "default"
     if kind not in ("default", "yarn"):

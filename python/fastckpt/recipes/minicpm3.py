@@ -20,6 +20,7 @@ KIND = Kind("minicpm3", mlp=FeedForward(bias=MLP_BIAS), vocabulary=TIED)
 def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
     """The model of a MiniCPM 3 checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
     claims, width = claimed(KIND, ckpt, config), dim(config, "intermediate_size")
+    config = {**config, "rope_interleave": False}  # as transformers' class has it, without saying so
     if config.get("v_head_dim") is None:
         each = integer(config, "hidden_size") // integer(config, "num_attention_heads")
         config = {**config, "v_head_dim": each}

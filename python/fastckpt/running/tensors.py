@@ -194,6 +194,18 @@ def untied(state: Mapping[str, torch.Tensor], made: set[str], aliases: Mapping[s
     return found
 
 
+def require_apart(state: Mapping[str, torch.Tensor], made: set[str]) -> None:
+    """Raises LayoutError where two names that are each filled are one parameter on the meta device; `matched`
+    finds those that have memory."""
+    first: dict[int, str] = {}
+    for name in sorted(n for n in made if state[n].is_meta):
+        if (other := first.setdefault(id(state[name]), name)) != name:
+            raise LayoutError(
+                f"load_into: {other} and {name} are one parameter of the module, and two tensors of the "
+                "checkpoint"
+            )
+
+
 def made_real(state: Mapping[str, torch.Tensor], device: str) -> State:
     """Dense tensors to fill, one for each: the module's own memory, or on `device` where it is on meta.
 

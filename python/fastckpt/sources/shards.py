@@ -78,8 +78,9 @@ class Shards:
 def find_shards(path: str, suffix: str, single: str, options: Options) -> Shards:
     """The shards in `path`: a file, an index file, or a directory. `single`: the name of an unsharded one.
 
-    In a directory an index goes before `single`, that before all files that end in `suffix` but those that
-    trainers put beside the weights."""
+    In a directory an index or `single` goes before all files that end in `suffix` but those that trainers put
+    beside the weights. Raises SourceError where both are there, as save_pretrained leaves them after a save
+    in one file and another in several."""
     if not is_directory(path):
         directory = os.path.dirname(os.path.abspath(path))
         if path.endswith(".index.json"):
@@ -95,6 +96,11 @@ def find_shards(path: str, suffix: str, single: str, options: Options) -> Shards
         raise SourceError(f"{path}: several indexes: {', '.join(indexes)}; open the one that is meant")
     if indexes:
         found = _indexed(os.path.join(path, indexes[0]), [path, *options.also])
+        if single in files and single not in map(os.path.basename, found.paths):
+            raise SourceError(
+                f"{path}: {single} lies beside the files of {indexes[0]}: transformers loads the one, vLLM "
+                "the others; open the one that is meant"
+            )
     elif single in files:
         options.refuse_also(os.path.join(path, single))
         found = Shards((os.path.join(path, single),), None, path)

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from .safetensors import Header
 
 SCHEMA = 1
+LAYOUT = "training"
+"""What the record of a commit says in place of a serving layout."""
 TABLE = "tensors.json"
 """The file that says which tensors are shared by ranks, and who holds which box."""
 ENGINE, STATE = "engine", "state"
@@ -64,7 +66,7 @@ def matches(path: str) -> bool:
 def read(path: str, options: Options) -> Checkpoint:
     """The model in a commit. Raises SourceError where the commit is not whole or holds no model."""
     manifest = Manifest.read(path)
-    if manifest.record.layout != "training" or not manifest.shards or not manifest.complete:
+    if manifest.record.layout != LAYOUT or not manifest.shards or not manifest.complete:
         raise SourceError(f"{os.path.join(path, NAME)}: is no whole training commit")
     commit = CommitFiles(path, manifest)
     state = commit.state(0)
