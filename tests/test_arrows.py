@@ -110,7 +110,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "adapter_shards": (*PLAIN, "nowhere", "finishes", "adapters"),
     # The spine.
     "planned": (*CORE, "copies", "batches", "files"),
-    "plancache": (*CORE, "copies", "planned", "schemes", "quantised_targets"),
+    "plancache": (*CORE, "digest", "copies", "planned", "schemes", "quantised_targets"),
     "request": (*CORE, "layouts", "schemes"),
     "configs": (*CORE, "request"),
     "resolving": (

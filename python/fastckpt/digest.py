@@ -57,9 +57,9 @@ def digest(data: Bytes) -> str:
     return combine(leaf_digests(data, offsets, np.minimum(len(data) - offsets, LEAF)))
 
 
-def of_values(values: object) -> str:
-    """The digest of plain values, as JSON has them with keys in order: 16 hex digits."""
-    return f"{digest64(json.dumps(values, sort_keys=True).encode()):016x}"
+def values_digest(values: object) -> str:
+    """xxh3-128 of plain values, as JSON has them with keys in order: 32 hex digits."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
 
 
 class Digesting:

@@ -15,7 +15,7 @@ from functools import partial
 from .. import layouts, recipes
 from ..checkpoint import JSON, Cast, Checkpoint
 from ..collector import paused
-from ..digest import digest, of_values
+from ..digest import digest, values_digest
 from ..dtypes import BY_NAME, DType
 from ..errors import SourceError
 from ..extents import content
@@ -64,7 +64,7 @@ def join(ckpt: Checkpoint, recipe: str | None) -> Checkpoint:
         config=_config(ckpt, manifest) if was else ckpt.config,
         recipe=_recipe(ckpt, manifest, recipe),
         unpadded=was,
-        structure=of_values([ckpt.structure, record, dict(ckpt.config or {})]),
+        structure=values_digest([ckpt.structure, record, dict(ckpt.config or {})]),
     )
 
 

@@ -18,7 +18,7 @@ from functools import partial
 
 from .. import layouts
 from ..checkpoint import JSON, Checkpoint, Entry, Replica, Single
-from ..digest import of_values
+from ..digest import values_digest
 from ..dtypes import DType
 from ..errors import SourceError
 from ..extents import Buffer, Extent, Extents
@@ -66,7 +66,7 @@ def whole_of(
     return replace(
         found,
         facts={"layout": name, **shards.facts},
-        structure=of_values(shaped),
+        structure=values_digest(shaped),
     )
 
 

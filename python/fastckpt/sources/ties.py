@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ..checkpoint import JSON, Checkpoint, Entry
-from ..digest import of_values
+from ..digest import values_digest
 from ..extents import File
 from ..views import ZERO
 from .samples import Agreement, samples
@@ -39,7 +39,7 @@ def tied(ckpt: Checkpoint, config: Mapping[str, JSON]) -> Checkpoint:
         entries={n: e for n, e in ckpt.entries.items() if n not in aliases},
         aliases=aliases,
         replicas=(*ckpt.replicas, *agreement.replicas),
-        structure=of_values([ckpt.structure, aliases]),
+        structure=values_digest([ckpt.structure, aliases]),
     )
 
 
