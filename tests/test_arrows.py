@@ -106,7 +106,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "foreign": (*PLAIN, "sources", "recipes", "layouts", "uniting", "opening"),
     "adapter_settings": (*CORE, "sources"),
     "adapter_pairs": (*CORE, "adapter_settings"),
-    "adapters": (*PLAIN, "nowhere", "lowrank", "sources", "adapter_settings", "adapter_pairs"),
+    "adapters": (*PLAIN, "digest", "nowhere", "lowrank", "sources", "adapter_settings", "adapter_pairs"),
     "adapter_shards": (*PLAIN, "nowhere", "finishes", "adapters"),
     # The spine.
     "planned": (*CORE, "copies", "batches", "files"),

@@ -9,16 +9,14 @@ Source: peft 0.21, tuners/lora/{config,layer,model}.py and utils/save_and_load.p
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import xxhash
-
 from .. import dtypes, sources
 from ..checkpoint import Checkpoint, Entry, Single
+from ..digest import values_digest
 from ..dtypes import DType
 from ..errors import SourceError, near
 from ..extents import Extents, is_directory, is_file, listed
@@ -86,7 +84,7 @@ class Adapter:
             [(n, *((p.scale, p.flipped) for p in pairs)) for n, pairs in self.adapted.items()],
             [*self.saved],
         ]
-        return _digest(json.dumps(shaping), self.tensors.structure), self.tensors.headers
+        return values_digest([shaping, self.tensors.structure]), self.tensors.headers
 
     def applied(self, entries: Mapping[str, Entry], extents: Extents) -> Checkpoint:
         """The base with these entries over this table, and with the adapter in its files and digests."""
@@ -96,8 +94,8 @@ class Adapter:
             entries=entries,
             extents=extents,
             files=tuple(dict.fromkeys((*base.files, *self.tensors.files))),
-            structure=_digest(base.structure, structure) if base.structure else "",
-            headers=_digest(base.headers, headers),
+            structure=values_digest([base.structure, structure]) if base.structure else "",
+            headers=values_digest([base.headers, headers]),
         )
 
 
@@ -329,7 +327,3 @@ def _may_be_tied(adapter: Adapter, name: str) -> bool:
 def kind_of(old: DType, asked: DType | None) -> DType:
     """The dtype a tensor gets: what was asked for, where it is a float."""
     return asked if asked is not None and old.kind == "float" else old
-
-
-def _digest(*words: str) -> str:
-    return xxhash.xxh3_64_hexdigest("\n".join(words).encode())
