@@ -12,7 +12,7 @@ from ..checkpoint import JSON
 from ..errors import RecipeError
 from ..roles import Parameter
 from .claims import Claims, Dim, dim, flag
-from .towers import Said, Shapes, carried, norms, of, part, vision
+from .towers import Config, Shapes, carried, norms, of, part, vision
 
 AT = "model"
 CLIPPED = ("input_min", "input_max", "output_min", "output_max")
@@ -28,7 +28,7 @@ _SOUND = dict(
 _PATCHES = dict(patch_size=16, pooling_kernel_size=3, mm_embed_dim=3840, mm_posemb_size=1120)
 
 
-def beside(claims: Claims, config: Said, hidden: Dim) -> tuple[None, tuple[Parameter, ...]]:
+def beside(claims: Claims, config: Config, hidden: Dim) -> tuple[None, tuple[Parameter, ...]]:
     """Claims the towers that config speaks of; `hidden`: the decoder's hidden size. Raises RecipeError."""
     shapes: Shapes = {}
     if config.get("vision_config") is not None:
@@ -38,7 +38,7 @@ def beside(claims: Claims, config: Said, hidden: Dim) -> tuple[None, tuple[Param
     return None, carried(claims, AT, shapes)
 
 
-def unified(claims: Claims, config: Said, hidden: Dim) -> tuple[None, tuple[Parameter, ...]]:
+def unified(claims: Claims, config: Config, hidden: Dim) -> tuple[None, tuple[Parameter, ...]]:
     """Claims what stands for towers in Gemma 4's unified form: vectors of patches and of sound as they are.
     Raises RecipeError. Source: transformers' modeling_gemma4_unified.py."""
     shapes: Shapes = {}
@@ -68,7 +68,7 @@ def _matrices(matrices: Mapping[str, tuple[Dim, Dim]], clipped: bool) -> Shapes:
     return out | {f"{name}.{leaf}": () for name in matrices if clipped for leaf in CLIPPED}
 
 
-def _images(claims: Claims, said: Said, hidden: Dim) -> Shapes:
+def _images(claims: Claims, said: Config, hidden: Dim) -> Shapes:
     if flag(said, "vision_config.attention_bias", False):
         raise RecipeError("config: vision_config.attention_bias true is not read")
     inner, width, size = of(said, "hidden_size"), of(said, "intermediate_size"), of(said, "head_dim")
@@ -103,7 +103,7 @@ def _images(claims: Claims, said: Said, hidden: Dim) -> Shapes:
     return _below("vision_tower", out) | {"embed_vision.embedding_projection.weight": (hidden, inner)}
 
 
-def _sound(claims: Claims, config: Said, hidden: Dim) -> Shapes:
+def _sound(claims: Claims, config: Config, hidden: Dim) -> Shapes:
     said = part(config, "audio_config", _SOUND)
     inner, out_size, kernel = (
         dim(said, f"audio_config.{key}") for key in ("hidden_size", "output_proj_dims", "conv_kernel_size")

@@ -32,10 +32,10 @@ from .olmo import EXAONE4
 from .qwen_moe import QWEN3_MOE
 from .qwen_next import QWEN3_5, QWEN3_5_MOE
 from .renaming import renamed, respelled, spelled
-from .towers import Built, Said
+from .towers import Built, Config
 
 
-def _qwen3_moe(ckpt: Checkpoint, config: Said, *, vocab_size: int | None = None) -> Model:
+def _qwen3_moe(ckpt: Checkpoint, config: Config, *, vocab_size: int | None = None) -> Model:
     """Qwen3-VL's mixture: stacks [experts, out, in], as transformers 5 has them, or [experts, in, out], as
     the hub does, or each expert on its own, as quantisers leave them. Raises RecipeError where shapes do not
     tell."""
@@ -86,7 +86,7 @@ TEXTS: Mapping[str, Recipe] = {
 """`model_type` of a text_config -> the recipe of the decoder it is of."""
 
 
-TowerClaim = Callable[[Claims, Said, Dim], tuple[Tower | None, tuple[Parameter, ...]]]
+TowerClaim = Callable[[Claims, Config, Dim], tuple[Tower | None, tuple[Parameter, ...]]]
 """Of a config, claims the tower (None: all of it is carried) and the projector to the decoder's hidden size.
 Raises RecipeError."""
 
@@ -137,7 +137,7 @@ class Wrapper:
 
 def recipe(
     ckpt: Checkpoint,
-    config: Said,
+    config: Config,
     *,
     vocab_size: int | None = None,
     wrapper: Wrapper,
@@ -177,7 +177,7 @@ def recipe(
     )
 
 
-def _text_config(config: Said, wrapper: Wrapper) -> dict[str, JSON]:
+def _text_config(config: Config, wrapper: Wrapper) -> dict[str, JSON]:
     """The decoder's config. Raises RecipeError where there is none."""
     if config.get("text_config") is None and wrapper.flat:
         return {**config, "model_type": wrapper.texts[0]}
@@ -187,7 +187,7 @@ def _text_config(config: Said, wrapper: Wrapper) -> dict[str, JSON]:
     return {**usual, **said, **quantised}
 
 
-def _tied(config: Said, told: Said, wrapper: Wrapper, text: Checkpoint | None) -> bool:
+def _tied(config: Config, told: Config, wrapper: Wrapper, text: Checkpoint | None) -> bool:
     """Whether embedding and head are one: as the whole config says, else as the checkpoint has them. Of one
     that is only imagined, as text_config says, else as config's class."""
     default = flag(told, "tie_word_embeddings", wrapper.tied)
@@ -222,10 +222,10 @@ DEFAULTS: Mapping[str, Mapping[str, JSON]] = {
 PaliGemma and Gemma 3 say little more than what differs."""
 
 
-def _within(build: Callable[[Claims, str, Said, Dim], Built], at: str) -> TowerClaim:
+def _within(build: Callable[[Claims, str, Config, Dim], Built], at: str) -> TowerClaim:
     """A tower below the module `at` that has its projector within."""
 
-    def beside(claims: Claims, config: Said, hidden: Dim) -> Built:
+    def beside(claims: Claims, config: Config, hidden: Dim) -> Built:
         return build(claims, at, config, hidden)
 
     return beside
