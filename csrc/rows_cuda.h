@@ -42,7 +42,7 @@ template <class S, class D> struct Rows {
     static constexpr uint32_t s = BYTES ? 1 : S::size, d = BYTES ? 1 : D::size;
     static constexpr uint32_t N = unit_elements(s, d), FROM = N * s, INTO = N * d;  // elements and bytes of a unit
     static constexpr uint32_t WORDS_IN = FROM / 4, WORDS_OUT = INTO / 4;
-    static constexpr bool OFTEN = BYTES || d > 1;  // casts to fp8 are seldom, and much code each way
+    static constexpr bool OFTEN = BYTES || (d > 1 && s + d > 4);  // casts to fp8 and between 16 bits are seldom, and much code
     static constexpr bool SHARED = false;
 
     const Work& w;
@@ -164,12 +164,12 @@ template <class S, class D> struct Rows {
         return left;
     }
 
-    // Whether all the tile's units are whole and aligned and its lines lie along axis 2 alone, within a GiB.
-    FASTCKPT_HD bool even(const Unit& begin) const {
+    // Whether all the tile's units are whole and lie alike, and its lines along axis 2 alone, within a GiB.
+    FASTCKPT_HD bool even(const Unit& begin, uint32_t past) const {
         const Copy& c = w.c;
         const uint32_t most = ROWS_TILE / units + 2;  // lines of a tile
-        const bool aligned = begin.aligned && begin.low == 0 && off(begin) == 0 && (c.dst_stride[2] & (INTO - 1)) == 0 &&
-                             (w.zero || (c.src_stride[2] & (FROM - 1)) == 0);
+        const bool aligned = begin.aligned && begin.low == 0 && (c.dst_stride[2] & (INTO - 1)) == 0 &&
+                             (w.zero || (c.src_stride[2] & (FROM - 1)) == 0) && (past == 0 || c.shape[2] == 1 || c.src_stride[2] > 0);
         const bool whole = length < 1u << 28 && length == units * N && begin.left == length - skip * N;
         const bool last = first + lines_left() == c.shape[0] * c.shape[1] * c.shape[2];
         return aligned && whole && (last || lines_left() >= most) && near(c.src_stride[2], most) && near(c.dst_stride[2], most);
@@ -196,29 +196,39 @@ template <class S, class D> struct Rows {
         FASTCKPT_HD void next(bool turns) { at += turns ? step + turn : step; }
     };
 
-    // Whole aligned units of lines that are as far apart.
-    FASTCKPT_HD uint32_t gridded(uint32_t i, const Unit& begin) const {
+    // Whole units of lines that are as far apart. Where the source is not aligned, the vectors around each: what they have
+    // beyond the end of a line is of the next one, and the last unit of all is left.
+    template <bool SHIFTED> FASTCKPT_HD uint32_t gridded(uint32_t i, const Unit& begin, uint32_t past) const {
+        constexpr uint32_t WORDS = SHIFTED ? 2 * WORDS_IN : WORDS_IN, STEP = SHIFTED ? 16 / WORDS : FLIGHT;  // more would spill
         const uint32_t start = static_cast<uint32_t>(skip), down = TEAM / units, right = TEAM - down * units;
         const uint64_t end = uint64_t{lines_left()} * units - start;
         const uint32_t count = ((end < ROWS_TILE ? static_cast<uint32_t>(end) : ROWS_TILE) + TEAM - 1 - i) / TEAM;  // of the thread's
         const uint32_t line = (start + i) / units;
         uint32_t column = start + i - line * units, left = 0;
-        uint32_t flags = (1u << count) - 1;  // which units there are, and from FLIGHT on, after which a line ends
-        uint32_t x[FLIGHT][WORDS_IN] = {};
-        Walk<const char> in(begin.src - start * FROM, line, column, down, right, units, w.c.src_stride[2], FROM);
+        uint32_t here = (1u << count) - 1;  // which units there are
+        if (SHIFTED && end <= ROWS_TILE && (end - 1 - i) % TEAM == 0) left = 1u << (count - 1), here ^= left;
+        Walk<const char> in(begin.src - past - start * FROM, line, column, down, right, units, w.c.src_stride[2], FROM);
         Walk<char> out(begin.dst - start * INTO, line, column, down, right, units, w.c.dst_stride[2], INTO);
-        FASTCKPT_UNROLL
-        for (uint32_t k = 0; k < FLIGHT; ++k) {
-            if (k < count && !w.zero) load_kept<WORDS_IN>(x[k], in.at);
-            column += right;
-            const bool turns = column >= units;
-            if (turns) column -= units, flags |= 1u << (FLIGHT + k);
-            in.next(turns);
-        }
-        FASTCKPT_UNROLL
-        for (uint32_t k = 0; k < FLIGHT; ++k) {
-            if ((flags >> k & 1) != 0 && put(out.at, x[k])) left |= 1u << k;
-            out.next((flags >> (FLIGHT + k) & 1) != 0);
+        FASTCKPT_KEEP_LOOP
+        for (uint32_t j = 0; j < FLIGHT; j += STEP) {
+            uint32_t x[STEP][WORDS] = {}, turned = 0;  // after which units a line ends
+            FASTCKPT_UNROLL
+            for (uint32_t k = 0; k < STEP; ++k) {
+                if ((here >> (j + k) & 1) != 0 && !w.zero) {
+                    load_kept<WORDS_IN>(x[k], in.at);
+                    if constexpr (SHIFTED) load_kept<WORDS_IN>(x[k] + WORDS_IN, in.at + FROM);
+                }
+                column += right;
+                const bool turns = column >= units;
+                if (turns) column -= units, turned |= 1u << k;
+                in.next(turns);
+            }
+            FASTCKPT_UNROLL
+            for (uint32_t k = 0; k < STEP; ++k) {
+                if constexpr (SHIFTED) shift_words<WORDS_IN>(x[k], past);
+                if ((here >> (j + k) & 1) != 0 && put(out.at, x[k])) left |= 1u << k << j;
+                out.next((turned >> k & 1) != 0);
+            }
         }
         return left;
     }
@@ -260,10 +270,11 @@ template <class S, class D> struct Rows {
         const bool one = stay >= ROWS_TILE && whole(begin, past) && begin.left >= (ROWS_TILE + (past != 0)) * N;
         const char* from = begin.src + thread * FROM;
         char* to = begin.dst + thread * INTO;
-        const uint32_t left = one && past == 0       ? straight(from, to)
-                              : one && OFTEN         ? shifted(from, to, past)
-                              : OFTEN && even(begin) ? gridded(thread, begin)
-                                                     : mixed(thread, begin);
+        const uint32_t left = one && past == 0               ? straight(from, to)
+                              : one && OFTEN                 ? shifted(from, to, past)
+                              : !OFTEN || !even(begin, past) ? mixed(thread, begin)
+                              : past == 0                    ? gridded<false>(thread, begin, 0)
+                                                             : gridded<true>(thread, begin, past);
         if (left != 0) each(w, thread, left);
     }
 };

@@ -2,7 +2,8 @@
 //
 // A tile is 32 words of 1, 2 or 4 packed destination elements along axis 3, by `columns_of_tile` along axis 2. It
 // is cast and packed before it goes to shared memory, so that both sides move whole 128-byte lines. Tiles begin
-// on multiples of 16 bytes on each side where the strides allow it.
+// on multiples of 16 bytes on each side where the strides allow it. Where a row is short along axis 3, as what a
+// partition holds of a matrix, the tile is folded: 2^folds parts of fewer words each, side by side along axis 2.
 #pragma once
 
 #include "tile_cuda.h"
@@ -21,16 +22,21 @@ template <uint32_t VECTOR> FASTCKPT_HD uint32_t slot(uint32_t word, uint32_t col
     return column * WORDS + ((word / 4 ^ column / VECTOR) & 7) * 4 + word % 4;
 }
 
+constexpr uint32_t MOST_FOLDS = 3;  // 4 words are a vector of the destination
+
 struct Sheet {  // a row as tiles
     uint32_t row_head, column_head;  // elements before the row in its first tiles
+    uint32_t folds;
     uint32_t high, wide;             // tiles along axis 3 and axis 2
 };
 FASTCKPT_HD Sheet sheet_of(const Copy& c, uint32_t s, uint32_t d) {
     const int64_t dst = c.dst_stride[0] | c.dst_stride[1] | c.dst_stride[2], src = c.src_stride[0] | c.src_stride[1] | c.src_stride[3];
     const uint32_t row_head = (dst & 15) == 0 && c.dst % d == 0 ? static_cast<uint32_t>(c.dst & 15) / d : 0;
     const uint32_t column_head = (src & 15) == 0 && c.src % s == 0 ? static_cast<uint32_t>(c.src & 15) / s : 0;
-    return {row_head, column_head, static_cast<uint32_t>(ratio_up(uint64_t{c.shape[3]} + row_head, rows_of_tile(d))),
-            static_cast<uint32_t>(ratio_up(uint64_t{c.shape[2]} + column_head, columns_of_tile(s, d)))};
+    uint32_t folds = 0, wide = static_cast<uint32_t>(ratio_up(uint64_t{c.shape[2]} + column_head, columns_of_tile(s, d)));
+    if (c.shape[3] <= rows_of_tile(d) / 2)
+        for (; folds < MOST_FOLDS && c.shape[3] + row_head <= rows_of_tile(d) >> (folds + 1) && wide > 1; ++folds) wide = (wide + 1) / 2;
+    return {row_head, column_head, folds, static_cast<uint32_t>(ratio_up(uint64_t{c.shape[3]} + row_head, rows_of_tile(d))), wide};
 }
 
 template <class S, class D> struct Transposed {
@@ -46,6 +52,7 @@ template <class S, class D> struct Transposed {
     char* dst;
     int64_t src_pitch, dst_pitch;
     uint32_t row_low, row_high, column_low, column_high;  // what of the tile lies in the row
+    uint32_t folds, mask;  // which bits of a word's number tell where in its part it is
     bool vectors_in, vectors_out;
 
     FASTCKPT_HD Transposed(const Work& w) {
@@ -55,7 +62,8 @@ template <class S, class D> struct Transposed {
         const uint32_t area = sheet.high * sheet.wide, plane = quotient(at, area), tile = at - plane * area;
         const uint32_t across = quotient(tile, sheet.wide), along = tile - across * sheet.wide;
         const uint32_t i0 = quotient(plane, c.shape[1]), i1 = plane - i0 * c.shape[1];
-        const int64_t row = int64_t{across} * HEIGHT - sheet.row_head, column = int64_t{along} * COLUMNS - sheet.column_head;
+        folds = sheet.folds, mask = (WORDS >> folds) - 1;
+        const int64_t row = int64_t{across} * HEIGHT - sheet.row_head, column = int64_t{along << folds} * COLUMNS - sheet.column_head;
         src_pitch = c.src_stride[3];
         dst_pitch = c.dst_stride[2];
         src = w.src + i0 * c.src_stride[0] + i1 * c.src_stride[1] + row * src_pitch + column * static_cast<int64_t>(s);
@@ -64,10 +72,13 @@ template <class S, class D> struct Transposed {
         column_low = column < 0 ? static_cast<uint32_t>(-column) : 0;
         const int64_t rows = c.shape[3] - row, columns = c.shape[2] - column;
         row_high = rows < HEIGHT ? static_cast<uint32_t>(rows) : HEIGHT;
-        column_high = columns < COLUMNS ? static_cast<uint32_t>(columns) : COLUMNS;
-        vectors_in = column_low == 0 && column_high == COLUMNS && misalignment(src, 16) == 0 && (src_pitch & 15) == 0;
+        column_high = columns < COLUMNS << folds ? static_cast<uint32_t>(columns) : COLUMNS << folds;
+        vectors_in = column_low == 0 && column_high % VECTOR == 0 && misalignment(src, 16) == 0 && (src_pitch & 15) == 0;
         vectors_out = misalignment(dst, 16) == 0 && (dst_pitch & 15) == 0;
     }
+
+    // The columns before the part of a word.
+    FASTCKPT_HD uint32_t beside(uint32_t word) const { return (word & ~mask) * (COLUMNS / WORDS) << folds; }
 
     FASTCKPT_HD void load(uint32_t thread, uint32_t* shared) const {
         if (!vectors_in) {
@@ -75,14 +86,17 @@ template <class S, class D> struct Transposed {
             return;
         }
         const uint32_t word = thread / 32 * 4 + thread % 32 / 8, vector = thread % 8;
-        const char* from = src + static_cast<int64_t>(word * GROUP) * src_pitch + vector * 16;
+        const uint32_t first = (word & mask) * GROUP, before = beside(word);
+        const uint32_t end = before < column_high ? row_high : 0, last = column_high - before - VECTOR;
+        const char* from = src + static_cast<int64_t>(first) * src_pitch + before * s;
         Vector x[LOADS][GROUP] = {};
         FASTCKPT_UNROLL
         for (int g = 0; g < static_cast<int>(GROUP); ++g) {
-            const uint32_t row = word * GROUP + g;
-            if (row < row_low || row >= row_high) continue;
-            FASTCKPT_UNROLL
-            for (int i = 0; i < static_cast<int>(LOADS); ++i) x[i][g] = load_vector(from + g * src_pitch + i * 128);
+            const uint32_t row = first + g;
+            if (row < row_low || row >= end) continue;
+            FASTCKPT_UNROLL  // the last vector again where there are no more
+            for (int i = 0; i < static_cast<int>(LOADS); ++i)
+                x[i][g] = load_vector(from + g * src_pitch + smaller((vector + 8 * i) * VECTOR, last) * s);
         }
         FASTCKPT_UNROLL
         for (int i = 0; i < static_cast<int>(LOADS); ++i) {
@@ -123,31 +137,31 @@ template <class S, class D> struct Transposed {
         }
     }
 
-    // The same, element by element: a tile whose columns are cut, or rows that are not aligned.
+    // The same, element by element: a tile whose columns end within a vector, or rows that are not aligned.
     FASTCKPT_HD void load_words(uint32_t thread, uint32_t* shared) const {
         FASTCKPT_KEEP_LOOP
         for (uint32_t i = thread; i < WORDS * COLUMNS; i += THREADS) {
-            const uint32_t word = i / COLUMNS, column = i % COLUMNS;
+            const uint32_t word = i / COLUMNS, column = i % COLUMNS + beside(word);
             const bool inside = column >= column_low && column < column_high;
             uint32_t bits = 0;
             FASTCKPT_UNROLL
             for (int g = 0; g < static_cast<int>(GROUP); ++g) {
-                const uint32_t row = word * GROUP + g;
+                const uint32_t row = (word & mask) * GROUP + g;
                 if (inside && row >= row_low && row < row_high)
                     bits |= convert<S, D>(static_cast<uint32_t>(load_cell<s>(src + row * src_pitch + column * s))) << g * d % 4 * 8;
             }
-            shared[slot<VECTOR>(word, column)] = bits;
+            shared[slot<VECTOR>(word, i % COLUMNS)] = bits;
         }
     }
 
     FASTCKPT_HD void store(uint32_t thread, uint32_t* shared) const {
         FASTCKPT_UNROLL
         for (int i = 0; i < static_cast<int>(STORES); ++i) {
-            const uint32_t column = thread / 8 + i * (THREADS / 8), word = thread % 8 * 4;
+            const uint32_t stood = thread / 8 + i * (THREADS / 8), word = thread % 8 * 4, column = stood + beside(word);
             if (column < column_low || column >= column_high) continue;
-            const uint32_t* at = shared + slot<VECTOR>(word, column);
-            char* to = dst + column * dst_pitch + word * 4;
-            const uint32_t row = word * GROUP;
+            const uint32_t* at = shared + slot<VECTOR>(word, stood);
+            char* to = dst + column * dst_pitch + (word & mask) * 4;
+            const uint32_t row = (word & mask) * GROUP;
             if (vectors_out && row >= row_low && row + 4 * GROUP <= row_high) store_vector<4>(to, load_shared(at).word);
             else store_elements(to, at, row);
         }

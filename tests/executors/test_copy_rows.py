@@ -83,7 +83,7 @@ def row(
 def even_lines(
     rng: np.random.Generator, src: DType, dst: DType
 ) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Rows, their sources and the bytes they fill: planes of lines whose ends and distances are multiples
+    """Rows, their sources and the bytes they fill: planes of lines whose lengths and distances are multiples
     of 16 bytes, shorter and longer than a tile of a GPU's; zeros; NaN here and there."""
     s, d = src.itemsize, dst.itemsize
     shapes = ((1, 1, 16, 64), (1, 1, 70, 32), (2, 3, 5, 48), (1, 2, 300, 32), (3, 1, 2, 640), (1, 1, 9, 1040))
@@ -91,12 +91,13 @@ def even_lines(
         wide, tall = n + 16 * (k % 3), lines + k % 2
         size = wide * tall * planes[1]
         stride = [(size * x, wide * tall * x, wide * x, x) for x in (s, d)]
-        at = 0 if k % 4 < 3 else 4
-        source = noise(rng, 16 + planes[0] * size * s)
-        if k % 2:
-            source[s - 1 :: s] &= 0x3F  # no exponent of ones
-        zero = src is dst and k % 4 == 1
-        yield row(src, dst, (*planes, lines, n), *stride, (at, 0), zero), source, planes[0] * size * d + 64
+        for at in (0 if k % 4 < 3 else 4, 16 - s):
+            source = noise(rng, at + planes[0] * size * s)
+            if k % 2:
+                source[s - 1 :: s] &= 0x3F  # no exponent of ones
+            zero = src is dst and k % 4 == 1
+            made = row(src, dst, (*planes, lines, n), *stride, (at, 0), zero)
+            yield made, source, planes[0] * size * d + 64
 
 
 def laid_out(

@@ -167,4 +167,5 @@ def test_the_build_with_cuda_loads_where_there_is_no_driver(tmp_path: Path) -> N
         [sys.executable, "-c", ask], cwd=made.parent, capture_output=True, text=True, check=True
     ).stdout.split()
     assert said[0] == said[-1] == "True" and set(said[1:-1]) >= {"sm_80", "sm_90"}
-    assert len(zlib.compress(made.read_bytes())) < 1_700_000  # of the wheel's 2 MB
+    held = [made, *(ROOT / "python" / "fastckpt").rglob("*.py")]
+    assert sum(len(zlib.compress(p.read_bytes())) for p in held) < 1_935_000  # of a wheel of 2 MB

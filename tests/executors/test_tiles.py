@@ -55,13 +55,19 @@ def test_random_rows_many() -> None:
             same(r, noise(rng, n), noise(rng, m + 64), k % 2 * (k + 1))
 
 
+SIDES = [
+    (8, 640), (8, 2100), (11, 140), (16, 300), (16, 16), (20, 384), (63, 65), (128, 128), (129, 160),
+    (256, 512), (300, 17),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("names", TRANSPOSED)
 def test_transposes(names: str) -> None:
     """Every edge of the tiles: sides around the sizes of a tile, sources and destinations aligned and not."""
     src, dst = (BY_NAME[n] for n in names.split())
     rng = np.random.default_rng(13)
     taken: set[int] = set()
-    for rows, cols in [(16, 300), (16, 16), (63, 65), (128, 128), (129, 160), (256, 512), (300, 17)]:
+    for rows, cols in SIDES:
         for pad, at in [(0, 0), (3, 1), (5, dst.itemsize * 3), (64, 16), (16, src.itemsize * 5)]:
             pitch = (cols + pad) * src.itemsize
             strides = (src.itemsize, pitch), ((rows + pad) * dst.itemsize, dst.itemsize)
@@ -171,6 +177,19 @@ def test_tiles_move_equal_bytes() -> None:
         assert count(src, dst, (4096, 4096), True) == 4096 * 4096 * src.itemsize // (
             (16 << 10) if (src, dst) != (bf16, f32) else (8 << 10)
         )
+
+
+def test_tiles_of_short_lines_are_as_full() -> None:
+    """What many partitions hold of a matrix, turned: a tile has more of the short lines."""
+    for names, log in [("float32 bfloat16", 12), ("bfloat16 bfloat16", 13), ("int8 int8", 14)]:
+        src, dst = (BY_NAME[n] for n in names.split())
+        s, d = src.itemsize, dst.itemsize
+        for high in (8, 16, 32, 64):
+            r = row(src, dst, (4096, high), (s, 4096 * s), (high * d, d))
+            made = tiles.tile(r, np.array([4096], np.uint64), np.array([4096], np.uint64))
+            assert (made.rows["path"] == TRANSPOSE).all()
+            full = 1 << (log - (high * d < 16))
+            assert len(made.owner) == 4096 * high // full, (names, high)
 
 
 def test_refusals() -> None:

@@ -196,6 +196,25 @@ def test_a_small_plan_pins_no_more_than_it_uses(monkeypatch: pytest.MonkeyPatch)
     assert len(pinned) == 1 and torch.equal(got["w"].cpu(), torch.arange(10))
 
 
+@pytest.mark.parametrize(("memory", "sent"), [(None, gpu_transfer.SENT), (96 << 20, 1 << 20)])
+def test_many_threads_send_as_much_at_once(
+    memory: int | None, sent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python starts one batch at a time, however many workers wait for theirs."""
+    real, pinned = torch.empty, []
+
+    def empty(*shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        pinned.extend(shape if pin_memory else ())
+        return real(*shape, pin_memory=pin_memory, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    held = {"w": torch.randn(6 << 20)}
+    options = {"rank": 0, "layout": "same", "dtype": "bfloat16", "threads": 64, "memory": memory}
+    got = fastckpt.reshard(held, device="cuda", **options)
+    assert set(pinned) == {sent}
+    compare([got], [fastckpt.reshard(held, **options)])
+
+
 @pytest.mark.parametrize("way", ["cpu", "gpu"])
 def test_from_files_either_way(tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTCKPT_CAST", way)

@@ -108,8 +108,10 @@ CASES = {
     **{f"rows {p}": Case(p, LONG) for p in PAIRS},
     **{f"rows {p}, source 2 past": Case(p, LONG, at=2) for p in PAIRS[:2]},
     **{f"rows of 512 {p}": Case(p, SHORT) for p in PAIRS[:2]},
+    **{f"rows of 512 {p}, source 2 past": Case(p, SHORT, at=2) for p in PAIRS[:2]},
     **{f"rows of 64 in 512 {p}": Case(p, (1024, 64), pitch=512) for p in PAIRS[:2]},
     **{f"transpose {p}": Case(p, SQUARE, turned=True) for p in PAIRS},
+    **{f"transpose to lines of 16 {p}": Case(p, (4096, 16), turned=True) for p in PAIRS[:2]},
 }
 QUANTISED = {
     f"{scheme} {dtype}": Quantised(scheme, dtype, (256, 1024))

@@ -72,7 +72,9 @@ def test_transposes(names: str) -> None:
     src, dst = (BY_NAME[n] for n in names.split())
     rng = np.random.default_rng(22)
     cases = []
-    for k, (rows, cols) in enumerate([(16, 300), (16, 16), (63, 65), (128, 128), (129, 160), (300, 17)]):
+    for k, (rows, cols) in enumerate(
+        [(16, 300), (8, 1152), (11, 200), (16, 16), (63, 65), (128, 128), (129, 160), (300, 17)]
+    ):
         for pad, at in [(0, 0), (3, 1), (64, 16), (16, src.itemsize * 5)][k % 2 :: 2]:
             pitch = (cols + pad) * src.itemsize
             strides = (src.itemsize, pitch), ((rows + pad) * dst.itemsize, dst.itemsize)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fastckpt.dtypes import BY_NAME
-from ptx.counts import CASES, QUANTISED, SECTOR, count, count_quantised, main
+from ptx.counts import CASES, QUANTISED, SECTOR, Case, count, count_quantised, main
 
 pytest.importorskip("fastckpt._C", reason="the compiled module is not built")
 pytestmark = pytest.mark.skipif(
@@ -32,6 +32,12 @@ def test_whole_sectors_free_banks_few_instructions(name: str) -> None:
         assert read < 2.1 and written < 1.01
     # An H200's 132 multiprocessors issue 4 instructions a cycle of 1.98 GHz: 4.6 bytes each are its 4.8 TB/s.
     assert got.per_instruction > 7
+
+
+def test_a_transposed_tile_that_is_cut_keeps_its_vectors() -> None:
+    """As every second one of 64, 192 or 1,344 lines of two bytes; the last vector is asked for again."""
+    got = count(Case("bfloat16 bfloat16", (192, 2048), turned=True))
+    assert got.per_instruction > 7 and got.read.sectors * SECTOR < 1.1 * 192 * 2048 * 2
 
 
 @pytest.mark.parametrize("name", QUANTISED)

@@ -16,8 +16,8 @@ from ..native import _C
 from ..planning.axes import classify
 from ..planning.copies import GENERAL, NOTHING, ROWS, TRANSPOSE, Table, item_sizes
 
-LEAST = 16
-"""A transpose with a shorter side goes the general way."""
+LEAST = 16, 8
+"""A transpose with fewer lines goes the general way, and one with shorter ones."""
 SHORT = 32
 """Bytes of the narrower side under which a line among several goes the general way."""
 MOST = (1 << 31) - 1
@@ -91,5 +91,5 @@ def _choose(rows: Table) -> None:
     shape = rows["shape"]
     short = (shape[:, :-1].max(axis=1, initial=1) > 1) & (shape[:, -1] * np.minimum(s, d) < SHORT)
     turned = rows["path"] == TRANSPOSE
-    small = (shape[:, -1] < LEAST) | (shape[:, -2] < LEAST) | (np.maximum(s, d) > 4)
+    small = (shape[:, -2:] < LEAST).any(axis=1) | (np.maximum(s, d) > 4)
     rows["path"][~fast | (turned & small) | ((rows["path"] == ROWS) & short)] = GENERAL

@@ -35,18 +35,16 @@ WAYS = ("cpu", "gpu")
 LEAST = 1 << 30
 """Output bytes of a plan under which the CPU casts, unmeasured: asking would cost more than it gives."""
 
-SENT = 4 * LEAF
-"""Output bytes that the CPU casts and sends at once: more than for files, since the bus is fast and Python
-starts one batch at a time."""
-
-BATCH = 8 * LEAF
-"""Output bytes sent at once for the GPU to cast: it takes Python's time for each."""
+SENT = 8 * LEAF
+"""Output bytes that are sent at once: more than for files, since the bus is fast and Python starts one batch
+at a time."""
 
 MOST_WORKERS = 4
 """Workers of the GPU's way: each holds two batches of source bytes, pinned and there."""
 
-SIDE, TIMES = 4096, 4
-"""What is measured: so many square matrices, read from one that is larger than a cache."""
+SIDE, TIMES, PLACES = 4096, 16, 4
+"""What is measured: so many square matrices, read from one that is larger than a cache, enough of them that
+each of many workers sends several batches; they are written to so many places in turn."""
 
 
 def way(planned: Plan, device: str, threads: int) -> str:
@@ -92,7 +90,8 @@ def faster(device: str, src: DType, dst: DType, turned: bool, threads: int) -> s
 def sinks(
     name: str, slots: Slots, buffers: list[Buffer], device: str, size: int
 ) -> tuple[Callable[[Lane], Worker], Callable[[], None]]:
-    """What makes the workers of a way, and what closes them; `size`: bytes of a staging if the CPU casts."""
+    """What makes the workers of a way, and what closes them; `size`: the most bytes of a batch that the CPU
+    casts."""
     if name == "cpu":
         sink = ToDevice(slots, buffers, device)
         return lambda lane: sink.worker(lane, size), sink.close
@@ -105,8 +104,8 @@ def _time(name: str, device: str, src: DType, dst: DType, turned: bool, threads:
     n, out = SIDE * SIDE, SIDE * SIDE * dst.itemsize
     source = torch.ones((n * src.itemsize,), dtype=torch.uint8, device="cpu")
     held = Buffer(source, source.data_ptr(), source.nbytes)
-    made = [torch.empty((out,), dtype=torch.uint8, device=device) for _ in range(TIMES)]
-    buffers = [Buffer(t, t.data_ptr(), out, device) for t in made]
+    made = [torch.empty((out,), dtype=torch.uint8, device=device) for _ in range(PLACES)]
+    buffers = [Buffer(t, t.data_ptr(), out, device) for t in made] * (TIMES // PLACES)
     rows = np.zeros(TIMES, COPY)
     s, d = src.itemsize, dst.itemsize
     rows["shape"] = [1, 1, SIDE, SIDE]
@@ -116,16 +115,16 @@ def _time(name: str, device: str, src: DType, dst: DType, turned: bool, threads:
     chunk = Chunk(TIMES, rows, np.arange(TIMES))
     slots = Slots.of([0] * TIMES, np.arange(TIMES) * out, [out] * TIMES)
     binding = Binding.of(Extents([Extent(held, 0, held.nbytes)]))
-    batches, stage = (spread, BATCH) if name == "gpu" else (cut, SENT)
+    batches = spread if name == "gpu" else cut
     best = float("inf")
     with Mapped(binding.places) if built() else Positioned(binding.places) as reader:
-        make, close = sinks(name, slots, buffers, device, BATCH)
+        make, close = sinks(name, slots, buffers, device, SENT)
         count = min(threads, MOST_WORKERS) if name == "gpu" else threads
         workers = [make(reader.lane(pick(None))) for _ in range(count)]
         for k in range(3):
             began = time.perf_counter()
             try:
-                items = batches(chunk, 0, slots, binding, stage=stage, band=BATCH)
+                items = batches(chunk, 0, slots, binding, stage=SENT, band=SENT)
                 feed(items, workers, lambda _: None)
             finally:  # after an error too: what was sent is on its way into memory that is given up then
                 close()

@@ -165,16 +165,15 @@ class Run:
         """From files and main memory to a GPU, by the faster way."""
         from . import gpu_transfer
 
-        threads, band = self.limits.threads, self.limits.band
-        # The GPU's way holds more than `memory` may allow.
-        way = "cpu" if self.limits.spare is not None else gpu_transfer.way(planned, device, threads)
-        worker, close = gpu_transfer.sinks(way, planned.slots(), list(buffers), device, band)
+        limits, way = self.limits, "cpu"
+        if limits.spare is None:  # the GPU's way, and what is sent at once, hold more than `memory` may allow
+            limits = replace(limits, band=gpu_transfer.SENT)
+            way = gpu_transfer.way(planned, device, limits.threads)
+        worker, close = gpu_transfer.sinks(way, planned.slots(), list(buffers), device, limits.band)
         try:
             if way == "gpu":
-                limits = Limits(min(threads, gpu_transfer.MOST_WORKERS), max(band, gpu_transfer.BATCH))
-                self._copy(planned, worker, for_memory=True, limits=limits)
-            else:
-                self._copy(planned, worker, stage=gpu_transfer.SENT)
+                limits = replace(limits, threads=min(limits.threads, gpu_transfer.MOST_WORKERS))
+            self._copy(planned, worker, for_memory=way == "gpu", stage=gpu_transfer.SENT, limits=limits)
         finally:  # after an error too: what was sent is on its way into memory that is given up then
             close()
 
@@ -236,17 +235,18 @@ class Run:
 
         `sink`: where quantised values go, None where the plan has none; `for_memory`: batches are made by
         `spread`, not by `cut`; `here`: the caller's thread runs them, and no other; `stage`: bytes of a batch
-        from mapped sources, where the band of the run has them; `limits`: the threads, and the bytes of every
-        batch, where they are not the run's."""
+        from mapped sources, where the band has them; `limits`: those of the batches, where they are not the
+        run's."""
+        limits = limits or self.limits
         largest = self._scan(planned)
         began = time.perf_counter()
         binding, slots = Binding.of(planned.extents), planned.slots()
         quantising = Quantising(planned, slots, largest)
-        threads = self.limits.fitting(quantising.staging) if limits is None else limits.threads
+        threads = limits.fitting(quantising.staging)
         done = _Done(planned.output_bytes, self.progress)
         alone = len(planned.ranks) < planned.placement.world
         with reader_of(planned.extents, binding, alone=alone, losses=self.losses) as reader:
-            step, band = (limits.band, limits.band) if limits else reader.batch_sizes(stage, self.limits.band)
+            step, band = reader.batch_sizes(stage, limits.band)
             cutting = partial(cut, stage=step, band=band, thin=LEAF)
             if for_memory:
                 cutting = partial(spread, stage=band, band=band, by_file=bool(computed(binding.places)))
