@@ -215,7 +215,7 @@ def test_tied_pairs_of_a_trainer():
     table = "bert.embeddings.word_embeddings.weight"
     pairs = {"cls.predictions.decoder.weight": table, "cls.predictions.decoder.bias": "cls.predictions.bias"}
     same(hf(hub, config, pairs)[1], hub)
-    hub["cls.predictions.decoder.bias"] = hub["cls.predictions.bias"] + 1
+    hub = hub | {"cls.predictions.decoder.bias": hub["cls.predictions.bias"] + 1}
     with pytest.raises(
         RecipeError, match=r"cls.predictions.bias and cls.predictions.decoder.bias are two tens"
     ):
@@ -226,8 +226,10 @@ def test_tied_pairs_of_a_trainer():
 def test_a_head_that_is_not_tied_keeps_both_biases(name, head):
     """transformers 5 adds that of the matrix, and saves both."""
     config, hub, _ = families.made(name)
-    hub |= {f"{head}.decoder.weight": torch.randn(hub[f"{head}.bias"].shape[0], config["hidden_size"])}
-    hub |= {f"{head}.decoder.bias": hub[f"{head}.bias"] + 1}
+    hub = hub | {  # not in place: `made` keeps it for other tests
+        f"{head}.decoder.weight": torch.randn(hub[f"{head}.bias"].shape[0], config["hidden_size"]),
+        f"{head}.decoder.bias": hub[f"{head}.bias"] + 1,
+    }
     model, got = hf(hub, config | {"tie_word_embeddings": False})
     assert model.lm_head.bias_name == f"{head}.decoder.bias"
     same(got, hub)
