@@ -249,9 +249,11 @@ def test_forms_that_are_not_read():
         with pytest.raises(RecipeError, match=f"{key}.* is not read"):
             hf(hub, config | {key: value})
     config, hub, _ = families.made("mpt")
-    for attends in ({"alibi": False}, {"attn_type": "multiquery_attention"}, {"alibi_bias_max": 16}, "x"):
+    for attends in ({"alibi": False}, {"attn_type": "multiquery_attention"}, {"alibi_bias_max": 16}):
         with pytest.raises(RecipeError, match="wanted"):
             hf(hub, config | {"attn_config": attends})
+    with pytest.raises(RecipeError, match="attn_config must be an object, got 'x'"):
+        hf(hub, config | {"attn_config": "x"})
     config, hub, _ = families.made("whisper")
     with pytest.raises(RecipeError, match="8 decoder and 4 encoder heads"):
         hf(hub, config | {"encoder_attention_heads": 4})
