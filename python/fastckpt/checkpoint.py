@@ -62,6 +62,26 @@ def moved(entry: Entry, extents: Extents, first: int = 0) -> Entry:
     return Single(entry.shape, entry.dtype, lambda: entry.build().over(extents, first), entry.kind)
 
 
+class _Cast:
+    """An entry whose view is cast to `dtype`. It is made at every look-up, so that it has to be light."""
+
+    __slots__ = ("_stored", "dtype")
+
+    def __init__(self, stored: Entry, dtype: DType) -> None:
+        self._stored, self.dtype = stored, dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._stored.shape
+
+    @property
+    def kind(self) -> str:
+        return self._stored.kind
+
+    def build(self) -> View:
+        return self._stored.build().cast(self.dtype)
+
+
 class Cast(Mapping[str, Entry]):
     """Entries whose floats are cast to `dtype` when their views are built; integers and bools stay."""
 
@@ -72,9 +92,7 @@ class Cast(Mapping[str, Entry]):
 
     def __getitem__(self, name: str) -> Entry:
         entry = self._stored[name]
-        if entry.dtype.kind != "float":
-            return entry
-        return Single(entry.shape, self._dtype, lambda: entry.build().cast(self._dtype), entry.kind)
+        return _Cast(entry, self._dtype) if entry.dtype.kind == "float" else entry
 
     def __contains__(self, name: object) -> bool:
         return name in self._stored
