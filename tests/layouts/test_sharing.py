@@ -171,6 +171,19 @@ def test_scores_are_never_rounded():
     assert hf[name].dtype is dtypes.bfloat16 and vllm[name].dtype is dtypes.float32
 
 
+def test_routers_that_are_never_rounded():
+    """transformers keeps ERNIE's in float32, whatever it loads the rest as; vLLM has them so."""
+    config, hub, _ = families.made("ernie4_5_moe")
+    name = "model.layers.0.mlp.gate.weight"
+    hub = hub | {name: torch.randn(hub[name].shape)}
+    model = recipes.find(config)(cast(memory(hub), dtypes.bfloat16), config)
+    for served in ("hf", "vllm"):
+        targets = {t.name: t.view for t in layout(served).targets(model, Placement(tp=2))}
+        assert targets[name].dtype is dtypes.float32
+        assert (read(targets[name]).view("f4") == hub[name].numpy()).all()
+        assert targets["model.norm.weight"].dtype is dtypes.bfloat16
+
+
 def predicting(name):
     """A model with one more layer, as the hub's DeepSeek-V3 and GLM-4.5: (config, tensors, its own)."""
     config, hub, _ = families.made(name)

@@ -31,6 +31,7 @@ ERNIE4_5_MOE = Mixture(
     Block(
         correction="moe_statics.e_score_correction_bias",
         row=True,
+        exact=True,  # transformers and vLLM hold it in float32, the hub stores it so
         trained_correction="gate.moe_statics.e_score_correction_bias",
     ),
     count=("moe_num_experts",),

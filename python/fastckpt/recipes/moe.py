@@ -26,7 +26,7 @@ class Block:
     added to the experts' scores when the router selects, "" for nothing; `row`: it is stored [1, experts].
     `stacked`: the names within the module of two stacks, where the hub stores no expert on its own. `latent`:
     the names of the matrices before and after the experts, and config's key of how wide it is between, where
-    that has a value.
+    that has a value. `exact`: the router keeps its dtype, whatever the others are cast to.
 
     `trained`, `trained_router`, `trained_correction`: what transformers calls them in training ("": as the
     hub does)."""
@@ -40,6 +40,7 @@ class Block:
     row: bool = False
     stacked: Stacked | None = None
     latent: tuple[str, str, str] | None = None
+    exact: bool = False
     trained: str = "mlp"
     trained_router: str = ""
     trained_correction: str = ""
@@ -95,6 +96,8 @@ def experts(
     if autoep := has_autoep(claims, layer, block):
         at, stored, adds = trained, AUTOEP_ROUTER, AUTOEP_CORRECTION
     router = claims.linear(f"{hub}.{block.router}", count, hidden, stored=f"{at}.{stored}")
+    if block.exact:
+        router = partial(_as_stored, router)
     added = _correction(claims, block, hub, f"{at}.{adds}", count)
     reads, latent = _latent(claims, config, block, hub, hidden)
     if autoep:
@@ -108,6 +111,10 @@ def experts(
             return Lazy(each)
 
     return lambda: Experts(name, router(), each_of(), added(), stacked=written, latent=latent())
+
+
+def _as_stored(build: Callable[[], Linear]) -> Linear:
+    return replace(role := build(), weight=role.weight.as_stored())
 
 
 def _latent(
