@@ -13,18 +13,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 
-from . import layouts, opening, recipes
-from .checkpoint import JSON, Checkpoint
-from .dtypes import float32
-from .errors import LayoutError, SourceError, expect
-from .extents import is_directory, is_file
-from .layouts import ByRoles, Layout, Naming
-from .placement import Placement, grid_of
-from .plainjson import read_json
-from .sources import safetensors, served
-from .sources.assembly import assemble, sampled
-from .sources.options import Options
-from .sources.shards import find_shards
+from .. import layouts, opening, recipes
+from ..checkpoint import JSON, Checkpoint
+from ..dtypes import float32
+from ..errors import LayoutError, SourceError, expect
+from ..extents import is_directory, is_file
+from ..layouts import ByRoles, Layout, Naming
+from ..placement import Placement, grid_of
+from ..plainjson import read_json
+from ..sources import safetensors, served
+from ..sources.assembly import assemble, sampled
+from ..sources.options import Options
+from ..sources.shards import find_shards
 from .uniting import phantom_of, whole_of
 
 
