@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import LayoutError, expect
 from ..mixers import (
@@ -36,11 +36,14 @@ def require_least(layout: str, made: object, least: int, *options: str) -> None:
             raise LayoutError(f"layout {layout}: {name} must be at least {least}, got {size}")
 
 
-Subjects = Mapping[str, tuple[Callable[[], bool], str]]
-"""Option -> whether the model and the placement have what it speaks of; what that is, for the message."""
+class Subject(NamedTuple):
+    """What an option speaks of: whether the model and the placement have it, and what it is, in words."""
+
+    there: Callable[[], bool]
+    what: str
 
 
-def require_subjects(layout: str, made: DataclassInstance, subjects: Subjects) -> None:
+def require_subjects(layout: str, made: DataclassInstance, subjects: Mapping[str, Subject]) -> None:
     """Raises LayoutError for an option that is not as by default where it could not change anything.
 
     Options that allow something (`pad`, `replicate_kv`), or ask for a size that may hold already, are not
@@ -48,10 +51,10 @@ def require_subjects(layout: str, made: DataclassInstance, subjects: Subjects) -
     for option in fields(made):
         value = getattr(made, option.name)
         if value != option.default and option.name in subjects:
-            there, wanted = subjects[option.name]
-            if not there():
+            subject = subjects[option.name]
+            if not subject.there():
                 said = str(value).lower() if isinstance(value, bool) else value
-                raise LayoutError(f"layout {layout}: {option.name}={said} wants {wanted}")
+                raise LayoutError(f"layout {layout}: {option.name}={said} wants {subject.what}")
 
 
 def require_tensor_parallel(layout: str, placement: Placement) -> None:

@@ -56,11 +56,6 @@ class Cut:
         return self.place.tp_rank // (self.place.tp // count), count
 
     @property
-    def flat(self) -> int:
-        """The rank among all tp * dp ranks."""
-        return self.place.dp_rank * self.place.tp + self.place.tp_rank
-
-    @property
     def moe_tp(self) -> tuple[int, int]:
         """(index, count) among the ranks that cut one expert: tp * dp / ep of them, or tp where ep is 1; one
         where experts are held whole."""
@@ -71,12 +66,12 @@ class Cut:
             return self.tp
         if ranks % self.place.ep:
             raise LayoutError(f"tp * dp = {ranks} does not divide by ep {self.place.ep}")
-        return self.flat // self.place.ep, ranks // self.place.ep
+        return self.place.stage_rank // self.place.ep, ranks // self.place.ep
 
     @property
     def experts(self) -> tuple[int, int]:
         """(index, count) among the parts the experts are shared out to."""
-        return self.flat % self.place.ep, self.place.ep
+        return self.place.stage_rank % self.place.ep, self.place.ep
 
 
 Strategy = Callable[[View, Cut], View]
