@@ -98,34 +98,24 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "outputs": (*CORE, "digest", "rereading", *FILES, "expectation", "sources"),
     # The way back, through sources, recipes and layouts.
     "inverse": CORE,
-    "uniting": (*PLAIN, "inverse", "layouts"),
+    "uniting": (*PLAIN, "digest", "inverse", "layouts"),
     "megatron": (*PLAIN, "uniting", "sources", "recipes", "layouts", "configs"),
-    "joining": (
-        *PLAIN,
-        "collector",
-        "digest",
-        "manifest",
-        "uniting",
-        "megatron",
-        "sources",
-        "recipes",
-        "layouts",
-        "configs",
-    ),
-    "opening": (*CORE, "sources", "joining"),
-    "expectation": (*PLAIN, "manifest", "sources", "layouts", "joining"),
+    "recorded": (*PLAIN, "collector", "digest", "manifest", "uniting", "recipes", "layouts"),
+    "opening": (*CORE, "collector", "sources", "configs", "recorded", "megatron"),
+    "expectation": (*PLAIN, "manifest", "sources", "layouts", "recorded"),
     "foreign": (*PLAIN, "sources", "recipes", "layouts", "uniting", "opening"),
     "adapter_settings": (*CORE, "sources"),
     "adapter_pairs": (*CORE, "adapter_settings"),
-    "adapters": (*PLAIN, "nowhere", "lowrank", "sources", "adapter_settings", "adapter_pairs"),
+    "adapters": (*PLAIN, "digest", "nowhere", "lowrank", "sources", "adapter_settings", "adapter_pairs"),
     "adapter_shards": (*PLAIN, "nowhere", "finishes", "adapters"),
     # The spine.
     "planned": (*CORE, "copies", "batches", "files"),
-    "plancache": (*CORE, "copies", "planned", "schemes", "quantised_targets"),
+    "plancache": (*CORE, "digest", "copies", "planned", "schemes", "quantised_targets"),
     "request": (*CORE, "layouts", "schemes"),
     "configs": (*CORE, "request"),
     "resolving": (
         *PLAIN,
+        "digest",
         "adapters",
         "adapter_shards",
         "quantised_sources",
@@ -329,7 +319,7 @@ TORCH |= {
 TORCH_IN_FUNCTIONS = {"sources/memory", "running/runs", "road", "quant", "zero_to_fp32", "doors/demo"}
 """Where torch may be imported. The first are themselves imported inside functions only."""
 
-FLOORS = ("planning", "computed", "quantisation", "output", "running", "verification", "doors")
+FLOORS = ("planning", "computed", "quantisation", "output", "running", "joining", "verification", "doors")
 """Packages that only hold together rooms of one kind; each module there is a room with arrows of its own."""
 
 VAGUE = {"utils", "util", "common", "helpers", "base", "misc"}

@@ -131,7 +131,7 @@ def fill(into: bytearray | memoryview, fd: int, offset: int) -> None:
     while view:
         n = os.preadv(fd, [view], offset)
         if n == 0:
-            raise SourceError(f"the file was cut: no bytes [{offset}, {offset + len(view)})")
+            raise SourceError(f"the file was cut: it ends at byte {offset}, wanted {offset + len(view)}")
         view, offset = view[n:], offset + n
 
 

@@ -19,7 +19,7 @@ from ..checkpoint import JSON, Checkpoint
 from ..collector import paused
 from ..computed import prequantised, quantised_sources
 from ..computed.nowhere import lies_nowhere
-from ..digest import LEAF
+from ..digest import LEAF, values_digest
 from ..dtypes import DType, float8_e4m3fn, float8_e5m2
 from ..errors import LayoutError
 from ..extents import Extent, Extents, pieces_of
@@ -148,7 +148,7 @@ def draft(ckpt: Checkpoint, request: Request, *, in_memory: bool = False) -> Pla
         notes += (f"tied, stored under one name, and no config says so: {ties}",)
     tensors, files, texts = _laid_out(made, rows, namings, aliases, request)
     return Plan(
-        key=plancache.digest([inputs, ckpt.headers, *([] if in_memory else _beside(ckpt))]),
+        key=values_digest([inputs, ckpt.headers, *([] if in_memory else _beside(ckpt))]),
         checkpoint=ckpt,
         layout=resolved.name,
         placement=placement,
@@ -252,7 +252,7 @@ def _kept_or_compiled(
     extents, expansion = resolved.checkpoint.extents, resolved.expansion
     if request.only is not None or not resolved.ours or not resolved.checkpoint.structure:
         return _compiled(stream, extents, expansion)
-    key = plancache.digest([*inputs, plancache.code()])
+    key = values_digest([*inputs, plancache.code()])
     kept = plancache.load(key, len(extents), None if expansion is None else expansion.quant.scheme)
     if kept is not None:
         own = {name: name for name in resolved.checkpoint.entries}  # one string for both

@@ -96,6 +96,17 @@ def flag(config: Mapping[str, JSON], key: str, default: bool) -> bool:
     return value
 
 
+def section(config: Mapping[str, JSON], key: str, *, optional: bool = False) -> dict[str, JSON]:
+    """The object `config[key]`; an empty one for an `optional` one that is missing or null. Raises
+    RecipeError."""
+    value = config.get(key)
+    if value is None and optional:
+        return {}
+    if not isinstance(value, dict):
+        raise RecipeError(f"config: {key} must be an object, got {value!r}")
+    return value
+
+
 def dim(config: Mapping[str, JSON], key: str, *older: str, default: int | None = None) -> Dim:
     """The size under `key`, or under the first `older` name of it that has a value. Raises as `integer`."""
     said = next((k for k in (key, *older) if config.get(k) is not None), key)
