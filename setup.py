@@ -74,9 +74,8 @@ DEFINES = [f"-DFASTCKPT_{x}" for x in os.environ.get("FASTCKPT_DEFINES", "").spl
 
 CUDA_SOURCES = ("copy_cuda.cu", "digest_cuda.cu", "quant_cuda.cu")
 
-CUDA_ARCHITECTURES = (os.environ.get("FASTCKPT_CUDA_ARCHS") or "80,90,100,120").split(",")
-"""Native code for each of these that the toolkit knows, and PTX of the newest; those of one major number run
-the code of the lowest (benchmarks/kernels.md says what 86, 89 and others lose by it)."""
+CUDA_ARCHITECTURES = (os.environ.get("FASTCKPT_CUDA_ARCHS") or "80,86,89,90,100,120").split(",")
+"""Native code for each of these that the toolkit knows, and PTX of the newest."""
 
 
 class Toolkit:

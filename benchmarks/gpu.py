@@ -34,18 +34,32 @@ import machine
 import torch
 from fastckpt.errors import FastckptError
 from gpu_rows import Act, Case
+from measure import Goal
 
 ROUNDS = 21
 WALL_ROUNDS = 7
 PEER_ROUNDS, PEER_SECONDS = 5, 6.0  # torch where it is slow: so many rounds, then none after so long
+WARM = 0.2  # seconds of ours before the rounds: a GPU that did nothing runs at a fraction of its clock
 BUSY = 400_000  # cycles
+
+GOALS: dict[str, dict[str, Goal]] = {
+    "gather_cast": {"of copy": Goal(0.95, False)},
+    "transpose": {"of copy": Goal(0.90, False)},
+    "model llama-8b": {"of copy": Goal(0.85, False), "x eager": Goal(5, False)},
+    "model moe": {"of copy": Goal(0.85, False), "x eager": Goal(30, False)},
+    "quantise fp8-block": {"of copy": Goal(0.80, False)},
+    "quantise int8": {"of copy": Goal(0.85, False)},
+}
+"""By how names of rows begin; other rows have none."""
+
 HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """`bytes`: read and written; `fraction_of_copy`: the floor's time by ours; `speedup_vs_eager`: torch's by
-    ours, 0 where nothing was compared. `error`: why there are no figures."""
+    ours, 0 where nothing was compared; `spread`: the third quartile of ours by the first. `goal`, `met`: what
+    the figures were to be, and whether they are. `error`: why there are no figures."""
 
     name: str
     shape: str
@@ -55,6 +69,23 @@ class Row:
     speedup_vs_eager: float
     commit: str
     error: str = ""
+    spread: float = 0.0
+    goal: str = ""
+    met: str = ""
+
+
+def judged(name: str, fraction: float, speedup: float) -> tuple[str, str]:
+    """The goal of a row in words, and whether the figures meet it."""
+    goal = next((goal for begin, goal in GOALS.items() if name.startswith(begin)), {})
+    found = {"of copy": fraction, "x eager": speedup}
+    words = ", ".join(f"{limit} {what}" for what, limit in goal.items())
+    return words, ("yes" if all(g.met(found[what]) for what, g in goal.items()) else "no") if goal else ""
+
+
+def unmeasured(name: str, why: str) -> Row:
+    """A row without figures, which meets no goal."""
+    goal, met = judged(name, 0.0, 0.0)
+    return Row(name, "", 0.0, 0, 0.0, 0.0, commit(), why, goal=goal, met=met)
 
 
 def on_gpu(act: Act) -> float:
@@ -78,7 +109,8 @@ def on_the_wall(act: Act) -> float:
 
 
 def measure(case: Case) -> Row:
-    """All three in turns, after a round that does not count. Raises ValueError for wrong bytes."""
+    """All three in turns, once the GPU is warm and after a round that does not count. Raises ValueError for
+    wrong bytes."""
     floor = case.floor
     if floor is None:
         half = torch.empty((case.nbytes // 2,), dtype=torch.uint8, device="cuda").random_()
@@ -92,6 +124,9 @@ def measure(case: Case) -> Row:
     case.ours()
     if not case.right():
         raise ValueError("wrong bytes")
+    until = time.perf_counter() + WARM
+    while time.perf_counter() < until:
+        on_the_wall(case.ours)
     times: list[list[float]] = [[] for _ in acts]
     for k in range(rounds + 1):
         for act, seen in zip(acts, times, strict=True):
@@ -102,7 +137,12 @@ def measure(case: Case) -> Row:
                 seen.append(ms)
     ours, least, *peer = (statistics.median(t) for t in times)
     speedup = peer[0] / ours if peer else 0.0
-    return Row(case.name, case.shape, ours, case.nbytes, least / ours, speedup, commit())
+    first, _, third = statistics.quantiles(times[0], n=4)
+    goal, met = judged(case.name, least / ours, speedup)
+    return Row(
+        case.name, case.shape, ours, case.nbytes, least / ours, speedup, commit(),
+        spread=third / first, goal=goal, met=met,
+    )  # fmt: skip
 
 
 def commit() -> str:
@@ -142,7 +182,7 @@ def line(row: Row, small: bool) -> str:
         return f"{row.name:<40} {row.error or 'ran'}"
     rate = row.bytes / row.ms / 1e6
     figures = f"{row.ms:9.3f} {rate:7.0f} {row.fraction_of_copy:8.3f} {row.speedup_vs_eager:8.1f}"
-    return f"{row.name:<40} {row.shape:<56} {figures}"
+    return f"{row.name:<40} {row.shape:<56} {figures}  {row.goal}{row.met and ': '}{row.met}"
 
 
 def main() -> int:
@@ -164,20 +204,20 @@ def main() -> int:
         "commit": commit(),
         "kernels": compiled.kernel_facts(),
     }
-    print(f"{'row':<40} {'shape':<56} {'ms':>9} {'GB/s':>7} {'of copy':>8} {'x eager':>8}", flush=True)
+    print(f"{'row':<40} {'shape':<56} {'ms':>9} {'GB/s':>7} {'of copy':>8} {'x eager':>8}  goal", flush=True)
     failed = 0
     for name, make in makers:
         if asked.names and not any(name.startswith(n) for n in asked.names):
             continue
         if time.monotonic() - began > asked.seconds:
-            row = Row(name, "", 0.0, 0, 0.0, 0.0, commit(), "not measured: the time was up")
+            row = unmeasured(name, "not measured: the time was up")
         else:
             try:
                 row = measure(make())
             except (FastckptError, RuntimeError, ValueError, TypeError, LookupError, OSError) as e:
                 traceback.print_exc()
                 told = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
-                row = Row(name, "", 0.0, 0, 0.0, 0.0, commit(), f"failed: {told}")
+                row = unmeasured(name, f"failed: {told}")
                 failed += 1
         row = replace(row, name=row.name + (f" [{asked.kernels}]" if asked.kernels else ""))
         print(line(row, asked.small), flush=True)

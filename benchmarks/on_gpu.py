@@ -120,8 +120,14 @@ def build() -> int:
 COMPILED = shutil.ignore_patterns("*.so", "__pycache__")
 
 
-NEEDED = ("gpu", "build")
+NEEDED = ("gpu", "build", "look")
 """Parts without which no other runs."""
+
+LEAST = 15.0
+"""Seconds under which no part begins: torch is imported for so long."""
+
+GRACE = 10.0
+"""Seconds that a part has after it was interrupted."""
 
 SMALL = "small or every_scheme or digests"
 """The tests under compute-sanitizer: every kernel, little data."""
@@ -136,7 +142,8 @@ print("torch", torch.__version__, "CUDA", torch.version.cuda, torch.cuda.get_dev
 
 LOOK = """
 import torch, fastckpt, fastckpt._C as c
-print("fastckpt", fastckpt.__file__)
+from fastckpt.executors.cuda import usable
+print("fastckpt", fastckpt.__file__, usable("cuda"))
 print(torch.cuda.get_device_capability(), "for", c.cuda_archs, c.device_state())
 for facts in c.kernel_facts(): print(facts)
 """
@@ -174,7 +181,8 @@ def environment(site: Path) -> dict[str, str]:
 def run(command: tuple[str, ...], seconds: float, site: Path) -> str:
     """Run it over the build at `site`, its words to ours; "" when it went well, else what did not.
 
-    No process of it stays."""
+    One that takes too long is interrupted first, and may say what it found and where it is: pytest tells of
+    failures at its end. No process of it stays."""
     env = environment(site)
     program = shutil.which(command[0], path=env["PATH"])
     if program is None:
@@ -186,6 +194,9 @@ def run(command: tuple[str, ...], seconds: float, site: Path) -> str:
     try:
         status = process.wait(timeout=max(1.0, seconds))
     except subprocess.TimeoutExpired:
+        with suppress(subprocess.TimeoutExpired, ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(timeout=GRACE)
         return f"stopped after {seconds:.0f} s"
     finally:
         with suppress(ProcessLookupError):
@@ -209,13 +220,16 @@ def table(path: Path) -> None:
     """The rows that were measured, one a line."""
     held = json.loads(path.read_text())
     print(f"\n{held['gpu']}, driver {held['driver']}, torch {held['torch']}, commit {held['commit'][:10]}")
-    print(f"{'row':<40} {'ms':>9} {'GB/s':>7} {'of copy':>8} {'x eager':>8}")
+    print(f"{'row':<40} {'ms':>9} {'GB/s':>7} {'of copy':>8} {'x eager':>8}  goal")
     for r in held["rows"]:
         figures = r["error"]
         if not figures:
             rate = r["bytes"] / r["ms"] / 1e6
             figures = f"{r['ms']:9.3f} {rate:7.0f} {r['fraction_of_copy']:8.3f} {r['speedup_vs_eager']:8.1f}"
+            figures += f"  {r['goal']}: {r['met']}" if r["goal"] else ""
         print(f"{r['name']:<40} {figures}")
+    met = [r["met"] for r in held["rows"] if r["met"] and not r["name"].endswith("]")]
+    print(f"{met.count('yes')} of {len(met)} goals are met")
     print(f"written: {path}")
 
 
@@ -237,15 +251,17 @@ def main() -> int:
         if not chosen or (part.name == "build" and asked.keep_build):
             continue
         started = time.monotonic()
-        left = min(part.seconds, asked.seconds - (started - began))
+        left = asked.seconds - (started - began)
         if missing:
-            said = f"not run: there is no {missing}"
-        elif left < 5:
+            said = f"not run: part {missing} did not go well"
+        elif left < LEAST:
             said = "not run: the time was up"
         elif part.site is not SITE and not part.site.exists():
             said = "not run: it was not built"
         else:
-            said = run(part.command, left, part.site) or "ok"
+            said = run(part.command, min(part.seconds, left), part.site) or "ok"
+            if said.startswith("stopped") and left < part.seconds:
+                said = f"cut short after {left:.0f} s: the time was up"
         if part.name in NEEDED and said != "ok" and not missing:
             missing = part.name
         done.append(Done(part.name, round(time.monotonic() - started, 1), said))

@@ -583,6 +583,27 @@ def test_config_and_tokenizer_go_with_the_weights(tmp_path):
     assert json.loads((tmp_path / "other/config.json").read_text()) == {"a": 1}
 
 
+@pytest.mark.parametrize("layout", ["hf", "vllm", "same"])
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_config_names_the_dtype_that_was_asked_for(tmp_path, layout, key):
+    """Loaders go by it, and round float16 to bfloat16 without a word."""
+    config, _ = zero(tmp_path / "in", "mixtral")
+    dtypeless = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")}
+    within = {"hidden_size": 4, "dtype": "float32"}
+    before = {**dtypeless, key: "bfloat16", "vision_config": within, "quantum": {"dtype": "bfloat16"}}
+    for told, wanted in (
+        (before, {**before, key: "float16", "vision_config": {**within, "dtype": "float16"}}),
+        ({**dtypeless, key: None}, {**dtypeless, key: None}),
+        (dtypeless, dtypeless),
+    ):
+        (tmp_path / "in/config.json").write_text(json.dumps(told))
+        out = tmp_path / "out"
+        fastckpt.reshard(tmp_path / "in", layout=layout, dtype="float16", out=out, overwrite=out.exists())
+        assert json.loads((out / "config.json").read_text()) == wanted
+        fastckpt.reshard(tmp_path / "in", layout=layout, out=out, overwrite=True)
+        assert json.loads((out / "config.json").read_text()) == told
+
+
 def test_a_config_that_is_not_the_one_the_weights_were_cut_by_does_not_go_with_them(tmp_path):
     config, _ = zero(tmp_path / "in", "mixtral")
     beside = tmp_path / "in/config.json"

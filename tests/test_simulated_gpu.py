@@ -57,6 +57,28 @@ def test_every_row_of_the_gpus_benchmarks() -> None:
     assert done.returncode == 0 and "every row ran" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
 
+def test_torch_copies_where_ours_does() -> None:
+    """`to` gives the same tensor again where it has the dtype already: nothing to be compared with."""
+    script = "import sys, simulated_gpu, torch; sys.path.insert(0, 'benchmarks'); import gpu_rows; "
+    script += "case = gpu_rows.straight(torch.bfloat16, torch.bfloat16, 0, 1 << 12); "
+    script += "a, b = case.eager(), case.eager(); assert a.data_ptr() != b.data_ptr()"
+    done = simulated("-c", script)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_goals_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is some row's; one that was not measured meets none."""
+    monkeypatch.syspath_prepend(TESTS.parent / "benchmarks")
+    gpu = importlib.import_module("gpu")
+    models = [gpu.gpu_models.cases(kind, False) for kind in ("llama-8b", "moe")]
+    names = [name for made in (gpu.gpu_rows.cases(False), *models) for name, _ in made]
+    assert all(any(name.startswith(begin) for name in names) for begin in gpu.GOALS)
+    assert gpu.judged("model moe vllm", 0.85, 30.0) == (">= 0.85 of copy, >= 30 x eager", "yes")
+    assert gpu.judged("model moe vllm", 0.99, 29.0)[1] == gpu.judged("transpose x", 0.8, 99.0)[1] == "no"
+    assert gpu.judged("peer cat 1024 B", 0.1, 0.1) == ("", "")
+    assert gpu.unmeasured("gather_cast fp32->bf16", "failed: x").met == "no"
+
+
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location("on_gpu", TESTS.parent / "benchmarks" / "on_gpu.py")
@@ -75,6 +97,16 @@ def test_the_constants_that_make_gpu_tries_are_the_kernels(on_gpu: ModuleType) -
     assert len({on_gpu.site_of(other) for other in on_gpu.OTHERS}) == len(on_gpu.OTHERS)
 
 
+STUCK = """
+import pathlib, sys, time
+try:
+    time.sleep(1000)
+except KeyboardInterrupt:
+    pathlib.Path(sys.argv[1]).write_text("interrupted")
+"""
+STUBBORN = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(1000)"
+
+
 def test_a_part_of_make_gpu_that_fails_loses_no_other(
     on_gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -89,12 +121,15 @@ def test_a_part_of_make_gpu_that_fails_loses_no_other(
         "fraction_of_copy": 0.5,
         "speedup_vs_eager": 3.0,
         "error": "",
+        "goal": ">= 0.95 of copy",
+        "met": "no",
     }
     about = {"gpu": "g", "driver": "d", "torch": "t", "commit": "c" * 40, "kernels": []}
     held = json.dumps({**about, "rows": [row, {**row, "name": "s", "error": "failed: x"}]})
     write = f"import pathlib; pathlib.Path({str(results / 'new.json')!r}).write_text({held!r})"
-    python = sys.executable
+    python, told = sys.executable, tmp_path / "told"
     monkeypatch.setattr(on_gpu, "RESULTS", results)
+    monkeypatch.setattr(on_gpu, "GRACE", 2.0)
     monkeypatch.setattr(on_gpu, "architectures", lambda: "")
     monkeypatch.setattr(
         on_gpu,
@@ -102,7 +137,8 @@ def test_a_part_of_make_gpu_that_fails_loses_no_other(
         lambda seconds: [
             on_gpu.Part("build", 100, (python, "-c", "pass")),
             on_gpu.Part("bad", 100, (python, "-c", "raise SystemExit(3)")),
-            on_gpu.Part("stuck", 6, (python, "-c", "import time; time.sleep(1000)")),
+            on_gpu.Part("stuck", 2, (python, "-c", STUCK, str(told))),
+            on_gpu.Part("stubborn", 1, (python, "-c", STUBBORN)),
             on_gpu.Part("missing", 100, ("no-such-tool",)),
             on_gpu.Part("rows", 100, (python, "-c", write)),
         ],
@@ -112,9 +148,12 @@ def test_a_part_of_make_gpu_that_fails_loses_no_other(
     said = capsys.readouterr().out
     made = json.loads((results / "new.json").read_text())
     assert [p["said"] for p in made["parts"]] == [
-        "ok", "failed, status 3", "stopped after 6 s", "not run: there is no no-such-tool here", "ok",
+        "ok", "failed, status 3", "stopped after 2 s", "stopped after 1 s",
+        "not run: there is no no-such-tool here", "ok",
     ]  # fmt: skip
+    assert told.read_text() == "interrupted"
     assert len(made["rows"]) == 2 and "failed: x" in said and "0.500" in said
+    assert "0 of 2 goals are met" in said
     assert json.loads((results / "old.json").read_text()) == {"kernels": []}
     monkeypatch.setattr(
         on_gpu,
@@ -124,4 +163,19 @@ def test_a_part_of_make_gpu_that_fails_loses_no_other(
             on_gpu.Part("rows", 100, (python, "-c", "pass")),
         ],
     )
-    assert on_gpu.main() == 1 and "not run: there is no build" in capsys.readouterr().out
+    assert on_gpu.main() == 1 and "not run: part build did not go well" in capsys.readouterr().out
+
+
+def test_what_the_time_cuts_short_is_no_failure(
+    on_gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    parts = [on_gpu.Part(name, 100, (sys.executable, "-c", STUBBORN)) for name in ("one", "two")]
+    monkeypatch.setattr(on_gpu, "parts", lambda seconds: parts)
+    monkeypatch.setattr(on_gpu, "architectures", lambda: "")
+    monkeypatch.setattr(on_gpu, "RESULTS", tmp_path)
+    monkeypatch.setattr(on_gpu, "GRACE", 0.5)
+    monkeypatch.setattr(on_gpu, "LEAST", 1.0)
+    monkeypatch.setattr(sys, "argv", ["on_gpu.py", "--seconds", "2"])
+    assert on_gpu.main() == 0
+    said = capsys.readouterr().out
+    assert "cut short after 2 s: the time was up" in said and "not run: the time was up" in said

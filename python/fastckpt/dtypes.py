@@ -84,10 +84,14 @@ def dtype(name: str | DType) -> DType:
     return found
 
 
+CONFIG_KEYS = ("dtype", "torch_dtype")
+"""Where a config.json names the dtype; transformers 4 wrote the second."""
+
+
 def of_config(config: Mapping[str, object]) -> DType | None:
-    """The type that a config.json names, as `dtype` or, as transformers 4 wrote it, `torch_dtype`; None where
-    it names none. Raises SourceError for one that is not known."""
-    for key in ("dtype", "torch_dtype"):
+    """The type that a config.json names, None where it names none. Raises SourceError for one that is not
+    known."""
+    for key in CONFIG_KEYS:
         if (named := config.get(key)) is not None:
             try:
                 return dtype(str(named))

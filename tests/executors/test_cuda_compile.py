@@ -168,4 +168,4 @@ def test_the_build_with_cuda_loads_where_there_is_no_driver(tmp_path: Path) -> N
     ).stdout.split()
     assert said[0] == said[-1] == "True" and set(said[1:-1]) >= {"sm_80", "sm_90"}
     held = [made, *(ROOT / "python" / "fastckpt").rglob("*.py")]
-    assert sum(len(zlib.compress(p.read_bytes())) for p in held) < 1_935_000  # of a wheel of 2 MB
+    assert sum(len(zlib.compress(p.read_bytes())) for p in held) < 2_110_000  # of a wheel of 2.14 MB

@@ -322,6 +322,22 @@ def test_groups_that_ranks_would_share_are_refused():
             )
 
 
+@pytest.mark.parametrize("key", ["checkpoint_format", "format"])
+def test_zero_points_of_another_form_are_refused(key):
+    """The engine adds 1 to each, as GPTQ's first form wants it."""
+    config, t = quantised.made("gptq")
+    said = config["quantization_config"]
+    for form in ("gptq", "gptq_v2"):
+        told = config | {"quantization_config": said | {key: form}}
+        model = recipes.model(recipes.find(told), memory(t), told, None)
+        assert list(layout("hf").targets(model, Placement()))
+        if form == "gptq":
+            assert list(layout("rtp_llm").targets(model, Placement()))
+            continue
+        with pytest.raises(LayoutError, match=r"layout rtp_llm has no place for .* \(gptq_v2\)"):
+            layout("rtp_llm").targets(model, Placement())
+
+
 NOT_READ = [
     {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True},
     {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemv"},

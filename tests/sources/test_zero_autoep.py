@@ -199,6 +199,7 @@ BAD = {
         "5242875 experts; the limit is 4194304",
     ),
     "folded": (lambda t: t.update(mp_world_size=2), "AutoEP beside AutoTP (folding) is not supported yet"),
+    "set": (lambda t: layers(t)[1].update(ep_rank=1), "ep_rank is not the same for all layers"),
     "no list": (lambda t: t.update(ds_autoep_layers=3), "wanted a list, got int"),
 }
 
@@ -209,6 +210,34 @@ def test_metadata_that_is_not_so(copied, case):
     path = copied("z2-w4")
     change(path / "global_step2/mp_rank_00_model_states.pt", edit)
     refuses(path, words)
+
+
+def test_groups_of_other_sets(copied):
+    """What param_shapes says of a stack fits the layers, the ranks it is cut over do not."""
+    path = copied("z2-w4")
+
+    def four_sets(tree):
+        for layer in layers(tree):
+            layer.update(ep_size=4, num_local_experts=1)
+            del layer["expert_placement"]
+        for group in tree["param_shapes"]:
+            group.update(
+                {n: torch.Size([1, *s[1:]]) for n, s in group.items() if ".experts." in n and len(s) == 3}
+            )
+
+    change(path / "global_step2/mp_rank_00_model_states.pt", four_sets)
+    refuses(path, "group 1 is cut for 2 sets of ranks, AutoEP had 4")
+
+
+def test_a_stack_that_lacks_an_expert(copied):
+    path = copied("z2-w4")
+    change(path / "global_step2/mp_rank_00_model_states.pt", lambda tree: tree.update(param_shapes=None))
+    assert sources.open(path)[STACK].shape == (4, 6, 8)
+    one = path / "global_step2/layer_1_expert_2_mp_rank_00_model_states.pt"
+    change(one, lambda tree: tree.update({f"{STACK}.2": tree[f"{STACK}.2"][:5]}))
+    refuses(path, f"{STACK}: 4 parts of 4 experts, wanted 4 alike")
+    change(one, lambda tree: tree.pop(f"{STACK}.2"))
+    refuses(path, f"{STACK}: 3 parts of 3 experts, wanted 4 alike")
 
 
 def test_without_a_placement_parts_are_in_order(copied):
@@ -260,3 +289,17 @@ def test_a_stack_that_no_sub_group_has(copied):
     for rank in range(4):
         change(model_of(path, rank), lambda tree: tree["param_shapes"][-1].popitem())
     refuses(path, "experts of set 0: group 0: parameters need 96 elements a rank, the flat groups have 144")
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda groups: groups[-1].update(more=torch.Size([1])), "sub-group 1 is of experts, and of more"),
+        (lambda groups: groups.append({}), "3 sub-groups in param_shapes, 2 of masters"),
+    ],
+)
+def test_sub_groups_that_param_shapes_has_otherwise(copied, edit, words):
+    path = copied("z3-w4")
+    for rank in range(4):
+        change(model_of(path, rank), lambda tree: edit(tree["param_shapes"]))
+    refuses(path, words)

@@ -58,6 +58,8 @@ def test_a_tag_that_is_not_there(tmp_path):
     refuses(tmp_path, "global_step7", "tags here: global_step2")
     (tmp_path / "latest").write_text("../elsewhere")
     refuses(tmp_path, "names no tag")
+    (tmp_path / "latest").write_bytes(b"\xff\xfe")
+    refuses(tmp_path, "latest: ", "can't decode byte 0xff")
 
 
 def test_several_models_of_one_save(tmp_path):
@@ -249,6 +251,92 @@ def test_a_partition_that_is_not_flat(tmp_path, stage, key):
 
     edit(optim(folder, 1), every_second)
     refuses(tmp_path, "rank_1", f"{key}[0]: wanted one dense axis, got", "stride (2,)")
+
+
+MASTERS = "single_partition_of_fp32_groups"
+ODD = {
+    "too many groups": (2, optim, [1],
+        lambda s: s[MASTERS].append(torch.ones(2)), "rank 1 saved 2 groups, rank 0 1"),
+    "dtype": (2, optim, [1],
+        lambda s: s.update({MASTERS: [t.half() for t in s[MASTERS]]}),
+        "rank 1 holds float16, rank 0 float32"),
+    "no masters": (2, optim, range(3),
+        lambda s: s.pop(MASTERS), f"no {MASTERS}, so no ZeRO masters; keys: clip_grad, "),
+    "no flats": (3, optim, range(3),
+        lambda s: s.update(fp32_flat_groups=[]), "2 parameters in param_shapes, no flat groups"),
+    "paddings": (1, optim, range(3),
+        lambda s: s.update(param_alignment_paddings=[[0]]), "group 0 has 2 parameters, 1 alignment paddings"),
+    "frozen of another dtype": (3, model, [1],
+        lambda c: c["frozen_param_fragments"].update(still=torch.ones(2)),
+        "frozen: group 0: rank 1 holds float32, rank 0 bfloat16"),
+    "frozen not dense": (3, model, [1],
+        lambda c: c["frozen_param_fragments"].update(still=torch.ones(4).bfloat16()[::2]),
+        "frozen: group 0: rank 1: wanted one dense axis, got (2,), stride (2,)"),
+    "frozen of another shape": (2, model, [None],
+        lambda c: (c["module"].pop("still"), c["frozen_param_fragments"].update(still=torch.ones(5))),
+        "frozen still has shape (5,), wanted (4,)"),
+    "a name that is none": (3, model, [0],
+        lambda c: c["module"].update({3: torch.ones(2)}), "module: wanted names, got int"),
+    "tied, and of its own": (2, model, [None],
+        lambda c: c["shared_params"].update(b="a.weight"),
+        "b is tied to a.weight in shared_params and has a shape of its own"),
+    "a tensor within": (2, model, [None],
+        lambda c: c["module"].update(b={"x": torch.ones(2)}),
+        "b: holds a tensor, where a state dict has each under a name of its own"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_what_does_not_fit(tmp_path, case):
+    stage, file, ranks, change, words = ODD[case]
+    folder = written(tmp_path, stage=stage)
+    for rank in ranks:
+        edit(file(folder, rank), lambda c: change(c.get("optimizer_state_dict", c)))
+    refuses(tmp_path, words)
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [(float("nan"), "NaN"), (float("inf"), "infinity"), (True, "elements of bool are not compared")],
+)
+def test_a_step_that_is_no_number(tmp_path, step, words):
+    folder = written(tmp_path, stage=1)
+
+    def change(content):
+        content["optimizer_state_dict"]["base_optimizer_state"]["state"][0]["step"] = torch.tensor(step)
+
+    edit(optim(folder, 0), change)
+    refuses(tmp_path, "rank_0_mp_rank_00_optim_states.pt: the optimizer's step: ", words)
+
+
+def test_several_flats_of_one_dict_of_shapes(tmp_path):
+    """As older versions wrote param_shapes."""
+    truth = write_zero(tmp_path, PARAMS, stage=3, world=3, sub_group_size=12)
+    one = {n: s.shape for n, s in PARAMS.items()}
+    for rank in range(3):
+        edit(model(tmp_path / "global_step2", rank), lambda c: c.update(param_shapes=one))
+    found = fastckpt.consolidate(tmp_path)
+    assert len(sources.open(tmp_path).facts["groups"]) == 2
+    assert all(torch.equal(found[name], t) for name, t in truth.items())
+
+
+def test_empty_parameters_that_are_tied_are_each_their_own(tmp_path):
+    """All have address 0: DeepSpeed takes them for one another."""
+    empty = {"e": torch.ones(0, 3), "f": torch.ones(0)}
+    write_zero(tmp_path, PARAMS | empty, stage=2, world=2, tied={"f": "e"})
+    edit(model(tmp_path / "global_step2"), lambda c: c["module"].update(f=torch.zeros(0)))
+    ckpt = sources.open(tmp_path)
+    assert not ckpt.aliases and (ckpt["e"].shape, ckpt["f"].shape) == ((0, 3), (0,))
+
+
+@pytest.mark.parametrize(("copy", "got"), [(None, "nothing"), ("text", "nothing"), (torch.zeros(0), "(0,)")])
+def test_a_weight_that_the_only_copy_lacks(tmp_path, copy, got):
+    """Without optimizer files, `module` is all there is: it is never taken with a weight less."""
+    folder = written(tmp_path, stage=2)
+    for rank in range(3):
+        optim(folder, rank).unlink()
+    edit(model(folder), lambda c: c["module"].update(b=copy))
+    refuses(tmp_path, f"b: `module` has {got}, wanted (13,)", weights="module")
 
 
 def test_param_shapes_that_need_more(tmp_path):

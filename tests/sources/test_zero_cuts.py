@@ -146,6 +146,14 @@ def test_maps_that_do_not_fit(changes, words):
     refused(affine_info(**changes), [(2, 3), (2, 3)], words)
 
 
+def test_a_map_that_takes_a_part_s_rows_twice():
+    info = affine_info()
+    (piece,) = info["affine_map"]["params"][EXACT]["ranks"][1]["pieces"]
+    rows = [piece | {"shape": [1, 3], "source": [k, [3, 1]], "dest": [0, [3, 1]]} for k in (6, 9)]
+    info["affine_map"]["params"][EXACT]["ranks"][1]["pieces"] = rows
+    refused(info, [(2, 3), (2, 3)], "rank 1: pieces [(0, 1), (0, 1)] do not make its [2, 3]")
+
+
 def test_maps_of_other_ranks_shapes_and_versions():
     refused(affine_info(), [(2, 3), (3, 3)], "rank 1 holds [3, 3], not [2, 3]")
     refused(affine_info(), [(2, 3)] * 3, "wanted 3")

@@ -10,6 +10,7 @@ from pathlib import Path
 import fastckpt
 import pytest
 import torch
+import zero_writer
 from fastckpt import sources
 from fastckpt.errors import SourceError
 from fastckpt.sources import zero_experts, zero_state
@@ -129,6 +130,64 @@ def test_groups_that_fit_no_ranks(copied):
 
     change(path, mixed)
     refuses(copied, "group 1 is cut over 2 of 4 ranks and is not of experts alone")
+
+
+def renumbered(tree):
+    for group in tree["param_shapes"]:
+        for name in list(group):
+            group[name.replace("deepspeed_experts.1.", "deepspeed_experts.5.")] = group.pop(name)
+
+
+ODD = {  # of rank 0's model states, or of every rank's optimizer state
+    "a group more": (
+        lambda t: t["param_shapes"].append({}),
+        lambda s: None,
+        "rank_0_mp_rank_00_optim_states.pt: 2 groups in partition_count, 3 in param_shapes",
+    ),
+    "ranks": (
+        lambda t: None,
+        lambda s: s.update(partition_count=[4, 3]),
+        "group 1 is cut over 3 ranks, which does not divide 4",
+    ),
+    "paddings": (
+        lambda t: None,
+        lambda s: s["param_alignment_paddings"].append([]),
+        "3 groups in param_alignment_paddings, 2 in param_shapes",
+    ),
+    "pieces": (
+        lambda t: None,
+        lambda s: s["param_slice_mappings"].append({}),
+        "3 groups in param_slice_mappings, 2 in param_shapes",
+    ),
+    "numbers": (
+        renumbered,
+        lambda s: s.pop("param_slice_mappings"),
+        "param_shapes has experts [0, 5] of moe.0.deepspeed_moe.experts.deepspeed_experts.; wanted 0, 1, ..",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_groups_that_are_not_counted_alike(copied, case):
+    of_model, of_optim, words = ODD[case]
+    change(copied / "global_step2/mp_rank_00_model_states.pt", of_model)
+    for number in range(4):
+        change(rank(copied, number), lambda tree: of_optim(tree["optimizer_state_dict"]))
+    refuses(copied, words)
+
+
+def test_a_tensor_in_two_experts_files(copied):
+    first, second = (copied / f"global_step2/layer_{k}_expert_1_mp_rank_00_model_states.pt" for k in (0, 1))
+    change(second, lambda tree: tree.update(torch.load(first)))
+    refuses(copied, "layer_1_expert_1", f"{EXPERT.format(1)} is in another expert's file too")
+
+
+def test_experts_at_stage_3(tmp_path):
+    """DeepSpeed refuses to train them so."""
+    name = EXPERT.format(0)
+    zero_writer.write_zero(tmp_path, {"w": torch.ones(6)}, stage=3, world=2, client={"num_experts": [1]})
+    torch.save({name: torch.ones(2)}, tmp_path / "global_step2/layer_0_expert_0_mp_rank_00_model_states.pt")
+    refuses(tmp_path, "MoE layers at stage 3")
 
 
 MASTERS = "single_partition_of_fp32_groups"

@@ -241,6 +241,47 @@ def test_tied_modules_that_differ(pipeline):
     refuses(pipeline, "tied_modules.embed.weight in two stages of the pipeline: two values")
 
 
+def beside(tree, tensor, buffer=False):
+    tree["module"]["more"] = tensor
+    tree["buffer_names"] += ["more"] if buffer else []
+
+
+@pytest.mark.parametrize(
+    ("edits", "words"),
+    [
+        ([lambda t: None, lambda t: beside(t, torch.ones(2))], "tensor-parallel ranks 0 and 1 holds more"),
+        ([lambda t: beside(t, torch.ones(2)), lambda t: beside(t, torch.ones(2), True)],
+         "more: tensor-parallel ranks hold it as kinds ['buffer', 'frozen']"),
+        ([lambda t: beside(t, torch.ones(2)), lambda t: beside(t, torch.ones(2).half())],
+         "more: tensor-parallel ranks hold it as dtypes ['float16', 'float32']"),
+        ([lambda t, n=n: beside(t, torch.ones(n), True) for n in (2, 3)],
+         "buffer more has [(2,), (3,)]: nothing says how it is cut"),
+        ([lambda t, n=n: t["shared_params"].update({"x": f"model.layers.0.{n}_layernorm.weight"})
+          for n in ("input", "post_attention")],
+         "x is tied to model.layers.0.input_layernorm.weight and to model.layers.0.post_attention_layernorm"),
+    ],
+)  # fmt: skip
+def test_tensors_that_ranks_hold_otherwise(tp, edits, words):
+    for file, edit in zip(model_states(tp), edits, strict=True):
+        change(file, edit)
+    refuses(tp, words)
+
+
+def test_a_tensor_that_is_empty_on_every_rank(tp):
+    for file in model_states(tp):
+        change(file, lambda tree: beside(tree, torch.ones(0, 8)))
+    said(tp, lambda info: info["tp_replicated_parameter_patterns"].append("^more$"))
+    assert fastckpt.reshard(tp, layout="same", rank=0)["more"].shape == (0, 8)
+
+
+def test_experts_in_a_grid(tp):
+    name = "moe.deepspeed_moe.experts.deepspeed_experts.0.weight"
+    for rank, file in enumerate(model_states(tp)):
+        change(file, lambda tree: tree.update(num_experts=[1]))
+        torch.save({name: torch.ones(2)}, tp / TAG / f"layer_0_expert_0_mp_rank_{rank:02}_model_states.pt")
+    refuses(tp, "MoE layers in a grid are not supported yet")
+
+
 # ---- what is said of cuts ----
 
 
@@ -328,6 +369,48 @@ def test_a_tied_module_that_is_a_layer_twice(pipeline):
     equal(pipeline, weights="module")
     change(again, lambda tree: tree["weight"].add_(1))
     refuses(pipeline, "layer_04-model_01", "tied_modules.embed.weight")
+
+
+def test_a_tensor_within_a_layer_s_entry(pipeline):
+    layer = pipeline / TAG / "layer_01-model_00-model_states.pt"
+    change(layer, lambda tree: tree.update(more={"x": torch.ones(2)}))
+    refuses(pipeline, "layer_01-model_00-model_states.pt: more: holds a tensor")
+
+
+def test_a_name_in_two_stages(pipeline):
+    for file in model_states(pipeline)[2:]:
+        change(
+            file, lambda t: t["param_shapes"][1].update({"1.norm.bias": t["param_shapes"][1].pop("3.bias")})
+        )
+    refuses(pipeline, "1.norm.bias is in two stages, and is no tied module")
+
+
+def test_tied_modules_of_one_shape(pipeline):
+    """The values of the masters tell which is which; where they do not, or are not read, it is in doubt."""
+    new, folder = "tied_modules.other.weight", pipeline / TAG
+    for rank, file in enumerate(model_states(pipeline)[:2]):
+        (layer,) = folder.glob(f"layer_01-model_{rank:02}*")
+        other = torch.load(layer)["gate_up.weight"]
+        change(layer, lambda tree: tree.pop("gate_up.weight"))
+        torch.save({"weight": other}, folder / layer.name.replace("01", "02", 1))
+
+        def renamed(tree):
+            tree["param_shapes"][0] = {
+                n.replace("1.gate_up.weight", new): s for n, s in tree["param_shapes"][0].items()
+            }
+
+        change(file, renamed)
+    said(pipeline, lambda info: info.update(parameter_with_2_sub_params_cat_dim_0=[new]))
+    before = fastckpt.consolidate(FIXTURES / PIPELINE)["1.gate_up.weight"]
+    assert torch.equal(fastckpt.consolidate(pipeline)[new], before)
+    again = folder / "layer_02-model_00-model_states.pt"
+    held = torch.load(again)
+    torch.save({"weight": held["weight"] + 1}, again)
+    refuses(pipeline, "shapes of 2 tied modules, tied_modules.embed., tied_modules.other.", "the values of 0")
+    torch.save(held, again)
+    for file in folder.glob("*optim*"):
+        file.unlink()
+    refuses(pipeline, "the values of 2: which it is is in doubt", weights="module")
 
 
 def test_frozen_layers(pipeline):

@@ -46,6 +46,22 @@ def same(got: Path, name: str) -> None:
     assert dict(sources.open(got).aliases) == dict(sources.open(FIXTURES / name).aliases)
 
 
+def test_what_is_no_universal_checkpoint(tmp_path):
+    shutil.copytree(FIXTURES / "z2-mixed-w3/global_step2", tmp_path / "t")
+    for file in (tmp_path / "t").glob("*optim*"):
+        file.unlink()
+    (tmp_path / "t/zero").mkdir()
+    states, saved = tmp_path / "t/mp_rank_00_model_states.pt", None
+    for changes, words in (
+        ({"param_shapes": [{"../b": (13,)}]}, "'../b' is no directory of masters"),
+        ({"param_shapes": None}, "not read: ZeRO was off: param_shapes is None"),
+        ({"num_experts": [2]}, "not read: experts of MoE layers"),
+    ):
+        saved = saved or torch.load(states, weights_only=False)
+        torch.save({**saved, **changes}, states)
+        refuses(tmp_path / "t", words)
+
+
 def test_stages_1_and_2(stage_2):
     same(stage_2, "z2-mixed-w3")
     same(stage_2 / "global_step2_universal", "z2-mixed-w3")

@@ -179,6 +179,11 @@ class RtpLlm:
             if width % count:
                 raise LayoutError(f"layout rtp_llm: {key} {width} does not divide by {what} {count}")
         require_even("rtp_llm", grid, "hidden_size", sizes.hidden)
+        if "gptq_v2" in model.quant_method:
+            raise LayoutError(
+                "layout rtp_llm has no place for GPTQ's zero points as they are (gptq_v2): the engine takes "
+                'all for stored less 1; quant="none" (--quant none) makes dense weights'
+            )
         if model.encoder is not None:
             raise LayoutError(f"layout rtp_llm has no place for the encoder of {model.family}")
         if model.positions is not None and model.first_position:

@@ -51,16 +51,33 @@ def text(
     resized: Mapping[str, JSON] | None = None,
     changed: Mapping[str, JSON] | None = None,
 ) -> bytes | None:
-    """The config.json to write in place of the one beside the checkpoint, if another was asked for, if its
-    decoder is `resized`, or if other keys are `changed`."""
-    if config is None or not (request.config is not None or request.vocab_size or resized or changed):
+    """The config.json to write in place of the one beside the checkpoint, if another was asked for, if it
+    names another dtype than the floats get, if its decoder is `resized`, or if other keys are `changed`."""
+    if config is None:
         return None
-    told = dict(config)
+    cast = dtype(config, request.dtype)
+    typed = {} if cast is None else _typed(config, cast)
+    if not (request.config is not None or request.vocab_size or typed or resized or changed):
+        return None
+    told = {**config, **typed}
     if request.vocab_size is not None:
         told |= sized(told, {"vocab_size": request.vocab_size})
     told |= sized(told, resized or {})
     told |= changed or {}
     return (json.dumps(told, indent=2) + "\n").encode()
+
+
+def _typed(config: Mapping[str, JSON], cast: DType) -> dict[str, JSON]:
+    """The keys of a config, and of those within it, that name another dtype than `cast`, and what they
+    become: programs load by what a config says, and round without a word what the files hold."""
+    typed: dict[str, JSON] = {
+        k: cast.name for k in dtypes.CONFIG_KEYS if config.get(k) not in (None, cast.name)
+    }
+    within = {k: v for k, v in config.items() if k.endswith("_config") and k != "quantization_config"}
+    for key, part in within.items():
+        if isinstance(part, dict):
+            typed[key] = {**part, **_typed(part, cast)}
+    return {key: value for key, value in typed.items() if value != config[key]}
 
 
 def quantised(config: bytes | None, spelled: Mapping[str, JSON]) -> bytes | None:

@@ -176,7 +176,7 @@ def _by_names(
         raise LayoutError(f"vocab_size goes with layouts that read roles, not {_name(layout)}")
     if request.recipe not in (None, ckpt.recipe):  # nor did it join the shards
         raise LayoutError(f"recipe goes with layouts that read roles, not {_name(layout)}")
-    if request.quant is not None and (config is not None or ckpt.config is not None):
+    if ckpt.config is not None and (request.quant is not None or request.dtype is not None):
         config = configs.found(ckpt, request.config)
     unused = layout.unused(ckpt) if isinstance(layout, Patterns) else []
     missed = [f"tp_plan: no tensor matches {', '.join(unused)}"] if unused else []

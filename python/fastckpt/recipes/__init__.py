@@ -16,7 +16,7 @@ from typing import cast
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import Model
-from ..quantisation.schemes import MICROSCALED
+from ..quantisation.schemes import MICROSCALED, said_form
 from . import imagining
 from .known import Known, Recipe
 
@@ -232,6 +232,7 @@ def _quant_method(said: Mapping[str, JSON]) -> str:
         "kv_cache_scheme": bool(said.get("kv_cache_scheme")),
         f"{said.get('bits')} bits": method == "awq" and said.get("bits") != 4,
         "sym false": method == "gptq" and said.get("sym", True) is not True,
+        "gptq_v2": method == "gptq" and said_form(said, "checkpoint_format") == "gptq_v2",
     }
     more = " and ".join(what for what, so in holds.items() if so)
     return f"{method} with {more}" if more else str(method)

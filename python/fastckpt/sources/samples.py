@@ -155,6 +155,8 @@ def stored_at(wanted: Sequence[tuple[View, Sequence[int]]]) -> list[tuple[bytes,
 def located(view: View, at: Sequence[int]) -> list[tuple[Extent, int, int]]:
     """Where elements of a view lie, counted as they would lie dense: the extent, and the offset and number of
     bytes in its file."""
+    if not len(at):
+        return []
     view = view if view.shape else view.reshape((1,))
     index = np.stack(np.unravel_index(np.array(at, np.int64), view.shape), axis=1)
     inside = (view.origin <= index[:, None]) & (index[:, None] < view.origin + view.size)

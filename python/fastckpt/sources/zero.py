@@ -305,21 +305,23 @@ def _from_module(path: str, opening: Opening, model: Opened, state: ModelState) 
         raise SourceError(f"{where}: exclude_frozen was asked for; at stage 0 nothing says what was frozen")
     experts = opening.experts(state)
     reading = Reading(path, opening, [model], [state])
-    found = reading.found
+    found, shapes = reading.found, trainable(state)
     if off:
         tensors = {n: t for n, t in state.module.items() if isinstance(t, Tensor)}
         tied = by_storage(tensors) | found.tied
         names = [n for n in tensors if n not in tied and n not in found.buffers]
         reading.found = found = Parts(found.buffers, (), tied, found.other, ())
     else:
-        names = [name for name in trainable(state) if not is_expert(name, state.autoep)]
+        names = [name for name in shapes if not is_expert(name, state.autoep)]
     entries = reading.module(found.buffers, "buffer")
     if not opening.options.exclude_frozen:
         entries |= reading.module(found.kept, "frozen") | reading.frozen_whole()
     names = [] if state.pipeline else names  # files of layers have them
     for name in names:
-        if name not in state.module:
-            raise SourceError(f"{where}: {name} is not in `module`")
+        t = state.module.get(name)
+        got = t.shape if isinstance(t, Tensor) else "nothing"
+        if got != (shape := shapes.get(name, got)):
+            raise SourceError(f"{where}: {name}: `module` has {got}, wanted {shape}")
     entries |= reading.module(names, "parameter")
     entries |= {name: e.entry(reading.extents, "parameter") for name, e in experts.items()}
     asked = opening.options.weights == "module"
@@ -363,7 +365,10 @@ def _step(state: OptimState, file: TorchFile) -> int | None:
     extent = file.extents[state.step.storage.extent]
     size = state.step.dtype.itemsize
     (data,) = read_all(file.file.path, [(extent.offset + state.step.offset * size, size)])
-    return int(number(data, state.step.dtype))
+    try:
+        return int(number(data, state.step.dtype))
+    except (SourceError, ValueError, OverflowError) as e:  # of a dtype that counts nothing, NaN, infinite
+        raise SourceError(f"{file.file.path}: the optimizer's step: {e}") from None
 
 
 def _group_facts(placed: Placed) -> JSON:

@@ -46,17 +46,13 @@ def spread(
     state: ModelState, alignment: Alignment, flats: Sequence[Flat], counts: Sequence[int], where: str
 ) -> tuple[ModelState, Alignment, list[Flat]]:
     """Groups, alignment paddings and flats in which each group of experts stands once for each set of ranks,
-    under global names; `flats`, as given, are each over all ranks. Raises SourceError."""
+    under global names; `flats`, as given, are each over all ranks, and all count as many groups (`in_order`).
+    Raises SourceError."""
     autoep = state.autoep
     shapes: Sequence[Mapping[str, Shape]] = state.shapes or ()
     if autoep is not None:
         shapes, alignment = _apart(shapes, alignment, autoep, where)
     world = max(counts, default=1)
-    if len(counts) != len(shapes) or len(flats) != len(shapes):
-        raise SourceError(
-            f"{where}: {len(shapes)} groups in param_shapes, {len(flats)} of masters, "
-            f"{len(counts)} in partition_count"
-        )
     local = _locals(shapes, autoep, where)
     groups, paddings, cut = [], [], []
     for g, (group, flat, count) in enumerate(zip(shapes, flats, counts, strict=True)):
@@ -65,7 +61,7 @@ def spread(
             raise SourceError(
                 f"{where}: group {g} is cut over {count} of {world} ranks and is not of experts alone"
             )
-        if count < 1 or world % count:
+        if world % count:
             raise SourceError(f"{where}: group {g} is cut over {count} ranks, which does not divide {world}")
         sets = world // count if of_experts == {True} else 1
         if autoep is not None and of_experts == {True} and sets != autoep.sets:
@@ -73,7 +69,7 @@ def spread(
         for number, ranks in enumerate(_sets(world, sets, state.data_before_experts)):
             groups.append({_global(n, number, local, autoep): shape for n, shape in group.items()})
             cut.append(_over(flat, ranks))
-            if alignment is not None and g < len(alignment):
+            if alignment is not None:
                 paddings.append(alignment[g])
     return replace(state, shapes=tuple(groups)), None if alignment is None else tuple(paddings), cut
 
@@ -85,7 +81,7 @@ def _apart(
     groups: list[dict[str, Shape]] = []
     paddings: list[tuple[int, ...]] = []
     for g, group in enumerate(shapes):
-        after = alignment[g] if alignment is not None and g < len(alignment) else ()
+        after = alignment[g] if alignment is not None else ()
         each: list[int] = []
         apart: dict[str, Shape] = {}
         for k, (name, shape) in enumerate(group.items()):
@@ -99,7 +95,7 @@ def _apart(
             each += after[k : k + 1]
         groups.append(apart)
         paddings.append((*each, *after[len(group) :]))
-    return groups, None if alignment is None else tuple(paddings[: len(alignment)])
+    return groups, None if alignment is None else tuple(paddings)
 
 
 def _check_stack(name: str, shape: Shape, autoep: AutoEp, where: str) -> None:
@@ -187,9 +183,13 @@ def _ordered(
     autoep: AutoEp | None,
     path: str,
 ) -> OptimState:
-    told = [x for s in (state, first) for x in (s.counts, s.flats, s.alignment, s.held) if x is not None]
-    if any(len(x) != len(shapes) for x in told):
-        return state  # is refused where numbers of groups are compared
+    told = {
+        "partition_count": state.counts, "masters": state.flats,
+        "param_alignment_paddings": state.alignment, "param_slice_mappings": state.held,
+    }  # fmt: skip
+    for what, groups in told.items():
+        if groups is not None and len(groups) != len(shapes):
+            raise SourceError(f"{path}: {len(groups)} groups in {what}, {len(shapes)} in param_shapes")
     experts = [g for g, group in enumerate(shapes) if all(is_expert(n, autoep) for n in group)]
 
     def fits(g: int, own: int) -> bool:

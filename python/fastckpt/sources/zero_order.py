@@ -125,8 +125,7 @@ def _agrees(flat: Flat, rank: int, sample: _Sample, wanted: Sequence[float], ext
     if sample.at[-1] >= flat.length[rank]:
         return False
     extent = extents[int(flat.extent[rank])]
-    if not isinstance(extent.where, File):
-        return True
+    assert isinstance(extent.where, File)  # a partition lies in no other place
     size = flat.dtype.itemsize
     start = extent.offset + int(flat.offset[rank]) * size
     data = read_all(extent.where.path, [(start + i * size, size) for i in sample.at])

@@ -107,9 +107,12 @@ def _tied_to(
         if all(key in tensors and tensors[key].shape == shape for key, shape in own.items())
     ]
     if len(fitting) > 1:
-        fitting = [p for p in fitting if not _differs(p, modules[p], tensors, masters)]
+        alike, fitting = fitting, [p for p in fitting if not _differs(p, modules[p], tensors, masters)]
         if len(fitting) != 1:
-            raise SourceError(f"{file}: the tensors of {len(fitting)} tied modules are alike, which is this?")
+            raise SourceError(
+                f"{file}: its tensors have the shapes of {len(alike)} tied modules, {', '.join(alike)}, and "
+                f"the values of {len(fitting)}: which it is is in doubt"
+            )
     return fitting[0] if fitting else None
 
 
