@@ -42,9 +42,9 @@ def open_shards(
 
     `like`: a checkpoint with the names and shapes of the whole model, which gives the config too where `path`
     has none, or a config (a mapping, or the path of a config.json), whose model has the names that the hub
-    gives it; `recipe` as in `reshard`,
-    `replicas` as in `open`. Only headers are read. Raises SourceError where the shards are not
-    what the layout makes of such a model, LayoutError where it cannot cut one, RecipeError."""
+    gives it; `recipe` as in `reshard`, `replicas` as in `open`. Only headers are read. Raises SourceError
+    where the shards are not what the layout makes of such a model, LayoutError where it cannot cut one,
+    RecipeError."""
     expect("path", path, str, os.PathLike)
     expect("like", like, str, os.PathLike, Checkpoint, Mapping)
     made, grid = layouts.chosen(layout), grid_of(tp, placement)

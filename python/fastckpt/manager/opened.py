@@ -138,7 +138,9 @@ class Opened:
                     piece = into[k * LEAF : (k + 1) * LEAF]
                     fill(piece, f.fileno(), entry.offset + k * LEAF)
                     leaves[k] = digest64(piece)
-        except (OSError, SourceError) as e:
+        except OSError as e:
+            raise SourceError(f"{path}: {name}: {e.strerror}") from None
+        except SourceError as e:
             raise SourceError(f"{path}: {name}: {e}") from None
         if combine(leaves) != entry.digest:
             raise SourceError(f"{path}: {name}: its bytes differ from the commit's digest")
