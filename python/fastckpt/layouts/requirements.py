@@ -132,26 +132,27 @@ def require_no_scalars(layout: str, mlp: Mlp) -> None:
         raise LayoutError(f"layout {layout} has no place for {role.name}")
 
 
+_OTHERS: Mapping[type, str] = {
+    ShortConv: "a short convolution",
+    Selective: "a Mamba mixer",
+    Compressed: "compressed attention",
+    Queries: "attention to the keys of another layer",
+}
+
+
 def two_blocks(layout: str, layer: Layer) -> tuple[Attention | Mla | DeltaNet, Mlp | Experts]:
     """The attention and the feed-forward block of a layer. Raises LayoutError for one that has not just these
     two, or whose attention reads what other layers make or store otherwise."""
     if layer.mamba is not None:
         raise LayoutError(f"layout {layout} has no place for {layer.mamba.o.name}, of a Mamba mixer")
-    if isinstance(layer.attention, ShortConv):
-        raise LayoutError(
-            f"layout {layout} has no place for {layer.attention.o.name}, of a short convolution"
-        )
     if layer.attention is None or layer.mlp is None:
         raise LayoutError(f"layout {layout} has no place for {layer.name}, a layer of one block")
     for role in layer.whole:
         raise LayoutError(f"layout {layout} has no place for {role.name}")
     attention = layer.attention
-    if isinstance(attention, Queries):
-        raise LayoutError(f"layout {layout} has no place for {attention.q.name}, without keys of its own")
-    if isinstance(attention, Selective):
-        raise LayoutError(f"layout {layout} has no place for {attention.o.name}, of a Mamba mixer")
-    if isinstance(attention, Compressed):
-        raise LayoutError(f"layout {layout} has no place for {attention.o_a.name}, of compressed attention")
+    if not isinstance(attention, Attention | Mla | DeltaNet):
+        what = _OTHERS[type(attention)]
+        raise LayoutError(f"layout {layout} has no place for {attention.o.name}, of {what}")
     if isinstance(attention, DeltaNet) and attention.low is not None:
         raise LayoutError(f"layout {layout} has no place for {attention.low[0].name}, of a low rank")
     if isinstance(attention, Attention) and (attention.heads or attention.values_are_keys):

@@ -237,8 +237,6 @@ class Vllm:
     ) -> Iterator[Target]:
         form, as_hub, rates = engine.form(model.quant_method), engine.hub_rows, bool(self.engine)
         yield from norm(layer.attention_norm)
-        if layer.vision is not None:
-            raise LayoutError(f"layout vllm has no place for {layer.vision.attention.o.name}")
         if layer.attention is not None:
             yield from attention_part(layer.attention, model, placement, as_hub, rates=rates)
         if isinstance(layer.attention, Attention | Queries | Mla):
