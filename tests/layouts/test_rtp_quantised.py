@@ -377,6 +377,16 @@ def test_zero_points_of_another_form_are_refused(key):
             layout("rtp_llm").targets(model, Placement())
 
 
+@pytest.mark.parametrize("leaf", ["weight_scale", "weight"])
+def test_elements_that_engines_would_take_for_others_are_refused(leaf):
+    """vLLM's loader copies an exponent's byte as a number, and casts e5m2 to e4m3fn."""
+    config, t = quantised.made("fp8-channel")
+    name = f"model.layers.0.self_attn.o_proj.{leaf}"
+    other = t[name].float().to(torch.uint8 if leaf == "weight_scale" else torch.float8_e5m2)
+    with pytest.raises(RecipeError, match=rf"{leaf}\b.*got (uint8, wanted floats|float8_e5m2)"):
+        recipes.find(config)(memory(t | {name: other}), config)
+
+
 NOT_READ = [
     {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True},
     {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemv"},
