@@ -22,11 +22,12 @@ from ..computed.nowhere import lies_nowhere
 from ..digest import LEAF, values_digest
 from ..dtypes import DType, float8_e4m3fn, float8_e5m2
 from ..errors import LayoutError
-from ..extents import Extent, Extents, pieces_of
+from ..extents import Extent, Extents
 from ..layouts.naming import Naming
 from ..output.files import FileLayout, Specs, safetensors_layout, split
 from ..output.pickling import Wrap
 from ..output.torchzip import torch_layout
+from ..paths import pieces_of
 from ..placement import Placement
 from ..quantisation import quantised_config
 from ..quantisation.quantised_targets import Expansion, Quantised
